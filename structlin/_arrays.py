@@ -1,0 +1,172 @@
+"""The few array operations that differ between NumPy, torch and jax.
+
+Everything else (``reshape``, ``@``, ``*``, indexing) is the same method on all three, so the mathematics is
+written once. torch and jax are imported only when an array of theirs, or their name, is handed in.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+Array = Any
+BACKENDS = ("numpy", "torch", "jax")
+
+
+def backend_of(x: Array) -> str:
+    """Name of the library that an array belongs to, from its type: ``numpy``, ``torch`` or ``jax``.
+
+    >>> backend_of(np.zeros(3))
+    'numpy'
+    """
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(x, torch.Tensor):
+        return "torch"
+    if isinstance(x, np.ndarray):
+        return "numpy"
+    jax = sys.modules.get("jax")
+    if jax is not None and isinstance(x, jax.Array):
+        return "jax"
+    raise TypeError(
+        f"expected a NumPy array, a torch tensor or a jax array, got {type(x).__module__}.{type(x).__qualname__}"
+    )
+
+
+def common_backend(arrays: Sequence[Array]) -> str:
+    """Backend of all of ``arrays``; raises TypeError where they are mixed."""
+    names = [backend_of(a) for a in arrays]
+    if len(set(names)) != 1:
+        raise TypeError(f"arrays of one library are needed, got {', '.join(names)}")
+    return names[0]
+
+
+def _numpy_ops() -> SimpleNamespace:
+    return SimpleNamespace(
+        name="numpy",
+        permute=np.transpose,
+        pad_last=lambda x, n: np.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, n)]),
+        pad_first=lambda x, n: np.pad(x, [(0, n)] + [(0, 0)] * (x.ndim - 1)),
+        conj=np.conj,
+        flip=lambda x: x[::-1],
+        roll=lambda x, n: np.roll(x, n),
+        concat=lambda xs: np.concatenate(xs),
+        argsort=np.argsort,
+        fft=lambda x, n, axis: np.fft.fft(x, n=n, axis=axis),
+        ifft=lambda x, n, axis: np.fft.ifft(x, n=n, axis=axis),
+        rfft=lambda x, n, axis: np.fft.rfft(x, n=n, axis=axis),
+        irfft=lambda x, n, axis: np.fft.irfft(x, n=n, axis=axis),
+        is_complex=np.iscomplexobj,
+        is_integer=lambda x: np.issubdtype(x.dtype, np.integer),
+        is_low_precision=lambda x: x.dtype == np.float16,
+        astype=lambda x, dtype: x.astype(dtype, copy=False),
+        float32=np.float32,
+        sqrt_mean_square=lambda x: np.sqrt(np.mean(np.abs(x) ** 2)),
+        maximum_scalar=lambda x, s: np.maximum(x, s),
+        promotes=True,
+    )
+
+
+def _torch_ops() -> SimpleNamespace:
+    import torch
+
+    return SimpleNamespace(
+        name="torch",
+        permute=torch.permute,
+        pad_last=lambda x, n: torch.nn.functional.pad(x, (0, n)),
+        pad_first=lambda x, n: torch.nn.functional.pad(x, (0, 0) * (x.ndim - 1) + (0, n)),
+        conj=lambda x: x.conj().resolve_conj(),
+        flip=lambda x: torch.flip(x, (0,)),
+        roll=lambda x, n: torch.roll(x, n, 0),
+        concat=lambda xs: torch.cat(tuple(xs)),
+        argsort=torch.argsort,
+        fft=lambda x, n, axis: torch.fft.fft(x, n=n, dim=axis),
+        ifft=lambda x, n, axis: torch.fft.ifft(x, n=n, dim=axis),
+        rfft=lambda x, n, axis: torch.fft.rfft(x, n=n, dim=axis),
+        irfft=lambda x, n, axis: torch.fft.irfft(x, n=n, dim=axis),
+        is_complex=lambda x: x.is_complex(),
+        is_integer=lambda x: not (x.is_floating_point() or x.is_complex() or x.dtype == torch.bool),
+        is_low_precision=lambda x: x.dtype in (torch.float16, torch.bfloat16),
+        astype=lambda x, dtype: x.to(dtype),
+        float32=torch.float32,
+        sqrt_mean_square=lambda x: x.abs().square().mean().sqrt(),
+        maximum_scalar=lambda x, s: x.clamp(min=s),
+        promotes=False,
+    )
+
+
+def _jax_ops() -> SimpleNamespace:
+    import jax.numpy as jnp
+
+    return SimpleNamespace(
+        name="jax",
+        permute=jnp.transpose,
+        pad_last=lambda x, n: jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, n)]),
+        pad_first=lambda x, n: jnp.pad(x, [(0, n)] + [(0, 0)] * (x.ndim - 1)),
+        conj=jnp.conj,
+        flip=lambda x: jnp.flip(x, 0),
+        roll=lambda x, n: jnp.roll(x, n),
+        concat=lambda xs: jnp.concatenate(xs),
+        argsort=jnp.argsort,
+        fft=lambda x, n, axis: jnp.fft.fft(x, n=n, axis=axis),
+        ifft=lambda x, n, axis: jnp.fft.ifft(x, n=n, axis=axis),
+        rfft=lambda x, n, axis: jnp.fft.rfft(x, n=n, axis=axis),
+        irfft=lambda x, n, axis: jnp.fft.irfft(x, n=n, axis=axis),
+        is_complex=jnp.iscomplexobj,
+        is_integer=lambda x: jnp.issubdtype(x.dtype, jnp.integer),
+        is_low_precision=lambda x: x.dtype in (jnp.float16, jnp.bfloat16),
+        astype=lambda x, dtype: x.astype(dtype),
+        float32=jnp.float32,
+        sqrt_mean_square=lambda x: jnp.sqrt(jnp.mean(jnp.abs(x) ** 2)),
+        maximum_scalar=lambda x, s: jnp.maximum(x, s),
+        promotes=True,
+    )
+
+
+_MAKERS = {"numpy": _numpy_ops, "torch": _torch_ops, "jax": _jax_ops}
+_CACHE: dict[str, SimpleNamespace] = {}
+
+
+def ops(name: str) -> SimpleNamespace:
+    """The operations of one backend, by its name."""
+    found = _CACHE.get(name)
+    if found is None:
+        if name not in _MAKERS:
+            raise ValueError(f"unknown backend {name!r}; one of {', '.join(BACKENDS)}")
+        found = _CACHE[name] = _MAKERS[name]()
+    return found
+
+
+def dtype_name(dtype: Any) -> str:
+    """``float32`` and the like, for a dtype of any of the three libraries."""
+    text = str(np.dtype(dtype)) if isinstance(dtype, type) else str(dtype)
+    return text.removeprefix("torch.")
+
+
+def to_backend(x: np.ndarray, backend: str, dtype: Any = None, device: Any = None) -> Array:
+    """Copy a NumPy array to ``backend``, with a dtype given as a name, a NumPy, torch or jax dtype."""
+    if backend == "numpy":
+        if device not in (None, "cpu"):
+            raise ValueError(f"NumPy arrays live on the CPU, got device {device!r}")
+        return x if dtype is None else x.astype(dtype_name(dtype))
+    if backend == "torch":
+        import torch
+
+        target = getattr(torch, dtype_name(dtype)) if dtype is not None else None
+        return torch.tensor(x, dtype=target, device=device)
+    if backend == "jax":
+        import jax
+        import jax.numpy as jnp
+
+        name = dtype_name(dtype) if dtype is not None else str(x.dtype)
+        made = jnp.asarray(x, dtype=name)
+        if str(made.dtype) != name:
+            raise ValueError(
+                f"jax gave {made.dtype} where {name} was asked for; enable it with "
+                "jax.config.update('jax_enable_x64', True)"
+            )
+        return made if device is None else jax.device_put(made, device)
+    raise ValueError(f"unknown backend {backend!r}; one of {', '.join(BACKENDS)}")

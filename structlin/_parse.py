@@ -1,0 +1,110 @@
+"""Parsing of einsum chains, with errors that name the string, the step and the axis."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Step:
+    """One two-operand einsum ``input,factor->output`` with the roles of its axes.
+
+    The four roles follow from where an axis stands: *contracted* in input and factor, *free* in factor and
+    output, *batch* in all three, *carried* in input and output. Each is a string of axes, ordered as in the
+    factor (carried: as in the input).
+
+    >>> step = Step.parse("pa,pfra->frp")
+    >>> step.batch, step.free, step.contracted, step.carried
+    ('p', 'fr', 'a', '')
+    """
+
+    input: str
+    factor: str
+    output: str
+
+    @classmethod
+    def parse(cls, text: str) -> Step:
+        """Parse ``"pa,pfra->frp"``; raises ValueError naming the offending axis."""
+        squeezed = "".join(text.split())
+        left, arrow, output = squeezed.partition("->")
+        terms = left.split(",")
+        if not arrow or len(terms) != 2 or "->" in output or "," in output:
+            raise ValueError(f"step {text.strip()!r}: expected the form 'input,factor->output'")
+        step = cls(terms[0], terms[1], output)
+        step.validate()
+        return step
+
+    def validate(self) -> None:
+        """Check that every axis has exactly one of the four roles."""
+        for name, term in (("input", self.input), ("factor", self.factor), ("output", self.output)):
+            if not term:
+                raise ValueError(f"step {str(self)!r}: the {name} has no axis")
+            for axis in term:
+                if not axis.isalpha():
+                    raise ValueError(f"step {str(self)!r}: {axis!r} is not a letter")
+                if term.count(axis) > 1:
+                    raise ValueError(f"step {str(self)!r}: axis {axis!r} stands twice in the {name}")
+        for axis in dict.fromkeys(self.input + self.factor + self.output):
+            places = [
+                name
+                for name, term in (("input", self.input), ("factor", self.factor), ("output", self.output))
+                if axis in term
+            ]
+            if len(places) == 1:
+                raise ValueError(
+                    f"step {str(self)!r}: axis {axis!r} stands only in the {places[0]}; each axis must stand in two or three of input, factor and output"
+                )
+
+    def __str__(self) -> str:
+        return f"{self.input},{self.factor}->{self.output}"
+
+    @property
+    def contracted(self) -> str:
+        return "".join(a for a in self.factor if a in self.input and a not in self.output)
+
+    @property
+    def free(self) -> str:
+        return "".join(a for a in self.factor if a in self.output and a not in self.input)
+
+    @property
+    def batch(self) -> str:
+        return "".join(a for a in self.factor if a in self.input and a in self.output)
+
+    @property
+    def carried(self) -> str:
+        return "".join(a for a in self.input if a in self.output and a not in self.factor)
+
+    def transpose(self) -> Step:
+        return Step(self.output, self.factor, self.input)
+
+
+def parse_chain(text: str) -> tuple[Step, ...]:
+    """Parse a semicolon-separated chain of steps."""
+    if not isinstance(text, str):
+        raise TypeError(f"an einsum chain is a string, got {type(text).__name__}")
+    steps = []
+    for number, part in enumerate(text.split(";")):
+        try:
+            steps.append(Step.parse(part))
+        except ValueError as error:
+            raise ValueError(f"{text!r}, step {number}: {error}") from None
+    return tuple(steps)
+
+
+def check_sizes(steps: tuple[Step, ...], sizes: Mapping[str, int]) -> tuple[tuple[str, int], ...]:
+    """Check that every axis, and no other, has a positive integer size; return them in order of appearance."""
+    text = "; ".join(map(str, steps))
+    needed = dict.fromkeys("".join(s.input + s.factor + s.output for s in steps))
+    for axis, size in sizes.items():
+        if axis not in needed:
+            raise ValueError(f"{text!r}: size given for axis {axis!r}, which stands in no step; axes are {', '.join(needed)}")
+        if isinstance(size, bool) or not hasattr(size, "__index__"):
+            raise TypeError(f"{text!r}: axis {axis!r} needs an integer size, got {size!r}")
+        if size < 1:
+            raise ValueError(f"{text!r}: axis {axis!r} needs a size of at least 1, got {size}")
+    for number, step in enumerate(steps):
+        for axis in step.input + step.factor + step.output:
+            if axis not in sizes:
+                raise ValueError(f"{text!r}, step {number} {str(step)!r}: no size given for axis {axis!r}")
+    return tuple((axis, int(sizes[axis])) for axis in needed)

@@ -1,0 +1,341 @@
+"""The structure of a matrix: an ordered chain of two-operand einsums, from which everything else is derived.
+
+A chain acts on an activation. Each step contracts it with one factor; the roles of the axes
+(see :class:`Step`) give the factor's fans, its number of blocks, the parameters, the multiply-accumulates, the
+transpose and the scale at which to draw it. The order of the steps is part of the structure.
+
+Structures hold no arrays: they are frozen and hashable, and serve as static arguments of ``jax.jit``.
+Shapes are ``(d_out, d_in)``, as in SciPy, CoLA and ``torch.nn.Linear.weight``.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+
+from structlin._arrays import Array, backend_of, common_backend, ops
+from structlin._parse import Step, check_sizes, parse_chain
+from structlin._plan import make_plan
+
+
+@dataclass(frozen=True)
+class Factor:
+    """What one factor of a structure is, apart from its values.
+
+    ``shape``: of the array. ``fan_in`` / ``fan_out``: how many inputs (outputs) one element of its output (input)
+    sees. ``blocks``: how many independent matrices of (fan_out, fan_in) it holds. ``carried``: to how many
+    positions of a vector the same weights are applied. ``trainable`` is False for index arrays.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    fan_in: int
+    fan_out: int
+    blocks: int = 1
+    carried: int = 1
+    trainable: bool = True
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+
+class AbstractStructure(ABC):
+    """What operators, layers, counts and scale rules need of a structure.
+
+    A subclass is frozen and hashable, sets ``d_in``, ``d_out`` and ``factors`` (in the order in which they are
+    applied to a vector) and implements ``macs``, ``transpose``, ``transpose_factors``, ``_rows`` and ``_columns``.
+    """
+
+    d_in: int
+    d_out: int
+    factors: tuple[Factor, ...]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(d_out, d_in)``."""
+        return (self.d_out, self.d_in)
+
+    @property
+    def num_params(self) -> int:
+        """Number of trainable parameters."""
+        return sum(f.numel for f in self.factors if f.trainable)
+
+    @property
+    @abstractmethod
+    def macs(self) -> int:
+        """Multiply-accumulates of the products, for one vector."""
+
+    @property
+    def other_flops(self) -> Mapping[str, int]:
+        """FLOPs, by name, of work that is not a product, for one vector."""
+        return {}
+
+    @property
+    def setup_flops(self) -> Mapping[str, int]:
+        """FLOPs, by name, spent once for each application, whatever the number of vectors."""
+        return {}
+
+    @property
+    def flops(self) -> int:
+        """FLOPs for one vector: ``2 * macs`` and the other work."""
+        return 2 * self.macs + sum(self.other_flops.values())
+
+    @property
+    def rank_bound(self) -> int:
+        """An upper bound of the rank of the matrix."""
+        return min(self.shape)
+
+    @abstractmethod
+    def transpose(self) -> AbstractStructure:
+        """Structure of the transposed matrix."""
+
+    @abstractmethod
+    def transpose_factors(self, factors: Sequence[Array]) -> tuple[Array, ...]:
+        """Factors of the transposed matrix, for ``transpose()``."""
+
+    @abstractmethod
+    def _rows(self, factors: Sequence[Array], x: Array, xp: SimpleNamespace) -> Array:
+        """(tokens, d_in) -> (tokens, d_out), unchecked."""
+
+    @abstractmethod
+    def _columns(self, factors: Sequence[Array], x: Array, xp: SimpleNamespace) -> Array:
+        """(d_in, k) -> (d_out, k), unchecked."""
+
+    def check(self, factors: Sequence[Array]) -> str:
+        """Check number, shapes, backend and dtypes of ``factors``; return the backend's name.
+
+        Raises ValueError for wrong numbers, shapes and mixed dtypes, TypeError for what is no array or for
+        arrays of different libraries.
+        """
+        if len(factors) != len(self.factors):
+            raise ValueError(f"{self!r} has {len(self.factors)} factors, got {len(factors)}")
+        name = common_backend(factors)
+        for spec, array in zip(self.factors, factors, strict=True):
+            if tuple(array.shape) != spec.shape:
+                raise ValueError(
+                    f"factor {spec.name} of {self!r} has shape {spec.shape}, got {tuple(array.shape)}"
+                )
+            if ops(name).is_integer(array) == spec.trainable:
+                wanted = "a floating or complex dtype" if spec.trainable else "an integer dtype"
+                raise ValueError(f"factor {spec.name} of {self!r} needs {wanted}, got {array.dtype}")
+        dtypes = {str(a.dtype) for spec, a in zip(self.factors, factors, strict=True) if spec.trainable}
+        if len(dtypes) > 1:
+            raise ValueError(f"the factors need one dtype, got {', '.join(sorted(dtypes))}")
+        return name
+
+    def _check_input(self, factors: Sequence[Array], x: Array, axis: int) -> SimpleNamespace:
+        name = self.check(factors)
+        if backend_of(x) != name:
+            raise TypeError(f"the factors are {name} arrays, the input is a {backend_of(x)} array")
+        if x.ndim == 0 or x.shape[axis] != self.d_in:
+            place = "last" if axis == -1 else "first"
+            raise ValueError(f"the {place} axis of the input must have size d_in = {self.d_in}, got shape {tuple(x.shape)}")
+        xp = ops(name)
+        weights = [a.dtype for spec, a in zip(self.factors, factors, strict=True) if spec.trainable]
+        if not xp.promotes and weights and weights[0] != x.dtype:
+            raise ValueError(f"the factors are {weights[0]}, the input is {x.dtype}: convert one of them")
+        return xp
+
+    def apply(self, factors: Sequence[Array], x: Array) -> Array:
+        """Apply the matrix to row-major activations: ``(..., d_in) -> (..., d_out)``.
+
+        ``factors`` and ``x`` are NumPy, torch or jax arrays of one library; NumPy and jax promote dtypes as they
+        always do, torch wants equal ones. Differentiable, and usable inside jit, vmap and ``torch.compile``.
+        Raises ValueError or TypeError on wrong shapes, dtypes or mixed libraries.
+        """
+        xp = self._check_input(factors, x, -1)
+        lead = tuple(x.shape[:-1])
+        return self._rows(factors, x.reshape((math.prod(lead), self.d_in)), xp).reshape((*lead, self.d_out))
+
+    def apply_columns(self, factors: Sequence[Array], x: Array) -> Array:
+        """Apply the matrix to column-major activations: ``(d_in, k) -> (d_out, k)``. Raises as :meth:`apply`."""
+        xp = self._check_input(factors, x, 0)
+        if x.ndim != 2:
+            raise ValueError(f"columns have shape (d_in, k) = ({self.d_in}, k), got {tuple(x.shape)}")
+        return self._columns(factors, x, xp)
+
+
+@dataclass(frozen=True, repr=False)
+class Structure(AbstractStructure):
+    """An ordered chain of two-operand einsums with axis sizes.
+
+    Build it with :meth:`parse`. ``d_in`` (``d_out``) may be smaller than the product of the first input's (last
+    output's) axis sizes: the input is then padded with zeros, and the output cut, at the end.
+
+    Where the axes of a step's input differ from those of the output before it, the vector is *regrouped*: read in
+    row-major order and split into the new axes. Axis letters may not be reused across such a boundary.
+
+    >>> s = Structure.parse("pa,pfra->frp; frp,ferp->fe", p=3, a=2, f=5, r=2, e=7)
+    >>> s.shape, s.num_params, s.macs
+    ((35, 6), 270, 270)
+    >>> [(f.fan_in, f.fan_out, f.blocks) for f in s.factors]
+    [(2, 10, 3), (6, 7, 5)]
+    """
+
+    steps: tuple[Step, ...]
+    sizes: tuple[tuple[str, int], ...]
+    d_in: int
+    d_out: int
+    factors: tuple[Factor, ...] = field(init=False, compare=False)
+
+    def __post_init__(self) -> None:
+        sizes = dict(self.sizes)
+        text = "; ".join(map(str, self.steps))
+
+        def size(axes: str) -> int:
+            return math.prod(sizes[a] for a in axes)
+
+        closed: set[str] = set()
+        for number, (before, after) in enumerate(zip(self.steps, self.steps[1:], strict=False)):
+            if before.output == after.input:
+                continue
+            if set(before.output) == set(after.input):
+                raise ValueError(
+                    f"{text!r}, step {number + 1}: input {after.input!r} permutes the output {before.output!r} of the step before; write the axes in the same order"
+                )
+            closed |= set("".join(s.input + s.factor + s.output for s in self.steps[: number + 1]))
+            if reused := closed & set("".join(s.input + s.factor + s.output for s in self.steps[number + 1 :])):
+                raise ValueError(
+                    f"{text!r}, step {number + 1}: input {after.input!r} is not the output {before.output!r} of the step before, and axis {min(reused)!r} stands on both sides; a regrouped vector needs new letters"
+                )
+            if size(before.output) != size(after.input):
+                raise ValueError(
+                    f"{text!r}, step {number + 1}: input {after.input!r} has {size(after.input)} elements, the output {before.output!r} before it has {size(before.output)}"
+                )
+        inner_in, inner_out = size(self.steps[0].input), size(self.steps[-1].output)
+        for name, given, inner in (("d_in", self.d_in, inner_in), ("d_out", self.d_out, inner_out)):
+            if isinstance(given, bool) or not hasattr(given, "__index__"):
+                raise TypeError(f"{text!r}: {name} must be an integer, got {given!r}")
+            if not 1 <= given <= inner:
+                raise ValueError(
+                    f"{text!r}: {name} must lie between 1 and the {inner} elements of its axes (fewer means zero-padding or a cut), got {given}"
+                )
+        factors = tuple(
+            Factor(
+                f"W{number}",
+                tuple(sizes[a] for a in step.factor),
+                size(step.contracted),
+                size(step.free),
+                size(step.batch),
+                size(step.carried),
+            )
+            for number, step in enumerate(self.steps)
+        )
+        set_ = object.__setattr__
+        set_(self, "factors", factors)
+        set_(self, "_pad", (inner_in - self.d_in, inner_out - self.d_out))
+        set_(self, "_plans", (make_plan(self.steps, sizes, True), make_plan(self.steps, sizes, False)))
+
+    @classmethod
+    def parse(
+        cls, chain: str, sizes: Mapping[str, int] | None = None, /, *, d_in: int | None = None,
+        d_out: int | None = None, **more: int,
+    ) -> Structure:  # fmt: skip
+        """Build a structure from ``"input,factor->output; ..."`` and the sizes of its axes.
+
+        Sizes are given by keyword, or as a mapping (for axes that are no identifiers). Raises ValueError naming
+        the string, the step and the axis at fault; TypeError for sizes that are no integers.
+
+        >>> Structure.parse("i,ri->r; r,or->o", i=8, r=2, o=6)
+        Structure.parse('i,ri->r; r,or->o', i=8, r=2, o=6)
+        >>> Structure.parse("i,ri->r; r,os->o", i=8, r=2, o=6, s=3)
+        Traceback (most recent call last):
+        ...
+        ValueError: 'i,ri->r; r,os->o', step 1: step 'r,os->o': axis 'r' stands only in the input; each axis must stand in two or three of input, factor and output
+        """
+        steps = parse_chain(chain)
+        both = set(sizes or {}) & set(more)
+        if both:
+            raise ValueError(f"sizes of {', '.join(sorted(both))} are given twice")
+        checked = check_sizes(steps, {**(sizes or {}), **more})
+        table = dict(checked)
+        full_in = math.prod(table[a] for a in steps[0].input)
+        full_out = math.prod(table[a] for a in steps[-1].output)
+        return cls(steps, checked, full_in if d_in is None else d_in, full_out if d_out is None else d_out)
+
+    def __repr__(self) -> str:
+        chain = "; ".join(map(str, self.steps))
+        args = [f"{a}={n}" for a, n in self.sizes]
+        args += [f"d_in={self.d_in}"] if self._pad[0] else []
+        args += [f"d_out={self.d_out}"] if self._pad[1] else []
+        return f"Structure.parse({chain!r}, {', '.join(args)})"
+
+    def __str__(self) -> str:
+        """A table with a row for each step."""
+        head = ("step", "factor shape", "fan_in", "fan_out", "blocks", "carried", "params", "MACs")
+        rows = [
+            (str(s), "x".join(map(str, f.shape)), f.fan_in, f.fan_out, f.blocks, f.carried, f.numel, f.numel * f.carried)
+            for s, f in zip(self.steps, self.factors, strict=True)
+        ]
+        rows.append((f"{self.d_out} x {self.d_in}", "", "", "", "", "", self.num_params, self.macs))
+        cells = [tuple(map(str, row)) for row in (head, *rows)]
+        widths = [max(len(row[i]) for row in cells) for i in range(len(head))]
+        return "\n".join(
+            "  ".join(c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))).rstrip()
+            for row in cells
+        )
+
+    @property
+    def padding(self) -> tuple[int, int]:
+        """Zeros appended to the input, and elements cut from the output."""
+        return self._pad
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates for one vector: the sum of parameters times carried positions."""
+        return sum(f.numel * f.carried for f in self.factors)
+
+    @property
+    def rank_bound(self) -> int:
+        """Upper bound of the rank: the cheapest cut of the chain's axes between input and output.
+
+        A cut puts each factor on the input's or on the output's side and costs the product of the sizes of the
+        axes that touch both sides. All cuts are tried up to 16 steps, beyond that those in the order of the chain.
+        """
+        bound, start = min(self.d_in, self.d_out), 0
+        for stop in range(1, len(self.steps) + 1):
+            if stop == len(self.steps) or self.steps[stop].input != self.steps[stop - 1].output:
+                bound = min(bound, _cheapest_cut(self.steps[start:stop], dict(self.sizes)))
+                start = stop
+        return bound
+
+    def transpose(self) -> Structure:
+        """Steps reversed, with inputs and outputs swapped; the factors keep their layout."""
+        return Structure(tuple(s.transpose() for s in reversed(self.steps)), self.sizes, self.d_out, self.d_in)
+
+    def transpose_factors(self, factors: Sequence[Array]) -> tuple[Array, ...]:
+        return tuple(reversed(factors))
+
+    def _rows(self, factors: Sequence[Array], x: Array, xp: SimpleNamespace) -> Array:
+        if self._pad[0]:
+            x = xp.pad_last(x, self._pad[0])
+        tokens = x.shape[0]
+        y = self._plans[0](factors, x, tokens, xp).reshape((tokens, self.d_out + self._pad[1]))
+        return y[:, : self.d_out] if self._pad[1] else y
+
+    def _columns(self, factors: Sequence[Array], x: Array, xp: SimpleNamespace) -> Array:
+        if self._pad[0]:
+            x = xp.pad_first(x, self._pad[0])
+        tokens = x.shape[1]
+        y = self._plans[1](factors, x, tokens, xp).reshape((self.d_out + self._pad[1], tokens))
+        return y[: self.d_out] if self._pad[1] else y
+
+
+def _cheapest_cut(steps: Sequence[Step], sizes: Mapping[str, int]) -> int:
+    count = len(steps)
+    members = {  # per axis, a bit mask of what it touches: bit 0 the input, bits 1..count the factors, the last the output
+        axis: (axis in steps[0].input)
+        | sum((axis in s.factor) << (i + 1) for i, s in enumerate(steps))
+        | (axis in steps[-1].output) << (count + 1)
+        for axis in dict.fromkeys("".join(s.input + s.factor + s.output for s in steps))
+    }
+    sides = range(2**count) if count <= 16 else [2**k - 1 for k in range(count + 1)]
+    return min(
+        math.prod(sizes[a] for a, mask in members.items() if mask & (1 | side << 1) and mask & ~(1 | side << 1))
+        for side in sides
+    )
