@@ -1,0 +1,126 @@
+"""Splitting a size into factors, by a named rule.
+
+``balanced``: the factorisation with the smallest ratio of largest to smallest factor. ``greedy``: prime factors in
+ascending order, each multiplied onto the currently smallest number (the rule of *Compute Better Spent*,
+Qiu et al., ICML 2024). Both return the factors in ascending order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+
+RULES = ("balanced", "greedy")
+MAX_RATIO = 16  # `balanced` refuses a more lopsided split
+
+
+def factorize(n: int, parts: int, rule: str | Sequence[int] = "balanced") -> tuple[int, ...]:
+    """Split ``n`` into ``parts`` factors by ``rule``, or check factors given explicitly.
+
+    Raises ValueError where ``n`` has no split into factors above 1 (``balanced``: none with a ratio of at most
+    16), naming the nearest sizes that have one, and where explicit factors do not multiply to ``n``.
+
+    >>> factorize(768, 2), factorize(3072, 2), factorize(3072, 2, "greedy")
+    ((24, 32), (48, 64), (32, 96))
+    >>> factorize(12, 2, (6, 2))
+    (6, 2)
+    >>> factorize(101, 2)
+    Traceback (most recent call last):
+    ...
+    ValueError: 101 cannot be split into 2 factors by rule 'balanced'; the nearest sizes that can are 100 and 102
+    """
+    if isinstance(n, bool) or not hasattr(n, "__index__") or n < 1:
+        raise ValueError(f"the size to split must be a positive integer, got {n!r}")
+    if isinstance(parts, bool) or not hasattr(parts, "__index__") or parts < 1:
+        raise ValueError(f"the number of factors must be a positive integer, got {parts!r}")
+    if not isinstance(rule, str):
+        explicit = tuple(rule)
+        product = 1
+        for k in explicit:
+            if isinstance(k, bool) or not hasattr(k, "__index__") or k < 1:
+                raise ValueError(f"explicit factors must be positive integers, got {explicit}")
+            product *= k
+        if len(explicit) != parts or product != n:
+            raise ValueError(f"{parts} factors with product {n} are needed, got {explicit} with product {product}")
+        return tuple(int(k) for k in explicit)
+    if rule not in RULES:
+        raise ValueError(f"unknown factorization {rule!r}; one of {', '.join(RULES)}, or the factors themselves")
+    found = _split(int(n), int(parts), rule)
+    if found is None:
+        near = " and ".join(map(str, nearest_sizes(int(n), int(parts), rule)))
+        raise ValueError(
+            f"{n} cannot be split into {parts} factors by rule {rule!r}; the nearest sizes that can are {near}"
+        )
+    return found
+
+
+def nearest_sizes(n: int, parts: int, rule: str = "balanced") -> tuple[int, ...]:
+    """The nearest splittable size below ``n`` (if there is one) and the nearest above it.
+
+    >>> nearest_sizes(47, 2)
+    (46, 48)
+    >>> nearest_sizes(1, 3)
+    (8,)
+    """
+    below = next((k for k in range(n - 1, 2**parts - 1, -1) if _split(k, parts, rule)), None)
+    above = next(k for k in range(max(n + 1, 2**parts), 2 * max(n, 2**parts) * 2**parts) if _split(k, parts, rule))
+    return (above,) if below is None else (below, above)
+
+
+@lru_cache(maxsize=4096)
+def _split(n: int, parts: int, rule: str) -> tuple[int, ...] | None:
+    found = _greedy(n, parts) if rule == "greedy" else _balanced(n, parts)
+    if parts > 1 and (found is None or found[0] == 1):
+        return None
+    return found
+
+
+def _primes(n: int) -> Iterator[int]:
+    p = 2
+    while p * p <= n:
+        while n % p == 0:
+            yield p
+            n //= p
+        p += 1
+    if n > 1:
+        yield n
+
+
+def _greedy(n: int, parts: int) -> tuple[int, ...]:
+    numbers = [1] * parts
+    for p in _primes(n):
+        numbers[numbers.index(min(numbers))] *= p
+    return tuple(sorted(numbers))
+
+
+def _balanced(n: int, parts: int) -> tuple[int, ...] | None:
+    """Depth-first over ascending divisors; cut where the ratio can no longer beat the best."""
+    divisors = [1]
+    for p in _primes(n):
+        divisors = sorted({d * q for d in divisors for q in (1, p)})
+    best: tuple[int, ...] | None = None
+
+    def ratio(split: tuple[int, ...]) -> float:
+        return split[-1] / split[0]
+
+    def search(rest: int, left: int, chosen: tuple[int, ...]) -> None:
+        nonlocal best
+        if left == 1:
+            split = (*chosen, rest)
+            if rest >= chosen[-1] and (best is None or ratio(split) < ratio(best)):
+                best = split
+            return
+        for d in reversed(divisors):
+            if d**left > rest or rest % d:
+                continue
+            if chosen and d < chosen[-1]:
+                break
+            smallest = chosen[0] if chosen else d
+            largest_at_least = (rest // d) ** (1 / (left - 1))
+            if best is None or largest_at_least / smallest < ratio(best) * (1 + 1e-9):
+                search(rest // d, left - 1, (*chosen, d))
+
+    if parts == 1:
+        return (n,)
+    search(n, parts, ())
+    return best if best is not None and best[0] > 1 and ratio(best) <= MAX_RATIO else None
