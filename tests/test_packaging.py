@@ -1,0 +1,297 @@
+"""The package as it is distributed: metadata, dependencies, contents of the wheel, cost of the import."""
+
+import ast
+import configparser
+import email
+import email.message
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+
+import structlin
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGES = ("structlin", "structlin_nn")
+MAX_LINES = 600
+MAX_IMPORT_SECONDS = 0.5
+DATA_SUFFIXES = {".json", ".jsonl", ".csv", ".npz", ".png", ".svg"}
+# Import names that differ from the name of the distribution. plum comes with cola-ml, which pins it.
+DISTRIBUTIONS = {"PIL": "pillow", "cola": "cola-ml", "plum": "cola-ml", "opt_einsum": "opt-einsum"}
+TRAINING_MODULES = {
+    "PIL",
+    "flax",
+    "matplotlib",
+    "optax",
+    "pandas",
+    "safetensors",
+    "structlin_nn",
+    "timm",
+    "torchvision",
+    "tqdm",
+    "tyro",
+}
+
+
+def repository_files() -> list[Path]:
+    """Files that are tracked, or would be by `git add .`; relative to the root."""
+    if not (ROOT / ".git").exists() or shutil.which("git") is None:
+        pytest.skip("needs a git checkout to tell the project's files from others")
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout
+    return sorted(path for name in listed.split("\0") if name and (ROOT / (path := Path(name))).is_file())
+
+
+def sources(folder: str) -> list[Path]:
+    return [path for path in repository_files() if path.parts[0] == folder and path.suffix == ".py"]
+
+
+def run_python(code: str, *arguments: str, path: Path | None = None) -> str:
+    """What a new interpreter prints; it imports the packages from `path`, or from where this process does."""
+    environment = dict(os.environ, PYTHONPATH=str(path or Path(structlin.__file__).parents[1]))
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code, *arguments], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def config() -> configparser.ConfigParser:
+    parser = configparser.ConfigParser(interpolation=None)
+    parser.read(ROOT / "setup.cfg", encoding="utf-8")
+    return parser
+
+
+def requirements(config: configparser.ConfigParser) -> dict[str, list[Requirement]]:
+    """Requirements by extra; those of the core under the empty string."""
+    lists = {"": config["options"]["install_requires"], **config["options.extras_require"]}
+    return {extra: [Requirement(line) for line in text.split("\n") if line] for extra, text in lists.items()}
+
+
+def pins() -> dict[str, str]:
+    text = (ROOT / "constraints.txt").read_text(encoding="utf-8")
+    lines = [line for line in text.splitlines() if line and not line.startswith("#")]
+    found = {}
+    for line in lines:
+        name, separator, version = line.partition("==")
+        assert separator, f"constraints.txt: {line!r} does not pin one version"
+        found[canonicalize_name(name)] = version
+    assert len(found) == len(lines), "constraints.txt pins a package twice"
+    return found
+
+
+class TestVersion:
+    def test_is_stated_in_one_place(self, config: configparser.ConfigParser) -> None:
+        assert config["metadata"]["version"] == "attr: structlin.__version__"
+        assert re.fullmatch(r"\d+\.\d+\.\d+", structlin.__version__)
+        version = re.compile(rf"(?<![\d.]){re.escape(structlin.__version__)}(?![\d.])")
+        stated = [
+            path.as_posix()
+            for path in repository_files()
+            if path.as_posix() in ("setup.cfg", "pyproject.toml") or path.parts[0] in PACKAGES
+            if path.suffix in (".py", ".cfg", ".toml")
+            if version.search((ROOT / path).read_text(encoding="utf-8"))
+        ]
+        assert stated == ["structlin/__init__.py"]
+
+
+class TestImport:
+    def test_is_fast_and_leaves_training_dependencies_alone(self) -> None:
+        code = """
+import sys, time, json
+import cola
+before = set(sys.modules)
+start = time.process_time()
+import structlin
+seconds = time.process_time() - start
+print(json.dumps([seconds, sorted({name.partition(".")[0] for name in set(sys.modules) - before})]))
+"""
+        runs = [json.loads(run_python(code).splitlines()[-1]) for _ in range(2)]
+        imported = set(runs[0][1])
+        assert "structlin" in imported
+        assert imported & TRAINING_MODULES == set()
+        assert min(seconds for seconds, _ in runs) < MAX_IMPORT_SECONDS, runs
+
+
+class TestFiles:
+    def test_are_short(self) -> None:
+        lengths = {
+            path.as_posix(): len((ROOT / path).read_bytes().splitlines())
+            for path in repository_files()
+            if path.suffix not in DATA_SUFFIXES
+        }
+        assert len(lengths) > 10
+        assert {name: lines for name, lines in lengths.items() if lines >= MAX_LINES} == {}
+
+    def test_name_no_path_of_one_machine(self) -> None:
+        # Spelled in parts so that this file does not match itself.
+        folders = [("work",), ("farm",), ("opt", "wheels"), ("opt", "pypi"), ("tmp", "venv"), ("root",)]
+        paths = re.compile(
+            b"|".join(rb"(?<![\w.}])/" + "/".join(parts).encode() + rb"\b" for parts in folders)
+        )
+        named = [path.as_posix() for path in repository_files() if paths.search((ROOT / path).read_bytes())]
+        assert named == []
+
+
+class TestRequirements:
+    def test_extras(self, config: configparser.ConfigParser) -> None:
+        assert set(requirements(config)) == {"", "torch", "jax", "train", "vision", "test", "docs"}
+
+    def test_all_have_a_tested_version_within_their_range(self, config: configparser.ConfigParser) -> None:
+        tested = pins()
+        for extra, wanted in requirements(config).items():
+            for requirement in wanted:
+                if requirement.name == "structlin":
+                    assert requirement.extras <= set(requirements(config)), f"extra {extra!r}: {requirement}"
+                    continue
+                name = canonicalize_name(requirement.name)
+                assert name in tested, f"extra {extra!r}: constraints.txt does not pin {name}"
+                assert tested[name] in requirement.specifier, (
+                    f"extra {extra!r}: {requirement}, {tested[name]}"
+                )
+                assert requirement.specifier, f"extra {extra!r}: {name} has no lower bound"
+
+    def test_cola_is_pinned(self, config: configparser.ConfigParser) -> None:
+        assert "cola-ml==0.0.7" in map(str, requirements(config)[""])
+
+    @pytest.mark.parametrize(
+        ("folder", "extras"),
+        [
+            ("structlin", ("", "torch", "jax")),
+            ("structlin_nn", ("", "torch", "jax", "train", "vision")),
+            ("tests", ("", "torch", "jax", "train", "vision", "test")),
+        ],
+    )
+    def test_cover_every_import(
+        self, config: configparser.ConfigParser, folder: str, extras: tuple[str, ...]
+    ) -> None:
+        declared = {canonicalize_name(r.name) for extra in extras for r in requirements(config)[extra]}
+        files = sources(folder)
+        local = {*PACKAGES, *(path.stem for path in files)} if folder == "tests" else set(PACKAGES)
+        undeclared = {
+            (path.as_posix(), module)
+            for path in files
+            for module, _ in imports(ROOT / path)
+            if module not in sys.stdlib_module_names and module not in local
+            if canonicalize_name(DISTRIBUTIONS.get(module, module)) not in declared
+        }
+        assert files
+        assert undeclared == set()
+
+    def test_core_imports_torch_and_jax_only_where_used(self) -> None:
+        eager = {
+            (path.as_posix(), module)
+            for path in sources("structlin")
+            for module, at_import in imports(ROOT / path)
+            if at_import and module in ("torch", "jax")
+        }
+        assert eager == set()
+
+
+def imports(source: Path) -> Iterator[tuple[str, bool]]:
+    """(top-level module, whether importing the file imports it) for every absolute import in the file."""
+
+    def visit(node: ast.AST, at_import: bool) -> Iterator[tuple[str, bool]]:
+        if isinstance(node, ast.Import):
+            yield from ((alias.name.partition(".")[0], at_import) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+            yield node.module.partition(".")[0], at_import
+        for_types = isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+        if for_types or isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            at_import = False
+        for child in ast.iter_child_nodes(node):
+            yield from visit(child, at_import)
+
+    return visit(ast.parse(source.read_text(encoding="utf-8")), True)
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.Path:
+    """A wheel from a copy of the project's files, so that nothing stale in build/ gets into it."""
+    copy = tmp_path_factory.mktemp("source")
+    for path in repository_files():
+        if path.parts[0] in PACKAGES or len(path.parts) == 1:
+            (copy / path).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(ROOT / path, copy / path)
+    options = [
+        "--no-deps",
+        "--no-build-isolation",
+        "--no-index",
+        "--no-cache-dir",
+        "--wheel-dir",
+        "wheels",
+    ]
+    command = [sys.executable, "-m", "pip", "wheel", *options, "."]
+    built = subprocess.run(command, cwd=copy, capture_output=True, text=True)
+    assert built.returncode == 0, built.stdout + built.stderr
+    (wheel,) = (copy / "wheels").iterdir()
+    return zipfile.Path(wheel)
+
+
+@pytest.fixture(scope="module")
+def names(wheel: zipfile.Path) -> set[str]:
+    return {name for name in wheel.root.namelist() if not name.endswith("/")}
+
+
+@pytest.fixture(scope="module")
+def metadata(wheel: zipfile.Path, names: set[str]) -> email.message.Message:
+    (name,) = (name for name in names if name.endswith(".dist-info/METADATA"))
+    return email.message_from_bytes(wheel.root.read(name))
+
+
+class TestWheel:
+    def test_holds_the_files_of_both_packages_and_nothing_else(self, names: set[str]) -> None:
+        expected = {path.as_posix() for path in repository_files() if path.parts[0] in PACKAGES}
+        assert {f"{package}/py.typed" for package in PACKAGES} <= expected
+        assert {name for name in names if ".dist-info/" not in name} == expected
+
+    def test_metadata(self, metadata: email.message.Message, names: set[str]) -> None:
+        assert metadata["Name"] == "structlin"
+        assert Version(metadata["Version"]) == Version(structlin.__version__)
+        assert metadata["License-Expression"] == "Apache-2.0"
+        assert metadata["Requires-Python"] == ">=3.11"
+        assert metadata.get_payload() == (ROOT / "README.md").read_text(encoding="utf-8")
+        assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
+
+    def test_every_module_imports_and_the_command_starts(
+        self, wheel: zipfile.Path, names: set[str], tmp_path: Path
+    ) -> None:
+        wheel.root.extractall(tmp_path)
+        modules = sorted(
+            name.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+            for name in names
+            if name.endswith(".py") and not name.endswith("__main__.py")
+        )
+        imported = run_python(
+            "import importlib, sys\n"
+            "for name in sys.argv[1:]:\n"
+            "    print(importlib.import_module(name).__file__)",
+            *modules,
+            path=tmp_path,
+        ).splitlines()
+        assert len(imported) == len(modules) > 10
+        assert all(file.startswith(str(tmp_path)) for file in imported)
+
+        (entry_points,) = (name for name in names if name.endswith(".dist-info/entry_points.txt"))
+        parser = configparser.ConfigParser()
+        parser.read_string(wheel.root.read(entry_points).decode())
+        assert dict(parser["console_scripts"]) == {"structlin": "structlin_nn.cli:main"}
+        code = "import sys; from structlin_nn.cli import main; sys.exit(main())"
+        assert "structures" in run_python(code, "--help", path=tmp_path)
