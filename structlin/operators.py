@@ -1,0 +1,422 @@
+"""The CoLA operator of a structure: one base class, from which every named operator derives.
+
+A `StructuredOperator` is a structure (what the matrix looks like: static, hashable, no arrays) together with its
+factors (the arrays, in the order in which they meet a vector). Those two are all it holds; shape, dtype, device and
+array library follow from them, so an operator can not disagree with its own arrays after ``.to``, a cast, or a
+transformation of jax or torch.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from functools import cache, lru_cache
+from typing import Any, ClassVar, Self
+
+import cola
+import numpy as np
+from cola.backends import get_xnp, np_fns
+from cola.ops.operator_base import LinearOperator
+
+from ._arrays import Array, backend_of, common_backend, dtype_name, ops
+from .structure import AbstractStructure
+
+__all__ = ["StructuredOperator"]
+
+_FIELDS = ("structure", "factors", "_annotations", "_index_dtype")
+
+
+class StructuredOperator(LinearOperator):
+    """The matrix of shape (d_out, d_in) that ``structure`` makes of ``factors``.
+
+    Behaves as any operator of CoLA: ``A @ X`` for X of shape (d_in,) or (d_in, k), ``X @ A`` for X of shape
+    (..., d_out), sums, products, ``cola.linalg``. Factors may be NumPy arrays, torch tensors or jax arrays (tracers
+    too), floating or complex; the result is of the same library. A NumPy operator stays NumPy.
+
+    An operator is a pytree (jax, torch and CoLA's own) whose leaves are the factors, and it is immutable: to change a
+    factor, build another operator, which costs a few microseconds and copies nothing.
+
+    Args:
+        structure: what to make of the factors.
+        factors: arrays of the shapes in ``structure.factors``, in that order, all of one library and one dtype.
+            Integer arrays (an index) may stand among them where the structure asks for one.
+        dtype: only for a structure all of whose factors are integers, such as a permutation: the dtype that the
+            operator counts as having. Default: the library's default floating dtype.
+
+    Raises:
+        TypeError: factors that are no arrays, or of more than one library or dtype.
+        ValueError: a wrong number of factors, a wrong shape, or a ``dtype`` that contradicts the factors.
+
+    Example:
+        >>> import numpy as np
+        >>> from structlin import Structure, StructuredOperator
+        >>> low_rank = Structure.parse("i,ir->r; r,ro->o", i=4, r=1, o=3)
+        >>> A = StructuredOperator(low_rank, (np.ones((4, 1)), np.ones((1, 3))))
+        >>> A.shape, A.dtype
+        ((3, 4), dtype('float64'))
+        >>> A @ np.arange(4.0)
+        array([6., 6., 6.])
+        >>> (A @ A.T).to_dense()[0]
+        array([4., 4., 4.])
+    """
+
+    # CoLA records which attributes are leaves at the first assignment; here they are declared.
+    _dynamic: ClassVar[dict[str, bool]] = {name: name == "factors" for name in _FIELDS}
+
+    structure: AbstractStructure
+    factors: tuple[Array, ...]
+    _annotations: frozenset[type]
+    _index_dtype: Any
+    _transposed: AbstractStructure
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        return object.__new__(cls)
+
+    def __init__(self, structure: AbstractStructure, factors: Iterable[Array], dtype: Any = None) -> None:
+        if not isinstance(structure, AbstractStructure):
+            raise TypeError(f"structure must be an AbstractStructure, got {type(structure).__qualname__}")
+        factors = tuple(factors)
+        structure.check(factors)
+        _fill(self, structure, factors, type(self)._own_annotations(structure), _index_dtype(factors, dtype))
+
+    @classmethod
+    def _build(cls, structure: AbstractStructure, factors: tuple[Array, ...], dtype: Any = None) -> Self:
+        """An operator of this class around parts known to fit, past the subclass's own constructor."""
+        if dtype is not None or not _is_inexact(factors[0].dtype):
+            dtype = _index_dtype(factors, dtype)
+        return _fill(object.__new__(cls), structure, factors, cls._own_annotations(structure), dtype)
+
+    @classmethod
+    def _own_annotations(cls, structure: AbstractStructure) -> frozenset[type]:
+        """What every operator of this class is, whatever its numbers: for example ``{cola.Unitary}``."""
+        return frozenset()
+
+    # -- what follows from the two fields ------------------------------------------------------------------------
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(d_out, d_in)."""
+        return self.structure.shape
+
+    @property
+    def dtype(self) -> Any:
+        """Dtype of the factors, as their library writes it."""
+        for factor in self.factors:
+            found = getattr(factor, "dtype", None)
+            if found is None or _is_inexact(found):
+                return found
+        return self._index_dtype
+
+    @property
+    def device(self) -> Any:
+        """Where the first factor is; None for NumPy, as in CoLA."""
+        return _device_of(self.factors[0])
+
+    @property
+    def xnp(self) -> Any:
+        """CoLA's array functions, of the library that the factors belong to."""
+        return _functions_of(backend_of(self.factors[0]))
+
+    @property
+    def annotations(self) -> set[type]:
+        """What CoLA may assume: SelfAdjoint, PSD, Unitary, Stiefel. A copy, because CoLA writes into such sets."""
+        return set(self._annotations)
+
+    @property
+    def backend(self) -> str:
+        """``numpy``, ``torch`` or ``jax``."""
+        return backend_of(self.factors[0])
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name != "annotations":
+            raise AttributeError(
+                f"{type(self).__name__} is immutable and holds only its structure and factors; "
+                f"can not set {name!r}, build another operator instead"
+            )
+        self.__dict__["_annotations"] = frozenset(value)
+
+    # -- products --------------------------------------------------------------------------------------------------
+
+    def __matmul__(self, X: Any) -> Any:
+        if isinstance(X, LinearOperator):
+            _check_inner(self.shape, tuple(X.shape))
+            return cola.fns.dot(self, X)
+        X = self._operand(X)
+        if X.ndim not in (1, 2) or X.shape[0] != self.shape[1]:
+            raise ValueError(
+                f"operator of shape {self.shape} @ array needs an array of shape ({self.shape[1]},) or "
+                f"({self.shape[1]}, k), got {tuple(X.shape)}"
+            )
+        if X.ndim == 1:
+            return self._matmat(X[:, None])[:, 0]
+        return self._matmat(X)
+
+    def __rmatmul__(self, X: Any) -> Any:
+        if isinstance(X, LinearOperator):
+            _check_inner(tuple(X.shape), self.shape)
+            return cola.fns.dot(X, self)
+        X = self._operand(X)
+        if X.ndim == 0 or X.shape[-1] != self.shape[0]:
+            raise ValueError(
+                f"array @ operator of shape {self.shape} needs an array of shape (..., {self.shape[0]}), "
+                f"got {tuple(X.shape)}"
+            )
+        return self._rmatmat(X)
+
+    def _matmat(self, X: Array) -> Array:
+        """A @ X for X of shape (d_in, k)."""
+        factors, X = _promoted(self.factors, X)
+        return self.structure.apply_columns(factors, X)
+
+    def _rmatmat(self, X: Array) -> Array:
+        """X @ A for X of shape (..., d_out): the rows of X go through the transposed structure."""
+        factors, X = _promoted(self.factors, X)
+        return self._transposed.apply(self.structure.transpose_factors(factors), X)
+
+    def to_dense(self) -> Array:
+        """The matrix as an array of shape (d_out, d_in)."""
+        d_out, d_in = self.shape
+        if d_out < d_in:
+            return self._rmatmat(self._eye(d_out))
+        return self._matmat(self._eye(d_in))
+
+    def _eye(self, n: int) -> Array:
+        return self.xnp.eye(n, n, dtype=self.dtype, device=self.device)
+
+    def _operand(self, X: Any) -> Array:
+        """X as an array of this operator's library."""
+        theirs, ours = backend_of(X), self.backend
+        if theirs == ours:
+            return X
+        if (ours, theirs) == ("jax", "numpy"):  # jax takes NumPy arrays everywhere, and CoLA hands it some
+            return _functions_of("jax").array(X, dtype=None, device=None)
+        raise TypeError(f"can not multiply a {ours} operator and a {theirs} array; convert one of them first")
+
+    # -- related operators -------------------------------------------------------------------------------------------
+
+    @property
+    def T(self) -> Self:
+        """The transpose, an operator of the same class; it shares the memory of the factors."""
+        structure = self.structure
+        return self._with(
+            self._transposed,
+            tuple(structure.transpose_factors(self.factors)),
+            # The columns of a wide matrix can not all be orthonormal, so Stiefel does not survive.
+            self._annotations - {cola.Stiefel},
+        )
+
+    @property
+    def H(self) -> Self:
+        """The conjugate transpose."""
+        return self.T.conj()
+
+    def conj(self) -> Self:
+        """The complex conjugate; the operator itself where it is real."""
+        factors = self.factors
+        operations = ops(backend_of(factors[0]))
+        if not any(operations.is_complex(f) for f in factors):
+            return self
+        return self._with(self.structure, tuple(operations.conj(f) for f in factors), self._annotations)
+
+    def to(self, device: Any = None, dtype: Any = None) -> Self:
+        """The operator on another device, in another floating or complex dtype, or both.
+
+        Args:
+            device: as the array library takes it; a jax platform name such as ``"cpu"`` works too. None: stay.
+            dtype: a dtype of the library or its name. None: keep. Integer factors (an index) are never cast.
+
+        Raises:
+            TypeError: a dtype in the place of the device.
+            ValueError: a dtype that the operator can not have: integer, real for a complex operator, or
+                64-bit in jax without ``jax_enable_x64``; a device other than the CPU for NumPy.
+
+        Example:
+            >>> import numpy as np
+            >>> from structlin import Structure, StructuredOperator
+            >>> A = StructuredOperator(Structure.parse("i,io->o", i=2, o=3), (np.ones((2, 3)),))
+            >>> A.to(dtype="float32").dtype
+            dtype('float32')
+        """
+        target = None if dtype is None else _resolve_dtype(self.backend, dtype)
+        moved = tuple(_moved(f, self.backend, device, target) for f in self.factors)
+        index_dtype = self._index_dtype if target is None or self._index_dtype is None else target
+        return self._with(self.structure, moved, self._annotations, index_dtype)
+
+    def _with(
+        self,
+        structure: AbstractStructure,
+        factors: tuple[Array, ...],
+        annotations: frozenset[type],
+        index_dtype: Any = None,
+    ) -> Self:
+        new: Self = object.__new__(type(self))
+        return _fill(new, structure, factors, annotations, index_dtype or self._index_dtype)
+
+    # -- pytree, copies ------------------------------------------------------------------------------------------------
+
+    def tree_flatten(self) -> tuple[tuple[Array, ...], Any]:
+        return self.factors, (self.structure, self._annotations, self._index_dtype)
+
+    @classmethod
+    def tree_unflatten(cls, aux: Any, children: Iterable[Any]) -> Self:
+        # Leaves may be anything here: jax and torch put None, sizes or sentinels in place of arrays.
+        structure, annotations, index_dtype = aux
+        return _fill(object.__new__(cls), structure, tuple(children), annotations, index_dtype)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: self.__dict__[name] for name in _FIELDS}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        _fill(self, *(state[name] for name in _FIELDS))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return self._with(self.structure, copy.deepcopy(self.factors, memo), self._annotations)
+
+    def __repr__(self) -> str:
+        try:
+            where = f"dtype={dtype_name(self.dtype)}, backend={self.backend}"
+        except TypeError:
+            where = f"leaves={self.factors!r}"
+        return f"{type(self).__name__}({self.structure!r}, {where})"
+
+
+def _fill(
+    op: Any,
+    structure: AbstractStructure,
+    factors: tuple[Array, ...],
+    annotations: frozenset[type],
+    index_dtype: Any,
+) -> Any:
+    fields = op.__dict__
+    fields["structure"] = structure
+    fields["factors"] = factors
+    fields["_annotations"] = annotations
+    fields["_index_dtype"] = index_dtype
+    # Not a field of its own: looked up here because torch.compile can not trace the building of a structure.
+    fields["_transposed"] = _transpose(structure)
+    return op
+
+
+@lru_cache(maxsize=1024)
+def _transpose(structure: AbstractStructure) -> AbstractStructure:
+    return structure.transpose()
+
+
+@cache
+def _functions_of(backend: str) -> Any:
+    # Not get_xnp for jax: it would switch the whole process to the CPU.
+    if backend == "jax":
+        from cola.backends import jax_fns
+
+        return jax_fns
+    return np_fns if backend == "numpy" else get_xnp(backend)
+
+
+@lru_cache(maxsize=256)
+def _is_inexact(dtype: Any) -> bool:
+    return dtype_name(dtype).startswith(("float", "bfloat", "complex"))
+
+
+def _is_complex(dtype: Any) -> bool:
+    return dtype_name(dtype).startswith("complex")
+
+
+def _check_inner(left: tuple[int, int], right: tuple[int, int]) -> None:
+    if left[1] != right[0]:
+        raise ValueError(f"can not multiply operators of shapes {left} and {right}: {left[1]} != {right[0]}")
+
+
+def _device_of(x: Any) -> Any:
+    try:
+        backend = backend_of(x)
+    except TypeError:  # a sentinel that a pytree transformation put there
+        return None
+    if backend == "numpy":
+        return None
+    if backend == "torch":
+        return x.device
+    import jax
+
+    return jax.devices()[0] if isinstance(x, jax.core.Tracer) else x.device
+
+
+def _index_dtype(factors: tuple[Array, ...], dtype: Any) -> Any:
+    """The dtype to declare for an operator whose factors are all integers; None where the factors have one."""
+    inexact = next((f.dtype for f in factors if _is_inexact(f.dtype)), None)
+    backend = common_backend(factors)
+    if inexact is not None:
+        if dtype is not None and _resolve_dtype(backend, dtype) != inexact:
+            raise ValueError(f"the factors have dtype {inexact}, so the operator can not have dtype {dtype}")
+        return None
+    if dtype is not None:
+        return _resolve_dtype(backend, dtype)
+    if backend == "torch":
+        import torch
+
+        return torch.get_default_dtype()
+    if backend == "jax":
+        import jax.numpy as jnp
+
+        return jnp.zeros(()).dtype
+    return np.dtype(np.float64)
+
+
+def _resolve_dtype(backend: str, dtype: Any) -> Any:
+    """A floating or complex dtype of ``backend`` from a name or from any library's dtype."""
+    name = dtype_name(dtype)
+    if not _is_inexact(name):
+        raise ValueError(f"an operator's dtype must be floating or complex, got {name}")
+    if backend == "torch":
+        import torch
+
+        return getattr(torch, name)
+    if backend == "jax":
+        import jax
+        import jax.numpy as jnp
+
+        if name in ("float64", "complex128") and not jax.config.jax_enable_x64:
+            raise ValueError(
+                f"jax computes in 32 bits here, so {name} is not to be had; "
+                "enable it with jax.config.update('jax_enable_x64', True)"
+            )
+        return jnp.dtype(name)
+    return np.dtype(name)
+
+
+def _promoted(factors: tuple[Array, ...], X: Array) -> tuple[tuple[Array, ...], Array]:
+    """Factors and operand in their common dtype, as CoLA's own operators do; integer factors stay."""
+    dtype = X.dtype
+    for factor in factors:
+        if factor.dtype != dtype:
+            break
+    else:
+        return factors, X
+    inexact = [f.dtype for f in factors if _is_inexact(f.dtype)]
+    if not inexact:
+        return factors, X
+    xnp = _functions_of(backend_of(X))
+    common = xnp.promote_types(inexact[0], dtype)
+    cast = xnp.cast
+    return tuple(cast(f, common) if _is_inexact(f.dtype) else f for f in factors), cast(X, common)
+
+
+def _moved(x: Array, backend: str, device: Any, dtype: Any) -> Array:
+    if dtype is not None and _is_inexact(x.dtype):
+        if _is_complex(x.dtype) and not _is_complex(dtype):
+            raise ValueError(f"casting {x.dtype} to {dtype} would drop the imaginary part")
+    else:
+        dtype = None
+    if device is not None and (str(device).startswith("torch.float") or isinstance(device, np.dtype | type)):
+        raise TypeError(f"device={device!r} is a dtype; write .to(dtype=...)")
+    if backend == "torch":
+        return x.to(device=device, dtype=dtype)
+    if backend == "numpy":
+        if device not in (None, "cpu"):
+            raise ValueError(f"NumPy arrays live on the CPU, got device {device!r}")
+        return x if dtype is None else x.astype(dtype)
+    import jax
+
+    moved = x if dtype is None else x.astype(dtype)
+    if isinstance(device, str):
+        device = jax.devices(device)[0]
+    return moved if device is None else jax.device_put(moved, device)
