@@ -53,7 +53,8 @@ class Step:
             ]
             if len(places) == 1:
                 raise ValueError(
-                    f"step {str(self)!r}: axis {axis!r} stands only in the {places[0]}; each axis must stand in two or three of input, factor and output"
+                    f"step {str(self)!r}: axis {axis!r} stands only in the {places[0]}; "
+                    "each axis must stand in two or three of input, factor and output"
                 )
 
     def __str__(self) -> str:
@@ -98,7 +99,9 @@ def check_sizes(steps: tuple[Step, ...], sizes: Mapping[str, int]) -> tuple[tupl
     needed = dict.fromkeys("".join(s.input + s.factor + s.output for s in steps))
     for axis, size in sizes.items():
         if axis not in needed:
-            raise ValueError(f"{text!r}: size given for axis {axis!r}, which stands in no step; axes are {', '.join(needed)}")
+            raise ValueError(
+                f"{text!r}: size given for axis {axis!r}, which stands in no step; axes are {', '.join(needed)}"
+            )
         if isinstance(size, bool) or not hasattr(size, "__index__"):
             raise TypeError(f"{text!r}: axis {axis!r} needs an integer size, got {size!r}")
         if size < 1:

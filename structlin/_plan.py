@@ -32,7 +32,7 @@ class _Permute:
     order: tuple[int, ...]
 
     def __call__(self, x: Array, tokens: int, xp: SimpleNamespace) -> Array:
-        x = x.reshape(self.view[: self.token_at] + (tokens,) + self.view[self.token_at + 1 :])
+        x = x.reshape((*self.view[: self.token_at], tokens, *self.view[self.token_at + 1 :]))
         return x if self.order == tuple(range(len(self.order))) else xp.permute(x, self.order)
 
 

@@ -117,9 +117,7 @@ class AbstractStructure(ABC):
         name = common_backend(factors)
         for spec, array in zip(self.factors, factors, strict=True):
             if tuple(array.shape) != spec.shape:
-                raise ValueError(
-                    f"factor {spec.name} of {self!r} has shape {spec.shape}, got {tuple(array.shape)}"
-                )
+                raise ValueError(f"factor {spec.name} of {self!r} has shape {spec.shape}, got {tuple(array.shape)}")
             if ops(name).is_integer(array) == spec.trainable:
                 wanted = "a floating or complex dtype" if spec.trainable else "an integer dtype"
                 raise ValueError(f"factor {spec.name} of {self!r} needs {wanted}, got {array.dtype}")
@@ -134,7 +132,9 @@ class AbstractStructure(ABC):
             raise TypeError(f"the factors are {name} arrays, the input is a {backend_of(x)} array")
         if x.ndim == 0 or x.shape[axis] != self.d_in:
             place = "last" if axis == -1 else "first"
-            raise ValueError(f"the {place} axis of the input must have size d_in = {self.d_in}, got shape {tuple(x.shape)}")
+            raise ValueError(
+                f"the {place} axis of the input must have size d_in = {self.d_in}, got shape {tuple(x.shape)}"
+            )
         xp = ops(name)
         weights = [a.dtype for spec, a in zip(self.factors, factors, strict=True) if spec.trainable]
         if not xp.promotes and weights and weights[0] != x.dtype:
@@ -196,16 +196,20 @@ class Structure(AbstractStructure):
                 continue
             if set(before.output) == set(after.input):
                 raise ValueError(
-                    f"{text!r}, step {number + 1}: input {after.input!r} permutes the output {before.output!r} of the step before; write the axes in the same order"
+                    f"{text!r}, step {number + 1}: input {after.input!r} permutes the output "
+                    f"{before.output!r} of the step before; write the axes in the same order"
                 )
             closed |= set("".join(s.input + s.factor + s.output for s in self.steps[: number + 1]))
             if reused := closed & set("".join(s.input + s.factor + s.output for s in self.steps[number + 1 :])):
                 raise ValueError(
-                    f"{text!r}, step {number + 1}: input {after.input!r} is not the output {before.output!r} of the step before, and axis {min(reused)!r} stands on both sides; a regrouped vector needs new letters"
+                    f"{text!r}, step {number + 1}: input {after.input!r} is not the output "
+                    f"{before.output!r} of the step before, and axis {min(reused)!r} stands on both sides; "
+                    "a regrouped vector needs new letters"
                 )
             if size(before.output) != size(after.input):
                 raise ValueError(
-                    f"{text!r}, step {number + 1}: input {after.input!r} has {size(after.input)} elements, the output {before.output!r} before it has {size(before.output)}"
+                    f"{text!r}, step {number + 1}: input {after.input!r} has {size(after.input)} elements, "
+                    f"the output {before.output!r} before it has {size(before.output)}"
                 )
         inner_in, inner_out = size(self.steps[0].input), size(self.steps[-1].output)
         for name, given, inner in (("d_in", self.d_in, inner_in), ("d_out", self.d_out, inner_out)):
@@ -213,7 +217,8 @@ class Structure(AbstractStructure):
                 raise TypeError(f"{text!r}: {name} must be an integer, got {given!r}")
             if not 1 <= given <= inner:
                 raise ValueError(
-                    f"{text!r}: {name} must lie between 1 and the {inner} elements of its axes (fewer means zero-padding or a cut), got {given}"
+                    f"{text!r}: {name} must lie between 1 and the {inner} elements of its axes "
+                    f"(fewer means zero-padding or a cut), got {given}"
                 )
         factors = tuple(
             Factor(
@@ -243,10 +248,10 @@ class Structure(AbstractStructure):
 
         >>> Structure.parse("i,ri->r; r,or->o", i=8, r=2, o=6)
         Structure.parse('i,ri->r; r,or->o', i=8, r=2, o=6)
-        >>> Structure.parse("i,ri->r; r,os->o", i=8, r=2, o=6, s=3)
+        >>> Structure.parse("i,ri->r; r,or->o", i=8, r=2)
         Traceback (most recent call last):
         ...
-        ValueError: 'i,ri->r; r,os->o', step 1: step 'r,os->o': axis 'r' stands only in the input; each axis must stand in two or three of input, factor and output
+        ValueError: 'i,ri->r; r,or->o', step 1 'r,or->o': no size given for axis 'o'
         """
         steps = parse_chain(chain)
         both = set(sizes or {}) & set(more)
@@ -269,14 +274,25 @@ class Structure(AbstractStructure):
         """A table with a row for each step."""
         head = ("step", "factor shape", "fan_in", "fan_out", "blocks", "carried", "params", "MACs")
         rows = [
-            (str(s), "x".join(map(str, f.shape)), f.fan_in, f.fan_out, f.blocks, f.carried, f.numel, f.numel * f.carried)
+            (
+                str(s),
+                "x".join(map(str, f.shape)),
+                f.fan_in,
+                f.fan_out,
+                f.blocks,
+                f.carried,
+                f.numel,
+                f.numel * f.carried,
+            )
             for s, f in zip(self.steps, self.factors, strict=True)
         ]
         rows.append((f"{self.d_out} x {self.d_in}", "", "", "", "", "", self.num_params, self.macs))
         cells = [tuple(map(str, row)) for row in (head, *rows)]
         widths = [max(len(row[i]) for row in cells) for i in range(len(head))]
         return "\n".join(
-            "  ".join(c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))).rstrip()
+            "  ".join(
+                c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))
+            ).rstrip()
             for row in cells
         )
 
@@ -328,7 +344,7 @@ class Structure(AbstractStructure):
 
 def _cheapest_cut(steps: Sequence[Step], sizes: Mapping[str, int]) -> int:
     count = len(steps)
-    members = {  # per axis, a bit mask of what it touches: bit 0 the input, bits 1..count the factors, the last the output
+    members = {  # a bit mask of what each axis touches: the input, the factors, the output
         axis: (axis in steps[0].input)
         | sum((axis in s.factor) << (i + 1) for i, s in enumerate(steps))
         | (axis in steps[-1].output) << (count + 1)

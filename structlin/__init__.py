@@ -1,0 +1,75 @@
+"""Structured matrices that compose, count and train.
+
+Every structure is an operator of shape (d_out, d_in) over NumPy, torch or jax arrays (:mod:`structlin.structures`),
+built on an ordered chain of einsums (:class:`Structure`) from which parameters, multiply-accumulates, transpose and
+the muP spectral scale are derived.
+"""
+
+__version__ = "0.1.0"
+
+from structlin.factorize import factorize, nearest_sizes
+from structlin.operators import StructuredOperator
+from structlin.registry import NamedOperator, design, get, names, options, register, unregister
+from structlin.scale import init_std, lr_multipliers, random_factors, rank_corrections, rms_cap
+from structlin.structure import AbstractStructure, Factor, Step, Structure
+from structlin.structures import (
+    Blast,
+    BlockDiagonal,
+    BlockTensorTrain,
+    Butterfly,
+    Circulant,
+    Coordinates,
+    Dense,
+    Diagonal,
+    EinsumSpace,
+    Kronecker,
+    LowRank,
+    Monarch,
+    Permutation,
+    TensorTrain,
+    Theta,
+    Toeplitz,
+    coordinates,
+    theta_of,
+)
+
+
+__all__ = [
+    "AbstractStructure",
+    "Blast",
+    "BlockDiagonal",
+    "BlockTensorTrain",
+    "Butterfly",
+    "Circulant",
+    "Coordinates",
+    "Dense",
+    "Diagonal",
+    "EinsumSpace",
+    "Factor",
+    "Kronecker",
+    "LowRank",
+    "Monarch",
+    "NamedOperator",
+    "Permutation",
+    "Step",
+    "Structure",
+    "StructuredOperator",
+    "TensorTrain",
+    "Theta",
+    "Toeplitz",
+    "coordinates",
+    "design",
+    "factorize",
+    "get",
+    "init_std",
+    "lr_multipliers",
+    "names",
+    "nearest_sizes",
+    "options",
+    "random_factors",
+    "rank_corrections",
+    "register",
+    "rms_cap",
+    "theta_of",
+    "unregister",
+]

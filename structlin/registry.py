@@ -1,0 +1,172 @@
+"""The register of named structures.
+
+A named structure is one class in one file: a :class:`NamedOperator` with a ``design`` function from sizes to a
+structure, registered under a name. Layers, counts, scale rules, the command line and the conformance tests
+(:mod:`structlin.testing`) find it there. Code outside this package registers in the same way:
+
+>>> from structlin import NamedOperator, Structure, register, unregister
+>>> @register("sandwich")
+... class Sandwich(NamedOperator):
+...     formula = "i,ri->r; r,sr->s; s,os->o"
+...     parameters = "r (d_in + s) + s d_out"
+...     examples = (((5, 7), {"r": 2, "s": 3}),)
+...
+...     @staticmethod
+...     def design(shape, *, r=1, s=1):
+...         return Structure.parse(Sandwich.formula, i=shape[1], r=r, s=s, o=shape[0])
+>>> Sandwich.random((5, 7), r=2, s=3).shape
+(5, 7)
+>>> unregister("sandwich")
+"""
+
+from __future__ import annotations
+
+import inspect
+from abc import abstractmethod
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Self, TypeVar
+
+import numpy as np
+
+from structlin._arrays import Array
+from structlin.operators import StructuredOperator
+from structlin.scale import random_factors
+from structlin.structure import AbstractStructure, Structure
+
+Example = tuple[tuple[int, int], Mapping[str, Any]]
+
+
+class NamedOperator(StructuredOperator):
+    """Base of the named structures: constructors from arrays, from sizes alone and at random.
+
+    A subclass states ``formula`` (the chain, or the definition where it is none), ``parameters`` (their number),
+    ``source``, ``examples`` of (shape, options) on which the conformance tests run it, and ``design``. Where the
+    sizes follow from the factor shapes in another way than by reading them off ``formula``, it overrides ``_infer``.
+    """
+
+    name: ClassVar[str] = ""
+    formula: ClassVar[str] = ""
+    parameters: ClassVar[str] = ""
+    source: ClassVar[str] = ""
+    examples: ClassVar[tuple[Example, ...]] = ()
+
+    def __init__(self, *factors: Array) -> None:
+        super().__init__(self._infer(*(tuple(np.shape(f)) for f in factors)), factors)
+
+    @staticmethod
+    @abstractmethod
+    def design(shape: tuple[int, int], /) -> AbstractStructure:
+        """The structure of a ``(d_out, d_in)`` matrix; options are keyword-only arguments."""
+
+    @classmethod
+    def _infer(cls, *shapes: tuple[int, ...]) -> AbstractStructure:
+        return infer_from_chain(cls.__name__, cls.formula, shapes)
+
+    @classmethod
+    def random(
+        cls, shape: tuple[int, int], *, seed: int | np.random.Generator = 0, backend: str = "numpy",
+        dtype: Any = None, device: Any = None, rule: str = "paper", zero_last: bool = False, **options: Any,
+    ) -> Self:  # fmt: skip
+        """Draw a ``(d_out, d_in)`` matrix with the spectral scale (:mod:`structlin.scale`).
+
+        ``backend``: ``numpy``, ``torch`` or ``jax``; ``dtype`` defaults to float64 for NumPy, float32 otherwise;
+        ``options`` are those of ``design``. Raises ValueError for sizes or options that do not fit.
+        """
+        structure = design(cls, shape, **options)
+        factors = random_factors(
+            structure, seed=seed, backend=backend, dtype=dtype, device=device, rule=rule, zero_last=zero_last
+        )
+        return cls._build(structure, factors, _declared(structure, dtype))
+
+
+def _declared(structure: AbstractStructure, dtype: Any) -> Any:
+    return None if any(f.trainable for f in structure.factors) else dtype
+
+
+def infer_from_chain(name: str, chain: str, shapes: tuple[tuple[int, ...], ...]) -> Structure:
+    """Read axis sizes off factor shapes; ValueError where they contradict the chain or one another."""
+    terms = [step.split("->")[0].split(",")[1].strip() for step in chain.split(";")]
+    if len(terms) != len(shapes):
+        raise ValueError(f"{name} takes {len(terms)} factors, one for each step of {chain!r}, got {len(shapes)}")
+    sizes: dict[str, int] = {}
+    for number, (term, shape) in enumerate(zip(terms, shapes, strict=True)):
+        if len(term) != len(shape):
+            raise ValueError(f"{name}: factor {number} needs {len(term)} axes {term!r} ({chain!r}), got shape {shape}")
+        for axis, size in zip(term, shape, strict=True):
+            if sizes.setdefault(axis, size) != size:
+                raise ValueError(
+                    f"{name}: axis {axis!r} of {chain!r} has size {sizes[axis]} in an earlier factor "
+                    f"and {size} in factor {number} of shape {shape}"
+                )
+    return Structure.parse(chain, sizes)
+
+
+_REGISTRY: dict[str, type[NamedOperator]] = {}
+_T = TypeVar("_T", bound=type[NamedOperator])
+
+
+def register(name: str) -> Callable[[_T], _T]:
+    """Class decorator that registers a named structure. Raises on a name taken or a class that does not fit."""
+    if not name.isidentifier():
+        raise ValueError(f"the name of a structure must be an identifier, got {name!r}")
+
+    def add(cls: _T) -> _T:
+        if not (isinstance(cls, type) and issubclass(cls, NamedOperator)):
+            raise TypeError(f"only subclasses of NamedOperator can be registered, got {cls!r}")
+        if name in _REGISTRY and _REGISTRY[name].__qualname__ != cls.__qualname__:
+            raise ValueError(f"a structure named {name!r} is registered already: {_REGISTRY[name].__qualname__}")
+        cls.name = name
+        _REGISTRY[name] = cls
+        return cls
+
+    return add
+
+
+def unregister(name: str) -> None:
+    """Remove a named structure; raises ValueError where there is none."""
+    get(name)
+    del _REGISTRY[name]
+
+
+def names() -> tuple[str, ...]:
+    """Names of all registered structures, in the order of their registration."""
+    return tuple(_REGISTRY)
+
+
+def get(name: str) -> type[NamedOperator]:
+    """The class registered as ``name``; ValueError with the names there are where it is unknown."""
+    if name not in _REGISTRY:
+        raise ValueError(f"unknown structure {name!r}; one of {', '.join(_REGISTRY)}")
+    return _REGISTRY[name]
+
+
+def options(name: str) -> dict[str, Any]:
+    """Options of a structure's ``design`` and their defaults.
+
+    >>> options("low_rank")
+    {'rank': None, 'rank_fraction': None}
+    """
+    return _options(get(name))
+
+
+def _options(cls: type[NamedOperator]) -> dict[str, Any]:
+    parameters = inspect.signature(cls.design).parameters.values()
+    return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+
+
+def design(structure: str | type[NamedOperator], shape: tuple[int, int], **options: Any) -> AbstractStructure:
+    """The structure of a ``(d_out, d_in)`` matrix from a name, its sizes and its options.
+
+    Raises ValueError for an unknown name, sizes that are not positive and options that the structure does not have.
+
+    >>> design("block_tensor_train", (35, 6), factorization=((5, 7), (2, 3)), rank=2).macs
+    270
+    """
+    cls = get(structure) if isinstance(structure, str) else structure
+    if len(shape) != 2 or any(isinstance(n, bool) or not hasattr(n, "__index__") or n < 1 for n in shape):
+        raise ValueError(f"a shape is (d_out, d_in) with two positive integers, got {shape!r}")
+    known = _options(cls)
+    if unknown := [k for k in options if k not in known]:
+        allowed = f"its options are {', '.join(known)}" if known else "it has none"
+        raise ValueError(f"structure {cls.name!r} has no option {', '.join(map(repr, unknown))}; {allowed}")
+    return cls.design((int(shape[0]), int(shape[1])), **options)

@@ -1,0 +1,39 @@
+"""Products with FFTs, shared by circulant and Toeplitz matrices."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+
+from structlin._arrays import Array
+
+
+def fft_product(kernel: Array, x: Array, size: int, axis: int, xp: SimpleNamespace) -> Array:
+    """Circular convolution of ``kernel`` with ``x`` along ``axis``, both padded to ``size``.
+
+    Half precision is transformed in float32 and rounded once, at the end: FFT libraries have no half precision
+    on every device, and its accumulated error would be large.
+    """
+    half = xp.is_low_precision(x) or xp.is_low_precision(kernel)
+    result = (x[..., :1] * kernel[:1]).dtype if half else None
+    if half:
+        kernel, x = xp.astype(kernel, xp.float32), xp.astype(x, xp.float32)
+    if xp.is_complex(kernel) or xp.is_complex(x):
+        spectrum = xp.fft(kernel, size, 0)
+        spectrum = spectrum[:, None] if axis == 0 else spectrum
+        y = xp.ifft(spectrum * xp.fft(x, size, axis), size, axis)
+    else:
+        spectrum = xp.rfft(kernel, size, 0)
+        spectrum = spectrum[:, None] if axis == 0 else spectrum
+        y = xp.irfft(spectrum * xp.rfft(x, size, axis), size, axis)
+    return xp.astype(y, result) if half else y
+
+
+def real_fft_flops(n: int) -> int:
+    """FLOPs of one real FFT of length n, by the usual convention ``2.5 n log2(n)`` (half a complex one)."""
+    return math.ceil(2.5 * n * math.log2(n)) if n > 1 else 0
+
+
+def product_flops(n: int) -> dict[str, int]:
+    """Work for one real vector: a transform forth and one back, and a complex product of half spectra."""
+    return {"fft": 2 * real_fft_flops(n), "elementwise": 6 * (n // 2 + 1)}

@@ -1,0 +1,28 @@
+"""The dense matrix, as a chain of one step: the baseline of every comparison."""
+
+from __future__ import annotations
+
+from structlin.registry import NamedOperator, register
+from structlin.structure import Structure
+
+
+@register("dense")
+class Dense(NamedOperator):
+    """``A = W``, with W of shape (d_out, d_in).
+
+    Parameters = MACs = ``d_in d_out``.
+
+    >>> import numpy as np
+    >>> Dense(np.arange(6.0).reshape(2, 3)) @ np.ones(3)
+    array([ 3., 12.])
+    """
+
+    formula = "i,oi->o"
+    parameters = "d_in d_out"
+    source = "-"
+    examples = (((5, 7), {}), ((7, 5), {}), ((1, 6), {}))
+
+    @staticmethod
+    def design(shape: tuple[int, int], /) -> Structure:
+        """A (d_out, d_in) dense matrix; no options."""
+        return Structure.parse(Dense.formula, i=shape[1], o=shape[0])

@@ -1,0 +1,71 @@
+"""Tensor-Train matrices of any number of cores."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+from opt_einsum import get_symbol
+
+from structlin.registry import NamedOperator, register
+from structlin.structure import Structure
+from structlin.structures._common import Factorization, bond_sizes, split_shape
+
+
+def _structure(out_sizes: tuple[int, ...], in_sizes: tuple[int, ...], bonds: tuple[int, ...]) -> Structure:
+    """``bonds`` has the two outer ranks, 1 and 1, too."""
+    count = len(in_sizes)
+    ins, outs = ([get_symbol(start + k) for k in range(count)] for start in (0, count))
+    ranks = [get_symbol(2 * count + k) for k in range(count + 1)]
+    steps, state = [], [ranks[0], *ins]
+    for k in range(count):
+        after = [*outs[: k + 1], ranks[k + 1], *ins[k + 1 :]]
+        steps.append(f"{''.join(state)},{ranks[k]}{outs[k]}{ins[k]}{ranks[k + 1]}->{''.join(after)}")
+        state = after
+    sizes = dict(zip(ins + outs + ranks, (*in_sizes, *out_sizes, *bonds), strict=True))
+    return Structure.parse("; ".join(steps), sizes)
+
+
+@register("tensor_train")
+class TensorTrain(NamedOperator):
+    """``A[(n_1..n_c), (m_1..m_c)] = G_1[n_1, m_1] ... G_c[n_c, m_c]``, a product of small matrices.
+
+    Core k has shape (r_{k-1}, n_k, m_k, r_k), with r_0 = r_c = 1; the index order is that of the Kronecker product,
+    which is rank 1. Parameters ``sum_k r_{k-1} n_k m_k r_k``; the other axes are carried along.
+
+    >>> import numpy as np
+    >>> A, B = np.arange(6.0).reshape(1, 2, 3, 1), np.arange(8.0).reshape(1, 4, 2, 1)
+    >>> np.array_equal(TensorTrain(A, B).to_dense(), np.kron(A[0, ..., 0], B[0, ..., 0]))
+    True
+    """
+
+    formula = "rij,raiu->auj; auj,ubjv->abv"
+    parameters = "sum_k r_{k-1} n_k m_k r_k"
+    source = "Oseledets (2010), Approximation of 2^d x 2^d matrices using tensor decomposition"
+    examples = (
+        ((35, 6), {"rank": 4}),
+        ((6, 35), {"rank": 3, "factorization": ((3, 2), (5, 7))}),
+        ((30, 24), {"cores": 3, "rank": (2, 5)}),
+    )
+
+    @staticmethod
+    def design(
+        shape: tuple[int, int], /, *, cores: int = 2, rank: int | Sequence[int] = 8,
+        factorization: Factorization = "balanced",
+    ) -> Structure:  # fmt: skip
+        """``cores`` cores with inner ranks ``rank`` (one for all, or cores - 1 of them).
+
+        Raises ValueError for sizes that cannot be split and ranks below 1.
+        """
+        sizes = split_shape(shape, cores, factorization)
+        return _structure(*sizes, (1, *bond_sizes(rank, cores), 1))
+
+    @classmethod
+    def _infer(cls, *shapes: tuple[int, ...]) -> Structure:
+        bad = not shapes or any(len(s) != 4 for s in shapes)
+        if bad or shapes[0][0] != 1 or shapes[-1][3] != 1 or any(a[3] != b[0] for a, b in pairwise(shapes)):
+            raise ValueError(
+                "cores have shape (r_{k-1}, n_k, m_k, r_k) with matching ranks and r_0 = r_c = 1, got "
+                + (", ".join(map(str, shapes)) or "none")
+            )
+        return _structure(tuple(s[1] for s in shapes), tuple(s[2] for s in shapes), (*(s[0] for s in shapes), 1))
