@@ -1,7 +1,8 @@
-"""Every command and program shown in README.md and docs/ runs as it stands, in an empty working directory.
+"""Every command and program shown in README.md and docs/ runs as it stands, in a new working directory.
 
 All blocks of a document run in order in one session: python blocks share their variables, and shell blocks
-see the files that earlier blocks wrote. An HTML comment on the line before a block may say otherwise:
+see the files that earlier blocks wrote, and of the checkout benchmarks/ only. An HTML comment on the line
+before a block may say otherwise:
 
 - ``<!-- test-command -->``: the command that runs this test suite (once, in README.md; `.ci/run` runs it);
 - ``<!-- not run: installs packages -->`` and ``<!-- not run: takes 20 minutes -->``: shell blocks only;
@@ -89,17 +90,13 @@ def complaints(document: Path) -> list[str]:
         reason = block.comment.partition(":")[2].strip()
         marked = block.comment.startswith((TEST_COMMAND, "not run", "tested as"))
         if block.language not in SHELL + PYTHON + SHOWN:
-            found.append(
-                f"{place} language {block.language!r} is none of {', '.join(SHELL + PYTHON + SHOWN)}"
-            )
+            found.append(f"{place} language {block.language!r} is none of {', '.join(SHELL + PYTHON + SHOWN)}")
         elif marked and block.language not in SHELL:
             found.append(f"{place} only a shell block may be marked {block.comment!r}")
         elif block.comment.startswith("not run"):
             installs = reason == "installs packages" and INSTALLS.search(block.text)
             if not installs and not re.fullmatch(r"takes \d+ (minutes|hours)", reason):
-                found.append(
-                    f"{place} {block.comment!r}: only an installation, or 'takes N minutes', is a reason"
-                )
+                found.append(f"{place} {block.comment!r}: only an installation, or 'takes N minutes', is a reason")
         elif block.comment.startswith("tested as"):
             program = " ".join(reason.split()[:2])
             if not program or program not in block.text:
@@ -110,9 +107,7 @@ def complaints(document: Path) -> list[str]:
             if not (command_of(block) or "").strip() and not marked:
                 found.append(f"{place} no command; a console block has them after '$ '")
             if INSTALLS.search(block.text) and not marked:
-                found.append(
-                    f"{place} a block that installs has to be marked <!-- not run: installs packages -->"
-                )
+                found.append(f"{place} a block that installs has to be marked <!-- not run: installs packages -->")
     return found
 
 
@@ -144,17 +139,18 @@ def run_document(document: Path) -> None:
 
 
 def run_in_new_process(document: Path, folder: Path) -> subprocess.CompletedProcess[str]:
-    """Run a document in `folder/work`, with `structlin` and `python` being what this process tests."""
+    """Run a document in `folder/work`; `structlin` and `python` are those that this process tests."""
     spec = importlib.util.find_spec("structlin")
     assert spec is not None
     assert spec.origin is not None
     programs = {
-        "python": f'exec "{sys.executable}" -P "$@"',
+        "python": f'exec "{sys.executable}" "$@"',
         "structlin": f'exec "{sys.executable}" -P -c '
         '\'import sys; from structlin_nn.cli import main; sys.argv[0] = "structlin"; sys.exit(main())\' "$@"',
     }
     (folder / "bin").mkdir()
     (folder / "work").mkdir()
+    (folder / "work" / "benchmarks").symlink_to(ROOT / "benchmarks")
     for name, line in programs.items():
         (folder / "bin" / name).write_text(f"#!/bin/sh\n{line}\n", encoding="utf-8")
         (folder / "bin" / name).chmod(0o755)
