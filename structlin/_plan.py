@@ -1,13 +1,10 @@
 """How a chain is executed: one batched product for each step, permutations worked out once.
 
-Two forms of a batched product, with the tokens (vectors) as one more carried axis ``*``:
-
-- feature-major, ``(batch, free, contracted) @ (batch, contracted, carried * tokens)``: tokens innermost, so that
-  what is copied between steps moves in whole runs of tokens;
-- token-major, ``(batch, tokens * carried, contracted) @ (batch, contracted, free)``.
-
-Column-major input stays feature-major throughout. Row-major input is token-major where no step has a batch axis;
-otherwise only the last step is, which then writes rows.
+The tokens (vectors) are one more carried axis ``*``. Between the steps the activation is feature-major, with the
+tokens innermost, so that what is copied there moves in whole runs of tokens:
+``(batch, free, contracted) @ (batch, contracted, carried * tokens)``. For row-major input the first step reads rows
+and the last one writes them, as transposed operands of their products. Chains without any batch axis read and write
+rows, ``(tokens * carried, contracted) @ (contracted, free)``, in every step.
 """
 
 from __future__ import annotations
@@ -41,7 +38,8 @@ class _Product:
     """One batched product, after ``arrange`` has put the activation into (batch, contracted, rest) order."""
 
     arrange: _Permute
-    token_major: bool
+    rows_in: bool  # arranged as (batch, rest, contracted), not (batch, contracted, rest)
+    rows_out: bool  # gives (batch, rest, free), not (batch, free, rest)
     factor_order: tuple[int, ...] | None  # None: already (batch, free, contracted)
     blocks: int
     fan_in: int
@@ -54,9 +52,10 @@ class _Product:
             factor = xp.permute(factor, self.factor_order)
         weight = factor.reshape((*lead, self.fan_out, self.fan_in))
         x = self.arrange(x, tokens, xp)
-        if self.token_major:
+        if self.rows_in:
             return x.reshape((*lead, count, self.fan_in)) @ weight.swapaxes(-1, -2)
-        return weight @ x.reshape((*lead, self.fan_in, count))
+        x = x.reshape((*lead, self.fan_in, count))
+        return x.swapaxes(-1, -2) @ weight.swapaxes(-1, -2) if self.rows_out else weight @ x
 
 
 @dataclass(frozen=True)
@@ -101,14 +100,16 @@ def make_plan(steps: Sequence[Step], sizes: Mapping[str, int], rows: bool) -> Pl
             plan.append(permute(labels, written(steps[number - 1].output)))
             labels = written(step.input)
         batch, carried = ("".join(a for a in labels if a in role) for role in (step.batch, step.carried))
-        token_major = rows and (no_batch or number == len(steps) - 1)
-        rest = _TOKENS + carried if token_major else carried + _TOKENS
-        target = batch + rest + step.contracted if token_major else batch + step.contracted + rest
+        rows_in = rows and no_batch
+        rows_out = rows_in or (rows and number == len(steps) - 1)
+        rest = _TOKENS + carried if rows_in else carried + _TOKENS
+        target = batch + rest + step.contracted if rows_in else batch + step.contracted + rest
         factor_target = batch + step.free + step.contracted
         plan.append(
             _Product(
                 arrange=permute(labels, target),
-                token_major=token_major,
+                rows_in=rows_in,
+                rows_out=rows_out,
                 factor_order=None
                 if factor_target == step.factor
                 else tuple(step.factor.index(a) for a in factor_target),
@@ -118,6 +119,6 @@ def make_plan(steps: Sequence[Step], sizes: Mapping[str, int], rows: bool) -> Pl
                 carried=size(carried),
             )
         )
-        labels = batch + rest + step.free if token_major else batch + step.free + rest
+        labels = batch + rest + step.free if rows_out else batch + step.free + rest
     plan.append(permute(labels, written(steps[-1].output)))
     return Plan(tuple(plan))
