@@ -10,16 +10,16 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
-from functools import cache, lru_cache
+from functools import lru_cache
 from typing import Any, ClassVar, Self
 
 import cola
 import numpy as np
-from cola.backends import get_xnp, np_fns
 from cola.ops.operator_base import LinearOperator
 
-from ._arrays import Array, backend_of, common_backend, dtype_name, ops
-from .structure import AbstractStructure
+from structlin._arrays import Array, backend_of, common_backend, dtype_name, ops
+from structlin._cola_compat._repair import device_of, functions_of
+from structlin.structure import AbstractStructure
 
 __all__ = ["StructuredOperator"]
 
@@ -110,12 +110,12 @@ class StructuredOperator(LinearOperator):
     @property
     def device(self) -> Any:
         """Where the first factor is; None for NumPy, as in CoLA."""
-        return _device_of(self.factors[0])
+        return device_of(self.factors[0])
 
     @property
     def xnp(self) -> Any:
         """CoLA's array functions, of the library that the factors belong to."""
-        return _functions_of(backend_of(self.factors[0]))
+        return functions_of(backend_of(self.factors[0]))
 
     @property
     def annotations(self) -> set[type]:
@@ -189,7 +189,7 @@ class StructuredOperator(LinearOperator):
         if theirs == ours:
             return X
         if (ours, theirs) == ("jax", "numpy"):  # jax takes NumPy arrays everywhere, and CoLA hands it some
-            return _functions_of("jax").array(X, dtype=None, device=None)
+            return functions_of("jax").array(X, dtype=None, device=None)
         raise TypeError(f"can not multiply a {ours} operator and a {theirs} array; convert one of them first")
 
     # -- related operators -------------------------------------------------------------------------------------------
@@ -302,16 +302,6 @@ def _transpose(structure: AbstractStructure) -> AbstractStructure:
     return structure.transpose()
 
 
-@cache
-def _functions_of(backend: str) -> Any:
-    # Not get_xnp for jax: it would switch the whole process to the CPU.
-    if backend == "jax":
-        from cola.backends import jax_fns
-
-        return jax_fns
-    return np_fns if backend == "numpy" else get_xnp(backend)
-
-
 @lru_cache(maxsize=256)
 def _is_inexact(dtype: Any) -> bool:
     return dtype_name(dtype).startswith(("float", "bfloat", "complex"))
@@ -324,20 +314,6 @@ def _is_complex(dtype: Any) -> bool:
 def _check_inner(left: tuple[int, int], right: tuple[int, int]) -> None:
     if left[1] != right[0]:
         raise ValueError(f"can not multiply operators of shapes {left} and {right}: {left[1]} != {right[0]}")
-
-
-def _device_of(x: Any) -> Any:
-    try:
-        backend = backend_of(x)
-    except TypeError:  # a sentinel that a pytree transformation put there
-        return None
-    if backend == "numpy":
-        return None
-    if backend == "torch":
-        return x.device
-    import jax
-
-    return jax.devices()[0] if isinstance(x, jax.core.Tracer) else x.device
 
 
 def _index_dtype(factors: tuple[Array, ...], dtype: Any) -> Any:
@@ -374,7 +350,7 @@ def _resolve_dtype(backend: str, dtype: Any) -> Any:
         import jax
         import jax.numpy as jnp
 
-        if name in ("float64", "complex128") and not jax.config.jax_enable_x64:
+        if name in ("float64", "complex128") and not jax.config.read("jax_enable_x64"):
             raise ValueError(
                 f"jax computes in 32 bits here, so {name} is not to be had; "
                 "enable it with jax.config.update('jax_enable_x64', True)"
@@ -394,7 +370,7 @@ def _promoted(factors: tuple[Array, ...], X: Array) -> tuple[tuple[Array, ...], 
     inexact = [f.dtype for f in factors if _is_inexact(f.dtype)]
     if not inexact:
         return factors, X
-    xnp = _functions_of(backend_of(X))
+    xnp = functions_of(backend_of(X))
     common = xnp.promote_types(inexact[0], dtype)
     cast = xnp.cast
     return tuple(cast(f, common) if _is_inexact(f.dtype) else f for f in factors), cast(X, common)

@@ -1,0 +1,80 @@
+"""Repairs of CoLA 0.0.7, so that operators compose and their numbers are right on a fresh install.
+
+CoLA dispatches on types through cola-plum-dispatch 0.1.4, which orders types by beartype. `install` is called once,
+when structlin is imported. It tries each defect first and touches nothing that is not broken, so it may be called
+again, and a release of CoLA that repairs something is left alone. Where a dispatch rule of higher precedence helps,
+the repair is a rule; the rest replaces a method or a function of CoLA. All of CoLA's operators gain by it.
+
+Each defect is listed with the versions it was seen with (CoLA 0.0.7 where none are named) and, in brackets, the
+defects of ``tests/structlin/test_cola_compat.py`` that show both the failure of CoLA alone and the repair.
+
+Composing (`structlin._cola_compat._composing`, ``_slicing``): what raised, or left NumPy
+    any        beartype >= 0.23: ``Any`` compares below every type, so ``add(Any, Any)`` ties with every other rule,
+               and ``A + B``, ``A - B``, ``kron``, ``kronsum`` raise AmbiguousLookupError.
+               [sum, difference, kron, kronsum]
+    overlap    any beartype: two rules for ``A @ I``, ``I @ A``, ``I @ I``, ``kron(K, K)``, ``kronsum(S, S)``.
+               [identity, kron_of_krons, kronsum_of_kronsums]
+    library    the array library is guessed from the dtype, jax first, so NumPy operators come back as jax arrays.
+               Whether an attribute is a leaf is recorded at the first assignment in a class; NumPy arrays are recorded
+               as static, after which torch and jax operators of that class lose gradients.
+               [numpy_stays, leaves_after_numpy]
+    scaling    ``c * A`` with complex c and real A raises on torch and drops the imaginary part on jax; an array c of
+               several elements scales each row by another number. [complex_scalar, array_scalar]
+    subtract   ``dense - A`` raises: there is no ``__rsub__``. [dense_minus]
+    slicing    ``A[i]`` of a matrix that is not square, index arrays on NumPy and jax, two lists of indices; repeated
+               columns overwrite one another; a complex operand of a real operator fails.
+               [row, index_array, index_pairs, repeated_columns, complex_slice]
+    concat     ``Concatenated`` asks for equal sizes along the wrong axis, and along axis 1 it multiplies as along
+               axis 0. [concatenated]
+    rows       ``X @ A`` differentiates ``A @ x`` for Kronecker, KronSum, BlockDiag, Identity, ScalarMul and
+               Permutation: slow, and not there on NumPy. [rows]
+    clip       jax 0.10: ``jnp.clip`` has no ``a_min`` any more, which Arnoldi uses. [arnoldi]
+
+Numbers (`structlin._cola_compat._values`): what was wrong without a word
+    logdet_scalar       ``logdet(c * A)`` counts log|c| once instead of n times, and the sign likewise. [logdet_scalar]
+    logdet_permutation  ``slogdet`` ignores the parity of a permutation, so LU gives wrong signs. [logdet_parity]
+    logdet_iterative    with Lanczos or Arnoldi ``logdet`` returns its absolute value. [logdet_iterative]
+    annotations         ``-PSD`` and ``PSD - PSD`` stay PSD, ``2 * Unitary`` stays Unitary, a complex ``A @ A.T`` is
+                        taken for PSD, ``Stiefel.T`` stays Stiefel. [annotations]
+    transpose           ``SelfAdjoint(A).T`` is ``A`` also where A is complex. [complex_transpose]
+    gradient            on torch, the gradient through a tensor c in ``c * A`` is lost. [scalar_gradient]
+    reciprocal          ``c / A`` returns ``A / c``. [reciprocal]
+    sum_dtype           a sum has the dtype of its first term. [sum_dtype]
+"""
+
+from __future__ import annotations
+
+import inspect
+
+import plum
+
+
+def _require_colas_plum() -> None:
+    """CoLA needs its own fork of plum, which installs into the same folder as plum itself."""
+    if "cond" not in inspect.signature(plum.Dispatcher.__call__).parameters:
+        raise ImportError(
+            "plum-dispatch has replaced cola-plum-dispatch, which CoLA can not do without (both install the package "
+            "'plum'); remedy: pip uninstall -y plum-dispatch && "
+            "pip install --force-reinstall --no-deps cola-plum-dispatch"
+        )
+
+
+_require_colas_plum()
+
+from structlin._cola_compat._composing import COMPOSING  # noqa: E402
+from structlin._cola_compat._repair import Repair  # noqa: E402
+from structlin._cola_compat._values import VALUES  # noqa: E402
+
+__all__ = ["REPAIRS", "install"]
+
+REPAIRS: tuple[Repair, ...] = (*COMPOSING, *VALUES)
+
+
+def install() -> tuple[str, ...]:
+    """Repair what is broken in CoLA; returns the names of the repairs that were made, none the second time."""
+    made = []
+    for repair in REPAIRS:
+        if repair.broken():
+            repair.apply()
+            made.append(repair.name)
+    return tuple(made)

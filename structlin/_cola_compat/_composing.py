@@ -1,0 +1,348 @@
+"""Repairs without which operators do not compose; none changes a number that CoLA got right."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from functools import reduce
+from numbers import Number
+from typing import Any
+
+import numpy as np
+from beartype.door import TypeHint
+from cola.backends import get_library_fns, np_fns
+from cola.fns import lazify
+from cola.ops import (
+    BlockDiag,
+    Concatenated,
+    Identity,
+    Kronecker,
+    KronSum,
+    LinearOperator,
+    Permutation,
+    Product,
+    ScalarMul,
+    operator_base,
+)
+from plum import dispatch
+
+from structlin._arrays import Array, backend_of
+from structlin._cola_compat._repair import (
+    Repair,
+    device_of,
+    functions_of,
+    implementation,
+    is_ambiguous,
+    is_array,
+    rule,
+)
+from structlin._cola_compat._slicing import SLICING
+
+# -- any: write ``object`` for ``Any`` -----------------------------------------------------------------------------
+
+
+def _methods_of_any() -> list[tuple[Any, Any]]:
+    found = []
+    for function in dispatch.functions.values():
+        for signature in function.methods:
+            if Any in signature.types and signature.implementation.__module__.startswith("cola."):
+                found.append((function, signature))
+    return found
+
+
+def _any_is_broken() -> bool:
+    return bool(TypeHint(Any) <= TypeHint(int)) and bool(_methods_of_any())
+
+
+def _repair_any() -> None:
+    # ``object`` takes the same arguments as ``Any``, and compares above every type and below none. The annotation is
+    # the source from which plum reads the signature again, so the repair outlives a clearing of plum's caches.
+    touched = []
+    for function, signature in _methods_of_any():
+        method = signature.implementation
+        for name, parameter in inspect.signature(method).parameters.items():
+            if parameter.annotation in (Any, inspect.Parameter.empty):
+                method.__annotations__[name] = object
+        touched.append(function)
+    for function in touched:
+        function.clear_cache(reregister=True)
+
+
+# -- overlap -------------------------------------------------------------------------------------------------------
+
+
+def _overlap_is_broken() -> bool:
+    return is_ambiguous("dot", LinearOperator, Identity)
+
+
+def _repair_overlap() -> None:
+    @rule("dot")
+    def right_identity(A: LinearOperator, B: Identity):
+        return A
+
+    @rule("dot")
+    def left_identity(A: Identity, B: LinearOperator):
+        return B
+
+    @rule("dot")
+    def both_identities(A: Identity, B: Identity):
+        return A
+
+    @rule("kron")
+    def kron_of_krons(A: Kronecker, B: Kronecker):
+        return Kronecker(*A.Ms, *B.Ms)
+
+    @rule("kronsum")
+    def kronsum_of_kronsums(A: KronSum, B: KronSum):
+        return KronSum(*A.Ms, *B.Ms)
+
+
+# -- library: by the arrays' type ----------------------------------------------------------------------------------
+
+
+def _libraries(value: Any) -> set[str]:
+    """Names of the libraries whose arrays ``value`` holds."""
+    if isinstance(value, LinearOperator):
+        held = [v for k, v in vars(value).items() if value._dynamic.get(k)]
+        return set().union(*map(_libraries, held))
+    if isinstance(value, tuple | list):
+        return set().union(*map(_libraries, value))
+    if isinstance(value, dict):
+        return _libraries(list(value.values()))
+    return {backend_of(value)} if is_array(value) else set()
+
+
+def _find_device(value: Any) -> Any:
+    if isinstance(value, LinearOperator):
+        return value.device
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, tuple | list | set):
+        return next((d for d in map(_find_device, value) if d is not None), None)
+    return device_of(value)
+
+
+def _operator_init(
+    self: Any, dtype: Any, shape: tuple[int, int], matmat: Any = None, annotations: Any = frozenset()
+) -> None:
+    import cola
+
+    self.dtype = dtype
+    self.shape = shape
+    # A class that sets its arrays only afterwards has none yet; then CoLA's guess from the dtype has to do.
+    names = _libraries(self)
+    library = next((n for n in ("torch", "jax", "numpy") if n in names), None)
+    self.xnp = functions_of(library) if library else get_library_fns(dtype)
+    if matmat is not None:
+        self._matmat = matmat
+    self.annotations = set(cola.annotations.get_annotations(self)) | set(annotations)
+    if self.device is None:
+        self.device = self.xnp.get_default_device()
+
+
+_setattr = LinearOperator.__setattr__
+
+
+def _operator_setattr(self: Any, name: str, value: Any) -> None:
+    _setattr(self, name, value)
+    # Some classes of CoLA set their arrays after LinearOperator.__init__, which then had only the dtype to guess from.
+    if type(self)._dynamic[name] and "xnp" in vars(self) and self.xnp is not np_fns and _libraries(self) == {"numpy"}:
+        vars(self).update(xnp=np_fns, device=None)
+
+
+def _library_is_broken() -> bool:
+    return "get_library_fns" in operator_base.is_array.__code__.co_names
+
+
+def _repair_library() -> None:
+    operator_base.is_array = is_array
+    operator_base.find_device = _find_device
+    LinearOperator.__init__ = _operator_init
+    LinearOperator.__setattr__ = _operator_setattr
+
+
+# -- scaling -------------------------------------------------------------------------------------------------------
+
+
+def _as_scalar(A: LinearOperator, c: Any) -> tuple[Any, Any]:
+    """``c`` checked, and the dtype of c * A."""
+    if isinstance(c, LinearOperator):
+        raise TypeError("operators are multiplied with @, not *")
+    if is_array(c):
+        if int(np.prod(tuple(c.shape))) != 1:
+            raise ValueError(f"an operator is scaled by one number, got an array of shape {tuple(c.shape)}")
+        library = A.xnp.__name__.rpartition(".")[2].removesuffix("_fns").replace("np", "numpy")
+        if backend_of(c) not in (library, "numpy") and (backend_of(c), library) != ("jax", "numpy"):
+            raise TypeError(f"can not scale a {library} operator by a {backend_of(c)} array")
+        c = c.reshape(())
+        is_complex = "complex" in str(c.dtype)
+    elif isinstance(c, Number):
+        is_complex = isinstance(c, complex | np.complexfloating)
+    else:
+        raise TypeError(f"an operator is scaled by a number, got {type(c).__qualname__}")
+    if is_complex and "complex" not in str(A.dtype):
+        return c, A.xnp.promote_types(A.dtype, A.xnp.complex64)
+    return c, A.dtype
+
+
+def _scalar_mul(A: LinearOperator, c: Any, dtype: Any, n: int) -> ScalarMul:
+    S = ScalarMul(1.0, (n, n), dtype, A.device)
+    S.xnp = functions_of("jax") if is_array(c) and backend_of(c) == "jax" else A.xnp
+    S.c = S.xnp.array(c, dtype=dtype, device=A.device)
+    return S
+
+
+def _scaling_is_broken() -> bool:
+    return implementation("mul", LinearOperator, object).__module__ == "cola.fns"
+
+
+def _repair_scaling() -> None:
+    @rule("mul")
+    def scaled_operator(A: LinearOperator, c: object):
+        c, dtype = _as_scalar(A, c)
+        return Product(_scalar_mul(A, c, dtype, A.shape[-2]), A)
+
+    @rule("mul")
+    def scaled_scalar(A: ScalarMul, c: object):
+        c, dtype = _as_scalar(A, c)
+        return _scalar_mul(A, A.c * c, dtype, A.shape[-2])
+
+
+# -- subtract ------------------------------------------------------------------------------------------------------
+
+
+def _repair_subtract() -> None:
+    def __rsub__(self: LinearOperator, other: Any) -> Any:
+        """other - self"""
+        return (-self).__add__(other)
+
+    LinearOperator.__rsub__ = __rsub__
+
+
+# -- concat --------------------------------------------------------------------------------------------------------
+
+
+def _concat_is_broken() -> bool:
+    return "_rmatmat" not in vars(Concatenated)
+
+
+def _concat_init(self: Any, *Ms: Any, axis: int = 0) -> None:
+    if axis not in (0, 1):
+        raise ValueError(f"operators are concatenated along axis 0 or 1, got {axis}")
+    self.Ms = tuple(lazify(M) for M in Ms)
+    self.axis = axis
+    if len({M.shape[1 - axis] for M in self.Ms}) != 1:
+        shapes = ", ".join(str(tuple(M.shape)) for M in self.Ms)
+        raise ValueError(f"operators concatenated along axis {axis} must agree in axis {1 - axis}, got {shapes}")
+    shape = list(self.Ms[0].shape)
+    shape[axis] = sum(M.shape[axis] for M in self.Ms)
+    dtype = reduce(self.Ms[0].xnp.promote_types, (M.dtype for M in self.Ms))
+    LinearOperator.__init__(self, dtype, tuple(shape))
+    self.device = self.Ms[0].device
+
+
+def _parts(Ms: Any, axis: int) -> list[slice]:
+    ends = np.cumsum([M.shape[axis] for M in Ms]).tolist()
+    return [slice(end - M.shape[axis], end) for M, end in zip(Ms, ends, strict=True)]
+
+
+def _concat_columns(self: Any, X: Array) -> Array:
+    if self.axis == 0:
+        return self.xnp.concat([M @ X for M in self.Ms], axis=0)
+    return sum(M @ X[part] for M, part in zip(self.Ms, _parts(self.Ms, 1), strict=True))
+
+
+def _concat_rows(self: Any, X: Array) -> Array:
+    if self.axis == 1:
+        return self.xnp.concat([X @ M for M in self.Ms], axis=1)
+    return sum(X[:, part] @ M for M, part in zip(self.Ms, _parts(self.Ms, 0), strict=True))
+
+
+def _repair_concat() -> None:
+    Concatenated.__init__ = _concat_init
+    Concatenated._matmat = _concat_columns
+    Concatenated._rmatmat = _concat_rows
+
+
+# -- rows: X @ A for X of shape (k, d_out) -------------------------------------------------------------------------
+
+
+def _on_axis(xnp: Any, X: Array, axis: int, M: LinearOperator) -> Array:
+    """Multiply axis ``axis`` of X by M from the right."""
+    X = xnp.moveaxis(X, axis, -1)
+    lead = tuple(X.shape[:-1])
+    X = (X.reshape(int(np.prod(lead)), M.shape[0]) @ M).reshape(*lead, M.shape[1])
+    return xnp.moveaxis(X, -1, axis)
+
+
+def _kronecker_rows(self: Any, X: Array) -> Array:
+    Y = X.reshape(X.shape[0], *(M.shape[0] for M in self.Ms))
+    for axis, M in enumerate(self.Ms, start=1):
+        Y = _on_axis(self.xnp, Y, axis, M)
+    return Y.reshape(X.shape[0], self.shape[1])
+
+
+def _kron_sum_rows(self: Any, X: Array) -> Array:
+    Y = X.reshape(X.shape[0], *(M.shape[0] for M in self.Ms))
+    terms = [_on_axis(self.xnp, Y, axis, M) for axis, M in enumerate(self.Ms, start=1)]
+    return sum(terms[1:], start=terms[0]).reshape(X.shape[0], self.shape[1])
+
+
+def _block_diagonal_rows(self: Any, X: Array) -> Array:
+    blocks = [M for M, count in zip(self.Ms, self.multiplicities, strict=True) for _ in range(count)]
+    parts = zip(blocks, _parts(blocks, 0), strict=True)
+    return self.xnp.concat([X[:, part] @ M for M, part in parts], axis=1)
+
+
+def _permutation_rows(self: Any, X: Array) -> Array:
+    return X[:, self.xnp.argsort(self.perm)]
+
+
+_ROWS = {
+    Kronecker: _kronecker_rows,
+    KronSum: _kron_sum_rows,
+    BlockDiag: _block_diagonal_rows,
+    Identity: lambda self, X: X,
+    ScalarMul: lambda self, X: self.c * X,
+    Permutation: _permutation_rows,
+}
+
+
+def _rows_are_broken() -> bool:
+    return any(cls._rmatmat is LinearOperator._rmatmat for cls in _ROWS)
+
+
+def _repair_rows() -> None:
+    for cls, rows in _ROWS.items():
+        if cls._rmatmat is LinearOperator._rmatmat:
+            cls._rmatmat = rows
+
+
+# -- clip ----------------------------------------------------------------------------------------------------------
+
+
+def _clip_is_broken() -> bool:
+    # Importing CoLA has imported jax where it is installed.
+    return "jax" in sys.modules and "a_min" not in inspect.signature(functions_of("jax").clip).parameters
+
+
+def _repair_clip() -> None:
+    import jax.numpy as jnp
+
+    def clip(array: Array, a_min: Any = None, a_max: Any = None) -> Array:
+        return jnp.clip(array, a_min, a_max)
+
+    functions_of("jax").clip = clip  # type: ignore[attr-defined]
+
+
+COMPOSING = (
+    Repair("any", _any_is_broken, _repair_any),
+    Repair("overlap", _overlap_is_broken, _repair_overlap),
+    Repair("library", _library_is_broken, _repair_library),
+    Repair("scaling", _scaling_is_broken, _repair_scaling),
+    Repair("subtract", lambda: not hasattr(LinearOperator, "__rsub__"), _repair_subtract),
+    SLICING,
+    Repair("concat", _concat_is_broken, _repair_concat),
+    Repair("rows", _rows_are_broken, _repair_rows),
+    Repair("clip", _clip_is_broken, _repair_clip),
+)

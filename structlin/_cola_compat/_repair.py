@@ -1,0 +1,85 @@
+"""What a repair is, and what several of them need."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from types import ModuleType
+from typing import Any
+
+from cola.backends import np_fns
+from plum import dispatch
+from plum.resolver import AmbiguousLookupError
+from plum.signature import Signature
+
+from structlin._arrays import backend_of
+
+
+@dataclass(frozen=True)
+class Repair:
+    """``broken`` tells whether CoLA still has the defect, and starts no array library to find out."""
+
+    name: str
+    broken: Callable[[], bool]
+    apply: Callable[[], None]
+
+
+def implementation(name: str, *types: Any) -> Callable[..., Any]:
+    """The method of CoLA's dispatched function ``name`` for arguments of ``types``."""
+    return dispatch.functions[name].resolve_method(Signature(*types))[0]
+
+
+def is_ambiguous(name: str, *types: Any) -> bool:
+    """Whether two rules of ``name`` claim ``types``."""
+    try:
+        implementation(name, *types)
+    except AmbiguousLookupError:
+        return True
+    return False
+
+
+def rule(name: str, precedence: float = 1, cond: Callable[..., bool] | None = None) -> Callable[[Any], Any]:
+    """Register a method of CoLA's dispatched function ``name``, for the types of its annotations."""
+
+    def register(method: Any) -> Any:
+        method.__name__ = method.__qualname__ = name
+        dispatch(method, cond=cond, precedence=precedence)  # type: ignore[arg-type]
+        return method
+
+    return register
+
+
+@cache
+def functions_of(backend: str) -> ModuleType:
+    """CoLA's array functions for ``numpy``, ``torch`` or ``jax``."""
+    # Not cola.backends.get_xnp: for jax it switches the whole process to the CPU.
+    if backend == "jax":
+        from cola.backends import jax_fns
+
+        return jax_fns
+    if backend == "torch":
+        from cola.backends import torch_fns
+
+        return torch_fns
+    return np_fns
+
+
+def is_array(x: Any) -> bool:
+    """Whether ``x`` is an array of one of the three libraries."""
+    try:
+        backend_of(x)
+    except TypeError:
+        return False
+    return True
+
+
+def device_of(x: Any) -> Any:
+    """Where an array is; None for NumPy arrays, and for what a pytree transformation puts in place of arrays."""
+    if not is_array(x) or backend_of(x) == "numpy":
+        return None
+    if backend_of(x) == "torch":
+        return x.device
+    import jax
+
+    return jax.devices()[0] if isinstance(x, jax.core.Tracer) else x.device

@@ -1,0 +1,129 @@
+"""Slicing of operators: ``A[i]``, ``A[i, j]``, ``A[rows, columns]`` with slices and index arrays."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import numpy as np
+from cola.ops import LinearOperator, Sliced
+
+from structlin._arrays import Array
+from structlin._cola_compat._repair import Repair, rule
+
+
+def _is_int(x: Any) -> bool:
+    return hasattr(x, "__index__") and not isinstance(x, bool) and getattr(x, "shape", ()) == ()
+
+
+def _position(index: Any, n: int, axis: int) -> int:
+    i = operator.index(index)
+    if not -n <= i < n:
+        raise IndexError(f"index {i} is out of range for axis {axis} of size {n}")
+    return i % n
+
+
+def _positions(index: Any, n: int, axis: int) -> slice | tuple[int, ...]:
+    """A slice as it is, anything else as integers: they are part of the structure, not of the arrays."""
+    if isinstance(index, slice):
+        return index
+    host = np.asarray(index.detach().cpu() if hasattr(index, "detach") else index)
+    if host.ndim != 1 or not (host.dtype.kind in "iub" or host.size == 0):
+        raise IndexError(
+            f"axis {axis} takes an integer, a slice or a vector of integers or booleans, "
+            f"got {host.dtype} of shape {host.shape}"
+        )
+    return tuple(np.arange(n)[host if host.size else []].tolist())
+
+
+def _getitem(self: Any, index: Any) -> Any:
+    rows, columns = index if isinstance(index, tuple) and len(index) == 2 else (index, slice(None))
+    if isinstance(rows, tuple) or rows is None or columns is None or rows is ... or columns is ...:
+        raise IndexError(f"an operator takes one or two indices, got {index!r}")
+    d_out, d_in = self.shape
+    xnp = self.xnp
+
+    def unit(loc: int, n: int) -> Array:
+        return xnp.canonical(loc=loc, shape=(n,), dtype=self.dtype, device=self.device)
+
+    if isinstance(rows, list) and isinstance(columns, list):
+        if len(rows) != len(columns):
+            raise IndexError(f"two lists of indices must be equally long, got {len(rows)} and {len(columns)}")
+        return xnp.stack([_getitem(self, pair) for pair in zip(rows, columns, strict=True)])
+    if _is_int(columns):
+        column = self @ unit(_position(columns, d_in, 1), d_in)
+        return column[_entry(rows, d_out, 0)]
+    if _is_int(rows):
+        row = unit(_position(rows, d_out, 0), d_out) @ self
+        return row[_entry(columns, d_in, 1)]
+    return Sliced(A=self, slices=(rows, columns))
+
+
+def _entry(index: Any, n: int, axis: int) -> Any:
+    return _position(index, n, axis) if _is_int(index) else _indexer(_positions(index, n, axis))
+
+
+def _indexer(positions: slice | tuple[int, ...]) -> Any:
+    return positions if isinstance(positions, slice) else np.asarray(positions, dtype=np.int64)
+
+
+def _sliced_init(self: Any, A: LinearOperator, slices: tuple[Any, Any]) -> None:
+    self.A = A
+    self.slices = tuple(_positions(s, n, axis) for axis, (s, n) in enumerate(zip(slices, A.shape, strict=True)))
+    shape = tuple(len(np.arange(n)[_indexer(s)]) for s, n in zip(self.slices, A.shape, strict=True))
+    LinearOperator.__init__(self, dtype=A.dtype, shape=shape)
+    self.device = A.device
+
+
+def _spread(self: Any, X: Array, axis: int) -> Array:
+    """X, whose axis ``1 - axis`` runs over the chosen positions, put back among all of them, the others zero."""
+    xnp, chosen, n = self.xnp, self.slices[axis], self.A.shape[axis]
+    dtype, device = xnp.promote_types(self.dtype, X.dtype), xnp.get_device(X)
+    if isinstance(chosen, tuple) and len(set(chosen)) < len(chosen):
+        selection = xnp.array(np.arange(n)[:, None] == np.array(chosen), dtype=dtype, device=device)
+        X = xnp.cast(X, dtype)
+        return selection @ X if axis == 1 else X @ selection.T
+    X = xnp.cast(X, dtype)
+    if axis == 1:
+        return xnp.update_array(xnp.zeros((n, X.shape[1]), dtype=dtype, device=device), X, _indexer(chosen))
+    return xnp.update_array(xnp.zeros((X.shape[0], n), dtype=dtype, device=device), X, ..., _indexer(chosen))
+
+
+def _sliced_columns(self: Any, X: Array) -> Array:
+    return (self.A @ _spread(self, X, 1))[_indexer(self.slices[0])]
+
+
+def _sliced_rows(self: Any, X: Array) -> Array:
+    return (_spread(self, X, 0) @ self.A)[..., _indexer(self.slices[1])]
+
+
+def _sliced_str(self: Any) -> str:
+    def short(s: slice | tuple[int, ...]) -> str:
+        if isinstance(s, slice):
+            return ":".join("" if v is None else str(v) for v in (s.start, s.stop)) + (f":{s.step}" if s.step else "")
+        return str(list(s)) if len(s) <= 5 else f"{len(s)} indices"
+
+    return f"{self.A}[{short(self.slices[0])}, {short(self.slices[1])}]"
+
+
+def _is_broken() -> bool:
+    return LinearOperator.__getitem__ is not _getitem and LinearOperator.__getitem__.__module__.startswith("cola.")
+
+
+def _repair() -> None:
+    from cola.annotations import Stiefel, Unitary
+
+    LinearOperator.__getitem__ = _getitem
+    Sliced.__init__ = _sliced_init
+    Sliced._matmat = _sliced_columns
+    Sliced._rmatmat = _sliced_rows
+    Sliced.__str__ = _sliced_str
+
+    @rule("get_annotations")
+    def of_sliced(A: Sliced):
+        # A principal submatrix of a self-adjoint (positive) matrix is self-adjoint (positive).
+        square = A.A.shape[0] == A.A.shape[1]
+        return A.A.annotations - {Unitary, Stiefel} if square and A.slices[0] == A.slices[1] else set()
+
+
+SLICING = Repair("slicing", _is_broken, _repair)

@@ -1,0 +1,232 @@
+"""Repairs of results that are wrong without a word."""
+
+from __future__ import annotations
+
+import sys
+from functools import reduce
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+from cola.annotations import PSD, SelfAdjoint, Stiefel, Unitary
+from cola.backends import np_fns
+from cola.linalg.algorithm_base import Algorithm
+from cola.linalg.decompositions.decompositions import Arnoldi, Lanczos
+from cola.linalg.trace.diag_trace import trace
+from cola.linalg.unary.unary import log
+from cola.ops import Adjoint, LinearOperator, Permutation, Product, ScalarMul, Sum, Transpose
+from plum import dispatch
+
+from structlin._arrays import Array
+from structlin._cola_compat._repair import Repair, functions_of, implementation, rule
+
+# -- log determinants ----------------------------------------------------------------------------------------------
+
+
+def _logdet_scalar_is_broken() -> bool:
+    twice = SimpleNamespace(c=np.float64(2.0), shape=(3, 3), xnp=np_fns)
+    _, value = implementation("slogdet", ScalarMul, Algorithm, Algorithm)(twice, None, None)
+    return not np.isclose(value, 3 * np.log(2.0))
+
+
+def _repair_logdet_scalar() -> None:
+    @rule("slogdet")
+    def slogdet_of_scalar(A: ScalarMul, log_alg: Algorithm, trace_alg: Algorithm):
+        size = A.xnp.abs(A.c)
+        return (A.c / size) ** A.shape[0], A.shape[0] * A.xnp.log(size)
+
+
+def _parity(perm: Array, xnp: Any) -> Any:
+    """Sign of a permutation: the number of its inversions, even or odd."""
+    try:
+        values = np.asarray(perm)
+    except (RuntimeError, TypeError):  # traced by jax or torch, or on a GPU
+        later = perm[None, :] < perm[:, None]
+        order = xnp.arange(perm.shape[0])
+        inversions = (later & (order[None, :] > order[:, None])).sum()
+        return 1 - 2 * (inversions % 2)
+    seen = np.zeros(len(values), dtype=bool)
+    sign = 1
+    for start in range(len(values)):
+        at, length = start, 0
+        while not seen[at]:
+            seen[at] = True
+            at = values[at]
+            length += 1
+        if length and length % 2 == 0:
+            sign = -sign
+    return sign
+
+
+def _logdet_permutation_is_broken() -> bool:
+    swap = SimpleNamespace(perm=np.array([1, 0]), shape=(2, 2), xnp=np_fns, dtype=np.float64, device=None)
+    sign, _ = implementation("slogdet", Permutation, Algorithm, Algorithm)(swap, None, None)
+    return sign != -1
+
+
+def _repair_logdet_permutation() -> None:
+    @rule("slogdet")
+    def slogdet_of_permutation(A: Permutation, log_alg: Algorithm, trace_alg: Algorithm):
+        zero = A.xnp.array(0.0, dtype=A.dtype, device=A.device)
+        return zero + _parity(A.perm, A.xnp), zero
+
+
+def _logdet_iterative_is_broken() -> bool:
+    return implementation("slogdet", LinearOperator, Lanczos, Algorithm).__module__.startswith("cola.")
+
+
+def _repair_logdet_iterative() -> None:
+    # Between CoLA's rules for one algorithm (precedence -1) and its rules for one kind of operator (0).
+    @rule("slogdet", precedence=-0.5)
+    def slogdet_iterative(A: LinearOperator, log_alg: Lanczos | Arnoldi, trace_alg: Algorithm):
+        value = trace(log(A, log_alg), trace_alg)
+        if "complex" not in str(value.dtype):
+            return value * 0 + 1, value
+        return A.xnp.exp(1j * value.imag), value.real
+
+
+# -- annotations ---------------------------------------------------------------------------------------------------
+
+
+def _known(c: Any) -> complex | None:
+    """The value of a scalar; None while it is traced."""
+    try:
+        return complex(c.detach() if hasattr(c, "detach") else c)
+    except (RuntimeError, TypeError, NotImplementedError):
+        return None
+
+
+def _scaled(annotations: set[type], c: complex | None, is_complex: bool) -> set[type]:
+    """What is left of ``annotations`` after multiplication by ``c``."""
+    if c == 1:
+        return annotations
+    kept: set[type] = set()
+    if any(issubclass(a, SelfAdjoint) for a in annotations) and (not is_complex if c is None else c.imag == 0):
+        positive = c is not None and c.real >= 0 and PSD in annotations
+        kept.add(PSD if positive else SelfAdjoint)
+    if c is not None and abs(c) == 1:
+        kept |= annotations & {Unitary, Stiefel}
+    return kept
+
+
+def _of_product(Ms: list[Any], is_complex: bool) -> set[type]:
+    if not Ms:
+        return {PSD, Unitary}
+    if len(Ms) == 1:
+        return set(Ms[0].annotations)
+    kept = set.intersection(*(set(M.annotations) for M in Ms)) & {Unitary, Stiefel}
+    if len(Ms) == 2 and _are_adjoint(Ms[0], Ms[1], is_complex):
+        kept.add(PSD)
+    return kept
+
+
+def _are_adjoint(A: Any, B: Any, is_complex: bool) -> bool:
+    if isinstance(A, Adjoint | Transpose):
+        A, B = B, A
+    return isinstance(B, Adjoint if is_complex else Adjoint | Transpose) and B.A is A
+
+
+def _bare(cls: type, **attributes: Any) -> Any:
+    op: Any = object.__new__(cls)
+    vars(op).update(attributes)
+    return op
+
+
+def _annotations_are_broken() -> bool:
+    minus = _bare(ScalarMul, c=np.float64(-1.0), dtype=np.dtype(float), annotations=set())
+    positive = _bare(LinearOperator, annotations={PSD}, dtype=np.dtype(float))
+    product = SimpleNamespace(Ms=(minus, positive), dtype=np.dtype(float))
+    return PSD in implementation("get_annotations", Product)(product)
+
+
+def _repair_annotations() -> None:
+    @rule("get_annotations")
+    def of_product(A: Product):
+        is_complex = "complex" in str(A.dtype)
+        scalars = [M.c for M in A.Ms if isinstance(M, ScalarMul)]
+        kept = _of_product([M for M in A.Ms if not isinstance(M, ScalarMul)], is_complex)
+        if not scalars or not kept:
+            return kept
+        values = [_known(c) for c in scalars]
+        return _scaled(kept, None if None in values else complex(np.prod(values)), is_complex)
+
+    @rule("get_annotations")
+    def of_sum(A: Sum):
+        shared = set.intersection(*(set(M.annotations) for M in A.Ms)) - {Unitary, Stiefel}
+        return shared or ({SelfAdjoint} if all(M.isa(SelfAdjoint) for M in A.Ms) else set())
+
+    @rule("get_annotations")
+    def of_transpose(A: Transpose):
+        return A.A.annotations - {Stiefel}
+
+    @rule("get_annotations")
+    def of_adjoint(A: Adjoint):
+        return A.A.annotations - {Stiefel}
+
+
+# -- the rest ------------------------------------------------------------------------------------------------------
+
+
+def _transpose_is_broken() -> bool:
+    rules = dispatch.functions["transpose"].methods
+    return not any(s.implementation.__module__ == __name__ for s in rules)
+
+
+def _repair_transpose() -> None:
+    @rule("transpose", cond=lambda A: A.isa(SelfAdjoint) and "complex" in str(A.dtype))
+    def complex_self_adjoint(A: LinearOperator):
+        return Transpose(A)
+
+
+def _gradient_is_broken() -> bool:
+    # Importing CoLA has imported torch where it is installed.
+    return "torch" in sys.modules and functions_of("torch").array.__module__.startswith("cola.")
+
+
+def _repair_gradient() -> None:
+    import torch
+
+    def array(arr: Any, dtype: Any = None, device: Any = None) -> torch.Tensor:
+        if isinstance(arr, torch.Tensor):  # torch.tensor would copy the value and forget where it came from
+            return arr.to(dtype=dtype, device=device, copy=True)
+        return torch.tensor(arr, dtype=dtype, device=device)
+
+    functions_of("torch").array = array  # type: ignore[attr-defined]
+
+
+def _reciprocal_is_broken() -> bool:
+    return LinearOperator.__rtruediv__.__module__.startswith("cola.")
+
+
+def _repair_reciprocal() -> None:
+    def __rtruediv__(self: LinearOperator, c: Any) -> Any:
+        """Refused: c / A is not defined; write c * cola.inv(A)."""
+        raise TypeError("can not divide by an operator; write c * cola.inv(A)")
+
+    LinearOperator.__rtruediv__ = __rtruediv__
+
+
+def _sum_dtype_is_broken() -> bool:
+    return Sum.__init__.__module__.startswith("cola.")
+
+
+def _repair_sum_dtype() -> None:
+    original = Sum.__init__
+
+    def __init__(self: Any, *Ms: Any) -> None:
+        original(self, *Ms)
+        self.dtype = reduce(self.xnp.promote_types, (M.dtype for M in self.Ms))
+
+    Sum.__init__ = __init__
+
+
+VALUES = (
+    Repair("logdet_scalar", _logdet_scalar_is_broken, _repair_logdet_scalar),
+    Repair("logdet_permutation", _logdet_permutation_is_broken, _repair_logdet_permutation),
+    Repair("logdet_iterative", _logdet_iterative_is_broken, _repair_logdet_iterative),
+    Repair("annotations", _annotations_are_broken, _repair_annotations),
+    Repair("transpose", _transpose_is_broken, _repair_transpose),
+    Repair("gradient", _gradient_is_broken, _repair_gradient),
+    Repair("reciprocal", _reciprocal_is_broken, _repair_reciprocal),
+    Repair("sum_dtype", _sum_dtype_is_broken, _repair_sum_dtype),
+)
