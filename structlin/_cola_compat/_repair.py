@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
-from typing import Any
+from typing import Any, get_type_hints
 
 from cola.backends import np_fns
 from plum import dispatch
@@ -43,7 +43,8 @@ def rule(name: str, precedence: float = 1, cond: Callable[..., bool] | None = No
     """Register a method of CoLA's dispatched function ``name``, for the types of its annotations."""
 
     def register(method: Any) -> Any:
-        method.__name__ = method.__qualname__ = name
+        method.__name__ = name
+        method.__annotations__ = get_type_hints(method)
         dispatch(method, cond=cond, precedence=precedence)  # type: ignore[arg-type]
         return method
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from functools import reduce
 from types import SimpleNamespace
 from typing import Any
@@ -96,6 +97,16 @@ def _known(c: Any) -> complex | None:
         return None
 
 
+def _known_product(scalars: Iterable[Any]) -> complex | None:
+    product = complex(1)
+    for c in scalars:
+        value = _known(c)
+        if value is None:
+            return None
+        product *= value
+    return product
+
+
 def _scaled(annotations: set[type], c: complex | None, is_complex: bool) -> set[type]:
     """What is left of ``annotations`` after multiplication by ``c``."""
     if c == 1:
@@ -147,8 +158,7 @@ def _repair_annotations() -> None:
         kept = _of_product([M for M in A.Ms if not isinstance(M, ScalarMul)], is_complex)
         if not scalars or not kept:
             return kept
-        values = [_known(c) for c in scalars]
-        return _scaled(kept, None if None in values else complex(np.prod(values)), is_complex)
+        return _scaled(kept, _known_product(scalars), is_complex)
 
     @rule("get_annotations")
     def of_sum(A: Sum):
