@@ -7,6 +7,7 @@ the muP spectral scale are derived.
 
 __version__ = "0.1.0"
 
+from structlin import _cola_compat
 from structlin.factorize import factorize, nearest_sizes
 from structlin.operators import StructuredOperator
 from structlin.registry import NamedOperator, design, get, names, options, register, unregister
@@ -33,6 +34,8 @@ from structlin.structures import (
     theta_of,
 )
 
+
+_cola_compat.install()
 
 __all__ = [
     "AbstractStructure",

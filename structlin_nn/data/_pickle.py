@@ -13,11 +13,12 @@ import numpy as np
 
 __all__ = ["load_plain"]
 
+_PLAIN = (bytes, str, int, float, list, tuple, dict, type(None))
 _UINT8 = {"u1", "uint8", "|u1", b"u1"}
 
 
 def load_plain(raw: bytes) -> dict[str, Any]:
-    """Decode a pickled dictionary whose values are uint8 arrays, strings, numbers and lists of these.
+    """Decode a pickled dictionary whose values are uint8 arrays, text, numbers and plain containers.
 
     Pickles of Python 2 (protocol 2, as the official files are) and of Python 3, protocols 0 to 5, are read.
 
@@ -26,7 +27,8 @@ def load_plain(raw: bytes) -> dict[str, Any]:
 
     Returns:
         The dictionary, keys as str, arrays as read-only uint8 NumPy arrays. Other values are as pickled,
-        with byte strings left as bytes.
+        with byte strings left as bytes; arrays inside containers are not made, and what containers hold is
+        for the caller to check.
 
     Raises:
         ValueError: the pickle is damaged, is no dictionary, holds an array of another dtype, or names
@@ -107,7 +109,12 @@ def load_plain(raw: bytes) -> dict[str, Any]:
         raise ValueError(f"the pickle is damaged ({type(error).__name__}: {error})") from error
     if not isinstance(content, dict):
         raise ValueError(f"the pickle holds a {type(content).__name__}, expected a dictionary")
-    return {_text(key): _array(value) if isinstance(value, Array) else value for key, value in content.items()}
+    read: dict[str, Any] = {}
+    for key, value in content.items():
+        if not isinstance(value, (Array, *_PLAIN)):
+            raise ValueError(f"the pickle holds something that is no data under {key!r}")
+        read[_text(key)] = _array(value) if isinstance(value, Array) else value
+    return read
 
 
 class _Refused(Exception):
