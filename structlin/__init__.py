@@ -34,7 +34,6 @@ from structlin.structures import (
     theta_of,
 )
 
-
 _cola_compat.install()
 
 __all__ = [
