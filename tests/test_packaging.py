@@ -143,9 +143,7 @@ class TestFiles:
     def test_name_no_path_of_one_machine(self) -> None:
         # Spelled in parts so that this file does not match itself.
         folders = [("work",), ("farm",), ("opt", "wheels"), ("opt", "pypi"), ("tmp", "venv"), ("root",)]
-        paths = re.compile(
-            b"|".join(rb"(?<![\w.}])/" + "/".join(parts).encode() + rb"\b" for parts in folders)
-        )
+        paths = re.compile(b"|".join(rb"(?<![\w.}])/" + "/".join(parts).encode() + rb"\b" for parts in folders))
         named = [path.as_posix() for path in repository_files() if paths.search((ROOT / path).read_bytes())]
         assert named == []
 
@@ -163,9 +161,7 @@ class TestRequirements:
                     continue
                 name = canonicalize_name(requirement.name)
                 assert name in tested, f"extra {extra!r}: constraints.txt does not pin {name}"
-                assert tested[name] in requirement.specifier, (
-                    f"extra {extra!r}: {requirement}, {tested[name]}"
-                )
+                assert tested[name] in requirement.specifier, f"extra {extra!r}: {requirement}, {tested[name]}"
                 assert requirement.specifier, f"extra {extra!r}: {name} has no lower bound"
 
     def test_cola_is_pinned(self, config: configparser.ConfigParser) -> None:
@@ -179,9 +175,7 @@ class TestRequirements:
             ("tests", ("", "torch", "jax", "train", "vision", "test")),
         ],
     )
-    def test_cover_every_import(
-        self, config: configparser.ConfigParser, folder: str, extras: tuple[str, ...]
-    ) -> None:
+    def test_cover_every_import(self, config: configparser.ConfigParser, folder: str, extras: tuple[str, ...]) -> None:
         declared = {canonicalize_name(r.name) for extra in extras for r in requirements(config)[extra]}
         files = sources(folder)
         local = {*PACKAGES, *(path.stem for path in files)} if folder == "tests" else set(PACKAGES)
@@ -280,9 +274,7 @@ class TestWheel:
             if name.endswith(".py") and not name.endswith("__main__.py")
         )
         imported = run_python(
-            "import importlib, sys\n"
-            "for name in sys.argv[1:]:\n"
-            "    print(importlib.import_module(name).__file__)",
+            "import importlib, sys\nfor name in sys.argv[1:]:\n    print(importlib.import_module(name).__file__)",
             *modules,
             path=tmp_path,
         ).splitlines()
