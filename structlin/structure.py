@@ -17,8 +17,9 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 
 from structlin._arrays import Array, backend_of, common_backend, ops
-from structlin._parse import Step, check_sizes, parse_chain
-from structlin._plan import make_plan
+from structlin._parse import Step as Step
+from structlin._parse import check_sizes, parse_chain
+from structlin._plan import Plan, make_plan
 
 
 @dataclass(frozen=True)
@@ -182,6 +183,8 @@ class Structure(AbstractStructure):
     d_in: int
     d_out: int
     factors: tuple[Factor, ...] = field(init=False, compare=False)
+    _pad: tuple[int, int] = field(init=False, compare=False)
+    _plans: tuple[Plan, Plan] = field(init=False, compare=False)
 
     def __post_init__(self) -> None:
         sizes = dict(self.sizes)
@@ -273,20 +276,11 @@ class Structure(AbstractStructure):
     def __str__(self) -> str:
         """A table with a row for each step."""
         head = ("step", "factor shape", "fan_in", "fan_out", "blocks", "carried", "params", "MACs")
-        rows = [
-            (
-                str(s),
-                "x".join(map(str, f.shape)),
-                f.fan_in,
-                f.fan_out,
-                f.blocks,
-                f.carried,
-                f.numel,
-                f.numel * f.carried,
-            )
+        rows: list[tuple[object, ...]] = [
+            (s, "x".join(map(str, f.shape)), f.fan_in, f.fan_out, f.blocks, f.carried, f.numel, f.numel * f.carried)
             for s, f in zip(self.steps, self.factors, strict=True)
         ]
-        rows.append((f"{self.d_out} x {self.d_in}", "", "", "", "", "", self.num_params, self.macs))
+        rows.append((f"{self.d_out} x {self.d_in}", *[""] * 5, self.num_params, self.macs))
         cells = [tuple(map(str, row)) for row in (head, *rows)]
         widths = [max(len(row[i]) for row in cells) for i in range(len(head))]
         return "\n".join(

@@ -12,7 +12,7 @@ Factorization = str | tuple[Sequence[int], Sequence[int]]
 
 def positive_int(name: str, value: object) -> int:
     """``value`` as an int of at least 1, or a ValueError that names it."""
-    if isinstance(value, bool) or not hasattr(value, "__index__") or value < 1:  # type: ignore[operator]
+    if isinstance(value, bool) or not hasattr(value, "__index__") or value < 1:
         raise ValueError(f"{name} must be a positive integer, got {value!r}")
     return int(value)  # type: ignore[call-overload]
 

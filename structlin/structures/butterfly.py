@@ -35,7 +35,8 @@ class Butterfly(NamedOperator):
             low = 1 << (d.bit_length() - 1)
             near = f"{low} and {2 * low}" if low > 1 else "2"
             raise ValueError(f"the size of a butterfly matrix is a power of two, got {d}; the nearest are {near}")
-        stages, steps, sizes = d.bit_length() - 1, [], {}
+        stages, steps = d.bit_length() - 1, []
+        sizes: dict[str, int] = {}
         for k in range(stages):
             u, a, v, n = (get_symbol(4 * k + i) for i in range(4))
             sizes |= {u: d >> (k + 1), a: 2, v: 1 << k, n: 2}
