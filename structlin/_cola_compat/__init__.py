@@ -11,7 +11,7 @@ defects of ``tests/structlin/test_cola_compat.py`` that show both the failure of
 Composing (`structlin._cola_compat._composing`, ``_slicing``): what raised, or left NumPy
     any        beartype >= 0.23: ``Any`` compares below every type, so ``add(Any, Any)`` ties with every other rule,
                and ``A + B``, ``A - B``, ``kron``, ``kronsum`` raise AmbiguousLookupError.
-               [sum, difference, kron, kronsum]
+               [plus, difference, kron, kronsum]
     overlap    any beartype: two rules for ``A @ I``, ``I @ A``, ``I @ I``, ``kron(K, K)``, ``kronsum(S, S)``.
                [identity, kron_of_krons, kronsum_of_kronsums]
     library    the array library is guessed from the dtype, jax first, so NumPy operators come back as jax arrays.

@@ -23,6 +23,7 @@ from cola.ops import (
     Product,
     ScalarMul,
     operator_base,
+    operators,
 )
 from plum import dispatch
 
@@ -150,6 +151,12 @@ def _operator_setattr(self: Any, name: str, value: Any) -> None:
         vars(self).update(xnp=np_fns, device=None)
 
 
+def _kron_sum(A: Array, B: Array) -> Array:
+    xnp = functions_of(backend_of(A))
+    eyes = [xnp.eye(M.shape[0], M.shape[0], dtype=M.dtype, device=device_of(M)) for M in (A, B)]
+    return xnp.kron(A, eyes[1]) + xnp.kron(eyes[0], B)
+
+
 def _library_is_broken() -> bool:
     return "get_library_fns" in operator_base.is_array.__code__.co_names
 
@@ -159,6 +166,7 @@ def _repair_library() -> None:
     operator_base.find_device = _find_device
     LinearOperator.__init__ = _operator_init
     LinearOperator.__setattr__ = _operator_setattr
+    operators.kronsum = _kron_sum
 
 
 # -- scaling -------------------------------------------------------------------------------------------------------

@@ -1,0 +1,747 @@
+"""Composing our operators with CoLA's, and every defect of CoLA that structlin repairs.
+
+Each function in DEFECTS uses CoLA alone and raises where CoLA is broken. Run as a script, this file makes all repairs
+but one, for each repair in turn, and prints what its defects then do. The tests ask that each of them fails there (else
+the repair is no longer needed) and passes here, where structlin is imported.
+"""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import cola
+import jax
+import jax.numpy as jnp
+import numpy as np
+import plum
+import pytest
+import torch
+from cola.annotations import PSD, SelfAdjoint, Stiefel, Unitary
+from cola.ops import (
+    BlockDiag,
+    Concatenated,
+    Dense,
+    Diagonal,
+    I_like,
+    Identity,
+    Kronecker,
+    KronSum,
+    LinearOperator,
+    Permutation,
+    Product,
+    ScalarMul,
+    Sliced,
+    Sum,
+    Transpose,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+BACKENDS = ("numpy", "torch", "jax")
+MAKE = {"numpy": np.array, "torch": torch.tensor, "jax": jnp.array}
+TYPES = {"numpy": np.ndarray, "torch": torch.Tensor, "jax": jax.Array}
+DEFECTS = {}
+
+
+def defect(repair):
+    """Register a function that raises where ``repair`` has not been made."""
+
+    def register(function):
+        DEFECTS[function.__name__] = (repair, function)
+        return function
+
+    return register
+
+
+def draw(*shape, seed=0, dtype="float64"):
+    rng = np.random.default_rng([seed, *shape])
+    x = rng.standard_normal(shape)
+    if dtype.startswith("complex"):
+        x = x + 1j * rng.standard_normal(shape)
+    return x.astype(dtype)
+
+
+def positive(n, seed=0, dtype="float64"):
+    x = draw(n, n, seed=seed, dtype=dtype)
+    return x @ x.conj().T + np.eye(n)
+
+
+def on_host(x):
+    return x.detach().resolve_conj().numpy() if isinstance(x, torch.Tensor) else np.asarray(x)
+
+
+def same(x, want):
+    got = on_host(x)
+    assert got.shape == np.shape(want), f"{got.shape} != {np.shape(want)}"
+    np.testing.assert_allclose(got, want, rtol=0, atol=1e-10 * max(1.0, float(np.abs(want).max(initial=0))))
+
+
+def raises(kind, function):
+    try:
+        function()
+    except kind:
+        return
+    raise AssertionError(f"no {kind.__name__}")
+
+
+def pair(backend, n=3):
+    make = MAKE[backend]
+    a, b = draw(n, n, seed=1), draw(n, n, seed=2)
+    return a, b, Dense(make(a)), Dense(make(b))
+
+
+# -- composing: any ----------------------------------------------------------------------------------------------------
+
+
+@defect("any")
+def plus():
+    for backend in ("torch", "jax"):
+        a, b, A, B = pair(backend)
+        same((A + B).to_dense(), a + b)
+        same((A + MAKE[backend](b)).to_dense(), a + b)
+        same((MAKE[backend](b) + A).to_dense(), a + b)
+
+
+@defect("any")
+def difference():
+    for backend in ("torch", "jax"):
+        a, b, A, B = pair(backend)
+        same((A - B).to_dense(), a - b)
+        same((A @ A.T + I_like(A)).to_dense(), a @ a.T + np.eye(3))
+
+
+@defect("any")
+def kron():
+    for backend in ("torch", "jax"):
+        a, b, A, B = pair(backend)
+        same(cola.kron(A, B).to_dense(), np.kron(a, b))
+
+
+@defect("any")
+def kronsum():
+    for backend in ("torch", "jax"):
+        a, b, A, B = pair(backend)
+        same(cola.kronsum(A, B).to_dense(), np.kron(a, np.eye(3)) + np.kron(np.eye(3), b))
+
+
+# -- composing: overlap ------------------------------------------------------------------------------------------------
+
+
+@defect("overlap")
+def identity():
+    I = Identity((3, 3), torch.float64)  # noqa: E741
+    assert isinstance(I @ I, Identity)
+
+
+@defect("overlap")
+def kron_of_krons():
+    a, b, A, B = pair("torch", 2)
+    K = Kronecker(A, B)
+    same(cola.kron(K, K).to_dense(), np.kron(np.kron(a, b), np.kron(a, b)))
+
+
+@defect("overlap")
+def kronsum_of_kronsums():
+    a, b, A, B = pair("torch", 2)
+    s = np.kron(a, np.eye(2)) + np.kron(np.eye(2), b)
+    S = KronSum(A, B)
+    same(cola.kronsum(S, S).to_dense(), np.kron(s, np.eye(4)) + np.kron(np.eye(4), s))
+
+
+# -- composing: the rest -----------------------------------------------------------------------------------------------
+
+
+@defect("library")
+def numpy_stays():
+    _, _, A, B = pair("numpy")
+    for op in (A, A @ B, 2.0 * A, A.T @ B, Kronecker(A, B), BlockDiag(A, B), Transpose(A), cola.PSD(A)):
+        assert type(op.to_dense()) is np.ndarray
+        assert op.to_dense().dtype == np.float64
+        assert type(op @ np.ones(op.shape[1])) is np.ndarray
+    assert type(cola.inv(A) @ np.ones(3)) is np.ndarray
+
+
+@defect("library")
+def leaves_after_numpy():
+    class Held(LinearOperator):
+        def __init__(self, A):
+            self.A = A
+            super().__init__(A.dtype, A.shape)
+
+    assert len(Held(np.ones((2, 2))).flatten()[0]) == 1
+    assert len(Held(torch.ones(2, 2)).flatten()[0]) == 1
+
+
+@defect("scaling")
+def complex_scalar():
+    for backend in ("torch", "jax"):
+        a, _, A, _ = pair(backend)
+        same((1j * A).to_dense(), 1j * a)
+        assert "complex128" in str((1j * A).dtype)
+
+
+@defect("scaling")
+def array_scalar():
+    _, _, A, _ = pair("torch")
+    raises(ValueError, lambda: A * torch.ones(3))
+    raises(TypeError, lambda: A * A)
+    same((A * torch.tensor([2.0])).to_dense(), 2 * on_host(A.to_dense()))
+
+
+@defect("subtract")
+def dense_minus():
+    for backend in ("torch", "jax"):
+        a, b, A, _ = pair(backend)
+        same((MAKE[backend](b) - A).to_dense(), b - a)
+        same((0 - A).to_dense(), -a)
+
+
+@defect("slicing")
+def row():
+    for backend in ("torch", "jax"):
+        a = draw(2, 3)
+        A = Dense(MAKE[backend](a))
+        same(A[1], a[1])
+        same(A[-1], a[-1])
+        same(A[np.int64(0), 2], a[0, 2])
+        same(A[1, 1:], a[1, 1:])
+        raises(IndexError, lambda A=A: A[2])
+
+
+@defect("slicing")
+def index_array():
+    for backend in ("torch", "jax"):
+        make = MAKE[backend]
+        a = draw(4, 3)
+        A = Dense(make(a))
+        rows, columns = [2, 0, 3], [1, 2]
+        for indices in ((np.array(rows), np.array(columns)), (make(rows), make(columns))):
+            S = A[indices]
+            same(S.to_dense(), a[rows][:, columns])
+            same(make(draw(5, 3)) @ S, draw(5, 3) @ a[rows][:, columns])
+        same(A[make(rows)].to_dense(), a[rows])
+        same(A[np.array([True, False, False, True]), ::2].to_dense(), a[[0, 3], ::2])
+        assert "[2, 0, 3]" in str(A[make(rows)])
+
+
+@defect("slicing")
+def index_pairs():
+    a, b, A, B = pair("torch")
+    same((A @ B)[[0, 2], [1, 1]], (a @ b)[[0, 2], [1, 1]])
+
+
+@defect("slicing")
+def repeated_columns():
+    a = draw(3, 4)
+    S = Dense(torch.tensor(a))[:, np.array([1, 1, 0])]
+    same(S @ torch.tensor(draw(3, 2)), a[:, [1, 1, 0]] @ draw(3, 2))
+    R = Dense(torch.tensor(a))[np.array([2, 2])]
+    same(torch.tensor(draw(5, 2)) @ R, draw(5, 2) @ a[[2, 2]])
+
+
+@defect("slicing")
+def complex_slice():
+    for backend in ("torch", "jax"):
+        a, x = draw(3, 4), draw(2, 5, dtype="complex128")
+        same(Dense(MAKE[backend](a))[:, 1:3] @ MAKE[backend](x), a[:, 1:3] @ x)
+
+
+@defect("concat")
+def concatenated():
+    a, b, c = draw(2, 4, seed=1), draw(3, 4, seed=2), draw(2, 5, seed=3)
+    for backend in ("torch", "jax"):
+        make = MAKE[backend]
+        A, B, C = (Dense(make(x)) for x in (a, b, c))
+        for op, want in [
+            (Concatenated(A, B), np.concatenate([a, b])),
+            (Concatenated(A, C, axis=1), np.concatenate([a, c], 1)),
+        ]:
+            assert tuple(op.shape) == want.shape
+            same(op.to_dense(), want)
+            same(op.T.to_dense(), want.T)
+            same(make(draw(3, want.shape[0])) @ op, draw(3, want.shape[0]) @ want)
+        raises(ValueError, lambda A=A, C=C: Concatenated(A, C))
+
+
+@defect("rows")
+def rows():
+    a, b, c = draw(2, 3, seed=1), draw(4, 5, seed=2), draw(3, 3, seed=3)
+    A, B, C = Dense(a), Dense(b), Dense(c)
+    perm = np.array([2, 0, 1])
+    for op, want in [
+        (Kronecker(A, B), np.kron(a, b)),
+        (KronSum(C, C), np.kron(c, np.eye(3)) + np.kron(np.eye(3), c)),
+        (BlockDiag(A, B, multiplicities=[2, 1]), None),
+        (Permutation(perm, np.float64), np.eye(3)[perm]),
+        (2.0 * C, 2 * c),
+        (C @ Identity((3, 3), np.float64), c),
+    ]:
+        matrix = on_host(op.to_dense()) if want is None else want
+        got = draw(7, op.shape[0]) @ op
+        same(got, draw(7, op.shape[0]) @ matrix)
+        assert type(got) is np.ndarray
+
+
+@defect("clip")
+def arnoldi():
+    from cola.linalg.decompositions.decompositions import Arnoldi
+
+    a = draw(6, 6)
+    Q, H, _ = Arnoldi(max_iters=6, key=jax.random.PRNGKey(0))(Dense(jnp.array(a)))
+    q, h = on_host(Q.to_dense()), on_host(H.to_dense())
+    q, h = q.reshape(q.shape[-2:]), h.reshape(h.shape[-2:])
+    same(q[:, :6].conj().T @ q[:, :6], np.eye(6))
+
+
+# -- numbers -----------------------------------------------------------------------------------------------------------
+
+
+@defect("logdet_scalar")
+def logdet_scalar():
+    for backend in ("torch", "jax"):
+        a = positive(3)
+        A = cola.PSD(Dense(MAKE[backend](a)))
+        same(cola.logdet(2.0 * A), np.linalg.slogdet(2 * a)[1])
+        sign, value = cola.linalg.slogdet(-2.0 * A)
+        same(sign, -1.0)
+        same(value, np.linalg.slogdet(2 * a)[1])
+
+
+@defect("logdet_permutation")
+def logdet_parity():
+    for backend in ("torch", "jax"):
+        for seed in range(4):
+            a = draw(5, 5, seed=seed)
+            sign, value = cola.linalg.slogdet(Dense(MAKE[backend](a)))
+            want = np.linalg.slogdet(a)
+            same(sign, want[0])
+            same(value, want[1])
+    perm = [3, 0, 1, 4, 2, 5]
+    want = np.linalg.det(np.eye(6)[perm])
+    for make in (torch.tensor, jnp.array):
+        same(cola.linalg.slogdet(Permutation(make(perm)))[0], want)
+    traced = jax.jit(lambda p: cola.linalg.slogdet(Permutation(p, jnp.float64))[0])
+    same(traced(jnp.array(perm)), want)
+    same(traced(jnp.array([1, 0, 2, 3, 4, 5])), -1.0)
+
+
+@defect("logdet_iterative")
+def logdet_iterative():
+    from cola.linalg.decompositions.decompositions import Lanczos
+    from cola.linalg.trace.diagonal_estimation import Exact
+
+    a = positive(4) / 50
+    assert np.linalg.slogdet(a)[1] < 0
+    value = cola.linalg.logdet(cola.PSD(Dense(torch.tensor(a))), Lanczos(max_iters=20, tol=1e-12), Exact())
+    assert abs(float(value) - np.linalg.slogdet(a)[1]) < 1e-6
+
+
+@defect("annotations")
+def annotations():
+    P, Q = (cola.PSD(Dense(torch.tensor(positive(3, seed=s)))) for s in (1, 2))
+    U = cola.Unitary(Dense(torch.eye(3, dtype=torch.float64)))
+    assert not (-P).isa(PSD)
+    assert (-P).isa(SelfAdjoint)
+    assert (2 * P).isa(PSD)
+    assert (P + Q).isa(PSD)
+    assert not (P - Q).isa(PSD)
+    assert (P - Q).isa(SelfAdjoint)
+    assert not (1j * P).isa(SelfAdjoint)
+    assert not (2 * U).isa(Stiefel)
+    assert (-U).isa(Unitary)
+    assert (1j * U).isa(Unitary)
+    assert not (U + U).isa(Unitary)
+    C = LinearOperator(torch.complex128, (3, 3), matmat=lambda x: 1j * x)
+    assert not (C @ C.T).isa(PSD)
+    assert (C @ C.H).isa(PSD)
+    tall = cola.Stiefel(LinearOperator(torch.float64, (3, 2), matmat=lambda x: x))
+    assert not tall.T.isa(Stiefel)
+    assert not tall.H.isa(Stiefel)
+    assert (P @ I_like(P)).isa(PSD)
+
+
+@defect("transpose")
+def complex_transpose():
+    a = positive(3, dtype="complex128")
+    A = cola.SelfAdjoint(Product(Dense(torch.tensor(a)), Dense(torch.eye(3, dtype=torch.complex128))))
+    same(A.T.to_dense(), a.T)
+    same(A.H.to_dense(), a)
+
+
+@defect("gradient")
+def scalar_gradient():
+    a, _, A, _ = pair("torch")
+    for factor, scale in [
+        (1, lambda c: c * A),
+        (1, lambda c: A * c),
+        (1, lambda c: A / (1 / c)),
+        (2, lambda c: c * (2 * A)),
+    ]:
+        c = torch.tensor(3.0, dtype=torch.float64, requires_grad=True)
+        (scale(c) @ torch.ones(3, dtype=torch.float64)).sum().backward()
+        same(c.grad, factor * a.sum())
+
+
+@defect("reciprocal")
+def reciprocal():
+    _, _, A, _ = pair("torch")
+    raises(TypeError, lambda: 2.0 / A)
+
+
+@defect("sum_dtype")
+def sum_dtype():
+    A, B = Dense(torch.ones(2, 2)), Dense(torch.ones(2, 2, dtype=torch.complex128))
+    assert Sum(A, B).dtype == torch.complex128
+
+
+def errors(names):
+    found = {}
+    for name in names:
+        try:
+            DEFECTS[name][1]()
+        except Exception as error:
+            found[name] = f"{type(error).__name__}: {error}"[:200]
+        else:
+            found[name] = None
+    return found
+
+
+def without_each_repair():
+    """By defect, the error that it makes where all repairs but its own are made; None where it makes none."""
+    # A bare package in place of structlin, whose import would make all repairs.
+    bare = types.ModuleType("structlin")
+    bare.__path__ = list(importlib.util.find_spec("structlin").submodule_search_locations)
+    sys.modules["structlin"] = bare
+    from structlin._cola_compat import REPAIRS
+
+    found = {}
+    for left_out in REPAIRS:
+        # In a child of its own, because a repair can not be taken back; no array library has been started yet.
+        reader, writer = os.pipe()
+        child = os.fork()
+        if child == 0:
+            for repair in REPAIRS:
+                if repair is not left_out and repair.broken():
+                    repair.apply()
+            here = errors(name for name, (repair, _) in DEFECTS.items() if repair == left_out.name)
+            os.write(writer, json.dumps(here).encode())
+            os._exit(0)
+        os.close(writer)
+        with os.fdopen(reader) as pipe:
+            found |= json.loads(pipe.read())
+        os.waitpid(child, 0)
+    return found
+
+
+if __name__ == "__main__":
+    jax.config.update("jax_enable_x64", True)
+    sys.path.insert(0, str(Path(__file__).parents[2]))
+    print(json.dumps(without_each_repair()))
+    sys.exit()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+import structlin  # noqa: E402
+from structlin import _cola_compat  # noqa: E402
+
+
+def run(*arguments, **environment):
+    return subprocess.run(
+        [sys.executable, *arguments],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def left_out():
+    done = run(__file__)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("name", DEFECTS)
+def test_the_defect_is_there_without_its_repair(name, left_out):
+    assert left_out[name] is not None, f"{name} works without the repair {DEFECTS[name][0]!r}; remove the repair"
+
+
+@pytest.mark.parametrize("name", DEFECTS)
+def test_the_defect_is_gone_with_structlin(name):
+    DEFECTS[name][1]()
+
+
+def test_every_repair_is_documented_and_has_a_defect():
+    assert {repair for repair, _ in DEFECTS.values()} == {repair.name for repair in _cola_compat.REPAIRS}
+    text = " ".join(_cola_compat.__doc__.split())
+    for repair in _cola_compat.REPAIRS:
+        assert f" {repair.name} " in text
+        names = [name for name, (of, _) in DEFECTS.items() if of == repair.name]
+        assert f"[{', '.join(names)}]" in text
+
+
+def test_importing_structlin_installs_once():
+    assert _cola_compat.install() == ()
+
+
+def test_the_repairs_outlive_a_clearing_of_plums_caches():
+    plum.dispatch.clear_cache()
+    plus()
+    difference()
+    logdet_scalar()
+
+
+def test_rules_registered_from_outside_still_win():
+    class Mine(Dense):
+        pass
+
+    @plum.dispatch
+    def add(A: Mine, B: LinearOperator):
+        return "mine"
+
+    @plum.dispatch
+    def kron(A: Mine, B: LinearOperator):
+        return "mine"
+
+    A, B = Mine(torch.eye(2)), Dense(torch.eye(2))
+    assert A + B == "mine"
+    assert cola.kron(A, B) == "mine"
+    assert not isinstance(B + A, str)
+
+
+def test_plum_over_colas_fork_is_named_as_the_cause(tmp_path):
+    fake = tmp_path / "plum"
+    fake.mkdir()
+    (fake / "__init__.py").write_text("class Dispatcher:\n    def __call__(self, method=None, precedence=0): ...\n")
+    path = f"{tmp_path}{os.pathsep}{Path(structlin.__file__).parents[1]}"
+    done = run("-c", "import structlin", PYTHONPATH=path)
+    assert done.returncode != 0
+    assert "ImportError: plum-dispatch has replaced cola-plum-dispatch" in done.stderr
+    assert "pip install --force-reinstall --no-deps cola-plum-dispatch" in done.stderr
+
+
+def test_installing_starts_no_array_library():
+    code = "import structlin; from jax._src import xla_bridge; assert not xla_bridge.backends_are_initialized()"
+    done = run("-c", code, PYTHONPATH=str(Path(structlin.__file__).parents[1]))
+    assert done.returncode == 0, done.stderr
+
+
+# -- our operators with CoLA's ---------------------------------------------------------------------------------------
+
+
+def operators(backend):
+    """Two of ours of shape (6, 10), a square one, and dense ones of CoLA's, with their matrices."""
+    make = MAKE[backend]
+    A = structlin.BlockTensorTrain.random((6, 10), seed=1, backend=backend, dtype="float64")
+    C = structlin.LowRank.random((6, 10), rank=2, seed=2, backend=backend, dtype="float64")
+    S = structlin.Kronecker.random((6, 6), seed=3, backend=backend, dtype="float64")
+    d, e = draw(6, 10, seed=4), draw(6, 6, seed=5)
+    ours = {k: (op, on_host(op.to_dense())) for k, op in {"A": A, "C": C, "S": S}.items()}
+    return {**ours, "D": (Dense(make(d)), d), "E": (Dense(make(e)), e)}
+
+
+EXPRESSIONS = {
+    "A @ C.T": lambda o: o["A"] @ o["C"].T,
+    "A.H @ E": lambda o: o["A"].T.conj() @ o["E"],
+    "E @ A": lambda o: o["E"] @ o["A"],
+    "A + C": lambda o: o["A"] + o["C"],
+    "A + D": lambda o: o["A"] + o["D"],
+    "D - A": lambda o: o["D"] - o["A"],
+    "-A": lambda o: -o["A"],
+    "2 * A": lambda o: 2 * o["A"],
+    "A * 0.5 / 4": lambda o: o["A"] * 0.5 / 4,
+    "(1 + 2j) * A": lambda o: (1 + 2j) * o["A"],
+    "A @ A.T + E": lambda o: o["A"] @ o["A"].T + o["E"],
+    "(A + D) @ (C - D).T": lambda o: (o["A"] + o["D"]) @ (o["C"] - o["D"]).T,
+    "S @ S @ S - S": lambda o: o["S"] @ o["S"] @ o["S"] - o["S"],
+}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("expression", EXPRESSIONS)
+def test_expressions_equal_their_matrices(backend, expression):
+    pairs = operators(backend)
+    op = EXPRESSIONS[expression]({k: v[0] for k, v in pairs.items()})
+    want = EXPRESSIONS[expression]({k: v[1] for k, v in pairs.items()})
+    check(op, want, backend)
+
+
+def check(op, want, backend):
+    make = MAKE[backend]
+    assert tuple(op.shape) == want.shape
+    x, y = draw(want.shape[1], 3, seed=8), draw(4, want.shape[0], seed=9)
+    results = [
+        (op @ make(x), want @ x),
+        (make(y) @ op, y @ want),
+        (op.T @ make(y.T.copy()), want.T @ y.T),
+    ]
+    if backend != "jax":  # which compiles each of them anew
+        results += [
+            (op @ make(x[:, 0].copy()), want @ x[:, 0]),
+            (op.to_dense(), want),
+            (op.T.to_dense(), want.T),
+            (op.H.to_dense(), want.conj().T),
+        ]
+    for got, expected in results:
+        assert isinstance(got, TYPES[backend])
+        same(got, expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_blocks_products_slices_and_identities(backend):
+    pairs = operators(backend)
+    (A, a), (C, c), (S, s), (D, d), _ = pairs.values()
+    make = MAKE[backend]
+    eye = I_like(S)
+    check(cola.kron(A, D), np.kron(a, d), backend)
+    check(cola.kron(cola.kron(A, S), S), np.kron(np.kron(a, s), s), backend)
+    check(cola.kronsum(S, S), np.kron(s, np.eye(6)) + np.kron(np.eye(6), s), backend)
+    zeros = np.zeros((6, 10))
+    check(cola.block_diag(A, D), np.block([[a, zeros], [zeros, d]]), backend)
+    check(Concatenated(A, D), np.concatenate([a, d]), backend)
+    check(Concatenated(A, S, D, axis=1), np.concatenate([a, s, d], 1), backend)
+    check(A[1:4, 2:], a[1:4, 2:], backend)
+    check((A + D)[np.array([4, 0, 1])], (a + d)[[4, 0, 1]], backend)
+    same(A[2], a[2])
+    same((A - D)[-1, 3], (a - d)[-1, 3])
+    assert S @ eye is S
+    assert eye @ S is S
+    check(A @ A.T + eye, a @ a.T + np.eye(6), backend)
+    check(eye - S, np.eye(6) - s, backend)
+    check(make(d) - A, d - a, backend)
+    check(make(d) + A, d + a, backend)
+    check(A - make(d), a - d, backend)
+    check(sum([A, C, D]), a + c + d, backend)
+    check(Diagonal(make(s[0].copy())) @ A, np.diag(s[0]) @ a, backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_scaling_by_arrays_of_the_same_library(backend):
+    (A, a), make = operators(backend)["A"], MAKE[backend]
+    check(make(3.0) * A, 3 * a, backend)
+    check(A * make([3.0]), 3 * a, backend)
+    check(A / make(2.0), a / 2, backend)
+    check(np.float64(3.0) * A, 3 * a, backend)
+    with pytest.raises(ValueError, match=r"one number, got an array of shape \(6,\)"):
+        A * make(np.ones(6))
+    with pytest.raises(TypeError, match="multiplied with @"):
+        A * A
+    with pytest.raises(TypeError, match="got str"):
+        A * "2"
+
+
+def test_a_scalar_of_another_library_is_refused():
+    A = operators("torch")["A"][0]
+    with pytest.raises(TypeError, match="torch operator by a jax array"):
+        A * jnp.array(2.0)
+    with pytest.raises(TypeError, match="jax operator by a torch array"):
+        operators("jax")["A"][0] * torch.tensor(2.0)
+
+
+@pytest.mark.parametrize("backend", ["torch", "jax"])
+def test_adjoints_of_complex_composites(backend):
+    make = MAKE[backend]
+    a, b = draw(4, 6, seed=1, dtype="complex128"), draw(4, 6, seed=2, dtype="complex128")
+    A, B = structlin.Dense(make(a)), Dense(make(b))
+    for op, want in [
+        (A + B, a + b),
+        (A @ B.H, a @ b.conj().T),
+        (1j * A, 1j * a),
+        (cola.kron(A, B), np.kron(a, b)),
+        (A[:, 1:4], a[:, 1:4]),
+    ]:
+        same(op.T.to_dense(), want.T)
+        same(op.H.to_dense(), want.conj().T)
+        x = draw(want.shape[0], 2, dtype="complex128")
+        same(op.H @ make(x), want.conj().T @ x)
+
+
+@pytest.mark.parametrize("backend", ["torch", "jax"])
+def test_solving_and_log_determinants_of_composites(backend):
+    (A, a), make = operators(backend)["A"], MAKE[backend]
+    M, m = A @ A.T + I_like(A @ A.T), a @ a.T + np.eye(6)
+    b = draw(6, 2, seed=1)
+    same(cola.inv(M) @ make(b), np.linalg.solve(m, b))
+    same(cola.inv(cola.PSD(M)) @ make(b), np.linalg.solve(m, b))
+    same(cola.logdet(M), np.linalg.slogdet(m)[1])
+    same(cola.logdet(3 * M), np.linalg.slogdet(3 * m)[1])
+    same(cola.linalg.slogdet(-1 * (A @ A.T + I_like(M)))[0], np.linalg.slogdet(-m)[0])
+    same(cola.linalg.trace(M), np.trace(m))
+    same(cola.linalg.diag(M), np.diag(m))
+
+
+def test_composites_are_pytrees_of_our_factors():
+    (A, _), (C, _), _, (D, _), _ = operators("jax").values()
+    op = 2.0 * (A + D) @ C.T
+    assert len(jax.tree_util.tree_leaves(op)) == 1 + 2 + 1 + 2
+    x = draw(6, seed=3)
+    grad = jax.jit(jax.grad(lambda op: (op @ x).sum()))(op)
+    assert jax.tree_util.tree_structure(grad) == jax.tree_util.tree_structure(op)
+    same(jax.jit(lambda op: op @ x)(op), on_host(op.to_dense()) @ x)
+    same(
+        jax.jit(lambda op: op @ x)(op[:, np.array([0, 2, 1, 3, 4, 5])]),
+        on_host(op.to_dense())[:, [0, 2, 1, 3, 4, 5]] @ x,
+    )
+
+
+def test_gradients_reach_every_factor_of_a_torch_composite():
+    factors = [f.requires_grad_() for f in operators("torch")["A"][0].factors]
+    numpy_first = operators("numpy")["A"][0]
+    assert len((numpy_first @ numpy_first.T).flatten()[0]) == 4
+    A = structlin.BlockTensorTrain(*factors)
+    c = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
+    op = c * (A @ A.T) + I_like(A @ A.T)
+    assert len(op.flatten()[0]) == 5
+    (op @ torch.ones(6, dtype=torch.float64)).sum().backward()
+    for leaf in (*factors, c):
+        assert leaf.grad.abs().max() > 0
+    gram = (A @ A.T).to_dense().detach()
+    same(c.grad, float(gram.sum()))
+
+
+def test_annotations_of_our_operators_under_scaling():
+    P = structlin.Permutation(torch.tensor([2, 0, 1]), dtype=torch.float64)
+    assert P.isa(Unitary)
+    assert (P @ P).isa(Unitary)
+    assert not (3 * P).isa(Unitary)
+    assert not (P + P).isa(Unitary)
+    assert (-P).isa(Unitary)
+    S = cola.PSD(operators("torch")["S"][0])
+    assert (2 * S).isa(PSD)
+    assert not (-2 * S).isa(PSD)
+    traced = jax.jit(lambda c, S: S * c)
+    assert not traced(2.0, cola.PSD(operators("jax")["S"][0])).isa(PSD)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.permutations(range(7)))
+def test_the_sign_of_a_permutation(perm):
+    for make in (np.array, torch.tensor):
+        sign, value = cola.linalg.slogdet(Permutation(make(perm)))
+        assert float(sign) == round(np.linalg.det(np.eye(7)[perm]))
+        assert float(value) == 0
+
+
+def test_bad_indices_are_refused():
+    A = operators("torch")["A"][0]
+    for index, message in [
+        (6, "out of range for axis 0 of size 6"),
+        ((0, -11), "out of range for axis 1 of size 10"),
+        ((0, 1, 2), "one or two indices"),
+        (..., "one or two indices"),
+        (np.array([0.5]), "float64 of shape"),
+        (np.zeros((2, 2), int), "of shape"),
+        (([0, 1], [1]), "equally long"),
+    ]:
+        with pytest.raises(IndexError, match=message):
+            A[index]
+    assert isinstance(A[:0], Sliced)
+    assert A[:0].shape == (0, 10)
+    assert isinstance(A @ A.T, Product)
+    assert isinstance((2 * A).Ms[0], ScalarMul)
