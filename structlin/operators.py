@@ -18,7 +18,7 @@ import numpy as np
 from cola.ops.operator_base import LinearOperator
 
 from structlin._arrays import Array, backend_of, common_backend, dtype_name, ops
-from structlin._cola_compat._repair import device_of, functions_of
+from structlin._cola_compat._repair import device_of, functions_of, rule
 from structlin.structure import AbstractStructure
 
 __all__ = ["StructuredOperator"]
@@ -163,6 +163,11 @@ class StructuredOperator(LinearOperator):
             )
         return self._rmatmat(X)
 
+    def __add__(self, other: Any) -> Any:
+        if isinstance(other, int | float) and other == 0:  # where sum() starts
+            return self
+        return cola.fns.add(self, other if isinstance(other, LinearOperator) else self._operand(other))
+
     def _matmat(self, X: Array) -> Array:
         """A @ X for X of shape (d_in, k)."""
         factors, X = _promoted(self.factors, X)
@@ -190,7 +195,7 @@ class StructuredOperator(LinearOperator):
             return X
         if (ours, theirs) == ("jax", "numpy"):  # jax takes NumPy arrays everywhere, and CoLA hands it some
             return functions_of("jax").array(X, dtype=None, device=None)
-        raise TypeError(f"can not multiply a {ours} operator and a {theirs} array; convert one of them first")
+        raise TypeError(f"can not combine a {ours} operator and a {theirs} array; convert one of them first")
 
     # -- related operators -------------------------------------------------------------------------------------------
 
@@ -280,6 +285,21 @@ class StructuredOperator(LinearOperator):
         return f"{type(self).__name__}({self.structure!r}, {where})"
 
 
+@rule("transpose")
+def _transpose_rule(A: StructuredOperator):
+    return A.T
+
+
+@rule("adjoint")
+def _adjoint_rule(A: StructuredOperator):
+    return A.H
+
+
+@rule("get_annotations")
+def _annotations_rule(A: StructuredOperator):
+    return A.annotations
+
+
 def _fill(
     op: Any,
     structure: AbstractStructure,
@@ -350,7 +370,8 @@ def _resolve_dtype(backend: str, dtype: Any) -> Any:
         import jax
         import jax.numpy as jnp
 
-        if name in ("float64", "complex128") and not jax.config.read("jax_enable_x64"):
+        config: Any = jax.config
+        if name in ("float64", "complex128") and not config.jax_enable_x64:
             raise ValueError(
                 f"jax computes in 32 bits here, so {name} is not to be had; "
                 "enable it with jax.config.update('jax_enable_x64', True)"

@@ -29,6 +29,7 @@ Composing (`structlin._cola_compat._composing`, ``_slicing``): what raised, or l
     rows       ``X @ A`` differentiates ``A @ x`` for Kronecker, KronSum, BlockDiag, Identity, ScalarMul and
                Permutation: slow, and not there on NumPy. [rows]
     clip       jax 0.10: ``jnp.clip`` has no ``a_min`` any more, which Arnoldi uses. [arnoldi]
+    devices    with more than one jax device, operators that hold no array, or traced ones, raise. [several_devices]
 
 Numbers (`structlin._cola_compat._values`): what was wrong without a word
     logdet_scalar       ``logdet(c * A)`` counts log|c| once instead of n times, and the sign likewise. [logdet_scalar]

@@ -343,6 +343,25 @@ def _repair_clip() -> None:
     functions_of("jax").clip = clip  # type: ignore[attr-defined]
 
 
+# -- devices -----------------------------------------------------------------------------------------------------------
+
+
+def _devices_are_broken() -> bool:
+    return "jax" in sys.modules and functions_of("jax").get_default_device.__module__.startswith("cola.")
+
+
+def _repair_devices() -> None:
+    import jax
+
+    config: Any = jax.config
+
+    def get_default_device() -> Any:
+        chosen = config.jax_default_device  # a device, the name of a platform, or None
+        return jax.devices(chosen)[0] if chosen is None or isinstance(chosen, str) else chosen
+
+    functions_of("jax").get_default_device = get_default_device  # type: ignore[attr-defined]
+
+
 COMPOSING = (
     Repair("any", _any_is_broken, _repair_any),
     Repair("overlap", _overlap_is_broken, _repair_overlap),
@@ -353,4 +372,5 @@ COMPOSING = (
     Repair("concat", _concat_is_broken, _repair_concat),
     Repair("rows", _rows_are_broken, _repair_rows),
     Repair("clip", _clip_is_broken, _repair_clip),
+    Repair("devices", _devices_are_broken, _repair_devices),
 )

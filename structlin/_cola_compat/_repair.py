@@ -83,4 +83,4 @@ def device_of(x: Any) -> Any:
         return x.device
     import jax
 
-    return jax.devices()[0] if isinstance(x, jax.core.Tracer) else x.device
+    return functions_of("jax").get_default_device() if isinstance(x, jax.core.Tracer) else x.device

@@ -12,6 +12,8 @@ import subprocess
 import sys
 import types
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import cola
 import jax
@@ -20,6 +22,7 @@ import numpy as np
 import plum
 import pytest
 import torch
+from beartype.door import TypeHint
 from cola.annotations import PSD, SelfAdjoint, Stiefel, Unitary
 from cola.ops import (
     BlockDiag,
@@ -297,6 +300,14 @@ def arnoldi():
     same(q[:, :6].conj().T @ q[:, :6], np.eye(6))
 
 
+@defect("devices")
+def several_devices():
+    device = jnp.zeros(()).device
+    with mock.patch.object(jax, "devices", return_value=[device, device]):
+        assert Identity((2, 2), jnp.float64).device == device
+        same(jax.jit(lambda A, x: A @ x)(Dense(jnp.eye(2)), jnp.ones(2)), np.ones(2))
+
+
 # -- numbers -----------------------------------------------------------------------------------------------------------
 
 
@@ -462,6 +473,8 @@ def run(*arguments, **environment):
 
 @pytest.fixture(scope="module")
 def left_out():
+    if not hasattr(os, "fork"):
+        pytest.skip("each repair is left out in a forked process")
     done = run(__file__)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
@@ -469,6 +482,8 @@ def left_out():
 
 @pytest.mark.parametrize("name", DEFECTS)
 def test_the_defect_is_there_without_its_repair(name, left_out):
+    if DEFECTS[name][0] == "any" and not TypeHint(Any) <= TypeHint(int):
+        pytest.skip("this beartype orders Any above every type")
     assert left_out[name] is not None, f"{name} works without the repair {DEFECTS[name][0]!r}; remove the repair"
 
 
@@ -634,6 +649,21 @@ def test_scaling_by_arrays_of_the_same_library(backend):
         A * A
     with pytest.raises(TypeError, match="got str"):
         A * "2"
+
+
+def test_more_than_one_jax_device():
+    code = """if True:
+        import cola, jax, jax.numpy as jnp, structlin
+        first, second = jax.devices()
+        A = structlin.LowRank.random((4, 4), backend="jax").to(second)
+        assert A.device == second
+        M = A @ A.T + cola.ops.I_like(A)
+        y = jax.jit(lambda M, x: 2 * M @ x)(M, jax.device_put(jnp.ones(4), second))
+        assert y.devices() == {second}
+    """
+    flags = "--xla_force_host_platform_device_count=2"
+    done = run("-c", code, PYTHONPATH=str(Path(structlin.__file__).parents[1]), XLA_FLAGS=flags)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_scalar_of_another_library_is_refused():

@@ -15,6 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import structlin
 from structlin.operators import StructuredOperator
 from structlin.structure import AbstractStructure, Factor, Structure
 
@@ -211,6 +212,8 @@ def test_mixed_libraries_are_refused(ours, theirs):
     A, x = operator(CHAINS["low_rank"], ours), MAKE[theirs](np.ones(7))
     with pytest.raises(TypeError, match=f"{ours} operator and a {theirs} array"):
         A @ x
+    with pytest.raises(TypeError, match=f"{ours} operator and a {theirs} array"):
+        A + MAKE[theirs](np.ones((5, 7)))
     with pytest.raises(TypeError, match="arrays of one library"):
         StructuredOperator(A.structure, (A.factors[0], MAKE[theirs](np.ones((5, 2)))))
 
@@ -228,6 +231,10 @@ def test_wrong_shapes_are_refused(backend):
         A @ A
     with pytest.raises(TypeError, match="expected a NumPy array"):
         A @ [1.0] * 7
+    with pytest.raises(TypeError, match="expected a NumPy array"):
+        A + 2
+    with pytest.raises(ValueError, match="mismatch"):
+        A + make(np.ones((7, 5)))
     with pytest.raises(ValueError, match="shape"):
         StructuredOperator(A.structure, A.factors[::-1])
     with pytest.raises(ValueError, match="has 2 factors, got 1"):
@@ -328,6 +335,26 @@ def test_copies(backend, clone):
         close(B.to_dense(), numpy(A.to_dense()), str(A.dtype).removeprefix("torch."))
         if clone is copy.deepcopy:
             assert B.factors[0] is not A.factors[0]
+
+
+@pytest.mark.parametrize("name", structlin.names())
+def test_every_named_operator_is_one_of_these(name):
+    cls = structlin.get(name)
+    for shape, options in cls.examples:
+        A = cls.random(shape, seed=1, backend="torch", dtype="float64", **options)
+        M = A.to_dense().numpy()
+        for B in (A.T.T, copy.deepcopy(A), pickle.loads(pickle.dumps(A)), A.flatten()[1](A.flatten()[0])):
+            assert type(B) is cls
+            assert B.structure == A.structure
+            close(B.to_dense(), M)
+        close(A.T.to_dense(), M.T)
+        close(cola.fns.transpose(A).to_dense(), M.T)
+        close(cola.fns.adjoint(A).to_dense(), M.T)
+        wide = A.to(dtype="complex128")
+        assert wide.dtype == torch.complex128
+        close(torch.eye(shape[0], dtype=torch.complex128) @ wide, M, "complex128")
+        assert isinstance(cola.fns.transpose(A), cls)
+        assert cola.annotations.get_annotations(A) == A.annotations
 
 
 def test_pytree_of_jax():
