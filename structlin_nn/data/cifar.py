@@ -60,10 +60,9 @@ _CHUNK = 2**20
 
 @dataclass(frozen=True)
 class _File:
-    """One official file: its name, images, size in bytes (None: not known) and md5 sum."""
+    """One official file: its name, size in bytes (None: not known) and md5 sum."""
 
     name: str
-    images: int
     size: int | None
     md5: str
 
@@ -82,7 +81,7 @@ class _Form:
 
 def _binary(label_names: tuple[str, ...], sums: dict[str, tuple[int, str]], **names: str) -> _Form:
     record = len(label_names) + _PIXELS
-    files = tuple(_File(f"{name}.bin", n, n * record, md5) for name, (n, md5) in sums.items())
+    files = tuple(_File(f"{name}.bin", n * record, md5) for name, (n, md5) in sums.items())
     return _Form(label_names=label_names, pickled=False, files=files, **names)
 
 
@@ -108,12 +107,12 @@ _CIFAR10 = (
         label_names=("labels",),
         pickled=True,
         files=(
-            _File("data_batch_1", 10000, 31035704, "c99cafc152244af753f735de768cd75f"),
-            _File("data_batch_2", 10000, 31035320, "d4bba439e000b95fd0a9bffe97cbabec"),
-            _File("data_batch_3", 10000, 31035999, "54ebc095f3ab1f0389bbae665268c751"),
-            _File("data_batch_4", 10000, 31035696, "634d18415352ddfa80567beed471001a"),
-            _File("data_batch_5", 10000, 31035623, "482c414d41f54cd18b22e5b47cb7c3cb"),
-            _File("test_batch", 10000, 31035526, "40351d587109b95175f43aff81a1287e"),
+            _File("data_batch_1", 31035704, "c99cafc152244af753f735de768cd75f"),
+            _File("data_batch_2", 31035320, "d4bba439e000b95fd0a9bffe97cbabec"),
+            _File("data_batch_3", 31035999, "54ebc095f3ab1f0389bbae665268c751"),
+            _File("data_batch_4", 31035696, "634d18415352ddfa80567beed471001a"),
+            _File("data_batch_5", 31035623, "482c414d41f54cd18b22e5b47cb7c3cb"),
+            _File("test_batch", 31035526, "40351d587109b95175f43aff81a1287e"),
         ),
     ),
 )
@@ -135,8 +134,8 @@ _CIFAR100 = (
         label_names=("coarse_labels", "fine_labels"),
         pickled=True,
         files=(
-            _File("train", 50000, 155249918, "16019d7e3df5f24257cddd939b257f8d"),
-            _File("test", 10000, None, "f0ef6b0ae62326f3e7ffdfab6717acfc"),
+            _File("train", 155249918, "16019d7e3df5f24257cddd939b257f8d"),
+            _File("test", None, "f0ef6b0ae62326f3e7ffdfab6717acfc"),
         ),
     ),
 )
@@ -220,9 +219,8 @@ def _read(forms: tuple[_Form, ...], root: Path, limits: tuple[int, ...], verify:
     parts: dict[str, _Part] = {}
     for file, origin, raw in contents:
         decode = _decode_pickled if form.pickled else _decode_binary
-        parts[file.name] = images, labels = decode(form, file, origin, raw)
-        if verify and len(images) != file.images:
-            raise ValueError(f"{origin} holds {len(images)} images, expected {file.images}")
+        parts[file.name] = part = decode(form, file, origin, raw)
+        labels = part[1]
         for column, (kind, limit) in enumerate(zip(form.label_names, limits, strict=True)):
             wrong = np.flatnonzero((labels[:, column] < 0) | (labels[:, column] >= limit))
             if wrong.size:

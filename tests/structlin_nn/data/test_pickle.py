@@ -79,6 +79,7 @@ def test_a_call_in_a_pickle_is_refused_and_not_run(tmp_path, protocol, place):
         ("numpy._core.multiarray", "scalar"),
         ("_codecs", "decode"),
         ("functools", "partial"),
+        ("somewhere_else", "dtype"),
     ],
 )
 def test_other_names_are_refused(module, name):
