@@ -99,7 +99,7 @@ def replace_linear(
     >>> model = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, 10))
     >>> report = replace_linear(model, "block_tensor_train", rank=2)
     >>> [r.names[0] for r in report.layers], model[2].structure.num_params
-    (['0', '2'], 3072)
+    (['0', '2'], 4096)
     """
     if shared_weights not in ("error", "skip"):
         raise ValueError(f"shared_weights must be 'error' or 'skip', got {shared_weights!r}")
