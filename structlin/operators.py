@@ -139,6 +139,7 @@ class StructuredOperator(LinearOperator):
 
     def __matmul__(self, X: Any) -> Any:
         if isinstance(X, LinearOperator):
+            self._check_library(X)
             _check_inner(self.shape, tuple(X.shape))
             return cola.fns.dot(self, X)
         X = self._operand(X)
@@ -166,7 +167,10 @@ class StructuredOperator(LinearOperator):
     def __add__(self, other: Any) -> Any:
         if isinstance(other, int | float) and other == 0:  # where sum() starts
             return self
-        return cola.fns.add(self, other if isinstance(other, LinearOperator) else self._operand(other))
+        if isinstance(other, LinearOperator):
+            self._check_library(other)
+            return cola.fns.add(self, other)
+        return cola.fns.add(self, self._operand(other))
 
     def _matmat(self, X: Array) -> Array:
         """A @ X for X of shape (d_in, k)."""
@@ -187,6 +191,10 @@ class StructuredOperator(LinearOperator):
 
     def _eye(self, n: int) -> Array:
         return self.xnp.eye(n, n, dtype=self.dtype, device=self.device)
+
+    def _check_library(self, other: LinearOperator) -> None:
+        if isinstance(other, StructuredOperator) and other.backend != self.backend:
+            raise TypeError(f"can not combine a {self.backend} operator and a {other.backend} operator")
 
     def _operand(self, X: Any) -> Array:
         """X as an array of this operator's library."""

@@ -1,12 +1,13 @@
 """Repairs of CoLA 0.0.7, so that operators compose and their numbers are right on a fresh install.
 
 CoLA dispatches on types through cola-plum-dispatch 0.1.4, which orders types by beartype. `install` is called once,
-when structlin is imported. It tries each defect first and touches nothing that is not broken, so it may be called
-again, and a release of CoLA that repairs something is left alone. Where a dispatch rule of higher precedence helps,
-the repair is a rule; the rest replaces a method or a function of CoLA. All of CoLA's operators gain by it.
+when structlin is imported. It looks for each defect first (tries it where that needs no array library, else asks
+whether the code is still CoLA's own) and touches nothing else, so it may be called again. Where a dispatch rule of
+higher precedence helps, the repair is a rule; the rest replaces a method or a function of CoLA. All of CoLA's
+operators gain by it.
 
-Each defect is listed with the versions it was seen with (CoLA 0.0.7 where none are named) and, in brackets, the
-defects of ``tests/structlin/test_cola_compat.py`` that show both the failure of CoLA alone and the repair.
+Each repair is listed with the versions it was needed with (CoLA 0.0.7 where none are named) and, in brackets, the
+cases of ``tests/structlin/test_cola_compat.py`` that fail where all repairs but this one are made, and pass with it.
 
 Composing (`structlin._cola_compat._composing`, ``_slicing``): what raised, or left NumPy
     any        beartype >= 0.23: ``Any`` compares below every type, so ``add(Any, Any)`` ties with every other rule,

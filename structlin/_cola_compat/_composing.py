@@ -27,7 +27,7 @@ from cola.ops import (
 )
 from plum import dispatch
 
-from structlin._arrays import Array, backend_of
+from structlin._arrays import BACKENDS, Array, backend_of
 from structlin._cola_compat._repair import (
     Repair,
     device_of,
@@ -172,6 +172,9 @@ def _repair_library() -> None:
 # -- scaling -------------------------------------------------------------------------------------------------------
 
 
+_FUNCTIONS = {"numpy": ".np_fns", "torch": ".torch_fns", "jax": ".jax_fns"}
+
+
 def _as_scalar(A: LinearOperator, c: Any) -> tuple[Any, Any]:
     """``c`` checked, and the dtype of c * A."""
     if isinstance(c, LinearOperator):
@@ -179,7 +182,7 @@ def _as_scalar(A: LinearOperator, c: Any) -> tuple[Any, Any]:
     if is_array(c):
         if int(np.prod(tuple(c.shape))) != 1:
             raise ValueError(f"an operator is scaled by one number, got an array of shape {tuple(c.shape)}")
-        library = A.xnp.__name__.rpartition(".")[2].removesuffix("_fns").replace("np", "numpy")
+        library = next(name for name in BACKENDS if A.xnp.__name__.endswith(_FUNCTIONS[name]))
         if backend_of(c) not in (library, "numpy") and (backend_of(c), library) != ("jax", "numpy"):
             raise TypeError(f"can not scale a {library} operator by a {backend_of(c)} array")
         c = c.reshape(())

@@ -40,8 +40,8 @@ def _repair_logdet_scalar() -> None:
 def _parity(perm: Array, xnp: Any) -> Any:
     """Sign of a permutation: the number of its inversions, even or odd."""
     try:
-        values = np.asarray(perm)
-    except (RuntimeError, TypeError):  # traced by jax or torch, or on a GPU
+        values = np.asarray(perm.detach().cpu() if hasattr(perm, "detach") else perm)
+    except (RuntimeError, TypeError):  # traced by jax or torch
         later = perm[None, :] < perm[:, None]
         order = xnp.arange(perm.shape[0])
         inversions = (later & (order[None, :] > order[:, None])).sum()

@@ -28,7 +28,6 @@ from cola.ops import (
     BlockDiag,
     Concatenated,
     Dense,
-    Diagonal,
     I_like,
     Identity,
     Kronecker,
@@ -36,8 +35,6 @@ from cola.ops import (
     LinearOperator,
     Permutation,
     Product,
-    ScalarMul,
-    Sliced,
     Sum,
     Transpose,
 )
@@ -46,7 +43,6 @@ from hypothesis import strategies as st
 
 BACKENDS = ("numpy", "torch", "jax")
 MAKE = {"numpy": np.array, "torch": torch.tensor, "jax": jnp.array}
-TYPES = {"numpy": np.ndarray, "torch": torch.Tensor, "jax": jax.Array}
 DEFECTS = {}
 
 
@@ -541,119 +537,11 @@ def test_plum_over_colas_fork_is_named_as_the_cause(tmp_path):
     assert "pip install --force-reinstall --no-deps cola-plum-dispatch" in done.stderr
 
 
-def test_installing_starts_no_array_library():
-    code = "import structlin; from jax._src import xla_bridge; assert not xla_bridge.backends_are_initialized()"
-    done = run("-c", code, PYTHONPATH=str(Path(structlin.__file__).parents[1]))
-    assert done.returncode == 0, done.stderr
-
-
-# -- our operators with CoLA's ---------------------------------------------------------------------------------------
-
-
-def operators(backend):
-    """Two of ours of shape (6, 10), a square one, and dense ones of CoLA's, with their matrices."""
-    make = MAKE[backend]
-    A = structlin.BlockTensorTrain.random((6, 10), seed=1, backend=backend, dtype="float64")
-    C = structlin.LowRank.random((6, 10), rank=2, seed=2, backend=backend, dtype="float64")
-    S = structlin.Kronecker.random((6, 6), seed=3, backend=backend, dtype="float64")
-    d, e = draw(6, 10, seed=4), draw(6, 6, seed=5)
-    ours = {k: (op, on_host(op.to_dense())) for k, op in {"A": A, "C": C, "S": S}.items()}
-    return {**ours, "D": (Dense(make(d)), d), "E": (Dense(make(e)), e)}
-
-
-EXPRESSIONS = {
-    "A @ C.T": lambda o: o["A"] @ o["C"].T,
-    "A.H @ E": lambda o: o["A"].T.conj() @ o["E"],
-    "E @ A": lambda o: o["E"] @ o["A"],
-    "A + C": lambda o: o["A"] + o["C"],
-    "A + D": lambda o: o["A"] + o["D"],
-    "D - A": lambda o: o["D"] - o["A"],
-    "-A": lambda o: -o["A"],
-    "2 * A": lambda o: 2 * o["A"],
-    "A * 0.5 / 4": lambda o: o["A"] * 0.5 / 4,
-    "(1 + 2j) * A": lambda o: (1 + 2j) * o["A"],
-    "A @ A.T + E": lambda o: o["A"] @ o["A"].T + o["E"],
-    "(A + D) @ (C - D).T": lambda o: (o["A"] + o["D"]) @ (o["C"] - o["D"]).T,
-    "S @ S @ S - S": lambda o: o["S"] @ o["S"] @ o["S"] - o["S"],
-}
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("expression", EXPRESSIONS)
-def test_expressions_equal_their_matrices(backend, expression):
-    pairs = operators(backend)
-    op = EXPRESSIONS[expression]({k: v[0] for k, v in pairs.items()})
-    want = EXPRESSIONS[expression]({k: v[1] for k, v in pairs.items()})
-    check(op, want, backend)
-
-
-def check(op, want, backend):
-    make = MAKE[backend]
-    assert tuple(op.shape) == want.shape
-    x, y = draw(want.shape[1], 3, seed=8), draw(4, want.shape[0], seed=9)
-    results = [
-        (op @ make(x), want @ x),
-        (make(y) @ op, y @ want),
-        (op.T @ make(y.T.copy()), want.T @ y.T),
-    ]
-    if backend != "jax":  # which compiles each of them anew
-        results += [
-            (op @ make(x[:, 0].copy()), want @ x[:, 0]),
-            (op.to_dense(), want),
-            (op.T.to_dense(), want.T),
-            (op.H.to_dense(), want.conj().T),
-        ]
-    for got, expected in results:
-        assert isinstance(got, TYPES[backend])
-        same(got, expected)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_blocks_products_slices_and_identities(backend):
-    pairs = operators(backend)
-    (A, a), (C, c), (S, s), (D, d), _ = pairs.values()
-    make = MAKE[backend]
-    eye = I_like(S)
-    check(cola.kron(A, D), np.kron(a, d), backend)
-    check(cola.kron(cola.kron(A, S), S), np.kron(np.kron(a, s), s), backend)
-    check(cola.kronsum(S, S), np.kron(s, np.eye(6)) + np.kron(np.eye(6), s), backend)
-    zeros = np.zeros((6, 10))
-    check(cola.block_diag(A, D), np.block([[a, zeros], [zeros, d]]), backend)
-    check(Concatenated(A, D), np.concatenate([a, d]), backend)
-    check(Concatenated(A, S, D, axis=1), np.concatenate([a, s, d], 1), backend)
-    check(A[1:4, 2:], a[1:4, 2:], backend)
-    check((A + D)[np.array([4, 0, 1])], (a + d)[[4, 0, 1]], backend)
-    same(A[2], a[2])
-    same((A - D)[-1, 3], (a - d)[-1, 3])
-    assert S @ eye is S
-    assert eye @ S is S
-    check(A @ A.T + eye, a @ a.T + np.eye(6), backend)
-    check(eye - S, np.eye(6) - s, backend)
-    check(make(d) - A, d - a, backend)
-    check(make(d) + A, d + a, backend)
-    check(A - make(d), a - d, backend)
-    check(sum([A, C, D]), a + c + d, backend)
-    check(Diagonal(make(s[0].copy())) @ A, np.diag(s[0]) @ a, backend)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_scaling_by_arrays_of_the_same_library(backend):
-    (A, a), make = operators(backend)["A"], MAKE[backend]
-    check(make(3.0) * A, 3 * a, backend)
-    check(A * make([3.0]), 3 * a, backend)
-    check(A / make(2.0), a / 2, backend)
-    check(np.float64(3.0) * A, 3 * a, backend)
-    with pytest.raises(ValueError, match=r"one number, got an array of shape \(6,\)"):
-        A * make(np.ones(6))
-    with pytest.raises(TypeError, match="multiplied with @"):
-        A * A
-    with pytest.raises(TypeError, match="got str"):
-        A * "2"
-
-
-def test_more_than_one_jax_device():
+def test_installing_starts_no_array_library_and_several_jax_devices_work():
     code = """if True:
         import cola, jax, jax.numpy as jnp, structlin
+        from jax._src import xla_bridge
+        assert not xla_bridge.backends_are_initialized()
         first, second = jax.devices()
         A = structlin.LowRank.random((4, 4), backend="jax").to(second)
         assert A.device == second
@@ -666,89 +554,6 @@ def test_more_than_one_jax_device():
     assert done.returncode == 0, done.stderr
 
 
-def test_a_scalar_of_another_library_is_refused():
-    A = operators("torch")["A"][0]
-    with pytest.raises(TypeError, match="torch operator by a jax array"):
-        A * jnp.array(2.0)
-    with pytest.raises(TypeError, match="jax operator by a torch array"):
-        operators("jax")["A"][0] * torch.tensor(2.0)
-
-
-@pytest.mark.parametrize("backend", ["torch", "jax"])
-def test_adjoints_of_complex_composites(backend):
-    make = MAKE[backend]
-    a, b = draw(4, 6, seed=1, dtype="complex128"), draw(4, 6, seed=2, dtype="complex128")
-    A, B = structlin.Dense(make(a)), Dense(make(b))
-    for op, want in [
-        (A + B, a + b),
-        (A @ B.H, a @ b.conj().T),
-        (1j * A, 1j * a),
-        (cola.kron(A, B), np.kron(a, b)),
-        (A[:, 1:4], a[:, 1:4]),
-    ]:
-        same(op.T.to_dense(), want.T)
-        same(op.H.to_dense(), want.conj().T)
-        x = draw(want.shape[0], 2, dtype="complex128")
-        same(op.H @ make(x), want.conj().T @ x)
-
-
-@pytest.mark.parametrize("backend", ["torch", "jax"])
-def test_solving_and_log_determinants_of_composites(backend):
-    (A, a), make = operators(backend)["A"], MAKE[backend]
-    M, m = A @ A.T + I_like(A @ A.T), a @ a.T + np.eye(6)
-    b = draw(6, 2, seed=1)
-    same(cola.inv(M) @ make(b), np.linalg.solve(m, b))
-    same(cola.inv(cola.PSD(M)) @ make(b), np.linalg.solve(m, b))
-    same(cola.logdet(M), np.linalg.slogdet(m)[1])
-    same(cola.logdet(3 * M), np.linalg.slogdet(3 * m)[1])
-    same(cola.linalg.slogdet(-1 * (A @ A.T + I_like(M)))[0], np.linalg.slogdet(-m)[0])
-    same(cola.linalg.trace(M), np.trace(m))
-    same(cola.linalg.diag(M), np.diag(m))
-
-
-def test_composites_are_pytrees_of_our_factors():
-    (A, _), (C, _), _, (D, _), _ = operators("jax").values()
-    op = 2.0 * (A + D) @ C.T
-    assert len(jax.tree_util.tree_leaves(op)) == 1 + 2 + 1 + 2
-    x = draw(6, seed=3)
-    grad = jax.jit(jax.grad(lambda op: (op @ x).sum()))(op)
-    assert jax.tree_util.tree_structure(grad) == jax.tree_util.tree_structure(op)
-    same(jax.jit(lambda op: op @ x)(op), on_host(op.to_dense()) @ x)
-    same(
-        jax.jit(lambda op: op @ x)(op[:, np.array([0, 2, 1, 3, 4, 5])]),
-        on_host(op.to_dense())[:, [0, 2, 1, 3, 4, 5]] @ x,
-    )
-
-
-def test_gradients_reach_every_factor_of_a_torch_composite():
-    factors = [f.requires_grad_() for f in operators("torch")["A"][0].factors]
-    numpy_first = operators("numpy")["A"][0]
-    assert len((numpy_first @ numpy_first.T).flatten()[0]) == 4
-    A = structlin.BlockTensorTrain(*factors)
-    c = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
-    op = c * (A @ A.T) + I_like(A @ A.T)
-    assert len(op.flatten()[0]) == 5
-    (op @ torch.ones(6, dtype=torch.float64)).sum().backward()
-    for leaf in (*factors, c):
-        assert leaf.grad.abs().max() > 0
-    gram = (A @ A.T).to_dense().detach()
-    same(c.grad, float(gram.sum()))
-
-
-def test_annotations_of_our_operators_under_scaling():
-    P = structlin.Permutation(torch.tensor([2, 0, 1]), dtype=torch.float64)
-    assert P.isa(Unitary)
-    assert (P @ P).isa(Unitary)
-    assert not (3 * P).isa(Unitary)
-    assert not (P + P).isa(Unitary)
-    assert (-P).isa(Unitary)
-    S = cola.PSD(operators("torch")["S"][0])
-    assert (2 * S).isa(PSD)
-    assert not (-2 * S).isa(PSD)
-    traced = jax.jit(lambda c, S: S * c)
-    assert not traced(2.0, cola.PSD(operators("jax")["S"][0])).isa(PSD)
-
-
 @settings(max_examples=50, deadline=None)
 @given(st.permutations(range(7)))
 def test_the_sign_of_a_permutation(perm):
@@ -756,22 +561,3 @@ def test_the_sign_of_a_permutation(perm):
         sign, value = cola.linalg.slogdet(Permutation(make(perm)))
         assert float(sign) == round(np.linalg.det(np.eye(7)[perm]))
         assert float(value) == 0
-
-
-def test_bad_indices_are_refused():
-    A = operators("torch")["A"][0]
-    for index, message in [
-        (6, "out of range for axis 0 of size 6"),
-        ((0, -11), "out of range for axis 1 of size 10"),
-        ((0, 1, 2), "one or two indices"),
-        (..., "one or two indices"),
-        (np.array([0.5]), "float64 of shape"),
-        (np.zeros((2, 2), int), "of shape"),
-        (([0, 1], [1]), "equally long"),
-    ]:
-        with pytest.raises(IndexError, match=message):
-            A[index]
-    assert isinstance(A[:0], Sliced)
-    assert A[:0].shape == (0, 10)
-    assert isinstance(A @ A.T, Product)
-    assert isinstance((2 * A).Ms[0], ScalarMul)

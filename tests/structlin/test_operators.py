@@ -214,6 +214,9 @@ def test_mixed_libraries_are_refused(ours, theirs):
         A @ x
     with pytest.raises(TypeError, match=f"{ours} operator and a {theirs} array"):
         A + MAKE[theirs](np.ones((5, 7)))
+    for combine in (lambda A, B: A @ B.T, lambda A, B: A + B):
+        with pytest.raises(TypeError, match=f"{ours} operator and a {theirs} operator"):
+            combine(A, operator(CHAINS["low_rank"], theirs))
     with pytest.raises(TypeError, match="arrays of one library"):
         StructuredOperator(A.structure, (A.factors[0], MAKE[theirs](np.ones((5, 2)))))
 
