@@ -1,0 +1,442 @@
+"""Conformance checks that every named structure inherits, those of other packages included.
+
+A new structure is one class in one file, and this is its test:
+
+>>> import structlin
+>>> from structlin.testing import check_structure
+>>> for name in ("dense", "low_rank"):
+...     check_structure(structlin.get(name))
+
+The values of a chain of einsums are compared with a float64 oracle that shares no code with the contraction:
+opt_einsum over all factors at once (:func:`dense_matrix`). Only NumPy is imported here; torch and jax are where
+``backend`` names them.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import pickle
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from opt_einsum import contract, get_symbol
+
+from structlin import counting
+from structlin._arrays import Array, backend_of, dtype_name, ops, to_backend
+from structlin.registry import NamedOperator, design
+from structlin.scale import OPTIMIZERS, RULES, init_std, lr_multipliers, random_factors
+from structlin.structure import AbstractStructure, Structure
+
+__all__ = [
+    "check_design",
+    "check_instance",
+    "check_structure",
+    "dense_matrix",
+    "random_chain",
+    "to_numpy",
+    "unit_roundoff",
+]
+
+Apply = Callable[[Sequence[Array], Array], Array]
+_ROUNDOFF = {"float64": 2.0**-53, "float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
+_LEADING_SHAPES = ((), (1,), (0,), (2, 3), (2, 0, 3))
+_SAFETY = 8  # how many roundoffs each step may lose, relative to the product of absolute values
+
+
+def check_structure(
+    cls: type[NamedOperator],
+    /,
+    *,
+    backend: str = "numpy",
+    dtype: str = "float64",
+    seed: int = 0,
+    transform: Callable[[Apply], Apply] | None = None,
+    quick: bool = False,
+) -> None:
+    """Check that a named structure keeps what its ``examples`` promise.
+
+    Runs :func:`check_design` on every one of them, and checks that ``design`` takes nothing but named options.
+
+    **Arguments:**
+
+    - `cls`: the class, a subclass of [`structlin.NamedOperator`][]; it need not be registered.
+    - `backend`: `"numpy"`, `"torch"` or `"jax"`.
+    - `dtype`: name of a floating or complex dtype of that library.
+    - `seed`: of the random factors and vectors.
+    - `transform`: wraps the two contractions, `(factors, x) -> y`; `jax.jit` or `torch.compile`, for example.
+    - `quick`: one batch shape instead of all, for what is compiled for each shape anew.
+
+    **Returns:** nothing.
+
+    **Raises:** `AssertionError` with the structure, the numbers compared and the largest error where a check fails;
+    `ValueError` for a class without examples.
+    """
+    if not cls.examples:
+        raise ValueError(f"{cls.__qualname__} has no examples of (shape, options) to be checked on")
+    name = cls.__qualname__
+    for attribute in ("formula", "parameters", "source"):
+        _require(bool(getattr(cls, attribute)), f"{name} states no {attribute}")
+    kinds = {p.kind for p in inspect.signature(cls.design).parameters.values()}
+    _require(
+        kinds <= {inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD}
+        or kinds <= {inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.KEYWORD_ONLY}
+        or kinds <= {inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY},
+        f"{name}.design must name its options, without * and **",
+    )
+    for shape, options in cls.examples:
+        check_design(cls, shape, options, backend=backend, dtype=dtype, seed=seed, transform=transform, quick=quick)
+
+
+def check_design(
+    cls: type[NamedOperator],
+    shape: tuple[int, int],
+    options: Mapping[str, Any] | None = None,
+    /,
+    *,
+    backend: str = "numpy",
+    dtype: str = "float64",
+    seed: int = 0,
+    transform: Callable[[Apply], Apply] | None = None,
+    quick: bool = False,
+) -> None:
+    """Check one size of a named structure.
+
+    Shapes; counts derived from the structure against those of the arrays; values, for rows of every batch shape
+    (empty ones too), for columns and for strided input, against :func:`dense_matrix`; the adjoint identity
+    ``<A x, y> = <x, A* y>``; the transpose, also twice; the bound of the rank; the invariant
+    ``prod fan_out / fan_in = d_out / d_in``; the scale rules; the operator, from arrays and at random.
+
+    **Arguments:**
+
+    - `cls`: the class.
+    - `shape`: `(d_out, d_in)`.
+    - `options`: of `cls.design`.
+    - `backend`, `dtype`, `seed`, `transform`, `quick`: as for [`structlin.testing.check_structure`][].
+
+    **Returns:** nothing.
+
+    **Raises:** `AssertionError` where a check fails, and whatever `cls.design` raises for sizes it does not take.
+    """
+    structure = design(cls, shape, **(options or {}))
+    _require(structure.shape == tuple(shape), f"{structure!r} has shape {structure.shape}, asked for {tuple(shape)}")
+    check_instance(structure, backend=backend, dtype=dtype, seed=seed, transform=transform, quick=quick)
+    _check_operator(cls, structure, options or {}, backend, dtype, seed)
+
+
+def check_instance(
+    structure: AbstractStructure,
+    /,
+    *,
+    backend: str = "numpy",
+    dtype: str = "float64",
+    seed: int = 0,
+    transform: Callable[[Apply], Apply] | None = None,
+    quick: bool = False,
+) -> None:
+    """Check one structure that need not have a name: all that [`structlin.testing.check_design`][] does, but for the
+    operator.
+
+    **Arguments:**
+
+    - `structure`: any structure.
+    - `backend`, `dtype`, `seed`, `transform`, `quick`: as for [`structlin.testing.check_structure`][].
+
+    **Returns:** nothing.
+
+    **Raises:** `AssertionError` where a check fails.
+    """
+    factors = random_factors(structure, seed=seed, backend=backend, dtype=dtype)
+    again = pickle.loads(pickle.dumps(structure))
+    _require(again == structure and hash(again) == hash(structure), f"{structure!r} does not survive pickling")
+    _check_counts(structure, factors)
+    _check_scale(structure)
+    matrix = dense_matrix(structure, factors)
+    rank = np.linalg.matrix_rank(matrix)
+    _require(rank <= structure.rank_bound, f"{structure!r} has rank {rank}, above its bound {structure.rank_bound}")
+    values = _Values(structure, factors, matrix, dtype, np.random.default_rng(seed + 1), transform)
+    values.check_rows(quick)
+    values.check_columns(quick)
+    values.check_adjoint()
+    _check_transpose(structure, factors, matrix)
+
+
+def random_chain(rng: np.random.Generator) -> Structure:
+    """A random chain of one to four einsums with axes of size 1 to 4: for property tests.
+
+    Axes of every role occur, in any order, steps without a contracted or a free axis too, vectors regrouped between
+    steps, padded inputs and cut outputs.
+
+    **Arguments:**
+
+    - `rng`: where the choices come from.
+
+    **Returns:** a [`structlin.Structure`][].
+    """
+    sizes: dict[str, int] = {}
+
+    def new(*shape: int) -> list[str]:
+        axes = [get_symbol(len(sizes) + k) for k in range(len(shape))]
+        sizes.update(zip(axes, shape, strict=True))
+        return axes
+
+    def shuffled(axes: Sequence[str]) -> str:
+        return "".join(rng.permutation(list(axes))) if axes else ""
+
+    current = new(*rng.integers(1, 5, rng.integers(1, 4)).tolist())
+    steps = []
+    for number in range(rng.integers(1, 5)):
+        if number and rng.random() < 0.25:
+            total = math.prod(sizes[a] for a in current)
+            first = int(rng.choice([k for k in range(1, total + 1) if total % k == 0]))
+            current = new(first, total // first)
+        while True:
+            roles = rng.choice(["contracted", "batch", "carried"], len(current))
+            grouped = {r: [a for a, b in zip(current, roles, strict=True) if b == r] for r in set(roles.tolist())}
+            count = int(rng.integers(0, 3))
+            kept = grouped.get("batch", []) + grouped.get("carried", [])
+            weights = grouped.get("contracted", []) + grouped.get("batch", [])
+            if kept + ["?"] * count and weights + ["?"] * count:
+                break
+        free = new(*rng.integers(1, 5, count).tolist())
+        after = shuffled(kept + free)
+        steps.append(f"{''.join(current)},{shuffled(weights + free)}->{after}")
+        current = list(after)
+    chain = "; ".join(steps)
+    full = Structure.parse(chain, sizes)
+    padded = {
+        name: int(rng.integers(1, size + 1)) if rng.random() < 0.25 else size
+        for name, size in (("d_in", full.d_in), ("d_out", full.d_out))
+    }
+    return Structure.parse(chain, sizes, **padded)
+
+
+def dense_matrix(structure: AbstractStructure, factors: Sequence[Array]) -> np.ndarray:
+    """The matrix in double precision, independent of how the structure is executed where it is a chain of einsums.
+
+    A chain is contracted by opt_einsum, all factors at once with an identity for the input; where the vector is
+    regrouped, a tensor of zeros and ones joins the old axes to the new. Any other structure is applied to the
+    identity, with its factors converted to double precision.
+
+    **Arguments:**
+
+    - `structure`: any structure.
+    - `factors`: its arrays, of any library and dtype.
+
+    **Returns:** a NumPy array of shape `(d_out, d_in)`, float64 or complex128.
+    """
+    arrays = tuple(to_numpy(f) for f in factors)
+    if not isinstance(structure, Structure):
+        return structure.apply_columns(arrays, np.eye(structure.d_in))
+    sizes = dict(structure.sizes)
+
+    def dims(axes: str) -> tuple[int, ...]:
+        return tuple(sizes[a] for a in axes)
+
+    column = next(s for s in map(get_symbol, range(len(sizes) + 1)) if s not in sizes)
+    first, last = structure.steps[0].input, structure.steps[-1].output
+    terms = [first + column, *(step.factor for step in structure.steps)]
+    operands = [np.eye(math.prod(dims(first))).reshape(*dims(first), -1), *arrays]
+    for before, step in zip(structure.steps, structure.steps[1:], strict=False):
+        if before.output != step.input:
+            terms.append(before.output + step.input)
+            operands.append(np.eye(math.prod(dims(step.input))).reshape(dims(terms[-1])))
+    full = contract(f"{','.join(terms)}->{last}{column}", *operands)
+    return np.asarray(full).reshape(-1, operands[0].shape[-1])[: structure.d_out, : structure.d_in]
+
+
+def to_numpy(x: Array) -> np.ndarray:
+    """A copy in NumPy: complex128 where complex, int64 where integer, float64 otherwise.
+
+    **Arguments:**
+
+    - `x`: a NumPy array, torch tensor or jax array.
+
+    **Returns:** a NumPy array.
+    """
+    if backend_of(x) == "torch":
+        x = x.detach().cpu().resolve_conj()
+        x = x.double() if dtype_name(x.dtype) == "bfloat16" else x
+    name = dtype_name(x.dtype)
+    return np.asarray(x).astype("complex128" if "complex" in name else "int64" if "int" in name else "float64")
+
+
+def unit_roundoff(dtype: Any) -> float:
+    """Largest relative error of rounding to a dtype, 2^-53 for float64 and complex128.
+
+    **Arguments:**
+
+    - `dtype`: a floating or complex dtype of any of the libraries, or its name.
+
+    **Returns:** a number. **Raises:** `KeyError` for any other dtype.
+    """
+    name = dtype_name(dtype)
+    return _ROUNDOFF[{"complex64": "float32", "complex128": "float64"}.get(name, name)]
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise AssertionError(message)
+
+
+def _check_counts(structure: AbstractStructure, factors: Sequence[Array]) -> None:
+    shapes = [tuple(f.shape) for f in factors]
+    _require(shapes == [f.shape for f in structure.factors], f"{structure!r} promises other shapes than {shapes}")
+    held = sum(math.prod(s) for s, f in zip(shapes, structure.factors, strict=True) if f.trainable)
+    _require(structure.num_params == held, f"{structure!r} counts {structure.num_params} parameters, holds {held}")
+    flops = 2 * structure.macs + sum(structure.other_flops.values())
+    _require(structure.flops == flops, f"{structure!r} counts {structure.flops} FLOPs, its parts are {flops}")
+    for f in structure.factors:
+        _require(
+            f.blocks * f.fan_in * f.fan_out == f.numel or not isinstance(structure, Structure),
+            f"{f} of {structure!r}: blocks * fan_in * fan_out is not its number of elements",
+        )
+    if not isinstance(structure, Structure):
+        return
+    sizes = dict(structure.sizes)
+    macs = sum(math.prod(sizes[a] for a in set(s.input + s.factor + s.output)) for s in structure.steps)
+    _require(structure.macs == macs, f"{structure!r} counts {structure.macs} MACs, its einsums have {macs}")
+    if structure.padding == (0, 0) and all(f.carried == 1 for f in structure.factors):
+        out, into = (math.prod(getattr(f, fan) for f in structure.factors) for fan in ("fan_out", "fan_in"))
+        _require(
+            out * structure.d_in == into * structure.d_out,
+            f"{structure!r}: prod fan_out / fan_in = {out}/{into} is not d_out / d_in",
+        )
+
+
+def _check_scale(structure: AbstractStructure) -> None:
+    trainable = [f.trainable for f in structure.factors]
+    for rule in RULES:
+        std = init_std(structure, rule=rule)
+        positive = [s > 0 and math.isfinite(s) for s in std]
+        _require(positive == trainable, f"{structure!r}: deviations {std} by rule {rule!r}")
+        zeroed = init_std(structure, rule=rule, zero_last=True)
+        wanted = [i for i, t in enumerate(trainable) if t][-1:]
+        zeros = [i for i, s in enumerate(zeroed) if s == 0 and trainable[i]]
+        _require(zeros == wanted, f"{structure!r}: zero_last gives {zeroed}, only factor {wanted} must be zero")
+    for optimizer in OPTIMIZERS:
+        own = lr_multipliers(structure, optimizer=optimizer)
+        _require([m > 0 for m in own] == trainable, f"{structure!r}: {optimizer} multipliers {own}")
+        twice = lr_multipliers(structure, optimizer=optimizer, base_d_in=2 * structure.d_in)
+        _require(
+            all(math.isclose(2 * a, b) for a, b in zip(own, twice, strict=True)),
+            f"{structure!r}: {optimizer} multipliers {own} do not double with base_d_in, but become {twice}",
+        )
+
+
+class _Values:
+    """Products of one structure with random vectors against its matrix."""
+
+    def __init__(
+        self,
+        structure: AbstractStructure,
+        factors: Sequence[Array],
+        matrix: np.ndarray,
+        dtype: str,
+        rng: np.random.Generator,
+        transform: Callable[[Apply], Apply] | None,
+    ) -> None:
+        self.structure, self.factors, self.matrix, self.dtype, self.rng = structure, factors, matrix, dtype, rng
+        self.transform = transform or (lambda apply: apply)
+        self.apply = self.transform(structure.apply)
+        self.backend = backend_of(factors[0])
+        self.loss = _SAFETY * len(structure.factors) * unit_roundoff(dtype)
+        # What the products could be without cancellation; a bound in the norm where the structure is no chain.
+        self.bound = (
+            dense_matrix(structure, [np.abs(to_numpy(f)) for f in factors])
+            if isinstance(structure, Structure)
+            else np.full(matrix.shape, np.linalg.norm(matrix))
+        )
+
+    def random(self, shape: tuple[int, ...]) -> Array:
+        values = self.rng.standard_normal(shape)
+        if "complex" in self.dtype:
+            values = values + 1j * self.rng.standard_normal(shape)
+        return to_backend(values, self.backend, self.dtype)
+
+    def compare(self, what: str, got: Array, wanted: np.ndarray, bound: np.ndarray) -> None:
+        _require(tuple(got.shape) == wanted.shape, f"{self.structure!r}: {what} has shape {tuple(got.shape)}")
+        _require(dtype_name(got.dtype) == self.dtype, f"{self.structure!r}: {what} has dtype {got.dtype}")
+        error = np.abs(to_numpy(got) - wanted)
+        allowed = self.loss * bound
+        _require(
+            bool(np.all(error <= allowed)),
+            f"{self.structure!r} ({self.backend}, {self.dtype}): {what} is off by up to "
+            f"{np.max(error - allowed, initial=0):.2e} more than the {np.max(allowed, initial=0):.2e} allowed",
+        )
+
+    def check_rows(self, quick: bool) -> None:
+        d_in = self.structure.d_in
+        rows = [self.random((3, d_in))]
+        if not quick:
+            rows += [self.random((*lead, d_in)) for lead in _LEADING_SHAPES]
+            rows += [self.random((d_in, 3)).swapaxes(0, 1), self.random((6, 2 * d_in))[::2, ::2]]
+        for x in rows:
+            v = to_numpy(x)
+            got = self.apply(self.factors, x)
+            self.compare(f"A x for rows of shape {v.shape}", got, v @ self.matrix.T, np.abs(v) @ self.bound.T)
+
+    def check_columns(self, quick: bool) -> None:
+        d_in = self.structure.d_in
+        columns = [self.random((d_in, 3))]
+        if not quick:
+            columns += [self.random((d_in, 1)), self.random((d_in, 0))]
+            columns += [self.random((3, d_in)).swapaxes(0, 1), self.random((2 * d_in, 6))[::2, ::2]]
+        apply = self.transform(self.structure.apply_columns)
+        for x in columns:
+            v = to_numpy(x)
+            got = apply(self.factors, x)
+            self.compare(f"A X for columns of shape {v.shape}", got, self.matrix @ v, self.bound @ np.abs(v))
+
+    def check_adjoint(self) -> None:
+        structure, conj = self.structure, ops(self.backend).conj
+        x, y = self.random((3, structure.d_in)), self.random((3, structure.d_out))
+        weights = [conj(f) if "complex" in dtype_name(f.dtype) else f for f in self.factors]
+        mapped = self.apply(self.factors, x)
+        pulled = self.transform(structure.transpose().apply)(structure.transpose_factors(weights), y)
+        left, right = np.vdot(to_numpy(y), to_numpy(mapped)), np.vdot(to_numpy(pulled), to_numpy(x))
+        allowed = 2 * self.loss * float(np.vdot(np.abs(to_numpy(y)), np.abs(to_numpy(x)) @ self.bound.T))
+        _require(
+            abs(left - right) <= allowed,
+            f"{structure!r}: <A x, y> = {left} but <x, A* y> = {right}, which may differ by {allowed:.2e}",
+        )
+
+
+def _check_transpose(structure: AbstractStructure, factors: Sequence[Array], matrix: np.ndarray) -> None:
+    flipped, pulled = structure.transpose(), structure.transpose_factors(factors)
+    _require(flipped.shape == structure.shape[::-1], f"the transpose of {structure!r} has shape {flipped.shape}")
+    for count in ("num_params", "macs"):
+        own, theirs = getattr(structure, count), getattr(flipped, count)
+        _require(own == theirs, f"{structure!r} has {count} {own}, its transpose {theirs}")
+    for what, got, wanted in (
+        ("transpose", dense_matrix(flipped, pulled), matrix.T),
+        ("transpose of the transpose", dense_matrix(flipped.transpose(), flipped.transpose_factors(pulled)), matrix),
+    ):
+        error = np.max(np.abs(got - wanted), initial=0)
+        _require(error <= 1e-12 * np.linalg.norm(matrix), f"the {what} of {structure!r} is off by {error:.2e}")
+    _require(flipped.transpose() == structure, f"{structure!r} transposed twice is {flipped.transpose()!r}")
+
+
+def _check_operator(
+    cls: type[NamedOperator],
+    structure: AbstractStructure,
+    options: Mapping[str, Any],
+    backend: str,
+    dtype: str,
+    seed: int,
+) -> None:
+    factors = random_factors(structure, seed=seed, backend=backend, dtype=dtype)
+    drawn = cls.random(structure.shape, seed=seed, backend=backend, dtype=dtype, **options)
+    _require(drawn.structure == structure, f"{cls.__qualname__}.random has structure {drawn.structure!r}")
+    _require(dtype_name(drawn.dtype) == dtype, f"{cls.__qualname__}.random has dtype {drawn.dtype}, not {dtype}")
+    operators = {"random": drawn}
+    if isinstance(structure, Structure) and structure.padding == (0, 0):
+        operators["constructor"] = cls(*factors)
+    for how, op in operators.items():
+        same = all(np.array_equal(to_numpy(a), to_numpy(b)) for a, b in zip(op.factors, factors, strict=True))
+        _require(same, f"{cls.__qualname__} by its {how} has other factors")
+        _require(op.structure == structure, f"{cls.__qualname__} by its {how} has structure {op.structure!r}")
+        own, counted = (structure.macs, structure.flops, structure.num_params), counting.work(op)
+        theirs = (counted.macs, counted.flops, counting.num_params(op))
+        _require(own == theirs, f"{op!r}: MACs, FLOPs and parameters {theirs}, its structure says {own}")
