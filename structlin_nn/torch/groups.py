@@ -2,26 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import nn
 
 import structlin
 from structlin.scale import OPTIMIZERS
+from structlin_nn.torch._modules import Pattern, linear_sizes, listed, matches, show
 from structlin_nn.torch.linear import StructuredLinear
 
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+__all__ = ["KINDS", "ParameterGroups", "ParameterRule", "format_groups", "parameter_groups"]
+
+KINDS = ("factor", "weight", "embedding", "bias", "norm", "gain", "vector")
+"""Kinds of parameters: factors of structured layers; weights of dense layers and convolutions; embeddings; biases;
+weights of normalisation layers; gains of capped factors; all others that have at most one axis."""
+
+_CONVOLUTIONS = nn.modules.conv._ConvNd
+_NORMS = (
+    nn.LayerNorm,
+    nn.RMSNorm,
+    nn.GroupNorm,
+    nn.modules.batchnorm._NormBase,
+)
 
 
 @dataclass(frozen=True)
-class _Rule:
-    name: str
-    parameter: nn.Parameter
+class ParameterRule:
+    """A rule given by hand: learning-rate multiplier, and whether weight decay applies."""
+
     multiplier: float
-    decay: bool
+    decay: bool = False
+
+    def __post_init__(self) -> None:
+        _check_multiplier(self.multiplier, "a ParameterRule")
+        if not isinstance(self.decay, bool):
+            raise TypeError(f"decay must be True or False, got {self.decay!r}")
+
+
+class ParameterGroups(list):
+    """Parameter groups as torch optimisers take them: a list of dictionaries. ``print`` it for a table."""
+
+    def __str__(self) -> str:
+        return format_groups(self)
 
 
 def parameter_groups(
@@ -32,181 +57,304 @@ def parameter_groups(
     weight_decay: float = 0.0,
     optimizer: str = "adamw",
     structure_aware: bool = True,
-    extra_multipliers: Mapping[str, float] | None = None,
-    multipliers: Mapping[str, float] | None = None,
+    extra_multipliers: Mapping[Pattern, float] | None = None,
+    rules: Mapping[Pattern, ParameterRule] | None = None,
+    decay: Collection[str] = ("factor", "weight"),
     independent_decay: bool = False,
-) -> list[dict[str, Any]]:
-    """Groups of parameters by learning rate and weight decay, ready for a torch optimiser.
+) -> ParameterGroups:
+    """Groups of the trainable parameters by learning-rate multiplier and weight decay, for a torch optimiser.
 
-    Every trainable parameter gets ``lr`` times a multiplier: the factors of structured layers that of
-    :func:`structlin.lr_multipliers`; the weights of ``nn.Linear`` and of convolutions that of a dense layer of the
-    same fan-in; biases, norms, gains, embeddings and all other vectors and scalars 1. Frozen parameters are left out.
+    Multipliers, on the rate ``lr`` that was tuned on the dense model at base width (muP; Qiu et al., *Compute Better
+    Spent*, ICML 2024, section 3; for SGD see :mod:`structlin.scale`):
+
+    ==========================================  ===========================================  =========================
+    parameter                                   Adam, AdamW, sign                            SGD
+    ==========================================  ===========================================  =========================
+    factor of a :class:`StructuredLinear`       base d_in / (fan_in * number of factors)     blocks * (fan_out / fan_in)
+                                                                                             / (base d_out / base d_in)
+    weight of nn.Linear, nn.MultiheadAttention  base fan_in / fan_in                         (fan_out / fan_in)
+    or a convolution                                                                         / (base fan_out / fan_in)
+    embeddings, biases, norms, gains, vectors   1                                            1
+    ==========================================  ===========================================  =========================
+
+    (a grouped convolution counts its groups as blocks under SGD). With ``structure_aware=False`` all factors of a
+    layer get the multiplier of the dense layer of its size: the naive rule.
+
+    Weight decay: ``weight_decay`` is the coefficient of every decayed group, as in nanoGPT and the paper's runs. AdamW
+    and SGD shrink a parameter by ``learning rate * weight_decay`` in each step, so groups with larger multipliers decay
+    faster. ``independent_decay=True`` divides the coefficient by the multiplier, and all decayed parameters shrink by
+    ``lr * weight_decay``.
+
+    A pattern is a glob (``*`` also runs over dots) or a compiled regular expression that matches the whole name.
 
     Args:
-        model: the model to train.
-        base_model: the same model at the width at which ``lr`` was tuned (the meta device will do), with layers of
-            the same names; None: every layer is its own base, so that dense layers have multiplier 1.
-        lr: base learning rate.
-        weight_decay: coefficient for weights and factors; biases, norms, gains, embeddings, vectors and scalars are
-            not decayed. AdamW and SGD multiply it by the learning rate of the group.
-        optimizer: ``adam``, ``adamw``, ``sign`` (Lion, signSGD) or ``sgd``: whose rule to use.
-        structure_aware: False gives every factor of a layer the multiplier of the dense layer (the naive rule).
-        extra_multipliers: further factors for the weights (not the biases) of layers, by a pattern of the layer's
-            name as in :mod:`fnmatch`, such as ``{"input": 0.1}``.
-        multipliers: multipliers of parameters that no rule covers, or in place of their rule, by a pattern of the
-            parameter's name, such as ``{"pos_embed": 1.0}``; they are not decayed.
-        independent_decay: divide the decay coefficient by the multiplier, so that decay is ``lr * weight_decay`` in
-            every group.
+        model: the model to train. Parameters with ``requires_grad=False`` are left out.
+        base_model: the same model at base width; only sizes are read, so build it on the meta device. Its layers may
+            be dense or structured. None: each layer is its own base, so that dense layers have multiplier 1.
+        lr: learning rate at base width.
+        weight_decay: coefficient of the kinds in ``decay``.
+        optimizer: whose rule: ``adam``, ``adamw``, ``sgd``, or ``sign`` (Lion, signSGD).
+        structure_aware: False for the naive rule.
+        extra_multipliers: further factors on the learning rate. A pattern that matches the name of a layer applies
+            to its factors, weight or embedding, one that matches the full name of a parameter to that parameter.
+            Several may apply; they multiply.
+        rules: patterns of full parameter names with rules of their own, which go before all others (the first that
+            matches counts): for parameters of unknown kinds, and for weights that are tied across kinds.
+        decay: kinds of parameters (:data:`KINDS`) that are decayed.
+        independent_decay: as above; not for ``adam``, whose decay goes through the gradient.
 
     Returns:
-        Dictionaries with ``params``, ``lr``, ``weight_decay``, and for the reader ``multiplier`` and ``names``.
+        A list of dictionaries with ``params``, ``lr``, ``weight_decay``, and for the reader ``multiplier`` and
+        ``names``; ``print`` it for a table (:func:`format_groups`).
 
     Raises:
-        ValueError: a parameter of two or more axes that no rule covers, a layer that the base model lacks, a pattern
-            that matches nothing, an unknown optimiser, or a negative rate or decay.
+        ValueError: a parameter of two or more axes in a module of unknown kind; a parameter that several modules
+            share and that their rules treat differently; modules with parameters that only one of model and base
+            model has; a pattern that matches nothing; an unknown optimiser or kind; a negative rate or decay.
+        TypeError: rules that are no :class:`ParameterRule`.
 
     >>> model = nn.Sequential(StructuredLinear(64, 64, structure="low_rank", rank=4), nn.ReLU(), nn.Linear(64, 10))
-    >>> groups = parameter_groups(model, lr=0.1, weight_decay=0.01)
-    >>> [(g["names"], g["lr"]) for g in groups]
-    [(['0.factors.0'], 0.05), (['0.factors.1'], 0.8), (['0.bias', '2.bias'], 0.1), (['2.weight'], 0.1)]
+    >>> base = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 10)).to("meta")
+    >>> groups = parameter_groups(model, base, lr=1.0, weight_decay=0.1)
+    >>> print(groups)
+    multiplier    lr  decay  tensors  parameters  names
+          0.25  0.25    0.1        1         256  0.factors.0
+             4     4    0.1        1         256  0.factors.1
+             1     1      0        2          74  *.bias
+           0.5   0.5    0.1        1         640  2.weight
+    >>> optimizer = torch.optim.AdamW(groups)
     """
-    if optimizer not in OPTIMIZERS:
-        raise ValueError(f"unknown optimizer {optimizer!r}; one of {', '.join(OPTIMIZERS)}")
-    if lr < 0 or weight_decay < 0:
-        raise ValueError(f"lr and weight_decay must not be negative, got {lr} and {weight_decay}")
-    fixed, extra = dict(multipliers or {}), dict(extra_multipliers or {})
-    unused = {*fixed, *extra}
-    base_layers = dict((model if base_model is None else base_model).named_modules(remove_duplicate=False))
+    _check_arguments(lr, weight_decay, optimizer, decay, independent_decay)
+    extra, rules = dict(extra_multipliers or {}), dict(rules or {})
+    for pattern, value in extra.items():
+        _check_multiplier(value, f"extra_multipliers[{show(pattern)}]")
+    for pattern, given in rules.items():
+        if not isinstance(given, ParameterRule):
+            raise TypeError(f"rules[{show(pattern)}] must be a ParameterRule, got {given!r}")
+    if base_model is not None:
+        _check_same_modules(model, base_model)
 
-    rules: dict[int, _Rule] = {}
-    for layer_name, module in model.named_modules():
-        if isinstance(module, nn.ParameterList):
-            owner = model.get_submodule(layer_name.rpartition(".")[0])
-            if isinstance(owner, StructuredLinear):
+    unused = {*extra, *rules}
+    found: dict[nn.Parameter, dict[str, ParameterRule]] = {}
+    for layer, module in _leaves(model):
+        base = module if base_model is None else base_model.get_submodule(layer)
+        for place in _places(layer, module, base, optimizer, structure_aware):
+            by_hand = [pattern for pattern in rules if matches(pattern, place.name)]
+            factors = [p for p in extra if matches(p, place.name) or (place.is_matrix and matches(p, layer))]
+            unused.difference_update(by_hand, factors)
+            if not place.parameter.requires_grad:
                 continue
-        factor = 1.0
-        for pattern, value in extra.items():
-            if fnmatchcase(layer_name, pattern):
-                unused.discard(pattern)
-                factor *= value
-        for name, parameter, multiplier, decay in _layer_rules(
-            layer_name, module, base_layers, optimizer, structure_aware, fixed, unused
-        ):
-            if not parameter.requires_grad:
-                continue
-            rule = _Rule(name, parameter, multiplier * (factor if decay else 1.0), decay)
-            first = rules.setdefault(id(parameter), rule)
-            if (first.multiplier, first.decay) != (rule.multiplier, rule.decay):
+            if by_hand:
+                rule = rules[by_hand[0]]
+            elif place.multiplier is None:
                 raise ValueError(
-                    f"the parameter shared by {first.name} and {name} has two rules, multipliers "
-                    f"{first.multiplier:g} and {rule.multiplier:g}; give multipliers for both names"
+                    f"no rule covers parameter {place.name!r} of shape {tuple(place.parameter.shape)}, of a "
+                    f"{type(module).__qualname__}; give one, such as rules={{{place.name!r}: ParameterRule(1.0)}} "
+                    "for an embedding or anything else whose fan-in does not grow with the width"
                 )
-
+            else:
+                rule = ParameterRule(place.multiplier, place.kind in decay)
+            multiplier = math.prod((extra[p] for p in factors), start=rule.multiplier)
+            found.setdefault(place.parameter, {})[place.name] = ParameterRule(multiplier, rule.decay)
     if unused:
-        raise ValueError(f"no layer or parameter matches {', '.join(map(repr, sorted(unused)))}")
-    trainable = {id(p): name for name, p in model.named_parameters() if p.requires_grad}
-    if missed := [name for key, name in trainable.items() if key not in rules]:
-        raise ValueError(f"no learning-rate rule reached the parameters {', '.join(missed)}")
-    assert len(trainable) == len(rules), "a parameter outside the model was given a rule"
+        raise ValueError(f"nothing matches {listed(map(show, unused))}")
+    return _grouped(_settled(found, model), lr, weight_decay, independent_decay)
 
-    groups: dict[tuple[float, bool], dict[str, Any]] = {}
-    for rule in rules.values():
-        decay = (weight_decay / rule.multiplier if independent_decay else weight_decay) if rule.decay else 0.0
+
+@dataclass(frozen=True)
+class _Place:
+    """A parameter where a module holds it; ``multiplier`` is None where no rule covers it."""
+
+    name: str
+    parameter: nn.Parameter
+    kind: str
+    multiplier: float | None
+
+    @property
+    def is_matrix(self) -> bool:
+        return self.kind in ("factor", "weight", "embedding")
+
+
+@dataclass(frozen=True)
+class _Fans:
+    fan_in: int
+    fan_out: int
+    blocks: int = 1
+
+
+def _leaves(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Modules that hold parameters; a structured layer is one of them, and its parameter lists are not."""
+    inside: set[nn.Module] = set()
+    for name, module in model.named_modules():
+        if isinstance(module, StructuredLinear):
+            inside |= set(module.children())
+            yield name, module
+        elif module not in inside and next(module.parameters(recurse=False), None) is not None:
+            yield name, module
+
+
+def _places(layer: str, module: nn.Module, base: nn.Module, optimizer: str, structure_aware: bool) -> Iterator[_Place]:
+    """The parameters of a module that :func:`_leaves` gives, with their rules."""
+    prefix = f"{layer}." if layer else ""
+    fans, base_fans = _fans(module), _fans(base)
+    if isinstance(module, StructuredLinear):
+        values = _factor_multipliers(module, base_fans["weight"], optimizer, structure_aware)
+        for number, (parameter, value) in enumerate(zip(module.factors, values, strict=True)):
+            yield _Place(f"{prefix}factors.{number}", parameter, "factor", value)
+        for number, parameter in enumerate(module.gains or ()):
+            yield _Place(f"{prefix}gains.{number}", parameter, "gain", 1.0)
+    for name, parameter in module.named_parameters(recurse=False):
+        if name in fans:
+            yield _Place(prefix + name, parameter, "weight", _multiplier(fans[name], base_fans[name], optimizer))
+        else:
+            kind = _kind(module, name, parameter)
+            yield _Place(prefix + name, parameter, kind or "unknown", 1.0 if kind else None)
+
+
+def _fans(module: nn.Module) -> dict[str, _Fans]:
+    """Fans of the weights that a module holds, by their names; a structured layer's are those of a dense one."""
+    if isinstance(module, StructuredLinear):
+        return {"weight": _Fans(module.in_features, module.out_features)}
+    if (sizes := linear_sizes(module)) is not None:
+        return {"weight": _Fans(*sizes)}
+    if isinstance(module, _CONVOLUTIONS):
+        positions = math.prod(module.kernel_size)
+        inside, outside = (n // module.groups for n in (module.in_channels, module.out_channels))
+        return {"weight": _Fans(inside * positions, outside * positions, module.groups)}
+    if isinstance(module, nn.MultiheadAttention):
+        sizes_in = {"in": module.embed_dim, "q": module.embed_dim, "k": module.kdim, "v": module.vdim}
+        names = {f"{key}_proj_weight": _Fans(size, module.embed_dim) for key, size in sizes_in.items()}
+        return {name: fans for name, fans in names.items() if getattr(module, name) is not None}
+    return {}
+
+
+def _kind(module: nn.Module, name: str, parameter: nn.Parameter) -> str | None:
+    """Kind of a parameter that is no weight; None where it may be one."""
+    if isinstance(module, nn.Embedding | nn.EmbeddingBag):
+        return "embedding"
+    if isinstance(module, nn.MultiheadAttention):
+        return "bias"
+    if name == "bias" and parameter.ndim < 2:
+        return "bias"
+    if isinstance(module, _NORMS):
+        return "bias" if name == "bias" else "norm"
+    return "vector" if parameter.ndim < 2 else None
+
+
+def _factor_multipliers(
+    layer: StructuredLinear, base: _Fans, optimizer: str, structure_aware: bool
+) -> tuple[float, ...]:
+    if not structure_aware:
+        return (_multiplier(_fans(layer)["weight"], base, optimizer),) * len(layer.factors)
+    structure = layer.structure
+    values = structlin.lr_multipliers(structure, optimizer=optimizer, base_d_in=base.fan_in, base_d_out=base.fan_out)
+    return tuple(value for value, factor in zip(values, structure.factors, strict=True) if factor.trainable)
+
+
+def _multiplier(fans: _Fans, base: _Fans, optimizer: str) -> float:
+    dense = structlin.design("dense", (fans.fan_out, fans.fan_in))
+    (value,) = structlin.lr_multipliers(dense, optimizer=optimizer, base_d_in=base.fan_in, base_d_out=base.fan_out)
+    return value * (fans.blocks / base.blocks) if optimizer == "sgd" else value
+
+
+def _check_same_modules(model: nn.Module, base_model: nn.Module) -> None:
+    ours, theirs = dict(_leaves(model)), dict(_leaves(base_model))
+    if missing := [name for name in ours if name not in theirs]:
+        raise ValueError(f"the base model lacks modules with parameters that the model has: {listed(missing)}")
+    if surplus := [name for name in theirs if name not in ours]:
+        raise ValueError(f"the base model has modules with parameters that the model lacks: {listed(surplus)}")
+    for name, module in ours.items():
+        base = theirs[name]
+        if _fans(module).keys() != _fans(base).keys() or isinstance(module, _CONVOLUTIONS) != isinstance(
+            base, _CONVOLUTIONS
+        ):
+            raise ValueError(
+                f"module {name!r} is a {type(module).__qualname__} in the model "
+                f"and a {type(base).__qualname__} in the base model"
+            )
+
+
+def _settled(
+    found: Mapping[nn.Parameter, Mapping[str, ParameterRule]], model: nn.Module
+) -> dict[nn.Parameter, tuple[str, ParameterRule]]:
+    """One name and one rule for each trainable parameter; ValueError where some parameter has none or several."""
+    settled = {}
+    for parameter, rules in found.items():
+        if len(set(rules.values())) > 1:
+            told = "; ".join(f"{name}: multiplier {r.multiplier:g}, decay {r.decay}" for name, r in rules.items())
+            raise ValueError(
+                f"a shared parameter has several rules ({told}); give one for all of its names with "
+                f"rules={{{next(iter(rules))!r}: ParameterRule(...), ...}}"
+            )
+        settled[parameter] = next(iter(rules.items()))
+    trainable = {p: name for name, p in model.named_parameters() if p.requires_grad}
+    if missed := [name for p, name in trainable.items() if p not in settled]:
+        raise ValueError(f"no rule reaches the parameters {listed(missed)}, which no known module holds as its own")
+    return settled
+
+
+def _grouped(
+    settled: Mapping[nn.Parameter, tuple[str, ParameterRule]], lr: float, weight_decay: float, independent: bool
+) -> ParameterGroups:
+    groups: dict[ParameterRule, dict[str, Any]] = {}
+    for parameter, (name, rule) in settled.items():
+        coefficient = weight_decay / rule.multiplier if independent else weight_decay
         group = groups.setdefault(
-            (rule.multiplier, rule.decay),
+            rule,
             {
                 "params": [],
                 "lr": lr * rule.multiplier,
-                "weight_decay": decay,
+                "weight_decay": coefficient if rule.decay else 0.0,
                 "multiplier": rule.multiplier,
                 "names": [],
             },
         )
-        group["params"].append(rule.parameter)
-        group["names"].append(rule.name)
-    return list(groups.values())
+        group["params"].append(parameter)
+        group["names"].append(name)
+    return ParameterGroups(groups.values())
 
 
-def _layer_rules(
-    layer_name: str,
-    module: nn.Module,
-    base_layers: Mapping[str, nn.Module],
-    optimizer: str,
-    structure_aware: bool,
-    fixed: Mapping[str, float],
-    unused: set[str],
-) -> Iterator[tuple[str, nn.Parameter, float, bool]]:
-    """(name, parameter, multiplier, is a weight) of the parameters that the module itself owns."""
-    prefix = f"{layer_name}." if layer_name else ""
-    weights: dict[str, float] = {}
-    if isinstance(module, StructuredLinear):
-        base_in, base_out = _base_fans(layer_name, module, base_layers)
-        if structure_aware:
-            values = structlin.lr_multipliers(
-                module.structure, optimizer=optimizer, base_d_in=base_in, base_d_out=base_out
-            )
-        else:
-            dense = _dense_multiplier(module.in_features, module.out_features, base_in, base_out, optimizer)
-            values = (dense,) * len(module.structure.factors)
-        kept = [v for v, f in zip(values, module.structure.factors, strict=True) if f.trainable]
-        for number, (parameter, value) in enumerate(zip(module.factors, kept, strict=True)):
-            yield f"{prefix}factors.{number}", parameter, value, True
-        for number, gain in enumerate(module.gains or ()):
-            yield f"{prefix}gains.{number}", gain, 1.0, False
-    elif isinstance(module, (nn.Linear, *_CONVOLUTIONS)):
-        weights["weight"] = _dense_multiplier(*_fans(module), *_base_fans(layer_name, module, base_layers), optimizer)
-    for name, parameter in module.named_parameters(recurse=False):
-        matching = [pattern for pattern in fixed if fnmatchcase(prefix + name, pattern)]
-        unused.difference_update(matching)
-        if matching:
-            yield prefix + name, parameter, fixed[matching[-1]], False
-        elif name in weights:
-            yield prefix + name, parameter, weights[name], True
-        elif parameter.ndim < 2 or isinstance(module, nn.Embedding) or not parameter.requires_grad:
-            yield prefix + name, parameter, 1.0, False
-        else:
-            raise ValueError(
-                f"no learning-rate rule covers the parameter {prefix + name} of shape {tuple(parameter.shape)} "
-                f"({type(module).__name__}); give its multiplier as multipliers={{{prefix + name!r}: ...}}"
-            )
+def _check_arguments(
+    lr: float, weight_decay: float, optimizer: str, decay: Collection[str], independent_decay: bool
+) -> None:
+    if optimizer not in OPTIMIZERS:
+        raise ValueError(f"unknown optimizer {optimizer!r}; one of {', '.join(OPTIMIZERS)}")
+    if not (lr >= 0 and weight_decay >= 0):
+        raise ValueError(f"lr and weight_decay must not be negative, got {lr} and {weight_decay}")
+    if isinstance(decay, str) or (unknown := [kind for kind in decay if kind not in KINDS]):
+        wrong = repr(decay) if isinstance(decay, str) else listed(map(repr, unknown))
+        raise ValueError(f"decay must be a collection of {', '.join(KINDS)}, got {wrong}")
+    if independent_decay and optimizer == "adam":
+        raise ValueError(
+            "independent_decay needs an optimizer that subtracts the decay from the parameter (adamw, sgd, sign); "
+            "adam adds it to the gradient and then divides by the gradient's size"
+        )
 
 
-def _fans(module: nn.Module) -> tuple[int, int]:
-    if isinstance(module, StructuredLinear | nn.Linear):
-        return module.in_features, module.out_features
-    if isinstance(module, _CONVOLUTIONS):
-        return module.weight[0].numel(), module.weight.shape[0] * module.weight[0, 0].numel()
-    raise ValueError(f"a linear layer or a convolution is needed, got {type(module).__name__}")
+def _check_multiplier(value: float, what: str) -> None:
+    if not (math.isfinite(value) and value > 0):
+        raise ValueError(f"a multiplier must be positive and finite, got {value!r} in {what}")
 
 
-def _base_fans(name: str, module: nn.Module, base_layers: Mapping[str, nn.Module]) -> tuple[int, int]:
-    if name not in base_layers:
-        raise ValueError(f"the base model has no layer {name!r}, which is a {type(module).__name__} in the model")
-    try:
-        return _fans(base_layers[name])
-    except ValueError as error:
-        raise ValueError(f"layer {name!r} of the base model: {error}") from None
+def format_groups(groups: Iterable[Mapping[str, Any]]) -> str:
+    """Parameter groups as a table: a row for each group and name, in which ``*`` stands for several numbers.
 
+    Works on the result of :func:`parameter_groups` and on ``optimizer.param_groups`` made of it.
 
-def _dense_multiplier(d_in: int, d_out: int, base_in: int, base_out: int, optimizer: str) -> float:
-    return (d_out / d_in) * (base_in / base_out) if optimizer == "sgd" else base_in / d_in
-
-
-def format_groups(groups: list[dict[str, Any]]) -> str:
-    """A table of parameter groups: multiplier, learning rate, decay, tensors, parameters and a few names.
-
-    >>> print(format_groups(parameter_groups(nn.Linear(3, 2), lr=0.1)))
+    >>> print(format_groups(parameter_groups(nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2)), lr=0.1)))
     multiplier   lr  decay  tensors  parameters  names
-             1  0.1      0        1           6  weight
-             1  0.1      0        1           2  bias
+             1  0.1      0        2          10  *.weight
+             1  0.1      0        2           4  *.bias
     """
-    head = ("multiplier", "lr", "decay", "tensors", "parameters", "names")
-    rows = [head]
-    for g in groups:
-        names = g["names"]
-        shown = ", ".join(names[:3]) + (f", ... ({len(names) - 3} more)" if len(names) > 3 else "")
-        count = sum(p.numel() for p in g["params"])
-        numbers = (f"{g['multiplier']:.6g}", f"{g['lr']:.6g}", f"{g['weight_decay']:.6g}")
-        rows.append((*numbers, str(len(names)), str(count), shown))
-    widths = [max(len(row[i]) for row in rows) for i in range(len(head) - 1)]
+    rows = [("multiplier", "lr", "decay", "tensors", "parameters", "names")]
+    for group in groups:
+        sizes: dict[str, dict[str, int]] = {}
+        for name, parameter in zip(group["names"], group["params"], strict=True):
+            pattern = ".".join("*" if part.isdigit() else part for part in name.split("."))
+            sizes.setdefault(pattern, {})[name] = parameter.numel()
+        shared = tuple(f"{group[key]:.6g}" for key in ("multiplier", "lr", "weight_decay"))
+        for pattern, counts in sizes.items():
+            name = pattern if len(counts) > 1 else next(iter(counts))
+            rows.append((*shared, f"{len(counts):,}", f"{sum(counts.values()):,}", name))
+    widths = [max(len(row[i]) for row in rows) for i in range(5)]
     return "\n".join("  ".join([*(c.rjust(w) for c, w in zip(row, widths, strict=False)), row[-1]]) for row in rows)

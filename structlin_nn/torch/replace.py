@@ -4,24 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import Any
 
-import torch
 from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch.nn.utils import parametrize
 
 from structlin.structure import AbstractStructure
+from structlin_nn.torch._modules import Pattern, Patterns, as_patterns, is_conv1d, linear_sizes, listed, matches, show
 from structlin_nn.torch.linear import StructuredLinear
 
+__all__ = ["PRESETS", "Replacement", "ReplacementReport", "replace_linear"]
+
 PRESETS = ("all", "all_but_last", "intermediate")
-Selection = str | Sequence[str] | Callable[[str, nn.Linear], bool]
+Selection = Patterns | Callable[[str, nn.Module], bool]
+Places = Mapping[nn.Module, Sequence[str]]
 
 
 @dataclass(frozen=True)
 class Replacement:
-    """One replaced layer: its names (several where the module is shared), structure, and parameters before and after.
+    """One replaced layer.
 
-    ``params`` count weights and biases; ``macs`` are multiply-accumulates for one vector.
+    Attributes:
+        names: where it stands; several names where one module is used at several places.
+        structure: of the new layer, whose shape is (d_out, d_in).
+        params_before, params_after: trainable or not, with biases and gains.
+        macs_before, macs_after: multiply-accumulates for one vector.
     """
 
     names: tuple[str, ...]
@@ -34,199 +42,237 @@ class Replacement:
 
 @dataclass(frozen=True)
 class ReplacementReport:
-    """What :func:`replace_linear` did; ``str()`` gives a table."""
+    """What :func:`replace_linear` did; ``print`` it for a table.
+
+    Attributes:
+        layers: the replaced layers, in the order in which the model registers them.
+        skipped: names of layers that were left alone on request, with the reason.
+        notes: what else was changed in the model.
+    """
 
     layers: tuple[Replacement, ...]
+    skipped: tuple[tuple[str, str], ...] = ()
+    notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        head = ("layer", "shape", "params before", "after", "MACs before", "after")
+        head = ("layer", "shape", "params", "structured", "MACs", "structured")
         rows = [
-            (
-                " = ".join(r.names),
-                f"{r.structure.d_out} x {r.structure.d_in}",
-                *map(str, (r.params_before, r.params_after, r.macs_before, r.macs_after)),
-            )
+            (" = ".join(r.names), f"{r.structure.d_out} x {r.structure.d_in}",
+             *(f"{n:,}" for n in (r.params_before, r.params_after, r.macs_before, r.macs_after)))
             for r in self.layers
-        ]
-        totals = [sum(int(row[i]) for row in rows) for i in range(2, 6)]
-        cells = [head, *rows, ("total", "", *map(str, totals))]
+        ]  # fmt: skip
+        fields = ("params_before", "params_after", "macs_before", "macs_after")
+        totals = (f"{sum(getattr(r, field) for r in self.layers):,}" for field in fields)
+        cells = [head, *rows, ("total", "", *totals)]
         widths = [max(len(row[i]) for row in cells) for i in range(len(head))]
-        return "\n".join(
+        lines = [
             "  ".join(c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
             for row in cells
-        )
+        ]
+        lines += [f"left alone: {name} ({reason})" for name, reason in self.skipped]
+        return "\n".join([*lines, *self.notes])
 
 
 def replace_linear(
     model: nn.Module,
-    structure: str | Callable[[str, nn.Linear], AbstractStructure],
+    structure: str | AbstractStructure | Callable[[str, nn.Module], AbstractStructure],
     *,
     layers: Selection = "all_but_last",
-    exclude: str | Sequence[str] = (),
-    zero_init: str | Sequence[str] = (),
+    exclude: Patterns = (),
+    zero_init: Patterns = (),
     shared_weights: str = "error",
     rms_cap: bool = False,
     gain: bool | None = None,
     rule: str = "paper",
     **options: Any,
 ) -> ReplacementReport:
-    """Replace ``nn.Linear`` layers of ``model``, in place, by freshly drawn :class:`StructuredLinear` layers.
+    """Replace linear layers of ``model``, in place, by freshly drawn :class:`StructuredLinear` layers.
 
-    Biases, dtype, device (the meta device too), training mode and ``requires_grad`` are kept; the new factors are
-    drawn at the scale of their structure and the old weights are dropped.
+    Linear layers are ``nn.Linear`` and the Conv1D of transformers' GPT-2. Missing biases, dtype, device (the meta
+    device too), training mode and ``requires_grad`` are kept. The old values are not: factors are drawn from torch's
+    global generator at the scale of their structure, biases start at zero. The model is changed only when every
+    layer has passed every check.
+
+    A pattern is a glob on the layer's full name (``*`` also runs over dots) or a compiled regular expression that
+    matches all of it. A module that stands at several places has several names, counts as chosen if one of them is
+    (as excluded likewise), and is replaced by one layer at all of them.
 
     Args:
-        model: any module that holds linear layers.
-        structure: name of a registered structure, with its options as further keywords; or a function from the
-            layer's name and the layer to a structure.
-        layers: ``all``; ``all_but_last`` (all but the layer registered last, most often the head); ``intermediate``
-            (neither the first nor the last); one or several patterns of layer names as in :mod:`fnmatch`; or a
-            predicate of name and layer.
-        exclude: patterns of names to leave alone.
-        zero_init: patterns of names whose last factor is zeroed.
-        shared_weights: what to do with a layer whose weight is also a parameter of another module (a tied embedding):
-            ``error``, or ``skip`` to leave it alone.
+        model: any module with linear layers inside.
+        structure: name of a registered structure, with its options as further keywords; or a structure, if all
+            layers have its shape; or a function from name and layer to a structure.
+        layers: which layers. ``"all"``; ``"all_but_last"`` leaves the head dense; ``"intermediate"`` leaves the first
+            and the last dense, where first and last go by the order of registration, which the report shows; one or
+            several patterns; or a predicate of name and layer.
+        exclude: patterns of layers to leave alone.
+        zero_init: patterns of layers whose factor applied last starts at zero.
+        shared_weights: a layer whose weight or bias is a parameter of another module too (a head tied to its
+            embedding) cannot be replaced without untying it: ``"error"``, or ``"skip"`` to leave such layers alone.
         rms_cap, gain, rule: as in :class:`StructuredLinear`.
+        **options: of the named structure.
 
     Returns:
-        A report of what was replaced; ``print`` it for a table.
+        A report of what was replaced, with parameters and multiply-accumulates (MACs) before and after.
 
     Raises:
-        ValueError: nothing matches (the message lists the linear layers), a pattern matches nothing, a size that the
-            structure cannot have (the layer is named), tied weights, and layers whose weight is read by their parent
-            rather than called (those of ``nn.MultiheadAttention``).
+        ValueError: nothing is chosen, or a pattern matches no layer (the message lists the layers there are); a size
+            that the structure can not have (the message names the layer); tied weights; a layer that is not simply
+            called by its parent, and so can not be replaced: those of ``nn.MultiheadAttention``, subclasses with a
+            forward pass of their own, layers with hooks or parametrizations.
+        TypeError: ``structure`` or a pattern of another type.
+
+    Parents that read the ``weight`` of a layer that they also call fail with an AttributeError when they do so. The
+    fused inference path of ``nn.TransformerEncoderLayer`` does; it is switched off, and the report says so.
 
     >>> model = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, 10))
-    >>> report = replace_linear(model, "block_tensor_train", rank=2)
-    >>> [r.names[0] for r in report.layers], model[2].structure.num_params
-    (['0', '2'], 4096)
+    >>> print(replace_linear(model, "block_tensor_train", rank=2))
+    layer  shape     params  structured    MACs  structured
+    0      128 x 64   8,320       3,200   8,192       3,072
+    2      64 x 128   8,256       4,160   8,192       4,096
+    total            16,576       7,360  16,384       7,168
+    >>> replace_linear(model, "block_tensor_train", layers="head")
+    Traceback (most recent call last):
+    ...
+    ValueError: layers: no linear layer matches 'head'; the linear layers are 4
     """
     if shared_weights not in ("error", "skip"):
         raise ValueError(f"shared_weights must be 'error' or 'skip', got {shared_weights!r}")
-    if callable(structure) and options:
-        raise ValueError(f"options {', '.join(options)} belong to a structure given by name, not to a function")
-    places: dict[nn.Linear, list[str]] = {}
+    if linear_sizes(model) is not None:
+        raise ValueError("the model itself is a linear layer and can not be replaced in place; put it in a container")
+    places: dict[nn.Module, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, nn.Linear) and name:
+        if linear_sizes(module) is not None:
             places.setdefault(module, []).append(name)
-    if isinstance(model, nn.Linear):
-        raise ValueError("the model is itself an nn.Linear, which cannot be replaced in place; put it in a container")
+    chosen = _select(places, layers, as_patterns(exclude))
+    zeroed = _matching(chosen, as_patterns(zero_init), "zero_init")
 
-    chosen = _select(places, layers, _patterns(exclude))
-    zeroed = _matched(places, _patterns(zero_init), "zero_init")
-    owners = _weight_owners(model)
-    planned: list[tuple[nn.Linear, StructuredLinear]] = []
-    for linear in chosen:
-        name = places[linear][0]
-        _refuse_read_weights(model, name, linear)
-        if owners[id(linear.weight)] > 1:
-            if shared_weights == "skip":
-                continue
+    owners = _owners(model)
+    skipped, made = [], {}
+    for linear, names in chosen.items():
+        _check_is_called(model, names, linear)
+        others = [o for p in linear.parameters() for o in owners[p] if o.rpartition(".")[0] not in names]
+        if not others:
+            new_structure = structure(names[0], linear) if callable(structure) else structure
+            common = {"rms_cap": rms_cap, "gain": gain, "rule": rule, "zero_init": linear in zeroed, **options}
+            made[linear] = _structured(names[0], linear, new_structure, common)
+        elif shared_weights == "skip":
+            skipped.append((names[0], f"shares {', '.join(others)}"))
+        else:
             raise ValueError(
-                f"the weight of {name!r} is shared with another module (tied); exclude it, or pass "
-                "shared_weights='skip' to leave tied layers alone"
+                f"layer {names[0]!r} shares {', '.join(others)}, and replacing it would untie them: "
+                "exclude it, or pass shared_weights='skip' to leave such layers alone"
             )
-        try:
-            made = structure(name, linear) if callable(structure) else structure
-            planned.append(
-                (
-                    linear,
-                    StructuredLinear(
-                        linear.in_features,
-                        linear.out_features,
-                        bias=linear.bias is not None,
-                        device=linear.weight.device,
-                        dtype=linear.weight.dtype,
-                        structure=made,
-                        rms_cap=rms_cap,
-                        gain=gain,
-                        rule=rule,
-                        zero_init=linear in zeroed,
-                        **options,
-                    ),
-                )
-            )
-        except ValueError as error:
-            raise ValueError(f"layer {name!r} ({linear.in_features} -> {linear.out_features}): {error}") from error
-    if not planned:
-        raise ValueError(f"every layer that matches has a shared weight; {_list(places)}")
+    if not made:
+        raise ValueError(f"every layer that is chosen shares its weight; the linear layers are {_names(places)}")
 
-    rows = []
-    for linear, new in planned:
-        if linear.bias is not None:
-            new.bias = linear.bias
-        for parameter in (*new.factors, *(new.gains or ())):
-            parameter.requires_grad_(linear.weight.requires_grad)
-        new.train(linear.training)
-        for name in places[linear]:
+    notes: dict[str, None] = {}
+    for linear, new in made.items():
+        for name in chosen[linear]:
             parent, _, attribute = name.rpartition(".")
             setattr(model.get_submodule(parent), attribute, new)
-        bias = 0 if linear.bias is None else linear.bias.numel()
-        rows.append(
-            Replacement(
-                tuple(places[linear]),
-                new.structure,
-                linear.weight.numel() + bias,
-                sum(p.numel() for p in new.parameters()),
-                linear.weight.numel(),
-                new.structure.macs,
-            )
+            notes |= dict.fromkeys(_switch_off_fast_paths(model, name))
+    rows = tuple(
+        Replacement(
+            tuple(chosen[linear]),
+            new.structure,
+            sum(p.numel() for p in linear.parameters()),
+            sum(p.numel() for p in new.parameters()),
+            linear.weight.numel(),
+            new.structure.macs,
         )
-    return ReplacementReport(tuple(rows))
+        for linear, new in made.items()
+    )
+    return ReplacementReport(rows, tuple(skipped), tuple(notes))
 
 
-def _patterns(given: str | Sequence[str]) -> tuple[str, ...]:
-    return (given,) if isinstance(given, str) else tuple(given)
+def _names(places: Places) -> str:
+    return listed(names[0] for names in places.values())
 
 
-def _list(places: Mapping[nn.Linear, list[str]]) -> str:
-    names = [names[0] for names in places.values()]
-    return f"the linear layers of the model are {', '.join(names)}" if names else "the model has no nn.Linear layer"
-
-
-def _matched(places: Mapping[nn.Linear, list[str]], patterns: Sequence[str], argument: str) -> set[nn.Linear]:
-    found: set[nn.Linear] = set()
+def _matching(places: Places, patterns: Sequence[Pattern], argument: str) -> set[nn.Module]:
+    """Layers that match any of the patterns, each of which must match some."""
+    found: set[nn.Module] = set()
     for pattern in patterns:
-        hits = {m for m, names in places.items() if any(fnmatchcase(n, pattern) for n in names)}
+        hits = {module for module, names in places.items() if any(matches(pattern, name) for name in names)}
         if not hits:
-            raise ValueError(f"{argument}: no linear layer matches {pattern!r}; {_list(places)}")
+            raise ValueError(
+                f"{argument}: no linear layer matches {show(pattern)}; the linear layers are {_names(places)}"
+            )
         found |= hits
     return found
 
 
-def _select(places: Mapping[nn.Linear, list[str]], layers: Selection, exclude: Sequence[str]) -> list[nn.Linear]:
-    modules = list(places)
-    if callable(layers):
-        chosen = [m for m in modules if any(layers(name, m) for name in places[m])]
-    elif isinstance(layers, str) and layers in PRESETS:
-        chosen = {"all": modules, "all_but_last": modules[:-1], "intermediate": modules[1:-1]}[layers]
+def _select(places: Places, layers: Selection, exclude: Sequence[Pattern]) -> dict[nn.Module, tuple[str, ...]]:
+    if not places:
+        raise ValueError("the model has no linear layers (nn.Linear, or Conv1D of transformers)")
+    if isinstance(layers, str) and layers in PRESETS:
+        ordered = list(places)
+        chosen = set({"all": ordered, "all_but_last": ordered[:-1], "intermediate": ordered[1:-1]}[layers])
+    elif isinstance(layers, Sequence) or not callable(layers):
+        chosen = _matching(places, as_patterns(layers), "layers")
     else:
-        matched = _matched(places, _patterns(layers), "layers")
-        chosen = [m for m in modules if m in matched]
-    left_out = _matched(places, exclude, "exclude")
-    chosen = [m for m in chosen if m not in left_out]
+        chosen = {module for module, names in places.items() if any(layers(name, module) for name in names)}
+    chosen -= _matching(places, exclude, "exclude")
     if not chosen:
-        raise ValueError(f"no linear layer is selected by layers={layers!r}; {_list(places)}")
-    return chosen
+        raise ValueError(f"layers={layers!r} leaves no layer to replace; the linear layers are {_names(places)}")
+    return {module: tuple(names) for module, names in places.items() if module in chosen}
 
 
-def _weight_owners(model: nn.Module) -> dict[int, int]:
-    counts: dict[int, int] = {}
-    for module in model.modules():
-        for parameter in module._parameters.values():
-            if parameter is not None:
-                counts[id(parameter)] = counts.get(id(parameter), 0) + 1
-    return counts
+def _owners(model: nn.Module) -> dict[nn.Parameter, list[str]]:
+    """Full names of each parameter, one for each module that holds it."""
+    owners: dict[nn.Parameter, list[str]] = {}
+    for module_name, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            owners.setdefault(parameter, []).append(f"{module_name}.{name}" if module_name else name)
+    return owners
 
 
-def _refuse_read_weights(model: nn.Module, name: str, linear: nn.Linear) -> None:
-    parent = model.get_submodule(name.rpartition(".")[0])
-    if isinstance(parent, nn.MultiheadAttention):
-        raise ValueError(
-            f"layer {name!r} belongs to an nn.MultiheadAttention, which reads its weight and does not call it; "
-            "exclude it, or use an attention module that calls its projections"
-        )
-    if isinstance(parent, nn.TransformerEncoderLayer):
-        parent.activation_relu_or_gelu = 0  # its fast path of inference reads the weights of its linear layers
-    if torch.nn.utils.parametrize.is_parametrized(linear):
-        raise ValueError(f"layer {name!r} has a parametrization, which would be lost; remove it first")
+def _structured(name: str, linear: nn.Module, structure: Any, options: Mapping[str, Any]) -> StructuredLinear:
+    in_features, out_features = linear_sizes(linear)
+    weight, bias = linear.weight, linear.bias
+    try:
+        new = StructuredLinear(
+            in_features, out_features, bias=bias is not None, device=weight.device, dtype=weight.dtype,
+            structure=structure, **options,
+        )  # fmt: skip
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"layer {name!r} ({in_features} -> {out_features}): {error}") from error
+    for parameter in (*new.factors, *(new.gains or ())):
+        parameter.requires_grad_(weight.requires_grad)
+    if bias is not None:
+        new.bias.requires_grad_(bias.requires_grad)
+    return new.train(linear.training)
+
+
+def _check_is_called(model: nn.Module, names: Sequence[str], linear: nn.Module) -> None:
+    """Refuse a layer that is used in another way than by calling it."""
+    for name in names:
+        parent = model.get_submodule(name.rpartition(".")[0])
+        if isinstance(parent, nn.MultiheadAttention) or isinstance(linear, NonDynamicallyQuantizableLinear):
+            raise ValueError(
+                f"layer {name!r} belongs to a {type(parent).__qualname__}, which reads its weight and does not call "
+                "it; exclude it, or use an attention module that calls its projections"
+            )
+    if parametrize.is_parametrized(linear):
+        raise ValueError(f"layer {names[0]!r} has parametrizations, which would be lost; remove them first")
+    if not is_conv1d(linear) and type(linear).forward is not nn.Linear.forward:
+        kind = type(linear).__qualname__
+        raise ValueError(f"layer {names[0]!r} is a {kind}, whose forward pass is not that of nn.Linear; exclude it")
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    if any(getattr(linear, kind) for kind in hooks):
+        raise ValueError(f"layer {names[0]!r} has hooks, which would be lost; remove them first")
+
+
+def _switch_off_fast_paths(model: nn.Module, name: str) -> list[str]:
+    """Keep torch's Transformer from reading the weight of a replaced layer in its fused inference path."""
+    notes = []
+    while name:
+        name = name.rpartition(".")[0]
+        module = model.get_submodule(name)
+        if isinstance(module, nn.TransformerEncoderLayer):
+            module.activation_relu_or_gelu = 0
+            notes.append(f"fused inference path switched off: {name or 'the model'}")
+        elif isinstance(module, nn.TransformerEncoder):
+            module.use_nested_tensor = False
+            notes.append(f"nested tensors switched off: {name or 'the model'}")
+    return notes
