@@ -122,7 +122,8 @@ def parameter_groups(
              4     4    0.1        1         256  0.factors.1
              1     1      0        2          74  *.bias
            0.5   0.5    0.1        1         640  2.weight
-    >>> optimizer = torch.optim.AdamW(groups)
+    >>> from torch.optim import AdamW
+    >>> optimizer = AdamW(groups)
     """
     _check_arguments(lr, weight_decay, optimizer, decay, independent_decay)
     extra, rules = dict(extra_multipliers or {}), dict(rules or {})
