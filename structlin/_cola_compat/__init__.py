@@ -20,7 +20,8 @@ Composing (`structlin._cola_compat._composing`, ``_slicing``): what raised, or l
                as static, after which torch and jax operators of that class lose gradients.
                [numpy_stays, leaves_after_numpy]
     scaling    ``c * A`` with complex c and real A raises on torch and drops the imaginary part on jax; an array c of
-               several elements scales each row by another number. [complex_scalar, array_scalar]
+               several elements scales each row by another number; the inverse of a scaled operator fails on NumPy.
+               [complex_scalar, array_scalar, scalar_inverse]
     subtract   ``dense - A`` raises: there is no ``__rsub__``. [dense_minus]
     slicing    ``A[i]`` of a matrix that is not square, index arrays on NumPy and jax, two lists of indices; repeated
                columns overwrite one another; a complex operand of a real operator fails.

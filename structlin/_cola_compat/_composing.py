@@ -12,6 +12,7 @@ import numpy as np
 from beartype.door import TypeHint
 from cola.backends import get_library_fns, np_fns
 from cola.fns import lazify
+from cola.linalg.algorithm_base import Algorithm
 from cola.ops import (
     BlockDiag,
     Concatenated,
@@ -218,6 +219,14 @@ def _repair_scaling() -> None:
         c, dtype = _as_scalar(A, c)
         return _scalar_mul(A, A.c * c, dtype, A.shape[-2])
 
+    @rule("inv")
+    def inverse_of_scalar(A: ScalarMul, alg: Algorithm):
+        return _scalar_mul(A, 1 / A.c, A.dtype, A.shape[-2])
+
+    @rule("pinv")
+    def pseudo_inverse_of_scalar(A: ScalarMul, alg: Algorithm):
+        return _scalar_mul(A, 1 / A.c, A.dtype, A.shape[-2])
+
 
 # -- subtract ------------------------------------------------------------------------------------------------------
 
@@ -334,7 +343,7 @@ def _repair_rows() -> None:
 
 def _clip_is_broken() -> bool:
     # Importing CoLA has imported jax where it is installed.
-    return "jax" in sys.modules and "a_min" not in inspect.signature(functions_of("jax").clip).parameters
+    return sys.modules.get("jax") is not None and "a_min" not in inspect.signature(functions_of("jax").clip).parameters
 
 
 def _repair_clip() -> None:
@@ -350,7 +359,7 @@ def _repair_clip() -> None:
 
 
 def _devices_are_broken() -> bool:
-    return "jax" in sys.modules and functions_of("jax").get_default_device.__module__.startswith("cola.")
+    return sys.modules.get("jax") is not None and functions_of("jax").get_default_device.__module__.startswith("cola.")
 
 
 def _repair_devices() -> None:

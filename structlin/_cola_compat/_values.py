@@ -190,7 +190,7 @@ def _repair_transpose() -> None:
 
 def _gradient_is_broken() -> bool:
     # Importing CoLA has imported torch where it is installed.
-    return "torch" in sys.modules and functions_of("torch").array.__module__.startswith("cola.")
+    return sys.modules.get("torch") is not None and functions_of("torch").array.__module__.startswith("cola.")
 
 
 def _repair_gradient() -> None:

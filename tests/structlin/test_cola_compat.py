@@ -191,6 +191,17 @@ def array_scalar():
     same((A * torch.tensor([2.0])).to_dense(), 2 * on_host(A.to_dense()))
 
 
+@defect("scaling")
+def scalar_inverse():
+    for backend in BACKENDS:
+        a, _, A, _ = pair(backend)
+        got = cola.inv(2.0 * A) @ MAKE[backend](draw(3))
+        assert type(got) is type(MAKE[backend](draw(3)))
+        same(got, np.linalg.solve(2 * a, draw(3)))
+        S = 2.0 * I_like(A)
+        same((cola.linalg.pinv(S.Ms[0]) @ A).to_dense(), a / 2)
+
+
 @defect("subtract")
 def dense_minus():
     for backend in ("torch", "jax"):
