@@ -8,6 +8,17 @@ the muP spectral scale are derived.
 __version__ = "0.1.0"
 
 from structlin import _cola_compat
+from structlin.counting import (
+    Work,
+    activation_bytes,
+    flops,
+    intensity,
+    macs,
+    num_bytes,
+    num_params,
+    register_work,
+    work,
+)
 from structlin.factorize import factorize, nearest_sizes
 from structlin.operators import StructuredOperator
 from structlin.registry import NamedOperator, design, get, names, options, register, unregister
@@ -59,19 +70,28 @@ __all__ = [
     "TensorTrain",
     "Theta",
     "Toeplitz",
+    "Work",
+    "activation_bytes",
     "coordinates",
     "design",
     "factorize",
+    "flops",
     "get",
     "init_std",
+    "intensity",
     "lr_multipliers",
+    "macs",
     "names",
     "nearest_sizes",
+    "num_bytes",
+    "num_params",
     "options",
     "random_factors",
     "rank_corrections",
     "register",
+    "register_work",
     "rms_cap",
     "theta_of",
     "unregister",
+    "work",
 ]
