@@ -42,6 +42,9 @@ class Coordinates(NamedTuple):
 def coordinates(theta: Sequence[float]) -> Coordinates:
     """(omega, psi, nu) of a structure of the space (Potapczynski et al. 2024, section 3).
 
+    psi is the exponent of the narrowest cut between input and output: 1 with both factors on one side,
+    ``2 + rho - alpha - epsilon`` with W0 on the input's side (the paper's term), ``2 + rho - beta - delta`` with W1.
+
     >>> coordinates((0.5, 0, 0.5, 0, 0.5, 0.5, 0))  # Block Tensor-Train of rank 1
     Coordinates(omega=0.0, psi=1.0, nu=0.5)
     >>> coordinates((0.5, 0.5, 0, 0.5, 0.5, 0, 0))  # Kronecker
@@ -50,7 +53,7 @@ def coordinates(theta: Sequence[float]) -> Coordinates:
     t = check_theta(theta)
     return Coordinates(
         omega=min(t.alpha + t.delta, t.beta + t.epsilon) - min(t.alpha, t.epsilon),
-        psi=1 + min(0.0, 1 + t.rho - t.alpha - t.epsilon),
+        psi=1 + min(0.0, 1 + t.rho - t.alpha - t.epsilon, 1 + t.rho - t.beta - t.delta),
         nu=1 + t.rho - min(t.alpha, t.epsilon),
     )
 
