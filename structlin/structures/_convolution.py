@@ -14,6 +14,9 @@ def fft_product(kernel: Array, x: Array, size: int, axis: int, xp: SimpleNamespa
     Half precision is transformed in float32 and rounded once, at the end: FFT libraries have no half precision
     on every device, and its accumulated error would be large.
     """
+    if 0 in x.shape:  # torch has no FFT of an empty batch
+        empty = xp.pad_first(x, size - x.shape[0]) if axis == 0 else xp.pad_last(x, size - x.shape[-1])
+        return empty * kernel[:1]
     half = xp.is_low_precision(x) or xp.is_low_precision(kernel)
     result = (x[..., :1] * kernel[:1]).dtype if half else None
     if half:
