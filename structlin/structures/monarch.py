@@ -16,9 +16,10 @@ class Monarch(NamedOperator):
 
     With p = ceil(d_in / b), s = ceil(d_out / b) and inner block size q = min(p, s), the first factor holds b blocks
     of (q, p), the second b blocks of (s, q). Between them the b q numbers are dealt out in turn to the b blocks, in
-    runs of q / b where b divides q, else one by one. Where b divides q this is the Block Tensor-Train chain with m_1 = n_0 = b and rank q / b, and the factors have the
-    shapes (b, b, q / b, p) and (b, s, q / b, b); otherwise (b, q, p) and (b, s, q). Where b does not divide d_in
-    (d_out), the input is padded with zeros (the output cut). Parameters = MACs = ``b q (p + s)``.
+    runs of q / b where b divides q, else one by one. Where b divides q this is the Block Tensor-Train chain with
+    m_1 = n_0 = b and rank q / b, and the factors have the shapes (b, b, q / b, p) and (b, s, q / b, b); otherwise
+    (b, q, p) and (b, s, q). Where b does not divide d_in (d_out), the input is padded with zeros (the output cut).
+    Parameters = MACs = ``b q (p + s)``.
 
     >>> Monarch.design((12, 8), blocks=2)
     Structure.parse('pa,pfra->frp; frp,ferp->fe', p=2, a=4, f=2, r=2, e=6)
