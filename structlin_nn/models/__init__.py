@@ -1,0 +1,153 @@
+"""The models of *Compute Better Spent* (Qiu et al., ICML 2024), with every linear layer a StructuredLinear.
+
+``cifar-mlp`` and ``cifar-vit`` for 32 x 32 images, ``imagenet-vit`` (ViT/32), and ``gpt2``. Build one with
+:func:`build_model`; :func:`base_model` gives the dense model at the width at which the learning rate was tuned,
+for :func:`structlin_nn.torch.parameter_groups`.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from structlin_nn.models.factory import LAYER_PRESETS, LinearFactory, StructureConfig, reset_parameters
+from structlin_nn.models.gpt2 import GPT2, GPT2Config
+from structlin_nn.models.mlp import MLP, MLPConfig
+from structlin_nn.models.vit import ViT, ViTConfig
+
+__all__ = [
+    "GPT2",
+    "LAYER_PRESETS",
+    "MLP",
+    "MODELS",
+    "GPT2Config",
+    "LinearFactory",
+    "MLPConfig",
+    "ModelSpec",
+    "StructureConfig",
+    "ViT",
+    "ViTConfig",
+    "base_model",
+    "build_model",
+    "reset_parameters",
+]
+
+Model = MLP | ViT | GPT2
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """A named model.
+
+    Attributes:
+        model: its class.
+        config: the class of its sizes.
+        sizes: sizes that differ from the defaults of ``config``.
+        base_width: width at which the paper tuned the learning rate.
+        base_sizes: sizes in which the base model differs.
+        extra_multipliers: further factors on the learning rate of the factors of a layer, by the layer's name.
+    """
+
+    model: type[Model]
+    config: type[MLPConfig | ViTConfig | GPT2Config]
+    base_width: int
+    sizes: Mapping[str, Any] = field(default_factory=dict)
+    base_sizes: Mapping[str, Any] = field(default_factory=dict)
+    extra_multipliers: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def layers(self) -> str:
+        """Preset of structured layers that the paper uses."""
+        return self.model.default_layers
+
+    @property
+    def options(self) -> tuple[str, ...]:
+        """Names of the sizes that can be chosen, apart from the width."""
+        return tuple(p for p in inspect.signature(self.config).parameters if p not in ("width", "structure"))
+
+
+MODELS: dict[str, ModelSpec] = {
+    "cifar-mlp": ModelSpec(MLP, MLPConfig, base_width=64, extra_multipliers={"input": 0.1}),
+    "cifar-vit": ModelSpec(
+        ViT,
+        ViTConfig,
+        base_width=64,
+        sizes={"depth": 3, "heads": 8, "num_classes": 10, "input_shape": (3, 32, 32), "patch": 8},
+    ),
+    "imagenet-vit": ModelSpec(ViT, ViTConfig, base_width=256, base_sizes={"expansion": 1}),
+    "gpt2": ModelSpec(GPT2, GPT2Config, base_width=768, base_sizes={"expansion": 1}),
+}
+
+
+def _spec(name: str, sizes: Mapping[str, Any]) -> ModelSpec:
+    if name not in MODELS:
+        raise ValueError(f"unknown model {name!r}; one of {', '.join(MODELS)}")
+    spec = MODELS[name]
+    if unknown := [key for key in sizes if key not in spec.options]:
+        raise ValueError(
+            f"model {name!r} has no size {', '.join(map(repr, unknown))}; its sizes are {', '.join(spec.options)}"
+        )
+    return spec
+
+
+def build_model(
+    name: str,
+    *,
+    width: int,
+    structure: StructureConfig | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    **sizes: Any,
+) -> Model:
+    """A model of :data:`MODELS` at a width, with structured layers.
+
+    Args:
+        name: ``cifar-mlp``, ``cifar-vit``, ``imagenet-vit`` or ``gpt2``.
+        width: features of the residual stream.
+        structure: structure of the linear layers; None: all dense.
+        device: ``"meta"`` allocates nothing.
+        dtype: of parameters.
+        **sizes: sizes other than the named model's (``MODELS[name].options``): ``num_classes``, ``heads``, ...
+
+    Raises:
+        ValueError: unknown model, size or structure, or sizes that do not fit.
+        TypeError: a ``structure`` that is no StructureConfig.
+
+    >>> model = build_model("cifar-mlp", width=64, structure=StructureConfig("block_tensor_train"), device="meta")
+    >>> sum(p.numel() for p in model.parameters())
+    49162
+    """
+    spec = _spec(name, sizes)
+    structure = StructureConfig() if structure is None else structure
+    if not isinstance(structure, StructureConfig):
+        raise TypeError(f"structure must be a StructureConfig, got {structure!r}")
+    config = spec.config(width=width, structure=structure, **{**spec.sizes, **sizes})  # type: ignore[arg-type]
+    return spec.model(config, device=device, dtype=dtype)  # type: ignore[arg-type]
+
+
+def base_model(name: str, base_width: int | None = None, **sizes: Any) -> Model:
+    """The dense model at base width, on the meta device: what learning-rate multipliers are relative to.
+
+    Args:
+        name: as in :func:`build_model`.
+        base_width: defaults to the paper's: 64 for CIFAR, 256 for ImageNet, 768 for GPT-2.
+        **sizes: those of the model that is to be trained. Depth, classes, images and vocabulary are taken over.
+            What stands in for width is not: the base model has the named model's own number of heads, of
+            base_width // heads each, and ``imagenet-vit`` and ``gpt2`` have the paper's base expansion of 1.
+
+    Raises:
+        ValueError: unknown model or size, or sizes that do not fit.
+
+    >>> base = base_model("imagenet-vit", num_classes=100)
+    >>> base.config.width, base.blocks[0].down.in_features, base.head.out_features
+    (256, 256, 100)
+    """
+    spec = _spec(name, sizes)
+    own = {"heads", "head_dim", *spec.base_sizes}
+    taken = {key: value for key, value in sizes.items() if key not in own}
+    width = spec.base_width if base_width is None else base_width
+    return build_model(name, width=width, device="meta", **{**taken, **spec.base_sizes})

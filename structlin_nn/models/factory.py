@@ -1,0 +1,149 @@
+"""Which layers of a model are structured, and the one place where its linear layers are made."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+import structlin
+from structlin.scale import RULES
+from structlin_nn.torch import StructuredLinear
+
+ROLES = ("input", "hidden", "output")
+LAYER_PRESETS: dict[str, tuple[str, ...]] = {
+    "all": ROLES,
+    "all_but_last": ("input", "hidden"),
+    "intermediate": ("hidden",),
+}
+
+
+@dataclass(frozen=True)
+class StructureConfig:
+    """The structure of a model's linear layers.
+
+    Attributes:
+        name: a registered structure; ``dense`` leaves every layer dense.
+        options: options of that structure, the same for every layer: ``{"rank": 2, "factorization": "greedy"}``.
+        layers: which layers get it: ``all``, ``all_but_last`` (the output layer stays dense) or ``intermediate``
+            (the output layer and the layer that reads the data stay dense). None: what the paper does with the
+            model (``models.MODELS[name].layers``).
+        rms_cap: hold the RMS of every factor at or below its initial deviation, with a learned gain for each
+            factor. Query and key projections under QK LayerNorm get no gain. Dense layers are capped only where
+            ``dense`` is the structure.
+        rule: scale rule of the initialisation, ``paper`` or ``rank_corrected`` (:mod:`structlin.scale`).
+
+    Raises:
+        ValueError: unknown structure, preset or rule, or an option that the structure does not have.
+
+    >>> StructureConfig("block_tensor_train", {"rank": 2}).options
+    {'rank': 2}
+    >>> StructureConfig("monarch", {"rank": 2})
+    Traceback (most recent call last):
+    ...
+    ValueError: structure 'monarch' has no option 'rank'; its options are blocks
+    """
+
+    name: str = "dense"
+    options: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    layers: str | None = None
+    rms_cap: bool = False
+    rule: str = "paper"
+
+    def __post_init__(self) -> None:
+        known = structlin.options(self.name)
+        if unknown := [key for key in self.options if key not in known]:
+            allowed = f"its options are {', '.join(known)}" if known else "it has none"
+            raise ValueError(f"structure {self.name!r} has no option {', '.join(map(repr, unknown))}; {allowed}")
+        if self.layers is not None and self.layers not in LAYER_PRESETS:
+            raise ValueError(f"unknown layers {self.layers!r}; one of {', '.join(LAYER_PRESETS)}")
+        if self.rule not in RULES:
+            raise ValueError(f"unknown rule {self.rule!r}; one of {', '.join(RULES)}")
+        if not isinstance(self.rms_cap, bool):
+            raise TypeError(f"rms_cap must be True or False, got {self.rms_cap!r}")
+        object.__setattr__(self, "options", dict(self.options))
+
+
+class LinearFactory:
+    """Makes the linear layers of one model, structured or dense according to their role.
+
+    >>> linear = LinearFactory(StructureConfig("low_rank", {"rank": 3}), default_layers="all_but_last")
+    >>> linear(8, 12).structure.num_params, linear(8, 12, role="output").structure.num_params
+    (60, 96)
+    """
+
+    def __init__(
+        self,
+        structure: StructureConfig,
+        default_layers: str,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        self.structure = structure
+        self.roles = LAYER_PRESETS[structure.layers or default_layers]
+        self.device, self.dtype = device, dtype
+
+    def __call__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        role: str = "hidden",
+        bias: bool = True,
+        zero_init: bool = False,
+        gain: bool = True,
+    ) -> StructuredLinear:
+        """A layer ``(..., in_features) -> (..., out_features)``.
+
+        ``role``: ``input`` (reads the data), ``hidden`` or ``output`` (makes the logits); ``zero_init`` zeroes the
+        factor applied last; ``gain=False`` leaves out the learned gains of an RMS-capped layer. Raises ValueError
+        for an unknown role and for sizes that the structure cannot have.
+        """
+        if role not in ROLES:
+            raise ValueError(f"unknown role {role!r}; one of {', '.join(ROLES)}")
+        common: dict[str, Any] = {"bias": bias, "zero_init": zero_init, "device": self.device, "dtype": self.dtype}
+        config = self.structure
+        if role not in self.roles:
+            return StructuredLinear(in_features, out_features, structure="dense", **common)
+        return StructuredLinear(
+            in_features,
+            out_features,
+            structure=config.name,
+            rms_cap=config.rms_cap,
+            gain=gain and config.rms_cap,
+            rule=config.rule,
+            **common,
+            **config.options,
+        )
+
+    def norm(self, size: int, bias: bool = True) -> nn.LayerNorm:
+        """A LayerNorm over the last axis."""
+        return nn.LayerNorm(size, bias=bias, device=self.device, dtype=self.dtype)
+
+    def embedding(self, count: int, size: int) -> nn.Embedding:
+        """``count`` learned vectors, drawn from N(0, 1): features of RMS 1, whatever the width."""
+        return nn.Embedding(count, size, device=self.device, dtype=self.dtype)
+
+
+def reset_parameters(model: nn.Module, generator: torch.Generator | None = None) -> None:
+    """Draw all parameters and fixed buffers of one of our models afresh, for example after ``to_empty``.
+
+    Raises TypeError for a module with parameters of its own that has no known initialisation.
+
+    >>> layer = LinearFactory(StructureConfig(), "all", device="meta")(3, 2).to_empty(device="cpu")
+    >>> reset_parameters(layer)
+    """
+    for module in model.modules():
+        if isinstance(module, StructuredLinear):
+            module.reset_parameters(generator)
+        elif isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight, generator=generator)
+        elif isinstance(module, nn.LayerNorm):
+            module.reset_parameters()
+        elif hasattr(module, "reset_buffers"):
+            module.reset_buffers()
+        elif not isinstance(module, nn.ParameterList) and next(module.parameters(recurse=False), None) is not None:
+            raise TypeError(f"{type(module).__name__} has parameters and no known initialisation")

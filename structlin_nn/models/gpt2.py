@@ -1,0 +1,82 @@
+"""The language model: GPT-2 without biases, with normalised queries and keys."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from structlin_nn.models.factory import LinearFactory, StructureConfig
+from structlin_nn.models.sizes import check_positive, resolve_head_dim
+from structlin_nn.models.transformer import Block
+
+
+@dataclass(frozen=True)
+class GPT2Config:
+    """Sizes of a :class:`GPT2`. ``context`` is the number of positions; ``head_dim`` None: width // heads."""
+
+    width: int
+    depth: int = 12
+    heads: int = 12
+    head_dim: int | None = None
+    vocabulary: int = 50304
+    context: int = 512
+    expansion: int = 4
+    structure: StructureConfig = field(default_factory=StructureConfig)
+
+    def __post_init__(self) -> None:
+        check_positive(self, "depth", "vocabulary", "context", "expansion")
+        resolve_head_dim(self)
+
+
+class GPT2(nn.Module):
+    """Causal transformer over tokens (Radford et al., 2019), without biases and with an untied head.
+
+    Token and position embeddings, pre-norm blocks, a final LayerNorm and a head that is structured like the rest.
+    Residual branches and head are zero at initialisation, the query projection is not.
+    Tokens (batch, length) of an integer dtype -> logits (batch, length, vocabulary).
+
+    >>> config = GPT2Config(width=16, depth=1, heads=2, vocabulary=30, context=9)
+    >>> GPT2(config)(torch.zeros(2, 5, dtype=torch.int64)).shape
+    torch.Size([2, 5, 30])
+    """
+
+    default_layers = "all"
+
+    def __init__(
+        self, config: GPT2Config, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> None:
+        super().__init__()
+        self.config = config
+        width = config.width
+        linear = LinearFactory(config.structure, self.default_layers, device, dtype)
+        self.tokens = linear.embedding(config.vocabulary, width)
+        self.positions = linear.embedding(config.context, width)
+        self.blocks = nn.ModuleList(
+            Block(
+                linear, width, config.heads, config.head_dim, config.expansion,
+                causal=True, bias=False, zero_query=False,
+            )
+            for _ in range(config.depth)
+        )  # fmt: skip
+        self.norm = linear.norm(width, bias=False)
+        self.head = linear(width, config.vocabulary, role="output", bias=False, zero_init=True)
+
+    def forward(self, tokens: Tensor, return_features: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+        """Logits, or (logits, features): the features (batch, length, width) are what the head reads."""
+        if tokens.ndim != 2 or tokens.is_floating_point() or not 1 <= tokens.shape[1] <= self.config.context:
+            raise ValueError(
+                f"integer tokens of shape (batch, length up to {self.config.context}) are needed, "
+                f"got {tokens.dtype} of shape {tuple(tokens.shape)}"
+            )
+        x = self.tokens(tokens) + self.positions.weight[: tokens.shape[1]]
+        for block in self.blocks:
+            x = block(x)
+        features = self.norm(x)
+        logits = self.head(features)
+        return (logits, features) if return_features else logits
+
+    def example_input(self, batch: int = 1, device: torch.device | str | None = None) -> Tensor:
+        """Zeros of the longest shape that the model takes."""
+        return torch.zeros(batch, self.config.context, dtype=torch.int64, device=device)
