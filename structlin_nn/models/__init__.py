@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from re import Pattern
 from typing import Any
 
 import torch
@@ -57,7 +58,7 @@ class ModelSpec:
     base_width: int
     sizes: Mapping[str, Any] = field(default_factory=dict)
     base_sizes: Mapping[str, Any] = field(default_factory=dict)
-    extra_multipliers: Mapping[str, float] = field(default_factory=dict)
+    extra_multipliers: Mapping[str | Pattern[str], float] = field(default_factory=dict)
 
     @property
     def layers(self) -> str:
@@ -125,7 +126,7 @@ def build_model(
     structure = StructureConfig() if structure is None else structure
     if not isinstance(structure, StructureConfig):
         raise TypeError(f"structure must be a StructureConfig, got {structure!r}")
-    config = spec.config(width=width, structure=structure, **{**spec.sizes, **sizes})  # type: ignore[arg-type]
+    config = spec.config(width=width, structure=structure, **{**spec.sizes, **sizes})
     return spec.model(config, device=device, dtype=dtype)  # type: ignore[arg-type]
 
 

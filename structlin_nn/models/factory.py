@@ -143,7 +143,7 @@ def reset_parameters(model: nn.Module, generator: torch.Generator | None = None)
             nn.init.normal_(module.weight, generator=generator)
         elif isinstance(module, nn.LayerNorm):
             module.reset_parameters()
-        elif hasattr(module, "reset_buffers"):
-            module.reset_buffers()
+        elif callable(reset_buffers := getattr(module, "reset_buffers", None)):
+            reset_buffers()
         elif not isinstance(module, nn.ParameterList) and next(module.parameters(recurse=False), None) is not None:
             raise TypeError(f"{type(module).__name__} has parameters and no known initialisation")

@@ -50,6 +50,7 @@ class GPT2(nn.Module):
         super().__init__()
         self.config = config
         width = config.width
+        assert config.head_dim is not None
         linear = LinearFactory(config.structure, self.default_layers, device, dtype)
         self.tokens = linear.embedding(config.vocabulary, width)
         self.positions = linear.embedding(config.context, width)

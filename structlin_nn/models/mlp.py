@@ -56,6 +56,7 @@ class MLP(nn.Module):
     """
 
     default_layers = "all_but_last"
+    permutation: Tensor
 
     def __init__(
         self, config: MLPConfig, device: torch.device | str | None = None, dtype: torch.dtype | None = None

@@ -60,6 +60,7 @@ class ViT(nn.Module):
         super().__init__()
         self.config = config
         width, pixels = config.width, config.input_shape[0] * config.patch**2
+        assert config.head_dim is not None
         linear = LinearFactory(config.structure, self.default_layers, device, dtype)
         self.patch_norm = linear.norm(pixels)
         self.patch_embedding = linear(pixels, width, role="input")

@@ -14,7 +14,7 @@ from torch import nn
 
 from structlin_nn.counting import count_model
 from structlin_nn.models import MODELS, StructureConfig, base_model, build_model
-from structlin_nn.torch import StructuredLinear
+from structlin_nn.torch import StructuredLinear, parameter_groups
 
 Configuration = dict[str, Any]
 REFERENCE = Path(__file__).parents[2] / "data" / "reference_models"
@@ -99,22 +99,25 @@ def test_parameters_of_the_model(name: str, index: int) -> None:
     model = build(name, c)
     structured = [c["layers"]["rows"][i] for i in c["layers"]["order"]]
     linear = [m for m in model.modules() if isinstance(m, StructuredLinear)]
-    multipliers = {layer["name"]: layer["factors"] for layer in count(name, index)["layers"]}
+    base = base_model(name, c["base_width"], **sizes(c))
+    groups = parameter_groups(model, base, lr=1.0, extra_multipliers=MODELS[name].extra_multipliers)
+    multipliers = {parameter: group["multiplier"] for group in groups for parameter in group["names"]}
     inside = set()
+    names = {id(p): parameter for parameter, p in model.named_parameters()}
     for layer, (_, _, _, gains, factors) in zip(linear, structured, strict=False):
         inside |= {id(p) for p in layer.parameters()}
         assert [p.numel() for p in layer.gains or ()] == [1] * gains
-        for p, (numel, _, std) in zip(layer.factors, factors, strict=True):
+        assert {multipliers[names[id(p)]] for p in (*(layer.gains or ()), layer.bias) if p is not None} <= {1.0}
+        for p, (numel, multiplier, std) in zip(layer.factors, factors, strict=True):
             assert p.numel() == numel
+            assert close(multipliers[names[id(p)]], multiplier)
             spread = 6 / math.sqrt(2 * numel)  # six standard errors of a standard deviation
             assert p.detach().square().mean().sqrt().item() == pytest.approx(std, rel=spread, abs=0)
     found: Counter = Counter()
     for parameter, p in model.named_parameters():
         if id(p) in inside:
             continue
-        layer, _, rest = parameter.partition(".factors.")
-        multiplier = multipliers[layer][int(rest)]["lr_multiplier"] if rest else 1.0
-        found[squeezed(p.shape), round(multiplier, 9), not p.any().item()] += 1
+        found[squeezed(p.shape), round(multipliers[parameter], 9), not p.any().item()] += 1
     theirs: Counter = Counter()
     for shape, multiplier, zero, number in c["other_params"]:
         theirs[squeezed(shape), round(multiplier, 9), zero] += number
