@@ -24,6 +24,7 @@ from __future__ import annotations
 import inspect
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 from typing import Any, ClassVar, Self, TypeVar
 
 import numpy as np
@@ -83,6 +84,7 @@ def _declared(structure: AbstractStructure, dtype: Any) -> Any:
     return None if any(f.trainable for f in structure.factors) else dtype
 
 
+@lru_cache(maxsize=4096)
 def infer_from_chain(name: str, chain: str, shapes: tuple[tuple[int, ...], ...]) -> Structure:
     """Read axis sizes off factor shapes; ValueError where they contradict the chain or one another."""
     terms = [step.split("->")[0].split(",")[1].strip() for step in chain.split(";")]
