@@ -230,8 +230,15 @@ def test_attention_is_counted_whatever_carries_it_out() -> None:
                 counted = count(Attend(), *(t.to(device) for t in (q, k, v)))
             assert counted.macs("attention") == counted.macs() == expected
             assert counted.calls[0].backward_macs == 0
-    counted = count(Attend(), *(t.requires_grad_() for t in (q, k, v)))
-    assert counted.calls[0].backward_macs == 2 * expected
+    scores, values = 2 * 3 * 5 * 7 * 8, 2 * 3 * 5 * 7 * 4
+    for needed, backward in {
+        (True, True, True): 2 * scores + 2 * values,
+        (True, False, False): scores + values,
+        (False, False, True): values,
+    }.items():
+        leaves = [t.requires_grad_(need) for t, need in zip((q, k, v), needed, strict=True)]
+        assert count(Attend(), *leaves).calls[0].backward_macs == backward
+        assert torch_flops(Attend(), *leaves, train=True) == 2 * (scores + values + backward)
     torch.manual_seed(0)
     layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
     x = torch.randn(2, 5, 16)
