@@ -1,0 +1,125 @@
+"""What the commands share: a parser whose errors are one line, and tables.
+
+argparse, and not tyro, because an error has to be one line on stderr that names the nearest option, with exit
+code 2: tyro draws boxes of several lines, and offers no way to replace them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NoReturn
+
+__all__ = ["Parser", "UsageError", "choice", "print_json", "print_table", "structure_options", "suggestion"]
+
+
+class UsageError(Exception):
+    """A mistake in how a command was called: printed as one line, exit code 2."""
+
+
+def suggestion(word: str, known: Iterable[str]) -> str:
+    """ ", did you mean x?" for the known word nearest to `word`, or "" where none is near."""
+    import difflib
+
+    found = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f", did you mean {found[0]}?" if found else ""
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser without abbreviations that prints one line on misuse and exits with 2."""
+
+    def __init__(self, **settings: Any) -> None:
+        settings.setdefault("formatter_class", _Formatter)
+        super().__init__(allow_abbrev=False, **settings)
+
+    def error(self, message: str) -> NoReturn:
+        line = " ".join(message.split())
+        self.exit(2, f"{self.prog}: {line} (see {self.prog} --help)\n")
+
+    def check_options(self, arguments: Sequence[str]) -> None:
+        """Exit with 2 on an option that does not exist, before values can be mistaken for anything else."""
+        known = self._option_string_actions
+        for argument in arguments:
+            if argument == "--":
+                return
+            name = argument.partition("=")[0]
+            if not name.startswith("-") or re.fullmatch(r"-|-(\d.*|\.\d.*|inf|nan)", name) or name in known:
+                continue
+            self.error(f"unknown option {name}{suggestion(name, known)}")
+
+
+class _Formatter(argparse.RawDescriptionHelpFormatter):
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=32)
+
+
+def choice(kind: str, known: Sequence[str]) -> Callable[[str], str]:
+    """A type for an argument that is one of a few names; anything else is an error with the nearest."""
+
+    def check(word: str) -> str:
+        if word not in known:
+            raise argparse.ArgumentTypeError(
+                f"unknown {kind} {word!r}{suggestion(word, known)} (one of {', '.join(known)})"
+            )
+        return word
+
+    return check
+
+
+def structure_options(parser: argparse.ArgumentParser) -> None:
+    """The options of structures: those of the structures that are part of structlin, and any other by name."""
+    group = parser.add_argument_group("options of the structure (one that it does not have is an error)")
+    group.add_argument("--rank", type=_integers, metavar="R", help="rank, or one for each inner bond: 2,4")
+    group.add_argument("--rank-fraction", type=float, metavar="F", help="rank as a share of min(inputs, outputs)")
+    group.add_argument("--blocks", type=int, metavar="B", help="number of blocks")
+    group.add_argument("--cores", type=int, metavar="C", help="number of factors of a Kronecker or Tensor-Train form")
+    group.add_argument("--factorization", metavar="RULE", help="how sizes are split: balanced or greedy (the paper's)")
+    group.add_argument(
+        "--option", type=_pair, action="append", default=[], metavar="NAME=JSON", help="any other option, repeatable"
+    )
+
+
+def given_structure_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The options of the structure that were given, with the values as `structlin.design` takes them."""
+    names = ("rank", "rank_fraction", "blocks", "cores", "factorization")
+    given = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
+    for name, value in arguments.option:
+        if name in given:
+            raise UsageError(f"option {name!r} of the structure is given twice")
+        given[name] = value
+    return given
+
+
+def _integers(text: str) -> Any:
+    try:
+        numbers = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be an integer or several with commas, got {text!r}") from None
+    return numbers[0] if len(numbers) == 1 else tuple(numbers)
+
+
+def _pair(text: str) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    if not equals or not name:
+        raise argparse.ArgumentTypeError(f"must be NAME=JSON, got {text!r}")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"the value of {name} must be JSON, got {value!r}") from None
+
+
+def print_json(value: Any) -> None:
+    """Print a value as JSON on stdout."""
+    json.dump(value, sys.stdout, indent=2, allow_nan=False)
+    sys.stdout.write("\n")
+
+
+def print_table(head: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> None:
+    """Print a table on stdout; the first `left` columns are aligned left, the others right."""
+    widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
+    for row in (head, ["-" * width for width in widths], *rows):
+        cells = [c.ljust(w) if i < left else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))]
+        print("  ".join(cells).rstrip())

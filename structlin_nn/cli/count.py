@@ -1,0 +1,68 @@
+"""``structlin count``: what a model costs."""
+
+from __future__ import annotations
+
+import argparse
+
+from structlin_nn.cli.common import UsageError, choice, given_structure_options, print_json, structure_options
+
+MODELS = ("cifar-mlp", "cifar-vit", "imagenet-vit", "gpt2")
+LAYERS = ("all", "all_but_last", "intermediate")
+RULES = ("paper", "rank_corrected")
+OPTIMIZERS = ("adam", "adamw", "sign", "sgd")
+HELP = "count parameters and multiply-accumulates of a model, layer by layer and factor by factor"
+EXAMPLES = """\
+examples:
+  structlin count cifar-mlp --width 256
+  structlin count cifar-mlp --width 1024 --structure block_tensor_train --rank 2 --factorization greedy
+  structlin count imagenet-vit --width 484 --structure block_tensor_train --rank 2 --json
+  structlin count gpt2 --width 1024 --structure block_tensor_train --rank 4 --rms-cap --layers all
+
+Counts are for one sample (gpt2: one sequence of full length). 1 MAC = 2 FLOPs. The learning-rate multipliers are
+those of the structure-aware rule, relative to the dense model at base width.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", type=choice("model", MODELS), help=", ".join(MODELS))
+    parser.add_argument("--width", type=int, required=True, metavar="W", help="width of the model")
+    parser.add_argument("--base-width", type=int, metavar="W0", help="where the learning rate was tuned (the paper's)")
+    parser.add_argument("--structure", default="dense", metavar="NAME", help="one of `structlin structures` (dense)")
+    parser.add_argument("--layers", type=choice("layers", LAYERS), metavar="NAME", help=", ".join(LAYERS))
+    parser.add_argument("--rms-cap", action="store_true", help="RMS-capped factors, with learned gains")
+    parser.add_argument("--rule", type=choice("rule", RULES), default="paper", metavar="NAME", help=", ".join(RULES))
+    parser.add_argument(
+        "--optimizer", type=choice("optimizer", OPTIMIZERS), default="adam", metavar="NAME", help=", ".join(OPTIMIZERS)
+    )
+    sizes = parser.add_argument_group("sizes of the model (the paper's unless given)")
+    for name in ("num-classes", "heads", "head-dim", "depth", "expansion", "patch", "vocabulary", "context"):
+        sizes.add_argument(f"--{name}", type=int, metavar="N")
+    structure_options(parser)
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from structlin_nn.counting import count_model, format_count
+
+    names = ("num_classes", "heads", "head_dim", "depth", "expansion", "patch", "vocabulary", "context")
+    sizes = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
+    try:
+        record = count_model(
+            arguments.model,
+            width=arguments.width,
+            base_width=arguments.base_width,
+            structure=arguments.structure,
+            options=given_structure_options(arguments),
+            rms_cap=arguments.rms_cap,
+            rule=arguments.rule,
+            layers=arguments.layers,
+            optimizer=arguments.optimizer,
+            **sizes,
+        )
+    except (TypeError, ValueError) as error:
+        raise UsageError(str(error)) from error
+    if arguments.json:
+        print_json(record)
+    else:
+        print(format_count(record))
+    return 0

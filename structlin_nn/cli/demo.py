@@ -1,0 +1,122 @@
+"""``structlin demo``: the main job in one command."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from structlin_nn.cli.common import UsageError, print_json, print_table
+
+HELP = "train dense and structured networks at equal training compute, with two learning-rate rules"
+EXAMPLES = """\
+examples:
+  structlin demo                     a few minutes on two cores; table, records and a figure in runs/demo
+  structlin demo --out DIR --seed 1  elsewhere, with other random numbers
+  structlin demo --quick             tiny networks, in seconds: checks that everything works, nothing else
+
+The images are a subset of Fashion-MNIST that is part of the package. Started again with the same folder, the
+demonstration goes on where it was interrupted, and shows what is there where it was finished.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", default="runs/demo", metavar="DIR", help="where to write (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of all runs (default: %(default)s)")
+    parser.add_argument("--quick", action="store_true", help="tiny networks, one epoch: for tests")
+    parser.add_argument("--workers", type=int, metavar="N", help="runs side by side (default: one for each core)")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    parser.add_argument("--json", action="store_true", help="print the table as JSON")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    if arguments.seed < 0:
+        raise UsageError(f"--seed must be at least 0, got {arguments.seed}")
+    if arguments.workers is not None and arguments.workers < 1:
+        raise UsageError(f"--workers must be at least 1, got {arguments.workers}")
+    from structlin_nn.demo import TOLERANCE, compute_difference, configurations, demo
+
+    folder = Path(arguments.out)
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"{folder} is a file, --out needs a folder")
+    if not arguments.quiet:
+        configs = configurations(arguments.seed, arguments.quick)
+        there = sum((folder / name / "record.jsonl").exists() for name in configs)
+        print(
+            "10,000 training and 2,000 test images: the subset of Fashion-MNIST that is part of the package\n"
+            f"{len(configs)} networks of equal compute within {100 * TOLERANCE:g} %, "
+            f"{next(iter(configs.values())).epochs} epoch(s) each"
+            + (f"; {there} were begun in {folder} before" if there else ""),
+            file=sys.stderr,
+        )
+    start = time.monotonic()
+    try:
+        result = demo(
+            folder,
+            seed=arguments.seed,
+            quick=arguments.quick,
+            workers=arguments.workers,
+            progress=not arguments.quiet,
+        )
+    except ValueError as error:
+        raise UsageError(" ".join(str(error).split())) from error
+    except OSError as error:
+        print(f"structlin demo: {error}", file=sys.stderr)
+        return 1
+    if result.signal is not None:
+        print(
+            f"structlin demo: {result.signal.name}; what was trained is kept, the same command goes on", file=sys.stderr
+        )
+        return 128 + result.signal
+    if arguments.json:
+        print_json(
+            {
+                "seed": arguments.seed,
+                "quick": arguments.quick,
+                "largest_compute_difference": compute_difference(result.rows),
+                "rows": result.rows,
+                "records": [str(path) for path in result.records],
+                "figure": str(result.figure),
+                "table": str(result.table),
+            }
+        )
+        return 0
+    _print(result.rows)
+    print(
+        "\nMACs are multiply-accumulates, of one image forward and of the whole training, forward and backward.\n"
+        f"The latter differ by {100 * compute_difference(result.rows):.1f} % at most from those of a dense network.\n"
+        f"{_spread(result.rows)}\n"
+        f"records  {result.folder}/*/record.jsonl\ntable    {result.table}\nfigure   {result.figure}\n"
+        f"done in {time.monotonic() - start:.0f} s"
+    )
+    return 0
+
+
+def _print(rows: list[dict[str, Any]]) -> None:
+    columns = "structure, learning rate, width, parameters, MACs/image, training MACs, test loss, test error"
+    print_table(
+        columns.split(", "),
+        [
+            (
+                row["structure"],
+                row["learning_rate"],
+                str(row["width"]),
+                f"{row['params']:,}",
+                f"{row['forward_macs']:,}",
+                f"{row['training_macs']:.3g}",
+                f"{row['loss']:.4f}",
+                f"{100 * row['error']:.2f} %",
+            )
+            for row in rows
+        ],
+        left=2,
+    )
+
+
+def _spread(rows: list[dict[str, Any]]) -> str:
+    """How far an error can be off because there are so few test images."""
+    error, images = min(row["error"] for row in rows), rows[0]["test_images"]
+    spread = 100 * (error * (1 - error) / images) ** 0.5
+    return f"One seed; with {images:,} test images an error has a standard error of {spread:.1f} points or more."

@@ -1,0 +1,94 @@
+"""``structlin``: finds the command, checks its options, and runs it.
+
+Exit codes: 0 done; 1 the run failed or could not be written; 2 misuse, with one line on stderr; 128 + number
+where a signal ended it. Nothing heavy is imported before a command runs.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from types import ModuleType
+
+from structlin_nn.cli.common import Parser, UsageError, suggestion
+
+__all__ = ["main"]
+
+COMMANDS = {name: f"structlin_nn.cli.{name}" for name in ("demo", "train", "structures", "count")}
+DESCRIPTION = "Structured matrices in neural networks: see what there is, count what it costs, and train with it."
+EXAMPLES = """\
+examples:
+  structlin demo                  train dense and structured networks at equal compute, in a few minutes
+  structlin structures            what structures there are
+  structlin count cifar-mlp --width 256 --structure block_tensor_train
+  structlin train cifar --structure monarch --width 256 --epochs 10
+
+structlin COMMAND --help explains a command.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command and return the exit code.
+
+    Args:
+        argv: the arguments, without the program's name; by default those of this process.
+
+    Example:
+        >>> main(["structures", "--jsn"])
+        2
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        code = _dispatch(arguments)
+        sys.stdout.flush()
+        return code
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else 0
+    except KeyboardInterrupt:
+        print("structlin: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader is gone (`structlin structures | head`); let nothing be flushed into the closed pipe.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _dispatch(arguments: list[str]) -> int:
+    parser = Parser(prog="structlin", description=DESCRIPTION, epilog=EXAMPLES)
+    parser.add_argument("--version", action="version", version=_version())
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
+    # Only the command that is asked for says what its arguments are: the others may need slow imports.
+    asked = next((word for word in arguments if not word.startswith("-")), None)
+    if asked is not None and asked not in COMMANDS:
+        parser.error(f"unknown command {asked!r}{suggestion(asked, COMMANDS)} (one of {', '.join(COMMANDS)})")
+    chosen: tuple[Parser, ModuleType] | None = None
+    for name, module_name in COMMANDS.items():
+        module = importlib.import_module(module_name)
+        about = module.HELP[0].upper() + module.HELP[1:] + "."
+        command = commands.add_parser(name, help=module.HELP, description=about, epilog=module.EXAMPLES)
+        if name == asked:
+            module.add_arguments(command)
+            chosen = command, module
+    before = arguments if asked is None else arguments[: arguments.index(asked)]
+    parser.check_options(before)
+    if chosen is None:
+        parser.parse_args(arguments)
+        parser.error(f"a command is needed: {', '.join(COMMANDS)}")
+    command, module = chosen
+    command.check_options(arguments[arguments.index(command.prog.split()[-1]) + 1 :])
+    parsed = parser.parse_args(arguments)
+    try:
+        return int(module.run(parsed))
+    except UsageError as error:
+        command.error(str(error))
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return f"structlin {version('structlin')}"
+    except PackageNotFoundError:
+        return "structlin (not installed)"

@@ -1,0 +1,62 @@
+"""``structlin structures``: what structures exist."""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import textwrap
+from typing import Any
+
+from structlin_nn.cli.common import print_json
+
+HELP = "list the structures that exist, with formula, parameters, options and source"
+EXAMPLES = """\
+examples:
+  structlin structures            a readable list
+  structlin structures --json     the same for programs
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a list")
+
+
+def describe() -> list[dict[str, Any]]:
+    """Name, summary, formula, parameters, options with their defaults, and source of every structure."""
+    import structlin
+
+    found = []
+    for name in structlin.names():
+        cls = structlin.get(name)
+        summary = " ".join((inspect.getdoc(cls) or "").partition("\n\n")[0].split())
+        found.append(
+            {
+                "name": name,
+                "summary": summary,
+                "formula": cls.formula,
+                "parameters": cls.parameters,
+                "options": structlin.options(name),
+                "source": cls.source,
+            }
+        )
+    return found
+
+
+def run(arguments: argparse.Namespace) -> int:
+    structures = describe()
+    if arguments.json:
+        print_json(structures)
+        return 0
+    print("A formula is a chain of steps 'vector,factor->vector'; vectors are rows of shape (d_in,) and (d_out,).")
+    for structure in structures:
+        print(f"\n{structure['name']}")
+        options = ", ".join(f"{name}={value!r}" for name, value in structure["options"].items())
+        for key, text in (
+            ("formula", structure["formula"]),
+            ("parameters", structure["parameters"]),
+            ("options", options or "none"),
+            ("source", structure["source"]),
+        ):
+            if text != "-":
+                print(textwrap.fill(text, 110, initial_indent=f"  {key:<11}", subsequent_indent=" " * 13))
+    return 0
