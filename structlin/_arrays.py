@@ -64,7 +64,7 @@ def _numpy_ops() -> SimpleNamespace:
         is_low_precision=lambda x: x.dtype == np.float16,
         astype=lambda x, dtype: x.astype(dtype, copy=False),
         float32=np.float32,
-        sqrt_mean_square=lambda x: np.sqrt(np.mean(np.abs(x) ** 2)),
+        mean_square=lambda x: np.mean(np.abs(x) ** 2),
         maximum_scalar=lambda x, s: np.maximum(x, s),
         promotes=True,
     )
@@ -92,7 +92,7 @@ def _torch_ops() -> SimpleNamespace:
         is_low_precision=lambda x: x.dtype in (torch.float16, torch.bfloat16),
         astype=lambda x, dtype: x.to(dtype),
         float32=torch.float32,
-        sqrt_mean_square=lambda x: x.abs().square().mean().sqrt(),
+        mean_square=lambda x: x.abs().square().mean(),
         maximum_scalar=lambda x, s: x.clamp(min=s),
         promotes=False,
     )
@@ -120,7 +120,7 @@ def _jax_ops() -> SimpleNamespace:
         is_low_precision=lambda x: x.dtype in (jnp.float16, jnp.bfloat16),
         astype=lambda x, dtype: x.astype(dtype),
         float32=jnp.float32,
-        sqrt_mean_square=lambda x: jnp.sqrt(jnp.mean(jnp.abs(x) ** 2)),
+        mean_square=lambda x: jnp.mean(jnp.abs(x) ** 2),
         maximum_scalar=lambda x, s: jnp.maximum(x, s),
         promotes=True,
     )

@@ -156,8 +156,8 @@ def lr_multipliers(
 def rms_cap(factor: Array, sigma: float, gain: Array | float = 1.0) -> Array:
     """``factor * gain * min(1, sigma / RMS(factor))``: the factor with its RMS held at or below ``sigma``.
 
-    ``gain`` is a learned scalar (a 0-d or one-element array, or a number). Differentiable, and free of host
-    synchronisation. Source: Qiu et al. (2024), section 4.3. Raises ValueError unless ``sigma`` is positive.
+    ``gain`` is a learned scalar (a 0-d or one-element array, or a number). Differentiable, also at 0, and free of
+    host synchronisation; the RMS of half precision is taken in float32. Source: Qiu et al. (2024), section 4.3. Raises ValueError unless ``sigma`` is positive.
 
     >>> capped = rms_cap(np.full((4, 3), 2.0), 0.5)
     >>> float(np.sqrt(np.mean(capped**2)))
@@ -166,7 +166,12 @@ def rms_cap(factor: Array, sigma: float, gain: Array | float = 1.0) -> Array:
     if not sigma > 0:
         raise ValueError(f"sigma must be positive, got {sigma}")
     xp = ops(backend_of(factor))
-    return factor * (gain * sigma / xp.maximum_scalar(xp.sqrt_mean_square(factor), sigma))
+    half = xp.is_low_precision(factor)
+    square = xp.mean_square(xp.astype(factor, xp.float32) if half else factor)
+    # The root has no derivative at 0, where zero-initialised factors start.
+    rms = xp.maximum_scalar(xp.maximum_scalar(square, (sigma / 2) ** 2) ** 0.5, sigma)
+    shrink = sigma / rms
+    return factor * (gain * (xp.astype(shrink, factor.dtype) if half else shrink))
 
 
 def random_factors(
