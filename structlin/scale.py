@@ -157,7 +157,8 @@ def rms_cap(factor: Array, sigma: float, gain: Array | float = 1.0) -> Array:
     """``factor * gain * min(1, sigma / RMS(factor))``: the factor with its RMS held at or below ``sigma``.
 
     ``gain`` is a learned scalar (a 0-d or one-element array, or a number). Differentiable, also at 0, and free of
-    host synchronisation; the RMS of half precision is taken in float32. Source: Qiu et al. (2024), section 4.3. Raises ValueError unless ``sigma`` is positive.
+    host synchronisation; the RMS of half precision is taken in float32. Source: Qiu et al. (2024), section 4.3.
+    Raises ValueError unless ``sigma`` is positive.
 
     >>> capped = rms_cap(np.full((4, 3), 2.0), 0.5)
     >>> float(np.sqrt(np.mean(capped**2)))
