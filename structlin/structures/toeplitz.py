@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Self
 
@@ -17,19 +17,22 @@ from structlin.structures._convolution import fft_product, product_flops, real_f
 
 @dataclass(frozen=True)
 class ToeplitzStructure(AbstractStructure):
-    """A ``d_out`` x ``d_in`` Toeplitz matrix inside a circulant one; its counts are those of real data."""
+    """A ``d_out`` x ``d_in`` Toeplitz matrix inside a circulant one; its counts are those of real data.
+
+    ``fft_size``: length of the transforms, the next one with small prime factors.
+    """
 
     d_out: int
     d_in: int
+    fft_size: int = field(init=False, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        # Not a property: torch.compile can not trace into SciPy.
+        object.__setattr__(self, "fft_size", next_fast_len(self.d_out + self.d_in - 1))
 
     @property
     def factors(self) -> tuple[Factor, ...]:  # type: ignore[override]
         return (Factor("kernel", (self.d_out + self.d_in - 1,), fan_in=self.d_in, fan_out=self.d_out),)
-
-    @property
-    def fft_size(self) -> int:
-        """Length of the transforms: the next one with small prime factors."""
-        return next_fast_len(self.d_out + self.d_in - 1)
 
     @property
     def macs(self) -> int:
