@@ -14,12 +14,17 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from types import SimpleNamespace
+from typing import TYPE_CHECKING
 
 from structlin._arrays import Array, backend_of, common_backend, ops
 from structlin._parse import Step as Step
 from structlin._parse import check_sizes, parse_chain
 from structlin._plan import Plan, make_plan
+
+if TYPE_CHECKING:
+    from structlin._chunked import ChunkedChain
 
 
 @dataclass(frozen=True)
@@ -214,6 +219,14 @@ class Structure(AbstractStructure):
                     f"{text!r}, step {number + 1}: input {after.input!r} has {size(after.input)} elements, "
                     f"the output {before.output!r} before it has {size(before.output)}"
                 )
+        seen: set[str] = set()
+        for number, step in enumerate(self.steps):
+            if back := seen & set(step.free):
+                raise ValueError(
+                    f"{text!r}, step {number}: axis {min(back)!r} is contracted in an earlier step; "
+                    "a new axis needs a new letter"
+                )
+            seen |= set(step.input + step.factor + step.output)
         inner_in, inner_out = size(self.steps[0].input), size(self.steps[-1].output)
         for name, given, inner in (("d_in", self.d_in, inner_in), ("d_out", self.d_out, inner_out)):
             if isinstance(given, bool) or not hasattr(given, "__index__"):
@@ -325,8 +338,20 @@ class Structure(AbstractStructure):
         if self._pad[0]:
             x = xp.pad_last(x, self._pad[0])
         tokens = x.shape[0]
-        y = self._plans[0](factors, x, tokens, xp).reshape((tokens, self.d_out + self._pad[1]))
+        if xp.name == "torch" and not xp.is_compiling() and self._chunked.suits(x, factors):
+            y = self._chunked(x, factors)
+        else:
+            y = self._plans[0](factors, x, tokens, xp).reshape((tokens, self.d_out + self._pad[1]))
         return y[:, : self.d_out] if self._pad[1] else y
+
+    @cached_property
+    def _chunked(self) -> ChunkedChain:
+        from structlin._chunked import ChunkedChain
+
+        return ChunkedChain(self.steps, dict(self.sizes))
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return Structure, (self.steps, self.sizes, self.d_in, self.d_out)
 
     def _columns(self, factors: Sequence[Array], x: Array, xp: SimpleNamespace) -> Array:
         if self._pad[0]:
