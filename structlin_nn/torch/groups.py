@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
@@ -78,7 +78,8 @@ def parameter_groups(
     ==========================================  ===========================================  =========================
 
     (a grouped convolution counts its groups as blocks under SGD). With ``structure_aware=False`` all factors of a
-    layer get the multiplier of the dense layer of its size: the naive rule.
+    layer get the multiplier of the dense layer of its size: the naive rule. Under SGD, muP proper would let embeddings,
+    biases and norms grow with the width; ``extra_multipliers`` can.
 
     Weight decay: ``weight_decay`` is the coefficient of every decayed group, as in nanoGPT and the paper's runs. AdamW
     and SGD shrink a parameter by ``learning rate * weight_decay`` in each step, so groups with larger multipliers decay
@@ -99,7 +100,7 @@ def parameter_groups(
             to its factors, weight or embedding, one that matches the full name of a parameter to that parameter.
             Several may apply; they multiply.
         rules: patterns of full parameter names with rules of their own, which go before all others (the first that
-            matches counts): for parameters of unknown kinds, and for weights that are tied across kinds.
+            matches counts): for parameters of unknown kinds, and for weights that are tied across kinds, by any name.
         decay: kinds of parameters (:data:`KINDS`) that are decayed.
         independent_decay: as above; not for ``adam``, whose decay goes through the gradient.
 
@@ -135,8 +136,9 @@ def parameter_groups(
     if base_model is not None:
         _check_same_modules(model, base_model)
 
+    found: dict[nn.Parameter, _Found] = {}
     unused = {*extra, *rules}
-    found: dict[nn.Parameter, dict[str, ParameterRule]] = {}
+    uncovered: dict[nn.Parameter, str] = {}
     for layer, module in _leaves(model):
         base = module if base_model is None else base_model.get_submodule(layer)
         for place in _places(layer, module, base, optimizer, structure_aware):
@@ -145,21 +147,33 @@ def parameter_groups(
             unused.difference_update(by_hand, factors)
             if not place.parameter.requires_grad:
                 continue
+            entry = found.setdefault(place.parameter, _Found())
+            entry.extra |= dict.fromkeys(factors)
             if by_hand:
-                rule = rules[by_hand[0]]
-            elif place.multiplier is None:
-                raise ValueError(
-                    f"no rule covers parameter {place.name!r} of shape {tuple(place.parameter.shape)}, of a "
-                    f"{type(module).__qualname__}; give one, such as rules={{{place.name!r}: ParameterRule(1.0)}} "
-                    "for an embedding or anything else whose fan-in does not grow with the width"
-                )
+                entry.by_hand[place.name] = rules[by_hand[0]]
+            elif place.multiplier is not None:
+                entry.derived[place.name] = ParameterRule(place.multiplier, place.kind in decay)
             else:
-                rule = ParameterRule(place.multiplier, place.kind in decay)
-            multiplier = math.prod((extra[p] for p in factors), start=rule.multiplier)
-            found.setdefault(place.parameter, {})[place.name] = ParameterRule(multiplier, rule.decay)
+                uncovered[place.parameter] = (
+                    f"{place.name} {tuple(place.parameter.shape)} of {type(module).__qualname__}"
+                )
+    if missing := [what for parameter, what in uncovered.items() if not found[parameter].by_hand]:
+        raise ValueError(
+            f"no rule covers the parameters {listed(missing)}; give rules={{pattern: ParameterRule(multiplier, "
+            "decay)}, with multiplier 1 for embeddings and whatever else has a fan-in that does not grow with the width"
+        )
     if unused:
         raise ValueError(f"nothing matches {listed(map(show, unused))}")
-    return _grouped(_settled(found, model), lr, weight_decay, independent_decay)
+    return _grouped(_settled(found, extra, model), lr, weight_decay, independent_decay)
+
+
+@dataclass
+class _Found:
+    """What is known of a parameter: its rules, by each of its names, and the extra multipliers that apply."""
+
+    by_hand: dict[str, ParameterRule] = field(default_factory=dict)
+    derived: dict[str, ParameterRule] = field(default_factory=dict)
+    extra: dict[Pattern, None] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -276,18 +290,20 @@ def _check_same_modules(model: nn.Module, base_model: nn.Module) -> None:
 
 
 def _settled(
-    found: Mapping[nn.Parameter, Mapping[str, ParameterRule]], model: nn.Module
+    found: Mapping[nn.Parameter, _Found], extra: Mapping[Pattern, float], model: nn.Module
 ) -> dict[nn.Parameter, tuple[str, ParameterRule]]:
     """One name and one rule for each trainable parameter; ValueError where some parameter has none or several."""
     settled = {}
-    for parameter, rules in found.items():
-        if len(set(rules.values())) > 1:
-            told = "; ".join(f"{name}: multiplier {r.multiplier:g}, decay {r.decay}" for name, r in rules.items())
+    for parameter, entry in found.items():
+        rules = entry.by_hand or entry.derived
+        name, rule = next(iter(rules.items()))
+        if any(other != rule for other in rules.values()):
+            told = "; ".join(f"{n}: multiplier {r.multiplier:g}, decay {r.decay}" for n, r in rules.items())
             raise ValueError(
-                f"a shared parameter has several rules ({told}); give one for all of its names with "
-                f"rules={{{next(iter(rules))!r}: ParameterRule(...), ...}}"
+                f"a shared parameter has several rules ({told}); give one with rules={{{name!r}: ParameterRule(...)}}"
             )
-        settled[parameter] = next(iter(rules.items()))
+        multiplier = math.prod((extra[pattern] for pattern in entry.extra), start=rule.multiplier)
+        settled[parameter] = name, ParameterRule(multiplier, rule.decay)
     trainable = {p: name for name, p in model.named_parameters() if p.requires_grad}
     if missed := [name for p, name in trainable.items() if p not in settled]:
         raise ValueError(f"no rule reaches the parameters {listed(missed)}, which no known module holds as its own")

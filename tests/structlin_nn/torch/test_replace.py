@@ -1,0 +1,375 @@
+"""Replacement of linear layers in models of several kinds."""
+
+import copy
+import re
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import structlin
+from structlin_nn.torch import StructuredLinear, replace_linear
+
+
+class Attention(nn.Module):
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(-2))
+
+
+class Block(nn.Module):
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.norm1, self.attn = nn.LayerNorm(width), Attention(width, heads)
+        self.norm2 = nn.LayerNorm(width)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+
+    def forward(self, x):
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class SmallViT(nn.Module):
+    """Patches of 16 numbers in, 10 logits out."""
+
+    def __init__(self, width: int = 24, depth: int = 2) -> None:
+        super().__init__()
+        self.patch = nn.Linear(16, width)
+        self.blocks = nn.Sequential(*(Block(width, 4) for _ in range(depth)))
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, 10)
+
+    def forward(self, x):
+        return self.head(self.norm(self.blocks(self.patch(x)).mean(1)))
+
+
+VIT_LAYERS = (
+    "patch",
+    *(f"blocks.{i}.{name}" for i in range(2) for name in ("attn.qkv", "attn.proj", "mlp.0", "mlp.2")),
+    "head",
+)
+
+
+def structured(model: nn.Module) -> list[str]:
+    return [name for name, module in model.named_modules() if isinstance(module, StructuredLinear)]
+
+
+@pytest.mark.parametrize(
+    ("layers", "exclude", "chosen"),
+    [
+        ("all", (), VIT_LAYERS),
+        ("all_but_last", (), VIT_LAYERS[:-1]),
+        ("intermediate", (), VIT_LAYERS[1:-1]),
+        ("blocks.*.attn.*", (), [n for n in VIT_LAYERS if "attn" in n]),
+        (["*.qkv", "head"], (), [n for n in VIT_LAYERS if n.endswith("qkv") or n == "head"]),
+        (re.compile(r"blocks\.\d+\.mlp\.\d"), (), [n for n in VIT_LAYERS if "mlp" in n]),
+        (re.compile(r"patch"), (), ["patch"]),
+        (lambda name, layer: layer.bias is None, (), [n for n in VIT_LAYERS if n.endswith("qkv")]),
+        ("all", "head", VIT_LAYERS[:-1]),
+        ("all_but_last", ["*.attn.*", re.compile("patch")], [n for n in VIT_LAYERS if "mlp" in n]),
+    ],
+)
+def test_selection(layers, exclude, chosen):
+    model = SmallViT()
+    report = replace_linear(model, "low_rank", rank=2, layers=layers, exclude=exclude)
+    assert structured(model) == list(chosen)
+    assert [r.names for r in report.layers] == [(n,) for n in chosen]
+
+
+def test_head_stays_dense_by_default():
+    model = SmallViT()
+    replace_linear(model, "low_rank")
+    assert type(model.head) is nn.Linear
+
+
+def test_small_vit_trains():
+    torch.manual_seed(0)
+    model = SmallViT()
+    report = replace_linear(model, "block_tensor_train", layers="all_but_last", zero_init=["*.attn.proj", "*.mlp.2"])
+    for block in model.blocks:
+        assert block.attn.qkv.bias is None
+        for layer in (block.attn.proj, block.mlp[2]):
+            assert layer.zero_init
+            assert not layer.factors[-1].any()
+        assert block.mlp[0].factors[-1].any()
+    assert sum(r.params_after for r in report.layers) == sum(
+        p.numel() for m in model.modules() if isinstance(m, StructuredLinear) for p in m.parameters()
+    )
+    x, labels = torch.randn(32, 5, 16), torch.randint(0, 10, (32,))
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(30):
+        loss = F.cross_entropy(model(x), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_report():
+    model = nn.Sequential(nn.Linear(6, 35), nn.ReLU(), nn.Linear(35, 6, bias=False), nn.Linear(6, 3))
+    report = replace_linear(model, "block_tensor_train", rank=2, rms_cap=True)
+    first, second = report.layers
+    structure = structlin.design("block_tensor_train", (35, 6), rank=2)
+    assert (first.names, first.structure) == (("0",), structure)
+    assert (first.params_before, first.params_after) == (6 * 35 + 35, structure.num_params + 35 + 2)
+    assert (first.macs_before, first.macs_after) == (6 * 35, structure.macs)
+    assert (second.params_before, second.params_after) == (6 * 35, second.structure.num_params + 2)
+    assert second.structure.shape == (6, 35)
+    lines = str(report).splitlines()
+    assert lines[1].split() == ["0", "35", "x", "6", "245", str(structure.num_params + 37), "210", str(structure.macs)]
+    assert lines[-1].split()[:2] == ["total", "455"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_what_is_kept(dtype):
+    model = SmallViT().to(dtype).eval()
+    model.patch.train()
+    model.patch.weight.requires_grad_(False)
+    model.blocks[0].mlp[0].bias.requires_grad_(False)
+    replace_linear(model, "monarch", rms_cap=True)
+    assert {p.dtype for p in model.parameters()} == {dtype}
+    assert model.patch.training
+    assert not model.blocks[0].mlp[0].training
+    assert [n for n, p in model.patch.named_parameters() if p.requires_grad] == ["bias"]
+    assert [n for n, p in model.blocks[0].mlp[0].named_parameters() if not p.requires_grad] == ["bias"]
+    assert model.blocks[0].attn.qkv.bias is None
+    assert model(torch.randn(2, 5, 16, dtype=dtype)).dtype == dtype
+
+
+def test_meta_device():
+    with torch.device("meta"):
+        model = SmallViT()
+    replace_linear(model, "block_tensor_train")
+    assert {p.device.type for p in model.parameters()} == {"meta"}
+    assert model(torch.empty(2, 5, 16, device="meta")).shape == (2, 10)
+
+
+def test_seed_reproduces():
+    models = []
+    for _ in range(2):
+        torch.manual_seed(3)
+        model = SmallViT()
+        replace_linear(model, "block_tensor_train")
+        models.append(model.state_dict())
+    assert all(torch.equal(models[0][key], models[1][key]) for key in models[0])
+
+
+def test_structure_by_function_and_by_object():
+    def choose(name, layer):
+        shape = (layer.out_features, layer.in_features)
+        return structlin.design("kronecker" if "attn" in name else "low_rank", shape)
+
+    model = SmallViT()
+    replace_linear(model, choose)
+    assert model.blocks[0].attn.qkv.structure == structlin.design("kronecker", (72, 24))
+    assert model.blocks[0].mlp[0].structure == structlin.design("low_rank", (96, 24))
+    one = structlin.design("block_tensor_train", (24, 24), rank=3)
+    model = SmallViT()
+    replace_linear(model, one, layers="*.attn.proj")
+    assert model.blocks[1].attn.proj.structure == one
+
+
+# -- shared modules and parameters -------------------------------------------------------------------------------------
+
+
+class Shared(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(12, 12)
+        self.inner = nn.ModuleDict({"again": self.first, "own": nn.Linear(12, 12)})
+        self.head = nn.Linear(12, 5)
+
+    def forward(self, x):
+        return self.head(self.inner["own"](self.inner["again"](self.first(x))))
+
+
+@pytest.mark.parametrize("layers", ["all", "first", "inner.again"])
+def test_module_at_two_places_stays_one_module(layers):
+    model = Shared()
+    report = replace_linear(model, "low_rank", layers=layers)
+    assert isinstance(model.first, StructuredLinear)
+    assert model.inner["again"] is model.first
+    assert report.layers[0].names == ("first", "inner.again")
+    assert "first = inner.again" in str(report)
+    assert len(list(model.first.parameters())) == 3
+    model(torch.randn(2, 12)).sum().backward()
+
+
+@pytest.mark.parametrize("exclude", ["first", "inner.again"])
+def test_module_at_two_places_is_excluded_by_either_name(exclude):
+    model = Shared()
+    report = replace_linear(model, "low_rank", layers="all", exclude=exclude)
+    assert [r.names for r in report.layers] == [("inner.own",), ("head",)]
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(30, 12)
+        self.hidden = nn.Linear(12, 12)
+        self.head = nn.Linear(12, 30, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, x):
+        return self.head(self.hidden(self.embedding(x)))
+
+
+def test_tied_weights():
+    model = Tied()
+    before = model.hidden
+    with pytest.raises(ValueError, match=r"layer 'head' shares embedding.weight"):
+        replace_linear(model, "low_rank", layers="all")
+    assert model.hidden is before
+    report = replace_linear(model, "low_rank", layers="all", shared_weights="skip")
+    assert structured(model) == ["hidden"]
+    assert report.skipped == (("head", "shares embedding.weight"),)
+    assert "left alone: head" in str(report)
+    assert model.head.weight is model.embedding.weight
+    assert structured(model) == ["hidden"]
+    with pytest.raises(ValueError, match="every layer that is chosen shares"):
+        replace_linear(model, "low_rank", layers="head", shared_weights="skip")
+
+
+def test_tied_bias_and_tied_linear_layers():
+    model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 3))
+    model[1].bias = model[0].bias
+    with pytest.raises(ValueError, match=r"'0' shares 1.bias"):
+        replace_linear(model, "low_rank")
+    with pytest.raises(ValueError, match="shared_weights must be 'error' or 'skip', got 'untie'"):
+        replace_linear(model, "low_rank", shared_weights="untie")
+
+
+# -- torch's own Transformer -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("norm_first", [False, True])
+def test_transformer(norm_first):
+    torch.manual_seed(0)
+    model = nn.Transformer(24, 4, 2, 2, 48, batch_first=True, norm_first=norm_first, dropout=0.0)
+    with pytest.raises(ValueError, match=r"encoder.layers.0.self_attn.out_proj.*MultiheadAttention.*exclude it"):
+        replace_linear(model, "low_rank", layers="all")
+    assert structured(model) == []
+    report = replace_linear(model, "low_rank", layers="all", exclude="*.out_proj")
+    assert structured(model) == [f"{s}coder.layers.{i}.linear{j}" for s in ("en", "de") for i in (0, 1) for j in (1, 2)]
+    assert any("encoder.layers.0" in note for note in report.notes)
+    source, target = torch.randn(2, 5, 24), torch.randn(2, 3, 24)
+    trained = model(source, target)
+    model.eval()
+    with torch.no_grad():  # where torch's fused path would read the weights of linear1 and linear2
+        torch.testing.assert_close(model(source, target), trained)
+
+
+def test_transformer_encoder_with_padding():
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(24, 4, 48, batch_first=True, dropout=0.0)
+    model = nn.TransformerEncoder(layer, 2)
+    replace_linear(model, "low_rank", layers="*.linear?")
+    x, padding = torch.randn(2, 5, 24), torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
+    trained = model(x, src_key_padding_mask=padding)
+    with torch.no_grad():
+        evaluated = model.eval()(x, src_key_padding_mask=padding)
+    torch.testing.assert_close(evaluated[~padding], trained[~padding])
+
+
+# -- what is refused ---------------------------------------------------------------------------------------------------
+
+
+def test_no_match_lists_the_layers():
+    for layers in ("decoder.*", ["head", "decoder.*"], re.compile("bloc")):
+        model = SmallViT()
+        with pytest.raises(ValueError, match=r"layers: no linear layer matches.*blocks\.0\.attn\.qkv.*head"):
+            replace_linear(model, "low_rank", layers=layers)
+        assert structured(model) == []
+    with pytest.raises(ValueError, match=r"leaves no layer.*are patch, blocks"):
+        replace_linear(SmallViT(), "low_rank", layers=lambda name, layer: False)
+    with pytest.raises(ValueError, match=r"leaves no layer"):
+        replace_linear(SmallViT(), "low_rank", layers="head", exclude="head")
+    with pytest.raises(ValueError, match="no linear layers"):
+        replace_linear(nn.Sequential(nn.Conv2d(3, 4, 3)), "low_rank")
+    with pytest.raises(ValueError, match=r"leaves no layer.*are 0"):
+        replace_linear(nn.Sequential(nn.Linear(3, 4)), "low_rank")
+
+
+def test_unmatched_patterns():
+    with pytest.raises(ValueError, match="exclude: no linear layer matches 'haed'"):
+        replace_linear(SmallViT(), "low_rank", layers="all", exclude="haed")
+    with pytest.raises(ValueError, match="zero_init: no linear layer matches 'head'"):
+        replace_linear(SmallViT(), "low_rank", zero_init="head")  # it exists, and is not replaced
+    with pytest.raises(TypeError, match="got 3"):
+        replace_linear(SmallViT(), "low_rank", layers=[3])
+
+
+def test_sizes_that_do_not_split_name_the_layer_and_change_nothing():
+    model = nn.Sequential(nn.Linear(6, 35), nn.Linear(35, 13), nn.Linear(13, 2))
+    with pytest.raises(ValueError, match=r"layer '1' \(35 -> 13\): .*13"):
+        replace_linear(model, "block_tensor_train")
+    assert structured(model) == []
+    with pytest.raises(ValueError, match=r"layer '0' .*no option 'rnk'"):
+        replace_linear(model, "low_rank", rnk=3)
+    with pytest.raises(TypeError, match=r"layer '0' .*name or an AbstractStructure, got 7"):
+        replace_linear(model, 7)
+
+
+def test_model_that_is_a_layer():
+    with pytest.raises(ValueError, match="put it in a container"):
+        replace_linear(nn.Linear(3, 4), "low_rank", layers="all")
+
+
+class Doubling(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class Named(nn.Linear):
+    """Differs from nn.Linear in nothing that is called."""
+
+
+def test_layers_that_are_more_than_linear():
+    with pytest.raises(ValueError, match="layer '0' is a Doubling"):
+        replace_linear(nn.Sequential(Doubling(4, 4)), "low_rank", layers="all")
+    model = nn.Sequential(Named(4, 4))
+    replace_linear(model, "low_rank", layers="all")
+    assert structured(model) == ["0"]
+    model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)))
+    with pytest.raises(ValueError, match="layer '0' has parametrizations"):
+        replace_linear(model, "low_rank", layers="all")
+    for register in ("register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook"):
+        model = nn.Sequential(nn.Linear(4, 4))
+        getattr(model[0], register)(lambda *_: None)
+        with pytest.raises(ValueError, match="layer '0' has hooks"):
+            replace_linear(model, "low_rank", layers="all")
+
+
+def test_replaced_models_copy_and_load():
+    torch.manual_seed(0)
+    model = SmallViT()
+    replace_linear(model, "monarch")
+    other = SmallViT()
+    replace_linear(other, "monarch")
+    other.load_state_dict(model.state_dict())
+    x = torch.randn(2, 5, 16)
+    assert torch.equal(other(x), model(x))
+    assert torch.equal(copy.deepcopy(model)(x), model(x))
+
+
+def test_gpt2_of_transformers():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(
+        n_embd=24, n_layer=1, n_head=4, vocab_size=50, n_positions=16, bos_token_id=0, eos_token_id=0
+    )
+    model = transformers.GPT2LMHeadModel(config)
+    replace_linear(model, "low_rank", layers="all_but_last")
+    assert structured(model) == [
+        f"transformer.h.0.{n}" for n in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+    ]
+    assert model.transformer.h[0].attn.c_attn.structure.shape == (72, 24)
+    assert model(torch.randint(0, 50, (2, 7))).logits.shape == (2, 7, 50)
