@@ -1,0 +1,32 @@
+"""The nearest structured matrix to a dense one: :func:`project`.
+
+How, by the roles of the axes (no structure is known by its name but those that are no chains):
+
+=========================================  ============================================================================
+structure                                  method; *optimal* means that no matrix of the structure is nearer
+=========================================  ============================================================================
+one factor (dense, block diagonal)         least squares, exact: optimal
+two factors, whatever their roles          singular values of the slices: optimal. Low rank; Kronecker (the
+                                           rearrangement of Van Loan and Pitsianis); Tensor-Train, Block Tensor-Train
+                                           and Monarch of two cores, padded and regrouped too; the einsum space
+circulant, Toeplitz, diagonal              averages along the diagonals: optimal
+permutation                                linear assignment: optimal
+three factors or more (Tensor-Train,       split off one by one with singular values, from both ends (for Tensor-Train
+Block Tensor-Train, Kronecker, butterfly,  this is TT-SVD), then alternating least squares from there; exact where the
+BLAST, any einsum chain)                   matrix has the structure and the splits are unique (not BLAST); with
+                                           ``error_bound`` where there is one (not BLAST)
+=========================================  ============================================================================
+
+With ``input_covariance`` C the error is ``|| (W - A) C^(1/2) ||``, which for ``C = E[x x^H]`` is the error of the
+outputs. One factor, circulant, Toeplitz, diagonal and permutation keep their closed forms. Two factors do where the
+input axes that they do not share stand in one of them and C does not couple different values of the shared ones: low
+rank with any C; Block Tensor-Train and Monarch of two cores with a C that is block diagonal over m_1. All else is
+alternating least squares, which starts from the solutions for ``C = 1`` and for C without the coupling, and from random
+factors; padding is handled in the same way where it cuts through slices.
+
+Computed on the host with NumPy in float64 or complex128, whatever the library and dtype of W; no gradient passes.
+"""
+
+from structlin.projection._project import Projection, project
+
+__all__ = ["Projection", "project"]

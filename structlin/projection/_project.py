@@ -1,0 +1,295 @@
+"""The public function: reading the input, choosing the rank, building the operator."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from structlin._arrays import Array, backend_of, to_backend
+from structlin.conversion import exact_rank
+from structlin.operators import StructuredOperator
+from structlin.projection._solve import Problem, Settings, Solution, solve, spectrum
+from structlin.registry import NamedOperator, _options, design, get
+from structlin.structure import AbstractStructure
+from structlin.structures import BlockTensorTrain, Circulant, Diagonal, LowRank, Permutation, TensorTrain, Toeplitz
+from structlin.structures.circulant import CirculantStructure
+from structlin.structures.diagonal import DiagonalStructure
+from structlin.structures.permutation import PermutationStructure
+from structlin.structures.toeplitz import ToeplitzStructure
+
+
+@dataclass(frozen=True, eq=False)
+class Projection:
+    """A structured matrix near a dense one, and how it was found.
+
+    ``operator``: on the library, dtype and device of the dense matrix. ``relative_error``: norm of the difference
+    over the norm of the matrix, in the weighted norm where there is a covariance, before rounding to the dtype.
+    ``optimal``: no matrix of the structure is nearer. ``error_bound``: at least ``relative_error`` and at most
+    ``sqrt(factors - 1)`` times the smallest relative error there is, from the singular values cut off (TT-SVD); equal
+    to ``relative_error`` where that is optimal, None where no bound holds. ``iterations``: sweeps of alternating least
+    squares, 0 for closed forms. ``converged``: False where these were stopped by ``max_sweeps``. ``method``: in words.
+    """
+
+    operator: StructuredOperator
+    relative_error: float
+    error_bound: float | None
+    iterations: int
+    converged: bool
+    optimal: bool
+    method: str
+
+
+def project(
+    W: Array, structure: str | type[NamedOperator] | AbstractStructure, *, target_error: float | None = None,
+    max_macs: int | None = None, input_covariance: Array | None = None, restarts: int | None = None,
+    max_sweeps: int = 1000, tolerance: float = 1e-6, seed: int = 0, **options: Any,
+) -> Projection:  # fmt: skip
+    """The matrix of a structure that is nearest to ``W``, in the Frobenius norm or weighted by an input covariance.
+
+    Args:
+        W: (d_out, d_in) NumPy, torch or jax array, floating or complex.
+        structure: a registered name or class, with the options of its ``design`` as keywords, or a structure.
+        target_error: choose the smallest rank whose relative error is at most this. Ranks of several bonds grow
+            together, each up to where it is exact. By singular values for two factors; else by bisection, which
+            takes it that the error falls as the rank grows.
+        max_macs: choose the largest rank whose multiply-accumulates, for one vector, are within this budget, up to
+            the rank at which the structure is exact.
+        input_covariance: (d_in, d_in) positive semidefinite array C of any library; the error is then
+            ``|| (W - A) C^(1/2) ||``.
+        restarts: random starts of alternating least squares, besides those from singular values. Default: 4 for
+            structures without an error bound (BLAST), else none. Where there are more than two starts, each runs for
+            30 sweeps and the two best go on.
+        max_sweeps: of alternating least squares, for each start. A sweep takes each factor in turn to its
+            least-squares optimum and then tries a longer step; the error never rises.
+        tolerance: stop when the error fell by less than this part of itself in each of three sweeps, or is at
+            roundoff.
+        seed: of the random starts; equal seeds give equal results.
+        **options: of the structure, such as ``rank``, ``blocks``, ``cores``, ``factorization``.
+
+    The factors are scaled so that their RMS, over the deviation at which the scale rule would draw them, is the same
+    for all; singular values are split evenly between two factors before that.
+
+    Raises:
+        TypeError: W is no array; a structure that is neither a chain nor one of structlin's own.
+        ValueError: W is not a finite floating or complex matrix of the structure's shape; unknown options; two of
+            rank, ``target_error`` and ``max_macs`` at once, or one of the latter for a structure without ``rank``; no
+            rank meets them; a covariance that is not finite, Hermitian and positive semidefinite, or zero.
+
+    >>> import numpy as np
+    >>> W = np.kron(np.arange(1.0, 7.0).reshape(2, 3), np.ones((4, 2)))
+    >>> found = project(W, "kronecker", factorization=((2, 4), (3, 2)))
+    >>> found.operator.shape, found.relative_error < 1e-12, found.optimal
+    ((8, 6), True, True)
+    >>> project(W, "low_rank", target_error=0.1).operator.structure.factors[0].shape
+    (2, 6)
+    """
+    target = _matrix("W", W)
+    settings = _settings(restarts, max_sweeps, tolerance, seed)
+    problem = Problem(target, None if input_covariance is None else _covariance(input_covariance, target))
+    shape = (target.shape[0], target.shape[1])
+    scale = problem.norm(target)
+
+    if isinstance(structure, AbstractStructure):
+        if target_error is not None or max_macs is not None or options:
+            raise ValueError("a structure has its rank and options; give a name to choose them, or the structure alone")
+        if structure.shape != shape:
+            raise ValueError(f"the structure has shape {structure.shape}, W has shape {shape}")
+        solution = solve(structure, problem, settings)
+        return _result(structure, _NAMED.get(type(structure), StructuredOperator), solution, W, scale)
+
+    cls = get(structure) if isinstance(structure, str) else structure
+    if not (isinstance(cls, type) and issubclass(cls, NamedOperator)):
+        raise TypeError(f"structure must be a name, a named structure or a structure, got {structure!r}")
+    if target_error is None and max_macs is None:
+        chosen = design(cls, shape, **options)
+        return _result(chosen, cls, solve(chosen, problem, settings), W, scale)
+
+    at = _ranks(cls, shape, options, target_error, max_macs)
+    if max_macs is not None:
+        chosen = _largest_within(at, max_macs, cls.name)
+        return _result(chosen, cls, solve(chosen, problem, settings), W, scale)
+    assert target_error is not None
+    chosen, solution = _smallest_for(at, target_error, problem, settings, cls.name)
+    return _result(chosen, cls, solution, W, scale)
+
+
+# -- input and output --------------------------------------------------------------------------------------------------
+
+
+def _matrix(name: str, array: Array) -> np.ndarray:
+    """A finite, non-empty float64 or complex128 matrix."""
+    backend = backend_of(array)
+    if array.ndim != 2 or 0 in array.shape:
+        raise ValueError(f"{name} must be a matrix (d_out, d_in) with entries, got shape {tuple(array.shape)}")
+    if backend == "torch":
+        import torch
+
+        complex_ = array.is_complex()
+        floating = complex_ or array.is_floating_point()
+        found = array.detach().to("cpu", torch.complex128 if complex_ else torch.float64).resolve_conj().numpy()
+    else:
+        plain = np.asarray(array)
+        complex_ = plain.dtype.kind == "c"
+        floating = complex_ or "float" in str(plain.dtype)
+        found = plain.astype(np.complex128 if complex_ else np.float64)
+    if not floating:
+        raise ValueError(f"{name} must be floating or complex, got {array.dtype}")
+    if not np.isfinite(found).all():
+        raise ValueError(f"{name} has {int((~np.isfinite(found)).sum())} entries that are not finite")
+    return found
+
+
+def _covariance(array: Array, target: np.ndarray) -> np.ndarray:
+    found = _matrix("input_covariance", array)
+    d_in = target.shape[1]
+    if found.shape != (d_in, d_in):
+        raise ValueError(f"input_covariance must have shape (d_in, d_in) = ({d_in}, {d_in}), got {found.shape}")
+    if np.iscomplexobj(found) and not np.iscomplexobj(target):
+        raise ValueError("a complex input_covariance needs a complex W")
+    if np.abs(found - found.conj().T).max() > 1e-5 * np.abs(found).max():
+        raise ValueError("input_covariance is not Hermitian")
+    found = (found + found.conj().T) / 2
+    values = np.linalg.eigvalsh(found)
+    if values[-1] <= 0 or values[0] < -1e-5 * values[-1]:
+        raise ValueError(
+            f"input_covariance must be positive semidefinite and not zero, its eigenvalues lie in "
+            f"[{values[0]:.3g}, {values[-1]:.3g}]"
+        )
+    return found
+
+
+def _settings(restarts: int | None, max_sweeps: int, tolerance: float, seed: int) -> Settings:
+    starts = 0 if restarts is None else restarts
+    for name, value, least in (("restarts", starts, 0), ("max_sweeps", max_sweeps, 1), ("seed", seed, 0)):
+        if isinstance(value, bool) or not hasattr(value, "__index__") or value < least:
+            raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+    if not 0 <= tolerance < 1:
+        raise ValueError(f"tolerance must lie in [0, 1), got {tolerance!r}")
+    return Settings(restarts, max_sweeps, tolerance, seed)
+
+
+_NAMED: dict[type[AbstractStructure], type[NamedOperator]] = {
+    CirculantStructure: Circulant,
+    DiagonalStructure: Diagonal,
+    PermutationStructure: Permutation,
+    ToeplitzStructure: Toeplitz,
+}
+
+
+def _result(
+    structure: AbstractStructure, cls: type[StructuredOperator], solution: Solution, W: Array, scale: float
+) -> Projection:
+    def relative(error: float | None) -> float | None:
+        if error is None:
+            return None
+        return error / scale if scale else (0.0 if error == 0 else math.inf)
+
+    backend = backend_of(W)
+    device = None if backend == "numpy" else W.device
+    factors = []
+    for array, spec in zip(solution.factors, structure.factors, strict=True):
+        if spec.trainable:
+            factors.append(to_backend(array, backend, W.dtype, device))
+        else:  # 32 bits, which jax has by default
+            index = array.astype(np.int32) if backend == "jax" else array
+            factors.append(to_backend(index, backend, None, device))
+    dtype = None if any(f.trainable for f in structure.factors) else W.dtype
+    error = relative(solution.error)
+    assert error is not None
+    return Projection(
+        cls._build(structure, tuple(factors), dtype), error, relative(solution.bound), solution.iterations,
+        solution.converged, solution.optimal, solution.method,
+    )  # fmt: skip
+
+
+# -- choice of the rank ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Ranks:
+    """The structures of rank 1 to ``ceiling``, which represents every matrix as far as is known.
+
+    ``plain``: the rank is the size of the one bond there is, for two factors.
+    """
+
+    at: Callable[[int], AbstractStructure]
+    ceiling: int
+    plain: bool
+
+
+def _ranks(
+    cls: type[NamedOperator], shape: tuple[int, int], options: Mapping[str, Any], target_error: float | None,
+    max_macs: int | None,
+) -> _Ranks:  # fmt: skip
+    known = _options(cls)
+    if "rank" not in known:
+        raise ValueError(f"structure {cls.name!r} has no rank to choose; its options are {', '.join(known) or 'none'}")
+    given = [k for k in ("rank", "rank_fraction") if options.get(k) is not None]
+    given += [k for k, v in (("target_error", target_error), ("max_macs", max_macs)) if v is not None]
+    if len(given) > 1:
+        raise ValueError(f"give one of rank, target_error and max_macs, got {', '.join(given)}")
+    rest = {k: v for k, v in options.items() if k not in ("rank", "rank_fraction")}
+    if cls in (TensorTrain, BlockTensorTrain):
+        limits = exact_rank(cls.name, shape, **rest)
+        assert isinstance(limits, tuple)
+
+        def at(rank: int) -> AbstractStructure:
+            return design(cls, shape, rank=tuple(min(rank, limit) for limit in limits), **rest)
+
+        return _Ranks(at, max(limits, default=1), plain=True)
+    return _Ranks(lambda rank: design(cls, shape, rank=rank, **rest), min(shape), plain=cls is LowRank)
+
+
+def _first(low: int, high: int, holds: Callable[[int], bool]) -> int:
+    """The first number of [low, high] for which ``holds``, if it stays true from there on; high + 1 for none."""
+    high += 1
+    while low < high:
+        middle = (low + high) // 2
+        if holds(middle):
+            high = middle
+        else:
+            low = middle + 1
+    return low
+
+
+def _largest_within(ranks: _Ranks, max_macs: int, name: str) -> AbstractStructure:
+    if isinstance(max_macs, bool) or not hasattr(max_macs, "__index__"):
+        raise ValueError(f"max_macs must be an integer, got {max_macs!r}")
+    rank = _first(1, ranks.ceiling, lambda r: ranks.at(r).macs > max_macs) - 1
+    if rank == 0:
+        raise ValueError(f"{name!r} of rank 1 needs {ranks.at(1).macs} MACs, more than max_macs = {max_macs}")
+    return ranks.at(rank)
+
+
+def _smallest_for(
+    ranks: _Ranks, target_error: float, problem: Problem, settings: Settings, name: str
+) -> tuple[AbstractStructure, Solution]:
+    if not 0 <= target_error < math.inf:
+        raise ValueError(f"target_error must be a number of at least 0, got {target_error!r}")
+    allowed = target_error * problem.norm(problem.target)
+    solved: dict[int, Solution] = {}
+
+    def meets(rank: int) -> bool:
+        if rank not in solved:
+            solved[rank] = solve(ranks.at(rank), problem, settings)
+        return solved[rank].error <= allowed
+
+    errors = spectrum(ranks.at(1), problem) if ranks.plain else None
+    if errors is not None:  # a closed form: the error of every rank from one decomposition
+        rank = next((r for r, e in enumerate(errors, start=1) if e <= allowed), min(len(errors), ranks.ceiling))
+        while not meets(rank) and rank < ranks.ceiling:  # roundoff
+            rank += 1
+    else:
+        high = 1
+        while high < ranks.ceiling and not meets(high):
+            high = min(2 * high, ranks.ceiling)
+        rank = min(_first(high // 2 + 1, high, meets), ranks.ceiling)
+    if not meets(rank):
+        error = solved[rank].error / problem.norm(problem.target)
+        raise ValueError(f"no rank of {name!r} up to {ranks.ceiling} has a relative error of {target_error:g}; "
+                         f"rank {rank} has {error:.3g}")  # fmt: skip
+    return ranks.at(rank), solved[rank]

@@ -1,0 +1,267 @@
+"""The nearest matrix of one structure to a NumPy matrix: closed form where the roles allow it, else least squares."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from structlin.projection import _entrywise, _splits
+from structlin.projection._als import Fit
+from structlin.projection._contract import gather
+from structlin.projection._network import Network, build
+from structlin.scale import init_std, random_factors
+from structlin.structure import AbstractStructure, Structure
+
+SCOUT = 30  # sweeps from every start, before the two best go on
+RESTARTS = 4  # random starts where no bound speaks for those from singular values
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to iterate where there is no closed form."""
+
+    restarts: int | None = None
+    max_sweeps: int = 1000
+    tolerance: float = 1e-6
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Solution:
+    """Factors in float64 or complex128, and how they were found. Errors are absolute."""
+
+    factors: tuple[np.ndarray, ...]
+    error: float
+    method: str
+    optimal: bool
+    bound: float | None = None
+    iterations: int = 0
+    converged: bool = True
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A (d_out, d_in) target and the covariance of its input (None: the Frobenius norm)."""
+
+    target: np.ndarray
+    covariance: np.ndarray | None = None
+
+    root: np.ndarray | None = field(init=False)
+
+    def __post_init__(self) -> None:
+        root = None if self.covariance is None else _splits.square_root(self.covariance)
+        object.__setattr__(self, "root", root)
+
+    def norm(self, matrix: np.ndarray) -> float:
+        """Of ``matrix @ covariance^(1/2)``."""
+        return float(np.linalg.norm(matrix if self.root is None else matrix @ self.root))
+
+
+def solve(structure: AbstractStructure, problem: Problem, settings: Settings) -> Solution:
+    """Dispatch on the structure; TypeError for one that is neither a chain nor known here."""
+    if isinstance(structure, Structure):
+        return _chain(structure, problem, settings)
+    if not _entrywise.supported(structure):
+        raise TypeError(
+            f"can not project onto {structure!r}: it is neither an einsum chain nor circulant, Toeplitz, "
+            "diagonal or a permutation"
+        )
+    factor = _entrywise.nearest(structure, problem.target, problem.covariance)
+    method = "averages" if structure.factors[0].trainable else "linear assignment"
+    if problem.covariance is not None and structure.factors[0].trainable:
+        method = "least squares"
+    return _finished(structure, problem, [factor], method, optimal=True)
+
+
+def dense_of(structure: AbstractStructure, factors: Sequence[np.ndarray]) -> np.ndarray:
+    """The (d_out, d_in) matrix."""
+    trainable = [f for f, spec in zip(factors, structure.factors, strict=True) if spec.trainable]
+    dtype = trainable[0].dtype if trainable else np.dtype(float)
+    return structure.apply_columns(factors, np.eye(structure.d_in, dtype=dtype))
+
+
+def _finished(
+    structure: AbstractStructure, problem: Problem, factors: Sequence[np.ndarray], method: str, *, optimal: bool,
+    bound: float | None = None, iterations: int = 0, converged: bool = True,
+) -> Solution:  # fmt: skip
+    shaped = [np.ascontiguousarray(f.reshape(spec.shape)) for f, spec in zip(factors, structure.factors, strict=True)]
+    error = problem.norm(problem.target - dense_of(structure, shaped))
+    bound = error if optimal else bound
+    return Solution(tuple(balanced(structure, shaped)), error, method, optimal, bound, iterations, converged)
+
+
+def balanced(structure: AbstractStructure, factors: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """Scale the factors so that RMS over the scale rule's deviation is the same for all; their product stays."""
+    if not all(f.trainable for f in structure.factors):
+        return list(factors)
+    stds = init_std(structure)
+    ratios = [float(np.sqrt(np.mean(np.abs(f) ** 2))) / std for f, std in zip(factors, stds, strict=True)]
+    if min(ratios) == 0:
+        return list(factors)
+    common = math.exp(math.fsum(map(math.log, ratios)) / len(ratios))
+    return [f * (common / r) for f, r in zip(factors, ratios, strict=True)]
+
+
+@dataclass(frozen=True)
+class Chain:
+    """A chain as a network, with the target padded to its full size."""
+
+    structure: Structure
+    network: Network
+    rows: np.ndarray  # padded target, (full d_out, full d_in)
+    covariance: np.ndarray | None
+    root: np.ndarray | None
+
+    @classmethod
+    def of(cls, structure: Structure, problem: Problem) -> Chain:
+        more_in, more_out = structure.padding
+        covariance, root = problem.covariance, problem.root
+        if covariance is not None and root is not None:
+            covariance, root = np.pad(covariance, ((0, more_in),) * 2), np.pad(root, ((0, more_in), (0, 0)))
+        return cls(structure, build(structure), np.pad(problem.target, ((0, more_out), (0, more_in))), covariance, root)
+
+    @property
+    def target(self) -> np.ndarray:
+        """On the outer axes: what lies off a diagonal that the structure has can not be fitted."""
+        axes = self.network.rows + self.network.columns
+        return gather(self.rows.reshape(self.network.shape(axes)), axes, self.network.outer)
+
+    @property
+    def mask(self) -> np.ndarray | None:
+        """1 where an entry counts, on the outer axes; columns count by the covariance where there is one."""
+        more_in, more_out = self.structure.padding
+        if self.root is not None:
+            more_in = 0
+        if not more_in + more_out:
+            return None
+        kept = np.ones_like(self.rows, dtype=float)
+        kept[len(kept) - more_out :] = 0
+        kept[:, kept.shape[1] - more_in :] = 0
+        axes = self.network.rows + self.network.columns
+        return gather(kept.reshape(self.network.shape(axes)), axes, self.network.outer)
+
+    def rectangular(self) -> bool:
+        """Whether the entries that count are a rectangle of each slice: zeros then fill the rest at no loss."""
+        mask = self.mask
+        if mask is None:
+            return True
+        cut = _splits.cut_between(self.network.outer, *self.network.factors)
+        kept = _splits.slices(self.network, mask, self.network.outer, cut)
+        rectangle = kept.max(axis=2, keepdims=True) * kept.max(axis=1, keepdims=True)
+        return bool(np.all(kept == rectangle) and np.all((kept == 0) | (kept == 1)))
+
+    def fit(self) -> Fit:
+        if self.root is None:
+            return Fit(self.network, self.target, mask=self.mask)
+        rows = tuple(dict.fromkeys(self.network.rows))
+        target = (self.rows @ self.root).reshape((*self.network.shape(rows), -1))
+        if not self.structure.padding[1]:
+            return Fit(self.network, target, weight=self.root)
+        kept = np.arange(len(self.rows)) < self.structure.d_out
+        mask = gather(kept.astype(float).reshape(self.network.shape(self.network.rows)), self.network.rows, rows)
+        return Fit(self.network, target, mask=mask, weight=self.root)
+
+
+def closed_form(chain: Chain) -> list[np.ndarray] | None:
+    """Factors of the nearest matrix where the roles of the axes give it in closed form."""
+    network = chain.network
+    if len(network.factors) != 2:
+        return None
+    if network.joined:
+        return None if chain.root is not None else _splits.regrouped_pair(chain.structure, chain.rows)
+    if not chain.rectangular():
+        return None
+    if chain.covariance is not None:
+        return _splits.weighted_pair(network, chain.target, chain.covariance)
+    return _splits.pair(network, chain.target)
+
+
+def spectrum(structure: AbstractStructure, problem: Problem) -> np.ndarray | None:
+    """Errors of ranks 1, 2, ... of a chain of two factors given at rank 1; None where there is no closed form."""
+    if not isinstance(structure, Structure) or len(structure.steps) != 2:
+        return None
+    chain = Chain.of(structure, problem)
+    network, target = chain.network, chain.target
+    if network.joined or not chain.rectangular():
+        return None
+    offset, copies = 0.0, 1
+    if chain.covariance is None:
+        cut = _splits.cut_between(network.outer, *network.factors)
+        matrices = _splits.slices(network, target, network.outer, cut)
+        if matrices.size < chain.rows.size:  # entries off a diagonal, or copies that are averaged
+            copies = target.size // matrices.size
+            offset = float(np.linalg.norm(chain.rows)) ** 2 - copies * float(np.linalg.norm(matrices)) ** 2
+    else:
+        weighted = _splits.weighted(network, target, chain.covariance)
+        if weighted is None:
+            return None
+        matrices = weighted.scaled
+    squares = np.linalg.svd(matrices, compute_uv=False) ** 2
+    beyond = np.cumsum(squares.sum(axis=0)[::-1])[::-1]
+    return np.sqrt(max(0.0, offset) + copies * np.append(beyond[1:], 0.0))
+
+
+def _chain(structure: Structure, problem: Problem, settings: Settings) -> Solution:
+    chain = Chain.of(structure, problem)
+    closed = closed_form(chain)
+    if closed is not None:
+        return _finished(structure, problem, closed, "singular values", optimal=True)
+    fit = chain.fit()
+    if len(structure.steps) == 1 and fit.exact(0):
+        start, _ = _splits.peel(chain.network, chain.target, (0,), np.random.default_rng(0))
+        nearest = start[0] + fit.step(0, start, fit.residual(start))
+        return _finished(structure, problem, [nearest], "least squares", optimal=True)
+    starts, bound = _starts(chain, settings)
+    factors, sweeps, converged = _best(fit, starts, settings)
+    return _finished(
+        structure, problem, factors, "alternating least squares", optimal=False,
+        bound=bound, iterations=sweeps, converged=converged,
+    )  # fmt: skip
+
+
+def _best(fit: Fit, starts: Sequence[list[np.ndarray]], settings: Settings) -> tuple[list[np.ndarray], int, bool]:
+    """Factors of the best run, its sweeps and whether it converged."""
+    short = min(SCOUT, settings.max_sweeps) if len(starts) > 2 else settings.max_sweeps
+    runs = sorted((fit.run(start, short, settings.tolerance) for start in starts), key=lambda run: run[1])[:2]
+    for place, (factors, _, sweeps, converged) in enumerate(runs):
+        if not converged and sweeps < settings.max_sweeps:
+            after = fit.run(factors, settings.max_sweeps - sweeps, settings.tolerance)
+            runs[place] = (after[0], after[1], sweeps + after[2], after[3])
+    factors, _, sweeps, converged = min(runs, key=lambda run: run[1])
+    return factors, sweeps, converged
+
+
+def _starts(chain: Chain, settings: Settings) -> tuple[list[list[np.ndarray]], float | None]:
+    """Factors to start from (splits from both ends, solutions of nearby problems, random), and the error bound."""
+    network, count = chain.network, len(chain.network.factors)
+    rng = np.random.default_rng(settings.seed)
+    starts: list[list[np.ndarray]] = []
+    bound = None
+    if not network.joined:
+        forth, bound = _splits.peel(network, chain.target, range(count), rng)
+        starts.append(forth)
+        if count > 2:
+            back, other = _splits.peel(network, chain.target, range(count - 1, -1, -1), rng)
+            starts.append(back)
+            bound = min((b for b in (bound, other) if b is not None), default=None)
+        elif chain.covariance is not None:
+            uncoupled = _splits.weighted_pair(network, chain.target, chain.covariance, drop=True)
+            starts += [] if uncoupled is None else [uncoupled]
+    elif count == 2 and (pair := _splits.regrouped_pair(chain.structure, chain.rows)) is not None:
+        starts.append(network.split(pair))
+    restarts = settings.restarts
+    if restarts is None:
+        restarts = RESTARTS if bound is None else 0
+    if chain.covariance is not None:
+        bound = None
+    elif bound is not None and set(network.rows) & set(network.columns):
+        diagonal = float(np.linalg.norm(chain.target))
+        bound = math.sqrt(bound**2 + max(0.0, float(np.linalg.norm(chain.rows)) ** 2 - diagonal**2))
+    dtype = "complex128" if np.iscomplexobj(chain.rows) else "float64"
+    for _ in range(restarts if starts else max(1, restarts)):
+        drawn = random_factors(chain.structure, seed=rng, dtype=dtype)
+        starts.append(network.split(drawn))
+    return starts, bound

@@ -1,0 +1,277 @@
+"""Closed forms by singular values: chains of two factors, and the recursion for longer ones.
+
+A chain of two factors, whatever its roles, is a batch of low-rank matrices: with s the outer axes that both factors
+have, a those of the first alone, b those of the second alone, and r the inner ones,
+
+    A[s, a, b] = sum_r F0[s, a, r] F1[s, b, r],
+
+so that the nearest matrix is the truncated SVD of each slice s. That covers low rank, the rearrangement of Van Loan and
+Pitsianis (Kronecker, Tensor-Train of two cores), and the slices of Monarch and Block Tensor-Train.
+
+Longer chains are peeled one factor at a time (TT-SVD; for Block Tensor-Train and butterfly the hierarchical
+factorisation of Zheng, Riccietti and Gribonval 2023): exact on matrices that have the structure, else within the bound
+that :func:`peel` returns.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from structlin.projection._contract import Axes, gather
+from structlin.projection._network import Network
+from structlin.structure import Structure
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How the axes fall when the factors are put into two groups.
+
+    ``shared``: axes of the target that both groups have, ``left`` and ``right``: those of one group alone,
+    ``bond``: inner axes that both groups have.
+    """
+
+    shared: Axes
+    left: Axes
+    right: Axes
+    bond: Axes
+
+
+def cut_between(target: Axes, first: Iterable[int], second: Iterable[int]) -> Cut:
+    """The cut of ``target`` between two groups of factors with these axes."""
+    one, two, open_ = set(first), set(second), set(target)
+    return Cut(
+        tuple(a for a in target if a in one and a in two),
+        tuple(a for a in target if a in one and a not in two),
+        tuple(a for a in target if a in two and a not in one),
+        tuple(sorted((one & two) - open_)),
+    )
+
+
+def slices(network: Network, array: np.ndarray, axes: Axes, cut: Cut) -> np.ndarray:
+    """``array`` as matrices (shared, left, right), averaged over axes that no factor has."""
+    absent = [a for a in axes if a not in cut.shared + cut.left + cut.right]
+    matrices = gather(array, axes, cut.shared + cut.left + cut.right)
+    shape = (network.size(cut.shared), network.size(cut.left), network.size(cut.right))
+    return matrices.reshape(shape) / network.size(absent)
+
+
+def ranked(
+    matrices: np.ndarray, rank: int, power: float, rng: np.random.Generator | None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Best approximations of rank ``rank`` as (shared, left, rank) and (shared, right, rank) arrays; singular values.
+
+    The left ones take the singular values to the ``power``. Where the rank exceeds the smaller size, the surplus of
+    the left ones is drawn from ``rng`` (None: zero), that of the right ones is zero.
+    """
+    u, s, vh = np.linalg.svd(matrices, full_matrices=False)
+    keep = min(rank, s.shape[-1])
+    left = u[..., :keep] * s[:, None, :keep] ** power
+    right = vh[:, :keep].swapaxes(-1, -2) * s[:, None, :keep] ** (1 - power)
+    if surplus := rank - keep:
+        wide = (*left.shape[:2], surplus)
+        more = np.zeros(wide) if rng is None else rng.standard_normal(wide) / math.sqrt(wide[1])
+        left = np.concatenate([left, more], axis=-1)
+        right = np.concatenate([right, np.zeros((*right.shape[:2], surplus))], axis=-1)
+    return left, right, s
+
+
+def tails(singular: np.ndarray, rank: int) -> float:
+    """Norm of the singular values of (batch, k) beyond the first ``rank`` of each."""
+    return float(np.linalg.norm(singular[:, rank:]))
+
+
+def pair(network: Network, target: np.ndarray) -> list[np.ndarray]:
+    """The nearest matrix of a chain of two factors; singular values go half to each."""
+    cut = cut_between(network.outer, *network.factors)
+    matrices = slices(network, target, network.outer, cut)
+    left, right, _ = ranked(matrices, network.size(cut.bond), 0.5, None)
+    return _laid_out(network, cut.shared, cut.bond, [(left, cut.left), (right, cut.right)])
+
+
+def peel(
+    network: Network, target: np.ndarray, order: Sequence[int], rng: np.random.Generator
+) -> tuple[list[np.ndarray], float | None]:
+    """Factors of a longer chain, split off in ``order``, and a bound of the error where there is one.
+
+    Each split leaves orthonormal columns behind, so squared errors add up. Where the remainder has no inner axes but
+    those of the last bond, its slices are contractions of those of the target, and the squared error is at most the
+    sum of the squares of what each truncation would lose on the target itself (TT-SVD: Oseledets 2011, theorem 2.2).
+    """
+    absent = tuple(a for a in network.outer if not any(a in axes for axes in network.factors))
+    axes = tuple(a for a in network.outer if a not in absent)
+    copies = network.size(absent)
+    rest = gather(target, network.outer, axes) / copies
+    whole, whole_axes = rest, axes
+    found: dict[int, np.ndarray] = {}
+    spread = gather(target, network.outer, axes + absent).reshape((*rest.shape, copies)) - rest[..., None]
+    squares: float | None = float(np.linalg.norm(spread)) ** 2
+    for place, number in enumerate(order[:-1]):
+        mine, others = network.factors[number], order[place + 1 :]
+        theirs = {a for k in others for a in network.factors[k]}
+        cut = cut_between(axes, mine, theirs)
+        left, right, values = ranked(slices(network, rest, axes, cut), network.size(cut.bond), 0.0, rng)
+        have = cut.shared + cut.left + cut.bond
+        found[number] = gather(left.reshape(network.shape(have)), have, mine)
+        axes = cut.shared + cut.right + cut.bond
+        rest = right.reshape(network.shape(axes))
+        done = {a for k in order[: place + 1] for a in network.factors[k]}
+        full = cut_between(whole_axes, done, theirs)
+        if squares is not None and set(cut.shared) <= set(whole_axes) and full.bond == cut.bond:
+            if place:
+                values = np.linalg.svd(slices(network, whole, whole_axes, full), compute_uv=False)
+            squares += copies * tails(values, network.size(full.bond)) ** 2
+        else:
+            squares = None
+    last = order[-1]
+    found[last] = gather(rest, axes, network.factors[last])
+    return [found[k] for k in range(len(order))], None if squares is None else math.sqrt(squares)
+
+
+def regrouped_pair(structure: Structure, target: np.ndarray) -> list[np.ndarray] | None:
+    """The nearest matrix of two steps with any regrouping between them; None where an axis is carried.
+
+    Element u of the intermediate vector joins one row of W0 to one column of W1, so it adds a rank-1 term to slice
+    (block of W1, block of W0) of the matrix; the slice is any matrix whose rank is the number of its elements.
+    """
+    first, second = structure.steps
+    if first.carried or second.carried:
+        return None
+    sizes = dict(structure.sizes)
+
+    def size(axes: str) -> int:
+        return math.prod(sizes[a] for a in axes)
+
+    def place(state: str, axes: str) -> np.ndarray:
+        """For each element of ``state`` in row-major order, its place among ``axes``."""
+        grid = np.arange(size(axes)).reshape([sizes[a] if a in axes else 1 for a in state])
+        return np.broadcast_to(grid, [sizes[a] for a in state]).reshape(-1)
+
+    def ordered(state: str, axes: str) -> str:
+        return "".join(a for a in state if a in axes)
+
+    batch0, free0 = ordered(first.output, first.batch), ordered(first.output, first.free)
+    batch1, contracted1 = ordered(second.input, second.batch), ordered(second.input, second.contracted)
+    p0, f0 = place(first.output, batch0), place(first.output, free0)
+    p1, c1 = place(second.input, batch1), place(second.input, contracted1)
+    cells = p1 * size(batch0) + p0
+    order = np.argsort(cells, kind="stable")
+    starts = np.searchsorted(cells[order], cells[order], side="left")
+    slot = np.empty_like(order)
+    slot[order] = np.arange(len(order)) - starts
+
+    grid = target.reshape([sizes[a] for a in second.output] + [sizes[a] for a in first.input])
+    letters = {a: i for i, a in enumerate(second.output)} | {
+        a + "'": len(second.output) + i for i, a in enumerate(first.input)
+    }
+    axes = tuple(range(grid.ndim))
+    wanted = [*batch1, *second.free, *(a + "'" for a in batch0), *(a + "'" for a in first.contracted)]
+    matrices = gather(grid, axes, tuple(letters[a] for a in wanted)).reshape(
+        size(batch1), size(second.free), size(batch0), size(first.contracted)
+    )
+    u, s, vh = np.linalg.svd(matrices.swapaxes(1, 2), full_matrices=False)
+    values = np.sqrt(s)
+    short = max(0, int(slot.max()) + 1 - s.shape[-1])
+    left = np.pad(u * values[..., None, :], [(0, 0)] * 3 + [(0, short)])
+    right = np.pad(vh * values[..., None], [(0, 0)] * 2 + [(0, short), (0, 0)])
+
+    w0 = np.zeros((size(batch0), size(free0), size(first.contracted)), dtype=target.dtype)
+    w1 = np.zeros((size(batch1), size(contracted1), size(second.free)), dtype=target.dtype)
+    w0[p0, f0] = right[p1, p0, slot]
+    w1[p1, c1] = left[p1, p0, :, slot]
+
+    def laid_out(array: np.ndarray, have: str, axes: str) -> np.ndarray:
+        return array.reshape([sizes[a] for a in have]).transpose([have.index(a) for a in axes])
+
+    return [
+        laid_out(w0, batch0 + free0 + first.contracted, first.factor),
+        laid_out(w1, batch1 + contracted1 + second.free, second.factor),
+    ]
+
+
+@dataclass(frozen=True)
+class Weighted:
+    """Slices of a weighted pair, (slice, far, near): as they are, and times a root of their covariance.
+
+    ``near`` is the factor that has the column axes which are not shared, ``far`` the other one; ``own`` are the axes
+    that each of the two has for itself.
+    """
+
+    matrices: np.ndarray
+    scaled: np.ndarray
+    shared: Axes
+    own: tuple[Axes, Axes]
+    bond: Axes
+    near_first: bool
+
+
+def weighted(network: Network, target: np.ndarray, covariance: np.ndarray, drop: bool = False) -> Weighted | None:
+    """Slices whose truncation gives the pair nearest in ``|| (target - A) covariance^(1/2) ||``, or None.
+
+    Needed for that: no diagonal axes; all column axes that are not shared stand in one factor; and the covariance
+    does not couple different values of the shared ones. ``drop`` leaves such a coupling out in place of giving up.
+    """
+    columns = set(network.columns)
+    if columns & set(network.rows):
+        return None
+    cut = cut_between(network.outer, *network.factors)
+    shared, left, right = (tuple(a for a in axes if a in columns) for axes in (cut.shared, cut.left, cut.right))
+    if left and right:
+        return None
+    inside = left or right
+    n, k = network.size(shared), network.size(inside)
+    order = [network.columns.index(a) for a in (*shared, *inside)]
+    blocks = covariance.reshape(network.shape(network.columns) * 2)
+    blocks = blocks.transpose(order + [i + len(order) for i in order]).reshape(n, k, n, k)
+    if not drop and np.any(blocks * (1 - np.eye(n))[:, None, :, None]):
+        return None
+    roots = square_root(blocks[np.arange(n), :, np.arange(n)])
+
+    rows = tuple(a for a in cut.shared if a not in columns)
+    near, far = (cut.left, cut.right) if left else (cut.right, cut.left)
+    near_rows = tuple(a for a in near if a not in columns)
+    matrices = gather(target, network.outer, rows + shared + far + near_rows + inside)
+    matrices = matrices.reshape(network.size(rows), n, network.size(far) * network.size(near_rows), k)
+    flat = (network.size(rows) * n, network.size(far), -1)
+    scaled = (matrices @ roots).reshape(flat)
+    own = (far, near_rows + inside)
+    return Weighted(matrices.reshape(flat), scaled, rows + shared, own, cut.bond, bool(left))
+
+
+def weighted_pair(
+    network: Network, target: np.ndarray, covariance: np.ndarray, drop: bool = False
+) -> list[np.ndarray] | None:
+    """The nearest pair in the weighted norm, or None where that has no closed form (:func:`weighted`).
+
+    Each slice is ``min || (M - X Y) R ||`` over X of rank r, with R a root of the slice's covariance: X spans the
+    leading left singular vectors U of ``M R``, and ``X Y = U U^H M``.
+    """
+    found = weighted(network, target, covariance, drop)
+    if found is None:
+        return None
+    rank = network.size(found.bond)
+    u = np.linalg.svd(found.scaled, full_matrices=False)[0]
+    u = u[..., : min(rank, u.shape[-1])]
+    inner, near, _ = ranked(u.conj().swapaxes(-1, -2) @ found.matrices, rank, 0.5, None)
+    groups = [(u @ inner, found.own[0]), (near, found.own[1])]
+    return _laid_out(network, found.shared, found.bond, groups[::-1] if found.near_first else groups)
+
+
+def square_root(matrix: np.ndarray) -> np.ndarray:
+    """A root R of a positive semidefinite matrix, or of a batch of them: ``R R^H`` is the matrix."""
+    values, vectors = np.linalg.eigh(matrix)
+    return vectors * np.sqrt(np.maximum(values, 0))[..., None, :]
+
+
+def _laid_out(
+    network: Network, shared: Axes, bond: Axes, groups: Sequence[tuple[np.ndarray, Axes]]
+) -> list[np.ndarray]:
+    """Arrays (shared, own, bond) of each factor in turn, in the order of its axes."""
+    factors = []
+    for (array, own), wanted in zip(groups, network.factors, strict=True):
+        axes = shared + own + bond
+        factors.append(gather(array.reshape(network.shape(axes)), axes, wanted))
+    return factors
