@@ -95,6 +95,7 @@ def _torch_ops() -> SimpleNamespace:
         mean_square=lambda x: x.abs().square().mean(),
         maximum_scalar=lambda x, s: x.clamp(min=s),
         promotes=False,
+        is_compiling=torch.compiler.is_compiling,
     )
 
 
