@@ -6,9 +6,9 @@ used again for the next, so that they stay in cache and no memory is allocated. 
 input and the last one writes rows of the output as transposed operands. The backward pass goes the same way back and
 computes the intermediates again, chunk by chunk: only the input is kept.
 
-Only chains whose operands all merge into the three axes of a batched product are run this way (Block Tensor-Train of
-two cores, Monarch, BLAST, block diagonal, ...): the others would be copied, and are as fast without. Measured on two
-cores at 1024 tokens, forward and backward together take a quarter to two thirds of the time of the portable plan.
+Only chains with blocks, whose operands all merge into the three axes of a batched product, are run this way (Block
+Tensor-Train of two cores, Monarch, BLAST, block diagonal, ...): the others would be copied, and are faster without.
+benchmarks/contraction.py measures both.
 """
 
 from __future__ import annotations
@@ -96,8 +96,9 @@ class ChunkedChain:
     merges = False
 
     def __init__(self, steps: Sequence[Step], sizes: Mapping[str, int]) -> None:
-        if any(before.output != step.input for before, step in pairwise(steps)):
-            return  # regrouped: the written order is needed in between
+        regrouped = any(before.output != step.input for before, step in pairwise(steps))
+        if regrouped or not any(step.batch for step in steps):
+            return  # the written order is needed in between; without blocks there is nothing to permute
 
         def size(axes: str) -> int:
             return math.prod(sizes[a] for a in axes)

@@ -16,7 +16,6 @@ CASES = {
     "monarch": ((11, 7), {"blocks": 2}),
     "blast": ((15, 6), {"blocks": 3, "rank": 2}),
     "block_diagonal": ((15, 6), {"blocks": 3}),
-    "dense": ((5, 7), {}),
 }
 
 
@@ -149,6 +148,14 @@ def test_random_chains_agree(small_chunks):
         for got, wanted in zip(found, plain(*factors), strict=True):
             torch.testing.assert_close(got, wanted, rtol=1e-9, atol=1e-9)
     assert run >= 20
+
+
+@pytest.mark.parametrize("name", ["dense", "low_rank", "kronecker"])
+def test_chains_without_blocks_are_left_to_the_portable_plan(name, calls):
+    structure = sl.design(name, (35, 6))
+    factors = [f.requires_grad_() for f in sl.random_factors(structure, backend="torch")]
+    structure.apply(factors, torch.ones(3, 6)).sum().backward()
+    assert not calls
 
 
 def test_large_inputs_are_chunked_without_gradients(calls):
