@@ -59,6 +59,6 @@ def linear_sizes(module: nn.Module) -> tuple[int, int] | None:
     if isinstance(module, nn.Linear):
         return module.in_features, module.out_features
     if is_conv1d(module):
-        in_features, out_features = module.weight.shape
-        return in_features, out_features
+        weight = module.get_parameter("weight")
+        return weight.shape[0], weight.shape[1]
     return None

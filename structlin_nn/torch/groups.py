@@ -363,7 +363,7 @@ def format_groups(groups: Iterable[Mapping[str, Any]]) -> str:
              1  0.1      0        2          10  *.weight
              1  0.1      0        2           4  *.bias
     """
-    rows = [("multiplier", "lr", "decay", "tensors", "parameters", "names")]
+    rows: list[tuple[str, ...]] = [("multiplier", "lr", "decay", "tensors", "parameters", "names")]
     for group in groups:
         sizes: dict[str, dict[str, int]] = {}
         for name, parameter in zip(group["names"], group["params"], strict=True):

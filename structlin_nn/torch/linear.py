@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -55,8 +53,8 @@ class StructuredLinear(nn.Module):
 
     Raises:
         ValueError: an unknown structure, rule or option; sizes that the structure can not have, or other than those
-            of the structure given; options beside a structure; ``gain=True`` without ``rms_cap``; a cap where there
-            are no trainable factors. In the forward pass: an input of the wrong size or dtype.
+            of the structure given; options beside a structure; ``gain=True`` without ``rms_cap``; ``rms_cap`` or
+            ``zero_init`` where there are no trainable factors. In the forward pass: an input of wrong size or dtype.
         TypeError: a ``structure`` that is neither a name nor a structure.
 
     >>> layer = StructuredLinear(768, 1024, structure="block_tensor_train", rank=2)
@@ -65,6 +63,8 @@ class StructuredLinear(nn.Module):
     >>> torch.allclose(layer.operator.to_dense() @ torch.ones(768), layer(torch.ones(768)), atol=1e-4)
     True
     """
+
+    bias: nn.Parameter | None
 
     def __init__(
         self, in_features: int, out_features: int, bias: bool = True, device: torch.device | str | None = None,
@@ -79,11 +79,13 @@ class StructuredLinear(nn.Module):
         self.options, self.rule, self.zero_init, self.rms_cap = dict(options), rule, zero_init, rms_cap
         if gain and not rms_cap:
             raise ValueError("gain=True needs rms_cap=True: only capped factors have gains")
-        if rms_cap and not any(f.trainable for f in self.structure.factors):
-            raise ValueError(f"rms_cap=True, but {self.structure!r} has no trainable factors")
+        if (rms_cap or zero_init) and not any(f.trainable for f in self.structure.factors):
+            option = "rms_cap" if rms_cap else "zero_init"
+            raise ValueError(f"{option}=True, but {self.structure!r} has no trainable factors")
         full = structlin.init_std(self.structure, rule=rule)
         self.init_std = structlin.init_std(self.structure, rule=rule, zero_last=zero_init)
         self.cap_sigma = tuple(own or std for own, std in zip(self.init_std, full, strict=True))
+        self._index_at = tuple(n for n, f in enumerate(self.structure.factors) if not f.trainable)
         self._is_dense = self.structure == structlin.design("dense", self.structure.shape)
 
         self.factors = nn.ParameterList()
@@ -115,7 +117,7 @@ class StructuredLinear(nn.Module):
             elif not (index := self.get_buffer(f"index{number}")).is_meta:
                 index.copy_(torch.randperm(spec.numel, generator=generator, device=index.device).view(spec.shape))
         for gain in self.gains or ():
-            gain.fill_(1)
+            gain.fill_(1.0)
         if self.bias is not None:
             self.bias.zero_()
 
@@ -123,14 +125,11 @@ class StructuredLinear(nn.Module):
         """The factors that A is the product of: capped where ``rms_cap`` is set, index factors in their places."""
         factors: list[Tensor] = list(self.factors)
         if self.rms_cap:
-            sigmas = [
-                sigma for spec, sigma in zip(self.structure.factors, self.cap_sigma, strict=True) if spec.trainable
-            ]
-            gains = [None] * len(factors) if self.gains is None else list(self.gains)
-            factors = [_capped(f, s, g) for f, s, g in zip(factors, sigmas, gains, strict=True)]
-        for number, spec in enumerate(self.structure.factors):
-            if not spec.trainable:
-                factors.insert(number, getattr(self, f"index{number}"))
+            sigmas = [sigma for n, sigma in enumerate(self.cap_sigma) if n not in self._index_at]
+            gains = [1.0] * len(factors) if self.gains is None else list(self.gains)
+            factors = [structlin.rms_cap(f, s, g) for f, s, g in zip(factors, sigmas, gains, strict=True)]
+        for number in self._index_at:
+            factors.insert(number, getattr(self, f"index{number}"))
         return tuple(factors)
 
     @property
@@ -149,10 +148,12 @@ class StructuredLinear(nn.Module):
                 f"the last axis of the input must have size in_features = {self.in_features}, "
                 f"got shape {tuple(x.shape)}"
             )
-        factors, bias = self.effective_factors(), self.bias
+        factors = self.effective_factors()
+        bias: Tensor | None = self.bias
         dtype = _autocast_dtype(x)
         if dtype is not None:
-            x, factors, bias = _cast(x, dtype), tuple(_cast(f, dtype) for f in factors), _cast(bias, dtype)
+            x, factors = _cast(x, dtype), tuple(_cast(f, dtype) for f in factors)
+            bias = None if bias is None else _cast(bias, dtype)
         for parameter in (*factors, bias):
             if parameter is not None and parameter.dtype != x.dtype and parameter.dtype != torch.int64:
                 raise ValueError(
@@ -166,7 +167,7 @@ class StructuredLinear(nn.Module):
         return y if bias is None else y + bias
 
     def extra_repr(self) -> str:
-        if isinstance(self._operator_class, type) and issubclass(self._operator_class, structlin.NamedOperator):
+        if issubclass(self._operator_class, structlin.NamedOperator):
             name = self._operator_class.name + "".join(f" {k}={v}" for k, v in self.options.items())
         else:
             name = repr(self.structure)
@@ -192,15 +193,6 @@ def _structure(structure: object, shape: tuple[int, int], options: dict[str, obj
     return structure
 
 
-def _capped(factor: Tensor, sigma: float, gain: Tensor | None) -> Tensor:
-    """``factor * gain * min(1, sigma / RMS(factor))``, with a finite gradient at factor = 0."""
-    half = factor.dtype in (torch.float16, torch.bfloat16)
-    norm = torch.linalg.vector_norm(factor, dtype=torch.float32 if half else None)
-    bound = sigma * math.sqrt(factor.numel())
-    scale = bound / norm.clamp(min=bound)
-    return factor * (scale if gain is None else gain * scale).to(factor.dtype)
-
-
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:
     device = x.device.type
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
@@ -208,6 +200,6 @@ def _autocast_dtype(x: Tensor) -> torch.dtype | None:
     return None
 
 
-def _cast(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
     """Cast what autocast casts: float32 and half precision."""
-    return x.to(dtype) if x is not None and x.dtype in (torch.float32, torch.float16, torch.bfloat16) else x
+    return x.to(dtype) if x.dtype in (torch.float32, torch.float16, torch.bfloat16) else x

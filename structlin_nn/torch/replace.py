@@ -177,7 +177,7 @@ def replace_linear(
             new.structure,
             sum(p.numel() for p in linear.parameters()),
             sum(p.numel() for p in new.parameters()),
-            linear.weight.numel(),
+            linear.get_parameter("weight").numel(),
             new.structure.macs,
         )
         for linear, new in made.items()
@@ -228,18 +228,19 @@ def _owners(model: nn.Module) -> dict[nn.Parameter, list[str]]:
 
 
 def _structured(name: str, linear: nn.Module, structure: Any, options: Mapping[str, Any]) -> StructuredLinear:
-    in_features, out_features = linear_sizes(linear)
-    weight, bias = linear.weight, linear.bias
+    sizes = linear_sizes(linear)
+    assert sizes is not None, name
+    parameters = dict(linear.named_parameters(recurse=False))
+    weight, bias = parameters["weight"], parameters.get("bias")
     try:
         new = StructuredLinear(
-            in_features, out_features, bias=bias is not None, device=weight.device, dtype=weight.dtype,
-            structure=structure, **options,
-        )  # fmt: skip
+            *sizes, bias=bias is not None, device=weight.device, dtype=weight.dtype, structure=structure, **options
+        )
     except (TypeError, ValueError) as error:
-        raise type(error)(f"layer {name!r} ({in_features} -> {out_features}): {error}") from error
+        raise type(error)(f"layer {name!r} ({sizes[0]} -> {sizes[1]}): {error}") from error
     for parameter in (*new.factors, *(new.gains or ())):
         parameter.requires_grad_(weight.requires_grad)
-    if bias is not None:
+    if bias is not None and new.bias is not None:
         new.bias.requires_grad_(bias.requires_grad)
     return new.train(linear.training)
 
