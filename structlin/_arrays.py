@@ -63,40 +63,62 @@ def _numpy_ops() -> SimpleNamespace:
         is_integer=lambda x: np.issubdtype(x.dtype, np.integer),
         is_low_precision=lambda x: x.dtype == np.float16,
         astype=lambda x, dtype: x.astype(dtype, copy=False),
-        float32=np.float32,
+        to_float32=lambda x: x.astype(np.float32),
         mean_square=lambda x: np.mean(np.abs(x) ** 2),
         maximum_scalar=lambda x, s: np.maximum(x, s),
         promotes=True,
     )
 
 
-def _torch_ops() -> SimpleNamespace:
+def _pad(x: Array, pad: tuple[int, ...]) -> Array:
     import torch
 
-    return SimpleNamespace(
-        name="torch",
-        permute=torch.permute,
-        pad_last=lambda x, n: torch.nn.functional.pad(x, (0, n)),
-        pad_first=lambda x, n: torch.nn.functional.pad(x, (0, 0) * (x.ndim - 1) + (0, n)),
-        conj=lambda x: x.conj().resolve_conj(),
-        flip=lambda x: torch.flip(x, (0,)),
-        roll=lambda x, n: torch.roll(x, n, 0),
-        concat=lambda xs: torch.cat(tuple(xs)),
-        argsort=torch.argsort,
-        fft=lambda x, n, axis: torch.fft.fft(x, n=n, dim=axis),
-        ifft=lambda x, n, axis: torch.fft.ifft(x, n=n, dim=axis),
-        rfft=lambda x, n, axis: torch.fft.rfft(x, n=n, dim=axis),
-        irfft=lambda x, n, axis: torch.fft.irfft(x, n=n, dim=axis),
-        is_complex=lambda x: x.is_complex(),
-        is_integer=lambda x: not (x.is_floating_point() or x.is_complex() or x.dtype == torch.bool),
-        is_low_precision=lambda x: x.dtype in (torch.float16, torch.bfloat16),
-        astype=lambda x, dtype: x.to(dtype),
-        float32=torch.float32,
-        mean_square=lambda x: x.abs().square().mean(),
-        maximum_scalar=lambda x, s: x.clamp(min=s),
-        promotes=False,
-        is_compiling=torch.compiler.is_compiling,
-    )
+    return torch.nn.functional.pad(x, pad)
+
+
+def _concat(xs: Sequence[Array]) -> Array:
+    import torch
+
+    return torch.cat(tuple(xs))
+
+
+def _transform(name: str, x: Array, n: int, axis: int) -> Array:
+    import torch
+
+    return getattr(torch.fft, name)(x, n=n, dim=axis)
+
+
+def _is_compiling() -> bool:
+    import torch
+
+    return torch.compiler.is_compiling()
+
+
+# Not made on demand as the others, because torch.compile, which may come first, can not trace that.
+_TORCH = SimpleNamespace(
+    name="torch",
+    permute=lambda x, order: x.permute(order),
+    pad_last=lambda x, n: _pad(x, (0, n)),
+    pad_first=lambda x, n: _pad(x, (0, 0) * (x.ndim - 1) + (0, n)),
+    conj=lambda x: x.conj().resolve_conj(),
+    flip=lambda x: x.flip(0),
+    roll=lambda x, n: x.roll(n, 0),
+    concat=_concat,
+    argsort=lambda x: x.argsort(),
+    fft=lambda x, n, axis: _transform("fft", x, n, axis),
+    ifft=lambda x, n, axis: _transform("ifft", x, n, axis),
+    rfft=lambda x, n, axis: _transform("rfft", x, n, axis),
+    irfft=lambda x, n, axis: _transform("irfft", x, n, axis),
+    is_complex=lambda x: x.is_complex(),
+    is_integer=lambda x: not (x.is_floating_point() or x.is_complex() or str(x.dtype) == "torch.bool"),
+    is_low_precision=lambda x: x.is_floating_point() and x.element_size() < 4,
+    astype=lambda x, dtype: x.to(dtype),
+    to_float32=lambda x: x.float(),
+    mean_square=lambda x: x.abs().square().mean(),
+    maximum_scalar=lambda x, s: x.clamp(min=s),
+    promotes=False,
+    is_compiling=_is_compiling,
+)
 
 
 def _jax_ops() -> SimpleNamespace:
@@ -120,15 +142,15 @@ def _jax_ops() -> SimpleNamespace:
         is_integer=lambda x: jnp.issubdtype(x.dtype, jnp.integer),
         is_low_precision=lambda x: x.dtype in (jnp.float16, jnp.bfloat16),
         astype=lambda x, dtype: x.astype(dtype),
-        float32=jnp.float32,
+        to_float32=lambda x: x.astype(jnp.float32),
         mean_square=lambda x: jnp.mean(jnp.abs(x) ** 2),
         maximum_scalar=lambda x, s: jnp.maximum(x, s),
         promotes=True,
     )
 
 
-_MAKERS = {"numpy": _numpy_ops, "torch": _torch_ops, "jax": _jax_ops}
-_CACHE: dict[str, SimpleNamespace] = {}
+_MAKERS = {"numpy": _numpy_ops, "jax": _jax_ops}
+_CACHE: dict[str, SimpleNamespace] = {"torch": _TORCH}
 
 
 def ops(name: str) -> SimpleNamespace:

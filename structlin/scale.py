@@ -168,7 +168,7 @@ def rms_cap(factor: Array, sigma: float, gain: Array | float = 1.0) -> Array:
         raise ValueError(f"sigma must be positive, got {sigma}")
     xp = ops(backend_of(factor))
     half = xp.is_low_precision(factor)
-    square = xp.mean_square(xp.astype(factor, xp.float32) if half else factor)
+    square = xp.mean_square(xp.to_float32(factor) if half else factor)
     # The root has no derivative at 0, where zero-initialised factors start.
     rms = xp.maximum_scalar(xp.maximum_scalar(square, (sigma / 2) ** 2) ** 0.5, sigma)
     shrink = sigma / rms

@@ -20,7 +20,7 @@ def fft_product(kernel: Array, x: Array, size: int, axis: int, xp: SimpleNamespa
     half = xp.is_low_precision(x) or xp.is_low_precision(kernel)
     result = (x[..., :1] * kernel[:1]).dtype if half else None
     if half:
-        kernel, x = xp.astype(kernel, xp.float32), xp.astype(x, xp.float32)
+        kernel, x = xp.to_float32(kernel), xp.to_float32(x)
     if xp.is_complex(kernel) or xp.is_complex(x):
         spectrum = xp.fft(kernel, size, 0)
         spectrum = spectrum[:, None] if axis == 0 else spectrum
