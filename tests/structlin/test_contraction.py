@@ -2,6 +2,8 @@
 
 import copy
 import pickle
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -110,6 +112,23 @@ def test_complex_gradients_by_finite_differences(name):
     assert torch.autograd.gradcheck(lambda x, *f: s.apply(f, x), (x, *factors), fast_mode=True)
 
 
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.sampled_from([2, 300]))
+def test_gradients_of_random_chains(seed, tokens):
+    """More than one chunk of tokens too. Each gradient is linear in each factor, so double precision is exact enough
+    to compare with finite differences along one direction."""
+    s = random_chain(np.random.default_rng(seed))
+    leaves = [f.requires_grad_() for f in random_factors(s, backend="torch", dtype="float64")]
+    x = torch.tensor(vectors(s, tokens)).requires_grad_()
+    w = torch.tensor(np.random.default_rng(2).standard_normal((tokens, s.d_out)))
+    gradients = torch.autograd.grad((s.apply(leaves, x) * w).sum(), (*leaves, x))
+    for k, leaf in enumerate((*leaves, x)):
+        step = torch.randn(leaf.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+        moved = [a.detach() + (step if i == k else 0) for i, a in enumerate((*leaves, x))]
+        change = ((s.apply(moved[:-1], moved[-1]) - s.apply(leaves, x)) * w).sum().item()
+        assert (gradients[k] * step).sum().item() == pytest.approx(change, rel=1e-9, abs=1e-9)
+
+
 def test_second_derivatives():
     s = SMALL["block_tensor_train"]
     factors = [f.requires_grad_() for f in random_factors(s, backend="torch", dtype="float64")]
@@ -203,6 +222,22 @@ def test_a_structure_is_a_static_argument_of_jit():
         factors = random_factors(s, backend="jax", dtype="float64")
         np.testing.assert_allclose(jitted(s, factors, np.ones((2, 4))), s.apply(random_factors(s), np.ones((2, 4))))
     assert traces == [design("low_rank", (5, 4), rank=2), design("low_rank", (5, 4), rank=3)]
+
+
+def test_torch_compile_may_come_first():
+    """In a process where nothing has been applied yet."""
+    script = """
+import torch
+from structlin import design, random_factors, rms_cap
+
+for name, size in (("block_tensor_train", 6), ("toeplitz", 5), ("permutation", 4)):
+    s = design(name, (size, size))
+    factors = random_factors(s, backend="torch")
+    x = torch.ones(3, size)
+    compiled = torch.compile(s.apply, fullgraph=True, backend="eager")(factors, x)
+    assert torch.equal(compiled, s.apply(factors, x)), name
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=300)
 
 
 @pytest.mark.slow
