@@ -63,7 +63,7 @@ COMMON: dict[str, Any] = {
     "input_lr_mult": 0.1,
     "threads": 1,
 }
-QUICK: dict[str, Any] = {"epochs": 1, "batch_size": 1000}
+QUICK: dict[str, Any] = {"epochs": 1, "batch_size": 250}
 
 
 @dataclass(frozen=True)
@@ -163,7 +163,8 @@ def demo(
         raise ValueError(f"workers must be at least 1, got {workers}")
     folders = {name: folder / name for name in configs}
     folder.mkdir(parents=True, exist_ok=True)
-    stopped = _run_all(configs, folders, workers, progress)
+    left = {name: config for name, config in configs.items() if not _is_finished(config, folders[name])}
+    stopped = _run_all(left, folders, min(workers, len(left)), progress) if left else None
     records = [run / "record.jsonl" for run in folders.values()]
     result = DemoResult([], folder, records, folder / "demo.png", folder / "demo.json", stopped)
     if stopped is not None:
@@ -183,6 +184,19 @@ def compute_difference(rows: Sequence[dict[str, Any]]) -> float:
     """The largest relative difference of a network's training compute from that of the dense one beside it."""
     dense = [row["training_macs"] for row in rows if row["structure"] == "dense"]
     return max(min(abs(row["training_macs"] / macs - 1) for macs in dense) for row in rows)
+
+
+def _is_finished(config: TrainConfig, folder: Path) -> bool:
+    """Whether the run is there and at its end; ValueError where it is one of another configuration."""
+    checkpoint, record = folder / "checkpoint.pt", folder / "record.jsonl"
+    if not checkpoint.exists() or not record.exists():
+        return False
+    try:
+        found = read_record(record)
+    except ValueError:  # cut off: resuming repairs it
+        return False
+    config.check_continues(TrainConfig.from_dict(found.header["config"]), folder)
+    return found.finished
 
 
 def _run_all(
@@ -217,7 +231,8 @@ def _run_all(
                 if interruption.signal is not None and not stop.is_set():
                     stop.set()
                     pool.shutdown(wait=False, cancel_futures=True)
-                    running = {future for future in running if not future.cancelled()}
+                # `wait` does not count those as done.
+                running = {future for future in running if not future.cancelled()}
                 for name, epochs, loss in _waiting(messages):
                     bar.set_postfix_str(f"{done} done, {name}: {loss}", refresh=False)
                     bar.update(epochs)

@@ -62,8 +62,8 @@ def run(arguments: argparse.Namespace) -> int:
         )
     except ValueError as error:
         raise UsageError(" ".join(str(error).split())) from error
-    except OSError as error:
-        print(f"structlin demo: {error}", file=sys.stderr)
+    except (OSError, RuntimeError) as error:
+        print(f"structlin demo: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
     if result.signal is not None:
         print(
@@ -95,7 +95,9 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _print(rows: list[dict[str, Any]]) -> None:
-    columns = "structure, learning rate, width, parameters, MACs/image, training MACs, test loss, test error"
+    columns = (
+        "structure, learning rate, width, parameters, MACs/image, training MACs, train error, test loss, test error"
+    )
     print_table(
         columns.split(", "),
         [
@@ -106,6 +108,7 @@ def _print(rows: list[dict[str, Any]]) -> None:
                 f"{row['params']:,}",
                 f"{row['forward_macs']:,}",
                 f"{row['training_macs']:.3g}",
+                f"{100 * row['train_error']:.2f} %",
                 f"{row['loss']:.4f}",
                 f"{100 * row['error']:.2f} %",
             )

@@ -154,6 +154,19 @@ class TrainConfig:
         mine, theirs = self.to_dict(), other.to_dict()
         return [name for name in mine if mine[name] != theirs[name]]
 
+    def check_continues(self, earlier: TrainConfig, folder: object) -> None:
+        """Raise ValueError, naming the fields that differ, unless the run in `folder` had this configuration.
+
+        >>> TrainConfig(width=32).check_continues(TrainConfig(width=16), "runs/one")
+        Traceback (most recent call last):
+            ...
+        ValueError: the run in runs/one has another configuration: width was 16 and is 32
+        """
+        before, now = earlier.to_dict(), self.to_dict()
+        if names := self.differences(earlier):
+            listed = ", ".join(f"{name} was {before[name]!r} and is {now[name]!r}" for name in names)
+            raise ValueError(f"the run in {folder} has another configuration: {listed}")
+
 
 _COMMON = {"base_width": 64, "optimizer": "adam", "augment": True, "mixup": 0.8, "label_smoothing": 0.3}
 

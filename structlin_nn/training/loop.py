@@ -173,11 +173,13 @@ def setup(
     """
     folder = Path(folder)
     record, checkpoint = folder / RECORD, folder / CHECKPOINT
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"{folder} is a file, a run needs a folder")
     if (record.exists() or checkpoint.exists()) and not resume:
         raise FileExistsError(f"{folder} holds a run already: resume it, or choose another folder")
     state = load_checkpoint(checkpoint) if checkpoint.exists() else None
     if state is not None:
-        _check_same(config, TrainConfig.from_dict(state["config"]), folder)
+        config.check_continues(TrainConfig.from_dict(state["config"]), folder)
     device = _device(config.device)
     data = load_images(config.data_set, data_root, verify=verify).as_32x32_rgb()
     digest = _digest(data)
@@ -406,13 +408,6 @@ def _last_loss(run: Run, losses: list[Tensor]) -> float:
 
 def _finite(value: float) -> bool:
     return abs(value) < float("inf")
-
-
-def _check_same(config: TrainConfig, other: TrainConfig, folder: Path) -> None:
-    if names := other.differences(config):
-        mine, theirs = config.to_dict(), other.to_dict()
-        listed = ", ".join(f"{name} was {theirs[name]!r} and is {mine[name]!r}" for name in names)
-        raise ValueError(f"the run in {folder} has another configuration: {listed}")
 
 
 def _augmentation(config: TrainConfig, data: ImageDataset) -> Augmentation:

@@ -339,9 +339,7 @@ class TestTrouble:
         fit(made, stop=Stop(1))
         with torch.no_grad():
             made.model.output.bias[3] = float("inf")
-        with pytest.raises(
-            TrainingError, match=r"output\.bias is not finite after step 1; the last good checkpoint is"
-        ):
+        with pytest.raises(TrainingError, match=r"output\.bias is not finite after step 1; the last good"):
             made.save()
         assert torch.isfinite(load_checkpoint(tmp_path / loop.CHECKPOINT)["model"]["output.bias"]).all()
 
