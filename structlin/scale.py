@@ -6,7 +6,7 @@ Spent*, ICML 2024, section 3). Applied to every factor, with the fans that follo
 
 - initial deviation ``sqrt(min(fan_in, fan_out)) / fan_in``;
 - Adam and sign-type optimisers: learning rate times ``base_d_in / (fan_in * number of factors)``;
-- SGD: learning rate times ``blocks * (fan_out / fan_in) / (base_d_out / base_d_in)``.
+- SGD: learning rate times ``blocks * carried * (fan_out / fan_in) / (base_d_out / base_d_in)``.
 
 ``base_d_in`` and ``base_d_out`` are the sizes of the dense layer at the width at which the base learning rate was
 tuned; left out, they are the layer's own.
@@ -126,8 +126,9 @@ def lr_multipliers(
     ``optimizer`` is one of ``adam``, ``adamw``, ``sign`` (signSGD, Lion: as Adam) and ``sgd``. ``base_d_out`` is
     used by ``sgd`` alone. Index arrays get 0. Raises ValueError for an unknown optimiser or base sizes below 1.
 
-    The number of blocks in SGD's rule: the gradient that reaches an intermediate of ``blocks * fan_out`` features
-    is smaller by that number, so without it feature updates vanish with width.
+    Blocks and carried positions in SGD's rule: the gradient that reaches an intermediate of
+    ``blocks * carried * fan_out`` features is smaller by their number, so without it feature updates vanish with
+    width. (Gradients of shared weights add up over the carried positions, but mostly of unlike vectors.)
 
     >>> btt = Structure.parse("pa,pfra->frp; frp,ferp->fe", p=8, a=8, f=8, r=1, e=8)
     >>> lr_multipliers(btt)
@@ -147,7 +148,7 @@ def lr_multipliers(
         if not f.trainable:
             multipliers.append(0.0)
         elif optimizer == "sgd":
-            multipliers.append(f.blocks * (f.fan_out / f.fan_in) * (d_in / d_out))
+            multipliers.append(f.blocks * f.carried * (f.fan_out / f.fan_in) * (d_in / d_out))
         else:
             multipliers.append(d_in / (f.fan_in * count))
     return tuple(multipliers)

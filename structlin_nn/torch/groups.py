@@ -70,7 +70,8 @@ def parameter_groups(
     ==========================================  ===========================================  =========================
     parameter                                   Adam, AdamW, sign                            SGD
     ==========================================  ===========================================  =========================
-    factor of a :class:`StructuredLinear`       base d_in / (fan_in * number of factors)     blocks * (fan_out / fan_in)
+    factor of a :class:`StructuredLinear`       base d_in / (fan_in * number of factors)     blocks * carried
+                                                                                             * (fan_out / fan_in)
                                                                                              / (base d_out / base d_in)
     weight of nn.Linear, nn.MultiheadAttention  base fan_in / fan_in                         (fan_out / fan_in)
     or a convolution                                                                         / (base fan_out / fan_in)

@@ -72,7 +72,7 @@ def test_rules_of_every_structure_follow_from_its_fans(name):
             if f.trainable:
                 assert std == pytest.approx(math.sqrt(min(f.fan_in, f.fan_out)) / f.fan_in)
                 assert adam == pytest.approx(s.d_in / (f.fan_in * count))
-                assert sgd == pytest.approx(f.blocks * f.fan_out / f.fan_in * s.d_in / s.d_out)
+                assert sgd == pytest.approx(f.blocks * f.carried * f.fan_out / f.fan_in * s.d_in / s.d_out)
 
 
 def test_zero_initialisation():

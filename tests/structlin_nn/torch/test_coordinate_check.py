@@ -121,3 +121,10 @@ def test_sgd_needs_the_number_of_blocks(images, rank):
     assert_falls([change(images, width, "sgd", aware=False, **structure) for width in WIDTHS])
     without = [change(images, width, "sgd", extra={"blocks.*": 1 / math.isqrt(width)}, **structure) for width in WIDTHS]
     assert_falls(without)
+
+
+@pytest.mark.parametrize("structure", [{"structure": "kronecker"}, {"structure": "tensor_train", "rank": 4}])
+def test_sgd_needs_the_number_of_carried_positions(images, structure):
+    assert_flat([change(images, width, "sgd", **structure) for width in WIDTHS])
+    without = [change(images, width, "sgd", extra={"blocks.*": 1 / math.isqrt(width)}, **structure) for width in WIDTHS]
+    assert_falls(without)

@@ -122,7 +122,7 @@ def test_every_structure_aware_and_naive(name, optimizer):
     for number, f in enumerate(specs):
         rule, dense = {
             "adam": (3 / (f.fan_in * len(specs)), 3 / d_in),
-            "sgd": (f.blocks * (f.fan_out / f.fan_in) / (5 / 3), (d_out / d_in) / (5 / 3)),
+            "sgd": (f.blocks * f.carried * (f.fan_out / f.fan_in) / (5 / 3), (d_out / d_in) / (5 / 3)),
         }[optimizer]
         assert aware[f"0.factors.{number}"] == pytest.approx(rule, rel=1e-12)
         assert naive[f"0.factors.{number}"] == pytest.approx(dense, rel=1e-12)
