@@ -1,0 +1,112 @@
+"""Checks and small constructions that the rules share."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterable
+
+import cola
+import numpy as np
+from cola.annotations import PSD, SelfAdjoint
+from cola.ops import LinearOperator
+
+from structlin._arrays import Array, to_backend
+from structlin.linalg._lapack import eps, known, lapack, singular_to_roundoff
+from structlin.operators import StructuredOperator
+
+DENSE_LIMIT = 8192
+"""Up to this many rows or columns, what has no fast form is computed from the dense matrix."""
+
+
+def require_square(A: LinearOperator, what: str, instead: str = "") -> int:
+    """The size of a square operator; ValueError for any other."""
+    if A.shape[0] != A.shape[1]:
+        raise ValueError(f"{what} needs a square operator, got shape {tuple(A.shape)}{instead}")
+    return int(A.shape[0])
+
+
+def singular(A: LinearOperator, rank: int) -> ValueError:
+    return ValueError(
+        f"{type(A).__name__} of shape {tuple(A.shape)} has rank {rank} at most and so no inverse; "
+        "use cola.pinv, or add a multiple of the identity"
+    )
+
+
+def fits_dense(A: LinearOperator) -> bool:
+    return bool(max(A.shape) <= DENSE_LIMIT)
+
+
+def require_dense(A: LinearOperator, what: str, instead: str) -> None:
+    """ValueError where a dense matrix would be too large to be built unasked."""
+    if not fits_dense(A):
+        raise ValueError(
+            f"{what} of {type(A).__name__} of shape {tuple(A.shape)} has no fast form, and above {DENSE_LIMIT} rows "
+            f"or columns no dense matrix is built unasked; {instead}"
+        )
+
+
+def annotated(A: LinearOperator, kept: Iterable[type]) -> LinearOperator:
+    """``A`` with more annotations."""
+    for annotation in kept:
+        A = annotation(A)
+    return A
+
+
+def hermitian(A: LinearOperator) -> set[type]:
+    """SelfAdjoint and PSD, where A is annotated so: what its inverse, among others, is too."""
+    return {a for a in A.annotations if issubclass(a, SelfAdjoint)}
+
+
+def like(x: np.ndarray, A: LinearOperator) -> Array:
+    """A NumPy array in the library and dtype, and on the device, of ``A``."""
+    if isinstance(A, StructuredOperator):
+        return to_backend(x, A.backend, A.dtype, A.device)
+    return A.xnp.array(x, dtype=A.dtype, device=A.device)
+
+
+def backward_error(A: LinearOperator, inverse: LinearOperator) -> float | None:
+    """``|A x - v| / (|A| |x| + |v|)`` for x = inverse @ v and a fixed random v; None while values are traced.
+
+    The norm of A is replaced by its action on v, which it exceeds, so that the error is rather over- than
+    underestimated.
+    """
+    n = A.shape[0]
+    v = like(np.random.default_rng(0).standard_normal(n) / math.sqrt(n), A)
+    x = inverse @ v
+    v = A.xnp.cast(v, x.dtype)
+    squares = [known(abs(y * y.conj()).sum()) for y in (A @ x - v, A @ v, x, v)]
+    if None in squares:
+        return None
+    residual, action, size, start = (math.sqrt(s) if s is not None and s >= 0 else math.nan for s in squares)
+    return residual / (action / start * size + start)
+
+
+def is_backward_stable(A: LinearOperator, inverse: LinearOperator) -> bool:
+    """Whether a formula in which numbers may have cancelled has given the inverse of A or of a close neighbour.
+
+    True while values are traced.
+    """
+    error = backward_error(A, inverse)
+    return error is None or error <= eps(A.dtype) ** 0.75
+
+
+def dense_inverse(A: LinearOperator) -> LinearOperator:
+    """By LU, or by Cholesky where A is annotated PSD: triangular solves, in CoLA's operators.
+
+    A pivot that is only roundoff raises LinAlgError.
+    """
+    matrix = cola.ops.Dense(A.to_dense())
+    with warnings.catch_warnings():
+        # CoLA applies the permutation of a complex LU to complex numbers and casts what are whole numbers.
+        warnings.filterwarnings("ignore", message="Casting complex values to real", category=UserWarning)
+        if A.isa(PSD):
+            return PSD(cola.inv(PSD(matrix), cola.linalg.Cholesky()))
+        inverse = cola.inv(matrix, cola.linalg.LU())
+    pivots = abs(lapack(matrix.A).diagonal(inverse.Ms[0].A))
+    least, most = known(pivots.min()), known(pivots.max())
+    if least is not None and most is not None and not least > eps(A.dtype) * most:
+        raise singular_to_roundoff(
+            f"{type(A).__name__} of shape {tuple(A.shape)} with pivots {least:.1e} to {most:.1e}"
+        )
+    return annotated(inverse, hermitian(A))

@@ -1,0 +1,194 @@
+"""Diagonals, traces and inner products of chains by contracting their factors, without the dense matrix.
+
+A chain that never regroups is a network: factors joined along axes, with the axes of the row and of the column index
+open. Joining row and column axes gives the trace or the diagonal, joining two networks their inner product. Where row
+and column are split into different sizes, entries are gathered: one index runs over the entries wanted and picks its
+slice of every factor. Each is done only where it costs fewer multiplications than the dense matrix.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import lru_cache
+
+import numpy as np
+import opt_einsum
+
+from structlin._arrays import Array
+from structlin.linalg import _chain as chain
+from structlin.linalg._lapack import einsum, lapack, subscripts
+from structlin.operators import StructuredOperator
+from structlin.structure import AbstractStructure, Structure
+
+_Terms = tuple[tuple[int, ...], ...]
+
+
+@lru_cache(maxsize=1024)
+def cost(terms: _Terms, output: tuple[int, ...], sizes: tuple[int, ...]) -> float:
+    """Multiplications of the contraction that opt_einsum finds."""
+    if len(terms) == 1:
+        return 0.0
+    shapes = [tuple(sizes[a] for a in term) for term in terms]
+    _, info = opt_einsum.contract_path(subscripts(terms, output), *shapes, shapes=True)
+    return float(info.opt_cost)
+
+
+def dense_cost(structure: AbstractStructure) -> float:
+    """Operations to build the dense matrix by applying the structure to the identity."""
+    return min(structure.shape) * structure.flops / 2
+
+
+class _Join:
+    """Axes that are to be the same, as classes with one representative each."""
+
+    def __init__(self, count: int) -> None:
+        self.parent = list(range(count))
+
+    def __call__(self, axis: int) -> int:
+        while self.parent[axis] != axis:
+            axis = self.parent[axis]
+        return axis
+
+    def join(self, a: int, b: int) -> None:
+        self.parent[self(a)] = self(b)
+
+    def terms(self, terms: _Terms) -> _Terms:
+        return tuple(tuple(self(a) for a in term) for term in terms)
+
+
+@lru_cache(maxsize=1024)
+def _closed(structure: AbstractStructure) -> tuple[_Terms, tuple[int, ...], tuple[int, ...]] | None:
+    """(terms, axes of the diagonal, sizes) of the network whose row and column index are joined."""
+    net = chain.network(structure)
+    if net is None or net.extents(net.inputs) != net.extents(net.outputs):
+        return None
+    join = _Join(len(net.sizes))
+    for a, b in zip(net.inputs, net.outputs, strict=True):
+        join.join(a, b)
+    return join.terms(net.terms), tuple(join(a) for a in net.inputs), net.sizes
+
+
+def trace(A: StructuredOperator) -> Array | None:
+    """Sum of the diagonal of a square chain, or None where contraction does not pay."""
+    structure = A.structure
+    closed = _closed(structure)
+    if closed is None or structure.padding != (0, 0):  # type: ignore[attr-defined]
+        return None
+    terms, diagonal, sizes = closed
+    if cost(terms, (), sizes) >= dense_cost(structure):
+        return None
+    touched = {a for term in terms for a in term}
+    repeats = math.prod(sizes[a] for a in set(diagonal) - touched)
+    return einsum(A.factors, terms, ()) * repeats
+
+
+def diagonal(A: StructuredOperator, k: int = 0) -> Array | None:
+    """The k-th diagonal of a chain, or None where contraction does not pay."""
+    if k == 0 and (found := _joined_diagonal(A)) is not None:
+        return found
+    d_out, d_in = A.shape
+    count = min(d_out + min(k, 0), d_in - max(k, 0))
+    start = np.arange(count)
+    return entries(A, start - min(k, 0), start + max(k, 0))
+
+
+def _joined_diagonal(A: StructuredOperator) -> Array | None:
+    closed = _closed(A.structure)
+    if closed is None:
+        return None
+    terms, axes, sizes = closed
+    touched = {a for term in terms for a in term}
+    # An axis joined with itself elsewhere leaves zeros between, which einsum can not write.
+    if len(set(axes)) < len(axes) or cost(terms, tuple(a for a in axes if a in touched), sizes) >= dense_cost(
+        A.structure
+    ):
+        return None
+    present = tuple(a for a in axes if a in touched)
+    found = einsum(A.factors, terms, present)
+    shape = tuple(sizes[a] for a in axes)
+    if len(present) < len(axes):
+        found = found.reshape(tuple(sizes[a] if a in touched else 1 for a in axes))
+        found = found + lapack(found).zeros(shape, found)
+    return found.reshape((math.prod(shape),))[: min(A.shape)]
+
+
+def entries(A: StructuredOperator, rows: np.ndarray, columns: np.ndarray) -> Array | None:
+    """``A[rows[i], columns[i]]`` for each i, for a chain; None where gathering costs more than the dense matrix."""
+    net = chain.network(A.structure)
+    if net is None or len(rows) == 0:
+        return None
+    wanted = len(net.sizes)  # the axis that runs over the entries
+    sizes = (*net.sizes, len(rows))
+    places: dict[int, np.ndarray] = {}
+    kept = np.ones(len(rows), dtype=bool)
+    for axes, index in ((net.inputs, columns), (net.outputs, rows)):
+        for axis, place in zip(axes, np.unravel_index(index, net.extents(axes)), strict=True):
+            if axis in places:  # carried through: zero unless row and column agree
+                kept &= places[axis] == place
+            else:
+                places[axis] = place
+    terms = tuple(
+        ((wanted,) if any(a in places for a in term) else ()) + tuple(a for a in term if a not in places)
+        for term in net.terms
+    )
+    gathered = sum(math.prod(sizes[a] for a in term) for term in terms)
+    if cost(terms, (wanted,), sizes) + gathered >= dense_cost(A.structure):
+        return None
+    xp = lapack(A.factors[0])
+    operands = [_pick(f, term, places, xp) for f, term in zip(A.factors, net.terms, strict=True)]
+    if not any(wanted in term for term in terms):  # every axis of row and column is carried through
+        found = einsum(operands, terms, ()) + xp.zeros((len(rows),), A.factors[0])
+    else:
+        found = einsum(operands, terms, (wanted,))
+    return found if kept.all() else xp.where(xp.index(kept, found), found, found * 0)
+
+
+def _pick(factor: Array, term: Sequence[int], places: dict[int, np.ndarray], xp: object) -> Array:
+    """The slices of ``factor`` at the places of its open axes, one for each entry, in front."""
+    opened = [i for i, a in enumerate(term) if a in places]
+    if not opened:
+        return factor
+    order = (*opened, *(i for i in range(len(term)) if i not in opened))
+    lib = lapack(factor)
+    if order != tuple(range(len(order))):
+        factor = lib.permute(factor, order)
+    return factor[tuple(lib.index(places[term[i]], factor) for i in opened)]
+
+
+@lru_cache(maxsize=1024)
+def _pair(a: AbstractStructure, b: AbstractStructure) -> tuple[_Terms, tuple[int, ...], int] | None:
+    """(terms of a then b, sizes, how often the sum counts) of the inner product of two chains."""
+    first, second = chain.network(a), chain.network(b)
+    if first is None or second is None or a.padding != (0, 0) or b.padding != (0, 0):  # type: ignore[attr-defined]
+        return None
+    if (first.extents(first.inputs), first.extents(first.outputs)) != (
+        second.extents(second.inputs),
+        second.extents(second.outputs),
+    ):
+        return None
+    shift = len(first.sizes)
+    join = _Join(shift + len(second.sizes))
+    for x, y in zip(first.inputs + first.outputs, second.inputs + second.outputs, strict=True):
+        join.join(x, y + shift)
+    terms = join.terms(first.terms + tuple(tuple(x + shift for x in t) for t in second.terms))
+    sizes = first.sizes + second.sizes
+    open_axes = {join(x) for x in first.inputs + first.outputs}
+    repeats = math.prod(sizes[x] for x in open_axes - {x for t in terms for x in t})
+    return terms, sizes, repeats
+
+
+def inner(A: StructuredOperator, B: StructuredOperator) -> Array | None:
+    """``sum(conj(A) * B)`` of two chains, or None where contraction does not pay."""
+    found = _pair(A.structure, B.structure)
+    if found is None:
+        return None
+    terms, sizes, repeats = found
+    if cost(terms, (), sizes) >= dense_cost(A.structure) + dense_cost(B.structure):
+        return None
+    xp = lapack(A.factors[0])
+    return einsum([*map(xp.conj, A.factors), *B.factors], terms, ()) * repeats
+
+
+def is_chain(A: StructuredOperator) -> bool:
+    return isinstance(A.structure, Structure)

@@ -1,0 +1,225 @@
+"""Diagonals and traces, registered with ``cola.diag`` and ``cola.trace`` for CoLA's Auto (the default) and Exact.
+
+Both are exact; stochastic estimates (Hutch, HutchPP) are taken where they are asked for by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import cola
+import numpy as np
+from cola.linalg.algorithm_base import Auto
+from cola.linalg.trace.diagonal_estimation import Exact
+from cola.ops import Adjoint, BlockDiag, KronSum, LinearOperator, Product, ScalarMul, Sum, Transpose
+from cola.ops import Kronecker as ColaKronecker
+
+from structlin._arrays import Array
+from structlin._cola_compat._repair import rule
+from structlin.linalg import _contract
+from structlin.linalg._common import require_square
+from structlin.linalg._forms import diagonal_of, thin
+from structlin.linalg._lapack import in_library, lapack
+from structlin.operators import StructuredOperator
+from structlin.structures.circulant import CirculantStructure
+from structlin.structures.diagonal import DiagonalStructure
+from structlin.structures.permutation import PermutationStructure
+from structlin.structures.toeplitz import ToeplitzStructure
+
+_CHUNK = 256  # columns of a matrix without structure that are computed at once
+
+
+def diagonal_length(shape: Sequence[int], k: int) -> int:
+    """Number of entries of the k-th diagonal; ValueError where there is none."""
+    d_out, d_in = shape
+    count = int(min(d_out + min(k, 0), d_in - max(k, 0)))
+    if count < 1:
+        raise ValueError(f"an operator of shape {tuple(shape)} has diagonals {1 - d_out} to {d_in - 1}, got k = {k}")
+    return count
+
+
+@rule("diag")
+def _diagonal_rule(A: StructuredOperator, k: int, alg: Auto | Exact):
+    count = diagonal_length(A.shape, k)
+    structure, factors = A.structure, A.factors
+    if isinstance(structure, DiagonalStructure):
+        return factors[0] if k == 0 else factors[0][:count] * 0
+    if isinstance(structure, CirculantStructure):
+        return factors[0][-k % structure.size] + lapack(factors[0]).zeros((count,), factors[0])
+    if isinstance(structure, ToeplitzStructure):
+        return factors[0][structure.d_in - 1 - k] + lapack(factors[0]).zeros((count,), factors[0])
+    if isinstance(structure, PermutationStructure):
+        start = lapack(factors[0]).index(np.arange(max(-k, 0), max(-k, 0) + count), factors[0])
+        return A.xnp.cast(factors[0][max(-k, 0) : max(-k, 0) + count] == start + k, A.dtype)
+    found = _contract.diagonal(A, k)
+    return diagonal_by_columns(A, k) if found is None else found
+
+
+def diagonal_by_columns(A: LinearOperator, k: int) -> Array:
+    """The diagonal from the dense matrix, some columns at a time."""
+    count = diagonal_length(A.shape, k)
+    xnp, first = A.xnp, max(k, 0)
+    pieces = []
+    for start in range(first, first + count, _CHUNK):
+        stop = min(start + _CHUNK, first + count)
+        columns = A @ _unit_columns(A, start, stop)
+        pieces.append(lapack(columns).diagonal(columns[start - k : stop - k]))
+    return pieces[0] if len(pieces) == 1 else xnp.concat(pieces)
+
+
+def _unit_columns(A: LinearOperator, start: int, stop: int) -> Array:
+    """Columns start to stop of the identity."""
+    eye = A.xnp.eye(stop - start, stop - start, dtype=A.dtype, device=A.device)
+    above = A.xnp.zeros((start, stop - start), dtype=A.dtype, device=A.device)
+    below = A.xnp.zeros((A.shape[1] - stop, stop - start), dtype=A.dtype, device=A.device)
+    return A.xnp.concat([above, eye, below])
+
+
+@rule("trace")
+def _trace_rule(A: StructuredOperator, alg: Auto | Exact):
+    require_square(A, "the trace")
+    found = _contract.trace(A)
+    return cola.diag(A, 0, alg).sum() if found is None else found
+
+
+# CoLA's operators.
+
+
+@rule("diag", precedence=-0.5)
+def _diagonal_of_any_auto(A: LinearOperator, k: int, alg: Auto):
+    return diagonal_by_columns(A, k)
+
+
+@rule("diag", precedence=-0.5)
+def _diagonal_of_any_exact(A: LinearOperator, k: int, alg: Exact):
+    return diagonal_by_columns(A, k)
+
+
+@rule("diag")
+def _diagonal_of_transpose(A: Transpose, k: int, alg: Auto | Exact):
+    return cola.diag(A.A, -k, alg)
+
+
+@rule("diag")
+def _diagonal_of_adjoint(A: Adjoint, k: int, alg: Auto | Exact):
+    found = cola.diag(A.A, -k, alg)
+    return lapack(found).conj(found)
+
+
+@rule("diag")
+def _diagonal_of_product(A: Product, k: int, alg: Auto | Exact):
+    """Diagonal matrices at either end scale rows and columns; a narrow middle leaves an inner product each."""
+    count = diagonal_length(A.shape, k)
+    Ms, scale = list(A.Ms), _Scale(count, k)
+    while len(Ms) > 1 and (value := diagonal_of(Ms[0])) is not None:
+        scale.rows(value)
+        del Ms[0]
+    while len(Ms) > 1 and (value := diagonal_of(Ms[-1])) is not None:
+        scale.columns(value)
+        del Ms[-1]
+    if len(Ms) == 1:
+        return scale(cola.diag(Ms[0], k, alg))
+    rest = Product(*Ms)
+    found = thin(rest, min(rest.shape) - 1)
+    if found is None:
+        return scale(diagonal_by_columns(rest, k))
+    U, V = found[0][max(-k, 0) :][:count], found[1][:, max(k, 0) :][:, :count]
+    return scale((U * V.T).sum(1))
+
+
+class _Scale:
+    """What the k-th diagonal is multiplied by."""
+
+    def __init__(self, count: int, k: int) -> None:
+        self.count, self.k = count, k
+        self.values: list[Any] = []
+
+    def rows(self, value: Any) -> None:
+        self._add(value, max(-self.k, 0))
+
+    def columns(self, value: Any) -> None:
+        self._add(value, max(self.k, 0))
+
+    def _add(self, value: Any, start: int) -> None:
+        self.values.append(value[start : start + self.count] if getattr(value, "ndim", 0) else value)
+
+    def __call__(self, diagonal: Array) -> Array:
+        for value in self.values:
+            diagonal = diagonal * in_library(value, diagonal)
+        return diagonal
+
+
+def _is_square(M: LinearOperator) -> bool:
+    return bool(M.shape[0] == M.shape[1])
+
+
+@rule("diag")
+def _diagonal_of_kronecker(A: ColaKronecker, k: int, alg: Auto | Exact):
+    if k or not all(map(_is_square, A.Ms)):
+        return diagonal_by_columns(A, k)
+    found = cola.diag(A.Ms[0], 0, alg)
+    for M in A.Ms[1:]:
+        found = (found[:, None] * cola.diag(M, 0, alg)[None, :]).reshape(-1)
+    return found
+
+
+@rule("diag")
+def _diagonal_of_kronecker_sum(A: KronSum, k: int, alg: Auto | Exact):
+    if k:
+        return diagonal_by_columns(A, k)
+    found = cola.diag(A.Ms[0], 0, alg)
+    for M in A.Ms[1:]:
+        found = (found[:, None] + cola.diag(M, 0, alg)[None, :]).reshape(-1)
+    return found
+
+
+@rule("diag")
+def _diagonal_of_blocks(A: BlockDiag, k: int, alg: Auto | Exact):
+    if k or not all(map(_is_square, A.Ms)):
+        return diagonal_by_columns(A, k)
+    parts = [cola.diag(M, 0, alg) for M, count in zip(A.Ms, A.multiplicities, strict=True) for _ in range(count)]
+    return A.xnp.concat(parts)
+
+
+@rule("diag")
+def _diagonal_of_scalar(A: ScalarMul, k: int, alg: Auto | Exact):
+    count = diagonal_length(A.shape, k)
+    return A.c * A.xnp.ones((count,), dtype=A.dtype, device=A.device) * (k == 0)
+
+
+@rule("trace")
+def _trace_of_sum(A: Sum, alg: Auto | Exact):
+    require_square(A, "the trace")
+    return sum(cola.trace(M, alg) for M in A.Ms)
+
+
+@rule("trace")
+def _trace_of_product(A: Product, alg: Auto | Exact):
+    """Scalars stand before the trace; of two factors, tr(A B) = sum(A * B^T) where one of them is narrow."""
+    require_square(A, "the trace")
+    scalars = [M for M in A.Ms if isinstance(M, ScalarMul)]
+    rest = [M for M in A.Ms if not isinstance(M, ScalarMul)]
+    if scalars and rest:
+        found = cola.trace(rest[0] if len(rest) == 1 else Product(*rest), alg)
+        for M in scalars:
+            found = found * in_library(M.c, found)
+        return found
+    return cola.diag(A, 0, alg).sum()
+
+
+@rule("trace")
+def _trace_of_kronecker(A: ColaKronecker, alg: Auto | Exact):
+    require_square(A, "the trace")
+    if not all(map(_is_square, A.Ms)):
+        return cola.diag(A, 0, alg).sum()
+    found = cola.trace(A.Ms[0], alg)
+    for M in A.Ms[1:]:
+        found = found * cola.trace(M, alg)
+    return found
+
+
+@rule("trace")
+def _trace_of_any(A: LinearOperator, alg: Auto | Exact):
+    require_square(A, "the trace")
+    return cola.diag(A, 0, alg).sum()

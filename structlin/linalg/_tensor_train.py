@@ -1,0 +1,166 @@
+"""Tensor-Train matrices: sums, rounding, norms that survive cancellation.
+
+Oseledets (2011), Tensor-Train decomposition, sections 3 and 4.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from structlin._arrays import Array
+from structlin.linalg._lapack import eps, is_known, lapack, require_precision
+from structlin.operators import StructuredOperator
+from structlin.structures.kronecker import Kronecker
+from structlin.structures.tensor_train import TensorTrain
+
+
+def tensor_train_cores(A: StructuredOperator) -> tuple[Array, ...] | None:
+    """Cores of shape (r_{k-1}, n_k, m_k, r_k) of a Tensor-Train or its transpose; None for other structures."""
+    if not isinstance(A, TensorTrain):
+        return None
+    if _is_forward(A):
+        return A.factors
+    return tuple(f.swapaxes(1, 2) for f in reversed(A.factors))
+
+
+def _is_forward(A: TensorTrain) -> bool:
+    """Whether the factors are the cores in their order; those of a transpose come in the reverse order."""
+    try:
+        return bool(A.structure == TensorTrain._infer(*(tuple(f.shape) for f in A.factors)))
+    except ValueError:
+        return False
+
+
+def _cores(A: StructuredOperator, name: str) -> list[Array]:
+    cores = tensor_train_cores(A) if isinstance(A, StructuredOperator) else None
+    if cores is None and isinstance(A, Kronecker):
+        cores = tuple(f[None, :, :, None] for f in A.factors)
+    if cores is None:
+        raise TypeError(f"{name} must be a TensorTrain, got {type(A).__qualname__}")
+    return list(cores)
+
+
+def add_tensor_trains(A: TensorTrain, B: TensorTrain) -> TensorTrain:
+    """``A + B`` as one Tensor-Train, exactly; the ranks add up, so that :func:`round_tensor_train` usually follows.
+
+    ``A + B`` does the same where the result costs no more MACs than the two terms (two cores); for more cores the
+    inner ones grow with the square of the rank, and only this function adds them. Raises TypeError for other
+    structures, ValueError where the sizes of the cores differ.
+
+    >>> A = TensorTrain.random((6, 6), rank=1)
+    >>> add_tensor_trains(A, A).factors[0].shape
+    (1, 2, 2, 2)
+    """
+    first, second = _cores(A, "A"), _cores(B, "B")
+    sizes = [[tuple(c.shape[1:3]) for c in cores] for cores in (first, second)]
+    if sizes[0] != sizes[1]:
+        raise ValueError(f"Tensor-Trains add up if their cores have equal sizes, got {sizes[0]} and {sizes[1]}")
+    return TensorTrain(*added_cores(first, second))
+
+
+def added_cores(first: Sequence[Array], second: Sequence[Array]) -> list[Array]:
+    """Cores side by side at the ends, in two diagonal blocks between."""
+    count = len(first)
+    if count == 1:
+        return [first[0] + second[0]]
+    xp = lapack(first[0])
+    cores = []
+    for k, (a, b) in enumerate(zip(first, second, strict=True)):
+        if k == 0:
+            cores.append(xp.concat_axis((a, b), 3))
+        elif k == count - 1:
+            cores.append(xp.concat_axis((a, b), 0))
+        else:
+            upper = xp.concat_axis((a, xp.zeros((a.shape[0], *a.shape[1:3], b.shape[3]), a)), 3)
+            lower = xp.concat_axis((xp.zeros((b.shape[0], *b.shape[1:3], a.shape[3]), b), b), 3)
+            cores.append(xp.concat_axis((upper, lower), 0))
+    return cores
+
+
+def _right_orthogonal(cores: Sequence[Array]) -> list[Array]:
+    """The same matrix with every core but the first orthonormal as a (r, n m r') matrix."""
+    cores = list(cores)
+    xp = lapack(cores[0])
+    for k in range(len(cores) - 1, 0, -1):
+        r, n, m, s = cores[k].shape
+        # rows of the core: its transpose is tall, Q R with R of shape (p, r)
+        q, upper = xp.qr(cores[k].reshape((r, n * m * s)).T)
+        cores[k] = q.T.reshape((q.shape[1], n, m, s))
+        a, b, c, _ = cores[k - 1].shape
+        cores[k - 1] = (cores[k - 1].reshape((a * b * c, r)) @ upper.T).reshape((a, b, c, upper.shape[0]))
+    return cores
+
+
+def norm_of_cores(cores: Sequence[Array]) -> Array:
+    """Frobenius norm, to the accuracy of the largest term in sums that cancel."""
+    require_precision(cores[0], "a norm of a Tensor-Train")
+    return lapack(cores[0]).norm(_right_orthogonal(cores)[0])
+
+
+def round_tensor_train(
+    A: TensorTrain, *, rank: int | Sequence[int] | None = None, tol: float | None = None
+) -> TensorTrain:
+    """The Tensor-Train with lower ranks next to A: orthogonalise from the right, truncate SVDs from the left.
+
+    Args:
+        A: a TensorTrain (or a Kronecker product, which is one of rank 1).
+        rank: the largest rank, one for all inner bonds or one each.
+        tol: relative error in the Frobenius norm that may be made in all; the smallest ranks that keep it are taken.
+            With neither, ``tol`` is a thousand roundoffs: ranks that are not needed go away. With both, both hold.
+
+    Returns: a Tensor-Train whose error is at most sqrt(c - 1) times that of the best one with its ranks.
+
+    Raises TypeError for other structures, ValueError for ranks below 1, a wrong number of them, a negative ``tol``, and
+    for ranks that depend on values inside jit (give ``rank`` and ``tol=0`` there).
+
+    >>> A = TensorTrain.random((6, 6), rank=2)
+    >>> twice = add_tensor_trains(A, A)
+    >>> twice.factors[0].shape, round_tensor_train(twice).factors[0].shape
+    ((1, 2, 2, 4), (1, 2, 2, 2))
+    """
+    cores = _cores(A, "A")
+    require_precision(cores[0], "rounding a Tensor-Train")
+    bonds = len(cores) - 1
+    limits = _limits(rank, bonds)
+    if tol is None:
+        tol = 0.0 if rank is not None else 1000 * eps(cores[0].dtype)
+    if not 0 <= tol < 1:
+        raise ValueError(f"tol must lie between 0 and 1, got {tol!r}")
+    if bonds == 0:
+        return TensorTrain(*cores)
+    if tol > 0 and not is_known(cores[0]):
+        raise ValueError("the ranks that keep a tolerance depend on values; inside jit give rank (and no tol)")
+    cores = _right_orthogonal(cores)
+    xp = lapack(cores[0])
+    budget = tol * float(xp.norm(cores[0])) / math.sqrt(bonds) if tol > 0 else 0.0
+    for k in range(bonds):
+        r, n, m, s = cores[k].shape
+        u, values, vh = xp.svd(cores[k].reshape((r * n * m, s)))
+        kept = values.shape[0] if limits[k] is None else min(values.shape[0], limits[k] or 1)
+        if tol > 0:
+            kept = min(kept, _smallest_rank([float(v) for v in values], budget))
+        cores[k] = u[:, :kept].reshape((r, n, m, kept))
+        a, b, c, d = cores[k + 1].shape
+        carry = xp.astype(values[:kept, None], vh.dtype) * vh[:kept]
+        cores[k + 1] = (carry @ cores[k + 1].reshape((a, b * c * d))).reshape((kept, b, c, d))
+    return TensorTrain(*cores)
+
+
+def _limits(rank: int | Sequence[int] | None, bonds: int) -> list[int | None]:
+    if rank is None:
+        return [None] * bonds
+    given = list(rank) if isinstance(rank, Sequence) else [rank] * bonds
+    if len(given) != bonds or any(isinstance(r, bool) or not hasattr(r, "__index__") or r < 1 for r in given):
+        raise ValueError(f"rank must be a positive integer or {bonds} of them, got {rank!r}")
+    return [int(r) for r in given]
+
+
+def _smallest_rank(values: Sequence[float], budget: float) -> int:
+    """How many singular values to keep so that the root of the squares of the rest is within ``budget``."""
+    rest = 0.0
+    for kept in range(len(values), 1, -1):
+        rest = math.hypot(rest, values[kept - 1])
+        if rest > budget:
+            return kept
+    return 1
