@@ -193,6 +193,9 @@ class Structure(AbstractStructure):
 
     def __post_init__(self) -> None:
         sizes = dict(self.sizes)
+        axes = dict.fromkeys("".join(s.input + s.factor + s.output for s in self.steps))
+        # One order, so that equal structures compare equal, however they were made.
+        object.__setattr__(self, "sizes", tuple((a, sizes[a]) for a in axes))
         text = "; ".join(map(str, self.steps))
 
         def size(axes: str) -> int:

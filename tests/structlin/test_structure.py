@@ -185,6 +185,14 @@ def test_structures_are_frozen_hashable_values():
             assert twin.factors == s.factors
 
 
+def test_a_transpose_equals_the_same_chain_parsed():
+    for s in chains(50):
+        t = s.transpose()
+        parsed = Structure.parse("; ".join(map(str, t.steps)), dict(t.sizes), d_in=t.d_in, d_out=t.d_out)
+        assert t == parsed
+        assert hash(t) == hash(parsed)
+
+
 def test_repr_is_an_expression_of_the_structure():
     for s in chains():
         if all(a.isidentifier() for a, _ in s.sizes):
