@@ -1,0 +1,194 @@
+"""Projections weighted by an input covariance."""
+
+from itertools import permutations
+
+import numpy as np
+import pytest
+import torch
+
+from structlin import Structure, design, get, names
+from structlin.projection import _als, project
+
+
+def gaussian(shape, seed, complex_=False):
+    rng = np.random.default_rng(seed)
+    return rng.standard_normal(shape) + (1j * rng.standard_normal(shape) if complex_ else 0)
+
+
+def weighted_error(W, A, root):
+    return np.linalg.norm((W - np.asarray(A.to_dense())) @ root) / np.linalg.norm(W @ root)
+
+
+EXAMPLES = [
+    pytest.param(name, *get(name).examples[0], id=name) for name in names() if name not in ("dense", "permutation")
+]
+
+
+@pytest.mark.parametrize(("name", "shape", "options"), EXAMPLES)
+def test_every_structure_gains_by_the_weight(name, shape, options, covariance):
+    """The reported error is the weighted one, and no larger than that of the plain projection."""
+    W = gaussian(shape, 1)
+    C, root = covariance(shape[1])
+    found, plain = project(W, name, input_covariance=C, **options), project(W, name, **options)
+    assert type(found.operator) is get(name)
+    assert found.relative_error == pytest.approx(weighted_error(W, found.operator, root), rel=1e-9, abs=1e-12)
+    assert found.relative_error <= weighted_error(W, plain.operator, root) * (1 + 1e-9)
+    if project(W, name, **options).relative_error > 1e-9:
+        assert found.relative_error < weighted_error(W, plain.operator, root)
+
+
+@pytest.mark.parametrize(("name", "shape", "options"), EXAMPLES)
+@pytest.mark.parametrize("complex_", [False, True])
+def test_identity_covariance_is_the_plain_norm(name, shape, options, complex_):
+    W = gaussian(shape, 2, complex_)
+    weighted = project(W, name, input_covariance=2 * np.eye(shape[1]), **options)
+    plain = project(W, name, **options)
+    assert weighted.relative_error == pytest.approx(plain.relative_error, rel=1e-4, abs=1e-12)
+
+
+def test_low_rank_is_optimal_for_any_covariance(covariance, descent):
+    structure, W = design("low_rank", (6, 9), rank=2), gaussian((6, 9), 3)
+    for rank in (None, 5):  # singular, too
+        C, root = covariance(9, rank=rank)
+        found = project(W, structure, input_covariance=C)
+        assert found.optimal
+        # Eckart-Young on the outputs: the best rank-2 approximation of W root.
+        values = np.linalg.svd(W @ root, compute_uv=False)
+        assert found.relative_error == pytest.approx(np.linalg.norm(values[2:]) / np.linalg.norm(values), rel=1e-9)
+        assert found.relative_error * np.linalg.norm(values) <= descent(structure, W, root=root) * (1 + 1e-9)
+
+
+def test_low_rank_of_complex_matrices(covariance):
+    W = gaussian((6, 9), 4, complex_=True)
+    C, root = covariance(9, complex_=True)
+    values = np.linalg.svd(W @ root, compute_uv=False)
+    found = project(W, "low_rank", rank=3, input_covariance=C)
+    assert found.relative_error == pytest.approx(np.linalg.norm(values[3:]) / np.linalg.norm(values), rel=1e-9)
+
+
+@pytest.mark.parametrize("structure", [
+    design("block_tensor_train", (6, 8), rank=1, factorization=((3, 2), (2, 4))),
+    design("monarch", (8, 11), blocks=2),
+    Structure.parse("i,ri->r; r,or->o", i=8, r=2, o=5, d_in=7, d_out=4),
+], ids=repr)  # fmt: skip
+def test_uncoupled_slices_are_optimal(structure, covariance, descent):
+    """A covariance that is block diagonal over the shared input axis keeps the closed form."""
+    W = gaussian(structure.shape, 5)
+    size = structure.factors[0].fan_in
+    root = np.zeros((structure.d_in, structure.d_in))
+    for start in range(0, structure.d_in, size):
+        block = slice(start, min(start + size, structure.d_in))
+        root[block, block] = covariance(block.stop - start, seed=start)[1]
+    found = project(W, structure, input_covariance=root @ root.T)
+    assert found.optimal
+    error, best = found.relative_error * np.linalg.norm(W @ root), descent(structure, W, root=root, steps=400)
+    assert error <= best * (1 + 1e-9)
+    assert best <= error * 1.01, "the descents must come near, or they show nothing"
+
+
+@pytest.mark.parametrize("structure", [
+    design("block_tensor_train", (6, 8), rank=1, factorization=((3, 2), (2, 4))),
+    design("kronecker", (6, 8), factorization=((2, 3), (4, 2))),
+    design("tensor_train", (6, 8), rank=2, factorization=((2, 3), (4, 2))),
+    design("monarch", (7, 11), blocks=3),
+    design("butterfly", (8, 8)),
+], ids=repr)  # fmt: skip
+def test_iterations_against_200_descents(structure, covariance, descent):
+    W = gaussian(structure.shape, 6)
+    C, root = covariance(structure.d_in, seed=7)
+    found = project(W, structure, input_covariance=C, restarts=20)
+    assert not found.optimal
+    best = descent(structure, W, root=root, steps=400)
+    assert found.relative_error * np.linalg.norm(W @ root) <= best * (1 + 1e-6)
+
+
+@pytest.mark.parametrize(("name", "shape"), [("circulant", (6, 6)), ("toeplitz", (5, 7)), ("diagonal", (5, 5)),
+                                             ("block_diagonal", (8, 12))])  # fmt: skip
+@pytest.mark.parametrize("complex_", [False, True])
+def test_linear_structures_solve_their_normal_equations(name, shape, complex_, covariance):
+    """The weighted difference is orthogonal to every matrix of the space."""
+    W = gaussian(shape, 8, complex_)
+    C, _ = covariance(shape[1], complex_=complex_)
+    found = project(W, name, input_covariance=C)
+    assert found.optimal
+    rest = (W - found.operator.to_dense()) @ C
+    for seed in range(8):
+        other = get(name).random(shape, seed=seed).to_dense()
+        assert abs(np.vdot(other, rest)) < 1e-11
+
+
+def test_permutation_by_brute_force(covariance):
+    W = gaussian((5, 5), 9)
+    C, root = covariance(5)
+    best = min(np.linalg.norm((W - np.eye(5)[list(p)]) @ root) for p in permutations(range(5)))
+    found = project(W, "permutation", input_covariance=C)
+    assert found.relative_error * np.linalg.norm(W @ root) == pytest.approx(best, rel=1e-9)
+
+
+def test_recovery_is_exact_whatever_the_weight(covariance):
+    for name, shape, options in (
+        ("low_rank", (7, 11), {"rank": 3}),
+        ("block_tensor_train", (12, 20), {"rank": 2}),
+        ("kronecker", (12, 20), {}),
+        ("tensor_train", (24, 30), {"cores": 3, "rank": 2, "factorization": ((2, 3, 4), (2, 3, 5))}),
+    ):
+        W = get(name).random(shape, seed=2, **options).to_dense()
+        C, _ = covariance(shape[1])
+        found = project(W, name, input_covariance=C, **options)
+        assert np.linalg.norm(found.operator.to_dense() - W) < 1e-8 * np.linalg.norm(W), name
+
+
+def test_inputs_that_never_occur_cost_nothing():
+    """With inputs from two coordinates, a matrix of rank 2 gives every output exactly."""
+    W = gaussian((6, 9), 10)
+    C = np.zeros((9, 9))
+    C[2, 2] = C[5, 5] = 1.0
+    found = project(W, "low_rank", rank=2, input_covariance=C)
+    assert found.relative_error < 1e-12
+    np.testing.assert_allclose(found.operator.to_dense()[:, [2, 5]], W[:, [2, 5]], atol=1e-12)
+
+
+def test_rank_by_target_error_and_by_budget(covariance):
+    W = gaussian((24, 35), 11)
+    C, root = covariance(35)
+    chosen = project(W, "low_rank", input_covariance=C, target_error=0.05)
+    rank = chosen.operator.structure.factors[0].shape[0]
+    values = np.linalg.svd(W @ root, compute_uv=False)
+    tails = [np.linalg.norm(values[r:]) / np.linalg.norm(values) for r in range(25)]
+    assert tails[rank] <= 0.05 < tails[rank - 1]
+    train = project(W, "block_tensor_train", input_covariance=C, target_error=0.05)
+    below = train.operator.structure.factors[0].shape[2] - 1
+    assert project(W, "block_tensor_train", input_covariance=C, rank=below).relative_error > 0.05
+    assert train.relative_error <= 0.05
+
+
+def test_a_covariance_of_another_library(covariance):
+    W = gaussian((6, 9), 12)
+    C, _ = covariance(9)
+    found = [project(W, "low_rank", rank=2, input_covariance=c).relative_error for c in (C, torch.tensor(C))]
+    assert found[0] == found[1]
+
+
+def test_large_systems_by_conjugate_gradients(covariance, monkeypatch):
+    """Where the normal equations are too large, the steps are iterated, to the same end."""
+    W = gaussian((12, 18), 13)
+    C, _ = covariance(18)
+    direct = project(W, "block_tensor_train", rank=2, input_covariance=C, tolerance=1e-8)
+    monkeypatch.setattr(_als, "MAX_ELEMENTS", 64)
+    iterated = project(W, "block_tensor_train", rank=2, input_covariance=C, tolerance=1e-8)
+    assert iterated.relative_error == pytest.approx(direct.relative_error, rel=1e-3)
+
+
+@pytest.mark.parametrize(("C", "words"), [
+    (np.eye(4), "shape"),
+    (np.full((5, 5), np.nan), "not finite"),
+    (np.diag([1.0, 1, 1, 1, -0.5]), "semidefinite"),
+    (np.triu(np.ones((5, 5))), "Hermitian"),
+    (np.zeros((5, 5)), "zero"),
+    (np.eye(5, dtype=complex), "complex W"),
+    (np.eye(5, dtype=int), "floating"),
+    (np.ones(5), "matrix"),
+])  # fmt: skip
+def test_bad_covariances(C, words):
+    with pytest.raises(ValueError, match=words):
+        project(np.ones((3, 5)), "low_rank", rank=1, input_covariance=C)
