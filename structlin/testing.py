@@ -57,7 +57,7 @@ def check_structure(
 ) -> None:
     """Check that a named structure keeps what its ``examples`` promise.
 
-    Runs :func:`check_design` on every one of them, and checks that ``design`` takes nothing but named options.
+    Runs :func:`check_design` on every one of them, and checks that ``design`` takes its options by name.
 
     **Arguments:**
 
@@ -78,12 +78,10 @@ def check_structure(
     name = cls.__qualname__
     for attribute in ("formula", "parameters", "source"):
         _require(bool(getattr(cls, attribute)), f"{name} states no {attribute}")
-    kinds = {p.kind for p in inspect.signature(cls.design).parameters.values()}
+    _, *rest = inspect.signature(cls.design).parameters.values()
     _require(
-        kinds <= {inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD}
-        or kinds <= {inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.KEYWORD_ONLY}
-        or kinds <= {inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY},
-        f"{name}.design must name its options, without * and **",
+        all(p.kind is p.KEYWORD_ONLY for p in rest),
+        f"{name}.design must take its options by name only, without **, got {', '.join(map(str, rest))}",
     )
     for shape, options in cls.examples:
         check_design(cls, shape, options, backend=backend, dtype=dtype, seed=seed, transform=transform, quick=quick)

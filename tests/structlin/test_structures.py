@@ -1,7 +1,6 @@
 """Every registered structure: conformance, its definition written out, its formulas, and what it refuses."""
 
 import math
-from dataclasses import dataclass
 from functools import reduce
 
 import jax
@@ -14,7 +13,6 @@ from hypothesis import strategies as st
 
 import structlin
 from structlin import Structure, design, get, names
-from structlin.structure import AbstractStructure, Factor
 from structlin.testing import check_design, check_structure, dense_matrix
 
 NUMPY = ("float16", "float32", "float64", "complex64", "complex128")
@@ -559,130 +557,3 @@ def test_the_register_refuses(sandwich):
             call("desne")
     with pytest.raises(ValueError, match="unknown structure 'desne'"):
         design("desne", (2, 2))
-
-
-# -- the checks themselves can fail --------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Doubling(AbstractStructure):
-    """A dense matrix with one flaw, named by ``flaw``; none: sound."""
-
-    d_out: int
-    d_in: int
-    flaw: str = ""
-
-    @property
-    def factors(self):
-        return (Factor("W", (self.d_out, self.d_in), self.d_in, self.d_out),)
-
-    @property
-    def num_params(self):
-        return self.d_out * self.d_in + (self.flaw == "params")
-
-    @property
-    def macs(self):
-        return self.d_out * self.d_in * (2 if self.flaw == "macs" and self.d_out < self.d_in else 1)
-
-    @property
-    def flops(self):
-        return 2 * self.macs + (self.flaw == "flops")
-
-    @property
-    def rank_bound(self):
-        return min(self.shape) - (self.flaw == "rank")
-
-    def transpose(self):
-        return Doubling(self.d_in, self.d_out, "" if self.flaw == "forgotten" else self.flaw)
-
-    def transpose_factors(self, factors):
-        w = factors[0].swapaxes(0, 1)
-        return (2 * w if self.flaw == "transpose" else w,)
-
-    def _rows(self, factors, x, xp):
-        y = x @ factors[0].swapaxes(0, 1)
-        if self.flaw == "rows":
-            return y + 1e-3
-        if self.flaw == "dtype":
-            return y.astype("float32")
-        return y
-
-    def _columns(self, factors, x, xp):
-        return factors[0] @ x * (1 + 1e-6 * (self.flaw == "columns"))
-
-
-def broken(flaw, **attributes):
-    def make(shape):
-        return Doubling(*shape, flaw)
-
-    return type(
-        "Broken",
-        (structlin.NamedOperator,),
-        {
-            "formula": "y = W x",
-            "parameters": "d_in d_out",
-            "source": "-",
-            "examples": (((2, 3), {}),),
-            "design": staticmethod(make),
-            **attributes,
-        },
-    )
-
-
-def test_a_sound_structure_passes():
-    check_structure(broken(""))
-
-
-@pytest.mark.parametrize(
-    ("flaw", "message"),
-    [
-        ("params", "counts 7 parameters, holds 6"),
-        ("macs", "has macs 12, its transpose 6"),
-        ("flops", "counts 13 FLOPs, its parts are 12"),
-        ("rank", "has rank 2, above its bound 1"),
-        ("rows", "rows of shape .* is off by up to"),
-        ("columns", "rows of shape .* is off by up to"),  # a structure that is no chain is compared with its columns
-        ("dtype", "has dtype float32"),
-        ("transpose", "<A x, y> = .* but <x, A. y> ="),
-        ("forgotten", "transposed twice is"),
-    ],
-)
-def test_a_flaw_is_found(flaw, message):
-    with pytest.raises(AssertionError, match=message):
-        check_structure(broken(flaw))
-
-
-def test_other_flaws_are_found():
-    with pytest.raises(ValueError, match="Broken has no examples"):
-        check_structure(broken("", examples=()))
-    with pytest.raises(AssertionError, match="states no formula"):
-        check_structure(broken("", formula=""))
-    with pytest.raises(AssertionError, match="must name its options"):
-        check_structure(broken("", design=staticmethod(lambda shape, **rest: Doubling(*shape))))
-    with pytest.raises(AssertionError, match=r"has shape \(3, 2\), asked for \(2, 3\)"):
-        check_structure(broken("", design=staticmethod(lambda shape: Doubling(*shape[::-1]))))
-
-
-def test_the_checks_compare_chains_with_the_oracle(monkeypatch):
-    """A contraction that is wrong everywhere, and so agrees with itself, is still found."""
-    right = Structure._columns, Structure._rows
-    monkeypatch.setattr(Structure, "_columns", lambda self, f, x, xp: 2 * right[0](self, f, x, xp))
-    monkeypatch.setattr(Structure, "_rows", lambda self, f, x, xp: 2 * right[1](self, f, x, xp))
-    with pytest.raises(AssertionError, match="is off by up to"):
-        check_structure(get("low_rank"))
-
-
-def test_the_checks_count_the_macs_of_chains_themselves(monkeypatch):
-    monkeypatch.setattr(Structure, "macs", property(lambda self: self.num_params))
-    check_structure(get("block_tensor_train"))
-    with pytest.raises(AssertionError, match=r"counts \d+ MACs, its einsums have \d+"):
-        check_structure(get("kronecker"))
-
-
-def test_the_checks_cover_the_scale(monkeypatch):
-    monkeypatch.setattr("structlin.testing.lr_multipliers", lambda s, **_: (1.0,) * len(s.factors))
-    with pytest.raises(AssertionError, match="do not double with base_d_in"):
-        check_structure(get("dense"))
-    monkeypatch.setattr("structlin.testing.init_std", lambda s, **_: (0.0,) * len(s.factors))
-    with pytest.raises(AssertionError, match="deviations"):
-        check_structure(get("dense"))
