@@ -205,10 +205,19 @@ def test_corrections_of_random_chains_only_raise():
         )
 
 
-@pytest.mark.parametrize(("name", "options"), [("dense", {}), ("block_tensor_train", {}), ("monarch", {"blocks": 4})])
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("dense", {}),
+        ("block_tensor_train", {}),
+        ("monarch", {"blocks": 4}),
+        ("kronecker", {}),
+        ("low_rank", {"rank": 8}),
+    ],
+)
 def test_one_step_of_sgd_changes_features_alike_at_every_width(name, options):
-    """One sample, a gradient of order 1 / d on each of d outputs. Without the number of blocks in the multiplier the
-    update would be smaller by that number: sqrt(d) for Block Tensor-Train."""
+    """One sample, a gradient of order 1 / d on each of d outputs. Without the number of blocks and of carried
+    positions in the multiplier the update would be smaller by it: sqrt(d) for Block Tensor-Train and Kronecker."""
     changes, blind = [], []
     for d in (64, 256, 1024):
         s = design(name, (d, d), **options)
@@ -225,10 +234,10 @@ def test_one_step_of_sgd_changes_features_alike_at_every_width(name, options):
 
         multipliers = lr_multipliers(s, optimizer="sgd")
         changes.append(change(multipliers))
-        blind.append(change([m / f.blocks for m, f in zip(multipliers, s.factors, strict=True)]))
+        blind.append(change([m / (f.blocks * f.carried) for m, f in zip(multipliers, s.factors, strict=True)]))
     assert max(changes) / min(changes) < 2, changes
-    blocks = design(name, (1024, 1024), **options).factors[0].blocks
-    assert changes[-1] / blind[-1] > 0.9 * blocks
+    first = design(name, (1024, 1024), **options).factors[0]
+    assert changes[-1] / blind[-1] > 0.9 * first.blocks * first.carried
 
 
 # -- RMS cap -------------------------------------------------------------------------------------------------------
