@@ -26,6 +26,7 @@ from cola.ops import Kronecker as ColaKronecker
 from structlin._arrays import Array
 from structlin._cola_compat._repair import rule
 from structlin.linalg import _chain as chain
+from structlin.linalg._cola import scalar_like
 from structlin.linalg._common import require_dense, require_square, singular
 from structlin.linalg._lapack import eps, is_known, known, lapack, require_precision
 from structlin.operators import StructuredOperator
@@ -100,7 +101,7 @@ def _composite(A: LinearOperator, f: Function) -> LinearOperator | None:
         return ColaDiagonal(_on_diagonal(A.diag, A, f))
     if isinstance(A, Identity | ScalarMul):
         one = A.xnp.ones((1,), dtype=A.dtype, device=A.device) if isinstance(A, Identity) else A.c.reshape((1,))
-        return cola.fns.mul(ScalarMul(1.0, A.shape, A.dtype, A.device), _on_diagonal(one, A, f)[0])
+        return scalar_like(A, _on_diagonal(one, A, f)[0])
     if isinstance(A, Transpose):
         return evaluate(A.A, f).T
     if isinstance(A, BlockDiag) and all(M.shape[0] == M.shape[1] for M in A.Ms):
@@ -182,7 +183,7 @@ def _of_low_rank(A: StructuredOperator, f: Function) -> LinearOperator | None:
             U, middle, V = xp.real(U), xp.real(middle), xp.real(V)
     chain_of_three = Structure.parse(_THREE, i=V.shape[1], r=V.shape[0], s=V.shape[0], o=U.shape[0])
     product = StructuredOperator(chain_of_three, (V, middle, U))
-    return product if at_zero == 0 else product + at_zero * I_like(product)
+    return product if at_zero == 0 else product + scalar_like(product, at_zero)
 
 
 # -- on dense matrices -----------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from cola.ops import Kronecker as ColaKronecker
 from structlin._arrays import Array
 from structlin._cola_compat._repair import rule
 from structlin.linalg import _chain as chain
+from structlin.linalg._cola import scalar_like
 from structlin.linalg._common import (
     annotated,
     dense_inverse,
@@ -213,7 +214,7 @@ def _inverse_of_blocks(A: BlockDiag, alg: Auto):
 
 @rule("inv")
 def _inverse_of_scalar(A: ScalarMul, alg: Auto):
-    return cola.fns.mul(ScalarMul(1.0, A.shape, A.dtype, A.device), 1 / A.c)
+    return scalar_like(A, _inverse_values(A.c.reshape((1,)), 0.0)[0])
 
 
 # -- pseudo-inverse --------------------------------------------------------------------------------------------------
@@ -304,7 +305,7 @@ def _pseudo_inverse_of_diagonal(A: ColaDiagonal, alg: Auto):
 @rule("pinv")
 def _pseudo_inverse_of_scalar(A: ScalarMul, alg: Auto):
     xp = lapack(A.c)
-    return cola.fns.mul(ScalarMul(1.0, A.shape, A.dtype, A.device), _reciprocals(A.c.reshape((1,)), xp).reshape(()))
+    return scalar_like(A, _reciprocals(A.c.reshape((1,)), xp)[0])
 
 
 @rule("pinv")

@@ -94,11 +94,10 @@ def nameless(backend, dtype):
     """A chain without a name, square step by step, with batch, carried and permuted axes."""
     structure = Structure.parse("abc,bxa->cxb; cxb,cyx->byc", a=2, b=3, c=4, x=2, y=2)
     rng = np.random.default_rng(8)
-    factors = [
-        rng.standard_normal(f.shape) + ("complex" in dtype) * 1j * rng.standard_normal(f.shape)
-        for f in structure.factors
-    ]
-    factors = [to_backend(f, backend, dtype) for f in factors]
+    factors = []
+    for spec in structure.factors:
+        x = rng.standard_normal(spec.shape)
+        factors.append(to_backend(x + 1j * x[::-1] if "complex" in dtype else x, backend, dtype))
     return StructuredOperator(structure, factors), dense_matrix(structure, factors).astype(dtype)
 
 
@@ -219,7 +218,8 @@ def host(x):
 def vectors(A, rows, columns=3):
     """The same numbers in the operator's library and in NumPy."""
     x = np.random.default_rng([rows, columns]).standard_normal((rows, columns))
-    return to_backend(x, A.xnp.__name__.rsplit(".", 1)[-1].removesuffix("_fns"), A.dtype), x
+    library = A.xnp.__name__.rsplit(".", 1)[-1].removesuffix("_fns")
+    return to_backend(x, "numpy" if library == "np" else library, A.dtype), x
 
 
 def rectangular(a):
@@ -447,7 +447,7 @@ def run(case, name, backend, dtype):
 
 
 @pytest.mark.parametrize("dtype", ["float64", "complex128"])
-@pytest.mark.parametrize("backend", ["torch"])
+@pytest.mark.parametrize("backend", ["numpy", "torch", "jax"])
 @pytest.mark.parametrize("case", CASES)
 def test_operations(case, backend, dtype):
     failed = {}
