@@ -30,8 +30,9 @@ class Projection:
     over the norm of the matrix, in the weighted norm where there is a covariance, before rounding to the dtype.
     ``optimal``: no matrix of the structure is nearer. ``error_bound``: at least ``relative_error`` and at most
     ``sqrt(factors - 1)`` times the smallest relative error there is, from the singular values cut off (TT-SVD); equal
-    to ``relative_error`` where that is optimal, None where no bound holds. ``iterations``: sweeps of alternating least
-    squares, 0 for closed forms. ``converged``: False where these were stopped by ``max_sweeps``. ``method``: in words.
+    to ``relative_error`` where that is optimal, None where no bound holds (BLAST, a covariance, padding that cuts
+    through slices). ``iterations``: sweeps of alternating least squares, 0 for closed forms. ``converged``: False where
+    these were stopped by ``max_sweeps``. ``method``: in words.
     """
 
     operator: StructuredOperator
@@ -61,8 +62,8 @@ def project(
         input_covariance: (d_in, d_in) positive semidefinite array C of any library; the error is then
             ``|| (W - A) C^(1/2) ||``.
         restarts: random starts of alternating least squares, besides those from singular values. Default: 4 for
-            structures without an error bound (BLAST), else none. Where there are more than two starts, each runs for
-            30 sweeps and the two best go on.
+            structures without an error bound in the plain norm, else none. Where there are more than two starts,
+            each runs for 30 sweeps and the two best go on.
         max_sweeps: of alternating least squares, for each start. A sweep takes each factor in turn to its
             least-squares optimum and then tries a longer step; the error never rises.
         tolerance: stop when the error fell by less than this part of itself in each of three sweeps, or is at
@@ -84,7 +85,7 @@ def project(
     >>> found = project(W, "kronecker", factorization=((2, 4), (3, 2)))
     >>> found.operator.shape, found.relative_error < 1e-12, found.optimal
     ((8, 6), True, True)
-    >>> project(W, "low_rank", target_error=0.1).operator.structure.factors[0].shape
+    >>> project(W, "low_rank", target_error=0.01).operator.structure.factors[0].shape
     (2, 6)
     """
     target = _matrix("W", W)

@@ -252,6 +252,8 @@ def _starts(chain: Chain, settings: Settings) -> tuple[list[list[np.ndarray]], f
             starts += [] if uncoupled is None else [uncoupled]
     elif count == 2 and (pair := _splits.regrouped_pair(chain.structure, chain.rows)) is not None:
         starts.append(network.split(pair))
+    if chain.mask is not None:  # the splits fit zeros to what does not count
+        bound = None
     restarts = settings.restarts
     if restarts is None:
         restarts = RESTARTS if bound is None else 0

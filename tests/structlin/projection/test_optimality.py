@@ -97,6 +97,16 @@ def test_bounds_hold_and_are_within_their_factor(name):
         assert found.error_bound <= np.sqrt(count - 1) * found.relative_error * (1 + 1e-9)
 
 
+def test_no_bound_where_none_holds():
+    """The splits fit zeros to padding, so that a better fit may leave it free; BLAST shares an axis three times."""
+    cut = Structure.parse("ij,ai->aj; aj,bj->ab", i=3, j=4, a=2, b=3, d_in=10)
+    for structure in (cut, design("blast", (6, 9), blocks=3, rank=2)):
+        W = gaussian(structure.shape, 3)
+        assert project(W, structure).error_bound is None
+    train = design("tensor_train", (8, 8), cores=3, rank=1)
+    assert project(gaussian((8, 8), 3), train, input_covariance=np.eye(8)).error_bound is None
+
+
 def test_bound_counts_what_no_factor_reaches():
     """Copies that are averaged, and entries off a diagonal."""
     W = gaussian((24, 18), 3)
