@@ -170,7 +170,10 @@ def dtype_name(dtype: Any) -> str:
 
 
 def to_backend(x: np.ndarray, backend: str, dtype: Any = None, device: Any = None) -> Array:
-    """Copy a NumPy array to ``backend``, with a dtype given as a name, a NumPy, torch or jax dtype."""
+    """Copy a NumPy array to ``backend``, with a dtype given as a name, a NumPy, torch or jax dtype.
+
+    Without ``dtype`` it keeps its own, except that jax makes 32 bits of 64 where those are not enabled.
+    """
     if backend == "numpy":
         if device not in (None, "cpu"):
             raise ValueError(f"NumPy arrays live on the CPU, got device {device!r}")
@@ -184,9 +187,9 @@ def to_backend(x: np.ndarray, backend: str, dtype: Any = None, device: Any = Non
         import jax
         import jax.numpy as jnp
 
-        name = dtype_name(dtype) if dtype is not None else str(x.dtype)
+        name = None if dtype is None else dtype_name(dtype)
         made = jnp.asarray(x, dtype=name)
-        if str(made.dtype) != name:
+        if name is not None and str(made.dtype) != name:
             raise ValueError(
                 f"jax gave {made.dtype} where {name} was asked for; enable it with "
                 "jax.config.update('jax_enable_x64', True)"
