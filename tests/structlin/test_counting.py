@@ -278,6 +278,16 @@ def test_colas_default_product_from_the_left_runs_the_other_one_first_on_torch()
         assert work(cola.SelfAdjoint(op), transposed=True).other_flops == {"elementwise": 23}
 
 
+def test_only_arrays_of_the_three_libraries_hold_parameters():
+    class Tagged(Shift):
+        """Holds something that has a shape and a dtype and is no array."""
+
+    register_work(Tagged)(lambda op, count: count(op.A))
+    op = Tagged(ops.Dense(Q))
+    op.tag = np.float64(3.0)
+    assert structlin.num_params(op) == 9
+
+
 def test_arrays_count_as_dense():
     for array in (np.ones((3, 5), np.float32), torch.ones(3, 5), jnp.ones((3, 5), jnp.float32)):
         assert work(array) == work(array, transposed=True) == Work(macs=15, activations=8)

@@ -103,8 +103,12 @@ def test_what_is_refused():
         random_factors(BTT, rule="mup")
     with pytest.raises(ValueError, match="unknown backend 'mxnet'"):
         random_factors(BTT, backend="mxnet")
+    with pytest.raises(ValueError, match="unknown backend 'mxnet'; one of numpy, torch, jax"):
+        random_factors(design("permutation", (3, 3)), backend="mxnet")
     with pytest.raises(ValueError, match="NumPy arrays live on the CPU, got device 'cuda'"):
         random_factors(BTT, device="cuda")
+    with jax.enable_x64(False), pytest.raises(ValueError, match="jax gave float32 where float64 was asked for; enable"):
+        random_factors(BTT, backend="jax", dtype="float64")
 
 
 # -- norms ---------------------------------------------------------------------------------------------------------

@@ -47,6 +47,14 @@ def test_conformance_on_jax(name):
     check_design(get(name), shape, options, backend="jax", transform=jax.jit, quick=True)
 
 
+@pytest.mark.parametrize("name", ["dense", "permutation", "toeplitz"])
+def test_conformance_on_jax_as_it_comes(name):
+    """64 bits are not enabled there."""
+    shape, options = get(name).examples[0]
+    with jax.enable_x64(False):
+        check_design(get(name), shape, options, backend="jax", dtype="float32", transform=jax.jit, quick=True)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", BUILT_IN)
 @pytest.mark.parametrize("dtype", TORCH)
@@ -233,6 +241,18 @@ def test_toeplitz_from_column_and_row_and_from_its_diagonals():
     np.testing.assert_allclose(structlin.Toeplitz(column, row).to_dense(), wanted, atol=1e-14)
     kernel = np.array([3.0, 2.0, 1.0, 4.0, 7.0])
     np.testing.assert_allclose(structlin.Toeplitz.from_kernel(kernel, 3).to_dense(), wanted, atol=1e-14)
+
+
+def test_structures_that_are_no_chain_from_their_arrays():
+    rng = np.random.default_rng(0)
+    for name, array in (
+        ("circulant", rng.standard_normal(5)),
+        ("diagonal", rng.standard_normal(5)),
+        ("permutation", rng.permutation(5)),
+    ):
+        op = get(name)(array)
+        assert op.structure == design(name, (5, 5))
+        np.testing.assert_allclose(op.to_dense(), DEFINITIONS[name](array), atol=1e-14)
 
 
 def test_special_cases_coincide():
