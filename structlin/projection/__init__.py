@@ -9,6 +9,8 @@ one factor (dense, block diagonal)         least squares, exact: optimal
 two factors, whatever their roles          singular values of the slices: optimal. Low rank; Kronecker (the
                                            rearrangement of Van Loan and Pitsianis); Tensor-Train, Block Tensor-Train
                                            and Monarch of two cores, padded and regrouped too; the einsum space
+                                           (not: axes carried past a regrouping whose sizes do not nest, or padding
+                                           that cuts through slices, as in a padded Kronecker product)
 circulant, Toeplitz, diagonal              averages along the diagonals: optimal
 permutation                                linear assignment: optimal
 three factors or more (Tensor-Train,       split off one by one with singular values, from both ends (for Tensor-Train
@@ -21,8 +23,8 @@ With ``input_covariance`` C the error is ``|| (W - A) C^(1/2) ||``, which for ``
 outputs. One factor, circulant, Toeplitz, diagonal and permutation keep their closed forms. Two factors do where the
 input axes that they do not share stand in one of them and C does not couple different values of the shared ones: low
 rank with any C; Block Tensor-Train and Monarch of two cores with a C that is block diagonal over m_1. All else is
-alternating least squares, which starts from the solutions for ``C = 1`` and for C without the coupling, and from random
-factors; padding is handled in the same way where it cuts through slices.
+alternating least squares, which starts from the solutions for ``C = 1`` and for C without the coupling, and from as
+many random factors as ``restarts`` asks for.
 
 Cost: one singular value decomposition of all slices; Kronecker and Tensor-Train have a single one, of d_in d_out
 entries. A sweep costs about as much as a few products that build the dense matrix from the factors, and with a
