@@ -8,6 +8,7 @@ the muP spectral scale are derived.
 __version__ = "0.1.0"
 
 from structlin import _cola_compat
+from structlin.conversion import conversions, convert, exact_rank
 from structlin.counting import (
     Work,
     activation_bytes,
@@ -21,6 +22,7 @@ from structlin.counting import (
 )
 from structlin.factorize import factorize, nearest_sizes
 from structlin.operators import StructuredOperator
+from structlin.projection import Projection, project
 from structlin.registry import NamedOperator, design, get, names, options, register, unregister
 from structlin.scale import init_std, lr_multipliers, random_factors, rank_corrections, rms_cap
 from structlin.structure import AbstractStructure, Factor, Step, Structure
@@ -64,6 +66,7 @@ __all__ = [
     "Monarch",
     "NamedOperator",
     "Permutation",
+    "Projection",
     "Step",
     "Structure",
     "StructuredOperator",
@@ -72,8 +75,11 @@ __all__ = [
     "Toeplitz",
     "Work",
     "activation_bytes",
+    "conversions",
+    "convert",
     "coordinates",
     "design",
+    "exact_rank",
     "factorize",
     "flops",
     "get",
@@ -86,6 +92,7 @@ __all__ = [
     "num_bytes",
     "num_params",
     "options",
+    "project",
     "random_factors",
     "rank_corrections",
     "register",
