@@ -14,7 +14,8 @@ class Butterfly(NamedOperator):
 
     Stage k mixes the pairs of elements that are 2^k apart. Its factor has shape (d / 2^(k+1), 2^k, 2, 2), indexed
     [group, place in the group, output, input]. Outputs keep the places of their inputs. Parameters = MACs =
-    ``2 d log2(d)``.
+    ``2 d log2(d)``. Drawn by the paper's rule, a product of log2(d) random factors, its spectral norm grows with d:
+    2.8 at d = 64, 4.4 at 256, 21 at 1024.
 
     >>> Butterfly.design((8, 8)).num_params
     48
