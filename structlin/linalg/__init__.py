@@ -6,6 +6,7 @@ what the structure allows; ``docs/linalg.md`` says what that is, with costs. Wha
 """
 
 # Imported for the rules that they register.
+from structlin.linalg import _closures as _closures
 from structlin.linalg import _cola as _cola
 from structlin.linalg import _determinant as _determinant
 from structlin.linalg import _diagonal as _diagonal

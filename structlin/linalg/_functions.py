@@ -28,7 +28,7 @@ from structlin._cola_compat._repair import rule
 from structlin.linalg import _chain as chain
 from structlin.linalg._cola import scalar_like
 from structlin.linalg._common import require_dense, require_square, singular
-from structlin.linalg._lapack import eps, is_known, known, lapack, require_precision
+from structlin.linalg._lapack import eps, is_known, known, lapack, nan_unless, require_precision
 from structlin.operators import StructuredOperator
 from structlin.structure import Structure
 from structlin.structures.block_diagonal import BlockDiagonal
@@ -228,7 +228,7 @@ def _checked_eig(matrices: Array) -> tuple[Array, Array, Array] | None:
     bound = eps(matrices.dtype) ** 1.2  # of the square
     worst = known(xp.max(square))
     if worst is None:
-        return xp.where((square <= bound)[..., None], values, values * math.nan), vectors, inverse
+        return values + nan_unless(square <= bound, values)[..., None], vectors, inverse
     return (values, vectors, inverse) if worst <= bound else None
 
 

@@ -11,7 +11,7 @@ from cola.linalg.inverse.gmres import GMRES
 from cola.ops import LinearOperator
 
 from structlin._arrays import Array
-from structlin.linalg._lapack import known, lapack
+from structlin.linalg._lapack import known, lapack, nan_unless
 
 _SLACK = 10  # how far the true residual may lie above the tolerance that the algorithm met by its own recurrence
 
@@ -48,7 +48,7 @@ def _checked(A: LinearOperator, alg: Any, X: Array) -> Array:
     bound = (_SLACK * alg.tol) ** 2
     worst = known(xp.max(xp.stop_gradient(columns)))
     if worst is None:
-        return xp.where(columns <= bound, Y, Y * float("nan"))
+        return Y + nan_unless(columns <= bound, Y)
     if not worst <= bound:  # also where it is NaN
         raise ConvergenceError(
             f"{type(alg).__name__} left a relative residual of {worst**0.5:.1e} after {alg.max_iters} iterations, "

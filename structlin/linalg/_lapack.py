@@ -194,10 +194,17 @@ def inverse_of(matrices: Array) -> Array:
     bound = 1 / eps(matrices.dtype)
     worst = known(condition.max())
     if worst is None:
-        return xp.where((condition < bound)[..., None, None], inverses, inverses * float("nan"))
+        return inverses + nan_unless(condition < bound, inverses)[..., None, None]
     if not worst < bound:
         raise singular_to_roundoff(f"a block of size {matrices.shape[-1]} with condition number {worst:.1e}")
     return inverses
+
+
+def nan_unless(good: Array, like: Array) -> Array:
+    """0 where ``good``, else NaN, to be added: no gradient passes through, as it would through ``where``."""
+    xp = lapack(like)
+    zeros = xp.zeros(tuple(good.shape), like)
+    return xp.where(good, zeros, zeros + float("nan"))
 
 
 def _column_norms(xp: SimpleNamespace, matrices: Array) -> Array:

@@ -16,7 +16,7 @@ from structlin.linalg import _contract
 from structlin.linalg._common import like
 from structlin.linalg._forms import diagonal_of
 from structlin.linalg._iterative import ConvergenceError
-from structlin.linalg._lapack import in_library, is_known, known, lapack, needs_grad, require_precision
+from structlin.linalg._lapack import in_library, is_known, known, lapack, nan_unless, needs_grad, require_precision
 from structlin.linalg._tensor_train import norm_of_cores, tensor_train_cores
 from structlin.operators import StructuredOperator
 from structlin.structures.circulant import CirculantStructure
@@ -256,7 +256,7 @@ def _power_iteration(A: LinearOperator, tol: float, max_iters: int, seed: int) -
     value = xp.real((xp.conj(u) * (A @ v)).sum())
     worst = known(residual)
     if worst is None:
-        return xp.where(residual <= tol, value, value * math.nan)
+        return value + nan_unless(residual <= tol, value)
     if not worst <= tol:
         raise ConvergenceError(
             f"power iteration left a relative residual of {worst:.1e} after {max_iters} iterations, the tolerance is "

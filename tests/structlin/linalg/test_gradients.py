@@ -1,0 +1,210 @@
+"""Gradients through solve, logdet and what else is differentiable: torch's gradcheck, jax's check_grads.
+
+Both compare with finite differences in float64. jax runs under jit, so that the rules must not look at values.
+"""
+
+import cola
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from jax.test_util import check_grads
+
+import structlin
+from structlin import linalg
+from structlin.linalg import _common
+from structlin.structure import Structure
+
+
+def structured(name, shape, **options):
+    structure = structlin.design(name, shape, **options)
+    cls = structlin.get(name)
+    return [f.shape for f in structure.factors], lambda *factors: cls._build(structure, factors)
+
+
+def low_rank_plus_diagonal(V, U, d):
+    return structlin.Diagonal(2.5 + d * d) + structlin.LowRank(V, U)
+
+
+def composite(A, B, c):
+    K = cola.kron(structlin.Dense(A), structlin.Circulant(c))
+    return (structlin.BlockDiagonal(B) @ K).T
+
+
+# name: shapes of the arrays, and the operator that they make
+SQUARE = {
+    "dense": ([(4, 4)], structlin.Dense),
+    "kronecker": structured("kronecker", (6, 6)),
+    "block diagonal": structured("block_diagonal", (6, 6), blocks=2),
+    "monarch": structured("monarch", (8, 8), blocks=2),
+    "monarch padded": structured("monarch", (7, 7), blocks=2),
+    "block tensor train": structured("block_tensor_train", (12, 12), rank=2, factorization=((2, 6), (4, 3))),
+    "butterfly": structured("butterfly", (4, 4)),
+    "circulant": ([(5,)], structlin.Circulant),
+    "diagonal": ([(5,)], structlin.Diagonal),
+    "toeplitz": structured("toeplitz", (4, 4)),
+    "low rank + diagonal": ([(2, 6), (6, 2), (6,)], low_rank_plus_diagonal),
+    "composite": ([(2, 2), (2, 3, 3), (3,)], composite),
+}
+
+
+def entries(shapes, seed=0):
+    rng = np.random.default_rng([seed, *(n for s in shapes for n in s)])
+    return [rng.standard_normal(s) for s in shapes]
+
+
+def solved(make, b):
+    def solve(*arrays):
+        return cola.linalg.solve(make(*arrays), b)
+
+    return solve
+
+
+def determinant(make):
+    def logdet(*arrays):
+        return cola.logdet(make(*arrays))
+
+    return logdet
+
+
+@pytest.mark.parametrize("name", SQUARE)
+def test_torch_gradients_of_solve_and_logdet(name):
+    shapes, make = SQUARE[name]
+    arrays = [torch.tensor(x, requires_grad=True) for x in entries(shapes)]
+    b = torch.tensor(entries([(make(*arrays).shape[0], 2)])[0], requires_grad=True)
+    assert torch.autograd.gradcheck(lambda b, *arrays: solved(make, b)(*arrays), (b, *arrays), atol=1e-6)
+    assert torch.autograd.gradcheck(determinant(make), arrays, atol=1e-6)
+
+
+FAST = ("kronecker", "low rank + diagonal")
+
+
+@pytest.mark.parametrize("name", [n if n in FAST else pytest.param(n, marks=pytest.mark.slow) for n in SQUARE])
+def test_jax_gradients_of_solve_and_logdet(name):
+    shapes, make = SQUARE[name]
+    arrays = [jnp.asarray(x) for x in entries(shapes)]
+    b = jnp.asarray(entries([(make(*arrays).shape[0], 2)])[0])
+    check_grads(jax.jit(solved(make, b)), arrays, order=1, modes=["rev"], rtol=1e-4)
+    check_grads(jax.jit(determinant(make)), arrays, order=1, modes=["rev"], rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["monarch", "low rank + diagonal", "circulant"])
+def test_torch_gradients_of_complex_operators(name):
+    shapes, make = SQUARE[name]
+    pairs = zip(entries(shapes), entries(shapes, 1), strict=True)
+    arrays = [torch.tensor(x + 1j * y, requires_grad=True) for x, y in pairs]
+    b = torch.ones(make(*arrays).shape[0], dtype=torch.complex128)
+    assert torch.autograd.gradcheck(solved(make, b), arrays, atol=1e-6)
+    assert torch.autograd.gradcheck(determinant(make), arrays, atol=1e-6)
+
+
+# name: shapes, operator, and a number or an array made of it
+OTHERS = {
+    "diag": (*structured("block_tensor_train", (6, 6), rank=2), lambda A: cola.diag(A, 1)),
+    "trace": (*structured("tensor_train", (6, 6), rank=2), cola.trace),
+    "frobenius": (*structured("tensor_train", (6, 4), rank=2), linalg.frobenius_norm),
+    "inner": (*structured("monarch", (6, 8), blocks=2), lambda A: linalg.inner(A, 2 * A)),
+    "spectral, parts": (*structured("kronecker", (6, 4)), linalg.spectral_norm),
+    "spectral, iterated": (
+        *structured("block_tensor_train", (6, 4), rank=2),
+        lambda A: linalg.spectral_norm(A, tol=1e-9),
+    ),
+    "pinv of low rank": (*structured("low_rank", (6, 5), rank=2), lambda A: cola.pinv(A).to_dense()),
+    "exp of blocks": (*structured("block_diagonal", (6, 6), blocks=2), lambda A: cola.exp(A).to_dense()),
+    "exp of low rank": (*structured("low_rank", (6, 6), rank=2), lambda A: cola.exp(A).to_dense()),
+    "power of circulant": ([(5,)], structlin.Circulant, lambda A: cola.linalg.pow(A, 3).to_dense()),
+    "rounding": (
+        *structured("tensor_train", (6, 4), rank=2),
+        lambda A: linalg.round_tensor_train(linalg.add_tensor_trains(A, A), rank=2).to_dense(),
+    ),
+    "singular values": (*structured("kronecker", (6, 4)), lambda A: linalg.svd(A).S),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_torch_gradients_of_the_rest(name):
+    shapes, make, f = OTHERS[name]
+    arrays = [torch.tensor(x, requires_grad=True) for x in entries(shapes)]
+    assert torch.autograd.gradcheck(lambda *arrays: f(make(*arrays)), arrays, atol=1e-5, rtol=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [n for n in OTHERS if n != "rounding"])
+def test_jax_gradients_of_the_rest(name):
+    shapes, make, f = OTHERS[name]
+    arrays = [jnp.asarray(x) for x in entries(shapes)]
+    check_grads(jax.jit(lambda *arrays: f(make(*arrays))), arrays, order=1, modes=["rev"], rtol=1e-3)
+
+
+def test_functional_transforms_of_torch():
+    V, U, d = (torch.tensor(x) for x in entries([(2, 6), (6, 2), (6,)]))
+    b = torch.ones(6, dtype=torch.float64)
+
+    def f(V, U, d):
+        return cola.linalg.solve(low_rank_plus_diagonal(V, U, d), b).sum()
+
+    by_func = torch.func.grad(f, argnums=(0, 1, 2))(V, U, d)
+    leaves = [x.clone().requires_grad_() for x in (V, U, d)]
+    f(*leaves).backward()
+    for got, leaf in zip(by_func, leaves, strict=True):
+        torch.testing.assert_close(got, leaf.grad)
+    many = torch.stack([V, V + 1])
+    found = torch.func.vmap(lambda V: f(V, U, d))(many)
+    torch.testing.assert_close(found, torch.stack([f(v, U, d) for v in many]))
+
+
+def test_jit_and_vmap_of_jax():
+    shapes, make = SQUARE["monarch"]
+    arrays = [jnp.asarray(x) for x in entries(shapes)]
+    b = jnp.ones(8)
+    many = [jnp.stack([x, x[::-1]]) for x in arrays]
+    found = jax.jit(jax.vmap(solved(make, b)))(*many)
+    for i in range(2):
+        one = make(*(x[i] for x in many))
+        np.testing.assert_allclose(found[i], np.linalg.solve(one.to_dense(), b), rtol=1e-8)
+
+
+def test_what_is_refused_eagerly_is_nan_under_jit():
+    """Where no value can be looked at, a wrong number must not come back as a right one."""
+    singular = jnp.stack([jnp.ones((2, 2)), jnp.eye(2)])
+    with pytest.raises(np.linalg.LinAlgError, match="singular to working precision"):
+        cola.inv(structlin.BlockDiagonal(singular))
+
+    @jax.jit
+    def solve(blocks):
+        return cola.inv(structlin.BlockDiagonal(blocks)) @ jnp.ones(4)
+
+    found = solve(singular)
+    assert np.isnan(found[:2]).all()
+    np.testing.assert_allclose(found[2:], 1)
+
+    @jax.jit
+    def root(blocks):
+        return cola.linalg.sqrt(structlin.BlockDiagonal(blocks)).to_dense()
+
+    assert np.isnan(root(jnp.array([[[0.0, 1.0], [0.0, 0.0]]]))).any()
+
+
+def test_a_formula_that_loses_accuracy_is_replaced():
+    """Woodbury cancels where the diagonal is tiny; the residual gives it away, and LU takes over."""
+    rng = np.random.default_rng(0)
+    U = torch.tensor(rng.standard_normal((8, 3)))
+    base = torch.full((8,), 1e-14, dtype=torch.float64)
+    base[3:] = 1.0
+    A = structlin.Diagonal(base) + structlin.LowRank(U.T.contiguous(), U)
+    error = _common.backward_error(A, cola.inv(A))
+    assert error < 1e-13
+    b = torch.tensor(rng.standard_normal(8))
+    np.testing.assert_allclose(cola.linalg.solve(A, b), np.linalg.solve(A.to_dense(), b), rtol=1e-6)
+    sign, log = np.linalg.slogdet(A.to_dense())
+    np.testing.assert_allclose([float(x) for x in cola.linalg.slogdet(A)], [sign, log], rtol=1e-8)
+
+
+def test_structures_without_a_name_differentiate_too():
+    structure = Structure.parse("abc,bxa->cxb; cxb,cyx->byc", a=2, b=3, c=2, x=2, y=2)
+    arrays = [torch.tensor(x, requires_grad=True) for x in entries([f.shape for f in structure.factors])]
+    make = lambda *factors: structlin.StructuredOperator(structure, factors)  # noqa: E731
+    b = torch.ones(structure.d_in, dtype=torch.float64)
+    assert torch.autograd.gradcheck(solved(make, b), arrays, atol=1e-6)
+    assert torch.autograd.gradcheck(determinant(make), arrays, atol=1e-6)
