@@ -36,6 +36,9 @@ __all__ = ["TOLERANCE", "DemoResult", "compute_difference", "configurations", "d
 TOLERANCE = 0.03
 """By how much the compute of a structured network may differ from that of the dense network beside it."""
 
+MAX_WORKERS = 8
+"""Processes that are started unless more are asked for; each takes about half a gigabyte of memory."""
+
 # Structure, options, width at each amount of compute. The dense widths set the compute.
 WIDTHS: tuple[tuple[str, dict[str, Any], tuple[int, ...]], ...] = (
     ("dense", {}, (16, 32, 64, 128)),
@@ -148,7 +151,7 @@ def demo(
         folder: where to write; runs that are there already, finished or not, are taken up.
         seed: of all runs.
         quick: see `configurations`.
-        workers: processes, by default one for each core.
+        workers: processes, by default one for each core, and `MAX_WORKERS` at most.
         progress: bars on stderr.
 
     Raises:
@@ -157,8 +160,9 @@ def demo(
     """
     folder = Path(folder)
     configs = configurations(seed, quick)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    workers = min(cores if workers is None else workers, len(configs))
+    if workers is None:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        workers = min(cores, MAX_WORKERS)
     if workers < 1:
         raise ValueError(f"workers must be at least 1, got {workers}")
     folders = {name: folder / name for name in configs}
@@ -210,15 +214,15 @@ def _run_all(
     context = get_context("spawn")
     messages, stop = context.Queue(), context.Event()
     interval = 0.2 if sys.stderr.isatty() else 15.0
-    total = sum(config.epochs for config in configs.values())
+    work = {name: config.epochs * (100 + config.width) for name, config in configs.items()}  # near enough to seconds
+    total = sum(work.values())
     order = sorted(configs, key=lambda name: -configs[name].width)
     with (
         Interruption() as interruption,
         ProcessPoolExecutor(workers, context, _prepare_worker, (messages, stop)) as pool,
         tqdm(
-            total=total, desc=f"{len(configs)} runs", unit="epoch", disable=not progress, dynamic_ncols=True,
-            mininterval=interval, bar_format="{desc}: {percentage:3.0f}%|{bar}| {n:.1f}/{total} epochs "
-            "[{elapsed}<{remaining}] {postfix}",
+            total=total, desc=f"{len(configs)} runs", disable=not progress, dynamic_ncols=True, mininterval=interval,
+            bar_format="{desc}: {percentage:3.0f}%|{bar}| [{elapsed}<{remaining}] {postfix}",
         ) as bar,
     ):  # fmt: skip
         running: set[Future[bool]] = {pool.submit(_train, name, configs[name], str(folders[name])) for name in order}
@@ -233,9 +237,9 @@ def _run_all(
                     pool.shutdown(wait=False, cancel_futures=True)
                 # `wait` does not count those as done.
                 running = {future for future in running if not future.cancelled()}
-                for name, epochs, loss in _waiting(messages):
-                    bar.set_postfix_str(f"{done} done, {name}: {loss}", refresh=False)
-                    bar.update(epochs)
+                for name, share, text in _waiting(messages):
+                    bar.set_postfix_str(f"{done} done, {name}: {text}", refresh=False)
+                    bar.update(share * work[name])
         except BaseException:
             stop.set()
             pool.shutdown(wait=False, cancel_futures=True)
@@ -267,20 +271,20 @@ def _prepare_worker(messages: Any, stop: Any) -> None:
 
 
 class _Reporter:
-    """Sends the progress of a run to the parent."""
+    """Sends the progress of a run to the parent: its name, the share done since the last time, and a text."""
 
-    def __init__(self, name: str, images: int) -> None:
-        self.name, self.images, self.waiting = name, images, 0
+    def __init__(self, name: str) -> None:
+        self.name, self.total, self.waiting = name, 1, 0
 
     def start(self, total: int, done: int, label: str) -> None:
+        self.total = total
         if done:
-            _messages.put((self.name, done / self.images, "resumed"))
+            _messages.put((self.name, done / total, "resumed"))
 
     def update(self, images: int, loss: float | None) -> None:
         self.waiting += images
-        if self.waiting >= self.images / 10:
-            text = "" if loss is None else f"loss {loss:.3f}"
-            _messages.put((self.name, self.waiting / self.images, text))
+        if self.waiting >= self.total / 50:
+            _messages.put((self.name, self.waiting / self.total, "" if loss is None else f"loss {loss:.3f}"))
             self.waiting = 0
 
     def say(self, text: str) -> None: ...
@@ -293,5 +297,4 @@ def _train(name: str, config: TrainConfig, folder: str) -> bool:
 
     if _stop.is_set():
         return False
-    made = setup(config, folder, resume=True)
-    return fit(made, _Reporter(name, len(made.data.train_labels)), stop=_stop.is_set).finished
+    return fit(setup(config, folder, resume=True), _Reporter(name), stop=_stop.is_set).finished

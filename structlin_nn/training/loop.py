@@ -37,6 +37,7 @@ __all__ = ["Run", "RunResult", "TrainingError", "evaluate", "fit", "setup", "tra
 
 RECORD, CHECKPOINT = "record.jsonl", "checkpoint.pt"
 EVALUATED_TRAINING_IMAGES = 10_000
+"""At most so many, the first of the training images, are evaluated."""
 _EVALUATION_BATCH = 1000
 # On an accelerator, looking at a loss waits for the device.
 _CHECK_EVERY = {"cpu": 1, "cuda": 50}
@@ -84,6 +85,7 @@ class Run:
     optimizer: torch.optim.Optimizer
     rates: list[float]
     batches: Batches
+    test: tuple[Tensor, Tensor]
     augment: Augmentation
     generator: torch.Generator
     counts: dict[str, int]
@@ -214,6 +216,7 @@ def setup(
         optimizer=optimizer,
         rates=rates,
         batches=batches,
+        test=(torch.from_numpy(data.test_images).to(device), torch.from_numpy(data.test_labels).to(device)),
         augment=_augmentation(config, data),
         generator=torch.Generator().manual_seed(config.seed),
         counts=counts,
@@ -356,9 +359,7 @@ def _record_evaluation(run: Run, progress: Progress, clock: float) -> None:
     data, config = run.data, run.config
     number = min(EVALUATED_TRAINING_IMAGES, len(data.train_labels))
     train_loss, train_error = evaluate(run.model, run.batches.images[:number], run.batches.labels[:number], data)
-    test_images = torch.from_numpy(data.test_images).to(run.device)
-    test_labels = torch.from_numpy(data.test_labels).to(run.device)
-    test_loss, test_error = evaluate(run.model, test_images, test_labels, data)
+    test_loss, test_error = evaluate(run.model, *run.test, data)
     if not all(map(_finite, (train_loss, test_loss))):
         raise TrainingError(f"the loss at the evaluation after step {run.step} is not finite; {run.good()}")
     loss_sum, right, seen = run.sums.tolist()

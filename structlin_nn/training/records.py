@@ -14,7 +14,8 @@ The header has ``kind`` "header" and holds
 A line of an evaluation has ``kind`` "evaluation" and holds ``step``, ``epoch``, ``samples`` seen,
 ``training_macs`` spent so far, ``lr`` (of the last step, at multiplier 1), and
 
-- ``train_loss``, ``train_error``: on training images without augmentation, mixup and label smoothing;
+- ``train_loss``, ``train_error``: on the first 10,000 training images (all, where there are fewer), without
+  augmentation, mixup and label smoothing;
 - ``test_loss``, ``test_error``: the same on the test images;
 - ``batch_loss``, ``batch_error``: mean over the training steps since the last evaluation, on augmented and
   mixed batches with smoothed labels, as they were trained on (null at step 0). A mixed image has two labels;
