@@ -432,9 +432,9 @@ def annotations(A, a):
 REFUSALS = (ValueError, ArithmeticError, np.linalg.LinAlgError)
 
 
-def run(case, name, backend, dtype):
+def run(make, name, backend, dtype):
     check, raises = OPERATIONS[name]
-    A, a = CASES[case](backend, dtype)
+    A, a = make(backend, dtype)
     if not raises(a):
         check(A, a)
         return
@@ -447,16 +447,106 @@ def run(case, name, backend, dtype):
         raise AssertionError(f"a wrong result where it should have raised: {error}") from error
 
 
-@pytest.mark.parametrize("dtype", ["float64", "complex128"])
-@pytest.mark.parametrize("backend", ["numpy", "torch", "jax"])
-@pytest.mark.parametrize("case", CASES)
-def test_operations(case, backend, dtype):
+def check_all(make, backend, dtype, names=tuple(OPERATIONS)):
+    """All operations on one operator, and one report of those that fail."""
     failed = {}
-    for name in OPERATIONS:
+    for name in names:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("error", np.exceptions.ComplexWarning)
-                run(case, name, backend, dtype)
+                run(make, name, backend, dtype)
         except Exception as error:
             failed[name] = f"{type(error).__name__}: {error}"
     assert not failed, "\n".join(f"{name}: {error}" for name, error in failed.items())
+
+
+@pytest.mark.parametrize("dtype", ["float64", "complex128"])
+@pytest.mark.parametrize("backend", ["numpy", "torch"])
+@pytest.mark.parametrize("case", CASES)
+def test_operations(case, backend, dtype):
+    check_all(CASES[case], backend, dtype)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float64", "complex128"])
+@pytest.mark.parametrize("case", CASES)
+def test_operations_on_jax(case, dtype):
+    check_all(CASES[case], "jax", dtype)
+
+
+CORE = ("products", "inverse", "slogdet", "trace")
+
+
+@pytest.mark.parametrize("case", ["kronecker", "monarch", "circulant even", "low rank + identity", "tensor train"])
+def test_core_operations_on_jax(case):
+    check_all(CASES[case], "jax", "float64", CORE)
+
+
+# -- all pairs -------------------------------------------------------------------------------------------------------
+
+FOUR = {
+    "dense": {},
+    "low_rank": {"rank": 2},
+    "block_diagonal": {"blocks": 2},
+    "kronecker": {},
+    "tensor_train": {"rank": 3},
+    "block_tensor_train": {"rank": 2},
+    "monarch": {"blocks": 2},
+    "blast": {"blocks": 2, "rank": 3},
+    "butterfly": {},
+    "einsum": {"theta": (0.5, 0.0, 0.5, 0.0, 0.5, 0.5, 0.5)},
+    "toeplitz": {},
+    "circulant": {},
+    "permutation": {},
+    "diagonal": {},
+}
+TOGETHER = {
+    "product": (lambda A, B: A @ B, lambda a, b: a @ b),
+    "sum": (lambda A, B: A + B, lambda a, b: a + b),
+    "kron": (cola.kron, np.kron),
+    "block diagonal": (cola.block_diag, scipy.linalg.block_diag),
+}
+
+
+def theirs(kind, backend, dtype):
+    """One of CoLA's own operators of size 4, and its matrix."""
+    rng = np.random.default_rng(7)
+    a = (rng.standard_normal((4, 4)) + (1j * rng.standard_normal((4, 4)) if "complex" in dtype else 0)).astype(dtype)
+    x, ops = to_backend(a, backend, dtype), cola.ops
+    if kind == "Dense":
+        return ops.Dense(x), a
+    if kind == "Triangular":
+        return ops.Triangular(to_backend(np.tril(a), backend, dtype), lower=True), np.tril(a)
+    if kind == "Diagonal":
+        return ops.Diagonal(x[0]), np.diag(a[0])
+    if kind == "Identity":
+        return ops.I_like(ops.Dense(x)), np.eye(4, dtype=dtype)
+    if kind == "ScalarMul":
+        return 1.5 * ops.I_like(ops.Dense(x)), 1.5 * np.eye(4, dtype=dtype)
+    order = np.array([2, 0, 3, 1])
+    found = ops.Permutation(to_backend(order, backend), x.dtype)
+    return found, np.eye(4, dtype=dtype)[order]
+
+
+THEIRS = ("Dense", "Triangular", "Diagonal", "Identity", "ScalarMul", "Permutation")
+
+
+def member(name, backend, dtype, seed):
+    if name in THEIRS:
+        return theirs(name, backend, dtype)
+    return draw(name, (4, 4), FOUR[name], backend, dtype, seed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float64", "complex128"])
+@pytest.mark.parametrize("how", TOGETHER)
+@pytest.mark.parametrize("second", [*FOUR, *THEIRS])
+@pytest.mark.parametrize("first", FOUR)
+def test_operations_on_pairs(first, second, how, dtype):
+    combine, matrices = TOGETHER[how]
+
+    def make(backend, dtype):
+        (A, a), (B, b) = member(first, backend, dtype, 3), member(second, backend, dtype, 4)
+        return combine(A, B), matrices(a, b)
+
+    check_all(make, "torch", dtype)
