@@ -154,7 +154,8 @@ def work(x: Any, *, transposed: bool = False) -> Work:
 
     >>> from structlin import LowRank
     >>> A = LowRank.random((6, 8), rank=2)
-    >>> w = work(A @ A.T + 3 * cola.ops.I_like(A @ A.T))
+    >>> product = cola.ops.Product(A, A.T)
+    >>> w = work(product + 3 * cola.ops.I_like(product))
     >>> w.macs, dict(w.other_flops)
     (56, {'elementwise': 18})
     """
@@ -450,7 +451,7 @@ def num_params(x: Any) -> int:
 
     >>> from structlin import LowRank
     >>> A = LowRank.random((6, 8), rank=2)
-    >>> num_params(A), num_params(A @ A.T)
+    >>> num_params(A), num_params(cola.ops.Product(A, A.T))
     (28, 28)
     """
     if isinstance(x, AbstractStructure):

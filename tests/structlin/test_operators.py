@@ -384,7 +384,7 @@ def test_pytree_of_torch_and_cola():
     leaves, unflatten = A.flatten()
     assert all(x is y for x, y in zip(leaves, A.factors, strict=True))
     close(unflatten([2 * x for x in leaves]).to_dense(), 4 * dense(A.structure))
-    doubled = optree.tree_map(lambda x: 2 * x, A @ A.T, namespace="cola")
+    doubled = optree.tree_map(lambda x: 2 * x, cola.ops.Product(A, A.T), namespace="cola")
     close(doubled.to_dense(), 16 * dense(A.structure) @ dense(A.structure).T)
 
 
