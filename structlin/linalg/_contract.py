@@ -123,7 +123,8 @@ def entries(A: StructuredOperator, rows: np.ndarray, columns: np.ndarray) -> Arr
     places: dict[int, np.ndarray] = {}
     kept = np.ones(len(rows), dtype=bool)
     for axes, index in ((net.inputs, columns), (net.outputs, rows)):
-        for axis, place in zip(axes, np.unravel_index(index, net.extents(axes)), strict=True):
+        split = np.unravel_index(index, net.extents(axes)) if axes else ()
+        for axis, place in zip(axes, split, strict=True):
             if axis in places:  # carried through: zero unless row and column agree
                 kept &= places[axis] == place
             else:

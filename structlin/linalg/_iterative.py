@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from cola.annotations import PSD
-from cola.linalg.algorithm_base import Algorithm, Auto, IterativeOperatorWInfo
+from cola.linalg.algorithm_base import Auto, IterativeOperatorWInfo
 from cola.linalg.inverse.cg import CG
 from cola.linalg.inverse.gmres import GMRES
 from cola.ops import LinearOperator
@@ -14,6 +14,7 @@ from structlin._arrays import Array
 from structlin.linalg._lapack import known, lapack, nan_unless
 
 _SLACK = 10  # how far the true residual may lie above the tolerance that the algorithm met by its own recurrence
+_INSTEAD = "raise max_iters, give a preconditioner P, or solve densely with cola.linalg.LU()"
 
 
 class ConvergenceError(ArithmeticError):
@@ -42,7 +43,10 @@ class VerifiedInverse(LinearOperator):
 
 
 def _checked(A: LinearOperator, alg: Any, X: Array) -> Array:
-    Y = IterativeOperatorWInfo(A, alg) @ X
+    try:
+        Y = IterativeOperatorWInfo(A, alg) @ X
+    except RuntimeError as error:  # torch's LinAlgError
+        raise ConvergenceError(f"{type(alg).__name__} broke down ({error}); {_INSTEAD}") from error
     xp = lapack(Y)
     columns = (abs(A @ Y - X) ** 2).sum(0) / (abs(X) ** 2).sum(0)
     bound = (_SLACK * alg.tol) ** 2
@@ -52,13 +56,15 @@ def _checked(A: LinearOperator, alg: Any, X: Array) -> Array:
     if not worst <= bound:  # also where it is NaN
         raise ConvergenceError(
             f"{type(alg).__name__} left a relative residual of {worst**0.5:.1e} after {alg.max_iters} iterations, "
-            f"the tolerance is {alg.tol:.0e}: raise max_iters, give a preconditioner P, "
-            "or solve densely with cola.linalg.LU()"
+            f"the tolerance is {alg.tol:.0e}; {_INSTEAD}"
         )
     return Y
 
 
 def verified_inverse(A: LinearOperator, alg: Auto) -> LinearOperator:
     """CG for what is annotated PSD, else GMRES, with the options that ``alg`` carries."""
-    chosen: Algorithm = (CG if A.isa(PSD) else GMRES)(**vars(alg))
-    return PSD(VerifiedInverse(A, chosen)) if A.isa(PSD) else VerifiedInverse(A, chosen)
+    if A.isa(PSD):
+        return PSD(VerifiedInverse(A, CG(**vars(alg))))
+    chosen = GMRES(**vars(alg))
+    chosen.max_iters = min(chosen.max_iters, A.shape[0])  # CoLA's breaks down where it goes on beyond
+    return VerifiedInverse(A, chosen)
