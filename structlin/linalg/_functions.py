@@ -17,6 +17,7 @@ from numbers import Number
 from typing import Any
 
 import cola
+import numpy as np
 from cola.annotations import PSD, SelfAdjoint
 from cola.linalg.algorithm_base import Auto
 from cola.ops import Adjoint, BlockDiag, I_like, Identity, KronSum, LinearOperator, ScalarMul, Transpose
@@ -75,22 +76,32 @@ def evaluate(A: LinearOperator, f: Function) -> LinearOperator:
 # -- on numbers ------------------------------------------------------------------------------------------------------
 
 
+def _finite(f: Function, values: Array) -> Array:
+    """f(values); ArithmeticError where that is not finite, as the logarithm of zero."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        found = f.values(values)
+    distance = known(abs(found - found).sum())
+    if distance is not None and distance != 0:
+        raise ArithmeticError(f"{f.name} is not finite at an eigenvalue of this matrix")
+    return found
+
+
 def _spectrum(values: Array, A: LinearOperator, f: Function) -> Array:
     """f on eigenvalues of A, made complex where f may need it, and cleaned of roundoff where A is Hermitian."""
     xp = lapack(values)
     if A.isa(PSD):
         values = xp.real(values)
-        return f.values(xp.where(values < 0, values * 0, values))
+        return _finite(f, xp.where(values < 0, values * 0, values))
     if A.isa(SelfAdjoint):
         values = xp.real(values)
-    return f.values(values if f.real else xp.to_complex(values))
+    return _finite(f, values if f.real else xp.to_complex(values))
 
 
 def _on_diagonal(values: Array, A: LinearOperator, f: Function) -> Array:
     xp = lapack(values)
     if f.real or xp.is_complex(values) or A.isa(PSD) or not is_known(values) or float(values.min()) >= 0:
-        return f.values(values)
-    return f.values(xp.to_complex(values))
+        return _finite(f, values)
+    return _finite(f, xp.to_complex(values))
 
 
 # -- by structure ----------------------------------------------------------------------------------------------------
@@ -177,7 +188,7 @@ def _of_low_rank(A: StructuredOperator, f: Function) -> LinearOperator | None:
         smallest, largest = known(xp.abs(values).min()), known(xp.abs(values).max())
         if smallest is not None and largest is not None and smallest <= eps(core.dtype) ** 0.75 * largest:
             return None  # then zero may be a defective eigenvalue of U V
-        middle = (vectors * ((f.values(values) - at_zero) / values)) @ inverse
+        middle = (vectors * ((_finite(f, values) - at_zero) / values)) @ inverse
         U, V = xp.to_complex(U), xp.to_complex(V)
         if A.isa(PSD) and not xp.is_complex(core):
             U, middle, V = xp.real(U), xp.real(middle), xp.real(V)
@@ -213,7 +224,7 @@ def _of_matrices(matrices: Array, A: LinearOperator, f: Function) -> Array:
             "it is defective, or nearly so"
         )
     values, vectors, inverse = found
-    return (vectors * f.values(values)[..., None, :]) @ inverse
+    return (vectors * _finite(f, values)[..., None, :]) @ inverse
 
 
 def _checked_eig(matrices: Array) -> tuple[Array, Array, Array] | None:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from cola.annotations import SelfAdjoint, Stiefel, Unitary
 from cola.linalg.algorithm_base import Auto
 from cola.linalg.unary.unary import Eig, Eigh
-from cola.ops import FFT, LinearOperator
+from cola.ops import FFT, LinearOperator, Triangular
 from cola.ops import Diagonal as ColaDiagonal
 
 from structlin._arrays import Array
@@ -155,6 +155,13 @@ def _eig_of_any_by_eigh(A: LinearOperator, k: int, which: str, alg: Eigh):
     _check(A, k, which)
     if not A.isa(SelfAdjoint):
         raise ValueError("Eigh is for self-adjoint operators; annotate with cola.SelfAdjoint if it is one, or take Eig")
+    return _selected(*_dense_eigenpairs(A), k, which)
+
+
+@rule("eig")
+def _eig_of_triangular(A: Triangular, k: int, which: str, alg: Auto | Eig):
+    # CoLA's own rule gives the eigenvectors of upper triangular matrices for lower ones.
+    _check(A, k, which)
     return _selected(*_dense_eigenpairs(A), k, which)
 
 
