@@ -134,14 +134,14 @@ def entries(A: StructuredOperator, rows: np.ndarray, columns: np.ndarray) -> Arr
         for term in net.terms
     )
     gathered = sum(math.prod(sizes[a] for a in term) for term in terms)
-    if cost(terms, (wanted,), sizes) + gathered >= dense_cost(A.structure):
+    output = (wanted,) if any(wanted in term for term in terms) else ()
+    if cost(terms, output, sizes) + gathered >= dense_cost(A.structure):
         return None
     xp = lapack(A.factors[0])
     operands = [_pick(f, term, places, xp) for f, term in zip(A.factors, net.terms, strict=True)]
-    if not any(wanted in term for term in terms):  # every axis of row and column is carried through
-        found = einsum(operands, terms, ()) + xp.zeros((len(rows),), A.factors[0])
-    else:
-        found = einsum(operands, terms, (wanted,))
+    found = einsum(operands, terms, output)
+    if not output:  # every axis of row and column is carried through
+        found = found + xp.zeros((len(rows),), A.factors[0])
     return found if kept.all() else xp.where(xp.index(kept, found), found, found * 0)
 
 

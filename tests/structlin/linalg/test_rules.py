@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import structlin
@@ -49,6 +49,7 @@ def test_sign_of_a_permutation_of_axes(order, sizes):
 
 @settings(max_examples=80, deadline=None)
 @given(st.integers(0, 2**32 - 1))
+@example(seed=53118)  # no factor has an axis of the input or of the output
 def test_random_chains(seed):
     """Any chain, with every role of axes, padding and regrouping, against its dense matrix."""
     rng = np.random.default_rng(seed)
