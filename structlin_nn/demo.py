@@ -57,7 +57,7 @@ QUICK_WIDTHS: tuple[tuple[str, dict[str, Any], tuple[int, ...]], ...] = (
 COMMON: dict[str, Any] = {
     "model": "cifar-mlp",
     "data_set": "fashion",
-    "epochs": 6,
+    "epochs": 8,
     "batch_size": 256,
     "lr": 3e-3,
     "augment": False,
