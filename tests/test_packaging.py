@@ -23,11 +23,18 @@ import structlin
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("structlin", "structlin_nn")
+EXTRAS = {"", "torch", "jax", "train", "vision", "text", "gpu", "tracking", "test", "docs"}
 MAX_LINES = 600
 MAX_IMPORT_SECONDS = 0.5
 DATA_SUFFIXES = {".json", ".jsonl", ".csv", ".npz", ".png", ".svg"}
 # Import names that differ from the name of the distribution. plum comes with cola-ml, which pins it.
-DISTRIBUTIONS = {"PIL": "pillow", "cola": "cola-ml", "plum": "cola-ml", "opt_einsum": "opt-einsum"}
+DISTRIBUTIONS = {
+    "PIL": "pillow",
+    "cola": "cola-ml",
+    "orbax": "orbax-checkpoint",
+    "plum": "cola-ml",
+    "opt_einsum": "opt-einsum",
+}
 TRAINING_MODULES = {
     "PIL",
     "flax",
@@ -150,7 +157,7 @@ class TestFiles:
 
 class TestRequirements:
     def test_extras(self, config: configparser.ConfigParser) -> None:
-        assert set(requirements(config)) == {"", "torch", "jax", "train", "vision", "test", "docs"}
+        assert set(requirements(config)) == EXTRAS
 
     def test_all_have_a_tested_version_within_their_range(self, config: configparser.ConfigParser) -> None:
         tested = pins()
@@ -171,8 +178,8 @@ class TestRequirements:
         ("folder", "extras"),
         [
             ("structlin", ("", "torch", "jax")),
-            ("structlin_nn", ("", "torch", "jax", "train", "vision")),
-            ("tests", ("", "torch", "jax", "train", "vision", "test")),
+            ("structlin_nn", tuple(sorted(EXTRAS - {"test", "docs"}))),
+            ("tests", tuple(sorted(EXTRAS - {"docs"}))),
         ],
     )
     def test_cover_every_import(self, config: configparser.ConfigParser, folder: str, extras: tuple[str, ...]) -> None:
