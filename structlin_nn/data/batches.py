@@ -1,10 +1,11 @@
 """Batches in an order that depends on the seed and the epoch alone, and that can be resumed."""
 
-import operator
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+
+from structlin_nn.data._checks import natural
 
 __all__ = ["Batches", "epoch_order"]
 
@@ -34,7 +35,7 @@ def epoch_order(seed: int, epoch: int, size: int) -> np.ndarray:
         >>> epoch_order(seed=0, epoch=1, size=5).tolist()
         [3, 4, 2, 1, 0]
     """
-    seed, epoch, size = _natural("seed", seed), _natural("epoch", epoch), _natural("size", size)
+    seed, epoch, size = natural("seed", seed), natural("epoch", epoch), natural("size", size)
     keys = np.random.Philox(np.random.SeedSequence([seed, epoch])).random_raw(size)
     return np.argsort(keys, kind="stable").astype(np.int64, copy=False)
 
@@ -88,8 +89,8 @@ class Batches:
         self.images = images
         self.labels = labels
         self.size = len(labels)
-        self.batch_size = _natural("batch_size", batch_size)
-        self.seed = _natural("seed", seed)
+        self.batch_size = natural("batch_size", batch_size)
+        self.seed = natural("seed", seed)
         self.drop_last = drop_last
         self.shuffle = shuffle
         self.epoch = 0
@@ -116,7 +117,7 @@ class Batches:
             TypeError: an argument that is not an integer.
             ValueError: a negative epoch, or a position outside ``range(len(self))``.
         """
-        epoch, position = _natural("epoch", epoch), _natural("position", position)
+        epoch, position = natural("epoch", epoch), natural("position", position)
         if position >= len(self):
             raise ValueError(f"position {position} is outside an epoch of {len(self)} batches")
         start = position * self.batch_size
@@ -169,7 +170,7 @@ class Batches:
                 "the state is of other batches: "
                 + ", ".join(f"{k} is {own[k]} here and {state[k]} in the state" for k in differing)
             )
-        epoch, position = _natural("epoch", state["epoch"]), _natural("position", state["position"])
+        epoch, position = natural("epoch", state["epoch"]), natural("position", state["position"])
         if position >= len(self):
             raise ValueError(f"position {position} is outside an epoch of {len(self)} batches")
         self.epoch, self.position = epoch, position
@@ -181,15 +182,3 @@ def _take(array: Any, chosen: np.ndarray) -> Any:
 
         return array[torch.from_numpy(chosen).to(array.device)]
     return array[chosen]
-
-
-def _natural(name: str, value: Any) -> int:
-    if isinstance(value, bool):
-        raise TypeError(f"{name} must be an integer, got {value!r}")
-    try:
-        number = operator.index(value)
-    except TypeError:
-        raise TypeError(f"{name} must be an integer, got {value!r}") from None
-    if number < 0:
-        raise ValueError(f"{name} must not be negative, got {number}")
-    return number
