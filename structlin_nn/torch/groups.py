@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
 
-import structlin
-from structlin.scale import OPTIMIZERS
-from structlin_nn.torch._modules import Pattern, linear_sizes, listed, matches, show
+from structlin_nn._patterns import Pattern, listed
+from structlin_nn._rates import (
+    KINDS,
+    Fans,
+    ParameterRule,
+    Place,
+    check_arguments,
+    dense_multiplier,
+    factor_multipliers,
+    settle,
+)
+from structlin_nn.torch._modules import linear_sizes
 from structlin_nn.torch.linear import StructuredLinear
 
 __all__ = ["KINDS", "ParameterGroups", "ParameterRule", "format_groups", "parameter_groups"]
-
-KINDS = ("factor", "weight", "embedding", "bias", "norm", "gain", "vector")
-"""Kinds of parameters: factors of structured layers; weights of dense layers and convolutions; embeddings; biases;
-weights of normalisation layers; gains of capped factors; all others that have at most one axis."""
 
 _CONVOLUTIONS = nn.modules.conv._ConvNd
 _NORMS = (
@@ -27,19 +31,6 @@ _NORMS = (
     nn.GroupNorm,
     nn.modules.batchnorm._NormBase,
 )
-
-
-@dataclass(frozen=True)
-class ParameterRule:
-    """A rule given by hand: learning-rate multiplier, and whether weight decay applies."""
-
-    multiplier: float
-    decay: bool = False
-
-    def __post_init__(self) -> None:
-        _check_multiplier(self.multiplier, "a ParameterRule")
-        if not isinstance(self.decay, bool):
-            raise TypeError(f"decay must be True or False, got {self.decay!r}")
 
 
 class ParameterGroups(list):
@@ -127,75 +118,20 @@ def parameter_groups(
     >>> from torch.optim import AdamW
     >>> optimizer = AdamW(groups)
     """
-    _check_arguments(lr, weight_decay, optimizer, decay, independent_decay)
-    extra, rules = dict(extra_multipliers or {}), dict(rules or {})
-    for pattern, value in extra.items():
-        _check_multiplier(value, f"extra_multipliers[{show(pattern)}]")
-    for pattern, given in rules.items():
-        if not isinstance(given, ParameterRule):
-            raise TypeError(f"rules[{show(pattern)}] must be a ParameterRule, got {given!r}")
+    check_arguments(lr, weight_decay, optimizer, decay, independent_decay)
     if base_model is not None:
         _check_same_modules(model, base_model)
 
-    found: dict[nn.Parameter, _Found] = {}
-    unused = {*extra, *rules}
-    uncovered: dict[nn.Parameter, str] = {}
-    for layer, module in _leaves(model):
-        base = module if base_model is None else base_model.get_submodule(layer)
-        for place in _places(layer, module, base, optimizer, structure_aware):
-            by_hand = [pattern for pattern in rules if matches(pattern, place.name)]
-            factors = [p for p in extra if matches(p, place.name) or (place.is_matrix and matches(p, layer))]
-            unused.difference_update(by_hand, factors)
-            if not place.parameter.requires_grad:
-                continue
-            entry = found.setdefault(place.parameter, _Found())
-            entry.extra |= dict.fromkeys(factors)
-            if by_hand:
-                entry.by_hand[place.name] = rules[by_hand[0]]
-            elif place.multiplier is not None:
-                entry.derived[place.name] = ParameterRule(place.multiplier, place.kind in decay)
-            else:
-                uncovered[place.parameter] = (
-                    f"{place.name} {tuple(place.parameter.shape)} of {type(module).__qualname__}"
-                )
-    if missing := [what for parameter, what in uncovered.items() if not found[parameter].by_hand]:
-        raise ValueError(
-            f"no rule covers the parameters {listed(missing)}; give rules={{pattern: ParameterRule(multiplier, "
-            "decay)}, with multiplier 1 for embeddings and whatever else has a fan-in that does not grow with the width"
-        )
-    if unused:
-        raise ValueError(f"nothing matches {listed(map(show, unused))}")
-    return _grouped(_settled(found, extra, model), lr, weight_decay, independent_decay)
+    def places() -> Iterator[Place]:
+        for layer, module in _leaves(model):
+            base = module if base_model is None else base_model.get_submodule(layer)
+            yield from _places(layer, module, base, optimizer, structure_aware)
 
-
-@dataclass
-class _Found:
-    """What is known of a parameter: its rules, by each of its names, and the extra multipliers that apply."""
-
-    by_hand: dict[str, ParameterRule] = field(default_factory=dict)
-    derived: dict[str, ParameterRule] = field(default_factory=dict)
-    extra: dict[Pattern, None] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class _Place:
-    """A parameter where a module holds it; ``multiplier`` is None where no rule covers it."""
-
-    name: str
-    parameter: nn.Parameter
-    kind: str
-    multiplier: float | None
-
-    @property
-    def is_matrix(self) -> bool:
-        return self.kind in ("factor", "weight", "embedding")
-
-
-@dataclass(frozen=True)
-class _Fans:
-    fan_in: int
-    fan_out: int
-    blocks: int = 1
+    settled = settle(places(), dict(extra_multipliers or {}), dict(rules or {}), decay)
+    trainable = {p: name for name, p in model.named_parameters() if p.requires_grad}
+    if missed := [name for p, name in trainable.items() if p not in settled]:
+        raise ValueError(f"no rule reaches the parameters {listed(missed)}, which no known module holds as its own")
+    return _grouped(settled, lr, weight_decay, independent_decay)
 
 
 def _leaves(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -209,37 +145,42 @@ def _leaves(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield name, module
 
 
-def _places(layer: str, module: nn.Module, base: nn.Module, optimizer: str, structure_aware: bool) -> Iterator[_Place]:
+def _places(layer: str, module: nn.Module, base: nn.Module, optimizer: str, structure_aware: bool) -> Iterator[Place]:
     """The parameters of a module that :func:`_leaves` gives, with their rules."""
     prefix = f"{layer}." if layer else ""
     fans, base_fans = _fans(module), _fans(base)
+
+    def place(name: str, parameter: nn.Parameter, kind: str | None, value: float | None) -> Place:
+        described = f"{prefix}{name} {tuple(parameter.shape)} of {type(module).__qualname__}"
+        return Place(prefix + name, layer, parameter, kind or "unknown", value, parameter.requires_grad, described)
+
     if isinstance(module, StructuredLinear):
-        values = _factor_multipliers(module, base_fans["weight"], optimizer, structure_aware)
+        values = factor_multipliers(module.structure, base_fans["weight"], optimizer, structure_aware)
         for number, (parameter, value) in enumerate(zip(module.factors, values, strict=True)):
-            yield _Place(f"{prefix}factors.{number}", parameter, "factor", value)
+            yield place(f"factors.{number}", parameter, "factor", value)
         for number, parameter in enumerate(module.gains or ()):
-            yield _Place(f"{prefix}gains.{number}", parameter, "gain", 1.0)
+            yield place(f"gains.{number}", parameter, "gain", 1.0)
     for name, parameter in module.named_parameters(recurse=False):
         if name in fans:
-            yield _Place(prefix + name, parameter, "weight", _multiplier(fans[name], base_fans[name], optimizer))
+            yield place(name, parameter, "weight", dense_multiplier(fans[name], base_fans[name], optimizer))
         else:
             kind = _kind(module, name, parameter)
-            yield _Place(prefix + name, parameter, kind or "unknown", 1.0 if kind else None)
+            yield place(name, parameter, kind, 1.0 if kind else None)
 
 
-def _fans(module: nn.Module) -> dict[str, _Fans]:
+def _fans(module: nn.Module) -> dict[str, Fans]:
     """Fans of the weights that a module holds, by their names; a structured layer's are those of a dense one."""
     if isinstance(module, StructuredLinear):
-        return {"weight": _Fans(module.in_features, module.out_features)}
+        return {"weight": Fans(module.in_features, module.out_features)}
     if (sizes := linear_sizes(module)) is not None:
-        return {"weight": _Fans(*sizes)}
+        return {"weight": Fans(*sizes)}
     if isinstance(module, _CONVOLUTIONS):
         positions = math.prod(module.kernel_size)
         inside, outside = (n // module.groups for n in (module.in_channels, module.out_channels))
-        return {"weight": _Fans(inside * positions, outside * positions, module.groups)}
+        return {"weight": Fans(inside * positions, outside * positions, module.groups)}
     if isinstance(module, nn.MultiheadAttention):
         sizes_in = {"in": module.embed_dim, "q": module.embed_dim, "k": module.kdim, "v": module.vdim}
-        names = {f"{key}_proj_weight": _Fans(size, module.embed_dim) for key, size in sizes_in.items()}
+        names = {f"{key}_proj_weight": Fans(size, module.embed_dim) for key, size in sizes_in.items()}
         return {name: fans for name, fans in names.items() if getattr(module, name) is not None}
     return {}
 
@@ -255,22 +196,6 @@ def _kind(module: nn.Module, name: str, parameter: nn.Parameter) -> str | None:
     if isinstance(module, _NORMS):
         return "bias" if name == "bias" else "norm"
     return "vector" if parameter.ndim < 2 else None
-
-
-def _factor_multipliers(
-    layer: StructuredLinear, base: _Fans, optimizer: str, structure_aware: bool
-) -> tuple[float, ...]:
-    if not structure_aware:
-        return (_multiplier(_fans(layer)["weight"], base, optimizer),) * len(layer.factors)
-    structure = layer.structure
-    values = structlin.lr_multipliers(structure, optimizer=optimizer, base_d_in=base.fan_in, base_d_out=base.fan_out)
-    return tuple(value for value, factor in zip(values, structure.factors, strict=True) if factor.trainable)
-
-
-def _multiplier(fans: _Fans, base: _Fans, optimizer: str) -> float:
-    dense = structlin.design("dense", (fans.fan_out, fans.fan_in))
-    (value,) = structlin.lr_multipliers(dense, optimizer=optimizer, base_d_in=base.fan_in, base_d_out=base.fan_out)
-    return value * (fans.blocks / base.blocks) if optimizer == "sgd" else value
 
 
 def _check_same_modules(model: nn.Module, base_model: nn.Module) -> None:
@@ -290,29 +215,8 @@ def _check_same_modules(model: nn.Module, base_model: nn.Module) -> None:
             )
 
 
-def _settled(
-    found: Mapping[nn.Parameter, _Found], extra: Mapping[Pattern, float], model: nn.Module
-) -> dict[nn.Parameter, tuple[str, ParameterRule]]:
-    """One name and one rule for each trainable parameter; ValueError where some parameter has none or several."""
-    settled = {}
-    for parameter, entry in found.items():
-        rules = entry.by_hand or entry.derived
-        name, rule = next(iter(rules.items()))
-        if any(other != rule for other in rules.values()):
-            told = "; ".join(f"{n}: multiplier {r.multiplier:g}, decay {r.decay}" for n, r in rules.items())
-            raise ValueError(
-                f"a shared parameter has several rules ({told}); give one with rules={{{name!r}: ParameterRule(...)}}"
-            )
-        multiplier = math.prod((extra[pattern] for pattern in entry.extra), start=rule.multiplier)
-        settled[parameter] = name, ParameterRule(multiplier, rule.decay)
-    trainable = {p: name for name, p in model.named_parameters() if p.requires_grad}
-    if missed := [name for p, name in trainable.items() if p not in settled]:
-        raise ValueError(f"no rule reaches the parameters {listed(missed)}, which no known module holds as its own")
-    return settled
-
-
 def _grouped(
-    settled: Mapping[nn.Parameter, tuple[str, ParameterRule]], lr: float, weight_decay: float, independent: bool
+    settled: Mapping[Any, tuple[str, ParameterRule]], lr: float, weight_decay: float, independent: bool
 ) -> ParameterGroups:
     groups: dict[ParameterRule, dict[str, Any]] = {}
     for parameter, (name, rule) in settled.items():
@@ -330,28 +234,6 @@ def _grouped(
         group["params"].append(parameter)
         group["names"].append(name)
     return ParameterGroups(groups.values())
-
-
-def _check_arguments(
-    lr: float, weight_decay: float, optimizer: str, decay: Collection[str], independent_decay: bool
-) -> None:
-    if optimizer not in OPTIMIZERS:
-        raise ValueError(f"unknown optimizer {optimizer!r}; one of {', '.join(OPTIMIZERS)}")
-    if not (lr >= 0 and weight_decay >= 0):
-        raise ValueError(f"lr and weight_decay must not be negative, got {lr} and {weight_decay}")
-    if isinstance(decay, str) or (unknown := [kind for kind in decay if kind not in KINDS]):
-        wrong = repr(decay) if isinstance(decay, str) else listed(map(repr, unknown))
-        raise ValueError(f"decay must be a collection of {', '.join(KINDS)}, got {wrong}")
-    if independent_decay and optimizer == "adam":
-        raise ValueError(
-            "independent_decay needs an optimizer that subtracts the decay from the parameter (adamw, sgd, sign); "
-            "adam adds it to the gradient and then divides by the gradient's size"
-        )
-
-
-def _check_multiplier(value: float, what: str) -> None:
-    if not (math.isfinite(value) and value > 0):
-        raise ValueError(f"a multiplier must be positive and finite, got {value!r} in {what}")
 
 
 def format_groups(groups: Iterable[Mapping[str, Any]]) -> str:

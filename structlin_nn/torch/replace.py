@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -11,66 +10,14 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils import parametrize
 
 from structlin.structure import AbstractStructure
-from structlin_nn.torch._modules import Pattern, Patterns, as_patterns, is_conv1d, linear_sizes, listed, matches, show
+from structlin_nn._patterns import Patterns, as_patterns
+from structlin_nn._replacement import PRESETS, Replacement, ReplacementReport, matching, names_of, select
+from structlin_nn.torch._modules import is_conv1d, linear_sizes
 from structlin_nn.torch.linear import StructuredLinear
 
 __all__ = ["PRESETS", "Replacement", "ReplacementReport", "replace_linear"]
 
-PRESETS = ("all", "all_but_last", "intermediate")
 Selection = Patterns | Callable[[str, nn.Module], bool]
-Places = Mapping[nn.Module, Sequence[str]]
-
-
-@dataclass(frozen=True)
-class Replacement:
-    """One replaced layer.
-
-    Attributes:
-        names: where it stands; several names where one module is used at several places.
-        structure: of the new layer, whose shape is (d_out, d_in).
-        params_before, params_after: trainable or not, with biases and gains.
-        macs_before, macs_after: multiply-accumulates for one vector.
-    """
-
-    names: tuple[str, ...]
-    structure: AbstractStructure
-    params_before: int
-    params_after: int
-    macs_before: int
-    macs_after: int
-
-
-@dataclass(frozen=True)
-class ReplacementReport:
-    """What :func:`replace_linear` did; ``print`` it for a table.
-
-    Attributes:
-        layers: the replaced layers, in the order in which the model registers them.
-        skipped: names of layers that were left alone on request, with the reason.
-        notes: what else was changed in the model.
-    """
-
-    layers: tuple[Replacement, ...]
-    skipped: tuple[tuple[str, str], ...] = ()
-    notes: tuple[str, ...] = ()
-
-    def __str__(self) -> str:
-        head = ("layer", "shape", "params", "structured", "MACs", "structured")
-        rows = [
-            (" = ".join(r.names), f"{r.structure.d_out} x {r.structure.d_in}",
-             *(f"{n:,}" for n in (r.params_before, r.params_after, r.macs_before, r.macs_after)))
-            for r in self.layers
-        ]  # fmt: skip
-        fields = ("params_before", "params_after", "macs_before", "macs_after")
-        totals = (f"{sum(getattr(r, field) for r in self.layers):,}" for field in fields)
-        cells = [head, *rows, ("total", "", *totals)]
-        widths = [max(len(row[i]) for row in cells) for i in range(len(head))]
-        lines = [
-            "  ".join(c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
-            for row in cells
-        ]
-        lines += [f"left alone: {name} ({reason})" for name, reason in self.skipped]
-        return "\n".join([*lines, *self.notes])
 
 
 def replace_linear(
@@ -143,8 +90,8 @@ def replace_linear(
     for name, module in model.named_modules(remove_duplicate=False):
         if linear_sizes(module) is not None:
             places.setdefault(module, []).append(name)
-    chosen = _select(places, layers, as_patterns(exclude))
-    zeroed = _matching(chosen, as_patterns(zero_init), "zero_init")
+    chosen = select(places, layers, as_patterns(exclude), "nn.Linear, or Conv1D of transformers")
+    zeroed = matching(chosen, as_patterns(zero_init), "zero_init")
 
     owners = _owners(model)
     skipped, made = [], {}
@@ -163,7 +110,7 @@ def replace_linear(
                 "exclude it, or pass shared_weights='skip' to leave such layers alone"
             )
     if not made:
-        raise ValueError(f"every layer that is chosen shares its weight; the linear layers are {_names(places)}")
+        raise ValueError(f"every layer that is chosen shares its weight; the linear layers are {names_of(places)}")
 
     notes: dict[str, None] = {}
     for linear, new in made.items():
@@ -183,39 +130,6 @@ def replace_linear(
         for linear, new in made.items()
     )
     return ReplacementReport(rows, tuple(skipped), tuple(notes))
-
-
-def _names(places: Places) -> str:
-    return listed(names[0] for names in places.values())
-
-
-def _matching(places: Places, patterns: Sequence[Pattern], argument: str) -> set[nn.Module]:
-    """Layers that match any of the patterns, each of which must match some."""
-    found: set[nn.Module] = set()
-    for pattern in patterns:
-        hits = {module for module, names in places.items() if any(matches(pattern, name) for name in names)}
-        if not hits:
-            raise ValueError(
-                f"{argument}: no linear layer matches {show(pattern)}; the linear layers are {_names(places)}"
-            )
-        found |= hits
-    return found
-
-
-def _select(places: Places, layers: Selection, exclude: Sequence[Pattern]) -> dict[nn.Module, tuple[str, ...]]:
-    if not places:
-        raise ValueError("the model has no linear layers (nn.Linear, or Conv1D of transformers)")
-    if isinstance(layers, str) and layers in PRESETS:
-        ordered = list(places)
-        chosen = set({"all": ordered, "all_but_last": ordered[:-1], "intermediate": ordered[1:-1]}[layers])
-    elif isinstance(layers, Sequence) or not callable(layers):
-        chosen = _matching(places, as_patterns(layers), "layers")
-    else:
-        chosen = {module for module, names in places.items() if any(layers(name, module) for name in names)}
-    chosen -= _matching(places, exclude, "exclude")
-    if not chosen:
-        raise ValueError(f"layers={layers!r} leaves no layer to replace; the linear layers are {_names(places)}")
-    return {module: tuple(names) for module, names in places.items() if module in chosen}
 
 
 def _owners(model: nn.Module) -> dict[nn.Parameter, list[str]]:

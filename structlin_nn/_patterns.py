@@ -1,0 +1,47 @@
+"""Patterns of names, by which layers and parameters are chosen; the same for every framework."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from fnmatch import fnmatchcase
+
+__all__ = ["Pattern", "Patterns", "as_patterns", "listed", "matches", "show"]
+
+Pattern = str | re.Pattern[str]
+Patterns = Pattern | Sequence[Pattern]
+
+
+def as_patterns(given: Patterns) -> tuple[Pattern, ...]:
+    """One or several patterns as a tuple. Raises TypeError for what is no pattern."""
+    patterns = (given,) if isinstance(given, str | re.Pattern) else tuple(given)
+    for pattern in patterns:
+        if not isinstance(pattern, str | re.Pattern):
+            raise TypeError(f"a pattern is a string (glob) or a compiled regular expression, got {pattern!r}")
+    return patterns
+
+
+def matches(pattern: Pattern, name: str) -> bool:
+    """Whether all of ``name`` matches: a string is a glob, in which ``*`` also runs over dots.
+
+    >>> matches("blocks.*.fc1", "blocks.3.mlp.fc1"), matches(re.compile(r"blocks\\.\\d+\\.fc1"), "blocks.3.mlp.fc1")
+    (True, False)
+    """
+    if isinstance(pattern, str):
+        return fnmatchcase(name, pattern)
+    return pattern.fullmatch(name) is not None
+
+
+def show(pattern: Pattern) -> str:
+    """A pattern as it stands in an error message."""
+    return repr(pattern if isinstance(pattern, str) else pattern.pattern)
+
+
+def listed(names: Iterable[str], most: int = 40) -> str:
+    """Names joined by commas, the first ``most`` of them.
+
+    >>> listed("abcd", most=2)
+    'a, b, ... (2 more)'
+    """
+    names = list(names)
+    return ", ".join(names[:most]) + (f", ... ({len(names) - most} more)" if len(names) > most else "")
