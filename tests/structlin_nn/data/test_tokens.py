@@ -48,9 +48,7 @@ class TestOpen:
         assert data.train.tolist() == rng.integers(0, 300, 1000).tolist()
 
     def test_meta(self, folder: Path) -> None:
-        splits = {
-            name: {"tokens": n, "sha256": sha(folder / f"{name}.bin")} for name, n in (("train", 1000), ("val", 101))
-        }
+        splits = stated(folder)
         meta = {"version": 1, "name": "toy", "vocab_size": 300, "tokenizer": "bytes", "end_of_text": 256, **splits}
         (folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
         data = open_tokens(folder)
@@ -97,9 +95,7 @@ class TestOpen:
             open_tokens(tmp_path)
 
     def test_truncated_or_changed_under_meta(self, folder: Path) -> None:
-        splits = {
-            name: {"tokens": n, "sha256": sha(folder / f"{name}.bin")} for name, n in (("train", 1000), ("val", 101))
-        }
+        splits = stated(folder)
         (folder / "meta.json").write_text(json.dumps({"version": 1, **splits}), encoding="utf-8")
         raw = bytearray((folder / "train.bin").read_bytes())
         (folder / "train.bin").write_bytes(raw[:-2])
