@@ -13,11 +13,15 @@ from structlin.linalg import _diagonal as _diagonal
 from structlin.linalg import _functions as _functions
 from structlin.linalg import _inverse as _inverse
 from structlin.linalg import _woodbury as _woodbury
+from structlin.linalg._cola import use_for_solve
 from structlin.linalg._common import DENSE_LIMIT
 from structlin.linalg._iterative import ConvergenceError
 from structlin.linalg._norms import frobenius_norm, inner, spectral_norm
+from structlin.linalg._solve import solve
 from structlin.linalg._spectrum import SVD, svd
 from structlin.linalg._tensor_train import add_tensor_trains, round_tensor_train
+
+use_for_solve(solve)
 
 __all__ = [
     "DENSE_LIMIT",
@@ -27,6 +31,7 @@ __all__ = [
     "frobenius_norm",
     "inner",
     "round_tensor_train",
+    "solve",
     "spectral_norm",
     "svd",
 ]

@@ -10,7 +10,7 @@ transpose, a view of a layer and a chain without a name get the same treatment.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
@@ -19,6 +19,7 @@ from structlin._arrays import Array, backend_of, ops
 from structlin.linalg._lapack import lapack
 from structlin.operators import StructuredOperator
 from structlin.structure import AbstractStructure, Step, Structure
+from structlin.structures.kronecker import Kronecker
 
 
 def blocks_of(structure: Structure, number: int, factor: Array) -> Array:
@@ -47,6 +48,12 @@ def is_dense(structure: AbstractStructure) -> bool:
         and structure.padding == (0, 0)
         and structure.factors[0].blocks == structure.factors[0].carried == 1
     )
+
+
+@lru_cache(maxsize=1024)
+def rank_bound(structure: AbstractStructure) -> int:
+    """Upper bound of the rank, remembered."""
+    return structure.rank_bound
 
 
 @lru_cache(maxsize=1024)
@@ -244,6 +251,17 @@ def diagonal_blocks(structure: AbstractStructure, factors: Sequence[Array]) -> A
         factor = ops(backend_of(factor)).permute(factor, order)
     spec = structure.factors[0]
     return factor.reshape((spec.blocks, spec.fan_out, spec.fan_in))
+
+
+@lru_cache(maxsize=1024)
+def _kronecker_structure(shapes: tuple[tuple[int, ...], ...]) -> AbstractStructure:
+    return Kronecker._infer(*shapes)
+
+
+def kronecker(matrices: Iterable[Array]) -> Kronecker:
+    """The Kronecker product of matrices, its structure worked out once for each choice of sizes."""
+    factors = tuple(matrices)
+    return Kronecker._build(_kronecker_structure(tuple(tuple(m.shape) for m in factors)), factors)
 
 
 # -- bottleneck ------------------------------------------------------------------------------------------------------

@@ -30,7 +30,6 @@ from structlin.structures.block_diagonal import BlockDiagonal
 from structlin.structures.circulant import Circulant, CirculantStructure
 from structlin.structures.dense import Dense
 from structlin.structures.diagonal import Diagonal, DiagonalStructure
-from structlin.structures.kronecker import Kronecker
 from structlin.structures.low_rank import LowRank
 from structlin.structures.permutation import Permutation, PermutationStructure
 from structlin.structures.tensor_train import TensorTrain
@@ -178,7 +177,7 @@ def _of_parts(A: StructuredOperator, B: StructuredOperator) -> StructuredOperato
         first, second = (chain.part_matrices(op.structure, op.factors) for op in (A, B))
         assert first is not None
         assert second is not None
-        return Kronecker(*(_matmul(x, y) for x, y in zip(first, second, strict=True)))
+        return chain.kronecker(_matmul(x, y) for x, y in zip(first, second, strict=True))
     blocks = [chain.diagonal_blocks(op.structure, op.factors) for op in (A, B)]
     if blocks[0] is None or blocks[1] is None:
         return None
@@ -439,4 +438,4 @@ def _kronecker_of(A: StructuredOperator, B: StructuredOperator) -> StructuredOpe
     if first is None or second is None:
         return None
     pairs = [_promoted(m, second[0]) for m in first]
-    return Kronecker(*(m for m, _ in pairs), *(_promoted(m, first[0])[0] for m in second))
+    return chain.kronecker([*(m for m, _ in pairs), *(_promoted(m, first[0])[0] for m in second)])

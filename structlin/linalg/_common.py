@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import lru_cache
 
 import cola
 import numpy as np
@@ -65,30 +65,35 @@ def like(x: np.ndarray, A: LinearOperator) -> Array:
     return A.xnp.array(x, dtype=A.dtype, device=A.device)
 
 
-def backward_error(A: LinearOperator, inverse: LinearOperator) -> float | None:
-    """``|A x - v| / (|A| |x| + |v|)`` for x = inverse @ v and a fixed random v; None while values are traced.
+@lru_cache(maxsize=32)
+def _probe(n: int) -> np.ndarray:
+    v = np.random.default_rng(0).standard_normal(n)
+    return v / np.linalg.norm(v)
 
-    The norm of A is replaced by its action on v, which it exceeds, so that the error is rather over- than
-    underestimated.
+
+def probe(A: LinearOperator) -> Array:
+    """A fixed random vector of length 1, of A's library and dtype."""
+    return like(_probe(A.shape[0]), A)
+
+
+def accuracy(A: LinearOperator) -> float:
+    """The relative residual up to which a formula in which numbers may have cancelled is trusted."""
+    return eps(A.dtype) ** 0.75
+
+
+def is_backward_stable(A: LinearOperator, solve: Callable[[Array], Array]) -> bool:
+    """Whether such a formula has solved with A or with a close neighbour. True while values are traced.
+
+    For x = solve(v), whether ``|A x - v| <= tol (|A| |x| + |v|)``, with |A| replaced by its action on v, which it
+    exceeds.
     """
-    n = A.shape[0]
-    v = like(np.random.default_rng(0).standard_normal(n) / math.sqrt(n), A)
-    x = inverse @ v
-    v = A.xnp.cast(v, x.dtype)
-    squares = [known(abs(y * y.conj()).sum()) for y in (A @ x - v, A @ v, x, v)]
-    if None in squares:
-        return None
-    residual, action, size, start = (math.sqrt(s) if s is not None and s >= 0 else math.nan for s in squares)
-    return residual / (action / start * size + start)
-
-
-def is_backward_stable(A: LinearOperator, inverse: LinearOperator) -> bool:
-    """Whether a formula in which numbers may have cancelled has given the inverse of A or of a close neighbour.
-
-    True while values are traced.
-    """
-    error = backward_error(A, inverse)
-    return error is None or error <= eps(A.dtype) ** 0.75
+    v = probe(A)
+    x = solve(v)
+    norm = lapack(v).norm
+    residual, size, action = (known(norm(y)) for y in (A @ x - v, x, A @ v))
+    if residual is None or size is None or action is None:
+        return True
+    return residual <= accuracy(A) * (action * size + 1)
 
 
 def dense_inverse(A: LinearOperator) -> LinearOperator:

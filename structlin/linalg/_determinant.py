@@ -15,11 +15,11 @@ from cola.annotations import PSD
 from cola.linalg import slogdet
 from cola.linalg.algorithm_base import Algorithm, Auto
 from cola.linalg.decompositions.decompositions import Arnoldi, Lanczos
-from cola.ops import Adjoint, BlockDiag, LinearOperator, Product, Transpose
+from cola.ops import Adjoint, BlockDiag, Identity, LinearOperator, Permutation, Product, ScalarMul, Transpose
 from cola.ops import Kronecker as ColaKronecker
 
 from structlin._arrays import Array
-from structlin._cola_compat._repair import rule
+from structlin._cola_compat._repair import implementation, rule
 from structlin._cola_compat._values import _parity
 from structlin.linalg import _chain as chain
 from structlin.linalg._common import fits_dense, require_square
@@ -53,10 +53,12 @@ def structured_slogdet(A: StructuredOperator) -> Determinant | None:
         return _of_numbers(factors[0], xp)
     if isinstance(structure, CirculantStructure):
         return _of_circulant(factors[0], xp)
-    if structure.rank_bound < structure.d_in:
+    if chain.rank_bound(structure) < structure.d_in:
         zero = (factors[0] * 0).sum()
         return zero, xp.real(zero) - math.inf
     if isinstance(structure, Structure) and chain.is_square_chain(structure):
+        if A.isa(PSD) and (blocks := chain.diagonal_blocks(structure, factors)) is not None:
+            return xp.positive_slogdet(blocks)
         return _of_chain(structure, factors, xp)
     padded = padded_inverse(A)
     if padded is None:
@@ -69,6 +71,8 @@ def structured_slogdet(A: StructuredOperator) -> Determinant | None:
 def _of_numbers(values: Array, xp: Any) -> Determinant:
     """Of a diagonal matrix. A zero gives (0, -inf), as for every library's dense matrices."""
     size = xp.abs(values)
+    if not xp.is_complex(values):
+        return xp.prod(xp.sign(values)), xp.log(size).sum()
     zero = size == 0
     signs = xp.where(zero, values * 0, values / xp.where(zero, size * 0 + 1, size))
     return xp.prod(signs), xp.log(size).sum()
@@ -106,6 +110,8 @@ def general_slogdet(A: LinearOperator, log_alg: Auto, trace_alg: Algorithm) -> D
     if fits_dense(A):
         matrix = A.to_dense()
         require_precision(matrix, "a determinant")
+        if A.isa(PSD):
+            return lapack(matrix).positive_slogdet(matrix)
         sign, log = lapack(matrix).slogdet(matrix)
         return sign, log
     iterative = Lanczos if A.isa(PSD) else Arnoldi
@@ -150,6 +156,27 @@ def _of_powers(determinants: Iterable[Determinant], powers: Iterable[int]) -> De
     for (s, value), power in zip(determinants, powers, strict=True):
         sign, log = sign * s**power, log + power * value
     return sign, log
+
+
+def _real_log(A: LinearOperator, kind: type, trace_alg: Algorithm) -> Determinant:
+    """What CoLA's rule for ``kind`` gives, with a logarithm that is real for complex operators too."""
+    sign, log = implementation("slogdet", kind, Algorithm, Algorithm)(A, Auto(), trace_alg)
+    return sign, lapack(log).real(log)
+
+
+@rule("slogdet")
+def _slogdet_of_identity(A: Identity, log_alg: Auto, trace_alg: Algorithm):
+    return _real_log(A, Identity, trace_alg)
+
+
+@rule("slogdet")
+def _slogdet_of_scalar(A: ScalarMul, log_alg: Auto, trace_alg: Algorithm):
+    return _real_log(A, ScalarMul, trace_alg)
+
+
+@rule("slogdet")
+def _slogdet_of_permutation(A: Permutation, log_alg: Auto, trace_alg: Algorithm):
+    return _real_log(A, Permutation, trace_alg)
 
 
 @rule("slogdet")

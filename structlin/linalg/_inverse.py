@@ -38,7 +38,6 @@ from structlin.structures.block_diagonal import BlockDiagonal
 from structlin.structures.circulant import Circulant, CirculantStructure
 from structlin.structures.dense import Dense
 from structlin.structures.diagonal import Diagonal, DiagonalStructure
-from structlin.structures.kronecker import Kronecker
 from structlin.structures.low_rank import LowRank
 from structlin.structures.permutation import PermutationStructure
 
@@ -67,8 +66,8 @@ def structured_inverse(A: StructuredOperator) -> LinearOperator | None:
         return Diagonal(_inverse_values(factors[0], 0.0))
     if isinstance(structure, CirculantStructure):
         return Circulant(inverse_column(factors[0]))
-    if structure.rank_bound < structure.d_in:
-        raise singular(A, structure.rank_bound)
+    if chain.rank_bound(structure) < structure.d_in:
+        raise singular(A, chain.rank_bound(structure))
     if chain.is_dense(structure):
         return None
     if chain.is_square_chain(structure):
@@ -76,7 +75,7 @@ def structured_inverse(A: StructuredOperator) -> LinearOperator | None:
         if parts is not None and all(p.factor is not None for p in parts):
             matrices = chain.part_matrices(structure, factors)
             assert matrices is not None
-            return Kronecker(*map(inverse_of, matrices))
+            return chain.kronecker(map(inverse_of, matrices))
         blocks = chain.diagonal_blocks(structure, factors)
         return _chain_inverse(A) if blocks is None else BlockDiagonal(inverse_of(blocks))
     return _schur_inverse(A)
@@ -94,9 +93,9 @@ def _inverse_values(values: Array, smallest: float) -> Array:
     """1 / x; LinAlgError for a number as small as ``smallest`` of the largest one."""
     xp = lapack(values)
     size = xp.abs(xp.stop_gradient(values))
-    least, most = known(size.min()), known(size.max())
+    least, most = known(size.min()), known(size.max()) if smallest else 0.0
     if least is not None and most is not None and not least > smallest * most:
-        raise singular_to_roundoff(f"a matrix with eigenvalues of magnitude {least:.1e} to {most:.1e}")
+        raise singular_to_roundoff(f"a matrix with an eigenvalue of magnitude {least:.1e}")
     return 1 / values
 
 
@@ -152,7 +151,7 @@ def _schur_inverse(A: StructuredOperator) -> LinearOperator | None:
     if parts is None:
         return None
     found = parts.leading + LowRank(lapack(parts.corner).solve(parts.corner, parts.below), -parts.right)
-    return found if is_backward_stable(A, found) else None
+    return found if is_backward_stable(A, found.__matmul__) else None
 
 
 def general_inverse(A: LinearOperator, alg: Auto) -> LinearOperator:
@@ -255,7 +254,7 @@ def structured_pinv(A: StructuredOperator) -> LinearOperator:
         return Circulant(column if xp.is_complex(factors[0]) else xp.real(column))
     matrices = chain.part_matrices(structure, factors)
     if matrices is not None:
-        return Kronecker(*map(pinv_of, matrices)) if len(matrices) > 1 else Dense(pinv_of(matrices[0]))
+        return chain.kronecker(map(pinv_of, matrices)) if len(matrices) > 1 else Dense(pinv_of(matrices[0]))
     blocks = chain.diagonal_blocks(structure, factors)
     if blocks is not None:
         return BlockDiagonal(pinv_of(blocks))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from types import SimpleNamespace
 from typing import Any
@@ -33,7 +34,16 @@ def _numpy() -> SimpleNamespace:
         wide = np.result_type(a.dtype, np.complex64)
         return values.astype(wide), vectors.astype(wide)
 
+    def cholesky_solve(a: Array, b: Array) -> Array:
+        return np.linalg.solve(a, b)  # NumPy solves triangular systems by LU, SciPy one at a time
+
+    def positive_slogdet(a: Array) -> tuple[Array, Array]:
+        sign, log = np.linalg.slogdet(a)
+        return np.prod(sign), np.sum(log)
+
     return SimpleNamespace(
+        cholesky_solve=cholesky_solve,
+        positive_slogdet=positive_slogdet,
         inv=np.linalg.inv,
         solve=np.linalg.solve,
         slogdet=np.linalg.slogdet,
@@ -51,6 +61,7 @@ def _numpy() -> SimpleNamespace:
         index=lambda i, like: np.asarray(i),
         where=np.where,
         abs=np.abs,
+        sign=np.sign,
         sqrt=np.sqrt,
         exp=np.exp,
         log=np.log,
@@ -72,7 +83,24 @@ def _torch() -> SimpleNamespace:
         values, vectors = torch.linalg.eig(a)
         return values, vectors
 
+    def cholesky_solve(a: Array, b: Array) -> Array:
+        lower = torch.linalg.cholesky(a)
+        half = torch.linalg.solve_triangular(lower, b, upper=False)
+        return torch.linalg.solve_triangular(lower.mH, half, upper=True)
+
+    def positive_slogdet(a: Array) -> tuple[Array, Array]:
+        """By Cholesky, half the work of LU, which takes over for what is not positive to roundoff."""
+        if a.device.type == "cpu" and is_known(a):
+            lower, failed = torch.linalg.cholesky_ex(a)
+            if not failed.any():
+                log = 2 * lower.diagonal(0, -2, -1).real.log().sum()
+                return (log * 0 + 1).to(a.dtype), log
+        sign, log = torch.linalg.slogdet(a)
+        return sign.prod(), log.sum()
+
     return SimpleNamespace(
+        cholesky_solve=cholesky_solve,
+        positive_slogdet=positive_slogdet,
         inv=torch.linalg.inv,
         solve=torch.linalg.solve,
         slogdet=torch.linalg.slogdet,
@@ -90,6 +118,7 @@ def _torch() -> SimpleNamespace:
         index=lambda i, like: torch.as_tensor(np.ascontiguousarray(i), device=like.device),
         where=torch.where,
         abs=torch.abs,
+        sign=torch.sign,
         sqrt=torch.sqrt,
         exp=torch.exp,
         log=torch.log,
@@ -114,7 +143,20 @@ def _jax() -> SimpleNamespace:
             return jax.scipy.linalg.expm(a)
         return jax.vmap(jax.scipy.linalg.expm)(a)
 
+    def cholesky_solve(a: Array, b: Array) -> Array:
+        lower = jnp.linalg.cholesky(a)
+        half = jax.lax.linalg.triangular_solve(lower, b, left_side=True, lower=True)
+        return jax.lax.linalg.triangular_solve(
+            lower, half, left_side=True, lower=True, transpose_a=True, conjugate_a=True
+        )
+
+    def positive_slogdet(a: Array) -> tuple[Array, Array]:
+        sign, log = jnp.linalg.slogdet(a)
+        return jnp.prod(sign), jnp.sum(log)
+
     return SimpleNamespace(
+        cholesky_solve=cholesky_solve,
+        positive_slogdet=positive_slogdet,
         inv=jnp.linalg.inv,
         solve=jnp.linalg.solve,
         slogdet=jnp.linalg.slogdet,
@@ -132,6 +174,7 @@ def _jax() -> SimpleNamespace:
         index=lambda i, like: jnp.asarray(i),
         where=jnp.where,
         abs=jnp.abs,
+        sign=jnp.sign,
         sqrt=jnp.sqrt,
         exp=jnp.exp,
         log=jnp.log,
@@ -189,7 +232,8 @@ def inverse_of(matrices: Array) -> Array:
     LinAlgError (a ValueError), or gives NaN while values are traced."""
     xp = lapack(matrices)
     require_precision(matrices, "an inverse")
-    inverses = xp.inv(matrices)
+    with refusing_singular(matrices):
+        inverses = xp.inv(matrices)
     condition = _column_norms(xp, xp.stop_gradient(matrices)) * _column_norms(xp, xp.stop_gradient(inverses))
     bound = 1 / eps(matrices.dtype)
     worst = known(condition.max())
@@ -210,6 +254,17 @@ def nan_unless(good: Array, like: Array) -> Array:
 def _column_norms(xp: SimpleNamespace, matrices: Array) -> Array:
     """The 1-norm of each matrix, the largest sum of absolute values in a column."""
     return xp.amax(xp.abs(matrices).sum(-2))
+
+
+@contextmanager
+def refusing_singular(matrices: Array) -> Iterator[None]:
+    """One exception with one message for what NumPy and torch raise at a pivot of zero; jax gives no finite numbers."""
+    try:
+        yield
+    except (np.linalg.LinAlgError, RuntimeError) as error:
+        if "ingular" not in str(error):
+            raise
+        raise singular_to_roundoff(f"a block of size {matrices.shape[-1]}") from None
 
 
 def singular_to_roundoff(what: str) -> np.linalg.LinAlgError:

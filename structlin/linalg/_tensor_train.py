@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 
 from structlin._arrays import Array
-from structlin.linalg._lapack import eps, is_known, lapack, require_precision
+from structlin.linalg._lapack import einsum, eps, is_known, lapack, needs_grad, require_precision
 from structlin.operators import StructuredOperator
 from structlin.structures.kronecker import Kronecker
 from structlin.structures.tensor_train import TensorTrain
@@ -109,7 +109,9 @@ def round_tensor_train(
         tol: relative error in the Frobenius norm that may be made in all; the smallest ranks that keep it are taken.
             With neither, ``tol`` is a thousand roundoffs: ranks that are not needed go away. With both, both hold.
 
-    Returns: a Tensor-Train whose error is at most sqrt(c - 1) times that of the best one with its ranks.
+    Returns: a Tensor-Train whose error is at most sqrt(c - 1) times that of the best one with its ranks. Differentiable
+    where the singular values that are kept differ from one another and from those that are dropped; on jax only where
+    no rank of A is superfluous to begin with.
 
     Raises TypeError for other structures, ValueError for ranks below 1, a wrong number of them, a negative ``tol``, and
     for ranks that depend on values inside jit (give ``rank`` and ``tol=0`` there).
@@ -124,27 +126,59 @@ def round_tensor_train(
     bonds = len(cores) - 1
     limits = _limits(rank, bonds)
     if tol is None:
-        tol = 0.0 if rank is not None else 1000 * eps(cores[0].dtype)
+        tol = 0.0 if rank is not None else _tiny(cores)
     if not 0 <= tol < 1:
         raise ValueError(f"tol must lie between 0 and 1, got {tol!r}")
     if bonds == 0:
         return TensorTrain(*cores)
     if tol > 0 and not is_known(cores[0]):
         raise ValueError("the ranks that keep a tolerance depend on values; inside jit give rank (and no tol)")
-    cores = _right_orthogonal(cores)
+    if any(map(needs_grad, cores)):
+        cores = _without_superfluous(cores)
+    return TensorTrain(*_truncated(cores, limits, tol))
+
+
+def _truncated(cores: Sequence[Array], limits: Sequence[int | None], tol: float) -> list[Array]:
+    cores, bonds = _right_orthogonal(cores), len(cores) - 1
     xp = lapack(cores[0])
-    budget = tol * float(xp.norm(cores[0])) / math.sqrt(bonds) if tol > 0 else 0.0
+    budget = tol * float(xp.stop_gradient(xp.norm(cores[0]))) / math.sqrt(bonds) if tol > 0 else 0.0
     for k in range(bonds):
         r, n, m, s = cores[k].shape
         u, values, vh = xp.svd(cores[k].reshape((r * n * m, s)))
         kept = values.shape[0] if limits[k] is None else min(values.shape[0], limits[k] or 1)
         if tol > 0:
-            kept = min(kept, _smallest_rank([float(v) for v in values], budget))
+            kept = min(kept, _smallest_rank([float(v) for v in xp.stop_gradient(values)], budget))
         cores[k] = u[:, :kept].reshape((r, n, m, kept))
         a, b, c, d = cores[k + 1].shape
         carry = xp.astype(values[:kept, None], vh.dtype) * vh[:kept]
         cores[k + 1] = (carry @ cores[k + 1].reshape((a, b * c * d))).reshape((kept, b, c, d))
-    return TensorTrain(*cores)
+    return cores
+
+
+def _without_superfluous(cores: list[Array]) -> list[Array]:
+    """The same matrix without the ranks that are zero to roundoff, differentiable where QR and SVD are not: at zeros.
+
+    At each bond the unfolding M of exact rank becomes (M V) (U^H M V)^-1 (U^H M) with constant orthonormal bases U and
+    V of its ranges. Value and derivative (the projection onto the tangent space) are those of its truncated SVD.
+    """
+    xp = lapack(cores[0])
+    left = _truncated([xp.stop_gradient(c) for c in cores], [None] * (len(cores) - 1), _tiny(cores))
+    if all(a.shape == b.shape for a, b in zip(left, cores, strict=True)):
+        return cores
+    right = _right_orthogonal(left)
+    ends = [xp.eye(1, cores[0])]  # right parts of M times V, from the last bond to the first
+    for core, basis in zip(reversed(cores[1:]), reversed(right[1:]), strict=True):
+        ends.append(einsum((core, ends[-1], xp.conj(basis)), ((0, 1, 2, 3), (3, 4), (5, 1, 2, 4)), (0, 5)))
+    carry, kept = xp.eye(1, cores[0]), []
+    for core, basis, end in zip(cores[:-1], left[:-1], reversed(ends[1:]), strict=True):
+        core = einsum((carry, core), ((0, 1), (1, 2, 3, 4)), (0, 2, 3, 4))
+        carry = einsum((xp.conj(basis), core), ((0, 1, 2, 3), (0, 1, 2, 4)), (3, 4))
+        kept.append(core @ (end @ xp.inv(carry @ end)))
+    return [*kept, einsum((carry, cores[-1]), ((0, 1), (1, 2, 3, 4)), (0, 2, 3, 4))]
+
+
+def _tiny(cores: Sequence[Array]) -> float:
+    return 1000 * eps(cores[0].dtype)
 
 
 def _limits(rank: int | Sequence[int] | None, bonds: int) -> list[int | None]:

@@ -10,22 +10,26 @@ condition of B as well as of A: the result is checked, and where it is bad the d
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
 
+from cola.annotations import PSD
 from cola.linalg.algorithm_base import Algorithm, Auto
 from cola.ops import LinearOperator, Sum
 
 from structlin._arrays import Array
 from structlin._cola_compat._repair import rule
-from structlin.linalg._common import annotated, hermitian, is_backward_stable, require_square
+from structlin.linalg._common import accuracy, annotated, hermitian, is_backward_stable, probe, require_square
 from structlin.linalg._determinant import general_slogdet, structured_slogdet
 from structlin.linalg._forms import diagonal_of, thin
 from structlin.linalg._inverse import NO_INVERSE, general_inverse, structured_inverse
-from structlin.linalg._lapack import as_array, lapack, require_precision
+from structlin.linalg._lapack import as_array, eps, known, lapack, require_precision
 from structlin.operators import StructuredOperator
 from structlin.structure import Structure
-from structlin.structures.diagonal import Diagonal
+from structlin.structures.diagonal import Diagonal, DiagonalStructure
 
 _WIDEST = 0.5  # of n: above this total rank, the dense matrix costs no more
+_THREE = "i,ri->r; r,sr->s; s,os->o"
 
 
 def split(A: Sum) -> tuple[StructuredOperator, Array, Array] | None:
@@ -47,25 +51,75 @@ def split(A: Sum) -> tuple[StructuredOperator, Array, Array] | None:
     if not thins or len(others) > 1 or (others and diagonals) or not (others or diagonals):
         return None
     xp = lapack(thins[0][0])
-    dtype = A.dtype
-    U = xp.concat_axis([xp.astype(u, dtype) for u, _ in thins], 1)
-    V = xp.concat_axis([xp.astype(v, dtype) for _, v in thins], 0)
+    U = _joined([u for u, _ in thins], 1, A.dtype, xp)
+    V = _joined([v for _, v in thins], 0, A.dtype, xp)
     if others:
         base = others[0]
-        return (base.to(dtype=dtype), U, V) if isinstance(base, StructuredOperator) else None
-    return Diagonal(sum((as_array(value, U) for value in diagonals), start=xp.zeros((n,), U))), U, V
+        return (base.to(dtype=A.dtype), U, V) if isinstance(base, StructuredOperator) else None
+    values = [as_array(value, U) for value in diagonals]
+    whole = values[0] if len(values) == 1 else sum(values[1:], start=values[0])
+    return Diagonal(whole if whole.ndim else whole + xp.zeros((n,), U)), U, V
 
 
-_THREE = "i,ri->r; r,sr->s; s,os->o"
+def _joined(arrays: list[Array], axis: int, dtype: Any, xp: Any) -> Array:
+    arrays = [x if x.dtype == dtype else xp.astype(x, dtype) for x in arrays]
+    return arrays[0] if len(arrays) == 1 else xp.concat_axis(arrays, axis)
+
+
+@lru_cache(maxsize=256)
+def _correction(n: int, r: int) -> Structure:
+    return Structure.parse(_THREE, i=n, r=r, s=r, o=n)
 
 
 @dataclass(frozen=True)
 class Woodbury:
-    """A sum B + U V: ``B``, ``capacitance`` = I + V B^-1 U, and the inverse."""
+    """A sum B + U V with what its inverse and its determinant are made of: the inverse of B, ``left`` = B^-1 U and
+    ``capacitance`` = I + V B^-1 U."""
 
     B: StructuredOperator
+    U: Array
+    V: Array
+    base: LinearOperator
+    left: Array
     capacitance: Array
-    inverse: LinearOperator
+
+    def solve(self, b: Array) -> Array:
+        """(B + U V)^-1 b, for a vector or columns."""
+        w = self.base @ b
+        small = self.V @ w
+        small = small if small.ndim == 2 else small[:, None]
+        middle = self.left @ lapack(small).solve(self.capacitance, small)
+        return w - (middle if w.ndim == 2 else middle[:, 0])
+
+    def is_accurate(self, A: Sum) -> bool:
+        """Whether a solve with a fixed random v leaves no more than roundoff. True while values are traced.
+
+        With c = capacitance^-1 V B^-1 v and x = B^-1 v - left c, the residual A x - v is U (V x - c). Nothing is tried
+        where A is annotated PSD and B is a positive diagonal of numbers that differ by less than eps^(-1/4): then the
+        eigenvalues of the capacitance are those of A, scaled by B, and what cancels is no more than cond(A) cond(B).
+        """
+        if A.isa(PSD) and isinstance(self.B.structure, DiagonalStructure):
+            values = lapack(self.left).real(self.B.factors[0])
+            least, most = known(values.min()), known(values.max())
+            if least is not None and most is not None and 0 < most < least * eps(A.dtype) ** -0.25:
+                return True
+        v = probe(A)
+        w = self.base @ v
+        c = lapack(v).solve(self.capacitance, (self.V @ w)[:, None])[:, 0]
+        x = w - self.left @ c
+        residual = known(lapack(v).norm(self.U @ (self.V @ x - c)))
+        return residual is None or residual <= accuracy(A) or is_backward_stable(A, self.solve)
+
+    def inverse(self) -> LinearOperator:
+        """As an operator: B^-1 and one product of low rank."""
+        n, r = self.left.shape
+        factors = (self.V @ self.base, lapack(self.left).inv(self.capacitance), -self.left)
+        return self.base + StructuredOperator(_correction(n, r), factors)
+
+    def slogdet(self) -> tuple[Array, Array]:
+        first, (sign, log) = structured_slogdet(self.B), lapack(self.left).slogdet(self.capacitance)
+        assert first is not None
+        return first[0] * sign, first[1] + log
 
 
 def woodbury(A: Sum) -> Woodbury | None:
@@ -75,30 +129,26 @@ def woodbury(A: Sum) -> Woodbury | None:
         return None
     B, U, V = parts
     require_precision(U, "an inverse")
-    base = structured_inverse(B)
+    try:
+        base = structured_inverse(B)
+    except ValueError:  # B may be singular where the sum is not
+        return None
     if base is None:
         return None
-    xp, (n, r) = lapack(U), U.shape
-    left, right = base @ U, V @ base
-    capacitance = xp.eye(r, U) + V @ left
-    correction = Structure.parse(_THREE, i=n, r=r, s=r, o=n)
-    inverse = base + StructuredOperator(correction, (right, xp.inv(capacitance), -left))
-    return Woodbury(B, capacitance, inverse) if is_backward_stable(A, inverse) else None
+    left = base @ U
+    found = Woodbury(B, U, V, base, left, lapack(U).eye(U.shape[1], U) + V @ left)
+    return found if found.is_accurate(A) else None
 
 
 @rule("inv")
 def _inverse_of_sum(A: Sum, alg: Auto):
     require_square(A, "the inverse", NO_INVERSE)
     found = woodbury(A)
-    return general_inverse(A, alg) if found is None else annotated(found.inverse, hermitian(A))
+    return general_inverse(A, alg) if found is None else annotated(found.inverse(), hermitian(A))
 
 
 @rule("slogdet")
 def _slogdet_of_sum(A: Sum, log_alg: Auto, trace_alg: Algorithm):
     require_square(A, "the determinant")
     found = woodbury(A)
-    if found is None:
-        return general_slogdet(A, log_alg, trace_alg)
-    first, second = structured_slogdet(found.B), lapack(found.capacitance).slogdet(found.capacitance)
-    assert first is not None
-    return first[0] * second[0], first[1] + second[1]
+    return general_slogdet(A, log_alg, trace_alg) if found is None else found.slogdet()

@@ -1,0 +1,126 @@
+"""Solving without an inverse, and the memory of CoLA's dispatch."""
+
+import cola
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from plum import dispatch
+
+import structlin
+from structlin import linalg
+from structlin.linalg import _cola
+from structlin.testing import to_numpy
+
+
+def random(name, shape, seed=0, backend="numpy", dtype="float64", **options):
+    return structlin.get(name).random(shape, seed=seed, backend=backend, dtype=dtype, **options)
+
+
+def positive(blocks):
+    return blocks @ blocks.swapaxes(-1, -2) + np.eye(blocks.shape[-1])
+
+
+def test_colas_solve_is_ours():
+    assert cola.linalg.solve is linalg.solve
+    assert cola.solve is linalg.solve
+
+
+@pytest.mark.parametrize("annotated", [False, True])
+@pytest.mark.parametrize("dtype", ["float64", "complex128"])
+@pytest.mark.parametrize("backend", ["numpy", "torch", "jax"])
+def test_direct_solves(backend, dtype, annotated, monkeypatch):
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((3, 4, 4)) + (1j * rng.standard_normal((3, 4, 4)) if "complex" in dtype else 0)
+    blocks = x @ x.conj().swapaxes(-1, -2) + np.eye(4) if annotated else x
+    make = structlin._arrays.to_backend
+    low = random("low_rank", (12, 12), rank=2, backend=backend, dtype=dtype)
+    diagonal = structlin.Diagonal(make(1 + rng.random(12), backend, dtype))
+    cases = [
+        structlin.BlockDiagonal(make(blocks, backend, dtype)),
+        structlin.Dense(make(positive(rng.standard_normal((12, 12))), backend, dtype)),
+        (low @ low.H if annotated else low) + diagonal,
+    ]
+    b = make(rng.standard_normal((12, 2)), backend, dtype)
+    for A in cases:
+        a, wanted = to_numpy(A.to_dense()), to_numpy(b)
+        op = cola.PSD(A) if annotated else A
+        with monkeypatch.context() as patch:
+            patch.setattr(cola, "inv", None)  # no inverse is built
+            found, one = linalg.solve(op, b), linalg.solve(op, b[:, 0])
+        np.testing.assert_allclose(to_numpy(found), np.linalg.solve(a, wanted), rtol=1e-9)
+        np.testing.assert_allclose(to_numpy(one), np.linalg.solve(a, wanted[:, 0]), rtol=1e-9)
+        np.testing.assert_allclose(to_numpy(cola.inv(op) @ b), to_numpy(found), rtol=1e-9)
+        if annotated:
+            sign, log = cola.linalg.slogdet(op)
+            np.testing.assert_allclose(np.array([complex(sign), complex(log)]), np.linalg.slogdet(a), rtol=1e-9)
+
+
+def test_what_is_refused():
+    A = random("block_diagonal", (6, 6), blocks=2)
+    with pytest.raises(ValueError, match="square"):
+        linalg.solve(random("block_diagonal", (6, 4), blocks=2), np.ones(6))
+    with pytest.raises(ValueError, match=r"\(6,\) or \(6, k\), got \(5,\)"):
+        linalg.solve(A, np.ones(5))
+    with pytest.raises(np.linalg.LinAlgError, match="singular"):
+        linalg.solve(structlin.BlockDiagonal(np.ones((2, 3, 3)) + 1e-17 * np.eye(3)), np.arange(6.0))
+    with pytest.raises(TypeError, match="numpy operator"):
+        linalg.solve(A, torch.ones(6))
+
+
+def test_a_singular_block_is_nan_under_jit():
+    blocks = jnp.stack([jnp.full((2, 2), 0.1), jnp.eye(2)])
+    found = jax.jit(lambda b: linalg.solve(structlin.BlockDiagonal(b), jnp.array([1.0, 2.0, 3.0, 4.0])))(blocks)
+    assert not np.isfinite(found[:2]).any()
+    np.testing.assert_allclose(found[2:], [3, 4])
+
+
+def test_a_matrix_that_is_not_positive_after_all():
+    A = cola.PSD(structlin.BlockDiagonal(torch.tensor([[[1.0, 2.0], [2.0, 1.0]]], dtype=torch.float64)))
+    sign, log = cola.linalg.slogdet(A)
+    assert float(sign) == -1
+    np.testing.assert_allclose(log, np.log(3))
+
+
+def test_other_dtypes_take_the_long_way():
+    A = random("block_diagonal", (6, 6), blocks=2)
+    b = np.arange(6.0) + 1j
+    np.testing.assert_allclose(linalg.solve(A, b), np.linalg.solve(A.to_dense(), b))
+
+
+# -- dispatch --------------------------------------------------------------------------------------------------------
+
+
+def test_dispatch_remembers_only_what_types_decide():
+    """Conditions on values must be looked at every time."""
+    inv = dispatch.functions["inv"]
+    K = random("kronecker", (6, 6))
+    cola.inv(K)
+    key = (type(K), cola.linalg.Auto)
+    assert key in inv._cache
+    signature = _cola._decided(inv, key)
+    assert signature.implementation.__module__.startswith("structlin.linalg")
+    transpose = dispatch.functions["transpose"]
+    D = cola.ops.Householder(np.ones((3, 1)) / np.sqrt(3))
+    assert type(D.T).__name__.startswith("Transpose")
+    assert (type(D),) not in transpose._cache
+    assert cola.SelfAdjoint(D).T is not None
+    S = cola.SelfAdjoint(D)
+    assert S.T is S  # the condition holds for this value of the same type
+    assert type(D.T).__name__.startswith("Transpose")
+
+
+def test_a_new_rule_is_seen_at_once():
+    class Special(structlin.Dense):
+        pass
+
+    A = Special(np.eye(2))
+    assert cola.trace(A) == 2
+
+    @dispatch(precedence=2)
+    def trace(A: Special, alg: cola.linalg.algorithm_base.Algorithm):
+        return "special"
+
+    assert cola.trace(A) == "special"
+    assert cola.trace(structlin.Dense(np.eye(2))) == 2
