@@ -13,12 +13,11 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from _measure import medians
 from torch.nn import functional as F
 
 import structlin as sl
@@ -35,19 +34,6 @@ CASES = (
     ("block_tensor_train", {"rank": 4}),
     ("block_tensor_train", {"rank": 16}),
 )
-
-
-def medians(functions: list[Callable[[], object]], repeats: int) -> list[float]:
-    """Median seconds of each function, called in turn."""
-    for function in functions:
-        function()
-    times: list[list[float]] = [[] for _ in functions]
-    for _ in range(repeats):
-        for function, found in zip(functions, times, strict=True):
-            start = time.perf_counter()
-            function()
-            found.append(time.perf_counter() - start)
-    return [statistics.median(found) for found in times]
 
 
 def measure(name: str, options: dict, size: int, tokens: int, dtype: torch.dtype, repeats: int) -> dict:

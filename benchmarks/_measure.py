@@ -1,0 +1,74 @@
+"""Time and memory of functions that are compared within one run."""
+
+from __future__ import annotations
+
+import platform
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+__all__ = ["machine", "medians", "peak_memory"]
+
+
+def medians(functions: Sequence[Callable[[], object]], repeats: int, device: str = "cpu") -> list[float]:
+    """Median seconds of each function: each is called once to warm up, then all in turn, ``repeats`` times."""
+
+    def wait() -> None:
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    times: list[list[float]] = [[] for _ in functions]
+    for repeat in range(repeats + 1):
+        for function, found in zip(functions, times, strict=True):
+            wait()
+            start = time.perf_counter()
+            function()
+            wait()
+            if repeat:
+                found.append(time.perf_counter() - start)
+    return [statistics.median(found) for found in times]
+
+
+def peak_memory(function: Callable[[], object], device: str = "cpu") -> int:
+    """Bytes that ``function`` allocates beyond what is there before it, at the moment when they are most.
+
+    On a CPU from the profiler's record of torch's allocator, on CUDA from the allocator's own counter. Work space
+    inside of the BLAS is not torch's and is not counted.
+    """
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        function()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        function()
+    live = most = 0
+    events = [e for e in record.profiler.kineto_results.events() if e.name() == "[memory]"]
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        live += event.nbytes()
+        most = max(most, live)
+    return most
+
+
+def machine(device: str) -> dict[str, object]:
+    """What the figures were measured on."""
+    found: dict[str, object] = {
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "threads": torch.get_num_threads(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+    }
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        names = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+        found["cpu"] = names[0].partition(":")[2].strip() if names else platform.processor()
+    if device == "cuda":
+        found["gpu"] = torch.cuda.get_device_name()
+    return found
