@@ -59,19 +59,17 @@ def check_structure(
 
     Runs :func:`check_design` on every one of them, and checks that ``design`` takes its options by name.
 
-    **Arguments:**
+    Args:
+        cls: the class, a subclass of `structlin.NamedOperator`; it need not be registered.
+        backend: `"numpy"`, `"torch"` or `"jax"`.
+        dtype: name of a floating or complex dtype of that library.
+        seed: of the random factors and vectors.
+        transform: wraps the two contractions, `(factors, x) -> y`; `jax.jit` or `torch.compile`, for example.
+        quick: one batch shape instead of all, for what is compiled for each shape anew.
 
-    - `cls`: the class, a subclass of [`structlin.NamedOperator`][]; it need not be registered.
-    - `backend`: `"numpy"`, `"torch"` or `"jax"`.
-    - `dtype`: name of a floating or complex dtype of that library.
-    - `seed`: of the random factors and vectors.
-    - `transform`: wraps the two contractions, `(factors, x) -> y`; `jax.jit` or `torch.compile`, for example.
-    - `quick`: one batch shape instead of all, for what is compiled for each shape anew.
-
-    **Returns:** nothing.
-
-    **Raises:** `AssertionError` with the structure, the numbers compared and the largest error where a check fails;
-    `ValueError` for a class without examples.
+    Raises:
+        AssertionError: with the structure, the numbers compared and the largest error where a check fails.
+        ValueError: for a class without examples.
     """
     if not cls.examples:
         raise ValueError(f"{cls.__qualname__} has no examples of (shape, options) to be checked on")
@@ -106,16 +104,14 @@ def check_design(
     ``<A x, y> = <x, A* y>``; the transpose, also twice; the bound of the rank; the invariant
     ``prod fan_out / fan_in = d_out / d_in``; the scale rules; the operator, from arrays and at random.
 
-    **Arguments:**
+    Args:
+        cls: the class.
+        shape: `(d_out, d_in)`.
+        options: of `cls.design`.
+        backend, dtype, seed, transform, quick: as for :func:`check_structure`.
 
-    - `cls`: the class.
-    - `shape`: `(d_out, d_in)`.
-    - `options`: of `cls.design`.
-    - `backend`, `dtype`, `seed`, `transform`, `quick`: as for [`structlin.testing.check_structure`][].
-
-    **Returns:** nothing.
-
-    **Raises:** `AssertionError` where a check fails, and whatever `cls.design` raises for sizes it does not take.
+    Raises:
+        AssertionError: where a check fails, and whatever `cls.design` raises for sizes it does not take.
     """
     structure = design(cls, shape, **(options or {}))
     _require(structure.shape == tuple(shape), f"{structure!r} has shape {structure.shape}, asked for {tuple(shape)}")
@@ -133,17 +129,15 @@ def check_instance(
     transform: Callable[[Apply], Apply] | None = None,
     quick: bool = False,
 ) -> None:
-    """Check one structure that need not have a name: all that [`structlin.testing.check_design`][] does, but for the
+    """Check one structure that need not have a name: all that `structlin.testing.check_design` does, but for the
     operator.
 
-    **Arguments:**
+    Args:
+        structure: any structure.
+        backend, dtype, seed, transform, quick: as for :func:`check_structure`.
 
-    - `structure`: any structure.
-    - `backend`, `dtype`, `seed`, `transform`, `quick`: as for [`structlin.testing.check_structure`][].
-
-    **Returns:** nothing.
-
-    **Raises:** `AssertionError` where a check fails.
+    Raises:
+        AssertionError: where a check fails.
     """
     factors = random_factors(structure, seed=seed, backend=backend, dtype=dtype)
     again = pickle.loads(pickle.dumps(structure))
@@ -166,11 +160,11 @@ def random_chain(rng: np.random.Generator) -> Structure:
     Axes of every role occur, in any order, steps without a contracted or a free axis too, vectors regrouped between
     steps, padded inputs and cut outputs.
 
-    **Arguments:**
+    Args:
+        rng: where the choices come from.
 
-    - `rng`: where the choices come from.
-
-    **Returns:** a [`structlin.Structure`][].
+    Returns:
+        A `structlin.Structure`.
     """
     sizes: dict[str, int] = {}
 
@@ -217,12 +211,12 @@ def dense_matrix(structure: AbstractStructure, factors: Sequence[Array]) -> np.n
     regrouped, a tensor of zeros and ones joins the old axes to the new. Any other structure is applied to the
     identity, with its factors converted to double precision.
 
-    **Arguments:**
+    Args:
+        structure: any structure.
+        factors: its arrays, of any library and dtype.
 
-    - `structure`: any structure.
-    - `factors`: its arrays, of any library and dtype.
-
-    **Returns:** a NumPy array of shape `(d_out, d_in)`, float64 or complex128.
+    Returns:
+        A NumPy array of shape `(d_out, d_in)`, float64 or complex128.
     """
     arrays = tuple(to_numpy(f) for f in factors)
     if not isinstance(structure, Structure):
@@ -247,11 +241,11 @@ def dense_matrix(structure: AbstractStructure, factors: Sequence[Array]) -> np.n
 def to_numpy(x: Array) -> np.ndarray:
     """A copy in NumPy: complex128 where complex, int64 where integer, float64 otherwise.
 
-    **Arguments:**
+    Args:
+        x: a NumPy array, torch tensor or jax array.
 
-    - `x`: a NumPy array, torch tensor or jax array.
-
-    **Returns:** a NumPy array.
+    Returns:
+        A NumPy array.
     """
     if backend_of(x) == "torch":
         x = x.detach().cpu().resolve_conj()
@@ -263,11 +257,14 @@ def to_numpy(x: Array) -> np.ndarray:
 def unit_roundoff(dtype: Any) -> float:
     """Largest relative error of rounding to a dtype, 2^-53 for float64 and complex128.
 
-    **Arguments:**
+    Args:
+        dtype: a floating or complex dtype of any of the libraries, or its name.
 
-    - `dtype`: a floating or complex dtype of any of the libraries, or its name.
+    Returns:
+        A number.
 
-    **Returns:** a number. **Raises:** `KeyError` for any other dtype.
+    Raises:
+        KeyError: for any other dtype.
     """
     name = dtype_name(dtype)
     return _ROUNDOFF[{"complex64": "float32", "complex128": "float64"}.get(name, name)]

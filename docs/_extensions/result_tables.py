@@ -1,0 +1,55 @@
+"""Sphinx extension: ``{benchmark} NAME`` shows benchmarks/results/NAME.json as the table of benchmarks/NAME.py."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from docutils import nodes
+from docutils.parsers.rst import Directive
+
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+
+
+class Benchmark(Directive):
+    """The committed result of a benchmark: its settings and its table."""
+
+    required_arguments = 1
+
+    def run(self) -> list[nodes.Node]:
+        name = self.arguments[0]
+        script, result = BENCHMARKS / f"{name}.py", BENCHMARKS / "results" / f"{name}.json"
+        for path in (script, result):
+            self.state.document.settings.record_dependencies.add(str(path))
+            if not path.exists():
+                raise self.error(f"benchmarks/{path.relative_to(BENCHMARKS)} does not exist")
+        found = json.loads(result.read_text(encoding="utf-8"))
+        setting = {k: v for k, v in found.items() if k != "rows"}
+        text = "\n".join(f"{key}: {shown(value)}" for key, value in setting.items())
+        table = load(script).table(found["rows"])
+        return [nodes.literal_block(text, text), nodes.literal_block(table, table)]
+
+
+def shown(value: object) -> str:
+    return ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else str(value)
+
+
+def load(script: Path) -> Any:
+    """The module of a benchmark."""
+    if str(BENCHMARKS) not in sys.path:
+        sys.path.insert(0, str(BENCHMARKS))
+    spec = importlib.util.spec_from_file_location(f"benchmark_{script.stem}", script)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def setup(app: Any) -> dict[str, Any]:
+    app.add_directive("benchmark", Benchmark)
+    return {"parallel_read_safe": True, "parallel_write_safe": True}

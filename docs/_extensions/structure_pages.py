@@ -1,0 +1,173 @@
+"""Sphinx extension: one page for each registered structure, with a picture, written from the register.
+
+The pages and pictures lie in ``structures/generated/`` and are made anew for every build: a new structure gets its
+page by being registered.
+"""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+
+import structlin
+from structlin import Structure
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+from matplotlib.colors import hsv_to_rgb
+
+TITLES = {"block_tensor_train": "Block Tensor-Train (BTT)", "tensor_train": "Tensor-Train", "blast": "BLAST"}
+# The size at which a structure is drawn, and those at which its cost is stated.
+DRAWN = {"butterfly": (8, 8), "low_rank": (12, 12)}
+SIZES = (256, 1024, 4096)
+
+
+def title_of(name: str) -> str:
+    return TITLES.get(name, name.replace("_", " ").capitalize())
+
+
+def step_matrices(structure: Structure) -> list[np.ndarray]:
+    """Each step as a matrix (outputs, inputs) that holds the number of the parameter at each place, 0 for none."""
+    sizes = dict(structure.sizes)
+    found = []
+    for step, factor in zip(structure.steps, structure.factors, strict=True):
+        axes = [sizes[a] for a in step.input]
+        basis = np.eye(int(np.prod(axes)), dtype=np.int64).reshape(-1, *axes)
+        labels = np.arange(1, factor.numel + 1).reshape(factor.shape)
+        made = np.einsum(f"Z{step.input},{step.factor}->Z{step.output}", basis, labels)
+        found.append(made.reshape(len(basis), -1).T)
+    return found
+
+
+def coloured(labels: np.ndarray, seed: int) -> np.ndarray:
+    """A picture in which equal labels have equal colours, and 0 is white."""
+    count = int(labels.max(initial=0))
+    rng = np.random.default_rng(seed)
+    hues = rng.permutation(np.linspace(0, 1, count, endpoint=False))
+    colours = hsv_to_rgb(np.stack([hues, rng.uniform(0.35, 0.75, count), rng.uniform(0.6, 0.9, count)], -1))
+    return np.concatenate([np.ones((1, 3)), colours])[labels]
+
+
+def draw(name: str, path: Path) -> str:
+    """Draw the matrix and its factors; return the caption."""
+    shape = DRAWN.get(name, (16, 16))
+    structure = structlin.design(name, shape)
+    panels: list[tuple[str, np.ndarray]]
+    if isinstance(structure, Structure):
+        factors = structlin.random_factors(structure, seed=1)
+        dense = structure.apply(factors, np.eye(shape[1])).T
+        steps = step_matrices(structure)
+        panels = [
+            (f"step {n}: {s}", coloured(m, seed=n)) for n, (s, m) in enumerate(zip(structure.steps, steps, strict=True))
+        ][::-1]
+    else:
+        dense = structlin.get(name).random(shape, seed=1).to_dense()
+        panels = []
+    figure, axes = plt.subplots(1, 1 + len(panels), figsize=(2.5 * (1 + len(panels)), 2.9), squeeze=False)
+    limit = float(np.abs(dense).max())
+    axes[0, 0].imshow(dense, cmap="RdBu", vmin=-limit, vmax=limit)
+    axes[0, 0].set_title("A, random" + (" =" if panels else ""), fontsize=9)
+    for axis, (label, image) in zip(axes[0, 1:], panels, strict=True):
+        axis.imshow(image)
+        axis.set_title(label, fontsize=8, family="monospace")
+    for axis in axes[0]:
+        axis.set_xticks([])
+        axis.set_yticks([])
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+    caption = f"A matrix of shape {shape} with random entries"
+    if panels:
+        caption += (
+            ", and its steps as matrices, the one applied first on the right. Within a step, places of one colour hold "
+            "the same parameter; white is zero"
+        )
+    return caption + "."
+
+
+def cost_table(name: str) -> list[str]:
+    """Rows of parameters, MACs, rank and scale of square matrices with the default options."""
+    rows = [
+        "| d | parameters | MACs | other FLOPs | rank at most | initial deviation | Adam multiplier |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for size in SIZES:
+        s = structlin.design(name, (size, size))
+        other = sum(s.other_flops.values())
+        stds = ", ".join(f"{v:.3g}" for v in structlin.init_std(s))
+        rates = ", ".join(f"{v:.3g}" for v in structlin.lr_multipliers(s))
+        rows.append(
+            f"| {size:,} | {s.num_params:,} | {s.macs:,} | {other:,} | {s.rank_bound:,} | {shortened(stds)} "
+            f"| {shortened(rates)} |"
+        )
+    return rows
+
+
+def shortened(text: str) -> str:
+    parts = text.split(", ")
+    return text if len(parts) <= 4 else f"{parts[0]}, ... ({len(parts)} factors)"
+
+
+def page(name: str, caption: str) -> str:
+    cls = structlin.get(name)
+    options = structlin.options(name)
+    lines = [
+        f"# {title_of(name)}",
+        "",
+        f"```{{image}} {name}.png\n:alt: {title_of(name)} as a matrix and as its factors\n```",
+        "",
+        f"*{caption}*",
+        "",
+        f"Definition\n: `{cls.formula}`",
+        "",
+        f"Parameters\n: `{cls.parameters}`",
+        "",
+        "Options\n: " + (", ".join(f"`{k}={v!r}`" for k, v in options.items()) or "none"),
+        "",
+        *([f"Source\n: {cls.source}", ""] if cls.source != "-" else []),
+        "## Cost and scale",
+        "",
+        "Square matrices (d, d) with the default options; MACs and FLOPs for one vector.",
+        "",
+        *cost_table(name),
+        "",
+        *structure_example(name),
+        "## Class",
+        "",
+        f"```{{eval-rst}}\n.. autoclass:: structlin.{cls.__name__}\n   :members: design, random\n"
+        f"   :inherited-members: LinearOperator\n   :exclude-members: {', '.join(hidden(cls))}\n```",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def hidden(cls: type) -> list[str]:
+    """Inherited members that every operator has: they stand in the API of StructuredOperator."""
+    return sorted(n for n, _ in inspect.getmembers(cls) if not n.startswith("_") and n not in ("design", "random"))
+
+
+def structure_example(name: str) -> list[str]:
+    structure = structlin.design(name, (1024, 1024))
+    if not isinstance(structure, Structure):
+        return []
+    lines = ["## Its steps at d = 1024", "", "```text", *str(structure).splitlines(), "```", ""]
+    return lines
+
+
+def write_pages(app: Any) -> None:
+    folder = Path(app.srcdir) / "structures" / "generated"
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in structlin.names():
+        text = page(name, draw(name, folder / f"{name}.png"))
+        target = folder / f"{name}.md"
+        if not target.exists() or target.read_text(encoding="utf-8") != text:
+            target.write_text(text, encoding="utf-8")
+
+
+def setup(app: Any) -> dict[str, Any]:
+    app.connect("builder-inited", write_pages)
+    return {"parallel_read_safe": True, "parallel_write_safe": True}
