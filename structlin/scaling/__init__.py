@@ -1,0 +1,34 @@
+"""Scaling laws: error against compute, with intervals, compared at equal error.
+
+The law is ``error = a * C**-alpha``, optionally plus an irreducible error, fitted to the logarithms (Hestness et al.,
+*Deep Learning Scaling is Predictable, Empirically*, 2017; Hoffmann et al., *Training Compute-Optimal Large Language
+Models*, 2022). Compute is whatever the numbers are: MACs of one sample, MACs of a training run, parameters.
+
+>>> import numpy as np
+>>> macs = np.array([1e6, 3e6, 1e7, 3e7, 1e8, 3e8])
+>>> noise = np.exp(0.01 * np.random.default_rng(0).standard_normal((2, 6)))
+>>> dense = fit_power_law(macs, 2.0 * macs**-0.10 * noise[0])
+>>> structured = fit_power_law(macs, 2.0 * macs**-0.13 * noise[1])
+>>> compare_exponents(structured.bootstrap(), dense.bootstrap()).excludes(0)
+True
+"""
+
+from structlin.scaling._bootstrap import METHODS, Bootstrap, Estimate
+from structlin.scaling._compare import Multiplier, cheapest, compare_exponents, compute_multiplier
+from structlin.scaling._frontier import pareto_frontier
+from structlin.scaling._law import LOSSES, PowerLaw, PowerLawFit, fit_power_law
+
+__all__ = [
+    "LOSSES",
+    "METHODS",
+    "Bootstrap",
+    "Estimate",
+    "Multiplier",
+    "PowerLaw",
+    "PowerLawFit",
+    "cheapest",
+    "compare_exponents",
+    "compute_multiplier",
+    "fit_power_law",
+    "pareto_frontier",
+]

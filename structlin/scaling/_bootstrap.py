@@ -1,0 +1,134 @@
+"""Bootstrap of fitted laws: the spread of what was fitted, from data drawn anew."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from structlin.scaling._law import PowerLawFit, compute_at, fit_law, leverages
+
+Array = npt.NDArray[Any]
+METHODS = ("parametric", "residuals", "cases")
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A value with its interval at a level of confidence.
+
+    >>> print(Estimate(0.119, 0.11, 0.13, 0.95))
+    0.119 [0.11, 0.13]
+    """
+
+    value: float
+    low: float
+    high: float
+    confidence: float
+
+    def excludes(self, value: float) -> bool:
+        """Whether a value lies outside the interval.
+
+        >>> Estimate(0.119, 0.11, 0.13, 0.95).excludes(0)
+        True
+        """
+        return not self.low <= value <= self.high
+
+    def __str__(self) -> str:
+        return f"{self.value:.4g} [{self.low:.4g}, {self.high:.4g}]"
+
+
+@dataclass(frozen=True)
+class Bootstrap:
+    """Laws fitted to data that were drawn anew, the same number of points at each draw.
+
+    ``parametric``: errors around the law, normal in the logarithm, their variance drawn from its own distribution
+    (that of the residuals over a chi-squared variable): without floor and with the linear loss the intervals
+    are those of Student's t, which hold for few points too. ``residuals``: residuals drawn with replacement, each
+    raised for the freedom that the fit took from it. ``cases``: points drawn with replacement. The last two are
+    too narrow below some ten points.
+
+    Attributes:
+        fit: what it is a bootstrap of.
+        draws: shape (samples, 3): log_coefficient, exponent and floor of each draw's law.
+        method, seed: as given.
+    """
+
+    fit: PowerLawFit
+    draws: Array = field(repr=False)
+    method: str
+    seed: int
+
+    def exponent(self, confidence: float = 0.95) -> Estimate:
+        """The exponent, with the interval between quantiles of the draws."""
+        return estimate(self.fit.law.exponent, self.draws[:, 1], confidence)
+
+    def coefficient(self, confidence: float = 0.95) -> Estimate:
+        """The coefficient, with its interval."""
+        with np.errstate(over="ignore"):
+            return estimate(self.fit.law.coefficient, np.exp(self.draws[:, 0]), confidence)
+
+    def floor(self, confidence: float = 0.95) -> Estimate:
+        """The irreducible error, with its interval; both ends are the value itself where it was not fitted."""
+        return estimate(self.fit.law.floor, self.draws[:, 2], confidence)
+
+    def error(self, compute: float, confidence: float = 0.95) -> Estimate:
+        """The law's error at a compute, with its interval (of the law, not of a new measurement)."""
+        values = np.exp(self.draws[:, 0] - self.draws[:, 1] * np.log(compute)) + self.draws[:, 2]
+        return estimate(self.fit.law(compute), values, confidence)
+
+    def compute(self, error: float, confidence: float = 0.95) -> Estimate:
+        """Compute that reaches an error, with its interval; an end is infinite where draws do not reach it."""
+        return estimate(self.fit.law.compute(error), compute_at(self.draws, error), confidence)
+
+
+def estimate(value: float, draws: Array, confidence: float) -> Estimate:
+    """A value and the quantiles of draws. Raises ValueError for a confidence that is not between 0 and 1."""
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence must be between 0 and 1, got {confidence}")
+    tail = (1 - confidence) / 2
+    # Quantiles that are draws themselves: between a number and infinity nothing can be interpolated.
+    low = np.quantile(draws, tail, method="lower")
+    return Estimate(float(value), float(low), float(np.quantile(draws, 1 - tail, method="higher")), confidence)
+
+
+def bootstrap(fit: PowerLawFit, samples: int, *, seed: int = 0, method: str = "parametric") -> Bootstrap:
+    """Draw data and fit the same law to each draw.
+
+    Raises:
+        ValueError: an unknown method; less than two samples; as many points as parameters, which leave no residuals.
+    """
+    if method not in METHODS:
+        raise ValueError(f"unknown method {method!r}; one of {', '.join(METHODS)}")
+    if isinstance(samples, bool) or not hasattr(samples, "__index__") or samples < 2:
+        raise ValueError(f"samples must be an integer of at least 2, got {samples!r}")
+    n = len(fit.compute)
+    freedom = n - fit.free_parameters
+    if freedom < 1:
+        raise ValueError(f"{n} points determine {fit.free_parameters} parameters: no residuals to draw from")
+    generator = np.random.default_rng(seed)
+    draws = np.empty((samples, 3))
+    for row in draws:
+        chosen, drawn = _draw(fit, freedom, generator, method)
+        law = fit_law(fit.compute[chosen], drawn, fit.floor, fit.loss, fit.law)
+        row[:] = law.parameters
+    return Bootstrap(fit, draws, method, seed)
+
+
+def _draw(fit: PowerLawFit, freedom: int, generator: np.random.Generator, method: str) -> tuple[Array, Array]:
+    """Indices of the points and the errors there."""
+    n = len(fit.compute)
+    if method == "cases":
+        while True:
+            chosen = generator.integers(n, size=n)
+            if len(np.unique(fit.compute[chosen])) >= fit.free_parameters:
+                return chosen, fit.error[chosen]
+    if method == "parametric":
+        deviation = np.sqrt(np.square(fit.residuals).sum() / generator.chisquare(freedom))
+        noise = deviation * generator.standard_normal(n)
+    else:
+        spread = np.sqrt(np.clip(1 - leverages(fit.compute, fit.law, fit.floor), 1e-3, None))
+        residuals = fit.residuals / spread
+        noise = generator.choice(residuals - residuals.mean(), size=n)
+    return np.arange(n), fit.law(fit.compute) * np.exp(noise)

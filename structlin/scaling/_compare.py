@@ -1,0 +1,106 @@
+"""Comparisons of two laws: exponents, and compute at equal error."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from structlin.scaling._bootstrap import Bootstrap, Estimate, estimate
+from structlin.scaling._law import compute_at
+
+
+def compare_exponents(a: Bootstrap, b: Bootstrap, confidence: float = 0.95) -> Estimate:
+    """Exponent of ``a`` minus that of ``b``, with its interval; the two are taken to be independent.
+
+    Above 0: the error of ``a`` falls faster with compute. The interval excludes 0 where the difference is
+    significant at ``1 - confidence``. Raises ValueError for different numbers of draws.
+    """
+    _check_draws(a, b)
+    value = a.fit.law.exponent - b.fit.law.exponent
+    return estimate(value, a.draws[:, 1] - _shuffled(b)[:, 1], confidence)
+
+
+@dataclass(frozen=True)
+class Multiplier(Estimate):
+    """How many times less compute a law needs than another at equal error.
+
+    Attributes:
+        error: the error at which they are compared.
+        extrapolated: whether one of them was not measured there: the error lies outside the range of its points.
+    """
+
+    error: float
+    extrapolated: bool
+
+    __str__ = Estimate.__str__
+
+
+def compute_multiplier(a: Bootstrap, b: Bootstrap, error: float | None = None, confidence: float = 0.95) -> Multiplier:
+    """Compute of ``b`` over compute of ``a`` at equal error, with its interval: "a needs 3.8 times less".
+
+    Args:
+        a, b: bootstraps of two fits, of equally many draws.
+        error: where to compare; None: the lowest error that points of both reach, which is the better of two
+            models at the error of the best of the worse.
+        confidence: of the interval. Draws in which only ``b`` does not reach the error count as infinite, those in
+            which ``a`` does not count as 0.
+
+    Raises:
+        ValueError: errors of ``a`` and ``b`` that do not overlap, where ``error`` is None; an error that neither law
+            reaches.
+    """
+    _check_draws(a, b)
+    ranges = [(float(s.fit.error.min()), float(s.fit.error.max())) for s in (a, b)]
+    lowest, highest = max(low for low, _ in ranges), min(high for _, high in ranges)
+    if error is None:
+        if lowest > highest:
+            raise ValueError(
+                f"the errors do not overlap ({_range(ranges[0])} and {_range(ranges[1])}): say at which to compare"
+            )
+        error = lowest
+    ours, theirs = (float(compute_at(s.fit.law.parameters, error)) for s in (a, b))
+    if math.isinf(ours) and math.isinf(theirs):
+        raise ValueError(f"neither law reaches an error of {error:g}")
+    with np.errstate(invalid="ignore"):
+        drawn = compute_at(_shuffled(b), error) / compute_at(a.draws, error)
+    drawn = drawn[~np.isnan(drawn)]
+    if not len(drawn):
+        raise ValueError(f"no draw of the two laws reaches an error of {error:g}")
+    found = estimate(theirs / ours, drawn, confidence)
+    return Multiplier(found.value, found.low, found.high, confidence, error, not lowest <= error <= highest)
+
+
+def _range(bounds: tuple[float, float]) -> str:
+    return f"{bounds[0]:.4g} to {bounds[1]:.4g}"
+
+
+def _shuffled(s: Bootstrap) -> np.ndarray:
+    """The draws in another order: two bootstraps of one seed would otherwise be drawn from the same numbers."""
+    return np.random.default_rng([s.seed, 1]).permutation(s.draws)
+
+
+def _check_draws(a: Bootstrap, b: Bootstrap) -> None:
+    if len(a.draws) != len(b.draws):
+        raise ValueError(f"bootstraps of equally many draws are needed, got {len(a.draws)} and {len(b.draws)}")
+
+
+def cheapest(laws: Mapping[str, Bootstrap], error: float, confidence: float = 0.95) -> dict[str, Estimate]:
+    """Compute that each law needs for an error, the cheapest first; those that never reach it last, infinite.
+
+    >>> from structlin.scaling import fit_power_law
+    >>> compute, noise = np.logspace(6, 9, 6), np.array([1, 1.01, 0.99, 1.01, 0.99, 1])
+    >>> laws = {
+    ...     name: fit_power_law(compute, 2 * compute**-a * noise).bootstrap(100)
+    ...     for name, a in {"dense": 0.1, "btt": 0.12}.items()
+    ... }
+    >>> list(cheapest(laws, error=0.2))
+    ['btt', 'dense']
+    """
+    found = {
+        name: estimate(float(compute_at(law.fit.law.parameters, error)), compute_at(law.draws, error), confidence)
+        for name, law in laws.items()
+    }
+    return dict(sorted(found.items(), key=lambda item: item[1].value))

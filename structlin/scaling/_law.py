@@ -1,0 +1,243 @@
+"""Power laws and their fit to points."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+from scipy.optimize import least_squares
+from scipy.stats import median_abs_deviation, theilslopes
+
+from structlin.scaling._frontier import as_points
+
+if TYPE_CHECKING:
+    from structlin.scaling._bootstrap import Bootstrap
+
+Array = npt.NDArray[Any]
+LOSSES = ("soft_l1", "linear")
+MAX_EXPONENT = 10.0  # of a law with a floor, whose exponent and floor are else free to run off together
+_STARTS = (0.01, 0.3, 0.6, 0.9, 0.99)  # of the floor, as shares of the smallest error
+
+
+@dataclass(frozen=True)
+class PowerLaw:
+    """``error = exp(log_coefficient) * compute**-exponent + floor``.
+
+    >>> law = PowerLaw(math.log(3.0), 0.5, 0.1)
+    >>> round(law(100.0), 6), round(law.compute(0.4), 6), law.compute(0.05)
+    (0.4, 100.0, inf)
+    """
+
+    log_coefficient: float
+    exponent: float
+    floor: float = 0.0
+
+    @property
+    def parameters(self) -> tuple[float, float, float]:
+        """(log_coefficient, exponent, floor)."""
+        return self.log_coefficient, self.exponent, self.floor
+
+    @property
+    def coefficient(self) -> float:
+        """``a``, the error above the floor at a compute of 1; infinite where that is no float64."""
+        try:
+            return math.exp(self.log_coefficient)
+        except OverflowError:
+            return math.inf
+
+    def __call__(self, compute: Any) -> Any:
+        """Error at a compute, a number or an array of numbers above 0."""
+        value = np.exp(self.log_coefficient - self.exponent * np.log(compute)) + self.floor
+        return float(value) if np.ndim(compute) == 0 else value
+
+    def compute(self, error: float) -> float:
+        """Compute at which the law reaches an error; infinite at and below the floor.
+
+        Raises ValueError where the error does not fall with compute (an exponent of 0 or less).
+        """
+        if self.exponent <= 0:
+            raise ValueError(f"the error does not fall with compute: its exponent is {self.exponent:.4g}")
+        return float(compute_at(self.parameters, error))
+
+
+def compute_at(parameters: npt.ArrayLike, error: float) -> Array:
+    """Compute at an error, for laws of shape (..., 3); infinite where the law never reaches it."""
+    level, exponent, floor = np.moveaxis(np.asarray(parameters, dtype=np.float64), -1, 0)
+    above = error - floor
+    reached = (above > 0) & (exponent > 0)
+    logs = (level - np.log(np.where(reached, above, 1.0))) / np.where(reached, exponent, 1.0)
+    with np.errstate(over="ignore"):
+        return np.where(reached, np.exp(logs), np.inf)
+
+
+@dataclass(frozen=True)
+class PowerLawFit:
+    """A law and the points it was fitted to.
+
+    Attributes:
+        law: the fitted law.
+        compute, error: the points, shape (n,).
+        floor: as given to :func:`fit_power_law`.
+        loss: as given.
+        residuals: ``log(error) - log(law(compute))``, shape (n,).
+    """
+
+    law: PowerLaw
+    compute: Array = field(repr=False)
+    error: Array = field(repr=False)
+    floor: bool | float
+    loss: str
+    residuals: Array = field(repr=False)
+
+    @property
+    def free_parameters(self) -> int:
+        """How many numbers were fitted: 2, or 3 with a floor."""
+        return 2 + (self.floor is True)
+
+    @property
+    def r_squared(self) -> float:
+        """Share of the variance of the logarithms that the law explains; NaN where they do not vary."""
+        logs = np.log(self.error)
+        total = float(np.square(logs - logs.mean()).sum())
+        return 1 - float(np.square(self.residuals).sum()) / total if total else math.nan
+
+    @property
+    def deviation(self) -> float:
+        """Standard deviation of the residuals (of logarithms), for the degrees of freedom; NaN where there are none."""
+        freedom = len(self.compute) - self.free_parameters
+        return math.sqrt(float(np.square(self.residuals).sum()) / freedom) if freedom > 0 else math.nan
+
+    def bootstrap(self, samples: int = 1000, *, seed: int = 0, method: str = "parametric") -> Bootstrap:
+        """Fit again to data drawn anew; see :class:`structlin.scaling.Bootstrap`."""
+        from structlin.scaling._bootstrap import bootstrap
+
+        return bootstrap(self, samples, seed=seed, method=method)
+
+
+def fit_power_law(
+    compute: npt.ArrayLike, error: npt.ArrayLike, *, floor: bool | float = False, loss: str = "soft_l1"
+) -> PowerLawFit:
+    """Fit ``error = a * compute**-alpha (+ floor)`` to points, by least squares of the logarithms.
+
+    Args:
+        compute: shape (n,), above 0.
+        error: shape (n,), above 0.
+        floor: the irreducible error: False for none, True to fit it (between 0 and the largest error, with an
+            exponent from 0 to 10), or a number that is known.
+        loss: ``soft_l1`` holds down outliers: a residual counts linearly beyond 1.35 robust standard deviations of
+            the residuals. ``linear``: plain least squares.
+
+    Raises:
+        ValueError: points that are not positive and finite; fewer different values of compute than the law has
+            parameters; a known floor that is negative or not below all errors; an unknown loss.
+
+    >>> fit = fit_power_law([10, 100, 1000], [0.5, 0.25, 0.125])
+    >>> round(fit.law.exponent, 4), round(fit.law.coefficient, 4), round(fit.r_squared, 4)
+    (0.301, 1.0, 1.0)
+    >>> compute = np.logspace(2, 6, 8)
+    >>> fit = fit_power_law(compute, 0.07 + 3 * compute**-0.4, floor=True)
+    >>> round(fit.law.floor, 4), round(fit.law.exponent, 4)
+    (0.07, 0.4)
+    """
+    x, y = as_points(compute, error)
+    for name, values in (("compute", x), ("error", y)):
+        if not (np.isfinite(values) & (values > 0)).all():
+            bad = values[~(np.isfinite(values) & (values > 0))][0]
+            raise ValueError(f"{name} must be positive and finite to have a logarithm, got {bad:g}")
+    if loss not in LOSSES:
+        raise ValueError(f"unknown loss {loss!r}; one of {', '.join(LOSSES)}")
+    if not isinstance(floor, bool) and not 0 <= floor < y.min(initial=math.inf):
+        raise ValueError(f"a known floor must be at least 0 and below every error, got {floor} and {y.min():g}")
+    needed = 2 + (floor is True)
+    if (different := len(np.unique(x))) < needed:
+        raise ValueError(f"a law of {needed} parameters needs as many different values of compute, got {different}")
+    law = fit_law(x, y, floor, loss)
+    return PowerLawFit(law, x, y, floor, loss, np.log(y) - np.log(law(x)))
+
+
+def fit_law(x: Array, y: Array, floor: bool | float, loss: str, start: PowerLaw | None = None) -> PowerLaw:
+    """The fit itself, on points that were checked; ``start`` spares the search for where to begin."""
+    # Centred and scaled, so that level and slope hardly depend on each other and a floor is of order 1.
+    centre, scale = float(np.log(x).mean()), float(np.exp(np.log(y).mean()))
+    problem = _Problem(np.log(x) - centre, y / scale, None if floor is True else float(floor) / scale)
+    begin = None
+    if start is not None:
+        begin = start.log_coefficient - start.exponent * centre - math.log(scale), start.exponent, start.floor / scale
+    level, slope, fitted = problem.solve(loss, begin)
+    return PowerLaw(level + math.log(scale) + slope * centre, slope, fitted * scale if floor is True else float(floor))
+
+
+@dataclass(frozen=True)
+class _Problem:
+    """``y = floor + exp(level - slope * t)``, the floor known or, where it is None, fitted."""
+
+    t: Array
+    y: Array
+    known: float | None
+
+    def solve(self, loss: str, start: tuple[float, float, float] | None) -> tuple[float, float, float]:
+        if self.known == 0 and loss == "linear":
+            return self._line(0.0)
+        if self.known is not None:
+            rough = self._line(self.known, robust=loss != "linear") if start is None else start
+        else:
+            starts = [start] if start else [self._line(share * float(self.y.min())) for share in _STARTS]
+            best = min((self._least(s, "linear", 1.0) for s in starts), key=lambda found: found.cost)
+            rough = self._whole(best.x)
+            if loss == "linear":
+                return rough
+        deviation = float(median_abs_deviation(self._residuals(np.array(rough)), scale="normal"))
+        # Not 0, so that points that lie on a law exactly are no trouble.
+        return self._whole(self._least(rough, loss, max(1.345 * deviation, 1e-6)).x)
+
+    def _line(self, floor: float, robust: bool = False) -> tuple[float, float, float]:
+        logs = np.log(self.y - floor)
+        if robust:
+            found = theilslopes(logs, self.t)
+            return float(found.intercept), float(-found.slope), floor
+        level, slope = np.polynomial.polynomial.polyfit(self.t, logs, 1)
+        return float(level), float(-slope), floor
+
+    def _whole(self, p: Array) -> tuple[float, float, float]:
+        return float(p[0]), float(p[1]), float(p[2]) if self.known is None else self.known
+
+    def _floor(self, p: Array) -> float:
+        return p[2] if self.known is None else self.known
+
+    def _residuals(self, p: Array) -> Array:
+        return np.log(self.y) - np.log(self._floor(p) + np.exp(p[0] - p[1] * self.t))
+
+    def jacobian(self, p: Array) -> Array:
+        """Derivatives of the residuals, shape (n, number of fitted parameters)."""
+        above = np.exp(p[0] - p[1] * self.t)
+        total = self._floor(p) + above
+        columns = [-above / total, self.t * above / total, -1 / total]
+        return np.stack(columns[: 3 if self.known is None else 2], axis=1)
+
+    def _least(self, start: tuple[float, ...], loss: str, width: float) -> Any:
+        bounds = (np.full(2, -np.inf), np.full(2, np.inf))
+        if self.known is None:
+            bounds = (np.array([-np.inf, 0, 0]), np.array([np.inf, MAX_EXPONENT, self.y.max()]))
+        return least_squares(
+            self._residuals,
+            np.clip(start[: len(bounds[0])], *bounds),
+            jac=self.jacobian,
+            bounds=bounds,
+            loss=loss,
+            f_scale=width,
+            xtol=1e-9,
+            ftol=1e-12,
+            gtol=1e-9,
+        )
+
+
+def leverages(x: Array, law: PowerLaw, floor: bool | float) -> Array:
+    """How much each point draws the law to itself, shape (n,), from 0 to 1."""
+    centre = float(np.log(x).mean())
+    problem = _Problem(np.log(x) - centre, law(x), None if floor is True else float(floor))
+    p = np.array([law.log_coefficient - law.exponent * centre, law.exponent, law.floor])
+    q = np.linalg.qr(problem.jacobian(p))[0]
+    return np.square(q).sum(axis=1)
