@@ -2,7 +2,8 @@
 
 Every structure is an operator of shape (d_out, d_in) over NumPy, torch or jax arrays (:mod:`structlin.structures`),
 built on an ordered chain of einsums (:class:`Structure`) from which parameters, multiply-accumulates, transpose and
-the muP spectral scale are derived.
+the muP spectral scale are derived. ``cola.inv``, ``logdet``, ``diag`` and the rest of CoLA's linear algebra use the
+structure of these operators (:mod:`structlin.linalg`); other libraries meet them in :mod:`structlin.interop`.
 """
 
 __version__ = "0.1.0"
@@ -21,6 +22,19 @@ from structlin.counting import (
     work,
 )
 from structlin.factorize import factorize, nearest_sizes
+from structlin.interop import as_operator, from_cola, from_scipy, to_cola, to_jax, to_numpy, to_scipy, to_torch
+from structlin.linalg import (
+    DENSE_LIMIT,
+    SVD,
+    ConvergenceError,
+    add_tensor_trains,
+    frobenius_norm,
+    inner,
+    round_tensor_train,
+    solve,
+    spectral_norm,
+    svd,
+)
 from structlin.operators import StructuredOperator
 from structlin.projection import Projection, project
 from structlin.registry import NamedOperator, design, get, names, options, register, unregister
@@ -50,12 +64,15 @@ from structlin.structures import (
 _cola_compat.install()
 
 __all__ = [
+    "DENSE_LIMIT",
+    "SVD",
     "AbstractStructure",
     "Blast",
     "BlockDiagonal",
     "BlockTensorTrain",
     "Butterfly",
     "Circulant",
+    "ConvergenceError",
     "Coordinates",
     "Dense",
     "Diagonal",
@@ -75,6 +92,8 @@ __all__ = [
     "Toeplitz",
     "Work",
     "activation_bytes",
+    "add_tensor_trains",
+    "as_operator",
     "conversions",
     "convert",
     "coordinates",
@@ -82,8 +101,12 @@ __all__ = [
     "exact_rank",
     "factorize",
     "flops",
+    "frobenius_norm",
+    "from_cola",
+    "from_scipy",
     "get",
     "init_std",
+    "inner",
     "intensity",
     "lr_multipliers",
     "macs",
@@ -98,7 +121,16 @@ __all__ = [
     "register",
     "register_work",
     "rms_cap",
+    "round_tensor_train",
+    "solve",
+    "spectral_norm",
+    "svd",
     "theta_of",
+    "to_cola",
+    "to_jax",
+    "to_numpy",
+    "to_scipy",
+    "to_torch",
     "unregister",
     "work",
 ]

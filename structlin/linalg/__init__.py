@@ -1,6 +1,6 @@
 """Linear algebra that uses the structure.
 
-Importing this package registers rules with CoLA's dispatch, so that ``cola.inv``, ``solve``, ``pinv``, ``logdet``,
+Its rules stand in CoLA's dispatch once structlin is imported, so that ``cola.inv``, ``solve``, ``pinv``, ``logdet``,
 ``slogdet``, ``diag``, ``trace``, ``eig``, ``exp``, ``log``, ``pow``, ``sqrt`` and products and sums of operators use
 what the structure allows; ``docs/linalg.md`` says what that is, with costs. What CoLA has no name for is here.
 """

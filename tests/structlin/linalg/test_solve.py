@@ -1,5 +1,8 @@
 """Solving without an inverse, and the memory of CoLA's dispatch."""
 
+import subprocess
+import sys
+
 import cola
 import jax
 import jax.numpy as jnp
@@ -124,3 +127,14 @@ def test_a_new_rule_is_seen_at_once():
 
     assert cola.trace(A) == "special"
     assert cola.trace(structlin.Dense(np.eye(2))) == 2
+
+
+def test_the_rules_stand_when_structlin_is_imported():
+    code = (
+        "import cola, structlin\n"
+        "K = structlin.Kronecker.random((6, 6))\n"
+        "assert type(cola.inv(K)) is structlin.Kronecker\n"
+        "assert set(structlin.linalg.__all__ + structlin.interop.__all__) <= set(structlin.__all__)\n"
+        "assert all(hasattr(structlin, name) for name in structlin.__all__)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
