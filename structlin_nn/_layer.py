@@ -1,0 +1,108 @@
+"""What a structured layer is apart from its framework: its structure and the scales of its factors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import structlin
+from structlin.structure import AbstractStructure
+
+__all__ = ["LayerPlan", "describe", "plan_layer"]
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """What follows from the arguments of a layer.
+
+    Attributes:
+        structure: of shape (out_features, in_features).
+        operator_class: class of the layer's CoLA view.
+        init_std: deviation at which each factor is drawn; 0 for zero-initialised and index factors.
+        cap_sigma: RMS at which each factor is capped; 0 for index factors.
+        gains: whether each trainable factor has a learned gain.
+        index_at: places of the index factors.
+        is_dense: whether the one factor is the matrix itself.
+    """
+
+    structure: AbstractStructure
+    operator_class: type[structlin.StructuredOperator]
+    init_std: tuple[float, ...]
+    cap_sigma: tuple[float, ...]
+    gains: bool
+    index_at: tuple[int, ...]
+    is_dense: bool
+
+
+def plan_layer(
+    in_features: int,
+    out_features: int,
+    structure: str | AbstractStructure,
+    options: Mapping[str, Any],
+    *,
+    rms_cap: bool,
+    gain: bool | None,
+    rule: str,
+    zero_init: bool,
+) -> LayerPlan:
+    """Check the arguments of a layer and work out what follows from them.
+
+    Raises:
+        ValueError: an unknown structure, rule or option; sizes that the structure can not have, or other than those
+            of the structure given; options beside a structure; ``gain=True`` without ``rms_cap``; ``rms_cap`` or
+            ``zero_init`` where there are no trainable factors.
+        TypeError: a ``structure`` that is neither a name nor a structure.
+
+    >>> plan = plan_layer(8, 6, "low_rank", {"rank": 2}, rms_cap=False, gain=None, rule="paper", zero_init=True)
+    >>> plan.structure.num_params, plan.init_std[1], round(plan.cap_sigma[1], 4)
+    (28, 0.0, 0.7071)
+    """
+    shape = (out_features, in_features)
+    made = _structure(structure, shape, options)
+    trainable = [f.trainable for f in made.factors]
+    if gain and not rms_cap:
+        raise ValueError("gain=True needs rms_cap=True: only capped factors have gains")
+    if (rms_cap or zero_init) and not any(trainable):
+        option = "rms_cap" if rms_cap else "zero_init"
+        raise ValueError(f"{option}=True, but {made!r} has no trainable factors")
+    full = structlin.init_std(made, rule=rule)
+    init = structlin.init_std(made, rule=rule, zero_last=zero_init)
+    return LayerPlan(
+        structure=made,
+        operator_class=structlin.get(structure) if isinstance(structure, str) else structlin.StructuredOperator,
+        init_std=init,
+        cap_sigma=tuple(own or std for own, std in zip(init, full, strict=True)),
+        gains=rms_cap and gain is not False,
+        index_at=tuple(n for n, own in enumerate(trainable) if not own),
+        is_dense=made == structlin.design("dense", made.shape),
+    )
+
+
+def describe(
+    plan: LayerPlan, options: Mapping[str, Any], *, bias: bool, rms_cap: bool, rule: str, zero_init: bool
+) -> str:
+    """The arguments of a layer as they stand in its representation."""
+    if issubclass(plan.operator_class, structlin.NamedOperator):
+        name = plan.operator_class.name + "".join(f" {k}={v}" for k, v in options.items())
+    else:
+        name = repr(plan.structure)
+    parts = [f"in_features={plan.structure.d_in}, out_features={plan.structure.d_out}, bias={bias}"]
+    parts.append(f"structure={name}")
+    parts += [f"rms_cap=True, gain={plan.gains}"] if rms_cap else []
+    parts += [f"rule={rule}"] if rule != "paper" else []
+    parts += ["zero_init=True"] if zero_init else []
+    return ", ".join(parts)
+
+
+def _structure(structure: object, shape: tuple[int, int], options: Mapping[str, Any]) -> AbstractStructure:
+    if isinstance(structure, str):
+        return structlin.design(structure, shape, **options)
+    if not isinstance(structure, AbstractStructure):
+        raise TypeError(f"structure must be a name or an AbstractStructure, got {structure!r}")
+    if options:
+        raise ValueError(f"options {', '.join(options)} go with the name of a structure, not with {structure!r}")
+    if structure.shape != shape:
+        raise ValueError(f"a layer of shape (out_features, in_features) = {shape} can not hold {structure!r}, "
+                         f"which has shape {structure.shape}")  # fmt: skip
+    return structure

@@ -1,0 +1,239 @@
+"""Checkpoints from torch to flax and back: the same numbers under torch's names and layouts.
+
+A torch state dictionary is the common form, and a safetensors file of it the common file. Which variable of a flax
+model belongs to which entry follows from the kinds of its modules:
+
+=================================  =======================================================================
+flax.nnx                           torch
+=================================  =======================================================================
+StructuredLinear                   StructuredLinear: the same names and layouts
+Linear ``kernel``                  Linear ``weight``, transposed
+Conv ``kernel``                    Conv ``weight``, with the axes (out, in, positions)
+Embed ``embedding``                Embedding ``weight``
+LayerNorm, RMSNorm, GroupNorm      the same, ``scale`` as ``weight``
+variables of other modules         parameters and buffers of the same names, as they are
+=================================  =======================================================================
+
+Models whose modules have the same names are therefore converted as they are. Integers are int64 in torch and have
+jax's own size in flax. Nothing else is cast, and no entry is left out on either side.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from structlin_nn._patterns import listed
+from structlin_nn.flax._modules import named_modules, own_variables
+from structlin_nn.flax.linear import StructuredLinear
+from structlin_nn.training.files import atomic_write
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["load_safetensors", "save_safetensors", "to_flax", "to_torch"]
+
+_RENAMED = (nnx.Embed, nnx.LayerNorm, nnx.RMSNorm, nnx.GroupNorm)
+_WITHOUT = (nnx.LinearGeneral, nnx.Einsum, nnx.ConvTranspose, nnx.BatchNorm, nnx.InstanceNorm)
+_NAMES = {"kernel": "weight", "embedding": "weight", "scale": "weight"}
+
+
+def to_torch(model: nnx.Module) -> dict[str, torch.Tensor]:
+    """The state dictionary of the torch model that has the same parameters as a flax model.
+
+    Args:
+        model: an nnx model of the modules listed above.
+
+    Returns:
+        New tensors by torch's names, those that are shared under each of their names, for ``load_state_dict``.
+
+    Raises:
+        ValueError: a module that is laid out in another way in torch, or stacked layers (``nnx.vmap``).
+
+    >>> model = nnx.Sequential(nnx.Linear(3, 2, rngs=nnx.Rngs(0)))
+    >>> {name: tuple(tensor.shape) for name, tensor in to_torch(model).items()}
+    {'layers.0.weight': (2, 3), 'layers.0.bias': (2,)}
+    """
+    import torch
+
+    def tensor(array: np.ndarray) -> torch.Tensor:
+        if array.dtype == jnp.bfloat16:
+            return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+        return torch.from_numpy(array)
+
+    return {name: tensor(array) for name, array in _torch_arrays(model).items()}
+
+
+def to_flax(state: Mapping[str, Any], model: nnx.Module) -> None:
+    """Fill a flax model with the values of a torch state dictionary.
+
+    Args:
+        state: tensors or NumPy arrays by torch's names.
+        model: the nnx model with the same modules; it is changed only when everything fits.
+
+    Raises:
+        ValueError: entries that are missing or left over, other shapes or dtypes, names of a shared parameter with
+            different values, or a module that is laid out in another way in torch.
+
+    >>> model = nnx.Sequential(nnx.Linear(3, 2, rngs=nnx.Rngs(0)))
+    >>> to_flax({"layers.0.weight": np.ones((2, 3), np.float32), "layers.0.bias": np.zeros(2, np.float32)}, model)
+    >>> model(jnp.ones(3)).tolist()
+    [3.0, 3.0]
+    """
+    entries: dict[int, list[_Entry]] = {}
+    for entry in _entries(model):
+        entries.setdefault(id(entry.variable), []).append(entry)
+    names = {entry.name for same in entries.values() for entry in same}
+    if surplus := [name for name in state if name not in names]:
+        raise ValueError(f"the flax model has no place for {listed(surplus)}")
+    if missing := [same[0].name for same in entries.values() if not any(entry.name in state for entry in same)]:
+        raise ValueError(f"the state lacks {listed(missing)}")
+    filled = []
+    for same in entries.values():
+        known = [(entry, entry.flax(_array(state[entry.name]))) for entry in same if entry.name in state]
+        entry, array = known[0]
+        for other, values in known[1:]:
+            if not np.array_equal(values, array):
+                raise ValueError(f"{entry.name} and {other.name} are one parameter in flax, and differ in the state")
+        filled.append((entry.variable, _checked(entry.name, array, entry.variable)))
+    for variable, array in filled:
+        variable[...] = jnp.asarray(array)
+
+
+def save_safetensors(model: nnx.Module, path: str | os.PathLike[str]) -> None:
+    """Write a flax model as the safetensors file of the torch model, as a whole or not at all.
+
+    Raises:
+        ValueError: as :func:`to_torch`.
+        OSError: the file cannot be written.
+
+    >>> model = nnx.Sequential(StructuredLinear(8, 6, structure="low_rank", rank=2, rngs=nnx.Rngs(0)))
+    >>> save_safetensors(model, "model.safetensors")
+    >>> from safetensors.torch import load_file
+    >>> sorted(load_file("model.safetensors"))
+    ['layers.0.bias', 'layers.0.factors.0', 'layers.0.factors.1']
+    """
+    from safetensors.numpy import save
+
+    content = save(_torch_arrays(model), metadata={"format": "pt"})
+    with atomic_write(Path(path)) as file:
+        file.write(content)
+
+
+def load_safetensors(path: str | os.PathLike[str], model: nnx.Module) -> None:
+    """Fill a flax model from the safetensors file of the torch model.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: a damaged file, and as :func:`to_flax`.
+
+    >>> model = nnx.Sequential(StructuredLinear(8, 6, structure="low_rank", rank=2, rngs=nnx.Rngs(0)))
+    >>> save_safetensors(model, "model.safetensors")
+    >>> load_safetensors("model.safetensors", model)
+    """
+    from safetensors import SafetensorError
+    from safetensors.numpy import load
+
+    content = Path(path).read_bytes()
+    try:
+        state = load(content)
+    except SafetensorError as error:
+        raise ValueError(f"{os.fspath(path)} is damaged or no safetensors file: {error}") from error
+    to_flax(state, model)
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """One variable under one of its names in torch, and the changes of layout."""
+
+    name: str
+    variable: nnx.Variable
+    torch: Callable[[np.ndarray], np.ndarray]
+    flax: Callable[[np.ndarray], np.ndarray]
+
+
+def _same(array: np.ndarray) -> np.ndarray:
+    return array
+
+
+def _entries(model: nnx.Module) -> Iterator[_Entry]:
+    for place in named_modules(model):
+        module, prefix = place.module, f"{place.name}." if place.name else ""
+        for name, variable in own_variables(module).items():
+            if isinstance(module, _WITHOUT):
+                kind = type(module).__name__
+                raise ValueError(f"{prefix}{name} belongs to a {kind}, which has no counterpart in torch")
+            if isinstance(module, nnx.Linear) and name == "kernel":
+                _check_axes(prefix + name, variable, 2)
+                yield _Entry(f"{prefix}weight", variable, np.transpose, np.transpose)
+            elif isinstance(module, nnx.Conv) and name == "kernel":
+                axes = len(module.kernel_size)
+                _check_axes(prefix + name, variable, axes + 2)
+                yield _Entry(f"{prefix}weight", variable, *_convolution(axes))
+            elif isinstance(module, _RENAMED):
+                yield _Entry(prefix + _NAMES.get(name, name), variable, _same, _same)
+            else:
+                yield _Entry(prefix + name, variable, _same, _same)
+        if isinstance(module, StructuredLinear):
+            shapes = (spec.shape for spec in module.structure.factors if spec.trainable)
+            for number, (factor, shape) in enumerate(zip(module.factors, shapes, strict=True)):
+                _check_axes(f"{prefix}factors.{number}", factor, len(shape))
+
+
+def _convolution(axes: int) -> tuple[Callable[[np.ndarray], np.ndarray], Callable[[np.ndarray], np.ndarray]]:
+    to_torch = (axes + 1, axes, *range(axes))
+    to_flax = (*range(2, axes + 2), 1, 0)
+    return (lambda a: a.transpose(to_torch)), (lambda a: a.transpose(to_flax))
+
+
+def _check_axes(name: str, variable: nnx.Variable, axes: int) -> None:
+    if variable.ndim != axes:
+        raise ValueError(
+            f"{name} has shape {tuple(variable.shape)} and would have {axes} axes in torch: it was stacked by "
+            "nnx.vmap; torch has a module for each layer"
+        )
+
+
+def _torch_arrays(model: nnx.Module) -> dict[str, np.ndarray]:
+    found = {}
+    for entry in _entries(model):
+        array = entry.torch(np.asarray(entry.variable[...]))
+        if np.issubdtype(array.dtype, np.integer):
+            array = array.astype(np.int64)
+        found[entry.name] = np.array(array, order="C")
+    return found
+
+
+def _array(given: Any) -> np.ndarray:
+    """A tensor or array as a NumPy array of the same dtype."""
+    if type(given).__module__.partition(".")[0] != "torch":
+        return np.asarray(given)
+    import torch
+
+    given = given.detach().cpu()
+    if given.dtype == torch.bfloat16:
+        return given.view(torch.int16).numpy().view(jnp.bfloat16)
+    return given.numpy()
+
+
+def _checked(name: str, array: np.ndarray, variable: nnx.Variable) -> np.ndarray:
+    if array.shape != tuple(variable.shape):
+        raise ValueError(f"{name} has shape {array.shape} as flax lays it out, the model needs {variable.shape}")
+    if np.issubdtype(array.dtype, np.integer) and jnp.issubdtype(variable.dtype, jnp.integer):
+        cast = array.astype(variable.dtype)
+        if not np.array_equal(cast, array):
+            raise ValueError(f"{name} holds integers that {variable.dtype} can not")
+        return cast
+    if array.dtype != variable.dtype:
+        raise ValueError(
+            f"{name} is {array.dtype} in the state and {variable.dtype} in the flax model: convert the state, "
+            "or build the model with another param_dtype"
+        )
+    return array

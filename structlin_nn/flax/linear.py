@@ -1,0 +1,231 @@
+"""A linear layer of flax.nnx whose weight is a structured matrix."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from flax.nnx.nn.dtypes import promote_dtype
+from jax import Array
+
+import structlin
+from structlin._arrays import ops
+from structlin.structure import AbstractStructure, Structure
+from structlin_nn._layer import describe, plan_layer
+
+__all__ = ["Index", "StructuredLinear"]
+
+_JAX = ops("jax")
+_NOTHING: Mapping[str, Any] = MappingProxyType({})
+
+
+class Index(nnx.Variable):
+    """An integer array that is not trained: the order in a permutation."""
+
+
+class StructuredLinear(nnx.Module):
+    """``y = A x + b`` with a structured matrix A: ``(..., in_features) -> (..., out_features)``.
+
+    Takes the place of ``nnx.Linear`` and means what :class:`structlin_nn.torch.StructuredLinear` means, with the same
+    parameters in the same layout: ``factors`` (a list of ``nnx.Param``, in the order in which they meet the input;
+    arrays of indices are :class:`Index` variables ``index0``, ...), ``gains`` and ``bias``. The chain of products
+    runs over the factors: A itself is never formed. Parameters and multiply-accumulates (MACs) per vector are
+    ``structure.num_params`` and ``structure.macs``.
+
+    Factors are drawn at the deviations of :func:`structlin.init_std` (muP spectral scale), one key of
+    ``rngs.params()`` for each; the bias starts at zero, for the rule has no place for a random one.
+
+    With ``rms_cap`` each factor W is used as ``W * gain * min(1, sigma / RMS(W))`` wherever the layer or its operator
+    is used, with a learned scalar gain for each factor (Qiu et al., *Compute Better Spent*, ICML 2024, section 4.3).
+
+    Args:
+        in_features: size of the last axis of the input.
+        out_features: size of the last axis of the output.
+        use_bias: add a learned bias.
+        dtype: of the computation: input and parameters are cast to it. None: the dtype to which they promote.
+        param_dtype: of the parameters, floating or complex.
+        structure: a registered name (:func:`structlin.names`), or a structure of shape (out_features, in_features).
+        rms_cap: hold the RMS of every factor at or below sigma (``cap_sigma``), its initial deviation.
+        gain: learned gains; the default (None) is to have them where the factors are capped.
+        rule: scale rule, ``paper`` or ``rank_corrected`` (:mod:`structlin.scale`).
+        zero_init: start the factor applied last at zero (output layers, query projections, the last layer of a
+            residual branch). Its sigma is the deviation that it would otherwise have.
+        partition: mesh axis (or logical axis, with rules) for axes of the chain, as ``{"f": "model"}``: it becomes
+            the ``out_sharding`` of every factor with that axis, and of the bias where it is the output's first axis.
+            The letters are those of ``print(structure)``. As with all annotated nnx variables, the layer is then
+            made under ``jax.set_mesh``.
+        factor_metadata: metadata of the factors' variables, as ``kernel_metadata`` of ``nnx.Linear``.
+        bias_metadata: metadata of the bias.
+        rngs: source of the keys.
+        **options: options of the named structure (:func:`structlin.options`), for example ``rank=2``.
+
+    Attributes:
+        structure: what A is made of; ``factors``, ``gains``, ``bias``: its parameters (gains and bias may be None).
+        init_std: deviation at which each factor of the structure is drawn; 0 for zero-initialised and index factors.
+        cap_sigma: sigma of each factor; 0 for index factors.
+
+    Raises:
+        ValueError: an unknown structure, rule or option; sizes that the structure can not have, or other than those
+            of the structure given; options beside a structure; ``gain=True`` without ``rms_cap``; ``rms_cap`` or
+            ``zero_init`` where there are no trainable factors; a ``partition`` that does not fit the structure; an
+            integer dtype. In the forward pass: an input of wrong size.
+        TypeError: a ``structure`` that is neither a name nor a structure.
+
+    >>> layer = StructuredLinear(768, 1024, structure="block_tensor_train", rank=2, rngs=nnx.Rngs(0))
+    >>> layer(jnp.ones((4, 7, 768))).shape, layer.structure.macs
+    ((4, 7, 1024), 114688)
+    >>> bool(jnp.allclose(layer.operator.to_dense() @ jnp.ones(768), layer(jnp.ones(768)), atol=1e-4))
+    True
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        use_bias: bool = True,
+        dtype: Any = None,
+        param_dtype: Any = jnp.float32,
+        structure: str | AbstractStructure = "block_tensor_train",
+        rms_cap: bool = False,
+        gain: bool | None = None,
+        rule: str = "paper",
+        zero_init: bool = False,
+        partition: Mapping[str, str | None] = _NOTHING,
+        factor_metadata: Mapping[str, Any] = _NOTHING,
+        bias_metadata: Mapping[str, Any] = _NOTHING,
+        rngs: nnx.Rngs,
+        **options: Any,
+    ) -> None:
+        for name, given in (("dtype", dtype), ("param_dtype", param_dtype)):
+            if given is not None and not jnp.issubdtype(given, jnp.inexact):
+                raise ValueError(f"{name} must be floating or complex, got {jnp.dtype(given).name}")
+        plan = plan_layer(
+            in_features, out_features, structure, options, rms_cap=rms_cap, gain=gain, rule=rule, zero_init=zero_init
+        )
+        self._plan = plan
+        self._options = tuple((name, _frozen(value)) for name, value in options.items())
+        self.in_features, self.out_features = plan.structure.d_in, plan.structure.d_out
+        self.use_bias, self.dtype, self.param_dtype = use_bias, dtype, param_dtype
+        self.rule, self.zero_init, self.rms_cap = rule, zero_init, rms_cap
+
+        shardings, bias_sharding = _shardings(plan.structure, partition)
+        factors: list[nnx.Param] = []
+        for number, (spec, std) in enumerate(zip(plan.structure.factors, plan.init_std, strict=True)):
+            key = rngs.params()
+            if not spec.trainable:
+                order = jax.random.permutation(key, spec.numel).reshape(spec.shape)
+                setattr(self, f"index{number}", Index(order))
+                continue
+            value = jax.random.normal(key, spec.shape, param_dtype) * jnp.asarray(std, param_dtype)
+            factors.append(nnx.Param(value, **{**shardings[number], **factor_metadata}))
+        self.factors = nnx.List(factors)
+        self.gains = nnx.List(nnx.Param(jnp.ones((1,), param_dtype)) for _ in factors) if plan.gains else nnx.data(None)
+        self.bias: Any = nnx.data(None)
+        if use_bias:
+            self.bias = nnx.Param(jnp.zeros(self.out_features, param_dtype), **{**bias_sharding, **bias_metadata})
+
+    @property
+    def structure(self) -> AbstractStructure:
+        """What A is made of."""
+        return self._plan.structure
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options of the named structure that were given."""
+        return dict(self._options)
+
+    @property
+    def init_std(self) -> tuple[float, ...]:
+        """Deviation at which each factor is drawn."""
+        return self._plan.init_std
+
+    @property
+    def cap_sigma(self) -> tuple[float, ...]:
+        """RMS at which each factor is held with ``rms_cap``."""
+        return self._plan.cap_sigma
+
+    def effective_factors(self) -> tuple[Array, ...]:
+        """The factors that A is the product of: capped where ``rms_cap`` is set, index factors in their places."""
+        factors = [factor[...] for factor in self.factors]
+        if self.rms_cap:
+            sigmas = [sigma for n, sigma in enumerate(self.cap_sigma) if n not in self._plan.index_at]
+            gains = [1.0] * len(factors) if self.gains is None else [gain[...] for gain in self.gains]
+            factors = [structlin.rms_cap(f, s, g) for f, s, g in zip(factors, sigmas, gains, strict=True)]
+        for number in self._plan.index_at:
+            factors.insert(number, getattr(self, f"index{number}")[...])
+        return tuple(factors)
+
+    @property
+    def operator(self) -> structlin.StructuredOperator:
+        """A as a CoLA operator of shape (out_features, in_features), on the live (capped) factors.
+
+        Differentiable in the parameters: build it inside the function that is differentiated.
+        """
+        dtype = None if len(self.factors) else self.param_dtype
+        return self._plan.operator_class._build(self.structure, self.effective_factors(), dtype)
+
+    def __call__(self, x: Array) -> Array:
+        """``(..., in_features) -> (..., out_features)``."""
+        if x.shape[-1:] != (self.in_features,):
+            raise ValueError(
+                f"the last axis of the input must have size in_features = {self.in_features}, "
+                f"got shape {tuple(x.shape)}"
+            )
+        factors = list(self.effective_factors())
+        bias = None if self.bias is None else self.bias[...]
+        indices = {number: factors[number] for number in self._plan.index_at}
+        weights = [factor for number, factor in enumerate(factors) if number not in indices]
+        x, bias, *weights = promote_dtype((x, bias, *weights), dtype=self.dtype)
+        for number, index in indices.items():
+            weights.insert(number, index)
+        if self._plan.is_dense:
+            y = jax.lax.dot_general(x, weights[0], (((x.ndim - 1,), (1,)), ((), ())))
+        else:
+            y = self.structure._rows(weights, x.reshape(-1, self.in_features), _JAX)
+            y = y.reshape(*x.shape[:-1], self.out_features)
+        return y if bias is None else y + bias
+
+    def __nnx_repr__(self) -> Any:
+        yield nnx.reprlib.Object("StructuredLinear")
+        yield nnx.reprlib.Attr("layer", self._described())
+        for name in ("factors", "gains", "bias"):
+            if getattr(self, name) is not None:
+                yield nnx.reprlib.Attr(name, getattr(self, name))
+
+    def _described(self) -> str:
+        return describe(
+            self._plan, self.options, bias=self.use_bias, rms_cap=self.rms_cap, rule=self.rule, zero_init=self.zero_init
+        )
+
+
+def _frozen(value: Any) -> Any:
+    """An option as a hashable value: attributes of nnx modules are part of the key of jit."""
+    return tuple(map(_frozen, value)) if isinstance(value, list | tuple) else value
+
+
+def _shardings(
+    structure: AbstractStructure, partition: Mapping[str, str | None]
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """``out_sharding`` of each factor and of the bias, as metadata; empty where nothing is partitioned."""
+    if not partition:
+        return [{} for _ in structure.factors], {}
+    if not isinstance(structure, Structure):
+        raise ValueError(f"partition={dict(partition)} names axes of a chain, and {structure!r} is none")
+    letters = dict(structure.sizes)
+    if unknown := [axis for axis in partition if axis not in letters]:
+        chain = "; ".join(map(str, structure.steps))
+        raise ValueError(f"partition: {chain!r} has no axis {', '.join(map(repr, unknown))}, it has {''.join(letters)}")
+    made = []
+    for step in structure.steps:
+        names = tuple(partition.get(axis) for axis in step.factor)
+        given = [name for name in names if name is not None]
+        if len(given) != len(set(given)):
+            raise ValueError(f"partition={dict(partition)} gives two axes of factor {step.factor!r} one mesh axis")
+        made.append({"out_sharding": names} if given else {})
+    first = partition.get(structure.steps[-1].output[0])
+    return made, {"out_sharding": (first,)} if first is not None else {}

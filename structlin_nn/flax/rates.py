@@ -1,0 +1,337 @@
+"""optax transformations with the learning rates that the structure asks for."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import optax
+from flax import nnx
+
+from structlin_nn._patterns import Pattern, listed
+from structlin_nn._rates import (
+    Fans,
+    ParameterRule,
+    Place,
+    check_arguments,
+    dense_multiplier,
+    factor_multipliers,
+    settle,
+)
+from structlin_nn.flax._modules import named_modules, own_variables, variables
+from structlin_nn.flax.linear import StructuredLinear
+
+__all__ = ["ParameterRates", "ParameterRule", "optimizer_for", "parameter_rates", "scale_by_rates"]
+
+_NORMS = (nnx.LayerNorm, nnx.RMSNorm, nnx.GroupNorm, nnx.BatchNorm, nnx.InstanceNorm)
+_CONVOLUTIONS = (nnx.Conv, nnx.ConvTranspose)
+_WITH_BIAS = (StructuredLinear, nnx.Linear, nnx.LinearGeneral, *_CONVOLUTIONS, *_NORMS)
+
+
+@dataclass(frozen=True)
+class ParameterRates:
+    """Learning-rate multiplier and weight decay of every parameter of a model; ``print`` it for a table.
+
+    Attributes:
+        rules: by full name, under every name of a shared parameter.
+        sizes: number of elements, by name, each parameter once.
+    """
+
+    rules: Mapping[str, ParameterRule]
+    sizes: Mapping[str, int]
+
+    def __str__(self) -> str:
+        rows: dict[tuple[float, bool, str], list[int]] = {}
+        for name, size in self.sizes.items():
+            rule = self.rules[name]
+            pattern = ".".join("*" if part.isdigit() else part for part in name.split("."))
+            rows.setdefault((rule.multiplier, rule.decay, pattern), []).append(size)
+        cells = [("multiplier", "decay", "tensors", "parameters", "names")]
+        for (multiplier, decay, pattern), sizes in rows.items():
+            decayed = "yes" if decay else "no"
+            cells.append((f"{multiplier:.6g}", decayed, f"{len(sizes):,}", f"{sum(sizes):,}", pattern))
+        widths = [max(len(row[i]) for row in cells) for i in range(4)]
+        return "\n".join("  ".join([*(c.rjust(w) for c, w in zip(r, widths, strict=False)), r[-1]]) for r in cells)
+
+    def of(self, tree: Any) -> Any:
+        """A tree like ``tree`` (a state of ``nnx.Param``, or its arrays) with the rule of each parameter.
+
+        Raises ValueError for a parameter that has none.
+        """
+        paths, structure = jax.tree_util.tree_flatten_with_path(tree)
+        names = [_name(path) for path, _ in paths]
+        if missing := [name for name in names if name not in self.rules]:
+            raise ValueError(f"no rule covers the parameters {listed(missing)}: the rules are those of another model")
+        return jax.tree_util.tree_unflatten(structure, [self.rules[name] for name in names])
+
+
+def parameter_rates(
+    model: nnx.Module,
+    base_model: nnx.Module | None = None,
+    *,
+    optimizer: str = "adamw",
+    structure_aware: bool = True,
+    extra_multipliers: Mapping[Pattern, float] | None = None,
+    rules: Mapping[Pattern, ParameterRule] | None = None,
+    decay: Collection[str] = ("factor", "weight"),
+) -> ParameterRates:
+    """Multiplier and weight decay of every ``nnx.Param`` of a model.
+
+    The rules, the kinds of parameters and the meaning of all arguments are those of
+    :func:`structlin_nn.torch.parameter_groups`, whose table they are listed in. The weights of dense layers are the
+    kernels of ``nnx.Linear``, ``nnx.LinearGeneral`` (with the product of its input axes as fan-in), ``nnx.Conv`` and
+    ``nnx.ConvTranspose``.
+
+    Args:
+        model: the model to train.
+        base_model: the same model at base width; only sizes are read, so ``nnx.eval_shape`` of its constructor does.
+            None: each layer is its own base, so that dense layers have multiplier 1.
+        optimizer: whose rule: ``adam``, ``adamw``, ``sgd`` or ``sign``.
+        structure_aware: False for the naive rule.
+        extra_multipliers: further factors on the learning rate, by patterns of layers or parameters.
+        rules: patterns of full parameter names with rules of their own, which go before all others.
+        decay: kinds of parameters that are decayed.
+
+    Raises:
+        ValueError: a parameter of two or more axes in a module of unknown kind; a shared parameter with several
+            rules; modules with parameters that only one of model and base model has; a pattern that matches nothing;
+            an unknown optimiser or kind.
+        TypeError: rules that are no :class:`ParameterRule`.
+
+    >>> def make(width, structure, **options):
+    ...     rngs = nnx.Rngs(0)
+    ...     first = StructuredLinear(width, width, structure=structure, rngs=rngs, **options)
+    ...     return nnx.Sequential(first, nnx.relu, nnx.Linear(width, 10, rngs=rngs))
+    >>> model = make(64, "low_rank", rank=4)
+    >>> base = nnx.eval_shape(lambda: make(32, "dense"))
+    >>> print(parameter_rates(model, base))
+    multiplier  decay  tensors  parameters  names
+             1     no        2          74  layers.*.bias
+          0.25    yes        1         256  layers.*.factors.*
+             4    yes        1         256  layers.*.factors.*
+           0.5    yes        1         640  layers.*.kernel
+    """
+    check_arguments(0.0, 0.0, optimizer, decay, False)
+    bases = None if base_model is None else _leaves(base_model)
+    leaves = _leaves(model)
+    if bases is not None:
+        _check_same_modules(leaves, bases)
+
+    def places() -> Iterator[Place]:
+        for layer, module in leaves.items():
+            base = module if bases is None else bases[layer]
+            yield from _places(layer, module, base, optimizer, structure_aware)
+
+    settled = settle(places(), dict(extra_multipliers or {}), dict(rules or {}), decay)
+    found: dict[str, ParameterRule] = {}
+    sizes: dict[str, int] = {}
+    seen: set[int] = set()
+    for name, variable in variables(model).items():
+        if isinstance(variable, nnx.Param):
+            found[name] = settled[id(variable)][1]
+            if id(variable) not in seen:
+                sizes[name] = math.prod(variable.shape)
+                seen.add(id(variable))
+    return ParameterRates(found, sizes)
+
+
+def scale_by_rates(rates: ParameterRates) -> optax.GradientTransformation:
+    """An optax transformation that multiplies the update of each parameter by its learning-rate multiplier.
+
+    It stands after what makes the update's size independent of the gradient's (``optax.scale_by_adam``) and before
+    ``optax.scale_by_learning_rate``. :func:`optimizer_for` puts a whole optimiser together.
+
+    Raises:
+        ValueError: on ``init`` and ``update``: a parameter without a rule.
+
+    >>> model = nnx.Sequential(StructuredLinear(8, 8, structure="low_rank", rank=2, rngs=nnx.Rngs(0)))
+    >>> rates = parameter_rates(model)
+    >>> tx = optax.chain(optax.scale_by_adam(), scale_by_rates(rates), optax.scale_by_learning_rate(1e-3))
+    >>> optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    """
+
+    def init(params: Any) -> optax.EmptyState:
+        rates.of(params)
+        return optax.EmptyState()
+
+    def update(updates: Any, state: optax.EmptyState, params: Any = None) -> tuple[Any, optax.EmptyState]:
+        return jax.tree.map(lambda rule, u: rule.multiplier * u, rates.of(updates), updates), state
+
+    return optax.GradientTransformation(init, update)
+
+
+def optimizer_for(
+    model: nnx.Module,
+    base_model: nnx.Module | None = None,
+    *,
+    lr: float | Callable[[Any], Any],
+    weight_decay: float = 0.0,
+    optimizer: str = "adamw",
+    structure_aware: bool = True,
+    extra_multipliers: Mapping[Pattern, float] | None = None,
+    rules: Mapping[Pattern, ParameterRule] | None = None,
+    decay: Collection[str] = ("factor", "weight"),
+    independent_decay: bool = False,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    momentum: float = 0.0,
+    nesterov: bool = False,
+) -> optax.GradientTransformation:
+    """A whole optax optimiser for a model, with the learning rates that the structure asks for.
+
+    The steps are those of torch's optimisers on :func:`structlin_nn.torch.parameter_groups`: in each, a parameter is
+    shrunk by ``lr * multiplier * weight_decay`` (``adamw``, ``sign``), or the decay goes through the gradient
+    (``adam``, ``sgd``).
+
+    Args:
+        model, base_model, structure_aware, extra_multipliers, rules, decay: as in :func:`parameter_rates`.
+        lr: learning rate at base width, or an optax schedule.
+        weight_decay: coefficient of the kinds in ``decay``.
+        optimizer: ``adam``, ``adamw``, ``sgd``, or ``sign`` (Lion).
+        independent_decay: divide the coefficient by the multiplier, so that all decayed parameters shrink by
+            ``lr * weight_decay``; not for ``adam``.
+        betas: of Adam and Lion.
+        eps: of Adam.
+        momentum, nesterov: of SGD.
+
+    Raises:
+        ValueError, TypeError: as :func:`parameter_rates`; a negative rate or decay; options that the optimiser does
+            not have.
+
+    >>> model = nnx.Sequential(StructuredLinear(8, 8, structure="low_rank", rank=2, rngs=nnx.Rngs(0)))
+    >>> schedule = optax.warmup_cosine_decay_schedule(0.0, 1e-3, warmup_steps=10, decay_steps=100)
+    >>> optimizer = nnx.Optimizer(model, optimizer_for(model, lr=schedule, weight_decay=0.1), wrt=nnx.Param)
+    """
+    check_arguments(0.0 if callable(lr) else lr, weight_decay, optimizer, decay, independent_decay)
+    if optimizer != "sgd" and (momentum or nesterov):
+        raise ValueError(f"momentum={momentum} and nesterov={nesterov} are options of 'sgd', not of {optimizer!r}")
+    if not 0 <= momentum < 1 or (nesterov and not momentum):
+        raise ValueError(f"momentum must be from 0 to below 1 (above 0 with nesterov), got {momentum}")
+    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+        raise ValueError(f"betas must be two numbers from 0 to below 1, got {betas}")
+    rates = parameter_rates(
+        model,
+        base_model,
+        optimizer=optimizer,
+        structure_aware=structure_aware,
+        extra_multipliers=extra_multipliers,
+        rules=rules,
+        decay=decay,
+    )
+    decayed = [_add_decay(rates, weight_decay, independent_decay)] if weight_decay else []
+    first, second = betas
+    steps = {
+        "adam": [*decayed, optax.scale_by_adam(first, second, eps)],
+        "adamw": [optax.scale_by_adam(first, second, eps), *decayed],
+        "sign": [optax.scale_by_lion(first, second), *decayed],
+        "sgd": [*decayed, *([optax.trace(momentum, nesterov)] if momentum else [])],
+    }[optimizer]
+    return optax.chain(*steps, scale_by_rates(rates), optax.scale_by_learning_rate(lr))
+
+
+def _add_decay(rates: ParameterRates, weight_decay: float, independent: bool) -> optax.GradientTransformation:
+    def coefficient(rule: ParameterRule) -> float:
+        if not rule.decay:
+            return 0.0
+        return weight_decay / rule.multiplier if independent else weight_decay
+
+    def update(updates: Any, state: optax.EmptyState, params: Any = None) -> tuple[Any, optax.EmptyState]:
+        if params is None:
+            raise ValueError("weight decay needs the parameters: call update(gradients, state, params)")
+        return jax.tree.map(lambda rule, u, p: u + coefficient(rule) * p, rates.of(updates), updates, params), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
+def _name(path: tuple[Any, ...]) -> str:
+    """Full name of a parameter from its path in a state, whether of variables or of their arrays."""
+    keys = [getattr(part, "key", getattr(part, "idx", None)) for part in path]
+    return ".".join(str(key) for key in keys if key is not None)
+
+
+def _leaves(model: nnx.Module) -> dict[str, nnx.Module]:
+    """Modules that hold parameters, by every name; a structured layer is one of them, and its lists are not."""
+    found: dict[str, nnx.Module] = {}
+    inside: set[int] = set()
+    for place in named_modules(model):
+        if isinstance(place.module, StructuredLinear):
+            inside |= {id(place.module.factors), id(place.module.gains)}
+            found[place.name] = place.module
+        elif id(place.module) not in inside and any(map(_is_param, own_variables(place.module).values())):
+            found[place.name] = place.module
+    return found
+
+
+def _is_param(variable: nnx.Variable) -> bool:
+    return isinstance(variable, nnx.Param)
+
+
+def _places(layer: str, module: nnx.Module, base: nnx.Module, optimizer: str, structure_aware: bool) -> Iterator[Place]:
+    """The parameters of a module that :func:`_leaves` gives, with their rules."""
+    prefix = f"{layer}." if layer else ""
+    fans, base_fans = _fans(module), _fans(base)
+
+    def place(name: str, variable: nnx.Variable, kind: str | None, value: float | None) -> Place:
+        described = f"{prefix}{name} {tuple(variable.shape)} of {type(module).__qualname__}"
+        return Place(prefix + name, layer, id(variable), kind or "unknown", value, True, described)
+
+    if isinstance(module, StructuredLinear):
+        assert base_fans is not None
+        values = factor_multipliers(module.structure, base_fans, optimizer, structure_aware)
+        for number, (variable, value) in enumerate(zip(module.factors, values, strict=True)):
+            yield place(f"factors.{number}", variable, "factor", value)
+        for number, variable in enumerate(module.gains or ()):
+            yield place(f"gains.{number}", variable, "gain", 1.0)
+    for name, variable in own_variables(module).items():
+        if not _is_param(variable):
+            continue
+        if name == "kernel" and fans is not None and base_fans is not None:
+            yield place(name, variable, "weight", dense_multiplier(fans, base_fans, optimizer))
+        else:
+            kind = _kind(module, name, variable)
+            yield place(name, variable, kind, 1.0 if kind else None)
+
+
+def _fans(module: nnx.Module) -> Fans | None:
+    """Fans of a module's kernel; a structured layer's are those of a dense one, and None is of what has no kernel."""
+    if isinstance(module, StructuredLinear | nnx.Linear):
+        return Fans(module.in_features, module.out_features)
+    if isinstance(module, nnx.LinearGeneral):
+        blocks = math.prod(module.batch_axis.values())
+        return Fans(math.prod(module.in_features), math.prod(module.out_features), blocks)
+    if isinstance(module, nnx.Conv | nnx.ConvTranspose):
+        groups = getattr(module, "feature_group_count", 1)
+        positions = math.prod(module.kernel_size)
+        return Fans(module.in_features // groups * positions, module.out_features // groups * positions, groups)
+    return None
+
+
+def _kind(module: nnx.Module, name: str, variable: nnx.Variable) -> str | None:
+    """Kind of a parameter that is no weight; None where it may be one."""
+    if isinstance(module, nnx.Embed):
+        return "embedding"
+    # Stacked layers have an axis more, so modules that are known go by names.
+    if name == "bias" and (isinstance(module, _WITH_BIAS) or variable.ndim < 2):
+        return "bias"
+    if isinstance(module, _NORMS):
+        return "norm"
+    return "vector" if variable.ndim < 2 else None
+
+
+def _check_same_modules(ours: Mapping[str, nnx.Module], theirs: Mapping[str, nnx.Module]) -> None:
+    if missing := [name for name in ours if name not in theirs]:
+        raise ValueError(f"the base model lacks modules with parameters that the model has: {listed(missing)}")
+    if surplus := [name for name in theirs if name not in ours]:
+        raise ValueError(f"the base model has modules with parameters that the model lacks: {listed(surplus)}")
+    for name, module in ours.items():
+        base = theirs[name]
+        if (_fans(module) is None) != (_fans(base) is None) or isinstance(module, _CONVOLUTIONS) != isinstance(
+            base, _CONVOLUTIONS
+        ):
+            raise ValueError(
+                f"module {name!r} is a {type(module).__qualname__} in the model "
+                f"and a {type(base).__qualname__} in the base model"
+            )

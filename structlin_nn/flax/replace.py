@@ -1,0 +1,271 @@
+"""Replacing the linear layers of an nnx model by structured ones, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from flax.nnx.nn.dtypes import promote_dtype
+
+from structlin.structure import AbstractStructure
+from structlin_nn._patterns import Pattern, Patterns, as_patterns, matches
+from structlin_nn._replacement import PRESETS, Replacement, ReplacementReport, matching, names_of, select
+from structlin_nn.flax._modules import Place, named_modules, own_variables, variables
+from structlin_nn.flax.linear import StructuredLinear
+
+__all__ = ["Replacement", "ReplacementReport", "replace_linear", "to_dense_linear"]
+
+Selection = Patterns | Callable[[str, nnx.Module], bool]
+_LIKE_LINEAR = (nnx.LinearGeneral, nnx.Einsum)
+
+
+def replace_linear(
+    model: nnx.Module,
+    structure: str | AbstractStructure | Callable[[str, nnx.Module], AbstractStructure],
+    *,
+    layers: Selection = "all_but_last",
+    exclude: Patterns = (),
+    zero_init: Patterns = (),
+    shared_weights: str = "error",
+    rms_cap: bool = False,
+    gain: bool | None = None,
+    rule: str = "paper",
+    rngs: nnx.Rngs,
+    **options: Any,
+) -> ReplacementReport:
+    """Replace linear layers of ``model``, in place, by freshly drawn :class:`StructuredLinear` layers.
+
+    Linear layers are ``nnx.Linear``. ``nnx.LinearGeneral`` (the projections of ``nnx.MultiHeadAttention``) and
+    ``nnx.Einsum`` are no maps between vectors of one axis and are left alone; the report lists those that the
+    selection would have taken. Missing biases, dtypes and the metadata of the bias are kept; the metadata of the
+    kernel is not, because the axes of factors are others. The old values are not kept: factors are drawn from
+    ``rngs``, biases start at zero. The model is changed only when every layer has passed every check.
+
+    A pattern is a glob on the layer's full name, such as ``blocks.0.up`` (``*`` also runs over dots), or a compiled
+    regular expression that matches all of it. A module that stands at several places has several names, counts as
+    chosen if one of them is (as excluded likewise), and is replaced by one layer at all of them.
+
+    Args:
+        model: any nnx module with linear layers inside.
+        structure: name of a registered structure, with its options as further keywords; or a structure, if all
+            layers have its shape; or a function from name and layer to a structure.
+        layers: which layers. ``"all"``; ``"all_but_last"`` leaves the head dense; ``"intermediate"`` leaves the first
+            and the last dense, where first and last go by the order in which attributes were set, which the report
+            shows (``nnx.merge`` and ``nnx.clone`` sort them by name: name layers of such models by patterns); one or
+            several patterns; or a predicate of name and layer.
+        exclude: patterns of layers to leave alone.
+        zero_init: patterns of layers whose factor applied last starts at zero.
+        shared_weights: a layer whose kernel or bias is a variable of another module too (a head tied to its
+            embedding) cannot be replaced without untying it: ``"error"``, or ``"skip"`` to leave such layers alone.
+        rms_cap, gain, rule: as in :class:`StructuredLinear`.
+        rngs: source of the keys.
+        **options: of the named structure.
+
+    Returns:
+        A report of what was replaced, with parameters and multiply-accumulates (MACs) before and after.
+
+    Raises:
+        ValueError: nothing is chosen, or a pattern matches no layer (the message lists the layers there are); a size
+            that the structure can not have (the message names the layer); tied weights; a layer that computes
+            something else than ``nnx.Linear`` does: subclasses, ``dot_general`` or ``promote_dtype`` of one's own;
+            layers that were stacked by ``nnx.vmap``; a layer in a tuple.
+        TypeError: ``structure`` or a pattern of another type.
+
+    >>> rngs = nnx.Rngs(0)
+    >>> sizes = [(64, 128), (128, 64), (64, 9)]
+    >>> model = nnx.Sequential(*(nnx.Linear(*pair, rngs=rngs) for pair in sizes))
+    >>> print(replace_linear(model, "block_tensor_train", rank=2, rngs=rngs))
+    layer     shape     params  structured    MACs  structured
+    layers.0  128 x 64   8,320       3,200   8,192       3,072
+    layers.1  64 x 128   8,256       4,160   8,192       4,096
+    total               16,576       7,360  16,384       7,168
+    """
+    if shared_weights not in ("error", "skip"):
+        raise ValueError(f"shared_weights must be 'error' or 'skip', got {shared_weights!r}")
+    places = _linear_places(model, nnx.Linear)
+    names = {layer: tuple(place.name for place in held) for layer, held in places.items()}
+    chosen = select(names, layers, as_patterns(exclude), "nnx.Linear")
+    zeroed = matching(chosen, as_patterns(zero_init), "zero_init")
+
+    owners = _owners(model)
+    skipped, made = _left_alone(model, layers, as_patterns(exclude)), {}
+    for linear, known in chosen.items():
+        _check_is_plain(known[0], linear)
+        own = [owner for v in own_variables(linear).values() for owner in owners[id(v)]]
+        others = [o for o in own if o.rpartition(".")[0] not in known]
+        if not others:
+            new_structure = structure(known[0], linear) if callable(structure) else structure
+            common = {"rms_cap": rms_cap, "gain": gain, "rule": rule, "zero_init": linear in zeroed, **options}
+            made[linear] = _structured(known[0], linear, new_structure, rngs, common)
+        elif shared_weights == "skip":
+            skipped.append((known[0], f"shares {', '.join(others)}"))
+        else:
+            raise ValueError(
+                f"layer {known[0]!r} shares {', '.join(others)}, and replacing it would untie them: "
+                "exclude it, or pass shared_weights='skip' to leave such layers alone"
+            )
+    if not made:
+        raise ValueError(f"every layer that is chosen shares its weight; the linear layers are {names_of(names)}")
+    _put(places, made)
+    rows = tuple(
+        Replacement(
+            chosen[linear],
+            new.structure,
+            _size(linear),
+            _size(new),
+            linear.in_features * linear.out_features,
+            new.structure.macs,
+        )
+        for linear, new in made.items()
+    )
+    return ReplacementReport(rows, tuple(skipped))
+
+
+def to_dense_linear(
+    model: nnx.Module, *, layers: Selection = "all", exclude: Patterns = (), rngs: nnx.Rngs | None = None
+) -> ReplacementReport:
+    """Replace structured layers of ``model``, in place, by ``nnx.Linear`` layers with the same matrices and biases.
+
+    Caps and gains are multiplied in. dtypes are kept. Gradients and optimiser states are those of other parameters
+    afterwards: make a new optimiser.
+
+    Args:
+        model: any nnx module with structured layers inside.
+        layers, exclude: which of the structured layers, as in :func:`replace_linear`.
+        rngs: not needed for the values; handed to ``nnx.Linear``, which draws before it is filled.
+
+    Returns:
+        A report, with the parameters and MACs of the structured layer as ``before``.
+
+    Raises:
+        ValueError: nothing is chosen, a pattern matches no structured layer, or a layer was stacked by ``nnx.vmap``.
+
+    >>> rngs = nnx.Rngs(0)
+    >>> model = nnx.Sequential(StructuredLinear(6, 8, structure="monarch", blocks=2, rngs=rngs))
+    >>> x = jnp.ones(6)
+    >>> before = model(x)
+    >>> print(to_dense_linear(model))
+    layer     shape  params  structured  MACs  structured
+    layers.0  8 x 6      50          56    42          48
+    total                50          56    42          48
+    >>> bool(jnp.allclose(model(x), before, atol=1e-6))
+    True
+    """
+    places = _linear_places(model, StructuredLinear)
+    names = {layer: tuple(place.name for place in held) for layer, held in places.items()}
+    chosen = select(names, layers, as_patterns(exclude), "StructuredLinear")
+    made = {layer: _dense(known[0], layer, rngs or nnx.Rngs(0)) for layer, known in chosen.items()}
+    _put(places, made)
+    rows = tuple(
+        Replacement(
+            chosen[layer],
+            layer.structure,
+            _size(layer),
+            _size(new),
+            layer.structure.macs,
+            layer.in_features * layer.out_features,
+        )
+        for layer, new in made.items()
+    )
+    return ReplacementReport(rows)
+
+
+def _linear_places(model: nnx.Module, kind: type[Any]) -> dict[Any, list[Place]]:
+    if isinstance(model, kind):
+        raise ValueError("the model itself is a linear layer and can not be replaced in place; put it in a container")
+    places: dict[Any, list[Place]] = {}
+    for place in named_modules(model):
+        if isinstance(place.module, kind):
+            places.setdefault(place.module, []).append(place)
+    return places
+
+
+def _left_alone(model: nnx.Module, layers: Selection, exclude: Sequence[Pattern]) -> list[tuple[str, str]]:
+    """Layers like ``nnx.Linear`` that a preset runs over, or that the patterns name."""
+    if callable(layers):
+        return []
+    preset = isinstance(layers, str) and layers in PRESETS
+    found: dict[nnx.Module, tuple[str, str]] = {}
+    for place in named_modules(model):
+        wanted = preset or any(matches(pattern, place.name) for pattern in as_patterns(layers))
+        if isinstance(place.module, _LIKE_LINEAR) and wanted and not any(matches(p, place.name) for p in exclude):
+            found.setdefault(place.module, (place.name, f"a {type(place.module).__name__}, not an nnx.Linear"))
+    return list(found.values())
+
+
+def _owners(model: nnx.Module) -> dict[int, list[str]]:
+    """Full names of each variable, one for each module that holds it."""
+    owners: dict[int, list[str]] = {}
+    for place in named_modules(model):
+        for name, variable in own_variables(place.module).items():
+            owners.setdefault(id(variable), []).append(f"{place.name}.{name}" if place.name else name)
+    return owners
+
+
+def _check_is_plain(name: str, linear: nnx.Linear) -> None:
+    if type(linear).__call__ is not nnx.Linear.__call__:
+        kind = type(linear).__qualname__
+        raise ValueError(f"layer {name!r} is a {kind}, whose forward pass is not that of nnx.Linear; exclude it")
+    own = {
+        "dot_general": linear.dot_general is not jax.lax.dot_general,
+        "promote_dtype": linear.promote_dtype is not promote_dtype,
+        "precision": linear.precision is not None,
+        "preferred_element_type": linear.preferred_element_type is not None,
+    }
+    if lost := [attribute for attribute, given in own.items() if given]:
+        raise ValueError(f"layer {name!r} has its own {', '.join(lost)}, which would be lost; exclude it")
+    if linear.kernel.ndim != 2:
+        raise ValueError(
+            f"layer {name!r} has a kernel of shape {linear.kernel.shape}: it was stacked by nnx.vmap; replace the "
+            "layers in the function that is vmapped"
+        )
+
+
+def _structured(
+    name: str, linear: nnx.Linear, structure: Any, rngs: nnx.Rngs, options: Mapping[str, Any]
+) -> StructuredLinear:
+    sizes = linear.in_features, linear.out_features
+    metadata = {} if linear.bias is None else _kept_metadata(linear.bias)
+    try:
+        return StructuredLinear(
+            *sizes, use_bias=linear.bias is not None, dtype=linear.dtype, param_dtype=linear.kernel.dtype,
+            structure=structure, bias_metadata=metadata, rngs=rngs, **options,
+        )  # fmt: skip
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"layer {name!r} ({sizes[0]} -> {sizes[1]}): {error}") from error
+
+
+def _dense(name: str, layer: StructuredLinear, rngs: nnx.Rngs) -> nnx.Linear:
+    shapes = [spec.shape for spec in layer.structure.factors if spec.trainable]
+    if stacked := [factor.shape for factor, shape in zip(layer.factors, shapes, strict=True) if factor.shape != shape]:
+        raise ValueError(f"layer {name!r} has a factor of shape {stacked[0]}: it was stacked by nnx.vmap")
+    metadata = {} if layer.bias is None else _kept_metadata(layer.bias)
+    made = nnx.Linear(
+        layer.in_features, layer.out_features, use_bias=layer.bias is not None, dtype=layer.dtype,
+        param_dtype=layer.param_dtype, bias_metadata=metadata, rngs=rngs,
+        kernel_init=lambda *_: jnp.asarray(layer.operator.to_dense().T, layer.param_dtype),
+    )  # fmt: skip
+    if layer.bias is not None:
+        made.bias[...] = layer.bias[...]
+    return made
+
+
+def _kept_metadata(variable: nnx.Variable) -> dict[str, Any]:
+    """Metadata of a variable that its successor takes over; how it is held in memory is not among it."""
+    return {k: v for k, v in variable.get_metadata().items() if k not in ("hijax", "ref", "eager_sharding")}
+
+
+def _put(places: Mapping[Any, Sequence[Place]], made: Mapping[Any, nnx.Module]) -> None:
+    for old in made:
+        for place in places[old]:
+            place.put(old)  # raises, where it does, before anything is changed
+    for old, new in made.items():
+        for place in places[old]:
+            place.put(new)
+
+
+def _size(module: nnx.Module) -> int:
+    return sum({id(v): v.size for v in variables(module).values() if isinstance(v, nnx.Param)}.values())
