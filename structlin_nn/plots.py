@@ -1,44 +1,16 @@
-"""Figures, from run records alone."""
+"""The figure of the demonstration."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from structlin_nn.training.files import atomic_write
+from structlin_nn.figures.style import GRID, STYLES, save_png, style
 
 __all__ = ["STYLES", "demo_figure", "save_png", "style"]
-
-# Okabe and Ito's palette, which the colour-blind can tell apart, and a marker each for prints without colour.
-STYLES: dict[str, tuple[str, str, str]] = {
-    "dense": ("dense", "#000000", "o"),
-    "block_tensor_train": ("Block Tensor-Train", "#0072B2", "s"),
-    "monarch": ("Monarch", "#D55E00", "^"),
-    "low_rank": ("low rank", "#009E73", "D"),
-    "kronecker": ("Kronecker", "#CC79A7", "v"),
-    "tensor_train": ("Tensor-Train", "#56B4E9", "P"),
-}
-_OTHERS = ("#E69F00", "X")
-_GRID = "0.9"
-
-
-def style(name: str) -> tuple[str, str, str]:
-    """Label, colour and marker of a structure.
-
-    >>> style("dense")
-    ('dense', '#000000', 'o')
-    """
-    return STYLES.get(name, (name.replace("_", " "), *_OTHERS))
-
-
-def save_png(figure: Figure, path: Path, dpi: int = 160) -> None:
-    """Write a figure as PNG, as a whole or not at all. Raises OSError where that fails."""
-    with atomic_write(path) as file:
-        figure.savefig(file, format="png", dpi=dpi)
 
 
 def demo_figure(rows: Sequence[dict[str, Any]]) -> Figure:
@@ -58,7 +30,7 @@ def demo_figure(rows: Sequence[dict[str, Any]]) -> Figure:
     _rule_panel(right, rows, [name for name in structures if name != "dense"])
     for axes in (left, right):
         axes.set_ylabel("training error (%)")
-        axes.grid(True, axis="y", color=_GRID, linewidth=0.8)
+        axes.grid(True, axis="y", color=GRID, linewidth=0.8)
         axes.spines[["top", "right"]].set_visible(False)
         axes.set_axisbelow(True)
     return figure
@@ -73,7 +45,7 @@ def _compute_panel(axes: Axes, rows: Sequence[dict[str, Any]], structures: Seque
         y = [100 * row["train_error"] for row in chosen]
         axes.plot(x, y, color=colour, marker=marker, markersize=7, linewidth=1.8, label=label)
     axes.set_xscale("log")
-    axes.grid(True, axis="x", which="major", color=_GRID, linewidth=0.8)
+    axes.grid(True, axis="x", which="major", color=GRID, linewidth=0.8)
     axes.set_xlabel("training compute (multiply-accumulates)")
     axes.set_title("equal compute, structure-aware learning rates", fontsize=11, pad=26)
     axes.legend(

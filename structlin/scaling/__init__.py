@@ -9,12 +9,18 @@ Models*, 2022). Compute is whatever the numbers are: MACs of one sample, MACs of
 >>> noise = np.exp(0.01 * np.random.default_rng(0).standard_normal((2, 6)))
 >>> dense = fit_power_law(macs, 2.0 * macs**-0.10 * noise[0])
 >>> structured = fit_power_law(macs, 2.0 * macs**-0.13 * noise[1])
->>> compare_exponents(structured.bootstrap(), dense.bootstrap()).excludes(0)
+>>> compare_exponents(structured.bootstrap(200), dense.bootstrap(200)).excludes(0)
 True
 """
 
 from structlin.scaling._bootstrap import METHODS, Bootstrap, Estimate
-from structlin.scaling._compare import Multiplier, cheapest, compare_exponents, compute_multiplier
+from structlin.scaling._compare import (
+    Multiplier,
+    cheapest,
+    compare_exponents,
+    compute_multiplier,
+    interpolated_multiplier,
+)
 from structlin.scaling._frontier import pareto_frontier
 from structlin.scaling._law import LOSSES, PowerLaw, PowerLawFit, fit_power_law
 
@@ -30,5 +36,6 @@ __all__ = [
     "compare_exponents",
     "compute_multiplier",
     "fit_power_law",
+    "interpolated_multiplier",
     "pareto_frontier",
 ]

@@ -47,18 +47,20 @@ class Bootstrap:
     (that of the residuals over a chi-squared variable): without floor and with the linear loss the intervals
     are those of Student's t, which hold for few points too. ``residuals``: residuals drawn with replacement, each
     raised for the freedom that the fit took from it. ``cases``: points drawn with replacement. The last two are
-    too narrow below some ten points.
+    too narrow below some ten points. With a known ``noise``, the standard deviation of an error, ``parametric`` draws
+    with that and not with the spread of the residuals: the law is then taken to be true.
 
     Attributes:
         fit: what it is a bootstrap of.
         draws: shape (samples, 3): log_coefficient, exponent and floor of each draw's law.
-        method, seed: as given.
+        method, seed, noise: as given.
     """
 
     fit: PowerLawFit
     draws: Array = field(repr=False)
     method: str
     seed: int
+    noise: float | None = None
 
     def exponent(self, confidence: float = 0.95) -> Estimate:
         """The exponent, with the interval between quantiles of the draws."""
@@ -93,11 +95,14 @@ def estimate(value: float, draws: Array, confidence: float) -> Estimate:
     return Estimate(float(value), float(low), float(np.quantile(draws, 1 - tail, method="higher")), confidence)
 
 
-def bootstrap(fit: PowerLawFit, samples: int, *, seed: int = 0, method: str = "parametric") -> Bootstrap:
+def bootstrap(
+    fit: PowerLawFit, samples: int, *, seed: int = 0, method: str = "parametric", noise: float | None = None
+) -> Bootstrap:
     """Draw data and fit the same law to each draw.
 
     Raises:
-        ValueError: an unknown method; less than two samples; as many points as parameters, which leave no residuals.
+        ValueError: an unknown method; less than two samples; as many points as parameters, which leave no residuals,
+            unless the noise is known; a noise that is negative, or with another method than ``parametric``.
     """
     if method not in METHODS:
         raise ValueError(f"unknown method {method!r}; one of {', '.join(METHODS)}")
@@ -105,18 +110,22 @@ def bootstrap(fit: PowerLawFit, samples: int, *, seed: int = 0, method: str = "p
         raise ValueError(f"samples must be an integer of at least 2, got {samples!r}")
     n = len(fit.compute)
     freedom = n - fit.free_parameters
-    if freedom < 1:
+    if noise is not None and (method != "parametric" or not noise >= 0):
+        raise ValueError(f"noise must be at least 0 and goes with the parametric method, got {noise} and {method!r}")
+    if freedom < 1 and noise is None:
         raise ValueError(f"{n} points determine {fit.free_parameters} parameters: no residuals to draw from")
     generator = np.random.default_rng(seed)
     draws = np.empty((samples, 3))
     for row in draws:
-        chosen, drawn = _draw(fit, freedom, generator, method)
+        chosen, drawn = _draw(fit, freedom, generator, method, noise)
         law = fit_law(fit.compute[chosen], drawn, fit.floor, fit.loss, fit.law)
         row[:] = law.parameters
-    return Bootstrap(fit, draws, method, seed)
+    return Bootstrap(fit, draws, method, seed, noise)
 
 
-def _draw(fit: PowerLawFit, freedom: int, generator: np.random.Generator, method: str) -> tuple[Array, Array]:
+def _draw(
+    fit: PowerLawFit, freedom: int, generator: np.random.Generator, method: str, noise: float | None
+) -> tuple[Array, Array]:
     """Indices of the points and the errors there."""
     n = len(fit.compute)
     if method == "cases":
@@ -125,10 +134,13 @@ def _draw(fit: PowerLawFit, freedom: int, generator: np.random.Generator, method
             if len(np.unique(fit.compute[chosen])) >= fit.free_parameters:
                 return chosen, fit.error[chosen]
     if method == "parametric":
-        deviation = np.sqrt(np.square(fit.residuals).sum() / generator.chisquare(freedom))
-        noise = deviation * generator.standard_normal(n)
+        if noise is None:
+            deviation = np.sqrt(np.square(fit.residuals).sum() / generator.chisquare(freedom))
+        else:
+            deviation = noise / fit.law(fit.compute)
+        moved = deviation * generator.standard_normal(n)
     else:
         spread = np.sqrt(np.clip(1 - leverages(fit.compute, fit.law, fit.floor), 1e-3, None))
         residuals = fit.residuals / spread
-        noise = generator.choice(residuals - residuals.mean(), size=n)
-    return np.arange(n), fit.law(fit.compute) * np.exp(noise)
+        moved = generator.choice(residuals - residuals.mean(), size=n)
+    return np.arange(n), fit.law(fit.compute) * np.exp(moved)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from structlin.scaling._bootstrap import Bootstrap, Estimate, estimate
+from structlin.scaling._frontier import as_points, pareto_frontier
 from structlin.scaling._law import compute_at
 
 
@@ -71,6 +73,80 @@ def compute_multiplier(a: Bootstrap, b: Bootstrap, error: float | None = None, c
         raise ValueError(f"no draw of the two laws reaches an error of {error:g}")
     found = estimate(theirs / ours, drawn, confidence)
     return Multiplier(found.value, found.low, found.high, confidence, error, not lowest <= error <= highest)
+
+
+def interpolated_multiplier(
+    a: tuple[npt.ArrayLike, npt.ArrayLike],
+    b: tuple[npt.ArrayLike, npt.ArrayLike],
+    error: float | None = None,
+    *,
+    noise: float | None = None,
+    samples: int = 1000,
+    seed: int = 0,
+    confidence: float = 0.95,
+) -> Multiplier:
+    """Compute of ``b`` over compute of ``a`` at equal error, read off the measured points without any law.
+
+    Points are joined by straight lines of the logarithms, along the Pareto frontier; runs of equal compute (seeds)
+    count as their geometric mean. This is how a sentence like "3.8 times less compute" is usually come by, and the
+    right reading of few points, or of points that no power law describes.
+
+    Args:
+        a, b: (compute, error), each of shape (n,), above 0.
+        error: where to compare; None: the lowest error that both reach.
+        noise: standard deviation of an error, in the same units. The interval is of errors drawn anew with it, with
+            ``error`` chosen anew too where it is None. None: no interval, both ends are NaN.
+        samples, seed: of these draws.
+        confidence: of the interval. Draws in which only ``b`` does not reach the error count as infinite, those in
+            which ``a`` does not count as 0.
+
+    Raises:
+        ValueError: errors that do not overlap, or an ``error`` that is not within the points of both; points that
+            are not positive; a negative noise.
+
+    >>> round(interpolated_multiplier(([1e6, 1e8], [0.4, 0.2]), ([1e6, 4e8], [0.6, 0.2])).value, 6)
+    4.0
+    """
+    points = [as_points(*s) for s in (a, b)]
+    for x, y in points:
+        if not (x > 0).all() or not (y > 0).all() or not len(x):
+            raise ValueError(f"compute and error must be positive, got {x.tolist()} and {y.tolist()}")
+    ranges = [(float(y.min()), float(y.max())) for _, y in points]
+    common = max(low for low, _ in ranges), min(high for _, high in ranges)
+    value, at = _interpolated(points, error)
+    if math.isnan(value):
+        asked = "" if error is None else f" and not {error:g}"
+        raise ValueError(f"the points span errors of {_range(ranges[0])} and {_range(ranges[1])}{asked}")
+    if noise is None:
+        return Multiplier(value, math.nan, math.nan, confidence, at, False)
+    if not noise >= 0:
+        raise ValueError(f"noise must be at least 0, got {noise}")
+    generator = np.random.default_rng(seed)
+    drawn = np.empty(samples)
+    for i in range(samples):
+        # Errors are positive: what is drawn below a hundredth of an error is held there.
+        moved = [(x, np.maximum(y + noise * generator.standard_normal(len(y)), 0.01 * y)) for x, y in points]
+        drawn[i] = _interpolated(moved, error)[0]
+    found = estimate(value, drawn[~np.isnan(drawn)], confidence)
+    return Multiplier(value, found.low, found.high, confidence, at, not common[0] <= at <= common[1])
+
+
+def _interpolated(points: Sequence[tuple[np.ndarray, np.ndarray]], error: float | None) -> tuple[float, float]:
+    """(multiplier, error); NaN where the error is not within the points, or neither reaches it."""
+    curves = []
+    for x, y in points:
+        computes, where = np.unique(x, return_inverse=True)
+        means = np.bincount(where, np.log(y)) / np.bincount(where)
+        kept = pareto_frontier(computes, means)
+        curves.append((np.log(computes[kept]), means[kept]))
+    lowest, highest = max(e[-1] for _, e in curves), min(e[0] for _, e in curves)
+    at = lowest if error is None else math.log(error)
+    if at > highest + 1e-12:
+        return math.nan, math.exp(at)
+    ours, theirs = (math.inf if at < e[-1] - 1e-12 else float(np.interp(-at, -e, c)) for c, e in curves)
+    if math.isinf(ours) and math.isinf(theirs):
+        return math.nan, math.exp(at)
+    return math.exp(theirs - ours), math.exp(at)
 
 
 def _range(bounds: tuple[float, float]) -> str:

@@ -110,11 +110,13 @@ class PowerLawFit:
         freedom = len(self.compute) - self.free_parameters
         return math.sqrt(float(np.square(self.residuals).sum()) / freedom) if freedom > 0 else math.nan
 
-    def bootstrap(self, samples: int = 1000, *, seed: int = 0, method: str = "parametric") -> Bootstrap:
+    def bootstrap(
+        self, samples: int = 1000, *, seed: int = 0, method: str = "parametric", noise: float | None = None
+    ) -> Bootstrap:
         """Fit again to data drawn anew; see :class:`structlin.scaling.Bootstrap`."""
         from structlin.scaling._bootstrap import bootstrap
 
-        return bootstrap(self, samples, seed=seed, method=method)
+        return bootstrap(self, samples, seed=seed, method=method, noise=noise)
 
 
 def fit_power_law(

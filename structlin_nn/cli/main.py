@@ -16,7 +16,10 @@ from structlin_nn.cli.common import Parser, UsageError, suggestion
 
 __all__ = ["main"]
 
-COMMANDS = {name: f"structlin_nn.cli.{name}" for name in ("demo", "train", "structures", "count")}
+COMMANDS = {
+    name: "structlin_nn.cli." + name.replace("-", "_")
+    for name in ("demo", "prepare", "train", "structures", "count", "fit")
+}
 DESCRIPTION = "Structured matrices in neural networks: see what there is, count what it costs, and train with it."
 EXAMPLES = """\
 examples:

@@ -1,14 +1,17 @@
-"""Small image trees and shards of real images: the embedded ones, in colour and of several sizes."""
+"""Small image trees and shards of real images (the embedded ones, in colour and of several sizes); run records."""
 
 import io
 import tarfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from structlin_nn.data import load_images
+from structlin_nn.training.records import RecordWriter
 
 CLASSES = ("bag", "boot", "coat")
 SIZES = ((60, 40), (40, 52), (48, 48))
@@ -74,3 +77,30 @@ def image_tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def image_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The samples of `image_tree` in the same order, as shards. Not to be changed: copy it."""
     return write_shards(tmp_path_factory.mktemp("images") / "shards")
+
+
+@pytest.fixture
+def write_run(tmp_path: Path) -> Callable[..., Path]:
+    """Writes the record of a run that never was: structure, width, what it cost and how its error fell."""
+
+    def write(
+        structure: str = "dense", width: int = 64, *, errors: Sequence[float] = (0.9, 0.5), macs: int = 1000,
+        steps: int = 10, last_step: int | None = None, statistics: Any = None, **config: Any,
+    ) -> Path:  # fmt: skip
+        """Evaluations at equal distances from step 0 to the last; `macs` are those of the whole run."""
+        path = tmp_path / f"run{len(list(tmp_path.glob('*.jsonl')))}.jsonl"
+        counts = {"params": 10 * width, "forward_macs": macs // 30, "training_macs": macs // 10, "steps": steps}
+        header = {key: {} for key in ("data", "versions", "hardware")} | {
+            "started": "", "task": "cifar", "seed": 0, "structures": [], "counts": counts,
+            "config": {"structure": structure, "width": width, "options": {}, "lr": 1e-3, **config},
+        }  # fmt: skip
+        writer = RecordWriter.create(path, header)
+        reached = steps if last_step is None else last_step
+        for number, error in enumerate(errors):
+            share = number / max(len(errors) - 1, 1)
+            line = {"step": round(share * reached), "training_macs": round(share * macs), "lr": 1e-3, "seconds": share}
+            values = {f"{kind}_{name}": error for kind in ("train", "test", "batch") for name in ("loss", "error")}
+            writer.append({"epoch": number, "samples": number, "statistics": statistics} | line | values)
+        return path
+
+    return write

@@ -14,6 +14,7 @@ from structlin.scaling import (
     compare_exponents,
     compute_multiplier,
     fit_power_law,
+    interpolated_multiplier,
 )
 
 COMPUTE = np.logspace(6, 9, 8)
@@ -134,3 +135,45 @@ def test_refused() -> None:
 
 def test_estimate() -> None:
     assert str(Estimate(3.8, 2.0, 7.123456, 0.95)) == "3.8 [2, 7.123]"
+
+
+def test_known_noise() -> None:
+    """The spread of an exponent is then that of the noise through the least-squares slope; two points will do."""
+    compute = np.array([1e6, 1e8])
+    fit = fit_power_law(compute, [0.5, 0.3], loss="linear")
+    found = fit.bootstrap(2000, noise=0.005).exponent(0.9)
+    deviation = math.hypot(0.005 / 0.5, 0.005 / 0.3) / math.log(100)
+    half = 1.645 * deviation
+    assert (found.low, found.high) == pytest.approx((found.value - half, found.value + half), abs=0.1 * half)
+    with pytest.raises(ValueError, match=r"noise must be at least 0 and goes with the parametric method, got -1"):
+        fit.bootstrap(noise=-1)
+    with pytest.raises(ValueError, match=r"got 0\.1 and 'cases'"):
+        fit.bootstrap(noise=0.1, method="cases")
+
+
+def test_interpolation() -> None:
+    a = [1e6, 1e7, 1e8], [0.4, 0.2, 0.1]
+    b = [1e6, 2e7, 3e7, 2e8], [0.4, 0.2, 0.3, 0.1]  # one point is beaten
+    assert interpolated_multiplier(a, b, 0.2).value == pytest.approx(2)
+    between = interpolated_multiplier(a, b, 0.2 * math.sqrt(2))
+    assert between.value == pytest.approx(math.sqrt(2)), "halfway in the logarithms of both"
+    lowest = interpolated_multiplier(a, b)
+    assert (lowest.value, lowest.error) == pytest.approx((2, 0.1))
+    assert math.isnan(lowest.low)
+    assert not lowest.extrapolated
+    drawn = interpolated_multiplier(a, b, noise=0.002, samples=300, seed=1)
+    assert drawn.low < 2 < drawn.high
+    assert drawn == interpolated_multiplier(a, b, noise=0.002, samples=300, seed=1)
+    exact = interpolated_multiplier(a, b, noise=0.0, samples=5)
+    assert (exact.low, exact.high) == (exact.value, exact.value)
+    assert interpolated_multiplier(a, (b[0][:2], b[1][:2]), 0.1).value == math.inf
+    seeds = [1e6, 1e6, 1e8], [0.2, 0.8, 0.1]  # geometric mean 0.4
+    assert interpolated_multiplier(a, seeds, 0.2).value == pytest.approx(1)
+    with pytest.raises(ValueError, match=r"the points span errors of 0\.1 to 0\.4 and 0\.1 to 0\.4 and not 0\.5"):
+        interpolated_multiplier(a, b, 0.5)
+    with pytest.raises(ValueError, match=r"the points span errors of 0\.1 to 0\.4 and 2 to 3"):
+        interpolated_multiplier(a, ([1, 2], [3, 2]))
+    with pytest.raises(ValueError, match="compute and error must be positive"):
+        interpolated_multiplier(a, ([0, 2], [3, 2]))
+    with pytest.raises(ValueError, match="noise must be at least 0, got -1"):
+        interpolated_multiplier(a, b, noise=-1)

@@ -97,7 +97,7 @@ class TestHelp:
         assert len(examples) >= 2
         for example in examples:
             words = example.split()[1:]
-            monkeypatch.setattr(f"structlin_nn.cli.{words[0]}.run", lambda arguments: 0)
+            monkeypatch.setattr(f"{COMMANDS[words[0]]}.run", lambda arguments: 0)
             assert main(words) == 0, example
 
     def test_imports_neither_torch_nor_jax(self) -> None:

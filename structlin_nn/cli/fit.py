@@ -1,0 +1,172 @@
+"""``structlin fit``: scaling laws of runs."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from structlin_nn.cli.common import UsageError, choice, print_json, print_table
+
+HELP = "fit scaling laws to run records or tables, with intervals, and compare them at equal error"
+LOSSES = ("soft_l1", "linear")
+METHODS = ("parametric", "residuals", "cases")
+EXAMPLES = """\
+examples:
+  structlin fit runs/*/record.jsonl
+  structlin fit runs --group structure,rank --y train_error --floor --plot laws.svg
+  structlin fit points.csv --x macs --y error --reference dense --at 0.3 --json
+
+RECORDS are run records, folders of them, or tables (.jsonl, .json, .csv). The law is error = a C^-alpha, with
+--floor plus an irreducible error, fitted to the logarithms. Intervals are of a bootstrap. "Less compute" is how many
+times less a group needs than the reference at equal error: at --at, or at the lowest error that both reach, once from
+the laws and once interpolated between the points. Few points need --noise for intervals.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("records", metavar="RECORDS", nargs="+", help="run records, folders of them, or tables")
+    add_row_options(parser)
+    law = parser.add_argument_group("the law")
+    law.add_argument("--frontier", action="store_true", help="fit only the Pareto frontier of each group")
+    law.add_argument(
+        "--floor", nargs="?", const=True, default=False, type=_floor, metavar="E",
+        help="an irreducible error: fitted, or E where it is known",
+    )  # fmt: skip
+    law.add_argument("--loss", type=choice("loss", LOSSES), default="soft_l1", metavar="NAME", help=", ".join(LOSSES))
+    law.add_argument("--samples", type=int, default=1000, metavar="N", help="draws of the bootstrap (1000)")
+    law.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the bootstrap (0)")
+    law.add_argument(
+        "--method", type=choice("method", METHODS), default="parametric", metavar="NAME", help=", ".join(METHODS)
+    )
+    law.add_argument("--noise", type=float, metavar="E", help="known standard deviation of an error")
+    law.add_argument("--confidence", type=float, default=0.95, metavar="P", help="of the intervals (0.95)")
+    law.add_argument("--reference", metavar="GROUP", help="group to compare with (dense, where there is one)")
+    law.add_argument("--at", type=float, metavar="E", help="error at which to compare, and to say the compute needed")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.add_argument("--plot", metavar="FILE", help="write a figure: .png, .svg or .pdf")
+
+
+def add_row_options(parser: argparse.ArgumentParser, x: str = "training_macs", y: str = "test_error") -> None:
+    """The options that say what is read: columns, groups, and which rows."""
+    group = parser.add_argument_group("what is read")
+    group.add_argument("--x", default=x, metavar="COLUMN", help="compute (%(default)s)")
+    group.add_argument("--y", default=y, metavar="COLUMN", help="error (%(default)s)")
+    group.add_argument("--group", default="structure", metavar="COLUMNS", help="one law each, with commas (structure)")
+    group.add_argument(
+        "--where", action="append", default=[], metavar="COLUMN=VALUE", help="only rows with this value, repeatable"
+    )
+    group.add_argument("--all-evaluations", action="store_true", help="all evaluations of a run, not only its last")
+    group.add_argument("--unfinished", action="store_true", help="take runs that have not ended")
+
+
+def read_groups(arguments: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
+    """The rows that the options ask for, by group. Raises OSError and ValueError as the reading does."""
+    from structlin_nn.tables import group_rows, read_rows, select
+
+    conditions = {}
+    for text in arguments.where:
+        name, equals, value = text.partition("=")
+        if not equals or not name:
+            raise ValueError(f"--where must be COLUMN=VALUE, got {text!r}")
+        conditions[name] = value
+    every = "all" if arguments.all_evaluations else "last"
+    rows = select(read_rows(arguments.records, evaluations=every, unfinished=arguments.unfinished), conditions)
+    return group_rows(rows, [name for name in arguments.group.split(",") if name])
+
+
+def _floor(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"the irreducible error must be a number, got {text!r}") from None
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from structlin_nn.laws import compare_laws, fit_groups, laws_record
+
+    if not 0 < arguments.confidence < 1:
+        raise UsageError(f"--confidence must be between 0 and 1, got {arguments.confidence:g}")
+    try:
+        laws = fit_groups(
+            read_groups(arguments), arguments.x, arguments.y, frontier=arguments.frontier, floor=arguments.floor,
+            loss=arguments.loss, samples=arguments.samples, seed=arguments.seed, method=arguments.method,
+            noise=arguments.noise,
+        )  # fmt: skip
+        reference = arguments.reference or ("dense" if "dense" in laws and len(laws) > 1 else None)
+        compared = {}
+        if reference is not None:
+            compared = compare_laws(laws, reference, error=arguments.at, confidence=arguments.confidence)
+        if arguments.plot:
+            from structlin_nn.figures.compute import compute_figure
+            from structlin_nn.figures.style import save
+
+            drawn = compute_figure(laws, x=arguments.x, y=arguments.y, confidence=arguments.confidence)
+            save(drawn, Path(arguments.plot))
+    except (OSError, ValueError) as error:
+        raise UsageError(" ".join(str(error).split())) from error
+    if arguments.json:
+        print_json(
+            laws_record(
+                laws, arguments.x, arguments.y, reference=reference, error=arguments.at,
+                confidence=arguments.confidence,
+            )
+        )  # fmt: skip
+        return 0
+    _print(laws, compared, reference, arguments)
+    return 0
+
+
+def _print(laws: Any, compared: Any, reference: str | None, arguments: argparse.Namespace) -> None:
+    percent = f"{100 * arguments.confidence:g} %"
+    floor = "fitted" if arguments.floor is True else f"{arguments.floor:g}" if arguments.floor else "none"
+    print(f"{arguments.y} = a C^-alpha, C = {arguments.x}, irreducible error {floor}; intervals of {percent}\n")
+    head = ["group", "points", "alpha", "interval", "a", *(["floor"] if arguments.floor else []), "R2"]
+    rows = []
+    for name, law in laws.items():
+        fit = law.fit
+        points = str(law.points) if law.used == law.points else f"{law.used} of {law.points}"
+        interval = _interval(law.bootstrap.exponent(arguments.confidence)) if law.bootstrap else "-"
+        floors = [f"{fit.law.floor:.4g}"] if arguments.floor else []
+        rows.append(
+            (name, points, f"{fit.law.exponent:.4f}", interval, f"{fit.law.coefficient:.4g}", *floors,
+             f"{fit.r_squared:.4f}")
+        )  # fmt: skip
+    print_table(head, rows)
+    if compared:
+        print(f"\nagainst {reference}\n")
+        head = ("group", "alpha", "interval", "at error", "less compute (law)", "interval", "(points)", "interval")
+        print_table(head, [_compared(name, row) for name, row in compared.items()])
+        for name, row in compared.items():
+            for note in row["notes"]:
+                print(f"{name}: {note}")
+    if arguments.at is not None:
+        print(f"\ncompute for an error of {arguments.at:g}\n")
+        rows = []
+        for name, law in laws.items():
+            falls = law.fit.law.exponent > 0
+            needed = law.bootstrap.compute(arguments.at, arguments.confidence) if falls and law.bootstrap else None
+            value = law.fit.law.compute(arguments.at) if falls else float("inf")
+            rows.append((value, (name, f"{value:.4g}", _interval(needed) if needed else "-")))
+        print_table(("group", arguments.x, "interval"), [row for _, row in sorted(rows, key=lambda r: r[0])])
+    if arguments.plot:
+        print(f"\nfigure {arguments.plot}")
+
+
+def _compared(name: str, row: Any) -> tuple[str, ...]:
+    difference, multiplier, points = row["exponent_difference"], row["multiplier"], row["interpolated"]
+    either = multiplier or points
+    return (
+        name,
+        f"{difference.value:+.4f}" if difference else "-",
+        _interval(difference) if difference else "-",
+        f"{either.error:.4g}" if either else "-",
+        f"{multiplier.value:.3g} x" + (" extrapolated" if multiplier.extrapolated else "") if multiplier else "-",
+        _interval(multiplier) if multiplier else "-",
+        f"{points.value:.3g} x" if points else "-",
+        _interval(points) if points and points.low == points.low else "-",
+    )
+
+
+def _interval(value: Any) -> str:
+    return f"[{value.low:.4g}, {value.high:.4g}]"

@@ -1,0 +1,174 @@
+"""One style for all figures: colours, markers, axes, and how a figure is written."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
+
+from structlin_nn.training.files import atomic_write
+
+__all__ = [
+    "FORMATS",
+    "GRID",
+    "STYLES",
+    "Series",
+    "finish",
+    "label",
+    "new_figure",
+    "save",
+    "save_png",
+    "series",
+    "style",
+]
+
+# Okabe and Ito's palette, which the colour-blind can tell apart, and a marker each for prints without colour.
+STYLES: dict[str, tuple[str, str, str]] = {
+    "dense": ("dense", "#000000", "o"),
+    "block_tensor_train": ("Block Tensor-Train", "#0072B2", "s"),
+    "monarch": ("Monarch", "#D55E00", "^"),
+    "low_rank": ("low rank", "#009E73", "D"),
+    "kronecker": ("Kronecker", "#CC79A7", "v"),
+    "tensor_train": ("Tensor-Train", "#56B4E9", "P"),
+}
+_OTHERS = (("#E69F00", "X"), ("#8C564B", "<"), ("#7F7F7F", ">"), ("#B8A000", "h"), ("#332288", "d"), ("#882255", "p"))
+_LINES = ("-", "--", ":", "-.")
+GRID = "0.9"
+_LABELS = {
+    "training_macs": "training compute (MACs)",
+    "total_training_macs": "training compute (MACs)",
+    "forward_macs": "MACs of one sample, forward",
+    "params": "parameters",
+    "trainable_params": "parameters",
+    "samples": "training samples",
+    "step": "training step",
+    "lr": "learning rate",
+    "train_error": "training error",
+    "test_error": "test error",
+    "val_error": "validation error",
+    "batch_error": "training error (augmented)",
+    "train_loss": "training loss (nats)",
+    "test_loss": "test loss (nats)",
+    "val_loss": "validation loss (nats)",
+    "batch_loss": "training loss (nats, augmented)",
+}
+FORMATS = ("png", "svg", "pdf")
+_SETTINGS = {
+    "svg.fonttype": "none",  # text stays text
+    "svg.hashsalt": "structlin",  # the same figure is the same file
+    "pdf.fonttype": 42,
+}
+
+
+@dataclass(frozen=True)
+class Series:
+    """How a series is drawn."""
+
+    label: str
+    colour: str
+    marker: str
+    line: str
+    filled: bool = True
+
+    @property
+    def face(self) -> str:
+        """Colour of the inside of markers."""
+        return self.colour if self.filled else "white"
+
+
+def style(name: str) -> tuple[str, str, str]:
+    """Label, colour and marker of a structure.
+
+    >>> style("dense")
+    ('dense', '#000000', 'o')
+    """
+    return STYLES.get(name, (name.replace("_", " "), *_OTHERS[0]))
+
+
+def label(column: str) -> str:
+    """What a column is called on an axis.
+
+    >>> label("test_error"), label("wall_time")
+    ('test error', 'wall time')
+    """
+    return _LABELS.get(column, column.replace("_", " "))
+
+
+def series(names: Iterable[str]) -> dict[str, Series]:
+    """A style for each label of a group, all different.
+
+    A label that starts with a structure has its colour and marker; a second one of the same structure another line
+    and open markers. Others take colours in turn.
+
+    >>> found = series(["monarch, blocks 4", "monarch, blocks 16"])
+    >>> [(s.label, s.colour, s.line) for s in found.values()]
+    [('Monarch, blocks 4', '#D55E00', '-'), ('Monarch, blocks 16', '#D55E00', '--')]
+    """
+    used: dict[str, int] = {}
+    others = itertools.cycle(_OTHERS)
+    kept: dict[str, tuple[str, str]] = {}
+    found = {}
+    for name in names:
+        head, comma, rest = name.partition(", ")
+        label, colour, marker = style(head)
+        if head not in STYLES:
+            colour, marker = kept.setdefault(head, kept[head] if head in kept else next(others))
+        number = used[head] = used.get(head, -1) + 1
+        line = _LINES[number % len(_LINES)]
+        found[name] = Series(label + comma + rest, _lighter(colour, number // 2), marker, line, number % 2 == 0)
+    return found
+
+
+def _lighter(colour: str, steps: int) -> str:
+    mix = min(0.3 * steps, 0.6)
+    return colour if not steps else "#" + "".join(f"{round(255 * (c + (1 - c) * mix)):02x}" for c in to_rgb(colour))
+
+
+def new_figure(width: float = 6.4, height: float = 4.4) -> Figure:
+    """An empty figure that leaves room for all that is drawn; sizes in inches."""
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def finish(axes: Axes, *, x: str, y: str, log_x: bool = True, log_y: bool = True) -> None:
+    """Labels, scales, grid and frame that all panels share."""
+    if log_x:
+        axes.set_xscale("log")
+    if log_y:
+        axes.set_yscale("log")
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    axes.grid(True, which="major", color=GRID, linewidth=0.8)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_axisbelow(True)
+
+
+def save(figure: Figure, path: Path, dpi: int = 160) -> None:
+    """Write a figure as PNG, SVG or PDF, as the suffix says, as a whole or not at all.
+
+    Raises:
+        ValueError: another suffix.
+        OSError: it cannot be written.
+
+    >>> save(new_figure(), Path("figure.jpeg"))
+    Traceback (most recent call last):
+    ...
+    ValueError: figures are written as .png, .svg or .pdf, got 'figure.jpeg'
+    """
+    kind = path.suffix.removeprefix(".").lower()
+    if kind not in FORMATS:
+        raise ValueError(f"figures are written as .png, .svg or .pdf, got {path.name!r}")
+    metadata = {"png": {}, "svg": {"Date": None}, "pdf": {"CreationDate": None}}[kind]
+    with mpl.rc_context(_SETTINGS), atomic_write(path) as file:
+        figure.savefig(file, format=kind, dpi=dpi, metadata=metadata)
+
+
+def save_png(figure: Figure, path: Path, dpi: int = 160) -> None:
+    """Write a figure as PNG, as a whole or not at all. Raises OSError where that fails."""
+    with atomic_write(path) as file:
+        figure.savefig(file, format="png", dpi=dpi)

@@ -1,0 +1,173 @@
+"""Scaling laws of groups of runs: one fit for each group, compared with a reference."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from structlin.scaling import (
+    Bootstrap,
+    Estimate,
+    PowerLawFit,
+    compare_exponents,
+    compute_multiplier,
+    fit_power_law,
+    interpolated_multiplier,
+)
+from structlin.scaling import pareto_frontier as frontier_of
+from structlin_nn.tables import Row, column
+
+__all__ = ["GroupLaw", "compare_laws", "fit_groups", "laws_record"]
+
+
+@dataclass(frozen=True)
+class GroupLaw:
+    """The law of one group.
+
+    Attributes:
+        fit: with the points.
+        bootstrap: None where the points leave no residuals to draw from.
+        used: how many points were fitted, out of ``points``: fewer on a frontier.
+    """
+
+    fit: PowerLawFit
+    bootstrap: Bootstrap | None
+    points: int
+
+    @property
+    def used(self) -> int:
+        return len(self.fit.compute)
+
+
+def fit_groups(
+    groups: Mapping[str, Sequence[Row]],
+    x: str,
+    y: str,
+    *,
+    frontier: bool = False,
+    floor: bool | float = False,
+    loss: str = "soft_l1",
+    samples: int = 1000,
+    seed: int = 0,
+    method: str = "parametric",
+    noise: float | None = None,
+) -> dict[str, GroupLaw]:
+    """Fit a law to each group.
+
+    Args:
+        groups: rows by label (:func:`structlin_nn.tables.group_rows`).
+        x, y: columns of compute and of error.
+        frontier: fit only the points of a group that no other of the group beats.
+        floor, loss: as :func:`structlin.scaling.fit_power_law`.
+        samples, seed, method, noise: of the bootstrap (:class:`structlin.scaling.Bootstrap`).
+
+    Raises:
+        ValueError: a column that is missing or not of positive numbers, or too few points, naming the group.
+
+    >>> rows = [{"macs": c, "error": 2 * c**-0.1} for c in (1e6, 1e7, 1e8)]
+    >>> round(fit_groups({"dense": rows}, "macs", "error")["dense"].fit.law.exponent, 4)
+    0.1
+    """
+    found = {}
+    for name, rows in groups.items():
+        compute, error = column(rows, x), column(rows, y)
+        if frontier:
+            kept = frontier_of(compute, error)
+            compute, error = ([values[i] for i in kept] for values in (compute, error))
+        try:
+            fit = fit_power_law(compute, error, floor=floor, loss=loss)
+        except ValueError as problem:
+            raise ValueError(f"{name}: {problem}") from problem
+        drawn = None
+        if len(compute) > fit.free_parameters or noise is not None:
+            drawn = fit.bootstrap(samples, seed=seed, method=method, noise=noise)
+        found[name] = GroupLaw(fit, drawn, len(rows))
+    return found
+
+
+def compare_laws(
+    laws: Mapping[str, GroupLaw], reference: str, *, error: float | None = None, confidence: float = 0.95
+) -> dict[str, dict[str, Any]]:
+    """Every other law against a reference: difference of exponents, and how many times less compute at equal error.
+
+    Returns for each name ``exponent_difference`` and ``multiplier`` (of the laws), ``interpolated`` (the multiplier
+    between the points, without a law, with an interval where the noise is known), each None where there is none,
+    and ``notes`` that say why.
+
+    Raises ValueError for an unknown reference.
+    """
+    if reference not in laws:
+        raise ValueError(f"there is no group {reference!r} to compare with; one of {', '.join(map(repr, laws))}")
+    base = laws[reference].bootstrap
+    found: dict[str, dict[str, Any]] = {}
+    for name, law in laws.items():
+        if name == reference:
+            continue
+        row: dict[str, Any] = {"exponent_difference": None, "multiplier": None, "interpolated": None, "notes": []}
+        if base is None or law.bootstrap is None:
+            row["notes"].append("too few points for intervals of the law; --noise states that of an error")
+        else:
+            row["exponent_difference"] = compare_exponents(law.bootstrap, base, confidence)
+            try:
+                row["multiplier"] = compute_multiplier(law.bootstrap, base, error, confidence)
+            except ValueError as problem:
+                row["notes"].append(str(problem))
+        known = law.bootstrap and law.bootstrap.noise
+        points = [(s.fit.compute, s.fit.error) for s in (law, laws[reference])]
+        draws = {} if known is None else {"samples": len(law.bootstrap.draws), "seed": law.bootstrap.seed}
+        try:
+            row["interpolated"] = interpolated_multiplier(*points, error, noise=known, confidence=confidence, **draws)
+        except ValueError as problem:
+            row["notes"].append(f"no interpolation: {problem}")
+        found[name] = row
+    return found
+
+
+def laws_record(
+    laws: Mapping[str, GroupLaw], x: str, y: str, *, reference: str | None = None, error: float | None = None,
+    confidence: float = 0.95,
+) -> dict[str, Any]:  # fmt: skip
+    """Laws and comparisons as plain values that ``json.dumps`` takes; infinite numbers are the string "inf"."""
+    groups = {}
+    for name, law in laws.items():
+        fit, drawn = law.fit, law.bootstrap
+        row: dict[str, Any] = {
+            "points": law.points,
+            "fitted_points": law.used,
+            "log_coefficient": fit.law.log_coefficient,
+            "exponent": _plain(drawn.exponent(confidence)) if drawn else {"value": fit.law.exponent},
+            "coefficient": _plain(drawn.coefficient(confidence)) if drawn else {"value": _number(fit.law.coefficient)},
+            "floor": _plain(drawn.floor(confidence)) if drawn else {"value": fit.law.floor},
+            "r_squared": _number(fit.r_squared),
+            "compute_range": [float(fit.compute.min()), float(fit.compute.max())],
+            "error_range": [float(fit.error.min()), float(fit.error.max())],
+        }
+        if error is not None and fit.law.exponent > 0:
+            needed = _plain(drawn.compute(error, confidence)) if drawn else {"value": _number(fit.law.compute(error))}
+            row["compute_at_error"] = needed
+        groups[name] = row
+    record: dict[str, Any] = {"x": x, "y": y, "confidence": confidence, "error": error, "groups": groups}
+    if reference is not None:
+        compared = compare_laws(laws, reference, error=error, confidence=confidence)
+        record["reference"] = reference
+        record["comparisons"] = {
+            name: {key: _plain(value) if isinstance(value, Estimate) else value for key, value in row.items()}
+            for name, row in compared.items()
+        }
+    return record
+
+
+def _number(value: float) -> float | str | None:
+    if math.isnan(value):
+        return None
+    return value if math.isfinite(value) else "inf"
+
+
+def _plain(value: Estimate) -> dict[str, Any]:
+    found: dict[str, Any] = {"value": _number(value.value), "low": _number(value.low), "high": _number(value.high)}
+    for name in ("error", "extrapolated"):
+        if hasattr(value, name):
+            found[name] = getattr(value, name)
+    return found

@@ -1,0 +1,223 @@
+"""Results as rows: run records, JSON, JSON lines and CSV, read into one flat form for fits and figures.
+
+A row is a dictionary. Of a run record (:mod:`structlin_nn.training.records`) each row is one evaluation together with
+what the header says. A plain name is looked up in the evaluation first, then in the configuration and the options of
+its structure, then in the counts; the dotted name (``evaluation.training_macs``, ``counts.training_macs``,
+``config.options.rank``) says which.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from structlin_nn.training.records import Record, read_record
+
+__all__ = ["EVALUATIONS", "Row", "column", "group_rows", "read_rows", "record_paths", "select"]
+
+Row = dict[str, Any]
+EVALUATIONS = ("last", "all")
+
+
+def record_paths(paths: Iterable[str | os.PathLike[str]]) -> list[Path]:
+    """Files, and of folders every ``*.jsonl`` below them, in order of name.
+
+    Raises:
+        FileNotFoundError: nothing there, or a folder without such a file.
+    """
+    found: list[Path] = []
+    for path in map(Path, paths):
+        if path.is_dir():
+            inside = sorted(path.rglob("*.jsonl"))
+            if not inside:
+                raise FileNotFoundError(f"{path} is a folder without records (*.jsonl)")
+            found += inside
+        elif path.exists():
+            found.append(path)
+        else:
+            raise FileNotFoundError(f"{path} does not exist")
+    return found
+
+
+def read_rows(
+    paths: Iterable[str | os.PathLike[str]], *, evaluations: str = "last", unfinished: bool = False
+) -> list[Row]:
+    """Read rows from files and folders.
+
+    Args:
+        paths: run records (``.jsonl`` whose first line is a header), JSON lines or a JSON list of objects, CSV with a
+            head line (empty cells are absent, what reads as a number is one), or folders of ``.jsonl`` files.
+        evaluations: of a run record the ``last`` evaluation, or ``all``.
+        unfinished: take runs that have not reached their last step. Otherwise they are an error.
+
+    Raises:
+        FileNotFoundError: a path that does not exist, or a folder without records.
+        ValueError: a file that is none of these, an unfinished run, a run without evaluations, no rows at all.
+
+    >>> Path("points.csv").write_text("structure,macs,error\\ndense,1e6,0.5\\nmonarch,2e6,\\n")
+    48
+    >>> read_rows(["points.csv"])
+    [{'structure': 'dense', 'macs': 1000000.0, 'error': 0.5}, {'structure': 'monarch', 'macs': 2000000.0}]
+    """
+    if evaluations not in EVALUATIONS:
+        raise ValueError(f"unknown evaluations {evaluations!r}; one of {', '.join(EVALUATIONS)}")
+    rows: list[Row] = []
+    for path in record_paths(paths):
+        rows += _rows_of(path, evaluations, unfinished)
+    if not rows:
+        raise ValueError("there are no rows in these files")
+    return rows
+
+
+def _rows_of(path: Path, evaluations: str, unfinished: bool) -> list[Row]:
+    if path.suffix == ".csv":
+        return _from_csv(path)
+    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".jsonl":
+        first = text.partition("\n")[0]
+        if _parsed(path, first, 1).get("kind") == "header":
+            return _from_record(path, read_record(path), evaluations, unfinished)
+        return [_parsed(path, line, number) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+    if path.suffix == ".json":
+        try:
+            found = json.loads(text)
+        except ValueError as error:
+            raise ValueError(f"{path} is no JSON: {error}") from error
+        if not isinstance(found, list) or not all(isinstance(row, dict) for row in found):
+            raise ValueError(f"{path} must hold a list of objects, one for each point")
+        return found
+    raise ValueError(f"{path} must be .jsonl, .json or .csv")
+
+
+def _parsed(path: Path, line: str, number: int) -> dict[str, Any]:
+    try:
+        value = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"{path}, line {number} is no JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}, line {number} must be a JSON object, got {line[:40]!r}")
+    return value
+
+
+def _from_csv(path: Path) -> list[Row]:
+    table = csv.reader(io.StringIO(path.read_text(encoding="utf-8")))
+    head, *lines = [line for line in table if line] or [[]]
+    if not head or len(set(head)) < len(head):
+        raise ValueError(f"{path} must start with a line of different column names, got {head}")
+    for number, line in enumerate(lines, 2):
+        if len(line) != len(head):
+            raise ValueError(f"{path}, line {number} has {len(line)} cells and the head {len(head)}")
+    return [{name: _value(cell) for name, cell in zip(head, line, strict=True) if cell.strip()} for line in lines]
+
+
+def _value(cell: str) -> Any:
+    for kind in (int, float):
+        try:
+            return kind(cell)
+        except ValueError:
+            continue
+    return cell.strip()
+
+
+def _from_record(path: Path, record: Record, evaluations: str, unfinished: bool) -> list[Row]:
+    if not record.evaluations:
+        raise ValueError(f"{path} holds no evaluation yet")
+    if not record.finished and not unfinished:
+        steps = record.header["counts"]["steps"]
+        raise ValueError(f"{path}: the run stopped after step {record.evaluations[-1]['step']} of {steps}")
+    header = record.header
+    common: Row = {"record": str(path)}
+    # The later ones go first: what is set last is what a plain name finds.
+    for section in ("counts", "config"):
+        common |= _flat(header[section], section)
+        common |= header[section]
+        common |= header[section].get("options", {})
+    common |= _flat(header["data"], "data") | _flat(header["hardware"], "hardware")
+    common["structures"] = header["structures"]
+    chosen = record.evaluations if evaluations == "all" else record.evaluations[-1:]
+    return [common | line | _flat(line, "evaluation") for line in chosen]
+
+
+def _flat(values: Mapping[str, Any], name: str) -> Row:
+    found: Row = {}
+    for key, value in values.items():
+        found |= _flat(value, f"{name}.{key}") if isinstance(value, Mapping) else {f"{name}.{key}": value}
+    return found
+
+
+def column(rows: Sequence[Row], name: str) -> list[float]:
+    """The numbers of a column.
+
+    Raises:
+        ValueError: a row without it, naming the nearest that there is, or with something other than a finite number.
+
+    >>> column([{"error": 0.5}], "eror")
+    Traceback (most recent call last):
+    ...
+    ValueError: a row has no 'eror', did you mean error?
+    """
+    found = []
+    for row in rows:
+        value = _lookup(row, name)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise ValueError(f"{name!r} must be a finite number in every row, got {value!r}{_where(row)}")
+        found.append(float(value))
+    return found
+
+
+def _lookup(row: Row, name: str) -> Any:
+    if name not in row:
+        from structlin_nn.cli.common import suggestion
+
+        raise ValueError(f"a row has no {name!r}{suggestion(name, row)}{_where(row)}")
+    return row[name]
+
+
+def _where(row: Row) -> str:
+    return f" ({row['record']})" if "record" in row else ""
+
+
+def group_rows(rows: Sequence[Row], names: Sequence[str]) -> dict[str, list[Row]]:
+    """Rows by the values of some columns, in the order in which they first occur; no names: one group, "all".
+
+    The label is the values: the first as it is, the others with their names. A row without the column goes
+    with those where it is missing, unless no row has it, which raises ValueError.
+
+    >>> rows = [{"structure": "dense"}, {"structure": "low_rank", "rank": 2}]
+    >>> list(group_rows(rows, ["structure", "rank"]))
+    ['dense', 'low_rank, rank 2']
+    """
+    for name in names:
+        if not any(name in row for row in rows):
+            _lookup(rows[0], name)
+    found: dict[str, list[Row]] = {}
+    for row in rows:
+        parts = [
+            str(row[name]) if number == 0 else f"{name} {row[name]}"
+            for number, name in enumerate(names)
+            if row.get(name) is not None
+        ]
+        found.setdefault(", ".join(parts) or "all", []).append(row)
+    return found
+
+
+def select(rows: Sequence[Row], conditions: Mapping[str, str]) -> list[Row]:
+    """The rows whose columns have given values, compared as text.
+
+    Raises:
+        ValueError: a column that no row has, or no rows left.
+    """
+    for name in conditions:
+        if rows and not any(name in row for row in rows):
+            _lookup(rows[0], name)
+    kept = [row for row in rows if all(str(row.get(name)) == value for name, value in conditions.items())]
+    if not kept:
+        asked = ", ".join(f"{name}={value}" for name, value in conditions.items())
+        raise ValueError(f"no row has {asked}")
+    return kept
