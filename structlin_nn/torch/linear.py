@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import structlin
 from structlin._arrays import ops
-from structlin.structure import AbstractStructure
+from structlin.structure import AbstractStructure, Structure
+from structlin_nn._layer import describe, plan_layer
+from structlin_nn.torch._draw import fill
+from structlin_nn.torch._operator import chain, transformed
+from structlin_nn.torch._text import to_text
+from structlin_nn.torch._token_major import token_major
 
 __all__ = ["StructuredLinear"]
 
 _TORCH = ops("torch")
+_AUTOCAST = ("cpu", "cuda")
+_CAST = (torch.float32, torch.float16, torch.bfloat16)  # what autocast casts
 
 
 class StructuredLinear(nn.Module):
@@ -30,7 +41,8 @@ class StructuredLinear(nn.Module):
     and bias are cast to its dtype, as ``nn.Linear`` does it, and the parameters stay as they are.
 
     With ``rms_cap`` each factor W is used as ``W * gain * min(1, sigma / RMS(W))`` wherever the layer or its operator
-    is used, with a learned scalar gain for each factor (Qiu et al., *Compute Better Spent*, ICML 2024, section 4.3).
+    is used, with a learned gain of shape (1,) for each factor (Qiu et al., *Compute Better Spent*, ICML 2024, section
+    4.3).
 
     Args:
         in_features: size of the last axis of the input.
@@ -44,6 +56,10 @@ class StructuredLinear(nn.Module):
         rule: scale rule, ``paper`` or ``rank_corrected`` (:mod:`structlin.scale`).
         zero_init: start the factor applied last at zero (output layers, query projections, the last layer of a
             residual branch). Its sigma is the deviation that it would otherwise have.
+        checkpoint: keep the input alone for the backward pass, and compute the activations between the factors again.
+            The layer is then one node ``structlin::chain`` of a compiled or exported graph, whose loading needs
+            ``import structlin_nn.torch``. Inside of ``torch.func`` transformations and forward-mode differentiation
+            it has no effect.
         **options: options of the named structure (:func:`structlin.options`), for example ``rank=2``.
 
     Attributes:
@@ -55,7 +71,8 @@ class StructuredLinear(nn.Module):
         ValueError: an unknown structure, rule or option; sizes that the structure can not have, or other than those
             of the structure given; options beside a structure; ``gain=True`` without ``rms_cap``; ``rms_cap`` or
             ``zero_init`` where there are no trainable factors. In the forward pass: an input of wrong size or dtype.
-        TypeError: a ``structure`` that is neither a name nor a structure.
+        TypeError: a ``structure`` that is neither a name nor a structure; with ``checkpoint``, a structure of one's
+            own that is neither a chain nor a dataclass of numbers and strings.
 
     >>> layer = StructuredLinear(768, 1024, structure="block_tensor_train", rank=2)
     >>> layer(torch.randn(4, 7, 768)).shape, layer.structure.macs
@@ -70,36 +87,35 @@ class StructuredLinear(nn.Module):
         self, in_features: int, out_features: int, bias: bool = True, device: torch.device | str | None = None,
         dtype: torch.dtype | None = None, *, structure: str | AbstractStructure = "block_tensor_train",
         rms_cap: bool = False, gain: bool | None = None, rule: str = "paper", zero_init: bool = False,
-        **options: object,
+        checkpoint: bool = False, **options: Any,
     ) -> None:  # fmt: skip
         super().__init__()
-        self._operator_class = structlin.get(structure) if isinstance(structure, str) else structlin.StructuredOperator
-        self.structure = _structure(structure, (out_features, in_features), options)
-        self.in_features, self.out_features = self.structure.d_in, self.structure.d_out
+        plan = plan_layer(
+            in_features, out_features, structure, options, rms_cap=rms_cap, gain=gain, rule=rule, zero_init=zero_init
+        )
+        self._plan = plan
+        self.structure, self.init_std, self.cap_sigma = plan.structure, plan.init_std, plan.cap_sigma
+        self.in_features, self.out_features = plan.structure.d_in, plan.structure.d_out
         self.options, self.rule, self.zero_init, self.rms_cap = dict(options), rule, zero_init, rms_cap
-        if gain and not rms_cap:
-            raise ValueError("gain=True needs rms_cap=True: only capped factors have gains")
-        if (rms_cap or zero_init) and not any(f.trainable for f in self.structure.factors):
-            option = "rms_cap" if rms_cap else "zero_init"
-            raise ValueError(f"{option}=True, but {self.structure!r} has no trainable factors")
-        full = structlin.init_std(self.structure, rule=rule)
-        self.init_std = structlin.init_std(self.structure, rule=rule, zero_last=zero_init)
-        self.cap_sigma = tuple(own or std for own, std in zip(self.init_std, full, strict=True))
-        self._index_at = tuple(n for n, f in enumerate(self.structure.factors) if not f.trainable)
-        self._is_dense = self.structure == structlin.design("dense", self.structure.shape)
+        self.checkpoint = checkpoint
+        self._is_dense = plan.is_dense
+        self._text = to_text(plan.structure) if checkpoint else ""
+        self._token_major = token_major(plan.structure) if isinstance(plan.structure, Structure) else None
+        self._bare = not (rms_cap or plan.index_at)  # the factors are the parameters
 
         self.factors = nn.ParameterList()
-        self.gains = nn.ParameterList() if rms_cap and gain is not False else None
+        self.gains = nn.ParameterList() if plan.gains else None
         for number, spec in enumerate(self.structure.factors):
             if spec.trainable:
                 self.factors.append(nn.Parameter(torch.empty(spec.shape, device=device, dtype=dtype)))
-                if self.gains is not None:
-                    self.gains.append(nn.Parameter(torch.empty((), device=device, dtype=dtype)))
+                if self.gains is not None:  # not a scalar, which FSDP can not shard
+                    self.gains.append(nn.Parameter(torch.empty(1, device=device, dtype=dtype)))
             else:
                 self.register_buffer(f"index{number}", torch.empty(spec.shape, device=device, dtype=torch.int64))
         self.register_parameter(
             "bias", nn.Parameter(torch.empty(self.out_features, device=device, dtype=dtype)) if bias else None
         )
+        self._count = len(self.factors)
         self.reset_parameters()
 
     @torch.no_grad()
@@ -107,13 +123,13 @@ class StructuredLinear(nn.Module):
         """Draw the factors (index factors: random permutations) and set the bias to 0 and the gains to 1.
 
         ``generator`` is one of the parameters' device; by default torch's global one, so that ``torch.manual_seed``
-        reproduces the draw.
+        reproduces the draw. Parameters that are sharded over processes (``fully_shard``) get the values that one
+        process would have drawn; all processes call this with the same seed.
         """
         factors = iter(self.factors)
         for number, (spec, std) in enumerate(zip(self.structure.factors, self.init_std, strict=True)):
             if spec.trainable:
-                factor = next(factors)
-                factor.normal_(0, std, generator=generator) if std else factor.zero_()
+                fill(next(factors), std, generator)
             elif not (index := self.get_buffer(f"index{number}")).is_meta:
                 index.copy_(torch.randperm(spec.numel, generator=generator, device=index.device).view(spec.shape))
         for gain in self.gains or ():
@@ -125,10 +141,10 @@ class StructuredLinear(nn.Module):
         """The factors that A is the product of: capped where ``rms_cap`` is set, index factors in their places."""
         factors: list[Tensor] = list(self.factors)
         if self.rms_cap:
-            sigmas = [sigma for n, sigma in enumerate(self.cap_sigma) if n not in self._index_at]
+            sigmas = [sigma for n, sigma in enumerate(self.cap_sigma) if n not in self._plan.index_at]
             gains = [1.0] * len(factors) if self.gains is None else list(self.gains)
             factors = [structlin.rms_cap(f, s, g) for f, s, g in zip(factors, sigmas, gains, strict=True)]
-        for number in self._index_at:
+        for number in self._plan.index_at:
             factors.insert(number, getattr(self, f"index{number}"))
         return tuple(factors)
 
@@ -139,67 +155,62 @@ class StructuredLinear(nn.Module):
         Differentiable in the parameters. Build it anew after a step of the optimiser where the factors are capped.
         """
         dtype = self.bias.dtype if self.bias is not None and not len(self.factors) else None
-        return self._operator_class._build(self.structure, self.effective_factors(), dtype)
+        return self._plan.operator_class._build(self.structure, self.effective_factors(), dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """``(..., in_features) -> (..., out_features)``."""
-        if x.shape[-1:] != (self.in_features,):
+        if not x.ndim or x.shape[-1] != self.in_features:
             raise ValueError(
                 f"the last axis of the input must have size in_features = {self.in_features}, "
                 f"got shape {tuple(x.shape)}"
             )
-        factors = self.effective_factors()
+        factors: Sequence[Tensor] = ()
+        if self._bare:  # past nn.ParameterList, whose lookups take as long as a product with one token
+            factors = (*self._modules["factors"]._parameters.values(),)  # type: ignore[union-attr, arg-type]
+        if not self._bare or len(factors) != self._count:  # capped, parametrised, or with index arrays
+            factors = self.effective_factors()
         bias: Tensor | None = self.bias
-        dtype = _autocast_dtype(x)
-        if dtype is not None:
+        device = "cpu" if x.is_cpu else x.device.type
+        if (device in _AUTOCAST or torch.amp.is_autocast_available(device)) and torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
             x, factors = _cast(x, dtype), tuple(_cast(f, dtype) for f in factors)
             bias = None if bias is None else _cast(bias, dtype)
-        for parameter in (*factors, bias):
-            if parameter is not None and parameter.dtype != x.dtype and parameter.dtype != torch.int64:
+            with torch.autocast(device, enabled=False):  # the products need not look at each operand again
+                return self._affine(x, factors, bias)
+        return self._affine(x, factors, bias)
+
+    def _affine(self, x: Tensor, factors: Sequence[Tensor], bias: Tensor | None) -> Tensor:
+        dtype = x.dtype
+        for parameter in factors if bias is None else (*factors, bias):
+            if parameter.dtype is not dtype and parameter.dtype is not torch.int64:
                 raise ValueError(
-                    f"the input is {x.dtype}, the parameters are {parameter.dtype}: convert one of them, "
+                    f"the input is {dtype}, the parameters are {parameter.dtype}: convert one of them, "
                     "or use torch.autocast"
                 )
         if self._is_dense:
             return F.linear(x, factors[0], bias)
-        y = self.structure._rows(factors, x.reshape(-1, self.in_features), _TORCH)
-        y = y.reshape(*x.shape[:-1], self.out_features)
-        return y if bias is None else y + bias
+        lead = x.shape[:-1]
+        if len(lead) != 1:
+            x = x.reshape(math.prod(lead), self.in_features)
+        # Which way is the fastest for what is measured by benchmarks/overhead.py.
+        plan = self._token_major
+        if self.checkpoint and torch.is_grad_enabled() and not transformed():
+            y = chain(x, list(factors), self._text)
+            y = y if bias is None else y + bias
+        elif plan is not None and not torch.compiler.is_compiling() and 0 < x.shape[0] <= plan.most_tokens:
+            y = plan(x, factors, bias)
+        else:
+            y = self.structure._rows(factors, x, _TORCH)
+            y = y if bias is None else y + bias
+        return y if len(lead) == 1 else y.reshape(*lead, self.out_features)
 
     def extra_repr(self) -> str:
-        if issubclass(self._operator_class, structlin.NamedOperator):
-            name = self._operator_class.name + "".join(f" {k}={v}" for k, v in self.options.items())
-        else:
-            name = repr(self.structure)
-        parts = [f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"]
-        parts.append(f"structure={name}")
-        if self.rms_cap:
-            parts.append(f"rms_cap=True, gain={self.gains is not None}")
-        parts += [f"rule={self.rule}"] if self.rule != "paper" else []
-        parts += ["zero_init=True"] if self.zero_init else []
-        return ", ".join(parts)
-
-
-def _structure(structure: object, shape: tuple[int, int], options: dict[str, object]) -> AbstractStructure:
-    if isinstance(structure, str):
-        return structlin.design(structure, shape, **options)
-    if not isinstance(structure, AbstractStructure):
-        raise TypeError(f"structure must be a name or an AbstractStructure, got {structure!r}")
-    if options:
-        raise ValueError(f"options {', '.join(options)} go with the name of a structure, not with {structure!r}")
-    if structure.shape != shape:
-        raise ValueError(f"a layer of shape (out_features, in_features) = {shape} can not hold {structure!r}, "
-                         f"which has shape {structure.shape}")  # fmt: skip
-    return structure
-
-
-def _autocast_dtype(x: Tensor) -> torch.dtype | None:
-    device = x.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device)
-    return None
+        text = describe(
+            self._plan, self.options, bias=self.bias is not None, rms_cap=self.rms_cap, rule=self.rule,
+            zero_init=self.zero_init,
+        )  # fmt: skip
+        return f"{text}, checkpoint=True" if self.checkpoint else text
 
 
 def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Cast what autocast casts: float32 and half precision."""
-    return x.to(dtype) if x.dtype in (torch.float32, torch.float16, torch.bfloat16) else x
+    return x.to(dtype) if x.dtype in _CAST else x

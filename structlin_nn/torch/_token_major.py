@@ -1,0 +1,129 @@
+"""The contraction of a chain token by token, with as few calls of torch as possible.
+
+For few tokens the time of a layer is the time of its calls: each step is one batched product with the tokens in
+front, reshapes are worked out beforehand, and the bias is added by the last product. The activations are copied
+between the steps, which is why :meth:`structlin.Structure.apply` goes another way where there are many tokens. Plain
+torch throughout: differentiable any number of times, and usable in every transformation.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from itertools import pairwise
+
+from torch import Tensor, baddbmm, bmm
+from torch.nn import functional as F
+
+from structlin.structure import Structure
+
+__all__ = ["LIMIT", "TokenMajor", "token_major"]
+
+LIMIT = 1 << 15  # numbers in the widest activation, up to which the calls cost more than the copies
+_TOKENS = "*"  # no axis of a chain
+
+Sizes = tuple[int, ...]
+Arrangement = tuple[Sizes | None, Sizes | None, Sizes | None]  # view, permutation, reshape; None: nothing to do
+
+
+def _arrange(source: Sequence[str], target: Sequence[str], sizes: Mapping[str, int]) -> Arrangement:
+    """How to get from an array to another; the axes of both are named by the labelled axes that they merge."""
+
+    def dims(groups: Sequence[str]) -> Sizes:
+        return tuple(-1 if _TOKENS in g else math.prod(sizes[a] for a in g) for g in groups)
+
+    source, target = list(source), list(target)
+    before, after = "".join(source), "".join(target)
+    if source == target:
+        return None, None, None
+    if before == after:
+        return None, None, dims(target)
+    runs = [after[0]]  # of axes that stay together
+    for left, right in pairwise(after):
+        if left + right in before:
+            runs[-1] += right
+        else:
+            runs.append(right)
+    split = sorted(runs, key=before.index)
+    order = tuple(split.index(run) for run in runs)
+    return None if split == source else dims(split), order, None if runs == target else dims(target)
+
+
+class TokenMajor:
+    """A chain for inputs of shape (tokens, d_in) with at least one token."""
+
+    def __init__(self, structure: Structure) -> None:
+        sizes = dict(structure.sizes)
+        self.structure = structure
+        self.pad, self.cut = structure.padding
+        # For each product (batch, tokens * carried, contracted) @ (batch, contracted, free): whether there are blocks,
+        # and how to arrange the activation and the factor. Where a vector is regrouped there is a step without factor.
+        self.steps: list[tuple[bool | None, Arrangement, Arrangement]] = []
+        labels, written = [_TOKENS, structure.steps[0].input], structure.steps[0].input
+        nothing: Arrangement = (None, None, None)
+        batch = ""
+        for step in structure.steps:
+            if step.input != written:  # read in the order in which it is written
+                self.steps.append((None, _arrange(labels, [_TOKENS, written], sizes), nothing))
+                labels = [_TOKENS, step.input]
+            flat = "".join(labels)
+            batch, carried = ("".join(a for a in flat if a in role) for role in (step.batch, step.carried))
+            lead = [batch] if batch else []
+            left = _arrange(labels, [*lead, _TOKENS + carried, step.contracted], sizes)
+            right = _arrange(list(step.factor), [*lead, step.free, step.contracted], sizes)
+            self.steps.append((bool(batch), left, right))
+            labels, written = [*lead, _TOKENS + carried, step.free], step.output
+        self.last = self.steps.pop()
+        self.out = _arrange(labels, [_TOKENS, written], sizes)
+        # The last product adds the bias, unless it meets each number of it at several positions.
+        last = structure.steps[-1]
+        self.fuses_bias = not last.carried and not self.cut
+        self.bias = nothing
+        if self.fuses_bias:
+            self.bias = _arrange([last.output], [batch, "", last.free] if batch else [last.free], sizes)
+        widest = max(math.prod(sizes[a] for a in axes) for s in structure.steps for axes in (s.input, s.output))
+        self.most_tokens = LIMIT // widest
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return token_major, (self.structure,)
+
+    def __call__(self, x: Tensor, factors: Sequence[Tensor], bias: Tensor | None) -> Tensor:
+        """(tokens, d_in) -> (tokens, d_out); the factors, the bias and x are of one dtype."""
+        if self.pad:
+            x = F.pad(x, (0, self.pad))
+        number = 0
+        for blocks, left, right in self.steps:
+            x = _arranged(x, left)
+            if blocks is None:
+                continue
+            factor = _arranged(factors[number], right)
+            x = bmm(x, factor.mT) if blocks else F.linear(x, factor)
+            number += 1
+        blocks, left, right = self.last
+        x, factor = _arranged(x, left), _arranged(factors[number], right)
+        if bias is None or not self.fuses_bias:
+            x = bmm(x, factor.mT) if blocks else F.linear(x, factor)
+        elif blocks:
+            x = baddbmm(_arranged(bias, self.bias), x, factor.mT)
+        else:
+            x = F.linear(x, factor, _arranged(bias, self.bias))
+        x = _arranged(x, self.out)
+        if self.cut:
+            x = x[:, : -self.cut]
+        return x if bias is None or self.fuses_bias else x + bias
+
+
+def _arranged(x: Tensor, how: Arrangement) -> Tensor:
+    view, order, shape = how
+    if view is not None:
+        x = x.reshape(*view)  # torch reads separate integers faster than a tuple
+    if order is not None:
+        x = x.permute(*order)
+    return x if shape is None else x.reshape(*shape)
+
+
+@lru_cache(maxsize=4096)
+def token_major(structure: Structure) -> TokenMajor:
+    """The plan of a structure; made once."""
+    return TokenMajor(structure)
