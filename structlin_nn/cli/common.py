@@ -42,10 +42,17 @@ class Parser(argparse.ArgumentParser):
     def check_options(self, arguments: Sequence[str]) -> None:
         """Exit with 2 on an option that does not exist, before values can be mistaken for anything else."""
         known = self._option_string_actions
-        for argument in arguments:
+        below = next((action for action in self._actions if isinstance(action, argparse._SubParsersAction)), None)
+        for place, argument in enumerate(arguments):
             if argument == "--":
                 return
             name = argument.partition("=")[0]
+            if below is not None and not name.startswith("-"):
+                if name not in below.choices:
+                    nearest = suggestion(name, below.choices)
+                    self.error(f"unknown name {name!r}{nearest} (one of {', '.join(below.choices)})")
+                below.choices[name].check_options(arguments[place + 1 :])
+                return
             if not name.startswith("-") or re.fullmatch(r"-|-(\d.*|\.\d.*|inf|nan)", name) or name in known:
                 continue
             self.error(f"unknown option {name}{suggestion(name, known)}")

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from structlin_nn.models.blocks import Blocks
 from structlin_nn.models.factory import LinearFactory, StructureConfig
 from structlin_nn.models.sizes import check_positive, resolve_head_dim
 from structlin_nn.models.transformer import Block
@@ -54,7 +55,7 @@ class GPT2(nn.Module):
         linear = LinearFactory(config.structure, self.default_layers, device, dtype)
         self.tokens = linear.embedding(config.vocabulary, width)
         self.positions = linear.embedding(config.context, width)
-        self.blocks = nn.ModuleList(
+        self.blocks = Blocks(
             Block(
                 linear, width, config.heads, config.head_dim, config.expansion,
                 causal=True, bias=False, zero_query=False,
@@ -72,11 +73,14 @@ class GPT2(nn.Module):
                 f"got {tokens.dtype} of shape {tuple(tokens.shape)}"
             )
         x = self.tokens(tokens) + self.positions.weight[: tokens.shape[1]]
-        for block in self.blocks:
-            x = block(x)
+        x = self.blocks(x)
         features = self.norm(x)
         logits = self.head(features)
         return (logits, features) if return_features else logits
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Keep only the inputs of the blocks for the backward pass, and compute the rest again; as in timm."""
+        self.blocks.recompute = enable
 
     def example_input(self, batch: int = 1, device: torch.device | str | None = None) -> Tensor:
         """Zeros of the longest shape that the model takes."""

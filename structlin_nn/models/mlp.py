@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from structlin_nn.models.blocks import Blocks
 from structlin_nn.models.factory import LinearFactory, StructureConfig
 from structlin_nn.models.sizes import check_positive, check_shape
 
@@ -17,13 +18,17 @@ PERMUTATION_SEED = 0
 
 @dataclass(frozen=True)
 class MLPConfig:
-    """Sizes of an :class:`MLP`. ``input_shape`` is (channels, height, width); ``expansion`` that of the blocks."""
+    """Sizes of an :class:`MLP`. ``input_shape`` is (channels, height, width); ``expansion`` that of the blocks.
+
+    ``bias=False`` leaves out the biases of layers and norms.
+    """
 
     width: int
     depth: int = 3
     num_classes: int = 10
     input_shape: tuple[int, int, int] = (3, 32, 32)
     expansion: int = 4
+    bias: bool = True
     structure: StructureConfig = field(default_factory=StructureConfig)
 
     def __post_init__(self) -> None:
@@ -34,11 +39,11 @@ class MLPConfig:
 class MLPBlock(nn.Module):
     """``h + down(gelu(up(norm(h))))``, the branch zero at initialisation. (..., width) -> (..., width)."""
 
-    def __init__(self, linear: LinearFactory, width: int, expansion: int) -> None:
+    def __init__(self, linear: LinearFactory, width: int, expansion: int, bias: bool = True) -> None:
         super().__init__()
-        self.norm = linear.norm(width)
-        self.up = linear(width, expansion * width)
-        self.down = linear(expansion * width, width, zero_init=True)
+        self.norm = linear.norm(width, bias=bias)
+        self.up = linear(width, expansion * width, bias=bias)
+        self.down = linear(expansion * width, width, bias=bias, zero_init=True)
 
     def forward(self, h: Tensor) -> Tensor:
         return h + self.down(F.gelu(self.up(self.norm(h))))
@@ -67,9 +72,10 @@ class MLP(nn.Module):
         pixels = math.prod(config.input_shape)
         self.register_buffer("permutation", torch.empty(pixels, dtype=torch.int64, device=device))
         self.reset_buffers()
-        self.input = linear(pixels, config.width, role="input")
-        self.blocks = nn.ModuleList(MLPBlock(linear, config.width, config.expansion) for _ in range(config.depth))
-        self.output = linear(config.width, config.num_classes, role="output", zero_init=True)
+        bias = config.bias
+        self.input = linear(pixels, config.width, role="input", bias=bias)
+        self.blocks = Blocks(MLPBlock(linear, config.width, config.expansion, bias) for _ in range(config.depth))
+        self.output = linear(config.width, config.num_classes, role="output", bias=bias, zero_init=True)
 
     def reset_buffers(self) -> None:
         """Write the fixed order of the pixels."""
@@ -82,10 +88,13 @@ class MLP(nn.Module):
         if tuple(x.shape[1:]) != self.config.input_shape:
             raise ValueError(f"images of shape (batch, *{self.config.input_shape}) are needed, got {tuple(x.shape)}")
         h = F.gelu(self.input(x.flatten(1)[:, self.permutation]))
-        for block in self.blocks:
-            h = block(h)
+        h = self.blocks(h)
         logits = self.output(h)
         return (logits, h) if return_features else logits
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Keep only the inputs of the blocks for the backward pass, and compute the rest again; as in timm."""
+        self.blocks.recompute = enable
 
     def example_input(self, batch: int = 1, device: torch.device | str | None = None) -> Tensor:
         """Zeros of the shape that the model takes."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from structlin_nn.models.blocks import Blocks
 from structlin_nn.models.factory import LinearFactory, StructureConfig
 from structlin_nn.models.sizes import check_positive, check_shape, resolve_head_dim
 from structlin_nn.models.transformer import Block
@@ -67,7 +68,7 @@ class ViT(nn.Module):
         self.embedding_norm = linear.norm(width)
         self.class_token = linear.embedding(1, width)
         self.positions = linear.embedding(config.patches + 1, width)
-        self.blocks = nn.ModuleList(
+        self.blocks = Blocks(
             Block(linear, width, config.heads, config.head_dim, config.expansion) for _ in range(config.depth)
         )
         self.norm = linear.norm(width)
@@ -86,11 +87,14 @@ class ViT(nn.Module):
         x = self.embedding_norm(self.patch_embedding(self.patch_norm(self.patchify(x))))
         token = self.class_token.weight.expand(x.shape[0], 1, -1)
         x = torch.cat([token, x], dim=1) + self.positions.weight
-        for block in self.blocks:
-            x = block(x)
+        x = self.blocks(x)
         features = self.norm(x[:, 0])
         logits = self.head(features)
         return (logits, features) if return_features else logits
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Keep only the inputs of the blocks for the backward pass, and compute the rest again; as in timm."""
+        self.blocks.recompute = enable
 
     def example_input(self, batch: int = 1, device: torch.device | str | None = None) -> Tensor:
         """Zeros of the shape that the model takes."""

@@ -13,7 +13,7 @@ from structlin_nn.training.files import atomic_write
 
 __all__ = ["load_checkpoint", "save_checkpoint"]
 
-VERSION = 1
+VERSION = 2
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:

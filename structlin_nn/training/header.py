@@ -13,36 +13,38 @@ import torch
 from torch import nn
 
 from structlin_nn.counting import count
-from structlin_nn.data import Batches, ImageDataset
 from structlin_nn.torch import StructuredLinear
-from structlin_nn.training.config import TrainConfig
+from structlin_nn.training.base import RunConfig
+from structlin_nn.training.distributed import Processes
 from structlin_nn.training.model import make_model
+from structlin_nn.training.task import Task
 
 __all__ = ["count_run", "hardware", "layers", "make_header", "versions"]
 
 
-def count_run(config: TrainConfig, batches: Batches, num_classes: int) -> dict[str, int]:
-    """Parameters of the model, MACs of one image, and the size of the whole run.
+def count_run(config: RunConfig, task: Task) -> dict[str, int]:
+    """Parameters of the model, MACs of one sample, and the size of the whole run.
 
     ``training_macs`` are those of the forward and the backward pass, without the gradients that no step needs, such
     as that of the images (`structlin_nn.counting`): between two and three times ``forward_macs``.
     """
-    model = make_model(config, num_classes, "meta")
-    counted = count(model, torch.zeros(1, *batches.images.shape[1:], device="meta"))
-    samples = config.epochs * len(batches) * config.batch_size
+    model = make_model(config.replace(recompute=False), task.outputs, "meta")
+    counted = count(model, task.example())
+    samples = task.steps * config.batch_size
     return {
         "params": sum(parameter.numel() for parameter in model.parameters()),
         "trainable_params": counted.trainable_params,
+        "embedding_params": counted.embedding_params,
         "forward_macs": counted.macs(),
         "training_macs": counted.training_macs,
         "other_flops": counted.other_flops,
-        "steps": config.epochs * len(batches),
+        "steps": task.steps,
         "samples": samples,
         "total_training_macs": counted.training_macs * samples,
     }
 
 
-def layers(config: TrainConfig, model: nn.Module, optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+def layers(config: RunConfig, model: nn.Module, optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
     """Every linear layer with its structure, and of each factor the scale and the learning-rate multiplier in use."""
     rates = {id(p): group["lr"] / config.lr for group in optimizer.param_groups for p in group["params"]}
     found = []
@@ -76,31 +78,28 @@ def layers(config: TrainConfig, model: nn.Module, optimizer: torch.optim.Optimiz
 
 
 def make_header(
-    config: TrainConfig,
-    data: ImageDataset,
-    digest: str,
+    config: RunConfig,
+    data: dict[str, Any],
     counts: dict[str, int],
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
-    device: torch.device,
+    processes: Processes,
 ) -> dict[str, Any]:
     """The header of a run that starts now; see `structlin_nn.training.records`."""
     return {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "task": config.task,
         "config": config.to_dict(),
         "seed": config.seed,
-        "data": {
-            "name": data.name,
-            "training_images": len(data.train_labels),
-            "test_images": len(data.test_labels),
-            "image_shape": list(data.image_shape),
-            "classes": data.num_classes,
-            "sha256": digest,
-        },
+        "data": data,
         "structures": layers(config, model, optimizer),
         "counts": counts,
         "versions": versions(),
-        "hardware": hardware(config, device),
+        "hardware": {
+            **hardware(config, processes.device),
+            "processes": processes.size,
+            "parallel": processes.parallel if processes.size > 1 else None,
+        },
     }
 
 
@@ -117,7 +116,7 @@ def versions() -> dict[str, str]:
     return found
 
 
-def hardware(config: TrainConfig, device: torch.device) -> dict[str, Any]:
+def hardware(config: RunConfig, device: torch.device) -> dict[str, Any]:
     """What the run is computed on; nothing that names the machine."""
     found: dict[str, Any] = {
         "system": platform.system(),

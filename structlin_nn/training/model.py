@@ -3,48 +3,118 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import torch
 from torch import nn
 
 from structlin_nn.models import StructureConfig, base_model, build_model
-from structlin_nn.torch import parameter_groups
-from structlin_nn.training.config import TrainConfig
+from structlin_nn.torch import parameter_groups, replace_linear
+from structlin_nn.training.base import RunConfig
+from structlin_nn.training.config import GPT2TrainConfig, ImageNetTrainConfig, TrainConfig
+from structlin_nn.training.distributed import local
 
-__all__ = ["INPUT_LAYERS", "make_model", "make_optimizer", "structure_of"]
+__all__ = ["INPUT_LAYERS", "make_model", "make_optimizer", "model_sizes", "structure_of"]
 
 INPUT_LAYERS = {"cifar-mlp": "input", "cifar-vit": "patch_embedding"}
 """Name of the first linear layer of each model, which `TrainConfig.input_lr_mult` is for."""
 
 
-def structure_of(config: TrainConfig) -> StructureConfig:
+def structure_of(config: RunConfig) -> StructureConfig:
     """The structure of the model's layers."""
     return StructureConfig(config.structure, config.options, config.layers, config.rms_cap, config.rule)
 
 
-def make_model(config: TrainConfig, num_classes: int, device: torch.device | str) -> nn.Module:
+def model_sizes(config: RunConfig, outputs: int) -> dict[str, Any]:
+    """The sizes of a model, as `structlin_nn.models.build_model` takes them.
+
+    `outputs`: the number of classes, or of the tokens that the model knows.
+
+    >>> model_sizes(TrainConfig(depth=2), 10)
+    {'depth': 2, 'num_classes': 10, 'bias': True}
+    """
+    if isinstance(config, TrainConfig):
+        sizes: dict[str, Any] = {"depth": config.depth, "num_classes": outputs}
+        return sizes | ({"bias": config.bias} if config.model == "cifar-mlp" else {})
+    if isinstance(config, ImageNetTrainConfig):
+        return {
+            "depth": config.depth,
+            "heads": config.heads,
+            "patch": config.patch,
+            "num_classes": outputs,
+            "input_shape": (3, config.image_size, config.image_size),
+        }
+    assert isinstance(config, GPT2TrainConfig)
+    return {
+        "depth": config.depth,
+        "heads": config.heads,
+        "head_dim": config.head_dim or None,
+        "vocabulary": outputs,
+        "context": config.context,
+    }
+
+
+def make_model(config: RunConfig, outputs: int, device: torch.device | str) -> nn.Module:
     """The model of a configuration, drawn from torch's global generator on the CPU, whatever its device.
 
+    Args:
+        config: of any pipeline.
+        outputs: number of classes, or of the tokens that the model knows.
+        device: ``meta`` allocates nothing.
+
     Raises:
-        ValueError: sizes that the structure does not allow.
+        ValueError: sizes that the structure does not allow, or an unknown model of timm.
+        ModuleNotFoundError: a model of timm where timm is not installed.
     """
     place = "meta" if torch.device(device).type == "meta" else "cpu"
     structure = structure_of(config)
-    model = build_model(config.model, width=config.width, structure=structure, num_classes=num_classes, device=place)
+    if config.model.startswith("timm:"):
+        assert isinstance(config, ImageNetTrainConfig)
+        model = _timm_model(config, structure, outputs, place)
+    else:
+        sizes = model_sizes(config, outputs)
+        model = build_model(config.model, width=config.width, structure=structure, device=place, **sizes)
+    if config.recompute:
+        model.set_grad_checkpointing(True)  # type: ignore[operator]
     return model.to(device)
 
 
-def make_optimizer(
-    config: TrainConfig, model: nn.Module, num_classes: int
-) -> tuple[torch.optim.Optimizer, list[float]]:
+def _timm_model(config: ImageNetTrainConfig, structure: StructureConfig, classes: int, device: str) -> nn.Module:
+    import timm
+
+    name = config.model.removeprefix("timm:")
+    if not timm.is_model(name):
+        raise ValueError(f"timm has no model {name!r}")
+    # Models without an argument img_size take images of any size.
+    size = {"img_size": config.image_size} if "vit" in name or config.image_size != 224 else {}
+    try:
+        with torch.device(device):
+            model = timm.create_model(name, num_classes=classes, **size)
+    except TypeError as error:
+        raise ValueError(f"timm's {name} does not take images of {config.image_size} pixels: {error}") from error
+    if structure.name != "dense":
+        replace_linear(
+            model,
+            structure.name,
+            layers=structure.layers,
+            rms_cap=structure.rms_cap,
+            rule=structure.rule,
+            **structure.options,
+        )
+    return model
+
+
+def make_optimizer(config: RunConfig, model: nn.Module, outputs: int) -> tuple[torch.optim.Optimizer, list[float]]:
     """The optimiser, and the learning rate of each of its groups before the schedule.
 
     Structure-aware or naive learning rates relative to the dense model at base width
-    (`structlin_nn.torch.parameter_groups`).
+    (`structlin_nn.torch.parameter_groups`); a model of timm, whose width is fixed, is its own base.
     """
-    base = base_model(config.model, config.base_width, num_classes=num_classes)
+    base = None
+    if not config.model.startswith("timm:"):
+        base = base_model(config.model, config.base_width, **model_sizes(config, outputs))
     extra: dict[str | re.Pattern[str], float] = {}
-    if config.input_lr_mult != 1:
+    if isinstance(config, TrainConfig) and config.input_lr_mult != 1:
         extra[INPUT_LAYERS[config.model]] = config.input_lr_mult
     groups = parameter_groups(
         model,
@@ -56,5 +126,18 @@ def make_optimizer(
         extra_multipliers=extra,
     )
     kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.optimizer]
-    optimizer = kind(groups, lr=config.lr, betas=config.betas, fused=True)
+    optimizer = kind(_by_sharding(groups), lr=config.lr, betas=config.betas, fused=True)
     return optimizer, [group["lr"] for group in optimizer.param_groups]
+
+
+def _by_sharding(groups: Any) -> list[dict[str, Any]]:
+    """The groups, those that hold sharded and whole parameters split: an optimiser takes one kind at a time."""
+    split = []
+    for group in groups:
+        for sharded in (False, True):
+            chosen = [
+                (p, n) for p, n in zip(group["params"], group["names"], strict=True) if (local(p) is not p) == sharded
+            ]
+            if chosen:
+                split.append({**group, "params": [p for p, _ in chosen], "names": [n for _, n in chosen]})
+    return split

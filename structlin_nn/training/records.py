@@ -2,29 +2,43 @@
 
 The header has ``kind`` "header" and holds
 
-- ``schema``: version of this format, 1; ``started``: time in UTC; ``config``: the `TrainConfig`; ``seed``;
-- ``data``: name, numbers of images and classes, and a sha256 sum of the arrays;
-- ``structures``: for each linear layer its name, sizes, structure, parameters and MACs of one application,
+- ``schema``: version of this format, 2; ``started``: time in UTC; ``task``: the pipeline, ``cifar``, ``imagenet``
+  or ``gpt2``; ``config``: its configuration (`structlin_nn.training.config`); ``seed``;
+- ``data``: name, sizes, and a sha256 sum of the data;
+- ``structures``: for each structured linear layer its name, sizes, structure, parameters and MACs of one application,
   and for each factor its shape, fans, initial deviation and learning-rate multiplier;
-- ``counts``: ``params``, ``trainable_params``, ``forward_macs`` and ``training_macs`` (forward and backward pass) of
-  one image, ``other_flops`` (FLOPs of structures that are no products), and ``steps``, ``samples`` and
-  ``total_training_macs`` of the whole run;
-- ``versions`` of Python and the libraries; ``hardware``.
+- ``counts``: ``params``, ``trainable_params``, ``embedding_params``, ``forward_macs`` and ``training_macs`` (forward
+  and backward pass) of one sample (an image, or a sequence of full length), ``other_flops`` (FLOPs of structures that
+  are no products), and ``steps``, ``samples`` and ``total_training_macs`` of the whole run;
+- ``versions`` of Python and the libraries; ``hardware``, with the number of processes and how they share the model.
 
-A line of an evaluation has ``kind`` "evaluation" and holds ``step``, ``epoch``, ``samples`` seen,
-``training_macs`` spent so far, ``lr`` (of the last step, at multiplier 1), and
+A line of an evaluation has ``kind`` "evaluation" and holds, in all pipelines, ``step``, ``samples`` seen,
+``training_macs`` spent so far, ``lr`` (of the last step, at multiplier 1), ``batch_loss`` (mean over the training
+steps since the last evaluation, of the loss that was trained on; null at step 0), and ``seconds`` of training and
+evaluation so far, without the time between an interruption and its resumption. Further, for ``cifar``
 
+- ``epoch``;
 - ``train_loss``, ``train_error``: on the first 10,000 training images (all, where there are fewer), without
-  augmentation, mixup and label smoothing;
-- ``test_loss``, ``test_error``: the same on the test images;
-- ``batch_loss``, ``batch_error``: mean over the training steps since the last evaluation, on augmented and
-  mixed batches with smoothed labels, as they were trained on (null at step 0). A mixed image has two labels;
-  of each batch the label that more predictions agree with counts. That is the training error of the paper;
-- ``seconds`` of training and evaluation so far, without the time between an interruption and its resumption.
+  augmentation, mixup and label smoothing; ``test_loss``, ``test_error``: the same on the test images;
+- ``batch_error``: as ``batch_loss``, on augmented and mixed batches. A mixed image has two labels; of each batch the
+  label that more predictions agree with counts. That is the training error of the paper;
+- ``statistics``: RMS of the last hidden features and of their change in a step, and the gain of each layer, on the
+  first 1024 training images (`structlin_nn.training.statistics.Probe`);
+
+for ``imagenet``
+
+- ``epoch``; ``val_loss``, ``val_error`` (top-1) and ``val_top5_error`` on all validation images;
+
+for ``gpt2``
+
+- ``tokens`` seen; ``train_loss`` (on fixed pieces of the training tokens), ``val_loss`` and ``val_perplexity``, which
+  is exp(``val_loss``); ``val_tokens``: the number of targets that ``val_loss`` is the mean over.
+
+Where the configuration asks for an average of the weights, evaluations are of that average (``statistics`` are not).
 
 Losses are mean cross-entropies in nats, errors shares from 0 to 1. MACs are multiply-accumulates. Times and
 machine names aside, a run that was interrupted and resumed on the CPU writes what one without interruption writes.
-No line holds a path.
+No line holds a path. Schema 1, which CIFAR had first, lacks ``task`` and ``statistics`` and is read too.
 """
 
 from __future__ import annotations
@@ -40,14 +54,17 @@ from structlin_nn.training.files import atomic_write
 
 __all__ = ["SCHEMA", "Record", "RecordWriter", "read_record"]
 
-SCHEMA = 1
-EVALUATION_KEYS = (
-    "step", "epoch", "samples", "training_macs", "lr", "train_loss", "train_error", "test_loss", "test_error",
-    "batch_loss", "batch_error", "seconds",
-)  # fmt: skip
+SCHEMA = 2
+COMMON_KEYS = ("step", "samples", "training_macs", "lr", "batch_loss", "seconds")
+TASK_KEYS = {
+    "cifar": ("epoch", "train_loss", "train_error", "test_loss", "test_error", "batch_error", "statistics"),
+    "imagenet": ("epoch", "val_loss", "val_error", "val_top5_error"),
+    "gpt2": ("tokens", "train_loss", "val_loss", "val_perplexity", "val_tokens"),
+}
 HEADER_KEYS = (
     "schema",
     "started",
+    "task",
     "config",
     "seed",
     "data",
@@ -92,15 +109,21 @@ def read_record(path: str | os.PathLike[str]) -> Record:
     if not lines:
         raise ValueError(f"{path} is empty, a run record starts with a header")
     header, *evaluations = lines
-    if header.get("kind") != "header" or header.get("schema") != SCHEMA:
+    first = header.get("schema") == 1
+    if header.get("kind") != "header" or (header.get("schema") != SCHEMA and not first):
         raise ValueError(
-            f"{path}, line 1 must be a header of schema {SCHEMA}, "
+            f"{path}, line 1 must be a header of schema {SCHEMA} (or 1), "
             f"got kind {header.get('kind')!r} and schema {header.get('schema')!r}"
         )
+    if first:
+        header.setdefault("task", "cifar")
     if missing := [key for key in HEADER_KEYS if key not in header]:
         raise ValueError(f"{path}, line 1 lacks {', '.join(missing)}")
+    if header["task"] not in TASK_KEYS:
+        raise ValueError(f"{path}, line 1: the task must be one of {', '.join(TASK_KEYS)}, got {header['task']!r}")
+    wanted = [key for key in (*COMMON_KEYS, *TASK_KEYS[header["task"]]) if not (first and key == "statistics")]
     for number, line in enumerate(evaluations, start=2):
-        if line.get("kind") != "evaluation" or (missing := [key for key in EVALUATION_KEYS if key not in line]):
+        if line.get("kind") != "evaluation" or (missing := [key for key in wanted if key not in line]):
             lacking = f"lacks {', '.join(missing)}" if line.get("kind") == "evaluation" else f"is {line.get('kind')!r}"
             raise ValueError(f"{path}, line {number} must be an evaluation, it {lacking}")
     steps = [line["step"] for line in evaluations]
@@ -125,25 +148,29 @@ class RecordWriter:
     Use `create` for a new run and `reopen` for one that is resumed.
     """
 
-    def __init__(self, path: Path, size: int) -> None:
+    def __init__(self, path: Path, size: int, write: bool = True) -> None:
         self.path = path
         self.size = size
+        self.write = write
 
     @classmethod
-    def create(cls, path: Path, header: Mapping[str, Any]) -> RecordWriter:
+    def create(cls, path: Path, header: Mapping[str, Any], write: bool = True) -> RecordWriter:
         """Start a record with its header, which is written as a whole or not at all.
+
+        With `write` False nothing is written, here or later: for the other processes of a run.
 
         Raises:
             OSError: the file cannot be written.
             ValueError: the header holds a NaN or an infinity.
         """
         line = _line({"kind": "header", "schema": SCHEMA, **header})
-        with atomic_write(path) as file:
-            file.write(line)
-        return cls(path, len(line))
+        if write:
+            with atomic_write(path) as file:
+                file.write(line)
+        return cls(path, len(line), write)
 
     @classmethod
-    def reopen(cls, path: Path, size: int) -> tuple[RecordWriter, list[str]]:
+    def reopen(cls, path: Path, size: int, write: bool = True) -> tuple[RecordWriter, list[str]]:
         """Go back to the first `size` bytes of a record, which is what it held when a checkpoint was written.
 
         Lines after that belong to steps that are done again, and the last may have been cut off by a kill.
@@ -155,6 +182,8 @@ class RecordWriter:
             FileNotFoundError: no such file.
             ValueError: the file is shorter, or has no end of a line at that place: it is not the checkpoint's.
         """
+        if not write:
+            return cls(path, size, write), []
         raw = path.read_bytes()
         if len(raw) < size or raw[size - 1 : size] != b"\n":
             raise ValueError(
@@ -173,7 +202,7 @@ class RecordWriter:
                 file.truncate(size)
                 file.flush()
                 os.fsync(file.fileno())
-        return cls(path, size), messages
+        return cls(path, size, write), messages
 
     def append(self, evaluation: Mapping[str, Any]) -> None:
         """Add the line of an evaluation.
@@ -182,6 +211,8 @@ class RecordWriter:
             OSError: the disk is full; the line may be there in part then, which resuming repairs.
             ValueError: a NaN or an infinity.
         """
+        if not self.write:
+            return
         line = _line({"kind": "evaluation", **evaluation})
         with self.path.open("ab", buffering=0) as file:
             written = file.write(line)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import pytest
 
 import structlin_nn
 from structlin_nn.cli import main
+from structlin_nn.cli.train import NAMES
 from structlin_nn.data import load_images
 from structlin_nn.training.config import recipe
 from structlin_nn.training.records import read_record
@@ -46,7 +48,7 @@ def test_on_the_embedded_images(folder: Path, capsys: pytest.CaptureFixture[str]
     assert "--data DIR trains on CIFAR" in err
     assert "monarch 16: 100%" in err
     assert "img/s" in err
-    assert "test error" in out
+    assert re.search(r"error: train \d+\.\d\d %, test \d+\.\d\d %", out)
     record = read_record("runs/fashion-cifar-mlp-monarch-w16-seed0/record.jsonl")
     assert record.finished
     expected = recipe(
@@ -106,3 +108,43 @@ def test_a_signal(small_cifar: Path) -> None:
     last = err.splitlines()[-1]
     assert last.startswith("structlin train: SIGTERM after step ")
     assert last.endswith("checkpoint written, go on with --out run --resume")
+
+
+def test_the_list(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--list"]) == 0
+    out, _ = capsys.readouterr()
+    assert [line.split()[0] for line in out.splitlines()[2:]] == list(NAMES)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("cifar --set widht=3", "unknown key 'widht' in 'widht=3', did you mean 'width'?"),
+        ("cifar --set width=3 --width 4", "width is given by --set and by an option of its own"),
+        ("cifar --structure low_rank --rank 3 --set options.rank=4", "options.rank is given by --set and by"),
+        ("gpt2 --set context=a", "the value in 'context=a' must be JSON"),
+        ("gpt2 --set context=1.5 --data .", "context must be an integer, got 1.5"),
+        ("gpt2", "--data is needed: a folder with train.bin and val.bin"),
+        ("gpt2 --mixup 0.2", "unknown option --mixup"),
+        ("gpt2 --data .", "train.bin is missing"),
+        ("gtp2 --data .", "unknown name 'gtp2', did you mean gpt2?"),
+        ("cifar-vit --model cifar-mlp", "unknown model 'cifar-mlp'"),
+        ("imagenet --data nowhere --epochs 1 --warmup-epochs 0", "nowhere"),
+        ("cifar --accumulate 3", "256 samples in a process's share cannot be split into 3 parts"),
+        ("cifar --epochs 3 --steps 500 --batch-size 1000", "epochs must be 50, got 3"),
+    ],
+)
+def test_misuse(line: str, message: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    quick = " --epochs 1 --batch-size 256" if line == "cifar --accumulate 3" else ""
+    assert main(["train", *(line + quick).split()]) == 2
+    err = capsys.readouterr().err
+    assert message in err
+    assert err.count("\n") == 1
+    assert list(folder.iterdir()) == []
+
+
+def test_set_decides_what_options_do_not(folder: Path) -> None:
+    line = f"train cifar-mlp {QUICK} --structure low_rank --set options.rank=3 --set width=16 --set lr=0.01 --quiet"
+    assert main(line.split()) == 0
+    config = read_record("runs/fashion-cifar-mlp-low_rank-w16-seed0/record.jsonl").header["config"]
+    assert (config["width"], config["lr"], config["options"]) == (16, 0.01, {"rank": 3})

@@ -54,10 +54,10 @@ def test_missing(tmp_path: Path) -> None:
 def test_other_files(tmp_path: Path) -> None:
     path = tmp_path / "checkpoint.pt"
     torch.save({"version": 99, "state": {}}, path)
-    with pytest.raises(ValueError, match="must be a checkpoint of version 1, got 99"):
+    with pytest.raises(ValueError, match="must be a checkpoint of version 2, got 99"):
         load_checkpoint(path)
     torch.save([1, 2], path)
-    with pytest.raises(ValueError, match="version 1, got 'list'"):
+    with pytest.raises(ValueError, match="version 2, got 'list'"):
         load_checkpoint(path)
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("a", "b")
@@ -72,7 +72,7 @@ class Hostile:
 
 def test_code_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    torch.save({"version": 1, "state": Hostile()}, "checkpoint.pt")
+    torch.save({"version": 2, "state": Hostile()}, "checkpoint.pt")
     with pytest.raises(ValueError, match="no checkpoint"):
         load_checkpoint(tmp_path / "checkpoint.pt")
     Path("plain.pickle").write_bytes(pickle.dumps(Hostile()))

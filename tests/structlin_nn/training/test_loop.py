@@ -18,11 +18,11 @@ import torch
 import structlin
 import structlin_nn
 from structlin_nn.data import load_images
-from structlin_nn.training import loop
+from structlin_nn.training import checkpoint, loop
 from structlin_nn.training.checkpoint import load_checkpoint, save_checkpoint
 from structlin_nn.training.config import TrainConfig
 from structlin_nn.training.loop import Run, RunResult, TrainingError, fit, setup
-from structlin_nn.training.records import EVALUATION_KEYS, HEADER_KEYS, read_record
+from structlin_nn.training.records import COMMON_KEYS, HEADER_KEYS, TASK_KEYS, read_record
 
 STEPS_PER_EPOCH = 7  # 240 images in batches of 32, the incomplete one left out
 
@@ -117,7 +117,7 @@ class TestRecord:
         config, folder = made
         raw = [json.loads(line) for line in (folder / loop.RECORD).read_text().splitlines()]
         assert set(raw[0]) == {"kind", *HEADER_KEYS}
-        assert all(set(line) == {"kind", *EVALUATION_KEYS} for line in raw[1:])
+        assert all(set(line) == {"kind", *COMMON_KEYS, *TASK_KEYS["cifar"]} for line in raw[1:])
         record = read_record(folder / loop.RECORD)
         assert record.finished
         assert TrainConfig.from_dict(record.header["config"]) == config
@@ -193,17 +193,17 @@ class TestBatchStatistics:
         config = TrainConfig(data_set="cifar10", width=24, epochs=1, batch_size=32, threads=1)
         run = setup(config, tmp_path / "a", data_root=small_cifar, verify=False)
         losses, errors = [], []
-        model = setup(config, tmp_path / "b", data_root=small_cifar, verify=False)
-        for number, (images, labels) in enumerate(model.batches):
+        other = setup(config, tmp_path / "b", data_root=small_cifar, verify=False)
+        for number, (images, labels) in enumerate(other.task.batches):
             rate = 0.5 * (1 + torch.cos(torch.tensor(torch.pi * number / STEPS_PER_EPOCH, dtype=torch.float64))).item()
-            for group, base in zip(model.optimizer.param_groups, model.rates, strict=True):
+            for group, base in zip(other.optimizer.param_groups, other.stepper.rates, strict=True):
                 group["lr"] = base * rate
-            inputs, targets = model.augment(images, labels, model.generator)
-            logits = model.model(inputs)
+            inputs, targets = other.task.augment(images, labels, other.task.generator)
+            logits = other.model(inputs)
             loss = -(targets * logits.log_softmax(1)).sum(1).mean()
-            model.optimizer.zero_grad()
+            other.optimizer.zero_grad()
             loss.backward()
-            model.optimizer.step()
+            other.optimizer.step()
             losses.append(loss.item())
             guesses = logits.argmax(1)
             hits = max((guesses == labels).sum().item(), (guesses == labels.flip(0)).sum().item())
@@ -353,10 +353,10 @@ class TestTrouble:
         def full(path: Path, state: dict[str, Any]) -> None:
             raise OSError(28, "No space left on device", str(path))
 
-        monkeypatch.setattr(loop, "save_checkpoint", full)
+        monkeypatch.setattr(checkpoint, "save_checkpoint", full)
         with pytest.raises(OSError, match="No space left"):
             train(config, part, small_cifar, resume=True)
-        monkeypatch.setattr(loop, "save_checkpoint", save_checkpoint)
+        monkeypatch.setattr(checkpoint, "save_checkpoint", save_checkpoint)
         assert train(config, part, small_cifar, resume=True).finished
         assert_same_run(whole, part)
 

@@ -6,13 +6,23 @@ from typing import Any
 
 import pytest
 
-from structlin_nn.training.records import EVALUATION_KEYS, HEADER_KEYS, SCHEMA, RecordWriter, read_record
+from structlin_nn.training.records import (
+    COMMON_KEYS,
+    HEADER_KEYS,
+    SCHEMA,
+    TASK_KEYS,
+    RecordWriter,
+    read_record,
+)
 
-HEADER: dict[str, Any] = {key: {} for key in HEADER_KEYS if key != "schema"} | {"counts": {"steps": 20}}
+HEADER: dict[str, Any] = {key: {} for key in HEADER_KEYS if key != "schema"} | {
+    "counts": {"steps": 20},
+    "task": "cifar",
+}
 
 
 def evaluation(step: int) -> dict[str, Any]:
-    return dict.fromkeys(EVALUATION_KEYS, 0) | {"step": step}
+    return dict.fromkeys((*COMMON_KEYS, *TASK_KEYS["cifar"]), 0) | {"step": step}
 
 
 @pytest.fixture
@@ -52,7 +62,7 @@ class TestDamage:
             (b"{\n", "line 4 is damaged"),
             (b"[1]\n", "line 4 must be a JSON object"),
             (b'{"kind": "other"}\n', "line 4 must be an evaluation, it is 'other'"),
-            (b'{"kind": "evaluation", "step": 11}\n', "line 4 must be an evaluation, it lacks epoch"),
+            (b'{"kind": "evaluation", "step": 11}\n', "line 4 must be an evaluation, it lacks samples"),
         ],
     )
     def test_other_lines(self, path: Path, line: bytes, message: str) -> None:
@@ -67,13 +77,13 @@ class TestDamage:
 
     def test_no_header(self, path: Path) -> None:
         path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[1:]))
-        with pytest.raises(ValueError, match="line 1 must be a header of schema 1, got kind 'evaluation'"):
+        with pytest.raises(ValueError, match=r"line 1 must be a header of schema 2 \(or 1\), got kind 'evaluation'"):
             read_record(path)
 
     def test_other_schema(self, path: Path) -> None:
         header, rest = path.read_bytes().split(b"\n", 1)
-        path.write_bytes(json.dumps(json.loads(header) | {"schema": 2}).encode() + b"\n" + rest)
-        with pytest.raises(ValueError, match="schema 2"):
+        path.write_bytes(json.dumps(json.loads(header) | {"schema": 3}).encode() + b"\n" + rest)
+        with pytest.raises(ValueError, match="schema 3"):
             read_record(path)
 
     def test_empty_and_missing(self, tmp_path: Path) -> None:
@@ -121,3 +131,23 @@ def test_numbers_that_json_lacks_are_refused(path: Path) -> None:
     with pytest.raises(ValueError, match="JSON"):
         writer.append(evaluation(20) | {"test_loss": float("nan")})
     assert path.read_bytes() == before
+
+
+def test_schema_1_is_read(tmp_path: Path) -> None:
+    header = {"kind": "header", **{key: value for key, value in HEADER.items() if key != "task"}, "schema": 1}
+    line = {"kind": "evaluation", **{key: value for key, value in evaluation(3).items() if key != "statistics"}}
+    (tmp_path / "old.jsonl").write_text(json.dumps(header) + "\n" + json.dumps(line) + "\n")
+    assert read_record(tmp_path / "old.jsonl").header["task"] == "cifar"
+    (tmp_path / "new.jsonl").write_text(json.dumps(header | {"schema": 2, "task": "cifar"}) + "\n" + json.dumps(line))
+    with pytest.raises(ValueError, match=r"line 2"):
+        read_record(tmp_path / "new.jsonl")
+
+
+def test_of_other_processes_writes_nothing(path: Path, tmp_path: Path) -> None:
+    before = path.read_bytes()
+    writer, messages = RecordWriter.reopen(path, len(before), write=False)
+    writer.append(evaluation(20))
+    RecordWriter.create(tmp_path / "none.jsonl", HEADER, write=False).append(evaluation(1))
+    assert path.read_bytes() == before
+    assert messages == []
+    assert not (tmp_path / "none.jsonl").exists()

@@ -1,0 +1,173 @@
+"""The pipeline of GPT-2: random pieces of a text, next-token prediction, perplexity."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterable
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from structlin_nn.data.tokens import IGNORE, TokenBatches, TokenWindows, open_tokens
+from structlin_nn.training.config import GPT2TrainConfig
+from structlin_nn.training.distributed import Processes
+from structlin_nn.training.task import Task
+
+__all__ = ["GPT2Task", "token_loss"]
+
+EVALUATION_SEED = 2**31 - 1
+"""Of the pieces that are evaluated: the same in every evaluation of every run."""
+
+
+class GPT2Task(Task):
+    """Language modelling on token files.
+
+    Args:
+        config: of the run.
+        processes: of the run.
+        data_root: folder with ``train.bin`` and ``val.bin``.
+
+    Raises:
+        ValueError: damaged data, a vocabulary that is smaller than the data's, too few tokens.
+    """
+
+    unit = "seq"
+    sums = 2
+
+    def __init__(
+        self, config: GPT2TrainConfig, processes: Processes, data_root: str | os.PathLike[str] | None = None
+    ) -> None:
+        self.config: GPT2TrainConfig = config
+        self.processes = processes
+        part = self.part_size()
+        if data_root is None:
+            raise ValueError("GPT-2 is trained on a folder with train.bin and val.bin: none was given")
+        self.data = open_tokens(data_root)
+        self.digest = self.data.digest
+        self.outputs = config.vocabulary or -(-self.data.vocab_size // 64) * 64
+        if self.outputs < self.data.vocab_size:
+            raise ValueError(f"vocabulary {self.outputs} is smaller than that of the data, {self.data.vocab_size}")
+        self.steps, self.warmup = config.steps, config.warmup_steps
+        # Evaluation takes as many sequences at once as a part of a step, and so fits where that does.
+        self.evaluated = part * processes.size
+        self.batches = TokenBatches(self.data.train, batch_size=config.batch_size, seed=config.seed, **self._where())
+        if not config.whole_validation:
+            self._sampled(self.data.val)
+
+    def _where(self) -> dict[str, Any]:
+        group = self.processes
+        return {
+            "block_size": self.config.context,
+            "rank": group.rank,
+            "world_size": group.size,
+            "device": group.device,
+        }
+
+    def _sampled(self, tokens: Any) -> Iterable[tuple[Tensor, Tensor]]:
+        batches = TokenBatches(tokens, batch_size=self.evaluated, seed=EVALUATION_SEED, **self._where())
+        return islice(batches, self.config.eval_batches)
+
+    def described(self) -> dict[str, Any]:
+        return {
+            "name": self.data.name,
+            "train_tokens": len(self.data.train),
+            "val_tokens": len(self.data.val),
+            "vocabulary": self.data.vocab_size,
+            "tokenizer": self.data.tokenizer,
+            "sha256": self.digest,
+        }
+
+    def introduction(self) -> str:
+        data = self.data
+        tokens = f"{len(data.train):,} training and {len(data.val):,} validation tokens"
+        return f"{data.name}, {tokens}, vocabulary {data.vocab_size}"
+
+    def example(self) -> Tensor:
+        return torch.zeros(1, self.config.context, dtype=torch.int64, device="meta")
+
+    def parts(self) -> list[Any]:
+        x, y = next(self.batches)
+        return list(zip(x.chunk(self.config.accumulate), y.chunk(self.config.accumulate), strict=True))
+
+    def loss(self, model: nn.Module, part: Any) -> tuple[Tensor, Tensor]:
+        x, y = part
+        loss = F.cross_entropy(model(x).flatten(0, 1), y.flatten())
+        return loss, torch.zeros(1, device=loss.device)
+
+    def add(self, sums: Tensor, loss: Tensor, statistics: Tensor) -> None:
+        sums[0] += loss
+        sums[1] += 1
+
+    def evaluates(self, step: int) -> bool:
+        return step == self.steps or step % self.config.eval_every == 0
+
+    def evaluate(self, model: Callable[..., Any], step: int, sums: list[float]) -> dict[str, Any]:
+        train_loss, _ = token_loss(model, self._sampled(self.data.train), self.processes)
+        val: Iterable[tuple[Tensor, Tensor]] = self._sampled(self.data.val)
+        if self.config.whole_validation:
+            group = self.processes
+            val = TokenWindows(self.data.val, self.config.context, self.evaluated, group.rank, group.size, group.device)
+        val_loss, val_tokens = token_loss(model, val, self.processes)
+        total, steps = sums
+        return {
+            "tokens": step * self.config.batch_size * self.config.context,
+            "train_loss": train_loss,
+            "val_loss": val_loss,
+            "val_perplexity": math.exp(val_loss),
+            "val_tokens": val_tokens,
+            "batch_loss": total / steps if steps else None,
+        }
+
+    def summary(self, evaluation: dict[str, Any]) -> str:
+        return (
+            f"step {evaluation['step']:>6} of {self.steps}  loss: train {evaluation['train_loss']:.4f}, "
+            f"validation {evaluation['val_loss']:.4f}  perplexity {evaluation['val_perplexity']:.2f}"
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.batches.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.batches.load_state_dict(state)
+
+
+@torch.no_grad()
+def token_loss(
+    model: Callable[..., Any], batches: Iterable[tuple[Tensor, Tensor]], processes: Processes | None = None
+) -> tuple[float, int]:
+    """Mean cross-entropy in nats over all targets of some batches, and the number of these targets.
+
+    Every target has the same weight, whatever the shape of its batch; perplexity is ``exp`` of this mean, and not a
+    mean of perplexities.
+
+    Args:
+        model: tokens (batch, length) to logits (batch, length, vocabulary).
+        batches: (tokens, targets); targets of `structlin_nn.data.tokens.IGNORE` count for nothing.
+        processes: that share the batches, None for one.
+
+    Raises:
+        ValueError: no targets.
+
+    >>> uniform = lambda x: torch.zeros(*x.shape, 8)
+    >>> x = torch.zeros(2, 3, dtype=torch.int64)
+    >>> loss, targets = token_loss(uniform, [(x, x), (x[:1], x[:1])])
+    >>> round(math.exp(loss), 4), targets
+    (8.0, 9)
+    """
+    total: Tensor | None = None
+    for x, y in batches:
+        logits = model(x).flatten(0, 1)
+        if total is None:
+            total = torch.zeros(2, dtype=torch.float64, device=logits.device)
+        total[0] += F.cross_entropy(logits.float(), y.flatten(), reduction="sum", ignore_index=IGNORE).double()
+        total[1] += (y != IGNORE).sum()
+    if total is None:
+        raise ValueError("there are no batches to evaluate")
+    if processes is not None:
+        processes.sum(total)
+    loss, number = total.tolist()
+    return loss / number, int(number)
