@@ -194,6 +194,7 @@ def svd(A: LinearOperator) -> SVD:
     Raises TypeError for what is no operator, ValueError for half precision and for what is too large.
 
     >>> import numpy as np
+    >>> from structlin import Kronecker
     >>> U, S, Vh = svd(Kronecker(np.diag([1.0, 2.0]), np.diag([3.0, 5.0, 7.0])))
     >>> S
     array([14., 10.,  7.,  6.,  5.,  3.])
