@@ -22,9 +22,10 @@ BLAST, any einsum chain)                   matrix has the structure and the spli
 With ``input_covariance`` C the error is ``|| (W - A) C^(1/2) ||``, which for ``C = E[x x^H]`` is the error of the
 outputs. One factor, circulant, Toeplitz, diagonal and permutation keep their closed forms. Two factors do where the
 input axes that they do not share stand in one of them and C does not couple different values of the shared ones: low
-rank with any C; Block Tensor-Train and Monarch of two cores with a C that is block diagonal over m_1. All else is
-alternating least squares, which starts from the solutions for ``C = 1`` and for C without the coupling, and from as
-many random factors as ``restarts`` asks for.
+rank with any C; Block Tensor-Train and Monarch of two cores with a C that is block diagonal over m_1. With any other
+C these two are found by block descent, whose steps take both factors of the blocks of one m_1 to their joint optimum
+(not Monarch whose blocks do not divide its inner size). All else is alternating least squares. Both start from the
+solutions for ``C = 1`` and for C without the coupling, and from as many random factors as ``restarts`` asks for.
 
 Cost: one singular value decomposition of all slices; Kronecker and Tensor-Train have a single one, of d_in d_out
 entries. A sweep costs about as much as a few products that build the dense matrix from the factors, and with a

@@ -10,6 +10,7 @@ import numpy as np
 
 from structlin.projection import _entrywise, _splits
 from structlin.projection._als import Fit
+from structlin.projection._blocks import BlockFit
 from structlin.projection._contract import gather
 from structlin.projection._network import Network, build
 from structlin.scale import init_std, random_factors
@@ -215,14 +216,19 @@ def _chain(structure: Structure, problem: Problem, settings: Settings) -> Soluti
         nearest = start[0] + fit.step(0, start, fit.residual(start))
         return _finished(structure, problem, [nearest], "least squares", optimal=True)
     starts, bound = _starts(chain, settings)
-    factors, sweeps, converged = _best(fit, starts, settings)
+    blocks = None
+    if chain.covariance is not None and chain.rectangular():
+        blocks = BlockFit.of(chain.network, chain.target, chain.covariance)
+    factors, sweeps, converged = _best(blocks or fit, starts, settings)
     return _finished(
-        structure, problem, factors, "alternating least squares", optimal=False,
+        structure, problem, factors, "alternating least squares" if blocks is None else "block descent", optimal=False,
         bound=bound, iterations=sweeps, converged=converged,
     )  # fmt: skip
 
 
-def _best(fit: Fit, starts: Sequence[list[np.ndarray]], settings: Settings) -> tuple[list[np.ndarray], int, bool]:
+def _best(
+    fit: Fit | BlockFit, starts: Sequence[list[np.ndarray]], settings: Settings
+) -> tuple[list[np.ndarray], int, bool]:
     """Factors of the best run, its sweeps and whether it converged."""
     short = min(SCOUT, settings.max_sweeps) if len(starts) > 2 else settings.max_sweeps
     runs = sorted((fit.run(start, short, settings.tolerance) for start in starts), key=lambda run: run[1])[:2]
