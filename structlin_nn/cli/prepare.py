@@ -102,12 +102,11 @@ def _text(arguments: argparse.Namespace) -> int:
         raise UsageError("name text files, or give --pydoc for the text that Python ships" + (
             ", not both" if arguments.pydoc else ""
         ))  # fmt: skip
+    out = _out(arguments)
     options = _given(arguments, "vocabulary", "val_fraction", "name")
     options["tokenizer"] = _tokenizer(arguments.tokenizer or "auto", arguments.vocabulary)
     with _Bar(arguments.quiet, "shard") as bar:
-        data = prepare_text(
-            arguments.sources or None, _out(arguments), workers=arguments.workers, advance=bar.tokens, **options
-        )
+        data = prepare_text(arguments.sources or None, out, workers=arguments.workers, advance=bar.tokens, **options)
     return _told(arguments, data)
 
 

@@ -1,6 +1,7 @@
 """Small image trees and shards of real images (the embedded ones, in colour and of several sizes); run records."""
 
 import io
+import json
 import tarfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -104,3 +105,24 @@ def write_run(tmp_path: Path) -> Callable[..., Path]:
         return path
 
     return write
+
+
+@pytest.fixture(scope="session")
+def gpt2_vocabulary(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """merges.txt and vocab.json of GPT-2's form and size, with pairs and fours of bytes for its words."""
+    visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    singles = [chr(byte) for byte in visible] + [chr(256 + n) for n in range(256 - len(visible))]
+    letters = "etaoinshrdlu"
+    pairs = [(a, b) for a in letters for b in letters]
+    pairs += [(a + b, c + d) for a, b in pairs[:40] for c, d in pairs[:40]]
+    pairs += [(a, b) for a in singles for b in singles if not (a in letters and b in letters)]
+    pairs = pairs[:50000]
+    folder = tmp_path_factory.mktemp("vocabulary")
+    (folder / "merges.txt").write_text(
+        "#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in pairs), encoding="utf-8", newline=""
+    )
+    words = [*singles, *(a + b for a, b in pairs), "<|endoftext|>"]
+    vocabulary = {word: number for number, word in enumerate(words)}
+    assert len(vocabulary) == 50257
+    (folder / "vocab.json").write_text(json.dumps(vocabulary), encoding="utf-8")
+    return folder

@@ -1,7 +1,6 @@
-"""Synthetic CIFAR files in all their official forms, and a vocabulary of GPT-2's form."""
+"""Synthetic CIFAR files in all their official forms."""
 
 import io
-import json
 import pickle
 import tarfile
 from collections.abc import Callable
@@ -122,24 +121,3 @@ def layouts() -> Callable[..., Layout]:
 @pytest.fixture(scope="session")
 def python2_pickle() -> Callable[[dict[str, object]], bytes]:
     return as_python2_pickle
-
-
-@pytest.fixture(scope="session")
-def gpt2_vocabulary(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """merges.txt and vocab.json of GPT-2's form and size, with pairs and fours of bytes for its words."""
-    visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    singles = [chr(byte) for byte in visible] + [chr(256 + n) for n in range(256 - len(visible))]
-    letters = "etaoinshrdlu"
-    pairs = [(a, b) for a in letters for b in letters]
-    pairs += [(a + b, c + d) for a, b in pairs[:40] for c, d in pairs[:40]]
-    pairs += [(a, b) for a in singles for b in singles if not (a in letters and b in letters)]
-    pairs = pairs[:50000]
-    folder = tmp_path_factory.mktemp("vocabulary")
-    (folder / "merges.txt").write_text(
-        "#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in pairs), encoding="utf-8", newline=""
-    )
-    words = [*singles, *(a + b for a, b in pairs), "<|endoftext|>"]
-    vocabulary = {word: number for number, word in enumerate(words)}
-    assert len(vocabulary) == 50257
-    (folder / "vocab.json").write_text(json.dumps(vocabulary), encoding="utf-8")
-    return folder
