@@ -1,4 +1,4 @@
-"""Parameters and multiply-accumulates (MACs) of torch models, counted from the calls that a forward pass makes.
+"""Parameters, multiply-accumulates (MACs) and saved activations of torch models, counted from a forward pass.
 
 Structured layers are counted by their structure times the vectors they are called on; every other product
 (``nn.Linear``, convolutions, attention, bare matrix products) by the operands that torch is called with. Nothing is
@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,9 +27,11 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from structlin.counting import work as structure_work
 from structlin.structure import AbstractStructure, Structure
-from structlin_nn.models import MODELS, StructureConfig, base_model, build_model
-from structlin_nn.torch import StructuredLinear, parameter_groups
+from structlin_nn.torch.linear import StructuredLinear
+
+__all__ = ["CallCount", "ModelCount", "backward_macs", "count"]
 
 aten = torch.ops.aten
 
@@ -41,7 +43,8 @@ class CallCount:
     ``kind``: ``linear`` (a weight times activations), ``convolution``, ``attention`` (score and value products) or
     ``product`` (of two activations). ``rows``: vectors that a linear layer was applied to. ``macs`` of the forward,
     ``backward_macs`` of the backward pass; ``other_flops``: work of structured layers that is no product, such as
-    FFTs, in FLOPs of the forward pass.
+    FFTs, in FLOPs of the forward pass. ``moved``: how many numbers the products of the forward pass read and write,
+    each of them its operands and its result once, fused attention without the scores.
     """
 
     name: str
@@ -55,16 +58,39 @@ class CallCount:
     other_flops: int = 0
     calls: int = 0
     rows: int = 0
+    moved: int = 0
+
+    @property
+    def backward_moved(self) -> int:
+        """``moved`` of the backward pass: each of its products moves as many numbers as the one it belongs to."""
+        return round(self.moved * self.backward_macs / self.macs) if self.macs else 0
 
 
 @dataclass
 class ModelCount:
-    """What :func:`count` returns: calls in the order in which they are first made, and totals."""
+    """What :func:`count` returns; ``print`` it for a table.
+
+    Attributes:
+        calls: in the order in which they are first made.
+        params, trainable_params, embedding_params: numbers of parameters, a shared one once.
+        buffer_bytes: of the module's buffers.
+        uncounted_ops: operations that are no products, and how often they run in the forward pass.
+        uncounted_moved: numbers that these read and write.
+        saved: floating numbers that the forward pass keeps for the backward pass, as these modules on this device
+            do it: each array once, without parameters and buffers, attention as where it is fused (queries, keys,
+            values, result, and the log-sum-exp of each query).
+        saved_bytes: bytes of what is kept beside, such as masks and indices.
+    """
 
     calls: list[CallCount]
+    params: int
     trainable_params: int
     embedding_params: int
+    buffer_bytes: int
     uncounted_ops: dict[str, int] = field(default_factory=dict)
+    uncounted_moved: int = 0
+    saved: int = 0
+    saved_bytes: int = 0
 
     def macs(self, kind: str | None = None) -> int:
         """Forward MACs, of all calls or of one kind."""
@@ -79,6 +105,28 @@ class ModelCount:
     def other_flops(self) -> int:
         """FLOPs of the forward pass of structured layers that are no products."""
         return sum(c.other_flops for c in self.calls)
+
+    def __str__(self) -> str:
+        head = ("module", "kind", "type", "in", "out", "params", "calls", "MACs", "training MACs")
+        rows = [
+            (
+                c.name or "(model)", c.kind, c.module, *("" if n is None else f"{n:,}" for n in (c.in_features,
+                c.out_features)), f"{c.params:,}", f"{c.calls:,}", f"{c.macs:,}", f"{c.macs + c.backward_macs:,}",
+            )
+            for c in self.calls
+        ]  # fmt: skip
+        widths = [max(map(len, cells)) for cells in zip(head, *rows, strict=True)]
+        lines = [
+            "  ".join(c.ljust(w) if i < 3 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
+            for row in (head, *rows)
+        ]
+        kinds = {c.kind: self.macs(c.kind) for c in self.calls}
+        lines += ["", f"{'parameters':<24}{self.params:>20,}", f"{'  trainable':<24}{self.trainable_params:>20,}"]
+        lines += [f"{'  embeddings':<24}{self.embedding_params:>20,}", f"{'forward MACs':<24}{self.macs():>20,}"]
+        lines += [f"{'  ' + kind:<24}{macs:>20,}" for kind, macs in kinds.items()]
+        lines += [f"{'training MACs':<24}{self.training_macs:>20,}"]
+        uncounted = ", ".join(f"{name} x{number}" for name, number in self.uncounted_ops.items())
+        return "\n".join([*lines, f"not counted (no products): {uncounted or 'none'}"])
 
 
 def count(model: nn.Module, *inputs: Any, **kwargs: Any) -> ModelCount:
@@ -98,15 +146,26 @@ def count(model: nn.Module, *inputs: Any, **kwargs: Any) -> ModelCount:
     if not isinstance(model, nn.Module):
         raise TypeError(f"a torch module is needed, got {model!r}")
     recorder = _Recorder(model)
-    with torch.enable_grad(), recorder.hooks(), recorder, _AttentionCalls(recorder):
+    with torch.enable_grad(), recorder.hooks(), recorder.saving(), recorder, _AttentionCalls(recorder):
         model(*inputs, **kwargs)
     embeddings = {p for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters() if p.requires_grad}
+    saved = recorder.saved.values()
     return ModelCount(
         calls=list(recorder.calls.values()),
+        params=sum(p.numel() for p in model.parameters()),
         trainable_params=sum(p.numel() for p in model.parameters() if p.requires_grad),
         embedding_params=sum(p.numel() for p in embeddings),
+        buffer_bytes=sum(b.numel() * b.element_size() for b in model.buffers()),
         uncounted_ops=dict(sorted(recorder.uncounted.items())),
+        uncounted_moved=recorder.moved,
+        saved=recorder.saved_more + sum(_elements(t) for t in saved if t.is_floating_point() or t.is_complex()),
+        saved_bytes=sum(t.untyped_storage().nbytes() for t in saved if not (t.is_floating_point() or t.is_complex())),
     )
+
+
+def _elements(x: Tensor) -> int:
+    """Numbers in the whole storage, of which a view keeps all."""
+    return x.untyped_storage().nbytes() // x.element_size()
 
 
 def backward_macs(structure: AbstractStructure, needs_input: bool, needs_factors: Sequence[bool]) -> int:
@@ -129,6 +188,10 @@ def backward_macs(structure: AbstractStructure, needs_input: bool, needs_factors
     return total
 
 
+def _storage(x: Tensor) -> int:
+    return x.untyped_storage()._cdata  # unlike data_ptr(), distinct on the meta device too
+
+
 class _Recorder(TorchDispatchMode):
     """Counts the products among the operations that reach torch's dispatcher, and notes the other operations."""
 
@@ -140,6 +203,27 @@ class _Recorder(TorchDispatchMode):
         self.opaque = 0  # above 0 inside calls that are counted as a whole
         self.calls: dict[tuple[str, str], CallCount] = {}
         self.uncounted: Counter[str] = Counter()
+        self.moved = 0
+        self.attending = False
+        self.own = {_storage(t) for t in (*model.parameters(), *model.buffers())}
+        self.saved: dict[int, Tensor] = {}  # by storage; holding the tensor keeps its place from being used again
+        self.saved_more = 0
+
+    @contextmanager
+    def saving(self) -> Iterator[None]:
+        """Note what autograd keeps for the backward pass."""
+
+        def pack(x: Tensor) -> Tensor:
+            if not self.attending:
+                self.save(x)
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            yield
+
+    def save(self, x: Tensor) -> None:
+        if (where := _storage(x)) not in self.own:
+            self.saved[where] = x.detach()
 
     @contextmanager
     def hooks(self) -> Iterator[None]:
@@ -171,11 +255,13 @@ class _Recorder(TorchDispatchMode):
         needed = [f.trainable and next(parameters).requires_grad for f in structure.factors]
         backward = rows * backward_macs(structure, x.requires_grad, needed)
         call = self.add("linear", rows * structure.macs, backward, structure.d_in, structure.d_out, rows)
+        call.moved += sum(f.numel for f in structure.factors) + rows * (structure_work(structure).activations or 0)
         call.other_flops += rows * sum(structure.other_flops.values()) + sum(structure.setup_flops.values())
 
     def add(
-        self, kind: str, macs: int, backward: int, d_in: int | None = None, d_out: int | None = None, rows: int = 0
-    ) -> CallCount:
+        self, kind: str, macs: int, backward: int, d_in: int | None = None, d_out: int | None = None, rows: int = 0,
+        moved: int = 0,
+    ) -> CallCount:  # fmt: skip
         """Add to the count of the module that is being called."""
         module = self.stack[-1]
         key = (self.names[module], kind)
@@ -187,6 +273,7 @@ class _Recorder(TorchDispatchMode):
         call.macs += macs
         call.backward_macs += backward
         call.rows += rows
+        call.moved += moved
         call.calls += 1
         return call
 
@@ -195,18 +282,20 @@ class _Recorder(TorchDispatchMode):
         columns = b.shape[-1] if b.ndim > 1 else 1
         macs = a.numel() * columns
         backward = macs * (a.requires_grad + b.requires_grad)
+        moved = a.numel() + b.numel() + macs // max(a.shape[-1], 1)
         if self._is_weight(b):
-            self.add("linear", macs, backward, a.shape[-1], columns, a.numel() // a.shape[-1])
+            self.add("linear", macs, backward, a.shape[-1], columns, a.numel() // a.shape[-1], moved)
         elif self._is_weight(a):
-            self.add("linear", macs, backward, a.shape[-1], a.shape[-2] if a.ndim > 1 else 1, columns)
+            self.add("linear", macs, backward, a.shape[-1], a.shape[-2] if a.ndim > 1 else 1, columns, moved)
         else:
-            self.add("product", macs, backward)
+            self.add("product", macs, backward, moved=moved)
 
     def convolution(self, x: Tensor, weight: Tensor, output: Tensor, transposed: bool) -> None:
         """Each output element (transposed: input element) meets one kernel over the channels of its group."""
         macs = (x if transposed else output).numel() * math.prod(weight.shape[1:])
         backward = macs * (x.requires_grad + weight.requires_grad)
-        self.add("convolution", macs, backward, x.shape[1], output.shape[1])
+        moved = x.numel() + weight.numel() + output.numel()
+        self.add("convolution", macs, backward, x.shape[1], output.shape[1], moved=moved)
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor) -> None:
         """Scores (queries times keys) and values (weights times values), of shape (..., tokens, size)."""
@@ -217,6 +306,7 @@ class _Recorder(TorchDispatchMode):
             "attention",
             scores + values,
             scores * (q.requires_grad + k.requires_grad) + values * (flows + v.requires_grad),
+            moved=q.numel() + k.numel() + v.numel() + q.numel() // q.shape[-1] * v.shape[-1],
         )
 
     def _is_weight(self, x: Tensor) -> bool:
@@ -237,6 +327,8 @@ class _Recorder(TorchDispatchMode):
             _PRODUCTS[packet](self, args, output)
         elif not func.is_view and packet not in _FREE:
             self.uncounted[str(packet)] += 1
+            leaves = torch.utils._pytree.tree_leaves((args, kwargs, output))
+            self.moved += sum(x.numel() for x in leaves if isinstance(x, Tensor))
         return output
 
 
@@ -271,176 +363,16 @@ class _AttentionCalls(TorchFunctionMode):
             return func(*args, **kwargs)
         named = dict(zip(("query", "key", "value"), args, strict=False)) | kwargs
         self.recorder.attention(named["query"], named["key"], named["value"])
-        self.recorder.opaque += 1
+        recorder = self.recorder
+        before, recorder.attending = recorder.attending, True
+        recorder.opaque += 1
         try:
-            return func(*args, **kwargs)
+            output = func(*args, **kwargs)
         finally:
-            self.recorder.opaque -= 1
-
-
-def count_model(
-    name: str,
-    *,
-    width: int,
-    base_width: int | None = None,
-    structure: str = "dense",
-    rank: int | Sequence[int] | None = None,
-    rank_fraction: float | None = None,
-    blocks: int | None = None,
-    factorization: str | None = None,
-    options: Mapping[str, Any] | None = None,
-    rms_cap: bool = False,
-    rule: str = "paper",
-    layers: str | None = None,
-    optimizer: str = "adam",
-    num_classes: int | None = None,
-    heads: int | None = None,
-    head_dim: int | None = None,
-    **sizes: Any,
-) -> dict[str, Any]:
-    """Count one of :data:`structlin_nn.models.MODELS`, for one sample (GPT-2: one sequence of full length).
-
-    Args:
-        name: ``cifar-mlp``, ``cifar-vit``, ``imagenet-vit`` or ``gpt2``.
-        width: features of the residual stream.
-        base_width: width at which the learning rate was tuned; default: the paper's.
-        structure: a registered name.
-        rank, rank_fraction, blocks, factorization: options of the structure; None: its default.
-        options: further options of the structure, by name.
-        rms_cap, rule, layers: as in :class:`structlin_nn.models.StructureConfig`.
-        optimizer: whose learning-rate multipliers to list (:func:`structlin.lr_multipliers`).
-        num_classes, heads, head_dim: sizes of the model; None: the named model's.
-        **sizes: further sizes (``MODELS[name].options``).
-
-    Returns:
-        A record that ``json.dumps`` takes. ``forward_macs`` and ``training_macs`` (forward and backward) are MACs;
-        ``attention_macs`` (scores and values) and ``head_macs`` are parts of ``forward_macs``, ``embedding_params``
-        is a part of ``trainable_params``. ``layers`` lists every linear layer, in order, with its factors in the
-        order in which they are applied; ``params`` includes bias and gains. ``other_params`` lists the rest, so
-        that the ``params`` of the layers and the sizes of ``other_params`` add up to ``trainable_params``.
-        ``uncounted_ops`` names operations that are no products, and how often they run.
-
-    Raises:
-        ValueError: unknown model, structure, preset or size; an option that the structure or model does not have;
-            sizes that do not fit.
-
-    >>> record = count_model("cifar-mlp", width=128, structure="block_tensor_train", rank=1, factorization="greedy")
-    >>> record["trainable_params"], record["forward_macs"], len(record["layers"])
-    (96266, 93440, 8)
-    >>> record["layers"][0]["factors"][1]["lr_multiplier"]
-    1.6
-    """
-    given = {"rank": rank, "rank_fraction": rank_fraction, "blocks": blocks, "factorization": factorization}
-    chosen = {key: value for key, value in given.items() if value is not None}
-    if twice := chosen.keys() & (options or {}):
-        raise ValueError(f"options {', '.join(sorted(twice))} are given twice")
-    config = StructureConfig(structure, {**chosen, **(options or {})}, layers=layers, rms_cap=rms_cap, rule=rule)
-    named = {"num_classes": num_classes, "heads": heads, "head_dim": head_dim}
-    sizes |= {key: value for key, value in named.items() if value is not None}
-
-    model = build_model(name, width=width, structure=config, device="meta", **sizes)
-    base = base_model(name, base_width, **sizes)
-    spec = MODELS[name]
-    groups = parameter_groups(model, base, lr=1.0, optimizer=optimizer, extra_multipliers=spec.extra_multipliers)
-    multipliers = {n: group["multiplier"] for group in groups for n in group["names"]}
-    counted = count(model, model.example_input(device="meta"))
-    calls = {call.name: call for call in counted.calls if call.kind == "linear"}
-    linear = {n: m for n, m in model.named_modules() if isinstance(m, StructuredLinear)}
-    owned = {id(p) for m in linear.values() for p in m.parameters()}
-    rows = [_layer(calls[n], m, multipliers) for n, m in linear.items()]
-    return {
-        "model": name,
-        "structure": structure,
-        "options": dict(config.options),
-        "layers_preset": layers or spec.layers,
-        "rms_cap": rms_cap,
-        "rule": rule,
-        "optimizer": optimizer,
-        "width": width,
-        "base_width": base.config.width,
-        "sizes": {key: getattr(model.config, key) for key in spec.options},
-        "trainable_params": counted.trainable_params,
-        "embedding_params": counted.embedding_params,
-        "head_params": rows[-1]["params"],
-        "forward_macs": counted.macs(),
-        "attention_macs": counted.macs("attention"),
-        "head_macs": rows[-1]["macs"],
-        "training_macs": counted.training_macs,
-        "other_flops": counted.other_flops,
-        "tokens": max(row["rows"] for row in rows),
-        "layers": rows,
-        "attention": [{"name": c.name, "macs": c.macs} for c in counted.calls if c.kind == "attention"],
-        "other_params": [
-            {"name": n, "shape": list(p.shape), "lr_multiplier": multipliers[n]}
-            for n, p in model.named_parameters()
-            if id(p) not in owned
-        ],
-        "uncounted_ops": counted.uncounted_ops,
-    }
-
-
-def _layer(call: CallCount, layer: StructuredLinear, multipliers: Mapping[str, float]) -> dict[str, Any]:
-    factors = [(f, std) for f, std in zip(layer.structure.factors, layer.init_std, strict=True) if f.trainable]
-    return {
-        "name": call.name,
-        "in_features": layer.in_features,
-        "out_features": layer.out_features,
-        "params": call.params,
-        "macs": call.macs,
-        "rows": call.rows,
-        "bias": layer.bias is not None,
-        "gains": 0 if layer.gains is None else len(layer.gains),
-        "factors": [
-            {
-                "numel": f.numel,
-                "fan_in": f.fan_in,
-                "fan_out": f.fan_out,
-                "blocks": f.blocks,
-                "init_std": std,
-                "lr_multiplier": multipliers[f"{call.name}.factors.{number}"],
-            }
-            for number, (f, std) in enumerate(factors)
-        ],
-    }
-
-
-def format_count(record: Mapping[str, Any]) -> str:
-    """A record of :func:`count_model` as a table to read.
-
-    >>> print(format_count(count_model("cifar-mlp", width=64, depth=1)))  # doctest: +ELLIPSIS
-    cifar-mlp, width 64 (base 64), dense
-    ...
-    """
-    options = "".join(f" {key}={value}" for key, value in record["options"].items())
-    cap = ", RMS-capped" if record["rms_cap"] else ""
-    lines = [
-        f"{record['model']}, width {record['width']} (base {record['base_width']}), {record['structure']}{options}"
-        f"{cap}",
-        "",
-    ]
-    table = [("layer", "in", "out", "params", "MACs", "factor", "numel", "fan in", "fan out", "blocks", "init std",
-              f"lr ({record['optimizer']})")]  # fmt: skip
-    for layer in record["layers"]:
-        head = (layer["name"], *(f"{layer[key]:,}" for key in ("in_features", "out_features", "params", "macs")))
-        for number, f in enumerate(layer["factors"]):
-            cells = (str(number), *(f"{f[key]:,}" for key in ("numel", "fan_in", "fan_out", "blocks")))
-            scale = (f"{f['init_std']:.4g}", f"{f['lr_multiplier']:.4g}")
-            table.append((*(head if number == 0 else ("",) * 5), *cells, *scale))
-    widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
-    lines += [
-        "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
-        for row in table
-    ]
-    totals = (
-        ("trainable parameters", "trainable_params"),
-        ("  of them embeddings", "embedding_params"),
-        ("  of them head", "head_params"),
-        ("forward MACs, one sample", "forward_macs"),
-        ("  of them attention", "attention_macs"),
-        ("  of them head", "head_macs"),
-        ("training MACs, one sample", "training_macs"),
-        ("other FLOPs of structures", "other_flops"),
-    )
-    lines += ["", *(f"{label:<28}{record[key]:>18,}" for label, key in totals)]
-    uncounted = ", ".join(f"{name} x{number}" for name, number in record["uncounted_ops"].items())
-    return "\n".join([*lines, f"not counted (no products): {uncounted}"])
+            recorder.opaque -= 1
+            recorder.attending = before
+        if output.requires_grad:
+            for x in (named["query"], named["key"], named["value"], output):
+                recorder.save(x)
+            recorder.saved_more += output.numel() // output.shape[-1]
+        return output
