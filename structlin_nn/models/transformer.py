@@ -2,10 +2,46 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from structlin_nn.models.factory import LinearFactory
+
+
+class KeyValueCache:
+    """Keys and values of one attention layer for the tokens seen so far, in memory for `length` tokens.
+
+    >>> cache = KeyValueCache(length=4)
+    >>> keys, values = cache.extend(torch.ones(1, 2, 3, 5), torch.zeros(1, 2, 3, 5))
+    >>> keys.shape, cache.used
+    (torch.Size([1, 2, 3, 5]), 3)
+    """
+
+    def __init__(self, length: int) -> None:
+        self.length, self.used = length, 0
+        self._memory: Tensor | None = None
+
+    def extend(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Add (batch, heads, tokens, head_dim) of new tokens, and get all keys and values.
+
+        Raises:
+            ValueError: no room, or another batch than before.
+        """
+        batch, heads, count, size = keys.shape
+        if self._memory is None:
+            self._memory = keys.new_empty(2, batch, heads, self.length, size)
+        if self.used + count > self.length or batch != self._memory.shape[1]:
+            raise ValueError(
+                f"a cache for {self.length} tokens of {self._memory.shape[1]} sequences has {self.used} and cannot "
+                f"take {count} more of {batch}"
+            )
+        self._memory[0, :, :, self.used : self.used + count] = keys
+        self._memory[1, :, :, self.used : self.used + count] = values
+        self.used += count
+        return self._memory[0, :, :, : self.used], self._memory[1, :, :, : self.used]
 
 
 class Attention(nn.Module):
@@ -13,6 +49,7 @@ class Attention(nn.Module):
 
     Logits are scaled by ``8 / head_dim`` in place of ``1 / sqrt(head_dim)``, as muP asks for (Yang and Hu, *Tensor
     Programs V*, 2022); at a head_dim of 64 the two agree. The output projection is zero at initialisation.
+    ``scale``, ``norms`` and ``projection_bias`` are for models that do otherwise, such as the published GPT-2.
     """
 
     def __init__(
@@ -25,29 +62,45 @@ class Attention(nn.Module):
         causal: bool,
         bias: bool,
         zero_query: bool,
+        norms: bool = True,
+        scale: float | None = None,
+        projection_bias: bool = False,
     ) -> None:
         super().__init__()
         self.heads, self.head_dim, self.causal = heads, head_dim, causal
+        self.scale = 8 / head_dim if scale is None else scale
         inner = heads * head_dim
-        # No gains on queries and keys: the norms that follow would undo them.
-        self.query = linear(width, inner, bias=False, zero_init=zero_query, gain=False)
-        self.key = linear(width, inner, bias=False, gain=False)
-        self.value = linear(width, inner, bias=False)
-        self.query_norm = linear.norm(head_dim, bias=bias)
-        self.key_norm = linear.norm(head_dim, bias=bias)
+        # No gains on queries and keys under norms, which would undo them.
+        self.query = linear(width, inner, bias=projection_bias, zero_init=zero_query, gain=not norms)
+        self.key = linear(width, inner, bias=projection_bias, gain=not norms)
+        self.value = linear(width, inner, bias=projection_bias)
+        self.query_norm = linear.norm(head_dim, bias=bias) if norms else nn.Identity()
+        self.key_norm = linear.norm(head_dim, bias=bias) if norms else nn.Identity()
         self.out = linear(inner, width, bias=bias, zero_init=True)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, cache: KeyValueCache | None = None) -> Tensor:
         split = (self.heads, self.head_dim)
         q = self.query_norm(self.query(x).unflatten(-1, split)).transpose(1, 2)
         k = self.key_norm(self.key(x).unflatten(-1, split)).transpose(1, 2)
         v = self.value(x).unflatten(-1, split).transpose(1, 2)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal, scale=8 / self.head_dim)
+        causal, mask = self.causal, None
+        if cache is not None:
+            k, v = cache.extend(k, v)
+            new, seen = q.shape[2], k.shape[2]
+            if causal and seen > new:
+                causal = False
+                # One new token sees all that came before; of several, each sees those up to itself.
+                if new > 1:
+                    mask = torch.ones(new, seen, dtype=torch.bool, device=q.device).tril(seen - new)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=self.scale)
         return self.out(y.transpose(1, 2).flatten(2))
 
 
 class Block(nn.Module):
-    """``x + attention(norm(x))``, then ``x + down(gelu(up(norm(x))))``; both branches zero at initialisation."""
+    """``x + attention(norm(x))``, then ``x + down(gelu(up(norm(x))))``; both branches zero at initialisation.
+
+    ``gelu`` is the ``approximate`` of torch's gelu; further keywords are those of :class:`Attention`.
+    """
 
     def __init__(
         self,
@@ -60,14 +113,19 @@ class Block(nn.Module):
         causal: bool = False,
         bias: bool = True,
         zero_query: bool = True,
+        gelu: str = "none",
+        **attention: Any,
     ) -> None:
         super().__init__()
+        self.gelu = gelu
         self.attention_norm = linear.norm(width, bias=bias)
-        self.attention = Attention(linear, width, heads, head_dim, causal=causal, bias=bias, zero_query=zero_query)
+        self.attention = Attention(
+            linear, width, heads, head_dim, causal=causal, bias=bias, zero_query=zero_query, **attention
+        )
         self.ffn_norm = linear.norm(width, bias=bias)
         self.up = linear(width, expansion * width, bias=bias)
         self.down = linear(expansion * width, width, bias=bias, zero_init=True)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attention(self.attention_norm(x))
-        return x + self.down(F.gelu(self.up(self.ffn_norm(x))))
+    def forward(self, x: Tensor, cache: KeyValueCache | None = None) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), cache)
+        return x + self.down(F.gelu(self.up(self.ffn_norm(x)), approximate=self.gelu))
