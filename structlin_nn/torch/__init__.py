@@ -2,15 +2,20 @@
 
 from structlin_nn.torch.groups import ParameterGroups, ParameterRule, format_groups, parameter_groups
 from structlin_nn.torch.linear import StructuredLinear
+from structlin_nn.torch.project import LayerProjection, ProjectionReport, project_linear, to_dense_linear
 from structlin_nn.torch.replace import Replacement, ReplacementReport, replace_linear
 
 __all__ = [
+    "LayerProjection",
     "ParameterGroups",
     "ParameterRule",
+    "ProjectionReport",
     "Replacement",
     "ReplacementReport",
     "StructuredLinear",
     "format_groups",
     "parameter_groups",
+    "project_linear",
     "replace_linear",
+    "to_dense_linear",
 ]

@@ -1,0 +1,89 @@
+"""Second moments of the inputs of layers, gathered in one pass over calibration data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from structlin_nn._patterns import listed
+
+Forward = Callable[[nn.Module, Any], Any]
+
+
+def call(model: nn.Module, batch: Any) -> Any:
+    """``model`` on a tensor, a tuple or list of positional arguments, or a mapping of keyword arguments."""
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    if isinstance(batch, tuple | list):
+        return model(*batch)
+    return model(batch)
+
+
+class Moments:
+    """``E[x x^H]`` of one layer's input vectors x, summed in float64 (float32 where the device has no float64)."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.vectors = 0
+        self.total: Tensor | None = None
+
+    def add(self, x: Tensor) -> None:
+        """Add all vectors of ``x`` (..., d_in). Raises ValueError where some are not finite."""
+        x = x.detach().reshape(-1, x.shape[-1])
+        if x.dtype in (torch.float16, torch.bfloat16):
+            x = x.float()
+        product = x.mT @ x.conj()
+        if not torch.isfinite(product).all():
+            raise ValueError(f"the calibration data give layer {self.name!r} inputs that are not finite")
+        if product.device.type != "mps":
+            product = product.to(torch.complex128 if product.is_complex() else torch.float64)
+        self.total = product if self.total is None else self.total.add_(product)
+        self.vectors += len(x)
+
+    def mean(self) -> Tensor:
+        """(d_in, d_in), in float64 or complex128, on the CPU."""
+        assert self.total is not None
+        total = self.total.cpu()
+        return total.to(torch.complex128 if total.is_complex() else torch.float64) / self.vectors
+
+
+def gather(
+    model: nn.Module, layers: Mapping[nn.Module, str], calibration: Iterable[Any], forward: Forward | None
+) -> dict[nn.Module, Tensor]:
+    """Second moments (d_in, d_in) of the inputs of ``layers``, a mapping from module to name.
+
+    The model runs without gradients and in evaluation mode, so that no running statistics move; afterwards each
+    module has the mode it had. No activation is kept. Raises ValueError for no data, and for layers that the data do
+    not reach.
+    """
+    found = {layer: Moments(name) for layer, name in layers.items()}
+
+    def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        found[layer].add(args[0] if args else next(iter(kwargs.values())))
+
+    modes = [(module, module.training) for module in model.modules()]
+    handles = [layer.register_forward_pre_hook(hook, with_kwargs=True) for layer in found]
+    batches = 0
+    try:
+        model.eval()
+        with torch.no_grad():
+            for batch in calibration:
+                (forward or call)(model, batch)
+                batches += 1
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module, mode in modes:
+            module.training = mode
+    if not batches:
+        raise ValueError("calibration holds no batch")
+    if missing := [moments.name for moments in found.values() if not moments.vectors]:
+        raise ValueError(f"the calibration data never reach {listed(missing)}: exclude these layers")
+    for moments in found.values():
+        assert moments.total is not None
+        if not moments.total.diagonal().real.sum() > 0:
+            raise ValueError(f"the calibration data give layer {moments.name!r} nothing but zeros: exclude it")
+    return {layer: moments.mean() for layer, moments in found.items()}

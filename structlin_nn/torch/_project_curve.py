@@ -1,0 +1,160 @@
+"""The structured forms that one layer can take, their MACs and their errors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+import structlin
+from structlin.projection._solve import Problem, Settings, Solution, solve, spectrum
+from structlin.structure import AbstractStructure
+
+CURVE_SWEEPS = 10
+"""Sweeps of alternating least squares for a point of an error-versus-MACs curve that has no closed form."""
+GROWTH = 1.5
+"""Ratio of neighbouring ranks on such a curve."""
+
+
+def saves(structure: AbstractStructure) -> bool:
+    """Whether a vector costs less than with the dense matrix of the same shape."""
+    return structure.flops < 2 * structure.d_in * structure.d_out
+
+
+def relative(error: float, problem: Problem) -> float:
+    """An error over the norm of the target; 0 for the exact form of a zero matrix."""
+    scale = problem.norm(problem.target)
+    return error / scale if scale else (0.0 if error == 0 else np.inf)
+
+
+def _first(count: int, holds: Callable[[int], bool]) -> int:
+    """The first of ``range(count)`` for which ``holds``, if it stays true from there on; ``count`` for none."""
+    low, high = 0, count
+    while low < high:
+        middle = (low + high) // 2
+        if holds(middle):
+            high = middle
+        else:
+            low = middle + 1
+    return low
+
+
+def _fits(name: str, shape: tuple[int, int], options: Mapping[str, Any]) -> bool:
+    try:
+        structlin.design(name, shape, **options)
+    except ValueError:
+        return False
+    return True
+
+
+@dataclass(frozen=True)
+class Forms:
+    """Forms of a named structure for a (d_out, d_in) matrix that are cheaper than it, in ascending order of MACs.
+
+    They differ in ``knob``: ranks 1, 2, ... (those of several bonds grow together, each up to its entry of
+    ``limits``), or numbers of blocks that are powers of 2, or nothing (None), and then there is one form at most.
+    ``values`` are those of the knob, ``options`` what the forms share.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    options: Mapping[str, Any]
+    knob: str | None
+    limits: tuple[int, ...]
+    values: Sequence[int]
+
+    @classmethod
+    def of(cls, name: str, shape: tuple[int, int], options: Mapping[str, Any]) -> Forms:
+        """The knob is the rank where the structure has one, else the blocks, unless ``options`` name them.
+
+        Raises ValueError for options or sizes that the structure does not allow.
+        """
+        known = structlin.options(name)
+        fixed = {k: v for k, v in options.items() if k not in ("rank", "rank_fraction", "blocks") or v is not None}
+        knob, limits, values = None, (), range(1)
+        if "rank" in known and not fixed.keys() & {"rank", "rank_fraction"}:
+            knob, values = "rank", range(1, min(shape) + 1)
+            if name in ("low_rank", "tensor_train", "block_tensor_train"):
+                limit = structlin.exact_rank(name, shape, **fixed)
+                limits = limit if isinstance(limit, tuple) else (limit,)
+                values = range(1, max(limits, default=1) + 1)
+        elif "rank" not in known and "blocks" in known and "blocks" not in fixed:
+            knob, powers = "blocks", [2**k for k in range(min(shape).bit_length() - 1, -1, -1)]
+            values = [n for n in powers if _fits(name, shape, {**fixed, "blocks": n})]
+        widest = cls(name, shape, fixed, knob, limits, values)
+        widest.design(0)  # says what is wrong with the options
+        return replace(widest, values=values[: _first(len(values), lambda i: not saves(widest.design(i)))])
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def choice(self, number: int) -> dict[str, Any]:
+        """The knob's value, by name."""
+        if self.knob is None:
+            return {}
+        value = self.values[number]
+        return {self.knob: tuple(min(value, n) for n in self.limits) if len(self.limits) > 1 else value}
+
+    def design(self, number: int) -> AbstractStructure:
+        """The structure of a form."""
+        return structlin.design(self.name, self.shape, **self.options, **self.choice(number))
+
+    def curve(self, problem: Problem) -> list[tuple[int, int, float]]:
+        """(number, MACs, relative error) of forms, in ascending order; the error never rises.
+
+        All forms, from one decomposition by singular values, where two factors have a closed form; else forms whose
+        ranks grow by 1.5, each by a short run of alternating least squares.
+        """
+        errors, points = self._spectrum(problem), []
+        if errors is not None:
+            first = self.design(0).macs  # of two factors with one bond: proportional to the rank
+            points = [(i, first * (i + 1), float(errors[i])) for i in range(len(self))]
+        else:
+            settings = Settings(restarts=0, max_sweeps=CURVE_SWEEPS)
+            for i in self._spread():
+                form = self.design(i)
+                points.append((i, form.macs, relative(solve(form, problem, settings).error, problem)))
+        lowest = np.minimum.accumulate([error for _, _, error in points])
+        return [(i, macs, float(error)) for (i, macs, _), error in zip(points, lowest, strict=True)]
+
+    def smallest_for(self, error: float, problem: Problem, settings: Settings) -> tuple[int, Solution] | None:
+        """The first form whose relative error is at most ``error``, and its solution; None where there is none.
+
+        Without a closed form it is found by bisection, which takes it that the error falls as the MACs grow.
+        """
+        solved: dict[int, Solution] = {}
+
+        def meets(number: int) -> bool:
+            if number not in solved:
+                solved[number] = solve(self.design(number), problem, settings)
+            return relative(solved[number].error, problem) <= error
+
+        errors = self._spectrum(problem)
+        if errors is not None:
+            found = next((i for i in range(len(self)) if errors[i] <= error), len(self))
+            while found < len(self) and not meets(found):  # roundoff
+                found += 1
+        elif not len(self) or not meets(len(self) - 1):
+            return None
+        else:
+            found = _first(len(self), meets)
+        return (found, solved[found]) if found < len(self) else None
+
+    def _spectrum(self, problem: Problem) -> np.ndarray | None:
+        """Relative errors of all ranks, where two factors have them in closed form."""
+        if len(self.limits) != 1 or not len(self):
+            return None
+        errors = spectrum(self.design(0), problem)
+        scale = problem.norm(problem.target)
+        return None if errors is None else errors / (scale or 1.0)
+
+    def _spread(self) -> Iterable[int]:
+        if self.knob != "rank":
+            return range(len(self))
+        places, place = [], 0
+        while place < len(self) - 1:
+            places.append(place)
+            place = max(place + 1, round((place + 1) * GROWTH) - 1)
+        return [*places, len(self) - 1] if len(self) else []

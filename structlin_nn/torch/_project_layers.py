@@ -1,0 +1,277 @@
+"""Choosing the form of each layer, and making the layers that hold the projections."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import structlin
+from structlin.projection._solve import Problem, Settings, Solution, solve
+from structlin.structure import AbstractStructure
+from structlin_nn.torch._modules import is_conv1d, linear_sizes
+from structlin_nn.torch._project_budget import allocate
+from structlin_nn.torch._project_curve import Forms, saves
+from structlin_nn.torch._project_report import LayerProjection
+from structlin_nn.torch.linear import StructuredLinear
+
+StructureOf = Callable[[str, nn.Module], AbstractStructure]
+Made = tuple[StructuredLinear | None, LayerProjection]
+
+
+def on_host(x: Tensor) -> np.ndarray:
+    """In float64 or complex128; index arrays as they are."""
+    x = x.detach()
+    if x.is_complex() or x.is_floating_point():
+        x = x.to("cpu", torch.complex128 if x.is_complex() else torch.float64)
+    return x.cpu().resolve_conj().numpy()
+
+
+@dataclass
+class Task:
+    """A layer to project, and the second moments of its inputs if there are any."""
+
+    linear: nn.Module
+    names: tuple[str, ...]
+    moments: np.ndarray | None = None
+
+    def __post_init__(self) -> None:
+        weight = self.linear.get_parameter("weight")
+        if weight.is_meta:
+            raise ValueError(f"layer {self.names[0]!r} is on the meta device and has no values to project")
+        if not torch.isfinite(weight).all():
+            raise ValueError(f"the weight of layer {self.names[0]!r} is not finite")
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(d_out, d_in)."""
+        sizes = linear_sizes(self.linear)
+        assert sizes is not None
+        return sizes[1], sizes[0]
+
+    @property
+    def dense_macs(self) -> int:
+        """For one vector."""
+        return math.prod(self.shape)
+
+    def matrix(self) -> np.ndarray:
+        """The weight, (d_out, d_in)."""
+        found = on_host(self.linear.get_parameter("weight"))
+        return found.T if is_conv1d(self.linear) else found
+
+    def problem(self, damping: float) -> Problem:
+        """The matrix, weighted by the damped second moments where there are any."""
+        if self.moments is None:
+            return Problem(self.matrix())
+        size = len(self.moments)
+        level = damping * np.trace(self.moments).real / size
+        return Problem(self.matrix(), self.moments + level * np.eye(size))
+
+    def named(self, error: Exception) -> Exception:
+        """An error that says which layer it is about."""
+        return type(error)(f"layer {self.names[0]!r} ({self.shape[1]} -> {self.shape[0]}): {error}")
+
+
+class Choice:
+    """How the form of each layer is chosen: given, by an error, or by a budget."""
+
+    def __init__(
+        self, structure: str | AbstractStructure | StructureOf, options: Mapping[str, Any],
+        target_error: float | None, max_macs: int | None, mac_fraction: float | None,
+    ) -> None:  # fmt: skip
+        self.structure, self.options, self.target_error, self.budget = structure, options, target_error, max_macs
+        self.mac_fraction = mac_fraction
+        given = [k for k in ("rank", "rank_fraction") if options.get(k) is not None]
+        chosen = {"target_error": target_error, "max_macs": max_macs, "mac_fraction": mac_fraction}
+        given += [k for k, v in chosen.items() if v is not None]
+        if len(given) > 1:
+            raise ValueError(f"give one of rank, target_error, max_macs and mac_fraction, got {', '.join(given)}")
+        self.by_layer = any(v is not None for v in chosen.values())
+        if isinstance(structure, str):
+            structlin.get(structure)
+        elif self.by_layer:
+            raise ValueError(f"{given[0]} needs the name of a structure, whose ranks can be chosen")
+        elif not isinstance(structure, AbstractStructure) and not callable(structure):
+            raise TypeError(f"structure must be a name, a structure or a function to one, got {structure!r}")
+        if target_error is not None and not 0 <= target_error < math.inf:
+            raise ValueError(f"target_error must be a number of at least 0, got {target_error!r}")
+        if mac_fraction is not None and not 0 < mac_fraction <= 1:
+            raise ValueError(f"mac_fraction must lie in (0, 1], got {mac_fraction!r}")
+        if max_macs is not None and (isinstance(max_macs, bool) or not hasattr(max_macs, "__index__")):
+            raise TypeError(f"max_macs must be an integer, got {max_macs!r}")
+
+    def prepare(self, tasks: Sequence[Task]) -> None:
+        """Work out which forms there are. Raises ValueError where sizes, options or the budget do not allow it."""
+        self.fixed: list[AbstractStructure] = []
+        self.forms: list[Forms] = []
+        for task in tasks:
+            try:
+                if self.by_layer:
+                    self.forms.append(Forms.of(str(self.structure), task.shape, self.options))
+                else:
+                    self.fixed.append(self._given(task))
+            except (TypeError, ValueError) as error:
+                raise task.named(error) from error
+        if self.fixed and not any(map(saves, self.fixed)):
+            first = self.fixed[0]
+            raise ValueError(
+                f"the structure saves nothing in any layer: {tasks[0].names[0]!r} takes {tasks[0].dense_macs:,} MACs, "
+                f"structured {first.macs:,}; choose a smaller rank"
+            )
+        if self.mac_fraction is not None:
+            self.budget = int(self.mac_fraction * sum(task.dense_macs * len(task.names) for task in tasks))
+        if self.budget is not None:
+            least = [forms.design(0).macs if len(forms) else t.dense_macs
+                     for t, forms in zip(tasks, self.forms, strict=True)]  # fmt: skip
+            needed = sum(macs * len(task.names) for macs, task in zip(least, tasks, strict=True))
+            if needed > self.budget:
+                raise ValueError(f"the cheapest forms of the chosen layers need {needed:,} MACs, "
+                                 f"more than the budget of {self.budget:,}")  # fmt: skip
+
+    def _given(self, task: Task) -> AbstractStructure:
+        if isinstance(self.structure, str):
+            return structlin.design(self.structure, task.shape, **self.options)
+        made = self.structure
+        if not isinstance(made, AbstractStructure):
+            made = made(task.names[0], task.linear)
+        if not isinstance(made, AbstractStructure):
+            raise TypeError(f"structure must be a name or an AbstractStructure, got {made!r}")
+        if self.options:
+            raise ValueError(f"options {', '.join(self.options)} go with the name of a structure, not with {made!r}")
+        if made.shape != task.shape:
+            raise ValueError(f"a layer of shape {task.shape} can not hold {made!r}, which has shape {made.shape}")
+        return made
+
+    def run(
+        self, tasks: Sequence[Task], damping: float, settings: Settings, layer_options: Mapping[str, Any]
+    ) -> list[Made]:
+        """The new layer of each task, None where it stays dense, and its line of the report."""
+        picked = self._shared_out(tasks, damping) if self.budget is not None else [None] * len(tasks)
+        made: list[Made] = []
+        for place, task in enumerate(tasks):
+            try:
+                made.append(self._project(place, task, picked[place], damping, settings, layer_options))
+            except (TypeError, ValueError) as error:
+                raise task.named(error) from error
+        return made
+
+    def _shared_out(self, tasks: Sequence[Task], damping: float) -> list[int]:
+        """By the budget: the number of each layer's form, that of dense being beyond the last."""
+        assert self.budget is not None
+        numbers, curves = [], []
+        for task, forms in zip(tasks, self.forms, strict=True):
+            points = forms.curve(task.problem(damping)) if len(forms) else []
+            numbers.append([number for number, _, _ in points] + [len(forms)])
+            costs = [(macs * len(task.names), error**2) for _, macs, error in points]
+            curves.append([*costs, (task.dense_macs * len(task.names), 0.0)])
+        found = allocate(curves, self.budget)
+        return [own[at] for own, at in zip(numbers, found, strict=True)]
+
+    def _project(
+        self, place: int, task: Task, number: int | None, damping: float, settings: Settings,
+        layer_options: Mapping[str, Any],
+    ) -> Made:  # fmt: skip
+        choice: dict[str, Any] = {}
+        if not self.by_layer:
+            structure = self.fixed[place]
+            if not saves(structure):
+                return None, _dense(task, f"structured it would take {structure.macs:,} MACs, more than it saves")
+            solution = solve(structure, task.problem(damping), settings)
+        else:
+            forms = self.forms[place]
+            if not len(forms):
+                return None, _dense(task, "no form of the structure is cheaper")
+            if number is None:
+                assert self.target_error is not None
+                found = forms.smallest_for(self.target_error, task.problem(damping), settings)
+                if found is None:
+                    return None, _dense(task, f"no cheaper form has an error of {self.target_error:g}")
+                number, solution = found
+            elif number == len(forms):
+                return None, _dense(task, "the budget is better spent so")
+            else:
+                solution = solve(forms.design(number), task.problem(damping), settings)
+            structure, choice = forms.design(number), forms.choice(number)
+        kind: dict[str, Any] = {"structure": structure}
+        if isinstance(self.structure, str):
+            fixed = self.forms[place].options if self.by_layer else self.options
+            kind = {"structure": self.structure, **fixed, **choice}
+        new = layer_of(task.linear, structure, solution, {**kind, **layer_options})
+        return new, _line(task, new, choice)
+
+
+def layer_of(
+    linear: nn.Module, structure: AbstractStructure, solution: Solution, options: Mapping[str, Any]
+) -> StructuredLinear:
+    """A layer with the values of a solution, that is otherwise as ``linear``."""
+    sizes = linear_sizes(linear)
+    assert sizes is not None
+    weight, bias = linear.get_parameter("weight"), linear._parameters.get("bias")
+    # Made without memory: nothing is drawn from the global generator.
+    new = StructuredLinear(*sizes, bias=bias is not None, device="meta", dtype=weight.dtype, **options)
+    new = new.to_empty(device=weight.device)
+    assert new.structure == structure
+    with torch.no_grad():
+        factors, gains = iter(new.factors), iter(new.gains or ())
+        for number, (array, spec) in enumerate(zip(solution.factors, structure.factors, strict=True)):
+            values = torch.from_numpy(np.ascontiguousarray(array))
+            if not spec.trainable:
+                new.get_buffer(f"index{number}").copy_(values)
+                continue
+            next(factors).copy_(values)
+            if new.rms_cap:
+                excess = max(1.0, float(values.abs().square().mean().sqrt()) / new.cap_sigma[number])
+                if new.gains is not None:
+                    next(gains).fill_(excess)
+                elif excess > 1:
+                    raise ValueError(
+                        f"the RMS of factor {number} is {excess:.3g} times its cap, and without gains (gain=False) "
+                        "the layer can not hold it"
+                    )
+        if bias is not None:
+            assert new.bias is not None
+            new.bias.copy_(bias).requires_grad_(bias.requires_grad)
+    for parameter in (*new.factors, *(new.gains or ())):
+        if not torch.isfinite(parameter).all():
+            raise ValueError(f"a factor of the projection overflows {parameter.dtype}")
+        parameter.requires_grad_(weight.requires_grad)
+    return new.train(linear.training)
+
+
+def dense_of(layer: StructuredLinear) -> np.ndarray:
+    """(d_out, d_in) in float64 or complex128: what the layer multiplies by, caps and gains included."""
+    factors = [on_host(f) for f in layer.effective_factors()]
+    dtype = np.result_type(*(f.dtype for f in factors if f.dtype.kind in "fc"), np.float64)
+    return structlin.StructuredOperator._build(layer.structure, tuple(factors), dtype).to_dense()
+
+
+def _line(task: Task, new: StructuredLinear, choice: dict[str, Any]) -> LayerProjection:
+    matrix = task.matrix()
+    difference = matrix - dense_of(new)
+
+    def ratio(error: float, scale: float) -> float:
+        return math.sqrt(max(0.0, error) / scale) if scale > 0 else (0.0 if error <= 0 else math.inf)
+
+    def square(x: np.ndarray) -> float:
+        return float(np.linalg.norm(x)) ** 2
+
+    output = None
+    if (c := task.moments) is not None:
+        output = ratio(*(float(np.vdot(x, x @ c).real) for x in (difference, matrix)))
+    return LayerProjection(
+        task.names, task.shape, new.structure, choice, ratio(square(difference), square(matrix)), output,
+        sum(p.numel() for p in task.linear.parameters()), sum(p.numel() for p in new.parameters()),
+        task.dense_macs, new.structure.macs,
+    )  # fmt: skip
+
+
+def _dense(task: Task, reason: str) -> LayerProjection:
+    params = sum(p.numel() for p in task.linear.parameters())
+    output = None if task.moments is None else 0.0
+    macs = task.dense_macs
+    return LayerProjection(task.names, task.shape, None, {}, 0.0, output, params, params, macs, macs, reason)
