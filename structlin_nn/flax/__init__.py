@@ -1,19 +1,23 @@
 """Structured layers for flax.nnx: the layer, its place in existing models, and learning rates by structure."""
 
+from structlin_nn.flax.counting import JaxCount, count, xla_flops
 from structlin_nn.flax.linear import Index, StructuredLinear
 from structlin_nn.flax.rates import ParameterRates, ParameterRule, optimizer_for, parameter_rates, scale_by_rates
 from structlin_nn.flax.replace import Replacement, ReplacementReport, replace_linear, to_dense_linear
 
 __all__ = [
     "Index",
+    "JaxCount",
     "ParameterRates",
     "ParameterRule",
     "Replacement",
     "ReplacementReport",
     "StructuredLinear",
+    "count",
     "optimizer_for",
     "parameter_rates",
     "replace_linear",
     "scale_by_rates",
     "to_dense_linear",
+    "xla_flops",
 ]

@@ -52,10 +52,10 @@ class _Maker:
 class MLPBlock(nnx.Module):
     """``h + down(gelu(up(norm(h))))``, the branch zero at initialisation. (..., width) -> (..., width)."""
 
-    def __init__(self, linear: _Maker, width: int, expansion: int) -> None:
-        self.norm = linear.norm(width)
-        self.up = linear(width, expansion * width)
-        self.down = linear(expansion * width, width, zero_init=True)
+    def __init__(self, linear: _Maker, width: int, expansion: int, bias: bool) -> None:
+        self.norm = linear.norm(width, bias=bias)
+        self.up = linear(width, expansion * width, bias=bias)
+        self.down = linear(expansion * width, width, bias=bias, zero_init=True)
 
     def __call__(self, h: Array) -> Array:
         return h + self.down(nnx.gelu(self.up(self.norm(h)), approximate=False))
@@ -78,9 +78,10 @@ class MLP(nnx.Module):
         pixels = math.prod(config.input_shape)
         generator = torch.Generator().manual_seed(models.mlp.PERMUTATION_SEED)
         self.permutation = Index(jnp.asarray(torch.randperm(pixels, generator=generator).numpy()))
-        self.input = linear(pixels, config.width, role="input")
-        self.blocks = nnx.List(MLPBlock(linear, config.width, config.expansion) for _ in range(config.depth))
-        self.output = linear(config.width, config.num_classes, role="output", zero_init=True)
+        bias = config.bias
+        self.input = linear(pixels, config.width, role="input", bias=bias)
+        self.blocks = nnx.List(MLPBlock(linear, config.width, config.expansion, bias) for _ in range(config.depth))
+        self.output = linear(config.width, config.num_classes, role="output", bias=bias, zero_init=True)
 
     def __call__(self, x: Array) -> Array:
         _check_images(x, self.config.value.input_shape)

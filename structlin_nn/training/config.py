@@ -30,6 +30,7 @@ from structlin_nn.training.config_imagenet import IMAGENET_RECIPE, ImageNetTrain
 __all__ = [
     "CONFIGS",
     "DATA_SETS",
+    "FRAMEWORKS",
     "LAYERS",
     "MODELS",
     "OPTIMIZERS",
@@ -47,6 +48,7 @@ __all__ = [
 
 MODELS = ("cifar-mlp", "cifar-vit")
 DATA_SETS = ("cifar10", "cifar100", "fashion")
+FRAMEWORKS = ("torch", "flax")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,8 +89,16 @@ class TrainConfig(RunConfig):
         0, "steps from one whose change of the last hidden features is measured to the next; 0: before evaluations only"
     )
 
+    framework: str = option(
+        "torch", "what computes the steps and evaluations; either goes on from the other's", FRAMEWORKS, execution=True
+    )
+
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.framework == "flax":
+            wanted = {"precision": "float32", "compile": False, "recompute": False}
+            for name, value in wanted.items():
+                check(name, getattr(self, name), getattr(self, name) == value, f"{value!r} with framework='flax'")
         self._at_least(1, "epochs", "eval_every", "depth")
         self._at_least(0, "warmup_epochs", "mixup", "measure_every", "steps")
         check("input_lr_mult", self.input_lr_mult, self.input_lr_mult > 0, "positive")

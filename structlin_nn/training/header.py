@@ -19,6 +19,8 @@ from structlin_nn.training.distributed import Processes
 from structlin_nn.training.model import make_model
 from structlin_nn.training.task import Task
 
+FLAX = ("jax", "flax", "optax")
+
 __all__ = ["count_run", "hardware", "layers", "make_header", "versions"]
 
 
@@ -94,7 +96,7 @@ def make_header(
         "data": data,
         "structures": layers(config, model, optimizer),
         "counts": counts,
-        "versions": versions(),
+        "versions": versions(*(FLAX if getattr(config, "framework", "torch") == "flax" else ())),
         "hardware": {
             **hardware(config, processes.device),
             "processes": processes.size,
@@ -103,12 +105,12 @@ def make_header(
     }
 
 
-def versions() -> dict[str, str]:
-    """Versions of Python and of the libraries that decide results."""
+def versions(*more: str) -> dict[str, str]:
+    """Versions of Python and of the libraries that decide results, with `more` of them."""
     import structlin
 
     found = {"python": platform.python_version(), "structlin": structlin.__version__}
-    for name in ("torch", "numpy", "cola-ml"):
+    for name in ("torch", "numpy", "cola-ml", *more):
         try:
             found[name] = version(name)
         except PackageNotFoundError:

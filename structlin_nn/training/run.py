@@ -251,14 +251,19 @@ def setup(
         if processes.main:
             folder.mkdir(parents=True, exist_ok=True)
         writer = RecordWriter.create(record, header, write=processes.main)
-    made = Run(
+    run_kind, stepper = Run, Stepper(config, model, wrapped, optimizer, processes)
+    if getattr(config, "framework", "torch") == "flax":
+        from structlin_nn.training.flax_loop import FlaxRun, FlaxStepper
+
+        run_kind, stepper = FlaxRun, FlaxStepper(config, model, task.outputs, processes)
+    made = run_kind(
         config=config,
         folder=folder,
         task=task,
         processes=processes,
         model=model,
         optimizer=optimizer,
-        stepper=Stepper(config, model, wrapped, optimizer, processes),
+        stepper=stepper,
         counts=counts,
         record=writer,
         sums=torch.zeros(task.sums, dtype=torch.float64, device=processes.device),
