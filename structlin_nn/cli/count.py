@@ -10,6 +10,8 @@ MODELS = ("cifar-mlp", "cifar-vit", "imagenet-vit", "gpt2")
 LAYERS = ("all", "all_but_last", "intermediate")
 RULES = ("paper", "rank_corrected")
 OPTIMIZERS = ("adam", "adamw", "sign", "sgd")
+DTYPES = ("float64", "float32", "bfloat16", "float16")
+DEVICES = ("a100", "h100", "h200", "cpu")
 HELP = "count parameters and multiply-accumulates of a model, layer by layer and factor by factor"
 EXAMPLES = """\
 examples:
@@ -17,9 +19,11 @@ examples:
   structlin count cifar-mlp --width 1024 --structure block_tensor_train --rank 2 --factorization greedy
   structlin count imagenet-vit --width 484 --structure block_tensor_train --rank 2 --json
   structlin count gpt2 --width 1024 --structure block_tensor_train --rank 4 --rms-cap --layers all
+  structlin count gpt2 --width 768 --batch-size 480 --steps 600000 --activation-dtype bfloat16 --device h100
 
 Counts are for one sample (gpt2: one sequence of full length). 1 MAC = 2 FLOPs. The learning-rate multipliers are
-those of the structure-aware rule, relative to the dense model at base width.
+those of the structure-aware rule, relative to the dense model at base width. Devices are counted at the peak rates of
+their data sheets (cpu: measured), so that times are the least that are possible.
 """
 
 
@@ -37,6 +41,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     sizes = parser.add_argument_group("sizes of the model (the paper's unless given)")
     for name in ("num-classes", "heads", "head-dim", "depth", "expansion", "patch", "vocabulary", "context"):
         sizes.add_argument(f"--{name}", type=int, metavar="N")
+    run = parser.add_argument_group("a training run: FLOPs, bytes, and the least time by the roofline")
+    run.add_argument("--batch-size", type=int, metavar="N", help="samples in a step")
+    run.add_argument("--steps", type=int, metavar="N", help="steps of the run")
+    run.add_argument(
+        "--dtype", type=choice("dtype", DTYPES), default="float32", metavar="NAME",
+        help="of weights, gradients and states (float32): " + ", ".join(DTYPES),
+    )  # fmt: skip
+    run.add_argument(
+        "--activation-dtype", type=choice("dtype", DTYPES), metavar="NAME", help="of activations and products (--dtype)"
+    )
+    run.add_argument("--optimizer-states", type=int, metavar="N", help="numbers kept for each parameter")
+    run.add_argument("--device", type=choice("device", DEVICES), metavar="NAME", help=", ".join(DEVICES))
     structure_options(parser)
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
@@ -57,6 +73,12 @@ def run(arguments: argparse.Namespace) -> int:
             rule=arguments.rule,
             layers=arguments.layers,
             optimizer=arguments.optimizer,
+            batch_size=arguments.batch_size,
+            steps=arguments.steps,
+            dtype=arguments.dtype,
+            activation_dtype=arguments.activation_dtype,
+            optimizer_states=arguments.optimizer_states,
+            device=arguments.device,
             **sizes,
         )
     except (TypeError, ValueError) as error:

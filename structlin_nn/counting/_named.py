@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
+import structlin
+from structlin_nn.counting._memory import training_bytes
+from structlin_nn.counting._roofline import Device, roofline
+from structlin_nn.counting._roofline import device as find_device
 from structlin_nn.models import MODELS, StructureConfig, base_model, build_model
 from structlin_nn.torch import StructuredLinear, parameter_groups
 from structlin_nn.torch.counting import CallCount, count
@@ -28,6 +33,12 @@ def count_model(
     num_classes: int | None = None,
     heads: int | None = None,
     head_dim: int | None = None,
+    batch_size: int | None = None,
+    steps: int | None = None,
+    dtype: str = "float32",
+    activation_dtype: str | None = None,
+    optimizer_states: int | None = None,
+    device: str | Device | None = None,
     **sizes: Any,
 ) -> dict[str, Any]:
     """Count one of :data:`structlin_nn.models.MODELS`, for one sample (GPT-2: one sequence of full length).
@@ -42,6 +53,13 @@ def count_model(
         rms_cap, rule, layers: as in :class:`structlin_nn.models.StructureConfig`.
         optimizer: whose learning-rate multipliers to list (:func:`structlin.lr_multipliers`).
         num_classes, heads, head_dim: sizes of the model; None: the named model's.
+        batch_size: samples in a step; None: 1 for bytes and times.
+        steps: of a training run, for its total; needs a batch size.
+        dtype: of weights, gradients and states.
+        activation_dtype: of activations and products (mixed precision); None: ``dtype``.
+        optimizer_states: numbers that the optimiser keeps for each parameter, if not the usual
+            (:func:`training_bytes`).
+        device: also the least time on a device, one of :data:`DEVICES` or ``cpu``, which is measured.
         **sizes: further sizes (``MODELS[name].options``).
 
     Returns:
@@ -50,11 +68,14 @@ def count_model(
         is a part of ``trainable_params``. ``layers`` lists every linear layer, in order, with its factors in the
         order in which they are applied; ``params`` includes bias and gains. ``other_params`` lists the rest, so
         that the ``params`` of the layers and the sizes of ``other_params`` add up to ``trainable_params``.
+        ``per_token``: forward MACs and training FLOPs (products) of a sample over its ``tokens``; ``bytes``: those of
+        a training step (:func:`training_bytes`); ``run``: training FLOPs of a step and, with ``steps``, of the run;
+        ``roofline``: seconds at least (:class:`Roofline`). ``intensity`` of a layer: FLOPs for each byte moved.
         ``uncounted_ops`` names operations that are no products, and how often they run.
 
     Raises:
         ValueError: unknown model, structure, preset or size; an option that the structure or model does not have;
-            sizes that do not fit.
+            sizes that do not fit; steps without a batch size; an unknown dtype or device.
 
     >>> record = count_model("cifar-mlp", width=128, structure="block_tensor_train", rank=1, factorization="greedy")
     >>> record["trainable_params"], record["forward_macs"], len(record["layers"])
@@ -70,17 +91,21 @@ def count_model(
     named = {"num_classes": num_classes, "heads": heads, "head_dim": head_dim}
     sizes |= {key: value for key, value in named.items() if value is not None}
 
+    _check_run(batch_size, steps)
+    batch = batch_size or 1
     model = build_model(name, width=width, structure=config, device="meta", **sizes)
     base = base_model(name, base_width, **sizes)
     spec = MODELS[name]
     groups = parameter_groups(model, base, lr=1.0, optimizer=optimizer, extra_multipliers=spec.extra_multipliers)
     multipliers = {n: group["multiplier"] for group in groups for n in group["names"]}
     counted = count(model, model.example_input(device="meta"))
+    step = counted if batch == 1 else count(model, model.example_input(batch, device="meta"))
     calls = {call.name: call for call in counted.calls if call.kind == "linear"}
     linear = {n: m for n, m in model.named_modules() if isinstance(m, StructuredLinear)}
     owned = {id(p) for m in linear.values() for p in m.parameters()}
-    rows = [_layer(calls[n], m, multipliers) for n, m in linear.items()]
-    return {
+    rows = [_layer(calls[n], m, multipliers, batch, activation_dtype or dtype) for n, m in linear.items()]
+    tokens = max(row["rows"] for row in rows)
+    record = {
         "model": name,
         "structure": structure,
         "options": dict(config.options),
@@ -99,7 +124,19 @@ def count_model(
         "head_macs": rows[-1]["macs"],
         "training_macs": counted.training_macs,
         "other_flops": counted.other_flops,
-        "tokens": max(row["rows"] for row in rows),
+        "tokens": tokens,
+        "per_token": {
+            "forward_macs": counted.macs() / tokens,
+            "training_flops": 2 * counted.training_macs / tokens,
+        },
+        "bytes": {
+            "batch_size": batch,
+            "dtype": dtype,
+            "activation_dtype": activation_dtype or dtype,
+            **training_bytes(
+                step, optimizer=optimizer, states=optimizer_states, dtype=dtype, activation_dtype=activation_dtype
+            ),
+        },
         "layers": rows,
         "attention": [{"name": c.name, "macs": c.macs} for c in counted.calls if c.kind == "attention"],
         "other_params": [
@@ -109,9 +146,34 @@ def count_model(
         ],
         "uncounted_ops": counted.uncounted_ops,
     }
+    if batch_size is not None:
+        record["run"] = {"batch_size": batch, "training_flops_per_step": 2 * step.training_macs}
+        if steps is not None:
+            record["run"] |= {
+                "steps": steps, "samples": steps * batch, "tokens": steps * batch * tokens,
+                "training_flops": 2 * step.training_macs * steps,
+            }  # fmt: skip
+    if device is not None:
+        products = activation_dtype or dtype
+        on = find_device(device, products) if isinstance(device, str) else device
+        found = roofline(step, on, products, optimizer=optimizer, states=optimizer_states, weight_dtype=dtype)
+        record["roofline"] = asdict(found) | {"step": found.step, "batch_size": batch, "source": on.source}
+        if steps is not None:
+            record["roofline"]["run"] = found.step * steps
+    return record
 
 
-def _layer(call: CallCount, layer: StructuredLinear, multipliers: Mapping[str, float]) -> dict[str, Any]:
+def _check_run(batch_size: int | None, steps: int | None) -> None:
+    for key, value in (("batch_size", batch_size), ("steps", steps)):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            raise ValueError(f"{key} must be a positive integer, got {value!r}")
+    if steps is not None and batch_size is None:
+        raise ValueError("steps need a batch size")
+
+
+def _layer(
+    call: CallCount, layer: StructuredLinear, multipliers: Mapping[str, float], batch: int, dtype: str
+) -> dict[str, Any]:
     factors = [(f, std) for f, std in zip(layer.structure.factors, layer.init_std, strict=True) if f.trainable]
     return {
         "name": call.name,
@@ -120,6 +182,7 @@ def _layer(call: CallCount, layer: StructuredLinear, multipliers: Mapping[str, f
         "params": call.params,
         "macs": call.macs,
         "rows": call.rows,
+        "intensity": structlin.intensity(layer.structure, call.rows * batch, dtype),
         "bias": layer.bias is not None,
         "gains": 0 if layer.gains is None else len(layer.gains),
         "factors": [
@@ -173,6 +236,34 @@ def format_count(record: Mapping[str, Any]) -> str:
         ("training MACs, one sample", "training_macs"),
         ("other FLOPs of structures", "other_flops"),
     )
-    lines += ["", *(f"{label:<28}{record[key]:>18,}" for label, key in totals)]
+    lines += ["", *(f"{label:<28}{record[key]:>28,}" for label, key in totals)]
+    per_token = record["per_token"]
+    lines += [f"{'forward MACs, one token':<28}{per_token['forward_macs']:>28,.0f}"] if record["tokens"] > 1 else []
+    lines += _run_lines(record)
     uncounted = ", ".join(f"{name} x{number}" for name, number in record["uncounted_ops"].items())
     return "\n".join([*lines, f"not counted (no products): {uncounted}"])
+
+
+def _run_lines(record: Mapping[str, Any]) -> list[str]:
+    held = record["bytes"]
+    batch = f"batch of {held['batch_size']:,}"
+    lines = ["", f"bytes of a training step, {batch}, {held['dtype']}" + (
+        f", activations {held['activation_dtype']}" if held["activation_dtype"] != held["dtype"] else "")]  # fmt: skip
+    for key in ("weights", "buffers", "gradients", "optimizer_states", "activations", "total"):
+        lines.append(f"  {key.replace('_', ' '):<26}{held[key]:>28,}")
+    if run := record.get("run"):
+        lines += ["", f"{'training FLOPs, one step':<28}{run['training_flops_per_step']:>28,}"]
+        if "steps" in run:
+            lines.append(f"{'training FLOPs, ' + format(run['steps'], ',') + ' steps':<28}{run['training_flops']:>28,}")
+    if found := record.get("roofline"):
+        lines += ["", f"at least, on {found['device']}, {found['dtype']}, {batch} ({found['source']})"]
+        for key, text in (("forward", "products, forward"), ("backward", "products, backward"), ("update", "update")):
+            lines.append(f"  {text:<26}{1e3 * found[key]:>25.4g} ms")
+        lines.append(f"  {'step':<26}{1e3 * found['step']:>25.4g} ms")
+        if "run" in found:
+            lines.append(f"  {'run':<26}{found['run'] / 3600:>25.4g} h")
+        lines.append(f"  {'other operations, forward':<26}{1e3 * found['other']:>25.4g} ms, where they are not fused")
+        lines.append(
+            f"  {'intensity of products':<26}{found['intensity']:>25.4g} FLOP/byte, ridge {found['ridge']:.4g}"
+        )
+    return [*lines, ""]

@@ -9,8 +9,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from structlin_nn.torch import StructuredLinear
-from structlin_nn.torch.counting import ModelCount, count
+from structlin_nn.torch import ModelCount, StructuredLinear, count
 
 
 def assert_same_as_torch(model: nn.Module, *inputs: Any, **keywords: Any) -> ModelCount:

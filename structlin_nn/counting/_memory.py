@@ -1,0 +1,82 @@
+"""Bytes of a training step: weights, gradients, states of the optimiser, activations."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from structlin._arrays import dtype_name
+from structlin_nn.torch.counting import ModelCount
+
+__all__ = ["DTYPES", "OPTIMIZER_STATES", "itemsize", "states_of", "training_bytes"]
+
+DTYPES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
+OPTIMIZER_STATES = {"adam": 2, "adamw": 2, "sign": 1, "sgd": 1}
+"""Numbers that an optimiser keeps for each parameter: both moments; the momentum of Lion, and that of SGD."""
+
+
+def itemsize(dtype: Any) -> int:
+    """Bytes of a number. Raises ValueError for a dtype that is not one of :data:`DTYPES`.
+
+    >>> itemsize("bfloat16")
+    2
+    """
+    name = dtype if isinstance(dtype, str) else dtype_name(dtype)
+    if name not in DTYPES:
+        raise ValueError(f"unknown dtype {name!r}; one of {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def states_of(optimizer: str, states: int | None = None) -> int:
+    """Numbers that an optimiser keeps for each parameter, or ``states`` where given.
+
+    Raises ValueError for an unknown optimiser, or states that are no integer of at least 0.
+
+    >>> states_of("adamw"), states_of("sgd", 0)
+    (2, 0)
+    """
+    if optimizer not in OPTIMIZER_STATES:
+        raise ValueError(f"unknown optimizer {optimizer!r}; one of {', '.join(OPTIMIZER_STATES)}")
+    kept = OPTIMIZER_STATES[optimizer] if states is None else states
+    if isinstance(kept, bool) or not isinstance(kept, int) or kept < 0:
+        raise ValueError(f"states must be an integer of at least 0, got {kept!r}")
+    return kept
+
+
+def training_bytes(
+    counted: ModelCount,
+    *,
+    optimizer: str = "adam",
+    states: int | None = None,
+    dtype: str = "float32",
+    activation_dtype: str | None = None,
+) -> dict[str, int]:
+    """Bytes that a training step holds at its end of the forward pass.
+
+    Args:
+        counted: of the whole batch (:func:`structlin_nn.counting.count`).
+        optimizer: adam, adamw, sign or sgd, which keep 2, 2, 1 and 1 numbers for each trainable parameter.
+        states: this many in place of that: 0 for SGD without momentum.
+        dtype: of weights, gradients and states.
+        activation_dtype: of all floating activations (mixed precision); None: ``dtype``. Copies of the weights in it
+            are not counted.
+
+    Returns:
+        ``weights`` with frozen ones, ``buffers``, ``gradients``, ``optimizer_states``, ``activations`` (what the
+        forward pass keeps for the backward pass, see :class:`structlin_nn.counting.ModelCount`) and their ``total``.
+        The loss (of a language model: one or two more arrays of the size of the logits), temporary arrays and
+        fragmentation come on top.
+
+    >>> from torch import nn, zeros
+    >>> from structlin_nn.counting import count
+    >>> training_bytes(count(nn.Linear(8, 5), zeros(3, 8)))["activations"]
+    96
+    """
+    size = itemsize(dtype)
+    found = {
+        "weights": counted.params * size,
+        "buffers": counted.buffer_bytes,
+        "gradients": counted.trainable_params * size,
+        "optimizer_states": states_of(optimizer, states) * counted.trainable_params * size,
+        "activations": counted.saved * itemsize(activation_dtype or dtype) + counted.saved_bytes,
+    }
+    return found | {"total": sum(found.values())}

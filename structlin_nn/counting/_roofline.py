@@ -1,0 +1,181 @@
+"""Devices by their data sheets, and the least time that counted work takes on them.
+
+The roofline model (Williams, Waterman and Patterson, *Roofline: an insightful visual performance model*, 2009): an
+operation takes at least as long as its FLOPs at the peak rate, and at least as long as its bytes at the bandwidth.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+from structlin_nn.counting._memory import itemsize, states_of
+from structlin_nn.torch.counting import ModelCount
+
+__all__ = ["DEVICES", "Device", "Roofline", "device", "measure_cpu", "roofline"]
+
+
+@dataclass(frozen=True)
+class Device:
+    """What a device does at most.
+
+    Attributes:
+        name: of the device.
+        peak: FLOPs per second of matrix products, by dtype, without sparsity.
+        bandwidth: bytes per second of the main memory.
+        memory: bytes; None where it does not matter.
+        source: where the numbers are from.
+    """
+
+    name: str
+    peak: Mapping[str, float]
+    bandwidth: float
+    memory: int | None
+    source: str
+
+    def rate(self, dtype: str) -> float:
+        """FLOPs per second in a dtype. Raises ValueError where it is not known.
+
+        >>> DEVICES["a100"].rate("bfloat16")
+        312000000000000.0
+        """
+        if dtype not in self.peak:
+            raise ValueError(f"the rate of {self.name} in {dtype!r} is not known; one of {', '.join(self.peak)}")
+        return self.peak[dtype]
+
+
+def _device(name: str, peak: dict[str, float], bandwidth: float, gigabytes: int, source: str) -> Device:
+    return Device(name, MappingProxyType(peak), bandwidth, gigabytes * 10**9, source)
+
+
+_HOPPER = {"bfloat16": 989e12, "float16": 989e12, "tfloat32": 494e12, "float32": 67e12, "float64": 67e12}
+DEVICES: dict[str, Device] = {
+    "a100": _device(
+        "NVIDIA A100 SXM 80 GB",
+        {"bfloat16": 312e12, "float16": 312e12, "tfloat32": 156e12, "float32": 19.5e12, "float64": 19.5e12},
+        2039e9, 80, "NVIDIA A100 Tensor Core GPU data sheet (2021)",
+    ),
+    "h100": _device("NVIDIA H100 SXM 80 GB", _HOPPER, 3.35e12, 80, "NVIDIA H100 Tensor Core GPU data sheet (2023)"),
+    "h200": _device("NVIDIA H200 SXM 141 GB", _HOPPER, 4.8e12, 141, "NVIDIA H200 Tensor Core GPU data sheet (2024)"),
+}  # fmt: skip
+"""Rates of dense matrix products on tensor cores; ``float32`` without them, ``tfloat32`` for float32 rounded to it."""
+
+
+def measure_cpu(dtype: str = "float32", seconds: float = 0.3) -> Device:
+    """The CPU that this runs on, with torch's threads: a square product of 1024, and a copy of 64 MiB.
+
+    The best of the repeats that fit into ``seconds``, for each of both: what the machine does where nothing
+    disturbs it. Raises ValueError for an unknown dtype or a time that is not positive.
+    """
+    import torch
+
+    itemsize(dtype)
+    if not seconds > 0:
+        raise ValueError(f"seconds must be positive, got {seconds}")
+    kind = getattr(torch, dtype)
+    a, b = torch.ones(2, 1024, 1024, dtype=kind)
+    out = torch.empty_like(a)
+    source, target = torch.ones(2, 1 << 24, dtype=torch.float32)
+    product = _best(lambda: torch.mm(a, b, out=out), seconds / 2)
+    copy = _best(lambda: target.copy_(source), seconds / 2)
+    name = f"this CPU, {torch.get_num_threads()} threads of {os.cpu_count()} cores"
+    return Device(name, {dtype: 2 * 1024**3 / product}, 2 * 4 * (1 << 24) / copy, None, "measured now")
+
+
+def _best(call: object, seconds: float) -> float:
+    assert callable(call)
+    call()
+    best, end = float("inf"), time.perf_counter() + seconds
+    while True:
+        start = time.perf_counter()
+        call()
+        now = time.perf_counter()
+        best = min(best, now - start)
+        if now > end:
+            return best
+
+
+def device(name: str, dtype: str = "float32") -> Device:
+    """A device by name; ``cpu`` is measured. Raises ValueError for another name.
+
+    >>> device("h200").bandwidth
+    4800000000000.0
+    """
+    if name == "cpu":
+        return measure_cpu(dtype)
+    if name not in DEVICES:
+        raise ValueError(f"unknown device {name!r}; one of {', '.join((*DEVICES, 'cpu'))}")
+    return DEVICES[name]
+
+
+@dataclass(frozen=True)
+class Roofline:
+    """The least time of one training step of one batch, in seconds, and what bounds it.
+
+    ``forward`` and ``backward``: the products, each at the slower of compute and memory; ``compute`` is what they
+    would take at the peak rate alone, ``intensity`` their FLOPs for each byte, forward and backward, and ``ridge`` the
+    intensity from which on the device computes at its peak. ``other``: the operations that are no products, forward
+    only, each reading and writing its numbers from and to memory: a compiler that fuses them takes less. ``update``:
+    the optimiser reading and writing weights, gradients and states.
+    """
+
+    device: str
+    dtype: str
+    forward: float
+    backward: float
+    compute: float
+    intensity: float
+    ridge: float
+    other: float
+    update: float
+
+    @property
+    def step(self) -> float:
+        """Products and update, without ``other``: no step can be faster."""
+        return self.forward + self.backward + self.update
+
+
+def roofline(
+    counted: ModelCount, on: Device, dtype: str = "float32", *, optimizer: str = "adam", states: int | None = None,
+    weight_dtype: str = "float32",
+) -> Roofline:  # fmt: skip
+    """The least time that a counted batch takes on a device.
+
+    Args:
+        counted: of the whole batch.
+        on: the device (:func:`device`).
+        dtype: that products are carried out in, ``tfloat32`` too; FLOPs of structures that are no products (FFTs) are
+            taken at the same rate.
+        optimizer, states: as in :func:`structlin_nn.counting.training_bytes`.
+        weight_dtype: of weights, gradients and states, for the update.
+
+    Raises:
+        ValueError: a dtype or an optimiser that is not known.
+
+    >>> from torch import nn, zeros
+    >>> from structlin_nn.counting import count
+    >>> layer = nn.Linear(4096, 4096, bias=False, device="meta")
+    >>> found = roofline(count(layer, zeros(65536, 4096, device="meta")), DEVICES["h100"], "bfloat16")
+    >>> round(1e3 * found.forward, 3), found.backward == found.forward, found.intensity > found.ridge
+    (2.223, True, True)
+    """
+    peak, bandwidth = on.rate(dtype), on.bandwidth
+    size = itemsize("float32" if dtype == "tfloat32" else dtype)
+    forward = backward = compute = 0.0
+    flops = moved = 0
+    for call in counted.calls:
+        work, back = 2 * call.macs + call.other_flops, 2 * call.backward_macs
+        forward += max(work / peak, call.moved * size / bandwidth)
+        backward += max(back / peak, call.backward_moved * size / bandwidth)
+        compute += (work + back) / peak
+        flops += work + back
+        moved += (call.moved + call.backward_moved) * size
+    # Read weight, gradient and states, write weight and states.
+    update = (3 + 2 * states_of(optimizer, states)) * counted.trainable_params * itemsize(weight_dtype) / bandwidth
+    return Roofline(
+        on.name, dtype, forward, backward, compute, flops / moved if moved else 0.0, peak / bandwidth,
+        counted.uncounted_moved * size / bandwidth, update,
+    )  # fmt: skip
