@@ -1,0 +1,121 @@
+"""``structlin generate``: text from a trained language model."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from structlin_nn.cli.common import UsageError, choice, print_json
+
+TOKENIZERS = ("gpt2", "bytes")
+HELP = "continue a text with a trained GPT-2"
+EXAMPLES = """\
+examples:
+  structlin generate --checkpoint runs/gpt2 --prompt "The yield statement"
+      with a model that `structlin train gpt2` trained
+  structlin generate --checkpoint runs/gpt2 --samples 3 --tokens 200 --temperature 1 --top-k 0 --top-p 0.95
+  structlin generate --pretrained path/to/gpt2 --vocabulary path/to/gpt2 --prompt "Once upon a time" --temperature 0
+      with published weights: a folder with config.json and model.safetensors
+
+An empty prompt starts a new document. The same seed gives the same text.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--checkpoint", metavar="DIR", help="folder of a run of `structlin train gpt2`")
+    parser.add_argument("--average", action="store_true", help="the average of the weights, where the run keeps one")
+    parser.add_argument("--pretrained", metavar="DIR", help="GPT-2 as transformers saves it, in place of a run")
+    parser.add_argument("--prompt", default="", metavar="TEXT", help="what is continued")
+    parser.add_argument("--tokens", type=int, default=100, metavar="N", help="most new tokens (default: %(default)s)")
+    parser.add_argument("--samples", type=int, default=1, metavar="N", help="continuations (default: %(default)s)")
+    parser.add_argument("--temperature", type=float, default=0.8, metavar="T", help="0: the likeliest token (0.8)")
+    parser.add_argument("--top-k", type=int, default=200, metavar="K", help="of the K likeliest tokens; 0: all (200)")
+    parser.add_argument(
+        "--top-p", type=float, default=1.0, metavar="P", help="of the likeliest, up to probability P (1)"
+    )
+    parser.add_argument("--endless", action="store_true", help="do not stop at the end of the document")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the draws (default: %(default)s)")
+    parser.add_argument("--device", default="cpu", metavar="NAME", help="cpu, cuda or cuda:N (default: %(default)s)")
+    parser.add_argument("--tokenizer", type=choice("tokenizer", TOKENIZERS), metavar="NAME", help=(
+        "gpt2 or bytes; unless given, that of the data of the run"
+    ))  # fmt: skip
+    parser.add_argument("--vocabulary", metavar="DIR", help="folder of GPT-2's vocabulary (two files)")
+    parser.add_argument("--json", action="store_true", help="print tokens and texts as JSON")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    if (arguments.checkpoint is None) == (arguments.pretrained is None):
+        raise UsageError("give one of --checkpoint and --pretrained")
+    for name, least in (("tokens", 0), ("samples", 1), ("top_k", 0), ("seed", 0)):
+        if getattr(arguments, name) < least:
+            raise UsageError(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(arguments, name)}")
+    try:
+        model, named = _model(arguments)
+        return _generate(arguments, model, arguments.tokenizer or named)
+    except (OSError, ImportError, RuntimeError, TypeError, ValueError) as error:
+        raise UsageError(" ".join(str(error).split())) from error
+
+
+def _model(arguments: argparse.Namespace) -> tuple[Any, str | None]:
+    """The model, and the tokeniser of the data that it was trained on, as far as it is told."""
+    if arguments.pretrained is not None:
+        from structlin_nn.models.pretrained import load_gpt2
+
+        if arguments.average:
+            raise UsageError("--average is for a run (--checkpoint)")
+        return load_gpt2(arguments.pretrained), "gpt2"
+    from structlin_nn.models import GPT2
+    from structlin_nn.training.records import read_record
+    from structlin_nn.training.run import CHECKPOINT, RECORD, load_trained
+
+    folder = Path(arguments.checkpoint)
+    if folder.name == CHECKPOINT and folder.is_file():
+        folder = folder.parent
+    model = load_trained(folder, average=arguments.average)
+    if not isinstance(model, GPT2):
+        raise UsageError(f"{folder} holds a {type(model).__name__}, not a language model")
+    record = folder / RECORD
+    return model, read_record(record).header["data"].get("tokenizer") if record.exists() else None
+
+
+def _generate(arguments: argparse.Namespace, model: Any, name: str | None) -> int:
+    import torch
+
+    from structlin_nn.data.bpe import load_tokenizer
+    from structlin_nn.generate import generate
+
+    if name is None:
+        raise UsageError("nothing tells the tokeniser of this model: give --tokenizer")
+    tokenizer = load_tokenizer(name, arguments.vocabulary)
+    if model.config.vocabulary < tokenizer.vocab_size:
+        raise UsageError(
+            f"the model knows {model.config.vocabulary} tokens, and {name} has {tokenizer.vocab_size}: "
+            "another tokeniser belongs to it"
+        )
+    prompt = tokenizer.encode(arguments.prompt) or [tokenizer.end_of_text]
+    device = torch.device(arguments.device)
+    found = generate(
+        model.to(device),
+        torch.tensor([prompt] * arguments.samples, device=device),
+        arguments.tokens,
+        temperature=arguments.temperature,
+        top_k=arguments.top_k or None,
+        top_p=arguments.top_p,
+        generator=torch.Generator(device).manual_seed(arguments.seed),
+        eos=None if arguments.endless else tokenizer.end_of_text,
+        vocab_size=tokenizer.vocab_size,
+    )
+    rows = [row[len(prompt) :] for row in found.tolist()]
+    if not arguments.endless:
+        rows = [row[: row.index(tokenizer.end_of_text)] if tokenizer.end_of_text in row else row for row in rows]
+    texts = [tokenizer.decode(row) for row in rows]
+    if arguments.json:
+        samples = [{"text": text, "tokens": row} for text, row in zip(texts, rows, strict=True)]
+        print_json({"prompt": arguments.prompt, "tokenizer": name, "samples": samples})
+        return 0
+    for number, text in enumerate(texts):
+        if number:
+            print("-" * 20)
+        print(arguments.prompt + text)
+    return 0

@@ -1,0 +1,203 @@
+"""Published GPT-2 in our model: logits equal to those of transformers, and projections."""
+
+import copy
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from structlin_nn.generate import generate
+from structlin_nn.models import build_model
+from structlin_nn.models.pretrained import load_gpt2, project_gpt2
+
+
+def hugging_face(**changes: Any) -> Any:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    sizes = {"n_embd": 48, "n_layer": 3, "n_head": 4, "n_positions": 20, "vocab_size": 67, **changes}
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes)).eval()
+    with torch.no_grad():
+        # Biases and norms too: at their initial values a mistake in them would not show.
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    return model
+
+
+@pytest.fixture
+def tokens() -> Tensor:
+    return torch.randint(67, (3, 20), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    hugging_face().save_pretrained(tmp_path / "gpt2")
+    return tmp_path / "gpt2"
+
+
+def logits(model: Any, tokens: Tensor) -> Tensor:
+    with torch.no_grad():
+        found = model(tokens)
+    return found if isinstance(found, Tensor) else found.logits
+
+
+class TestLogits:
+    @pytest.mark.parametrize(
+        "changes",
+        [
+            {},
+            {"n_inner": 96},
+            {"activation_function": "gelu"},
+            {"tie_word_embeddings": False},
+            {"n_head": 1, "n_layer": 1},
+        ],
+    )
+    def test_are_those_of_transformers(self, changes: dict[str, Any], tokens: Tensor) -> None:
+        theirs = hugging_face(**changes)
+        ours = load_gpt2(theirs)
+        expected = logits(theirs, tokens)
+        assert expected.std() > 0.1
+        torch.testing.assert_close(logits(ours, tokens), expected, rtol=0, atol=1e-4)
+        assert sum(p.numel() for p in ours.parameters()) == sum(p.numel() for p in theirs.parameters())
+        assert not ours.training
+
+    def test_in_double_precision(self, tokens: Tensor) -> None:
+        theirs = hugging_face().double()
+        ours = load_gpt2(theirs)
+        assert ours.tokens.weight.dtype == torch.float64
+        torch.testing.assert_close(logits(ours, tokens), logits(theirs, tokens), rtol=1e-10, atol=1e-10)
+        assert load_gpt2(theirs, dtype=torch.bfloat16).tokens.weight.dtype == torch.bfloat16
+
+    def test_weights_are_copies(self, tokens: Tensor) -> None:
+        theirs = hugging_face()
+        before = logits(theirs, tokens)
+        ours = load_gpt2(theirs)
+        with torch.no_grad():
+            for parameter in ours.parameters():
+                parameter.zero_()
+        assert torch.equal(logits(theirs, tokens), before)
+
+    def test_without_head(self, tokens: Tensor) -> None:
+        theirs = hugging_face()
+        torch.testing.assert_close(
+            logits(load_gpt2(theirs.transformer), tokens), logits(theirs, tokens), rtol=0, atol=1e-4
+        )
+
+    def test_untied(self, tokens: Tensor) -> None:
+        theirs = hugging_face()
+        ours = load_gpt2(theirs, untie=True)
+        torch.testing.assert_close(logits(ours, tokens), logits(theirs, tokens), rtol=0, atol=1e-4)
+        assert ours.head is not None
+        with torch.no_grad():
+            ours.tokens.weight[5] += 1
+        assert not torch.equal(ours.head.factors[0][5], ours.tokens.weight[5])
+
+    def test_generation(self) -> None:
+        theirs, prompt = hugging_face(), torch.tensor([[3, 5, 8]])
+        expected = theirs.generate(prompt, max_new_tokens=10, do_sample=False, eos_token_id=None, pad_token_id=0)
+        assert torch.equal(generate(load_gpt2(theirs), prompt, 10, temperature=0), expected)
+
+
+class TestFiles:
+    def test_folder_and_file(self, saved: Path, tokens: Tensor) -> None:
+        expected = logits(hugging_face(), tokens)
+        for source in (saved, saved / "model.safetensors", str(saved)):
+            torch.testing.assert_close(logits(load_gpt2(source), tokens), expected, rtol=0, atol=1e-4)
+
+    def test_several_files(self, tmp_path: Path, tokens: Tensor) -> None:
+        model = hugging_face()
+        model.save_pretrained(tmp_path, max_shard_size="100KB")
+        assert (tmp_path / "model.safetensors.index.json").exists()
+        torch.testing.assert_close(logits(load_gpt2(tmp_path), tokens), logits(model, tokens), rtol=0, atol=1e-4)
+
+    def test_names_and_masks_of_old_files(self, saved: Path, tokens: Tensor) -> None:
+        from safetensors.torch import load_file, save_file
+
+        tensors = {name.removeprefix("transformer."): t for name, t in load_file(saved / "model.safetensors").items()}
+        tensors |= {f"h.{n}.attn.bias": torch.ones(1, 1, 20, 20) for n in range(3)}
+        save_file(tensors, saved / "model.safetensors")
+        expected = logits(hugging_face(), tokens)
+        torch.testing.assert_close(logits(load_gpt2(saved), tokens), expected, rtol=0, atol=1e-4)
+
+    def test_damaged(self, saved: Path) -> None:
+        from safetensors.torch import load_file, save_file
+
+        path = saved / "model.safetensors"
+        tensors = load_file(path)
+        for name, tensor in (("transformer.h.1.ln_1.bias", None), ("transformer.h.7.ln_1.bias", torch.zeros(48))):
+            changed = {key: value for key, value in tensors.items() if key != name}
+            save_file(changed | ({} if tensor is None else {name: tensor}), path)
+            which = r"blocks\.1\.attention_norm\.bias is missing" if tensor is None else "is left over"
+            with pytest.raises(ValueError, match=which):
+                load_gpt2(saved)
+        save_file({**tensors, "transformer.wpe.weight": torch.zeros(19, 48)}, path)
+        with pytest.raises(ValueError, match=r"positions\.weight must have shape \(20, 48\), got \(19, 48\)"):
+            load_gpt2(saved)
+        path.write_bytes(path.read_bytes()[:1000])
+        with pytest.raises(ValueError, match=r"model\.safetensors is damaged"):
+            load_gpt2(saved)
+        path.unlink()
+        with pytest.raises(FileNotFoundError, match=r"model\.safetensors is missing"):
+            load_gpt2(saved)
+        (saved / "pytorch_model.bin").write_bytes(b"x")
+        with pytest.raises(ValueError, match=r"no \.safetensors file"):
+            load_gpt2(saved / "pytorch_model.bin")
+
+    @pytest.mark.parametrize(
+        ("key", "value", "message"),
+        [
+            ("scale_attn_by_inverse_layer_idx", True, "scale_attn_by_inverse_layer_idx=True is not supported"),
+            ("layer_norm_epsilon", 1e-6, "layer_norm_epsilon=1e-06 is not supported"),
+            ("activation_function", "relu", "activation_function 'relu' is not supported"),
+            ("n_inner", 100, "n_inner 100 is not supported"),
+            ("n_head", 5, "n_embd 48 cannot be divided among 5 heads"),
+            ("n_embd", None, "must tell n_embd as an integer, got None"),
+            ("model_type", "bert", "is of a bert, not of a gpt2"),
+        ],
+    )
+    def test_other_configurations(self, saved: Path, key: str, value: Any, message: str) -> None:
+        settings = json.loads((saved / "config.json").read_text())
+        (saved / "config.json").write_text(json.dumps({**settings, key: value}))
+        with pytest.raises(ValueError, match=message):
+            load_gpt2(saved)
+
+    def test_other_modules(self) -> None:
+        with pytest.raises(TypeError, match="a GPT-2 of transformers is needed, got Linear"):
+            load_gpt2(torch.nn.Linear(2, 2))
+
+
+class TestProjection:
+    def test_full_rank_changes_nothing(self, tokens: Tensor) -> None:
+        model = load_gpt2(hugging_face().double())
+        before = logits(model, tokens)
+        with torch.no_grad():
+            # Of rank 5, so that a rank of 5 is exact, and costs less than dense.
+            for block in model.blocks:
+                for layer in (block.up, block.down):
+                    u, s, v = torch.linalg.svd(layer.factors[0], full_matrices=False)
+                    layer.factors[0].copy_((u[:, :5] * s[:5]) @ v[:5])
+        before = logits(model, tokens)
+        report = project_gpt2(model, "low_rank", rank=5, layers=["*up", "*down"])
+        torch.testing.assert_close(logits(model, tokens), before, rtol=1e-8, atol=1e-8)
+        assert report.macs_after < report.macs_before / 3
+
+    def test_error_falls_with_the_budget(self, tokens: Tensor) -> None:
+        loaded = load_gpt2(hugging_face(), untie=True)
+        before, errors = logits(loaded, tokens), []
+        for fraction in (0.2, 0.5, 0.8):
+            model = copy.deepcopy(loaded)
+            report = project_gpt2(model, "low_rank", mac_fraction=fraction, calibration=[tokens])
+            assert report.macs_after <= fraction * report.macs_before
+            errors.append(float((logits(model, tokens) - before).norm() / before.norm()))
+        assert errors == sorted(errors, reverse=True)
+        assert errors[-1] < 0.5 * errors[0]
+        assert math.isfinite(errors[0])
+
+    def test_our_own_model(self) -> None:
+        model = build_model("gpt2", width=16, depth=1, heads=2, vocabulary=40, context=8)
+        with pytest.raises(TypeError, match="a GPT2 of structlin_nn"):
+            project_gpt2(torch.nn.Linear(3, 3), "low_rank")  # type: ignore[arg-type]
+        assert project_gpt2(model, "monarch", layers="all_but_last", blocks=4).layers  # type: ignore[arg-type]
