@@ -8,6 +8,7 @@ for :func:`structlin_nn.torch.parameter_groups`.
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from re import Pattern
@@ -137,8 +138,9 @@ def base_model(name: str, base_width: int | None = None, **sizes: Any) -> Model:
         name: as in :func:`build_model`.
         base_width: defaults to the paper's: 64 for CIFAR, 256 for ImageNet, 768 for GPT-2.
         **sizes: those of the model that is to be trained. Depth, classes, images and vocabulary are taken over.
-            What stands in for width is not: the base model has the named model's own number of heads, of
-            base_width // heads each, and ``imagenet-vit`` and ``gpt2`` have the paper's base expansion of 1.
+            What stands in for width is not: the base model has the named model's own number of heads (or a divisor
+            of it, so that they fill the base width), and ``imagenet-vit`` and ``gpt2`` have the paper's base
+            expansion of 1.
 
     Raises:
         ValueError: unknown model or size, or sizes that do not fit.
@@ -151,4 +153,7 @@ def base_model(name: str, base_width: int | None = None, **sizes: Any) -> Model:
     own = {"heads", "head_dim", *spec.base_sizes}
     taken = {key: value for key, value in sizes.items() if key not in own}
     width = spec.base_width if base_width is None else base_width
+    if "heads" in spec.options:
+        heads = spec.sizes.get("heads", inspect.signature(spec.config).parameters["heads"].default)
+        taken["heads"] = math.gcd(heads, width)
     return build_model(name, width=width, device="meta", **{**taken, **spec.base_sizes})

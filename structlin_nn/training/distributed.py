@@ -8,6 +8,7 @@ one folder for records and checkpoints.
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -103,7 +104,9 @@ class Processes:
             return model
         if not self.sharded:
             ids = [self.device.index] if self.device.type == "cuda" else None
-            return DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False)
+            return DistributedDataParallel(model, device_ids=ids)
+        # Logits may be a view, and nothing changes them in place.
+        warnings.filterwarnings("ignore", r"FSDP2-wrapped module .* returned a view", UserWarning)
         scalars = {p for p in model.parameters() if p.ndim == 0}
         for block in blocks:
             fully_shard(block, mesh=self.mesh, ignored_params=scalars)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -81,10 +80,13 @@ class Run:
 
     def call(self, *inputs: Any, **options: Any) -> Any:
         """The forward pass for evaluation, in the configuration's precision."""
-        # A process with the whole model needs no other for it, and no compiled code for other shapes.
-        forward: Callable[..., Any] = self.stepper.wrapped if self.processes.sharded else self.model.forward
         with self.stepper.autocast():
-            return forward(*inputs, **options)
+            if not self.processes.sharded:
+                # Needs no other process, and no code compiled for other shapes.
+                return self.model.forward(*inputs, **options)
+            found = self.stepper.wrapped(*inputs, **options)
+            self.stepper.wrapped.reshard()  # type: ignore[operator]  # which only a backward pass does by itself
+            return found
 
     def evaluate(self) -> dict[str, Any]:
         """Evaluate the model, or the average of its weights where the configuration asks for one."""

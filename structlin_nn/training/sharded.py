@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import pickle
 import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -80,12 +83,13 @@ def save_shards(folder: Path, current: str | None, tensors: dict[str, Any], proc
         shutil.rmtree(folder / slot, ignore_errors=True)
     processes.barrier()
     try:
-        dcp.save(
-            tensors,
-            storage_writer=dcp.FileSystemWriter(folder / slot),
-            process_group=processes.control,
-            no_dist=processes.size == 1,
-        )
+        with _alone_is_fine():
+            dcp.save(
+                tensors,
+                storage_writer=dcp.FileSystemWriter(folder / slot),
+                process_group=processes.control,
+                no_dist=processes.size == 1,
+            )
     except (CheckpointException, OSError, RuntimeError) as error:
         raise OSError(f"the checkpoint in {folder / slot} could not be written: {error}") from error
     sync_folder(folder / slot)
@@ -106,12 +110,13 @@ def load_shards(folder: Path, saved: dict[str, Any], tensors: dict[str, Any], pr
             has = "is missing" if found is None else f"has {found} bytes"
             raise ValueError(f"{place / name} {has}, {size} bytes were written: the checkpoint is damaged")
     try:
-        dcp.load(
-            tensors,
-            storage_reader=_Reader(place),
-            process_group=processes.control,
-            no_dist=processes.size == 1,
-        )
+        with _alone_is_fine():
+            dcp.load(
+                tensors,
+                storage_reader=_Reader(place),
+                process_group=processes.control,
+                no_dist=processes.size == 1,
+            )
     except (CheckpointException, pickle.UnpicklingError, RuntimeError, ValueError, EOFError, OSError) as error:
         raise ValueError(f"the checkpoint in {place} is damaged or of another model: {error}") from error
 
@@ -121,3 +126,11 @@ def remove_shards(folder: Path, kept: str | None) -> None:
     for slot in SLOTS:
         if slot != kept:
             shutil.rmtree(folder / slot, ignore_errors=True)
+
+
+@contextmanager
+def _alone_is_fine() -> Iterator[None]:
+    """torch warns where there is no group of processes."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+        yield

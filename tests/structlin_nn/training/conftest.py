@@ -1,12 +1,18 @@
-"""A small data set of real images in CIFAR's own format, so that runs take a second."""
+"""Small real data: images in CIFAR's own format and as a tree, and a text, so that runs take a second."""
 
+import json
+import pydoc_data.topics
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from structlin_nn.data import load_images
-from structlin_nn.training.config import TrainConfig
+from structlin_nn.training.config import GPT2TrainConfig, ImageNetTrainConfig, TrainConfig
 
 IMAGES_PER_FILE, TEST_IMAGES = 48, 60
 
@@ -24,6 +30,72 @@ def small_cifar(tmp_path_factory: pytest.TempPathFactory) -> Path:
         write(folder / name, data.train_images[part], data.train_labels[part])
     write(folder / "test_batch.bin", data.test_images[:TEST_IMAGES], data.test_labels[:TEST_IMAGES])
     return folder
+
+
+@pytest.fixture(scope="session")
+def text_tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Bytes of a text that every Python installation has, as token files: 60,000 to train on, 1,201 to evaluate."""
+    folder = tmp_path_factory.mktemp("tokens")
+    raw = np.frombuffer(Path(pydoc_data.topics.__file__).read_bytes()[:61201], dtype=np.uint8).astype("<u2")
+    raw[:60000].tofile(folder / "train.bin")
+    raw[60000:].tofile(folder / "val.bin")
+    (folder / "meta.json").write_text(
+        json.dumps({"version": 1, "vocab_size": 256, "name": "topics", "tokenizer": "bytes"})
+    )
+    return folder
+
+
+@pytest.fixture(scope="session")
+def image_tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An image tree of three classes of the embedded images: 96 to train on, 21 to evaluate."""
+    data = load_images("fashion")
+    folder = tmp_path_factory.mktemp("tree")
+    for split, images, labels, number in (
+        ("train", data.train_images, data.train_labels, 32),
+        ("val", data.test_images, data.test_labels, 7),
+    ):
+        for label, name in ((1, "trousers"), (8, "bag"), (9, "boot")):
+            place = folder / split / name
+            place.mkdir(parents=True)
+            for count, image in enumerate(images[labels == label][:number]):
+                Image.fromarray(image[0]).save(place / f"{count}.png")
+    return folder
+
+
+@pytest.fixture
+def gpt2_config() -> GPT2TrainConfig:
+    """Twenty steps with everything on."""
+    return GPT2TrainConfig(
+        width=32, base_width=32, depth=2, heads=2, context=16, batch_size=16, steps=20, warmup_steps=3, lr=3e-3,
+        structure="block_tensor_train", options={"rank": 2}, rms_cap=True, optimizer="adamw", weight_decay=0.1,
+        clip=0.5, ema=0.9, accumulate=2, eval_every=10, eval_batches=3, whole_validation=True, threads=1,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def imagenet_config() -> ImageNetTrainConfig:
+    """Six steps in an epoch; crops, flips, mixup."""
+    return ImageNetTrainConfig(
+        width=32, base_width=32, depth=2, heads=2, patch=8, image_size=32, batch_size=16, epochs=2, lr=3e-3,
+        structure="monarch", augment="", erasing=0.0, color_jitter=0.0, workers=0, threads=1,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def full_disk() -> Callable[[int], Any]:
+    """A context in which no file can have more than so many bytes: what comes after fails, as on a full disk."""
+    resource = pytest.importorskip("resource")
+
+    @contextmanager
+    def limited(size: int) -> Iterator[None]:
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    return limited
 
 
 def write(path: Path, images: np.ndarray, labels: np.ndarray) -> None:

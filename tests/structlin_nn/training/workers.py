@@ -1,0 +1,94 @@
+"""Runs in several processes: what the tests of distributed training start.
+
+``python workers.py JOBS.json`` in each process, with the environment of torchrun. Each job is an object with
+``config`` and ``task``, ``folder``, ``data`` (arguments of setup), ``parallel``, and ``stop_after``; the losses of its
+steps are written to ``FOLDER/losses.json`` by the first process.
+"""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+class Losses:
+    """A progress that notes the loss of every step."""
+
+    def __init__(self) -> None:
+        self.values: list[float] = []
+
+    def start(self, total: int, done: int, label: str) -> None: ...
+
+    def update(self, images: int, loss: float | None) -> None:
+        assert loss is not None
+        self.values.append(loss)
+
+    def say(self, text: str) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def train(job: dict[str, Any]) -> list[float]:
+    """Train as a job says, in whatever processes there are, and return the losses (of the first process)."""
+    from structlin_nn.training.config import config_from_dict
+    from structlin_nn.training.distributed import processes
+    from structlin_nn.training.loop import fit, setup
+
+    config = config_from_dict(job["task"], job["config"])
+    left = job.get("stop_after")
+
+    def stop() -> bool:
+        nonlocal left
+        left = None if left is None else left - 1
+        return left == 0
+
+    losses = Losses()
+    with processes(config.device, job.get("parallel", "ddp")) as group:
+        run = setup(config, job["folder"], resume=job.get("resume", False), processes=group, **job["data"])
+        fit(run, losses, stop=stop)
+        if group.main:
+            (Path(job["folder"]) / "losses.json").write_text(json.dumps(losses.values))
+    return losses.values
+
+
+def start(jobs: list[dict[str, Any]], number: int, folder: Path) -> list[list[float]]:
+    """Do jobs in so many new processes, and return the losses of each."""
+    (folder / "jobs.json").write_text(json.dumps(jobs))
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    common = {"WORLD_SIZE": str(number), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    started = [
+        subprocess.Popen(
+            [sys.executable, __file__, str(folder / "jobs.json")],
+            env=os.environ
+            | common
+            | {"RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(number)
+    ]
+    try:
+        texts = [process.communicate(timeout=240)[0] for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    assert all(process.returncode == 0 for process in started), "\n\n".join(texts)
+    return [json.loads((Path(job["folder"]) / "losses.json").read_text()) for job in jobs]
+
+
+if __name__ == "__main__":
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo")
+    for one in json.loads(Path(sys.argv[1]).read_text()):
+        train(one)
+        dist.barrier()
+    dist.destroy_process_group()
