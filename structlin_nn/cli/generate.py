@@ -12,10 +12,10 @@ TOKENIZERS = ("gpt2", "bytes")
 HELP = "continue a text with a trained GPT-2"
 EXAMPLES = """\
 examples:
-  structlin generate --checkpoint runs/gpt2 --prompt "The yield statement"
+  structlin generate --checkpoint runs/gpt2 --prompt Generators
       with a model that `structlin train gpt2` trained
   structlin generate --checkpoint runs/gpt2 --samples 3 --tokens 200 --temperature 1 --top-k 0 --top-p 0.95
-  structlin generate --pretrained path/to/gpt2 --vocabulary path/to/gpt2 --prompt "Once upon a time" --temperature 0
+  structlin generate --pretrained path/to/gpt2 --vocabulary path/to/gpt2 --prompt Once --temperature 0
       with published weights: a folder with config.json and model.safetensors
 
 An empty prompt starts a new document. The same seed gives the same text.
