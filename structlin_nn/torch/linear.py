@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint as recomputed
 
 import structlin
 from structlin._arrays import ops
@@ -57,9 +58,9 @@ class StructuredLinear(nn.Module):
         zero_init: start the factor applied last at zero (output layers, query projections, the last layer of a
             residual branch). Its sigma is the deviation that it would otherwise have.
         checkpoint: keep the input alone for the backward pass, and compute the activations between the factors again.
-            The layer is then one node ``structlin::chain`` of a compiled or exported graph, whose loading needs
-            ``import structlin_nn.torch``. Inside of ``torch.func`` transformations and forward-mode differentiation
-            it has no effect.
+            A chain of einsums is then one node ``structlin::chain`` of a compiled or exported graph, whose loading
+            needs ``import structlin_nn.torch``. Inside of ``torch.func`` transformations and forward-mode
+            differentiation it has no effect.
         **options: options of the named structure (:func:`structlin.options`), for example ``rank=2``.
 
     Attributes:
@@ -71,8 +72,7 @@ class StructuredLinear(nn.Module):
         ValueError: an unknown structure, rule or option; sizes that the structure can not have, or other than those
             of the structure given; options beside a structure; ``gain=True`` without ``rms_cap``; ``rms_cap`` or
             ``zero_init`` where there are no trainable factors. In the forward pass: an input of wrong size or dtype.
-        TypeError: a ``structure`` that is neither a name nor a structure; with ``checkpoint``, a structure of one's
-            own that is neither a chain nor a dataclass of numbers and strings.
+        TypeError: a ``structure`` that is neither a name nor a structure.
 
     >>> layer = StructuredLinear(768, 1024, structure="block_tensor_train", rank=2)
     >>> layer(torch.randn(4, 7, 768)).shape, layer.structure.macs
@@ -99,7 +99,7 @@ class StructuredLinear(nn.Module):
         self.options, self.rule, self.zero_init, self.rms_cap = dict(options), rule, zero_init, rms_cap
         self.checkpoint = checkpoint
         self._is_dense = plan.is_dense
-        self._text = to_text(plan.structure) if checkpoint else ""
+        self._text = to_text(plan.structure) if checkpoint and isinstance(plan.structure, Structure) else ""
         self._token_major = token_major(plan.structure) if isinstance(plan.structure, Structure) else None
         self._bare = not (rms_cap or plan.index_at)  # the factors are the parameters
 
@@ -192,17 +192,31 @@ class StructuredLinear(nn.Module):
         lead = x.shape[:-1]
         if len(lead) != 1:
             x = x.reshape(math.prod(lead), self.in_features)
-        # Which way is the fastest for what is measured by benchmarks/overhead.py.
-        plan = self._token_major
-        if self.checkpoint and torch.is_grad_enabled() and not transformed():
-            y = chain(x, list(factors), self._text)
-            y = y if bias is None else y + bias
-        elif plan is not None and not torch.compiler.is_compiling() and 0 < x.shape[0] <= plan.most_tokens:
-            y = plan(x, factors, bias)
-        else:
-            y = self.structure._rows(factors, x, _TORCH)
-            y = y if bias is None else y + bias
+        y = self._product(x, factors, bias)
         return y if len(lead) == 1 else y.reshape(*lead, self.out_features)
+
+    def _product(self, x: Tensor, factors: Sequence[Tensor], bias: Tensor | None) -> Tensor:
+        """(tokens, in_features) -> (tokens, out_features) by what benchmarks/overhead.py finds the fastest.
+
+        For few tokens the calls are what counts. Otherwise the contraction of :mod:`structlin`, which adds the bias
+        where it has the rows in cache. A compiler gets the single products, and not one node: it fuses what stands
+        between them.
+        """
+        structure, plan = self.structure, self._token_major
+        if self.checkpoint and torch.is_grad_enabled() and not transformed():
+            if plan is not None:
+                y = chain(x, list(factors), self._text)
+            elif torch.compiler.is_exporting():
+                y = structure._rows(factors, x, _TORCH)
+            else:
+                y = recomputed(structure._rows, factors, x, _TORCH, use_reentrant=False, preserve_rng_state=False)
+        elif plan is None or torch.compiler.is_compiling():
+            y = structure._rows(factors, x, _TORCH)
+        elif 0 < x.shape[0] <= plan.most_tokens:
+            return plan(x, factors, bias)
+        else:
+            y = structure._rows(factors, x, _TORCH)
+        return y if bias is None else y + bias
 
     def extra_repr(self) -> str:
         text = describe(
