@@ -52,7 +52,8 @@ class NamedOperator(StructuredOperator):
     examples: ClassVar[tuple[Example, ...]] = ()
 
     def __init__(self, *factors: Array) -> None:
-        super().__init__(self._infer(*(tuple(np.shape(f)) for f in factors)), factors)
+        shapes = tuple(tuple(np.shape(f)) for f in factors)
+        super().__init__(inferred(type(self), shapes), factors)  # type: ignore[arg-type]
 
     @staticmethod
     @abstractmethod
@@ -82,6 +83,12 @@ class NamedOperator(StructuredOperator):
 
 def _declared(structure: AbstractStructure, dtype: Any) -> Any:
     return None if any(f.trainable for f in structure.factors) else dtype
+
+
+@lru_cache(maxsize=4096)
+def inferred(cls: type[NamedOperator], shapes: tuple[tuple[int, ...], ...]) -> AbstractStructure:
+    """The structure that ``cls`` reads off the shapes of its factors, worked out once."""
+    return cls._infer(*shapes)
 
 
 @lru_cache(maxsize=4096)

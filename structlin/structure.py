@@ -127,9 +127,9 @@ class AbstractStructure(ABC):
             if ops(name).is_integer(array) == spec.trainable:
                 wanted = "a floating or complex dtype" if spec.trainable else "an integer dtype"
                 raise ValueError(f"factor {spec.name} of {self!r} needs {wanted}, got {array.dtype}")
-        dtypes = {str(a.dtype) for spec, a in zip(self.factors, factors, strict=True) if spec.trainable}
+        dtypes = {a.dtype for spec, a in zip(self.factors, factors, strict=True) if spec.trainable}
         if len(dtypes) > 1:
-            raise ValueError(f"the factors need one dtype, got {', '.join(sorted(dtypes))}")
+            raise ValueError(f"the factors need one dtype, got {', '.join(sorted(map(str, dtypes)))}")
         return name
 
     def _check_input(self, factors: Sequence[Array], x: Array, axis: int) -> SimpleNamespace:
@@ -337,21 +337,30 @@ class Structure(AbstractStructure):
     def transpose_factors(self, factors: Sequence[Array]) -> tuple[Array, ...]:
         return tuple(reversed(factors))
 
-    def _rows(self, factors: Sequence[Array], x: Array, xp: SimpleNamespace) -> Array:
+    def _rows(self, factors: Sequence[Array], x: Array, xp: SimpleNamespace, bias: Array | None = None) -> Array:
+        """(tokens, d_in) -> (tokens, d_out), unchecked; ``bias`` (d_out,) is added."""
         if self._pad[0]:
             x = xp.pad_last(x, self._pad[0])
-        tokens = x.shape[0]
+        tokens, added = x.shape[0], False
         if xp.name == "torch" and not xp.is_compiling() and self._chunked.suits(x, factors):
-            y = self._chunked(x, factors)
+            added = not self._pad[1]
+            y = self._chunked(x, factors, bias if added else None)
         else:
             y = self._plans[0](factors, x, tokens, xp).reshape((tokens, self.d_out + self._pad[1]))
-        return y[:, : self.d_out] if self._pad[1] else y
+        y = y[:, : self.d_out] if self._pad[1] else y
+        return y if bias is None or added else y + bias
 
     @cached_property
     def _chunked(self) -> ChunkedChain:
         from structlin._chunked import ChunkedChain
 
         return ChunkedChain(self.steps, dict(self.sizes))
+
+    @cached_property
+    def _chunked_columns(self) -> ChunkedChain:
+        from structlin._chunked import ChunkedChain
+
+        return ChunkedChain(self.steps, dict(self.sizes), rows=False)
 
     def __reduce__(self) -> tuple[object, ...]:
         return Structure, (self.steps, self.sizes, self.d_in, self.d_out)
@@ -360,7 +369,10 @@ class Structure(AbstractStructure):
         if self._pad[0]:
             x = xp.pad_first(x, self._pad[0])
         tokens = x.shape[1]
-        y = self._plans[1](factors, x, tokens, xp).reshape((self.d_out + self._pad[1], tokens))
+        if xp.name == "torch" and not xp.is_compiling() and self._chunked_columns.suits(x, factors):
+            y = self._chunked_columns(x, factors)
+        else:
+            y = self._plans[1](factors, x, tokens, xp).reshape((self.d_out + self._pad[1], tokens))
         return y[: self.d_out] if self._pad[1] else y
 
 

@@ -10,7 +10,7 @@ transpose, a view of a layer and a chain without a name get the same treatment.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
@@ -19,7 +19,6 @@ from structlin._arrays import Array, backend_of, ops
 from structlin.linalg._lapack import lapack
 from structlin.operators import StructuredOperator
 from structlin.structure import AbstractStructure, Step, Structure
-from structlin.structures.kronecker import Kronecker
 
 
 def blocks_of(structure: Structure, number: int, factor: Array) -> Array:
@@ -28,7 +27,8 @@ def blocks_of(structure: Structure, number: int, factor: Array) -> Array:
     order = tuple(step.factor.index(a) for a in step.batch + step.free + step.contracted)
     if order != tuple(range(len(order))):
         factor = ops(backend_of(factor)).permute(factor, order)
-    return factor.reshape((spec.blocks, spec.fan_out, spec.fan_in))
+    wanted = (spec.blocks, spec.fan_out, spec.fan_in)
+    return factor if factor.shape == wanted else factor.reshape(wanted)
 
 
 def is_square_chain(structure: AbstractStructure) -> bool:
@@ -71,6 +71,23 @@ def inverse_structure(structure: Structure) -> tuple[Structure, tuple[tuple[int,
         Step(s.input, "".join(s.factor[i] for i in order), s.output) for s, order in zip(steps, orders, strict=True)
     ]
     return Structure(tuple(steps), structure.sizes, structure.d_out, structure.d_in), tuple(orders)
+
+
+@lru_cache(maxsize=1024)
+def solution_steps(structure: Structure) -> tuple[Structure, tuple[tuple[int, ...], ...]]:
+    """The inverse structure of a square chain, and for each of its factors how to permute the factor of the chain that
+    it inverts so that its axes read (batch, free, contracted) in the order in which the inverse step has them."""
+    inverse, _ = inverse_structure(structure)
+    orders = []
+    for undone, step in zip(reversed(structure.steps), inverse.steps, strict=True):
+        count, width = len(step.batch), len(step.free)
+        batch, free, contracted = (
+            step.factor[:count],
+            step.factor[count : count + width],
+            step.factor[count + width :],
+        )
+        orders.append(tuple(undone.factor.index(a) for a in batch + contracted + free))
+    return inverse, tuple(orders)
 
 
 @lru_cache(maxsize=1024)
@@ -231,7 +248,8 @@ def part_matrices(structure: AbstractStructure, factors: Sequence[Array]) -> lis
         factor = factors[part.factor]
         if part.order != tuple(range(len(part.order))):
             factor = xp.permute(factor, part.order)
-        matrices.append(factor.reshape((part.rows, part.columns)))
+        same = factor.shape == (part.rows, part.columns)
+        matrices.append(factor if same else factor.reshape((part.rows, part.columns)))
     return matrices
 
 
@@ -251,17 +269,6 @@ def diagonal_blocks(structure: AbstractStructure, factors: Sequence[Array]) -> A
         factor = ops(backend_of(factor)).permute(factor, order)
     spec = structure.factors[0]
     return factor.reshape((spec.blocks, spec.fan_out, spec.fan_in))
-
-
-@lru_cache(maxsize=1024)
-def _kronecker_structure(shapes: tuple[tuple[int, ...], ...]) -> AbstractStructure:
-    return Kronecker._infer(*shapes)
-
-
-def kronecker(matrices: Iterable[Array]) -> Kronecker:
-    """The Kronecker product of matrices, its structure worked out once for each choice of sizes."""
-    factors = tuple(matrices)
-    return Kronecker._build(_kronecker_structure(tuple(tuple(m.shape) for m in factors)), factors)
 
 
 # -- bottleneck ------------------------------------------------------------------------------------------------------

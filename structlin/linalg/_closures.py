@@ -30,6 +30,7 @@ from structlin.structures.block_diagonal import BlockDiagonal
 from structlin.structures.circulant import Circulant, CirculantStructure
 from structlin.structures.dense import Dense
 from structlin.structures.diagonal import Diagonal, DiagonalStructure
+from structlin.structures.kronecker import Kronecker
 from structlin.structures.low_rank import LowRank
 from structlin.structures.permutation import Permutation, PermutationStructure
 from structlin.structures.tensor_train import TensorTrain
@@ -177,7 +178,7 @@ def _of_parts(A: StructuredOperator, B: StructuredOperator) -> StructuredOperato
         first, second = (chain.part_matrices(op.structure, op.factors) for op in (A, B))
         assert first is not None
         assert second is not None
-        return chain.kronecker(_matmul(x, y) for x, y in zip(first, second, strict=True))
+        return Kronecker(*(_matmul(x, y) for x, y in zip(first, second, strict=True)))
     blocks = [chain.diagonal_blocks(op.structure, op.factors) for op in (A, B)]
     if blocks[0] is None or blocks[1] is None:
         return None
@@ -304,6 +305,8 @@ def total(A: LinearOperator, B: LinearOperator) -> StructuredOperator | None:
 
 def _sum_of_kind(A: StructuredOperator, B: StructuredOperator) -> StructuredOperator | None:
     kinds, (x, y) = (A.structure, B.structure), (A.factors[0], B.factors[0])
+    if type(A.structure) is not type(B.structure):
+        return None
     if all(isinstance(s, DiagonalStructure) for s in kinds):
         return Diagonal(x + y)
     if all(isinstance(s, CirculantStructure) for s in kinds):
@@ -438,4 +441,4 @@ def _kronecker_of(A: StructuredOperator, B: StructuredOperator) -> StructuredOpe
     if first is None or second is None:
         return None
     pairs = [_promoted(m, second[0]) for m in first]
-    return chain.kronecker([*(m for m, _ in pairs), *(_promoted(m, first[0])[0] for m in second)])
+    return Kronecker(*(m for m, _ in pairs), *(_promoted(m, first[0])[0] for m in second))

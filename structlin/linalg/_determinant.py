@@ -50,7 +50,7 @@ def structured_slogdet(A: StructuredOperator) -> Determinant | None:
     require_precision(factors[0], "a determinant")
     xp = lapack(factors[0])
     if isinstance(structure, DiagonalStructure):
-        return _of_numbers(factors[0], xp)
+        return of_numbers(factors[0], xp)
     if isinstance(structure, CirculantStructure):
         return _of_circulant(factors[0], xp)
     if chain.rank_bound(structure) < structure.d_in:
@@ -59,7 +59,10 @@ def structured_slogdet(A: StructuredOperator) -> Determinant | None:
     if isinstance(structure, Structure) and chain.is_square_chain(structure):
         if A.isa(PSD) and (blocks := chain.diagonal_blocks(structure, factors)) is not None:
             return xp.positive_slogdet(blocks)
-        return _of_chain(structure, factors, xp)
+        # The members of a real symmetric Kronecker product are symmetric, or in pairs antisymmetric: with zeros on the
+        # diagonal, so that Cholesky gives them back to LU.
+        symmetric = A.isa(PSD) and not xp.is_complex(factors[0]) and chain.kronecker_parts(structure) is not None
+        return _of_chain(structure, factors, xp, symmetric)
     padded = padded_inverse(A)
     if padded is None:
         return None
@@ -68,7 +71,7 @@ def structured_slogdet(A: StructuredOperator) -> Determinant | None:
     return first[0] * second[0], first[1] + second[1]
 
 
-def _of_numbers(values: Array, xp: Any) -> Determinant:
+def of_numbers(values: Array, xp: Any) -> Determinant:
     """Of a diagonal matrix. A zero gives (0, -inf), as for every library's dense matrices."""
     size = xp.abs(values)
     if not xp.is_complex(values):
@@ -81,12 +84,12 @@ def _of_numbers(values: Array, xp: Any) -> Determinant:
 def _of_circulant(column: Array, xp: Any) -> Determinant:
     n = column.shape[0]
     if xp.is_complex(column):
-        return _of_numbers(xp.fft(column, n, 0), xp)
+        return of_numbers(xp.fft(column, n, 0), xp)
     # Eigenvalues of a real circulant matrix are real at frequency 0 and n / 2, and come in conjugate pairs between.
     spectrum = xp.rfft(column, n, 0)
     paired = spectrum[1 : (n + 1) // 2]
     alone = spectrum[:1] if n % 2 else xp.concat([spectrum[:1], spectrum[n // 2 :]])
-    sign, log = _of_numbers(xp.real(alone), xp)
+    sign, log = of_numbers(xp.real(alone), xp)
     if paired.shape[0] == 0:
         return sign, log
     pairs = xp.abs(paired)
@@ -94,14 +97,18 @@ def _of_circulant(column: Array, xp: Any) -> Determinant:
     return sign * regular, log + 2 * xp.log(pairs).sum()
 
 
-def _of_chain(structure: Structure, factors: Iterable[Array], xp: Any) -> Determinant:
+def _of_chain(structure: Structure, factors: Iterable[Array], xp: Any, symmetric: bool = False) -> Determinant:
     sign: Any = chain.permutation_sign(structure)
     log: Any = 0
     for number, factor in enumerate(factors):
         carried = structure.factors[number].carried
-        signs, logs = xp.slogdet(chain.blocks_of(structure, number, factor))
-        sign = sign * xp.prod(signs) ** carried
-        log = log + carried * logs.sum()
+        blocks = chain.blocks_of(structure, number, factor)
+        if symmetric:
+            signs, logs = xp.positive_slogdet(blocks)
+        else:
+            signs, logs = xp.slogdet(blocks)
+            signs, logs = xp.prod(signs), logs.sum()
+        sign, log = sign * signs**carried, log + carried * logs
     return sign, log
 
 
@@ -205,4 +212,4 @@ def _slogdet_of_blocks(A: BlockDiag, log_alg: Auto, trace_alg: Algorithm):
 
 @rule("slogdet")
 def _slogdet_of_diagonal(A: cola.ops.Diagonal, log_alg: Auto, trace_alg: Algorithm):
-    return _of_numbers(A.diag, lapack(A.diag))
+    return of_numbers(A.diag, lapack(A.diag))

@@ -36,6 +36,7 @@ from structlin.structures.block_diagonal import BlockDiagonal
 from structlin.structures.circulant import Circulant, CirculantStructure
 from structlin.structures.dense import Dense
 from structlin.structures.diagonal import Diagonal, DiagonalStructure
+from structlin.structures.kronecker import Kronecker
 from structlin.structures.low_rank import LowRank
 from structlin.structures.permutation import Permutation, PermutationStructure
 
@@ -165,7 +166,7 @@ def _of_kronecker(matrices: list[Array], A: LinearOperator, f: Function) -> Line
     for more, _ in pairs[1:]:
         values = (values[:, None] * more[None, :]).reshape((-1,))
     middle = Diagonal(_spectrum(values, A, f))
-    return chain.kronecker(vectors for _, vectors in pairs) @ middle @ chain.kronecker(inverses)
+    return Kronecker(*(vectors for _, vectors in pairs)) @ middle @ Kronecker(*inverses)
 
 
 def _of_low_rank(A: StructuredOperator, f: Function) -> LinearOperator | None:
@@ -399,7 +400,7 @@ def _structured_power(A: StructuredOperator, k: int) -> LinearOperator | None:
     matrices = chain.part_matrices(structure, factors)
     if matrices is not None and all(m.shape[0] == m.shape[1] for m in matrices):
         powers = [xp.matrix_power(m, k) for m in matrices]
-        return chain.kronecker(powers) if len(powers) > 1 else Dense(powers[0])
+        return Kronecker(*powers) if len(powers) > 1 else Dense(powers[0])
     found = chain.bottleneck(structure)
     if found is not None and 2 * found[0] <= structure.d_in:
         thin = chain.thin_factors(A)

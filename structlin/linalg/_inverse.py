@@ -38,6 +38,7 @@ from structlin.structures.block_diagonal import BlockDiagonal
 from structlin.structures.circulant import Circulant, CirculantStructure
 from structlin.structures.dense import Dense
 from structlin.structures.diagonal import Diagonal, DiagonalStructure
+from structlin.structures.kronecker import Kronecker
 from structlin.structures.low_rank import LowRank
 from structlin.structures.permutation import PermutationStructure
 
@@ -63,7 +64,7 @@ def structured_inverse(A: StructuredOperator) -> LinearOperator | None:
         return A.T
     require_precision(factors[0], "an inverse")
     if isinstance(structure, DiagonalStructure):
-        return Diagonal(_inverse_values(factors[0], 0.0))
+        return Diagonal(inverse_values(factors[0], 0.0))
     if isinstance(structure, CirculantStructure):
         return Circulant(inverse_column(factors[0]))
     if chain.rank_bound(structure) < structure.d_in:
@@ -75,7 +76,7 @@ def structured_inverse(A: StructuredOperator) -> LinearOperator | None:
         if parts is not None and all(p.factor is not None for p in parts):
             matrices = chain.part_matrices(structure, factors)
             assert matrices is not None
-            return chain.kronecker(map(inverse_of, matrices))
+            return Kronecker(*map(inverse_of, matrices))
         blocks = chain.diagonal_blocks(structure, factors)
         return _chain_inverse(A) if blocks is None else BlockDiagonal(inverse_of(blocks))
     return _schur_inverse(A)
@@ -85,11 +86,11 @@ def inverse_column(column: Array) -> Array:
     """First column of the inverse of a circulant matrix: its eigenvalues are the Fourier transform of the column."""
     xp, n = lapack(column), column.shape[0]
     if xp.is_complex(column):
-        return xp.ifft(_inverse_values(xp.fft(column, n, 0), eps(column.dtype)), n, 0)
-    return xp.irfft(_inverse_values(xp.rfft(column, n, 0), eps(column.dtype)), n, 0)
+        return xp.ifft(inverse_values(xp.fft(column, n, 0), eps(column.dtype)), n, 0)
+    return xp.irfft(inverse_values(xp.rfft(column, n, 0), eps(column.dtype)), n, 0)
 
 
-def _inverse_values(values: Array, smallest: float) -> Array:
+def inverse_values(values: Array, smallest: float) -> Array:
     """1 / x; LinAlgError for a number as small as ``smallest`` of the largest one."""
     xp = lapack(values)
     size = xp.abs(xp.stop_gradient(values))
@@ -213,7 +214,7 @@ def _inverse_of_blocks(A: BlockDiag, alg: Auto):
 
 @rule("inv")
 def _inverse_of_scalar(A: ScalarMul, alg: Auto):
-    return scalar_like(A, _inverse_values(A.c.reshape((1,)), 0.0)[0])
+    return scalar_like(A, inverse_values(A.c.reshape((1,)), 0.0)[0])
 
 
 # -- pseudo-inverse --------------------------------------------------------------------------------------------------
@@ -254,7 +255,7 @@ def structured_pinv(A: StructuredOperator) -> LinearOperator:
         return Circulant(column if xp.is_complex(factors[0]) else xp.real(column))
     matrices = chain.part_matrices(structure, factors)
     if matrices is not None:
-        return chain.kronecker(map(pinv_of, matrices)) if len(matrices) > 1 else Dense(pinv_of(matrices[0]))
+        return Kronecker(*map(pinv_of, matrices)) if len(matrices) > 1 else Dense(pinv_of(matrices[0]))
     blocks = chain.diagonal_blocks(structure, factors)
     if blocks is not None:
         return BlockDiagonal(pinv_of(blocks))

@@ -26,6 +26,7 @@ from structlin.structures.block_diagonal import BlockDiagonal
 from structlin.structures.circulant import CirculantStructure
 from structlin.structures.dense import Dense
 from structlin.structures.diagonal import Diagonal, DiagonalStructure
+from structlin.structures.kronecker import Kronecker
 from structlin.structures.permutation import Permutation, PermutationStructure
 
 _NAME_ONE = "pass cola.linalg.Lanczos() or cola.linalg.Arnoldi()"
@@ -108,7 +109,7 @@ def eigenpairs(A: StructuredOperator) -> tuple[Array, LinearOperator] | None:
     values = pairs[0][0]
     for more, _ in pairs[1:]:
         values = (values[:, None] * more[None, :]).reshape((-1,))
-    return values, chain.kronecker(vectors for _, vectors in pairs)
+    return values, Kronecker(*(vectors for _, vectors in pairs))
 
 
 def _eig_of_low_rank(A: StructuredOperator, k: int) -> tuple[Array, LinearOperator]:
@@ -235,7 +236,7 @@ def _structured_svd(A: StructuredOperator) -> SVD | None:
         values = parts[0][1]
         for _, more, _ in parts[1:]:
             values = (values[:, None] * more[None, :]).reshape((-1,))
-        return _descending(chain.kronecker(p[0] for p in parts), values, chain.kronecker(p[2] for p in parts))
+        return _descending(Kronecker(*(p[0] for p in parts)), values, Kronecker(*(p[2] for p in parts)))
     found = chain.bottleneck(structure)
     if found is not None and 2 * found[0] <= min(A.shape):
         left, core, right = thin_orthogonal(A)

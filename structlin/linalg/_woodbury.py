@@ -20,19 +20,19 @@ from cola.ops import LinearOperator, Sum
 from structlin._arrays import Array
 from structlin._cola_compat._repair import rule
 from structlin.linalg._common import accuracy, annotated, hermitian, is_backward_stable, probe, require_square
-from structlin.linalg._determinant import general_slogdet, structured_slogdet
+from structlin.linalg._determinant import general_slogdet, of_numbers, structured_slogdet
 from structlin.linalg._forms import diagonal_of, thin
-from structlin.linalg._inverse import NO_INVERSE, general_inverse, structured_inverse
+from structlin.linalg._inverse import NO_INVERSE, general_inverse, inverse_values, structured_inverse
 from structlin.linalg._lapack import as_array, eps, known, lapack, require_precision
 from structlin.operators import StructuredOperator
 from structlin.structure import Structure
-from structlin.structures.diagonal import Diagonal, DiagonalStructure
+from structlin.structures.diagonal import Diagonal
 
 _WIDEST = 0.5  # of n: above this total rank, the dense matrix costs no more
 _THREE = "i,ri->r; r,sr->s; s,os->o"
 
 
-def split(A: Sum) -> tuple[StructuredOperator, Array, Array] | None:
+def split(A: Sum) -> tuple[StructuredOperator | Array, Array, Array] | None:
     """(B, U, V) with ``A = B + U V`` and B easy to invert; None where A is no such sum."""
     n = A.shape[0]
     room = int(_WIDEST * n)
@@ -58,7 +58,7 @@ def split(A: Sum) -> tuple[StructuredOperator, Array, Array] | None:
         return (base.to(dtype=A.dtype), U, V) if isinstance(base, StructuredOperator) else None
     values = [as_array(value, U) for value in diagonals]
     whole = values[0] if len(values) == 1 else sum(values[1:], start=values[0])
-    return Diagonal(whole if whole.ndim else whole + xp.zeros((n,), U)), U, V
+    return whole if whole.ndim else whole + xp.zeros((n,), U), U, V
 
 
 def _joined(arrays: list[Array], axis: int, dtype: Any, xp: Any) -> Array:
@@ -73,19 +73,19 @@ def _correction(n: int, r: int) -> Structure:
 
 @dataclass(frozen=True)
 class Woodbury:
-    """A sum B + U V with what its inverse and its determinant are made of: the inverse of B, ``left`` = B^-1 U and
-    ``capacitance`` = I + V B^-1 U."""
+    """A sum B + U V with what its inverse and its determinant are made of: ``base`` = B^-1, ``left`` = B^-1 U and
+    ``capacitance`` = I + V B^-1 U. B and ``base`` are operators, or the numbers of diagonal matrices."""
 
-    B: StructuredOperator
+    B: StructuredOperator | Array
     U: Array
     V: Array
-    base: LinearOperator
+    base: LinearOperator | Array
     left: Array
     capacitance: Array
 
     def solve(self, b: Array) -> Array:
         """(B + U V)^-1 b, for a vector or columns."""
-        w = self.base @ b
+        w = _times(self.base, b)
         small = self.V @ w
         small = small if small.ndim == 2 else small[:, None]
         middle = self.left @ lapack(small).solve(self.capacitance, small)
@@ -94,17 +94,10 @@ class Woodbury:
     def is_accurate(self, A: Sum) -> bool:
         """Whether a solve with a fixed random v leaves no more than roundoff. True while values are traced.
 
-        With c = capacitance^-1 V B^-1 v and x = B^-1 v - left c, the residual A x - v is U (V x - c). Nothing is tried
-        where A is annotated PSD and B is a positive diagonal of numbers that differ by less than eps^(-1/4): then the
-        eigenvalues of the capacitance are those of A, scaled by B, and what cancels is no more than cond(A) cond(B).
+        With c = capacitance^-1 V B^-1 v and x = B^-1 v - left c, the residual A x - v is U (V x - c).
         """
-        if A.isa(PSD) and isinstance(self.B.structure, DiagonalStructure):
-            values = lapack(self.left).real(self.B.factors[0])
-            least, most = known(values.min()), known(values.max())
-            if least is not None and most is not None and 0 < most < least * eps(A.dtype) ** -0.25:
-                return True
         v = probe(A)
-        w = self.base @ v
+        w = _times(self.base, v)
         c = lapack(v).solve(self.capacitance, (self.V @ w)[:, None])[:, 0]
         x = w - self.left @ c
         residual = known(lapack(v).norm(self.U @ (self.V @ x - c)))
@@ -113,13 +106,33 @@ class Woodbury:
     def inverse(self) -> LinearOperator:
         """As an operator: B^-1 and one product of low rank."""
         n, r = self.left.shape
-        factors = (self.V @ self.base, lapack(self.left).inv(self.capacitance), -self.left)
-        return self.base + StructuredOperator(_correction(n, r), factors)
+        base = self.base if isinstance(self.base, LinearOperator) else Diagonal(self.base)
+        factors = (self.V @ base, lapack(self.left).inv(self.capacitance), -self.left)
+        return base + StructuredOperator(_correction(n, r), factors)
 
     def slogdet(self) -> tuple[Array, Array]:
-        first, (sign, log) = structured_slogdet(self.B), lapack(self.left).slogdet(self.capacitance)
+        xp = lapack(self.left)
+        first = structured_slogdet(self.B) if isinstance(self.B, StructuredOperator) else of_numbers(self.B, xp)
         assert first is not None
+        sign, log = xp.slogdet(self.capacitance)
         return first[0] * sign, first[1] + log
+
+
+def _times(base: LinearOperator | Array, x: Array) -> Array:
+    if isinstance(base, LinearOperator):
+        return base @ x
+    return (base if x.ndim == 1 else base[:, None]) * x
+
+
+def _is_moderate(A: Sum, values: Array) -> bool:
+    """Whether nothing cancels that matters: A is annotated PSD, and B is a positive diagonal of numbers that differ by
+    less than eps^(-1/4). Then the eigenvalues of the capacitance are those of A, scaled by B, and what cancels is no
+    more than cond(A) cond(B)."""
+    if not A.isa(PSD):
+        return False
+    values = lapack(values).real(values)
+    least, most = known(values.min()), known(values.max())
+    return least is not None and most is not None and 0 < most < least * eps(A.dtype) ** -0.25
 
 
 def woodbury(A: Sum) -> Woodbury | None:
@@ -129,15 +142,20 @@ def woodbury(A: Sum) -> Woodbury | None:
         return None
     B, U, V = parts
     require_precision(U, "an inverse")
+    moderate, base = False, None
     try:
-        base = structured_inverse(B)
+        if isinstance(B, StructuredOperator):
+            base = structured_inverse(B)
+        else:
+            moderate = _is_moderate(A, B)
+            base = 1 / B if moderate else inverse_values(B, 0.0)
     except ValueError:  # B may be singular where the sum is not
         return None
     if base is None:
         return None
-    left = base @ U
+    left = _times(base, U)
     found = Woodbury(B, U, V, base, left, lapack(U).eye(U.shape[1], U) + V @ left)
-    return found if found.is_accurate(A) else None
+    return found if moderate or found.is_accurate(A) else None
 
 
 @rule("inv")

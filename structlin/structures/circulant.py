@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import SimpleNamespace
 
 from structlin._arrays import Array, backend_of, ops
@@ -17,6 +17,10 @@ class CirculantStructure(AbstractStructure):
     """A ``size`` x ``size`` circulant matrix; its counts are those of real data."""
 
     size: int
+    factors: tuple[Factor, ...] = field(init=False, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "factors", (Factor("column", (self.size,), fan_in=self.size, fan_out=self.size),))
 
     @property
     def d_in(self) -> int:  # type: ignore[override]
@@ -25,10 +29,6 @@ class CirculantStructure(AbstractStructure):
     @property
     def d_out(self) -> int:  # type: ignore[override]
         return self.size
-
-    @property
-    def factors(self) -> tuple[Factor, ...]:  # type: ignore[override]
-        return (Factor("column", (self.size,), fan_in=self.size, fan_out=self.size),)
 
     @property
     def macs(self) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import SimpleNamespace
 
 from structlin._arrays import Array
@@ -16,6 +16,10 @@ class DiagonalStructure(AbstractStructure):
     """A ``size`` x ``size`` diagonal matrix: ``size`` blocks of 1 x 1, applied by an elementwise product."""
 
     size: int
+    factors: tuple[Factor, ...] = field(init=False, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "factors", (Factor("diagonal", (self.size,), fan_in=1, fan_out=1, blocks=self.size),))
 
     @property
     def d_in(self) -> int:  # type: ignore[override]
@@ -24,10 +28,6 @@ class DiagonalStructure(AbstractStructure):
     @property
     def d_out(self) -> int:  # type: ignore[override]
         return self.size
-
-    @property
-    def factors(self) -> tuple[Factor, ...]:  # type: ignore[override]
-        return (Factor("diagonal", (self.size,), fan_in=1, fan_out=1, blocks=self.size),)
 
     @property
     def macs(self) -> int:

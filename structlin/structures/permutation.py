@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,6 +20,11 @@ class PermutationStructure(AbstractStructure):
     """A ``size`` x ``size`` permutation: no parameters and no FLOPs, one index array."""
 
     size: int
+    factors: tuple[Factor, ...] = field(init=False, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        index = Factor("index", (self.size,), fan_in=1, fan_out=1, blocks=self.size, trainable=False)
+        object.__setattr__(self, "factors", (index,))
 
     @property
     def d_in(self) -> int:  # type: ignore[override]
@@ -28,10 +33,6 @@ class PermutationStructure(AbstractStructure):
     @property
     def d_out(self) -> int:  # type: ignore[override]
         return self.size
-
-    @property
-    def factors(self) -> tuple[Factor, ...]:  # type: ignore[override]
-        return (Factor("index", (self.size,), fan_in=1, fan_out=1, blocks=self.size, trainable=False),)
 
     @property
     def macs(self) -> int:

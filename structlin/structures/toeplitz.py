@@ -24,15 +24,14 @@ class ToeplitzStructure(AbstractStructure):
 
     d_out: int
     d_in: int
+    factors: tuple[Factor, ...] = field(init=False, compare=False, repr=False)
     fft_size: int = field(init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
+        kernel = Factor("kernel", (self.d_out + self.d_in - 1,), fan_in=self.d_in, fan_out=self.d_out)
+        object.__setattr__(self, "factors", (kernel,))
         # Not a property: torch.compile can not trace into SciPy.
         object.__setattr__(self, "fft_size", next_fast_len(self.d_out + self.d_in - 1))
-
-    @property
-    def factors(self) -> tuple[Factor, ...]:  # type: ignore[override]
-        return (Factor("kernel", (self.d_out + self.d_in - 1,), fan_in=self.d_in, fan_out=self.d_out),)
 
     @property
     def macs(self) -> int:

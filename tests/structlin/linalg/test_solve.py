@@ -60,6 +60,60 @@ def test_direct_solves(backend, dtype, annotated, monkeypatch):
             np.testing.assert_allclose(np.array([complex(sign), complex(log)]), np.linalg.slogdet(a), rtol=1e-9)
 
 
+CHAINS = {
+    "kronecker": ((30, 30), {"cores": 3}),
+    "monarch": ((16, 16), {"blocks": 2}),
+    "monarch regrouped": ((15, 15), {"blocks": 3}),
+    "block_tensor_train": ((24, 24), {"cores": 3}),
+    "butterfly": ((8, 8), {}),
+    "circulant": ((7, 7), {}),
+    "circulant even": ((6, 6), {}),
+}
+
+
+@pytest.mark.parametrize("backend", ["numpy", "torch", pytest.param("jax", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("case", CHAINS)
+def test_chains_are_undone_step_by_step(case, backend, monkeypatch):
+    shape, options = CHAINS[case]
+    rng = np.random.default_rng(0)
+    for dtype in ("float64", "complex128"):
+        A = random(case.split()[0], shape, backend=backend, dtype=dtype, **options)
+        for op in (A, A.T, A.H):
+            a = to_numpy(op.to_dense())
+            for columns in ((), (1,), (40,), (0,)):  # few of them are substituted, many multiplied
+                b = rng.standard_normal((shape[0], *columns)).astype(dtype)
+                with monkeypatch.context() as patch:
+                    if 0 not in columns:
+                        patch.setattr(cola, "inv", None)  # no inverse is built
+                    found = to_numpy(linalg.solve(op, structlin._arrays.to_backend(b, backend, dtype)))
+                np.testing.assert_allclose(found, np.linalg.solve(a, b), rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", ["kronecker", "monarch", "circulant"])
+def test_chains_with_a_singular_step(name):
+    A = random(name, (16, 16))
+    factor = np.zeros_like(A.factors[0]) if name == "kronecker" else np.ones_like(A.factors[0])
+    A = structlin.StructuredOperator(A.structure, (factor, *A.factors[1:]))
+    for columns in ((), (40,)):
+        with pytest.raises(np.linalg.LinAlgError, match="singular to working precision"):
+            linalg.solve(A, np.random.default_rng(0).standard_normal((16, *columns)))
+
+
+@pytest.mark.parametrize("backend", ["numpy", "torch", "jax"])
+def test_determinants_of_positive_kronecker_products(backend):
+    rng = np.random.default_rng(0)
+    turn = np.array([[0.0, 2.0], [-2.0, 0.0]])
+    pairs = [
+        (positive(rng.standard_normal((3, 3))), positive(rng.standard_normal((4, 4)))),
+        (-positive(rng.standard_normal((3, 3))), -positive(rng.standard_normal((2, 2)))),
+        (turn, turn),  # symmetric, though its members are not; not positive
+    ]
+    for pair in pairs:
+        A = cola.PSD(structlin.Kronecker(*(structlin._arrays.to_backend(x, backend) for x in pair)))
+        sign, log = cola.linalg.slogdet(A)
+        np.testing.assert_allclose([float(sign), float(log)], np.linalg.slogdet(np.kron(*pair)), rtol=1e-12)
+
+
 def test_what_is_refused():
     A = random("block_diagonal", (6, 6), blocks=2)
     with pytest.raises(ValueError, match="square"):
