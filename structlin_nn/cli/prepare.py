@@ -9,8 +9,8 @@ from typing import Any
 
 from structlin_nn.cli.common import UsageError, choice, print_json, print_table
 
-KINDS = ("text", "openwebtext", "imagenet")
-HELP = "make data sets ready: text and OpenWebText as tokens, ImageNet checked and resized"
+KINDS = ("text", "openwebtext", "imagenet", "cifar10", "cifar100")
+HELP = "make data sets ready: text and OpenWebText as tokens, ImageNet checked and resized, CIFAR downloaded"
 EXAMPLES = """\
 examples:
   structlin prepare text --pydoc --out data/pydoc
@@ -23,6 +23,8 @@ examples:
       reads and decodes every image, counts the classes, names what is broken
   structlin prepare imagenet path/to/shards --resize 256 --out data/imagenet256
       an image tree whose images have a shortest side of 256 pixels
+  structlin prepare cifar10 --out data
+      downloads the official archive, about 160 MB, and verifies it
 
 Files to read come before the options. All cores work unless --workers says otherwise. Interrupted, the same command
 goes on where it was. Tokens are train.bin and val.bin of 16 bits, as nanoGPT reads them, beside a meta.json.
@@ -31,6 +33,8 @@ _ONLY = {
     "text": ("pydoc", "tokenizer", "vocabulary", "val_fraction", "name"),
     "openwebtext": ("dataset", "split", "column", "seed", "tokenizer", "vocabulary", "val_fraction", "name"),
     "imagenet": ("resize", "quality", "format", "image_column", "label_column", "num_classes", "remove_broken"),
+    "cifar10": ("url",),
+    "cifar100": ("url",),
 }
 
 
@@ -70,6 +74,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     ))  # fmt: skip
     images.add_argument("--image-column", metavar="NAME", help="of a Hugging Face data set (image)")
     images.add_argument("--label-column", metavar="NAME", help="of a Hugging Face data set (label)")
+    cifar = parser.add_argument_group("cifar10 and cifar100")
+    cifar.add_argument("--url", metavar="URL", help="where the archive is, if not at its official place")
     images.add_argument("--num-classes", type=int, metavar="K", help="classes there should be")
 
 
@@ -82,12 +88,15 @@ def run(arguments: argparse.Namespace) -> int:
             raise UsageError(f"--{name.replace('_', '-')} is an option of {kinds}, not of {arguments.kind}")
     if arguments.workers is not None and arguments.workers < 1:
         raise UsageError(f"--workers must be at least 1, got {arguments.workers}")
-    work = {"text": _text, "openwebtext": _openwebtext, "imagenet": _imagenet}[arguments.kind]
+    work = {"text": _text, "openwebtext": _openwebtext, "imagenet": _imagenet}.get(arguments.kind, _cifar)
     try:
         return work(arguments)
     except Interrupted as stop:
         print(f"structlin prepare: {stop}; what is done is kept, the same command goes on", file=sys.stderr)
         return 128 + stop.signal
+    except ConnectionError as error:
+        print(f"structlin prepare: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
     except (FileNotFoundError, FileExistsError, ImportError, TypeError, ValueError) as error:
         raise UsageError(" ".join(str(error).split())) from error
     except OSError as error:
@@ -137,6 +146,20 @@ def _openwebtext(arguments: argparse.Namespace) -> int:
     with _Bar(arguments.quiet, "shard") as bar:
         data = prepare_documents(_out(arguments), workers=arguments.workers, advance=bar.tokens, **options)
     return _told(arguments, data)
+
+
+def _cifar(arguments: argparse.Namespace) -> int:
+    from structlin_nn.data.cifar_hub import download_cifar
+
+    if arguments.sources:
+        raise UsageError(f"{arguments.kind} takes no files, got {arguments.sources[0]!r}")
+    with _Bar(arguments.quiet, "B") as bar:
+        path = download_cifar(arguments.kind, _out(arguments), advance=bar.count, **_given(arguments, "url"))
+    if arguments.json:
+        print_json({"archive": str(path)})
+    else:
+        print(f"{path}: the official archive, md5 sum verified; train with --data {path.parent}")
+    return 0
 
 
 def _told(arguments: argparse.Namespace, data: Any) -> int:
@@ -218,7 +241,7 @@ def _print_images(data: Any, report: Any, out: str | None) -> None:
 
 def _out(arguments: argparse.Namespace) -> Path:
     if arguments.out is None:
-        raise UsageError("--out DIR is needed: where to write the tokens")
+        raise UsageError("--out DIR is needed: where to write")
     out = Path(arguments.out)
     if out.exists() and not out.is_dir():
         raise UsageError(f"{out} is a file, --out needs a folder")
@@ -250,7 +273,14 @@ class _Bar:
 
             # Where stderr is a file, each refresh is a line: a few will do.
             interval = 0.2 if sys.stderr.isatty() else 30.0
-            self._bar = tqdm(total=total, initial=done, unit=self._unit, dynamic_ncols=True, mininterval=interval)
+            self._bar = tqdm(
+                total=total or None,
+                initial=done,
+                unit=self._unit,
+                unit_scale=self._unit == "B",
+                dynamic_ncols=True,
+                mininterval=interval,
+            )
         self._bar.update(done - self._bar.n)
 
     def tokens(self, done: int, total: int, tokens: int) -> None:

@@ -141,6 +141,9 @@ _CIFAR100 = (
 )
 
 
+BINARY_FORMS = {"cifar10": _CIFAR10[0], "cifar100": _CIFAR100[0]}
+
+
 def load_cifar10(root: str | os.PathLike[str], *, verify: bool = True) -> ImageDataset:
     """Load CIFAR-10: 50,000 training and 10,000 test images of shape (3, 32, 32), 10 classes.
 
@@ -163,8 +166,7 @@ def load_cifar10(root: str | os.PathLike[str], *, verify: bool = True) -> ImageD
             ...
         FileNotFoundError: /nowhere does not exist; expected cifar-10-batches-bin, cifar-10-batches-py, ...
     """
-    train, test, source = _read(_CIFAR10, Path(root), (len(CIFAR10_CLASSES),), verify)
-    return ImageDataset("cifar10", train[0], train[1][:, 0], test[0], test[1][:, 0], CIFAR10_CLASSES, source, _LICENCE)
+    return _data_set("cifar10", "fine", *_read(_CIFAR10, Path(root), (len(CIFAR10_CLASSES),), verify))
 
 
 def load_cifar100(root: str | os.PathLike[str], *, labels: str = "fine", verify: bool = True) -> ImageDataset:
@@ -192,24 +194,32 @@ def load_cifar100(root: str | os.PathLike[str], *, labels: str = "fine", verify:
     if labels not in ("fine", "coarse"):
         raise ValueError(f"labels must be 'fine' or 'coarse', got {labels!r}")
     limits = (len(CIFAR100_COARSE_CLASSES), len(CIFAR100_FINE_CLASSES))
-    train, test, source = _read(_CIFAR100, Path(root), limits, verify)
-    name, column, classes = {
-        "coarse": ("cifar100-coarse", 0, CIFAR100_COARSE_CLASSES),
-        "fine": ("cifar100", 1, CIFAR100_FINE_CLASSES),
-    }[labels]
-    return ImageDataset(
-        name,
-        train[0],
-        np.ascontiguousarray(train[1][:, column]),
-        test[0],
-        np.ascontiguousarray(test[1][:, column]),
-        classes,
-        source,
-        _LICENCE,
-    )
+    return _data_set("cifar100", labels, *_read(_CIFAR100, Path(root), limits, verify))
+
+
+def decode_records(dataset: str, train: np.ndarray, test: np.ndarray, labels: str, source: str) -> ImageDataset:
+    """The data set whose binary files hold these records: uint8 (N, labels and 3072 pixels).
+
+    `dataset`, `labels` as for `load_images`; labels are in range. `source` is for the reader.
+    """
+    if labels not in ("fine", "coarse"):
+        raise ValueError(f"labels must be 'fine' or 'coarse', got {labels!r}")
+    form = BINARY_FORMS[dataset]
+    parts = [_decode_binary(form, form.files[n], source, records.tobytes()) for n, records in ((0, train), (-1, test))]
+    return _data_set(dataset, labels, parts[0], parts[1], source)
 
 
 _Part = tuple[np.ndarray, np.ndarray]
+
+
+def _data_set(dataset: str, labels: str, train: _Part, test: _Part, source: str) -> ImageDataset:
+    name, column, classes = {
+        ("cifar10", "fine"): ("cifar10", 0, CIFAR10_CLASSES),
+        ("cifar100", "coarse"): ("cifar100-coarse", 0, CIFAR100_COARSE_CLASSES),
+        ("cifar100", "fine"): ("cifar100", 1, CIFAR100_FINE_CLASSES),
+    }[dataset, labels]
+    train_labels, test_labels = (np.ascontiguousarray(part[1][:, column]) for part in (train, test))
+    return ImageDataset(name, train[0], train_labels, test[0], test_labels, classes, source, _LICENCE)
 
 
 def _read(forms: tuple[_Form, ...], root: Path, limits: tuple[int, ...], verify: bool) -> tuple[_Part, _Part, str]:

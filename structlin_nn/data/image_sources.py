@@ -15,6 +15,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from structlin_nn.data.hub import is_saved, load_hub
+
 __all__ = ["FORMATS", "FolderSplit", "HubSplit", "ShardSplit", "Split", "open_splits"]
 
 FORMATS = ("folder", "shards", "datasets")
@@ -143,7 +145,7 @@ def open_splits(
 
 
 def _recognise(place: Path) -> str:
-    if not place.is_dir() or (place / "dataset_dict.json").exists():
+    if not place.is_dir() or is_saved(place):
         return "datasets"
     if _shards(place, _TRAIN):
         return "shards"
@@ -267,23 +269,11 @@ def _class(raw: bytes, name: str) -> int:
 
 
 def _open_hub(source: Any, image: str, label: str) -> tuple[dict[str, Split], tuple[str, ...] | None]:
-    try:
-        import datasets
-    except ImportError as error:
-        raise ImportError(
-            f"{source} is neither a folder of images nor of shards, and reading it as a Hugging Face data set needs "
-            f"datasets: pip install 'structlin[text]' ({error})"
-        ) from error
-    local = Path(source).expanduser()
-    if (local / "dataset_dict.json").exists():
-        loaded = datasets.load_from_disk(str(local))
-    else:
-        try:
-            loaded = datasets.load_dataset(os.fspath(source))
-        except Exception as error:
-            # Whatever the network, the hub or the files make of it: the library has no common exception.
-            found = f"{type(error).__name__}: {error}"
-            raise FileNotFoundError(f"Hugging Face datasets cannot load {source} ({found})") from error
+    loaded = load_hub(source)
+    import datasets
+
+    if not isinstance(loaded, datasets.DatasetDict):
+        raise ValueError(f"{source} is one split; a data set with {_TRAIN[0]} and {_VAL[0]} is needed")
     splits: dict[str, Split] = {}
     names: tuple[str, ...] | None = None
     for split, candidates in (("train", _TRAIN), ("val", _VAL)):

@@ -19,6 +19,7 @@ import numpy as np
 
 from structlin_nn.data._checks import natural
 from structlin_nn.data.bpe import Tokenizer, load_tokenizer
+from structlin_nn.data.hub import load_hub
 from structlin_nn.data.shards import write_token_shards
 from structlin_nn.data.tokens import SPLITS, TokenData, open_tokens
 
@@ -105,29 +106,7 @@ class _Source:
 
     def open(self) -> Any:
         """The split: a data set of rows where it was saved on disk, a stream otherwise."""
-        try:
-            import datasets
-        except ImportError as error:
-            raise ImportError(f"{self.place} needs datasets: pip install 'structlin[text]' ({error})") from error
-        local = Path(self.place).expanduser()
-        saved = next((name for name in ("dataset_dict.json", "state.json") if (local / name).exists()), None)
-        try:
-            if saved is None:
-                where = str(local) if local.is_dir() else self.place
-                found = datasets.load_dataset(where, split=self.split, streaming=True)
-            else:
-                found = datasets.load_from_disk(str(local))
-        except Exception as error:
-            # Whatever the network, the hub or the files make of it: the library has no common exception.
-            what = f"{type(error).__name__}: {error}"
-            raise FileNotFoundError(
-                f"Hugging Face datasets cannot load the split {self.split!r} of {self.place} ({what})"
-            ) from error
-        if saved == "dataset_dict.json":
-            if self.split not in found:
-                raise ValueError(f"{self.place} has the splits {', '.join(found)}, not {self.split!r}")
-            found = found[self.split]
-        return found
+        return load_hub(self.place, split=self.split, streaming=True)
 
     def describe(self) -> tuple[int, Any]:
         """Number of shards, and what tells the data set from another of its name, as far as that can be had."""
