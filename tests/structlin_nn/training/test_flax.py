@@ -40,7 +40,7 @@ def train(config: TrainConfig, folder: Path, data: Path, stop_after: int | None 
 
 
 def assert_close(ours: Any, theirs: Any, path: str = "") -> None:
-    """Numbers to 1e-4 relative, everything else equal; shares of few images may differ by one."""
+    """Losses to 1e-4 relative, statistics to 1e-3, everything else equal; of few images, one may be wrong in one."""
     if isinstance(theirs, dict):
         assert ours.keys() == theirs.keys(), path
         for key in theirs:
@@ -49,7 +49,7 @@ def assert_close(ours: Any, theirs: Any, path: str = "") -> None:
     elif isinstance(theirs, float) and path.endswith("error"):
         assert ours == pytest.approx(theirs, abs=0.011), path
     elif isinstance(theirs, float):
-        assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-6), path
+        assert ours == pytest.approx(theirs, rel=1e-3 if "statistics" in path else 1e-4, abs=1e-6), path
     else:
         assert ours == theirs, path
 
@@ -123,23 +123,24 @@ def test_kill_and_resume_on_the_command_line(small_cifar: Path, tmp_path: Path) 
         return [
             sys.executable, "-m", "structlin_nn.cli", "train", "cifar", "--framework", "flax",
             "--data", str(small_cifar),
-            "--unverified", "--width", "16", "--structure", "monarch", "--epochs", "4", "--batch-size", "8",
-            "--eval-every", "1", "--checkpoint-minutes", "0", "--threads", "1", "--quiet", "--out", out, *more,
+            "--unverified", "--width", "16", "--structure", "monarch", "--epochs", "3", "--batch-size", "16",
+            "--eval-every", "1", "--threads", "1", "--quiet", "--out", out, *more,
         ]  # fmt: skip
 
     subprocess.run(command(str(tmp_path / "whole")), check=True)
-    process = subprocess.Popen(command(str(tmp_path / "parts")))
+    process = subprocess.Popen(command(str(tmp_path / "parts"), "--checkpoint-minutes", "0"))
     record = tmp_path / "parts" / RECORD
     deadline = time.monotonic() + 200
-    while time.monotonic() < deadline and not (record.exists() and record.read_bytes().count(b"\n") >= 3):
+    while time.monotonic() < deadline and not (record.exists() and record.read_bytes().count(b"\n") >= 2):
         time.sleep(0.02)
+    time.sleep(0.3)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
     subprocess.run(command(str(tmp_path / "parts"), "--resume"), check=True)
     lines = [read_record(tmp_path / name / RECORD).evaluations for name in ("whole", "parts")]
     strip = [[{k: v for k, v in line.items() if k != "seconds"} for line in each] for each in lines]
     assert strip[0] == strip[1]
-    assert len(strip[0]) == 5
+    assert len(strip[0]) == 4
 
 
 def test_what_flax_does_not_do_is_refused() -> None:
