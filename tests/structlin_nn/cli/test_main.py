@@ -23,7 +23,7 @@ def captured(capsys: pytest.CaptureFixture[str]) -> Captured:
 
 
 MISUSE = {
-    "": "a command is needed: demo, train, structures, count",
+    "": "a command is needed: demo, prepare, train, ",
     "trian": "unknown command 'trian', did you mean train?",
     "--hlep": "unknown option --hlep, did you mean --help?",
     "structures --jsn": "unknown option --jsn, did you mean --json?",
