@@ -6,9 +6,14 @@ resume from are the same for all. Shards are indexed once, and then read in plac
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import tarfile
+import time
+import zipfile
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,12 +21,17 @@ from typing import Any, Protocol
 import numpy as np
 
 from structlin_nn.data.hub import is_saved, load_hub
+from structlin_nn.training.files import atomic_write
 
 __all__ = ["FORMATS", "FolderSplit", "HubSplit", "ShardSplit", "Split", "open_splits"]
 
 FORMATS = ("folder", "shards", "datasets")
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".tif", ".tiff")
+INDEX_VERSION = 1
+SLOW_SECONDS = 10.0
+"""Indices of shards that take longer to make than this are kept in the user's cache."""
 _TRAIN, _VAL = ("train",), ("val", "validation")
+_COLUMNS = ("members", "labels", "shard", "offsets", "bytes_")
 
 
 class Split(Protocol):
@@ -36,29 +46,29 @@ class Split(Protocol):
     def read(self, index: int) -> bytes:
         """The undecoded image file of a sample."""
 
-    def sizes(self) -> Iterator[str]:
+    def sizes(self) -> Iterator[bytes]:
         """A line for each sample that differs where the sample does, without reading images."""
 
 
 @dataclass
 class FolderSplit:
-    """Image files in one folder for each class."""
+    """Image files in one folder for each class; `paths` below the root as `os.fsencode` has them."""
 
     root: Path
-    paths: list[str]
+    paths: np.ndarray
     labels: np.ndarray
     bytes_: np.ndarray
     ignored: list[str] = field(default_factory=list)
 
     def name(self, index: int) -> str:
-        return str(self.root / self.paths[index])
+        return os.path.join(self.root, os.fsdecode(self.paths[index]))
 
     def read(self, index: int) -> bytes:
-        return (self.root / self.paths[index]).read_bytes()
+        return Path(self.name(index)).read_bytes()
 
-    def sizes(self) -> Iterator[str]:
+    def sizes(self) -> Iterator[bytes]:
         for path, size in zip(self.paths, self.bytes_, strict=True):
-            yield f"{path} {size}"
+            yield b"%b %d" % (path, size)
 
 
 @dataclass
@@ -66,14 +76,14 @@ class ShardSplit:
     """Members of uncompressed tar files: ``KEY.jpg`` (or another image format) beside ``KEY.cls``."""
 
     shards: list[Path]
-    keys: list[str]
+    members: np.ndarray
     labels: np.ndarray
     shard: np.ndarray
     offsets: np.ndarray
     bytes_: np.ndarray
 
     def name(self, index: int) -> str:
-        return f"{self.shards[self.shard[index]]}: {self.keys[index]}"
+        return f"{self.shards[self.shard[index]]}: {os.fsdecode(self.members[index])}"
 
     def read(self, index: int) -> bytes:
         with self.shards[self.shard[index]].open("rb") as file:
@@ -83,9 +93,10 @@ class ShardSplit:
             raise ValueError(f"{self.name(index)} is truncated: {self.bytes_[index]} bytes expected, got {len(raw)}")
         return raw
 
-    def sizes(self) -> Iterator[str]:
-        for number, key, size in zip(self.shard, self.keys, self.bytes_, strict=True):
-            yield f"{self.shards[number].name} {key} {size}"
+    def sizes(self) -> Iterator[bytes]:
+        names = [os.fsencode(shard.name) for shard in self.shards]
+        for number, member, size in zip(self.shard, self.members, self.bytes_, strict=True):
+            yield b"%b %b %d" % (names[number], member, size)
 
 
 @dataclass
@@ -106,9 +117,9 @@ class HubSplit:
             return cell["bytes"]
         return Path(cell["path"]).read_bytes()
 
-    def sizes(self) -> Iterator[str]:
+    def sizes(self) -> Iterator[bytes]:
         # Changes with every transformation, and with the files that the data set was made of.
-        yield f"{self.dataset._fingerprint} {len(self.dataset)}"
+        yield f"{self.dataset._fingerprint} {len(self.dataset)}".encode()
 
 
 def open_splits(
@@ -173,25 +184,27 @@ def _open_folders(place: Path) -> tuple[dict[str, FolderSplit], tuple[str, ...]]
 
 
 def _list_folder(root: Path, names: list[str], number: dict[str, int]) -> FolderSplit:
-    paths: list[str] = []
+    paths: list[bytes] = []
     labels: list[int] = []
     sizes: list[int] = []
     ignored: list[str] = []
+    top = len(os.path.join(root, ""))
     for name in names:
         before = len(paths)
-        for folder, folders, files in os.walk(root / name):
+        for folder, folders, files in os.walk(root / name, followlinks=True):
             folders.sort()
             for file in sorted(files):
-                path = Path(folder, file)
-                if path.suffix.lower() not in SUFFIXES:
-                    ignored.append(str(path))
+                path = os.path.join(folder, file)
+                if os.path.splitext(file)[1].lower() not in SUFFIXES:
+                    ignored.append(path)
                     continue
-                paths.append(path.relative_to(root).as_posix())
+                paths.append(os.fsencode(path[top:].replace(os.sep, "/")))
                 labels.append(number[name])
-                sizes.append(path.stat().st_size)
+                sizes.append(os.stat(path).st_size)
         if len(paths) == before:
             raise ValueError(f"{root / name} holds no image ({', '.join(SUFFIXES)})")
-    return FolderSplit(root, paths, np.array(labels, np.int64), np.array(sizes, np.int64), ignored)
+    # Arrays, because processes that share a list copy it as soon as they look at it.
+    return FolderSplit(root, np.array(paths), np.array(labels, np.int64), np.array(sizes, np.int64), ignored)
 
 
 def _subfolder(place: Path, names: tuple[str, ...]) -> Path:
@@ -214,12 +227,32 @@ def _open_shards(place: Path) -> tuple[dict[str, Split], int]:
         shards = _shards(place, names)
         if not shards:
             raise FileNotFoundError(f"{place} holds no shards *{names[0]}*.tar, nor {names[0]}/*.tar")
-        splits[split] = _index_shards(shards)
+        splits[split] = _indexed(shards)
     return splits, 1 + max(int(split.labels.max()) for split in splits.values())
 
 
+def _indexed(shards: list[Path]) -> ShardSplit:
+    """The samples of shards, from an index of an earlier call where it took long to make and nothing changed."""
+    stats = [shard.stat() for shard in shards]
+    state = [[shard.name, stat.st_size, stat.st_mtime_ns] for shard, stat in zip(shards, stats, strict=True)]
+    key = hashlib.sha256(json.dumps([INDEX_VERSION, state]).encode()).hexdigest()[:32]
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "structlin" / f"shards-{key}.npz"
+    if cache.exists():
+        with suppress(OSError, ValueError, KeyError, zipfile.BadZipFile), np.load(cache, allow_pickle=False) as found:
+            return ShardSplit(shards, *(found[name] for name in _COLUMNS))
+    start = time.monotonic()
+    split = _index_shards(shards)
+    if time.monotonic() - start > SLOW_SECONDS:
+        # Only a matter of speed: no place to write to is no reason to fail.
+        with suppress(OSError):
+            cache.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_write(cache) as file:
+                np.savez(file, **{name: getattr(split, name) for name in _COLUMNS})
+    return split
+
+
 def _index_shards(shards: list[Path]) -> ShardSplit:
-    keys: list[str] = []
+    members: list[bytes] = []
     rows: list[tuple[int, int, int, int]] = []
     for number, shard in enumerate(shards):
         images: dict[str, tuple[str, int, int]] = {}
@@ -255,10 +288,10 @@ def _index_shards(shards: list[Path]) -> ShardSplit:
         for key, (member_name, offset, length) in images.items():
             if offset + length > size:
                 raise ValueError(f"{shard} is truncated: {member_name} should end at byte {offset + length} of {size}")
-            keys.append(member_name)
+            members.append(os.fsencode(member_name))
             rows.append((labels[key], number, offset, length))
     columns = np.array(rows, dtype=np.int64)
-    return ShardSplit(shards, keys, *(np.ascontiguousarray(column) for column in columns.T))
+    return ShardSplit(shards, np.array(members), *(np.ascontiguousarray(column) for column in columns.T))
 
 
 def _class(raw: bytes, name: str) -> int:

@@ -258,7 +258,7 @@ def open_imagenet(
     for name, split in splits.items():
         digest.update(f"\n{name}\n".encode())
         for line in split.sizes():
-            digest.update(line.encode() + b"\n")
+            digest.update(line + b"\n")
         digest.update(split.labels.astype("<i8").tobytes())
     return ImageNetData(splits, classes, digest.hexdigest(), kind, os.fspath(source), on_broken)
 

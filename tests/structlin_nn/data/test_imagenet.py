@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from structlin_nn.data import epoch_order
+from structlin_nn.data import epoch_order, image_sources
 from structlin_nn.data.image_transforms import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -91,6 +91,35 @@ class TestOpen:
         assert [decode(data.splits["val"].read(i), "x").getpixel((0, 0)) for i in range(5)] == [
             (50 * i, 0, 0) for i in range(5)
         ]
+
+    def test_index_of_many_shards_is_kept(self, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+        expected = open_imagenet(shards)
+        assert not (tmp_path / "cache").exists()
+        monkeypatch.setattr(image_sources, "SLOW_SECONDS", -1)
+        assert open_imagenet(shards).digest == expected.digest
+        kept = sorted((tmp_path / "cache/structlin").iterdir())
+        assert len(kept) == 2
+
+        original = image_sources._index_shards
+        monkeypatch.setattr(image_sources, "_index_shards", lambda _: pytest.fail("the index was made again"))
+        data = open_imagenet(shards)
+        assert data.digest == expected.digest
+        assert same(training(data), training(expected))
+        monkeypatch.setattr(image_sources, "_index_shards", original)
+
+        # A damaged index is made again, and so is that of shards that changed.
+        kept[0].write_bytes(b"PK damaged")
+        assert open_imagenet(shards).digest == expected.digest
+        _write_tar(shards / "toy-val-0001.tar", {"a.png": _png(1), "a.cls": b"1"})
+        assert open_imagenet(shards).val_size != expected.val_size
+        monkeypatch.setenv("XDG_CACHE_HOME", "/proc/nowhere")
+        assert open_imagenet(shards).train_size == expected.train_size
+
+    def test_links_are_followed(self, tree: Path, image_tree: Path) -> None:
+        shutil.move(tree / "train/bag", tree / "elsewhere")
+        (tree / "train/bag").symlink_to(tree / "elsewhere")
+        assert open_imagenet(tree).digest == open_imagenet(image_tree).digest
 
     def test_hugging_face(self, tmp_path: Path, image_tree: Path) -> None:
         datasets = pytest.importorskip("datasets")
