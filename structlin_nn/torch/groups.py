@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
-from structlin_nn._patterns import Pattern, listed
+from structlin.scale import OPTIMIZERS
+from structlin_nn._patterns import Pattern, Patterns, as_patterns, listed, matches, show
 from structlin_nn._rates import (
     KINDS,
     Fans,
@@ -19,7 +21,8 @@ from structlin_nn._rates import (
     factor_multipliers,
     settle,
 )
-from structlin_nn.torch._modules import linear_sizes
+from structlin_nn.torch._modules import is_conv1d, linear_sizes
+from structlin_nn.torch._muon import Matrices, factor_matrices, muon_multiplier
 from structlin_nn.torch.linear import StructuredLinear
 
 __all__ = ["KINDS", "ParameterGroups", "ParameterRule", "format_groups", "parameter_groups"]
@@ -52,6 +55,8 @@ def parameter_groups(
     rules: Mapping[Pattern, ParameterRule] | None = None,
     decay: Collection[str] = ("factor", "weight"),
     independent_decay: bool = False,
+    adam_lr: float | None = None,
+    adam_layers: Patterns = (),
 ) -> ParameterGroups:
     """Groups of the trainable parameters by learning-rate multiplier and weight decay, for a torch optimiser.
 
@@ -73,6 +78,13 @@ def parameter_groups(
     layer get the multiplier of the dense layer of its size: the naive rule. Under SGD, muP proper would let embeddings,
     biases and norms grow with the width; ``extra_multipliers`` can.
 
+    With ``optimizer="muon"`` the blocks of factors and the weights are stepped by Muon, at ``lr`` times
+    ``sqrt(fan_out / fan_in) / sqrt(base d_out / base d_in)``, divided by the number of factors
+    (:func:`structlin_nn.torch._muon.muon_multiplier` derives it), and everything else by Adam with its multipliers, at
+    ``adam_lr``: embeddings, vectors, factors that are no matrices (Toeplitz, circulant), parameters with ``rules`` of
+    their own, and layers named by ``adam_layers``, which is where the head of a classifier is often left. The groups
+    are made for :class:`structlin_nn.torch.Muon`.
+
     Weight decay: ``weight_decay`` is the coefficient of every decayed group, as in nanoGPT and the paper's runs. AdamW
     and SGD shrink a parameter by ``learning rate * weight_decay`` in each step, so groups with larger multipliers decay
     faster. ``independent_decay=True`` divides the coefficient by the multiplier, and all decayed parameters shrink by
@@ -86,7 +98,7 @@ def parameter_groups(
             be dense or structured. None: each layer is its own base, so that dense layers have multiplier 1.
         lr: learning rate at base width.
         weight_decay: coefficient of the kinds in ``decay``.
-        optimizer: whose rule: ``adam``, ``adamw``, ``sgd``, or ``sign`` (Lion, signSGD).
+        optimizer: whose rule: ``adam``, ``adamw``, ``sgd``, ``sign`` (Lion, signSGD), or ``muon``.
         structure_aware: False for the naive rule.
         extra_multipliers: further factors on the learning rate. A pattern that matches the name of a layer applies
             to its factors, weight or embedding, one that matches the full name of a parameter to that parameter.
@@ -95,15 +107,19 @@ def parameter_groups(
             matches counts): for parameters of unknown kinds, and for weights that are tied across kinds, by any name.
         decay: kinds of parameters (:data:`KINDS`) that are decayed.
         independent_decay: as above; not for ``adam``, whose decay goes through the gradient.
+        adam_lr: for ``muon``, the rate of Adam at base width; needed if anything is left to Adam.
+        adam_layers: for ``muon``, patterns of layers or parameters that are left to Adam.
 
     Returns:
         A list of dictionaries with ``params``, ``lr``, ``weight_decay``, and for the reader ``multiplier`` and
-        ``names``; ``print`` it for a table (:func:`format_groups`).
+        ``names`` (for ``muon`` also ``matrices``, None for what Adam steps); ``print`` it for a table
+        (:func:`format_groups`).
 
     Raises:
         ValueError: a parameter of two or more axes in a module of unknown kind; a parameter that several modules
             share and that their rules treat differently; modules with parameters that only one of model and base
-            model has; a pattern that matches nothing; an unknown optimiser or kind; a negative rate or decay.
+            model has; a pattern that matches nothing; an unknown optimiser or kind; a negative rate or decay;
+            ``adam_lr`` missing or not used; ``adam_layers`` for another optimiser than ``muon``.
         TypeError: rules that are no :class:`ParameterRule`.
 
     >>> model = nn.Sequential(StructuredLinear(64, 64, structure="low_rank", rank=4), nn.ReLU(), nn.Linear(64, 10))
@@ -118,20 +134,43 @@ def parameter_groups(
     >>> from torch.optim import AdamW
     >>> optimizer = AdamW(groups)
     """
-    check_arguments(lr, weight_decay, optimizer, decay, independent_decay)
+    if optimizer not in (*OPTIMIZERS, "muon"):
+        raise ValueError(f"unknown optimizer {optimizer!r}; one of {', '.join((*OPTIMIZERS, 'muon'))}")
+    muon = optimizer == "muon"
+    check_arguments(lr, weight_decay, "adamw" if muon else optimizer, decay, independent_decay)
+    to_adam, rules = as_patterns(adam_layers), dict(rules or {})
+    if not muon and (to_adam or adam_lr is not None):
+        raise ValueError(f"adam_lr and adam_layers go with optimizer='muon', not with {optimizer!r}")
+    if adam_lr is not None and not adam_lr >= 0:
+        raise ValueError(f"adam_lr must not be negative, got {adam_lr}")
     if base_model is not None:
         _check_same_modules(model, base_model)
+    unused = set(to_adam)
+    held: dict[nn.Parameter, list[tuple[str, Matrices | None]]] = {}
 
     def places() -> Iterator[Place]:
         for layer, module in _leaves(model):
             base = module if base_model is None else base_model.get_submodule(layer)
-            yield from _places(layer, module, base, optimizer, structure_aware)
+            found = _matrices(module) if muon else {}
+            for place in _places(layer, module, base, "adamw" if muon else optimizer, structure_aware):
+                short = place.name.removeprefix(f"{layer}.")
+                left = {p for p in to_adam if matches(p, place.name) or matches(p, layer)}
+                unused.difference_update(left)
+                matrices = None if left or any(matches(p, place.name) for p in rules) else found.get(short)
+                if matrices is not None:
+                    value = _muon_value(module, short, matrices, _fans(base), structure_aware)
+                    place = replace(place, multiplier=value)
+                held.setdefault(place.parameter, []).append((place.name, matrices))
+                yield place
 
-    settled = settle(places(), dict(extra_multipliers or {}), dict(rules or {}), decay)
+    settled = settle(places(), dict(extra_multipliers or {}), rules, decay)
+    if unused:
+        raise ValueError(f"adam_layers: nothing matches {listed(map(show, unused))}")
     trainable = {p: name for name, p in model.named_parameters() if p.requires_grad}
     if missed := [name for p, name in trainable.items() if p not in settled]:
         raise ValueError(f"no rule reaches the parameters {listed(missed)}, which no known module holds as its own")
-    return _grouped(settled, lr, weight_decay, independent_decay)
+    matrices = {parameter: _one_step(held[parameter]) for parameter in settled} if muon else None
+    return _grouped(settled, lr, weight_decay, independent_decay, matrices, adam_lr)
 
 
 def _leaves(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -185,6 +224,58 @@ def _fans(module: nn.Module) -> dict[str, Fans]:
     return {}
 
 
+def _matrices(module: nn.Module) -> dict[str, Matrices]:
+    """How Muon is to see the parameters of a module, by their names; the others are left to Adam."""
+    found: dict[str, Matrices | None] = {}
+    if isinstance(module, StructuredLinear):
+        specs = zip(factor_matrices(module.structure), module.structure.factors, strict=True)
+        found = {f"factors.{n}": m for n, m in enumerate(m for m, spec in specs if spec.trainable)}
+    elif (sizes := linear_sizes(module)) is not None:
+        found["weight"] = Matrices((1, 0) if is_conv1d(module) else (0, 1), 1, sizes[1], sizes[0])
+    elif isinstance(module, _CONVOLUTIONS):
+        positions, groups = math.prod(module.kernel_size), module.groups
+        order = list(range(module.weight.ndim))
+        if module.transposed:  # (inputs, outputs of a group, positions)
+            order[:2] = [1, 0]
+        if groups == 1 or not module.transposed:
+            outside, inside = module.out_channels // groups, module.in_channels // groups * positions
+            found["weight"] = Matrices(tuple(order), groups, outside, inside)
+    elif isinstance(module, nn.MultiheadAttention):
+        for name, fans in _fans(module).items():
+            found[name] = Matrices((0, 1), 3 if name == "in_proj_weight" else 1, fans.fan_out, fans.fan_in)
+    parameters = {
+        **dict(module.named_parameters(recurse=False)),
+        **({f"factors.{n}": p for n, p in enumerate(module.factors)} if isinstance(module, StructuredLinear) else {}),
+    }
+    return {name: m for name, m in found.items() if m is not None and not parameters[name].is_complex()}
+
+
+def _muon_value(
+    module: nn.Module, name: str, matrices: Matrices, base: Mapping[str, Fans], structure_aware: bool
+) -> float:
+    if isinstance(module, StructuredLinear):
+        (base_fans,) = base.values()
+        if structure_aware:
+            return muon_multiplier(matrices, base_fans.fan_in, base_fans.fan_out, len(module.factors))
+        fans = Fans(module.in_features, module.out_features)
+    else:
+        fans, base_fans = _fans(module)[name], base[name]
+    whole = Matrices((), 1, fans.fan_out, fans.fan_in)
+    return muon_multiplier(whole, base_fans.fan_in, base_fans.fan_out)
+
+
+def _one_step(found: list[tuple[str, Matrices | None]]) -> Matrices | None:
+    """How a parameter that stands at one or several places is stepped."""
+    first, matrices = found[0]
+    for name, other in found[1:]:
+        if other != matrices:
+            raise ValueError(
+                f"a shared parameter is a matrix for Muon as one of {first} and {name} and another, or none, as the "
+                "other; leave it to Adam with adam_layers, or give it a rule"
+            )
+    return matrices
+
+
 def _kind(module: nn.Module, name: str, parameter: nn.Parameter) -> str | None:
     """Kind of a parameter that is no weight; None where it may be one."""
     if isinstance(module, nn.Embedding | nn.EmbeddingBag):
@@ -216,16 +307,29 @@ def _check_same_modules(model: nn.Module, base_model: nn.Module) -> None:
 
 
 def _grouped(
-    settled: Mapping[Any, tuple[str, ParameterRule]], lr: float, weight_decay: float, independent: bool
+    settled: Mapping[Any, tuple[str, ParameterRule]],
+    lr: float,
+    weight_decay: float,
+    independent: bool,
+    matrices: Mapping[Any, Matrices | None] | None,
+    adam_lr: float | None,
 ) -> ParameterGroups:
-    groups: dict[ParameterRule, dict[str, Any]] = {}
+    """``matrices``: for Muon, those of its parameters and None for those that Adam steps."""
+    groups: dict[tuple[ParameterRule, bool], dict[str, Any]] = {}
+    left = [] if matrices is None else [name for p, (name, _) in settled.items() if matrices[p] is None]
+    if left and adam_lr is None:
+        raise ValueError(f"adam_lr is needed: Adam steps {listed(left)}")
+    if adam_lr is not None and not left:
+        raise ValueError(f"adam_lr={adam_lr} is not used: Muon steps all parameters")
     for parameter, (name, rule) in settled.items():
+        by_adam = matrices is not None and matrices[parameter] is None
+        rate = adam_lr if by_adam and adam_lr is not None else lr
         coefficient = weight_decay / rule.multiplier if independent else weight_decay
         group = groups.setdefault(
-            rule,
+            (rule, by_adam),
             {
                 "params": [],
-                "lr": lr * rule.multiplier,
+                "lr": rate * rule.multiplier,
                 "weight_decay": coefficient if rule.decay else 0.0,
                 "multiplier": rule.multiplier,
                 "names": [],
@@ -233,6 +337,10 @@ def _grouped(
         )
         group["params"].append(parameter)
         group["names"].append(name)
+        if matrices is not None:
+            group.setdefault("matrices", None if by_adam else [])
+            if not by_adam:
+                group["matrices"].append(matrices[parameter])
     return ParameterGroups(groups.values())
 
 

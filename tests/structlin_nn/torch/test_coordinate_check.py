@@ -16,12 +16,12 @@ from torch import nn
 from torch.nn import functional as F
 
 from structlin_nn.data import load_images
-from structlin_nn.torch import StructuredLinear, parameter_groups
+from structlin_nn.torch import Muon, StructuredLinear, parameter_groups
 
 WIDTHS = (64, 256, 1024)
 SEEDS = (0, 1, 2)
 STEPS = 5
-RATES = {"adam": 1e-3, "sgd": 0.05}
+RATES = {"adam": 1e-3, "sgd": 0.05, "muon": 0.02}
 
 
 class ResidualMLP(nn.Module):
@@ -66,7 +66,7 @@ def change(images, width: int, optimizer: str, *, aware: bool = True, extra: dic
             structure_aware=aware,
             extra_multipliers=extra,
         )
-        steps = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}[optimizer](groups)
+        steps = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD, "muon": Muon}[optimizer](groups)
         with torch.no_grad():
             before = model.features(x)
         for _ in range(STEPS):
@@ -128,3 +128,18 @@ def test_sgd_needs_the_number_of_carried_positions(images, structure):
     assert_flat([change(images, width, "sgd", **structure) for width in WIDTHS])
     without = [change(images, width, "sgd", extra={"blocks.*": 1 / math.isqrt(width)}, **structure) for width in WIDTHS]
     assert_falls(without)
+
+
+FAST = ("block_tensor_train of rank 4", "low_rank")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=() if n in FAST else pytest.mark.slow) for n in (*STRUCTURES, "dense")]
+)
+def test_muon(images, name):
+    """Orthogonalised updates of square blocks are right by themselves; the factors of low rank need the multiplier."""
+    make = STRUCTURES.get(name, lambda width: {"structure": "dense"})
+    assert_flat([change(images, width, "muon", **make(width)) for width in WIDTHS])
+    if name == "low_rank":
+        naive = [change(images, width, "muon", aware=False, **make(width)) for width in WIDTHS]
+        assert naive[-1] < 0.6 * naive[0], naive

@@ -156,6 +156,97 @@ def test_base_may_be_structured_dense_or_replaced():
     assert found[0] == found[1] == found[2]
 
 
+# -- Muon --------------------------------------------------------------------------------------------------------------
+
+
+def test_muon_multipliers_by_hand():
+    model, base = Net(64, rank=2, rms_cap=True), Net(16).to("meta")
+    groups = parameter_groups(model, base, lr=0.5, weight_decay=0.01, optimizer="muon", adam_lr=0.003)
+    assert_covers(groups, model)
+    found = multipliers(groups)
+    by_hand = {  # up: (4 * 16) / 16 at base width; two factors
+        "up.factors.0": (2 * 16 / 8 / 4) ** 0.5 / 2,
+        "up.factors.1": (16 / (2 * 8) / 4) ** 0.5 / 2,
+        "down.factors.0": (2 * 8 / 16 * 4) ** 0.5 / 2,
+        "down.factors.1": (8 / (2 * 16) * 4) ** 0.5 / 2,
+        "conv.weight": 2.0,  # 64 / 16 outputs, as many inputs
+        "depthwise.weight": 1.0,  # blocks of one output
+        "attention.q_proj_weight": 1.0,
+        "attention.k_proj_weight": 2.0,
+        "attention.v_proj_weight": 2.0,
+        "attention.out_proj.weight": 1.0,
+        "head.weight": 0.5,  # 10 outputs, 64 / 16 inputs
+    }
+    by_muon = {name for group in groups if group["matrices"] is not None for name in group["names"]}
+    assert by_muon == set(by_hand)
+    for name, value in by_hand.items():
+        assert found.pop(name) == pytest.approx(value, rel=1e-12), name
+    assert set(found) == OTHERS
+    assert set(found.values()) == {1.0}
+    for group in groups:
+        assert group["lr"] == (0.003 if group["matrices"] is None else 0.5) * group["multiplier"]
+
+
+def test_what_muon_leaves_to_adam():
+    model = nn.Sequential(
+        StructuredLinear(9, 9, structure="toeplitz"), StructuredLinear(9, 9, structure="diagonal"), nn.Linear(9, 9),
+        nn.ConvTranspose1d(9, 6, 3, groups=3), nn.ConvTranspose1d(9, 6, 3), nn.Linear(6, 4),
+    )  # fmt: skip
+    options = {"lr": 1.0, "optimizer": "muon", "adam_lr": 0.1}
+    rules = {"2.weight": ParameterRule(3.0)}
+
+    def left(**more):
+        groups = parameter_groups(model, rules=rules, **options, **more)
+        assert_covers(groups, model)
+        found = multipliers(groups)
+        assert found["2.weight"] == 3.0
+        assert found["0.factors.0"] == 9 / 9  # Adam's
+        return {n for g in groups if g["matrices"] is None for n in g["names"] if not n.endswith("bias")}
+
+    assert left() == {"0.factors.0", "1.factors.0", "2.weight", "3.weight"}
+    assert left(adam_layers="5") - left() == {"5.weight"}
+    assert left(adam_layers=[re.compile("5.weight"), "4"]) - left() == {"5.weight", "4.weight"}
+
+
+def test_naive_muon():
+    layer = StructuredLinear(64, 256, structure="low_rank", rank=4)
+    base = nn.Sequential(nn.Linear(16, 32))
+    groups = parameter_groups(
+        nn.Sequential(layer), base, lr=1, optimizer="muon", adam_lr=1, structure_aware=False
+    )  # fmt: skip
+    found = multipliers(groups)
+    assert found["0.factors.0"] == found["0.factors.1"] == pytest.approx((4 / 2) ** 0.5)
+
+
+def test_tied_weights_under_muon():
+    model = nn.ModuleDict({"embedding": nn.Embedding(30, 16), "head": nn.Linear(16, 30, bias=False)})
+    model["head"].weight = model["embedding"].weight
+    options = {"lr": 1, "optimizer": "muon", "adam_lr": 1, "decay": ("weight", "embedding")}
+    with pytest.raises(ValueError, match=r"embedding.weight and head.weight.*adam_layers"):
+        parameter_groups(model, **options)
+    groups = parameter_groups(model, adam_layers="head", **options)
+    assert groups[0]["matrices"] is None
+    groups = parameter_groups(model, rules={"*": ParameterRule(1.0)}, **options)
+    assert groups[0]["matrices"] is None
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"optimizer": "muon"}, "adam_lr is needed: Adam steps 0.bias"),
+        ({"optimizer": "muon", "adam_lr": -1.0}, "adam_lr must not be negative"),
+        ({"optimizer": "muon", "adam_lr": 1.0, "adam_layers": "haed"}, "adam_layers: nothing matches 'haed'"),
+        ({"optimizer": "sgd", "adam_lr": 1.0}, "go with optimizer='muon', not with 'sgd'"),
+        ({"adam_layers": "0"}, "go with optimizer='muon'"),
+    ],
+)
+def test_bad_arguments_of_muon(options, words):
+    with pytest.raises(ValueError, match=words):
+        parameter_groups(nn.Sequential(nn.Linear(4, 4)), lr=1, **options)
+    with pytest.raises(ValueError, match=r"adam_lr=1\.0 is not used"):
+        parameter_groups(nn.Sequential(nn.Linear(4, 4, bias=False)), lr=1, optimizer="muon", adam_lr=1.0)
+
+
 # -- decay -------------------------------------------------------------------------------------------------------------
 
 

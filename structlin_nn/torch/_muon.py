@@ -1,0 +1,222 @@
+"""Muon for structured matrices: momentum whose blocks are orthogonalised, beside Adam for what is no matrix."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.adamw import adamw
+
+from structlin.structure import AbstractStructure, Structure
+
+__all__ = ["Matrices", "Muon", "factor_matrices", "muon_multiplier", "orthogonalized"]
+
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+
+
+class Matrices(NamedTuple):
+    """How a parameter holds ``blocks`` matrices of (fan_out, fan_in): permute its axes by ``order``, then reshape."""
+
+    order: tuple[int, ...]
+    blocks: int
+    fan_out: int
+    fan_in: int
+
+    def view(self, x: Tensor) -> Tensor:
+        """(blocks, fan_out, fan_in)."""
+        return x.permute(self.order).reshape(self.blocks, self.fan_out, self.fan_in)
+
+    def back(self, matrices: Tensor, shape: Sequence[int]) -> Tensor:
+        """The inverse of :meth:`view`, for a parameter of ``shape``."""
+        inverse = [self.order.index(axis) for axis in range(len(self.order))]
+        return matrices.reshape([shape[axis] for axis in self.order]).permute(inverse)
+
+
+def factor_matrices(structure: AbstractStructure) -> tuple[Matrices | None, ...]:
+    """The matrices in each factor of a chain; None for a factor of another structure.
+
+    >>> factor_matrices(Structure.parse("pa,pfra->frp; frp,ferp->fe", p=2, a=3, f=5, r=4, e=6))[1]
+    Matrices(order=(0, 1, 2, 3), blocks=5, fan_out=6, fan_in=8)
+    """
+    if not isinstance(structure, Structure):
+        return (None,) * len(structure.factors)
+    return tuple(
+        Matrices(
+            tuple(step.factor.index(a) for roles in (step.batch, step.free, step.contracted) for a in roles),
+            factor.blocks, factor.fan_out, factor.fan_in,
+        )
+        for step, factor in zip(structure.steps, structure.factors, strict=True)
+    )  # fmt: skip
+
+
+def muon_multiplier(matrices: Matrices, base_d_in: int, base_d_out: int, count: int = 1) -> float:
+    """Learning-rate multiplier of one of ``count`` factors, on the rate tuned for the dense layer at base width.
+
+    The spectral condition asks of an update of each block a norm of order ``sqrt(fan_out / fan_in)`` (Yang, Simon,
+    Bernstein, *A Spectral Condition for Feature Learning*, 2023). An orthogonalised update has norm 1, a block diagonal
+    matrix the norm of its blocks, and carried positions do not change it: ``sqrt(fan_out / fan_in)``, relative to that
+    of the base layer. The changes that the factors make to the product add up, hence the division by their number, as
+    in Adam's rule.
+    """
+    own, base = matrices.fan_out / matrices.fan_in, base_d_out / base_d_in
+    return math.sqrt(own / base) / count
+
+
+def orthogonalized(x: Tensor, steps: int = 5, eps: float = 1e-7) -> Tensor:
+    """For matrices (..., m, n) with singular value decomposition U S V^T, about U V^T, by Newton-Schulz iterations.
+
+    The coefficients let the singular values end between 0.7 and 1.2, in few steps (Jordan et al., *Muon: An optimizer
+    for hidden layers in neural networks*, 2024). Computed in bfloat16 on CUDA and in float32 elsewhere.
+    """
+    a, b, c = NEWTON_SCHULZ
+    given, dtype = x, torch.bfloat16 if x.is_cuda else torch.float32
+    x = x.to(dtype)
+    tall = x.shape[-2] > x.shape[-1]
+    if tall:
+        x = x.mT
+    x = x / torch.linalg.matrix_norm(x, keepdim=True).clamp(min=eps)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * (gram @ gram)) @ x
+    return (x.mT if tall else x).to(given.dtype)
+
+
+class Muon(Optimizer):
+    """Muon for the matrices among the parameters, block by block, and AdamW for all others.
+
+    ``torch.optim.Muon`` takes parameters of two axes; a factor of a structured layer holds several matrices. The
+    update of a parameter is ``lr`` times its Nesterov momentum, orthogonalised (:func:`orthogonalized`), without any
+    further factor: the multipliers of :func:`parameter_groups` see to the scale. Weight decay is decoupled. Sharded
+    parameters (DTensors) are gathered, one at a time, to be orthogonalised.
+
+    Args:
+        params: groups of ``parameter_groups(..., optimizer="muon")``: those with a list ``matrices`` (how each of its
+            ``params`` holds matrices) are stepped by Muon, those without by AdamW.
+        lr: rate of groups that have none of their own.
+        weight_decay: likewise.
+        momentum: of Muon.
+        nesterov: look ahead.
+        ns_steps: Newton-Schulz iterations.
+        betas: of AdamW.
+        eps: of AdamW.
+
+    Raises:
+        ValueError: a negative rate or decay; a momentum or betas outside of [0, 1); no iterations; a group whose
+            ``matrices`` do not fit its ``params``; complex parameters under Muon.
+
+    >>> layer = torch.nn.Linear(4, 3, bias=False)
+    >>> group = {"params": [layer.weight], "matrices": [Matrices((0, 1), blocks=1, fan_out=3, fan_in=4)]}
+    >>> optimizer, before = Muon([group], lr=0.1), layer.weight.detach().clone()
+    >>> layer(torch.randn(5, 4)).square().sum().backward()
+    >>> optimizer.step()
+    >>> bool(torch.linalg.matrix_norm(layer.weight - before, 2) < 0.13)
+    True
+    """
+
+    def __init__(
+        self,
+        params: Iterable[dict[str, Any]],
+        lr: float = 1e-3,
+        weight_decay: float = 0.0,
+        *,
+        momentum: float = 0.95,
+        nesterov: bool = True,
+        ns_steps: int = 5,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+    ) -> None:
+        if not (lr >= 0 and weight_decay >= 0 and eps >= 0):
+            raise ValueError(f"lr, weight_decay and eps must not be negative, got {lr}, {weight_decay} and {eps}")
+        for name, value in (("momentum", momentum), ("betas[0]", betas[0]), ("betas[1]", betas[1])):
+            if not 0 <= value < 1:
+                raise ValueError(f"{name} must lie in [0, 1), got {value}")
+        if ns_steps < 1:
+            raise ValueError(f"ns_steps must be at least 1, got {ns_steps}")
+        defaults = {
+            "lr": lr, "weight_decay": weight_decay, "momentum": momentum, "nesterov": nesterov, "ns_steps": ns_steps,
+            "betas": betas, "eps": eps, "matrices": None,
+        }  # fmt: skip
+        super().__init__(params, defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group; raises as the constructor does."""
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        if group["matrices"] is None:
+            return
+        if len(group["matrices"]) != len(group["params"]):
+            raise ValueError(f"{len(group['params'])} params and {len(group['matrices'])} matrices in one group")
+        # Plain tuples, so that torch.load(weights_only=True) reads the state of the optimiser.
+        group["matrices"] = [tuple(m) for m in group["matrices"]]
+        for p, (order, blocks, fan_out, fan_in) in zip(group["params"], group["matrices"], strict=True):
+            if p.is_complex():
+                raise ValueError("Muon takes no complex parameters; leave them to Adam (adam_layers)")
+            if p.ndim != len(order) or p.numel() != blocks * fan_out * fan_in:
+                raise ValueError(
+                    f"a parameter of shape {tuple(p.shape)} does not hold {blocks} matrices of ({fan_out}, {fan_in})"
+                )
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step; returns the loss of ``closure`` if there is one."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            if group["matrices"] is None:
+                self._adam(group)
+            else:
+                for parameter, matrices in zip(group["params"], group["matrices"], strict=True):
+                    if parameter.grad is not None:
+                        self._muon(parameter, Matrices(*matrices), group)
+        return loss
+
+    def _muon(self, parameter: Tensor, matrices: Matrices, group: dict[str, Any]) -> None:
+        grad, state = parameter.grad, self.state[parameter]
+        assert grad is not None
+        if not state:
+            state["momentum_buffer"] = torch.zeros_like(grad)
+        buffer = state["momentum_buffer"]
+        buffer.lerp_(grad, 1 - group["momentum"])
+        update = grad.lerp(buffer, group["momentum"]) if group["nesterov"] else buffer
+        sharded = sys.modules.get("torch.distributed.tensor")
+        is_sharded = sharded is not None and isinstance(update, sharded.DTensor)
+        whole = update.full_tensor() if is_sharded else update
+        whole = matrices.back(orthogonalized(matrices.view(whole), group["ns_steps"]), whole.shape)
+        if is_sharded:  # all processes have the same numbers: each takes its part
+            whole = sharded.distribute_tensor(
+                whole.contiguous(), update.device_mesh, update.placements, src_data_rank=None
+            )
+        parameter.mul_(1 - group["lr"] * group["weight_decay"])
+        parameter.add_(whole, alpha=-group["lr"])
+
+    def _adam(self, group: dict[str, Any]) -> None:
+        parameters = [p for p in group["params"] if p.grad is not None]
+        for p in parameters:
+            if not self.state[p]:
+                self.state[p].update(
+                    step=torch.zeros((), dtype=torch.float32), exp_avg=torch.zeros_like(p),
+                    exp_avg_sq=torch.zeros_like(p),
+                )  # fmt: skip
+        states = [self.state[p] for p in parameters]
+        adamw(
+            parameters,
+            [p.grad for p in parameters],
+            *([state[key] for state in states] for key in ("exp_avg", "exp_avg_sq")),
+            [],
+            [state["step"] for state in states],
+            has_complex=any(p.is_complex() for p in parameters),
+            amsgrad=False,
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=False,
+        )
