@@ -201,3 +201,27 @@ class TestProjection:
         with pytest.raises(TypeError, match="a GPT2 of structlin_nn"):
             project_gpt2(torch.nn.Linear(3, 3), "low_rank")  # type: ignore[arg-type]
         assert project_gpt2(model, "monarch", layers="all_but_last", blocks=4).layers  # type: ignore[arg-type]
+
+
+def test_command_continues_with_published_weights(
+    tmp_path: Path, gpt2_vocabulary: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("tiktoken")
+    from structlin_nn.cli import main
+    from structlin_nn.data.bpe import GPT2Tokenizer
+
+    theirs = hugging_face(n_embd=8, n_layer=1, n_head=2, vocab_size=50257)
+    theirs.save_pretrained(tmp_path)
+    line = (
+        f"generate --pretrained {tmp_path} --vocabulary {gpt2_vocabulary} --tokens 6 --temperature 0 --endless --json"
+    )
+    assert main([*line.split(), "--prompt", "here it is"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    prompt = torch.tensor([GPT2Tokenizer(gpt2_vocabulary).encode("here it is")])
+    expected = theirs.generate(prompt, max_new_tokens=6, do_sample=False, eos_token_id=None, pad_token_id=0)
+    assert found["samples"][0]["tokens"] == expected[0, prompt.shape[1] :].tolist()
+
+    small = tmp_path / "small"
+    hugging_face().save_pretrained(small)
+    assert main(["generate", "--pretrained", str(small), "--vocabulary", str(gpt2_vocabulary)]) == 2
+    assert "the model knows 67 tokens, and gpt2 has 50257" in capsys.readouterr().err
