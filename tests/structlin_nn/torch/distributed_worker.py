@@ -13,7 +13,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from structlin_nn.torch import StructuredLinear
+from structlin_nn.torch import Muon, StructuredLinear, parameter_groups
 
 STEPS = 3
 
@@ -40,9 +40,11 @@ def data() -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randn(8, 12, generator=generator), torch.randn(8, 5, generator=generator)
 
 
-def train(model: nn.Module, x: torch.Tensor, target: torch.Tensor, spread) -> dict[str, object]:
+def train(model: nn.Module, x: torch.Tensor, target: torch.Tensor, spread, muon: bool = False) -> dict[str, object]:
     """Losses, gradients of the first step and parameters at the end; ``spread`` averages over processes."""
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    optimizer: torch.optim.Optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    if muon:
+        optimizer = Muon(parameter_groups(model, lr=1e-2, optimizer="muon", adam_lr=1e-2))
     losses, gradients = [], {}
     for step in range(STEPS):
         optimizer.zero_grad()
@@ -96,7 +98,7 @@ def run(rank: int, world_size: int, kind: str, folder: str) -> None:
                     layer.reset_parameters()
         result = {"sharded": all(isinstance(p, DTensor) for p in model.parameters())}
         result["initial"] = {n: whole(t.detach()).clone() for n, t in model.state_dict().items()}
-        result |= train(model, x, target, mean)
+        result |= train(model, x, target, mean, kind == "fsdp_muon")
     torch.save(result, Path(folder) / f"{kind}-{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()

@@ -25,27 +25,27 @@ def worker():
     del sys.modules[spec.name]
 
 
-@pytest.fixture(scope="module")
-def alone(worker):
+def alone(worker, kind):
     torch.manual_seed(0)
     model = worker.make_model()
     initial = {n: t.detach().clone() for n, t in model.state_dict().items()}
-    return {"initial": initial, **worker.train(model, *worker.data(), lambda loss: loss)}
+    return {"initial": initial, **worker.train(model, *worker.data(), lambda loss: loss, kind == "fsdp_muon")}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["ddp", "fsdp", "fsdp_meta"])
-def test_two_processes_do_what_one_does(worker, alone, kind, tmp_path):
+@pytest.mark.parametrize("kind", ["ddp", "fsdp", "fsdp_meta", "fsdp_muon"])
+def test_two_processes_do_what_one_does(worker, kind, tmp_path):
+    wanted = alone(worker, kind)
     multiprocessing.spawn(worker.run, (2, kind, str(tmp_path)), nprocs=2)
     for rank in range(2):
         result = torch.load(tmp_path / f"{kind}-{rank}.pt", weights_only=True)
-        torch.testing.assert_close(result["losses"], alone["losses"], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(result["losses"], wanted["losses"], rtol=1e-5, atol=1e-6)
         for what in ("gradients", "parameters"):
             found = {name.removeprefix("module."): value for name, value in result[what].items()}
-            assert found.keys() == alone[what].keys()
-            for name, value in alone[what].items():
+            assert found.keys() == wanted[what].keys()
+            for name, value in wanted[what].items():
                 torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
         if kind != "ddp":
             assert result["sharded"]
-            for name, value in alone["initial"].items():
+            for name, value in wanted["initial"].items():
                 assert torch.equal(result["initial"][name], value), name
