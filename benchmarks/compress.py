@@ -1,0 +1,110 @@
+"""Test error of a trained dense network against the MACs that its projections keep, with and without calibration.
+
+    python benchmarks/compress.py --out benchmarks/results/compress.json
+
+Trains the dense residual MLP of the package on the embedded images (or takes the run in ``--run``), then projects
+its linear layers, all but the last, at each budget, and evaluates without any further training. Calibration data are
+training images; the errors are those of the test images. One run, one seed: differences below about one standard error,
+given in the result, mean nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import math
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from _measure import machine
+from torch import nn
+
+from structlin_nn.data.augment import normalize
+from structlin_nn.data.load import load_images
+from structlin_nn.torch import project_linear, to_dense_linear
+from structlin_nn.training.cifar import evaluate
+from structlin_nn.training.config import TrainConfig
+from structlin_nn.training.loop import load_trained, train
+
+STRUCTURES = ("low_rank", "block_tensor_train", "monarch", "tensor_train")
+
+
+def measure(model: nn.Module, data: Any, name: str, fraction: float, calibration: list[torch.Tensor] | None) -> dict:
+    """One row of the table."""
+    compressed = copy.deepcopy(model)
+    start = time.perf_counter()
+    row = {"structure": name, "mac_fraction": fraction, "calibrated": calibration is not None}
+    try:
+        report = project_linear(compressed, name, mac_fraction=fraction, calibration=calibration)
+    except ValueError as error:  # a budget below the structure's smallest form
+        return {**row, "error": str(error)}
+    seconds = time.perf_counter() - start
+    test = (torch.from_numpy(data.test_images), torch.from_numpy(data.test_labels))
+    loss, wrong = evaluate(compressed, *test, data)
+    return {
+        **row,
+        "mac_ratio": report.macs_before / report.macs_after,
+        "param_ratio": report.params_before / report.params_after,
+        "test_loss": loss,
+        "test_error": wrong,
+        "project_seconds": seconds,
+        "report": report.to_dict(),
+    }
+
+
+def table(rows: list[dict], dense: dict) -> str:
+    """Test error in per cent: plain and calibrated side by side."""
+    lines = [f"dense: {100 * dense['test_error']:.2f} % of {dense['test_images']} test images wrong, standard error "
+             f"{100 * dense['standard_error']:.2f} %", "",
+             f"{'structure':<20}{'MACs kept':>10}{'plain':>9}{'calibrated':>12}"]  # fmt: skip
+    found = {(r["structure"], r["mac_fraction"], r["calibrated"]): r for r in rows}
+    for name, fraction in dict.fromkeys((r["structure"], r["mac_fraction"]) for r in rows):
+        pair = [found[name, fraction, calibrated] for calibrated in (False, True)]
+        shown = [f"{100 * r['test_error']:.2f}" if "test_error" in r else "-" for r in pair]
+        lines.append(f"{name:<20}{fraction:>10.3g}{shown[0]:>9}{shown[1]:>12}")
+    return "\n".join([*lines, "", "-: the budget is below the smallest form of the structure"])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", type=Path, help="folder of a finished dense run; default: train one")
+    parser.add_argument("--width", type=int, default=128)
+    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--structures", nargs="+", default=STRUCTURES)
+    parser.add_argument("--fractions", type=float, nargs="+", default=[0.5, 0.25, 0.125, 0.0625])
+    parser.add_argument("--calibration-images", type=int, default=2000)
+    parser.add_argument("--out", type=Path, help="where to write the JSON result")
+    arguments = parser.parse_args()
+    setting = {"width": arguments.width, "epochs": arguments.epochs, "calibration_images": arguments.calibration_images}
+    with tempfile.TemporaryDirectory() as folder:
+        place = arguments.run
+        if place is None:
+            place = Path(folder) / "run"
+            sizes = {"width": arguments.width, "epochs": arguments.epochs, "eval_every": arguments.epochs}
+            config = TrainConfig(**sizes, augment=False, mixup=0.0, label_smoothing=0.1)
+            train(config, place)
+        model = load_trained(place)
+    to_dense_linear(model)
+    data = load_images("fashion").as_32x32_rgb()
+    images = torch.from_numpy(data.train_images[: arguments.calibration_images])
+    calibration = [normalize(batch, data.mean, data.std) for batch in images.split(500)]
+    test = (torch.from_numpy(data.test_images), torch.from_numpy(data.test_labels))
+    loss, wrong = evaluate(model, *test, data)
+    dense = {"test_loss": loss, "test_error": wrong, "test_images": len(data.test_labels),
+             "standard_error": math.sqrt(wrong * (1 - wrong) / len(data.test_labels))}  # fmt: skip
+    rows = []
+    for name in arguments.structures:
+        for fraction in arguments.fractions:
+            rows += [measure(model, data, name, fraction, given) for given in (None, calibration)]
+    print(table(rows, dense))
+    if arguments.out:
+        result = {"setting": setting, "machine": machine("cpu"), "dense": dense, "rows": rows}
+        arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
