@@ -215,7 +215,7 @@ def test_command_continues_with_published_weights(
     line = (
         f"generate --pretrained {tmp_path} --vocabulary {gpt2_vocabulary} --tokens 6 --temperature 0 --endless --json"
     )
-    assert main([*line.split(), "--prompt", "here it is"]) == 0
+    assert main([*line.split(), "--json", "--prompt", "here it is"]) == 0
     found = json.loads(capsys.readouterr().out)
     prompt = torch.tensor([GPT2Tokenizer(gpt2_vocabulary).encode("here it is")])
     expected = theirs.generate(prompt, max_new_tokens=6, do_sample=False, eos_token_id=None, pad_token_id=0)
