@@ -31,6 +31,7 @@ def replace_linear(
     rms_cap: bool = False,
     gain: bool | None = None,
     rule: str = "paper",
+    checkpoint: bool = False,
     **options: Any,
 ) -> ReplacementReport:
     """Replace linear layers of ``model``, in place, by freshly drawn :class:`StructuredLinear` layers.
@@ -55,7 +56,7 @@ def replace_linear(
         zero_init: patterns of layers whose factor applied last starts at zero.
         shared_weights: a layer whose weight or bias is a parameter of another module too (a head tied to its
             embedding) cannot be replaced without untying it: ``"error"``, or ``"skip"`` to leave such layers alone.
-        rms_cap, gain, rule: as in :class:`StructuredLinear`.
+        rms_cap, gain, rule, checkpoint: as in :class:`StructuredLinear`.
         **options: of the named structure.
 
     Returns:
@@ -100,7 +101,8 @@ def replace_linear(
         others = [o for p in linear.parameters() for o in owners[p] if o.rpartition(".")[0] not in names]
         if not others:
             new_structure = structure(names[0], linear) if callable(structure) else structure
-            common = {"rms_cap": rms_cap, "gain": gain, "rule": rule, "zero_init": linear in zeroed, **options}
+            common = {"rms_cap": rms_cap, "gain": gain, "rule": rule, "checkpoint": checkpoint}
+            common |= {"zero_init": linear in zeroed, **options}
             made[linear] = _structured(names[0], linear, new_structure, common)
         elif shared_weights == "skip":
             skipped.append((names[0], f"shares {', '.join(others)}"))

@@ -361,15 +361,100 @@ def test_replaced_models_copy_and_load():
     assert torch.equal(copy.deepcopy(model)(x), model(x))
 
 
-def test_gpt2_of_transformers():
+# -- models of others --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def gpt2():
     transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
     config = transformers.GPT2Config(
-        n_embd=24, n_layer=1, n_head=4, vocab_size=50, n_positions=16, bos_token_id=0, eos_token_id=0
-    )
-    model = transformers.GPT2LMHeadModel(config)
-    replace_linear(model, "low_rank", layers="all_but_last")
-    assert structured(model) == [
-        f"transformer.h.0.{n}" for n in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
-    ]
-    assert model.transformer.h[0].attn.c_attn.structure.shape == (72, 24)
-    assert model(torch.randint(0, 50, (2, 7))).logits.shape == (2, 7, 50)
+        n_embd=24, n_layer=2, n_head=4, vocab_size=50, n_positions=16, bos_token_id=0, eos_token_id=0, resid_pdrop=0.0,
+        embd_pdrop=0.0, attn_pdrop=0.0,
+    )  # fmt: skip
+    return transformers.GPT2LMHeadModel(config)
+
+
+CONV1D = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+
+
+@pytest.mark.parametrize(
+    ("layers", "shared"), [("all_but_last", "error"), ("all", "skip"), ("transformer.h.*", "error")]
+)
+def test_gpt2_of_transformers(gpt2, layers, shared):
+    report = replace_linear(gpt2, "low_rank", layers=layers, shared_weights=shared, rank=3, checkpoint=True)
+    assert structured(gpt2) == [f"transformer.h.{i}.{n}" for i in range(2) for n in CONV1D]
+    attention = gpt2.transformer.h[0].attn.c_attn
+    assert attention.structure.shape == (72, 24)  # its Conv1D had a weight of (24, 72)
+    assert attention.checkpoint
+    assert report.skipped == ((("lm_head", "shares transformer.wte.weight"),) if shared == "skip" else ())
+    assert gpt2.lm_head.weight is gpt2.transformer.wte.weight
+
+
+def test_tied_head_of_gpt2_is_not_untied_by_mistake(gpt2):
+    with pytest.raises(ValueError, match=r"'lm_head' shares transformer.wte.weight"):
+        replace_linear(gpt2, "low_rank", layers="all")
+    assert structured(gpt2) == []
+
+
+def test_replaced_gpt2_trains_generates_and_is_saved(gpt2, tmp_path):
+    replace_linear(gpt2, "block_tensor_train", layers="transformer.h.*", zero_init="*.c_proj")
+    ids = torch.randint(0, 50, (4, 12))
+    optimizer = torch.optim.Adam(gpt2.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(25):
+        loss = gpt2(ids, labels=ids).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.5 * losses[0]
+    gpt2.eval()
+    gpt2.generation_config.pad_token_id = 0
+    made = gpt2.generate(ids[:, :4], max_new_tokens=3, min_new_tokens=3, do_sample=False)
+    with torch.no_grad():  # with the cache of keys and values as without
+        assert torch.equal(made[:, 4], gpt2(ids[:, :4]).logits[:, -1].argmax(-1))
+    gpt2.save_pretrained(tmp_path)
+    safetensors = pytest.importorskip("safetensors.torch")
+    state = safetensors.load_file(tmp_path / "model.safetensors")
+    other = copy.deepcopy(gpt2)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.zero_()
+    other.load_state_dict(state, strict=False)
+    other.tie_weights()
+    assert torch.equal(other(ids).logits, gpt2(ids).logits)
+
+
+def test_conv1d_is_replaced_the_right_way_round():
+    """The factor of a dense structure, set to the weight: the same outputs."""
+    pytest.importorskip("transformers")
+    from transformers.pytorch_utils import Conv1D
+
+    torch.manual_seed(0)
+    model = nn.Sequential(Conv1D(7, 5))
+    weight, x = model[0].weight.detach().clone(), torch.randn(3, 5)
+    wanted = model(x)
+    replace_linear(model, "dense", layers="all")
+    with torch.no_grad():
+        model[0].factors[0].copy_(weight.T)
+    torch.testing.assert_close(model(x), wanted)
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "mixer_s32_224"])
+def test_timm(name):
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=5, img_size=64)
+    before = sum(p.numel() for p in model.parameters())
+    report = replace_linear(model, "low_rank", layers="all_but_last", rank=2)
+    linear = [n for n, m in model.named_modules() if isinstance(m, nn.Linear)]
+    assert len(linear) == 1  # the head
+    assert len(structured(model)) == len(report.layers) >= 12
+    after = sum(p.numel() for p in model.parameters())
+    assert before - after == sum(r.params_before - r.params_after for r in report.layers) > 0
+    x = torch.randn(2, 3, 64, 64)
+    F.cross_entropy(model(x), torch.tensor([1, 3])).backward()
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters())
+    model.eval()
+    assert torch.equal(copy.deepcopy(model)(x), model(x))
