@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from flax import nnx
+from flax import linen, nnx
 from jax.test_util import check_grads
 
 import structlin
@@ -264,6 +264,24 @@ class TestTransforms:
         assert layer.options == {"factorization": ((5, 2), (3, 4))}
         assert "structure=kronecker factorization=((5, 2), (3, 4))" in repr(layer)
         hash(nnx.graphdef(layer))  # jit needs it
+
+
+@pytest.mark.slow
+def test_in_linen() -> None:
+    class Net(linen.Module):
+        @linen.compact
+        def __call__(self, x: jax.Array) -> jax.Array:
+            return nnx.bridge.to_linen(StructuredLinear, 6, 35, structure="block_tensor_train", rank=2, name="inner")(x)
+
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((3, 6)), jnp.float32)
+    variables = Net().init(jax.random.key(0), x)
+    factors = variables["params"]["inner"]["factors"]
+    layer = StructuredLinear(6, 35, structure="block_tensor_train", rank=2, rngs=nnx.Rngs(0))
+    for number, factor in enumerate(layer.factors):
+        factor[...] = factors[number]
+    np.testing.assert_allclose(Net().apply(variables, x), layer(x), rtol=1e-6, atol=1e-6)
+    gradient = jax.grad(lambda p: Net().apply({**variables, "params": p}, x).sum())(variables["params"])
+    assert all(np.abs(array).max() > 0 for array in arrays(gradient))
 
 
 def run_with_two_devices(code: str) -> None:

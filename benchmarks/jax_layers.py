@@ -1,0 +1,184 @@
+"""Structured contractions under jax.jit against the dense product and against other orders of the same contraction.
+
+    python benchmarks/jax_layers.py --out benchmarks/results/jax_layers.json
+    XLA_FLAGS="--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1" python benchmarks/jax_layers.py
+    python benchmarks/jax_layers.py --sizes 1024 4096 --tokens 1024 16384 --dtype bfloat16
+
+One run; within a row all implementations are called in turn, and ratios of the medians are reported: the speed-up over
+the dense product and the efficiency, which is the speed-up divided by the ratio of MACs, dense to structured. With
+them stands how many transposed arrays XLA writes in the compiled program (its `transpose` operations that are not
+layouts alone), forward and forward+backward: each is a pass over an activation.
+
+- `structlin`: what the flax layer runs (tokens innermost between the products);
+- `einsum`: one `jnp.einsum` for each step, with the tokens in front, as the chain is written;
+- `dot_general`: the same products in the order in which `lax.dot_general` leaves its results, and one transposition
+  at the end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from _measure import machine, medians
+
+import structlin
+from structlin import Structure
+
+CASES: dict[str, tuple[str, dict[str, object]]] = {
+    "low_rank": ("low_rank", {"rank_fraction": 0.125}),
+    "kronecker": ("kronecker", {}),
+    "monarch_4": ("monarch", {"blocks": 4}),
+    "monarch_16": ("monarch", {"blocks": 16}),
+    "tt_8": ("tensor_train", {"rank": 8}),
+    "btt_1": ("block_tensor_train", {"rank": 1}),
+    "btt_4": ("block_tensor_train", {"rank": 4}),
+    "btt_16": ("block_tensor_train", {"rank": 16}),
+}
+Contraction = Callable[[Sequence[jax.Array], jax.Array], jax.Array]
+
+
+def by_structlin(structure: Structure) -> Contraction:
+    return structure.apply
+
+
+def by_einsum(structure: Structure) -> Contraction:
+    sizes = dict(structure.sizes)
+
+    def run(factors: Sequence[jax.Array], x: jax.Array) -> jax.Array:
+        tokens = len(x)
+        for step, factor in zip(structure.steps, factors, strict=True):
+            x = x.reshape(tokens, *(sizes[axis] for axis in step.input))
+            x = jnp.einsum(f"Z{step.input},{step.factor}->Z{step.output}", x, factor)
+        return x.reshape(tokens, -1)
+
+    return run
+
+
+def by_dot_general(structure: Structure) -> Contraction:
+    sizes = dict(structure.sizes)
+
+    def run(factors: Sequence[jax.Array], x: jax.Array) -> jax.Array:
+        labels, tokens = "*" + structure.steps[0].input, len(x)
+        x = x.reshape([sizes.get(axis, tokens) for axis in labels])
+        for step, factor in zip(structure.steps, factors, strict=True):
+            batch, contracted = ([a for a in labels if a in role] for role in (step.batch, step.contracted))
+            rest = [a for a in labels if a not in batch and a not in contracted]
+            where = [([t.index(a) for a in contracted], [t.index(a) for a in batch]) for t in (labels, step.factor)]
+            x = jax.lax.dot_general(x, factor, ((where[0][0], where[1][0]), (where[0][1], where[1][1])))
+            labels = "".join([*batch, *rest, *(a for a in step.factor if a in step.free)])
+        x = x.transpose([labels.index(axis) for axis in "*" + structure.steps[-1].output])
+        return x.reshape(tokens, -1)
+
+    return run
+
+
+IMPLEMENTATIONS = {"structlin": by_structlin, "einsum": by_einsum, "dot_general": by_dot_general}
+
+
+def dense(factors: Sequence[jax.Array], x: jax.Array) -> jax.Array:
+    return x @ factors[0].T
+
+
+def with_backward(contraction: Contraction) -> Contraction:
+    """The contraction and the gradients of factors and input, for a fixed gradient of the output."""
+
+    def run(factors: Sequence[jax.Array], x: jax.Array) -> jax.Array:
+        y, back = jax.vjp(contraction, factors, x)
+        return y, back(jnp.ones_like(y))
+
+    return run
+
+
+def transposes(program: str) -> int:
+    """Arrays that a compiled program writes in another order than it reads them.
+
+    A `transpose` that only renames the axes of a layout is a bitcast, and XLA's text calls it so.
+    """
+    return len(re.findall(r" transpose\(", program))
+
+
+def measure(label: str, size: int, tokens: int, dtype: str, repeats: int) -> dict[str, object]:
+    name, options = CASES[label]
+    structure = structlin.design(name, (size, size), **options)
+    rng = np.random.default_rng(0)
+    factors = [jnp.asarray(f, dtype) for f in structlin.random_factors(structure)]
+    x = jnp.asarray(rng.standard_normal((tokens, size)), dtype)
+    weight = [jnp.asarray(rng.standard_normal((size, size)) / size**0.5, dtype)]
+    contractions = {implementation: make(structure) for implementation, make in IMPLEMENTATIONS.items()}
+    expected = np.asarray(contractions["einsum"](factors, x), np.float64)
+    for implementation, contraction in contractions.items():
+        error = np.linalg.norm(np.asarray(contraction(factors, x), np.float64) - expected) / np.linalg.norm(expected)
+        if not error < (3e-2 if dtype == "bfloat16" else 1e-4):
+            raise AssertionError(f"{implementation} of {label} {size}: relative error {error}")
+
+    ratio = size * size / structure.macs
+    found: dict[str, dict[str, float]] = {implementation: {} for implementation in contractions}
+    seconds: dict[str, float] = {}
+    for kind, change in (("forward", lambda f: f), ("forward_backward", with_backward)):
+        compiled = [jax.jit(change(dense)).lower(weight, x).compile()]
+        compiled += [jax.jit(change(c)).lower(factors, x).compile() for c in contractions.values()]
+        given = [weight] + [factors] * len(contractions)
+        calls = [lambda c=c, f=f: jax.block_until_ready(c(f, x)) for c, f in zip(compiled, given, strict=True)]
+        times = medians(calls, repeats)
+        seconds[kind] = times[0]
+        for implementation, program, time in zip(contractions, compiled[1:], times[1:], strict=True):
+            found[implementation] |= {
+                f"{kind}_speed_up": times[0] / time,
+                f"{kind}_efficiency": times[0] / time / ratio,
+                f"{kind}_transposes": transposes(program.as_text()),
+            }
+    return {
+        "structure": label, "options": options, "size": size, "tokens": tokens, "macs": structure.macs,
+        "mac_ratio": ratio, "dense_seconds": seconds, "implementations": found,
+    }  # fmt: skip
+
+
+def table(rows: Sequence[Mapping[str, object]]) -> str:
+    """Efficiency forward / forward+backward, and transposes in brackets."""
+    lines = [["structure", "size", "tokens", "MAC ratio", *IMPLEMENTATIONS]]
+    for row in rows:
+        cells = []
+        for implementation in IMPLEMENTATIONS:
+            f = row["implementations"][implementation]  # type: ignore[index]
+            cells.append(
+                f"{f['forward_efficiency']:.2f} / {f['forward_backward_efficiency']:.2f} "
+                f"({f['forward_transposes']} / {f['forward_backward_transposes']})"
+            )
+        lines.append([str(row["structure"]), str(row["size"]), str(row["tokens"]), f"{row['mac_ratio']:.1f}", *cells])
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--structures", nargs="+", choices=CASES, default=list(CASES), metavar="NAME")
+    parser.add_argument("--sizes", nargs="+", type=int, default=[1024])
+    parser.add_argument("--tokens", nargs="+", type=int, default=[1024])
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--repeats", type=int, default=11)
+    parser.add_argument("--out", type=Path, help="JSON file to write")
+    arguments = parser.parse_args()
+    flags, devices = os.environ.get("XLA_FLAGS", ""), [device.platform for device in jax.devices()]
+    place = {**machine("cpu"), "jax": jax.__version__, "xla_flags": flags, "devices": devices}
+    rows: list[dict[str, object]] = []
+    for size in arguments.sizes:
+        for tokens in arguments.tokens:
+            for label in arguments.structures:
+                rows.append(measure(label, size, tokens, arguments.dtype, arguments.repeats))
+                print(table(rows[-1:]).splitlines()[-1], flush=True)
+                if arguments.out is not None:
+                    result = {"machine": place, "dtype": arguments.dtype, "repeats": arguments.repeats, "rows": rows}
+                    arguments.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print("\nefficiency forward / forward+backward (transposed arrays written)\n" + table(rows))
+
+
+if __name__ == "__main__":
+    main()
