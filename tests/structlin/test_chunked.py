@@ -8,10 +8,12 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import structlin as sl
-from structlin import _chunked
+from structlin import _chunked, _small
 from structlin.testing import dense_matrix, random_chain
 
 CASES = {
+    "kronecker": ((35, 6), {}),
+    "tensor_train": ((30, 24), {"cores": 3, "rank": 2}),
     "block_tensor_train": ((35, 6), {"rank": 2}),
     "monarch": ((11, 7), {"blocks": 2}),
     "blast": ((15, 6), {"blocks": 3, "rank": 2}),
@@ -27,11 +29,24 @@ def make(name, dtype=torch.float64, tokens=11):
     return structure, factors, x
 
 
-@pytest.fixture
-def small_chunks(monkeypatch):
-    """Several chunks for a few tokens, the last one shorter."""
-    monkeypatch.setattr(_chunked, "MIN_CHUNK", 4)
-    monkeypatch.setattr(_chunked, "MAX_CHUNK", 4)
+ENGINES = ["numpy", "torch"]
+ALL_ENGINES = ["numpy", "torch", "parts", "threads"]
+
+
+@pytest.fixture(params=ENGINES)
+def small_chunks(monkeypatch, request):
+    """Several chunks for a few tokens, the last one shorter, with the products of NumPy and with those of torch."""
+    for name in ("MIN_CHUNK", "MAX_CHUNK", "SMALL_CHUNK"):
+        monkeypatch.setattr(_chunked, name, 4)
+    monkeypatch.setattr(_chunked, "PACK_TOKENS", 4)
+    monkeypatch.setattr(_chunked, "FEW", 0)
+    monkeypatch.setattr(_small, "is_faster", lambda: request.param != "torch")
+    if request.param == "parts":  # cut into rows one by one where more than one would be too many
+        monkeypatch.setattr(_small, "parts", lambda rows, inner, columns: rows)
+    before = torch.get_num_threads()
+    torch.set_num_threads(3 if request.param == "threads" else 1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture
@@ -43,6 +58,7 @@ def calls(monkeypatch):
     return made
 
 
+@pytest.mark.parametrize("small_chunks", ALL_ENGINES, indirect=True)
 @pytest.mark.parametrize("name", CASES)
 def test_values_and_gradients(name, small_chunks, calls):
     structure, factors, x = make(name)
@@ -150,8 +166,8 @@ def test_random_chains_agree(small_chunks):
     assert run >= 20
 
 
-@pytest.mark.parametrize("name", ["dense", "low_rank", "kronecker"])
-def test_chains_without_blocks_are_left_to_the_portable_plan(name, calls):
+@pytest.mark.parametrize("name", ["dense", "low_rank"])
+def test_chains_of_plain_matrices_are_left_to_the_portable_plan(name, calls):
     structure = sl.design(name, (35, 6))
     factors = [f.requires_grad_() for f in sl.random_factors(structure, backend="torch")]
     structure.apply(factors, torch.ones(3, 6)).sum().backward()
