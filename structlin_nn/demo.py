@@ -17,16 +17,13 @@ from __future__ import annotations
 
 import json
 import os
-import queue
 import signal
-import sys
 from collections.abc import Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+from structlin_nn.sweeps.local import Job, default_workers, run_all, state_of
 from structlin_nn.training.config import TrainConfig
 from structlin_nn.training.files import atomic_write
 from structlin_nn.training.records import Record, read_record
@@ -35,9 +32,6 @@ __all__ = ["TOLERANCE", "DemoResult", "compute_difference", "configurations", "d
 
 TOLERANCE = 0.03
 """By how much the compute of a structured network may differ from that of the dense network beside it."""
-
-MAX_WORKERS = 8
-"""Processes that are started unless more are asked for; each takes about half a gigabyte of memory."""
 
 # Structure, options, width at each amount of compute. The dense widths set the compute.
 WIDTHS: tuple[tuple[str, dict[str, Any], tuple[int, ...]], ...] = (
@@ -151,7 +145,7 @@ def demo(
         folder: where to write; runs that are there already, finished or not, are taken up.
         seed: of all runs.
         quick: see `configurations`.
-        workers: processes, by default one for each core, and `MAX_WORKERS` at most.
+        workers: processes, by default one for each core, and 8 at most.
         progress: bars on stderr.
 
     Raises:
@@ -160,15 +154,20 @@ def demo(
     """
     folder = Path(folder)
     configs = configurations(seed, quick)
-    if workers is None:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        workers = min(cores, MAX_WORKERS)
+    workers = default_workers() if workers is None else workers
     if workers < 1:
         raise ValueError(f"workers must be at least 1, got {workers}")
     folders = {name: folder / name for name in configs}
     folder.mkdir(parents=True, exist_ok=True)
-    left = {name: config for name, config in configs.items() if not _is_finished(config, folders[name])}
-    stopped = _run_all(left, folders, min(workers, len(left)), progress) if left else None
+    states = {name: state_of(config, folders[name]) for name, config in configs.items()}
+    left = {name: Job(configs[name], folders[name]) for name, state in states.items() if state != "finished"}
+    work = {name: configs[name].epochs * (100 + configs[name].width) for name in left}  # near enough to seconds
+    outcome = run_all(left, workers=workers, weights=work, progress=progress)
+    if outcome.failed:
+        from structlin_nn.training.loop import TrainingError
+
+        raise TrainingError("; ".join(f"{name}: {message}" for name, message in outcome.failed.items()))
+    stopped = outcome.signal
     records = [run / "record.jsonl" for run in folders.values()]
     result = DemoResult([], folder, records, folder / "demo.png", folder / "demo.json", stopped)
     if stopped is not None:
@@ -188,113 +187,3 @@ def compute_difference(rows: Sequence[dict[str, Any]]) -> float:
     """The largest relative difference of a network's training compute from that of the dense one beside it."""
     dense = [row["training_macs"] for row in rows if row["structure"] == "dense"]
     return max(min(abs(row["training_macs"] / macs - 1) for macs in dense) for row in rows)
-
-
-def _is_finished(config: TrainConfig, folder: Path) -> bool:
-    """Whether the run is there and at its end; ValueError where it is one of another configuration."""
-    checkpoint, record = folder / "checkpoint.pt", folder / "record.jsonl"
-    if not checkpoint.exists() or not record.exists():
-        return False
-    try:
-        found = read_record(record)
-    except ValueError:  # cut off: resuming repairs it
-        return False
-    config.check_continues(TrainConfig.from_dict(found.header["config"]), folder)
-    return found.finished
-
-
-def _run_all(
-    configs: dict[str, TrainConfig], folders: dict[str, Path], workers: int, progress: bool
-) -> signal.Signals | None:
-    """Train all, the widest first, so that no core is left with a long run at the end."""
-    from tqdm import tqdm  # type: ignore[import-untyped]
-
-    from structlin_nn.training.interrupt import Interruption
-
-    context = get_context("spawn")
-    messages, stop = context.Queue(), context.Event()
-    interval = 0.2 if sys.stderr.isatty() else 15.0
-    work = {name: config.epochs * (100 + config.width) for name, config in configs.items()}  # near enough to seconds
-    total = sum(work.values())
-    order = sorted(configs, key=lambda name: -configs[name].width)
-    with (
-        Interruption() as interruption,
-        ProcessPoolExecutor(workers, context, _prepare_worker, (messages, stop)) as pool,
-        tqdm(
-            total=total, desc=f"{len(configs)} runs", disable=not progress, dynamic_ncols=True, mininterval=interval,
-            bar_format="{desc}: {percentage:3.0f}%|{bar}| [{elapsed}<{remaining}] {postfix}",
-        ) as bar,
-    ):  # fmt: skip
-        running: set[Future[bool]] = {pool.submit(_train, name, configs[name], str(folders[name])) for name in order}
-        done = 0
-        try:
-            while running:
-                finished, running = wait(running, timeout=0.1, return_when=FIRST_COMPLETED)
-                for future in finished:
-                    done += future.result()
-                if interruption.signal is not None and not stop.is_set():
-                    stop.set()
-                    pool.shutdown(wait=False, cancel_futures=True)
-                # `wait` does not count those as done.
-                running = {future for future in running if not future.cancelled()}
-                for name, share, text in _waiting(messages):
-                    bar.set_postfix_str(f"{done} done, {name}: {text}", refresh=False)
-                    bar.update(share * work[name])
-        except BaseException:
-            stop.set()
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-        if interruption.signal is None:
-            bar.update(max(0.0, total - bar.n))
-    return interruption.signal
-
-
-def _waiting(messages: Any) -> list[tuple[str, float, str]]:
-    found = []
-    while True:
-        try:
-            found.append(messages.get_nowait())
-        except queue.Empty:
-            return found
-
-
-_messages: Any = None
-_stop: Any = None
-
-
-def _prepare_worker(messages: Any, stop: Any) -> None:
-    global _messages, _stop
-    _messages, _stop = messages, stop
-    messages.cancel_join_thread()
-    # Ctrl-C reaches every process of the terminal; runs write a checkpoint then, and the parent ends the rest.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-class _Reporter:
-    """Sends the progress of a run to the parent: its name, the share done since the last time, and a text."""
-
-    def __init__(self, name: str) -> None:
-        self.name, self.total, self.waiting = name, 1, 0
-
-    def start(self, total: int, done: int, label: str) -> None:
-        self.total = total
-        if done:
-            _messages.put((self.name, done / total, "resumed"))
-
-    def update(self, images: int, loss: float | None) -> None:
-        self.waiting += images
-        if self.waiting >= self.total / 50:
-            _messages.put((self.name, self.waiting / self.total, "" if loss is None else f"loss {loss:.3f}"))
-            self.waiting = 0
-
-    def say(self, text: str) -> None: ...
-
-    def close(self) -> None: ...
-
-
-def _train(name: str, config: TrainConfig, folder: str) -> bool:
-    from structlin_nn.training.loop import fit, setup
-
-    if _stop.is_set():
-        return False
-    return fit(setup(config, folder, resume=True), _Reporter(name), stop=_stop.is_set).finished

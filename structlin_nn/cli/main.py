@@ -18,7 +18,7 @@ __all__ = ["main"]
 
 COMMANDS = {
     name: "structlin_nn.cli." + name.replace("-", "_")
-    for name in ("demo", "prepare", "train", "generate", "structures", "count", "fit", "plan")
+    for name in ("demo", "prepare", "train", "sweep", "generate", "structures", "count", "fit", "plan", "check-scale")
 }
 DESCRIPTION = "Structured matrices in neural networks: see what there is, count what it costs, and train with it."
 EXAMPLES = """\

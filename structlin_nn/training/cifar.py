@@ -18,7 +18,7 @@ from structlin_nn.training.config import TrainConfig
 from structlin_nn.training.distributed import Processes
 from structlin_nn.training.task import Task, split
 
-__all__ = ["EVALUATED_TRAINING_IMAGES", "CifarTask", "evaluate"]
+__all__ = ["EVALUATED_TRAINING_IMAGES", "CifarTask", "cifar_steps", "evaluate"]
 
 EVALUATED_TRAINING_IMAGES = 10_000
 """At most so many, the first of the training images, are evaluated."""
@@ -66,15 +66,7 @@ class CifarTask(Task):
         self.augment = _augmentation(config, self.data)
         self.generator = torch.Generator().manual_seed(config.seed)
         self.per_epoch = len(self.batches)
-        self.steps = config.epochs * self.per_epoch
-        if config.steps:
-            if config.steps > self.steps or config.steps <= self.steps - self.per_epoch:
-                needed = -(-config.steps // self.per_epoch)
-                raise ValueError(
-                    f"{config.steps} steps of {self.per_epoch} an epoch end in epoch {needed}: epochs must be "
-                    f"{needed}, got {config.epochs}"
-                )
-            self.steps = config.steps
+        self.steps = cifar_steps(config, len(self.data.train_labels))
         self.warmup = round(config.warmup_epochs * self.per_epoch)
 
     def described(self) -> dict[str, Any]:
@@ -92,9 +84,6 @@ class CifarTask(Task):
         data = self.data
         images = f"{len(data.train_labels):,} training and {len(data.test_labels):,} test images"
         return f"{data.name}, {images}; {data.source}"
-
-    def example(self) -> Tensor:
-        return torch.zeros(1, *self.batches.images.shape[1:], device="meta")
 
     def parts(self) -> list[Any]:
         images, labels = next(iter(self.batches))
@@ -156,6 +145,24 @@ class CifarTask(Task):
     def measures(self, step: int) -> bool:
         every = self.config.measure_every
         return step % every == 0 if every else self.evaluates(step)
+
+
+def cifar_steps(config: TrainConfig, images: int) -> int:
+    """Steps of a run on so many training images.
+
+    Raises:
+        ValueError: `config.steps` that do not end within the last epoch.
+
+    >>> cifar_steps(TrainConfig(batch_size=1024, epochs=11, steps=500), 50_000)
+    500
+    """
+    per_epoch = images // config.batch_size
+    if config.steps and per_epoch and (needed := -(-config.steps // per_epoch)) != config.epochs:
+        raise ValueError(
+            f"{config.steps} steps of {per_epoch} an epoch end in epoch {needed}: epochs must be {needed}, got "
+            f"{config.epochs}"
+        )
+    return config.steps or config.epochs * per_epoch
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ from structlin_nn.training.config import GPT2TrainConfig
 from structlin_nn.training.distributed import Processes
 from structlin_nn.training.task import Task
 
-__all__ = ["GPT2Task", "token_loss"]
+__all__ = ["GPT2Task", "model_vocabulary", "token_loss"]
 
 EVALUATION_SEED = 2**31 - 1
 """Of the pieces that are evaluated: the same in every evaluation of every run."""
@@ -48,9 +48,7 @@ class GPT2Task(Task):
             raise ValueError("GPT-2 is trained on a folder with train.bin and val.bin: none was given")
         self.data = open_tokens(data_root)
         self.digest = self.data.digest
-        self.outputs = config.vocabulary or -(-self.data.vocab_size // 64) * 64
-        if self.outputs < self.data.vocab_size:
-            raise ValueError(f"vocabulary {self.outputs} is smaller than that of the data, {self.data.vocab_size}")
+        self.outputs = model_vocabulary(config, self.data.vocab_size)
         self.steps, self.warmup = config.steps, config.warmup_steps
         # Evaluation takes as many sequences at once as a part of a step, and so fits where that does.
         self.evaluated = part * processes.size
@@ -85,9 +83,6 @@ class GPT2Task(Task):
         data = self.data
         tokens = f"{len(data.train):,} training and {len(data.val):,} validation tokens"
         return f"{data.name}, {tokens}, vocabulary {data.vocab_size}"
-
-    def example(self) -> Tensor:
-        return torch.zeros(1, self.config.context, dtype=torch.int64, device="meta")
 
     def parts(self) -> list[Any]:
         x, y = next(self.batches)
@@ -133,6 +128,21 @@ class GPT2Task(Task):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.batches.load_state_dict(state)
+
+
+def model_vocabulary(config: GPT2TrainConfig, size: int) -> int:
+    """Tokens that the model knows, for data with a vocabulary of `size`.
+
+    Raises:
+        ValueError: a vocabulary that is smaller than that of the data.
+
+    >>> model_vocabulary(GPT2TrainConfig(), 50257)
+    50304
+    """
+    known = config.vocabulary or -(-size // 64) * 64
+    if known < size:
+        raise ValueError(f"vocabulary {known} is smaller than that of the data, {size}")
+    return known
 
 
 @torch.no_grad()

@@ -16,23 +16,27 @@ from structlin_nn.counting import count
 from structlin_nn.torch import StructuredLinear
 from structlin_nn.training.base import RunConfig
 from structlin_nn.training.distributed import Processes
-from structlin_nn.training.model import make_model
-from structlin_nn.training.task import Task
+from structlin_nn.training.model import example_input, make_model
 
 FLAX = ("jax", "flax", "optax")
 
 __all__ = ["count_run", "hardware", "layers", "make_header", "versions"]
 
 
-def count_run(config: RunConfig, task: Task) -> dict[str, int]:
+def count_run(config: RunConfig, outputs: int, steps: int) -> dict[str, int]:
     """Parameters of the model, MACs of one sample, and the size of the whole run.
+
+    Args:
+        config: of the run.
+        outputs: number of classes, or of the tokens that the model knows.
+        steps: of the run.
 
     ``training_macs`` are those of the forward and the backward pass, without the gradients that no step needs, such
     as that of the images (`structlin_nn.counting`): between two and three times ``forward_macs``.
     """
-    model = make_model(config.replace(recompute=False), task.outputs, "meta")
-    counted = count(model, task.example())
-    samples = task.steps * config.batch_size
+    model = make_model(config.replace(recompute=False), outputs, "meta")
+    counted = count(model, example_input(config, model))
+    samples = steps * config.batch_size
     return {
         "params": sum(parameter.numel() for parameter in model.parameters()),
         "trainable_params": counted.trainable_params,
@@ -40,7 +44,7 @@ def count_run(config: RunConfig, task: Task) -> dict[str, int]:
         "forward_macs": counted.macs(),
         "training_macs": counted.training_macs,
         "other_flops": counted.other_flops,
-        "steps": task.steps,
+        "steps": steps,
         "samples": samples,
         "total_training_macs": counted.training_macs * samples,
     }

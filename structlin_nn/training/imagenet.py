@@ -88,9 +88,6 @@ class ImageNetTask(Task):
     def introduction(self) -> str:
         return repr(self.data)
 
-    def example(self) -> Tensor:
-        return torch.zeros(1, 3, self.config.image_size, self.config.image_size, device="meta")
-
     def parts(self) -> list[Any]:
         epoch, within = divmod(self.taken, self.per_epoch)
         if self._batches is None or within == 0:

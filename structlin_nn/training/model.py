@@ -6,7 +6,7 @@ import re
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from structlin_nn.models import StructureConfig, base_model, build_model
 from structlin_nn.torch import parameter_groups, replace_linear
@@ -14,7 +14,7 @@ from structlin_nn.training.base import RunConfig
 from structlin_nn.training.config import GPT2TrainConfig, ImageNetTrainConfig, TrainConfig
 from structlin_nn.training.distributed import local
 
-__all__ = ["INPUT_LAYERS", "make_model", "make_optimizer", "model_sizes", "structure_of"]
+__all__ = ["INPUT_LAYERS", "example_input", "make_model", "make_optimizer", "model_sizes", "structure_of"]
 
 INPUT_LAYERS = {"cifar-mlp": "input", "cifar-vit": "patch_embedding"}
 """Name of the first linear layer of each model, which `TrainConfig.input_lr_mult` is for."""
@@ -102,6 +102,13 @@ def _timm_model(config: ImageNetTrainConfig, structure: StructureConfig, classes
             **structure.options,
         )
     return model
+
+
+def example_input(config: RunConfig, model: nn.Module) -> Tensor:
+    """A batch of one sample on the meta device, of the longest shape that a model of `make_model` takes."""
+    if isinstance(config, ImageNetTrainConfig):
+        return torch.zeros(1, 3, config.image_size, config.image_size, device="meta")
+    return model.example_input(device="meta")  # type: ignore[operator]
 
 
 def make_optimizer(config: RunConfig, model: nn.Module, outputs: int) -> tuple[torch.optim.Optimizer, list[float]]:

@@ -238,7 +238,7 @@ def setup(
             module.compile()
     wrapped = processes.wrap(model, blocks)
     optimizer, _ = make_optimizer(config, model, task.outputs)
-    counts = count_run(config, task)
+    counts = count_run(config, task.outputs, task.steps)
     messages: list[str] = []
     processes.barrier()  # nobody looks for a record any more
     if state is not None:

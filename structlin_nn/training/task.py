@@ -65,10 +65,6 @@ class Task(ABC):
         """The data in a line for the reader."""
 
     @abstractmethod
-    def example(self) -> Tensor:
-        """A batch of one sample on the meta device, to count by."""
-
-    @abstractmethod
     def parts(self) -> list[Any]:
         """This process's parts of the next batch."""
 

@@ -1,0 +1,167 @@
+"""``structlin sweep``: many runs from one description."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from structlin_nn.cli.common import UsageError, print_json, print_table
+from structlin_nn.sweeps import Sweep, find, names
+from structlin_nn.sweeps.commands import command, slurm_script
+from structlin_nn.sweeps.local import Job, default_workers
+from structlin_nn.training.config import CONFIGS, TrainConfig, overrides
+
+HELP = "make the runs of a sweep, those of the paper by name: here, or as commands for a cluster"
+EXAMPLES = """\
+examples:
+  structlin sweep --list
+      the sweeps of the paper
+  structlin sweep delta-h --data path/to/cifar-10-batches-bin --dry-run
+      what the runs would cost
+  structlin sweep delta-h --data path/to/cifar-10-batches-bin --only '*-w64*' --workers 2
+      those of width 64; runs that are finished are skipped, and those that were interrupted go on
+  structlin sweep cifar-mlp --data DIR --set epochs=20 --set eval_every=20
+      all runs shorter
+  structlin sweep gpt2 --data DIR --set device=cuda --slurm --launcher srun
+      print an array script for sbatch; --print-commands prints one command for each run
+  structlin sweep my_sweep.py
+      a file of your own that defines SWEEP, a structlin_nn.sweeps.Sweep
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("name", metavar="NAME", nargs="?", help="a sweep of the list, or a Python file")
+    parser.add_argument("--list", action="store_true", help="print the sweeps, and end")
+    parser.add_argument("--data", metavar="DIR", help="where the data are, as for structlin train")
+    parser.add_argument("--unverified", action="store_true", help="do not compare CIFAR with the official sums")
+    parser.add_argument("--out", metavar="DIR", help="folder, with one for each run (default: runs/NAME)")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="a change to all runs, as in structlin train"
+    )
+    parser.add_argument("--only", action="append", default=[], metavar="GLOB", help="runs by name, repeatable")
+    parser.add_argument("--workers", type=int, metavar="N", help="runs at a time (one for each core, 8 at most)")
+    parser.add_argument("--retry", action="store_true", help="start again what failed, from its last checkpoint")
+    parser.add_argument("--dry-run", action="store_true", help="print the table, and end")
+    parser.add_argument("--print-commands", action="store_true", help="print one command for each run left, and end")
+    parser.add_argument("--slurm", action="store_true", help="print an array script for sbatch, and end")
+    parser.add_argument("--launcher", default="", metavar="WORDS", help="what those commands are started by")
+    parser.add_argument("--json", action="store_true", help="print the table as JSON")
+    parser.add_argument("--quiet", action="store_true", help="no table and no progress bar")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    if arguments.list:
+        print_table(("name", "data", "what"), [(n, (s := find(n)).data, s.about) for n in names()], left=3)
+        return 0
+    if arguments.name is None:
+        raise UsageError(f"the following arguments are required: NAME, one of {', '.join(names())}")
+    if arguments.launcher and not (arguments.print_commands or arguments.slurm):
+        raise UsageError("--launcher is for the commands of --print-commands and --slurm")
+    workers = default_workers() if arguments.workers is None else arguments.workers
+    if workers < 1:
+        raise UsageError(f"--workers must be at least 1, got {workers}")
+    try:
+        jobs = _jobs(arguments, find(arguments.name))
+    except (OSError, TypeError, ValueError) as error:
+        raise UsageError(" ".join(str(error).split())) from error
+
+    from structlin_nn.sweeps.plan import plan
+
+    try:
+        planned = plan(jobs)
+    except (ImportError, OSError, ValueError) as error:
+        raise UsageError(" ".join(str(error).split())) from error
+    skipped = {"finished"} if arguments.retry else {"finished", "failed"}
+    left = {name: jobs[name] for name, entry in planned.items() if entry.state not in skipped}
+    launcher = shlex.split(arguments.launcher)
+    if arguments.slurm or arguments.print_commands:
+        if not left:
+            print("structlin sweep: all runs are done", file=sys.stderr)
+        elif arguments.slurm:
+            print(slurm_script(Path(arguments.name).stem, left, workers=workers, launcher=launcher), end="")
+        else:
+            print("\n".join(command(job, launcher) for job in left.values()))
+        return 0
+    if arguments.json and arguments.dry_run:
+        print_json(_rows(planned))
+    elif not arguments.quiet:
+        _print_plan(planned, left)
+    if arguments.dry_run or not left:
+        return 0
+    return _make(arguments, planned, left, workers)
+
+
+def _jobs(arguments: argparse.Namespace, sweep: Sweep) -> dict[str, Job]:
+    model = "imagenet-vit" if sweep.model.startswith("timm:") else sweep.model
+    kind = CONFIGS[model]
+    changes = overrides(kind, arguments.set)
+    if kind is TrainConfig and arguments.data is None and "data_set" not in changes:
+        changes["data_set"] = "fashion"
+    data: dict[str, Any] = {"data_root": arguments.data}
+    if kind is TrainConfig:
+        data["verify"] = not arguments.unverified
+    elif arguments.unverified:
+        raise UsageError(f"--unverified is for CIFAR, and {sweep.name} is trained on {sweep.data}")
+    elif arguments.data is None and not arguments.dry_run:
+        raise UsageError(f"--data is needed: where {sweep.data} is (--dry-run goes without)")
+    configs = sweep.runs(changes)
+    if arguments.only:
+        kept = {n: c for n, c in configs.items() if any(fnmatchcase(n, glob) for glob in arguments.only)}
+        if not kept:
+            raise UsageError(f"--only matches none of the runs {', '.join(configs)}")
+        configs = kept
+    folder = Path(arguments.out or f"runs/{sweep.name}")
+    return {name: Job(config, folder / name, data) for name, config in configs.items()}
+
+
+def _make(arguments: argparse.Namespace, planned: Any, left: dict[str, Job], workers: int) -> int:
+    from structlin_nn.sweeps.local import run_all
+
+    # A step of a small model costs more than its products.
+    weights = {n: planned[n].counts["total_training_macs"] + 3e6 * planned[n].counts["samples"] for n in left}
+    try:
+        outcome = run_all(left, workers=workers, weights=weights, progress=not arguments.quiet)
+    except (OSError, ValueError) as error:
+        print(f"structlin sweep: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+    for name, message in outcome.failed.items():
+        print(f"structlin sweep: {name}: {message}", file=sys.stderr)
+    if outcome.signal is not None:
+        print(f"structlin sweep: {outcome.signal.name}; the same command goes on with what is left", file=sys.stderr)
+        return 128 + outcome.signal
+    if arguments.json:
+        print_json({"finished": [n for n in left if n not in outcome.failed], "failed": outcome.failed})
+    elif not arguments.quiet:
+        done = sum(entry.state == "finished" for entry in planned.values()) + len(left) - len(outcome.failed)
+        print(f"done: {done} of {len(planned)} runs are finished; {len(outcome.failed)} failed")
+    return 1 if outcome.failed else 0
+
+
+def _rows(planned: Any) -> list[dict[str, Any]]:
+    return [
+        {"run": name, "state": entry.state, "config": entry.job.config.to_dict(), **entry.counts}
+        for name, entry in planned.items()
+    ]
+
+
+def _print_plan(planned: Any, left: dict[str, Job]) -> None:
+    rows = [
+        (
+            name,
+            entry.state,
+            f"{entry.counts['params']:,}",
+            f"{entry.counts['forward_macs']:,}",
+            f"{entry.counts['steps']:,}",
+            f"{entry.counts['total_training_macs']:.3g}",
+        )
+        for name, entry in planned.items()
+    ]
+    print_table(("run", "state", "parameters", "MACs forward", "steps", "training MACs"), rows, left=2)
+    every = sum(entry.counts["total_training_macs"] for entry in planned.values())
+    rest = sum(planned[name].counts["total_training_macs"] for name in left)
+    print(f"\n{len(planned)} runs, {every:.3g} training MACs; left: {len(left)} runs, {rest:.3g} training MACs")
+    sys.stdout.flush()

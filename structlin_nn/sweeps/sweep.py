@@ -1,0 +1,184 @@
+"""A sweep: a base configuration, and overlays that each make a run of it. Imports neither torch nor jax."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import itertools
+import pkgutil
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from structlin_nn.training.base import RunConfig, nearest
+from structlin_nn.training.config import recipe
+
+__all__ = ["Overlay", "Sweep", "find", "grid", "merge", "names", "run_name", "zipped"]
+
+Overlay = Mapping[str, Any]
+"""Changes to a configuration."""
+
+
+def grid(**values: Sequence[Any]) -> list[dict[str, Any]]:
+    """Every combination of values; the last key varies fastest.
+
+    >>> grid(width=[64, 128], seed=[0, 1])[:3]
+    [{'width': 64, 'seed': 0}, {'width': 64, 'seed': 1}, {'width': 128, 'seed': 0}]
+    """
+    return [dict(zip(values, chosen, strict=True)) for chosen in itertools.product(*values.values())]
+
+
+def zipped(**values: Sequence[Any]) -> list[dict[str, Any]]:
+    """The first values of all keys together, then the second, and so on.
+
+    Raises:
+        ValueError: different numbers of values.
+
+    >>> zipped(width=[64, 128], lr=[3e-3, 1e-3])
+    [{'width': 64, 'lr': 0.003}, {'width': 128, 'lr': 0.001}]
+    """
+    lengths = {key: len(found) for key, found in values.items()}
+    if len(set(lengths.values())) > 1:
+        raise ValueError(f"zipped keys need equally many values, got {lengths}")
+    return [dict(zip(values, chosen, strict=True)) for chosen in zip(*values.values(), strict=True)]
+
+
+def merge(*lists: Sequence[Overlay]) -> list[dict[str, Any]]:
+    """Every combination of one overlay from each list, merged.
+
+    Raises:
+        ValueError: a key that two of them set.
+
+    >>> merge([{"structure": "dense"}, {"structure": "monarch"}], grid(width=[64, 128]))[1]
+    {'structure': 'dense', 'width': 128}
+    """
+    merged = []
+    for chosen in itertools.product(*lists):
+        together: dict[str, Any] = {}
+        for overlay in chosen:
+            if twice := together.keys() & overlay.keys():
+                raise ValueError(f"{', '.join(sorted(twice))} is set by two of the merged lists")
+            together |= overlay
+        merged.append(together)
+    return merged
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sweep:
+    """Many runs from one description.
+
+    Attributes:
+        name: of the sweep.
+        about: one line for the reader.
+        model: whose recipe (`structlin_nn.training.config.recipe`) the runs start from.
+        base: changes to the recipe that all runs have.
+        overlays: the changes of each run; from `grid`, `zipped`, `merge`, and sums of their results.
+        data: name of the data that ``--data`` has to say where they are; for the reader.
+
+    >>> sweep = Sweep(name="x", about="", model="cifar-mlp", overlays=grid(width=[64, 128]), base={"epochs": 2})
+    >>> {name: config.width for name, config in sweep.runs().items()}
+    {'w64': 64, 'w128': 128}
+    >>> {name: config.epochs for name, config in sweep.runs({"epochs": 1}).items()}
+    {'w64': 1, 'w128': 1}
+    """
+
+    name: str
+    about: str
+    model: str
+    overlays: Sequence[Overlay]
+    base: Mapping[str, Any] = field(default_factory=dict)
+    data: str = "CIFAR-10"
+
+    def runs(self, changes: Overlay | None = None) -> dict[str, RunConfig]:
+        """The configurations by name.
+
+        Args:
+            changes: to all runs, also where an overlay says otherwise.
+
+        Raises:
+            ValueError: no overlays, runs that are the same, or a configuration that is none.
+            TypeError: as the configuration.
+        """
+        if not self.overlays:
+            raise ValueError(f"sweep {self.name!r} has no overlays")
+        changes = changes or {}
+        made: dict[str, RunConfig] = {}
+        for overlay in self.overlays:
+            values = {"model": self.model, **self.base, **overlay, **changes}
+            name = run_name({key: value for key, value in overlay.items() if key not in changes})
+            config = recipe(values.pop("model"), **values)
+            if name in made and made[name] != config:
+                raise ValueError(f"two runs of sweep {self.name!r} have the name {name!r} and differ")
+            made[name] = config  # a change to all runs may make several of them one
+        return made
+
+
+def run_name(overlay: Overlay) -> str:
+    """A name for a run, from what tells it from the others: letters, digits, and any of . + - _.
+
+    >>> run_name({"structure": "monarch", "options": {"blocks": 4}, "width": 64, "structure_aware": False, "lr": 3e-3})
+    'monarch-blocks4-w64-naive-lr0.003'
+    >>> run_name({})
+    'run'
+    """
+    parts = []
+    for key, value in overlay.items():
+        if key == "options":
+            parts += [f"{name}{_shown(found)}" for name, found in value.items() if not isinstance(found, str)]
+        elif isinstance(value, bool) and key != "structure_aware":
+            parts.append(key if value else f"no-{key}")
+        elif key == "structure_aware":
+            parts.append("aware" if value else "naive")
+        else:
+            parts.append({"structure": "", "model": "", "width": "w"}.get(key, key) + _shown(value))
+    return re.sub(r"[^\w.+-]+", "_", "-".join(parts)) or "run"
+
+
+def _shown(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def names() -> list[str]:
+    """The sweeps that are part of structlin_nn: the modules of `structlin_nn.configs`, with dashes.
+
+    >>> "delta-h" in names()
+    True
+    """
+    import structlin_nn.configs
+
+    return sorted(
+        module.name.replace("_", "-")
+        for module in pkgutil.iter_modules(structlin_nn.configs.__path__)
+        if not module.name.startswith("_")
+    )
+
+
+def find(name: str) -> Sweep:
+    """A sweep by name, or from a Python file of your own that has a `SWEEP`.
+
+    Args:
+        name: one of `names`, or the path of a file that ends in .py, which is run.
+
+    Raises:
+        ValueError: an unknown name, with the nearest; a file without a `SWEEP`.
+        FileNotFoundError: no such file.
+    """
+    if name.endswith(".py"):
+        path = Path(name)
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} does not exist")
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    else:
+        if name not in names():
+            raise ValueError(f"unknown sweep {name!r}{nearest(name, names())} (one of {', '.join(names())})")
+        module = importlib.import_module(f"structlin_nn.configs.{name.replace('-', '_')}")
+    found = getattr(module, "SWEEP", None)
+    if not isinstance(found, Sweep):
+        raise ValueError(f"{name} must define SWEEP, a structlin_nn.sweeps.Sweep, got {found!r}")
+    return found

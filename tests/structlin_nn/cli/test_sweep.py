@@ -1,0 +1,170 @@
+"""``structlin sweep``: runs are planned, made, skipped, resumed, and given out as commands."""
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import structlin_nn
+from structlin_nn.cli import main
+from structlin_nn.data import load_images
+from structlin_nn.sweeps import names
+from structlin_nn.training.records import read_record
+
+SWEEP = """
+from structlin_nn.sweeps import Sweep, grid, merge
+SWEEP = Sweep(
+    name="mine", about="two structures, two widths", model="cifar-mlp",
+    base={"data_set": "cifar10", "epochs": 2, "batch_size": 20, "eval_every": 1, "threads": 1, "mixup": 0.0},
+    overlays=merge([{"structure": "dense"}, {"structure": "monarch"}], grid(width=[8, 16])),
+)
+"""
+RUNS = ["dense-w8", "dense-w16", "monarch-w8", "monarch-w16"]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """With a sweep, mine.py, and small CIFAR files, cifar-10-batches-bin: 100 training images, 20 test images."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    Path("mine.py").write_text(SWEEP)
+    data = load_images("fashion").as_32x32_rgb()
+    Path("cifar-10-batches-bin").mkdir()
+    for number in range(6):
+        name = f"data_batch_{number + 1}.bin" if number < 5 else "test_batch.bin"
+        part = slice(20 * number, 20 * number + 20)
+        rows = [data.train_labels[part, None].astype(np.uint8), data.train_images[part].reshape(20, -1)]
+        Path("cifar-10-batches-bin", name).write_bytes(np.concatenate(rows, axis=1).tobytes())
+    return tmp_path
+
+
+LINE = "sweep mine.py --data cifar-10-batches-bin --unverified"
+
+
+def planned(capsys: pytest.CaptureFixture[str], more: str = "") -> dict[str, str]:
+    """The states of the runs."""
+    assert main(f"{LINE} --dry-run --json {more}".split()) == 0
+    return {row["run"]: row["state"] for row in json.loads(capsys.readouterr().out)}
+
+
+def test_the_list(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["sweep", "--list"]) == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[2:]] == names()
+
+
+def test_a_plan(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(f"{LINE} --dry-run".split()) == 0
+    table = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in table[2:6]] == RUNS
+    assert all(line.split()[1] == "new" and line.split()[4] == "10" for line in table[2:6])
+    assert table[-1].startswith("4 runs, ")
+    assert table[-1].endswith(table[-1].split("; left: ")[1])
+    assert not Path("runs").exists()
+
+
+def test_runs_are_made_and_skipped(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    # One in this process first: a run of a sweep is an ordinary run.
+    assert main(f"{LINE} --print-commands --only dense-w8".split()) == 0
+    words = shlex.split(capsys.readouterr().out)
+    assert words[:2] == ["structlin", "train"]
+    assert main(words[1:]) == 0
+    capsys.readouterr()
+    assert planned(capsys) == dict(zip(RUNS, ["finished", "new", "new", "new"], strict=True))
+    before = Path("runs/mine/dense-w8/record.jsonl").read_bytes()
+
+    assert main(f"{LINE} --only *-w8 --workers 1 --quiet".split()) == 0
+    assert planned(capsys) == dict(zip(RUNS, ["finished", "new", "finished", "new"], strict=True))
+    assert Path("runs/mine/dense-w8/record.jsonl").read_bytes() == before
+    record = read_record("runs/mine/monarch-w8/record.jsonl")
+    assert record.finished
+    assert (record.header["config"]["structure"], record.header["config"]["width"]) == ("monarch", 8)
+
+    assert main(f"{LINE} --set width=9 --only dense --dry-run".split()) == 0
+    assert main(f"{LINE} --set lr=0.1 --dry-run".split()) == 2
+    assert "has another configuration: lr was 0.003 and is 0.1" in capsys.readouterr().err
+
+
+def test_what_fails_does_not_stop_the_others(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("mine.py").write_text(SWEEP.replace("grid(width=[8, 16])", "grid(width=[8], lr=[1e30, 1e-3])"))
+    line = f"{LINE} --workers 1 --only dense*"
+    assert main([*line.split(), "--quiet"]) == 1
+    assert "dense-w8-lr1e+30" in (err := capsys.readouterr().err)
+    assert "finite" in err or "the loss is" in err
+    states = planned(capsys, "--only dense*")
+    assert list(states.values()) == ["failed", "finished"]
+    assert json.loads(Path("runs/mine/dense-w8-lr1e+30/failed.json").read_text())["error"]
+    # Not started again unless asked for.
+    assert main([*line.split(), "--print-commands"]) == 0
+    assert "all runs are done" in capsys.readouterr().err
+    assert main([*line.split(), "--print-commands", "--retry"]) == 0
+    assert "lr=1e+30" in capsys.readouterr().out
+
+
+def test_slurm(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*LINE.split(), "--slurm", "--workers", "3", "--launcher", "srun -n 2"]) == 0
+    script = capsys.readouterr().out
+    assert "#SBATCH --array=0-3%3" in script
+    assert script.count("srun -n 2 structlin train cifar-mlp") == 4
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("sweep", "the following arguments are required: NAME, one of cifar-mlp"),
+        ("sweep deltah", "unknown sweep 'deltah', did you mean 'delta-h'?"),
+        ("sweep nothing.py", "nothing.py does not exist"),
+        ("sweep empty.py", "must define SWEEP"),
+        ("sweep mine.py --set widht=3", "unknown key 'widht' in 'widht=3', did you mean 'width'?"),
+        ("sweep mine.py --only x*", "--only matches none of the runs dense-w8, dense-w16"),
+        ("sweep mine.py --workers 0", "--workers must be at least 1, got 0"),
+        ("sweep mine.py --launcher x", "--launcher is for the commands"),
+        ("sweep gpt2", "--data is needed: where OpenWebText is"),
+        ("sweep gpt2 --unverified", "--unverified is for CIFAR"),
+        ("sweep mine.py --set batch_size=60000 --dry-run", "10000 images are less than one batch of 60000"),
+    ],
+)
+def test_misuse(line: str, message: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("empty.py").write_text("x = 1\n")
+    assert main(line.split()) == 2
+    err = capsys.readouterr().err
+    assert message in err
+    assert err.count("\n") == 1
+    assert not Path("runs").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_an_interrupted_sweep_goes_on(number: signal.Signals, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code = "import sys; from structlin_nn.cli import main; sys.exit(main(sys.argv[1:]))"
+    long = "--set epochs=300 --set eval_every=1"
+    command = [sys.executable, "-c", code, *LINE.split(), "--workers", "2", "--quiet", *long.split()]
+    environment = os.environ | {"PYTHONPATH": str(Path(structlin_nn.__file__).parents[1])}
+    with subprocess.Popen(
+        command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
+        deadline = time.monotonic() + 120
+        while not list(Path("runs").glob("mine/*/checkpoint.pt")):
+            assert time.monotonic() < deadline
+            assert process.poll() is None
+            time.sleep(0.05)
+        if number == signal.SIGKILL:
+            os.killpg(process.pid, number)
+        else:
+            process.send_signal(number)
+        _, err = process.communicate(timeout=120)
+    if number == signal.SIGTERM:
+        assert process.returncode == 128 + number
+        assert "SIGTERM; the same command goes on with what is left" in err
+    states = planned(capsys, long)
+    assert "begun" in states.values()
+    assert "finished" not in states.values()
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert set(planned(capsys, long).values()) == {"finished"}
