@@ -4,7 +4,7 @@ import copy
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -225,3 +225,62 @@ def test_command_continues_with_published_weights(
     hugging_face().save_pretrained(small)
     assert main(["generate", "--pretrained", str(small), "--vocabulary", str(gpt2_vocabulary)]) == 2
     assert "the model knows 67 tokens, and gpt2 has 50257" in capsys.readouterr().err
+
+
+class TestOptions:
+    SIZES: ClassVar[dict[str, Any]] = {"width": 24, "depth": 2, "heads": 2, "vocabulary": 30, "context": 8}
+
+    def test_parameters(self) -> None:
+        plain = build_model("gpt2", **self.SIZES)
+        count = sum(p.numel() for p in plain.parameters())
+        without = build_model("gpt2", **self.SIZES, qk_norm=False)
+        assert count - sum(p.numel() for p in without.parameters()) == 2 * 2 * 12
+        biased = build_model("gpt2", **self.SIZES, qk_norm=False, bias=True)
+        more = 2 * (3 * 24 + 24 + 4 * 24 + 24 + 2 * 24) + 24
+        assert sum(p.numel() for p in biased.parameters()) - sum(p.numel() for p in without.parameters()) == more
+        tied = build_model("gpt2", **self.SIZES, tied=True)
+        assert count - sum(p.numel() for p in tied.parameters()) == 30 * 24
+
+    def test_count_and_reset(self) -> None:
+        from structlin_nn.counting import count
+        from structlin_nn.models import reset_parameters
+
+        tokens = torch.zeros(1, 8, dtype=torch.int64, device="meta")
+        options = {"qk_norm": False, "bias": True, "tied": True}
+        macs = [count(build_model("gpt2", **self.SIZES, device="meta", **o), tokens).macs() for o in ({}, options)]
+        assert macs[0] == macs[1]
+        torch.manual_seed(0)
+        model = build_model("gpt2", **self.SIZES, **options)
+        state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.fill_(7.0)
+        reset_parameters(model, torch.Generator().manual_seed(1))
+        for name, tensor in model.state_dict().items():
+            assert tensor.std() == pytest.approx(float(state[name].std()), rel=0.3, abs=1e-9)
+
+    def test_attention_scale(self) -> None:
+        model = build_model("gpt2", **self.SIZES, attention_scale=8 / 12)
+        other = build_model("gpt2", **self.SIZES)
+        other.load_state_dict(model.state_dict())
+        with torch.no_grad():
+            for one, two in zip(model.parameters(), other.parameters(), strict=True):
+                noise = torch.randn_like(one)
+                one.add_(noise)
+                two.add_(noise)
+        tokens = torch.arange(8)[None]
+        assert torch.equal(logits(model, tokens), logits(other, tokens))
+        other.blocks[0].attention.scale = 1.0  # type: ignore[union-attr]
+        assert not torch.allclose(logits(model, tokens), logits(other, tokens))
+
+    @pytest.mark.parametrize(
+        ("options", "error", "message"),
+        [
+            ({"qk_norm": 1}, TypeError, "qk_norm must be True or False, got 1"),
+            ({"attention_scale": 0.0}, ValueError, "attention_scale must be positive"),
+            ({"gelu": "new"}, ValueError, "gelu must be 'none' or 'tanh', got 'new'"),
+        ],
+    )
+    def test_bad(self, options: dict[str, Any], error: type[Exception], message: str) -> None:
+        with pytest.raises(error, match=message):
+            build_model("gpt2", **self.SIZES, **options)
