@@ -57,7 +57,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     tokens.add_argument("--name", metavar="NAME", help="of the corpus, for records")
     text = parser.add_argument_group("text")
-    text.add_argument("--pydoc", action="store_true", default=None, help="the text that Python ships; no files")
+    text.add_argument(
+        "--pydoc", action="store_true", default=None, help="the text that Python ships: the default without files"
+    )
     owt = parser.add_argument_group("openwebtext")
     owt.add_argument("--dataset", metavar="NAME", help="name on the Hugging Face hub, or a folder")
     owt.add_argument("--split", metavar="NAME", help="split of the data set (train)")
@@ -107,11 +109,11 @@ def run(arguments: argparse.Namespace) -> int:
 def _text(arguments: argparse.Namespace) -> int:
     from structlin_nn.data.text import prepare_text
 
-    if bool(arguments.pydoc) == bool(arguments.sources):
-        raise UsageError("name text files, or give --pydoc for the text that Python ships" + (
-            ", not both" if arguments.pydoc else ""
-        ))  # fmt: skip
+    if arguments.pydoc and arguments.sources:
+        raise UsageError(f"--pydoc takes no files, got {arguments.sources[0]!r}")
     out = _out(arguments)
+    if not (arguments.pydoc or arguments.sources):
+        print("no file is named: taking the text that Python ships (--pydoc)", file=sys.stderr)
     options = _given(arguments, "vocabulary", "val_fraction", "name")
     options["tokenizer"] = _tokenizer(arguments.tokenizer or "auto", arguments.vocabulary)
     with _Bar(arguments.quiet, "shard") as bar:

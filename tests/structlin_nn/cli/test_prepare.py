@@ -37,6 +37,11 @@ class TestText:
         # Finished: only opened.
         assert run("text --pydoc --out corpus --tokenizer bytes --name manual --json --quiet", capsys)[0] == out
 
+    def test_pydoc_is_what_no_file_means(self, capsys: pytest.CaptureFixture[str]) -> None:
+        _, err = run("text --out corpus --tokenizer bytes --workers 1 --quiet", capsys)
+        assert err == "no file is named: taking the text that Python ships (--pydoc)\n"
+        assert open_tokens("corpus").name.startswith("pydoc-3.")
+
     def test_files_and_progress(self, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
         for name in "ab":
             (folder / name).write_text(f"line of {name}\n" * 100)
@@ -188,8 +193,8 @@ class TestImageNet:
 
 MISUSE = {
     "txt": "unknown kind 'txt', did you mean text?",
-    "text": "name text files, or give --pydoc",
-    "text file --pydoc --out x": "not both",
+    "text": "--out DIR is needed",
+    "text file --pydoc --out x": "--pydoc takes no files, got 'file'",
     "text --pydoc": "--out DIR is needed",
     "text --pydoc --out file": "file is a file, --out needs a folder",
     "text --pydoc --out x --workers 0": "--workers must be at least 1, got 0",
