@@ -1,0 +1,151 @@
+"""Figures about width: the coordinate check, the change of the features by width, and learning-rate landscapes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, NullLocator
+
+from structlin_nn.figures.compute import plain_ticks
+from structlin_nn.figures.style import finish, label, new_figure, series
+from structlin_nn.tables import Row, column
+
+__all__ = ["check_figure", "delta_h_figure", "landscape_figure"]
+
+
+def check_figure(checks: Sequence[Mapping[str, Any]]) -> Figure:
+    """Coordinate checks side by side, naive and structure-aware: RMS at initialisation above, of the change below.
+
+    Args:
+        checks: as :meth:`structlin_nn.scale_check.ScaleCheck.to_dict` gives them.
+    """
+    figure = new_figure(1.2 + 4.2 * len(checks) + 1.6, 6.4)
+    grid = figure.subplots(2, len(checks), sharex=True, sharey="row", squeeze=False)
+    names = [layer["name"] for layer in checks[0]["layers"]]
+    # From early (dark) to late layers; this map rises in lightness for everybody.
+    colours = colormaps["viridis"](np.linspace(0, 0.9, len(names)))
+    for (top, bottom), check in zip(grid.T, checks, strict=True):
+        for colour, layer in zip(colours, check["layers"], strict=True):
+            for axes, values in ((top, layer["initial"]), (bottom, layer["change"][-1])):
+                if all(values):
+                    axes.plot(check["widths"], values, color=colour, marker="o", markersize=4, linewidth=1.3)
+        rule = "structure-aware" if check["structure_aware"] else "naive"
+        verdict = "flat" if check["passed"] else "not flat"
+        top.set_title(f"{rule} learning rates: {verdict}", fontsize=10)
+        for axes, text in ((top, "RMS at initialisation"), (bottom, f"RMS of the change, {check['steps']} steps")):
+            finish(axes, x="width" if axes is bottom else "", y=text if check is checks[0] else "")
+            _width_ticks(axes, check["widths"])
+    low, high = grid[0, 0].get_ylim()
+    if high < 10 * low:  # what is flat looks flat
+        middle = (low * high) ** 0.5
+        grid[0, 0].set_ylim(middle / 10**0.5, middle * 10**0.5)
+    # Of many layers the legend names some, evenly spaced, first and last among them.
+    named = sorted({round(i) for i in np.linspace(0, len(names) - 1, min(len(names), 20))})
+    handles = [grid[0, -1].plot([], [], color=colours[i], marker="o", markersize=4)[0] for i in named]
+    labels = [names[i] or "(model)" for i in named]
+    figure.legend(handles, labels, loc="outside right upper", frameon=False, fontsize=7)
+    return figure
+
+
+def _width_ticks(axes: Axes, widths: Sequence[float]) -> None:
+    axes.xaxis.set_major_locator(FixedLocator(sorted(set(widths))))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+
+
+def delta_h_figure(groups: Mapping[str, Sequence[Row]]) -> Figure:
+    """Change of the last hidden features in a step against the width (figure 2a of the paper).
+
+    One line for each structure and rule: filled for structure-aware, open and dashed for naive learning rates.
+    Each run counts with the mean of ``statistics.feature_change`` over its evaluations, by ``measured_steps``; runs
+    of one width (seeds) with their geometric mean.
+
+    Args:
+        groups: all evaluations of runs by structure; the rows have ``record``, ``width``, ``structure_aware``,
+            ``feature_change`` and ``measured_steps``.
+
+    Raises:
+        ValueError: rows without them, or no measured step.
+    """
+    figure = new_figure(6.8, 4.6)
+    axes = figure.subplots()
+    styles = series(groups)
+    widths: set[float] = set()
+    for name, rows in groups.items():
+        style = styles[name]
+        for aware in (True, False):
+            points = _mean_changes([row for row in rows if row.get("structure_aware", True) is aware])
+            if not points:
+                continue
+            widths |= points.keys()
+            axes.plot(
+                list(points), list(points.values()), color=style.colour, marker=style.marker, markersize=6,
+                linestyle=style.line if aware else ":", markerfacecolor=style.colour if aware else "white",
+                linewidth=1.6, label=style.label if aware else f"{style.label}, naive",
+            )  # fmt: skip
+    finish(axes, x="width", y="RMS change of the last hidden features in a step")
+    _width_ticks(axes, sorted(widths))
+    plain_ticks(axes)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False, fontsize=8)
+    return figure
+
+
+def _mean_changes(rows: Sequence[Row]) -> dict[float, float]:
+    """Width to change: mean over the measured steps of each run, geometric mean over runs."""
+    runs: dict[str, list[Row]] = {}
+    for row in rows:
+        if row.get("feature_change") is not None:
+            runs.setdefault(str(row["record"]), []).append(row)
+    if rows and not runs:
+        raise ValueError(f"{rows[0].get('record', 'a row')} measured no change of features (feature_change)")
+    found: dict[float, list[float]] = {}
+    for lines in runs.values():
+        changes, steps = np.array(column(lines, "feature_change")), np.array(column(lines, "measured_steps"))
+        found.setdefault(column(lines[:1], "width")[0], []).append(float((changes * steps).sum() / steps.sum()))
+    return {width: float(np.exp(np.log(found[width]).mean())) for width in sorted(found)}
+
+
+def landscape_figure(rows: Sequence[Row], *, y: str) -> Figure:
+    """Final error against the learning rate at base width, a line for each width (figure 2b of the paper).
+
+    A panel for the structure-aware and one for the naive rule, where both are there; a star marks the best rate of
+    each width. Runs of one width and rate (seeds) count with their mean.
+
+    Args:
+        rows: of one structure, with ``config.lr`` (or ``lr``), ``width`` and ``structure_aware``.
+        y: column of the error.
+    """
+    rules = [aware for aware in (True, False) if any(row.get("structure_aware", True) is aware for row in rows)]
+    figure = new_figure(1 + 4.2 * len(rules), 4.4)
+    panels = figure.subplots(1, len(rules), sharey=True, squeeze=False)[0]
+    widths = sorted(set(column(rows, "width")))
+    colours = dict(zip(widths, colormaps["viridis"](np.linspace(0, 0.85, len(widths))), strict=True))
+    for axes, aware in zip(panels, rules, strict=True):
+        for width in widths:
+            chosen = [r for r in rows if r["width"] == width and r.get("structure_aware", True) is aware]
+            by_rate: dict[float, list[float]] = {}
+            for rate, error in zip(_rates(chosen), column(chosen, y), strict=True):
+                by_rate.setdefault(rate, []).append(error)
+            if not by_rate:
+                continue
+            rates = sorted(by_rate)
+            means = [float(np.mean(by_rate[rate])) for rate in rates]
+            axes.plot(rates, means, color=colours[width], marker="o", markersize=4, linewidth=1.5, label=f"{width:g}")
+            best = int(np.argmin(means))
+            axes.plot(
+                rates[best], means[best], color=colours[width], marker="*", markersize=14, markeredgecolor="white"
+            )
+        axes.set_title(("structure-aware" if aware else "naive") + " learning rates", fontsize=10)
+        finish(axes, x="learning rate at base width", y=label(y) if axes is panels[0] else "", log_y=False)
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right upper", title="width", frameon=False, fontsize=9)
+    return figure
+
+
+def _rates(rows: Sequence[Row]) -> list[float]:
+    return column(rows, "config.lr" if rows and "config.lr" in rows[0] else "lr")

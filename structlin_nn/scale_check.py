@@ -1,0 +1,373 @@
+"""The coordinate check: do features, and what a step changes of them, keep their size when the width grows?
+
+A network is parametrised right where the outputs of every layer start at one size and are moved by each step of the
+optimiser by as much at every width (Yang and Hu, *Tensor Programs V*, 2022; for structured layers Qiu et al., *Compute
+Better Spent*, ICML 2024, figure 2a). :func:`check_scale` trains a model for a few steps at several widths on fixed
+random inputs and classes, and fits the slopes of both on logarithmic axes.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from structlin_nn.models import MODELS, StructureConfig, base_model, build_model
+from structlin_nn.torch import StructuredLinear, parameter_groups, replace_linear
+
+__all__ = [
+    "CHECK_SIZES",
+    "RATES",
+    "THRESHOLD",
+    "LayerScale",
+    "ScaleCheck",
+    "builder_of",
+    "check_scale",
+    "named_builder",
+]
+
+THRESHOLD = 0.33
+"""A slope beyond it counts as growing or vanishing: a factor of 2.5 over a factor of 16 in width. Wrong rules have
+slopes of a half or more in theory; small widths, few seeds and ranks that are roots of the width blur that."""
+RATES = {"adam": 1e-3, "adamw": 1e-3, "sgd": 0.05}
+"""Learning rates at base width: small, so that changes are linear in them."""
+_LAYERS = (StructuredLinear, nn.Linear, nn.Embedding, nn.modules.conv._ConvNd)
+
+Made = nn.Module | tuple[nn.Module, Any]
+Builder = Callable[[int], Made]
+
+
+@dataclass(frozen=True)
+class LayerScale:
+    """The outputs of one layer, by width.
+
+    Attributes:
+        name: of the module.
+        initial: RMS at initialisation, for each width; 0 for a layer that starts at zero.
+        change: for each step, for each width, RMS of the difference from initialisation.
+        initial_slope, change_slope: of the logarithms over those of the width, the change after the last step; None
+            where a value is 0.
+        verdict: ``flat``, ``grows``, ``vanishes`` (of the change, or ``starts growing`` where it is flat but the
+            initial outputs grow), or ``fixed`` where it does not change at any width.
+    """
+
+    name: str
+    initial: tuple[float, ...]
+    change: tuple[tuple[float, ...], ...]
+    initial_slope: float | None
+    change_slope: float | None
+    verdict: str
+
+
+@dataclass(frozen=True)
+class ScaleCheck:
+    """What :func:`check_scale` returns: the layers, and how it was done."""
+
+    model: str
+    widths: tuple[int, ...]
+    base_width: int
+    optimizer: str
+    lr: float
+    steps: int
+    seeds: int
+    structure_aware: bool
+    threshold: float
+    layers: tuple[LayerScale, ...] = field(default=())
+
+    @property
+    def passed(self) -> bool:
+        """Whether every layer that changes is flat."""
+        return all(layer.verdict in ("flat", "fixed") for layer in self.layers)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain values that ``json.dumps`` takes."""
+        return asdict(self) | {"passed": self.passed}
+
+
+def check_scale(
+    build: Builder,
+    *,
+    widths: Sequence[int],
+    base: nn.Module,
+    base_width: int,
+    model: str = "",
+    optimizer: str = "adam",
+    lr: float | None = None,
+    steps: int = 4,
+    seeds: int = 3,
+    batch_size: int = 32,
+    structure_aware: bool = True,
+    extra_multipliers: Mapping[Any, float] | None = None,
+    threshold: float = THRESHOLD,
+) -> ScaleCheck:
+    """Train at several widths for a few steps and measure every linear layer, convolution and embedding.
+
+    Measured are their outputs and, as ``NAME (input)``, what the last of them reads: the last hidden features. All
+    widths have to be above the number of input features: a layer from more features to fewer starts out with outputs
+    that grow with its width, in a model that is parametrised right.
+
+    Inputs and classes are random, the same at all widths. Values are geometric means over seeds of RMS over the
+    batch and features. The loss is the cross-entropy of the last axis of the output.
+
+    Args:
+        build: from a width to the model, drawn from torch's global generator, or to (model, inputs). Inputs may be
+            left out where the model has ``example_input(batch)``, as :mod:`structlin_nn.models` do.
+        widths: two or more, ascending.
+        base: the model at base width, which learning rates are relative to
+            (:func:`structlin_nn.torch.parameter_groups`).
+        base_width, model: for the report.
+        optimizer: ``adam``, ``adamw`` or ``sgd``.
+        lr: learning rate at base width; None: :data:`RATES`.
+        steps, seeds, batch_size: how much is done.
+        structure_aware: False for the naive rule.
+        extra_multipliers: as in ``parameter_groups``.
+        threshold: of the verdicts, see :data:`THRESHOLD`.
+
+    Raises:
+        ValueError: arguments out of range; a model without inputs, or whose layers differ between widths; values that
+            are not finite.
+        TypeError: a builder that returns something else.
+
+    >>> build = lambda width: (nn.Sequential(nn.Linear(8, width), nn.ReLU(), nn.Linear(width, 3)), torch.ones(2, 8))
+    >>> found = check_scale(build, widths=(16, 64), base=build(16)[0], base_width=16, seeds=1)
+    >>> [layer.name for layer in found.layers], found.steps
+    (['0', '2 (input)', '2'], 4)
+    """
+    _check(widths, optimizer, lr, threshold, steps=steps, seeds=seeds, batch_size=batch_size)
+    rate = RATES[optimizer] if lr is None else lr
+    initial: dict[str, list[list[float]]] = {}
+    change: dict[str, list[list[list[float]]]] = {}
+    for position, width in enumerate(widths):
+        for seed in range(seeds):
+            found = _run(
+                build, width, base, seed, optimizer, rate, steps, batch_size, structure_aware, extra_multipliers
+            )
+            if position and found.keys() != initial.keys():
+                raise ValueError(
+                    f"the layers at width {width} are {', '.join(found)}, and at {widths[0]} {', '.join(initial)}"
+                )
+            for name, (first, moved) in found.items():
+                initial.setdefault(name, [[] for _ in widths])[position].append(first)
+                change.setdefault(name, [[] for _ in widths])[position].append(moved)
+    layers = []
+    for name in initial:
+        at_start = [_mean(values) for values in initial[name]]
+        after = [[_mean([s[step] for s in change[name][i]]) for i in range(len(widths))] for step in range(steps)]
+        slopes = _slope(widths, at_start), _slope(widths, after[-1])
+        verdict = _verdict(*slopes, after[-1], threshold)
+        layers.append(LayerScale(name, tuple(at_start), tuple(map(tuple, after)), *slopes, verdict))
+    return ScaleCheck(
+        model, tuple(widths), base_width, optimizer, rate, steps, seeds, structure_aware, threshold, tuple(layers)
+    )
+
+
+def _check(widths: Sequence[int], optimizer: str, lr: float | None, threshold: float, **counts: int) -> None:
+    if len(widths) < 2 or list(widths) != sorted(set(widths)) or widths[0] < 1:
+        raise ValueError(f"widths must be two or more positive numbers in ascending order, got {tuple(widths)}")
+    if optimizer not in RATES:
+        raise ValueError(f"unknown optimizer {optimizer!r}; one of {', '.join(RATES)}")
+    if lr is not None and not 0 < lr < math.inf:
+        raise ValueError(f"lr must be positive and finite, got {lr}")
+    if not 0 < threshold < math.inf:
+        raise ValueError(f"threshold must be positive and finite, got {threshold}")
+    for name, value in counts.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name} must be a positive integer, got {value!r}")
+
+
+def _run(
+    build: Builder, width: int, base: nn.Module, seed: int, optimizer: str, lr: float, steps: int, batch_size: int,
+    structure_aware: bool, extra: Mapping[Any, float] | None,
+) -> dict[str, tuple[float, list[float]]]:  # fmt: skip
+    """For each layer the RMS of its outputs at initialisation, and of their change after each step."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model, inputs = _made(build(width), batch_size, width)
+    model.train(False)  # no dropout: the same inputs have to give the same outputs
+    groups = parameter_groups(
+        model, base, lr=lr, optimizer=optimizer, structure_aware=structure_aware, extra_multipliers=extra
+    )
+    kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}[optimizer]
+    updates = kind(groups, lr=lr)
+    with _outputs(model) as noted:
+        logits = _logits(model, inputs)
+        generator = torch.Generator().manual_seed(seed)
+        targets = torch.randint(logits.shape[-1], logits.shape[:-1], generator=generator)
+        before = dict(noted)
+        changes: dict[str, list[float]] = {name: [] for name in before}
+        for _ in range(steps):
+            updates.zero_grad()
+            F.cross_entropy(logits.flatten(0, -2), targets.flatten()).backward()
+            updates.step()
+            logits = _logits(model, inputs)
+            for name, x in before.items():
+                changes[name].append(_rms(noted[name] - x))
+    found = {name: (_rms(x), changes[name]) for name, x in before.items()}
+    for name, (first, moved) in found.items():
+        if not all(map(math.isfinite, (first, *moved))):
+            raise ValueError(f"the outputs of {name} are not finite at width {width}: a lower learning rate may help")
+    return found
+
+
+def _made(made: Made, batch_size: int, width: int) -> tuple[nn.Module, Any]:
+    model, inputs = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"the builder must return a torch module or (module, inputs), got {model!r}")
+    if inputs is not None:
+        return model, inputs
+    example = getattr(model, "example_input", None)
+    if example is None:
+        raise ValueError(f"the model at width {width} has no example_input(batch); return (model, inputs)")
+    inputs = example(batch_size)
+    # Inputs of a generator of their own: the same whatever the model drew.
+    generator = torch.Generator().manual_seed(1)
+    if inputs.is_floating_point():
+        return model, torch.randn(inputs.shape, generator=generator, dtype=inputs.dtype)
+    vocabulary = next(m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding))
+    return model, torch.randint(vocabulary, inputs.shape, generator=generator)
+
+
+def _logits(model: nn.Module, inputs: Any) -> Tensor:
+    output = (
+        model(**inputs) if isinstance(inputs, dict) else model(*inputs) if isinstance(inputs, tuple) else model(inputs)
+    )
+    logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
+    if not isinstance(logits, Tensor) or logits.ndim < 2:
+        raise TypeError(
+            f"the model must return logits (batch, ..., classes), or an object with them, got {type(output)}"
+        )
+    return logits
+
+
+@contextmanager
+def _outputs(model: nn.Module) -> Any:
+    """The last output of every layer, by name; layers that are not called are left out."""
+    noted: dict[str, Tensor] = {}
+    handles = []
+    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, _LAYERS)]
+    if not layers:
+        raise ValueError("the model has no linear layer, convolution or embedding to measure")
+    for name, module in layers:
+
+        def note(_: nn.Module, inputs: Any, output: Tensor, name: str = name) -> None:
+            if name == layers[-1][0]:
+                noted[f"{name} (input)"] = inputs[0].detach()
+            noted[name] = output.detach()
+
+        handles.append(module.register_forward_hook(note))
+    try:
+        yield noted
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _rms(x: Tensor) -> float:
+    return float(x.double().square().mean().sqrt())
+
+
+def _mean(values: Sequence[float]) -> float:
+    """Geometric; 0 where a value is."""
+    return math.exp(sum(map(math.log, values)) / len(values)) if all(values) else 0.0
+
+
+def _slope(widths: Sequence[int], values: Sequence[float]) -> float | None:
+    if not all(values):
+        return None
+    return float(np.polynomial.polynomial.polyfit(np.log(widths), np.log(values), 1)[1])
+
+
+def _verdict(initial: float | None, change: float | None, last: Sequence[float], threshold: float) -> str:
+    if not any(last):
+        return "fixed"
+    if change is None:
+        return "vanishes"
+    if abs(change) > threshold:
+        return "grows" if change > 0 else "vanishes"
+    return "starts growing" if initial is not None and initial > threshold else "flat"
+
+
+_IMAGES = {"input_shape": (3, 4, 4)}
+_PATCHES = {"input_shape": (3, 8, 8), "patch": 4, "depth": 2, "heads": 2}
+CHECK_SIZES: dict[str, dict[str, Any]] = {
+    "cifar-mlp": {**_IMAGES, "depth": 2},
+    "cifar-vit": _PATCHES,
+    "imagenet-vit": {**_PATCHES, "num_classes": 10},
+    "gpt2": {"vocabulary": 48, "context": 8, "depth": 2, "heads": 2},
+}
+"""Sizes at which :func:`named_builder` checks the named models: less input features than any sensible width."""
+
+
+def named_builder(
+    name: str, *, structure: StructureConfig | None = None, base_width: int | None = None, **sizes: Any
+) -> dict[str, Any]:
+    """Arguments of :func:`check_scale` for one of :data:`structlin_nn.models.MODELS`.
+
+    Args:
+        name, structure, **sizes: as :func:`structlin_nn.models.build_model`; sizes that are not given are those of
+            :data:`CHECK_SIZES`.
+        base_width: None: the paper's.
+
+    Raises:
+        ValueError: as ``build_model``.
+
+    >>> sorted(named_builder("cifar-mlp"))
+    ['base', 'base_width', 'build', 'extra_multipliers', 'model']
+    """
+    sizes = {**CHECK_SIZES.get(name, {}), **sizes}
+    base = base_model(name, base_width, **sizes)
+    return {
+        "build": lambda width: build_model(name, width=width, structure=structure, **sizes),
+        "base": base,
+        "base_width": base.config.width,
+        "extra_multipliers": MODELS[name].extra_multipliers,
+        "model": name,
+    }
+
+
+def builder_of(
+    path: str, *, base_width: int, structure: str | None = None, layers: str = "all_but_last", rms_cap: bool = False,
+    rule: str = "paper", options: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Arguments of :func:`check_scale` for a function of one's own.
+
+    Args:
+        path: ``package.module:function``; the function takes a width and returns a model, or (model, inputs).
+        base_width: where learning rates are tuned; the base is the function's own model there.
+        structure: replace linear layers by this structure (:func:`structlin_nn.torch.replace_linear`); None: as is.
+        layers, rms_cap, rule, options: of the replacement.
+
+    Raises:
+        ValueError: a path that leads to no function.
+    """
+    module_name, colon, name = path.partition(":")
+    if not colon or not name or not module_name:
+        raise ValueError(f"a model of your own is package.module:function, got {path!r}")
+    try:
+        function = getattr(importlib.import_module(module_name), name)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"{path} can not be imported: {error}") from error
+    if not callable(function):
+        raise ValueError(f"{path} must be a function of a width, got {function!r}")
+
+    def build(width: int) -> Made:
+        made = function(width)
+        model = made[0] if isinstance(made, tuple) else made
+        if structure is not None:
+            replace_linear(model, structure, layers=layers, rms_cap=rms_cap, rule=rule, **(options or {}))
+        return made
+
+    with torch.random.fork_rng(devices=[]):
+        made = function(base_width)
+    base = made[0] if isinstance(made, tuple) else made
+    if not isinstance(base, nn.Module):
+        raise TypeError(f"{path} must return a torch module or (module, inputs), got {base!r}")
+    return {"build": build, "base": base, "base_width": base_width, "extra_multipliers": None, "model": path}
