@@ -11,8 +11,8 @@ The backward pass makes h again. The gradient of x is the same product with the 
 the gradients of the two factors to one another: two kernels do all. Gradients of factors are summed over shares of the
 tokens, each in a fixed order: equal inputs give equal bits.
 
-What the rule refuses runs as it does without Triton. Its constants are estimates from bytes and registers, not yet
-measured on a device.
+What the rule refuses runs as it does without Triton. Its constants are estimates from bytes and registers. They have
+not been measured on a device, so the rule refuses everything unless ``STRUCTLIN_TRITON=1`` is set in the environment.
 """
 
 from __future__ import annotations
@@ -217,19 +217,22 @@ def fits(sizes: Sizes, itemsize: int, shared: int) -> bool:
 def suits(structure: AbstractStructure, x: Tensor) -> bool:
     """Whether :func:`chain` takes ``x`` (..., d_in) and is likely to be faster than two batched products.
 
-    A plain CUDA tensor of bfloat16, float16 or float32, on a device with tensor cores of compute capability 8.0 or
-    more, outside of ``torch.func`` transformations, forward-mode differentiation and ``torch.compile`` (which fuses by
-    itself), with Triton installed; and a structure that :func:`fits`.
+    With ``STRUCTLIN_TRITON=1`` and Triton installed: a plain CUDA tensor of bfloat16, float16 or float32, on a device
+    of compute capability 8.0 or more; a structure that :func:`fits`; outside of ``torch.compile`` (which fuses by
+    itself), ``torch.func`` transformations, forward-mode differentiation and dispatch modes (which count or fake
+    operations).
 
     >>> import structlin
     >>> suits(structlin.design("block_tensor_train", (4096, 4096)), torch.ones(2, 4096))
     False
     """
-    if not x.is_cuda or x.dtype not in DTYPES or x.numel() == 0 or type(x) not in _PLAIN or not available():
+    if not x.is_cuda or os.environ.get("STRUCTLIN_TRITON") != "1":
+        return False
+    if x.dtype not in DTYPES or x.numel() == 0 or type(x) not in _PLAIN or not available():
         return False
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return False
-    if torch.autograd.forward_ad._current_level >= 0:
+    if torch.autograd.forward_ad._current_level >= 0 or torch._C._len_torch_dispatch_stack():
         return False
     layout = _layout(structure)
     if layout is None:
@@ -284,7 +287,7 @@ class _Chain(torch.autograd.Function):
         x, w0, w1 = ctx.saved_tensors
         sizes, needs = ctx.sizes, ctx.needs_input_grad
         gb = g.float().sum(0).to(g.dtype) if needs[3] else None
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or _batched(g):
             gx, g0, g1 = _differentiable_gradients(g, x, w0, w1, sizes)
             return gx, g0, g1, gb, None
         # In the transposed chain W1 has the place of W0, with its axes (f, e, r, p) read as (p, a, r, f).
@@ -297,6 +300,11 @@ class _Chain(torch.autograd.Function):
         if needs[1]:  # of the transposed chain: axes (p, a, r, f)
             g0 = _factor_gradient(g, w1, near, x, swapped).permute(0, 3, 2, 1).to(w0.dtype)
         return gx, g0, g1, gb, None
+
+
+def _batched(g: Tensor) -> bool:
+    """Whether ``g`` stands for several gradients (``is_grads_batched``), which the kernels do not take."""
+    return torch._C._functorch.is_batchedtensor(g) or torch._C._functorch.is_legacy_batchedtensor(g)
 
 
 def _reordered(strides: Sequence[int], order: Sequence[int]) -> tuple[int, ...]:
@@ -375,10 +383,12 @@ def _differentiable_gradients(
     g: Tensor, x: Tensor, w0: Tensor, w1: Tensor, sizes: Sizes
 ) -> tuple[Tensor, Tensor, Tensor]:
     """By ordinary products, which can be differentiated in turn."""
-    n = sizes
-    xs = F.pad(x, (0, n.p * n.a - n.d_in)).view(-1, n.p, n.a)
-    gs = F.pad(g, (0, n.f * n.e - n.d_out)).view(-1, n.f, n.e)
-    h = torch.einsum("tpa,pfra->tfrp", xs, w0)
-    gh = torch.einsum("tfe,ferp->tfrp", gs, w1)
-    gx = torch.einsum("tfrp,pfra->tpa", gh, w0).reshape(len(x), -1)[:, : n.d_in]
-    return gx, torch.einsum("tfrp,tpa->pfra", gh, xs), torch.einsum("tfe,tfrp->ferp", gs, h)
+    n, t = sizes, len(x)
+    xs = F.pad(x, (0, n.p * n.a - n.d_in)).view(t, n.p, n.a).transpose(0, 1)
+    gs = F.pad(g, (0, n.f * n.e - n.d_out)).view(t, n.f, n.e).transpose(0, 1)
+    v0, v1 = w0.reshape(n.p, n.f * n.r, n.a), w1.reshape(n.f, n.e, n.r * n.p)
+    h = (xs @ v0.mT).view(n.p, t, n.f, n.r).permute(2, 1, 3, 0).reshape(n.f, t, n.r * n.p)
+    gh = (gs @ v1).view(n.f, t, n.r, n.p).permute(3, 1, 0, 2).reshape(n.p, t, n.f * n.r)
+    gx = (gh @ v0).transpose(0, 1).reshape(t, n.p * n.a)
+    gx = gx if gx.shape[1] == n.d_in else gx[:, : n.d_in]
+    return gx, (gh.mT @ xs).view(w0.shape), (gs.mT @ h).view(w1.shape)

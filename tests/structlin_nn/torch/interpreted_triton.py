@@ -77,6 +77,17 @@ def test_second_derivatives():
     assert all(relative(a, b) < 1e-5 for a, b in zip(found, expected, strict=True))
 
 
+def test_batched_gradients():
+    structure = structlin.design("block_tensor_train", (35, 6), rank=2)
+    x, factors, _, _ = draw(structure, 5, torch.float32)
+    g = torch.randn(4, 5, 35)
+    given = [x, *factors]
+    found = torch.autograd.grad(_triton.chain(x, factors, structure), given, g, is_grads_batched=True)
+    expected = [torch.autograd.grad(structure.apply(factors, x), given, one) for one in g]
+    for number, value in enumerate(found):
+        torch.testing.assert_close(value, torch.stack([e[number] for e in expected]), rtol=1e-4, atol=1e-5)
+
+
 def test_strides_leading_axes_and_no_tokens():
     structure = structlin.design("block_tensor_train", (35, 6), rank=2)
     _, factors, bias, _ = draw(structure, 1, torch.float32)

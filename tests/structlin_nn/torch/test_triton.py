@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 import structlin
 from structlin_nn.torch import _triton
@@ -173,9 +174,10 @@ def test_kernels_compile_for_devices_within_the_shared_memory_stated(capability)
     ],
 )
 @pytest.mark.parametrize("tokens", [1, 37, 1000])
-def test_on_cuda_against_float64(name, shape, options, tokens, dtype):
+def test_on_cuda_against_float64(name, shape, options, tokens, dtype, monkeypatch):
     pytest.importorskip("triton")
     structure = structlin.design(name, shape, **options)
+    monkeypatch.setenv("STRUCTLIN_TRITON", "1")
     generator = torch.Generator("cuda").manual_seed(0)
 
     def normal(*size, scale=1.0):
@@ -184,6 +186,10 @@ def test_on_cuda_against_float64(name, shape, options, tokens, dtype):
     factors = [normal(*f.shape, scale=f.fan_in**-0.5) for f in structure.factors]
     x, bias, g = normal(tokens, shape[1]), normal(shape[0]), normal(tokens, shape[0]).detach()
     assert suits(structure, x)
+    with FlopCounterMode(display=False):
+        assert not suits(structure, x), "operations are counted"
+    monkeypatch.delenv("STRUCTLIN_TRITON")
+    assert not suits(structure, x), "by default"
     y = chain(x, factors, structure, bias)
     found = [y, *torch.autograd.grad(y, [x, *factors, bias], g, retain_graph=True)]
     again = torch.autograd.grad(y, [x, *factors, bias], g)
