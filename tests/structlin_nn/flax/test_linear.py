@@ -305,8 +305,8 @@ def test_partitions_over_two_devices() -> None:
 
         mesh = jax.make_mesh((2,), ("model",), axis_types=(AxisType.Auto,))
         cases = [
-            ("block_tensor_train", {"rank": 2}, {"f": "model"}),
-            ("monarch", {"blocks": 4}, {"b": "model"}),
+            ("block_tensor_train", {"rank": 2}, {"c": "model"}),
+            ("monarch", {"blocks": 4}, {"p": "model"}),
             ("low_rank", {"rank": 6}, {"r": "model"}),
             ("dense", {}, {"o": "model"}),
         ]
