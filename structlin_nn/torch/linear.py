@@ -181,19 +181,25 @@ class StructuredLinear(nn.Module):
 
     def _affine(self, x: Tensor, factors: Sequence[Tensor], bias: Tensor | None) -> Tensor:
         dtype = x.dtype
-        for parameter in factors if bias is None else (*factors, bias):
-            if parameter.dtype is not dtype and parameter.dtype is not torch.int64:
-                raise ValueError(
-                    f"the input is {dtype}, the parameters are {parameter.dtype}: convert one of them, "
-                    "or use torch.autocast"
-                )
+        for factor in factors:
+            if factor.dtype is not dtype:
+                self._check_dtype(factor, dtype)
+        if bias is not None and bias.dtype is not dtype:
+            self._check_dtype(bias, dtype)
         if self._is_dense:
             return F.linear(x, factors[0], bias)
+        if x.ndim == 2:
+            return self._product(x, factors, bias)
         lead = x.shape[:-1]
-        if len(lead) != 1:
-            x = x.reshape(math.prod(lead), self.in_features)
-        y = self._product(x, factors, bias)
-        return y if len(lead) == 1 else y.reshape(*lead, self.out_features)
+        y = self._product(x.reshape(math.prod(lead), self.in_features), factors, bias)
+        return y.reshape(*lead, self.out_features)
+
+    def _check_dtype(self, parameter: Tensor, dtype: torch.dtype) -> None:
+        if parameter.dtype != torch.int64:
+            raise ValueError(
+                f"the input is {dtype}, the parameters are {parameter.dtype}: convert one of them, "
+                "or use torch.autocast"
+            )
 
     def _product(self, x: Tensor, factors: Sequence[Tensor], bias: Tensor | None) -> Tensor:
         """(tokens, in_features) -> (tokens, out_features) by what benchmarks/overhead.py finds the fastest.
