@@ -2,12 +2,13 @@
 
     python benchmarks/linalg.py --json benchmarks/results/linalg.json
 
-Measured in one run by interleaved repeats; reported are medians and ratios of medians (above 1: this library is
-faster). ``matmat`` is A X for an X with 16 columns and an operator at hand. ``solve`` is A^-1 X, and ``logdet`` the
-logarithm of |det A|, from the arrays to the result, so that what a library remembers of an operator does not count.
+Measured in one run by interleaved repeats, in random order, calls below 50 ms each after one that does not count;
+reported are medians and ratios of medians (above 1: this library is faster). ``matmat`` is A X for an X with 16 columns
+and an operator at hand. ``solve`` is A^-1 X, and ``logdet`` the logarithm of |det A|, from the arrays to the result, so
+that what a library remembers of an operator does not count.
 
 - dense: torch's LAPACK in the same dtype, Cholesky where the matrix is symmetric and positive (all but Monarch and
-  Block Tensor-Train), else LU. Sizes above ``--dense-limit`` are not factorised: that takes minutes for each number.
+  Block Tensor-Train), else LU. Left out above ``--dense-limit`` rows: at 16384 one LU takes minutes.
 - linear_operator: the same matrix from its own classes. It has none that solves with a product of two block-diagonal
   matrices. Above 800 rows it solves what has no closed form by conjugate gradients, and estimates determinants.
 - lineax: has none of these structures: a function and conjugate gradients to a residual of 1e-8 (1e-5 in float32),
@@ -24,6 +25,8 @@ import importlib.util
 import json
 import math
 import os
+import statistics
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -33,7 +36,7 @@ from typing import Any
 import cola
 import numpy as np
 import torch
-from _measure import machine, medians
+from _measure import machine
 
 import structlin as sl
 
@@ -41,6 +44,7 @@ PEERS = ("linear_operator", "lineax", "scipy")
 OPERATIONS = ("matmat", "solve", "logdet")
 COLUMNS = 16
 INNER = 8  # repeats of what is fast for each repeat of what is dense
+SECONDS = 5.0  # after which a comparison is not repeated more than three times
 
 
 @dataclass(frozen=True)
@@ -193,17 +197,20 @@ def ours(case: Case, X: np.ndarray, dtype: str) -> dict[str, Callable[[], Any]]:
     }
 
 
-def dense(case: Case, X: np.ndarray, dtype: str, factorise: bool) -> dict[str, Callable[[], Any]]:
+def dense(case: Case, X: np.ndarray, dtype: str) -> dict[str, Callable[[], Any]]:
     arrays, columns = as_torch(case, X, dtype)
     A = case.make(*arrays).to_dense()
-    functions: dict[str, Callable[[], Any]] = {"matmat": lambda: A @ columns}
-    if factorise and case.positive:
-        functions["solve"] = lambda: torch.cholesky_solve(columns, torch.linalg.cholesky(A))
-        functions["logdet"] = lambda: 2 * torch.linalg.cholesky(A).diagonal().log().sum()
-    elif factorise:
-        functions["solve"] = lambda: torch.linalg.solve(A, columns)
-        functions["logdet"] = lambda: torch.linalg.slogdet(A)[1]
-    return functions
+    if case.positive:
+        return {
+            "matmat": lambda: A @ columns,
+            "solve": lambda: torch.cholesky_solve(columns, torch.linalg.cholesky(A)),
+            "logdet": lambda: 2 * torch.linalg.cholesky(A).diagonal().log().sum(),
+        }
+    return {
+        "matmat": lambda: A @ columns,
+        "solve": lambda: torch.linalg.solve(A, columns),
+        "logdet": lambda: torch.linalg.slogdet(A)[1],
+    }
 
 
 def with_linear_operator(case: Case, X: np.ndarray, dtype: str) -> dict[str, Callable[[], Any]]:
@@ -288,6 +295,22 @@ def truths(case: Case, X: np.ndarray) -> dict[str, np.ndarray]:
     return found
 
 
+def steady(functions: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
+    """Median seconds of each, called in turn, in a random order; fewer repeats where they would take long."""
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    order, begin = np.random.default_rng(0), time.perf_counter()
+    for repeat in range(repeats):
+        for name in order.permutation(list(functions)):
+            if not repeat or min(times[name]) < 0.05:  # what is fast depends on what ran before
+                functions[name]()
+            start = time.perf_counter()
+            functions[name]()
+            times[name].append(time.perf_counter() - start)
+        if repeat >= 2 and time.perf_counter() - begin > SECONDS:
+            break
+    return {name: statistics.median(found) for name, found in times.items()}
+
+
 def error_of(found: Any, wanted: np.ndarray) -> float:
     found = np.asarray(found.detach() if hasattr(found, "detach") else found, dtype=np.float64)
     return float(np.linalg.norm(found - wanted) / np.linalg.norm(wanted))
@@ -304,25 +327,26 @@ def measure(case: Case, n: int, arguments: argparse.Namespace, absent: Sequence[
         contestants["scipy"] = with_scipy(case, X, arguments.dtype)
     if "lineax" not in absent:
         contestants["lineax"], contestants["ours_jit"] = under_jit(case, X, arguments.dtype)
+    whole = dense(case, X, arguments.dtype) if n <= arguments.dense_limit else {}
     rows = []
     for operation in OPERATIONS:
         row: dict[str, Any] = {"structure": case.name, "n": n, "operation": operation}
         fast = {k: f[operation] for k, f in contestants.items() if operation in f}
         row["error"] = {k: error_of(f(), wanted[operation]) for k, f in fast.items()}
-        seconds = dict(zip(fast, medians(list(fast.values()), arguments.repeats * INNER), strict=True))
+        seconds = {}
+        for kinds in (("ours", "linear_operator", "scipy"), ("ours_jit", "lineax")):  # those that are compared
+            seconds |= steady({k: fast[k] for k in kinds if k in fast}, arguments.repeats * INNER)
         row["microseconds"] = {k: round(s * 1e6, 1) for k, s in seconds.items()}
         ratios = {k: seconds[k] / seconds["ours"] for k in ("linear_operator", "scipy") if k in seconds}
         if "lineax" in seconds:
             ratios["lineax"] = seconds["lineax"] / seconds["ours_jit"]
-        whole = dense(case, X, arguments.dtype, n <= arguments.dense_limit)
         if operation in whole:
             row["error"]["dense"] = error_of(whole[operation](), wanted[operation])
-            both = medians([whole[operation], fast["ours"]], arguments.repeats)
-            row["microseconds"]["dense"] = round(both[0] * 1e6, 1)
-            ratios["dense"] = both[0] / both[1]
+            both = steady({"dense": whole[operation], "ours": fast["ours"]}, arguments.repeats)
+            row["microseconds"]["dense"] = round(both["dense"] * 1e6, 1)
+            ratios["dense"] = both["dense"] / both["ours"]
         row["ratio"] = ratios
         rows.append(row)
-        del whole
     return rows
 
 
@@ -349,7 +373,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5, help=f"of dense; {INNER} times as many of the others")
     parser.add_argument("--dtype", default="float64", choices=["float32", "float64"])
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--dense-limit", type=int, default=4096, help="largest dense matrix that is factorised")
+    parser.add_argument("--dense-limit", type=int, default=4096, help="rows of the largest dense matrix")
     parser.add_argument("--json", type=Path, help="where to write the result")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -368,7 +392,7 @@ def main() -> None:
         print(f"{name}: absent")
     left = [n for n in arguments.sizes if n > arguments.dense_limit]
     if left:
-        print(f"dense: not factorised at n = {', '.join(map(str, left))}")
+        print(f"dense: left out at n = {', '.join(map(str, left))}")
     if arguments.json:
         setting = {k: v for k, v in vars(arguments).items() if k != "json"} | {"columns": COLUMNS, "absent": absent}
         versions = {name: version(name.replace("_", "-")) for name in PEERS if name not in absent}

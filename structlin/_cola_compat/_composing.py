@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 from beartype.door import TypeHint
-from cola.backends import get_library_fns, np_fns
+from cola.backends import np_fns
 from cola.fns import lazify
 from cola.linalg.algorithm_base import Algorithm
 from cola.ops import (
@@ -124,6 +124,13 @@ def _find_device(value: Any) -> Any:
     return device_of(value)
 
 
+def _guessed_library(dtype: Any) -> str:
+    """CoLA's guess, for a class that sets its arrays only afterwards, without starting jax to find out."""
+    if str(dtype).startswith("torch."):
+        return "torch"
+    return "jax" if "jax" in sys.modules else "numpy"  # importing CoLA has imported it where it is installed
+
+
 def _operator_init(
     self: Any, dtype: Any, shape: tuple[int, int], matmat: Any = None, annotations: Any = frozenset()
 ) -> None:
@@ -131,10 +138,9 @@ def _operator_init(
 
     self.dtype = dtype
     self.shape = shape
-    # A class that sets its arrays only afterwards has none yet; then CoLA's guess from the dtype has to do.
     names = _libraries(self)
     library = next((n for n in ("torch", "jax", "numpy") if n in names), None)
-    self.xnp = functions_of(library) if library else get_library_fns(dtype)
+    self.xnp = functions_of(library or _guessed_library(dtype))
     if matmat is not None:
         self._matmat = matmat
     self.annotations = set(cola.annotations.get_annotations(self)) | set(annotations)

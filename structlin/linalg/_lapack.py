@@ -90,11 +90,12 @@ def _torch() -> SimpleNamespace:
 
     def positive_slogdet(a: Array) -> tuple[Array, Array]:
         """By Cholesky, half the work of LU, which takes over for what is not positive to roundoff."""
-        if a.device.type == "cpu" and is_known(a):
+        if a.device.type == "cpu":
             lower, failed = torch.linalg.cholesky_ex(a)
-            if not failed.any():
-                log = 2 * lower.diagonal(0, -2, -1).real.log().sum()
-                return (log * 0 + 1).to(a.dtype), log
+            if known(failed.amax()) == 0:
+                diagonal = lower.diagonal(0, -2, -1)
+                log = 2 * (diagonal.real if a.is_complex() else diagonal).log().sum()
+                return torch.ones((), dtype=a.dtype), log
         sign, log = torch.linalg.slogdet(a)
         return sign.prod(), log.sum()
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from functools import reduce
 from typing import Any
 
 import cola
 import numpy as np
 from cola.annotations import Stiefel
-from cola.ops import Adjoint, Identity, LinearOperator, Product, ScalarMul, Transpose
+from cola.ops import Adjoint, BlockDiag, Identity, LinearOperator, Product, ScalarMul, Transpose
+from cola.ops import Kronecker as ColaKronecker
 
 from structlin._arrays import Array, backend_of
 from structlin.linalg import _chain as chain
@@ -112,8 +114,9 @@ def frobenius_norm(A: LinearOperator) -> Array:
 
     Closed form for circulant, Toeplitz, diagonal, permutation and Kronecker matrices; for chains without regrouping
     by contracting the factors with themselves; Tensor-Trains whose numbers are known and need no gradient by a sweep of
-    QR decompositions, which keeps its accuracy where terms cancel (Oseledets 2011, Tensor-Train decomposition); else
-    from the dense columns. Differentiable where the norm is not zero. Raises TypeError for what is no operator.
+    QR decompositions, which keeps its accuracy where terms cancel (Oseledets 2011, Tensor-Train decomposition); CoLA's
+    Kronecker and BlockDiag from the norms of their members; else from the dense columns. Differentiable where the norm
+    is not zero. Raises TypeError for what is no operator.
 
     >>> from structlin import Diagonal
     >>> frobenius_norm(Diagonal(np.array([3.0, 4.0])))
@@ -130,6 +133,11 @@ def _frobenius(A: LinearOperator) -> Array:
         return frobenius_norm(A.A)
     if isinstance(A, Identity) or A.isa(Stiefel):
         return lapack(like(np.ones(1), A)).real(like(np.sqrt(np.ones(1) * A.shape[1]), A))[0]
+    if isinstance(A, ColaKronecker):
+        return math.prod(map(frobenius_norm, A.Ms))
+    if isinstance(A, BlockDiag):
+        squared: Any = sum(m * frobenius_norm(M) ** 2 for M, m in zip(A.Ms, A.multiplicities, strict=True))
+        return lapack(squared).sqrt(squared)
     if isinstance(A, StructuredOperator):
         found = _frobenius_of_structure(A)
         if found is not None:
@@ -173,11 +181,12 @@ def spectral_norm(A: LinearOperator, *, tol: float = 1e-6, max_iters: int = 10_0
     """The largest singular value, a real 0-d array.
 
     Closed form (singular values of the parts) for dense, Kronecker and block-diagonal matrices, circulant, diagonal,
-    permutation, unitary and low-rank ones; ``tol`` plays no part there. Otherwise power iteration on ``A^H A`` from a
-    random vector drawn with ``seed``, until ``|A^H A v - s^2 v| <= tol s^2``: then some singular value lies within a
-    relative ``tol / 2`` of s, and unless the start was orthogonal to the largest one's vectors, or another value is as
-    close, it is the largest, with an error of the order of ``tol^2``. Two products for each iteration. Differentiable
-    (through ``u^H A v`` with the vectors held fixed).
+    permutation, unitary and low-rank ones; ``tol`` plays no part there. CoLA's Kronecker and BlockDiag by members.
+    Otherwise power iteration on ``A^H A`` from a random vector drawn with ``seed``, until
+    ``|A^H A v - s^2 v| <= tol s^2``: then some singular value lies within a relative ``tol / 2`` of s, and unless the
+    start was orthogonal to the largest one's vectors, or another value is as close, it is the largest, with an error
+    of the order of ``tol^2``. Two products for each iteration. Differentiable (through ``u^H A v`` with the vectors
+    held fixed).
 
     Raises ConvergenceError where the tolerance is not met after ``max_iters`` iterations (inside jit, where it can not
     be raised, the result is NaN), ValueError for a tolerance outside (0, 1) and fewer than one iteration, TypeError
@@ -194,10 +203,20 @@ def spectral_norm(A: LinearOperator, *, tol: float = 1e-6, max_iters: int = 10_0
     if isinstance(max_iters, bool) or not hasattr(max_iters, "__index__") or max_iters < 1:
         raise ValueError(f"max_iters must be a positive integer, got {max_iters!r}")
     c, A = _without_scalars(A)
-    found = _closed_spectral_norm(A)
-    if found is None:
-        found = _power_iteration(A, tol, max_iters, seed)
+    options = {"tol": tol, "max_iters": max_iters, "seed": seed}
+    if isinstance(A, ColaKronecker):
+        found = math.prod(spectral_norm(M, **options) for M in A.Ms)  # type: ignore[arg-type]
+    elif isinstance(A, BlockDiag):
+        found = reduce(_larger, (spectral_norm(M, **options) for M in A.Ms))  # type: ignore[arg-type]
+    else:
+        found = _closed_spectral_norm(A)
+        if found is None:
+            found = _power_iteration(A, tol, max_iters, seed)
     return found if c is None else found * abs(in_library(c, found))
+
+
+def _larger(x: Array, y: Array) -> Array:
+    return lapack(x).where(x < y, y, x)
 
 
 def _largest(matrices: Array) -> Array:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import structlin
 from structlin import Structure, StructuredOperator, linalg
-from structlin.linalg import _chain, _common, _contract, _iterative
+from structlin.linalg import _chain, _common, _contract, _iterative, _norms
 from structlin.testing import dense_matrix, random_chain, to_numpy
 
 TORCH = {"backend": "torch", "dtype": "float64"}
@@ -372,6 +372,19 @@ def test_power_iteration_meets_its_tolerance_or_raises():
     J = random("block_tensor_train", (48, 30), rank=3, backend="jax")
     np.testing.assert_allclose(jax.jit(lambda A: linalg.spectral_norm(A, tol=1e-9))(J), want)
     assert np.isnan(jax.jit(lambda A: linalg.spectral_norm(A, tol=1e-9, max_iters=2))(J))
+
+
+@pytest.mark.parametrize("backend", ["numpy", "torch", "jax"])
+def test_norms_of_colas_composites_by_their_members(backend, monkeypatch):
+    K, B = random("kronecker", (4, 6), backend=backend), random("circulant", (5, 5), backend=backend, dtype="complex128")
+    D = structlin.Diagonal(B.factors[0] * (2 + 1j))
+    cases = [cola.ops.Kronecker(K, B), cola.ops.BlockDiag(K, D, multiplicities=[2, 3]), 2 * cola.ops.BlockDiag(D, K)]
+    monkeypatch.setattr(_norms, "_power_iteration", None)
+    monkeypatch.setattr(_norms, "_columns", None)
+    for A in cases:
+        a = to_numpy(A.to_dense())
+        np.testing.assert_allclose(float(linalg.frobenius_norm(A)), np.linalg.norm(a), rtol=1e-12)
+        np.testing.assert_allclose(float(linalg.spectral_norm(A)), np.linalg.norm(a, 2), rtol=1e-12)
 
 
 def test_the_norm_of_a_tensor_train_survives_cancellation():
