@@ -376,7 +376,10 @@ def test_power_iteration_meets_its_tolerance_or_raises():
 
 @pytest.mark.parametrize("backend", ["numpy", "torch", "jax"])
 def test_norms_of_colas_composites_by_their_members(backend, monkeypatch):
-    K, B = random("kronecker", (4, 6), backend=backend), random("circulant", (5, 5), backend=backend, dtype="complex128")
+    K, B = (
+        random("kronecker", (4, 6), backend=backend),
+        random("circulant", (5, 5), backend=backend, dtype="complex128"),
+    )
     D = structlin.Diagonal(B.factors[0] * (2 + 1j))
     cases = [cola.ops.Kronecker(K, B), cola.ops.BlockDiag(K, D, multiplicities=[2, 3]), 2 * cola.ops.BlockDiag(D, K)]
     monkeypatch.setattr(_norms, "_power_iteration", None)
