@@ -1,9 +1,9 @@
 """Results as rows: run records, JSON, JSON lines and CSV, read into one flat form for fits and figures.
 
 A row is a dictionary. Of a run record (:mod:`structlin_nn.training.records`) each row is one evaluation together with
-what the header says. A plain name is looked up in the evaluation first, then in the configuration and the options of
-its structure, then in the counts; the dotted name (``evaluation.training_macs``, ``counts.training_macs``,
-``config.options.rank``) says which.
+what the header says. A plain name is looked up in the evaluation and its statistics first, then in the configuration
+and the options of its structure, then in the counts; the dotted name (``evaluation.training_macs``,
+``counts.training_macs``, ``config.options.rank``) says which.
 """
 
 from __future__ import annotations
@@ -141,7 +141,7 @@ def _from_record(path: Path, record: Record, evaluations: str, unfinished: bool)
     common |= _flat(header["data"], "data") | _flat(header["hardware"], "hardware")
     common["structures"] = header["structures"]
     chosen = record.evaluations if evaluations == "all" else record.evaluations[-1:]
-    return [common | line | _flat(line, "evaluation") for line in chosen]
+    return [common | (line.get("statistics") or {}) | line | _flat(line, "evaluation") for line in chosen]
 
 
 def _flat(values: Mapping[str, Any], name: str) -> Row:

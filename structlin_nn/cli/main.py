@@ -18,7 +18,19 @@ __all__ = ["main"]
 
 COMMANDS = {
     name: "structlin_nn.cli." + name.replace("-", "_")
-    for name in ("demo", "prepare", "train", "sweep", "generate", "structures", "count", "fit", "plan", "check-scale")
+    for name in (
+        "demo",
+        "prepare",
+        "train",
+        "sweep",
+        "generate",
+        "structures",
+        "count",
+        "fit",
+        "plan",
+        "check-scale",
+        "figure",
+    )
 }
 DESCRIPTION = "Structured matrices in neural networks: see what there is, count what it costs, and train with it."
 EXAMPLES = """\

@@ -88,7 +88,7 @@ def delta_h_figure(groups: Mapping[str, Sequence[Row]]) -> Figure:
                 linestyle=style.line if aware else ":", markerfacecolor=style.colour if aware else "white",
                 linewidth=1.6, label=style.label if aware else f"{style.label}, naive",
             )  # fmt: skip
-    finish(axes, x="width", y="RMS change of the last hidden features in a step")
+    finish(axes, x="width", y="RMS change of the last features in a step")
     _width_ticks(axes, sorted(widths))
     plain_ticks(axes)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False, fontsize=8)

@@ -75,7 +75,7 @@ class Scaled(nn.Module):
         return self.second(self.first(x))
 
 
-@pytest.mark.parametrize(("name", "optimizer"), zip(MODELS, ("sgd", "adamw", "sgd", "adamw"), strict=True))
+@pytest.mark.parametrize(("name", "optimizer"), list(zip(MODELS, ("sgd", "adamw", "sgd", "adamw"), strict=True)))
 def test_all_models_can_be_checked(name: str, optimizer: str) -> None:
     chosen = named_builder(name, structure=StructureConfig("monarch", {"blocks": 2}, rms_cap=True), base_width=16)
     found = check_scale(**chosen, widths=(16, 32), optimizer=optimizer, seeds=1, steps=2)

@@ -1,0 +1,99 @@
+"""``structlin figure``: figures from run records and tables."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from structlin_nn.cli.common import UsageError, choice
+from structlin_nn.cli.fit import add_row_options, read_groups
+
+HELP = "draw a figure from run records or tables: .png, .svg or .pdf"
+# What is drawn, and the columns that it is drawn from unless options say otherwise.
+FIGURES: dict[str, tuple[str, dict[str, str]]] = {
+    "delta-h": ("change of the last features in a step against width (figure 2a of the paper)", {}),
+    "landscape": ("error against learning rate, a line for each width (figure 2b)", {"y": "train_error"}),
+    "compute": ("error against compute, with fitted laws and their exponents", {}),
+    "cifar": ("the same for the training error of the paper", {"x": "forward_macs", "y": "batch_error"}),
+    "curves": ("evaluations of every run, and where they end", {}),
+    "imagenet": ("the same for the validation error of ImageNet", {"y": "val_error"}),
+    "gpt2": ("the same for the validation loss of GPT-2", {"y": "val_loss"}),
+    "gains": ("gain of every structured layer at the first and the last evaluation", {}),
+    "spectrum": ("singular values of layers, from rows of structlin_nn.figures.layers.layer_spectra", {}),
+}
+CURVES = ("curves", "imagenet", "gpt2")
+LAWS = ("compute", "cifar")
+EXAMPLES = """\
+examples:
+  structlin figure delta-h runs --out delta_h.pdf
+  structlin figure landscape runs --where structure=block_tensor_train --y test_error --out landscape.png
+  structlin figure cifar runs --group structure,rank --out cifar.svg
+  structlin figure gpt2 runs/*/record.jsonl --unfinished --out gpt2.png
+
+Nothing but the records is read. `structlin fit` explains what RECORDS may be and how columns are named.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    names = "; ".join(f"{name}: {text}" for name, (text, _) in FIGURES.items())
+    parser.add_argument("name", metavar="NAME", type=choice("figure", tuple(FIGURES)), help=names)
+    parser.add_argument("records", metavar="RECORDS", nargs="+", help="run records, folders of them, or tables")
+    parser.add_argument("--out", required=True, metavar="FILE", help="what to write: .png, .svg or .pdf")
+    add_row_options(parser)
+    parser.set_defaults(x=None, y=None)
+    law = parser.add_argument_group("the laws (compute, cifar)")
+    law.add_argument("--frontier", action="store_true", help="fit only the Pareto frontier of each group")
+    law.add_argument("--floor", action="store_true", help="fit an irreducible error, too")
+    law.add_argument("--samples", type=int, default=500, metavar="N", help="draws of the bootstrap (500)")
+    law.add_argument("--noise", type=float, metavar="E", help="known standard deviation of an error")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from structlin_nn.figures.style import FORMATS, save
+
+    out = Path(arguments.out)
+    if out.suffix.removeprefix(".").lower() not in FORMATS:
+        raise UsageError(f"figures are written as .png, .svg or .pdf, got {out.name!r}")
+    name, usual = arguments.name, FIGURES[arguments.name][1]
+    if name not in LAWS and (arguments.frontier or arguments.floor or arguments.noise is not None):
+        raise UsageError(f"{name} draws no laws: --frontier, --floor and --noise are for {' and '.join(LAWS)}")
+    arguments.x = arguments.x or usual.get("x", "training_macs")
+    arguments.y = arguments.y or usual.get("y", "test_error")
+    arguments.all_evaluations |= name in ("delta-h", "gains", *CURVES)
+    try:
+        figure = _drawn(name, read_groups(arguments), arguments)
+        save(figure, out)
+    except (KeyError, OSError, ValueError) as error:
+        raise UsageError(" ".join(str(error).split())) from error
+    print(out)
+    return 0
+
+
+def _drawn(name: str, groups: dict[str, Any], arguments: argparse.Namespace) -> Any:
+    if name == "delta-h":
+        from structlin_nn.figures.scale import delta_h_figure
+
+        return delta_h_figure(groups)
+    if name == "landscape":
+        from structlin_nn.figures.scale import landscape_figure
+
+        if len(groups) > 1:
+            raise ValueError(f"a landscape is of one group, got {', '.join(groups)}; choose one with --where")
+        return landscape_figure(next(iter(groups.values())), y=arguments.y)
+    if name in CURVES:
+        from structlin_nn.figures.curves import curves_figure
+
+        return curves_figure(groups, x=arguments.x, y=arguments.y)
+    if name in LAWS:
+        from structlin_nn.figures.compute import compute_figure
+        from structlin_nn.laws import fit_groups
+
+        laws = fit_groups(
+            groups, arguments.x, arguments.y, frontier=arguments.frontier, floor=arguments.floor,
+            samples=arguments.samples, noise=arguments.noise,
+        )  # fmt: skip
+        return compute_figure(laws, x=arguments.x, y=arguments.y)
+    from structlin_nn.figures.layers import gains_figure, spectrum_figure
+
+    return (gains_figure if name == "gains" else spectrum_figure)(groups)

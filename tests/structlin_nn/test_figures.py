@@ -1,0 +1,205 @@
+"""Figures show the numbers of the records, and are written whole in each format."""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.figure import Figure
+
+from structlin_nn.cli import main
+from structlin_nn.cli.figure import FIGURES
+from structlin_nn.figures.compute import compute_figure
+from structlin_nn.figures.curves import curves_figure
+from structlin_nn.figures.layers import gains_figure, layer_spectra, spectrum_figure
+from structlin_nn.figures.scale import delta_h_figure, landscape_figure
+from structlin_nn.figures.style import STYLES, new_figure, save, series
+from structlin_nn.laws import fit_groups
+from structlin_nn.models import StructureConfig, build_model
+from structlin_nn.tables import group_rows, read_rows
+
+WriteRun = Callable[..., Path]
+
+
+def lines(figure: Figure, panel: int = 0) -> dict[str, tuple[list[float], list[float]]]:
+    """Labelled lines of a panel: their x and y."""
+    axes = figure.axes[panel]
+    return {
+        str(line.get_label()): (list(map(float, line.get_xdata())), list(map(float, line.get_ydata())))
+        for line in axes.lines
+        if not str(line.get_label()).startswith("_")
+    }
+
+
+def statistics(change: float | None, gains: dict[str, float] | None = None) -> dict:
+    return {"feature_change": change, "measured_steps": 0 if change is None else 4, "gains": gains or {}}
+
+
+@pytest.fixture
+def runs(write_run: WriteRun, tmp_path: Path) -> Path:
+    """Two structures, three widths, both rules, two rates."""
+    for structure in ("dense", "monarch"):
+        for width in (16, 32, 64):
+            for aware in (True, False):
+                for lr in (1e-3, 1e-2):
+                    error = (
+                        (0.5 if structure == "dense" else 0.4) * (16 / width) ** 0.2 * (1 + abs(math.log10(lr / 1e-3)))
+                    )
+                    gains = {"input": 1.0, "output": 0.5 if aware else 0.25}
+                    write_run(
+                        structure, width, errors=(0.9, error), macs=width**2 * 3000, structure_aware=aware, lr=lr,
+                        statistics=statistics(0.1 if aware else 0.1 * 4 / width**0.5, gains),
+                    )  # fmt: skip
+    return tmp_path
+
+
+def test_delta_h(runs: Path) -> None:
+    figure = delta_h_figure(group_rows(read_rows([runs], evaluations="all"), ["structure"]))
+    found = lines(figure)
+    assert list(found) == ["dense", "dense, naive", "Monarch", "Monarch, naive"]
+    assert found["dense"] == ([16, 32, 64], pytest.approx([0.1, 0.1, 0.1]))
+    assert found["Monarch, naive"][1] == pytest.approx([0.1, 0.1 / math.sqrt(2), 0.05])
+
+
+def test_changes_are_weighted_by_steps(write_run: WriteRun) -> None:
+    rows = read_rows([write_run(width=16, errors=(0.9, 0.5, 0.4))], evaluations="all")
+    for row, (change, steps) in zip(rows, ((None, 0), (0.1, 1), (0.4, 2)), strict=True):
+        row.update(feature_change=change, measured_steps=steps)
+    assert lines(delta_h_figure({"dense": rows}))["dense"] == ([16], [pytest.approx(0.3)])
+    for row in rows:
+        row["feature_change"] = None
+    with pytest.raises(ValueError, match=r"run0.jsonl measured no change of features"):
+        delta_h_figure({"dense": rows})
+
+
+def test_landscape(runs: Path) -> None:
+    rows = [row for row in read_rows([runs]) if row["structure"] == "monarch"]
+    figure = landscape_figure(rows, y="train_error")
+    assert [axes.get_title() for axes in figure.axes] == ["structure-aware learning rates", "naive learning rates"]
+    found = lines(figure, 1)
+    assert list(found) == ["16", "32", "64"]
+    assert found["16"] == ([1e-3, 1e-2], pytest.approx([0.4, 0.8]))
+    assert len(landscape_figure([r for r in rows if r["structure_aware"]], y="train_error").axes) == 1
+
+
+def test_compute(runs: Path) -> None:
+    rows = [row for row in read_rows([runs]) if row["config.lr"] == 1e-3 and row["structure_aware"]]
+    laws = fit_groups(group_rows(rows, ["structure"]), "training_macs", "test_error", samples=20)
+    figure = compute_figure(laws, x="training_macs", y="test_error")
+    found = lines(figure)
+    assert found["dense"][0] == [16**2 * 3000, 32**2 * 3000, 64**2 * 3000]
+    assert [bar.get_width() for bar in figure.axes[1].patches] == pytest.approx([0.1, 0.1])
+    assert (figure.axes[0].get_xlabel(), figure.axes[0].get_ylabel()) == ("training compute (MACs)", "test error")
+    assert len(compute_figure(laws, x="a", y="b", bars=False).axes) == 1
+
+
+def test_curves(runs: Path) -> None:
+    rows = [row for row in read_rows([runs], evaluations="all") if row["config.lr"] == 1e-3]
+    figure = curves_figure(group_rows(rows, ["structure"]), x="training_macs", y="test_error")
+    assert len(figure.axes[0].lines) == 12
+    assert lines(figure, 1)["dense"][1] == pytest.approx([0.5 * (16 / w) ** 0.2 for w in (16, 32, 64)])
+    with pytest.raises(ValueError, match="dense has no evaluation after the start of a run"):
+        curves_figure({"dense": [r for r in rows if not r["training_macs"]]}, x="training_macs", y="test_error")
+
+
+def test_gains(runs: Path) -> None:
+    rows = read_rows([runs], evaluations="all")
+    figure = gains_figure(group_rows(rows, ["structure"]))
+    assert lines(figure)["dense"] == ([0, 1], pytest.approx([1, math.sqrt(0.5 * 0.25)]))
+    assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == ["input", "output"]
+    rows[0]["gains"] = {"input": 1.0}
+    with pytest.raises(ValueError, match="the runs of dense have different layers"):
+        gains_figure({"dense": rows})
+    rows[0]["gains"] = {}
+    with pytest.raises(ValueError, match="has no gains of layers"):
+        gains_figure({"dense": rows})
+
+
+def test_spectrum(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = build_model("cifar-mlp", width=16, depth=1, structure=StructureConfig("low_rank", {"rank": 3}))
+    rows = layer_spectra(model, structure="low_rank")
+    layer = model.blocks[0].up
+    expected = np.linalg.svd(layer.operator.to_dense().detach().double().numpy(), compute_uv=False)
+    up = next(row for row in rows if row["layer"] == "blocks.0.up")
+    assert up["singular_values"] == pytest.approx(expected, abs=1e-6)
+    figure = spectrum_figure({"low_rank": rows})
+    x, y = lines(figure)["blocks.0.up"]
+    assert x == [1 / 16, 2 / 16, 3 / 16], "three values, the others are 0"
+    assert y == pytest.approx(expected[:3] / 2, rel=1e-5), "over sqrt(64 / 16)"
+    with pytest.raises(ValueError, match="the model has no structured layers"):
+        layer_spectra(torch.nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="a row of low_rank has no singular_values"):
+        spectrum_figure({"low_rank": [{"in_features": 2, "out_features": 2}]})
+    (tmp_path / "spectra.json").write_text(json.dumps(rows))
+    out = tmp_path / "spectrum.svg"
+    assert main(["figure", "spectrum", str(tmp_path / "spectra.json"), "--out", str(out)]) == 0
+    assert "blocks.0.up" in out.read_text()
+
+
+class TestStyle:
+    def test_no_two_series_look_alike(self) -> None:
+        names = ["dense", *(f"monarch, blocks {b}" for b in (2, 4, 8, 16)), "blast", "butterfly", "toeplitz"]
+        found = series(names)
+        looks = [(s.colour, s.marker, s.line, s.filled) for s in found.values()]
+        assert len(set(looks)) == len(names)
+        assert found["dense"].label == "dense"
+        assert found["monarch, blocks 4"].face == "white"
+
+    def test_colours_differ_in_lightness_or_hue_for_all(self) -> None:
+        """The palette of Okabe and Ito, once each."""
+        palette = {"#000000", "#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7"}
+        colours = [colour for _, colour, _ in STYLES.values()]
+        assert set(colours) <= palette
+        assert len(set(colours)) == len(colours)
+
+    @pytest.mark.parametrize(("suffix", "magic"), [("png", b"\x89PNG"), ("svg", b"<?xml"), ("pdf", b"%PDF")])
+    def test_formats_and_the_same_file_again(self, suffix: str, magic: bytes, tmp_path: Path) -> None:
+        files = []
+        for name in ("a", "b"):
+            figure = new_figure()
+            figure.subplots().plot([1, 2], [3, 4])
+            save(figure, tmp_path / f"{name}.{suffix}")
+            files.append((tmp_path / f"{name}.{suffix}").read_bytes())
+        assert files[0] == files[1]
+        assert files[0].startswith(magic)
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in FIGURES if name not in ("landscape", "spectrum", "imagenet", "gpt2")]
+)
+def test_command(name: str, runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / f"{name}.png"
+    words = ["figure", name, str(runs), "--out", str(out), "--where", "config.lr=0.001"]
+    assert main([*words, *(["--samples", "20"] if name in ("compute", "cifar") else [])]) == 0, capsys.readouterr().err
+    assert capsys.readouterr().out == f"{out}\n"
+    assert out.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("delta", "unknown figure 'delta', did you mean delta-h?"),
+        ("landscape", "a landscape is of one group, got dense, monarch; choose one with --where"),
+        ("compute --y eror", "a row has no 'eror'"),
+        ("gpt2", "a row has no 'val_loss'"),
+        ("delta-h --floor", "delta-h draws no laws: --frontier, --floor and --noise are for compute and cifar"),
+        ("spectrum", "a row has no 'in_features'"),
+        ("curves --out curves.gif", "figures are written as .png, .svg or .pdf, got 'curves.gif'"),
+        ("curves --out missing/curves.png", "missing"),
+    ],
+)
+def test_misuse(words: str, message: str, runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    name, *rest = words.split()
+    out = [] if "--out" in rest else ["--out", "figure.png"]
+    assert main(["figure", name, str(runs), *rest, *out]) == 2
+    out_text, err = capsys.readouterr()
+    assert message in err
+    assert out_text == ""
+    assert err.count("\n") == 1
+    assert not list(tmp_path.glob("*.png"))
