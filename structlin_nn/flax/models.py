@@ -109,7 +109,10 @@ class Attention(nnx.Module):
         q = self.query_norm(self.query(x).reshape(split))
         k = self.key_norm(self.key(x).reshape(split))
         v = self.value(x).reshape(split)
-        y = jax.nn.dot_product_attention(q, k, v, scale=8 / self.head_dim)
+        # Not jax.nn.dot_product_attention, which takes the softmax of float64 in float32.
+        scores = jnp.einsum("...qhd,...khd->...hqk", q, k) * (8 / self.head_dim)
+        shares = jax.nn.softmax(scores.astype(jnp.promote_types(scores.dtype, jnp.float32))).astype(v.dtype)
+        y = jnp.einsum("...hqk,...khd->...qhd", shares, v)
         return self.out(y.reshape(*x.shape[:-1], -1))
 
 

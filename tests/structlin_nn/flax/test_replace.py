@@ -162,6 +162,7 @@ class TestRefusals:
             replaced(held, layers="all")
 
 
+@pytest.mark.slow
 def test_back_to_dense() -> None:
     rngs = nnx.Rngs(0)
     structured = StructuredLinear(10, 8, structure="block_tensor_train", rms_cap=True, rngs=rngs)
