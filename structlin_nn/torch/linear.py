@@ -216,12 +216,12 @@ class StructuredLinear(nn.Module):
                 y = structure._rows(factors, x, _TORCH)
             else:
                 y = recomputed(structure._rows, factors, x, _TORCH, use_reentrant=False, preserve_rng_state=False)
-        elif plan is None or torch.compiler.is_compiling():
+        elif plan is None:
             y = structure._rows(factors, x, _TORCH)
-        elif 0 < x.shape[0] <= plan.most_tokens:
+        elif not torch.compiler.is_compiling() and 0 < x.shape[0] <= plan.most_tokens:
             return plan(x, factors, bias)
         else:
-            y = structure._rows(factors, x, _TORCH)
+            return plan.structure._rows(factors, x, _TORCH, bias)
         return y if bias is None else y + bias
 
     def extra_repr(self) -> str:

@@ -1,7 +1,6 @@
 """StructuredLinear against a float64 oracle, and everything that torch does to a module."""
 
 import copy
-import io
 import math
 import pickle
 
@@ -30,6 +29,9 @@ FEW = [
     ("toeplitz", (5, 7), {}),
     ("diagonal", (5, 5), {}),
 ]
+
+
+EACH = [(name, *structlin.get(name).examples[0]) for name in structlin.names()]
 
 
 def make(name: str, shape: tuple[int, int], options: dict, **more) -> StructuredLinear:
@@ -164,6 +166,36 @@ def test_gradients_per_sample():
             torch.testing.assert_close(together[name][number], gradient)
 
 
+@pytest.mark.parametrize(("name", "shape", "options"), FEW)
+def test_few_and_many_tokens_agree(name, shape, options):
+    """Which way the products are run depends on the number of tokens."""
+    layer = make(name, shape, options, dtype=torch.float64)
+    x = torch.randn(5000, shape[1], dtype=torch.float64, requires_grad=True)
+    parts = [layer(part) for part in x.split(7)]
+    torch.testing.assert_close(torch.cat(parts), layer(x))
+    torch.testing.assert_close(layer(x), expected(layer, x))
+    leaves = (x, *layer.parameters())
+    together = torch.autograd.grad(layer(x).sin().sum(), leaves)
+    for a, b in zip(together, torch.autograd.grad(sum(p.sin().sum() for p in parts), leaves), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_parametrised_factors_and_bias():
+    """Factors and bias are looked up where torch.nn.utils.parametrize puts them."""
+
+    class Doubled(nn.Module):
+        def forward(self, x):
+            return 2 * x
+
+    layer = make("block_tensor_train", (35, 6), {"rank": 2}, dtype=torch.float64)
+    x, before = torch.randn(3, 6, dtype=torch.float64), layer.bias.detach().clone()
+    y = layer(x) - before
+    torch.nn.utils.parametrize.register_parametrization(layer.factors, "1", Doubled())
+    torch.testing.assert_close(layer(x), 2 * y + before)
+    torch.nn.utils.parametrize.register_parametrization(layer, "bias", Doubled())
+    torch.testing.assert_close(layer(x), 2 * y + 2 * before)
+
+
 # -- the RMS cap -------------------------------------------------------------------------------------------------------
 
 
@@ -199,6 +231,14 @@ def test_cap_bounds_the_rms_by_the_initial_deviation():
         assert factor.square().mean().sqrt().item() == pytest.approx(sigma, rel=1e-5)
 
 
+@pytest.mark.parametrize("checkpoint", [False, True])
+def test_cap_never_asks_for_a_value(checkpoint):
+    """On the meta device there is none: a synchronisation with the host would raise."""
+    layer = StructuredLinear(768, 1024, rms_cap=True, checkpoint=checkpoint, device="meta")
+    layer(torch.empty(3, 768, device="meta", requires_grad=True)).sum().backward()
+    assert {p.grad.device.type for p in layer.parameters()} == {"meta"}
+
+
 def test_capped_zero_initialised_layer_learns():
     layer = StructuredLinear(64, 64, structure="low_rank", rms_cap=True, zero_init=True, rule="rank_corrected")
     assert layer.init_std[-1] == 0
@@ -222,11 +262,13 @@ def test_cap_in_half_precision_neither_overflows_nor_underflows():
 # -- autocast ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("checkpoint", [False, True])
+@pytest.mark.parametrize("tokens", [4, 600])
 @pytest.mark.parametrize("cap", [False, True])
 @pytest.mark.parametrize(("name", "shape", "options"), FEW)
-def test_autocast(name, shape, options, cap):
-    layer = make(name, shape, options, rms_cap=cap)
-    x = torch.randn(2, 4, shape[1], requires_grad=True)
+def test_autocast(name, shape, options, cap, tokens, checkpoint):
+    layer = make(name, shape, options, rms_cap=cap, checkpoint=checkpoint)
+    x = torch.randn(2, tokens, shape[1], requires_grad=True)
     with torch.autocast("cpu", torch.bfloat16):
         y = layer(x)
         assert y.dtype == nn.Linear(shape[1], shape[0])(x).dtype == torch.bfloat16
@@ -322,17 +364,28 @@ def test_index_is_a_permutation_and_no_parameter():
 # -- copies and files --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("name", "shape", "options"), [*FEW, ("permutation", (5, 5), {})])
-def test_copies_and_files(name, shape, options, tmp_path):
-    layer = make(name, shape, options, rms_cap=name != "permutation")
+@pytest.mark.parametrize("checkpoint", [False, True])
+@pytest.mark.parametrize(("name", "shape", "options"), EACH)
+def test_copies_and_files(name, shape, options, checkpoint, tmp_path):
+    safetensors = pytest.importorskip("safetensors.torch")
+    more = {"rms_cap": name != "permutation", "checkpoint": checkpoint, **options}
+    layer = make(name, shape, more)
     x = torch.randn(3, shape[1])
     y = layer(x)
-    buffer = io.BytesIO()
-    torch.save(layer.state_dict(), buffer)
-    buffer.seek(0)
-    loaded = StructuredLinear(shape[1], shape[0], structure=name, rms_cap=name != "permutation", **options)
-    loaded.load_state_dict(torch.load(buffer, weights_only=True))
-    for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer)), loaded):
+    state = layer.state_dict()
+    for key, value in state.items():
+        assert type(value) is torch.Tensor, key
+        assert vars(value) == {}, key
+    torch.save(state, tmp_path / "layer.pt")
+    safetensors.save_file(state, tmp_path / "layer.safetensors")
+    loaded, read = (StructuredLinear(shape[1], shape[0], structure=name, **more) for _ in range(2))
+    loaded.load_state_dict(torch.load(tmp_path / "layer.pt", weights_only=True))
+    with torch.device("meta"):
+        late = StructuredLinear(shape[1], shape[0], structure=name, **more)
+    read.load_state_dict(safetensors.load_file(tmp_path / "layer.safetensors"))
+    late.load_state_dict(safetensors.load_file(tmp_path / "layer.safetensors"), assign=True)
+    others = [copy.deepcopy(layer), pickle.loads(pickle.dumps(layer)), loaded, read, late]
+    for other in others:
         assert torch.equal(other(x), y)
         assert other.structure == layer.structure
         assert repr(other) == repr(layer)
@@ -350,16 +403,6 @@ def test_state_dict_holds_plain_tensors():
         assert vars(tensor) == {}
     for key, value in state.items():
         assert type(value) is torch.Tensor, key
-
-
-def test_safetensors(tmp_path):
-    safetensors = pytest.importorskip("safetensors.torch")
-    layer = make("block_tensor_train", (35, 6), {"rank": 2}, rms_cap=True)
-    safetensors.save_file(layer.state_dict(), tmp_path / "layer.safetensors")
-    loaded = StructuredLinear(6, 35, structure="block_tensor_train", rank=2, rms_cap=True)
-    loaded.load_state_dict(safetensors.load_file(tmp_path / "layer.safetensors"))
-    x = torch.randn(3, 6)
-    assert torch.equal(loaded(x), layer(x))
 
 
 def test_operator_shows_the_live_parameters():
