@@ -15,6 +15,7 @@ import structlin
 from structlin._arrays import ops
 from structlin.structure import AbstractStructure, Structure
 from structlin_nn._layer import describe, plan_layer
+from structlin_nn.torch import _triton
 from structlin_nn.torch._draw import fill
 from structlin_nn.torch._operator import chain, transformed
 from structlin_nn.torch._text import to_text
@@ -204,11 +205,13 @@ class StructuredLinear(nn.Module):
     def _product(self, x: Tensor, factors: Sequence[Tensor], bias: Tensor | None) -> Tensor:
         """(tokens, in_features) -> (tokens, out_features) by what benchmarks/overhead.py finds the fastest.
 
-        For few tokens the calls are what counts. Otherwise the contraction of :mod:`structlin`, which adds the bias
-        where it has the rows in cache. A compiler gets the single products, and not one node: it fuses what stands
-        between them.
+        On CUDA the fused kernel where that suits. For few tokens the calls are what counts. Otherwise the contraction
+        of :mod:`structlin`, which adds the bias where it has the rows in cache. A compiler gets the single products,
+        and not one node: it fuses what stands between them.
         """
         structure, plan = self.structure, self._token_major
+        if not x.is_cpu and _triton.suits(structure, x):  # keeps its input alone, too
+            return _triton.chain(x, factors, structure, bias)
         if self.checkpoint and torch.is_grad_enabled() and not transformed():
             if plan is not None:
                 y = chain(x, list(factors), self._text)
