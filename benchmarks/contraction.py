@@ -36,7 +36,7 @@ CASES = (
 )
 
 
-def measure(name: str, options: dict, size: int, tokens: int, dtype: torch.dtype, repeats: int) -> dict:
+def measure(name: str, options: dict, size: int, tokens: int, dtype: torch.dtype, repeats: int, clock: str) -> dict:
     """One row of the table."""
     structure = sl.design(name, (size, size), **options)
     weight = torch.randn(size, size, dtype=dtype, requires_grad=True)
@@ -53,8 +53,8 @@ def measure(name: str, options: dict, size: int, tokens: int, dtype: torch.dtype
     if chunked:
         forward.append(lambda: structure._chunked(x, factors))
     with torch.no_grad():
-        ahead = medians(forward, repeats)
-    both = medians([lambda f=f: f().backward(gradient) for f in forward], repeats)
+        ahead = medians(forward, repeats, clock=clock)
+    both = medians([lambda f=f: f().backward(gradient) for f in forward], repeats, clock=clock)
     ratio = size * size / structure.macs
     row = {"structure": name, "options": options, "size": size, "tokens": tokens, "mac_ratio": ratio}
     for kind, found in (("forward", ahead), ("forward_backward", both)):
@@ -85,6 +85,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32", choices=["float32", "float64", "bfloat16"])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--clock", default="wall", choices=["wall", "cpu"], help="cpu: time on cores, one thread only")
     parser.add_argument("--out", type=Path, help="where to write the JSON result")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -92,10 +93,15 @@ def main() -> None:
     for size in arguments.sizes:
         for name, options in CASES:
             dtype = getattr(torch, arguments.dtype)
-            rows.append(measure(name, options, size, arguments.tokens, dtype, arguments.repeats))
+            rows.append(measure(name, options, size, arguments.tokens, dtype, arguments.repeats, arguments.clock))
     print(table(rows))
     if arguments.out:
-        setting = {"dtype": arguments.dtype, "threads": arguments.threads, "repeats": arguments.repeats}
+        setting = {
+            "dtype": arguments.dtype,
+            "threads": arguments.threads,
+            "repeats": arguments.repeats,
+            "clock": arguments.clock,
+        }
         machine = {"torch": torch.__version__, "machine": platform.machine(), "python": platform.python_version()}
         arguments.out.write_text(json.dumps({"setting": setting, **machine, "rows": rows}, indent=1) + "\n")
 

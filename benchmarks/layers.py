@@ -98,12 +98,12 @@ class Row:
         self.clear(module)
         return self.held(module) + most
 
-    def measure(self, repeats: int) -> dict[str, object]:
+    def measure(self, repeats: int, clock: str) -> dict[str, object]:
         """The row of the table."""
         modules = [self.dense, *self.modules.values()]
         with torch.no_grad():
-            forward = medians([lambda m=m: m(self.x) for m in modules], repeats, self.device)
-        both = medians([lambda m=m: self.step(m) for m in modules], repeats, self.device)
+            forward = medians([lambda m=m: m(self.x) for m in modules], repeats, self.device, clock)
+        both = medians([lambda m=m: self.step(m) for m in modules], repeats, self.device, clock)
         memory = [self.memory(m) for m in modules]
         found: dict[str, dict[str, float]] = {}
         for n, name in enumerate(self.modules, start=1):
@@ -171,13 +171,19 @@ def main() -> None:
         help="structlin is always measured",
     )  # fmt: skip
     parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument(
+        "--clock", default="wall", choices=["wall", "cpu"],
+        help="cpu: time on cores, for one thread on a machine that others use too",
+    )  # fmt: skip
     parser.add_argument("--out", type=Path, help="where to write the JSON result; rows are added as they are measured")
     arguments = parser.parse_args()
     if arguments.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch finds no CUDA device")
+    if arguments.clock == "cpu" and (arguments.device == "cuda" or arguments.threads > 1):
+        parser.error("--clock cpu is for --device cpu with --threads 1: it adds up the time of all threads")
     torch.set_num_threads(arguments.threads)
     names = list(dict.fromkeys(["structlin", *arguments.implementations]))
-    setting = {k: getattr(arguments, k) for k in ("device", "dtype", "threads", "repeats")}
+    setting = {k: getattr(arguments, k) for k in ("device", "dtype", "threads", "repeats", "clock")}
     rows: list[dict[str, object]] = []
     for tokens in arguments.tokens:
         for widths in [(d, d) for d in arguments.sizes] + [(d, 4 * d, d) for d in arguments.ffn]:
@@ -185,7 +191,7 @@ def main() -> None:
                 row = Row(label, widths, tokens, arguments.device, getattr(torch, arguments.dtype))
                 for name in names:
                     row.add(name)
-                rows.append(row.measure(arguments.repeats))
+                rows.append(row.measure(arguments.repeats, arguments.clock))
                 shown = [n for n in names if n in row.modules]
                 print(table(rows[-1:], shown), flush=True)
                 if arguments.out:

@@ -28,11 +28,11 @@ from structlin._plan import make_plan
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16)
-# An activation of one chunk should stay in the cache of a core (a megabyte or two, today) next to its operands, but
-# products of fewer tokens than MIN_CHUNK are slow, and of more than MAX_CHUNK no faster.
-CHUNK_BYTES = 4 << 20
+# Bytes of the widest activation of one chunk: with blocks the last cache is to hold it, and without the core's own,
+# together with operands. Products of fewer tokens than MIN_CHUNK are slow, and of more than MAX_CHUNK no faster.
+BLOCK_BYTES, CHUNK_BYTES = 16 << 20, 4 << 20
 MIN_CHUNK, MAX_CHUNK = 64, 256
-SMALL_CHUNK, MAX_THREADS = 128, 4
+SMALL_CHUNK, MAX_THREADS = 128, 4  # of the products by NumPy
 FEW = 1 << 15  # numbers in the widest activation, below which the calls cost more than the copies of the portable plan
 PACK_TOKENS = 128  # matrices are brought into the order that the BLAS likes if so many tokens share the effort
 
@@ -65,6 +65,9 @@ class ChunkedChain:
         if numbers < FEW or (numbers < 2 * FEW and torch.is_grad_enabled()):
             return False
         if type(x) not in _PLAIN or any(type(t) not in _PLAIN or t.dtype != dtype for t in factors):
+            return False
+        # In bfloat16 large blocks are faster all tokens at once, and so are the gradients of a shared matrix.
+        if dtype == torch.bfloat16 and not (self.small if self.blocks else not torch.is_grad_enabled()):
             return False
         return not (
             torch.is_autocast_enabled("cpu")
@@ -119,6 +122,7 @@ class ChunkedChain:
         tokens, x, gy = x.shape[0 if self.rows else 1], x.detach().contiguous(), gy.detach().contiguous()
         products, inner = self.layout.products, self.widths[1:-1]
         engine, fresh = self._engine(x), (x.new_empty if tokens else x.new_zeros)
+        summed = torch.float32 if x.dtype == torch.bfloat16 else x.dtype
         gx = fresh(x.shape) if needs[0] else None
         wanted = [k for k, need in enumerate(needs[1:]) if need]
         lowest, highest = (0 if needs[0] else wanted[0]), max(wanted, default=0)
@@ -131,7 +135,8 @@ class ChunkedChain:
             grads: list[Tensor | None] = []
             for p, need in zip(products, needs[1:], strict=True):
                 b, k, f = p.shape
-                grads.append(fresh((b, k, f) if p.free_last else (b, f, k)) if need else None)
+                shape = (b, k, f) if p.free_last else (b, f, k)
+                grads.append(fresh(shape, dtype=summed) if need else None)
             states, ends = self._buffers(x, spans), self._buffers(x, spans)
             for start, count in spans:
                 views, at = self._at(count, tokens), [x, *states, gy]
@@ -159,7 +164,7 @@ class ChunkedChain:
             grad = first[k]
             for more in others:
                 grad = grad if grad is None else grad.add_(more[k])
-            found.append(None if grad is None else _unpack(grad, product.gradient, shape))
+            found.append(None if grad is None else _unpack(grad, product.gradient, shape).to(x.dtype))
         return (gx, *found)
 
     def _run(
@@ -186,7 +191,7 @@ class ChunkedChain:
             and not torch._C._len_torch_dispatch_stack()
         ):
             return _NumPy
-        return _Torch
+        return _Half if x.dtype == torch.bfloat16 else _Torch
 
     def _view(self, x: Tensor, view: tuple[tuple[int, ...], tuple[int, ...]], k: int, start: int, count: int) -> Tensor:
         """The operand in activation number k: for input and output at the chunk's place."""
@@ -220,7 +225,8 @@ class ChunkedChain:
         if engine is _NumPy:
             return SMALL_CHUNK
         widest = max(self.widths[1:-1], default=1) * x.element_size()
-        return max(MIN_CHUNK, min(MAX_CHUNK, CHUNK_BYTES // widest // 64 * 64))
+        budget = BLOCK_BYTES if self.blocks else CHUNK_BYTES
+        return max(MIN_CHUNK, min(MAX_CHUNK, budget // widest // 64 * 64))
 
     def _kept_tokens(self, tokens: int, chunk: int) -> int:
         width = sum(self.widths[1:-1])
@@ -264,6 +270,8 @@ class _Torch:
     def multiply(left: Tensor, right: Tensor, out: Tensor, last: bool, shared: bool) -> None:
         if shared:
             left = left.expand(right.shape[0], -1, -1)
+        if out.stride(2) != 1:
+            left, right, out = right.transpose(1, 2), left.transpose(1, 2), out.transpose(1, 2)
         if last:
             torch.baddbmm(out, left, right, out=out)
         else:
@@ -276,6 +284,36 @@ class _Torch:
     @staticmethod
     def share(spans: Sequence[tuple[int, int]], work: Callable[[Sequence[tuple[int, int]]], Any]) -> list[Any]:
         return [work(spans)]
+
+
+class _Half(_Torch):
+    """Products by torch in bfloat16, whose kernels (oneDNN's) want rows to write and to read on the right.
+
+    Gradients are added up in float32.
+    """
+
+    @staticmethod
+    def multiply(left: Tensor, right: Tensor, out: Tensor, last: bool, shared: bool) -> None:
+        if out.dtype != left.dtype:
+            out.copy_(torch.bmm(left, _readable(right)))
+        elif out.stride(2) != 1:
+            _Torch.multiply(_readable(left.transpose(1, 2)).transpose(1, 2), right, out, last, shared)
+        else:
+            _Torch.multiply(left, _readable(right), out, last, shared)
+
+    @staticmethod
+    def add(grad: Tensor, left: Tensor, right: Tensor) -> None:
+        grad.add_(torch.bmm(left, _readable(right)))
+
+
+def _readable(right: Tensor) -> Tensor:
+    if right.stride(2) == 1:
+        return right
+    batch, rows, columns = right.stride()
+    if batch == rows * right.shape[1]:  # torch is quick to transpose a matrix, not a batch of them
+        flat = right.as_strided((right.shape[0] * right.shape[1], right.shape[2]), (rows, columns))
+        return flat.contiguous().view(right.shape)
+    return right.contiguous()
 
 
 class _NumPy:

@@ -104,15 +104,68 @@ def test_only_some_gradients(name, needed, small_chunks):
 @pytest.mark.parametrize("name", CASES)
 def test_other_dtypes(name, dtype, small_chunks, calls):
     structure, factors, x = make(name, dtype)
-    y = structure.apply(factors, x)
+    with torch.no_grad():
+        y = structure.apply(factors, x)
     assert calls
     assert y.dtype == dtype
+    doubles = [t.detach().double().requires_grad_() for t in (x, *factors)]
+    expected = structure.apply(doubles[1:], doubles[0])
+    tolerance = 1e-5 if dtype == torch.float32 else 0.03
+    assert (y.double() - expected).norm() < tolerance * expected.norm()
+    weights = torch.randn(y.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    found = torch.autograd.grad(structure.apply(factors, x), [x, *factors], weights.to(dtype))
+    for got, wanted in zip(found, torch.autograd.grad(expected, doubles, weights), strict=True):
+        assert got.dtype == dtype
+        assert (got.double() - wanted).norm() < tolerance * wanted.norm()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_bias_is_added(name, small_chunks, calls):
+    structure, factors, x = make(name)
+    bias = torch.randn(structure.d_out, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
+    bias.requires_grad_()
+    y = structure._rows(factors, x, sl._arrays.ops("torch"), bias)
+    assert calls
+    torch.testing.assert_close(y, structure.apply(factors, x) + bias, rtol=1e-12, atol=1e-12)
+    weights = torch.randn(y.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    (for_bias,) = torch.autograd.grad(y, [bias], weights, retain_graph=True)
+    torch.testing.assert_close(for_bias, weights.sum(0), rtol=1e-12, atol=1e-12)
+    found = torch.autograd.grad(y, [x, *factors], weights)
+    expected = torch.autograd.grad(structure.apply(factors, x), [x, *factors], weights)
+    for got, wanted in zip(found, expected, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["block_tensor_train", "monarch", "blast", "block_diagonal"])
+def test_columns(name, small_chunks, calls):
+    structure, factors, x = make(name)
+    columns = x.detach().T.contiguous().requires_grad_()
+    y = structure.apply_columns(factors, columns)
+    assert calls
     matrix = torch.from_numpy(dense_matrix(structure, factors))
-    tolerance = 1e-5 if dtype == torch.float32 else 0.05
-    scale = (x.double().abs() @ matrix.abs().T).max().item()
-    assert (y.double() - x.double() @ matrix.T).abs().max().item() < tolerance * scale
-    grads = torch.autograd.grad(y.float().sum(), [x, *factors])
-    torch.testing.assert_close(grads[0].double(), matrix.sum(0).expand_as(x), rtol=0, atol=tolerance * scale)
+    torch.testing.assert_close(y, matrix @ columns, rtol=1e-12, atol=1e-12)
+    weights = torch.randn(y.shape, dtype=y.dtype, generator=torch.Generator().manual_seed(3))
+    found = torch.autograd.grad(y, [columns, *factors], weights)
+    expected = torch.autograd.grad(structure.apply(factors, x), [x, *factors], weights.T)
+    torch.testing.assert_close(found[0], expected[0].T, rtol=1e-11, atol=1e-11)
+    for got, wanted in zip(found[1:], expected[1:], strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize(("spare", "tokens"), [(0, 0), (1, 4), (2, 8), (100, 11)])
+def test_kept_activations_change_nothing(spare, tokens, small_chunks):
+    """None, the first chunks only, all."""
+    structure, factors, x = make("block_tensor_train")
+    chain = structure._chunked
+    chain.spare = sum(chain.widths[1:-1]) * (spare * 4 + 8)  # in chunks of 4 tokens; two more are buffers
+    kept = []
+    chain.forward(x, factors, None, kept)
+    assert kept[0].numel() == chain.widths[1] * tokens
+    weights = torch.randn(11, 35, dtype=x.dtype, generator=torch.Generator().manual_seed(3))
+    found = torch.autograd.grad(structure.apply(factors, x), [x, *factors], weights)
+    expected = chain.backward(weights, x, factors, [True] * 3)
+    for got, wanted in zip(found, expected, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("shape", [(0, 6), (2, 0, 6), (6,), (2, 3, 6)])
@@ -183,8 +236,9 @@ def test_large_inputs_are_chunked_without_gradients(calls):
     assert calls
 
 
-def test_flops_are_those_of_the_structure():
-    structure, factors, x = make("block_tensor_train", torch.float32)
+@pytest.mark.parametrize("name", CASES)
+def test_flops_are_those_of_the_structure(name, small_chunks, calls):
+    structure, factors, x = make(name, torch.float32)
     with FlopCounterMode(display=False) as counter:
         structure.apply(factors, x)
     assert counter.get_total_flops() == 2 * structure.macs * len(x)
