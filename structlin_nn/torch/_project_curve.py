@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
 import structlin
 from structlin.projection._solve import Problem, Settings, Solution, solve, spectrum
-from structlin.structure import AbstractStructure
+from structlin.structure import AbstractStructure, Structure
 
-CURVE_SWEEPS = 10
+CURVE_SWEEPS = 4
 """Sweeps of alternating least squares for a point of an error-versus-MACs curve that has no closed form."""
 GROWTH = 1.5
 """Ratio of neighbouring ranks on such a curve."""
@@ -42,11 +43,15 @@ def _first(count: int, holds: Callable[[int], bool]) -> int:
 
 
 def _fits(name: str, shape: tuple[int, int], options: Mapping[str, Any]) -> bool:
+    """Whether there is such a form, and its vectors keep their axes from step to step.
+
+    Where blocks do not divide the inner size of a Monarch matrix they do not, and fitting it to data is slow.
+    """
     try:
-        structlin.design(name, shape, **options)
+        found = structlin.design(name, shape, **options)
     except ValueError:
         return False
-    return True
+    return not isinstance(found, Structure) or all(a.output == b.input for a, b in pairwise(found.steps))
 
 
 @dataclass(frozen=True)
@@ -54,7 +59,8 @@ class Forms:
     """Forms of a named structure for a (d_out, d_in) matrix that are cheaper than it, in ascending order of MACs.
 
     They differ in ``knob``: ranks 1, 2, ... (those of several bonds grow together, each up to its entry of
-    ``limits``), or numbers of blocks that are powers of 2, or nothing (None), and then there is one form at most.
+    ``limits``), or numbers of blocks that are powers of 2 (and divide the inner
+    size of Monarch), or nothing (None), and then there is one form at most.
     ``values`` are those of the knob, ``options`` what the forms share.
     """
 

@@ -61,11 +61,11 @@ def project_linear(
 
     **Choice of the forms.** Without ``target_error`` and budget, ``options`` say it, with the structure's defaults for
     what they leave out. Otherwise each layer gets its own rank (of a structure without ranks, its own number of
-    blocks, a power of 2). A budget is shared out so that the sum over the layers of squared relative errors (of the
-    outputs, with calibration) is small: along the convex hulls of the layers' curves of error against MACs, the
-    steepest descent first, which is optimal up to the last step. A dense layer is the last point of its curve. Curves
-    of low rank, and of Tensor-Train, Block Tensor-Train of two cores without calibration, come from one decomposition
-    for each layer; others from short runs of alternating least squares at ranks that grow by 1.5.
+    blocks: a power of 2, which for Monarch divides the inner size). A budget is shared out so that the sum over the
+    layers of squared relative errors (of the outputs, with calibration) is small: along the convex hulls of the
+    layers' curves of error against MACs, the steepest descent first, which is optimal up to the last step. A dense
+    layer is the last point of its curve. Curves of low rank, and of Tensor-Train and Block Tensor-Train of two cores
+    without calibration, come from one decomposition for each layer; others from a few sweeps at ranks that grow by 1.5.
 
     Args:
         model: any module with linear layers inside.
