@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 import sys
 from fnmatch import fnmatchcase
@@ -99,16 +100,17 @@ def _jobs(arguments: argparse.Namespace, sweep: Sweep) -> dict[str, Job]:
     model = "imagenet-vit" if sweep.model.startswith("timm:") else sweep.model
     kind = CONFIGS[model]
     changes = overrides(kind, arguments.set)
-    if kind is TrainConfig and arguments.data is None and "data_set" not in changes:
-        changes["data_set"] = "fashion"
     data: dict[str, Any] = {"data_root": arguments.data}
     if kind is TrainConfig:
         data["verify"] = not arguments.unverified
     elif arguments.unverified:
         raise UsageError(f"--unverified is for CIFAR, and {sweep.name} is trained on {sweep.data}")
-    elif arguments.data is None and not arguments.dry_run:
-        raise UsageError(f"--data is needed: where {sweep.data} is (--dry-run goes without)")
     configs = sweep.runs(changes)
+    sets = {getattr(config, "data_set", "") for config in configs.values()}
+    known = all(name == "fashion" or (name and f"STRUCTLIN_{name.upper()}" in os.environ) for name in sets)
+    if arguments.data is None and not (arguments.dry_run or known):
+        also = ", or --set data_set=fashion for the embedded images" if kind is TrainConfig else ""
+        raise UsageError(f"--data is needed: where {sweep.data} is{also} (--dry-run goes without)")
     if arguments.only:
         kept = {n: c for n, c in configs.items() if any(fnmatchcase(n, glob) for glob in arguments.only)}
         if not kept:

@@ -122,12 +122,13 @@ def test_slurm(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
         ("sweep nothing.py", "nothing.py does not exist"),
         ("sweep empty.py", "must define SWEEP"),
         ("sweep mine.py --set widht=3", "unknown key 'widht' in 'widht=3', did you mean 'width'?"),
-        ("sweep mine.py --only x*", "--only matches none of the runs dense-w8, dense-w16"),
+        ("sweep mine.py --dry-run --only x*", "--only matches none of the runs dense-w8, dense-w16"),
         ("sweep mine.py --workers 0", "--workers must be at least 1, got 0"),
         ("sweep mine.py --launcher x", "--launcher is for the commands"),
         ("sweep gpt2", "--data is needed: where OpenWebText is"),
+        ("sweep delta-h", "--data is needed: where CIFAR-10 is, or --set data_set=fashion"),
         ("sweep gpt2 --unverified", "--unverified is for CIFAR"),
-        ("sweep mine.py --set batch_size=60000 --dry-run", "10000 images are less than one batch of 60000"),
+        ("sweep mine.py --set batch_size=60000 --dry-run", "50000 images are less than one batch of 60000"),
     ],
 )
 def test_misuse(line: str, message: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
