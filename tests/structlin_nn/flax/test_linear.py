@@ -146,7 +146,7 @@ class TestInitialisation:
         layer = StructuredLinear(8, 6, structure="low_rank", rank=2, zero_init=True, rms_cap=True, rngs=nnx.Rngs(0))
         assert [bool((f[...] == 0).all()) for f in layer.factors] == [False, True]
         assert layer.init_std[1] == 0 < layer.cap_sigma[1]
-        gradient = nnx.grad(lambda m: m(jnp.ones(8)).sum())(layer)
+        gradient = nnx.jit(nnx.grad(lambda m: m(jnp.ones(8)).sum()))(layer)
         assert all(np.isfinite(array).all() for array in arrays(gradient))
         assert float(jnp.abs(gradient["factors"][1][...]).max()) > 0
 
@@ -200,6 +200,7 @@ class TestDtypes:
         assert layer(jnp.ones(8, jnp.bfloat16)).dtype == jnp.float32
         assert layer(jnp.ones(8, jnp.int32)).dtype == jnp.float32
 
+    @pytest.mark.slow
     def test_complex(self) -> None:
         layer = StructuredLinear(8, 6, structure="low_rank", param_dtype=jnp.complex64, rngs=nnx.Rngs(0))
         assert float(jnp.abs(layer.factors[0][...].imag).max()) > 0
@@ -212,13 +213,17 @@ class TestTransforms:
     def layer(self) -> StructuredLinear:
         return pair("block_tensor_train", (35, 6), {"rank": 2}, rms_cap=True)[1]
 
-    def test_jit_vmap_remat_and_functional_form(self, layer: StructuredLinear) -> None:
+    def test_jit_vmap_and_functional_form(self, layer: StructuredLinear) -> None:
         x = jnp.asarray(np.random.default_rng(0).standard_normal((4, 6)))
         expected = np.asarray(layer(x))
         np.testing.assert_allclose(nnx.jit(lambda m, x: m(x))(layer, x), expected, atol=1e-12)
         np.testing.assert_allclose(jax.vmap(layer)(x), expected, atol=1e-12)
         graph, state = nnx.split(layer)
         np.testing.assert_allclose(jax.jit(lambda s, x: nnx.merge(graph, s)(x))(state, x), expected, atol=1e-12)
+
+    @pytest.mark.slow
+    def test_remat(self, layer: StructuredLinear) -> None:
+        x = jnp.asarray(np.random.default_rng(0).standard_normal((4, 6)))
 
         def loss(layer: StructuredLinear, x: jax.Array) -> jax.Array:
             return jnp.sin(layer(x)).sum()

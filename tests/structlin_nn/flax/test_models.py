@@ -58,7 +58,7 @@ def test_outputs_and_gradients_are_those_of_torch(name: str, sizes: dict) -> Non
         np.testing.assert_allclose(found, parameter.grad.numpy(), atol=1e-9 * scale, err_msg=parameter_name)
 
 
-@pytest.mark.parametrize("name", list(MODELS))
+@pytest.mark.parametrize("name", [n if n == "cifar-vit" else pytest.param(n, marks=pytest.mark.slow) for n in MODELS])
 @pytest.mark.parametrize("layers", ["all", "intermediate"])
 def test_parameters_are_those_of_torch(name: str, layers: str) -> None:
     structure = StructureConfig("monarch", {"blocks": 4}, layers=layers, rms_cap=True)
@@ -68,6 +68,7 @@ def test_parameters_are_those_of_torch(name: str, layers: str) -> None:
     assert sizes == sum(tensor.numel() for tensor in theirs.values())
 
 
+@pytest.mark.slow
 def test_zero_initialised_layers_are_those_of_torch() -> None:
     ours = build_model("cifar-mlp", width=8, depth=1, input_shape=(1, 2, 2), rngs=nnx.Rngs(0))
     theirs = models.build_model("cifar-mlp", width=8, depth=1, input_shape=(1, 2, 2))

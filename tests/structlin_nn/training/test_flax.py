@@ -151,6 +151,7 @@ def test_what_flax_does_not_do_is_refused() -> None:
         TrainConfig(framework="jax")
 
 
+@pytest.mark.slow
 def test_trained_model_is_the_torch_model(small_cifar: Path, tmp_path: Path) -> None:
     config = TrainConfig(**{**COMMON, "framework": "flax"})
     made = setup(config, tmp_path, data_root=small_cifar, verify=False)
