@@ -5,8 +5,9 @@ The orders of axes are those of :mod:`structlin._layout`: nothing is permuted, e
 allocated. The first product reads the input and the last one writes the output where they are, whose rows first get
 the bias (or zeros) and are then added to: the BLAS would spend a pass of its own on clearing them.
 
-For the backward pass the first activations are kept as far as they take no more memory than the dense matrix and its
-gradient would, which this chain does without; the others are computed again, chunk by chunk.
+For the backward pass the activations of the first tokens are kept as far as they take no more memory than the dense
+matrix and its gradient would, which this chain does without, and those that are no larger than input and output; the
+others are computed again, chunk by chunk.
 
 benchmarks/contraction.py measures this beside the portable plan.
 """
@@ -51,7 +52,8 @@ class ChunkedChain:
         self.merges, self.layout, self.widths = True, layout, layout.widths
         self.widest = max(self.widths)
         self.blocks = any(step.batch for step in steps)
-        self.spare = 2 * (self.widths[0] * self.widths[-1] - sum(math.prod(p.shape) for p in layout.products))
+        # The dense matrix and its gradient, less the factors, their gradients, and copies of both in other orders.
+        self.spare = 2 * self.widths[0] * self.widths[-1] - 6 * sum(math.prod(p.shape) for p in layout.products)
         self._portable = make_plan(steps, sizes, rows)
         self._shapes = [tuple(sizes[a] for a in step.factor) for step in steps]
         self.small = self.blocks and all(p.small for p in layout.products)
@@ -232,7 +234,7 @@ class ChunkedChain:
         width = sum(self.widths[1:-1])
         if not width:
             return 0
-        fits = max(0, self.spare // width - 2 * chunk)
+        fits = max(self.spare // width - 2 * chunk, tokens if width <= min(self.widths[0], self.widths[-1]) else 0)
         return tokens if fits >= tokens else fits // chunk * chunk
 
     def differentiable(
@@ -368,7 +370,8 @@ class _Chunks(torch.autograd.Function):
     def forward(ctx: Any, chain: ChunkedChain, x: Tensor, bias: Tensor | None, *factors: Tensor) -> Tensor:
         ctx.chain = chain
         kept: list[Tensor] = []
-        y = chain.forward(x, factors, bias, kept if any(ctx.needs_input_grad[4:]) else None)
+        later = ctx.needs_input_grad[4:]  # the first factor's gradient reads the input alone
+        y = chain.forward(x, factors, bias, kept if any(later) else None)
         ctx.save_for_backward(x, *factors, *kept)
         return y
 

@@ -25,8 +25,9 @@ def is_faster() -> bool:
     """Whether NumPy's products are OpenBLAS's, and the machine has AVX-512."""
     import torch
 
-    blas: dict[str, Any] = getattr(np.__config__, "CONFIG", {}).get("Build Dependencies", {}).get("blas", {})
-    return "openblas" in str(blas.get("name", "")).lower() and torch.backends.cpu.get_cpu_capability() == "AVX512"
+    built: Any = np.show_config(mode="dicts")
+    blas = str(built.get("Build Dependencies", {}).get("blas", {}).get("name", ""))
+    return "openblas" in blas.lower() and torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
 @lru_cache(maxsize=4096)

@@ -342,7 +342,8 @@ class Structure(AbstractStructure):
         if self._pad[0]:
             x = xp.pad_last(x, self._pad[0])
         tokens, added = x.shape[0], False
-        if xp.name == "torch" and not xp.is_compiling() and self._chunked.suits(x, factors):
+        operands = factors if bias is None else (*factors, bias)
+        if xp.name == "torch" and not xp.is_compiling() and self._chunked.suits(x, operands):
             added = not self._pad[1]
             y = self._chunked(x, factors, bias if added else None)
         else:
