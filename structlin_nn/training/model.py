@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from structlin_nn.models import StructureConfig, base_model, build_model
-from structlin_nn.torch import parameter_groups, replace_linear
+from structlin_nn.torch import ParameterRule, parameter_groups, replace_linear
 from structlin_nn.training.base import RunConfig
 from structlin_nn.training.config import GPT2TrainConfig, ImageNetTrainConfig, TrainConfig
 from structlin_nn.training.distributed import local
@@ -131,10 +131,18 @@ def make_optimizer(config: RunConfig, model: nn.Module, outputs: int) -> tuple[t
         optimizer=config.optimizer,
         structure_aware=config.structure_aware,
         extra_multipliers=extra,
+        rules=_timm_rules(model) if base is None else {},
     )
     kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.optimizer]
     optimizer = kind(_by_sharding(groups), lr=config.lr, betas=config.betas, fused=True)
     return optimizer, [group["lr"] for group in optimizer.param_groups]
+
+
+def _timm_rules(model: nn.Module) -> dict[str | re.Pattern[str], ParameterRule]:
+    """Embeddings that modules of timm hold as bare parameters: multiplier 1, no decay, as timm itself says."""
+    named = getattr(model, "no_weight_decay", set)()
+    matrices = [name for name, parameter in model.named_parameters() if parameter.ndim > 1]
+    return {re.compile(re.escape(name)): ParameterRule(1.0) for name in matrices if name in named}
 
 
 def _by_sharding(groups: Any) -> list[dict[str, Any]]:
