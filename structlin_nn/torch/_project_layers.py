@@ -39,6 +39,7 @@ class Task:
     linear: nn.Module
     names: tuple[str, ...]
     moments: np.ndarray | None = None
+    _problem: Problem | None = None
 
     def __post_init__(self) -> None:
         weight = self.linear.get_parameter("weight")
@@ -65,12 +66,18 @@ class Task:
         return found.T if is_conv1d(self.linear) else found
 
     def problem(self, damping: float) -> Problem:
-        """The matrix, weighted by the damped second moments where there are any."""
-        if self.moments is None:
-            return Problem(self.matrix())
-        size = len(self.moments)
-        level = damping * np.trace(self.moments).real / size
-        return Problem(self.matrix(), self.moments + level * np.eye(size))
+        """The matrix, weighted by the damped second moments where there are any; kept, for it holds a root of them."""
+        if self._problem is None and self.moments is None:
+            self._problem = Problem(self.matrix())
+        elif self._problem is None:
+            size = len(self.moments)
+            level = damping * np.trace(self.moments).real / size
+            self._problem = Problem(self.matrix(), self.moments + level * np.eye(size))
+        return self._problem
+
+    def release(self) -> None:
+        """Forget what is as large as the layer or larger."""
+        self._problem = self.moments = None
 
     def named(self, error: Exception) -> Exception:
         """An error that says which layer it is about."""
@@ -158,6 +165,7 @@ class Choice:
                 made.append(self._project(place, task, picked[place], damping, settings, layer_options))
             except (TypeError, ValueError) as error:
                 raise task.named(error) from error
+            task.release()
         return made
 
     def _shared_out(self, tasks: Sequence[Task], damping: float) -> list[int]:
