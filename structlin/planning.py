@@ -29,7 +29,9 @@ class LayerPlan:
         shape: (d_out, d_in).
         options: that it is designed with, the planned one among them.
         planned: name of the option that was chosen to spend the budget; None where there is none.
-        macs, params, bytes: for one vector; of all factors.
+        macs: for one vector.
+        params: of all factors.
+        bytes: of all factors.
         share: of the budget, from 0 to 1.
     """
 

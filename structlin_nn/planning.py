@@ -28,9 +28,13 @@ class ModelPlan:
     """A model that fits into a budget.
 
     Attributes:
-        model, structure, options, width: what to build.
+        model: its name.
+        structure: of its layers.
+        options: of the structure.
+        width: of the model.
         planned: ``width`` or ``rank``.
-        forward_macs, training_macs: of one sample.
+        forward_macs: of one sample.
+        training_macs: of one sample.
         params: trainable ones.
         bytes: of a training step of ``batch_size`` samples.
         training_flops: of ``samples`` samples; None where they were not given.
@@ -224,7 +228,8 @@ def plan_models(
     """Plans of several structures for one budget (iso-FLOP, for one of compute), and why others have none.
 
     Args:
-        name, budget, **settings: as :func:`plan_model`.
+        name: as :func:`plan_model`, like all further settings.
+        budget: as :func:`plan_model`.
         structures: (name, options) of each.
 
     >>> plans, left_out = plan_models("cifar-mlp", 1e6, [("dense", {}), ("block_tensor_train", {"rank": 2})])

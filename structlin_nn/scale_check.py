@@ -53,8 +53,8 @@ class LayerScale:
         name: of the module.
         initial: RMS at initialisation, for each width; 0 for a layer that starts at zero.
         change: for each step, for each width, RMS of the difference from initialisation.
-        initial_slope, change_slope: of the logarithms over those of the width, the change after the last step; None
-            where a value is 0.
+        initial_slope: of the logarithms over those of the width; None where a value is 0.
+        change_slope: the same of the change after the last step.
         verdict: ``flat``, ``grows``, ``vanishes`` (of the change, or ``starts growing`` where it is flat but the
             initial outputs grow), or ``fixed`` where it does not change at any width.
     """
@@ -312,8 +312,9 @@ def named_builder(
     """Arguments of :func:`check_scale` for one of :data:`structlin_nn.models.MODELS`.
 
     Args:
-        name, structure, **sizes: as :func:`structlin_nn.models.build_model`; sizes that are not given are those of
-            :data:`CHECK_SIZES`.
+        name: as :func:`structlin_nn.models.build_model`.
+        structure: likewise.
+        **sizes: likewise; those that are not given are those of :data:`CHECK_SIZES`.
         base_width: None: the paper's.
 
     Raises:

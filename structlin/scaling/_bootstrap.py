@@ -53,7 +53,7 @@ class Bootstrap:
     Attributes:
         fit: what it is a bootstrap of.
         draws: shape (samples, 3): log_coefficient, exponent and floor of each draw's law.
-        method, seed, noise: as given.
+        method: as given, like ``seed`` and ``noise``.
     """
 
     fit: PowerLawFit

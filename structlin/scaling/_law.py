@@ -79,7 +79,8 @@ class PowerLawFit:
 
     Attributes:
         law: the fitted law.
-        compute, error: the points, shape (n,).
+        compute: of the points, shape (n,).
+        error: of the points, shape (n,).
         floor: as given to :func:`fit_power_law`.
         loss: as given.
         residuals: ``log(error) - log(law(compute))``, shape (n,).

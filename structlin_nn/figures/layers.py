@@ -71,7 +71,7 @@ def _geometric(values: Sequence[float | None]) -> float:
 def spectrum_figure(groups: Mapping[str, Sequence[Row]]) -> Figure:
     """Singular values of layers, sorted, over those that a matrix of right scale has: of order 1 is right.
 
-    A panel for each group, a line for each layer from early (dark) to late; the horizontal axis is the index over
+    A panel for each group, a line for each layer that is not 0, from early (dark) to late; the horizontal axis is the index over
     min(inputs, outputs).
 
     Args:
@@ -90,7 +90,9 @@ def spectrum_figure(groups: Mapping[str, Sequence[Row]]) -> Figure:
             if not row.get("singular_values"):
                 raise ValueError(f"a row of {name} has no singular_values")
             values = np.sort(np.array(row["singular_values"], dtype=float))[::-1] / np.sqrt(d_out / d_in)
-            kept = values > 1e-6 * max(values[0], 1e-30)
+            kept = values > 1e-6 * values[0]
+            if not kept.any():
+                continue  # a layer that starts at zero
             places = (np.arange(len(values)) + 1) / min(d_in, d_out)
             axes.plot(places[kept], values[kept], color=colour, linewidth=1.2, label=str(row.get("layer", "")))
         finish(axes, x="index / min(inputs, outputs)", y="", log_x=False)

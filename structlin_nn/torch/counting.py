@@ -72,7 +72,9 @@ class ModelCount:
 
     Attributes:
         calls: in the order in which they are first made.
-        params, trainable_params, embedding_params: numbers of parameters, a shared one once.
+        params: number of parameters, a shared one once.
+        trainable_params: those with a gradient.
+        embedding_params: those of nn.Embedding, likewise trainable.
         buffer_bytes: of the module's buffers.
         uncounted_ops: operations that are no products, and how often they run in the forward pass.
         uncounted_moved: numbers that these read and write.
