@@ -71,8 +71,8 @@ def _geometric(values: Sequence[float | None]) -> float:
 def spectrum_figure(groups: Mapping[str, Sequence[Row]]) -> Figure:
     """Singular values of layers, sorted, over those that a matrix of right scale has: of order 1 is right.
 
-    A panel for each group, a line for each layer that is not 0, from early (dark) to late; the horizontal axis is the index over
-    min(inputs, outputs).
+    A panel for each group, a line for each layer that is not 0, from early (dark) to late; the horizontal axis is the
+    index over min(inputs, outputs).
 
     Args:
         groups: rows of :func:`layer_spectra` by label.
