@@ -188,7 +188,7 @@ class Choice:
         if not self.by_layer:
             structure = self.fixed[place]
             if not saves(structure):
-                return None, _dense(task, f"structured it would take {structure.macs:,} MACs, more than it saves")
+                return None, _dense(task, f"structured it would take {structure.macs:,} MACs, and save nothing")
             solution = solve(structure, task.problem(damping), settings)
         else:
             forms = self.forms[place]
