@@ -3,9 +3,10 @@
     python benchmarks/linalg.py --json benchmarks/results/linalg.json
 
 Measured in one run by interleaved repeats, in random order, calls below 50 ms each after one that does not count;
-reported are medians and ratios of medians (above 1: this library is faster). ``matmat`` is A X for an X with 16 columns
-and an operator at hand. ``solve`` is A^-1 X, and ``logdet`` the logarithm of |det A|, from the arrays to the result, so
-that what a library remembers of an operator does not count.
+reported are medians and ratios of medians (above 1: this library is faster). With one thread, the default, time is that
+of the processor, which other programs on the machine do not add to. ``matmat`` is A X for an X with 16 columns and an
+operator at hand. ``solve`` is A^-1 X, and ``logdet`` the logarithm of |det A|, from the arrays to the result, so that
+what a library remembers of an operator does not count.
 
 - dense: torch's LAPACK in the same dtype, Cholesky where the matrix is symmetric and positive (all but Monarch and
   Block Tensor-Train), else LU. Left out above ``--dense-limit`` rows: at 16384 one LU takes minutes.
@@ -295,17 +296,17 @@ def truths(case: Case, X: np.ndarray) -> dict[str, np.ndarray]:
     return found
 
 
-def steady(functions: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
+def steady(functions: dict[str, Callable[[], Any]], repeats: int, clock: Callable[[], float]) -> dict[str, float]:
     """Median seconds of each, called in turn, in a random order; fewer repeats where they would take long."""
     times: dict[str, list[float]] = {name: [] for name in functions}
     order, begin = np.random.default_rng(0), time.perf_counter()
     for repeat in range(repeats):
         for name in order.permutation(list(functions)):
-            if not repeat or min(times[name]) < 0.05:  # what is fast depends on what ran before
+            if not repeat or min(times[name]) < 0.05:  # what is fast depends on what ran before it
                 functions[name]()
-            start = time.perf_counter()
+            start = clock()
             functions[name]()
-            times[name].append(time.perf_counter() - start)
+            times[name].append(clock() - start)
         if repeat >= 2 and time.perf_counter() - begin > SECONDS:
             break
     return {name: statistics.median(found) for name, found in times.items()}
@@ -328,6 +329,7 @@ def measure(case: Case, n: int, arguments: argparse.Namespace, absent: Sequence[
     if "lineax" not in absent:
         contestants["lineax"], contestants["ours_jit"] = under_jit(case, X, arguments.dtype)
     whole = dense(case, X, arguments.dtype) if n <= arguments.dense_limit else {}
+    clock = time.process_time if arguments.threads == 1 else time.perf_counter
     rows = []
     for operation in OPERATIONS:
         row: dict[str, Any] = {"structure": case.name, "n": n, "operation": operation}
@@ -335,14 +337,14 @@ def measure(case: Case, n: int, arguments: argparse.Namespace, absent: Sequence[
         row["error"] = {k: error_of(f(), wanted[operation]) for k, f in fast.items()}
         seconds = {}
         for kinds in (("ours", "linear_operator", "scipy"), ("ours_jit", "lineax")):  # those that are compared
-            seconds |= steady({k: fast[k] for k in kinds if k in fast}, arguments.repeats * INNER)
+            seconds |= steady({k: fast[k] for k in kinds if k in fast}, arguments.repeats * INNER, clock)
         row["microseconds"] = {k: round(s * 1e6, 1) for k, s in seconds.items()}
         ratios = {k: seconds[k] / seconds["ours"] for k in ("linear_operator", "scipy") if k in seconds}
         if "lineax" in seconds:
             ratios["lineax"] = seconds["lineax"] / seconds["ours_jit"]
         if operation in whole:
             row["error"]["dense"] = error_of(whole[operation](), wanted[operation])
-            both = steady({"dense": whole[operation], "ours": fast["ours"]}, arguments.repeats)
+            both = steady({"dense": whole[operation], "ours": fast["ours"]}, arguments.repeats, clock)
             row["microseconds"]["dense"] = round(both["dense"] * 1e6, 1)
             ratios["dense"] = both["dense"] / both["ours"]
         row["ratio"] = ratios

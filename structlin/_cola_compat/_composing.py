@@ -105,6 +105,8 @@ def _repair_overlap() -> None:
 def _libraries(value: Any) -> set[str]:
     """Names of the libraries whose arrays ``value`` holds."""
     if isinstance(value, LinearOperator):
+        if hasattr(type(value), "backend"):  # one of ours
+            return {value.backend}
         held = [v for k, v in vars(value).items() if value._dynamic.get(k)]
         return set().union(*map(_libraries, held))
     if isinstance(value, tuple | list):

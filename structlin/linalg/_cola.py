@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from functools import reduce
+from operator import add
 from typing import Any
 
 from beartype.door import TypeHint
 from cola.backends import np_fns
-from cola.ops import Identity, LinearOperator, ScalarMul
+from cola.ops import Identity, LinearOperator, ScalarMul, Sum
 from plum.function import Function
 from plum.resolver import AmbiguousLookupError, NotFoundLookupError, Resolver
 from plum.signature import Signature
@@ -39,6 +41,18 @@ def _identity_to(self: Identity, device: Any) -> Identity:
 Identity.to = _identity_to
 if "torch" in sys.modules:  # importing CoLA has imported it where it is installed
     _repair_kron()
+
+
+def _sum_of_columns(self: Any, X: Array) -> Array:
+    return reduce(add, (M @ X for M in self.Ms))
+
+
+def _sum_of_rows(self: Any, X: Array) -> Array:
+    return reduce(add, (X @ M for M in self.Ms))
+
+
+# CoLA's begin with the number 0, and so copy the first term.
+Sum._matmat, Sum._rmatmat = _sum_of_columns, _sum_of_rows
 
 
 def use_for_solve(solve: Callable[..., Array]) -> None:

@@ -74,7 +74,8 @@ def _correction(n: int, r: int) -> Structure:
 @dataclass(frozen=True)
 class Woodbury:
     """A sum B + U V with what its inverse and its determinant are made of: ``base`` = B^-1, ``left`` = B^-1 U and
-    ``capacitance`` = I + V B^-1 U. B and ``base`` are operators, or the numbers of diagonal matrices."""
+    ``capacitance`` = I + V B^-1 U. B and ``base`` are operators, or the numbers of diagonal matrices, which are
+    ``positive`` if they are known to be."""
 
     B: StructuredOperator | Array
     U: Array
@@ -82,6 +83,7 @@ class Woodbury:
     base: LinearOperator | Array
     left: Array
     capacitance: Array
+    positive: bool = False
 
     def solve(self, b: Array) -> Array:
         """(B + U V)^-1 b, for a vector or columns."""
@@ -112,9 +114,11 @@ class Woodbury:
 
     def slogdet(self) -> tuple[Array, Array]:
         xp = lapack(self.left)
+        sign, log = xp.slogdet(self.capacitance)
+        if self.positive:
+            return sign, log + xp.log(xp.real(self.B)).sum()
         first = structured_slogdet(self.B) if isinstance(self.B, StructuredOperator) else of_numbers(self.B, xp)
         assert first is not None
-        sign, log = xp.slogdet(self.capacitance)
         return first[0] * sign, first[1] + log
 
 
@@ -154,7 +158,7 @@ def woodbury(A: Sum) -> Woodbury | None:
     if base is None:
         return None
     left = _times(base, U)
-    found = Woodbury(B, U, V, base, left, lapack(U).eye(U.shape[1], U) + V @ left)
+    found = Woodbury(B, U, V, base, left, lapack(U).eye(U.shape[1], U) + V @ left, moderate)
     return found if moderate or found.is_accurate(A) else None
 
 
