@@ -203,11 +203,10 @@ def spectral_norm(A: LinearOperator, *, tol: float = 1e-6, max_iters: int = 10_0
     if isinstance(max_iters, bool) or not hasattr(max_iters, "__index__") or max_iters < 1:
         raise ValueError(f"max_iters must be a positive integer, got {max_iters!r}")
     c, A = _without_scalars(A)
-    options = {"tol": tol, "max_iters": max_iters, "seed": seed}
-    if isinstance(A, ColaKronecker):
-        found = math.prod(spectral_norm(M, **options) for M in A.Ms)  # type: ignore[arg-type]
-    elif isinstance(A, BlockDiag):
-        found = reduce(_larger, (spectral_norm(M, **options) for M in A.Ms))  # type: ignore[arg-type]
+    found: Array | None
+    if isinstance(A, ColaKronecker | BlockDiag):
+        norms = [spectral_norm(M, tol=tol, max_iters=max_iters, seed=seed) for M in A.Ms]
+        found = math.prod(norms) if isinstance(A, ColaKronecker) else reduce(_larger, norms)
     else:
         found = _closed_spectral_norm(A)
         if found is None:
