@@ -210,16 +210,16 @@ def _chain(structure: Structure, problem: Problem, settings: Settings) -> Soluti
     closed = closed_form(chain)
     if closed is not None:
         return _finished(structure, problem, closed, "singular values", optimal=True)
-    fit = chain.fit()
-    if len(structure.steps) == 1 and fit.exact(0):
+    blocks = None
+    if chain.covariance is not None and chain.rectangular():
+        blocks = BlockFit.of(chain.network, chain.target, chain.covariance)
+    fit = blocks or chain.fit()
+    if len(structure.steps) == 1 and isinstance(fit, Fit) and fit.exact(0):
         start, _ = _splits.peel(chain.network, chain.target, (0,), np.random.default_rng(0))
         nearest = start[0] + fit.step(0, start, fit.residual(start))
         return _finished(structure, problem, [nearest], "least squares", optimal=True)
     starts, bound = _starts(chain, settings)
-    blocks = None
-    if chain.covariance is not None and chain.rectangular():
-        blocks = BlockFit.of(chain.network, chain.target, chain.covariance)
-    factors, sweeps, converged = _best(blocks or fit, starts, settings)
+    factors, sweeps, converged = _best(fit, starts, settings)
     return _finished(
         structure, problem, factors, "alternating least squares" if blocks is None else "block descent", optimal=False,
         bound=bound, iterations=sweeps, converged=converged,
