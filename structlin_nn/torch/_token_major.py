@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from itertools import pairwise
 
+import torch
 from torch import Tensor, baddbmm, bmm
 from torch.nn import functional as F
 
@@ -20,6 +21,7 @@ from structlin.structure import Structure
 
 __all__ = ["LIMIT", "TokenMajor", "token_major"]
 
+NODE_TOKENS, NODE_NUMBERS = 512, 1 << 20
 LIMIT = 1 << 15  # numbers in the widest activation, up to which the calls cost more than the copies
 _TOKENS = "*"  # no axis of a chain
 
@@ -82,11 +84,23 @@ class TokenMajor:
         self.bias = nothing
         if self.fuses_bias:
             self.bias = _arrange([last.output], [batch, "", last.free] if batch else [last.free], sizes)
-        widest = max(math.prod(sizes[a] for a in axes) for s in structure.steps for axes in (s.input, s.output))
-        self.most_tokens = LIMIT // widest
+        widths = [math.prod(sizes[a] for a in axes) for s in structure.steps for axes in (s.input, s.output)]
+        self.most_tokens = LIMIT // max(widths)
+        # Chains without blocks and wide intermediates are as fast by single products.
+        worthwhile = any(s.batch for s in structure.steps) or max(widths) > max(widths[0], widths[-1])
+        self.least_node_tokens = max(NODE_TOKENS, NODE_NUMBERS // max(widths)) if worthwhile else None
 
     def __reduce__(self) -> tuple[object, ...]:
         return token_major, (self.structure,)
+
+    def pays_as_node(self, x: Tensor) -> bool:
+        """Whether a compiled graph for the CPU should run the contraction of ``x`` as the one node structlin::chain.
+
+        Where the number of tokens is dynamic, two graphs are made, for few and for many.
+        """
+        if self.least_node_tokens is None or not x.is_cpu or torch.compiler.is_exporting():
+            return False
+        return x.shape[0] >= self.least_node_tokens
 
     def __call__(self, x: Tensor, factors: Sequence[Tensor], bias: Tensor | None) -> Tensor:
         """(tokens, d_in) -> (tokens, d_out); the factors, the bias and x are of one dtype."""

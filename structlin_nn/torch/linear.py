@@ -100,7 +100,7 @@ class StructuredLinear(nn.Module):
         self.options, self.rule, self.zero_init, self.rms_cap = dict(options), rule, zero_init, rms_cap
         self.checkpoint = checkpoint
         self._is_dense = plan.is_dense
-        self._text = to_text(plan.structure) if checkpoint and isinstance(plan.structure, Structure) else ""
+        self._text = to_text(plan.structure) if isinstance(plan.structure, Structure) else ""
         self._token_major = token_major(plan.structure) if isinstance(plan.structure, Structure) else None
         self._bare = not (rms_cap or plan.index_at)  # the factors are the parameters
 
@@ -206,13 +206,16 @@ class StructuredLinear(nn.Module):
         """(tokens, in_features) -> (tokens, out_features) by what benchmarks/overhead.py finds the fastest.
 
         On CUDA the fused kernel where that suits. For few tokens the calls are what counts. Otherwise the contraction
-        of :mod:`structlin`, which adds the bias where it has the rows in cache. A compiler gets the single products,
-        and not one node: it fuses what stands between them.
+        of :mod:`structlin`, which adds the bias where it has the rows in cache. A compiler for the CPU gets that as one
+        node where it is known to pay, and otherwise the single products, so that it can fuse what stands between.
         """
         structure, plan = self.structure, self._token_major
         if not x.is_cpu and _triton.suits(structure, x):  # keeps its input alone, too
             return _triton.chain(x, factors, structure, bias)
-        if self.checkpoint and torch.is_grad_enabled() and not transformed():
+        compiling = torch.compiler.is_compiling()
+        if (
+            (self.checkpoint and torch.is_grad_enabled()) or (compiling and plan is not None and plan.pays_as_node(x))
+        ) and not transformed():
             if plan is not None:
                 y = chain(x, list(factors), self._text)
             elif torch.compiler.is_exporting():
@@ -221,7 +224,7 @@ class StructuredLinear(nn.Module):
                 y = recomputed(structure._rows, factors, x, _TORCH, use_reentrant=False, preserve_rng_state=False)
         elif plan is None:
             y = structure._rows(factors, x, _TORCH)
-        elif not torch.compiler.is_compiling() and 0 < x.shape[0] <= plan.most_tokens:
+        elif not compiling and 0 < x.shape[0] <= plan.most_tokens:
             return plan(x, factors, bias)
         else:
             return plan.structure._rows(factors, x, _TORCH, bias)

@@ -7,6 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+import torch._dynamo.testing
 from torch.utils.flop_counter import FlopCounterMode
 
 import structlin
@@ -384,6 +385,26 @@ def test_checkpointed_layer_traces_as_one_graph(name, cap):
     assert counter.frame_count == 1
     if isinstance(layer.structure, structlin.Structure) and name != "dense":
         assert any("structlin.chain" in str(node.target) for node in counter.graphs[0].graph.nodes)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("name", ["block_tensor_train", "low_rank"])
+def test_many_tokens_are_one_node_of_a_compiled_graph(name, dynamic):
+    layer = StructuredLinear(1024, 1024, structure=name)
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(layer, backend=counter, fullgraph=True, dynamic=dynamic)
+    for tokens in (1040, 8, *((1100, 9) if dynamic else ())):
+        x = torch.randn(tokens, 1024, requires_grad=True)
+        leaves = (x, *layer.parameters())
+        found, wanted = (torch.autograd.grad(call(x).sin().sum(), leaves) for call in (compiled, layer))
+        for ours, theirs in zip(found, wanted, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
+    nodes = [any("structlin.chain" in str(n.target) for n in graph.graph.nodes) for graph in counter.graphs]
+    if name == "low_rank":  # as fast by single products
+        assert not any(nodes)
+    else:
+        assert nodes == [True, False]  # one graph for many tokens, and one for few
 
 
 def test_compiled_transformation():
