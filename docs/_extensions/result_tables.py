@@ -1,8 +1,14 @@
-"""Sphinx extension: ``{benchmark} NAME`` shows benchmarks/results/NAME.json as the table of benchmarks/NAME.py."""
+"""Sphinx extension: committed results and experiments in the documentation.
+
+``{benchmark} NAME`` shows benchmarks/results/NAME.json as benchmarks/NAME.py prints it; ``{experiments}`` shows what
+the files of structlin_nn/configs/ say of themselves.
+"""
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
+import inspect
 import json
 import sys
 from pathlib import Path
@@ -10,6 +16,8 @@ from typing import Any
 
 from docutils import nodes
 from docutils.parsers.rst import Directive
+
+from structlin_nn.sweeps import names
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
@@ -27,10 +35,31 @@ class Benchmark(Directive):
             if not path.exists():
                 raise self.error(f"benchmarks/{path.relative_to(BENCHMARKS)} does not exist")
         found = json.loads(result.read_text(encoding="utf-8"))
-        setting = {k: v for k, v in found.items() if k != "rows"}
+        setting = {k: v for k, v in found.items() if not (isinstance(v, list) and v and isinstance(v[0], dict))}
         text = "\n".join(f"{key}: {shown(value)}" for key, value in setting.items())
-        table = load(script).table(found["rows"])
+        table = load(script).report(found)
         return [nodes.literal_block(text, text), nodes.literal_block(table, table)]
+
+
+class Experiments(Directive):
+    """The experiments of the paper: a section each, from the docstring of its file."""
+
+    def run(self) -> list[nodes.Node]:
+        found: list[nodes.Node] = []
+        for name in names():
+            title, _, text = (inspect.getdoc(sys.modules[configs(name)]) or "").partition("\n\n")
+            section = nodes.section(ids=[f"experiment-{name}"])
+            section += nodes.title(title, title.rstrip("."))
+            section += nodes.literal_block(text, text)
+            found.append(section)
+        return found
+
+
+def configs(name: str) -> str:
+    """The module of a sweep."""
+    module = f"structlin_nn.configs.{name.replace('-', '_')}"
+    importlib.import_module(module)
+    return module
 
 
 def shown(value: object) -> str:
@@ -52,4 +81,5 @@ def load(script: Path) -> Any:
 
 def setup(app: Any) -> dict[str, Any]:
     app.add_directive("benchmark", Benchmark)
+    app.add_directive("experiments", Experiments)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
