@@ -1,7 +1,7 @@
 """Structured layers for torch: the layer, its place in existing models, and learning rates by structure."""
 
-from structlin_nn.torch.counting import CallCount, ModelCount, count
 from structlin_nn.torch._muon import Muon
+from structlin_nn.torch.counting import CallCount, ModelCount, count
 from structlin_nn.torch.groups import ParameterGroups, ParameterRule, format_groups, parameter_groups
 from structlin_nn.torch.linear import StructuredLinear
 from structlin_nn.torch.project import LayerProjection, ProjectionReport, project_linear, to_dense_linear

@@ -155,9 +155,7 @@ def test_few_points() -> None:
     ],
 )
 def test_misuse(words: str, message: str, points: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert (
-        main(["fit", *words.format(points).split(), *(["--samples", "5"] if "--samples" not in words else ())]) == 2
-    )
+    assert main(["fit", *words.format(points).split(), *(["--samples", "5"] if "--samples" not in words else ())]) == 2
     out, err = capsys.readouterr()
     assert message in err
     assert out == ""
