@@ -69,6 +69,11 @@ def table(rows: list[dict], dense: dict) -> str:
     return "\n".join([*lines, "", "-: the budget is below the smallest form of the structure"])
 
 
+def report(result: dict) -> str:
+    """What the documentation shows of a result."""
+    return table(result["rows"], result["dense"])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--width", type=int, default=128)

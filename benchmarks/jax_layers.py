@@ -157,6 +157,11 @@ def table(rows: Sequence[Mapping[str, object]]) -> str:
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines)
 
 
+def report(result: dict) -> str:
+    """What the documentation shows of a result."""
+    return table(result["rows"])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--structures", nargs="+", choices=CASES, default=list(CASES), metavar="NAME")

@@ -157,6 +157,12 @@ def table(rows: Sequence[Mapping[str, object]], names: Sequence[str]) -> str:
     return "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in cells)
 
 
+def report(result: dict) -> str:
+    """What the documentation shows of a result."""
+    names = dict.fromkeys(name for row in result["rows"] for name in row["implementations"])
+    return table(result["rows"], list(names))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])

@@ -367,6 +367,11 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in cells)
 
 
+def report(result: dict) -> str:
+    """What the documentation shows of a result."""
+    return table(result["rows"])
+
+
 def main() -> None:
     names = [case.__name__ for case in CASES]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -105,6 +105,27 @@ def titled(row: dict) -> str:
     return " ".join([row["structure"], *(f"{k}={v}" for k, v in row["options"].items())])
 
 
+def report(result: dict) -> str:
+    """The tables of a result, also what the documentation shows."""
+    kinds = ("eager_grad", "eager_no_grad", "compiled_grad", "compiled_no_grad")
+    names = ("token-major", "contraction", "operator")
+    calls = [(titled(r), *(f"{r[k]:.2f}" for k in kinds)) for r in result["calls"]]
+    ways = [
+        (
+            titled(r), str(r["size"]), str(r["tokens"]), "compiled" if r["compiled"] else "eager",
+            *(f"{r['forward'][n]:.2f} / {r['forward_backward'][n]:.2f}" for n in names),
+        )
+        for r in result["ways"]
+    ]  # fmt: skip
+    parts = []
+    if calls:
+        parts += ["one call with one token, d = 256, in units of nn.Linear", show(("structure", *kinds), calls)]
+    if ways:
+        parts += ["forward / forward + backward, in units of nn.Linear"]
+        parts += [show(("structure", "d", "tokens", "mode", *names), ways)]
+    return "\n".join(parts)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", type=int, nargs="+", default=[256, 1024])
@@ -116,25 +137,14 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     calls = overhead(256, 100 * arguments.repeats)
-    kinds = ("eager_grad", "eager_no_grad", "compiled_grad", "compiled_no_grad")
-    print("one call with one token, d = 256, in units of nn.Linear")
-    print(show(("structure", *kinds), [(titled(r), *(f"{r[k]:.2f}" for k in kinds)) for r in calls]), flush=True)
+    print(report({"calls": calls, "ways": []}), flush=True)
     rows = []
     for compiled, counts in ((False, arguments.tokens), (True, arguments.compiled_tokens)):
         for size in arguments.sizes:
             for tokens in counts:
                 for name, options in CASES[1:]:
                     rows.append(ways(name, options, size, tokens, arguments.repeats, compiled))
-    print("\nforward / forward + backward, in units of nn.Linear")
-    names = ("token-major", "contraction", "operator")
-    lines = [
-        (
-            titled(r), str(r["size"]), str(r["tokens"]), "compiled" if r["compiled"] else "eager",
-            *(f"{r['forward'][n]:.2f} / {r['forward_backward'][n]:.2f}" for n in names),
-        )
-        for r in rows
-    ]  # fmt: skip
-    print(show(("structure", "d", "tokens", "mode", *names), lines))
+    print(report({"calls": [], "ways": rows}))
     if arguments.out:
         setting = {"threads": arguments.threads, "repeats": arguments.repeats, "dtype": "float32"}
         machine = {"torch": torch.__version__, "machine": platform.machine(), "python": platform.python_version()}
