@@ -77,6 +77,10 @@ def _add_arguments(parser: argparse.ArgumentParser, name: str) -> None:
     run.add_argument("--out", metavar="DIR", help="folder for record and checkpoint (default: runs/ and a name)")
     run.add_argument("--resume", action="store_true", help="go on with the run in --out, to the bit on a CPU")
     run.add_argument("--checkpoint-minutes", type=float, default=5.0, metavar="M", help="between checkpoints (5)")
+    run.add_argument(
+        "--track", action="append", default=[], metavar="NAME",
+        help="show evaluations in tensorboard or wandb too, repeatable (the extra 'tracking'; none)",
+    )  # fmt: skip
     run.add_argument("--quiet", action="store_true", help="no progress bar")
     run.add_argument("--json", action="store_true", help="print the last evaluation as JSON")
     run.add_argument(
@@ -203,10 +207,14 @@ def run(arguments: argparse.Namespace) -> int:
 def _train(arguments: argparse.Namespace, config: RunConfig, folder: Path, options: dict[str, Any], group: Any) -> int:
     from structlin_nn.training.loop import TrainingError, fit, setup
     from structlin_nn.training.progress import Bar, Silent
+    from structlin_nn.training.records import read_record
     from structlin_nn.training.throughput import peak_flops
+    from structlin_nn.training.tracking import check_tracker, tracker
 
     quiet = arguments.quiet or not group.main
     try:
+        for name in arguments.track:
+            check_tracker(name)
         made = setup(config, folder, resume=arguments.resume, processes=group, **options)
     except FileExistsError:
         raise UsageError(f"{folder} holds a run already: add --resume to go on, or choose another --out") from None
@@ -218,11 +226,18 @@ def _train(arguments: argparse.Namespace, config: RunConfig, folder: Path, optio
     if not quiet:
         for line in [*made.messages, *_introduction(arguments, made)]:
             print(line, file=sys.stderr)
+    trackers = []
     try:
-        result = fit(made, progress, checkpoint_minutes=arguments.checkpoint_minutes)
+        if group.main and arguments.track:
+            header = read_record(made.record.path).header
+            trackers += [tracker(name, folder, header, made.step) for name in dict.fromkeys(arguments.track)]
+        result = fit(made, progress, checkpoint_minutes=arguments.checkpoint_minutes, trackers=trackers)
     except (TrainingError, OSError) as error:
         print(f"structlin train: {_one_line(error)}", file=sys.stderr)
         return 1
+    finally:
+        for one in trackers:
+            one.close()
     if not result.finished:
         assert result.signal is not None
         if group.main:

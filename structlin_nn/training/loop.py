@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +26,7 @@ from structlin_nn.training.base import RunConfig
 from structlin_nn.training.interrupt import Interruption
 from structlin_nn.training.progress import Progress, Silent
 from structlin_nn.training.run import CHECKPOINT, RECORD, Run, TrainingError, load_trained, setup
+from structlin_nn.training.tracking import Tracker
 
 __all__ = ["CHECKPOINT", "RECORD", "Run", "RunResult", "TrainingError", "fit", "load_trained", "setup", "train"]
 
@@ -64,6 +65,7 @@ def fit(
     *,
     checkpoint_minutes: float = 5.0,
     stop: Callable[[], bool] | None = None,
+    trackers: Sequence[Tracker] = (),
 ) -> RunResult:
     """Train a run to its end, or to the first SIGINT or SIGTERM.
 
@@ -75,6 +77,7 @@ def fit(
         progress: where to report to, by default nowhere.
         checkpoint_minutes: minutes between checkpoints.
         stop: asked after every step; where it says True, the run ends there as with a signal.
+        trackers: told of every evaluation, in the main process (`structlin_nn.training.tracking`).
 
     Raises:
         TrainingError: a loss or weight is not finite; the message names the step and the last good checkpoint.
@@ -91,7 +94,7 @@ def fit(
         progress.start(run.steps * config.batch_size, run.step * config.batch_size, label)
         try:
             if not run.last:
-                _record_evaluation(run, progress, clock)
+                _record_evaluation(run, progress, clock, trackers)
             saved = time.monotonic()
             run.model.train()
             while run.step < run.steps and not stopping:
@@ -119,7 +122,7 @@ def fit(
                     stopping = checking and processes.any(stopping)
                     due = checking and processes.any(due)
                 if evaluating:
-                    _record_evaluation(run, progress, clock)
+                    _record_evaluation(run, progress, clock, trackers)
                     saved = time.monotonic()
                 elif stopping or due:
                     _last_loss(run, losses)
@@ -156,7 +159,7 @@ def train(
     return fit(made, progress, checkpoint_minutes=checkpoint_minutes)
 
 
-def _record_evaluation(run: Run, progress: Progress, clock: float) -> None:
+def _record_evaluation(run: Run, progress: Progress, clock: float, trackers: Sequence[Tracker]) -> None:
     """Evaluate, add a line to the record, and write a checkpoint."""
     config, task = run.config, run.task
     found = run.evaluate()
@@ -175,6 +178,8 @@ def _record_evaluation(run: Run, progress: Progress, clock: float) -> None:
     run.sums.zero_()
     run.record.append(run.last)
     run.save()
+    for tracker in trackers if run.processes.main else ():
+        tracker.log(run.last)
     progress.say(task.summary(run.last))
 
 
