@@ -38,8 +38,7 @@ class Probe:
     >>> model = build_model("cifar-mlp", width=16, structure=None)
     >>> probe = Probe(model, model, torch.randn(4, 3, 32, 32))
     >>> probe.before_step()
-    >>> model.output.bias.data.add_(1)  # changes no features
-    Parameter containing: ...
+    >>> _ = model.output.bias.data.add_(1)  # changes no features
     >>> probe.after_step()
     >>> probe.statistics()["feature_change"]
     0.0

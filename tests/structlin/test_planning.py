@@ -19,7 +19,7 @@ def cost(structure: str, options: dict[str, Any], resource: str, dtype: str = "f
 
 def all_costs(structure: str, option: str, resource: str) -> dict[int, int]:
     found = {}
-    for value in range(1, 60):
+    for value in range(1, min(SHAPE) + 1 if option == "blocks" else 60):  # more blocks than that leave some empty
         try:
             found[value] = cost(structure, {option: value}, resource)
         except ValueError:

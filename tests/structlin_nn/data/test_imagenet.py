@@ -393,7 +393,7 @@ class TestBroken:
         data = open_imagenet(broken, on_broken="skip")
         with pytest.warns(UserWarning, match=r"skipped: .*boot/2\.jpg") as caught:
             batches = training(data, batch_size=6, workers=workers)
-        assert len(caught) == 1
+        assert sum("skipped" in str(warning.message) for warning in caught) == 1
         assert sum(len(labels) for _, labels in batches) == 17
         with pytest.warns(UserWarning, match=r"skipped: .*bag/0\.jpg"):
             assert sum(len(labels) for _, labels in data.val_batches(3, size=8)) == 8
