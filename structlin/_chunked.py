@@ -33,7 +33,7 @@ _DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 # together with operands. Products of fewer tokens than MIN_CHUNK are slow, and of more than MAX_CHUNK no faster.
 BLOCK_BYTES, CHUNK_BYTES = 16 << 20, 4 << 20
 MIN_CHUNK, MAX_CHUNK = 64, 256
-SMALL_CHUNK, MAX_THREADS = 128, 4  # of the products by NumPy
+SMALL_CHUNK, MAX_THREADS = 128, 4  # of the products by NumPy; twice the chunk for the smallest of blocks
 FEW = 1 << 15  # numbers in the widest activation, below which the calls cost more than the copies of the portable plan
 PACK_TOKENS = 128  # matrices are brought into the order that the BLAS likes if so many tokens share the effort
 
@@ -57,6 +57,7 @@ class ChunkedChain:
         self._portable = make_plan(steps, sizes, rows)
         self._shapes = [tuple(sizes[a] for a in step.factor) for step in steps]
         self.small = self.blocks and all(p.small for p in layout.products)
+        self.tiny = all(p.shape[1] * p.shape[2] <= 1 << 14 for p in layout.products)
         self._at = lru_cache(maxsize=64)(self._views)
 
     def suits(self, x: Tensor, factors: Sequence[Tensor]) -> bool:
@@ -225,7 +226,7 @@ class ChunkedChain:
 
     def _chunk(self, x: Tensor, engine: Any) -> int:
         if engine is _NumPy:
-            return SMALL_CHUNK
+            return SMALL_CHUNK * (2 if self.tiny else 1)
         widest = max(self.widths[1:-1], default=1) * x.element_size()
         budget = BLOCK_BYTES if self.blocks else CHUNK_BYTES
         return max(MIN_CHUNK, min(MAX_CHUNK, budget // widest // 64 * 64))

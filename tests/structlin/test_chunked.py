@@ -36,8 +36,8 @@ ALL_ENGINES = ["numpy", "torch", "parts", "threads"]
 @pytest.fixture(params=ENGINES)
 def small_chunks(monkeypatch, request):
     """Several chunks for a few tokens, the last one shorter, with the products of NumPy and with those of torch."""
-    for name in ("MIN_CHUNK", "MAX_CHUNK", "SMALL_CHUNK"):
-        monkeypatch.setattr(_chunked, name, 4)
+    for name, chunk in (("MIN_CHUNK", 4), ("MAX_CHUNK", 4), ("SMALL_CHUNK", 2)):
+        monkeypatch.setattr(_chunked, name, chunk)
     monkeypatch.setattr(_chunked, "PACK_TOKENS", 4)
     monkeypatch.setattr(_chunked, "FEW", 0)
     monkeypatch.setattr(_small, "is_faster", lambda: request.param != "torch")
