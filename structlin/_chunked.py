@@ -33,7 +33,8 @@ _DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 # together with operands. Products of fewer tokens than MIN_CHUNK are slow, and of more than MAX_CHUNK no faster.
 BLOCK_BYTES, CHUNK_BYTES = 16 << 20, 4 << 20
 MIN_CHUNK, MAX_CHUNK = 64, 256
-SMALL_CHUNK, MAX_THREADS = 128, 4  # of the products by NumPy; twice the chunk for the smallest of blocks
+# Of the products by NumPy; the chunk is twice as long for tiny blocks, where it then has no more bytes than this.
+SMALL_CHUNK, SMALL_BYTES, MAX_THREADS = 128, 3 << 20, 4
 FEW = 1 << 15  # numbers in the widest activation, below which the calls cost more than the copies of the portable plan
 PACK_TOKENS = 128  # matrices are brought into the order that the BLAS likes if so many tokens share the effort
 
@@ -225,9 +226,9 @@ class ChunkedChain:
         return found
 
     def _chunk(self, x: Tensor, engine: Any) -> int:
-        if engine is _NumPy:
-            return SMALL_CHUNK * (2 if self.tiny else 1)
         widest = max(self.widths[1:-1], default=1) * x.element_size()
+        if engine is _NumPy:
+            return SMALL_CHUNK * (2 if self.tiny and 2 * SMALL_CHUNK * widest <= SMALL_BYTES else 1)
         budget = BLOCK_BYTES if self.blocks else CHUNK_BYTES
         return max(MIN_CHUNK, min(MAX_CHUNK, budget // widest // 64 * 64))
 
