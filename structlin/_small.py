@@ -48,13 +48,14 @@ def multiply(left: Any, right: Any, out: Any) -> None:
     if count > 1:
         left, out = left.unflatten(1, (count, -1)), out.unflatten(1, (count, -1))
         right = right.unsqueeze(1)
-    np.matmul(left.numpy(), right.numpy(), out=out.numpy())
+    # `Tensor.numpy` would fix the size of the storage for good, and FSDP frees its weights by resizing theirs.
+    np.matmul(np.from_dlpack(left), np.from_dlpack(right), out=out.numpy())
 
 
 def add(total: Any, more: Any) -> None:
     """``total += more`` for tensors."""
     array = total.numpy()
-    np.add(array, more.numpy(), out=array)
+    np.add(array, np.from_dlpack(more), out=array)
 
 
 def pool(threads: int) -> ThreadPoolExecutor:

@@ -254,3 +254,16 @@ def test_pickling_leaves_the_plans_behind():
     assert len(data) == before
     assert b"torch" not in data
     assert pickle.loads(data) == structure
+
+
+def test_storages_of_operands_can_still_be_resized():
+    """FSDP frees gathered weights so."""
+    left, right, out = torch.randn(3, 8, 4), torch.randn(3, 4, 5), torch.empty(3, 8, 5)
+    _small.multiply(left, right, out)
+    torch.testing.assert_close(out, left @ right)
+    assert left.untyped_storage().resizable()
+    assert right.untyped_storage().resizable()
+    bias = torch.randn(5)
+    _small.add(out, bias)
+    torch.testing.assert_close(out, left @ right + bias)
+    assert bias.untyped_storage().resizable()
