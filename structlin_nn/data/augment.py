@@ -3,6 +3,8 @@
 Images are tensors (N, C, H, W). Those of uint8 are read as value / 255; those of float32 or float64 are taken
 as they are. Nothing loops over the samples, and nothing waits for the device.
 
+On a CPU, `Augmentation` works through a batch in parts that stay in its cache, which changes no number.
+
 All randomness comes from the generator passed in, drawn on its own device in a fixed number and order for a
 given batch size. With a generator on the CPU the same seed therefore gives the same augmentation on every
 device, and saving the generator's state (`torch.Generator.get_state`) is all that resuming takes.
@@ -34,6 +36,8 @@ __all__ = [
 CROP_SCALE = (0.08, 1.0)
 CROP_RATIO = (3 / 4, 4 / 3)
 _ATTEMPTS = 10
+_CACHED = 128
+"""Images that are augmented together on a CPU: what is between the steps stays in its cache."""
 
 
 def to_float(images: Tensor) -> Tensor:
@@ -74,16 +78,13 @@ def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Te
         >>> normalize(torch.tensor([[[[0, 255]]]], dtype=torch.uint8), [0.5], [0.25])
         tensor([[[[-2.,  2.]]]])
     """
-    images = to_float(images)
-    if len(mean) != images.shape[1] or len(std) != images.shape[1]:
-        raise ValueError(f"{len(mean)} means and {len(std)} stds for {images.shape[1]} channels")
+    converted = to_float(images)
+    if len(mean) != converted.shape[1] or len(std) != converted.shape[1]:
+        raise ValueError(f"{len(mean)} means and {len(std)} stds for {converted.shape[1]} channels")
     if not all(s > 0 for s in std):
         raise ValueError(f"every std must be positive, got {tuple(std)}")
-
-    def channels(values: Sequence[float]) -> Tensor:
-        return torch.tensor(values, dtype=images.dtype).view(-1, 1, 1).to(images.device, non_blocking=True)
-
-    return (images - channels(mean)) / channels(std)
+    centred = converted.sub if converted is images else converted.sub_
+    return centred(_channels(mean, converted)).div_(_channels(std, converted))
 
 
 def sample_crops(
@@ -148,7 +149,9 @@ def sample_crops(
     return torch.stack([top, left, h, w], dim=1).to(torch.int64)
 
 
-def crop_resize(images: Tensor, boxes: Tensor, size: tuple[int, int] | None = None) -> Tensor:
+def crop_resize(
+    images: Tensor, boxes: Tensor, size: tuple[int, int] | None = None, mirrored: Tensor | None = None
+) -> Tensor:
     """Cut a box out of each image and enlarge it bilinearly to a common size.
 
     The result is that of cutting first and resizing then, with pixel centres at half-integers and the
@@ -161,6 +164,7 @@ def crop_resize(images: Tensor, boxes: Tensor, size: tuple[int, int] | None = No
             are not checked for that, since it would mean waiting for it.)
         size: height and width of the result, by default those of the images. It may not be smaller than
             they are: shrinking would need a low-pass filter.
+        mirrored: bool tensor (N,), the images to be turned left to right; None for none.
 
     Returns:
         (N, C, *size), floating point.
@@ -181,6 +185,8 @@ def crop_resize(images: Tensor, boxes: Tensor, size: tuple[int, int] | None = No
     if rows < height or columns < width:
         raise ValueError(f"size {rows} x {columns} is smaller than the images, {height} x {width}")
     _check_boxes(boxes, count, height, width)
+    if mirrored is not None and (mirrored.dtype != torch.bool or mirrored.shape != (count,)):
+        raise ValueError(f"mirrored must be ({count},) of bool, got {mirrored.dtype} of {tuple(mirrored.shape)}")
     top, left, h, w = boxes.to(images.device, non_blocking=True).unbind(1)
 
     def positions(start: Tensor, extent: Tensor, number: int) -> Tensor:
@@ -192,13 +198,20 @@ def crop_resize(images: Tensor, boxes: Tensor, size: tuple[int, int] | None = No
     # grid_sample measures from -1 to 1 across the image, from edge to edge.
     y = (2 * positions(top, h, rows) + 1) / height - 1
     x = (2 * positions(left, w, columns) + 1) / width - 1
+    if mirrored is not None:
+        mirrored = mirrored.to(images.device, non_blocking=True)
+        x = torch.where(mirrored[:, None], x.flip(1), x)
     grid = torch.stack([x[:, None, :].expand(-1, rows, -1), y[:, :, None].expand(-1, -1, columns)], dim=-1)
     sampled = torch.nn.functional.grid_sample(images, grid, mode="bilinear", padding_mode="border", align_corners=False)
-    if (rows, columns) != (height, width):
+    powers = height & (height - 1) == 0 and width & (width - 1) == 0
+    if (rows, columns) != (height, width) or powers:
         return sampled
     # These positions are not exact in floating point (at 28 pixels, say); a whole image must be.
-    whole = (h == height) & (w == width)
-    return torch.where(whole[:, None, None, None], images, sampled)
+    whole = ((h == height) & (w == width))[:, None, None, None]
+    if mirrored is not None:
+        sampled = torch.where(whole & mirrored[:, None, None, None], images.flip(3), sampled)
+        whole = whole & ~mirrored[:, None, None, None]
+    return torch.where(whole, images, sampled)
 
 
 def random_resized_crop(
@@ -366,7 +379,7 @@ def mixup(images: Tensor, targets: Tensor, generator: torch.Generator, *, alpha:
     weight = sample_beta(alpha, generator)
 
     def mix(values: Tensor) -> Tensor:
-        return torch.lerp(values.flip(0), values, weight.to(values.dtype).to(values.device, non_blocking=True))
+        return values.flip(0).lerp_(values, weight.to(values.dtype).to(values.device, non_blocking=True))
 
     return mix(images), mix(targets)
 
@@ -436,18 +449,41 @@ class Augmentation:
         Raises:
             TypeError, ValueError: as the single steps.
         """
-        images = to_float(images)
+        to_float(images[:0])  # the errors of it
         if len(images) != len(labels):
             raise ValueError(f"{len(images)} images and {len(labels)} labels; their numbers must be equal")
+        count, _, height, width = images.shape
+        boxes = mirrored = None
         if self.crop_scale is not None:
-            images = random_resized_crop(images, generator, scale=self.crop_scale, ratio=self.crop_ratio)
+            boxes = sample_crops(count, height, width, generator, scale=self.crop_scale, ratio=self.crop_ratio)
         if self.flip:
-            images = random_horizontal_flip(images, generator, self.flip)
-        images = normalize(images, self.mean, self.std)
-        targets = soft_targets(labels, self.num_classes, self.smoothing, dtype=images.dtype)
-        if self.mixup_alpha:
-            images, targets = mixup(images, targets, generator, alpha=self.mixup_alpha)
-        return images, targets
+            mirrored = _uniform((count,), generator) < self.flip
+        if images.device.type == "cpu":
+            made = torch.empty(images.shape, dtype=images.dtype if images.is_floating_point() else torch.float32)
+            for first in range(0, count, _CACHED):
+                part = slice(first, first + _CACHED)
+                made[part] = self._views(
+                    images[part],
+                    None if boxes is None else boxes[part],
+                    None if mirrored is None else mirrored[part],
+                )
+        else:
+            made = self._views(images, boxes, mirrored)
+        targets = soft_targets(labels, self.num_classes, self.smoothing, dtype=made.dtype)
+        return mixup(made, targets, generator, alpha=self.mixup_alpha) if self.mixup_alpha else (made, targets)
+
+    def _views(self, images: Tensor, boxes: Tensor | None, mirrored: Tensor | None) -> Tensor:
+        """Images cropped, turned and normalised."""
+        if boxes is not None:
+            images = crop_resize(images, boxes, mirrored=mirrored)
+        elif mirrored is not None:
+            mirrored = mirrored.to(images.device, non_blocking=True)
+            images = torch.where(mirrored[:, None, None, None], images.flip(3), images)
+        return normalize(images, self.mean, self.std)
+
+
+def _channels(values: Sequence[float], images: Tensor) -> Tensor:
+    return torch.tensor(values, dtype=images.dtype).view(-1, 1, 1).to(images.device, non_blocking=True)
 
 
 def _uniform(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:

@@ -180,5 +180,5 @@ def _take(array: Any, chosen: np.ndarray) -> Any:
     if type(array).__module__.partition(".")[0] == "torch":
         import torch
 
-        return array[torch.from_numpy(chosen).to(array.device)]
+        return array.index_select(0, torch.from_numpy(chosen).to(array.device))  # copies rows, faster than array[..]
     return array[chosen]

@@ -87,7 +87,7 @@ class MLP(nn.Module):
         """Logits, or (logits, features): the features (batch, width) are what the output layer reads."""
         if tuple(x.shape[1:]) != self.config.input_shape:
             raise ValueError(f"images of shape (batch, *{self.config.input_shape}) are needed, got {tuple(x.shape)}")
-        h = F.gelu(self.input(x.flatten(1)[:, self.permutation]))
+        h = F.gelu(self.input(x.flatten(1).index_select(1, self.permutation)))
         h = self.blocks(h)
         logits = self.output(h)
         return (logits, h) if return_features else logits

@@ -221,6 +221,21 @@ def test_the_crop_of_the_whole_image_is_the_image_bit_by_bit(size, dtype):
     assert torch.equal(whole, to_float(images))
 
 
+@pytest.mark.parametrize("size", [(32, 32), (28, 28), (5, 7)])
+def test_a_mirrored_crop_is_the_mirror_image_of_the_crop(size):
+    images, boxes = pixels(9, 3, *size), sample_crops(9, *size, generator(4))
+    boxes[:2] = torch.tensor([0, 0, *size])
+    mirrored = torch.arange(9) % 2 == 0
+    for larger in (size, (size[0] + 3, size[1] + 4)):
+        plain = crop_resize(images, boxes, larger)
+        found = crop_resize(images, boxes, larger, mirrored)
+        assert torch.equal(found, torch.where(mirrored[:, None, None, None], plain.flip(3), plain))
+        assert not torch.equal(found, plain)
+    for wrong in (mirrored[:4], mirrored.long()):
+        with pytest.raises(ValueError, match=r"mirrored must be \(9,\) of bool"):
+            crop_resize(images, boxes, mirrored=wrong)
+
+
 def test_a_crop_of_one_pixel_is_that_pixel_everywhere():
     images = torch.rand(4, 3, 6, 5)
     result = crop_resize(images, torch.tensor([[k, k + 1, 1, 1] for k in range(4)]))
@@ -347,8 +362,9 @@ def test_mixup_refuses():
 RECIPE = {"mean": (0.4, 0.5, 0.6), "std": (0.2, 0.3, 0.4), "num_classes": 10}
 
 
-def test_augmentation_is_its_steps_in_order():
-    images, labels = pixels(12, 3, 32, 32), torch.arange(12) % 10
+@pytest.mark.parametrize(("count", "size"), [(12, (32, 32)), (300, (28, 20))])  # 300: more than one part
+def test_augmentation_is_its_steps_in_order(count, size):
+    images, labels = pixels(count, 3, *size), torch.arange(count) % 10
     rng = generator(7)
     expected = random_horizontal_flip(random_resized_crop(images, rng), rng)
     expected = normalize(expected, RECIPE["mean"], RECIPE["std"])
@@ -357,6 +373,14 @@ def test_augmentation_is_its_steps_in_order():
     assert torch.equal(found[0], expected)
     assert torch.equal(found[1], targets)
     assert not torch.equal(found[0], Augmentation(**RECIPE)(images, labels, generator(8))[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float64])
+def test_augmentation_of_flips_alone(dtype):
+    images = pixels(200, 3, 6, 7) if dtype == torch.uint8 else torch.rand(200, 3, 6, 7, dtype=dtype)
+    plain = Augmentation(**RECIPE, crop_scale=None, mixup_alpha=0.0)
+    expected = normalize(random_horizontal_flip(images, generator(3)), RECIPE["mean"], RECIPE["std"])
+    assert torch.equal(plain(images, torch.zeros(200, dtype=torch.int64), generator(3))[0], expected)
 
 
 def test_augmentation_switched_off_is_normalisation():
