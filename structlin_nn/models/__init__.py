@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from structlin_nn.models.factory import LAYER_PRESETS, LinearFactory, StructureConfig, reset_parameters
+from structlin_nn.models.files import load_model, save_model
 from structlin_nn.models.gpt2 import GPT2, GPT2Config
 from structlin_nn.models.mlp import MLP, MLPConfig
 from structlin_nn.models.vit import ViT, ViTConfig
@@ -35,7 +36,9 @@ __all__ = [
     "ViTConfig",
     "base_model",
     "build_model",
+    "load_model",
     "reset_parameters",
+    "save_model",
 ]
 
 Model = MLP | ViT | GPT2

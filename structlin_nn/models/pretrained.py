@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from structlin_nn.models.gpt2 import GPT2, GPT2Config
+from structlin_nn.torch.files import read_tensors
 
 __all__ = ["load_gpt2", "project_gpt2"]
 
@@ -141,7 +142,7 @@ def _from_files(place: Path) -> tuple[dict[str, Any], Mapping[str, Tensor]]:
         parts = sorted(folder / name for name in names)
     tensors: dict[str, Tensor] = {}
     for part in parts:
-        tensors |= _read_safetensors(part)
+        tensors |= read_tensors(part)
     return settings, tensors
 
 
@@ -155,18 +156,6 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise ValueError(f"{path} must hold an object, got {type(found).__name__}")
     return found
-
-
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing")
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
 
 
 def _config(settings: Mapping[str, Any], tied: bool) -> GPT2Config:

@@ -2,6 +2,7 @@
 
 from structlin_nn.torch._muon import Muon
 from structlin_nn.torch.counting import CallCount, ModelCount, count
+from structlin_nn.torch.files import StructuredFile, load_structured, read_structured, save_structured
 from structlin_nn.torch.groups import ParameterGroups, ParameterRule, format_groups, parameter_groups
 from structlin_nn.torch.linear import StructuredLinear
 from structlin_nn.torch.project import LayerProjection, ProjectionReport, project_linear, to_dense_linear
@@ -17,11 +18,15 @@ __all__ = [
     "ProjectionReport",
     "Replacement",
     "ReplacementReport",
+    "StructuredFile",
     "StructuredLinear",
     "count",
     "format_groups",
+    "load_structured",
     "parameter_groups",
     "project_linear",
+    "read_structured",
     "replace_linear",
+    "save_structured",
     "to_dense_linear",
 ]

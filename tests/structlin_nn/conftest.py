@@ -3,7 +3,8 @@
 import io
 import json
 import tarfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -126,3 +127,20 @@ def gpt2_vocabulary(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert len(vocabulary) == 50257
     (folder / "vocab.json").write_text(json.dumps(vocabulary), encoding="utf-8")
     return folder
+
+
+@pytest.fixture
+def full_disk() -> Callable[[int], Any]:
+    """A context in which no file can have more than so many bytes: what comes after fails, as on a full disk."""
+    resource = pytest.importorskip("resource")
+
+    @contextmanager
+    def limited(size: int) -> Iterator[None]:
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    return limited

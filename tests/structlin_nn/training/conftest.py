@@ -2,10 +2,7 @@
 
 import json
 import pydoc_data.topics
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -79,23 +76,6 @@ def imagenet_config() -> ImageNetTrainConfig:
         width=32, base_width=32, depth=2, heads=2, patch=8, image_size=32, batch_size=16, epochs=2, lr=3e-3,
         structure="monarch", augment="", erasing=0.0, color_jitter=0.0, workers=0, threads=1,
     )  # fmt: skip
-
-
-@pytest.fixture
-def full_disk() -> Callable[[int], Any]:
-    """A context in which no file can have more than so many bytes: what comes after fails, as on a full disk."""
-    resource = pytest.importorskip("resource")
-
-    @contextmanager
-    def limited(size: int) -> Iterator[None]:
-        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-        try:
-            yield
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-    return limited
 
 
 def write(path: Path, images: np.ndarray, labels: np.ndarray) -> None:

@@ -1,0 +1,269 @@
+"""Which layers of a model are structured, as plain values, and the same layers made in another model.
+
+A layout has ``layers``, one entry for each structured layer with all that decides its function but the values of its
+factors, and ``linear``, the names of layers that are plain ``nn.Linear``, by which a model that has structured layers
+there, or the Conv1D of transformers, is told to have plain ones.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+import structlin
+from structlin.structure import AbstractStructure, Structure
+from structlin_nn._patterns import listed
+from structlin_nn.torch._modules import is_conv1d, linear_sizes
+from structlin_nn.torch._text import from_text, to_text
+from structlin_nn.torch.linear import StructuredLinear
+from structlin_nn.torch.replace import _check_is_called, _switch_off_fast_paths
+
+__all__ = ["Change", "changes", "check_layout", "layout_of"]
+
+_TYPES: dict[str, type | tuple[type, ...]] = {
+    "names": list, "in_features": int, "out_features": int, "structure": (str, type(None)), "options": dict,
+    "chain": (dict, type(None)), "factors": list, "bias": bool, "rms_cap": bool, "gain": bool, "rule": str,
+    "zero_init": bool, "checkpoint": bool,
+}  # fmt: skip
+
+
+def layout_of(model: nn.Module) -> dict[str, Any]:
+    """The layout of a model.
+
+    Raises:
+        ValueError: the model itself is a structured layer; a structured layer that has parametrizations, options that
+            JSON can not hold, or a structure without a name that is no chain.
+
+    >>> layout = layout_of(nn.Sequential(StructuredLinear(6, 4, structure="low_rank", rank=2), nn.Linear(4, 3)))
+    >>> layout["layers"][0]["options"], layout["linear"]
+    ({'rank': 2}, ['1'])
+    """
+    if isinstance(model, StructuredLinear):
+        raise ValueError("the model itself is a structured layer; put it in a container")
+    places: dict[StructuredLinear, list[str]] = {}
+    plain = []
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, StructuredLinear):
+            places.setdefault(module, []).append(name)
+        elif type(module) is nn.Linear and name:
+            plain.append(name)
+    return {"layers": [_form(layer, names) for layer, names in places.items()], "linear": plain}
+
+
+def _form(layer: StructuredLinear, names: Sequence[str]) -> dict[str, Any]:
+    if any(parametrize.is_parametrized(module) for module in layer.modules()):
+        raise ValueError(f"layer {names[0]!r} has parametrizations, which can not be kept; remove them first")
+    kind, structure = layer._plan.operator_class, layer.structure
+    named = issubclass(kind, structlin.NamedOperator)
+    if not named and not isinstance(structure, Structure):
+        raise ValueError(f"layer {names[0]!r}: {structure!r} has no registered name and is no chain of einsums")
+    return {
+        "names": list(names),
+        "in_features": layer.in_features,
+        "out_features": layer.out_features,
+        "structure": kind.name if named else None,
+        "options": {key: _plain(value, names[0], key) for key, value in layer.options.items()},
+        "chain": json.loads(to_text(structure)) if isinstance(structure, Structure) else None,
+        "factors": [list(factor.shape) for factor in structure.factors],
+        "bias": layer.bias is not None,
+        "rms_cap": layer.rms_cap,
+        "gain": layer.gains is not None,
+        "rule": layer.rule,
+        "zero_init": layer.zero_init,
+        "checkpoint": layer.checkpoint,
+    }
+
+
+def _plain(value: Any, layer: str, option: str) -> Any:
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, list | tuple):
+        return [_plain(entry, layer, option) for entry in value]
+    if hasattr(value, "__index__"):
+        return value.__index__()
+    raise ValueError(f"layer {layer!r}: option {option}={value!r} can not be written as JSON")
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(_tuples(entry) for entry in value) if isinstance(value, list) else value
+
+
+def check_layout(layout: Any) -> None:
+    """Raise ValueError unless this is a layout, whose structures exist and have the factors that it says."""
+    if not isinstance(layout, Mapping) or not {"layers", "linear"} <= layout.keys():
+        raise ValueError(f"a layout has layers and linear, got {_short(layout)}")
+    if not isinstance(layout["linear"], list) or not all(isinstance(name, str) for name in layout["linear"]):
+        raise ValueError(f"linear must be a list of names, got {_short(layout['linear'])}")
+    if not isinstance(layout["layers"], list):
+        raise ValueError(f"layers must be a list, got {_short(layout['layers'])}")
+    names: list[str] = []
+    for form in layout["layers"]:
+        _check_form(form)
+        names += form["names"]
+    names += layout["linear"]
+    if len(set(names)) < len(names):
+        raise ValueError(f"layer {next(n for n in names if names.count(n) > 1)!r} is described twice")
+
+
+def _check_form(form: Any) -> None:
+    if not isinstance(form, Mapping) or form.keys() != _TYPES.keys():
+        raise ValueError(f"a layer must be described by {', '.join(_TYPES)}, got {_short(form)}")
+    for key, kind in _TYPES.items():
+        value = form[key]
+        if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+            raise ValueError(f"a layer with {key}={_short(value)}, which has the wrong type")
+    if not form["names"] or not all(isinstance(name, str) and name for name in form["names"]):
+        raise ValueError(f"a layer has one name or several, got {_short(form['names'])}")
+    try:
+        structure = _structure(form)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"layer {form['names'][0]!r}: {error}") from error
+    shapes = [list(factor.shape) for factor in structure.factors]
+    same_chain = form["chain"] is None or (
+        isinstance(structure, Structure) and json.loads(to_text(structure)) == form["chain"]
+    )
+    if shapes != form["factors"] or not same_chain:
+        raise ValueError(
+            f"layer {form['names'][0]!r}: {form['structure']} with {form['options']} has factors of shape {shapes} "
+            f"here, and the file says {_short(form['factors'])}: it is of another version of this structure"
+        )
+
+
+def _structure(form: Mapping[str, Any]) -> AbstractStructure:
+    shape = form["out_features"], form["in_features"]
+    if form["structure"] is None:
+        made: AbstractStructure = from_text(json.dumps(form["chain"]))
+        if made.shape != shape:
+            raise ValueError(f"a chain of shape {made.shape} in a layer of shape {shape}")
+        return made
+    if form["structure"] not in structlin.names():
+        raise ValueError(f"no structure {form['structure']!r} is registered: import the module that registers it")
+    options = {name: _tuples(value) for name, value in form["options"].items()}
+    return structlin.design(form["structure"], shape, **options)
+
+
+@dataclass(frozen=True)
+class Change:
+    """A layer to replace: where it stands, what it is, and on the meta device what is to take its place."""
+
+    names: tuple[str, ...]
+    old: nn.Module
+    new: nn.Module
+
+    def apply(self, model: nn.Module) -> None:
+        """Put the new layer, without values, where the old one stands."""
+        held = [*self.old.parameters(), *self.old.buffers()]
+        made = self.new.to_empty(device=held[0].device) if held else self.new
+        for name in self.names:
+            parent, _, attribute = name.rpartition(".")
+            setattr(model.get_submodule(parent), attribute, made)
+            _switch_off_fast_paths(model, name)
+
+
+def changes(model: nn.Module, layout: Mapping[str, Any]) -> list[Change]:
+    """What is to be replaced in ``model``, which stays as it is here, for it to have a layout.
+
+    New layers have dtype, training mode and ``requires_grad`` of those that they replace. A structured layer that is
+    as the layout says stays.
+
+    Raises:
+        ValueError: the model has no linear layer there, or one of other sizes, or with a bias where there is to be
+            none, or the other way round; a layer that can not be replaced (:func:`replace_linear`).
+    """
+    places: dict[nn.Module, list[str]] = {}
+    modules: dict[str, nn.Module] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        modules[name] = module
+        places.setdefault(module, []).append(name)
+    wanted = [(tuple(form["names"]), form) for form in layout["layers"]]
+    found = []
+    for names, form in wanted:
+        old = _layer_at(names, modules, places)
+        sizes, bias = _sizes(old), _parameter(old, "bias") is not None
+        if sizes != (form["in_features"], form["out_features"]) or bias != form["bias"]:
+            raise ValueError(
+                f"layer {names[0]!r} is a {_described(form['in_features'], form['out_features'], form['bias'])} in "
+                f"the file and a {_described(*sizes, bias)} in the model"
+            )
+        if isinstance(old, StructuredLinear):
+            if _form(old, names) == dict(form):
+                continue
+        else:
+            _check_is_called(model, names, old)
+        found.append(Change(names, old, _as(old, _structured(form, _dtype(old)))))
+    for name in layout["linear"]:
+        old = modules.get(name)
+        if isinstance(old, StructuredLinear) or (old is not None and is_conv1d(old)):
+            names = tuple(places[old])
+            if any(old is change.old for change in found):
+                continue
+            bias = _parameter(old, "bias") is not None
+            found.append(Change(names, old, _as(old, nn.Linear(*_sizes(old), bias, device="meta", dtype=_dtype(old)))))
+    return found
+
+
+def _layer_at(
+    names: Sequence[str], modules: Mapping[str, nn.Module], places: Mapping[nn.Module, list[str]]
+) -> nn.Module:
+    old = modules.get(names[0])
+    if old is None or (linear_sizes(old) is None and not isinstance(old, StructuredLinear)):
+        linear = [n for n, m in modules.items() if n and (linear_sizes(m) or isinstance(m, StructuredLinear))]
+        what = "no layer" if old is None else f"a {type(old).__name__}, and no linear layer,"
+        raise ValueError(f"the model has {what} at {names[0]!r}; its linear layers are {listed(linear) or 'none'}")
+    if sorted(places[old]) != sorted(names):
+        raise ValueError(
+            f"one layer stands at {', '.join(names)} in the file, and at {', '.join(places[old])} in the model"
+        )
+    return old
+
+
+def _structured(form: Mapping[str, Any], dtype: torch.dtype) -> StructuredLinear:
+    options = {name: _tuples(value) for name, value in form["options"].items()} if form["structure"] else {}
+    return StructuredLinear(
+        form["in_features"], form["out_features"], form["bias"], device="meta", dtype=dtype,
+        structure=form["structure"] or _structure(form), rms_cap=form["rms_cap"],
+        gain=form["gain"] if form["rms_cap"] else None, rule=form["rule"], zero_init=form["zero_init"],
+        checkpoint=form["checkpoint"], **options,
+    )  # fmt: skip
+
+
+def _as(old: nn.Module, new: nn.Module) -> nn.Module:
+    bias = _parameter(old, "bias")
+    weights = [p for p in old.parameters() if p is not bias]
+    trains = any(p.requires_grad for p in weights) or not weights
+    for parameter in new.parameters():
+        parameter.requires_grad_(trains)
+    if bias is not None:
+        new.get_parameter("bias").requires_grad_(bias.requires_grad)
+    return new.train(old.training)
+
+
+def _sizes(layer: nn.Module) -> tuple[int, int]:
+    if isinstance(layer, StructuredLinear):
+        return layer.in_features, layer.out_features
+    sizes = linear_sizes(layer)
+    assert sizes is not None
+    return sizes
+
+
+def _parameter(layer: nn.Module, name: str) -> nn.Parameter | None:
+    return layer._parameters.get(name)
+
+
+def _dtype(layer: nn.Module) -> torch.dtype:
+    return next((p.dtype for p in layer.parameters()), torch.get_default_dtype())
+
+
+def _described(d_in: int, d_out: int, bias: bool) -> str:
+    return f"layer of {d_in} -> {d_out} {'with' if bias else 'without'} a bias"
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 200 else text[:197] + "..."
