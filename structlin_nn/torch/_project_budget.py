@@ -1,9 +1,9 @@
-"""Sharing out a budget of multiply-accumulates over layers: one point of each layer's error-versus-MACs curve.
+"""Sharing out a budget (of multiply-accumulates, or parameters) over layers: a point of each one's curve of errors.
 
-To minimise the sum of squared errors under a bound on the sum of MACs is a knapsack problem with one choice per layer.
+To minimise the sum of squared errors under a bound on the sum of costs is a knapsack problem with one choice per layer.
 Its Lagrangian relaxation is solved exactly by walking down the lower convex hulls of the curves, the step with the
-largest decrease of the error per MAC first, up to the first step that exceeds the budget: what is found is at most that
-step away from the optimum. What is left of the budget is spent in the same way, along hulls of the points that fit.
+largest decrease of the error per cost first, up to the first step that exceeds the budget: what is found is at most
+that step away from the optimum. What is left of the budget is spent in the same way, along hulls of the points that fit.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def allocate(curves: Sequence[Curve], budget: int) -> list[int]:
     at = [hull(curve)[0] for curve in curves]
     left = budget - sum(curve[i][0] for curve, i in zip(curves, at, strict=True))
     if left < 0:
-        raise ValueError(f"the smallest choices need {budget - left:,} MACs, more than the budget of {budget:,}")
+        raise ValueError(f"the smallest choices need {budget - left:,}, more than the budget of {budget:,}")
     queue: list[tuple[float, int, int]] = []
 
     def push(layer: int, limit: float) -> None:

@@ -107,23 +107,21 @@ class Forms:
         """The structure of a form."""
         return structlin.design(self.name, self.shape, **self.options, **self.choice(number))
 
-    def curve(self, problem: Problem) -> list[tuple[int, int, float]]:
-        """(number, MACs, relative error) of forms, in ascending order; the error never rises.
+    def curve(self, problem: Problem) -> list[tuple[int, float]]:
+        """(number, relative error) of forms, in ascending order of their MACs; the error never rises.
 
         All forms, from one decomposition by singular values, where two factors have a closed form; else forms whose
         ranks grow by 1.5, each by a short run of alternating least squares.
         """
         errors, points = self._spectrum(problem), []
         if errors is not None:
-            first = self.design(0).macs  # of two factors with one bond: proportional to the rank
-            points = [(i, first * (i + 1), float(errors[i])) for i in range(len(self))]
+            points = [(i, float(errors[i])) for i in range(len(self))]
         else:
             settings = Settings(restarts=0, max_sweeps=CURVE_SWEEPS)
             for i in self._spread():
-                form = self.design(i)
-                points.append((i, form.macs, relative(solve(form, problem, settings).error, problem)))
-        lowest = np.minimum.accumulate([error for _, _, error in points])
-        return [(i, macs, float(error)) for (i, macs, _), error in zip(points, lowest, strict=True)]
+                points.append((i, relative(solve(self.design(i), problem, settings).error, problem)))
+        lowest = np.minimum.accumulate([error for _, error in points])
+        return [(i, float(error)) for (i, _), error in zip(points, lowest, strict=True)]
 
     def smallest_for(self, error: float, problem: Problem, settings: Settings) -> tuple[int, Solution] | None:
         """The first form whose relative error is at most ``error``, and its solution; None where there is none.

@@ -89,15 +89,21 @@ class Choice:
 
     def __init__(
         self, structure: str | AbstractStructure | StructureOf, options: Mapping[str, Any],
-        target_error: float | None, max_macs: int | None, mac_fraction: float | None,
+        target_error: float | None, *, max_macs: int | None = None, mac_fraction: float | None = None,
+        max_params: int | None = None, param_fraction: float | None = None,
     ) -> None:  # fmt: skip
-        self.structure, self.options, self.target_error, self.budget = structure, options, target_error, max_macs
-        self.mac_fraction = mac_fraction
+        self.structure, self.options, self.target_error = structure, options, target_error
+        self.budget = max_params if max_macs is None else max_macs
+        self.fraction = param_fraction if mac_fraction is None else mac_fraction
+        self.unit = "MACs" if max_params is None and param_fraction is None else "parameters"
         given = [k for k in ("rank", "rank_fraction") if options.get(k) is not None]
-        chosen = {"target_error": target_error, "max_macs": max_macs, "mac_fraction": mac_fraction}
+        chosen = {
+            "target_error": target_error, "max_macs": max_macs, "mac_fraction": mac_fraction,
+            "max_params": max_params, "param_fraction": param_fraction,
+        }  # fmt: skip
         given += [k for k, v in chosen.items() if v is not None]
         if len(given) > 1:
-            raise ValueError(f"give one of rank, target_error, max_macs and mac_fraction, got {', '.join(given)}")
+            raise ValueError(f"give one of rank, {', '.join(chosen)}, got {', '.join(given)}")
         self.by_layer = any(v is not None for v in chosen.values())
         if isinstance(structure, str):
             structlin.get(structure)
@@ -107,10 +113,12 @@ class Choice:
             raise TypeError(f"structure must be a name, a structure or a function to one, got {structure!r}")
         if target_error is not None and not 0 <= target_error < math.inf:
             raise ValueError(f"target_error must be a number of at least 0, got {target_error!r}")
-        if mac_fraction is not None and not 0 < mac_fraction <= 1:
-            raise ValueError(f"mac_fraction must lie in (0, 1], got {mac_fraction!r}")
-        if max_macs is not None and (isinstance(max_macs, bool) or not hasattr(max_macs, "__index__")):
-            raise TypeError(f"max_macs must be an integer, got {max_macs!r}")
+        for key in ("mac_fraction", "param_fraction"):
+            if chosen[key] is not None and not 0 < chosen[key] <= 1:
+                raise ValueError(f"{key} must lie in (0, 1], got {chosen[key]!r}")
+        for key in ("max_macs", "max_params"):
+            if chosen[key] is not None and (isinstance(chosen[key], bool) or not hasattr(chosen[key], "__index__")):
+                raise TypeError(f"{key} must be an integer, got {chosen[key]!r}")
 
     def prepare(self, tasks: Sequence[Task]) -> None:
         """Work out which forms there are. Raises ValueError where sizes, options or the budget do not allow it."""
@@ -130,15 +138,20 @@ class Choice:
                 f"the structure saves nothing in any layer: {tasks[0].names[0]!r} takes {tasks[0].dense_macs:,} MACs, "
                 f"structured {first.macs:,}; choose a smaller rank"
             )
-        if self.mac_fraction is not None:
-            self.budget = int(self.mac_fraction * sum(task.dense_macs * len(task.names) for task in tasks))
+        if self.fraction is not None:
+            self.budget = int(self.fraction * sum(self._cost(task, None) for task in tasks))
         if self.budget is not None:
-            least = [forms.design(0).macs if len(forms) else t.dense_macs
-                     for t, forms in zip(tasks, self.forms, strict=True)]  # fmt: skip
-            needed = sum(macs * len(task.names) for macs, task in zip(least, tasks, strict=True))
-            if needed > self.budget:
-                raise ValueError(f"the cheapest forms of the chosen layers need {needed:,} MACs, "
+            least = [self._cost(task, forms.design(0) if len(forms) else None)
+                     for task, forms in zip(tasks, self.forms, strict=True)]  # fmt: skip
+            if sum(least) > self.budget:
+                raise ValueError(f"the cheapest forms of the chosen layers need {sum(least):,} {self.unit}, "
                                  f"more than the budget of {self.budget:,}")  # fmt: skip
+
+    def _cost(self, task: Task, structure: AbstractStructure | None) -> int:
+        """What a form of a layer (None: dense) takes of the budget: MACs at each of its places, or parameters once."""
+        if self.unit == "parameters":
+            return math.prod(task.shape) if structure is None else structure.num_params
+        return (task.dense_macs if structure is None else structure.macs) * len(task.names)
 
     def _given(self, task: Task) -> AbstractStructure:
         if isinstance(self.structure, str):
@@ -174,9 +187,9 @@ class Choice:
         numbers, curves = [], []
         for task, forms in zip(tasks, self.forms, strict=True):
             points = forms.curve(task.problem(damping)) if len(forms) else []
-            numbers.append([number for number, _, _ in points] + [len(forms)])
-            costs = [(macs * len(task.names), error**2) for _, macs, error in points]
-            curves.append([*costs, (task.dense_macs * len(task.names), 0.0)])
+            numbers.append([number for number, _ in points] + [len(forms)])
+            costs = [(self._cost(task, forms.design(number)), error**2) for number, error in points]
+            curves.append([*costs, (self._cost(task, None), 0.0)])
         found = allocate(curves, self.budget)
         return [own[at] for own, at in zip(numbers, found, strict=True)]
 

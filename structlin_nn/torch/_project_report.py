@@ -65,12 +65,14 @@ class ProjectionReport:
         skipped: names of layers that were left alone because their weight is tied to another module, and why.
         notes: what else was changed in the model.
         max_macs: the budget, None where there was none.
+        max_params: the budget of parameters, likewise.
     """
 
     layers: tuple[LayerProjection, ...]
     skipped: tuple[tuple[str, str], ...] = ()
     notes: tuple[str, ...] = ()
     max_macs: int | None = None
+    max_params: int | None = None
 
     @property
     def macs_before(self) -> int:
@@ -99,6 +101,7 @@ class ProjectionReport:
             "skipped": [list(pair) for pair in self.skipped],
             "notes": list(self.notes),
             "max_macs": self.max_macs,
+            "max_params": self.max_params,
             "macs_before": self.macs_before,
             "macs_after": self.macs_after,
             "params_before": self.params_before,

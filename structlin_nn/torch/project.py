@@ -36,6 +36,8 @@ def project_linear(
     target_error: float | None = None,
     max_macs: int | None = None,
     mac_fraction: float | None = None,
+    max_params: int | None = None,
+    param_fraction: float | None = None,
     damping: float = 0.01,
     rms_cap: bool = False,
     gain: bool | None = None,
@@ -63,7 +65,7 @@ def project_linear(
     what they leave out. Otherwise each layer gets its own rank (of a structure without ranks, its own number of
     blocks: a power of 2, which for Monarch divides the inner size). A budget is shared out so that the sum over the
     layers of squared relative errors (of the outputs, with calibration) is small: along the convex hulls of the
-    layers' curves of error against MACs, the steepest descent first, which is optimal up to the last step. A dense
+    layers' curves of error against cost, the steepest descent first, which is optimal up to the last step. A dense
     layer is the last point of its curve. Curves of low rank, and of Tensor-Train and Block Tensor-Train of two cores
     without calibration, come from one decomposition for each layer; others from a few sweeps at ranks that grow by 1.5.
 
@@ -83,6 +85,8 @@ def project_linear(
         max_macs: budget: multiply-accumulates of all chosen layers together, for one vector at each place where they
             stand.
         mac_fraction: the budget as a fraction, in (0, 1], of what the chosen layers cost now.
+        max_params, param_fraction: the same for the numbers that are stored: parameters of all chosen layers together,
+            without biases and gains. Those of a module that stands at several places count once.
         damping: this part of the mean square of a layer's inputs is added to all directions of its second moments,
             so that directions that the calibration data lack are not given up.
         rms_cap, gain, rule: as in :class:`StructuredLinear`. Gains are set so that the capped factors have the values
@@ -95,8 +99,8 @@ def project_linear(
         before and after.
 
     Raises:
-        ValueError: nothing is chosen, or a pattern matches no layer; two of rank, ``target_error``, ``max_macs`` and
-            ``mac_fraction`` at once; a budget below the cheapest forms; options or sizes that the structure does not
+        ValueError: nothing is chosen, or a pattern matches no layer; two of rank, ``target_error`` and a
+            budget at once; a budget below the cheapest forms; options or sizes that the structure does not
             allow (the message names the layer); no layer for which the form given saves anything; weights on the meta
             device or not finite; calibration data that are empty, not finite, or do not reach a layer; layers that
             can not be replaced, as in :func:`replace_linear`.
@@ -111,7 +115,10 @@ def project_linear(
     >>> [layer.options for layer in report.layers]
     [{'rank': 18}, {'rank': 24}]
     """
-    choice = Choice(structure, options, target_error, max_macs, mac_fraction)
+    choice = Choice(
+        structure, options, target_error,
+        max_macs=max_macs, mac_fraction=mac_fraction, max_params=max_params, param_fraction=param_fraction,
+    )  # fmt: skip
     settings = _settings(restarts, max_sweeps, tolerance, seed)
     if not 0 <= damping < math.inf:
         raise ValueError(f"damping must be a number of at least 0, got {damping!r}")
@@ -132,7 +139,8 @@ def project_linear(
             _put(model, task.names, new)
             for name in task.names:
                 notes |= dict.fromkeys(_switch_off_fast_paths(model, name))
-    return ProjectionReport(tuple(line for _, line in made), tuple(skipped), tuple(notes), choice.budget)
+    budget = {"max_macs" if choice.unit == "MACs" else "max_params": choice.budget}
+    return ProjectionReport(tuple(line for _, line in made), tuple(skipped), tuple(notes), **budget)
 
 
 def to_dense_linear(model: nn.Module) -> tuple[str, ...]:

@@ -191,6 +191,24 @@ def test_shared_layers_count_at_each_place():
     assert model[0] is model[2]
 
 
+@pytest.mark.parametrize(("name", "least"), [("low_rank", 0.8), ("tensor_train", 0.3)])
+def test_budget_of_parameters(name, least):
+    """Of what is stored: one layer at two places counts once. No form that needs more MACs than dense is taken."""
+    shared = nn.Linear(30, 30)
+    model = nn.Sequential(shared, nn.ReLU(), shared, nn.Linear(30, 24))
+    report = project_linear(model, name, param_fraction=0.4, layers="all")
+    stored = sum(f.numel() for m in (model[0], model[3]) if isinstance(m, StructuredLinear) for f in m.factors)
+    stored += sum(m.weight.numel() for m in (model[0], model[3]) if type(m) is nn.Linear)
+    assert report.max_params == int(0.4 * (900 + 720))
+    assert report.max_macs is None
+    assert least * report.max_params < stored <= report.max_params
+    assert report.to_dict()["max_params"] == 648
+    again = nn.Sequential(nn.Linear(30, 30), nn.Linear(30, 24))
+    assert project_linear(again, name, max_params=648, layers="all").max_params == 648
+    with pytest.raises(TypeError, match=r"max_params must be an integer, got 0\.5"):
+        project_linear(again, name, max_params=0.5, layers="all")
+
+
 @pytest.mark.parametrize("name", ["low_rank", "block_tensor_train"])
 @pytest.mark.parametrize("calibrated", [False, True])
 def test_target_error_is_met_by_the_cheapest_form(name, calibrated):
@@ -392,7 +410,13 @@ def test_report_is_plain_data():
 
 
 BAD = [
-    ({"rank": 3, "mac_fraction": 0.5}, "give one of rank, target_error, max_macs and mac_fraction"),
+    (
+        {"rank": 3, "mac_fraction": 0.5},
+        "give one of rank, target_error, max_macs, mac_fraction, max_params, param_fraction, got rank, mac_fraction",
+    ),
+    ({"mac_fraction": 0.5, "param_fraction": 0.5}, "got mac_fraction, param_fraction"),
+    ({"param_fraction": 0.01}, "the cheapest forms of the chosen layers need 140 parameters, more than the budget of"),
+    ({"param_fraction": 0.0}, r"param_fraction must lie in \(0, 1\], got 0.0"),
     ({"target_error": 0.1, "max_macs": 100}, "got target_error, max_macs"),
     ({"target_error": -1.0}, "target_error must be a number of at least 0, got -1.0"),
     ({"mac_fraction": 1.5}, r"mac_fraction must lie in \(0, 1\], got 1.5"),
