@@ -7,13 +7,14 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from structlin_nn.training.base import RunConfig
-from structlin_nn.training.distributed import Processes, shard_like
+from structlin_nn.training.distributed import Processes, local, shard_like
 
-__all__ = ["Average", "Stepper"]
+__all__ = ["Average", "ShardedScaler", "Stepper"]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -59,6 +60,24 @@ class Average:
             self.tensors[name].copy_(kept)
 
 
+class ShardedScaler(torch.amp.GradScaler):
+    """A scaler for gradients of which each process has its own part, beside some that all have.
+
+    torch's own takes either kind alone. Where one process finds a gradient that is not finite, all leave the step out,
+    and so all have the same scale.
+    """
+
+    def _unscale_grads_(
+        self, optimizer: torch.optim.Optimizer, inv_scale: Tensor, found_inf: Tensor, allow_fp16: bool
+    ) -> dict[torch.device, Tensor]:
+        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        parts = [part for p in parameters if (part := local(p.grad)).numel()]
+        if parts:
+            torch._amp_foreach_non_finite_check_and_unscale_(parts, found_inf, inv_scale)
+        dist.all_reduce(found_inf, dist.ReduceOp.MAX)
+        return {found_inf.device: found_inf}
+
+
 class Stepper:
     """Takes steps of the optimiser of a model, as a configuration asks for.
 
@@ -68,9 +87,6 @@ class Stepper:
         wrapped: what the forward pass is called on (`Processes.wrap`).
         optimizer: its groups have the learning rates before the schedule.
         processes: of the run.
-
-    Raises:
-        ValueError: float16 with sharded parameters, whose gradients torch's scaler cannot check together.
     """
 
     def __init__(
@@ -84,11 +100,8 @@ class Stepper:
         self.config, self.model, self.wrapped, self.optimizer = config, model, wrapped, optimizer
         self.processes = processes
         self.rates = [group["lr"] for group in optimizer.param_groups]
-        if config.precision == "float16" and processes.sharded:
-            raise ValueError(
-                "precision='float16' does not go with fsdp, whose gradients have no common scale: bfloat16"
-            )
-        self.scaler = torch.amp.GradScaler(processes.device.type, enabled=config.precision == "float16")
+        scaler = ShardedScaler if processes.sharded else torch.amp.GradScaler
+        self.scaler = scaler(processes.device.type, enabled=config.precision == "float16")
         self.average = Average(model, config.ema) if config.ema else None
 
     def autocast(self) -> torch.autocast:

@@ -19,6 +19,7 @@ from structlin_nn.training.distributed import Processes, processes, single
 from structlin_nn.training.loop import load_trained
 from structlin_nn.training.records import read_record
 from structlin_nn.training.sharded import load_shards, remove_shards, save_shards
+from structlin_nn.training.stepper import ShardedScaler
 
 _spec = importlib.util.spec_from_file_location("workers", Path(__file__).with_name("workers.py"))
 assert _spec is not None
@@ -69,6 +70,8 @@ class TestTwoProcesses:
             for config in (gpt2, cifar, vit)
             for way in ("ddp", "fsdp")
         }
+        half = gpt2.replace(precision="float16")
+        made |= {f"half-{way}": job(f"half-{way}", half, parallel=way) for way in ("ddp", "fsdp")}
         made["part"] = job("part", gpt2, parallel="fsdp", stop_after=12)
         made["recomputed"] = job("recomputed", gpt2.replace(recompute=True, accumulate=2), parallel="fsdp")
         for config in (gpt2, cifar, vit):
@@ -104,6 +107,16 @@ class TestTwoProcesses:
 
     def test_recomputation_and_accumulation_change_nothing(self, losses: dict[str, list[float]]) -> None:
         assert difference(losses["recomputed"], losses["gpt2-one"]) < CLOSE
+
+    def test_float16_of_shards_is_that_of_whole_models(
+        self, jobs: dict[str, dict[str, Any]], losses: dict[str, list[float]]
+    ) -> None:
+        """With steps left out, because a gradient overflowed in one of the processes."""
+        assert difference(losses["half-fsdp"], losses["half-ddp"]) < CLOSE
+        assert difference(losses["half-fsdp"], losses["gpt2-one"]) < 0.05
+        states = [load_checkpoint(Path(jobs[f"half-{way}"]["folder"]) / "checkpoint.pt") for way in ("ddp", "fsdp")]
+        assert states[0]["scaler"] == states[1]["scaler"]
+        assert states[0]["scaler"]["scale"] < 2.0**16
 
     def test_shards_of_two_are_resumed_by_one(
         self, jobs: dict[str, Any], losses: dict[str, list[float]], tmp_path: Path
@@ -218,6 +231,42 @@ class TestShards:
         found = self.empty(tensors)
         load_shards(tmp_path, saved, found, alone)
         assert torch.equal(found["model"]["a"], tensors["model"]["a"])
+
+
+class TestShardedScaler:
+    """In one process, with the answer that others would give."""
+
+    @pytest.mark.parametrize(("mine", "theirs"), [(False, False), (True, False), (False, True)])
+    @pytest.mark.parametrize("unscaled", [False, True])
+    def test_a_step_is_left_out_where_any_process_overflows(
+        self, mine: bool, theirs: bool, unscaled: bool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        asked: list[Any] = []
+
+        def all_reduce(found: torch.Tensor, operation: Any) -> None:
+            asked.append(operation)
+            found.fill_(max(found.item(), float(theirs)))
+
+        monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
+        layer = torch.nn.Linear(3, 1, bias=False)
+        before = layer.weight.detach().clone()
+        optimizer = torch.optim.Adam(layer.parameters(), lr=0.25, fused=True)
+        scaler = ShardedScaler("cpu", init_scale=64.0)
+        scaler.scale(layer(torch.ones(2, 3)).sum()).backward()
+        if mine:
+            layer.weight.grad[0, 1] = float("inf")
+        if unscaled:
+            scaler.unscale_(optimizer)
+            if not (mine or theirs):
+                assert torch.equal(layer.weight.grad, torch.full((1, 3), 2.0))
+        scaler.step(optimizer)
+        scaler.update()
+        skipped = mine or theirs
+        assert asked == [torch.distributed.ReduceOp.MAX]
+        assert torch.equal(layer.weight, before) == skipped
+        assert skipped or torch.allclose(layer.weight, before - 0.25)  # Adam's first step is its rate
+        assert scaler.get_scale() == (32.0 if skipped else 64.0)
+        assert optimizer.state[layer.weight]["step"] == (0 if skipped else 1)
 
 
 class TestOneProcess:
