@@ -6,8 +6,6 @@ resume from are the same for all. Shards are indexed once, and then read in plac
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import tarfile
 import time
@@ -20,16 +18,14 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from structlin_nn.data import _cache
 from structlin_nn.data.hub import is_saved, load_hub
-from structlin_nn.training.files import atomic_write
 
 __all__ = ["FORMATS", "FolderSplit", "HubSplit", "ShardSplit", "Split", "open_splits"]
 
 FORMATS = ("folder", "shards", "datasets")
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".tif", ".tiff")
 INDEX_VERSION = 1
-SLOW_SECONDS = 10.0
-"""Indices of shards that take longer to make than this are kept in the user's cache."""
 _TRAIN, _VAL = ("train",), ("val", "validation")
 _COLUMNS = ("members", "labels", "shard", "offsets", "bytes_")
 
@@ -233,21 +229,14 @@ def _open_shards(place: Path) -> tuple[dict[str, Split], int]:
 
 def _indexed(shards: list[Path]) -> ShardSplit:
     """The samples of shards, from an index of an earlier call where it took long to make and nothing changed."""
-    stats = [shard.stat() for shard in shards]
-    state = [[shard.name, stat.st_size, stat.st_mtime_ns] for shard, stat in zip(shards, stats, strict=True)]
-    key = hashlib.sha256(json.dumps([INDEX_VERSION, state]).encode()).hexdigest()[:32]
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "structlin" / f"shards-{key}.npz"
-    if cache.exists():
-        with suppress(OSError, ValueError, KeyError, zipfile.BadZipFile), np.load(cache, allow_pickle=False) as found:
+    known = _cache.cache_file("shards", ".npz", shards, INDEX_VERSION)
+    if known.exists():
+        with suppress(OSError, ValueError, KeyError, zipfile.BadZipFile), np.load(known, allow_pickle=False) as found:
             return ShardSplit(shards, *(found[name] for name in _COLUMNS))
     start = time.monotonic()
     split = _index_shards(shards)
-    if time.monotonic() - start > SLOW_SECONDS:
-        # Only a matter of speed: no place to write to is no reason to fail.
-        with suppress(OSError):
-            cache.parent.mkdir(parents=True, exist_ok=True)
-            with atomic_write(cache) as file:
-                np.savez(file, **{name: getattr(split, name) for name in _COLUMNS})
+    if time.monotonic() - start > _cache.SLOW_SECONDS:
+        _cache.keep(known, lambda file: np.savez(file, **{name: getattr(split, name) for name in _COLUMNS}))
     return split
 
 

@@ -11,19 +11,31 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from structlin_nn.data import _cache
 from structlin_nn.data._checks import natural, share
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["GPT2_VOCABULARY", "IGNORE", "SPLITS", "TokenBatches", "TokenData", "TokenWindows", "open_tokens"]
+__all__ = [
+    "GPT2_VOCABULARY",
+    "IGNORE",
+    "SPLITS",
+    "TokenBatches",
+    "TokenData",
+    "TokenWindows",
+    "open_tokens",
+    "token_vocabulary",
+]
 
 GPT2_VOCABULARY = 50257
 """Tokens of GPT-2's byte-pair encoding, the last of which, 50256, ends a document."""
@@ -69,18 +81,20 @@ class TokenData:
 
 
 def open_tokens(
-    folder: str | os.PathLike[str], *, vocab_size: int | None = None, name: str | None = None, verify: bool = True
+    folder: str | os.PathLike[str], *, vocab_size: int | None = None, name: str | None = None, digest: str | None = None
 ) -> TokenData:
     """Open a folder of token files.
+
+    All tokens are read once, to see that each is inside the vocabulary and that the sums are those in ``meta.json``.
+    Where that takes long, the sums are kept in the user's cache, and believed until one of the files has another size
+    or time of change.
 
     Args:
         folder: holds ``train.bin`` and ``val.bin``, see the module's description.
         vocab_size: size of the vocabulary, for files without ``meta.json``; without either, GPT-2's 50257 is
             taken, as nanoGPT does.
         name: of the corpus, instead of what ``meta.json`` or the folder says.
-        verify: read all tokens once, to see that each is inside the vocabulary and that the sums are those in
-            ``meta.json``. With False, only sizes are compared, and the sums in ``meta.json`` (which must be
-            there) are believed: for the other processes of a run, once one has verified.
+        digest: what another process of the same run found (``TokenData.digest``), believed without reading anything.
 
     Returns:
         The data, both splits as read-only memory maps.
@@ -105,34 +119,47 @@ def open_tokens(
     meta = _read_meta(place / META)
     vocabulary = _vocabulary(place, meta, vocab_size)
     maps = {split: _map(place / f"{split}.bin") for split in SPLITS}
-    sums = {}
     for split, tokens in maps.items():
-        path, stated = place / f"{split}.bin", meta.get(split, {})
-        if "tokens" in stated and stated["tokens"] != len(tokens):
-            raise ValueError(f"{path} holds {len(tokens)} tokens, {META} says {stated['tokens']}: it is truncated")
-        if verify:
-            sums[split] = _scan(path, tokens, vocabulary)
-            if stated.get("sha256", sums[split]) != sums[split]:
+        if (stated := meta.get(split, {}).get("tokens", len(tokens))) != len(tokens):
+            raise ValueError(f"{place / split}.bin holds {len(tokens)} tokens, {META} says {stated}: it is truncated")
+    if digest is None:
+        sums = _verified(place, maps, vocabulary)
+        for split, found in sums.items():
+            if (stated := meta.get(split, {}).get("sha256", found)) != found:
                 raise ValueError(
-                    f"{path} has the sha256 sum {sums[split]}, {META} says {stated['sha256']}: it is damaged, or "
-                    f"{META} belongs to other files"
+                    f"{place / split}.bin has the sha256 sum {found}, {META} says {stated}: it is damaged, or {META} "
+                    "belongs to other files"
                 )
-        elif "sha256" not in stated:
-            raise ValueError(f"verify=False believes the sums in {place / META}, which has none for {split}.bin")
-        else:
-            sums[split] = stated["sha256"]
+        digest = hashlib.sha256("".join(sums[split] for split in SPLITS).encode()).hexdigest()
     return TokenData(
         **maps,
         vocab_size=vocabulary,
         name=name or meta.get("name") or place.resolve().name,
-        digest=hashlib.sha256("".join(sums[split] for split in SPLITS).encode()).hexdigest(),
+        digest=digest,
         tokenizer=meta.get("tokenizer"),
         end_of_text=meta.get("end_of_text"),
         folder=place,
     )
 
 
-class TokenBatches:
+class _Pieces:
+    """Pieces of a text in batches that processes share: what `TokenBatches` and `TokenWindows` have in common."""
+
+    def __init__(
+        self, tokens: np.ndarray, block_size: int, batch_size: int, rank: int, world_size: int, device: Any
+    ) -> None:
+        self.tokens = _check_tokens(tokens)
+        self.block_size = natural("block_size", block_size, 1)
+        self.local_size, self.rank, self.world_size = share(batch_size, rank, world_size)
+        self.device = device
+
+    @property
+    def batch_size(self) -> int:
+        """Pieces in a batch, of all processes together."""
+        return self.local_size * self.world_size
+
+
+class TokenBatches(_Pieces):
     """Random pieces of a text, without end, from a position that can be saved.
 
     Batch k is a function of the tokens, the seed and k alone: the pieces start at ``batch_size`` independent
@@ -174,12 +201,8 @@ class TokenBatches:
         world_size: int = 1,
         device: torch.device | str = "cpu",
     ) -> None:
-        self.tokens = _check_tokens(tokens)
-        self.block_size = natural("block_size", block_size, 1)
-        self.local_size, self.rank, self.world_size = share(batch_size, rank, world_size)
-        self.batch_size = self.local_size * self.world_size
+        super().__init__(tokens, block_size, batch_size, rank, world_size, device)
         self.seed = natural("seed", seed)
-        self.device = device
         self.step = 0
         if len(tokens) <= self.block_size:
             raise ValueError(
@@ -235,7 +258,7 @@ class TokenBatches:
         self.step = natural("step", state["step"])
 
 
-class TokenWindows:
+class TokenWindows(_Pieces):
     """A whole split, once: pieces that follow each other without overlap, the short last one too.
 
     Every token but the first is a target exactly once. The mean loss of a split is therefore the sum of all
@@ -282,18 +305,10 @@ class TokenWindows:
         world_size: int = 1,
         device: torch.device | str = "cpu",
     ) -> None:
-        self.tokens = _check_tokens(tokens)
-        self.block_size = natural("block_size", block_size, 1)
-        self.local_size, self.rank, self.world_size = share(batch_size, rank, world_size)
-        self.device = device
+        super().__init__(tokens, block_size, batch_size, rank, world_size, device)
         self.targets = len(tokens) - 1
         if self.targets < 1:
             raise ValueError(f"at least 2 tokens are needed for one prediction, got {len(tokens)}")
-
-    @property
-    def batch_size(self) -> int:
-        """Pieces in a batch, of all processes together."""
-        return self.local_size * self.world_size
 
     def __len__(self) -> int:
         """Batches that every process gets."""
@@ -363,6 +378,16 @@ def _read_meta(path: Path) -> dict[str, Any]:
     return meta
 
 
+def token_vocabulary(folder: str | os.PathLike[str]) -> int:
+    """Size of the vocabulary of a folder of token files, as `open_tokens` finds it, which reads none of them here.
+
+    Raises:
+        ValueError: as `open_tokens`, of ``meta.json`` and ``meta.pkl``.
+    """
+    place = Path(folder).expanduser()
+    return _vocabulary(place, _read_meta(place / META), None)
+
+
 def _vocabulary(folder: Path, meta: dict[str, Any], given: int | None) -> int:
     stated = meta.get("vocab_size")
     if given is not None:
@@ -391,6 +416,21 @@ def _map(path: Path) -> np.ndarray:
     if size == 0:
         raise ValueError(f"{path} is empty")
     return np.memmap(path, dtype=DTYPE, mode="r")
+
+
+def _verified(folder: Path, maps: dict[str, np.ndarray], vocabulary: int) -> dict[str, str]:
+    """The sums of both splits, from an earlier call where it took long and nothing changed."""
+    files = {split: folder / f"{split}.bin" for split in SPLITS}
+    known = _cache.cache_file("tokens", ".json", files.values(), META_VERSION, vocabulary)
+    if known.exists():
+        with suppress(OSError, ValueError, TypeError, KeyError):
+            found = json.loads(known.read_text(encoding="utf-8"))
+            return {split: str(found[split]) for split in SPLITS}
+    start = time.monotonic()
+    sums = {split: _scan(files[split], maps[split], vocabulary) for split in SPLITS}
+    if time.monotonic() - start > _cache.SLOW_SECONDS:
+        _cache.keep(known, lambda file: file.write(json.dumps(sums).encode()))
+    return sums
 
 
 def _scan(path: Path, tokens: np.ndarray, vocabulary: int) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from structlin_nn.sweeps.local import Job, state_of
@@ -98,10 +97,8 @@ def data_sizes(config: RunConfig, data: Mapping[str, Any]) -> tuple[int, int]:
 
         opened = open_imagenet(root, format=data.get("format"))
         return opened.num_classes, opened.train_size
-    from structlin_nn.data.tokens import GPT2_VOCABULARY, open_tokens
+    from structlin_nn.data.tokens import GPT2_VOCABULARY, token_vocabulary
     from structlin_nn.training.gpt2 import model_vocabulary
 
     assert isinstance(config, GPT2TrainConfig)
-    told = root is not None and (Path(root) / "meta.json").exists()
-    size = open_tokens(root, verify=False).vocab_size if told and root is not None else GPT2_VOCABULARY
-    return model_vocabulary(config, size), 0
+    return model_vocabulary(config, GPT2_VOCABULARY if root is None else token_vocabulary(root)), 0

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -24,6 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 __all__ = ["PARALLEL", "Processes", "is_main_process", "local", "processes", "shard_like", "single"]
 
+Value = TypeVar("Value")
 PARALLEL = ("ddp", "fsdp")
 """How several processes share a model: each has all of it (ddp), or parts (fsdp: FSDP2, `fully_shard`)."""
 
@@ -66,12 +67,19 @@ class Processes:
         dist.all_reduce(flags, dist.ReduceOp.MAX, group=self.control)
         return bool(flags)
 
-    def same(self, value: Any) -> Any:
-        """The value that the first process has; plain values only."""
+    def first(self, work: Callable[[], Value]) -> Value:
+        """What `work` returns in the first process, which alone does it while the others wait; its error in all."""
         if self.size == 1:
-            return value
-        held = [value]
+            return work()
+        held: list[Any] = [None, None]
+        if self.main:
+            try:
+                held[0] = work()
+            except Exception as error:
+                held[1] = error
         dist.broadcast_object_list(held, src=0, group=self.control)
+        if held[1] is not None:
+            raise held[1]
         return held[0]
 
     def barrier(self) -> None:

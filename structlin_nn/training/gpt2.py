@@ -46,8 +46,8 @@ class GPT2Task(Task):
         part = self.part_size()
         if data_root is None:
             raise ValueError("GPT-2 is trained on a folder with train.bin and val.bin: none was given")
-        self.data = open_tokens(data_root)
-        self.digest = self.data.digest
+        self.digest = processes.first(lambda: open_tokens(data_root).digest)
+        self.data = open_tokens(data_root, digest=self.digest)
         self.outputs = model_vocabulary(config, self.data.vocab_size)
         self.steps, self.warmup = config.steps, config.warmup_steps
         # Evaluation takes as many sequences at once as a part of a step, and so fits where that does.

@@ -176,7 +176,7 @@ def _record_evaluation(run: Run, progress: Progress, clock: float, trackers: Seq
         "seconds": round(run.seconds, 3),
     }
     run.sums.zero_()
-    run.record.append(run.last)
+    run.processes.first(lambda: run.record.append(run.last))
     run.save()
     for tracker in trackers if run.processes.main else ():
         tracker.log(run.last)

@@ -145,32 +145,29 @@ def _parse(path: Path, number: int, line: bytes) -> dict[str, Any]:
 class RecordWriter:
     """Appends evaluations to a run record; each is on the disk before the call returns.
 
-    Use `create` for a new run and `reopen` for one that is resumed.
+    Use `create` for a new run and `reopen` for one that is resumed. Of several processes, the first one writes.
     """
 
-    def __init__(self, path: Path, size: int, write: bool = True) -> None:
+    def __init__(self, path: Path, size: int) -> None:
         self.path = path
         self.size = size
-        self.write = write
 
     @classmethod
-    def create(cls, path: Path, header: Mapping[str, Any], write: bool = True) -> RecordWriter:
-        """Start a record with its header, which is written as a whole or not at all.
-
-        With `write` False nothing is written, here or later: for the other processes of a run.
+    def create(cls, path: Path, header: Mapping[str, Any]) -> RecordWriter:
+        """Start a record with its header, which is written as a whole or not at all; its folder is made.
 
         Raises:
             OSError: the file cannot be written.
             ValueError: the header holds a NaN or an infinity.
         """
         line = _line({"kind": "header", "schema": SCHEMA, **header})
-        if write:
-            with atomic_write(path) as file:
-                file.write(line)
-        return cls(path, len(line), write)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(path) as file:
+            file.write(line)
+        return cls(path, len(line))
 
     @classmethod
-    def reopen(cls, path: Path, size: int, write: bool = True) -> tuple[RecordWriter, list[str]]:
+    def reopen(cls, path: Path, size: int) -> tuple[RecordWriter, list[str]]:
         """Go back to the first `size` bytes of a record, which is what it held when a checkpoint was written.
 
         Lines after that belong to steps that are done again, and the last may have been cut off by a kill.
@@ -182,8 +179,6 @@ class RecordWriter:
             FileNotFoundError: no such file.
             ValueError: the file is shorter, or has no end of a line at that place: it is not the checkpoint's.
         """
-        if not write:
-            return cls(path, size, write), []
         raw = path.read_bytes()
         if len(raw) < size or raw[size - 1 : size] != b"\n":
             raise ValueError(
@@ -202,7 +197,7 @@ class RecordWriter:
                 file.truncate(size)
                 file.flush()
                 os.fsync(file.fileno())
-        return cls(path, size, write), messages
+        return cls(path, size), messages
 
     def append(self, evaluation: Mapping[str, Any]) -> None:
         """Add the line of an evaluation.
@@ -211,8 +206,6 @@ class RecordWriter:
             OSError: the disk is full; the line may be there in part then, which resuming repairs.
             ValueError: a NaN or an infinity.
         """
-        if not self.write:
-            return
         line = _line({"kind": "evaluation", **evaluation})
         with self.path.open("ab", buffering=0) as file:
             written = file.write(line)

@@ -159,10 +159,9 @@ class Run:
         else:
             self.shards = None
             state |= {"shards": None, **tensors}
+        self.processes.first(lambda: files.save_checkpoint(self.checkpoint, state))
         if self.processes.main:
-            files.save_checkpoint(self.checkpoint, state)
             remove_shards(self.folder, None if self.shards is None else self.shards["slot"])
-        self.processes.barrier()
 
     def good(self) -> str:
         """A phrase that names the last checkpoint."""
@@ -244,15 +243,14 @@ def setup(
     if state is not None:
         if not record.exists():
             raise FileNotFoundError(f"{record} is missing, it belongs to {checkpoint}")
-        writer, messages = RecordWriter.reopen(record, state["record_size"], write=processes.main)
+        size = state["record_size"]
+        writer, messages = processes.first(lambda: RecordWriter.reopen(record, size))
         messages.insert(0, f"resuming {folder} after step {state['step']} of {task.steps}")
     else:
         if resume:
             messages.append(f"{folder} holds no checkpoint: starting from the beginning")
         header = make_header(config, task.described(), counts, model, optimizer, processes)
-        if processes.main:
-            folder.mkdir(parents=True, exist_ok=True)
-        writer = RecordWriter.create(record, header, write=processes.main)
+        writer = processes.first(lambda: RecordWriter.create(record, header))
     run_kind, stepper = Run, Stepper(config, model, wrapped, optimizer, processes)
     if getattr(config, "framework", "torch") == "flax":
         from structlin_nn.training.flax_loop import FlaxRun, FlaxStepper

@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from structlin_nn.data import epoch_order, image_sources
+from structlin_nn.data import _cache, epoch_order, image_sources
 from structlin_nn.data.image_transforms import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -96,7 +96,7 @@ class TestOpen:
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
         expected = open_imagenet(shards)
         assert not (tmp_path / "cache").exists()
-        monkeypatch.setattr(image_sources, "SLOW_SECONDS", -1)
+        monkeypatch.setattr(_cache, "SLOW_SECONDS", -1)
         assert open_imagenet(shards).digest == expected.digest
         kept = sorted((tmp_path / "cache/structlin").iterdir())
         assert len(kept) == 2

@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from structlin_nn.data.tokens import IGNORE, TokenBatches, TokenData, TokenWindows, open_tokens
+from structlin_nn.data import _cache
+from structlin_nn.data import tokens as tokens_module
+from structlin_nn.data.tokens import IGNORE, TokenBatches, TokenData, TokenWindows, open_tokens, token_vocabulary
 
 
 def write(folder: Path, train: np.ndarray, val: np.ndarray, **meta: object) -> Path:
@@ -53,7 +56,7 @@ class TestOpen:
         (folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
         data = open_tokens(folder)
         assert (data.vocab_size, data.name, data.tokenizer, data.end_of_text) == (300, "toy", "bytes", 256)
-        assert open_tokens(folder, verify=False).digest == data.digest
+        assert token_vocabulary(folder) == 300
         assert open_tokens(folder, name="other").name == "other"
         with pytest.raises(ValueError, match=r"vocab_size 400 was given, .*meta\.json says 300"):
             open_tokens(folder, vocab_size=400)
@@ -100,15 +103,47 @@ class TestOpen:
         raw = bytearray((folder / "train.bin").read_bytes())
         (folder / "train.bin").write_bytes(raw[:-2])
         with pytest.raises(ValueError, match=r"holds 999 tokens, meta\.json says 1000"):
-            open_tokens(folder, verify=False)
+            open_tokens(folder, digest="x")
         raw[7] ^= 1
         (folder / "train.bin").write_bytes(raw)
         with pytest.raises(ValueError, match="sha256"):
             open_tokens(folder)
 
-    def test_unverified_needs_sums(self, folder: Path) -> None:
-        with pytest.raises(ValueError, match="verify=False believes the sums"):
-            open_tokens(folder, verify=False)
+    def test_what_another_process_found_is_believed(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        data = open_tokens(folder)
+        monkeypatch.setattr(tokens_module, "_scan", lambda *_: pytest.fail("tokens were read"))
+        again = open_tokens(folder, digest=data.digest)
+        assert again.digest == data.digest
+        assert again.val.tolist() == data.val.tolist()
+
+    def test_sums_that_took_long_are_kept(self, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+        expected = open_tokens(folder).digest
+        assert not (tmp_path / "cache").exists()
+        monkeypatch.setattr(_cache, "SLOW_SECONDS", -1)
+        assert open_tokens(folder).digest == expected
+        scan = tokens_module._scan
+        monkeypatch.setattr(tokens_module, "_scan", lambda *_: pytest.fail("tokens were read again"))
+        assert open_tokens(folder).digest == expected
+        # meta.json is still compared with them, and another vocabulary or a damaged file asks for a new look.
+        (folder / "meta.json").write_text(json.dumps({"version": 1, "train": {"tokens": 1000, "sha256": "0" * 64}}))
+        with pytest.raises(ValueError, match=r"train\.bin has the sha256 sum .*, meta\.json says 0000"):
+            open_tokens(folder)
+        (folder / "meta.json").unlink()
+        monkeypatch.setattr(tokens_module, "_scan", scan)
+        with pytest.raises(ValueError, match="outside the vocabulary of 200"):
+            open_tokens(folder, vocab_size=200)
+        (kept,) = (tmp_path / "cache/structlin").iterdir()
+        for damage in ("{", "[]", "{}"):
+            kept.write_text(damage)
+            assert open_tokens(folder).digest == expected
+        changed = np.fromfile(folder / "val.bin", "<u2")
+        changed[3] ^= 1
+        changed.tofile(folder / "val.bin")
+        os.utime(folder / "val.bin", ns=(1, 1))
+        assert open_tokens(folder).digest != expected
+        monkeypatch.setenv("XDG_CACHE_HOME", "/proc/nowhere")
+        assert open_tokens(folder).vocab_size == 50257
 
     @pytest.mark.parametrize(
         ("text", "message"),

@@ -148,6 +148,27 @@ class TestTwoProcesses:
         for first, rest in zip(("begun", "begun", "part"), resumed, strict=True):
             assert difference(losses[first] + rest, losses["gpt2-one"]) < CLOSE
 
+    def test_a_full_disk_of_one_ends_both_and_leaves_the_last_checkpoint(
+        self, jobs: dict[str, Any], losses: dict[str, list[float]], tmp_path: Path
+    ) -> None:
+        pytest.importorskip("resource")
+        full = []
+        for way, rank in (("ddp", 0), ("fsdp", 0), ("fsdp", 1)):
+            folder = tmp_path / f"{way}-{rank}"
+            shutil.copytree(jobs["part" if way == "fsdp" else "begun"]["folder"], folder)
+            common = {"folder": str(folder), "parallel": way, "stop_after": None, "resume": True}
+            full.append({**jobs["part"], **common, "full_disk": rank})
+        before = [load_checkpoint(Path(job["folder"]) / "checkpoint.pt")["step"] for job in full]
+        workers.start(full, 2, tmp_path)
+        for job, step in zip(full, before, strict=True):
+            folder = Path(job["folder"])
+            errors = [(folder / f"error-{rank}").read_text() for rank in (0, 1)]
+            assert all("checkpoint" in error or "too large" in error for error in errors), errors
+            assert load_checkpoint(folder / "checkpoint.pt")["step"] == step
+        again = [{key: value for key, value in job.items() if key != "full_disk"} for job in full]
+        for first, rest in zip(("begun", "part", "part"), workers.start(again, 2, tmp_path), strict=True):
+            assert difference(losses[first] + rest, losses["gpt2-one"]) < CLOSE
+
     def test_sharded_weights_load_whole(self, jobs: dict[str, Any], losses: dict[str, list[float]]) -> None:
         assert losses
         one, two = (load_trained(jobs[f"gpt2-{name}"]["folder"]).state_dict() for name in ("one", "fsdp"))
@@ -274,7 +295,7 @@ class TestOneProcess:
         with processes("cpu") as group:
             assert (group.rank, group.size, group.main, group.sharded) == (0, 1, True, False)
             assert group.any(True)
-            assert group.same([1]) == [1]
+            assert group.first(lambda: [1]) == [1]
 
     @pytest.mark.parametrize(
         ("device", "way", "message"),

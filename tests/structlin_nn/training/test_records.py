@@ -141,13 +141,3 @@ def test_schema_1_is_read(tmp_path: Path) -> None:
     (tmp_path / "new.jsonl").write_text(json.dumps(header | {"schema": 2, "task": "cifar"}) + "\n" + json.dumps(line))
     with pytest.raises(ValueError, match=r"line 2"):
         read_record(tmp_path / "new.jsonl")
-
-
-def test_of_other_processes_writes_nothing(path: Path, tmp_path: Path) -> None:
-    before = path.read_bytes()
-    writer, messages = RecordWriter.reopen(path, len(before), write=False)
-    writer.append(evaluation(20))
-    RecordWriter.create(tmp_path / "none.jsonl", HEADER, write=False).append(evaluation(1))
-    assert path.read_bytes() == before
-    assert messages == []
-    assert not (tmp_path / "none.jsonl").exists()

@@ -2,7 +2,8 @@
 
 ``python workers.py JOBS.json`` in each process, with the environment of torchrun. Each job is an object with
 ``config`` and ``task``, ``folder``, ``data`` (arguments of setup), ``parallel``, and ``stop_after``; the losses of its
-steps are written to ``FOLDER/losses.json`` by the first process.
+steps are written to ``FOLDER/losses.json`` by the first process. With ``full_disk``, a process for which no file can
+have more than 20,000 bytes after setup, every process writes the error that ends the run to ``FOLDER/error-RANK``.
 """
 
 import json
@@ -10,6 +11,8 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +36,22 @@ class Losses:
     def close(self) -> None: ...
 
 
+@contextmanager
+def full_disk(really: bool) -> Iterator[None]:
+    """A context in which writing a larger file fails, or any other context."""
+    if not really:
+        yield
+        return
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
 def train(job: dict[str, Any]) -> list[float]:
     """Train as a job says, in whatever processes there are, and return the losses (of the first process)."""
     from structlin_nn.training.config import config_from_dict
@@ -50,7 +69,15 @@ def train(job: dict[str, Any]) -> list[float]:
     losses = Losses()
     with processes(config.device, job.get("parallel", "ddp")) as group:
         run = setup(config, job["folder"], resume=job.get("resume", False), processes=group, **job["data"])
-        fit(run, losses, stop=stop)
+        with full_disk(group.rank == job.get("full_disk")):
+            try:
+                fit(run, losses, stop=stop, checkpoint_minutes=0 if "full_disk" in job else 5)
+            except OSError as error:
+                if "full_disk" not in job:
+                    raise
+                failed = str(error)
+        if "full_disk" in job:
+            (Path(job["folder"]) / f"error-{group.rank}").write_text(failed)
         if group.main:
             (Path(job["folder"]) / "losses.json").write_text(json.dumps(losses.values))
     return losses.values
