@@ -139,7 +139,7 @@ class CifarTask(Task):
         self.batches.load_state_dict(state["batches"])
         self.generator.set_state(state["augmentation"])
 
-    def probe(self) -> Tensor | None:
+    def probe(self) -> Tensor:
         return normalize(self.batches.images[:PROBED_IMAGES], self.data.mean, self.data.std)
 
     def measures(self, step: int) -> bool:

@@ -19,6 +19,8 @@ from structlin_nn.training.task import Task
 
 __all__ = ["GPT2Task", "model_vocabulary", "token_loss"]
 
+PROBED_SEQUENCES = 4
+"""Pieces of the training tokens on which features and gains are measured."""
 EVALUATION_SEED = 2**31 - 1
 """Of the pieces that are evaluated: the same in every evaluation of every run."""
 
@@ -122,6 +124,11 @@ class GPT2Task(Task):
             f"step {evaluation['step']:>6} of {self.steps}  loss: train {evaluation['train_loss']:.4f}, "
             f"validation {evaluation['val_loss']:.4f}  perplexity {evaluation['val_perplexity']:.2f}"
         )
+
+    def probe(self) -> Tensor:
+        where = {**self._where(), "rank": 0, "world_size": 1}
+        batches = TokenBatches(self.data.train, batch_size=PROBED_SEQUENCES, seed=EVALUATION_SEED, **where)
+        return batches.batch(0)[0]
 
     def state_dict(self) -> dict[str, Any]:
         return self.batches.state_dict()

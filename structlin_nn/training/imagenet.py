@@ -18,6 +18,9 @@ from structlin_nn.training.task import Task
 
 __all__ = ["ImageNetTask", "image_recipe"]
 
+PROBED_IMAGES = 64
+"""Validation images on which features and gains are measured, the first ones."""
+
 
 def image_recipe(config: ImageNetTrainConfig) -> ImageRecipe:
     """The augmentation that a configuration asks for.
@@ -162,6 +165,10 @@ class ImageNetTask(Task):
             f"epoch {evaluation['epoch']:>3} of {self.config.epochs}  validation loss {evaluation['val_loss']:.4f}  "
             f"error: top-1 {100 * evaluation['val_error']:.2f} %, top-5 {100 * evaluation['val_top5_error']:.2f} %"
         )
+
+    def probe(self) -> Tensor:
+        batches = self.data.val_batches(PROBED_IMAGES, size=self.config.image_size)
+        return next(batches)[0].to(self.processes.device)
 
     def state_dict(self) -> dict[str, Any]:
         return {"taken": self.taken}

@@ -2,7 +2,7 @@
 
 The header has ``kind`` "header" and holds
 
-- ``schema``: version of this format, 2; ``started``: time in UTC; ``task``: the pipeline, ``cifar``, ``imagenet``
+- ``schema``: version of this format, 3; ``started``: time in UTC; ``task``: the pipeline, ``cifar``, ``imagenet``
   or ``gpt2``; ``config``: its configuration (`structlin_nn.training.config`); ``seed``;
 - ``data``: name, sizes, and a sha256 sum of the data;
 - ``structures``: for each structured linear layer its name, sizes, structure, parameters and MACs of one application,
@@ -14,16 +14,20 @@ The header has ``kind`` "header" and holds
 
 A line of an evaluation has ``kind`` "evaluation" and holds, in all pipelines, ``step``, ``samples`` seen,
 ``training_macs`` spent so far, ``lr`` (of the last step, at multiplier 1), ``batch_loss`` (mean over the training
-steps since the last evaluation, of the loss that was trained on; null at step 0), and ``seconds`` of training and
-evaluation so far, without the time between an interruption and its resumption. Further, for ``cifar``
+steps since the last evaluation, of the loss that was trained on; null at step 0), ``seconds`` of training and
+evaluation so far, without the time between an interruption and its resumption, and
+
+- ``statistics``: RMS of the last hidden features and of their change in a step, and the gain of each layer
+  (`structlin_nn.training.statistics.Probe`), on the first 1024 training images (``cifar``), the first 64 validation
+  images (``imagenet``), or 4 fixed pieces of the training tokens (``gpt2``).
+
+Further, for ``cifar``
 
 - ``epoch``;
 - ``train_loss``, ``train_error``: on the first 10,000 training images (all, where there are fewer), without
   augmentation, mixup and label smoothing; ``test_loss``, ``test_error``: the same on the test images;
 - ``batch_error``: as ``batch_loss``, on augmented and mixed batches. A mixed image has two labels; of each batch the
   label that more predictions agree with counts. That is the training error of the paper;
-- ``statistics``: RMS of the last hidden features and of their change in a step, and the gain of each layer, on the
-  first 1024 training images (`structlin_nn.training.statistics.Probe`);
 
 for ``imagenet``
 
@@ -38,7 +42,8 @@ Where the configuration asks for an average of the weights, evaluations are of t
 
 Losses are mean cross-entropies in nats, errors shares from 0 to 1. MACs are multiply-accumulates. Times and
 machine names aside, a run that was interrupted and resumed on the CPU writes what one without interruption writes.
-No line holds a path. Schema 1, which CIFAR had first, lacks ``task`` and ``statistics`` and is read too.
+No line holds a path. Earlier schemas are read too: 1, which CIFAR had first, lacks ``task`` and ``statistics``, and in
+2 only CIFAR has ``statistics``.
 """
 
 from __future__ import annotations
@@ -54,10 +59,10 @@ from structlin_nn.training.files import atomic_write
 
 __all__ = ["SCHEMA", "Record", "RecordWriter", "read_record"]
 
-SCHEMA = 2
-COMMON_KEYS = ("step", "samples", "training_macs", "lr", "batch_loss", "seconds")
+SCHEMA = 3
+COMMON_KEYS = ("step", "samples", "training_macs", "lr", "batch_loss", "seconds", "statistics")
 TASK_KEYS = {
-    "cifar": ("epoch", "train_loss", "train_error", "test_loss", "test_error", "batch_error", "statistics"),
+    "cifar": ("epoch", "train_loss", "train_error", "test_loss", "test_error", "batch_error"),
     "imagenet": ("epoch", "val_loss", "val_error", "val_top5_error"),
     "gpt2": ("tokens", "train_loss", "val_loss", "val_perplexity", "val_tokens"),
 }
@@ -109,19 +114,20 @@ def read_record(path: str | os.PathLike[str]) -> Record:
     if not lines:
         raise ValueError(f"{path} is empty, a run record starts with a header")
     header, *evaluations = lines
-    first = header.get("schema") == 1
-    if header.get("kind") != "header" or (header.get("schema") != SCHEMA and not first):
+    schema = header.get("schema")
+    if header.get("kind") != "header" or schema not in range(1, SCHEMA + 1):
         raise ValueError(
-            f"{path}, line 1 must be a header of schema {SCHEMA} (or 1), "
-            f"got kind {header.get('kind')!r} and schema {header.get('schema')!r}"
+            f"{path}, line 1 must be a header of schema 1 to {SCHEMA}, got kind {header.get('kind')!r} and schema "
+            f"{schema!r}"
         )
-    if first:
+    if schema == 1:
         header.setdefault("task", "cifar")
     if missing := [key for key in HEADER_KEYS if key not in header]:
         raise ValueError(f"{path}, line 1 lacks {', '.join(missing)}")
     if header["task"] not in TASK_KEYS:
         raise ValueError(f"{path}, line 1: the task must be one of {', '.join(TASK_KEYS)}, got {header['task']!r}")
-    wanted = [key for key in (*COMMON_KEYS, *TASK_KEYS[header["task"]]) if not (first and key == "statistics")]
+    bare = schema == 1 or (schema == 2 and header["task"] != "cifar")
+    wanted = [key for key in (*COMMON_KEYS, *TASK_KEYS[header["task"]]) if not (bare and key == "statistics")]
     for number, line in enumerate(evaluations, start=2):
         if line.get("kind") != "evaluation" or (missing := [key for key in wanted if key not in line]):
             lacking = f"lacks {', '.join(missing)}" if line.get("kind") == "evaluation" else f"is {line.get('kind')!r}"

@@ -80,10 +80,11 @@ class Run:
 
     def call(self, *inputs: Any, **options: Any) -> Any:
         """The forward pass for evaluation, in the configuration's precision."""
-        with self.stepper.autocast():
+        # Never the compiled code: it is for the shapes of a step, and has no place for the hooks of a probe.
+        eager = torch.compiler.set_stance("force_eager") if self.config.compile else nullcontext()
+        with self.stepper.autocast(), eager:
             if not self.processes.sharded:
-                # Needs no other process, and no code compiled for other shapes.
-                return self.model.forward(*inputs, **options)
+                return self.model.forward(*inputs, **options)  # needs no other process
             found = self.stepper.wrapped(*inputs, **options)
             self.stepper.wrapped.reshard()  # type: ignore[operator]  # which only a backward pass does by itself
             return found
@@ -136,7 +137,7 @@ class Run:
         self.step, self.seconds, self.last = state["step"], state["seconds"], state["last"]
         self.sums = state["sums"].to(self.device)
         self.shards = state["shards"]
-        if self.probe is not None:
+        if self.probe is not None and state["probe"] is not None:  # which checkpoints of earlier versions lack
             self.probe.restore(state["probe"])
 
     def save(self) -> None:
@@ -269,8 +270,7 @@ def setup(
         sums=torch.zeros(task.sums, dtype=torch.float64, device=processes.device),
         messages=messages,
     )
-    if (batch := task.probe()) is not None:
-        made.probe = Probe(model, made.call, batch)
+    made.probe = Probe(model, made.call, task.probe())
     if state is not None:
         made.restore(state)
     return made

@@ -30,7 +30,8 @@ class Probe:
     """Measures a model on a fixed batch.
 
     Args:
-        model: has ``return_features``: (inputs) to (logits, features).
+        model: has ``return_features``: (inputs) to (logits, features); a model of timm has ``get_classifier`` instead,
+            whose input is the features.
         call: runs it, in the precision and the way that evaluation does.
         inputs: the batch.
 
@@ -114,6 +115,19 @@ class Probe:
     def _run(self) -> Tensor:
         was_training = self.model.training
         self.model.eval()
-        _, features = self.call(self.inputs, return_features=True)
+        if (classifier := getattr(self.model, "get_classifier", None)) is None:
+            _, features = self.call(self.inputs, return_features=True)
+        else:
+            found = classifier()
+            features = self._classified(found[0] if isinstance(found, tuple) else found)  # a distilled model has two
         self.model.train(was_training)
         return features
+
+    def _classified(self, classifier: nn.Module) -> Tensor:
+        seen: list[Tensor] = []
+        handle = classifier.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+        try:
+            self.call(self.inputs)
+        finally:
+            handle.remove()
+        return seen[0]

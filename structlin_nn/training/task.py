@@ -96,13 +96,13 @@ class Task(ABC):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a state of `state_dict`."""
 
-    def probe(self) -> Tensor | None:
-        """A fixed batch on which features and gains are measured, None for no measurements."""
-        return None
+    @abstractmethod
+    def probe(self) -> Tensor:
+        """A fixed batch on which features and gains are measured, the same in all processes."""
 
     def measures(self, step: int) -> bool:
         """Whether the change of features in step number `step` (from 1) is measured."""
-        return False
+        return self.evaluates(step)
 
 
 def make_task(config: RunConfig, processes: Processes, **data: Any) -> Task:

@@ -104,6 +104,8 @@ class TestTwoProcesses:
         for a, b in zip(one.evaluations, two.evaluations, strict=True):
             for key in (key for key in a if key.endswith(("loss", "perplexity", "error"))):
                 assert a[key] == (None if b[key] is None else pytest.approx(b[key], rel=1e-4)), key
+            assert a["statistics"]["feature_rms"] == pytest.approx(b["statistics"]["feature_rms"], rel=1e-4)
+            assert a["statistics"]["gains"] == pytest.approx(b["statistics"]["gains"], rel=1e-3, abs=1e-6)
 
     def test_recomputation_and_accumulation_change_nothing(self, losses: dict[str, list[float]]) -> None:
         assert difference(losses["recomputed"], losses["gpt2-one"]) < CLOSE

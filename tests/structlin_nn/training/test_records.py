@@ -77,13 +77,13 @@ class TestDamage:
 
     def test_no_header(self, path: Path) -> None:
         path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[1:]))
-        with pytest.raises(ValueError, match=r"line 1 must be a header of schema 2 \(or 1\), got kind 'evaluation'"):
+        with pytest.raises(ValueError, match=r"line 1 must be a header of schema 1 to 3, got kind 'evaluation'"):
             read_record(path)
 
     def test_other_schema(self, path: Path) -> None:
         header, rest = path.read_bytes().split(b"\n", 1)
-        path.write_bytes(json.dumps(json.loads(header) | {"schema": 3}).encode() + b"\n" + rest)
-        with pytest.raises(ValueError, match="schema 3"):
+        path.write_bytes(json.dumps(json.loads(header) | {"schema": 4}).encode() + b"\n" + rest)
+        with pytest.raises(ValueError, match="schema 4"):
             read_record(path)
 
     def test_empty_and_missing(self, tmp_path: Path) -> None:
@@ -133,11 +133,20 @@ def test_numbers_that_json_lacks_are_refused(path: Path) -> None:
     assert path.read_bytes() == before
 
 
-def test_schema_1_is_read(tmp_path: Path) -> None:
-    header = {"kind": "header", **{key: value for key, value in HEADER.items() if key != "task"}, "schema": 1}
-    line = {"kind": "evaluation", **{key: value for key, value in evaluation(3).items() if key != "statistics"}}
-    (tmp_path / "old.jsonl").write_text(json.dumps(header) + "\n" + json.dumps(line) + "\n")
-    assert read_record(tmp_path / "old.jsonl").header["task"] == "cifar"
-    (tmp_path / "new.jsonl").write_text(json.dumps(header | {"schema": 2, "task": "cifar"}) + "\n" + json.dumps(line))
-    with pytest.raises(ValueError, match=r"line 2"):
-        read_record(tmp_path / "new.jsonl")
+@pytest.mark.parametrize(
+    ("schema", "task", "whole"),
+    [(1, "cifar", True), (2, "cifar", False), (2, "gpt2", True), (3, "gpt2", False), (3, "imagenet", False)],
+)
+def test_earlier_schemas_lack_statistics(schema: int, task: str, whole: bool, tmp_path: Path) -> None:
+    header = {"kind": "header", **HEADER, "schema": schema, "task": task}
+    if schema == 1:
+        del header["task"]
+    keys = [key for key in (*COMMON_KEYS, *TASK_KEYS[task]) if key != "statistics"]
+    line = {"kind": "evaluation", **dict.fromkeys(keys, 0), "step": 3}
+    path = tmp_path / "old.jsonl"
+    path.write_text(json.dumps(header) + "\n" + json.dumps(line) + "\n")
+    if whole:
+        assert read_record(path).header["task"] == task
+    else:
+        with pytest.raises(ValueError, match="line 2 must be an evaluation, it lacks statistics"):
+            read_record(path)

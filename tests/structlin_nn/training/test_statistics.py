@@ -8,7 +8,7 @@ import torch
 
 from structlin_nn.data.augment import normalize
 from structlin_nn.models import StructureConfig, build_model
-from structlin_nn.training.config import TrainConfig
+from structlin_nn.training.config import GPT2TrainConfig, ImageNetTrainConfig, RunConfig, TrainConfig
 from structlin_nn.training.loop import fit, load_trained, setup
 from structlin_nn.training.records import read_record
 from structlin_nn.training.statistics import Probe, rms
@@ -107,3 +107,41 @@ def test_steps_end_within_the_last_epoch(config: TrainConfig, small_cifar: Path,
     for steps in (14, 22):
         with pytest.raises(ValueError, match=f"{steps} steps of 7 an epoch end in epoch [24]: epochs must be"):
             setup(config.replace(steps=steps), tmp_path / "other", **data)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "imagenet", "timm"])
+def test_of_every_pipeline(
+    kind: str,
+    gpt2_config: GPT2TrainConfig,
+    imagenet_config: ImageNetTrainConfig,
+    text_tokens: Path,
+    image_tree: Path,
+    tmp_path: Path,
+) -> None:
+    run_config: RunConfig = gpt2_config.replace(steps=5, eval_every=2) if kind == "gpt2" else imagenet_config
+    if kind == "timm":
+        pytest.importorskip("timm")
+        run_config = imagenet_config.replace(
+            model="timm:test_vit", width=0, base_width=0, image_size=160, epochs=1, structure="low_rank",
+            options={"rank": 4}, lr=1e-3,
+        )  # fmt: skip
+    data = {"data_root": text_tokens if kind == "gpt2" else image_tree}
+    record = read_record(fit(setup(run_config, tmp_path / "run", **data)).record)
+    run = setup(run_config, tmp_path / "hand", **data)
+    batch = run.task.probe()
+    assert len(batch) == (4 if kind == "gpt2" else 21)
+
+    def of_batch(model: torch.nn.Module) -> torch.Tensor:
+        if kind != "timm":
+            return features(model, batch)
+        with torch.no_grad():
+            return model.forward_head(model.forward_features(batch), pre_logits=True).double()  # type: ignore[operator]
+
+    first, *_, last = (line["statistics"] for line in record.evaluations)
+    assert (first["measured_steps"], first["feature_change"], last["measured_steps"]) == (0, None, 1)
+    trained = of_batch(load_trained(tmp_path / "run"))
+    assert last["feature_rms"] == pytest.approx(rms(trained).item(), rel=1e-5)
+    for step in range(run.steps - 1):
+        run.stepper.step(run.task.parts(), run.task.loss, run.task.share(step))
+    assert last["feature_change"] == pytest.approx(rms(trained - of_batch(run.model.eval())).item(), rel=1e-3)
+    assert set(last["gains"]) == {layer["name"] for layer in record.header["structures"]}
