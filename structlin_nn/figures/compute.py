@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from structlin_nn.figures.style import Series, finish, label, new_figure, series
+from structlin_nn.figures.style import Series, columns, finish, label, new_figure, series
 from structlin_nn.laws import GroupLaw
 
 __all__ = ["compute_figure", "plain_ticks"]
@@ -42,7 +42,7 @@ def compute_figure(
     left.set_ylim(errors.min() / room, errors.max() * room)
     plain_ticks(left)
     figure.legend(
-        *left.get_legend_handles_labels(), loc="outside upper center", ncols=min(len(laws), 4 if bars else 3),
+        *left.get_legend_handles_labels(), loc="outside upper center", ncols=columns(len(laws), 4 if bars else 3),
         frameon=False, fontsize=9,
     )  # fmt: skip
     return figure

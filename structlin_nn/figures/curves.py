@@ -10,7 +10,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
 from structlin_nn.figures.compute import plain_ticks
-from structlin_nn.figures.style import Series, finish, label, new_figure, series
+from structlin_nn.figures.style import Series, columns, finish, label, new_figure, series
 from structlin_nn.tables import Row, column
 
 __all__ = ["curves_figure"]
@@ -54,7 +54,7 @@ def curves_figure(groups: Mapping[str, Sequence[Row]], *, x: str, y: str, final_
     left.set_ylim(low / room**0.12, min(high * room, max(starts) * 1.05))
     plain_ticks(left)
     figure.legend(
-        *right.get_legend_handles_labels(), loc="outside upper center", ncols=min(len(groups), 4), frameon=False,
+        *right.get_legend_handles_labels(), loc="outside upper center", ncols=columns(len(groups), 4), frameon=False,
         fontsize=9,
     )  # fmt: skip
     return figure

@@ -19,6 +19,7 @@ __all__ = [
     "GRID",
     "STYLES",
     "Series",
+    "columns",
     "finish",
     "label",
     "new_figure",
@@ -133,6 +134,16 @@ def _lighter(colour: str, steps: int) -> str:
 def new_figure(width: float = 6.4, height: float = 4.4) -> Figure:
     """An empty figure that leaves room for all that is drawn; sizes in inches."""
     return Figure(figsize=(width, height), layout="constrained")
+
+
+def columns(entries: int, most: int) -> int:
+    """Columns of a legend: as few rows as `most` columns allow, and those evenly filled.
+
+    >>> columns(6, 4), columns(4, 4), columns(2, 4)
+    (3, 4, 2)
+    """
+    rows = -(-entries // most)
+    return -(-entries // rows)
 
 
 def finish(axes: Axes, *, x: str, y: str, log_x: bool = True, log_y: bool = True) -> None:
