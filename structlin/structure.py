@@ -24,7 +24,7 @@ from structlin._parse import check_sizes, parse_chain
 from structlin._plan import Plan, make_plan
 
 if TYPE_CHECKING:
-    from structlin._chunked import ChunkedChain
+    from structlin._cpu import CPUChain
 
 
 @dataclass(frozen=True)
@@ -339,42 +339,46 @@ class Structure(AbstractStructure):
 
     def _rows(self, factors: Sequence[Array], x: Array, xp: SimpleNamespace, bias: Array | None = None) -> Array:
         """(tokens, d_in) -> (tokens, d_out), unchecked; ``bias`` (d_out,) is added."""
-        if self._pad[0]:
-            x = xp.pad_last(x, self._pad[0])
-        tokens, added = x.shape[0], False
-        operands = factors if bias is None else (*factors, bias)
-        if xp.name == "torch" and not xp.is_compiling() and self._chunked.suits(x, operands):
-            added = not self._pad[1]
-            y = self._chunked(x, factors, bias if added else None)
-        else:
-            y = self._plans[0](factors, x, tokens, xp).reshape((tokens, self.d_out + self._pad[1]))
-        y = y[:, : self.d_out] if self._pad[1] else y
-        return y if bias is None or added else y + bias
+        if xp.name == "torch" and not xp.is_compiling():
+            passes = self._cpu_rows.passes(x, factors if bias is None else (*factors, bias))
+            if passes is not None:
+                return self._cpu_rows(passes, x, factors, bias)
+        y = self._portable(factors, x, xp)
+        return y if bias is None else y + bias
+
+    def _columns(self, factors: Sequence[Array], x: Array, xp: SimpleNamespace) -> Array:
+        if xp.name == "torch" and not xp.is_compiling():
+            passes = self._cpu_columns.passes(x, factors)
+            if passes is not None:
+                return self._cpu_columns(passes, x, factors)
+        return self._portable(factors, x, xp, rows=False)
+
+    def _portable(self, factors: Sequence[Array], x: Array, xp: SimpleNamespace, rows: bool = True) -> Array:
+        """The product by single operations of the array library, on any device, differentiable and batchable."""
+        pad_in, pad_out = self._pad
+        tokens = x.shape[0 if rows else 1]
+        if pad_in:
+            x = xp.pad_last(x, pad_in) if rows else xp.pad_first(x, pad_in)
+        full = self.d_out + pad_out
+        y = self._plans[0 if rows else 1](factors, x, tokens, xp).reshape((tokens, full) if rows else (full, tokens))
+        if not pad_out:
+            return y
+        return y[:, : self.d_out] if rows else y[: self.d_out]
 
     @cached_property
-    def _chunked(self) -> ChunkedChain:
-        from structlin._chunked import ChunkedChain
+    def _cpu_rows(self) -> CPUChain:
+        from structlin._cpu import CPUChain
 
-        return ChunkedChain(self.steps, dict(self.sizes))
+        return CPUChain(self)
 
     @cached_property
-    def _chunked_columns(self) -> ChunkedChain:
-        from structlin._chunked import ChunkedChain
+    def _cpu_columns(self) -> CPUChain:
+        from structlin._cpu import CPUChain
 
-        return ChunkedChain(self.steps, dict(self.sizes), rows=False)
+        return CPUChain(self, rows=False)
 
     def __reduce__(self) -> tuple[object, ...]:
         return Structure, (self.steps, self.sizes, self.d_in, self.d_out)
-
-    def _columns(self, factors: Sequence[Array], x: Array, xp: SimpleNamespace) -> Array:
-        if self._pad[0]:
-            x = xp.pad_first(x, self._pad[0])
-        tokens = x.shape[1]
-        if xp.name == "torch" and not xp.is_compiling() and self._chunked_columns.suits(x, factors):
-            y = self._chunked_columns(x, factors)
-        else:
-            y = self._plans[1](factors, x, tokens, xp).reshape((self.d_out + self._pad[1], tokens))
-        return y[: self.d_out] if self._pad[1] else y
 
 
 def _cheapest_cut(steps: Sequence[Step], sizes: Mapping[str, int]) -> int:

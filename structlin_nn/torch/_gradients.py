@@ -1,7 +1,7 @@
 """Gradients of a chain as einsums over all tokens at once.
 
 Plain torch, so that they can be differentiated and batched in turn. This is what the gradients of the operator
-``structlin::chain`` are where the contraction has no backward pass of its own (:mod:`structlin._chunked`).
+``structlin::chain`` are where the contraction has no backward pass of its own (:mod:`structlin._cpu`).
 """
 
 from __future__ import annotations

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from torch.utils.flop_counter import register_flop_formula
 
 from structlin._arrays import ops
@@ -59,8 +58,9 @@ def chain_backward(gy: Tensor, x: Tensor, factors: list[Tensor], structure: str,
     """Gradients of x and of the factors where ``needs`` (x first, then each factor) is True."""
     _refuse_forward_mode()
     found = from_text(structure)
-    if found._chunked.suits(x, factors):
-        grads = _chunked_gradients(found, gy, x, factors, needs)
+    passes = found._cpu_rows.passes(x, factors)
+    if passes is not None:
+        grads = tuple(g for g in passes.backward(gy, x, factors, needs) if g is not None)
     else:
         grads = chain_gradients(found, gy, x, factors, needs)
     return [g.contiguous() for g in grads]
@@ -69,17 +69,6 @@ def chain_backward(gy: Tensor, x: Tensor, factors: list[Tensor], structure: str,
 @chain_backward.register_fake
 def _(gy: Tensor, x: Tensor, factors: list[Tensor], structure: str, needs: list[bool]) -> list[Tensor]:
     return [t.new_empty(t.shape) for t, need in zip((x, *factors), needs, strict=True) if need]
-
-
-def _chunked_gradients(
-    structure: Structure, gy: Tensor, x: Tensor, factors: Sequence[Tensor], needs: Sequence[bool]
-) -> tuple[Tensor, ...]:
-    """By the contraction's own backward pass, which knows no padding."""
-    pad_in, pad_out = structure.padding
-    x, gy = (F.pad(t, (0, pad)) if pad else t for t, pad in ((x, pad_in), (gy, pad_out)))
-    gx, *grads = structure._chunked.backward(gy, x, factors, needs)
-    gx = gx if gx is None else gx[:, : structure.d_in]
-    return tuple(g for g in (gx, *grads) if g is not None)
 
 
 def _several_gradients(

@@ -1,6 +1,10 @@
-"""The chunked execution on a CPU gives what the portable plan gives, and its gradients of every kind."""
+"""The ways to run a chain on a CPU give what the portable plan gives, and its gradients of every kind."""
 
+import os
 import pickle
+import subprocess
+import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,10 +12,13 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import structlin as sl
-from structlin import _chunked, _small
+from structlin import _chunked
+from structlin._fused import _target, passes
 from structlin.testing import dense_matrix, random_chain
 
 CASES = {
+    "low_rank": ((35, 22), {"rank": 3}),
+    "butterfly": ((16, 16), {}),
     "kronecker": ((35, 6), {}),
     "tensor_train": ((30, 24), {"cores": 3, "rank": 2}),
     "block_tensor_train": ((35, 6), {"rank": 2}),
@@ -29,41 +36,64 @@ def make(name, dtype=torch.float64, tokens=11):
     return structure, factors, x
 
 
-ENGINES = ["numpy", "torch"]
-ALL_ENGINES = ["numpy", "torch", "parts", "threads"]
+# What the BLAS does not run in chunks: plain matrices, and vectors that are regrouped between two steps.
+LEFT_OUT = {"low_rank", "butterfly"}
 
 
-@pytest.fixture(params=ENGINES)
-def small_chunks(monkeypatch, request):
-    """Several chunks for a few tokens, the last one shorter, with the products of NumPy and with those of torch."""
-    for name, chunk in (("MIN_CHUNK", 4), ("MAX_CHUNK", 4), ("SMALL_CHUNK", 2)):
-        monkeypatch.setattr(_chunked, name, chunk)
+def runs(way, name):
+    return way != "chunked" or name not in LEFT_OUT
+
+
+HOST = _target.host()
+WAYS = ["chunked"]
+if HOST is not None:
+    WAYS += ["fused", "threads"]
+    if HOST.width == 64:
+        WAYS.append("avx2")
+
+
+@pytest.fixture(params=WAYS)
+def way(monkeypatch, request):
+    """One of the ways, for however few tokens: in several chunks and blocks, of which the last one is shorter."""
+    monkeypatch.setattr(_chunked, "MIN_CHUNK", 4)
+    monkeypatch.setattr(_chunked, "MAX_CHUNK", 4)
     monkeypatch.setattr(_chunked, "PACK_TOKENS", 4)
     monkeypatch.setattr(_chunked, "FEW", 0)
-    monkeypatch.setattr(_small, "is_faster", lambda: request.param != "torch")
-    if request.param == "parts":  # cut into rows one by one where more than one would be too many
-        monkeypatch.setattr(_small, "parts", lambda rows, inner, columns: rows)
+    monkeypatch.setattr(passes, "FEW", 0)
+    monkeypatch.setattr(passes, "WASTE", 1e9)
+    monkeypatch.setattr(passes, "SHARE", 4)
+    target = None if request.param == "chunked" else HOST
+    if request.param == "avx2":  # the code for fewer and shorter registers
+        flags = ",".join(f for f in HOST.features.split(",") if "avx512" not in f)
+        target = replace(HOST, width=32, registers=16, features=flags, half_products=False)
+    monkeypatch.setattr(passes, "host", lambda: target)
     before = torch.get_num_threads()
     torch.set_num_threads(3 if request.param == "threads" else 1)
-    yield
+    yield request.param
     torch.set_num_threads(before)
 
 
 @pytest.fixture
 def calls(monkeypatch):
-    """Counts the chains that are run in chunks."""
+    """Counts the chains that are run by one of the ways."""
     made = []
-    forward = _chunked.ChunkedChain.forward
-    monkeypatch.setattr(_chunked.ChunkedChain, "forward", lambda self, *a: made.append(1) or forward(self, *a))
+    for kind in (_chunked.ChunkedChain, passes.FusedChain):
+
+        def count(self, *arguments, forward=kind.forward):
+            made.append(self)
+            return forward(self, *arguments)
+
+        monkeypatch.setattr(kind, "forward", count)
     return made
 
 
-@pytest.mark.parametrize("small_chunks", ALL_ENGINES, indirect=True)
 @pytest.mark.parametrize("name", CASES)
-def test_values_and_gradients(name, small_chunks, calls):
-    structure, factors, x = make(name)
+def test_values_and_gradients(name, way, calls):
+    structure, factors, x = make(name, tokens=157)
+    if not runs(way, name):
+        return
     y = structure.apply(factors, x)
-    assert calls, f"{structure!r} was not run in chunks"
+    assert [type(c) for c in calls] == [_chunked.ChunkedChain if way == "chunked" else passes.FusedChain]
     matrix = torch.from_numpy(dense_matrix(structure, factors))
     torch.testing.assert_close(y, x @ matrix.T, rtol=1e-12, atol=1e-12)
     weights = torch.randn(y.shape, dtype=y.dtype, generator=torch.Generator().manual_seed(3))
@@ -78,7 +108,7 @@ def test_values_and_gradients(name, small_chunks, calls):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_gradcheck_twice(name, small_chunks):
+def test_gradcheck_twice(name, way):
     structure, factors, x = make(name, tokens=5)
 
     def apply(x, *factors):
@@ -90,7 +120,7 @@ def test_gradcheck_twice(name, small_chunks):
 
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("needed", [0, 1, -1])
-def test_only_some_gradients(name, needed, small_chunks):
+def test_only_some_gradients(name, needed, way):
     structure, factors, x = make(name)
     inputs = [x, *factors]
     full = torch.autograd.grad(structure.apply(factors, x).square().sum(), inputs)
@@ -102,7 +132,9 @@ def test_only_some_gradients(name, needed, small_chunks):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", CASES)
-def test_other_dtypes(name, dtype, small_chunks, calls):
+def test_other_dtypes(name, dtype, way, calls):
+    if not runs(way, name):
+        return
     structure, factors, x = make(name, dtype)
     with torch.no_grad():
         y = structure.apply(factors, x)
@@ -120,7 +152,9 @@ def test_other_dtypes(name, dtype, small_chunks, calls):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_bias_is_added(name, small_chunks, calls):
+def test_bias_is_added(name, way, calls):
+    if not runs(way, name):
+        return
     structure, factors, x = make(name)
     bias = torch.randn(structure.d_out, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
     bias.requires_grad_()
@@ -137,7 +171,7 @@ def test_bias_is_added(name, small_chunks, calls):
 
 
 @pytest.mark.parametrize("name", ["block_tensor_train", "monarch", "blast", "block_diagonal"])
-def test_columns(name, small_chunks, calls):
+def test_columns(name, way, calls):
     structure, factors, x = make(name)
     columns = x.detach().T.contiguous().requires_grad_()
     y = structure.apply_columns(factors, columns)
@@ -153,10 +187,11 @@ def test_columns(name, small_chunks, calls):
 
 
 @pytest.mark.parametrize(("spare", "tokens"), [(0, 0), (1, 4), (2, 8), (100, 11)])
-def test_kept_activations_change_nothing(spare, tokens, small_chunks, monkeypatch):
+@pytest.mark.parametrize("way", ["chunked"], indirect=True)
+def test_chunks_that_are_kept_change_nothing(spare, tokens, way, monkeypatch):
     """None, the first chunks only, all."""
     structure, factors, x = make("block_tensor_train")
-    chain = structure._chunked
+    chain = structure._cpu_rows._chunked
     assert sum(chain.widths[1:-1]) > min(chain.widths[0], chain.widths[-1])
     # In chunks of 4 tokens; two more are buffers.
     monkeypatch.setattr(chain, "spare", sum(chain.widths[1:-1]) * (spare * 4 + 8))
@@ -168,6 +203,28 @@ def test_kept_activations_change_nothing(spare, tokens, small_chunks, monkeypatc
     expected = chain.backward(weights, x, factors, [True] * 3)
     for got, wanted in zip(found, expected, strict=True):
         torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("way", [w for w in WAYS if w != "chunked"], indirect=True)
+@pytest.mark.parametrize("name", CASES)
+def test_blocks_that_are_kept_change_nothing(name, way, monkeypatch):
+    structure, factors, x = make(name, tokens=101)
+    chain = structure._cpu_rows._fused
+    weights = torch.randn(101, structure.d_out, dtype=x.dtype, generator=torch.Generator().manual_seed(3))
+    found = []
+    for most in (0, 1 << 30):
+        monkeypatch.setattr(passes, "KEPT_BYTES", most)
+        monkeypatch.setattr(chain, "spare", most)
+        kept = []
+        chain.forward(x, factors, None, kept)
+        assert len(kept) == (0 if most == 0 else len(factors) - 1)
+        for needs in ([True] * (1 + len(factors)), [False, *[True] * len(factors)], [True, *[False] * len(factors)]):
+            found.append(chain.backward(weights, x, factors, needs, kept))
+    for one, other in zip(found[:3], found[3:], strict=True):
+        for got, wanted in zip(one, other, strict=True):
+            assert (got is None) == (wanted is None)
+            if got is not None:
+                torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("shape", [(0, 6), (2, 0, 6), (6,), (2, 3, 6)])
@@ -203,33 +260,26 @@ def test_transformations_take_the_portable_plan(calls):
     assert not calls
 
 
-def test_random_chains_agree(small_chunks):
+def test_random_chains_agree(way):
     run = 0
-    for seed in range(150):
+    for seed in range(150 if way == "chunked" else 40):
         structure = random_chain(np.random.default_rng(seed))
         factors = [
             f.requires_grad_() for f in sl.random_factors(structure, seed=seed, backend="torch", dtype="float64")
         ]
         x = torch.randn(9, structure.d_in, dtype=torch.float64)
-        run += structure._chunked.merges
+        chain = structure._cpu_rows
+        run += chain._chunked.merges if way == "chunked" else chain._fused.program(x.dtype) is not None
         matrix = torch.from_numpy(dense_matrix(structure, factors))
         torch.testing.assert_close(structure.apply(factors, x), x @ matrix.T, rtol=1e-10, atol=1e-10)
         plain = torch.func.grad(lambda *f, s=structure, x=x: s.apply(f, x).square().sum(), tuple(range(len(factors))))
         found = torch.autograd.grad(structure.apply(factors, x).square().sum(), factors)
         for got, wanted in zip(found, plain(*factors), strict=True):
             torch.testing.assert_close(got, wanted, rtol=1e-9, atol=1e-9)
-    assert run >= 20
+    assert run >= (20 if way == "chunked" else 30)
 
 
-@pytest.mark.parametrize("name", ["dense", "low_rank"])
-def test_chains_of_plain_matrices_are_left_to_the_portable_plan(name, calls):
-    structure = sl.design(name, (35, 6))
-    factors = [f.requires_grad_() for f in sl.random_factors(structure, backend="torch")]
-    structure.apply(factors, torch.ones(3, 6)).sum().backward()
-    assert not calls
-
-
-def test_large_inputs_are_chunked_without_gradients(calls):
+def test_few_numbers_are_left_to_the_portable_plan(calls):
     structure = sl.design("block_tensor_train", (256, 256), rank=4)
     factors = sl.random_factors(structure, backend="torch")
     structure.apply(factors, torch.ones(2, 256))
@@ -239,7 +289,7 @@ def test_large_inputs_are_chunked_without_gradients(calls):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_flops_are_those_of_the_structure(name, small_chunks, calls):
+def test_flops_are_those_of_the_structure(name, way, calls):
     structure, factors, x = make(name, torch.float32)
     with FlopCounterMode(display=False) as counter:
         structure.apply(factors, x)
@@ -256,14 +306,75 @@ def test_pickling_leaves_the_plans_behind():
     assert pickle.loads(data) == structure
 
 
-def test_storages_of_operands_can_still_be_resized():
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [*(("block_tensor_train", shape) for shape in [(53, 47), (60, 47), (53, 48)]), ("monarch", (61, 59))],
+)
+def test_padded_and_cut(name, shape, way, calls):
+    """Sizes that are no multiples: the input is padded with zeros, the output is cut."""
+    d_out, d_in = shape
+    if name == "monarch":  # its blocks do not divide the inner size either: the vector is regrouped
+        structure = sl.design(name, shape, blocks=4)
+    else:
+        chain = "pa,pfra->frp; frp,ferp->fe"
+        structure = sl.Structure.parse(chain, p=6, a=8, f=10, r=2, e=6, d_in=d_in, d_out=d_out)
+    factors = [f.requires_grad_() for f in sl.random_factors(structure, seed=1, backend="torch", dtype="float64")]
+    generator = torch.Generator().manual_seed(5)
+    x, bias, gy = (
+        torch.randn(n, dtype=torch.float64, generator=generator) for n in ((29, d_in), (d_out,), (29, d_out))
+    )
+    x.requires_grad_()
+    y = structure._rows(factors, x, sl._arrays.ops("torch"), bias)
+    assert bool(calls) == (way != "chunked" or name != "monarch")
+    matrix = torch.from_numpy(dense_matrix(structure, factors))
+    torch.testing.assert_close(y, x @ matrix.T + bias, rtol=1e-12, atol=1e-12)
+    found = torch.autograd.grad(y, [x, *factors], gy)
+    expected = torch.autograd.grad(structure._portable(factors, x, sl._arrays.ops("torch")), [x, *factors], gy)
+    for got, wanted in zip(found, expected, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 12, 13, 35, 36, 73, 145])
+def test_every_number_of_tokens(tokens, way):
+    """Tiles of rows for the last tokens; nothing is read or written beyond the ends."""
+    structure, factors, _ = make("block_tensor_train")
+    x = torch.full((tokens + 2, 6), torch.nan, dtype=torch.float64)
+    x[1:-1] = torch.randn(tokens, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(tokens))
+    y = structure.apply([f.detach() for f in factors], x[1:-1])
+    torch.testing.assert_close(
+        y, x[1:-1] @ torch.from_numpy(dense_matrix(structure, factors)).T, rtol=1e-12, atol=1e-12
+    )
+    gx, *_ = structure._cpu_rows.passes(x[1:-1], factors).backward(y, x[1:-1], factors, [True, False, False])
+    assert torch.isfinite(gx).all()
+
+
+def test_storages_of_operands_can_still_be_resized(way):
     """FSDP frees gathered weights so."""
-    left, right, out = torch.randn(3, 8, 4), torch.randn(3, 4, 5), torch.empty(3, 8, 5)
-    _small.multiply(left, right, out)
-    torch.testing.assert_close(out, left @ right)
-    assert left.untyped_storage().resizable()
-    assert right.untyped_storage().resizable()
-    bias = torch.randn(5)
-    _small.add(out, bias)
-    torch.testing.assert_close(out, left @ right + bias)
-    assert bias.untyped_storage().resizable()
+    structure, factors, x = make("block_tensor_train")
+    structure.apply(factors, x).sum().backward()
+    for tensor in (*factors, x):
+        assert tensor.untyped_storage().resizable()
+
+
+def test_what_nothing_is_compiled_for(monkeypatch):
+    structure, _, x = make("block_tensor_train")
+    monkeypatch.setattr(passes, "FEW", 0)
+    monkeypatch.setattr(passes, "host", lambda: None)  # no llvmlite, no AVX2
+    assert not structure._cpu_rows._fused.suits(x, 11)
+
+
+def test_fused_can_be_switched_off():
+    code = "from structlin._fused._target import host; raise SystemExit(host() is not None)"
+    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "STRUCTLIN_FUSED": "0"})
+
+
+def test_threads_share_the_tokens_in_processes_that_were_forked(way):
+    if way != "threads" or not hasattr(os, "fork"):
+        return
+    structure, factors, x = make("block_tensor_train", tokens=40)
+    with torch.no_grad():
+        y = structure.apply(factors, x)
+        child = os.fork()
+        if not child:
+            os._exit(0 if torch.equal(structure.apply(factors, x), y) else 1)
+    assert os.waitpid(child, 0)[1] == 0

@@ -1,0 +1,513 @@
+"""One product of three strided arrays, ``out[...] (+)= sum left[...] * right[...]``, as a loop nest around a tile.
+
+The tile of ``out`` is held in registers while all summed axes are run through: some vectors along one axis, whose
+numbers are neighbours in memory, times some rows along another. Each turn of the innermost loop loads a few vectors of
+one operand, spreads one number of the other for each row, and multiplies and adds. So a number that is loaded is used
+for a whole row or column of the tile, and if the arrays are in cache the units that multiply are what limits the speed.
+
+Where no axis of ``out`` lies next to each other in an operand too, the vectors run along a summed axis: each number of
+the tile is then a vector of partial sums, which are added up in the end.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from structlin._fused._ir import Code, Int, Values
+from structlin._fused._target import Target
+
+TOKENS = "*"
+VECTORS = 3  # along a row of the tile, at most: with 9 rows they are loaded the least, with 32 registers
+UNROLLED = 4
+BLOCK = 36  # tokens, about: what a block's sums of partial sums are shared by
+NEAR = 16  # elements, about a cache line
+BYTES = {"float": 4, "double": 8, "bfloat": 2}
+Strides = Mapping[str, int]  # of the axes that an array has, in elements
+
+
+@dataclass(frozen=True)
+class Axis:
+    """Size (0: as many as there are tokens) and the strides in the three arrays, None where one does not have it."""
+
+    size: int
+    out: int | None
+    left: int | None
+    right: int | None
+
+    @property
+    def strides(self) -> tuple[int | None, int | None, int | None]:
+        return self.out, self.left, self.right
+
+
+@dataclass(frozen=True)
+class Product:
+    """The axes of a product by what the loops do with them.
+
+    ``across``: the axis of the vectors. ``swapped``: it is the left operand that is read in vectors, not the right one;
+    ``both``: both are. ``down``: the axis of the rows of the tile, if any. ``along``: that of its columns, where
+    ``across`` is summed. ``summed``, ``outer`` and ``near``: outermost first. The loops over ``near`` run inside of
+    that over rows: along these axes neighbours share cache lines.
+    """
+
+    across: Axis
+    down: Axis | None
+    summed: tuple[Axis, ...]
+    outer: tuple[Axis, ...]
+    near: tuple[Axis, ...]
+    swapped: bool = False
+    both: bool = False
+    along: Axis | None = None
+
+    def cost(self, target: Target, element: str) -> float:
+        """Estimated instructions for one token: loads, and multiplications of vectors with their unused lanes."""
+        lanes = target.width // BYTES[element]
+        vectors = math.ceil(self.across.size / lanes)
+        if self.along is not None:
+            return self._dot_cost(target, vectors, self.along)
+        wide = min(vectors, VECTORS)
+        rows = max_rows(target, wide)
+        if self.down is None:
+            rows = 1
+        elif self.down.size:
+            rows = min(rows, self.down.size)
+        turns = math.prod(a.size or 1 for a in self.summed)
+        count = (
+            vectors
+            * turns
+            * math.prod(a.size or 1 for a in (*self.outer, *self.near, *([self.down] if self.down else ())))
+        )
+        spread = 0 if self.both else 1 / wide
+        ends = (2 if any(a.size == 0 for a in self.summed) else 1) / turns
+        return count * (max(1, 4 / (wide * rows)) + 0.5 * (spread + 1 / rows) + ends)
+
+    def _dot_cost(self, target: Target, vectors: int, along: Axis) -> float:
+        rows, columns = dot_tile(target, self.down is None)
+        rows, columns = min(self.down.size if self.down else 1, rows), min(along.size, columns)
+        turns = vectors * math.prod(a.size or 1 for a in self.summed)
+        sums = math.prod(a.size or 1 for a in (*self.outer, along, *([self.down] if self.down else ())))
+        ends = 6 / (BLOCK if any(a.size == 0 for a in self.summed) else 1)
+        return sums * (turns * (max(1, 4 / (rows * columns)) + 0.5 / rows + 0.5 / columns) + ends)
+
+
+def dot_tile(target: Target, single: bool) -> tuple[int, int]:
+    """Rows and columns of a tile whose numbers are vectors; ``single``: there is but one row."""
+    many = target.registers >= 32
+    return (1, 12 if many else 6) if single else ((6, 4) if many else (3, 3))
+
+
+def max_rows(target: Target, vectors: int) -> int:
+    """Rows of a tile: the sums, a row's vectors and a spread number fill the registers."""
+    most = (target.registers - 1) // vectors - 1
+    return max(n for n in (4, 6, 9, 12) if n <= most)
+
+
+def make_products(sizes: Mapping[str, int], out: Strides, left: Strides, right: Strides) -> list[Product]:
+    """The ways to give each axis its part. Axes that lie in memory as one become one."""
+    names = [a for a in dict.fromkeys((*out, *left, *right)) if a == TOKENS or sizes[a] > 1]
+    axes = _merged([Axis(0 if a == TOKENS else sizes[a], out.get(a), left.get(a), right.get(a)) for a in names])
+    found = []
+    first = next((a for a in axes if a.out == 1 and a.size), None)
+    if first is None:  # single numbers of each operand
+        found.append(_with_vectors(axes, Axis(1, 1, None, 1)))
+    elif first.left in (None, 1) and first.right in (None, 1):
+        found.append(_with_vectors(axes, first))
+    for axis in axes:
+        if not (axis.size and axis.out is None and axis.left == axis.right == 1):
+            continue
+        rows, columns = (
+            max(
+                (a for a in axes if a.size and a.out is not None and (a.right, a.left)[k] is None),
+                key=_size,
+                default=None,
+            )
+            for k in range(2)
+        )
+        if columns is not None:
+            found.append(_with_dots(axes, axis, rows, columns, False))
+        elif rows is not None:
+            found.append(_with_dots(axes, axis, None, rows, True))
+    return found
+
+
+def _size(axis: Axis) -> float:
+    return axis.size or math.inf
+
+
+def _with_vectors(axes: Sequence[Axis], across: Axis) -> Product:
+    rest = [a for a in axes if a is not across]
+    both = across.left is not None and across.right is not None
+    swapped = any(a.size == 0 and a.right is not None for a in axes) if both else across.right is None
+
+    def stride(a: Axis) -> int:
+        return (a.right if swapped else a.left) or 0
+
+    rows = [a for a in rest if a.out is not None and stride(a) and (a.left if swapped else a.right) is None]
+    down = max(rows, key=_size, default=None)
+    rest = [a for a in rest if a is not down]
+    outer = _ordered([a for a in rest if a.out is not None])
+    near = [a for a in outer if 0 < stride(a) < NEAR] if down is not None else []
+    summed = sorted((a for a in rest if a.out is None), key=stride, reverse=True)
+    return Product(across, down, tuple(summed), tuple(a for a in outer if a not in near), tuple(near), swapped, both)
+
+
+def _with_dots(axes: Sequence[Axis], across: Axis, down: Axis | None, along: Axis, swapped: bool) -> Product:
+    rest = [a for a in axes if a not in (across, down, along)]
+    outer = _ordered([a for a in rest if a.out is not None])
+    summed = sorted((a for a in rest if a.out is None), key=lambda a: a.left or 0, reverse=True)
+    return Product(across, down, tuple(summed), tuple(outer), (), swapped, along=along)
+
+
+def _ordered(axes: list[Axis]) -> list[Axis]:
+    return sorted(axes, key=lambda a: (a.size == 0, a.out or 0), reverse=True)
+
+
+def _merged(axes: list[Axis]) -> list[Axis]:
+    for first in axes:
+        for second in axes:
+            if first is second or not first.size or not second.size:
+                continue
+            pairs = list(zip(first.strides, second.strides, strict=True))
+            if all(
+                (a is None and b is None) or (a is not None and b is not None and a == b * second.size)
+                for a, b in pairs
+            ):
+                joined = Axis(first.size * second.size, *second.strides)
+                return _merged([joined, *(a for a in axes if a is not first and a is not second)])
+    return axes
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Where an array starts, and the type of its elements (``bfloat`` is computed with as ``float``)."""
+
+    pointer: str
+    element: str
+
+
+class Emitter:
+    """Writes products for a target and a type to compute in."""
+
+    def __init__(self, code: Code, target: Target, element: str, tokens: Int, block: int) -> None:
+        self.code, self.target, self.element, self.tokens, self.block = code, target, element, tokens, block
+        self.lanes = target.width // BYTES[element]
+        self.short = {"float": "f32", "double": "f64", "bfloat": "bf16"}
+        self.vector = f"<{self.lanes} x {element}>"
+
+    # -- memory --------------------------------------------------------------------------------------------------------
+
+    def load(self, at: Memory, offset: Int, lanes: int) -> str:
+        """A vector; beyond ``lanes`` it is 0, and nothing is read there."""
+        kind = f"<{self.lanes} x {at.element}>"
+        pointer = self.code.at(at.element, at.pointer, offset)
+        if lanes == self.lanes:
+            found = self.code.value(f"load {kind}, ptr {pointer}, align {BYTES[at.element]}")
+        else:
+            name = f"llvm.masked.load.v{self.lanes}{self.short[at.element]}.p0"
+            found = self.code.call(
+                kind, name, ("ptr", pointer), ("i32", BYTES[at.element]), self._mask(lanes), (kind, "zeroinitializer")
+            )
+        return found if at.element == self.element else self.code.value(f"fpext {kind} {found} to {self.vector}")
+
+    def store(self, at: Memory, offset: Int, value: str, lanes: int) -> None:
+        kind = f"<{self.lanes} x {at.element}>"
+        pointer = self.code.at(at.element, at.pointer, offset)
+        if at.element != self.element:
+            value = self.code.value(f"fptrunc {self.vector} {value} to {kind}")
+        if lanes == self.lanes:
+            self.code.put(f"store {kind} {value}, ptr {pointer}, align {BYTES[at.element]}")
+        else:
+            name = f"llvm.masked.store.v{self.lanes}{self.short[at.element]}.p0"
+            self.code.call("void", name, (kind, value), ("ptr", pointer), ("i32", BYTES[at.element]), self._mask(lanes))
+
+    def number(self, at: Memory, offset: Int) -> str:
+        pointer = self.code.at(at.element, at.pointer, offset)
+        one = self.code.value(f"load {at.element}, ptr {pointer}, align {BYTES[at.element]}")
+        return one if at.element == self.element else self.code.value(f"fpext {at.element} {one} to {self.element}")
+
+    def spread(self, at: Memory, offset: Int) -> str:
+        """One number in all lanes."""
+        one = self.number(at, offset)
+        first = self.code.value(f"insertelement {self.vector} poison, {self.element} {one}, i64 0")
+        zeros = f"<{self.lanes} x i32> zeroinitializer"
+        return self.code.value(f"shufflevector {self.vector} {first}, {self.vector} poison, {zeros}")
+
+    def _mask(self, lanes: int) -> tuple[str, str]:
+        bits = ", ".join(f"i1 {'true' if k < lanes else 'false'}" for k in range(self.lanes))
+        return f"<{self.lanes} x i1>", f"<{bits}>"
+
+    # -- loops ---------------------------------------------------------------------------------------------------------
+
+    def copy(self, source: Memory, stride: int, target: Memory, to_stride: int, width: int, wanted: int) -> None:
+        """The rows of all tokens; what is beyond ``width`` up to ``wanted`` is set to 0."""
+        whole = width // self.lanes * self.lanes
+        rest = [(k, min(self.lanes, wanted - k)) for k in range(whole, wanted, self.lanes)]
+
+        def row(number: Int, _: Values) -> None:
+            start, to = self.code.multiply(number, stride), self.code.multiply(number, to_stride)
+
+            def vector(k: Int, _: Values) -> None:
+                got = self.load(source, self.code.add(start, k), self.lanes)
+                self.store(target, self.code.add(to, k), got, self.lanes)
+
+            self.code.loop(0, whole, self.lanes, vector)
+            for k, lanes in rest:
+                there = min(lanes, width - k)
+                got = self.load(source, self.code.add(start, k), there) if there > 0 else "zeroinitializer"
+                self.store(target, self.code.add(to, k), got, lanes)
+
+        self.code.loop(0, self.tokens, 1, row)
+
+    def product(
+        self, product: Product, out: Memory, left: Memory, right: Memory, *, add: bool = False,
+        bias: Memory | None = None,
+    ) -> None:  # fmt: skip
+        """Write the loops. ``add``: to what is in ``out``. ``bias`` has the strides of ``out`` and no tokens."""
+        _Loops(self, product, out, left, right, add, bias).write()
+
+
+@dataclass(frozen=True)
+class _At:
+    """Offsets into out, the operand read in vectors, and the one read number by number."""
+
+    out: Int
+    vector: Int
+    single: Int
+    bias: Int
+
+
+class _Loops:
+    def __init__(
+        self, emitter: Emitter, product: Product, out: Memory, left: Memory, right: Memory, add: bool,
+        bias: Memory | None,
+    ) -> None:  # fmt: skip
+        self.emitter, self.code, self.product = emitter, emitter.code, product
+        self.out, self.bias, self.add = out, bias, add
+        self.vector, self.single = (left, right) if product.swapped else (right, left)
+
+    def _strides(self, axis: Axis) -> tuple[int, int, int, int]:
+        vector, single = (axis.left, axis.right) if self.product.swapped else (axis.right, axis.left)
+        return axis.out or 0, vector or 0, single or 0, 0 if axis.size == 0 else axis.out or 0
+
+    def _moved(self, at: _At, axis: Axis, index: Int) -> _At:
+        places = (at.out, at.vector, at.single, at.bias)
+        moved = (
+            self.code.add(p, self.code.multiply(index, s)) for p, s in zip(places, self._strides(axis), strict=True)
+        )
+        return _At(*moved)
+
+    def _size(self, axis: Axis) -> Int:
+        return axis.size or self.emitter.tokens
+
+    def write(self) -> None:
+        product, start = self.product, _At(0, 0, 0, 0)
+        if product.along is not None:
+            self._each(product.outer, start, self._dots)
+        elif product.near:  # rows, neighbours, vectors
+            wide = _even(math.ceil(product.across.size / self.emitter.lanes), VECTORS)[0]
+
+            def inside(at: _At, rows: int) -> None:
+                self._each(product.near, at, lambda at: self._across(at, lambda at, held: self._tile(at, rows, held)))
+
+            self._each(product.outer, start, lambda at: self._down(at, wide, inside))
+        else:  # vectors, rows: what is read in vectors stays where it is for all rows
+
+            def rows(at: _At, held: Sequence[int]) -> None:
+                self._down(at, len(held), lambda at, rows: self._tile(at, rows, held))
+
+            self._each(product.outer, start, lambda at: self._across(at, rows))
+
+    def _each(self, axes: Sequence[Axis], at: _At, body: Callable[[_At], None]) -> None:
+        if not axes:
+            return body(at)
+        first, *rest = axes
+
+        def once(index: Int, _: Values) -> None:
+            self._each(rest, self._moved(at, first, index), body)
+
+        self.code.loop(0, self._size(first), 1, once, once=first.size == 0)
+        return None
+
+    def _across(self, at: _At, body: Callable[[_At, Sequence[int]], None]) -> None:
+        """All vectors of a row, at most ``VECTORS`` at a time, in parts of about one size; the last may be short."""
+        lanes, axis = self.emitter.lanes, self.product.across
+        vectors = math.ceil(axis.size / lanes)
+        parts = _even(vectors, VECTORS)
+        short = bool(axis.size % lanes)
+        widest = parts[0]
+        whole = parts.count(widest) - (short and parts[-1] == widest)
+        step = widest * lanes
+        self.code.loop(0, whole * step, step, lambda i, _: body(self._moved(at, axis, i), [lanes] * widest))
+        done = whole * step
+        for part in parts[whole:]:
+            held = [min(lanes, axis.size - done - k * lanes) for k in range(part)]
+            body(self._moved(at, axis, done), held)
+            done += part * lanes
+
+    def _down(self, at: _At, vectors: int, body: Callable[[_At, int], None]) -> None:
+        """All rows, as many at a time as there are registers for, beside ``vectors``."""
+        axis, most = self.product.down, max_rows(self.emitter.target, vectors)
+        if axis is None:
+            return body(at, 1)
+
+        def tiles(start: Int, stop: Int, rows: int) -> None:
+            self.code.loop(start, stop, rows, lambda i, _: body(self._moved(at, axis, i), rows))
+
+        if axis.size:
+            parts = _even(axis.size, most)
+            whole = parts.count(parts[0]) * parts[0]
+            tiles(0, whole, parts[0])
+            if whole < axis.size:
+                tiles(whole, axis.size, axis.size - whole)
+            return None
+        # As many rows as divide the usual number of tokens, then fewer for the last tokens.
+        most = max(n for n in range(1, most + 1) if self.emitter.block % n == 0)
+        start: Int = 0
+        for rows in dict.fromkeys((most, 4, 1)):
+            if rows <= most:
+                stop = self.code.add(start, self.code.whole(self.code.subtract(self.emitter.tokens, start), rows))
+                tiles(start, stop, rows)
+                start = stop
+        return None
+
+    def _tile(self, at: _At, rows: int, lanes: Sequence[int]) -> None:
+        emitter, code, width = self.emitter, self.code, self.emitter.lanes
+        down = self._strides(self.product.down) if self.product.down else (0, 0, 0, 0)
+        kind = emitter.vector
+
+        def places(offset: Int, stride: int) -> list[list[Int]]:
+            return [[code.add(offset, r * stride + k * width) for k in range(len(lanes))] for r in range(rows)]
+
+        if self.bias is not None and not down[3]:
+            row = [emitter.load(self.bias, code.add(at.bias, k * width), n) for k, n in enumerate(lanes)]
+            sums = row * rows
+        elif self.add or self.bias is not None:
+            held, start = (
+                (self.out, places(at.out, down[0])) if self.bias is None else (self.bias, places(at.bias, down[3]))
+            )
+            sums = [emitter.load(held, place, n) for row in start for place, n in zip(row, lanes, strict=True)]
+        else:
+            sums = ["zeroinitializer"] * (rows * len(lanes))
+
+        def turn(vector: Int, single: Int, sums: Values) -> Values:
+            found = list(sums)
+            vectors = [emitter.load(self.vector, code.add(vector, k * width), n) for k, n in enumerate(lanes)]
+            for r in range(rows):
+                place = code.add(single, r * down[2])
+                number = "" if self.product.both else emitter.spread(self.single, place)
+                for k, n in enumerate(lanes):
+                    factor = emitter.load(self.single, code.add(place, k * width), n) if self.product.both else number
+                    at = r * len(lanes) + k
+                    found[at] = code.call(
+                        kind, f"llvm.fma.v{width}{emitter.short[emitter.element]}",
+                        (kind, factor), (kind, vectors[k]), (kind, found[at]),
+                    )  # fmt: skip
+            return found
+
+        sums = self._sum(self.product.summed, at.vector, at.single, sums, turn)
+        for r, starts in enumerate(places(at.out, down[0])):
+            for k, (place, n) in enumerate(zip(starts, lanes, strict=True)):
+                emitter.store(self.out, place, sums[r * len(lanes) + k], n)
+
+    def _sum(
+        self, axes: Sequence[Axis], vector: Int, single: Int, sums: Values, turn: Callable[[Int, Int, Values], Values]
+    ) -> Values:  # fmt: skip
+        """The loops over summed axes, with the sums in registers; the innermost is unrolled."""
+        if not axes:
+            return turn(vector, single, sums)
+        code, (axis, *rest) = self.code, axes
+        _, by_vector, by_single, _ = self._strides(axis)
+        unrolled = 1
+        if not rest and axis.size:
+            unrolled = next(n for n in range(UNROLLED, 0, -1) if axis.size % n == 0)
+
+        def body(i: Int, sums: Values) -> Values:
+            v, s = code.add(vector, code.multiply(i, by_vector)), code.add(single, code.multiply(i, by_single))
+            for u in range(unrolled):
+                sums = self._sum(rest, code.add(v, u * by_vector), code.add(s, u * by_single), sums, turn)
+            return sums
+
+        return code.loop(0, self._size(axis), unrolled, body, sums, self.emitter.vector, once=True)
+
+    # -- vectors along a summed axis -----------------------------------------------------------------------------------
+
+    def _dots(self, at: _At) -> None:
+        down, along = self.product.down, self.product.along
+        assert along is not None
+        most, widest = dot_tile(self.emitter.target, down is None)
+
+        def columns(at: _At, rows: int) -> None:
+            for starts, count in _runs(along.size, widest):
+
+                def tile(i: Int, _: Values, count: int = count) -> None:
+                    self._dot(self._moved(at, along, i), rows, count)
+
+                self.code.loop(starts.start, starts.stop, count, tile)
+
+        if down is None:
+            return columns(at, 1)
+        for starts, count in _runs(down.size, most):
+
+            def row(i: Int, _: Values, count: int = count) -> None:
+                columns(self._moved(at, down, i), count)
+
+            self.code.loop(starts.start, starts.stop, count, row)
+        return None
+
+    def _dot(self, at: _At, rows: int, columns: int) -> None:
+        product, emitter, code = self.product, self.emitter, self.code
+        assert product.along is not None
+        down, along = self._strides(product.down) if product.down else (0, 0, 0, 0), self._strides(product.along)
+        size, width = product.across.size, emitter.lanes
+        fma = f"llvm.fma.v{width}{emitter.short[emitter.element]}"
+
+        def turn(vector: Int, single: Int, sums: Values) -> Values:
+            def step(place: Int, sums: Values, lanes: int) -> Values:
+                v, s = code.add(vector, place), code.add(single, place)
+                right = [emitter.load(self.vector, code.add(v, c * along[1]), lanes) for c in range(columns)]
+                found = []
+                for r in range(rows):
+                    left = emitter.load(self.single, code.add(s, r * down[2]), lanes)
+                    for c in range(columns):
+                        three = (left, right[c], sums[r * columns + c])
+                        found.append(code.call(emitter.vector, fma, *((emitter.vector, v) for v in three)))
+                return found
+
+            whole = size // width * width
+            sums = code.loop(0, whole, width, lambda i, held: step(i, held, width), sums, emitter.vector)
+            return sums if whole == size else step(whole, sums, size - whole)
+
+        sums = self._sum(product.summed, at.vector, at.single, ["zeroinitializer"] * (rows * columns), turn)
+        out, kind = self.out, emitter.element
+        for r in range(rows):
+            for c in range(columns):
+                name = f"llvm.vector.reduce.fadd.v{width}{emitter.short[kind]}"
+                code.declarations.add(f"declare {kind} @{name}({kind}, {emitter.vector})")
+                total = code.value(
+                    f"call reassoc {kind} @{name}({kind} -0.0, {emitter.vector} {sums[r * columns + c]})"
+                )
+                place = code.add(at.out, r * down[0] + c * along[0])
+                if self.bias is not None:
+                    more = emitter.number(self.bias, code.add(at.bias, r * down[3] + c * along[3]))
+                    total = code.value(f"fadd {kind} {more}, {total}")
+                elif self.add:
+                    total = code.value(f"fadd {kind} {emitter.number(out, place)}, {total}")
+                if out.element != kind:
+                    total = code.value(f"fptrunc {kind} {total} to {out.element}")
+                pointer = code.at(out.element, out.pointer, place)
+                code.put(f"store {out.element} {total}, ptr {pointer}, align {BYTES[out.element]}")
+
+
+def _runs(total: int, most: int) -> list[tuple[range, int]]:
+    """Ranges of starts of tiles of one size, and that size."""
+    parts = _even(total, most)
+    whole = parts.count(parts[0]) * parts[0]
+    found = [(range(0, whole), parts[0])]
+    return found if whole == total else [*found, (range(whole, total), total - whole)]
+
+
+def _even(total: int, most: int) -> list[int]:
+    """``total`` in parts of at most ``most``, as few as can be, of one size but for the last."""
+    size = math.ceil(total / math.ceil(total / most))
+    return [size] * (total // size) + ([total % size] if total % size else [])

@@ -1,0 +1,161 @@
+"""The compiled passes of a chain for torch: memory for them, tokens dealt out to threads."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property, lru_cache
+
+import torch
+from torch import Tensor
+
+from structlin._fused._program import Pass, Program, make_program
+from structlin._fused._schedule import Operation
+from structlin._fused._target import host
+from structlin._parse import Step
+
+FEW = 1 << 15  # numbers in the widest activation, below which calls and copies of the factors cost more than they save
+KEPT_BYTES = 16 << 20  # of activations that are kept: more come from fresh pages, which cost as much as computing again
+SHARE = 48  # tokens of a thread, at least
+WASTE = 12  # times the instructions that products without losses would take: more is slower than what others do
+
+
+class FusedChain:
+    """The two passes; see :class:`structlin._cpu.Passes`."""
+
+    def __init__(
+        self, steps: tuple[Step, ...], sizes: tuple[tuple[str, int], ...], d_in: int, d_out: int, rows: bool
+    ) -> None:
+        self._chain, self.rows, self.d_in, self.d_out = (steps, sizes, d_in, d_out), rows, d_in, d_out
+        size = dict(sizes)
+        self.widest = max(math.prod(size[a] for a in axes) for step in steps for axes in (step.input, step.output))
+        self.shapes = [tuple(size[a] for a in step.factor) for step in steps]
+        self.macs = sum(math.prod(size[a] for a in set(step.input + step.factor)) for step in steps)
+        # The dense matrix and its gradient, less the factors, their gradients, and copies of both in other orders.
+        self.spare = 2 * d_in * d_out - 4 * sum(map(math.prod, self.shapes))
+
+    def suits(self, x: Tensor, tokens: int) -> bool:
+        """Whether this way is the fastest for ``x``."""
+        if not self.rows or tokens * self.widest < FEW:
+            return False
+        return self.program(x.dtype) is not None
+
+    @cached_property
+    def _programs(self) -> dict[torch.dtype, Program | None]:
+        return {}
+
+    def program(self, dtype: torch.dtype) -> Program | None:
+        """None where the chain is not to be run this way."""
+        if dtype not in self._programs:
+            target = host()
+            found = None if target is None else make_program(*self._chain, str(dtype).removeprefix("torch."), target)
+            if found is not None:
+                lanes = found.lanes
+                if found.schedule.cost + found.schedule.back_cost > 3 * WASTE * self.macs / lanes:
+                    found = None
+            self._programs[dtype] = found
+        return self._programs[dtype]
+
+    def forward(
+        self, x: Tensor, factors: Sequence[Tensor], bias: Tensor | None = None, kept: list[Tensor] | None = None
+    ) -> Tensor:
+        program = self._ready(x.dtype)
+        x, tokens, inside = x.detach().contiguous(), x.shape[0], program.dtype
+        y = x.new_empty(tokens, self.d_out)
+        rows = program.schedule.rows[1:-1]
+        keeps = kept is not None and self._keeps(tokens, rows, inside)
+        found = [torch.empty(tokens * row, dtype=inside) for row in rows] if keeps else []
+        if keeps and kept is not None:
+            kept += found
+        run = program.forward(bias is not None, keeps)
+        added = []
+        if bias is not None:
+            added = [torch.nn.functional.pad(bias.detach().to(inside), (0, program.schedule.widths[-1] - self.d_out))]
+        table = [*added, *_packed(factors, program.schedule.forward, inside), *found]
+        _run(run, tokens, [x, y], [table] * _threads(tokens))
+        return y
+
+    def backward(
+        self, gy: Tensor, x: Tensor, factors: Sequence[Tensor], needs: Sequence[bool], kept: Sequence[Tensor] = ()
+    ) -> tuple[Tensor | None, ...]:
+        program = self._ready(x.dtype)
+        x, gy, tokens, inside = x.detach().contiguous(), gy.detach().contiguous(), x.shape[0], program.dtype
+        schedule, last = program.schedule, len(factors)
+        gx = x.new_empty(x.shape) if needs[0] else None
+        run = program.backward(tuple(needs), bool(kept))
+        wanted = [k for k in range(last) if needs[k + 1]]
+        lowest = 0 if needs[0] else min(wanted) + 1
+        back = _packed(factors[lowest:], schedule.back[lowest:], inside)
+        if kept:
+            rest = list(kept)
+        else:
+            rest = _packed(factors[: max(wanted, default=0)], schedule.forward, inside)
+        grads = [
+            [
+                torch.zeros([self.shapes[k][axis] for axis in schedule.gradients[k].order], dtype=inside)
+                for k in wanted
+            ]
+            for _ in range(_threads(tokens))
+        ]  # fmt: skip
+        ends = [] if gx is None else [gx]
+        _run(run, tokens, [x, gy], [[*ends, *back, *mine, *rest] for mine in grads])
+        found: list[Tensor | None] = [gx, *([None] * last)]
+        for number, k in enumerate(wanted):
+            total = grads[0][number]
+            for more in grads[1:]:
+                total += more[number]
+            order = schedule.gradients[k].order
+            found[k + 1] = total.permute([order.index(axis) for axis in range(len(order))]).to(x.dtype)
+        return tuple(found)
+
+    def _ready(self, dtype: torch.dtype) -> Program:
+        program = self.program(dtype)
+        assert program is not None
+        return program
+
+    def _keeps(self, tokens: int, rows: Sequence[int], inside: torch.dtype) -> bool:
+        """Whether to keep the activations between the steps for the backward pass, and not to compute them again.
+
+        If they take no more memory than the dense matrix and its gradient would, or are no larger than x and y.
+        """
+        numbers = tokens * sum(rows)
+        if numbers * inside.itemsize > KEPT_BYTES:
+            return False
+        return numbers <= self.spare or sum(rows) <= 1.1 * min(self.d_in, self.d_out)
+
+
+def _packed(factors: Sequence[Tensor], operations: Sequence[Operation], dtype: torch.dtype) -> list[Tensor]:
+    """Factors in the order of axes that the products read."""
+    pairs = zip(factors, operations, strict=False)
+    return [f.detach().permute(operation.order).to(dtype).contiguous() for f, operation in pairs]
+
+
+def _threads(tokens: int) -> int:
+    return max(1, min(torch.get_num_threads(), tokens // SHARE))
+
+
+def _run(run: Pass, tokens: int, ends: Sequence[Tensor], tables: Sequence[Sequence[Tensor]]) -> None:
+    """Run all tokens, shared among as many threads as there are tables."""
+    threads = len(tables)
+    blocks = math.ceil(tokens / run.block)
+    cuts = [min(tokens, blocks * k // threads * run.block) for k in range(threads + 1)]
+    scratch = torch.empty(threads, run.scratch + 64, dtype=torch.uint8)
+
+    def work(k: int) -> None:
+        pointers = [t.data_ptr() for t in (*ends, scratch[k], *tables[k])]
+        pointers[2] = -(-pointers[2] // 64) * 64  # vectors that start at the end of a cache line are slow
+        run.run((ctypes.c_void_p * len(pointers))(*pointers), cuts[k], cuts[k + 1])
+
+    if threads == 1:
+        return work(0)
+    list(_pool(threads, os.getpid()).map(work, range(threads)))
+    return None
+
+
+@lru_cache(maxsize=8)
+def _pool(threads: int, process: int) -> ThreadPoolExecutor:
+    """Threads of this process: not those of one that it was forked from."""
+    return ThreadPoolExecutor(threads, thread_name_prefix="structlin")
