@@ -1,0 +1,55 @@
+"""Draw every figure of the documentation that shows training runs, from the records in benchmarks/records/.
+
+    python benchmarks/figures.py --out docs/images
+
+Each is one call of ``structlin figure``; ``--print`` shows the calls and draws nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from structlin_nn.cli import main as structlin
+
+RECORDS = Path(__file__).resolve().parent / "records"
+
+FIGURES: dict[str, tuple[str, str, tuple[str, ...]]] = {
+    "delta-h.png": ("delta-h", "delta-h", ()),
+    "cifar-mlp.png": ("cifar", "cifar-mlp-short", ("--y", "train_error")),
+}
+"""By file: the figure, the folder of its records, and options."""
+
+
+def call(file: str, out: Path) -> list[str]:
+    """Arguments of ``structlin`` that draw a figure into a folder.
+
+    >>> call("delta-h.png", Path("out"))[:2]
+    ['figure', 'delta-h']
+    """
+    name, records, options = FIGURES[file]
+    return ["figure", name, str(RECORDS / records), *options, "--out", str(out / file)]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Draw all; the exit code is that of the first figure that fails."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write, made if need be")
+    parser.add_argument("--print", action="store_true", help="print the commands, and end")
+    arguments = parser.parse_args(argv)
+    if not arguments.print:
+        arguments.out.mkdir(parents=True, exist_ok=True)
+    for file in FIGURES:
+        command = call(file, arguments.out)
+        if arguments.print:
+            print(shlex.join(["structlin", *command]))
+        elif code := structlin(command):
+            return code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
