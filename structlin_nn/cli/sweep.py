@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shlex
 import sys
@@ -29,6 +30,9 @@ examples:
       all runs shorter
   structlin sweep gpt2 --data DIR --set device=cuda --slurm --launcher srun
       print an array script for sbatch; --print-commands prints one command for each run
+  structlin sweep imagenet --data DIR --set device=cuda --submit slurm --workers 4 \\
+    --submit-set timeout_min=4320 --submit-set gpus_per_node=1
+      give the runs to a cluster, four at a time, by submitit (the extra 'cluster')
   structlin sweep my_sweep.py
       a file of your own that defines SWEEP, a structlin_nn.sweeps.Sweep
 """
@@ -49,6 +53,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dry-run", action="store_true", help="print the table, and end")
     parser.add_argument("--print-commands", action="store_true", help="print one command for each run left, and end")
     parser.add_argument("--slurm", action="store_true", help="print an array script for sbatch, and end")
+    parser.add_argument("--submit", metavar="NAME", help=(
+        "submit the runs by submitit to: slurm, or local for a trial on this machine (the extra 'cluster')"
+    ))  # fmt: skip
+    parser.add_argument(
+        "--submit-set", action="append", default=[], metavar="KEY=VALUE",
+        help="a parameter of submitit, such as timeout_min=600 or slurm_partition=gpu, repeatable",
+    )  # fmt: skip
     parser.add_argument("--launcher", default="", metavar="WORDS", help="what those commands are started by")
     parser.add_argument("--json", action="store_true", help="print the table as JSON")
     parser.add_argument("--quiet", action="store_true", help="no table and no progress bar")
@@ -60,8 +71,12 @@ def run(arguments: argparse.Namespace) -> int:
         return 0
     if arguments.name is None:
         raise UsageError(f"the following arguments are required: NAME, one of {', '.join(names())}")
-    if arguments.launcher and not (arguments.print_commands or arguments.slurm):
-        raise UsageError("--launcher is for the commands of --print-commands and --slurm")
+    if arguments.launcher and not (arguments.print_commands or arguments.slurm or arguments.submit):
+        raise UsageError("--launcher is for the commands of --print-commands, --slurm and --submit")
+    if arguments.submit_set and not arguments.submit:
+        raise UsageError("--submit-set is for --submit")
+    if arguments.submit and (arguments.print_commands or arguments.slurm):
+        raise UsageError("--submit submits the runs, and --print-commands and --slurm only print them: give one")
     workers = default_workers() if arguments.workers is None else arguments.workers
     if workers < 1:
         raise UsageError(f"--workers must be at least 1, got {workers}")
@@ -93,6 +108,8 @@ def run(arguments: argparse.Namespace) -> int:
         _print_plan(planned, left)
     if arguments.dry_run or not left:
         return 0
+    if arguments.submit:
+        return _submit(arguments, left, workers, launcher)
     return _make(arguments, planned, left, workers)
 
 
@@ -141,6 +158,37 @@ def _make(arguments: argparse.Namespace, planned: Any, left: dict[str, Job], wor
         done = sum(entry.state == "finished" for entry in planned.values()) + len(left) - len(outcome.failed)
         print(f"done: {done} of {len(planned)} runs are finished; {len(outcome.failed)} failed")
     return 1 if outcome.failed else 0
+
+
+def _submit(arguments: argparse.Namespace, left: dict[str, Job], workers: int, launcher: list[str]) -> int:
+    from structlin_nn.sweeps.submit import failures, submit
+
+    parameters = {}
+    for assignment in arguments.submit_set:
+        key, equals, text = assignment.partition("=")
+        if not equals:
+            raise UsageError(f"--submit-set {assignment!r} must be KEY=VALUE")
+        try:
+            parameters[key] = json.loads(text)
+        except ValueError:
+            parameters[key] = text
+    name = Path(arguments.name).stem
+    logs = next(iter(left.values())).folder.parent / "submitit"
+    try:
+        submitted = submit(
+            name, left, logs, cluster=arguments.submit, workers=workers, launcher=launcher, parameters=parameters
+        )
+    except (ImportError, OSError, ValueError) as error:
+        raise UsageError(" ".join(str(error).split())) from error
+    failed = {} if arguments.submit == "slurm" else failures(submitted)
+    for run, message in failed.items():
+        print(f"structlin sweep: {run}: {message}", file=sys.stderr)
+    if arguments.json:
+        print_json({"submitted": {run: job.job_id for run, job in submitted.items()}, "failed": failed})
+    elif not arguments.quiet:
+        print_table(("run", "job"), [(run, job.job_id) for run, job in submitted.items()], left=2)
+        print(f"\nlogs: {logs}")
+    return 1 if failed else 0
 
 
 def _rows(planned: Any) -> list[dict[str, Any]]:

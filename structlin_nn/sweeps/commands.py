@@ -10,7 +10,7 @@ from structlin_nn.sweeps.local import Job
 from structlin_nn.training.base import RunConfig
 from structlin_nn.training.config import recipe
 
-__all__ = ["command", "settings", "slurm_script"]
+__all__ = ["command", "settings", "slurm_script", "words"]
 
 
 def settings(config: RunConfig) -> list[str]:
@@ -27,28 +27,33 @@ def settings(config: RunConfig) -> list[str]:
     return named + [f"{n}={v if isinstance(v := values[n], str) else json.dumps(v)}" for n in changed]
 
 
-def command(job: Job, launcher: Sequence[str] = ()) -> str:
-    """The shell command that makes a run, or goes on with it.
+def words(job: Job, launcher: Sequence[str] = (), program: Sequence[str] = ("structlin",)) -> list[str]:
+    """The words of the command that makes a run, or goes on with it.
 
     Args:
         job: the run.
         launcher: what the command is started by, such as ``torchrun --nproc-per-node 8 --no-python``.
+        program: what `structlin` is called by.
     """
     config = job.config
     timm = config.model.startswith("timm:")
-    words = [*launcher, "structlin", "train", "imagenet" if timm else config.model]
-    words += ["--model", config.model] if timm else []
+    found = [*launcher, *program, "train", "imagenet" if timm else config.model]
+    found += ["--model", config.model] if timm else []
     for setting in settings(config):
-        words += ["--set", setting]
+        found += ["--set", setting]
     if (root := job.data.get("data_root")) is not None:
-        words += ["--data", str(root)]
+        found += ["--data", str(root)]
     if not job.data.get("verify", True):
-        words.append("--unverified")
+        found.append("--unverified")
     for name in ("format", "on_broken"):
         if job.data.get(name) is not None:
-            words += [f"--{name.replace('_', '-')}", str(job.data[name])]
-    words += ["--out", str(job.folder), "--resume", "--quiet"]
-    return shlex.join(words)
+            found += [f"--{name.replace('_', '-')}", str(job.data[name])]
+    return [*found, "--out", str(job.folder), "--resume", "--quiet"]
+
+
+def command(job: Job, launcher: Sequence[str] = ()) -> str:
+    """`words` as a command for a shell."""
+    return shlex.join(words(job, launcher))
 
 
 def slurm_script(name: str, jobs: Mapping[str, Job], *, workers: int, launcher: Sequence[str] = ()) -> str:
