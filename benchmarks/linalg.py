@@ -14,7 +14,7 @@ what a library remembers of an operator does not count.
   matrices. Above 800 rows it solves what has no closed form by conjugate gradients, and estimates determinants.
 - lineax: has none of these structures: a function and conjugate gradients to a residual of 1e-8 (1e-5 in float32),
   under jit, beside this library under jit on jax. It has no determinants.
-- scipy: ``solve_circulant``.
+- scipy: ``solve_circulant`` and ``solve_toeplitz``.
 
 A peer that is not installed is reported as absent. ``error`` is the relative error against the formula in NumPy.
 """
@@ -44,6 +44,7 @@ import structlin as sl
 PEERS = ("linear_operator", "lineax", "scipy")
 OPERATIONS = ("matmat", "solve", "logdet")
 COLUMNS = 16
+TOEPLITZ_RATIO = 0.6
 INNER = 8  # repeats of what is fast for each repeat of what is dense
 SECONDS = 5.0  # after which a comparison is not repeated more than three times
 
@@ -144,6 +145,26 @@ def circulant(n: int, rng: np.random.Generator) -> Case:
     )
 
 
+def toeplitz(n: int, rng: np.random.Generator) -> Case:
+    """Of Kac, Murdock and Szego: correlations ``0.6^|i - j|``, whose inverse has three diagonals."""
+    column = TOEPLITZ_RATIO ** np.arange(n)
+
+    def function(c: Any, x: Any) -> Any:
+        import jax.numpy as jnp
+
+        around = jnp.concatenate([c, c[:1] * 0, c[:0:-1]])
+        return jnp.fft.irfft(jnp.fft.rfft(around) * jnp.fft.rfft(x, 2 * n), 2 * n)[:n]
+
+    return Case(
+        "toeplitz",
+        (column,),
+        lambda c: cola.PSD(sl.Toeplitz(c, c[1:])),
+        True,
+        lambda lo, c: lo.ToeplitzLinearOperator(c),
+        function,
+    )
+
+
 def monarch(n: int, rng: np.random.Generator) -> Case:
     b, _ = even(n, 2)
     structure = sl.design("monarch", (n, n), blocks=b)
@@ -177,7 +198,7 @@ def block_tensor_train(n: int, rng: np.random.Generator) -> Case:
     return Case("block_tensor_train", arrays, make, False, None, None)
 
 
-CASES = (kronecker, monarch, block_tensor_train, low_rank_plus_diagonal, block_diagonal, circulant)
+CASES = (kronecker, monarch, block_tensor_train, low_rank_plus_diagonal, block_diagonal, circulant, toeplitz)
 
 
 # -- contestants -----------------------------------------------------------------------------------------------------
@@ -230,12 +251,13 @@ def with_linear_operator(case: Case, X: np.ndarray, dtype: str) -> dict[str, Cal
 
 
 def with_scipy(case: Case, X: np.ndarray, dtype: str) -> dict[str, Callable[[], Any]]:
-    from scipy.linalg import solve_circulant
+    import scipy.linalg
 
-    if case.name != "circulant":
+    solvers = {"circulant": scipy.linalg.solve_circulant, "toeplitz": scipy.linalg.solve_toeplitz}
+    if case.name not in solvers:
         return {}
-    column, columns = case.arrays[0].astype(dtype), X.astype(dtype)
-    return {"solve": lambda: solve_circulant(column, columns)}
+    column, columns, solve = case.arrays[0].astype(dtype), X.astype(dtype), solvers[case.name]
+    return {"solve": lambda: solve(column, columns)}
 
 
 def under_jit(case: Case, X: np.ndarray, dtype: str) -> tuple[dict[str, Callable], dict[str, Callable]]:
@@ -275,10 +297,16 @@ def under_jit(case: Case, X: np.ndarray, dtype: str) -> tuple[dict[str, Callable
 # -- measuring -------------------------------------------------------------------------------------------------------
 
 
-def truths(case: Case, X: np.ndarray) -> dict[str, np.ndarray]:
+def truths(case: Case, X: np.ndarray) -> dict[str, Any]:
     """From the formulas, in float64: the product by parts; log-determinants by sums over parts, where cheap."""
     A = case.make(*case.arrays)
-    found = {"matmat": A @ X, "solve": np.asarray(cola.inv(A) @ X)}
+    found = {"matmat": A @ X}
+    if case.name == "toeplitz":
+        r = TOEPLITZ_RATIO
+        X0, X2 = np.pad(X, ((1, 0), (0, 0)))[:-1], np.pad(X, ((0, 1), (0, 0)))[1:]
+        ends = np.where(np.isin(np.arange(len(X)), (0, len(X) - 1)), 1, 1 + r * r)[:, None]
+        return found | {"solve": (ends * X - r * (X0 + X2)) / (1 - r * r), "logdet": (len(X) - 1) * np.log(1 - r * r)}
+    found["solve"] = np.asarray(cola.inv(A) @ X)
     arrays = case.arrays
     if case.name == "kronecker":
         n = X.shape[0]

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 from beartype.door import TypeHint
+from cola.annotations import get_annotations
 from cola.backends import np_fns
 from cola.fns import lazify
 from cola.linalg.algorithm_base import Algorithm
@@ -136,27 +137,29 @@ def _guessed_library(dtype: Any) -> str:
 def _operator_init(
     self: Any, dtype: Any, shape: tuple[int, int], matmat: Any = None, annotations: Any = frozenset()
 ) -> None:
-    import cola
-
-    self.dtype = dtype
-    self.shape = shape
+    fields = vars(self)  # CoLA declares that these are no leaves, so that nothing is to be recorded
+    fields.update(dtype=dtype, shape=shape)
     names = _libraries(self)
     library = next((n for n in ("torch", "jax", "numpy") if n in names), None)
-    self.xnp = functions_of(library or _guessed_library(dtype))
+    fields["xnp"] = functions_of(library or _guessed_library(dtype))
     if matmat is not None:
         self._matmat = matmat
-    self.annotations = set(cola.annotations.get_annotations(self)) | set(annotations)
+    fields["annotations"] = set(get_annotations(self)) | set(annotations)
     if self.device is None:
-        self.device = self.xnp.get_default_device()
+        fields["device"] = self.xnp.get_default_device()
 
 
 _setattr = LinearOperator.__setattr__
 
 
 def _operator_setattr(self: Any, name: str, value: Any) -> None:
-    _setattr(self, name, value)
+    dynamic = type(self)._dynamic
+    if name in dynamic:
+        object.__setattr__(self, name, value)
+    else:
+        _setattr(self, name, value)  # which records whether it is a leaf
     # Some classes of CoLA set their arrays after LinearOperator.__init__, which then had only the dtype to guess from.
-    if type(self)._dynamic[name] and "xnp" in vars(self) and self.xnp is not np_fns and _libraries(self) == {"numpy"}:
+    if dynamic[name] and "xnp" in vars(self) and self.xnp is not np_fns and _libraries(self) == {"numpy"}:
         vars(self).update(xnp=np_fns, device=None)
 
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import reduce
 from operator import add
 from typing import Any
 
 from beartype.door import TypeHint
+from cola.annotations import WrapMeta
 from cola.backends import np_fns
 from cola.ops import Identity, LinearOperator, ScalarMul, Sum
+from plum import dispatch
 from plum.function import Function
 from plum.resolver import AmbiguousLookupError, NotFoundLookupError, Resolver
 from plum.signature import Signature
@@ -18,6 +22,7 @@ from plum.signature import Signature
 from structlin._arrays import Array
 from structlin._cola_compat._composing import _as_scalar, _scalar_mul
 from structlin._cola_compat._repair import functions_of
+from structlin.operators import StructuredOperator
 
 
 def _repair_kron() -> None:
@@ -112,6 +117,65 @@ def _unconditional(signature: Signature) -> Signature:
 
 
 Function._resolve_method_with_cache = _lookup  # type: ignore[method-assign]
+
+
+@dataclass
+class _Bound:
+    """What plum asks of ``inspect.BoundArguments``, with the defaults in place."""
+
+    arguments: dict[str, Any]
+
+    def apply_defaults(self) -> None:
+        pass
+
+
+class _Binder:
+    """A signature without ``*args`` that binds ordinary calls by itself: ``inspect`` takes 10 microseconds each time.
+
+    Calls that do not fit go to ``inspect``, whose errors they get.
+    """
+
+    def __init__(self, signature: inspect.Signature) -> None:
+        self.signature = signature
+        self.defaults = {name: p.default for name, p in signature.parameters.items()}
+
+    def bind(self, *args: Any, **kwargs: Any) -> Any:
+        left, arguments = iter(args), {}
+        for name, default in self.defaults.items():
+            value = next(left, default) if name not in kwargs else kwargs[name]
+            if value is inspect.Parameter.empty:
+                return self.signature.bind(*args, **kwargs)
+            arguments[name] = value
+        given = sum(name in kwargs for name in list(self.defaults)[len(args) :])
+        if given != len(kwargs) or len(args) > len(arguments):
+            return self.signature.bind(*args, **kwargs)
+        return _Bound(arguments)
+
+
+def _bind_quickly() -> None:
+    """For every function that CoLA declares by ``dispatch.abstract``."""
+    kinds = {inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD}
+    for function in dispatch.functions.values():
+        declared = getattr(function, "_abstract", None)
+        for cell in getattr(declared, "__closure__", None) or ():
+            found = cell.cell_contents
+            if isinstance(found, inspect.Signature) and {p.kind for p in found.parameters.values()} <= kinds:
+                cell.cell_contents = _Binder(found)
+
+
+_bind_quickly()
+
+
+def _annotated(annotation: Any, A: LinearOperator) -> LinearOperator:
+    """A copy with one more annotation. CoLA's takes the operator and all of its members to pieces for it."""
+    if isinstance(A, StructuredOperator):
+        return A._with(A.structure, A.factors, A._annotations | {annotation})
+    copy = object.__new__(type(A))
+    vars(copy).update(vars(A), annotations=A.annotations | {annotation})
+    return copy
+
+
+WrapMeta.__call__ = _annotated
 
 
 def scalar_like(A: LinearOperator, c: Any) -> ScalarMul:

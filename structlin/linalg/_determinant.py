@@ -22,6 +22,7 @@ from structlin._arrays import Array
 from structlin._cola_compat._repair import implementation, rule
 from structlin._cola_compat._values import _parity
 from structlin.linalg import _chain as chain
+from structlin.linalg import _toeplitz as toeplitz
 from structlin.linalg._common import fits_dense, require_square
 from structlin.linalg._inverse import padded_inverse
 from structlin.linalg._lapack import lapack, require_precision
@@ -30,6 +31,7 @@ from structlin.structure import Structure
 from structlin.structures.circulant import CirculantStructure
 from structlin.structures.diagonal import DiagonalStructure
 from structlin.structures.permutation import PermutationStructure
+from structlin.structures.toeplitz import ToeplitzStructure
 
 Determinant = tuple[Array, Array]
 
@@ -53,6 +55,8 @@ def structured_slogdet(A: StructuredOperator) -> Determinant | None:
         return of_numbers(factors[0], xp)
     if isinstance(structure, CirculantStructure):
         return _of_circulant(factors[0], xp)
+    if isinstance(structure, ToeplitzStructure):
+        return toeplitz.slogdet(A)
     if chain.rank_bound(structure) < structure.d_in:
         zero = (factors[0] * 0).sum()
         return zero, xp.real(zero) - math.inf

@@ -19,6 +19,7 @@ from cola.ops import Kronecker as ColaKronecker
 from structlin._arrays import Array
 from structlin._cola_compat._repair import rule
 from structlin.linalg import _chain as chain
+from structlin.linalg import _toeplitz as toeplitz
 from structlin.linalg._cola import scalar_like
 from structlin.linalg._common import (
     annotated,
@@ -41,6 +42,7 @@ from structlin.structures.diagonal import Diagonal, DiagonalStructure
 from structlin.structures.kronecker import Kronecker
 from structlin.structures.low_rank import LowRank
 from structlin.structures.permutation import PermutationStructure
+from structlin.structures.toeplitz import ToeplitzStructure
 
 NO_INVERSE = "; cola.pinv has one for any shape"
 
@@ -67,6 +69,8 @@ def structured_inverse(A: StructuredOperator) -> LinearOperator | None:
         return Diagonal(inverse_values(factors[0], 0.0))
     if isinstance(structure, CirculantStructure):
         return Circulant(inverse_column(factors[0]))
+    if isinstance(structure, ToeplitzStructure):
+        return toeplitz.inverse(A)
     if chain.rank_bound(structure) < structure.d_in:
         raise singular(A, chain.rank_bound(structure))
     if chain.is_dense(structure):

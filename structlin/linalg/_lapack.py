@@ -44,6 +44,7 @@ def _numpy() -> SimpleNamespace:
     return SimpleNamespace(
         cholesky_solve=cholesky_solve,
         positive_slogdet=positive_slogdet,
+        gram=lambda a: np.conj(a).T @ a if np.iscomplexobj(a) else a.T @ a,
         inv=np.linalg.inv,
         solve=np.linalg.solve,
         slogdet=np.linalg.slogdet,
@@ -99,9 +100,16 @@ def _torch() -> SimpleNamespace:
         sign, log = torch.linalg.slogdet(a)
         return sign.prod(), log.sum()
 
+    def gram(a: Array) -> Array:
+        if a.is_complex() or not is_plain(a):
+            return a.mH @ a
+        x: Any = np.from_dlpack(a)
+        return torch.from_numpy(x.T @ x)  # by syrk: half of the work, which torch does not save
+
     return SimpleNamespace(
         cholesky_solve=cholesky_solve,
         positive_slogdet=positive_slogdet,
+        gram=gram,
         inv=torch.linalg.inv,
         solve=torch.linalg.solve,
         slogdet=torch.linalg.slogdet,
@@ -158,6 +166,7 @@ def _jax() -> SimpleNamespace:
     return SimpleNamespace(
         cholesky_solve=cholesky_solve,
         positive_slogdet=positive_slogdet,
+        gram=lambda a: jnp.conj(a).T @ a,
         inv=jnp.linalg.inv,
         solve=jnp.linalg.solve,
         slogdet=jnp.linalg.slogdet,
@@ -292,6 +301,32 @@ def known(x: Any) -> float | None:
         return float(x.detach() if hasattr(x, "detach") else x)
     except (RuntimeError, TypeError, NotImplementedError):
         return None
+
+
+def is_plain(x: Array) -> bool:
+    """Whether NumPy may compute with the memory of ``x``, a tensor of torch: nothing follows what happens to it."""
+    torch: Any = sys.modules["torch"]
+    return (
+        type(x) in (torch.Tensor, torch.nn.Parameter)
+        and x.device.type == "cpu"
+        and x.layout == torch.strided
+        and not (x.requires_grad and torch.is_grad_enabled())
+        and not torch.compiler.is_compiling()
+        and not torch._C._are_functorch_transforms_active()
+        and torch.autograd.forward_ad._current_level < 0
+    )
+
+
+def is_transpose(x: Array, y: Array) -> bool:
+    """Whether the matrix ``x`` is known to be ``y^T``, and real: a view of the same numbers. Never on jax."""
+    if x.shape != y.shape[::-1] or lapack(x).is_complex(x):
+        return False
+    if isinstance(x, np.ndarray) and isinstance(y, np.ndarray):
+        same = x.__array_interface__["data"] == y.__array_interface__["data"]
+        return same and x.dtype == y.dtype and x.strides == y.strides[::-1]
+    if backend_of(x) != "torch" or not (is_plain(x.detach()) and is_plain(y.detach())):
+        return False
+    return bool(x.dtype == y.dtype and x.data_ptr() == y.data_ptr() and x.stride() == y.stride()[::-1])
 
 
 def is_known(x: Array) -> bool:

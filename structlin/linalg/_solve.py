@@ -15,6 +15,7 @@ from structlin._arrays import Array, backend_of
 from structlin._cola_compat._repair import is_array
 from structlin._plan import _Product
 from structlin.linalg import _chain as chain
+from structlin.linalg import _toeplitz as toeplitz
 from structlin.linalg._common import require_square
 from structlin.linalg._inverse import NO_INVERSE, inverse_values
 from structlin.linalg._lapack import (
@@ -31,6 +32,7 @@ from structlin.linalg._woodbury import woodbury
 from structlin.operators import StructuredOperator
 from structlin.structure import Structure
 from structlin.structures.circulant import CirculantStructure
+from structlin.structures.toeplitz import ToeplitzStructure
 
 _AUTO = Auto()
 
@@ -39,9 +41,9 @@ def solve(A: LinearOperator, b: Array, alg: Algorithm = _AUTO) -> Array:
     """``A^-1 b``; ``cola.linalg.solve`` is this function once structlin is imported.
 
     As ``cola.inv(A, alg) @ b``, but where ``alg`` is Auto and A is dense, a chain of square blocks (block diagonal,
-    Kronecker, Monarch, ...), circulant or a low-rank matrix plus a diagonal, no inverse is built: blocks are factored
-    and b is substituted (LU; Cholesky for what is dense or block diagonal and annotated PSD), which is about half the
-    work where the blocks meet few columns. To solve with one A many times, keep ``cola.inv(A)``.
+    Kronecker, Monarch, ...), circulant, Toeplitz or a low-rank matrix plus a diagonal, no inverse is built: blocks are
+    factored and b is substituted (LU; Cholesky for what is dense or block diagonal and annotated PSD), which is about
+    half the work where the blocks meet few columns. To solve with one A many times, keep ``cola.inv(A)``.
 
     Args:
         A: a square operator.
@@ -84,6 +86,8 @@ def _directly(A: LinearOperator, b: Array) -> Array | None:
         return None
     if isinstance(A.structure, CirculantStructure):
         return _with_circulant(A.factors[0], b)
+    if isinstance(A.structure, ToeplitzStructure):
+        return toeplitz.solve(A, b)
     if not chain.is_square_chain(A.structure) or chain.rank_bound(A.structure) < A.shape[0]:
         return None
     assert isinstance(A.structure, Structure)

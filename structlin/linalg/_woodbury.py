@@ -2,7 +2,8 @@
 
 For A = B + U V, with U of shape (n, r) and V of shape (r, n):
 ``A^-1 = B^-1 - B^-1 U (I + V B^-1 U)^-1 V B^-1`` and ``det A = det B det(I + V B^-1 U)``
-(Woodbury 1950, Inverting Modified Matrices). B is a diagonal, given in any of the forms it has in CoLA and here, or any
+(Woodbury 1950, Inverting Modified Matrices). Where B is positive and V is U^H, half of the middle matrix need be
+computed, and Cholesky factors it. B is a diagonal, given in any of the forms it has in CoLA and here, or any
 one structured operator with an inverse in closed form. The inverse is again such a sum. Its accuracy is that of the
 condition of B as well as of A: the result is checked, and where it is bad the dense matrix is used.
 """
@@ -10,7 +11,7 @@ condition of B as well as of A: the result is checked, and where it is bad the d
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 from cola.annotations import PSD
@@ -23,7 +24,7 @@ from structlin.linalg._common import accuracy, annotated, hermitian, is_backward
 from structlin.linalg._determinant import general_slogdet, of_numbers, structured_slogdet
 from structlin.linalg._forms import diagonal_of, thin
 from structlin.linalg._inverse import NO_INVERSE, general_inverse, inverse_values, structured_inverse
-from structlin.linalg._lapack import as_array, eps, known, lapack, require_precision
+from structlin.linalg._lapack import as_array, eps, is_transpose, known, lapack, require_precision
 from structlin.operators import StructuredOperator
 from structlin.structure import Structure
 from structlin.structures.diagonal import Diagonal
@@ -75,22 +76,33 @@ def _correction(n: int, r: int) -> Structure:
 class Woodbury:
     """A sum B + U V with what its inverse and its determinant are made of: ``base`` = B^-1, ``left`` = B^-1 U and
     ``capacitance`` = I + V B^-1 U. B and ``base`` are operators, or the numbers of diagonal matrices, which are
-    ``positive`` if they are known to be."""
+    ``positive`` if they are known to be. ``symmetric``: B is positive, and V is U^H."""
 
     B: StructuredOperator | Array
     U: Array
     V: Array
     base: LinearOperator | Array
-    left: Array
-    capacitance: Array
     positive: bool = False
+    symmetric: bool = False
+
+    @cached_property
+    def left(self) -> Array:
+        return _times(self.base, self.U)
+
+    @cached_property
+    def capacitance(self) -> Array:
+        xp = lapack(self.U)
+        half = xp.gram(_times(xp.sqrt(self.base), self.U)) if self.symmetric else self.V @ self.left
+        return half + xp.eye(self.U.shape[1], self.U)
 
     def solve(self, b: Array) -> Array:
         """(B + U V)^-1 b, for a vector or columns."""
         w = _times(self.base, b)
         small = self.V @ w
         small = small if small.ndim == 2 else small[:, None]
-        middle = self.left @ lapack(small).solve(self.capacitance, small)
+        xp = lapack(small)
+        c = xp.cholesky_solve(self.capacitance, small) if self.symmetric else xp.solve(self.capacitance, small)
+        middle = self.left @ c
         return w - (middle if w.ndim == 2 else middle[:, 0])
 
     def is_accurate(self, A: Sum) -> bool:
@@ -107,19 +119,19 @@ class Woodbury:
 
     def inverse(self) -> LinearOperator:
         """As an operator: B^-1 and one product of low rank."""
-        n, r = self.left.shape
+        n, r = self.U.shape
         base = self.base if isinstance(self.base, LinearOperator) else Diagonal(self.base)
         factors = (self.V @ base, lapack(self.left).inv(self.capacitance), -self.left)
         return base + StructuredOperator(_correction(n, r), factors)
 
-    def slogdet(self) -> tuple[Array, Array]:
-        xp = lapack(self.left)
-        sign, log = xp.slogdet(self.capacitance)
+    def slogdet(self) -> tuple[Array, Array] | None:
+        """None where B has no determinant in closed form."""
+        xp = lapack(self.U)
+        sign, log = (xp.positive_slogdet if self.symmetric else xp.slogdet)(self.capacitance)
         if self.positive:
             return sign, log + xp.log(xp.real(self.B)).sum()
         first = structured_slogdet(self.B) if isinstance(self.B, StructuredOperator) else of_numbers(self.B, xp)
-        assert first is not None
-        return first[0] * sign, first[1] + log
+        return None if first is None else (first[0] * sign, first[1] + log)
 
 
 def _times(base: LinearOperator | Array, x: Array) -> Array:
@@ -152,13 +164,12 @@ def woodbury(A: Sum) -> Woodbury | None:
             base = structured_inverse(B)
         else:
             moderate = _is_moderate(A, B)
-            base = 1 / B if moderate else inverse_values(B, 0.0)
+            base = B**-1 if moderate else inverse_values(B, 0.0)
     except ValueError:  # B may be singular where the sum is not
         return None
     if base is None:
         return None
-    left = _times(base, U)
-    found = Woodbury(B, U, V, base, left, lapack(U).eye(U.shape[1], U) + V @ left, moderate)
+    found = Woodbury(B, U, V, base, moderate, moderate and is_transpose(V, U))
     return found if moderate or found.is_accurate(A) else None
 
 
@@ -172,5 +183,6 @@ def _inverse_of_sum(A: Sum, alg: Auto):
 @rule("slogdet")
 def _slogdet_of_sum(A: Sum, log_alg: Auto, trace_alg: Algorithm):
     require_square(A, "the determinant")
-    found = woodbury(A)
-    return general_slogdet(A, log_alg, trace_alg) if found is None else found.slogdet()
+    formula = woodbury(A)
+    found = None if formula is None else formula.slogdet()
+    return general_slogdet(A, log_alg, trace_alg) if found is None else found

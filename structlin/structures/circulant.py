@@ -3,36 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from types import SimpleNamespace
 
 from structlin._arrays import Array, backend_of, ops
 from structlin.registry import NamedOperator, register
-from structlin.structure import AbstractStructure, Factor
+from structlin.structure import Factor
 from structlin.structures._convolution import fft_product, product_flops, real_fft_flops
+from structlin.structures._square import SquareStructure, length_of, size_of
 
 
-@dataclass(frozen=True)
-class CirculantStructure(AbstractStructure):
+class CirculantStructure(SquareStructure):
     """A ``size`` x ``size`` circulant matrix; its counts are those of real data."""
 
-    size: int
-    factors: tuple[Factor, ...] = field(init=False, compare=False, repr=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "factors", (Factor("column", (self.size,), fan_in=self.size, fan_out=self.size),))
-
-    @property
-    def d_in(self) -> int:  # type: ignore[override]
-        return self.size
-
-    @property
-    def d_out(self) -> int:  # type: ignore[override]
-        return self.size
-
-    @property
-    def macs(self) -> int:
-        return 0
+    @staticmethod
+    def _factor(size: int) -> Factor:
+        return Factor("column", (size,), fan_in=size, fan_out=size)
 
     @property
     def other_flops(self) -> dict[str, int]:
@@ -41,9 +26,6 @@ class CirculantStructure(AbstractStructure):
     @property
     def setup_flops(self) -> dict[str, int]:
         return {"fft": real_fft_flops(self.size)}
-
-    def transpose(self) -> CirculantStructure:
-        return self
 
     def transpose_factors(self, factors: Sequence[Array]) -> tuple[Array, ...]:
         xp = ops(backend_of(factors[0]))
@@ -79,14 +61,8 @@ class Circulant(NamedOperator):
     @staticmethod
     def design(shape: tuple[int, int], /) -> CirculantStructure:
         """A square circulant matrix; ValueError for any other shape."""
-        if shape[0] != shape[1]:
-            raise ValueError(f"a circulant matrix is square, got shape {shape}; ({min(shape)}, {min(shape)}) would do")
-        return CirculantStructure(shape[0])
+        return CirculantStructure(size_of(shape, "a circulant matrix"))
 
     @classmethod
     def _infer(cls, *shapes: tuple[int, ...]) -> CirculantStructure:
-        if len(shapes) != 1 or len(shapes[0]) != 1:
-            raise ValueError(
-                f"Circulant takes its first column, got arrays of shape {', '.join(map(str, shapes)) or 'none'}"
-            )
-        return CirculantStructure(shapes[0][0])
+        return CirculantStructure(length_of(shapes, "Circulant takes its first column"))

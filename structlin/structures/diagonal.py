@@ -3,42 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from types import SimpleNamespace
 
 from structlin._arrays import Array
 from structlin.registry import NamedOperator, register
-from structlin.structure import AbstractStructure, Factor
+from structlin.structure import Factor
+from structlin.structures._square import SquareStructure, length_of, size_of
 
 
-@dataclass(frozen=True)
-class DiagonalStructure(AbstractStructure):
+class DiagonalStructure(SquareStructure):
     """A ``size`` x ``size`` diagonal matrix: ``size`` blocks of 1 x 1, applied by an elementwise product."""
 
-    size: int
-    factors: tuple[Factor, ...] = field(init=False, compare=False, repr=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "factors", (Factor("diagonal", (self.size,), fan_in=1, fan_out=1, blocks=self.size),))
-
-    @property
-    def d_in(self) -> int:  # type: ignore[override]
-        return self.size
-
-    @property
-    def d_out(self) -> int:  # type: ignore[override]
-        return self.size
-
-    @property
-    def macs(self) -> int:
-        return 0
+    @staticmethod
+    def _factor(size: int) -> Factor:
+        return Factor("diagonal", (size,), fan_in=1, fan_out=1, blocks=size)
 
     @property
     def other_flops(self) -> dict[str, int]:
         return {"elementwise": self.size}
-
-    def transpose(self) -> DiagonalStructure:
-        return self
 
     def transpose_factors(self, factors: Sequence[Array]) -> tuple[Array, ...]:
         return tuple(factors)
@@ -69,12 +51,8 @@ class Diagonal(NamedOperator):
     @staticmethod
     def design(shape: tuple[int, int], /) -> DiagonalStructure:
         """A square diagonal matrix; ValueError for any other shape."""
-        if shape[0] != shape[1]:
-            raise ValueError(f"a diagonal matrix is square, got shape {shape}; ({min(shape)}, {min(shape)}) would do")
-        return DiagonalStructure(shape[0])
+        return DiagonalStructure(size_of(shape, "a diagonal matrix"))
 
     @classmethod
     def _infer(cls, *shapes: tuple[int, ...]) -> DiagonalStructure:
-        if len(shapes) != 1 or len(shapes[0]) != 1:
-            raise ValueError(f"Diagonal takes one vector, got arrays of shape {', '.join(map(str, shapes)) or 'none'}")
-        return DiagonalStructure(shapes[0][0])
+        return DiagonalStructure(length_of(shapes, "Diagonal takes one vector"))

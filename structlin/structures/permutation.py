@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,33 +12,15 @@ import numpy as np
 from structlin._arrays import Array, backend_of
 from structlin.registry import NamedOperator, register
 from structlin.structure import AbstractStructure, Factor
+from structlin.structures._square import SquareStructure, size_of
 
 
-@dataclass(frozen=True)
-class PermutationStructure(AbstractStructure):
+class PermutationStructure(SquareStructure):
     """A ``size`` x ``size`` permutation: no parameters and no FLOPs, one index array."""
 
-    size: int
-    factors: tuple[Factor, ...] = field(init=False, compare=False, repr=False)
-
-    def __post_init__(self) -> None:
-        index = Factor("index", (self.size,), fan_in=1, fan_out=1, blocks=self.size, trainable=False)
-        object.__setattr__(self, "factors", (index,))
-
-    @property
-    def d_in(self) -> int:  # type: ignore[override]
-        return self.size
-
-    @property
-    def d_out(self) -> int:  # type: ignore[override]
-        return self.size
-
-    @property
-    def macs(self) -> int:
-        return 0
-
-    def transpose(self) -> PermutationStructure:
-        return self
+    @staticmethod
+    def _factor(size: int) -> Factor:
+        return Factor("index", (size,), fan_in=1, fan_out=1, blocks=size, trainable=False)
 
     def transpose_factors(self, factors: Sequence[Array]) -> tuple[Array, ...]:
         return (factors[0].argsort(),)
@@ -81,9 +62,7 @@ class Permutation(NamedOperator):
     @staticmethod
     def design(shape: tuple[int, int], /) -> PermutationStructure:
         """A square permutation matrix; ValueError for any other shape."""
-        if shape[0] != shape[1]:
-            raise ValueError(f"a permutation is square, got shape {shape}; ({min(shape)}, {min(shape)}) would do")
-        return PermutationStructure(shape[0])
+        return PermutationStructure(size_of(shape, "a permutation"))
 
     @classmethod
     def _own_annotations(cls, structure: AbstractStructure) -> frozenset[type]:

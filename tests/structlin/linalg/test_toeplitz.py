@@ -1,0 +1,257 @@
+"""The recursion for Toeplitz matrices: against LAPACK and SciPy, its gradients, and when LAPACK takes over."""
+
+import cola
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+from jax.test_util import check_grads
+
+import structlin
+from structlin import linalg
+from structlin._arrays import to_backend
+from structlin.linalg import _inverse, _toeplitz
+from structlin.operators import StructuredOperator
+from structlin.testing import to_numpy
+
+N = 9
+
+
+@pytest.fixture
+def at_once(monkeypatch):
+    """From one row on."""
+    monkeypatch.setattr(_toeplitz, "LEAST", 1)
+
+
+@pytest.fixture
+def never_dense(monkeypatch):
+    def refuse(self):
+        raise AssertionError("the dense matrix was built")
+
+    monkeypatch.setattr(StructuredOperator, "to_dense", refuse)
+    monkeypatch.setattr(_inverse, "dense_inverse", refuse)
+
+
+def kernel(dtype="float64", n=N, seed=0):
+    """Diagonals of a matrix all of whose leading parts are well conditioned, and that is not symmetric."""
+    rng = np.random.default_rng(seed)
+    x = rng.standard_normal(2 * n - 1) / (2 * np.sqrt(n))
+    if "complex" in dtype:
+        x = x + 1j * rng.standard_normal(2 * n - 1) / (2 * np.sqrt(n))
+    x[n - 1] += 2 if "complex" not in dtype else 1 - 2j
+    return x.astype(dtype)
+
+
+def matrix(k):
+    n = (len(k) + 1) // 2
+    return scipy.linalg.toeplitz(k[n - 1 :], k[:n][::-1])
+
+
+def operator(k, backend="numpy"):
+    return operator_of(to_backend(k, backend))
+
+
+def operator_of(k):
+    return structlin.Toeplitz.from_kernel(k, (k.shape[0] + 1) // 2)
+
+
+@pytest.mark.parametrize("dtype", ["float64", "complex128"])
+@pytest.mark.parametrize("n", [1, 2, 3, 9, 64])
+def test_recursion(n, dtype):
+    k = kernel(dtype, n)
+    found, t = _toeplitz.recursion(k), matrix(k)
+    inverse = np.linalg.inv(t)
+    np.testing.assert_allclose(found.first, inverse[:, 0], rtol=1e-12, atol=1e-14)
+    np.testing.assert_allclose(found.last, inverse[:, -1], rtol=1e-12, atol=1e-14)
+    determinants = [1, *(np.linalg.det(t[:m, :m]) for m in range(1, n + 1))]
+    np.testing.assert_allclose(found.pivots, np.array(determinants[1:]) / determinants[:-1], rtol=1e-10)
+    made = _toeplitz.inverse_from(found.first, found.last)
+    np.testing.assert_allclose(made.to_dense(), inverse, rtol=0, atol=1e-13)
+    adjoint = found.adjoint()
+    np.testing.assert_allclose(adjoint.first, inverse.conj().T[:, 0], rtol=1e-12, atol=1e-14)
+    np.testing.assert_allclose(adjoint.last, inverse.conj().T[:, -1], rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "complex64", "complex128"])
+@pytest.mark.parametrize("backend", ["numpy", "torch", "jax"])
+def test_no_dense_matrix_is_built(backend, dtype, at_once, never_dense):
+    k, rng = kernel(dtype), np.random.default_rng(1)
+    A, t = operator(k, backend), matrix(k)
+    x = rng.standard_normal((N, 3)).astype(dtype)
+    b = to_backend(x, backend)
+    tolerance = 2e-5 if dtype in ("float32", "complex64") else 1e-11
+    wanted = np.linalg.solve(t, x)
+    np.testing.assert_allclose(to_numpy(linalg.solve(A, b)), wanted, rtol=tolerance, atol=tolerance)
+    np.testing.assert_allclose(to_numpy(linalg.solve(A, b[:, 0])), wanted[:, 0], rtol=tolerance, atol=tolerance)
+    for op, m in ((A, t), (A.T, t.T), (A.H, t.conj().T)):
+        np.testing.assert_allclose(to_numpy(cola.inv(op) @ b), np.linalg.solve(m, x), rtol=tolerance, atol=tolerance)
+        sign, log = cola.linalg.slogdet(op)
+        np.testing.assert_allclose(complex(sign), np.linalg.slogdet(m)[0], rtol=tolerance)
+        np.testing.assert_allclose(float(log), np.linalg.slogdet(m)[1], rtol=tolerance)
+        assert sign.dtype == b.dtype
+        assert "complex" not in str(log.dtype)
+    assert linalg.solve(A, b).dtype == b.dtype
+
+
+def test_agrees_with_scipy_at_the_size_where_it_starts():
+    k = kernel(n=_toeplitz.LEAST)
+    n, A, b = _toeplitz.LEAST, operator(k), np.random.default_rng(2).standard_normal(_toeplitz.LEAST)
+    assert _toeplitz.columns(A) is not None
+    assert _toeplitz.columns(operator(kernel(n=n - 1))) is None
+    wanted = scipy.linalg.solve_toeplitz((k[n - 1 :], k[:n][::-1]), b)
+    np.testing.assert_allclose(linalg.solve(A, b), wanted, rtol=1e-9, atol=1e-12)
+
+
+# name: a kernel for which the recursion can not be trusted, though the matrix is well conditioned
+BAD = {
+    "a leading entry of zero": np.array([1.0, 2.0, 0.0, 3.0, -1.0]),
+    "a leading entry near zero": np.array([1.0, 2.0, 1e-7, 3.0, -1.0]),
+    "a leading minor near zero": np.array([0.5, 1.0, 1.0, 1.0 + 1e-7, -2.0]),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_the_dense_matrix_takes_over(name, at_once):
+    k, b = BAD[name], np.array([1.0, -2.0, 0.5])
+    t = matrix(k)
+    assert np.linalg.cond(t) < 100
+    assert _toeplitz.columns(operator(k)) is None
+    for backend in ("numpy", "torch"):
+        A = operator(k, backend)
+        np.testing.assert_allclose(linalg.solve(A, to_backend(b, backend)), np.linalg.solve(t, b), rtol=1e-12)
+        np.testing.assert_allclose(cola.inv(A).to_dense(), np.linalg.inv(t), rtol=1e-10, atol=1e-12)
+        np.testing.assert_allclose(cola.linalg.slogdet(A), np.linalg.slogdet(t), rtol=1e-12)
+
+
+def test_a_bad_solution_is_not_returned(at_once, monkeypatch):
+    """Should the columns be wrong after all, the residual shows it."""
+    k = kernel()
+    right = _toeplitz.recursion(k)
+    wrong = _toeplitz.Columns(right.first * (1 + 1e-6 * np.arange(N)), right.last, right.pivots)
+    b = np.random.default_rng(0).standard_normal((N, 2))
+    monkeypatch.setattr(_toeplitz, "_ROUNDOFF", 0)
+    assert _toeplitz._refined(right, k, b) is None  # no solution passes: the bound is what decides
+    monkeypatch.undo()
+    assert _toeplitz._refined(_toeplitz.Columns(right.first, right.last[::-1], right.pivots), k, b) is None
+    monkeypatch.setattr(_toeplitz, "LEAST", 1)
+    monkeypatch.setattr(_toeplitz, "recursion", lambda _: wrong)
+    assert _toeplitz.columns(operator(k)) is None
+    np.testing.assert_allclose(linalg.solve(operator(k), b), np.linalg.solve(matrix(k), b), rtol=1e-12)
+
+
+def test_a_singular_matrix_is_refused(at_once):
+    A = operator(np.ones(5))
+    with pytest.raises(np.linalg.LinAlgError, match="singular"):
+        linalg.solve(A, np.ones(3))
+    assert float(cola.logdet(A)) < -25
+
+
+def test_half_precision_is_refused(at_once):
+    A = operator(kernel("float32"), "torch").to(dtype=torch.bfloat16)
+    for f in (cola.inv, cola.linalg.slogdet, lambda A: linalg.solve(A, torch.ones(N, dtype=torch.bfloat16))):
+        with pytest.raises(ValueError, match="needs float32, float64 or complex"):
+            f(A)
+
+
+def test_above_the_dense_limit(monkeypatch):
+    from structlin.linalg import _common
+
+    monkeypatch.setattr(_common, "DENSE_LIMIT", 100)
+    k = kernel(n=300)
+    A, b = operator(k, "torch"), torch.ones(300, dtype=torch.float64)
+    np.testing.assert_allclose(linalg.solve(A, b), np.linalg.solve(matrix(k), b), rtol=1e-10)
+    np.testing.assert_allclose(cola.logdet(A), np.linalg.slogdet(matrix(k))[1], rtol=1e-12)
+
+
+def test_toeplitz_plus_low_rank(at_once, never_dense):
+    k, rng = kernel(), np.random.default_rng(3)
+    U, V = rng.standard_normal((N, 2)) / 3, rng.standard_normal((2, N)) / 3
+    A, a = operator(k) + structlin.LowRank(V, U), matrix(k) + U @ V
+    b = rng.standard_normal((N, 2))
+    np.testing.assert_allclose(linalg.solve(A, b), np.linalg.solve(a, b), rtol=1e-10)
+    np.testing.assert_allclose(cola.inv(A) @ b, np.linalg.solve(a, b), rtol=1e-10)
+    np.testing.assert_allclose(cola.linalg.slogdet(A), np.linalg.slogdet(a), rtol=1e-10)
+
+
+# -- gradients -------------------------------------------------------------------------------------------------------
+
+
+GRADIENTS = {
+    "solve": lambda k, b: linalg.solve(operator_of(k), b),
+    "solve with a vector": lambda k, b: linalg.solve(operator_of(k), b[:, 0]),
+    "inverse": lambda k, b: cola.inv(operator_of(k)) @ b,
+    "determinant": lambda k, b: torch.mul(*(x + 0 * b.sum() for x in cola.linalg.slogdet(operator_of(k)))),
+}
+
+
+@pytest.mark.parametrize("dtype", ["float64", pytest.param("complex128", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", GRADIENTS)
+def test_gradients_and_their_gradients(name, dtype, at_once, never_dense):
+    k = torch.tensor(kernel(dtype, 3), requires_grad=True)
+    b = torch.tensor(np.random.default_rng(0).standard_normal((3, 2)).astype(dtype), requires_grad=True)
+    assert torch.autograd.gradcheck(GRADIENTS[name], (k, b), atol=1e-7)
+    assert torch.autograd.gradcheck(lambda b: GRADIENTS[name](k.detach(), b), (b,))
+    assert torch.autograd.gradgradcheck(GRADIENTS[name], (k, b), atol=1e-6)
+
+
+def test_gradients_at_full_size_are_those_of_the_dense_matrix():
+    n = 300
+    k = torch.tensor(kernel(n=n), requires_grad=True)
+    b = torch.tensor(np.random.default_rng(0).standard_normal(n))
+
+    def loss(solve, logdet):
+        return solve.square().sum() + logdet
+
+    A = operator_of(k)
+    assert _toeplitz.columns(A) is not None
+    (fast,) = torch.autograd.grad(loss(linalg.solve(A, b), cola.logdet(A)), k)
+    rows = torch.arange(n)
+    dense = k[rows[:, None] - rows[None, :] + n - 1]
+    (slow,) = torch.autograd.grad(loss(torch.linalg.solve(dense, b), torch.linalg.slogdet(dense)[1]), k)
+    torch.testing.assert_close(fast, slow, rtol=1e-9, atol=1e-10)
+
+
+def test_transformations_take_the_dense_matrix(at_once):
+    """Their values can not be looked at."""
+    k, b = kernel(), np.random.default_rng(0).standard_normal(N)
+    wanted = np.linalg.solve(matrix(k), b)
+    many = torch.stack([torch.tensor(k), 2 * torch.tensor(k)])
+    found = torch.func.vmap(lambda k: linalg.solve(operator_of(k), torch.tensor(b)))(many)
+    np.testing.assert_allclose(found, np.stack([wanted, wanted / 2]), rtol=1e-10)
+    gradient = jax.grad(lambda k: cola.logdet(operator_of(k)))(jnp.asarray(k))
+    tracked = torch.tensor(k, requires_grad=True)
+    cola.logdet(operator_of(tracked)).backward()
+    np.testing.assert_allclose(gradient, tracked.grad, rtol=1e-9, atol=1e-11)
+    _, tangent = torch.func.jvp(
+        lambda k: linalg.solve(operator_of(k), torch.tensor(b)), (torch.tensor(k),), (torch.ones(2 * N - 1).double(),)
+    )
+    np.testing.assert_allclose(tangent, -np.linalg.solve(matrix(k), np.ones((N, N)) @ wanted), rtol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", ["float64", "complex128"])
+def test_solutions_under_jit_take_the_recursion_too(dtype, at_once, never_dense):
+    k, x = kernel(dtype), np.random.default_rng(1).standard_normal((N, 2)).astype(dtype)
+    solve = jax.jit(lambda k, b: linalg.solve(operator_of(k), b))
+    first, last, regular = jax.jit(_toeplitz._traced_recursion)(jnp.asarray(k))
+    wanted = _toeplitz.recursion(k)
+    assert regular
+    np.testing.assert_allclose(first, wanted.first, rtol=1e-11, atol=1e-14)
+    np.testing.assert_allclose(last, wanted.last, rtol=1e-11, atol=1e-14)
+    np.testing.assert_allclose(solve(k, x), np.linalg.solve(matrix(k), x), rtol=1e-10)
+    np.testing.assert_allclose(solve(k, x[:, 0]), np.linalg.solve(matrix(k), x[:, 0]), rtol=1e-10)
+    if dtype == "float64":
+        check_grads(solve, (jnp.asarray(k), jnp.asarray(x)), order=1, modes=["fwd", "rev"], rtol=1e-3)
+        check_grads(solve, (jnp.asarray(k), jnp.asarray(x)), order=2, modes=["rev"], rtol=1e-3)
+        found = jax.vmap(solve, (0, None))(jnp.stack([k, 2 * k]), x)
+        np.testing.assert_allclose(found[1], np.linalg.solve(matrix(k), x) / 2, rtol=1e-10)
+
+
+def test_lapack_takes_over_under_jit(at_once):
+    b = np.array([1.0, -2.0, 0.5])
+    solve = jax.jit(lambda k, b: linalg.solve(operator_of(k), b))
+    for k in BAD.values():
+        assert not _toeplitz._traced_recursion(jnp.asarray(k))[2]
+        np.testing.assert_allclose(solve(k, b), np.linalg.solve(matrix(k), b), rtol=1e-12)
+    assert not np.isfinite(solve(np.ones(5), b)).any()
