@@ -17,6 +17,8 @@ examples:
   structlin generate --checkpoint runs/gpt2 --samples 3 --tokens 200 --temperature 1 --top-k 0 --top-p 0.95
   structlin generate --pretrained path/to/gpt2 --vocabulary path/to/gpt2 --prompt Once --temperature 0
       with published weights: a folder with config.json and model.safetensors
+  structlin generate --pretrained small.safetensors --prompt Once
+      with a file of `structlin compress`
 
 An empty prompt starts a new document. The same seed gives the same text.
 """
@@ -25,7 +27,7 @@ An empty prompt starts a new document. The same seed gives the same text.
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint", metavar="DIR", help="folder of a run of `structlin train gpt2`")
     parser.add_argument("--average", action="store_true", help="the average of the weights, where the run keeps one")
-    parser.add_argument("--pretrained", metavar="DIR", help="GPT-2 as transformers saves it, in place of a run")
+    parser.add_argument("--pretrained", metavar="PATH", help="GPT-2 as transformers saves it, or compressed")
     parser.add_argument("--prompt", default="", metavar="TEXT", help="what is continued")
     parser.add_argument("--tokens", type=int, default=100, metavar="N", help="most new tokens (default: %(default)s)")
     parser.add_argument("--samples", type=int, default=1, metavar="N", help="continuations (default: %(default)s)")
@@ -59,13 +61,19 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _model(arguments: argparse.Namespace) -> tuple[Any, str | None]:
     """The model, and the tokeniser of the data that it was trained on, as far as it is told."""
+    from structlin_nn.data.tokens import GPT2_VOCABULARY
+    from structlin_nn.models import GPT2
+
     if arguments.pretrained is not None:
-        from structlin_nn.models.pretrained import load_gpt2
+        from structlin_nn.trained import open_trained
 
         if arguments.average:
             raise UsageError("--average is for a run (--checkpoint)")
-        return load_gpt2(arguments.pretrained), "gpt2"
-    from structlin_nn.models import GPT2
+        found = open_trained(arguments.pretrained).model
+        if not isinstance(found, GPT2):
+            raise UsageError(f"{arguments.pretrained} holds a {type(found).__name__}, not a language model")
+        published = found.config.vocabulary >= GPT2_VOCABULARY
+        return found, "gpt2" if published else None
     from structlin_nn.training.records import read_record
     from structlin_nn.training.run import CHECKPOINT, RECORD, load_trained
 

@@ -23,6 +23,7 @@ COMMANDS = {
         "prepare",
         "train",
         "sweep",
+        "compress",
         "generate",
         "structures",
         "count",

@@ -46,6 +46,8 @@ examples:
       on several GPUs
   structlin train cifar --structure monarch --width 256 --out runs/first --resume
       go on after an interruption: Ctrl-C, SIGTERM, a power failure
+  structlin train gpt2 --data DIR --init-from small.safetensors --lr 1e-4 --steps 1000 --warmup-steps 50
+      further, from trained weights: a file of `structlin compress`, another run, or published GPT-2
   structlin train cifar --epochs 3 --batch-size 256 --no-augment --mixup 0 --label-smoothing 0
       a quick look
 
@@ -74,6 +76,11 @@ def _add_arguments(parser: argparse.ArgumentParser, name: str) -> None:
         run.add_argument(
             "--on-broken", metavar="NAME", default="error", help="at a broken image: error, or skip it with a warning"
         )
+    run.add_argument(
+        "--init-from", metavar="PATH",
+        help="trained weights to start from, which say what model it is: a .safetensors file, the folder of a run, or "
+        "of published GPT-2 (random weights)",
+    )  # fmt: skip
     run.add_argument("--out", metavar="DIR", help="folder for record and checkpoint (default: runs/ and a name)")
     run.add_argument("--resume", action="store_true", help="go on with the run in --out, to the bit on a CPU")
     run.add_argument("--checkpoint-minutes", type=float, default=5.0, metavar="M", help="between checkpoints (5)")
@@ -144,8 +151,12 @@ def _shown(value: Any) -> str:
     return "none" if value == "" else str(value)
 
 
-def configuration(arguments: argparse.Namespace) -> RunConfig:
-    """The configuration that the arguments ask for; UsageError where it is not one."""
+def configuration(arguments: argparse.Namespace, weights: Any = None) -> RunConfig:
+    """The configuration that the arguments ask for; UsageError where it is not one.
+
+    `weights`: what the run starts from (`structlin_nn.training.weights.InitialWeights`), which decides what model it
+    is; options that say otherwise are an error. Or a dictionary of these fields, for a run that goes on.
+    """
     models, _ = NAMES[arguments.name]
     kind = CONFIGS[models[0]]
     changes = {
@@ -167,9 +178,54 @@ def configuration(arguments: argparse.Namespace) -> RunConfig:
                 raise ValueError(f"{', '.join(twice)} is given by --set and by an option of its own")
         if kind is TrainConfig and "data_set" not in changes:
             changes["data_set"] = "fashion" if arguments.data is None else "cifar10"
+        if weights is not None:
+            return _decided(kind, models, changes, weights)
         return recipe(changes.pop("model", models[0]), **changes)
     except (TypeError, ValueError) as error:
         raise UsageError(str(error)) from error
+
+
+def _decided(kind: type[RunConfig], models: tuple[str, ...], changes: dict[str, Any], weights: Any) -> RunConfig:
+    """The configuration whose model is that of the weights."""
+    from structlin_nn.training.weights import differing
+
+    fields_of = weights if isinstance(weights, dict) else weights.fields(kind)
+    if found := differing(changes, fields_of):
+        raise ValueError(f"{getattr(weights, 'name', 'the run')} holds another model: {'; '.join(found)}")
+    chosen = {**fields_of, **changes, **{k: v for k, v in fields_of.items() if k != "base_width"}}
+    if (model := chosen.pop("model", models[0])) not in models and not model.startswith("timm:"):
+        raise ValueError(f"the weights are of a {model}, and this trains {', '.join(models)}")
+    # The recipe has options of its own for a structure, which the weights go before.
+    own = {k: fields_of[k] for k in ("structure", "options", "rms_cap", "rule") if k in fields_of}
+    return recipe(model, **{k: v for k, v in chosen.items() if k not in own}).replace(**own)
+
+
+def initial_weights(arguments: argparse.Namespace) -> Any:
+    """What the arguments start from: `InitialWeights`, or for a run that goes on the fields that they decided; or None.
+
+    A run that is resumed needs the weights no more: its record says what model it is.
+    """
+    assigned = [text for text in arguments.set if text.startswith("init_from=")]
+    given = [*([] if arguments.init_from is None else [arguments.init_from]), *(t.partition("=")[2] for t in assigned)]
+    arguments.set = [text for text in arguments.set if text not in assigned]
+    if len(given) > 1:
+        raise UsageError("init_from is given twice")
+    if arguments.resume and arguments.out is not None and (Path(arguments.out) / "record.jsonl").exists():
+        from structlin_nn.training.records import read_record
+        from structlin_nn.training.weights import MODEL_FIELDS, SHARED_FIELDS
+
+        header = read_record(Path(arguments.out) / "record.jsonl").header
+        kind = CONFIGS[NAMES[arguments.name][0][0]]
+        if not given or not Path(given[0]).expanduser().exists():
+            if (started := header.get("init_from")) is None or started["structured_layers"] is None:
+                return None
+            names = ("model", *SHARED_FIELDS, *MODEL_FIELDS[kind])
+            return {name: header["config"][name] for name in names if name in header["config"]}
+    if not given:
+        return None
+    from structlin_nn.training.weights import open_weights
+
+    return open_weights(given[0])
 
 
 def data_options(arguments: argparse.Namespace, config: RunConfig) -> dict[str, Any]:
@@ -191,8 +247,14 @@ def run(arguments: argparse.Namespace) -> int:
         raise UsageError(f"the following arguments are required: NAME, one of {', '.join(NAMES)}")
     if arguments.checkpoint_minutes < 0:
         raise UsageError(f"--checkpoint-minutes must be at least 0, got {arguments.checkpoint_minutes:g}")
-    config = configuration(arguments)
+    try:
+        weights = initial_weights(arguments)
+    except (OSError, ImportError, ValueError) as error:
+        raise UsageError(_one_line(error)) from error
+    config = configuration(arguments, weights)
     options = data_options(arguments, config)
+    if weights is not None and not isinstance(weights, dict):
+        options["init_from"] = weights
     folder = Path(arguments.out or default_folder(config))
 
     from structlin_nn.training.distributed import processes
@@ -279,6 +341,8 @@ def _introduction(arguments: argparse.Namespace, made: Any) -> list[str]:
         f"{counts['total_training_macs']:.3g} for the whole run of {made.steps} steps",
         f"writing to {made.folder}",
     ]
+    if made.init_from is not None:
+        lines.insert(2, f"weights: {made.init_from['file']}")
     if group.size > 1:
         lines.insert(2, f"processes: {group.size}, {group.parallel}")
     return lines

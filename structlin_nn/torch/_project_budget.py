@@ -3,7 +3,8 @@
 To minimise the sum of squared errors under a bound on the sum of costs is a knapsack problem with one choice per layer.
 Its Lagrangian relaxation is solved exactly by walking down the lower convex hulls of the curves, the step with the
 largest decrease of the error per cost first, up to the first step that exceeds the budget: what is found is at most
-that step away from the optimum. What is left of the budget is spent in the same way, along hulls of the points that fit.
+that step away from the optimum. What is left of the budget is spent in the same way, along hulls of the points that
+fit.
 """
 
 from __future__ import annotations

@@ -34,6 +34,12 @@ class GPT2TrainConfig(RunConfig):
     head_dim: int = option(0, "size of a head; 0: width // heads")
     context: int = option(512, "tokens in a sequence")
     vocabulary: int = option(0, "tokens that the model knows; 0: the data's, rounded up to a multiple of 64")
+    expansion: int = option(4, "width of the feed-forward layers, as a multiple of the width")
+    qk_norm: bool = option(True, "normalise queries and keys")
+    attention_scale: float = option(0.0, "factor on the attention logits; 0: 8 / head_dim")
+    bias: bool = option(False, "biases in all linear layers but the head, and in the norms")
+    tied: bool = option(False, "the token embedding is the head, which then is not structured")
+    gelu: str = option("none", "GELU, exact or in the tanh approximation", ("none", "tanh"))
     layers: str = option("all", "which linear layers are structured, the others stay dense", ("all", "all_but_last"))
     batch_size: int = option(480, "sequences of a step, of all processes and parts together")
     steps: int = option(1000, "steps of the run")
@@ -44,8 +50,8 @@ class GPT2TrainConfig(RunConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._at_least(1, "depth", "heads", "context", "steps", "eval_every", "eval_batches")
-        self._at_least(0, "head_dim", "vocabulary", "warmup_steps")
+        self._at_least(1, "depth", "heads", "context", "expansion", "steps", "eval_every", "eval_batches")
+        self._at_least(0, "head_dim", "vocabulary", "warmup_steps", "attention_scale")
         check("warmup_steps", self.warmup_steps, self.warmup_steps < self.steps, "less than steps")
         if self.head_dim == 0 and self.heads > self.width:
             raise ValueError(f"a width of {self.width} has no room for {self.heads} heads; give head_dim")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -23,18 +24,19 @@ FLAX = ("jax", "flax", "optax")
 __all__ = ["count_run", "hardware", "layers", "make_header", "versions"]
 
 
-def count_run(config: RunConfig, outputs: int, steps: int) -> dict[str, int]:
+def count_run(config: RunConfig, outputs: int, steps: int, layout: Mapping[str, Any] | None = None) -> dict[str, int]:
     """Parameters of the model, MACs of one sample, and the size of the whole run.
 
     Args:
         config: of the run.
         outputs: number of classes, or of the tokens that the model knows.
         steps: of the run.
+        layout: of the model's layers, where it is not the configuration's (`structlin_nn.training.model.make_model`).
 
     ``training_macs`` are those of the forward and the backward pass, without the gradients that no step needs, such
     as that of the images (`structlin_nn.counting`): between two and three times ``forward_macs``.
     """
-    model = make_model(config.replace(recompute=False), outputs, "meta")
+    model = make_model(config.replace(recompute=False), outputs, "meta", layout)
     counted = count(model, example_input(config, model))
     samples = steps * config.batch_size
     return {
@@ -90,9 +92,10 @@ def make_header(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     processes: Processes,
+    init_from: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The header of a run that starts now; see `structlin_nn.training.records`."""
-    return {
+    return ({} if init_from is None else {"init_from": init_from}) | {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "task": config.task,
         "config": config.to_dict(),

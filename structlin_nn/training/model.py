@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,11 +11,20 @@ from torch import Tensor, nn
 
 from structlin_nn.models import StructureConfig, base_model, build_model
 from structlin_nn.torch import ParameterRule, parameter_groups, replace_linear
+from structlin_nn.torch._layout import changes
 from structlin_nn.training.base import RunConfig
 from structlin_nn.training.config import GPT2TrainConfig, ImageNetTrainConfig, TrainConfig
 from structlin_nn.training.distributed import local
 
-__all__ = ["INPUT_LAYERS", "example_input", "make_model", "make_optimizer", "model_sizes", "structure_of"]
+__all__ = [
+    "INPUT_LAYERS",
+    "example_input",
+    "make_model",
+    "make_optimizer",
+    "model_sizes",
+    "structure_of",
+    "timm_options",
+]
 
 INPUT_LAYERS = {"cifar-mlp": "input", "cifar-vit": "patch_embedding"}
 """Name of the first linear layer of each model, which `TrainConfig.input_lr_mult` is for."""
@@ -51,29 +61,41 @@ def model_sizes(config: RunConfig, outputs: int) -> dict[str, Any]:
         "head_dim": config.head_dim or None,
         "vocabulary": outputs,
         "context": config.context,
+        "expansion": config.expansion,
+        "qk_norm": config.qk_norm,
+        "attention_scale": config.attention_scale or None,
+        "bias": config.bias,
+        "tied": config.tied,
+        "gelu": config.gelu,
     }
 
 
-def make_model(config: RunConfig, outputs: int, device: torch.device | str) -> nn.Module:
+def make_model(
+    config: RunConfig, outputs: int, device: torch.device | str, layout: Mapping[str, Any] | None = None
+) -> nn.Module:
     """The model of a configuration, drawn from torch's global generator on the CPU, whatever its device.
 
     Args:
         config: of any pipeline.
         outputs: number of classes, or of the tokens that the model knows.
         device: ``meta`` allocates nothing.
+        layout: which layers are structured, and how (`structlin_nn.torch._layout`), in place of what the
+            configuration says of them; layers that it replaces have no values yet.
 
     Raises:
-        ValueError: sizes that the structure does not allow, or an unknown model of timm.
+        ValueError: sizes that the structure does not allow, an unknown model of timm, or a layout of another model.
         ModuleNotFoundError: a model of timm where timm is not installed.
     """
     place = "meta" if torch.device(device).type == "meta" else "cpu"
-    structure = structure_of(config)
+    structure = structure_of(config) if layout is None else StructureConfig()
     if config.model.startswith("timm:"):
         assert isinstance(config, ImageNetTrainConfig)
         model = _timm_model(config, structure, outputs, place)
     else:
         sizes = model_sizes(config, outputs)
         model = build_model(config.model, width=config.width, structure=structure, device=place, **sizes)
+    for change in () if layout is None else changes(model, layout):
+        change.apply(model)
     if config.recompute:
         model.set_grad_checkpointing(True)  # type: ignore[operator]
     return model.to(device)
@@ -85,11 +107,9 @@ def _timm_model(config: ImageNetTrainConfig, structure: StructureConfig, classes
     name = config.model.removeprefix("timm:")
     if not timm.is_model(name):
         raise ValueError(f"timm has no model {name!r}")
-    # Models without an argument img_size take images of any size.
-    size = {"img_size": config.image_size} if "vit" in name or config.image_size != 224 else {}
     try:
         with torch.device(device):
-            model = timm.create_model(name, num_classes=classes, **size)
+            model = timm.create_model(name, **timm_options(config, classes))
     except TypeError as error:
         raise ValueError(f"timm's {name} does not take images of {config.image_size} pixels: {error}") from error
     if structure.name != "dense":
@@ -102,6 +122,17 @@ def _timm_model(config: ImageNetTrainConfig, structure: StructureConfig, classes
             **structure.options,
         )
     return model
+
+
+def timm_options(config: ImageNetTrainConfig, classes: int) -> dict[str, int]:
+    """What timm is told to build the model of a configuration.
+
+    >>> timm_options(ImageNetTrainConfig(model="timm:resnet18", width=0, base_width=0), 7)
+    {'num_classes': 7}
+    """
+    # Models without an argument img_size take images of any size.
+    sized = "vit" in config.model or config.image_size != 224
+    return {"num_classes": classes, **({"img_size": config.image_size} if sized else {})}
 
 
 def example_input(config: RunConfig, model: nn.Module) -> Tensor:

@@ -10,7 +10,9 @@ The header has ``kind`` "header" and holds
 - ``counts``: ``params``, ``trainable_params``, ``embedding_params``, ``forward_macs`` and ``training_macs`` (forward
   and backward pass) of one sample (an image, or a sequence of full length), ``other_flops`` (FLOPs of structures that
   are no products), and ``steps``, ``samples`` and ``total_training_macs`` of the whole run;
-- ``versions`` of Python and the libraries; ``hardware``, with the number of processes and how they share the model.
+- ``versions`` of Python and the libraries; ``hardware``, with the number of processes and how they share the model;
+- for a run that started from trained weights, ``init_from``: the name of the ``file``, the ``sha256`` sum of its
+  tensors, and how many ``structured_layers`` it has (null where it does not say).
 
 A line of an evaluation has ``kind`` "evaluation" and holds, in all pipelines, ``step``, ``samples`` seen,
 ``training_macs`` spent so far, ``lr`` (of the last step, at multiplier 1), ``batch_loss`` (mean over the training

@@ -22,6 +22,7 @@ from structlin_nn.training.sharded import load_shards, remove_shards, save_shard
 from structlin_nn.training.statistics import Probe
 from structlin_nn.training.stepper import Stepper
 from structlin_nn.training.task import Task, make_task
+from structlin_nn.training.weights import InitialWeights, open_weights
 
 __all__ = ["CHECKPOINT", "RECORD", "Run", "TrainingError", "load_trained", "setup"]
 
@@ -43,6 +44,8 @@ class Run:
         sums: statistics of the steps since the last evaluation (`Task.add`).
         last: the last line of the record.
         shards: where the last checkpoint has its tensors, None where they are in its file.
+        layout: of the model's layers, where it is not the configuration's; `init_from`: what it started from, as the
+            header has it, or None.
         messages: for the reader, from `setup`.
     """
 
@@ -61,6 +64,8 @@ class Run:
     seconds: float = 0.0
     last: dict[str, Any] = field(default_factory=dict)
     shards: dict[str, Any] | None = None
+    layout: dict[str, Any] | None = None
+    init_from: dict[str, Any] | None = None
     messages: list[str] = field(default_factory=list)
 
     @property
@@ -113,6 +118,8 @@ class Run:
             "config": self.config.to_dict(),
             "data": self.task.digest,
             "outputs": self.task.outputs,
+            "layout": self.layout,
+            "init_from": self.init_from,
             "scaler": self.stepper.scaler.state_dict(),
             "position": self.task.state_dict(),
             "torch": torch.get_rng_state(),
@@ -191,6 +198,7 @@ def setup(
     data_root: str | os.PathLike[str] | None = None,
     resume: bool = False,
     processes: Processes | None = None,
+    init_from: str | os.PathLike[str] | InitialWeights | None = None,
     **data: Any,
 ) -> Run:
     """Load the data, build the model, and start a record, or take a run up where its last checkpoint left it.
@@ -202,14 +210,17 @@ def setup(
             images.
         resume: go on with the run in `folder`. Where none was begun there, one is, and `Run.messages` says so.
         processes: that train together (`structlin_nn.training.distributed.processes`); None for this one alone.
+        init_from: trained weights to start from (`structlin_nn.training.weights.open_weights`). The structured layers
+            are those of the file, whatever the structure of the configuration is called; the sizes of the model have
+            to be its own (`InitialWeights.fields` gives them). A run that goes on needs it no more.
         **data: what else the pipeline's task takes: ``verify=False`` does not compare CIFAR with its official sums.
 
     Raises:
         FileNotFoundError: data that are not there.
         FileExistsError: `folder` holds a run, and `resume` is False.
         ValueError: damaged data or checkpoint, a structure that the sizes do not allow, a device that is not
-            there, or a run with another configuration or other data than the one to be resumed (the message names
-            the differing keys).
+            there, or a run with another configuration, other data or other initial weights than the one to be
+            resumed (the message names the differing keys); weights that do not fit the model.
         OSError: `folder` cannot be written.
     """
     folder = Path(folder)
@@ -230,15 +241,18 @@ def setup(
         named = getattr(config, "data_set", config.task)
         raise ValueError(f"the run in {folder} was trained on other {named} data than these")
 
+    weights, layout, started = _initial(config, folder, state, init_from)
     torch.manual_seed(config.seed)
-    model = make_model(config, task.outputs, processes.device)
+    model = make_model(config, task.outputs, processes.device, layout)
+    if weights is not None:
+        weights.put_into(model)
     blocks = list(getattr(model, "blocks", ()))
     if config.compile:
         for module in blocks if processes.sharded else (model,):
             module.compile()
     wrapped = processes.wrap(model, blocks)
     optimizer, _ = make_optimizer(config, model, task.outputs)
-    counts = count_run(config, task.outputs, task.steps)
+    counts = count_run(config, task.outputs, task.steps, layout)
     messages: list[str] = []
     processes.barrier()  # nobody looks for a record any more
     if state is not None:
@@ -250,7 +264,7 @@ def setup(
     else:
         if resume:
             messages.append(f"{folder} holds no checkpoint: starting from the beginning")
-        header = make_header(config, task.described(), counts, model, optimizer, processes)
+        header = make_header(config, task.described(), counts, model, optimizer, processes, started)
         writer = processes.first(lambda: RecordWriter.create(record, header))
     run_kind, stepper = Run, Stepper(config, model, wrapped, optimizer, processes)
     if getattr(config, "framework", "torch") == "flax":
@@ -269,11 +283,32 @@ def setup(
         record=writer,
         sums=torch.zeros(task.sums, dtype=torch.float64, device=processes.device),
         messages=messages,
+        layout=layout,
+        init_from=started,
     )
     made.probe = Probe(model, made.call, task.probe())
     if state is not None:
         made.restore(state)
     return made
+
+
+def _initial(
+    config: RunConfig, folder: Path, state: dict[str, Any] | None, init_from: Any
+) -> tuple[InitialWeights | None, dict[str, Any] | None, dict[str, Any] | None]:
+    """Weights to start from, the layout of the layers, and what the header says; None where there is nothing."""
+    if init_from is not None and getattr(config, "framework", "torch") != "torch":
+        raise ValueError("init_from needs framework='torch'")
+    if state is None:
+        if init_from is None:
+            return None, None, None
+        weights = init_from if isinstance(init_from, InitialWeights) else open_weights(init_from)
+        return weights, weights.layout, weights.described()
+    started = state.get("init_from")
+    if init_from is not None and started is None:
+        raise ValueError(f"the run in {folder} did not start from trained weights")
+    if isinstance(init_from, InitialWeights) and init_from.sha256 != started["sha256"]:
+        raise ValueError(f"the run in {folder} started from other weights than {init_from.name}: {started['file']}")
+    return None, state.get("layout"), started
 
 
 def load_trained(folder: str | os.PathLike[str], *, average: bool = False) -> nn.Module:
@@ -293,7 +328,7 @@ def load_trained(folder: str | os.PathLike[str], *, average: bool = False) -> nn
     if average and not config.ema:
         raise ValueError(f"the run in {folder} keeps no average of its weights (ema is 0)")
     with torch.random.fork_rng(devices=[]):
-        model = make_model(config, state["outputs"], "cpu")
+        model = make_model(config, state["outputs"], "cpu", state.get("layout"))
     tensors = state
     if state["shards"] is not None:
         from structlin_nn.training.distributed import single

@@ -226,7 +226,7 @@ class TestCommand:
             (f"--checkpoint {trained} --temperature -1", "temperature must be finite"),
             (f"--checkpoint {trained} --average", "keeps no average of its weights"),
             (f"--checkpoint {tmp_path}", "No such file"),
-            (f"--pretrained {tmp_path}", "config.json is missing"),
+            (f"--pretrained {tmp_path}", "holds no trained model: that is a folder of"),
             (f"--checkpoint {trained} --device nowhere", "nowhere"),
         ):
             assert message in self.run(line, capsys, code=2)[1]

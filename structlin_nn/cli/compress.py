@@ -1,0 +1,198 @@
+"""``structlin compress``: a trained model with structured layers in place of its dense ones."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from structlin_nn.cli.common import UsageError, choice, given_structure_options, print_json, structure_options
+from structlin_nn.cli.count import RULES
+
+HELP = "replace the dense layers of a trained model by the nearest structured ones, and write it to a file"
+EXAMPLES = """\
+examples:
+  structlin compress runs/first --structure low_rank --mac-fraction 0.5 --out half.safetensors
+      a run of `structlin train` on the embedded images, to half of the MACs of its layers
+  structlin compress runs/second --data path/to/cifar-10-batches-bin --structure block_tensor_train \\
+      --mac-fraction 0.25 --out quarter.safetensors
+  structlin compress timm:vit_small_patch32_224 --weights vit.safetensors --data path/to/imagenet \\
+      --structure low_rank --target-error 0.1 --out vit.small.safetensors
+  structlin compress path/to/gpt2 --data path/to/tokens --structure low_rank --param-fraction 0.7 --out g.safetensors
+      published GPT-2: a folder with config.json and model.safetensors
+  structlin compress runs/first --structure monarch --blocks 4 --layers 'blocks.*' --exclude '*.up' --out m.safetensors
+
+With data, the forms are chosen so that the errors of the outputs on training samples are small, and not those of the
+weights, and the model is evaluated before and after. Nothing is trained: `structlin train NAME --init-from FILE`
+trains the file further, `structlin generate --pretrained FILE` lets a language model write, and
+structlin_nn.models.load_model("FILE") gives the torch model.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "source", metavar="MODEL",
+        help="a run of `structlin train` (its folder), a file of this command, timm:NAME with --weights, or a folder "
+        "of GPT-2 as transformers saves it",
+    )  # fmt: skip
+    parser.add_argument("--out", required=True, metavar="FILE", help="what to write: .safetensors")
+    parser.add_argument("--overwrite", action="store_true", help="replace --out where it exists")
+    parser.add_argument("--structure", required=True, metavar="NAME", help="one of `structlin structures`")
+    much = parser.add_argument_group("how much is kept: one of these, or options of the structure, for all layers")
+    much.add_argument("--mac-fraction", type=float, metavar="F", help="a share of the MACs of the chosen layers")
+    much.add_argument("--max-macs", type=int, metavar="N", help="so many MACs of them, for one vector at each place")
+    much.add_argument("--param-fraction", type=float, metavar="F", help="a share of their parameters")
+    much.add_argument("--max-params", type=int, metavar="N", help="so many parameters")
+    much.add_argument("--target-error", type=float, metavar="E", help="a relative error of every layer, at most")
+    which = parser.add_argument_group("which layers")
+    which.add_argument(
+        "--layers", action="append", metavar="PATTERN",
+        help="all, all_but_last, intermediate, or patterns of names, repeatable (all_but_last; GPT-2: all)",
+    )  # fmt: skip
+    which.add_argument("--exclude", action="append", default=[], metavar="PATTERN", help="but not these, repeatable")
+    structure_options(parser)
+    parser.add_argument("--rms-cap", action="store_true", help="RMS-capped factors, with gains that keep the function")
+    parser.add_argument("--rule", type=choice("rule", RULES), default="paper", metavar="NAME", help=", ".join(RULES))
+    data = parser.add_argument_group("data, to calibrate and to evaluate with")
+    data.add_argument("--data", metavar="DIR", help="as `structlin train` takes them (a run on embedded images: those)")
+    data.add_argument("--data-set", metavar="NAME", help="cifar10, cifar100 or fashion, if not that of the run")
+    data.add_argument("--unverified", action="store_true", help="do not compare CIFAR's files with the official sums")
+    data.add_argument(
+        "--calibrate", type=int, metavar="N",
+        help="training samples to calibrate with, 0 for none (2000 images; 500 of ImageNet; 32 sequences)",
+    )  # fmt: skip
+    data.add_argument(
+        "--evaluate", type=int, metavar="N",
+        help="test samples to evaluate on, before and after, 0 for none (all images; 64 sequences)",
+    )  # fmt: skip
+    data.add_argument("--context", type=int, metavar="N", help="tokens in a sequence (the model's)")
+    data.add_argument("--damping", type=float, default=0.01, metavar="D", help="of the calibration (0.01)")
+    data.add_argument("--seed", type=int, default=0, metavar="N", help="of the samples that are drawn (0)")
+    model = parser.add_argument_group("the model")
+    model.add_argument("--weights", metavar="FILE", help="timm:NAME: its state dictionary, .safetensors")
+    model.add_argument("--num-classes", type=int, metavar="N", help="timm:NAME: classes (those of the weights)")
+    model.add_argument("--image-size", type=int, metavar="N", help="timm:NAME: side of the images (the model's)")
+    model.add_argument("--average", action="store_true", help="a run: the average of its weights, where it keeps one")
+    model.add_argument("--untie", action="store_true", help="GPT-2: give the head a weight of its own, to compress too")
+    model.add_argument("--device", default="cpu", metavar="NAME", help="where it runs: cpu, cuda or cuda:N (cpu)")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    out = Path(arguments.out).expanduser()
+    if out.suffix != ".safetensors":
+        raise UsageError(f"--out must be a .safetensors file, got {out.name!r}")
+    if out.exists() and not arguments.overwrite:
+        raise UsageError(f"{out} exists already: add --overwrite to replace it, or choose another --out")
+    if not out.parent.is_dir():
+        raise UsageError(f"the folder of --out is missing: {out.parent}")
+    for name in ("calibrate", "evaluate", "seed"):
+        if (value := getattr(arguments, name)) is not None and value < 0:
+            raise UsageError(f"--{name} must be at least 0, got {value}")
+    try:
+        return _compress(arguments, out)
+    except (OSError, ImportError, TypeError, ValueError) as error:
+        raise UsageError(" ".join(str(error).split())) from error
+
+
+def _compress(arguments: argparse.Namespace, out: Path) -> int:
+    import structlin
+    from structlin_nn.compress import CALIBRATION, compress, costs
+    from structlin_nn.models.files import save_model
+    from structlin_nn.trained import open_trained
+    from structlin_nn.training.distributed import single
+
+    structlin.get(arguments.structure)
+    device = str(single(arguments.device).device)
+    trained = open_trained(
+        arguments.source, weights=arguments.weights, num_classes=arguments.num_classes,
+        image_size=arguments.image_size, average=arguments.average, untie=arguments.untie,
+    )  # fmt: skip
+    data = _data(arguments, trained, device)
+    trained.model.to(device)
+    before = {"costs": costs(trained), "quality": _quality(arguments, data, trained.model)}
+    number = 0 if data is None else CALIBRATION[trained.task] if arguments.calibrate is None else arguments.calibrate
+    calibration = list(data.samples(number)) if data is not None and number else None
+    options: dict[str, Any] = given_structure_options(arguments)
+    options |= {"damping": arguments.damping, "rms_cap": arguments.rms_cap, "rule": arguments.rule}
+    much = ("mac_fraction", "max_macs", "param_fraction", "max_params", "target_error")
+    options |= {name: getattr(arguments, name) for name in much if getattr(arguments, name) is not None}
+    if arguments.layers is not None:
+        presets = ("all", "all_but_last", "intermediate")
+        preset = len(arguments.layers) == 1 and arguments.layers[0] in presets
+        options["layers"] = arguments.layers[0] if preset else tuple(arguments.layers)
+    start = time.perf_counter()
+    report = compress(
+        trained, arguments.structure, calibration=calibration, exclude=tuple(arguments.exclude), **options
+    )
+    seconds = time.perf_counter() - start
+    after = {"costs": costs(trained), "quality": _quality(arguments, data, trained.model)}
+    record = {
+        "source": trained.name,
+        "build": trained.build,
+        "structure": arguments.structure,
+        "calibration_samples": 0 if calibration is None else sum(len(batch) for batch in calibration),
+        "data": None if data is None else data.about,
+        "before": before,
+        "after": after,
+        "seconds": round(seconds, 3),
+    }
+    said = {key: value for key, value in record.items() if key not in ("build", "seconds")}
+    trained.model.to("cpu")
+    save_model(trained.model, out, build=trained.build, metadata={"compress": json.dumps(said)})
+    record |= {"file": str(out), "bytes": out.stat().st_size, "report": report.to_dict()}
+    if arguments.json:
+        print_json(record)
+    else:
+        _print(record, report)
+    return 0
+
+
+def _data(arguments: argparse.Namespace, trained: Any, device: str) -> Any:
+    from structlin_nn.compress import open_data
+
+    wanted = {"data_set": arguments.data_set, "context": arguments.context}
+    embedded = getattr(trained.config, "data_set", None) == "fashion" or arguments.data_set == "fashion"
+    if arguments.data is None and not embedded:
+        asked = [name for name, value in wanted.items() if value is not None]
+        asked += [name for name in ("calibrate", "evaluate") if getattr(arguments, name)]
+        if asked:
+            raise ValueError(f"--{asked[0].replace('_', '-')} needs --data")
+        return None
+    if arguments.calibrate == 0 and arguments.evaluate == 0:
+        return None
+    return open_data(
+        trained, arguments.data, verify=not arguments.unverified, device=device, seed=arguments.seed, **wanted
+    )
+
+
+def _quality(arguments: argparse.Namespace, data: Any, model: Any) -> dict[str, float] | None:
+    if data is None or arguments.evaluate == 0:
+        return None
+    return data.evaluate(model, arguments.evaluate)
+
+
+_SHOWN = {
+    "test_error": ("test error", "{:.2%}"), "val_error": ("top-1 error", "{:.2%}"),
+    "val_top5_error": ("top-5 error", "{:.2%}"), "test_loss": ("test loss", "{:.4f}"),
+    "val_loss": ("validation loss", "{:.4f}"), "val_perplexity": ("perplexity", "{:.2f}"),
+}  # fmt: skip
+
+
+def _print(record: dict[str, Any], report: Any) -> None:
+    print(report)
+    before, after = record["before"], record["after"]
+    print(f"\n{'the whole model':<28}{'before':>18}{'after':>18}{'ratio':>9}")
+    for key, label in (("params", "parameters"), ("forward_macs", "MACs, one sample")):
+        one, two = before["costs"][key], after["costs"][key]
+        print(f"{label:<28}{one:>18,}{two:>18,}{two / one:>9.3f}")
+    for key, (label, form) in _SHOWN.items():
+        if before["quality"] is not None and key in before["quality"]:
+            one, two = before["quality"][key], after["quality"][key]
+            print(f"{label:<28}{form.format(one):>18}{form.format(two):>18}")
+    used = f"calibrated on {record['calibration_samples']:,} samples" if record["calibration_samples"] else (
+        "not calibrated: the error of the weights is what is small; with --data that of the outputs is"
+    )  # fmt: skip
+    print(f"\n{used}; {record['seconds']:.1f} s\n{record['file']}: {record['bytes']:,} bytes")

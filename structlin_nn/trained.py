@@ -1,0 +1,187 @@
+"""Trained models, wherever they are: runs and files of ours, models of timm with a file of weights, published GPT-2."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from structlin_nn.data.image_transforms import IMAGENET_MEAN, IMAGENET_STD
+from structlin_nn.models.files import TIMM_OPTIONS, build_of, load_model, make_timm
+from structlin_nn.torch.files import read_structured, read_tensors
+from structlin_nn.training.base import RunConfig
+
+__all__ = ["KINDS", "TrainedModel", "open_trained"]
+
+KINDS = (
+    "a folder of `structlin train`, a .safetensors file of `structlin compress`, timm:NAME with --weights, or a folder "
+    "with config.json and model.safetensors of GPT-2"
+)
+Scale = tuple[tuple[float, ...], tuple[float, ...]]
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """A trained model, and what is known of it.
+
+    Attributes:
+        model: on the CPU and in evaluation mode.
+        build: how it is built (:mod:`structlin_nn.models.files`).
+        name: of the source, without folders.
+        config: of the run that trained it, where it was one of ours.
+        scale: (mean, standard deviation) that its images are normalised with, where they are not ImageNet's.
+    """
+
+    model: nn.Module
+    build: dict[str, Any]
+    name: str
+    config: RunConfig | None = None
+    scale: Scale | None = None
+
+    @property
+    def task(self) -> str:
+        """Pipeline whose data the model is for: ``gpt2``, ``cifar`` (images of 32 x 32) or ``imagenet``."""
+        if self.config is not None:
+            return self.config.task
+        if self.build["kind"] == "GPT2":
+            return "gpt2"
+        return "cifar" if self.image_size == 32 and self.build["kind"] != "timm" else "imagenet"
+
+    @property
+    def image_size(self) -> int:
+        """Side of the images that an image model takes."""
+        if self.build["kind"] != "timm":
+            return self.build["config"]["input_shape"][1]
+        usual = getattr(self.model, "pretrained_cfg", {}).get("input_size", (3, 224, 224))
+        return self.build["options"].get("img_size", usual[1])
+
+    def example_input(self, device: str = "meta") -> Tensor:
+        """One sample of the longest shape that the model takes."""
+        if self.build["kind"] == "timm":
+            return torch.zeros(1, 3, self.image_size, self.image_size, device=device)
+        return self.model.example_input(device=device)  # type: ignore[operator]
+
+    def rescaled(self, images: Tensor) -> Tensor:
+        """Images that are normalised as ImageNet's, normalised as the model wants them: (batch, 3, height, width)."""
+        if self.scale is None:
+            return images
+        ours = [torch.tensor(v, device=images.device).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD)]
+        mean, deviation = (torch.tensor(v, device=images.device).view(3, 1, 1) for v in self.scale)
+        return (images * ours[1] + ours[0] - mean) / deviation
+
+
+def open_trained(
+    source: str | os.PathLike[str],
+    *,
+    weights: str | os.PathLike[str] | None = None,
+    num_classes: int | None = None,
+    image_size: int | None = None,
+    average: bool = False,
+    untie: bool = False,
+) -> TrainedModel:
+    """Open a trained model.
+
+    Args:
+        source: the folder of a run; a file of `structlin_nn.models.save_model`; ``timm:NAME``; or a folder (or the
+            .safetensors file in it) that holds GPT-2 as transformers saves it.
+        weights: for ``timm:NAME`` the .safetensors file with its state dictionary; nothing is downloaded.
+        num_classes: of a model of timm; None: what its classifier in the file has.
+        image_size: of a model of timm; None: its own.
+        average: of a run: the average of the weights.
+        untie: of published GPT-2: a head of its own (`structlin_nn.models.pretrained.load_gpt2`).
+
+    Raises:
+        FileNotFoundError: a file that is not there.
+        ValueError: a source of no known kind, damaged files, weights that are not those of the model, or an option
+            that the source does not have.
+        ModuleNotFoundError: a model of timm, where that is not installed.
+    """
+    text = os.fspath(source)
+    given = {"weights": weights, "num_classes": num_classes, "image_size": image_size}
+    if text.startswith("timm:"):
+        _refuse(text, average=average or None, untie=untie or None)
+        if weights is None:
+            raise ValueError(f"{text} needs weights, a .safetensors file of its state dictionary")
+        return _timm(text.removeprefix("timm:"), weights, num_classes, image_size)
+    _refuse(text, **given)
+    place = Path(text).expanduser()
+    if (place / "checkpoint.pt").is_file():
+        _refuse(text, untie=untie or None)
+        return _run(place, average)
+    _refuse(text, average=average or None)
+    if place.is_file() and place.suffix == ".safetensors" and not (place.parent / "config.json").is_file():
+        _refuse(text, untie=untie or None)
+        model, build = load_model(place), read_structured(place).build
+        assert build is not None
+        return TrainedModel(model, build, place.name)
+    if (place if place.is_dir() else place.parent).joinpath("config.json").is_file():
+        from structlin_nn.models.pretrained import load_gpt2
+
+        model = load_gpt2(place, untie=untie)
+        return TrainedModel(model, build_of(model), place.name)
+    if not place.exists():
+        raise FileNotFoundError(f"{place} is missing: a trained model is {KINDS}")
+    raise ValueError(f"{place} holds no trained model: that is {KINDS}")
+
+
+def _refuse(source: str, **options: Any) -> None:
+    if unfit := [name for name, value in options.items() if value is not None]:
+        raise ValueError(f"{unfit[0]} is no option of {source}")
+
+
+def _run(folder: Path, average: bool) -> TrainedModel:
+    from structlin_nn.training.config import config_from_dict
+    from structlin_nn.training.records import read_record
+    from structlin_nn.training.run import RECORD, load_trained
+
+    header = read_record(folder / RECORD).header
+    config = config_from_dict(header["task"], header["config"])
+    model = load_trained(folder, average=average)
+    if not config.model.startswith("timm:"):
+        return TrainedModel(model, build_of(model), folder.name, config)
+    from structlin_nn.training.model import timm_options
+
+    build = {
+        "kind": "timm",
+        "name": config.model.removeprefix("timm:"),
+        "options": timm_options(config, model.num_classes),  # type: ignore[arg-type]
+    }
+    return TrainedModel(model, build, folder.name, config)
+
+
+def _timm(name: str, weights: str | os.PathLike[str], num_classes: int | None, image_size: int | None) -> TrainedModel:
+    given = dict(zip(TIMM_OPTIONS, (num_classes, image_size), strict=True))
+    options = {key: value for key, value in given.items() if value is not None}
+    tensors = read_tensors(weights)
+    if num_classes is None and (found := _classes(name, tensors)) is not None:
+        options["num_classes"] = found
+    model = make_timm(name, **options)
+    own = model.state_dict()
+    if wrong := sorted(own.keys() ^ tensors.keys()):
+        which = "lacks" if wrong[0] in own else "holds, and the model lacks,"
+        raise ValueError(f"{weights} is not of timm's {name}: it {which} {wrong[0]} ({len(wrong)} such names)")
+    for key, value in own.items():
+        if tensors[key].shape != value.shape:
+            raise ValueError(
+                f"{weights} is not of timm's {name} with {options or 'its own sizes'}: {key} has shape "
+                f"{tuple(tensors[key].shape)}, and here {tuple(value.shape)}"
+            )
+    model.load_state_dict(tensors)
+    settings = getattr(model, "pretrained_cfg", {})
+    scale = tuple(settings.get("mean", IMAGENET_MEAN)), tuple(settings.get("std", IMAGENET_STD))
+    plain = scale == (IMAGENET_MEAN, IMAGENET_STD)
+    build = {"kind": "timm", "name": name, "options": options}
+    return TrainedModel(model.eval(), build, Path(weights).name, None, None if plain else scale)
+
+
+def _classes(name: str, tensors: dict[str, Tensor]) -> int | None:
+    """Classes of the classifier that a file has."""
+    with torch.device("meta"):
+        settings = getattr(make_timm(name), "pretrained_cfg", {})
+    classifier = settings.get("classifier")
+    weight = tensors.get(f"{classifier}.weight") if isinstance(classifier, str) else None
+    return None if weight is None else weight.shape[0]
