@@ -24,7 +24,7 @@ import structlin
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("structlin", "structlin_nn")
-EXTRAS = {"", "torch", "jax", "train", "vision", "text", "gpu", "tracking", "test", "docs"}
+EXTRAS = {"", "torch", "jax", "train", "vision", "text", "gpu", "tracking", "test", "docs", "cluster"}
 MAX_LINES = 600
 MAX_IMPORT_SECONDS = 0.5
 DATA_SUFFIXES = {".json", ".jsonl", ".csv", ".npz", ".png", ".svg"}
