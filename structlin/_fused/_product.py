@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from structlin._fused._ir import Code, Int, Values
 from structlin._fused._target import Target
@@ -23,7 +23,7 @@ VECTORS = 3  # along a row of the tile, at most: with 9 rows they are loaded the
 UNROLLED = 4
 BLOCK = 36  # tokens, about: what a block's sums of partial sums are shared by
 NEAR = 16  # elements, about a cache line
-BYTES = {"float": 4, "double": 8, "bfloat": 2}
+BYTES = {"float": 4, "double": 8, "bfloat": 2, "i32": 4}
 Strides = Mapping[str, int]  # of the axes that an array has, in elements
 
 
@@ -47,8 +47,8 @@ class Product:
 
     ``across``: the axis of the vectors. ``swapped``: it is the left operand that is read in vectors, not the right one;
     ``both``: both are. ``down``: the axis of the rows of the tile, if any. ``along``: that of its columns, where
-    ``across`` is summed. ``summed``, ``outer`` and ``near``: outermost first. The loops over ``near`` run inside of
-    that over rows: along these axes neighbours share cache lines.
+    ``across`` is summed. ``paired``: see :meth:`pairs`. ``summed``, ``outer`` and ``near``: outermost first. The loops
+    over ``near`` run inside of that over rows: along these axes neighbours share cache lines.
     """
 
     across: Axis
@@ -59,6 +59,27 @@ class Product:
     swapped: bool = False
     both: bool = False
     along: Axis | None = None
+    paired: bool = False
+
+    def pairs(self) -> Product | None:
+        """The same with numbers of 16 bits, of which a product takes two neighbours along the innermost summed axis.
+
+        The operand that is read number by number (left) has them side by side; of the other one pairs are the elements,
+        in the order of axes that its numbers had. None where that is not so.
+        """
+        if not self.summed or self.along is not None or self.swapped or self.both:
+            return None
+        last = self.summed[-1]
+        if last.left != 1 or last.size == 0 or last.size % 2 or last.right != self.across.size:
+            return None
+
+        def halved(axis: Axis) -> Axis:
+            return replace(axis, right=None if axis.right is None else axis.right // 2)
+
+        summed = (*map(halved, self.summed[:-1]), replace(last, size=last.size // 2, left=2))
+        return replace(
+            self, summed=summed, outer=tuple(map(halved, self.outer)), near=tuple(map(halved, self.near)), paired=True
+        )
 
     def cost(self, target: Target, element: str) -> float:
         """Estimated instructions for one token: loads, and multiplications of vectors with their unused lanes."""
@@ -192,7 +213,7 @@ class Emitter:
     def __init__(self, code: Code, target: Target, element: str, tokens: Int, block: int) -> None:
         self.code, self.target, self.element, self.tokens, self.block = code, target, element, tokens, block
         self.lanes = target.width // BYTES[element]
-        self.short = {"float": "f32", "double": "f64", "bfloat": "bf16"}
+        self.short = {"float": "f32", "double": "f64", "bfloat": "bf16", "i32": "i32"}
         self.vector = f"<{self.lanes} x {element}>"
 
     # -- memory --------------------------------------------------------------------------------------------------------
@@ -208,7 +229,9 @@ class Emitter:
             found = self.code.call(
                 kind, name, ("ptr", pointer), ("i32", BYTES[at.element]), self._mask(lanes), (kind, "zeroinitializer")
             )
-        return found if at.element == self.element else self.code.value(f"fpext {kind} {found} to {self.vector}")
+        if at.element in (self.element, "i32"):
+            return found
+        return self.code.value(f"fpext {kind} {found} to {self.vector}")
 
     def store(self, at: Memory, offset: Int, value: str, lanes: int) -> None:
         kind = f"<{self.lanes} x {at.element}>"
@@ -226,12 +249,38 @@ class Emitter:
         one = self.code.value(f"load {at.element}, ptr {pointer}, align {BYTES[at.element]}")
         return one if at.element == self.element else self.code.value(f"fpext {at.element} {one} to {self.element}")
 
+    def put_number(self, at: Memory, offset: Int, value: str) -> None:
+        if at.element != self.element:
+            value = self.code.value(f"fptrunc {self.element} {value} to {at.element}")
+        pointer = self.code.at(at.element, at.pointer, offset)
+        self.code.put(f"store {at.element} {value}, ptr {pointer}, align {BYTES[at.element]}")
+
     def spread(self, at: Memory, offset: Int) -> str:
         """One number in all lanes."""
         one = self.number(at, offset)
-        first = self.code.value(f"insertelement {self.vector} poison, {self.element} {one}, i64 0")
-        zeros = f"<{self.lanes} x i32> zeroinitializer"
-        return self.code.value(f"shufflevector {self.vector} {first}, {self.vector} poison, {zeros}")
+        return self._spread(one, self.element)
+
+    def spread_pair(self, at: Memory, offset: Int) -> str:
+        """Two neighbours of 16 bits, again and again."""
+        pointer = self.code.at(at.element, at.pointer, offset)
+        return self.as_pairs(self._spread(self.code.value(f"load i32, ptr {pointer}, align 2"), "i32"))
+
+    def as_pairs(self, vector: str) -> str:
+        return self.code.value(f"bitcast <{self.lanes} x i32> {vector} to <{2 * self.lanes} x bfloat>")
+
+    def _spread(self, one: str, element: str) -> str:
+        kind, zeros = f"<{self.lanes} x {element}>", f"<{self.lanes} x i32> zeroinitializer"
+        first = self.code.value(f"insertelement {kind} poison, {element} {one}, i64 0")
+        return self.code.value(f"shufflevector {kind} {first}, {kind} poison, {zeros}")
+
+    def multiply_add(self, a: str, b: str, c: str) -> str:
+        name = f"llvm.fma.v{self.lanes}{self.short[self.element]}"
+        return self.code.call(self.vector, name, (self.vector, a), (self.vector, b), (self.vector, c))
+
+    def multiply_add_pairs(self, a: str, b: str, c: str) -> str:
+        """Each lane of float32 plus the products of two pairs of bfloat16."""
+        name, kind = f"llvm.x86.avx512bf16.dpbf16ps.{32 * self.lanes}", f"<{2 * self.lanes} x bfloat>"
+        return self.code.call(self.vector, name, (self.vector, c), (kind, a), (kind, b))
 
     def _mask(self, lanes: int) -> tuple[str, str]:
         bits = ", ".join(f"i1 {'true' if k < lanes else 'false'}" for k in range(self.lanes))
@@ -260,10 +309,13 @@ class Emitter:
         self.code.loop(0, self.tokens, 1, row)
 
     def product(
-        self, product: Product, out: Memory, left: Memory, right: Memory, *, add: bool = False,
+        self, product: Product, out: Sequence[Memory], left: Memory, right: Memory, *, add: bool = False,
         bias: Memory | None = None,
     ) -> None:  # fmt: skip
-        """Write the loops. ``add``: to what is in ``out``. ``bias`` has the strides of ``out`` and no tokens."""
+        """Write the loops. ``out``: the same array, in one element type or several. ``add``: to what is in it.
+
+        ``bias`` has the strides of ``out`` and no tokens.
+        """
         _Loops(self, product, out, left, right, add, bias).write()
 
 
@@ -279,7 +331,7 @@ class _At:
 
 class _Loops:
     def __init__(
-        self, emitter: Emitter, product: Product, out: Memory, left: Memory, right: Memory, add: bool,
+        self, emitter: Emitter, product: Product, out: Sequence[Memory], left: Memory, right: Memory, add: bool,
         bias: Memory | None,
     ) -> None:  # fmt: skip
         self.emitter, self.code, self.product = emitter, emitter.code, product
@@ -374,7 +426,6 @@ class _Loops:
     def _tile(self, at: _At, rows: int, lanes: Sequence[int]) -> None:
         emitter, code, width = self.emitter, self.code, self.emitter.lanes
         down = self._strides(self.product.down) if self.product.down else (0, 0, 0, 0)
-        kind = emitter.vector
 
         def places(offset: Int, stride: int) -> list[list[Int]]:
             return [[code.add(offset, r * stride + k * width) for k in range(len(lanes))] for r in range(rows)]
@@ -384,31 +435,35 @@ class _Loops:
             sums = row * rows
         elif self.add or self.bias is not None:
             held, start = (
-                (self.out, places(at.out, down[0])) if self.bias is None else (self.bias, places(at.bias, down[3]))
+                (self.out[0], places(at.out, down[0])) if self.bias is None else (self.bias, places(at.bias, down[3]))
             )
             sums = [emitter.load(held, place, n) for row in start for place, n in zip(row, lanes, strict=True)]
         else:
             sums = ["zeroinitializer"] * (rows * len(lanes))
 
+        paired = self.product.paired
+        multiply_add = emitter.multiply_add_pairs if paired else emitter.multiply_add
+
         def turn(vector: Int, single: Int, sums: Values) -> Values:
             found = list(sums)
             vectors = [emitter.load(self.vector, code.add(vector, k * width), n) for k, n in enumerate(lanes)]
+            if paired:
+                vectors = [emitter.as_pairs(v) for v in vectors]
             for r in range(rows):
                 place = code.add(single, r * down[2])
-                number = "" if self.product.both else emitter.spread(self.single, place)
-                for k, n in enumerate(lanes):
-                    factor = emitter.load(self.single, code.add(place, k * width), n) if self.product.both else number
-                    at = r * len(lanes) + k
-                    found[at] = code.call(
-                        kind, f"llvm.fma.v{width}{emitter.short[emitter.element]}",
-                        (kind, factor), (kind, vectors[k]), (kind, found[at]),
-                    )  # fmt: skip
+                if not self.product.both:
+                    numbers = [(emitter.spread_pair if paired else emitter.spread)(self.single, place)] * len(lanes)
+                else:
+                    numbers = [emitter.load(self.single, code.add(place, k * width), n) for k, n in enumerate(lanes)]
+                for k, (number, other) in enumerate(zip(numbers, vectors, strict=True), start=r * len(lanes)):
+                    found[k] = multiply_add(number, other, found[k])
             return found
 
         sums = self._sum(self.product.summed, at.vector, at.single, sums, turn)
         for r, starts in enumerate(places(at.out, down[0])):
             for k, (place, n) in enumerate(zip(starts, lanes, strict=True)):
-                emitter.store(self.out, place, sums[r * len(lanes) + k], n)
+                for out in self.out:
+                    emitter.store(out, place, sums[r * len(lanes) + k], n)
 
     def _sum(
         self, axes: Sequence[Axis], vector: Int, single: Int, sums: Values, turn: Callable[[Int, Int, Values], Values]
@@ -460,7 +515,6 @@ class _Loops:
         assert product.along is not None
         down, along = self._strides(product.down) if product.down else (0, 0, 0, 0), self._strides(product.along)
         size, width = product.across.size, emitter.lanes
-        fma = f"llvm.fma.v{width}{emitter.short[emitter.element]}"
 
         def turn(vector: Int, single: Int, sums: Values) -> Values:
             def step(place: Int, sums: Values, lanes: int) -> Values:
@@ -470,8 +524,7 @@ class _Loops:
                 for r in range(rows):
                     left = emitter.load(self.single, code.add(s, r * down[2]), lanes)
                     for c in range(columns):
-                        three = (left, right[c], sums[r * columns + c])
-                        found.append(code.call(emitter.vector, fma, *((emitter.vector, v) for v in three)))
+                        found.append(emitter.multiply_add(left, right[c], sums[r * columns + c]))
                 return found
 
             whole = size // width * width
@@ -479,7 +532,7 @@ class _Loops:
             return sums if whole == size else step(whole, sums, size - whole)
 
         sums = self._sum(product.summed, at.vector, at.single, ["zeroinitializer"] * (rows * columns), turn)
-        out, kind = self.out, emitter.element
+        kind = emitter.element
         for r in range(rows):
             for c in range(columns):
                 name = f"llvm.vector.reduce.fadd.v{width}{emitter.short[kind]}"
@@ -492,11 +545,9 @@ class _Loops:
                     more = emitter.number(self.bias, code.add(at.bias, r * down[3] + c * along[3]))
                     total = code.value(f"fadd {kind} {more}, {total}")
                 elif self.add:
-                    total = code.value(f"fadd {kind} {emitter.number(out, place)}, {total}")
-                if out.element != kind:
-                    total = code.value(f"fptrunc {kind} {total} to {out.element}")
-                pointer = code.at(out.element, out.pointer, place)
-                code.put(f"store {out.element} {total}, ptr {pointer}, align {BYTES[out.element]}")
+                    total = code.value(f"fadd {kind} {emitter.number(self.out[0], place)}, {total}")
+                for out in self.out:
+                    emitter.put_number(out, place, total)
 
 
 def _runs(total: int, most: int) -> list[tuple[range, int]]:

@@ -10,14 +10,14 @@ writes the output where it belongs. The backward pass adds to the gradients of t
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 from structlin._fused._ir import Code
 from structlin._fused._product import BYTES, Emitter, Memory
-from structlin._fused._schedule import Schedule, make_schedule
+from structlin._fused._schedule import LINE, Operation, Schedule, make_schedule
 from structlin._fused._target import Target, load
 from structlin._parse import Step
 
@@ -64,26 +64,31 @@ class Program:
     def _forward(self, bias: bool, kept: bool) -> Pass:
         """Table: x, y, scratch, bias (if any), factors, and where ``kept`` the activations between steps."""
         schedule, last = self.schedule, len(self.schedule.forward)
+        forms = _Forms(self)
+        for k, operation in enumerate(schedule.forward):
+            forms.read("state", k, operation.product.paired)
         cut = self.d_out < schedule.widths[-1]
-        inner = range(1, last)
-        held = [0, *(() if kept else inner), *((last,) if cut else ())]  # activations in scratch memory
-        block = self._block(sum(schedule.rows[k] for k in held), BLOCKS)
-        writer = _Writer(self, block)
-        x, y = writer.rows("x", self.outside, self.d_in), writer.rows("y", self.outside, self.d_out)
-        scratch = writer.scratch({k: schedule.rows[k] for k in held})
-        added = writer.whole("bias", self.inside) if bias else None
-        factors = [writer.whole(f"factor{k}", self.inside) for k in range(last)]
-        outside = {k: writer.rows(f"kept{k}", self.inside, schedule.rows[k]) for k in inner} if kept else {}
+        if cut:
+            forms.read("state", last, False)
+        outside = forms.keep("state", range(1, last)) if kept else []
+        writer = _Writer(self, self._block(forms.numbers(outside), BLOCKS))
+        x, y = writer.rows(self.outside, self.d_in), writer.rows(self.outside, self.d_out)
+        arrays = writer.scratch(forms.sizes(outside))
+        added = writer.whole(self.inside) if bias else None
+        factors = [writer.factor(operation) for operation in schedule.forward]
+        arrays |= {key: writer.rows(self.inside, schedule.rows[key[1]]) for key in outside}
 
         def body(emitter: Emitter, at: Callable[[_Array], Memory]) -> None:
-            emitter.copy(at(x), self.d_in, at(scratch[0]), schedule.rows[0], self.d_in, schedule.widths[0])
-            places = {**scratch, **outside}
+            for array in forms.of(arrays, "state", 0):
+                emitter.copy(at(x), self.d_in, at(array), schedule.rows[0], self.d_in, schedule.widths[0])
             for k, operation in enumerate(schedule.forward):
-                to = at(places.get(k + 1, y))
+                to = [at(array) for array in forms.of(arrays, "state", k + 1) or [y]]
+                source = at(forms.one(arrays, "state", k, operation.product.paired))
                 fused = at(added) if added is not None and k == last - 1 else None
-                emitter.product(operation.product, to, at(places[k]), at(factors[k]), bias=fused)
+                emitter.product(operation.product, to, source, at(factors[k]), bias=fused)
             if cut:
-                emitter.copy(at(scratch[last]), schedule.rows[last], at(y), self.d_out, self.d_out, self.d_out)
+                source = at(forms.one(arrays, "state", last, False))
+                emitter.copy(source, schedule.rows[last], at(y), self.d_out, self.d_out, self.d_out)
 
         return writer.compile(body)
 
@@ -92,54 +97,92 @@ class Program:
 
         Where these are not ``kept``, it holds the factors for the forward pass in their stead. ``needs``: x first.
         """
-        schedule, last = self.schedule, len(self.schedule.forward)
+        schedule, last, rows = self.schedule, len(self.schedule.forward), self.schedule.rows
         wanted = [k for k in range(last) if needs[k + 1]]
-        lowest = 0 if needs[0] else min(wanted)  # the first step whose gradient passes
-        read = [k for k in wanted if k]  # activations that are needed
-        again = range(1, max(read, default=0) + 1) if not kept else range(0)
+        passed = range(last - 1, -1 if needs[0] else min(wanted), -1)  # steps that the gradient passes through
+        again = range(0 if kept else max(wanted, default=0))  # steps that are run again
         cut = self.d_in < schedule.widths[0]
-        flows = [k for k in range(lowest, last) if k > lowest or (k == 0 and needs[0] and cut)]
-        rows = schedule.rows
-        sizes = {("state", 0): rows[0]} if needs[1] or again else {}
-        sizes |= (
-            {("state", k): rows[k] for k in again}
-            | {("flow", last): rows[last]}
-            | {("flow", k): rows[k] for k in flows}
-        )
-        block = self._block(sum(sizes.values()), BACK_BLOCKS)
-        writer = _Writer(self, block)
-        x, gy = writer.rows("x", self.outside, self.d_in), writer.rows("gy", self.outside, self.d_out)
-        scratch = writer.scratch(sizes)
-        gx = writer.rows("gx", self.outside, self.d_in) if needs[0] else None
-        back = {k: writer.whole(f"back{k}", self.inside) for k in range(lowest, last) if k > lowest or needs[0]}
-        grads = {k: writer.whole(f"gradient{k}", self.inside) for k in wanted}
-        if kept:
-            outside = {k: writer.rows(f"kept{k}", self.inside, rows[k]) for k in range(1, last)}
-        else:
-            outside = {}
-            factors = {k: writer.whole(f"factor{k}", self.inside) for k in range(len(again))}
+        forms = _Forms(self)
+        for k in again:
+            forms.read("state", k, schedule.forward[k].product.paired)
+        for k in wanted:
+            forms.read("state", k, False)
+            forms.read("flow", k + 1, False)
+        for k in passed:
+            forms.read("flow", k + 1, schedule.back[k].product.paired)
+        if cut and needs[0]:
+            forms.read("flow", 0, False)
+        outside = forms.keep("state", range(1, last)) if kept else []
+        writer = _Writer(self, self._block(forms.numbers(outside), BACK_BLOCKS))
+        x, gy = writer.rows(self.outside, self.d_in), writer.rows(self.outside, self.d_out)
+        arrays = writer.scratch(forms.sizes(outside))
+        gx = writer.rows(self.outside, self.d_in) if needs[0] else None
+        back = {k: writer.factor(schedule.back[k]) for k in sorted(passed)}
+        grads = {k: writer.whole(self.inside) for k in wanted}
+        arrays |= {key: writer.rows(self.inside, rows[key[1]]) for key in outside}
+        factors = [writer.factor(schedule.forward[k]) for k in again]
 
         def body(emitter: Emitter, at: Callable[[_Array], Memory]) -> None:
-            def state(k: int) -> Memory:
-                return at(outside[k] if k in outside else scratch["state", k])
-
-            if ("state", 0) in scratch:
-                emitter.copy(at(x), self.d_in, state(0), rows[0], self.d_in, schedule.widths[0])
+            for array in forms.of(arrays, "state", 0):
+                emitter.copy(at(x), self.d_in, at(array), rows[0], self.d_in, schedule.widths[0])
             for k in again:
-                emitter.product(schedule.forward[k - 1].product, state(k), state(k - 1), at(factors[k - 1]))
-            emitter.copy(at(gy), self.d_out, at(scratch["flow", last]), rows[last], self.d_out, schedule.widths[-1])
-            for k in range(last - 1, lowest - 1, -1):
-                flow = at(scratch["flow", k + 1])
+                operation = schedule.forward[k]
+                to = [at(array) for array in forms.of(arrays, "state", k + 1)]
+                source = at(forms.one(arrays, "state", k, operation.product.paired))
+                emitter.product(operation.product, to, source, at(factors[k]))
+            for array in forms.of(arrays, "flow", last):
+                emitter.copy(at(gy), self.d_out, at(array), rows[last], self.d_out, schedule.widths[-1])
+            for k in range(last - 1, -1, -1):
                 if k in grads:
-                    emitter.product(schedule.gradients[k].product, at(grads[k]), flow, state(k), add=True)
+                    flow, state = (at(forms.one(arrays, *place, False)) for place in (("flow", k + 1), ("state", k)))
+                    emitter.product(schedule.gradients[k].product, [at(grads[k])], flow, state, add=True)
                 if k in back:
-                    direct = k == 0 and not cut
-                    to = at(gx) if direct and gx is not None else at(scratch["flow", k])
-                    emitter.product(schedule.back[k].product, to, flow, at(back[k]))
+                    product = schedule.back[k].product
+                    found = forms.of(arrays, "flow", k) or ([gx] if gx is not None else [])
+                    source = at(forms.one(arrays, "flow", k + 1, product.paired))
+                    emitter.product(product, [at(array) for array in found], source, at(back[k]))
             if gx is not None and cut:
-                emitter.copy(at(scratch["flow", 0]), rows[0], at(gx), self.d_in, self.d_in, self.d_in)
+                source = at(forms.one(arrays, "flow", 0, False))
+                emitter.copy(source, rows[0], at(gx), self.d_in, self.d_in, self.d_in)
 
         return writer.compile(body)
+
+
+_Key = tuple[str, int, str]  # activation ("state") or gradient ("flow"), its number, element type
+
+
+class _Forms:
+    """Which arrays a block needs, and in which element types: of two, where some products take pairs of bfloat16."""
+
+    def __init__(self, program: Program) -> None:
+        self._inside, self._rows = program.inside, program.schedule.rows
+        self._keys: list[_Key] = []
+
+    def _key(self, kind: str, number: int, paired: bool) -> _Key:
+        return kind, number, "bfloat" if paired else self._inside
+
+    def read(self, kind: str, number: int, paired: bool) -> None:
+        key = self._key(kind, number, paired)
+        if key not in self._keys:
+            self._keys.append(key)
+
+    def keep(self, kind: str, numbers: range) -> list[_Key]:
+        """Arrays outside of scratch memory."""
+        for number in numbers:
+            self.read(kind, number, False)
+        return [self._key(kind, number, False) for number in numbers]
+
+    def sizes(self, outside: Sequence[_Key]) -> dict[_Key, int]:
+        return {key: self._rows[key[1]] for key in self._keys if key not in outside}
+
+    def numbers(self, outside: Sequence[_Key]) -> int:
+        return sum(self.sizes(outside).values())
+
+    def of(self, arrays: Mapping[_Key, _Array], kind: str, number: int) -> list[_Array]:
+        return [array for key, array in arrays.items() if key[:2] == (kind, number)]
+
+    def one(self, arrays: Mapping[_Key, _Array], kind: str, number: int, paired: bool) -> _Array:
+        return arrays[self._key(kind, number, paired)]
 
 
 @dataclass(frozen=True)
@@ -149,7 +192,6 @@ class _Array:
     pointer: str
     element: str
     row: int
-    offset: int = 0
 
 
 class _Writer:
@@ -164,18 +206,20 @@ class _Writer:
         self.places += 1
         return self.code.value(f"load ptr, ptr {pointer}")
 
-    def rows(self, name: str, element: str, row: int) -> _Array:
+    def rows(self, element: str, row: int) -> _Array:
         return _Array(self._next(), element, row)
 
-    def whole(self, name: str, element: str) -> _Array:
+    def whole(self, element: str) -> _Array:
         return _Array(self._next(), element, 0)
 
-    def scratch(self, rows: dict) -> dict:
-        pointer, element, found, place = self._next(), self.program.inside, {}, 0
+    def factor(self, operation: Operation) -> _Array:
+        return self.whole("i32" if operation.product.paired else self.program.inside)
+
+    def scratch(self, rows: Mapping[_Key, int]) -> dict[_Key, _Array]:
+        pointer, found = self._next(), {}
         for key, row in rows.items():
-            found[key] = _Array(self.code.at(element, pointer, place), element, 0)
-            place += row * self.block
-        self.bytes = place * self.program.size
+            found[key] = _Array(self.code.at("i8", pointer, self.bytes), key[2], 0)
+            self.bytes += -(-row * self.block * BYTES[key[2]] // LINE) * LINE
         return found
 
     def compile(self, body: Callable[[Emitter, Callable[[_Array], Memory]], None]) -> Pass:
@@ -203,5 +247,7 @@ def make_program(
     steps: tuple[Step, ...], sizes: tuple[tuple[str, int], ...], d_in: int, d_out: int, dtype: str, target: Target
 ) -> Program | None:
     """None where the chain has no schedule."""
-    schedule = make_schedule(steps, dict(sizes), target, ELEMENTS[dtype][1], d_in, d_out)
+    schedule = make_schedule(
+        steps, dict(sizes), target, ELEMENTS[dtype][1], d_in, d_out, dtype == "bfloat16" and target.half_products
+    )
     return None if schedule is None else Program(schedule, target, dtype, d_in, d_out)

@@ -23,7 +23,10 @@ LINE = 64  # bytes
 
 @dataclass(frozen=True)
 class Operation:
-    """A product, and the order of the factor's axes (of its gradient) that it reads (writes)."""
+    """A product, and the order of the factor's axes (of its gradient) that it reads (writes).
+
+    Of a ``paired`` product the factor is further in pairs: ``(..., k, n)`` is stored as ``(..., k / 2, n, 2)``.
+    """
 
     product: Product
     order: tuple[int, ...]
@@ -49,9 +52,11 @@ class Schedule:
 
 class _Maker:
     def __init__(
-        self, steps: Sequence[Step], sizes: Mapping[str, int], target: Target, element: str, ends: Mapping[int, int]
+        self, steps: Sequence[Step], sizes: Mapping[str, int], target: Target, element: str, ends: Mapping[int, int],
+        pairs: bool,
     ) -> None:  # fmt: skip
         self.steps, self.sizes, self.target, self.element, self.ends = steps, sizes, target, element, ends
+        self.pairs = pairs
         written = [steps[0].input, *(step.output for step in steps)]
         self.widths = tuple(math.prod(sizes[a] for a in axes) for axes in written)
         self.rows = tuple(row(width, element) for width in self.widths)
@@ -72,7 +77,7 @@ class _Maker:
         roles = (before.free, after.contracted, before.carried, after.carried, before.batch, after.batch, after.free)
         found = [written]
         for role in roles:
-            for group in (role, "".join(a for a in written if a in role)):
+            for group in (role, "".join(a for a in written if a in role), role[::-1]):
                 if set(group) <= set(written):
                     found.append("".join(a for a in written if a not in group) + group)
         return list(dict.fromkeys(found))
@@ -85,16 +90,16 @@ class _Maker:
     def multiply(self, step: Step, source: str, at: int, target: str, to: int) -> tuple[float, Operation | None]:
         """The cheapest way to make activation ``to`` in the order ``target`` from ``at`` in the order ``source``."""
         left, out = self.strides(source, at), self.strides(target, to, self.ends)
-        return self._cheapest(step, source, target, lambda weight: make_products(self.sizes, out, left, weight))
+        return self._cheapest(step, source, target, lambda weight: make_products(self.sizes, out, left, weight), False)
 
     def gradient(self, step: Step, source: str, at: int, target: str, to: int) -> tuple[float, Operation | None]:
         """The cheapest way to add to the gradient of a factor, from the activation and the gradient after it."""
         right, left = self.strides(source, at), self.strides(target, to)
-        return self._cheapest(step, source, target, lambda weight: make_products(self.sizes, weight, left, right))
+        return self._cheapest(step, source, target, lambda weight: make_products(self.sizes, weight, left, right), True)
 
     def _cheapest(
-        self, step: Step, source: str, target: str, make: Callable[[Strides], list[Product]]
-    ) -> tuple[float, Operation | None]:
+        self, step: Step, source: str, target: str, make: Callable[[Strides], list[Product]], gradient: bool
+    ) -> tuple[float, Operation | None]:  # fmt: skip
         batch = "".join(a for a in target if a in step.batch)
         contracted = "".join(a for a in source if a in step.contracted)
         free = "".join(a for a in target if a in step.free)
@@ -105,8 +110,10 @@ class _Maker:
                 strides[axis] = stride
                 stride *= self.sizes[axis]
             for product in make(strides):
-                if (cost := product.cost(self.target, self.element)) < best[0]:
-                    best = cost, Operation(product, tuple(step.factor.index(a) for a in order))
+                paired = product.pairs() if self.pairs and not gradient else None
+                cost = (paired or product).cost(self.target, self.element)
+                if cost < best[0]:
+                    best = cost, Operation(paired or product, tuple(step.factor.index(a) for a in order))
         return best
 
 
@@ -117,9 +124,12 @@ def row(width: int, element: str) -> int:
 
 
 def make_schedule(
-    steps: Sequence[Step], sizes: Mapping[str, int], target: Target, element: str, d_in: int, d_out: int
-) -> Schedule | None:
+    steps: Sequence[Step], sizes: Mapping[str, int], target: Target, element: str, d_in: int, d_out: int,
+    pairs: bool = False,
+) -> Schedule | None:  # fmt: skip
     """The cheapest schedule found; None where some product would have no axis for its vectors.
+
+    ``pairs``: products may take pairs of bfloat16.
 
     The output is written to rows of ``d_out`` numbers, and the gradient of the input to rows of ``d_in``, unless they
     are shorter than the chain's, and cut from scratch memory.
@@ -127,7 +137,7 @@ def make_schedule(
     full = math.prod(sizes[a] for a in steps[0].input), math.prod(sizes[a] for a in steps[-1].output)
     last = len(steps)
     ends = {k: d for k, d, width in ((0, d_in, full[0]), (last, d_out, full[1])) if d == width}
-    maker = _Maker(steps, sizes, target, element, ends)
+    maker = _Maker(steps, sizes, target, element, ends, pairs)
     # Forward: from each order of an activation, the cheapest way from the input. Then back from the output.
     ways: dict[str, tuple[float, list[str], list[Operation]]] = {o: (0.0, [o], []) for o in maker.orders(0)}
     for k, step in enumerate(steps):

@@ -66,7 +66,7 @@ class FusedChain:
         x, tokens, inside = x.detach().contiguous(), x.shape[0], program.dtype
         y = x.new_empty(tokens, self.d_out)
         rows = program.schedule.rows[1:-1]
-        keeps = kept is not None and self._keeps(tokens, rows, inside)
+        keeps = kept is not None and self._keeps(x, rows, inside)
         found = [torch.empty(tokens * row, dtype=inside) for row in rows] if keeps else []
         if keeps and kept is not None:
             kept += found
@@ -116,21 +116,30 @@ class FusedChain:
         assert program is not None
         return program
 
-    def _keeps(self, tokens: int, rows: Sequence[int], inside: torch.dtype) -> bool:
+    def _keeps(self, x: Tensor, rows: Sequence[int], inside: torch.dtype) -> bool:
         """Whether to keep the activations between the steps for the backward pass, and not to compute them again.
 
         If they take no more memory than the dense matrix and its gradient would, or are no larger than x and y.
         """
-        numbers = tokens * sum(rows)
+        numbers = x.shape[0] * sum(rows)
         if numbers * inside.itemsize > KEPT_BYTES:
             return False
-        return numbers <= self.spare or sum(rows) <= 1.1 * min(self.d_in, self.d_out)
+        return numbers * inside.itemsize <= self.spare * x.element_size() or sum(rows) <= 1.1 * min(
+            self.d_in, self.d_out
+        )
 
 
 def _packed(factors: Sequence[Tensor], operations: Sequence[Operation], dtype: torch.dtype) -> list[Tensor]:
     """Factors in the order of axes that the products read."""
-    pairs = zip(factors, operations, strict=False)
-    return [f.detach().permute(operation.order).to(dtype).contiguous() for f, operation in pairs]
+    found = []
+    for factor, operation in zip(factors, operations, strict=False):
+        arranged = factor.detach().permute(operation.order)
+        if operation.product.paired:
+            rows = arranged.reshape(-1, 2, operation.product.across.size)
+            found.append(rows.transpose(1, 2).contiguous())
+        else:
+            found.append(arranged.to(dtype).contiguous())
+    return found
 
 
 def _threads(tokens: int) -> int:
