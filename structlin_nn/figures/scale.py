@@ -114,7 +114,8 @@ def landscape_figure(rows: Sequence[Row], *, y: str) -> Figure:
     """Final error against the learning rate at base width, a line for each width (figure 2b of the paper).
 
     A panel for the structure-aware and one for the naive rule, where both are there; a star marks the best rate of
-    each width. Runs of one width and rate (seeds) count with their mean.
+    each width. Runs of one width and rate (seeds) count with their mean. Lines leave the panel where they are far
+    above the best of every width, as those of runs that diverge.
 
     Args:
         rows: of one structure, with ``config.lr`` (or ``lr``), ``width`` and ``structure_aware``.
@@ -122,9 +123,11 @@ def landscape_figure(rows: Sequence[Row], *, y: str) -> Figure:
     """
     rules = [aware for aware in (True, False) if any(row.get("structure_aware", True) is aware for row in rows)]
     figure = new_figure(1 + 4.2 * len(rules), 4.4)
-    panels = figure.subplots(1, len(rules), sharey=True, squeeze=False)[0]
+    panels = figure.subplots(1, len(rules), sharex=True, sharey=True, squeeze=False)[0]
     widths = sorted(set(column(rows, "width")))
     colours = dict(zip(widths, colormaps["viridis"](np.linspace(0, 0.85, len(widths))), strict=True))
+    lowest: list[float] = []
+    highest: list[float] = []
     for axes, aware in zip(panels, rules, strict=True):
         for width in widths:
             chosen = [r for r in rows if r["width"] == width and r.get("structure_aware", True) is aware]
@@ -137,11 +140,17 @@ def landscape_figure(rows: Sequence[Row], *, y: str) -> Figure:
             means = [float(np.mean(by_rate[rate])) for rate in rates]
             axes.plot(rates, means, color=colours[width], marker="o", markersize=4, linewidth=1.5, label=f"{width:g}")
             best = int(np.argmin(means))
+            lowest.append(means[best])
+            highest.append(max(means))
             axes.plot(
                 rates[best], means[best], color=colours[width], marker="*", markersize=14, markeredgecolor="white"
             )
-        axes.set_title(("structure-aware" if aware else "naive") + " learning rates", fontsize=10)
+        if any(row.get("structure") != "dense" for row in rows):  # for which both rules are one
+            axes.set_title(("structure-aware" if aware else "naive") + " learning rates", fontsize=10)
         finish(axes, x="learning rate at base width", y=label(y) if axes is panels[0] else "", log_y=False)
+    low, high = min(lowest), min(max(highest), 1.35 * max(lowest))
+    if high > low:
+        panels[0].set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right upper", title="width", frameon=False, fontsize=9)
     return figure

@@ -82,7 +82,21 @@ def test_landscape(runs: Path) -> None:
     found = lines(figure, 1)
     assert list(found) == ["16", "32", "64"]
     assert found["16"] == ([1e-3, 1e-2], pytest.approx([0.4, 0.8]))
+    assert figure.axes[0].get_xlim() == figure.axes[1].get_xlim()
     assert len(landscape_figure([r for r in rows if r["structure_aware"]], y="train_error").axes) == 1
+    dense = [row for row in read_rows([runs]) if row["structure"] == "dense"]
+    assert landscape_figure(dense, y="train_error").axes[0].get_title() == ""
+
+
+def test_a_run_that_diverged_does_not_flatten_the_landscape() -> None:
+    errors = {(16, 1e-3): 1.5, (16, 1e-2): 1.3, (64, 1e-3): 1.1, (64, 1e-2): 29.0}
+    rows = [{"width": width, "lr": rate, "loss": error} for (width, rate), error in errors.items()]
+    low, high = landscape_figure(rows, y="loss").axes[0].get_ylim()
+    assert low == pytest.approx(1.1, abs=0.05)
+    assert high == pytest.approx(1.35 * 1.3, abs=0.05)
+    assert landscape_figure(rows[:3], y="loss").axes[0].get_ylim()[1] == pytest.approx(1.5, abs=0.05)
+    alone = landscape_figure(rows[:1], y="loss").axes[0].get_ylim()
+    assert alone[0] < 1.5 < alone[1]
 
 
 def test_compute(runs: Path) -> None:
