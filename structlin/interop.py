@@ -9,6 +9,7 @@ go to the operator as before.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import cola
@@ -23,6 +24,7 @@ from structlin.linalg import _chain as chain
 from structlin.linalg._forms import diagonal_of
 from structlin.linalg._lapack import as_array
 from structlin.operators import StructuredOperator
+from structlin.structure import Structure
 from structlin.structures.block_diagonal import BlockDiagonal
 from structlin.structures.dense import Dense
 from structlin.structures.diagonal import Diagonal
@@ -225,8 +227,10 @@ def from_scipy(x: Any) -> LinearOperator:
 def to_cola(A: StructuredOperator) -> LinearOperator:
     """The same matrix in CoLA's own operators, sharing the arrays.
 
-    Dense, Kronecker, block-diagonal, diagonal, permutation and low-rank matrices (a product of two) have a counterpart;
-    ValueError for every other structure, TypeError for what is no operator of this package.
+    Dense, Kronecker, block-diagonal, diagonal, permutation and low-rank matrices (a product of two) have a counterpart.
+    Any other chain (Monarch, Tensor-Train, ...) becomes a product of permutations and, for each step, a block-diagonal
+    operator of as many operators as the step has blocks; a slice of it where the chain pads. ValueError for what is
+    applied by FFT (circulant, Toeplitz), TypeError for what is no operator of this package.
 
     >>> type(to_cola(Kronecker(np.eye(2), np.eye(3)))).__name__.split("[")[0]
     'Kronecker'
@@ -258,7 +262,46 @@ def _to_cola(A: StructuredOperator) -> LinearOperator | None:
         return ops.BlockDiag(*map(ops.Dense, blocks))
     if all(f.blocks == f.carried == 1 for f in structure.factors) and (thin := chain.thin_factors(A)) is not None:
         return ops.Product(*map(ops.Dense, thin))
-    return None
+    return _chain_in_cola(A) if isinstance(structure, Structure) else None
+
+
+def _chain_in_cola(A: StructuredOperator) -> LinearOperator:
+    """Step by step: axes permuted to (batch, contracted, carried), the blocks, and axes permuted to the output."""
+    ops, structure = cola.ops, A.structure
+    assert isinstance(structure, Structure)
+    sizes, members = dict(structure.sizes), []
+    for number, step in enumerate(structure.steps):
+        spec = structure.factors[number]
+        blocks = [ops.Dense(block) for block in chain.blocks_of(structure, number, A.factors[number])]
+        if spec.carried > 1:
+            blocks = [ops.Kronecker(block, _identity_like(block, spec.carried)) for block in blocks]
+        before, after = step.batch + step.contracted + step.carried, step.batch + step.free + step.carried
+        members += [
+            _axes_permuted(A, step.input, before, sizes),
+            blocks[0] if len(blocks) == 1 else ops.BlockDiag(*blocks),
+            _axes_permuted(A, after, step.output, sizes),
+        ]
+    kept = [M for M in reversed(members) if M is not None]
+    found = kept[0] if len(kept) == 1 else ops.Product(*kept)
+    cut = (slice(None, structure.d_out), slice(None, structure.d_in))
+    return found if tuple(found.shape) == structure.shape else ops.Sliced(found, cut)
+
+
+def _identity_like(A: LinearOperator, n: int) -> LinearOperator:
+    found = cola.ops.Identity((n, n), A.dtype)
+    found.xnp, found.device = A.xnp, A.device
+    return found
+
+
+def _axes_permuted(A: StructuredOperator, before: str, after: str, sizes: Mapping[str, int]) -> LinearOperator | None:
+    """The permutation of the numbers of a row-major array that reorders its axes; None where it is the identity."""
+    extents = [sizes[a] for a in before]
+    order = np.arange(math.prod(extents)).reshape(extents).transpose([before.index(a) for a in after]).reshape(-1)
+    if np.array_equal(order, np.arange(len(order))):
+        return None
+    found = cola.ops.Permutation(to_backend(order, A.backend, device=A.device), A.dtype)
+    found.xnp, found.device = A.xnp, A.device
+    return found
 
 
 def from_cola(A: LinearOperator) -> StructuredOperator:

@@ -11,7 +11,7 @@ import torch
 
 import structlin
 from structlin import interop
-from structlin.testing import to_numpy
+from structlin.testing import dense_matrix, random_chain, to_numpy
 
 BACKENDS = ("numpy", "torch", "jax")
 
@@ -193,6 +193,48 @@ def test_colas_operators(name, backend):
         assert isinstance(again, structlin.get(name))
         assert again.backend == backend
         np.testing.assert_allclose(matrix(again), matrix(A), atol=1e-14)
+
+
+CHAINS = {
+    "monarch": ((6, 8), {"blocks": 2}),  # padded and regrouped
+    "block_tensor_train": ((12, 20), {"rank": 2, "cores": 3}),
+    "tensor_train": ((6, 20), {"rank": 2}),
+    "blast": ((6, 9), {"blocks": 3, "rank": 2}),
+    "butterfly": ((8, 8), {}),
+}
+
+
+@pytest.mark.parametrize("backend", ["numpy", "torch", "jax"])
+@pytest.mark.parametrize("name", CHAINS)
+def test_chains_in_colas_operators(name, backend):
+    shape, options = CHAINS[name]
+    for A in (random(name, shape, backend, **options), random(name, shape, backend, **options).T):
+        theirs = interop.to_cola(A)
+        assert not isinstance(theirs, structlin.StructuredOperator)
+        assert theirs.xnp is A.xnp
+        x = structlin._arrays.to_backend(np.random.default_rng(0).standard_normal((A.shape[1], 2)), backend)
+        np.testing.assert_allclose(matrix(theirs), matrix(A), atol=1e-13)
+        np.testing.assert_allclose(to_numpy(theirs @ x), to_numpy(A @ x), atol=1e-13)
+        np.testing.assert_allclose(to_numpy(x.T @ theirs.T), to_numpy(x.T @ A.T), atol=1e-13)
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_random_chains_in_colas_operators(seed):
+    rng = np.random.default_rng(seed)
+    structure = random_chain(rng)
+    factors = [rng.standard_normal(f.shape) for f in structure.factors]
+    theirs = interop.to_cola(structlin.StructuredOperator(structure, factors))
+    wanted = dense_matrix(structure, factors)
+    assert tuple(theirs.shape) == wanted.shape
+    np.testing.assert_allclose(theirs.to_dense(), wanted, atol=1e-12 * max(1, np.abs(wanted).max()))
+
+
+def test_gradients_reach_the_factors_of_a_chain():
+    A = random("monarch", (6, 8), "torch", blocks=2)
+    factors = [f.clone().requires_grad_() for f in A.factors]
+    theirs = interop.to_cola(structlin.StructuredOperator(A.structure, factors))
+    (theirs @ theirs.T.to_dense()).sum().backward()
+    assert all(bool((f.grad != 0).any()) for f in factors)
 
 
 def test_what_has_no_counterpart():
