@@ -81,6 +81,11 @@ class Product:
             self, summed=summed, outer=tuple(map(halved, self.outer)), near=tuple(map(halved, self.near)), paired=True
         )
 
+    @property
+    def stores_pairs(self) -> bool:
+        """Whether the rows of a tile are tokens, so that two of them can be stored side by side."""
+        return self.along is None and self.down is not None and self.down.size == 0
+
     def cost(self, target: Target, element: str) -> float:
         """Estimated instructions for one token: loads, and multiplications of vectors with their unused lanes."""
         lanes = target.width // BYTES[element]
@@ -201,7 +206,10 @@ def _merged(axes: list[Axis]) -> list[Axis]:
 
 @dataclass(frozen=True)
 class Memory:
-    """Where an array starts, and the type of its elements (``bfloat`` is computed with as ``float``)."""
+    """Where an array starts, and the type of its elements (``bfloat`` is computed with as ``float``).
+
+    An array of activations in ``i32`` holds the numbers of two tokens in bfloat16, side by side: half as many rows.
+    """
 
     pointer: str
     element: str
@@ -212,6 +220,7 @@ class Emitter:
 
     def __init__(self, code: Code, target: Target, element: str, tokens: Int, block: int) -> None:
         self.code, self.target, self.element, self.tokens, self.block = code, target, element, tokens, block
+        self.even = code.whole(code.add(tokens, 1), 2)
         self.lanes = target.width // BYTES[element]
         self.short = {"float": "f32", "double": "f64", "bfloat": "bf16", "i32": "i32"}
         self.vector = f"<{self.lanes} x {element}>"
@@ -236,13 +245,23 @@ class Emitter:
     def store(self, at: Memory, offset: Int, value: str, lanes: int) -> None:
         kind = f"<{self.lanes} x {at.element}>"
         pointer = self.code.at(at.element, at.pointer, offset)
-        if at.element != self.element:
+        if at.element not in (self.element, "i32"):
             value = self.code.value(f"fptrunc {self.vector} {value} to {kind}")
         if lanes == self.lanes:
             self.code.put(f"store {kind} {value}, ptr {pointer}, align {BYTES[at.element]}")
         else:
             name = f"llvm.masked.store.v{self.lanes}{self.short[at.element]}.p0"
             self.code.call("void", name, (kind, value), ("ptr", pointer), ("i32", BYTES[at.element]), self._mask(lanes))
+
+    def store_pairs(self, at: Memory, offset: Int, rows: tuple[str, str], lanes: int) -> None:
+        """Two vectors in bfloat16, number by number side by side."""
+        kind = f"<{self.lanes} x bfloat>"
+        short = [self.code.value(f"fptrunc {self.vector} {row} to {kind}") for row in rows]
+        order = ", ".join(f"i32 {k}, i32 {k + self.lanes}" for k in range(self.lanes))
+        both = f"{kind} {short[0]}, {kind} {short[1]}, <{2 * self.lanes} x i32> <{order}>"
+        joined = self.code.value(f"shufflevector {both}")
+        whole = self.code.value(f"bitcast <{2 * self.lanes} x bfloat> {joined} to <{self.lanes} x i32>")
+        self.store(at, offset, whole, lanes)
 
     def number(self, at: Memory, offset: Int) -> str:
         pointer = self.code.at(at.element, at.pointer, offset)
@@ -263,7 +282,8 @@ class Emitter:
     def spread_pair(self, at: Memory, offset: Int) -> str:
         """Two neighbours of 16 bits, again and again."""
         pointer = self.code.at(at.element, at.pointer, offset)
-        return self.as_pairs(self._spread(self.code.value(f"load i32, ptr {pointer}, align 2"), "i32"))
+        align = BYTES[at.element]
+        return self.as_pairs(self._spread(self.code.value(f"load i32, ptr {pointer}, align {align}"), "i32"))
 
     def as_pairs(self, vector: str) -> str:
         return self.code.value(f"bitcast <{self.lanes} x i32> {vector} to <{2 * self.lanes} x bfloat>")
@@ -288,35 +308,57 @@ class Emitter:
 
     # -- loops ---------------------------------------------------------------------------------------------------------
 
-    def copy(self, source: Memory, stride: int, target: Memory, to_stride: int, width: int, wanted: int) -> None:
-        """The rows of all tokens; what is beyond ``width`` up to ``wanted`` is set to 0."""
-        whole = width // self.lanes * self.lanes
-        rest = [(k, min(self.lanes, wanted - k)) for k in range(whole, wanted, self.lanes)]
+    def copy(
+        self, source: Memory, stride: int, target: Memory, to_stride: int, width: int, wanted: int, even: bool = False
+    ) -> None:  # fmt: skip
+        """The rows of all tokens; what is beyond ``width`` up to ``wanted`` is set to 0.
 
-        def row(number: Int, _: Values) -> None:
-            start, to = self.code.multiply(number, stride), self.code.multiply(number, to_stride)
+        ``even``: after an odd number of tokens, one of zeros follows, as it always does where the target has pairs.
+        """
+        code, last = self.code, self.code.whole(self.tokens, 2)
 
-            def vector(k: Int, _: Values) -> None:
-                got = self.load(source, self.code.add(start, k), self.lanes)
-                self.store(target, self.code.add(to, k), got, self.lanes)
+        def rows(count: int, clear: bool = False) -> Callable[[Int, Values], None]:
+            """Copy that many rows, side by side if it is a pair; ``clear``: of the last one there is no source."""
 
-            self.code.loop(0, whole, self.lanes, vector)
-            for k, lanes in rest:
-                there = min(lanes, width - k)
-                got = self.load(source, self.code.add(start, k), there) if there > 0 else "zeroinitializer"
-                self.store(target, self.code.add(to, k), got, lanes)
+            def move(number: Int, _: Values) -> None:
+                to = code.multiply(code.value(f"lshr i64 {number}, 1") if pairs else number, to_stride)
 
-        self.code.loop(0, self.tokens, 1, row)
+                def vector(k: Int, lanes: int, there: int) -> None:
+                    got = []
+                    for r in range(count):
+                        start = code.add(code.multiply(number, stride), code.add(r * stride, k))
+                        gone = there <= 0 or (clear and r == count - 1)
+                        got.append("zeroinitializer" if gone else self.load(source, start, there))
+                    if pairs:
+                        self.store_pairs(target, code.add(to, k), (got[0], got[1]), lanes)
+                    else:
+                        self.store(target, code.add(to, k), got[0], lanes)
+
+                whole = width // self.lanes * self.lanes
+                code.loop(0, whole, self.lanes, lambda k, _: vector(k, self.lanes, self.lanes))
+                for k in range(whole, wanted, self.lanes):
+                    vector(k, min(self.lanes, wanted - k), min(self.lanes, width - k))
+
+            return move
+
+        pairs = target.element == "i32"
+        if pairs:
+            code.loop(0, last, 2, rows(2))
+            code.loop(last, self.tokens, 1, rows(2, clear=True))
+        else:
+            code.loop(0, self.tokens, 1, rows(1))
+            if even:
+                code.loop(self.tokens, self.even, 1, rows(1, clear=True))
 
     def product(
         self, product: Product, out: Sequence[Memory], left: Memory, right: Memory, *, add: bool = False,
-        bias: Memory | None = None,
+        bias: Memory | None = None, tokens: Int | None = None,
     ) -> None:  # fmt: skip
         """Write the loops. ``out``: the same array, in one element type or several. ``add``: to what is in it.
 
-        ``bias`` has the strides of ``out`` and no tokens.
+        ``bias`` has the strides of ``out`` and no tokens. ``tokens``: how many, where other than all.
         """
-        _Loops(self, product, out, left, right, add, bias).write()
+        _Loops(self, product, out, left, right, add, bias, self.tokens if tokens is None else tokens).write()
 
 
 @dataclass(frozen=True)
@@ -327,33 +369,36 @@ class _At:
     vector: Int
     single: Int
     bias: Int
+    pair: Int  # into out, of two tokens
 
 
 class _Loops:
     def __init__(
         self, emitter: Emitter, product: Product, out: Sequence[Memory], left: Memory, right: Memory, add: bool,
-        bias: Memory | None,
+        bias: Memory | None, tokens: Int,
     ) -> None:  # fmt: skip
+        self.tokens = tokens
         self.emitter, self.code, self.product = emitter, emitter.code, product
         self.out, self.bias, self.add = out, bias, add
         self.vector, self.single = (left, right) if product.swapped else (right, left)
 
-    def _strides(self, axis: Axis) -> tuple[int, int, int, int]:
+    def _strides(self, axis: Axis) -> tuple[int, int, int, int, int]:
         vector, single = (axis.left, axis.right) if self.product.swapped else (axis.right, axis.left)
-        return axis.out or 0, vector or 0, single or 0, 0 if axis.size == 0 else axis.out or 0
+        out, tokens = axis.out or 0, axis.size == 0
+        return out, vector or 0, single or 0, 0 if tokens else out, out // 2 if tokens else out
 
     def _moved(self, at: _At, axis: Axis, index: Int) -> _At:
-        places = (at.out, at.vector, at.single, at.bias)
+        places = (at.out, at.vector, at.single, at.bias, at.pair)
         moved = (
             self.code.add(p, self.code.multiply(index, s)) for p, s in zip(places, self._strides(axis), strict=True)
         )
         return _At(*moved)
 
     def _size(self, axis: Axis) -> Int:
-        return axis.size or self.emitter.tokens
+        return axis.size or self.tokens
 
     def write(self) -> None:
-        product, start = self.product, _At(0, 0, 0, 0)
+        product, start = self.product, _At(0, 0, 0, 0, 0)
         if product.along is not None:
             self._each(product.outer, start, self._dots)
         elif product.near:  # rows, neighbours, vectors
@@ -414,18 +459,19 @@ class _Loops:
                 tiles(whole, axis.size, axis.size - whole)
             return None
         # As many rows as divide the usual number of tokens, then fewer for the last tokens.
-        most = max(n for n in range(1, most + 1) if self.emitter.block % n == 0)
+        least = 2 if any(out.element == "i32" for out in self.out) else 1
+        most = max(n for n in range(least, most + 1, least) if self.emitter.block % n == 0)
         start: Int = 0
-        for rows in dict.fromkeys((most, 4, 1)):
+        for rows in dict.fromkeys((most, 4, least)):
             if rows <= most:
-                stop = self.code.add(start, self.code.whole(self.code.subtract(self.emitter.tokens, start), rows))
+                stop = self.code.add(start, self.code.whole(self.code.subtract(self.tokens, start), rows))
                 tiles(start, stop, rows)
                 start = stop
         return None
 
     def _tile(self, at: _At, rows: int, lanes: Sequence[int]) -> None:
         emitter, code, width = self.emitter, self.code, self.emitter.lanes
-        down = self._strides(self.product.down) if self.product.down else (0, 0, 0, 0)
+        down = self._strides(self.product.down) if self.product.down else (0, 0, 0, 0, 0)
 
         def places(offset: Int, stride: int) -> list[list[Int]]:
             return [[code.add(offset, r * stride + k * width) for k in range(len(lanes))] for r in range(rows)]
@@ -441,7 +487,7 @@ class _Loops:
         else:
             sums = ["zeroinitializer"] * (rows * len(lanes))
 
-        paired = self.product.paired
+        paired = "i32" in (self.vector.element, self.single.element)
         multiply_add = emitter.multiply_add_pairs if paired else emitter.multiply_add
 
         def turn(vector: Int, single: Int, sums: Values) -> Values:
@@ -455,6 +501,8 @@ class _Loops:
                     numbers = [(emitter.spread_pair if paired else emitter.spread)(self.single, place)] * len(lanes)
                 else:
                     numbers = [emitter.load(self.single, code.add(place, k * width), n) for k, n in enumerate(lanes)]
+                    if paired:
+                        numbers = [emitter.as_pairs(v) for v in numbers]
                 for k, (number, other) in enumerate(zip(numbers, vectors, strict=True), start=r * len(lanes)):
                     found[k] = multiply_add(number, other, found[k])
             return found
@@ -463,7 +511,12 @@ class _Loops:
         for r, starts in enumerate(places(at.out, down[0])):
             for k, (place, n) in enumerate(zip(starts, lanes, strict=True)):
                 for out in self.out:
-                    emitter.store(out, place, sums[r * len(lanes) + k], n)
+                    here = r * len(lanes) + k
+                    if out.element != "i32":
+                        emitter.store(out, place, sums[here], n)
+                    elif r % 2 == 0:
+                        pair = code.add(at.pair, r // 2 * down[0] + k * width)
+                        emitter.store_pairs(out, pair, (sums[here], sums[here + len(lanes)]), n)
 
     def _sum(
         self, axes: Sequence[Axis], vector: Int, single: Int, sums: Values, turn: Callable[[Int, Int, Values], Values]
@@ -472,7 +525,7 @@ class _Loops:
         if not axes:
             return turn(vector, single, sums)
         code, (axis, *rest) = self.code, axes
-        _, by_vector, by_single, _ = self._strides(axis)
+        _, by_vector, by_single, *_ = self._strides(axis)
         unrolled = 1
         if not rest and axis.size:
             unrolled = next(n for n in range(UNROLLED, 0, -1) if axis.size % n == 0)
@@ -513,18 +566,24 @@ class _Loops:
     def _dot(self, at: _At, rows: int, columns: int) -> None:
         product, emitter, code = self.product, self.emitter, self.code
         assert product.along is not None
-        down, along = self._strides(product.down) if product.down else (0, 0, 0, 0), self._strides(product.along)
+        down, along = self._strides(product.down) if product.down else (0, 0, 0, 0, 0), self._strides(product.along)
         size, width = product.across.size, emitter.lanes
+        paired = self.vector.element == "i32"
+        multiply_add = emitter.multiply_add_pairs if paired else emitter.multiply_add
+
+        def load(at: Memory, place: Int, lanes: int) -> str:
+            found = emitter.load(at, place, lanes)
+            return emitter.as_pairs(found) if paired else found
 
         def turn(vector: Int, single: Int, sums: Values) -> Values:
             def step(place: Int, sums: Values, lanes: int) -> Values:
                 v, s = code.add(vector, place), code.add(single, place)
-                right = [emitter.load(self.vector, code.add(v, c * along[1]), lanes) for c in range(columns)]
+                right = [load(self.vector, code.add(v, c * along[1]), lanes) for c in range(columns)]
                 found = []
                 for r in range(rows):
-                    left = emitter.load(self.single, code.add(s, r * down[2]), lanes)
+                    left = load(self.single, code.add(s, r * down[2]), lanes)
                     for c in range(columns):
-                        found.append(emitter.multiply_add(left, right[c], sums[r * columns + c]))
+                        found.append(multiply_add(left, right[c], sums[r * columns + c]))
                 return found
 
             whole = size // width * width

@@ -47,6 +47,7 @@ class Program:
         self.outside, self.inside = ELEMENTS[dtype]
         self.size = BYTES[self.inside]
         self.lanes = target.width // self.size  # numbers in a vector
+        self.pairs = dtype == "bfloat16" and target.half_products
         self.forward = lru_cache(maxsize=None)(self._forward)
         self.backward = lru_cache(maxsize=None)(self._backward)
 
@@ -69,7 +70,7 @@ class Program:
             forms.read("state", k, operation.product.paired)
         cut = self.d_out < schedule.widths[-1]
         if cut:
-            forms.read("state", last, False)
+            forms.read("state", last)
         outside = forms.keep("state", range(1, last)) if kept else []
         writer = _Writer(self, self._block(forms.numbers(outside), BLOCKS))
         x, y = writer.rows(self.outside, self.d_in), writer.rows(self.outside, self.d_out)
@@ -87,7 +88,7 @@ class Program:
                 fused = at(added) if added is not None and k == last - 1 else None
                 emitter.product(operation.product, to, source, at(factors[k]), bias=fused)
             if cut:
-                source = at(forms.one(arrays, "state", last, False))
+                source = at(forms.one(arrays, "state", last))
                 emitter.copy(source, schedule.rows[last], at(y), self.d_out, self.d_out, self.d_out)
 
         return writer.compile(body)
@@ -102,16 +103,16 @@ class Program:
         passed = range(last - 1, -1 if needs[0] else min(wanted), -1)  # steps that the gradient passes through
         again = range(0 if kept else max(wanted, default=0))  # steps that are run again
         cut = self.d_in < schedule.widths[0]
-        forms = _Forms(self)
+        forms, paired = _Forms(self), {k for k in wanted if self._gradient_in_pairs(k)}
         for k in again:
             forms.read("state", k, schedule.forward[k].product.paired)
         for k in wanted:
-            forms.read("state", k, False)
-            forms.read("flow", k + 1, False)
+            forms.read("state", k, tokens=k in paired)
+            forms.read("flow", k + 1, tokens=k in paired)
         for k in passed:
             forms.read("flow", k + 1, schedule.back[k].product.paired)
         if cut and needs[0]:
-            forms.read("flow", 0, False)
+            forms.read("flow", 0)
         outside = forms.keep("state", range(1, last)) if kept else []
         writer = _Writer(self, self._block(forms.numbers(outside), BACK_BLOCKS))
         x, gy = writer.rows(self.outside, self.d_in), writer.rows(self.outside, self.d_out)
@@ -123,54 +124,80 @@ class Program:
         factors = [writer.factor(schedule.forward[k]) for k in again]
 
         def body(emitter: Emitter, at: Callable[[_Array], Memory]) -> None:
-            for array in forms.of(arrays, "state", 0):
-                emitter.copy(at(x), self.d_in, at(array), rows[0], self.d_in, schedule.widths[0])
+            def copy(source: _Array, stride: int, kind: str, number: int, width: int) -> None:
+                for key, array in arrays.items():
+                    if key[:2] == (kind, number) and key not in outside:
+                        full = schedule.widths[number]
+                        emitter.copy(at(source), stride, at(array), rows[number], width, full, even=bool(paired))
+
+            inner = emitter.even if paired else emitter.tokens  # where nothing is written to gx
+            copy(x, self.d_in, "state", 0, self.d_in)
+            copy(gy, self.d_out, "flow", last, self.d_out)
+            for key in outside:
+                copy(arrays[key], rows[key[1]], *key[:2], schedule.widths[key[1]])
             for k in again:
-                operation = schedule.forward[k]
+                product = schedule.forward[k].product
                 to = [at(array) for array in forms.of(arrays, "state", k + 1)]
-                source = at(forms.one(arrays, "state", k, operation.product.paired))
-                emitter.product(operation.product, to, source, at(factors[k]))
-            for array in forms.of(arrays, "flow", last):
-                emitter.copy(at(gy), self.d_out, at(array), rows[last], self.d_out, schedule.widths[-1])
+                source = at(forms.one(arrays, "state", k, product.paired))
+                emitter.product(product, to, source, at(factors[k]), tokens=inner)
             for k in range(last - 1, -1, -1):
                 if k in grads:
-                    flow, state = (at(forms.one(arrays, *place, False)) for place in (("flow", k + 1), ("state", k)))
-                    emitter.product(schedule.gradients[k].product, [at(grads[k])], flow, state, add=True)
+                    ends = (("flow", k + 1), ("state", k))
+                    flow, state = (at(forms.one(arrays, *end, tokens=k in paired)) for end in ends)
+                    count = emitter.code.value(f"lshr i64 {emitter.even}, 1") if k in paired else emitter.tokens
+                    emitter.product(schedule.gradients[k].product, [at(grads[k])], flow, state, add=True, tokens=count)
                 if k in back:
-                    product = schedule.back[k].product
-                    found = forms.of(arrays, "flow", k) or ([gx] if gx is not None else [])
+                    product, found = schedule.back[k].product, forms.of(arrays, "flow", k)
                     source = at(forms.one(arrays, "flow", k + 1, product.paired))
-                    emitter.product(product, [at(array) for array in found], source, at(back[k]))
+                    if found:
+                        to, count = [at(array) for array in found], inner
+                    else:
+                        assert gx is not None
+                        to, count = [at(gx)], emitter.tokens
+                    emitter.product(product, to, source, at(back[k]), tokens=count)
             if gx is not None and cut:
-                source = at(forms.one(arrays, "flow", 0, False))
-                emitter.copy(source, rows[0], at(gx), self.d_in, self.d_in, self.d_in)
+                emitter.copy(at(forms.one(arrays, "flow", 0)), rows[0], at(gx), self.d_in, self.d_in, self.d_in)
 
         return writer.compile(body)
+
+    def _gradient_in_pairs(self, k: int) -> bool:
+        """Whether to add up the gradient of factor k over pairs of tokens in bfloat16."""
+        schedule = self.schedule
+        if not self.pairs or not any(axis.size == 0 for axis in schedule.gradients[k].product.summed):
+            return False
+        before, after = k == 0, k + 1 == len(schedule.forward)
+        return (before or schedule.forward[k - 1].product.stores_pairs) and (
+            after or schedule.back[k + 1].product.stores_pairs
+        )
 
 
 _Key = tuple[str, int, str]  # activation ("state") or gradient ("flow"), its number, element type
 
 
 class _Forms:
-    """Which arrays a block needs, and in which element types: of two, where some products take pairs of bfloat16."""
+    """Which arrays a block needs, and in which element types.
+
+    There may be several of one activation: the type that is computed in, bfloat16 for products that are ``paired``, and
+    pairs of ``tokens`` in bfloat16 for gradients of factors.
+    """
 
     def __init__(self, program: Program) -> None:
         self._inside, self._rows = program.inside, program.schedule.rows
         self._keys: list[_Key] = []
 
-    def _key(self, kind: str, number: int, paired: bool) -> _Key:
-        return kind, number, "bfloat" if paired else self._inside
+    def _key(self, kind: str, number: int, paired: bool = False, tokens: bool = False) -> _Key:
+        return kind, number, "i32" if tokens else "bfloat" if paired else self._inside
 
-    def read(self, kind: str, number: int, paired: bool) -> None:
-        key = self._key(kind, number, paired)
+    def read(self, kind: str, number: int, paired: bool = False, tokens: bool = False) -> None:
+        key = self._key(kind, number, paired, tokens)
         if key not in self._keys:
             self._keys.append(key)
 
     def keep(self, kind: str, numbers: range) -> list[_Key]:
         """Arrays outside of scratch memory."""
         for number in numbers:
-            self.read(kind, number, False)
-        return [self._key(kind, number, False) for number in numbers]
+            self.read(kind, number)
+        return [self._key(kind, number) for number in numbers]
 
     def sizes(self, outside: Sequence[_Key]) -> dict[_Key, int]:
         return {key: self._rows[key[1]] for key in self._keys if key not in outside}
@@ -181,8 +208,10 @@ class _Forms:
     def of(self, arrays: Mapping[_Key, _Array], kind: str, number: int) -> list[_Array]:
         return [array for key, array in arrays.items() if key[:2] == (kind, number)]
 
-    def one(self, arrays: Mapping[_Key, _Array], kind: str, number: int, paired: bool) -> _Array:
-        return arrays[self._key(kind, number, paired)]
+    def one(
+        self, arrays: Mapping[_Key, _Array], kind: str, number: int, paired: bool = False, tokens: bool = False
+    ) -> _Array:  # fmt: skip
+        return arrays[self._key(kind, number, paired, tokens)]
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,9 @@ from structlin._fused._target import host
 from structlin._parse import Step
 
 FEW = 1 << 15  # numbers in the widest activation, below which calls and copies of the factors cost more than they save
-KEPT_BYTES = 16 << 20  # of activations that are kept: more come from fresh pages, which cost as much as computing again
+# Activations are kept for the backward pass if there are not so many that they come from fresh pages of memory, and if
+# to compute one again takes more than this many multiplications of vectors.
+KEPT_BYTES, KEPT_WORK = 16 << 20, 3
 SHARE = 48  # tokens of a thread, at least
 WASTE = 12  # times the instructions that products without losses would take: more is slower than what others do
 
@@ -33,7 +35,8 @@ class FusedChain:
         size = dict(sizes)
         self.widest = max(math.prod(size[a] for a in axes) for step in steps for axes in (step.input, step.output))
         self.shapes = [tuple(size[a] for a in step.factor) for step in steps]
-        self.macs = sum(math.prod(size[a] for a in set(step.input + step.factor)) for step in steps)
+        macs = [math.prod(size[a] for a in set(step.input + step.factor)) for step in steps]
+        self.macs, self.macs_before_last = sum(macs), sum(macs[:-1])
         # The dense matrix and its gradient, less the factors, their gradients, and copies of both in other orders.
         self.spare = 2 * d_in * d_out - 4 * sum(map(math.prod, self.shapes))
 
@@ -119,8 +122,12 @@ class FusedChain:
     def _keeps(self, x: Tensor, rows: Sequence[int], inside: torch.dtype) -> bool:
         """Whether to keep the activations between the steps for the backward pass, and not to compute them again.
 
-        If they take no more memory than the dense matrix and its gradient would, or are no larger than x and y.
+        If it pays, and they take no more memory than the dense matrix and its gradient would, or than x and y.
         """
+        program = self._ready(x.dtype)
+        work = self.macs_before_last / (program.lanes * (2 if program.pairs else 1))
+        if work < KEPT_WORK * sum(rows):
+            return False
         numbers = x.shape[0] * sum(rows)
         if numbers * inside.itemsize > KEPT_BYTES:
             return False

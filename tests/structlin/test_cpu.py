@@ -214,6 +214,7 @@ def test_blocks_that_are_kept_change_nothing(name, way, monkeypatch):
     found = []
     for most in (0, 1 << 30):
         monkeypatch.setattr(passes, "KEPT_BYTES", most)
+        monkeypatch.setattr(passes, "KEPT_WORK", 0)
         monkeypatch.setattr(chain, "spare", most)
         kept = []
         chain.forward(x, factors, None, kept)
