@@ -261,8 +261,14 @@ def weighted_pair(
 
 
 def square_root(matrix: np.ndarray) -> np.ndarray:
-    """A root R of a positive semidefinite matrix, or of a batch of them: ``R R^H`` is the matrix."""
-    values, vectors = np.linalg.eigh(matrix)
+    """A root R of a positive semidefinite matrix, or of a batch of them: ``R R^H`` is the matrix.
+
+    Cholesky's, which takes a tenth of the time of eigenvectors and exists where all matrices are definite.
+    """
+    try:
+        return np.linalg.cholesky(matrix)
+    except np.linalg.LinAlgError:
+        values, vectors = np.linalg.eigh(matrix)
     return vectors * np.sqrt(np.maximum(values, 0))[..., None, :]
 
 
