@@ -5,7 +5,9 @@ import json
 import os
 import pickle
 import shutil
+import signal
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -170,6 +172,38 @@ class TestTwoProcesses:
         again = [{key: value for key, value in job.items() if key != "full_disk"} for job in full]
         for first, rest in zip(("begun", "part", "part"), workers.start(again, 2, tmp_path), strict=True):
             assert difference(losses[first] + rest, losses["gpt2-one"]) < CLOSE
+
+    @pytest.mark.parametrize("way", ["ddp", "fsdp"])
+    def test_kill_at_any_time(
+        self, way: str, jobs: dict[str, Any], losses: dict[str, list[float]], tmp_path: Path
+    ) -> None:
+        """kill -9 of both while each step writes a checkpoint, twice; then the run goes on to its end."""
+        assert losses
+        job = {**jobs[f"gpt2-{way}"], "folder": str(tmp_path / "run"), "resume": True, "always": True}
+        seen = []
+        for _ in range(2):
+            started = workers.begin([job], 2, tmp_path)
+            deadline, path = time.monotonic() + 240, tmp_path / "run" / "checkpoint.pt"
+            first = path.stat().st_mtime_ns if path.exists() else 0
+            changes, last = 0, first
+            while changes < 5:
+                assert time.monotonic() < deadline
+                now = path.stat().st_mtime_ns if path.exists() else first
+                changes, last = changes + (now != last), now
+                time.sleep(0.003)
+            for process in started:
+                process.kill()
+            texts = [process.communicate()[0] for process in started]
+            assert [process.returncode for process in started] == [-signal.SIGKILL] * 2, texts
+            seen.append(load_checkpoint(path)["step"])
+        assert 0 < seen[0] < seen[1] < 20
+        workers.start([job], 2, tmp_path)
+        one, two = (
+            read_record(Path(folder) / "record.jsonl") for folder in (jobs[f"gpt2-{way}"]["folder"], tmp_path / "run")
+        )
+        for line in (*one.evaluations, *two.evaluations):
+            line["seconds"] = 0
+        assert one.evaluations == two.evaluations
 
     def test_sharded_weights_load_whole(self, jobs: dict[str, Any], losses: dict[str, list[float]]) -> None:
         assert losses

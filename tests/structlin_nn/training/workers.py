@@ -4,6 +4,7 @@
 ``config`` and ``task``, ``folder``, ``data`` (arguments of setup), ``parallel``, and ``stop_after``; the losses of its
 steps are written to ``FOLDER/losses.json`` by the first process. With ``full_disk``, a process for which no file can
 have more than 20,000 bytes after setup, every process writes the error that ends the run to ``FOLDER/error-RANK``.
+With ``always``, a checkpoint is written after every step.
 """
 
 import json
@@ -69,9 +70,10 @@ def train(job: dict[str, Any]) -> list[float]:
     losses = Losses()
     with processes(config.device, job.get("parallel", "ddp")) as group:
         run = setup(config, job["folder"], resume=job.get("resume", False), processes=group, **job["data"])
+        always = "full_disk" in job or job.get("always", False)
         with full_disk(group.rank == job.get("full_disk")):
             try:
-                fit(run, losses, stop=stop, checkpoint_minutes=0 if "full_disk" in job else 5)
+                fit(run, losses, stop=stop, checkpoint_minutes=0 if always else 5)
             except OSError as error:
                 if "full_disk" not in job:
                     raise
@@ -85,12 +87,24 @@ def train(job: dict[str, Any]) -> list[float]:
 
 def start(jobs: list[dict[str, Any]], number: int, folder: Path) -> list[list[float]]:
     """Do jobs in so many new processes, and return the losses of each."""
+    started = begin(jobs, number, folder)
+    try:
+        texts = [process.communicate(timeout=240)[0] for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    assert all(process.returncode == 0 for process in started), "\n\n".join(texts)
+    return [json.loads((Path(job["folder"]) / "losses.json").read_text()) for job in jobs]
+
+
+def begin(jobs: list[dict[str, Any]], number: int, folder: Path) -> list[subprocess.Popen[str]]:
+    """So many new processes that do jobs."""
     (folder / "jobs.json").write_text(json.dumps(jobs))
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
     common = {"WORLD_SIZE": str(number), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    started = [
+    return [
         subprocess.Popen(
             [sys.executable, __file__, str(folder / "jobs.json")],
             env=os.environ
@@ -102,13 +116,6 @@ def start(jobs: list[dict[str, Any]], number: int, folder: Path) -> list[list[fl
         )
         for rank in range(number)
     ]
-    try:
-        texts = [process.communicate(timeout=240)[0] for process in started]
-    finally:
-        for process in started:
-            process.kill()
-    assert all(process.returncode == 0 for process in started), "\n\n".join(texts)
-    return [json.loads((Path(job["folder"]) / "losses.json").read_text()) for job in jobs]
 
 
 if __name__ == "__main__":
