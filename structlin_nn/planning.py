@@ -13,6 +13,7 @@ from typing import Any
 
 from structlin.planning import largest_within
 from structlin_nn.counting import count, training_bytes
+from structlin_nn.counting._named import loss_of
 from structlin_nn.models import MODELS, StructureConfig, build_model
 
 __all__ = ["RESOURCES", "ModelPlan", "parse_structure", "plan_for_error", "plan_model", "plan_models", "plans_record"]
@@ -130,7 +131,9 @@ def plan_model(
         model = build_model(name, width=width, structure=chosen, device="meta", **{**sizes, "depth": depth})
         counted = count(model, model.example_input(device="meta"))
         step = counted if batch_size == 1 else count(model, model.example_input(batch_size, device="meta"))
-        held = training_bytes(step, optimizer=optimizer, dtype=dtype, activation_dtype=activation_dtype)
+        held = training_bytes(
+            step, loss=loss_of(model, batch_size), optimizer=optimizer, dtype=dtype, activation_dtype=activation_dtype
+        )
         return {
             "forward_macs": counted.macs(), "training_macs": counted.training_macs, "params": counted.trainable_params,
             "bytes": held["total"], "training_flops": 2 * counted.training_macs * (samples or 0),

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
-from structlin._arrays import dtype_name
-from structlin_nn.torch.counting import ModelCount
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
 
-__all__ = ["DTYPES", "OPTIMIZER_STATES", "itemsize", "states_of", "training_bytes"]
+from structlin._arrays import dtype_name
+from structlin_nn.torch.counting import ModelCount, count
+
+__all__ = ["DTYPES", "OPTIMIZER_STATES", "count_loss", "itemsize", "states_of", "training_bytes"]
 
 DTYPES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 OPTIMIZER_STATES = {"adam": 2, "adamw": 2, "sign": 1, "sgd": 1}
@@ -42,9 +47,32 @@ def states_of(optimizer: str, states: int | None = None) -> int:
     return kept
 
 
+class _CrossEntropy(nn.Module):
+    def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(logits, targets)
+
+
+def count_loss(shape: Sequence[int], soft: bool = False) -> ModelCount:
+    """What torch's cross-entropy of logits (..., classes) keeps for the backward pass, for :func:`training_bytes`.
+
+    Args:
+        shape: of the logits of a batch.
+        soft: the targets are probabilities of all classes (mixup, label smoothing by hand), and not numbers of classes.
+
+    >>> count_loss((4, 16, 50)).saved, count_loss((64, 10), soft=True).saved
+    (3201, 1280)
+    """
+    *lead, classes = shape
+    logits = torch.empty(torch.Size(lead).numel(), classes, device="meta", requires_grad=True)
+    kind = {"dtype": logits.dtype} if soft else {"dtype": torch.int64}
+    targets = torch.empty(logits.shape if soft else logits.shape[:1], device="meta", **kind)
+    return count(_CrossEntropy(), logits, targets)
+
+
 def training_bytes(
     counted: ModelCount,
     *,
+    loss: ModelCount | None = None,
     optimizer: str = "adam",
     states: int | None = None,
     dtype: str = "float32",
@@ -54,6 +82,8 @@ def training_bytes(
 
     Args:
         counted: of the whole batch (:func:`structlin_nn.counting.count`).
+        loss: of the loss of the batch (:func:`count_loss`), which autocast computes in the dtype of the weights; None
+            where it is a part of ``counted``, or left out.
         optimizer: adam, adamw, sign or sgd, which keep 2, 2, 1 and 1 numbers for each trainable parameter.
         states: this many in place of that: 0 for SGD without momentum.
         dtype: of weights, gradients and states.
@@ -62,8 +92,8 @@ def training_bytes(
 
     Returns:
         ``weights`` with frozen ones, ``buffers``, ``gradients``, ``optimizer_states``, ``activations`` (what the
-        forward pass keeps for the backward pass, see :class:`structlin_nn.counting.ModelCount`) and their ``total``.
-        The loss (of a language model: one or two more arrays of the size of the logits), temporary arrays and
+        forward pass keeps for the backward pass, see :class:`structlin_nn.counting.ModelCount`), ``loss`` (what that
+        keeps) and their ``total``. Temporary arrays, such as the logits themselves while the loss is computed, and
         fragmentation come on top.
 
     >>> from torch import nn, zeros
@@ -78,5 +108,6 @@ def training_bytes(
         "gradients": counted.trainable_params * size,
         "optimizer_states": states_of(optimizer, states) * counted.trainable_params * size,
         "activations": counted.saved * itemsize(activation_dtype or dtype) + counted.saved_bytes,
+        "loss": 0 if loss is None else loss.saved * size + loss.saved_bytes,
     }
     return found | {"total": sum(found.values())}

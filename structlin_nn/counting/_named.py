@@ -7,12 +7,12 @@ from dataclasses import asdict
 from typing import Any
 
 import structlin
-from structlin_nn.counting._memory import training_bytes
+from structlin_nn.counting._memory import count_loss, training_bytes
 from structlin_nn.counting._roofline import Device, roofline
 from structlin_nn.counting._roofline import device as find_device
-from structlin_nn.models import MODELS, StructureConfig, base_model, build_model
+from structlin_nn.models import GPT2, MLP, MODELS, StructureConfig, ViT, base_model, build_model
 from structlin_nn.torch import StructuredLinear, parameter_groups
-from structlin_nn.torch.counting import CallCount, count
+from structlin_nn.torch.counting import CallCount, ModelCount, count
 
 
 def count_model(
@@ -134,7 +134,12 @@ def count_model(
             "dtype": dtype,
             "activation_dtype": activation_dtype or dtype,
             **training_bytes(
-                step, optimizer=optimizer, states=optimizer_states, dtype=dtype, activation_dtype=activation_dtype
+                step,
+                loss=loss_of(model, batch),
+                optimizer=optimizer,
+                states=optimizer_states,
+                dtype=dtype,
+                activation_dtype=activation_dtype,
             ),
         },
         "layers": rows,
@@ -157,10 +162,19 @@ def count_model(
         products = activation_dtype or dtype
         on = find_device(device, products) if isinstance(device, str) else device
         found = roofline(step, on, products, optimizer=optimizer, states=optimizer_states, weight_dtype=dtype)
-        record["roofline"] = asdict(found) | {"step": found.step, "batch_size": batch, "source": on.source}
+        record["roofline"] = asdict(found) | {
+            "step": found.step, "batch_size": batch, "source": on.source, "memory": on.memory,
+        }  # fmt: skip
         if steps is not None:
             record["roofline"]["run"] = found.step * steps
     return record
+
+
+def loss_of(model: MLP | ViT | GPT2, batch: int) -> ModelCount:
+    """The cross-entropy that a named model is trained with: of tokens, or of mixed images with soft labels."""
+    if isinstance(model, GPT2):
+        return count_loss((batch, model.config.context, model.config.vocabulary))
+    return count_loss((batch, model.config.num_classes), soft=True)
 
 
 def _check_run(batch_size: int | None, steps: int | None) -> None:
@@ -249,7 +263,7 @@ def _run_lines(record: Mapping[str, Any]) -> list[str]:
     batch = f"batch of {held['batch_size']:,}"
     lines = ["", f"bytes of a training step, {batch}, {held['dtype']}" + (
         f", activations {held['activation_dtype']}" if held["activation_dtype"] != held["dtype"] else "")]  # fmt: skip
-    for key in ("weights", "buffers", "gradients", "optimizer_states", "activations", "total"):
+    for key in ("weights", "buffers", "gradients", "optimizer_states", "activations", "loss", "total"):
         lines.append(f"  {key.replace('_', ' '):<26}{held[key]:>28,}")
     if run := record.get("run"):
         lines += ["", f"{'training FLOPs, one step':<28}{run['training_flops_per_step']:>28,}"]
@@ -260,6 +274,11 @@ def _run_lines(record: Mapping[str, Any]) -> list[str]:
         for key, text in (("forward", "products, forward"), ("backward", "products, backward"), ("update", "update")):
             lines.append(f"  {text:<26}{1e3 * found[key]:>25.4g} ms")
         lines.append(f"  {'step':<26}{1e3 * found['step']:>25.4g} ms")
+        if found["memory"] is not None:
+            share = 100 * held["total"] / found["memory"]
+            lines.append(
+                f"  {'bytes of its memory':<26}{share:>25.4g} %" + (", more than it has" if share > 100 else "")
+            )
         if "run" in found:
             lines.append(f"  {'run':<26}{found['run'] / 3600:>25.4g} h")
         lines.append(f"  {'other operations, forward':<26}{1e3 * found['other']:>25.4g} ms, where they are not fused")

@@ -81,7 +81,8 @@ def measure_cpu(dtype: str = "float32", seconds: float = 0.3) -> Device:
     source, target = torch.ones(2, 1 << 24, dtype=torch.float32)
     product = _best(lambda: torch.mm(a, b, out=out), seconds / 2)
     copy = _best(lambda: target.copy_(source), seconds / 2)
-    name = f"this CPU, {torch.get_num_threads()} threads of {os.cpu_count()} cores"
+    threads = torch.get_num_threads()
+    name = f"this CPU, {threads} thread{'s' if threads > 1 else ''} on {os.cpu_count()} cores"
     return Device(name, {dtype: 2 * 1024**3 / product}, 2 * 4 * (1 << 24) / copy, None, "measured now")
 
 

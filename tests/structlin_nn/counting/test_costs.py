@@ -12,6 +12,7 @@ from structlin_nn.counting import (
     DEVICES,
     Device,
     count,
+    count_loss,
     count_model,
     device,
     format_count,
@@ -37,12 +38,47 @@ class TestBytes:
             "gradients": 4 * 103,
             "optimizer_states": states * 4 * 103,
             "activations": 4 * 130,
+            "loss": 0,
             "total": 4 * ((2 + states) * 103 + 130),
         }
 
     def test_dtypes(self) -> None:
         found = training_bytes(two_layers(), dtype="float64", activation_dtype="bfloat16", states=0)
         assert (found["weights"], found["activations"], found["optimizer_states"]) == (8 * 103, 2 * 130, 0)
+
+    @pytest.mark.parametrize("soft", [False, True])
+    def test_loss_against_torch(self, soft: bool) -> None:
+        """What autograd really holds for model and loss, each storage once, without parameters."""
+        model = nn.Sequential(nn.Linear(6, 10), nn.GELU(), nn.Linear(10, 7))
+        x = torch.randn(5, 6)
+        targets = torch.rand(5, 7) if soft else torch.randint(7, (5,))
+        held: dict[int, int] = {}
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            kept.append(tensor)
+            held[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        kept: list[torch.Tensor] = []
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            loss = nn.functional.cross_entropy(model(x), targets)
+        for parameter in model.parameters():
+            held.pop(parameter.untyped_storage().data_ptr(), None)
+        found = training_bytes(count(model, x), loss=count_loss((5, 7), soft=soft))
+        assert found["activations"] + found["loss"] == sum(held.values())
+        assert found["loss"] >= 4 * 35
+        assert loss.requires_grad
+
+    def test_loss_of_named_models(self) -> None:
+        """Of a language model an array of the size of its logits, in float32 whatever the activations are."""
+        sizes = {"depth": 1, "heads": 2, "context": 8, "vocabulary": 50}
+        record = count_model("gpt2", width=16, batch_size=3, activation_dtype="bfloat16", **sizes)
+        assert record["bytes"]["loss"] == 4 * (3 * 8 * 50 + 1) + 8 * 3 * 8
+        assert record["bytes"]["total"] == sum(
+            record["bytes"][key]
+            for key in ("weights", "buffers", "gradients", "optimizer_states", "activations", "loss")
+        )
+        assert count_model("cifar-mlp", width=16, batch_size=3)["bytes"]["loss"] >= 4 * 2 * 3 * 10
 
     def test_against_torch(self) -> None:
         """Gradients and states of a real optimiser, with a frozen layer and a buffer."""
