@@ -4,9 +4,10 @@ A BLAS gets one product of a chain at a time. The blocks of a structured matrix 
 for those the time goes into calls, into packing operands and into writing activations to memory and reading them again.
 Here a whole pass over a chain is one function, generated for its sizes and compiled by LLVM (llvmlite) at first use:
 
-- :mod:`._product`: one strided product of three arrays as a loop nest around a tile that is held in registers,
+- :mod:`._product`: one strided product of three arrays, and which part each axis takes in its loops,
 - :mod:`._schedule`: from the steps, the order of axes of every array and the products of the two passes,
-- :mod:`._program`: the text of the functions, :mod:`._ir` writes it, :mod:`._target` compiles it,
+- :mod:`._program`: the text of the functions, from :mod:`._loops`, :mod:`._emit` and :mod:`._ir`,
+- :mod:`._target`: the processor and the compiler,
 - :mod:`.passes`: memory and threads for them, in torch.
 
 Without llvmlite, or on a machine without AVX2, :mod:`structlin._chunked` runs the chain by the BLAS.

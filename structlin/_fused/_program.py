@@ -15,8 +15,10 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+from structlin._fused._emit import Emitter, Memory
 from structlin._fused._ir import Code
-from structlin._fused._product import BYTES, Emitter, Memory
+from structlin._fused._loops import write_product
+from structlin._fused._product import BYTES
 from structlin._fused._schedule import LINE, Operation, Schedule, make_schedule
 from structlin._fused._target import Target, load
 from structlin._parse import Step
@@ -67,14 +69,14 @@ class Program:
         schedule, last = self.schedule, len(self.schedule.forward)
         forms = _Forms(self)
         for k, operation in enumerate(schedule.forward):
-            forms.read("state", k, operation.product.paired)
+            forms.read("state", k, operation.reads)
         cut = self.d_out < schedule.widths[-1]
         if cut:
             forms.read("state", last)
         outside = forms.keep("state", range(1, last)) if kept else []
         writer = _Writer(self, self._block(forms.numbers(outside), BLOCKS))
         x, y = writer.rows(self.outside, self.d_in), writer.rows(self.outside, self.d_out)
-        arrays = writer.scratch(forms.sizes(outside))
+        arrays = writer.scratch(forms, outside)
         added = writer.whole(self.inside) if bias else None
         factors = [writer.factor(operation) for operation in schedule.forward]
         arrays |= {key: writer.rows(self.inside, schedule.rows[key[1]]) for key in outside}
@@ -84,9 +86,9 @@ class Program:
                 emitter.copy(at(x), self.d_in, at(array), schedule.rows[0], self.d_in, schedule.widths[0])
             for k, operation in enumerate(schedule.forward):
                 to = [at(array) for array in forms.of(arrays, "state", k + 1) or [y]]
-                source = at(forms.one(arrays, "state", k, operation.product.paired))
+                source = at(forms.one(arrays, "state", k, operation.reads))
                 fused = at(added) if added is not None and k == last - 1 else None
-                emitter.product(operation.product, to, source, at(factors[k]), bias=fused)
+                write_product(emitter, operation.product, to, source, at(factors[k]), bias=fused, zipped=operation.zips)
             if cut:
                 source = at(forms.one(arrays, "state", last))
                 emitter.copy(source, schedule.rows[last], at(y), self.d_out, self.d_out, self.d_out)
@@ -105,18 +107,18 @@ class Program:
         cut = self.d_in < schedule.widths[0]
         forms, paired = _Forms(self), {k for k in wanted if self._gradient_in_pairs(k)}
         for k in again:
-            forms.read("state", k, schedule.forward[k].product.paired)
+            forms.read("state", k, schedule.forward[k].reads)
         for k in wanted:
-            forms.read("state", k, tokens=k in paired)
-            forms.read("flow", k + 1, tokens=k in paired)
+            forms.read("state", k, "tokens" if k in paired else "plain")
+            forms.read("flow", k + 1, "tokens" if k in paired else "plain")
         for k in passed:
-            forms.read("flow", k + 1, schedule.back[k].product.paired)
+            forms.read("flow", k + 1, schedule.back[k].reads)
         if cut and needs[0]:
             forms.read("flow", 0)
         outside = forms.keep("state", range(1, last)) if kept else []
         writer = _Writer(self, self._block(forms.numbers(outside), BACK_BLOCKS))
         x, gy = writer.rows(self.outside, self.d_in), writer.rows(self.outside, self.d_out)
-        arrays = writer.scratch(forms.sizes(outside))
+        arrays = writer.scratch(forms, outside)
         gx = writer.rows(self.outside, self.d_in) if needs[0] else None
         back = {k: writer.factor(schedule.back[k]) for k in sorted(passed)}
         grads = {k: writer.whole(self.inside) for k in wanted}
@@ -136,25 +138,32 @@ class Program:
             for key in outside:
                 copy(arrays[key], rows[key[1]], *key[:2], schedule.widths[key[1]])
             for k in again:
-                product = schedule.forward[k].product
+                operation = schedule.forward[k]
                 to = [at(array) for array in forms.of(arrays, "state", k + 1)]
-                source = at(forms.one(arrays, "state", k, product.paired))
-                emitter.product(product, to, source, at(factors[k]), tokens=inner)
+                source = at(forms.one(arrays, "state", k, operation.reads))
+                write_product(
+                    emitter, operation.product, to, source, at(factors[k]), tokens=inner, zipped=operation.zips
+                )
             for k in range(last - 1, -1, -1):
                 if k in grads:
                     ends = (("flow", k + 1), ("state", k))
-                    flow, state = (at(forms.one(arrays, *end, tokens=k in paired)) for end in ends)
+                    form = "tokens" if k in paired else "plain"
+                    flow, state = (at(forms.one(arrays, *end, form)) for end in ends)
                     count = emitter.code.value(f"lshr i64 {emitter.even}, 1") if k in paired else emitter.tokens
-                    emitter.product(schedule.gradients[k].product, [at(grads[k])], flow, state, add=True, tokens=count)
+                    write_product(
+                        emitter, schedule.gradients[k].product, [at(grads[k])], flow, state, add=True, tokens=count
+                    )
                 if k in back:
-                    product, found = schedule.back[k].product, forms.of(arrays, "flow", k)
-                    source = at(forms.one(arrays, "flow", k + 1, product.paired))
+                    operation, found = schedule.back[k], forms.of(arrays, "flow", k)
+                    source = at(forms.one(arrays, "flow", k + 1, operation.reads))
                     if found:
                         to, count = [at(array) for array in found], inner
                     else:
                         assert gx is not None
                         to, count = [at(gx)], emitter.tokens
-                    emitter.product(product, to, source, at(back[k]), tokens=count)
+                    write_product(
+                        emitter, operation.product, to, source, at(back[k]), tokens=count, zipped=operation.zips
+                    )
             if gx is not None and cut:
                 emitter.copy(at(forms.one(arrays, "flow", 0)), rows[0], at(gx), self.d_in, self.d_in, self.d_in)
 
@@ -171,33 +180,30 @@ class Program:
         )
 
 
-_Key = tuple[str, int, str]  # activation ("state") or gradient ("flow"), its number, element type
+_Key = tuple[str, int, str]  # activation ("state") or gradient ("flow"), its number, its form
 
 
 class _Forms:
-    """Which arrays a block needs, and in which element types.
+    """Which arrays a block needs. There may be several of one activation.
 
-    There may be several of one activation: the type that is computed in, bfloat16 for products that are ``paired``, and
-    pairs of ``tokens`` in bfloat16 for gradients of factors.
+    ``plain``: in the type that is computed in. In bfloat16: ``half``, ``zipped`` along an axis, and with the numbers of
+    two ``tokens`` side by side.
     """
 
     def __init__(self, program: Program) -> None:
-        self._inside, self._rows = program.inside, program.schedule.rows
+        self.elements = {"plain": program.inside, "half": "bfloat", "zipped": "i32", "tokens": "i32"}
+        self._rows = program.schedule.rows
         self._keys: list[_Key] = []
 
-    def _key(self, kind: str, number: int, paired: bool = False, tokens: bool = False) -> _Key:
-        return kind, number, "i32" if tokens else "bfloat" if paired else self._inside
-
-    def read(self, kind: str, number: int, paired: bool = False, tokens: bool = False) -> None:
-        key = self._key(kind, number, paired, tokens)
-        if key not in self._keys:
-            self._keys.append(key)
+    def read(self, kind: str, number: int, form: str = "plain") -> None:
+        if (kind, number, form) not in self._keys:
+            self._keys.append((kind, number, form))
 
     def keep(self, kind: str, numbers: range) -> list[_Key]:
         """Arrays outside of scratch memory."""
         for number in numbers:
             self.read(kind, number)
-        return [self._key(kind, number) for number in numbers]
+        return [(kind, number, "plain") for number in numbers]
 
     def sizes(self, outside: Sequence[_Key]) -> dict[_Key, int]:
         return {key: self._rows[key[1]] for key in self._keys if key not in outside}
@@ -208,10 +214,8 @@ class _Forms:
     def of(self, arrays: Mapping[_Key, _Array], kind: str, number: int) -> list[_Array]:
         return [array for key, array in arrays.items() if key[:2] == (kind, number)]
 
-    def one(
-        self, arrays: Mapping[_Key, _Array], kind: str, number: int, paired: bool = False, tokens: bool = False
-    ) -> _Array:  # fmt: skip
-        return arrays[self._key(kind, number, paired, tokens)]
+    def one(self, arrays: Mapping[_Key, _Array], kind: str, number: int, form: str = "plain") -> _Array:
+        return arrays[kind, number, form]
 
 
 @dataclass(frozen=True)
@@ -221,6 +225,7 @@ class _Array:
     pointer: str
     element: str
     row: int
+    zipped: bool = False
 
 
 class _Writer:
@@ -244,11 +249,12 @@ class _Writer:
     def factor(self, operation: Operation) -> _Array:
         return self.whole("i32" if operation.product.paired else self.program.inside)
 
-    def scratch(self, rows: Mapping[_Key, int]) -> dict[_Key, _Array]:
+    def scratch(self, forms: _Forms, outside: Sequence[_Key]) -> dict[_Key, _Array]:
         pointer, found = self._next(), {}
-        for key, row in rows.items():
-            found[key] = _Array(self.code.at("i8", pointer, self.bytes), key[2], 0)
-            self.bytes += -(-row * self.block * BYTES[key[2]] // LINE) * LINE
+        for key, row in forms.sizes(outside).items():
+            element = forms.elements[key[2]]
+            found[key] = _Array(self.code.at("i8", pointer, self.bytes), element, 0, key[2] == "zipped")
+            self.bytes += -(-row * self.block * BYTES[element] // LINE) * LINE
         return found
 
     def compile(self, body: Callable[[Emitter, Callable[[_Array], Memory]], None]) -> Pass:
@@ -260,7 +266,7 @@ class _Writer:
 
             def at(array: _Array) -> Memory:
                 offset = code.multiply(first, array.row)
-                return Memory(code.at(array.element, array.pointer, offset), array.element)
+                return Memory(code.at(array.element, array.pointer, offset), array.element, array.zipped)
 
             body(emitter, at)
 

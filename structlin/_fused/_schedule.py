@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 
-from structlin._fused._product import BYTES, TOKENS, Product, Strides, make_products
+from structlin._fused._product import BYTES, TOKENS, Axis, Product, Strides, make_products
 from structlin._fused._target import Target
 from structlin._parse import Step
 
@@ -26,10 +26,14 @@ class Operation:
     """A product, and the order of the factor's axes (of its gradient) that it reads (writes).
 
     Of a ``paired`` product the factor is further in pairs: ``(..., k, n)`` is stored as ``(..., k / 2, n, 2)``.
+    ``reads``: the form of the activation, plain, half (in bfloat16), or zipped by the operation that writes it along
+    its axis ``zips``.
     """
 
     product: Product
     order: tuple[int, ...]
+    reads: str = "plain"
+    zips: Axis | None = None
 
 
 @dataclass(frozen=True)
@@ -113,7 +117,8 @@ class _Maker:
                 paired = product.pairs() if self.pairs and not gradient else None
                 cost = (paired or product).cost(self.target, self.element)
                 if cost < best[0]:
-                    best = cost, Operation(paired or product, tuple(step.factor.index(a) for a in order))
+                    reads = "plain" if paired is None else "half"
+                    best = cost, Operation(paired or product, tuple(step.factor.index(a) for a in order), reads)
         return best
 
 
@@ -169,4 +174,17 @@ def make_schedule(
     if not flows:
         return None
     back_cost, back, gradients = min(flows.values(), key=lambda way: way[0])
+    if pairs:
+        forward, back = _zipped(forward), _zipped(back[::-1])[::-1]
     return Schedule(maker.widths, maker.rows, tuple(forward), tuple(back), tuple(gradients), cost, back_cost)
+
+
+def _zipped(operations: Sequence[Operation]) -> list[Operation]:
+    """Operations in the order in which they run, with pairs along an axis where there are none otherwise."""
+    found = list(operations)
+    for k in range(1, len(found)):
+        zipped = found[k].product.zipped(found[k - 1].product) if found[k].reads == "plain" else None
+        if zipped is not None:
+            found[k] = replace(found[k], product=zipped[0], reads="zipped")
+            found[k - 1] = replace(found[k - 1], zips=zipped[1])
+    return found

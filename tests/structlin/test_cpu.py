@@ -379,3 +379,40 @@ def test_threads_share_the_tokens_in_processes_that_were_forked(way):
         if not child:
             os._exit(0 if torch.equal(structure.apply(factors, x), y) else 1)
     assert os.waitpid(child, 0)[1] == 0
+
+
+@pytest.mark.skipif(HOST is None or not HOST.half_products, reason="the processor multiplies no pairs of bfloat16")
+@pytest.mark.parametrize("tokens", [46, 157])
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("block_tensor_train", {"rank": 1}),  # pairs along an axis that is no neighbour in memory
+        ("block_tensor_train", {"rank": 2}),
+        ("block_tensor_train", {"rank": 3}),
+        ("monarch", {"blocks": 4}),
+        ("tensor_train", {"rank": 4}),
+        ("kronecker", {}),
+        ("low_rank", {"rank": 10}),
+        ("blast", {"blocks": 4, "rank": 6}),
+    ],
+)
+def test_pairs_of_bfloat16(name, options, tokens, monkeypatch):
+    """Sums are in float32; what lies between two steps is rounded to bfloat16."""
+    monkeypatch.setattr(passes, "FEW", 0)
+    structure = sl.design(name, (20 * 36, 16 * 28), **options)
+    chain = structure._cpu_rows._fused
+    program = chain.program(torch.bfloat16)
+    operations = (*program.schedule.forward, *program.schedule.back)
+    assert any(operation.product.paired for operation in operations)
+    if name == "block_tensor_train" and options["rank"] == 1:
+        assert [operation.reads for operation in operations] == ["half", "zipped", "zipped", "half"]
+    factors = sl.random_factors(structure, seed=1, backend="torch", dtype=torch.bfloat16)
+    generator = torch.Generator().manual_seed(2)
+    x, gy = (torch.randn(tokens, d, generator=generator).to(torch.bfloat16) for d in structure.shape[::-1])
+    doubles = [t.double().requires_grad_() for t in (x, *factors)]
+    expected = structure._portable(doubles[1:], doubles[0], sl._arrays.ops("torch"))
+    wanted = (expected, *torch.autograd.grad(expected, doubles, gy.double()))
+    found = (chain.forward(x, factors), *chain.backward(gy, x, factors, [True] * (1 + len(factors))))
+    for got, exact in zip(found, wanted, strict=True):
+        assert got.dtype == torch.bfloat16
+        assert (got.double() - exact).norm() < 5e-3 * exact.norm()

@@ -1,0 +1,299 @@
+"""The loops of a product: around a tile of sums that is held in registers (:mod:`._product`)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from structlin._fused._emit import Emitter, Memory
+from structlin._fused._ir import Int, Values
+from structlin._fused._product import VECTORS, Axis, Product, dot_tile, max_rows
+
+UNROLLED = 4
+
+
+def write_product(
+    emitter: Emitter, product: Product, out: Sequence[Memory], left: Memory, right: Memory, *, add: bool = False,
+    bias: Memory | None = None, tokens: Int | None = None, zipped: Axis | None = None,
+) -> None:  # fmt: skip
+    """Write the loops of a product.
+
+    ``out``: the same array, in one form or several. ``add``: to what is in it. ``bias`` has the strides of ``out`` and
+    no tokens. ``tokens``: how many, where other than all. ``zipped``: the outer axis of which two items are stored side
+    by side in arrays that are so.
+    """
+    zipped = zipped if any(memory.zipped for memory in out) else None
+    count = emitter.tokens if tokens is None else tokens
+    _Loops(emitter, product, out, left, right, add, bias, count, zipped).write()
+
+
+@dataclass(frozen=True)
+class _At:
+    """Offsets into out, the operand read in vectors, and the one read number by number."""
+
+    out: Int
+    vector: Int
+    single: Int
+    bias: Int
+    pair: Int  # into out, of two tokens
+    zipped: Int  # into out, of two items of an axis
+
+
+class _Loops:
+    def __init__(
+        self, emitter: Emitter, product: Product, out: Sequence[Memory], left: Memory, right: Memory, add: bool,
+        bias: Memory | None, tokens: Int, zipped: Axis | None,
+    ) -> None:  # fmt: skip
+        self.tokens, self.zipped = tokens, zipped
+        self.emitter, self.code, self.product = emitter, emitter.code, product
+        self.out, self.bias, self.add = out, bias, add
+        self.vector, self.single = (left, right) if product.swapped else (right, left)
+
+    def _strides(self, axis: Axis) -> tuple[int, int, int, int, int, int]:
+        vector, single = (axis.left, axis.right) if self.product.swapped else (axis.right, axis.left)
+        out, tokens = axis.out or 0, axis.size == 0
+        return out, vector or 0, single or 0, 0 if tokens else out, out // 2 if tokens else out, out
+
+    def _moved(self, at: _At, axis: Axis, index: Int, items: int = 1) -> _At:
+        """``index`` counts by ``items``, except in what is zipped."""
+        strides = [s * items for s in self._strides(axis)[:-1]]
+        places = (at.out, at.vector, at.single, at.bias, at.pair, at.zipped)
+        moved = (
+            self.code.add(p, self.code.multiply(index, s))
+            for p, s in zip(places, (*strides, self._strides(axis)[-1]), strict=True)
+        )
+        return _At(*moved)
+
+    def _size(self, axis: Axis) -> Int:
+        return axis.size or self.tokens
+
+    def write(self) -> None:
+        product, start = self.product, _At(0, 0, 0, 0, 0, 0)
+        if product.along is not None:
+            self._each(product.outer, start, self._dots)
+        elif product.near:  # rows, neighbours, vectors
+            wide = _even(math.ceil(product.across.size / self.emitter.lanes), VECTORS)[0]
+
+            def inside(at: _At, rows: int) -> None:
+                self._each(product.near, at, lambda at: self._across(at, lambda at, held: self._tile(at, rows, held)))
+
+            self._each(product.outer, start, lambda at: self._down(at, wide, inside))
+        else:  # vectors, rows: what is read in vectors stays where it is for all rows
+
+            def rows(at: _At, held: Sequence[int]) -> None:
+                self._down(at, len(held), lambda at, rows: self._tile(at, rows, held))
+
+            self._each(product.outer, start, lambda at: self._across(at, rows))
+
+    def _each(self, axes: Sequence[Axis], at: _At, body: Callable[[_At], None]) -> None:
+        if not axes:
+            return body(at)
+        first, *rest = axes
+
+        items = 2 if first is self.zipped else 1
+
+        def once(index: Int, _: Values) -> None:
+            self._each(rest, self._moved(at, first, index, items), body)
+
+        size = self._size(first) if items == 1 else first.size // 2
+        self.code.loop(0, size, 1, once, once=first.size == 0)
+        return None
+
+    def _across(self, at: _At, body: Callable[[_At, Sequence[int]], None]) -> None:
+        """All vectors of a row, at most ``VECTORS`` at a time, in parts of about one size; the last may be short."""
+        lanes, axis = self.emitter.lanes, self.product.across
+        vectors = math.ceil(axis.size / lanes)
+        parts = _even(vectors, VECTORS)
+        short = bool(axis.size % lanes)
+        widest = parts[0]
+        whole = parts.count(widest) - (short and parts[-1] == widest)
+        step = widest * lanes
+        self.code.loop(0, whole * step, step, lambda i, _: body(self._moved(at, axis, i), [lanes] * widest))
+        done = whole * step
+        for part in parts[whole:]:
+            held = [min(lanes, axis.size - done - k * lanes) for k in range(part)]
+            body(self._moved(at, axis, done), held)
+            done += part * lanes
+
+    def _down(self, at: _At, vectors: int, body: Callable[[_At, int], None]) -> None:
+        """All rows, as many at a time as there are registers for, beside ``vectors``."""
+        axis, most = self.product.down, max_rows(self.emitter.target, vectors * (2 if self.zipped else 1))
+        if axis is None:
+            return body(at, 1)
+
+        def tiles(start: Int, stop: Int, rows: int) -> None:
+            self.code.loop(start, stop, rows, lambda i, _: body(self._moved(at, axis, i), rows))
+
+        if axis.size:
+            parts = _even(axis.size, most)
+            whole = parts.count(parts[0]) * parts[0]
+            tiles(0, whole, parts[0])
+            if whole < axis.size:
+                tiles(whole, axis.size, axis.size - whole)
+            return None
+        # As many rows as divide the usual number of tokens, then fewer for the last tokens.
+        least = 2 if any(out.element == "i32" and not out.zipped for out in self.out) else 1
+        most = max(n for n in range(least, most + 1, least) if self.emitter.block % n == 0)
+        start: Int = 0
+        for rows in dict.fromkeys((most, 4, least)):
+            if rows <= most:
+                stop = self.code.add(start, self.code.whole(self.code.subtract(self.tokens, start), rows))
+                tiles(start, stop, rows)
+                start = stop
+        return None
+
+    def _tile(self, at: _At, rows: int, lanes: Sequence[int]) -> None:
+        """Sums of rows and vectors; of two such tiles at once, if they are to be zipped."""
+        emitter, code, width = self.emitter, self.code, self.emitter.lanes
+        down = self._strides(self.product.down) if self.product.down else (0,) * 6
+        apart = self._strides(self.zipped) if self.zipped else (0,) * 6
+        cells = [(z, r, k) for z in range(2 if self.zipped else 1) for r in range(rows) for k in range(len(lanes))]
+
+        def place(offset: Int, which: int, z: int, r: int, k: int) -> Int:
+            return code.add(offset, z * apart[which] + r * down[which] + k * width)
+
+        if self.bias is not None:
+            sums = [emitter.load(self.bias, place(at.bias, 3, *cell), lanes[cell[2]]) for cell in cells]
+        elif self.add:
+            sums = [emitter.load(self.out[0], place(at.out, 0, *cell), lanes[cell[2]]) for cell in cells]
+        else:
+            sums = ["zeroinitializer"] * len(cells)
+        paired = "i32" in (self.vector.element, self.single.element)
+        multiply_add = emitter.multiply_add_pairs if paired else emitter.multiply_add
+
+        def load(at: Memory, place: Int, lanes: int) -> str:
+            found = emitter.load(at, place, lanes)
+            return emitter.as_pairs(found) if paired else found
+
+        def turn(vector: Int, single: Int, sums: Values) -> Values:
+            found, vectors, number = list(sums), [""] * len(lanes), ""
+            for here, (z, r, k) in enumerate(cells):
+                if r == 0:
+                    vectors[k] = load(self.vector, place(vector, 1, z, 0, k), lanes[k])
+                if self.product.both:
+                    number = load(self.single, place(single, 2, z, r, k), lanes[k])
+                elif k == 0:
+                    number = (emitter.spread_pair if paired else emitter.spread)(self.single, place(single, 2, z, r, 0))
+                found[here] = multiply_add(number, vectors[k], found[here])
+            return found
+
+        sums = self._sum(self.product.summed, at.vector, at.single, sums, turn)
+        beside, below = rows * len(lanes), len(lanes)  # to the cell of the other tile, and of the next row
+        for out in self.out:
+            for here, (z, r, k) in enumerate(cells):
+                if out.zipped:
+                    if z == 0:
+                        both = sums[here], sums[here + beside]
+                        emitter.store_pairs(out, place(at.zipped, 5, 0, r, k), both, lanes[k])
+                elif out.element == "i32":
+                    if r % 2 == 0:
+                        both = sums[here], sums[here + below]
+                        offset = code.add(at.pair, z * apart[4] + r * down[4] + k * width)
+                        emitter.store_pairs(out, offset, both, lanes[k])
+                else:
+                    emitter.store(out, place(at.out, 0, z, r, k), sums[here], lanes[k])
+
+    def _sum(
+        self, axes: Sequence[Axis], vector: Int, single: Int, sums: Values, turn: Callable[[Int, Int, Values], Values]
+    ) -> Values:  # fmt: skip
+        """The loops over summed axes, with the sums in registers; the innermost is unrolled."""
+        if not axes:
+            return turn(vector, single, sums)
+        code, (axis, *rest) = self.code, axes
+        _, by_vector, by_single, *_ = self._strides(axis)
+        unrolled = 1
+        if not rest and axis.size:
+            unrolled = next(n for n in range(UNROLLED, 0, -1) if axis.size % n == 0)
+
+        def body(i: Int, sums: Values) -> Values:
+            v, s = code.add(vector, code.multiply(i, by_vector)), code.add(single, code.multiply(i, by_single))
+            for u in range(unrolled):
+                sums = self._sum(rest, code.add(v, u * by_vector), code.add(s, u * by_single), sums, turn)
+            return sums
+
+        return code.loop(0, self._size(axis), unrolled, body, sums, self.emitter.vector, once=True)
+
+    # -- vectors along a summed axis -----------------------------------------------------------------------------------
+
+    def _dots(self, at: _At) -> None:
+        down, along = self.product.down, self.product.along
+        assert along is not None
+        most, widest = dot_tile(self.emitter.target, down is None)
+
+        def columns(at: _At, rows: int) -> None:
+            for starts, count in _runs(along.size, widest):
+
+                def tile(i: Int, _: Values, count: int = count) -> None:
+                    self._dot(self._moved(at, along, i), rows, count)
+
+                self.code.loop(starts.start, starts.stop, count, tile)
+
+        if down is None:
+            return columns(at, 1)
+        for starts, count in _runs(down.size, most):
+
+            def row(i: Int, _: Values, count: int = count) -> None:
+                columns(self._moved(at, down, i), count)
+
+            self.code.loop(starts.start, starts.stop, count, row)
+        return None
+
+    def _dot(self, at: _At, rows: int, columns: int) -> None:
+        product, emitter, code = self.product, self.emitter, self.code
+        assert product.along is not None
+        down, along = self._strides(product.down) if product.down else (0, 0, 0, 0, 0, 0), self._strides(product.along)
+        size, width = product.across.size, emitter.lanes
+        paired = self.vector.element == "i32"
+        multiply_add = emitter.multiply_add_pairs if paired else emitter.multiply_add
+
+        def load(at: Memory, place: Int, lanes: int) -> str:
+            found = emitter.load(at, place, lanes)
+            return emitter.as_pairs(found) if paired else found
+
+        def turn(vector: Int, single: Int, sums: Values) -> Values:
+            def step(place: Int, sums: Values, lanes: int) -> Values:
+                v, s = code.add(vector, place), code.add(single, place)
+                right = [load(self.vector, code.add(v, c * along[1]), lanes) for c in range(columns)]
+                found = []
+                for r in range(rows):
+                    left = load(self.single, code.add(s, r * down[2]), lanes)
+                    for c in range(columns):
+                        found.append(multiply_add(left, right[c], sums[r * columns + c]))
+                return found
+
+            whole = size // width * width
+            sums = code.loop(0, whole, width, lambda i, held: step(i, held, width), sums, emitter.vector)
+            return sums if whole == size else step(whole, sums, size - whole)
+
+        sums = self._sum(product.summed, at.vector, at.single, ["zeroinitializer"] * (rows * columns), turn)
+        kind = emitter.element
+        for r in range(rows):
+            for c in range(columns):
+                name = f"llvm.vector.reduce.fadd.v{width}{emitter.short[kind]}"
+                code.declarations.add(f"declare {kind} @{name}({kind}, {emitter.vector})")
+                total = code.value(
+                    f"call reassoc {kind} @{name}({kind} -0.0, {emitter.vector} {sums[r * columns + c]})"
+                )
+                place = code.add(at.out, r * down[0] + c * along[0])
+                if self.bias is not None:
+                    more = emitter.number(self.bias, code.add(at.bias, r * down[3] + c * along[3]))
+                    total = code.value(f"fadd {kind} {more}, {total}")
+                elif self.add:
+                    total = code.value(f"fadd {kind} {emitter.number(self.out[0], place)}, {total}")
+                for out in self.out:
+                    emitter.put_number(out, place, total)
+
+
+def _runs(total: int, most: int) -> list[tuple[range, int]]:
+    """Ranges of starts of tiles of one size, and that size."""
+    parts = _even(total, most)
+    whole = parts.count(parts[0]) * parts[0]
+    found = [(range(0, whole), parts[0])]
+    return found if whole == total else [*found, (range(whole, total), total - whole)]
+
+
+def _even(total: int, most: int) -> list[int]:
+    """``total`` in parts of at most ``most``, as few as can be, of one size but for the last."""
+    size = math.ceil(total / math.ceil(total / most))
+    return [size] * (total // size) + ([total % size] if total % size else [])
