@@ -20,6 +20,16 @@ RECORDS = Path(__file__).resolve().parent / "records"
 FIGURES: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "delta-h.png": ("delta-h", "delta-h", ()),
     "cifar-mlp.png": ("cifar", "cifar-mlp-short", ("--y", "train_error")),
+    "lr-landscape-btt.png": (
+        "landscape",
+        "lr-landscape-short",
+        ("--where", "structure=block_tensor_train", "--y", "train_loss"),
+    ),
+    "lr-landscape-dense.png": (
+        "landscape",
+        "lr-landscape-short",
+        ("--where", "structure=dense", "--y", "train_loss"),
+    ),
 }
 """By file: the figure, the folder of its records, and options."""
 

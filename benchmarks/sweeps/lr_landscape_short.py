@@ -1,7 +1,7 @@
 """Figure 2b at small scale: the best learning rate by width, on one CPU core.
 
 Command:   structlin sweep benchmarks/sweeps/lr_landscape_short.py --data path/to/cifar-10-batches-bin --workers 1
-Differs from `structlin_nn.configs.lr_landscape` in widths of at most 1024 (dense: 512), 2 epochs for 20, batches of
+Differs from `structlin_nn.configs.lr_landscape` in widths of at most 1024 (dense: 256), 2 epochs for 20, batches of
 256 for 1024, and no augmentation. Naive rates reach further up, since that is where their optimum is.
 Result:    ``train_loss`` of the last evaluation.
 """
@@ -15,7 +15,7 @@ def _rates(lowest: int, highest: int) -> list[float]:
 
 
 BTT = {"structure": "block_tensor_train", "options": {"rank": 1, "factorization": "greedy"}}
-WIDTHS = (64, 128, 256, 512, 1024)
+WIDTHS = (16, 64, 128, 256, 1024)
 
 SWEEP = Sweep(
     name="lr-landscape-short",
@@ -32,8 +32,8 @@ SWEEP = Sweep(
         "threads": 1,
     },
     overlays=[
-        *merge([BTT], grid(width=WIDTHS, structure_aware=(True,), lr=_rates(-2, 3))),
-        *merge([BTT], grid(width=WIDTHS, structure_aware=(False,), lr=_rates(0, 5))),
-        *merge([{"structure": "dense"}], grid(width=WIDTHS[:-1], lr=_rates(-2, 2))),
+        *merge([BTT], grid(width=WIDTHS, structure_aware=(True,), lr=_rates(0, 5))),
+        *merge([BTT], grid(width=WIDTHS, structure_aware=(False,), lr=_rates(1, 7))),
+        *merge([{"structure": "dense"}], grid(width=(32, 64, 128, 256), lr=_rates(0, 5))),
     ],
 )
