@@ -82,10 +82,10 @@ def accuracy(A: LinearOperator) -> float:
 
 
 def is_backward_stable(A: LinearOperator, solve: Callable[[Array], Array]) -> bool:
-    """Whether such a formula has solved with A or with a close neighbour. True while values are traced.
+    """Whether such a formula has solved with A or with a close neighbour that is regular. True while values are traced.
 
     For x = solve(v), whether ``|A x - v| <= tol (|A| |x| + |v|)``, with |A| replaced by its action on v, which it
-    exceeds.
+    exceeds, and whether x is smaller than roundoff alone can make it.
     """
     v = probe(A)
     x = solve(v)
@@ -93,13 +93,18 @@ def is_backward_stable(A: LinearOperator, solve: Callable[[Array], Array]) -> bo
     residual, size, action = (known(norm(y)) for y in (A @ x - v, x, A @ v))
     if residual is None or size is None or action is None:
         return True
-    return residual <= accuracy(A) * (action * size + 1)
+    return residual <= accuracy(A) * (action * size + 1) and action * size < largest_growth(A)
+
+
+def largest_growth(A: LinearOperator) -> float:
+    """Where ``|A| |A^-1|`` is as large, as far as can be seen, A is singular to working precision."""
+    return 0.1 / eps(A.dtype)
 
 
 def dense_inverse(A: LinearOperator) -> LinearOperator:
     """By LU, or by Cholesky where A is annotated PSD: triangular solves, in CoLA's operators.
 
-    A pivot that is only roundoff raises LinAlgError.
+    A pivot that is only roundoff, and a solution as large as roundoff makes it, raise LinAlgError.
     """
     matrix = cola.ops.Dense(A.to_dense())
     with warnings.catch_warnings():
@@ -113,5 +118,12 @@ def dense_inverse(A: LinearOperator) -> LinearOperator:
     if least is not None and most is not None and not least > eps(A.dtype) * most:
         raise singular_to_roundoff(
             f"{type(A).__name__} of shape {tuple(A.shape)} with pivots {least:.1e} to {most:.1e}"
+        )
+    v = probe(A)
+    norm = lapack(v).norm
+    growth = known(norm(inverse @ v) * norm(matrix @ v))
+    if growth is not None and not growth < largest_growth(A):
+        raise singular_to_roundoff(
+            f"{type(A).__name__} of shape {tuple(A.shape)} with a condition number above {growth:.0e}"
         )
     return annotated(inverse, hermitian(A))

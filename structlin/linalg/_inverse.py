@@ -32,7 +32,15 @@ from structlin.linalg._common import (
     singular,
 )
 from structlin.linalg._iterative import verified_inverse
-from structlin.linalg._lapack import eps, inverse_of, known, lapack, require_precision, singular_to_roundoff
+from structlin.linalg._lapack import (
+    eps,
+    inverse_of,
+    known,
+    lapack,
+    refusing_singular,
+    require_precision,
+    singular_to_roundoff,
+)
 from structlin.operators import StructuredOperator
 from structlin.structure import Structure
 from structlin.structures.block_diagonal import BlockDiagonal
@@ -155,7 +163,9 @@ def _schur_inverse(A: StructuredOperator) -> LinearOperator | None:
     parts = padded_inverse(A)
     if parts is None:
         return None
-    found = parts.leading + LowRank(lapack(parts.corner).solve(parts.corner, parts.below), -parts.right)
+    with refusing_singular(parts.corner):
+        middle = lapack(parts.corner).solve(parts.corner, parts.below)
+    found = parts.leading + LowRank(middle, -parts.right)
     return found if is_backward_stable(A, found.__matmul__) else None
 
 
@@ -310,6 +320,19 @@ def _pseudo_inverse_of_diagonal(A: ColaDiagonal, alg: Auto):
 def _pseudo_inverse_of_scalar(A: ScalarMul, alg: Auto):
     xp = lapack(A.c)
     return scalar_like(A, _reciprocals(A.c.reshape((1,)), xp)[0])
+
+
+@rule("pinv")
+def _pseudo_inverse_of_product(A: Product, alg: Auto):
+    """A multiple: (c A)^+ = c^+ A^+."""
+    scalars = [M for M in A.Ms if isinstance(M, ScalarMul)]
+    rest = [M for M in A.Ms if not isinstance(M, ScalarMul)]
+    if len(rest) != 1 or not scalars:
+        return _pseudo_inverse_of_any(A, alg)
+    found = cola.pinv(rest[0], alg)
+    for M in scalars:
+        found = cola.pinv(M, alg).c * found
+    return annotated(found, hermitian(A))
 
 
 @rule("pinv")
