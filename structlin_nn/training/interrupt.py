@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from types import FrameType
 from typing import Any
 
 __all__ = ["Interruption"]
 
+SAME_SECONDS = 5.0
+"""Signals that come sooner after the first are the same request: Ctrl-C reaches a process, and torchrun sends it on."""
+
 
 class Interruption:
-    """While the block lasts, the first SIGINT or SIGTERM is noted in `signal`; a second one acts as usual.
+    """While the block lasts, the first SIGINT or SIGTERM is noted in `signal`; one `SAME_SECONDS` later acts as usual.
 
     Outside the main thread, where Python cannot handle signals, nothing is changed.
 
@@ -26,6 +30,7 @@ class Interruption:
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
         self._before: dict[signal.Signals, Any] = {}
+        self._first = 0.0
 
     def __enter__(self) -> Interruption:
         if threading.current_thread() is threading.main_thread():
@@ -37,8 +42,11 @@ class Interruption:
         self._restore()
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.signal = signal.Signals(number)
-        self._restore()
+        if self.signal is None:
+            self.signal, self._first = signal.Signals(number), time.monotonic()
+        elif time.monotonic() - self._first > SAME_SECONDS:
+            self._restore()
+            signal.raise_signal(number)
 
     def _restore(self) -> None:
         while self._before:

@@ -6,6 +6,7 @@ import os
 import pickle
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -347,9 +348,32 @@ class TestOneProcess:
 
 
 @pytest.mark.slow
-def test_torchrun_starts_the_command(text_tokens: Path, tmp_path: Path) -> None:
-    import subprocess
+def test_torchrun_is_interrupted(text_tokens: Path, tmp_path: Path) -> None:
+    """Ctrl-C: the signal reaches torchrun and its processes, to which torchrun sends it once more."""
+    line = (
+        f"-m torch.distributed.run --standalone --nproc-per-node 2 -m structlin_nn.cli train gpt2 --data {text_tokens} "
+        f"--out {tmp_path / 'run'} --width 16 --heads 2 --depth 1 --context 8 --batch-size 4 --steps 200000 "
+        "--eval-every 100000 --eval-batches 1 --threads 1 --quiet"
+    )
+    environment = os.environ | {"PYTHONPATH": str(workers.ROOT), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [sys.executable, *line.split()], env=environment, start_new_session=True, stderr=subprocess.PIPE, text=True
+    )
+    deadline, path = time.monotonic() + 240, tmp_path / "run" / "checkpoint.pt"
+    while not path.exists():
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    time.sleep(1)
+    os.killpg(process.pid, signal.SIGINT)
+    _, err = process.communicate(timeout=240)
+    step = load_checkpoint(path)["step"]
+    assert step > 0
+    assert f"SIGINT after step {step} of 200000; checkpoint written" in err
 
+
+@pytest.mark.slow
+def test_torchrun_starts_the_command(text_tokens: Path, tmp_path: Path) -> None:
     line = (
         f"-m torch.distributed.run --standalone --nproc-per-node 2 -m structlin_nn.cli train gpt2 --data {text_tokens} "
         f"--out {tmp_path / 'run'} --parallel fsdp --width 16 --heads 2 --depth 1 --context 8 --batch-size 4 --steps 3 "

@@ -21,6 +21,7 @@ from structlin_nn.data import load_images
 from structlin_nn.training import checkpoint, loop
 from structlin_nn.training.checkpoint import load_checkpoint, save_checkpoint
 from structlin_nn.training.config import TrainConfig
+from structlin_nn.training.interrupt import Interruption
 from structlin_nn.training.loop import Run, RunResult, TrainingError, fit, setup
 from structlin_nn.training.records import COMMON_KEYS, HEADER_KEYS, TASK_KEYS, read_record
 
@@ -409,6 +410,22 @@ class TestSignals:
         assert train(config, tmp_path / "part", small_cifar, resume=True).finished
         train(config, tmp_path / "whole", small_cifar)
         assert_same_run(tmp_path / "whole", tmp_path / "part")
+
+    def test_a_second_one_is_an_order_only_when_it_comes_later(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Ctrl-C reaches the processes of torchrun, and torchrun hands it on to them."""
+        before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+        now = 100.0
+        monkeypatch.setattr(time, "monotonic", lambda: now)
+        with Interruption() as interruption:
+            signal.raise_signal(signal.SIGINT)
+            now += 4
+            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(signal.SIGINT)
+            assert interruption.signal == signal.SIGINT
+            now += 2
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+            assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
 
     def test_threads_are_put_back(self, config: TrainConfig, small_cifar: Path, tmp_path: Path) -> None:
         before = torch.get_num_threads()
