@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 from cola.annotations import PSD, SelfAdjoint, Stiefel, Unitary
 from cola.ops import Identity, LinearOperator, Product, ScalarMul, Sum
 from cola.ops import Kronecker as ColaKronecker
@@ -345,7 +346,6 @@ def _plus_diagonal(A: StructuredOperator, B: LinearOperator) -> StructuredOperat
     if value is None:
         return None
     structure, x = A.structure, A.factors[0]
-    xp = lapack(x)
     if not hasattr(value, "dtype"):
         value = as_array(value, x) if not isinstance(structure, PermutationStructure) else value
     else:
@@ -353,8 +353,9 @@ def _plus_diagonal(A: StructuredOperator, B: LinearOperator) -> StructuredOperat
     if isinstance(structure, DiagonalStructure):
         return Diagonal(x + value)
     if isinstance(structure, CirculantStructure) and value.ndim == 0:
-        unit = xp.eye(structure.size, x)[0] if structure.size <= 64 else xp.concat((x[:1] * 0 + 1, x[1:] * 0))
-        return Circulant(x + value * unit)
+        return Circulant(x + value * _unit(x, 0))
+    if isinstance(structure, ToeplitzStructure) and value.ndim == 0:
+        return Toeplitz.from_kernel(x + value * _unit(x, structure.d_in - 1), structure.d_out)
     blocks = chain.diagonal_blocks(structure, A.factors)
     if blocks is None and chain.is_dense(structure):
         matrices = chain.part_matrices(structure, A.factors)
@@ -362,8 +363,13 @@ def _plus_diagonal(A: StructuredOperator, B: LinearOperator) -> StructuredOperat
     if blocks is None or blocks.shape[1] != blocks.shape[2]:
         return None
     wide = value if value.ndim == 0 else value.reshape((blocks.shape[0], 1, -1))
-    shifted = blocks + xp.eye(blocks.shape[1], blocks) * wide
+    shifted = blocks + lapack(x).eye(blocks.shape[1], blocks) * wide
     return Dense(shifted[0]) if chain.is_dense(structure) else BlockDiagonal(shifted)
+
+
+def _unit(like: Array, place: int) -> Array:
+    """As long as ``like``: 1 at one place, 0 elsewhere."""
+    return lapack(like).index(np.arange(like.shape[0]) == place, like)
 
 
 # -- multiples -------------------------------------------------------------------------------------------------------

@@ -144,6 +144,16 @@ SUMS = {
         3.0 * cola.ops.I_like(random("circulant", (7, 7))),
         structlin.Circulant,
     ),
+    "toeplitz + scalar": (
+        random("toeplitz", (7, 7)),
+        -2.0 * cola.ops.I_like(random("toeplitz", (7, 7))),
+        structlin.Toeplitz,
+    ),
+    "toeplitz + identity": (
+        cola.ops.I_like(random("toeplitz", (7, 7))),
+        random("toeplitz", (7, 7)),
+        structlin.Toeplitz,
+    ),
     "dense + diagonal": (random("diagonal", (5, 5)), random("dense", (5, 5)), structlin.Dense),
     "blocks + diagonal": (
         random("block_diagonal", (9, 9), blocks=3),
