@@ -9,6 +9,7 @@ structure of these operators (:mod:`structlin.linalg`); other libraries meet the
 __version__ = "0.1.0"
 
 from structlin import _cola_compat
+from structlin.composite_scale import ArrayScale, array_scales
 from structlin.conversion import conversions, convert, exact_rank
 from structlin.counting import (
     Work,
@@ -67,6 +68,7 @@ __all__ = [
     "DENSE_LIMIT",
     "SVD",
     "AbstractStructure",
+    "ArrayScale",
     "Blast",
     "BlockDiagonal",
     "BlockTensorTrain",
@@ -93,6 +95,7 @@ __all__ = [
     "Work",
     "activation_bytes",
     "add_tensor_trains",
+    "array_scales",
     "as_operator",
     "conversions",
     "convert",
