@@ -59,7 +59,7 @@ def image_tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def gpt2_config() -> GPT2TrainConfig:
     """Twenty steps with everything on."""
     return GPT2TrainConfig(
@@ -69,7 +69,7 @@ def gpt2_config() -> GPT2TrainConfig:
     )  # fmt: skip
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def imagenet_config() -> ImageNetTrainConfig:
     """Six steps in an epoch; crops, flips, mixup."""
     return ImageNetTrainConfig(
@@ -83,7 +83,7 @@ def write(path: Path, images: np.ndarray, labels: np.ndarray) -> None:
     path.write_bytes(rows.tobytes())
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def config() -> TrainConfig:
     """Seven steps in an epoch; everything that draws random numbers is on."""
     return TrainConfig(

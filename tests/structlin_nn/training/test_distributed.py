@@ -42,43 +42,40 @@ class TestTwoProcesses:
     @pytest.fixture(scope="class")
     @classmethod
     def jobs(
-        cls, tmp_path_factory: pytest.TempPathFactory, text_tokens: Path, small_cifar: Path, image_tree: Path
+        cls,
+        tmp_path_factory: pytest.TempPathFactory,
+        config: TrainConfig,
+        gpt2_config: GPT2TrainConfig,
+        imagenet_config: ImageNetTrainConfig,
+        text_tokens: Path,
+        small_cifar: Path,
+        image_tree: Path,
     ) -> dict[str, dict[str, Any]]:
         folder = tmp_path_factory.mktemp("distributed")
-        gpt2 = GPT2TrainConfig(
-            width=32, base_width=32, depth=2, heads=2, context=16, batch_size=16, steps=20, warmup_steps=3, lr=3e-3,
-            structure="block_tensor_train", options={"rank": 2}, rms_cap=True, optimizer="adamw", weight_decay=0.1,
-            clip=0.5, ema=0.9, eval_every=10, eval_batches=3, whole_validation=True, threads=1,
-        )  # fmt: skip
-        cifar = TrainConfig(
-            data_set="cifar10", width=24, structure="block_tensor_train", epochs=3, batch_size=32, eval_every=2,
-            threads=1, lr=1e-3, warmup_epochs=1.0,
-        )  # fmt: skip
-        vit = ImageNetTrainConfig(
-            width=32, base_width=32, depth=1, heads=2, patch=8, image_size=32, batch_size=16, epochs=2, lr=1e-3,
-            warmup_epochs=1.0, augment="", erasing=0.0, color_jitter=0.0, workers=0, threads=1, accumulate=2,
-        )  # fmt: skip
+        gpt2 = gpt2_config.replace(accumulate=1)
+        cifar = config.replace(lr=1e-3, warmup_epochs=1.0)
+        vit = imagenet_config.replace(structure="dense", depth=1, lr=1e-3, warmup_epochs=1.0, accumulate=2)
         data = {
             "gpt2": {"data_root": str(text_tokens)},
             "cifar": {"data_root": str(small_cifar), "verify": False},
             "imagenet": {"data_root": str(image_tree)},
         }
 
-        def job(name: str, config: RunConfig, **options: Any) -> dict[str, Any]:
-            settings = {"task": config.task, "config": config.to_dict(), "data": data[config.task]}
+        def job(name: str, one: RunConfig, **options: Any) -> dict[str, Any]:
+            settings = {"task": one.task, "config": one.to_dict(), "data": data[one.task]}
             return {"folder": str(folder / name), **settings, **options}
 
         made = {
-            f"{config.task}-{way}": job(f"{config.task}-{way}", config, parallel=way)
-            for config in (gpt2, cifar, vit)
+            f"{one.task}-{way}": job(f"{one.task}-{way}", one, parallel=way)
+            for one in (gpt2, cifar, vit)
             for way in ("ddp", "fsdp")
         }
         half = gpt2.replace(precision="float16")
         made |= {f"half-{way}": job(f"half-{way}", half, parallel=way) for way in ("ddp", "fsdp")}
         made["part"] = job("part", gpt2, parallel="fsdp", stop_after=12)
         made["recomputed"] = job("recomputed", gpt2.replace(recompute=True, accumulate=2), parallel="fsdp")
-        for config in (gpt2, cifar, vit):
-            made[f"{config.task}-one"] = job(f"{config.task}-one", config)
+        for one in (gpt2, cifar, vit):
+            made[f"{one.task}-one"] = job(f"{one.task}-one", one)
         made["begun"] = job("begun", gpt2, stop_after=8)
         return made
 
