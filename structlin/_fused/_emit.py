@@ -157,3 +157,78 @@ class Emitter:
             code.loop(0, self.tokens, 1, rows(1))
             if even:
                 code.loop(self.tokens, self.even, 1, rows(1, clear=True))
+
+    # -- columns -------------------------------------------------------------------------------------------------------
+
+    def from_columns(self, source: Memory, total: Int, target: Memory, stride: int, width: int, wanted: int) -> None:
+        """As :meth:`copy`, from an array where the numbers of a token are ``total`` apart.
+
+        There must be room for as many tokens as a vector has lanes after the last one; they become 0.
+        """
+        code, lanes = self.code, self.lanes
+
+        def square(first: Int, mask: str, k: Int, there: int, kept: int) -> None:
+            held = []
+            for r in range(lanes):
+                place = code.add(code.multiply(code.add(k, r), total), first)
+                held.append(self._masked(source, place, mask) if r < there else "zeroinitializer")
+            for r, row in enumerate(self._transposed(held)):
+                self.store(target, code.add(code.multiply(code.add(first, r), stride), k), row, kept)
+
+        def tokens(first: Int, _: Values) -> None:
+            mask, whole = self._active(first), width // lanes * lanes
+            code.loop(0, whole, lanes, lambda k, _: square(first, mask, k, lanes, lanes))
+            for k in range(whole, wanted, lanes):
+                square(first, mask, k, width - k, min(lanes, wanted - k))
+
+        code.loop(0, self.tokens, lanes, tokens)
+
+    def to_columns(self, source: Memory, stride: int, target: Memory, total: Int, width: int) -> None:
+        """The other way; of the rows the first ``width`` numbers."""
+        code, lanes = self.code, self.lanes
+
+        def square(first: Int, mask: str, k: Int, count: int) -> None:
+            held = [
+                self.load(source, code.add(code.multiply(code.add(first, r), stride), k), count) for r in range(lanes)
+            ]
+            for r, row in enumerate(self._transposed(held)[:count]):
+                self._put_masked(target, code.add(code.multiply(code.add(k, r), total), first), row, mask)
+
+        def tokens(first: Int, _: Values) -> None:
+            mask, whole = self._active(first), width // lanes * lanes
+            code.loop(0, whole, lanes, lambda k, _: square(first, mask, k, lanes))
+            if whole < width:
+                square(first, mask, whole, width - whole)
+
+        code.loop(0, self.tokens, lanes, tokens)
+
+    def _active(self, first: Int) -> str:
+        """The lanes of tokens that are there."""
+        name = f"llvm.get.active.lane.mask.v{self.lanes}i1.i64"
+        return self.code.call(f"<{self.lanes} x i1>", name, ("i64", first), ("i64", self.tokens))
+
+    def _masked(self, at: Memory, offset: Int, mask: str) -> str:
+        pointer = self.code.at(at.element, at.pointer, offset)
+        name, kind = f"llvm.masked.load.v{self.lanes}{self.short[at.element]}.p0", f"<{self.lanes} x i1>"
+        more = ("i32", BYTES[at.element]), (kind, mask), (self.vector, "zeroinitializer")
+        return self.code.call(self.vector, name, ("ptr", pointer), *more)
+
+    def _put_masked(self, at: Memory, offset: Int, value: str, mask: str) -> None:
+        pointer = self.code.at(at.element, at.pointer, offset)
+        name, kind = f"llvm.masked.store.v{self.lanes}{self.short[at.element]}.p0", f"<{self.lanes} x i1>"
+        more = ("i32", BYTES[at.element]), (kind, mask)
+        self.code.call("void", name, (self.vector, value), ("ptr", pointer), *more)
+
+    def _transposed(self, rows: list[str]) -> list[str]:
+        """A square of vectors, by shuffling each with the one half the square away, as often as halves fit."""
+        count = len(rows)
+        for _ in range(count.bit_length() - 1):
+            found = []
+            for first, second in zip(rows[: count // 2], rows[count // 2 :], strict=True):
+                for start in (0, count // 2):
+                    pairs = range(start, start + count // 2)
+                    order = ", ".join(f"i32 {k}, i32 {k + count}" for k in pairs)
+                    two = f"{self.vector} {first}, {self.vector} {second}"
+                    found.append(self.code.value(f"shufflevector {two}, <{count} x i32> <{order}>"))
+            rows = found
+        return rows

@@ -31,7 +31,7 @@ BACK_BLOCKS = (36, 48, 72)  # the gradients of factors are read and written once
 
 @dataclass(frozen=True)
 class Pass:
-    """``run(table, first, last)`` for tokens ``first`` to ``last``; ``scratch``: bytes that it needs."""
+    """``run(table, first, last, total)`` for tokens ``first`` to ``last`` of all; ``scratch``: bytes that it needs."""
 
     run: Callable[..., None]
     scratch: int
@@ -42,10 +42,13 @@ class Program:
     """The passes of a chain in one dtype; they are compiled when they are first asked for.
 
     ``d_in`` and ``d_out`` are the sizes of rows of the input and of the output, which is padded or cut to the chain's.
+    ``rows``: a token is a row of both, or else a column.
     """
 
-    def __init__(self, schedule: Schedule, target: Target, dtype: str, d_in: int, d_out: int) -> None:
-        self.schedule, self.target, self.d_in, self.d_out = schedule, target, d_in, d_out
+    def __init__(
+        self, schedule: Schedule, target: Target, dtype: str, d_in: int, d_out: int, rows: bool = True
+    ) -> None:
+        self.schedule, self.target, self.d_in, self.d_out, self.rows = schedule, target, d_in, d_out, rows
         self.outside, self.inside = ELEMENTS[dtype]
         self.size = BYTES[self.inside]
         self.lanes = target.width // self.size  # numbers in a vector
@@ -70,12 +73,12 @@ class Program:
         forms = _Forms(self)
         for k, operation in enumerate(schedule.forward):
             forms.read("state", k, operation.reads)
-        cut = self.d_out < schedule.widths[-1]
+        cut = self.d_out < schedule.widths[-1] or not self.rows  # from scratch memory
         if cut:
             forms.read("state", last)
         outside = forms.keep("state", range(1, last)) if kept else []
         writer = _Writer(self, self._block(forms.numbers(outside), BLOCKS))
-        x, y = writer.rows(self.outside, self.d_in), writer.rows(self.outside, self.d_out)
+        x, y = writer.end(self.d_in), writer.end(self.d_out)
         arrays = writer.scratch(forms, outside)
         added = writer.whole(self.inside) if bias else None
         factors = [writer.factor(operation) for operation in schedule.forward]
@@ -83,7 +86,7 @@ class Program:
 
         def body(emitter: Emitter, at: Callable[[_Array], Memory]) -> None:
             for array in forms.of(arrays, "state", 0):
-                emitter.copy(at(x), self.d_in, at(array), schedule.rows[0], self.d_in, schedule.widths[0])
+                self._read(emitter, at(x), self.d_in, at(array), schedule.rows[0], schedule.widths[0])
             for k, operation in enumerate(schedule.forward):
                 to = [at(array) for array in forms.of(arrays, "state", k + 1) or [y]]
                 source = at(forms.one(arrays, "state", k, operation.reads))
@@ -91,7 +94,7 @@ class Program:
                 write_product(emitter, operation.product, to, source, at(factors[k]), bias=fused, zipped=operation.zips)
             if cut:
                 source = at(forms.one(arrays, "state", last))
-                emitter.copy(source, schedule.rows[last], at(y), self.d_out, self.d_out, self.d_out)
+                self._write(emitter, source, schedule.rows[last], at(y), self.d_out)
 
         return writer.compile(body)
 
@@ -104,7 +107,7 @@ class Program:
         wanted = [k for k in range(last) if needs[k + 1]]
         passed = range(last - 1, -1 if needs[0] else min(wanted), -1)  # steps that the gradient passes through
         again = range(0 if kept else max(wanted, default=0))  # steps that are run again
-        cut = self.d_in < schedule.widths[0]
+        cut = self.d_in < schedule.widths[0] or not self.rows
         forms, paired = _Forms(self), {k for k in wanted if self._gradient_in_pairs(k)}
         for k in again:
             forms.read("state", k, schedule.forward[k].reads)
@@ -117,26 +120,28 @@ class Program:
             forms.read("flow", 0)
         outside = forms.keep("state", range(1, last)) if kept else []
         writer = _Writer(self, self._block(forms.numbers(outside), BACK_BLOCKS))
-        x, gy = writer.rows(self.outside, self.d_in), writer.rows(self.outside, self.d_out)
+        x, gy = writer.end(self.d_in), writer.end(self.d_out)
         arrays = writer.scratch(forms, outside)
-        gx = writer.rows(self.outside, self.d_in) if needs[0] else None
+        gx = writer.end(self.d_in) if needs[0] else None
         back = {k: writer.factor(schedule.back[k]) for k in sorted(passed)}
         grads = {k: writer.whole(self.inside) for k in wanted}
         arrays |= {key: writer.rows(self.inside, rows[key[1]]) for key in outside}
         factors = [writer.factor(schedule.forward[k]) for k in again]
 
         def body(emitter: Emitter, at: Callable[[_Array], Memory]) -> None:
-            def copy(source: _Array, stride: int, kind: str, number: int, width: int) -> None:
-                for key, array in arrays.items():
-                    if key[:2] == (kind, number) and key not in outside:
-                        full = schedule.widths[number]
-                        emitter.copy(at(source), stride, at(array), rows[number], width, full, even=bool(paired))
+            def copy(source: _Array, kind: str, number: int, width: int) -> None:
+                for array in forms.of(arrays, kind, number):
+                    full = schedule.widths[number]
+                    self._read(emitter, at(source), width, at(array), rows[number], full, even=bool(paired))
 
             inner = emitter.even if paired else emitter.tokens  # where nothing is written to gx
-            copy(x, self.d_in, "state", 0, self.d_in)
-            copy(gy, self.d_out, "flow", last, self.d_out)
+            copy(x, "state", 0, self.d_in)
+            copy(gy, "flow", last, self.d_out)
             for key in outside:
-                copy(arrays[key], rows[key[1]], *key[:2], schedule.widths[key[1]])
+                for array in forms.of(arrays, *key[:2]):
+                    if array is not arrays[key]:
+                        width, row = schedule.widths[key[1]], rows[key[1]]
+                        emitter.copy(at(arrays[key]), row, at(array), row, width, width, even=bool(paired))
             for k in again:
                 operation = schedule.forward[k]
                 to = [at(array) for array in forms.of(arrays, "state", k + 1)]
@@ -165,9 +170,25 @@ class Program:
                         emitter, operation.product, to, source, at(back[k]), tokens=count, zipped=operation.zips
                     )
             if gx is not None and cut:
-                emitter.copy(at(forms.one(arrays, "flow", 0)), rows[0], at(gx), self.d_in, self.d_in, self.d_in)
+                self._write(emitter, at(forms.one(arrays, "flow", 0)), rows[0], at(gx), self.d_in)
 
         return writer.compile(body)
+
+    def _read(
+        self, emitter: Emitter, source: Memory, width: int, target: Memory, row: int, full: int, even: bool = False
+    ) -> None:  # fmt: skip
+        """The input, or the gradient of the output."""
+        if self.rows:
+            emitter.copy(source, width, target, row, width, full, even)
+        else:
+            emitter.from_columns(source, "%total", target, row, width, full)
+
+    def _write(self, emitter: Emitter, source: Memory, row: int, target: Memory, width: int) -> None:
+        """The output, or the gradient of the input."""
+        if self.rows:
+            emitter.copy(source, row, target, width, width, width)
+        else:
+            emitter.to_columns(source, row, target, "%total", width)
 
     def _gradient_in_pairs(self, k: int) -> bool:
         """Whether to add up the gradient of factor k over pairs of tokens in bfloat16."""
@@ -243,6 +264,10 @@ class _Writer:
     def rows(self, element: str, row: int) -> _Array:
         return _Array(self._next(), element, row)
 
+    def end(self, width: int) -> _Array:
+        """The input, the output, or the gradient of one."""
+        return self.rows(self.program.outside, width if self.program.rows else 1)
+
     def whole(self, element: str) -> _Array:
         return _Array(self._next(), element, 0)
 
@@ -254,7 +279,8 @@ class _Writer:
         for key, row in forms.sizes(outside).items():
             element = forms.elements[key[2]]
             found[key] = _Array(self.code.at("i8", pointer, self.bytes), element, 0, key[2] == "zipped")
-            self.bytes += -(-row * self.block * BYTES[element] // LINE) * LINE
+            room = self.block + (0 if self.program.rows else self.program.lanes)
+            self.bytes += -(-row * room * BYTES[element] // LINE) * LINE
         return found
 
     def compile(self, body: Callable[[Emitter, Callable[[_Array], Memory]], None]) -> Pass:
@@ -272,17 +298,20 @@ class _Writer:
 
         code.loop("%first", "%last", self.block, block)
         target = self.program.target
-        text = code.function("chain", "ptr %table, i64 %first, i64 %last", target.attributes)
-        run = load(text, "chain", target, [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64])
+        text = code.function("chain", "ptr %table, i64 %first, i64 %last, i64 %total", target.attributes)
+        run = load(text, "chain", target, [ctypes.c_void_p, *[ctypes.c_int64] * 3])
         return Pass(run, self.bytes, self.block)
 
 
 @lru_cache(maxsize=512)
 def make_program(
-    steps: tuple[Step, ...], sizes: tuple[tuple[str, int], ...], d_in: int, d_out: int, dtype: str, target: Target
-) -> Program | None:
-    """None where the chain has no schedule."""
+    steps: tuple[Step, ...], sizes: tuple[tuple[str, int], ...], d_in: int, d_out: int, rows: bool, dtype: str,
+    target: Target,
+) -> Program | None:  # fmt: skip
+    """None where the chain has no schedule, and for columns in bfloat16."""
+    if dtype == "bfloat16" and not rows:
+        return None
     schedule = make_schedule(
-        steps, dict(sizes), target, ELEMENTS[dtype][1], d_in, d_out, dtype == "bfloat16" and target.half_products
+        steps, dict(sizes), target, ELEMENTS[dtype][1], d_in, d_out, rows, dtype == "bfloat16" and target.half_products
     )
-    return None if schedule is None else Program(schedule, target, dtype, d_in, d_out)
+    return None if schedule is None else Program(schedule, target, dtype, d_in, d_out, rows)

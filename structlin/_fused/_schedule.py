@@ -130,18 +130,18 @@ def row(width: int, element: str) -> int:
 
 def make_schedule(
     steps: Sequence[Step], sizes: Mapping[str, int], target: Target, element: str, d_in: int, d_out: int,
-    pairs: bool = False,
+    rows: bool = True, pairs: bool = False,
 ) -> Schedule | None:  # fmt: skip
     """The cheapest schedule found; None where some product would have no axis for its vectors.
 
     ``pairs``: products may take pairs of bfloat16.
 
     The output is written to rows of ``d_out`` numbers, and the gradient of the input to rows of ``d_in``, unless they
-    are shorter than the chain's, and cut from scratch memory.
+    are shorter than the chain's, or no ``rows``, and come from scratch memory.
     """
     full = math.prod(sizes[a] for a in steps[0].input), math.prod(sizes[a] for a in steps[-1].output)
     last = len(steps)
-    ends = {k: d for k, d, width in ((0, d_in, full[0]), (last, d_out, full[1])) if d == width}
+    ends = {k: d for k, d, width in ((0, d_in, full[0]), (last, d_out, full[1])) if d == width and rows}
     maker = _Maker(steps, sizes, target, element, ends, pairs)
     # Forward: from each order of an activation, the cheapest way from the input. Then back from the output.
     ways: dict[str, tuple[float, list[str], list[Operation]]] = {o: (0.0, [o], []) for o in maker.orders(0)}

@@ -12,12 +12,14 @@ from functools import cached_property, lru_cache
 import torch
 from torch import Tensor
 
-from structlin._fused._program import Pass, Program, make_program
+from structlin._fused._program import ELEMENTS, Pass, Program, make_program
 from structlin._fused._schedule import Operation
 from structlin._fused._target import host
 from structlin._parse import Step
 
-FEW = 1 << 15  # numbers in the widest activation, below which calls and copies of the factors cost more than they save
+# The calls cost more than they save for so few numbers in the widest activation, and copies of the factors if there are
+# fewer than one for each COPIED of their numbers. Plain matrices of few tokens the BLAS multiplies as fast.
+FEW, COPIED, PLAIN_TOKENS = 1 << 12, 2, 256
 # Activations are kept for the backward pass if there are not so many that they come from fresh pages of memory, and if
 # to compute one again takes more than this many multiplications of vectors.
 KEPT_BYTES, KEPT_WORK = 16 << 20, 3
@@ -31,18 +33,21 @@ class FusedChain:
     def __init__(
         self, steps: tuple[Step, ...], sizes: tuple[tuple[str, int], ...], d_in: int, d_out: int, rows: bool
     ) -> None:
-        self._chain, self.rows, self.d_in, self.d_out = (steps, sizes, d_in, d_out), rows, d_in, d_out
+        self._chain, self.rows, self.d_in, self.d_out = (steps, sizes, d_in, d_out, rows), rows, d_in, d_out
         size = dict(sizes)
         self.widest = max(math.prod(size[a] for a in axes) for step in steps for axes in (step.input, step.output))
         self.shapes = [tuple(size[a] for a in step.factor) for step in steps]
         macs = [math.prod(size[a] for a in set(step.input + step.factor)) for step in steps]
         self.macs, self.macs_before_last = sum(macs), sum(macs[:-1])
+        self.numel = sum(map(math.prod, self.shapes))
+        self.plain = not any(step.batch or step.carried for step in steps)
         # The dense matrix and its gradient, less the factors, their gradients, and copies of both in other orders.
-        self.spare = 2 * d_in * d_out - 4 * sum(map(math.prod, self.shapes))
+        self.spare = 2 * d_in * d_out - 4 * self.numel
 
     def suits(self, x: Tensor, tokens: int) -> bool:
         """Whether this way is the fastest for ``x``."""
-        if not self.rows or tokens * self.widest < FEW:
+        numbers = tokens * self.widest
+        if numbers < FEW or COPIED * numbers < self.numel or (self.plain and tokens < PLAIN_TOKENS):
             return False
         return self.program(x.dtype) is not None
 
@@ -53,8 +58,10 @@ class FusedChain:
     def program(self, dtype: torch.dtype) -> Program | None:
         """None where the chain is not to be run this way."""
         if dtype not in self._programs:
-            target = host()
-            found = None if target is None else make_program(*self._chain, str(dtype).removeprefix("torch."), target)
+            target, name = host(), str(dtype).removeprefix("torch.")
+            found = None
+            if target is not None and name in ELEMENTS:
+                found = make_program(*self._chain, name, target)
             if found is not None:
                 lanes = found.lanes
                 if found.schedule.cost + found.schedule.back_cost > 3 * WASTE * self.macs / lanes:
@@ -66,8 +73,8 @@ class FusedChain:
         self, x: Tensor, factors: Sequence[Tensor], bias: Tensor | None = None, kept: list[Tensor] | None = None
     ) -> Tensor:
         program = self._ready(x.dtype)
-        x, tokens, inside = x.detach().contiguous(), x.shape[0], program.dtype
-        y = x.new_empty(tokens, self.d_out)
+        x, tokens, inside = x.detach().contiguous(), x.shape[0 if self.rows else 1], program.dtype
+        y = x.new_empty((tokens, self.d_out) if self.rows else (self.d_out, tokens))
         rows = program.schedule.rows[1:-1]
         keeps = kept is not None and self._keeps(x, rows, inside)
         found = [torch.empty(tokens * row, dtype=inside) for row in rows] if keeps else []
@@ -85,7 +92,8 @@ class FusedChain:
         self, gy: Tensor, x: Tensor, factors: Sequence[Tensor], needs: Sequence[bool], kept: Sequence[Tensor] = ()
     ) -> tuple[Tensor | None, ...]:
         program = self._ready(x.dtype)
-        x, gy, tokens, inside = x.detach().contiguous(), gy.detach().contiguous(), x.shape[0], program.dtype
+        x, gy, inside = x.detach().contiguous(), gy.detach().contiguous(), program.dtype
+        tokens = x.shape[0 if self.rows else 1]
         schedule, last = program.schedule, len(factors)
         gx = x.new_empty(x.shape) if needs[0] else None
         run = program.backward(tuple(needs), bool(kept))
@@ -128,7 +136,7 @@ class FusedChain:
         work = self.macs_before_last / (program.lanes * (2 if program.pairs else 1))
         if work < KEPT_WORK * sum(rows):
             return False
-        numbers = x.shape[0] * sum(rows)
+        numbers = x.shape[0 if self.rows else 1] * sum(rows)
         if numbers * inside.itemsize > KEPT_BYTES:
             return False
         return numbers * inside.itemsize <= self.spare * x.element_size() or sum(rows) <= 1.1 * min(
@@ -163,7 +171,7 @@ def _run(run: Pass, tokens: int, ends: Sequence[Tensor], tables: Sequence[Sequen
     def work(k: int) -> None:
         pointers = [t.data_ptr() for t in (*ends, scratch[k], *tables[k])]
         pointers[2] = -(-pointers[2] // 64) * 64  # vectors that start at the end of a cache line are slow
-        run.run((ctypes.c_void_p * len(pointers))(*pointers), cuts[k], cuts[k + 1])
+        run.run((ctypes.c_void_p * len(pointers))(*pointers), cuts[k], cuts[k + 1], tokens)
 
     if threads == 1:
         return work(0)

@@ -21,8 +21,10 @@ from structlin.structure import Structure
 
 __all__ = ["LIMIT", "TokenMajor", "token_major"]
 
-NODE_TOKENS, NODE_NUMBERS = 512, 1 << 20
-LIMIT = 1 << 15  # numbers in the widest activation, up to which the calls cost more than the copies
+NODE_TOKENS, NODE_NUMBERS = 512, 1 << 18
+# Numbers in the widest activation, up to which the calls cost more than the copies: than of what is compiled, and of
+# single products.
+FEW, LIMIT = 1 << 12, 1 << 15
 _TOKENS = "*"  # no axis of a chain
 
 Sizes = tuple[int, ...]
@@ -85,13 +87,20 @@ class TokenMajor:
         if self.fuses_bias:
             self.bias = _arrange([last.output], [batch, "", last.free] if batch else [last.free], sizes)
         widths = [math.prod(sizes[a] for a in axes) for s in structure.steps for axes in (s.input, s.output)]
-        self.most_tokens = LIMIT // max(widths)
+        self.few, self.most_tokens = FEW // max(widths), LIMIT // max(widths)
         # Chains without blocks and wide intermediates are as fast by single products.
         worthwhile = any(s.batch for s in structure.steps) or max(widths) > max(widths[0], widths[-1])
         self.least_node_tokens = max(NODE_TOKENS, NODE_NUMBERS // max(widths)) if worthwhile else None
 
     def __reduce__(self) -> tuple[object, ...]:
         return token_major, (self.structure,)
+
+    def suits(self, x: Tensor) -> bool:
+        """Whether this is the fastest for ``x``, outside of compiled graphs."""
+        tokens = x.shape[0]
+        if not 0 < tokens <= self.most_tokens:
+            return False
+        return tokens < self.few or not x.is_cpu or not self.structure._cpu_rows.is_fused(x, tokens)
 
     def pays_as_node(self, x: Tensor) -> bool:
         """Whether a compiled graph for the CPU should run the contraction of ``x`` as the one node structlin::chain.

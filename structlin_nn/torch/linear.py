@@ -224,7 +224,7 @@ class StructuredLinear(nn.Module):
                 y = recomputed(structure._rows, factors, x, _TORCH, use_reentrant=False, preserve_rng_state=False)
         elif plan is None:
             y = structure._rows(factors, x, _TORCH)
-        elif not compiling and 0 < x.shape[0] <= plan.most_tokens:
+        elif not compiling and plan.suits(x):
             return plan(x, factors, bias)
         else:
             return plan.structure._rows(factors, x, _TORCH, bias)
