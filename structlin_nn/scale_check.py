@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from structlin_nn.models import MODELS, StructureConfig, base_model, build_model
-from structlin_nn.torch import StructuredLinear, parameter_groups, replace_linear
+from structlin_nn.torch import Muon, StructuredLinear, parameter_groups, replace_linear
 
 __all__ = [
     "CHECK_SIZES",
@@ -37,8 +37,8 @@ __all__ = [
 THRESHOLD = 0.33
 """A slope beyond it counts as growing or vanishing: a factor of 2.5 over a factor of 16 in width. Wrong rules have
 slopes of a half or more in theory; small widths, few seeds and ranks that are roots of the width blur that."""
-RATES = {"adam": 1e-3, "adamw": 1e-3, "sgd": 0.05}
-"""Learning rates at base width: small, so that changes are linear in them."""
+RATES = {"adam": 1e-3, "adamw": 1e-3, "sgd": 0.05, "muon": 0.02}
+"""Learning rates at base width: small, so that changes are linear in them. What Muon leaves to Adam has Adam's."""
 _LAYERS = (StructuredLinear, nn.Linear, nn.Embedding, nn.modules.conv._ConvNd)
 
 Made = nn.Module | tuple[nn.Module, Any]
@@ -124,7 +124,7 @@ def check_scale(
         base: the model at base width, which learning rates are relative to
             (:func:`structlin_nn.torch.parameter_groups`).
         base_width, model: for the report.
-        optimizer: ``adam``, ``adamw`` or ``sgd``.
+        optimizer: ``adam``, ``adamw``, ``sgd`` or ``muon`` (:class:`structlin_nn.torch.Muon`).
         lr: learning rate at base width; None: :data:`RATES`.
         steps, seeds, batch_size: how much is done.
         structure_aware: False for the naive rule.
@@ -192,11 +192,14 @@ def _run(
         torch.manual_seed(seed)
         model, inputs = _made(build(width), batch_size, width)
     model.train(False)  # no dropout: the same inputs have to give the same outputs
-    groups = parameter_groups(
-        model, base, lr=lr, optimizer=optimizer, structure_aware=structure_aware, extra_multipliers=extra
-    )
-    kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}[optimizer]
-    updates = kind(groups, lr=lr)
+    rule: dict[str, Any] = {"optimizer": optimizer, "structure_aware": structure_aware, "extra_multipliers": extra}
+    if optimizer == "muon" and any(p.ndim < 2 or isinstance(m, nn.Embedding) for m, p in _owned(model)):
+        rule["adam_lr"] = RATES["adam"]
+    groups = parameter_groups(model, base, lr=lr, **rule)
+    kinds: dict[str, Any] = {
+        "adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "sgd": torch.optim.SGD, "muon": Muon,
+    }  # fmt: skip
+    updates = kinds[optimizer](groups, lr=lr)
     with _outputs(model) as noted:
         logits = _logits(model, inputs)
         generator = torch.Generator().manual_seed(seed)
@@ -215,6 +218,13 @@ def _run(
         if not all(map(math.isfinite, (first, *moved))):
             raise ValueError(f"the outputs of {name} are not finite at width {width}: a lower learning rate may help")
     return found
+
+
+def _owned(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Parameter]]:
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            if parameter.requires_grad:
+                yield module, parameter
 
 
 def _made(made: Made, batch_size: int, width: int) -> tuple[nn.Module, Any]:

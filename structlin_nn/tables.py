@@ -208,7 +208,7 @@ def group_rows(rows: Sequence[Row], names: Sequence[str]) -> dict[str, list[Row]
 
 
 def select(rows: Sequence[Row], conditions: Mapping[str, str]) -> list[Row]:
-    """The rows whose columns have given values, compared as text.
+    """The rows whose columns have given values, compared as text; ``true``, ``false`` and ``null`` are as in JSON.
 
     Raises:
         ValueError: a column that no row has, or no rows left.
@@ -216,8 +216,12 @@ def select(rows: Sequence[Row], conditions: Mapping[str, str]) -> list[Row]:
     for name in conditions:
         if rows and not any(name in row for row in rows):
             _lookup(rows[0], name)
-    kept = [row for row in rows if all(str(row.get(name)) == value for name, value in conditions.items())]
+    kept = [row for row in rows if all(_reads(row.get(name), value) for name, value in conditions.items())]
     if not kept:
         asked = ", ".join(f"{name}={value}" for name, value in conditions.items())
         raise ValueError(f"no row has {asked}")
     return kept
+
+
+def _reads(value: Any, text: str) -> bool:
+    return text == str(value) or ((value is None or isinstance(value, bool)) and text == json.dumps(value))

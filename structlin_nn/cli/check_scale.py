@@ -18,7 +18,7 @@ from structlin_nn.cli.common import (
 from structlin_nn.cli.count import LAYERS, MODELS, RULES
 
 HELP = "check that features, and what a step changes of them, keep their size when the width grows"
-OPTIMIZERS = ("adam", "adamw", "sgd")
+OPTIMIZERS = ("adam", "adamw", "sgd", "muon")
 SIZES = ("num-classes", "heads", "head-dim", "depth", "expansion", "patch", "vocabulary", "context")
 EXAMPLES = """\
 examples:
@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--optimizer", type=choice("optimizer", OPTIMIZERS), default="adam", metavar="NAME", help=", ".join(OPTIMIZERS)
     )
-    parser.add_argument("--lr", type=float, metavar="X", help="learning rate at base width (0.001; sgd 0.05)")
+    parser.add_argument("--lr", type=float, metavar="X", help="rate at base width (0.001; sgd 0.05, muon 0.02)")
     parser.add_argument("--steps", type=int, default=4, metavar="N", help="steps of the optimiser (4)")
     parser.add_argument("--seeds", type=int, default=3, metavar="N", help="initialisations to average over (3)")
     parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="samples (32)")
@@ -125,7 +125,7 @@ def _print(check: Any) -> None:
     rule = "structure-aware" if check.structure_aware else "naive"
     print(
         f"{check.model}, {check.optimizer} at {check.lr:g}, base width {check.base_width}, {rule} learning rates: "
-        f"RMS of the change after {check.steps} steps, {check.seeds} seeds\n"
+        f"RMS of the change after {_number(check.steps, 'step')}, {_number(check.seeds, 'seed')}\n"
     )
     head = ("layer", "initial", "slope", *(f"change {width}" for width in check.widths), "slope", "verdict")
     rows = [
@@ -139,6 +139,10 @@ def _print(check: Any) -> None:
     off = sum(layer.verdict not in ("flat", "fixed") for layer in check.layers)
     found = f"{off} of {len(check.layers)} are not" if off else "all layers are"
     print(f"\n{found} flat: a slope beyond {check.threshold:g} grows or vanishes with the width\n")
+
+
+def _number(count: int, what: str) -> str:
+    return f"{count} {what}" if count == 1 else f"{count} {what}s"
 
 
 def _slope(value: float | None) -> str:

@@ -179,7 +179,8 @@ def _model(arguments: argparse.Namespace, given: list[str]) -> int:
         ("structure", "options", "width", "MACs/sample", "parameters", "bytes/step", *flops, "of budget", "next"),
         [
             (
-                p.structure, _shown(p.options), str(p.width), f"{p.forward_macs:,}", f"{p.params:,}", f"{p.bytes:,}",
+                p.structure, _shown(_usual(p.structure, p.options)), str(p.width),
+                f"{p.forward_macs:,}", f"{p.params:,}", f"{p.bytes:,}",
                 *([f"{p.training_flops:.4g}"] if flops else []), f"{100 * p.share:.1f} %", f"{p.planned} {p.next}",
             )
             for p in plans
@@ -199,6 +200,15 @@ def _for_error(row: dict[str, Any]) -> tuple[str, ...]:
     return (
         row["group"], f"{row['compute']:.4g}", str(plan.width), f"{plan.params:,}", f"{plan.forward_macs:,}", note,
     )  # fmt: skip
+
+
+def _usual(structure: str, options: dict[str, Any]) -> dict[str, Any]:
+    """The options, and the rank and the number of blocks that a structure has unless told otherwise."""
+    import structlin
+
+    known = structlin.options(structure)
+    names = [name for name in ("rank", "blocks") if name in known and "rank_fraction" not in options]
+    return {name: "sqrt(d)" if known[name] is None else known[name] for name in names} | options
 
 
 def _shown(options: dict[str, Any]) -> str:

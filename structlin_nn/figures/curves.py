@@ -68,7 +68,9 @@ def _curves(axes: Axes, runs: Sequence[Sequence[Row]], style: Series, x: str, y:
         share = (widths.index(lines[0]["width"]) + 1) / len(widths)
         colour = tuple(1 - (1 - c) * (0.35 + 0.65 * share) for c in to_rgb(style.colour))
         values = column(lines, y)
-        axes.plot(column(lines, x), values, color=colour, linestyle=style.line, linewidth=1.2)
+        # A single evaluation is a point, and no line.
+        marker = style.marker if len(lines) == 1 else ""
+        axes.plot(column(lines, x), values, color=colour, linestyle=style.line, linewidth=1.2, marker=marker)
         ends.append(values[-1])
     return ends
 

@@ -44,6 +44,8 @@ def check_figure(checks: Sequence[Mapping[str, Any]]) -> Figure:
     if high < 10 * low:  # what is flat looks flat
         middle = (low * high) ** 0.5
         grid[0, 0].set_ylim(middle / 10**0.5, middle * 10**0.5)
+    for axes in grid[:, 0]:
+        plain_ticks(axes)
     # Of many layers the legend names some, evenly spaced, first and last among them.
     named = sorted({round(i) for i in np.linspace(0, len(names) - 1, min(len(names), 20))})
     handles = [grid[0, -1].plot([], [], color=colours[i], marker="o", markersize=4)[0] for i in named]

@@ -115,6 +115,11 @@ def test_curves(runs: Path) -> None:
     figure = curves_figure(group_rows(rows, ["structure"]), x="training_macs", y="test_error")
     assert len(figure.axes[0].lines) == 12
     assert lines(figure, 1)["dense"][1] == pytest.approx([0.5 * (16 / w) ** 0.2 for w in (16, 32, 64)])
+    # Here every run has one evaluation after its start: a point. With another one it is a line.
+    assert "" not in {line.get_marker() for line in figure.axes[0].lines}
+    halves = [{**row, "training_macs": row["training_macs"] / 2} for row in rows]
+    more = curves_figure(group_rows([*halves, *rows], ["structure"]), x="training_macs", y="test_error")
+    assert {line.get_marker() for line in more.axes[0].lines} == {""}
     with pytest.raises(ValueError, match="dense has no evaluation after the start of a run"):
         curves_figure({"dense": [r for r in rows if not r["training_macs"]]}, x="training_macs", y="test_error")
 

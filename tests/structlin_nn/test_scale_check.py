@@ -75,7 +75,7 @@ class Scaled(nn.Module):
         return self.second(self.first(x))
 
 
-@pytest.mark.parametrize(("name", "optimizer"), list(zip(MODELS, ("sgd", "adamw", "sgd", "adamw"), strict=True)))
+@pytest.mark.parametrize(("name", "optimizer"), list(zip(MODELS, ("muon", "adamw", "sgd", "muon"), strict=True)))
 def test_all_models_can_be_checked(name: str, optimizer: str) -> None:
     chosen = named_builder(name, structure=StructureConfig("monarch", {"blocks": 2}, rms_cap=True), base_width=16)
     found = check_scale(**chosen, widths=(16, 32), optimizer=optimizer, seeds=1, steps=2)
@@ -190,7 +190,7 @@ def test_command_reports_by_its_code(capsys: pytest.CaptureFixture[str]) -> None
     [
         ({"widths": (64,)}, r"widths must be two or more positive numbers in ascending order, got \(64,\)"),
         ({"widths": (64, 32)}, r"got \(64, 32\)"),
-        ({"optimizer": "lion"}, "unknown optimizer 'lion'; one of adam, adamw, sgd"),
+        ({"optimizer": "lion"}, "unknown optimizer 'lion'; one of adam, adamw, sgd, muon"),
         ({"lr": 0}, "lr must be positive and finite, got 0"),
         ({"steps": 0}, "steps must be a positive integer, got 0"),
         ({"seeds": 1.5}, r"seeds must be a positive integer, got 1\.5"),

@@ -102,6 +102,10 @@ def test_groups() -> None:
         group_rows(rows, ["structur"])
     assert select(rows, {"structure": "low_rank", "rank": "2"}) == [rows[0], rows[3]]
     assert select(rows, {}) == rows
+    flags = [{"aware": True}, {"aware": False}, {"aware": "true"}, {"aware": None}, {"aware": 1}]
+    assert select(flags, {"aware": "true"}) == [flags[0], flags[2]]
+    assert select(flags, {"aware": "True"}) == [flags[0]]
+    assert select(flags, {"aware": "null"}) == [flags[3]]
     with pytest.raises(ValueError, match="no row has structure=btt"):
         select(rows, {"structure": "btt"})
     with pytest.raises(ValueError, match="a row has no 'width'"):
