@@ -108,7 +108,8 @@ class _Differentiable(torch.autograd.Function):
     def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
         chain: CPUChain = ctx.chain
         count = 1 + len(chain.structure.steps)
-        x, *factors = ctx.saved_tensors[:count]
+        saved = ctx.saved_tensors  # asked for once: where activations are computed again, there is no second time
+        x, *factors = saved[:count]
         _, _, for_x, for_bias, *for_factors = ctx.needs_input_grad
         needs = [for_x, *for_factors]
         batched = torch._C._functorch.is_batchedtensor(gy) or torch._C._functorch.is_legacy_batchedtensor(gy)
@@ -117,5 +118,5 @@ class _Differentiable(torch.autograd.Function):
             if torch.is_grad_enabled() or batched:
                 found = chain.differentiable(gy, x, factors, needs)
             else:
-                found = ctx.passes.backward(gy, x, factors, needs, ctx.saved_tensors[count:])
+                found = ctx.passes.backward(gy, x, factors, needs, saved[count:])
         return None, None, found[0], gy.sum(0 if chain.rows else 1) if for_bias else None, *found[1:]

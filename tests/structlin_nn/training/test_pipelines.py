@@ -323,6 +323,20 @@ class TestImageNet:
         assert load_trained(tmp_path)(torch.zeros(2, 3, 160, 160)).shape == (2, 3)
 
 
+@pytest.mark.parametrize("structure", ["dense", "block_tensor_train", "monarch", "low_rank", "kronecker"])
+def test_recomputation_changes_nothing(
+    structure: str, gpt2_config: GPT2TrainConfig, text_tokens: Path, tmp_path: Path
+) -> None:
+    found = []
+    for again in (False, True):
+        config = gpt2_config.replace(
+            structure=structure, options={}, rms_cap=False, steps=4, eval_every=4, warmup_steps=1, recompute=again
+        )
+        result = train(config, tmp_path / str(again), data_root=text_tokens)
+        found.append([result.evaluation[key] for key in ("batch_loss", "val_loss")])
+    assert found[0] == found[1]
+
+
 class TestPrecision:
     @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
     def test_losses_are_near_those_of_float32(
