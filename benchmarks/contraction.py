@@ -4,8 +4,9 @@
 
 Interleaved repeats in one run; reported are ratios of medians. For each structure: the ratio of MACs to dense, the
 speed-up over `torch.nn.functional.linear`, and the efficiency, speed-up divided by the ratio of MACs. `portable` is
-the plan that all libraries run, `chunked` the one that torch takes on a CPU. Seconds are not reported: they depend on
-the machine and on what else runs on it.
+the plan that all libraries run; for torch on a CPU there are `chunked`, by the BLAS, and `fused`, compiled for the
+chain, which is taken where there are enough tokens. Seconds are not reported: they depend on the machine and on what
+else runs on it.
 """
 
 from __future__ import annotations
@@ -36,6 +37,9 @@ CASES = (
 )
 
 
+WAYS = ("portable", "chunked", "fused")
+
+
 def measure(name: str, options: dict, size: int, tokens: int, dtype: torch.dtype, repeats: int, clock: str) -> dict:
     """One row of the table."""
     structure = sl.design(name, (size, size), **options)
@@ -45,31 +49,34 @@ def measure(name: str, options: dict, size: int, tokens: int, dtype: torch.dtype
     gradient = torch.randn(tokens, size, dtype=dtype)
     xp = ops("torch")
 
-    def portable() -> torch.Tensor:
-        return structure._plans[0](factors, x, tokens, xp).reshape(tokens, size)
-
-    chunked = structure._chunked.merges
-    forward: list[Callable[[], torch.Tensor]] = [lambda: F.linear(x, weight), portable]
-    if chunked:
-        forward.append(lambda: structure._chunked(x, factors))
+    cpu = structure._cpu_rows
+    calls: dict[str, Callable[[], torch.Tensor]] = {
+        "dense": lambda: F.linear(x, weight),
+        "portable": lambda: structure._portable(factors, x, xp),
+    }
+    if cpu._chunked.merges:
+        calls["chunked"] = lambda: cpu(cpu._chunked, x, factors)
+    if cpu._fused.program(dtype) is not None:
+        calls["fused"] = lambda: cpu(cpu._fused, x, factors)
+    forward = list(calls.values())
     with torch.no_grad():
         ahead = medians(forward, repeats, clock=clock)
     both = medians([lambda f=f: f().backward(gradient) for f in forward], repeats, clock=clock)
     ratio = size * size / structure.macs
     row = {"structure": name, "options": options, "size": size, "tokens": tokens, "mac_ratio": ratio}
     for kind, found in (("forward", ahead), ("forward_backward", both)):
-        for plan, seconds in zip(("portable", "chunked"), found[1:], strict=False):
-            row[f"{kind}_{plan}"] = {"speed_up": found[0] / seconds, "efficiency": found[0] / seconds / ratio}
+        for way, seconds in zip(list(calls)[1:], found[1:], strict=True):
+            row[f"{kind}_{way}"] = {"speed_up": found[0] / seconds, "efficiency": found[0] / seconds / ratio}
     return row
 
 
 def table(rows: list[dict]) -> str:
     """Efficiencies (speed-ups) by row."""
-    head = ("structure", "d", "tokens", "MAC ratio", "fwd portable", "fwd chunked", "f+b portable", "f+b chunked")
+    head = ("structure", "d", "tokens", "MAC ratio", *(f"{kind} {way}" for kind in ("fwd", "f+b") for way in WAYS))
     cells = [head]
     for row in rows:
         options = " ".join(f"{k}={v}" for k, v in row["options"].items())
-        values = [row.get(f"{k}_{p}") for k in ("forward", "forward_backward") for p in ("portable", "chunked")]
+        values = [row.get(f"{k}_{p}") for k in ("forward", "forward_backward") for p in WAYS]
         shown = [f"{v['efficiency']:.2f} (x{v['speed_up']:.2f})" if v else "-" for v in values]
         cells.append(
             (f"{row['structure']} {options}", str(row["size"]), str(row["tokens"]), f"{row['mac_ratio']:.2f}", *shown)

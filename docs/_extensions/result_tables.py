@@ -1,7 +1,7 @@
 """Sphinx extension: committed results and experiments in the documentation.
 
-``{benchmark} NAME`` shows benchmarks/results/NAME.json as benchmarks/NAME.py prints it; ``{experiments}`` shows what
-the files of structlin_nn/configs/ say of themselves.
+``{benchmark} NAME`` shows benchmarks/results/NAME.json as benchmarks/NAME.py prints it, ``{benchmark} NAME KIND`` shows
+NAME-KIND.json; ``{experiments}`` shows what the files of structlin_nn/configs/ say of themselves.
 """
 
 from __future__ import annotations
@@ -26,10 +26,11 @@ class Benchmark(Directive):
     """The committed result of a benchmark: its settings and its table."""
 
     required_arguments = 1
+    optional_arguments = 1
 
     def run(self) -> list[nodes.Node]:
         name = self.arguments[0]
-        script, result = BENCHMARKS / f"{name}.py", BENCHMARKS / "results" / f"{name}.json"
+        script, result = BENCHMARKS / f"{name}.py", BENCHMARKS / "results" / f"{'-'.join(self.arguments)}.json"
         for path in (script, result):
             self.state.document.settings.record_dependencies.add(str(path))
             if not path.exists():

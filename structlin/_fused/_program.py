@@ -27,6 +27,7 @@ ELEMENTS = {"float32": ("float", "float"), "float64": ("double", "double"), "bfl
 CACHE = 256 << 10  # bytes of scratch memory that a block of tokens should stay within
 BLOCKS = (12, 24, 36, 48, 72)  # all tiles divide them without a remainder, or nearly so
 BACK_BLOCKS = (36, 48, 72)  # the gradients of factors are read and written once for each block
+COLUMN_BLOCKS = (48,)  # whole cache lines of each number
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,7 @@ class Program:
 
     def _block(self, numbers: int, blocks: Sequence[int]) -> int:
         """Tokens of a block, for which ``numbers`` are in scratch memory each."""
+        blocks = blocks if self.rows else COLUMN_BLOCKS
         return max((b for b in blocks if b * numbers * self.size <= CACHE), default=blocks[0])
 
     def _forward(self, bias: bool, kept: bool) -> Pass:
