@@ -190,3 +190,13 @@ class TestCommand:
         assert message in err
         assert out == ""
         assert err.count("\n") == 1
+
+
+def test_table_names_the_rank_that_a_structure_has_by_default(capsys: pytest.CaptureFixture[str]) -> None:
+    line = "plan cifar-mlp --forward-macs 2e5 --structure tensor_train --structure low_rank"
+    assert main([*line.split(), "--structure", "low_rank:rank_fraction=0.25"]) == 0
+    rows = [" ".join(row.split()) for row in capsys.readouterr().out.splitlines()[2:]]
+    for row, start in zip(
+        rows, ("tensor_train rank 8 ", "low_rank rank sqrt(d) ", "low_rank rank_fraction 0.25 "), strict=True
+    ):
+        assert row.startswith(start)
