@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -93,7 +94,8 @@ class TestHelp:
         assert main([*command.split(), "--help"]) == 0
         out, err = captured()
         assert err == ""
-        examples = [line.strip().split("  ")[0] for line in out.splitlines() if line.startswith("  structlin ")]
+        whole = re.sub(r"\\\n *", "", out)
+        examples = [line.strip().split("  ")[0] for line in whole.splitlines() if line.startswith("  structlin ")]
         assert len(examples) >= 2
         for example in examples:
             words = example.split()[1:]
