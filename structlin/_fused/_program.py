@@ -10,6 +10,7 @@ writes the output where it belongs. The backward pass adds to the gradients of t
 from __future__ import annotations
 
 import ctypes
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -24,10 +25,13 @@ from structlin._fused._target import Target, load
 from structlin._parse import Step
 
 ELEMENTS = {"float32": ("float", "float"), "float64": ("double", "double"), "bfloat16": ("bfloat", "float")}
-CACHE = 256 << 10  # bytes of scratch memory that a block of tokens should stay within
-BLOCKS = (12, 24, 36, 48, 72)  # all tiles divide them without a remainder, or nearly so
-BACK_BLOCKS = (36, 48, 72)  # the gradients of factors are read and written once for each block
-COLUMN_BLOCKS = (48,)  # whole cache lines of each number
+# Tokens of a block, which all tiles divide without a remainder, or nearly so: as many as stay within CACHE bytes of
+# scratch memory, but so many that the factors, which are read once for each block, have less than FACTOR_BYTES for each.
+CACHE, FACTOR_BYTES = 256 << 10, 96 << 10
+BLOCKS = (12, 24, 36, 48, 72, 96, 192)
+BACK_BLOCKS = BLOCKS[2:]  # the gradients of factors are read and written once for each block
+COLUMN_BLOCK = 48  # whole cache lines of each number
+USUAL = 72
 
 
 @dataclass(frozen=True)
@@ -43,14 +47,15 @@ class Program:
     """The passes of a chain in one dtype; they are compiled when they are first asked for.
 
     ``d_in`` and ``d_out`` are the sizes of rows of the input and of the output, which is padded or cut to the chain's.
-    ``rows``: a token is a row of both, or else a column.
+    ``rows``: a token is a row of both, or else a column. ``numel``: numbers in all factors.
     """
 
     def __init__(
-        self, schedule: Schedule, target: Target, dtype: str, d_in: int, d_out: int, rows: bool = True
+        self, schedule: Schedule, target: Target, dtype: str, d_in: int, d_out: int, rows: bool, numel: int
     ) -> None:
         self.schedule, self.target, self.d_in, self.d_out, self.rows = schedule, target, d_in, d_out, rows
         self.outside, self.inside = ELEMENTS[dtype]
+        self.numel = numel
         self.size = BYTES[self.inside]
         self.lanes = target.width // self.size  # numbers in a vector
         self.pairs = dtype == "bfloat16" and target.half_products
@@ -66,8 +71,11 @@ class Program:
 
     def _block(self, numbers: int, blocks: Sequence[int]) -> int:
         """Tokens of a block, for which ``numbers`` are in scratch memory each."""
-        blocks = blocks if self.rows else COLUMN_BLOCKS
-        return max((b for b in blocks if b * numbers * self.size <= CACHE), default=blocks[0])
+        if not self.rows:
+            return COLUMN_BLOCK
+        most = max((b for b in blocks if b * numbers * self.size <= CACHE and b <= USUAL), default=blocks[0])
+        least = next((b for b in blocks if b * FACTOR_BYTES >= self.numel * self.size), blocks[-1])
+        return max(most, least)
 
     def _forward(self, bias: bool, kept: bool) -> Pass:
         """Table: x, y, scratch, bias (if any), factors, and where ``kept`` the activations between steps."""
@@ -316,4 +324,6 @@ def make_program(
     schedule = make_schedule(
         steps, dict(sizes), target, ELEMENTS[dtype][1], d_in, d_out, rows, dtype == "bfloat16" and target.half_products
     )
-    return None if schedule is None else Program(schedule, target, dtype, d_in, d_out, rows)
+    size = dict(sizes)
+    numel = sum(math.prod(size[a] for a in step.factor) for step in steps)
+    return None if schedule is None else Program(schedule, target, dtype, d_in, d_out, rows, numel)
