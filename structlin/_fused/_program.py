@@ -26,7 +26,7 @@ from structlin._parse import Step
 
 ELEMENTS = {"float32": ("float", "float"), "float64": ("double", "double"), "bfloat16": ("bfloat", "float")}
 # Tokens of a block, which all tiles divide without a remainder, or nearly so: as many as stay within CACHE bytes of
-# scratch memory, but so many that the factors, which are read once for each block, have less than FACTOR_BYTES for each.
+# scratch memory, but so many that there are less than FACTOR_BYTES of the factors, read once for a block, for each.
 CACHE, FACTOR_BYTES = 256 << 10, 96 << 10
 BLOCKS = (12, 24, 36, 48, 72, 96, 192)
 BACK_BLOCKS = BLOCKS[2:]  # the gradients of factors are read and written once for each block
