@@ -30,6 +30,8 @@ FIGURES: dict[str, tuple[str, str, tuple[str, ...]]] = {
         "lr-landscape-short",
         ("--where", "structure=dense", "--y", "train_loss"),
     ),
+    "low-rank-rates.png": ("landscape", "low-rank-rates", ("--y", "train_error")),
+    "gpt2.png": ("gpt2", "gpt2-short", ()),
 }
 """By file: the figure, the folder of its records, and options."""
 

@@ -8,6 +8,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 
 from structlin_nn.figures.compute import plain_ticks
 from structlin_nn.figures.style import Series, columns, finish, label, new_figure, series
@@ -48,6 +49,11 @@ def curves_figure(groups: Mapping[str, Sequence[Row]], *, x: str, y: str, final_
         _ends(right, [lines[-1] for lines in runs.values()], styles[name], final_x, y)
     finish(left, x=label(x), y=label(y))
     finish(right, x=label(final_x), y="")
+    least, most = right.get_xlim()
+    if most < 16 * least:  # models of almost one cost look so, and ticks have room
+        middle = (least * most) ** 0.5
+        right.set_xlim(middle / 4, middle * 4)
+        right.xaxis.set_minor_formatter(NullFormatter())
     # Curves may start far above where they end: the panel is of at most twice the range of the ends.
     low, high = min(ends), max(ends)
     room = max(high / low, 1.15)

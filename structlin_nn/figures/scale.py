@@ -39,7 +39,7 @@ def check_figure(checks: Sequence[Mapping[str, Any]]) -> Figure:
         top.set_title(f"{rule} learning rates: {verdict}", fontsize=10)
         for axes, text in ((top, "RMS at initialisation"), (bottom, f"RMS of the change, {check['steps']} steps")):
             finish(axes, x="width" if axes is bottom else "", y=text if check is checks[0] else "")
-            _width_ticks(axes, check["widths"])
+            _ticks_at(axes, check["widths"])
     low, high = grid[0, 0].get_ylim()
     if high < 10 * low:  # what is flat looks flat
         middle = (low * high) ** 0.5
@@ -54,8 +54,8 @@ def check_figure(checks: Sequence[Mapping[str, Any]]) -> Figure:
     return figure
 
 
-def _width_ticks(axes: Axes, widths: Sequence[float]) -> None:
-    axes.xaxis.set_major_locator(FixedLocator(sorted(set(widths))))
+def _ticks_at(axes: Axes, values: Sequence[float]) -> None:
+    axes.xaxis.set_major_locator(FixedLocator(sorted(set(values))))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
 
@@ -91,7 +91,7 @@ def delta_h_figure(groups: Mapping[str, Sequence[Row]]) -> Figure:
                 linewidth=1.6, label=style.label if aware else f"{style.label}, naive",
             )  # fmt: skip
     finish(axes, x="width", y="RMS change of the last features in a step")
-    _width_ticks(axes, sorted(widths))
+    _ticks_at(axes, sorted(widths))
     plain_ticks(axes)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False, fontsize=8)
     return figure
@@ -150,6 +150,11 @@ def landscape_figure(rows: Sequence[Row], *, y: str) -> Figure:
         if any(row.get("structure") != "dense" for row in rows):  # for which both rules are one
             axes.set_title(("structure-aware" if aware else "naive") + " learning rates", fontsize=10)
         finish(axes, x="learning rate at base width", y=label(y) if axes is panels[0] else "", log_y=False)
+    tried = sorted(set(_rates(rows)))
+    if len(tried) <= 9:
+        for axes in panels:
+            _ticks_at(axes, tried)
+            axes.tick_params(axis="x", labelsize=8)
     low, high = min(lowest), min(max(highest), 1.35 * max(lowest))
     if high > low:
         panels[0].set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))

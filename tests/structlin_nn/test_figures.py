@@ -88,6 +88,16 @@ def test_landscape(runs: Path) -> None:
     assert landscape_figure(dense, y="train_error").axes[0].get_title() == ""
 
 
+def test_ends_of_nearly_one_cost_stand_beside_each_other() -> None:
+    rows = {
+        name: [{"record": name, "width": 8, "training_macs": 9.0, "forward_macs": cost, "loss": 1.0}]
+        for name, cost in (("dense", 570.0), ("monarch", 586.0))
+    }
+    low, high = curves_figure(rows, x="training_macs", y="loss").axes[1].get_xlim()
+    assert high / low == pytest.approx(16)
+    assert low < 570 < 586 < high
+
+
 def test_a_run_that_diverged_does_not_flatten_the_landscape() -> None:
     errors = {(16, 1e-3): 1.5, (16, 1e-2): 1.3, (64, 1e-3): 1.1, (64, 1e-2): 29.0}
     rows = [{"width": width, "lr": rate, "loss": error} for (width, rate), error in errors.items()]
