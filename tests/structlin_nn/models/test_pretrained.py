@@ -223,7 +223,10 @@ def test_command_continues_with_published_weights(
 
     small = tmp_path / "small"
     hugging_face().save_pretrained(small)
-    assert main(["generate", "--pretrained", str(small), "--vocabulary", str(gpt2_vocabulary)]) == 2
+    line = f"generate --pretrained {small} --vocabulary {gpt2_vocabulary}"
+    assert main(line.split()) == 2
+    assert "nothing tells the tokeniser of this model: give --tokenizer" in capsys.readouterr().err
+    assert main([*line.split(), "--tokenizer", "gpt2"]) == 2
     assert "the model knows 67 tokens, and gpt2 has 50257" in capsys.readouterr().err
 
 
