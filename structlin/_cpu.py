@@ -24,6 +24,7 @@ __all__ = ["CPUChain", "Passes"]
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+LARGE_BLOCK = 1 << 19  # numbers, from which on the BLAS multiplies blocks faster
 
 
 class Passes(Protocol):
@@ -46,6 +47,8 @@ class CPUChain:
     def __init__(self, structure: Structure, rows: bool = True) -> None:
         self.structure, self.rows = structure, rows
         sizes = dict(structure.sizes)
+        blocks = min(factor.fan_in * factor.fan_out for factor in structure.factors)
+        self._large = blocks >= LARGE_BLOCK
         self._fused = FusedChain(structure.steps, structure.sizes, structure.d_in, structure.d_out, rows)
         self._chunked = ChunkedChain(structure.steps, sizes, rows, structure.padding)
 
@@ -66,6 +69,8 @@ class CPUChain:
         ):
             return None
         tokens = x.shape[0 if self.rows else 1]
+        if self._large and self._chunked.suits(x, tokens):
+            return self._chunked
         if self._fused.suits(x, tokens) and not torch._C._len_torch_dispatch_stack():
             return self._fused
         return self._chunked if self._chunked.suits(x, tokens) else None
