@@ -413,6 +413,7 @@ class TestSignals:
 
     def test_a_second_one_is_an_order_only_when_it_comes_later(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Ctrl-C reaches the processes of torchrun, and torchrun hands it on to them."""
+        inherited = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored, if started in the background
         before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
         now = 100.0
         monkeypatch.setattr(time, "monotonic", lambda: now)
@@ -426,6 +427,7 @@ class TestSignals:
             with pytest.raises(KeyboardInterrupt):
                 signal.raise_signal(signal.SIGINT)
             assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+        signal.signal(signal.SIGINT, inherited)
 
     def test_threads_are_put_back(self, config: TrainConfig, small_cifar: Path, tmp_path: Path) -> None:
         before = torch.get_num_threads()
