@@ -52,10 +52,6 @@ class CPUChain:
         self._fused = FusedChain(structure.steps, structure.sizes, structure.d_in, structure.d_out, rows)
         self._chunked = ChunkedChain(structure.steps, sizes, rows, structure.padding)
 
-    def is_fused(self, x: Tensor, tokens: int) -> bool:
-        """Whether plain tensors like ``x`` are run by what is compiled for the chain."""
-        return self._fused.suits(x, tokens)
-
     def passes(self, x: Tensor, operands: Sequence[Tensor]) -> Passes | None:
         """How to run ``x`` with these factors (and bias); None: by the portable plan."""
         if not x.is_cpu or x.dtype not in _DTYPES or type(x) not in _PLAIN:

@@ -163,7 +163,7 @@ class Emitter:
     def from_columns(self, source: Memory, total: Int, target: Memory, stride: int, width: int, wanted: int) -> None:
         """As :meth:`copy`, from an array where the numbers of a token are ``total`` apart.
 
-        There must be room for as many tokens as a vector has lanes after the last one; they become 0.
+        They come as many at a time as a vector has lanes; those that are not there become 0.
         """
         code, lanes = self.code, self.lanes
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from structlin._fused._emit import Emitter, Memory
 from structlin._fused._ir import Int, Values
@@ -28,16 +28,15 @@ def write_product(
     _Loops(emitter, product, out, left, right, add, bias, count, zipped).write()
 
 
-@dataclass(frozen=True)
-class _At:
-    """Offsets into out, the operand read in vectors, and the one read number by number."""
+class _Places(NamedTuple):
+    """Offsets into the arrays of a product, or the strides of an axis in them."""
 
-    out: Int
-    vector: Int
-    single: Int
-    bias: Int
-    pair: Int  # into out, of two tokens
-    zipped: Int  # into out, of two items of an axis
+    out: Int = 0
+    vector: Int = 0  # the operand read in vectors
+    single: Int = 0  # the one read number by number
+    bias: Int = 0
+    pair: Int = 0  # out, of two tokens
+    zipped: Int = 0  # out, of two items of an axis
 
 
 class _Loops:
@@ -49,44 +48,57 @@ class _Loops:
         self.emitter, self.code, self.product = emitter, emitter.code, product
         self.out, self.bias, self.add = out, bias, add
         self.vector, self.single = (left, right) if product.swapped else (right, left)
+        self.paired = "i32" in (left.element, right.element)
 
-    def _strides(self, axis: Axis) -> tuple[int, int, int, int, int, int]:
+    def _strides(self, axis: Axis | None) -> _Places:
+        if axis is None:
+            return _Places()
         vector, single = (axis.left, axis.right) if self.product.swapped else (axis.right, axis.left)
         out, tokens = axis.out or 0, axis.size == 0
-        return out, vector or 0, single or 0, 0 if tokens else out, out // 2 if tokens else out, out
+        return _Places(out, vector or 0, single or 0, 0 if tokens else out, out // 2 if tokens else out, out)
 
-    def _moved(self, at: _At, axis: Axis, index: Int, items: int = 1) -> _At:
+    def _moved(self, at: _Places, axis: Axis, index: Int, items: int = 1) -> _Places:
         """``index`` counts by ``items``, except in what is zipped."""
-        strides = [s * items for s in self._strides(axis)[:-1]]
-        places = (at.out, at.vector, at.single, at.bias, at.pair, at.zipped)
-        moved = (
-            self.code.add(p, self.code.multiply(index, s))
-            for p, s in zip(places, (*strides, self._strides(axis)[-1]), strict=True)
-        )
-        return _At(*moved)
+        code, by = self.code, self._strides(axis)
+        moved = [code.add(p, code.multiply(index, code.multiply(s, items))) for p, s in zip(at, by, strict=True)]
+        return _Places(*moved)._replace(zipped=code.add(at.zipped, code.multiply(index, by.zipped)))
+
+    def _offset(self, which: str, start: Int, *moves: tuple[int, _Places]) -> Int:
+        """``start`` in one of the arrays, so many steps on by each of some strides."""
+        for count, strides in moves:
+            start = self.code.add(start, self.code.multiply(count, getattr(strides, which)))
+        return start
+
+    def _load(self, at: Memory, place: Int, lanes: int) -> str:
+        found = self.emitter.load(at, place, lanes)
+        return self.emitter.as_pairs(found) if self.paired else found
+
+    def _multiply_add(self, a: str, b: str, c: str) -> str:
+        emitter = self.emitter
+        return (emitter.multiply_add_pairs if self.paired else emitter.multiply_add)(a, b, c)
 
     def _size(self, axis: Axis) -> Int:
         return axis.size or self.tokens
 
     def write(self) -> None:
-        product, start = self.product, _At(0, 0, 0, 0, 0, 0)
+        product, start = self.product, _Places()
         if product.along is not None:
             self._each(product.outer, start, self._dots)
         elif product.near:  # rows, neighbours, vectors
             wide = _even(math.ceil(product.across.size / self.emitter.lanes), VECTORS)[0]
 
-            def inside(at: _At, rows: int) -> None:
+            def inside(at: _Places, rows: int) -> None:
                 self._each(product.near, at, lambda at: self._across(at, lambda at, held: self._tile(at, rows, held)))
 
             self._each(product.outer, start, lambda at: self._down(at, wide, inside))
         else:  # vectors, rows: what is read in vectors stays where it is for all rows
 
-            def rows(at: _At, held: Sequence[int]) -> None:
+            def rows(at: _Places, held: Sequence[int]) -> None:
                 self._down(at, len(held), lambda at, rows: self._tile(at, rows, held))
 
             self._each(product.outer, start, lambda at: self._across(at, rows))
 
-    def _each(self, axes: Sequence[Axis], at: _At, body: Callable[[_At], None]) -> None:
+    def _each(self, axes: Sequence[Axis], at: _Places, body: Callable[[_Places], None]) -> None:
         if not axes:
             return body(at)
         first, *rest = axes
@@ -100,7 +112,7 @@ class _Loops:
         self.code.loop(0, size, 1, once, once=first.size == 0)
         return None
 
-    def _across(self, at: _At, body: Callable[[_At, Sequence[int]], None]) -> None:
+    def _across(self, at: _Places, body: Callable[[_Places, Sequence[int]], None]) -> None:
         """All vectors of a row, at most ``VECTORS`` at a time, in parts of about one size; the last may be short."""
         lanes, axis = self.emitter.lanes, self.product.across
         vectors = math.ceil(axis.size / lanes)
@@ -116,7 +128,7 @@ class _Loops:
             body(self._moved(at, axis, done), held)
             done += part * lanes
 
-    def _down(self, at: _At, vectors: int, body: Callable[[_At, int], None]) -> None:
+    def _down(self, at: _Places, vectors: int, body: Callable[[_Places, int], None]) -> None:
         """All rows, as many at a time as there are registers for, beside ``vectors``."""
         axis, most = self.product.down, max_rows(self.emitter.target, vectors * (2 if self.zipped else 1))
         if axis is None:
@@ -143,39 +155,33 @@ class _Loops:
                 start = stop
         return None
 
-    def _tile(self, at: _At, rows: int, lanes: Sequence[int]) -> None:
+    def _tile(self, at: _Places, rows: int, lanes: Sequence[int]) -> None:
         """Sums of rows and vectors; of two such tiles at once, if they are to be zipped."""
         emitter, code, width = self.emitter, self.code, self.emitter.lanes
-        down = self._strides(self.product.down) if self.product.down else (0,) * 6
-        apart = self._strides(self.zipped) if self.zipped else (0,) * 6
+        down, apart = self._strides(self.product.down), self._strides(self.zipped)
         cells = [(z, r, k) for z in range(2 if self.zipped else 1) for r in range(rows) for k in range(len(lanes))]
 
-        def place(offset: Int, which: int, z: int, r: int, k: int) -> Int:
-            return code.add(offset, z * apart[which] + r * down[which] + k * width)
+        def place(which: str, start: Int, z: int, r: int, k: int) -> Int:
+            return code.add(self._offset(which, start, (z, apart), (r, down)), k * width)
 
         if self.bias is not None:
-            sums = [emitter.load(self.bias, place(at.bias, 3, *cell), lanes[cell[2]]) for cell in cells]
+            sums = [emitter.load(self.bias, place("bias", at.bias, *cell), lanes[cell[2]]) for cell in cells]
         elif self.add:
-            sums = [emitter.load(self.out[0], place(at.out, 0, *cell), lanes[cell[2]]) for cell in cells]
+            sums = [emitter.load(self.out[0], place("out", at.out, *cell), lanes[cell[2]]) for cell in cells]
         else:
             sums = ["zeroinitializer"] * len(cells)
-        paired = "i32" in (self.vector.element, self.single.element)
-        multiply_add = emitter.multiply_add_pairs if paired else emitter.multiply_add
-
-        def load(at: Memory, place: Int, lanes: int) -> str:
-            found = emitter.load(at, place, lanes)
-            return emitter.as_pairs(found) if paired else found
+        spread = emitter.spread_pair if self.paired else emitter.spread
 
         def turn(vector: Int, single: Int, sums: Values) -> Values:
             found, vectors, number = list(sums), [""] * len(lanes), ""
             for here, (z, r, k) in enumerate(cells):
                 if r == 0:
-                    vectors[k] = load(self.vector, place(vector, 1, z, 0, k), lanes[k])
+                    vectors[k] = self._load(self.vector, place("vector", vector, z, 0, k), lanes[k])
                 if self.product.both:
-                    number = load(self.single, place(single, 2, z, r, k), lanes[k])
+                    number = self._load(self.single, place("single", single, z, r, k), lanes[k])
                 elif k == 0:
-                    number = (emitter.spread_pair if paired else emitter.spread)(self.single, place(single, 2, z, r, 0))
-                found[here] = multiply_add(number, vectors[k], found[here])
+                    number = spread(self.single, place("single", single, z, r, 0))
+                found[here] = self._multiply_add(number, vectors[k], found[here])
             return found
 
         sums = self._sum(self.product.summed, at.vector, at.single, sums, turn)
@@ -185,14 +191,13 @@ class _Loops:
                 if out.zipped:
                     if z == 0:
                         both = sums[here], sums[here + beside]
-                        emitter.store_pairs(out, place(at.zipped, 5, 0, r, k), both, lanes[k])
+                        emitter.store_pairs(out, place("zipped", at.zipped, 0, r, k), both, lanes[k])
                 elif out.element == "i32":
                     if r % 2 == 0:
                         both = sums[here], sums[here + below]
-                        offset = code.add(at.pair, z * apart[4] + r * down[4] + k * width)
-                        emitter.store_pairs(out, offset, both, lanes[k])
+                        emitter.store_pairs(out, place("pair", at.pair, z, r, k), both, lanes[k])
                 else:
-                    emitter.store(out, place(at.out, 0, z, r, k), sums[here], lanes[k])
+                    emitter.store(out, place("out", at.out, z, r, k), sums[here], lanes[k])
 
     def _sum(
         self, axes: Sequence[Axis], vector: Int, single: Int, sums: Values, turn: Callable[[Int, Int, Values], Values]
@@ -201,27 +206,28 @@ class _Loops:
         if not axes:
             return turn(vector, single, sums)
         code, (axis, *rest) = self.code, axes
-        _, by_vector, by_single, *_ = self._strides(axis)
+        by = self._strides(axis)
         unrolled = 1
         if not rest and axis.size:
             unrolled = next(n for n in range(UNROLLED, 0, -1) if axis.size % n == 0)
 
         def body(i: Int, sums: Values) -> Values:
-            v, s = code.add(vector, code.multiply(i, by_vector)), code.add(single, code.multiply(i, by_single))
+            v, s = code.add(vector, code.multiply(i, by.vector)), code.add(single, code.multiply(i, by.single))
             for u in range(unrolled):
-                sums = self._sum(rest, code.add(v, u * by_vector), code.add(s, u * by_single), sums, turn)
+                ahead = code.add(v, code.multiply(u, by.vector)), code.add(s, code.multiply(u, by.single))
+                sums = self._sum(rest, *ahead, sums, turn)
             return sums
 
         return code.loop(0, self._size(axis), unrolled, body, sums, self.emitter.vector, once=True)
 
     # -- vectors along a summed axis -----------------------------------------------------------------------------------
 
-    def _dots(self, at: _At) -> None:
+    def _dots(self, at: _Places) -> None:
         down, along = self.product.down, self.product.along
         assert along is not None
         most, widest = dot_tile(self.emitter.target, down is None)
 
-        def columns(at: _At, rows: int) -> None:
+        def columns(at: _Places, rows: int) -> None:
             for starts, count in _runs(along.size, widest):
 
                 def tile(i: Int, _: Values, count: int = count) -> None:
@@ -239,27 +245,25 @@ class _Loops:
             self.code.loop(starts.start, starts.stop, count, row)
         return None
 
-    def _dot(self, at: _At, rows: int, columns: int) -> None:
+    def _dot(self, at: _Places, rows: int, columns: int) -> None:
         product, emitter, code = self.product, self.emitter, self.code
         assert product.along is not None
-        down, along = self._strides(product.down) if product.down else (0, 0, 0, 0, 0, 0), self._strides(product.along)
-        size, width = product.across.size, emitter.lanes
-        paired = self.vector.element == "i32"
-        multiply_add = emitter.multiply_add_pairs if paired else emitter.multiply_add
+        down, along = self._strides(product.down), self._strides(product.along)
 
-        def load(at: Memory, place: Int, lanes: int) -> str:
-            found = emitter.load(at, place, lanes)
-            return emitter.as_pairs(found) if paired else found
+        size, width = product.across.size, emitter.lanes
+
+        def place(which: str, start: Int, r: int, c: int) -> Int:
+            return self._offset(which, start, (r, down), (c, along))
 
         def turn(vector: Int, single: Int, sums: Values) -> Values:
-            def step(place: Int, sums: Values, lanes: int) -> Values:
-                v, s = code.add(vector, place), code.add(single, place)
-                right = [load(self.vector, code.add(v, c * along[1]), lanes) for c in range(columns)]
+            def step(i: Int, sums: Values, lanes: int) -> Values:
+                v, s = code.add(vector, i), code.add(single, i)
+                right = [self._load(self.vector, place("vector", v, 0, c), lanes) for c in range(columns)]
                 found = []
                 for r in range(rows):
-                    left = load(self.single, code.add(s, r * down[2]), lanes)
+                    left = self._load(self.single, place("single", s, r, 0), lanes)
                     for c in range(columns):
-                        found.append(multiply_add(left, right[c], sums[r * columns + c]))
+                        found.append(self._multiply_add(left, right[c], sums[r * columns + c]))
                 return found
 
             whole = size // width * width
@@ -275,14 +279,14 @@ class _Loops:
                 total = code.value(
                     f"call reassoc {kind} @{name}({kind} -0.0, {emitter.vector} {sums[r * columns + c]})"
                 )
-                place = code.add(at.out, r * down[0] + c * along[0])
+                here = place("out", at.out, r, c)
                 if self.bias is not None:
-                    more = emitter.number(self.bias, code.add(at.bias, r * down[3] + c * along[3]))
+                    more = emitter.number(self.bias, place("bias", at.bias, r, c))
                     total = code.value(f"fadd {kind} {more}, {total}")
                 elif self.add:
-                    total = code.value(f"fadd {kind} {emitter.number(self.out[0], place)}, {total}")
+                    total = code.value(f"fadd {kind} {emitter.number(self.out[0], here)}, {total}")
                 for out in self.out:
-                    emitter.put_number(out, place, total)
+                    emitter.put_number(out, here, total)
 
 
 def _runs(total: int, most: int) -> list[tuple[range, int]]:

@@ -3,8 +3,6 @@
 Both take a table of addresses and the range of tokens to run. They go through it in blocks of a few tokens: for each
 block the input is copied to scratch memory (and converted, and padded with zeros), every step runs, and the last one
 writes the output where it belongs. The backward pass adds to the gradients of the factors, which start at zero.
-
-``tables`` says what each place of the table holds.
 """
 
 from __future__ import annotations
@@ -30,8 +28,8 @@ ELEMENTS = {"float32": ("float", "float"), "float64": ("double", "double"), "bfl
 CACHE, FACTOR_BYTES = 256 << 10, 96 << 10
 BLOCKS = (12, 24, 36, 48, 72, 96, 192)
 BACK_BLOCKS = BLOCKS[2:]  # the gradients of factors are read and written once for each block
-COLUMN_BLOCK = 48  # whole cache lines of each number
-USUAL = 72
+USUAL = 72  # no more than that for the sake of CACHE
+COLUMN_BLOCK = 48  # whole cache lines of each number, and whole vectors
 
 
 @dataclass(frozen=True)
@@ -289,8 +287,7 @@ class _Writer:
         for key, row in forms.sizes(outside).items():
             element = forms.elements[key[2]]
             found[key] = _Array(self.code.at("i8", pointer, self.bytes), element, 0, key[2] == "zipped")
-            room = self.block + (0 if self.program.rows else self.program.lanes)
-            self.bytes += -(-row * room * BYTES[element] // LINE) * LINE
+            self.bytes += -(-row * self.block * BYTES[element] // LINE) * LINE
         return found
 
     def compile(self, body: Callable[[Emitter, Callable[[_Array], Memory]], None]) -> Pass:

@@ -100,7 +100,7 @@ class TokenMajor:
         tokens = x.shape[0]
         if not 0 < tokens <= self.most_tokens:
             return False
-        return tokens < self.few or not x.is_cpu or not self.structure._cpu_rows.is_fused(x, tokens)
+        return tokens < self.few or self.structure._cpu_rows.passes(x, ()) is None
 
     def pays_as_node(self, x: Tensor) -> bool:
         """Whether a compiled graph for the CPU should run the contraction of ``x`` as the one node structlin::chain.
