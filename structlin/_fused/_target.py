@@ -31,12 +31,18 @@ class Target:
         return f'nounwind "min-legal-vector-width"="{bits}" "prefer-vector-width"="{bits}"'
 
 
+LLVM = (20,)
+"""Older ones have other pointers and other products of bfloat16; llvmlite brings this one since 0.45."""
+
+
 @cache
 def _binding() -> Any:
-    """llvmlite, ready to compile for this machine; None without it."""
+    """llvmlite, ready to compile for this machine; None without it, and if it is too old."""
     try:
         import llvmlite.binding as llvm
     except ImportError:
+        return None
+    if llvm.llvm_version_info < LLVM:
         return None
     try:
         llvm.initialize_native_target()
@@ -48,7 +54,7 @@ def _binding() -> Any:
 
 @cache
 def host() -> Target | None:
-    """This machine, or None where nothing is compiled: no llvmlite, no AVX2, or STRUCTLIN_FUSED=0 is set."""
+    """This machine; None where nothing is compiled: no llvmlite or an old one, no AVX2, STRUCTLIN_FUSED=0 is set."""
     if os.environ.get("STRUCTLIN_FUSED", "1") == "0" or platform.machine().lower() not in ("x86_64", "amd64"):
         return None
     llvm = _binding()

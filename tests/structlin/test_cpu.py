@@ -379,6 +379,12 @@ def test_what_nothing_is_compiled_for(monkeypatch):
     assert not structure._cpu_rows._fused.suits(x, 11)
 
 
+def test_an_old_compiler_is_left_alone(monkeypatch):
+    llvm = pytest.importorskip("llvmlite.binding")
+    monkeypatch.setattr(llvm, "llvm_version_info", (15, 0, 7))
+    assert _target._binding.__wrapped__() is None
+
+
 def test_fused_can_be_switched_off():
     code = "from structlin._fused._target import host; raise SystemExit(host() is not None)"
     subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "STRUCTLIN_FUSED": "0"})
