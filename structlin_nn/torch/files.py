@@ -39,6 +39,10 @@ __all__ = ["StructuredFile", "load_structured", "read_structured", "save_structu
 KEY, VERSION = "structlin", 1
 
 
+class PlainFileError(ValueError):
+    """The file holds tensors, and says nothing of structured layers."""
+
+
 @dataclass(frozen=True)
 class StructuredFile:
     """What a file says of its model, without the tensors; from :func:`read_structured`.
@@ -137,7 +141,7 @@ def read_structured(path: str | os.PathLike[str]) -> StructuredFile:
     text = found["metadata"].pop(KEY, None)
     found["metadata"].pop("format", None)
     if text is None:
-        raise ValueError(f"{path} says nothing of structured layers: save_structured did not write it")
+        raise PlainFileError(f"{path} says nothing of structured layers: save_structured did not write it")
     try:
         described = json.loads(text)
     except ValueError as error:

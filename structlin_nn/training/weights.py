@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from structlin_nn.torch._layout import layout_of
-from structlin_nn.torch.files import check_entries, digest, read_structured, read_tensors
+from structlin_nn.torch.files import PlainFileError, check_entries, digest, read_structured, read_tensors
 from structlin_nn.trained import TrainedModel, open_trained
 from structlin_nn.training.base import RunConfig
 from structlin_nn.training.config import GPT2TrainConfig, ImageNetTrainConfig, TrainConfig
@@ -128,9 +128,7 @@ def open_weights(source: str | os.PathLike[str]) -> InitialWeights:
         tensors = read_tensors(place)
         try:
             said = read_structured(place)
-        except ValueError as error:
-            if "says nothing of structured layers" not in str(error):
-                raise
+        except PlainFileError:
             if not (place.parent / "config.json").is_file():
                 return InitialWeights(place.name, digest(tensors), tensors)
         else:
