@@ -344,18 +344,23 @@ class TestOneProcess:
             Processes(0, 2, 0, "ddp", torch.device("cpu")).parts(5, "batch_size")
 
 
+def torchrun(data: Path, out: Path, options: str) -> subprocess.Popen[str]:
+    """Two processes that train a small GPT-2."""
+    line = (
+        f"-m torch.distributed.run --standalone --nproc-per-node 2 -m structlin_nn.cli train gpt2 --data {data} "
+        f"--out {out} --width 16 --heads 2 --depth 1 --context 8 --batch-size 4 --eval-batches 1 --threads 1 {options}"
+    )
+    environment = os.environ | {"PYTHONPATH": str(workers.ROOT), "OMP_NUM_THREADS": "1"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(
+        [sys.executable, *line.split()], env=environment, start_new_session=True, text=True, **pipes
+    )
+
+
 @pytest.mark.slow
 def test_torchrun_is_interrupted(text_tokens: Path, tmp_path: Path) -> None:
     """Ctrl-C: the signal reaches torchrun and its processes, to which torchrun sends it once more."""
-    line = (
-        f"-m torch.distributed.run --standalone --nproc-per-node 2 -m structlin_nn.cli train gpt2 --data {text_tokens} "
-        f"--out {tmp_path / 'run'} --width 16 --heads 2 --depth 1 --context 8 --batch-size 4 --steps 200000 "
-        "--eval-every 100000 --eval-batches 1 --threads 1 --quiet"
-    )
-    environment = os.environ | {"PYTHONPATH": str(workers.ROOT), "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        [sys.executable, *line.split()], env=environment, start_new_session=True, stderr=subprocess.PIPE, text=True
-    )
+    process = torchrun(text_tokens, tmp_path / "run", "--steps 200000 --eval-every 100000 --quiet")
     deadline, path = time.monotonic() + 240, tmp_path / "run" / "checkpoint.pt"
     while not path.exists():
         assert process.poll() is None
@@ -371,16 +376,10 @@ def test_torchrun_is_interrupted(text_tokens: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_torchrun_starts_the_command(text_tokens: Path, tmp_path: Path) -> None:
-    line = (
-        f"-m torch.distributed.run --standalone --nproc-per-node 2 -m structlin_nn.cli train gpt2 --data {text_tokens} "
-        f"--out {tmp_path / 'run'} --parallel fsdp --width 16 --heads 2 --depth 1 --context 8 --batch-size 4 --steps 3 "
-        "--warmup-steps 1 --eval-every 3 --eval-batches 1 --threads 1 --json"
-    )
-    environment = os.environ | {"PYTHONPATH": str(workers.ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, *line.split()], env=environment, capture_output=True, text=True, timeout=240, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["step"] == 3
-    assert "processes: 2, fsdp" in done.stderr
+    options = "--parallel fsdp --steps 3 --warmup-steps 1 --eval-every 3 --json"
+    process = torchrun(text_tokens, tmp_path / "run", options)
+    out, err = process.communicate(timeout=240)
+    assert process.returncode == 0, err
+    assert json.loads(out)["step"] == 3
+    assert "processes: 2, fsdp" in err
     assert read_record(tmp_path / "run" / "record.jsonl").finished
