@@ -172,7 +172,7 @@ class Emitter:
             for r in range(lanes):
                 place = code.add(code.multiply(code.add(k, r), total), first)
                 held.append(self._masked(source, place, mask) if r < there else "zeroinitializer")
-            for r, row in enumerate(self._transposed(held)):
+            for r, row in enumerate(self.transposed(held)):
                 self.store(target, code.add(code.multiply(code.add(first, r), stride), k), row, kept)
 
         def tokens(first: Int, _: Values) -> None:
@@ -191,7 +191,7 @@ class Emitter:
             held = [
                 self.load(source, code.add(code.multiply(code.add(first, r), stride), k), count) for r in range(lanes)
             ]
-            for r, row in enumerate(self._transposed(held)[:count]):
+            for r, row in enumerate(self.transposed(held)[:count]):
                 self._put_masked(target, code.add(code.multiply(code.add(k, r), total), first), row, mask)
 
         def tokens(first: Int, _: Values) -> None:
@@ -219,7 +219,7 @@ class Emitter:
         more = ("i32", BYTES[at.element]), (kind, mask)
         self.code.call("void", name, (self.vector, value), ("ptr", pointer), *more)
 
-    def _transposed(self, rows: list[str]) -> list[str]:
+    def transposed(self, rows: list[str]) -> list[str]:
         """A square of vectors, by shuffling each with the one half the square away, as often as halves fit."""
         count = len(rows)
         for _ in range(count.bit_length() - 1):

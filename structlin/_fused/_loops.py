@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 from structlin._fused._emit import Emitter, Memory
 from structlin._fused._ir import Int, Values
-from structlin._fused._product import VECTORS, Axis, Product, dot_tile, max_rows
+from structlin._fused._product import BYTES, NEAR, VECTORS, Axis, Product, dot_tile, max_rows
 
 UNROLLED = 4
+NEAR_BYTES = 512 << 10  # of the vectors that are read again and again
 
 
 def write_product(
@@ -88,15 +90,39 @@ class _Loops:
             wide = _even(math.ceil(product.across.size / self.emitter.lanes), VECTORS)[0]
 
             def inside(at: _Places, rows: int) -> None:
-                self._each(product.near, at, lambda at: self._across(at, lambda at, held: self._tile(at, rows, held)))
+                self._each(near, at, lambda at: self._across(at, lambda at, held: self._tile(at, rows, held)))
 
-            self._each(product.outer, start, lambda at: self._down(at, wide, inside))
+            parts, near = self._parts()
+            self._each([*product.outer, *parts], start, lambda at: self._down(at, wide, inside))
         else:  # vectors, rows: what is read in vectors stays where it is for all rows
 
             def rows(at: _Places, held: Sequence[int]) -> None:
                 self._down(at, len(held), lambda at, rows: self._tile(at, rows, held))
 
             self._each(product.outer, start, lambda at: self._across(at, rows))
+
+    def _parts(self) -> tuple[list[Axis], list[Axis]]:
+        """``near``, and an axis to run outside of the rows: parts of it for which the vectors stay in cache.
+
+        They are read again for each tile of rows. A part is a cache line of what is read number by number, at least.
+        """
+        first, *rest = self.product.near
+        by = self._strides(first)
+        if first is self.zipped or not (by.single and by.vector):
+            return [], [first, *rest]
+        read = [a for a in (self.product.across, *self.product.summed, *rest) if self._strides(a).vector]
+        item = math.prod(a.size or self.emitter.block for a in read) * BYTES[self.vector.element]
+        least = min(math.ceil(NEAR / by.single), first.size)
+        sizes = [n for n in range(least, first.size + 1) if first.size % n == 0]
+        size = max((n for n in sizes if n * item <= NEAR_BYTES), default=sizes[0])
+        if size == first.size:
+            return [], [first, *rest]
+
+        def spaced(stride: int | None) -> int | None:
+            return None if stride is None else stride * size
+
+        outer = Axis(first.size // size, *map(spaced, first.strides))
+        return [outer], [replace(first, size=size), *rest]
 
     def _each(self, axes: Sequence[Axis], at: _Places, body: Callable[[_Places], None]) -> None:
         if not axes:

@@ -2,7 +2,8 @@
 
 Both take a table of addresses and the range of tokens to run. They go through it in blocks of a few tokens: for each
 block the input is copied to scratch memory (and converted, and padded with zeros), every step runs, and the last one
-writes the output where it belongs. The backward pass adds to the gradients of the factors, which start at zero.
+writes the output where it belongs. The backward pass adds to the gradients of the factors, which start at zero. Before a pass the factors are
+copied into the orders of axes that its products read, and after it their gradients out of them.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+from structlin._fused._arrange import Arrangement, load_copies
 from structlin._fused._emit import Emitter, Memory
 from structlin._fused._ir import Code
 from structlin._fused._loops import write_product
@@ -23,12 +25,10 @@ from structlin._fused._target import Target, load
 from structlin._parse import Step
 
 ELEMENTS = {"float32": ("float", "float"), "float64": ("double", "double"), "bfloat16": ("bfloat", "float")}
-# Tokens of a block, which all tiles divide without a remainder, or nearly so: as many as stay within CACHE bytes of
-# scratch memory, but so many that there are less than FACTOR_BYTES of the factors, read once for a block, for each.
-CACHE, FACTOR_BYTES = 256 << 10, 96 << 10
-BLOCKS = (12, 24, 36, 48, 72, 96, 192)
-BACK_BLOCKS = BLOCKS[2:]  # the gradients of factors are read and written once for each block
-USUAL = 72  # no more than that for the sake of CACHE
+# Tokens of a block, which all tiles divide without a remainder, or nearly so. Few: then the activations stay in cache.
+# The backward pass also reads and writes the gradients of the factors once for each block, and where all of them are
+# large takes so many tokens that there are less than FACTOR_BYTES of the factors for each.
+BLOCK, BACK_BLOCKS, FACTOR_BYTES = 24, (24, 36, 72), 256 << 10
 COLUMN_BLOCK = 48  # whole cache lines of each number, and whole vectors
 
 
@@ -41,24 +41,38 @@ class Pass:
     block: int
 
 
+@dataclass(frozen=True)
+class Packing:
+    """Copies of factors for the products of a pass, or of gradients for the factors.
+
+    ``sizes``: bytes of each copy, 0 of what is taken as it is; ``run`` gets the table of originals and copies.
+    """
+
+    sizes: tuple[int, ...]
+    run: Callable[..., None]
+
+
 class Program:
     """The passes of a chain in one dtype; they are compiled when they are first asked for.
 
     ``d_in`` and ``d_out`` are the sizes of rows of the input and of the output, which is padded or cut to the chain's.
-    ``rows``: a token is a row of both, or else a column. ``numel``: numbers in all factors.
+    ``rows``: a token is a row of both, or else a column. ``shapes``: of the factors.
     """
 
     def __init__(
-        self, schedule: Schedule, target: Target, dtype: str, d_in: int, d_out: int, rows: bool, numel: int
-    ) -> None:
+        self, schedule: Schedule, target: Target, dtype: str, d_in: int, d_out: int, rows: bool,
+        shapes: Sequence[tuple[int, ...]],
+    ) -> None:  # fmt: skip
         self.schedule, self.target, self.d_in, self.d_out, self.rows = schedule, target, d_in, d_out, rows
         self.outside, self.inside = ELEMENTS[dtype]
-        self.numel = numel
+        self.shapes = tuple(shapes)
+        self.numel = sum(map(math.prod, shapes))
         self.size = BYTES[self.inside]
         self.lanes = target.width // self.size  # numbers in a vector
         self.pairs = dtype == "bfloat16" and target.half_products
         self.forward = lru_cache(maxsize=None)(self._forward)
         self.backward = lru_cache(maxsize=None)(self._backward)
+        self.packing = lru_cache(maxsize=None)(self._packing)
 
     @property
     def dtype(self) -> Any:
@@ -67,13 +81,25 @@ class Program:
 
         return torch.float64 if self.inside == "double" else torch.float32
 
-    def _block(self, numbers: int, blocks: Sequence[int]) -> int:
-        """Tokens of a block, for which ``numbers`` are in scratch memory each."""
-        if not self.rows:
-            return COLUMN_BLOCK
-        most = max((b for b in blocks if b * numbers * self.size <= CACHE and b <= USUAL), default=blocks[0])
-        least = next((b for b in blocks if b * FACTOR_BYTES >= self.numel * self.size), blocks[-1])
-        return max(most, least)
+    def _packing(self, kind: str, numbers: tuple[int, ...]) -> Packing:
+        """Of the factors ``numbers`` for the products ``kind`` of the schedule; of the ``gradients`` the way back."""
+        sizes, copies, back = [], [], kind == "gradients"
+        for k in numbers:
+            operation: Operation = getattr(self.schedule, kind)[k]
+            product, numel = operation.product, math.prod(self.shapes[k])
+            paired = product.across.size if product.paired and not back else 0
+            arrangement = Arrangement(self.shapes[k], operation.order, paired, back)
+            if self.outside == self.inside and arrangement.trivial:
+                sizes.append(0)
+                continue
+            sizes.append(numel * BYTES[self.outside if paired or back else self.inside])
+            ends = self.outside, "i32" if paired else self.inside
+            copies.append((arrangement, *(reversed(ends) if back else ends)))
+        return Packing(tuple(sizes), load_copies(copies, self.target, self.inside))
+
+    def _back_block(self) -> int:
+        blocks = (b for b in BACK_BLOCKS if b * FACTOR_BYTES >= self.numel * self.size)
+        return next(blocks, BACK_BLOCKS[-1])
 
     def _forward(self, bias: bool, kept: bool) -> Pass:
         """Table: x, y, scratch, bias (if any), factors, and where ``kept`` the activations between steps."""
@@ -85,7 +111,7 @@ class Program:
         if cut:
             forms.read("state", last)
         outside = forms.keep("state", range(1, last)) if kept else []
-        writer = _Writer(self, self._block(forms.numbers(outside), BLOCKS))
+        writer = _Writer(self, BLOCK)
         x, y = writer.end(self.d_in), writer.end(self.d_out)
         arrays = writer.scratch(forms, outside)
         added = writer.whole(self.inside) if bias else None
@@ -127,7 +153,7 @@ class Program:
         if cut and needs[0]:
             forms.read("flow", 0)
         outside = forms.keep("state", range(1, last)) if kept else []
-        writer = _Writer(self, self._block(forms.numbers(outside), BACK_BLOCKS))
+        writer = _Writer(self, self._back_block())
         x, gy = writer.end(self.d_in), writer.end(self.d_out)
         arrays = writer.scratch(forms, outside)
         gx = writer.end(self.d_in) if needs[0] else None
@@ -237,9 +263,6 @@ class _Forms:
     def sizes(self, outside: Sequence[_Key]) -> dict[_Key, int]:
         return {key: self._rows[key[1]] for key in self._keys if key not in outside}
 
-    def numbers(self, outside: Sequence[_Key]) -> int:
-        return sum(self.sizes(outside).values())
-
     def of(self, arrays: Mapping[_Key, _Array], kind: str, number: int) -> list[_Array]:
         return [array for key, array in arrays.items() if key[:2] == (kind, number)]
 
@@ -261,7 +284,8 @@ class _Writer:
     """The frame of a pass: reads the table, and runs ``body`` for each block of tokens."""
 
     def __init__(self, program: Program, block: int) -> None:
-        self.program, self.block, self.code, self.places = program, block, Code(), 0
+        self.program, self.code, self.places = program, Code(), 0
+        self.block = block if program.rows else COLUMN_BLOCK
         self.bytes = 0
 
     def _next(self) -> str:
@@ -322,5 +346,5 @@ def make_program(
         steps, dict(sizes), target, ELEMENTS[dtype][1], d_in, d_out, rows, dtype == "bfloat16" and target.half_products
     )
     size = dict(sizes)
-    numel = sum(math.prod(size[a] for a in step.factor) for step in steps)
-    return None if schedule is None else Program(schedule, target, dtype, d_in, d_out, rows, numel)
+    shapes = [tuple(size[a] for a in step.factor) for step in steps]
+    return None if schedule is None else Program(schedule, target, dtype, d_in, d_out, rows, shapes)

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 
+from structlin._fused._arrange import arrangeable
 from structlin._fused._product import BYTES, TOKENS, Axis, Product, Strides, make_products
 from structlin._fused._target import Target
 from structlin._parse import Step
@@ -115,10 +116,14 @@ class _Maker:
                 stride *= self.sizes[axis]
             for product in make(strides):
                 paired = product.pairs() if self.pairs and not gradient else None
+                places = tuple(step.factor.index(a) for a in order)
+                shape = [self.sizes[a] for a in step.factor]
+                if paired is not None and not arrangeable(shape, places, paired.across.size):
+                    paired = None
                 cost = (paired or product).cost(self.target, self.element)
                 if cost < best[0]:
                     reads = "plain" if paired is None else "half"
-                    best = cost, Operation(paired or product, tuple(step.factor.index(a) for a in order), reads)
+                    best = cost, Operation(paired or product, places, reads)
         return best
 
 

@@ -12,8 +12,7 @@ from functools import cached_property, lru_cache
 import torch
 from torch import Tensor
 
-from structlin._fused._program import ELEMENTS, Pass, Program, make_program
-from structlin._fused._schedule import Operation
+from structlin._fused._program import ELEMENTS, Packing, Pass, Program, make_program
 from structlin._fused._target import host
 from structlin._parse import Step
 
@@ -84,7 +83,7 @@ class FusedChain:
         added = []
         if bias is not None:
             added = [torch.nn.functional.pad(bias.detach().to(inside), (0, program.schedule.widths[-1] - self.d_out))]
-        table = [*added, *_packed(factors, program.schedule.forward, inside), *found]
+        table = [*added, *_packed(program, "forward", range(len(factors)), factors), *found]
         _run(run, tokens, [x, y], [table] * _threads(tokens))
         return y
 
@@ -94,32 +93,26 @@ class FusedChain:
         program = self._ready(x.dtype)
         x, gy, inside = x.detach().contiguous(), gy.detach().contiguous(), program.dtype
         tokens = x.shape[0 if self.rows else 1]
-        schedule, last = program.schedule, len(factors)
+        last = len(factors)
         gx = x.new_empty(x.shape) if needs[0] else None
         run = program.backward(tuple(needs), bool(kept))
         wanted = [k for k in range(last) if needs[k + 1]]
         lowest = 0 if needs[0] else min(wanted) + 1
-        back = _packed(factors[lowest:], schedule.back[lowest:], inside)
+        back = _packed(program, "back", range(lowest, last), factors)
         if kept:
             rest = list(kept)
         else:
-            rest = _packed(factors[: max(wanted, default=0)], schedule.forward, inside)
-        grads = [
-            [
-                torch.zeros([self.shapes[k][axis] for axis in schedule.gradients[k].order], dtype=inside)
-                for k in wanted
-            ]
-            for _ in range(_threads(tokens))
-        ]  # fmt: skip
+            rest = _packed(program, "forward", range(max(wanted, default=0)), factors)
+        sizes = [math.prod(self.shapes[k]) for k in wanted]
+        grads = [[torch.zeros(size, dtype=inside) for size in sizes] for _ in range(_threads(tokens))]
         ends = [] if gx is None else [gx]
         _run(run, tokens, [x, gy], [[*ends, *back, *mine, *rest] for mine in grads])
+        for more in grads[1:]:
+            for total, part in zip(grads[0], more, strict=True):
+                total += part
         found: list[Tensor | None] = [gx, *([None] * last)]
-        for number, k in enumerate(wanted):
-            total = grads[0][number]
-            for more in grads[1:]:
-                total += more[number]
-            order = schedule.gradients[k].order
-            found[k + 1] = total.permute([order.index(axis) for axis in range(len(order))]).to(x.dtype)
+        for k, gradient in zip(wanted, _unpacked(program, wanted, grads[0], x.dtype), strict=True):
+            found[k + 1] = gradient
         return tuple(found)
 
     def _ready(self, dtype: torch.dtype) -> Program:
@@ -144,17 +137,34 @@ class FusedChain:
         )
 
 
-def _packed(factors: Sequence[Tensor], operations: Sequence[Operation], dtype: torch.dtype) -> list[Tensor]:
-    """Factors in the order of axes that the products read."""
-    found = []
-    for factor, operation in zip(factors, operations, strict=False):
-        arranged = factor.detach().permute(operation.order)
-        if operation.product.paired:
-            rows = arranged.reshape(-1, 2, operation.product.across.size)
-            found.append(rows.transpose(1, 2).contiguous())
-        else:
-            found.append(arranged.to(dtype).contiguous())
-    return found
+def _packed(program: Program, kind: str, numbers: Sequence[int], factors: Sequence[Tensor]) -> list[Tensor]:
+    """These factors as the products ``kind`` read them."""
+    packing = program.packing(kind, tuple(numbers))
+    originals = [factors[k].detach().contiguous() for k in numbers]
+    copies = [
+        torch.empty(size, dtype=torch.uint8) if size else original
+        for original, size in zip(originals, packing.sizes, strict=True)
+    ]
+    _copy(packing, originals, copies)
+    return copies
+
+
+def _unpacked(program: Program, numbers: Sequence[int], found: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """The gradients of these factors with axes as the factors have them."""
+    packing = program.packing("gradients", tuple(numbers))
+    copies = [
+        torch.empty(program.shapes[k], dtype=dtype) if size else original.view(program.shapes[k])
+        for k, original, size in zip(numbers, found, packing.sizes, strict=True)
+    ]
+    _copy(packing, found, copies)
+    return copies
+
+
+def _copy(packing: Packing, originals: Sequence[Tensor], copies: Sequence[Tensor]) -> None:
+    sides = zip(originals, copies, packing.sizes, strict=True)
+    table = [tensor.data_ptr() for *both, size in sides if size for tensor in both]
+    if table:
+        packing.run((ctypes.c_void_p * len(table))(*table))
 
 
 def _threads(tokens: int) -> int:
