@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,7 +13,24 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-__all__ = ["machine", "medians", "peak_memory"]
+__all__ = ["keep_memory", "machine", "medians", "peak_memory"]
+
+_TRIM_THRESHOLD, _MMAP_MAX = -1, -4  # names of mallopt(3)
+
+
+def keep_memory() -> bool:
+    """Let this process keep the memory that it frees; False where the C library has no such setting.
+
+    Or else glibc gives freed arrays back to the system now and then, and what happens to be timed next waits for new
+    pages: as long as a fast layer takes. All that is compared in a run is treated alike.
+    """
+    if not sys.platform.startswith("linux"):
+        return False
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except AttributeError:
+        return False
+    return bool(mallopt(_TRIM_THRESHOLD, (1 << 31) - 1) and mallopt(_MMAP_MAX, 0))
 
 
 def medians(

@@ -98,7 +98,8 @@ class ChunkedChain:
     def backward(
         self, gy: Tensor, x: Tensor, factors: Sequence[Tensor], needs: Sequence[bool], kept: Sequence[Tensor] = ()
     ) -> tuple[Tensor | None, ...]:
-        """Gradients of x and of the factors, None where ``needs`` (x first) is False."""
+        """Gradients of x, the factors and the bias, None where ``needs`` is False."""
+        *needs, for_bias = needs
         tokens, last = x.shape[0 if self.rows else 1], len(factors)
         x, gy = self._padded(x.detach(), 0).contiguous(), self._padded(gy.detach(), 1).contiguous()
         products, inner = self.layout.products, self.widths[1:-1]
@@ -138,7 +139,8 @@ class ChunkedChain:
             None if grad is None else _unpack(grad, product.gradient, shape).to(x.dtype)
             for product, grad, shape in zip(products, grads, self._shapes, strict=True)
         )  # fmt: skip
-        return (None if gx is None else self._cut(gx, 0), *found)
+        bias = self._cut(gy, 1).sum(0 if self.rows else 1) if for_bias else None
+        return None if gx is None else self._cut(gx, 0), *found, bias
 
     def _padded(self, x: Tensor, end: int) -> Tensor:
         pad = self.padding[end]

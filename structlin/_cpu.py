@@ -7,7 +7,7 @@ transforms the single products, in other dtypes, and where there is little to do
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -38,7 +38,7 @@ class Passes(Protocol):
     def backward(
         self, gy: Tensor, x: Tensor, factors: Sequence[Tensor], needs: Sequence[bool], kept: Sequence[Tensor] = ()
     ) -> tuple[Tensor | None, ...]:
-        """Gradients of x and of the factors, None where ``needs`` (x first) is False."""
+        """Gradients of x, the factors and the bias, None where ``needs``, which has one entry for each, is False."""
 
 
 class CPUChain:
@@ -85,12 +85,16 @@ class CPUChain:
         self, gy: Tensor, x: Tensor, factors: Sequence[Tensor], needs: Sequence[bool]
     ) -> tuple[Tensor | None, ...]:
         """The gradients by the portable plan, which can be differentiated and batched in turn."""
-        with torch.enable_grad():
-            given = [t.view_as(t) if need else t for t, need in zip((x, *factors), needs, strict=True)]
-            y = self.structure._portable(given[1:], given[0], ops("torch"), self.rows)
-            wanted = [t for t, need in zip(given, needs, strict=True) if need]
-            found = iter(torch.autograd.grad(y, wanted, gy, create_graph=True))
-        return tuple(next(found) if need else None for need in needs)
+        *before, for_bias = needs
+        found: Iterator[Tensor] = iter(())
+        if any(before):
+            with torch.enable_grad():
+                given = [t.view_as(t) if need else t for t, need in zip((x, *factors), before, strict=True)]
+                y = self.structure._portable(given[1:], given[0], ops("torch"), self.rows)
+                wanted = [t for t, need in zip(given, before, strict=True) if need]
+                found = iter(torch.autograd.grad(y, wanted, gy, create_graph=True))
+        gradients = [next(found) if need else None for need in before]
+        return *gradients, gy.sum(0 if self.rows else 1) if for_bias else None
 
 
 class _Differentiable(torch.autograd.Function):
@@ -112,12 +116,11 @@ class _Differentiable(torch.autograd.Function):
         saved = ctx.saved_tensors  # asked for once: where activations are computed again, there is no second time
         x, *factors = saved[:count]
         _, _, for_x, for_bias, *for_factors = ctx.needs_input_grad
-        needs = [for_x, *for_factors]
+        needs = [for_x, *for_factors, for_bias]
         batched = torch._C._functorch.is_batchedtensor(gy) or torch._C._functorch.is_legacy_batchedtensor(gy)
-        found: tuple[Tensor | None, ...] = (None,) * count
-        if any(needs):
-            if torch.is_grad_enabled() or batched:
-                found = chain.differentiable(gy, x, factors, needs)
-            else:
-                found = ctx.passes.backward(gy, x, factors, needs, saved[count:])
-        return None, None, found[0], gy.sum(0 if chain.rows else 1) if for_bias else None, *found[1:]
+        if torch.is_grad_enabled() or batched or not any(needs[:-1]):
+            found = chain.differentiable(gy, x, factors, needs)
+        else:
+            found = ctx.passes.backward(gy, x, factors, needs, saved[count:])
+        *found, bias = found
+        return None, None, found[0], bias, *found[1:]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from structlin._fused._ir import Code, Int, Values
@@ -157,6 +157,31 @@ class Emitter:
             code.loop(0, self.tokens, 1, rows(1))
             if even:
                 code.loop(self.tokens, self.even, 1, rows(1, clear=True))
+
+    def add_rows(self, source: Memory, stride: int, target: Memory, width: int) -> None:
+        """Add the rows of all tokens to one row of ``width`` numbers, some vectors at a time."""
+        code, together = self.code, 4
+
+        def vectors(k: Int, lanes: Sequence[int]) -> None:
+            places = [code.add(k, number * self.lanes) for number in range(len(lanes))]
+            sums = [self.load(target, place, there) for place, there in zip(places, lanes, strict=True)]
+
+            def row(number: Int, sums: Values) -> Values:
+                start, found = code.multiply(number, stride), []
+                for held, place, there in zip(sums, places, lanes, strict=True):
+                    more = self.load(source, code.add(start, place), there)
+                    found.append(code.value(f"fadd {self.vector} {held}, {more}"))
+                return found
+
+            sums = code.loop(0, self.tokens, 1, row, sums, self.vector, once=True)
+            for held, place, there in zip(sums, places, lanes, strict=True):
+                self.store(target, place, held, there)
+
+        step = together * self.lanes
+        whole = width // step * step
+        code.loop(0, whole, step, lambda k, _: vectors(k, [self.lanes] * together))
+        for k in range(whole, width, self.lanes):
+            vectors(k, [min(self.lanes, width - k)])
 
     # -- columns -------------------------------------------------------------------------------------------------------
 

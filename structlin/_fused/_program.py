@@ -133,9 +133,10 @@ class Program:
         return writer.compile(body)
 
     def _backward(self, needs: tuple[bool, ...], kept: bool) -> Pass:
-        """Table: x, gy, scratch, gx (if needed), factors for this pass, gradients of factors, and the activations.
+        """Table: x, gy, scratch, gx (if needed), factors for this pass, gradients of factors and bias, and activations.
 
-        Where these are not ``kept``, it holds the factors for the forward pass in their stead. ``needs``: x first.
+        Where these are not ``kept``, it holds the factors for the forward pass in their stead. ``needs``: x, factors,
+        bias (for rows only).
         """
         schedule, last, rows = self.schedule, len(self.schedule.forward), self.schedule.rows
         wanted = [k for k in range(last) if needs[k + 1]]
@@ -159,6 +160,7 @@ class Program:
         gx = writer.end(self.d_in) if needs[0] else None
         back = {k: writer.factor(schedule.back[k]) for k in sorted(passed)}
         grads = {k: writer.whole(self.inside) for k in wanted}
+        bias = writer.whole(self.inside) if needs[-1] else None
         arrays |= {key: writer.rows(self.inside, rows[key[1]]) for key in outside}
         factors = [writer.factor(schedule.forward[k]) for k in again]
 
@@ -168,6 +170,8 @@ class Program:
                     full = schedule.widths[number]
                     self._read(emitter, at(source), width, at(array), rows[number], full, even=bool(paired))
 
+            if bias is not None:
+                emitter.add_rows(at(gy), self.d_out, at(bias), self.d_out)
             inner = emitter.even if paired else emitter.tokens  # where nothing is written to gx
             copy(x, "state", 0, self.d_in)
             copy(gy, "flow", last, self.d_out)

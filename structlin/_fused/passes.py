@@ -95,7 +95,8 @@ class FusedChain:
         tokens = x.shape[0 if self.rows else 1]
         last = len(factors)
         gx = x.new_empty(x.shape) if needs[0] else None
-        run = program.backward(tuple(needs), bool(kept))
+        *needs, for_bias = needs
+        run = program.backward((*needs, for_bias and self.rows), bool(kept))
         wanted = [k for k in range(last) if needs[k + 1]]
         lowest = 0 if needs[0] else min(wanted) + 1
         back = _packed(program, "back", range(lowest, last), factors)
@@ -103,16 +104,18 @@ class FusedChain:
             rest = list(kept)
         else:
             rest = _packed(program, "forward", range(max(wanted, default=0)), factors)
-        sizes = [math.prod(self.shapes[k]) for k in wanted]
+        sizes = [*(math.prod(self.shapes[k]) for k in wanted), *([self.d_out] if for_bias and self.rows else [])]
         grads = [[torch.zeros(size, dtype=inside) for size in sizes] for _ in range(_threads(tokens))]
         ends = [] if gx is None else [gx]
         _run(run, tokens, [x, gy], [[*ends, *back, *mine, *rest] for mine in grads])
         for more in grads[1:]:
             for total, part in zip(grads[0], more, strict=True):
                 total += part
-        found: list[Tensor | None] = [gx, *([None] * last)]
-        for k, gradient in zip(wanted, _unpacked(program, wanted, grads[0], x.dtype), strict=True):
+        found: list[Tensor | None] = [gx, *([None] * last), None]
+        for k, gradient in zip(wanted, _unpacked(program, wanted, grads[0][: len(wanted)], x.dtype), strict=True):
             found[k + 1] = gradient
+        if for_bias:
+            found[-1] = grads[0][-1].to(x.dtype) if self.rows else gy.sum(1)
         return tuple(found)
 
     def _ready(self, dtype: torch.dtype) -> Program:

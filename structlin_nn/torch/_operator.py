@@ -60,7 +60,7 @@ def chain_backward(gy: Tensor, x: Tensor, factors: list[Tensor], structure: str,
     found = from_text(structure)
     passes = found._cpu_rows.passes(x, factors)
     if passes is not None:
-        grads = tuple(g for g in passes.backward(gy, x, factors, needs) if g is not None)
+        grads = tuple(g for g in passes.backward(gy, x, factors, [*needs, False]) if g is not None)
     else:
         grads = chain_gradients(found, gy, x, factors, needs)
     return [g.contiguous() for g in grads]

@@ -166,9 +166,9 @@ def test_bias_is_added(name, way, calls):
     weights = torch.randn(y.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
     (for_bias,) = torch.autograd.grad(y, [bias], weights, retain_graph=True)
     torch.testing.assert_close(for_bias, weights.sum(0), rtol=1e-12, atol=1e-12)
-    found = torch.autograd.grad(y, [x, *factors], weights)
+    found = torch.autograd.grad(y, [x, *factors, bias], weights)
     expected = torch.autograd.grad(structure.apply(factors, x), [x, *factors], weights)
-    for got, wanted in zip(found, expected, strict=True):
+    for got, wanted in zip(found, (*expected, weights.sum(0)), strict=True):
         torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-12)
 
 
@@ -203,7 +203,8 @@ def test_chunks_that_are_kept_change_nothing(spare, tokens, way, monkeypatch):
     assert kept[0].numel() == chain.widths[1] * tokens
     weights = torch.randn(11, 35, dtype=x.dtype, generator=torch.Generator().manual_seed(3))
     found = torch.autograd.grad(structure.apply(factors, x), [x, *factors], weights)
-    expected = chain.backward(weights, x, factors, [True] * 3)
+    *expected, bias = chain.backward(weights, x, factors, [True] * 4)
+    torch.testing.assert_close(bias, weights.sum(0), rtol=1e-12, atol=1e-12)
     for got, wanted in zip(found, expected, strict=True):
         torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-12)
 
@@ -222,7 +223,8 @@ def test_blocks_that_are_kept_change_nothing(name, way, monkeypatch):
         kept = []
         chain.forward(x, factors, None, kept)
         assert len(kept) == (0 if most == 0 else len(factors) - 1)
-        for needs in ([True] * (1 + len(factors)), [False, *[True] * len(factors)], [True, *[False] * len(factors)]):
+        steps = len(factors)
+        for needs in ([True] * (2 + steps), [False, *[True] * (1 + steps)], [True, *[False] * (1 + steps)]):
             found.append(chain.backward(weights, x, factors, needs, kept))
     for one, other in zip(found[:3], found[3:], strict=True):
         for got, wanted in zip(one, other, strict=True):
@@ -360,7 +362,7 @@ def test_every_number_of_tokens(tokens, way):
     torch.testing.assert_close(
         y, x[1:-1] @ torch.from_numpy(dense_matrix(structure, factors)).T, rtol=1e-12, atol=1e-12
     )
-    gx, *_ = structure._cpu_rows.passes(x[1:-1], factors).backward(y, x[1:-1], factors, [True, False, False])
+    gx, *_ = structure._cpu_rows.passes(x[1:-1], factors).backward(y, x[1:-1], factors, [True, False, False, False])
     assert torch.isfinite(gx).all()
 
 
@@ -432,8 +434,8 @@ def test_pairs_of_bfloat16(name, options, tokens, monkeypatch):
     x, gy = (torch.randn(tokens, d, generator=generator).to(torch.bfloat16) for d in structure.shape[::-1])
     doubles = [t.double().requires_grad_() for t in (x, *factors)]
     expected = structure._portable(doubles[1:], doubles[0], sl._arrays.ops("torch"))
-    wanted = (expected, *torch.autograd.grad(expected, doubles, gy.double()))
-    found = (chain.forward(x, factors), *chain.backward(gy, x, factors, [True] * (1 + len(factors))))
+    wanted = (expected, *torch.autograd.grad(expected, doubles, gy.double()), gy.double().sum(0))
+    found = (chain.forward(x, factors), *chain.backward(gy, x, factors, [True] * (2 + len(factors))))
     for got, exact in zip(found, wanted, strict=True):
         assert got.dtype == torch.bfloat16
         assert (got.double() - exact).norm() < 5e-3 * exact.norm()

@@ -203,7 +203,7 @@ def test_the_contractions_own_backward_pass():
     gy = torch.randn(700, 96, dtype=torch.float64)
     for needs in ([True] * 3, [False, True, True], [True, False, True], [False, False, True]):
         with FlopCounterMode(display=False) as counter:  # which sees only products of torch
-            structure._cpu_rows.passes(plain[0], plain[1:]).backward(gy, plain[0], plain[1:], needs)
+            structure._cpu_rows.passes(plain[0], plain[1:]).backward(gy, plain[0], plain[1:], [*needs, False])
         found = chain_backward(gy, plain[0], plain[1:], to_text(structure), needs)
         assert counter.get_total_flops() == 2 * 700 * gradient_macs(structure, needs)
         for ours, theirs in zip(found, chain_gradients(structure, gy, plain[0], plain[1:], needs), strict=True):
