@@ -73,20 +73,40 @@ class Product:
 
         return replace(self, summed=(*self.summed[:-1], replace(last, size=last.size // 2, left=2)))._halved()
 
-    def zipped(self, before: Product) -> tuple[Product, Axis] | None:
+    def zipped(self, before: Product) -> tuple[Product, Axis, Axis] | None:
         """As :meth:`pairs`, where ``before`` writes the left operand and can put the numbers side by side.
 
-        Two neighbours along the innermost summed axis are items of an outer axis of ``before``, which is returned too:
-        their tiles are computed together.
+        Two neighbours along a summed axis, or a part of one, are items of an outer axis of ``before``, whose tiles are
+        computed together. This axis of ``before`` is returned too, and the summed one as it was: the right operand has
+        to be arranged anew, with this axis next to the one of the vectors.
         """
-        if not self.summed or self.along is not None or self.swapped or self.both or before.along is not None:
+        if self.along is not None or self.swapped or self.both:
             return None
-        last = self.summed[-1]
-        same = [a for a in (*before.outer, *before.near) if (a.size, a.out) == (last.size, last.left)]
-        if last.size % 2 or last.right != self.across.size or not same or before.swapped or before.down is None:
+        if before.along is not None or before.swapped or before.down is None:
             return None
-        found = replace(self, summed=(*self.summed[:-1], replace(last, size=last.size // 2)))
-        return found._halved(), same[0]
+        for whole in reversed(self.summed):
+            for axis in (*before.outer, *before.near):
+                parts = None if axis.size % 2 else _split(whole, axis)
+                if parts is None:
+                    continue
+                summed = [part for a in self.summed for part in (parts if a is whole else [a]) if part.size > 1]
+                inner, step = next(a for a in summed if a.left == axis.out), self.across.size
+
+                def moved(a: Axis, inner: Axis = inner) -> Axis:
+                    between = a.right is not None and step <= a.right < (inner.right or 0)
+                    return replace(a, right=(a.right or 0) * inner.size) if between else a
+
+                found = replace(
+                    self,
+                    summed=(
+                        *(moved(a) for a in summed if a is not inner),
+                        replace(inner, size=inner.size // 2, right=step),
+                    ),
+                    outer=tuple(map(moved, self.outer)),
+                    near=tuple(map(moved, self.near)),
+                )
+                return found._halved(), axis, inner
+        return None
 
     def _halved(self) -> Product:
         """With pairs as the elements of the right operand, along all axes but the innermost summed one."""
@@ -201,6 +221,23 @@ def _with_dots(axes: Sequence[Axis], across: Axis, down: Axis | None, along: Axi
     outer = _ordered([a for a in rest if a.out is not None])
     summed = sorted((a for a in rest if a.out is None), key=lambda a: a.left or 0, reverse=True)
     return Product(across, down, tuple(summed), tuple(outer), (), swapped, along=along)
+
+
+def _split(axis: Axis, by: Axis) -> list[Axis] | None:
+    """A summed axis as what runs outside of ``by``, of the product that writes it, ``by`` itself, and what is inside.
+
+    None where ``by`` is no part of it.
+    """
+    if not (axis.left and axis.right and axis.size and by.out and by.size) or by.out % axis.left:
+        return None
+    inside = by.out // axis.left
+    if axis.size % (inside * by.size):
+        return None
+    sizes, found, step = (inside, by.size, axis.size // (inside * by.size)), [], 1
+    for size in sizes:
+        found.append(replace(axis, size=size, left=axis.left * step, right=axis.right * step))
+        step *= size
+    return found[::-1]
 
 
 def _ordered(axes: list[Axis]) -> list[Axis]:

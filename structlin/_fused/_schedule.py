@@ -180,16 +180,37 @@ def make_schedule(
         return None
     back_cost, back, gradients = min(flows.values(), key=lambda way: way[0])
     if pairs:
-        forward, back = _zipped(forward), _zipped(back[::-1])[::-1]
+        shapes = [[sizes[a] for a in step.factor] for step in steps]
+        forward, back = _zipped(forward, shapes), _zipped(back[::-1], shapes[::-1])[::-1]
     return Schedule(maker.widths, maker.rows, tuple(forward), tuple(back), tuple(gradients), cost, back_cost)
 
 
-def _zipped(operations: Sequence[Operation]) -> list[Operation]:
-    """Operations in the order in which they run, with pairs along an axis where there are none otherwise."""
+def _zipped(operations: Sequence[Operation], shapes: Sequence[Sequence[int]]) -> list[Operation]:
+    """Operations in the order in which they run, with pairs along an axis where there are none otherwise.
+
+    ``shapes``: of their factors.
+    """
     found = list(operations)
     for k in range(1, len(found)):
         zipped = found[k].product.zipped(found[k - 1].product) if found[k].reads == "plain" else None
-        if zipped is not None:
-            found[k] = replace(found[k], product=zipped[0], reads="zipped")
-            found[k - 1] = replace(found[k - 1], zips=zipped[1])
+        if zipped is None:
+            continue
+        product, axis, inner = zipped
+        order = _moved(found[k].order, shapes[k], inner, product.across.size)
+        if order is not None and arrangeable(shapes[k], order, product.across.size):
+            found[k] = replace(found[k], product=product, order=order, reads="zipped")
+            found[k - 1] = replace(found[k - 1], zips=axis)
     return found
+
+
+def _moved(order: Sequence[int], shape: Sequence[int], inner: Axis, across: int) -> tuple[int, ...] | None:
+    """The order of a factor's axes with those of ``inner`` moved to before the last ``across`` numbers."""
+    parts: dict[str, list[int]] = {"before": [], "inner": [], "across": []}
+    start, stride = inner.right or 0, math.prod(shape)
+    for axis in order:
+        stride //= shape[axis]
+        part = "inner" if start <= stride < start * inner.size else "across" if stride < across else "before"
+        parts[part].append(axis)
+    if math.prod(shape[axis] for axis in parts["inner"]) != inner.size:
+        return None
+    return *parts["before"], *parts["inner"], *parts["across"]
