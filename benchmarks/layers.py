@@ -24,7 +24,7 @@ from pathlib import Path
 
 import torch
 from _implementations import IMPLEMENTATIONS, AbsentError, build
-from _measure import machine, medians, peak_memory
+from _measure import keep_memory, machine, medians, peak_memory
 from torch import nn
 
 from structlin_nn.torch import StructuredLinear
@@ -190,6 +190,7 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     names = list(dict.fromkeys(["structlin", *arguments.implementations]))
     setting = {k: getattr(arguments, k) for k in ("device", "dtype", "threads", "repeats", "clock")}
+    setting["memory_kept"] = keep_memory()
     rows: list[dict[str, object]] = []
     for tokens in arguments.tokens:
         for widths in [(d, d) for d in arguments.sizes] + [(d, 4 * d, d) for d in arguments.ffn]:
