@@ -26,9 +26,10 @@ from structlin._parse import Step
 
 ELEMENTS = {"float32": ("float", "float"), "float64": ("double", "double"), "bfloat16": ("bfloat", "float")}
 # Tokens of a block, which all tiles divide without a remainder, or nearly so. Few: then the activations stay in cache.
-# The backward pass also reads and writes the gradients of the factors once for each block, and where all of them are
-# large takes so many tokens that there are less than FACTOR_BYTES of the factors for each.
-BLOCK, BACK_BLOCKS, FACTOR_BYTES = 24, (24, 36, 72), 256 << 10
+# The backward pass also reads and writes the gradients of the factors once for each block. If all of them have more
+# than FACTOR_BYTES, they do not stay in cache from one block to the next: then it takes the largest of LARGE_BLOCKS for
+# which the activations have less than BLOCK_BYTES.
+BLOCK, LARGE_BLOCKS, FACTOR_BYTES, BLOCK_BYTES = 24, (144, 72), 6 << 20, 24 << 20
 COLUMN_BLOCK = 48  # whole cache lines of each number, and whole vectors
 
 
@@ -97,9 +98,11 @@ class Program:
             copies.append((arrangement, *(reversed(ends) if back else ends)))
         return Packing(tuple(sizes), load_copies(copies, self.target, self.inside))
 
-    def _back_block(self) -> int:
-        blocks = (b for b in BACK_BLOCKS if b * FACTOR_BYTES >= self.numel * self.size)
-        return next(blocks, BACK_BLOCKS[-1])
+    def _back_block(self, gradients: bool, numbers: int) -> int:
+        """Of the backward pass, for which ``numbers`` of each token are in scratch memory."""
+        if not gradients or self.numel * self.size <= FACTOR_BYTES:
+            return BLOCK
+        return next((b for b in LARGE_BLOCKS if b * numbers * self.size <= BLOCK_BYTES), LARGE_BLOCKS[-1])
 
     def _forward(self, bias: bool, kept: bool) -> Pass:
         """Table: x, y, scratch, bias (if any), factors, and where ``kept`` the activations between steps."""
@@ -154,7 +157,7 @@ class Program:
         if cut and needs[0]:
             forms.read("flow", 0)
         outside = forms.keep("state", range(1, last)) if kept else []
-        writer = _Writer(self, self._back_block())
+        writer = _Writer(self, self._back_block(bool(wanted), sum(forms.sizes(outside).values())))
         x, gy = writer.end(self.d_in), writer.end(self.d_out)
         arrays = writer.scratch(forms, outside)
         gx = writer.end(self.d_in) if needs[0] else None
