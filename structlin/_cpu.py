@@ -122,5 +122,5 @@ class _Differentiable(torch.autograd.Function):
             found = chain.differentiable(gy, x, factors, needs)
         else:
             found = ctx.passes.backward(gy, x, factors, needs, saved[count:])
-        *found, bias = found
-        return None, None, found[0], bias, *found[1:]
+        for_x, *others, bias = found
+        return None, None, for_x, bias, *others

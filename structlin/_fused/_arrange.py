@@ -114,7 +114,9 @@ class _Copy:
         by = axis.start * (2 if axis.paired else 1)
 
         def once(index: Int, _: list[str]) -> None:
-            self._each(rest, code.add(start, code.multiply(index, by)), code.add(to, code.multiply(index, axis.to)), body)
+            self._each(
+                rest, code.add(start, code.multiply(index, by)), code.add(to, code.multiply(index, axis.to)), body
+            )
 
         code.loop(0, axis.size, 1, once)
         return None

@@ -108,11 +108,12 @@ class _Loops:
         """
         first, *rest = self.product.near
         by = self._strides(first)
-        if first is self.zipped or not (by.single and by.vector):
+        single = by.single
+        if first is self.zipped or not isinstance(single, int) or not (single and by.vector):
             return [], [first, *rest]
         read = [a for a in (self.product.across, *self.product.summed, *rest) if self._strides(a).vector]
         item = math.prod(a.size or self.emitter.block for a in read) * BYTES[self.vector.element]
-        least = min(math.ceil(NEAR / by.single), first.size)
+        least = min(math.ceil(NEAR / single), first.size)
         sizes = [n for n in range(least, first.size + 1) if first.size % n == 0]
         size = max((n for n in sizes if n * item <= NEAR_BYTES), default=sizes[0])
         if size == first.size:

@@ -92,7 +92,7 @@ class Product:
                 summed = [part for a in self.summed for part in (parts if a is whole else [a]) if part.size > 1]
                 inner, step = next(a for a in summed if a.left == axis.out), self.across.size
 
-                def moved(a: Axis, inner: Axis = inner) -> Axis:
+                def moved(a: Axis, inner: Axis = inner, step: int = step) -> Axis:
                     between = a.right is not None and step <= a.right < (inner.right or 0)
                     return replace(a, right=(a.right or 0) * inner.size) if between else a
 

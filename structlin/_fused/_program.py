@@ -2,8 +2,8 @@
 
 Both take a table of addresses and the range of tokens to run. They go through it in blocks of a few tokens: for each
 block the input is copied to scratch memory (and converted, and padded with zeros), every step runs, and the last one
-writes the output where it belongs. The backward pass adds to the gradients of the factors, which start at zero. Before a pass the factors are
-copied into the orders of axes that its products read, and after it their gradients out of them.
+writes the output where it belongs. The backward pass adds to the gradients of the factors, which start at zero. Before
+a pass the factors are copied into the orders of axes that its products read, and after it their gradients out of them.
 """
 
 from __future__ import annotations
