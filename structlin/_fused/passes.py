@@ -186,10 +186,10 @@ def _run(run: Pass, tokens: int, ends: Sequence[Tensor], tables: Sequence[Sequen
         pointers[2] = -(-pointers[2] // 64) * 64  # vectors that start at the end of a cache line are slow
         run.run((ctypes.c_void_p * len(pointers))(*pointers), cuts[k], cuts[k + 1], tokens)
 
-    if threads == 1:
-        return work(0)
-    list(_pool(threads, os.getpid()).map(work, range(threads)))
-    return None
+    others = [_pool(threads - 1, os.getpid()).submit(work, k) for k in range(1, threads)] if threads > 1 else []
+    work(0)
+    for other in others:
+        other.result()
 
 
 @lru_cache(maxsize=8)
