@@ -122,5 +122,5 @@ class _Differentiable(torch.autograd.Function):
             found = chain.differentiable(gy, x, factors, needs)
         else:
             found = ctx.passes.backward(gy, x, factors, needs, saved[count:])
-        for_x, *others, bias = found
-        return None, None, for_x, bias, *others
+        gx, *others, bias = found
+        return None, None, gx, bias, *others
