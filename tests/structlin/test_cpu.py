@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import structlin as sl
 from structlin import _chunked
-from structlin._fused import _target, passes
+from structlin._fused import _loops, _program, _target, passes
 from structlin.testing import dense_matrix, random_chain
 
 CASES = {
@@ -404,6 +404,29 @@ def test_threads_share_the_tokens_in_processes_that_were_forked(way):
     assert os.waitpid(child, 0)[1] == 0
 
 
+@pytest.mark.skipif(HOST is None, reason="nothing is compiled here")
+@pytest.mark.parametrize("changes", [{"NEAR_BYTES": 1}, {"FACTOR_BYTES": 0}, {"FACTOR_BYTES": 0, "BLOCK_BYTES": 0}])
+@pytest.mark.parametrize("name", CASES)
+def test_parts_and_blocks_change_nothing(name, changes, monkeypatch):
+    """Sizes that only large factors have otherwise."""
+    structure, factors, x = make(name, tokens=157)
+    weights = torch.randn(157, structure.d_out, dtype=x.dtype, generator=torch.Generator().manual_seed(3))
+    expected = structure._portable(factors, x, sl._arrays.ops("torch"))
+    wanted = (expected, *torch.autograd.grad(expected, [x, *factors], weights), weights.sum(0))
+    for key, value in changes.items():
+        monkeypatch.setattr(_loops if key == "NEAR_BYTES" else _program, key, value)
+    _program.make_program.cache_clear()
+    try:
+        chain = structure._cpu_rows._fused
+        if chain.program(x.dtype) is None:
+            return
+        found = (chain.forward(x, factors), *chain.backward(weights, x, factors, [True] * (2 + len(factors))))
+    finally:
+        _program.make_program.cache_clear()
+    for got, exact in zip(found, wanted, strict=True):
+        torch.testing.assert_close(got, exact, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.skipif(HOST is None or not HOST.half_products, reason="the processor multiplies no pairs of bfloat16")
 @pytest.mark.parametrize("tokens", [46, 157])
 @pytest.mark.parametrize(
@@ -413,6 +436,7 @@ def test_threads_share_the_tokens_in_processes_that_were_forked(way):
         ("block_tensor_train", {"rank": 2}),
         ("block_tensor_train", {"rank": 3}),
         ("monarch", {"blocks": 4}),
+        ("monarch", {"blocks": 16}),  # along a part of an axis
         ("tensor_train", {"rank": 4}),
         ("kronecker", {}),
         ("low_rank", {"rank": 10}),
