@@ -8,7 +8,9 @@ Here a whole pass over a chain is one function, generated for its sizes and comp
 - :mod:`._schedule`: from the steps, the order of axes of every array and the products of the two passes,
 - :mod:`._program`: the text of the functions, from :mod:`._loops`, :mod:`._emit` and :mod:`._ir`,
 - :mod:`._target`: the processor and the compiler,
-- :mod:`.passes`: memory and threads for them, in torch.
+- :mod:`._arrange`: copies of factors in the orders that the products read,
+- :mod:`._team`: threads,
+- :mod:`.passes`: memory for them, in torch.
 
 Without llvmlite, or on a machine without AVX2, :mod:`structlin._chunked` runs the chain by the BLAS.
 """

@@ -16,6 +16,7 @@ from structlin._fused._ir import Code, Int
 from structlin._fused._target import Target, load
 
 Body = Callable[[Int, Int], None]  # of the offsets in both arrays
+FIRST, LAST, TOTAL = "%first", "%last", "%total"  # which shares of how many to copy
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,7 @@ class _Copy:
         self.across = next((a for a in axes if a.to == 1 and not a.paired), one)  # and in the copy
         self.pair = next((a for a in axes if a.paired), None)
         self.rest = sorted((a for a in axes if a not in (self.along, self.across)), key=lambda a: -a.to)
+        self.shared = max(self.rest, key=lambda a: a.size, default=self.along)
 
     def write(self) -> None:
         if self.along is self.across:
@@ -118,15 +120,25 @@ class _Copy:
                 rest, code.add(start, code.multiply(index, by)), code.add(to, code.multiply(index, axis.to)), body
             )
 
-        code.loop(0, axis.size, 1, once)
+        code.loop(*self._share(axis, axis.size), 1, once)
         return None
 
-    def _parts(self, size: int, body: Callable[[Int, int], None]) -> None:
+    def _parts(self, axis: _Axis, size: int, body: Callable[[Int, int], None]) -> None:
         """``body`` with the number of each group of as many as a vector has lanes, and how many of them there are."""
-        lanes = self.emitter.lanes
-        self.code.loop(0, size // lanes, 1, lambda k, _: body(k, lanes))
-        if size % lanes:
+        code, lanes = self.code, self.emitter.lanes
+        code.loop(*self._share(axis, size // lanes), 1, lambda k, _: body(k, lanes))
+        if size % lanes and axis is self.shared:  # the last share has the rest
+            last = code.value(f"icmp eq i64 {LAST}, {TOTAL}")
+            code.loop(0, code.value(f"zext i1 {last} to i64"), 1, lambda _, __: body(size // lanes, size % lanes))
+        elif size % lanes:
             body(size // lanes, size % lanes)
+
+    def _share(self, axis: _Axis, size: int) -> tuple[Int, Int]:
+        """The part of an axis that this call runs: of one, its shares ``FIRST`` to ``LAST``."""
+        if axis is not self.shared:
+            return 0, size
+        ends = [self.code.value(f"udiv i64 {self.code.multiply(size, end)}, {TOTAL}") for end in (FIRST, LAST)]
+        return ends[0], ends[1]
 
     def _rows(self, start: Int, to: Int) -> None:
         emitter, code, lanes = self.emitter, self.code, self.emitter.lanes
@@ -136,7 +148,7 @@ class _Copy:
             found = [emitter.load(self.source, code.add(code.add(start, shift), more), count) for more in self._lines]
             self._store(code.add(to, shift), found, count)
 
-        self._parts(self.across.size, vector)
+        self._parts(self.across, self.across.size, vector)
 
     @property
     def _lines(self) -> tuple[int, ...]:
@@ -159,8 +171,9 @@ class _Copy:
                 self._store(code.add(there, r // step * along.to), rows, wide)
 
         self._parts(
+            along,
             along.size * step,
-            lambda i, high: self._parts(across.size, lambda j, wide: square(i, high, j, wide)),
+            lambda i, high: self._parts(across, across.size, lambda j, wide: square(i, high, j, wide)),
         )
 
     def _store(self, to: Int, rows: Sequence[str], lanes: int) -> None:
@@ -171,7 +184,7 @@ class _Copy:
 
 
 def load_copies(copies: Sequence[tuple[Arrangement, str, str]], target: Target, element: str) -> Callable[..., None]:
-    """A function of a table of addresses, an original and its copy in turn, that makes these copies.
+    """A function of a table of addresses, an original and its copy in turn, and of the shares of the copies to make.
 
     Each comes with LLVM's names of the types of the original and of the copy; ``element`` is that of the vectors.
     """
@@ -180,4 +193,5 @@ def load_copies(copies: Sequence[tuple[Arrangement, str, str]], target: Target, 
     for k, (arrangement, *kinds) in enumerate(copies):
         places = [code.value(f"load ptr, ptr {code.at('ptr', '%table', 2 * k + side)}") for side in range(2)]
         arrangement.write(emitter, *(Memory(place, kind) for place, kind in zip(places, kinds, strict=True)))
-    return load(code.function("copies", "ptr %table", target.attributes), "copies", target, [ctypes.c_void_p])
+    text = code.function("copies", f"ptr %table, i64 {FIRST}, i64 {LAST}, i64 {TOTAL}", target.attributes)
+    return load(text, "copies", target, [ctypes.c_void_p, *[ctypes.c_int64] * 3])

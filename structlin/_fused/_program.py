@@ -2,8 +2,8 @@
 
 Both take a table of addresses and the range of tokens to run. They go through it in blocks of a few tokens: for each
 block the input is copied to scratch memory (and converted, and padded with zeros), every step runs, and the last one
-writes the output where it belongs. The backward pass adds to the gradients of the factors, which start at zero. Before
-a pass the factors are copied into the orders of axes that its products read, and after it their gradients out of them.
+writes the output where it belongs. The backward pass adds up the gradients of the factors, from zero. Before a pass the
+factors are copied into the orders of axes that its products read, and after it their gradients out of them.
 """
 
 from __future__ import annotations
@@ -46,7 +46,8 @@ class Pass:
 class Packing:
     """Copies of factors for the products of a pass, or of gradients for the factors.
 
-    ``sizes``: bytes of each copy, 0 of what is taken as it is; ``run`` gets the table of originals and copies.
+    ``sizes``: bytes of each copy, 0 of what is taken as it is. ``run(table, first, last, total)``, with the table of
+    originals and copies, makes the shares ``first`` to ``last`` of ``total``.
     """
 
     sizes: tuple[int, ...]
@@ -213,7 +214,13 @@ class Program:
             if gx is not None and cut:
                 self._write(emitter, at(forms.one(arrays, "flow", 0)), rows[0], at(gx), self.d_in)
 
-        return writer.compile(body)
+        def clear(emitter: Emitter) -> None:
+            for k, array in grads.items():
+                emitter.clear(Memory(array.pointer, array.element), math.prod(self.shapes[k]))
+            if bias is not None:
+                emitter.clear(Memory(bias.pointer, bias.element), self.d_out)
+
+        return writer.compile(body, clear)
 
     def _read(
         self, emitter: Emitter, source: Memory, width: int, target: Memory, row: int, full: int, even: bool = False
@@ -321,8 +328,12 @@ class _Writer:
             self.bytes += -(-row * self.block * BYTES[element] // LINE) * LINE
         return found
 
-    def compile(self, body: Callable[[Emitter, Callable[[_Array], Memory]], None]) -> Pass:
+    def compile(
+        self, body: Callable[[Emitter, Callable[[_Array], Memory]], None],
+        before: Callable[[Emitter], None] = lambda emitter: None,
+    ) -> Pass:  # fmt: skip
         code = self.code
+        before(Emitter(code, self.program.target, self.program.inside, 0, self.block))
 
         def block(first: int | str, _: list[str]) -> None:
             count = code.least(code.subtract("%last", first), self.block)

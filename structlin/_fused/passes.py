@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import ctypes
 import math
-import os
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from functools import cached_property, lru_cache
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from structlin._fused._program import ELEMENTS, Packing, Pass, Program, make_program
-from structlin._fused._target import host
+from structlin._fused._target import Target, host
+from structlin._fused._team import run_shares
 from structlin._parse import Step
 
 # The calls cost more than they save for so few numbers in the widest activation, and copies of the factors if there are
@@ -22,7 +20,7 @@ FEW, COPIED, PLAIN_TOKENS = 1 << 12, 2, 256
 # Activations are kept for the backward pass if there are not so many that they come from fresh pages of memory, and if
 # to compute one again takes more than this many multiplications of vectors.
 KEPT_BYTES, KEPT_WORK = 16 << 20, 3
-SHARE = 48  # tokens of a thread, at least
+SHARE, COPIED_SHARE = 48, 1 << 15  # tokens of a thread, and numbers that it copies, at least
 WASTE = 12  # times the instructions that products without losses would take: more is slower than what others do
 
 
@@ -84,7 +82,7 @@ class FusedChain:
         if bias is not None:
             added = [torch.nn.functional.pad(bias.detach().to(inside), (0, program.schedule.widths[-1] - self.d_out))]
         table = [*added, *_packed(program, "forward", range(len(factors)), factors), *found]
-        _run(run, tokens, [x, y], [table] * _threads(tokens))
+        _run(run, tokens, [x, y], [table] * _threads(tokens), program.target)
         return y
 
     def backward(
@@ -105,9 +103,9 @@ class FusedChain:
         else:
             rest = _packed(program, "forward", range(max(wanted, default=0)), factors)
         sizes = [*(math.prod(self.shapes[k]) for k in wanted), *([self.d_out] if for_bias and self.rows else [])]
-        grads = [[torch.zeros(size, dtype=inside) for size in sizes] for _ in range(_threads(tokens))]
+        grads = [[torch.empty(size, dtype=inside) for size in sizes] for _ in range(_threads(tokens))]
         ends = [] if gx is None else [gx]
-        _run(run, tokens, [x, gy], [[*ends, *back, *mine, *rest] for mine in grads])
+        _run(run, tokens, [x, gy], [[*ends, *back, *mine, *rest] for mine in grads], program.target)
         for more in grads[1:]:
             for total, part in zip(grads[0], more, strict=True):
                 total += part
@@ -148,7 +146,7 @@ def _packed(program: Program, kind: str, numbers: Sequence[int], factors: Sequen
         torch.empty(size, dtype=torch.uint8) if size else original
         for original, size in zip(originals, packing.sizes, strict=True)
     ]
-    _copy(packing, originals, copies)
+    _copy(program, packing, originals, copies)
     return copies
 
 
@@ -159,40 +157,35 @@ def _unpacked(program: Program, numbers: Sequence[int], found: Sequence[Tensor],
         torch.empty(program.shapes[k], dtype=dtype) if size else original.view(program.shapes[k])
         for k, original, size in zip(numbers, found, packing.sizes, strict=True)
     ]
-    _copy(packing, found, copies)
+    _copy(program, packing, found, copies)
     return copies
 
 
-def _copy(packing: Packing, originals: Sequence[Tensor], copies: Sequence[Tensor]) -> None:
-    sides = zip(originals, copies, packing.sizes, strict=True)
-    table = [tensor.data_ptr() for *both, size in sides if size for tensor in both]
-    if table:
-        packing.run((ctypes.c_void_p * len(table))(*table))
+def _copy(program: Program, packing: Packing, originals: Sequence[Tensor], copies: Sequence[Tensor]) -> None:
+    moved = [pair for *pair, size in zip(originals, copies, packing.sizes, strict=True) if size]
+    if moved:
+        table = [tensor.data_ptr() for pair in moved for tensor in pair]
+        numbers = sum(original.numel() for original, _ in moved)
+        shares = max(1, min(torch.get_num_threads(), numbers // COPIED_SHARE))
+        run_shares(packing.run, [table] * shares, range(shares + 1), program.target)
 
 
 def _threads(tokens: int) -> int:
     return max(1, min(torch.get_num_threads(), tokens // SHARE))
 
 
-def _run(run: Pass, tokens: int, ends: Sequence[Tensor], tables: Sequence[Sequence[Tensor]]) -> None:
+def _run(
+    run: Pass, tokens: int, ends: Sequence[Tensor], tables: Sequence[Sequence[Tensor]], target: Target
+) -> None:  # fmt: skip
     """Run all tokens, shared among as many threads as there are tables."""
     threads = len(tables)
     blocks = math.ceil(tokens / run.block)
     cuts = [min(tokens, blocks * k // threads * run.block) for k in range(threads + 1)]
     scratch = torch.empty(threads, run.scratch + 64, dtype=torch.uint8)
 
-    def work(k: int) -> None:
-        pointers = [t.data_ptr() for t in (*ends, scratch[k], *tables[k])]
+    found = []
+    for k, table in enumerate(tables):
+        pointers = [t.data_ptr() for t in (*ends, scratch[k], *table)]
         pointers[2] = -(-pointers[2] // 64) * 64  # vectors that start at the end of a cache line are slow
-        run.run((ctypes.c_void_p * len(pointers))(*pointers), cuts[k], cuts[k + 1], tokens)
-
-    others = [_pool(threads - 1, os.getpid()).submit(work, k) for k in range(1, threads)] if threads > 1 else []
-    work(0)
-    for other in others:
-        other.result()
-
-
-@lru_cache(maxsize=8)
-def _pool(threads: int, process: int) -> ThreadPoolExecutor:
-    """Threads of this process: not those of one that it was forked from."""
-    return ThreadPoolExecutor(threads, thread_name_prefix="structlin")
+        found.append(pointers)
+    run_shares(run.run, found, cuts, target)

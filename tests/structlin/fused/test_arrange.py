@@ -16,10 +16,12 @@ SHAPES = st.lists(st.integers(1, 37), min_size=1, max_size=4).filter(lambda shap
 
 
 def copied(arrangement, kinds, original, made):
-    """The copy, with numbers around it that must stay as they are."""
+    """The copy, in shares of different sizes, with numbers around it that must stay as they are."""
     room = np.full(made.size + 2 * 16, 7, made.dtype)
     table = (ctypes.c_void_p * 2)(original.ctypes.data, room.ctypes.data + 16 * made.itemsize)
-    load_copies([(arrangement, *kinds)], host(), "double" if kinds[0] == "double" else "float")(table)
+    run = load_copies([(arrangement, *kinds)], host(), "double" if kinds[0] == "double" else "float")
+    for share in ((1, 3), (0, 1), (3, 4)):
+        run(table, *share, 4)
     assert (room[:16] == 7).all()
     assert (room[-16:] == 7).all()
     return room[16:-16].reshape(made.shape)
