@@ -114,11 +114,6 @@ class Emitter:
         bits = ", ".join(f"i1 {'true' if k < lanes else 'false'}" for k in range(self.lanes))
         return f"<{self.lanes} x i1>", f"<{bits}>"
 
-    def clear(self, at: Memory, numbers: int) -> None:
-        """Set so many numbers to 0."""
-        size = numbers * BYTES[at.element]
-        self.code.call("void", "llvm.memset.p0.i64", ("ptr", at.pointer), ("i8", 0), ("i64", size), ("i1", "false"))
-
     # -- rows ----------------------------------------------------------------------------------------------------------
 
     def copy(

@@ -2,8 +2,8 @@
 
 Both take a table of addresses and the range of tokens to run. They go through it in blocks of a few tokens: for each
 block the input is copied to scratch memory (and converted, and padded with zeros), every step runs, and the last one
-writes the output where it belongs. The backward pass adds up the gradients of the factors, from zero. Before a pass the
-factors are copied into the orders of axes that its products read, and after it their gradients out of them.
+writes the output where it belongs. The backward pass adds to the gradients of the factors, which start at zero. Before
+a pass the factors are copied into the orders of axes that its products read, and after it their gradients out of them.
 """
 
 from __future__ import annotations
@@ -78,26 +78,53 @@ class Program:
 
     @property
     def dtype(self) -> Any:
-        """Of factors, bias, gradients of factors and kept activations."""
-        import torch
+        """Of factors, bias and gradients of factors."""
+        return _dtype(self.inside)
 
-        return torch.float64 if self.inside == "double" else torch.float32
+    @property
+    def kept_dtype(self) -> Any:
+        """Of kept activations."""
+        return _dtype(self.outside)
 
     def _packing(self, kind: str, numbers: tuple[int, ...]) -> Packing:
         """Of the factors ``numbers`` for the products ``kind`` of the schedule; of the ``gradients`` the way back."""
-        sizes, copies, back = [], [], kind == "gradients"
-        for k in numbers:
-            operation: Operation = getattr(self.schedule, kind)[k]
-            product, numel = operation.product, math.prod(self.shapes[k])
-            paired = product.across.size if product.paired and not back else 0
-            arrangement = Arrangement(self.shapes[k], operation.order, paired, back)
-            if self.outside == self.inside and arrangement.trivial:
-                sizes.append(0)
-                continue
-            sizes.append(numel * BYTES[self.outside if paired or back else self.inside])
-            ends = self.outside, "i32" if paired else self.inside
-            copies.append((arrangement, *(reversed(ends) if back else ends)))
-        return Packing(tuple(sizes), load_copies(copies, self.target, self.inside))
+        found = [self._copy(kind, k) for k in numbers]
+        copies = [copy for copy in found if copy is not None]
+        return Packing(tuple(self.copied(kind, k) for k in numbers), load_copies(copies, self.target, self.inside))
+
+    def _copy(self, kind: str, k: int) -> tuple[Arrangement, str, str] | None:
+        """What :func:`load_copies` takes; None where a factor or a gradient is taken as it is."""
+        operation: Operation = getattr(self.schedule, kind)[k]
+        product, back = operation.product, kind == "gradients"
+        paired = product.across.size if product.paired and not back else 0
+        arrangement = Arrangement(self.shapes[k], operation.order, paired, back)
+        if self.outside == self.inside and arrangement.trivial:
+            return None
+        ends = self.outside, "i32" if paired else self.inside
+        return arrangement, *(reversed(ends) if back else ends)
+
+    def copied(self, kind: str, k: int) -> int:
+        """Bytes of the copy of a factor or of its gradient, 0 where there is none."""
+        copy = self._copy(kind, k)
+        if copy is None:
+            return 0
+        # In pairs each element of 32 bits is two numbers.
+        return math.prod(self.shapes[k]) * (BYTES["bfloat"] if copy[2] == "i32" else BYTES[copy[2]])
+
+    def work_bytes(self, threads: int, kept: bool) -> int:
+        """What the backward pass takes for a while at most, beside activations and the gradients that it returns.
+
+        ``kept``: the activations between the steps are not computed again.
+        """
+        numbers = range(len(self.shapes))
+        rows = 2 * sum(self.schedule.rows)  # the activations and their gradients
+        scratch = threads * rows * self._back_block(True, rows) * self.size
+        packed = sum(self.copied("back", k) for k in numbers)
+        if not kept:
+            packed += sum(self.copied("forward", k) for k in numbers[:-1])
+        sums, returned = self.numel * self.size, self.numel * BYTES[self.outside]
+        unpacked = sum(self.copied("gradients", k) for k in numbers)
+        return max(threads * sums + packed + scratch, sums + unpacked) - returned
 
     def _back_block(self, gradients: bool, numbers: int) -> int:
         """Of the backward pass, for which ``numbers`` of each token are in scratch memory."""
@@ -120,7 +147,7 @@ class Program:
         arrays = writer.scratch(forms, outside)
         added = writer.whole(self.inside) if bias else None
         factors = [writer.factor(operation) for operation in schedule.forward]
-        arrays |= {key: writer.rows(self.inside, schedule.rows[key[1]]) for key in outside}
+        arrays |= {key: writer.rows(self.outside, schedule.rows[key[1]]) for key in outside}
 
         def body(emitter: Emitter, at: Callable[[_Array], Memory]) -> None:
             for array in forms.of(arrays, "state", 0):
@@ -165,7 +192,7 @@ class Program:
         back = {k: writer.factor(schedule.back[k]) for k in sorted(passed)}
         grads = {k: writer.whole(self.inside) for k in wanted}
         bias = writer.whole(self.inside) if needs[-1] else None
-        arrays |= {key: writer.rows(self.inside, rows[key[1]]) for key in outside}
+        arrays |= {key: writer.rows(self.outside, rows[key[1]]) for key in outside}
         factors = [writer.factor(schedule.forward[k]) for k in again]
 
         def body(emitter: Emitter, at: Callable[[_Array], Memory]) -> None:
@@ -214,13 +241,7 @@ class Program:
             if gx is not None and cut:
                 self._write(emitter, at(forms.one(arrays, "flow", 0)), rows[0], at(gx), self.d_in)
 
-        def clear(emitter: Emitter) -> None:
-            for k, array in grads.items():
-                emitter.clear(Memory(array.pointer, array.element), math.prod(self.shapes[k]))
-            if bias is not None:
-                emitter.clear(Memory(bias.pointer, bias.element), self.d_out)
-
-        return writer.compile(body, clear)
+        return writer.compile(body)
 
     def _read(
         self, emitter: Emitter, source: Memory, width: int, target: Memory, row: int, full: int, even: bool = False
@@ -247,6 +268,12 @@ class Program:
         return (before or schedule.forward[k - 1].product.stores_pairs) and (
             after or schedule.back[k + 1].product.stores_pairs
         )
+
+
+def _dtype(element: str) -> Any:
+    import torch
+
+    return {"float": torch.float32, "double": torch.float64, "bfloat": torch.bfloat16}[element]
 
 
 _Key = tuple[str, int, str]  # activation ("state") or gradient ("flow"), its number, its form
@@ -328,12 +355,8 @@ class _Writer:
             self.bytes += -(-row * self.block * BYTES[element] // LINE) * LINE
         return found
 
-    def compile(
-        self, body: Callable[[Emitter, Callable[[_Array], Memory]], None],
-        before: Callable[[Emitter], None] = lambda emitter: None,
-    ) -> Pass:  # fmt: skip
+    def compile(self, body: Callable[[Emitter, Callable[[_Array], Memory]], None]) -> Pass:
         code = self.code
-        before(Emitter(code, self.program.target, self.program.inside, 0, self.block))
 
         def block(first: int | str, _: list[str]) -> None:
             count = code.least(code.subtract("%last", first), self.block)

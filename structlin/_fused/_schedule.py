@@ -109,7 +109,8 @@ class _Maker:
         contracted = "".join(a for a in source if a in step.contracted)
         free = "".join(a for a in target if a in step.free)
         best: tuple[float, Operation | None] = (math.inf, None)
-        for order in dict.fromkeys((batch + contracted + free, batch + free + contracted, contracted + free + batch)):
+        orders = step.factor, batch + contracted + free, batch + free + contracted, contracted + free + batch
+        for order in dict.fromkeys(orders):
             strides, stride = {}, 1
             for axis in reversed(order):
                 strides[axis] = stride

@@ -65,18 +65,20 @@ attributes #0 = {{ nounwind }}
 """
 
 
-def run_shares(run: Callable[..., None], tables: Sequence[Sequence[int]], cuts: Sequence[int], target: Target) -> None:
-    """``run(tables[k], cuts[k], cuts[k + 1], cuts[-1])`` for all k at the same time; tables are of addresses."""
+def run_shares(
+    run: Callable[..., None], tables: Sequence[Sequence[int]], cuts: Sequence[int], total: int, target: Target
+) -> None:  # fmt: skip
+    """``run(tables[k], cuts[k], cuts[k + 1], total)`` for all k at the same time; tables are of addresses."""
     arrays = [(ctypes.c_void_p * len(table))(*table) for table in tables]
     if len(arrays) == 1:
-        return run(arrays[0], cuts[0], cuts[1], cuts[-1])
+        return run(arrays[0], cuts[0], cuts[1], total)
     team = _team(target) if os.getpid() == _PROCESS else None
     if team is not None:
-        words = [len(arrays), _address(run), cuts[-1], *map(ctypes.addressof, arrays), *cuts]
+        words = [len(arrays), _address(run), total, *map(ctypes.addressof, arrays), *cuts]
         return team((ctypes.c_int64 * len(words))(*words))
     pool = _pool(len(arrays) - 1, os.getpid())
-    others = [pool.submit(run, arrays[k], cuts[k], cuts[k + 1], cuts[-1]) for k in range(1, len(arrays))]
-    run(arrays[0], cuts[0], cuts[1], cuts[-1])
+    others = [pool.submit(run, arrays[k], cuts[k], cuts[k + 1], total) for k in range(1, len(arrays))]
+    run(arrays[0], cuts[0], cuts[1], total)
     for other in others:
         other.result()
     return None

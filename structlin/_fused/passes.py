@@ -17,9 +17,9 @@ from structlin._parse import Step
 # The calls cost more than they save for so few numbers in the widest activation, and copies of the factors if there are
 # fewer than one for each COPIED of their numbers. Plain matrices of few tokens the BLAS multiplies as fast.
 FEW, COPIED, PLAIN_TOKENS = 1 << 12, 2, 256
-# Activations are kept for the backward pass if there are not so many that they come from fresh pages of memory, and if
-# to compute one again takes more than this many multiplications of vectors.
-KEPT_BYTES, KEPT_WORK = 16 << 20, 3
+# Activations are kept for the backward pass if there are not so many that they come from fresh pages of memory, if to
+# compute one again takes more than this many multiplications of vectors, and of this share of the tokens at least.
+KEPT_BYTES, KEPT_WORK, KEPT_SHARE = 16 << 20, 3, 0.125
 SHARE, COPIED_SHARE = 48, 1 << 15  # tokens of a thread, and numbers that it copies, at least
 WASTE = 12  # times the instructions that products without losses would take: more is slower than what others do
 
@@ -38,8 +38,6 @@ class FusedChain:
         self.macs, self.macs_before_last = sum(macs), sum(macs[:-1])
         self.numel = sum(map(math.prod, self.shapes))
         self.plain = not any(step.batch or step.carried for step in steps)
-        # The dense matrix and its gradient, less the factors, their gradients, and copies of both in other orders.
-        self.spare = 2 * d_in * d_out - 4 * self.numel
 
     def suits(self, x: Tensor, tokens: int) -> bool:
         """Whether this way is the fastest for ``x``."""
@@ -72,17 +70,18 @@ class FusedChain:
         program = self._ready(x.dtype)
         x, tokens, inside = x.detach().contiguous(), x.shape[0 if self.rows else 1], program.dtype
         y = x.new_empty((tokens, self.d_out) if self.rows else (self.d_out, tokens))
-        rows = program.schedule.rows[1:-1]
-        keeps = kept is not None and self._keeps(x, rows, inside)
-        found = [torch.empty(tokens * row, dtype=inside) for row in rows] if keeps else []
-        if keeps and kept is not None:
+        cut = self._kept_tokens(x.dtype, tokens) if kept is not None else 0
+        found = [torch.empty(cut * row, dtype=program.kept_dtype) for row in program.schedule.rows[1:-1]] if cut else []
+        if kept is not None:
             kept += found
-        run = program.forward(bias is not None, keeps)
         added = []
         if bias is not None:
             added = [torch.nn.functional.pad(bias.detach().to(inside), (0, program.schedule.widths[-1] - self.d_out))]
-        table = [*added, *_packed(program, "forward", range(len(factors)), factors), *found]
-        _run(run, tokens, [x, y], [table] * _threads(tokens), program.target)
+        table = [*added, *_packed(program, "forward", range(len(factors)), factors)]
+        for part, more in ((range(cut), found), (range(cut, tokens), [])):
+            if part:
+                run = program.forward(bias is not None, bool(more))
+                _run(run, part, tokens, [x, y], [[*table, *more]] * _threads(len(part)), program.target)
         return y
 
     def backward(
@@ -94,20 +93,12 @@ class FusedChain:
         last = len(factors)
         gx = x.new_empty(x.shape) if needs[0] else None
         *needs, for_bias = needs
-        run = program.backward((*needs, for_bias and self.rows), bool(kept))
         wanted = [k for k in range(last) if needs[k + 1]]
-        lowest = 0 if needs[0] else min(wanted) + 1
-        back = _packed(program, "back", range(lowest, last), factors)
-        if kept:
-            rest = list(kept)
-        else:
-            rest = _packed(program, "forward", range(max(wanted, default=0)), factors)
         sizes = [*(math.prod(self.shapes[k]) for k in wanted), *([self.d_out] if for_bias and self.rows else [])]
-        grads = [[torch.empty(size, dtype=inside) for size in sizes] for _ in range(_threads(tokens))]
-        ends = [] if gx is None else [gx]
-        _run(run, tokens, [x, gy], [[*ends, *back, *mine, *rest] for mine in grads], program.target)
-        for more in grads[1:]:
-            for total, part in zip(grads[0], more, strict=True):
+        grads = [[torch.zeros(size, dtype=inside) for size in sizes] for _ in range(_threads(tokens))]
+        self._add_gradients(program, x, gy, gx, factors, (*needs, for_bias and self.rows), grads, kept)
+        while len(grads) > 1:
+            for total, part in zip(grads[0], grads.pop(), strict=True):
                 total += part
         found: list[Tensor | None] = [gx, *([None] * last), None]
         for k, gradient in zip(wanted, _unpacked(program, wanted, grads[0][: len(wanted)], x.dtype), strict=True):
@@ -116,26 +107,56 @@ class FusedChain:
             found[-1] = grads[0][-1].to(x.dtype) if self.rows else gy.sum(1)
         return tuple(found)
 
+    def _add_gradients(
+        self, program: Program, x: Tensor, gy: Tensor, gx: Tensor | None, factors: Sequence[Tensor],
+        needs: tuple[bool, ...], grads: Sequence[Sequence[Tensor]], kept: Sequence[Tensor],
+    ) -> None:  # fmt: skip
+        """Run the backward pass; each thread adds to the gradients ``grads`` of its own."""
+        tokens, last = x.shape[0 if self.rows else 1], len(factors)
+        wanted = [k for k in range(last) if needs[k + 1]]
+        cut = kept[0].numel() // program.schedule.rows[1] if kept else 0
+        lowest = 0 if needs[0] else min(wanted) + 1
+        ends = [] if gx is None else [gx]
+        table = [*ends, *_packed(program, "back", range(lowest, last), factors)]
+        for part, held in ((range(cut), True), (range(cut, tokens), False)):
+            if part:
+                again = range(max(wanted, default=0))
+                rest = kept if held else _packed(program, "forward", again, factors)
+                tables = [[*table, *mine, *rest] for mine in grads[: _threads(len(part))]]
+                _run(program.backward(needs, held), part, tokens, [x, gy], tables, program.target)
+
     def _ready(self, dtype: torch.dtype) -> Program:
         program = self.program(dtype)
         assert program is not None
         return program
 
-    def _keeps(self, x: Tensor, rows: Sequence[int], inside: torch.dtype) -> bool:
-        """Whether to keep the activations between the steps for the backward pass, and not to compute them again.
+    def _kept_tokens(self, dtype: torch.dtype, tokens: int) -> int:
+        """Of how many tokens to keep the activations between the steps for the backward pass, if it pays.
 
-        If it pays, and they take no more memory than the dense matrix and its gradient would, or than x and y.
+        The others are computed again. All that the passes take is to be no more than the dense matrix and its gradient
+        would. Where there is no room for the rest of it anyway, as much as x or y is kept.
         """
-        program = self._ready(x.dtype)
+        program = self._ready(dtype)
+        row = sum(program.schedule.rows[1:-1])
+        size = row * program.kept_dtype.itemsize
         work = self.macs_before_last / (program.lanes * (2 if program.pairs else 1))
-        if work < KEPT_WORK * sum(rows):
-            return False
-        numbers = x.shape[0 if self.rows else 1] * sum(rows)
-        if numbers * inside.itemsize > KEPT_BYTES:
-            return False
-        return numbers * inside.itemsize <= self.spare * x.element_size() or sum(rows) <= 1.1 * min(
-            self.d_in, self.d_out
-        )
+        if work < KEPT_WORK * row or tokens * size > KEPT_BYTES:
+            return 0
+        if tokens * size <= self._room(program, tokens, True):
+            return tokens
+        room = self._room(program, tokens, False)
+        if room < 0:
+            return tokens if row <= 1.1 * min(self.d_in, self.d_out) else 0
+        found = room // size // SHARE * SHARE
+        return found if found >= KEPT_SHARE * tokens else 0
+
+    def _room(self, program: Program, tokens: int, kept: bool) -> int:
+        """Bytes that the dense matrix and its gradient take, less those that the passes do.
+
+        Without the activations between the steps, which are ``kept`` or in part computed again.
+        """
+        dense, own = (2 * n * program.kept_dtype.itemsize for n in (self.d_in * self.d_out, self.numel))
+        return dense - own - program.work_bytes(_threads(tokens), kept)
 
 
 def _packed(program: Program, kind: str, numbers: Sequence[int], factors: Sequence[Tensor]) -> list[Tensor]:
@@ -167,7 +188,7 @@ def _copy(program: Program, packing: Packing, originals: Sequence[Tensor], copie
         table = [tensor.data_ptr() for pair in moved for tensor in pair]
         numbers = sum(original.numel() for original, _ in moved)
         shares = max(1, min(torch.get_num_threads(), numbers // COPIED_SHARE))
-        run_shares(packing.run, [table] * shares, range(shares + 1), program.target)
+        run_shares(packing.run, [table] * shares, range(shares + 1), shares, program.target)
 
 
 def _threads(tokens: int) -> int:
@@ -175,17 +196,15 @@ def _threads(tokens: int) -> int:
 
 
 def _run(
-    run: Pass, tokens: int, ends: Sequence[Tensor], tables: Sequence[Sequence[Tensor]], target: Target
+    run: Pass, part: range, tokens: int, ends: Sequence[Tensor], tables: Sequence[Sequence[Tensor]], target: Target
 ) -> None:  # fmt: skip
-    """Run all tokens, shared among as many threads as there are tables."""
-    threads = len(tables)
-    blocks = math.ceil(tokens / run.block)
-    cuts = [min(tokens, blocks * k // threads * run.block) for k in range(threads + 1)]
+    """Run a part of the tokens, shared among as many threads as there are tables."""
+    threads, blocks = len(tables), math.ceil(len(part) / run.block)
+    cuts = [min(part.stop, part.start + blocks * k // threads * run.block) for k in range(threads + 1)]
     scratch = torch.empty(threads, run.scratch + 64, dtype=torch.uint8)
-
     found = []
     for k, table in enumerate(tables):
         pointers = [t.data_ptr() for t in (*ends, scratch[k], *table)]
         pointers[2] = -(-pointers[2] // 64) * 64  # vectors that start at the end of a cache line are slow
         found.append(pointers)
-    run_shares(run.run, found, cuts, target)
+    run_shares(run.run, found, cuts, tokens, target)

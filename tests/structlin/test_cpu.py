@@ -211,26 +211,47 @@ def test_chunks_that_are_kept_change_nothing(spare, tokens, way, monkeypatch):
 
 @pytest.mark.parametrize("way", [w for w in WAYS if w != "chunked"], indirect=True)
 @pytest.mark.parametrize("name", CASES)
-def test_blocks_that_are_kept_change_nothing(name, way, monkeypatch):
+def test_activations_that_are_kept_change_nothing(name, way, monkeypatch):
+    """None, those of some tokens, and all."""
     structure, factors, x = make(name, tokens=101)
     chain = structure._cpu_rows._fused
     weights = torch.randn(101, structure.d_out, dtype=x.dtype, generator=torch.Generator().manual_seed(3))
-    found = []
-    for most in (0, 1 << 30):
-        monkeypatch.setattr(passes, "KEPT_BYTES", most)
+    rows = chain.program(x.dtype).schedule.rows[1:-1]
+    found, steps = [], len(factors)
+    for tokens in (0, 48, 101):
+        monkeypatch.setattr(passes, "KEPT_BYTES", 1 << 30 if tokens else 0)
         monkeypatch.setattr(passes, "KEPT_WORK", 0)
-        monkeypatch.setattr(chain, "spare", most)
+        monkeypatch.setattr(chain, "_room", lambda *_, n=tokens: n * 8 * sum(rows))
         kept = []
-        chain.forward(x, factors, None, kept)
-        assert len(kept) == (0 if most == 0 else len(factors) - 1)
-        steps = len(factors)
-        for needs in ([True] * (2 + steps), [False, *[True] * (1 + steps)], [True, *[False] * (1 + steps)]):
-            found.append(chain.backward(weights, x, factors, needs, kept))
-    for one, other in zip(found[:3], found[3:], strict=True):
-        for got, wanted in zip(one, other, strict=True):
+        y = chain.forward(x, factors, None, kept)
+        assert [len(t) for t in kept] == ([tokens * row for row in rows] if tokens else [])
+        all_, but_x, x_alone = (True,) * (2 + steps), (False, *[True] * (1 + steps)), (True, *[False] * (1 + steps))
+        found.append(
+            [y, *(g for needs in (all_, but_x, x_alone) for g in chain.backward(weights, x, factors, needs, kept))]
+        )
+    for other in found[1:]:
+        for got, wanted in zip(other, found[0], strict=True):
             assert (got is None) == (wanted is None)
             if got is not None:
                 torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.skipif(HOST is None, reason="nothing is compiled here")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_what_is_kept_has_room_beside_what_a_dense_matrix_takes(dtype):
+    structure = sl.design("monarch", (512, 512), blocks=4)
+    chain = structure._cpu_rows._fused
+    program = chain.program(dtype)
+    size = sum(program.schedule.rows[1:-1]) * dtype.itemsize
+    dense, own = 2 * 512 * 512 * dtype.itemsize, 2 * chain.numel * dtype.itemsize
+    for tokens in (48, 480, 1440):
+        kept = chain._kept_tokens(dtype, tokens)
+        if chain._room(program, tokens, False) < 0:
+            assert kept == tokens  # as much as x
+        else:
+            work = program.work_bytes(passes._threads(tokens), kept == tokens)
+            assert kept * size + own + work <= dense
+            assert 0 <= kept <= tokens
 
 
 @pytest.mark.parametrize("shape", [(0, 6), (2, 0, 6), (6,), (2, 3, 6)])
