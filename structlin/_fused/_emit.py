@@ -158,6 +158,45 @@ class Emitter:
             if even:
                 code.loop(self.tokens, self.even, 1, rows(1, clear=True))
 
+    def zip(
+        self, source: Memory, stride: int, target: Memory, to_stride: int, width: int, axis: tuple[int, int],
+        even: bool = False,
+    ) -> None:  # fmt: skip
+        """The rows of all tokens, with two neighbours along an axis, of this size and stride, side by side.
+
+        Each pair is where the numbers would be of the item that is half as far along the axis. ``even``: as in
+        :meth:`copy`.
+        """
+        code, (size, inside) = self.code, axis
+
+        def row(clear: bool, number: Int) -> None:
+            start, to = code.multiply(number, stride), code.multiply(number, to_stride)
+
+            def pair(at: Int, p: Int) -> None:
+                first = code.add(code.add(start, at), code.multiply(p, 2 * inside))
+                there = code.add(code.add(to, at), code.multiply(p, inside))
+
+                def vector(k: Int, lanes: int) -> None:
+                    place = code.add(there, k)
+                    if clear:
+                        return self.store(target, place, "zeroinitializer", lanes)
+                    held = [self.load(source, code.add(first, code.add(k, more)), lanes) for more in (0, inside)]
+                    return self.store_pairs(target, place, (held[0], held[1]), lanes)
+
+                whole = inside // self.lanes * self.lanes
+                code.loop(0, whole, self.lanes, lambda k, _: vector(k, self.lanes))
+                if whole < inside:
+                    vector(whole, inside - whole)
+
+            def pairs(at: Int, _: Values) -> None:
+                code.loop(0, size // 2, 1, lambda p, _: pair(at, p))
+
+            code.loop(0, width, size * inside, pairs)
+
+        code.loop(0, self.tokens, 1, lambda number, _: row(False, number))
+        if even:
+            code.loop(self.tokens, self.even, 1, lambda number, _: row(True, number))
+
     def add_rows(self, source: Memory, stride: int, target: Memory, width: int) -> None:
         """Add the rows of all tokens to one row of ``width`` numbers, some vectors at a time."""
         code, together = self.code, 4

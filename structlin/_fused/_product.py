@@ -73,19 +73,20 @@ class Product:
 
         return replace(self, summed=(*self.summed[:-1], replace(last, size=last.size // 2, left=2)))._halved()
 
-    def zipped(self, before: Product) -> tuple[Product, Axis, Axis] | None:
+    def zipped(self, before: Product | None) -> tuple[Product, Axis, Axis] | None:
         """As :meth:`pairs`, where ``before`` writes the left operand and can put the numbers side by side.
 
         Two neighbours along a summed axis, or a part of one, are items of an outer axis of ``before``, whose tiles are
         computed together. This axis of ``before`` is returned too, and the summed one as it was: the right operand has
-        to be arranged anew, with this axis next to the one of the vectors.
+        to be arranged anew, with this axis next to the one of the vectors. Where there is nothing ``before``, it is an
+        input, and the pairs are made when it is copied.
         """
-        if self.along is not None or self.swapped or self.both:
+        if self.along is not None or self.both or (before is not None and not before.zips):
             return None
-        if before.along is not None or before.swapped or before.down is None:
-            return None
+        if self.swapped:
+            return self._zipped_vectors(before)
         for whole in reversed(self.summed):
-            for axis in (*before.outer, *before.near):
+            for axis in _pairable(before, whole):
                 parts = None if axis.size % 2 else _split(whole, axis)
                 if parts is None:
                     continue
@@ -107,6 +108,37 @@ class Product:
                 )
                 return found._halved(), axis, inner
         return None
+
+    def _zipped_vectors(self, before: Product | None) -> tuple[Product, Axis, Axis] | None:
+        """Where it is the left operand that is read in vectors: the summed axis has to be the last of the right one."""
+        for inner in reversed(self.summed):
+            for axis in _pairable(before, inner):
+                if inner.size == axis.size and inner.size % 2 == 0 and inner.left == axis.out and inner.right:
+                    return self._with_last(inner), axis, inner
+        return None
+
+    def _with_last(self, inner: Axis) -> Product:
+        """With a summed axis that comes last in the right operand, in pairs."""
+        start = inner.right or 0
+
+        def moved(a: Axis) -> Axis:
+            return replace(a, right=a.right * inner.size) if a.right is not None and a.right < start else a
+
+        pairs = replace(inner, size=inner.size // 2, right=2)
+        return replace(
+            self,
+            across=moved(self.across),
+            down=None if self.down is None else moved(self.down),
+            summed=(*(moved(a) for a in self.summed if a is not inner), pairs),
+            outer=tuple(map(moved, self.outer)),
+            near=tuple(map(moved, self.near)),
+            paired=True,
+        )
+
+    @property
+    def zips(self) -> bool:
+        """Whether two tiles can be computed together, for two items of an outer axis."""
+        return self.along is None and not self.swapped and self.down is not None
 
     def _halved(self) -> Product:
         """With pairs as the elements of the right operand, along all axes but the innermost summed one."""
@@ -238,6 +270,11 @@ def _split(axis: Axis, by: Axis) -> list[Axis] | None:
         found.append(replace(axis, size=size, left=axis.left * step, right=axis.right * step))
         step *= size
     return found[::-1]
+
+
+def _pairable(before: Product | None, summed: Axis) -> tuple[Axis, ...]:
+    """Along which axes of an activation two items can be written side by side; of an input, along any."""
+    return (Axis(summed.size, summed.left, None, None),) if before is None else (*before.outer, *before.near)
 
 
 def _ordered(axes: list[Axis]) -> list[Axis]:

@@ -19,7 +19,7 @@ from structlin._fused._arrange import Arrangement, load_copies
 from structlin._fused._emit import Emitter, Memory
 from structlin._fused._ir import Code
 from structlin._fused._loops import write_product
-from structlin._fused._product import BYTES
+from structlin._fused._product import BYTES, Axis
 from structlin._fused._schedule import LINE, Operation, Schedule, make_schedule
 from structlin._fused._target import Target, load
 from structlin._parse import Step
@@ -95,13 +95,16 @@ class Program:
     def _copy(self, kind: str, k: int) -> tuple[Arrangement, str, str] | None:
         """What :func:`load_copies` takes; None where a factor or a gradient is taken as it is."""
         operation: Operation = getattr(self.schedule, kind)[k]
-        product, back = operation.product, kind == "gradients"
-        paired = product.across.size if product.paired and not back else 0
-        arrangement = Arrangement(self.shapes[k], operation.order, paired, back)
-        if self.outside == self.inside and arrangement.trivial:
+        back = kind == "gradients"
+        arrangement = Arrangement(self.shapes[k], operation.order, operation.in_pairs, back)
+        ends = self.outside, self.element(operation)
+        if ends[0] == ends[1] and arrangement.trivial:
             return None
-        ends = self.outside, "i32" if paired else self.inside
         return arrangement, *(reversed(ends) if back else ends)
+
+    def element(self, operation: Operation) -> str:
+        """Of the factor that an operation reads, or of the gradient that it writes."""
+        return "i32" if operation.in_pairs else self.outside if operation.product.paired else self.inside
 
     def copied(self, kind: str, k: int) -> int:
         """Bytes of the copy of a factor or of its gradient, 0 where there is none."""
@@ -151,7 +154,8 @@ class Program:
 
         def body(emitter: Emitter, at: Callable[[_Array], Memory]) -> None:
             for array in forms.of(arrays, "state", 0):
-                self._read(emitter, at(x), self.d_in, at(array), schedule.rows[0], schedule.widths[0])
+                full, enters = schedule.widths[0], schedule.forward[0].enters
+                self._read(emitter, at(x), self.d_in, at(array), schedule.rows[0], full, enters)
             for k, operation in enumerate(schedule.forward):
                 to = [at(array) for array in forms.of(arrays, "state", k + 1) or [y]]
                 source = at(forms.one(arrays, "state", k, operation.reads))
@@ -196,16 +200,18 @@ class Program:
         factors = [writer.factor(schedule.forward[k]) for k in again]
 
         def body(emitter: Emitter, at: Callable[[_Array], Memory]) -> None:
-            def copy(source: _Array, kind: str, number: int, width: int) -> None:
+            def copy(source: _Array, kind: str, number: int, width: int, reader: Operation) -> None:
                 for array in forms.of(arrays, kind, number):
                     full = schedule.widths[number]
-                    self._read(emitter, at(source), width, at(array), rows[number], full, even=bool(paired))
+                    self._read(
+                        emitter, at(source), width, at(array), rows[number], full, reader.enters, even=bool(paired)
+                    )
 
             if bias is not None:
                 emitter.add_rows(at(gy), self.d_out, at(bias), self.d_out)
             inner = emitter.even if paired else emitter.tokens  # where nothing is written to gx
-            copy(x, "state", 0, self.d_in)
-            copy(gy, "flow", last, self.d_out)
+            copy(x, "state", 0, self.d_in, schedule.forward[0])
+            copy(gy, "flow", last, self.d_out, schedule.back[-1])
             for key in outside:
                 for array in forms.of(arrays, *key[:2]):
                     if array is not arrays[key]:
@@ -244,10 +250,15 @@ class Program:
         return writer.compile(body)
 
     def _read(
-        self, emitter: Emitter, source: Memory, width: int, target: Memory, row: int, full: int, even: bool = False
+        self, emitter: Emitter, source: Memory, width: int, target: Memory, row: int, full: int,
+        enters: Axis | None, even: bool = False,
     ) -> None:  # fmt: skip
         """The input, or the gradient of the output."""
-        if self.rows:
+        if target.zipped:
+            assert enters is not None
+            assert enters.out is not None
+            emitter.zip(source, width, target, row, width, (enters.size, enters.out), even)
+        elif self.rows:
             emitter.copy(source, width, target, row, width, full, even)
         else:
             emitter.from_columns(source, "%total", target, row, width, full)
@@ -345,7 +356,7 @@ class _Writer:
         return _Array(self._next(), element, 0)
 
     def factor(self, operation: Operation) -> _Array:
-        return self.whole("i32" if operation.product.paired else self.program.inside)
+        return self.whole(self.program.element(operation))
 
     def scratch(self, forms: _Forms, outside: Sequence[_Key]) -> dict[_Key, _Array]:
         pointer, found = self._next(), {}

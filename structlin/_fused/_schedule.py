@@ -26,15 +26,22 @@ LINE = 64  # bytes
 class Operation:
     """A product, and the order of the factor's axes (of its gradient) that it reads (writes).
 
-    Of a ``paired`` product the factor is further in pairs: ``(..., k, n)`` is stored as ``(..., k / 2, n, 2)``.
-    ``reads``: the form of the activation, plain, half (in bfloat16), or zipped by the operation that writes it along
-    its axis ``zips``.
+    Of a ``paired`` product the factor is in bfloat16, and if it is read in vectors further in pairs:
+    ``(..., k, n)`` is stored as ``(..., k / 2, n, 2)``. ``reads``: the form of the activation, plain, half (in
+    bfloat16), or zipped by the operation that writes it along its axis ``zips``; where it comes from outside, when it
+    is copied, along the axis ``enters``.
     """
 
     product: Product
     order: tuple[int, ...]
     reads: str = "plain"
     zips: Axis | None = None
+    enters: Axis | None = None
+
+    @property
+    def in_pairs(self) -> int:
+        """Numbers that follow each pair of a factor in pairs, 0 of others."""
+        return self.product.across.size if self.product.paired and not self.product.swapped else 0
 
 
 @dataclass(frozen=True)
@@ -182,24 +189,31 @@ def make_schedule(
     back_cost, back, gradients = min(flows.values(), key=lambda way: way[0])
     if pairs:
         shapes = [[sizes[a] for a in step.factor] for step in steps]
-        forward, back = _zipped(forward, shapes), _zipped(back[::-1], shapes[::-1])[::-1]
+        whole = [full[end] == d for end, d in enumerate((d_in, d_out))]
+        forward, back = _zipped(forward, shapes, whole[0]), _zipped(back[::-1], shapes[::-1], whole[1])[::-1]
     return Schedule(maker.widths, maker.rows, tuple(forward), tuple(back), tuple(gradients), cost, back_cost)
 
 
-def _zipped(operations: Sequence[Operation], shapes: Sequence[Sequence[int]]) -> list[Operation]:
+def _zipped(operations: Sequence[Operation], shapes: Sequence[Sequence[int]], whole: bool) -> list[Operation]:
     """Operations in the order in which they run, with pairs along an axis where there are none otherwise.
 
-    ``shapes``: of their factors.
+    ``shapes``: of their factors. ``whole``: what the first one reads is copied without padding.
     """
     found = list(operations)
-    for k in range(1, len(found)):
-        zipped = found[k].product.zipped(found[k - 1].product) if found[k].reads == "plain" else None
-        if zipped is None:
+    for k, operation in enumerate(found):
+        before = found[k - 1].product if k else None
+        if operation.reads != "plain" or (before is None and not whole):
             continue
-        product, axis, inner = zipped
-        order = _moved(found[k].order, shapes[k], inner, product.across.size)
-        if order is not None and arrangeable(shapes[k], order, product.across.size):
-            found[k] = replace(found[k], product=product, order=order, reads="zipped")
+        pairs = operation.product.zipped(before)
+        if pairs is None:
+            continue
+        product, axis, inner = pairs
+        across = 1 if product.swapped else product.across.size
+        order = _moved(operation.order, shapes[k], inner, across)
+        if order is None or not arrangeable(shapes[k], order, across):
+            continue
+        found[k] = replace(operation, product=product, order=order, reads="zipped", enters=None if k else axis)
+        if k:
             found[k - 1] = replace(found[k - 1], zips=axis)
     return found
 

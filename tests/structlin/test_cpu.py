@@ -459,7 +459,9 @@ def test_parts_and_blocks_change_nothing(name, changes, monkeypatch):
         ("monarch", {"blocks": 4}),
         ("monarch", {"blocks": 16}),  # along a part of an axis
         ("tensor_train", {"rank": 4}),
+        ("tensor_train", {"rank": 3}),
         ("kronecker", {}),
+        ("kronecker", {"cores": 3}),
         ("low_rank", {"rank": 10}),
         ("blast", {"blocks": 4, "rank": 6}),
     ],

@@ -73,15 +73,26 @@ def test_pairs_of_bfloat16_are_taken_where_neighbours_are_summed():
         ("block_tensor_train", 1): ["half", "zipped", "zipped", "half"],
         ("block_tensor_train", 2): ["half", "half", "half", "half"],
         ("low_rank", 20): ["half", "half", "half", "half"],
+        ("tensor_train", 8): ["zipped", "half", "zipped", "half"],
     }
     for (name, rank), reads in kinds.items():
         structure = sl.design(name, (16 * 36, 8 * 50), rank=rank)
         schedule = schedule_of(structure, WIDE, pairs=True)
         assert [o.reads for o in (*schedule.forward, *schedule.back)] == reads
         assert all(o.product.paired == (o.reads != "plain") for o in (*schedule.forward, *schedule.back))
-        assert [multiplications(o) for o in schedule.forward] == [f.numel for f in structure.factors]
+        assert [multiplications(o) for o in schedule.forward] == [f.numel * f.carried for f in structure.factors]
         # What is written for a zipped reader says along which axis.
         assert [o.zips is not None for o in schedule.forward] == [k == "zipped" for k in [*reads[1:2], ""]]
+        assert [o.enters is not None for o in schedule.forward] == [reads[0] == "zipped", False]
+
+
+def test_pairs_of_an_input_are_not_made_where_it_is_padded():
+    structure = sl.design("kronecker", (20, 24))
+    for d_in, form in ((24, "zipped"), (23, "plain")):
+        schedule = make_schedule(
+            structure.steps, dict(structure.sizes), WIDE, "float", d_in, structure.d_out, True, pairs=True
+        )
+        assert schedule.forward[0].reads == form
 
 
 def test_odd_sizes_are_not_paired():
