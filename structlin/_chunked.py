@@ -28,9 +28,11 @@ from structlin._layout import Layout, Operand, Product, make_layout
 from structlin._parse import Step
 
 # Bytes of the widest activation of one chunk: with blocks the last cache is to hold it, and without the core's own,
-# together with operands. Products of fewer tokens than MIN_CHUNK are slow, and of more than MAX_CHUNK no faster.
+# together with operands. Products of fewer tokens than MIN_CHUNK are slow, and of more than MAX_CHUNK no faster, unless
+# the gradients of the matrices, which are read and written once for each chunk, do not stay in cache.
 BLOCK_BYTES, CHUNK_BYTES = 16 << 20, 4 << 20
 MIN_CHUNK, MAX_CHUNK = 64, 256
+LARGE_BLOCK, LARGE_CHUNK = 1 << 19, 512  # numbers of a matrix, from which on that many tokens are faster
 FEW = 1 << 15  # numbers in the widest activation, below which the calls cost more than the copies of the portable plan
 PACK_TOKENS = 128  # matrices are brought into the order that the BLAS likes if so many tokens share the effort
 
@@ -54,6 +56,7 @@ class ChunkedChain:
         # The dense matrix and its gradient, less the factors, their gradients, and copies of both in other orders.
         self.spare = 2 * self.widths[0] * self.widths[-1] - 6 * sum(math.prod(p.shape) for p in layout.products)
         self._shapes = [tuple(sizes[a] for a in step.factor) for step in steps]
+        self.large = min(p.shape[1] * p.shape[2] for p in layout.products) >= LARGE_BLOCK
         self.small = self.blocks and all(p.small for p in layout.products)
         self._at = lru_cache(maxsize=64)(self._views)
 
@@ -197,7 +200,8 @@ class ChunkedChain:
     def _chunk(self, x: Tensor) -> int:
         widest = max(self.widths[1:-1], default=1) * x.element_size()
         budget = BLOCK_BYTES if self.blocks else CHUNK_BYTES
-        return max(MIN_CHUNK, min(MAX_CHUNK, budget // widest // 64 * 64))
+        most = LARGE_CHUNK if self.large else MAX_CHUNK
+        return max(MIN_CHUNK, min(most, budget // widest // 64 * 64))
 
     def _kept_tokens(self, tokens: int, chunk: int) -> int:
         width = sum(self.widths[1:-1])

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from structlin._arrays import ops
-from structlin._chunked import ChunkedChain
+from structlin._chunked import LARGE_BLOCK, ChunkedChain
 from structlin._fused.passes import FusedChain
 
 if TYPE_CHECKING:
@@ -24,7 +24,6 @@ __all__ = ["CPUChain", "Passes"]
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16)
-LARGE_BLOCK = 1 << 19  # numbers, from which on the BLAS multiplies blocks faster
 
 
 class Passes(Protocol):
@@ -48,7 +47,7 @@ class CPUChain:
         self.structure, self.rows = structure, rows
         sizes = dict(structure.sizes)
         blocks = min(factor.fan_in * factor.fan_out for factor in structure.factors)
-        self._large = blocks >= LARGE_BLOCK
+        self._large = blocks >= LARGE_BLOCK  # which the BLAS multiplies faster
         self._fused = FusedChain(structure.steps, structure.sizes, structure.d_in, structure.d_out, rows)
         self._chunked = ChunkedChain(structure.steps, sizes, rows, structure.padding)
 

@@ -17,9 +17,10 @@ from structlin._parse import Step
 # The calls cost more than they save for so few numbers in the widest activation, and copies of the factors if there are
 # fewer than one for each COPIED of their numbers. Plain matrices of few tokens the BLAS multiplies as fast.
 FEW, COPIED, PLAIN_TOKENS = 1 << 12, 2, 256
-# Activations are kept for the backward pass if there are not so many that they come from fresh pages of memory, if to
-# compute one again takes more than this many multiplications of vectors, and of this share of the tokens at least.
-KEPT_BYTES, KEPT_WORK, KEPT_SHARE = 16 << 20, 3, 0.125
+# Activations are kept for the backward pass if to compute one again takes more than KEPT_WORK multiplications of
+# vectors, and of at least KEPT_SHARE of the tokens. If they have more than KEPT_BYTES they come from fresh pages of
+# memory, which is worth it if to compute a byte again takes more than FRESH_WORK.
+KEPT_BYTES, KEPT_WORK, FRESH_WORK, KEPT_SHARE = 16 << 20, 3, 3, 0.125
 SHARE, COPIED_SHARE = 48, 1 << 15  # tokens of a thread, and numbers that it copies, at least
 WASTE = 12  # times the instructions that products without losses would take: more is slower than what others do
 
@@ -140,7 +141,7 @@ class FusedChain:
         row = sum(program.schedule.rows[1:-1])
         size = row * program.kept_dtype.itemsize
         work = self.macs_before_last / (program.lanes * (2 if program.pairs else 1))
-        if work < KEPT_WORK * row or tokens * size > KEPT_BYTES:
+        if work < KEPT_WORK * row or (tokens * size > KEPT_BYTES and work < FRESH_WORK * size):
             return 0
         if tokens * size <= self._room(program, tokens, True):
             return tokens
