@@ -12,7 +12,8 @@ import ctypes
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
+from itertools import accumulate
 from typing import Any
 
 from structlin._fused._arrange import Arrangement, load_copies
@@ -46,12 +47,23 @@ class Pass:
 class Packing:
     """Copies of factors for the products of a pass, or of gradients for the factors.
 
-    ``sizes``: bytes of each copy, 0 of what is taken as it is. ``run(table, first, last, total)``, with the table of
-    originals and copies, makes the shares ``first`` to ``last`` of ``total``.
+    ``sizes``: bytes of each copy, 0 of what is taken as it is, and ``starts`` where they are, if they follow each other
+    in ``total`` bytes; ``numbers``: how many are copied. ``run(table, first, last, shares)``, with the table of
+    originals and copies, makes the shares ``first`` to ``last``.
     """
 
     sizes: tuple[int, ...]
+    numbers: int
     run: Callable[..., None]
+
+    @cached_property
+    def starts(self) -> tuple[int, ...]:
+        whole = (-(-size // LINE) * LINE for size in self.sizes)
+        return tuple(accumulate(whole, initial=0))[:-1]
+
+    @cached_property
+    def total(self) -> int:
+        return self.starts[-1] + self.sizes[-1] if any(self.sizes) else 0
 
 
 class Program:
@@ -75,6 +87,7 @@ class Program:
         self.forward = lru_cache(maxsize=None)(self._forward)
         self.backward = lru_cache(maxsize=None)(self._backward)
         self.packing = lru_cache(maxsize=None)(self._packing)
+        self.work_bytes = lru_cache(maxsize=None)(self._work_bytes)
 
     @property
     def dtype(self) -> Any:
@@ -88,9 +101,10 @@ class Program:
 
     def _packing(self, kind: str, numbers: tuple[int, ...]) -> Packing:
         """Of the factors ``numbers`` for the products ``kind`` of the schedule; of the ``gradients`` the way back."""
-        found = [self._copy(kind, k) for k in numbers]
-        copies = [copy for copy in found if copy is not None]
-        return Packing(tuple(self.copied(kind, k) for k in numbers), load_copies(copies, self.target, self.inside))
+        sizes = tuple(self.copied(kind, k) for k in numbers)
+        copies = [copy for copy in (self._copy(kind, k) for k in numbers) if copy is not None]
+        moved = sum(math.prod(copy[0].shape) for copy in copies)
+        return Packing(sizes, moved, load_copies(copies, self.target, self.inside))
 
     def _copy(self, kind: str, k: int) -> tuple[Arrangement, str, str] | None:
         """What :func:`load_copies` takes; None where a factor or a gradient is taken as it is."""
@@ -114,7 +128,7 @@ class Program:
         # In pairs each element of 32 bits is two numbers.
         return math.prod(self.shapes[k]) * (BYTES["bfloat"] if copy[2] == "i32" else BYTES[copy[2]])
 
-    def work_bytes(self, threads: int, kept: bool) -> int:
+    def _work_bytes(self, threads: int, kept: bool) -> int:
         """What the backward pass takes for a while at most, beside activations and the gradients that it returns.
 
         ``kept``: the activations between the steps are not computed again.

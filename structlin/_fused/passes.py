@@ -8,15 +8,19 @@ from functools import cached_property
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from structlin._fused._program import ELEMENTS, Packing, Pass, Program, make_program
+from structlin._fused._schedule import LINE
 from structlin._fused._target import Target, host
 from structlin._fused._team import run_shares
 from structlin._parse import Step
 
-# The calls cost more than they save for so few numbers in the widest activation, and copies of the factors if there are
-# fewer than one for each COPIED of their numbers. Plain matrices of few tokens the BLAS multiplies as fast.
-FEW, COPIED, PLAIN_TOKENS = 1 << 12, 2, 256
+# The calls cost more than they save for so few numbers in the widest activation. Copies of the factors do if there are
+# fewer than one for each COPIED of their numbers, or COPIED_FAR of factors with more than NEAR_NUMBERS; with gradients
+# to come, which others copy too, COPIED_TWICE. Plain matrices of few tokens the BLAS multiplies as fast.
+FEW, PLAIN_TOKENS = 1 << 9, 256
+COPIED, COPIED_FAR, COPIED_TWICE, NEAR_NUMBERS = 32, 8, 128, 1 << 18
 # Activations are kept for the backward pass if to compute one again takes more than KEPT_WORK multiplications of
 # vectors, and of at least KEPT_SHARE of the tokens. If they have more than KEPT_BYTES they come from fresh pages of
 # memory, which is worth it if to compute a byte again takes more than FRESH_WORK.
@@ -43,7 +47,10 @@ class FusedChain:
     def suits(self, x: Tensor, tokens: int) -> bool:
         """Whether this way is the fastest for ``x``."""
         numbers = tokens * self.widest
-        if numbers < FEW or COPIED * numbers < self.numel or (self.plain and tokens < PLAIN_TOKENS):
+        if numbers < FEW or (self.plain and tokens < PLAIN_TOKENS):
+            return False
+        copied = COPIED_TWICE if torch.is_grad_enabled() else COPIED if self.numel <= NEAR_NUMBERS else COPIED_FAR
+        if copied * numbers < self.numel:
             return False
         return self.program(x.dtype) is not None
 
@@ -69,27 +76,30 @@ class FusedChain:
         self, x: Tensor, factors: Sequence[Tensor], bias: Tensor | None = None, kept: list[Tensor] | None = None
     ) -> Tensor:
         program = self._ready(x.dtype)
-        x, tokens, inside = x.detach().contiguous(), x.shape[0 if self.rows else 1], program.dtype
+        x, tokens, inside = x.contiguous(), x.shape[0 if self.rows else 1], program.dtype
         y = x.new_empty((tokens, self.d_out) if self.rows else (self.d_out, tokens))
         cut = self._kept_tokens(x.dtype, tokens) if kept is not None else 0
         found = [torch.empty(cut * row, dtype=program.kept_dtype) for row in program.schedule.rows[1:-1]] if cut else []
         if kept is not None:
             kept += found
-        added = []
+        table, held = _packed(program, "forward", range(len(factors)), factors)
         if bias is not None:
-            added = [torch.nn.functional.pad(bias.detach().to(inside), (0, program.schedule.widths[-1] - self.d_out))]
-        table = [*added, *_packed(program, "forward", range(len(factors)), factors)]
+            spare = program.schedule.widths[-1] - self.d_out
+            bias = (F.pad(bias, (0, spare)) if spare else bias).to(inside).contiguous()
+            table = [bias.data_ptr(), *table]
         for part, more in ((range(cut), found), (range(cut, tokens), [])):
             if part:
                 run = program.forward(bias is not None, bool(more))
-                _run(run, part, tokens, [x, y], [[*table, *more]] * _threads(len(part)), program.target)
+                tables = [[*table, *_places(more)]] * _threads(len(part))
+                _run(run, part, tokens, _places((x, y)), tables, program.target)
+        del held
         return y
 
     def backward(
         self, gy: Tensor, x: Tensor, factors: Sequence[Tensor], needs: Sequence[bool], kept: Sequence[Tensor] = ()
     ) -> tuple[Tensor | None, ...]:
         program = self._ready(x.dtype)
-        x, gy, inside = x.detach().contiguous(), gy.detach().contiguous(), program.dtype
+        x, gy, inside = x.contiguous(), gy.contiguous(), program.dtype
         tokens = x.shape[0 if self.rows else 1]
         last = len(factors)
         gx = x.new_empty(x.shape) if needs[0] else None
@@ -117,14 +127,18 @@ class FusedChain:
         wanted = [k for k in range(last) if needs[k + 1]]
         cut = kept[0].numel() // program.schedule.rows[1] if kept else 0
         lowest = 0 if needs[0] else min(wanted) + 1
-        ends = [] if gx is None else [gx]
-        table = [*ends, *_packed(program, "back", range(lowest, last), factors)]
-        for part, held in ((range(cut), True), (range(cut, tokens), False)):
+        table, held = _packed(program, "back", range(lowest, last), factors)
+        if gx is not None:
+            table = [gx.data_ptr(), *table]
+        for part, rest in ((range(cut), kept), (range(cut, tokens), None)):
             if part:
                 again = range(max(wanted, default=0))
-                rest = kept if held else _packed(program, "forward", again, factors)
-                tables = [[*table, *mine, *rest] for mine in grads[: _threads(len(part))]]
-                _run(program.backward(needs, held), part, tokens, [x, gy], tables, program.target)
+                more, copies = (_places(rest), []) if rest is not None else _packed(program, "forward", again, factors)
+                tables = [[*table, *_places(mine), *more] for mine in grads[: _threads(len(part))]]
+                run = program.backward(needs, rest is not None)
+                _run(run, part, tokens, _places((x, gy)), tables, program.target)
+                del copies
+        del held
 
     def _ready(self, dtype: torch.dtype) -> Program:
         program = self.program(dtype)
@@ -160,36 +174,47 @@ class FusedChain:
         return dense - own - program.work_bytes(_threads(tokens), kept)
 
 
-def _packed(program: Program, kind: str, numbers: Sequence[int], factors: Sequence[Tensor]) -> list[Tensor]:
-    """These factors as the products ``kind`` read them."""
+def _packed(
+    program: Program, kind: str, numbers: Sequence[int], factors: Sequence[Tensor]
+) -> tuple[list[int], list[Tensor]]:
+    """Where these factors are as the products ``kind`` read them, and what has to live as long as they are read."""
     packing = program.packing(kind, tuple(numbers))
-    originals = [factors[k].detach().contiguous() for k in numbers]
-    copies = [
-        torch.empty(size, dtype=torch.uint8) if size else original
-        for original, size in zip(originals, packing.sizes, strict=True)
-    ]
-    _copy(program, packing, originals, copies)
-    return copies
+    originals = [factors[k].contiguous() for k in numbers]
+    copies = torch.empty(packing.total, dtype=torch.uint8) if packing.total else None
+    first, places, moved = 0 if copies is None else copies.data_ptr(), [], []
+    for original, size, start in zip(originals, packing.sizes, packing.starts, strict=True):
+        place = original.data_ptr()
+        if size:
+            moved += [place, first + start]
+            place = first + start
+        places.append(place)
+    _copy(program, packing, moved)
+    return places, originals if copies is None else [copies, *originals]
 
 
 def _unpacked(program: Program, numbers: Sequence[int], found: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
     """The gradients of these factors with axes as the factors have them."""
     packing = program.packing("gradients", tuple(numbers))
-    copies = [
-        torch.empty(program.shapes[k], dtype=dtype) if size else original.view(program.shapes[k])
-        for k, original, size in zip(numbers, found, packing.sizes, strict=True)
-    ]
-    _copy(program, packing, found, copies)
+    copies, moved = [], []
+    for k, original, size in zip(numbers, found, packing.sizes, strict=True):
+        if size:
+            copies.append(torch.empty(program.shapes[k], dtype=dtype))
+            moved += _places((original, copies[-1]))
+        else:
+            copies.append(original.view(program.shapes[k]))
+    _copy(program, packing, moved)
     return copies
 
 
-def _copy(program: Program, packing: Packing, originals: Sequence[Tensor], copies: Sequence[Tensor]) -> None:
-    moved = [pair for *pair, size in zip(originals, copies, packing.sizes, strict=True) if size]
-    if moved:
-        table = [tensor.data_ptr() for pair in moved for tensor in pair]
-        numbers = sum(original.numel() for original, _ in moved)
-        shares = max(1, min(torch.get_num_threads(), numbers // COPIED_SHARE))
+def _copy(program: Program, packing: Packing, table: Sequence[int]) -> None:
+    """From and to where the table says."""
+    if table:
+        shares = max(1, min(torch.get_num_threads(), packing.numbers // COPIED_SHARE))
         run_shares(packing.run, [table] * shares, range(shares + 1), shares, program.target)
+
+
+def _places(tensors: Sequence[Tensor]) -> list[int]:
+    return [tensor.data_ptr() for tensor in tensors]
 
 
 def _threads(tokens: int) -> int:
@@ -197,15 +222,14 @@ def _threads(tokens: int) -> int:
 
 
 def _run(
-    run: Pass, part: range, tokens: int, ends: Sequence[Tensor], tables: Sequence[Sequence[Tensor]], target: Target
+    run: Pass, part: range, tokens: int, ends: Sequence[int], tables: Sequence[Sequence[int]], target: Target
 ) -> None:  # fmt: skip
-    """Run a part of the tokens, shared among as many threads as there are tables."""
+    """Run a part of the tokens, shared among as many threads as there are tables; all are of addresses."""
     threads, blocks = len(tables), math.ceil(len(part) / run.block)
     cuts = [min(part.stop, part.start + blocks * k // threads * run.block) for k in range(threads + 1)]
-    scratch = torch.empty(threads, run.scratch + 64, dtype=torch.uint8)
-    found = []
-    for k, table in enumerate(tables):
-        pointers = [t.data_ptr() for t in (*ends, scratch[k], *table)]
-        pointers[2] = -(-pointers[2] // 64) * 64  # vectors that start at the end of a cache line are slow
-        found.append(pointers)
-    run_shares(run.run, found, cuts, tokens, target)
+    each = -(-run.scratch // LINE) * LINE
+    scratch = torch.empty(threads * each + LINE, dtype=torch.uint8)
+    first = -(-scratch.data_ptr() // LINE) * LINE  # vectors that start at the end of a cache line are slow
+    run_shares(
+        run.run, [[*ends, first + k * each, *table] for k, table in enumerate(tables)], cuts, tokens, target
+    )  # fmt: skip

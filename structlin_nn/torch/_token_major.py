@@ -24,7 +24,7 @@ __all__ = ["LIMIT", "TokenMajor", "token_major"]
 NODE_TOKENS, NODE_NUMBERS = 512, 1 << 18
 # Numbers in the widest activation, up to which the calls cost more than the copies: than of what is compiled, and of
 # single products.
-FEW, LIMIT = 1 << 12, 1 << 15
+FEW, LIMIT = 1 << 9, 1 << 15
 _TOKENS = "*"  # no axis of a chain
 
 Sizes = tuple[int, ...]

@@ -255,7 +255,7 @@ def saved(layer, x):
     return kept
 
 
-@pytest.mark.parametrize("tokens", [3, 700])
+@pytest.mark.parametrize("tokens", [1, 700])
 @pytest.mark.parametrize("name", ["block_tensor_train", "kronecker", "tensor_train", "low_rank", "butterfly"])
 def test_checkpoint_keeps_only_the_input(name, tokens):
     torch.manual_seed(0)
@@ -266,7 +266,7 @@ def test_checkpoint_keeps_only_the_input(name, tokens):
     x = torch.randn(tokens, 64, dtype=torch.float64, requires_grad=True)
     kept = [x, *layer.factors]
     assert [t.data_ptr() for t in saved(layer, x)] == [t.data_ptr() for t in kept]
-    if tokens == 3:
+    if tokens == 1:
         assert sum(t.numel() for t in saved(plain, x)) > sum(t.numel() for t in kept)
     results = []
     for one in (layer, plain):
