@@ -70,6 +70,12 @@ class CPUChain:
             return self._fused
         return self._chunked if self._chunked.suits(x, tokens) else None
 
+    def back(self, passes: Passes, x: Tensor) -> Passes:
+        """Which way the backward pass takes: not the compiled one where that has too much to hold in cache."""
+        if passes is not self._fused or not self._fused.spills(x.dtype):
+            return passes
+        return self._chunked if self._chunked.suits(x, x.shape[0 if self.rows else 1]) else passes
+
     def __call__(self, passes: Passes, x: Tensor, factors: Sequence[Tensor], bias: Tensor | None = None) -> Tensor:
         """(tokens, d_in) -> (tokens, d_out), or columns; differentiable any number of times.
 
@@ -101,10 +107,11 @@ class _Differentiable(torch.autograd.Function):
     def forward(
         ctx: Any, chain: CPUChain, passes: Passes, x: Tensor, bias: Tensor | None, *factors: Tensor
     ) -> Tensor:  # fmt: skip
-        ctx.chain, ctx.passes = chain, passes
+        ctx.chain, ctx.passes = chain, chain.back(passes, x)
         kept: list[Tensor] = []
-        later = ctx.needs_input_grad[5:]  # the first factor's gradient reads the input alone
-        y = passes.forward(x, factors, bias, kept if any(later) else None)
+        # The first factor's gradient reads the input alone, and the ways do not read what others keep.
+        keeps = any(ctx.needs_input_grad[5:]) and ctx.passes is passes
+        y = passes.forward(x, factors, bias, kept if keeps else None)
         ctx.save_for_backward(x, *factors, *kept)
         return y
 

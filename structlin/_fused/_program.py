@@ -134,14 +134,27 @@ class Program:
         ``kept``: the activations between the steps are not computed again.
         """
         numbers = range(len(self.shapes))
-        rows = 2 * sum(self.schedule.rows)  # the activations and their gradients
-        scratch = threads * rows * self._back_block(True, rows) * self.size
+        scratch = threads * self._back_rows * self._back_block(True, self._back_rows) * self.size
         packed = sum(self.copied("back", k) for k in numbers)
         if not kept:
             packed += sum(self.copied("forward", k) for k in numbers[:-1])
         sums, returned = self.numel * self.size, self.numel * BYTES[self.outside]
         unpacked = sum(self.copied("gradients", k) for k in numbers)
         return max(threads * sums + packed + scratch, sums + unpacked) - returned
+
+    @property
+    def _back_rows(self) -> int:
+        """Numbers of the activations and their gradients for each token."""
+        return 2 * sum(self.schedule.rows)
+
+    @property
+    def spills(self) -> bool:
+        """Whether the backward pass has the gradients of factors out of cache, and no room for tokens to make up for it.
+
+        Not in bfloat16, where other ways are slower yet.
+        """
+        far = self.inside == self.outside and self.numel * self.size > FACTOR_BYTES
+        return far and LARGE_BLOCKS[-1] * self._back_rows * self.size > BLOCK_BYTES
 
     def _back_block(self, gradients: bool, numbers: int) -> int:
         """Of the backward pass, for which ``numbers`` of each token are in scratch memory."""

@@ -74,6 +74,10 @@ class FusedChain:
             self._programs[dtype] = found
         return self._programs[dtype]
 
+    def spills(self, dtype: torch.dtype) -> bool:
+        """Whether the backward pass has too much to hold in cache."""
+        return self._ready(dtype).spills
+
     def forward(
         self, x: Tensor, factors: Sequence[Tensor], bias: Tensor | None = None, kept: list[Tensor] | None = None
     ) -> Tensor:

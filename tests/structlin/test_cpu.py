@@ -255,6 +255,25 @@ def test_what_is_kept_has_room_beside_what_a_dense_matrix_takes(dtype):
             assert 0 <= kept <= tokens
 
 
+@pytest.mark.skipif(HOST is None, reason="nothing is compiled here")
+def test_the_blas_takes_the_backward_pass_of_what_falls_out_of_cache(monkeypatch):
+    structure, factors, x = make("monarch", tokens=700)
+    monkeypatch.setattr(_chunked, "FEW", 0)
+    wanted = torch.autograd.grad(structure._portable(factors, x, sl._arrays.ops("torch")).sin().sum(), [x, *factors])
+    ways, found = [], []
+    for way in (structure._cpu_rows._fused, structure._cpu_rows._chunked):
+        run = way.backward
+        monkeypatch.setattr(way, "backward", lambda *a, way=way, run=run: ways.append(type(way)) or run(*a))
+    for bytes_ in (1 << 30, 0):
+        monkeypatch.setattr(_program, "FACTOR_BYTES", bytes_)
+        monkeypatch.setattr(_program, "BLOCK_BYTES", bytes_)
+        found.append(torch.autograd.grad(structure.apply(factors, x).sin().sum(), [x, *factors]))
+    assert ways == [passes.FusedChain, _chunked.ChunkedChain]
+    for gradients in found:
+        for got, exact in zip(gradients, wanted, strict=True):
+            torch.testing.assert_close(got, exact, rtol=1e-11, atol=1e-11)
+
+
 @pytest.mark.skipif(HOST is None or not HOST.half_products, reason="the processor multiplies no pairs of bfloat16")
 @pytest.mark.parametrize("kept", [0, 48, 101])
 @pytest.mark.parametrize(
