@@ -149,7 +149,7 @@ class Program:
 
     @property
     def spills(self) -> bool:
-        """Whether the backward pass has the gradients of factors out of cache, and no room for tokens to make up for it.
+        """Whether the gradients of factors do not stay in cache, and as many tokens as make up for it do not either.
 
         Not in bfloat16, where other ways are slower yet.
         """
