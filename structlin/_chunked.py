@@ -32,7 +32,7 @@ from structlin._parse import Step
 # the gradients of the matrices, which are read and written once for each chunk, do not stay in cache.
 BLOCK_BYTES, CHUNK_BYTES = 16 << 20, 4 << 20
 MIN_CHUNK, MAX_CHUNK = 64, 256
-LARGE_BLOCK, LARGE_CHUNK = 1 << 19, 512  # numbers of a matrix, from which on that many tokens are faster
+LARGE_BLOCK, LARGE_CHUNK = 1 << 18, 512  # numbers of a matrix, from which on that many tokens are faster
 FEW = 1 << 15  # numbers in the widest activation, below which the calls cost more than the copies of the portable plan
 PACK_TOKENS = 128  # matrices are brought into the order that the BLAS likes if so many tokens share the effort
 

@@ -18,8 +18,9 @@ from structlin._parse import Step
 
 # The calls cost more than they save for so few numbers in the widest activation. Copies of the factors do if there are
 # fewer than one for each COPIED of their numbers, or COPIED_FAR of factors with more than NEAR_NUMBERS; with gradients
-# to come, which others copy too, COPIED_TWICE. Plain matrices of few tokens the BLAS multiplies as fast.
-FEW, PLAIN_TOKENS = 1 << 9, 256
+# to come, which others copy too, COPIED_TWICE. Plain matrices of few tokens the BLAS multiplies as fast, and with few
+# registers those of many too.
+FEW, PLAIN_TOKENS, PLAIN_REGISTERS = 1 << 9, 256, 32
 COPIED, COPIED_FAR, COPIED_TWICE, NEAR_NUMBERS = 32, 8, 128, 1 << 18
 # Activations are kept for the backward pass if to compute one again takes more than KEPT_WORK multiplications of
 # vectors, and of at least KEPT_SHARE of the tokens. If they have more than KEPT_BYTES they come from fresh pages of
@@ -49,12 +50,18 @@ class FusedChain:
     def suits(self, x: Tensor, tokens: int) -> bool:
         """Whether this way is the fastest for ``x``."""
         numbers = tokens * self.widest
-        if numbers < FEW or (self.plain and tokens < PLAIN_TOKENS):
+        if numbers < FEW or (self.plain and (tokens < PLAIN_TOKENS or self.registers < PLAIN_REGISTERS)):
             return False
         copied = COPIED_TWICE if torch.is_grad_enabled() else COPIED if self.numel <= NEAR_NUMBERS else COPIED_FAR
         if copied * numbers < self.numel:
             return False
         return self.program(x.dtype) is not None
+
+    @property
+    def registers(self) -> int:
+        """For vectors, of the processor that is compiled for; 0 where nothing is."""
+        target = host()
+        return 0 if target is None else target.registers
 
     @cached_property
     def _programs(self) -> dict[torch.dtype, Program | None]:

@@ -1,5 +1,6 @@
 """The ways to run a chain on a CPU give what the portable plan gives, and its gradients of every kind."""
 
+import dataclasses
 import os
 import pickle
 import subprocess
@@ -63,6 +64,7 @@ def way(monkeypatch, request):
     for name in ("COPIED", "COPIED_FAR", "COPIED_TWICE"):
         monkeypatch.setattr(passes, name, 1e9)
     monkeypatch.setattr(passes, "PLAIN_TOKENS", 0)
+    monkeypatch.setattr(passes, "PLAIN_REGISTERS", 0)
     monkeypatch.setattr(passes, "WASTE", 1e9)
     monkeypatch.setattr(passes, "SHARE", 4)
     target = None if request.param == "chunked" else HOST
@@ -355,6 +357,27 @@ def test_random_chains_agree(way):
         for got, wanted in zip(found, plain(*factors), strict=True):
             torch.testing.assert_close(got, wanted, rtol=1e-9, atol=1e-9)
     assert run >= (20 if way == "chunked" else 30)
+
+
+@pytest.mark.skipif(HOST is None, reason="nothing is compiled here")
+@pytest.mark.parametrize("registers", [16, 32])
+def test_large_and_plain_matrices_are_left_to_the_blas(registers, monkeypatch):
+    """With few registers sooner."""
+    monkeypatch.setattr(passes, "host", lambda: dataclasses.replace(HOST, registers=registers))
+    ways = []
+    for name, options in (("monarch", {"blocks": 2}), ("low_rank", {"rank": 64})):
+        for size in (512, 1024, 2048):
+            structure = sl.design(name, (size, size), **options)
+            factors = sl.random_factors(structure, backend="torch")
+            ways.append(type(structure._cpu_rows.passes(torch.ones(512, size), factors)).__name__)
+    fused, chunked, none = "FusedChain", "ChunkedChain", "NoneType"
+    assert (
+        ways
+        == {
+            16: [fused, chunked, chunked, none, none, none],
+            32: [fused, fused, chunked, fused, fused, fused],
+        }[registers]
+    )
 
 
 def test_few_numbers_are_left_to_the_portable_plan(calls):
