@@ -56,7 +56,7 @@ class CPUChain:
         """How to run ``x`` with these factors (and bias); None: by the portable plan."""
         if not x.is_cpu or x.dtype not in _DTYPES or type(x) not in _PLAIN:
             return None
-        if any(type(t) not in _PLAIN or t.dtype != x.dtype for t in operands):
+        if any(type(t) not in _PLAIN or t.dtype != x.dtype or t.is_neg() for t in operands) or x.is_neg():
             return None
         if (
             torch.is_autocast_enabled("cpu")
@@ -129,6 +129,6 @@ class _Differentiable(torch.autograd.Function):
         if torch.is_grad_enabled() or batched or not any(needs[:-1]):
             found = chain.differentiable(gy, x, factors, needs)
         else:
-            found = ctx.passes.backward(gy, x, factors, needs, saved[count:])
+            found = ctx.passes.backward(gy.resolve_neg(), x, factors, needs, saved[count:])
         gx, *others, bias = found
         return None, None, gx, bias, *others

@@ -328,6 +328,17 @@ def test_strided_input_and_gradient():
     torch.testing.assert_close(gx, matrix.sum(0).expand_as(x), rtol=1e-12, atol=1e-12)
 
 
+def test_views_with_the_sign_turned_are_read_as_such(way):
+    structure, factors, x = make("block_tensor_train")
+    weights = torch.randn(11, structure.d_out, dtype=x.dtype, generator=torch.Generator().manual_seed(3))
+    wanted = torch.autograd.grad(structure.apply(factors, x), [x, *factors], weights)
+    turned = torch._neg_view(-x.detach()).requires_grad_()
+    assert turned.is_neg()
+    found = torch.autograd.grad(structure.apply(factors, turned), [turned, *factors], torch._neg_view(-weights))
+    for got, exact in zip(found, wanted, strict=True):
+        torch.testing.assert_close(got, exact, rtol=1e-12, atol=1e-12)
+
+
 def test_transformations_take_the_portable_plan(calls):
     structure, factors, x = make("block_tensor_train")
     expected = x @ torch.from_numpy(dense_matrix(structure, factors)).T
