@@ -134,7 +134,10 @@ class Program:
         ``kept``: the activations between the steps are not computed again.
         """
         numbers = range(len(self.shapes))
-        scratch = threads * self._back_rows * self._back_block(True, self._back_rows) * self.size
+        forms, outside = self._back_forms((True,) * (2 + len(self.shapes)), kept)
+        rows = forms.sizes(outside)
+        block = self._back_block(True, sum(rows.values()), threads > 1)
+        scratch = threads * sum(row * block * BYTES[forms.elements[key[2]]] for key, row in rows.items())
         packed = sum(self.copied("back", k) for k in numbers)
         if not kept:
             packed += sum(self.copied("forward", k) for k in numbers[:-1])
@@ -156,11 +159,12 @@ class Program:
         far = self.inside == self.outside and self.numel * self.size > FACTOR_BYTES
         return far and LARGE_BLOCKS[-1] * self._back_rows * self.size > BLOCK_BYTES
 
-    def _back_block(self, gradients: bool, numbers: int) -> int:
-        """Of the backward pass, for which ``numbers`` of each token are in scratch memory."""
+    def _back_block(self, gradients: bool, numbers: int, shared: bool) -> int:
+        """Of the backward pass, for which ``numbers`` of each token are in scratch memory; ``shared`` among threads."""
         if not gradients or self.numel * self.size <= FACTOR_BYTES:
             return BLOCK
-        return next((b for b in LARGE_BLOCKS if b * numbers * self.size <= BLOCK_BYTES), LARGE_BLOCKS[-1])
+        blocks = LARGE_BLOCKS[-1:] if shared else LARGE_BLOCKS
+        return next((b for b in blocks if b * numbers * self.size <= BLOCK_BYTES), LARGE_BLOCKS[-1])
 
     def _forward(self, bias: bool, kept: bool) -> Pass:
         """Table: x, y, scratch, bias (if any), factors, and where ``kept`` the activations between steps."""
@@ -194,7 +198,7 @@ class Program:
 
         return writer.compile(body)
 
-    def _backward(self, needs: tuple[bool, ...], kept: bool) -> Pass:
+    def _backward(self, needs: tuple[bool, ...], kept: bool, shared: bool = False) -> Pass:
         """Table: x, gy, scratch, gx (if needed), factors for this pass, gradients of factors and bias, and activations.
 
         Where these are not ``kept``, it holds the factors for the forward pass in their stead. ``needs``: x, factors,
@@ -204,19 +208,10 @@ class Program:
         wanted = [k for k in range(last) if needs[k + 1]]
         passed = range(last - 1, -1 if needs[0] else min(wanted), -1)  # steps that the gradient passes through
         again = range(0 if kept else max(wanted, default=0))  # steps that are run again
-        cut = self.d_in < schedule.widths[0] or not self.rows
-        forms, paired = _Forms(self), {k for k in wanted if self._gradient_in_pairs(k)}
-        for k in again:
-            forms.read("state", k, schedule.forward[k].reads)
-        for k in wanted:
-            forms.read("state", k, "tokens" if k in paired else "plain")
-            forms.read("flow", k + 1, "tokens" if k in paired else "plain")
-        for k in passed:
-            forms.read("flow", k + 1, schedule.back[k].reads)
-        if cut and needs[0]:
-            forms.read("flow", 0)
-        outside = forms.keep("state", range(1, last)) if kept else []
-        writer = _Writer(self, self._back_block(bool(wanted), sum(forms.sizes(outside).values())))
+        cut = self._cuts_back
+        paired = {k for k in wanted if self._gradient_in_pairs(k)}
+        forms, outside = self._back_forms(needs, kept)
+        writer = _Writer(self, self._back_block(bool(wanted), sum(forms.sizes(outside).values()), shared))
         x, gy = writer.end(self.d_in), writer.end(self.d_out)
         arrays = writer.scratch(forms, outside)
         gx = writer.end(self.d_in) if needs[0] else None
@@ -275,6 +270,29 @@ class Program:
                 self._write(emitter, at(forms.one(arrays, "flow", 0)), rows[0], at(gx), self.d_in)
 
         return writer.compile(body)
+
+    def _back_forms(self, needs: tuple[bool, ...], kept: bool) -> tuple[_Forms, list[_Key]]:
+        """What the backward pass reads, and which of that is kept outside of scratch memory."""
+        schedule, last = self.schedule, len(self.schedule.forward)
+        wanted = [k for k in range(last) if needs[k + 1]]
+        passed = range(last - 1, -1 if needs[0] else min(wanted), -1)
+        forms = _Forms(self)
+        for k in range(0 if kept else max(wanted, default=0)):
+            forms.read("state", k, schedule.forward[k].reads)
+        for k in wanted:
+            form = "tokens" if self._gradient_in_pairs(k) else "plain"
+            forms.read("state", k, form)
+            forms.read("flow", k + 1, form)
+        for k in passed:
+            forms.read("flow", k + 1, schedule.back[k].reads)
+        if self._cuts_back and needs[0]:
+            forms.read("flow", 0)
+        return forms, forms.keep("state", range(1, last)) if kept else []
+
+    @property
+    def _cuts_back(self) -> bool:
+        """Whether the gradient of the input goes through scratch memory."""
+        return self.d_in < self.schedule.widths[0] or not self.rows
 
     def _read(
         self, emitter: Emitter, source: Memory, width: int, target: Memory, row: int, full: int,

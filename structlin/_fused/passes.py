@@ -26,6 +26,9 @@ COPIED, COPIED_FAR, COPIED_TWICE, NEAR_NUMBERS = 32, 8, 128, 1 << 18
 # vectors, and of at least KEPT_SHARE of the tokens. If they have more than KEPT_BYTES they come from fresh pages of
 # memory, which is worth it if to compute a byte again takes more than FRESH_WORK.
 KEPT_BYTES, KEPT_WORK, FRESH_WORK, KEPT_SHARE = 16 << 20, 3, 3, 0.125
+# Of a dense matrix and its gradient: by how much passes may be larger if they keep the activations of all tokens, and
+# by how much they have to be larger even without, to keep them anyway.
+MORE, MISSED = 0.1, 0.05
 SHARE, COPIED_SHARE = 48, 1 << 15  # tokens of a thread, and numbers that it copies, at least
 WASTE = 12  # times the instructions that products without losses would take: more is slower than what others do
 
@@ -179,7 +182,7 @@ class FusedChain:
                 again = range(max(wanted, default=0))
                 more, copies = (_places(rest), []) if rest is not None else _packed(program, "forward", again, factors)
                 tables = [[*table, *_places(mine), *more] for mine in grads[: _threads(len(part))]]
-                run = program.backward(needs, rest is not None)
+                run = program.backward(needs, rest is not None, len(tables) > 1)
                 _run(run, part, tokens, _places((x, gy)), tables, program.target)
                 del copies
         del held
@@ -193,7 +196,8 @@ class FusedChain:
         """Of how many tokens to keep the activations between the steps for the backward pass, if it pays.
 
         The others are computed again. All that the passes take is to be no more than the dense matrix and its gradient
-        would. Where there is no room for the rest of it anyway, as much as x or y is kept.
+        would, or little more if none has to be computed again. Where even the rest of it takes clearly more, as much as
+        x or y is kept.
         """
         program = self._ready(dtype)
         row = sum(program.schedule.rows[1:-1])
@@ -201,12 +205,13 @@ class FusedChain:
         work = self.macs_before_last / (program.lanes * (2 if program.pairs else 1))
         if work < KEPT_WORK * row or (tokens * size > KEPT_BYTES and work < FRESH_WORK * size):
             return 0
-        if tokens * size <= self._room(program, tokens, True):
+        dense = 2 * self.d_in * self.d_out * program.kept_dtype.itemsize
+        if tokens * size <= self._room(program, tokens, True) + MORE * dense:
             return tokens
         room = self._room(program, tokens, False)
-        if room < 0:
+        if room < -MISSED * dense:
             return tokens if row <= 1.1 * min(self.d_in, self.d_out) else 0
-        found = room // size // SHARE * SHARE
+        found = max(0, room) // size // SHARE * SHARE
         return found if found >= KEPT_SHARE * tokens else 0
 
     def _room(self, program: Program, tokens: int, kept: bool) -> int:
