@@ -70,7 +70,7 @@ class Code:
         return pointer if offset == 0 else self.value(f"getelementptr inbounds {element}, ptr {pointer}, i64 {offset}")
 
     def loop(
-        self, start: Int, stop: Int, step: int, body: Callable[[Int, Values], Values | None],
+        self, start: Int, stop: Int, step: Int, body: Callable[[Int, Values], Values | None],
         carried: Sequence[str] = (), kind: str = "", once: bool = False,
     ) -> Values:  # fmt: skip
         """``for i in range(start, stop, step): carried = body(i, carried)``; what is carried has the type ``kind``.
@@ -78,7 +78,7 @@ class Code:
         ``once``: at least one pass is certain, and not tested for.
         """
         carried = list(carried)
-        if isinstance(start, int) and isinstance(stop, int):
+        if isinstance(start, int) and isinstance(stop, int) and isinstance(step, int):
             if start >= stop:
                 return carried
             if start + step >= stop:

@@ -134,10 +134,9 @@ class Program:
         ``kept``: the activations between the steps are not computed again.
         """
         numbers = range(len(self.shapes))
-        forms, outside = self._back_forms((True,) * (2 + len(self.shapes)), kept)
-        rows = forms.sizes(outside)
+        rows, elements = self._back_rows(kept), _Forms(self).elements
         block = self._back_block(True, sum(rows.values()), threads > 1)
-        scratch = threads * sum(row * block * BYTES[forms.elements[key[2]]] for key, row in rows.items())
+        scratch = threads * sum(row * block * BYTES[elements[key[2]]] for key, row in rows.items())
         packed = sum(self.copied("back", k) for k in numbers)
         if not kept:
             packed += sum(self.copied("forward", k) for k in numbers[:-1])
@@ -145,19 +144,19 @@ class Program:
         unpacked = sum(self.copied("gradients", k) for k in numbers)
         return max(threads * sums + packed + scratch, sums + unpacked) - returned
 
-    @property
-    def _back_rows(self) -> int:
-        """Numbers of the activations and their gradients for each token."""
-        return 2 * sum(self.schedule.rows)
-
-    @property
+    @cached_property
     def spills(self) -> bool:
         """Whether the gradients of factors do not stay in cache, and as many tokens as make up for it do not either.
 
         Not in bfloat16, where other ways are slower yet.
         """
         far = self.inside == self.outside and self.numel * self.size > FACTOR_BYTES
-        return far and LARGE_BLOCKS[-1] * self._back_rows * self.size > BLOCK_BYTES
+        return far and LARGE_BLOCKS[-1] * sum(self._back_rows(False).values()) * self.size > BLOCK_BYTES
+
+    def _back_rows(self, kept: bool) -> dict[_Key, int]:
+        """Numbers of each token that the whole backward pass has in scratch memory."""
+        forms, outside = self._back_forms((True,) * (2 + len(self.shapes)), kept)
+        return forms.sizes(outside)
 
     def _back_block(self, gradients: bool, numbers: int, shared: bool) -> int:
         """Of the backward pass, for which ``numbers`` of each token are in scratch memory; ``shared`` among threads."""

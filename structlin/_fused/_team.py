@@ -15,54 +15,10 @@ from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
+from structlin._fused._ir import Code, Int, Values
 from structlin._fused._target import Target, load
 
 _PROCESS = os.getpid()  # OpenMP's threads do not live on in a process that is forked from it, but it waits for them
-
-# A job is a table of words: how many shares there are, the pass, tokens in all, the table of each share, and where each
-# starts, with the end of the last. A team may have fewer members than shares: then some run several.
-_TEXT = """
-define internal void @member(ptr %job) #0 {{
-entry:
-  %me = call i32 {number}()
-  %members = call i32 {count}()
-  %first = zext i32 %me to i64
-  %step = zext i32 %members to i64
-  %shares = load i64, ptr %job
-  %pass.at = getelementptr i64, ptr %job, i64 1
-  %pass = load ptr, ptr %pass.at
-  %total.at = getelementptr i64, ptr %job, i64 2
-  %total = load i64, ptr %total.at
-  %tables = getelementptr i64, ptr %job, i64 3
-  %cuts = getelementptr i64, ptr %tables, i64 %shares
-  br label %head
-head:
-  %share = phi i64 [ %first, %entry ], [ %next, %body ]
-  %more = icmp ult i64 %share, %shares
-  br i1 %more, label %body, label %done
-body:
-  %table.at = getelementptr i64, ptr %tables, i64 %share
-  %table = load ptr, ptr %table.at
-  %start.at = getelementptr i64, ptr %cuts, i64 %share
-  %start = load i64, ptr %start.at
-  %stop.at = getelementptr i64, ptr %start.at, i64 1
-  %stop = load i64, ptr %stop.at
-  call void %pass(ptr %table, i64 %start, i64 %stop, i64 %total)
-  %next = add i64 %share, %step
-  br label %head
-done:
-  ret void
-}}
-
-define void @team(ptr %job) #0 {{
-  %shares = load i64, ptr %job
-  %members = trunc i64 %shares to i32
-  call void {parallel}(ptr @member, ptr %job, i32 %members, i32 0)
-  ret void
-}}
-
-attributes #0 = {{ nounwind }}
-"""
 
 
 def run_shares(
@@ -75,7 +31,7 @@ def run_shares(
     team = _team(target) if os.getpid() == _PROCESS else None
     if team is not None:
         words = [len(arrays), _address(run), total, *map(ctypes.addressof, arrays), *cuts]
-        return team((ctypes.c_int64 * len(words))(*words))
+        return team((ctypes.c_int64 * len(words))(*words), len(arrays))
     pool = _pool(len(arrays) - 1, os.getpid())
     others = [pool.submit(run, arrays[k], cuts[k], cuts[k + 1], total) for k in range(1, len(arrays))]
     run(arrays[0], cuts[0], cuts[1], total)
@@ -86,13 +42,39 @@ def run_shares(
 
 @cache
 def _team(target: Target) -> Callable[..., None] | None:
-    """None where torch has another OpenMP, or none."""
-    names = {"parallel": "GOMP_parallel", "number": "omp_get_thread_num", "count": "omp_get_num_threads"}
+    """Run a job, which is a table of words, in so many threads; None where torch has another OpenMP, or none."""
+    names = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
     library = _torch_library()
-    if library is None or not all(hasattr(library, name) for name in names.values()):
+    if library is None or not all(hasattr(library, name) for name in names):
         return None
-    places = {key: f"inttoptr (i64 {_address(getattr(library, name))} to ptr)" for key, name in names.items()}
-    return load(_TEXT.format(**places), "team", target, [ctypes.c_void_p])
+    parallel, number, count = (getattr(library, name) for name in names)
+    member = _member(_address(number), _address(count), target)
+    parallel.restype, parallel.argtypes = None, [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
+    return lambda job, threads: parallel(_address(member), job, threads, 0)
+
+
+def _member(number: int, count: int, target: Target) -> Callable[..., None]:
+    """What each member of a team does; the functions at these addresses say which it is, and of how many.
+
+    A job: how many shares there are, the pass, tokens in all, the table of each share, and where each starts, with the
+    end of the last. A team may have fewer members than shares: then some run several.
+    """
+    code = Code()
+
+    def word(at: Int, kind: str = "i64") -> str:
+        return code.value(f"load {kind}, ptr {code.at('i64', '%job', at)}")
+
+    first, members = (code.value(f"call i32 inttoptr (i64 {f} to ptr)()") for f in (number, count))
+    start, step = (code.value(f"zext i32 {n} to i64") for n in (first, members))
+    shares, run, total = word(0), word(1, "ptr"), word(2)
+    cuts = code.add(shares, 3)
+
+    def share(k: Int, _: Values) -> None:
+        table, cut = word(code.add(k, 3), "ptr"), code.add(cuts, k)
+        code.put(f"call void {run}(ptr {table}, i64 {word(cut)}, i64 {word(code.add(cut, 1))}, i64 {total})")
+
+    code.loop(start, shares, step, share)
+    return load(code.function("member", "ptr %job", "nounwind"), "member", target, [ctypes.c_void_p])
 
 
 def _torch_library() -> ctypes.CDLL | None:

@@ -264,13 +264,16 @@ def test_the_blas_takes_the_backward_pass_of_what_falls_out_of_cache(monkeypatch
     monkeypatch.setattr(_chunked, "FEW", 0)
     wanted = torch.autograd.grad(structure._portable(factors, x, sl._arrays.ops("torch")).sin().sum(), [x, *factors])
     ways, found = [], []
-    for way in (structure._cpu_rows._fused, structure._cpu_rows._chunked):
-        run = way.backward
-        monkeypatch.setattr(way, "backward", lambda *a, way=way, run=run: ways.append(type(way)) or run(*a))
+    for kind in (passes.FusedChain, _chunked.ChunkedChain):
+        run = kind.backward
+        monkeypatch.setattr(kind, "backward", lambda *a, kind=kind, run=run: ways.append(kind) or run(*a))
     for bytes_ in (1 << 30, 0):
+        structure = make("monarch")[0]  # which way it takes is found out once
+        _program.make_program.cache_clear()
         monkeypatch.setattr(_program, "FACTOR_BYTES", bytes_)
         monkeypatch.setattr(_program, "BLOCK_BYTES", bytes_)
         found.append(torch.autograd.grad(structure.apply(factors, x).sin().sum(), [x, *factors]))
+    _program.make_program.cache_clear()
     assert ways == [passes.FusedChain, _chunked.ChunkedChain]
     for gradients in found:
         for got, exact in zip(gradients, wanted, strict=True):

@@ -4,42 +4,36 @@ import ctypes
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from structlin._fused import _team
+from structlin._fused._ir import Code
 from structlin._fused._target import host, load
 
 HOST = host()
 pytestmark = pytest.mark.skipif(HOST is None, reason="nothing is compiled here")
 
-# Adds the total to each of the numbers of its range.
-_COUNT = """
-define void @count(ptr %table, i64 %first, i64 %last, i64 %total) {
-entry:
-  %numbers = load ptr, ptr %table
-  br label %head
-head:
-  %i = phi i64 [ %first, %entry ], [ %next, %body ]
-  %more = icmp slt i64 %i, %last
-  br i1 %more, label %body, label %done
-body:
-  %at = getelementptr i64, ptr %numbers, i64 %i
-  %old = load i64, ptr %at
-  %new = add i64 %old, %total
-  store i64 %new, ptr %at
-  %next = add i64 %i, 1
-  br label %head
-done:
-  ret void
-}
-"""
+
+def counter():
+    """Adds the total to each of the numbers of its range."""
+    code = Code()
+    numbers = code.value("load ptr, ptr %table")
+
+    def count(i, _):
+        at = code.at("i64", numbers, i)
+        old = code.value(f"load i64, ptr {at}")
+        code.put(f"store i64 {code.add(old, '%total')}, ptr {at}")
+
+    code.loop("%first", "%last", 1, count)
+    text = code.function("count", "ptr %table, i64 %first, i64 %last, i64 %total", "nounwind")
+    return load(text, "count", HOST, [ctypes.c_void_p, *[ctypes.c_int64] * 3])
 
 
 def counted(cuts):
-    run = load(_COUNT, "count", HOST, [ctypes.c_void_p, *[ctypes.c_int64] * 3])
-    shares = len(cuts) - 1
+    run, shares = counter(), len(cuts) - 1
     numbers = torch.zeros(shares, cuts[-1], dtype=torch.int64)
     _team.run_shares(run, [[row.data_ptr()] for row in numbers], cuts, 5, HOST)
     expected = torch.zeros_like(numbers)
@@ -69,9 +63,10 @@ def test_torchs_own_threads_are_taken(monkeypatch):
 
 @pytest.mark.parametrize("setting", [{"OMP_THREAD_LIMIT": "1"}, {"OMP_DYNAMIC": "true"}, {"OMP_NUM_THREADS": "3"}])
 def test_a_team_may_be_smaller(setting):
-    code = """
-import torch
-from tests.structlin.fused.test_team import CUTS, counted
+    code = f"""
+import sys, torch
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from test_team import CUTS, counted
 for cuts in CUTS:
     found, expected = counted(cuts)
     assert torch.equal(found, expected)
