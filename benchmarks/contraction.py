@@ -56,7 +56,7 @@ def measure(name: str, options: dict, size: int, tokens: int, dtype: torch.dtype
     }
     if cpu._chunked.merges:
         calls["chunked"] = lambda: cpu(cpu._chunked, x, factors)
-    if cpu._fused.program(dtype) is not None:
+    if cpu._fused._program(dtype) is not None:
         calls["fused"] = lambda: cpu(cpu._fused, x, factors)
     forward = list(calls.values())
     with torch.no_grad():

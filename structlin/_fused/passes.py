@@ -4,89 +4,42 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import cached_property
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from structlin._fused._program import ELEMENTS, Packing, Pass, Program, make_program
+from structlin._fused._program import Packing, Pass, Program
+from structlin._fused._rules import COPIED_SHARE, ChainRules, cuts, shares
 from structlin._fused._schedule import LINE
-from structlin._fused._target import Target, host
+from structlin._fused._target import Target
 from structlin._fused._team import run_shares
 from structlin._parse import Step
 
-# The calls cost more than they save for so few numbers in the widest activation. Copies of the factors do if there are
-# fewer than one for each COPIED of their numbers, or COPIED_FAR of factors with more than NEAR_NUMBERS; with gradients
-# to come, which others copy too, COPIED_TWICE. Plain matrices of few tokens the BLAS multiplies as fast, and with few
-# registers those of many too.
-FEW, PLAIN_TOKENS, PLAIN_REGISTERS = 1 << 9, 256, 32
-COPIED, COPIED_FAR, COPIED_TWICE, NEAR_NUMBERS = 32, 8, 128, 1 << 18
-# Activations are kept for the backward pass if to compute one again takes more than KEPT_WORK multiplications of
-# vectors, and of at least KEPT_SHARE of the tokens. If they have more than KEPT_BYTES they come from fresh pages of
-# memory, which is worth it if to compute a byte again takes more than FRESH_WORK.
-KEPT_BYTES, KEPT_WORK, FRESH_WORK, KEPT_SHARE = 16 << 20, 3, 3, 0.125
-# Of a dense matrix and its gradient: by how much passes may be larger if they keep the activations of all tokens, and
-# by how much they have to be larger even without, to keep them anyway.
-MORE, MISSED = 0.1, 0.05
-SHARE, COPIED_SHARE = 48, 1 << 15  # tokens of a thread, and numbers that it copies, at least
-WASTE = 12  # times the instructions that products without losses would take: more is slower than what others do
 
-
-class FusedChain:
+class FusedChain(ChainRules):
     """The two passes; see :class:`structlin._cpu.Passes`."""
 
     def __init__(
         self, steps: tuple[Step, ...], sizes: tuple[tuple[str, int], ...], d_in: int, d_out: int, rows: bool
     ) -> None:
-        self._chain, self.rows, self.d_in, self.d_out = (steps, sizes, d_in, d_out, rows), rows, d_in, d_out
-        size = dict(sizes)
-        self.widest = max(math.prod(size[a] for a in axes) for step in steps for axes in (step.input, step.output))
-        self.shapes = [tuple(size[a] for a in step.factor) for step in steps]
-        macs = [math.prod(size[a] for a in set(step.input + step.factor)) for step in steps]
-        self.macs, self.macs_before_last = sum(macs), sum(macs[:-1])
-        self.numel = sum(map(math.prod, self.shapes))
-        self.plain = not any(step.batch or step.carried for step in steps)
+        super().__init__(steps, sizes, d_in, d_out, rows)
         # Of plain matrices whether each is (free, contracted), or else the other way round; None of others.
         self._upright = _upright(steps, sizes, d_in, d_out) if rows and self.plain else None
+        self._found: dict[torch.dtype, Program | None] = {}
 
     def suits(self, x: Tensor, tokens: int) -> bool:
         """Whether this way is the fastest for ``x``."""
-        numbers = tokens * self.widest
-        if numbers < FEW or (self.plain and (tokens < PLAIN_TOKENS or self.registers < PLAIN_REGISTERS)):
-            return False
-        copied = COPIED_TWICE if torch.is_grad_enabled() else COPIED if self.numel <= NEAR_NUMBERS else COPIED_FAR
-        if copied * numbers < self.numel:
-            return False
-        return self.program(x.dtype) is not None
-
-    @property
-    def registers(self) -> int:
-        """For vectors, of the processor that is compiled for; 0 where nothing is."""
-        target = host()
-        return 0 if target is None else target.registers
-
-    @cached_property
-    def _programs(self) -> dict[torch.dtype, Program | None]:
-        return {}
-
-    def program(self, dtype: torch.dtype) -> Program | None:
-        """None where the chain is not to be run this way."""
-        if dtype not in self._programs:
-            target, name = host(), str(dtype).removeprefix("torch.")
-            found = None
-            if target is not None and name in ELEMENTS:
-                found = make_program(*self._chain, name, target)
-            if found is not None:
-                lanes = found.lanes
-                if found.schedule.cost + found.schedule.back_cost > 3 * WASTE * self.macs / lanes:
-                    found = None
-            self._programs[dtype] = found
-        return self._programs[dtype]
+        return self.pays(tokens, torch.is_grad_enabled()) and self._program(x.dtype) is not None
 
     def spills(self, dtype: torch.dtype) -> bool:
         """Whether the backward pass has too much to hold in cache."""
         return self._ready(dtype).spills
+
+    def _program(self, dtype: torch.dtype) -> Program | None:
+        if dtype not in self._found:
+            self._found[dtype] = self.program(str(dtype).removeprefix("torch."))
+        return self._found[dtype]
 
     def forward(
         self, x: Tensor, factors: Sequence[Tensor], bias: Tensor | None = None, kept: list[Tensor] | None = None
@@ -94,7 +47,7 @@ class FusedChain:
         program = self._ready(x.dtype)
         x, tokens, inside = x.contiguous(), x.shape[0 if self.rows else 1], program.dtype
         y = x.new_empty((tokens, self.d_out) if self.rows else (self.d_out, tokens))
-        cut = self._kept_tokens(x.dtype, tokens) if kept is not None else 0
+        cut = self.kept_tokens(program, tokens, _threads(tokens)) if kept is not None else 0
         found = [torch.empty(cut * row, dtype=program.kept_dtype) for row in program.schedule.rows[1:-1]] if cut else []
         if kept is not None:
             kept += found
@@ -188,39 +141,9 @@ class FusedChain:
         del held
 
     def _ready(self, dtype: torch.dtype) -> Program:
-        program = self.program(dtype)
+        program = self._program(dtype)
         assert program is not None
         return program
-
-    def _kept_tokens(self, dtype: torch.dtype, tokens: int) -> int:
-        """Of how many tokens to keep the activations between the steps for the backward pass, if it pays.
-
-        The others are computed again. All that the passes take is to be no more than the dense matrix and its gradient
-        would, or little more if none has to be computed again. Where even the rest of it takes clearly more, as much as
-        x or y is kept.
-        """
-        program = self._ready(dtype)
-        row = sum(program.schedule.rows[1:-1])
-        size = row * program.kept_dtype.itemsize
-        work = self.macs_before_last / (program.lanes * (2 if program.pairs else 1))
-        if work < KEPT_WORK * row or (tokens * size > KEPT_BYTES and work < FRESH_WORK * size):
-            return 0
-        dense = 2 * self.d_in * self.d_out * program.kept_dtype.itemsize
-        if tokens * size <= self._room(program, tokens, True) + MORE * dense:
-            return tokens
-        room = self._room(program, tokens, False)
-        if room < -MISSED * dense:
-            return tokens if row <= 1.1 * min(self.d_in, self.d_out) else 0
-        found = max(0, room) // size // SHARE * SHARE
-        return found if found >= KEPT_SHARE * tokens else 0
-
-    def _room(self, program: Program, tokens: int, kept: bool) -> int:
-        """Bytes that the dense matrix and its gradient take, less those that the passes do.
-
-        Without the activations between the steps, which are ``kept`` or in part computed again.
-        """
-        dense, own = (2 * n * program.kept_dtype.itemsize for n in (self.d_in * self.d_out, self.numel))
-        return dense - own - program.work_bytes(_threads(tokens), kept)
 
 
 def _upright(
@@ -270,8 +193,8 @@ def _unpacked(program: Program, numbers: Sequence[int], found: Sequence[Tensor],
 def _copy(program: Program, packing: Packing, table: Sequence[int]) -> None:
     """From and to where the table says."""
     if table:
-        shares = max(1, min(torch.get_num_threads(), packing.numbers // COPIED_SHARE))
-        run_shares(packing.run, [table] * shares, range(shares + 1), shares, program.target)
+        count = max(1, min(torch.get_num_threads(), packing.numbers // COPIED_SHARE))
+        run_shares(packing.run, [table] * count, range(count + 1), count, program.target)
 
 
 def _places(tensors: Sequence[Tensor]) -> list[int]:
@@ -279,18 +202,16 @@ def _places(tensors: Sequence[Tensor]) -> list[int]:
 
 
 def _threads(tokens: int) -> int:
-    return max(1, min(torch.get_num_threads(), tokens // SHARE))
+    return shares(tokens, torch.get_num_threads())
 
 
 def _run(
     run: Pass, part: range, tokens: int, ends: Sequence[int], tables: Sequence[Sequence[int]], target: Target
 ) -> None:  # fmt: skip
     """Run a part of the tokens, shared among as many threads as there are tables; all are of addresses."""
-    threads, blocks = len(tables), math.ceil(len(part) / run.block)
-    cuts = [min(part.stop, part.start + blocks * k // threads * run.block) for k in range(threads + 1)]
+    threads = len(tables)
     each = -(-run.scratch // LINE) * LINE
     scratch = torch.empty(threads * each + LINE, dtype=torch.uint8)
     first = -(-scratch.data_ptr() // LINE) * LINE  # vectors that start at the end of a cache line are slow
-    run_shares(
-        run.run, [[*ends, first + k * each, *table] for k, table in enumerate(tables)], cuts, tokens, target
-    )  # fmt: skip
+    tables = [[*ends, first + k * each, *table] for k, table in enumerate(tables)]
+    run_shares(run.run, tables, cuts(part, run.block, threads), tokens, target)

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import structlin as sl
 from structlin import _chunked
-from structlin._fused import _loops, _program, _target, passes
+from structlin._fused import _loops, _program, _rules, _target, passes
 from structlin.testing import dense_matrix, random_chain
 
 CASES = {
@@ -60,18 +60,18 @@ def way(monkeypatch, request):
     monkeypatch.setattr(_chunked, "MAX_CHUNK", 4)
     monkeypatch.setattr(_chunked, "PACK_TOKENS", 4)
     monkeypatch.setattr(_chunked, "FEW", 0)
-    monkeypatch.setattr(passes, "FEW", 0)
+    monkeypatch.setattr(_rules, "FEW", 0)
     for name in ("COPIED", "COPIED_FAR", "COPIED_TWICE"):
-        monkeypatch.setattr(passes, name, 1e9)
-    monkeypatch.setattr(passes, "PLAIN_TOKENS", 0)
-    monkeypatch.setattr(passes, "PLAIN_REGISTERS", 0)
-    monkeypatch.setattr(passes, "WASTE", 1e9)
-    monkeypatch.setattr(passes, "SHARE", 4)
+        monkeypatch.setattr(_rules, name, 1e9)
+    monkeypatch.setattr(_rules, "PLAIN_TOKENS", 0)
+    monkeypatch.setattr(_rules, "PLAIN_REGISTERS", 0)
+    monkeypatch.setattr(_rules, "WASTE", 1e9)
+    monkeypatch.setattr(_rules, "SHARE", 4)
     target = None if request.param == "chunked" else HOST
     if request.param == "avx2":  # the code for fewer and shorter registers
         flags = ",".join(f for f in HOST.features.split(",") if "avx512" not in f)
         target = replace(HOST, width=32, registers=16, features=flags, half_products=False)
-    monkeypatch.setattr(passes, "host", lambda: target)
+    monkeypatch.setattr(_rules, "host", lambda: target)
     before = torch.get_num_threads()
     torch.set_num_threads(3 if request.param == "threads" else 1)
     yield request.param
@@ -219,13 +219,13 @@ def test_activations_that_are_kept_change_nothing(name, way, monkeypatch):
     structure, factors, x = make(name, tokens=101)
     chain = structure._cpu_rows._fused
     weights = torch.randn(101, structure.d_out, dtype=x.dtype, generator=torch.Generator().manual_seed(3))
-    rows = chain.program(x.dtype).schedule.rows[1:-1]
+    rows = chain._ready(x.dtype).schedule.rows[1:-1]
     found, steps = [], len(factors)
     for tokens in (0, 48, 101):
-        monkeypatch.setattr(passes, "KEPT_BYTES", 1 << 30 if tokens else 0)
-        monkeypatch.setattr(passes, "KEPT_WORK", 0)
-        monkeypatch.setattr(passes, "MORE", 0)
-        monkeypatch.setattr(chain, "_room", lambda *_, n=tokens: n * 8 * sum(rows))
+        monkeypatch.setattr(_rules, "KEPT_BYTES", 1 << 30 if tokens else 0)
+        monkeypatch.setattr(_rules, "KEPT_WORK", 0)
+        monkeypatch.setattr(_rules, "MORE", 0)
+        monkeypatch.setattr(chain, "room", lambda *_, n=tokens: n * 8 * sum(rows))
         kept = []
         y = chain.forward(x, factors, None, kept)
         assert [len(t) for t in kept] == ([tokens * row for row in rows] if tokens else [])
@@ -245,12 +245,12 @@ def test_activations_that_are_kept_change_nothing(name, way, monkeypatch):
 def test_what_is_kept_has_room_beside_what_a_dense_matrix_takes(dtype):
     structure = sl.design("monarch", (512, 512), blocks=4)
     chain = structure._cpu_rows._fused
-    program = chain.program(dtype)
+    program = chain._ready(dtype)
     size = sum(program.schedule.rows[1:-1]) * dtype.itemsize
     dense, own = 2 * 512 * 512 * dtype.itemsize, 2 * chain.numel * dtype.itemsize
     for tokens in (48, 480, 1440):
-        kept = chain._kept_tokens(dtype, tokens)
-        if chain._room(program, tokens, False) < -0.05 * dense:
+        kept = chain.kept_tokens(program, tokens, passes._threads(tokens))
+        if chain.room(program, passes._threads(tokens), False) < -0.05 * dense:
             assert kept == tokens  # as much as x
         else:
             work = program.work_bytes(passes._threads(tokens), kept == tokens)
@@ -294,7 +294,7 @@ def test_plain_matrices_in_bfloat16(chain, plain, kept, monkeypatch):
     factors = sl.random_factors(structure, seed=1, backend="torch", dtype=torch.bfloat16)
     generator = torch.Generator().manual_seed(2)
     x, gy = (torch.randn(101, d, generator=generator).to(torch.bfloat16) for d in structure.shape[::-1])
-    monkeypatch.setattr(chain, "_kept_tokens", lambda *_: kept)
+    monkeypatch.setattr(chain, "kept_tokens", lambda *_: kept)
     held = []
     chain.forward(x, factors, None, held)
     doubles = [t.double().requires_grad_() for t in (x, *factors)]
@@ -364,7 +364,7 @@ def test_random_chains_agree(way):
         ]
         x = torch.randn(9, structure.d_in, dtype=torch.float64)
         chain = structure._cpu_rows
-        run += chain._chunked.merges if way == "chunked" else chain._fused.program(x.dtype) is not None
+        run += chain._chunked.merges if way == "chunked" else chain._fused._program(x.dtype) is not None
         matrix = torch.from_numpy(dense_matrix(structure, factors))
         torch.testing.assert_close(structure.apply(factors, x), x @ matrix.T, rtol=1e-10, atol=1e-10)
         plain = torch.func.grad(lambda *f, s=structure, x=x: s.apply(f, x).square().sum(), tuple(range(len(factors))))
@@ -378,7 +378,7 @@ def test_random_chains_agree(way):
 @pytest.mark.parametrize("registers", [16, 32])
 def test_large_and_plain_matrices_are_left_to_the_blas(registers, monkeypatch):
     """With few registers sooner."""
-    monkeypatch.setattr(passes, "host", lambda: dataclasses.replace(HOST, registers=registers))
+    monkeypatch.setattr(_rules, "host", lambda: dataclasses.replace(HOST, registers=registers))
     ways = []
     for name, options in (("monarch", {"blocks": 2}), ("low_rank", {"rank": 64})):
         for size in (512, 1024, 2048):
@@ -491,8 +491,8 @@ def test_storages_of_operands_can_still_be_resized(way):
 
 def test_what_nothing_is_compiled_for(monkeypatch):
     structure, _, x = make("block_tensor_train")
-    monkeypatch.setattr(passes, "FEW", 0)
-    monkeypatch.setattr(passes, "host", lambda: None)  # no llvmlite, no AVX2
+    monkeypatch.setattr(_rules, "FEW", 0)
+    monkeypatch.setattr(_rules, "host", lambda: None)  # no llvmlite, no AVX2
     assert not structure._cpu_rows._fused.suits(x, 11)
 
 
@@ -533,7 +533,7 @@ def test_parts_and_blocks_change_nothing(name, changes, monkeypatch):
     _program.make_program.cache_clear()
     try:
         chain = structure._cpu_rows._fused
-        if chain.program(x.dtype) is None:
+        if chain._ready(x.dtype) is None:
             return
         found = (chain.forward(x, factors), *chain.backward(weights, x, factors, [True] * (2 + len(factors))))
     finally:
@@ -562,10 +562,10 @@ def test_parts_and_blocks_change_nothing(name, changes, monkeypatch):
 )
 def test_pairs_of_bfloat16(name, options, tokens, monkeypatch):
     """Sums are in float32; what lies between two steps is rounded to bfloat16."""
-    monkeypatch.setattr(passes, "FEW", 0)
+    monkeypatch.setattr(_rules, "FEW", 0)
     structure = sl.design(name, (20 * 36, 16 * 28), **options)
     chain = structure._cpu_rows._fused
-    program = chain.program(torch.bfloat16)
+    program = chain._program(torch.bfloat16)
     operations = (*program.schedule.forward, *program.schedule.back)
     assert any(operation.product.paired for operation in operations)
     if name == "block_tensor_train" and options["rank"] == 1:

@@ -1,0 +1,110 @@
+"""Which chains are compiled and for which inputs, and what of a forward pass is kept for the backward one."""
+
+from __future__ import annotations
+
+import math
+
+from structlin._fused._product import BYTES
+from structlin._fused._program import ELEMENTS, Program, make_program
+from structlin._fused._target import host
+from structlin._parse import Step
+
+# The calls cost more than they save for so few numbers in the widest activation. Copies of the factors do if there are
+# fewer than one for each COPIED of their numbers, or COPIED_FAR of factors with more than NEAR_NUMBERS; with gradients
+# to come, which others copy too, COPIED_TWICE. Plain matrices of few tokens the BLAS multiplies as fast, and with few
+# registers those of many too.
+FEW, PLAIN_TOKENS, PLAIN_REGISTERS = 1 << 9, 256, 32
+COPIED, COPIED_FAR, COPIED_TWICE, NEAR_NUMBERS = 32, 8, 128, 1 << 18
+# Activations are kept for the backward pass if to compute one again takes more than KEPT_WORK multiplications of
+# vectors, and of at least KEPT_SHARE of the tokens. If they have more than KEPT_BYTES they come from fresh pages of
+# memory, which is worth it if to compute a byte again takes more than FRESH_WORK.
+KEPT_BYTES, KEPT_WORK, FRESH_WORK, KEPT_SHARE = 16 << 20, 3, 3, 0.125
+# Of a dense matrix and its gradient: by how much passes may be larger if they keep the activations of all tokens, and
+# by how much they have to be larger even without, to keep them anyway.
+MORE, MISSED = 0.1, 0.05
+SHARE, COPIED_SHARE = 48, 1 << 15  # tokens of a thread, and numbers that it copies, at least
+WASTE = 12  # times the instructions that products without losses would take: more is slower than what others do
+
+
+class ChainRules:
+    """Of one chain, for row-major activations or column-major ones; dtypes are given by name."""
+
+    def __init__(
+        self, steps: tuple[Step, ...], sizes: tuple[tuple[str, int], ...], d_in: int, d_out: int, rows: bool
+    ) -> None:
+        self._chain, self.rows, self.d_in, self.d_out = (steps, sizes, d_in, d_out, rows), rows, d_in, d_out
+        size = dict(sizes)
+        self.widest = max(math.prod(size[a] for a in axes) for step in steps for axes in (step.input, step.output))
+        self.shapes = [tuple(size[a] for a in step.factor) for step in steps]
+        macs = [math.prod(size[a] for a in set(step.input + step.factor)) for step in steps]
+        self.macs, self.macs_before_last = sum(macs), sum(macs[:-1])
+        self.numel = sum(map(math.prod, self.shapes))
+        self.plain = not any(step.batch or step.carried for step in steps)
+        self._programs: dict[str, Program | None] = {}
+
+    @property
+    def registers(self) -> int:
+        """For vectors, of the processor that is compiled for; 0 where nothing is."""
+        target = host()
+        return 0 if target is None else target.registers
+
+    def program(self, dtype: str) -> Program | None:
+        """None where the chain is not to be run this way."""
+        if dtype not in self._programs:
+            target, found = host(), None
+            if target is not None and dtype in ELEMENTS:
+                found = make_program(*self._chain, dtype, target)
+            if found is not None:
+                lanes = found.lanes
+                if found.schedule.cost + found.schedule.back_cost > 3 * WASTE * self.macs / lanes:
+                    found = None
+            self._programs[dtype] = found
+        return self._programs[dtype]
+
+    def pays(self, tokens: int, gradients: bool) -> bool:
+        """Whether there is enough to do for so many tokens; ``gradients``: the backward pass is to come."""
+        numbers = tokens * self.widest
+        if numbers < FEW or (self.plain and (tokens < PLAIN_TOKENS or self.registers < PLAIN_REGISTERS)):
+            return False
+        copied = COPIED_TWICE if gradients else COPIED if self.numel <= NEAR_NUMBERS else COPIED_FAR
+        return copied * numbers >= self.numel
+
+    def kept_tokens(self, program: Program, tokens: int, threads: int) -> int:
+        """Of how many tokens to keep the activations between the steps for the backward pass, if it pays.
+
+        The others are computed again. All that the passes take is to be no more than the dense matrix and its gradient
+        would, or little more if none has to be computed again. Where even the rest of it takes clearly more, as much as
+        x or y is kept.
+        """
+        row, item = sum(program.schedule.rows[1:-1]), BYTES[program.outside]
+        size = row * item
+        work = self.macs_before_last / (program.lanes * (2 if program.pairs else 1))
+        if work < KEPT_WORK * row or (tokens * size > KEPT_BYTES and work < FRESH_WORK * size):
+            return 0
+        dense = 2 * self.d_in * self.d_out * item
+        if tokens * size <= self.room(program, threads, True) + MORE * dense:
+            return tokens
+        room = self.room(program, threads, False)
+        if room < -MISSED * dense:
+            return tokens if row <= 1.1 * min(self.d_in, self.d_out) else 0
+        found = max(0, room) // size // SHARE * SHARE
+        return found if found >= KEPT_SHARE * tokens else 0
+
+    def room(self, program: Program, threads: int, kept: bool) -> int:
+        """Bytes that the dense matrix and its gradient take, less those that the passes do.
+
+        Without the activations between the steps, which are ``kept`` or in part computed again.
+        """
+        dense, own = (2 * n * BYTES[program.outside] for n in (self.d_in * self.d_out, self.numel))
+        return dense - own - program.work_bytes(threads, kept)
+
+
+def shares(tokens: int, threads: int) -> int:
+    """Among how many of the threads to share the tokens."""
+    return max(1, min(threads, tokens // SHARE))
+
+
+def cuts(part: range, block: int, count: int) -> list[int]:
+    """Where ``count`` shares of a part of the tokens start, which are whole blocks, with the end of the last."""
+    blocks = math.ceil(len(part) / block)
+    return [min(part.stop, part.start + blocks * k // count * block) for k in range(count + 1)]
