@@ -343,6 +343,10 @@ class Structure(AbstractStructure):
             passes = self._cpu_rows.passes(x, factors if bias is None else (*factors, bias))
             if passes is not None:
                 return self._cpu_rows(passes, x, factors, bias)
+        if xp.name == "jax":
+            from structlin._jax import run
+
+            return run(self, factors, x, bias)
         y = self._portable(factors, x, xp)
         return y if bias is None else y + bias
 
@@ -351,6 +355,10 @@ class Structure(AbstractStructure):
             passes = self._cpu_columns.passes(x, factors)
             if passes is not None:
                 return self._cpu_columns(passes, x, factors)
+        if xp.name == "jax":
+            from structlin._jax import run
+
+            return run(self, factors, x, rows=False)
         return self._portable(factors, x, xp, rows=False)
 
     def _portable(self, factors: Sequence[Array], x: Array, xp: SimpleNamespace, rows: bool = True) -> Array:

@@ -1,0 +1,340 @@
+"""Which way a chain is run in jax, and its derivatives.
+
+On a single CPU device the chain and its gradients are operations of their own, which XLA calls
+(:mod:`structlin._fused.xla`). They have all rules that jax's own operations have: any order of differentiation in both
+modes, vmap, transposition. Where such a rule, another device or a partition over several ones needs the single
+products, these are the portable plan's, as they are where nothing is compiled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+
+from structlin._arrays import ops
+from structlin._fused._rules import shares
+from structlin._fused.xla import XLAChain, threads
+
+if TYPE_CHECKING:
+    from structlin.structure import Structure
+
+__all__ = ["macs_of", "run"]
+
+Array = Any
+
+
+def run(structure: Structure, factors: Sequence[Array], x: Array, bias: Array | None = None, rows: bool = True) -> Array:
+    """(tokens, d_in) -> (tokens, d_out), or columns."""
+    operands = (x, *factors) if bias is None else (x, *factors, bias)
+    if _is_compiled(structure, operands, rows):
+        return _chain.bind(*operands, structure=structure, rows=rows, bias=bias is not None, kept=0)[0]
+    return _portable(*operands, structure=structure, rows=rows, bias=bias is not None)
+
+
+def macs_of(name: str, structure: Structure, tokens: int, needs: Sequence[bool] = ()) -> int | None:
+    """Multiply-accumulates of an operation in a jaxpr; None where ``name`` is none of those here.
+
+    ``needs``: of derivatives, which of x and the factors have one.
+    """
+    if name == _chain.name:
+        return structure.macs * tokens
+    if name not in (_tangent.name, _gradients.name):
+        return None
+    steps, total, passed = [f.numel * f.carried for f in structure.factors], 0, needs[0]
+    for macs, need in zip(steps, needs[1:], strict=False):
+        total += macs * (passed + need)
+        passed = passed or need
+    return total * tokens
+
+
+def _is_compiled(structure: Structure, operands: Sequence[Array], rows: bool) -> bool:
+    x = operands[0]
+    tokens, dtype = x.shape[0 if rows else 1], str(x.dtype)
+    if any(str(t.dtype) != dtype for t in operands) or not isinstance(tokens, int) or jax.default_backend() != "cpu":
+        return False
+    if not jax.sharding.get_abstract_mesh().empty or any(not jax.typeof(t).sharding.mesh.empty for t in operands):
+        return False
+    chain = _of(structure, rows)
+    return chain.pays(tokens, False) and chain.ready(dtype) is not None
+
+
+@lru_cache(maxsize=512)
+def _of(structure: Structure, rows: bool) -> XLAChain:
+    return XLAChain(structure.steps, structure.sizes, structure.d_in, structure.d_out, rows)
+
+
+def _portable(x: Array, *operands: Array, structure: Structure, rows: bool, bias: bool) -> Array:
+    factors = operands[:-1] if bias else operands
+    y = structure._portable(factors, x, ops("jax"), rows)
+    return y + operands[-1] if bias else y
+
+
+def _portable_tangent(*operands: Array, structure: Structure, rows: bool, needs: tuple[bool, ...]) -> Array:
+    """The sum over all ``needs`` of the tangents given, of x, factors and bias, of which the primals follow."""
+    tangents, primals, places = _split(operands, structure, needs)
+    given = dict(zip(places, tangents, strict=True))
+    found = given.pop(len(primals), None)
+    if given:
+        through = _of_some(lambda *all_: structure._portable(all_[1:], all_[0], ops("jax"), rows), primals, list(given))
+        _, tangent = jax.jvp(through, [primals[k] for k in given], list(given.values()))
+        found = tangent if found is None else tangent + found
+    return jnp.broadcast_to(found, _shape(structure, primals[0], rows))
+
+
+def _portable_gradients(
+    gy: Array, *operands: Array, structure: Structure, rows: bool, needs: tuple[bool, ...]
+) -> tuple[Array, ...]:
+    _, primals, places = _split(operands, structure, ())
+    places = [k for k in range(len(primals)) if needs[k]]
+    found: tuple[Array, ...] = ()
+    if places:
+        through = _of_some(lambda *all_: structure._portable(all_[1:], all_[0], ops("jax"), rows), primals, places)
+        found = jax.vjp(through, *(primals[k] for k in places))[1](gy)
+    return (*found, gy.sum(0)) if needs[-1] else found
+
+
+def _split(
+    operands: Sequence[Array], structure: Structure, needs: Sequence[bool]
+) -> tuple[Sequence[Array], Sequence[Array], list[int]]:
+    """Tangents, x with the factors, and of what there are tangents; kept activations are left out."""
+    count = sum(needs)
+    return (
+        operands[:count],
+        operands[count : count + 1 + len(structure.steps)],
+        [k for k, need in enumerate(needs) if need],
+    )
+
+
+def _of_some(function: Callable[..., Array], operands: Sequence[Array], places: Sequence[int]) -> Callable[..., Array]:
+    """As a function of the operands at these places."""
+
+    def changed(*some: Array) -> Array:
+        new = dict(zip(places, some, strict=True))
+        return function(*(new.get(k, operand) for k, operand in enumerate(operands)))
+
+    return changed
+
+
+def _shape(structure: Structure, x: Any, rows: bool) -> tuple[int, int]:
+    return (x.shape[0], structure.d_out) if rows else (structure.d_out, x.shape[1])
+
+
+# -- the chain ---------------------------------------------------------------------------------------------------------
+
+_chain = Primitive("structlin_chain")
+_chain.multiple_results = True
+_tangent = Primitive("structlin_chain_tangent")
+_gradients = Primitive("structlin_chain_gradients")
+_gradients.multiple_results = True
+
+
+@lru_cache(maxsize=512)
+def _jitted(primitive: Primitive, params: tuple[tuple[str, Any], ...]) -> Callable[..., Any]:
+    return jax.jit(partial(primitive.bind, **dict(params)))
+
+
+for _primitive in (_chain, _tangent, _gradients):
+    _primitive.def_impl(
+        lambda *operands, primitive=_primitive, **params: _jitted(primitive, tuple(params.items()))(*operands)
+    )
+
+
+@_chain.def_abstract_eval
+def _(x: Any, *operands: Any, structure: Structure, rows: bool, bias: bool, kept: int) -> list[Any]:
+    chain = _of(structure, rows)
+    sizes = chain.kept_sizes(chain.ready(str(x.dtype)), kept) if kept else []
+    return [x.update(shape=shape) for shape in (_shape(structure, x, rows), *((size,) for size in sizes))]
+
+
+def _chain_portable(
+    x: Array, *operands: Array, structure: Structure, rows: bool, bias: bool, kept: int
+) -> list[Array]:  # fmt: skip
+    """What is kept, nobody reads there."""
+    chain = _of(structure, rows)
+    sizes = chain.kept_sizes(chain.ready(str(x.dtype)), kept) if kept else []
+    y = _portable(x, *operands, structure=structure, rows=rows, bias=bias)
+    return [y, *(jnp.zeros(size, x.dtype) for size in sizes)]
+
+
+def _chain_compiled(
+    x: Array, *operands: Array, structure: Structure, rows: bool, bias: bool, kept: int
+) -> tuple[Array, ...]:  # fmt: skip
+    factors, added = (operands[:-1], operands[-1]) if bias else (operands, None)
+    return _of(structure, rows).forward(x, factors, added, kept)
+
+
+def _chain_jvp(
+    primals: Sequence[Array], tangents: Sequence[Any], *, structure: Structure, rows: bool, bias: bool, kept: int
+) -> tuple[list[Array], list[Any]]:
+    chain, x = _of(structure, rows), primals[0]
+    needs = tuple(not isinstance(t, ad.Zero) for t in tangents) + (() if bias else (False,))
+    program, tokens = chain.ready(str(x.dtype)), x.shape[0 if rows else 1]
+    assert program is not None
+    if not kept and any(needs[1:-1]):
+        kept = chain.kept_tokens(program, tokens, shares(tokens, threads()))
+    y, *activations = _chain.bind(*primals, structure=structure, rows=rows, bias=bias, kept=kept)
+    given = [t for t in tangents if not isinstance(t, ad.Zero)]
+    primals = primals[:-1] if bias else primals
+    tangent = _tangent.bind(*given, *primals, *activations, structure=structure, rows=rows, needs=needs)
+    return [y, *activations], [tangent, *(ad.Zero(jax.typeof(a).to_tangent_aval()) for a in activations)]
+
+
+def _chain_transpose(
+    cotangents: Sequence[Any], *operands: Any, structure: Structure, rows: bool, bias: bool, kept: int
+) -> list[Any]:
+    """It is linear in each operand, if the others (but the bias) are given."""
+    needs = tuple(map(ad.is_undefined_primal, operands)) + (() if bias else (False,))
+    if isinstance(cotangents[0], ad.Zero):
+        return [ad.Zero(t.aval) if ad.is_undefined_primal(t) else None for t in operands]
+    given = [jnp.zeros(t.aval.shape, t.aval.dtype) if ad.is_undefined_primal(t) else t for t in operands]
+    given = given[:-1] if bias else given
+    found = iter(_gradients.bind(cotangents[0], *given, structure=structure, rows=rows, needs=needs))
+    return [next(found) if ad.is_undefined_primal(t) else None for t in operands]
+
+
+def _chain_batch(
+    operands: Sequence[Array], at: Sequence[int | None], *, structure: Structure, rows: bool, bias: bool, kept: int
+) -> tuple[list[Array], list[int | None]]:
+    """Vectors of all batches are so many more tokens; with factors of each batch the products are batched."""
+    chain = _of(structure, rows)
+    dtype = operands[0].dtype
+    unread = [jnp.zeros(n, dtype) for n in chain.kept_sizes(chain.ready(str(dtype)), kept)] if kept else []  # type: ignore[arg-type]
+    if any(dim is not None for dim in at[1:]):
+        single = partial(_portable, structure=structure, rows=rows, bias=bias)
+        return [jax.vmap(single, at)(*operands), *unread], [0, *[None] * len(unread)]
+    x, factors = operands[0], operands[1:-1] if bias else operands[1:]
+    y = _fold(structure, factors, x, at[0] or 0, operands[-1] if bias else None, rows)
+    return [y, *unread], [0 if rows else 1, *[None] * len(unread)]
+
+
+def _fold(structure: Structure, factors: Sequence[Array], x: Array, at: int, bias: Array | None, rows: bool) -> Array:
+    """Batches of x as tokens: (batches, tokens, d), or (d, batches, tokens) for columns."""
+    x = jnp.moveaxis(x, at, 0 if rows else 1)
+    batches, tokens = x.shape[:2] if rows else x.shape[1:]
+    shape = (batches * tokens, x.shape[2]) if rows else (x.shape[0], batches * tokens)
+    y = run(structure, factors, x.reshape(shape), bias, rows)
+    return y.reshape((batches, tokens, -1) if rows else (-1, batches, tokens))
+
+
+# -- its derivatives ---------------------------------------------------------------------------------------------------
+
+
+@_tangent.def_abstract_eval
+def _(*operands: Any, structure: Structure, rows: bool, needs: tuple[bool, ...]) -> Any:
+    x = operands[sum(needs)]
+    return x.update(shape=_shape(structure, x, rows))
+
+
+@_gradients.def_abstract_eval
+def _(gy: Any, *operands: Any, structure: Structure, rows: bool, needs: tuple[bool, ...]) -> list[Any]:
+    shapes = [t.shape for t in operands[: 1 + len(structure.steps)]] + [(structure.d_out,)]
+    return [gy.update(shape=shape) for shape, need in zip(shapes, needs, strict=True) if need]
+
+
+def _gradients_compiled(
+    gy: Array, *operands: Array, structure: Structure, rows: bool, needs: tuple[bool, ...]
+) -> tuple[Array, ...]:
+    if not any(needs[:-1]):
+        return _portable_gradients(gy, *operands, structure=structure, rows=rows, needs=needs)
+    last = 1 + len(structure.steps)
+    x, *factors = operands[:last]
+    *found, end = _of(structure, rows).backward(gy, x, factors, needs, operands[last:])
+    return (*found, end.astype(gy.dtype))
+
+
+def _tangent_transpose(
+    gy: Any, *operands: Any, structure: Structure, rows: bool, needs: tuple[bool, ...]
+) -> list[Any]:  # fmt: skip
+    count, places = sum(needs), [k for k, need in enumerate(needs) if need]
+    linear, others = operands[:count], operands[count:]
+    assert not any(map(ad.is_undefined_primal, others))
+    asked = {k for k, t in zip(places, linear, strict=True) if ad.is_undefined_primal(t)}
+    if isinstance(gy, ad.Zero):
+        return [ad.Zero(t.aval) if ad.is_undefined_primal(t) else None for t in operands]
+    wanted = tuple(k in asked for k in range(len(needs)))
+    found = iter(_gradients.bind(gy, *others, structure=structure, rows=rows, needs=wanted))
+    return [next(found) if k in asked else None for k in places] + [None] * len(others)
+
+
+def _gradients_transpose(
+    cotangents: Sequence[Any], gy: Any, *operands: Any, structure: Structure, rows: bool, needs: tuple[bool, ...]
+) -> list[Any]:
+    """Of gy, in which they are linear: the tangent of the chain."""
+    assert ad.is_undefined_primal(gy) and not any(map(ad.is_undefined_primal, operands))  # noqa: PT018
+    places = [k for k, need in enumerate(needs) if need]
+    given = {k: t for k, t in zip(places, cotangents, strict=True) if not isinstance(t, ad.Zero)}
+    if not given:
+        return [ad.Zero(gy.aval)] + [None] * len(operands)
+    asked = tuple(k in given for k in range(len(needs)))
+    found = _tangent.bind(*given.values(), *operands, structure=structure, rows=rows, needs=asked)
+    return [found] + [None] * len(operands)
+
+
+def _by_portable(
+    function: Callable[..., Any], primals: Sequence[Array], tangents: Sequence[Any]
+) -> tuple[Any, Any]:  # fmt: skip
+    """The derivative of a derivative."""
+    places = [k for k, t in enumerate(tangents) if not isinstance(t, ad.Zero)]
+    return jax.jvp(_of_some(function, primals, places), [primals[k] for k in places], [tangents[k] for k in places])
+
+
+def _gradients_batch(
+    operands: Sequence[Array], at: Sequence[int | None], *, structure: Structure, rows: bool, needs: tuple[bool, ...]
+) -> tuple[list[Array], list[int | None]]:
+    last = 2 + len(structure.steps)
+    if not any(needs[1:]) and not any(dim is not None for dim in at[2:last]):
+        factors = structure.transpose_factors(operands[2:last])
+        if at[0] is not None:
+            return [_fold(structure.transpose(), factors, operands[0], at[0], None, rows)], [0 if rows else 1]
+    single = partial(_portable_gradients, structure=structure, rows=rows, needs=needs)
+    found = jax.vmap(single, at[:last])(*operands[:last])
+    return list(found), [0] * len(found)
+
+
+def _tangent_batch(
+    operands: Sequence[Array], at: Sequence[int | None], *, structure: Structure, rows: bool, needs: tuple[bool, ...]
+) -> tuple[Array, int]:
+    last = sum(needs) + 1 + len(structure.steps)
+    single = partial(_portable_tangent, structure=structure, rows=rows, needs=needs)
+    return jax.vmap(single, at[:last])(*operands[:last]), 0
+
+
+def _lowering(compiled: Callable[..., Any], portable: Callable[..., Any]) -> Callable[..., Any]:
+    """On a CPU: the compiled passes in a program for one device of this process."""
+
+    def lower(context: mlir.LoweringRuleContext, *operands: Any, **params: Any) -> Any:
+        module = context.module_context
+        alone = getattr(module.axis_context, "num_devices", None) == 1
+        exported = module.lowering_parameters.for_export
+        function = compiled if alone and not exported else portable
+        return mlir.lower_fun(function, multiple_results=True)(context, *operands, **params)
+
+    return lower
+
+
+ad.primitive_jvps[_chain] = _chain_jvp
+ad.primitive_transposes[_chain] = _chain_transpose
+batching.primitive_batchers[_chain] = _chain_batch
+mlir.register_lowering(_chain, mlir.lower_fun(_chain_portable, multiple_results=True))
+mlir.register_lowering(_chain, _lowering(_chain_compiled, _chain_portable), platform="cpu")
+
+ad.primitive_jvps[_tangent] = lambda primals, tangents, **params: _by_portable(
+    partial(_portable_tangent, **params), primals, tangents
+)
+ad.primitive_transposes[_tangent] = _tangent_transpose
+batching.primitive_batchers[_tangent] = _tangent_batch
+mlir.register_lowering(_tangent, mlir.lower_fun(_portable_tangent, multiple_results=False))
+
+ad.primitive_jvps[_gradients] = lambda primals, tangents, **params: _by_portable(
+    partial(_portable_gradients, **params), primals, tangents
+)
+ad.primitive_transposes[_gradients] = _gradients_transpose
+batching.primitive_batchers[_gradients] = _gradients_batch
+mlir.register_lowering(_gradients, mlir.lower_fun(_portable_gradients, multiple_results=True))
+mlir.register_lowering(_gradients, _lowering(_gradients_compiled, _portable_gradients), platform="cpu")
