@@ -8,7 +8,9 @@ products, these are the portable plan's, as they are where nothing is compiled.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
@@ -24,12 +26,15 @@ from structlin._fused.xla import XLAChain, threads
 if TYPE_CHECKING:
     from structlin.structure import Structure
 
-__all__ = ["macs_of", "run"]
+__all__ = ["macs_of", "run", "single_products"]
 
 Array = Any
+_SINGLE = ContextVar("_SINGLE", default=False)
 
 
-def run(structure: Structure, factors: Sequence[Array], x: Array, bias: Array | None = None, rows: bool = True) -> Array:
+def run(
+    structure: Structure, factors: Sequence[Array], x: Array, bias: Array | None = None, rows: bool = True
+) -> Array:
     """(tokens, d_in) -> (tokens, d_out), or columns."""
     operands = (x, *factors) if bias is None else (x, *factors, bias)
     if _is_compiled(structure, operands, rows):
@@ -37,20 +42,31 @@ def run(structure: Structure, factors: Sequence[Array], x: Array, bias: Array | 
     return _portable(*operands, structure=structure, rows=rows, bias=bias is not None)
 
 
-def macs_of(name: str, structure: Structure, tokens: int, needs: Sequence[bool] = ()) -> int | None:
-    """Multiply-accumulates of an operation in a jaxpr; None where ``name`` is none of those here.
-
-    ``needs``: of derivatives, which of x and the factors have one.
-    """
+def macs_of(equation: Any) -> int | None:
+    """Multiply-accumulates of an equation of a jaxpr; None where it is none of the operations here."""
+    name, parameters = equation.primitive.name, equation.params
+    if name not in (_chain.name, _tangent.name, _gradients.name):
+        return None
+    structure, needs = parameters["structure"], parameters.get("needs", ())
+    at = sum(needs) if name == _tangent.name else 0
+    tokens = equation.invars[at].aval.shape[0 if parameters["rows"] else 1]
     if name == _chain.name:
         return structure.macs * tokens
-    if name not in (_tangent.name, _gradients.name):
-        return None
-    steps, total, passed = [f.numel * f.carried for f in structure.factors], 0, needs[0]
-    for macs, need in zip(steps, needs[1:], strict=False):
-        total += macs * (passed + need)
+    total, passed = 0, needs[0]
+    for factor, need in zip(structure.factors, needs[1:-1], strict=True):
+        total += factor.numel * factor.carried * (passed + need)
         passed = passed or need
     return total * tokens
+
+
+@contextmanager
+def single_products() -> Iterator[None]:
+    """What is lowered here has single products, which XLA can count. It must not have been lowered before."""
+    token = _SINGLE.set(True)
+    try:
+        yield
+    finally:
+        _SINGLE.reset(token)
 
 
 def _is_compiled(structure: Structure, operands: Sequence[Array], rows: bool) -> bool:
@@ -176,13 +192,13 @@ def _chain_jvp(
     needs = tuple(not isinstance(t, ad.Zero) for t in tangents) + (() if bias else (False,))
     program, tokens = chain.ready(str(x.dtype)), x.shape[0 if rows else 1]
     assert program is not None
-    if not kept and any(needs[1:-1]):
-        kept = chain.kept_tokens(program, tokens, shares(tokens, threads()))
-    y, *activations = _chain.bind(*primals, structure=structure, rows=rows, bias=bias, kept=kept)
+    keep = kept or (chain.kept_tokens(program, tokens, shares(tokens, threads())) if any(needs[1:-1]) else 0)
+    y, *activations = _chain.bind(*primals, structure=structure, rows=rows, bias=bias, kept=keep)
     given = [t for t in tangents if not isinstance(t, ad.Zero)]
     primals = primals[:-1] if bias else primals
     tangent = _tangent.bind(*given, *primals, *activations, structure=structure, rows=rows, needs=needs)
-    return [y, *activations], [tangent, *(ad.Zero(jax.typeof(a).to_tangent_aval()) for a in activations)]
+    returned = activations if kept else []
+    return [y, *returned], [tangent, *(ad.Zero(jax.typeof(a).to_tangent_aval()) for a in returned)]
 
 
 def _chain_transpose(
@@ -312,7 +328,7 @@ def _lowering(compiled: Callable[..., Any], portable: Callable[..., Any]) -> Cal
         module = context.module_context
         alone = getattr(module.axis_context, "num_devices", None) == 1
         exported = module.lowering_parameters.for_export
-        function = compiled if alone and not exported else portable
+        function = compiled if alone and not exported and not _SINGLE.get() else portable
         return mlir.lower_fun(function, multiple_results=True)(context, *operands, **params)
 
     return lower

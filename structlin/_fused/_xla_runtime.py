@@ -258,7 +258,10 @@ def _stages() -> Code:
     count = code.add(operands, results)
     bases, words, tables = (code.value(f"alloca i64, i64 {n}") for n in (count, entries, shares))
     api, context = word("%frame", 2, "ptr"), word("%frame", 3, "ptr")
-    for first, number, list_ in ((0, operands, word("%frame", 9, "ptr")), (operands, results, word("%frame", 14, "ptr"))):
+    for first, number, list_ in (
+        (0, operands, word("%frame", 9, "ptr")),
+        (operands, results, word("%frame", 14, "ptr")),
+    ):
 
         def base(k: Int, _: Values, first: Int = first, list_: str = list_) -> None:
             put(word(word(list_, k, "ptr"), 3), bases, code.add(first, k))

@@ -50,7 +50,9 @@ class XLAChain(ChainRules):
         program, tokens = self._given(x)
         operands = [x, *factors]
         if bias is not None:
-            operands.append(jnp.pad(bias, (0, program.schedule.widths[-1] - self.d_out)).astype(_DTYPES[program.inside]))
+            operands.append(
+                jnp.pad(bias, (0, program.schedule.widths[-1] - self.d_out)).astype(_DTYPES[program.inside])
+            )
         results = [
             jax.ShapeDtypeStruct((tokens, self.d_out) if self.rows else (self.d_out, tokens), x.dtype),
             *(jax.ShapeDtypeStruct((size,), x.dtype) for size in self.kept_sizes(program, kept)),
@@ -58,7 +60,10 @@ class XLAChain(ChainRules):
         plan = _Plan(program, tokens, len(operands), len(results))
         places = [(k, 0) for k in range(len(operands) + len(results))]
         inputs, outputs = places[: len(operands)], places[len(operands) :]
-        table = [*inputs[1 + len(factors) :], *plan.packed("forward", range(len(factors)), inputs[1 : 1 + len(factors)])]
+        table = [
+            *inputs[1 + len(factors) :],
+            *plan.packed("forward", range(len(factors)), inputs[1 : 1 + len(factors)]),
+        ]
         for part, more in ((range(kept), outputs[1:]), (range(kept, tokens), [])):
             if part:
                 plan.run(program.forward(bias is not None, bool(more)), part, [inputs[0], outputs[0]], table, more)
@@ -97,7 +102,9 @@ class XLAChain(ChainRules):
                 activations = plan.packed("forward", again, given[: len(again)]) if more is None else more
                 run = program.backward(needs, more is not None, plan.count(part) > 1)
                 plan.run(run, part, [inputs[1], inputs[0]], table, activations, grads)
-        totals = plan.added(sizes, grads, [place if alone else None for place, alone in zip(found, direct, strict=True)])
+        totals = plan.added(
+            sizes, grads, [place if alone else None for place, alone in zip(found, direct, strict=True)]
+        )
         moved = [(t, f) for t, f, alone in zip(totals, found, direct, strict=True) if not alone]
         plan.copy("gradients", wanted, [place for pair in moved for place in pair])
         return plan.call(f"{self._chain} backward {needs} {cut}", operands, results)

@@ -22,6 +22,8 @@ import jax
 from flax import nnx
 from jax.extend import core
 
+from structlin._jax import macs_of, single_products
+
 __all__ = ["JaxCount", "count", "xla_flops"]
 
 # Operations that only name, share or rearrange memory.
@@ -37,7 +39,8 @@ class JaxCount:
     """What :func:`count` returns.
 
     Attributes:
-        products: MACs by operation: ``dot_general`` and ``conv_general_dilated``.
+        products: MACs by operation: ``dot_general``, ``conv_general_dilated``, and the chains of structured matrices
+            (``structlin_chain``, with its derivatives) where they are compiled as a whole.
         params: numbers of a model's parameters (nnx.Param); 0 for a function.
         training_macs: of the function and its gradient; None where that was not asked for.
         uncounted_ops: other operations and how often they run, those that only move data left out.
@@ -73,6 +76,8 @@ class _Walk:
             self.products[name] += times * _product(equation)
         elif name == "conv_general_dilated":
             self.products[name] += times * _convolution(equation)
+        elif (macs := macs_of(equation)) is not None:
+            self.products[name] += times * macs
         elif name == "scan":
             self.jaxpr(parameters["jaxpr"].jaxpr, times * parameters["length"])
         elif name == "while":
@@ -191,4 +196,9 @@ def xla_flops(function: Callable[..., Any], *inputs: Any, **keywords: Any) -> fl
     >>> xla_flops(jnp.matmul, jnp.zeros((3, 8)), jnp.zeros((8, 5)))
     240.0
     """
-    return float(jax.jit(function).lower(*inputs, **keywords).cost_analysis()["flops"])
+
+    def call(*inputs: Any, **keywords: Any) -> Any:  # a function that has not been lowered before
+        return function(*inputs, **keywords)
+
+    with single_products():
+        return float(jax.jit(call).lower(*inputs, **keywords).cost_analysis()["flops"])

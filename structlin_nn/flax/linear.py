@@ -186,7 +186,11 @@ class StructuredLinear(nnx.Module):
         if self._plan.is_dense:
             y = jax.lax.dot_general(x, weights[0], (((x.ndim - 1,), (1,)), ((), ())))
         else:
-            y = self.structure._rows(weights, x.reshape(-1, self.in_features), _JAX)
+            rows = x.reshape(-1, self.in_features)
+            if isinstance(self.structure, Structure):
+                y, bias = self.structure._rows(weights, rows, _JAX, bias), None
+            else:
+                y = self.structure._rows(weights, rows, _JAX)
             y = y.reshape(*x.shape[:-1], self.out_features)
         return y if bias is None else y + bias
 
