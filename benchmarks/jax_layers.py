@@ -9,7 +9,8 @@ the dense product and the efficiency, which is the speed-up divided by the ratio
 them stands how many transposed arrays XLA writes in the compiled program (its `transpose` operations that are not
 layouts alone), forward and forward+backward: each is a pass over an activation.
 
-- `structlin`: what the flax layer runs (tokens innermost between the products);
+- `structlin`: what the flax layer runs, on a CPU a compiled pass where that is faster;
+- `products`: what it runs elsewhere: single products, with the tokens innermost between them;
 - `einsum`: one `jnp.einsum` for each step, with the tokens in front, as the chain is written;
 - `dot_general`: the same products in the order in which `lax.dot_general` leaves its results, and one transposition
   at the end.
@@ -27,10 +28,11 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from _measure import machine, medians
+from _measure import keep_memory, machine, medians
 
 import structlin
 from structlin import Structure
+from structlin._arrays import ops
 
 CASES: dict[str, tuple[str, dict[str, object]]] = {
     "low_rank": ("low_rank", {"rank_fraction": 0.125}),
@@ -39,6 +41,7 @@ CASES: dict[str, tuple[str, dict[str, object]]] = {
     "monarch_16": ("monarch", {"blocks": 16}),
     "tt_8": ("tensor_train", {"rank": 8}),
     "btt_1": ("block_tensor_train", {"rank": 1}),
+    "btt_2": ("block_tensor_train", {"rank": 2}),
     "btt_4": ("block_tensor_train", {"rank": 4}),
     "btt_16": ("block_tensor_train", {"rank": 16}),
 }
@@ -47,6 +50,13 @@ Contraction = Callable[[Sequence[jax.Array], jax.Array], jax.Array]
 
 def by_structlin(structure: Structure) -> Contraction:
     return structure.apply
+
+
+def by_products(structure: Structure) -> Contraction:
+    def run(factors: Sequence[jax.Array], x: jax.Array) -> jax.Array:
+        return structure._portable(factors, x, ops("jax"))
+
+    return run
 
 
 def by_einsum(structure: Structure) -> Contraction:
@@ -80,7 +90,12 @@ def by_dot_general(structure: Structure) -> Contraction:
     return run
 
 
-IMPLEMENTATIONS = {"structlin": by_structlin, "einsum": by_einsum, "dot_general": by_dot_general}
+IMPLEMENTATIONS = {
+    "structlin": by_structlin,
+    "products": by_products,
+    "einsum": by_einsum,
+    "dot_general": by_dot_general,
+}
 
 
 def dense(factors: Sequence[jax.Array], x: jax.Array) -> jax.Array:
@@ -173,6 +188,7 @@ def main() -> None:
     arguments = parser.parse_args()
     flags, devices = os.environ.get("XLA_FLAGS", ""), [device.platform for device in jax.devices()]
     place = {**machine("cpu"), "jax": jax.__version__, "xla_flags": flags, "devices": devices}
+    place |= {"memory_kept": keep_memory(), "cores": len(os.sched_getaffinity(0))}
     rows: list[dict[str, object]] = []
     for size in arguments.sizes:
         for tokens in arguments.tokens:

@@ -23,8 +23,6 @@ if TYPE_CHECKING:
 __all__ = ["CPUChain", "Passes"]
 
 _PLAIN = (Tensor, torch.nn.Parameter)
-# Numbers, from which on the BLAS multiplies blocks faster than what is compiled with so many registers at least.
-LARGE_BLOCKS = {32: 1 << 19, 0: 1 << 18}
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 
 
@@ -48,7 +46,6 @@ class CPUChain:
     def __init__(self, structure: Structure, rows: bool = True) -> None:
         self.structure, self.rows = structure, rows
         sizes = dict(structure.sizes)
-        self._block = min(factor.fan_in * factor.fan_out for factor in structure.factors)
         self._fused = FusedChain(structure.steps, structure.sizes, structure.d_in, structure.d_out, rows)
         self._chunked = ChunkedChain(structure.steps, sizes, rows, structure.padding)
 
@@ -65,8 +62,7 @@ class CPUChain:
         ):
             return None
         tokens = x.shape[0 if self.rows else 1]
-        large = next(numbers for least, numbers in LARGE_BLOCKS.items() if self._fused.registers >= least)
-        if self._block >= large and self._chunked.suits(x, tokens):
+        if self._fused.large_blocks and self._chunked.suits(x, tokens):
             return self._chunked
         if self._fused.suits(x, tokens) and not torch._C._len_torch_dispatch_stack():
             return self._fused

@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import ShapedArray
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
 from structlin._arrays import ops
-from structlin._fused._rules import shares
-from structlin._fused.xla import XLAChain, threads
+from structlin._fused.xla import XLAChain
 
 if TYPE_CHECKING:
     from structlin.structure import Structure
@@ -76,8 +76,7 @@ def _is_compiled(structure: Structure, operands: Sequence[Array], rows: bool) ->
         return False
     if not jax.sharding.get_abstract_mesh().empty or any(not jax.typeof(t).sharding.mesh.empty for t in operands):
         return False
-    chain = _of(structure, rows)
-    return chain.pays(tokens, False) and chain.ready(dtype) is not None
+    return _of(structure, rows).suits(dtype, tokens)
 
 
 @lru_cache(maxsize=512)
@@ -163,17 +162,15 @@ for _primitive in (_chain, _tangent, _gradients):
 
 @_chain.def_abstract_eval
 def _(x: Any, *operands: Any, structure: Structure, rows: bool, bias: bool, kept: int) -> list[Any]:
-    chain = _of(structure, rows)
-    sizes = chain.kept_sizes(chain.ready(str(x.dtype)), kept) if kept else []
-    return [x.update(shape=shape) for shape in (_shape(structure, x, rows), *((size,) for size in sizes))]
+    sizes = _of(structure, rows).kept_sizes(str(x.dtype), kept)
+    return [ShapedArray(shape, x.dtype) for shape in (_shape(structure, x, rows), *((size,) for size in sizes))]
 
 
 def _chain_portable(
     x: Array, *operands: Array, structure: Structure, rows: bool, bias: bool, kept: int
 ) -> list[Array]:  # fmt: skip
     """What is kept, nobody reads there."""
-    chain = _of(structure, rows)
-    sizes = chain.kept_sizes(chain.ready(str(x.dtype)), kept) if kept else []
+    sizes = _of(structure, rows).kept_sizes(str(x.dtype), kept)
     y = _portable(x, *operands, structure=structure, rows=rows, bias=bias)
     return [y, *(jnp.zeros(size, x.dtype) for size in sizes)]
 
@@ -188,11 +185,11 @@ def _chain_compiled(
 def _chain_jvp(
     primals: Sequence[Array], tangents: Sequence[Any], *, structure: Structure, rows: bool, bias: bool, kept: int
 ) -> tuple[list[Array], list[Any]]:
-    chain, x = _of(structure, rows), primals[0]
+    x = primals[0]
     needs = tuple(not isinstance(t, ad.Zero) for t in tangents) + (() if bias else (False,))
-    program, tokens = chain.ready(str(x.dtype)), x.shape[0 if rows else 1]
-    assert program is not None
-    keep = kept or (chain.kept_tokens(program, tokens, shares(tokens, threads())) if any(needs[1:-1]) else 0)
+    keep = kept
+    if not kept and any(needs[1:-1]):
+        keep = _of(structure, rows).keeps(str(x.dtype), x.shape[0 if rows else 1])
     y, *activations = _chain.bind(*primals, structure=structure, rows=rows, bias=bias, kept=keep)
     given = [t for t in tangents if not isinstance(t, ad.Zero)]
     primals = primals[:-1] if bias else primals
@@ -218,9 +215,8 @@ def _chain_batch(
     operands: Sequence[Array], at: Sequence[int | None], *, structure: Structure, rows: bool, bias: bool, kept: int
 ) -> tuple[list[Array], list[int | None]]:
     """Vectors of all batches are so many more tokens; with factors of each batch the products are batched."""
-    chain = _of(structure, rows)
     dtype = operands[0].dtype
-    unread = [jnp.zeros(n, dtype) for n in chain.kept_sizes(chain.ready(str(dtype)), kept)] if kept else []  # type: ignore[arg-type]
+    unread = [jnp.zeros(size, dtype) for size in _of(structure, rows).kept_sizes(str(dtype), kept)]
     if any(dim is not None for dim in at[1:]):
         single = partial(_portable, structure=structure, rows=rows, bias=bias)
         return [jax.vmap(single, at)(*operands), *unread], [0, *[None] * len(unread)]
@@ -244,13 +240,13 @@ def _fold(structure: Structure, factors: Sequence[Array], x: Array, at: int, bia
 @_tangent.def_abstract_eval
 def _(*operands: Any, structure: Structure, rows: bool, needs: tuple[bool, ...]) -> Any:
     x = operands[sum(needs)]
-    return x.update(shape=_shape(structure, x, rows))
+    return ShapedArray(_shape(structure, x, rows), x.dtype)
 
 
 @_gradients.def_abstract_eval
 def _(gy: Any, *operands: Any, structure: Structure, rows: bool, needs: tuple[bool, ...]) -> list[Any]:
     shapes = [t.shape for t in operands[: 1 + len(structure.steps)]] + [(structure.d_out,)]
-    return [gy.update(shape=shape) for shape, need in zip(shapes, needs, strict=True) if need]
+    return [ShapedArray(shape, gy.dtype) for shape, need in zip(shapes, needs, strict=True) if need]
 
 
 def _gradients_compiled(

@@ -22,6 +22,8 @@ KEPT_BYTES, KEPT_WORK, FRESH_WORK, KEPT_SHARE = 16 << 20, 3, 3, 0.125
 # Of a dense matrix and its gradient: by how much passes may be larger if they keep the activations of all tokens, and
 # by how much they have to be larger even without, to keep them anyway.
 MORE, MISSED = 0.1, 0.05
+# Numbers, from which on the BLAS multiplies blocks faster than what is compiled with so many registers at least.
+LARGE_BLOCKS = {32: 1 << 19, 0: 1 << 18}
 SHARE, COPIED_SHARE = 48, 1 << 15  # tokens of a thread, and numbers that it copies, at least
 WASTE = 12  # times the instructions that products without losses would take: more is slower than what others do
 
@@ -40,6 +42,7 @@ class ChainRules:
         self.macs, self.macs_before_last = sum(macs), sum(macs[:-1])
         self.numel = sum(map(math.prod, self.shapes))
         self.plain = not any(step.batch or step.carried for step in steps)
+        self._block = min(math.prod(size[a] for a in step.free + step.contracted) for step in steps)
         self._programs: dict[str, Program | None] = {}
 
     @property
@@ -47,6 +50,11 @@ class ChainRules:
         """For vectors, of the processor that is compiled for; 0 where nothing is."""
         target = host()
         return 0 if target is None else target.registers
+
+    @property
+    def large_blocks(self) -> bool:
+        """Whether the BLAS multiplies the blocks faster."""
+        return self._block >= next(n for registers, n in LARGE_BLOCKS.items() if self.registers >= registers)
 
     def program(self, dtype: str) -> Program | None:
         """None where the chain is not to be run this way."""

@@ -145,7 +145,9 @@ end:
   ret i1 %well
 }}
 
-define internal void @stage(ptr %api, ptr %context, ptr %function, i64 %shares, ptr %tables, ptr %cuts, i64 %total) nounwind {{
+define internal void @stage(
+  ptr %api, ptr %context, ptr %function, i64 %shares, ptr %tables, ptr %cuts, i64 %total
+) nounwind {{
 entry:
   %alone = icmp eq i64 %shares, 1
   br i1 %alone, label %here, label %ask

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from structlin._fused._program import Pass, Program
 from structlin._fused._rules import COPIED_SHARE, ChainRules, cuts, shares
 from structlin._fused._schedule import LINE
-from structlin._fused._target import Target, host
+from structlin._fused._target import host
 from structlin._fused._xla_runtime import add, address, fill, handler, supported
 
 Array = Any
@@ -40,6 +40,12 @@ def threads() -> int:
 class XLAChain(ChainRules):
     """The two passes, on arrays of jax. They are only to be lowered for a single CPU device."""
 
+    def suits(self, dtype: str, tokens: int) -> bool:
+        """Whether this way is the fastest: XLA multiplies large blocks as fast, but in bfloat16."""
+        if dtype != "bfloat16" and (self.plain or self.large_blocks):
+            return False
+        return self.pays(tokens, False) and self.ready(dtype) is not None
+
     def ready(self, dtype: str) -> Program | None:
         """What runs the chain; None where it does not run this way."""
         target = host()
@@ -47,7 +53,7 @@ class XLAChain(ChainRules):
 
     def forward(self, x: Array, factors: Sequence[Array], bias: Array | None, kept: int) -> tuple[Array, ...]:
         """The product and the activations between the steps for the first ``kept`` tokens."""
-        program, tokens = self._given(x)
+        program, tokens = self._given(str(x.dtype)), x.shape[0 if self.rows else 1]
         operands = [x, *factors]
         if bias is not None:
             operands.append(
@@ -55,7 +61,7 @@ class XLAChain(ChainRules):
             )
         results = [
             jax.ShapeDtypeStruct((tokens, self.d_out) if self.rows else (self.d_out, tokens), x.dtype),
-            *(jax.ShapeDtypeStruct((size,), x.dtype) for size in self.kept_sizes(program, kept)),
+            *(jax.ShapeDtypeStruct((size,), x.dtype) for size in self.kept_sizes(str(x.dtype), kept)),
         ]
         plan = _Plan(program, tokens, len(operands), len(results))
         places = [(k, 0) for k in range(len(operands) + len(results))]
@@ -73,7 +79,7 @@ class XLAChain(ChainRules):
         self, gy: Array, x: Array, factors: Sequence[Array], needs: tuple[bool, ...], kept: Sequence[Array]
     ) -> tuple[Array, ...]:
         """The gradients of x, the factors and the bias that ``needs`` asks for."""
-        program, tokens = self._given(x)
+        program, tokens = self._given(str(x.dtype)), x.shape[0 if self.rows else 1]
         last = len(factors)
         wanted = [k for k in range(last) if needs[k + 1]]
         lowest = 0 if needs[0] else min(wanted) + 1
@@ -109,14 +115,18 @@ class XLAChain(ChainRules):
         plan.copy("gradients", wanted, [place for pair in moved for place in pair])
         return plan.call(f"{self._chain} backward {needs} {cut}", operands, results)
 
-    def kept_sizes(self, program: Program, kept: int) -> list[int]:
-        """Of the activations between the steps for so many tokens."""
-        return [kept * row for row in program.schedule.rows[1:-1]] if kept else []
+    def keeps(self, dtype: str, tokens: int) -> int:
+        """Of how many tokens to keep the activations between the steps for the backward pass."""
+        return self.kept_tokens(self._given(dtype), tokens, shares(tokens, threads()))
 
-    def _given(self, x: Array) -> tuple[Program, int]:
-        program = self.ready(str(x.dtype))
+    def kept_sizes(self, dtype: str, kept: int) -> list[int]:
+        """Of these activations, one after the other."""
+        return [kept * row for row in self._given(dtype).schedule.rows[1:-1]] if kept else []
+
+    def _given(self, dtype: str) -> Program:
+        program = self.ready(dtype)
         assert program is not None
-        return program, x.shape[0 if self.rows else 1]
+        return program
 
 
 class _Plan:
@@ -213,7 +223,7 @@ class _Plan:
 
 
 def _register(name: str, described: list[int], words: list[int], plan: _Plan) -> str:
-    """The name of the target for a plan. It says all that another process, which finds the call in a cache, relies on."""
+    """The name of the target for a plan. A call that another process finds in a cache means the same by it."""
     import structlin
 
     text = f"{structlin.__version__} {name} {plan.target} {described}"
