@@ -29,7 +29,7 @@ CASES = {
     "blast": ((15, 6), {"blocks": 3, "rank": 2}),
     "block_diagonal": ((15, 6), {"blocks": 3}),
 }
-HOST = _target.host()
+HOST, SUITS = _target.host(), xla.XLAChain.suits
 pytestmark = pytest.mark.skipif(HOST is None or not _xla_runtime.supported(HOST), reason="nothing is compiled here")
 
 
@@ -41,6 +41,9 @@ def many_blocks():
             patch.setattr(_rules, name, 0)
         for name in ("COPIED", "COPIED_FAR", "WASTE", "MORE"):
             patch.setattr(_rules, name, 1e9)
+        patch.setattr(
+            xla.XLAChain, "suits", lambda self, dtype, tokens: bool(self.pays(tokens, False) and self.ready(dtype))
+        )
         patch.setattr(_rules, "SHARE", 8)
         patch.setattr(xla, "COPIED_SHARE", 8)
         patch.setattr(xla, "threads", lambda: 3)
@@ -331,6 +334,17 @@ def test_what_is_left_to_single_products(monkeypatch):
         assert calls(lambda *a: run(*a), x, *factors) == 0
     finally:
         _xla_runtime.version.cache_clear()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_xla_multiplies_as_fast(dtype, monkeypatch):
+    monkeypatch.setattr(xla.XLAChain, "suits", SUITS)
+    found = []
+    for name, options in (("low_rank", {"rank": 8}), ("monarch", {"blocks": 2}), ("monarch", {"blocks": 16})):
+        structure = sl.design(name, (2048, 2048), **options)
+        factors = [jax.ShapeDtypeStruct(f.shape, dtype) for f in structure.factors]
+        found.append(calls(compiled(structure), jax.ShapeDtypeStruct((300, 2048), dtype), *factors))
+    assert found == ([0, 0, 1] if dtype == "float32" else [1, 1, 1])
 
 
 def test_gradients_on_other_platforms_do_without_what_is_kept(monkeypatch):
