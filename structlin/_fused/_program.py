@@ -26,11 +26,12 @@ from structlin._fused._target import Target, load
 from structlin._parse import Step
 
 ELEMENTS = {"float32": ("float", "float"), "float64": ("double", "double"), "bfloat16": ("bfloat", "float")}
-# Tokens of a block, which all tiles divide without a remainder, or nearly so. Few: then the activations stay in cache.
+# Tokens of a block, and of one in pairs of bfloat16 or with few registers, which the tiles divide without a remainder,
+# or nearly so. Few: then the activations stay in cache.
 # The backward pass also reads and writes the gradients of the factors once for each block. If all of them have more
 # than FACTOR_BYTES, they do not stay in cache from one block to the next: then it takes the largest of LARGE_BLOCKS for
 # which the activations have less than BLOCK_BYTES.
-BLOCK, LARGE_BLOCKS, FACTOR_BYTES, BLOCK_BYTES = 24, (144, 72), 6 << 20, 24 << 20
+BLOCK, OTHER_BLOCK, LARGE_BLOCKS, FACTOR_BYTES, BLOCK_BYTES = 16, 24, (144, 72), 6 << 20, 24 << 20
 COLUMN_BLOCK = 48  # whole cache lines of each number, and whole vectors
 
 
@@ -84,6 +85,7 @@ class Program:
         self.size = BYTES[self.inside]
         self.lanes = target.width // self.size  # numbers in a vector
         self.pairs = dtype == "bfloat16" and target.half_products
+        self.block = OTHER_BLOCK if self.pairs or target.registers < 32 else BLOCK
         self.forward = lru_cache(maxsize=None)(self._forward)
         self.backward = lru_cache(maxsize=None)(self._backward)
         self.packing = lru_cache(maxsize=None)(self._packing)
@@ -161,7 +163,7 @@ class Program:
     def _back_block(self, gradients: bool, numbers: int, shared: bool) -> int:
         """Of the backward pass, for which ``numbers`` of each token are in scratch memory; ``shared`` among threads."""
         if not gradients or self.numel * self.size <= FACTOR_BYTES:
-            return BLOCK
+            return self.block
         blocks = LARGE_BLOCKS[-1:] if shared else LARGE_BLOCKS
         return next((b for b in blocks if b * numbers * self.size <= BLOCK_BYTES), LARGE_BLOCKS[-1])
 
@@ -175,7 +177,7 @@ class Program:
         if cut:
             forms.read("state", last)
         outside = forms.keep("state", range(1, last)) if kept else []
-        writer = _Writer(self, BLOCK)
+        writer = _Writer(self, self.block)
         x, y = writer.end(self.d_in), writer.end(self.d_out)
         arrays = writer.scratch(forms, outside)
         added = writer.whole(self.inside) if bias else None
