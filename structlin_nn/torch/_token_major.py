@@ -26,6 +26,7 @@ NODE_TOKENS, NODE_NUMBERS = 512, 1 << 18
 # single products.
 FEW, LIMIT = 1 << 9, 1 << 15
 _TOKENS = "*"  # no axis of a chain
+_EXACT = (torch.float32, torch.float64)  # half precision would lose digits of products before they are added
 
 Sizes = tuple[int, ...]
 Arrangement = tuple[Sizes | None, Sizes | None, Sizes | None]  # view, permutation, reshape; None: nothing to do
@@ -102,6 +103,10 @@ class TokenMajor:
             return False
         return tokens < self.few or self.structure._cpu_rows.passes(x, ()) is None
 
+    def is_single(self, x: Tensor) -> bool:
+        """Whether a compiled graph for the CPU should run ``x`` by :meth:`single`."""
+        return x.is_cpu and x.shape[0] == 1 and x.dtype in _EXACT and not torch.compiler.is_exporting()
+
     def pays_as_node(self, x: Tensor) -> bool:
         """Whether a compiled graph for the CPU should run the contraction of ``x`` as the one node structlin::chain.
 
@@ -136,6 +141,32 @@ class TokenMajor:
             x = x[:, : -self.cut]
         return x if bias is None or self.fuses_bias else x + bias
 
+    def single(self, x: Tensor, factors: Sequence[Tensor], bias: Tensor | None) -> Tensor:
+        """The same for a single token, for a compiler that fuses products with what stands between.
+
+        A compiler would read a permuted activation through arithmetic with its indices, number by number, which takes
+        longer than all the products. So the sums of a product are written in the order of the next one.
+        """
+        if self.pad:
+            x = F.pad(x, (0, self.pad))
+        number, arranged = 0, False
+        steps = (*self.steps, self.last)
+        for k, (blocks, left, right) in enumerate(steps):
+            x, arranged = x if arranged else _arranged(x, left), False
+            if blocks is None:
+                continue
+            factor = _arranged(factors[number], right)
+            number += 1
+            after = steps[k + 1][1] if k + 1 < len(steps) else self.out
+            if blocks and after[1] is not None:
+                x, arranged = _summed(x.unsqueeze(2) * factor.unsqueeze(1), after), True
+            else:
+                x = bmm(x, factor.mT) if blocks else F.linear(x, factor)
+        x = x if arranged else _arranged(x, self.out)
+        if self.cut:
+            x = x[:, : -self.cut]
+        return x if bias is None else x + bias
+
 
 def _arranged(x: Tensor, how: Arrangement) -> Tensor:
     view, order, shape = how
@@ -144,6 +175,16 @@ def _arranged(x: Tensor, how: Arrangement) -> Tensor:
     if order is not None:
         x = x.permute(*order)
     return x if shape is None else x.reshape(*shape)
+
+
+def _summed(products: Tensor, how: Arrangement) -> Tensor:
+    """What :func:`_arranged` makes of the sums over the last axis."""
+    view, order, shape = how
+    assert order is not None
+    if view is not None:
+        products = products.reshape(*view, products.shape[-1])
+    sums = products.permute(*order, products.ndim - 1).sum(-1)
+    return sums if shape is None else sums.reshape(*shape)
 
 
 @lru_cache(maxsize=4096)

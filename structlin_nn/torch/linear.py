@@ -224,6 +224,8 @@ class StructuredLinear(nn.Module):
                 y = recomputed(structure._rows, factors, x, _TORCH, use_reentrant=False, preserve_rng_state=False)
         elif plan is None:
             y = structure._rows(factors, x, _TORCH)
+        elif compiling and plan.is_single(x):
+            return plan.single(x, factors, bias)
         elif not compiling and plan.suits(x):
             return plan(x, factors, bias)
         else:

@@ -12,8 +12,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import structlin
-from structlin.testing import dense_matrix
-from structlin_nn.torch import StructuredLinear
+from structlin.testing import dense_matrix, random_chain
+from structlin_nn.torch import StructuredLinear, _token_major
 
 EXAMPLES = [
     pytest.param(name, shape, options, id=f"{name}-{shape[0]}x{shape[1]}-{number}")
@@ -506,6 +506,35 @@ def test_traces_as_one_graph(name, cap):
         x = torch.randn(*lead, shape[1], dtype=torch.float64)
         torch.testing.assert_close(compiled(x), expected(layer, x))
     assert counter.frame_count <= 2  # one for each number of axes
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("name", structlin.names())
+def test_a_single_token_in_a_graph(name, bias):
+    shape, options = structlin.get(name).examples[0]
+    layer = make(name, shape, options, dtype=torch.float64)
+    layer.bias = layer.bias if bias else None
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounter()
+    compiled = torch.compile(layer, backend=counter, fullgraph=True)
+    for lead in ((), (1,), (1, 1)):
+        x = torch.randn(*lead, shape[1], dtype=torch.float64, requires_grad=True)
+        leaves = [x, *layer.parameters()]
+        torch.testing.assert_close(compiled(x), expected(layer, x))
+        found, wanted = (torch.autograd.grad(call(x).sin().sum(), leaves) for call in (compiled, layer))
+        torch.testing.assert_close(found, wanted)
+    assert counter.frame_count
+
+
+def test_a_single_token_of_any_chain_in_a_graph():
+    rng = np.random.default_rng(0)
+    for seed in range(30):
+        structure = random_chain(np.random.default_rng(seed))
+        plan = _token_major.token_major(structure)
+        factors = structlin.random_factors(structure, seed=seed, backend="torch", dtype=torch.float64)
+        x, bias = torch.from_numpy(rng.standard_normal((1, structure.d_in))), torch.ones(structure.d_out).double()
+        torch.testing.assert_close(plan.single(x, factors, bias), structure.apply(factors, x) + bias)
+        torch.testing.assert_close(plan.single(x, factors, None), structure.apply(factors, x))
 
 
 @pytest.mark.slow
