@@ -32,6 +32,9 @@ ELEMENTS = {"float32": ("float", "float"), "float64": ("double", "double"), "bfl
 # than FACTOR_BYTES, they do not stay in cache from one block to the next: then it takes the largest of LARGE_BLOCKS for
 # which the activations have less than BLOCK_BYTES.
 BLOCK, OTHER_BLOCK, LARGE_BLOCKS, FACTOR_BYTES, BLOCK_BYTES = 16, 24, (144, 72), 6 << 20, 24 << 20
+# The forward pass only reads the factors. From FAR_BYTES on they come from memory for each block: then it takes the
+# largest of LARGE_BLOCKS for which the activations have less than NEAR_BLOCK_BYTES, or else OTHER_BLOCK.
+FAR_BYTES, NEAR_BLOCK_BYTES = 16 << 20, 8 << 20
 COLUMN_BLOCK = 48  # whole cache lines of each number, and whole vectors
 
 
@@ -167,6 +170,12 @@ class Program:
         blocks = LARGE_BLOCKS[-1:] if shared else LARGE_BLOCKS
         return next((b for b in blocks if b * numbers * self.size <= BLOCK_BYTES), LARGE_BLOCKS[-1])
 
+    def _front_block(self, numbers: int) -> int:
+        """Of the forward pass, for which each token has so many ``numbers``."""
+        if self.numel * BYTES[self.outside] <= FAR_BYTES:
+            return self.block
+        return next((b for b in LARGE_BLOCKS if b * numbers * self.size <= NEAR_BLOCK_BYTES), OTHER_BLOCK)
+
     def _forward(self, bias: bool, kept: bool) -> Pass:
         """Table: x, y, scratch, bias (if any), factors, and where ``kept`` the activations between steps."""
         schedule, last = self.schedule, len(self.schedule.forward)
@@ -177,7 +186,7 @@ class Program:
         if cut:
             forms.read("state", last)
         outside = forms.keep("state", range(1, last)) if kept else []
-        writer = _Writer(self, self.block)
+        writer = _Writer(self, self._front_block(sum(forms.sizes([]).values())))
         x, y = writer.end(self.d_in), writer.end(self.d_out)
         arrays = writer.scratch(forms, outside)
         added = writer.whole(self.inside) if bias else None

@@ -520,7 +520,16 @@ def test_threads_share_the_tokens_in_processes_that_were_forked(way):
 
 
 @pytest.mark.skipif(HOST is None, reason="nothing is compiled here")
-@pytest.mark.parametrize("changes", [{"NEAR_BYTES": 1}, {"FACTOR_BYTES": 0}, {"FACTOR_BYTES": 0, "BLOCK_BYTES": 0}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"NEAR_BYTES": 1},
+        {"FACTOR_BYTES": 0},
+        {"FACTOR_BYTES": 0, "BLOCK_BYTES": 0},
+        {"FAR_BYTES": 0},
+        {"FAR_BYTES": 0, "NEAR_BLOCK_BYTES": 0},
+    ],
+)
 @pytest.mark.parametrize("name", CASES)
 def test_parts_and_blocks_change_nothing(name, changes, monkeypatch):
     """Sizes that only large factors have otherwise."""
@@ -533,7 +542,7 @@ def test_parts_and_blocks_change_nothing(name, changes, monkeypatch):
     _program.make_program.cache_clear()
     try:
         chain = structure._cpu_rows._fused
-        if chain._ready(x.dtype) is None:
+        if chain._program(x.dtype) is None:
             return
         found = (chain.forward(x, factors), *chain.backward(weights, x, factors, [True] * (2 + len(factors))))
     finally:
