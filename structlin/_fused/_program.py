@@ -34,7 +34,7 @@ ELEMENTS = {"float32": ("float", "float"), "float64": ("double", "double"), "bfl
 BLOCK, OTHER_BLOCK, LARGE_BLOCKS, FACTOR_BYTES, BLOCK_BYTES = 16, 24, (144, 72), 6 << 20, 24 << 20
 # The forward pass only reads the factors. From FAR_BYTES on they come from memory for each block: then it takes the
 # largest of LARGE_BLOCKS for which the activations have less than NEAR_BLOCK_BYTES, or else OTHER_BLOCK.
-FAR_BYTES, NEAR_BLOCK_BYTES = 16 << 20, 8 << 20
+FAR_BYTES, NEAR_BLOCK_BYTES = 12 << 20, 8 << 20
 COLUMN_BLOCK = 48  # whole cache lines of each number, and whole vectors
 
 

@@ -40,7 +40,8 @@ class JaxCount:
 
     Attributes:
         products: MACs by operation: ``dot_general``, ``conv_general_dilated``, and the chains of structured matrices
-            (``structlin_chain``, with its derivatives) where they are compiled as a whole.
+            (``structlin_chain``, with its derivatives, which do not count what they compute again) where they are
+            compiled as a whole.
         params: numbers of a model's parameters (nnx.Param); 0 for a function.
         training_macs: of the function and its gradient; None where that was not asked for.
         uncounted_ops: other operations and how often they run, those that only move data left out.
