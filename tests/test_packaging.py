@@ -206,10 +206,16 @@ class TestRequirements:
             for module, at_import in imports(ROOT / path)
             if at_import and module in ("torch", "jax")
         }
-        # Modules for torch alone, which are themselves imported only where they are used.
-        modules = {"structlin._cpu", "structlin._chunked", "structlin._fused.passes"}
-        assert eager == {(name.replace(".", "/") + ".py", "torch") for name in modules}
-        code = f"import sys, structlin; sys.exit(any(name in sys.modules for name in {modules}))"
+        # Modules for one library alone, which are themselves imported only where they are used.
+        modules = {
+            "structlin._cpu": "torch",
+            "structlin._chunked": "torch",
+            "structlin._fused.passes": "torch",
+            "structlin._jax": "jax",
+            "structlin._fused.xla": "jax",
+        }
+        assert eager == {(name.replace(".", "/") + ".py", library) for name, library in modules.items()}
+        code = f"import sys, structlin; sys.exit(any(name in sys.modules for name in {list(modules)}))"
         subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
