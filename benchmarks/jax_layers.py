@@ -33,6 +33,7 @@ from _measure import keep_memory, machine, medians
 import structlin
 from structlin import Structure
 from structlin._arrays import ops
+from structlin._fused.xla import threads
 
 CASES: dict[str, tuple[str, dict[str, object]]] = {
     "low_rank": ("low_rank", {"rank_fraction": 0.125}),
@@ -188,7 +189,7 @@ def main() -> None:
     arguments = parser.parse_args()
     flags, devices = os.environ.get("XLA_FLAGS", ""), [device.platform for device in jax.devices()]
     place = {**machine("cpu"), "jax": jax.__version__, "xla_flags": flags, "devices": devices}
-    place |= {"memory_kept": keep_memory(), "cores": len(os.sched_getaffinity(0))}
+    place |= {"memory_kept": keep_memory(), "cores": threads()}
     rows: list[dict[str, object]] = []
     for size in arguments.sizes:
         for tokens in arguments.tokens:

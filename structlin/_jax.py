@@ -278,7 +278,8 @@ def _gradients_transpose(
     cotangents: Sequence[Any], gy: Any, *operands: Any, structure: Structure, rows: bool, needs: tuple[bool, ...]
 ) -> list[Any]:
     """Of gy, in which they are linear: the tangent of the chain."""
-    assert ad.is_undefined_primal(gy) and not any(map(ad.is_undefined_primal, operands))  # noqa: PT018
+    assert ad.is_undefined_primal(gy)
+    assert not any(map(ad.is_undefined_primal, operands))
     places = [k for k, need in enumerate(needs) if need]
     given = {k: t for k, t in zip(places, cotangents, strict=True) if not isinstance(t, ad.Zero)}
     if not given:

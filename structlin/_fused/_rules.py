@@ -112,6 +112,11 @@ def shares(tokens: int, threads: int) -> int:
     return max(1, min(threads, tokens // SHARE))
 
 
+def copy_shares(numbers: int, threads: int) -> int:
+    """Among how many of the threads to share copies of so many numbers."""
+    return max(1, min(threads, numbers // COPIED_SHARE))
+
+
 def cuts(part: range, block: int, count: int) -> list[int]:
     """Where ``count`` shares of a part of the tokens start, which are whole blocks, with the end of the last."""
     blocks = math.ceil(len(part) / block)

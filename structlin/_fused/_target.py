@@ -69,6 +69,13 @@ def host() -> Target | None:
     return Target(32, 16, cpu, flags)
 
 
+def address(function: Any) -> int:
+    """Of a function of ctypes."""
+    found = ctypes.cast(function, ctypes.c_void_p).value
+    assert found is not None
+    return found
+
+
 def load(text: str, name: str, target: Target, parameters: list[Any]) -> Callable[..., None]:
     """Compile a module and return its function; ``parameters`` are types of ctypes. Calls hold no lock of Python's."""
     llvm = _binding()

@@ -13,10 +13,9 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, lru_cache
 from pathlib import Path
-from typing import Any
 
 from structlin._fused._ir import Code, Int, Values
-from structlin._fused._target import Target, load
+from structlin._fused._target import Target, address, load
 
 _PROCESS = os.getpid()  # OpenMP's threads do not live on in a process that is forked from it, but it waits for them
 
@@ -30,7 +29,7 @@ def run_shares(
         return run(arrays[0], cuts[0], cuts[1], total)
     team = _team(target) if os.getpid() == _PROCESS else None
     if team is not None:
-        words = [len(arrays), _address(run), total, *map(ctypes.addressof, arrays), *cuts]
+        words = [len(arrays), address(run), total, *map(ctypes.addressof, arrays), *cuts]
         return team((ctypes.c_int64 * len(words))(*words), len(arrays))
     pool = _pool(len(arrays) - 1, os.getpid())
     others = [pool.submit(run, arrays[k], cuts[k], cuts[k + 1], total) for k in range(1, len(arrays))]
@@ -48,9 +47,9 @@ def _team(target: Target) -> Callable[..., None] | None:
     if library is None or not all(hasattr(library, name) for name in names):
         return None
     parallel, number, count = (getattr(library, name) for name in names)
-    member = _member(_address(number), _address(count), target)
+    member = _member(address(number), address(count), target)
     parallel.restype, parallel.argtypes = None, [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
-    return lambda job, threads: parallel(_address(member), job, threads, 0)
+    return lambda job, threads: parallel(address(member), job, threads, 0)
 
 
 def _member(number: int, count: int, target: Target) -> Callable[..., None]:
@@ -87,10 +86,6 @@ def _torch_library() -> ctypes.CDLL | None:
         return ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
     except OSError:
         return None
-
-
-def _address(function: Any) -> Any:
-    return ctypes.cast(function, ctypes.c_void_p).value
 
 
 @lru_cache(maxsize=8)

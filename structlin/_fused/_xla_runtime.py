@@ -21,7 +21,7 @@ from typing import Any
 from structlin._fused._ir import Code, Int, Values
 from structlin._fused._product import BYTES
 from structlin._fused._schedule import LINE
-from structlin._fused._target import Target, load
+from structlin._fused._target import Target, address, load
 
 # Versions of the interface whose structs are those that are read here (minor ones of version 0).
 VERSIONS = (2, 3)
@@ -376,10 +376,3 @@ def add(parts: int, element: str, target: Target) -> Callable[..., None]:
     code.loop(whole, "%last", 1, write(element))
     text = code.function("add", "ptr %table, i64 %first, i64 %last, i64 %total", target.attributes)
     return load(text, "add", target, [ctypes.c_void_p, *[ctypes.c_int64] * 3])
-
-
-def address(function: Any) -> int:
-    """Of a function of ctypes."""
-    found = ctypes.cast(function, ctypes.c_void_p).value
-    assert found is not None
-    return found

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from structlin._fused._program import Packing, Pass, Program
-from structlin._fused._rules import COPIED_SHARE, ChainRules, cuts, shares
+from structlin._fused._rules import ChainRules, copy_shares, cuts, shares
 from structlin._fused._schedule import LINE
 from structlin._fused._target import Target
 from structlin._fused._team import run_shares
@@ -193,7 +193,7 @@ def _unpacked(program: Program, numbers: Sequence[int], found: Sequence[Tensor],
 def _copy(program: Program, packing: Packing, table: Sequence[int]) -> None:
     """From and to where the table says."""
     if table:
-        count = max(1, min(torch.get_num_threads(), packing.numbers // COPIED_SHARE))
+        count = copy_shares(packing.numbers, torch.get_num_threads())
         run_shares(packing.run, [table] * count, range(count + 1), count, program.target)
 
 

@@ -18,10 +18,10 @@ import jax
 import jax.numpy as jnp
 
 from structlin._fused._program import Pass, Program
-from structlin._fused._rules import COPIED_SHARE, ChainRules, cuts, shares
+from structlin._fused._rules import COPIED_SHARE, ChainRules, copy_shares, cuts, shares
 from structlin._fused._schedule import LINE
-from structlin._fused._target import host
-from structlin._fused._xla_runtime import add, address, fill, handler, supported
+from structlin._fused._target import address, host
+from structlin._fused._xla_runtime import add, fill, handler, supported
 
 Array = Any
 Place = tuple[int, int]  # an array, and bytes from its start
@@ -97,7 +97,8 @@ class XLAChain(ChainRules):
         sizes = [math.prod(result.shape) for result in results[len(gx) :]]
         unpacked = program.packing("gradients", tuple(wanted)).sizes
         direct = [not size for size in unpacked] + [True] * needs[-1]
-        grads = plan.sums(sizes, [place if alone else None for place, alone in zip(found, direct, strict=True)])
+        ends = [place if alone else None for place, alone in zip(found, direct, strict=True)]
+        grads = plan.sums(sizes, ends)
 
         cut = kept[0].size // program.schedule.rows[1] if kept else 0
         again = range(max(wanted, default=0))
@@ -108,9 +109,7 @@ class XLAChain(ChainRules):
                 activations = plan.packed("forward", again, given[: len(again)]) if more is None else more
                 run = program.backward(needs, more is not None, plan.count(part) > 1)
                 plan.run(run, part, [inputs[1], inputs[0]], table, activations, grads)
-        totals = plan.added(
-            sizes, grads, [place if alone else None for place, alone in zip(found, direct, strict=True)]
-        )
+        totals = plan.added(sizes, grads, ends)
         moved = [(t, f) for t, f, alone in zip(totals, found, direct, strict=True) if not alone]
         plan.copy("gradients", wanted, [place for pair in moved for place in pair])
         return plan.call(f"{self._chain} backward {needs} {cut}", operands, results)
@@ -167,7 +166,7 @@ class _Plan:
     def copy(self, kind: str, numbers: Sequence[int], table: list[Place]) -> None:
         if table:
             packing = self.program.packing(kind, tuple(numbers))
-            count = max(1, min(threads(), packing.numbers // COPIED_SHARE))
+            count = copy_shares(packing.numbers, threads())
             self.stage(packing.run, [table] * count, range(count + 1), count)
 
     def run(

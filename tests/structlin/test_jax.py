@@ -45,7 +45,8 @@ def many_blocks():
             xla.XLAChain, "suits", lambda self, dtype, tokens: bool(self.pays(tokens, False) and self.ready(dtype))
         )
         patch.setattr(_rules, "SHARE", 8)
-        patch.setattr(xla, "COPIED_SHARE", 8)
+        for module in (_rules, xla):
+            patch.setattr(module, "COPIED_SHARE", 8)
         patch.setattr(xla, "threads", lambda: 3)
         forget()
         yield
