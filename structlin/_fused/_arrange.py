@@ -31,22 +31,22 @@ class _Axis:
 
 @dataclass(frozen=True)
 class Arrangement:
-    """Contiguous arrays of ``shape`` with their axes in the order ``order``, or the other way round if ``back``.
+    """Arrays of ``shape`` with their axes in the order ``order``, or the other way round if ``back``.
 
     ``paired``: the last axes of the copy, so many numbers, follow one of even size, and are stored in pairs of it:
-    ``(..., k, n)`` as ``(..., k / 2, n, 2)``.
+    ``(..., k, n)`` as ``(..., k / 2, n, 2)``. ``whole``: the shape of the array that the original is a slice of.
     """
 
     shape: tuple[int, ...]
     order: tuple[int, ...]
     paired: int = 0
     back: bool = False
+    whole: tuple[int, ...] | None = None
 
     @property
     def trivial(self) -> bool:
         """Whether the copy is like the original."""
-        moved = [axis for axis in self.order if self.shape[axis] > 1]
-        return not self.paired and moved == sorted(moved)
+        return not self.paired and all(size == 1 or start == to for size, start, to in self._strides())
 
     def write(self, emitter: Emitter, source: Memory, target: Memory) -> None:
         """Write the loops."""
@@ -63,9 +63,9 @@ class Arrangement:
 
     def _strides(self) -> list[tuple[int, int, int]]:
         """Of each axis its size and its strides in the original and in the copy."""
-        found = []
+        found, whole = [], self.whole or self.shape
         for axis, size in enumerate(self.shape):
-            plain = math.prod(self.shape[axis + 1 :])
+            plain = math.prod(whole[axis + 1 :])
             moved = math.prod(self.shape[other] for other in self.order[self.order.index(axis) + 1 :])
             found.append((size, moved, plain) if self.back else (size, plain, moved))
         return found

@@ -22,6 +22,7 @@ from structlin._fused._ir import Code
 from structlin._fused._loops import write_product
 from structlin._fused._product import BYTES, Axis
 from structlin._fused._schedule import LINE, Operation, Schedule, make_schedule
+from structlin._fused._schedule import row as row_of
 from structlin._fused._target import Target, load
 from structlin._parse import Step
 
@@ -70,20 +71,38 @@ class Packing:
         return self.starts[-1] + self.sizes[-1] if any(self.sizes) else 0
 
 
+@dataclass(frozen=True)
+class Part:
+    """What a chain is a slice of: one of ``count`` along the first axis of the input, or else of the output.
+
+    ``shapes``: of the whole factors.
+    """
+
+    count: int
+    of_input: bool
+    shapes: tuple[tuple[int, ...], ...]
+
+    def strides(self, d_in: int, d_out: int) -> tuple[int, int]:
+        """From row to row of the whole input and output, of which slices have so many numbers."""
+        return (d_in * self.count, d_out) if self.of_input else (d_in, d_out * self.count)
+
+
 class Program:
     """The passes of a chain in one dtype; they are compiled when they are first asked for.
 
     ``d_in`` and ``d_out`` are the sizes of rows of the input and of the output, which is padded or cut to the chain's.
-    ``rows``: a token is a row of both, or else a column. ``shapes``: of the factors.
+    ``rows``: a token is a row of both, or else a column. ``shapes``: of the factors. Input or output, factors and kept
+    activations may be slices of the whole ones, of which the chain is a ``part``.
     """
 
     def __init__(
         self, schedule: Schedule, target: Target, dtype: str, d_in: int, d_out: int, rows: bool,
-        shapes: Sequence[tuple[int, ...]],
+        shapes: Sequence[tuple[int, ...]], part: Part | None = None,
     ) -> None:  # fmt: skip
         self.schedule, self.target, self.d_in, self.d_out, self.rows = schedule, target, d_in, d_out, rows
         self.outside, self.inside = ELEMENTS[dtype]
-        self.shapes = tuple(shapes)
+        self.shapes, self.part = tuple(shapes), part
+        self.strides = part.strides(d_in, d_out) if part else (d_in, d_out)
         self.numel = sum(map(math.prod, shapes))
         self.size = BYTES[self.inside]
         self.lanes = target.width // self.size  # numbers in a vector
@@ -115,7 +134,8 @@ class Program:
         """What :func:`load_copies` takes; None where a factor or a gradient is taken as it is."""
         operation: Operation = getattr(self.schedule, kind)[k]
         back = kind == "gradients"
-        arrangement = Arrangement(self.shapes[k], operation.order, operation.in_pairs, back)
+        whole = self.part.shapes[k] if self.part else None
+        arrangement = Arrangement(self.shapes[k], operation.order, operation.in_pairs, back, whole)
         ends = self.outside, self.element(operation)
         if ends[0] == ends[1] and arrangement.trivial:
             return None
@@ -146,6 +166,9 @@ class Program:
         if not kept:
             packed += sum(self.copied("forward", k) for k in numbers[:-1])
         sums, returned = self.numel * self.size, self.numel * BYTES[self.outside]
+        if self.part:  # gradients of other slices are there, to which sums are copied or are added up in place
+            direct = sum(math.prod(shape) for k, shape in enumerate(self.shapes) if not self.copied("gradients", k))
+            return threads * sums - direct * self.size + packed + scratch
         unpacked = sum(self.copied("gradients", k) for k in numbers)
         return max(threads * sums + packed + scratch, sums + unpacked) - returned
 
@@ -187,7 +210,7 @@ class Program:
             forms.read("state", last)
         outside = forms.keep("state", range(1, last)) if kept else []
         writer = _Writer(self, self._front_block(sum(forms.sizes([]).values())))
-        x, y = writer.end(self.d_in), writer.end(self.d_out)
+        x, y = map(writer.end, self.strides)
         arrays = writer.scratch(forms, outside)
         added = writer.whole(self.inside) if bias else None
         factors = [writer.factor(operation) for operation in schedule.forward]
@@ -196,7 +219,7 @@ class Program:
         def body(emitter: Emitter, at: Callable[[_Array], Memory]) -> None:
             for array in forms.of(arrays, "state", 0):
                 full, enters = schedule.widths[0], schedule.forward[0].enters
-                self._read(emitter, at(x), self.d_in, at(array), schedule.rows[0], full, enters)
+                self._read(emitter, at(x), (self.strides[0], self.d_in), at(array), schedule.rows[0], full, enters)
             for k, operation in enumerate(schedule.forward):
                 to = [at(array) for array in forms.of(arrays, "state", k + 1) or [y]]
                 source = at(forms.one(arrays, "state", k, operation.reads))
@@ -204,7 +227,7 @@ class Program:
                 write_product(emitter, operation.product, to, source, at(factors[k]), bias=fused, zipped=operation.zips)
             if cut:
                 source = at(forms.one(arrays, "state", last))
-                self._write(emitter, source, schedule.rows[last], at(y), self.d_out)
+                self._write(emitter, source, schedule.rows[last], at(y), (self.strides[1], self.d_out))
 
         return writer.compile(body)
 
@@ -222,33 +245,34 @@ class Program:
         paired = {k for k in wanted if self._gradient_in_pairs(k)}
         forms, outside = self._back_forms(needs, kept)
         writer = _Writer(self, self._back_block(bool(wanted), sum(forms.sizes(outside).values()), shared))
-        x, gy = writer.end(self.d_in), writer.end(self.d_out)
+        x, gy = map(writer.end, self.strides)
         arrays = writer.scratch(forms, outside)
-        gx = writer.end(self.d_in) if needs[0] else None
+        gx = writer.end(self.strides[0]) if needs[0] else None
         back = {k: writer.factor(schedule.back[k]) for k in sorted(passed)}
         grads = {k: writer.whole(self.inside) for k in wanted}
         bias = writer.whole(self.inside) if needs[-1] else None
-        arrays |= {key: writer.rows(self.outside, rows[key[1]]) for key in outside}
+        arrays |= {key: writer.rows(self.outside, self.kept_rows[key[1]]) for key in outside}
         factors = [writer.factor(schedule.forward[k]) for k in again]
 
         def body(emitter: Emitter, at: Callable[[_Array], Memory]) -> None:
             def copy(source: _Array, kind: str, number: int, width: int, reader: Operation) -> None:
                 for array in forms.of(arrays, kind, number):
-                    full = schedule.widths[number]
+                    full, ends = schedule.widths[number], (source.row, width)
                     self._read(
-                        emitter, at(source), width, at(array), rows[number], full, reader.enters, even=bool(paired)
+                        emitter, at(source), ends, at(array), rows[number], full, reader.enters, even=bool(paired)
                     )
 
             if bias is not None:
-                emitter.add_rows(at(gy), self.d_out, at(bias), self.d_out)
+                emitter.add_rows(at(gy), self.strides[1], at(bias), self.d_out)
             inner = emitter.even if paired else emitter.tokens  # where nothing is written to gx
             copy(x, "state", 0, self.d_in, schedule.forward[0])
             copy(gy, "flow", last, self.d_out, schedule.back[-1])
             for key in outside:
+                source = arrays[key]
                 for array in forms.of(arrays, *key[:2]):
-                    if array is not arrays[key]:
+                    if array is not source:
                         width, row = schedule.widths[key[1]], rows[key[1]]
-                        emitter.copy(at(arrays[key]), row, at(array), row, width, width, even=bool(paired))
+                        emitter.copy(at(source), source.row, at(array), row, width, width, even=bool(paired))
             for k in again:
                 operation = schedule.forward[k]
                 to = [at(array) for array in forms.of(arrays, "state", k + 1)]
@@ -277,7 +301,8 @@ class Program:
                         emitter, operation.product, to, source, at(back[k]), tokens=count, zipped=operation.zips
                     )
             if gx is not None and cut:
-                self._write(emitter, at(forms.one(arrays, "flow", 0)), rows[0], at(gx), self.d_in)
+                to = self.strides[0], self.d_in
+                self._write(emitter, at(forms.one(arrays, "flow", 0)), rows[0], at(gx), to)
 
         return writer.compile(body)
 
@@ -297,7 +322,15 @@ class Program:
             forms.read("flow", k + 1, schedule.back[k].reads)
         if self._cuts_back and needs[0]:
             forms.read("flow", 0)
-        return forms, forms.keep("state", range(1, last)) if kept else []
+        # Slices of kept activations do not lie as the products read them.
+        return forms, forms.keep("state", range(1, last), "kept" if self.part else "plain") if kept else []
+
+    @property
+    def kept_rows(self) -> tuple[int, ...]:
+        """From token to token of kept activations, of which there may be slices."""
+        if self.part is None:
+            return self.schedule.rows
+        return tuple(row_of(width * self.part.count, self.inside) for width in self.schedule.widths)
 
     @property
     def _cuts_back(self) -> bool:
@@ -305,23 +338,25 @@ class Program:
         return self.d_in < self.schedule.widths[0] or not self.rows
 
     def _read(
-        self, emitter: Emitter, source: Memory, width: int, target: Memory, row: int, full: int,
+        self, emitter: Emitter, source: Memory, ends: tuple[int, int], target: Memory, row: int, full: int,
         enters: Axis | None, even: bool = False,
     ) -> None:  # fmt: skip
-        """The input, or the gradient of the output."""
+        """The input, or the gradient of the output; ``ends``: from row to row of it, and numbers of a row to read."""
+        stride, width = ends
         if target.zipped:
             assert enters is not None
             assert enters.out is not None
-            emitter.zip(source, width, target, row, width, (enters.size, enters.out), even)
+            emitter.zip(source, stride, target, row, width, (enters.size, enters.out), even)
         elif self.rows:
-            emitter.copy(source, width, target, row, width, full, even)
+            emitter.copy(source, stride, target, row, width, full, even)
         else:
             emitter.from_columns(source, "%total", target, row, width, full)
 
-    def _write(self, emitter: Emitter, source: Memory, row: int, target: Memory, width: int) -> None:
+    def _write(self, emitter: Emitter, source: Memory, row: int, target: Memory, ends: tuple[int, int]) -> None:
         """The output, or the gradient of the input."""
+        stride, width = ends
         if self.rows:
-            emitter.copy(source, row, target, width, width, width)
+            emitter.copy(source, row, target, stride, width, width)
         else:
             emitter.to_columns(source, row, target, "%total", width)
 
@@ -349,11 +384,11 @@ class _Forms:
     """Which arrays a block needs. There may be several of one activation.
 
     ``plain``: in the type that is computed in. In bfloat16: ``half``, ``zipped`` along an axis, and with the numbers of
-    two ``tokens`` side by side.
+    two ``tokens`` side by side. ``kept``: by the forward pass, only to be copied.
     """
 
     def __init__(self, program: Program) -> None:
-        self.elements = {"plain": program.inside, "half": "bfloat", "zipped": "i32", "tokens": "i32"}
+        self.elements = {"plain": program.inside, "half": "bfloat", "zipped": "i32", "tokens": "i32", "kept": ""}
         self._rows = program.schedule.rows
         self._keys: list[_Key] = []
 
@@ -361,11 +396,11 @@ class _Forms:
         if (kind, number, form) not in self._keys:
             self._keys.append((kind, number, form))
 
-    def keep(self, kind: str, numbers: range) -> list[_Key]:
+    def keep(self, kind: str, numbers: range, form: str = "plain") -> list[_Key]:
         """Arrays outside of scratch memory."""
         for number in numbers:
-            self.read(kind, number)
-        return [(kind, number, "plain") for number in numbers]
+            self.read(kind, number, form)
+        return [(kind, number, form) for number in numbers]
 
     def sizes(self, outside: Sequence[_Key]) -> dict[_Key, int]:
         return {key: self._rows[key[1]] for key in self._keys if key not in outside}
@@ -403,9 +438,9 @@ class _Writer:
     def rows(self, element: str, row: int) -> _Array:
         return _Array(self._next(), element, row)
 
-    def end(self, width: int) -> _Array:
-        """The input, the output, or the gradient of one."""
-        return self.rows(self.program.outside, width if self.program.rows else 1)
+    def end(self, stride: int) -> _Array:
+        """The input, the output, or the gradient of one, with ``stride`` numbers from row to row."""
+        return self.rows(self.program.outside, stride if self.program.rows else 1)
 
     def whole(self, element: str) -> _Array:
         return _Array(self._next(), element, 0)
@@ -444,14 +479,14 @@ class _Writer:
 @lru_cache(maxsize=512)
 def make_program(
     steps: tuple[Step, ...], sizes: tuple[tuple[str, int], ...], d_in: int, d_out: int, rows: bool, dtype: str,
-    target: Target,
+    target: Target, part: Part | None = None,
 ) -> Program | None:  # fmt: skip
     """None where the chain has no schedule, and for columns in bfloat16."""
     if dtype == "bfloat16" and not rows:
         return None
-    schedule = make_schedule(
-        steps, dict(sizes), target, ELEMENTS[dtype][1], d_in, d_out, rows, dtype == "bfloat16" and target.half_products
-    )
+    pairs = dtype == "bfloat16" and target.half_products
+    strides = part.strides(d_in, d_out) if part else None
+    schedule = make_schedule(steps, dict(sizes), target, ELEMENTS[dtype][1], d_in, d_out, rows, pairs, strides)
     size = dict(sizes)
     shapes = [tuple(size[a] for a in step.factor) for step in steps]
-    return None if schedule is None else Program(schedule, target, dtype, d_in, d_out, rows, shapes)
+    return None if schedule is None else Program(schedule, target, dtype, d_in, d_out, rows, shapes, part)

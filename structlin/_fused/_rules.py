@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 
 from structlin._fused._product import BYTES
-from structlin._fused._program import ELEMENTS, Program, make_program
+from structlin._fused._program import ELEMENTS, FAR_BYTES, Program, make_program
+from structlin._fused._slices import Slices, slices, whole
 from structlin._fused._target import host
 from structlin._parse import Step
 
@@ -25,6 +26,9 @@ MORE, MISSED = 0.1, 0.05
 # Numbers, from which on the BLAS multiplies blocks faster than what is compiled with so many registers at least.
 LARGE_BLOCKS = {32: 1 << 19, 0: 1 << 18}
 SHARE, COPIED_SHARE = 48, 1 << 15  # tokens of a thread, and numbers that it copies, at least
+# Bytes of the factors and the sums of their gradients, and of the factors of a forward pass: more are sliced, if they
+# can be.
+SLICE_BYTES, FRONT_SLICE_BYTES = 29 << 18, 9 << 20
 WASTE = 12  # times the instructions that products without losses would take: more is slower than what others do
 
 
@@ -44,6 +48,7 @@ class ChainRules:
         self.plain = not any(step.batch or step.carried for step in steps)
         self._block = min(math.prod(size[a] for a in step.free + step.contracted) for step in steps)
         self._programs: dict[str, Program | None] = {}
+        self._slices: dict[tuple[str, bool], Slices] = {}
 
     @property
     def registers(self) -> int:
@@ -69,6 +74,20 @@ class ChainRules:
             self._programs[dtype] = found
         return self._programs[dtype]
 
+    def slices(self, dtype: str, back: bool) -> Slices:
+        """How to run the backward pass, or a forward pass of which nothing is kept."""
+        if (dtype, back) not in self._slices:
+            target, program = host(), self.program(dtype)
+            assert target is not None
+            assert program is not None
+            item = BYTES[program.outside] + (BYTES[program.inside] if back else 0)
+            most = (SLICE_BYTES if back else FRONT_SLICE_BYTES) // item
+            far = program.numel > (most if back else FAR_BYTES // item)
+            self._slices[dtype, back] = (
+                slices(self._chain, program, back, dtype, target, most) if far else whole(program)
+            )
+        return self._slices[dtype, back]
+
     def pays(self, tokens: int, gradients: bool) -> bool:
         """Whether there is enough to do for so many tokens; ``gradients``: the backward pass is to come."""
         numbers = tokens * self.widest
@@ -77,29 +96,33 @@ class ChainRules:
         copied = COPIED_TWICE if gradients else COPIED if self.numel <= NEAR_NUMBERS else COPIED_FAR
         return copied * numbers >= self.numel
 
-    def kept_tokens(self, program: Program, tokens: int, threads: int) -> int:
+    def kept_tokens(self, dtype: str, tokens: int, threads: int) -> int:
         """Of how many tokens to keep the activations between the steps for the backward pass, if it pays.
 
         The others are computed again. All that the passes take is to be no more than the dense matrix and its gradient
         would, or little more if none has to be computed again. Where even the rest of it takes clearly more, as much as
         x or y is kept.
         """
+        program, back = self.program(dtype), self.slices(dtype, True)
+        assert program is not None
+        if back.states is None:
+            return 0
         row, item = sum(program.schedule.rows[1:-1]), BYTES[program.outside]
         size = row * item
         work = self.macs_before_last / (program.lanes * (2 if program.pairs else 1))
         if work < KEPT_WORK * row or (tokens * size > KEPT_BYTES and work < FRESH_WORK * size):
             return 0
         dense = 2 * self.d_in * self.d_out * item
-        if tokens * size <= self.room(program, threads, True) + MORE * dense:
+        if tokens * size <= self.room(back.program, threads, True) + MORE * dense:
             return tokens
-        room = self.room(program, threads, False)
+        room = self.room(back.program, threads, False)
         if room < -MISSED * dense:
             return tokens if row <= 1.1 * min(self.d_in, self.d_out) else 0
         found = max(0, room) // size // SHARE * SHARE
         return found if found >= KEPT_SHARE * tokens else 0
 
     def room(self, program: Program, threads: int, kept: bool) -> int:
-        """Bytes that the dense matrix and its gradient take, less those that the passes do.
+        """Bytes that the dense matrix and its gradient take, less those that the passes do with such a backward one.
 
         Without the activations between the steps, which are ``kept`` or in part computed again.
         """

@@ -48,11 +48,13 @@ class Operation:
 class Schedule:
     """The two passes over a chain.
 
-    ``widths``: numbers in each activation for one token, input first. ``rows``: from one token to the next in scratch
-    memory. ``forward[k]`` writes activation k + 1, ``back[k]`` the gradient of activation k, and ``gradients[k]`` adds
-    to that of factor k. ``cost`` and ``back_cost`` are estimated instructions for one token.
+    ``states``: the axes of each activation in order, input first. ``widths``: numbers in each for one token. ``rows``:
+    from one token to the next in scratch memory. ``forward[k]`` writes activation k + 1, ``back[k]`` the gradient of
+    activation k, and ``gradients[k]`` adds to that of factor k. ``cost`` and ``back_cost`` are estimated instructions
+    for one token.
     """
 
+    states: tuple[str, ...]
     widths: tuple[int, ...]
     rows: tuple[int, ...]
     forward: tuple[Operation, ...]
@@ -143,18 +145,20 @@ def row(width: int, element: str) -> int:
 
 def make_schedule(
     steps: Sequence[Step], sizes: Mapping[str, int], target: Target, element: str, d_in: int, d_out: int,
-    rows: bool = True, pairs: bool = False,
+    rows: bool = True, pairs: bool = False, strides: tuple[int, int] | None = None,
 ) -> Schedule | None:  # fmt: skip
     """The cheapest schedule found; None where some product would have no axis for its vectors.
 
     ``pairs``: products may take pairs of bfloat16.
 
     The output is written to rows of ``d_out`` numbers, and the gradient of the input to rows of ``d_in``, unless they
-    are shorter than the chain's, or no ``rows``, and come from scratch memory.
+    are shorter than the chain's, or no ``rows``, and come from scratch memory. ``strides``: from row to row of the
+    input and of the output, where these are slices of longer ones.
     """
     full = math.prod(sizes[a] for a in steps[0].input), math.prod(sizes[a] for a in steps[-1].output)
     last = len(steps)
-    ends = {k: d for k, d, width in ((0, d_in, full[0]), (last, d_out, full[1])) if d == width and rows}
+    whole = (0, d_in == full[0]), (last, d_out == full[1])
+    ends = {k: stride for (k, uncut), stride in zip(whole, strides or (d_in, d_out), strict=True) if uncut and rows}
     maker = _Maker(steps, sizes, target, element, ends, pairs)
     # Forward: from each order of an activation, the cheapest way from the input. Then back from the output.
     ways: dict[str, tuple[float, list[str], list[Operation]]] = {o: (0.0, [o], []) for o in maker.orders(0)}
@@ -189,9 +193,11 @@ def make_schedule(
     back_cost, back, gradients = min(flows.values(), key=lambda way: way[0])
     if pairs:
         shapes = [[sizes[a] for a in step.factor] for step in steps]
-        whole = [full[end] == d for end, d in enumerate((d_in, d_out))]
-        forward, back = _zipped(forward, shapes, whole[0]), _zipped(back[::-1], shapes[::-1], whole[1])[::-1]
-    return Schedule(maker.widths, maker.rows, tuple(forward), tuple(back), tuple(gradients), cost, back_cost)
+        forward = _zipped(forward, shapes, whole[0][1])
+        back = _zipped(back[::-1], shapes[::-1], whole[1][1])[::-1]
+    return Schedule(
+        tuple(states), maker.widths, maker.rows, tuple(forward), tuple(back), tuple(gradients), cost, back_cost
+    )
 
 
 def _zipped(operations: Sequence[Operation], shapes: Sequence[Sequence[int]], whole: bool) -> list[Operation]:

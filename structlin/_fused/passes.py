@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from structlin._fused._program import Packing, Pass, Program
 from structlin._fused._rules import ChainRules, copy_shares, cuts, shares
 from structlin._fused._schedule import LINE
+from structlin._fused._slices import Slices, whole
 from structlin._fused._target import Target
 from structlin._fused._team import run_shares
 from structlin._parse import Step
@@ -34,11 +35,11 @@ class FusedChain(ChainRules):
 
     def spills(self, dtype: torch.dtype) -> bool:
         """Whether the backward pass has too much to hold in cache."""
-        return self._ready(dtype).spills
+        return self.slices(_name(dtype), True).program.spills
 
     def _program(self, dtype: torch.dtype) -> Program | None:
         if dtype not in self._found:
-            self._found[dtype] = self.program(str(dtype).removeprefix("torch."))
+            self._found[dtype] = self.program(_name(dtype))
         return self._found[dtype]
 
     def forward(
@@ -47,21 +48,26 @@ class FusedChain(ChainRules):
         program = self._ready(x.dtype)
         x, tokens, inside = x.contiguous(), x.shape[0 if self.rows else 1], program.dtype
         y = x.new_empty((tokens, self.d_out) if self.rows else (self.d_out, tokens))
-        cut = self.kept_tokens(program, tokens, _threads(tokens)) if kept is not None else 0
+        cut = self.kept_tokens(_name(x.dtype), tokens, _threads(tokens)) if kept is not None else 0
         found = [torch.empty(cut * row, dtype=program.kept_dtype) for row in program.schedule.rows[1:-1]] if cut else []
         if kept is not None:
             kept += found
-        table, held = _packed(program, "forward", range(len(factors)), factors)
         if bias is not None:
             spare = program.schedule.widths[-1] - self.d_out
             bias = (F.pad(bias, (0, spare)) if spare else bias).to(inside).contiguous()
-            table = [bias.data_ptr(), *table]
-        for part, more in ((range(cut), found), (range(cut, tokens), [])):
-            if part:
-                run = program.forward(bias is not None, bool(more))
-                tables = [[*table, *_places(more)]] * _threads(len(part))
-                _run(run, part, tokens, _places((x, y)), tables, program.target)
-        del held
+        slices = whole(program) if cut else self.slices(_name(x.dtype), False)
+        packed = _Packed(slices, "forward", range(len(factors)), factors)
+        apart = slices.end * (1 if self.rows else tokens) * x.itemsize
+        for number in range(slices.count):
+            table = packed.slice(number)
+            if bias is not None:
+                table = [bias.data_ptr() + number * slices.end * bias.itemsize, *table]
+            ends = [x.data_ptr(), y.data_ptr() + number * apart]
+            for part, more in ((range(cut), found), (range(cut, tokens), [])):
+                if part:
+                    run = slices.program.forward(bias is not None, bool(more))
+                    tables = [[*table, *_places(more)]] * _threads(len(part))
+                    _run(run, part, tokens, ends, tables, program.target)
         return y
 
     def backward(
@@ -70,23 +76,35 @@ class FusedChain(ChainRules):
         program = self._ready(x.dtype)
         if self._upright is not None and program.pairs:
             return self._plain_backward(gy, x, factors, needs, kept)
-        x, gy, inside = x.contiguous(), gy.contiguous(), program.dtype
-        tokens = x.shape[0 if self.rows else 1]
-        last = len(factors)
+        x, gy = x.contiguous(), gy.contiguous()
+        tokens, last = x.shape[0 if self.rows else 1], len(factors)
+        slices = self.slices(_name(x.dtype), True)
         gx = x.new_empty(x.shape) if needs[0] else None
         *needs, for_bias = needs
         wanted = [k for k in range(last) if needs[k + 1]]
-        sizes = [*(math.prod(self.shapes[k]) for k in wanted), *([self.d_out] if for_bias and self.rows else [])]
-        grads = [[torch.zeros(size, dtype=inside) for size in sizes] for _ in range(_threads(tokens))]
-        self._add_gradients(program, x, gy, gx, factors, (*needs, for_bias and self.rows), grads, kept)
-        while len(grads) > 1:
-            for total, part in zip(grads[0], grads.pop(), strict=True):
-                total += part
+        # Each slice reads the whole of gy, whose sum is in the way of none of them.
+        inside_bias = for_bias and self.rows and slices.count == 1
+        sums = _Sums(slices, wanted, self.shapes, x.dtype, [self.d_out] * inside_bias, _threads(tokens))
+        ways = self._back_ways(slices, (*needs, inside_bias), tokens, factors, kept)
+        apart = slices.end * (1 if self.rows else tokens) * x.itemsize
+        for number in range(slices.count):
+            ends, moved = [x.data_ptr() + number * apart, gy.data_ptr()], number * apart
+            grads = sums.slice(number)
+            first = [] if gx is None else [gx.data_ptr() + moved]
+            for part, run, packed, more in ways:
+                table, rest = [*first, *packed.slice(number)], more(number)
+                tables = [[*table, *_places(mine), *rest] for mine in grads[: _threads(len(part))]]
+                _run(run, part, tokens, ends, tables, slices.program.target)
+            if number + 1 == slices.count:
+                ways.clear()  # what they hold is not needed any more
+            sums.finish(number, grads)
         found: list[Tensor | None] = [gx, *([None] * last), None]
-        for k, gradient in zip(wanted, _unpacked(program, wanted, grads[0][: len(wanted)], x.dtype), strict=True):
+        for k, gradient in zip(wanted, sums.found, strict=True):
             found[k + 1] = gradient
-        if for_bias:
-            found[-1] = grads[0][-1].to(x.dtype) if self.rows else gy.sum(1)
+        if inside_bias:
+            found[-1] = sums.more[0].to(x.dtype)
+        elif for_bias:
+            found[-1] = gy.sum(0 if self.rows else 1)
         return tuple(found)
 
     def _plain_backward(
@@ -118,27 +136,30 @@ class FusedChain(ChainRules):
             found[0] = gy
         return tuple(found)
 
-    def _add_gradients(
-        self, program: Program, x: Tensor, gy: Tensor, gx: Tensor | None, factors: Sequence[Tensor],
-        needs: tuple[bool, ...], grads: Sequence[Sequence[Tensor]], kept: Sequence[Tensor],
-    ) -> None:  # fmt: skip
-        """Run the backward pass; each thread adds to the gradients ``grads`` of its own."""
-        tokens, last = x.shape[0 if self.rows else 1], len(factors)
+    def _back_ways(
+        self, slices: Slices, needs: tuple[bool, ...], tokens: int, factors: Sequence[Tensor], kept: Sequence[Tensor]
+    ) -> list[_Way]:
+        """For the tokens whose activations are kept and for the others: how to run the pass."""
+        last = len(factors)
         wanted = [k for k in range(last) if needs[k + 1]]
-        cut = kept[0].numel() // program.schedule.rows[1] if kept else 0
-        lowest = 0 if needs[0] else min(wanted) + 1
-        table, held = _packed(program, "back", range(lowest, last), factors)
-        if gx is not None:
-            table = [gx.data_ptr(), *table]
-        for part, rest in ((range(cut), kept), (range(cut, tokens), None)):
-            if part:
-                again = range(max(wanted, default=0))
-                more, copies = (_places(rest), []) if rest is not None else _packed(program, "forward", again, factors)
-                tables = [[*table, *_places(mine), *more] for mine in grads[: _threads(len(part))]]
-                run = program.backward(needs, rest is not None, len(tables) > 1)
-                _run(run, part, tokens, _places((x, gy)), tables, program.target)
-                del copies
-        del held
+        cut = kept[0].numel() // slices.program.kept_rows[1] if kept else 0
+        back = _Packed(slices, "back", range(0 if needs[0] else min(wanted) + 1, last), factors)
+        ways: list[_Way] = []
+        for part, held in ((range(cut), kept), (range(cut, tokens), None)):
+            if not part:
+                continue
+            run = slices.program.backward(needs, held is not None, _threads(len(part)) > 1)
+            if held is None:
+                more = _Packed(slices, "forward", range(max(wanted, default=0)), factors).slice
+            else:
+                assert slices.states is not None
+                starts = [(a.data_ptr(), n * a.itemsize) for a, n in zip(held, slices.states, strict=True)]
+
+                def more(number: int, starts: list[tuple[int, int]] = starts) -> list[int]:
+                    return [place + number * n for place, n in starts]
+
+            ways.append((part, run, back, more))
+        return ways
 
     def _ready(self, dtype: torch.dtype) -> Program:
         program = self._program(dtype)
@@ -158,36 +179,93 @@ def _upright(
     return tuple(s.factor == s.output + s.input for s in steps) if tuple(ends) == (d_in, d_out) else None
 
 
-def _packed(
-    program: Program, kind: str, numbers: Sequence[int], factors: Sequence[Tensor]
-) -> tuple[list[int], list[Tensor]]:
-    """Where these factors are as the products ``kind`` read them, and what has to live as long as they are read."""
-    packing = program.packing(kind, tuple(numbers))
-    originals = [factors[k].contiguous() for k in numbers]
-    copies = torch.empty(packing.total, dtype=torch.uint8) if packing.total else None
-    first, places, moved = 0 if copies is None else copies.data_ptr(), [], []
-    for original, size, start in zip(originals, packing.sizes, packing.starts, strict=True):
-        place = original.data_ptr()
-        if size:
-            moved += [place, first + start]
-            place = first + start
-        places.append(place)
-    _copy(program, packing, moved)
-    return places, originals if copies is None else [copies, *originals]
+_Way = tuple[range, Pass, "_Packed", Callable[[int], list[int]]]
 
 
-def _unpacked(program: Program, numbers: Sequence[int], found: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    """The gradients of these factors with axes as the factors have them."""
-    packing = program.packing("gradients", tuple(numbers))
-    copies, moved = [], []
-    for k, original, size in zip(numbers, found, packing.sizes, strict=True):
-        if size:
-            copies.append(torch.empty(program.shapes[k], dtype=dtype))
-            moved += _places((original, copies[-1]))
-        else:
-            copies.append(original.view(program.shapes[k]))
-    _copy(program, packing, moved)
-    return copies
+class _Packed:
+    """These factors as the products ``kind`` of slices read them."""
+
+    def __init__(self, slices: Slices, kind: str, numbers: Sequence[int], factors: Sequence[Tensor]) -> None:
+        self._program, self._packing = slices.program, slices.program.packing(kind, tuple(numbers))
+        self._factors = [factors[k].contiguous() for k in numbers]
+        self._apart = [slices.factors[k] * f.itemsize for k, f in zip(numbers, self._factors, strict=True)]
+        size = self._packing.total
+        self._copies = torch.empty(size, dtype=torch.uint8) if size else None
+        self._made: tuple[int, list[int]] | None = None
+
+    def slice(self, number: int) -> list[int]:
+        """Where the factors of this slice are, until the next one is asked for."""
+        if self._made is not None and self._made[0] == number:
+            return self._made[1]
+        first, places, moved = 0 if self._copies is None else self._copies.data_ptr(), [], []
+        ends = zip(self._factors, self._apart, self._packing.sizes, self._packing.starts, strict=True)
+        for factor, apart, size, start in ends:
+            place = factor.data_ptr() + number * apart
+            if size:
+                moved += [place, first + start]
+                place = first + start
+            places.append(place)
+        _copy(self._program, self._packing, moved)
+        self._made = number, places
+        return places
+
+
+class _Sums:
+    """The gradients ``found`` of the factors ``wanted``, of which each slice has its part, and ``more`` sums.
+
+    Each thread has sums of its own. Those of the first one are where the gradients are to be in the end, if they have
+    their order and type.
+    """
+
+    def __init__(
+        self, slices: Slices, wanted: Sequence[int], shapes: Sequence[tuple[int, ...]], dtype: torch.dtype,
+        more: Sequence[int], threads: int,
+    ) -> None:  # fmt: skip
+        self._slices, self._dtype = slices, dtype
+        self._packing = slices.program.packing("gradients", tuple(wanted))
+        self._shapes, self._apart = [shapes[k] for k in wanted], [slices.factors[k] for k in wanted]
+        self._sizes, inside = [math.prod(slices.program.shapes[k]) for k in wanted], slices.program.dtype
+        copied = self._packing.sizes
+        self.found = [
+            torch.empty(0, dtype=dtype) if copy else torch.zeros(shape, dtype=dtype)
+            for shape, copy in zip(self._shapes, copied, strict=True)
+        ]
+        self._sums = [
+            [torch.zeros(n if copy or thread else 0, dtype=inside) for n, copy in zip(self._sizes, copied, strict=True)]
+            for thread in range(threads)
+        ]
+        self._more = [[torch.zeros(n, dtype=inside) for n in more] for _ in range(threads)]
+
+    def slice(self, number: int) -> list[list[Tensor]]:
+        """Of each thread the sums for this slice, which start at zero."""
+        if number:
+            for total in (total for sums in self._sums for total in sums):
+                total.zero_()
+        first, *others = ([*sums, *more] for sums, more in zip(self._sums, self._more, strict=True))
+        for k, copy in enumerate(self._packing.sizes):
+            if not copy:
+                first[k] = self.found[k].view(-1).narrow(0, number * self._apart[k], self._sizes[k])
+        return [first, *others]
+
+    def finish(self, number: int, grads: list[list[Tensor]]) -> None:
+        """``grads``, what :meth:`slice` gave, are added up."""
+        if number + 1 == self._slices.count:
+            del self._sums[1:], self._more[1:]
+        while len(grads) > 1:
+            for total, part in zip(grads[0], grads.pop(), strict=True):
+                total += part
+        moved = []
+        for k, copy in enumerate(self._packing.sizes):
+            if copy:
+                if not number:
+                    self.found[k] = torch.empty(self._shapes[k], dtype=self._dtype)
+                to = self.found[k].data_ptr() + number * self._apart[k] * self.found[k].itemsize
+                moved += [grads[0][k].data_ptr(), to]
+        _copy(self._slices.program, self._packing, moved)
+
+    @property
+    def more(self) -> list[Tensor]:
+        return self._more[0]
 
 
 def _copy(program: Program, packing: Packing, table: Sequence[int]) -> None:
@@ -195,6 +273,10 @@ def _copy(program: Program, packing: Packing, table: Sequence[int]) -> None:
     if table:
         count = copy_shares(packing.numbers, torch.get_num_threads())
         run_shares(packing.run, [table] * count, range(count + 1), count, program.target)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _places(tensors: Sequence[Tensor]) -> list[int]:

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from structlin._fused._program import Pass, Program
 from structlin._fused._rules import COPIED_SHARE, ChainRules, copy_shares, cuts, shares
 from structlin._fused._schedule import LINE
+from structlin._fused._slices import Slices, whole
 from structlin._fused._target import address, host
 from structlin._fused._xla_runtime import add, fill, handler, supported
 
@@ -63,24 +64,31 @@ class XLAChain(ChainRules):
             jax.ShapeDtypeStruct((tokens, self.d_out) if self.rows else (self.d_out, tokens), x.dtype),
             *(jax.ShapeDtypeStruct((size,), x.dtype) for size in self.kept_sizes(str(x.dtype), kept)),
         ]
-        plan = _Plan(program, tokens, len(operands), len(results))
+        slices = whole(program) if kept else self.slices(str(x.dtype), False)
+        plan = _Plan(slices.program, tokens, len(operands), len(results))
         places = [(k, 0) for k in range(len(operands) + len(results))]
         inputs, outputs = places[: len(operands)], places[len(operands) :]
-        table = [
-            *inputs[1 + len(factors) :],
-            *plan.packed("forward", range(len(factors)), inputs[1 : 1 + len(factors)]),
-        ]
-        for part, more in ((range(kept), outputs[1:]), (range(kept, tokens), [])):
-            if part:
-                plan.run(program.forward(bias is not None, bool(more)), part, [inputs[0], outputs[0]], table, more)
+        item, apart = x.dtype.itemsize, self._apart(slices, x)
+        for number in range(slices.count):
+            given = _moved(inputs[1 : 1 + len(factors)], number, [n * item for n in slices.factors])
+            added = _moved(inputs[1 + len(factors) :], number, [slices.end * program.size])
+            ends, before = [inputs[0], (outputs[0][0], number * apart)], plan.top
+            table = [*added, *plan.packed("forward", range(len(factors)), given)]
+            for part, more in ((range(kept), outputs[1:]), (range(kept, tokens), [])):
+                if part:
+                    plan.run(slices.program.forward(bias is not None, bool(more)), part, ends, table, more)
+            plan.top = before
         return plan.call(f"{self._chain} forward {bias is not None} {kept}", operands, results)
 
     def backward(
         self, gy: Array, x: Array, factors: Sequence[Array], needs: tuple[bool, ...], kept: Sequence[Array]
     ) -> tuple[Array, ...]:
         """The gradients of x, the factors and the bias that ``needs`` asks for."""
-        program, tokens = self._given(str(x.dtype)), x.shape[0 if self.rows else 1]
-        last = len(factors)
+        slices, tokens = self.slices(str(x.dtype), True), x.shape[0 if self.rows else 1]
+        program, last = slices.program, len(factors)
+        if needs[-1] and slices.count > 1:
+            bias = jnp.sum(gy, 0 if self.rows else 1, dtype=_DTYPES[program.inside])
+            return *self.backward(gy, x, factors, (*needs[:-1], False), kept), bias
         wanted = [k for k in range(last) if needs[k + 1]]
         lowest = 0 if needs[0] else min(wanted) + 1
         operands = [gy, x, *factors, *kept]
@@ -92,40 +100,55 @@ class XLAChain(ChainRules):
         plan = _Plan(program, tokens, len(operands), len(results))
         places = [(k, 0) for k in range(len(operands) + len(results))]
         inputs, outputs = places[: len(operands)], places[len(operands) :]
-        gx, found = (outputs[:1], outputs[1:]) if needs[0] else ([], outputs)
-
-        sizes = [math.prod(result.shape) for result in results[len(gx) :]]
+        sizes = [*(math.prod(program.shapes[k]) for k in wanted), *([self.d_out] if needs[-1] else [])]
         unpacked = program.packing("gradients", tuple(wanted)).sizes
         direct = [not size for size in unpacked] + [True] * needs[-1]
-        ends = [place if alone else None for place, alone in zip(found, direct, strict=True)]
-        grads = plan.sums(sizes, ends)
-
-        cut = kept[0].size // program.schedule.rows[1] if kept else 0
+        cut = kept[0].size // program.kept_rows[1] if kept else 0
         again = range(max(wanted, default=0))
-        given = inputs[2 : 2 + last]
-        table = [*gx, *plan.packed("back", range(lowest, last), given[lowest:])]
-        for part, more in ((range(cut), inputs[2 + last :]), (range(cut, tokens), None)):
-            if part:
-                activations = plan.packed("forward", again, given[: len(again)]) if more is None else more
-                run = program.backward(needs, more is not None, plan.count(part) > 1)
-                plan.run(run, part, [inputs[1], inputs[0]], table, activations, grads)
-        totals = plan.added(sizes, grads, ends)
-        moved = [(t, f) for t, f, alone in zip(totals, found, direct, strict=True) if not alone]
-        plan.copy("gradients", wanted, [place for pair in moved for place in pair])
+        item, apart = x.dtype.itemsize, self._apart(slices, x)
+        for number in range(slices.count):
+            before = plan.top
+            given = _moved(inputs[2 : 2 + last], number, [n * item for n in slices.factors])
+            held = _moved(inputs[2 + last :], number, [n * item for n in slices.states or ()])
+            gx = _moved(outputs[:1], number, [apart]) if needs[0] else []
+            starts = [*(slices.factors[k] * item for k in wanted), *([0] if needs[-1] else [])]
+            found = _moved(outputs[len(gx) :], number, starts)
+            ends = [place if alone else None for place, alone in zip(found, direct, strict=True)]
+            grads = plan.sums(sizes, ends)
+            table = [*gx, *plan.packed("back", range(lowest, last), given[lowest:])]
+            for part, more in ((range(cut), held), (range(cut, tokens), None)):
+                if part:
+                    activations = plan.packed("forward", again, given[: len(again)]) if more is None else more
+                    run = program.backward(needs, more is not None, plan.count(part) > 1)
+                    here = [*_moved(inputs[1:2], number, [apart]), inputs[0]]
+                    plan.run(run, part, here, table, activations, grads)
+            totals = plan.added(sizes, grads, ends)
+            pairs = [(t, f) for t, f, alone in zip(totals, found, direct, strict=True) if not alone]
+            plan.copy("gradients", wanted, [place for pair in pairs for place in pair])
+            plan.top = before
         return plan.call(f"{self._chain} backward {needs} {cut}", operands, results)
 
     def keeps(self, dtype: str, tokens: int) -> int:
         """Of how many tokens to keep the activations between the steps for the backward pass."""
-        return self.kept_tokens(self._given(dtype), tokens, shares(tokens, threads()))
+        return self.kept_tokens(dtype, tokens, shares(tokens, threads()))
 
     def kept_sizes(self, dtype: str, kept: int) -> list[int]:
         """Of these activations, one after the other."""
         return [kept * row for row in self._given(dtype).schedule.rows[1:-1]] if kept else []
 
+    def _apart(self, slices: Slices, x: Array) -> int:
+        """Bytes from one slice of the input, or the output, to the next."""
+        return slices.end * (1 if self.rows else x.shape[1]) * x.dtype.itemsize
+
     def _given(self, dtype: str) -> Program:
         program = self.ready(dtype)
         assert program is not None
         return program
+
+
+def _moved(places: Sequence[Place], number: int, steps: Sequence[int]) -> list[Place]:
+    """So many steps further, each place by its own; where there are no places there may be steps."""
+    return [(array, at + number * step) for (array, at), step in zip(places, steps, strict=False)]
 
 
 class _Plan:

@@ -142,6 +142,38 @@ def test_activations_that_are_kept_change_nothing(name, kept, monkeypatch, threa
     close(found, jax.grad(weigh(portable(structure), weights), every)(x, *factors))
 
 
+@pytest.mark.parametrize("kept", [0, 48, 101])
+@pytest.mark.parametrize("rows", [True, False], ids=["rows", "columns"])
+@pytest.mark.parametrize("most", [0, 900])
+def test_slices_change_nothing(most, rows, kept, monkeypatch, threads):
+    for name in ("SLICE_BYTES", "FRONT_SLICE_BYTES"):
+        monkeypatch.setattr(_rules, name, 16 * most)
+    monkeypatch.setattr(_rules, "FAR_BYTES", 0)
+    monkeypatch.setattr(xla.XLAChain, "kept_tokens", lambda *_: kept)
+    forget()
+    structure = sl.Structure.parse("pa,pfra->frp; frp,ferp->fe", p=12, a=5, f=6, r=3, e=7)
+    factors = sl.random_factors(structure, seed=1, backend="jax", dtype="float64")
+    x, weights, bias = (
+        jnp.asarray(np.random.default_rng(k).standard_normal(shape))
+        for k, shape in enumerate([(101, structure.d_in), (101, structure.d_out), (structure.d_out,)])
+    )
+    if rows:
+        arguments, run = (x, *factors, bias), lambda x, *rest: _jax.run(structure, rest[:-1], x, rest[-1])
+    else:
+        arguments, run = (x.T, *factors), lambda x, *factors: _jax.run(structure, factors, x, rows=False).T
+    of_chain = _jax._of(structure, rows)
+    assert [of_chain.slices("float64", back).count for back in (True, False)] == ([3, 2] if most else [12, 6])
+    exact = portable(structure)(x, *factors) + (bias if rows else 0)
+    close(jax.jit(run)(*arguments), exact)
+    every = tuple(range(len(arguments)))
+    found = jax.grad(weigh(run, weights), every)(*arguments)
+    wanted = jax.grad(weigh(lambda x, *f: portable(structure)(x, *f[:2]), weights), tuple(range(3)))(x, *factors)
+    close(found[: 1 + len(factors)], (wanted[0] if rows else wanted[0].T, *wanted[1:]))
+    if rows:
+        close(found[-1], weights.sum(0))
+    forget()
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", CASES)
 def test_other_dtypes(name, dtype):

@@ -1,0 +1,89 @@
+"""Slices of a pass that share no result.
+
+A backward pass reads the factors and adds to their gradients once for each block of tokens. If they do not stay in
+cache from one block to the next, its time is that of memory. Where every factor has the first axis of the input,
+slices along it are chains of their own: each has its part of the input, of its gradient and of the gradients of all
+factors, and needs the whole gradient of the output. So one slice after the other is run for all tokens, with little
+enough to stay in cache; nothing is computed twice. Of a forward pass the same holds for the first axis of the output.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from structlin._fused._program import Part, Program, make_program
+from structlin._fused._target import Target
+from structlin._parse import Step
+
+RUN = 8  # numbers that are copied together, if this does not make the slices more than twice as large
+Chain = tuple[tuple[Step, ...], tuple[tuple[str, int], ...], int, int, bool]  # steps, sizes, d_in, d_out, rows
+
+
+@dataclass(frozen=True)
+class Slices:
+    """``count`` times the program, for slices that start so many numbers apart.
+
+    ``factors``: in each factor, ``end``: in the input or the output, ``states``: in a kept token of each activation
+    between steps, None if its slices do not lie in one piece.
+    """
+
+    program: Program
+    count: int
+    factors: tuple[int, ...]
+    end: int
+    states: tuple[int, ...] | None
+
+
+def whole(program: Program) -> Slices:
+    """All in one."""
+    return Slices(program, 1, (0,) * len(program.shapes), 0, (0,) * (len(program.shapes) - 1))
+
+
+def slices(chain: Chain, program: Program, of_input: bool, dtype: str, target: Target, most: int) -> Slices:
+    """The fewest slices of a program whose factors have at most so many numbers each, or the most that there are."""
+    steps, sizes, d_in, d_out, _ = chain
+    size = dict(sizes)
+    first, other = (steps[0].input, steps[-1].output) if of_input else (steps[-1].output, steps[0].input)
+    axis = next((a for a in first if size[a] > 1), None)
+    cut = program.schedule.widths[0 if of_input else -1] != (d_in if of_input else d_out)
+    if axis is None or cut or axis in other or any(axis not in step.factor for step in steps):
+        return whole(program)
+    count = _count(size[axis], program.numel, most)
+    return _slices(chain, program, axis, count, of_input, dtype, target) or whole(program)
+
+
+def _count(size: int, numel: int, most: int) -> int:
+    counts = [n for n in range(1, size + 1) if size % n == 0]
+    count = next((n for n in counts if numel <= n * most), size)
+    # Where the axis comes last in a factor, neighbours of a slice are copied together.
+    wider = [n for n in counts if RUN * n <= size and numel <= 2 * n * most]
+    return wider[-1] if wider and RUN * count > size else count
+
+
+def _slices(
+    chain: Chain, program: Program, axis: str, count: int, of_input: bool, dtype: str, target: Target
+) -> Slices | None:  # fmt: skip
+    steps, sizes, d_in, d_out, rows = chain
+    if count == 1:
+        return whole(program)
+    size, part = dict(sizes), Part(count, of_input, program.shapes)
+    size[axis] //= count
+    ends = (d_in // count, d_out) if of_input else (d_in, d_out // count)
+    one = make_program(steps, tuple(size.items()), *ends, rows, dtype, target, part)
+    if one is None:
+        return None
+    factors = []
+    for step, shape in zip(steps, one.shapes, strict=True):
+        at = step.factor.index(axis)
+        factors.append(shape[at] * math.prod(shape[at + 1 :]))
+    states: list[int] | None = []
+    for k in range(1, len(steps)):
+        before, after = program.schedule.states[k], one.schedule.states[k]
+        long = [a for a in before if dict(sizes)[a] > 1 and (a != axis or size[a] > 1)]
+        leads = next(a for a in before if dict(sizes)[a] > 1) == axis
+        if states is None or not leads or long != [a for a in after if size[a] > 1]:
+            states = None
+        else:
+            states.append(one.schedule.widths[k])
+    return Slices(one, count, tuple(factors), ends[0 if of_input else 1], None if states is None else tuple(states))
