@@ -268,11 +268,11 @@ class Program:
             copy(x, "state", 0, self.d_in, schedule.forward[0])
             copy(gy, "flow", last, self.d_out, schedule.back[-1])
             for key in outside:
-                source = arrays[key]
+                held = arrays[key]
                 for array in forms.of(arrays, *key[:2]):
-                    if array is not source:
+                    if array is not held:
                         width, row = schedule.widths[key[1]], rows[key[1]]
-                        emitter.copy(at(source), source.row, at(array), row, width, width, even=bool(paired))
+                        emitter.copy(at(held), held.row, at(array), row, width, width, even=bool(paired))
             for k in again:
                 operation = schedule.forward[k]
                 to = [at(array) for array in forms.of(arrays, "state", k + 1)]
@@ -301,8 +301,8 @@ class Program:
                         emitter, operation.product, to, source, at(back[k]), tokens=count, zipped=operation.zips
                     )
             if gx is not None and cut:
-                to = self.strides[0], self.d_in
-                self._write(emitter, at(forms.one(arrays, "flow", 0)), rows[0], at(gx), to)
+                wide = self.strides[0], self.d_in
+                self._write(emitter, at(forms.one(arrays, "flow", 0)), rows[0], at(gx), wide)
 
         return writer.compile(body)
 
