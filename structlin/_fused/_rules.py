@@ -76,17 +76,17 @@ class ChainRules:
 
     def slices(self, dtype: str, back: bool) -> Slices:
         """How to run the backward pass, or a forward pass of which nothing is kept."""
-        if (dtype, back) not in self._slices:
+        found = self._slices.get((dtype, back))
+        if found is None:
             target, program = host(), self.program(dtype)
             assert target is not None
             assert program is not None
             item = BYTES[program.outside] + (BYTES[program.inside] if back else 0)
             most = (SLICE_BYTES if back else FRONT_SLICE_BYTES) // item
             far = program.numel > (most if back else FAR_BYTES // item)
-            self._slices[dtype, back] = (
-                slices(self._chain, program, back, dtype, target, most) if far else whole(program)
-            )
-        return self._slices[dtype, back]
+            found = slices(self._chain, program, back, dtype, target, most) if far else whole(program)
+            self._slices[dtype, back] = found
+        return found
 
     def pays(self, tokens: int, gradients: bool) -> bool:
         """Whether there is enough to do for so many tokens; ``gradients``: the backward pass is to come."""
@@ -142,5 +142,7 @@ def copy_shares(numbers: int, threads: int) -> int:
 
 def cuts(part: range, block: int, count: int) -> list[int]:
     """Where ``count`` shares of a part of the tokens start, which are whole blocks, with the end of the last."""
+    if count == 1:
+        return [part.start, part.stop]
     blocks = math.ceil(len(part) / block)
     return [min(part.stop, part.start + blocks * k // count * block) for k in range(count + 1)]

@@ -24,9 +24,10 @@ def run_shares(
     run: Callable[..., None], tables: Sequence[Sequence[int]], cuts: Sequence[int], total: int, target: Target
 ) -> None:  # fmt: skip
     """``run(tables[k], cuts[k], cuts[k + 1], total)`` for all k at the same time; tables are of addresses."""
+    if len(tables) == 1:
+        (table,) = tables
+        return run((ctypes.c_void_p * len(table))(*table), cuts[0], cuts[1], total)
     arrays = [(ctypes.c_void_p * len(table))(*table) for table in tables]
-    if len(arrays) == 1:
-        return run(arrays[0], cuts[0], cuts[1], total)
     team = _team(target) if os.getpid() == _PROCESS else None
     if team is not None:
         words = [len(arrays), address(run), total, *map(ctypes.addressof, arrays), *cuts]

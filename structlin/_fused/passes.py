@@ -35,34 +35,35 @@ class FusedChain(ChainRules):
 
     def spills(self, dtype: torch.dtype) -> bool:
         """Whether the backward pass has too much to hold in cache."""
-        return self.slices(_name(dtype), True).program.spills
+        return self.slices(_NAMES[dtype], True).program.spills
 
     def _program(self, dtype: torch.dtype) -> Program | None:
         if dtype not in self._found:
-            self._found[dtype] = self.program(_name(dtype))
+            self._found[dtype] = self.program(_NAMES[dtype]) if dtype in _NAMES else None
         return self._found[dtype]
 
     def forward(
         self, x: Tensor, factors: Sequence[Tensor], bias: Tensor | None = None, kept: list[Tensor] | None = None
     ) -> Tensor:
-        program = self._ready(x.dtype)
-        x, tokens, inside = x.contiguous(), x.shape[0 if self.rows else 1], program.dtype
+        name, tokens = _NAMES[x.dtype], x.shape[0 if self.rows else 1]
+        program, slices = self._ready(x.dtype), self.slices(name, False)
+        x, factors = x.contiguous(), [factor.contiguous() for factor in factors]
         y = x.new_empty((tokens, self.d_out) if self.rows else (self.d_out, tokens))
-        cut = self.kept_tokens(_name(x.dtype), tokens, _threads(tokens)) if kept is not None else 0
-        found = [torch.empty(cut * row, dtype=program.kept_dtype) for row in program.schedule.rows[1:-1]] if cut else []
-        if kept is not None:
+        cut, found = self.kept_tokens(name, tokens, _threads(tokens)) if kept is not None else 0, []
+        if kept is not None and cut:
+            slices = whole(program)
+            found = [torch.empty(cut * row, dtype=program.kept_dtype) for row in program.schedule.rows[1:-1]]
             kept += found
         if bias is not None:
             spare = program.schedule.widths[-1] - self.d_out
-            bias = (F.pad(bias, (0, spare)) if spare else bias).to(inside).contiguous()
-        slices = whole(program) if cut else self.slices(_name(x.dtype), False)
+            bias = (F.pad(bias, (0, spare)) if spare else bias).to(program.dtype).contiguous()
         packed = _Packed(slices, "forward", range(len(factors)), factors)
-        apart = slices.end * (1 if self.rows else tokens) * x.itemsize
         for number in range(slices.count):
-            table = packed.slice(number)
+            table, ends = packed.slice(number), [x.data_ptr(), y.data_ptr()]
             if bias is not None:
                 table = [bias.data_ptr() + number * slices.end * bias.itemsize, *table]
-            ends = [x.data_ptr(), y.data_ptr() + number * apart]
+            if number:
+                ends[1] += number * slices.end * (1 if self.rows else tokens) * y.itemsize
             for part, more in ((range(cut), found), (range(cut, tokens), [])):
                 if part:
                     run = slices.program.forward(bias is not None, bool(more))
@@ -76,28 +77,28 @@ class FusedChain(ChainRules):
         program = self._ready(x.dtype)
         if self._upright is not None and program.pairs:
             return self._plain_backward(gy, x, factors, needs, kept)
-        x, gy = x.contiguous(), gy.contiguous()
+        x, gy, factors = x.contiguous(), gy.contiguous(), [factor.contiguous() for factor in factors]
         tokens, last = x.shape[0 if self.rows else 1], len(factors)
-        slices = self.slices(_name(x.dtype), True)
+        slices = self.slices(_NAMES[x.dtype], True)
         gx = x.new_empty(x.shape) if needs[0] else None
         *needs, for_bias = needs
         wanted = [k for k in range(last) if needs[k + 1]]
         # Each slice reads the whole of gy, whose sum is in the way of none of them.
         inside_bias = for_bias and self.rows and slices.count == 1
-        sums = _Sums(slices, wanted, self.shapes, x.dtype, [self.d_out] * inside_bias, _threads(tokens))
+        threads = _threads(tokens)
+        sums = _Sums(slices, wanted, self.shapes, x.dtype, [self.d_out] * inside_bias, threads)
         ways = self._back_ways(slices, (*needs, inside_bias), tokens, factors, kept)
         apart = slices.end * (1 if self.rows else tokens) * x.itemsize
         for number in range(slices.count):
-            ends, moved = [x.data_ptr() + number * apart, gy.data_ptr()], number * apart
-            grads = sums.slice(number)
-            first = [] if gx is None else [gx.data_ptr() + moved]
+            moved, grads = number * apart, sums.slice(number)
+            ends, first = [x.data_ptr() + moved, gy.data_ptr()], [] if gx is None else [gx.data_ptr() + moved]
             for part, run, packed, more in ways:
                 table, rest = [*first, *packed.slice(number)], more(number)
-                tables = [[*table, *_places(mine), *rest] for mine in grads[: _threads(len(part))]]
+                tables = [[*table, *mine, *rest] for mine in grads[: _threads(len(part))]]
                 _run(run, part, tokens, ends, tables, slices.program.target)
             if number + 1 == slices.count:
                 ways.clear()  # what they hold is not needed any more
-            sums.finish(number, grads)
+            sums.finish(number)
         found: list[Tensor | None] = [gx, *([None] * last), None]
         for k, gradient in zip(wanted, sums.found, strict=True):
             found[k + 1] = gradient
@@ -179,34 +180,35 @@ def _upright(
     return tuple(s.factor == s.output + s.input for s in steps) if tuple(ends) == (d_in, d_out) else None
 
 
+_NAMES = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16"}
 _Way = tuple[range, Pass, "_Packed", Callable[[int], list[int]]]
 
 
 class _Packed:
     """These factors as the products ``kind`` of slices read them."""
 
-    def __init__(self, slices: Slices, kind: str, numbers: Sequence[int], factors: Sequence[Tensor]) -> None:
-        self._program, self._packing = slices.program, slices.program.packing(kind, tuple(numbers))
-        self._factors = [factors[k].contiguous() for k in numbers]
-        self._apart = [slices.factors[k] * f.itemsize for k, f in zip(numbers, self._factors, strict=True)]
+    def __init__(self, slices: Slices, kind: str, numbers: range, factors: Sequence[Tensor]) -> None:
+        self._slices, self._packing, self._numbers = slices, slices.program.packing(kind, tuple(numbers)), numbers
+        self._factors, self._made = factors, -1
         size = self._packing.total
         self._copies = torch.empty(size, dtype=torch.uint8) if size else None
-        self._made: tuple[int, list[int]] | None = None
+        self._places: list[int] = []
 
     def slice(self, number: int) -> list[int]:
         """Where the factors of this slice are, until the next one is asked for."""
-        if self._made is not None and self._made[0] == number:
-            return self._made[1]
+        if self._made == number:
+            return self._places
         first, places, moved = 0 if self._copies is None else self._copies.data_ptr(), [], []
-        ends = zip(self._factors, self._apart, self._packing.sizes, self._packing.starts, strict=True)
-        for factor, apart, size, start in ends:
-            place = factor.data_ptr() + number * apart
+        for k, size, start in zip(self._numbers, self._packing.sizes, self._packing.starts, strict=True):
+            place = self._factors[k].data_ptr()
+            if number:
+                place += number * self._slices.factors[k] * self._factors[k].itemsize
             if size:
                 moved += [place, first + start]
                 place = first + start
             places.append(place)
-        _copy(self._program, self._packing, moved)
-        self._made = number, places
+        _copy(self._slices.program, self._packing, moved)
+        self._made, self._places = number, places
         return places
 
 
@@ -218,54 +220,72 @@ class _Sums:
     """
 
     def __init__(
-        self, slices: Slices, wanted: Sequence[int], shapes: Sequence[tuple[int, ...]], dtype: torch.dtype,
-        more: Sequence[int], threads: int,
+        self, slices: Slices, wanted: list[int], shapes: Sequence[tuple[int, ...]], dtype: torch.dtype, more: list[int],
+        threads: int,
     ) -> None:  # fmt: skip
-        self._slices, self._dtype = slices, dtype
-        self._packing = slices.program.packing("gradients", tuple(wanted))
-        self._shapes, self._apart = [shapes[k] for k in wanted], [slices.factors[k] for k in wanted]
-        self._sizes, inside = [math.prod(slices.program.shapes[k]) for k in wanted], slices.program.dtype
-        copied = self._packing.sizes
-        self.found = [
-            torch.empty(0, dtype=dtype) if copy else torch.zeros(shape, dtype=dtype)
-            for shape, copy in zip(self._shapes, copied, strict=True)
-        ]
-        self._sums = [
-            [torch.zeros(n if copy or thread else 0, dtype=inside) for n, copy in zip(self._sizes, copied, strict=True)]
-            for thread in range(threads)
-        ]
-        self._more = [[torch.zeros(n, dtype=inside) for n in more] for _ in range(threads)]
+        program = slices.program
+        self._slices, self._wanted, self._shapes, self._dtype = slices, wanted, shapes, dtype
+        self._packing = program.packing("gradients", tuple(wanted))
+        self.found: list[Tensor | None] = []
+        self._sums: list[list[Tensor]] = [[]]
+        for k, copied in zip(wanted, self._packing.sizes, strict=True):
+            direct = None if copied else torch.zeros(shapes[k], dtype=dtype)
+            self.found.append(direct)
+            self._sums[0].append(_zeros(program.shapes[k], program.dtype) if direct is None else direct)
+        self._sums += [[_zeros(program.shapes[k], program.dtype) for k in wanted] for _ in range(1, threads)]
+        self._more = [[torch.zeros(n, dtype=program.dtype) for n in more] for _ in self._sums]
 
-    def slice(self, number: int) -> list[list[Tensor]]:
-        """Of each thread the sums for this slice, which start at zero."""
-        if number:
-            for total in (total for sums in self._sums for total in sums):
-                total.zero_()
-        first, *others = ([*sums, *more] for sums, more in zip(self._sums, self._more, strict=True))
-        for k, copy in enumerate(self._packing.sizes):
-            if not copy:
-                first[k] = self.found[k].view(-1).narrow(0, number * self._apart[k], self._sizes[k])
-        return [first, *others]
+    def slice(self, number: int) -> list[list[int]]:
+        """For each thread where the sums for this slice are, which start at zero."""
+        if not number:
+            return [_places(sums) + _places(more) for sums, more in zip(self._sums, self._more, strict=True)]
+        places = []
+        for thread, sums in enumerate(self._sums):
+            here = []
+            for k, copied, total in zip(self._wanted, self._packing.sizes, sums, strict=True):
+                if copied or thread:
+                    total.zero_()
+                    here.append(total.data_ptr())
+                else:
+                    here.append(total.data_ptr() + number * self._slices.factors[k] * total.itemsize)
+            places.append(here + _places(self._more[thread]))
+        return places
 
-    def finish(self, number: int, grads: list[list[Tensor]]) -> None:
-        """``grads``, what :meth:`slice` gave, are added up."""
-        if number + 1 == self._slices.count:
-            del self._sums[1:], self._more[1:]
-        while len(grads) > 1:
-            for total, part in zip(grads[0], grads.pop(), strict=True):
-                total += part
+    def finish(self, number: int) -> None:
+        """The sums of this slice are there."""
+        if len(self._sums) > 1:
+            self._add(number)
         moved = []
-        for k, copy in enumerate(self._packing.sizes):
-            if copy:
-                if not number:
-                    self.found[k] = torch.empty(self._shapes[k], dtype=self._dtype)
-                to = self.found[k].data_ptr() + number * self._apart[k] * self.found[k].itemsize
-                moved += [grads[0][k].data_ptr(), to]
+        for place, (k, copied, total) in enumerate(zip(self._wanted, self._packing.sizes, self._sums[0], strict=True)):
+            if copied:
+                found = self.found[place]
+                if found is None:
+                    found = self.found[place] = torch.empty(self._shapes[k], dtype=self._dtype)
+                moved += [total.data_ptr(), found.data_ptr() + number * self._slices.factors[k] * found.itemsize]
         _copy(self._slices.program, self._packing, moved)
+
+    def _add(self, number: int) -> None:
+        """Those of the other threads to those of the first one."""
+        totals = []
+        for k, copied, total in zip(self._wanted, self._packing.sizes, self._sums[0], strict=True):
+            size = math.prod(self._slices.program.shapes[k])
+            totals.append(total if copied else total.view(-1).narrow(0, number * self._slices.factors[k], size))
+        for sums in self._sums[1:]:
+            for total, part in zip(totals, sums, strict=True):
+                total += part
+        if number + 1 == self._slices.count:
+            for mores in self._more[1:]:
+                for total, part in zip(self._more[0], mores, strict=True):
+                    total += part
+            del self._sums[1:]
 
     @property
     def more(self) -> list[Tensor]:
         return self._more[0]
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    return torch.zeros(math.prod(shape), dtype=dtype)
 
 
 def _copy(program: Program, packing: Packing, table: Sequence[int]) -> None:
@@ -273,10 +293,6 @@ def _copy(program: Program, packing: Packing, table: Sequence[int]) -> None:
     if table:
         count = copy_shares(packing.numbers, torch.get_num_threads())
         run_shares(packing.run, [table] * count, range(count + 1), count, program.target)
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _places(tensors: Sequence[Tensor]) -> list[int]:
@@ -291,9 +307,8 @@ def _run(
     run: Pass, part: range, tokens: int, ends: Sequence[int], tables: Sequence[Sequence[int]], target: Target
 ) -> None:  # fmt: skip
     """Run a part of the tokens, shared among as many threads as there are tables; all are of addresses."""
-    threads = len(tables)
     each = -(-run.scratch // LINE) * LINE
-    scratch = torch.empty(threads * each + LINE, dtype=torch.uint8)
+    scratch = torch.empty(len(tables) * each + LINE, dtype=torch.uint8)
     first = -(-scratch.data_ptr() // LINE) * LINE  # vectors that start at the end of a cache line are slow
     tables = [[*ends, first + k * each, *table] for k, table in enumerate(tables)]
-    run_shares(run.run, tables, cuts(part, run.block, threads), tokens, target)
+    run_shares(run.run, tables, cuts(part, run.block, len(tables)), tokens, target)

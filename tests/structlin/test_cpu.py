@@ -249,7 +249,7 @@ def test_what_is_kept_has_room_beside_what_a_dense_matrix_takes(dtype):
     size = sum(program.schedule.rows[1:-1]) * dtype.itemsize
     dense, own = 2 * 512 * 512 * dtype.itemsize, 2 * chain.numel * dtype.itemsize
     for tokens in (48, 480, 1440):
-        kept = chain.kept_tokens(passes._name(dtype), tokens, passes._threads(tokens))
+        kept = chain.kept_tokens(passes._NAMES[dtype], tokens, passes._threads(tokens))
         if chain.room(program, passes._threads(tokens), False) < -0.05 * dense:
             assert kept == tokens  # as much as x
         else:
