@@ -75,12 +75,14 @@ class Packing:
 class Part:
     """What a chain is a slice of: one of ``count`` along the first axis of the input, or else of the output.
 
-    ``shapes``: of the whole factors.
+    ``shapes``: of the whole factors. ``between``: sizes of the whole axes, where the activations between steps are
+    written as slices of whole ones.
     """
 
     count: int
     of_input: bool
     shapes: tuple[tuple[int, ...], ...]
+    between: tuple[tuple[str, int], ...] | None = None
 
     def strides(self, d_in: int, d_out: int) -> tuple[int, int]:
         """From row to row of the whole input and output, of which slices have so many numbers."""
@@ -485,8 +487,11 @@ def make_program(
     if dtype == "bfloat16" and not rows:
         return None
     pairs = dtype == "bfloat16" and target.half_products
-    strides = part.strides(d_in, d_out) if part else None
-    schedule = make_schedule(steps, dict(sizes), target, ELEMENTS[dtype][1], d_in, d_out, rows, pairs, strides)
+    strides, between = (part.strides(d_in, d_out), part.between) if part else (None, None)
+    schedule = make_schedule(
+        *(steps, dict(sizes), target, ELEMENTS[dtype][1], d_in, d_out, rows, pairs),
+        *(strides, dict(between) if between else None),
+    )
     size = dict(sizes)
     shapes = [tuple(size[a] for a in step.factor) for step in steps]
     return None if schedule is None else Program(schedule, target, dtype, d_in, d_out, rows, shapes, part)

@@ -48,7 +48,7 @@ class ChainRules:
         self.plain = not any(step.batch or step.carried for step in steps)
         self._block = min(math.prod(size[a] for a in step.free + step.contracted) for step in steps)
         self._programs: dict[str, Program | None] = {}
-        self._slices: dict[tuple[str, bool], Slices] = {}
+        self._slices: dict[tuple[str, bool, bool], Slices] = {}
 
     @property
     def registers(self) -> int:
@@ -74,9 +74,9 @@ class ChainRules:
             self._programs[dtype] = found
         return self._programs[dtype]
 
-    def slices(self, dtype: str, back: bool) -> Slices:
-        """How to run the backward pass, or a forward pass of which nothing is kept."""
-        found = self._slices.get((dtype, back))
+    def slices(self, dtype: str, back: bool, keeps: bool = False) -> Slices:
+        """How to run the backward pass, or a forward pass, which may be one that ``keeps`` activations."""
+        found = self._slices.get((dtype, back, keeps))
         if found is None:
             target, program = host(), self.program(dtype)
             assert target is not None
@@ -84,8 +84,8 @@ class ChainRules:
             item = BYTES[program.outside] + (BYTES[program.inside] if back else 0)
             most = (SLICE_BYTES if back else FRONT_SLICE_BYTES) // item
             far = program.numel > (most if back else FAR_BYTES // item)
-            found = slices(self._chain, program, back, dtype, target, most) if far else whole(program)
-            self._slices[dtype, back] = found
+            found = slices(self._chain, program, back, dtype, target, most, keeps) if far else whole(program)
+            self._slices[dtype, back, keeps] = found
         return found
 
     def pays(self, tokens: int, gradients: bool) -> bool:

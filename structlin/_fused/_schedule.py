@@ -67,19 +67,25 @@ class Schedule:
 class _Maker:
     def __init__(
         self, steps: Sequence[Step], sizes: Mapping[str, int], target: Target, element: str, ends: Mapping[int, int],
-        pairs: bool,
+        pairs: bool, between: Mapping[str, int],
     ) -> None:  # fmt: skip
         self.steps, self.sizes, self.target, self.element, self.ends = steps, sizes, target, element, ends
-        self.pairs = pairs
+        self.pairs, self.between = pairs, between
         written = [steps[0].input, *(step.output for step in steps)]
         self.widths = tuple(math.prod(sizes[a] for a in axes) for axes in written)
-        self.rows = tuple(row(width, element) for width in self.widths)
+        self.rows = tuple(
+            row(math.prod(self._in_memory(k)[a] for a in axes), element) for k, axes in enumerate(written)
+        )
+
+    def _in_memory(self, number: int) -> Mapping[str, int]:
+        """Sizes of the array that an activation is a slice of."""
+        return self.between if 0 < number < len(self.steps) else self.sizes
 
     def strides(self, order: str, number: int, ends: Mapping[int, int] = MappingProxyType({})) -> Strides:
         found, stride = {TOKENS: ends.get(number, self.rows[number])}, 1
         for axis in reversed(order):
             found[axis] = stride
-            stride *= self.sizes[axis]
+            stride *= self._in_memory(number)[axis]
         return found
 
     def orders(self, number: int) -> list[str]:
@@ -146,6 +152,7 @@ def row(width: int, element: str) -> int:
 def make_schedule(
     steps: Sequence[Step], sizes: Mapping[str, int], target: Target, element: str, d_in: int, d_out: int,
     rows: bool = True, pairs: bool = False, strides: tuple[int, int] | None = None,
+    between: Mapping[str, int] | None = None,
 ) -> Schedule | None:  # fmt: skip
     """The cheapest schedule found; None where some product would have no axis for its vectors.
 
@@ -153,13 +160,14 @@ def make_schedule(
 
     The output is written to rows of ``d_out`` numbers, and the gradient of the input to rows of ``d_in``, unless they
     are shorter than the chain's, or no ``rows``, and come from scratch memory. ``strides``: from row to row of the
-    input and of the output, where these are slices of longer ones.
+    input and of the output, where these are slices of longer ones; ``between``: sizes of the axes of which the
+    activations between steps are slices.
     """
     full = math.prod(sizes[a] for a in steps[0].input), math.prod(sizes[a] for a in steps[-1].output)
     last = len(steps)
     whole = (0, d_in == full[0]), (last, d_out == full[1])
     ends = {k: stride for (k, uncut), stride in zip(whole, strides or (d_in, d_out), strict=True) if uncut and rows}
-    maker = _Maker(steps, sizes, target, element, ends, pairs)
+    maker = _Maker(steps, sizes, target, element, ends, pairs, between or sizes)
     # Forward: from each order of an activation, the cheapest way from the input. Then back from the output.
     ways: dict[str, tuple[float, list[str], list[Operation]]] = {o: (0.0, [o], []) for o in maker.orders(0)}
     for k, step in enumerate(steps):

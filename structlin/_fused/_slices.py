@@ -42,8 +42,14 @@ def whole(program: Program) -> Slices:
     return Slices(program, 1, (0,) * len(program.shapes), 0, (0,) * (len(program.shapes) - 1))
 
 
-def slices(chain: Chain, program: Program, of_input: bool, dtype: str, target: Target, most: int) -> Slices:
-    """The fewest slices of a program whose factors have at most so many numbers each, or the most that there are."""
+def slices(
+    chain: Chain, program: Program, of_input: bool, dtype: str, target: Target, most: int, keeps: bool = False
+) -> Slices:
+    """The fewest slices of a program whose factors have at most so many numbers each, or the most that there are.
+
+    Along the first axis of the input for a backward pass, or else of the output for a forward one, which may be one
+    that ``keeps`` activations as the whole program would.
+    """
     steps, sizes, d_in, d_out, _ = chain
     size = dict(sizes)
     first, other = (steps[0].input, steps[-1].output) if of_input else (steps[-1].output, steps[0].input)
@@ -52,7 +58,8 @@ def slices(chain: Chain, program: Program, of_input: bool, dtype: str, target: T
     if axis is None or cut or axis in other or any(axis not in step.factor for step in steps):
         return whole(program)
     count = _count(size[axis], program.numel, most)
-    return _slices(chain, program, axis, count, of_input, dtype, target) or whole(program)
+    found = _slices(chain, program, axis, count, of_input, dtype, target, keeps)
+    return whole(program) if found is None or (keeps and found.states is None) else found
 
 
 def _count(size: int, numel: int, most: int) -> int:
@@ -64,12 +71,12 @@ def _count(size: int, numel: int, most: int) -> int:
 
 
 def _slices(
-    chain: Chain, program: Program, axis: str, count: int, of_input: bool, dtype: str, target: Target
+    chain: Chain, program: Program, axis: str, count: int, of_input: bool, dtype: str, target: Target, keeps: bool
 ) -> Slices | None:  # fmt: skip
     steps, sizes, d_in, d_out, rows = chain
     if count == 1:
         return whole(program)
-    size, part = dict(sizes), Part(count, of_input, program.shapes)
+    size, part = dict(sizes), Part(count, of_input, program.shapes, sizes if keeps else None)
     size[axis] //= count
     ends = (d_in // count, d_out) if of_input else (d_in, d_out // count)
     one = make_program(steps, tuple(size.items()), *ends, rows, dtype, target, part)
@@ -79,13 +86,20 @@ def _slices(
     for step, shape in zip(steps, one.shapes, strict=True):
         at = step.factor.index(axis)
         factors.append(shape[at] * math.prod(shape[at + 1 :]))
-    states: list[int] | None = []
-    for k in range(1, len(steps)):
-        before, after = program.schedule.states[k], one.schedule.states[k]
-        long = [a for a in before if dict(sizes)[a] > 1 and (a != axis or size[a] > 1)]
-        leads = next(a for a in before if dict(sizes)[a] > 1) == axis
-        if states is None or not leads or long != [a for a in after if size[a] > 1]:
-            states = None
-        else:
-            states.append(one.schedule.widths[k])
-    return Slices(one, count, tuple(factors), ends[0 if of_input else 1], None if states is None else tuple(states))
+    between = range(1, len(steps)) if of_input or keeps else ()
+    states = [_state(program, one, k, axis, dict(sizes), size) for k in between]
+    lie = tuple(state for state in states if state is not None)
+    return Slices(one, count, tuple(factors), ends[0 if of_input else 1], lie if len(lie) == len(states) else None)
+
+
+def _state(
+    program: Program, one: Program, k: int, axis: str, whole_sizes: dict[str, int], sizes: dict[str, int]
+) -> int | None:  # fmt: skip
+    """How far slices of an activation are from each other; None where they are not as the slice has it."""
+    before = [a for a in program.schedule.states[k] if whole_sizes[a] > 1]
+    after = [a for a in one.schedule.states[k] if sizes[a] > 1]
+    if [a for a in before if a in after] != after:
+        return None
+    distance = sizes[axis] * math.prod(whole_sizes[a] for a in before[before.index(axis) + 1 :])
+    # What is read has to lie in one piece; what is written does not.
+    return distance if one.part is None or one.part.between or before[0] == axis else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from torch.nn import functional as F
 from structlin._fused._program import Packing, Pass, Program
 from structlin._fused._rules import ChainRules, copy_shares, cuts, shares
 from structlin._fused._schedule import LINE
-from structlin._fused._slices import Slices, whole
+from structlin._fused._slices import Slices
 from structlin._fused._target import Target
 from structlin._fused._team import run_shares
 from structlin._parse import Step
@@ -46,17 +47,17 @@ class FusedChain(ChainRules):
         self, x: Tensor, factors: Sequence[Tensor], bias: Tensor | None = None, kept: list[Tensor] | None = None
     ) -> Tensor:
         name, tokens = _NAMES[x.dtype], x.shape[0 if self.rows else 1]
-        program, slices = self._ready(x.dtype), self.slices(name, False)
+        program = self._ready(x.dtype)
         x, factors = x.contiguous(), [factor.contiguous() for factor in factors]
         y = x.new_empty((tokens, self.d_out) if self.rows else (self.d_out, tokens))
         cut, found = self.kept_tokens(name, tokens, _threads(tokens)) if kept is not None else 0, []
         if kept is not None and cut:
-            slices = whole(program)
             found = [torch.empty(cut * row, dtype=program.kept_dtype) for row in program.schedule.rows[1:-1]]
             kept += found
         if bias is not None:
             spare = program.schedule.widths[-1] - self.d_out
             bias = (F.pad(bias, (0, spare)) if spare else bias).to(program.dtype).contiguous()
+        slices = self.slices(name, False, cut > 0)
         packed = _Packed(slices, "forward", range(len(factors)), factors)
         for number in range(slices.count):
             table, ends = packed.slice(number), [x.data_ptr(), y.data_ptr()]
@@ -67,7 +68,8 @@ class FusedChain(ChainRules):
             for part, more in ((range(cut), found), (range(cut, tokens), [])):
                 if part:
                     run = slices.program.forward(bias is not None, bool(more))
-                    tables = [[*table, *_places(more)]] * _threads(len(part))
+                    held = _moved(more, slices, number) if more else []
+                    tables = [[*table, *held]] * _threads(len(part))
                     _run(run, part, tokens, ends, tables, program.target)
         return y
 
@@ -153,11 +155,7 @@ class FusedChain(ChainRules):
             if held is None:
                 more = _Packed(slices, "forward", range(max(wanted, default=0)), factors).slice
             else:
-                assert slices.states is not None
-                starts = [(a.data_ptr(), n * a.itemsize) for a, n in zip(held, slices.states, strict=True)]
-
-                def more(number: int, starts: list[tuple[int, int]] = starts) -> list[int]:
-                    return [place + number * n for place, n in starts]
+                more = partial(_moved, held, slices)
 
             ways.append((part, run, back, more))
         return ways
@@ -293,6 +291,12 @@ def _copy(program: Program, packing: Packing, table: Sequence[int]) -> None:
     if table:
         count = copy_shares(packing.numbers, torch.get_num_threads())
         run_shares(packing.run, [table] * count, range(count + 1), count, program.target)
+
+
+def _moved(kept: Sequence[Tensor], slices: Slices, number: int) -> list[int]:
+    """Where this slice of kept activations is."""
+    assert slices.states is not None
+    return [a.data_ptr() + number * n * a.itemsize for a, n in zip(kept, slices.states, strict=True)]
 
 
 def _places(tensors: Sequence[Tensor]) -> list[int]:

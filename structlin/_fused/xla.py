@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from structlin._fused._program import Pass, Program
 from structlin._fused._rules import COPIED_SHARE, ChainRules, copy_shares, cuts, shares
 from structlin._fused._schedule import LINE
-from structlin._fused._slices import Slices, whole
+from structlin._fused._slices import Slices
 from structlin._fused._target import address, host
 from structlin._fused._xla_runtime import add, fill, handler, supported
 
@@ -64,7 +64,7 @@ class XLAChain(ChainRules):
             jax.ShapeDtypeStruct((tokens, self.d_out) if self.rows else (self.d_out, tokens), x.dtype),
             *(jax.ShapeDtypeStruct((size,), x.dtype) for size in self.kept_sizes(str(x.dtype), kept)),
         ]
-        slices = whole(program) if kept else self.slices(str(x.dtype), False)
+        slices = self.slices(str(x.dtype), False, kept > 0)
         plan = _Plan(slices.program, tokens, len(operands), len(results))
         places = [(k, 0) for k in range(len(operands) + len(results))]
         inputs, outputs = places[: len(operands)], places[len(operands) :]
@@ -74,7 +74,8 @@ class XLAChain(ChainRules):
             added = _moved(inputs[1 + len(factors) :], number, [slices.end * program.size])
             ends, before = [inputs[0], (outputs[0][0], number * apart)], plan.top
             table = [*added, *plan.packed("forward", range(len(factors)), given)]
-            for part, more in ((range(kept), outputs[1:]), (range(kept, tokens), [])):
+            held = _moved(outputs[1:], number, [n * item for n in slices.states or ()])
+            for part, more in ((range(kept), held), (range(kept, tokens), [])):
                 if part:
                     plan.run(slices.program.forward(bias is not None, bool(more)), part, ends, table, more)
             plan.top = before

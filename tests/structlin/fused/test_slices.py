@@ -87,6 +87,7 @@ def test_values_and_gradients(name, dtype, rows, kept, most, monkeypatch):
     back, front = (chain.slices(str(dtype).removeprefix("torch."), b) for b in (True, False))
     if not most:
         assert (back.count, front.count) == MOST[name]
+        assert chain.slices(str(dtype).removeprefix("torch."), False, True).count == front.count
     monkeypatch.setattr(chain, "kept_tokens", lambda *_: kept if back.states is not None else 0)
     doubles = [t.double().requires_grad_() for t in (x, *factors)]
     y = oracle(structure, *doubles[:1], doubles[1:])
@@ -136,7 +137,7 @@ def test_any_sizes(sizes, tokens):
     if program is None:
         return
     for back in (True, False):
-        chain._slices["float64", back] = slices(chain._chain, program, back, "float64", HOST, 1)
+        chain._slices["float64", back, False] = slices(chain._chain, program, back, "float64", HOST, 1)
     doubles = [t.requires_grad_() for t in (x, *factors)]
     y = oracle(structure, x, factors)
     wanted = (y + bias, *torch.autograd.grad(y, doubles, gy), gy.sum(0))
