@@ -62,7 +62,7 @@ class CPUChain:
         ):
             return None
         tokens = x.shape[0 if self.rows else 1]
-        if self._fused.large_blocks and self._chunked.suits(x, tokens):
+        if self._fused.large_blocks(torch.get_num_threads()) and self._chunked.suits(x, tokens):
             return self._chunked
         if self._fused.suits(x, tokens) and not torch._C._len_torch_dispatch_stack():
             return self._fused

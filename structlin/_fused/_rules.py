@@ -23,8 +23,9 @@ KEPT_BYTES, KEPT_WORK, FRESH_WORK, KEPT_SHARE = 16 << 20, 3, 3, 0.125
 # Of a dense matrix and its gradient: by how much passes may be larger if they keep the activations of all tokens, and
 # by how much they have to be larger even without, to keep them anyway.
 MORE, MISSED = 0.1, 0.05
-# Numbers, from which on the BLAS multiplies blocks faster than what is compiled with so many registers at least.
-LARGE_BLOCKS = {32: 1 << 19, 0: 1 << 18}
+# Numbers, from which on the BLAS multiplies blocks faster than what is compiled with so many registers at least: in one
+# thread, and in several, of which each has sums of gradients of its own.
+LARGE_BLOCKS = {32: (1 << 21, 1 << 19), 0: (1 << 18, 1 << 18)}
 SHARE, COPIED_SHARE = 48, 1 << 15  # tokens of a thread, and numbers that it copies, at least
 # Bytes of the factors and the sums of their gradients, and of the factors of a forward pass: more are sliced, if they
 # can be.
@@ -56,10 +57,10 @@ class ChainRules:
         target = host()
         return 0 if target is None else target.registers
 
-    @property
-    def large_blocks(self) -> bool:
+    def large_blocks(self, threads: int) -> bool:
         """Whether the BLAS multiplies the blocks faster."""
-        return self._block >= next(n for registers, n in LARGE_BLOCKS.items() if self.registers >= registers)
+        alone, several = next(n for registers, n in LARGE_BLOCKS.items() if self.registers >= registers)
+        return self._block >= (alone if threads == 1 else several)
 
     def program(self, dtype: str) -> Program | None:
         """None where the chain is not to be run this way."""

@@ -43,7 +43,7 @@ class XLAChain(ChainRules):
 
     def suits(self, dtype: str, tokens: int) -> bool:
         """Whether this way is the fastest: XLA multiplies large blocks as fast, but in bfloat16."""
-        if dtype != "bfloat16" and (self.plain or self.large_blocks):
+        if dtype != "bfloat16" and (self.plain or self.large_blocks(threads())):
             return False
         return self.pays(tokens, False) and self.ready(dtype) is not None
 
