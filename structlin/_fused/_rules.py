@@ -27,9 +27,8 @@ MORE, MISSED = 0.1, 0.05
 # thread, and in several, of which each has sums of gradients of its own.
 LARGE_BLOCKS = {32: (1 << 21, 1 << 19), 0: (1 << 18, 1 << 18)}
 SHARE, COPIED_SHARE = 48, 1 << 15  # tokens of a thread, and numbers that it copies, at least
-# Bytes of the factors and the sums of their gradients, and of the factors of a forward pass: more are sliced, if they
-# can be.
-SLICE_BYTES, FRONT_SLICE_BYTES = 29 << 18, 9 << 20
+# Bytes of the sums of gradients, and of the factors of a forward pass: more are sliced, if they can be.
+SLICE_BYTES, FRONT_SLICE_BYTES = 15 << 18, 9 << 20
 WASTE = 12  # times the instructions that products without losses would take: more is slower than what others do
 
 
@@ -82,7 +81,7 @@ class ChainRules:
             target, program = host(), self.program(dtype)
             assert target is not None
             assert program is not None
-            item = BYTES[program.outside] + (BYTES[program.inside] if back else 0)
+            item = BYTES[program.inside if back else program.outside]
             most = (SLICE_BYTES if back else FRONT_SLICE_BYTES) // item
             far = program.numel > (most if back else FAR_BYTES // item)
             found = slices(self._chain, program, back, dtype, target, most, keeps) if far else whole(program)

@@ -61,7 +61,7 @@ def chain_of(structure, rows=True):
 @pytest.fixture(params=[0, 500, 2000], ids=lambda most: f"most{most}")
 def most(request, monkeypatch):
     """Slices as small as there are, and of some hundred numbers."""
-    monkeypatch.setattr(_rules, "SLICE_BYTES", 8 * request.param)
+    monkeypatch.setattr(_rules, "SLICE_BYTES", 4 * request.param)
     monkeypatch.setattr(_rules, "FRONT_SLICE_BYTES", 4 * request.param)
     monkeypatch.setattr(_rules, "FAR_BYTES", 0)
     return request.param
