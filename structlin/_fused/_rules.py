@@ -6,7 +6,7 @@ import math
 
 from structlin._fused._product import BYTES
 from structlin._fused._program import ELEMENTS, FAR_BYTES, Program, make_program
-from structlin._fused._slices import Slices, slices, whole
+from structlin._fused._slices import Slices, counts, enough, slices, whole
 from structlin._fused._target import host
 from structlin._parse import Step
 
@@ -29,6 +29,7 @@ LARGE_BLOCKS = {32: (1 << 21, 1 << 19), 0: (1 << 18, 1 << 18)}
 SHARE, COPIED_SHARE = 48, 1 << 15  # tokens of a thread, and numbers that it copies, at least
 # Bytes of the sums of gradients, and of the factors of a forward pass: more are sliced, if they can be.
 SLICE_BYTES, FRONT_SLICE_BYTES = 15 << 18, 9 << 20
+ROOM_BYTES = 1 << 20  # of the sums of gradients, from which on slices are made so small that there is room for them
 WASTE = 12  # times the instructions that products without losses would take: more is slower than what others do
 
 
@@ -48,7 +49,8 @@ class ChainRules:
         self.plain = not any(step.batch or step.carried for step in steps)
         self._block = min(math.prod(size[a] for a in step.free + step.contracted) for step in steps)
         self._programs: dict[str, Program | None] = {}
-        self._slices: dict[tuple[str, bool, bool], Slices] = {}
+        self._fronts: dict[tuple[str, bool], Slices] = {}
+        self._backs: dict[tuple[str, int], Slices] = {}
 
     @property
     def registers(self) -> int:
@@ -74,19 +76,40 @@ class ChainRules:
             self._programs[dtype] = found
         return self._programs[dtype]
 
-    def slices(self, dtype: str, back: bool, keeps: bool = False) -> Slices:
-        """How to run the backward pass, or a forward pass, which may be one that ``keeps`` activations."""
-        found = self._slices.get((dtype, back, keeps))
+    def front(self, dtype: str, keeps: bool) -> Slices:
+        """How to run the forward pass, which may be one that ``keeps`` activations."""
+        found = self._fronts.get((dtype, keeps))
         if found is None:
             target, program = host(), self.program(dtype)
             assert target is not None
             assert program is not None
-            item = BYTES[program.inside if back else program.outside]
-            most = (SLICE_BYTES if back else FRONT_SLICE_BYTES) // item
-            far = program.numel > (most if back else FAR_BYTES // item)
-            found = slices(self._chain, program, back, dtype, target, most, keeps) if far else whole(program)
-            self._slices[dtype, back, keeps] = found
+            found, item = whole(program), BYTES[program.outside]
+            if program.numel * item > FAR_BYTES:
+                count = enough(counts(self._chain, program, False), program.numel, FRONT_SLICE_BYTES // item)
+                found = slices(self._chain, program, False, count, dtype, target, keeps)
+            self._fronts[dtype, keeps] = found
         return found
+
+    def back(self, dtype: str, threads: int) -> Slices:
+        """How to run the backward pass, in which each thread has sums of its own."""
+        found = self._backs.get((dtype, threads))
+        if found is None:
+            found = self._backs[dtype, threads] = self._back(dtype, threads)
+        return found
+
+    def _back(self, dtype: str, threads: int) -> Slices:
+        target, program = host(), self.program(dtype)
+        assert target is not None
+        assert program is not None
+        several, item = counts(self._chain, program, True), BYTES[program.inside]
+        least = enough(several, program.numel, SLICE_BYTES // item)
+        if program.numel * item < ROOM_BYTES:
+            several = [least]
+        for count in several:
+            found = slices(self._chain, program, True, count, dtype, target)
+            if count >= least and self.room(found.program, threads, False) >= 0:
+                return found
+        return slices(self._chain, program, True, least, dtype, target)
 
     def pays(self, tokens: int, gradients: bool) -> bool:
         """Whether there is enough to do for so many tokens; ``gradients``: the backward pass is to come."""
@@ -103,7 +126,7 @@ class ChainRules:
         would, or little more if none has to be computed again. Where even the rest of it takes clearly more, as much as
         x or y is kept.
         """
-        program, back = self.program(dtype), self.slices(dtype, True)
+        program, back = self.program(dtype), self.back(dtype, threads)
         assert program is not None
         if back.states is None:
             return 0

@@ -42,40 +42,52 @@ def whole(program: Program) -> Slices:
     return Slices(program, 1, (0,) * len(program.shapes), 0, (0,) * (len(program.shapes) - 1))
 
 
-def slices(
-    chain: Chain, program: Program, of_input: bool, dtype: str, target: Target, most: int, keeps: bool = False
-) -> Slices:
-    """The fewest slices of a program whose factors have at most so many numbers each, or the most that there are.
-
-    Along the first axis of the input for a backward pass, or else of the output for a forward one, which may be one
-    that ``keeps`` activations as the whole program would.
-    """
-    steps, sizes, d_in, d_out, _ = chain
-    size = dict(sizes)
-    first, other = (steps[0].input, steps[-1].output) if of_input else (steps[-1].output, steps[0].input)
-    axis = next((a for a in first if size[a] > 1), None)
-    cut = program.schedule.widths[0 if of_input else -1] != (d_in if of_input else d_out)
-    if axis is None or cut or axis in other or any(axis not in step.factor for step in steps):
-        return whole(program)
-    count = _count(size[axis], program.numel, most)
-    found = _slices(chain, program, axis, count, of_input, dtype, target, keeps)
-    return whole(program) if found is None or (keeps and found.states is None) else found
+def counts(chain: Chain, program: Program, of_input: bool) -> list[int]:
+    """Into how many slices a program can be cut: along the first axis of the input, or else of the output."""
+    axis = _axis(chain, program, of_input)
+    size = 1 if axis is None else dict(chain[1])[axis]
+    return [n for n in range(1, size + 1) if size % n == 0]
 
 
-def _count(size: int, numel: int, most: int) -> int:
-    counts = [n for n in range(1, size + 1) if size % n == 0]
+def enough(counts: list[int], numel: int, most: int) -> int:
+    """The fewest slices of so many numbers that have at most ``most`` each, or the most that there are."""
+    size = counts[-1]
     count = next((n for n in counts if numel <= n * most), size)
     # Where the axis comes last in a factor, neighbours of a slice are copied together.
     wider = [n for n in counts if RUN * n <= size and numel <= 2 * n * most]
     return wider[-1] if wider and RUN * count > size else count
 
 
+def slices(
+    chain: Chain, program: Program, of_input: bool, count: int, dtype: str, target: Target, keeps: bool = False
+) -> Slices:
+    """A program in so many slices; whole, where they can not be made.
+
+    Of the input for a backward pass, or else of the output for a forward one, which may be one that ``keeps``
+    activations as the whole program would.
+    """
+    axis = _axis(chain, program, of_input)
+    found = None
+    if axis is not None and count > 1:
+        found = _slices(chain, program, axis, count, of_input, dtype, target, keeps)
+    return whole(program) if found is None or (keeps and found.states is None) else found
+
+
+def _axis(chain: Chain, program: Program, of_input: bool) -> str | None:
+    """The axis to cut, if it is in all factors and not in the other end as well, and no padding is in the way."""
+    steps, sizes, d_in, d_out, _ = chain
+    first, other = (steps[0].input, steps[-1].output) if of_input else (steps[-1].output, steps[0].input)
+    axis = next((a for a in first if dict(sizes)[a] > 1), None)
+    cut = program.schedule.widths[0 if of_input else -1] != (d_in if of_input else d_out)
+    if axis is None or cut or axis in other or any(axis not in step.factor for step in steps):
+        return None
+    return axis
+
+
 def _slices(
     chain: Chain, program: Program, axis: str, count: int, of_input: bool, dtype: str, target: Target, keeps: bool
 ) -> Slices | None:  # fmt: skip
     steps, sizes, d_in, d_out, rows = chain
-    if count == 1:
-        return whole(program)
     size, part = dict(sizes), Part(count, of_input, program.shapes, sizes if keeps else None)
     size[axis] //= count
     ends = (d_in // count, d_out) if of_input else (d_in, d_out // count)

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from structlin._fused._program import Packing, Pass, Program
 from structlin._fused._rules import ChainRules, copy_shares, cuts, shares
 from structlin._fused._schedule import LINE
-from structlin._fused._slices import Slices
+from structlin._fused._slices import Slices, whole
 from structlin._fused._target import Target
 from structlin._fused._team import run_shares
 from structlin._parse import Step
@@ -36,7 +36,7 @@ class FusedChain(ChainRules):
 
     def spills(self, dtype: torch.dtype) -> bool:
         """Whether the backward pass has too much to hold in cache."""
-        return self.slices(_NAMES[dtype], True).program.spills
+        return self.back(_NAMES[dtype], 1).program.spills
 
     def _program(self, dtype: torch.dtype) -> Program | None:
         if dtype not in self._found:
@@ -57,7 +57,7 @@ class FusedChain(ChainRules):
         if bias is not None:
             spare = program.schedule.widths[-1] - self.d_out
             bias = (F.pad(bias, (0, spare)) if spare else bias).to(program.dtype).contiguous()
-        slices = self.slices(name, False, cut > 0)
+        slices = self.front(name, cut > 0)
         packed = _Packed(slices, "forward", range(len(factors)), factors)
         for number in range(slices.count):
             table, ends = packed.slice(number), [x.data_ptr(), y.data_ptr()]
@@ -81,13 +81,15 @@ class FusedChain(ChainRules):
             return self._plain_backward(gy, x, factors, needs, kept)
         x, gy, factors = x.contiguous(), gy.contiguous(), [factor.contiguous() for factor in factors]
         tokens, last = x.shape[0 if self.rows else 1], len(factors)
-        slices = self.slices(_NAMES[x.dtype], True)
+        threads = _threads(tokens)
+        slices = self.back(_NAMES[x.dtype], threads)
+        if kept and slices.states is None:  # with another number of threads these were not to be read in slices
+            slices = whole(program)
         gx = x.new_empty(x.shape) if needs[0] else None
         *needs, for_bias = needs
         wanted = [k for k in range(last) if needs[k + 1]]
         # Each slice reads the whole of gy, whose sum is in the way of none of them.
         inside_bias = for_bias and self.rows and slices.count == 1
-        threads = _threads(tokens)
         sums = _Sums(slices, wanted, self.shapes, x.dtype, [self.d_out] * inside_bias, threads)
         ways = self._back_ways(slices, (*needs, inside_bias), tokens, factors, kept)
         apart = slices.end * (1 if self.rows else tokens) * x.itemsize

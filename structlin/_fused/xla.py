@@ -64,7 +64,7 @@ class XLAChain(ChainRules):
             jax.ShapeDtypeStruct((tokens, self.d_out) if self.rows else (self.d_out, tokens), x.dtype),
             *(jax.ShapeDtypeStruct((size,), x.dtype) for size in self.kept_sizes(str(x.dtype), kept)),
         ]
-        slices = self.slices(str(x.dtype), False, kept > 0)
+        slices = self.front(str(x.dtype), kept > 0)
         plan = _Plan(slices.program, tokens, len(operands), len(results))
         places = [(k, 0) for k in range(len(operands) + len(results))]
         inputs, outputs = places[: len(operands)], places[len(operands) :]
@@ -85,7 +85,8 @@ class XLAChain(ChainRules):
         self, gy: Array, x: Array, factors: Sequence[Array], needs: tuple[bool, ...], kept: Sequence[Array]
     ) -> tuple[Array, ...]:
         """The gradients of x, the factors and the bias that ``needs`` asks for."""
-        slices, tokens = self.slices(str(x.dtype), True), x.shape[0 if self.rows else 1]
+        tokens = x.shape[0 if self.rows else 1]
+        slices = self.back(str(x.dtype), shares(tokens, threads()))
         program, last = slices.program, len(factors)
         if needs[-1] and slices.count > 1:
             bias = jnp.sum(gy, 0 if self.rows else 1, dtype=_DTYPES[program.inside])

@@ -13,7 +13,7 @@ from opt_einsum import contract
 
 import structlin as sl
 from structlin._fused import _rules
-from structlin._fused._slices import _count, slices, whole
+from structlin._fused._slices import counts, enough, slices, whole
 from structlin._fused._target import host
 from structlin._fused.passes import FusedChain
 
@@ -84,10 +84,11 @@ def test_values_and_gradients(name, dtype, rows, kept, most, monkeypatch):
         assert dtype == torch.bfloat16
         assert not rows
         return
-    back, front = (chain.slices(str(dtype).removeprefix("torch."), b) for b in (True, False))
+    label = str(dtype).removeprefix("torch.")
+    back, front = chain.back(label, 1), chain.front(label, False)
     if not most:
         assert (back.count, front.count) == MOST[name]
-        assert chain.slices(str(dtype).removeprefix("torch."), False, True).count == front.count
+        assert chain.front(label, True).count == front.count
     monkeypatch.setattr(chain, "kept_tokens", lambda *_: kept if back.states is not None else 0)
     doubles = [t.double().requires_grad_() for t in (x, *factors)]
     y = oracle(structure, *doubles[:1], doubles[1:])
@@ -136,8 +137,11 @@ def test_any_sizes(sizes, tokens):
     program = chain._program(torch.float64)
     if program is None:
         return
-    for back in (True, False):
-        chain._slices["float64", back, False] = slices(chain._chain, program, back, "float64", HOST, 1)
+    back, front = (counts(chain._chain, program, of_input)[-1] for of_input in (True, False))
+    assert (back, front) == (sizes["p"], sizes["f"])
+    chain._fronts["float64", False] = slices(chain._chain, program, False, front, "float64", HOST)
+    for threads in range(1, 1 + torch.get_num_threads()):
+        chain._backs["float64", threads] = slices(chain._chain, program, True, back, "float64", HOST)
     doubles = [t.requires_grad_() for t in (x, *factors)]
     y = oracle(structure, x, factors)
     wanted = (y + bias, *torch.autograd.grad(y, doubles, gy), gy.sum(0))
@@ -161,9 +165,9 @@ def test_any_sizes(sizes, tokens):
 def test_what_is_in_one_piece(structure):
     chain = chain_of(structure)
     program = chain._program(torch.float32)
-    for back in (True, False):
-        found = slices(chain._chain, program, back, "float32", HOST, 1)
-        assert found == whole(program)
+    for of_input in (True, False):
+        assert counts(chain._chain, program, of_input) == [1]
+        assert slices(chain._chain, program, of_input, 2, "float32", HOST) == whole(program)
 
 
 def test_activations_in_another_order_are_not_kept(monkeypatch):
@@ -174,12 +178,12 @@ def test_activations_in_another_order_are_not_kept(monkeypatch):
     monkeypatch.setattr(_rules, "KEPT_WORK", 0)
     monkeypatch.setattr(_rules, "FRESH_WORK", 0)
     monkeypatch.setattr(chain, "room", lambda *_: 1 << 30)
-    assert chain.slices("float32", True).states is not None
+    assert chain.back("float32", 1).states is not None
     assert chain.kept_tokens("float32", TOKENS, 1) == TOKENS
     first, middle, last = program.schedule.states
     monkeypatch.setattr(program, "schedule", replace(program.schedule, states=(first, middle[::-1], last)))
-    chain._slices.clear()
-    assert chain.slices("float32", True).states is None
+    chain._backs.clear()
+    assert chain.back("float32", 1).states is None
     held = []
     chain.forward(x, factors, None, held)
     assert not held
@@ -198,8 +202,8 @@ def test_activations_in_another_order_are_not_kept(monkeypatch):
         (7, 1001, 1000, 7),
     ],
 )
-def test_counts(size, numel, most, count):
-    assert _count(size, numel, most) == count
+def test_enough(size, numel, most, count):
+    assert enough([n for n in range(1, size + 1) if size % n == 0], numel, most) == count
 
 
 def test_slices_take_less_memory():
@@ -208,7 +212,7 @@ def test_slices_take_less_memory():
     chain = chain_of(structure)
     for dtype in ("float32", "bfloat16"):
         program = chain.program(dtype)
-        parts = slices(chain._chain, program, True, dtype, HOST, program.numel // 8)
+        parts = slices(chain._chain, program, True, 8, dtype, HOST)
         assert parts.count == 8
         assert math.prod(parts.program.shapes[0]) * 8 == math.prod(program.shapes[0])
         for threads in (1, 2, 16):
