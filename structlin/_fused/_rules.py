@@ -6,7 +6,7 @@ import math
 
 from structlin._fused._product import BYTES
 from structlin._fused._program import ELEMENTS, FAR_BYTES, Program, make_program
-from structlin._fused._slices import Slices, counts, enough, slices, whole
+from structlin._fused._slices import RUN, Slices, counts, enough, slices, whole
 from structlin._fused._target import host
 from structlin._parse import Step
 
@@ -29,7 +29,9 @@ LARGE_BLOCKS = {32: (1 << 21, 1 << 19), 0: (1 << 18, 1 << 18)}
 SHARE, COPIED_SHARE = 48, 1 << 15  # tokens of a thread, and numbers that it copies, at least
 # Bytes of the sums of gradients, and of the factors of a forward pass: more are sliced, if they can be.
 SLICE_BYTES, FRONT_SLICE_BYTES = 15 << 18, 9 << 20
-ROOM_BYTES = 1 << 20  # of the sums of gradients, from which on slices are made so small that there is room for them
+# Bytes of the sums of gradients, from which on slices are made so small that there is room for them: FEW_SLICES at
+# most, or with RUN neighbours each.
+ROOM_BYTES, FEW_SLICES = 1 << 20, 4
 WASTE = 12  # times the instructions that products without losses would take: more is slower than what others do
 
 
@@ -103,13 +105,15 @@ class ChainRules:
         assert program is not None
         several, item = counts(self._chain, program, True), BYTES[program.inside]
         least = enough(several, program.numel, SLICE_BYTES // item)
-        if program.numel * item < ROOM_BYTES:
-            several = [least]
+        found = slices(self._chain, program, True, least, dtype, target)
+        if program.numel * item < ROOM_BYTES or self.room(found.program, threads, False) >= 0:
+            return found
         for count in several:
-            found = slices(self._chain, program, True, count, dtype, target)
-            if count >= least and self.room(found.program, threads, False) >= 0:
-                return found
-        return slices(self._chain, program, True, least, dtype, target)
+            if least < count <= max(FEW_SLICES, several[-1] // RUN):
+                smaller = slices(self._chain, program, True, count, dtype, target)
+                if self.room(smaller.program, threads, False) >= 0:
+                    return smaller
+        return found
 
     def pays(self, tokens: int, gradients: bool) -> bool:
         """Whether there is enough to do for so many tokens; ``gradients``: the backward pass is to come."""
