@@ -235,12 +235,53 @@ def _fold(structure: Structure, factors: Sequence[Array], x: Array, at: int, bia
 
 
 # -- its derivatives ---------------------------------------------------------------------------------------------------
+#
+# The chain is linear in x and in each factor. So a tangent is the sum of chains with one of them replaced by its own
+# tangent, and so is the tangent of a tangent, or of gradients, of which each is linear in all but what it belongs to.
 
 
 @_tangent.def_abstract_eval
 def _(*operands: Any, structure: Structure, rows: bool, needs: tuple[bool, ...]) -> Any:
     x = operands[sum(needs)]
     return ShapedArray(_shape(structure, x, rows), x.dtype)
+
+
+def _tangent_compiled(*operands: Array, structure: Structure, rows: bool, needs: tuple[bool, ...]) -> Array:
+    tangents, primals, places = _split(operands, structure, needs)
+    if not any(needs[:-1]):
+        return _portable_tangent(*operands, structure=structure, rows=rows, needs=needs)
+    given = dict(zip(places, tangents, strict=True))
+    bias, found = given.pop(len(primals), None), None
+    for place, tangent in given.items():
+        x, *factors = _replaced(primals, place, tangent)
+        (part,) = _of(structure, rows).forward(x, factors, bias, 0)
+        found, bias = part if found is None else found + part, None
+    return found
+
+
+def _tangent_jvp(
+    primals: Sequence[Array], tangents: Sequence[Any], *, structure: Structure, rows: bool, needs: tuple[bool, ...]
+) -> tuple[Array, Any]:
+    bind = partial(_tangent.bind, structure=structure, rows=rows)
+    given, given_primals, places = _split(primals, structure, needs)
+    moved, moved_primals, _ = _split(tangents, structure, needs)
+    held = primals[len(given) + len(given_primals) :]
+    parts = []
+    changed = {k: t for k, t in zip(places, moved, strict=True) if not isinstance(t, ad.Zero)}
+    if changed:
+        asked = tuple(k in changed for k in range(len(needs)))
+        parts.append(bind(*changed.values(), *given_primals, *held, needs=asked))
+    for place, tangent in zip(places, given, strict=True):
+        changed = {k: t for k, t in enumerate(moved_primals) if k != place and not isinstance(t, ad.Zero)}
+        if place < len(given_primals) and changed:
+            asked = tuple(k in changed for k in range(len(needs)))
+            parts.append(bind(*changed.values(), *_replaced(given_primals, place, tangent), needs=asked))
+    y = bind(*primals, needs=needs)
+    return y, sum(parts[1:], parts[0]) if parts else ad.Zero(jax.typeof(y).to_tangent_aval())
+
+
+def _replaced(operands: Sequence[Array], place: int, new: Array) -> list[Array]:
+    return [*operands[:place], new, *operands[place + 1 :]]
 
 
 @_gradients.def_abstract_eval
@@ -274,27 +315,53 @@ def _tangent_transpose(
     return [next(found) if k in asked else None for k in places] + [None] * len(others)
 
 
+def _gradients_jvp(
+    primals: Sequence[Array], tangents: Sequence[Any], *, structure: Structure, rows: bool, needs: tuple[bool, ...]
+) -> tuple[list[Array], list[Any]]:
+    bind = partial(_gradients.bind, structure=structure, rows=rows)
+    gy, *operands = primals
+    last = 1 + len(structure.steps)
+    chain, held = operands[:last], operands[last:]
+    found = bind(*primals, needs=needs)
+    sums: dict[int, Array] = {}
+    for place, tangent in enumerate(tangents[: 1 + last], -1):  # of gy, then of x and the factors
+        asked = tuple(need and (place < 0 or k not in (place, last)) for k, need in enumerate(needs))
+        if isinstance(tangent, ad.Zero) or not any(asked):
+            continue
+        if place < 0:
+            parts = bind(tangent, *operands, needs=asked)
+        else:  # the activations before the last step do not depend on the last factor
+            parts = bind(gy, *_replaced(chain, place, tangent), *(held if place + 1 == last else []), needs=asked)
+        for k, part in zip((k for k, need in enumerate(asked) if need), parts, strict=True):
+            sums[k] = sums[k] + part if k in sums else part
+    places = [k for k, need in enumerate(needs) if need]
+    zeros = [ad.Zero(jax.typeof(g).to_tangent_aval()) for g in found]
+    return found, [sums.get(k, zero) for k, zero in zip(places, zeros, strict=True)]
+
+
 def _gradients_transpose(
     cotangents: Sequence[Any], gy: Any, *operands: Any, structure: Structure, rows: bool, needs: tuple[bool, ...]
 ) -> list[Any]:
-    """Of gy, in which they are linear: the tangent of the chain."""
-    assert ad.is_undefined_primal(gy)
-    assert not any(map(ad.is_undefined_primal, operands))
+    """Of gy, or of x or a factor, in which the gradients of all others are linear."""
     places = [k for k, need in enumerate(needs) if need]
     given = {k: t for k, t in zip(places, cotangents, strict=True) if not isinstance(t, ad.Zero)}
-    if not given:
-        return [ad.Zero(gy.aval)] + [None] * len(operands)
-    asked = tuple(k in given for k in range(len(needs)))
-    found = _tangent.bind(*given.values(), *operands, structure=structure, rows=rows, needs=asked)
-    return [found] + [None] * len(operands)
-
-
-def _by_portable(
-    function: Callable[..., Any], primals: Sequence[Array], tangents: Sequence[Any]
-) -> tuple[Any, Any]:  # fmt: skip
-    """The derivative of a derivative."""
-    places = [k for k, t in enumerate(tangents) if not isinstance(t, ad.Zero)]
-    return jax.jvp(_of_some(function, primals, places), [primals[k] for k in places], [tangents[k] for k in places])
+    if ad.is_undefined_primal(gy):
+        assert not any(map(ad.is_undefined_primal, operands))
+        if not given:
+            return [ad.Zero(gy.aval)] + [None] * len(operands)
+        asked = tuple(k in given for k in range(len(needs)))
+        found = _tangent.bind(*given.values(), *operands, structure=structure, rows=rows, needs=asked)
+        return [found] + [None] * len(operands)
+    (place,) = (k for k, t in enumerate(operands) if ad.is_undefined_primal(t))
+    aval, chain = operands[place].aval, operands[: 1 + len(structure.steps)]
+    total = None
+    for k, cotangent in given.items():
+        if k != place and k < len(chain):
+            here = _replaced(_replaced(chain, place, jnp.zeros(aval.shape, aval.dtype)), k, cotangent)
+            asked = tuple(place == n for n in range(len(needs)))
+            (part,) = _gradients.bind(gy, *here, structure=structure, rows=rows, needs=asked)
+            total = part if total is None else total + part
+    return [None, *_replaced([None] * len(operands), place, ad.Zero(aval) if total is None else total)]
 
 
 def _gradients_batch(
@@ -314,11 +381,13 @@ def _tangent_batch(
     operands: Sequence[Array], at: Sequence[int | None], *, structure: Structure, rows: bool, needs: tuple[bool, ...]
 ) -> tuple[Array, int]:
     last = sum(needs) + 1 + len(structure.steps)
+    if needs[0] and not any(needs[1:]) and not any(dim is not None for dim in at[1:last]):
+        return _fold(structure, operands[2:last], operands[0], at[0] or 0, None, rows), 0 if rows else 1
     single = partial(_portable_tangent, structure=structure, rows=rows, needs=needs)
     return jax.vmap(single, at[:last])(*operands[:last]), 0
 
 
-def _lowering(compiled: Callable[..., Any], portable: Callable[..., Any]) -> Callable[..., Any]:
+def _lowering(compiled: Callable[..., Any], portable: Callable[..., Any], several: bool = True) -> Callable[..., Any]:
     """On a CPU: the compiled passes in a program for one device of this process."""
 
     def lower(context: mlir.LoweringRuleContext, *operands: Any, **params: Any) -> Any:
@@ -326,7 +395,7 @@ def _lowering(compiled: Callable[..., Any], portable: Callable[..., Any]) -> Cal
         alone = getattr(module.axis_context, "num_devices", None) == 1
         exported = module.lowering_parameters.for_export
         function = compiled if alone and not exported and not _SINGLE.get() else portable
-        return mlir.lower_fun(function, multiple_results=True)(context, *operands, **params)
+        return mlir.lower_fun(function, multiple_results=several)(context, *operands, **params)
 
     return lower
 
@@ -337,16 +406,13 @@ batching.primitive_batchers[_chain] = _chain_batch
 mlir.register_lowering(_chain, mlir.lower_fun(_chain_portable, multiple_results=True))
 mlir.register_lowering(_chain, _lowering(_chain_compiled, _chain_portable), platform="cpu")
 
-ad.primitive_jvps[_tangent] = lambda primals, tangents, **params: _by_portable(
-    partial(_portable_tangent, **params), primals, tangents
-)
+ad.primitive_jvps[_tangent] = _tangent_jvp
 ad.primitive_transposes[_tangent] = _tangent_transpose
 batching.primitive_batchers[_tangent] = _tangent_batch
 mlir.register_lowering(_tangent, mlir.lower_fun(_portable_tangent, multiple_results=False))
+mlir.register_lowering(_tangent, _lowering(_tangent_compiled, _portable_tangent, False), platform="cpu")
 
-ad.primitive_jvps[_gradients] = lambda primals, tangents, **params: _by_portable(
-    partial(_portable_gradients, **params), primals, tangents
-)
+ad.primitive_jvps[_gradients] = _gradients_jvp
 ad.primitive_transposes[_gradients] = _gradients_transpose
 batching.primitive_batchers[_gradients] = _gradients_batch
 mlir.register_lowering(_gradients, mlir.lower_fun(_portable_gradients, multiple_results=True))

@@ -226,6 +226,64 @@ def test_second_derivatives_in_both_modes(name):
     check_grads(compiled(structure), (x, *factors), order=2, modes=("fwd", "rev"), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("name", "kept", "rows", "bias"),
+    [
+        ("block_tensor_train", 0, True, False),
+        ("block_tensor_train", 16, True, True),
+        ("tensor_train", 0, False, False),
+        ("butterfly", 16, True, False),
+    ],
+)
+def test_derivatives_along_directions(name, kept, rows, bias, monkeypatch):
+    """Up to the third order, in every order of modes, with activations that are kept or not: all by compiled calls."""
+    monkeypatch.setattr(xla.XLAChain, "kept_tokens", lambda *_: kept)
+    forget()
+    structure, factors, x = make(name, tokens=16)
+    rng = np.random.default_rng(5)
+    inputs = [x if rows else x.T, *factors, *([jnp.asarray(rng.standard_normal(structure.d_out))] * bias)]
+    first, second, third = ([jnp.asarray(rng.standard_normal(t.shape)) for t in inputs] for _ in range(3))
+    weights = jnp.asarray(rng.standard_normal((16, structure.d_out)))
+    every = tuple(range(len(inputs)))
+
+    def layer(x, *operands):
+        return _jax.run(structure, operands[: len(factors)], x, operands[-1] if bias else None, rows)
+
+    def by_hand(x, *operands):
+        return portable(structure, rows)(x, *operands[: len(factors)]) + (operands[-1] if bias else 0)
+
+    def along(function, directions):
+        return lambda *inputs: jax.jvp(function, inputs, tuple(directions))[1]
+
+    def pulled(function, directions):
+        """The gradient of what a direction gives."""
+        inner = lambda *inputs: sum((a * b).sum() for a, b in zip(function(*inputs), directions, strict=True))  # noqa: E731
+        return jax.grad(inner, every)
+
+    def results(function):
+        loss = lambda *inputs: (jnp.sin(function(*inputs)) * (weights if rows else weights.T)).sum()  # noqa: E731
+        gradients = jax.grad(loss, every)
+        yield along(function, first)
+        yield along(along(function, first), second)
+        yield along(along(along(function, first), second), third)
+        yield along(gradients, first)  # forward over reverse
+        yield jax.grad(along(loss, first), every)  # reverse over forward
+        yield pulled(gradients, first)  # reverse over reverse
+        yield pulled(along(gradients, first), second)
+        yield along(along(gradients, first), second)
+        yield pulled(pulled(gradients, first), second)
+        for k in every:  # of single operands
+            yield lambda *inputs, k=k: along(lambda v: gradients(*inputs[:k], v, *inputs[k + 1 :]), [first[k]])(
+                inputs[k]
+            )
+
+    for found, wanted in zip(results(layer), results(by_hand), strict=True):
+        close(jax.jit(found)(*inputs), jax.jit(wanted)(*inputs))
+        assert calls(found, *inputs) > 0
+        assert "dot_general" not in str(jax.make_jaxpr(found)(*inputs))
+    forget()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["block_tensor_train", "monarch", "block_diagonal"])
 def test_jvp_and_higher_derivatives(name):
