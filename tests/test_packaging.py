@@ -210,6 +210,7 @@ class TestRequirements:
         modules = {
             "structlin._cpu": "torch",
             "structlin._chunked": "torch",
+            "structlin._fused._buffers": "torch",
             "structlin._fused.passes": "torch",
             "structlin._jax": "jax",
             "structlin._fused.xla": "jax",

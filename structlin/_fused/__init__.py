@@ -7,11 +7,13 @@ Here a whole pass over a chain is one function, generated for its sizes and comp
 - :mod:`._product`: one strided product of three arrays, and which part each axis takes in its loops,
 - :mod:`._schedule`: from the steps, the order of axes of every array and the products of the two passes,
 - :mod:`._program`: the text of the functions, from :mod:`._loops`, :mod:`._emit` and :mod:`._ir`,
+- :mod:`._slices`: passes in slices whose factors stay in cache,
 - :mod:`._target`: the processor and the compiler,
 - :mod:`._arrange`: copies of factors in the orders that the products read,
 - :mod:`._team`: threads, in torch,
 - :mod:`._rules`: which chains and inputs this is for, and what is kept for the backward pass,
-- :mod:`.passes`: memory for them, in torch,
+- :mod:`._buffers`: copies of factors and sums of gradients, in torch,
+- :mod:`.passes`: the two passes, in torch,
 - :mod:`.xla`, :mod:`._xla_runtime`: custom calls of XLA, for jax.
 
 Without llvmlite, or on a machine without AVX2, :mod:`structlin._chunked` runs the chain by the BLAS.

@@ -1,4 +1,4 @@
-"""The compiled passes of a chain for torch: memory for them, tokens dealt out to threads."""
+"""The compiled passes of a chain for torch: one slice after the other, tokens dealt out to threads."""
 
 from __future__ import annotations
 
@@ -10,13 +10,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from structlin._fused._program import Packing, Pass, Program
-from structlin._fused._rules import ChainRules, copy_shares, cuts, shares
+from structlin._fused._buffers import Packed, Sums, kept_places
+from structlin._fused._program import Pass, Program
+from structlin._fused._rules import ChainRules, cuts, shares
 from structlin._fused._schedule import LINE
 from structlin._fused._slices import Slices, whole
 from structlin._fused._target import Target
 from structlin._fused._team import run_shares
 from structlin._parse import Step
+
+_NAMES = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16"}
+# Of some of the tokens: the pass, the factors that it goes back through, and what else it reads of a slice.
+_Way = tuple[range, Pass, Packed, Callable[[int], list[int]]]
 
 
 class FusedChain(ChainRules):
@@ -58,7 +63,7 @@ class FusedChain(ChainRules):
             spare = program.schedule.widths[-1] - self.d_out
             bias = (F.pad(bias, (0, spare)) if spare else bias).to(program.dtype).contiguous()
         slices = self.front(name, cut > 0)
-        packed = _Packed(slices, "forward", range(len(factors)), factors)
+        packed = Packed(slices, "forward", range(len(factors)), factors)
         for number in range(slices.count):
             table, ends = packed.slice(number), [x.data_ptr(), y.data_ptr()]
             if bias is not None:
@@ -68,7 +73,7 @@ class FusedChain(ChainRules):
             for part, more in ((range(cut), found), (range(cut, tokens), [])):
                 if part:
                     run = slices.program.forward(bias is not None, bool(more))
-                    held = _moved(more, slices, number) if more else []
+                    held = kept_places(more, slices, number) if more else []
                     tables = [[*table, *held]] * _threads(len(part))
                     _run(run, part, tokens, ends, tables, program.target)
         return y
@@ -90,7 +95,7 @@ class FusedChain(ChainRules):
         wanted = [k for k in range(last) if needs[k + 1]]
         # Each slice reads the whole of gy, whose sum is in the way of none of them.
         inside_bias = for_bias and self.rows and slices.count == 1
-        sums = _Sums(slices, wanted, self.shapes, x.dtype, [self.d_out] * inside_bias, threads)
+        sums = Sums(slices, wanted, self.shapes, x.dtype, [self.d_out] * inside_bias, threads)
         ways = self._back_ways(slices, (*needs, inside_bias), tokens, factors, kept)
         apart = slices.end * (1 if self.rows else tokens) * x.itemsize
         for number in range(slices.count):
@@ -148,17 +153,16 @@ class FusedChain(ChainRules):
         last = len(factors)
         wanted = [k for k in range(last) if needs[k + 1]]
         cut = kept[0].numel() // slices.program.kept_rows[1] if kept else 0
-        back = _Packed(slices, "back", range(0 if needs[0] else min(wanted) + 1, last), factors)
+        back = Packed(slices, "back", range(0 if needs[0] else min(wanted) + 1, last), factors)
         ways: list[_Way] = []
         for part, held in ((range(cut), kept), (range(cut, tokens), None)):
             if not part:
                 continue
             run = slices.program.backward(needs, held is not None, _threads(len(part)) > 1)
             if held is None:
-                more = _Packed(slices, "forward", range(max(wanted, default=0)), factors).slice
+                more = Packed(slices, "forward", range(max(wanted, default=0)), factors).slice
             else:
-                more = partial(_moved, held, slices)
-
+                more = partial(kept_places, held, slices)
             ways.append((part, run, back, more))
         return ways
 
@@ -178,131 +182,6 @@ def _upright(
         written = step.output
     ends = (math.prod(size[a] for a in axes) for axes in (steps[0].input, written))
     return tuple(s.factor == s.output + s.input for s in steps) if tuple(ends) == (d_in, d_out) else None
-
-
-_NAMES = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16"}
-_Way = tuple[range, Pass, "_Packed", Callable[[int], list[int]]]
-
-
-class _Packed:
-    """These factors as the products ``kind`` of slices read them."""
-
-    def __init__(self, slices: Slices, kind: str, numbers: range, factors: Sequence[Tensor]) -> None:
-        self._slices, self._packing, self._numbers = slices, slices.program.packing(kind, tuple(numbers)), numbers
-        self._factors, self._made = factors, -1
-        size = self._packing.total
-        self._copies = torch.empty(size, dtype=torch.uint8) if size else None
-        self._places: list[int] = []
-
-    def slice(self, number: int) -> list[int]:
-        """Where the factors of this slice are, until the next one is asked for."""
-        if self._made == number:
-            return self._places
-        first, places, moved = 0 if self._copies is None else self._copies.data_ptr(), [], []
-        for k, size, start in zip(self._numbers, self._packing.sizes, self._packing.starts, strict=True):
-            place = self._factors[k].data_ptr()
-            if number:
-                place += number * self._slices.factors[k] * self._factors[k].itemsize
-            if size:
-                moved += [place, first + start]
-                place = first + start
-            places.append(place)
-        _copy(self._slices.program, self._packing, moved)
-        self._made, self._places = number, places
-        return places
-
-
-class _Sums:
-    """The gradients ``found`` of the factors ``wanted``, of which each slice has its part, and ``more`` sums.
-
-    Each thread has sums of its own. Those of the first one are where the gradients are to be in the end, if they have
-    their order and type.
-    """
-
-    def __init__(
-        self, slices: Slices, wanted: list[int], shapes: Sequence[tuple[int, ...]], dtype: torch.dtype, more: list[int],
-        threads: int,
-    ) -> None:  # fmt: skip
-        program = slices.program
-        self._slices, self._wanted, self._shapes, self._dtype = slices, wanted, shapes, dtype
-        self._packing = program.packing("gradients", tuple(wanted))
-        self.found: list[Tensor | None] = []
-        self._sums: list[list[Tensor]] = [[]]
-        for k, copied in zip(wanted, self._packing.sizes, strict=True):
-            direct = None if copied else torch.zeros(shapes[k], dtype=dtype)
-            self.found.append(direct)
-            self._sums[0].append(_zeros(program.shapes[k], program.dtype) if direct is None else direct)
-        self._sums += [[_zeros(program.shapes[k], program.dtype) for k in wanted] for _ in range(1, threads)]
-        self._more = [[torch.zeros(n, dtype=program.dtype) for n in more] for _ in self._sums]
-
-    def slice(self, number: int) -> list[list[int]]:
-        """For each thread where the sums for this slice are, which start at zero."""
-        if not number:
-            return [_places(sums) + _places(more) for sums, more in zip(self._sums, self._more, strict=True)]
-        places = []
-        for thread, sums in enumerate(self._sums):
-            here = []
-            for k, copied, total in zip(self._wanted, self._packing.sizes, sums, strict=True):
-                if copied or thread:
-                    total.zero_()
-                    here.append(total.data_ptr())
-                else:
-                    here.append(total.data_ptr() + number * self._slices.factors[k] * total.itemsize)
-            places.append(here + _places(self._more[thread]))
-        return places
-
-    def finish(self, number: int) -> None:
-        """The sums of this slice are there."""
-        if len(self._sums) > 1:
-            self._add(number)
-        moved = []
-        for place, (k, copied, total) in enumerate(zip(self._wanted, self._packing.sizes, self._sums[0], strict=True)):
-            if copied:
-                found = self.found[place]
-                if found is None:
-                    found = self.found[place] = torch.empty(self._shapes[k], dtype=self._dtype)
-                moved += [total.data_ptr(), found.data_ptr() + number * self._slices.factors[k] * found.itemsize]
-        _copy(self._slices.program, self._packing, moved)
-
-    def _add(self, number: int) -> None:
-        """Those of the other threads to those of the first one."""
-        totals = []
-        for k, copied, total in zip(self._wanted, self._packing.sizes, self._sums[0], strict=True):
-            size = math.prod(self._slices.program.shapes[k])
-            totals.append(total if copied else total.view(-1).narrow(0, number * self._slices.factors[k], size))
-        for sums in self._sums[1:]:
-            for total, part in zip(totals, sums, strict=True):
-                total += part
-        if number + 1 == self._slices.count:
-            for mores in self._more[1:]:
-                for total, part in zip(self._more[0], mores, strict=True):
-                    total += part
-            del self._sums[1:]
-
-    @property
-    def more(self) -> list[Tensor]:
-        return self._more[0]
-
-
-def _zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    return torch.zeros(math.prod(shape), dtype=dtype)
-
-
-def _copy(program: Program, packing: Packing, table: Sequence[int]) -> None:
-    """From and to where the table says."""
-    if table:
-        count = copy_shares(packing.numbers, torch.get_num_threads())
-        run_shares(packing.run, [table] * count, range(count + 1), count, program.target)
-
-
-def _moved(kept: Sequence[Tensor], slices: Slices, number: int) -> list[int]:
-    """Where this slice of kept activations is."""
-    assert slices.states is not None
-    return [a.data_ptr() + number * n * a.itemsize for a, n in zip(kept, slices.states, strict=True)]
-
-
-def _places(tensors: Sequence[Tensor]) -> list[int]:
-    return [tensor.data_ptr() for tensor in tensors]
 
 
 def _threads(tokens: int) -> int:

@@ -184,9 +184,22 @@ def test_activations_in_another_order_are_not_kept(monkeypatch):
     monkeypatch.setattr(program, "schedule", replace(program.schedule, states=(first, middle[::-1], last)))
     chain._backs.clear()
     assert chain.back("float32", 1).states is None
-    held = []
-    chain.forward(x, factors, None, held)
-    assert not held
+    kept = []
+    chain.forward(x, factors, None, kept)
+    assert not kept
+
+
+def test_activations_kept_for_other_threads_are_read(monkeypatch):
+    """With as many threads as there are in the backward pass they may not lie as slices would read them."""
+    structure, factors, x, gy, _ = problem(*CHAINS["two"], torch.float64)
+    chain, kept = chain_of(structure), []
+    monkeypatch.setattr(chain, "kept_tokens", lambda *_: 48)
+    chain.forward(x, factors, None, kept)
+    wanted = chain.backward(gy, x, factors, [True] * 4, kept)
+    found = slices(chain._chain, chain._program(x.dtype), True, 4, "float64", HOST)
+    monkeypatch.setattr(chain, "back", lambda *_: replace(found, states=None))
+    for got, exact in zip(chain.backward(gy, x, factors, [True] * 4, kept), wanted, strict=True):
+        assert torch.equal(got, exact)
 
 
 @pytest.mark.parametrize(
