@@ -105,8 +105,9 @@ class FusedChain(ChainRules):
                 table, rest = [*first, *packed.slice(number)], more(number)
                 tables = [[*table, *mine, *rest] for mine in grads[: _threads(len(part))]]
                 _run(run, part, tokens, ends, tables, slices.program.target)
+                del packed, more
             if number + 1 == slices.count:
-                ways.clear()  # what they hold is not needed any more
+                ways.clear()  # gradients may take the memory of what these hold
             sums.finish(number)
         found: list[Tensor | None] = [gx, *([None] * last), None]
         for k, gradient in zip(wanted, sums.found, strict=True):
