@@ -99,6 +99,10 @@ class ChainRules:
             found = self._backs[dtype, threads] = self._back(dtype, threads)
         return found
 
+    def sums_are_large(self, program: Program) -> bool:
+        """Whether the sums of gradients do not stay in cache well."""
+        return program.numel * BYTES[program.inside] > SLICE_BYTES
+
     def _back(self, dtype: str, threads: int) -> Slices:
         target, program = host(), self.program(dtype)
         assert target is not None

@@ -81,12 +81,11 @@ class FusedChain(ChainRules):
     def backward(
         self, gy: Tensor, x: Tensor, factors: Sequence[Tensor], needs: Sequence[bool], kept: Sequence[Tensor] = ()
     ) -> tuple[Tensor | None, ...]:
-        program = self._ready(x.dtype)
-        if self._upright is not None and program.pairs:
+        program, tokens, last = self._ready(x.dtype), x.shape[0 if self.rows else 1], len(factors)
+        threads = _threads(tokens)
+        if self._upright is not None and (program.pairs or (threads > 1 and self.sums_are_large(program))):
             return self._plain_backward(gy, x, factors, needs, kept)
         x, gy, factors = x.contiguous(), gy.contiguous(), [factor.contiguous() for factor in factors]
-        tokens, last = x.shape[0 if self.rows else 1], len(factors)
-        threads = _threads(tokens)
         slices = self.back(_NAMES[x.dtype], threads)
         if kept and slices.states is None:  # with another number of threads these were not to be read in slices
             slices = whole(program)
@@ -121,7 +120,10 @@ class FusedChain(ChainRules):
     def _plain_backward(
         self, gy: Tensor, x: Tensor, factors: Sequence[Tensor], needs: Sequence[bool], kept: Sequence[Tensor]
     ) -> tuple[Tensor | None, ...]:
-        """By the BLAS, which in bfloat16 is the faster one at gradients of plain matrices."""
+        """By the BLAS, which is the faster one at gradients of plain matrices.
+
+        In bfloat16, or if they are large, and each of several threads would have sums of its own.
+        """
         program, tokens, (for_x, *for_factors, for_bias) = self._ready(x.dtype), x.shape[0], needs
         upright, widths = self._upright or (), program.schedule.widths
         matrices = [

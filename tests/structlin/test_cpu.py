@@ -281,37 +281,6 @@ def test_the_blas_takes_the_backward_pass_of_what_falls_out_of_cache(monkeypatch
             torch.testing.assert_close(got, exact, rtol=1e-11, atol=1e-11)
 
 
-@pytest.mark.skipif(HOST is None or not HOST.half_products, reason="the processor multiplies no pairs of bfloat16")
-@pytest.mark.parametrize("kept", [0, 48, 101])
-@pytest.mark.parametrize(
-    ("chain", "plain"),
-    [("ab,fab->f; f,gdf->gd", True), ("ab,abf->f; f,fgd->gd", True), ("ab,fba->f; f,gdf->gd", False)],
-)
-def test_plain_matrices_in_bfloat16(chain, plain, kept, monkeypatch):
-    """Of either order of axes, and some that are no matrices: with activations of none, some and all of the tokens."""
-    structure = sl.Structure.parse(chain, a=4, b=15, f=32, g=3, d=22)
-    chain = structure._cpu_rows._fused
-    assert (chain._upright is not None) == plain
-    factors = sl.random_factors(structure, seed=1, backend="torch", dtype=torch.bfloat16)
-    generator = torch.Generator().manual_seed(2)
-    x, gy = (torch.randn(101, d, generator=generator).to(torch.bfloat16) for d in structure.shape[::-1])
-    monkeypatch.setattr(chain, "kept_tokens", lambda *_: kept)
-    held = []
-    chain.forward(x, factors, None, held)
-    doubles = [t.double().requires_grad_() for t in (x, *factors)]
-    expected = structure._portable(doubles[1:], doubles[0], sl._arrays.ops("torch"))
-    wanted = (*torch.autograd.grad(expected, doubles, gy.double()), gy.double().sum(0))
-    for needs in ([True] * 4, [False, True, False, True], [False, False, True, False], [True, False, False, False]):
-        found = chain.backward(gy, x, factors, needs, held)
-        assert len(found) == 4
-        for need, got, exact in zip(needs, found, wanted, strict=True):
-            assert (got is not None) == need
-            if got is not None:
-                assert got.dtype == torch.bfloat16
-                assert got.shape == exact.shape
-                assert (got.double() - exact).norm() < 5e-3 * exact.norm()
-
-
 @pytest.mark.parametrize("shape", [(0, 6), (2, 0, 6), (6,), (2, 3, 6)])
 def test_batch_shapes(shape):
     structure, factors, _ = make("block_tensor_train")
