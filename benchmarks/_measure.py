@@ -16,6 +16,16 @@ from torch.profiler import ProfilerActivity, profile
 __all__ = ["keep_memory", "machine", "medians", "peak_memory"]
 
 _TRIM_THRESHOLD, _MMAP_MAX = -1, -4  # names of mallopt(3)
+WARM, FEW_PAGES = 8, 64
+
+
+def _pages() -> int:
+    """That this process was given so far; 0 where that can not be known."""
+    try:
+        import resource
+    except ImportError:
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
 
 def keep_memory() -> bool:
@@ -36,7 +46,10 @@ def keep_memory() -> bool:
 def medians(
     functions: Sequence[Callable[[], object]], repeats: int, device: str = "cpu", clock: str = "wall"
 ) -> list[float]:
-    """Median seconds of each function: each is called once to warm up, then all in turn, ``repeats`` times.
+    """Median seconds of each function: all are called in turn, ``repeats`` times.
+
+    Before, they are called in turn to warm up, until they get no new pages of memory, at most ``WARM`` times: a heap
+    that large arrays are taken from grows for some rounds, and to clear a page takes as long as a fast layer.
 
     ``clock="cpu"`` counts the time that this process has spent on cores, which does not run while others have them:
     the right one for a single thread on a machine that is busy.
@@ -47,15 +60,23 @@ def medians(
         if device == "cuda":
             torch.cuda.synchronize()
 
+    def run(function: Callable[[], object]) -> float:
+        wait()
+        start = now()
+        function()
+        wait()
+        return now() - start
+
+    for _ in range(WARM):
+        before = _pages()
+        for function in functions:
+            run(function)
+        if _pages() - before <= FEW_PAGES * len(functions):
+            break
     times: list[list[float]] = [[] for _ in functions]
-    for repeat in range(repeats + 1):
+    for _ in range(repeats):
         for function, found in zip(functions, times, strict=True):
-            wait()
-            start = now()
-            function()
-            wait()
-            if repeat:
-                found.append(now() - start)
+            found.append(run(function))
     return [statistics.median(found) for found in times]
 
 
