@@ -345,13 +345,14 @@ def test_random_chains_agree(way):
 
 
 @pytest.mark.skipif(HOST is None, reason="nothing is compiled here")
-@pytest.mark.parametrize("registers", [16, 32])
-def test_large_and_plain_matrices_are_left_to_the_blas(registers, monkeypatch):
-    """With few registers sooner."""
+@pytest.mark.parametrize(("registers", "threads"), [(16, 1), (32, 1), (32, 2)])
+def test_large_and_plain_matrices_are_left_to_the_blas(registers, threads, monkeypatch):
+    """With few registers and with several threads sooner."""
     monkeypatch.setattr(_rules, "host", lambda: dataclasses.replace(HOST, registers=registers))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     ways = []
     for name, options in (("monarch", {"blocks": 2}), ("low_rank", {"rank": 64})):
-        for size in (512, 1024, 2048):
+        for size in (512, 1024, 2048, 3072):
             structure = sl.design(name, (size, size), **options)
             factors = sl.random_factors(structure, backend="torch")
             ways.append(type(structure._cpu_rows.passes(torch.ones(512, size), factors)).__name__)
@@ -359,9 +360,10 @@ def test_large_and_plain_matrices_are_left_to_the_blas(registers, monkeypatch):
     assert (
         ways
         == {
-            16: [fused, chunked, chunked, none, none, none],
-            32: [fused, fused, chunked, fused, fused, fused],
-        }[registers]
+            (16, 1): [fused, chunked, chunked, chunked, *[none] * 4],
+            (32, 1): [fused, fused, fused, chunked, *[fused] * 4],
+            (32, 2): [fused, fused, chunked, chunked, *[fused] * 4],
+        }[registers, threads]
     )
 
 
