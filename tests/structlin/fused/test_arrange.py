@@ -80,3 +80,39 @@ def test_pairs_along_one_axis():
     assert arrangeable((4, 3, 5), (1, 0, 2), 5)
     assert not arrangeable((4, 3, 5), (0, 1, 2), 5)  # 3 is odd, though 12 is not
     assert not arrangeable((4, 3, 5), (1, 0, 2), 4)  # cuts an axis
+
+
+@pytest.mark.parametrize("kinds", [("float", "float"), ("double", "double"), ("float", "bfloat"), ("bfloat", "float")])
+@settings(max_examples=40, deadline=None)
+@given(
+    shape=st.lists(st.integers(1, 37), min_size=1, max_size=3).filter(lambda shape: math.prod(shape) < 5000),
+    place=st.integers(0, 3), size=st.integers(1, 3), count=st.integers(1, 10), data=st.data(),
+)  # fmt: skip
+def test_slices(kinds, shape, place, size, count, data):
+    """Of one axis, there and back: the other slices stay as they are, and nothing beyond the array is read."""
+    shape.insert(min(place, len(shape)), size)
+    axis = min(place, len(shape) - 1)
+    whole = (*shape[:axis], size * count, *shape[axis + 1 :])
+    number = data.draw(st.integers(0, count - 1))
+    order = tuple(data.draw(st.permutations(range(len(shape)))))
+    dtypes = {"float": np.float32, "double": np.float64, "bfloat": np.uint16}
+    values = np.random.default_rng(1).integers(0, 200, whole).astype(np.float32)
+    made = {kind: bfloat16(values) if kind == "bfloat" else values.astype(dtypes[kind]) for kind in kinds}
+    original, element = made[kinds[0]], "double" if kinds[0] == "double" else "float"
+    piece = (slice(None),) * axis + (slice(number * size, (number + 1) * size),)
+    expected = np.ascontiguousarray(made[kinds[1]][piece].transpose(order))
+    start = number * size * math.prod(shape[axis + 1 :])
+    for back in (False, True):
+        arrangement = Arrangement(tuple(shape), order, back=back, whole=whole)
+        source, target = (expected, np.full_like(original, 7)) if back else (original, np.zeros_like(expected))
+        ends = [source.ctypes.data, target.ctypes.data]
+        ends[back] += start * original.itemsize
+        run = load_copies([(arrangement, *(kinds[::-1] if back else kinds))], host(), element)
+        for share in ((1, 3), (0, 1), (3, 4)):
+            run((ctypes.c_void_p * 2)(*ends), *share, 4)
+        if back:
+            there = np.full_like(original, 7)
+            there[piece] = original[piece]
+            np.testing.assert_array_equal(target, there)
+        else:
+            np.testing.assert_array_equal(target, expected)
