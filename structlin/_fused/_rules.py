@@ -119,6 +119,10 @@ class ChainRules:
                     return smaller
         return found
 
+    def apart(self, slices: Slices, tokens: int, item: int) -> int:
+        """Bytes from one slice of the input, or of the output, to the next; ``item``: of a number."""
+        return slices.end * (1 if self.rows else tokens) * item
+
     def pays(self, tokens: int, gradients: bool) -> bool:
         """Whether there is enough to do for so many tokens; ``gradients``: the backward pass is to come."""
         numbers = tokens * self.widest

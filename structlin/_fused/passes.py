@@ -64,12 +64,11 @@ class FusedChain(ChainRules):
             bias = (F.pad(bias, (0, spare)) if spare else bias).to(program.dtype).contiguous()
         slices = self.front(name, cut > 0)
         packed = Packed(slices, "forward", range(len(factors)), factors)
+        apart = self.apart(slices, tokens, y.itemsize)
         for number in range(slices.count):
-            table, ends = packed.slice(number), [x.data_ptr(), y.data_ptr()]
+            table, ends = packed.slice(number), [x.data_ptr(), y.data_ptr() + number * apart]
             if bias is not None:
                 table = [bias.data_ptr() + number * slices.end * bias.itemsize, *table]
-            if number:
-                ends[1] += number * slices.end * (1 if self.rows else tokens) * y.itemsize
             for part, more in ((range(cut), found), (range(cut, tokens), [])):
                 if part:
                     run = slices.program.forward(bias is not None, bool(more))
@@ -96,7 +95,7 @@ class FusedChain(ChainRules):
         inside_bias = for_bias and self.rows and slices.count == 1
         sums = Sums(slices, wanted, self.shapes, x.dtype, [self.d_out] * inside_bias, threads)
         ways = self._back_ways(slices, (*needs, inside_bias), tokens, factors, kept)
-        apart = slices.end * (1 if self.rows else tokens) * x.itemsize
+        apart = self.apart(slices, tokens, x.itemsize)
         for number in range(slices.count):
             moved, grads = number * apart, sums.slice(number)
             ends, first = [x.data_ptr() + moved, gy.data_ptr()], [] if gx is None else [gx.data_ptr() + moved]

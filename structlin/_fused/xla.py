@@ -20,7 +20,6 @@ import jax.numpy as jnp
 from structlin._fused._program import Pass, Program
 from structlin._fused._rules import COPIED_SHARE, ChainRules, copy_shares, cuts, shares
 from structlin._fused._schedule import LINE
-from structlin._fused._slices import Slices
 from structlin._fused._target import address, host
 from structlin._fused._xla_runtime import add, fill, handler, supported
 
@@ -68,7 +67,7 @@ class XLAChain(ChainRules):
         plan = _Plan(slices.program, tokens, len(operands), len(results))
         places = [(k, 0) for k in range(len(operands) + len(results))]
         inputs, outputs = places[: len(operands)], places[len(operands) :]
-        item, apart = x.dtype.itemsize, self._apart(slices, x)
+        item, apart = x.dtype.itemsize, self.apart(slices, tokens, x.dtype.itemsize)
         for number in range(slices.count):
             given = _moved(inputs[1 : 1 + len(factors)], number, [n * item for n in slices.factors])
             added = _moved(inputs[1 + len(factors) :], number, [slices.end * program.size])
@@ -107,7 +106,7 @@ class XLAChain(ChainRules):
         direct = [not size for size in unpacked] + [True] * needs[-1]
         cut = kept[0].size // program.kept_rows[1] if kept else 0
         again = range(max(wanted, default=0))
-        item, apart = x.dtype.itemsize, self._apart(slices, x)
+        item, apart = x.dtype.itemsize, self.apart(slices, tokens, x.dtype.itemsize)
         for number in range(slices.count):
             before = plan.top
             given = _moved(inputs[2 : 2 + last], number, [n * item for n in slices.factors])
@@ -137,10 +136,6 @@ class XLAChain(ChainRules):
     def kept_sizes(self, dtype: str, kept: int) -> list[int]:
         """Of these activations, one after the other."""
         return [kept * row for row in self._given(dtype).schedule.rows[1:-1]] if kept else []
-
-    def _apart(self, slices: Slices, x: Array) -> int:
-        """Bytes from one slice of the input, or the output, to the next."""
-        return slices.end * (1 if self.rows else x.shape[1]) * x.dtype.itemsize
 
     def _given(self, dtype: str) -> Program:
         program = self.ready(dtype)
