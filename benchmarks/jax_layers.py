@@ -33,7 +33,7 @@ from _measure import keep_memory, machine, medians
 import structlin
 from structlin import Structure
 from structlin._arrays import ops
-from structlin._fused.xla import threads
+from structlin.execution.compiled.xla import threads
 
 CASES: dict[str, tuple[str, dict[str, object]]] = {
     "low_rank": ("low_rank", {"rank_fraction": 0.125}),

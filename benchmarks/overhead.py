@@ -23,10 +23,10 @@ from _measure import medians
 from torch import Tensor, nn
 
 from structlin._arrays import ops
+from structlin.execution.token_major import token_major
 from structlin_nn.torch import StructuredLinear
 from structlin_nn.torch._operator import chain
 from structlin_nn.torch._text import to_text
-from structlin_nn.torch._token_major import token_major
 
 CASES = (
     ("dense", {}),

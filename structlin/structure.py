@@ -21,10 +21,10 @@ from typing import TYPE_CHECKING
 from structlin._arrays import Array, backend_of, common_backend, ops
 from structlin._parse import Step as Step
 from structlin._parse import check_sizes, parse_chain
-from structlin._plan import Plan, make_plan
+from structlin.execution.products import Plan, make_plan
 
 if TYPE_CHECKING:
-    from structlin._cpu import CPUChain
+    from structlin.execution.torch_cpu import CPUChain
 
 
 @dataclass(frozen=True)
@@ -344,7 +344,7 @@ class Structure(AbstractStructure):
             if passes is not None:
                 return self._cpu_rows(passes, x, factors, bias)
         if xp.name == "jax":
-            from structlin._jax import run
+            from structlin.execution.jax_cpu import run
 
             return run(self, factors, x, bias)
         y = self._portable(factors, x, xp)
@@ -356,7 +356,7 @@ class Structure(AbstractStructure):
             if passes is not None:
                 return self._cpu_columns(passes, x, factors)
         if xp.name == "jax":
-            from structlin._jax import run
+            from structlin.execution.jax_cpu import run
 
             return run(self, factors, x, rows=False)
         return self._portable(factors, x, xp, rows=False)
@@ -375,13 +375,13 @@ class Structure(AbstractStructure):
 
     @cached_property
     def _cpu_rows(self) -> CPUChain:
-        from structlin._cpu import CPUChain
+        from structlin.execution.torch_cpu import CPUChain
 
         return CPUChain(self)
 
     @cached_property
     def _cpu_columns(self) -> CPUChain:
-        from structlin._cpu import CPUChain
+        from structlin.execution.torch_cpu import CPUChain
 
         return CPUChain(self, rows=False)
 

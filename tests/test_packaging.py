@@ -37,7 +37,7 @@ DISTRIBUTIONS = {
     "opt_einsum": "opt-einsum",
 }
 # Modules that are imported only where an optional package is there.
-OPTIONAL = {"structlin_nn.torch._triton_kernels": "triton"}
+OPTIONAL = {"structlin.execution._triton_kernels": "triton"}
 TRAINING_MODULES = {
     "PIL",
     "flax",
@@ -180,7 +180,7 @@ class TestRequirements:
     @pytest.mark.parametrize(
         ("folder", "extras"),
         [
-            ("structlin", ("", "torch", "jax")),
+            ("structlin", ("", "torch", "jax", "gpu")),
             ("structlin_nn", tuple(sorted(EXTRAS - {"test", "docs"}))),
             ("tests", tuple(sorted(EXTRAS - {"docs"}))),
         ],
@@ -208,12 +208,15 @@ class TestRequirements:
         }
         # Modules for one library alone, which are themselves imported only where they are used.
         modules = {
-            "structlin._cpu": "torch",
-            "structlin._chunked": "torch",
-            "structlin._fused._buffers": "torch",
-            "structlin._fused.passes": "torch",
-            "structlin._jax": "jax",
-            "structlin._fused.xla": "jax",
+            "structlin.execution.torch_cpu": "torch",
+            "structlin.execution._gradients": "torch",
+            "structlin.execution.token_major": "torch",
+            "structlin.execution.triton": "torch",
+            "structlin.execution.chunked": "torch",
+            "structlin.execution.compiled._buffers": "torch",
+            "structlin.execution.compiled.passes": "torch",
+            "structlin.execution.jax_cpu": "jax",
+            "structlin.execution.compiled.xla": "jax",
         }
         assert eager == {(name.replace(".", "/") + ".py", library) for name, library in modules.items()}
         code = f"import sys, structlin; sys.exit(any(name in sys.modules for name in {list(modules)}))"

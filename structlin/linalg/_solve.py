@@ -13,7 +13,7 @@ from cola.ops import LinearOperator, Sum
 
 from structlin._arrays import Array, backend_of
 from structlin._cola_compat._repair import is_array
-from structlin._plan import _Product
+from structlin.execution.products import _Product
 from structlin.linalg import _chain as chain
 from structlin.linalg import _toeplitz as toeplitz
 from structlin.linalg._common import require_square

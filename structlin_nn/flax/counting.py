@@ -22,7 +22,7 @@ import jax
 from flax import nnx
 from jax.extend import core
 
-from structlin._jax import macs_of, single_products
+from structlin.execution.jax_cpu import macs_of, single_products
 
 __all__ = ["JaxCount", "count", "xla_flops"]
 

@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from structlin._arrays import ops
+from structlin.execution._gradients import chain_gradients, gradient_macs
 from structlin.structure import Structure
-from structlin_nn.torch._gradients import chain_gradients, gradient_macs
 from structlin_nn.torch._text import from_text
 
 __all__ = ["chain", "chain_backward", "transformed"]

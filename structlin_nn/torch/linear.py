@@ -13,13 +13,13 @@ from torch.utils.checkpoint import checkpoint as recomputed
 
 import structlin
 from structlin._arrays import ops
+from structlin.execution import triton as _triton
+from structlin.execution.token_major import token_major
 from structlin.structure import AbstractStructure, Structure
 from structlin_nn._layer import describe, plan_layer
-from structlin_nn.torch import _triton
 from structlin_nn.torch._draw import fill
 from structlin_nn.torch._operator import chain, transformed
 from structlin_nn.torch._text import to_text
-from structlin_nn.torch._token_major import token_major
 
 __all__ = ["StructuredLinear"]
 

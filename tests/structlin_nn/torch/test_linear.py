@@ -12,8 +12,9 @@ from torch import nn
 from torch.nn import functional as F
 
 import structlin
+from structlin.execution import token_major as _token_major
 from structlin.testing import dense_matrix, random_chain
-from structlin_nn.torch import StructuredLinear, _token_major
+from structlin_nn.torch import StructuredLinear
 
 EXAMPLES = [
     pytest.param(name, shape, options, id=f"{name}-{shape[0]}x{shape[1]}-{number}")
@@ -362,7 +363,7 @@ def test_index_is_a_permutation_and_no_parameter():
 
 
 def test_fused_kernel_is_used_where_it_suits(monkeypatch):
-    from structlin_nn.torch import _triton
+    from structlin.execution import triton as _triton
 
     layer = StructuredLinear(6, 35, structure="block_tensor_train", device="meta")
     given = []

@@ -11,10 +11,10 @@ import torch._dynamo.testing
 from torch.utils.flop_counter import FlopCounterMode
 
 import structlin
+from structlin.execution._gradients import chain_gradients, gradient_macs
 from structlin.structure import AbstractStructure
 from structlin.testing import dense_matrix, random_chain
 from structlin_nn.torch import StructuredLinear
-from structlin_nn.torch._gradients import chain_gradients, gradient_macs
 from structlin_nn.torch._operator import chain, chain_backward
 from structlin_nn.torch._text import from_text, to_text
 

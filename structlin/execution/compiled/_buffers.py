@@ -1,0 +1,135 @@
+"""What the compiled passes read and add to in torch, slice by slice: factors, sums of gradients, kept activations."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from structlin.execution.compiled._program import Packing, Program
+from structlin.execution.compiled._rules import copy_shares
+from structlin.execution.compiled._slices import Slices
+from structlin.execution.compiled._team import run_shares
+
+
+class Packed:
+    """These factors as the products ``kind`` of slices read them."""
+
+    def __init__(self, slices: Slices, kind: str, numbers: range, factors: Sequence[Tensor]) -> None:
+        self._slices, self._packing, self._numbers = slices, slices.program.packing(kind, tuple(numbers)), numbers
+        self._factors, self._made = factors, -1
+        size = self._packing.total
+        self._copies = torch.empty(size, dtype=torch.uint8) if size else None
+        self._places: list[int] = []
+
+    def slice(self, number: int) -> list[int]:
+        """Where the factors of this slice are, until the next one is asked for."""
+        if self._made == number:
+            return self._places
+        first, places, moved = 0 if self._copies is None else self._copies.data_ptr(), [], []
+        for k, size, start in zip(self._numbers, self._packing.sizes, self._packing.starts, strict=True):
+            place = self._factors[k].data_ptr()
+            if number:
+                place += number * self._slices.factors[k] * self._factors[k].itemsize
+            if size:
+                moved += [place, first + start]
+                place = first + start
+            places.append(place)
+        _copy(self._slices.program, self._packing, moved)
+        self._made, self._places = number, places
+        return places
+
+
+class Sums:
+    """The gradients ``found`` of the factors ``wanted``, of which each slice has its part, and ``more`` sums.
+
+    Each thread has sums of its own. Those of the first one are where the gradients are to be in the end, if they have
+    their order and type.
+    """
+
+    def __init__(
+        self, slices: Slices, wanted: list[int], shapes: Sequence[tuple[int, ...]], dtype: torch.dtype, more: list[int],
+        threads: int,
+    ) -> None:  # fmt: skip
+        program = slices.program
+        self._slices, self._wanted, self._shapes, self._dtype = slices, wanted, shapes, dtype
+        self._packing = program.packing("gradients", tuple(wanted))
+        self.found: list[Tensor | None] = []
+        self._sums: list[list[Tensor]] = [[]]
+        for k, copied in zip(wanted, self._packing.sizes, strict=True):
+            direct = None if copied else torch.zeros(shapes[k], dtype=dtype)
+            self.found.append(direct)
+            self._sums[0].append(_zeros(program.shapes[k], program.dtype) if direct is None else direct)
+        self._sums += [[_zeros(program.shapes[k], program.dtype) for k in wanted] for _ in range(1, threads)]
+        self._more = [[torch.zeros(n, dtype=program.dtype) for n in more] for _ in self._sums]
+
+    def slice(self, number: int) -> list[list[int]]:
+        """For each thread where the sums for this slice are, which start at zero."""
+        if not number:
+            return [_places(sums) + _places(more) for sums, more in zip(self._sums, self._more, strict=True)]
+        places = []
+        for thread, sums in enumerate(self._sums):
+            here = []
+            for k, copied, total in zip(self._wanted, self._packing.sizes, sums, strict=True):
+                if copied or thread:
+                    total.zero_()
+                    here.append(total.data_ptr())
+                else:
+                    here.append(total.data_ptr() + number * self._slices.factors[k] * total.itemsize)
+            places.append(here + _places(self._more[thread]))
+        return places
+
+    def finish(self, number: int) -> None:
+        """The sums of this slice are there."""
+        if len(self._sums) > 1:
+            self._add(number)
+        moved = []
+        for place, (k, copied, total) in enumerate(zip(self._wanted, self._packing.sizes, self._sums[0], strict=True)):
+            if copied:
+                found = self.found[place]
+                if found is None:
+                    found = self.found[place] = torch.empty(self._shapes[k], dtype=self._dtype)
+                moved += [total.data_ptr(), found.data_ptr() + number * self._slices.factors[k] * found.itemsize]
+        _copy(self._slices.program, self._packing, moved)
+
+    def _add(self, number: int) -> None:
+        """Those of the other threads to those of the first one."""
+        totals = []
+        for k, copied, total in zip(self._wanted, self._packing.sizes, self._sums[0], strict=True):
+            size = math.prod(self._slices.program.shapes[k])
+            totals.append(total if copied else total.view(-1).narrow(0, number * self._slices.factors[k], size))
+        for sums in self._sums[1:]:
+            for total, part in zip(totals, sums, strict=True):
+                total += part
+        if number + 1 == self._slices.count:
+            for mores in self._more[1:]:
+                for total, part in zip(self._more[0], mores, strict=True):
+                    total += part
+            del self._sums[1:]
+
+    @property
+    def more(self) -> list[Tensor]:
+        return self._more[0]
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    return torch.zeros(math.prod(shape), dtype=dtype)
+
+
+def _copy(program: Program, packing: Packing, table: Sequence[int]) -> None:
+    """From and to where the table says."""
+    if table:
+        count = copy_shares(packing.numbers, torch.get_num_threads())
+        run_shares(packing.run, [table] * count, range(count + 1), count, program.target)
+
+
+def kept_places(kept: Sequence[Tensor], slices: Slices, number: int) -> list[int]:
+    """Where this slice of kept activations is."""
+    assert slices.states is not None
+    return [a.data_ptr() + number * n * a.itemsize for a, n in zip(kept, slices.states, strict=True)]
+
+
+def _places(tensors: Sequence[Tensor]) -> list[int]:
+    return [tensor.data_ptr() for tensor in tensors]

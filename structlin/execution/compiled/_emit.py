@@ -1,0 +1,298 @@
+"""Vectors, single numbers and rows of arrays in memory, as instructions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from structlin.execution.compiled._ir import Code, Int, Values
+from structlin.execution.compiled._product import BYTES
+from structlin.execution.compiled._target import Target
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Where an array starts, and the type of its elements (``bfloat`` is computed with as ``float``).
+
+    An array of activations in ``i32`` holds the numbers of two tokens in bfloat16, side by side: half as many rows.
+    Where it is ``zipped`` they are those of two items of an axis.
+    """
+
+    pointer: str
+    element: str
+    zipped: bool = False
+
+
+class Emitter:
+    """Writes products for a target and a type to compute in."""
+
+    def __init__(self, code: Code, target: Target, element: str, tokens: Int, block: int) -> None:
+        self.code, self.target, self.element, self.tokens, self.block = code, target, element, tokens, block
+        self.even = code.whole(code.add(tokens, 1), 2)
+        self.lanes = target.width // BYTES[element]
+        self.short = {"float": "f32", "double": "f64", "bfloat": "bf16", "i32": "i32"}
+        self.vector = f"<{self.lanes} x {element}>"
+
+    # -- memory --------------------------------------------------------------------------------------------------------
+
+    def load(self, at: Memory, offset: Int, lanes: int) -> str:
+        """A vector; beyond ``lanes`` it is 0, and nothing is read there."""
+        kind = f"<{self.lanes} x {at.element}>"
+        pointer = self.code.at(at.element, at.pointer, offset)
+        if lanes == self.lanes:
+            found = self.code.value(f"load {kind}, ptr {pointer}, align {BYTES[at.element]}")
+        else:
+            name = f"llvm.masked.load.v{self.lanes}{self.short[at.element]}.p0"
+            found = self.code.call(
+                kind, name, ("ptr", pointer), ("i32", BYTES[at.element]), self._mask(lanes), (kind, "zeroinitializer")
+            )
+        if at.element in (self.element, "i32"):
+            return found
+        return self.code.value(f"fpext {kind} {found} to {self.vector}")
+
+    def store(self, at: Memory, offset: Int, value: str, lanes: int) -> None:
+        kind = f"<{self.lanes} x {at.element}>"
+        pointer = self.code.at(at.element, at.pointer, offset)
+        if at.element not in (self.element, "i32"):
+            value = self.code.value(f"fptrunc {self.vector} {value} to {kind}")
+        if lanes == self.lanes:
+            self.code.put(f"store {kind} {value}, ptr {pointer}, align {BYTES[at.element]}")
+        else:
+            name = f"llvm.masked.store.v{self.lanes}{self.short[at.element]}.p0"
+            self.code.call("void", name, (kind, value), ("ptr", pointer), ("i32", BYTES[at.element]), self._mask(lanes))
+
+    def store_pairs(self, at: Memory, offset: Int, rows: tuple[str, str], lanes: int) -> None:
+        """Two vectors in bfloat16, number by number side by side."""
+        kind = f"<{self.lanes} x bfloat>"
+        short = [self.code.value(f"fptrunc {self.vector} {row} to {kind}") for row in rows]
+        order = ", ".join(f"i32 {k}, i32 {k + self.lanes}" for k in range(self.lanes))
+        both = f"{kind} {short[0]}, {kind} {short[1]}, <{2 * self.lanes} x i32> <{order}>"
+        joined = self.code.value(f"shufflevector {both}")
+        whole = self.code.value(f"bitcast <{2 * self.lanes} x bfloat> {joined} to <{self.lanes} x i32>")
+        self.store(at, offset, whole, lanes)
+
+    def number(self, at: Memory, offset: Int) -> str:
+        pointer = self.code.at(at.element, at.pointer, offset)
+        one = self.code.value(f"load {at.element}, ptr {pointer}, align {BYTES[at.element]}")
+        return one if at.element == self.element else self.code.value(f"fpext {at.element} {one} to {self.element}")
+
+    def put_number(self, at: Memory, offset: Int, value: str) -> None:
+        if at.element != self.element:
+            value = self.code.value(f"fptrunc {self.element} {value} to {at.element}")
+        pointer = self.code.at(at.element, at.pointer, offset)
+        self.code.put(f"store {at.element} {value}, ptr {pointer}, align {BYTES[at.element]}")
+
+    def spread(self, at: Memory, offset: Int) -> str:
+        """One number in all lanes."""
+        one = self.number(at, offset)
+        return self._spread(one, self.element)
+
+    def spread_pair(self, at: Memory, offset: Int) -> str:
+        """Two neighbours of 16 bits, again and again."""
+        pointer = self.code.at(at.element, at.pointer, offset)
+        align = BYTES[at.element]
+        return self.as_pairs(self._spread(self.code.value(f"load i32, ptr {pointer}, align {align}"), "i32"))
+
+    def as_pairs(self, vector: str) -> str:
+        return self.code.value(f"bitcast <{self.lanes} x i32> {vector} to <{2 * self.lanes} x bfloat>")
+
+    def _spread(self, one: str, element: str) -> str:
+        kind, zeros = f"<{self.lanes} x {element}>", f"<{self.lanes} x i32> zeroinitializer"
+        first = self.code.value(f"insertelement {kind} poison, {element} {one}, i64 0")
+        return self.code.value(f"shufflevector {kind} {first}, {kind} poison, {zeros}")
+
+    def multiply_add(self, a: str, b: str, c: str) -> str:
+        name = f"llvm.fma.v{self.lanes}{self.short[self.element]}"
+        return self.code.call(self.vector, name, (self.vector, a), (self.vector, b), (self.vector, c))
+
+    def multiply_add_pairs(self, a: str, b: str, c: str) -> str:
+        """Each lane of float32 plus the products of two pairs of bfloat16."""
+        name, kind = f"llvm.x86.avx512bf16.dpbf16ps.{32 * self.lanes}", f"<{2 * self.lanes} x bfloat>"
+        return self.code.call(self.vector, name, (self.vector, c), (kind, a), (kind, b))
+
+    def _mask(self, lanes: int) -> tuple[str, str]:
+        bits = ", ".join(f"i1 {'true' if k < lanes else 'false'}" for k in range(self.lanes))
+        return f"<{self.lanes} x i1>", f"<{bits}>"
+
+    # -- rows ----------------------------------------------------------------------------------------------------------
+
+    def copy(
+        self, source: Memory, stride: int, target: Memory, to_stride: int, width: int, wanted: int, even: bool = False
+    ) -> None:  # fmt: skip
+        """The rows of all tokens; what is beyond ``width`` up to ``wanted`` is set to 0.
+
+        ``even``: after an odd number of tokens, one of zeros follows, as it always does where the target has pairs.
+        """
+        code, last = self.code, self.code.whole(self.tokens, 2)
+
+        def rows(count: int, clear: bool = False) -> Callable[[Int, Values], None]:
+            """Copy that many rows, side by side if it is a pair; ``clear``: of the last one there is no source."""
+
+            def move(number: Int, _: Values) -> None:
+                to = code.multiply(code.value(f"lshr i64 {number}, 1") if pairs else number, to_stride)
+
+                def vector(k: Int, lanes: int, there: int) -> None:
+                    got = []
+                    for r in range(count):
+                        start = code.add(code.multiply(number, stride), code.add(r * stride, k))
+                        gone = there <= 0 or (clear and r == count - 1)
+                        got.append("zeroinitializer" if gone else self.load(source, start, there))
+                    if pairs:
+                        self.store_pairs(target, code.add(to, k), (got[0], got[1]), lanes)
+                    else:
+                        self.store(target, code.add(to, k), got[0], lanes)
+
+                whole = width // self.lanes * self.lanes
+                code.loop(0, whole, self.lanes, lambda k, _: vector(k, self.lanes, self.lanes))
+                for k in range(whole, wanted, self.lanes):
+                    vector(k, min(self.lanes, wanted - k), min(self.lanes, width - k))
+
+            return move
+
+        pairs = target.element == "i32"
+        if pairs:
+            code.loop(0, last, 2, rows(2))
+            code.loop(last, self.tokens, 1, rows(2, clear=True))
+        else:
+            code.loop(0, self.tokens, 1, rows(1))
+            if even:
+                code.loop(self.tokens, self.even, 1, rows(1, clear=True))
+
+    def zip(
+        self, source: Memory, stride: int, target: Memory, to_stride: int, width: int, axis: tuple[int, int],
+        even: bool = False,
+    ) -> None:  # fmt: skip
+        """The rows of all tokens, with two neighbours along an axis, of this size and stride, side by side.
+
+        Each pair is where the numbers would be of the item that is half as far along the axis. ``even``: as in
+        :meth:`copy`.
+        """
+        code, (size, inside) = self.code, axis
+
+        def row(clear: bool, number: Int) -> None:
+            start, to = code.multiply(number, stride), code.multiply(number, to_stride)
+
+            def pair(at: Int, p: Int) -> None:
+                first = code.add(code.add(start, at), code.multiply(p, 2 * inside))
+                there = code.add(code.add(to, at), code.multiply(p, inside))
+
+                def vector(k: Int, lanes: int) -> None:
+                    place = code.add(there, k)
+                    if clear:
+                        return self.store(target, place, "zeroinitializer", lanes)
+                    held = [self.load(source, code.add(first, code.add(k, more)), lanes) for more in (0, inside)]
+                    return self.store_pairs(target, place, (held[0], held[1]), lanes)
+
+                whole = inside // self.lanes * self.lanes
+                code.loop(0, whole, self.lanes, lambda k, _: vector(k, self.lanes))
+                if whole < inside:
+                    vector(whole, inside - whole)
+
+            def pairs(at: Int, _: Values) -> None:
+                code.loop(0, size // 2, 1, lambda p, _: pair(at, p))
+
+            code.loop(0, width, size * inside, pairs)
+
+        code.loop(0, self.tokens, 1, lambda number, _: row(False, number))
+        if even:
+            code.loop(self.tokens, self.even, 1, lambda number, _: row(True, number))
+
+    def add_rows(self, source: Memory, stride: int, target: Memory, width: int) -> None:
+        """Add the rows of all tokens to one row of ``width`` numbers, some vectors at a time."""
+        code, together = self.code, 4
+
+        def vectors(k: Int, lanes: Sequence[int]) -> None:
+            places = [code.add(k, number * self.lanes) for number in range(len(lanes))]
+            sums = [self.load(target, place, there) for place, there in zip(places, lanes, strict=True)]
+
+            def row(number: Int, sums: Values) -> Values:
+                start, found = code.multiply(number, stride), []
+                for held, place, there in zip(sums, places, lanes, strict=True):
+                    more = self.load(source, code.add(start, place), there)
+                    found.append(code.value(f"fadd {self.vector} {held}, {more}"))
+                return found
+
+            sums = code.loop(0, self.tokens, 1, row, sums, self.vector, once=True)
+            for held, place, there in zip(sums, places, lanes, strict=True):
+                self.store(target, place, held, there)
+
+        step = together * self.lanes
+        whole = width // step * step
+        code.loop(0, whole, step, lambda k, _: vectors(k, [self.lanes] * together))
+        for k in range(whole, width, self.lanes):
+            vectors(k, [min(self.lanes, width - k)])
+
+    # -- columns -------------------------------------------------------------------------------------------------------
+
+    def from_columns(self, source: Memory, total: Int, target: Memory, stride: int, width: int, wanted: int) -> None:
+        """As :meth:`copy`, from an array where the numbers of a token are ``total`` apart.
+
+        They come as many at a time as a vector has lanes; those that are not there become 0.
+        """
+        code, lanes = self.code, self.lanes
+
+        def square(first: Int, mask: str, k: Int, there: int, kept: int) -> None:
+            held = []
+            for r in range(lanes):
+                place = code.add(code.multiply(code.add(k, r), total), first)
+                held.append(self._masked(source, place, mask) if r < there else "zeroinitializer")
+            for r, row in enumerate(self.transposed(held)):
+                self.store(target, code.add(code.multiply(code.add(first, r), stride), k), row, kept)
+
+        def tokens(first: Int, _: Values) -> None:
+            mask, whole = self._active(first), width // lanes * lanes
+            code.loop(0, whole, lanes, lambda k, _: square(first, mask, k, lanes, lanes))
+            for k in range(whole, wanted, lanes):
+                square(first, mask, k, width - k, min(lanes, wanted - k))
+
+        code.loop(0, self.tokens, lanes, tokens)
+
+    def to_columns(self, source: Memory, stride: int, target: Memory, total: Int, width: int) -> None:
+        """The other way; of the rows the first ``width`` numbers."""
+        code, lanes = self.code, self.lanes
+
+        def square(first: Int, mask: str, k: Int, count: int) -> None:
+            held = [
+                self.load(source, code.add(code.multiply(code.add(first, r), stride), k), count) for r in range(lanes)
+            ]
+            for r, row in enumerate(self.transposed(held)[:count]):
+                self._put_masked(target, code.add(code.multiply(code.add(k, r), total), first), row, mask)
+
+        def tokens(first: Int, _: Values) -> None:
+            mask, whole = self._active(first), width // lanes * lanes
+            code.loop(0, whole, lanes, lambda k, _: square(first, mask, k, lanes))
+            if whole < width:
+                square(first, mask, whole, width - whole)
+
+        code.loop(0, self.tokens, lanes, tokens)
+
+    def _active(self, first: Int) -> str:
+        """The lanes of tokens that are there."""
+        name = f"llvm.get.active.lane.mask.v{self.lanes}i1.i64"
+        return self.code.call(f"<{self.lanes} x i1>", name, ("i64", first), ("i64", self.tokens))
+
+    def _masked(self, at: Memory, offset: Int, mask: str) -> str:
+        pointer = self.code.at(at.element, at.pointer, offset)
+        name, kind = f"llvm.masked.load.v{self.lanes}{self.short[at.element]}.p0", f"<{self.lanes} x i1>"
+        more = ("i32", BYTES[at.element]), (kind, mask), (self.vector, "zeroinitializer")
+        return self.code.call(self.vector, name, ("ptr", pointer), *more)
+
+    def _put_masked(self, at: Memory, offset: Int, value: str, mask: str) -> None:
+        pointer = self.code.at(at.element, at.pointer, offset)
+        name, kind = f"llvm.masked.store.v{self.lanes}{self.short[at.element]}.p0", f"<{self.lanes} x i1>"
+        more = ("i32", BYTES[at.element]), (kind, mask)
+        self.code.call("void", name, (self.vector, value), ("ptr", pointer), *more)
+
+    def transposed(self, rows: list[str]) -> list[str]:
+        """A square of vectors, by shuffling each with the one half the square away, as often as halves fit."""
+        count = len(rows)
+        for _ in range(count.bit_length() - 1):
+            found = []
+            for first, second in zip(rows[: count // 2], rows[count // 2 :], strict=True):
+                for start in (0, count // 2):
+                    pairs = range(start, start + count // 2)
+                    order = ", ".join(f"i32 {k}, i32 {k + count}" for k in pairs)
+                    two = f"{self.vector} {first}, {self.vector} {second}"
+                    found.append(self.code.value(f"shufflevector {two}, <{count} x i32> <{order}>"))
+            rows = found
+        return rows

@@ -1,0 +1,330 @@
+"""The loops of a product: around a tile of sums that is held in registers (:mod:`._product`)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+from structlin.execution.compiled._emit import Emitter, Memory
+from structlin.execution.compiled._ir import Int, Values
+from structlin.execution.compiled._product import BYTES, NEAR, VECTORS, Axis, Product, dot_tile, max_rows
+
+UNROLLED = 4
+NEAR_BYTES = 512 << 10  # of the vectors that are read again and again
+
+
+def write_product(
+    emitter: Emitter, product: Product, out: Sequence[Memory], left: Memory, right: Memory, *, add: bool = False,
+    bias: Memory | None = None, tokens: Int | None = None, zipped: Axis | None = None,
+) -> None:  # fmt: skip
+    """Write the loops of a product.
+
+    ``out``: the same array, in one form or several. ``add``: to what is in it. ``bias`` has the strides of ``out`` and
+    no tokens. ``tokens``: how many, where other than all. ``zipped``: the outer axis of which two items are stored side
+    by side in arrays that are so.
+    """
+    zipped = zipped if any(memory.zipped for memory in out) else None
+    count = emitter.tokens if tokens is None else tokens
+    _Loops(emitter, product, out, left, right, add, bias, count, zipped).write()
+
+
+class _Places(NamedTuple):
+    """Offsets into the arrays of a product, or the strides of an axis in them."""
+
+    out: Int = 0
+    vector: Int = 0  # the operand read in vectors
+    single: Int = 0  # the one read number by number
+    bias: Int = 0
+    pair: Int = 0  # out, of two tokens
+    zipped: Int = 0  # out, of two items of an axis
+
+
+class _Loops:
+    def __init__(
+        self, emitter: Emitter, product: Product, out: Sequence[Memory], left: Memory, right: Memory, add: bool,
+        bias: Memory | None, tokens: Int, zipped: Axis | None,
+    ) -> None:  # fmt: skip
+        self.tokens, self.zipped = tokens, zipped
+        self.emitter, self.code, self.product = emitter, emitter.code, product
+        self.out, self.bias, self.add = out, bias, add
+        self.vector, self.single = (left, right) if product.swapped else (right, left)
+        self.paired = "i32" in (left.element, right.element)
+
+    def _strides(self, axis: Axis | None) -> _Places:
+        if axis is None:
+            return _Places()
+        vector, single = (axis.left, axis.right) if self.product.swapped else (axis.right, axis.left)
+        out, tokens = axis.out or 0, axis.size == 0
+        return _Places(out, vector or 0, single or 0, 0 if tokens else out, out // 2 if tokens else out, out)
+
+    def _moved(self, at: _Places, axis: Axis, index: Int, items: int = 1) -> _Places:
+        """``index`` counts by ``items``, except in what is zipped."""
+        code, by = self.code, self._strides(axis)
+        moved = [code.add(p, code.multiply(index, code.multiply(s, items))) for p, s in zip(at, by, strict=True)]
+        return _Places(*moved)._replace(zipped=code.add(at.zipped, code.multiply(index, by.zipped)))
+
+    def _offset(self, which: str, start: Int, *moves: tuple[int, _Places]) -> Int:
+        """``start`` in one of the arrays, so many steps on by each of some strides."""
+        for count, strides in moves:
+            start = self.code.add(start, self.code.multiply(count, getattr(strides, which)))
+        return start
+
+    def _load(self, at: Memory, place: Int, lanes: int) -> str:
+        found = self.emitter.load(at, place, lanes)
+        return self.emitter.as_pairs(found) if self.paired else found
+
+    def _multiply_add(self, a: str, b: str, c: str) -> str:
+        emitter = self.emitter
+        return (emitter.multiply_add_pairs if self.paired else emitter.multiply_add)(a, b, c)
+
+    def _size(self, axis: Axis) -> Int:
+        return axis.size or self.tokens
+
+    def write(self) -> None:
+        product, start = self.product, _Places()
+        if product.along is not None:
+            self._each(product.outer, start, self._dots)
+        elif product.near:  # rows, neighbours, vectors
+            wide = _even(math.ceil(product.across.size / self.emitter.lanes), VECTORS)[0]
+
+            def inside(at: _Places, rows: int) -> None:
+                self._each(near, at, lambda at: self._across(at, lambda at, held: self._tile(at, rows, held)))
+
+            parts, near = self._parts()
+            self._each([*product.outer, *parts], start, lambda at: self._down(at, wide, inside))
+        else:  # vectors, rows: what is read in vectors stays where it is for all rows
+
+            def rows(at: _Places, held: Sequence[int]) -> None:
+                self._down(at, len(held), lambda at, rows: self._tile(at, rows, held))
+
+            self._each(product.outer, start, lambda at: self._across(at, rows))
+
+    def _parts(self) -> tuple[list[Axis], list[Axis]]:
+        """``near``, and an axis to run outside of the rows: parts of it for which the vectors stay in cache.
+
+        They are read again for each tile of rows. A part is a cache line of what is read number by number, at least.
+        """
+        first, *rest = self.product.near
+        by = self._strides(first)
+        single = by.single
+        if first is self.zipped or not isinstance(single, int) or not (single and by.vector):
+            return [], [first, *rest]
+        read = [a for a in (self.product.across, *self.product.summed, *rest) if self._strides(a).vector]
+        item = math.prod(a.size or self.emitter.block for a in read) * BYTES[self.vector.element]
+        least = min(math.ceil(NEAR / single), first.size)
+        sizes = [n for n in range(least, first.size + 1) if first.size % n == 0]
+        size = max((n for n in sizes if n * item <= NEAR_BYTES), default=sizes[0])
+        if size == first.size:
+            return [], [first, *rest]
+
+        def spaced(stride: int | None) -> int | None:
+            return None if stride is None else stride * size
+
+        outer = Axis(first.size // size, *map(spaced, first.strides))
+        return [outer], [replace(first, size=size), *rest]
+
+    def _each(self, axes: Sequence[Axis], at: _Places, body: Callable[[_Places], None]) -> None:
+        if not axes:
+            return body(at)
+        first, *rest = axes
+
+        items = 2 if first is self.zipped else 1
+
+        def once(index: Int, _: Values) -> None:
+            self._each(rest, self._moved(at, first, index, items), body)
+
+        size = self._size(first) if items == 1 else first.size // 2
+        self.code.loop(0, size, 1, once, once=first.size == 0)
+        return None
+
+    def _across(self, at: _Places, body: Callable[[_Places, Sequence[int]], None]) -> None:
+        """All vectors of a row, at most ``VECTORS`` at a time, in parts of about one size; the last may be short."""
+        lanes, axis = self.emitter.lanes, self.product.across
+        vectors = math.ceil(axis.size / lanes)
+        parts = _even(vectors, VECTORS)
+        short = bool(axis.size % lanes)
+        widest = parts[0]
+        whole = parts.count(widest) - (short and parts[-1] == widest)
+        step = widest * lanes
+        self.code.loop(0, whole * step, step, lambda i, _: body(self._moved(at, axis, i), [lanes] * widest))
+        done = whole * step
+        for part in parts[whole:]:
+            held = [min(lanes, axis.size - done - k * lanes) for k in range(part)]
+            body(self._moved(at, axis, done), held)
+            done += part * lanes
+
+    def _down(self, at: _Places, vectors: int, body: Callable[[_Places, int], None]) -> None:
+        """All rows, as many at a time as there are registers for, beside ``vectors``."""
+        axis, most = self.product.down, max_rows(self.emitter.target, vectors * (2 if self.zipped else 1))
+        if axis is None:
+            return body(at, 1)
+
+        def tiles(start: Int, stop: Int, rows: int) -> None:
+            self.code.loop(start, stop, rows, lambda i, _: body(self._moved(at, axis, i), rows))
+
+        if axis.size:
+            parts = _even(axis.size, most)
+            whole = parts.count(parts[0]) * parts[0]
+            tiles(0, whole, parts[0])
+            if whole < axis.size:
+                tiles(whole, axis.size, axis.size - whole)
+            return None
+        # As many rows as divide the usual number of tokens, then fewer for the last tokens.
+        least = 2 if any(out.element == "i32" and not out.zipped for out in self.out) else 1
+        most = max(n for n in range(least, most + 1, least) if self.emitter.block % n == 0)
+        start: Int = 0
+        for rows in dict.fromkeys((most, 4, least)):
+            if rows <= most:
+                stop = self.code.add(start, self.code.whole(self.code.subtract(self.tokens, start), rows))
+                tiles(start, stop, rows)
+                start = stop
+        return None
+
+    def _tile(self, at: _Places, rows: int, lanes: Sequence[int]) -> None:
+        """Sums of rows and vectors; of two such tiles at once, if they are to be zipped."""
+        emitter, code, width = self.emitter, self.code, self.emitter.lanes
+        down, apart = self._strides(self.product.down), self._strides(self.zipped)
+        cells = [(z, r, k) for z in range(2 if self.zipped else 1) for r in range(rows) for k in range(len(lanes))]
+
+        def place(which: str, start: Int, z: int, r: int, k: int) -> Int:
+            return code.add(self._offset(which, start, (z, apart), (r, down)), k * width)
+
+        if self.bias is not None:
+            sums = [emitter.load(self.bias, place("bias", at.bias, *cell), lanes[cell[2]]) for cell in cells]
+        elif self.add:
+            sums = [emitter.load(self.out[0], place("out", at.out, *cell), lanes[cell[2]]) for cell in cells]
+        else:
+            sums = ["zeroinitializer"] * len(cells)
+        spread = emitter.spread_pair if self.paired else emitter.spread
+
+        def turn(vector: Int, single: Int, sums: Values) -> Values:
+            found, vectors, number = list(sums), [""] * len(lanes), ""
+            for here, (z, r, k) in enumerate(cells):
+                if r == 0:
+                    vectors[k] = self._load(self.vector, place("vector", vector, z, 0, k), lanes[k])
+                if self.product.both:
+                    number = self._load(self.single, place("single", single, z, r, k), lanes[k])
+                elif k == 0:
+                    number = spread(self.single, place("single", single, z, r, 0))
+                found[here] = self._multiply_add(number, vectors[k], found[here])
+            return found
+
+        sums = self._sum(self.product.summed, at.vector, at.single, sums, turn)
+        beside, below = rows * len(lanes), len(lanes)  # to the cell of the other tile, and of the next row
+        for out in self.out:
+            for here, (z, r, k) in enumerate(cells):
+                if out.zipped:
+                    if z == 0:
+                        both = sums[here], sums[here + beside]
+                        emitter.store_pairs(out, place("zipped", at.zipped, 0, r, k), both, lanes[k])
+                elif out.element == "i32":
+                    if r % 2 == 0:
+                        both = sums[here], sums[here + below]
+                        emitter.store_pairs(out, place("pair", at.pair, z, r, k), both, lanes[k])
+                else:
+                    emitter.store(out, place("out", at.out, z, r, k), sums[here], lanes[k])
+
+    def _sum(
+        self, axes: Sequence[Axis], vector: Int, single: Int, sums: Values, turn: Callable[[Int, Int, Values], Values]
+    ) -> Values:  # fmt: skip
+        """The loops over summed axes, with the sums in registers; the innermost is unrolled."""
+        if not axes:
+            return turn(vector, single, sums)
+        code, (axis, *rest) = self.code, axes
+        by = self._strides(axis)
+        unrolled = 1
+        if not rest and axis.size:
+            unrolled = next(n for n in range(UNROLLED, 0, -1) if axis.size % n == 0)
+
+        def body(i: Int, sums: Values) -> Values:
+            v, s = code.add(vector, code.multiply(i, by.vector)), code.add(single, code.multiply(i, by.single))
+            for u in range(unrolled):
+                ahead = code.add(v, code.multiply(u, by.vector)), code.add(s, code.multiply(u, by.single))
+                sums = self._sum(rest, *ahead, sums, turn)
+            return sums
+
+        return code.loop(0, self._size(axis), unrolled, body, sums, self.emitter.vector, once=True)
+
+    # -- vectors along a summed axis -----------------------------------------------------------------------------------
+
+    def _dots(self, at: _Places) -> None:
+        down, along = self.product.down, self.product.along
+        assert along is not None
+        most, widest = dot_tile(self.emitter.target, down is None)
+
+        def columns(at: _Places, rows: int) -> None:
+            for starts, count in _runs(along.size, widest):
+
+                def tile(i: Int, _: Values, count: int = count) -> None:
+                    self._dot(self._moved(at, along, i), rows, count)
+
+                self.code.loop(starts.start, starts.stop, count, tile)
+
+        if down is None:
+            return columns(at, 1)
+        for starts, count in _runs(down.size, most):
+
+            def row(i: Int, _: Values, count: int = count) -> None:
+                columns(self._moved(at, down, i), count)
+
+            self.code.loop(starts.start, starts.stop, count, row)
+        return None
+
+    def _dot(self, at: _Places, rows: int, columns: int) -> None:
+        product, emitter, code = self.product, self.emitter, self.code
+        assert product.along is not None
+        down, along = self._strides(product.down), self._strides(product.along)
+
+        size, width = product.across.size, emitter.lanes
+
+        def place(which: str, start: Int, r: int, c: int) -> Int:
+            return self._offset(which, start, (r, down), (c, along))
+
+        def turn(vector: Int, single: Int, sums: Values) -> Values:
+            def step(i: Int, sums: Values, lanes: int) -> Values:
+                v, s = code.add(vector, i), code.add(single, i)
+                right = [self._load(self.vector, place("vector", v, 0, c), lanes) for c in range(columns)]
+                found = []
+                for r in range(rows):
+                    left = self._load(self.single, place("single", s, r, 0), lanes)
+                    for c in range(columns):
+                        found.append(self._multiply_add(left, right[c], sums[r * columns + c]))
+                return found
+
+            whole = size // width * width
+            sums = code.loop(0, whole, width, lambda i, held: step(i, held, width), sums, emitter.vector)
+            return sums if whole == size else step(whole, sums, size - whole)
+
+        sums = self._sum(product.summed, at.vector, at.single, ["zeroinitializer"] * (rows * columns), turn)
+        kind = emitter.element
+        for r in range(rows):
+            for c in range(columns):
+                name = f"llvm.vector.reduce.fadd.v{width}{emitter.short[kind]}"
+                code.declarations.add(f"declare {kind} @{name}({kind}, {emitter.vector})")
+                total = code.value(
+                    f"call reassoc {kind} @{name}({kind} -0.0, {emitter.vector} {sums[r * columns + c]})"
+                )
+                here = place("out", at.out, r, c)
+                if self.bias is not None:
+                    more = emitter.number(self.bias, place("bias", at.bias, r, c))
+                    total = code.value(f"fadd {kind} {more}, {total}")
+                elif self.add:
+                    total = code.value(f"fadd {kind} {emitter.number(self.out[0], here)}, {total}")
+                for out in self.out:
+                    emitter.put_number(out, here, total)
+
+
+def _runs(total: int, most: int) -> list[tuple[range, int]]:
+    """Ranges of starts of tiles of one size, and that size."""
+    parts = _even(total, most)
+    whole = parts.count(parts[0]) * parts[0]
+    found = [(range(0, whole), parts[0])]
+    return found if whole == total else [*found, (range(whole, total), total - whole)]
+
+
+def _even(total: int, most: int) -> list[int]:
+    """``total`` in parts of at most ``most``, as few as can be, of one size but for the last."""
+    size = math.ceil(total / math.ceil(total / most))
+    return [size] * (total // size) + ([total % size] if total % size else [])

@@ -1,0 +1,296 @@
+"""One product of three strided arrays, ``out[...] (+)= sum left[...] * right[...]``, as a loop nest around a tile.
+
+The tile of ``out`` is held in registers while all summed axes are run through: some vectors along one axis, whose
+numbers are neighbours in memory, times some rows along another. Each turn of the innermost loop loads a few vectors of
+one operand, spreads one number of the other for each row, and multiplies and adds. So a number that is loaded is used
+for a whole row or column of the tile, and if the arrays are in cache the units that multiply are what limits the speed.
+
+Where no axis of ``out`` lies next to each other in an operand too, the vectors run along a summed axis: each number of
+the tile is then a vector of partial sums, which are added up in the end.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from structlin.execution.compiled._target import Target
+
+TOKENS = "*"
+VECTORS = 3  # along a row of the tile, at most: with 9 rows they are loaded the least, with 32 registers
+BLOCK = 36  # tokens, about: what a block's sums of partial sums are shared by
+NEAR = 16  # elements, about a cache line
+BYTES = {"float": 4, "double": 8, "bfloat": 2, "i32": 4}
+Strides = Mapping[str, int]  # of the axes that an array has, in elements
+
+
+@dataclass(frozen=True)
+class Axis:
+    """Size (0: as many as there are tokens) and the strides in the three arrays, None where one does not have it."""
+
+    size: int
+    out: int | None
+    left: int | None
+    right: int | None
+
+    @property
+    def strides(self) -> tuple[int | None, int | None, int | None]:
+        return self.out, self.left, self.right
+
+
+@dataclass(frozen=True)
+class Product:
+    """The axes of a product by what the loops do with them.
+
+    ``across``: the axis of the vectors. ``swapped``: it is the left operand that is read in vectors, not the right one;
+    ``both``: both are. ``down``: the axis of the rows of the tile, if any. ``along``: that of its columns, where
+    ``across`` is summed. ``paired``: see :meth:`pairs`. ``summed``, ``outer`` and ``near``: outermost first. The loops
+    over ``near`` run inside of that over rows: along these axes neighbours share cache lines.
+    """
+
+    across: Axis
+    down: Axis | None
+    summed: tuple[Axis, ...]
+    outer: tuple[Axis, ...]
+    near: tuple[Axis, ...]
+    swapped: bool = False
+    both: bool = False
+    along: Axis | None = None
+    paired: bool = False
+
+    def pairs(self) -> Product | None:
+        """The same with numbers of 16 bits, of which a product takes two neighbours along the innermost summed axis.
+
+        The operand that is read number by number (left) has them side by side; of the other one pairs are the elements,
+        in the order of axes that its numbers had. None where that is not so.
+        """
+        if not self.summed or self.along is not None or self.swapped or self.both:
+            return None
+        last = self.summed[-1]
+        if last.left != 1 or last.size == 0 or last.size % 2 or last.right != self.across.size:
+            return None
+
+        return replace(self, summed=(*self.summed[:-1], replace(last, size=last.size // 2, left=2)))._halved()
+
+    def zipped(self, before: Product | None) -> tuple[Product, Axis, Axis] | None:
+        """As :meth:`pairs`, where ``before`` writes the left operand and can put the numbers side by side.
+
+        Two neighbours along a summed axis, or a part of one, are items of an outer axis of ``before``, whose tiles are
+        computed together. This axis of ``before`` is returned too, and the summed one as it was: the right operand has
+        to be arranged anew, with this axis next to the one of the vectors. Where there is nothing ``before``, it is an
+        input, and the pairs are made when it is copied.
+        """
+        if self.along is not None or self.both or (before is not None and not before.zips):
+            return None
+        if self.swapped:
+            return self._zipped_vectors(before)
+        for whole in reversed(self.summed):
+            for axis in _pairable(before, whole):
+                parts = None if axis.size % 2 else _split(whole, axis)
+                if parts is None:
+                    continue
+                summed = [part for a in self.summed for part in (parts if a is whole else [a]) if part.size > 1]
+                inner, step = next(a for a in summed if a.left == axis.out), self.across.size
+
+                def moved(a: Axis, inner: Axis = inner, step: int = step) -> Axis:
+                    between = a.right is not None and step <= a.right < (inner.right or 0)
+                    return replace(a, right=(a.right or 0) * inner.size) if between else a
+
+                found = replace(
+                    self,
+                    summed=(
+                        *(moved(a) for a in summed if a is not inner),
+                        replace(inner, size=inner.size // 2, right=step),
+                    ),
+                    outer=tuple(map(moved, self.outer)),
+                    near=tuple(map(moved, self.near)),
+                )
+                return found._halved(), axis, inner
+        return None
+
+    def _zipped_vectors(self, before: Product | None) -> tuple[Product, Axis, Axis] | None:
+        """Where it is the left operand that is read in vectors: the summed axis has to be the last of the right one."""
+        for inner in reversed(self.summed):
+            for axis in _pairable(before, inner):
+                if inner.size == axis.size and inner.size % 2 == 0 and inner.left == axis.out and inner.right:
+                    return self._with_last(inner), axis, inner
+        return None
+
+    def _with_last(self, inner: Axis) -> Product:
+        """With a summed axis that comes last in the right operand, in pairs."""
+        start = inner.right or 0
+
+        def moved(a: Axis) -> Axis:
+            return replace(a, right=a.right * inner.size) if a.right is not None and a.right < start else a
+
+        pairs = replace(inner, size=inner.size // 2, right=2)
+        return replace(
+            self,
+            across=moved(self.across),
+            down=None if self.down is None else moved(self.down),
+            summed=(*(moved(a) for a in self.summed if a is not inner), pairs),
+            outer=tuple(map(moved, self.outer)),
+            near=tuple(map(moved, self.near)),
+            paired=True,
+        )
+
+    @property
+    def zips(self) -> bool:
+        """Whether two tiles can be computed together, for two items of an outer axis."""
+        return self.along is None and not self.swapped and self.down is not None
+
+    def _halved(self) -> Product:
+        """With pairs as the elements of the right operand, along all axes but the innermost summed one."""
+
+        def halved(axis: Axis) -> Axis:
+            return replace(axis, right=None if axis.right is None else axis.right // 2)
+
+        summed = (*map(halved, self.summed[:-1]), self.summed[-1])
+        return replace(
+            self, summed=summed, outer=tuple(map(halved, self.outer)), near=tuple(map(halved, self.near)), paired=True
+        )
+
+    @property
+    def stores_pairs(self) -> bool:
+        """Whether the rows of a tile are tokens, so that two of them can be stored side by side."""
+        return self.along is None and self.down is not None and self.down.size == 0
+
+    def cost(self, target: Target, element: str) -> float:
+        """Estimated instructions for one token: loads, and multiplications of vectors with their unused lanes."""
+        lanes = target.width // BYTES[element]
+        vectors = math.ceil(self.across.size / lanes)
+        if self.along is not None:
+            return self._dot_cost(target, vectors, self.along)
+        wide = min(vectors, VECTORS)
+        rows = max_rows(target, wide)
+        if self.down is None:
+            rows = 1
+        elif self.down.size:
+            rows = min(rows, self.down.size)
+        turns = math.prod(a.size or 1 for a in self.summed)
+        count = (
+            vectors
+            * turns
+            * math.prod(a.size or 1 for a in (*self.outer, *self.near, *([self.down] if self.down else ())))
+        )
+        spread = 0 if self.both else 1 / wide
+        ends = (2 if any(a.size == 0 for a in self.summed) else 1) / turns
+        return count * (max(1, 4 / (wide * rows)) + 0.5 * (spread + 1 / rows) + ends)
+
+    def _dot_cost(self, target: Target, vectors: int, along: Axis) -> float:
+        rows, columns = dot_tile(target, self.down is None)
+        rows, columns = min(self.down.size if self.down else 1, rows), min(along.size, columns)
+        turns = vectors * math.prod(a.size or 1 for a in self.summed)
+        sums = math.prod(a.size or 1 for a in (*self.outer, along, *([self.down] if self.down else ())))
+        ends = 6 / (BLOCK if any(a.size == 0 for a in self.summed) else 1)
+        return sums * (turns * (max(1, 4 / (rows * columns)) + 0.5 / rows + 0.5 / columns) + ends)
+
+
+def dot_tile(target: Target, single: bool) -> tuple[int, int]:
+    """Rows and columns of a tile whose numbers are vectors; ``single``: there is but one row."""
+    many = target.registers >= 32
+    return (1, 12 if many else 6) if single else ((6, 4) if many else (3, 3))
+
+
+def max_rows(target: Target, vectors: int) -> int:
+    """Rows of a tile: the sums, a row's vectors and a spread number fill the registers."""
+    most = (target.registers - 1) // vectors - 1
+    return max(n for n in (4, 6, 9, 12) if n <= most)
+
+
+def make_products(sizes: Mapping[str, int], out: Strides, left: Strides, right: Strides) -> list[Product]:
+    """The ways to give each axis its part. Axes that lie in memory as one become one."""
+    names = [a for a in dict.fromkeys((*out, *left, *right)) if a == TOKENS or sizes[a] > 1]
+    axes = _merged([Axis(0 if a == TOKENS else sizes[a], out.get(a), left.get(a), right.get(a)) for a in names])
+    found = []
+    first = next((a for a in axes if a.out == 1 and a.size), None)
+    if first is None:  # single numbers of each operand
+        found.append(_with_vectors(axes, Axis(1, 1, None, 1)))
+    elif first.left in (None, 1) and first.right in (None, 1):
+        found.append(_with_vectors(axes, first))
+    for axis in axes:
+        if not (axis.size and axis.out is None and axis.left == axis.right == 1):
+            continue
+        rows, columns = (
+            max(
+                (a for a in axes if a.size and a.out is not None and (a.right, a.left)[k] is None),
+                key=_size,
+                default=None,
+            )
+            for k in range(2)
+        )
+        if columns is not None:
+            found.append(_with_dots(axes, axis, rows, columns, False))
+        elif rows is not None:
+            found.append(_with_dots(axes, axis, None, rows, True))
+    return found
+
+
+def _size(axis: Axis) -> float:
+    return axis.size or math.inf
+
+
+def _with_vectors(axes: Sequence[Axis], across: Axis) -> Product:
+    rest = [a for a in axes if a is not across]
+    both = across.left is not None and across.right is not None
+    swapped = any(a.size == 0 and a.right is not None for a in axes) if both else across.right is None
+
+    def stride(a: Axis) -> int:
+        return (a.right if swapped else a.left) or 0
+
+    rows = [a for a in rest if a.out is not None and stride(a) and (a.left if swapped else a.right) is None]
+    down = max(rows, key=_size, default=None)
+    rest = [a for a in rest if a is not down]
+    outer = _ordered([a for a in rest if a.out is not None])
+    near = [a for a in outer if 0 < stride(a) < NEAR] if down is not None else []
+    summed = sorted((a for a in rest if a.out is None), key=stride, reverse=True)
+    return Product(across, down, tuple(summed), tuple(a for a in outer if a not in near), tuple(near), swapped, both)
+
+
+def _with_dots(axes: Sequence[Axis], across: Axis, down: Axis | None, along: Axis, swapped: bool) -> Product:
+    rest = [a for a in axes if a not in (across, down, along)]
+    outer = _ordered([a for a in rest if a.out is not None])
+    summed = sorted((a for a in rest if a.out is None), key=lambda a: a.left or 0, reverse=True)
+    return Product(across, down, tuple(summed), tuple(outer), (), swapped, along=along)
+
+
+def _split(axis: Axis, by: Axis) -> list[Axis] | None:
+    """A summed axis as what runs outside of ``by``, of the product that writes it, ``by`` itself, and what is inside.
+
+    None where ``by`` is no part of it.
+    """
+    if not (axis.left and axis.right and axis.size and by.out and by.size) or by.out % axis.left:
+        return None
+    inside = by.out // axis.left
+    if axis.size % (inside * by.size):
+        return None
+    sizes, found, step = (inside, by.size, axis.size // (inside * by.size)), [], 1
+    for size in sizes:
+        found.append(replace(axis, size=size, left=axis.left * step, right=axis.right * step))
+        step *= size
+    return found[::-1]
+
+
+def _pairable(before: Product | None, summed: Axis) -> tuple[Axis, ...]:
+    """Along which axes of an activation two items can be written side by side; of an input, along any."""
+    return (Axis(summed.size, summed.left, None, None),) if before is None else (*before.outer, *before.near)
+
+
+def _ordered(axes: list[Axis]) -> list[Axis]:
+    return sorted(axes, key=lambda a: (a.size == 0, a.out or 0), reverse=True)
+
+
+def _merged(axes: list[Axis]) -> list[Axis]:
+    for first in axes:
+        for second in axes:
+            if first is second or not first.size or not second.size:
+                continue
+            pairs = list(zip(first.strides, second.strides, strict=True))
+            if all(
+                (a is None and b is None) or (a is not None and b is not None and a == b * second.size)
+                for a, b in pairs
+            ):
+                joined = Axis(first.size * second.size, *second.strides)
+                return _merged([joined, *(a for a in axes if a is not first and a is not second)])
+    return axes

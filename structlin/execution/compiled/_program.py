@@ -1,0 +1,497 @@
+"""The two passes over a chain as functions in machine code.
+
+Both take a table of addresses and the range of tokens to run. They go through it in blocks of a few tokens: for each
+block the input is copied to scratch memory (and converted, and padded with zeros), every step runs, and the last one
+writes the output where it belongs. The backward pass adds to the gradients of the factors, which start at zero. Before
+a pass the factors are copied into the orders of axes that its products read, and after it their gradients out of them.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from itertools import accumulate
+from typing import Any
+
+from structlin._parse import Step
+from structlin.execution.compiled._arrange import Arrangement, load_copies
+from structlin.execution.compiled._emit import Emitter, Memory
+from structlin.execution.compiled._ir import Code
+from structlin.execution.compiled._loops import write_product
+from structlin.execution.compiled._product import BYTES, Axis
+from structlin.execution.compiled._schedule import LINE, Operation, Schedule, make_schedule
+from structlin.execution.compiled._schedule import row as row_of
+from structlin.execution.compiled._target import Target, load
+
+ELEMENTS = {"float32": ("float", "float"), "float64": ("double", "double"), "bfloat16": ("bfloat", "float")}
+# Tokens of a block, and of one in pairs of bfloat16 or with few registers, which the tiles divide without a remainder,
+# or nearly so. Few: then the activations stay in cache.
+# The backward pass also reads and writes the gradients of the factors once for each block. If all of them have more
+# than FACTOR_BYTES, they do not stay in cache from one block to the next: then it takes the largest of LARGE_BLOCKS for
+# which the activations have less than BLOCK_BYTES.
+BLOCK, OTHER_BLOCK, LARGE_BLOCKS, FACTOR_BYTES, BLOCK_BYTES = 16, 24, (144, 72), 6 << 20, 24 << 20
+# The forward pass only reads the factors. From FAR_BYTES on they come from memory for each block: then it takes the
+# largest of LARGE_BLOCKS for which the activations have less than NEAR_BLOCK_BYTES, or else OTHER_BLOCK.
+FAR_BYTES, NEAR_BLOCK_BYTES = 12 << 20, 8 << 20
+COLUMN_BLOCK = 48  # whole cache lines of each number, and whole vectors
+
+
+@dataclass(frozen=True)
+class Pass:
+    """``run(table, first, last, total)`` for tokens ``first`` to ``last`` of all; ``scratch``: bytes that it needs."""
+
+    run: Callable[..., None]
+    scratch: int
+    block: int
+
+
+@dataclass(frozen=True)
+class Packing:
+    """Copies of factors for the products of a pass, or of gradients for the factors.
+
+    ``sizes``: bytes of each copy, 0 of what is taken as it is, and ``starts`` where they are, if they follow each other
+    in ``total`` bytes; ``numbers``: how many are copied. ``run(table, first, last, shares)``, with the table of
+    originals and copies, makes the shares ``first`` to ``last``.
+    """
+
+    sizes: tuple[int, ...]
+    numbers: int
+    run: Callable[..., None]
+
+    @cached_property
+    def starts(self) -> tuple[int, ...]:
+        whole = (-(-size // LINE) * LINE for size in self.sizes)
+        return tuple(accumulate(whole, initial=0))[:-1]
+
+    @cached_property
+    def total(self) -> int:
+        return self.starts[-1] + self.sizes[-1] if any(self.sizes) else 0
+
+
+@dataclass(frozen=True)
+class Part:
+    """What a chain is a slice of: one of ``count`` along the first axis of the input, or else of the output.
+
+    ``shapes``: of the whole factors. ``between``: sizes of the whole axes, where the activations between steps are
+    written as slices of whole ones.
+    """
+
+    count: int
+    of_input: bool
+    shapes: tuple[tuple[int, ...], ...]
+    between: tuple[tuple[str, int], ...] | None = None
+
+    def strides(self, d_in: int, d_out: int) -> tuple[int, int]:
+        """From row to row of the whole input and output, of which slices have so many numbers."""
+        return (d_in * self.count, d_out) if self.of_input else (d_in, d_out * self.count)
+
+
+class Program:
+    """The passes of a chain in one dtype; they are compiled when they are first asked for.
+
+    ``d_in`` and ``d_out`` are the sizes of rows of the input and of the output, which is padded or cut to the chain's.
+    ``rows``: a token is a row of both, or else a column. ``shapes``: of the factors. Input or output, factors and kept
+    activations may be slices of the whole ones, of which the chain is a ``part``.
+    """
+
+    def __init__(
+        self, schedule: Schedule, target: Target, dtype: str, d_in: int, d_out: int, rows: bool,
+        shapes: Sequence[tuple[int, ...]], part: Part | None = None,
+    ) -> None:  # fmt: skip
+        self.schedule, self.target, self.d_in, self.d_out, self.rows = schedule, target, d_in, d_out, rows
+        self.outside, self.inside = ELEMENTS[dtype]
+        self.shapes, self.part = tuple(shapes), part
+        self.strides = part.strides(d_in, d_out) if part else (d_in, d_out)
+        self.numel = sum(map(math.prod, shapes))
+        self.size = BYTES[self.inside]
+        self.lanes = target.width // self.size  # numbers in a vector
+        self.pairs = dtype == "bfloat16" and target.half_products
+        self.block = OTHER_BLOCK if self.pairs or target.registers < 32 else BLOCK
+        self.forward = lru_cache(maxsize=None)(self._forward)
+        self.backward = lru_cache(maxsize=None)(self._backward)
+        self.packing = lru_cache(maxsize=None)(self._packing)
+        self.work_bytes = lru_cache(maxsize=None)(self._work_bytes)
+
+    @property
+    def dtype(self) -> Any:
+        """Of factors, bias and gradients of factors."""
+        return _dtype(self.inside)
+
+    @property
+    def kept_dtype(self) -> Any:
+        """Of kept activations."""
+        return _dtype(self.outside)
+
+    def _packing(self, kind: str, numbers: tuple[int, ...]) -> Packing:
+        """Of the factors ``numbers`` for the products ``kind`` of the schedule; of the ``gradients`` the way back."""
+        sizes = tuple(self.copied(kind, k) for k in numbers)
+        copies = [copy for copy in (self._copy(kind, k) for k in numbers) if copy is not None]
+        moved = sum(math.prod(copy[0].shape) for copy in copies)
+        return Packing(sizes, moved, load_copies(copies, self.target, self.inside))
+
+    def _copy(self, kind: str, k: int) -> tuple[Arrangement, str, str] | None:
+        """What :func:`load_copies` takes; None where a factor or a gradient is taken as it is."""
+        operation: Operation = getattr(self.schedule, kind)[k]
+        back = kind == "gradients"
+        whole = self.part.shapes[k] if self.part else None
+        arrangement = Arrangement(self.shapes[k], operation.order, operation.in_pairs, back, whole)
+        ends = self.outside, self.element(operation)
+        if ends[0] == ends[1] and arrangement.trivial:
+            return None
+        return arrangement, *(reversed(ends) if back else ends)
+
+    def element(self, operation: Operation) -> str:
+        """Of the factor that an operation reads, or of the gradient that it writes."""
+        return "i32" if operation.in_pairs else self.outside if operation.product.paired else self.inside
+
+    def copied(self, kind: str, k: int) -> int:
+        """Bytes of the copy of a factor or of its gradient, 0 where there is none."""
+        copy = self._copy(kind, k)
+        if copy is None:
+            return 0
+        # In pairs each element of 32 bits is two numbers.
+        return math.prod(self.shapes[k]) * (BYTES["bfloat"] if copy[2] == "i32" else BYTES[copy[2]])
+
+    def _work_bytes(self, threads: int, kept: bool) -> int:
+        """What the backward pass takes for a while at most, beside activations and the gradients that it returns.
+
+        ``kept``: the activations between the steps are not computed again.
+        """
+        numbers = range(len(self.shapes))
+        rows, elements = self._back_rows(kept), _Forms(self).elements
+        block = self._back_block(True, sum(rows.values()), threads > 1)
+        scratch = threads * sum(row * block * BYTES[elements[key[2]]] for key, row in rows.items())
+        packed = sum(self.copied("back", k) for k in numbers)
+        if not kept:
+            packed += sum(self.copied("forward", k) for k in numbers[:-1])
+        sums, returned = self.numel * self.size, self.numel * BYTES[self.outside]
+        if self.part:  # gradients of other slices are there, to which sums are copied or are added up in place
+            direct = sum(math.prod(shape) for k, shape in enumerate(self.shapes) if not self.copied("gradients", k))
+            return threads * sums - direct * self.size + packed + scratch
+        unpacked = sum(self.copied("gradients", k) for k in numbers)
+        return max(threads * sums + packed + scratch, sums + unpacked) - returned
+
+    @cached_property
+    def spills(self) -> bool:
+        """Whether the gradients of factors do not stay in cache, and as many tokens as make up for it do not either.
+
+        Not in bfloat16, where other ways are slower yet.
+        """
+        far = self.inside == self.outside and self.numel * self.size > FACTOR_BYTES
+        return far and LARGE_BLOCKS[-1] * sum(self._back_rows(False).values()) * self.size > BLOCK_BYTES
+
+    def _back_rows(self, kept: bool) -> dict[_Key, int]:
+        """Numbers of each token that the whole backward pass has in scratch memory."""
+        forms, outside = self._back_forms((True,) * (2 + len(self.shapes)), kept)
+        return forms.sizes(outside)
+
+    def _back_block(self, gradients: bool, numbers: int, shared: bool) -> int:
+        """Of the backward pass, for which ``numbers`` of each token are in scratch memory; ``shared`` among threads."""
+        if not gradients or self.numel * self.size <= FACTOR_BYTES:
+            return self.block
+        blocks = LARGE_BLOCKS[-1:] if shared else LARGE_BLOCKS
+        return next((b for b in blocks if b * numbers * self.size <= BLOCK_BYTES), LARGE_BLOCKS[-1])
+
+    def _front_block(self, numbers: int) -> int:
+        """Of the forward pass, for which each token has so many ``numbers``."""
+        if self.numel * BYTES[self.outside] <= FAR_BYTES:
+            return self.block
+        return next((b for b in LARGE_BLOCKS if b * numbers * self.size <= NEAR_BLOCK_BYTES), OTHER_BLOCK)
+
+    def _forward(self, bias: bool, kept: bool) -> Pass:
+        """Table: x, y, scratch, bias (if any), factors, and where ``kept`` the activations between steps."""
+        schedule, last = self.schedule, len(self.schedule.forward)
+        forms = _Forms(self)
+        for k, operation in enumerate(schedule.forward):
+            forms.read("state", k, operation.reads)
+        cut = self.d_out < schedule.widths[-1] or not self.rows  # from scratch memory
+        if cut:
+            forms.read("state", last)
+        outside = forms.keep("state", range(1, last)) if kept else []
+        writer = _Writer(self, self._front_block(sum(forms.sizes([]).values())))
+        x, y = map(writer.end, self.strides)
+        arrays = writer.scratch(forms, outside)
+        added = writer.whole(self.inside) if bias else None
+        factors = [writer.factor(operation) for operation in schedule.forward]
+        arrays |= {key: writer.rows(self.outside, schedule.rows[key[1]]) for key in outside}
+
+        def body(emitter: Emitter, at: Callable[[_Array], Memory]) -> None:
+            for array in forms.of(arrays, "state", 0):
+                full, enters = schedule.widths[0], schedule.forward[0].enters
+                self._read(emitter, at(x), (self.strides[0], self.d_in), at(array), schedule.rows[0], full, enters)
+            for k, operation in enumerate(schedule.forward):
+                to = [at(array) for array in forms.of(arrays, "state", k + 1) or [y]]
+                source = at(forms.one(arrays, "state", k, operation.reads))
+                fused = at(added) if added is not None and k == last - 1 else None
+                write_product(emitter, operation.product, to, source, at(factors[k]), bias=fused, zipped=operation.zips)
+            if cut:
+                source = at(forms.one(arrays, "state", last))
+                self._write(emitter, source, schedule.rows[last], at(y), (self.strides[1], self.d_out))
+
+        return writer.compile(body)
+
+    def _backward(self, needs: tuple[bool, ...], kept: bool, shared: bool = False) -> Pass:
+        """Table: x, gy, scratch, gx (if needed), factors for this pass, gradients of factors and bias, and activations.
+
+        Where these are not ``kept``, it holds the factors for the forward pass in their stead. ``needs``: x, factors,
+        bias (for rows only).
+        """
+        schedule, last, rows = self.schedule, len(self.schedule.forward), self.schedule.rows
+        wanted = [k for k in range(last) if needs[k + 1]]
+        passed = range(last - 1, -1 if needs[0] else min(wanted), -1)  # steps that the gradient passes through
+        again = range(0 if kept else max(wanted, default=0))  # steps that are run again
+        cut = self._cuts_back
+        paired = {k for k in wanted if self._gradient_in_pairs(k)}
+        forms, outside = self._back_forms(needs, kept)
+        writer = _Writer(self, self._back_block(bool(wanted), sum(forms.sizes(outside).values()), shared))
+        x, gy = map(writer.end, self.strides)
+        arrays = writer.scratch(forms, outside)
+        gx = writer.end(self.strides[0]) if needs[0] else None
+        back = {k: writer.factor(schedule.back[k]) for k in sorted(passed)}
+        grads = {k: writer.whole(self.inside) for k in wanted}
+        bias = writer.whole(self.inside) if needs[-1] else None
+        arrays |= {key: writer.rows(self.outside, self.kept_rows[key[1]]) for key in outside}
+        factors = [writer.factor(schedule.forward[k]) for k in again]
+
+        def body(emitter: Emitter, at: Callable[[_Array], Memory]) -> None:
+            def copy(source: _Array, kind: str, number: int, width: int, reader: Operation) -> None:
+                for array in forms.of(arrays, kind, number):
+                    full, ends = schedule.widths[number], (source.row, width)
+                    self._read(
+                        emitter, at(source), ends, at(array), rows[number], full, reader.enters, even=bool(paired)
+                    )
+
+            if bias is not None:
+                emitter.add_rows(at(gy), self.strides[1], at(bias), self.d_out)
+            inner = emitter.even if paired else emitter.tokens  # where nothing is written to gx
+            copy(x, "state", 0, self.d_in, schedule.forward[0])
+            copy(gy, "flow", last, self.d_out, schedule.back[-1])
+            for key in outside:
+                held = arrays[key]
+                for array in forms.of(arrays, *key[:2]):
+                    if array is not held:
+                        width, row = schedule.widths[key[1]], rows[key[1]]
+                        emitter.copy(at(held), held.row, at(array), row, width, width, even=bool(paired))
+            for k in again:
+                operation = schedule.forward[k]
+                to = [at(array) for array in forms.of(arrays, "state", k + 1)]
+                source = at(forms.one(arrays, "state", k, operation.reads))
+                write_product(
+                    emitter, operation.product, to, source, at(factors[k]), tokens=inner, zipped=operation.zips
+                )
+            for k in range(last - 1, -1, -1):
+                if k in grads:
+                    ends = (("flow", k + 1), ("state", k))
+                    form = "tokens" if k in paired else "plain"
+                    flow, state = (at(forms.one(arrays, *end, form)) for end in ends)
+                    count = emitter.code.value(f"lshr i64 {emitter.even}, 1") if k in paired else emitter.tokens
+                    write_product(
+                        emitter, schedule.gradients[k].product, [at(grads[k])], flow, state, add=True, tokens=count
+                    )
+                if k in back:
+                    operation, found = schedule.back[k], forms.of(arrays, "flow", k)
+                    source = at(forms.one(arrays, "flow", k + 1, operation.reads))
+                    if found:
+                        to, count = [at(array) for array in found], inner
+                    else:
+                        assert gx is not None
+                        to, count = [at(gx)], emitter.tokens
+                    write_product(
+                        emitter, operation.product, to, source, at(back[k]), tokens=count, zipped=operation.zips
+                    )
+            if gx is not None and cut:
+                wide = self.strides[0], self.d_in
+                self._write(emitter, at(forms.one(arrays, "flow", 0)), rows[0], at(gx), wide)
+
+        return writer.compile(body)
+
+    def _back_forms(self, needs: tuple[bool, ...], kept: bool) -> tuple[_Forms, list[_Key]]:
+        """What the backward pass reads, and which of that is kept outside of scratch memory."""
+        schedule, last = self.schedule, len(self.schedule.forward)
+        wanted = [k for k in range(last) if needs[k + 1]]
+        passed = range(last - 1, -1 if needs[0] else min(wanted), -1)
+        forms = _Forms(self)
+        for k in range(0 if kept else max(wanted, default=0)):
+            forms.read("state", k, schedule.forward[k].reads)
+        for k in wanted:
+            form = "tokens" if self._gradient_in_pairs(k) else "plain"
+            forms.read("state", k, form)
+            forms.read("flow", k + 1, form)
+        for k in passed:
+            forms.read("flow", k + 1, schedule.back[k].reads)
+        if self._cuts_back and needs[0]:
+            forms.read("flow", 0)
+        # Slices of kept activations do not lie as the products read them.
+        return forms, forms.keep("state", range(1, last), "kept" if self.part else "plain") if kept else []
+
+    @property
+    def kept_rows(self) -> tuple[int, ...]:
+        """From token to token of kept activations, of which there may be slices."""
+        if self.part is None:
+            return self.schedule.rows
+        return tuple(row_of(width * self.part.count, self.inside) for width in self.schedule.widths)
+
+    @property
+    def _cuts_back(self) -> bool:
+        """Whether the gradient of the input goes through scratch memory."""
+        return self.d_in < self.schedule.widths[0] or not self.rows
+
+    def _read(
+        self, emitter: Emitter, source: Memory, ends: tuple[int, int], target: Memory, row: int, full: int,
+        enters: Axis | None, even: bool = False,
+    ) -> None:  # fmt: skip
+        """The input, or the gradient of the output; ``ends``: from row to row of it, and numbers of a row to read."""
+        stride, width = ends
+        if target.zipped:
+            assert enters is not None
+            assert enters.out is not None
+            emitter.zip(source, stride, target, row, width, (enters.size, enters.out), even)
+        elif self.rows:
+            emitter.copy(source, stride, target, row, width, full, even)
+        else:
+            emitter.from_columns(source, "%total", target, row, width, full)
+
+    def _write(self, emitter: Emitter, source: Memory, row: int, target: Memory, ends: tuple[int, int]) -> None:
+        """The output, or the gradient of the input."""
+        stride, width = ends
+        if self.rows:
+            emitter.copy(source, row, target, stride, width, width)
+        else:
+            emitter.to_columns(source, row, target, "%total", width)
+
+    def _gradient_in_pairs(self, k: int) -> bool:
+        """Whether to add up the gradient of factor k over pairs of tokens in bfloat16."""
+        schedule = self.schedule
+        if not self.pairs or not any(axis.size == 0 for axis in schedule.gradients[k].product.summed):
+            return False
+        before, after = k == 0, k + 1 == len(schedule.forward)
+        return (before or schedule.forward[k - 1].product.stores_pairs) and (
+            after or schedule.back[k + 1].product.stores_pairs
+        )
+
+
+def _dtype(element: str) -> Any:
+    import torch
+
+    return {"float": torch.float32, "double": torch.float64, "bfloat": torch.bfloat16}[element]
+
+
+_Key = tuple[str, int, str]  # activation ("state") or gradient ("flow"), its number, its form
+
+
+class _Forms:
+    """Which arrays a block needs. There may be several of one activation.
+
+    ``plain``: in the type that is computed in. In bfloat16: ``half``, ``zipped`` along an axis, and with the numbers of
+    two ``tokens`` side by side. ``kept``: by the forward pass, only to be copied.
+    """
+
+    def __init__(self, program: Program) -> None:
+        self.elements = {"plain": program.inside, "half": "bfloat", "zipped": "i32", "tokens": "i32", "kept": ""}
+        self._rows = program.schedule.rows
+        self._keys: list[_Key] = []
+
+    def read(self, kind: str, number: int, form: str = "plain") -> None:
+        if (kind, number, form) not in self._keys:
+            self._keys.append((kind, number, form))
+
+    def keep(self, kind: str, numbers: range, form: str = "plain") -> list[_Key]:
+        """Arrays outside of scratch memory."""
+        for number in numbers:
+            self.read(kind, number, form)
+        return [(kind, number, form) for number in numbers]
+
+    def sizes(self, outside: Sequence[_Key]) -> dict[_Key, int]:
+        return {key: self._rows[key[1]] for key in self._keys if key not in outside}
+
+    def of(self, arrays: Mapping[_Key, _Array], kind: str, number: int) -> list[_Array]:
+        return [array for key, array in arrays.items() if key[:2] == (kind, number)]
+
+    def one(self, arrays: Mapping[_Key, _Array], kind: str, number: int, form: str = "plain") -> _Array:
+        return arrays[kind, number, form]
+
+
+@dataclass(frozen=True)
+class _Array:
+    """Of the table: ``row`` numbers for each token, 0 for what is no row of each token."""
+
+    pointer: str
+    element: str
+    row: int
+    zipped: bool = False
+
+
+class _Writer:
+    """The frame of a pass: reads the table, and runs ``body`` for each block of tokens."""
+
+    def __init__(self, program: Program, block: int) -> None:
+        self.program, self.code, self.places = program, Code(), 0
+        self.block = block if program.rows else COLUMN_BLOCK
+        self.bytes = 0
+
+    def _next(self) -> str:
+        pointer = self.code.at("ptr", "%table", self.places)
+        self.places += 1
+        return self.code.value(f"load ptr, ptr {pointer}")
+
+    def rows(self, element: str, row: int) -> _Array:
+        return _Array(self._next(), element, row)
+
+    def end(self, stride: int) -> _Array:
+        """The input, the output, or the gradient of one, with ``stride`` numbers from row to row."""
+        return self.rows(self.program.outside, stride if self.program.rows else 1)
+
+    def whole(self, element: str) -> _Array:
+        return _Array(self._next(), element, 0)
+
+    def factor(self, operation: Operation) -> _Array:
+        return self.whole(self.program.element(operation))
+
+    def scratch(self, forms: _Forms, outside: Sequence[_Key]) -> dict[_Key, _Array]:
+        pointer, found = self._next(), {}
+        for key, row in forms.sizes(outside).items():
+            element = forms.elements[key[2]]
+            found[key] = _Array(self.code.at("i8", pointer, self.bytes), element, 0, key[2] == "zipped")
+            self.bytes += -(-row * self.block * BYTES[element] // LINE) * LINE
+        return found
+
+    def compile(self, body: Callable[[Emitter, Callable[[_Array], Memory]], None]) -> Pass:
+        code = self.code
+
+        def block(first: int | str, _: list[str]) -> None:
+            count = code.least(code.subtract("%last", first), self.block)
+            emitter = Emitter(code, self.program.target, self.program.inside, count, self.block)
+
+            def at(array: _Array) -> Memory:
+                offset = code.multiply(first, array.row)
+                return Memory(code.at(array.element, array.pointer, offset), array.element, array.zipped)
+
+            body(emitter, at)
+
+        code.loop("%first", "%last", self.block, block)
+        target = self.program.target
+        text = code.function("chain", "ptr %table, i64 %first, i64 %last, i64 %total", target.attributes)
+        run = load(text, "chain", target, [ctypes.c_void_p, *[ctypes.c_int64] * 3])
+        return Pass(run, self.bytes, self.block)
+
+
+@lru_cache(maxsize=512)
+def make_program(
+    steps: tuple[Step, ...], sizes: tuple[tuple[str, int], ...], d_in: int, d_out: int, rows: bool, dtype: str,
+    target: Target, part: Part | None = None,
+) -> Program | None:  # fmt: skip
+    """None where the chain has no schedule, and for columns in bfloat16."""
+    if dtype == "bfloat16" and not rows:
+        return None
+    pairs = dtype == "bfloat16" and target.half_products
+    strides, between = (part.strides(d_in, d_out), part.between) if part else (None, None)
+    schedule = make_schedule(
+        *(steps, dict(sizes), target, ELEMENTS[dtype][1], d_in, d_out, rows, pairs),
+        *(strides, dict(between) if between else None),
+    )
+    size = dict(sizes)
+    shapes = [tuple(size[a] for a in step.factor) for step in steps]
+    return None if schedule is None else Program(schedule, target, dtype, d_in, d_out, rows, shapes, part)
