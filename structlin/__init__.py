@@ -9,6 +9,7 @@ structure of these operators (:mod:`structlin.linalg`); other libraries meet the
 __version__ = "0.1.0"
 
 from structlin import _cola_compat
+from structlin import execution as execution
 from structlin.composite_scale import ArrayScale, array_scales
 from structlin.conversion import conversions, convert, exact_rank
 from structlin.counting import (

@@ -14,17 +14,28 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from types import SimpleNamespace
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
 from structlin._arrays import Array, backend_of, common_backend, ops
 from structlin._parse import Step as Step
 from structlin._parse import check_sizes, parse_chain
-from structlin.execution.products import Plan, make_plan
 
-if TYPE_CHECKING:
-    from structlin.execution.torch_cpu import CPUChain
+
+class Executor(Protocol):
+    """What runs chains. A structure is data and knows no way to run."""
+
+    def prepare(self, structure: Structure) -> None:
+        """Called for each new structure: what is worked out here is a constant to those who trace its use."""
+
+    def run(
+        self, structure: Structure, factors: Sequence[Array], x: Array, bias: Array | None, rows: bool,
+        xp: SimpleNamespace,
+    ) -> Array:  # fmt: skip
+        """Apply a chain to (tokens, d_in) if ``rows``, otherwise to (d_in, tokens); add ``bias`` (d_out,) to rows."""
+
+
+_executors: list[Executor] = []  # structlin.execution enters itself here when it is imported
 
 
 @dataclass(frozen=True)
@@ -189,7 +200,8 @@ class Structure(AbstractStructure):
     d_out: int
     factors: tuple[Factor, ...] = field(init=False, compare=False)
     _pad: tuple[int, int] = field(init=False, compare=False)
-    _plans: tuple[Plan, Plan] = field(init=False, compare=False)
+    # What ways to run this chain keep of it. They come and go with the structure, and are no part of its value.
+    _kept: dict[Any, Any] = field(init=False, compare=False)
 
     def __post_init__(self) -> None:
         sizes = dict(self.sizes)
@@ -253,7 +265,9 @@ class Structure(AbstractStructure):
         set_ = object.__setattr__
         set_(self, "factors", factors)
         set_(self, "_pad", (inner_in - self.d_in, inner_out - self.d_out))
-        set_(self, "_plans", (make_plan(self.steps, sizes, True), make_plan(self.steps, sizes, False)))
+        set_(self, "_kept", {})
+        for executor in _executors:
+            executor.prepare(self)
 
     @classmethod
     def parse(
@@ -339,51 +353,27 @@ class Structure(AbstractStructure):
 
     def _rows(self, factors: Sequence[Array], x: Array, xp: SimpleNamespace, bias: Array | None = None) -> Array:
         """(tokens, d_in) -> (tokens, d_out), unchecked; ``bias`` (d_out,) is added."""
-        if xp.name == "torch" and not xp.is_compiling():
-            passes = self._cpu_rows.passes(x, factors if bias is None else (*factors, bias))
-            if passes is not None:
-                return self._cpu_rows(passes, x, factors, bias)
-        if xp.name == "jax":
-            from structlin.execution.jax_cpu import run
-
-            return run(self, factors, x, bias)
-        y = self._portable(factors, x, xp)
-        return y if bias is None else y + bias
+        return _executors[0].run(self, factors, x, bias, True, xp)
 
     def _columns(self, factors: Sequence[Array], x: Array, xp: SimpleNamespace) -> Array:
-        if xp.name == "torch" and not xp.is_compiling():
-            passes = self._cpu_columns.passes(x, factors)
-            if passes is not None:
-                return self._cpu_columns(passes, x, factors)
-        if xp.name == "jax":
-            from structlin.execution.jax_cpu import run
-
-            return run(self, factors, x, rows=False)
-        return self._portable(factors, x, xp, rows=False)
+        return _executors[0].run(self, factors, x, None, False, xp)
 
     def _portable(self, factors: Sequence[Array], x: Array, xp: SimpleNamespace, rows: bool = True) -> Array:
-        """The product by single operations of the array library, on any device, differentiable and batchable."""
-        pad_in, pad_out = self._pad
-        tokens = x.shape[0 if rows else 1]
-        if pad_in:
-            x = xp.pad_last(x, pad_in) if rows else xp.pad_first(x, pad_in)
-        full = self.d_out + pad_out
-        y = self._plans[0 if rows else 1](factors, x, tokens, xp).reshape((tokens, full) if rows else (full, tokens))
-        if not pad_out:
-            return y
-        return y[:, : self.d_out] if rows else y[: self.d_out]
+        from structlin.execution.products import products
 
-    @cached_property
-    def _cpu_rows(self) -> CPUChain:
-        from structlin.execution.torch_cpu import CPUChain
+        return products(self, factors, x, xp, rows)
 
-        return CPUChain(self)
+    @property
+    def _cpu_rows(self) -> Any:
+        from structlin.execution.torch_cpu import chain_of
 
-    @cached_property
-    def _cpu_columns(self) -> CPUChain:
-        from structlin.execution.torch_cpu import CPUChain
+        return chain_of(self, True)
 
-        return CPUChain(self, rows=False)
+    @property
+    def _cpu_columns(self) -> Any:
+        from structlin.execution.torch_cpu import chain_of
+
+        return chain_of(self, False)
 
     def __reduce__(self) -> tuple[object, ...]:
         return Structure, (self.steps, self.sizes, self.d_in, self.d_out)

@@ -1,1 +1,6 @@
 """Ways to run a chain of einsums."""
+
+from structlin.execution._run import EXECUTOR
+from structlin.structure import _executors
+
+_executors[:] = [EXECUTOR]

@@ -16,12 +16,13 @@ from types import SimpleNamespace
 
 from structlin._arrays import Array
 from structlin._parse import Step
+from structlin.structure import Structure
 
 _TOKENS = "*"
 
 
 @dataclass(frozen=True)
-class _Permute:
+class Permute:
     """Split the incoming array into ``view`` (tokens at ``token_at``) and permute it by ``order``."""
 
     view: tuple[int, ...]
@@ -34,10 +35,10 @@ class _Permute:
 
 
 @dataclass(frozen=True)
-class _Product:
+class Product:
     """One batched product, after ``arrange`` has put the activation into (batch, contracted, rest) order."""
 
-    arrange: _Permute
+    arrange: Permute
     rows_in: bool  # arranged as (batch, rest, contracted), not (batch, contracted, rest)
     rows_out: bool  # gives (batch, rest, free), not (batch, free, rest)
     factor_order: tuple[int, ...] | None  # None: already (batch, free, contracted)
@@ -62,7 +63,7 @@ class _Product:
 class Plan:
     """Executable form of a chain for rows (tokens first) or columns (tokens last)."""
 
-    steps: tuple[_Product | _Permute, ...]
+    steps: tuple[Product | Permute, ...]
 
     def __call__(self, factors: Sequence[Array], x: Array, tokens: int, xp: SimpleNamespace) -> Array:
         """Run on ``x``, which holds the (padded) input axes and ``tokens`` in the plan's order.
@@ -71,7 +72,7 @@ class Plan:
         """
         number = 0
         for step in self.steps:
-            if isinstance(step, _Product):
+            if isinstance(step, Product):
                 x = step(factors[number], x, tokens, xp)
                 number += 1
             else:
@@ -85,16 +86,16 @@ def make_plan(steps: Sequence[Step], sizes: Mapping[str, int], rows: bool) -> Pl
     def size(axes: str) -> int:
         return math.prod(sizes[a] for a in axes)
 
-    def permute(source: str, target: str) -> _Permute:
+    def permute(source: str, target: str) -> Permute:
         view = tuple(0 if a == _TOKENS else sizes[a] for a in source)
-        return _Permute(view, source.index(_TOKENS), tuple(source.index(a) for a in target))
+        return Permute(view, source.index(_TOKENS), tuple(source.index(a) for a in target))
 
     def written(axes: str) -> str:
         return _TOKENS + axes if rows else axes + _TOKENS
 
     no_batch = not any(step.batch for step in steps)
     labels = written(steps[0].input)
-    plan: list[_Product | _Permute] = []
+    plan: list[Product | Permute] = []
     for number, step in enumerate(steps):
         if number and step.input != steps[number - 1].output:
             plan.append(permute(labels, written(steps[number - 1].output)))
@@ -106,7 +107,7 @@ def make_plan(steps: Sequence[Step], sizes: Mapping[str, int], rows: bool) -> Pl
         target = batch + rest + step.contracted if rows_in else batch + step.contracted + rest
         factor_target = batch + step.free + step.contracted
         plan.append(
-            _Product(
+            Product(
                 arrange=permute(labels, target),
                 rows_in=rows_in,
                 rows_out=rows_out,
@@ -122,3 +123,28 @@ def make_plan(steps: Sequence[Step], sizes: Mapping[str, int], rows: bool) -> Pl
         labels = batch + rest + step.free if rows_out else batch + step.free + rest
     plan.append(permute(labels, written(steps[-1].output)))
     return Plan(tuple(plan))
+
+
+def plan_of(structure: Structure, rows: bool = True) -> Plan:
+    """The plan of a structure, worked out once for it."""
+    key = "products", rows
+    found = structure._kept.get(key)
+    if found is None:
+        found = structure._kept[key] = make_plan(structure.steps, dict(structure.sizes), rows)
+    return found
+
+
+def products(structure: Structure, factors: Sequence[Array], x: Array, xp: SimpleNamespace, rows: bool = True) -> Array:
+    """The product by single operations of the array library, on any device, differentiable and batchable.
+
+    ``x`` has shape (tokens, d_in) if ``rows``, otherwise (d_in, tokens); the result has d_out in place of d_in.
+    """
+    pad_in, pad_out = structure.padding
+    tokens = x.shape[0 if rows else 1]
+    if pad_in:
+        x = xp.pad_last(x, pad_in) if rows else xp.pad_first(x, pad_in)
+    full = structure.d_out + pad_out
+    y = plan_of(structure, rows)(factors, x, tokens, xp).reshape((tokens, full) if rows else (full, tokens))
+    if not pad_out:
+        return y
+    return y[:, : structure.d_out] if rows else y[: structure.d_out]

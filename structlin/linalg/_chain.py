@@ -16,6 +16,7 @@ from functools import lru_cache
 from itertools import pairwise
 
 from structlin._arrays import Array, backend_of, ops
+from structlin.execution.products import plan_of
 from structlin.linalg._lapack import lapack
 from structlin.operators import StructuredOperator
 from structlin.structure import AbstractStructure, Step, Structure
@@ -65,7 +66,7 @@ def inverse_structure(structure: Structure) -> tuple[Structure, tuple[tuple[int,
     """
     steps = [Step(s.output, s.batch + s.contracted + s.free, s.input) for s in reversed(structure.steps)]
     built = Structure(tuple(steps), structure.sizes, structure.d_out, structure.d_in)
-    wanted = [p.factor_order for p in built._plans[1].steps if hasattr(p, "factor_order")]
+    wanted = [p.factor_order for p in plan_of(built, rows=False).steps if hasattr(p, "factor_order")]
     orders = [w or tuple(range(len(s.factor))) for w, s in zip(wanted, steps, strict=True)]
     steps = [
         Step(s.input, "".join(s.factor[i] for i in order), s.output) for s, order in zip(steps, orders, strict=True)

@@ -13,7 +13,7 @@ from cola.ops import LinearOperator, Sum
 
 from structlin._arrays import Array, backend_of
 from structlin._cola_compat._repair import is_array
-from structlin.execution.products import _Product
+from structlin.execution.products import Product, plan_of
 from structlin.linalg import _chain as chain
 from structlin.linalg import _toeplitz as toeplitz
 from structlin.linalg._common import require_square
@@ -116,8 +116,8 @@ def _with_chain(structure: Structure, factors: Sequence[Array], b: Array) -> Arr
     inverse, orders = chain.solution_steps(structure)
     xp, tokens, number = lapack(b), math.prod(b.shape[1:]), 0
     x = b
-    for step in inverse._plans[1].steps:
-        if not isinstance(step, _Product):  # between the steps: only permuted
+    for step in plan_of(inverse, rows=False).steps:
+        if not isinstance(step, Product):  # between the steps: only permuted
             x = step(x, tokens, xp)
             continue
         factor, order = factors[-1 - number], orders[number]

@@ -1,0 +1,37 @@
+"""The executor of structures: one entry for all array libraries."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import SimpleNamespace
+
+from structlin._arrays import Array
+from structlin.execution.products import plan_of, products
+from structlin.structure import Structure
+
+
+class _Executor:
+    def prepare(self, structure: Structure) -> None:
+        plan_of(structure, True)
+        plan_of(structure, False)
+
+    def run(
+        self, structure: Structure, factors: Sequence[Array], x: Array, bias: Array | None, rows: bool,
+        xp: SimpleNamespace,
+    ) -> Array:  # fmt: skip
+        if xp.name == "torch" and not xp.is_compiling():
+            from structlin.execution.torch_cpu import chain_of
+
+            chain = chain_of(structure, rows)
+            passes = chain.passes(x, factors if bias is None else (*factors, bias))
+            if passes is not None:
+                return chain(passes, x, factors, bias)
+        if xp.name == "jax":
+            from structlin.execution.jax_cpu import run as run_jax
+
+            return run_jax(structure, factors, x, bias, rows)
+        y = products(structure, factors, x, xp, rows)
+        return y if bias is None else y + bias
+
+
+EXECUTOR = _Executor()
