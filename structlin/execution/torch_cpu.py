@@ -128,3 +128,12 @@ class _Differentiable(torch.autograd.Function):
             found = ctx.passes.backward(gy.resolve_neg(), x, factors, needs, saved[count:])
         gx, *others, bias = found
         return None, None, gx, bias, *others
+
+
+def chain_of(structure: Structure, rows: bool = True) -> CPUChain:
+    """The ways of a structure, made once for it."""
+    key = "torch_cpu", rows
+    found = structure._kept.get(key)
+    if found is None:
+        found = structure._kept[key] = CPUChain(structure, rows)
+    return found
