@@ -9,6 +9,8 @@ from structlin.execution.compiled._ir import Code, Int, Values
 from structlin.execution.compiled._product import BYTES
 from structlin.execution.compiled._target import Target
 
+BITS = {"bfloat": "i16"}  # as what numbers are loaded and stored that nothing is computed with
+
 
 @dataclass(frozen=True)
 class Memory:
@@ -30,14 +32,14 @@ class Emitter:
         self.code, self.target, self.element, self.tokens, self.block = code, target, element, tokens, block
         self.even = code.whole(code.add(tokens, 1), 2)
         self.lanes = target.width // BYTES[element]
-        self.short = {"float": "f32", "double": "f64", "bfloat": "bf16", "i32": "i32"}
+        self.short = {"float": "f32", "double": "f64", "bfloat": "i16", "i32": "i32"}
         self.vector = f"<{self.lanes} x {element}>"
 
     # -- memory --------------------------------------------------------------------------------------------------------
 
     def load(self, at: Memory, offset: Int, lanes: int) -> str:
         """A vector; beyond ``lanes`` it is 0, and nothing is read there."""
-        kind = f"<{self.lanes} x {at.element}>"
+        kind = f"<{self.lanes} x {BITS.get(at.element, at.element)}>"
         pointer = self.code.at(at.element, at.pointer, offset)
         if lanes == self.lanes:
             found = self.code.value(f"load {kind}, ptr {pointer}, align {BYTES[at.element]}")
@@ -46,15 +48,13 @@ class Emitter:
             found = self.code.call(
                 kind, name, ("ptr", pointer), ("i32", BYTES[at.element]), self._mask(lanes), (kind, "zeroinitializer")
             )
-        if at.element in (self.element, "i32"):
-            return found
-        return self.code.value(f"fpext {kind} {found} to {self.vector}")
+        return found if at.element in (self.element, "i32") else self._widened(found, self.lanes)
 
     def store(self, at: Memory, offset: Int, value: str, lanes: int) -> None:
-        kind = f"<{self.lanes} x {at.element}>"
+        kind = f"<{self.lanes} x {BITS.get(at.element, at.element)}>"
         pointer = self.code.at(at.element, at.pointer, offset)
         if at.element not in (self.element, "i32"):
-            value = self.code.value(f"fptrunc {self.vector} {value} to {kind}")
+            value = self._narrowed(value, self.lanes)
         if lanes == self.lanes:
             self.code.put(f"store {kind} {value}, ptr {pointer}, align {BYTES[at.element]}")
         else:
@@ -63,24 +63,54 @@ class Emitter:
 
     def store_pairs(self, at: Memory, offset: Int, rows: tuple[str, str], lanes: int) -> None:
         """Two vectors in bfloat16, number by number side by side."""
-        kind = f"<{self.lanes} x bfloat>"
-        short = [self.code.value(f"fptrunc {self.vector} {row} to {kind}") for row in rows]
+        kind = f"<{self.lanes} x i16>"
+        short = [self._narrowed(row, self.lanes) for row in rows]
         order = ", ".join(f"i32 {k}, i32 {k + self.lanes}" for k in range(self.lanes))
         both = f"{kind} {short[0]}, {kind} {short[1]}, <{2 * self.lanes} x i32> <{order}>"
         joined = self.code.value(f"shufflevector {both}")
-        whole = self.code.value(f"bitcast <{2 * self.lanes} x bfloat> {joined} to <{self.lanes} x i32>")
+        whole = self.code.value(f"bitcast <{2 * self.lanes} x i16> {joined} to <{self.lanes} x i32>")
         self.store(at, offset, whole, lanes)
 
     def number(self, at: Memory, offset: Int) -> str:
         pointer = self.code.at(at.element, at.pointer, offset)
-        one = self.code.value(f"load {at.element}, ptr {pointer}, align {BYTES[at.element]}")
-        return one if at.element == self.element else self.code.value(f"fpext {at.element} {one} to {self.element}")
+        kind = BITS.get(at.element, at.element)
+        one = self.code.value(f"load {kind}, ptr {pointer}, align {BYTES[at.element]}")
+        return one if at.element == self.element else self._widened(one, 1)
 
     def put_number(self, at: Memory, offset: Int, value: str) -> None:
         if at.element != self.element:
-            value = self.code.value(f"fptrunc {self.element} {value} to {at.element}")
+            value = self._narrowed(value, 1)
         pointer = self.code.at(at.element, at.pointer, offset)
-        self.code.put(f"store {at.element} {value}, ptr {pointer}, align {BYTES[at.element]}")
+        kind = BITS.get(at.element, at.element)
+        self.code.put(f"store {kind} {value}, ptr {pointer}, align {BYTES[at.element]}")
+
+    def _widened(self, value: str, lanes: int) -> str:
+        """The float32 of which these are the upper 16 bits."""
+        i16, i32, float32 = (_of(lanes, kind) for kind in ("i16", "i32", "float"))
+        wide = self.code.value(f"zext {i16} {value} to {i32}")
+        return self.code.value(f"bitcast {i32} {self.code.value(f'shl {i32} {wide}, {_all(lanes, 16)}')} to {float32}")
+
+    def _narrowed(self, value: str, lanes: int) -> str:
+        """float32 as the bits of bfloat16: rounded to the nearest, of two that are as near to the even one.
+
+        A NaN stays one, and becomes quiet. Where the processor has no instruction for this, LLVM calls a function that
+        no library of the process need have; integers do the same. The instruction takes subnormal numbers for zero.
+        """
+        code, (i16, bits16, i32, float32) = self.code, (_of(lanes, kind) for kind in ("i16", "bfloat", "i32", "float"))
+        if self.target.half_products:
+            return code.value(f"bitcast {bits16} {code.value(f'fptrunc {float32} {value} to {bits16}')} to {i16}")
+
+        def do(operation: str, first: str, second: str) -> str:
+            return code.value(f"{operation} {i32} {first}, {second}")
+
+        bits = code.value(f"bitcast {float32} {value} to {i32}")
+        upper = do("lshr", bits, _all(lanes, 16))
+        # Half of the last place that is kept, less one where that is even: the sum carries into it if it is to grow.
+        half = do("add", do("and", upper, _all(lanes, 1)), _all(lanes, 0x7FFF))
+        rounded, quiet = do("lshr", do("add", bits, half), _all(lanes, 16)), do("or", upper, _all(lanes, 0x40))
+        is_nan = code.value(f"fcmp uno {float32} {value}, {value}")
+        found = code.value(f"select {_of(lanes, 'i1')} {is_nan}, {i32} {quiet}, {i32} {rounded}")
+        return code.value(f"trunc {i32} {found} to {i16}")
 
     def spread(self, at: Memory, offset: Int) -> str:
         """One number in all lanes."""
@@ -296,3 +326,13 @@ class Emitter:
                     found.append(self.code.value(f"shufflevector {two}, <{count} x i32> <{order}>"))
             rows = found
         return rows
+
+
+def _of(lanes: int, kind: str) -> str:
+    """The type of a number, or of a vector."""
+    return kind if lanes == 1 else f"<{lanes} x {kind}>"
+
+
+def _all(lanes: int, number: int) -> str:
+    """A constant in all lanes."""
+    return str(number) if lanes == 1 else f"splat (i32 {number})"

@@ -6,30 +6,48 @@ import ctypes
 import os
 import platform
 import threading
+import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import dataclass, replace
+from functools import cache, lru_cache
+from itertools import count
 from typing import Any
 
-_LOCK = threading.Lock()  # llvmlite's compiler is used by one thread at a time
+_LOCK = threading.Lock()  # a target machine of LLVM's is used by one thread at a time
+_NUMBERS = count()  # of what was loaded: a linker takes each name once
+LINKED = 64  # functions of a linker: it takes 160 KB itself, and keeps 9 KB of each
+
+
+class CompileError(RuntimeError):
+    """LLVM did not compile a function, or did not load it. What asked for the function has to do without it."""
 
 
 @dataclass(frozen=True)
 class Target:
-    """Vector registers of a processor: bytes of one, and how many there are; LLVM's name of it and its features."""
+    """Vector registers of a processor: bytes of one, and how many there are; and the features that code may use.
+
+    ``features`` are LLVM's, beyond those that every x86-64 processor has. Nothing but these is used, whatever else the
+    processor's name implies: a hypervisor may have switched it off. ``tune`` is LLVM's name of the processor whose
+    latencies instructions are ordered for. It switches no feature on.
+    """
 
     width: int
     registers: int
-    cpu: str
-    features: str
-    half_products: bool = False  # multiplies pairs of bfloat16 and adds to float32
+    features: tuple[str, ...]
+    half_products: bool = False  # multiplies pairs of bfloat16 and adds to float32; rounds float32 to bfloat16
+    tune: str = "generic"
 
     @property
     def attributes(self) -> str:
         """Of functions: without them LLVM may cut vectors of 64 bytes in two."""
         bits = 8 * self.width
-        return f'nounwind "min-legal-vector-width"="{bits}" "prefer-vector-width"="{bits}"'
+        vectors = f'"min-legal-vector-width"="{bits}" "prefer-vector-width"="{bits}"'
+        return f'nounwind {vectors} "tune-cpu"="{self.tune}"'
 
+
+AVX2 = Target(32, 16, ("avx2", "fma"))
+AVX512 = Target(64, 32, (*AVX2.features, "avx512f", "avx512vl", "avx512bw", "avx512dq"))
+AVX512_BF16 = Target(64, 32, (*AVX512.features, "avx512bf16"), half_products=True)
 
 LLVM = (20,)
 """Older ones have other pointers and other products of bfloat16; llvmlite brings this one since 0.45."""
@@ -37,36 +55,40 @@ LLVM = (20,)
 
 @cache
 def _binding() -> Any:
-    """llvmlite, ready to compile for this machine; None without it, and if it is too old."""
+    """llvmlite, ready to compile for this machine; None without it, and if it is too old or does not load."""
     try:
         import llvmlite.binding as llvm
-    except ImportError:
-        return None
-    if llvm.llvm_version_info < LLVM:
-        return None
-    try:
+
+        if llvm.llvm_version_info < LLVM:
+            return None
         llvm.initialize_native_target()
         llvm.initialize_native_asmprinter()
-    except RuntimeError:  # a build of LLVM for other machines
+    except (ImportError, OSError, RuntimeError, AttributeError):  # also a build of LLVM for other machines
         return None
     return llvm
 
 
 @cache
 def host() -> Target | None:
-    """This machine; None where nothing is compiled: no llvmlite or an old one, no AVX2, STRUCTLIN_FUSED=0 is set."""
+    """This machine; None where nothing is compiled, and the products of torch or of XLA run.
+
+    That is so without llvmlite or with an old one, on x86-64 processors without AVX2, on all others (on 64-bit Arm, for
+    example), and where STRUCTLIN_FUSED=0 is set.
+    """
     if os.environ.get("STRUCTLIN_FUSED", "1") == "0" or platform.machine().lower() not in ("x86_64", "amd64"):
         return None
     llvm = _binding()
     if llvm is None:
         return None
-    features = llvm.get_host_cpu_features()
-    if not (features.get("avx2") and features.get("fma")):
-        return None
-    cpu, flags = llvm.get_host_cpu_name(), features.flatten()
-    if all(features.get(name) for name in ("avx512f", "avx512vl", "avx512bw", "avx512dq")):
-        return Target(64, 32, cpu, flags, bool(features.get("avx512bf16")))
-    return Target(32, 16, cpu, flags)
+    return supported(llvm.get_host_cpu_features(), llvm.get_host_cpu_name())
+
+
+def supported(features: dict[str, bool], name: str) -> Target | None:
+    """The best target for a processor with these features, tuned for the one of this name; None if there is none."""
+    for target in (AVX512_BF16, AVX512, AVX2):
+        if all(features.get(feature) for feature in target.features):
+            return replace(target, tune=name)
+    return None
 
 
 def address(function: Any) -> int:
@@ -77,16 +99,69 @@ def address(function: Any) -> int:
 
 
 def load(text: str, name: str, target: Target, parameters: list[Any]) -> Callable[..., None]:
-    """Compile a module and return its function; ``parameters`` are types of ctypes. Calls hold no lock of Python's."""
-    llvm = _binding()
-    with _LOCK:
-        module = llvm.parse_assembly(f'target triple = "{llvm.get_process_triple()}"\n{text}')
-        module.verify()
-        machine = llvm.Target.from_triple(llvm.get_process_triple()).create_target_machine(
-            cpu=target.cpu, features=target.features, opt=3, jit=True
-        )
-        engine = llvm.create_mcjit_compiler(module, machine)
-        engine.finalize_object()
-        function: Any = ctypes.CFUNCTYPE(None, *parameters)(engine.get_function_address(name))
-    function.engine = engine  # the code lives as long as its engine
+    """Compile a module and return its function; ``parameters`` are types of ctypes. Calls hold no lock of Python's.
+
+    The code is freed with the last reference to the function. Raises :class:`CompileError` if LLVM fails in any way.
+    """
+    try:
+        with _LOCK:
+            machine, module = parsed(text, target)
+            loaded = _link(machine.emit_object(module), name)
+        function: Any = ctypes.CFUNCTYPE(None, *parameters)(loaded[name])
+    except Exception as error:  # of LLVM's: RuntimeError; and whatever else llvmlite raises, MemoryError included
+        raise CompileError(f"LLVM did not compile {name!r}: {error}") from error
+    function.loaded = loaded
     return function
+
+
+def parsed(text: str, target: Target) -> tuple[Any, Any]:
+    """The compiler for a target, and a module as LLVM has it, checked."""
+    llvm, triple = _binding(), _binding().get_process_triple()
+    # In a context of its own: the process's one keeps every type and constant.
+    module = llvm.parse_assembly(f'target triple = "{triple}"\n{text}', llvm.create_context())
+    module.verify()
+    return _machine(target), module
+
+
+@cache
+def _machine(target: Target) -> Any:
+    llvm = _binding()
+    features = ",".join(f"+{feature}" for feature in target.features)
+    machine = llvm.Target.from_triple(llvm.get_process_triple())
+    return machine.create_target_machine(cpu="x86-64", features=features, opt=3, jit=True)
+
+
+@lru_cache(maxsize=1)
+def _linker(generation: int) -> Any:
+    """The linker of LINKED functions: one after the other, as each keeps some KB of a function that is gone.
+
+    What is loaded holds the linker that it came from.
+    """
+    return _binding().create_lljit_compiler(suppress_errors=True)
+
+
+def _link(code: bytes, name: str) -> Any:
+    """Code in memory, with the addresses of its functions; it is freed with this object.
+
+    The code may call nothing of the process but what is named here. Other calls would be of functions that a compiler's
+    own library has, such as ``__truncsfbf2``: no process is certain to have that, and LLVM's error would end it.
+    """
+    library = _binding().orcjit.JITLibraryBuilder().add_object_img(code).export_symbol(name)
+    # What LLVM makes of loops that clear or copy.
+    for symbol, function in (("memset", ctypes.memset), ("memcpy", ctypes.memmove), ("memmove", ctypes.memmove)):
+        library.import_symbol(symbol, address(function))
+    number = next(_NUMBERS)
+    return library.link(_linker(number // LINKED), f"structlin{number}")
+
+
+@cache
+def _warned() -> list[str]:
+    """What the process was warned of."""
+    return []
+
+
+def warn_once(error: CompileError, instead: str) -> None:
+    """Warn, once in the life of the process, that something was not compiled, and say what runs ``instead``."""
+    if not _warned():
+        _warned().append(str(error))
+        warnings.warn(f"{error}. {instead} runs instead, which may be slower.", RuntimeWarning, stacklevel=3)

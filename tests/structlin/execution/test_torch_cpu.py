@@ -5,7 +5,6 @@ import os
 import pickle
 import subprocess
 import sys
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -69,8 +68,7 @@ def way(monkeypatch, request):
     monkeypatch.setattr(_rules, "SHARE", 4)
     target = None if request.param == "chunked" else HOST
     if request.param == "avx2":  # the code for fewer and shorter registers
-        flags = ",".join(f for f in HOST.features.split(",") if "avx512" not in f)
-        target = replace(HOST, width=32, registers=16, features=flags, half_products=False)
+        target = _target.AVX2
     monkeypatch.setattr(_rules, "host", lambda: target)
     before = torch.get_num_threads()
     torch.set_num_threads(3 if request.param == "threads" else 1)

@@ -9,11 +9,10 @@ import structlin as sl
 from structlin.execution.compiled._loops import _even, _runs
 from structlin.execution.compiled._product import BYTES, max_rows
 from structlin.execution.compiled._schedule import LINE, make_schedule, row
-from structlin.execution.compiled._target import Target
+from structlin.execution.compiled._target import AVX2, AVX512_BF16
 from structlin.testing import random_chain
 
-WIDE = Target(64, 32, "", "", half_products=True)
-SHORT = Target(32, 16, "", "")
+WIDE, SHORT = AVX512_BF16, AVX2
 CASES = {
     "dense": ((35, 22), {}),
     "low_rank": ((35, 22), {"rank": 4}),
