@@ -12,9 +12,9 @@ import ctypes
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, wraps
 from itertools import accumulate
-from typing import Any
+from typing import Any, TypeVar, cast
 
 from structlin._parse import Step
 from structlin.execution.compiled._arrange import Arrangement, load_copies
@@ -89,6 +89,25 @@ class Part:
         return (d_in * self.count, d_out) if self.of_input else (d_in, d_out * self.count)
 
 
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+def _once(method: Method) -> Method:
+    """Keep what a method returns in its object. A cache of functools would keep the object too, or be part of a cycle.
+
+    Arguments are given by position. Two threads may both make what neither finds.
+    """
+
+    @wraps(method)
+    def found(self: Program, *key: object) -> Any:
+        try:
+            return self.made[method, *key]
+        except KeyError:
+            return self.made.setdefault((method, *key), method(self, *key))
+
+    return cast(Method, found)
+
+
 class Program:
     """The passes of a chain in one dtype; they are compiled when they are first asked for.
 
@@ -110,10 +129,7 @@ class Program:
         self.lanes = target.width // self.size  # numbers in a vector
         self.pairs = dtype == "bfloat16" and target.half_products
         self.block = OTHER_BLOCK if self.pairs or target.registers < 32 else BLOCK
-        self.forward = lru_cache(maxsize=None)(self._forward)
-        self.backward = lru_cache(maxsize=None)(self._backward)
-        self.packing = lru_cache(maxsize=None)(self._packing)
-        self.work_bytes = lru_cache(maxsize=None)(self._work_bytes)
+        self.made: dict[tuple[object, ...], Any] = {}  # by the methods below that are called once for their arguments
 
     @property
     def dtype(self) -> Any:
@@ -125,7 +141,8 @@ class Program:
         """Of kept activations."""
         return _dtype(self.outside)
 
-    def _packing(self, kind: str, numbers: tuple[int, ...]) -> Packing:
+    @_once
+    def packing(self, kind: str, numbers: tuple[int, ...]) -> Packing:
         """Of the factors ``numbers`` for the products ``kind`` of the schedule; of the ``gradients`` the way back."""
         sizes = tuple(self.copied(kind, k) for k in numbers)
         copies = [copy for copy in (self._copy(kind, k) for k in numbers) if copy is not None]
@@ -155,7 +172,8 @@ class Program:
         # In pairs each element of 32 bits is two numbers.
         return math.prod(self.shapes[k]) * (BYTES["bfloat"] if copy[2] == "i32" else BYTES[copy[2]])
 
-    def _work_bytes(self, threads: int, kept: bool) -> int:
+    @_once
+    def work_bytes(self, threads: int, kept: bool) -> int:
         """What the backward pass takes for a while at most, beside activations and the gradients that it returns.
 
         ``kept``: the activations between the steps are not computed again.
@@ -201,7 +219,8 @@ class Program:
             return self.block
         return next((b for b in LARGE_BLOCKS if b * numbers * self.size <= NEAR_BLOCK_BYTES), OTHER_BLOCK)
 
-    def _forward(self, bias: bool, kept: bool) -> Pass:
+    @_once
+    def forward(self, bias: bool, kept: bool) -> Pass:
         """Table: x, y, scratch, bias (if any), factors, and where ``kept`` the activations between steps."""
         schedule, last = self.schedule, len(self.schedule.forward)
         forms = _Forms(self)
@@ -233,7 +252,8 @@ class Program:
 
         return writer.compile(body)
 
-    def _backward(self, needs: tuple[bool, ...], kept: bool, shared: bool = False) -> Pass:
+    @_once
+    def backward(self, needs: tuple[bool, ...], kept: bool, shared: bool = False) -> Pass:
         """Table: x, gy, scratch, gx (if needed), factors for this pass, gradients of factors and bias, and activations.
 
         Where these are not ``kept``, it holds the factors for the forward pass in their stead. ``needs``: x, factors,
@@ -478,7 +498,12 @@ class _Writer:
         return Pass(run, self.bytes, self.block)
 
 
-@lru_cache(maxsize=512)
+# Structures that are equal share a program, as long as it is one of the PROGRAMS that were asked for last: one takes
+# 0.1 to 1 MB. Others live with what holds them.
+PROGRAMS = 64
+
+
+@lru_cache(maxsize=PROGRAMS)
 def make_program(
     steps: tuple[Step, ...], sizes: tuple[tuple[str, int], ...], d_in: int, d_out: int, rows: bool, dtype: str,
     target: Target, part: Part | None = None,

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import lru_cache
 
 from structlin._parse import Step
 from structlin.execution.compiled._program import Part, Program, make_program
@@ -36,7 +35,6 @@ class Slices:
     states: tuple[int, ...] | None
 
 
-@lru_cache(maxsize=512)
 def whole(program: Program) -> Slices:
     """All in one."""
     return Slices(program, 1, (0,) * len(program.shapes), 0, (0,) * (len(program.shapes) - 1))
