@@ -1,22 +1,44 @@
-"""Time and memory of functions that are compared within one run."""
+"""Time and memory of functions that are compared within one run, and where results are kept."""
 
 from __future__ import annotations
 
 import ctypes
+import json
+import math
+import os
 import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-__all__ = ["keep_memory", "machine", "medians", "peak_memory"]
+from structlin.execution import wisdom
+
+__all__ = [
+    "aligned",
+    "describe",
+    "keep_memory",
+    "machine",
+    "peak_memory",
+    "ratio",
+    "result_path",
+    "timings",
+    "write_result",
+]
+
+RESULTS = Path(__file__).resolve().parent / "results"
+FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
 
 _TRIM_THRESHOLD, _MMAP_MAX = -1, -4  # names of mallopt(3)
 WARM, FEW_PAGES = 8, 64
+# A timing is of as many calls as take so many seconds, so that the clock and a cold cache do not count. Functions that
+# take little time are timed in more rounds than asked for, so many that all rounds of one take so many seconds.
+LEAST_SECONDS, ROUND_SECONDS, MOST_ROUNDS = 2e-4, 0.03, 101
 
 
 def _pages() -> int:
@@ -31,8 +53,7 @@ def _pages() -> int:
 def keep_memory() -> bool:
     """Let this process keep the memory that it frees; False where the C library has no such setting.
 
-    Or else glibc gives freed arrays back to the system now and then, and what happens to be timed next waits for new
-    pages: as long as a fast layer takes. All that is compared in a run is treated alike.
+    By default glibc gives large freed arrays back to the system, and what is timed next may wait for new pages.
     """
     if not sys.platform.startswith("linux"):
         return False
@@ -43,41 +64,63 @@ def keep_memory() -> bool:
     return bool(mallopt(_TRIM_THRESHOLD, (1 << 31) - 1) and mallopt(_MMAP_MAX, 0))
 
 
-def medians(
-    functions: Sequence[Callable[[], object]], repeats: int, device: str = "cpu", clock: str = "wall"
-) -> list[float]:
-    """Median seconds of each function: all are called in turn, ``repeats`` times.
+def timings(
+    functions: Sequence[Callable[[], object]],
+    repeats: int,
+    device: str = "cpu",
+    clock: str = "wall",
+    around: Sequence[Callable[[], AbstractContextManager[object]]] | None = None,
+) -> list[list[float]]:
+    """Seconds of a call of each function in each round: all functions are timed in turn, at least ``repeats`` times.
 
     Before, they are called in turn to warm up, until they get no new pages of memory, at most ``WARM`` times: a heap
-    that large arrays are taken from grows for some rounds, and to clear a page takes as long as a fast layer.
+    that large arrays are taken from grows for some rounds, and to clear a page takes as long as a fast layer. A short
+    function is called several times for each timing.
 
     ``clock="cpu"`` counts the time that this process has spent on cores, which does not run while others have them:
-    the right one for a single thread on a machine that is busy.
+    the right one for a single thread on a machine that is busy. ``around``: a context for each function, which is
+    entered outside of the timed part.
     """
     now = {"wall": time.perf_counter, "cpu": time.process_time}[clock]
+    contexts = around or [nullcontext] * len(functions)
 
     def wait() -> None:
         if device == "cuda":
             torch.cuda.synchronize()
 
-    def run(function: Callable[[], object]) -> float:
-        wait()
-        start = now()
-        function()
-        wait()
-        return now() - start
+    def run(n: int, calls: int = 1) -> float:
+        function = functions[n]
+        with contexts[n]():
+            wait()
+            start = now()
+            for _ in range(calls):
+                function()
+            wait()
+            return now() - start
 
+    every = range(len(functions))
     for _ in range(WARM):
         before = _pages()
-        for function in functions:
-            run(function)
+        seconds = [run(n) for n in every]
         if _pages() - before <= FEW_PAGES * len(functions):
             break
-    times: list[list[float]] = [[] for _ in functions]
-    for _ in range(repeats):
-        for function, found in zip(functions, times, strict=True):
-            found.append(run(function))
-    return [statistics.median(found) for found in times]
+    calls = [1 for _ in every]
+    for n in every:
+        while seconds[n] < LEAST_SECONDS:
+            more = 1.2 * LEAST_SECONDS / max(seconds[n], 1e-9)
+            calls[n] = math.ceil(calls[n] * min(10.0, more))
+            seconds[n] = run(n, calls[n])
+    rounds = max(repeats, min(MOST_ROUNDS, int(ROUND_SECONDS * len(functions) / sum(seconds))))
+    found: list[list[float]] = [[] for _ in every]
+    for _ in range(rounds):
+        for n in every:
+            found[n].append(run(n, calls[n]) / calls[n])
+    return found
+
+
+def ratio(first: Sequence[float], second: Sequence[float]) -> float:
+    """The median, over rounds, of how many times as long the first takes as the second."""
+    return statistics.median(a / b for a, b in zip(first, second, strict=True))
 
 
 def peak_memory(function: Callable[[], object], device: str = "cpu") -> int:
@@ -103,19 +146,65 @@ def peak_memory(function: Callable[[], object], device: str = "cpu") -> int:
     return most
 
 
-def machine(device: str) -> dict[str, object]:
+def machine(device: str = "cpu") -> dict[str, object]:
     """What the figures were measured on."""
+    facts = wisdom.processor()
+    processor: dict[str, object] = {"name": facts.get("model name") or facts["name"] or facts["machine"]}
+    processor |= {short: facts[long] for short, long in (("family", "cpu family"), ("model", "model"),
+                                                         ("stepping", "stepping")) if long in facts}  # fmt: skip
+    processor["flags"] = [flag for flag in FLAGS if flag in facts.get("flags", "").split()]
     found: dict[str, object] = {
         "torch": torch.__version__,
         "python": platform.python_version(),
         "machine": platform.machine(),
         "threads": torch.get_num_threads(),
         "capability": torch.backends.cpu.get_cpu_capability(),
+        "processor": processor,
     }
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        names = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
-        found["cpu"] = names[0].partition(":")[2].strip() if names else platform.processor()
     if device == "cuda":
         found["gpu"] = torch.cuda.get_device_name()
     return found
+
+
+def result_path(text: str, device: str = "cpu") -> Path:
+    """The file of a result: a path, or a name such as ``layers-bfloat16``, in the folder of this processor (or GPU)."""
+    if Path(text).suffix:
+        return Path(text)
+    found = machine(device)
+    name = str(found.get("gpu") or found["processor"]["name"])  # type: ignore[index]
+    slug = "-".join("".join(c if c.isalnum() else " " for c in name.lower()).split())[:40].strip("-")
+    return RESULTS / slug / f"{text}.json"
+
+
+def write_result(path: Path, result: Mapping[str, object]) -> None:
+    """Write a result as JSON, as a whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_suffix(".tmp")
+    beside.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    os.replace(beside, path)
+
+
+def describe(result: Mapping[str, object]) -> str:
+    """In one line: processor, threads, dtype, allocator, clock and rounds of a result, as far as it says."""
+    place: dict = result.get("machine") or result  # type: ignore[assignment]
+    setting: dict = {**result, **(result.get("setting") or {})}  # type: ignore[dict-item]
+    processor = place.get("processor") or {"name": place.get("cpu", place.get("machine"))}
+    details = [f"{k} {processor[k]}" for k in ("family", "model", "stepping") if k in processor]
+    name = place.get("gpu") or processor["name"] + (f" ({', '.join(details)})" if details else "")
+    allocator = setting.get("allocator") or {True: "keeps freed memory"}.get(
+        setting.get("memory_kept", place.get("memory_kept"))
+    )
+    threads = setting.get("threads", place.get("threads"))
+    parts = [
+        name, setting.get("dtype"), f"{threads} thread{'s' * (threads != 1)}",
+        allocator and f"allocator: {allocator}", setting.get("clock") == "cpu" and "time on cores",
+        setting.get("compiled") and "under torch.compile", "repeats" in setting and f"{setting['repeats']} rounds",
+        f"torch {place['torch']}", "jax" in place and f"jax {place['jax']}",
+    ]  # fmt: skip
+    return ", ".join(str(part) for part in parts if part)
+
+
+def aligned(cells: Sequence[Sequence[str]]) -> str:
+    """Rows of cells as text, each column as wide as its widest cell."""
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in cells)

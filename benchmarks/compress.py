@@ -1,6 +1,6 @@
 """Test error of a trained dense network against the MACs that its projections keep, with and without calibration.
 
-    python benchmarks/compress.py --out benchmarks/results/compress.json
+    python benchmarks/compress.py --out compress
 
 Trains the dense residual MLP of the package on the embedded images, then projects its linear layers, all but the last,
 at each budget, and evaluates without any further training. Calibration data are training images; the errors are those
@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import math
 import sys
 import tempfile
@@ -20,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _measure import machine
+from _measure import machine, result_path, write_result
 from torch import nn
 
 from structlin_nn.data.augment import normalize
@@ -81,7 +80,7 @@ def main() -> None:
     parser.add_argument("--structures", nargs="+", default=STRUCTURES)
     parser.add_argument("--fractions", type=float, nargs="+", default=[0.5, 0.25, 0.125])
     parser.add_argument("--calibration-images", type=int, default=2000)
-    parser.add_argument("--out", type=Path, help="where to write the JSON result")
+    parser.add_argument("--out", metavar="NAME", help="the JSON file to write, or its name in results/")
     arguments = parser.parse_args()
     setting = {"width": arguments.width, "epochs": arguments.epochs, "calibration_images": arguments.calibration_images}
     with tempfile.TemporaryDirectory() as folder:
@@ -105,7 +104,7 @@ def main() -> None:
     print(table(rows, dense))
     if arguments.out:
         result = {"setting": setting, "machine": machine("cpu"), "dense": dense, "rows": rows}
-        arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+        write_result(result_path(arguments.out), result)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
 """Structured contractions under jax.jit against the dense product and against other orders of the same contraction.
 
-    python benchmarks/jax_layers.py --out benchmarks/results/jax_layers.json
+    python benchmarks/jax_layers.py --out jax_layers
     XLA_FLAGS="--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1" python benchmarks/jax_layers.py
     python benchmarks/jax_layers.py --sizes 1024 4096 --tokens 1024 16384 --dtype bfloat16
 
-One run; within a row all implementations are called in turn, and ratios of the medians are reported: the speed-up over
-the dense product and the efficiency, which is the speed-up divided by the ratio of MACs, dense to structured. With
+In each row all implementations are timed in turn, and medians of the ratios of each round are reported: the speed-up
+over the dense product and the efficiency, which is the speed-up divided by the ratio of MACs, dense to structured. With
 them stands how many transposed arrays XLA writes in the compiled program (its `transpose` operations that are not
 layouts alone), forward and forward+backward: each is a pass over an activation.
 
@@ -19,21 +19,21 @@ layouts alone), forward and forward+backward: each is a pass over an activation.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import re
+import statistics
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from _measure import keep_memory, machine, medians
+from _measure import aligned, describe, keep_memory, machine, ratio, result_path, timings, write_result
 
 import structlin
 from structlin import Structure
 from structlin._arrays import ops
 from structlin.execution.compiled.xla import threads
+from structlin.execution.products import products
 
 CASES: dict[str, tuple[str, dict[str, object]]] = {
     "low_rank": ("low_rank", {"rank_fraction": 0.125}),
@@ -55,7 +55,7 @@ def by_structlin(structure: Structure) -> Contraction:
 
 def by_products(structure: Structure) -> Contraction:
     def run(factors: Sequence[jax.Array], x: jax.Array) -> jax.Array:
-        return structure._portable(factors, x, ops("jax"))
+        return products(structure, factors, x, ops("jax"))
 
     return run
 
@@ -135,7 +135,7 @@ def measure(label: str, size: int, tokens: int, dtype: str, repeats: int) -> dic
         if not error < (3e-2 if dtype == "bfloat16" else 1e-4):
             raise AssertionError(f"{implementation} of {label} {size}: relative error {error}")
 
-    ratio = size * size / structure.macs
+    saved = size * size / structure.macs
     found: dict[str, dict[str, float]] = {implementation: {} for implementation in contractions}
     seconds: dict[str, float] = {}
     for kind, change in (("forward", lambda f: f), ("forward_backward", with_backward)):
@@ -143,17 +143,17 @@ def measure(label: str, size: int, tokens: int, dtype: str, repeats: int) -> dic
         compiled += [jax.jit(change(c)).lower(factors, x).compile() for c in contractions.values()]
         given = [weight] + [factors] * len(contractions)
         calls = [lambda c=c, f=f: jax.block_until_ready(c(f, x)) for c, f in zip(compiled, given, strict=True)]
-        times = medians(calls, repeats)
-        seconds[kind] = times[0]
-        for implementation, program, time in zip(contractions, compiled[1:], times[1:], strict=True):
+        times = timings(calls, repeats)
+        seconds[kind] = statistics.median(times[0])
+        for implementation, program, taken in zip(contractions, compiled[1:], times[1:], strict=True):
             found[implementation] |= {
-                f"{kind}_speed_up": times[0] / time,
-                f"{kind}_efficiency": times[0] / time / ratio,
+                f"{kind}_speed_up": ratio(times[0], taken),
+                f"{kind}_efficiency": ratio(times[0], taken) / saved,
                 f"{kind}_transposes": transposes(program.as_text()),
             }
     return {
         "structure": label, "options": options, "size": size, "tokens": tokens, "macs": structure.macs,
-        "mac_ratio": ratio, "dense_seconds": seconds, "implementations": found,
+        "mac_ratio": saved, "dense_seconds": seconds, "implementations": found,
     }  # fmt: skip
 
 
@@ -169,8 +169,7 @@ def table(rows: Sequence[Mapping[str, object]]) -> str:
                 f"({f['forward_transposes']} / {f['forward_backward_transposes']})"
             )
         lines.append([str(row["structure"]), str(row["size"]), str(row["tokens"]), f"{row['mac_ratio']:.1f}", *cells])
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines)
+    return aligned(lines)
 
 
 def report(result: dict) -> str:
@@ -185,20 +184,24 @@ def main() -> None:
     parser.add_argument("--tokens", nargs="+", type=int, default=[1024])
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--repeats", type=int, default=11)
-    parser.add_argument("--out", type=Path, help="JSON file to write")
+    parser.add_argument("--keep-memory", action="store_true", help="let the process keep the memory that it frees")
+    parser.add_argument("--out", metavar="NAME", help="the JSON file to write, or its name in results/")
     arguments = parser.parse_args()
     flags, devices = os.environ.get("XLA_FLAGS", ""), [device.platform for device in jax.devices()]
     place = {**machine("cpu"), "jax": jax.__version__, "xla_flags": flags, "devices": devices}
-    place |= {"memory_kept": keep_memory(), "cores": threads()}
+    place |= {"cores": threads(), "threads": threads()}
+    setting: dict[str, object] = {"dtype": arguments.dtype, "repeats": arguments.repeats}
+    setting["allocator"] = "keeps freed memory" if arguments.keep_memory and keep_memory() else "default"
     rows: list[dict[str, object]] = []
+    result = {"setting": setting, "machine": place, "rows": rows}
+    print(describe(result), flush=True)
     for size in arguments.sizes:
         for tokens in arguments.tokens:
             for label in arguments.structures:
                 rows.append(measure(label, size, tokens, arguments.dtype, arguments.repeats))
                 print(table(rows[-1:]).splitlines()[-1], flush=True)
                 if arguments.out is not None:
-                    result = {"machine": place, "dtype": arguments.dtype, "repeats": arguments.repeats, "rows": rows}
-                    arguments.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+                    write_result(result_path(arguments.out), result)
     print("\nefficiency forward / forward+backward (transposed arrays written)\n" + table(rows))
 
 

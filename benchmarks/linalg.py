@@ -1,6 +1,6 @@
 """Products, solutions and determinants of structured matrices, beside dense LAPACK and other libraries, on a CPU.
 
-    python benchmarks/linalg.py --json benchmarks/results/linalg.json
+    python benchmarks/linalg.py --out linalg
 
 Measured in one run by interleaved repeats, in random order, calls below 50 ms each after one that does not count;
 reported are medians and ratios of medians (above 1: this library is faster). With one thread, the default, time is that
@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
 import math
 import os
 import statistics
@@ -31,13 +30,12 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import cola
 import numpy as np
 import torch
-from _measure import machine
+from _measure import aligned, machine, result_path, write_result
 
 import structlin as sl
 
@@ -391,8 +389,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
             text = "-" if ratio is None else f"x{ratio:.3g}"
             shown.append(text if wrong < 1e-3 else f"{text} (error {wrong:.0e})")
         cells.append((row["structure"], str(row["n"]), row["operation"], f"{row['microseconds']['ours']:.0f}", *shown))
-    widths = [max(len(c[i]) for c in cells) for i in range(len(head))]
-    return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in cells)
+    return aligned(cells)
 
 
 def report(result: dict) -> str:
@@ -409,7 +406,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="float64", choices=["float32", "float64"])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--dense-limit", type=int, default=4096, help="rows of the largest dense matrix")
-    parser.add_argument("--json", type=Path, help="where to write the result")
+    parser.add_argument("--out", metavar="NAME", help="the JSON file to write, or its name in results/")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     absent = [name for name in PEERS if importlib.util.find_spec(name) is None]
@@ -428,13 +425,11 @@ def main() -> None:
     left = [n for n in arguments.sizes if n > arguments.dense_limit]
     if left:
         print(f"dense: left out at n = {', '.join(map(str, left))}")
-    if arguments.json:
-        setting = {k: v for k, v in vars(arguments).items() if k != "json"} | {"columns": COLUMNS, "absent": absent}
+    if arguments.out:
+        setting = {k: v for k, v in vars(arguments).items() if k != "out"} | {"columns": COLUMNS, "absent": absent}
         versions = {name: version(name.replace("_", "-")) for name in PEERS if name not in absent}
         found = {"setting": setting, "machine": machine("cpu"), "versions": versions, "rows": rows}
-        partial = arguments.json.with_suffix(".partial")
-        partial.write_text(json.dumps(found, indent=1) + "\n")
-        partial.replace(arguments.json)
+        write_result(result_path(arguments.out), found)
 
 
 if __name__ == "__main__":

@@ -1,48 +1,80 @@
 """Sphinx extension: committed results and experiments in the documentation.
 
-``{benchmark} NAME`` shows benchmarks/results/NAME.json as benchmarks/NAME.py prints it, ``{benchmark} NAME KIND`` shows
-NAME-KIND.json; ``{experiments}`` shows what the files of structlin_nn/configs/ say of themselves.
+``{benchmarks} NAME`` shows every benchmarks/results/PROCESSOR/NAME*.json that exists, by processor, as
+benchmarks/NAME.py prints it, with a plot where there is a benchmarks/plot_NAME.py; ``{benchmarks} NAME KIND`` shows the
+files NAME-KIND*.json alone. ``{experiments}`` shows what the files of structlin_nn/configs/ say of themselves.
 """
 
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import inspect
 import json
 import sys
+from collections.abc import Mapping
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from docutils import nodes
-from docutils.parsers.rst import Directive
+from sphinx.util.docutils import SphinxDirective
 
 from structlin_nn.sweeps import names
 
-BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+ROOT = Path(__file__).resolve().parents[2]
+BENCHMARKS = ROOT / "benchmarks"
+PLOTS = ROOT / "docs" / "_build" / "plots"
 
 
-class Benchmark(Directive):
-    """The committed result of a benchmark: its settings and its table."""
+class Benchmarks(SphinxDirective):
+    """The committed results of a benchmark: a section for each processor, with plots, tables and settings."""
 
     required_arguments = 1
     optional_arguments = 1
 
     def run(self) -> list[nodes.Node]:
         name = self.arguments[0]
-        script, result = BENCHMARKS / f"{name}.py", BENCHMARKS / "results" / f"{'-'.join(self.arguments)}.json"
-        for path in (script, result):
-            self.state.document.settings.record_dependencies.add(str(path))
-            if not path.exists():
-                raise self.error(f"benchmarks/{path.relative_to(BENCHMARKS)} does not exist")
-        found = json.loads(result.read_text(encoding="utf-8"))
-        setting = {k: v for k, v in found.items() if not (isinstance(v, list) and v and isinstance(v[0], dict))}
-        text = "\n".join(f"{key}: {shown(value)}" for key, value in setting.items())
-        table = load(script).report(found)
-        return [nodes.literal_block(text, text), nodes.literal_block(table, table)]
+        script, plot = BENCHMARKS / f"{name}.py", BENCHMARKS / f"plot_{name}.py"
+        if not script.exists():
+            raise self.error(f"benchmarks/{script.name} does not exist")
+        files = BENCHMARKS.glob(f"results/*/{'-'.join(self.arguments)}*.json")
+        results = sorted(files, key=lambda path: (path.parent.name, path.stem))
+        for path in (script, plot, *results):
+            self.env.note_dependency(str(path))
+        found: list[nodes.Node] = []
+        for folder, paths in groupby(results, key=lambda path: path.parent.name):
+            section = nodes.section(ids=[f"{'-'.join(self.arguments).replace('_', '-')}-{folder}"])
+            for path in paths:
+                result = json.loads(path.read_text(encoding="utf-8"))
+                text = load("_measure").describe(result)
+                if not section.children:
+                    section += nodes.title("", text.partition(",")[0].partition(" (")[0])
+                section += nodes.rubric("", path.stem)
+                section += nodes.paragraph("", text + ".")
+                if plot.exists():
+                    section += self.plotted(load(plot.stem), result, f"{folder}-{path.stem}.png")
+                section += folded(load(name).report(result), result)
+            found.append(section)
+        return found
+
+    def plotted(self, plot: Any, result: Mapping[str, object], file: str) -> nodes.image:
+        """Draw a result in a folder that git ignores."""
+        PLOTS.mkdir(parents=True, exist_ok=True)
+        plot.plot(result, PLOTS / file)
+        where = f"/{PLOTS.relative_to(ROOT / 'docs')}/{file}"
+        return nodes.image(uri=where, alt=f"{file.removesuffix('.png')}: efficiency of each layer")
 
 
-class Experiments(Directive):
+def folded(table: str, result: Mapping[str, object]) -> list[nodes.Node]:
+    """A table that is wider than the page, and the settings, behind a line to click on."""
+    setting = {k: v for k, v in result.items() if not (isinstance(v, list) and v and isinstance(v[0], dict))}
+    text = "\n".join(f"{key}: {shown(value)}" for key, value in setting.items())
+    blocks = [nodes.literal_block(part, part, language="text") for part in (table, text)]
+    opened = '<details><summary>Table and settings</summary><div style="overflow-x: auto">'
+    return [nodes.raw("", opened, format="html"), *blocks, nodes.raw("", "</div></details>", format="html")]
+
+
+class Experiments(SphinxDirective):
     """The experiments of the paper: a section each, from the docstring of its file."""
 
     def run(self) -> list[nodes.Node]:
@@ -67,20 +99,14 @@ def shown(value: object) -> str:
     return ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else str(value)
 
 
-def load(script: Path) -> Any:
-    """The module of a benchmark."""
+def load(name: str) -> Any:
+    """A module of benchmarks/."""
     if str(BENCHMARKS) not in sys.path:
         sys.path.insert(0, str(BENCHMARKS))
-    spec = importlib.util.spec_from_file_location(f"benchmark_{script.stem}", script)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    return importlib.import_module(name)
 
 
 def setup(app: Any) -> dict[str, Any]:
-    app.add_directive("benchmark", Benchmark)
+    app.add_directive("benchmarks", Benchmarks)
     app.add_directive("experiments", Experiments)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
