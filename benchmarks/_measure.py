@@ -35,7 +35,7 @@ RESULTS = Path(__file__).resolve().parent / "results"
 FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
 
 _TRIM_THRESHOLD, _MMAP_MAX = -1, -4  # names of mallopt(3)
-WARM, FEW_PAGES = 8, 64
+WARM, WARM_SECONDS, FEW_PAGES = 8, 3.0, 64
 # A timing is of as many calls as take so many seconds, so that the clock and a cold cache do not count. Functions that
 # take little time are timed in more rounds than asked for, so many that all rounds of one take so many seconds.
 LEAST_SECONDS, ROUND_SECONDS, MOST_ROUNDS = 2e-4, 0.03, 101
@@ -73,9 +73,9 @@ def timings(
 ) -> list[list[float]]:
     """Seconds of a call of each function in each round: all functions are timed in turn, at least ``repeats`` times.
 
-    Before, they are called in turn to warm up, until they get no new pages of memory, at most ``WARM`` times: a heap
-    that large arrays are taken from grows for some rounds, and to clear a page takes as long as a fast layer. A short
-    function is called several times for each timing.
+    Before, they are called in turn to warm up, until they get no new pages of memory, or ``WARM`` times, or for
+    ``WARM_SECONDS`` and twice: a heap that large arrays are taken from grows for some rounds, and to clear a page takes
+    as long as a fast layer. A short function is called several times for each timing.
 
     ``clock="cpu"`` counts the time that this process has spent on cores, which does not run while others have them:
     the right one for a single thread on a machine that is busy. ``around``: a context for each function, which is
@@ -99,10 +99,12 @@ def timings(
             return now() - start
 
     every = range(len(functions))
-    for _ in range(WARM):
+    spent = 0.0
+    for number in range(WARM):
         before = _pages()
         seconds = [run(n) for n in every]
-        if _pages() - before <= FEW_PAGES * len(functions):
+        spent += sum(seconds)
+        if _pages() - before <= FEW_PAGES * len(functions) or (number and spent > WARM_SECONDS):
             break
     calls = [1 for _ in every]
     for n in every:

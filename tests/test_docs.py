@@ -21,6 +21,13 @@ def test_site_builds_without_a_warning(tmp_path: Path) -> None:
     for name in structlin.names():
         assert (tmp_path / "html" / "structures" / "generated" / f"{name}.html").exists()
         assert (tmp_path / "html" / "_images" / f"{name}.png").exists()
+    for result in (ROOT / "benchmarks" / "results").glob("*/layers*.json"):
+        assert (tmp_path / "html" / "_images" / f"{result.parent.name}-{result.stem}.png").exists()
     api = (tmp_path / "html" / "api.html").read_text(encoding="utf-8")
-    for name in ("structlin.project", "structlin.scale.lr_multipliers", "structlin_nn.torch.StructuredLinear"):
+    for name in (
+        "structlin.project",
+        "structlin.execution.explain",
+        "structlin.scale.lr_multipliers",
+        "structlin_nn.torch.StructuredLinear",
+    ):
         assert f'id="{name}"' in api, f"{name} is not in the API page"
