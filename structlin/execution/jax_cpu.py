@@ -8,6 +8,7 @@ products, these are the portable plan's, as they are where nothing is compiled.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -21,7 +22,9 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
 from structlin._arrays import ops
-from structlin.execution.compiled.xla import XLAChain
+from structlin.execution.compiled._target import CompileError, warn_once
+from structlin.execution.compiled.xla import INSTEAD, XLAChain
+from structlin.execution.products import products
 
 if TYPE_CHECKING:
     from structlin.structure import Structure
@@ -86,8 +89,12 @@ def _of(structure: Structure, rows: bool) -> XLAChain:
 
 def _portable(x: Array, *operands: Array, structure: Structure, rows: bool, bias: bool) -> Array:
     factors = operands[:-1] if bias else operands
-    y = structure._portable(factors, x, ops("jax"), rows)
+    y = products(structure, factors, x, ops("jax"), rows)
     return y + operands[-1] if bias else y
+
+
+def _plain(structure: Structure, rows: bool) -> Callable[..., Array]:
+    return lambda x, *factors: products(structure, factors, x, ops("jax"), rows)
 
 
 def _portable_tangent(*operands: Array, structure: Structure, rows: bool, needs: tuple[bool, ...]) -> Array:
@@ -96,7 +103,7 @@ def _portable_tangent(*operands: Array, structure: Structure, rows: bool, needs:
     given = dict(zip(places, tangents, strict=True))
     found = given.pop(len(primals), None)
     if given:
-        through = _of_some(lambda *all_: structure._portable(all_[1:], all_[0], ops("jax"), rows), primals, list(given))
+        through = _of_some(_plain(structure, rows), primals, list(given))
         _, tangent = jax.jvp(through, [primals[k] for k in given], list(given.values()))
         found = tangent if found is None else tangent + found
     return jnp.broadcast_to(found, _shape(structure, primals[0], rows))
@@ -109,7 +116,7 @@ def _portable_gradients(
     places = [k for k in range(len(primals)) if needs[k]]
     found: tuple[Array, ...] = ()
     if places:
-        through = _of_some(lambda *all_: structure._portable(all_[1:], all_[0], ops("jax"), rows), primals, places)
+        through = _of_some(_plain(structure, rows), primals, places)
         found = jax.vjp(through, *(primals[k] for k in places))[1](gy)
     return (*found, gy.sum(0)) if needs[-1] else found
 
@@ -169,10 +176,20 @@ def _(x: Any, *operands: Any, structure: Structure, rows: bool, bias: bool, kept
 def _chain_portable(
     x: Array, *operands: Array, structure: Structure, rows: bool, bias: bool, kept: int
 ) -> list[Array]:  # fmt: skip
-    """What is kept, nobody reads there."""
-    sizes = _of(structure, rows).kept_sizes(str(x.dtype), kept)
     y = _portable(x, *operands, structure=structure, rows=rows, bias=bias)
-    return [y, *(jnp.zeros(size, x.dtype) for size in sizes)]
+    return [y, *_activations(x, operands, structure, rows, kept)] if kept else [y]
+
+
+def _activations(x: Array, factors: Sequence[Array], structure: Structure, rows: bool, kept: int) -> Iterator[Array]:
+    """Those that a compiled pass keeps, as it keeps them: what reads them may have been compiled for all that."""
+    schedule, sizes = _of(structure, rows).given(str(x.dtype)).schedule, dict(structure.sizes)
+    x = x[:kept] if rows else x[:, :kept].T
+    for k, step in enumerate(structure.steps[:-1], 1):
+        shape = [sizes[a] for a in step.output]
+        part = type(structure)(structure.steps[:k], structure.sizes, structure.d_in, math.prod(shape))
+        found = products(part, factors[:k], x, ops("jax")).reshape(kept, *shape)
+        found = found.transpose(0, *(1 + step.output.index(a) for a in schedule.states[k])).reshape(kept, -1)
+        yield jnp.pad(found, ((0, 0), (0, schedule.rows[k] - found.shape[1]))).reshape(-1)
 
 
 def _chain_compiled(
@@ -215,13 +232,17 @@ def _chain_batch(
     operands: Sequence[Array], at: Sequence[int | None], *, structure: Structure, rows: bool, bias: bool, kept: int
 ) -> tuple[list[Array], list[int | None]]:
     """Vectors of all batches are so many more tokens; with factors of each batch the products are batched."""
+    chain = 1 + len(structure.steps)
+    if not any(dim is not None for dim in at[:chain]):  # of the bias alone
+        y, *held = _chain.bind(*operands[:chain], structure=structure, rows=rows, bias=False, kept=kept)
+        return [y + jnp.moveaxis(operands[-1], at[-1] or 0, 0)[:, None], *held], [0, *[None] * len(held)]
+    # Gradients of x or of factors of each batch do without what is kept.
     dtype = operands[0].dtype
     unread = [jnp.zeros(size, dtype) for size in _of(structure, rows).kept_sizes(str(dtype), kept)]
     if any(dim is not None for dim in at[1:]):
         single = partial(_portable, structure=structure, rows=rows, bias=bias)
         return [jax.vmap(single, at)(*operands), *unread], [0, *[None] * len(unread)]
-    x, factors = operands[0], operands[1:-1] if bias else operands[1:]
-    y = _fold(structure, factors, x, at[0] or 0, operands[-1] if bias else None, rows)
+    y = _fold(structure, operands[1:chain], operands[0], at[0] or 0, operands[-1] if bias else None, rows)
     return [y, *unread], [0 if rows else 1, *[None] * len(unread)]
 
 
@@ -394,8 +415,12 @@ def _lowering(compiled: Callable[..., Any], portable: Callable[..., Any], severa
         module = context.module_context
         alone = getattr(module.axis_context, "num_devices", None) == 1
         exported = module.lowering_parameters.for_export
-        function = compiled if alone and not exported and not _SINGLE.get() else portable
-        return mlir.lower_fun(function, multiple_results=several)(context, *operands, **params)
+        if alone and not exported and not _SINGLE.get():
+            try:
+                return mlir.lower_fun(compiled, multiple_results=several)(context, *operands, **params)
+            except CompileError as error:
+                warn_once(error, INSTEAD)
+        return mlir.lower_fun(portable, multiple_results=several)(context, *operands, **params)
 
     return lower
 

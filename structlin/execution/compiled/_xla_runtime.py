@@ -1,19 +1,29 @@
-"""What a custom call of XLA's runs: the stages of a pass one after the other, each shared among XLA's own threads.
+"""What XLA calls to run the passes of a chain: one handler for all chains, batch sizes and directions.
 
-XLA calls a handler with a frame that says where the arrays are (its typed foreign function interface, ``c_api.h`` among
-the headers of jaxlib). A handler of ours hands that on to one function, with a plan: a table of numbers that lists the
-stages, and for each what it calls and where in the arrays its operands start. Nothing of it holds Python's lock.
+XLA has a typed foreign function interface (``c_api.h`` among the headers of jaxlib). A call names the handler and
+carries attributes. Ours has one, a text that describes the passes. XLA hands each call to the handler in two stages:
+
+- *Instantiate*, once for each call in an executable, when it is compiled or read from a file. Python makes the plan of
+  the call from its attribute, and XLA keeps it until the executable is gone.
+- *Execute*, for each run. Machine code compares the arrays with the plan and then runs the plan's stages one after the
+  other, each shared among XLA's own threads. It holds no lock of Python's.
+
+A plan is a table of 64-bit words: how many operands, results and stages it has, the most entries of the tables of a
+stage, the most shares of one, and of each array its type and number of elements. Then come the stages: the function,
+its shares, the entries of a table, the total, where the shares start with the end of the last, and of each entry an
+array and bytes from its start. The last array is scratch memory, which is used from its first whole cache line on.
 
 The shares of a stage are claimed one at a time, by the thread that XLA called and by tasks in its pool. A task may
-start when all is done, as the pool may have other things to do: it finds nothing to claim, and the last one that knows
-of a stage frees the words that it is claimed by. So no thread waits for a task to start.
+start when all is done, as the pool may have other things to do. It then finds nothing to claim, and the last one that
+knows of a stage frees its record. So no thread waits for a task to start.
 """
 
 from __future__ import annotations
 
 import ctypes
 import re
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Sequence
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
@@ -21,285 +31,45 @@ from typing import Any
 from structlin.execution.compiled._ir import Code, Int, Values
 from structlin.execution.compiled._product import BYTES
 from structlin.execution.compiled._schedule import LINE
-from structlin.execution.compiled._target import Target, address, load
+from structlin.execution.compiled._target import CompileError, Target, address, host, load
 
-# Versions of the interface whose structs are those that are read here (minor ones of version 0).
-VERSIONS = (2, 3)
+TARGET = "structlin_chain"
+TYPES = {"uint8": 6, "float32": 11, "float64": 12, "bfloat16": 16}  # XLA_FFI_DataType
+# Minor versions of the interface whose structs are read here, of version 0; and what the arguments of its functions
+# for states have between the context and the type: since version 3 the stage that made the state, which is the first.
+VERSIONS: dict[int, tuple[int, ...]] = {2: (), 3: (0,)}
+# Places of functions in XLA_FFI_Api, in words.
+_ERROR_CREATE, _ERROR_DESTROY, _TYPE_REGISTER, _STATE_SET, _STATE_GET, _SCHEDULE, _THREADS = 6, 8, 11, 13, 14, 17, 18
+_FAILED = 9  # XLA_FFI_Error_Code_FAILED_PRECONDITION
+_INSTANTIATE = 0  # XLA_FFI_ExecutionStage
+_METADATA = 1  # XLA_FFI_Extension_Type
+_STRING = 4  # XLA_FFI_AttrType
 
-# Words of a stage that is shared: next share, shares that are done, threads that know of it; then what @work reads.
-_POOL = """
-define internal void @work(ptr %stage) nounwind {{
-entry:
-  %done.at = getelementptr i64, ptr %stage, i64 1
-  %shares.at = getelementptr i64, ptr %stage, i64 3
-  %shares = load i64, ptr %shares.at
-  br label %claim
-claim:
-  %k = atomicrmw add ptr %stage, i64 1 acq_rel
-  %mine = icmp slt i64 %k, %shares
-  br i1 %mine, label %run, label %end
-run:
-  %function.at = getelementptr i64, ptr %stage, i64 4
-  %function = load ptr, ptr %function.at
-  %total.at = getelementptr i64, ptr %stage, i64 5
-  %total = load i64, ptr %total.at
-  %tables.at = getelementptr i64, ptr %stage, i64 6
-  %tables = load ptr, ptr %tables.at
-  %cuts.at = getelementptr i64, ptr %stage, i64 7
-  %cuts = load ptr, ptr %cuts.at
-  call void @share(ptr %function, ptr %tables, ptr %cuts, i64 %total, i64 %k)
-  %before = atomicrmw add ptr %done.at, i64 1 acq_rel
-  br label %claim
-end:
-  ret void
-}}
+Handler = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p)
+# Makes a plan of a text: its words, and the functions that they have addresses of.
+Prepare = Callable[[str], tuple[Sequence[int], object]]
 
-define internal void @share(ptr %function, ptr %tables, ptr %cuts, i64 %total, i64 %k) nounwind {{
-entry:
-  %table.at = getelementptr ptr, ptr %tables, i64 %k
-  %table = load ptr, ptr %table.at
-  %first.at = getelementptr i64, ptr %cuts, i64 %k
-  %first = load i64, ptr %first.at
-  %last.at = getelementptr i64, ptr %first.at, i64 1
-  %last = load i64, ptr %last.at
-  call void %function(ptr %table, i64 %first, i64 %last, i64 %total)
-  ret void
-}}
-
-define internal void @forget(ptr %stage) nounwind {{
-entry:
-  %known.at = getelementptr i64, ptr %stage, i64 2
-  %known = atomicrmw sub ptr %known.at, i64 1 acq_rel
-  %last = icmp eq i64 %known, 1
-  br i1 %last, label %free, label %end
-free:
-  call void inttoptr (i64 {free} to ptr)(ptr %stage)
-  br label %end
-end:
-  ret void
-}}
-
-define internal void @task(ptr %stage) nounwind {{
-entry:
-  call void @work(ptr %stage)
-  call void @forget(ptr %stage)
-  ret void
-}}
-
-define internal i64 @threads(ptr %api, ptr %context) nounwind {{
-entry:
-  %found = alloca i64
-  store i64 1, ptr %found
-  %given = alloca [4 x i64]
-  store i64 32, ptr %given
-  %w1 = getelementptr i64, ptr %given, i64 1
-  store i64 0, ptr %w1
-  %w2 = getelementptr i64, ptr %given, i64 2
-  store ptr %context, ptr %w2
-  %w3 = getelementptr i64, ptr %given, i64 3
-  store ptr %found, ptr %w3
-  %ask.at = getelementptr i64, ptr %api, i64 18
-  %ask = load ptr, ptr %ask.at
-  %error = call ptr %ask(ptr %given)
-  %well = call i1 @well(ptr %api, ptr %error)
-  %count = load i64, ptr %found
-  %used = select i1 %well, i64 %count, i64 1
-  ret i64 %used
-}}
-
-define internal i1 @schedule(ptr %api, ptr %context, ptr %stage) nounwind {{
-entry:
-  %given = alloca [5 x i64]
-  store i64 40, ptr %given
-  %w1 = getelementptr i64, ptr %given, i64 1
-  store i64 0, ptr %w1
-  %w2 = getelementptr i64, ptr %given, i64 2
-  store ptr %context, ptr %w2
-  %w3 = getelementptr i64, ptr %given, i64 3
-  store ptr @task, ptr %w3
-  %w4 = getelementptr i64, ptr %given, i64 4
-  store ptr %stage, ptr %w4
-  %put.at = getelementptr i64, ptr %api, i64 17
-  %put = load ptr, ptr %put.at
-  %error = call ptr %put(ptr %given)
-  %well = call i1 @well(ptr %api, ptr %error)
-  ret i1 %well
-}}
-
-define internal i1 @well(ptr %api, ptr %error) nounwind {{
-entry:
-  %well = icmp eq ptr %error, null
-  br i1 %well, label %end, label %destroy
-destroy:
-  %given = alloca [3 x i64]
-  store i64 24, ptr %given
-  %w1 = getelementptr i64, ptr %given, i64 1
-  store i64 0, ptr %w1
-  %w2 = getelementptr i64, ptr %given, i64 2
-  store ptr %error, ptr %w2
-  %function.at = getelementptr i64, ptr %api, i64 8
-  %function = load ptr, ptr %function.at
-  call void %function(ptr %given)
-  br label %end
-end:
-  ret i1 %well
-}}
-
-define internal void @stage(
-  ptr %api, ptr %context, ptr %function, i64 %shares, ptr %tables, ptr %cuts, i64 %total
-) nounwind {{
-entry:
-  %alone = icmp eq i64 %shares, 1
-  br i1 %alone, label %here, label %ask
-ask:
-  %threads = call i64 @threads(ptr %api, ptr %context)
-  %one = icmp slt i64 %threads, 2
-  br i1 %one, label %here, label %shared
-here:
-  %k = phi i64 [ 0, %entry ], [ 0, %ask ], [ %next, %here ]
-  call void @share(ptr %function, ptr %tables, ptr %cuts, i64 %total, i64 %k)
-  %next = add i64 %k, 1
-  %more = icmp slt i64 %next, %shares
-  br i1 %more, label %here, label %end
-shared:
-  %stage = call ptr inttoptr (i64 {malloc} to ptr)(i64 64)
-  store i64 0, ptr %stage
-  %done.at = getelementptr i64, ptr %stage, i64 1
-  store i64 0, ptr %done.at
-  %known.at = getelementptr i64, ptr %stage, i64 2
-  %shares.at = getelementptr i64, ptr %stage, i64 3
-  store i64 %shares, ptr %shares.at
-  %function.at = getelementptr i64, ptr %stage, i64 4
-  store ptr %function, ptr %function.at
-  %total.at = getelementptr i64, ptr %stage, i64 5
-  store i64 %total, ptr %total.at
-  %tables.at = getelementptr i64, ptr %stage, i64 6
-  store ptr %tables, ptr %tables.at
-  %cuts.at = getelementptr i64, ptr %stage, i64 7
-  store ptr %cuts, ptr %cuts.at
-  %least = call i64 @llvm.smin.i64(i64 %threads, i64 %shares)
-  store i64 %least, ptr %known.at
-  %tasks = sub i64 %least, 1
-  br label %put
-put:
-  %i = phi i64 [ 0, %shared ], [ %following, %refused ], [ %following, %taken ]
-  %all = icmp sge i64 %i, %tasks
-  br i1 %all, label %run, label %another
-another:
-  %following = add i64 %i, 1
-  %well = call i1 @schedule(ptr %api, ptr %context, ptr %stage)
-  br i1 %well, label %taken, label %refused
-taken:
-  br label %put
-refused:
-  %known = atomicrmw sub ptr %known.at, i64 1 acq_rel
-  br label %put
-run:
-  call void @work(ptr %stage)
-  br label %wait
-wait:
-  %done = load atomic i64, ptr %done.at acquire, align 8
-  %finished = icmp eq i64 %done, %shares
-  br i1 %finished, label %leave, label %again
-again:
-  %yielded = call i32 inttoptr (i64 {sched_yield} to ptr)()
-  br label %wait
-leave:
-  call void @forget(ptr %stage)
-  br label %end
-end:
-  ret void
-}}
-
-define ptr @execute(ptr %frame, ptr %plan) nounwind {{
-entry:
-  %extension.at = getelementptr i64, ptr %frame, i64 1
-  %extension = load ptr, ptr %extension.at
-  %plain = icmp eq ptr %extension, null
-  br i1 %plain, label %run, label %extended
-extended:
-  %type.at = getelementptr i64, ptr %extension, i64 1
-  %type = load i32, ptr %type.at
-  %asked = icmp eq i32 %type, 1
-  br i1 %asked, label %metadata, label %run
-metadata:
-  %answer.at = getelementptr i64, ptr %extension, i64 3
-  %answer = load ptr, ptr %answer.at
-  %major.at = getelementptr i32, ptr %answer, i64 6
-  store i32 0, ptr %major.at
-  %minor.at = getelementptr i32, ptr %answer, i64 7
-  store i32 {minor}, ptr %minor.at
-  %traits.at = getelementptr i32, ptr %answer, i64 8
-  store i32 0, ptr %traits.at
-  %state.at = getelementptr i64, ptr %answer, i64 5
-  store i64 0, ptr %state.at
-  ret ptr null
-run:
-  call void @stages(ptr %frame, ptr %plan)
-  ret ptr null
-}}
-"""
+_LOCK = threading.Lock()
 
 
-def _stages() -> Code:
-    """The words of a plan: operands, results, stages, the most entries that the tables of a stage have, and shares.
+def _kept(found: Any) -> Any:
+    """The same object, which is never freed: XLA may call what belongs to it when Python has ended."""
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(found))
+    return found
 
-    Then of each stage: its function, shares, entries of each table, the total, where the shares start with the end of
-    the last, and of each entry an array and a number of bytes from its start. Of the last array, which is scratch
-    memory, the start is that of the next cache line.
-    """
-    code = Code()
 
-    def word(pointer: str, at: Int, kind: str = "i64") -> str:
-        return code.value(f"load {kind}, ptr {code.at('i64', pointer, at)}")
-
-    def put(value: Int, pointer: str, at: Int) -> None:
-        code.put(f"store i64 {value}, ptr {code.at('i64', pointer, at)}")
-
-    operands, results, stages, entries, shares = (word("%plan", k) for k in range(5))
-    count = code.add(operands, results)
-    bases, words, tables = (code.value(f"alloca i64, i64 {n}") for n in (count, entries, shares))
-    api, context = word("%frame", 2, "ptr"), word("%frame", 3, "ptr")
-    for first, number, list_ in (
-        (0, operands, word("%frame", 9, "ptr")),
-        (operands, results, word("%frame", 14, "ptr")),
-    ):
-
-        def base(k: Int, _: Values, first: Int = first, list_: str = list_) -> None:
-            put(word(word(list_, k, "ptr"), 3), bases, code.add(first, k))
-
-        code.loop(0, number, 1, base)
-    last = code.subtract(count, 1)
-    put(code.value(f"and i64 {code.add(word(bases, last), LINE - 1)}, {-LINE}"), bases, last)
-
-    def stage(_: Int, carried: Values) -> Values:
-        (start,) = carried
-        function, number, width, total = word(start, 0, "ptr"), *(word(start, k) for k in range(1, 4))
-        cuts = code.at("i64", start, 4)
-        listed = code.at("i64", cuts, code.add(number, 1))
-        many = code.multiply(number, width)
-
-        def entry(k: Int, _: Values) -> None:
-            place = code.at("i64", listed, code.multiply(k, 2))
-            put(code.add(word(bases, word(place, 0)), word(place, 1)), words, k)
-
-        def table(k: Int, _: Values) -> None:
-            place = code.at("i64", words, code.multiply(k, width))
-            code.put(f"store ptr {place}, ptr {code.at('i64', tables, k)}")
-
-        code.loop(0, many, 1, entry)
-        code.loop(0, number, 1, table)
-        given = f"ptr {api}, ptr {context}, ptr {function}, i64 {number}, ptr {tables}, ptr {cuts}, i64 {total}"
-        code.put(f"call void @stage({given})")
-        return [code.at("i64", listed, code.multiply(many, 2))]
-
-    code.loop(0, stages, 1, stage, [code.at("i64", "%plan", 5)], "ptr")
-    return code
+# Of calls in executables: a state that is known to XLA, [whether XLA is done with it, the plan], and what it refers to.
+STATES: dict[int, tuple[Any, Any, object]] = _kept({})
+_TYPE = _kept(ctypes.c_int64(0))  # of the states; XLA says which number it is
+_MISMATCH = _kept(
+    b"structlin: the arrays of a call are not those that its passes were compiled for. The program has to be compiled "
+    b"again."
+)
 
 
 @cache
 def version() -> int | None:
-    """Of the interface of this jaxlib, the minor number; None where it is one that is not known here."""
+    """The minor version of the interface of this jaxlib; None where it is one that is not known here."""
     import jax.ffi
 
     try:
@@ -311,37 +81,310 @@ def version() -> int | None:
     return minor if major == 0 and minor in VERSIONS else None
 
 
+# -- in Python: plans of calls ----------------------------------------------------------------------------------------
+
+
+def _words(place: int, count: int) -> Any:
+    return (ctypes.c_int64 * count).from_address(place)
+
+
+def _api(api: int, function: int, *words: int) -> int | None:
+    """Call a function of XLA's interface; what it returns is an error or None."""
+    given = (ctypes.c_int64 * (2 + len(words)))(8 * (2 + len(words)), 0, *words)
+    return Handler(_words(api, function + 1)[function])(ctypes.addressof(given))
+
+
+def _handle(frame: int) -> int | None:
+    """All but runs: what XLA asks of a handler before it takes it, and a state for each call of an executable."""
+    _, extension, api, context, stage = _words(frame, 5)
+    if extension and ctypes.c_int32.from_address(extension + 8).value == _METADATA:
+        answer = _words(extension, 4)[3]
+        numbers = (ctypes.c_int32 * 3).from_address(answer + 24)
+        numbers[:] = [0, version() or 0, 0]  # of the interface, and no traits
+        _words(answer, 6)[5] = 0  # XLA_FFI_UNKNOWN_TYPE_ID
+        return None
+    try:
+        reason = unsupported()
+        if reason is not None:
+            raise CompileError(f"a program calls passes that were compiled elsewhere, and here nothing is: {reason}")
+        if ctypes.c_int32(stage).value != _INSTANTIATE:
+            raise CompileError("XLA called a handler in a way that is not known")
+        words, functions = _PREPARE[0](_attribute(frame))
+        return _keep_state(api, context, (ctypes.c_int64 * len(words))(*words), functions)
+    except BaseException as error:  # nothing can be raised through XLA
+        message = ctypes.create_string_buffer(f"structlin: {error}.".encode())
+        return _api(api, _ERROR_CREATE, ctypes.addressof(message), _FAILED)
+
+
+_PYTHON = _kept(Handler(_handle))
+_PREPARE: list[Prepare] = []
+
+
+def _attribute(frame: int) -> str:
+    count, kinds, _, places = _words(frame, 21)[17:]
+    if count != 1 or ctypes.c_int32.from_address(kinds).value != _STRING:
+        raise CompileError("a call has other attributes than this version of structlin writes")
+    start, size = _words(_words(places, 1)[0], 2)
+    return ctypes.string_at(start, size).decode()
+
+
+def _keep_state(api: int, context: int, words: Any, functions: object) -> int | None:
+    state = (ctypes.c_int64 * 2)(0, ctypes.addressof(words))
+    place = ctypes.addressof(state)
+    between = VERSIONS[version() or 0]
+    with _LOCK:
+        for done in [key for key, (old, *_) in STATES.items() if old[0]]:
+            del STATES[done]
+        if not _TYPE.value:
+            name, info = ctypes.create_string_buffer(b"structlin_plan"), _kept((ctypes.c_int64 * 3)(24, 0, 0))
+            info[2] = address(_native()[1])
+            given = (ctypes.addressof(name), len(name.value), ctypes.addressof(_TYPE), ctypes.addressof(info))
+            error = _api(api, _TYPE_REGISTER, *given)
+            if error is not None:
+                return error
+        STATES[place] = state, words, functions
+        error = _api(api, _STATE_SET, context, *between, ctypes.addressof(_TYPE), place)
+        if error is not None:
+            del STATES[place]
+        return error
+
+
+def register(prepare: Prepare) -> None:
+    """Make the handler known to XLA. Where nothing is compiled it is one that returns an error which says so."""
+    import jax.ffi
+
+    if version() is None:
+        return  # XLA's own error names the handler
+    _PREPARE[:] = [prepare]
+    run = _PYTHON if unsupported() is not None else _native()[0]
+    stages = {"instantiate": _PYTHON, "execute": run}
+    jax.ffi.register_ffi_target(
+        TARGET, {stage: jax.ffi.pycapsule(address(made)) for stage, made in stages.items()}, platform="cpu"
+    )
+
+
 @cache
-def _execute(target: Target) -> Callable[..., Any] | None:
-    """What handlers call; None where there are no threads as on POSIX systems."""
+def unsupported() -> str | None:
+    """Why there is no handler that runs plans; None where there is one."""
+    if host() is None:
+        return "llvmlite is missing or too old, STRUCTLIN_FUSED=0 is set, or the processor is not one that is known"
+    if version() is None:
+        known = " or ".join(f"0.{minor}" for minor in VERSIONS)
+        return f"jaxlib has no header of its foreign function interface, or not version {known} of it"
+    try:
+        _native()
+    except CompileError as error:
+        return str(error)
+    return None
+
+
+# -- in machine code: runs ---------------------------------------------------------------------------------------------
+
+
+@cache
+def _native() -> tuple[Any, Any]:
+    """What XLA calls to run a plan, and when it is done with a state."""
+    target = host()
+    assert target is not None
     try:
         library = ctypes.CDLL(None)
         names = {name: address(getattr(library, name)) for name in ("malloc", "free", "sched_yield")}
-    except (TypeError, AttributeError, OSError):
-        return None
-    code = _stages()
-    code.declarations.add("declare i64 @llvm.smin.i64(i64, i64)")
-    text = code.function("stages", "ptr %frame, ptr %plan", "nounwind") + _POOL.format(minor=version(), **names)
-    return load(text, "execute", target, [ctypes.c_void_p] * 2)
+    except (TypeError, AttributeError, OSError) as error:
+        raise CompileError("the system has no threads as POSIX has them") from error
+    pointer = [ctypes.c_void_p]
+    deleter = "define void @done(ptr %state) {\n  store atomic i64 1, ptr %state release, align 8\n  ret void\n}"
+    execute = "\n".join(["declare i64 @llvm.smin.i64(i64, i64)", *_shared(names), _execute()])
+    return _kept(load(execute, "execute", target, pointer)), _kept(load(deleter, "done", target, pointer))
 
 
-def supported(target: Target) -> bool:
-    """Whether there can be handlers."""
-    return version() is not None and _execute(target) is not None
+class _Writer(Code):
+    """Words of tables, labels, and calls of XLA's interface."""
+
+    def word(self, table: str, at: Int, kind: str = "i64") -> str:
+        return self.value(f"load {kind}, ptr {self.at('i64', table, at)}")
+
+    def write(self, table: str, at: Int, value: Int, kind: str = "i64") -> None:
+        self.put(f"store {kind} {value}, ptr {self.at('i64', table, at)}")
+
+    def label(self, name: str) -> None:
+        self._open(name)
+
+    def branch(self, test: str, yes: str, no: str) -> None:
+        """Go to one of two labels, of which the first follows."""
+        self.put(f"br i1 {self.value(f'icmp {test}')}, label %{yes}, label %{no}")
+        self.label(yes)
+
+    def api(self, function: int, *operands: str) -> tuple[str, str]:
+        """What a function of ``%api`` returns, an error or null, and the table of what it was given."""
+        size = 2 + len(operands)
+        given = self.value(f"alloca [{size} x i64]")
+        for at, operand in enumerate((f"i64 {8 * size}", "i64 0", *operands)):
+            self.put(f"store {operand}, ptr {self.at('i64', given, at)}")
+        return self.value(f"call ptr {self.word('%api', function, 'ptr')}(ptr {given})"), given
+
+    def define(self, declaration: str, end: str = "ret void") -> str:
+        return "\n".join([f"define {declaration} nounwind {{", "entry:", *self.lines, f"  {end}", "}", ""])
 
 
-def handler(plan: list[int], target: Target) -> Callable[..., Any]:
-    """A handler for XLA that runs a plan, which lives as long as the handler."""
-    execute = _execute(target)
-    words = ", ".join(f"i64 {word}" for word in plan)
-    text = f"""
-@plan = private constant [{len(plan)} x i64] [{words}]
-define ptr @handler(ptr %frame) nounwind {{
-  %error = call ptr inttoptr (i64 {address(execute)} to ptr)(ptr %frame, ptr @plan)
-  ret ptr %error
-}}
-"""
-    return load(text, "handler", target, [ctypes.c_void_p])
+def _to(place: int) -> str:
+    return f"inttoptr (i64 {place} to ptr)"
+
+
+# Words of the record of a stage: the next share, shares that are done, threads that know of it; then what is constant.
+_DONE, _KNOWN, _SHARES, _FUNCTION, _TOTAL, _TABLES, _CUTS, _RECORD = range(1, 9)
+
+
+def _shared(names: dict[str, int]) -> list[str]:
+    """Functions that run the shares of a stage: in a thread, in a task of XLA's pool, and in all threads."""
+    work = _Writer()  # while there are shares to claim
+    done, shares = work.at("i64", "%stage", _DONE), work.word("%stage", _SHARES)
+    work.put("br label %claim")
+    work.label("claim")
+    k = work.value("atomicrmw add ptr %stage, i64 1 acq_rel")
+    work.branch(f"slt i64 {k}, {shares}", "run", "end")
+    function, tables, cuts = (work.word("%stage", at, "ptr") for at in (_FUNCTION, _TABLES, _CUTS))
+    ends = f"i64 {work.word(cuts, k)}, i64 {work.word(cuts, work.add(k, 1))}, i64 {work.word('%stage', _TOTAL)}"
+    work.put(f"call void {function}(ptr {work.word(tables, k, 'ptr')}, {ends})")
+    work.put(f"atomicrmw add ptr {done}, i64 1 acq_rel")
+    work.put("br label %claim")
+    work.label("end")
+
+    forget = _Writer()  # the last one frees the record
+    known = forget.value(f"atomicrmw sub ptr {forget.at('i64', '%stage', _KNOWN)}, i64 1 acq_rel")
+    forget.branch(f"eq i64 {known}, 1", "free", "end")
+    forget.put(f"call void {_to(names['free'])}(ptr %stage)")
+    forget.put("br label %end")
+    forget.label("end")
+
+    task = _Writer()
+    task.put("call void @work(ptr %stage)")
+    task.put("call void @forget(ptr %stage)")
+
+    well = _Writer()  # whether there was no error
+    well.branch("ne ptr %error, null", "destroy", "end")
+    well.api(_ERROR_DESTROY, "ptr %error")
+    well.put("br label %end")
+    well.label("end")
+
+    threads = _Writer()
+    found = threads.value("alloca i64")
+    threads.write(found, 0, 1)
+    error, _ = threads.api(_THREADS, "ptr %context", f"ptr {found}")
+    fine = threads.value(f"call i1 @well(ptr %api, ptr {error})")
+    count = threads.value(f"select i1 {fine}, i64 {threads.word(found, 0)}, i64 1")
+
+    start = _Writer()
+    error, _ = start.api(_SCHEDULE, "ptr %context", "ptr @task", "ptr %stage")
+    started = start.value(f"call i1 @well(ptr %api, ptr {error})")
+
+    run = _Writer()
+    record = run.value(f"call ptr {_to(names['malloc'])}(i64 {8 * _RECORD})")
+    run.write(record, 0, 0)
+    run.write(record, _DONE, 0)
+    for at, (kind, name) in enumerate(_STAGE, _SHARES):
+        run.write(record, at, name, kind)
+    tasks = run.subtract(run.least(run.value("call i64 @threads(ptr %api, ptr %context)"), "%shares"), 1)
+    run.write(record, _KNOWN, run.add(tasks, 1))
+
+    def put(_: Int, __: Values) -> None:
+        taken = run.value(f"call i1 @start(ptr %api, ptr %context, ptr {record})")
+        none = run.value(f"select i1 {taken}, i64 0, i64 1")
+        run.put(f"atomicrmw sub ptr {run.at('i64', record, _KNOWN)}, i64 {none} acq_rel")
+
+    run.loop(0, tasks, 1, put)
+    run.put(f"call void @work(ptr {record})")
+    run.put("br label %wait")
+    run.label("wait")
+    finished = run.value(f"load atomic i64, ptr {run.at('i64', record, _DONE)} acquire, align 8")
+    run.branch(f"slt i64 {finished}, %shares", "again", "end")
+    run.put(f"call i32 {_to(names['sched_yield'])}()")
+    run.put("br label %wait")
+    run.label("end")
+    run.put(f"call void @forget(ptr {record})")
+    return [
+        work.define("internal void @work(ptr %stage)"),
+        forget.define("internal void @forget(ptr %stage)"),
+        task.define("internal void @task(ptr %stage)"),
+        well.define("internal i1 @well(ptr %api, ptr %error)", f"ret i1 {well.value('icmp eq ptr %error, null')}"),
+        threads.define("internal i64 @threads(ptr %api, ptr %context)", f"ret i64 {count}"),
+        start.define("internal i1 @start(ptr %api, ptr %context, ptr %stage)", f"ret i1 {started}"),
+        run.define(f"internal void @run(ptr %api, ptr %context, {', '.join(f'{k} {n}' for k, n in _STAGE)})"),
+    ]
+
+
+_STAGE = (("i64", "%shares"), ("ptr", "%function"), ("i64", "%total"), ("ptr", "%tables"), ("ptr", "%cuts"))
+
+
+def _execute() -> str:
+    """Compare the arrays of a frame with the plan of the call, and run the stages."""
+    code = _Writer()
+    code.branch(f"ne ptr {code.word('%frame', 1, 'ptr')}, null", "ask", "run")
+    code.put(f"ret ptr {code.value(f'call ptr {_to(address(_PYTHON))}(ptr %frame)')}")
+    code.label("run")
+    for name, at in (("api", 2), ("context", 3)):
+        code.put(f"%{name} = load ptr, ptr {code.at('i64', '%frame', at)}")
+    between = [f"i64 {word}" for word in VERSIONS[version() or 0]]
+    error, given = code.api(
+        _STATE_GET, "ptr %context", *between, f"ptr {_to(ctypes.addressof(_TYPE))}", "ptr null"
+    )  # fmt: skip
+    code.branch(f"ne ptr {error}, null", "failed", "found")
+    code.put(f"ret ptr {error}")
+    code.label("found")
+    plan = code.word(code.word(given, 4 + len(between), "ptr"), 1, "ptr")
+    operands, results, stages, entries, shares = (code.word(plan, k) for k in range(5))
+    there = [code.word("%frame", at) for at in (7, 12)]
+    differ = [code.value(f"xor i64 {a}, {b}") for a, b in zip(there, (operands, results), strict=True)]
+    code.branch(f"eq i64 {code.value(f'or i64 {differ[0]}, {differ[1]}')}, 0", "counted", "mismatch")
+    count = code.add(operands, results)
+    bases, words, tables = (code.value(f"alloca i64, i64 {n}") for n in (count, entries, shares))
+    differ = ["0"]
+    for first, number, at in ((0, operands, 9), (operands, results, 14)):
+        list_ = code.word("%frame", at, "ptr")
+
+        def array(k: Int, carried: Values, first: Int = first, list_: str = list_) -> Values:
+            buffer, place = code.word(list_, k, "ptr"), code.add(first, k)
+            code.write(bases, place, code.word(buffer, 3))
+            dims, wanted = code.word(buffer, 5, "ptr"), code.add(code.multiply(place, 2), 5)
+            kind = code.value(f"zext i32 {code.word(buffer, 2, 'i32')} to i64")
+            (numel,) = code.loop(
+                0, code.word(buffer, 4), 1, lambda d, n: [str(code.multiply(n[0], code.word(dims, d)))], ["1"], "i64"
+            )
+            for shift, found in enumerate((kind, numel)):
+                other = code.value(f"xor i64 {found}, {code.word(plan, code.add(wanted, shift))}")
+                carried = [code.value(f"or i64 {carried[0]}, {other}")]
+            return carried
+
+        differ = code.loop(0, number, 1, array, differ, "i64")
+    code.branch(f"eq i64 {differ[0]}, 0", "same", "mismatch")
+    last = code.subtract(count, 1)
+    code.write(bases, last, code.value(f"and i64 {code.add(code.word(bases, last), LINE - 1)}, {-LINE}"))
+
+    def stage(_: Int, carried: Values) -> Values:
+        (start,) = carried
+        function, number, width, total = code.word(start, 0, "ptr"), *(code.word(start, k) for k in range(1, 4))
+        cuts = code.at("i64", start, 4)
+        listed = code.at("i64", cuts, code.add(number, 1))
+        many = code.multiply(number, width)
+
+        def entry(k: Int, _: Values) -> None:
+            place = code.at("i64", listed, code.multiply(k, 2))
+            code.write(words, k, code.add(code.word(bases, code.word(place, 0)), code.word(place, 1)))
+
+        def table(k: Int, _: Values) -> None:
+            code.write(tables, k, code.at("i64", words, code.multiply(k, width)), "ptr")
+
+        code.loop(0, many, 1, entry)
+        code.loop(0, number, 1, table)
+        names = zip(_STAGE, (number, function, total, tables, cuts), strict=True)
+        code.put(f"call void @run(ptr %api, ptr %context, {', '.join(f'{kind} {n}' for (kind, _), n in names)})")
+        return [code.at("i64", listed, code.multiply(many, 2))]
+
+    code.loop(0, stages, 1, stage, [code.at("i64", plan, code.add(code.multiply(count, 2), 5))], "ptr")
+    code.put("ret ptr null")
+    code.label("mismatch")
+    message = ctypes.cast(_MISMATCH, ctypes.c_void_p).value or 0
+    error, _ = code.api(_ERROR_CREATE, f"ptr {_to(message)}", f"i64 {_FAILED}")
+    return code.define("ptr @execute(ptr %frame)", f"ret ptr {error}")
 
 
 @cache

@@ -2,32 +2,39 @@
 
 What a pass needs beside operands and results, copies of factors and room for a few tokens of each share, is one more
 result of the call, so that XLA plans it with all other memory of a program and nothing is allocated while it runs.
+
+A call carries a description of what it computes (:class:`Call`). Its plan is made of that, once to know the results
+when a program is traced and once for each executable (:mod:`._xla_runtime`), which another process may have compiled.
 """
 
 from __future__ import annotations
 
-import hashlib
+import json
 import math
 import os
-import threading
 from collections.abc import Callable, Sequence
-from functools import cache
-from typing import Any
+from dataclasses import dataclass
+from functools import cache, lru_cache
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 
+from structlin._parse import parse_chain
+from structlin.execution.compiled._product import BYTES
 from structlin.execution.compiled._program import Pass, Program
 from structlin.execution.compiled._rules import COPIED_SHARE, ChainRules, copy_shares, cuts, shares
 from structlin.execution.compiled._schedule import LINE
-from structlin.execution.compiled._target import address, host
-from structlin.execution.compiled._xla_runtime import add, fill, handler, supported
+from structlin.execution.compiled._target import CompileError, address, host, warn_once
+from structlin.execution.compiled._xla_runtime import TARGET, TYPES, add, fill, register, unsupported
 
 Array = Any
 Place = tuple[int, int]  # an array, and bytes from its start
+Spec = tuple[tuple[int, ...], str]  # a shape and a dtype
+T = TypeVar("T")
+FORMAT = 1  # of descriptions: another one for each change of what they say, or of what they ask for
+INSTEAD = "XLA's own products"  # what runs where nothing is compiled
 _SCRATCH = -1
-_LOCK = threading.Lock()
-_REGISTERED: dict[str, object] = {}  # with what compiled programs call, which may live as long as the process
 _DTYPES = {"float": "float32", "double": "float64", "bfloat": "bfloat16"}
 
 
@@ -37,8 +44,68 @@ def threads() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+@dataclass(frozen=True)
+class Call:
+    """All that the plan of a call depends on, beside the processor.
+
+    ``threads``: how many shares there may be, ``kept``: of how many tokens the activations are kept. A forward pass
+    has a ``bias`` or not, a backward pass says which gradients it ``needs``.
+    """
+
+    chain: XLAChain
+    dtype: str
+    tokens: int
+    threads: int
+    kept: int
+    bias: bool = False
+    needs: tuple[bool, ...] | None = None
+
+    def text(self, numbers: Sequence[int]) -> str:
+        """As the attribute of a call whose arrays have so many ``numbers``, in a form that any process can read."""
+        steps, sizes, d_in, d_out, rows = self.chain.parts
+        chain = {"steps": "; ".join(map(str, steps)), "sizes": sizes, "d_in": d_in, "d_out": d_out, "rows": rows}
+        own = {name: value for name, value in vars(self).items() if name != "chain"}
+        return json.dumps({"format": FORMAT, **chain, **own, "numbers": numbers})
+
+    @staticmethod
+    def read(text: str) -> tuple[Call, list[int]]:
+        """Raises CompileError for a text that this version does not write."""
+        try:
+            found = json.loads(text)
+            if found.pop("format") != FORMAT:
+                raise ValueError(text)
+            steps, sizes = parse_chain(found.pop("steps")), tuple((axis, n) for axis, n in found.pop("sizes"))
+            chain = XLAChain(steps, sizes, *(found.pop(name) for name in ("d_in", "d_out", "rows")))
+            needs, numbers = found.pop("needs"), found.pop("numbers")
+            return Call(chain, **found, needs=None if needs is None else tuple(needs)), numbers
+        except Exception as error:
+            raise CompileError(
+                "a program was compiled with another version of structlin. It has to be compiled again"
+            ) from error
+
+
+def attempt(make: Callable[[], T], otherwise: T) -> T:
+    """What nothing depends on but which way is taken: a failure is no error, but the process is warned of it once."""
+    try:
+        return make()
+    except Exception as error:
+        warn_once(CompileError(f"a chain was not prepared: {error!r}"), INSTEAD)
+        return otherwise
+
+
 class XLAChain(ChainRules):
     """The two passes, on arrays of jax. They are only to be lowered for a single CPU device."""
+
+    @property
+    def parts(self) -> tuple[Any, ...]:
+        """Steps, sizes, d_in, d_out and rows."""
+        return self._chain
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, XLAChain) and self.parts == other.parts
+
+    def __hash__(self) -> int:
+        return hash(self.parts)
 
     def suits(self, dtype: str, tokens: int) -> bool:
         """Whether this way is the fastest: XLA multiplies large blocks as fast, but in bfloat16."""
@@ -48,99 +115,150 @@ class XLAChain(ChainRules):
 
     def ready(self, dtype: str) -> Program | None:
         """What runs the chain; None where it does not run this way."""
-        target = host()
-        return self.program(dtype) if target is not None and supported(target) else None
+        if host() is None:
+            return None
+        reason = unsupported()
+        if reason is not None:
+            warn_once(CompileError(reason), INSTEAD)
+            return None
+        return attempt(lambda: self.program(dtype), None)
 
     def forward(self, x: Array, factors: Sequence[Array], bias: Array | None, kept: int) -> tuple[Array, ...]:
         """The product and the activations between the steps for the first ``kept`` tokens."""
-        program, tokens = self._given(str(x.dtype)), x.shape[0 if self.rows else 1]
-        operands = [x, *factors]
+        dtype, operands = str(x.dtype), [x, *factors]
         if bias is not None:
-            operands.append(
-                jnp.pad(bias, (0, program.schedule.widths[-1] - self.d_out)).astype(_DTYPES[program.inside])
-            )
-        results = [
-            jax.ShapeDtypeStruct((tokens, self.d_out) if self.rows else (self.d_out, tokens), x.dtype),
-            *(jax.ShapeDtypeStruct((size,), x.dtype) for size in self.kept_sizes(str(x.dtype), kept)),
-        ]
-        slices = self.front(str(x.dtype), kept > 0)
-        plan = _Plan(slices.program, tokens, len(operands), len(results))
-        places = [(k, 0) for k in range(len(operands) + len(results))]
-        inputs, outputs = places[: len(operands)], places[len(operands) :]
-        item, apart = x.dtype.itemsize, self.apart(slices, tokens, x.dtype.itemsize)
-        for number in range(slices.count):
-            given = _moved(inputs[1 : 1 + len(factors)], number, [n * item for n in slices.factors])
-            added = _moved(inputs[1 + len(factors) :], number, [slices.end * program.size])
-            ends, before = [inputs[0], (outputs[0][0], number * apart)], plan.top
-            table = [*added, *plan.packed("forward", range(len(factors)), given)]
-            held = _moved(outputs[1:], number, [n * item for n in slices.states or ()])
-            for part, more in ((range(kept), held), (range(kept, tokens), [])):
-                if part:
-                    plan.run(slices.program.forward(bias is not None, bool(more)), part, ends, table, more)
-            plan.top = before
-        return plan.call(f"{self._chain} forward {bias is not None} {kept}", operands, results)
+            program = self.given(dtype)
+            spare = program.schedule.widths[-1] - self.d_out
+            operands.append(jnp.pad(bias, (0, spare)).astype(_DTYPES[program.inside]))
+        return _call(Call(self, dtype, self._tokens(x), threads(), kept, bias=bias is not None), operands)
 
     def backward(
-        self, gy: Array, x: Array, factors: Sequence[Array], needs: tuple[bool, ...], kept: Sequence[Array]
+        self, gy: Array, x: Array, factors: Sequence[Array], needs: tuple[bool, ...], held: Sequence[Array]
     ) -> tuple[Array, ...]:
-        """The gradients of x, the factors and the bias that ``needs`` asks for."""
-        tokens = x.shape[0 if self.rows else 1]
-        slices = self.back(str(x.dtype), shares(tokens, threads()))
-        program, last = slices.program, len(factors)
-        if needs[-1] and slices.count > 1:
+        """The gradients of x, the factors and the bias that ``needs`` asks for; ``held``: activations that are kept."""
+        dtype, tokens, program = str(x.dtype), self._tokens(x), self.given(str(x.dtype))
+        if needs[-1] and self.back(dtype, shares(tokens, threads())).count > 1:
             bias = jnp.sum(gy, 0 if self.rows else 1, dtype=_DTYPES[program.inside])
-            return *self.backward(gy, x, factors, (*needs[:-1], False), kept), bias
-        wanted = [k for k in range(last) if needs[k + 1]]
-        lowest = 0 if needs[0] else min(wanted) + 1
-        operands = [gy, x, *factors, *kept]
-        results = [
-            *([jax.ShapeDtypeStruct(x.shape, x.dtype)] if needs[0] else []),
-            *(jax.ShapeDtypeStruct(self.shapes[k], x.dtype) for k in wanted),
-            *([jax.ShapeDtypeStruct((self.d_out,), _DTYPES[program.inside])] if needs[-1] else []),
-        ]
-        plan = _Plan(program, tokens, len(operands), len(results))
-        places = [(k, 0) for k in range(len(operands) + len(results))]
-        inputs, outputs = places[: len(operands)], places[len(operands) :]
-        sizes = [*(math.prod(program.shapes[k]) for k in wanted), *([self.d_out] if needs[-1] else [])]
-        unpacked = program.packing("gradients", tuple(wanted)).sizes
-        direct = [not size for size in unpacked] + [True] * needs[-1]
-        cut = kept[0].size // program.kept_rows[1] if kept else 0
-        again = range(max(wanted, default=0))
-        item, apart = x.dtype.itemsize, self.apart(slices, tokens, x.dtype.itemsize)
-        for number in range(slices.count):
-            before = plan.top
-            given = _moved(inputs[2 : 2 + last], number, [n * item for n in slices.factors])
-            held = _moved(inputs[2 + last :], number, [n * item for n in slices.states or ()])
-            gx = _moved(outputs[:1], number, [apart]) if needs[0] else []
-            starts = [*(slices.factors[k] * item for k in wanted), *([0] if needs[-1] else [])]
-            found = _moved(outputs[len(gx) :], number, starts)
-            ends = [place if alone else None for place, alone in zip(found, direct, strict=True)]
-            grads = plan.sums(sizes, ends)
-            table = [*gx, *plan.packed("back", range(lowest, last), given[lowest:])]
-            for part, more in ((range(cut), held), (range(cut, tokens), None)):
-                if part:
-                    activations = plan.packed("forward", again, given[: len(again)]) if more is None else more
-                    run = program.backward(needs, more is not None, plan.count(part) > 1)
-                    here = [*_moved(inputs[1:2], number, [apart]), inputs[0]]
-                    plan.run(run, part, here, table, activations, grads)
-            totals = plan.added(sizes, grads, ends)
-            pairs = [(t, f) for t, f, alone in zip(totals, found, direct, strict=True) if not alone]
-            plan.copy("gradients", wanted, [place for pair in pairs for place in pair])
-            plan.top = before
-        return plan.call(f"{self._chain} backward {needs} {cut}", operands, results)
+            return *self.backward(gy, x, factors, (*needs[:-1], False), held), bias
+        kept = held[0].size // program.schedule.rows[1] if held else 0
+        return _call(Call(self, dtype, tokens, threads(), kept, needs=needs), [gy, x, *factors, *held])
 
     def keeps(self, dtype: str, tokens: int) -> int:
         """Of how many tokens to keep the activations between the steps for the backward pass."""
-        return self.kept_tokens(dtype, tokens, shares(tokens, threads()))
+        return attempt(lambda: self.kept_tokens(dtype, tokens, shares(tokens, threads())), 0)
 
     def kept_sizes(self, dtype: str, kept: int) -> list[int]:
         """Of these activations, one after the other."""
-        return [kept * row for row in self._given(dtype).schedule.rows[1:-1]] if kept else []
+        return [kept * row for row in self.given(dtype).schedule.rows[1:-1]] if kept else []
 
-    def _given(self, dtype: str) -> Program:
-        program = self.ready(dtype)
-        assert program is not None
+    def given(self, dtype: str) -> Program:
+        program = self.program(dtype)
+        if program is None:
+            raise CompileError(f"this processor has no passes for the chain in {dtype}")
         return program
+
+    def _tokens(self, x: Array) -> int:
+        return x.shape[0 if self.rows else 1]
+
+
+def _call(call: Call, operands: Sequence[Array]) -> tuple[Array, ...]:
+    plan = plan_of(call)
+    results = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in plan.arrays[plan.operands :]]
+    found = jax.ffi.ffi_call(TARGET, results)(*operands, plan=call.text(plan.numbers))
+    return tuple(found[:-1])
+
+
+@lru_cache(maxsize=64)
+def plan_of(call: Call) -> Plan:
+    """Raises CompileError if anything in it fails."""
+    try:
+        return _forward(call) if call.needs is None else _backward(call, call.needs)
+    except Exception as error:
+        raise error if isinstance(error, CompileError) else CompileError(f"no plan of a chain: {error!r}") from error
+
+
+def _prepare(text: str) -> tuple[list[int], object]:
+    """What a handler runs for a call that was traced here, or in another process and for another processor."""
+    call, numbers = Call.read(text)
+    plan = plan_of(call)
+    *given, room = numbers
+    *wanted, scratch = plan.numbers
+    if given != wanted or room < scratch:
+        raise CompileError(
+            "a program was compiled for another processor, whose passes need less memory or keep other activations. It "
+            "has to be compiled again"
+        )
+    return plan.words(room), plan.stages
+
+
+register(_prepare)
+
+
+def _forward(call: Call) -> Plan:
+    chain, tokens, kept = call.chain, call.tokens, call.kept
+    program, slices, last = chain.given(call.dtype), chain.front(call.dtype, kept > 0), len(chain.shapes)
+    x, y = ((tokens, d) if chain.rows else (d, tokens) for d in (chain.d_in, chain.d_out))
+    added = [((program.schedule.widths[-1],), _DTYPES[program.inside])] if call.bias else []
+    held = [((size,), call.dtype) for size in chain.kept_sizes(call.dtype, kept)]
+    operands = [(x, call.dtype), *((shape, call.dtype) for shape in chain.shapes), *added]
+    plan = Plan(slices.program, call, operands, [(y, call.dtype), *held])
+    inputs, outputs = plan.places
+    item = BYTES[program.outside]
+    apart = chain.apart(slices, tokens, item)
+    for number in range(slices.count):
+        given = _moved(inputs[1 : 1 + last], number, [n * item for n in slices.factors])
+        bias = _moved(inputs[1 + last :], number, [slices.end * program.size])
+        ends, before = [inputs[0], (outputs[0][0], number * apart)], plan.top
+        table = [*bias, *plan.packed("forward", range(last), given)]
+        states = _moved(outputs[1:], number, [n * item for n in slices.states or ()])
+        for part, more in ((range(kept), states), (range(kept, tokens), [])):
+            if part:
+                plan.run(slices.program.forward(call.bias, bool(more)), part, ends, table, more)
+        plan.top = before
+    return plan
+
+
+def _backward(call: Call, needs: tuple[bool, ...]) -> Plan:
+    chain, tokens, cut = call.chain, call.tokens, call.kept
+    slices = chain.back(call.dtype, shares(tokens, call.threads))
+    program, last = slices.program, len(chain.shapes)
+    wanted = [k for k in range(last) if needs[k + 1]]
+    lowest = 0 if needs[0] else min(wanted) + 1
+    x, gy = (((tokens, d) if chain.rows else (d, tokens), call.dtype) for d in (chain.d_in, chain.d_out))
+    kept = [((size,), call.dtype) for size in chain.kept_sizes(call.dtype, cut)]
+    gradients = [((chain.shapes[k]), call.dtype) for k in wanted]
+    if needs[-1]:
+        gradients.append(((chain.d_out,), _DTYPES[program.inside]))
+    operands = [gy, x, *((shape, call.dtype) for shape in chain.shapes), *kept]
+    plan = Plan(program, call, operands, [*[x] * needs[0], *gradients])
+    inputs, outputs = plan.places
+    sizes = [*(math.prod(program.shapes[k]) for k in wanted), *([chain.d_out] if needs[-1] else [])]
+    unpacked = program.packing("gradients", tuple(wanted)).sizes
+    direct = [not size for size in unpacked] + [True] * needs[-1]
+    again = range(max(wanted, default=0))
+    item = BYTES[program.outside]
+    apart = chain.apart(slices, tokens, item)
+    for number in range(slices.count):
+        before = plan.top
+        given = _moved(inputs[2 : 2 + last], number, [n * item for n in slices.factors])
+        held = _moved(inputs[2 + last :], number, [n * item for n in slices.states or ()])
+        gx = _moved(outputs[:1], number, [apart]) if needs[0] else []
+        starts = [*(slices.factors[k] * item for k in wanted), *([0] if needs[-1] else [])]
+        found = _moved(outputs[len(gx) :], number, starts)
+        ends = [place if alone else None for place, alone in zip(found, direct, strict=True)]
+        grads = plan.sums(sizes, ends)
+        table = [*gx, *plan.packed("back", range(lowest, last), given[lowest:])]
+        for part, more in ((range(cut), held), (range(cut, tokens), None)):
+            if part:
+                activations = plan.packed("forward", again, given[: len(again)]) if more is None else more
+                run = program.backward(needs, more is not None, plan.count(part) > 1)
+                here = [*_moved(inputs[1:2], number, [apart]), inputs[0]]
+                plan.run(run, part, here, table, activations, grads)
+        totals = plan.added(sizes, grads, ends)
+        pairs = [(t, f) for t, f, alone in zip(totals, found, direct, strict=True) if not alone]
+        plan.copy("gradients", wanted, [place for pair in pairs for place in pair])
+        plan.top = before
+    return plan
 
 
 def _moved(places: Sequence[Place], number: int, steps: Sequence[int]) -> list[Place]:
@@ -148,17 +266,33 @@ def _moved(places: Sequence[Place], number: int, steps: Sequence[int]) -> list[P
     return [(array, at + number * step) for (array, at), step in zip(places, steps, strict=False)]
 
 
-class _Plan:
+class Plan:
     """The stages of a call; see :mod:`._xla_runtime`. Sizes of sums are in numbers, of which each has a share's own."""
 
-    def __init__(self, program: Program, tokens: int, operands: int, results: int) -> None:
-        self.program, self.target, self.tokens = program, program.target, tokens
-        self.operands, self.results = operands, results
+    def __init__(self, program: Program, call: Call, operands: list[Spec], results: list[Spec]) -> None:
+        self.program, self.target, self.tokens, self.threads = program, program.target, call.tokens, call.threads
+        self.operands, self._arrays = len(operands), [*operands, *results]
         self.top = self.bytes = 0
         self.stages: list[tuple[Callable[..., None], list[list[Place]], list[int], int]] = []
 
+    @property
+    def arrays(self) -> list[Spec]:
+        """Shapes and dtypes of operands, results and scratch memory."""
+        return [*self._arrays, ((self.bytes + LINE,), "uint8")]
+
+    @property
+    def numbers(self) -> list[int]:
+        """In each array."""
+        return [math.prod(shape) for shape, _ in self.arrays]
+
+    @property
+    def places(self) -> tuple[list[Place], list[Place]]:
+        """Of operands and results."""
+        found = [(k, 0) for k in range(len(self._arrays))]
+        return found[: self.operands], found[self.operands :]
+
     def count(self, part: range) -> int:
-        return shares(len(part), threads())
+        return shares(len(part), self.threads)
 
     def scratch(self, size: int) -> Place:
         place = (_SCRATCH, self.top)
@@ -172,7 +306,7 @@ class _Plan:
 
     def spread(self, run: Callable[..., None], table: list[Place], size: int, least: int, unit: int) -> None:
         """One range for all shares, each of at least so many; cut at multiples of a unit."""
-        count = max(1, min(threads(), size // least))
+        count = max(1, min(self.threads, size // least))
         self.stage(run, [table] * count, [size * k // count // unit * unit for k in range(count)] + [size])
 
     def packed(self, kind: str, numbers: Sequence[int], factors: Sequence[Place]) -> list[Place]:
@@ -186,7 +320,7 @@ class _Plan:
     def copy(self, kind: str, numbers: Sequence[int], table: list[Place]) -> None:
         if table:
             packing = self.program.packing(kind, tuple(numbers))
-            count = copy_shares(packing.numbers, threads())
+            count = copy_shares(packing.numbers, self.threads)
             self.stage(packing.run, [table] * count, range(count + 1), count)
 
     def run(
@@ -226,30 +360,14 @@ class _Plan:
             self.spread(run, [total, *parts], size, COPIED_SHARE, LINE)
         return totals
 
-    def call(self, name: str, operands: Sequence[Array], results: list[jax.ShapeDtypeStruct]) -> tuple[Array, ...]:
-        target = _register(f"{name} {self.program.outside}", self._words(lambda _: 0), self._words(address), self)
-        found = jax.ffi.ffi_call(target, [*results, jax.ShapeDtypeStruct((self.bytes + LINE,), jnp.uint8)])(*operands)
-        return tuple(found[:-1])
-
-    def _words(self, address_of: Callable[[Any], int]) -> list[int]:
-        last = self.operands + self.results
+    def words(self, room: int) -> list[int]:
+        """For calls with so much scratch memory."""
+        last = len(self._arrays)
         most = [max(len(tables) * len(tables[0]) for _, tables, *_ in self.stages), max(len(s[1]) for s in self.stages)]
-        words = [self.operands, self.results + 1, len(self.stages), *most]
+        words = [self.operands, last + 1 - self.operands, len(self.stages), *most]
+        for (_, dtype), numbers in zip(self.arrays, [*self.numbers[:-1], room], strict=True):
+            words += [TYPES[dtype], numbers]
         for run, tables, starts, total in self.stages:
-            words += [address_of(run), len(tables), len(tables[0]), total, *starts]
+            words += [address(run), len(tables), len(tables[0]), total, *starts]
             words += [n for table in tables for array, at in table for n in (last if array == _SCRATCH else array, at)]
         return words
-
-
-def _register(name: str, described: list[int], words: list[int], plan: _Plan) -> str:
-    """The name of the target for a plan. A call that another process finds in a cache means the same by it."""
-    import structlin
-
-    text = f"{structlin.__version__} {name} {plan.target} {described}"
-    target = f"structlin_{hashlib.sha256(text.encode()).hexdigest()[:32]}"
-    with _LOCK:
-        if target not in _REGISTERED:
-            made = handler(words, plan.target)
-            jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(address(made)), platform="cpu")
-            _REGISTERED[target] = made, plan.stages
-    return target
