@@ -1,73 +1,112 @@
-"""Gradients of a chain as einsums over all tokens at once.
+"""Gradients of a chain by single products of torch, over all tokens at once.
 
-Plain torch, so that they can be differentiated and batched in turn. This is what the gradients of the operator
-``structlin::chain`` are where the contraction has no backward pass of its own (:mod:`structlin.execution.torch_cpu`).
+They are written in plain operations of torch. So they can be differentiated any number of times, batched, traced and
+compiled, and they pass tangents on. They run where the memory of an operand can not be read by address, or where
+something watches the single products.
 """
 
 from __future__ import annotations
 
 import math
-import string
 from collections.abc import Sequence
-from functools import lru_cache
-from typing import NamedTuple
 
-import torch
 from torch import Tensor
-from torch.nn import functional as F
 
+from structlin._arrays import ops
+from structlin.execution.products import Permute, Product, plan_of
 from structlin.structure import Structure
 
 __all__ = ["chain_gradients", "gradient_macs"]
 
-_TOKENS = "*"
-
-
-class _Step(NamedTuple):
-    forward: str  # einsum(input, factor)
-    factor: str  # einsum(gradient of the output, input): gradient of the factor
-    input: str  # einsum(gradient of the output, factor): gradient of the input
-    in_dims: tuple[int, ...]
-    out_dims: tuple[int, ...]
-
-
-@lru_cache(maxsize=4096)
-def _steps(structure: Structure) -> tuple[_Step, ...]:
-    sizes, steps = dict(structure.sizes), []
-    for step in structure.steps:
-        # torch.einsum knows only the letters a to z and A to Z.
-        axes = dict.fromkeys(_TOKENS + step.input + step.factor)
-        letters = dict(zip(axes, string.ascii_letters, strict=False))
-        if len(letters) < len(axes):
-            raise ValueError(f"a step of {len(axes)} axes, {str(step)!r}, is more than torch.einsum takes")
-        x, w, y = ("".join(letters[a] for a in t) for t in (_TOKENS + step.input, step.factor, _TOKENS + step.output))
-        dims = (tuple(sizes[a] for a in t) for t in (step.input, step.output))
-        steps.append(_Step(f"{x},{w}->{y}", f"{y},{x}->{w}", f"{y},{w}->{x}", *dims))
-    return tuple(steps)
+_TORCH = ops("torch")
 
 
 def chain_gradients(
-    structure: Structure, gy: Tensor, x: Tensor, factors: Sequence[Tensor], needs: Sequence[bool]
+    structure: Structure, gy: Tensor, x: Tensor, factors: Sequence[Tensor], needs: Sequence[bool], rows: bool = True
 ) -> tuple[Tensor, ...]:
-    """Gradients of ``x`` (tokens, d_in) and of the factors where ``needs`` (x first) is True, from ``gy`` of y."""
-    steps, tokens, (pad_in, pad_out) = _steps(structure), x.shape[0], structure.padding
-    highest = max((k for k, need in enumerate(needs[1:]) if need), default=0)
-    lowest = 0 if needs[0] else min(k for k, need in enumerate(needs[1:]) if need)
-    states = [F.pad(x, (0, pad_in)) if pad_in else x]
-    for step, factor in zip(steps[:highest], factors, strict=False):
-        states.append(torch.einsum(step.forward, states[-1].reshape(tokens, *step.in_dims), factor))
+    """Gradients of ``x`` and of the factors where ``needs`` (x first) is True, from the gradient ``gy`` of y.
+
+    ``x`` has shape (tokens, d_in) and ``gy`` (tokens, d_out) if ``rows``, otherwise (d_in, tokens) and (d_out, tokens).
+    The products are those that torch's own derivatives of the single products would be.
+    """
+    for_x, *for_factors = needs
+    tokens, (pad_in, pad_out) = x.shape[0 if rows else 1], structure.padding
+    pad, size = (_TORCH.pad_last if rows else _TORCH.pad_first), x.shape
+    *steps, last = plan_of(structure, rows).steps
+    wanted = [k for k, need in enumerate(for_factors) if need]
+    highest, lowest = (wanted[-1] if wanted else 0), (-1 if for_x else wanted[0])
+
+    # Forward, as far as an input of a product is needed. Where a vector is regrouped there is a step without a factor.
+    state, number = pad(x, pad_in) if pad_in else x, 0
+    inputs: list[Tensor] = []
+    for step in steps:
+        if number > highest:
+            break
+        if isinstance(step, Permute):
+            state = step(state, tokens, _TORCH)
+            continue
+        inputs.append(_arranged(step, state, tokens))
+        if number < highest:
+            state = step(factors[number], state, tokens, _TORCH)
+        number += 1
+
     grads: list[Tensor] = []
-    g = F.pad(gy, (0, pad_out)) if pad_out else gy
-    for k in range(len(steps) - 1, lowest - 1, -1):
-        step = steps[k]
-        g = g.reshape(tokens, *step.out_dims)
-        if needs[k + 1]:
-            grads.append(torch.einsum(step.factor, g, states[k].reshape(tokens, *step.in_dims).conj()))
-        if k > lowest or needs[0]:
-            g = torch.einsum(step.input, g, factors[k].conj())
-    if needs[0]:
-        grads.append(g.reshape(tokens, -1)[:, : structure.d_in] if tokens else torch.zeros_like(x))
+    assert isinstance(last, Permute)
+    g, number = _back(last, pad(gy, pad_out) if pad_out else gy, tokens), len(factors)
+    for step in reversed(steps):
+        if number == lowest:
+            break
+        if isinstance(step, Permute):
+            g = _back(step, g, tokens)
+            continue
+        number -= 1
+        lead, count = () if step.blocks == 1 else (step.blocks,), step.carried * tokens
+        rows_out = step.rows_in or step.rows_out
+        g = g.reshape((*lead, count, step.fan_out) if rows_out else (*lead, step.fan_out, count))
+        upright = g.mT if rows_out else g  # (free, carried * tokens)
+        if for_factors[number]:
+            held = inputs[number]
+            gradient = upright @ (held if step.rows_in else held.mT).conj()
+            grads.append(_unarranged(step, gradient, structure.factors[number].shape))
+        if number > lowest:
+            weight = _weight(step, factors[number], lead).conj()
+            g = upright.mT @ weight if step.rows_in else weight.mT @ upright
+            g = _back(step.arrange, g, tokens)
+    if for_x:
+        ends = (tokens, size[1] + pad_in) if rows else (size[0] + pad_in, tokens)
+        g = g.reshape(ends)
+        grads.append(g if not pad_in else g[:, : size[1]] if rows else g[: size[0]])
     return tuple(reversed(grads))
+
+
+def _arranged(step: Product, x: Tensor, tokens: int) -> Tensor:
+    """The input of a product: (batch, carried * tokens, contracted) if ``rows_in``, or the last two exchanged."""
+    lead, count = () if step.blocks == 1 else (step.blocks,), step.carried * tokens
+    x = step.arrange(x, tokens, _TORCH)
+    return x.reshape((*lead, count, step.fan_in) if step.rows_in else (*lead, step.fan_in, count))
+
+
+def _weight(step: Product, factor: Tensor, lead: tuple[int, ...]) -> Tensor:
+    """(batch, free, contracted)"""
+    order = step.factor_order
+    return (factor if order is None else factor.permute(order)).reshape((*lead, step.fan_out, step.fan_in))
+
+
+def _unarranged(step: Product, gradient: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """From (batch, free, contracted) to the axes of the factor."""
+    order = step.factor_order
+    if order is None:
+        return gradient.reshape(shape)
+    inverse = [order.index(axis) for axis in range(len(order))]
+    return gradient.reshape([shape[axis] for axis in order]).permute(inverse)
+
+
+def _back(permute: Permute, g: Tensor, tokens: int) -> Tensor:
+    """From the axes of the output of a permutation, merged in any way, to those of its input."""
+    order, at = permute.order, permute.token_at
+    view = (*permute.view[:at], tokens, *permute.view[at + 1 :])
+    inverse = [order.index(axis) for axis in range(len(order))]
+    return g.reshape([view[axis] for axis in order]).permute(inverse)
 
 
 def gradient_macs(structure: Structure, needs: Sequence[bool]) -> int:

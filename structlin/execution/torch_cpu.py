@@ -1,29 +1,32 @@
 """Which way a chain is run on a CPU in torch, and its derivatives.
 
-There are two ways beside the portable plan: compiled for the chain (:mod:`.compiled`), and by the BLAS in
-chunks of tokens (:mod:`.chunked`). Both are a pair of passes over plain tensors. Where something watches or
-transforms the single products, in other dtypes, and where there is little to do, the portable plan runs.
+There are two ways beside the single products of torch: compiled for the chain (:mod:`.compiled`), and by the BLAS in
+chunks of tokens (:mod:`.chunked`). Both are a pair of passes over plain tensors, whose memory they read by address.
+:mod:`._guard` says for which operands they may. The single products run for all others, in other dtypes, where
+something watches or transforms them, and where there is little to do.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from structlin._arrays import ops
+from structlin.execution._gradients import chain_gradients
+from structlin.execution._guard import Guard, addressable, recording, transforming
 from structlin.execution.chunked import ChunkedChain
+from structlin.execution.compiled._target import CompileError, warn_once
 from structlin.execution.compiled.passes import FusedChain
+from structlin.execution.products import products
+from structlin.structure import Structure
 
-if TYPE_CHECKING:
-    from structlin.structure import Structure
+__all__ = ["CPUChain", "Passes", "chain_of"]
 
-__all__ = ["CPUChain", "Passes"]
-
-_PLAIN = (Tensor, torch.nn.Parameter)
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+_TORCH = ops("torch")
 
 
 class Passes(Protocol):
@@ -40,27 +43,50 @@ class Passes(Protocol):
         """Gradients of x, the factors and the bias, None where ``needs``, which has one entry for each, is False."""
 
 
+class SingleProducts:
+    """The passes by single products of torch, for any tensors. They keep nothing and read no addresses."""
+
+    def __init__(self, structure: Structure, rows: bool) -> None:
+        self.structure, self.rows = structure, rows
+
+    def forward(
+        self, x: Tensor, factors: Sequence[Tensor], bias: Tensor | None = None, kept: list[Tensor] | None = None
+    ) -> Tensor:
+        y = products(self.structure, factors, x, _TORCH, self.rows)
+        return y if bias is None else y + (bias if self.rows else bias[:, None])
+
+    def backward(
+        self, gy: Tensor, x: Tensor, factors: Sequence[Tensor], needs: Sequence[bool], kept: Sequence[Tensor] = ()
+    ) -> tuple[Tensor | None, ...]:
+        *before, for_bias = needs
+        found = iter(chain_gradients(self.structure, gy, x, factors, before, self.rows) if any(before) else ())
+        gradients = [next(found) if need else None for need in before]
+        return *gradients, gy.sum(0 if self.rows else 1) if for_bias else None
+
+
 class CPUChain:
     """The ways of one structure, for row-major activations or column-major ones."""
 
     def __init__(self, structure: Structure, rows: bool = True) -> None:
         self.structure, self.rows = structure, rows
-        sizes = dict(structure.sizes)
+        self.guard = Guard(structure)
         self._fused = FusedChain(structure.steps, structure.sizes, structure.d_in, structure.d_out, rows)
-        self._chunked = ChunkedChain(structure.steps, sizes, rows, structure.padding)
+        self._chunked = ChunkedChain(structure.steps, dict(structure.sizes), rows, structure.padding)
+        self._single = SingleProducts(structure, rows)
 
     def passes(self, x: Tensor, operands: Sequence[Tensor]) -> Passes | None:
-        """How to run ``x`` with these factors (and bias); None: by the portable plan."""
-        if not x.is_cpu or x.dtype not in _DTYPES or type(x) not in _PLAIN:
+        """How to run ``x`` with these factors, and a bias after them; None: by single products.
+
+        Raises ValueError for operands of the wrong shape, device or dtype, and for storages that were freed.
+        """
+        self.guard.check(x, operands)
+        if not x.is_cpu or x.dtype not in _DTYPES:
             return None
-        if any(type(t) not in _PLAIN or t.dtype != x.dtype or t.is_neg() for t in operands) or x.is_neg():
-            return None
-        if (
-            torch.is_autocast_enabled("cpu")
-            or torch._C._are_functorch_transforms_active()
-            or torch.autograd.forward_ad._current_level >= 0
-        ):
-            return None
+        found = self.chosen(x)
+        return found if found is not None and self.guard.addressable(x, operands) else None
+
+    def chosen(self, x: Tensor) -> Passes | None:
+        """The fastest way for a CPU tensor of this shape and dtype; None: single products."""
         tokens = x.shape[0 if self.rows else 1]
         if self._fused.large_blocks(torch.get_num_threads()) and self._chunked.suits(x, tokens):
             return self._chunked
@@ -77,27 +103,71 @@ class CPUChain:
     def __call__(self, passes: Passes, x: Tensor, factors: Sequence[Tensor], bias: Tensor | None = None) -> Tensor:
         """(tokens, d_in) -> (tokens, d_out), or columns; differentiable any number of times.
 
-        ``bias``, of size d_out, is added.
+        ``bias``, of size d_out, is added. ``passes`` are what :meth:`passes` has found for these operands.
         """
         inputs = (x, *factors) if bias is None else (x, *factors, bias)
         if torch.is_grad_enabled() and any(t.requires_grad for t in inputs):
             return _Differentiable.apply(self, passes, x, bias, *factors)
-        return passes.forward(x, factors, bias)
+        return self.forward(passes, x, factors, bias)[0]
 
-    def differentiable(
-        self, gy: Tensor, x: Tensor, factors: Sequence[Tensor], needs: Sequence[bool]
-    ) -> tuple[Tensor | None, ...]:
-        """The gradients by the portable plan, which can be differentiated and batched in turn."""
-        *before, for_bias = needs
-        found: Iterator[Tensor] = iter(())
-        if any(before):
-            with torch.enable_grad():
-                given = [t.view_as(t) if need else t for t, need in zip((x, *factors), before, strict=True)]
-                y = self.structure._portable(given[1:], given[0], ops("torch"), self.rows)
-                wanted = [t for t, need in zip(given, before, strict=True) if need]
-                found = iter(torch.autograd.grad(y, wanted, gy, create_graph=True))
-        gradients = [next(found) if need else None for need in before]
-        return *gradients, gy.sum(0 if self.rows else 1) if for_bias else None
+    def forward(
+        self, passes: Passes, x: Tensor, factors: Sequence[Tensor], bias: Tensor | None, keeps: bool = False
+    ) -> tuple[Tensor, Passes, list[Tensor]]:
+        """The product, the way that it took in the end, and what that way keeps for the backward pass."""
+        kept: list[Tensor] = []
+        try:
+            return passes.forward(x, factors, bias, kept if keeps else None), passes, kept
+        except CompileError as error:
+            passes = self._uncompiled(error, x)
+        kept.clear()
+        return passes.forward(x, factors, bias, kept if keeps else None), passes, kept
+
+    def backward(
+        self, passes: Passes | None, gy: Tensor, x: Tensor, factors: Sequence[Tensor], needs: Sequence[bool],
+        kept: Sequence[Tensor] = (),
+    ) -> tuple[Tensor | None, ...]:  # fmt: skip
+        """Gradients of x, the factors and the bias, None where ``needs`` is False.
+
+        The tensors may be of any kind: hooks on saved tensors can change what was saved, and gradients can be batched
+        or have tangents. ``passes`` run if they can read the memory of all tensors. Otherwise, and if ``passes`` is
+        None, single products do. Tensors of another dtype or device than ``gy`` are converted first.
+
+        Raises ValueError if a tensor has not the shape that it had in the forward pass.
+        """
+        if recording():
+            return self._single.backward(gy, x, factors, needs)
+        if passes is None or not any(needs[:-1]) or not self._fits(gy, x, factors):
+            x, *factors = (t if t.dtype is gy.dtype and t.device == gy.device else t.to(gy) for t in (x, *factors))
+            self._check_saved(gy, x, factors)
+            return self._single.backward(gy, x, factors, needs)
+        try:
+            return passes.backward(gy, x, factors, needs, kept)
+        except CompileError as error:
+            return self._uncompiled(error, x).backward(gy, x, factors, needs)
+
+    def _fits(self, gy: Tensor, x: Tensor, factors: Sequence[Tensor]) -> bool:
+        if transforming() or not addressable(gy, "the gradient") or not addressable(x, "the input"):
+            return False
+        if x.dtype is not gy.dtype or x.dtype not in _DTYPES or not self.guard.holds(x.dtype, factors):
+            return False
+        return x.shape == self._shape_of_x(gy)
+
+    def _check_saved(self, gy: Tensor, x: Tensor, factors: Sequence[Tensor]) -> None:
+        if x.shape != (expected := self._shape_of_x(gy)):
+            raise ValueError(f"the input that was saved for the backward pass has shape {tuple(x.shape)} now, "
+                             f"expected {expected}")  # fmt: skip
+        self.guard.check(x, factors)
+
+    def _shape_of_x(self, gy: Tensor) -> tuple[int, int]:
+        d_in = self.structure.d_in
+        return (gy.shape[0], d_in) if self.rows else (d_in, gy.shape[1])
+
+    def _uncompiled(self, error: CompileError, x: Tensor) -> Passes:
+        """The next best way after the compiler has failed, for this call and all later ones."""
+        self._fused.failed = True
+        chunked = self._chunked.suits(x, x.shape[0 if self.rows else 1])
+        warn_once(error, "A contraction by torch")
+        return self._chunked if chunked else self._single
 
 
 class _Differentiable(torch.autograd.Function):
@@ -105,11 +175,12 @@ class _Differentiable(torch.autograd.Function):
     def forward(
         ctx: Any, chain: CPUChain, passes: Passes, x: Tensor, bias: Tensor | None, *factors: Tensor
     ) -> Tensor:  # fmt: skip
-        ctx.chain, ctx.passes = chain, chain.back(passes, x)
-        kept: list[Tensor] = []
+        back = chain.back(passes, x)
         # The first factor's gradient reads the input alone, and the ways do not read what others keep.
-        keeps = any(ctx.needs_input_grad[5:]) and ctx.passes is passes
-        y = passes.forward(x, factors, bias, kept if keeps else None)
+        keeps = any(ctx.needs_input_grad[5:]) and back is passes
+        y, taken, kept = chain.forward(passes, x, factors, bias, keeps)
+        ctx.chain, ctx.passes = chain, back if taken is passes else taken
+        ctx.kept = [(tensor.dtype, tensor.shape) for tensor in kept]
         ctx.save_for_backward(x, *factors, *kept)
         return y
 
@@ -121,13 +192,19 @@ class _Differentiable(torch.autograd.Function):
         x, *factors = saved[:count]
         _, _, for_x, for_bias, *for_factors = ctx.needs_input_grad
         needs = [for_x, *for_factors, for_bias]
-        batched = torch._C._functorch.is_batchedtensor(gy) or torch._C._functorch.is_legacy_batchedtensor(gy)
-        if torch.is_grad_enabled() or batched or not any(needs[:-1]):
-            found = chain.differentiable(gy, x, factors, needs)
-        else:
-            found = ctx.passes.backward(gy.resolve_neg(), x, factors, needs, saved[count:])
-        gx, *others, bias = found
+        passes = None if torch.is_grad_enabled() else ctx.passes  # the gradients are to be differentiated themselves
+        kept = saved[count:] if passes is not None and not recording() and _as_kept(saved[count:], ctx.kept) else ()
+        gx, *others, bias = chain.backward(passes, gy, x, factors, needs, kept)
         return None, None, gx, bias, *others
+
+
+def _as_kept(tensors: Sequence[Tensor], expected: Sequence[tuple[torch.dtype, torch.Size]]) -> bool:
+    """Whether hooks on saved tensors have left activations as they were; otherwise they are computed again."""
+    return all(
+        addressable(tensor, "an activation") and tensor.dtype is dtype and tensor.shape == shape
+        and tensor.is_contiguous()
+        for tensor, (dtype, shape) in zip(tensors, expected, strict=True)
+    )  # fmt: skip
 
 
 def chain_of(structure: Structure, rows: bool = True) -> CPUChain:

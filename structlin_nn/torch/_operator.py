@@ -19,7 +19,8 @@ from torch.utils.flop_counter import register_flop_formula
 
 from structlin._arrays import ops
 from structlin.execution._gradients import chain_gradients, gradient_macs
-from structlin.structure import Structure
+from structlin.execution._guard import transforming
+from structlin.execution.torch_cpu import chain_of
 from structlin_nn.torch._text import from_text
 
 __all__ = ["chain", "chain_backward", "transformed"]
@@ -29,7 +30,7 @@ _TORCH = ops("torch")
 
 def transformed() -> bool:
     """Whether a transformation is active that the operators take no part in: torch.func, forward mode."""
-    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+    return transforming()
 
 
 def _refuse_forward_mode() -> None:
@@ -58,29 +59,14 @@ def chain_backward(gy: Tensor, x: Tensor, factors: list[Tensor], structure: str,
     """Gradients of x and of the factors where ``needs`` (x first, then each factor) is True."""
     _refuse_forward_mode()
     found = from_text(structure)
-    passes = found._cpu_rows.passes(x, factors)
-    if passes is not None:
-        grads = tuple(g for g in passes.backward(gy, x, factors, [*needs, False]) if g is not None)
-    else:
-        grads = chain_gradients(found, gy, x, factors, needs)
-    return [g.contiguous() for g in grads]
+    ways = chain_of(found)
+    grads = ways.backward(ways.passes(x, factors), gy, x, factors, [*needs, False])
+    return [g.contiguous() for g in grads if g is not None]
 
 
 @chain_backward.register_fake
 def _(gy: Tensor, x: Tensor, factors: list[Tensor], structure: str, needs: list[bool]) -> list[Tensor]:
     return [t.new_empty(t.shape) for t, need in zip((x, *factors), needs, strict=True) if need]
-
-
-def _several_gradients(
-    structure: Structure, gy: Tensor, x: Tensor, factors: Sequence[Tensor], needs: Sequence[bool]
-) -> tuple[Tensor, ...]:
-    """For a batch of ``gy`` (``is_grads_batched``), which the kernels do not take: by the single products."""
-    create = torch.is_grad_enabled()
-    with torch.enable_grad():
-        given = [t.view_as(t) if need else t for t, need in zip((x, *factors), needs, strict=True)]
-        y = structure._rows(given[1:], given[0], _TORCH)
-        wanted = [t for t, need in zip(given, needs, strict=True) if need]
-        return torch.autograd.grad(y, wanted, gy, create_graph=create)
 
 
 def _keep_inputs(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -91,8 +77,9 @@ def _keep_inputs(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 def _backward(ctx: Any, gy: Tensor) -> tuple[Any, ...]:
     x, *factors = ctx.saved_tensors
     needs = [ctx.needs_input_grad[0], *ctx.needs_input_grad[1]]
-    if torch._C._functorch.is_batchedtensor(gy) or torch._C._functorch.is_legacy_batchedtensor(gy):
-        found = iter(_several_gradients(from_text(ctx.structure), gy, x, factors, needs))
+    # The operator takes neither a batch of gradients (is_grads_batched) nor tangents.
+    if torch._C._functorch.is_batchedtensor(gy) or torch._C._functorch.is_legacy_batchedtensor(gy) or transformed():
+        found = iter(chain_gradients(from_text(ctx.structure), gy, x, factors, needs))
     else:
         found = iter(torch.ops.structlin.chain_backward(gy, x, factors, ctx.structure, needs))
     gx, *grads = [next(found) if need else None for need in needs]

@@ -14,10 +14,12 @@ from torch.utils.checkpoint import checkpoint as recomputed
 import structlin
 from structlin._arrays import ops
 from structlin.execution import triton as _triton
+from structlin.execution._guard import guard_of
 from structlin.execution.token_major import token_major
 from structlin.structure import AbstractStructure, Structure
 from structlin_nn._layer import describe, plan_layer
 from structlin_nn.torch._draw import fill
+from structlin_nn.torch._factors import FactorList, values
 from structlin_nn.torch._operator import chain, transformed
 from structlin_nn.torch._text import to_text
 
@@ -72,7 +74,8 @@ class StructuredLinear(nn.Module):
     Raises:
         ValueError: an unknown structure, rule or option; sizes that the structure can not have, or other than those
             of the structure given; options beside a structure; ``gain=True`` without ``rms_cap``; ``rms_cap`` or
-            ``zero_init`` where there are no trainable factors. In the forward pass: an input of wrong size or dtype.
+            ``zero_init`` where there are no trainable factors. In the forward pass: an input of wrong size; a factor or
+            a bias of wrong shape, or of another device or dtype than the input.
         TypeError: a ``structure`` that is neither a name nor a structure.
 
     >>> layer = StructuredLinear(768, 1024, structure="block_tensor_train", rank=2)
@@ -102,21 +105,20 @@ class StructuredLinear(nn.Module):
         self._is_dense = plan.is_dense
         self._text = to_text(plan.structure) if isinstance(plan.structure, Structure) else ""
         self._token_major = token_major(plan.structure) if isinstance(plan.structure, Structure) else None
+        self._guard = guard_of(plan.structure)
         self._bare = not (rms_cap or plan.index_at)  # the factors are the parameters
 
-        self.factors = nn.ParameterList()
-        self.gains = nn.ParameterList() if plan.gains else None
+        shapes = [spec.shape for spec in self.structure.factors if spec.trainable]
+        self.factors = FactorList(nn.Parameter(torch.empty(shape, device=device, dtype=dtype)) for shape in shapes)
+        self.gains = None
+        if plan.gains:  # not scalars, which FSDP can not shard
+            self.gains = FactorList(nn.Parameter(torch.empty(1, device=device, dtype=dtype)) for _ in shapes)
         for number, spec in enumerate(self.structure.factors):
-            if spec.trainable:
-                self.factors.append(nn.Parameter(torch.empty(spec.shape, device=device, dtype=dtype)))
-                if self.gains is not None:  # not a scalar, which FSDP can not shard
-                    self.gains.append(nn.Parameter(torch.empty(1, device=device, dtype=dtype)))
-            else:
+            if not spec.trainable:
                 self.register_buffer(f"index{number}", torch.empty(spec.shape, device=device, dtype=torch.int64))
         self.register_parameter(
             "bias", nn.Parameter(torch.empty(self.out_features, device=device, dtype=dtype)) if bias else None
         )
-        self._count = len(self.factors)
         self.reset_parameters()
 
     @torch.no_grad()
@@ -140,10 +142,10 @@ class StructuredLinear(nn.Module):
 
     def effective_factors(self) -> tuple[Tensor, ...]:
         """The factors that A is the product of: capped where ``rms_cap`` is set, index factors in their places."""
-        factors: list[Tensor] = list(self.factors)
+        factors = list(values(self.factors))
         if self.rms_cap:
             sigmas = [sigma for n, sigma in enumerate(self.cap_sigma) if n not in self._plan.index_at]
-            gains = [1.0] * len(factors) if self.gains is None else list(self.gains)
+            gains = [1.0] * len(factors) if self.gains is None else values(self.gains)
             factors = [structlin.rms_cap(f, s, g) for f, s, g in zip(factors, sigmas, gains, strict=True)]
         for number in self._plan.index_at:
             factors.insert(number, getattr(self, f"index{number}"))
@@ -165,11 +167,7 @@ class StructuredLinear(nn.Module):
                 f"the last axis of the input must have size in_features = {self.in_features}, "
                 f"got shape {tuple(x.shape)}"
             )
-        factors: Sequence[Tensor] = ()
-        if self._bare:  # past nn.ParameterList, whose lookups take as long as a product with one token
-            factors = (*self._modules["factors"]._parameters.values(),)  # type: ignore[union-attr, arg-type]
-        if not self._bare or len(factors) != self._count:  # capped, parametrised, or with index arrays
-            factors = self.effective_factors()
+        factors = values(self._modules["factors"]) if self._bare else self.effective_factors()
         bias: Tensor | None = self.bias
         device = "cpu" if x.is_cpu else x.device.type
         if (device in _AUTOCAST or torch.amp.is_autocast_available(device)) and torch.is_autocast_enabled(device):
@@ -181,12 +179,7 @@ class StructuredLinear(nn.Module):
         return self._affine(x, factors, bias)
 
     def _affine(self, x: Tensor, factors: Sequence[Tensor], bias: Tensor | None) -> Tensor:
-        dtype = x.dtype
-        for factor in factors:
-            if factor.dtype is not dtype:
-                self._check_dtype(factor, dtype)
-        if bias is not None and bias.dtype is not dtype:
-            self._check_dtype(bias, dtype)
+        self._guard.check(x, factors if bias is None else (*factors, bias))
         if self._is_dense:
             return F.linear(x, factors[0], bias)
         if x.ndim == 2:
@@ -194,13 +187,6 @@ class StructuredLinear(nn.Module):
         lead = x.shape[:-1]
         y = self._product(x.reshape(math.prod(lead), self.in_features), factors, bias)
         return y.reshape(*lead, self.out_features)
-
-    def _check_dtype(self, parameter: Tensor, dtype: torch.dtype) -> None:
-        if parameter.dtype != torch.int64:
-            raise ValueError(
-                f"the input is {dtype}, the parameters are {parameter.dtype}: convert one of them, "
-                "or use torch.autocast"
-            )
 
     def _product(self, x: Tensor, factors: Sequence[Tensor], bias: Tensor | None) -> Tensor:
         """(tokens, in_features) -> (tokens, out_features) by what benchmarks/overhead.py finds the fastest.

@@ -21,7 +21,7 @@ class Packed:
         self._slices, self._packing, self._numbers = slices, slices.program.packing(kind, tuple(numbers)), numbers
         self._factors, self._made = factors, -1
         size = self._packing.total
-        self._copies = torch.empty(size, dtype=torch.uint8) if size else None
+        self._copies = torch.empty(size, dtype=torch.uint8, device="cpu") if size else None
         self._places: list[int] = []
 
     def slice(self, number: int) -> list[int]:
@@ -59,11 +59,11 @@ class Sums:
         self.found: list[Tensor | None] = []
         self._sums: list[list[Tensor]] = [[]]
         for k, copied in zip(wanted, self._packing.sizes, strict=True):
-            direct = None if copied else torch.zeros(shapes[k], dtype=dtype)
+            direct = None if copied else torch.zeros(shapes[k], dtype=dtype, device="cpu")
             self.found.append(direct)
             self._sums[0].append(_zeros(program.shapes[k], program.dtype) if direct is None else direct)
         self._sums += [[_zeros(program.shapes[k], program.dtype) for k in wanted] for _ in range(1, threads)]
-        self._more = [[torch.zeros(n, dtype=program.dtype) for n in more] for _ in self._sums]
+        self._more = [[_zeros((n,), program.dtype) for n in more] for _ in self._sums]
 
     def slice(self, number: int) -> list[list[int]]:
         """For each thread where the sums for this slice are, which start at zero."""
@@ -90,7 +90,7 @@ class Sums:
             if copied:
                 found = self.found[place]
                 if found is None:
-                    found = self.found[place] = torch.empty(self._shapes[k], dtype=self._dtype)
+                    found = self.found[place] = torch.empty(self._shapes[k], dtype=self._dtype, device="cpu")
                 moved += [total.data_ptr(), found.data_ptr() + number * self._slices.factors[k] * found.itemsize]
         _copy(self._slices.program, self._packing, moved)
 
@@ -115,7 +115,7 @@ class Sums:
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    return torch.zeros(math.prod(shape), dtype=dtype)
+    return torch.zeros(math.prod(shape), dtype=dtype, device="cpu")
 
 
 def _copy(program: Program, packing: Packing, table: Sequence[int]) -> None:

@@ -34,10 +34,13 @@ class FusedChain(ChainRules):
         # Of plain matrices whether each is (free, contracted), or else the other way round; None of others.
         self._upright = _upright(steps, sizes, d_in, d_out) if rows and self.plain else None
         self._found: dict[torch.dtype, Program | None] = {}
+        self.failed = False  # the compiler did not compile a pass: no other is tried
 
     def suits(self, x: Tensor, tokens: int) -> bool:
         """Whether this way is the fastest for ``x``."""
-        return self.pays(tokens, torch.is_grad_enabled()) and self._program(x.dtype) is not None
+        return (
+            not self.failed and self.pays(tokens, torch.is_grad_enabled()) and self._program(x.dtype) is not None
+        )  # fmt: skip
 
     def spills(self, dtype: torch.dtype) -> bool:
         """Whether the backward pass has too much to hold in cache."""
@@ -54,10 +57,12 @@ class FusedChain(ChainRules):
         name, tokens = _NAMES[x.dtype], x.shape[0 if self.rows else 1]
         program = self._ready(x.dtype)
         x, factors = x.contiguous(), [factor.contiguous() for factor in factors]
-        y = x.new_empty((tokens, self.d_out) if self.rows else (self.d_out, tokens))
+        shape = (tokens, self.d_out) if self.rows else (self.d_out, tokens)
+        y = torch.empty(shape, dtype=x.dtype, device="cpu")
         cut, found = self.kept_tokens(name, tokens, _threads(tokens)) if kept is not None else 0, []
         if kept is not None and cut:
-            found = [torch.empty(cut * row, dtype=program.kept_dtype) for row in program.schedule.rows[1:-1]]
+            rows, kept_dtype = program.schedule.rows[1:-1], program.kept_dtype
+            found = [torch.empty(cut * row, dtype=kept_dtype, device="cpu") for row in rows]
             kept += found
         if bias is not None:
             spare = program.schedule.widths[-1] - self.d_out
@@ -88,7 +93,7 @@ class FusedChain(ChainRules):
         slices = self.back(_NAMES[x.dtype], threads)
         if kept and slices.states is None:  # with another number of threads these were not to be read in slices
             slices = whole(program)
-        gx = x.new_empty(x.shape) if needs[0] else None
+        gx = torch.empty(x.shape, dtype=x.dtype, device="cpu") if needs[0] else None
         *needs, for_bias = needs
         wanted = [k for k in range(last) if needs[k + 1]]
         # Each slice reads the whole of gy, whose sum is in the way of none of them.
@@ -195,7 +200,7 @@ def _run(
 ) -> None:  # fmt: skip
     """Run a part of the tokens, shared among as many threads as there are tables; all are of addresses."""
     each = -(-run.scratch // LINE) * LINE
-    scratch = torch.empty(len(tables) * each + LINE, dtype=torch.uint8)
+    scratch = torch.empty(len(tables) * each + LINE, dtype=torch.uint8, device="cpu")
     first = -(-scratch.data_ptr() // LINE) * LINE  # vectors that start at the end of a cache line are slow
     tables = [[*ends, first + k * each, *table] for k, table in enumerate(tables)]
     run_shares(run.run, tables, cuts(part, run.block, len(tables)), tokens, target)

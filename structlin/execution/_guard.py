@@ -1,0 +1,162 @@
+"""What must hold before memory of torch's tensors is read or written by address.
+
+The compiled passes take addresses of operands, and the chunked ones views at offsets into their storages. Neither
+notices a tensor whose memory is not what its shape says. So every operand is looked at here first. An operand that is
+wrong raises ValueError. An operand that has no memory of its own to read, such as a functional tensor or a subclass, is
+left to the products of torch, and so is everything while a transformation watches or records the single products.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from structlin.structure import AbstractStructure
+
+__all__ = ["Guard", "addressable", "guard_of", "recording", "transforming"]
+
+_PARAMETER = torch.nn.Parameter
+_tracing = torch._C._get_tracing_state
+_compiling = torch.compiler.is_compiling
+
+
+def recording() -> bool:
+    """Whether torch records the calls of operators, for a graph that it runs later."""
+    return _compiling() or _tracing() is not None
+
+
+def transforming() -> bool:
+    """Whether tensors stand for more than their memory: batches and tangents of ``torch.func``, dual numbers."""
+    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+
+
+def addressable(tensor: Tensor, name: str = "the tensor") -> bool:
+    """Whether the memory of a tensor may be read by address: it is plain, on the CPU, and holds all elements.
+
+    Raises ValueError if the storage of a plain tensor is smaller than its shape and strides need; ``name`` is the
+    subject of the message.
+    """
+    kind = tensor.__class__
+    if kind is not _PARAMETER and kind is not Tensor:
+        return False
+    try:
+        if tensor.is_contiguous() and not tensor.storage_offset():
+            needed = tensor.nbytes
+        else:
+            needed = _needed(tensor)
+        if tensor.untyped_storage().nbytes() < needed:
+            raise ValueError(_no_memory(name, tensor))
+        # Zero tensors, functional ones and those on the meta device have no address.
+        return bool(tensor.data_ptr() or not needed) and tensor.is_cpu and not tensor.is_neg()
+    except RuntimeError:  # sparse, opaque, nested and batched tensors have no storage, no address, or no shape
+        return False
+
+
+class Guard:
+    """The operands of one structure: its factors, and a bias of size d_out after them."""
+
+    def __init__(self, structure: AbstractStructure) -> None:
+        self._structure, factors = structure, structure.factors
+        self._names = (*(f"factor {factor.name}" for factor in factors), "the bias")
+        self._shapes = (*(torch.Size(factor.shape) for factor in factors), torch.Size((structure.d_out,)))
+        self._real = (*(factor.trainable for factor in factors), True)
+        self._all_real = all(self._real)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return guard_of, (self._structure,)
+
+    def check(self, x: Tensor, operands: Sequence[Tensor]) -> None:
+        """Raise ValueError if a factor, or the bias, has the wrong shape, or another device or dtype than ``x``.
+
+        ``operands`` are the factors and the bias, or fewer of them. A tensor whose storage was freed raises too. Index
+        factors have an integer dtype. Under autocast dtypes may differ.
+        """
+        if self._all_real and x.is_cpu and not _compiling() and _tracing() is None:
+            dtype = x.dtype
+            try:
+                for tensor, shape in zip(operands, self._shapes, strict=False):
+                    if (
+                        tensor.dtype is not dtype
+                        or tensor.shape != shape
+                        or not tensor.is_cpu
+                        or not tensor.untyped_storage().nbytes()
+                    ):
+                        break
+                else:
+                    if x.untyped_storage().nbytes() or not x.numel():
+                        return
+            except (AttributeError, RuntimeError):  # no tensor, or one without a storage
+                pass
+        self._explain(x, operands)
+
+    def _explain(self, x: Tensor, operands: Sequence[Tensor]) -> None:
+        """The same for all devices and kinds of tensors. It takes longer."""
+        traced = not _compiling() and _tracing() is not None  # then sizes are tensors
+        recorded = traced or _compiling()
+        if not recorded and _is_freed(x):
+            raise ValueError(_no_memory("the input", x))
+        for name, shape, real, tensor in zip(self._names, self._shapes, self._real, operands, strict=False):
+            if not isinstance(tensor, Tensor):
+                raise TypeError(f"{name} is {tensor!r}, expected a tensor of shape {tuple(shape)}")
+            if not traced and tensor.shape != shape:
+                raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {tuple(shape)}")
+            if tensor.device != x.device:
+                raise ValueError(f"{name} is on device {tensor.device}, the input is on {x.device}")
+            if real and tensor.dtype is not x.dtype and not torch.is_autocast_enabled(x.device.type):
+                raise ValueError(
+                    f"the input is {x.dtype}, the parameters are {tensor.dtype} ({name}): convert one of them, "
+                    "or use torch.autocast"
+                )
+            if not real and (tensor.is_floating_point() or tensor.is_complex()):
+                raise ValueError(f"{name} is {tensor.dtype}, expected an integer dtype")
+            if not recorded and _is_freed(tensor):
+                raise ValueError(_no_memory(name, tensor))
+
+    def addressable(self, x: Tensor, operands: Sequence[Tensor]) -> bool:
+        """Whether the memory of ``x`` and of operands that :meth:`check` has passed may be read by address.
+
+        Raises ValueError if a storage is too small.
+        """
+        if transforming() or _tracing() is not None or torch.is_autocast_enabled("cpu"):
+            return False
+        return addressable(x, "the input") and all(map(addressable, operands, self._names))
+
+    def holds(self, dtype: torch.dtype, factors: Sequence[Tensor]) -> bool:
+        """Whether factors that autograd hands back are what they were, and may be read by address."""
+        return all(
+            addressable(tensor) and tensor.dtype is dtype and tensor.shape == shape
+            for tensor, shape in zip(factors, self._shapes, strict=False)
+        )
+
+
+@lru_cache(maxsize=4096)
+def guard_of(structure: AbstractStructure) -> Guard:
+    """The guard of a structure; made once."""
+    return Guard(structure)
+
+
+def _needed(tensor: Tensor) -> int:
+    """Bytes of the storage up to the last element."""
+    if not tensor.numel():
+        return 0
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return (int(tensor.storage_offset()) + last + 1) * tensor.itemsize
+
+
+def _is_freed(tensor: Tensor) -> bool:
+    if tensor.__class__ is not _PARAMETER and tensor.__class__ is not Tensor:
+        return False
+    try:
+        return tensor.untyped_storage().nbytes() == 0 and tensor.numel() > 0
+    except RuntimeError:
+        return False
+
+
+def _no_memory(name: str, tensor: Tensor) -> str:
+    return (
+        f"the storage of {name} has {tensor.untyped_storage().nbytes()} bytes, but shape {tuple(tensor.shape)}, "
+        f"strides {tensor.stride()} and offset {tensor.storage_offset()} need {_needed(tensor)}"
+    )
