@@ -236,7 +236,7 @@ def _chain_batch(
     if not any(dim is not None for dim in at[:chain]):  # of the bias alone
         y, *held = _chain.bind(*operands[:chain], structure=structure, rows=rows, bias=False, kept=kept)
         return [y + jnp.moveaxis(operands[-1], at[-1] or 0, 0)[:, None], *held], [0, *[None] * len(held)]
-    # Gradients of x or of factors of each batch do without what is kept.
+    # Gradients by x or factors of each batch do without what is kept.
     dtype = operands[0].dtype
     unread = [jnp.zeros(size, dtype) for size in _of(structure, rows).kept_sizes(str(dtype), kept)]
     if any(dim is not None for dim in at[1:]):
@@ -408,7 +408,7 @@ def _tangent_batch(
     return jax.vmap(single, at[:last])(*operands[:last]), 0
 
 
-def _lowering(compiled: Callable[..., Any], portable: Callable[..., Any], several: bool = True) -> Callable[..., Any]:
+def _lowering(compiled: Callable[..., Any], portable: Callable[..., Any], several: bool) -> Callable[..., Any]:
     """On a CPU: the compiled passes in a program for one device of this process."""
 
     def lower(context: mlir.LoweringRuleContext, *operands: Any, **params: Any) -> Any:
@@ -425,20 +425,13 @@ def _lowering(compiled: Callable[..., Any], portable: Callable[..., Any], severa
     return lower
 
 
-ad.primitive_jvps[_chain] = _chain_jvp
-ad.primitive_transposes[_chain] = _chain_transpose
-batching.primitive_batchers[_chain] = _chain_batch
-mlir.register_lowering(_chain, mlir.lower_fun(_chain_portable, multiple_results=True))
-mlir.register_lowering(_chain, _lowering(_chain_compiled, _chain_portable), platform="cpu")
-
-ad.primitive_jvps[_tangent] = _tangent_jvp
-ad.primitive_transposes[_tangent] = _tangent_transpose
-batching.primitive_batchers[_tangent] = _tangent_batch
-mlir.register_lowering(_tangent, mlir.lower_fun(_portable_tangent, multiple_results=False))
-mlir.register_lowering(_tangent, _lowering(_tangent_compiled, _portable_tangent, False), platform="cpu")
-
-ad.primitive_jvps[_gradients] = _gradients_jvp
-ad.primitive_transposes[_gradients] = _gradients_transpose
-batching.primitive_batchers[_gradients] = _gradients_batch
-mlir.register_lowering(_gradients, mlir.lower_fun(_portable_gradients, multiple_results=True))
-mlir.register_lowering(_gradients, _lowering(_gradients_compiled, _portable_gradients), platform="cpu")
+for _primitive, _jvp, _transpose, _batch, _compiled, _single in (
+    (_chain, _chain_jvp, _chain_transpose, _chain_batch, _chain_compiled, _chain_portable),
+    (_tangent, _tangent_jvp, _tangent_transpose, _tangent_batch, _tangent_compiled, _portable_tangent),
+    (_gradients, _gradients_jvp, _gradients_transpose, _gradients_batch, _gradients_compiled, _portable_gradients),
+):
+    ad.primitive_jvps[_primitive], ad.primitive_transposes[_primitive] = _jvp, _transpose
+    batching.primitive_batchers[_primitive] = _batch
+    _several = _primitive.multiple_results
+    mlir.register_lowering(_primitive, mlir.lower_fun(_single, multiple_results=_several))
+    mlir.register_lowering(_primitive, _lowering(_compiled, _single, _several), platform="cpu")

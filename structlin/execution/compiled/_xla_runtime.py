@@ -39,7 +39,7 @@ TYPES = {"uint8": 6, "float32": 11, "float64": 12, "bfloat16": 16}  # XLA_FFI_Da
 # for states have between the context and the type: since version 3 the stage that made the state, which is the first.
 VERSIONS: dict[int, tuple[int, ...]] = {2: (), 3: (0,)}
 # Places of functions in XLA_FFI_Api, in words.
-_ERROR_CREATE, _ERROR_DESTROY, _TYPE_REGISTER, _STATE_SET, _STATE_GET, _SCHEDULE, _THREADS = 6, 8, 11, 13, 14, 17, 18
+_ERROR_CREATE, _ERROR_DESTROY, _TYPE_REGISTER, _STATE_SET, _STATE_GET, _SCHEDULE = 6, 8, 11, 13, 14, 17
 _FAILED = 9  # XLA_FFI_Error_Code_FAILED_PRECONDITION
 _INSTANTIATE = 0  # XLA_FFI_ExecutionStage
 _METADATA = 1  # XLA_FFI_Extension_Type
@@ -118,6 +118,7 @@ def _handle(frame: int) -> int | None:
 
 _PYTHON = _kept(Handler(_handle))
 _PREPARE: list[Prepare] = []
+_REFUSED: list[str] = []
 
 
 def _attribute(frame: int) -> str:
@@ -158,9 +159,12 @@ def register(prepare: Prepare) -> None:
     _PREPARE[:] = [prepare]
     run = _PYTHON if unsupported() is not None else _native()[0]
     stages = {"instantiate": _PYTHON, "execute": run}
-    jax.ffi.register_ffi_target(
-        TARGET, {stage: jax.ffi.pycapsule(address(made)) for stage, made in stages.items()}, platform="cpu"
-    )
+    capsules = {stage: jax.ffi.pycapsule(address(made)) for stage, made in stages.items()}
+    try:
+        jax.ffi.register_ffi_target(TARGET, capsules, platform="cpu")
+    except Exception as error:  # a user's product must not fail for it
+        _REFUSED.append(f"XLA did not take the handler: {error}")
+        unsupported.cache_clear()
 
 
 @cache
@@ -175,7 +179,7 @@ def unsupported() -> str | None:
         _native()
     except CompileError as error:
         return str(error)
-    return None
+    return next(iter(_REFUSED), None)
 
 
 # -- in machine code: runs ---------------------------------------------------------------------------------------------
@@ -193,7 +197,7 @@ def _native() -> tuple[Any, Any]:
         raise CompileError("the system has no threads as POSIX has them") from error
     pointer = [ctypes.c_void_p]
     deleter = "define void @done(ptr %state) {\n  store atomic i64 1, ptr %state release, align 8\n  ret void\n}"
-    execute = "\n".join(["declare i64 @llvm.smin.i64(i64, i64)", *_shared(names), _execute()])
+    execute = "\n".join([*_shared(names), _execute()])
     return _kept(load(execute, "execute", target, pointer)), _kept(load(deleter, "done", target, pointer))
 
 
@@ -215,12 +219,16 @@ class _Writer(Code):
         self.label(yes)
 
     def api(self, function: int, *operands: str) -> tuple[str, str]:
-        """What a function of ``%api`` returns, an error or null, and the table of what it was given."""
+        """A function of ``%api``, and the table of what it is given."""
         size = 2 + len(operands)
         given = self.value(f"alloca [{size} x i64]")
         for at, operand in enumerate((f"i64 {8 * size}", "i64 0", *operands)):
             self.put(f"store {operand}, ptr {self.at('i64', given, at)}")
-        return self.value(f"call ptr {self.word('%api', function, 'ptr')}(ptr {given})"), given
+        return self.word("%api", function, "ptr"), given
+
+    def call_api(self, function: str, given: str) -> str:
+        """An error or null."""
+        return self.value(f"call ptr {function}(ptr {given})")
 
     def define(self, declaration: str, end: str = "ret void") -> str:
         return "\n".join([f"define {declaration} nounwind {{", "entry:", *self.lines, f"  {end}", "}", ""])
@@ -262,20 +270,10 @@ def _shared(names: dict[str, int]) -> list[str]:
 
     well = _Writer()  # whether there was no error
     well.branch("ne ptr %error, null", "destroy", "end")
-    well.api(_ERROR_DESTROY, "ptr %error")
+    destroy, given = well.api(_ERROR_DESTROY, "ptr %error")
+    well.put(f"call void {destroy}(ptr {given})")
     well.put("br label %end")
     well.label("end")
-
-    threads = _Writer()
-    found = threads.value("alloca i64")
-    threads.write(found, 0, 1)
-    error, _ = threads.api(_THREADS, "ptr %context", f"ptr {found}")
-    fine = threads.value(f"call i1 @well(ptr %api, ptr {error})")
-    count = threads.value(f"select i1 {fine}, i64 {threads.word(found, 0)}, i64 1")
-
-    start = _Writer()
-    error, _ = start.api(_SCHEDULE, "ptr %context", "ptr @task", "ptr %stage")
-    started = start.value(f"call i1 @well(ptr %api, ptr {error})")
 
     run = _Writer()
     record = run.value(f"call ptr {_to(names['malloc'])}(i64 {8 * _RECORD})")
@@ -283,15 +281,15 @@ def _shared(names: dict[str, int]) -> list[str]:
     run.write(record, _DONE, 0)
     for at, (kind, name) in enumerate(_STAGE, _SHARES):
         run.write(record, at, name, kind)
-    tasks = run.subtract(run.least(run.value("call i64 @threads(ptr %api, ptr %context)"), "%shares"), 1)
-    run.write(record, _KNOWN, run.add(tasks, 1))
+    run.write(record, _KNOWN, "%shares")
+    schedule = run.api(_SCHEDULE, "ptr %context", "ptr @task", f"ptr {record}")
 
     def put(_: Int, __: Values) -> None:
-        taken = run.value(f"call i1 @start(ptr %api, ptr %context, ptr {record})")
+        taken = run.value(f"call i1 @well(ptr %api, ptr {run.call_api(*schedule)})")
         none = run.value(f"select i1 {taken}, i64 0, i64 1")
         run.put(f"atomicrmw sub ptr {run.at('i64', record, _KNOWN)}, i64 {none} acq_rel")
 
-    run.loop(0, tasks, 1, put)
+    run.loop(1, "%shares", 1, put)
     run.put(f"call void @work(ptr {record})")
     run.put("br label %wait")
     run.label("wait")
@@ -306,8 +304,6 @@ def _shared(names: dict[str, int]) -> list[str]:
         forget.define("internal void @forget(ptr %stage)"),
         task.define("internal void @task(ptr %stage)"),
         well.define("internal i1 @well(ptr %api, ptr %error)", f"ret i1 {well.value('icmp eq ptr %error, null')}"),
-        threads.define("internal i64 @threads(ptr %api, ptr %context)", f"ret i64 {count}"),
-        start.define("internal i1 @start(ptr %api, ptr %context, ptr %stage)", f"ret i1 {started}"),
         run.define(f"internal void @run(ptr %api, ptr %context, {', '.join(f'{k} {n}' for k, n in _STAGE)})"),
     ]
 
@@ -324,9 +320,9 @@ def _execute() -> str:
     for name, at in (("api", 2), ("context", 3)):
         code.put(f"%{name} = load ptr, ptr {code.at('i64', '%frame', at)}")
     between = [f"i64 {word}" for word in VERSIONS[version() or 0]]
-    error, given = code.api(
-        _STATE_GET, "ptr %context", *between, f"ptr {_to(ctypes.addressof(_TYPE))}", "ptr null"
-    )  # fmt: skip
+    kind = f"ptr {_to(ctypes.addressof(_TYPE))}"
+    function, given = code.api(_STATE_GET, "ptr %context", *between, kind, "ptr null")
+    error = code.call_api(function, given)
     code.branch(f"ne ptr {error}, null", "failed", "found")
     code.put(f"ret ptr {error}")
     code.label("found")
@@ -383,7 +379,7 @@ def _execute() -> str:
     code.put("ret ptr null")
     code.label("mismatch")
     message = ctypes.cast(_MISMATCH, ctypes.c_void_p).value or 0
-    error, _ = code.api(_ERROR_CREATE, f"ptr {_to(message)}", f"i64 {_FAILED}")
+    error = code.call_api(*code.api(_ERROR_CREATE, f"ptr {_to(message)}", f"i64 {_FAILED}"))
     return code.define("ptr @execute(ptr %frame)", f"ret ptr {error}")
 
 

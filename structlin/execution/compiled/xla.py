@@ -27,6 +27,7 @@ from structlin.execution.compiled._rules import COPIED_SHARE, ChainRules, copy_s
 from structlin.execution.compiled._schedule import LINE
 from structlin.execution.compiled._target import CompileError, address, host, warn_once
 from structlin.execution.compiled._xla_runtime import TARGET, TYPES, add, fill, register, unsupported
+from structlin.structure import Structure
 
 Array = Any
 Place = tuple[int, int]  # an array, and bytes from its start
@@ -75,9 +76,13 @@ class Call:
             if found.pop("format") != FORMAT:
                 raise ValueError(text)
             steps, sizes = parse_chain(found.pop("steps")), tuple((axis, n) for axis, n in found.pop("sizes"))
-            chain = XLAChain(steps, sizes, *(found.pop(name) for name in ("d_in", "d_out", "rows")))
+            given = Structure(steps, sizes, found.pop("d_in"), found.pop("d_out"))
+            chain = XLAChain(given.steps, given.sizes, given.d_in, given.d_out, found.pop("rows"))
             needs, numbers = found.pop("needs"), found.pop("numbers")
-            return Call(chain, **found, needs=None if needs is None else tuple(needs)), numbers
+            call = Call(chain, **found, needs=None if needs is None else tuple(needs))
+            if not 0 <= call.kept <= call.tokens or (needs is not None and len(needs) != 2 + len(steps)):
+                raise ValueError(text)
+            return call, numbers
         except Exception as error:
             raise CompileError(
                 "a program was compiled with another version of structlin. It has to be compiled again"

@@ -272,6 +272,8 @@ WRONG = """
     attempt(plan=call.text(numbers).replace('"tokens": 300', '"tokens": -1'))
     attempt(plan=call.text(numbers).replace('"float32"', '"float16"'))
     attempt(plan=call.text(numbers).replace('"needs": null', '"needs": [false, false, false, false]'))
+    attempt(plan=call.text(numbers).replace('"kept": 0', '"kept": 400'))
+    attempt(plan=call.text(numbers).replace('["', '["z'))
     attempt(plan=call.text(numbers[1:]))
     attempt(plan=np.int64(3))
     attempt(plan=call.text(numbers), more="attributes")
@@ -285,7 +287,7 @@ def test_wrong_calls_end_in_errors():
     first, *wrong, last = process(WRONG).splitlines()
     assert first == last == "well"
     arrays, descriptions = wrong[:10], wrong[10:]
-    assert len(descriptions) == 9
+    assert len(descriptions) == 11
     assert all("structlin: the arrays of a call are not those" in line for line in arrays)
     assert all("structlin: " in line for line in descriptions)
 
@@ -398,9 +400,9 @@ def test_batches_of_the_bias_alone(monkeypatch):
 
 
 @needs_passes
-@pytest.mark.parametrize("what", ["version", "header", "system", "program"])
+@pytest.mark.parametrize("what", ["version", "header", "system", "handler", "program"])
 def test_what_is_missing_is_no_error(monkeypatch, what, tmp_path):
-    """An interface of XLA that is not known, no header of it, no POSIX functions, and what nobody thought of."""
+    """An unknown interface of XLA, no header of it, no POSIX functions, a name that is taken, and anything else."""
     operands = inputs()
     wanted = gradients(portable)(*operands)
     if what == "version":
@@ -409,6 +411,14 @@ def test_what_is_missing_is_no_error(monkeypatch, what, tmp_path):
         monkeypatch.setattr(jax.ffi, "include_dir", lambda: str(tmp_path))
     elif what == "system":
         monkeypatch.setattr(_xla_runtime.ctypes, "CDLL", lambda _: SimpleNamespace(malloc=1))
+    elif what == "handler":
+
+        def refuse(*_, **__):
+            raise ValueError("another handler has this name")
+
+        monkeypatch.setattr(jax.ffi, "register_ffi_target", refuse)
+        monkeypatch.setattr(_xla_runtime, "_REFUSED", [])
+        _xla_runtime.register(xla._prepare)
     else:
         monkeypatch.setattr(xla.XLAChain, "program", lambda *_: {}["nothing"])
     cached = (_xla_runtime.version, _xla_runtime.unsupported, _xla_runtime._native)
