@@ -9,10 +9,10 @@ from typing import NamedTuple
 
 from structlin.execution.compiled._emit import Emitter, Memory
 from structlin.execution.compiled._ir import Int, Values
+from structlin.execution.compiled._limits import limits
 from structlin.execution.compiled._product import BYTES, NEAR, VECTORS, Axis, Product, dot_tile, max_rows
 
-UNROLLED = 4
-NEAR_BYTES = 512 << 10  # of the vectors that are read again and again
+UNROLLED = 4  # turns of the innermost loop: its end takes less than a tenth of their time
 
 
 def write_product(
@@ -115,7 +115,7 @@ class _Loops:
         item = math.prod(a.size or self.emitter.block for a in read) * BYTES[self.vector.element]
         least = min(math.ceil(NEAR / single), first.size)
         sizes = [n for n in range(least, first.size + 1) if first.size % n == 0]
-        size = max((n for n in sizes if n * item <= NEAR_BYTES), default=sizes[0])
+        size = max((n for n in sizes if n * item <= limits().vectors), default=sizes[0])
         if size == first.size:
             return [], [first, *rest]
 
@@ -171,9 +171,10 @@ class _Loops:
             if whole < axis.size:
                 tiles(whole, axis.size, axis.size - whole)
             return None
-        # As many rows as divide the usual number of tokens, then fewer for the last tokens.
+        # As many rows as divide the usual number of tokens, if these are not too few; then fewer for the last tokens.
         least = 2 if any(out.element == "i32" and not out.zipped for out in self.out) else 1
-        most = max(n for n in range(least, most + 1, least) if self.emitter.block % n == 0)
+        sizes = range(most - most % least, 0, -least)
+        most = next((n for n in sizes if self.emitter.block % n == 0 and 2 * n > most), sizes[0])
         start: Int = 0
         for rows in dict.fromkeys((most, 4, least)):
             if rows <= most:

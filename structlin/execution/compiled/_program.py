@@ -20,6 +20,7 @@ from structlin._parse import Step
 from structlin.execution.compiled._arrange import Arrangement, load_copies
 from structlin.execution.compiled._emit import Emitter, Memory
 from structlin.execution.compiled._ir import Code
+from structlin.execution.compiled._limits import limits
 from structlin.execution.compiled._loops import write_product
 from structlin.execution.compiled._product import BYTES, Axis
 from structlin.execution.compiled._schedule import LINE, Operation, Schedule, make_schedule
@@ -27,15 +28,11 @@ from structlin.execution.compiled._schedule import row as row_of
 from structlin.execution.compiled._target import Target, load
 
 ELEMENTS = {"float32": ("float", "float"), "float64": ("double", "double"), "bfloat16": ("bfloat", "float")}
-# Tokens of a block, and of one in pairs of bfloat16 or with few registers, which the tiles divide without a remainder,
-# or nearly so. Few: then the activations stay in cache.
-# The backward pass also reads and writes the gradients of the factors once for each block. If all of them have more
-# than FACTOR_BYTES, they do not stay in cache from one block to the next: then it takes the largest of LARGE_BLOCKS for
-# which the activations have less than BLOCK_BYTES.
-BLOCK, OTHER_BLOCK, LARGE_BLOCKS, FACTOR_BYTES, BLOCK_BYTES = 16, 24, (144, 72), 6 << 20, 24 << 20
-# The forward pass only reads the factors. From FAR_BYTES on they come from memory for each block: then it takes the
-# largest of LARGE_BLOCKS for which the activations have less than NEAR_BLOCK_BYTES, or else OTHER_BLOCK.
-FAR_BYTES, NEAR_BLOCK_BYTES = 12 << 20, 8 << 20
+# Tokens of a block: few, so that the activations stay in the second level of cache, and many enough that reading the
+# factors costs little. Tiles of 8 or 12 rows divide them without a remainder.
+BLOCKS = (48, 24, 16)
+# Of a block if not even the factors, or the sums of their gradients, stay in cache from one block to the next.
+LARGE_BLOCKS = (144, 72)
 COLUMN_BLOCK = 48  # whole cache lines of each number, and whole vectors
 
 
@@ -118,7 +115,7 @@ class Program:
 
     def __init__(
         self, schedule: Schedule, target: Target, dtype: str, d_in: int, d_out: int, rows: bool,
-        shapes: Sequence[tuple[int, ...]], part: Part | None = None,
+        shapes: Sequence[tuple[int, ...]], part: Part | None = None, packed: bool = True, block: int | None = None,
     ) -> None:  # fmt: skip
         self.schedule, self.target, self.d_in, self.d_out, self.rows = schedule, target, d_in, d_out, rows
         self.outside, self.inside = ELEMENTS[dtype]
@@ -127,8 +124,12 @@ class Program:
         self.numel = sum(map(math.prod, shapes))
         self.size = BYTES[self.inside]
         self.lanes = target.width // self.size  # numbers in a vector
-        self.pairs = dtype == "bfloat16" and target.half_products
-        self.block = OTHER_BLOCK if self.pairs or target.registers < 32 else BLOCK
+        self.packed = packed
+        self.pairs = dtype == "bfloat16" and target.half_products and packed
+        self.given = block
+        unit = 2 if rows else self.lanes  # pairs of tokens are stored together, and squares of vectors are transposed
+        # Fixed, whatever there is to hold in cache; 0: it depends on that.
+        self._fixed = -(-(block or (0 if rows else COLUMN_BLOCK)) // unit) * unit
         self.made: dict[tuple[object, ...], Any] = {}  # by the methods below that are called once for their arguments
 
     @property
@@ -147,7 +148,8 @@ class Program:
         sizes = tuple(self.copied(kind, k) for k in numbers)
         copies = [copy for copy in (self._copy(kind, k) for k in numbers) if copy is not None]
         moved = sum(math.prod(copy[0].shape) for copy in copies)
-        return Packing(sizes, moved, load_copies(copies, self.target, self.inside))
+        run = load_copies(copies, self.target, self.inside) if copies else _nothing
+        return Packing(sizes, moved, run)
 
     def _copy(self, kind: str, k: int) -> tuple[Arrangement, str, str] | None:
         """What :func:`load_copies` takes; None where a factor or a gradient is taken as it is."""
@@ -162,6 +164,8 @@ class Program:
 
     def element(self, operation: Operation) -> str:
         """Of the factor that an operation reads, or of the gradient that it writes."""
+        if not self.packed:
+            return self.outside
         return "i32" if operation.in_pairs else self.outside if operation.product.paired else self.inside
 
     def copied(self, kind: str, k: int) -> int:
@@ -198,8 +202,8 @@ class Program:
 
         Not in bfloat16, where other ways are slower yet.
         """
-        far = self.inside == self.outside and self.numel * self.size > FACTOR_BYTES
-        return far and LARGE_BLOCKS[-1] * sum(self._back_rows(False).values()) * self.size > BLOCK_BYTES
+        far = self.inside == self.outside and self.numel * self.size > limits().sums
+        return far and LARGE_BLOCKS[-1] * sum(self._back_rows(False).values()) * self.size > limits().sums_block
 
     def _back_rows(self, kept: bool) -> dict[_Key, int]:
         """Numbers of each token that the whole backward pass has in scratch memory."""
@@ -208,27 +212,48 @@ class Program:
 
     def _back_block(self, gradients: bool, numbers: int, shared: bool) -> int:
         """Of the backward pass, for which ``numbers`` of each token are in scratch memory; ``shared`` among threads."""
-        if not gradients or self.numel * self.size <= FACTOR_BYTES:
-            return self.block
+        if self._fixed:
+            return self._fixed
+        if not gradients or self.numel * self.size <= limits().sums:
+            return self._near_block(numbers)
         blocks = LARGE_BLOCKS[-1:] if shared else LARGE_BLOCKS
-        return next((b for b in blocks if b * numbers * self.size <= BLOCK_BYTES), LARGE_BLOCKS[-1])
+        return next((b for b in blocks if b * numbers * self.size <= limits().sums_block), LARGE_BLOCKS[-1])
 
     def _front_block(self, numbers: int) -> int:
         """Of the forward pass, for which each token has so many ``numbers``."""
-        if self.numel * BYTES[self.outside] <= FAR_BYTES:
-            return self.block
-        return next((b for b in LARGE_BLOCKS if b * numbers * self.size <= NEAR_BLOCK_BYTES), OTHER_BLOCK)
+        if self._fixed:
+            return self._fixed
+        if self.numel * BYTES[self.outside] <= limits().factors:
+            return self._near_block(numbers)
+        return next((b for b in LARGE_BLOCKS if b * numbers * self.size <= limits().factors_block), BLOCKS[1])
+
+    def _near_block(self, numbers: int) -> int:
+        return next((b for b in BLOCKS if b * numbers * self.size <= limits().block), BLOCKS[-1])
+
+    @property
+    def block(self) -> int:
+        """Tokens of a block of the forward pass."""
+        return self._front_block(sum(self._front_forms().sizes([]).values()))
+
+    def _front_forms(self) -> _Forms:
+        """What the forward pass reads."""
+        schedule, forms = self.schedule, _Forms(self)
+        for k, operation in enumerate(schedule.forward):
+            forms.read("state", k, operation.reads)
+        if self._cuts_front:
+            forms.read("state", len(schedule.forward))
+        return forms
+
+    @property
+    def _cuts_front(self) -> bool:
+        """Whether the output goes through scratch memory."""
+        return self.d_out < self.schedule.widths[-1] or not self.rows
 
     @_once
     def forward(self, bias: bool, kept: bool) -> Pass:
         """Table: x, y, scratch, bias (if any), factors, and where ``kept`` the activations between steps."""
         schedule, last = self.schedule, len(self.schedule.forward)
-        forms = _Forms(self)
-        for k, operation in enumerate(schedule.forward):
-            forms.read("state", k, operation.reads)
-        cut = self.d_out < schedule.widths[-1] or not self.rows  # from scratch memory
-        if cut:
-            forms.read("state", last)
+        forms, cut = self._front_forms(), self._cuts_front
         outside = forms.keep("state", range(1, last)) if kept else []
         writer = _Writer(self, self._front_block(sum(forms.sizes([]).values())))
         x, y = map(writer.end, self.strides)
@@ -393,6 +418,10 @@ class Program:
         )
 
 
+def _nothing(*_: object) -> None:
+    """What makes no copies."""
+
+
 def _dtype(element: str) -> Any:
     import torch
 
@@ -448,9 +477,7 @@ class _Writer:
     """The frame of a pass: reads the table, and runs ``body`` for each block of tokens."""
 
     def __init__(self, program: Program, block: int) -> None:
-        self.program, self.code, self.places = program, Code(), 0
-        self.block = block if program.rows else COLUMN_BLOCK
-        self.bytes = 0
+        self.program, self.code, self.places, self.block, self.bytes = program, Code(), 0, block, 0
 
     def _next(self) -> str:
         pointer = self.code.at("ptr", "%table", self.places)
@@ -506,17 +533,24 @@ PROGRAMS = 64
 @lru_cache(maxsize=PROGRAMS)
 def make_program(
     steps: tuple[Step, ...], sizes: tuple[tuple[str, int], ...], d_in: int, d_out: int, rows: bool, dtype: str,
-    target: Target, part: Part | None = None,
+    target: Target, part: Part | None = None, packed: bool = True, block: int | None = None,
 ) -> Program | None:  # fmt: skip
-    """None where the chain has no schedule, and for columns in bfloat16."""
+    """None where the chain has no schedule, and for columns in bfloat16.
+
+    Not ``packed``: a forward pass for one or a few tokens, which reads the factors as they are stored; None also where
+    its products would have no axis for their vectors. ``block``: tokens that all steps run for, one after the other, at
+    a time, rounded up to whole pairs or for columns to whole vectors; None: as many as the caches suggest.
+    """
     if dtype == "bfloat16" and not rows:
         return None
-    pairs = dtype == "bfloat16" and target.half_products
+    pairs = dtype == "bfloat16" and target.half_products and packed
     strides, between = (part.strides(d_in, d_out), part.between) if part else (None, None)
     schedule = make_schedule(
         *(steps, dict(sizes), target, ELEMENTS[dtype][1], d_in, d_out, rows, pairs),
-        *(strides, dict(between) if between else None),
+        *(strides, dict(between) if between else None, packed),
     )
     size = dict(sizes)
     shapes = [tuple(size[a] for a in step.factor) for step in steps]
-    return None if schedule is None else Program(schedule, target, dtype, d_in, d_out, rows, shapes, part)
+    if schedule is None:
+        return None
+    return Program(schedule, target, dtype, d_in, d_out, rows, shapes, part, packed, block)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 
 from structlin._parse import Step
+from structlin.execution.compiled._limits import limits
 from structlin.execution.compiled._product import BYTES
-from structlin.execution.compiled._program import ELEMENTS, FAR_BYTES, Program, make_program
+from structlin.execution.compiled._program import ELEMENTS, Program, make_program
 from structlin.execution.compiled._slices import RUN, Slices, counts, enough, slices, whole
 from structlin.execution.compiled._target import host
 
@@ -17,21 +18,14 @@ from structlin.execution.compiled._target import host
 FEW, PLAIN_TOKENS, PLAIN_REGISTERS = 1 << 9, 256, 32
 COPIED, COPIED_FAR, COPIED_TWICE, NEAR_NUMBERS = 32, 8, 128, 1 << 18
 # Activations are kept for the backward pass if to compute one again takes more than KEPT_WORK multiplications of
-# vectors, and of at least KEPT_SHARE of the tokens. If they have more than KEPT_BYTES they come from fresh pages of
-# memory, which is worth it if to compute a byte again takes more than FRESH_WORK.
-KEPT_BYTES, KEPT_WORK, FRESH_WORK, KEPT_SHARE = 16 << 20, 3, 3, 0.125
+# vectors, and of at least KEPT_SHARE of the tokens. If they do not stay in cache, it is worth it if to compute a byte
+# again takes more than FRESH_WORK.
+KEPT_WORK, FRESH_WORK, KEPT_SHARE = 3, 3, 0.125
 # Of a dense matrix and its gradient: by how much passes may be larger if they keep the activations of all tokens, and
 # by how much they have to be larger even without, to keep them anyway.
 MORE, MISSED = 0.1, 0.05
-# Numbers, from which on the BLAS multiplies blocks faster than what is compiled with so many registers at least: in one
-# thread, and in several, of which each has sums of gradients of its own.
-LARGE_BLOCKS = {32: (1 << 21, 1 << 19), 0: (1 << 18, 1 << 18)}
 SHARE, COPIED_SHARE = 48, 1 << 15  # tokens of a thread, and numbers that it copies, at least
-# Bytes of the sums of gradients, and of the factors of a forward pass: more are sliced, if they can be.
-SLICE_BYTES, FRONT_SLICE_BYTES = 15 << 18, 9 << 20
-# Bytes of the sums of gradients, from which on slices are made so small that there is room for them: FEW_SLICES at
-# most, or with RUN neighbours each.
-ROOM_BYTES, FEW_SLICES = 1 << 20, 4
+FEW_SLICES = 4  # or with RUN neighbours each: more to save memory would take more time than they are worth
 WASTE = 12  # times the instructions that products without losses would take: more is slower than what others do
 
 
@@ -50,9 +44,10 @@ class ChainRules:
         self.numel = sum(map(math.prod, self.shapes))
         self.plain = not any(step.batch or step.carried for step in steps)
         self._block = min(math.prod(size[a] for a in step.free + step.contracted) for step in steps)
-        self._programs: dict[str, Program | None] = {}
-        self._fronts: dict[tuple[str, bool], Slices] = {}
-        self._backs: dict[tuple[str, int], Slices] = {}
+        self.block: int | None = None  # tokens of a block; None: as many as the caches suggest. May be set at any time.
+        self._programs: dict[tuple[str, int | None, bool], Program | None] = {}
+        self._fronts: dict[tuple[str, bool, int | None], Slices] = {}
+        self._backs: dict[tuple[str, int, int | None], Slices] = {}
 
     @property
     def registers(self) -> int:
@@ -62,55 +57,60 @@ class ChainRules:
 
     def large_blocks(self, threads: int) -> bool:
         """Whether the BLAS multiplies the blocks faster."""
-        alone, several = next(n for registers, n in LARGE_BLOCKS.items() if self.registers >= registers)
-        return self._block >= (alone if threads == 1 else several)
+        found = limits()
+        least = found.product if threads == 1 else found.product_shared
+        if self.registers < 32:
+            least = found.product_few
+        return self._block * BYTES["float"] >= least
 
-    def program(self, dtype: str) -> Program | None:
-        """None where the chain is not to be run this way."""
-        if dtype not in self._programs:
+    def program(self, dtype: str, block: int | None = None, packed: bool = True) -> Program | None:
+        """None where the chain is not to be run this way. ``block`` and ``packed``: see :func:`make_program`."""
+        block = block or self.block
+        key = dtype, block, packed
+        if key not in self._programs:
             target, found = host(), None
             if target is not None and dtype in ELEMENTS:
-                found = make_program(*self._chain, dtype, target)
-            if found is not None:
-                lanes = found.lanes
-                if found.schedule.cost + found.schedule.back_cost > 3 * WASTE * self.macs / lanes:
+                found = make_program(*self._chain, dtype, target, None, packed, block)
+            if found is not None and packed:
+                cost = found.schedule.cost + found.schedule.back_cost
+                if cost > 3 * WASTE * self.macs / found.lanes:
                     found = None
-            self._programs[dtype] = found
-        return self._programs[dtype]
+            self._programs[key] = found
+        return self._programs[key]
 
     def front(self, dtype: str, keeps: bool) -> Slices:
         """How to run the forward pass, which may be one that ``keeps`` activations."""
-        found = self._fronts.get((dtype, keeps))
+        found = self._fronts.get((dtype, keeps, self.block))
         if found is None:
             target, program = host(), self.program(dtype)
             assert target is not None
             assert program is not None
             found, item = whole(program), BYTES[program.outside]
-            if program.numel * item > FAR_BYTES:
-                count = enough(counts(self._chain, program, False), program.numel, FRONT_SLICE_BYTES // item)
+            if program.numel * item > limits().factors:
+                count = enough(counts(self._chain, program, False), program.numel, limits().factors_slice // item)
                 found = slices(self._chain, program, False, count, dtype, target, keeps)
-            self._fronts[dtype, keeps] = found
+            self._fronts[dtype, keeps, self.block] = found
         return found
 
     def back(self, dtype: str, threads: int) -> Slices:
         """How to run the backward pass, in which each thread has sums of its own."""
-        found = self._backs.get((dtype, threads))
+        found = self._backs.get((dtype, threads, self.block))
         if found is None:
-            found = self._backs[dtype, threads] = self._back(dtype, threads)
+            found = self._backs[dtype, threads, self.block] = self._back(dtype, threads)
         return found
 
     def sums_are_large(self, program: Program) -> bool:
         """Whether the sums of gradients do not stay in cache well."""
-        return program.numel * BYTES[program.inside] > SLICE_BYTES
+        return program.numel * BYTES[program.inside] > limits().sums_slice
 
     def _back(self, dtype: str, threads: int) -> Slices:
         target, program = host(), self.program(dtype)
         assert target is not None
         assert program is not None
         several, item = counts(self._chain, program, True), BYTES[program.inside]
-        least = enough(several, program.numel, SLICE_BYTES // item)
+        least = enough(several, program.numel, limits().sums_slice // item)
         found = slices(self._chain, program, True, least, dtype, target)
-        if program.numel * item < ROOM_BYTES or self.room(found.program, threads, False) >= 0:
+        if program.numel * item < limits().room or self.room(found.program, threads, False) >= 0:
             return found
         for count in several:
             if least < count <= max(FEW_SLICES, several[-1] // RUN):
@@ -145,7 +145,7 @@ class ChainRules:
         row, item = sum(program.schedule.rows[1:-1]), BYTES[program.outside]
         size = row * item
         work = self.macs_before_last / (program.lanes * (2 if program.pairs else 1))
-        if work < KEPT_WORK * row or (tokens * size > KEPT_BYTES and work < FRESH_WORK * size):
+        if work < KEPT_WORK * row or (tokens * size > limits().kept and work < FRESH_WORK * size):
             return 0
         dense = 2 * self.d_in * self.d_out * item
         if tokens * size <= self.room(back.program, threads, True) + MORE * dense:

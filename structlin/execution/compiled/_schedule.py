@@ -67,10 +67,10 @@ class Schedule:
 class _Maker:
     def __init__(
         self, steps: Sequence[Step], sizes: Mapping[str, int], target: Target, element: str, ends: Mapping[int, int],
-        pairs: bool, between: Mapping[str, int],
+        pairs: bool, between: Mapping[str, int], packed: bool,
     ) -> None:  # fmt: skip
         self.steps, self.sizes, self.target, self.element, self.ends = steps, sizes, target, element, ends
-        self.pairs, self.between = pairs, between
+        self.pairs, self.between, self.packed = pairs, between, packed
         written = [steps[0].input, *(step.output for step in steps)]
         self.widths = tuple(math.prod(sizes[a] for a in axes) for axes in written)
         self.rows = tuple(
@@ -124,7 +124,9 @@ class _Maker:
         contracted = "".join(a for a in source if a in step.contracted)
         free = "".join(a for a in target if a in step.free)
         best: tuple[float, Operation | None] = (math.inf, None)
-        orders = step.factor, batch + contracted + free, batch + free + contracted, contracted + free + batch
+        orders = [step.factor]
+        if self.packed:
+            orders += [batch + contracted + free, batch + free + contracted, contracted + free + batch]
         for order in dict.fromkeys(orders):
             strides, stride = {}, 1
             for axis in reversed(order):
@@ -152,11 +154,12 @@ def row(width: int, element: str) -> int:
 def make_schedule(
     steps: Sequence[Step], sizes: Mapping[str, int], target: Target, element: str, d_in: int, d_out: int,
     rows: bool = True, pairs: bool = False, strides: tuple[int, int] | None = None,
-    between: Mapping[str, int] | None = None,
+    between: Mapping[str, int] | None = None, packed: bool = True,
 ) -> Schedule | None:  # fmt: skip
     """The cheapest schedule found; None where some product would have no axis for its vectors.
 
-    ``pairs``: products may take pairs of bfloat16.
+    ``pairs``: products may take pairs of bfloat16. Not ``packed``: factors are read as they are, by a forward pass
+    alone; the schedule has no other.
 
     The output is written to rows of ``d_out`` numbers, and the gradient of the input to rows of ``d_in``, unless they
     are shorter than the chain's, or no ``rows``, and come from scratch memory. ``strides``: from row to row of the
@@ -167,7 +170,7 @@ def make_schedule(
     last = len(steps)
     whole = (0, d_in == full[0]), (last, d_out == full[1])
     ends = {k: stride for (k, uncut), stride in zip(whole, strides or (d_in, d_out), strict=True) if uncut and rows}
-    maker = _Maker(steps, sizes, target, element, ends, pairs, between or sizes)
+    maker = _Maker(steps, sizes, target, element, ends, pairs, between or sizes, packed)
     # Forward: from each order of an activation, the cheapest way from the input. Then back from the output.
     ways: dict[str, tuple[float, list[str], list[Operation]]] = {o: (0.0, [o], []) for o in maker.orders(0)}
     for k, step in enumerate(steps):
@@ -181,6 +184,8 @@ def make_schedule(
     if not ways:
         return None
     cost, states, forward = min(ways.values(), key=lambda way: way[0])
+    if not packed:
+        return Schedule(tuple(states), maker.widths, maker.rows, tuple(forward), (), (), cost, 0.0)
     flows: dict[str, tuple[float, list[Operation], list[Operation]]] = {o: (0.0, [], []) for o in maker.orders(last)}
     for k in range(last - 1, -1, -1):
         step = steps[k]

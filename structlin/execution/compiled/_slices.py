@@ -89,7 +89,7 @@ def _slices(
     size, part = dict(sizes), Part(count, of_input, program.shapes, sizes if keeps else None)
     size[axis] //= count
     ends = (d_in // count, d_out) if of_input else (d_in, d_out // count)
-    one = make_program(steps, tuple(size.items()), *ends, rows, dtype, target, part)
+    one = make_program(steps, tuple(size.items()), *ends, rows, dtype, target, part, True, program.given)
     if one is None:
         return None
     factors = []

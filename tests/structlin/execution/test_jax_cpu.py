@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -16,6 +17,7 @@ from jax.test_util import check_grads
 import structlin as sl
 from structlin.execution import jax_cpu as _jax
 from structlin.execution.compiled import _rules, _target, _xla_runtime, xla
+from structlin.execution.compiled._limits import limits
 from structlin.execution.products import products
 from structlin.testing import dense_matrix, random_chain
 
@@ -58,7 +60,7 @@ def many_blocks():
 
 def forget():
     """What was traced under other rules."""
-    _jax._of.cache_clear()
+    _jax._jitted.cache_clear()
     xla.plan_of.cache_clear()
     jax.clear_caches()
 
@@ -150,9 +152,8 @@ def test_activations_that_are_kept_change_nothing(name, kept, monkeypatch, threa
 @pytest.mark.parametrize("rows", [True, False], ids=["rows", "columns"])
 @pytest.mark.parametrize("most", [0, 900])
 def test_slices_change_nothing(most, rows, kept, monkeypatch, threads):
-    monkeypatch.setattr(_rules, "SLICE_BYTES", 8 * most)
-    monkeypatch.setattr(_rules, "FRONT_SLICE_BYTES", 16 * most)
-    monkeypatch.setattr(_rules, "FAR_BYTES", 0)
+    sizes = {"sums_slice": 8 * most, "factors_slice": 16 * most, "factors": 0}
+    monkeypatch.setattr(_rules, "limits", lambda: replace(limits(), **sizes))
     monkeypatch.setattr(xla.XLAChain, "kept_tokens", lambda *_: kept)
     forget()
     structure = sl.Structure.parse("pa,pfra->frp; frp,ferp->fe", p=12, a=5, f=6, r=3, e=7)

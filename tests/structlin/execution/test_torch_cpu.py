@@ -1,10 +1,10 @@
 """The ways to run a chain on a CPU give what the portable plan gives, and its gradients of every kind."""
 
-import dataclasses
 import os
 import pickle
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,7 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import structlin as sl
 from structlin.execution import chunked as _chunked
-from structlin.execution.compiled import _loops, _program, _rules, _target, passes
+from structlin.execution.compiled import _program, _rules, _target, passes
+from structlin.execution.compiled._limits import limits
 from structlin.testing import dense_matrix, random_chain
 
 CASES = {
@@ -220,7 +221,8 @@ def test_activations_that_are_kept_change_nothing(name, way, monkeypatch):
     rows = chain._ready(x.dtype).schedule.rows[1:-1]
     found, steps = [], len(factors)
     for tokens in (0, 48, 101):
-        monkeypatch.setattr(_rules, "KEPT_BYTES", 1 << 30 if tokens else 0)
+        most = 1 << 30 if tokens else 0
+        monkeypatch.setattr(_rules, "limits", lambda most=most: replace(limits(), kept=most))
         monkeypatch.setattr(_rules, "KEPT_WORK", 0)
         monkeypatch.setattr(_rules, "MORE", 0)
         monkeypatch.setattr(chain, "room", lambda *_, n=tokens: n * 8 * sum(rows))
@@ -269,8 +271,7 @@ def test_the_blas_takes_the_backward_pass_of_what_falls_out_of_cache(monkeypatch
     for bytes_ in (1 << 30, 0):
         structure = make("monarch")[0]  # which way it takes is found out once
         _program.make_program.cache_clear()
-        monkeypatch.setattr(_program, "FACTOR_BYTES", bytes_)
-        monkeypatch.setattr(_program, "BLOCK_BYTES", bytes_)
+        monkeypatch.setattr(_program, "limits", lambda most=bytes_: replace(limits(), sums=most, sums_block=most))
         found.append(torch.autograd.grad(structure.apply(factors, x).sin().sum(), [x, *factors]))
     _program.make_program.cache_clear()
     assert ways == [passes.FusedChain, _chunked.ChunkedChain]
@@ -346,7 +347,7 @@ def test_random_chains_agree(way):
 @pytest.mark.parametrize(("registers", "threads"), [(16, 1), (32, 1), (32, 2)])
 def test_large_and_plain_matrices_are_left_to_the_blas(registers, threads, monkeypatch):
     """With few registers and with several threads sooner."""
-    monkeypatch.setattr(_rules, "host", lambda: dataclasses.replace(HOST, registers=registers))
+    monkeypatch.setattr(_rules, "host", lambda: replace(HOST, registers=registers))
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     ways = []
     for name, options in (("monarch", {"blocks": 2}), ("low_rank", {"rank": 64})):
@@ -487,38 +488,6 @@ def test_threads_share_the_tokens_in_processes_that_were_forked(way):
         if not child:
             os._exit(0 if torch.equal(structure.apply(factors, x), y) else 1)
     assert os.waitpid(child, 0)[1] == 0
-
-
-@pytest.mark.skipif(HOST is None, reason="nothing is compiled here")
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"NEAR_BYTES": 1},
-        {"FACTOR_BYTES": 0},
-        {"FACTOR_BYTES": 0, "BLOCK_BYTES": 0},
-        {"FAR_BYTES": 0},
-        {"FAR_BYTES": 0, "NEAR_BLOCK_BYTES": 0},
-    ],
-)
-@pytest.mark.parametrize("name", CASES)
-def test_parts_and_blocks_change_nothing(name, changes, monkeypatch):
-    """Sizes that only large factors have otherwise."""
-    structure, factors, x = make(name, tokens=157)
-    weights = torch.randn(157, structure.d_out, dtype=x.dtype, generator=torch.Generator().manual_seed(3))
-    expected = structure._portable(factors, x, sl._arrays.ops("torch"))
-    wanted = (expected, *torch.autograd.grad(expected, [x, *factors], weights), weights.sum(0))
-    for key, value in changes.items():
-        monkeypatch.setattr(_loops if key == "NEAR_BYTES" else _program, key, value)
-    _program.make_program.cache_clear()
-    try:
-        chain = structure._cpu_rows._fused
-        if chain._program(x.dtype) is None:
-            return
-        found = (chain.forward(x, factors), *chain.backward(weights, x, factors, [True] * (2 + len(factors))))
-    finally:
-        _program.make_program.cache_clear()
-    for got, exact in zip(found, wanted, strict=True):
-        torch.testing.assert_close(got, exact, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.skipif(HOST is None or not HOST.half_products, reason="the processor multiplies no pairs of bfloat16")

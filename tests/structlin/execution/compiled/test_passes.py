@@ -1,10 +1,13 @@
 """Backward passes that are left to the BLAS."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 import structlin as sl
 from structlin.execution.compiled import _rules, passes
+from structlin.execution.compiled._limits import limits
 from structlin.execution.compiled._target import host
 
 HOST = host()
@@ -27,7 +30,7 @@ def test_plain_matrices_by_the_blas(chain, plain, kept, dtype, monkeypatch):
     generator = torch.Generator().manual_seed(2)
     x, gy = (torch.randn(101, d, generator=generator).to(dtype) for d in structure.shape[::-1])
     monkeypatch.setattr(chain, "kept_tokens", lambda *_: kept)
-    monkeypatch.setattr(_rules, "SLICE_BYTES", 0)
+    monkeypatch.setattr(_rules, "limits", lambda: replace(limits(), sums_slice=0))
     monkeypatch.setattr(passes, "shares", lambda *_: 2)
     taken, by_blas = [], chain._plain_backward
     monkeypatch.setattr(chain, "_plain_backward", lambda *a: taken.append(1) or by_blas(*a))

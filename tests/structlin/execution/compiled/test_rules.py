@@ -4,6 +4,8 @@ import pytest
 
 import structlin as sl
 from structlin.execution.compiled import _rules
+from structlin.execution.compiled._limits import Limits
+from structlin.execution.machine import Caches
 
 
 @pytest.mark.parametrize(
@@ -12,6 +14,7 @@ from structlin.execution.compiled import _rules
 def test_large_blocks(registers, threads, least, monkeypatch):
     """Of the smallest product of a step."""
     monkeypatch.setattr(_rules.ChainRules, "registers", registers)
+    monkeypatch.setattr(_rules, "limits", lambda: Limits.of(Caches(32 << 10, 1 << 20, 16 << 20)))
     for free, large in ((least // 64, True), (least // 64 - 1, False)):
         structure = sl.Structure.parse("pa,pfa->pf; pf,epf->pe", p=3, a=64, f=free, e=70)
         chain = _rules.ChainRules(structure.steps, structure.sizes, structure.d_in, structure.d_out, True)

@@ -13,6 +13,7 @@ from opt_einsum import contract
 
 import structlin as sl
 from structlin.execution.compiled import _rules
+from structlin.execution.compiled._limits import limits
 from structlin.execution.compiled._slices import counts, enough, slices, whole
 from structlin.execution.compiled._target import host
 from structlin.execution.compiled.passes import FusedChain
@@ -61,9 +62,8 @@ def chain_of(structure, rows=True):
 @pytest.fixture(params=[0, 500, 2000], ids=lambda most: f"most{most}")
 def most(request, monkeypatch):
     """Slices as small as there are, and of some hundred numbers."""
-    monkeypatch.setattr(_rules, "SLICE_BYTES", 4 * request.param)
-    monkeypatch.setattr(_rules, "FRONT_SLICE_BYTES", 4 * request.param)
-    monkeypatch.setattr(_rules, "FAR_BYTES", 0)
+    size = 4 * request.param
+    monkeypatch.setattr(_rules, "limits", lambda: replace(limits(), sums_slice=size, factors_slice=size, factors=0))
     return request.param
 
 
@@ -139,9 +139,9 @@ def test_any_sizes(sizes, tokens):
         return
     back, front = (counts(chain._chain, program, of_input)[-1] for of_input in (True, False))
     assert (back, front) == (sizes["p"], sizes["f"])
-    chain._fronts["float64", False] = slices(chain._chain, program, False, front, "float64", HOST)
+    chain._fronts["float64", False, None] = slices(chain._chain, program, False, front, "float64", HOST)
     for threads in range(1, 1 + torch.get_num_threads()):
-        chain._backs["float64", threads] = slices(chain._chain, program, True, back, "float64", HOST)
+        chain._backs["float64", threads, None] = slices(chain._chain, program, True, back, "float64", HOST)
     doubles = [t.requires_grad_() for t in (x, *factors)]
     y = oracle(structure, x, factors)
     wanted = (y + bias, *torch.autograd.grad(y, doubles, gy), gy.sum(0))
@@ -174,7 +174,7 @@ def test_activations_in_another_order_are_not_kept(monkeypatch):
     structure, factors, x, _, _ = problem(*CHAINS["two"], torch.float32)
     chain = chain_of(structure)
     program = chain._program(torch.float32)
-    monkeypatch.setattr(_rules, "SLICE_BYTES", 0)
+    monkeypatch.setattr(_rules, "limits", lambda: replace(limits(), sums_slice=0))
     monkeypatch.setattr(_rules, "KEPT_WORK", 0)
     monkeypatch.setattr(_rules, "FRESH_WORK", 0)
     monkeypatch.setattr(chain, "room", lambda *_: 1 << 30)

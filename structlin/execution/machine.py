@@ -1,0 +1,75 @@
+"""Facts of the machine that can be asked for: the sizes of its caches."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+__all__ = ["Caches", "caches"]
+
+_LINUX = Path("/sys/devices/system/cpu/cpu0/cache")
+
+
+@dataclass(frozen=True)
+class Caches:
+    """Bytes of the caches for data that one core can count on: its own two, and its share of the last one.
+
+    Two hardware threads of a core count as one: compute libraries start one thread for each core.
+    """
+
+    l1: int
+    l2: int
+    l3: int
+
+
+# Where nothing can be asked: sizes that x86 and Arm cores of the last ten years have or exceed.
+DEFAULT = Caches(l1=32 << 10, l2=512 << 10, l3=2 << 20)
+
+
+@cache
+def caches() -> Caches:
+    """The caches of the first core."""
+    if sys.platform.startswith("linux"):
+        found = _linux(_LINUX)
+    elif sys.platform == "darwin":
+        found = _darwin()
+    else:
+        found = {}
+    l1 = found.get(1, DEFAULT.l1)
+    l2 = found.get(2, max(l1, DEFAULT.l2))
+    return Caches(l1, l2, found.get(3, max(l2, DEFAULT.l3)))
+
+
+def _linux(folder: Path) -> dict[int, int]:
+    found: dict[int, tuple[int, int]] = {}
+    for index in sorted(folder.glob("index*")):
+        try:
+            level, kind, size, shared = (
+                (index / name).read_text().strip() for name in ("level", "type", "size", "shared_cpu_list")
+            )
+            units = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+            total = int(size.rstrip("KMG")) * units.get(size[-1:], 1)
+            if kind != "Instruction":
+                found[int(level)] = total, _cores(shared)
+        except (OSError, ValueError):
+            continue
+    threads = found.get(1, (0, 1))[1]  # of a core: they share its first cache
+    return {level: total // max(1, sharing // threads) for level, (total, sharing) in found.items()}
+
+
+def _cores(text: str) -> int:
+    """How many processors a list such as ``0-3,8`` names."""
+    ends = [part.split("-") for part in text.split(",")]
+    return sum(int(part[-1]) - int(part[0]) + 1 for part in ends)
+
+
+def _darwin() -> dict[int, int]:
+    found = {}
+    for level, name in ((1, "hw.perflevel0.l1dcachesize"), (2, "hw.perflevel0.l2cachesize"), (3, "hw.l3cachesize")):
+        asked = subprocess.run(["sysctl", "-n", name], capture_output=True, text=True, check=False).stdout.strip()
+        if asked.isdigit() and int(asked):
+            found[level] = int(asked)
+    return found
