@@ -82,9 +82,13 @@ def _is_compiled(structure: Structure, operands: Sequence[Array], rows: bool) ->
     return _of(structure, rows).suits(dtype, tokens)
 
 
-@lru_cache(maxsize=512)
 def _of(structure: Structure, rows: bool) -> XLAChain:
-    return XLAChain(structure.steps, structure.sizes, structure.d_in, structure.d_out, rows)
+    """The passes of a structure, made once for it."""
+    found = structure._kept.get(("jax_cpu", rows))
+    if found is None:
+        found = XLAChain(structure.steps, structure.sizes, structure.d_in, structure.d_out, rows)
+        structure._kept["jax_cpu", rows] = found
+    return found
 
 
 def _portable(x: Array, *operands: Array, structure: Structure, rows: bool, bias: bool) -> Array:

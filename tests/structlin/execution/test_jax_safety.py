@@ -31,8 +31,9 @@ OTHER_FEATURES = HOST is not None and HOST.width == 64
 @pytest.fixture(autouse=True)
 def fresh():
     """Nothing that another test traced, and no warning that it gave."""
-    for cached in (jax_cpu._of, xla.plan_of, _target._warned):
+    for cached in (jax_cpu._jitted, xla.plan_of, _target._warned):
         cached.cache_clear()
+    STRUCTURE._kept.clear()
     jax.clear_caches()
     yield
     jax.clear_caches()
@@ -303,8 +304,9 @@ def fail(patch):
 
     for module in (_arrange, _program, _xla_runtime):
         patch.setattr(module, "load", broken)
-    for cached in (_program.make_program, xla.plan_of, jax_cpu._of, _xla_runtime.add, _xla_runtime.fill):
+    for cached in (_program.make_program, xla.plan_of, _xla_runtime.add, _xla_runtime.fill):
         cached.cache_clear()
+    STRUCTURE._kept.clear()
 
 
 def warned(function, *operands):
