@@ -16,7 +16,7 @@ from torch import Tensor
 
 from structlin.structure import AbstractStructure
 
-__all__ = ["Guard", "addressable", "guard_of", "recording", "transforming"]
+__all__ = ["Guard", "addressable", "guard_of", "recording", "transforming", "watched"]
 
 _PARAMETER = torch.nn.Parameter
 _tracing = torch._C._get_tracing_state
@@ -31,6 +31,11 @@ def recording() -> bool:
 def transforming() -> bool:
     """Whether tensors stand for more than their memory: batches and tangents of ``torch.func``, dual numbers."""
     return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+
+
+def watched() -> bool:
+    """Whether the single products are to be seen: by transformations, by a tracer, or by autocast, which casts them."""
+    return transforming() or _tracing() is not None or torch.is_autocast_enabled("cpu")
 
 
 def addressable(tensor: Tensor, name: str = "the tensor") -> bool:
@@ -120,8 +125,6 @@ class Guard:
 
         Raises ValueError if a storage is too small.
         """
-        if transforming() or _tracing() is not None or torch.is_autocast_enabled("cpu"):
-            return False
         return addressable(x, "the input") and all(map(addressable, operands, self._names))
 
     def holds(self, dtype: torch.dtype, factors: Sequence[Tensor]) -> bool:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from structlin._arrays import ops
 from structlin.execution._gradients import chain_gradients
-from structlin.execution._guard import Guard, addressable, recording, transforming
+from structlin.execution._guard import Guard, addressable, recording, transforming, watched
 from structlin.execution.chunked import ChunkedChain
 from structlin.execution.compiled._target import CompileError, warn_once
 from structlin.execution.compiled.passes import FusedChain
@@ -80,7 +80,7 @@ class CPUChain:
         Raises ValueError for operands of the wrong shape, device or dtype, and for storages that were freed.
         """
         self.guard.check(x, operands)
-        if not x.is_cpu or x.dtype not in _DTYPES:
+        if not x.is_cpu or x.dtype not in _DTYPES or watched():
             return None
         found = self.chosen(x)
         return found if found is not None and self.guard.addressable(x, operands) else None
