@@ -285,23 +285,25 @@ for grad in (False, True):
 """,
     "gradients_of_every_kind": """
 import torch.autograd.forward_ad as forward_ad
-layer, x = layer.double(), x.detach().double().requires_grad_()
-operands, y = [x, *layer.parameters()], layer(x)
-gy, tangent = torch.randn_like(y), torch.randn_like(y)
-def pull(gradient, **options):
-    return torch.autograd.grad(y, operands, gradient, retain_graph=True, **options)
-with forward_ad.dual_level():  # the forward pass was outside of it
-    tangents = [forward_ad.unpack_dual(t).tangent for t in pull(forward_ad.make_dual(gy, tangent))]
-close(tangents, pull(tangent), 1e-12)
-batched = pull(torch.stack((gy, tangent)), is_grads_batched=True)
-for k, one in enumerate((gy, tangent)):
-    close([g[k] for g in batched], pull(one), 1e-12)
-gx, *_ = pull(gy, create_graph=True)
-close(gx, pull(gy)[0], 1e-12)
-(found,) = torch.autograd.grad(gx.square().sum(), layer.factors[0])
-matrix = layer.operator.to_dense()
-(wanted,) = torch.autograd.grad((gy @ matrix).square().sum(), layer.factors[0])
-close(found, wanted, 1e-11)
+x = x.detach().double().requires_grad_()
+for checkpoint in (False, True):
+    layer = StructuredLinear(64, 64, dtype=torch.float64, checkpoint=checkpoint)
+    operands, y = [x, *layer.parameters()], layer(x)
+    gy, tangent = torch.randn_like(y), torch.randn_like(y)
+    def pull(gradient, **options):
+        return torch.autograd.grad(y, operands, gradient, retain_graph=True, **options)
+    with forward_ad.dual_level():  # the forward pass was outside of it
+        tangents = [forward_ad.unpack_dual(t).tangent for t in pull(forward_ad.make_dual(gy, tangent))]
+    close(tangents, pull(tangent), 1e-12)
+    batched = pull(torch.stack((gy, tangent)), is_grads_batched=True)
+    for k, one in enumerate((gy, tangent)):
+        close([g[k] for g in batched], pull(one), 1e-12)
+    gx, *_ = pull(gy, create_graph=True)
+    close(gx, pull(gy)[0], 1e-12)
+    (found,) = torch.autograd.grad(gx.square().sum(), layer.factors[0])
+    matrix = layer.operator.to_dense()
+    (wanted,) = torch.autograd.grad((gy @ matrix).square().sum(), layer.factors[0])
+    close(found, wanted, 1e-11)
 """,
     "failing_compiler": """
 import warnings
