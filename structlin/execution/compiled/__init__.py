@@ -8,6 +8,7 @@ Here a whole pass over a chain is one function, generated for its sizes and comp
 - :mod:`._schedule`: from the steps, the order of axes of every array and the products of the two passes,
 - :mod:`._program`: the text of the functions, from :mod:`._loops`, :mod:`._emit` and :mod:`._ir`,
 - :mod:`._slices`: passes in slices whose factors stay in cache,
+- :mod:`._limits`: how much of the caches what may take,
 - :mod:`._target`: the processor and the compiler,
 - :mod:`._arrange`: copies of factors in the orders that the products read,
 - :mod:`._team`: threads, in torch,

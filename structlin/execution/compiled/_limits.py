@@ -48,7 +48,7 @@ class Limits:
     def of(cls, found: Caches) -> Limits:
         near, far = found.l2, found.l3
         return cls(
-            vectors=near // 2, block=near // 4,
+            vectors=near // 2, block=near * 3 // 16,
             sums=far * 3 // 8, sums_block=far * 3 // 2, sums_slice=far // 4, room=near,
             factors=far * 3 // 4, factors_block=far // 2, factors_slice=far // 2,
             kept=far, product=far // 2, product_shared=2 * near, product_few=near,

@@ -29,8 +29,9 @@ from structlin.execution.compiled._target import Target, load
 
 ELEMENTS = {"float32": ("float", "float"), "float64": ("double", "double"), "bfloat16": ("bfloat", "float")}
 # Tokens of a block: few, so that the activations stay in the second level of cache, and many enough that reading the
-# factors costs little. Tiles of 8 or 12 rows divide them without a remainder.
-BLOCKS = (48, 24, 16)
+# factors costs little. Tiles, of 8 rows mostly, divide them without a remainder; of 12 or 6 rows where products are of
+# pairs of bfloat16, or registers are few.
+BLOCKS, OTHER_BLOCKS = (48, 32, 16), (48, 24)
 # Of a block if not even the factors, or the sums of their gradients, stay in cache from one block to the next.
 LARGE_BLOCKS = (144, 72)
 COLUMN_BLOCK = 48  # whole cache lines of each number, and whole vectors
@@ -183,9 +184,10 @@ class Program:
         ``kept``: the activations between the steps are not computed again.
         """
         numbers = range(len(self.shapes))
-        rows, elements = self._back_rows(kept), _Forms(self).elements
-        block = self._back_block(True, sum(rows.values()), threads > 1)
-        scratch = threads * sum(row * block * BYTES[elements[key[2]]] for key, row in rows.items())
+        forms, outside = self._whole_back_forms(kept)
+        block = self._back_block(True, forms.bytes(outside), threads > 1)
+        sizes = forms.sizes(outside).items()
+        scratch = threads * sum(row * block * BYTES[forms.elements[key[2]]] for key, row in sizes)
         packed = sum(self.copied("back", k) for k in numbers)
         if not kept:
             packed += sum(self.copied("forward", k) for k in numbers[:-1])
@@ -202,38 +204,39 @@ class Program:
 
         Not in bfloat16, where other ways are slower yet.
         """
+        forms, outside = self._whole_back_forms(False)
         far = self.inside == self.outside and self.numel * self.size > limits().sums
-        return far and LARGE_BLOCKS[-1] * sum(self._back_rows(False).values()) * self.size > limits().sums_block
+        return far and LARGE_BLOCKS[-1] * forms.bytes(outside) > limits().sums_block
 
-    def _back_rows(self, kept: bool) -> dict[_Key, int]:
-        """Numbers of each token that the whole backward pass has in scratch memory."""
-        forms, outside = self._back_forms((True,) * (2 + len(self.shapes)), kept)
-        return forms.sizes(outside)
+    def _whole_back_forms(self, kept: bool) -> tuple[_Forms, list[_Key]]:
+        """Of the backward pass with all gradients."""
+        return self._back_forms((True,) * (2 + len(self.shapes)), kept)
 
-    def _back_block(self, gradients: bool, numbers: int, shared: bool) -> int:
-        """Of the backward pass, for which ``numbers`` of each token are in scratch memory; ``shared`` among threads."""
+    def _back_block(self, gradients: bool, each: int, shared: bool) -> int:
+        """Of the backward pass, which has so many bytes of each token in scratch memory; ``shared`` among threads."""
         if self._fixed:
             return self._fixed
         if not gradients or self.numel * self.size <= limits().sums:
-            return self._near_block(numbers)
+            return self._near_block(each)
         blocks = LARGE_BLOCKS[-1:] if shared else LARGE_BLOCKS
-        return next((b for b in blocks if b * numbers * self.size <= limits().sums_block), LARGE_BLOCKS[-1])
+        return next((b for b in blocks if b * each <= limits().sums_block), LARGE_BLOCKS[-1])
 
-    def _front_block(self, numbers: int) -> int:
-        """Of the forward pass, for which each token has so many ``numbers``."""
+    def _front_block(self, each: int) -> int:
+        """Of the forward pass, which has so many bytes of each token in scratch memory."""
         if self._fixed:
             return self._fixed
         if self.numel * BYTES[self.outside] <= limits().factors:
-            return self._near_block(numbers)
-        return next((b for b in LARGE_BLOCKS if b * numbers * self.size <= limits().factors_block), BLOCKS[1])
+            return self._near_block(each)
+        return next((b for b in LARGE_BLOCKS if b * each <= limits().factors_block), OTHER_BLOCKS[-1])
 
-    def _near_block(self, numbers: int) -> int:
-        return next((b for b in BLOCKS if b * numbers * self.size <= limits().block), BLOCKS[-1])
+    def _near_block(self, each: int) -> int:
+        blocks = OTHER_BLOCKS if self.pairs or self.target.registers < 32 else BLOCKS
+        return next((b for b in blocks if b * each <= limits().block), blocks[-1])
 
     @property
     def block(self) -> int:
         """Tokens of a block of the forward pass."""
-        return self._front_block(sum(self._front_forms().sizes([]).values()))
+        return self._front_block(self._front_forms().bytes([]))
 
     def _front_forms(self) -> _Forms:
         """What the forward pass reads."""
@@ -255,7 +258,7 @@ class Program:
         schedule, last = self.schedule, len(self.schedule.forward)
         forms, cut = self._front_forms(), self._cuts_front
         outside = forms.keep("state", range(1, last)) if kept else []
-        writer = _Writer(self, self._front_block(sum(forms.sizes([]).values())))
+        writer = _Writer(self, self._front_block(forms.bytes([])))
         x, y = map(writer.end, self.strides)
         arrays = writer.scratch(forms, outside)
         added = writer.whole(self.inside) if bias else None
@@ -291,7 +294,7 @@ class Program:
         cut = self._cuts_back
         paired = {k for k in wanted if self._gradient_in_pairs(k)}
         forms, outside = self._back_forms(needs, kept)
-        writer = _Writer(self, self._back_block(bool(wanted), sum(forms.sizes(outside).values()), shared))
+        writer = _Writer(self, self._back_block(bool(wanted), forms.bytes(outside), shared))
         x, gy = map(writer.end, self.strides)
         arrays = writer.scratch(forms, outside)
         gx = writer.end(self.strides[0]) if needs[0] else None
@@ -455,6 +458,11 @@ class _Forms:
 
     def sizes(self, outside: Sequence[_Key]) -> dict[_Key, int]:
         return {key: self._rows[key[1]] for key in self._keys if key not in outside}
+
+    def bytes(self, outside: Sequence[_Key]) -> int:
+        """Of each token, that are read and written in scratch memory."""
+        number = {"plain": BYTES[self.elements["plain"]]}
+        return sum(row * number.get(key[2], BYTES["bfloat"]) for key, row in self.sizes(outside).items())
 
     def of(self, arrays: Mapping[_Key, _Array], kind: str, number: int) -> list[_Array]:
         return [array for key, array in arrays.items() if key[:2] == (kind, number)]

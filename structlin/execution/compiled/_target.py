@@ -78,9 +78,10 @@ def host() -> Target | None:
     if os.environ.get("STRUCTLIN_FUSED", "1") == "0" or platform.machine().lower() not in ("x86_64", "amd64"):
         return None
     llvm = _binding()
-    if llvm is None:
+    try:
+        return None if llvm is None else supported(llvm.get_host_cpu_features(), llvm.get_host_cpu_name())
+    except RuntimeError:  # LLVM does not know the processor
         return None
-    return supported(llvm.get_host_cpu_features(), llvm.get_host_cpu_name())
 
 
 def supported(features: dict[str, bool], name: str) -> Target | None:

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
@@ -24,10 +25,12 @@ from structlin.execution.compiled._target import (
     AVX512_BF16,
     CompileError,
     _binding,
+    _warned,
     host,
     load,
     parsed,
     supported,
+    warn_once,
 )
 
 HOST = host()
@@ -168,6 +171,17 @@ def test_a_broken_compiler_is_left_alone(monkeypatch):
 
     monkeypatch.setattr(llvm, "initialize_native_target", broken)
     assert _binding.__wrapped__() is None
+
+
+def test_one_warning_for_the_process():
+    _warned.cache_clear()
+    error = CompileError("LLVM did not compile 'f': no memory")
+    with pytest.warns(RuntimeWarning, match="'f': no memory. The BLAS runs instead"):
+        warn_once(error, "The BLAS")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warn_once(error, "The BLAS")
+    _warned.cache_clear()
 
 
 SCRIPT = """
