@@ -190,7 +190,7 @@ def _run(
     """For each layer the RMS of its outputs at initialisation, and of their change after each step."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model, inputs = _made(build(width), batch_size, width)
+        model, inputs = with_inputs(build(width), batch_size, width)
     model.train(False)  # no dropout: the same inputs have to give the same outputs
     rule: dict[str, Any] = {"optimizer": optimizer, "structure_aware": structure_aware, "extra_multipliers": extra}
     if optimizer == "muon" and any(p.ndim < 2 or isinstance(m, nn.Embedding) for m, p in _owned(model)):
@@ -227,8 +227,9 @@ def _owned(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Parameter]]:
                 yield module, parameter
 
 
-def _made(made: Made, batch_size: int, width: int) -> tuple[nn.Module, Any]:
-    model, inputs = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
+def with_inputs(built: Made, batch_size: int, width: int) -> tuple[nn.Module, Any]:
+    """A model and its inputs: those that came with it, or random ones like its ``example_input(batch_size)``."""
+    model, inputs = built if isinstance(built, tuple) and len(built) == 2 else (built, None)
     if not isinstance(model, nn.Module):
         raise TypeError(f"the builder must return a torch module or (module, inputs), got {model!r}")
     if inputs is not None:

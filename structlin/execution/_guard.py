@@ -34,8 +34,13 @@ def transforming() -> bool:
 
 
 def watched() -> bool:
-    """Whether the single products are to be seen: by transformations, by a tracer, or by autocast, which casts them."""
-    return transforming() or _tracing() is not None or torch.is_autocast_enabled("cpu")
+    """Whether single products are to be seen: by transformations, tracers, modes, or autocast, which casts them."""
+    return (
+        torch._C._len_torch_dispatch_stack() > 0
+        or transforming()
+        or _tracing() is not None
+        or torch.is_autocast_enabled("cpu")
+    )
 
 
 def addressable(tensor: Tensor, name: str = "the tensor") -> bool:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from types import SimpleNamespace
 
 from structlin._arrays import Array
+from structlin.execution.choice import load_with
 from structlin.execution.products import plan_of, products
 from structlin.structure import Structure
 
@@ -20,12 +22,9 @@ class _Executor:
         xp: SimpleNamespace,
     ) -> Array:  # fmt: skip
         if xp.name == "torch" and not xp.is_compiling():
-            from structlin.execution.torch_cpu import chain_of
+            from structlin.execution.torch_ways import torch_chain
 
-            chain = chain_of(structure, rows)
-            passes = chain.passes(x, factors if bias is None else (*factors, bias))
-            if passes is not None:
-                return chain(passes, x, factors, bias)
+            return torch_chain(structure, rows)(x, factors, bias)
         if xp.name == "jax":
             from structlin.execution.jax_cpu import run as run_jax
 
@@ -34,4 +33,12 @@ class _Executor:
         return y if bias is None else y + bias
 
 
+def _load_ways() -> None:
+    """Import the modules of the libraries that are there: their ways enter themselves."""
+    with suppress(ImportError):
+        import structlin.execution.torch_ways
+        import structlin.execution.triton  # noqa: F401
+
+
+load_with(_load_ways)
 EXECUTOR = _Executor()

@@ -60,16 +60,6 @@ class ChunkedChain:
         self.small = self.blocks and all(p.small for p in layout.products)
         self._at = lru_cache(maxsize=64)(self._views)
 
-    def suits(self, x: Tensor, tokens: int) -> bool:
-        """Whether to run ``x`` this way: not too few tokens."""
-        if not self.merges:
-            return False
-        numbers = tokens * self.widest
-        if numbers < FEW or (numbers < 2 * FEW and torch.is_grad_enabled()):
-            return False
-        # In bfloat16 large blocks are faster all tokens at once, and so are the gradients of a shared matrix.
-        return x.dtype != torch.bfloat16 or (self.small if self.blocks else not torch.is_grad_enabled())
-
     def forward(
         self, x: Tensor, factors: Sequence[Tensor], bias: Tensor | None = None, kept: list[Tensor] | None = None
     ) -> Tensor:
@@ -79,7 +69,7 @@ class ChunkedChain:
         if not tokens:
             return x.new_zeros(shape)
         engine, inner = self._engine(x), self.widths[1:-1]
-        chunk, y = self._chunk(x), x.new_empty(shape)
+        chunk, y = self.chunk(x.element_size()), x.new_empty(shape)
         saved = 0 if kept is None else self._kept_tokens(tokens, chunk)
         if kept is not None:
             kept += [x.new_empty(width * saved) for width in inner]
@@ -113,7 +103,7 @@ class ChunkedChain:
         lowest, highest = (0 if needs[0] else wanted[0]), max(wanted, default=0)
         back = self._weights(factors, tokens, back=True)
         again = self._weights(factors[:highest], tokens)
-        chunk = self._chunk(x)
+        chunk = self.chunk(x.element_size())
         saved = kept[0].numel() // inner[0] if kept else 0
         grads: list[Tensor | None] = []
         for p, need in zip(products, needs[1:], strict=True):
@@ -197,8 +187,9 @@ class ChunkedChain:
             found.append(weight.contiguous() if tokens >= PACK_TOKENS and product.small else weight)
         return found
 
-    def _chunk(self, x: Tensor) -> int:
-        widest = max(self.widths[1:-1], default=1) * x.element_size()
+    def chunk(self, item: int) -> int:
+        """Tokens of a chunk, with ``item`` bytes in a number."""
+        widest = max(self.widths[1:-1], default=1) * item
         budget = BLOCK_BYTES if self.blocks else CHUNK_BYTES
         most = LARGE_CHUNK if self.large else MAX_CHUNK
         return max(MIN_CHUNK, min(most, budget // widest // 64 * 64))

@@ -19,12 +19,9 @@ from torch.nn import functional as F
 
 from structlin.structure import Structure
 
-__all__ = ["LIMIT", "TokenMajor", "token_major"]
+__all__ = ["TokenMajor", "token_major"]
 
 NODE_TOKENS, NODE_NUMBERS = 512, 1 << 18
-# Numbers in the widest activation, up to which the calls cost more than the copies: than of what is compiled, and of
-# single products.
-FEW, LIMIT = 1 << 9, 1 << 15
 _TOKENS = "*"  # no axis of a chain
 _EXACT = (torch.float32, torch.float64)  # half precision would lose digits of products before they are added
 
@@ -88,20 +85,12 @@ class TokenMajor:
         if self.fuses_bias:
             self.bias = _arrange([last.output], [batch, "", last.free] if batch else [last.free], sizes)
         widths = [math.prod(sizes[a] for a in axes) for s in structure.steps for axes in (s.input, s.output)]
-        self.few, self.most_tokens = FEW // max(widths), LIMIT // max(widths)
         # Chains without blocks and wide intermediates are as fast by single products.
         worthwhile = any(s.batch for s in structure.steps) or max(widths) > max(widths[0], widths[-1])
         self.least_node_tokens = max(NODE_TOKENS, NODE_NUMBERS // max(widths)) if worthwhile else None
 
     def __reduce__(self) -> tuple[object, ...]:
         return token_major, (self.structure,)
-
-    def suits(self, x: Tensor) -> bool:
-        """Whether this is the fastest for ``x``, outside of compiled graphs."""
-        tokens = x.shape[0]
-        if not 0 < tokens <= self.most_tokens:
-            return False
-        return tokens < self.few or self.structure._cpu_rows.passes(x, ()) is None
 
     def is_single(self, x: Tensor) -> bool:
         """Whether a compiled graph for the CPU should run ``x`` by :meth:`single`."""

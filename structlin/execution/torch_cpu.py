@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from structlin._arrays import ops
+from structlin.execution import choice
 from structlin.execution._gradients import chain_gradients
-from structlin.execution._guard import Guard, addressable, recording, transforming, watched
+from structlin.execution._guard import Guard, addressable, recording, transforming
 from structlin.execution.chunked import ChunkedChain
 from structlin.execution.compiled._target import CompileError, warn_once
 from structlin.execution.compiled.passes import FusedChain
@@ -70,44 +71,30 @@ class CPUChain:
     def __init__(self, structure: Structure, rows: bool = True) -> None:
         self.structure, self.rows = structure, rows
         self.guard = Guard(structure)
-        self._fused = FusedChain(structure.steps, structure.sizes, structure.d_in, structure.d_out, rows)
-        self._chunked = ChunkedChain(structure.steps, dict(structure.sizes), rows, structure.padding)
+        self.compiled = FusedChain(structure.steps, structure.sizes, structure.d_in, structure.d_out, rows)
+        self.chunked = ChunkedChain(structure.steps, dict(structure.sizes), rows, structure.padding)
         self._single = SingleProducts(structure, rows)
 
-    def passes(self, x: Tensor, operands: Sequence[Tensor]) -> Passes | None:
-        """How to run ``x`` with these factors, and a bias after them; None: by single products.
-
-        Raises ValueError for operands of the wrong shape, device or dtype, and for storages that were freed.
-        """
-        self.guard.check(x, operands)
-        if not x.is_cpu or x.dtype not in _DTYPES or watched():
+    def passes(self, kind: str, dtype: torch.dtype) -> Passes | None:
+        """The passes of a kind, ``chunked`` or ``compiled``; None where they cannot run this chain in this dtype."""
+        if dtype not in _DTYPES:
             return None
-        found = self.chosen(x)
-        return found if found is not None and self.guard.addressable(x, operands) else None
+        if kind == "chunked":
+            return self.chunked if self.chunked.merges else None
+        return self.compiled if self.compiled.ready(dtype) else None
 
-    def chosen(self, x: Tensor) -> Passes | None:
-        """The fastest way for a CPU tensor of this shape and dtype; None: single products."""
-        tokens = x.shape[0 if self.rows else 1]
-        if self._fused.large_blocks(torch.get_num_threads()) and self._chunked.suits(x, tokens):
-            return self._chunked
-        if self._fused.suits(x, tokens) and not torch._C._len_torch_dispatch_stack():
-            return self._fused
-        return self._chunked if self._chunked.suits(x, tokens) else None
-
-    def back(self, passes: Passes, x: Tensor) -> Passes:
-        """Which way the backward pass takes: not the compiled one where that has too much to hold in cache."""
-        if passes is not self._fused or not self._fused.spills(x.dtype):
-            return passes
-        return self._chunked if self._chunked.suits(x, x.shape[0 if self.rows else 1]) else passes
-
-    def __call__(self, passes: Passes, x: Tensor, factors: Sequence[Tensor], bias: Tensor | None = None) -> Tensor:
+    def __call__(
+        self, passes: Passes, back: Passes, x: Tensor, factors: Sequence[Tensor], bias: Tensor | None = None
+    ) -> Tensor:  # fmt: skip
         """(tokens, d_in) -> (tokens, d_out), or columns; differentiable any number of times.
 
-        ``bias``, of size d_out, is added. ``passes`` are what :meth:`passes` has found for these operands.
+        ``bias``, of size d_out, is added. ``passes`` run forward and ``back`` backward. The operands have passed the
+        guard.
         """
-        inputs = (x, *factors) if bias is None else (x, *factors, bias)
-        if torch.is_grad_enabled() and any(t.requires_grad for t in inputs):
-            return _Differentiable.apply(self, passes, x, bias, *factors)
+        if torch.is_grad_enabled() and (
+            x.requires_grad or any(f.requires_grad for f in factors) or (bias is not None and bias.requires_grad)
+        ):
+            return _Differentiable.apply(self, passes, back, x, bias, *factors)
         return self.forward(passes, x, factors, bias)[0]
 
     def forward(
@@ -164,20 +151,19 @@ class CPUChain:
 
     def _uncompiled(self, error: CompileError, x: Tensor) -> Passes:
         """The next best way after the compiler has failed, for this call and all later ones."""
-        self._fused.failed = True
-        chunked = self._chunked.suits(x, x.shape[0 if self.rows else 1])
+        self.compiled.failed = True
+        choice.forget()
         warn_once(error, "A contraction by torch")
-        return self._chunked if chunked else self._single
+        return self.chunked if self.chunked.merges else self._single
 
 
 class _Differentiable(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, chain: CPUChain, passes: Passes, x: Tensor, bias: Tensor | None, *factors: Tensor
+        ctx: Any, chain: CPUChain, passes: Passes, back: Passes, x: Tensor, bias: Tensor | None, *factors: Tensor
     ) -> Tensor:  # fmt: skip
-        back = chain.back(passes, x)
         # The first factor's gradient reads the input alone, and the ways do not read what others keep.
-        keeps = any(ctx.needs_input_grad[5:]) and back is passes
+        keeps = any(ctx.needs_input_grad[6:]) and back is passes
         y, taken, kept = chain.forward(passes, x, factors, bias, keeps)
         ctx.chain, ctx.passes = chain, back if taken is passes else taken
         ctx.kept = [(tensor.dtype, tensor.shape) for tensor in kept]
@@ -190,12 +176,12 @@ class _Differentiable(torch.autograd.Function):
         count = 1 + len(chain.structure.steps)
         saved = ctx.saved_tensors  # asked for once: where activations are computed again, there is no second time
         x, *factors = saved[:count]
-        _, _, for_x, for_bias, *for_factors = ctx.needs_input_grad
+        _, _, _, for_x, for_bias, *for_factors = ctx.needs_input_grad
         needs = [for_x, *for_factors, for_bias]
         passes = None if torch.is_grad_enabled() else ctx.passes  # the gradients are to be differentiated themselves
         kept = saved[count:] if passes is not None and not recording() and _as_kept(saved[count:], ctx.kept) else ()
         gx, *others, bias = chain.backward(passes, gy, x, factors, needs, kept)
-        return None, None, gx, bias, *others
+        return None, None, None, gx, bias, *others
 
 
 def _as_kept(tensors: Sequence[Tensor], expected: Sequence[tuple[torch.dtype, torch.Size]]) -> bool:

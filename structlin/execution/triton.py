@@ -12,7 +12,7 @@ the gradients of the two factors to one another: two kernels do all. Gradients o
 tokens, each in a fixed order: equal inputs give equal bits.
 
 What the rule refuses runs as it does without Triton. Its constants are estimates from bytes and registers. They have
-not been measured on a device, so the rule refuses everything unless ``STRUCTLIN_TRITON=1`` is set in the environment.
+not been measured on a device, so the way ``triton`` runs only where a policy names it (:mod:`.choice`).
 """
 
 from __future__ import annotations
@@ -31,6 +31,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from structlin._arrays import ops
+from structlin.execution.choice import Problem, Way, register
+from structlin.execution.products import products
 from structlin.structure import AbstractStructure, Structure
 
 __all__ = ["chain", "suits"]
@@ -114,11 +117,11 @@ def _layout(structure: AbstractStructure) -> _Layout | None:
         held: dict[tuple[int, int], list[int]] = {}
         for number in range(size[p] * size[q]):
             held.setdefault((number // size[q], number % size[f]), []).append(number)
-        r = max(map(len, held.values()))
-        picks = np.full((size[p], size[f], r), -1)
+        most = max(map(len, held.values()))
+        picks = np.full((size[p], size[f], most), -1)
         for place, numbers in held.items():
             picks[place][: len(numbers)] = numbers
-        sizes = Sizes(structure.d_in, structure.d_out, size[p], size[a], size[f], r, size[e])
+        sizes = Sizes(structure.d_in, structure.d_out, size[p], size[a], size[f], most, size[e])
         return _Layout(sizes, picks=picks)
     f, r = among(second.output, second.batch), among(first.output, among(first.free, second.contracted))
     if set(second.contracted) != {*p, *r} or set(first.free) != {*f, *r}:
@@ -129,7 +132,8 @@ def _layout(structure: AbstractStructure) -> _Layout | None:
         tuple(first.factor.index(axis) for axis in p + f + r + a),
         tuple(second.factor.index(axis) for axis in f + e + r + p),
     )
-    return _Layout(Sizes(structure.d_in, structure.d_out, *map(product, (p, a, f, r, e))), orders)
+    across = (product(axes) for axes in (p, a, f, r, e))
+    return _Layout(Sizes(structure.d_in, structure.d_out, *across), orders)
 
 
 # -- the rule ----------------------------------------------------------------------------------------------------------
@@ -217,7 +221,7 @@ def fits(sizes: Sizes, itemsize: int, shared: int) -> bool:
 def suits(structure: AbstractStructure, x: Tensor) -> bool:
     """Whether :func:`chain` takes ``x`` (..., d_in) and is likely to be faster than two batched products.
 
-    With ``STRUCTLIN_TRITON=1`` and Triton installed: a plain CUDA tensor of bfloat16, float16 or float32, on a device
+    With Triton installed: a plain CUDA tensor of bfloat16, float16 or float32, on a device
     of compute capability 8.0 or more; a structure that :func:`fits`; outside of ``torch.compile`` (which fuses by
     itself), ``torch.func`` transformations, forward-mode differentiation and dispatch modes (which count or fake
     operations).
@@ -226,7 +230,7 @@ def suits(structure: AbstractStructure, x: Tensor) -> bool:
     >>> suits(structlin.design("block_tensor_train", (4096, 4096)), torch.ones(2, 4096))
     False
     """
-    if not x.is_cuda or os.environ.get("STRUCTLIN_TRITON") != "1":
+    if not x.is_cuda:
         return False
     if x.dtype not in DTYPES or x.numel() == 0 or type(x) not in _PLAIN or not available():
         return False
@@ -237,8 +241,33 @@ def suits(structure: AbstractStructure, x: Tensor) -> bool:
     layout = _layout(structure)
     if layout is None:
         return False
-    device = torch.cuda.get_device_properties(x.device)
+    device: Any = torch.cuda.get_device_properties(x.device)  # torch's stubs lack a field
     return device.major >= 8 and fits(layout.sizes, x.element_size(), device.shared_memory_per_block_optin)
+
+
+class TritonWay(Way):
+    """The fused kernels, where a policy names them."""
+
+    name = "triton"
+    explicit = True
+
+    def supports(self, problem: Problem) -> bool:
+        known = problem.dtype in ("bfloat16", "float16", "float32") and problem.device == "cuda" and problem.rows
+        return known and available() and _layout(problem.structure) is not None
+
+    def seconds(self, problem: Problem) -> float:
+        return math.inf  # not known: it was not measured on a device
+
+    def run(
+        self, structure: Structure, factors: Sequence[Tensor], x: Tensor, bias: Tensor | None, rows: bool
+    ) -> Tensor:  # fmt: skip
+        if suits(structure, x):
+            return chain(x, factors, structure, bias)
+        y = products(structure, factors, x, ops("torch"), rows)
+        return y if bias is None else y + bias
+
+
+register(TritonWay())
 
 
 # -- the product -------------------------------------------------------------------------------------------------------
@@ -286,6 +315,9 @@ class _Chain(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, w0, w1 = ctx.saved_tensors
         sizes, needs = ctx.sizes, ctx.needs_input_grad
+        gx: Tensor | None
+        g0: Tensor | None = None
+        g1: Tensor | None = None
         gb = g.float().sum(0).to(g.dtype) if needs[3] else None
         if torch.is_grad_enabled() or _batched(g):
             gx, g0, g1 = _differentiable_gradients(g, x, w0, w1, sizes)
@@ -294,7 +326,6 @@ class _Chain(torch.autograd.Function):
         near, far = _reordered(w1.stride(), (0, 3, 2, 1)), _reordered(w0.stride(), (0, 3, 2, 1))
         swapped = sizes.swapped()
         gx = _product(g, w1, near, w0, far, swapped, None) if needs[0] else None
-        g1 = g0 = None
         if needs[2]:
             g1 = _factor_gradient(x, w0, w0.stride(), g, sizes).to(w1.dtype)
         if needs[1]:  # of the transposed chain: axes (p, a, r, f)

@@ -70,7 +70,7 @@ def run(arguments: argparse.Namespace) -> int:
     from structlin_nn.scale_check import THRESHOLD, check_scale
 
     try:
-        settings = _model(arguments) | {
+        settings = build_settings(arguments) | {
             "widths": arguments.widths, "optimizer": arguments.optimizer, "lr": arguments.lr,
             "steps": arguments.steps, "seeds": arguments.seeds, "batch_size": arguments.batch_size,
             "threshold": THRESHOLD if arguments.threshold is None else arguments.threshold,
@@ -94,7 +94,7 @@ def run(arguments: argparse.Namespace) -> int:
     return 0 if checks[-1].passed else 1
 
 
-def _model(arguments: argparse.Namespace) -> dict[str, Any]:
+def build_settings(arguments: argparse.Namespace) -> dict[str, Any]:
     from structlin_nn.models import StructureConfig
     from structlin_nn.scale_check import builder_of, named_builder
 

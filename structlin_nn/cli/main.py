@@ -27,6 +27,7 @@ COMMANDS = {
         "generate",
         "structures",
         "count",
+        "tune",
         "fit",
         "plan",
         "check-scale",

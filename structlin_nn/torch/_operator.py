@@ -20,7 +20,7 @@ from torch.utils.flop_counter import register_flop_formula
 from structlin._arrays import ops
 from structlin.execution._gradients import chain_gradients, gradient_macs
 from structlin.execution._guard import transforming
-from structlin.execution.torch_cpu import chain_of
+from structlin.execution.torch_ways import torch_chain
 from structlin_nn.torch._text import from_text
 
 __all__ = ["chain", "chain_backward", "transformed"]
@@ -59,9 +59,7 @@ def chain_backward(gy: Tensor, x: Tensor, factors: list[Tensor], structure: str,
     """Gradients of x and of the factors where ``needs`` (x first, then each factor) is True."""
     _refuse_forward_mode()
     found = from_text(structure)
-    ways = chain_of(found)
-    grads = ways.backward(ways.passes(x, factors), gy, x, factors, [*needs, False])
-    return [g.contiguous() for g in grads if g is not None]
+    return [g.contiguous() for g in torch_chain(found).backward(gy, x, factors, needs)]
 
 
 @chain_backward.register_fake

@@ -13,7 +13,6 @@ from torch.utils.checkpoint import checkpoint as recomputed
 
 import structlin
 from structlin._arrays import ops
-from structlin.execution import triton as _triton
 from structlin.execution._guard import guard_of
 from structlin.execution.token_major import token_major
 from structlin.structure import AbstractStructure, Structure
@@ -191,13 +190,10 @@ class StructuredLinear(nn.Module):
     def _product(self, x: Tensor, factors: Sequence[Tensor], bias: Tensor | None) -> Tensor:
         """(tokens, in_features) -> (tokens, out_features) by what benchmarks/overhead.py finds the fastest.
 
-        On CUDA the fused kernel where that suits. For few tokens the calls are what counts. Otherwise the contraction
-        of :mod:`structlin`, which adds the bias where it has the rows in cache. A compiler for the CPU gets that as one
+        :mod:`structlin.execution` chooses the way. A compiler for the CPU gets that as one
         node where it is known to pay, and otherwise the single products, so that it can fuse what stands between.
         """
         structure, plan = self.structure, self._token_major
-        if not x.is_cpu and _triton.suits(structure, x):  # keeps its input alone, too
-            return _triton.chain(x, factors, structure, bias)
         compiling = torch.compiler.is_compiling()
         if (
             (self.checkpoint and torch.is_grad_enabled()) or (compiling and plan is not None and plan.pays_as_node(x))
@@ -212,8 +208,6 @@ class StructuredLinear(nn.Module):
             y = structure._rows(factors, x, _TORCH)
         elif compiling and plan.is_single(x):
             return plan.single(x, factors, bias)
-        elif not compiling and plan.suits(x):
-            return plan(x, factors, bias)
         else:
             return plan.structure._rows(factors, x, _TORCH, bias)
         return y if bias is None else y + bias

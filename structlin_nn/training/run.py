@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -11,10 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from structlin import execution
+from structlin_nn.torch.linear import StructuredLinear
 from structlin_nn.training import checkpoint as files
 from structlin_nn.training.base import RunConfig
 from structlin_nn.training.config import config_from_dict
 from structlin_nn.training.distributed import Processes, local, shard_like
+from structlin_nn.training.files import atomic_write
 from structlin_nn.training.header import count_run, make_header
 from structlin_nn.training.model import make_model, make_optimizer
 from structlin_nn.training.records import RecordWriter
@@ -26,7 +30,7 @@ from structlin_nn.training.weights import InitialWeights, open_weights
 
 __all__ = ["CHECKPOINT", "RECORD", "Run", "TrainingError", "load_trained", "setup"]
 
-RECORD, CHECKPOINT = "record.jsonl", "checkpoint.pt"
+RECORD, CHECKPOINT, WAYS = "record.jsonl", "checkpoint.pt", "ways.json"
 
 
 class TrainingError(RuntimeError):
@@ -130,10 +134,16 @@ class Run:
             "probe": None if self.probe is None else self.probe.state(),
             "last": self.last,
             "record_size": self.record.size,
+            "execution": self.ways(),
         }
+
+    def ways(self) -> dict[str, str]:
+        """How each product of the model was run so far in this process (`structlin.execution.decisions`)."""
+        return execution.decisions({m.structure for m in self.model.modules() if isinstance(m, StructuredLinear)})
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go to the step at which a checkpoint was written, in whatever number of processes."""
+        execution.pin(state.get("execution", {}))  # which checkpoints of earlier versions lack
         tensors = state if state["shards"] is None else self._read_shards(state)
         place_model(self.model, tensors["model"])
         self.stepper.restore({**tensors, "scaler": state["scaler"]})
@@ -169,7 +179,14 @@ class Run:
             state |= {"shards": None, **tensors}
         self.processes.first(lambda: files.save_checkpoint(self.checkpoint, state))
         if self.processes.main:
+            self._write_ways()
             remove_shards(self.folder, None if self.shards is None else self.shards["slot"])
+
+    def _write_ways(self) -> None:
+        """Say beside the record how the products of the model are run."""
+        text = json.dumps({"threads": torch.get_num_threads(), "ways": self.ways()}, indent=1, sort_keys=True)
+        with atomic_write(self.folder / WAYS) as file:
+            file.write(text.encode())
 
     def good(self) -> str:
         """A phrase that names the last checkpoint."""

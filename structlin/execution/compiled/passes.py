@@ -36,15 +36,9 @@ class FusedChain(ChainRules):
         self._found: dict[torch.dtype, Program | None] = {}
         self.failed = False  # the compiler did not compile a pass: no other is tried
 
-    def suits(self, x: Tensor, tokens: int) -> bool:
-        """Whether this way is the fastest for ``x``."""
-        return (
-            not self.failed and self.pays(tokens, torch.is_grad_enabled()) and self._program(x.dtype) is not None
-        )  # fmt: skip
-
-    def spills(self, dtype: torch.dtype) -> bool:
-        """Whether the backward pass has too much to hold in cache."""
-        return self.back(_NAMES[dtype], 1).program.spills
+    def ready(self, dtype: torch.dtype) -> bool:
+        """Whether the chain can be compiled for this dtype, and the compiler has not failed."""
+        return not self.failed and self._program(dtype) is not None
 
     def _program(self, dtype: torch.dtype) -> Program | None:
         if dtype not in self._found:

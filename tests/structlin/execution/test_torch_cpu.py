@@ -12,9 +12,12 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import structlin as sl
+from structlin import execution
 from structlin.execution import chunked as _chunked
-from structlin.execution.compiled import _program, _rules, _target, passes
+from structlin.execution.compiled import _rules, _target, passes
 from structlin.execution.compiled._limits import limits
+from structlin.execution.products import products
+from structlin.execution.torch_cpu import chain_of
 from structlin.testing import dense_matrix, random_chain
 
 CASES = {
@@ -59,12 +62,6 @@ def way(monkeypatch, request):
     monkeypatch.setattr(_chunked, "MIN_CHUNK", 4)
     monkeypatch.setattr(_chunked, "MAX_CHUNK", 4)
     monkeypatch.setattr(_chunked, "PACK_TOKENS", 4)
-    monkeypatch.setattr(_chunked, "FEW", 0)
-    monkeypatch.setattr(_rules, "FEW", 0)
-    for name in ("COPIED", "COPIED_FAR", "COPIED_TWICE"):
-        monkeypatch.setattr(_rules, name, 1e9)
-    monkeypatch.setattr(_rules, "PLAIN_TOKENS", 0)
-    monkeypatch.setattr(_rules, "PLAIN_REGISTERS", 0)
     monkeypatch.setattr(_rules, "WASTE", 1e9)
     monkeypatch.setattr(_rules, "SHARE", 4)
     target = None if request.param == "chunked" else HOST
@@ -73,7 +70,8 @@ def way(monkeypatch, request):
     monkeypatch.setattr(_rules, "host", lambda: target)
     before = torch.get_num_threads()
     torch.set_num_threads(3 if request.param == "threads" else 1)
-    yield request.param
+    with execution.using("chunked,products" if request.param == "chunked" else "compiled,products"):
+        yield request.param
     torch.set_num_threads(before)
 
 
@@ -196,7 +194,7 @@ def test_columns(name, tokens, way, calls):
 def test_chunks_that_are_kept_change_nothing(spare, tokens, way, monkeypatch):
     """None, the first chunks only, all."""
     structure, factors, x = make("block_tensor_train")
-    chain = structure._cpu_rows._chunked
+    chain = chain_of(structure).chunked
     assert sum(chain.widths[1:-1]) > min(chain.widths[0], chain.widths[-1])
     # In chunks of 4 tokens; two more are buffers.
     monkeypatch.setattr(chain, "spare", sum(chain.widths[1:-1]) * (spare * 4 + 8))
@@ -216,7 +214,7 @@ def test_chunks_that_are_kept_change_nothing(spare, tokens, way, monkeypatch):
 def test_activations_that_are_kept_change_nothing(name, way, monkeypatch):
     """None, those of some tokens, and all."""
     structure, factors, x = make(name, tokens=101)
-    chain = structure._cpu_rows._fused
+    chain = chain_of(structure).compiled
     weights = torch.randn(101, structure.d_out, dtype=x.dtype, generator=torch.Generator().manual_seed(3))
     rows = chain._ready(x.dtype).schedule.rows[1:-1]
     found, steps = [], len(factors)
@@ -244,7 +242,7 @@ def test_activations_that_are_kept_change_nothing(name, way, monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_what_is_kept_has_room_beside_what_a_dense_matrix_takes(dtype):
     structure = sl.design("monarch", (512, 512), blocks=4)
-    chain = structure._cpu_rows._fused
+    chain = chain_of(structure).compiled
     program = chain._ready(dtype)
     size = sum(program.schedule.rows[1:-1]) * dtype.itemsize
     dense, own = 2 * 512 * 512 * dtype.itemsize, 2 * chain.numel * dtype.itemsize
@@ -260,24 +258,20 @@ def test_what_is_kept_has_room_beside_what_a_dense_matrix_takes(dtype):
 
 
 @pytest.mark.skipif(HOST is None, reason="nothing is compiled here")
-def test_the_blas_takes_the_backward_pass_of_what_falls_out_of_cache(monkeypatch):
-    structure, factors, x = make("monarch", tokens=700)
-    monkeypatch.setattr(_chunked, "FEW", 0)
-    wanted = torch.autograd.grad(structure._portable(factors, x, sl._arrays.ops("torch")).sin().sum(), [x, *factors])
-    ways, found = [], []
+@pytest.mark.skipif(HOST is None, reason="nothing is compiled here")
+def test_a_backward_pass_of_the_other_kind(monkeypatch):
+    structure, factors, x = make("block_tensor_train", tokens=700)
+    wanted = torch.autograd.grad(products(structure, factors, x, sl._arrays.ops("torch")).sin().sum(), [x, *factors])
+    ran = []
     for kind in (passes.FusedChain, _chunked.ChunkedChain):
         run = kind.backward
-        monkeypatch.setattr(kind, "backward", lambda *a, kind=kind, run=run: ways.append(kind) or run(*a))
-    for bytes_ in (1 << 30, 0):
-        structure = make("monarch")[0]  # which way it takes is found out once
-        _program.make_program.cache_clear()
-        monkeypatch.setattr(_program, "limits", lambda most=bytes_: replace(limits(), sums=most, sums_block=most))
-        found.append(torch.autograd.grad(structure.apply(factors, x).sin().sum(), [x, *factors]))
-    _program.make_program.cache_clear()
-    assert ways == [passes.FusedChain, _chunked.ChunkedChain]
-    for gradients in found:
-        for got, exact in zip(gradients, wanted, strict=True):
+        monkeypatch.setattr(kind, "backward", lambda *a, kind=kind, run=run: ran.append(kind) or run(*a))
+    for way in ("compiled", "compiled-chunked"):
+        with execution.using(way):
+            found = torch.autograd.grad(structure.apply(factors, x).sin().sum(), [x, *factors])
+        for got, exact in zip(found, wanted, strict=True):
             torch.testing.assert_close(got, exact, rtol=1e-11, atol=1e-11)
+    assert ran == [passes.FusedChain, _chunked.ChunkedChain]
 
 
 @pytest.mark.parametrize("shape", [(0, 6), (2, 0, 6), (6,), (2, 3, 6)])
@@ -321,7 +315,7 @@ def test_transformations_take_the_portable_plan(calls):
     torch.testing.assert_close(tangent, expected, rtol=1e-12, atol=1e-12)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         structure._rows([f.float() for f in factors], x.float(), sl._arrays.ops("torch"))
-    assert not calls
+    assert not calls  # nor was anything measured
 
 
 def test_random_chains_agree(way):
@@ -332,8 +326,8 @@ def test_random_chains_agree(way):
             f.requires_grad_() for f in sl.random_factors(structure, seed=seed, backend="torch", dtype="float64")
         ]
         x = torch.randn(9, structure.d_in, dtype=torch.float64)
-        chain = structure._cpu_rows
-        run += chain._chunked.merges if way == "chunked" else chain._fused._program(x.dtype) is not None
+        chain = chain_of(structure)
+        run += chain.chunked.merges if way == "chunked" else chain.compiled._program(x.dtype) is not None
         matrix = torch.from_numpy(dense_matrix(structure, factors))
         torch.testing.assert_close(structure.apply(factors, x), x @ matrix.T, rtol=1e-10, atol=1e-10)
         plain = torch.func.grad(lambda *f, s=structure, x=x: s.apply(f, x).square().sum(), tuple(range(len(factors))))
@@ -341,48 +335,6 @@ def test_random_chains_agree(way):
         for got, wanted in zip(found, plain(*factors), strict=True):
             torch.testing.assert_close(got, wanted, rtol=1e-9, atol=1e-9)
     assert run >= (20 if way == "chunked" else 30)
-
-
-@pytest.mark.skipif(HOST is None, reason="nothing is compiled here")
-@pytest.mark.parametrize(("registers", "threads"), [(16, 1), (32, 1), (32, 2)])
-def test_large_and_plain_matrices_are_left_to_the_blas(registers, threads, monkeypatch):
-    """With few registers and with several threads sooner."""
-    monkeypatch.setattr(_rules, "host", lambda: replace(HOST, registers=registers))
-    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    ways = []
-    for name, options in (("monarch", {"blocks": 2}), ("low_rank", {"rank": 64})):
-        for size in (512, 1024, 2048, 3072):
-            structure = sl.design(name, (size, size), **options)
-            factors = sl.random_factors(structure, backend="torch")
-            ways.append(type(structure._cpu_rows.passes(torch.ones(512, size), factors)).__name__)
-    fused, chunked, none = "FusedChain", "ChunkedChain", "NoneType"
-    assert (
-        ways
-        == {
-            (16, 1): [fused, chunked, chunked, chunked, *[none] * 4],
-            (32, 1): [fused, fused, fused, chunked, *[fused] * 4],
-            (32, 2): [fused, fused, chunked, chunked, *[fused] * 4],
-        }[registers, threads]
-    )
-
-
-def test_few_numbers_are_left_to_the_portable_plan(calls):
-    structure = sl.design("block_tensor_train", (256, 256), rank=1)
-    factors = sl.random_factors(structure, backend="torch")
-    structure.apply(factors, torch.ones(1, 256))
-    assert not calls
-    structure.apply(factors, torch.ones(1000, 256))
-    assert len(calls) == 1
-    large = sl.design("monarch", (1024, 1024), blocks=2)  # of which copies are made
-    factors = sl.random_factors(large, backend="torch")
-    large.apply(factors, torch.ones(4, 1024))
-    assert len(calls) == 1
-    if HOST is not None:
-        large.apply(factors, torch.ones(8, 1024))
-        assert len(calls) == 2
-        with torch.no_grad():  # then the copies are for this product alone
-            large.apply(factors, torch.ones(8, 1024))
-        assert len(calls) == 2
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -433,7 +385,7 @@ def test_padded_and_cut(name, shape, way, calls):
     ):  # fmt: skip
         torch.testing.assert_close(got, wanted, rtol=1e-11, atol=1e-11)
     found = torch.autograd.grad(y, [x, *factors], gy)
-    expected = torch.autograd.grad(structure._portable(factors, x, sl._arrays.ops("torch")), [x, *factors], gy)
+    expected = torch.autograd.grad(products(structure, factors, x, sl._arrays.ops("torch")), [x, *factors], gy)
     for got, wanted in zip(found, expected, strict=True):
         torch.testing.assert_close(got, wanted, rtol=1e-11, atol=1e-11)
 
@@ -448,7 +400,8 @@ def test_every_number_of_tokens(tokens, way):
     torch.testing.assert_close(
         y, x[1:-1] @ torch.from_numpy(dense_matrix(structure, factors)).T, rtol=1e-12, atol=1e-12
     )
-    gx, *_ = structure._cpu_rows.passes(x[1:-1], factors).backward(y, x[1:-1], factors, [True, False, False, False])
+    ran = chain_of(structure).passes("chunked" if way == "chunked" else "compiled", x.dtype)
+    gx, *_ = ran.backward(y, x[1:-1], factors, [True, False, False, False])
     assert torch.isfinite(gx).all()
 
 
@@ -462,9 +415,9 @@ def test_storages_of_operands_can_still_be_resized(way):
 
 def test_what_nothing_is_compiled_for(monkeypatch):
     structure, _, x = make("block_tensor_train")
-    monkeypatch.setattr(_rules, "FEW", 0)
     monkeypatch.setattr(_rules, "host", lambda: None)  # no llvmlite, no AVX2
-    assert not structure._cpu_rows._fused.suits(x, 11)
+    assert chain_of(structure).passes("compiled", x.dtype) is None
+    assert chain_of(structure).passes("chunked", x.dtype) is not None
 
 
 def test_an_old_compiler_is_left_alone(monkeypatch):
@@ -512,7 +465,7 @@ def test_pairs_of_bfloat16(name, options, tokens, monkeypatch):
     """Sums are in float32; what lies between two steps is rounded to bfloat16."""
     monkeypatch.setattr(_rules, "FEW", 0)
     structure = sl.design(name, (20 * 36, 16 * 28), **options)
-    chain = structure._cpu_rows._fused
+    chain = chain_of(structure).compiled
     program = chain._program(torch.bfloat16)
     operations = (*program.schedule.forward, *program.schedule.back)
     assert any(operation.product.paired for operation in operations)
@@ -522,7 +475,7 @@ def test_pairs_of_bfloat16(name, options, tokens, monkeypatch):
     generator = torch.Generator().manual_seed(2)
     x, gy = (torch.randn(tokens, d, generator=generator).to(torch.bfloat16) for d in structure.shape[::-1])
     doubles = [t.double().requires_grad_() for t in (x, *factors)]
-    expected = structure._portable(doubles[1:], doubles[0], sl._arrays.ops("torch"))
+    expected = products(structure, doubles[1:], doubles[0], sl._arrays.ops("torch"))
     wanted = (expected, *torch.autograd.grad(expected, doubles, gy.double()), gy.double().sum(0))
     found = (chain.forward(x, factors), *chain.backward(gy, x, factors, [True] * (2 + len(factors))))
     for got, exact in zip(found, wanted, strict=True):

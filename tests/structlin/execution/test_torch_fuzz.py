@@ -56,8 +56,8 @@ def draw_tensor(rng, shape, dtype, generator):
 def draw_passes(rng, chain, dtype):
     """A way that runs this chain in this dtype, whether it is the fastest or not."""
     ways = [SingleProducts(chain.structure, chain.rows)]
-    ways += [chain._chunked] if chain._chunked.merges else []
-    ways += [chain._fused] * 3 if chain._fused._program(dtype) is not None else []
+    ways += [chain.chunked] if chain.chunked.merges else []
+    ways += [chain.compiled] * 3 if chain.compiled._program(dtype) is not None else []
     return ways[rng.integers(len(ways))]
 
 

@@ -315,7 +315,7 @@ chain, wanted = chain_of(structure), structure.apply(factors, x)
 operands = [t.requires_grad_() for t in (x, *factors)]
 gradients = torch.autograd.grad(structure.apply(factors, x).sum(), operands)
 with torch.device("meta"):
-    y = chain(chain._chunked, x, factors)
+    y = chain(chain.chunked, x, factors)
     found = torch.autograd.grad(y.sum(), operands)
 close(y, wanted)
 close(found, gradients)
@@ -333,7 +333,7 @@ close(traced(other), structure.apply(factors, other))
 from torch.fx.experimental.proxy_tensor import make_fx
 from structlin.execution.torch_cpu import chain_of
 chain, other = chain_of(structure), torch.randn(512, 256)
-for run in (lambda x: structure.apply(factors, x), lambda x: chain(chain._chunked, x, factors)):
+for run in (lambda x: structure.apply(factors, x), lambda x: chain(chain.chunked, x, factors)):
     close(make_fx(run)(x)(other), structure.apply(factors, other))
 """,
 }

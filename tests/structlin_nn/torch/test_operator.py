@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import structlin
 from structlin.execution._gradients import chain_gradients, gradient_macs
+from structlin.execution.torch_cpu import chain_of
 from structlin.structure import AbstractStructure
 from structlin.testing import dense_matrix, random_chain
 from structlin_nn.torch import StructuredLinear
@@ -199,11 +200,11 @@ def test_the_contractions_own_backward_pass():
     structure = structlin.design("block_tensor_train", (96, 64), rank=2)
     x, factors = arrays(structure, 700)
     plain = [t.detach() for t in (x, *factors)]
-    assert structure._cpu_rows.passes(plain[0], plain[1:]) is not None
+    assert chain_of(structure).passes(plain[0], plain[1:]) is not None
     gy = torch.randn(700, 96, dtype=torch.float64)
     for needs in ([True] * 3, [False, True, True], [True, False, True], [False, False, True]):
         with FlopCounterMode(display=False) as counter:  # which sees only products of torch
-            structure._cpu_rows.passes(plain[0], plain[1:]).backward(gy, plain[0], plain[1:], [*needs, False])
+            chain_of(structure).passes(plain[0], plain[1:]).backward(gy, plain[0], plain[1:], [*needs, False])
         found = chain_backward(gy, plain[0], plain[1:], to_text(structure), needs)
         assert counter.get_total_flops() == 2 * 700 * gradient_macs(structure, needs)
         for ours, theirs in zip(found, chain_gradients(structure, gy, plain[0], plain[1:], needs), strict=True):

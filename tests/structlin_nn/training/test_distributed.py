@@ -131,7 +131,7 @@ class TestTwoProcesses:
         assert difference(losses["part"] + resumed, losses["gpt2-one"]) < CLOSE
         # The one process has the whole of it in one file.
         assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [
-            "checkpoint.pt", "losses.json", "record.jsonl",
+            "checkpoint.pt", "losses.json", "record.jsonl", "ways.json",
         ]  # fmt: skip
         one = load_trained(jobs["gpt2-one"]["folder"], average=True).state_dict()
         for name, tensor in load_trained(tmp_path / "run", average=True).state_dict().items():

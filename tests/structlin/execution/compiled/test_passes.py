@@ -9,6 +9,8 @@ import structlin as sl
 from structlin.execution.compiled import _rules, passes
 from structlin.execution.compiled._limits import limits
 from structlin.execution.compiled._target import host
+from structlin.execution.products import products
+from structlin.execution.torch_cpu import chain_of
 
 HOST = host()
 
@@ -24,7 +26,7 @@ def test_plain_matrices_by_the_blas(chain, plain, kept, dtype, monkeypatch):
     if HOST is None or not (HOST.half_products or dtype == torch.float64):
         pytest.skip("nothing is compiled here, or not in pairs")
     structure = sl.Structure.parse(chain, a=4, b=15, f=32, g=3, d=22)
-    chain = structure._cpu_rows._fused
+    chain = chain_of(structure).compiled
     assert (chain._upright is not None) == plain
     factors = sl.random_factors(structure, seed=1, backend="torch", dtype=dtype)
     generator = torch.Generator().manual_seed(2)
@@ -37,7 +39,7 @@ def test_plain_matrices_by_the_blas(chain, plain, kept, dtype, monkeypatch):
     held = []
     chain.forward(x, factors, None, held)
     doubles = [t.double().requires_grad_() for t in (x, *factors)]
-    expected = structure._portable(doubles[1:], doubles[0], sl._arrays.ops("torch"))
+    expected = products(structure, doubles[1:], doubles[0], sl._arrays.ops("torch"))
     wanted = (*torch.autograd.grad(expected, doubles, gy.double()), gy.double().sum(0))
     for needs in ([True] * 4, [False, True, False, True], [False, False, True, False], [True, False, False, False]):
         found = chain.backward(gy, x, factors, needs, held)

@@ -1,0 +1,338 @@
+"""Which way runs a chain: the ways that are registered, and the choice between them.
+
+A :class:`Problem` says what is to be run: a chain, the library of the arrays, their dtype and device, the number of
+tokens (in powers of two), threads, and whether gradients are to come. For each problem the choice is made once:
+
+1. what a resumed run has pinned (:func:`pin`);
+2. the fastest of the timings that are known for the problem (:mod:`.wisdom`), which ``measure`` or
+   :func:`structlin.execution.tune` took;
+3. with ``measure``, timings that are taken now;
+4. otherwise the least estimate, from rates of the machine that were measured once (:mod:`.rates`).
+
+The policy is ``estimate`` (the default), ``measure``, or names of ways in order of preference; names with a minus
+in front are left out: ``"-compiled"`` estimates among the other ways. It comes from :func:`using`, otherwise from the
+environment variable ``STRUCTLIN_EXECUTION``.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
+from typing import Any
+
+from structlin._arrays import Array
+from structlin.execution import wisdom
+from structlin.structure import Structure
+
+__all__ = ["Policy", "Problem", "Way", "choose", "decisions", "pin", "recording", "register", "using", "ways"]
+
+MODES = ("estimate", "measure")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is to be run. ``tokens`` is a power of two; ``train``: the backward pass is to come."""
+
+    structure: Structure
+    rows: bool
+    library: str
+    device: str
+    dtype: str
+    tokens: int
+    threads: int
+    train: bool
+
+    @cached_property
+    def key(self) -> str:
+        """The problem as text: the name of its records."""
+        chain = "; ".join(map(str, self.structure.steps))
+        sizes = ",".join(f"{axis}={size}" for axis, size in self.structure.sizes)
+        ends = "rows" if self.rows else "columns"
+        kind = "train" if self.train else "forward"
+        return (
+            f"{chain} {sizes} {self.structure.d_out}x{self.structure.d_in} {ends} {self.library} {self.device} "
+            f"{self.dtype} tokens={self.tokens} threads={self.threads} {kind}"
+        )
+
+
+class Way(ABC):
+    """A way to run a chain. Write one module with a subclass and :func:`register` an instance to add a way.
+
+    ``library``: whose arrays it takes. ``explicit``: it is only chosen where a policy names it. ``pointers``: it takes
+    addresses of memory, and is not asked for operands that have none or stand for more.
+    """
+
+    name: str
+    library: str = "torch"
+    explicit: bool = False
+    pointers: bool = False
+
+    @abstractmethod
+    def supports(self, problem: Problem) -> bool:
+        """Whether it can run the problem and give the right result."""
+
+    @abstractmethod
+    def seconds(self, problem: Problem) -> float:
+        """An estimate of the time of a call, with the backward pass if ``problem.train``."""
+
+    def least(self, problem: Problem) -> float:
+        """A bound from below of :meth:`seconds` that costs nothing: where it decides, nothing else is asked."""
+        return 0.0
+
+    @abstractmethod
+    def run(self, structure: Structure, factors: Any, x: Array, bias: Array | None, rows: bool) -> Array:
+        """(tokens, d_in) -> (tokens, d_out), or columns; ``bias`` (d_out,) is added to rows."""
+
+    def back_passes(self, structure: Structure, rows: bool, dtype: Any) -> Any:
+        """The backward pass of its own (:class:`structlin.execution.torch_cpu.Passes`); None if autograd makes it."""
+        return None
+
+
+_WAYS: dict[tuple[str, str], Way] = {}
+_loaders: list[Callable[[], None]] = []
+_generation = 0  # what was chosen before a registration, a pin or new timings is chosen again
+
+
+def register(way: Way) -> Way:
+    """Add a way. ValueError where its library has one of this name."""
+    if (way.library, way.name) in _WAYS:
+        raise ValueError(f"{way.library} has a way named {way.name!r} already")
+    if way.name in MODES or not way.name.replace("-", "").replace("_", "").isalnum() or way.name.startswith("-"):
+        raise ValueError(f"a way needs a name of letters and digits other than {', '.join(MODES)}, got {way.name!r}")
+    _WAYS[way.library, way.name] = way
+    forget()
+    return way
+
+
+def load_with(loader: Callable[[], None]) -> None:
+    """Call ``loader`` before ways are first looked for: it imports the modules whose ways enter themselves."""
+    _loaders.append(loader)
+
+
+def _load() -> None:
+    while _loaders:
+        _loaders.pop()()
+
+
+def forget() -> None:
+    """Make all choices anew when they are next needed."""
+    global _generation
+    _generation += 1
+
+
+def generation() -> int:
+    """A number that changes when choices are to be made anew."""
+    return _generation
+
+
+def ways(library: str) -> list[Way]:
+    """All ways of a library, in the order in which they were registered."""
+    _load()
+    return [way for (of, _), way in _WAYS.items() if of == library]
+
+
+# -- policy ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Policy:
+    """How to choose: ``mode`` is ``estimate`` or ``measure``; ``names`` go first, ``without`` are left out."""
+
+    mode: str = "estimate"
+    names: tuple[str, ...] = ()
+    without: tuple[str, ...] = ()
+
+
+@lru_cache(maxsize=64)
+def policy_of(text: str) -> Policy:
+    """Read a policy such as ``"measure"``, ``"compiled,chunked"`` or ``"measure,-dense"``.
+
+    Raises ValueError for a name that no library has.
+
+    >>> policy_of("measure,-dense")
+    Policy(mode='measure', names=(), without=('dense',))
+    """
+    _load()
+    known = {name for _, name in _WAYS}
+    mode = "estimate"
+    names: list[str] = []
+    without: list[str] = []
+    for word in text.split(","):
+        word = word.strip()
+        if word in MODES:
+            mode = word
+        elif word.removeprefix("-") in known:
+            (without if word.startswith("-") else names).append(word.removeprefix("-"))
+        else:
+            raise ValueError(
+                f"execution {text!r}: {word!r} is no mode ({', '.join(MODES)}) and no way "
+                f"({', '.join(sorted(known))}); separate several by commas, and put a minus before what to leave out"
+            )
+    return Policy(mode, tuple(names), tuple(without))
+
+
+_POLICY: ContextVar[str | None] = ContextVar("structlin_execution", default=None)
+
+
+def policy_text() -> str:
+    """The policy in force, as text."""
+    text = _POLICY.get()
+    return os.environ.get("STRUCTLIN_EXECUTION", "estimate") if text is None else text
+
+
+@contextmanager
+def using(policy: str) -> Iterator[None]:
+    """Choose by a policy within a ``with`` statement (in this thread or task).
+
+    Raises ValueError for a policy that cannot be read.
+
+    >>> with using("products"):
+    ...     pass
+    """
+    policy_of(policy)
+    token = _POLICY.set(policy)
+    try:
+        yield
+    finally:
+        _POLICY.reset(token)
+
+
+# -- the choice --------------------------------------------------------------------------------------------------------
+
+_pinned: dict[str, str] = {}
+_made: dict[Problem, str] = {}
+_recordings: list[list[Problem]] = []
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A way for a problem: estimated and measured seconds, None where they are not known."""
+
+    way: Way
+    estimated: float
+    measured: float | None = None
+
+
+def bucket(tokens: int) -> int:
+    """The power of two that stands for a number of tokens: the least that is not smaller."""
+    return 1 << max(0, tokens - 1).bit_length()
+
+
+def candidates(problem: Problem, policy: Policy | None = None, *, quick: bool = False) -> list[Candidate]:
+    """The ways that can run a problem, by estimate. ``quick``: without those that another one is sure to beat."""
+    policy, timed = policy or Policy(), timings(problem)
+    found: list[Candidate] = []
+    best = math.inf
+    for way in sorted(ways(problem.library), key=lambda way: way.least(problem)):
+        if way.name in policy.without or (way.explicit and way.name not in policy.names):
+            continue
+        if quick and way.least(problem) >= best:
+            break
+        if way.supports(problem):
+            found.append(Candidate(way, way.seconds(problem), timed.get(way.name)))
+            best = min(best, found[-1].estimated)
+    return sorted(found, key=lambda c: c.estimated)
+
+
+def timings(problem: Problem) -> dict[str, float]:
+    """Seconds of each way that was measured for a problem."""
+    found = wisdom.read(problem.key)
+    return dict(found) if isinstance(found, Mapping) else {}
+
+
+def choose(problem: Problem) -> Way:
+    """The way for a problem. It is the same one for as long as nothing is registered, pinned or measured anew."""
+    policy = policy_of(policy_text())
+    way = _choose(problem, policy)[0]
+    _made[problem] = way.name
+    for met in _recordings:
+        met.append(problem)
+    return way
+
+
+def _choose(problem: Problem, policy: Policy) -> tuple[Way, str]:
+    """The way, and why it is taken."""
+    for name, why in (
+        (_pinned.get(problem.key), "pinned by the run that is resumed"),
+        *((name, f"named by the policy {policy_text()!r}") for name in policy.names),
+    ):
+        way = _WAYS.get((problem.library, name or ""))
+        if way is not None and way.supports(problem):
+            return way, why
+    found = candidates(problem, policy, quick=policy.mode == "estimate" and not timings(problem))
+    if not found:
+        raise ValueError(f"policy {policy_text()!r} leaves no way to run {problem.key}")
+    if len(found) == 1:
+        return found[0].way, "nothing else can run it"
+    timed = [c for c in found if c.measured is not None]
+    if len(timed) < 2 and policy.mode == "measure":
+        from structlin.execution.tuning import measure
+
+        measured = measure(problem, [c.way for c in found])
+        timed = [replace(c, measured=measured[c.way.name]) for c in found if c.way.name in measured]
+    if len(timed) > 1:
+        best = min(timed, key=lambda c: c.measured or 0.0)
+        return best.way, "the least measured time"
+    return found[0].way, "the least estimate"
+
+
+@contextmanager
+def recording() -> Iterator[list[Problem]]:
+    """The problems that are met within a ``with`` statement, each once, in a list."""
+    met: list[Problem] = []
+    forget()  # so that known problems are asked for again
+    _recordings.append(met)
+    try:
+        yield met
+    finally:
+        _recordings.remove(met)
+
+
+def decisions(structures: Collection[Structure] | None = None) -> dict[str, str]:
+    """The way of each problem that this process has chosen so far: the text of the problem and the name of the way.
+
+    ``structures``: only problems of these. A run keeps this in its record and its checkpoints.
+    """
+    wanted = [p for p in _made if structures is None or p.structure in structures]
+    return {problem.key: _made[problem] for problem in sorted(wanted, key=lambda p: p.key)}
+
+
+def pin(chosen: Mapping[str, str]) -> None:
+    """Choose as :func:`decisions` says, in this process, wherever the way exists: a resumed run repeats its bits.
+
+    Raises ValueError for an entry that is no problem and way.
+    """
+    for key, name in chosen.items():
+        if not isinstance(key, str) or not isinstance(name, str):
+            raise ValueError(f"decisions map the text of a problem to the name of a way, got {key!r}: {name!r}")
+    _pinned.update(chosen)
+    forget()
+
+
+def table(problem: Problem) -> str:
+    """A table of the ways for a problem, with estimated and measured times, and which is taken and why."""
+    policy = policy_of(policy_text())
+    taken, why = _choose(problem, policy)
+    rows = [("way", "estimated", "measured", "")]
+    for c in candidates(problem, policy):
+        measured = "-" if c.measured is None else _time(c.measured)
+        rows.append((c.way.name, _time(c.estimated), measured, f"<- {why}" if c.way is taken else ""))
+    widths = [max(len(row[k]) for row in rows) for k in range(3)]
+    table = [
+        f"{row[0].ljust(widths[0])}  {row[1].rjust(widths[1])}  {row[2].rjust(widths[2])}  {row[3]}".rstrip()
+        for row in rows
+    ]
+    return "\n".join([problem.key, *table])
+
+
+def _time(seconds: float) -> str:
+    for unit, size in (("s", 1.0), ("ms", 1e-3)):
+        if seconds >= size:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds * 1e6:.3g} us"

@@ -1,0 +1,190 @@
+"""Timings of the ways for a problem, and for all problems that a model meets."""
+
+from __future__ import annotations
+
+import gc
+import math
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from structlin._arrays import ops
+from structlin.execution import choice, wisdom
+from structlin.execution.choice import Problem, Way
+from structlin.structure import Structure
+
+__all__ = ["explain", "measure", "problem_of", "tune"]
+
+# Seconds to spend on the rounds of one problem, and how many rounds there are at least and at most. In each round all
+# ways run once; the least time of a way counts, since other processes only add to it.
+BUDGET, LEAST_ROUNDS, MOST_ROUNDS = 0.6, 3, 60
+HOPELESS = 3.0  # a way that takes so many times the best one's time after the least number of rounds is timed no more
+# With more tokens than take so many seconds by the best estimate, a problem is timed with fewer: the time of a token
+# does not change any more.
+LONGEST, ENOUGH_TOKENS = 0.25, 2048
+
+
+def measure(problem: Problem, among: Sequence[Way] | None = None, *, keep: bool = False) -> dict[str, float]:
+    """Time the ways for a problem on random operands, keep the result (:mod:`.wisdom`) and return seconds by name.
+
+    All ways run on the same operands, in turns. Torch's generators are left as they are. A way that fails (for want of
+    memory, or since a compiler fails) is left out. ``keep``: timings of a process that was faster are kept instead.
+    """
+    among = [c.way for c in choice.candidates(problem)] if among is None else list(among)
+    tokens = problem.tokens
+    if tokens > ENOUGH_TOKENS:
+        estimated = min((way.seconds(problem) for way in among), default=0.0)
+        while tokens > ENOUGH_TOKENS and estimated * tokens / problem.tokens > LONGEST:
+            tokens //= 2
+    calls = {}
+    for way in among:
+        call = _call(problem, way, tokens)
+        try:
+            call()
+        except (MemoryError, RuntimeError):
+            continue
+        calls[way.name] = call
+    least = dict.fromkeys(calls, math.inf)
+    racing, start = list(calls), time.perf_counter()
+    for number in range(MOST_ROUNDS):
+        if number >= LEAST_ROUNDS:
+            best = min(least.values())
+            racing = [name for name in racing if least[name] <= HOPELESS * best]
+            if len(racing) < 2 or time.perf_counter() - start > BUDGET:
+                break
+        for name in racing:
+            least[name] = min(least[name], _timed(calls[name]))
+    found = {name: seconds * problem.tokens / tokens for name, seconds in least.items()}
+    kept: dict[str, float] = wisdom.write(problem.key, found, keep=keep)
+    choice.forget()
+    return kept
+
+
+def _timed(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def _call(problem: Problem, way: Way, tokens: int) -> Callable[[], object]:
+    """A call of a way on random operands, with its backward pass where the problem has one."""
+    if problem.library != "torch":
+        raise ValueError(f"ways of {problem.library} are not timed")
+    import torch
+
+    structure, device, kind = problem.structure, problem.device, getattr(torch, problem.dtype)
+    generator = torch.Generator(device=device).manual_seed(0)
+
+    def normal(*shape: int, scale: float = 1.0) -> torch.Tensor:
+        wide = torch.randn(shape, generator=generator, device=device, dtype=torch.float32)
+        return (wide * scale).to(kind).requires_grad_(problem.train)
+
+    factors = [normal(*f.shape, scale=1 / math.sqrt(f.fan_in)) for f in structure.factors]
+    x = normal(*((tokens, structure.d_in) if problem.rows else (structure.d_in, tokens)))
+    bias = normal(structure.d_out) if problem.rows else None
+    given = [x, *factors] if bias is None else [x, *factors, bias]
+    shape = (tokens, structure.d_out) if problem.rows else (structure.d_out, tokens)
+    gradient = normal(*shape).detach()
+
+    def call() -> None:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(problem.threads)
+        try:
+            with (
+                torch.inference_mode(False),
+                torch.set_grad_enabled(problem.train),
+                torch.autocast(device, enabled=False),
+            ):
+                y = way.run(structure, factors, x, bias, problem.rows)
+                if problem.train:
+                    torch.autograd.grad(y, given, gradient)
+            if device == "cuda":
+                torch.cuda.synchronize()
+        finally:
+            torch.set_num_threads(threads)
+
+    return call
+
+
+def tune(
+    run: Callable[[], object] | Iterable[Problem], *, progress: bool = True
+) -> dict[str, dict[str, float]]:  # fmt: skip
+    """Measure what a computation needs, and keep it for all later processes on this machine.
+
+    Args:
+        run: a function that runs the computation once (a forward pass, or a whole training step), or problems. The
+            function is called once, and the problems that it meets are timed.
+        progress: show a progress bar (tqdm).
+
+    Returns:
+        Seconds by way for each problem.
+
+    >>> import torch, structlin
+    >>> from structlin_nn.torch import StructuredLinear
+    >>> layer = StructuredLinear(64, 48, structure="monarch", blocks=4)
+    >>> found = tune(lambda: layer(torch.ones(32, 64)).sum().backward(), progress=False)
+    >>> [sorted(ways)[0] for ways in found.values()]
+    ['chunked']
+    """
+    problems = list(_met(run)) if callable(run) else list(run)
+    bar: Any = problems
+    if progress:
+        from tqdm import tqdm
+
+        bar = tqdm(problems, desc="tune", unit="problem")
+    found = {}
+    for problem in bar:
+        found[problem.key] = measure(problem)
+        gc.collect()  # compiled code of ways that lose goes now
+    return found
+
+
+def _met(run: Callable[[], object]) -> list[Problem]:
+    with choice.recording() as met:
+        run()
+    return list(dict.fromkeys(met))
+
+
+def problem_of(
+    structure: Structure, tokens: int, *, dtype: str = "float32", train: bool = True, threads: int | None = None,
+    rows: bool = True, library: str = "torch", device: str = "cpu",
+) -> Problem:  # fmt: skip
+    """A problem by its parts. ``threads``: as many as torch uses, unless given."""
+    if not isinstance(structure, Structure):
+        raise TypeError(f"a chain of einsums (structlin.Structure) is needed, got {type(structure).__name__}")
+    if tokens < 1:
+        raise ValueError(f"tokens must be at least 1, got {tokens}")
+    if threads is None:
+        import torch
+
+        threads = torch.get_num_threads()
+    ops(library)
+    return Problem(structure, rows, library, device, dtype, choice.bucket(tokens), threads, train)
+
+
+def explain(
+    what: Any, tokens: int, *, dtype: str | None = None, train: bool = True, threads: int | None = None
+) -> str:  # fmt: skip
+    """Which way runs a structure, an operator or a layer, and why, with the estimated and measured time of each way.
+
+    Args:
+        what: a :class:`structlin.Structure`, or what has one as ``structure`` (an operator, a layer).
+        tokens: number of vectors; timings are kept for the next power of two.
+        dtype: that of the layer's factors unless given, otherwise float32.
+        train: with the backward pass.
+        threads: as many as torch uses, unless given.
+
+    Raises:
+        TypeError: ``what`` is and has no chain of einsums.
+        ValueError: fewer than one token.
+
+    >>> import structlin
+    >>> print(explain(structlin.design("monarch", (48, 40), blocks=4), 64).splitlines()[0])  # doctest: +ELLIPSIS
+    pa,pfa->fp; gf,... 48x40 rows torch cpu float32 tokens=64 threads=... train
+    """
+    structure = what if isinstance(what, Structure) else getattr(what, "structure", what)
+    if dtype is None:
+        factors = [f for f in getattr(what, "factors", ()) if hasattr(f, "dtype")]
+        dtype = str(factors[0].dtype).removeprefix("torch.") if factors else "float32"
+    problem = problem_of(structure, tokens, dtype=dtype, train=train, threads=threads)
+    return choice.table(problem)

@@ -1,0 +1,193 @@
+"""What was measured on this processor, kept on disk: rates of the machine, and timings of ways to run a chain.
+
+Each record is a JSON file of its own, named by a hash of its key, in a folder for this processor and these versions of
+the libraries. A record is written to a temporary file and then renamed, so that processes which measure at the same
+time need no lock, and it holds a checksum: a record that fails it is ignored with a warning and measured again.
+
+The folder is ``$STRUCTLIN_CACHE``, otherwise the user's cache folder (platformdirs). Where it cannot be written,
+records last as long as the process. The model is FFTW's wisdom (Frigo and Johnson, *The Design and Implementation of
+FFTW3*, Proceedings of the IEEE 93(2), 2005).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import warnings
+from collections.abc import Mapping
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import platformdirs
+
+__all__ = ["clear", "export_wisdom", "folder", "import_wisdom", "machine_name", "read", "write"]
+
+FORMAT = 1
+LIBRARIES = ("structlin", "torch", "jax", "llvmlite")
+_MEMORY: dict[str, Any] = {}
+
+
+@cache
+def processor() -> dict[str, str]:
+    """What identifies the processor: its name, and what else decides which instructions it runs."""
+    found = {"machine": platform.machine(), "name": platform.processor()}
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        wanted = ("vendor_id", "cpu family", "model", "model name", "stepping", "flags", "Features", "CPU part")
+        for line in cpuinfo.read_text(errors="replace").split("\n\n")[0].splitlines():
+            name, _, value = line.partition(":")
+            if name.strip() in wanted:
+                found[name.strip()] = value.strip()
+    elif sys.platform == "darwin":
+        asked = subprocess.run(
+            ["sysctl", "-n", "machdep.cpu.brand_string"], capture_output=True, text=True, check=False
+        )
+        found["name"] = asked.stdout.strip() or found["name"]
+    return found
+
+
+@cache
+def versions() -> dict[str, str]:
+    """Versions of the libraries whose speed is measured, as far as they are installed."""
+    found = {}
+    for name in LIBRARIES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def machine_name() -> str:
+    """The processor and the versions, as the name of a folder."""
+    about = json.dumps([processor(), versions(), FORMAT], sort_keys=True)
+    name = processor().get("model name") or processor()["name"] or processor()["machine"]
+    short = "-".join("".join(c if c.isalnum() else " " for c in name).split())[:40].lower()
+    return f"{short}-{hashlib.sha256(about.encode()).hexdigest()[:12]}"
+
+
+def folder() -> Path:
+    """Where records of this processor are kept."""
+    given = os.environ.get("STRUCTLIN_CACHE")
+    root = Path(given) if given else platformdirs.user_cache_path("structlin")
+    return root / f"wisdom-{FORMAT}" / machine_name()
+
+
+def _path(key: str) -> Path:
+    return folder() / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.json"
+
+
+def _sealed(key: str, value: Any) -> str:
+    text = json.dumps({"key": key, "value": value}, sort_keys=True)
+    return json.dumps({"record": text, "sha256": hashlib.sha256(text.encode()).hexdigest()})
+
+
+def _opened(text: str) -> tuple[str, Any]:
+    """Key and value of a sealed record; ValueError where it is damaged."""
+    outer = json.loads(text)
+    if not isinstance(outer, dict) or set(outer) != {"record", "sha256"} or not isinstance(outer["record"], str):
+        raise ValueError("it is no record of wisdom")
+    if hashlib.sha256(outer["record"].encode()).hexdigest() != outer["sha256"]:
+        raise ValueError("its checksum does not match")
+    inner = json.loads(outer["record"])
+    return inner["key"], inner["value"]
+
+
+def read(key: str) -> Any:
+    """The value of a record; None where there is none."""
+    if key in _MEMORY:
+        return _MEMORY[key]
+    path = _path(key)
+    try:
+        found, value = _opened(path.read_text(encoding="utf-8"))
+        if found != key:
+            raise ValueError(f"it is of {found!r}")
+    except OSError:
+        return None
+    except (ValueError, KeyError, TypeError) as error:
+        warnings.warn(f"{path} is ignored and will be measured again: {error}", RuntimeWarning, stacklevel=2)
+        return None
+    _MEMORY[key] = value
+    return value
+
+
+def write(key: str, value: Any, *, keep: bool = False) -> Any:
+    """Keep a record and return what is kept: with ``keep`` the one of a process that was faster, if there is any."""
+    path = _path(key)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False, encoding="utf-8") as file:
+            file.write(_sealed(key, value))
+        if keep:
+            try:
+                os.link(file.name, path)  # fails where the record exists
+            except FileExistsError:
+                _MEMORY.pop(key, None)
+                value = read(key) or value
+            finally:
+                os.unlink(file.name)
+        else:
+            os.replace(file.name, path)
+    except OSError:
+        pass  # a folder that cannot be written: the record lasts as long as the process
+    _MEMORY[key] = value
+    return value
+
+
+def clear() -> int:
+    """Forget all records of this processor and these versions; return how many files were deleted."""
+    _MEMORY.clear()
+    deleted = 0
+    for path in folder().glob("*.json"):
+        path.unlink(missing_ok=True)
+        deleted += 1
+    return deleted
+
+
+def export_wisdom(path: str | os.PathLike[str]) -> int:
+    """Write all records of this processor to one JSON file; return how many there are."""
+    records = {}
+    for file in sorted(folder().glob("*.json")):
+        key, value = _opened(file.read_text(encoding="utf-8"))
+        records[key] = value
+    text = json.dumps({"format": FORMAT, "processor": processor(), "versions": versions(), "records": records})
+    target = Path(path)
+    beside = target.with_name(f".{target.name}.tmp")
+    beside.write_text(_sealed("export", text), encoding="utf-8")
+    beside.replace(target)
+    return len(records)
+
+
+def import_wisdom(path: str | os.PathLike[str], *, any_machine: bool = False) -> int:
+    """Take the records of a file that :func:`export_wisdom` wrote; return how many.
+
+    Records that are there already are replaced.
+
+    Raises:
+        ValueError: the file is damaged or no export, or it is of another processor or of other versions of the
+            libraries, whose timings say nothing here, unless ``any_machine``.
+    """
+    try:
+        _, text = _opened(Path(path).read_text(encoding="utf-8"))
+        found = json.loads(text)
+        records: Mapping[str, Any] = found["records"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{os.fspath(path)} is no export of wisdom: {error}") from error
+    if found["format"] != FORMAT:
+        raise ValueError(f"{os.fspath(path)} has format {found['format']}, this version reads format {FORMAT}")
+    if not any_machine and (found["processor"], found["versions"]) != (processor(), versions()):
+        theirs = found["processor"].get("model name") or found["processor"]["name"]
+        raise ValueError(
+            f"{os.fspath(path)} was measured on {theirs!r} with {found['versions']}, this is {machine_name()!r} with "
+            f"{versions()}; pass any_machine=True to take it all the same"
+        )
+    for key, value in records.items():
+        write(key, value)
+    return len(records)
