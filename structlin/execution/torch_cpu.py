@@ -84,17 +84,18 @@ class CPUChain:
         return self.compiled if self.compiled.ready(dtype) else None
 
     def __call__(
-        self, passes: Passes, back: Passes, x: Tensor, factors: Sequence[Tensor], bias: Tensor | None = None
+        self, passes: Passes, x: Tensor, factors: Sequence[Tensor], bias: Tensor | None = None,
+        back: Passes | None = None,
     ) -> Tensor:  # fmt: skip
         """(tokens, d_in) -> (tokens, d_out), or columns; differentiable any number of times.
 
-        ``bias``, of size d_out, is added. ``passes`` run forward and ``back`` backward. The operands have passed the
-        guard.
+        ``bias``, of size d_out, is added. ``passes`` run forward, and ``back`` backward if it is given. The operands
+        have passed the guard.
         """
         if torch.is_grad_enabled() and (
             x.requires_grad or any(f.requires_grad for f in factors) or (bias is not None and bias.requires_grad)
         ):
-            return _Differentiable.apply(self, passes, back, x, bias, *factors)
+            return _Differentiable.apply(self, passes, back or passes, x, bias, *factors)
         return self.forward(passes, x, factors, bias)[0]
 
     def forward(

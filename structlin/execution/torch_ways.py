@@ -219,7 +219,7 @@ class PassesWay(TorchWay):
         forward, back = chain.passes(self.forward, x.dtype), chain.passes(self.back, x.dtype)
         if forward is None or back is None:  # the compiler has failed since
             return products_way.run(structure, factors, x, bias, rows)
-        return chain(forward, back, x, factors, bias)
+        return chain(forward, x, factors, bias, back)
 
     def back_passes(self, structure: Structure, rows: bool, dtype: torch.dtype) -> Passes | None:
         return chain_of(structure, rows).passes(self.back, dtype)
@@ -330,6 +330,8 @@ class TorchChain:
 
     def _without_pointers(self, x: Tensor) -> Way:
         """For tensors that stand for more than their memory, or for less."""
+        if torch.jit.is_tracing():  # where sizes are tensors
+            return products_way
         few = self.rows and x.shape[0] * self._widest <= FEW
         return token_major_way if few else products_way
 

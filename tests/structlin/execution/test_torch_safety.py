@@ -1,6 +1,7 @@
 """What is known of operands before their memory is read by address, and that nothing is read that does not fit."""
 
 import json
+import os
 import subprocess
 import sys
 from functools import cache
@@ -10,10 +11,12 @@ import pytest
 import torch
 
 import structlin as sl
+from structlin import execution
 from structlin.execution._gradients import chain_gradients
 from structlin.execution._guard import Guard, addressable, guard_of
 from structlin.execution.products import products
-from structlin.execution.torch_cpu import CPUChain, SingleProducts, chain_of
+from structlin.execution.torch_cpu import CPUChain, SingleProducts
+from structlin.execution.torch_ways import torch_chain
 from structlin.testing import random_chain
 
 ISOLATED = Path(__file__).parents[2] / "isolated.py"
@@ -104,8 +107,7 @@ def test_wrong_factors(change, words, number):
     wrong[number] = change(wrong[number])
     if wrong[number].shape == factors[number].shape and wrong[number].dtype == x.dtype and words.startswith("has"):
         pytest.skip("the axes that are exchanged have one size")
-    assert chain_of(BTT).passes(x, factors) is not None
-    for call in (chain_of(BTT).passes, Guard(BTT).check):
+    for call in (torch_chain(BTT), Guard(BTT).check):
         with pytest.raises(ValueError, match=words) as raised:
             call(x, wrong)
         assert f"factor W{number}" in str(raised.value)
@@ -115,7 +117,7 @@ def test_wrong_bias():
     x, factors = operands()
     for bias in (torch.zeros(15, dtype=x.dtype), torch.zeros(16, dtype=x.dtype, device="meta"), torch.zeros(16)):
         with pytest.raises(ValueError, match="the bias"):
-            chain_of(BTT).passes(x, (*factors, bias))
+            torch_chain(BTT)(x, factors, bias)
 
 
 def test_integer_factors():
@@ -131,7 +133,6 @@ def test_integer_factors():
 def test_autocast_takes_operands_of_several_dtypes():
     x, factors = operands(dtype=torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert chain_of(BTT).passes(x.bfloat16(), factors) is None
         y = BTT._rows(factors, x.bfloat16(), TORCH)
     assert y.dtype == torch.bfloat16
     wanted = BTT.apply(factors, x)
@@ -145,25 +146,26 @@ def test_guards_are_copied_by_their_structure():
     assert pickle.loads(pickle.dumps(guard)) is guard_of(BTT)
 
 
-def test_what_watches_single_products_sees_them():
+def test_what_watches_single_products_sees_them(monkeypatch):
     x, factors = operands()
-    chain = chain_of(BTT)
     seen = []
+    run = CPUChain.forward
+    monkeypatch.setattr(CPUChain, "forward", lambda *a, **k: seen.append(True) or run(*a, **k))
 
     def look(x):
-        seen.append(chain.passes(x, factors))
         return BTT._rows(factors, x, TORCH)
 
-    look(x)
-    assert seen.pop() is not None
-    torch.func.jvp(look, (x,), (x,))
-    with torch.autograd.forward_ad.dual_level():
+    with execution.using("chunked"):
         look(x)
-    torch.jit.trace(look, x, check_trace=False)
-    with torch.autocast("cpu"):
-        look(x)
-    assert seen
-    assert all(found is None for found in seen)
+    assert seen.pop()
+    with execution.using("chunked"):
+        torch.func.jvp(look, (x,), (x,))
+        with torch.autograd.forward_ad.dual_level():
+            look(x)
+        torch.jit.trace(look, x, check_trace=False)
+        with torch.autocast("cpu"):
+            look(x)
+    assert not seen
 
 
 # -- the backward pass -------------------------------------------------------------------------------------------------
@@ -343,7 +345,12 @@ for run in (lambda x: structure.apply(factors, x), lambda x: chain(chain.chunked
 def results():
     scripts = {name: START + script for name, script in SCRIPTS.items()}
     done = subprocess.run(
-        [sys.executable, str(ISOLATED)], input=json.dumps(scripts), capture_output=True, text=True, check=False
+        [sys.executable, "-P", str(ISOLATED)],
+        input=json.dumps(scripts),
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "STRUCTLIN_EXECUTION": "compiled,chunked"},  # the ways that take addresses
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)

@@ -4,6 +4,7 @@ Each case is a script in a process of its own, for few tokens and for many, whic
 """
 
 import json
+import os
 import subprocess
 import sys
 from functools import cache
@@ -355,7 +356,12 @@ def results():
 
 def run(scripts):
     done = subprocess.run(
-        [sys.executable, str(ISOLATED)], input=json.dumps(scripts), capture_output=True, text=True, check=False
+        [sys.executable, "-P", str(ISOLATED)],
+        input=json.dumps(scripts),
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "STRUCTLIN_EXECUTION": "compiled,chunked"},  # the ways that take addresses
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
