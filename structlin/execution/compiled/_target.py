@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import os
 import platform
 import threading
 import warnings
@@ -72,10 +71,10 @@ def _binding() -> Any:
 def host() -> Target | None:
     """This machine; None where nothing is compiled, and the products of torch or of XLA run.
 
-    That is so without llvmlite or with an old one, on x86-64 processors without AVX2, on all others (on 64-bit Arm, for
-    example), and where STRUCTLIN_FUSED=0 is set.
+    That is so without llvmlite or with an old one, on x86-64 processors without AVX2, and on all others (on 64-bit Arm,
+    for example).
     """
-    if os.environ.get("STRUCTLIN_FUSED", "1") == "0" or platform.machine().lower() not in ("x86_64", "amd64"):
+    if platform.machine().lower() not in ("x86_64", "amd64"):
         return None
     llvm = _binding()
     try:

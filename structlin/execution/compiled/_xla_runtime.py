@@ -171,7 +171,7 @@ def register(prepare: Prepare) -> None:
 def unsupported() -> str | None:
     """Why there is no handler that runs plans; None where there is one."""
     if host() is None:
-        return "llvmlite is missing or too old, STRUCTLIN_FUSED=0 is set, or the processor is not one that is known"
+        return "llvmlite is missing or too old, or the processor is not one that is known"
     if version() is None:
         known = " or ".join(f"0.{minor}" for minor in VERSIONS)
         return f"jaxlib has no header of its foreign function interface, or not version {known} of it"

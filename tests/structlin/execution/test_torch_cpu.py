@@ -2,8 +2,6 @@
 
 import os
 import pickle
-import subprocess
-import sys
 from dataclasses import replace
 
 import numpy as np
@@ -13,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import structlin as sl
 from structlin import execution
+from structlin.execution import choice
 from structlin.execution import chunked as _chunked
 from structlin.execution.compiled import _rules, _target, passes
 from structlin.execution.compiled._limits import limits
@@ -426,9 +425,15 @@ def test_an_old_compiler_is_left_alone(monkeypatch):
     assert _target._binding.__wrapped__() is None
 
 
-def test_fused_can_be_switched_off():
-    code = "from structlin.execution.compiled._target import host; raise SystemExit(host() is not None)"
-    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "STRUCTLIN_FUSED": "0"})
+def test_compiled_passes_can_be_left_out(monkeypatch):
+    """By the policy in the environment."""
+    problem = execution.problem_of(make("block_tensor_train")[0], 4096, dtype="float64", threads=1)
+    for policy in ("-compiled,-compiled-chunked", "estimate,-compiled,-compiled-chunked"):
+        monkeypatch.setenv("STRUCTLIN_EXECUTION", policy)
+        assert not choice.choose(problem).name.startswith("compiled")
+        found = [c.way.name for c in choice.candidates(problem, choice.policy_of(policy))]
+        assert "products" in found
+        assert not any(name.startswith("compiled") for name in found)
 
 
 def test_threads_share_the_tokens_in_processes_that_were_forked(way):
