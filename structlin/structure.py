@@ -1,10 +1,11 @@
 """The structure of a matrix: an ordered chain of two-operand einsums, from which everything else is derived.
 
-A chain acts on an activation. Each step contracts it with one factor; the roles of the axes
-(see :class:`Step`) give the factor's fans, its number of blocks, the parameters, the multiply-accumulates, the
-transpose and the scale at which to draw it. The order of the steps is part of the structure.
+A chain is applied to an activation. Each step contracts the activation with one factor. The roles of the axes (see
+:class:`Step`) determine the fans and the number of blocks of the factor, the parameters, the multiply-accumulates, the
+transpose, and the scale at which the factor is initialised. The order of the steps is part of the structure.
 
-Structures hold no arrays: they are frozen and hashable, and serve as static arguments of ``jax.jit``.
+A structure is data. It holds no arrays, it is frozen and hashable, and it can be a static argument of ``jax.jit``.
+It does not know how it is run: :mod:`structlin.execution` runs it, and registers itself as its :class:`Executor`.
 Shapes are ``(d_out, d_in)``, as in SciPy, CoLA and ``torch.nn.Linear.weight``.
 """
 
@@ -23,19 +24,26 @@ from structlin._parse import check_sizes, parse_chain
 
 
 class Executor(Protocol):
-    """What runs chains. A structure is data and knows no way to run."""
+    """The interface through which a :class:`Structure` is run. :mod:`structlin.execution` implements it."""
 
     def prepare(self, structure: Structure) -> None:
-        """Called for each new structure: what is worked out here is a constant to those who trace its use."""
+        """Compute what depends on the structure alone. Called once for each new structure.
+
+        Code that traces the use of a structure, such as ``torch.compile``, then finds the result as a constant.
+        """
 
     def run(
         self, structure: Structure, factors: Sequence[Array], x: Array, bias: Array | None, rows: bool,
         xp: SimpleNamespace,
     ) -> Array:  # fmt: skip
-        """Apply a chain to (tokens, d_in) if ``rows``, otherwise to (d_in, tokens); add ``bias`` (d_out,) to rows."""
+        """Apply the chain to ``x``, whose shape has been checked.
+
+        ``x`` has shape (tokens, d_in) if ``rows``, otherwise (d_in, tokens). ``bias`` (d_out,) is added if ``rows``.
+        ``xp`` holds the operations of the array library (:func:`structlin._arrays.ops`).
+        """
 
 
-_executors: list[Executor] = []  # structlin.execution enters itself here when it is imported
+_executors: list[Executor] = []  # set by structlin.execution when it is imported
 
 
 @dataclass(frozen=True)
@@ -117,11 +125,11 @@ class AbstractStructure(ABC):
 
     @abstractmethod
     def _rows(self, factors: Sequence[Array], x: Array, xp: SimpleNamespace) -> Array:
-        """(tokens, d_in) -> (tokens, d_out), unchecked."""
+        """Apply the matrix to rows, (tokens, d_in) -> (tokens, d_out). Nothing is checked."""
 
     @abstractmethod
     def _columns(self, factors: Sequence[Array], x: Array, xp: SimpleNamespace) -> Array:
-        """(d_in, k) -> (d_out, k), unchecked."""
+        """Apply the matrix to columns, (d_in, k) -> (d_out, k). Nothing is checked."""
 
     def check(self, factors: Sequence[Array]) -> str:
         """Check number, shapes, backend and dtypes of ``factors``; return the backend's name.
@@ -200,7 +208,7 @@ class Structure(AbstractStructure):
     d_out: int
     factors: tuple[Factor, ...] = field(init=False, compare=False)
     _pad: tuple[int, int] = field(init=False, compare=False)
-    # What ways to run this chain keep of it. They come and go with the structure, and are no part of its value.
+    # A cache for structlin.execution, freed with the structure. It is not compared, hashed or pickled.
     _kept: dict[Any, Any] = field(init=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -352,28 +360,11 @@ class Structure(AbstractStructure):
         return tuple(reversed(factors))
 
     def _rows(self, factors: Sequence[Array], x: Array, xp: SimpleNamespace, bias: Array | None = None) -> Array:
-        """(tokens, d_in) -> (tokens, d_out), unchecked; ``bias`` (d_out,) is added."""
+        """Apply the chain to rows, (tokens, d_in) -> (tokens, d_out), and add ``bias`` (d_out,). Nothing is checked."""
         return _executors[0].run(self, factors, x, bias, True, xp)
 
     def _columns(self, factors: Sequence[Array], x: Array, xp: SimpleNamespace) -> Array:
         return _executors[0].run(self, factors, x, None, False, xp)
-
-    def _portable(self, factors: Sequence[Array], x: Array, xp: SimpleNamespace, rows: bool = True) -> Array:
-        from structlin.execution.products import products
-
-        return products(self, factors, x, xp, rows)
-
-    @property
-    def _cpu_rows(self) -> Any:
-        from structlin.execution.torch_cpu import chain_of
-
-        return chain_of(self, True)
-
-    @property
-    def _cpu_columns(self) -> Any:
-        from structlin.execution.torch_cpu import chain_of
-
-        return chain_of(self, False)
 
     def __reduce__(self) -> tuple[object, ...]:
         return Structure, (self.steps, self.sizes, self.d_in, self.d_out)

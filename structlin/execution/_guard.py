@@ -72,6 +72,7 @@ class Guard:
         self._structure, factors = structure, structure.factors
         self._names = (*(f"factor {factor.name}" for factor in factors), "the bias")
         self._shapes = (*(torch.Size(factor.shape) for factor in factors), torch.Size((structure.d_out,)))
+        self._numels = (*(factor.numel for factor in factors), structure.d_out)
         self._real = (*(factor.trainable for factor in factors), True)
         self._all_real = all(self._real)
 
@@ -124,6 +125,41 @@ class Guard:
                 raise ValueError(f"{name} is {tensor.dtype}, expected an integer dtype")
             if not recorded and _is_freed(tensor):
                 raise ValueError(_no_memory(name, tensor))
+
+    def plain(self, x: Tensor, operands: Sequence[Tensor]) -> bool:
+        """Whether :meth:`check` and :meth:`addressable` pass and all is contiguous, found out in one short loop.
+
+        False says nothing but that one has to look closer.
+        """
+        if not self._all_real:
+            return False
+        dtype, item, kind = x.dtype, x.itemsize, x.__class__
+        try:  # a tensor without storage or address raises; what follows is written out, since calls would take longer
+            if (
+                (kind is not Tensor and kind is not _PARAMETER)
+                or not x.is_cpu
+                or not x.is_contiguous()
+                or x.untyped_storage().nbytes() < (x.storage_offset() + x.numel()) * item
+                or not x.data_ptr()
+                or x.is_neg()
+            ):
+                return False
+            for tensor, shape, numel in zip(operands, self._shapes, self._numels, strict=False):
+                kind = tensor.__class__
+                if (
+                    (kind is not _PARAMETER and kind is not Tensor)
+                    or tensor.dtype is not dtype
+                    or tensor.shape != shape
+                    or not tensor.is_cpu
+                    or not tensor.is_contiguous()
+                    or tensor.untyped_storage().nbytes() < (tensor.storage_offset() + numel) * item
+                    or not tensor.data_ptr()
+                    or tensor.is_neg()
+                ):
+                    return False
+        except RuntimeError:
+            return False
+        return True
 
     def addressable(self, x: Tensor, operands: Sequence[Tensor]) -> bool:
         """Whether the memory of ``x`` and of operands that :meth:`check` has passed may be read by address.

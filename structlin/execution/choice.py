@@ -89,6 +89,10 @@ class Way(ABC):
     def run(self, structure: Structure, factors: Any, x: Array, bias: Array | None, rows: bool) -> Array:
         """(tokens, d_in) -> (tokens, d_out), or columns; ``bias`` (d_out,) is added to rows."""
 
+    def bind(self, structure: Structure, rows: bool) -> Callable[[Array, Any, Array | None], Array]:
+        """The way for one structure, as a function of the input, the factors and the bias, which are contiguous."""
+        return lambda x, factors, bias: self.run(structure, factors, x, bias, rows)
+
     def back_passes(self, structure: Structure, rows: bool, dtype: Any) -> Any:
         """The backward pass of its own (:class:`structlin.execution.torch_cpu.Passes`); None if autograd makes it."""
         return None
@@ -178,6 +182,11 @@ def policy_of(text: str) -> Policy:
 
 
 _POLICY: ContextVar[str | None] = ContextVar("structlin_execution", default=None)
+
+
+def own_policy() -> str | None:
+    """The policy of the ``with`` statement around, if any: the environment is read when a problem is first met."""
+    return _POLICY.get()
 
 
 def policy_text() -> str:

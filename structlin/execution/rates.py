@@ -1,19 +1,24 @@
 """Rates of this machine, measured once for each dtype and number of threads: what estimates of ways are made from.
 
-A few products and copies are timed, which takes about a tenth of a second, and the result is kept on disk
-(:mod:`.wisdom`): all processes on a machine estimate from the same figures.
+A few products and copies are timed in the library whose rates they are, which takes about a tenth of a second in torch
+and half a second in jax, which compiles each of them. The result is kept on disk (:mod:`.wisdom`): all processes on a
+machine estimate from the same figures.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
+
+from structlin._arrays import Array, ops
 from structlin.execution import wisdom
 
 BLOCKS = (8, 16, 32, 64, 128, 256, 512, 1024)
@@ -23,6 +28,7 @@ NUMBERS = 1 << 17  # of all blocks of one product: they stay in the second level
 COPIED = 1 << 20  # numbers that are copied: more than the second level of cache holds
 LARGE = 64 << 20  # bytes of an array that stays in no cache, and that no allocator keeps
 ROUNDS = 5  # the least time counts, since other processes only add to it
+ROUNDS_JAX = 3  # beside the time that XLA takes to compile
 
 
 @dataclass(frozen=True)
@@ -71,12 +77,12 @@ class Rates:
 
 
 @lru_cache(maxsize=64)
-def rates(dtype: str, threads: int) -> Rates:
-    """The rates of torch on this CPU: from memory, from disk, or measured."""
-    key = f"rates torch {dtype} {threads}"
+def rates(dtype: str, threads: int, library: str = "torch") -> Rates:
+    """The rates of a library, torch or jax, on this CPU: from memory, from disk, or measured."""
+    key = f"rates {library} {dtype} {threads}"
     found = wisdom.read(key)
     if not isinstance(found, dict) or len(found.get("columns", ())) != len(BLOCKS):
-        found = wisdom.write(key, asdict(_measured(dtype, threads)), keep=True)
+        found = wisdom.write(key, asdict(_measured(dtype, threads, library)), keep=True)
     tables: Any = {name: tuple(value) if isinstance(value, list) else value for name, value in found.items()}
     return Rates(**tables)
 
@@ -92,39 +98,85 @@ def least_seconds(function: Callable[[], object], rounds: int = ROUNDS) -> float
     return best
 
 
-def _measured(dtype: str, threads: int) -> Rates:
+@dataclass(frozen=True)
+class _Stopwatch:
+    """How a library makes arrays of ones and times a function of arrays, and the sides of blocks that it is asked for.
+
+    ``written``: an array whose axes were permuted, in memory in its new order.
+    """
+
+    ones: Callable[..., Array]
+    seconds: Callable[..., float]
+    written: Callable[[Array], Array]
+    sides: tuple[int, ...]
+
+
+@contextmanager
+def _torch(dtype: str, threads: int) -> Iterator[_Stopwatch]:
     import torch
 
-    kind = getattr(torch, dtype)
+    kind, before = getattr(torch, dtype), torch.get_num_threads()
 
-    def ones(*shape: int) -> torch.Tensor:
-        return torch.ones(shape, dtype=kind, device="cpu")
+    def seconds(function: Callable[..., object], *arrays: Array, rounds: int = ROUNDS) -> float:
+        return least_seconds(lambda: function(*arrays), rounds)
 
-    def mac(side: int, rows: bool) -> float:
-        batch = max(1, NUMBERS // side**2)
-        blocks, x = ones(batch, side, side), ones(batch, *((COLUMNS, side) if rows else (side, COLUMNS)))
-        return least_seconds(lambda: x @ blocks.mT if rows else blocks @ x) / (batch * side**2 * COLUMNS)
-
-    before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
         with torch.no_grad(), torch.autocast("cpu", enabled=False):
-            columns, rows = (tuple(mac(side, kind_) for side in BLOCKS) for kind_ in (False, True))
-            side = math.isqrt(COPIED // COLUMNS)
-            wide, flat = ones(side, side, COLUMNS), ones(COLUMNS, side, side)
-            tiny, many, one, few = ones(1, 8, 8), ones(64, 8, 8), ones(1, 8, 1), ones(64, 8, 1)
-            call = least_seconds(lambda: tiny @ one, 20)
-            large = ones(LARGE // wide.element_size())
-            matrix, vector = ones(1024, 1024), ones(1, 1024)
-            return Rates(
-                columns,
-                rows,
-                run=least_seconds(lambda: wide.permute(1, 0, 2).contiguous()) / COPIED,
-                single=least_seconds(lambda: flat.permute(0, 2, 1).contiguous()) / COPIED,
-                read=least_seconds(lambda: vector @ matrix.mT) / matrix.numel(),
-                fresh=least_seconds(lambda: large.add(1), 3) / large.numel(),
-                call=call,
-                item=max(0.0, least_seconds(lambda: many @ few, 20) - call) / (len(many) - 1),
-            )
+            ones = lambda *shape: torch.ones(shape, dtype=kind, device="cpu")  # noqa: E731
+            yield _Stopwatch(ones, seconds, torch.Tensor.contiguous, BLOCKS)
     finally:
         torch.set_num_threads(before)
+
+
+@contextmanager
+def _jax(dtype: str, threads: int) -> Iterator[_Stopwatch]:
+    """XLA has as many threads as it has."""
+    import jax
+
+    device = jax.devices("cpu")[0]
+
+    def seconds(function: Callable[..., object], *arrays: Array, rounds: int = ROUNDS_JAX) -> float:
+        jitted = jax.jit(function)
+        return least_seconds(lambda: jax.block_until_ready(jitted(*arrays)), rounds)
+
+    with jax.enable_x64(dtype == "float64"):
+        ones = lambda *shape: jax.device_put(np.ones(shape, jax.numpy.dtype(dtype)), device)  # noqa: E731
+        yield _Stopwatch(ones, seconds, lambda x: x, BLOCKS[::3])  # XLA takes some hundredths of a second for each
+
+
+def _measured(dtype: str, threads: int, library: str) -> Rates:
+    permute = ops(library).permute
+    with {"torch": _torch, "jax": _jax}[library](dtype, threads) as watch:
+        ones, seconds = watch.ones, watch.seconds
+
+        def mac(side: int, rows: bool) -> float:
+            batch = max(1, NUMBERS // side**2)
+            blocks, x = ones(batch, side, side), ones(batch, *((COLUMNS, side) if rows else (side, COLUMNS)))
+            taken = seconds((lambda b, x: x @ b.mT) if rows else (lambda b, x: b @ x), blocks, x)
+            return taken / (batch * side**2 * COLUMNS)
+
+        columns, rows = (_filled({side: mac(side, kind) for side in watch.sides}) for kind in (False, True))
+        side = math.isqrt(COPIED // COLUMNS)
+        wide, flat = ones(side, side, COLUMNS), ones(COLUMNS, side, side)
+        large, matrix, vector = ones(LARGE // wide.dtype.itemsize), ones(1024, 1024), ones(1, 1024)
+        product: Callable[[Array, Array], Array] = lambda a, b: a @ b  # noqa: E731
+        call = seconds(product, ones(1, 8, 8), ones(1, 8, 1), rounds=20)
+        many = seconds(product, ones(64, 8, 8), ones(64, 8, 1), rounds=20)
+        return Rates(
+            columns,
+            rows,
+            run=seconds(lambda x: watch.written(permute(x, (1, 0, 2))), wide) / COPIED,
+            single=seconds(lambda x: watch.written(permute(x, (0, 2, 1))), flat) / COPIED,
+            read=seconds(lambda v, m: v @ m.mT, vector, matrix) / 1024**2,
+            fresh=seconds(lambda x: x + 1, large, rounds=3) / len(large),
+            call=call,
+            item=max(0.0, many - call) / 63,
+        )
+
+
+def _filled(found: dict[int, float]) -> tuple[float, ...]:
+    """The seconds of every side, interpolated between those that were timed."""
+    known = [BLOCKS.index(side) for side in found]
+    logs = np.interp(range(len(BLOCKS)), known, np.log(list(found.values())))
+    return tuple(np.exp(logs).tolist())

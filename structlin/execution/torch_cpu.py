@@ -21,6 +21,7 @@ from structlin.execution._guard import Guard, addressable, recording, transformi
 from structlin.execution.chunked import ChunkedChain
 from structlin.execution.compiled._target import CompileError, warn_once
 from structlin.execution.compiled.passes import FusedChain
+from structlin.execution.compiled.stored import StoredChain
 from structlin.execution.products import products
 from structlin.structure import Structure
 
@@ -71,17 +72,30 @@ class CPUChain:
     def __init__(self, structure: Structure, rows: bool = True) -> None:
         self.structure, self.rows = structure, rows
         self.guard = Guard(structure)
-        self.compiled = FusedChain(structure.steps, structure.sizes, structure.d_in, structure.d_out, rows)
+        self._chain = structure.steps, structure.sizes, structure.d_in, structure.d_out, rows
+        self.compiled = FusedChain(*self._chain)
         self.chunked = ChunkedChain(structure.steps, dict(structure.sizes), rows, structure.padding)
+        self.stored: Any = StoredChain(self.compiled)  # no way asks for the backward pass that it lacks
+        self._blocks: dict[str, FusedChain] = {}  # with other blocks of tokens than the sizes of caches suggest
         self._single = SingleProducts(structure, rows)
 
     def passes(self, kind: str, dtype: torch.dtype) -> Passes | None:
-        """The passes of a kind, ``chunked`` or ``compiled``; None where they cannot run this chain in this dtype."""
+        """The passes of a kind; None where they cannot run this chain in this dtype.
+
+        ``chunked``; ``compiled``, also with a number of tokens in a block as in ``compiled-48``; ``stored``, which is
+        compiled for one or a few tokens and has no backward pass.
+        """
         if dtype not in _DTYPES:
             return None
         if kind == "chunked":
             return self.chunked if self.chunked.merges else None
-        return self.compiled if self.compiled.ready(dtype) else None
+        if kind == "stored":
+            return self.stored if not self.compiled.failed and self.stored.program(dtype) is not None else None
+        found = self.compiled
+        if kind != "compiled":
+            found = self._blocks.get(kind) or self._blocks.setdefault(kind, FusedChain(*self._chain))
+            found.block = int(kind.removeprefix("compiled-"))
+        return found if not self.compiled.failed and found.ready(dtype) else None
 
     def __call__(
         self, passes: Passes, x: Tensor, factors: Sequence[Tensor], bias: Tensor | None = None,

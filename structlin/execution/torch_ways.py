@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any
@@ -24,6 +24,7 @@ from structlin.execution import choice
 from structlin.execution._guard import guard_of, watched
 from structlin.execution.choice import Problem, Way, register
 from structlin.execution.compiled._rules import shares
+from structlin.execution.compiled._target import CompileError
 from structlin.execution.machine import caches
 from structlin.execution.products import Product, plan_of, products
 from structlin.execution.rates import Rates, rates
@@ -38,7 +39,7 @@ _TORCH = ops("torch")
 _TIMED = ("float32", "float64", "bfloat16", "float16")  # dtypes whose rates are measured
 _BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 FEW = 1 << 15  # numbers in the widest activation, up to which calls take longer than copies, on any device
-COMPILING, CALLS = 0.15, 2000  # seconds that LLVM takes for a pass, and calls in which they are to be won back
+COMPILING, CALLS = 0.15, 10_000  # seconds that LLVM takes for a pass, and calls in which they are to be won back
 _PASSES = 3  # products of a training step for each one of the forward pass
 
 
@@ -115,7 +116,7 @@ class TokenMajor(TorchWay):
             batch, contracted, free, carried = steps[done]
             total += found.product(batch, contracted, free, carried * tokens, rows=True)
             if right[1] is not None:
-                total += batch * contracted * free * found.run
+                total += batch * contracted * free * (found.single if right[1][-1] != len(right[1]) - 1 else found.run)
             numbers, done = batch * free * carried * tokens, done + 1
         if plan.out[1] is not None:
             total += numbers * found.run + _fresh(problem, found, numbers)
@@ -156,18 +157,21 @@ class Dense(TorchWay):
 
 
 class PassesWay(TorchWay):
-    """A forward and a backward pass over the memory of tensors: each ``chunked`` or ``compiled``."""
+    """A forward and a backward pass over the memory of tensors; :meth:`.torch_cpu.CPUChain.passes` names the kinds."""
 
     pointers = True
 
-    def __init__(self, name: str, forward: str, back: str) -> None:
+    def __init__(self, name: str, forward: str, back: str | None) -> None:
         self.name, self.forward, self.back = name, forward, back
 
     def supports(self, problem: Problem) -> bool:
-        if problem.device != "cpu" or (self.back != self.forward and not problem.train):
+        if problem.device != "cpu" or (problem.train and self.back is None):
+            return False
+        if not problem.train and self.back not in (None, self.forward):
             return False
         chain, dtype = chain_of(problem.structure, problem.rows), getattr(torch, problem.dtype)
-        return all(chain.passes(kind, dtype) is not None for kind in {self.forward, self.back})
+        kinds = {self.forward, self.back} if problem.train else {self.forward}
+        return all(kind is not None and chain.passes(kind, dtype) is not None for kind in kinds)
 
     def least(self, problem: Problem) -> float:
         if problem.device != "cpu":
@@ -181,15 +185,15 @@ class PassesWay(TorchWay):
 
     def _once(self, problem: Problem) -> float:
         """What compiling takes, for each of the calls that share it."""
-        passes = (self.forward == "compiled") + (problem.train and self.back == "compiled")
+        passes = (self.forward != "chunked") + (problem.train and self.back != "chunked")
         return passes * COMPILING / CALLS
 
     def model(self, problem: Problem) -> float:
         total = self._seconds(problem, self.forward, False)
-        return total + self._seconds(problem, self.back, True) if problem.train else total
+        return total + self._seconds(problem, self.back or self.forward, True) if problem.train else total
 
     def _seconds(self, problem: Problem, kind: str, back: bool) -> float:
-        if kind == "compiled":
+        if kind != "chunked":
             return self._compiled(problem, back)
         found, chain = _rates(problem), chain_of(problem.structure, problem.rows).chunked
         times = (3 if self.forward != kind else 2) if back else 1  # what the other kind keeps is computed again
@@ -215,14 +219,61 @@ class PassesWay(TorchWay):
     def run(
         self, structure: Structure, factors: Sequence[Tensor], x: Tensor, bias: Tensor | None, rows: bool
     ) -> Tensor:  # fmt: skip
-        chain = chain_of(structure, rows)
-        forward, back = chain.passes(self.forward, x.dtype), chain.passes(self.back, x.dtype)
+        chain, dtype = chain_of(structure, rows), x.dtype
+        forward, back = chain.passes(self.forward, dtype), chain.passes(self.back or self.forward, dtype)
         if forward is None or back is None:  # the compiler has failed since
             return products_way.run(structure, factors, x, bias, rows)
         return chain(forward, x, factors, bias, back)
 
     def back_passes(self, structure: Structure, rows: bool, dtype: torch.dtype) -> Passes | None:
-        return chain_of(structure, rows).passes(self.back, dtype)
+        return None if self.back is None else chain_of(structure, rows).passes(self.back, dtype)
+
+
+class BlocksWay(PassesWay):
+    """Compiled passes with another number of tokens in a block. It is measured, and no estimate says that it pays."""
+
+    def __init__(self, block: int) -> None:
+        super().__init__(f"compiled-{block}", f"compiled-{block}", f"compiled-{block}")
+        self.block = block
+
+    def supports(self, problem: Problem) -> bool:
+        if problem.tokens < 4 * self.block or not compiled_way.supports(problem) or not super().supports(problem):
+            return False
+        program = chain_of(problem.structure, problem.rows).compiled.program(problem.dtype)
+        return program is not None and program.block != self.block
+
+    def least(self, problem: Problem) -> float:
+        return math.inf
+
+    def seconds(self, problem: Problem) -> float:
+        return compiled_way.seconds(problem)
+
+
+class StoredWay(PassesWay):
+    """A compiled forward pass that copies no factor, for one or a few tokens (:mod:`.compiled.stored`)."""
+
+    most_tokens = 8  # each token reads all factors again, which more tokens share in a compiled pass
+
+    def __init__(self) -> None:
+        super().__init__("stored", "stored", None)
+
+    def supports(self, problem: Problem) -> bool:
+        return problem.tokens <= self.most_tokens and super().supports(problem)
+
+    def model(self, problem: Problem) -> float:
+        structure, found = problem.structure, _rates(problem)
+        return problem.tokens * max(structure.num_params * found.read, structure.macs * found.fastest)
+
+    def bind(self, structure: Structure, rows: bool) -> Callable[[Tensor, Sequence[Tensor], Tensor | None], Tensor]:
+        chain = chain_of(structure, rows)
+
+        def run(x: Tensor, factors: Sequence[Tensor], bias: Tensor | None) -> Tensor:
+            try:  # a call takes some microseconds: none is to be lost on the way to it
+                return chain.stored.plain(x, factors, bias)
+            except CompileError:
+                return chain.forward(chain.stored, x, factors, bias)[0]  # which warns, and goes another way
+
+        return run
 
 
 def _fresh(problem: Problem, found: Rates, numbers: int) -> float:
@@ -257,23 +308,33 @@ def _calibrated(dtype: str, threads: int, train: bool) -> dict[str, tuple[float,
         timed.append(known if len(known) >= len(among) else measure(problem, among, keep=True))
     found = {}
     for way in choice.ways("torch"):
-        if way.name in timed[0] and way.name in timed[1] and isinstance(way, TorchWay):
+        if way.name in timed[0] and isinstance(way, TorchWay):
             call = timed[0][way.name]
+            if way.name not in timed[1]:  # it is for few tokens alone
+                found[way.name] = call, 1.0
+                continue
             busy = max(timed[1][way.name] - call, 0.1 * timed[1][way.name])  # some of the call may be hidden
             found[way.name] = call, busy / way.model(medium)
     return found
 
 
 products_way, token_major_way = Products(), TokenMajor()
+compiled_way = PassesWay("compiled", "compiled", "compiled")
 for _way in (
     products_way,
     token_major_way,
     Dense(),
     PassesWay("chunked", "chunked", "chunked"),
-    PassesWay("compiled", "compiled", "compiled"),
+    compiled_way,
     PassesWay("compiled-chunked", "compiled", "chunked"),
+    # One on each side of what the sizes of caches suggest on the processors that were looked at.
+    BlocksWay(16),
+    BlocksWay(48),
+    StoredWay(),
 ):
     register(_way)
+
+Call = Callable[[Tensor, Sequence[Tensor], "Tensor | None"], Tensor]
 
 
 class TorchChain:
@@ -282,9 +343,13 @@ class TorchChain:
     def __init__(self, structure: Structure, rows: bool) -> None:
         self.structure, self.rows = structure, rows
         self._guard = guard_of(structure)
-        self._taken: dict[tuple[Any, ...], Way] = {}
+        self._taken: dict[tuple[Any, ...], tuple[Call, Way]] = {}
         self._generation = choice.generation()
         self._widest = max(max(f.fan_in, f.fan_out) * f.blocks * f.carried for f in structure.factors)
+        self._axis = 0 if rows else 1
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return torch_chain, (self.structure, self.rows)
 
     def __call__(self, x: Tensor, factors: Sequence[Tensor], bias: Tensor | None = None) -> Tensor:
         """(tokens, d_in) -> (tokens, d_out) plus ``bias``, or columns.
@@ -292,45 +357,46 @@ class TorchChain:
         Raises ValueError for operands of the wrong shape, device or dtype, and for storages that were freed.
         """
         operands = factors if bias is None else (*factors, bias)
-        self._guard.check(x, operands)
+        plain = self._guard.plain(x, operands)
+        if not plain:
+            self._guard.check(x, operands)
+        if watched() or not (plain or not x.is_cpu or self._guard.addressable(x, operands)):
+            # Nor is this the place to measure anything.
+            return self._without_pointers(x).run(self.structure, factors, x, bias, self.rows)
         train = torch.is_grad_enabled() and (x.requires_grad or any(t.requires_grad for t in operands))
-        if watched() or (x.is_cpu and not self._guard.addressable(x, operands)):
-            way = self._without_pointers(x)  # nor is this the place to measure anything
-        else:
-            way = self._way(x, train)
-        return way.run(self.structure, factors, x, bias, self.rows)
+        call, way = self._way(x, train)
+        return call(x, factors, bias) if plain else way.run(self.structure, factors, x, bias, self.rows)
 
     def backward(
         self, gy: Tensor, x: Tensor, factors: Sequence[Tensor], needs: Sequence[bool]
     ) -> list[Tensor]:  # fmt: skip
         """Gradients of x and the factors, those that ``needs`` asks for, by the way that a training step takes."""
-        back = self._way(x, True).back_passes(self.structure, self.rows, x.dtype)
+        back = None if watched() else self._way(x, True)[1].back_passes(self.structure, self.rows, x.dtype)
         found = chain_of(self.structure, self.rows).backward(back, gy, x, factors, [*needs, False])
         return [gradient for gradient in found if gradient is not None]
 
-    def _way(self, x: Tensor, train: bool) -> Way:
-        tokens = x.shape[0 if self.rows else 1]
-        if not isinstance(tokens, int) or tokens == 0:  # traced, or nothing to do
-            return products_way
+    def _way(self, x: Tensor, train: bool) -> tuple[Call, Way]:
+        tokens = x.shape[self._axis]
         if self._generation != choice.generation():
             self._taken.clear()
             self._generation = choice.generation()
-        key = x.dtype, x.is_cpu, (tokens - 1).bit_length(), train, torch.get_num_threads(), choice.policy_text()
-        found = self._taken.get(key)
-        return self._choose(key, x, tokens) if found is None else found
+        key = x.dtype, x.is_cpu, (tokens - 1).bit_length(), train, torch.get_num_threads(), choice.own_policy()
+        return self._taken.get(key) or self._choose(key, x, tokens)
 
-    def _choose(self, key: tuple[Any, ...], x: Tensor, tokens: int) -> Way:
-        dtype, _, _, train, threads, _ = key
-        problem = Problem(
-            self.structure, self.rows, "torch", x.device.type, str(dtype).removeprefix("torch."),
-            choice.bucket(tokens), threads, train,
-        )  # fmt: skip
-        way = self._taken[key] = choice.choose(problem)
-        return way
+    def _choose(self, key: tuple[Any, ...], x: Tensor, tokens: int) -> tuple[Call, Way]:
+        way: Way = products_way
+        if tokens:
+            problem = Problem(
+                self.structure, self.rows, "torch", x.device.type, str(x.dtype).removeprefix("torch."),
+                choice.bucket(tokens), key[4], key[3],
+            )  # fmt: skip
+            way = choice.choose(problem)
+            self._taken[key] = way.bind(self.structure, self.rows), way
+        return way.bind(self.structure, self.rows), way
 
     def _without_pointers(self, x: Tensor) -> Way:
         """For tensors that stand for more than their memory, or for less."""
-        if torch.jit.is_tracing():  # where sizes are tensors
+        if torch._C._get_tracing_state() is not None:  # where sizes are tensors
             return products_way
         few = self.rows and x.shape[0] * self._widest <= FEW
         return token_major_way if few else products_way

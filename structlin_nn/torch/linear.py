@@ -15,6 +15,7 @@ import structlin
 from structlin._arrays import ops
 from structlin.execution._guard import guard_of
 from structlin.execution.token_major import token_major
+from structlin.execution.torch_ways import torch_chain
 from structlin.structure import AbstractStructure, Structure
 from structlin_nn._layer import describe, plan_layer
 from structlin_nn.torch._draw import fill
@@ -105,6 +106,8 @@ class StructuredLinear(nn.Module):
         self._text = to_text(plan.structure) if isinstance(plan.structure, Structure) else ""
         self._token_major = token_major(plan.structure) if isinstance(plan.structure, Structure) else None
         self._guard = guard_of(plan.structure)
+        chained = isinstance(plan.structure, Structure) and not plan.is_dense
+        self._chain = torch_chain(plan.structure) if chained else None
         self._bare = not (rms_cap or plan.index_at)  # the factors are the parameters
 
         shapes = [spec.shape for spec in self.structure.factors if spec.trainable]
@@ -178,7 +181,9 @@ class StructuredLinear(nn.Module):
         return self._affine(x, factors, bias)
 
     def _affine(self, x: Tensor, factors: Sequence[Tensor], bias: Tensor | None) -> Tensor:
-        self._guard.check(x, factors if bias is None else (*factors, bias))
+        compiling = torch.compiler.is_compiling()
+        if compiling or self._chain is None or self.checkpoint:  # the chain itself looks at its operands
+            self._guard.check(x, factors if bias is None else (*factors, bias))
         if self._is_dense:
             return F.linear(x, factors[0], bias)
         if x.ndim == 2:
@@ -195,6 +200,8 @@ class StructuredLinear(nn.Module):
         """
         structure, plan = self.structure, self._token_major
         compiling = torch.compiler.is_compiling()
+        if self._chain is not None and not compiling and not (self.checkpoint and torch.is_grad_enabled()):
+            return self._chain(x, factors, bias)
         if (
             (self.checkpoint and torch.is_grad_enabled()) or (compiling and plan is not None and plan.pays_as_node(x))
         ) and not transformed():
