@@ -192,6 +192,7 @@ import structlin as sl
 from structlin._arrays import ops
 from structlin.execution.compiled._target import host
 from structlin.execution.compiled.passes import FusedChain
+from structlin.execution.products import products
 
 target = host()
 assert str(target and target.width) == sys.argv[1], target
@@ -209,7 +210,7 @@ for name, structure in structures.items():
         generator = torch.Generator().manual_seed(2)
         x, gy = (torch.randn(53, d, generator=generator).to(dtype) for d in structure.shape[::-1])
         doubles = [t.double().requires_grad_() for t in (x, *factors)]
-        y = structure._portable(doubles[1:], doubles[0], ops("torch"))
+        y = products(structure, doubles[1:], doubles[0], ops("torch"))
         wanted = (y, *torch.autograd.grad(y, doubles, gy.double()))
         if target is None:
             given = [t.requires_grad_() for t in (x, *factors)]

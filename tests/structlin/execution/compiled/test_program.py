@@ -16,6 +16,7 @@ from structlin.execution.compiled._schedule import LINE
 from structlin.execution.compiled._target import AVX2, AVX512, AVX512_BF16, host
 from structlin.execution.compiled.passes import FusedChain
 from structlin.execution.machine import Caches
+from structlin.execution.products import products
 
 HOST = host()
 pytestmark = pytest.mark.skipif(HOST is None, reason="nothing is compiled here")
@@ -76,7 +77,7 @@ def test_factors_that_are_read_as_they_are(name, dtype, target):
     assert program.packing("forward", tuple(range(len(structure.steps)))).total == 0
     for tokens in (1, 2, 5, 33):
         x, _, bias, factors = problem(structure, dtype, tokens)
-        expected = structure._portable([f.double() for f in factors], x.double(), ops("torch"))
+        expected = products(structure, [f.double() for f in factors], x.double(), ops("torch"))
         for added in (False, True):
             y = torch.full((tokens, structure.d_out), torch.nan, dtype=x.dtype)
             widened = torch.nn.functional.pad(bias, (0, program.schedule.widths[-1] - structure.d_out))
@@ -88,7 +89,7 @@ def test_factors_that_are_read_as_they_are(name, dtype, target):
 def whole_problem(structure, dtype, tokens):
     x, gy, _, factors = problem(structure, dtype, tokens)
     doubles = [t.double().requires_grad_() for t in (x, *factors)]
-    expected = structure._portable(doubles[1:], doubles[0], ops("torch"))
+    expected = products(structure, doubles[1:], doubles[0], ops("torch"))
     wanted = (expected.detach(), *torch.autograd.grad(expected, doubles, gy.double()))
     return x, gy, factors, wanted
 
