@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from types import SimpleNamespace
@@ -33,11 +34,15 @@ class _Executor:
         return y if bias is None else y + bias
 
 
-def _load_ways() -> None:
-    """Import the modules of the libraries that are there: their ways enter themselves."""
-    with suppress(ImportError):
-        import structlin.execution.torch_ways
-        import structlin.execution.triton  # noqa: F401
+def _load_ways(every: bool) -> None:
+    """Import the modules of ``every`` library that is installed, or of those that are imported: their ways enter then.
+
+    So a process with jax alone does not wait for torch, nor the other way round.
+    """
+    if "structlin.execution.torch_ways" not in sys.modules and (every or "torch" in sys.modules):
+        with suppress(ImportError):
+            import structlin.execution.torch_ways
+            import structlin.execution.triton  # noqa: F401
 
 
 load_with(_load_ways)

@@ -93,13 +93,20 @@ class Way(ABC):
         """The way for one structure, as a function of the input, the factors and the bias, which are contiguous."""
         return lambda x, factors, bias: self.run(structure, factors, x, bias, rows)
 
+    def call(self, problem: Problem, tokens: int) -> Callable[[], object]:
+        """A call on random operands, with gradients if ``problem.train``, to be timed; torch needs none of its own.
+
+        Raises ValueError for a way that is not timed.
+        """
+        raise ValueError(f"the way {self.name!r} of {self.library} is not timed")
+
     def back_passes(self, structure: Structure, rows: bool, dtype: Any) -> Any:
         """The backward pass of its own (:class:`structlin.execution.torch_cpu.Passes`); None if autograd makes it."""
         return None
 
 
 _WAYS: dict[tuple[str, str], Way] = {}
-_loaders: list[Callable[[], None]] = []
+_loaders: list[Callable[[bool], None]] = []
 _generation = 0  # what was chosen before a registration, a pin or new timings is chosen again
 
 
@@ -114,14 +121,17 @@ def register(way: Way) -> Way:
     return way
 
 
-def load_with(loader: Callable[[], None]) -> None:
-    """Call ``loader`` before ways are first looked for: it imports the modules whose ways enter themselves."""
+def load_with(loader: Callable[[bool], None]) -> None:
+    """Call ``loader(every)`` before ways are looked for: it imports the modules whose ways enter themselves.
+
+    ``every``: those of all libraries that are installed, otherwise of those that the process has imported.
+    """
     _loaders.append(loader)
 
 
-def _load() -> None:
-    while _loaders:
-        _loaders.pop()()
+def _load(every: bool = False) -> None:
+    for loader in _loaders:
+        loader(every)
 
 
 def forget() -> None:
@@ -163,12 +173,15 @@ def policy_of(text: str) -> Policy:
     Policy(mode='measure', names=(), without=('dense',))
     """
     _load()
+    words = [word.strip() for word in text.split(",")]
     known = {name for _, name in _WAYS}
+    if not {word.removeprefix("-") for word in words} <= known | set(MODES):
+        _load(every=True)
+        known = {name for _, name in _WAYS}
     mode = "estimate"
     names: list[str] = []
     without: list[str] = []
-    for word in text.split(","):
-        word = word.strip()
+    for word in words:
         if word in MODES:
             mode = word
         elif word.removeprefix("-") in known:
