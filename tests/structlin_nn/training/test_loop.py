@@ -17,6 +17,7 @@ import torch
 
 import structlin
 import structlin_nn
+from structlin import execution
 from structlin_nn.data import load_images
 from structlin_nn.training import checkpoint, loop
 from structlin_nn.training.checkpoint import load_checkpoint, save_checkpoint
@@ -49,7 +50,8 @@ def same(a: Any, b: Any, path: str = "") -> list[str]:
     if isinstance(a, torch.Tensor):
         return [] if a.dtype == b.dtype and torch.equal(a, b) else [path]
     if isinstance(a, dict):
-        keys = [key for key in a if key not in ("seconds", "record_size")]
+        # Ways are those of the process, which other runs of the same structures have added to.
+        keys = [key for key in a if key not in ("seconds", "record_size", "execution")]
         return [f"{path}: keys"] if a.keys() != b.keys() else [d for k in keys for d in same(a[k], b[k], f"{path}.{k}")]
     if isinstance(a, list | tuple):
         pairs = zip(a, b, strict=True)
@@ -100,6 +102,27 @@ class TestLearning:
         )  # fmt: skip
         result = train(config, tmp_path, small_cifar)
         assert result.evaluation["train_loss"] < 2.0
+
+
+def test_a_resumed_run_repeats_the_ways_of_its_products(small_cifar: Path, tmp_path: Path) -> None:
+    """To the bit, whatever would be chosen now; and the run names its ways."""
+    config = TrainConfig(
+        data_set="cifar10", width=40, structure="block_tensor_train", epochs=2, batch_size=32, augment=False, threads=1
+    )
+    with execution.using("products"):
+        train(config, tmp_path / "whole", small_cifar)
+        train(config, tmp_path / "parts", small_cifar, stop_after=3)
+    with execution.using("token_major"):
+        train(config, tmp_path / "other", small_cifar)
+        resumed = train(config, tmp_path / "parts", small_cifar, resume=True)
+    assert resumed.finished
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+    found = json.loads((tmp_path / "parts" / "ways.json").read_text())
+    assert found["threads"] == 1
+    assert set(found["ways"].values()) == {"products"}
+    states = [load_checkpoint(tmp_path / name / loop.CHECKPOINT) for name in ("whole", "other")]
+    assert states[0]["execution"] == found["ways"]
+    assert same(states[0]["model"], states[1]["model"]) != []  # the ways do round differently
 
 
 class TestRecord:
