@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import re
+import sys
+from pathlib import Path
 from typing import Any
 
 from structlin_nn.cli.check_scale import SIZES, build_settings
 from structlin_nn.cli.common import UsageError, choice, print_json, print_table, structure_options
-from structlin_nn.cli.count import LAYERS, MODELS, RULES
+from structlin_nn.cli.count import LAYERS, MODELS
 
 HELP = "measure which way of running each layer of a model is the fastest on this machine"
 DTYPES = ("float32", "bfloat16", "float64")
@@ -19,101 +22,161 @@ examples:
   structlin tune --import wisdom.json
 
 MODEL is one of the named models, or a function of a width in a module that Python can import, which returns a torch
-model that has example_input(batch), or (model, inputs). One forward pass without gradients and one training step are
-run on random inputs, then every way to run each layer that they met is timed. The timings are kept in the user's cache
-folder (STRUCTLIN_CACHE), for this processor and these versions of the libraries; all later runs choose by them.
+model that has example_input(batch), or (model, inputs). With --structure its linear layers but the last are replaced.
+One forward pass without gradients and one training step are run on random inputs, then every way to run each layer
+that they met is timed. The timings are kept in the user's cache folder (STRUCTLIN_CACHE), for this processor and these
+versions of the libraries. All later runs choose by them.
+
+The table has a row for each problem: the shape and the chain of a layer, the number of tokens (rounded up to a power of
+two), and the pass (train: forward and backward). The column ms is the time of the fastest way.
 """
+CHAIN = 48  # characters of a chain that the table shows
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", nargs="?", help=", ".join(MODELS) + ", or package.module:function")
     parser.add_argument("--width", type=int, metavar="W", help="width of the model")
-    parser.add_argument("--structure", metavar="NAME", help="one of `structlin structures`")
+    parser.add_argument("--structure", metavar="NAME", help="one of `structlin structures` (dense; as it is)")
     parser.add_argument("--layers", type=choice("layers", LAYERS), metavar="NAME", help=", ".join(LAYERS))
-    parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="samples in a step (32)")
+    parser.add_argument("--batch-size", type=_positive, default=32, metavar="N", help="samples in a step (32)")
     parser.add_argument(
         "--dtype", type=choice("dtype", DTYPES), default="float32", metavar="NAME", help=", ".join(DTYPES)
     )
-    parser.add_argument("--threads", type=int, metavar="N", help="threads of torch (its own choice)")
+    parser.add_argument("--threads", type=_positive, metavar="N", help="threads of torch (its own choice)")
     parser.add_argument("--rms-cap", action="store_true", help="RMS-capped factors, with learned gains")
-    parser.add_argument("--rule", type=choice("rule", RULES), default="paper", metavar="NAME", help=", ".join(RULES))
-    parser.add_argument("--base-width", type=int, metavar="W0", help="needed for a model of your own with --structure")
+    parser.set_defaults(rule="paper", base_width=None)  # they set learning rates, which change no timing
     sizes = parser.add_argument_group("sizes of a named model (small ones unless given)")
     for name in SIZES:
         sizes.add_argument(f"--{name}", type=int, metavar="N")
     structure_options(parser)
-    kept = parser.add_argument_group("what was measured")
-    kept.add_argument("--export", metavar="FILE", help="write all timings of this machine to a file")
-    kept.add_argument("--import", dest="import_", metavar="FILE", help="take the timings of a file")
+    kept = parser.add_argument_group("timings that are kept")
+    kept.add_argument("--forget", action="store_true", help="first delete all timings of this machine")
+    kept.add_argument("--import", dest="import_", metavar="FILE", help="then add the timings of a file")
     kept.add_argument("--any-machine", action="store_true", help="--import: also from another processor or version")
-    kept.add_argument("--forget", action="store_true", help="delete all timings of this machine first")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    kept.add_argument("--export", metavar="FILE", help="at the end write all timings of this machine to a file")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table, in seconds")
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"must be a positive integer, got {text!r}")
+    return int(text)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from structlin import execution
-
     if arguments.model is None and not (arguments.export or arguments.import_ or arguments.forget):
         raise UsageError("name a model to tune, or give --export, --import or --forget")
+    if arguments.model is None and (arguments.width is not None or arguments.structure is not None):
+        raise UsageError("--width and --structure need a model")
+    if arguments.model is not None and arguments.width is None:
+        raise UsageError("--width is needed: the width of the model")
     if arguments.any_machine and not arguments.import_:
         raise UsageError("--any-machine is an option of --import")
-    if arguments.forget:
-        print(f"deleted {execution.clear_wisdom()} records in {execution.wisdom_folder()}")
+    if arguments.export and not Path(arguments.export).parent.is_dir():
+        raise UsageError(f"--export: the folder {Path(arguments.export).parent} does not exist")
+
+    from structlin import execution
+
+    said = sys.stderr if arguments.json else sys.stdout
     try:
+        # What can be wrong with the model is found before anything is deleted or measured.
+        step = _step(arguments) if arguments.model is not None else None
+        if arguments.forget:
+            print(f"deleted {_records(execution.clear_wisdom())} in {execution.wisdom_folder()}", file=said)
         if arguments.import_:
             count = execution.import_wisdom(arguments.import_, any_machine=arguments.any_machine)
-            print(f"took {count} records from {arguments.import_}")
-        found = _tuned(arguments) if arguments.model is not None else {}
+            print(f"added {_records(count)} of {arguments.import_}", file=said)
+        found = {} if step is None else execution.tune(step, progress=not arguments.json)
+        if arguments.json:
+            print_json(found)
+        elif step is not None:
+            _print(found)
         if arguments.export:
-            print(f"wrote {execution.export_wisdom(arguments.export)} records to {arguments.export}")
-    except (OSError, TypeError, ValueError) as error:
-        raise UsageError(" ".join(str(error).split())) from error
-    if arguments.json:
-        print_json(found)
-    elif found:
-        _print(found)
-        print(f"\nkept in {execution.wisdom_folder()}")
+            print(f"wrote {_records(execution.export_wisdom(arguments.export))} to {arguments.export}", file=said)
+    except OSError as error:
+        raise UsageError(f"{error.filename}: {error.strerror}" if error.filename else str(error)) from error
+    except (TypeError, ValueError) as error:
+        text = str(error).replace("pass any_machine=True", "give --any-machine")
+        raise UsageError(" ".join(text.split())) from error
+    if found and not arguments.json:
+        print(f"kept in {execution.wisdom_folder()}")
     return 0
 
 
-def _tuned(arguments: argparse.Namespace) -> dict[str, dict[str, float]]:
+def _records(count: int) -> str:
+    return f"{count} record{'' if count == 1 else 's'}"
+
+
+def _step(arguments: argparse.Namespace) -> Any:
+    """A function that runs the model forward without gradients, and then a training step."""
     import torch
 
-    from structlin import execution
     from structlin_nn.scale_check import with_inputs
 
-    if arguments.width is None:
-        raise ValueError("--width is needed: the width of the model")
-    if arguments.base_width is None and ":" in arguments.model:
-        arguments.base_width = arguments.width  # it matters for learning rates alone
+    if ":" in arguments.model:
+        arguments.base_width = arguments.width
     settings = build_settings(arguments)
     model, inputs = with_inputs(settings["build"](arguments.width), arguments.batch_size, arguments.width)
-    model = model.to(getattr(torch, arguments.dtype))
-    if isinstance(inputs, torch.Tensor) and inputs.is_floating_point():
-        inputs = inputs.to(getattr(torch, arguments.dtype))
+    dtype = getattr(torch, arguments.dtype)
+    model = model.to(dtype)
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
 
-    def call() -> Any:
-        if isinstance(inputs, dict):
-            return model(**inputs)
-        return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
+    def converted(value: Any) -> Any:
+        return value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+
+    if isinstance(inputs, dict):
+        positional, named = (), {name: converted(value) for name, value in inputs.items()}
+    else:
+        positional = tuple(converted(value) for value in (inputs if isinstance(inputs, tuple) else (inputs,)))
+        named = {}
 
     def step() -> None:
         with torch.no_grad():
-            call()
-        found = call()
-        logits = found if isinstance(found, torch.Tensor) else found.logits
+            model(*positional, **named)
+        output = model(*positional, **named)
+        logits = output if isinstance(output, torch.Tensor) else getattr(output, "logits", None)
+        if not isinstance(logits, torch.Tensor):
+            raise TypeError(f"the model must return a tensor, or an object with logits, got {type(output).__name__}")
         logits.float().square().mean().backward()
 
-    return execution.tune(step, progress=not arguments.json)
+    return step
+
+
+# The text of a problem (structlin.execution.choice.Problem.key).
+_PROBLEM = re.compile(
+    r"(?P<chain>.*) (?P<shape>\d+x\d+) (?P<ends>rows|columns) (?P<library>\S+) (?P<device>\S+) (?P<dtype>\S+) "
+    r"tokens=(?P<tokens>\d+) threads=(?P<threads>\d+) (?P<kind>\S+)"
+)
 
 
 def _print(found: dict[str, dict[str, float]]) -> None:
-    rows = []
-    for problem, seconds in found.items():
-        best, *others = sorted(seconds, key=lambda name: seconds[name])
-        chain, _, rest = problem.partition(" rows ")
-        behind = f"{others[0]} ({seconds[others[0]] / seconds[best]:.2f})" if others else "-"
-        rows.append((chain, rest.removeprefix("torch cpu "), best, f"{seconds[best] * 1e3:.3f}", behind))
-    print_table(("chain", "problem", "fastest", "ms", "next (times as long)"), rows, left=3)
+    if not found:
+        print("nothing to tune: the model has no layer that is a chain of einsums; give --structure")
+        return
+    problems = [(match, seconds) for text, seconds in found.items() if (match := _PROBLEM.fullmatch(text))]
+    common = {name: sorted({problem[name] for problem, _ in problems}) for name in ("device", "dtype", "threads")}
+    groups: dict[str, list[tuple[str, ...]]] = {}
+    for problem, seconds in problems:
+        kind = [problem["kind"]] + ["columns"] * (problem["ends"] == "columns")
+        kind += [problem[name] for name in ("device", "dtype") if len(common[name]) > 1]
+        best, *others = sorted(seconds, key=lambda name: seconds[name]) or ["-"]
+        row = (
+            problem["shape"],
+            problem["tokens"].rjust(6),
+            " ".join(kind),
+            best,
+            f"{seconds[best] * 1e3:.3f}".rjust(8) if seconds else "-".rjust(8),
+            f"{others[0]} ({seconds[others[0]] / seconds[best]:.2f})" if others else "-",
+            _shortened(problem["chain"]),
+        )
+        groups.setdefault(problem["chain"] + problem["shape"], []).append(row)
+    rows = [row for group in groups.values() for row in group]
+    head = ("shape", "tokens", "pass", "fastest", "      ms", "next (times as long)", "chain")
+    print_table(head, rows, left=len(head))
+    about = "; ".join(f"{name} {', '.join(values)}" for name, values in common.items())
+    print(f"\n{len(rows)} problem{'' if len(rows) == 1 else 's'}: {about}")
+
+
+def _shortened(chain: str) -> str:
+    return chain if len(chain) <= CHAIN else chain[: CHAIN - 3].rstrip() + "..."
