@@ -208,13 +208,17 @@ class TestRequirements:
         }
         # Modules for one library alone, which are themselves imported only where they are used.
         modules = {
+            "structlin.execution.torch_ways": "torch",
             "structlin.execution.torch_cpu": "torch",
+            "structlin.execution._guard": "torch",
             "structlin.execution._gradients": "torch",
             "structlin.execution.token_major": "torch",
             "structlin.execution.triton": "torch",
             "structlin.execution.chunked": "torch",
             "structlin.execution.compiled._buffers": "torch",
             "structlin.execution.compiled.passes": "torch",
+            "structlin.execution.compiled.stored": "torch",
+            "structlin.execution.jax_ways": "jax",
             "structlin.execution.jax_cpu": "jax",
             "structlin.execution.compiled.xla": "jax",
         }

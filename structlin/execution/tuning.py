@@ -179,8 +179,8 @@ def explain(
         ValueError: fewer than one token.
 
     >>> import structlin
-    >>> print(explain(structlin.design("monarch", (48, 40), blocks=4), 64).splitlines()[0])  # doctest: +ELLIPSIS
-    pa,pfa->fp; gf,... 48x40 rows torch cpu float32 tokens=64 threads=... train
+    >>> print(explain(structlin.design("monarch", (48, 40), blocks=4), 64, threads=1).splitlines()[0])
+    pa,pqa->pq; gl,log->lo p=4,a=10,q=10,g=10,l=4,o=12 48x40 rows torch cpu float32 tokens=64 threads=1 train
     """
     structure = what if isinstance(what, Structure) else getattr(what, "structure", what)
     if dtype is None:
