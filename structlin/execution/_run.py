@@ -27,7 +27,7 @@ class _Executor:
 
             return torch_chain(structure, rows)(x, factors, bias)
         if xp.name == "jax":
-            from structlin.execution.jax_cpu import run as run_jax
+            from structlin.execution.jax_ways import run as run_jax
 
             return run_jax(structure, factors, x, bias, rows)
         y = products(structure, factors, x, xp, rows)
@@ -42,7 +42,10 @@ def _load_ways(every: bool) -> None:
     if "structlin.execution.torch_ways" not in sys.modules and (every or "torch" in sys.modules):
         with suppress(ImportError):
             import structlin.execution.torch_ways
-            import structlin.execution.triton  # noqa: F401
+            import structlin.execution.triton
+    if "structlin.execution.jax_ways" not in sys.modules and (every or "jax" in sys.modules):
+        with suppress(ImportError):
+            import structlin.execution.jax_ways  # noqa: F401
 
 
 load_with(_load_ways)

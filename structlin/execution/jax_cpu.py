@@ -1,9 +1,9 @@
-"""Which way a chain is run in jax, and its derivatives.
+"""A chain as an operation of jax, and its derivatives: the compiled passes, which XLA calls (:mod:`.compiled.xla`).
 
-On a single CPU device the chain and its gradients are operations of their own, which XLA calls
-(:mod:`.compiled.xla`). They have all rules that jax's own operations have: any order of differentiation in both
-modes, vmap, transposition. Where such a rule, another device or a partition over several ones needs the single
-products, these are the portable plan's, as they are where nothing is compiled.
+It is for a single CPU device, where :mod:`.jax_ways` chooses it. The chain and its gradients have all rules that jax's
+own operations have: any order of differentiation in both modes, vmap, transposition. Where such a rule, another device
+or a partition over several ones needs the single products, these are the portable plan's, as they are where nothing is
+compiled.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
 from structlin._arrays import ops
+from structlin.execution.choice import policy_text, using
 from structlin.execution.compiled._target import CompileError, warn_once
 from structlin.execution.compiled.xla import INSTEAD, XLAChain
 from structlin.execution.products import products
@@ -29,20 +30,23 @@ from structlin.execution.products import products
 if TYPE_CHECKING:
     from structlin.structure import Structure
 
-__all__ = ["macs_of", "run", "single_products"]
+__all__ = ["alone", "as_chains", "chain", "chain_of", "failing", "macs_of", "single", "single_products"]
 
 Array = Any
 _SINGLE = ContextVar("_SINGLE", default=False)
+_FAILING = ContextVar("_FAILING", default=False)
 
 
-def run(
-    structure: Structure, factors: Sequence[Array], x: Array, bias: Array | None = None, rows: bool = True
-) -> Array:
-    """(tokens, d_in) -> (tokens, d_out), or columns."""
+def chain(structure: Structure, factors: Sequence[Array], x: Array, bias: Array | None, rows: bool) -> Array:
+    """The compiled passes: (tokens, d_in) -> (tokens, d_out) plus ``bias``, or columns."""
     operands = (x, *factors) if bias is None else (x, *factors, bias)
-    if _is_compiled(structure, operands, rows):
-        return _chain.bind(*operands, structure=structure, rows=rows, bias=bias is not None, kept=0)[0]
-    return _portable(*operands, structure=structure, rows=rows, bias=bias is not None)
+    return _chain.bind(*operands, structure=structure, rows=rows, bias=bias is not None, kept=0)[0]
+
+
+def single(structure: Structure, factors: Sequence[Array], x: Array, bias: Array | None, rows: bool) -> Array:
+    """The single products of the portable plan: (tokens, d_in) -> (tokens, d_out) plus ``bias``, or columns."""
+    y = products(structure, factors, x, ops("jax"), rows)
+    return y if bias is None else y + bias
 
 
 def macs_of(equation: Any) -> int | None:
@@ -64,25 +68,44 @@ def macs_of(equation: Any) -> int | None:
 
 @contextmanager
 def single_products() -> Iterator[None]:
-    """What is lowered here has single products, which XLA can count. It must not have been lowered before."""
+    """What is lowered here has single products, which XLA can count. It must not have been traced or lowered before."""
     token = _SINGLE.set(True)
     try:
-        yield
+        with as_chains():
+            yield
     finally:
         _SINGLE.reset(token)
 
 
-def _is_compiled(structure: Structure, operands: Sequence[Array], rows: bool) -> bool:
+@contextmanager
+def as_chains() -> Iterator[None]:
+    """What is traced here multiplies by its chains and not by their matrices, unless the policy names that way."""
+    with using(f"{policy_text()},-dense"):
+        yield
+
+
+@contextmanager
+def failing() -> Iterator[None]:
+    """Where a pass is not compiled, what is lowered here raises CompileError, and no single products run instead."""
+    token = _FAILING.set(True)
+    try:
+        yield
+    finally:
+        _FAILING.reset(token)
+
+
+def alone(operands: Sequence[Array], rows: bool) -> bool:
+    """Whether x, the factors and a bias are for a single CPU device, as far as a trace knows, and of one dtype."""
     x = operands[0]
-    tokens, dtype = x.shape[0 if rows else 1], str(x.dtype)
-    if any(str(t.dtype) != dtype for t in operands) or not isinstance(tokens, int) or jax.default_backend() != "cpu":
+    tokens = x.shape[0 if rows else 1]
+    if not isinstance(tokens, int) or tokens == 0 or jax.default_backend() != "cpu":
         return False
     if not jax.sharding.get_abstract_mesh().empty or any(not jax.typeof(t).sharding.mesh.empty for t in operands):
         return False
-    return _of(structure, rows).suits(dtype, tokens)
+    return all(t.dtype == x.dtype for t in operands)
 
 
-def _of(structure: Structure, rows: bool) -> XLAChain:
+def chain_of(structure: Structure, rows: bool) -> XLAChain:
     """The passes of a structure, made once for it."""
     found = structure._kept.get(("jax_cpu", rows))
     if found is None:
@@ -92,9 +115,8 @@ def _of(structure: Structure, rows: bool) -> XLAChain:
 
 
 def _portable(x: Array, *operands: Array, structure: Structure, rows: bool, bias: bool) -> Array:
-    factors = operands[:-1] if bias else operands
-    y = products(structure, factors, x, ops("jax"), rows)
-    return y + operands[-1] if bias else y
+    factors, added = (operands[:-1], operands[-1]) if bias else (operands, None)
+    return single(structure, factors, x, added, rows)
 
 
 def _plain(structure: Structure, rows: bool) -> Callable[..., Array]:
@@ -173,7 +195,7 @@ for _primitive in (_chain, _tangent, _gradients):
 
 @_chain.def_abstract_eval
 def _(x: Any, *operands: Any, structure: Structure, rows: bool, bias: bool, kept: int) -> list[Any]:
-    sizes = _of(structure, rows).kept_sizes(str(x.dtype), kept)
+    sizes = chain_of(structure, rows).kept_sizes(str(x.dtype), kept)
     return [ShapedArray(shape, x.dtype) for shape in (_shape(structure, x, rows), *((size,) for size in sizes))]
 
 
@@ -186,7 +208,7 @@ def _chain_portable(
 
 def _activations(x: Array, factors: Sequence[Array], structure: Structure, rows: bool, kept: int) -> Iterator[Array]:
     """Those that a compiled pass keeps, as it keeps them: what reads them may have been compiled for all that."""
-    schedule, sizes = _of(structure, rows).given(str(x.dtype)).schedule, dict(structure.sizes)
+    schedule, sizes = chain_of(structure, rows).given(str(x.dtype)).schedule, dict(structure.sizes)
     x = x[:kept] if rows else x[:, :kept].T
     for k, step in enumerate(structure.steps[:-1], 1):
         shape = [sizes[a] for a in step.output]
@@ -200,7 +222,7 @@ def _chain_compiled(
     x: Array, *operands: Array, structure: Structure, rows: bool, bias: bool, kept: int
 ) -> tuple[Array, ...]:  # fmt: skip
     factors, added = (operands[:-1], operands[-1]) if bias else (operands, None)
-    return _of(structure, rows).forward(x, factors, added, kept)
+    return chain_of(structure, rows).forward(x, factors, added, kept)
 
 
 def _chain_jvp(
@@ -210,7 +232,7 @@ def _chain_jvp(
     needs = tuple(not isinstance(t, ad.Zero) for t in tangents) + (() if bias else (False,))
     keep = kept
     if not kept and any(needs[1:-1]):
-        keep = _of(structure, rows).keeps(str(x.dtype), x.shape[0 if rows else 1])
+        keep = chain_of(structure, rows).keeps(str(x.dtype), x.shape[0 if rows else 1])
     y, *activations = _chain.bind(*primals, structure=structure, rows=rows, bias=bias, kept=keep)
     given = [t for t in tangents if not isinstance(t, ad.Zero)]
     primals = primals[:-1] if bias else primals
@@ -242,7 +264,7 @@ def _chain_batch(
         return [y + jnp.moveaxis(operands[-1], at[-1] or 0, 0)[:, None], *held], [0, *[None] * len(held)]
     # Gradients by x or factors of each batch do without what is kept.
     dtype = operands[0].dtype
-    unread = [jnp.zeros(size, dtype) for size in _of(structure, rows).kept_sizes(str(dtype), kept)]
+    unread = [jnp.zeros(size, dtype) for size in chain_of(structure, rows).kept_sizes(str(dtype), kept)]
     if any(dim is not None for dim in at[1:]):
         single = partial(_portable, structure=structure, rows=rows, bias=bias)
         return [jax.vmap(single, at)(*operands), *unread], [0, *[None] * len(unread)]
@@ -255,7 +277,9 @@ def _fold(structure: Structure, factors: Sequence[Array], x: Array, at: int, bia
     x = jnp.moveaxis(x, at, 0 if rows else 1)
     batches, tokens = x.shape[:2] if rows else x.shape[1:]
     shape = (batches * tokens, x.shape[2]) if rows else (x.shape[0], batches * tokens)
-    y = run(structure, factors, x.reshape(shape), bias, rows)
+    x = x.reshape(shape)
+    compiled = alone((x, *factors), rows) and chain_of(structure, rows).ready(str(x.dtype)) is not None
+    y = (chain if compiled else single)(structure, factors, x, bias, rows)
     return y.reshape((batches, tokens, -1) if rows else (-1, batches, tokens))
 
 
@@ -279,7 +303,7 @@ def _tangent_compiled(*operands: Array, structure: Structure, rows: bool, needs:
     bias, found = given.pop(len(primals), None), None
     for place, tangent in given.items():
         x, *factors = _replaced(primals, place, tangent)
-        (part,) = _of(structure, rows).forward(x, factors, bias, 0)
+        (part,) = chain_of(structure, rows).forward(x, factors, bias, 0)
         found, bias = part if found is None else found + part, None
     return found
 
@@ -322,7 +346,7 @@ def _gradients_compiled(
         return _portable_gradients(gy, *operands, structure=structure, rows=rows, needs=needs)
     last = 1 + len(structure.steps)
     x, *factors = operands[:last]
-    *found, end = _of(structure, rows).backward(gy, x, factors, needs, operands[last:])
+    *found, end = chain_of(structure, rows).backward(gy, x, factors, needs, operands[last:])
     return (*found, end.astype(gy.dtype))
 
 
@@ -423,6 +447,8 @@ def _lowering(compiled: Callable[..., Any], portable: Callable[..., Any], severa
             try:
                 return mlir.lower_fun(compiled, multiple_results=several)(context, *operands, **params)
             except CompileError as error:
+                if _FAILING.get():
+                    raise
                 warn_once(error, INSTEAD)
         return mlir.lower_fun(portable, multiple_results=several)(context, *operands, **params)
 

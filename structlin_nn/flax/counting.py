@@ -22,7 +22,7 @@ import jax
 from flax import nnx
 from jax.extend import core
 
-from structlin.execution.jax_cpu import macs_of, single_products
+from structlin.execution.jax_cpu import as_chains, macs_of, single_products
 
 __all__ = ["JaxCount", "count", "xla_flops"]
 
@@ -164,12 +164,14 @@ def count(model: Callable[..., Any], *inputs: Any, training: bool = False, **key
         def call(state: Any, rest: Any, *inputs: Any, **keywords: Any) -> Any:
             return nnx.merge(graph, state, rest)(*inputs, **keywords)
 
-        walk = _walk(jax.make_jaxpr(call)(state, rest, *inputs, **keywords).jaxpr)
+        with as_chains():
+            walk = _walk(jax.make_jaxpr(call)(state, rest, *inputs, **keywords).jaxpr)
         arguments: tuple[Any, ...] = (state, rest, *inputs)
         wanted: tuple[int, ...] = (0,)
     else:
         call = model
-        walk = _walk(jax.make_jaxpr(model)(*inputs, **keywords).jaxpr)
+        with as_chains():
+            walk = _walk(jax.make_jaxpr(model)(*inputs, **keywords).jaxpr)
         arguments = inputs
         wanted = tuple(
             number
@@ -182,7 +184,8 @@ def count(model: Callable[..., Any], *inputs: Any, training: bool = False, **key
         def loss(*arguments: Any, **keywords: Any) -> Any:
             return sum(leaf.sum() for leaf in jax.tree.leaves(call(*arguments, **keywords)))
 
-        both = jax.make_jaxpr(jax.value_and_grad(loss, argnums=wanted))(*arguments, **keywords)
+        with as_chains():
+            both = jax.make_jaxpr(jax.value_and_grad(loss, argnums=wanted))(*arguments, **keywords)
         counted.training_macs = sum(_walk(both.jaxpr).products.values())
     return counted
 

@@ -12,7 +12,7 @@ Here a whole pass over a chain is one function, generated for its sizes and comp
 - :mod:`._target`: the processor and the compiler,
 - :mod:`._arrange`: copies of factors in the orders that the products read,
 - :mod:`._team`: threads, in torch,
-- :mod:`._rules`: which chains and inputs this is for, and what is kept for the backward pass,
+- :mod:`._rules`: the programs of a chain, how tokens are dealt out, and what is kept for the backward pass,
 - :mod:`._buffers`: copies of factors and sums of gradients, in torch,
 - :mod:`.passes`: the two passes, in torch,
 - :mod:`.xla`, :mod:`._xla_runtime`: custom calls of XLA, for jax.

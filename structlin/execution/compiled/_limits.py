@@ -25,9 +25,7 @@ class Limits:
     factors there are at most ``sums_slice`` and ``factors_slice``. From ``room`` on sums are worth slicing for the
     memory that it saves.
 
-    ``kept``: activations for the backward pass that do not go through memory. ``product`` and ``product_shared``: the
-    factor of a single product, from which on the BLAS, which packs it, multiplies faster; ``shared`` among threads, of
-    which each has sums of gradients of its own. ``product_few``: of a processor with 16 vector registers.
+    ``kept``: activations for the backward pass that do not go through memory.
     """
 
     vectors: int
@@ -40,9 +38,6 @@ class Limits:
     factors_block: int
     factors_slice: int
     kept: int
-    product: int
-    product_shared: int
-    product_few: int
 
     @classmethod
     def of(cls, found: Caches) -> Limits:
@@ -51,7 +46,7 @@ class Limits:
             vectors=near // 2, block=near * 3 // 16,
             sums=far * 3 // 8, sums_block=far * 3 // 2, sums_slice=far // 4, room=near,
             factors=far * 3 // 4, factors_block=far // 2, factors_slice=far // 2,
-            kept=far, product=far // 2, product_shared=2 * near, product_few=near,
+            kept=far,
         )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Which chains are compiled and for which inputs, and what of a forward pass is kept for the backward one."""
+"""The programs of a chain, how its tokens are dealt out, and what of a forward pass is kept for the backward one."""
 
 from __future__ import annotations
 
@@ -11,12 +11,6 @@ from structlin.execution.compiled._program import ELEMENTS, Program, make_progra
 from structlin.execution.compiled._slices import RUN, Slices, counts, enough, slices, whole
 from structlin.execution.compiled._target import host
 
-# The calls cost more than they save for so few numbers in the widest activation. Copies of the factors do if there are
-# fewer than one for each COPIED of their numbers, or COPIED_FAR of factors with more than NEAR_NUMBERS; with gradients
-# to come, which others copy too, COPIED_TWICE. Plain matrices of few tokens the BLAS multiplies as fast, and with few
-# registers those of many too.
-FEW, PLAIN_TOKENS, PLAIN_REGISTERS = 1 << 9, 256, 32
-COPIED, COPIED_FAR, COPIED_TWICE, NEAR_NUMBERS = 32, 8, 128, 1 << 18
 # Activations are kept for the backward pass if to compute one again takes more than KEPT_WORK multiplications of
 # vectors, and of at least KEPT_SHARE of the tokens. If they do not stay in cache, it is worth it if to compute a byte
 # again takes more than FRESH_WORK.
@@ -37,31 +31,15 @@ class ChainRules:
     ) -> None:
         self._chain, self.rows, self.d_in, self.d_out = (steps, sizes, d_in, d_out, rows), rows, d_in, d_out
         size = dict(sizes)
-        self.widest = max(math.prod(size[a] for a in axes) for step in steps for axes in (step.input, step.output))
         self.shapes = [tuple(size[a] for a in step.factor) for step in steps]
         macs = [math.prod(size[a] for a in set(step.input + step.factor)) for step in steps]
         self.macs, self.macs_before_last = sum(macs), sum(macs[:-1])
         self.numel = sum(map(math.prod, self.shapes))
         self.plain = not any(step.batch or step.carried for step in steps)
-        self._block = min(math.prod(size[a] for a in step.free + step.contracted) for step in steps)
         self.block: int | None = None  # tokens of a block; None: as many as the caches suggest. May be set at any time.
         self._programs: dict[tuple[str, int | None, bool], Program | None] = {}
         self._fronts: dict[tuple[str, bool, int | None], Slices] = {}
         self._backs: dict[tuple[str, int, int | None], Slices] = {}
-
-    @property
-    def registers(self) -> int:
-        """For vectors, of the processor that is compiled for; 0 where nothing is."""
-        target = host()
-        return 0 if target is None else target.registers
-
-    def large_blocks(self, threads: int) -> bool:
-        """Whether the BLAS multiplies the blocks faster."""
-        found = limits()
-        least = found.product if threads == 1 else found.product_shared
-        if self.registers < 32:
-            least = found.product_few
-        return self._block * BYTES["float"] >= least
 
     def program(self, dtype: str, block: int | None = None, packed: bool = True) -> Program | None:
         """None where the chain is not to be run this way. ``block`` and ``packed``: see :func:`make_program`."""
@@ -122,14 +100,6 @@ class ChainRules:
     def apart(self, slices: Slices, tokens: int, item: int) -> int:
         """Bytes from one slice of the input, or of the output, to the next; ``item``: of a number."""
         return slices.end * (1 if self.rows else tokens) * item
-
-    def pays(self, tokens: int, gradients: bool) -> bool:
-        """Whether there is enough to do for so many tokens; ``gradients``: the backward pass is to come."""
-        numbers = tokens * self.widest
-        if numbers < FEW or (self.plain and (tokens < PLAIN_TOKENS or self.registers < PLAIN_REGISTERS)):
-            return False
-        copied = COPIED_TWICE if gradients else COPIED if self.numel <= NEAR_NUMBERS else COPIED_FAR
-        return copied * numbers >= self.numel
 
     def kept_tokens(self, dtype: str, tokens: int, threads: int) -> int:
         """Of how many tokens to keep the activations between the steps for the backward pass, if it pays.

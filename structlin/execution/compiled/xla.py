@@ -112,12 +112,6 @@ class XLAChain(ChainRules):
     def __hash__(self) -> int:
         return hash(self.parts)
 
-    def suits(self, dtype: str, tokens: int) -> bool:
-        """Whether this way is the fastest: XLA multiplies large blocks as fast, but in bfloat16."""
-        if dtype != "bfloat16" and (self.plain or self.large_blocks(threads())):
-            return False
-        return self.pays(tokens, False) and self.ready(dtype) is not None
-
     def ready(self, dtype: str) -> Program | None:
         """What runs the chain; None where it does not run this way."""
         if host() is None:

@@ -11,12 +11,17 @@ import numpy as np
 import pytest
 
 import structlin as sl
-from structlin.execution import jax_cpu
+from structlin.execution import jax_ways
 from structlin.execution.compiled import _target, _xla_runtime
 from structlin.execution.products import products
 
 COMPILED = _target.host() is not None and _xla_runtime.unsupported() is None
 STRUCTURE = sl.design("monarch", (64, 64), blocks=4)
+
+
+@pytest.fixture(autouse=True)
+def by_passes(monkeypatch):
+    monkeypatch.setenv("STRUCTLIN_EXECUTION", "compiled")
 
 
 def inputs(tokens=300, dtype="float32"):
@@ -25,7 +30,7 @@ def inputs(tokens=300, dtype="float32"):
 
 
 def run(x, factors):
-    return jax_cpu.run(STRUCTURE, factors, x)
+    return jax_ways.run(STRUCTURE, factors, x)
 
 
 def portable(x, factors):
@@ -126,12 +131,12 @@ def test_pmap_of_one_device():
 DEVICES = """
     import jax, jax.numpy as jnp, numpy as np
     import structlin as sl
-    from structlin.execution import jax_cpu
+    from structlin.execution import jax_ways
     from structlin.execution.products import products
     structure = sl.design("monarch", (64, 64), blocks=4)
     factors = sl.random_factors(structure, backend="jax")
     x = jnp.asarray(np.random.default_rng(0).standard_normal((600, 64)), "float32")
-    run = lambda x, factors: jax_cpu.run(structure, factors, x)
+    run = lambda x, factors: jax_ways.run(structure, factors, x)
     loss = lambda function: jax.grad(lambda x, f: jnp.sin(function(x, f)).sum(), (0, 1))
     wanted = loss(lambda x, f: products(structure, f, x, sl._arrays.ops("jax")))(x, factors)
     def check(found):

@@ -16,6 +16,7 @@ from jax.test_util import check_grads
 
 import structlin as sl
 from structlin.execution import jax_cpu as _jax
+from structlin.execution import jax_ways
 from structlin.execution.compiled import _rules, _target, _xla_runtime, xla
 from structlin.execution.compiled._limits import limits
 from structlin.execution.products import products
@@ -31,7 +32,7 @@ CASES = {
     "blast": ((15, 6), {"blocks": 3, "rank": 2}),
     "block_diagonal": ((15, 6), {"blocks": 3}),
 }
-HOST, SUITS = _target.host(), xla.XLAChain.suits
+HOST = _target.host()
 pytestmark = [
     pytest.mark.filterwarnings("error:.*runs instead:RuntimeWarning"),
     pytest.mark.skipif(HOST is None or _xla_runtime.unsupported() is not None, reason="nothing is compiled here"),
@@ -42,14 +43,9 @@ pytestmark = [
 def many_blocks():
     """However few tokens there are, in three shares of a few, each of several blocks."""
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("FEW", "PLAIN_TOKENS", "PLAIN_REGISTERS", "KEPT_WORK"):
-            patch.setattr(_rules, name, 0)
-        for name in ("COPIED", "COPIED_FAR", "WASTE", "MORE"):
-            patch.setattr(_rules, name, 1e9)
-        patch.setattr(
-            xla.XLAChain, "suits", lambda self, dtype, tokens: bool(self.pays(tokens, False) and self.ready(dtype))
-        )
-        patch.setattr(_rules, "SHARE", 8)
+        patch.setenv("STRUCTLIN_EXECUTION", "compiled")
+        for name, value in (("KEPT_WORK", 0), ("WASTE", 1e9), ("MORE", 1e9), ("SHARE", 8)):
+            patch.setattr(_rules, name, value)
         for module in (_rules, xla):
             patch.setattr(module, "COPIED_SHARE", 8)
         patch.setattr(xla, "threads", lambda: 3)
@@ -97,7 +93,7 @@ def portable(structure, rows=True):
 
 
 def compiled(structure, rows=True):
-    return lambda x, *factors: _jax.run(structure, factors, x, rows=rows)
+    return lambda x, *factors: jax_ways.run(structure, factors, x, rows=rows)
 
 
 def close(found, wanted, tolerance=1e-11):
@@ -163,10 +159,10 @@ def test_slices_change_nothing(most, rows, kept, monkeypatch, threads):
         for k, shape in enumerate([(101, structure.d_in), (101, structure.d_out), (structure.d_out,)])
     )
     if rows:
-        arguments, run = (x, *factors, bias), lambda x, *rest: _jax.run(structure, rest[:-1], x, rest[-1])
+        arguments, run = (x, *factors, bias), lambda x, *rest: jax_ways.run(structure, rest[:-1], x, rest[-1])
     else:
-        arguments, run = (x.T, *factors), lambda x, *factors: _jax.run(structure, factors, x, rows=False).T
-    of_chain = _jax._of(structure, rows)
+        arguments, run = (x.T, *factors), lambda x, *factors: jax_ways.run(structure, factors, x, rows=False).T
+    of_chain = _jax.chain_of(structure, rows)
     assert (of_chain.back("float64", 1).count, of_chain.front("float64", False).count) == ((3, 2) if most else (12, 6))
     exact = portable(structure)(x, *factors) + (bias if rows else 0)
     close(jax.jit(run)(*arguments), exact)
@@ -205,7 +201,7 @@ def test_bias(name, dtype):
     weights = jnp.asarray(np.random.default_rng(3).standard_normal((len(x), structure.d_out)), dtype)
 
     def with_bias(bias, x, *factors):
-        return _jax.run(structure, factors, x, bias)
+        return jax_ways.run(structure, factors, x, bias)
 
     def by_hand(bias, x, *factors):
         return portable(structure)(x, *factors) + bias
@@ -252,7 +248,7 @@ def test_derivatives_along_directions(name, kept, rows, bias, monkeypatch):
     every = tuple(range(len(inputs)))
 
     def layer(x, *operands):
-        return _jax.run(structure, operands[: len(factors)], x, operands[-1] if bias else None, rows)
+        return jax_ways.run(structure, operands[: len(factors)], x, operands[-1] if bias else None, rows)
 
     def by_hand(x, *operands):
         return portable(structure, rows)(x, *operands[: len(factors)]) + (operands[-1] if bias else 0)
@@ -424,17 +420,6 @@ def test_what_is_left_to_single_products():
     other = jax.jit(run).trace(x, *factors).lower(lowering_platforms=("cuda",)).as_text()
     assert "structlin_" not in other
     assert "dot_general" in other
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_what_xla_multiplies_as_fast(dtype, monkeypatch):
-    monkeypatch.setattr(xla.XLAChain, "suits", SUITS)
-    found = []
-    for name, options in (("low_rank", {"rank": 8}), ("monarch", {"blocks": 2}), ("monarch", {"blocks": 16})):
-        structure = sl.design(name, (2048, 2048), **options)
-        factors = [jax.ShapeDtypeStruct(f.shape, dtype) for f in structure.factors]
-        found.append(calls(compiled(structure), jax.ShapeDtypeStruct((300, 2048), dtype), *factors))
-    assert found == ([0, 0, 1] if dtype == "float32" else [1, 1, 1])
 
 
 def test_gradients_on_other_platforms_do_without_what_is_kept(monkeypatch):

@@ -16,7 +16,7 @@ import pytest
 from jax.experimental import serialize_executable
 
 import structlin as sl
-from structlin.execution import jax_cpu
+from structlin.execution import jax_cpu, jax_ways
 from structlin.execution.compiled import _arrange, _program, _rules, _target, _xla_runtime, xla
 from structlin.execution.products import products
 
@@ -26,6 +26,13 @@ needs_passes = pytest.mark.skipif(
 )
 STRUCTURE = sl.design("monarch", (64, 64), blocks=4)
 OTHER_FEATURES = HOST is not None and HOST.width == 64
+
+
+@pytest.fixture(autouse=True, scope="module")
+def by_passes():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("STRUCTLIN_EXECUTION", "compiled")
+        yield
 
 
 @pytest.fixture(autouse=True)
@@ -45,7 +52,7 @@ def inputs(tokens=300, dtype="float32", structure=STRUCTURE):
 
 
 def run(x, factors):
-    return jax_cpu.run(STRUCTURE, factors, x)
+    return jax_ways.run(STRUCTURE, factors, x)
 
 
 def portable(x, factors):
@@ -243,7 +250,7 @@ WRONG = """
     structure = sl.design("monarch", (64, 64), blocks=4)
     factors = sl.random_factors(structure, backend="jax")
     x = jnp.ones((300, 64))
-    call = xla.Call(jax_cpu._of(structure, True), "float32", 300, 2, 0)
+    call = xla.Call(jax_cpu.chain_of(structure, True), "float32", 300, 2, 0)
     plan = xla.plan_of(call)
     numbers, fit = plan.numbers, [jax.ShapeDtypeStruct(*spec) for spec in plan.arrays[plan.operands:]]
     def attempt(operands=(x, *factors), results=fit, **attributes):
@@ -369,12 +376,11 @@ def test_a_compiler_that_fails_in_one_direction(monkeypatch, when):
 )
 def test_activations_are_kept_in_one_layout(monkeypatch, structure, rows):
     """By the passes and by the single products: either may read what the other kept."""
-    for name in ("COPIED", "COPIED_FAR", "WASTE"):
-        monkeypatch.setattr(_rules, name, 1e9)
+    monkeypatch.setattr(_rules, "WASTE", 1e9)
     x, factors = inputs(101, structure=structure)
     x = x if rows else x.T
     parameters = {"structure": structure, "rows": rows, "bias": False, "kept": 48}
-    widths = jax_cpu._of(structure, rows).given("float32").schedule.widths[1:-1]
+    widths = jax_cpu.chain_of(structure, rows).given("float32").schedule.widths[1:-1]
     found = jax.jit(lambda *a: jax_cpu._chain.bind(*a, **parameters))(x, *factors)
     with jax_cpu.single_products():
         wanted = jax.jit(lambda *a: jax_cpu._chain.bind(*a, **parameters))(x, *factors)
@@ -395,7 +401,7 @@ def test_batches_of_the_bias_alone(monkeypatch):
     def loss(function):
         return lambda bias, factors: (function(x, factors, bias) * weights).sum()
 
-    ours = loss(lambda x, factors, bias: jax_cpu.run(STRUCTURE, factors, x, bias))
+    ours = loss(lambda x, factors, bias: jax_ways.run(STRUCTURE, factors, x, bias))
     plain = loss(lambda x, factors, bias: portable(x, factors) + bias)
     close(*(jax.vmap(jax.value_and_grad(f, (0, 1)), (0, None))(biases, factors) for f in (ours, plain)))
 
@@ -452,13 +458,13 @@ SIZES = """
     import gc, sys
     import jax, jax.numpy as jnp, numpy as np
     import structlin as sl
-    from structlin.execution import jax_cpu
+    from structlin.execution import jax_ways
     from structlin.execution.compiled import _xla_runtime
     from structlin.execution.products import products
     structure = sl.design("monarch", (64, 64), blocks=4)
     factors = sl.random_factors(structure, backend="jax")
     ways = {
-        "passes": lambda x, factors: jax_cpu.run(structure, factors, x),
+        "passes": lambda x, factors: jax_ways.run(structure, factors, x),
         "products": lambda x, factors: products(structure, factors, x, sl._arrays.ops("jax")),
     }
     run = jax.jit(ways[sys.argv[1]])
@@ -535,7 +541,7 @@ def test_the_end_of_a_process_with_runs_in_flight():
         SIZES.split("    ways =")[0]
         + """
     x = jnp.ones((20000, 64))
-    run = jax.jit(lambda x: jax.lax.fori_loop(0, 20, lambda _, x: jax_cpu.run(structure, factors, x) * 0.5, x))
+    run = jax.jit(lambda x: jax.lax.fori_loop(0, 20, lambda _, x: jax_ways.run(structure, factors, x) * 0.5, x))
     jax.held = run, run.lower(x).compile()
     jax.block_until_ready(run(x))
     jax.found = [run(x + k) for k in range(4)]

@@ -466,9 +466,8 @@ def test_threads_share_the_tokens_in_processes_that_were_forked(way):
         ("blast", {"blocks": 4, "rank": 6}),
     ],
 )
-def test_pairs_of_bfloat16(name, options, tokens, monkeypatch):
+def test_pairs_of_bfloat16(name, options, tokens):
     """Sums are in float32; what lies between two steps is rounded to bfloat16."""
-    monkeypatch.setattr(_rules, "FEW", 0)
     structure = sl.design(name, (20 * 36, 16 * 28), **options)
     chain = chain_of(structure).compiled
     program = chain._program(torch.bfloat16)

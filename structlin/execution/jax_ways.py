@@ -1,0 +1,224 @@
+"""The ways to run a chain in jax on a CPU, and the entry that picks one of them while a program is traced.
+
+- ``products``: one batched product for each step, by XLA (:mod:`.products`),
+- ``compiled``: the passes that are compiled for the chain, as custom calls (:mod:`.jax_cpu`),
+- ``dense``: the dense matrix, made by the chain from the identity, and one product with it.
+
+The way is chosen when jax traces the call, from what a trace knows: the chain, the dtype and the number of tokens.
+Whether gradients are to follow it does not know, so the choice is that of a forward pass, and derivatives go by the way
+that the forward pass takes. ``jit`` keeps what it has traced: a policy is that of the first call with the same shapes.
+Under ``vmap`` the number of tokens is that of one example.
+
+Estimates are made of models (:mod:`.models`) at rates of XLA on this machine and of timings of two small chains. These
+are measured once for each dtype and kept on disk; the chain itself is timed under the policy ``measure`` alone. Both
+happen in a thread of their own, in which nothing is traced.
+
+Programs for other devices, under a mesh or with mixed dtypes, and numbers of tokens that are symbols have single
+products, without a choice.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
+from functools import lru_cache, partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from structlin.execution import choice, jax_cpu, models
+from structlin.execution.choice import Problem, Way, register
+from structlin.execution.compiled import xla
+from structlin.execution.models import BYTES, MEDIUM, PASSES, TINY
+from structlin.execution.rates import Rates, rates
+from structlin.execution.tuning import measure
+from structlin.structure import Structure
+
+__all__ = ["JaxWay", "run"]
+
+Array = Any
+# Seconds that LLVM takes for a pass, and calls in which they are to be won back: a short run of training.
+COMPILING, CALLS = 0.15, 2000
+MOST_BYTES = 1 << 28  # of a dense matrix: a quarter of a gigabyte, beside which nothing here is large
+
+
+class JaxWay(Way):
+    """What the ways have in common: how an estimate is made from a model, and how a call is timed."""
+
+    library = "jax"
+
+    @abstractmethod
+    def model(self, problem: Problem) -> float:
+        """Seconds of products and copies, without calls."""
+
+    def seconds(self, problem: Problem) -> float:
+        kind = models.timed_dtype(problem.dtype), problem.threads, problem.train
+        call, factor = _calibrated(*kind).get(self.name, (_rates(problem).call, 1.0))
+        return models.seconds(problem.structure.steps, call, factor, self.model(problem))
+
+    def call(self, problem: Problem, tokens: int) -> Callable[[], object]:
+        """A call of a jitted program of the chain alone; with ``problem.train`` of its gradients."""
+        structure, device, rng = problem.structure, jax.devices("cpu")[0], np.random.default_rng(0)
+
+        def normal(*shape: int, scale: float = 1.0) -> Array:
+            numbers = rng.standard_normal(shape, np.float32) * scale
+            return jax.device_put(numbers.astype(jnp.dtype(problem.dtype)), device)
+
+        def forward(x: Array, bias: Array | None, *factors: Array) -> Array:
+            return self.run(structure, factors, x, bias, problem.rows)
+
+        def both(gradient: Array, *operands: Array) -> Array:
+            y, back = jax.vjp(forward, *operands)
+            return y, back(gradient)
+
+        doubles = problem.dtype == "float64"
+        with jax.enable_x64(doubles):
+            x = normal(*((tokens, structure.d_in) if problem.rows else (structure.d_in, tokens)))
+            bias = normal(structure.d_out) if problem.rows else None
+            operands = [x, bias, *(normal(*f.shape, scale=1 / math.sqrt(f.fan_in)) for f in structure.factors)]
+            if problem.train:
+                operands.insert(0, normal(*((tokens, structure.d_out) if problem.rows else (structure.d_out, tokens))))
+        program = jax.jit(both if problem.train else forward)
+
+        def call() -> None:
+            with jax.enable_x64(doubles), jax_cpu.failing():
+                jax.block_until_ready(program(*operands))
+
+        return call
+
+
+class Products(JaxWay):
+    """One batched product for each step, activations between them with the tokens innermost (:mod:`.products`)."""
+
+    name = "products"
+
+    def supports(self, problem: Problem) -> bool:
+        return True
+
+    def model(self, problem: Problem) -> float:
+        return models.products(problem, _rates(problem))
+
+    def run(
+        self, structure: Structure, factors: Sequence[Array], x: Array, bias: Array | None, rows: bool
+    ) -> Array:  # fmt: skip
+        return jax_cpu.single(structure, factors, x, bias, rows)
+
+
+class Dense(JaxWay):
+    """The dense matrix, made by the chain from the identity, and one product with it.
+
+    For chains whose own products are so much slower than a dense one that making the matrix pays.
+    """
+
+    name = "dense"
+
+    def supports(self, problem: Problem) -> bool:
+        item = BYTES.get(problem.dtype)
+        return item is not None and problem.structure.d_in * problem.structure.d_out * item <= MOST_BYTES
+
+    def model(self, problem: Problem) -> float:
+        return models.dense(problem, _rates(problem))
+
+    def run(
+        self, structure: Structure, factors: Sequence[Array], x: Array, bias: Array | None, rows: bool
+    ) -> Array:  # fmt: skip
+        transposed = jax_cpu.single(structure, factors, jnp.eye(structure.d_in, dtype=x.dtype), None, True)
+        y = x @ transposed if rows else transposed.mT @ x
+        return y if bias is None else y + bias
+
+
+class Compiled(JaxWay):
+    """The passes that are compiled for the chain, which XLA calls (:mod:`.compiled.xla`)."""
+
+    name = "compiled"
+    pointers = True
+
+    def supports(self, problem: Problem) -> bool:
+        return jax_cpu.chain_of(problem.structure, problem.rows).ready(problem.dtype) is not None
+
+    def least(self, problem: Problem) -> float:
+        macs = problem.structure.macs * problem.tokens * (PASSES if problem.train else 1)
+        return self._once(problem) + macs * _wide(problem).fastest / 4  # pairs, and a slow calibration
+
+    def seconds(self, problem: Problem) -> float:
+        return self._once(problem) + super().seconds(problem)
+
+    def _once(self, problem: Problem) -> float:
+        """What compiling takes, for each of the calls that share it."""
+        return (2 if problem.train else 1) * COMPILING / CALLS
+
+    def model(self, problem: Problem) -> float:
+        program, found = jax_cpu.chain_of(problem.structure, problem.rows).given(problem.dtype), _wide(problem)
+        total = models.compiled(problem, program, found, back=False)
+        return total + models.compiled(problem, program, found, back=True) if problem.train else total
+
+    def run(
+        self, structure: Structure, factors: Sequence[Array], x: Array, bias: Array | None, rows: bool
+    ) -> Array:  # fmt: skip
+        return jax_cpu.chain(structure, factors, x, bias, rows)
+
+
+def _rates(problem: Problem) -> Rates:
+    return rates(models.timed_dtype(problem.dtype), problem.threads, "jax")
+
+
+def _wide(problem: Problem) -> Rates:
+    """The rates of the dtype that compiled passes compute in."""
+    return rates("float64" if problem.dtype == "float64" else "float32", problem.threads, "jax")
+
+
+@lru_cache(maxsize=64)
+def _calibrated(dtype: str, threads: int, train: bool) -> dict[str, tuple[float, float]]:
+    """Of each way the seconds of a call, and by what a chain of medium size takes longer than the model says."""
+    small, medium = (
+        Problem(structure, True, "jax", "cpu", dtype, tokens, threads, train) for structure, tokens in (TINY, MEDIUM)
+    )
+    timed: list[dict[str, float]] = []
+    for problem in (small, medium):
+        known = choice.timings(problem)
+        among = [way for way in _WAYS if way.supports(problem)]
+        timed.append(known if len(known) >= len(among) else measure(problem, among, keep=True))
+    return models.calibrated(timed[0], timed[1], {way.name: partial(way.model, medium) for way in _WAYS})
+
+
+products_way = Products()
+_WAYS: tuple[JaxWay, ...] = products_way, Compiled(), Dense()
+for _way in _WAYS:
+    register(_way)
+
+
+def run(
+    structure: Structure, factors: Sequence[Array], x: Array, bias: Array | None = None, rows: bool = True
+) -> Array:
+    """(tokens, d_in) -> (tokens, d_out) plus ``bias``, or columns."""
+    operands = (x, *factors) if bias is None else (x, *factors, bias)
+    way = _way_of(structure, x, rows) if jax_cpu.alone(operands, rows) else products_way
+    return way.run(structure, factors, x, bias, rows)
+
+
+def _way_of(structure: Structure, x: Array, rows: bool) -> Way:
+    """The way for calls with as many tokens, chosen once for as long as nothing is measured or pinned."""
+    tokens, dtype = x.shape[0 if rows else 1], str(x.dtype)
+    kept = structure._kept.setdefault(("jax_ways", rows), {})
+    key = dtype, choice.bucket(tokens), xla.threads(), choice.policy_text(), choice.generation()
+    if key not in kept:
+        problem = Problem(structure, rows, "jax", "cpu", dtype, choice.bucket(tokens), xla.threads(), False)
+        way = _untraced(lambda: choice.choose(problem))
+        for old in [old for old in kept if old[-1] != choice.generation()]:
+            kept.pop(old, None)
+        kept[(*key[:-1], choice.generation())] = way  # which measuring has changed
+        return way
+    found: Way = kept[key]
+    return found
+
+
+def _untraced(function: Callable[[], Way]) -> Way:
+    """Call a function in another thread, with this one's policy: jax traces nothing there."""
+    choice.ways("jax")  # imports are made here
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(copy_context().run, function).result()

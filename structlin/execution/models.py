@@ -1,0 +1,99 @@
+"""Models of the time that ways take: products and copies at the rates of a machine (:mod:`.rates`), without calls.
+
+They know no array library. What a model does not know is measured once for each way (:func:`calibrated`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+
+from structlin.execution.choice import Problem
+from structlin.execution.compiled._program import Program
+from structlin.execution.compiled._rules import shares
+from structlin.execution.machine import caches
+from structlin.execution.products import Product, plan_of
+from structlin.execution.rates import Rates
+from structlin.structure import Structure
+
+__all__ = ["BYTES", "MEDIUM", "PASSES", "TINY", "calibrated", "compiled", "dense", "products", "timed_dtype"]
+
+BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
+PASSES = 3  # products of a training step for each one of the forward pass
+# A chain whose products take no time beside its calls, and one of medium size, each with a number of tokens: large
+# enough for the rate to be that of larger ones, and small enough for all its ways to be timed in a tenth of a second.
+TINY = Structure.parse("pa,pfa->fp; fp,fep->fe", p=4, a=4, f=4, e=4), 1
+MEDIUM = Structure.parse("pa,pfra->frp; frp,ferp->fe", p=16, a=16, f=16, r=2, e=16), 256
+
+
+def timed_dtype(dtype: str) -> str:
+    """The dtype whose rates stand for those of ``dtype``."""
+    return dtype if dtype in BYTES else "float32"
+
+
+def products(problem: Problem, found: Rates) -> float:
+    """Seconds of one batched product for each step with the tokens innermost (:mod:`.products`)."""
+    tokens, plan = problem.tokens, plan_of(problem.structure, problem.rows)
+    total, number = 0.0, 0
+    for step in plan.steps:
+        moved = step.arrange if isinstance(step, Product) else step
+        permuted = moved.order != tuple(range(len(moved.order)))
+        if permuted and number:  # the first product reads the input where it is
+            numbers = math.prod(n for n in moved.view if n) * tokens
+            total += numbers * found.run + 2 * fresh(problem, found, numbers)
+        if isinstance(step, Product):
+            total += found.product(step.blocks, step.fan_in, step.fan_out, step.carried * tokens, rows=step.rows_in)
+            number += 1
+    return total * (PASSES if problem.train else 1)
+
+
+def dense(problem: Problem, found: Rates) -> float:
+    """Seconds of making the matrix by the chain from the identity, and of one product with it."""
+    structure = problem.structure
+    wide = replace(problem, rows=True, tokens=structure.d_in)
+    product = found.product(1, structure.d_in, structure.d_out, problem.tokens, rows=problem.rows)
+    return products(wide, found) + product * (PASSES if problem.train else 1)
+
+
+def compiled(problem: Problem, program: Program, found: Rates, back: bool) -> float:
+    """Seconds of a compiled pass: its instructions at the rate of those of a dense product.
+
+    Where the factors do not stay in cache, at least the reading of them for each block of tokens. ``found``: the rates
+    of the dtype that is computed in, float32 or float64.
+    """
+    cost = program.schedule.back_cost if back else program.schedule.cost
+    instruction = program.lanes * found.fastest * problem.threads  # seconds, on one thread
+    threads, numbers = shares(problem.tokens, problem.threads), problem.structure.num_params
+    touched = 3 if back else 1  # the factors are read, and their gradients read and written
+    busy = problem.tokens * cost * instruction
+    if numbers * BYTES[problem.dtype] > caches().l2:
+        busy = max(busy, touched * numbers * found.read * problem.tokens / program.block)
+    return busy / threads + touched * numbers * found.run
+
+
+def fresh(problem: Problem, found: Rates, numbers: int) -> float:
+    """Seconds that an array takes longer for not staying in cache: its memory comes from the system, page by page."""
+    return numbers * found.fresh if numbers * BYTES.get(problem.dtype, 8) > caches().l3 else 0.0
+
+
+def calibrated(
+    small: Mapping[str, float], medium: Mapping[str, float], model: Mapping[str, Callable[[], float]]
+) -> dict[str, tuple[float, float]]:
+    """Of each way the seconds of a call, and by what it takes longer than its model says.
+
+    ``small`` and ``medium``: seconds of each way that were measured for the chains :data:`TINY` and :data:`MEDIUM`;
+    ``model``: of each way its model's seconds for the latter.
+    """
+    found = {}
+    for name in model:
+        if name in small and name in medium:
+            call = small[name]
+            busy = max(medium[name] - call, 0.1 * medium[name])  # some of the call may be hidden
+            found[name] = call, busy / model[name]()
+    return found
+
+
+def seconds(steps: Sequence[object], call: float, factor: float, model: float) -> float:
+    """An estimate of a chain with these steps from what was measured of a way and what its model says."""
+    return call * len(steps) / len(TINY[0].steps) + factor * model
