@@ -9,7 +9,7 @@ over the dense product and the efficiency, which is the speed-up divided by the 
 them stands how many transposed arrays XLA writes in the compiled program (its `transpose` operations that are not
 layouts alone), forward and forward+backward: each is a pass over an activation.
 
-- `structlin`: what the flax layer runs, on a CPU a compiled pass where that is faster;
+- `structlin`: what the flax layer runs, on a CPU the way that is chosen, which the result names (STRUCTLIN_EXECUTION);
 - `products`: what it runs elsewhere: single products, with the tokens innermost between them;
 - `einsum`: one `jnp.einsum` for each step, with the tokens in front, as the chain is written;
 - `dot_general`: the same products in the order in which `lax.dot_general` leaves its results, and one transposition
@@ -32,6 +32,7 @@ from _measure import aligned, describe, keep_memory, machine, ratio, result_path
 import structlin
 from structlin import Structure
 from structlin._arrays import ops
+from structlin.execution import decisions
 from structlin.execution.compiled.xla import threads
 from structlin.execution.products import products
 
@@ -154,6 +155,7 @@ def measure(label: str, size: int, tokens: int, dtype: str, repeats: int) -> dic
     return {
         "structure": label, "options": options, "size": size, "tokens": tokens, "macs": structure.macs,
         "mac_ratio": saved, "dense_seconds": seconds, "implementations": found,
+        "ways": sorted(set(decisions([structure]).values())),
     }  # fmt: skip
 
 

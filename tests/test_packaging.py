@@ -220,7 +220,6 @@ class TestRequirements:
             "structlin.execution.compiled.stored": "torch",
             "structlin.execution.jax_ways": "jax",
             "structlin.execution.jax_cpu": "jax",
-            "structlin.execution.jax_ways": "jax",
             "structlin.execution.compiled.xla": "jax",
         }
         assert eager == {(name.replace(".", "/") + ".py", library) for name, library in modules.items()}

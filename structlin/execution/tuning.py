@@ -149,21 +149,26 @@ def problem_of(
     structure: Structure, tokens: int, *, dtype: str = "float32", train: bool = True, threads: int | None = None,
     rows: bool = True, library: str = "torch", device: str = "cpu",
 ) -> Problem:  # fmt: skip
-    """A problem by its parts. ``threads``: as many as torch uses, unless given."""
+    """A problem by its parts. ``threads``: as many as the library uses, unless given."""
     if not isinstance(structure, Structure):
         raise TypeError(f"a chain of einsums (structlin.Structure) is needed, got {type(structure).__name__}")
     if tokens < 1:
         raise ValueError(f"tokens must be at least 1, got {tokens}")
-    if threads is None:
+    ops(library)
+    if library == "jax":
+        from structlin.execution.compiled.xla import threads as threads_of_xla
+
+        threads = threads_of_xla() if threads is None else threads
+    elif threads is None:
         import torch
 
         threads = torch.get_num_threads()
-    ops(library)
     return Problem(structure, rows, library, device, dtype, choice.bucket(tokens), threads, train)
 
 
 def explain(
-    what: Any, tokens: int, *, dtype: str | None = None, train: bool = True, threads: int | None = None
+    what: Any, tokens: int, *, dtype: str | None = None, train: bool = True, threads: int | None = None,
+    library: str = "torch",
 ) -> str:  # fmt: skip
     """Which way runs a structure, an operator or a layer, and why, with the estimated and measured time of each way.
 
@@ -172,7 +177,8 @@ def explain(
         tokens: number of vectors; timings are kept for the next power of two.
         dtype: that of the layer's factors unless given, otherwise float32.
         train: with the backward pass.
-        threads: as many as torch uses, unless given.
+        threads: as many as the library uses, unless given.
+        library: torch or jax, in which choices are those of forward passes (``train=False``).
 
     Raises:
         TypeError: ``what`` is and has no chain of einsums.
@@ -186,5 +192,5 @@ def explain(
     if dtype is None:
         factors = [f for f in getattr(what, "factors", ()) if hasattr(f, "dtype")]
         dtype = str(factors[0].dtype).removeprefix("torch.") if factors else "float32"
-    problem = problem_of(structure, tokens, dtype=dtype, train=train, threads=threads)
+    problem = problem_of(structure, tokens, dtype=dtype, train=train, threads=threads, library=library)
     return choice.table(problem)
