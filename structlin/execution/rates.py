@@ -102,13 +102,15 @@ def least_seconds(function: Callable[[], object], rounds: int = ROUNDS) -> float
 class _Stopwatch:
     """How a library makes arrays of ones and times a function of arrays, and the sides of blocks that it is asked for.
 
-    ``written``: an array whose axes were permuted, in memory in its new order.
+    ``written``: an array whose axes were permuted, in memory in its new order. ``alike``: products with the tokens
+    first take as long as others, and nothing asks for copies of single numbers: neither is timed.
     """
 
     ones: Callable[..., Array]
     seconds: Callable[..., float]
     written: Callable[[Array], Array]
     sides: tuple[int, ...]
+    alike: bool
 
 
 @contextmanager
@@ -124,7 +126,7 @@ def _torch(dtype: str, threads: int) -> Iterator[_Stopwatch]:
     try:
         with torch.no_grad(), torch.autocast("cpu", enabled=False):
             ones = lambda *shape: torch.ones(shape, dtype=kind, device="cpu")  # noqa: E731
-            yield _Stopwatch(ones, seconds, torch.Tensor.contiguous, BLOCKS)
+            yield _Stopwatch(ones, seconds, torch.Tensor.contiguous, BLOCKS, False)
     finally:
         torch.set_num_threads(before)
 
@@ -142,7 +144,8 @@ def _jax(dtype: str, threads: int) -> Iterator[_Stopwatch]:
 
     with jax.enable_x64(dtype == "float64"):
         ones = lambda *shape: jax.device_put(np.ones(shape, jax.numpy.dtype(dtype)), device)  # noqa: E731
-        yield _Stopwatch(ones, seconds, lambda x: x, BLOCKS[::3])  # XLA takes some hundredths of a second for each
+        # XLA takes some hundredths of a second to compile each product.
+        yield _Stopwatch(ones, seconds, lambda x: x, BLOCKS[::3], True)
 
 
 def _measured(dtype: str, threads: int, library: str) -> Rates:
@@ -156,18 +159,21 @@ def _measured(dtype: str, threads: int, library: str) -> Rates:
             taken = seconds((lambda b, x: x @ b.mT) if rows else (lambda b, x: b @ x), blocks, x)
             return taken / (batch * side**2 * COLUMNS)
 
-        columns, rows = (_filled({side: mac(side, kind) for side in watch.sides}) for kind in (False, True))
+        columns = _filled({side: mac(side, False) for side in watch.sides})
+        rows = columns if watch.alike else _filled({side: mac(side, True) for side in watch.sides})
         side = math.isqrt(COPIED // COLUMNS)
         wide, flat = ones(side, side, COLUMNS), ones(COLUMNS, side, side)
         large, matrix, vector = ones(LARGE // wide.dtype.itemsize), ones(1024, 1024), ones(1, 1024)
         product: Callable[[Array, Array], Array] = lambda a, b: a @ b  # noqa: E731
         call = seconds(product, ones(1, 8, 8), ones(1, 8, 1), rounds=20)
-        many = seconds(product, ones(64, 8, 8), ones(64, 8, 1), rounds=20)
+        many = seconds(product, ones(64, 32, 32), ones(64, 32, 1), rounds=20)  # blocks that the BLAS is called for
+        run = seconds(lambda x: watch.written(permute(x, (1, 0, 2))), wide) / COPIED
+        single = run if watch.alike else seconds(lambda x: watch.written(permute(x, (0, 2, 1))), flat) / COPIED
         return Rates(
             columns,
             rows,
-            run=seconds(lambda x: watch.written(permute(x, (1, 0, 2))), wide) / COPIED,
-            single=seconds(lambda x: watch.written(permute(x, (0, 2, 1))), flat) / COPIED,
+            run=run,
+            single=single,
             read=seconds(lambda v, m: v @ m.mT, vector, matrix) / 1024**2,
             fresh=seconds(lambda x: x + 1, large, rounds=3) / len(large),
             call=call,

@@ -19,7 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import structlin
-from structlin import Structure, Work, _jax, design, get, names, random_factors, register_work, work
+from structlin import Structure, Work, design, get, names, random_factors, register_work, work
+from structlin.execution import jax_cpu as _jax
 from structlin.testing import random_chain
 
 EXAMPLES = [(name, shape, options) for name in names() for shape, options in get(name).examples]
