@@ -12,9 +12,8 @@ device and dtypes, and one of the ways is chosen for each chain, dtype, number o
 
 from structlin.execution._run import EXECUTOR
 from structlin.execution.choice import Problem, Way, decisions, pin, recording, register, using
-from structlin.execution.tuning import explain, measure, problem_of, tune
-from structlin.execution.wisdom import clear as clear_wisdom
-from structlin.execution.wisdom import export_wisdom, import_wisdom
+from structlin.execution.tuning import clear_wisdom, explain, import_wisdom, measure, problem_of, tune
+from structlin.execution.wisdom import export_wisdom
 from structlin.execution.wisdom import folder as wisdom_folder
 from structlin.structure import _executors
 

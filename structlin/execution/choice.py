@@ -11,7 +11,7 @@ tokens (in powers of two), threads, and whether gradients are to come. For each 
 
 The policy is ``estimate`` (the default), ``measure``, or names of ways in order of preference; names with a minus
 in front are left out: ``"-compiled"`` estimates among the other ways. It comes from :func:`using`, otherwise from the
-environment variable ``STRUCTLIN_EXECUTION``.
+environment variable ``STRUCTLIN_EXECUTION``. ``"-compiled"`` leaves out all ways of that group.
 """
 
 from __future__ import annotations
@@ -64,13 +64,15 @@ class Problem:
 class Way(ABC):
     """A way to run a chain. Write one module with a subclass and :func:`register` an instance to add a way.
 
-    ``library``: whose arrays it takes. ``explicit``: it is only chosen where a policy names it. ``pointers``: it takes
+    ``library``: whose arrays it takes. ``explicit``: it is only chosen where a policy names it. ``group``:
+    of ways that a policy leaves out together, by this name. ``pointers``: it takes
     addresses of memory, and is not asked for operands that have none or stand for more.
     """
 
     name: str
     library: str = "torch"
     explicit: bool = False
+    group: str = ""
     pointers: bool = False
 
     @abstractmethod
@@ -107,6 +109,9 @@ class Way(ABC):
 
 _WAYS: dict[tuple[str, str], Way] = {}
 _loaders: list[Callable[[bool], None]] = []
+_derived: list[Callable[[], None]] = []
+measurers: list[Callable[[Problem, list[Way]], dict[str, float]]] = []
+"""What times ways for a problem: :mod:`.tuning` enters itself."""
 _generation = 0  # what was chosen before a registration, a pin or new timings is chosen again
 
 
@@ -132,6 +137,18 @@ def load_with(loader: Callable[[bool], None]) -> None:
 def _load(every: bool = False) -> None:
     for loader in _loaders:
         loader(every)
+
+
+def measured_with(clear: Callable[[], None]) -> None:
+    """Call ``clear`` when what was measured is replaced: it empties a cache of what is derived from it."""
+    _derived.append(clear)
+
+
+def forget_measured() -> None:
+    """Read what was measured anew, and make all choices anew."""
+    for clear in _derived:
+        clear()
+    forget()
 
 
 def forget() -> None:
@@ -252,7 +269,8 @@ def candidates(problem: Problem, policy: Policy | None = None, *, quick: bool = 
     found: list[Candidate] = []
     best = math.inf
     for way in sorted(ways(problem.library), key=lambda way: way.least(problem)):
-        if way.name in policy.without or (way.explicit and way.name not in policy.names):
+        left_out = way.name in policy.without or way.group in policy.without
+        if left_out or (way.explicit and way.name not in policy.names):
             continue
         if quick and way.least(problem) >= best:
             break
@@ -294,9 +312,7 @@ def _choose(problem: Problem, policy: Policy) -> tuple[Way, str]:
         return found[0].way, "nothing else can run it"
     timed = [c for c in found if c.measured is not None]
     if len(timed) < 2 and policy.mode == "measure":
-        from structlin.execution.tuning import measure
-
-        measured = measure(problem, [c.way for c in found])
+        measured = measurers[0](problem, [c.way for c in found])
         timed = [replace(c, measured=measured[c.way.name]) for c in found if c.way.name in measured]
     if len(timed) > 1:
         best = min(timed, key=lambda c: c.measured or 0.0)
@@ -313,7 +329,7 @@ def recording() -> Iterator[list[Problem]]:
     try:
         yield met
     finally:
-        _recordings.remove(met)
+        _recordings[:] = [other for other in _recordings if other is not met]
 
 
 def decisions(structures: Collection[Structure] | None = None) -> dict[str, str]:

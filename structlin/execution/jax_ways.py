@@ -42,8 +42,6 @@ from structlin.structure import Structure
 __all__ = ["JaxWay", "run"]
 
 Array = Any
-# Seconds that LLVM takes for a pass, and calls in which they are to be won back: a short run of training.
-COMPILING, CALLS = 0.15, 2000
 MOST_BYTES = 1 << 28  # of a dense matrix: a quarter of a gigabyte, beside which nothing here is large
 
 
@@ -150,7 +148,7 @@ class Compiled(JaxWay):
 
     def _once(self, problem: Problem) -> float:
         """What compiling takes, for each of the calls that share it."""
-        return (2 if problem.train else 1) * COMPILING / CALLS
+        return (2 if problem.train else 1) * models.COMPILING
 
     def model(self, problem: Problem) -> float:
         program, found = jax_cpu.chain_of(problem.structure, problem.rows).given(problem.dtype), _wide(problem)

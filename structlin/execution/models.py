@@ -17,19 +17,42 @@ from structlin.execution.products import Product, plan_of
 from structlin.execution.rates import Rates
 from structlin.structure import Structure
 
-__all__ = ["BYTES", "MEDIUM", "PASSES", "TINY", "calibrated", "compiled", "dense", "products", "timed_dtype"]
+__all__ = [
+    "BYTES",
+    "COMPILING",
+    "LARGE",
+    "MEDIUM",
+    "PASSES",
+    "TINY",
+    "calibrated",
+    "compiled",
+    "dense",
+    "is_large",
+    "products",
+    "timed_dtype",
+]
 
 BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
+COMPILING = 0.15 / 10_000  # seconds that LLVM takes for a pass, for each of the calls in which they are to be won back
 PASSES = 3  # products of a training step for each one of the forward pass
 # A chain whose products take no time beside its calls, and one of medium size, each with a number of tokens: large
 # enough for the rate to be that of larger ones, and small enough for all its ways to be timed in a tenth of a second.
 TINY = Structure.parse("pa,pfa->fp; fp,fep->fe", p=4, a=4, f=4, e=4), 1
 MEDIUM = Structure.parse("pa,pfra->frp; frp,ferp->fe", p=16, a=16, f=16, r=2, e=16), 256
+# One whose activation between the products has 8 MB in float32: more than the second level of cache holds.
+LARGE = Structure.parse("pa,pfra->frp; frp,ferp->fe", p=32, a=32, f=32, r=4, e=32), 512
 
 
 def timed_dtype(dtype: str) -> str:
     """The dtype whose rates stand for those of ``dtype``."""
     return dtype if dtype in BYTES else "float32"
+
+
+def is_large(problem: Problem) -> bool:
+    """Whether the widest activation has more bytes than the second level of cache holds twice."""
+    factors, steps = problem.structure.factors, problem.structure.steps
+    widest = max(f.blocks * f.fan_out * f.carried for f in factors[:-1]) if len(steps) > 1 else problem.structure.d_out
+    return widest * problem.tokens * BYTES.get(problem.dtype, 8) > 2 * caches().l2
 
 
 def products(problem: Problem, found: Rates) -> float:
@@ -45,6 +68,8 @@ def products(problem: Problem, found: Rates) -> float:
         if isinstance(step, Product):
             total += found.product(step.blocks, step.fan_in, step.fan_out, step.carried * tokens, rows=step.rows_in)
             number += 1
+    ends = problem.structure.d_out * tokens  # a bias is added by an operation of its own
+    total += ends * found.run + fresh(problem, found, ends)
     return total * (PASSES if problem.train else 1)
 
 
@@ -64,7 +89,8 @@ def compiled(problem: Problem, program: Program, found: Rates, back: bool) -> fl
     """
     cost = program.schedule.back_cost if back else program.schedule.cost
     instruction = program.lanes * found.fastest * problem.threads  # seconds, on one thread
-    threads, numbers = shares(problem.tokens, problem.threads), problem.structure.num_params
+    threads = shares(problem.tokens, problem.threads, problem.structure.macs)
+    numbers = problem.structure.num_params
     touched = 3 if back else 1  # the factors are read, and their gradients read and written
     busy = problem.tokens * cost * instruction
     if numbers * BYTES[problem.dtype] > caches().l2:
@@ -73,8 +99,13 @@ def compiled(problem: Problem, program: Program, found: Rates, back: bool) -> fl
 
 
 def fresh(problem: Problem, found: Rates, numbers: int) -> float:
-    """Seconds that an array takes longer for not staying in cache: its memory comes from the system, page by page."""
-    return numbers * found.fresh if numbers * BYTES.get(problem.dtype, 8) > caches().l3 else 0.0
+    """Seconds that an array takes longer for not staying in cache: its memory comes from the system, page by page.
+
+    Nothing up to the size of the second level of cache, all from that of the third one on, and a part between.
+    """
+    size, near, far = numbers * BYTES.get(problem.dtype, 8), caches().l2, caches().l3
+    part = math.log(max(size, near) / near) / math.log(far / near) if far > near else float(size > far)
+    return numbers * found.fresh * min(1.0, part)
 
 
 def calibrated(

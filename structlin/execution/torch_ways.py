@@ -11,8 +11,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -20,13 +19,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from structlin._arrays import ops
-from structlin.execution import choice
+from structlin.execution import choice, models
 from structlin.execution._guard import guard_of, watched
 from structlin.execution.choice import Problem, Way, register
-from structlin.execution.compiled._rules import shares
 from structlin.execution.compiled._target import CompileError
-from structlin.execution.machine import caches
-from structlin.execution.products import Product, plan_of, products
+from structlin.execution.products import products
 from structlin.execution.rates import Rates, rates
 from structlin.execution.token_major import token_major
 from structlin.execution.torch_cpu import Passes, chain_of
@@ -36,15 +33,11 @@ from structlin.structure import Structure
 __all__ = ["TorchChain", "torch_chain"]
 
 _TORCH = ops("torch")
-_TIMED = ("float32", "float64", "bfloat16", "float16")  # dtypes whose rates are measured
-_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 FEW = 1 << 15  # numbers in the widest activation, up to which calls take longer than copies, on any device
-COMPILING, CALLS = 0.15, 10_000  # seconds that LLVM takes for a pass, and calls in which they are to be won back
-_PASSES = 3  # products of a training step for each one of the forward pass
 
 
 def _rates(problem: Problem) -> Rates:
-    return rates(problem.dtype if problem.dtype in _TIMED else "float32", problem.threads)
+    return rates(models.timed_dtype(problem.dtype), problem.threads)
 
 
 def _steps(structure: Structure) -> list[tuple[int, int, int, int]]:
@@ -62,9 +55,11 @@ class TorchWay(Way):
     def seconds(self, problem: Problem) -> float:
         if problem.device != "cpu":
             return _elsewhere(problem, self.name)
-        kind = (problem.dtype if problem.dtype in _TIMED else "float32"), problem.threads, problem.train
-        call, factor = _calibrated(*kind).get(self.name, (_rates(problem).call, 1.0))
-        return call * len(problem.structure.steps) / len(_TINY.steps) + factor * self.model(problem)
+        dtype, large = models.timed_dtype(problem.dtype), models.is_large(problem)
+        call, factor = _calibrated(dtype, problem.threads, problem.train, large).get(
+            self.name, (_rates(problem).call, 1.0)
+        )
+        return models.seconds(problem.structure.steps, call, factor, self.model(problem))
 
 
 class Products(TorchWay):
@@ -76,18 +71,7 @@ class Products(TorchWay):
         return True
 
     def model(self, problem: Problem) -> float:
-        found, tokens, plan = _rates(problem), problem.tokens, plan_of(problem.structure, problem.rows)
-        total, number = 0.0, 0
-        for step in plan.steps:
-            moved = step.arrange if isinstance(step, Product) else step
-            permuted = moved.order != tuple(range(len(moved.order)))
-            if permuted and number:  # the first product reads the input where it is
-                numbers = math.prod(n for n in moved.view if n) * tokens
-                total += numbers * found.run + 2 * _fresh(problem, found, numbers)
-            if isinstance(step, Product):
-                total += found.product(step.blocks, step.fan_in, step.fan_out, step.carried * tokens, rows=step.rows_in)
-                number += 1
-        return total * (_PASSES if problem.train else 1)
+        return models.products(problem, _rates(problem))
 
     def run(
         self, structure: Structure, factors: Sequence[Tensor], x: Tensor, bias: Tensor | None, rows: bool
@@ -110,7 +94,7 @@ class TokenMajor(TorchWay):
         steps = _steps(problem.structure)
         for blocks, left, right in (*plan.steps, plan.last):
             if left[1] is not None and done:
-                total += numbers * found.single + 2 * _fresh(problem, found, numbers)
+                total += numbers * found.single + 2 * models.fresh(problem, found, numbers)
             if blocks is None:
                 continue
             batch, contracted, free, carried = steps[done]
@@ -119,8 +103,8 @@ class TokenMajor(TorchWay):
                 total += batch * contracted * free * (found.single if right[1][-1] != len(right[1]) - 1 else found.run)
             numbers, done = batch * free * carried * tokens, done + 1
         if plan.out[1] is not None:
-            total += numbers * found.run + _fresh(problem, found, numbers)
-        return total * (_PASSES if problem.train else 1)
+            total += numbers * found.run + models.fresh(problem, found, numbers)
+        return total * (models.PASSES if problem.train else 1)
 
     def run(
         self, structure: Structure, factors: Sequence[Tensor], x: Tensor, bias: Tensor | None, rows: bool
@@ -138,15 +122,12 @@ class Dense(TorchWay):
     most_bytes = 1 << 28  # of the matrix: a quarter of a gigabyte, beside which nothing here is large
 
     def supports(self, problem: Problem) -> bool:
-        item = _BYTES.get(problem.dtype)
+        item = models.BYTES.get(problem.dtype)
         size = problem.structure.d_in * problem.structure.d_out
         return item is not None and problem.device == "cpu" and size * item <= self.most_bytes
 
     def model(self, problem: Problem) -> float:
-        structure, found = problem.structure, _rates(problem)
-        wide = replace(problem, rows=True, tokens=structure.d_in)
-        product = found.product(1, structure.d_in, structure.d_out, problem.tokens, rows=problem.rows)
-        return products_way.model(wide) + product * (_PASSES if problem.train else 1)
+        return models.dense(problem, _rates(problem))
 
     def run(
         self, structure: Structure, factors: Sequence[Tensor], x: Tensor, bias: Tensor | None, rows: bool
@@ -163,6 +144,7 @@ class PassesWay(TorchWay):
 
     def __init__(self, name: str, forward: str, back: str | None) -> None:
         self.name, self.forward, self.back = name, forward, back
+        self.group = "chunked" if name == "chunked" else "compiled"
 
     def supports(self, problem: Problem) -> bool:
         if problem.device != "cpu" or (problem.train and self.back is None):
@@ -177,7 +159,7 @@ class PassesWay(TorchWay):
         if problem.device != "cpu":
             return math.inf
         wide = "float64" if problem.dtype == "float64" else "float32"
-        macs = problem.structure.macs * problem.tokens * (_PASSES if problem.train else 1)
+        macs = problem.structure.macs * problem.tokens * (models.PASSES if problem.train else 1)
         return self._once(problem) + macs * rates(wide, problem.threads).fastest / 4  # pairs, and a slow calibration
 
     def seconds(self, problem: Problem) -> float:
@@ -186,7 +168,7 @@ class PassesWay(TorchWay):
     def _once(self, problem: Problem) -> float:
         """What compiling takes, for each of the calls that share it."""
         passes = (self.forward != "chunked") + (problem.train and self.back != "chunked")
-        return passes * COMPILING / CALLS
+        return passes * models.COMPILING
 
     def model(self, problem: Problem) -> float:
         total = self._seconds(problem, self.forward, False)
@@ -198,23 +180,15 @@ class PassesWay(TorchWay):
         found, chain = _rates(problem), chain_of(problem.structure, problem.rows).chunked
         times = (3 if self.forward != kind else 2) if back else 1  # what the other kind keeps is computed again
         done = sum(found.product(b, k, f, c * problem.tokens) for b, k, f, c in _steps(problem.structure))
-        chunks = math.ceil(problem.tokens / chain.chunk(_BYTES[problem.dtype])) - 1
+        chunks = math.ceil(problem.tokens / chain.chunk(models.BYTES[problem.dtype])) - 1
         calls = 2 * chunks * len(problem.structure.steps) * found.call
         return times * (done + calls + (problem.structure.d_in + problem.structure.d_out) * problem.tokens * found.run)
 
     def _compiled(self, problem: Problem, back: bool) -> float:
-        """Instructions at the rate of those of a dense product, or the reading of factors for each block of tokens."""
         program = chain_of(problem.structure, problem.rows).compiled.program(problem.dtype)
         assert program is not None
-        machine = rates("float64" if problem.dtype == "float64" else "float32", problem.threads)
-        cost = program.schedule.back_cost if back else program.schedule.cost
-        instruction = program.lanes * machine.fastest * problem.threads  # seconds, on one thread
-        threads, numbers = shares(problem.tokens, problem.threads), problem.structure.num_params
-        touched = 3 if back else 1  # the factors are read, and their gradients read and written
-        busy = problem.tokens * cost * instruction
-        if numbers * _BYTES[problem.dtype] > caches().l2:
-            busy = max(busy, touched * numbers * machine.read * problem.tokens / program.block)
-        return busy / threads + touched * numbers * machine.run
+        found = rates("float64" if problem.dtype == "float64" else "float32", problem.threads)
+        return models.compiled(problem, program, found, back)
 
     def run(
         self, structure: Structure, factors: Sequence[Tensor], x: Tensor, bias: Tensor | None, rows: bool
@@ -276,11 +250,6 @@ class StoredWay(PassesWay):
         return run
 
 
-def _fresh(problem: Problem, found: Rates, numbers: int) -> float:
-    """Seconds that an array takes longer for not staying in cache: its memory comes from the system, page by page."""
-    return numbers * found.fresh if numbers * _BYTES.get(problem.dtype, 8) > caches().l3 else 0.0
-
-
 def _elsewhere(problem: Problem, name: str) -> float:
     """On another device nothing is measured in advance: few numbers are a matter of calls, many of copies."""
     widest = max(max(f.fan_in, f.fan_out) * f.blocks * f.carried for f in problem.structure.factors)
@@ -288,36 +257,30 @@ def _elsewhere(problem: Problem, name: str) -> float:
     return 1.0 if (name == "token_major") == few else 2.0
 
 
-# A chain whose products take no time beside its calls, and one of medium size with its number of tokens: large enough
-# for the rate to be that of larger ones, and small enough for all its ways to be timed in a tenth of a second.
-_TINY = Structure.parse("pa,pfa->fp; fp,fep->fe", p=4, a=4, f=4, e=4)
-_MEDIUM, _MEDIUM_TOKENS = Structure.parse("pa,pfra->frp; frp,ferp->fe", p=16, a=16, f=16, r=2, e=16), 256
-
-
 @lru_cache(maxsize=64)
-def _calibrated(dtype: str, threads: int, train: bool) -> dict[str, tuple[float, float]]:
-    """Of each way the seconds of a call, and by what a chain of medium size takes longer than the model says."""
-    small, medium = (
+def _calibrated(dtype: str, threads: int, train: bool, large: bool) -> dict[str, tuple[float, float]]:
+    """Of each way the seconds of a call, and by what a chain takes longer than the model says.
+
+    That is of medium size, or ``large``: one whose activations leave the second level of cache.
+    """
+    small, other = (
         Problem(structure, True, "torch", "cpu", dtype, tokens, threads, train)
-        for structure, tokens in ((_TINY, 1), (_MEDIUM, _MEDIUM_TOKENS))
+        for structure, tokens in (models.TINY, models.LARGE if large else models.MEDIUM)
     )
-    timed = []
-    for problem in (small, medium):
-        known = choice.timings(problem)
-        among = [way for way in choice.ways("torch") if isinstance(way, TorchWay) and way.supports(problem)]
-        timed.append(known if len(known) >= len(among) else measure(problem, among, keep=True))
-    found = {}
-    for way in choice.ways("torch"):
-        if way.name in timed[0] and isinstance(way, TorchWay):
-            call = timed[0][way.name]
-            if way.name not in timed[1]:  # it is for few tokens alone
-                found[way.name] = call, 1.0
-                continue
-            busy = max(timed[1][way.name] - call, 0.1 * timed[1][way.name])  # some of the call may be hidden
-            found[way.name] = call, busy / way.model(medium)
-    return found
+    ways = [way for way in choice.ways("torch") if isinstance(way, TorchWay) and not isinstance(way, BlocksWay)]
+    calls, busy = (_timed(problem, ways) for problem in (small, other))
+    found = models.calibrated(calls, busy, {way.name: partial(way.model, other) for way in ways})
+    # What is for few tokens alone has no time of the other chain.
+    return {way.name: (calls[way.name], 1.0) for way in ways if way.name in calls} | found
 
 
+def _timed(problem: Problem, ways: Sequence[TorchWay]) -> dict[str, float]:
+    known, among = choice.timings(problem), [way for way in ways if way.supports(problem)]
+    return known if len(known) >= len(among) else measure(problem, among, keep=True)
+
+
+for _clear in (_calibrated.cache_clear, rates.cache_clear):
+    choice.measured_with(_clear)
 products_way, token_major_way = Products(), TokenMajor()
 compiled_way = PassesWay("compiled", "compiled", "compiled")
 for _way in (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import math
+import os
 import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -13,11 +14,11 @@ from structlin.execution import choice, wisdom
 from structlin.execution.choice import Problem, Way
 from structlin.structure import Structure
 
-__all__ = ["explain", "measure", "problem_of", "tune"]
+__all__ = ["clear_wisdom", "explain", "import_wisdom", "measure", "problem_of", "tune"]
 
 # Seconds to spend on the rounds of one problem, and how many rounds there are at least and at most. In each round all
 # ways run once; the least time of a way counts, since other processes only add to it.
-BUDGET, LEAST_ROUNDS, MOST_ROUNDS = 0.6, 3, 60
+BUDGET, LEAST_ROUNDS, MOST_ROUNDS = 0.6, 5, 60
 HOPELESS = 3.0  # a way that takes so many times the best one's time after the least number of rounds is timed no more
 # With more tokens than take so many seconds by the best estimate, a problem is timed with fewer: the time of a token
 # does not change any more.
@@ -44,6 +45,8 @@ def measure(problem: Problem, among: Sequence[Way] | None = None, *, keep: bool 
         except (MemoryError, RuntimeError):
             continue
         calls[way.name] = call
+    if not calls:
+        raise ValueError(f"no way can run {problem.key}")
     least = dict.fromkeys(calls, math.inf)
     racing, start = list(calls), time.perf_counter()
     for number in range(MOST_ROUNDS):
@@ -58,6 +61,9 @@ def measure(problem: Problem, among: Sequence[Way] | None = None, *, keep: bool 
     kept: dict[str, float] = wisdom.write(problem.key, found, keep=keep)
     choice.forget()
     return kept
+
+
+choice.measurers[:] = [lambda problem, ways: measure(problem, ways)]
 
 
 def _timed(call: Callable[[], object]) -> float:
@@ -143,6 +149,27 @@ def _met(run: Callable[[], object]) -> list[Problem]:
     with choice.recording() as met:
         run()
     return list(dict.fromkeys(met))
+
+
+def import_wisdom(path: str | os.PathLike[str], *, any_machine: bool = False) -> int:
+    """Take the records of a file that :func:`export_wisdom` wrote; return how many. All choices are made anew.
+
+    Records that are there already are replaced.
+
+    Raises:
+        ValueError: the file is damaged or no export, or it is of another processor or of other versions of the
+            libraries, whose timings say nothing here, unless ``any_machine``.
+    """
+    count = wisdom.import_wisdom(path, any_machine=any_machine)
+    choice.forget_measured()
+    return count
+
+
+def clear_wisdom() -> int:
+    """Forget all that was measured on this processor; return how many files were deleted. Choices are made anew."""
+    count = wisdom.clear()
+    choice.forget_measured()
+    return count
 
 
 def problem_of(

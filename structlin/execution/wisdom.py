@@ -155,7 +155,11 @@ def export_wisdom(path: str | os.PathLike[str]) -> int:
     """Write all records of this processor to one JSON file; return how many there are."""
     records = {}
     for file in sorted(folder().glob("*.json")):
-        key, value = _opened(file.read_text(encoding="utf-8"))
+        try:
+            key, value = _opened(file.read_text(encoding="utf-8"))
+        except (ValueError, KeyError, TypeError) as error:
+            warnings.warn(f"{file} is left out of the export: {error}", RuntimeWarning, stacklevel=2)
+            continue
         records[key] = value
     text = json.dumps({"format": FORMAT, "processor": processor(), "versions": versions(), "records": records})
     target = Path(path)

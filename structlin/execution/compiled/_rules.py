@@ -19,6 +19,7 @@ KEPT_WORK, FRESH_WORK, KEPT_SHARE = 3, 3, 0.125
 # by how much they have to be larger even without, to keep them anyway.
 MORE, MISSED = 0.1, 0.05
 SHARE, COPIED_SHARE = 48, 1 << 15  # tokens of a thread, and numbers that it copies, at least
+SHARE_MACS = 1 << 19  # of a thread, at least, where tokens are few: about as long as a team takes to start, 10 us
 FEW_SLICES = 4  # or with RUN neighbours each: more to save memory would take more time than they are worth
 WASTE = 12  # times the instructions that products without losses would take: more is slower than what others do
 
@@ -135,9 +136,10 @@ class ChainRules:
         return dense - own - program.work_bytes(threads, kept)
 
 
-def shares(tokens: int, threads: int) -> int:
-    """Among how many of the threads to share the tokens."""
-    return max(1, min(threads, tokens // SHARE))
+def shares(tokens: int, threads: int, macs: int = 0) -> int:
+    """Among how many of the threads to share the tokens, with so many MACs each if they are known."""
+    least = max(1, min(SHARE, math.ceil(SHARE_MACS / macs))) if macs else SHARE
+    return max(1, min(threads, tokens // least))
 
 
 def copy_shares(numbers: int, threads: int) -> int:
@@ -149,5 +151,6 @@ def cuts(part: range, block: int, count: int) -> list[int]:
     """Where ``count`` shares of a part of the tokens start, which are whole blocks, with the end of the last."""
     if count == 1:
         return [part.start, part.stop]
+    block = min(block, math.ceil(len(part) / count))
     blocks = math.ceil(len(part) / block)
     return [min(part.stop, part.start + blocks * k // count * block) for k in range(count + 1)]

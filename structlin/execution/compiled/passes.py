@@ -40,6 +40,9 @@ class FusedChain(ChainRules):
         """Whether the chain can be compiled for this dtype, and the compiler has not failed."""
         return not self.failed and self._program(dtype) is not None
 
+    def _threads(self, tokens: int) -> int:
+        return shares(tokens, torch.get_num_threads(), self.macs)
+
     def _program(self, dtype: torch.dtype) -> Program | None:
         if dtype not in self._found:
             self._found[dtype] = self.program(_NAMES[dtype]) if dtype in _NAMES else None
@@ -53,7 +56,7 @@ class FusedChain(ChainRules):
         x, factors = x.contiguous(), [factor.contiguous() for factor in factors]
         shape = (tokens, self.d_out) if self.rows else (self.d_out, tokens)
         y = torch.empty(shape, dtype=x.dtype, device="cpu")
-        cut, found = self.kept_tokens(name, tokens, _threads(tokens)) if kept is not None else 0, []
+        cut, found = self.kept_tokens(name, tokens, self._threads(tokens)) if kept is not None else 0, []
         if kept is not None and cut:
             rows, kept_dtype = program.schedule.rows[1:-1], program.kept_dtype
             found = [torch.empty(cut * row, dtype=kept_dtype, device="cpu") for row in rows]
@@ -72,7 +75,7 @@ class FusedChain(ChainRules):
                 if part:
                     run = slices.program.forward(bias is not None, bool(more))
                     held = kept_places(more, slices, number) if more else []
-                    tables = [[*table, *held]] * _threads(len(part))
+                    tables = [[*table, *held]] * self._threads(len(part))
                     _run(run, part, tokens, ends, tables, program.target)
         return y
 
@@ -80,7 +83,7 @@ class FusedChain(ChainRules):
         self, gy: Tensor, x: Tensor, factors: Sequence[Tensor], needs: Sequence[bool], kept: Sequence[Tensor] = ()
     ) -> tuple[Tensor | None, ...]:
         program, tokens, last = self._ready(x.dtype), x.shape[0 if self.rows else 1], len(factors)
-        threads = _threads(tokens)
+        threads = self._threads(tokens)
         if self._upright is not None and (program.pairs or (threads > 1 and self.sums_are_large(program))):
             return self._plain_backward(gy, x, factors, needs, kept)
         x, gy, factors = x.contiguous(), gy.contiguous(), [factor.contiguous() for factor in factors]
@@ -100,7 +103,7 @@ class FusedChain(ChainRules):
             ends, first = [x.data_ptr() + moved, gy.data_ptr()], [] if gx is None else [gx.data_ptr() + moved]
             for part, run, packed, more in ways:
                 table, rest = [*first, *packed.slice(number)], more(number)
-                tables = [[*table, *mine, *rest] for mine in grads[: _threads(len(part))]]
+                tables = [[*table, *mine, *rest] for mine in grads[: self._threads(len(part))]]
                 _run(run, part, tokens, ends, tables, slices.program.target)
                 del packed, more
             if number + 1 == slices.count:
@@ -159,7 +162,7 @@ class FusedChain(ChainRules):
         for part, held in ((range(cut), kept), (range(cut, tokens), None)):
             if not part:
                 continue
-            run = slices.program.backward(needs, held is not None, _threads(len(part)) > 1)
+            run = slices.program.backward(needs, held is not None, self._threads(len(part)) > 1)
             if held is None:
                 more = Packed(slices, "forward", range(max(wanted, default=0)), factors).slice
             else:
@@ -183,10 +186,6 @@ def _upright(
         written = step.output
     ends = (math.prod(size[a] for a in axes) for axes in (steps[0].input, written))
     return tuple(s.factor == s.output + s.input for s in steps) if tuple(ends) == (d_in, d_out) else None
-
-
-def _threads(tokens: int) -> int:
-    return shares(tokens, torch.get_num_threads())
 
 
 def _run(
