@@ -10,7 +10,7 @@ matrix and its gradient would, which this chain does without, and those that are
 others are computed again, chunk by chunk.
 
 This is for machines on which :mod:`structlin.execution.compiled` does not run, and for what that leaves out.
-benchmarks/contraction.py measures this beside the portable plan.
+benchmarks/layers.py --ways measures this beside the other ways.
 """
 
 from __future__ import annotations

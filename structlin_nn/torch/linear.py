@@ -193,10 +193,10 @@ class StructuredLinear(nn.Module):
         return y.reshape(*lead, self.out_features)
 
     def _product(self, x: Tensor, factors: Sequence[Tensor], bias: Tensor | None) -> Tensor:
-        """(tokens, in_features) -> (tokens, out_features) by what benchmarks/overhead.py finds the fastest.
+        """(tokens, in_features) -> (tokens, out_features) by the way that :mod:`structlin.execution` chooses.
 
-        :mod:`structlin.execution` chooses the way. A compiler for the CPU gets that as one
-        node where it is known to pay, and otherwise the single products, so that it can fuse what stands between.
+        A compiler for the CPU gets the contraction as one node where it is known to pay. Otherwise it gets the single
+        products, so that it can fuse what stands between.
         """
         structure, plan = self.structure, self._token_major
         compiling = torch.compiler.is_compiling()
