@@ -245,7 +245,7 @@ def using(policy: str) -> Iterator[None]:
 # -- the choice --------------------------------------------------------------------------------------------------------
 
 _pinned: dict[str, str] = {}
-_made: dict[Problem, str] = {}
+_made: dict[str, tuple[str, str]] = {}  # of each problem's text the structure's and the way; no structure is held
 _recordings: list[list[Problem]] = []
 
 
@@ -290,7 +290,7 @@ def choose(problem: Problem) -> Way:
     """The way for a problem. It is the same one for as long as nothing is registered, pinned or measured anew."""
     policy = policy_of(policy_text())
     way = _choose(problem, policy)[0]
-    _made[problem] = way.name
+    _made[problem.key] = repr(problem.structure), way.name
     for met in _recordings:
         met.append(problem)
     return way
@@ -337,8 +337,8 @@ def decisions(structures: Collection[Structure] | None = None) -> dict[str, str]
 
     ``structures``: only problems of these. A run keeps this in its record and its checkpoints.
     """
-    wanted = [p for p in _made if structures is None or p.structure in structures]
-    return {problem.key: _made[problem] for problem in sorted(wanted, key=lambda p: p.key)}
+    wanted = None if structures is None else {repr(structure) for structure in structures}
+    return {key: way for key, (of, way) in sorted(_made.items()) if wanted is None or of in wanted}
 
 
 def pin(chosen: Mapping[str, str]) -> None:

@@ -22,6 +22,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
 from structlin._arrays import ops
+from structlin.execution._kept import kept
 from structlin.execution.choice import policy_text, using
 from structlin.execution.compiled._target import CompileError, warn_once
 from structlin.execution.compiled.xla import INSTEAD, XLAChain
@@ -107,11 +108,8 @@ def alone(operands: Sequence[Array], rows: bool) -> bool:
 
 def chain_of(structure: Structure, rows: bool) -> XLAChain:
     """The passes of a structure, made once for it."""
-    found = structure._kept.get(("jax_cpu", rows))
-    if found is None:
-        found = XLAChain(structure.steps, structure.sizes, structure.d_in, structure.d_out, rows)
-        structure._kept["jax_cpu", rows] = found
-    return found
+    parts = structure.steps, structure.sizes, structure.d_in, structure.d_out, rows
+    return kept(structure, ("jax_cpu", rows), lambda: XLAChain(*parts))
 
 
 def _portable(x: Array, *operands: Array, structure: Structure, rows: bool, bias: bool) -> Array:

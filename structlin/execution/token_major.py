@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
 from itertools import pairwise
 
 import torch
 from torch import Tensor, baddbmm, bmm
 from torch.nn import functional as F
 
+from structlin.execution._kept import kept
 from structlin.structure import Structure
 
 __all__ = ["TokenMajor", "token_major"]
@@ -176,7 +176,6 @@ def _summed(products: Tensor, how: Arrangement) -> Tensor:
     return sums if shape is None else sums.reshape(*shape)
 
 
-@lru_cache(maxsize=4096)
 def token_major(structure: Structure) -> TokenMajor:
     """The plan of a structure; made once."""
-    return TokenMajor(structure)
+    return kept(structure, ("token_major",), lambda: TokenMajor(structure))

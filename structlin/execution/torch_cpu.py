@@ -18,6 +18,7 @@ from structlin._arrays import ops
 from structlin.execution import choice
 from structlin.execution._gradients import chain_gradients
 from structlin.execution._guard import Guard, addressable, recording, transforming
+from structlin.execution._kept import kept
 from structlin.execution.chunked import ChunkedChain
 from structlin.execution.compiled._target import CompileError, warn_once
 from structlin.execution.compiled.passes import FusedChain
@@ -210,8 +211,4 @@ def _as_kept(tensors: Sequence[Tensor], expected: Sequence[tuple[torch.dtype, to
 
 def chain_of(structure: Structure, rows: bool = True) -> CPUChain:
     """The ways of a structure, made once for it."""
-    key = "torch_cpu", rows
-    found = structure._kept.get(key)
-    if found is None:
-        found = structure._kept[key] = CPUChain(structure, rows)
-    return found
+    return kept(structure, ("torch_cpu", rows), lambda: CPUChain(structure, rows))

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from structlin._arrays import ops
 from structlin.execution import choice, models
 from structlin.execution._guard import guard_of, watched
+from structlin.execution._kept import kept
 from structlin.execution.choice import Problem, Way, register
 from structlin.execution.compiled._target import CompileError
 from structlin.execution.products import products
@@ -193,11 +194,19 @@ class PassesWay(TorchWay):
     def run(
         self, structure: Structure, factors: Sequence[Tensor], x: Tensor, bias: Tensor | None, rows: bool
     ) -> Tensor:  # fmt: skip
-        chain, dtype = chain_of(structure, rows), x.dtype
-        forward, back = chain.passes(self.forward, dtype), chain.passes(self.back or self.forward, dtype)
-        if forward is None or back is None:  # the compiler has failed since
-            return products_way.run(structure, factors, x, bias, rows)
-        return chain(forward, x, factors, bias, back)
+        return self.bind(structure, rows)(x, factors, bias)
+
+    def bind(self, structure: Structure, rows: bool) -> Callable[[Tensor, Sequence[Tensor], Tensor | None], Tensor]:
+        chain = chain_of(structure, rows)  # which lives as long as what it is bound for
+
+        def run(x: Tensor, factors: Sequence[Tensor], bias: Tensor | None) -> Tensor:
+            forward = chain.passes(self.forward, x.dtype)
+            back = forward if self.back in (None, self.forward) else chain.passes(self.back, x.dtype)
+            if forward is None or back is None:  # the compiler has failed since
+                return products_way.run(structure, factors, x, bias, rows)
+            return chain(forward, x, factors, bias, back)
+
+        return run
 
     def back_passes(self, structure: Structure, rows: bool, dtype: torch.dtype) -> Passes | None:
         return None if self.back is None else chain_of(structure, rows).passes(self.back, dtype)
@@ -237,6 +246,11 @@ class StoredWay(PassesWay):
     def model(self, problem: Problem) -> float:
         structure, found = problem.structure, _rates(problem)
         return problem.tokens * max(structure.num_params * found.read, structure.macs * found.fastest)
+
+    def run(
+        self, structure: Structure, factors: Sequence[Tensor], x: Tensor, bias: Tensor | None, rows: bool
+    ) -> Tensor:  # fmt: skip
+        return super().bind(structure, rows)(x, factors, bias)
 
     def bind(self, structure: Structure, rows: bool) -> Callable[[Tensor, Sequence[Tensor], Tensor | None], Tensor]:
         chain = chain_of(structure, rows)
@@ -367,8 +381,4 @@ class TorchChain:
 
 def torch_chain(structure: Structure, rows: bool = True) -> TorchChain:
     """The entry of a structure, made once for it."""
-    key = "torch", rows
-    found = structure._kept.get(key)
-    if found is None:
-        found = structure._kept[key] = TorchChain(structure, rows)
-    return found
+    return kept(structure, ("torch", rows), lambda: TorchChain(structure, rows))

@@ -1,0 +1,36 @@
+"""What the ways keep of a structure: plans that are made once, and compiled code, of which there is a bound.
+
+A structure is a value, and caches all over hold structures for as long as the process lives. So what is kept of one
+must not live as long as it does: it is dropped when so many other structures were met since. A layer holds what it
+runs itself, and keeps it.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from structlin.structure import Structure
+
+__all__ = ["STRUCTURES", "kept"]
+
+STRUCTURES = 128  # whose compiled passes are kept: some tens of megabytes of code
+_recent: OrderedDict[int, weakref.ref[Structure]] = OrderedDict()
+T = TypeVar("T")
+
+
+def kept(structure: Structure, key: tuple[Any, ...], make: Callable[[], T]) -> T:
+    """What is kept under a key, made where it is not there."""
+    found = structure._kept.get(key)
+    if found is None:
+        found = structure._kept[key] = make()
+        _recent[id(structure)] = weakref.ref(structure)
+        _recent.move_to_end(id(structure))
+        while len(_recent) > STRUCTURES:
+            _, oldest = _recent.popitem(last=False)
+            if (other := oldest()) is not None:
+                for name in [name for name in other._kept if name[0] != "products"]:
+                    other._kept.pop(name, None)
+    return found
