@@ -246,17 +246,16 @@ def test_what_is_kept_has_room_beside_what_a_dense_matrix_takes(dtype):
     size = sum(program.schedule.rows[1:-1]) * dtype.itemsize
     dense, own = 2 * 512 * 512 * dtype.itemsize, 2 * chain.numel * dtype.itemsize
     for tokens in (48, 480, 1440):
-        kept = chain.kept_tokens(passes._NAMES[dtype], tokens, passes._threads(tokens))
-        back = chain.back(passes._NAMES[dtype], passes._threads(tokens)).program
-        if chain.room(back, passes._threads(tokens), False) < -0.05 * dense:
+        kept = chain.kept_tokens(passes._NAMES[dtype], tokens, chain._threads(tokens))
+        back = chain.back(passes._NAMES[dtype], chain._threads(tokens)).program
+        if chain.room(back, chain._threads(tokens), False) < -0.05 * dense:
             assert kept == tokens  # as much as x
         else:
-            work = back.work_bytes(passes._threads(tokens), kept == tokens)
+            work = back.work_bytes(chain._threads(tokens), kept == tokens)
             assert kept == 0 or kept * size + own + work <= (1.1 if kept == tokens else 1) * dense
             assert 0 <= kept <= tokens
 
 
-@pytest.mark.skipif(HOST is None, reason="nothing is compiled here")
 @pytest.mark.skipif(HOST is None, reason="nothing is compiled here")
 def test_a_backward_pass_of_the_other_kind(monkeypatch):
     structure, factors, x = make("block_tensor_train", tokens=700)
