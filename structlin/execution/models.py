@@ -49,7 +49,12 @@ def timed_dtype(dtype: str) -> str:
 
 
 def is_large(problem: Problem) -> bool:
-    """Whether the widest activation has more bytes than the second level of cache holds twice."""
+    """Whether the widest activation has more bytes than the second level of cache holds twice.
+
+    Not in float16, in which a large chain takes CPUs too long to be timed in advance.
+    """
+    if problem.dtype == "float16":
+        return False
     factors, steps = problem.structure.factors, problem.structure.steps
     widest = max(f.blocks * f.fan_out * f.carried for f in factors[:-1]) if len(steps) > 1 else problem.structure.d_out
     return widest * problem.tokens * BYTES.get(problem.dtype, 8) > 2 * caches().l2

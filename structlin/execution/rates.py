@@ -26,6 +26,7 @@ BLOCKS = (8, 16, 32, 64, 128, 256, 512, 1024)
 COLUMNS = 256  # vectors that each block multiplies: so many tokens share the reading of a block
 NUMBERS = 1 << 17  # of all blocks of one product: they stay in the second level of cache
 COPIED = 1 << 20  # numbers that are copied: more than the second level of cache holds
+LONG = 0.02  # seconds of all calls, after which no other is made
 LARGE = 64 << 20  # bytes of an array that stays in no cache, and that no allocator keeps
 ROUNDS = 5  # the least time counts, since other processes only add to it
 ROUNDS_JAX = 3  # beside the time that XLA takes to compile
@@ -88,13 +89,15 @@ def rates(dtype: str, threads: int, library: str = "torch") -> Rates:
 
 
 def least_seconds(function: Callable[[], object], rounds: int = ROUNDS) -> float:
-    """The least time of some calls, after one that is not counted."""
+    """The least time of some calls, after one that is not counted; of one alone where that takes long."""
     function()
-    best = math.inf
+    best, began = math.inf, time.perf_counter()
     for _ in range(rounds):
         start = time.perf_counter()
         function()
         best = min(best, time.perf_counter() - start)
+        if time.perf_counter() - began > LONG:
+            break
     return best
 
 

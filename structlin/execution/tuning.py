@@ -16,8 +16,8 @@ from structlin.structure import Structure
 
 __all__ = ["clear_wisdom", "explain", "import_wisdom", "measure", "problem_of", "tune"]
 
-# Seconds to spend on the rounds of one problem, and how many rounds there are at least and at most. In each round all
-# ways run once; the least time of a way counts, since other processes only add to it.
+# Seconds after which no further round of one problem begins, how many rounds all ways take part in, and how many there
+# are at most. In each round a way runs once; its least time counts, since other processes only add to it.
 BUDGET, LEAST_ROUNDS, MOST_ROUNDS = 0.6, 5, 60
 HOPELESS = 3.0  # a way that takes so many times the best one's time after the least number of rounds is timed no more
 # With more tokens than take so many seconds by the best estimate, a problem is timed with fewer: the time of a token
@@ -50,10 +50,12 @@ def measure(problem: Problem, among: Sequence[Way] | None = None, *, keep: bool 
     least = dict.fromkeys(calls, math.inf)
     racing, start = list(calls), time.perf_counter()
     for number in range(MOST_ROUNDS):
+        if number and time.perf_counter() - start > BUDGET:  # long calls differ little from round to round
+            break
         if number >= LEAST_ROUNDS:
             best = min(least.values())
             racing = [name for name in racing if least[name] <= HOPELESS * best]
-            if len(racing) < 2 or time.perf_counter() - start > BUDGET:
+            if len(racing) < 2:
                 break
         for name in racing:
             least[name] = min(least[name], _timed(calls[name]))
