@@ -1,7 +1,7 @@
 """Gradients of a chain by single products of torch, over all tokens at once.
 
 They are written in plain operations of torch. So they can be differentiated any number of times, batched, traced and
-compiled, and they pass tangents on. They run where the memory of an operand can not be read by address, or where
+compiled, and they pass tangents on. They run where the memory of an operand cannot be read by address, or where
 something watches the single products.
 """
 

@@ -334,10 +334,11 @@ class TorchChain:
         Raises ValueError for operands of the wrong shape, device or dtype, and for storages that were freed.
         """
         operands = factors if bias is None else (*factors, bias)
-        plain = self._guard.plain(x, operands)
+        seen = watched()
+        plain = not seen and self._guard.plain(x, operands)
         if not plain:
             self._guard.check(x, operands)
-        if watched() or not (plain or not x.is_cpu or self._guard.addressable(x, operands)):
+        if seen or not (plain or not x.is_cpu or self._guard.addressable(x, operands)):
             # Nor is this the place to measure anything.
             return self._without_pointers(x).run(self.structure, factors, x, bias, self.rows)
         train = torch.is_grad_enabled() and (x.requires_grad or any(t.requires_grad for t in operands))

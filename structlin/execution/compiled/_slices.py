@@ -59,7 +59,7 @@ def enough(counts: list[int], numel: int, most: int) -> int:
 def slices(
     chain: Chain, program: Program, of_input: bool, count: int, dtype: str, target: Target, keeps: bool = False
 ) -> Slices:
-    """A program in so many slices; whole, where they can not be made.
+    """A program in so many slices; whole, where they cannot be made.
 
     Of the input for a backward pass, or else of the output for a forward one, which may be one that ``keeps``
     activations as the whole program would.

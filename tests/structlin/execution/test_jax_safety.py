@@ -232,7 +232,7 @@ CACHED = """
 
 @needs_passes
 def test_the_cache_of_compiled_programs(tmp_path):
-    """Another process runs what it finds there, and compiles again what it can not run."""
+    """Another process runs what it finds there, and compiles again what it cannot run."""
     first, second, third = (process(CACHED, tmp_path, how).splitlines() for how in ("run", "run", "refuse"))
     assert os.listdir(tmp_path)
     assert first[0] == second[0] == third[0]

@@ -1,4 +1,4 @@
-"""Operands that a layer can not use raise an error, and what others hang on its factors runs. Nothing crashes.
+"""Operands that a layer cannot use raise an error, and what others hang on its factors runs. Nothing crashes.
 
 Each case is a script in a process of its own, for few tokens and for many, which are run in different ways.
 """
