@@ -64,9 +64,9 @@ class Problem:
 class Way(ABC):
     """A way to run a chain. Write one module with a subclass and :func:`register` an instance to add a way.
 
-    ``library``: whose arrays it takes. ``explicit``: it is only chosen where a policy names it. ``group``:
-    of ways that a policy leaves out together, by this name. ``pointers``: it takes
-    addresses of memory, and is not asked for operands that have none or stand for more.
+    ``library``: the library of the arrays. ``explicit``: the way is only chosen where a policy names it. ``group``: the
+    name by which a policy leaves out this way together with others. ``pointers``: the way reads memory by address. It
+    is not used for operands that have no address or are traced.
     """
 
     name: str

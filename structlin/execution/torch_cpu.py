@@ -1,9 +1,9 @@
-"""Which way a chain is run on a CPU in torch, and its derivatives.
+"""Passes over the memory of torch's tensors on a CPU, and their derivatives.
 
-There are two ways beside the single products of torch: compiled for the chain (:mod:`.compiled`), and by the BLAS in
-chunks of tokens (:mod:`.chunked`). Both are a pair of passes over plain tensors, whose memory they read by address.
-:mod:`._guard` says for which operands they may. The single products run for all others, in other dtypes, where
-something watches or transforms them, and where there is little to do.
+A pass is compiled for the chain (:mod:`.compiled`), or calls the BLAS for chunks of tokens (:mod:`.chunked`). It reads
+plain tensors by address; :mod:`._guard` says which tensors allow that, in the forward and in the backward pass. If the
+operands of a backward pass do not, or the gradients are differentiated again, single products of torch compute them.
+:mod:`.torch_ways` chooses between the passes.
 """
 
 from __future__ import annotations

@@ -369,8 +369,10 @@ class TorchChain:
                 choice.bucket(tokens), key[4], key[3],
             )  # fmt: skip
             way = choice.choose(problem)
-            self._taken[key] = way.bind(self.structure, self.rows), way
-        return way.bind(self.structure, self.rows), way
+        found = way.bind(self.structure, self.rows), way
+        if tokens:
+            self._taken[key] = found
+        return found
 
     def _without_pointers(self, x: Tensor) -> Way:
         """For tensors that stand for more than their memory, or for less."""

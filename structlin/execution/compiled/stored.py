@@ -28,7 +28,6 @@ class StoredChain:
         self._rules = rules
         self._made: dict[tuple[torch.dtype, bool], tuple[Program, Pass, Any]] = {}
         self._local = threading.local()  # scratch memory of each thread
-        self.failed = False
 
     def __reduce__(self) -> tuple[object, ...]:
         raise TypeError("a compiled pass belongs to a structure, and is made again with it")
@@ -36,7 +35,7 @@ class StoredChain:
     def program(self, dtype: torch.dtype) -> Program | None:
         """What is compiled for a dtype; None where the chain does not run this way."""
         name = _NAMES.get(dtype)
-        found = None if name is None or self.failed or not self._rules.rows else self._rules.program(name, packed=False)
+        found = None if name is None or not self._rules.rows else self._rules.program(name, packed=False)
         # Bias and output are read and written as they are.
         return found if found is not None and found.schedule.widths[-1] == self._rules.d_out else None
 
