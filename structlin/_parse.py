@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,30 @@ class Step:
 
     def transpose(self) -> Step:
         return Step(self.output, self.factor, self.input)
+
+
+def axis_letter(number: int) -> str:
+    """A letter for axis ``number`` = 0, 1, ...: a-z, A-Z, then letters of other alphabets, each another one.
+
+    All are identifiers that Python's normalization leaves as they are, so that they may be keywords of
+    :meth:`structlin.Structure.parse`. There are more than 100,000 of them.
+
+    >>> axis_letter(0), axis_letter(51), axis_letter(52)
+    ('a', 'Z', 'À')
+    """
+    if number < 52:
+        return chr(ord("a") + number) if number < 26 else chr(ord("A") + number - 26)
+    stop = 0x400
+    while len(letters := _letters(stop)) <= number - 52:
+        stop *= 2
+    return letters[number - 52]
+
+
+@cache
+def _letters(stop: int) -> tuple[str, ...]:
+    """Letters beyond ASCII with code points below ``stop``."""
+    found = map(chr, range(0xC0, stop))
+    return tuple(a for a in found if a.isalpha() and a.isidentifier() and unicodedata.is_normalized("NFKC", a))
 
 
 def parse_chain(text: str) -> tuple[Step, ...]:

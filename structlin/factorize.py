@@ -11,6 +11,8 @@ from collections.abc import Iterator, Sequence
 from functools import lru_cache
 
 RULES = ("balanced", "greedy")
+MOST_PARTS = 64  # up to which an error names the nearest sizes that can be split
+SEARCHED = 4096  # sizes on each side of a size among which the nearest is looked for
 MAX_RATIO = 16  # `balanced` refuses a more lopsided split
 
 
@@ -45,9 +47,15 @@ def factorize(n: int, parts: int, rule: str | Sequence[int] = "balanced") -> tup
         return tuple(int(k) for k in explicit)
     if rule not in RULES:
         raise ValueError(f"unknown factorization {rule!r}; one of {', '.join(RULES)}, or the factors themselves")
-    found = _split(int(n), int(parts), rule)
+    n, parts = int(n), int(parts)
+    found = _split(n, parts, rule)
+    if found is None and parts > MOST_PARTS:
+        raise ValueError(
+            f"{n} cannot be split into {parts} factors above 1; the smallest size that can is 2^{parts}, and {n} has "
+            f"{len(list(_primes(n)))} prime factors"
+        )
     if found is None:
-        near = " and ".join(map(str, nearest_sizes(int(n), int(parts), rule)))
+        near = " and ".join(map(str, nearest_sizes(n, parts, rule)))
         raise ValueError(
             f"{n} cannot be split into {parts} factors by rule {rule!r}; the nearest sizes that can are {near}"
         )
@@ -57,22 +65,55 @@ def factorize(n: int, parts: int, rule: str | Sequence[int] = "balanced") -> tup
 def nearest_sizes(n: int, parts: int, rule: str = "balanced") -> tuple[int, ...]:
     """The nearest splittable size below ``n`` (if there is one) and the nearest above it.
 
+    Where none is found among the 4096 sizes next to ``n``, the nearest power of two.
+
     >>> nearest_sizes(47, 2)
     (46, 48)
     >>> nearest_sizes(1, 3)
     (8,)
     """
-    below = next((k for k in range(n - 1, 2**parts - 1, -1) if _split(k, parts, rule)), None)
-    above = next(k for k in range(max(n + 1, 2**parts), 2 * max(n, 2**parts) * 2**parts) if _split(k, parts, rule))
+    low, start = 2**parts, max(n + 1, 2**parts)
+    below = next((k for k in range(n - 1, max(n - SEARCHED, low) - 1, -1) if _split(k, parts, rule)), None)
+    if below is None and (power := 1 << ((n - 1).bit_length() - 1 if n > 1 else 0)) >= low:
+        below = power
+    above = next((k for k in range(start, start + SEARCHED) if _split(k, parts, rule)), 1 << start.bit_length())
     return (above,) if below is None else (below, above)
 
 
 @lru_cache(maxsize=4096)
 def _split(n: int, parts: int, rule: str) -> tuple[int, ...] | None:
+    if parts > 1 and not _has_factors(n, parts):
+        return None
     found = _greedy(n, parts) if rule == "greedy" else _balanced(n, parts)
     if parts > 1 and (found is None or found[0] == 1):
         return None
     return found
+
+
+def _has_factors(n: int, parts: int) -> bool:
+    """Whether ``n`` has ``parts`` prime factors or more: quicker than to find them."""
+    if parts >= n.bit_length():
+        return False
+    p, left = 2, parts
+    while left > 1 and p**left <= n:
+        if n % p:
+            p += 1
+        else:
+            n, left = n // p, left - 1
+    return left == 1 and n > 1
+
+
+@lru_cache(maxsize=4096)
+def divisors(n: int) -> tuple[int, ...]:
+    """All divisors of a positive integer, in ascending order.
+
+    >>> divisors(12)
+    (1, 2, 3, 4, 6, 12)
+    """
+    found = {1}
+    for p in _primes(n):
+        found |= {d * p for d in found}
+    return tuple(sorted(found))
 
 
 def _primes(n: int) -> Iterator[int]:
@@ -95,9 +136,6 @@ def _greedy(n: int, parts: int) -> tuple[int, ...]:
 
 def _balanced(n: int, parts: int) -> tuple[int, ...] | None:
     """Depth-first over ascending divisors; cut where the ratio can no longer beat the best."""
-    divisors = [1]
-    for p in _primes(n):
-        divisors = sorted({d * q for d in divisors for q in (1, p)})
     best: tuple[int, ...] | None = None
 
     def ratio(split: tuple[int, ...]) -> float:
@@ -107,20 +145,20 @@ def _balanced(n: int, parts: int) -> tuple[int, ...] | None:
         nonlocal best
         if left == 1:
             split = (*chosen, rest)
-            if rest >= chosen[-1] and (best is None or ratio(split) < ratio(best)):
+            if rest >= chosen[-1] and (ratio(split) < ratio(best) if best else ratio(split) <= MAX_RATIO):
                 best = split
             return
-        for d in reversed(divisors):
+        for d in reversed(divisors(n)):
             if d**left > rest or rest % d:
                 continue
             if chosen and d < chosen[-1]:
                 break
             smallest = chosen[0] if chosen else d
             largest_at_least = (rest // d) ** (1 / (left - 1))
-            if best is None or largest_at_least / smallest < ratio(best) * (1 + 1e-9):
+            if largest_at_least / smallest < (ratio(best) if best else MAX_RATIO) * (1 + 1e-9):
                 search(rest // d, left - 1, (*chosen, d))
 
     if parts == 1:
         return (n,)
     search(n, parts, ())
-    return best if best is not None and best[0] > 1 and ratio(best) <= MAX_RATIO else None
+    return best if best is not None and best[0] > 1 else None

@@ -66,13 +66,14 @@ class NamedOperator(StructuredOperator):
 
     @classmethod
     def random(
-        cls, shape: tuple[int, int], *, seed: int | np.random.Generator = 0, backend: str = "numpy",
+        cls, shape: tuple[int, int], *, seed: int | np.random.Generator | None = None, backend: str = "numpy",
         dtype: Any = None, device: Any = None, rule: str = "paper", zero_last: bool = False, **options: Any,
     ) -> Self:  # fmt: skip
         """Draw a ``(d_out, d_in)`` matrix with the spectral scale (:mod:`structlin.scale`).
 
-        ``backend``: ``numpy``, ``torch`` or ``jax``; ``dtype`` defaults to float64 for NumPy, float32 otherwise;
-        ``options`` are those of ``design``. Raises ValueError for sizes or options that do not fit.
+        ``seed``: as for ``numpy.random.default_rng``; None draws another matrix each time. ``backend``: ``numpy``,
+        ``torch`` or ``jax``. ``dtype`` defaults to float64 for NumPy, float32 otherwise. ``options`` are those of
+        ``design``. Raises ValueError for sizes or options that do not fit.
         """
         structure = design(cls, shape, **options)
         factors = random_factors(
@@ -115,15 +116,22 @@ _T = TypeVar("_T", bound=type[NamedOperator])
 
 
 def register(name: str) -> Callable[[_T], _T]:
-    """Class decorator that registers a named structure. Raises on a name taken or a class that does not fit."""
+    """Class decorator that registers a named structure.
+
+    Raises ValueError for a name that another class has or that is no identifier, TypeError for another kind of class.
+    """
     if not name.isidentifier():
         raise ValueError(f"the name of a structure must be an identifier, got {name!r}")
 
     def add(cls: _T) -> _T:
         if not (isinstance(cls, type) and issubclass(cls, NamedOperator)):
             raise TypeError(f"only subclasses of NamedOperator can be registered, got {cls!r}")
-        if name in _REGISTRY and _REGISTRY[name].__qualname__ != cls.__qualname__:
-            raise ValueError(f"a structure named {name!r} is registered already: {_REGISTRY[name].__qualname__}")
+        before = _REGISTRY.get(name, cls)  # the same class may come again when its module is run again
+        if (before.__module__, before.__qualname__) != (cls.__module__, cls.__qualname__):
+            raise ValueError(
+                f"a structure named {name!r} is registered already: {before.__module__}.{before.__qualname__}; "
+                f"choose another name, or call unregister({name!r}) first"
+            )
         cls.name = name
         _REGISTRY[name] = cls
         return cls

@@ -179,7 +179,7 @@ def rms_cap(factor: Array, sigma: float, gain: Array | float = 1.0) -> Array:
 def random_factors(
     structure: AbstractStructure,
     *,
-    seed: int | np.random.Generator = 0,
+    seed: int | np.random.Generator | None = None,
     backend: str = "numpy",
     dtype: Any = None,
     device: Any = None,
@@ -188,8 +188,8 @@ def random_factors(
 ) -> tuple[Array, ...]:
     """Gaussian factors at the deviations of :func:`init_std`; index arrays are random permutations.
 
-    Drawn with NumPy in float64 from ``seed``, so that all backends get the same values, then converted to
-    ``dtype`` (default: float64 for NumPy, float32 for torch and jax). Complex dtypes get independent real and
+    Drawn with NumPy in float64 from ``seed`` (as for ``numpy.random.default_rng``; None: other values each time), so
+    that all backends get the same values from one seed, then converted to ``dtype`` (default: float64 for NumPy, float32 for torch and jax). Complex dtypes get independent real and
     imaginary parts with the given total deviation.
     """
     rng = np.random.default_rng(seed)

@@ -15,11 +15,17 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from types import SimpleNamespace
 from typing import Any, Protocol
 
-from structlin._arrays import Array, backend_of, common_backend, ops
+import numpy as np
+from scipy.sparse import csr_array
+from scipy.sparse.csgraph import breadth_first_order, maximum_flow
+
+from structlin._arrays import Array, backend_of, common_backend, dtype_name, ops
 from structlin._parse import Step as Step
+from structlin._parse import axis_letter as axis_letter
 from structlin._parse import check_sizes, parse_chain
 
 
@@ -146,6 +152,9 @@ class AbstractStructure(ABC):
             if ops(name).is_integer(array) == spec.trainable:
                 wanted = "a floating or complex dtype" if spec.trainable else "an integer dtype"
                 raise ValueError(f"factor {spec.name} of {self!r} needs {wanted}, got {array.dtype}")
+            # uint8 is a mask to torch, and sums of narrow integers overflow.
+            if not spec.trainable and dtype_name(array.dtype) not in ("int32", "int64"):
+                raise ValueError(f"factor {spec.name} of {self!r} is an index of int32 or int64, got {array.dtype}")
         dtypes = {a.dtype for spec, a in zip(self.factors, factors, strict=True) if spec.trainable}
         if len(dtypes) > 1:
             raise ValueError(f"the factors need one dtype, got {', '.join(sorted(map(str, dtypes)))}")
@@ -338,12 +347,14 @@ class Structure(AbstractStructure):
         """Multiply-accumulates for one vector: the sum of parameters times carried positions."""
         return sum(f.numel * f.carried for f in self.factors)
 
-    @property
+    @cached_property
     def rank_bound(self) -> int:
         """Upper bound of the rank: the cheapest cut of the chain's axes between input and output.
 
         A cut puts each factor on the input's or on the output's side and costs the product of the sizes of the
-        axes that touch both sides. All cuts are tried up to 16 steps, beyond that those in the order of the chain.
+        axes that touch both sides. The cheapest one is a minimum cut of a network whose capacities are logarithms
+        (Ford and Fulkerson 1956), so the cost is polynomial in the number of steps. It is worked out at the first
+        access.
         """
         bound, start = min(self.d_in, self.d_out), 0
         for stop in range(1, len(self.steps) + 1):
@@ -371,15 +382,29 @@ class Structure(AbstractStructure):
 
 
 def _cheapest_cut(steps: Sequence[Step], sizes: Mapping[str, int]) -> int:
-    count = len(steps)
-    members = {  # a bit mask of what each axis touches: the input, the factors, the output
-        axis: (axis in steps[0].input)
-        | sum((axis in s.factor) << (i + 1) for i, s in enumerate(steps))
-        | (axis in steps[-1].output) << (count + 1)
-        for axis in dict.fromkeys("".join(s.input + s.factor + s.output for s in steps))
-    }
-    sides = range(2**count) if count <= 16 else [2**k - 1 for k in range(count + 1)]
-    return min(
-        math.prod(sizes[a] for a, mask in members.items() if mask & (1 | side << 1) and mask & ~(1 | side << 1))
-        for side in sides
+    """The least product of the sizes of the axes that touch both sides, over all cuts of steps without regrouping.
+
+    Node 0 is the input, node -1 the output, those between them the factors. An axis is an edge that touches two
+    nodes or more; it becomes an arc between two nodes of its own, which limits what flows through it.
+    """
+    places = [steps[0].input, *(s.factor for s in steps), steps[-1].output]
+    axes = [a for a in dict.fromkeys("".join(places)) if sizes[a] > 1]
+    touched = [[n for n, place in enumerate(places) if a in place] for a in axes]
+    # Integers of 32 bits are what SciPy takes. Cuts whose costs agree to about seven digits count as equal.
+    total = math.fsum(math.log2(sizes[a]) for a in axes)
+    unit = (2**31 - 2 - len(axes)) / max(total, 1.0)
+    arcs: list[tuple[int, int, int]] = []
+    for number, (axis, nodes) in enumerate(zip(axes, touched, strict=True)):
+        enter, leave = (len(places) + 2 * number + i for i in (0, 1))
+        arcs.append((enter, leave, round(math.log2(sizes[axis]) * unit)))
+        arcs += [arc for n in nodes for arc in ((n, enter, 2**31 - 1), (leave, n, 2**31 - 1))]
+    rows, columns, capacities = zip(*arcs, strict=True) if arcs else ((), (), ())
+    count = len(places) + 2 * len(axes)
+    graph = csr_array((np.array(capacities, np.int32), (rows, columns)), shape=(count, count))
+    sink = len(places) - 1
+    left = graph - maximum_flow(graph, 0, sink).flow
+    left.eliminate_zeros()
+    reached = set(breadth_first_order(left, 0, return_predecessors=False).tolist())
+    return math.prod(
+        sizes[axis] for axis, nodes in zip(axes, touched, strict=True) if 0 < len(reached & set(nodes)) < len(nodes)
     )

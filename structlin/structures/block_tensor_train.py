@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from opt_einsum import get_symbol
-
 from structlin.registry import NamedOperator, register
-from structlin.structure import Structure
+from structlin.structure import Structure, axis_letter
 from structlin.structures._common import Factorization, bond_sizes, split_shape
 
 
@@ -18,8 +16,8 @@ def block_tensor_train_chain(out_sizes: Sequence[int], in_sizes: Sequence[int], 
     as (batch, free, contracted) in the same order, so that a step reads both without a copy.
     """
     count = len(in_sizes)
-    ins, outs = ([get_symbol(start + k) for k in range(count)] for start in (0, count))
-    bonds = ["", *(get_symbol(2 * count + k) for k in range(count - 1)), ""]
+    ins, outs = ([axis_letter(start + k) for k in range(count)] for start in (0, count))
+    bonds = ["", *(axis_letter(2 * count + k) for k in range(count - 1)), ""]
     steps, state = [], "".join(reversed(ins))
     for k in range(count):
         batch = "".join(a for a in state if a in outs[:k] or a in ins[k + 1 :])

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from opt_einsum import get_symbol
-
 from structlin.registry import NamedOperator, register
-from structlin.structure import Structure
+from structlin.structure import Structure, axis_letter
 
 
 @register("butterfly")
@@ -39,7 +37,7 @@ class Butterfly(NamedOperator):
         stages, steps = d.bit_length() - 1, []
         sizes: dict[str, int] = {}
         for k in range(stages):
-            u, a, v, n = (get_symbol(4 * k + i) for i in range(4))
+            u, a, v, n = (axis_letter(4 * k + i) for i in range(4))
             sizes |= {u: d >> (k + 1), a: 2, v: 1 << k, n: 2}
             steps.append(f"{u}{a}{v},{u}{v}{n}{a}->{u}{n}{v}")
         return Structure.parse("; ".join(steps), sizes)

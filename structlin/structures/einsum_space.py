@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from structlin.factorize import divisors
 from structlin.registry import NamedOperator, register
 from structlin.structure import Structure
 
@@ -134,6 +135,5 @@ def theta_of(structure: Structure) -> Theta:
 def _nearest(n: int, exponents: Sequence[float]) -> tuple[int, int, int]:
     """Three factors of ``n`` whose logarithms are nearest to ``exponents * log(n)``."""
     wanted = [x * math.log(n) for x in exponents]
-    divisors = [k for k in range(1, n + 1) if n % k == 0]
-    triples = ((x, y, n // (x * y)) for x in divisors for y in divisors if n % (x * y) == 0)
+    triples = ((x, y, n // (x * y)) for x in divisors(n) for y in divisors(n // x))
     return min(triples, key=lambda t: sum((math.log(k) - w) ** 2 for k, w in zip(t, wanted, strict=True)))

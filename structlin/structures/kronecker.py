@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from opt_einsum import get_symbol
-
 from structlin.registry import NamedOperator, register
-from structlin.structure import Structure
+from structlin.structure import Structure, axis_letter
 from structlin.structures._common import Factorization, split_shape
 
 
 def _structure(out_sizes: tuple[int, ...], in_sizes: tuple[int, ...]) -> Structure:
     count = len(in_sizes)
-    ins = [get_symbol(k) for k in range(count)]
-    outs = [get_symbol(count + k) for k in range(count)]
+    ins = [axis_letter(k) for k in range(count)]
+    outs = [axis_letter(count + k) for k in range(count)]
     steps, state = [], list(ins)
     for k in range(count):
         after = [*state[:k], outs[k], *state[k + 1 :]]

@@ -5,18 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import pairwise
 
-from opt_einsum import get_symbol
-
 from structlin.registry import NamedOperator, register
-from structlin.structure import Structure
+from structlin.structure import Structure, axis_letter
 from structlin.structures._common import Factorization, bond_sizes, split_shape
 
 
 def _structure(out_sizes: tuple[int, ...], in_sizes: tuple[int, ...], bonds: tuple[int, ...]) -> Structure:
     """``bonds`` has the two outer ranks, 1 and 1, too."""
     count = len(in_sizes)
-    ins, outs = ([get_symbol(start + k) for k in range(count)] for start in (0, count))
-    ranks = [get_symbol(2 * count + k) for k in range(count + 1)]
+    ins, outs = ([axis_letter(start + k) for k in range(count)] for start in (0, count))
+    ranks = [axis_letter(2 * count + k) for k in range(count + 1)]
     steps, state = [], [ranks[0], *ins]
     for k in range(count):
         after = [*outs[: k + 1], ranks[k + 1], *ins[k + 1 :]]

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from structlin import factorize, nearest_sizes
-from structlin.factorize import MAX_RATIO
+from structlin.factorize import MAX_RATIO, divisors
 
 LIMIT = 300
 ALL = [(n, parts) for n in range(1, LIMIT) for parts in (2, 3)]
@@ -138,3 +138,19 @@ def test_one_factor_and_explicit_factors():
 def test_what_is_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         factorize(*arguments)
+
+
+def test_divisors_by_definition():
+    for n in range(1, LIMIT):
+        assert divisors(n) == tuple(k for k in range(1, n + 1) if n % k == 0)
+
+
+@pytest.mark.parametrize("rule", ["balanced", "greedy"])
+def test_large_sizes_and_many_parts_take_no_time(rule):
+    """Each of these took minutes, or all memory."""
+    assert factorize(2**60, 20, rule) == (8,) * 20
+    assert math.prod(factorize(735134400, 8, rule)) == 735134400
+    assert nearest_sizes(2**31 - 1, 5, rule) == (2**31 - 2, 2**31)
+    assert nearest_sizes(2**31 - 1, 29, rule) == (2**30, 2**31)  # powers of two: none is near
+    with pytest.raises(ValueError, match=r"smallest size that can is 2\^1000000000, and 12 has 3 prime factors"):
+        factorize(12, 10**9, rule)

@@ -5,13 +5,15 @@ import itertools
 import math
 import pickle
 import string
+import unicodedata
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from structlin import Factor, Step, Structure, random_factors
+from structlin import Factor, Step, Structure, design, random_factors
+from structlin.structure import axis_letter
 from structlin.testing import dense_matrix, random_chain
 
 BTT = "pa,pfra->frp; frp,ferp->fe"
@@ -119,13 +121,13 @@ def test_padding_and_cut():
     assert s.padding == (1, 2)
     full = Structure.parse(BTT, **SIZES)
     assert (s.num_params, s.macs) == (full.num_params, full.macs)
-    factors = random_factors(s)
+    factors = random_factors(s, seed=0)
     np.testing.assert_allclose(dense_matrix(s, factors), dense_matrix(full, factors)[:33, :5])
 
 
 def test_regrouping_reads_the_vector_in_row_major_order():
     s = Structure.parse("pa,pqa->pq; gl,log->lo", p=2, a=3, q=3, g=3, l=2, o=4)
-    w0, w1 = random_factors(s)
+    w0, w1 = random_factors(s, seed=0)
     x = np.random.default_rng(0).standard_normal(6)
     middle = np.stack([w0[p] @ x.reshape(2, 3)[p] for p in range(2)]).reshape(-1)
     wanted = np.concatenate([w1[block] @ middle[block::2] for block in range(2)])
@@ -150,7 +152,7 @@ def bound_by_search(s):
 def test_the_rank_bound_is_the_narrowest_cut():
     seen = tight = 0
     for s in chains(400):
-        rank = np.linalg.matrix_rank(dense_matrix(s, random_factors(s)))
+        rank = np.linalg.matrix_rank(dense_matrix(s, random_factors(s, seed=0)))
         assert rank <= s.rank_bound <= min(s.shape)
         if all(b.output == a.input for b, a in itertools.pairwise(s.steps)):
             assert s.rank_bound == bound_by_search(s)
@@ -160,11 +162,62 @@ def test_the_rank_bound_is_the_narrowest_cut():
     assert tight > 0.9 * seen
 
 
-def test_the_rank_bound_of_long_chains_takes_the_cuts_in_order():
-    letters = string.ascii_letters
-    steps = "; ".join(f"{letters[k]},{letters[k + 1]}{letters[k]}->{letters[k + 1]}" for k in range(20))
-    s = Structure.parse(steps, {letters[k]: 3 if k == 11 else 8 for k in range(21)})
-    assert s.rank_bound == 3
+def test_the_rank_bound_of_long_chains_is_the_narrowest_cut_too():
+    """Of 40 steps, where a search over all cuts would take 2^40 of them."""
+    sizes = {axis_letter(k): 3 if k == 23 else 8 for k in range(41)}
+    letters = list(sizes)
+    steps = "; ".join(f"{letters[k]},{letters[k + 1]}{letters[k]}->{letters[k + 1]}" for k in range(40))
+    assert Structure.parse(steps, sizes).rank_bound == 3
+    # The cheapest cut is not one in the order of the steps: the first core alone meets the output's side.
+    apart = Structure.parse("ab,ca->cb; cb,db->cd", a=7, c=2, b=5, d=11)
+    assert apart.rank_bound == bound_by_search(apart) == 2 * 5
+    # Tensor-Train of 16 cores: a cut separates core k for the price min(n_k, m_k), or keeps it with its neighbours.
+    train = design("tensor_train", (6**8, 6**8), cores=16, rank=1, factorization=((2, 3) * 8, (3, 2) * 8))
+    assert train.rank_bound == 2**16
+
+
+# -- many axes -----------------------------------------------------------------------------------------------------
+
+
+def test_letters_of_axes_are_distinct_identifiers_that_survive_normalization():
+    letters = [axis_letter(k) for k in range(5000)]
+    assert "".join(letters[:52]) == string.ascii_letters
+    assert len(set(letters)) == 5000
+    assert all(a.isalpha() and a.isidentifier() and unicodedata.normalize("NFKC", a) == a for a in letters)
+
+
+def test_chains_of_more_axes_than_latin_letters():
+    """Tensor-Train and Kronecker of 25 cores, and a butterfly of 2^19: 75 axes and more, where × was a letter."""
+    split = (2, 3, *[1] * 23)
+    for name in ("tensor_train", "kronecker"):
+        s = design(name, (6, 6), cores=25, factorization=(split, split))
+        assert len(s.sizes) >= 50
+        assert eval(repr(s), {"Structure": Structure}) == s
+        assert Structure.parse("; ".join(map(str, s.steps)), dict(s.sizes)) == s
+        factors, x = random_factors(s, seed=0), np.random.default_rng(1).standard_normal(6)
+        wanted = np.ones((1, 1, 1))  # (rows, columns, bond)
+        for core in factors if name == "tensor_train" else [f[None, :, :, None] for f in factors]:
+            wanted = np.einsum("xyr,rabs->xaybs", wanted, core)
+            wanted = wanted.reshape(wanted.shape[0] * wanted.shape[1], -1, wanted.shape[-1])
+        wanted = wanted[..., 0]
+        np.testing.assert_allclose(s.apply(factors, x), wanted @ x, rtol=1e-12, atol=1e-12)
+    butterfly = design("butterfly", (2**19, 2**19))
+    assert (butterfly.num_params, butterfly.rank_bound) == (19 * 2**20, 2**19)
+    ones = [np.ones(f.shape) for f in butterfly.factors]
+    np.testing.assert_array_equal(butterfly.apply(ones, np.ones(2**19)), 2.0**19)
+
+
+@pytest.mark.parametrize("name", ["tensor_train", "block_tensor_train", "kronecker"])
+def test_more_cores_than_prime_factors_are_refused_at_once(name):
+    with pytest.raises(ValueError, match=r"768 cannot be split into 1000000000 factors above 1; .* 9 prime factors"):
+        design(name, (768, 768), cores=10**9)
+
+
+def test_the_einsum_space_of_large_sizes_is_designed_from_prime_factors():
+    s = design("einsum", (10**9, 10**9), theta=(0.5, 0.0, 0.5, 0.0, 0.5, 0.5, 0.0))
+    sizes = dict(s.sizes)
+    assert sizes["a"] * sizes["g"] == sizes["e"] * sizes["f"] == 10**9
+    assert max(sizes.values()) / min(n for n in sizes.values() if n > 1) < 2
 
 
 # -- a value -------------------------------------------------------------------------------------------------------

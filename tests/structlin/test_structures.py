@@ -382,8 +382,17 @@ def test_rank_bounds():
     ):
         structure = design(name, shape, **options)
         assert structure.rank_bound == bound
-        op = get(name).random(shape, **options)
+        op = get(name).random(shape, **options, seed=0)
         assert np.linalg.matrix_rank(op.to_dense()) == bound
+
+
+def test_without_a_seed_each_matrix_is_another_one():
+    first, second = (structlin.Dense.random((3, 4)).to_dense() for _ in range(2))
+    assert not np.array_equal(first, second)
+    first, second = (structlin.random_factors(get("dense").design((3, 4)))[0] for _ in range(2))
+    assert not np.array_equal(first, second)
+    first, second = (structlin.Dense.random((3, 4), seed=7).to_dense() for _ in range(2))
+    np.testing.assert_array_equal(first, second)
 
 
 # -- the continuous einsum space -----------------------------------------------------------------------------------
@@ -412,7 +421,7 @@ def test_einsum_coordinates_are_the_exponents_of_counts_and_rank(ins, outs, rho)
     macs, params = [f.numel * f.carried for f in s.factors], [f.numel for f in s.factors]
     assert exponent(macs) == pytest.approx(1 + nu)
     assert exponent(macs) - exponent(params) == pytest.approx(omega)
-    op = structlin.EinsumSpace.random((d, d), theta=theta)
+    op = structlin.EinsumSpace.random((d, d), theta=theta, seed=0)
     assert math.log2(np.linalg.matrix_rank(op.to_dense())) / total == pytest.approx(psi)
 
 
@@ -493,7 +502,7 @@ def test_sizes_that_do_not_fit_are_refused(name, shape, options, message):
     with pytest.raises(ValueError, match=message):
         design(name, shape, **options)
     with pytest.raises(ValueError, match=message):
-        get(name).random(shape, **options)
+        get(name).random(shape, **options, seed=0)
 
 
 BAD_ARRAYS = [
@@ -570,8 +579,14 @@ def test_the_register_refuses(sandwich):
         structlin.register("low rank")
     with pytest.raises(TypeError, match="only subclasses of NamedOperator can be registered, got <class 'int'>"):
         structlin.register("number")(int)
-    with pytest.raises(ValueError, match="'dense' is registered already: Dense"):
+    with pytest.raises(ValueError, match=r"'dense' is registered already: structlin.structures.dense.Dense"):
         structlin.register("dense")(Sandwich)
+    impostor = type("Dense", (Sandwich,), {"__qualname__": "Dense"})  # a built-in's class name, from another module
+    with pytest.raises(ValueError, match=r"choose another name, or call unregister\('dense'\) first"):
+        structlin.register("dense")(impostor)
+    assert get("dense") is structlin.Dense
+    again = type("Sandwich", (Sandwich,), {"__qualname__": Sandwich.__qualname__})  # the module was run again
+    assert structlin.register("sandwich")(again) is get("sandwich")
     for call in (get, structlin.unregister, structlin.options):
         with pytest.raises(ValueError, match="unknown structure 'desne'; one of dense, low_rank"):
             call("desne")

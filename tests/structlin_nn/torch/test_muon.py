@@ -42,7 +42,7 @@ def test_matrices_of_a_factor_are_its_blocks():
     rng = np.random.default_rng(0)
     for _ in range(40):
         structure = random_chain(rng)
-        factors = structlin.random_factors(structure, backend="torch")
+        factors = structlin.random_factors(structure, backend="torch", seed=0)
         for step, spec, factor, matrices in zip(
             structure.steps, structure.factors, factors, factor_matrices(structure), strict=True
         ):
