@@ -189,8 +189,8 @@ def random_factors(
     """Gaussian factors at the deviations of :func:`init_std`; index arrays are random permutations.
 
     Drawn with NumPy in float64 from ``seed`` (as for ``numpy.random.default_rng``; None: other values each time), so
-    that all backends get the same values from one seed. Then converted to ``dtype`` (default: float64 for NumPy, float32
-    for torch and jax). Complex dtypes get independent real and imaginary parts with the given total deviation.
+    that all backends get the same values from one seed. Then converted to ``dtype`` (default: float64 for NumPy,
+    float32 for torch and jax). Complex dtypes get independent real and imaginary parts with the given total deviation.
     """
     rng = np.random.default_rng(seed)
     if dtype is None:
