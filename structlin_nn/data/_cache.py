@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from structlin_nn.training.files import atomic_write
+from structlin_nn._files import atomic_write
 
 __all__ = ["SLOW_SECONDS", "cache_file", "keep"]
 

@@ -20,7 +20,7 @@ from structlin_nn.data.cifar import BINARY_FORMS, decode_records
 from structlin_nn.data.hub import load_hub
 from structlin_nn.data.image_transforms import decode
 from structlin_nn.data.images import ImageDataset
-from structlin_nn.training.files import atomic_write
+from structlin_nn._files import atomic_write
 
 __all__ = ["HUB", "URL", "download_cifar", "load_cifar_hub"]
 

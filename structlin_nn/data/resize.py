@@ -16,7 +16,7 @@ from structlin_nn.data._checks import natural
 from structlin_nn.data.image_transforms import decode, shortest_side
 from structlin_nn.data.imagenet import ImageNetData
 from structlin_nn.data.shards import run_parallel
-from structlin_nn.training.files import atomic_write
+from structlin_nn._files import atomic_write
 
 __all__ = ["ImageReport", "check_images", "resize_images"]
 

@@ -23,7 +23,7 @@ import numpy as np
 
 from structlin_nn.data._checks import natural
 from structlin_nn.data.tokens import DTYPE, META, META_VERSION, SPLITS
-from structlin_nn.training.files import atomic_write
+from structlin_nn._files import atomic_write
 from structlin_nn.training.interrupt import Interruption
 
 __all__ = ["Interrupted", "finished_job", "run_parallel", "write_token_shards"]

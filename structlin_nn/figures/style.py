@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
-from structlin_nn.training.files import atomic_write
+from structlin_nn._files import atomic_write
 
 __all__ = [
     "FORMATS",

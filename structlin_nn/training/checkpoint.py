@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from structlin_nn.training.files import atomic_write
+from structlin_nn._files import atomic_write
 
 __all__ = ["load_checkpoint", "save_checkpoint"]
 

@@ -57,7 +57,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from structlin_nn.training.files import atomic_write
+from structlin_nn._files import atomic_write
 
 __all__ = ["SCHEMA", "Record", "RecordWriter", "read_record"]
 

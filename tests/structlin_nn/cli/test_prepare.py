@@ -74,7 +74,7 @@ class TestText:
             raise OSError(28, "No space left on device")
 
         monkeypatch.setattr("structlin_nn.data.shards.os.fsync", full)
-        monkeypatch.setattr("structlin_nn.training.files.os.fsync", full)
+        monkeypatch.setattr("structlin_nn._files.os.fsync", full)
         _, err = run("text --pydoc --out corpus --tokenizer bytes --workers 1 --quiet", capsys, code=1)
         assert "No space left on device" in err
         assert not Path("corpus/train.bin").exists()
