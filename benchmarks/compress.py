@@ -22,8 +22,8 @@ import torch
 from _measure import machine, result_path, write_result
 from torch import nn
 
+from structlin_nn.data import load_images
 from structlin_nn.data.augment import normalize
-from structlin_nn.data.load import load_images
 from structlin_nn.torch import project_linear, to_dense_linear
 from structlin_nn.training.cifar import evaluate
 from structlin_nn.training.config import TrainConfig

@@ -145,7 +145,7 @@ def _cifar(
         raise ValueError("the embedded images need no folder of data")
     task = CifarTask(TrainConfig(data_set=name, batch_size=1, seed=seed), single(device), root, verify)
     _same_outputs(trained, task.outputs)
-    images, data = task.batches.images, task.data
+    images, data = task.images, task.data
     order = torch.from_numpy(epoch_order(seed, 0, len(images)))
 
     def samples(number: int) -> Iterator[Tensor]:
@@ -162,8 +162,8 @@ def _cifar(
 def _imagenet(
     trained: TrainedModel, root: Any, data_set: str | None, verify: bool, context: int | None, device: str, seed: int
 ) -> CompressionData:
-    from structlin_nn.data.image_transforms import ImageRecipe
-    from structlin_nn.data.imagenet import open_imagenet
+    from structlin_nn.data.augment import normalize
+    from structlin_nn.data.imagenet import IMAGENET_MEAN, IMAGENET_STD, ImageRecipe, open_imagenet
     from structlin_nn.training.distributed import single
     from structlin_nn.training.imagenet import ImageNetTask
 
@@ -175,8 +175,9 @@ def _imagenet(
     task = ImageNetTask(config, single(device), root)
 
     def samples(number: int) -> Iterator[Tensor]:
-        batches = data.train_batches(0, batch, seed, recipe=ImageRecipe.plain(size))
-        return (trained.rescaled(images.to(device)) for images in _first(number, batches))
+        batches = data.train_batches(batch_size=batch, seed=seed, recipe=ImageRecipe.plain(size))
+        views = (normalize(images.to(device), IMAGENET_MEAN, IMAGENET_STD) for images, _, _ in batches)
+        return (trained.rescaled(images) for images in _first(number, ((images, images) for images in views)))
 
     def quality(model: nn.Module, number: int | None) -> dict[str, float]:
         if number is not None:
@@ -191,9 +192,9 @@ def _imagenet(
 def _gpt2(
     trained: TrainedModel, root: Any, data_set: str | None, verify: bool, context: int | None, device: str, seed: int
 ) -> CompressionData:
-    from structlin_nn.data.tokens import TokenBatches
+    from structlin_nn.data.tokens import EVALUATION_SEED, evaluation_batches
     from structlin_nn.training.distributed import single
-    from structlin_nn.training.gpt2 import EVALUATION_SEED, GPT2Task, token_loss
+    from structlin_nn.training.gpt2 import GPT2Task, token_loss
 
     config: Any = trained.model.config
     length = config.context if context is None else context
@@ -201,15 +202,17 @@ def _gpt2(
         raise ValueError(f"context must be from 1 to {config.context}, which {trained.name} takes, got {length}")
     run: RunConfig = GPT2TrainConfig(context=length, batch_size=1, vocabulary=config.vocabulary)
     task = GPT2Task(run, single(device), root)  # type: ignore[arg-type]
-    where = {"block_size": length, "batch_size": 4, "device": device}
+
+    def pieces(tokens: Any, number: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+        batches = evaluation_batches(tokens, block_size=length, batch_size=4, sequences=number, seed=seed)
+        return ((torch.from_numpy(x).to(device), torch.from_numpy(y).to(device)) for x, y in batches)
 
     def samples(number: int) -> Iterator[Tensor]:
-        return _first(number, TokenBatches(task.data.train, seed=seed, **where))
+        return (x for x, _ in pieces(task.data.train, number, seed))
 
     def quality(model: nn.Module, number: int | None) -> dict[str, float]:
-        batches = TokenBatches(task.data.val, seed=EVALUATION_SEED, **where)
         wanted = EVALUATION_SEQUENCES if number is None else number
-        loss, targets = token_loss(model, _pairs(wanted, batches))
+        loss, targets = token_loss(model, pieces(task.data.val, wanted, EVALUATION_SEED))
         return {"val_loss": loss, "val_perplexity": math.exp(loss), "val_tokens": targets}
 
     return CompressionData(task.introduction(), samples, quality)

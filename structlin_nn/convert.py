@@ -30,10 +30,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from structlin_nn._files import atomic_write
 from structlin_nn._patterns import listed
 from structlin_nn.flax._modules import named_modules, own_variables
 from structlin_nn.flax.linear import StructuredLinear
-from structlin_nn._files import atomic_write
 
 if TYPE_CHECKING:
     import torch

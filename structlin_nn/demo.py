@@ -23,9 +23,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from structlin_nn._files import atomic_write
 from structlin_nn.sweeps.local import Job, default_workers, run_all, state_of
 from structlin_nn.training.config import TrainConfig
-from structlin_nn._files import atomic_write
 from structlin_nn.training.records import Record, read_record
 
 __all__ = ["TOLERANCE", "DemoResult", "compute_difference", "configurations", "demo", "row_of"]

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from structlin_nn.data.image_transforms import IMAGENET_MEAN, IMAGENET_STD
+from structlin_nn.data.imagenet import IMAGENET_MEAN, IMAGENET_STD
 from structlin_nn.models.files import TIMM_OPTIONS, build_of, load_model, make_timm
 from structlin_nn.torch.files import read_structured, read_tensors
 from structlin_nn.training.base import RunConfig

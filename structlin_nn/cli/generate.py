@@ -90,7 +90,7 @@ def _model(arguments: argparse.Namespace) -> tuple[Any, str | None]:
 def _generate(arguments: argparse.Namespace, model: Any, name: str | None) -> int:
     import torch
 
-    from structlin_nn.data.bpe import load_tokenizer
+    from structlin_nn.data.tokenizers import load_tokenizer
     from structlin_nn.generate import generate
 
     if name is None:

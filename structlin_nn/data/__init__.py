@@ -1,11 +1,27 @@
-"""Image data for training: loading (`load_images`), batches (`Batches`) and augmentation.
+"""Data for training: images in memory, tokens of a text, ImageNet. Importing this loads NumPy alone.
 
-`structlin_nn.data.augment` works on torch tensors and is imported by its own name, so that loading data
-does not import torch.
+`structlin_nn.data.augment` and `structlin_nn.data.imagenet` work on torch tensors and are imported by their own names.
 """
 
-from structlin_nn.data.batches import Batches, epoch_order
-from structlin_nn.data.images import ImageDataset, channel_statistics
-from structlin_nn.data.load import DATASETS, load_images
+from structlin_nn.data.images import (
+    DATASETS,
+    ImageDataset,
+    batch_rows,
+    channel_statistics,
+    epoch_order,
+    load_images,
+)
+from structlin_nn.data.tokens import TokenData, evaluation_batches, open_tokens, token_batch
 
-__all__ = ["DATASETS", "Batches", "ImageDataset", "channel_statistics", "epoch_order", "load_images"]
+__all__ = [
+    "DATASETS",
+    "ImageDataset",
+    "TokenData",
+    "batch_rows",
+    "channel_statistics",
+    "epoch_order",
+    "evaluation_batches",
+    "load_images",
+    "open_tokens",
+    "token_batch",
+]

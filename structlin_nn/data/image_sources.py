@@ -1,33 +1,29 @@
-"""Where the image files of a labelled data set come from: folders, WebDataset shards, Hugging Face `datasets`.
+"""Where the files of labelled images come from: folders, WebDataset shards, Hugging Face `datasets`.
 
-Each gives its samples by number, as undecoded bytes, so that any order, any number of processes and any place to
-resume from are the same for all. Shards are indexed once, and then read in place: they must not be compressed.
+Each gives its samples by number, as undecoded bytes. Folders are listed by torchvision. Shards are indexed here and
+then read in place, because webdataset reads them only as a stream, whose position depends on the workers.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
 import tarfile
-import time
-import zipfile
-from collections.abc import Iterator
-from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
 from structlin_nn.data import _cache
-from structlin_nn.data.hub import is_saved, load_hub
+from structlin_nn.data.hub import load_hub
 
 __all__ = ["FORMATS", "FolderSplit", "HubSplit", "ShardSplit", "Split", "open_splits"]
 
 FORMATS = ("folder", "shards", "datasets")
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".tif", ".tiff")
-INDEX_VERSION = 1
-_TRAIN, _VAL = ("train",), ("val", "validation")
-_COLUMNS = ("members", "labels", "shard", "offsets", "bytes_")
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff")
+_NAMES = {"train": ("train",), "val": ("val", "validation")}
+_EXTRA = "ImageNet needs torchvision and timm: pip install 'structlin[vision]'"
 
 
 class Split(Protocol):
@@ -42,10 +38,11 @@ class Split(Protocol):
     def read(self, index: int) -> bytes:
         """The undecoded image file of a sample."""
 
-    def sizes(self) -> Iterator[bytes]:
-        """A line for each sample that differs where the sample does, without reading images."""
+    def identity(self) -> bytes:
+        """What tells the samples from others, besides their labels; images are not read."""
 
 
+# Paths and names are arrays, because processes that share a list copy it as soon as they look at it.
 @dataclass
 class FolderSplit:
     """Image files in one folder for each class; `paths` below the root as `os.fsencode` has them."""
@@ -53,8 +50,6 @@ class FolderSplit:
     root: Path
     paths: np.ndarray
     labels: np.ndarray
-    bytes_: np.ndarray
-    ignored: list[str] = field(default_factory=list)
 
     def name(self, index: int) -> str:
         return os.path.join(self.root, os.fsdecode(self.paths[index]))
@@ -62,9 +57,8 @@ class FolderSplit:
     def read(self, index: int) -> bytes:
         return Path(self.name(index)).read_bytes()
 
-    def sizes(self) -> Iterator[bytes]:
-        for path, size in zip(self.paths, self.bytes_, strict=True):
-            yield b"%b %d" % (path, size)
+    def identity(self) -> bytes:
+        return b"\n".join(self.paths.tolist())
 
 
 @dataclass
@@ -76,7 +70,7 @@ class ShardSplit:
     labels: np.ndarray
     shard: np.ndarray
     offsets: np.ndarray
-    bytes_: np.ndarray
+    sizes: np.ndarray
 
     def name(self, index: int) -> str:
         return f"{self.shards[self.shard[index]]}: {os.fsdecode(self.members[index])}"
@@ -84,15 +78,13 @@ class ShardSplit:
     def read(self, index: int) -> bytes:
         with self.shards[self.shard[index]].open("rb") as file:
             file.seek(int(self.offsets[index]))
-            raw = file.read(int(self.bytes_[index]))
-        if len(raw) != self.bytes_[index]:
-            raise ValueError(f"{self.name(index)} is truncated: {self.bytes_[index]} bytes expected, got {len(raw)}")
+            raw = file.read(int(self.sizes[index]))
+        if len(raw) != self.sizes[index]:
+            raise ValueError(f"{self.name(index)} is truncated: {self.sizes[index]} bytes expected, got {len(raw)}")
         return raw
 
-    def sizes(self) -> Iterator[bytes]:
-        names = [os.fsencode(shard.name) for shard in self.shards]
-        for number, member, size in zip(self.shard, self.members, self.bytes_, strict=True):
-            yield b"%b %b %d" % (names[number], member, size)
+    def identity(self) -> bytes:
+        return b"\n".join(self.members.tolist()) + self.sizes.tobytes()
 
 
 @dataclass
@@ -109,54 +101,61 @@ class HubSplit:
 
     def read(self, index: int) -> bytes:
         cell = self.dataset[int(index)][self.image]
-        if cell["bytes"] is not None:
-            return cell["bytes"]
-        return Path(cell["path"]).read_bytes()
+        return Path(cell["path"]).read_bytes() if cell["bytes"] is None else cell["bytes"]
 
-    def sizes(self) -> Iterator[bytes]:
+    def identity(self) -> bytes:
         # Changes with every transformation, and with the files that the data set was made of.
-        yield f"{self.dataset._fingerprint} {len(self.dataset)}".encode()
+        return f"{self.dataset._fingerprint} {len(self.dataset)}".encode()
 
 
 def open_splits(
     source: str | os.PathLike[str], kind: str | None, *, image: str, label: str, num_classes: int | None
-) -> tuple[dict[str, Split], tuple[str, ...], str]:
-    """Training and validation split, the names of the classes, and what was found: one of `FORMATS`.
+) -> tuple[dict[str, Split], tuple[str, ...], str, str]:
+    """Training and validation split, the names of the classes, a sha256 sum, and the format that was found.
 
     Arguments and errors are those of `structlin_nn.data.imagenet.open_imagenet`.
     """
     if kind is not None and kind not in FORMATS:
         raise ValueError(f"unknown format {kind!r}; one of {', '.join(FORMATS)}")
     place = Path(source).expanduser()
-    if kind is None:
-        kind = _recognise(place)
+    kind = kind or _recognise(place)
     if kind != "datasets" and not place.is_dir():
-        raise FileNotFoundError(f"{place} is no folder; it should hold train/ and val/, or shards")
-    if kind == "folder":
-        folders, classes = _open_folders(place)
-        if num_classes is not None and num_classes != len(classes):
-            raise ValueError(f"{place} has {len(classes)} classes, num_classes is {num_classes}")
-        return dict(folders), classes, kind
-    if kind == "shards":
-        splits, count = _open_shards(place)
+        raise FileNotFoundError(f"{place} is not a folder; it should hold train/ and val/, or shards")
+    splits: dict[str, Split]
+    classes: tuple[str, ...] | None
+    if kind == "datasets":
+        splits, classes = _open_hub(source, image, label)
+    elif kind == "folder":
+        splits, classes = _open_folders(place)
     else:
-        hub, names = _open_hub(source, image, label)
-        if names is not None:
-            if num_classes is not None and num_classes != len(names):
-                raise ValueError(f"{source} has {len(names)} classes, num_classes is {num_classes}")
-            return hub, names, kind
-        splits, count = hub, 1 + max(int(split.labels.max()) for split in hub.values())
-    if num_classes is not None and count > num_classes:
-        raise ValueError(f"{source} has the label {count - 1}, outside num_classes {num_classes}")
-    return splits, tuple(str(number) for number in range(num_classes or count)), kind
+        splits, classes = {split: _open_shards(_shards(place, split)) for split in _NAMES}, None
+    if classes is not None and num_classes not in (None, len(classes)):
+        raise ValueError(f"{source} has {len(classes)} classes, num_classes is {num_classes}")
+    if classes is None:
+        present = np.unique(splits["train"].labels)
+        if num_classes is None and len(present) != present[-1] + 1:
+            raise ValueError(
+                f"{source} has training images of {len(present)} classes, and the largest label is {present[-1]}: "
+                "state num_classes if there are classes without images"
+            )
+        classes = tuple(str(number) for number in range(num_classes or len(present)))
+    digest = hashlib.sha256("\n".join(classes).encode())
+    for name, split in splits.items():
+        if (wrong := np.flatnonzero((split.labels < 0) | (split.labels >= len(classes)))).size:
+            raise ValueError(
+                f"{split.name(wrong[0])} has the label {split.labels[wrong[0]]}, outside the {len(classes)} classes "
+                f"({wrong.size} such labels)"
+            )
+        digest.update(f"\n{name}\n".encode() + split.identity() + split.labels.astype("<i8").tobytes())
+    return splits, classes, digest.hexdigest(), kind
 
 
 def _recognise(place: Path) -> str:
-    if not place.is_dir() or is_saved(place):
+    if not place.is_dir() or any((place / name).is_file() for name in ("dataset_dict.json", "state.json")):
         return "datasets"
-    if _shards(place, _TRAIN):
+    if _shards(place, "train", missing_ok=True):
         return "shards"
-    if any((place / name).is_dir() for name in _TRAIN):
+    if (place / "train").is_dir():
         return "folder"
     raise FileNotFoundError(
         f"{place} holds no train/ and val/ folder with one folder for each class, no *train*.tar, and no data set "
@@ -164,83 +163,44 @@ def _recognise(place: Path) -> str:
     )
 
 
-def _open_folders(place: Path) -> tuple[dict[str, FolderSplit], tuple[str, ...]]:
-    roots = {"train": _subfolder(place, _TRAIN), "val": _subfolder(place, _VAL)}
-    names = {split: sorted(entry.name for entry in root.iterdir() if entry.is_dir()) for split, root in roots.items()}
-    for split, root in roots.items():
-        if not names[split]:
-            raise ValueError(f"{root} holds no folders; one for each class is needed, with its images")
-    classes = names["train"]
-    if extra := sorted(set(names["val"]) - set(classes)):
-        raise ValueError(
-            f"{roots['val']} has {len(extra)} classes that {roots['train']} lacks, the first of them {extra[0]!r}"
-        )
-    number = {name: index for index, name in enumerate(classes)}
-    return {split: _list_folder(root, names[split], number) for split, root in roots.items()}, tuple(classes)
-
-
-def _list_folder(root: Path, names: list[str], number: dict[str, int]) -> FolderSplit:
-    paths: list[bytes] = []
-    labels: list[int] = []
-    sizes: list[int] = []
-    ignored: list[str] = []
-    top = len(os.path.join(root, ""))
-    for name in names:
-        before = len(paths)
-        for folder, folders, files in os.walk(root / name, followlinks=True):
-            folders.sort()
-            for file in sorted(files):
-                path = os.path.join(folder, file)
-                if os.path.splitext(file)[1].lower() not in SUFFIXES:
-                    ignored.append(path)
-                    continue
-                paths.append(os.fsencode(path[top:].replace(os.sep, "/")))
-                labels.append(number[name])
-                sizes.append(os.stat(path).st_size)
-        if len(paths) == before:
-            raise ValueError(f"{root / name} holds no image ({', '.join(SUFFIXES)})")
-    # Arrays, because processes that share a list copy it as soon as they look at it.
-    return FolderSplit(root, np.array(paths), np.array(labels, np.int64), np.array(sizes, np.int64), ignored)
-
-
-def _subfolder(place: Path, names: tuple[str, ...]) -> Path:
-    for name in names:
-        if (place / name).is_dir():
-            return place / name
-    raise FileNotFoundError(f"{place} lacks the folder {' or '.join(names)}")
-
-
-def _shards(place: Path, names: tuple[str, ...]) -> list[Path]:
-    for name in names:
-        if found := sorted((place / name).glob("*.tar")):
-            return found
-    return sorted(path for path in place.glob("*.tar") if any(name in path.name for name in names))
-
-
-def _open_shards(place: Path) -> tuple[dict[str, Split], int]:
+def _open_folders(place: Path) -> tuple[dict[str, Split], tuple[str, ...]]:
+    try:
+        from torchvision.datasets import ImageFolder
+    except ImportError as error:
+        raise ImportError(f"{_EXTRA} ({error})") from error
     splits: dict[str, Split] = {}
-    for split, names in (("train", _TRAIN), ("val", _VAL)):
-        shards = _shards(place, names)
-        if not shards:
-            raise FileNotFoundError(f"{place} holds no shards *{names[0]}*.tar, nor {names[0]}/*.tar")
-        splits[split] = _indexed(shards)
-    return splits, 1 + max(int(split.labels.max()) for split in splits.values())
+    classes: list[str] = []
+    for split, names in _NAMES.items():
+        root = next((place / name for name in names if (place / name).is_dir()), None)
+        if root is None:
+            raise FileNotFoundError(f"{place} lacks the folder {' or '.join(names)}")
+        try:
+            found = ImageFolder(root)
+        except FileNotFoundError as error:
+            raise ValueError(f"{root}: {error}") from error
+        classes = classes or found.classes
+        if extra := sorted(set(found.classes) - set(classes)):
+            raise ValueError(f"{root} has {len(extra)} classes that train lacks, the first of them {extra[0]!r}")
+        number = np.array([classes.index(name) for name in found.classes])
+        paths = np.array([os.fsencode(os.path.relpath(path, root)) for path, _ in found.samples])
+        splits[split] = FolderSplit(root, paths, number[[label for _, label in found.samples]].astype(np.int64))
+    return splits, tuple(classes)
 
 
-def _indexed(shards: list[Path]) -> ShardSplit:
-    """The samples of shards, from an index of an earlier call where it took long to make and nothing changed."""
-    known = _cache.cache_file("shards", ".npz", shards, INDEX_VERSION)
-    if known.exists():
-        with suppress(OSError, ValueError, KeyError, zipfile.BadZipFile), np.load(known, allow_pickle=False) as found:
-            return ShardSplit(shards, *(found[name] for name in _COLUMNS))
-    start = time.monotonic()
-    split = _index_shards(shards)
-    if time.monotonic() - start > _cache.SLOW_SECONDS:
-        _cache.keep(known, lambda file: np.savez(file, **{name: getattr(split, name) for name in _COLUMNS}))
-    return split
+def _shards(place: Path, split: str, missing_ok: bool = False) -> list[Path]:
+    names = _NAMES[split]
+    inside = [path for name in names for path in sorted((place / name).glob("*.tar"))]
+    found = inside or sorted(path for path in place.glob("*.tar") if any(name in path.name for name in names))
+    if not found and not missing_ok:
+        raise FileNotFoundError(f"{place} holds no shards *{names[0]}*.tar, nor {names[0]}/*.tar")
+    return found
 
 
-def _index_shards(shards: list[Path]) -> ShardSplit:
+def _open_shards(shards: list[Path]) -> ShardSplit:
+    return ShardSplit(shards, **_cache.kept("shards", shards, lambda: _index_shards(shards)))
+
+
+def _index_shards(shards: list[Path]) -> dict[str, np.ndarray]:
     members: list[bytes] = []
     rows: list[tuple[int, int, int, int]] = []
     for number, shard in enumerate(shards):
@@ -249,45 +209,40 @@ def _index_shards(shards: list[Path]) -> ShardSplit:
         try:
             with tarfile.open(shard, "r:") as archive:
                 for member in archive:
-                    if not member.isfile():
-                        continue
                     folder, _, base = member.name.rpartition("/")
                     stem, _, suffix = base.partition(".")
-                    key = f"{folder}/{stem}" if folder else stem
-                    if f".{suffix.lower()}" in SUFFIXES:
+                    key = f"{folder}/{stem}"
+                    if member.isfile() and f".{suffix.lower()}" in SUFFIXES:
                         if key in images:
                             raise ValueError(
                                 f"{shard} holds {images[key][0]} and {member.name}: two images of one sample"
                             )
                         images[key] = (member.name, member.offset_data, member.size)
-                    elif suffix == "cls":
+                    elif member.isfile() and suffix == "cls":
                         content = archive.extractfile(member)
-                        assert content is not None
-                        labels[key] = _class(content.read(64), f"{shard}: {member.name}")
+                        text = b"" if content is None else content.read(20).strip()
+                        if not text.isdigit() or member.size > 18:
+                            raise ValueError(f"{shard}: {member.name} must hold the number of a class, got {text!r}")
+                        labels[key] = int(text)
+                end = archive.offset
         except (tarfile.TarError, EOFError) as error:
-            raise ValueError(
-                f"{shard} is damaged, truncated or compressed ({type(error).__name__}: {error})"
-            ) from error
+            what = f"{type(error).__name__}: {error}"
+            raise ValueError(f"{shard} is damaged, cut or compressed ({what})") from error
+        # Two blocks of zeros end an archive. Without them it was cut, perhaps between two members.
+        with shard.open("rb") as file:
+            file.seek(end)
+            if file.read(2 * tarfile.BLOCKSIZE) != bytes(2 * tarfile.BLOCKSIZE):
+                raise ValueError(f"{shard} ({shard.stat().st_size} bytes) is cut: the end of the archive is missing")
         if lonely := sorted(images.keys() ^ labels.keys()):
             lacks = "a label (.cls)" if lonely[0] in images else "an image"
             raise ValueError(f"{shard}: {lonely[0]} lacks {lacks}; so do or lack {len(lonely)} of its samples")
         if not images:
             raise ValueError(f"{shard} holds no image")
-        size = shard.stat().st_size
-        for key, (member_name, offset, length) in images.items():
-            if offset + length > size:
-                raise ValueError(f"{shard} is truncated: {member_name} should end at byte {offset + length} of {size}")
-            members.append(os.fsencode(member_name))
+        for key, (name, offset, length) in images.items():
+            members.append(os.fsencode(name))
             rows.append((labels[key], number, offset, length))
-    columns = np.array(rows, dtype=np.int64)
-    return ShardSplit(shards, np.array(members), *(np.ascontiguousarray(column) for column in columns.T))
-
-
-def _class(raw: bytes, name: str) -> int:
-    text = raw.decode("ascii", "replace").strip()
-    if not text.isdigit():
-        raise ValueError(f"{name} must hold the number of a class, got {text!r}")
-    return int(text)
+    columns = np.ascontiguousarray(np.array(rows, dtype=np.int64).T)
+    return {"members": np.array(members)} | dict(zip(("labels", "shard", "offsets", "sizes"), columns, strict=True))
 
 
 def _open_hub(source: Any, image: str, label: str) -> tuple[dict[str, Split], tuple[str, ...] | None]:
@@ -295,28 +250,22 @@ def _open_hub(source: Any, image: str, label: str) -> tuple[dict[str, Split], tu
     import datasets
 
     if not isinstance(loaded, datasets.DatasetDict):
-        raise ValueError(f"{source} is one split; a data set with {_TRAIN[0]} and {_VAL[0]} is needed")
+        raise ValueError(f"{source} is one split; a data set with train and val is needed")
     splits: dict[str, Split] = {}
-    names: tuple[str, ...] | None = None
-    for split, candidates in (("train", _TRAIN), ("val", _VAL)):
-        found = next((name for name in candidates if name in loaded), None)
+    classes: tuple[str, ...] | None = None
+    for split, names in _NAMES.items():
+        found = next((name for name in names if name in loaded), None)
         if found is None:
-            raise ValueError(f"{source} has the splits {', '.join(loaded)}; {' or '.join(candidates)} is needed")
+            raise ValueError(f"{source} has the splits {', '.join(loaded)}; {' or '.join(names)} is needed")
         rows = loaded[found]
         for column in (image, label):
             if column not in rows.column_names:
                 raise ValueError(f"{source} has the columns {', '.join(rows.column_names)}, not {column!r}")
         if len(rows) == 0:
             raise ValueError(f"{source}: {found} is empty")
-        feature = rows.features[label]
-        if isinstance(feature, datasets.ClassLabel):
-            names = tuple(feature.names)
+        if isinstance(rows.features[label], datasets.ClassLabel):
+            classes = tuple(rows.features[label].names)
         labels = np.array(rows[label][:], dtype=np.int64)
-        limit = len(names) if names is not None else np.iinfo(np.int64).max
-        if (wrong := np.flatnonzero((labels < 0) | (labels >= limit))).size:
-            raise ValueError(
-                f"{source}: {found}[{wrong[0]}] has the label {labels[wrong[0]]} ({wrong.size} such labels)"
-            )
-        rows = rows.cast_column(image, datasets.Image(decode=False))
-        splits[split] = HubSplit(rows, f"{source}/{found}", image, labels)
-    return splits, names
+        undecoded = rows.cast_column(image, datasets.Image(decode=False))
+        splits[split] = HubSplit(undecoded, f"{source}/{found}", image, labels)
+    return splits, classes

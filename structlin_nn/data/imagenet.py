@@ -1,45 +1,209 @@
-"""ImageNet, or any labelled images of its kind, in batches that depend on seed and epoch alone.
+"""ImageNet, or any labelled images of its kind: image trees, WebDataset shards, Hugging Face `datasets`.
 
-Sources are an ImageFolder tree (``train/CLASS/*.jpg``, ``val/CLASS/*.jpg``), WebDataset shards, and Hugging Face
-`datasets`; see `structlin_nn.data.image_sources`. Nothing is read before it is used.
+timm's transforms and torch's DataLoader do the work; images reach the device as uint8. What is added here, because no
+loader of timm, webdataset or torchdata has it: a batch is a function of the seed and the number of the step alone, so
+that a run resumes by its step, with any number of processes and workers.
 
 Source: Russakovsky et al., ImageNet Large Scale Visual Recognition Challenge, IJCV 2015.
 """
 
 from __future__ import annotations
 
-import hashlib
+import io
+import itertools
+import math
 import os
+import random
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, default_collate
 
+from structlin_nn.data import augment
 from structlin_nn.data._checks import natural, share
-from structlin_nn.data.batches import epoch_order
-from structlin_nn.data.image_sources import FORMATS, FolderSplit, Split, open_splits
-from structlin_nn.data.image_transforms import ImageRecipe, TrainingView, decode, evaluation_view
+from structlin_nn.data.image_sources import FORMATS, Split, open_splits
+from structlin_nn.data.images import batch_rows
 from structlin_nn.data.tokens import IGNORE
 
-__all__ = ["FORMATS", "ImageNetData", "ImageRecipe", "open_imagenet"]
+__all__ = ["FORMATS", "IMAGENET_MEAN", "IMAGENET_STD", "ImageNetData", "ImageRecipe", "decode", "open_imagenet"]
 
-BROKEN = ("error", "skip")
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+_RETRIES = 50  # as in timm: so many broken images after each other are no accident
+_FILL = -1
+
+
+def decode(raw: bytes, name: str) -> Image.Image:
+    """An image file as an RGB image, all its pixels read.
+
+    Raises:
+        ValueError: the file is truncated, damaged or of no known format; the message names it.
+
+    Example:
+        >>> decode(b"GIF89a", "cat.gif")
+        Traceback (most recent call last):
+            ...
+        ValueError: cat.gif (6 bytes) is a broken image (...)
+    """
+    try:
+        with Image.open(io.BytesIO(raw)) as image:
+            return image.convert("RGB")
+    except Exception as error:
+        # A damaged file can fail in any way at all: Pillow raises OSError, SyntaxError, struct.error and others.
+        raise ValueError(f"{name} ({len(raw)} bytes) is a broken image ({type(error).__name__}: {error})") from error
+
+
+@dataclass(frozen=True)
+class ImageRecipe:
+    """Training augmentation of ImageNet; the defaults are those of Compute Better Spent (ICML 2024) for ViT/32.
+
+    timm crops, resizes, flips, jitters and applies RandAugment to each image, in worker processes (`transform`).
+    On the device, `finish` normalises, erases (timm's), smooths the labels and mixes.
+
+    Attributes:
+        size: height and width of the result.
+        crop_scale: range of the share of the area.
+        crop_ratio: range of width / height of the crop.
+        interpolation: ``bilinear``, ``bicubic``, or ``random``: either, drawn for each image.
+        flip: probability of mirroring.
+        rand_augment: configuration of timm's RandAugment, None for none.
+        color_jitter: strength in brightness, contrast and saturation. As in timm, it takes effect only where there is
+            no RandAugment, unless ``force_color_jitter``.
+        force_color_jitter: jitter besides RandAugment.
+        random_erasing: probability of erasing a box with noise, 0 for none.
+        mixup: alpha of mixup, 0 for none.
+        smoothing: label smoothing.
+
+    Raises:
+        ValueError: a value outside its range.
+
+    Source: Cubuk et al., RandAugment, 2020; Zhong et al., Random Erasing, 2020; Zhang et al., mixup, 2018.
+
+    Example:
+        >>> ImageRecipe.plain(size=64).rand_augment is None
+        True
+    """
+
+    size: int = 224
+    crop_scale: tuple[float, float] = augment.CROP_SCALE
+    crop_ratio: tuple[float, float] = augment.CROP_RATIO
+    interpolation: str = "random"
+    flip: float = 0.5
+    rand_augment: str | None = "rand-m9-mstd0.5-inc1"
+    color_jitter: float = 0.4
+    force_color_jitter: bool = False
+    random_erasing: float = 0.25
+    mixup: float = 0.2
+    smoothing: float = 0.1
+
+    def __post_init__(self) -> None:
+        natural("size", self.size, 1)
+        for name in ("crop_scale", "crop_ratio"):
+            low, high = getattr(self, name)
+            if not 0 < low <= high < math.inf:
+                raise ValueError(f"{name} must be (smallest, largest) with 0 < smallest <= largest, got {(low, high)}")
+        if self.interpolation not in ("random", "bilinear", "bicubic"):
+            raise ValueError(f"interpolation must be random, bilinear or bicubic, got {self.interpolation!r}")
+        for name, highest in (
+            ("flip", 1),
+            ("random_erasing", 1),
+            ("smoothing", 1),
+            ("color_jitter", 1e9),
+            ("mixup", 1e9),
+        ):
+            if not 0 <= getattr(self, name) <= highest:
+                raise ValueError(f"{name} must be from 0 to {highest:g}, got {getattr(self, name)}")
+
+    @classmethod
+    def plain(cls, size: int = 224, **changes: Any) -> ImageRecipe:
+        """Crops and flips alone."""
+        off = {"rand_augment": None, "color_jitter": 0.0, "random_erasing": 0.0, "mixup": 0.0, "smoothing": 0.0}
+        return cls(size=size, **{**off, **changes})
+
+    def transform(self) -> Callable[[Image.Image], Tensor]:
+        """timm's transform of one image: RGB image to uint8 tensor (3, size, size); it draws from global generators."""
+        from timm.data.transforms_factory import transforms_imagenet_train
+
+        made = transforms_imagenet_train(
+            self.size,
+            scale=self.crop_scale,
+            ratio=self.crop_ratio,
+            hflip=self.flip,
+            color_jitter=self.color_jitter or None,  # type: ignore[arg-type]
+            force_color_jitter=self.force_color_jitter,
+            auto_augment=self.rand_augment,
+            interpolation=self.interpolation,
+            mean=IMAGENET_MEAN,
+            use_prefetcher=True,
+        )
+        for step in made.transforms:
+            for operation in getattr(step, "ops", ()):
+                if operation.name.startswith("Posterize"):
+                    operation.aug_fn = _posterize
+        return made
+
+    def finish(
+        self, images: Tensor, labels: Tensor, keys: Tensor, num_classes: int, seed: tuple[int, ...]
+    ) -> tuple[Tensor, Tensor]:
+        """What is done on the device, without waiting for it.
+
+        Args:
+            images: uint8 (n, 3, size, size), as `ImageNetData.train_batches` gives them.
+            labels: int64 (n,), on the same device.
+            keys: int64 (n,), on the CPU: what is erased depends on them alone.
+            num_classes: K.
+            seed: non-negative integers, such as (seed, step): the proportion of mixup depends on them alone.
+
+        Returns:
+            (inputs, targets): float32 (n, 3, size, size), and (n, K), each row summing to 1.
+        """
+        inputs = augment.normalize(images, IMAGENET_MEAN, IMAGENET_STD)
+        if self.random_erasing:
+            from timm.data.random_erasing import RandomErasing
+
+            erase = RandomErasing(1.0, mode="pixel", device=inputs.device)
+            with _generators_kept(inputs.device):
+                for image, key in zip(inputs, keys.tolist(), strict=True):
+                    random.seed(key)
+                    if random.random() < self.random_erasing:
+                        torch.manual_seed(key)
+                        erase(image)
+        targets = augment.soft_targets(labels, num_classes, self.smoothing)
+        if not self.mixup:
+            return inputs, targets
+        generator = torch.Generator().manual_seed(_words(seed, 1)[0])
+        return augment.mixup(inputs, targets, generator, alpha=self.mixup, neighbours=True)
+
+
+def _posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
+    """timm's, which asks Pillow to keep 0 bits at full strength: black before Pillow 13, a ValueError since."""
+    if bits == 0:
+        return Image.new(image.mode, image.size)
+    from timm.data.auto_augment import posterize
+
+    return posterize(image, bits)
 
 
 @dataclass(eq=False)
 class ImageNetData:
     """Labelled image files with a training and a validation split; made by `open_imagenet`.
 
+    It holds names and labels, no images, and can be pickled: one process can open it for all.
+
     Attributes:
         classes: name of each class, in the order of the labels.
-        digest: sha256 of names, sizes and labels of all samples (of fingerprints, for Hugging Face data); images
+        digest: sha256 of the names and labels of all samples (of fingerprints, for Hugging Face data); images
             themselves are not read.
         format: ``folder``, ``shards`` or ``datasets``.
         source: as given.
-        broken: what was skipped so far (``on_broken="skip"``): name of the sample -> error.
+        broken: what was broken so far: name of the sample -> error.
     """
 
     splits: dict[str, Split]
@@ -71,138 +235,151 @@ class ImageNetData:
         """Number of validation images."""
         return len(self.splits["val"].labels)
 
-    @property
-    def ignored(self) -> list[str]:
-        """Files of an image tree that are no images by their names, and are left out."""
-        return [path for split in self.splits.values() if isinstance(split, FolderSplit) for path in split.ignored]
-
     def train_steps(self, batch_size: int) -> int:
-        """Whole batches in an epoch; what is left is left out of that epoch."""
+        """Steps of an epoch; the samples that are left are left out of that epoch."""
         return self.train_size // natural("batch_size", batch_size, 1)
 
     def train_batches(
         self,
-        epoch: int,
+        *,
         batch_size: int,
         seed: int,
+        recipe: ImageRecipe,
         rank: int = 0,
         world_size: int = 1,
         workers: int = 0,
-        start_batch: int = 0,
-        recipe: ImageRecipe | None = None,
+        start_step: int = 0,
+        accumulate: int = 1,
         pin_memory: bool = False,
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """The augmented batches of one epoch, from a batch on.
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Training batches without end, from a step on; the same workers go on from epoch to epoch.
 
-        The order depends on the seed and the epoch (`structlin_nn.data.epoch_order`), and what is drawn for a
-        sample on the seed, the epoch and the sample: the number of processes and workers, and where the epoch was
-        resumed, change nothing.
+        What is in a batch, and what is drawn for a sample, depend on the seed and the step alone.
 
         Args:
-            epoch: number of the epoch, from 0.
-            batch_size: images in a batch, of all processes together.
+            batch_size: images of a step, of all processes and parts together.
             seed: non-negative integer.
+            recipe: the augmentation.
             rank: number of this process.
-            world_size: number of processes, a divisor of ``batch_size``.
+            world_size: number of processes.
             workers: processes that read, decode and augment; 0: this one.
-            start_batch: number of the first batch, to resume within an epoch.
-            recipe: the augmentation; None: `ImageRecipe()`, which needs the extra ``vision``.
+            start_step: number of the first step.
+            accumulate: parts of a step, which come one after the other.
             pin_memory: batches in page-locked memory, for an asynchronous copy to CUDA.
 
         Yields:
-            (images, labels): float32 (n, 3, size, size), normalised, and int64 (n,), with n the batch size
-            divided by the number of processes (less where broken images are skipped). Mixup and label smoothing
-            are `ImageRecipe.mix`, on the device that trains.
+            (images, labels, keys): uint8 (n, 3, size, size), int64 (n,) and int64 (n,), for `ImageRecipe.finish`, with
+            n = batch_size / world_size / accumulate.
 
         Raises:
-            ValueError: an argument out of range, fewer images than one batch, or a broken image.
-            ImportError: the recipe needs the extra ``vision``.
+            ValueError: an argument out of range, a batch that cannot be shared equally, fewer images than one batch,
+                or (with ``on_broken="error"``) a broken image.
         """
-        local, place, _ = share(batch_size, rank, world_size)
-        steps = self.train_steps(batch_size)
-        if not steps:
-            raise ValueError(f"{self.train_size} images are less than one batch of {batch_size}")
-        if natural("start_batch", start_batch) > steps:
-            raise ValueError(f"start_batch {start_batch} is outside an epoch of {steps} batches")
-        recipe = ImageRecipe() if recipe is None else recipe
-        if not isinstance(recipe, ImageRecipe):
-            raise TypeError(f"recipe must be an ImageRecipe, got {recipe!r}")
-        order = epoch_order(seed, epoch, self.train_size)
-        firsts = range(start_batch * batch_size + place * local, steps * batch_size, batch_size)
-        skip = self.on_broken == "skip"
-        samples = _Samples(self.splits["train"], TrainingView(recipe), recipe.size, (seed, epoch), skip)
-        return self._load(samples, [order[first : first + local].tolist() for first in firsts], workers, pin_memory)
+        local, rank, world = share(batch_size, rank, world_size)
+        if local % natural("accumulate", accumulate, 1) or (recipe.mixup and local // accumulate % 2):
+            raise ValueError(
+                f"{local} images of a process cannot be shared by {accumulate} parts of a step in equal"
+                f"{' and even' if recipe.mixup else ''} numbers"
+            )
+        natural("start_step", start_step)
+        batch_rows(self.train_size, batch_size, seed, 0)  # the errors of it
+
+        def chosen() -> Iterator[list[tuple[int, int]]]:
+            steps = self.train_steps(batch_size)
+            for step in itertools.count(start_step):
+                rows = batch_rows(self.train_size, batch_size, seed, step)
+                for part in rows.reshape(accumulate, world, -1)[:, rank]:
+                    yield [(step // steps, row) for row in part.tolist()]
+
+        samples = _Samples(self, "train", recipe.transform(), recipe.size, seed)
+        return self._checked(self._loader(samples, _Endless(chosen), workers, pin_memory), training=True)
 
     def val_batches(
         self,
         batch_size: int,
+        *,
+        size: int = 224,
+        crop: float = 0.875,
         rank: int = 0,
         world_size: int = 1,
         workers: int = 0,
-        size: int = 224,
-        crop: float = 0.875,
         pin_memory: bool = False,
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Every validation image once, in order: resized, the centre cut out (`evaluation_view`).
+    ) -> Validation:
+        """Every validation image once, in order: resized (bicubic), the centre cut out, by timm's transform.
 
-        With several processes all get equally many batches of one shape, as collective forward passes need. What
-        a process lacks in the last batch is filled with zeros whose label is ``IGNORE`` (-100), which torch's
-        cross-entropy leaves out of a sum and no prediction equals. With one process nothing is filled.
+        All processes get equally many batches of one shape, as collective forward passes need. What a process lacks in
+        the last batch, and broken images with ``on_broken="skip"``, are zeros with the label ``IGNORE`` (-100), which
+        torch's cross-entropy leaves out of a sum. With one process nothing is filled.
 
         Args:
             batch_size: images in a batch, of all processes together.
-            rank: number of this process.
-            world_size: number of processes, a divisor of ``batch_size``.
-            workers: processes that read and decode; 0: this one.
             size: height and width of the views.
             crop: side of the view divided by the shortest side of the resized image, above 0, at most 1.
-            pin_memory: as in `train_batches`.
+            rank, world_size, workers, pin_memory: as in `train_batches`.
 
-        Yields:
-            (images, labels): float32 (n, 3, size, size) and int64 (n,).
+        Returns:
+            An object to iterate over in each evaluation, by the same workers, of (images, labels): uint8
+            (n, 3, size, size) and int64 (n,).
 
         Raises:
             ValueError: an argument out of range, or a broken image.
         """
-        _, place, world = share(batch_size, rank, world_size)
-        natural("size", size, 1)
+        from timm.data.transforms_factory import transforms_imagenet_eval
+
+        _, rank, world = share(batch_size, rank, world_size)
         if not 0 < crop <= 1:
             raise ValueError(f"crop must be above 0 and at most 1, got {crop}")
         chosen = []
         for first in range(0, self.val_size, batch_size):
             count = min(batch_size, self.val_size - first)
             each = -(-count // world)
-            rows = range(first + min(place * each, count), first + min((place + 1) * each, count))
-            chosen.append([*rows, *[_FILL] * (each - len(rows))])
-        view = _View(size, crop)
-        samples = _Samples(self.splits["val"], view, size, (), self.on_broken == "skip")
-        return self._load(samples, chosen, workers, pin_memory)
+            rows = range(first + min(rank * each, count), first + min((rank + 1) * each, count))
+            chosen.append([(0, row) for row in [*rows, *[_FILL] * (each - len(rows))]])
+        view = transforms_imagenet_eval(
+            natural("size", size, 1), crop_pct=crop, interpolation="bicubic", use_prefetcher=True
+        )
+        samples = _Samples(self, "val", view, size, None)
+        return Validation(self, self._loader(samples, chosen, workers, pin_memory, persistent_workers=workers > 0))
 
-    def _load(
-        self, samples: _Samples, chosen: Sequence[list[int]], workers: int, pin_memory: bool
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        natural("workers", workers)
+    @staticmethod
+    def _loader(samples: _Samples, chosen: Any, workers: int, pin_memory: bool, **options: Any) -> DataLoader:
         # A generator of its own, because a loader draws from torch's global one otherwise.
-        loader = torch.utils.data.DataLoader(
+        return DataLoader(
             samples,
             batch_sampler=chosen,
-            num_workers=workers,
+            num_workers=natural("workers", workers),
             collate_fn=_collate,
             pin_memory=pin_memory,
             generator=torch.Generator().manual_seed(0),
             worker_init_fn=_one_thread,
+            **options,
         )
-        return self._report(loader)
 
-    def _report(self, loader: Any) -> Iterator[tuple[Tensor, Tensor]]:
-        for images, labels, broken in loader:
+    def _checked(self, loader: DataLoader, training: bool = False) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        for images, labels, keys, broken in loader:
+            if broken and self.on_broken == "error":
+                raise ValueError(broken[0][1])
+            if training and bool((labels == IGNORE).any()):
+                raise ValueError(f"{_RETRIES} images after each other are broken, the last: {broken[-1][1]}")
             for name, message in broken:
                 if name not in self.broken:
-                    warnings.warn(f"skipped: {message}", stacklevel=2)
-                self.broken[name] = message
-            if images is None:
-                raise ValueError(f"all {len(broken)} images of a batch are broken, the first: {broken[0][1]}")
-            yield images, labels
+                    self.broken[name] = message
+                    warnings.warn(f"{message}; left out", stacklevel=2)
+            yield images, labels, keys
+
+
+@dataclass
+class Validation:
+    """The validation batches of `ImageNetData.val_batches`, to be iterated over again and again."""
+
+    data: ImageNetData
+    loader: DataLoader
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return ((images, labels) for images, labels, _ in self.data._checked(self.loader))
 
 
 def open_imagenet(
@@ -219,88 +396,117 @@ def open_imagenet(
     Args:
         source: a folder with ``train/`` and ``val/`` (or ``validation/``) that have one folder for each class; or
             with shards ``*train*.tar`` and ``*val*.tar``, or ``train/*.tar`` and ``val/*.tar``, uncompressed, of
-            members ``KEY.jpg`` and ``KEY.cls``; or a data set saved by Hugging Face datasets; or its name on the
+            members ``KEY.jpg`` and ``KEY.cls``; or a data set saved by Hugging Face `datasets`; or its name on the
             hub.
         format: ``folder``, ``shards`` or ``datasets``; None: what is found.
         image: column of the images, of Hugging Face data.
         label: column of the labels, likewise.
-        num_classes: classes there should be. Shards tell only labels: without it, their number is the largest
-            label plus one.
-        on_broken: ``"error"``: a broken image ends the iteration, and the error names it. ``"skip"``: it is left
-            out of its batch, with a warning, and noted in ``broken``.
+        num_classes: classes there should be. Shards hold only numbers: without it, the largest label is the last
+            class, and each class must have a training image.
+        on_broken: what is done about an image that cannot be read, decoded or transformed. ``"error"``: ValueError
+            that names it. ``"skip"``: a warning names it, ``broken`` notes it, and in training the next image of the
+            data set takes its place, as in timm; in validation its label is ``IGNORE``.
 
     Raises:
         FileNotFoundError: nothing of the kind at ``source``.
         ValueError: an unknown format, an empty class or split, validation classes that have no training images,
-            a shard that is damaged, truncated or compressed, a label outside the classes.
+            a shard that is damaged, cut or compressed, a label outside the classes.
         ImportError: Hugging Face data without `datasets` installed.
 
     Example:
         >>> import tempfile
         >>> from pathlib import Path
-        >>> from PIL import Image
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     for name in ("train/cat/1.png", "train/dog/1.png", "val/cat/2.png"):
         ...         path = Path(folder, name)
         ...         path.parent.mkdir(parents=True)
         ...         Image.new("RGB", (20, 30)).save(path)
         ...     data = open_imagenet(folder)
-        ...     images, labels = next(data.train_batches(0, batch_size=2, seed=0, recipe=ImageRecipe.plain(16)))
+        ...     batches = data.train_batches(batch_size=2, seed=0, recipe=ImageRecipe.plain(16))
+        ...     images, labels, keys = next(batches)
         >>> data.classes, data.train_size, data.val_size, images.shape
         (('cat', 'dog'), 2, 1, torch.Size([2, 3, 16, 16]))
     """
-    if on_broken not in BROKEN:
+    if on_broken not in ("error", "skip"):
         raise ValueError(f"on_broken must be 'error' or 'skip', got {on_broken!r}")
     if num_classes is not None:
-        num_classes = natural("num_classes", num_classes, 1)
-    splits, classes, kind = open_splits(source, format, image=image, label=label, num_classes=num_classes)
-    digest = hashlib.sha256("\n".join(classes).encode())
-    for name, split in splits.items():
-        digest.update(f"\n{name}\n".encode())
-        for line in split.sizes():
-            digest.update(line + b"\n")
-        digest.update(split.labels.astype("<i8").tobytes())
-    return ImageNetData(splits, classes, digest.hexdigest(), kind, os.fspath(source), on_broken)
+        natural("num_classes", num_classes, 1)
+    splits, classes, digest, kind = open_splits(source, format, image=image, label=label, num_classes=num_classes)
+    return ImageNetData(splits, classes, digest, kind, os.fspath(source), on_broken)
 
 
-_FILL = -1
+@dataclass
+class _Endless:
+    """A batch sampler that begins anew with each iteration and never ends."""
+
+    chosen: Callable[[], Iterator[Any]]
+
+    def __iter__(self) -> Iterator[Any]:
+        return self.chosen()
 
 
-class _View:
-    """`evaluation_view` with its sizes, as a function that other processes can be given."""
+class _Samples(Dataset):
+    """(epoch, number) -> (uint8 view, label, key of `ImageRecipe.finish`, what was broken on the way to it)."""
 
-    def __init__(self, size: int, crop: float) -> None:
-        self.size, self.crop = size, crop
+    def __init__(self, data: ImageNetData, split: str, transform: Any, size: int, seed: int | None) -> None:
+        self.split, self.transform, self.size, self.seed = data.splits[split], transform, size, seed
+        self.retries = _RETRIES if data.on_broken == "skip" and seed is not None else 1
 
-    def __call__(self, image: Any, seed: tuple[int, ...]) -> Tensor:
-        return evaluation_view(image, self.size, self.crop)
+    def __getitem__(self, place: tuple[int, int]) -> tuple[Tensor, int, int, list[tuple[str, str]]]:
+        epoch, first = place
+        broken: list[tuple[str, str]] = []
+        for index in range(first, first + self.retries):
+            if index == _FILL:
+                break
+            index %= len(self.split.labels)
+            name = self.split.name(index)
+            try:
+                image = decode(self.split.read(index), name)
+                if self.seed is None:
+                    return self.transform(image), int(self.split.labels[index]), 0, broken
+                *words, key = _words((self.seed, epoch, index), 4)
+                with _generators_kept():
+                    random.seed(words[0])
+                    np.random.seed(words[1] % 2**32)  # noqa: NPY002
+                    torch.default_generator.manual_seed(words[2])
+                    view = self.transform(image)
+                return view, int(self.split.labels[index]), key, broken
+            except Exception as error:
+                # Whatever an image makes of Pillow, timm and torchvision; `decode` and `read` name the image.
+                message = str(error)
+                if name not in message:
+                    message = f"{name} cannot be transformed ({type(error).__name__}: {error})"
+                broken.append((name, message))
+        return torch.zeros(3, self.size, self.size, dtype=torch.uint8), IGNORE, 0, broken
 
 
-class _Samples(torch.utils.data.Dataset):
-    """Decoded and transformed samples by number, (view, label), or (name, message) of a broken one."""
-
-    def __init__(self, split: Split, transform: Any, size: int, seed: tuple[int, ...], skip: bool) -> None:
-        self.split, self.transform, self.size, self.seed, self.skip = split, transform, size, seed, skip
-
-    def __getitem__(self, index: int) -> tuple[Any, Any]:
-        if index == _FILL:
-            return torch.zeros(3, self.size, self.size), IGNORE
-        try:
-            image = decode(self.split.read(index), self.split.name(index))
-        except (ValueError, OSError) as error:
-            if not self.skip:
-                raise
-            return self.split.name(index), str(error)
-        return self.transform(image, (*self.seed, index)), int(self.split.labels[index])
-
-
-def _collate(samples: list[tuple[Any, Any]]) -> tuple[Tensor | None, Tensor | None, list[tuple[str, str]]]:
-    broken = [(view, label) for view, label in samples if isinstance(view, str)]
-    kept = [(view, label) for view, label in samples if not isinstance(view, str)]
-    if not kept:
-        return None, None, broken
-    return torch.stack([view for view, _ in kept]), torch.tensor([label for _, label in kept]), broken
+def _collate(samples: list[tuple[Tensor, int, int, list[tuple[str, str]]]]) -> tuple[Any, ...]:
+    views, labels, keys, broken = zip(*samples, strict=True)
+    return (
+        default_collate(views),
+        torch.tensor(labels),
+        torch.tensor(keys),
+        [found for each in broken for found in each],
+    )
 
 
 def _one_thread(worker: int) -> None:
     torch.set_num_threads(1)
+
+
+def _words(seed: tuple[int, ...], count: int) -> list[int]:
+    """Independent seeds of 63 bits."""
+    return [int(word >> np.uint64(1)) for word in np.random.SeedSequence(seed).generate_state(count, np.uint64)]
+
+
+@contextmanager
+def _generators_kept(device: torch.device | None = None) -> Iterator[None]:
+    """Python's, NumPy's and torch's global generators, which timm draws from, afterwards as they were before."""
+    before = random.getstate(), np.random.get_state()  # noqa: NPY002
+    devices = [] if device is None or device.type == "cpu" else [device]
+    with torch.random.fork_rng(devices):
+        try:
+            yield
+        finally:
+            random.setstate(before[0])
+            np.random.set_state(before[1])  # noqa: NPY002

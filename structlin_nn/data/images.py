@@ -1,72 +1,75 @@
-"""Image classification data in memory: arrays, labels and what is known about them."""
+"""Image data in memory: `load_images`, `ImageDataset`, and the order in which training takes the samples."""
+
+from __future__ import annotations
 
 import dataclasses
+import functools
+import hashlib
+import io
+import os
 from dataclasses import dataclass, field
+from importlib.resources import files
 
 import numpy as np
 
-__all__ = ["ImageDataset", "channel_statistics"]
+from structlin_nn.data._checks import natural
+
+__all__ = ["DATASETS", "ImageDataset", "batch_rows", "channel_statistics", "epoch_order", "load_images"]
+
+DATASETS = ("cifar10", "cifar100", "fashion")
+"""The names that `load_images` knows."""
+
+_FASHION = "fashion_mnist.npz"
+_FASHION_SHA256 = "a7fb6544ddcfb8f231253bb2aae8d1f1d7dbb69442b935b349efaf143199a901"
+_FASHION_CLASSES = "T-shirt/top,Trouser,Pullover,Dress,Coat,Sandal,Shirt,Sneaker,Bag,Ankle boot"
 
 
 def channel_statistics(images: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation of each channel, in units of the full pixel range.
 
     Args:
-        images: uint8 array of shape (N, C, H, W), N >= 1.
+        images: uint8 array (N, C, H, W), not empty.
 
     Returns:
-        (mean, std): two tuples of C floats, pixel values divided by 255, the deviation that of the
-        population (divided by N * H * W). The sums are taken in integers, so nothing is rounded before
-        the last division.
-
-    Raises:
-        TypeError: the images are not a uint8 array.
-        ValueError: the shape is not (N, C, H, W) with at least one pixel.
+        (mean, std): two tuples of C floats, of the pixel values divided by 255; the deviation is that of the
+        population. All sums are exact integers.
 
     Example:
-        >>> import numpy as np
         >>> channel_statistics(np.array([0, 255], dtype=np.uint8).reshape(2, 1, 1, 1))
         ((0.5,), (0.5,))
     """
-    _check_images("images", images)
-    count = images.shape[0] * images.shape[2] * images.shape[3]
-    channels = images.shape[1]
-    total, squares = [0] * channels, [0] * channels
-    # In chunks, because the squares need a wider type than the pixels.
-    for start in range(0, len(images), 1024):
-        chunk = images[start : start + 1024].astype(np.uint32)
-        sums = chunk.sum(axis=(0, 2, 3), dtype=np.uint64)
-        square_sums = np.square(chunk).sum(axis=(0, 2, 3), dtype=np.uint64)
-        for c in range(channels):
-            total[c] += int(sums[c])
-            squares[c] += int(square_sums[c])
-    mean = tuple(t / (255 * count) for t in total)
-    std = tuple((count * s - t * t) ** 0.5 / (255 * count) for t, s in zip(total, squares, strict=True))
-    return mean, std
+    values = np.arange(256, dtype=object)
+    mean, std = [], []
+    for channel in range(images.shape[1]):
+        # In chunks: bincount casts to int64.
+        parts = (images[start : start + 4096, channel].reshape(-1) for start in range(0, len(images), 4096))
+        counts = sum(np.bincount(part, minlength=256) for part in parts)
+        number, total, squares = int(counts.sum()), int((counts * values).sum()), int((counts * values**2).sum())
+        mean.append(total / (255 * number))
+        std.append((number * squares - total * total) ** 0.5 / (255 * number))
+    return tuple(mean), tuple(std)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class ImageDataset:
-    """Training and test images with their labels, held in memory as they are stored.
+    """Training and test images with their labels, held in memory.
 
     Attributes:
-        name: short name, e.g. ``"cifar10"``; says so where the images are not the original ones.
-        train_images: uint8 array (N, C, H, W), channels first; colour channels are red, green, blue.
-        train_labels: int64 array (N,), each from 0 to ``num_classes - 1``.
+        name: short name, such as ``"cifar10"``; a suffix says so where the images are not the original ones.
+        train_images: uint8 array (N, C, H, W); colour channels are red, green, blue.
+        train_labels: int64 array (N,), from 0 to ``num_classes - 1``.
         test_images: uint8 array (M, C, H, W).
         test_labels: int64 array (M,).
         class_names: the name of each class, in the order of the labels.
         source: where the arrays came from and what was done to them.
         licence: the terms under which the data may be used.
-        mean: mean of each channel of the training images, pixel values divided by 255 (derived).
-        std: standard deviation of each channel of the training images, likewise (derived).
+        mean, std: of each channel of the training images (`channel_statistics`; derived).
 
     Raises:
         TypeError: images that are not uint8, labels that are not int64.
         ValueError: shapes that do not fit together, a label outside the classes, an empty split.
 
     Example:
-        >>> import numpy as np
         >>> pixels, labels = np.zeros((4, 1, 2, 2), np.uint8), np.array([0, 1, 0, 1])
         >>> ImageDataset("toy", pixels, labels, pixels[:2], labels[:2], ("a", "b"), "made here", "none")
         ImageDataset('toy': 4 training and 2 test images of shape (1, 2, 2), 2 classes)
@@ -86,16 +89,22 @@ class ImageDataset:
     def __post_init__(self) -> None:
         for split in ("train", "test"):
             images, labels = getattr(self, f"{split}_images"), getattr(self, f"{split}_labels")
-            _check_images(f"{split}_images", images)
-            _check_labels(f"{split}_labels", labels, len(images), len(self.class_names))
+            if (images.dtype, labels.dtype) != (np.uint8, np.int64):
+                raise TypeError(f"{split}: uint8 images and int64 labels needed, got {images.dtype} and {labels.dtype}")
+            if images.ndim != 4 or images.size == 0 or labels.shape != images.shape[:1]:
+                raise ValueError(
+                    f"{split}: images (N, C, H, W) and labels (N,) needed, not empty, got {images.shape}, "
+                    f"{labels.shape}"
+                )
+            if (wrong := np.flatnonzero((labels < 0) | (labels >= self.num_classes))).size:
+                raise ValueError(
+                    f"{split}_labels[{wrong[0]}] is {labels[wrong[0]]}, outside 0 to {self.num_classes - 1} "
+                    f"({wrong.size} such labels)"
+                )
         if self.train_images.shape[1:] != self.test_images.shape[1:]:
-            raise ValueError(
-                f"training images have shape {self.train_images.shape[1:]} and test images "
-                f"{self.test_images.shape[1:]}; they must be equal"
-            )
-        mean, std = channel_statistics(self.train_images)
-        object.__setattr__(self, "mean", mean)
-        object.__setattr__(self, "std", std)
+            raise ValueError(f"shapes differ: {self.train_images.shape} to train, {self.test_images.shape} to test")
+        for name, value in zip(("mean", "std"), channel_statistics(self.train_images), strict=True):
+            object.__setattr__(self, name, value)
 
     def __repr__(self) -> str:
         return (
@@ -114,25 +123,26 @@ class ImageDataset:
         _, channels, height, width = self.train_images.shape
         return channels, height, width
 
-    @property
-    def num_features(self) -> int:
-        """Pixel values of one image, C * H * W."""
-        channels, height, width = self.image_shape
-        return channels * height * width
+    @functools.cached_property
+    def digest(self) -> str:
+        """sha256 of all arrays and their shapes."""
+        digest = hashlib.sha256()
+        for array in (self.train_images, self.train_labels, self.test_images, self.test_labels):
+            digest.update(str(array.shape).encode())
+            digest.update(np.ascontiguousarray(array))
+        return digest.hexdigest()
 
-    def as_32x32_rgb(self) -> "ImageDataset":
-        """The same data in the shape (3, 32, 32) that the CIFAR models take (3072 inputs).
+    def as_32x32_rgb(self) -> ImageDataset:
+        """The same data in the shape (3, 32, 32) that the CIFAR models take.
 
-        Smaller images are surrounded by zeros, equally on both sides (an odd line goes to the bottom or
-        right), and a single channel is repeated three times. No information is added: three equal
-        channels are one channel. The name gets the suffix ``-32x32-rgb``, ``source`` says what was done,
-        and mean and std are those of the new images. Data of that shape already are returned unchanged.
+        Smaller images are padded with zeros, equally on both sides (an odd line goes to the bottom or right), and a
+        single channel is repeated three times. The name gets the suffix ``-32x32-rgb``. Data of that shape are
+        returned unchanged.
 
         Raises:
             ValueError: images larger than 32 x 32, or with neither one nor three channels.
 
         Example:
-            >>> from structlin_nn.data import load_images
             >>> load_images("fashion").as_32x32_rgb()
             ImageDataset('fashion-32x32-rgb': 10000 training and 2000 test images of shape (3, 32, 32), ...)
         """
@@ -146,39 +156,138 @@ class ImageDataset:
             )
         top, left = (32 - height) // 2, (32 - width) // 2
         margins = ((0, 0), (0, 0), (top, 32 - height - top), (left, 32 - width - left))
-
-        def convert(images: np.ndarray) -> np.ndarray:
-            padded = np.pad(images, margins)
-            return padded if channels == 3 else np.repeat(padded, 3, axis=1)
-
+        train, test = (
+            np.pad(images, margins).repeat(3 // channels, axis=1) for images in (self.train_images, self.test_images)
+        )
         done = f"{height}x{width} padded with zeros to 32x32"
-        if channels == 1:
-            done += ", the one channel repeated three times"
+        done += ", the one channel repeated three times" if channels == 1 else ""
+        source = f"{self.source}; {done}"
         return dataclasses.replace(
-            self,
-            name=f"{self.name}-32x32-rgb",
-            train_images=convert(self.train_images),
-            test_images=convert(self.test_images),
-            source=f"{self.source}; {done}",
+            self, name=f"{self.name}-32x32-rgb", train_images=train, test_images=test, source=source
         )
 
 
-def _check_images(what: str, images: np.ndarray) -> None:
-    if not isinstance(images, np.ndarray) or images.dtype != np.uint8:
-        found = images.dtype if isinstance(images, np.ndarray) else type(images).__name__
-        raise TypeError(f"{what} must be a NumPy array of uint8, got {found}")
-    if images.ndim != 4 or images.size == 0:
-        raise ValueError(f"{what} must have shape (N, C, H, W) with no axis empty, got {images.shape}")
+def load_images(
+    name: str, root: str | os.PathLike[str] | None = None, *, labels: str | None = None, verify: bool = True
+) -> ImageDataset:
+    """Load an image data set into memory.
 
+    Args:
+        name: ``"cifar10"`` or ``"cifar100"``, or ``"fashion"``, the class-balanced subset of Fashion-MNIST that is
+            part of this package.
+        root: where CIFAR is: a folder or an archive (`structlin_nn.data.cifar`), a folder that Hugging Face
+            `datasets` saved, or ``hf:`` and a name on the hub, such as ``hf:uoft-cs/cifar10``. None: the environment
+            variable ``STRUCTLIN_CIFAR10`` or ``STRUCTLIN_CIFAR100``. Embedded data have no root.
+        labels: ``"fine"`` (100 classes, the default) or ``"coarse"`` (20 classes) of CIFAR-100; None otherwise.
+        verify: compare CIFAR with the published md5 sums. Embedded data are always verified.
 
-def _check_labels(what: str, labels: np.ndarray, count: int, classes: int) -> None:
-    if not isinstance(labels, np.ndarray) or labels.dtype != np.int64:
-        found = labels.dtype if isinstance(labels, np.ndarray) else type(labels).__name__
-        raise TypeError(f"{what} must be a NumPy array of int64, got {found}")
-    if labels.shape != (count,):
-        raise ValueError(f"{what} has shape {labels.shape}, {count} images need shape ({count},)")
-    wrong = np.flatnonzero((labels < 0) | (labels >= classes))
-    if wrong.size:
-        raise ValueError(
-            f"{what}[{wrong[0]}] is {labels[wrong[0]]}, outside 0 to {classes - 1} ({wrong.size} such labels)"
+    Raises:
+        FileNotFoundError: no files at ``root``, or no root.
+        ImportError: Hugging Face data without `datasets` installed.
+        ValueError: an unknown name, an option that the data set does not have, damaged or different files.
+
+    Example:
+        >>> data = load_images("fashion")
+        >>> data.train_images.shape, data.train_labels.shape, data.num_classes
+        ((10000, 1, 28, 28), (10000,), 10)
+    """
+    if name not in DATASETS:
+        raise ValueError(f"unknown image data {name!r}; known: {', '.join(DATASETS)}")
+    if labels is not None and name != "cifar100":
+        raise ValueError(f"labels={labels!r} is an option of cifar100; {name} has one kind of label")
+    if name == "fashion":
+        if root is not None or not verify:
+            raise ValueError("fashion is embedded in the package and always verified: it takes no root or verify=False")
+        return _load_fashion()
+    from structlin_nn.data.cifar import load_cifar  # reads on demand what only CIFAR needs
+
+    variable = f"STRUCTLIN_{name.upper()}"
+    root = root or os.environ.get(variable)
+    if not root:
+        raise FileNotFoundError(
+            f"no place given for {name}: pass root= or set the environment variable {variable} to the folder that "
+            f"holds the files from https://www.cs.toronto.edu/~kriz/cifar.html; `structlin prepare {name} --out DIR` "
+            'downloads them (the embedded data "fashion" need no files)'
         )
+    return load_cifar(name, root, labels="fine" if labels is None else labels, verify=verify)
+
+
+def _load_fashion() -> ImageDataset:
+    """Xiao, Rasul, Vollgraf, Fashion-MNIST, 2017, arXiv:1708.07747; README.md beside this file says how it was made."""
+    place = files("structlin_nn.data") / _FASHION
+    if not place.is_file():
+        raise FileNotFoundError(f"{place} is missing: the package was installed without its data")
+    raw = place.read_bytes()
+    if (actual := hashlib.sha256(raw).hexdigest()) != _FASHION_SHA256:
+        raise ValueError(f"{place} has the sha256 sum {actual}, expected {_FASHION_SHA256}: install structlin again")
+    with np.load(io.BytesIO(raw), allow_pickle=False) as stored:
+        arrays = [
+            stored[f"{split}_images"][:, None] if kind == "images" else stored[f"{split}_labels"].astype(np.int64)
+            for split in ("train", "test")
+            for kind in ("images", "labels")
+        ]
+    return ImageDataset(
+        "fashion",
+        *arrays,
+        tuple(_FASHION_CLASSES.split(",")),
+        "embedded class-balanced subset of Fashion-MNIST (10,000 of 60,000 training and 2,000 of 10,000 test images)",
+        "MIT, copyright 2017 Zalando SE",
+    )
+
+
+def epoch_order(seed: int, epoch: int, size: int) -> np.ndarray:
+    """The permutation of ``range(size)`` that belongs to a seed and an epoch.
+
+    It is the order of `size` random 64-bit integers from the counter-based generator Philox, whose raw stream NumPy
+    keeps the same in every release.
+
+    Args:
+        seed, epoch, size: non-negative integers.
+
+    Returns:
+        int64 array (size,).
+
+    Raises:
+        TypeError: an argument that is not an integer.
+        ValueError: a negative argument.
+
+    Example:
+        >>> epoch_order(seed=0, epoch=0, size=5).tolist()
+        [0, 3, 1, 2, 4]
+    """
+    seed, epoch, size = natural("seed", seed), natural("epoch", epoch), natural("size", size)
+    keys = np.random.Philox(np.random.SeedSequence([seed, epoch])).random_raw(size)
+    return np.argsort(keys, kind="stable").astype(np.int64, copy=False)
+
+
+_kept_order = functools.lru_cache(maxsize=2)(epoch_order)
+
+
+def batch_rows(size: int, batch_size: int, seed: int, step: int) -> np.ndarray:
+    """The samples of one step of training: a function of its arguments, so that a run resumes by its step alone.
+
+    An epoch has ``size // batch_size`` steps; the samples that are left at its end are left out of that epoch.
+
+    Args:
+        size: number of samples.
+        batch_size: samples of a step.
+        seed: of the order (`epoch_order`).
+        step: number of the step, from 0.
+
+    Returns:
+        int64 array (batch_size,).
+
+    Raises:
+        TypeError: an argument that is not an integer.
+        ValueError: an argument out of range, or fewer samples than one batch.
+
+    Example:
+        >>> [batch_rows(5, 2, seed=0, step=step).tolist() for step in range(3)]
+        [[0, 3], [1, 2], [3, 4]]
+    """
+    batch_size = natural("batch_size", batch_size, 1)
+    steps = natural("size", size) // batch_size
+    if not steps:
+        raise ValueError(f"{size} samples are less than one batch of {batch_size}")
+    epoch, place = divmod(natural("step", step), steps)
+    return _kept_order(seed, epoch, size)[place * batch_size : (place + 1) * batch_size].copy()

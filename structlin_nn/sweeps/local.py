@@ -14,9 +14,9 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+from structlin_nn._files import atomic_write
 from structlin_nn.training.base import RunConfig
 from structlin_nn.training.config import config_from_dict
-from structlin_nn._files import atomic_write
 from structlin_nn.training.records import read_record
 
 __all__ = ["MAX_WORKERS", "STATES", "Job", "Outcome", "default_workers", "run_all", "state_of"]

@@ -30,9 +30,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from structlin_nn._files import atomic_write
 from structlin_nn._patterns import listed
 from structlin_nn.torch._layout import Change, changes, check_layout, layout_of
-from structlin_nn._files import atomic_write
 
 __all__ = ["StructuredFile", "load_structured", "read_structured", "save_structured"]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from structlin_nn.data import Batches, ImageDataset, load_images
+from structlin_nn.data import ImageDataset, batch_rows, load_images
 from structlin_nn.data.augment import Augmentation, normalize
 from structlin_nn.training.config import TrainConfig
 from structlin_nn.training.distributed import Processes
@@ -54,18 +53,19 @@ class CifarTask(Task):
         self.part_size()
         device = processes.device
         self.data = load_images(config.data_set, data_root, verify=verify).as_32x32_rgb()
-        self.digest = _digest(self.data)
+        self.digest = self.data.digest
         self.outputs = self.data.num_classes
-        images = torch.from_numpy(self.data.train_images).to(device)
-        labels = torch.from_numpy(self.data.train_labels).to(device)
-        self.batches = Batches(images, labels, config.batch_size, seed=config.seed, drop_last=True)
+        self.images = torch.from_numpy(self.data.train_images).to(device)
+        self.labels = torch.from_numpy(self.data.train_labels).to(device)
+        self.taken = 0
+        batch_rows(len(self.labels), config.batch_size, config.seed, 0)
         self.test = (
             torch.from_numpy(self.data.test_images).to(device),
             torch.from_numpy(self.data.test_labels).to(device),
         )
         self.augment = _augmentation(config, self.data)
         self.generator = torch.Generator().manual_seed(config.seed)
-        self.per_epoch = len(self.batches)
+        self.per_epoch = len(self.labels) // config.batch_size
         self.steps = cifar_steps(config, len(self.data.train_labels))
         self.warmup = round(config.warmup_epochs * self.per_epoch)
 
@@ -86,7 +86,10 @@ class CifarTask(Task):
         return f"{data.name}, {images}; {data.source}"
 
     def parts(self) -> list[Any]:
-        images, labels = next(iter(self.batches))
+        rows = batch_rows(len(self.labels), self.config.batch_size, self.config.seed, self.taken)
+        chosen = torch.from_numpy(rows).to(self.labels.device)
+        images, labels = self.images.index_select(0, chosen), self.labels.index_select(0, chosen)
+        self.taken += 1
         inputs, targets = self.augment(images, labels, self.generator)
         together = (inputs, targets, labels, labels.flip(0))
         shares = [split(tensor, self.processes, self.config.accumulate) for tensor in together]
@@ -111,7 +114,7 @@ class CifarTask(Task):
 
     def evaluate(self, model: Callable[..., Any], step: int, sums: list[float]) -> dict[str, Any]:
         number = min(EVALUATED_TRAINING_IMAGES, len(self.data.train_labels))
-        images, labels = self.batches.images[:number], self.batches.labels[:number]
+        images, labels = self.images[:number], self.labels[:number]
         train_loss, train_error = evaluate(model, images, labels, self.data, self.processes)
         test_loss, test_error = evaluate(model, *self.test, self.data, self.processes)
         loss_sum, right, seen = sums
@@ -133,14 +136,14 @@ class CifarTask(Task):
         )
 
     def state_dict(self) -> dict[str, Any]:
-        return {"batches": self.batches.state_dict(), "augmentation": self.generator.get_state()}
+        return {"taken": self.taken, "augmentation": self.generator.get_state()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.batches.load_state_dict(state["batches"])
+        self.taken = state["taken"]
         self.generator.set_state(state["augmentation"])
 
     def probe(self) -> Tensor:
-        return normalize(self.batches.images[:PROBED_IMAGES], self.data.mean, self.data.std)
+        return normalize(self.images[:PROBED_IMAGES], self.data.mean, self.data.std)
 
     def measures(self, step: int) -> bool:
         every = self.config.measure_every
@@ -202,11 +205,3 @@ def _augmentation(config: TrainConfig, data: ImageDataset) -> Augmentation:
         data.mean, data.std, data.num_classes, mixup_alpha=config.mixup, smoothing=config.label_smoothing
     )
     return made if config.augment else replace(made, crop_scale=None, flip=0.0)
-
-
-def _digest(data: ImageDataset) -> str:
-    digest = hashlib.sha256()
-    for array in (data.train_images, data.train_labels, data.test_images, data.test_labels):
-        digest.update(str(array.shape).encode())
-        digest.update(array.tobytes())
-    return digest.hexdigest()

@@ -5,14 +5,13 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterable
-from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from structlin_nn.data.tokens import IGNORE, TokenBatches, TokenWindows, open_tokens
+from structlin_nn.data.tokens import EVALUATION_SEED, IGNORE, evaluation_batches, open_tokens, token_batch
 from structlin_nn.training.config import GPT2TrainConfig
 from structlin_nn.training.distributed import Processes
 from structlin_nn.training.task import Task
@@ -21,8 +20,6 @@ __all__ = ["GPT2Task", "model_vocabulary", "token_loss"]
 
 PROBED_SEQUENCES = 4
 """Pieces of the training tokens on which features and gains are measured."""
-EVALUATION_SEED = 2**31 - 1
-"""Of the pieces that are evaluated: the same in every evaluation of every run."""
 
 
 class GPT2Task(Task):
@@ -54,22 +51,23 @@ class GPT2Task(Task):
         self.steps, self.warmup = config.steps, config.warmup_steps
         # Evaluation takes as many sequences at once as a part of a step, and so fits where that does.
         self.evaluated = part * processes.size
-        self.batches = TokenBatches(self.data.train, batch_size=config.batch_size, seed=config.seed, **self._where())
+        self.taken = 0
+        token_batch(self.data.train, batch_size=config.batch_size, seed=config.seed, step=0, **self._where())
         if not config.whole_validation:
-            self._sampled(self.data.val)
+            self._evaluated(self.data.val)
 
     def _where(self) -> dict[str, Any]:
-        group = self.processes
-        return {
-            "block_size": self.config.context,
-            "rank": group.rank,
-            "world_size": group.size,
-            "device": group.device,
-        }
+        return {"block_size": self.config.context, "rank": self.processes.rank, "world_size": self.processes.size}
 
-    def _sampled(self, tokens: Any) -> Iterable[tuple[Tensor, Tensor]]:
-        batches = TokenBatches(tokens, batch_size=self.evaluated, seed=EVALUATION_SEED, **self._where())
-        return islice(batches, self.config.eval_batches)
+    def _evaluated(self, tokens: Any, whole: bool = False) -> Iterable[tuple[Tensor, Tensor]]:
+        # The same pieces, whatever the parts of a step and the processes.
+        sequences = None if whole else self.config.eval_batches * self.config.batch_size
+        batches = evaluation_batches(tokens, batch_size=self.evaluated, sequences=sequences, **self._where())
+        return (self._moved(x, y) for x, y in batches)
+
+    def _moved(self, x: Any, y: Any) -> tuple[Tensor, Tensor]:
+        device = self.processes.device
+        return torch.from_numpy(x).to(device), torch.from_numpy(y).to(device)
 
     def described(self) -> dict[str, Any]:
         return {
@@ -87,7 +85,15 @@ class GPT2Task(Task):
         return f"{data.name}, {tokens}, vocabulary {data.vocab_size}"
 
     def parts(self) -> list[Any]:
-        x, y = next(self.batches)
+        x, y = token_batch(
+            self.data.train,
+            batch_size=self.config.batch_size,
+            seed=self.config.seed,
+            step=self.taken,
+            **self._where(),
+        )
+        self.taken += 1
+        x, y = self._moved(x, y)
         return list(zip(x.chunk(self.config.accumulate), y.chunk(self.config.accumulate), strict=True))
 
     def loss(self, model: nn.Module, part: Any) -> tuple[Tensor, Tensor]:
@@ -103,11 +109,8 @@ class GPT2Task(Task):
         return step == self.steps or step % self.config.eval_every == 0
 
     def evaluate(self, model: Callable[..., Any], step: int, sums: list[float]) -> dict[str, Any]:
-        train_loss, _ = token_loss(model, self._sampled(self.data.train), self.processes)
-        val: Iterable[tuple[Tensor, Tensor]] = self._sampled(self.data.val)
-        if self.config.whole_validation:
-            group = self.processes
-            val = TokenWindows(self.data.val, self.config.context, self.evaluated, group.rank, group.size, group.device)
+        train_loss, _ = token_loss(model, self._evaluated(self.data.train), self.processes)
+        val = self._evaluated(self.data.val, self.config.whole_validation)
         val_loss, val_tokens = token_loss(model, val, self.processes)
         total, steps = sums
         return {
@@ -126,15 +129,15 @@ class GPT2Task(Task):
         )
 
     def probe(self) -> Tensor:
-        where = {**self._where(), "rank": 0, "world_size": 1}
-        batches = TokenBatches(self.data.train, batch_size=PROBED_SEQUENCES, seed=EVALUATION_SEED, **where)
-        return batches.batch(0)[0]
+        size = {"block_size": self.config.context, "batch_size": PROBED_SEQUENCES}
+        x, _ = token_batch(self.data.train, seed=EVALUATION_SEED, step=0, **size)
+        return torch.from_numpy(x).to(self.processes.device)
 
     def state_dict(self) -> dict[str, Any]:
-        return self.batches.state_dict()
+        return {"step": self.taken}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.batches.load_state_dict(state)
+        self.taken = state["step"]
 
 
 def model_vocabulary(config: GPT2TrainConfig, size: int) -> int:

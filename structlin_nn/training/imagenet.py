@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from structlin_nn.data.imagenet import ImageRecipe, open_imagenet
+from structlin_nn.data.augment import normalize
+from structlin_nn.data.imagenet import IMAGENET_MEAN, IMAGENET_STD, ImageRecipe, open_imagenet
 from structlin_nn.data.tokens import IGNORE
 from structlin_nn.training.config import ImageNetTrainConfig
 from structlin_nn.training.distributed import Processes
@@ -66,7 +67,7 @@ class ImageNetTask(Task):
         if data_root is None:
             raise ValueError("ImageNet is trained on a folder of images: none was given")
         self.recipe = image_recipe(config)
-        self.data = open_imagenet(data_root, format=format, on_broken=on_broken)
+        self.data = processes.first(lambda: open_imagenet(data_root, format=format, on_broken=on_broken))
         self.digest = self.data.digest
         self.outputs = self.data.num_classes
         self.per_epoch = self.data.train_steps(config.batch_size)
@@ -75,7 +76,8 @@ class ImageNetTask(Task):
         self.steps = config.epochs * self.per_epoch
         self.warmup = round(config.warmup_epochs * self.per_epoch)
         self.taken = 0
-        self._batches: Iterator[tuple[Tensor, Tensor]] | None = None
+        self._batches: Iterator[tuple[Tensor, Tensor, Tensor]] | None = None
+        self._validation: Any = None
 
     def described(self) -> dict[str, Any]:
         return {
@@ -92,28 +94,25 @@ class ImageNetTask(Task):
         return repr(self.data)
 
     def parts(self) -> list[Any]:
-        epoch, within = divmod(self.taken, self.per_epoch)
-        if self._batches is None or within == 0:
+        if self._batches is None:
             self._batches = self.data.train_batches(
-                epoch,
-                self.loaded,
-                self.config.seed,
+                batch_size=self.config.batch_size,
+                seed=self.config.seed,
+                recipe=self.recipe,
                 rank=self.processes.rank,
                 world_size=self.processes.size,
                 workers=self.config.workers,
-                start_batch=within * self.config.accumulate,
-                recipe=self.recipe,
+                start_step=self.taken,
+                accumulate=self.config.accumulate,
                 pin_memory=self.processes.device.type == "cuda",
             )
+        seed = (self.config.seed, self.taken)
         self.taken += 1
-        seed = (self.config.seed, epoch, within)
         parts = []
         for _ in range(self.config.accumulate):
-            images, labels = (tensor.to(self.processes.device, non_blocking=True) for tensor in next(self._batches))
-            order = _neighbours_mirrored(len(labels), images.device)
-            images, labels = images[order], labels[order]
-            inputs, targets = self.recipe.mix(images, labels, self.outputs, seed)
-            parts.append((inputs, targets, labels))
+            images, labels, keys = next(self._batches)
+            images, labels = (tensor.to(self.processes.device, non_blocking=True) for tensor in (images, labels))
+            parts.append((*self.recipe.finish(images, labels, keys, self.outputs, seed), labels))
         return parts
 
     def loss(self, model: nn.Module, part: Any) -> tuple[Tensor, Tensor]:
@@ -133,17 +132,19 @@ class ImageNetTask(Task):
 
     def evaluate(self, model: Callable[..., Any], step: int, sums: list[float]) -> dict[str, Any]:
         group = self.processes
-        batches = self.data.val_batches(
-            self.loaded,
-            rank=group.rank,
-            world_size=group.size,
-            workers=self.config.workers,
-            size=self.config.image_size,
-        )
+        if self._validation is None:
+            self._validation = self.data.val_batches(
+                self.loaded,
+                rank=group.rank,
+                world_size=group.size,
+                workers=self.config.workers,
+                size=self.config.image_size,
+            )
         # Loss, predictions among the first and the first five, images.
         total = torch.zeros(4, dtype=torch.float64, device=group.device)
-        for images, labels in batches:
+        for images, labels in self._validation:
             images, labels = images.to(group.device), labels.to(group.device)
+            images = normalize(images, IMAGENET_MEAN, IMAGENET_STD)
             logits = model(images).float()
             total[0] += F.cross_entropy(logits, labels, reduction="sum", ignore_index=IGNORE).double()
             found = logits.topk(min(5, self.outputs), dim=1).indices == labels[:, None]
@@ -168,7 +169,8 @@ class ImageNetTask(Task):
 
     def probe(self) -> Tensor:
         batches = self.data.val_batches(PROBED_IMAGES, size=self.config.image_size)
-        return next(batches)[0].to(self.processes.device)
+        images, _ = next(iter(batches))
+        return normalize(images.to(self.processes.device), IMAGENET_MEAN, IMAGENET_STD)
 
     def state_dict(self) -> dict[str, Any]:
         return {"taken": self.taken}
@@ -176,15 +178,3 @@ class ImageNetTask(Task):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.taken = state["taken"]
         self._batches = None
-
-
-def _neighbours_mirrored(size: int, device: torch.device) -> Tensor:
-    """An order in which samples 2 k and 2 k + 1 are at mirrored places, which mixup pairs.
-
-    So pairs stay the same however a batch is shared, as long as the shares have an even number of images.
-
-    >>> _neighbours_mirrored(6, torch.device("cpu")).tolist()
-    [0, 2, 4, 5, 3, 1]
-    """
-    places = torch.arange(size, device=device)
-    return torch.cat([places[::2], places[1::2].flip(0)])

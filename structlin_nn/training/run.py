@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from structlin import execution
+from structlin_nn._files import atomic_write
 from structlin_nn.torch.linear import StructuredLinear
 from structlin_nn.training import checkpoint as files
 from structlin_nn.training.base import RunConfig
 from structlin_nn.training.config import config_from_dict
 from structlin_nn.training.distributed import Processes, local, shard_like
-from structlin_nn._files import atomic_write
 from structlin_nn.training.header import count_run, make_header
 from structlin_nn.training.model import make_model, make_optimizer
 from structlin_nn.training.records import RecordWriter

@@ -19,8 +19,8 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 
-from structlin_nn.training.distributed import Processes
 from structlin_nn._files import sync_folder
+from structlin_nn.training.distributed import Processes
 
 __all__ = ["load_shards", "remove_shards", "save_shards"]
 

@@ -1,0 +1,423 @@
+"""What ``structlin prepare`` does: texts and OpenWebText as token files, images checked and resized.
+
+Files are there as a whole or not at all, and an interrupted preparation is resumed by the same call.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import math
+import os
+import platform
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from structlin_nn._files import atomic_write
+from structlin_nn.data._checks import natural
+from structlin_nn.data.hub import load_hub
+from structlin_nn.data.tokenizers import Tokenizer, load_tokenizer
+from structlin_nn.data.tokens import DTYPE, META, META_VERSION, SPLITS, TokenData, open_tokens
+
+__all__ = ["OPENWEBTEXT", "ImageReport", "prepare_images", "prepare_openwebtext", "prepare_text", "pydoc_documents"]
+
+OPENWEBTEXT = "Skylion007/openwebtext"
+ROWS = 50_000
+"""Documents that are tokenised together: so many are lost at most where an interruption comes."""
+BEGUN = ".prepare.json"
+
+
+def pydoc_documents() -> dict[str, str]:
+    """The topics of Python's own documentation (`pydoc_data.topics`), by name: about half a megabyte of English.
+
+    Licence: that of Python, https://docs.python.org/3/license.html. The text differs between versions of Python.
+
+    >>> len(pydoc_documents()) > 50
+    True
+    """
+    from pydoc_data.topics import topics
+
+    return dict(sorted(topics.items()))
+
+
+def prepare_text(
+    files: Sequence[str | os.PathLike[str]] | None,
+    out: str | os.PathLike[str],
+    *,
+    tokenizer: str = "gpt2",
+    vocabulary: str | os.PathLike[str] | None = None,
+    val_fraction: float = 0.1,
+    name: str | None = None,
+    workers: int | None = None,
+) -> TokenData:
+    """Write the tokens of texts to a folder, as `structlin_nn.data.tokens.open_tokens` reads them.
+
+    Args:
+        files: UTF-8 text files, each a document, in this order; None: `pydoc_documents`.
+        out: the folder. Where the same call has finished before, it is only opened.
+        tokenizer: ``gpt2`` or ``bytes``.
+        vocabulary: folder of the vocabulary of ``gpt2`` (`structlin_nn.data.tokenizers`).
+        val_fraction: share of each document, by bytes, that goes to the validation split: its end, from the start
+            of a line where there is one near. Above 0 and below 1.
+        name: of the corpus; by default that of the folder.
+        workers: threads; None: one for each core.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        FileExistsError: the folder holds something else.
+        ValueError: no files, an empty file, one that is not UTF-8 (the message names the byte), a fraction out
+            of range, or a text too short to leave something for both splits.
+        ImportError, FileNotFoundError, ValueError: as `structlin_nn.data.tokenizers.load_tokenizer`.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     data = prepare_text(None, f"{folder}/pydoc", tokenizer="bytes", workers=1)
+        >>> data.vocab_size, len(data.train) > 8 * len(data.val) > 0
+        (257, True)
+    """
+    _check_fraction(val_fraction)
+    if files is not None and not files:
+        raise ValueError("at least one text file is needed")
+    coder = load_tokenizer(tokenizer, vocabulary)
+    target = Path(out).expanduser()
+    if files is None:
+        documents = {title: text.encode() for title, text in pydoc_documents().items()}
+    else:
+        documents = {str(path): path.read_bytes() for path in map(_text_file, files)}
+    sums = {title: hashlib.sha256(raw).hexdigest() for title, raw in documents.items()}
+    job = {"kind": "text", "tokenizer": coder.name, "val_fraction": val_fraction, "documents": list(sums.values())}
+
+    def encode(item: tuple[str, bytes]) -> list[tuple[str, np.ndarray]]:
+        title, raw = item
+        if not raw:
+            raise ValueError(f"{title} is empty")
+        try:
+            raw.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{title} is not UTF-8 at byte {error.start}") from error
+        cut = _cut(raw, round((1 - val_fraction) * len(raw)))
+        return [
+            (split, np.array([*coder.encode(part.decode()), coder.end_of_text], DTYPE))
+            for split, part in zip(SPLITS, (raw[:cut], raw[cut:]), strict=True)
+            if part
+        ]
+
+    def parts() -> Iterator[tuple[str, np.ndarray]]:
+        # tiktoken and tokenizers work outside of Python's lock.
+        with ThreadPoolExecutor(_cores(workers)) as pool:
+            for found in pool.map(encode, documents.items()):
+                yield from found
+
+    title = name or (f"pydoc-{platform.python_version()}" if files is None else target.resolve().name)
+    return _write(target, job, title, coder, parts)
+
+
+def prepare_openwebtext(
+    out: str | os.PathLike[str],
+    *,
+    dataset: str | os.PathLike[str] = OPENWEBTEXT,
+    split: str = "train",
+    column: str = "text",
+    tokenizer: str = "gpt2",
+    vocabulary: str | os.PathLike[str] | None = None,
+    val_fraction: float = 0.0005,
+    seed: int = 2357,
+    name: str | None = None,
+    workers: int | None = None,
+) -> TokenData:
+    """Write the tokens of a data set of documents to a folder, by the steps of nanoGPT's ``prepare.py``.
+
+    Hugging Face `datasets` downloads, splits and tokenises, and keeps each `ROWS` tokenised documents in its cache: an
+    interrupted call is resumed there. With the defaults the splits are those of nanoGPT. About 9 billion tokens, 18 GB,
+    and 54 GB in the cache of `datasets`.
+
+    Args:
+        out: the folder. Where the same call has finished before, it is only opened.
+        dataset: a name on the hub; a folder of parquet, JSON or text files; or a folder that `datasets` saved.
+        split: which of its splits.
+        column: of the text.
+        tokenizer, vocabulary: as in `prepare_text`.
+        val_fraction: share of the documents that makes the validation split, above 0 and below 1.
+        seed: of that choice.
+        name: of the corpus; by default that of the data set.
+        workers: processes; None: one for each core.
+
+    Raises:
+        ImportError: `datasets` or tiktoken is not installed.
+        FileNotFoundError: the data set cannot be loaded, or the vocabulary is not at hand.
+        FileExistsError: the folder holds something else.
+        ValueError: a split or column that is not there, a fraction out of range, a document that is not text, or
+            too few documents for two splits.
+
+    Source: Gokaslan and Cohen, OpenWebText Corpus, 2019, http://Skylion007.github.io/OpenWebTextCorpus
+    """
+    _check_fraction(val_fraction)
+    natural("seed", seed)
+    coder = load_tokenizer(tokenizer, vocabulary)
+    place, processes = os.fspath(dataset), _cores(workers)
+    rows = load_hub(place, split=split, workers=processes)
+    if column not in rows.column_names:
+        raise ValueError(f"{place} has the columns {', '.join(rows.column_names)}, not {column!r}")
+    title = Path(place).name if Path(place).exists() else place
+    job = {
+        "kind": "documents",
+        "dataset": [title, split, column, len(rows)],
+        "tokenizer": coder.name,
+        "val_fraction": val_fraction,
+        "seed": seed,
+    }
+
+    def parts() -> Iterator[tuple[str, np.ndarray]]:
+        import datasets
+
+        try:
+            chosen = rows.select_columns([column]).train_test_split(test_size=val_fraction, seed=seed, shuffle=True)
+        except ValueError as error:
+            raise ValueError(f"{len(rows)} documents are too few for val_fraction {val_fraction} ({error})") from error
+        features = datasets.Features({"ids": datasets.List(datasets.Value("uint16"))})
+        encode = _Encode(column, tokenizer, vocabulary)
+        for split, whole in (("train", chosen["train"]), ("val", chosen["test"])):
+            pieces = math.ceil(len(whole) / ROWS)
+            for number in range(pieces):
+                piece = whole.shard(num_shards=pieces, index=number, contiguous=True)
+                done = piece.map(
+                    encode,
+                    batched=True,
+                    remove_columns=[column],
+                    features=features,
+                    num_proc=processes if processes > 1 else None,
+                    desc=f"{split} {number + 1} of {pieces}",
+                )
+                for table in done.with_format("arrow").iter(batch_size=1000):
+                    yield split, table.column("ids").combine_chunks().flatten().to_numpy()
+
+    return _write(Path(out).expanduser(), job, name or title, coder, parts)
+
+
+class _Encode:
+    """Documents -> their tokens; processes are given its arguments, and `datasets` its hash."""
+
+    def __init__(self, column: str, tokenizer: str, vocabulary: Any) -> None:
+        self.column, self.arguments, self.tokenizer = column, (tokenizer, vocabulary), None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "tokenizer": None}
+
+    def __call__(self, rows: dict[str, list[Any]]) -> dict[str, list[np.ndarray]]:
+        self.tokenizer = self.tokenizer or load_tokenizer(*self.arguments)
+        if wrong := [text for text in rows[self.column] if not isinstance(text, str)]:
+            raise ValueError(f"the column {self.column!r} holds {wrong[0]!r}, which is not text")
+        end = self.tokenizer.end_of_text
+        return {"ids": [np.array([*self.tokenizer.encode(text), end], np.uint16) for text in rows[self.column]]}
+
+
+def _write(
+    out: Path, job: dict[str, Any], name: str, coder: Tokenizer, parts: Callable[[], Iterable[tuple[str, np.ndarray]]]
+) -> TokenData:
+    """Write parts of splits, in their order, to the token files of a folder, and describe them in meta.json."""
+    begun, meta, files = out / BEGUN, out / META, {split: out / f"{split}.bin" for split in SPLITS}
+    if meta.exists() and json.loads(meta.read_text(encoding="utf-8")).get("job") == job:
+        return open_tokens(out)
+    if meta.exists() or (any(path.exists() for path in files.values()) and not begun.exists()):
+        raise FileExistsError(f"{out} holds other tokens, or those of other settings: choose another folder")
+    out.mkdir(parents=True, exist_ok=True)
+    begun.touch()
+    digests = {split: hashlib.sha256() for split in SPLITS}
+    counts = dict.fromkeys(SPLITS, 0)
+    with ExitStack() as stack:
+        opened = {split: stack.enter_context(atomic_write(path)) for split, path in files.items()}
+        for split, tokens in parts():
+            raw = tokens.astype(DTYPE).tobytes()
+            opened[split].write(raw)
+            digests[split].update(raw)
+            counts[split] += len(tokens)
+        if empty := [split for split in SPLITS if not counts[split]]:
+            raise ValueError(f"the {empty[0]} split would be empty: too little text for this val_fraction")
+    stated = {split: {"tokens": counts[split], "sha256": digests[split].hexdigest()} for split in SPLITS}
+    about = {"name": name, "tokenizer": coder.name, "vocab_size": coder.vocab_size, "end_of_text": coder.end_of_text}
+    with atomic_write(meta) as file:
+        file.write(json.dumps({"version": META_VERSION, **about, **stated, "job": job}, indent=2).encode())
+    begun.unlink()
+    return open_tokens(out)
+
+
+def _cut(raw: bytes, place: int) -> int:
+    """The start of a line shortly before `place`, or else of the character that is there."""
+    # Near enough not to change the shares much.
+    window = min(2**12, place // 8, (len(raw) - place) // 8)
+    line = raw.rfind(b"\n", place - window, place)
+    if line >= 0:
+        return line + 1
+    return place + next((n for n, byte in enumerate(raw[place : place + 4]) if byte & 0xC0 != 0x80), 0)
+
+
+def _text_file(file: str | os.PathLike[str]) -> Path:
+    path = Path(file).expanduser()
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; name its files")
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist")
+    return path
+
+
+def _check_fraction(value: float) -> None:
+    if not 0 < value < 1:
+        raise ValueError(f"val_fraction must be above 0 and below 1, got {value}")
+
+
+def _cores(workers: int | None) -> int:
+    if workers is not None:
+        return natural("workers", workers, 1)
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@dataclass(frozen=True)
+class ImageReport:
+    """What was found in a data set of images.
+
+    Attributes:
+        splits: for each split the numbers ``images``, ``classes``, ``smallest_class``, ``largest_class``, ``broken``.
+        broken: name of a sample -> error.
+    """
+
+    splits: dict[str, dict[str, int]]
+    broken: dict[str, str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain values."""
+        return asdict(self)
+
+
+def prepare_images(
+    data: Any,
+    out: str | os.PathLike[str] | None = None,
+    *,
+    size: int = 256,
+    quality: int = 90,
+    remove_broken: bool = False,
+    workers: int | None = None,
+    progress: bool = True,
+) -> ImageReport:
+    """Read and decode every image of a data set, and write smaller ones, which are faster to read, to an image tree.
+
+    Images whose shortest side is not above `size` are copied as they are. Others are resized (bicubic) and written as
+    PNG where they were PNG, as JPEG otherwise. Files that are there are not made again: an interrupted call is resumed
+    by the same call. Classes have the names of those of an image tree, and are numbers otherwise, because names may
+    sort in another order than the labels have.
+
+    Args:
+        data: `structlin_nn.data.imagenet.ImageNetData`.
+        out: folder of the new tree; gets ``train/CLASS/`` and ``val/CLASS/``. None: images are only checked.
+        size: shortest side in pixels.
+        quality: of JPEG files, 1 to 95.
+        remove_broken: leave broken images out, and report them. Without, the first one ends the call, if it writes.
+        workers: processes; None: one for each core.
+        progress: show a progress bar.
+
+    Raises:
+        FileExistsError: the folder holds something else, or the tree of other settings.
+        ValueError: a size or quality out of range, a broken image.
+        OSError: the disk is full.
+    """
+    from torch.utils.data import ConcatDataset, DataLoader
+    from tqdm import tqdm
+
+    if natural("quality", quality, 1) > 95:
+        raise ValueError(f"quality must be from 1 to 95, got {quality}")
+    natural("size", size, 1)
+    root = None if out is None else Path(out).expanduser()
+    digits = len(str(data.num_classes - 1))
+    folders = [name if data.format == "folder" else f"{n:0{digits}d}" for n, name in enumerate(data.classes)]
+    if root is not None:
+        job = {"source": data.digest, "size": size, "quality": quality, "classes": list(data.classes)}
+        if (root / BEGUN).exists():
+            if json.loads((root / BEGUN).read_text(encoding="utf-8")) != job:
+                raise FileExistsError(f"{root} holds images of another source or other settings: choose another folder")
+        elif root.exists() and any(root.iterdir()):
+            raise FileExistsError(f"{root} is not empty, and was not made by an earlier call: choose another folder")
+        for path in (root / split / name for split in data.splits for name in folders):
+            path.mkdir(parents=True, exist_ok=True)
+        with atomic_write(root / BEGUN) as file:
+            file.write(json.dumps(job).encode())
+    work = [
+        _Images(part, None if root is None else (root / split, folders, size, quality))
+        for split, part in data.splits.items()
+    ]
+    processes = _cores(workers)
+    loader = DataLoader(
+        ConcatDataset(work), batch_size=64, collate_fn=list, num_workers=processes if processes > 1 else 0
+    )
+    broken: dict[str, str] = {}
+    total = data.train_size + data.val_size
+    with tqdm(total=total, unit="img", disable=not progress, mininterval=0.5, dynamic_ncols=True) as bar:
+        for batch in loader:
+            found = [each for each in batch if each is not None]
+            if found and root is not None and not remove_broken:
+                raise ValueError(found[0][1])
+            broken.update(found)
+            bar.update(len(batch))
+    splits = {}
+    for split, part in data.splits.items():
+        sizes = np.bincount(part.labels, minlength=data.num_classes)
+        splits[split] = {
+            "images": len(part.labels),
+            "classes": int((sizes > 0).sum()),
+            "smallest_class": int(sizes.min()),
+            "largest_class": int(sizes.max()),
+            "broken": sum(part.name(number) in broken for number in range(len(part.labels))) if broken else 0,
+        }
+    return ImageReport(splits, broken)
+
+
+class _Images:
+    """The samples of a split: number -> None, or (name, error) of a broken image; writes the others, if it is to."""
+
+    def __init__(self, split: Any, target: tuple[Path, list[str], int, int] | None) -> None:
+        self.split, self.target = split, target
+
+    def __len__(self) -> int:
+        return len(self.split.labels)
+
+    def __getitem__(self, index: int) -> tuple[str, str] | None:
+        name = self.split.name(index)
+        try:
+            self._handle(index, name)
+        except (ValueError, FileNotFoundError, PermissionError) as error:
+            return name, str(error)
+        return None
+
+    def _handle(self, index: int, name: str) -> None:
+        from PIL import Image
+
+        from structlin_nn.data.imagenet import decode
+
+        if self.target is None:
+            decode(self.split.read(index), name)
+            return
+        root, folders, size, quality = self.target
+        # A number keeps samples of one name in different folders or shards apart.
+        stem = root / folders[self.split.labels[index]] / f"{index:08d}"
+        if any(stem.with_suffix(suffix).exists() for suffix in (".jpg", ".png")):
+            return
+        raw = self.split.read(index)
+        image = decode(raw, name)
+        kind = {b"\xff\xd8": ".jpg", b"\x89P": ".png"}.get(raw[:2])
+        if min(image.size) > size or kind is None:
+            kind = kind if kind == ".png" else ".jpg"
+            smallest = min(image.size)
+            shape = [side * min(size, smallest) // smallest for side in image.size]
+            file = io.BytesIO()
+            image.resize((shape[0], shape[1]), Image.Resampling.BICUBIC).save(
+                file, "PNG" if kind == ".png" else "JPEG", **({} if kind == ".png" else {"quality": quality})
+            )
+            raw = file.getvalue()
+        with atomic_write(stem.with_suffix(kind)) as out:
+            out.write(raw)
