@@ -60,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     images = kind("imagenet", _imagenet, "images checked, or resized to --out", out=False)
     images.add_argument("source", metavar="SOURCE", help="folder, shards, or Hugging Face data")
     images.add_argument("--resize", type=_natural, metavar="N", help="write images with a shortest side of N pixels")
-    images.add_argument("--quality", type=_natural, default=90, metavar="Q", help="of JPEG files, 1 to 95 (90)")
+    images.add_argument("--quality", type=_natural, metavar="Q", help="of JPEG files, 1 to 95 (90)")
     images.add_argument("--remove-broken", action="store_true", help="leave broken images out of --out")
     images.add_argument("--format", type=choice("format", ("folder", "shards", "datasets")), metavar="NAME")
     images.add_argument("--image-column", metavar="NAME", default="image", help="of a Hugging Face data set (image)")
@@ -138,6 +138,8 @@ def _imagenet(arguments: argparse.Namespace) -> int:
 
     if (arguments.resize is None) != (arguments.out is None):
         raise UsageError("--resize and --out belong together: without both, images are only checked")
+    if arguments.resize is None and (arguments.quality is not None or arguments.remove_broken):
+        raise UsageError("--quality and --remove-broken are for --resize")
     data = open_imagenet(
         arguments.source,
         format=arguments.format,
@@ -151,6 +153,8 @@ def _imagenet(arguments: argparse.Namespace) -> int:
     report = prepare_images(data, arguments.out, progress=not arguments.quiet, **options)
     for message in report.broken.values():
         print(f"broken: {message}", file=sys.stderr)
+    for path in data.splits["train"].ignored() + data.splits["val"].ignored() if data.format == "folder" else []:
+        print(f"not an image by its name, left out: {path}", file=sys.stderr)
     if arguments.json:
         print_json({"source": data.source, "format": data.format, "sha256": data.digest, **report.to_dict()})
     else:

@@ -283,6 +283,8 @@ class Augmentation:
     smoothing: float = 0.3
 
     def __post_init__(self) -> None:
+        if len(self.mean) != len(self.std) or not all(s > 0 for s in self.std):
+            raise ValueError(f"as many means and positive stds are needed, got {self.mean}, {self.std}")
         for name, limits in (("crop_scale", self.crop_scale or CROP_SCALE), ("crop_ratio", self.crop_ratio)):
             if not 0 < limits[0] <= limits[1] < math.inf:
                 raise ValueError(f"{name} must be (smallest, largest), 0 < smallest <= largest, got {limits}")

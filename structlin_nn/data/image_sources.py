@@ -60,6 +60,12 @@ class FolderSplit:
     def identity(self) -> bytes:
         return b"\n".join(self.paths.tolist())
 
+    def ignored(self) -> list[str]:
+        """Files that are not images by their names, and are left out."""
+        return sorted(
+            str(path) for path in self.root.rglob("*") if path.is_file() and path.suffix.lower() not in SUFFIXES
+        )
+
 
 @dataclass
 class ShardSplit:

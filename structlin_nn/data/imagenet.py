@@ -54,7 +54,8 @@ def decode(raw: bytes, name: str) -> Image.Image:
     """
     try:
         with Image.open(io.BytesIO(raw)) as image:
-            return image.convert("RGB")
+            image.load()
+            return image if image.mode == "RGB" else image.convert("RGB")  # which would copy
     except Exception as error:
         # A damaged file can fail in any way at all: Pillow raises OSError, SyntaxError, struct.error and others.
         raise ValueError(f"{name} ({len(raw)} bytes) is a broken image ({type(error).__name__}: {error})") from error
@@ -452,6 +453,10 @@ class _Samples(Dataset):
         self.split, self.transform, self.size, self.seed = data.splits[split], transform, size, seed
         self.retries = _RETRIES if data.on_broken == "skip" and seed is not None else 1
 
+    def __getitems__(self, places: list[tuple[int, int]]) -> list[tuple[Tensor, int, int, list[tuple[str, str]]]]:
+        with _generators_kept():
+            return [self[place] for place in places]
+
     def __getitem__(self, place: tuple[int, int]) -> tuple[Tensor, int, int, list[tuple[str, str]]]:
         epoch, first = place
         broken: list[tuple[str, str]] = []
@@ -465,12 +470,10 @@ class _Samples(Dataset):
                 if self.seed is None:
                     return self.transform(image), int(self.split.labels[index]), 0, broken
                 *words, key = _words((self.seed, epoch, index), 4)
-                with _generators_kept():
-                    random.seed(words[0])
-                    np.random.seed(words[1] % 2**32)  # noqa: NPY002
-                    torch.default_generator.manual_seed(words[2])
-                    view = self.transform(image)
-                return view, int(self.split.labels[index]), key, broken
+                random.seed(words[0])
+                np.random.seed(words[1] % 2**32)  # noqa: NPY002
+                torch.default_generator.manual_seed(words[2])
+                return self.transform(image), int(self.split.labels[index]), key, broken
             except Exception as error:
                 # Whatever an image makes of Pillow, timm and torchvision; `decode` and `read` name the image.
                 message = str(error)

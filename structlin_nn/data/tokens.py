@@ -114,7 +114,7 @@ def open_tokens(
     """
     place = Path(folder).expanduser()
     if not place.is_dir():
-        raise FileNotFoundError(f"{place} is no folder; it should hold train.bin and val.bin")
+        raise FileNotFoundError(f"{place} is not a folder; it should hold train.bin and val.bin")
     meta = _read_meta(place / META)
     vocabulary = _vocabulary(place, meta, vocab_size)
     maps = {split: _map(place / f"{split}.bin") for split in SPLITS}
@@ -312,7 +312,7 @@ def _vocabulary(folder: Path, meta: dict[str, Any], given: int | None) -> int:
         raise ValueError(
             f"{folder / 'meta.pkl'} tells the vocabulary, but pickles can run code and are not read: pass vocab_size"
         )
-    size = natural("vocab_size", GPT2_VOCABULARY if given is None and stated is None else given or stated, 1)
+    size = natural("vocab_size", next(n for n in (given, stated, GPT2_VOCABULARY) if n is not None), 1)
     if size > 2**16:
         raise ValueError(f"vocab_size must be at most 65536 for tokens of 16 bits, got {size}")
     return size

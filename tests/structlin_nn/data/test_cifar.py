@@ -1,330 +1,236 @@
-"""CIFAR from every official form, damaged and hostile files, and the real data where given."""
+"""CIFAR from every official form and from Hugging Face, damaged and hostile files, the download."""
 
 import dataclasses
 import hashlib
 import io
 import os
-import tarfile
+import pickle
+import re
+import resource
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
-from structlin_nn.data import cifar, load_images
-from structlin_nn.data.cifar import load_cifar10, load_cifar100
+from structlin_nn.cli import main
+from structlin_nn.data import ImageDataset, cifar, load_images
 
-FORMS = [(dataset, form) for dataset in ("cifar10", "cifar100") for form in ("binary", "python")]
-LOAD = {"cifar10": load_cifar10, "cifar100": load_cifar100}
-
-
-def assert_same(data, layout, kind):
-    np.testing.assert_array_equal(data.train_images, layout.train_images)
-    np.testing.assert_array_equal(data.test_images, layout.test_images)
-    np.testing.assert_array_equal(data.train_labels, layout.train_labels[kind])
-    np.testing.assert_array_equal(data.test_labels, layout.test_labels[kind])
-    for array in (data.train_images, data.test_images, data.train_labels, data.test_labels):
-        assert array.flags.writeable
-        assert array.flags.c_contiguous
+FORMS = [(name, number) for name in ("cifar10", "cifar100") for number in (0, 1)]
 
 
-@pytest.mark.parametrize(("dataset", "form"), FORMS)
+def check(data: ImageDataset, layout: Any, kind: str) -> None:
+    test = len(data.test_labels)
+    np.testing.assert_array_equal(np.concatenate([data.train_images, data.test_images]), layout.images)
+    np.testing.assert_array_equal(np.concatenate([data.train_labels, data.test_labels]), layout.labels[kind])
+    assert test == 3
+
+
+def sign(monkeypatch: pytest.MonkeyPatch, layout: Any, name: str, number: int, archive: Path) -> None:
+    """Let the sum of an archive be the published one."""
+    md5 = hashlib.md5(archive.read_bytes(), usedforsecurity=False).hexdigest()
+    forms = list(cifar._FORMS[name])
+    forms[number] = dataclasses.replace(layout.form, md5=md5)
+    monkeypatch.setitem(cifar._FORMS, name, tuple(forms))
+
+
+@pytest.mark.parametrize(("name", "number"), FORMS)
 @pytest.mark.parametrize("place", ["folder", "parent of folder", "archive", "parent of archive", "dotted archive"])
-def test_every_form_at_every_place(tmp_path, layouts, dataset, form, place):
-    layout = layouts(dataset, form)
+def test_every_form_at_every_place(tmp_path, layouts, monkeypatch, name, number, place):
+    layout = layouts(name, number)
     if "folder" in place:
-        root = layout.write_folder(tmp_path)
+        root = layout.folder(tmp_path)
     else:
-        root = layout.write_archive(tmp_path, prefix="./" if "dotted" in place else "")
-    data = LOAD[dataset](root.parent if "parent" in place else root, verify=False)
-    assert_same(data, layout, "labels" if dataset == "cifar10" else "fine_labels")
-    assert data.name == dataset
-    assert data.source == f"{root} (not verified)"
+        root = layout.archive(tmp_path, prefix="./" if "dotted" in place else "")
+        sign(monkeypatch, layout, name, number, root)
+    data = load_images(name, root.parent if "parent" in place else root)
+    check(data, layout, layout.form.kinds[-1])
+    assert (data.name, data.source) == (name, f"{root} (md5 sums verified)")
 
 
-@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
-def test_files_pickled_anew_by_python_3(tmp_path, layouts, protocol):
-    layout = layouts("cifar10", "python", protocol)
-    layout.write_folder(tmp_path)
-    assert_same(load_cifar10(tmp_path, verify=False), layout, "labels")
-
-
-@pytest.mark.parametrize("form", ["binary", "python"])
-def test_fine_and_coarse_labels(tmp_path, layouts, form):
-    layout = layouts("cifar100", form, images=50)
-    layout.write_folder(tmp_path)
-    fine = load_images("cifar100", tmp_path, verify=False)
-    coarse = load_images("cifar100", tmp_path, labels="coarse", verify=False)
-    assert_same(fine, layout, "fine_labels")
-    assert_same(coarse, layout, "coarse_labels")
-    assert (fine.name, fine.num_classes) == ("cifar100", 100)
+@pytest.mark.parametrize("number", [0, 1])
+def test_coarse_labels(tmp_path, layouts, number):
+    layout = layouts("cifar100", number)
+    coarse = load_images("cifar100", layout.folder(tmp_path), labels="coarse")
+    check(coarse, layout, "coarse_label")
     assert (coarse.name, coarse.num_classes) == ("cifar100-coarse", 20)
-    assert not np.array_equal(fine.train_labels, coarse.train_labels)
+    assert load_images("cifar100", tmp_path).num_classes == 100
 
 
-def test_class_names():
-    assert len(set(cifar.CIFAR10_CLASSES)) == 10
-    assert len(set(cifar.CIFAR100_FINE_CLASSES)) == 100
-    assert len(set(cifar.CIFAR100_COARSE_CLASSES)) == 20
-    # The names of all three are in alphabetical order in the official files, and so are the labels.
-    for names in (cifar.CIFAR10_CLASSES, cifar.CIFAR100_FINE_CLASSES, cifar.CIFAR100_COARSE_CLASSES):
-        assert list(names) == sorted(names)
+def test_root_by_environment(tmp_path, layouts, monkeypatch):
+    layouts("cifar10", 0).folder(tmp_path)
+    monkeypatch.setenv("STRUCTLIN_CIFAR10", str(tmp_path))
+    assert load_images("cifar10").name == "cifar10"
+    monkeypatch.delenv("STRUCTLIN_CIFAR10")
+    with pytest.raises(FileNotFoundError, match="STRUCTLIN_CIFAR10"):
+        load_images("cifar10")
 
 
-def test_folders_come_first_and_binary_before_python(tmp_path, layouts):
-    layouts("cifar10", "python", images=4).write_archive(tmp_path)
-    layouts("cifar10", "binary", images=5).write_archive(tmp_path)
-    assert len(load_cifar10(tmp_path, verify=False).test_images) == 5 + 5
-    layouts("cifar10", "python", images=6).write_folder(tmp_path)
-    assert len(load_cifar10(tmp_path, verify=False).test_images) == 6 + 5
-    layouts("cifar10", "binary", images=7).write_folder(tmp_path)
-    assert len(load_cifar10(tmp_path, verify=False).test_images) == 7 + 5
-
-
-def test_the_environment_variable_gives_the_place(tmp_path, layouts, monkeypatch):
-    for name in ("cifar10", "cifar100"):
-        monkeypatch.delenv(f"STRUCTLIN_{name.upper()}", raising=False)
-        with pytest.raises(FileNotFoundError, match=f"STRUCTLIN_{name.upper()}.*fashion"):
-            load_images(name)
-        layout = layouts(name, "binary")
-        monkeypatch.setenv(f"STRUCTLIN_{name.upper()}", str(layout.write_folder(tmp_path)))
-        assert len(load_images(name, verify=False).test_images) == len(layout.test_images)
-
-
-def official(layout, monkeypatch):
-    """Let the synthetic files pass for the official ones: their sizes and sums take the place of the real."""
-    table = "_CIFAR10" if layout.dataset == "cifar10" else "_CIFAR100"
-    forms = []
-    for form in getattr(cifar, table):
-        if form.folder == layout.folder:
-            files = tuple(
-                cifar._File(name, len(raw), hashlib.md5(raw).hexdigest()) for name, raw in layout.files.items()
-            )
-            form = dataclasses.replace(form, files=files)
-        forms.append(form)
-    monkeypatch.setattr(cifar, table, tuple(forms))
-
-
-@pytest.mark.parametrize(("dataset", "form"), FORMS)
-def test_verified_files_load_and_one_wrong_bit_is_found(tmp_path, layouts, monkeypatch, dataset, form):
-    layout = layouts(dataset, form)
-    official(layout, monkeypatch)
-    folder = layout.write_folder(tmp_path)
-    data = LOAD[dataset](folder)
-    assert_same(data, layout, "labels" if dataset == "cifar10" else "fine_labels")
-    assert "md5 sums verified" in data.source
-
-    name, raw = list(layout.files.items())[-1]
-    damaged = bytearray(raw)
-    damaged[len(raw) // 2] ^= 1
-    (folder / name).write_bytes(damaged)
-    with pytest.raises(ValueError, match="md5 sum") as caught:
-        LOAD[dataset](folder)
-    message = str(caught.value)
-    assert str(folder / name) in message
-    assert hashlib.md5(raw).hexdigest() in message
-    assert hashlib.md5(damaged).hexdigest() in message
-    assert "verify=False" in message
-    LOAD[dataset](folder, verify=False)
-
-
-def test_a_verified_archive_loads_and_another_one_does_not(tmp_path, layouts, monkeypatch):
-    layout = layouts("cifar10", "python")
-    path = layout.write_archive(tmp_path)
-    with pytest.raises(ValueError, match="md5 sum") as caught:
-        load_cifar10(path)
-    message = str(caught.value)
-    assert "c58f30108f718f92721af3b95e74349a" in message
-    assert hashlib.md5(path.read_bytes()).hexdigest() in message
-    assert "verify=False" in message
-
-    official(layout, monkeypatch)
-    sums = tuple(
-        dataclasses.replace(form, archive_md5=hashlib.md5(path.read_bytes()).hexdigest())
-        if form.archive == path.name
-        else form
-        for form in cifar._CIFAR10
-    )
-    monkeypatch.setattr(cifar, "_CIFAR10", sums)
-    assert_same(load_cifar10(path), layout, "labels")
-
-
-def test_a_file_of_the_official_size_with_other_content(tmp_path, layouts):
-    folder = layouts("cifar10", "binary").write_folder(tmp_path)
-    os.truncate(folder / "data_batch_1.bin", 30_730_000)
-    with pytest.raises(ValueError, match=r"data_batch_1\.bin has the md5 sum .*5dd7e06a14cb22eb9f671a540d1b7c25"):
-        load_cifar10(folder)
-
-
-@pytest.mark.parametrize(
-    ("dataset", "form", "name", "size"),
-    [
-        ("cifar10", "binary", "data_batch_1.bin", 30730000),
-        ("cifar10", "python", "data_batch_1", 31035704),
-        ("cifar100", "binary", "train.bin", 153700000),
-        ("cifar100", "python", "train", 155249918),
-    ],
-)
-def test_a_wrong_size_names_file_expected_and_actual(tmp_path, layouts, dataset, form, name, size):
-    layout = layouts(dataset, form)
-    folder = layout.write_folder(tmp_path)
-    with pytest.raises(ValueError, match=f"has {len(layout.files[name])} bytes, the official file has {size}") as e:
-        LOAD[dataset](folder)
-    assert str(folder / name) in str(e.value)
-
-
-def test_a_missing_file_is_named(tmp_path, layouts):
-    folder = layouts("cifar10", "binary").write_folder(tmp_path)
-    (folder / "data_batch_3.bin").unlink()
+def test_other_binary_data_are_read_where_nothing_is_verified(tmp_path, layouts):
+    folder = layouts("cifar10", 0).folder(tmp_path)
+    rows = np.fromfile(folder / "test_batch.bin", np.uint8).reshape(3, -1)
+    rows[:2].tofile(folder / "test_batch.bin")
+    with pytest.raises(ValueError, match=r"test_batch\.bin .*has the md5 sum .*verify=False"):
+        load_images("cifar10", folder)
+    assert len(load_images("cifar10", folder, verify=False).test_labels) == 2
+    rows[1, 0] = 10
+    rows.tofile(folder / "test_batch.bin")
+    with pytest.raises(ValueError, match="test image 1 has label 10, outside 0 to 9"):
+        load_images("cifar10", folder, verify=False)
+    (folder / "test_batch.bin").write_bytes(b"x" * 3074)
+    with pytest.raises(ValueError, match=r"has 3074 bytes, not a multiple of 3073"):
+        load_images("cifar10", folder, verify=False)
     (folder / "test_batch.bin").unlink()
-    with pytest.raises(FileNotFoundError, match=r"lacks data_batch_3\.bin, test_batch\.bin"):
-        load_cifar10(folder, verify=False)
+    with pytest.raises(FileNotFoundError, match=r"lacks test_batch\.bin"):
+        load_images("cifar10", folder)
 
 
-def test_a_place_without_the_data(tmp_path):
-    with pytest.raises(FileNotFoundError, match="does not exist; expected cifar-10-batches-bin"):
-        load_cifar10(tmp_path / "nowhere")
-    with pytest.raises(FileNotFoundError, match="holds none of cifar-100-binary"):
-        load_cifar100(tmp_path)
-    (tmp_path / "train").mkdir()
-    with pytest.raises(FileNotFoundError, match="holds none of cifar-100-binary"):
-        load_cifar100(tmp_path)
-    (tmp_path / "some.tar.gz").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"some\.tar\.gz has not the name of an official archive"):
-        load_cifar10(tmp_path / "some.tar.gz")
-    (tmp_path / "cifar-10-batches-bin").mkdir()
-    with pytest.raises(FileNotFoundError, match=r"lacks data_batch_1\.bin"):
-        load_cifar10(tmp_path)
+def test_an_archive_is_read_to_its_checksum(tmp_path, layouts):
+    path = layouts("cifar10", 0).archive(tmp_path)
+    raw = bytearray(path.read_bytes())
+    load_images("cifar10", path, verify=False)
+    raw[-6] ^= 1  # of the CRC that ends a gzip file: all members can be decompressed
+    path.write_bytes(raw)
+    with pytest.raises(ValueError, match=r"damaged or truncated \(.*CRC"):
+        load_images("cifar10", path, verify=False)
+    path.write_bytes(raw[:-4])
+    with pytest.raises(ValueError, match="damaged or truncated"):
+        load_images("cifar10", path, verify=False)
 
 
-@pytest.mark.parametrize("cut", [1, 3073 - 1, 3 * 3073])
-def test_a_truncated_binary_file(tmp_path, layouts, cut):
-    layout = layouts("cifar10", "binary")
-    folder = layout.write_folder(tmp_path)
-    whole = layout.files["data_batch_1.bin"]
-    (folder / "data_batch_1.bin").write_bytes(whole[:-cut])
-    with pytest.raises(ValueError, match=f"has {len(whole) - cut} bytes, expected a multiple of 3073 .30730000"):
-        load_cifar10(folder, verify=False)
-
-
-@pytest.mark.parametrize("keep", [0, 1, 100, -1])
-def test_a_truncated_pickle(tmp_path, layouts, keep):
-    layout = layouts("cifar10", "python")
-    folder = layout.write_folder(tmp_path)
-    (folder / "data_batch_2").write_bytes(layout.files["data_batch_2"][:keep])
-    with pytest.raises(ValueError, match=r"data_batch_2 \(\d+ bytes\): the pickle is damaged"):
-        load_cifar10(folder, verify=False)
-
-
-@pytest.mark.parametrize("form", ["binary", "python"])
-def test_a_truncated_or_damaged_archive(tmp_path, layouts, form):
-    path = layouts("cifar10", form).write_archive(tmp_path)
-    raw = path.read_bytes()
-    for content in (raw[:-100], raw[: len(raw) // 2], raw[:5], b"", b"no archive", b"\x1f\x8b" + b"\x00" * 100):
-        path.write_bytes(content)
-        with pytest.raises(ValueError, match=rf"\({len(content)} bytes\) is damaged or truncated"):
-            load_cifar10(path, verify=False)
-
-
-def test_an_archive_without_one_of_the_files(tmp_path, layouts):
-    layout = layouts("cifar100", "binary")
-    del layout.files["test.bin"]
-    with pytest.raises(FileNotFoundError, match=r"lacks cifar-100-binary/test\.bin"):
-        load_cifar100(layout.write_archive(tmp_path), verify=False)
-
-
-@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.DIRTYPE, tarfile.FIFOTYPE])
-def test_a_member_that_is_no_file_is_refused(tmp_path, layouts, kind):
-    (tmp_path / "secret").write_bytes(layouts("cifar100", "binary").files["train.bin"])
-    path = tmp_path / "cifar-100-binary.tar.gz"
-    with tarfile.open(path, "w:gz") as archive:
-        member = tarfile.TarInfo("cifar-100-binary/train.bin")
-        member.type, member.linkname = kind, str(tmp_path / "secret")
-        archive.addfile(member)
-    with pytest.raises(ValueError, match=r"train\.bin is no regular file"):
-        load_cifar100(path, verify=False)
-
-
-def test_nothing_of_an_archive_is_written(tmp_path, layouts, monkeypatch):
-    layout = layouts("cifar10", "binary")
-    inside = tmp_path / "a" / "b"
-    inside.mkdir(parents=True)
-    path = inside / layout.archive
-    with tarfile.open(path, "w:gz") as archive:
-        for name in ("../../evil", "/evil-of-a-test", f"{layout.folder}/../../../data_batch_1.bin"):
-            member = tarfile.TarInfo(name)
-            member.size = 4
-            archive.addfile(member, io.BytesIO(b"evil"))
-        for name, raw in layout.files.items():
-            member = tarfile.TarInfo(f"{layout.folder}/{name}")
-            member.size = len(raw)
-            archive.addfile(member, io.BytesIO(raw))
-    monkeypatch.chdir(inside)
-    assert_same(load_cifar10(path, verify=False), layout, "labels")
-    assert sorted(p.name for p in tmp_path.rglob("*")) == ["a", "b", layout.archive]
-
-
-def test_a_member_too_large_is_not_read(tmp_path, layouts, monkeypatch):
-    path = layouts("cifar10", "binary").write_archive(tmp_path)
+def test_a_member_that_lies_about_its_size_is_refused(tmp_path, layouts, monkeypatch):
+    path = layouts("cifar10", 0).archive(tmp_path)
     monkeypatch.setattr(cifar, "_MAX_BYTES", 1000)
     with pytest.raises(ValueError, match="more than the 1000 that are read at most"):
-        load_cifar10(path, verify=False)
+        load_images("cifar10", path, verify=False)
 
 
-@pytest.mark.parametrize(("dataset", "form"), FORMS)
-def test_a_label_outside_the_classes(tmp_path, layouts, python2_pickle, dataset, form):
-    layout = layouts(dataset, form)
-    folder = layout.write_folder(tmp_path)
-    name, raw = next(iter(layout.files.items()))
-    kind, value = ("labels", 10) if dataset == "cifar10" else ("fine_labels", 100)
-    pixels = np.zeros((2, 3072), np.uint8)
-    if form == "binary":
-        record = len(raw) // 3
-        damaged = bytearray(raw)
-        damaged[2 * record - 3072 - 1] = value
-        (folder / name).write_bytes(damaged)
-    else:
-        labels = {"coarse_labels": [0, 0]} if dataset == "cifar100" else {}
-        (folder / name).write_bytes(python2_pickle({"data": pixels, **labels, kind: [0, value]}))
-    with pytest.raises(ValueError, match=rf"{name}: image 1 has {kind} {value}, outside 0 to {value - 1}"):
-        LOAD[dataset](folder, verify=False)
+class Runs:
+    def __reduce__(self) -> Any:
+        return os.mkdir, ("was_run",)
 
 
 @pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ({"labels": [1]}, r"'data' must be a uint8 array of shape \(N, 3072\) with N >= 1, got NoneType"),
-        ({"data": np.zeros((1, 3071), np.uint8), "labels": [1]}, r"got \(1, 3071\)"),
-        ({"data": np.zeros((0, 3072), np.uint8), "labels": []}, r"got \(0, 3072\)"),
-        ({"data": np.zeros(3072, np.uint8), "labels": [1]}, r"got \(3072,\)"),
-        ({"data": np.zeros((1, 3072), np.uint8)}, "'labels' must be a list of integers"),
-        ({"data": np.zeros((1, 3072), np.uint8), "labels": [b"x"]}, "'labels' must be a list of integers"),
-        ({"data": np.zeros((2, 3072), np.uint8), "labels": [1]}, "2 images and 1 labels"),
-        ({"data": np.zeros((1, 3072), np.uint8), "labels": [-1]}, "labels range from -1 to -1"),
-    ],
+    "hostile", [pickle.dumps(Runs()), b"\x80\x02Nr\xff\xff\xff\x1f.", b"\x80\x04\x8e\0\0\0\0\1\0\0\0."]
 )
-def test_a_pickle_of_other_content(tmp_path, layouts, python2_pickle, content, message):
-    folder = layouts("cifar10", "python").write_folder(tmp_path)
-    (folder / "data_batch_4").write_bytes(python2_pickle(content))
-    with pytest.raises(ValueError, match=f"data_batch_4.*{message}"):
-        load_cifar10(folder, verify=False)
+def test_no_pickle_is_loaded_that_is_not_the_official_one(tmp_path, layouts, monkeypatch, hostile):
+    monkeypatch.chdir(tmp_path)
+    folder = layouts("cifar100", 1).folder(tmp_path)
+    (folder / "train").write_bytes(hostile)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(ValueError, match="md5 sum"):
+        load_images("cifar100", folder)
+    with pytest.raises(ValueError, match="pickles, which are read only with verify=True"):
+        load_images("cifar100", folder, verify=False)
+    # In kB. Ten bytes can ask the unpickler for gigabytes.
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**18
+    assert not Path("was_run").exists()
 
 
-def test_a_hostile_pickle_is_named_and_not_run(tmp_path, layouts):
-    folder = layouts("cifar10", "python").write_folder(tmp_path)
-    marker = tmp_path / "was_run"
-    (folder / "data_batch_5").write_bytes(b"cos\nmkdir\n(V" + str(marker).encode() + b"\ntR.")
-    with pytest.raises(ValueError, match=r"data_batch_5 .*asks for os\.mkdir"):
-        load_cifar10(folder, verify=False)
-    assert not marker.exists()
+@pytest.mark.parametrize("raw", [pickle.dumps(Runs()), b"cos\nsystem\n(S'true'\ntR.", b"cnumpy\nload\n."])
+def test_the_unpickler_knows_arrays_alone(raw, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="which no image file needs"):
+        cifar._Unpickler(io.BytesIO(raw)).load()
+    assert not Path("was_run").exists()
 
 
-@pytest.mark.skipif(not os.environ.get("STRUCTLIN_CIFAR10"), reason="STRUCTLIN_CIFAR10 gives no CIFAR-10 files")
-def test_the_real_cifar10():
-    data = load_images("cifar10")
-    assert data.train_images.shape == (50000, 3, 32, 32)
-    assert data.test_images.shape == (10000, 3, 32, 32)
-    assert np.bincount(data.train_labels).tolist() == [5000] * 10
-    assert np.bincount(data.test_labels).tolist() == [1000] * 10
-    assert data.train_labels[:10].tolist() == [6, 9, 9, 4, 1, 1, 2, 7, 8, 3]
-    assert data.test_labels[:10].tolist() == [3, 8, 8, 0, 6, 6, 1, 6, 3, 1]
-    np.testing.assert_allclose(data.mean, (0.4914, 0.4822, 0.4465), atol=5e-5)
-    np.testing.assert_allclose(data.std, (0.2470, 0.2435, 0.2616), atol=5e-5)
+def test_wrong_places(tmp_path):
+    (tmp_path / "a.tar.gz").touch()
+    with pytest.raises(ValueError, match="does not have the name of an official archive"):
+        load_images("cifar10", tmp_path / "a.tar.gz")
+    with pytest.raises(FileNotFoundError, match="holds none of"):
+        load_images("cifar10", tmp_path)
+    with pytest.raises(ValueError, match="'fine' or 'coarse', got 'medium'"):
+        load_images("cifar100", tmp_path, labels="medium")
+
+
+class TestHub:
+    def save(self, layout: Any, folder: Path, order: list[int]) -> Path:
+        datasets = pytest.importorskip("datasets")
+
+        def rows(chosen: list[int]) -> Any:
+            content: dict[str, Any] = {kind: values[chosen].tolist() for kind, values in layout.labels.items()}
+            content["img"] = [_png(layout.images[index]) for index in chosen]
+            return datasets.Dataset.from_dict(content).cast_column("img", datasets.Image())
+
+        datasets.DatasetDict(train=rows(order[:-3]), test=rows(order[-3:])).save_to_disk(str(folder))
+        return folder
+
+    @pytest.mark.parametrize("name", ["cifar10", "cifar100"])
+    def test_arrays_are_those_of_the_files(self, layouts, monkeypatch, tmp_path, name):
+        layout = layouts(name, 0)
+        monkeypatch.setattr(cifar, "_BATCH", dict.fromkeys(cifar._BATCH, 3))
+        monkeypatch.setattr(cifar, "_TEST", 3)
+        number = len(layout.images)
+        # The files in another order, as an archive has them.
+        order = [*range(number - 6, number - 3), *range(number - 6), *range(number - 3, number)]
+        saved = self.save(layout, tmp_path / "saved", order)
+        for root in (saved, f"hf:{saved}"):
+            check(load_images(name, root), layout, layout.form.kinds[-1])
+        order[0], order[1] = order[1], order[0]
+        swapped = self.save(layout, tmp_path / "swapped", order)
+        with pytest.raises(ValueError, match="not official: a part has another md5 sum"):
+            load_images(name, swapped)
+        assert (
+            load_images(name, swapped, verify=False).train_labels[0] == layout.labels[layout.form.kinds[-1]][order[0]]
+        )
+        with pytest.raises(ValueError, match="has the columns"):
+            load_images("cifar100" if name == "cifar10" else "cifar10", saved)
+        with pytest.raises(FileNotFoundError, match="cannot load no/such/data"):
+            load_images(name, "hf:no/such/data")
+
+
+def _png(image: np.ndarray) -> dict[str, Any]:
+    file = io.BytesIO()
+    Image.fromarray(image.transpose(1, 2, 0)).save(file, "PNG")
+    return {"bytes": file.getvalue(), "path": None}
+
+
+class TestDownload:
+    @pytest.fixture
+    def server(self, tmp_path):
+        (tmp_path / "web").mkdir()
+        handler = partial(SimpleHTTPRequestHandler, directory=str(tmp_path / "web"))
+        with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+            threading.Thread(target=server.serve_forever, daemon=True).start()
+            yield f"http://127.0.0.1:{server.server_port}"
+            server.shutdown()
+
+    def test_download(self, server, layouts, tmp_path, monkeypatch, capsys):
+        layout = layouts("cifar10", 0)
+        archive = layout.archive(tmp_path / "web")
+        with pytest.raises(ValueError, match="has the md5 sum"):
+            cifar.download_cifar("cifar10", tmp_path / "out", url=server)
+        assert list((tmp_path / "out").iterdir()) == []
+        sign(monkeypatch, layout, "cifar10", 0, archive)
+        assert main(["prepare", "cifar10", "--out", str(tmp_path / "out"), "--url", server]) == 0
+        assert "md5 sum verified" in capsys.readouterr().out
+        check(load_images("cifar10", tmp_path / "out"), layout, "label")
+        assert [path.name for path in (tmp_path / "out").iterdir()] == [archive.name]
+        # One that is there is verified, and not downloaded again.
+        archive.unlink()
+        assert cifar.download_cifar("cifar10", tmp_path / "out", url=server).read_bytes()
+        (tmp_path / "out" / archive.name).write_bytes(b"x")
+        with pytest.raises(ValueError, match="md5 sum"):
+            cifar.download_cifar("cifar10", tmp_path / "out", url=server)
+
+    def test_no_server(self, tmp_path, server, capsys):
+        with pytest.raises(ConnectionError, match=re.escape(f"{server}/cifar-10-binary.tar.gz cannot be downloaded")):
+            cifar.download_cifar("cifar10", tmp_path / "out", url=server)
+        assert main(["prepare", "cifar10", "--out", str(tmp_path / "out"), "--url", server, "--json"]) == 1
+        assert "by other means" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar100"])
+def test_the_real_data(name):
+    """Where the environment says where they are."""
+    if f"STRUCTLIN_{name.upper()}" not in os.environ:
+        pytest.skip(f"STRUCTLIN_{name.upper()} is not set")
+    data = load_images(name)
+    assert data.train_images.shape == (50_000, 3, 32, 32)
+    assert np.bincount(data.train_labels).tolist() == [50_000 // data.num_classes] * data.num_classes

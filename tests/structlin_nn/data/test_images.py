@@ -1,12 +1,15 @@
-"""The data set class, the embedded data and the one entry to all of them."""
+"""The data set class, the embedded data, and the order of training."""
 
 import subprocess
 import sys
+from importlib.resources import files
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from structlin_nn.data import DATASETS, ImageDataset, channel_statistics, embedded, load_images
+from structlin_nn.data import ImageDataset, batch_rows, channel_statistics, epoch_order, images, load_images
 
 
 @pytest.fixture(scope="module")
@@ -30,46 +33,31 @@ def toy(**changes):
 
 
 def test_loading_does_not_import_torch():
-    code = (
-        "import sys; from structlin_nn.data import load_images; load_images('fashion'); print('torch' in sys.modules)"
-    )
+    code = "import sys; from structlin_nn.data import load_images, token_batch; load_images('fashion')"
+    code += "; print({'torch', 'jax', 'datasets'} & sys.modules.keys())"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert run.stdout.strip() == "False"
+    assert run.stdout.strip() == "set()"
 
 
 def test_statistics_against_float64():
     # More than one chunk, and axes of different sizes.
-    images = np.random.default_rng(0).integers(0, 256, (2500, 3, 4, 5), dtype=np.uint8)
-    mean, std = channel_statistics(images)
-    np.testing.assert_allclose(mean, (images / 255.0).mean(axis=(0, 2, 3)), rtol=1e-13)
-    np.testing.assert_allclose(std, (images / 255.0).std(axis=(0, 2, 3)), rtol=1e-12)
-
-
-def test_statistics_are_exact():
+    pixels = np.random.default_rng(0).integers(0, 256, (5000, 3, 4, 5), dtype=np.uint8)
+    mean, std = channel_statistics(pixels)
+    np.testing.assert_allclose(mean, (pixels / 255.0).mean(axis=(0, 2, 3)), rtol=1e-13)
+    np.testing.assert_allclose(std, (pixels / 255.0).std(axis=(0, 2, 3)), rtol=1e-12)
     assert channel_statistics(np.full((2000, 1, 28, 28), 51, np.uint8)) == ((0.2,), (0.0,))
-
-
-def test_dataset_properties():
-    data = toy()
-    assert (data.num_classes, data.image_shape, data.num_features) == (3, (2, 5, 4), 40)
-    assert data.mean, data.std == channel_statistics(data.train_images)
-    assert repr(data) == "ImageDataset('toy': 7 training and 3 test images of shape (2, 5, 4), 3 classes)"
-    with pytest.raises(AttributeError):
-        data.name = "other"
 
 
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"train_images": np.zeros((7, 2, 5, 4))}, TypeError, "train_images must be .* uint8, got float64"),
-        ({"test_images": [1]}, TypeError, "test_images must be .* uint8, got list"),
+        ({"train_images": np.zeros((7, 2, 5, 4))}, TypeError, "train: uint8 images .* got float64"),
         ({"train_images": np.zeros((7, 20), np.uint8)}, ValueError, r"\(N, C, H, W\).*\(7, 20\)"),
-        ({"test_images": np.zeros((0, 2, 5, 4), np.uint8)}, ValueError, r"no axis empty, got \(0, 2, 5, 4\)"),
-        ({"train_labels": np.zeros(7, np.uint8)}, TypeError, "train_labels must be .* int64, got uint8"),
-        ({"train_labels": np.zeros(6, np.int64)}, ValueError, r"shape \(6,\), 7 images"),
+        ({"test_images": np.zeros((0, 2, 5, 4), np.uint8)}, ValueError, r"not empty, got \(0, 2, 5, 4\)"),
+        ({"train_labels": np.zeros(7, np.uint8)}, TypeError, "int64 labels needed, got uint8 and uint8"),
+        ({"train_labels": np.zeros(6, np.int64)}, ValueError, r"got \(7, 2, 5, 4\), \(6,\)"),
         ({"test_labels": np.array([0, 3, 3])}, ValueError, r"test_labels\[1\] is 3, outside 0 to 2 \(2 such"),
-        ({"train_labels": np.array([0, 0, -1, 0, 0, 0, 0])}, ValueError, r"train_labels\[2\] is -1"),
-        ({"test_images": np.zeros((3, 2, 4, 5), np.uint8)}, ValueError, "must be equal"),
+        ({"test_images": np.zeros((3, 2, 4, 5), np.uint8)}, ValueError, "shapes differ"),
     ],
 )
 def test_dataset_refuses(changes, error, message):
@@ -77,92 +65,104 @@ def test_dataset_refuses(changes, error, message):
         toy(**changes)
 
 
-def test_padding_to_32_of_a_colour_image_with_odd_margins():
+def test_digest_is_of_all_arrays():
+    data = toy()
+    assert data.digest == toy().digest
+    for name in ("train_images", "test_images", "train_labels", "test_labels"):
+        changed = getattr(data, name).copy()
+        changed.flat[0] = (changed.flat[0] + 1) % 3
+        assert toy(**{name: changed}).digest != data.digest
+
+
+def test_padding_to_32():
     data = toy(train_images=np.full((7, 3, 27, 30), 9, np.uint8), test_images=np.full((3, 3, 27, 30), 9, np.uint8))
     padded = data.as_32x32_rgb()
-    assert padded.image_shape == (3, 32, 32)
     assert (padded.train_images[:, :, 2:29, 1:31] == 9).all()
     assert int(padded.train_images.sum(dtype=np.int64)) == int(data.train_images.sum(dtype=np.int64))
-    assert padded.name == "toy-32x32-rgb"
-    assert padded.source == "made here; 27x30 padded with zeros to 32x32"
+    assert (padded.name, padded.source) == ("toy-32x32-rgb", "made here; 27x30 padded with zeros to 32x32")
     assert padded.as_32x32_rgb() is padded
+    for shape in ((2, 28, 28), (1, 33, 32), (3, 32, 64), (4, 32, 32)):
+        other = np.zeros((3, *shape), np.uint8)
+        with pytest.raises(ValueError, match="cannot be padded"):
+            toy(train_images=other, train_labels=np.zeros(3, np.int64), test_images=other).as_32x32_rgb()
 
 
-@pytest.mark.parametrize("shape", [(2, 28, 28), (1, 33, 32), (3, 32, 64), (4, 32, 32)])
-def test_padding_to_32_refuses(shape):
-    images = np.zeros((3, *shape), np.uint8)
-    data = toy(train_images=images, train_labels=np.zeros(3, np.int64), test_images=images)
-    with pytest.raises(ValueError, match="cannot be padded"):
-        data.as_32x32_rgb()
+class TestFashion:
+    def test_balanced_and_real(self, fashion):
+        assert np.bincount(fashion.train_labels).tolist() == [1000] * 10
+        assert np.bincount(fashion.test_labels).tolist() == [200] * 10
+        # The published statistics of all 60,000 images are 0.2860 and 0.3530.
+        np.testing.assert_allclose(fashion.mean, 0.2860, atol=0.003)
+        np.testing.assert_allclose(fashion.std, 0.3530, atol=0.003)
 
+    def test_labels_belong_to_images(self, fashion):
+        # Nearest class mean: about 68 % on all of Fashion-MNIST, 10 % if labels and images did not belong together.
+        train, test = (x.reshape(len(x), -1).astype(float) for x in (fashion.train_images, fashion.test_images))
+        means = np.stack([train[fashion.train_labels == c].mean(0) for c in range(10)])
+        nearest = ((test**2).sum(1)[:, None] - 2 * test @ means.T + (means**2).sum(1)).argmin(1)
+        assert 0.6 < (nearest == fashion.test_labels).mean() < 0.75
 
-def test_fashion_is_balanced_and_real(fashion):
-    assert fashion.train_images.shape == (10000, 1, 28, 28)
-    assert fashion.test_images.shape == (2000, 1, 28, 28)
-    assert np.bincount(fashion.train_labels).tolist() == [1000] * 10
-    assert np.bincount(fashion.test_labels).tolist() == [200] * 10
-    # The published statistics of all 60,000 images are 0.2860 and 0.3530.
-    np.testing.assert_allclose(fashion.mean, 0.2860, atol=0.003)
-    np.testing.assert_allclose(fashion.std, 0.3530, atol=0.003)
-    assert "MIT" in fashion.licence
-    assert "subset" in fashion.source
+    def test_for_models_of_3072_inputs(self, fashion):
+        padded = fashion.as_32x32_rgb()
+        for c in range(3):
+            np.testing.assert_array_equal(padded.test_images[:, c, 2:30, 2:30], fashion.test_images[:, 0])
+        assert padded.test_images.sum(dtype=np.int64) == 3 * fashion.test_images.sum(dtype=np.int64)
+        np.testing.assert_allclose(padded.mean, np.array(fashion.mean * 3) * 28**2 / 32**2, rtol=1e-12)
 
-
-def test_fashion_has_information_about_its_labels(fashion):
-    # Nearest class mean: about 68 % on all of Fashion-MNIST, 10 % if labels and images did not belong together.
-    train, test = (x.reshape(len(x), -1).astype(float) for x in (fashion.train_images, fashion.test_images))
-    means = np.stack([train[fashion.train_labels == c].mean(0) for c in range(10)])
-    nearest = ((test**2).sum(1)[:, None] - 2 * test @ means.T + (means**2).sum(1)).argmin(1)
-    assert 0.6 < (nearest == fashion.test_labels).mean() < 0.75
-
-
-def test_fashion_for_models_of_3072_inputs(fashion):
-    padded = fashion.as_32x32_rgb()
-    assert padded.num_features == 3072
-    assert padded.name == "fashion-32x32-rgb"
-    assert "padded with zeros" in padded.source
-    assert "repeated three times" in padded.source
-    for c in range(3):
-        np.testing.assert_array_equal(padded.test_images[:, c, 2:30, 2:30], fashion.test_images[:, 0])
-    assert padded.test_images.sum(dtype=np.int64) == 3 * fashion.test_images.sum(dtype=np.int64)
-    np.testing.assert_allclose(padded.mean, np.array(fashion.mean * 3) * 28**2 / 32**2, rtol=1e-12)
-    np.testing.assert_array_equal(padded.train_labels, fashion.train_labels)
-
-
-@pytest.mark.parametrize("damage", ["flip", "truncate"])
-def test_damaged_embedded_data(tmp_path, monkeypatch, damage):
-    raw = bytearray((embedded.files("structlin_nn.data") / embedded.FILE).read_bytes())
-    if damage == "flip":
+    def test_damaged_or_missing(self, tmp_path, monkeypatch):
+        raw = bytearray((files("structlin_nn.data") / images._FASHION).read_bytes())
+        monkeypatch.setattr(images, "files", lambda package: tmp_path)
+        with pytest.raises(FileNotFoundError, match="installed without its data"):
+            load_images("fashion")
         raw[len(raw) // 2] ^= 1
-    else:
-        del raw[-1]
-    (tmp_path / embedded.FILE).write_bytes(raw)
-    monkeypatch.setattr(embedded, "files", lambda package: tmp_path)
-    with pytest.raises(ValueError, match=f"sha256 sum .*expected {embedded.SHA256}"):
-        load_images("fashion")
+        (tmp_path / images._FASHION).write_bytes(raw)
+        with pytest.raises(ValueError, match=f"sha256 sum .*expected {images._FASHION_SHA256}"):
+            load_images("fashion")
 
-
-def test_missing_embedded_data(tmp_path, monkeypatch):
-    monkeypatch.setattr(embedded, "files", lambda package: tmp_path)
-    with pytest.raises(FileNotFoundError, match="installed without its data"):
-        load_images("fashion")
-
-
-def test_licence_and_description_are_beside_the_data():
-    folder = embedded.files("structlin_nn.data")
-    assert "Copyright (c) 2017 Zalando SE" in (folder / "fashion_mnist_licence.txt").read_text()
-    assert "make_embedded" in (folder / "README.md").read_text()
+    def test_licence_and_description_are_beside_the_data(self):
+        folder = files("structlin_nn.data")
+        assert "Copyright (c) 2017 Zalando SE" in (folder / "fashion_mnist_licence.txt").read_text()
+        assert "make_embedded" in (folder / "README.md").read_text()
 
 
 def test_options_that_do_not_apply_are_refused(tmp_path):
-    assert DATASETS == ("cifar10", "cifar100", "fashion")
-    with pytest.raises(ValueError, match="unknown image data 'mnist'; known: cifar10, cifar100, fashion"):
-        load_images("mnist")
-    with pytest.raises(ValueError, match="takes no root"):
-        load_images("fashion", tmp_path)
-    with pytest.raises(ValueError, match="always verified"):
-        load_images("fashion", verify=False)
-    with pytest.raises(ValueError, match="labels='fine' is an option of cifar100"):
-        load_images("cifar10", tmp_path, labels="fine")
-    with pytest.raises(ValueError, match="must be 'fine' or 'coarse', got 'rough'"):
-        load_images("cifar100", tmp_path, labels="rough")
+    for name, root, options, message in (
+        ("mnist", None, {}, "unknown image data 'mnist'; known: cifar10, cifar100, fashion"),
+        ("fashion", tmp_path, {}, "takes no root"),
+        ("fashion", None, {"verify": False}, "always verified"),
+        ("cifar10", tmp_path, {"labels": "fine"}, "labels='fine' is an option of cifar100"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load_images(name, root, **options)
+
+
+class TestOrder:
+    def test_fixed_for_ever(self):
+        assert epoch_order(0, 0, 10).tolist() == [0, 8, 9, 3, 7, 5, 1, 2, 6, 4]
+        assert epoch_order(7, 3, 10).tolist() == [7, 1, 9, 6, 0, 4, 2, 8, 3, 5]
+
+    @given(st.integers(0, 2**40), st.integers(0, 50), st.integers(0, 300))
+    def test_a_permutation(self, seed, epoch, size):
+        order = epoch_order(seed, epoch, size)
+        assert order.dtype == np.int64
+        assert sorted(order.tolist()) == list(range(size))
+
+    @given(st.integers(1, 60), st.integers(1, 20), st.integers(0, 5), st.integers(0, 40))
+    def test_batches_are_pieces_of_the_order(self, size, batch_size, seed, step):
+        if size < batch_size:
+            with pytest.raises(ValueError, match=f"{size} samples are less than one batch of {batch_size}"):
+                batch_rows(size, batch_size, seed, step)
+            return
+        epoch, place = divmod(step, size // batch_size)
+        expected = epoch_order(seed, epoch, size)[place * batch_size :][:batch_size]
+        np.testing.assert_array_equal(batch_rows(size, batch_size, seed, step), expected)
+
+    def test_what_is_given_out_can_be_changed(self):
+        batch_rows(10, 4, 0, 0)[:] = 0
+        assert batch_rows(10, 4, 0, 0).tolist() == epoch_order(0, 0, 10)[:4].tolist()
+
+    def test_refuses(self):
+        with pytest.raises(TypeError, match=r"seed must be an integer, got 1\.5"):
+            batch_rows(10, 2, 1.5, 0)  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match="step must not be negative"):
+            batch_rows(10, 2, 0, -1)
