@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from structlin_nn.cli import main
-from structlin_nn.data.text import prepare_text
+from structlin_nn.data.prepare import prepare_text
 from structlin_nn.generate import generate, sample
 from structlin_nn.models import GPT2, StructureConfig, build_model
 

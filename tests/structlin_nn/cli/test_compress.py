@@ -184,7 +184,7 @@ def test_timm(out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
 
 def test_a_model_of_timm_normalises_in_its_own_way(tmp_path: Path) -> None:
     pytest.importorskip("timm")
-    from structlin_nn.data.image_transforms import IMAGENET_MEAN, IMAGENET_STD
+    from structlin_nn.data.imagenet import IMAGENET_MEAN, IMAGENET_STD
     from structlin_nn.trained import open_trained
 
     model = make_timm("vit_tiny_patch16_224", img_size=32)

@@ -208,7 +208,7 @@ def test_command_continues_with_published_weights(
 ) -> None:
     pytest.importorskip("tiktoken")
     from structlin_nn.cli import main
-    from structlin_nn.data.bpe import GPT2Tokenizer
+    from structlin_nn.data.tokenizers import load_tokenizer
 
     theirs = hugging_face(n_embd=8, n_layer=1, n_head=2, vocab_size=50257)
     theirs.save_pretrained(tmp_path)
@@ -217,7 +217,7 @@ def test_command_continues_with_published_weights(
     )
     assert main([*line.split(), "--json", "--prompt", "here it is"]) == 0
     found = json.loads(capsys.readouterr().out)
-    prompt = torch.tensor([GPT2Tokenizer(gpt2_vocabulary).encode("here it is")])
+    prompt = torch.tensor([load_tokenizer("gpt2", gpt2_vocabulary).encode("here it is")])
     expected = theirs.generate(prompt, max_new_tokens=6, do_sample=False, eos_token_id=None, pad_token_id=0)
     assert found["samples"][0]["tokens"] == expected[0, prompt.shape[1] :].tolist()
 

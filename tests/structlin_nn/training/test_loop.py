@@ -18,7 +18,7 @@ import torch
 import structlin
 import structlin_nn
 from structlin import execution
-from structlin_nn.data import load_images
+from structlin_nn.data import batch_rows, load_images
 from structlin_nn.training import checkpoint, loop
 from structlin_nn.training.checkpoint import load_checkpoint, save_checkpoint
 from structlin_nn.training.config import TrainConfig
@@ -218,7 +218,9 @@ class TestBatchStatistics:
         run = setup(config, tmp_path / "a", data_root=small_cifar, verify=False)
         losses, errors = [], []
         other = setup(config, tmp_path / "b", data_root=small_cifar, verify=False)
-        for number, (images, labels) in enumerate(other.task.batches):
+        for number in range(STEPS_PER_EPOCH):
+            rows = batch_rows(len(other.task.labels), 32, config.seed, number)
+            images, labels = other.task.images[rows], other.task.labels[rows]
             rate = 0.5 * (1 + torch.cos(torch.tensor(torch.pi * number / STEPS_PER_EPOCH, dtype=torch.float64))).item()
             for group, base in zip(other.optimizer.param_groups, other.stepper.rates, strict=True):
                 group["lr"] = base * rate

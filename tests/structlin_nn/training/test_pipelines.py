@@ -164,12 +164,16 @@ class TestGPT2:
         self, gpt2_config: GPT2TrainConfig, text_tokens: Path, tmp_path: Path
     ) -> None:
         config = gpt2_config.replace(lr=1e-30, ema=0.0, weight_decay=0.0, whole_validation=False)
-        train(config, tmp_path, data_root=text_tokens)
-        found = [
-            (e["train_loss"], e["val_loss"], e["val_tokens"]) for e in read_record(tmp_path / loop.RECORD).evaluations
-        ]
-        assert found[0] == found[1] == found[2]
-        assert found[0][2] == 3 * 8 * 16
+        found = []
+        for accumulate in (1, 4):  # which may change on resume
+            folder = tmp_path / str(accumulate)
+            train(config.replace(accumulate=accumulate), folder, data_root=text_tokens)
+            evaluations = read_record(folder / loop.RECORD).evaluations
+            found += [[e["train_loss"], e["val_loss"], e["val_tokens"]] for e in evaluations]
+        assert len(found) == 6
+        for each in found:
+            assert each == pytest.approx(found[0], rel=1e-6)
+        assert found[0][2] == config.eval_batches * config.batch_size * config.context
 
     def test_averages_are_evaluated_and_reloaded(
         self, gpt2_config: GPT2TrainConfig, text_tokens: Path, tmp_path: Path
@@ -190,7 +194,7 @@ class TestGPT2:
         for name, parameter in averaged.named_parameters():
             torch.testing.assert_close(parameter.detach().double(), mean[name], rtol=1e-5, atol=1e-6)
         losses = [
-            token_loss(model, run.task._sampled(run.task.data.train))[0]  # type: ignore[attr-defined]
+            token_loss(model, run.task._evaluated(run.task.data.train))[0]  # type: ignore[attr-defined]
             for model in (averaged, plain)
         ]
         assert evaluation["train_loss"] == pytest.approx(losses[0], rel=1e-6)
