@@ -151,18 +151,18 @@ def _imagenet(arguments: argparse.Namespace) -> int:
     if arguments.resize is not None:
         options["size"] = arguments.resize
     report = prepare_images(data, arguments.out, progress=not arguments.quiet, **options)
-    for message in report.broken.values():
+    for message in report["broken"].values():
         print(f"broken: {message}", file=sys.stderr)
     for path in data.splits["train"].ignored() + data.splits["val"].ignored() if data.format == "folder" else []:
         print(f"not an image by its name, left out: {path}", file=sys.stderr)
     if arguments.json:
-        print_json({"source": data.source, "format": data.format, "sha256": data.digest, **report.to_dict()})
+        print_json({"source": data.source, "format": data.format, "sha256": data.digest, **report})
     else:
-        rows = [(split, *(f"{number:,}" for number in found.values())) for split, found in report.splits.items()]
+        rows = [(split, *(f"{number:,}" for number in found.values())) for split, found in report["splits"].items()]
         print_table(("split", "images", "classes", "smallest class", "largest class", "broken"), rows)
         where = f"written to {arguments.out}" if arguments.out else "checked, nothing written"
         print(f"\n{data.num_classes} classes, from {data.format} {data.source}; {where}")
-    return 1 if report.broken and not arguments.remove_broken else 0
+    return 1 if report["broken"] and not arguments.remove_broken else 0
 
 
 def _given(arguments: argparse.Namespace, *names: str) -> dict[str, Any]:

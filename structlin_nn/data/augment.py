@@ -41,13 +41,8 @@ def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Te
     """(images - mean) / std for each channel, of values from 0 to 1.
 
     Args:
-        images: (N, C, H, W), uint8, float32 or float64.
-        mean: C numbers, as `ImageDataset.mean`.
-        std: C positive numbers.
-
-    Raises:
-        TypeError: another dtype.
-        ValueError: another shape, not one mean and std for each channel, a std that is not positive.
+        images: (N, C, H, W), uint8, float32 or float64; TypeError for another dtype.
+        mean, std: C numbers each, as `ImageDataset.mean`; ValueError unless each std is positive.
 
     Example:
         >>> normalize(torch.tensor([[[[0, 255]]]], dtype=torch.uint8), [0.5], [0.25])
@@ -75,15 +70,9 @@ def sample_crops(
     the place uniform. Up to ten such pairs are tried until one fits; after that the box is the largest central one
     whose ratio is in the range.
 
-    Args:
-        count: number of boxes.
-        height, width: of the images, in pixels.
-        generator: source of ``22 * count`` uniform numbers.
-        scale: smallest and largest share of the area.
-        ratio: smallest and largest width / height.
-
     Returns:
-        int64 tensor (count, 4) on the generator's device: top, left, height, width.
+        int64 tensor (count, 4) on the generator's device: top, left, height, width, in pixels. It takes
+        ``22 * count`` numbers from the generator.
 
     Source: Szegedy et al., Going Deeper with Convolutions, CVPR 2015, section 6.
 
@@ -122,12 +111,8 @@ def crop_resize(images: Tensor, boxes: Tensor, mirrored: Tensor | None = None) -
 
     Args:
         images: (N, C, H, W), float32 or float64.
-        boxes: integer tensor (N, 4): top, left, height, width, inside the images. (They are not checked for that,
-            since it would mean waiting for the device.)
+        boxes: as of `sample_crops`, inside the images (to check that would mean waiting for the device).
         mirrored: bool tensor (N,), the images to be turned left to right; None for none.
-
-    Returns:
-        (N, C, H, W).
 
     Example:
         >>> image = torch.arange(4.0).view(1, 1, 2, 2)
@@ -160,14 +145,7 @@ def soft_targets(
 ) -> Tensor:
     """Class probabilities: 1 - smoothing on the label, plus smoothing / num_classes on every class.
 
-    Args:
-        labels: integer tensor (N,).
-        num_classes: number of classes K.
-        smoothing: from 0 (one-hot) to 1 (uniform).
-        dtype: of the result.
-
-    Returns:
-        (N, K), each row summing to 1.
+    Labels are integers (N,), the result is (N, num_classes), each row summing to 1.
 
     Source: Szegedy et al., Rethinking the Inception Architecture for Computer Vision, CVPR 2016, section 7.
 
@@ -186,11 +164,7 @@ def sample_beta(alpha: float, generator: torch.Generator) -> Tensor:
     With U and V uniform, t = sqrt(U^(-1/alpha) - 1) cos(2 pi V) makes t * sqrt(2 alpha) follow Student's distribution
     with 2 alpha degrees of freedom, and (1 + t / sqrt(1 + t^2)) / 2 Beta(alpha, alpha), without rejection.
 
-    Returns:
-        float64 tensor without axes, from 0 to 1, on the generator's device.
-
-    Raises:
-        ValueError: alpha is not positive and finite.
+    The result is a float64 tensor without axes, on the generator's device. ValueError unless alpha is positive.
 
     Source: Bailey, Polar generation of random variates with the t-distribution, Math. Comp. 62, 1994.
 
@@ -217,14 +191,8 @@ def mixup(
         targets: (N, K), floating point, see `soft_targets`.
         generator: source of the proportion.
         alpha: positive; 0.8 in the recipe of the paper.
-        neighbours: mix samples 2 k and 2 k + 1, whose pairs do not depend on how a batch is shared; N must be even.
-            Otherwise sample i is mixed with N - 1 - i, as in timm.
-
-    Returns:
-        (images, targets), new tensors of the same shapes and dtypes.
-
-    Raises:
-        ValueError: an odd N with ``neighbours``; alpha that is not positive.
+        neighbours: mix samples 2 k and 2 k + 1, whose pairs do not depend on how a batch is shared; ValueError for an
+            odd N. Otherwise sample i is mixed with N - 1 - i, as in timm.
 
     Source: Zhang, Cisse, Dauphin, Lopez-Paz, mixup: Beyond Empirical Risk Minimization, ICLR 2018.
 
@@ -253,17 +221,12 @@ class Augmentation:
     alone.
 
     Attributes:
-        mean: of each channel, see `normalize`.
-        std: of each channel.
+        mean, std: of each channel, see `normalize`.
         num_classes: number of classes K.
-        crop_scale: range of the share of the area, None for no crop.
-        crop_ratio: range of width / height of the crop.
+        crop_scale, crop_ratio: ranges of the share of the area and of width / height; scale None for no crop.
         flip: probability of mirroring; 0 draws nothing.
         mixup_alpha: alpha of `mixup`; 0 for none.
         smoothing: label smoothing.
-
-    Raises:
-        ValueError: a value outside its range.
 
     Example:
         >>> augment = Augmentation(mean=(0.5,) * 3, std=(0.25,) * 3, num_classes=10)
@@ -297,18 +260,10 @@ class Augmentation:
             )
 
     def __call__(self, images: Tensor, labels: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Augment a batch.
+        """Images (N, C, H, W) and integer labels (N,) to floating-point images (N, C, H, W) and targets (N, K).
 
-        Args:
-            images: (N, C, H, W), uint8, float32 or float64.
-            labels: integer tensor (N,) on the same device.
-            generator: source of all randomness, in the order crop, flip, mixup.
-
-        Returns:
-            (images, targets): (N, C, H, W) floating point, and (N, K) of the same dtype.
-
-        Raises:
-            TypeError, ValueError: as `normalize`; numbers of images and labels that differ.
+        All numbers come from the generator, in the order crop, flip, mixup. Errors are those of `normalize`, and
+        ValueError where the numbers of images and labels differ.
         """
         if images.ndim != 4 or len(images) != len(labels):
             raise ValueError(

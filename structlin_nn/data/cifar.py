@@ -316,16 +316,13 @@ def download_cifar(name: str, folder: str | os.PathLike[str], *, url: str = URL,
         The path of the archive, which `structlin_nn.data.load_images` reads.
 
     Raises:
-        ValueError: an unknown data set, or a file (downloaded or there) that is not the official one.
+        ValueError: a file (downloaded or there) that is not the official one.
         ConnectionError: no network, or an error of the server; the message says how to get the file otherwise.
-        OSError: the disk is full, or the folder cannot be written.
     """
     import urllib.error
 
     from torch.hub import download_url_to_file  # reading CIFAR needs no torch
 
-    if name not in _FORMS:
-        raise ValueError(f"unknown data set {name!r}; one of {', '.join(_FORMS)}")
     form = _FORMS[name][0]
     path = Path(folder).expanduser() / form.archive
     if path.exists():

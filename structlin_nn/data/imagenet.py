@@ -70,14 +70,11 @@ class ImageRecipe:
 
     Attributes:
         size: height and width of the result.
-        crop_scale: range of the share of the area.
-        crop_ratio: range of width / height of the crop.
+        crop_scale, crop_ratio: ranges of the share of the area and of width / height of the crop.
         interpolation: ``bilinear``, ``bicubic``, or ``random``: either, drawn for each image.
         flip: probability of mirroring.
         rand_augment: configuration of timm's RandAugment, None for none.
-        color_jitter: strength in brightness, contrast and saturation. As in timm, it takes effect only where there is
-            no RandAugment, unless ``force_color_jitter``.
-        force_color_jitter: jitter besides RandAugment.
+        color_jitter: strength in brightness, contrast and saturation. As in timm, only without RandAugment.
         random_erasing: probability of erasing a box with noise, 0 for none.
         mixup: alpha of mixup, 0 for none.
         smoothing: label smoothing.
@@ -99,7 +96,6 @@ class ImageRecipe:
     flip: float = 0.5
     rand_augment: str | None = "rand-m9-mstd0.5-inc1"
     color_jitter: float = 0.4
-    force_color_jitter: bool = False
     random_erasing: float = 0.25
     mixup: float = 0.2
     smoothing: float = 0.1
@@ -138,7 +134,6 @@ class ImageRecipe:
             ratio=self.crop_ratio,
             hflip=self.flip,
             color_jitter=self.color_jitter or None,  # type: ignore[arg-type]
-            force_color_jitter=self.force_color_jitter,
             auto_augment=self.rand_augment,
             interpolation=self.interpolation,
             mean=IMAGENET_MEAN,
@@ -199,7 +194,8 @@ class ImageNetData:
     It holds names and labels, no images, and can be pickled: one process can open it for all.
 
     Attributes:
-        classes: name of each class, in the order of the labels.
+        classes, num_classes: name of each class, in the order of the labels, and their number.
+        train_size, val_size: numbers of images.
         digest: sha256 of the names and labels of all samples (of fingerprints, for Hugging Face data); images
             themselves are not read.
         format: ``folder``, ``shards`` or ``datasets``.
@@ -215,26 +211,15 @@ class ImageNetData:
     on_broken: str = "error"
     broken: dict[str, str] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        self.num_classes = len(self.classes)
+        self.train_size, self.val_size = (len(self.splits[split].labels) for split in ("train", "val"))
+
     def __repr__(self) -> str:
         return (
             f"ImageNetData({self.source!r}: {self.train_size:,} training and {self.val_size:,} validation images, "
             f"{self.num_classes} classes, from {self.format})"
         )
-
-    @property
-    def num_classes(self) -> int:
-        """Number of classes."""
-        return len(self.classes)
-
-    @property
-    def train_size(self) -> int:
-        """Number of training images."""
-        return len(self.splits["train"].labels)
-
-    @property
-    def val_size(self) -> int:
-        """Number of validation images."""
-        return len(self.splits["val"].labels)
 
     def train_steps(self, batch_size: int) -> int:
         """Steps of an epoch; the samples that are left are left out of that epoch."""
@@ -259,10 +244,9 @@ class ImageNetData:
 
         Args:
             batch_size: images of a step, of all processes and parts together.
-            seed: non-negative integer.
+            seed: of the order and of what is drawn, not negative.
             recipe: the augmentation.
-            rank: number of this process.
-            world_size: number of processes.
+            rank, world_size: number of this process, and of all.
             workers: processes that read, decode and augment; 0: this one.
             start_step: number of the first step.
             accumulate: parts of a step, which come one after the other.

@@ -31,8 +31,7 @@ def channel_statistics(images: np.ndarray) -> tuple[tuple[float, ...], tuple[flo
         images: uint8 array (N, C, H, W), not empty.
 
     Returns:
-        (mean, std): two tuples of C floats, of the pixel values divided by 255; the deviation is that of the
-        population. All sums are exact integers.
+        (mean, std) of the pixel values divided by 255, C floats each; the deviation is that of the population.
 
     Example:
         >>> channel_statistics(np.array([0, 255], dtype=np.uint8).reshape(2, 1, 1, 1))
@@ -118,10 +117,9 @@ class ImageDataset:
         return len(self.class_names)
 
     @property
-    def image_shape(self) -> tuple[int, int, int]:
+    def image_shape(self) -> tuple[int, ...]:
         """Shape (C, H, W) of one image."""
-        _, channels, height, width = self.train_images.shape
-        return channels, height, width
+        return self.train_images.shape[1:]
 
     @functools.cached_property
     def digest(self) -> str:
@@ -241,15 +239,7 @@ def epoch_order(seed: int, epoch: int, size: int) -> np.ndarray:
     It is the order of `size` random 64-bit integers from the counter-based generator Philox, whose raw stream NumPy
     keeps the same in every release.
 
-    Args:
-        seed, epoch, size: non-negative integers.
-
-    Returns:
-        int64 array (size,).
-
-    Raises:
-        TypeError: an argument that is not an integer.
-        ValueError: a negative argument.
+    Arguments are non-negative integers (TypeError, ValueError otherwise); the result is int64 (size,).
 
     Example:
         >>> epoch_order(seed=0, epoch=0, size=5).tolist()
@@ -270,16 +260,12 @@ def batch_rows(size: int, batch_size: int, seed: int, step: int) -> np.ndarray:
 
     Args:
         size: number of samples.
-        batch_size: samples of a step.
+        batch_size: samples of a step; ValueError where there are fewer samples.
         seed: of the order (`epoch_order`).
         step: number of the step, from 0.
 
     Returns:
         int64 array (batch_size,).
-
-    Raises:
-        TypeError: an argument that is not an integer.
-        ValueError: an argument out of range, or fewer samples than one batch.
 
     Example:
         >>> [batch_rows(5, 2, seed=0, step=step).tolist() for step in range(3)]

@@ -14,7 +14,6 @@ import platform
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ from structlin_nn.data.hub import load_hub
 from structlin_nn.data.tokenizers import Tokenizer, load_tokenizer
 from structlin_nn.data.tokens import DTYPE, META, META_VERSION, SPLITS, TokenData, open_tokens
 
-__all__ = ["OPENWEBTEXT", "ImageReport", "prepare_images", "prepare_openwebtext", "prepare_text", "pydoc_documents"]
+__all__ = ["OPENWEBTEXT", "prepare_images", "prepare_openwebtext", "prepare_text", "pydoc_documents"]
 
 OPENWEBTEXT = "Skylion007/openwebtext"
 ROWS = 50_000
@@ -73,8 +72,7 @@ def prepare_text(
         FileNotFoundError: a file is missing.
         FileExistsError: the folder holds something else.
         ValueError: no files, an empty file, one that is not UTF-8 (the message names the byte), a fraction out
-            of range, or a text too short to leave something for both splits.
-        ImportError, FileNotFoundError, ValueError: as `structlin_nn.data.tokenizers.load_tokenizer`.
+            of range, or a text too short for two splits. Errors of `load_tokenizer` besides.
 
     Example:
         >>> import tempfile
@@ -151,11 +149,9 @@ def prepare_openwebtext(
         workers: processes; None: one for each core.
 
     Raises:
-        ImportError: `datasets` or tiktoken is not installed.
-        FileNotFoundError: the data set cannot be loaded, or the vocabulary is not at hand.
         FileExistsError: the folder holds something else.
-        ValueError: a split or column that is not there, a fraction out of range, a document that is not text, or
-            too few documents for two splits.
+        ValueError: a column that is not there, a fraction out of range, a document that is not text, or too few
+            documents for two splits. Errors of `load_hub` and `load_tokenizer` besides.
 
     Source: Gokaslan and Cohen, OpenWebText Corpus, 2019, http://Skylion007.github.io/OpenWebTextCorpus
     """
@@ -279,23 +275,6 @@ def _cores(workers: int | None) -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-@dataclass(frozen=True)
-class ImageReport:
-    """What was found in a data set of images.
-
-    Attributes:
-        splits: for each split the numbers ``images``, ``classes``, ``smallest_class``, ``largest_class``, ``broken``.
-        broken: name of a sample -> error.
-    """
-
-    splits: dict[str, dict[str, int]]
-    broken: dict[str, str]
-
-    def to_dict(self) -> dict[str, Any]:
-        """As plain values."""
-        return asdict(self)
-
-
 def prepare_images(
     data: Any,
     out: str | os.PathLike[str] | None = None,
@@ -305,7 +284,7 @@ def prepare_images(
     remove_broken: bool = False,
     workers: int | None = None,
     progress: bool = True,
-) -> ImageReport:
+) -> dict[str, dict[str, Any]]:
     """Read and decode every image of a data set, and write smaller ones, which are faster to read, to an image tree.
 
     Images whose shortest side is not above `size` are copied as they are. Others are resized (bicubic) and written as
@@ -322,10 +301,13 @@ def prepare_images(
         workers: processes; None: one for each core.
         progress: show a progress bar.
 
+    Returns:
+        ``splits``: for each split the numbers ``images``, ``classes``, ``smallest_class``, ``largest_class`` and
+        ``broken``; and ``broken``: name of a sample -> error.
+
     Raises:
         FileExistsError: the folder holds something else, or the tree of other settings.
         ValueError: a size or quality out of range, a broken image.
-        OSError: the disk is full.
     """
     from torch.utils.data import ConcatDataset, DataLoader
     from tqdm import tqdm
@@ -374,7 +356,7 @@ def prepare_images(
             "largest_class": int(sizes.max()),
             "broken": sum(part.name(number) in broken for number in range(len(part.labels))) if broken else 0,
         }
-    return ImageReport(splits, broken)
+    return {"splits": splits, "broken": broken}
 
 
 class _Images:

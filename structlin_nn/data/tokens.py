@@ -85,8 +85,7 @@ def open_tokens(
     """Open a folder of token files.
 
     All tokens are read once, to see that each is inside the vocabulary and that the sums are those in ``meta.json``.
-    Where that takes long, the sums are kept in the user's cache, and believed until one of the files has another size
-    or time of change.
+    Where that takes long, the sums are kept in the user's cache until a file changes.
 
     Args:
         folder: holds ``train.bin`` and ``val.bin``, see the module's description.
@@ -95,14 +94,10 @@ def open_tokens(
         name: of the corpus, instead of what ``meta.json`` or the folder says.
         digest: what another process of the same run found (``TokenData.digest``), believed without reading anything.
 
-    Returns:
-        The data, both splits as read-only memory maps.
-
     Raises:
         FileNotFoundError: the folder or one of its files is missing.
-        ValueError: an odd number of bytes, an empty split, a token outside the vocabulary (the message names its
-            place), tokens that are not those that ``meta.json`` describes, a damaged ``meta.json``, a ``meta.pkl``
-            in its place, or a ``vocab_size`` that contradicts it or does not fit uint16.
+        ValueError: a truncated or empty file, a token outside the vocabulary (the message names its place), tokens
+            that are not those that ``meta.json`` describes, a damaged ``meta.json`` or a ``meta.pkl`` in its place.
 
     Example:
         >>> import tempfile
@@ -167,10 +162,8 @@ def token_batch(
         tokens: integer array (N,), such as ``TokenData.train``.
         block_size: tokens in a piece.
         batch_size: pieces of a step, of all processes together.
-        seed: non-negative integer.
-        step: number of the step, from 0.
-        rank: number of this process.
-        world_size: number of processes, a divisor of `batch_size`.
+        seed, step: non-negative integers.
+        rank, world_size: number of this process, and of all, a divisor of `batch_size`.
 
     Returns:
         (x, y): int64 arrays (batch_size / world_size, block_size); y is x moved on by one token.
@@ -213,8 +206,7 @@ def evaluation_batches(
         sequences: pieces at random places, which depend on `seed`, `block_size` and the number of tokens alone. None:
             the whole text in pieces without overlap, the short last one too: every token but the first is a target.
         seed: non-negative integer.
-        rank: number of this process.
-        world_size: number of processes, a divisor of `batch_size`.
+        rank, world_size: as in `token_batch`.
 
     Yields:
         (x, y): int64 arrays (up to batch_size / world_size, block_size or less).

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from structlin_nn import _files as files
 from structlin_nn._files import atomic_write
-from structlin_nn.training import files
 from structlin_nn.training.checkpoint import load_checkpoint, save_checkpoint
 
 STATE = {"weights": torch.arange(1000.0), "step": 3, "plain": {"betas": (0.9, 0.99), "name": "x", "none": None}}

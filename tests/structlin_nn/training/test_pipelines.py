@@ -18,6 +18,8 @@ import torch
 from torch.nn import functional as F
 
 import structlin_nn
+from structlin_nn.data.augment import normalize
+from structlin_nn.data.imagenet import IMAGENET_MEAN, IMAGENET_STD
 from structlin_nn.data.tokens import open_tokens
 from structlin_nn.training import loop
 from structlin_nn.training.checkpoint import load_checkpoint
@@ -269,7 +271,7 @@ class TestImageNet:
         images, labels = batches[0]
         assert len(labels) == 21
         with torch.no_grad():
-            logits = model(images)
+            logits = model(normalize(images, IMAGENET_MEAN, IMAGENET_STD))
         assert last["val_loss"] == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-5)
         assert last["val_error"] == pytest.approx((logits.argmax(1) != labels).double().mean().item())
 
