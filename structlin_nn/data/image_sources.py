@@ -23,7 +23,6 @@ __all__ = ["FORMATS", "FolderSplit", "HubSplit", "ShardSplit", "Split", "open_sp
 FORMATS = ("folder", "shards", "datasets")
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff")
 _NAMES = {"train": ("train",), "val": ("val", "validation")}
-_EXTRA = "ImageNet needs torchvision and timm: pip install 'structlin[vision]'"
 
 
 class Split(Protocol):
@@ -173,7 +172,7 @@ def _open_folders(place: Path) -> tuple[dict[str, Split], tuple[str, ...]]:
     try:
         from torchvision.datasets import ImageFolder
     except ImportError as error:
-        raise ImportError(f"{_EXTRA} ({error})") from error
+        raise ImportError(f"ImageNet needs torchvision and timm: pip install 'structlin[vision]' ({error})") from error
     splits: dict[str, Split] = {}
     classes: list[str] = []
     for split, names in _NAMES.items():

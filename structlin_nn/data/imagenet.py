@@ -9,6 +9,7 @@ Source: Russakovsky et al., ImageNet Large Scale Visual Recognition Challenge, I
 
 from __future__ import annotations
 
+import importlib
 import io
 import itertools
 import math
@@ -126,14 +127,12 @@ class ImageRecipe:
 
     def transform(self) -> Callable[[Image.Image], Tensor]:
         """timm's transform of one image: RGB image to uint8 tensor (3, size, size); it draws from global generators."""
-        from timm.data.transforms_factory import transforms_imagenet_train
-
-        made = transforms_imagenet_train(
+        made = _timm("transforms_factory").transforms_imagenet_train(
             self.size,
             scale=self.crop_scale,
             ratio=self.crop_ratio,
             hflip=self.flip,
-            color_jitter=self.color_jitter or None,  # type: ignore[arg-type]
+            color_jitter=self.color_jitter or None,
             auto_augment=self.rand_augment,
             interpolation=self.interpolation,
             mean=IMAGENET_MEAN,
@@ -162,9 +161,7 @@ class ImageRecipe:
         """
         inputs = augment.normalize(images, IMAGENET_MEAN, IMAGENET_STD)
         if self.random_erasing:
-            from timm.data.random_erasing import RandomErasing
-
-            erase = RandomErasing(1.0, mode="pixel", device=inputs.device)
+            erase = _timm("random_erasing").RandomErasing(1.0, mode="pixel", device=inputs.device)
             with _generators_kept(inputs.device):
                 for image, key in zip(inputs, keys.tolist(), strict=True):
                     random.seed(key)
@@ -178,13 +175,17 @@ class ImageRecipe:
         return augment.mixup(inputs, targets, generator, alpha=self.mixup, neighbours=True)
 
 
+def _timm(name: str) -> Any:
+    """A module of timm.data, which is optional."""
+    try:
+        return importlib.import_module(f"timm.data.{name}")
+    except ImportError as error:
+        raise ImportError(f"ImageNet needs torchvision and timm: pip install 'structlin[vision]' ({error})") from error
+
+
 def _posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
     """timm's, which asks Pillow to keep 0 bits at full strength: black before Pillow 13, a ValueError since."""
-    if bits == 0:
-        return Image.new(image.mode, image.size)
-    from timm.data.auto_augment import posterize
-
-    return posterize(image, bits)
+    return Image.new(image.mode, image.size) if bits == 0 else _timm("auto_augment").posterize(image, bits)
 
 
 @dataclass(eq=False)
@@ -309,8 +310,6 @@ class ImageNetData:
         Raises:
             ValueError: an argument out of range, or a broken image.
         """
-        from timm.data.transforms_factory import transforms_imagenet_eval
-
         _, rank, world = share(batch_size, rank, world_size)
         if not 0 < crop <= 1:
             raise ValueError(f"crop must be above 0 and at most 1, got {crop}")
@@ -320,9 +319,8 @@ class ImageNetData:
             each = -(-count // world)
             rows = range(first + min(rank * each, count), first + min((rank + 1) * each, count))
             chosen.append([(0, row) for row in [*rows, *[_FILL] * (each - len(rows))]])
-        view = transforms_imagenet_eval(
-            natural("size", size, 1), crop_pct=crop, interpolation="bicubic", use_prefetcher=True
-        )
+        make = _timm("transforms_factory").transforms_imagenet_eval
+        view = make(natural("size", size, 1), crop_pct=crop, interpolation="bicubic", use_prefetcher=True)
         samples = _Samples(self, "val", view, size, None)
         return Validation(self, self._loader(samples, chosen, workers, pin_memory, persistent_workers=workers > 0))
 

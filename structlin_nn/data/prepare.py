@@ -178,7 +178,7 @@ def prepare_openwebtext(
             chosen = rows.select_columns([column]).train_test_split(test_size=val_fraction, seed=seed, shuffle=True)
         except ValueError as error:
             raise ValueError(f"{len(rows)} documents are too few for val_fraction {val_fraction} ({error})") from error
-        features = datasets.Features({"ids": datasets.List(datasets.Value("uint16"))})
+        features = datasets.Features({"ids": datasets.Sequence(datasets.Value("uint16"))})
         encode = _Encode(column, tokenizer, vocabulary)
         for split, whole in (("train", chosen["train"]), ("val", chosen["test"])):
             pieces = math.ceil(len(whole) / ROWS)

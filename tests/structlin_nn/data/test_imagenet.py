@@ -447,3 +447,15 @@ def test_real_images_of_imagenet(tmp_path: Path) -> None:
             assert inputs.isfinite().all()
             assert targets.shape == (20, data.num_classes)
         assert torch.cat([labels for _, labels in data.val_batches(8, size=size)]).unique().numel() == data.num_classes
+
+
+def test_without_the_extra(image_tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "timm.data.transforms_factory", None)
+    with pytest.raises(ImportError, match=r"structlin\[vision\]"):
+        ImageRecipe().transform()
+    monkeypatch.setitem(sys.modules, "torchvision.datasets", None)
+    with pytest.raises(ImportError, match=r"structlin\[vision\]"):
+        open_imagenet(image_tree)
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ImportError, match=r"structlin\[text\]"):
+        open_imagenet("somebody/something")
