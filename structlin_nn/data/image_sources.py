@@ -10,6 +10,7 @@ import hashlib
 import os
 import tarfile
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,19 +27,16 @@ _NAMES = {"train": ("train",), "val": ("val", "validation")}
 
 
 class Split(Protocol):
-    """The samples of one split, numbered from 0."""
+    """The samples of one split, numbered from 0: labels int64 (N,), what a message calls a sample, its undecoded file.
+
+    `identity` tells the samples from others, besides their labels, without reading images.
+    """
 
     labels: np.ndarray
-    """int64 (N,)"""
 
-    def name(self, index: int) -> str:
-        """What a message calls a sample: its path, or shard and member."""
-
-    def read(self, index: int) -> bytes:
-        """The undecoded image file of a sample."""
-
-    def identity(self) -> bytes:
-        """What tells the samples from others, besides their labels; images are not read."""
+    def name(self, index: int) -> str: ...
+    def read(self, index: int) -> bytes: ...
+    def identity(self) -> bytes: ...
 
 
 # Paths and names are arrays, because processes that share a list copy it as soon as they look at it.
@@ -133,7 +131,9 @@ def open_splits(
     elif kind == "folder":
         splits, classes = _open_folders(place)
     else:
-        splits, classes = {split: _open_shards(_shards(place, split)) for split in _NAMES}, None
+        shards = {split: _shards(place, split) for split in _NAMES}
+        splits = {k: ShardSplit(v, **_cache.kept("shards", v, partial(_index_shards, v))) for k, v in shards.items()}
+        classes = None
     if classes is not None and num_classes not in (None, len(classes)):
         raise ValueError(f"{source} has {len(classes)} classes, num_classes is {num_classes}")
     if classes is None:
@@ -199,10 +199,6 @@ def _shards(place: Path, split: str, missing_ok: bool = False) -> list[Path]:
     if not found and not missing_ok:
         raise FileNotFoundError(f"{place} holds no shards *{names[0]}*.tar, nor {names[0]}/*.tar")
     return found
-
-
-def _open_shards(shards: list[Path]) -> ShardSplit:
-    return ShardSplit(shards, **_cache.kept("shards", shards, lambda: _index_shards(shards)))
 
 
 def _index_shards(shards: list[Path]) -> dict[str, np.ndarray]:

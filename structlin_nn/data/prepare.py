@@ -86,16 +86,17 @@ def prepare_text(
         raise ValueError("at least one text file is needed")
     coder = load_tokenizer(tokenizer, vocabulary)
     target = Path(out).expanduser()
+    documents: list[tuple[str, Callable[[], bytes]]]
     if files is None:
-        documents = {title: text.encode() for title, text in pydoc_documents().items()}
+        documents = [(title, text.encode) for title, text in pydoc_documents().items()]
     else:
-        documents = {str(path): path.read_bytes() for path in map(_text_file, files)}
-    sums = {title: hashlib.sha256(raw).hexdigest() for title, raw in documents.items()}
-    job = {"kind": "text", "tokenizer": coder.name, "val_fraction": val_fraction, "documents": list(sums.values())}
+        documents = [(str(path), path.read_bytes) for path in map(_text_file, files)]
+    sums = [hashlib.sha256(read()).hexdigest() for _, read in documents]
+    job = {"kind": "text", "tokenizer": coder.name, "val_fraction": val_fraction, "documents": sums}
 
-    def encode(item: tuple[str, bytes]) -> list[tuple[str, np.ndarray]]:
-        title, raw = item
-        if not raw:
+    def encode(document: tuple[str, Callable[[], bytes]]) -> list[tuple[str, np.ndarray]]:
+        title, read = document
+        if not (raw := read()):
             raise ValueError(f"{title} is empty")
         try:
             raw.decode("utf-8")
@@ -111,7 +112,7 @@ def prepare_text(
     def parts() -> Iterator[tuple[str, np.ndarray]]:
         # tiktoken and tokenizers work outside of Python's lock.
         with ThreadPoolExecutor(_cores(workers)) as pool:
-            for found in pool.map(encode, documents.items()):
+            for found in pool.map(encode, documents):
                 yield from found
 
     title = name or (f"pydoc-{platform.python_version()}" if files is None else target.resolve().name)

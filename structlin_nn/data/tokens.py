@@ -54,13 +54,12 @@ class TokenData:
     """The tokens of a corpus, mapped from their files: nothing is read before it is used.
 
     Attributes:
-        train: uint16 array (N,), read-only.
-        val: uint16 array (M,), read-only.
+        train, val: uint16 arrays (N,) and (M,), read-only.
         vocab_size: every token is below it.
         name: of the corpus; the folder's where ``meta.json`` tells none.
         digest: sha256 over the sums of both splits: equal exactly where all tokens are.
-        tokenizer: ``gpt2``, ``bytes``, or another name from ``meta.json``; None where nothing tells.
-        end_of_text: the token that ends a document, None where there is none.
+        tokenizer, end_of_text: name, and the token that ends a document, from ``meta.json``; None where it is missing.
+        folder: of the files.
     """
 
     train: np.ndarray

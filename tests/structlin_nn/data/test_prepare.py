@@ -60,6 +60,10 @@ class TestText:
             assert meta[split] == {"tokens": len(tokens), "sha256": hashlib.sha256(tokens.tobytes()).hexdigest()}
         assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["meta.json", "train.bin", "val.bin"]
 
+    def test_a_file_that_is_named_twice_is_there_twice(self, files: list[Path], tmp_path: Path) -> None:
+        data = prepare([files[0], files[0]], tmp_path / "out")
+        assert len(documents(data.train)) == len(documents(data.val)) == 2
+
     def test_text_without_lines(self, tmp_path: Path) -> None:
         (tmp_path / "a").write_text("你" * 1000, encoding="utf-8")
         data = prepare([tmp_path / "a"], tmp_path / "out", val_fraction=0.2501)
