@@ -488,7 +488,7 @@ def _words(seed: tuple[int, ...], count: int) -> list[int]:
 def _generators_kept(device: torch.device | None = None) -> Iterator[None]:
     """Python's, NumPy's and torch's global generators, which timm draws from, afterwards as they were before."""
     before = random.getstate(), np.random.get_state()  # noqa: NPY002
-    devices = [] if device is None or device.type == "cpu" else [device]
+    devices = [device] if device is not None and device.type == "cuda" else []
     with torch.random.fork_rng(devices):
         try:
             yield
