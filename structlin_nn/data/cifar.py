@@ -19,9 +19,8 @@ import posixpath
 import tarfile
 import tempfile
 import zlib
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -56,57 +55,47 @@ _PIXELS = 3 * 32 * 32
 _MAX_BYTES = 256 * 2**20  # above any official file (185 MB); a hostile archive cannot fill the memory
 
 
-@dataclass(frozen=True)
-class _Form:
+class _Form(NamedTuple):
     """An official form of a data set; the last of its files holds the test images."""
 
     folder: str
     archive: str
     md5: str
-    pickled: bool
     kinds: tuple[str, ...]
     files: dict[str, str]
+
+    @property
+    def pickled(self) -> bool:
+        return "python" in self.archive
 
 
 _KINDS = {"cifar10": ("label",), "cifar100": ("coarse_label", "fine_label")}
 _FORMS = {
     "cifar10": (
-        _Form(
-            "cifar-10-batches-bin", "cifar-10-binary.tar.gz", "c32a1d4ab5d03f1284b67883e8d87530", False,
-            _KINDS["cifar10"],
-            {
-                "data_batch_1.bin": "5dd7e06a14cb22eb9f671a540d1b7c25",
-                "data_batch_2.bin": "5ea93a67294ea407fff1d09f752e9692",
-                "data_batch_3.bin": "942cd6a4bcdd0dd3c604fbe906cb4421",
-                "data_batch_4.bin": "ae636b3ba5c66a11e91e8cb52e771fcb",
-                "data_batch_5.bin": "53f37980c15c3d472c316c40844f3f0d",
-                "test_batch.bin": "803d5f7f4d78ea53de84dbe85f74fb6d",
-            },
-        ),
-        _Form(
-            "cifar-10-batches-py", "cifar-10-python.tar.gz", "c58f30108f718f92721af3b95e74349a", True,
-            _KINDS["cifar10"],
-            {
-                "data_batch_1": "c99cafc152244af753f735de768cd75f",
-                "data_batch_2": "d4bba439e000b95fd0a9bffe97cbabec",
-                "data_batch_3": "54ebc095f3ab1f0389bbae665268c751",
-                "data_batch_4": "634d18415352ddfa80567beed471001a",
-                "data_batch_5": "482c414d41f54cd18b22e5b47cb7c3cb",
-                "test_batch": "40351d587109b95175f43aff81a1287e",
-            },
-        ),
+        _Form("cifar-10-batches-bin", "cifar-10-binary.tar.gz", "c32a1d4ab5d03f1284b67883e8d87530", _KINDS["cifar10"], {
+            "data_batch_1.bin": "5dd7e06a14cb22eb9f671a540d1b7c25",
+            "data_batch_2.bin": "5ea93a67294ea407fff1d09f752e9692",
+            "data_batch_3.bin": "942cd6a4bcdd0dd3c604fbe906cb4421",
+            "data_batch_4.bin": "ae636b3ba5c66a11e91e8cb52e771fcb",
+            "data_batch_5.bin": "53f37980c15c3d472c316c40844f3f0d",
+            "test_batch.bin": "803d5f7f4d78ea53de84dbe85f74fb6d",
+        }),
+        _Form("cifar-10-batches-py", "cifar-10-python.tar.gz", "c58f30108f718f92721af3b95e74349a", _KINDS["cifar10"], {
+            "data_batch_1": "c99cafc152244af753f735de768cd75f",
+            "data_batch_2": "d4bba439e000b95fd0a9bffe97cbabec",
+            "data_batch_3": "54ebc095f3ab1f0389bbae665268c751",
+            "data_batch_4": "634d18415352ddfa80567beed471001a",
+            "data_batch_5": "482c414d41f54cd18b22e5b47cb7c3cb",
+            "test_batch": "40351d587109b95175f43aff81a1287e",
+        }),
     ),
     "cifar100": (
-        _Form(
-            "cifar-100-binary", "cifar-100-binary.tar.gz", "03b5dce01913d631647c71ecec9e9cb8", False,
-            _KINDS["cifar100"],
-            {"train.bin": "6172c7755cfe09b2fe270c85cebc1b15", "test.bin": "4499cfba6c016c1be1438163640a0898"},
-        ),
-        _Form(
-            "cifar-100-python", "cifar-100-python.tar.gz", "eb9058c3a382ffc7106e4002c42a8d85", True,
-            _KINDS["cifar100"],
-            {"train": "16019d7e3df5f24257cddd939b257f8d", "test": "f0ef6b0ae62326f3e7ffdfab6717acfc"},
-        ),
+        _Form("cifar-100-binary", "cifar-100-binary.tar.gz", "03b5dce01913d631647c71ecec9e9cb8", _KINDS["cifar100"], {
+            "train.bin": "6172c7755cfe09b2fe270c85cebc1b15", "test.bin": "4499cfba6c016c1be1438163640a0898",
+        }),
+        _Form("cifar-100-python", "cifar-100-python.tar.gz", "eb9058c3a382ffc7106e4002c42a8d85", _KINDS["cifar100"], {
+            "train": "16019d7e3df5f24257cddd939b257f8d", "test": "f0ef6b0ae62326f3e7ffdfab6717acfc",
+        }),
     ),
 }  # fmt: skip
 _BATCH = {"cifar10": 10_000, "cifar100": 50_000}  # training images of a binary file
@@ -143,7 +132,7 @@ def load_cifar(name: str, root: str | os.PathLike[str], *, labels: str = "fine",
     saved = (Path(hub).expanduser() / "dataset_dict.json").is_file()
     train, test, source = (_hub if saved or hub != os.fspath(root) else _files)(name, hub, verify)
     kind = kinds[-1] if labels == "fine" else kinds[0]
-    pairs = []
+    arrays = []
     for records, what in ((train, "training"), (test, "test")):
         for column, known in enumerate(kinds):
             limit = len(_CLASSES[known].split())
@@ -151,10 +140,10 @@ def load_cifar(name: str, root: str | os.PathLike[str], *, labels: str = "fine",
                 found = records[wrong[0], column]
                 raise ValueError(f"{source}: {what} image {wrong[0]} has {known} {found}, outside 0 to {limit - 1}")
         pixels = np.ascontiguousarray(records[:, len(kinds) :]).reshape(-1, 3, 32, 32)
-        pairs += [pixels, records[:, kinds.index(kind)].astype(np.int64)]
+        arrays += [pixels, records[:, kinds.index(kind)].astype(np.int64)]
     title = "cifar100-coarse" if kind == "coarse_label" else name
     done = f"{source} ({'md5 sums verified' if verify else 'not verified'})"
-    return ImageDataset(title, *pairs, tuple(_CLASSES[kind].split()), done, _LICENCE)
+    return ImageDataset(title, *arrays, tuple(_CLASSES[kind].split()), done, _LICENCE)
 
 
 def _files(name: str, root: str, verify: bool) -> tuple[np.ndarray, np.ndarray, str]:
@@ -209,7 +198,7 @@ def _archive(form: _Form, path: Path, verify: bool) -> dict[str, bytes]:
     """The wanted members. The whole archive is read, so that gzip compares its own checksum in any case."""
     if verify:
         with path.open("rb") as stream:
-            _compare(str(path), hashlib.file_digest(stream, "md5").hexdigest(), form.md5)
+            _check_md5(str(path), stream, form.md5)
     found: dict[str, bytes] = {}
     try:
         with gzip.open(path) as unpacked, tarfile.open(fileobj=unpacked, mode="r|") as archive:
@@ -237,15 +226,13 @@ def _check_size(origin: str, size: int) -> None:
         raise ValueError(f"{origin} has {size} bytes, more than the {_MAX_BYTES} that are read at most")
 
 
-def _check_md5(origin: str, raw: bytes, expected: str) -> None:
-    _compare(f"{origin} ({len(raw)} bytes)", hashlib.md5(raw, usedforsecurity=False).hexdigest(), expected)
-
-
-def _compare(origin: str, actual: str, expected: str) -> None:
+def _check_md5(origin: str, content: bytes | BinaryIO, expected: str) -> None:
+    stream = io.BytesIO(content) if isinstance(content, bytes) else content
+    actual = hashlib.file_digest(stream, "md5").hexdigest()
     if actual != expected:
         raise ValueError(
-            f"{origin} has the md5 sum {actual}, the official file has {expected}: it is truncated, damaged or another "
-            "file. Pass verify=False if you know that the data are different"
+            f"{origin} ({stream.tell()} bytes) has the md5 sum {actual}, the official file has {expected}: it is "
+            "truncated, damaged or another file. Pass verify=False if you know that the data are different"
         )
 
 
@@ -326,7 +313,8 @@ def download_cifar(name: str, folder: str | os.PathLike[str], *, url: str = URL,
     form = _FORMS[name][0]
     path = Path(folder).expanduser() / form.archive
     if path.exists():
-        _check_md5(str(path), path.read_bytes(), form.md5)
+        with path.open("rb") as file:
+            _check_md5(str(path), file, form.md5)
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
     address = url.rstrip("/") + "/" + form.archive
@@ -339,8 +327,8 @@ def download_cifar(name: str, folder: str | os.PathLike[str], *, url: str = URL,
                 f"{address} cannot be downloaded ({error}). Put the file into {path.parent} by other means: it is "
                 "read, and verified, from there"
             ) from error
-        _check_md5(address, unverified.read_bytes(), form.md5)
         with unverified.open("rb") as file:
+            _check_md5(address, file, form.md5)
             os.fsync(file.fileno())
         unverified.replace(path)
     sync_folder(path.parent)

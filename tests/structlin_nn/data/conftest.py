@@ -1,6 +1,5 @@
 """CIFAR files of synthetic content in all their official forms, whose sums stand in for the published ones."""
 
-import dataclasses
 import hashlib
 import io
 import pickle
@@ -89,7 +88,7 @@ def make_layout(monkeypatch: pytest.MonkeyPatch, name: str, number: int) -> Layo
             columns = [labels[kind][part].astype(np.uint8)[:, None] for kind in form.kinds]
             files[file] = np.hstack([*columns, flat]).tobytes()
     sums = {file: hashlib.md5(raw, usedforsecurity=False).hexdigest() for file, raw in files.items()}
-    form = dataclasses.replace(form, files=sums)
+    form = form._replace(files=sums)
     forms = list(cifar._FORMS[name])
     forms[number] = form
     monkeypatch.setitem(cifar._FORMS, name, tuple(forms))

@@ -1,6 +1,5 @@
 """CIFAR from every official form and from Hugging Face, damaged and hostile files, the download."""
 
-import dataclasses
 import hashlib
 import io
 import os
@@ -34,7 +33,7 @@ def sign(monkeypatch: pytest.MonkeyPatch, layout: Any, name: str, number: int, a
     """Let the sum of an archive be the published one."""
     md5 = hashlib.md5(archive.read_bytes(), usedforsecurity=False).hexdigest()
     forms = list(cifar._FORMS[name])
-    forms[number] = dataclasses.replace(layout.form, md5=md5)
+    forms[number] = layout.form._replace(md5=md5)
     monkeypatch.setitem(cifar._FORMS, name, tuple(forms))
 
 
