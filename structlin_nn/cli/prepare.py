@@ -153,7 +153,7 @@ def _imagenet(arguments: argparse.Namespace) -> int:
     report = prepare_images(data, arguments.out, progress=not arguments.quiet, **options)
     for message in report["broken"].values():
         print(f"broken: {message}", file=sys.stderr)
-    for path in data.splits["train"].ignored() + data.splits["val"].ignored() if data.format == "folder" else []:
+    for path in data.splits["train"].ignored() + data.splits["val"].ignored():
         print(f"not an image by its name, left out: {path}", file=sys.stderr)
     if arguments.json:
         print_json({"source": data.source, "format": data.format, "sha256": data.digest, **report})

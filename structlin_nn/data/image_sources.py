@@ -38,10 +38,14 @@ class Split(Protocol):
     def read(self, index: int) -> bytes: ...
     def identity(self) -> bytes: ...
 
+    def ignored(self) -> list[str]:
+        """Files that are not images by their names, and are left out."""
+        return []
+
 
 # Paths and names are arrays, because processes that share a list copy it as soon as they look at it.
 @dataclass
-class FolderSplit:
+class FolderSplit(Split):
     """Image files in one folder for each class; `paths` below the root as `os.fsencode` has them."""
 
     root: Path
@@ -65,7 +69,7 @@ class FolderSplit:
 
 
 @dataclass
-class ShardSplit:
+class ShardSplit(Split):
     """Members of uncompressed tar files: ``KEY.jpg`` (or another image format) beside ``KEY.cls``."""
 
     shards: list[Path]
@@ -91,7 +95,7 @@ class ShardSplit:
 
 
 @dataclass
-class HubSplit:
+class HubSplit(Split):
     """One split of a Hugging Face data set, with an image and a label column."""
 
     dataset: Any

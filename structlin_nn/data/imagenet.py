@@ -468,7 +468,7 @@ class _Samples(Dataset):
 def _collate(samples: list[tuple[Tensor, int, int, list[tuple[str, str]]]]) -> tuple[Any, ...]:
     views, labels, keys, broken = zip(*samples, strict=True)
     return (
-        default_collate(views),
+        default_collate(list(views)),
         torch.tensor(labels),
         torch.tensor(keys),
         [found for each in broken for found in each],

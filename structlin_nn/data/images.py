@@ -42,7 +42,7 @@ def channel_statistics(images: np.ndarray) -> tuple[tuple[float, ...], tuple[flo
     for channel in range(images.shape[1]):
         # In chunks: bincount casts to int64.
         parts = (images[start : start + 4096, channel].reshape(-1) for start in range(0, len(images), 4096))
-        counts = sum(np.bincount(part, minlength=256) for part in parts)
+        counts = np.sum([np.bincount(part, minlength=256) for part in parts], axis=0)
         number, total, squares = int(counts.sum()), int((counts * values).sum()), int((counts * values**2).sum())
         mean.append(total / (255 * number))
         std.append((number * squares - total * total) ** 0.5 / (255 * number))
@@ -127,7 +127,7 @@ class ImageDataset:
         digest = hashlib.sha256()
         for array in (self.train_images, self.train_labels, self.test_images, self.test_labels):
             digest.update(str(array.shape).encode())
-            digest.update(np.ascontiguousarray(array))
+            digest.update(np.ascontiguousarray(array).data)
         return digest.hexdigest()
 
     def as_32x32_rgb(self) -> ImageDataset:
@@ -219,14 +219,14 @@ def _load_fashion() -> ImageDataset:
     if (actual := hashlib.sha256(raw).hexdigest()) != _FASHION_SHA256:
         raise ValueError(f"{place} has the sha256 sum {actual}, expected {_FASHION_SHA256}: install structlin again")
     with np.load(io.BytesIO(raw), allow_pickle=False) as stored:
-        arrays = [
-            stored[f"{split}_images"][:, None] if kind == "images" else stored[f"{split}_labels"].astype(np.int64)
-            for split in ("train", "test")
-            for kind in ("images", "labels")
-        ]
+        train, test = stored["train_images"][:, None], stored["test_images"][:, None]
+        train_labels, test_labels = (stored[f"{split}_labels"].astype(np.int64) for split in ("train", "test"))
     return ImageDataset(
         "fashion",
-        *arrays,
+        train,
+        train_labels,
+        test,
+        test_labels,
         tuple(_FASHION_CLASSES.split(",")),
         "embedded class-balanced subset of Fashion-MNIST (10,000 of 60,000 training and 2,000 of 10,000 test images)",
         "MIT, copyright 2017 Zalando SE",

@@ -203,17 +203,18 @@ class _Encode:
     """Documents -> their tokens; processes are given its arguments, and `datasets` its hash."""
 
     def __init__(self, column: str, tokenizer: str, vocabulary: Any) -> None:
-        self.column, self.arguments, self.tokenizer = column, (tokenizer, vocabulary), None
+        self.column, self.arguments = column, (tokenizer, vocabulary)
+        self.tokenizer: Tokenizer | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "tokenizer": None}
 
     def __call__(self, rows: dict[str, list[Any]]) -> dict[str, list[np.ndarray]]:
-        self.tokenizer = self.tokenizer or load_tokenizer(*self.arguments)
+        tokenizer = self.tokenizer = self.tokenizer or load_tokenizer(*self.arguments)
         if wrong := [text for text in rows[self.column] if not isinstance(text, str)]:
             raise ValueError(f"the column {self.column!r} holds {wrong[0]!r}, which is not text")
-        end = self.tokenizer.end_of_text
-        return {"ids": [np.array([*self.tokenizer.encode(text), end], np.uint16) for text in rows[self.column]]}
+        end = tokenizer.end_of_text
+        return {"ids": [np.array([*tokenizer.encode(text), end], np.uint16) for text in rows[self.column]]}
 
 
 def _write(
@@ -330,12 +331,12 @@ def prepare_images(
             path.mkdir(parents=True, exist_ok=True)
         with atomic_write(root / BEGUN) as file:
             file.write(json.dumps(job).encode())
-    work = [
+    work: list[Any] = [
         _Images(part, None if root is None else (root / split, folders, size, quality))
         for split, part in data.splits.items()
     ]
     processes = _cores(workers)
-    loader = DataLoader(
+    loader: DataLoader = DataLoader(
         ConcatDataset(work), batch_size=64, collate_fn=list, num_workers=processes if processes > 1 else 0
     )
     broken: dict[str, str] = {}

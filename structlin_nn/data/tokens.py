@@ -329,5 +329,5 @@ def _scan(path: Path, tokens: np.ndarray, vocabulary: int) -> str:
                 f"{path}: token {start + wrong} is {chunk[wrong]}, outside the vocabulary of {vocabulary} "
                 "(another vocabulary is told by vocab_size or meta.json)"
             )
-        digest.update(chunk)
+        digest.update(chunk.data)
     return digest.hexdigest()
