@@ -20,7 +20,7 @@ import tarfile
 import tempfile
 import zlib
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -232,7 +232,7 @@ def _check_size(origin: str, size: int) -> None:
         raise ValueError(f"{origin} has {size} bytes, more than the {_MAX_BYTES} that are read at most")
 
 
-def _check_md5(origin: str, content: bytes | BinaryIO, expected: str) -> None:
+def _check_md5(origin: str, content: bytes | io.BufferedReader, expected: str) -> None:
     stream = io.BytesIO(content) if isinstance(content, bytes) else content
     actual = hashlib.file_digest(stream, "md5").hexdigest()
     if actual != expected:
