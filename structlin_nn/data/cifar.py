@@ -161,7 +161,7 @@ def _files(name: str, root: str, verify: bool) -> tuple[np.ndarray, np.ndarray, 
     record = len(form.kinds) + _PIXELS
     parts = []
     for file, md5 in form.files.items():
-        raw, origin = contents[file], f"{place}: {file}"
+        raw, origin = contents[file], f"{place}: {file}" if place.is_file() else str(place / file)
         if verify:
             _check_md5(origin, raw, md5)
         if form.pickled:
@@ -237,7 +237,7 @@ def _check_md5(origin: str, content: bytes | io.BufferedReader, expected: str) -
     actual = hashlib.file_digest(stream, "md5").hexdigest()
     if actual != expected:
         raise ValueError(
-            f"{origin} ({stream.tell()} bytes) has the md5 sum {actual}, the official file has {expected}: it is "
+            f"{origin} ({stream.seek(0, os.SEEK_END)} bytes) has the md5 sum {actual}, the official file has {expected}: it is "
             "truncated, damaged or another file. Pass verify=False if you know that the data are different"
         )
 

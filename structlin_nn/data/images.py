@@ -195,7 +195,7 @@ def load_images(
         raise ValueError(f"labels={labels!r} is an option of cifar100; {name} has one kind of label")
     if name == "fashion":
         if root is not None or not verify:
-            raise ValueError("fashion is embedded in the package and always verified: it takes no root or verify=False")
+            raise ValueError("fashion is embedded in the package and takes no root; it is always verified")
         return _load_fashion()
     from structlin_nn.data.cifar import load_cifar  # reads on demand what only CIFAR needs
 
