@@ -237,8 +237,8 @@ def _check_md5(origin: str, content: bytes | io.BufferedReader, expected: str) -
     actual = hashlib.file_digest(stream, "md5").hexdigest()
     if actual != expected:
         raise ValueError(
-            f"{origin} ({stream.seek(0, os.SEEK_END)} bytes) has the md5 sum {actual}, the official file has {expected}: it is "
-            "truncated, damaged or another file. Pass verify=False if you know that the data are different"
+            f"{origin} ({stream.seek(0, os.SEEK_END)} bytes) has the md5 sum {actual}, the official one is {expected}: "
+            "it is truncated, damaged or another file. Pass verify=False if you know that the data are different"
         )
 
 

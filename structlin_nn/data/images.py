@@ -195,7 +195,8 @@ def load_images(
         raise ValueError(f"labels={labels!r} is an option of cifar100; {name} has one kind of label")
     if name == "fashion":
         if root is not None or not verify:
-            raise ValueError("fashion is embedded in the package and takes no root; it is always verified")
+            what = "always verified" if root is None else "takes no root"
+            raise ValueError(f"fashion is embedded in the package and {what}: leave the option out")
         return _load_fashion()
     from structlin_nn.data.cifar import load_cifar  # reads on demand what only CIFAR needs
 
