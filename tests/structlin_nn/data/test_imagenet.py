@@ -425,6 +425,7 @@ class TestBroken:
 
 
 @pytest.mark.network
+@pytest.mark.slow
 def test_real_images_of_imagenet(tmp_path: Path) -> None:
     """The 20 labelled samples of ImageNet and of CIFAR-100 in the package foolbox, by the recipe of the paper."""
     command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", str(tmp_path), "foolbox==3.3.4"]
