@@ -17,8 +17,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from itertools import accumulate
-from operator import mul
 from typing import Any
 
 import numpy as np
@@ -26,7 +24,7 @@ from cola.ops import LinearOperator
 
 from structlin._arrays import Array, backend_of, ops, to_backend
 from structlin.operators import StructuredOperator
-from structlin.registry import NamedOperator, design, get
+from structlin.registry import NamedOperator, design, get, names
 from structlin.structure import Step, Structure
 from structlin.structures import (
     BlockDiagonal,
@@ -64,24 +62,15 @@ def exact_rank(name: str, shape: tuple[int, int], **options: Any) -> int | tuple
     >>> exact_rank("block_tensor_train", (35, 6)), exact_rank("tensor_train", (35, 6))
     ((2,), (10,))
     """
-    if name not in (LowRank.name, TensorTrain.name, BlockTensorTrain.name):
-        get(name)
-        raise ValueError(
-            f"no rank is known at which {name!r} represents every matrix; "
-            f"known for {LowRank.name!r}, {TensorTrain.name!r} and {BlockTensorTrain.name!r}"
-        )
+    cls = get(name)
     if given := {"rank", "rank_fraction"} & set(options):
-        raise ValueError(f"{', '.join(sorted(given))} is what is asked for, so it can not be given")
-    structure = design(name, shape, **options)
-    if name == LowRank.name:
-        return min(structure.shape)
-    outs, ins = _core_sizes(name, [f.shape for f in structure.factors])
-    left = right = [n * m for n, m in zip(outs, ins, strict=True)]
-    if name == BlockTensorTrain.name:
-        left, right = ins, outs
-    before = list(accumulate(left, mul))
-    after = list(accumulate(right[::-1], mul))[::-1]
-    return tuple(min(a, b) for a, b in zip(before[:-1], after[1:], strict=True))
+        raise ValueError(f"{', '.join(sorted(given))} is what is asked for, so it cannot be given")
+    design(cls, shape, **options)  # checks them
+    found = cls.exact_rank(shape, **options)
+    if found is None:
+        known = [repr(n) for n in names() if "exact_rank" in vars(get(n))]
+        raise ValueError(f"no rank is known at which {name!r} represents every matrix; known for {', '.join(known)}")
+    return found
 
 
 def _core_sizes(name: str, shapes: Sequence[tuple[int, ...]]) -> tuple[list[int], list[int]]:

@@ -61,6 +61,14 @@ class NamedOperator(StructuredOperator):
         """The structure of a ``(d_out, d_in)`` matrix; options are keyword-only arguments."""
 
     @classmethod
+    def exact_rank(cls, shape: tuple[int, int], **options: Any) -> int | tuple[int, ...] | None:
+        """The smallest ``rank`` option at which a (d_out, d_in) matrix is represented whatever it is; None: not known.
+
+        ``options`` are those of ``design`` but the rank.
+        """
+        return None
+
+    @classmethod
     def _infer(cls, *shapes: tuple[int, ...]) -> AbstractStructure:
         return infer_from_chain(cls.__name__, cls.formula, shapes)
 
@@ -157,16 +165,16 @@ def get(name: str) -> type[NamedOperator]:
     return _REGISTRY[name]
 
 
-def options(name: str) -> dict[str, Any]:
-    """Options of a structure's ``design`` and their defaults.
+def options(structure: str | type[NamedOperator]) -> dict[str, Any]:
+    """Options of the ``design`` of a structure, given by name or class, and their defaults.
 
     >>> options("low_rank")
     {'rank': None, 'rank_fraction': None}
     """
-    return _options(get(name))
+    return _defaults(get(structure) if isinstance(structure, str) else structure)
 
 
-def _options(cls: type[NamedOperator]) -> dict[str, Any]:
+def _defaults(cls: type[NamedOperator]) -> dict[str, Any]:
     parameters = inspect.signature(cls.design).parameters.values()
     return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
 
@@ -182,7 +190,7 @@ def design(structure: str | type[NamedOperator], shape: tuple[int, int], **optio
     cls = get(structure) if isinstance(structure, str) else structure
     if len(shape) != 2 or any(isinstance(n, bool) or not hasattr(n, "__index__") or n < 1 for n in shape):
         raise ValueError(f"a shape is (d_out, d_in) with two positive integers, got {shape!r}")
-    known = _options(cls)
+    known = _defaults(cls)
     if unknown := [k for k in options if k not in known]:
         allowed = f"its options are {', '.join(known)}" if known else "it has none"
         raise ValueError(f"structure {cls.name!r} has no option {', '.join(map(repr, unknown))}; {allowed}")

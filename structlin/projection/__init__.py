@@ -35,5 +35,6 @@ Computed on the host with NumPy in float64 or complex128, whatever the library a
 """
 
 from structlin.projection._project import Projection, project
+from structlin.projection._solve import Problem, Settings, Solution, solve, spectrum
 
-__all__ = ["Projection", "project"]
+__all__ = ["Problem", "Projection", "Settings", "Solution", "project", "solve", "spectrum"]

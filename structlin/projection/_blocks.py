@@ -17,6 +17,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from structlin.projection._contract import Axes, expression, gather
+from structlin.projection._leading import leading
 from structlin.projection._network import Network
 from structlin.projection._splits import cut_between, pair
 
@@ -94,7 +95,7 @@ class BlockFit:
                 mine = slice(p * k, (p + 1) * k)
                 M = (G[:, mine] + A[:, mine] @ C[mine, mine]) @ self.inverses[p]
                 scaled = (M @ self.roots[p]).reshape(f, e, b * k)
-                X = np.linalg.svd(scaled, full_matrices=False)[0][..., : min(self.bond, e, b * k)]
+                X = leading(scaled, min(self.bond, e, b * k))
                 new = (X @ (X.conj().swapaxes(-1, -2) @ M.reshape(f, e, b * k))).reshape(-1, k)
                 G -= (new - A[:, mine]) @ C[mine]
                 A[:, mine] = new

@@ -10,16 +10,11 @@ from typing import Any
 import numpy as np
 
 from structlin._arrays import Array, backend_of, to_backend
-from structlin.conversion import exact_rank
 from structlin.operators import StructuredOperator
 from structlin.projection._solve import Problem, Settings, Solution, solve, spectrum
-from structlin.registry import NamedOperator, _options, design, get
-from structlin.structure import AbstractStructure
-from structlin.structures import BlockTensorTrain, Circulant, Diagonal, LowRank, Permutation, TensorTrain, Toeplitz
-from structlin.structures.circulant import CirculantStructure
-from structlin.structures.diagonal import DiagonalStructure
-from structlin.structures.permutation import PermutationStructure
-from structlin.structures.toeplitz import ToeplitzStructure
+from structlin.registry import NamedOperator, design, get, names
+from structlin.registry import options as options_of
+from structlin.structure import AbstractStructure, Structure
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,7 +84,7 @@ def project(
     (2, 6)
     """
     target = _matrix("W", W)
-    settings = _settings(restarts, max_sweeps, tolerance, seed)
+    settings = Settings(restarts, max_sweeps, tolerance, seed)
     problem = Problem(target, None if input_covariance is None else _covariance(input_covariance, target))
     shape = (target.shape[0], target.shape[1])
     scale = problem.norm(target)
@@ -100,7 +95,7 @@ def project(
         if structure.shape != shape:
             raise ValueError(f"the structure has shape {structure.shape}, W has shape {shape}")
         solution = solve(structure, problem, settings)
-        return _result(structure, _NAMED.get(type(structure), StructuredOperator), solution, W, scale)
+        return _result(structure, _named(structure), solution, W, scale)
 
     cls = get(structure) if isinstance(structure, str) else structure
     if not (isinstance(cls, type) and issubclass(cls, NamedOperator)):
@@ -122,21 +117,19 @@ def project(
 
 
 def _matrix(name: str, array: Array) -> np.ndarray:
-    """A finite, non-empty float64 or complex128 matrix."""
+    """A finite, non-empty matrix in its own dtype; half precision becomes float32."""
     backend = backend_of(array)
     if array.ndim != 2 or 0 in array.shape:
         raise ValueError(f"{name} must be a matrix (d_out, d_in) with entries, got shape {tuple(array.shape)}")
     if backend == "torch":
-        import torch
-
         complex_ = array.is_complex()
         floating = complex_ or array.is_floating_point()
-        found = array.detach().to("cpu", torch.complex128 if complex_ else torch.float64).resolve_conj().numpy()
+        found = array.detach().cpu().resolve_conj()
+        found = (found.float() if floating and not complex_ and found.element_size() < 4 else found).numpy()
     else:
-        plain = np.asarray(array)
-        complex_ = plain.dtype.kind == "c"
-        floating = complex_ or "float" in str(plain.dtype)
-        found = plain.astype(np.complex128 if complex_ else np.float64)
+        found = np.asarray(array)
+        floating = found.dtype.kind == "c" or "float" in str(found.dtype)
+        found = found.astype(np.float32) if floating and found.dtype.itemsize < 4 else found
     if not floating:
         raise ValueError(f"{name} must be floating or complex, got {array.dtype}")
     if not np.isfinite(found).all():
@@ -163,22 +156,15 @@ def _covariance(array: Array, target: np.ndarray) -> np.ndarray:
     return found
 
 
-def _settings(restarts: int | None, max_sweeps: int, tolerance: float, seed: int) -> Settings:
-    starts = 0 if restarts is None else restarts
-    for name, value, least in (("restarts", starts, 0), ("max_sweeps", max_sweeps, 1), ("seed", seed, 0)):
-        if isinstance(value, bool) or not hasattr(value, "__index__") or value < least:
-            raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
-    if not 0 <= tolerance < 1:
-        raise ValueError(f"tolerance must lie in [0, 1), got {tolerance!r}")
-    return Settings(restarts, max_sweeps, tolerance, seed)
-
-
-_NAMED: dict[type[AbstractStructure], type[NamedOperator]] = {
-    CirculantStructure: Circulant,
-    DiagonalStructure: Diagonal,
-    PermutationStructure: Permutation,
-    ToeplitzStructure: Toeplitz,
-}
+def _named(structure: AbstractStructure) -> type[StructuredOperator]:
+    """The registered class of a structure that is no chain; a chain may be that of several."""
+    for cls in map(get, () if isinstance(structure, Structure) else names()):
+        try:
+            if cls.design(structure.shape) == structure:
+                return cls
+        except ValueError:
+            continue
+    return StructuredOperator
 
 
 def _result(
@@ -226,7 +212,7 @@ def _ranks(
     cls: type[NamedOperator], shape: tuple[int, int], options: Mapping[str, Any], target_error: float | None,
     max_macs: int | None,
 ) -> _Ranks:  # fmt: skip
-    known = _options(cls)
+    known = options_of(cls)
     if "rank" not in known:
         raise ValueError(f"structure {cls.name!r} has no rank to choose; its options are {', '.join(known) or 'none'}")
     given = [k for k in ("rank", "rank_fraction") if options.get(k) is not None]
@@ -234,15 +220,16 @@ def _ranks(
     if len(given) > 1:
         raise ValueError(f"give one of rank, target_error and max_macs, got {', '.join(given)}")
     rest = {k: v for k, v in options.items() if k not in ("rank", "rank_fraction")}
-    if cls in (TensorTrain, BlockTensorTrain):
-        limits = exact_rank(cls.name, shape, **rest)
-        assert isinstance(limits, tuple)
+    limits = cls.exact_rank(shape, **rest)
+    if limits is None:
+        return _Ranks(lambda rank: design(cls, shape, rank=rank, **rest), min(shape), plain=False)
+    bonds = (limits,) if isinstance(limits, int) else limits
 
-        def at(rank: int) -> AbstractStructure:
-            return design(cls, shape, rank=tuple(min(rank, limit) for limit in limits), **rest)
+    def at(rank: int) -> AbstractStructure:
+        ranks = tuple(min(rank, bond) for bond in bonds)
+        return design(cls, shape, rank=ranks[0] if isinstance(limits, int) else ranks, **rest)
 
-        return _Ranks(at, max(limits, default=1), plain=True)
-    return _Ranks(lambda rank: design(cls, shape, rank=rank, **rest), min(shape), plain=cls is LowRank)
+    return _Ranks(at, max(bonds, default=1), plain=True)
 
 
 def _first(low: int, high: int, holds: Callable[[int], bool]) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -22,17 +22,26 @@ RESTARTS = 4  # random starts where no bound speaks for those from singular valu
 
 @dataclass(frozen=True)
 class Settings:
-    """How to iterate where there is no closed form."""
+    """How to iterate where there is no closed form, as in :func:`structlin.project`. Raises ValueError."""
 
     restarts: int | None = None
     max_sweeps: int = 1000
     tolerance: float = 1e-6
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        starts = 0 if self.restarts is None else self.restarts
+        checked = (("restarts", starts, 0), ("max_sweeps", self.max_sweeps, 1), ("seed", self.seed, 0))
+        for name, value, least in checked:
+            if isinstance(value, bool) or not hasattr(value, "__index__") or value < least:
+                raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+        if not 0 <= self.tolerance < 1:
+            raise ValueError(f"tolerance must lie in [0, 1), got {self.tolerance!r}")
+
 
 @dataclass(frozen=True)
 class Solution:
-    """Factors in float64 or complex128, and how they were found. Errors are absolute."""
+    """Factors as NumPy arrays, and how they were found, as in :class:`structlin.Projection`; errors are absolute."""
 
     factors: tuple[np.ndarray, ...]
     error: float
@@ -45,7 +54,10 @@ class Solution:
 
 @dataclass(frozen=True)
 class Problem:
-    """A (d_out, d_in) target and the covariance of its input (None: the Frobenius norm)."""
+    """A finite (d_out, d_in) NumPy matrix, float32 or wider, and the covariance of its input.
+
+    The error of a matrix A is ``|| (target - A) covariance^(1/2) ||``; without a covariance the Frobenius norm.
+    """
 
     target: np.ndarray
     covariance: np.ndarray | None = None
@@ -57,24 +69,72 @@ class Problem:
         object.__setattr__(self, "root", root)
 
     def norm(self, matrix: np.ndarray) -> float:
-        """Of ``matrix @ covariance^(1/2)``."""
-        return float(np.linalg.norm(matrix if self.root is None else matrix @ self.root))
+        """Of ``matrix @ covariance^(1/2)``; summed in float64, and no square overflows or underflows."""
+        shift = _exponent(matrix)
+        matrix = _shifted(matrix, -shift)
+        if self.root is not None:
+            more = _exponent(self.root)
+            matrix, shift = matrix @ _shifted(self.root, -more), shift + more
+        wide = np.result_type(matrix.dtype, np.float64)
+        rows = (row.astype(wide) for row in np.array_split(matrix, -(-matrix.size // 2**20)))
+        return float(np.ldexp(math.sqrt(math.fsum(np.vdot(x, x).real for x in rows)), shift))
+
+    @property
+    def wide(self) -> Problem:
+        """The problem in double precision."""
+        to = np.result_type(self.target.dtype, np.float64)
+        weights = (
+            None if self.covariance is None else self.covariance.astype(np.result_type(self.covariance, np.float64))
+        )
+        return Problem(self.target.astype(to), weights)
 
 
-def solve(structure: AbstractStructure, problem: Problem, settings: Settings) -> Solution:
-    """Dispatch on the structure; TypeError for one that is neither a chain nor known here."""
+def _exponent(array: np.ndarray) -> int:
+    """A power of two near the largest entry; 0 where its squares can be summed as they are."""
+    peak = float(np.max(np.abs(array), initial=0))
+    exponent = math.frexp(peak)[1] // 2 * 2 if math.isfinite(peak) else 0
+    return exponent if abs(exponent) > 32 else 0
+
+
+def _shifted(array: np.ndarray, exponent: int) -> np.ndarray:
+    """``array * 2^exponent``, exactly, unless it leaves the range of the dtype."""
+    half = exponent // 2
+    return array * 2.0**half * 2.0 ** (exponent - half) if exponent else array
+
+
+def solve(structure: AbstractStructure, problem: Problem, settings: Settings | None = None) -> Solution:
+    """The nearest matrix of ``structure``, as :func:`structlin.project` finds it, on NumPy arrays.
+
+    Raises TypeError for a structure that is no chain and does not know its nearest matrix.
+    """
+    weights = 0 if problem.covariance is None else _exponent(problem.covariance)
+    scale = _exponent(problem.target) if all(f.trainable for f in structure.factors) else 0
+    if weights or scale:
+        covariance = None if problem.covariance is None else _shifted(problem.covariance, -weights)
+        problem = Problem(_shifted(problem.target, -scale), covariance)
+    found = _solved(structure, problem, settings or Settings())
+    if not (weights or scale):
+        return found
+    share, rest = divmod(scale, len(found.factors))
+    factors = tuple(_shifted(f, share + (k < rest)) if scale else f for k, f in enumerate(found.factors))
+    back = scale + weights // 2
+    bound = None if found.bound is None else float(np.ldexp(found.bound, back))
+    return replace(found, factors=factors, error=float(np.ldexp(found.error, back)), bound=bound)
+
+
+def _solved(structure: AbstractStructure, problem: Problem, settings: Settings) -> Solution:
     if isinstance(structure, Structure):
         return _chain(structure, problem, settings)
     if not _entrywise.supported(structure):
         raise TypeError(
-            f"can not project onto {structure!r}: it is neither an einsum chain nor circulant, Toeplitz, "
-            "diagonal or a permutation"
+            f"cannot project onto {structure!r}: it is no einsum chain, and it does not implement `nearest`"
         )
-    factor = _entrywise.nearest(structure, problem.target, problem.covariance)
+    wide = problem.wide
+    factor = _entrywise.nearest(structure, wide.target, wide.covariance)
     method = "averages" if structure.factors[0].trainable else "linear assignment"
     if problem.covariance is not None and structure.factors[0].trainable:
         method = "least squares"
-    return _finished(structure, problem, [factor], method, optimal=True)
+    return _finished(structure, wide, [factor], method, optimal=True)
 
 
 def dense_of(structure: AbstractStructure, factors: Sequence[np.ndarray]) -> np.ndarray:
@@ -210,6 +270,8 @@ def _chain(structure: Structure, problem: Problem, settings: Settings) -> Soluti
     closed = closed_form(chain)
     if closed is not None:
         return _finished(structure, problem, closed, "singular values", optimal=True)
+    problem = problem.wide  # least squares squares the condition
+    chain = Chain.of(structure, problem)
     blocks = None
     if chain.covariance is not None and chain.rectangular():
         blocks = BlockFit.of(chain.network, chain.target, chain.covariance)

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from structlin.projection._contract import Axes, gather
+from structlin.projection._leading import leading
 from structlin.projection._network import Network
 from structlin.structure import Structure
 
@@ -61,34 +62,41 @@ def slices(network: Network, array: np.ndarray, axes: Axes, cut: Cut) -> np.ndar
 
 def ranked(
     matrices: np.ndarray, rank: int, power: float, rng: np.random.Generator | None
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Best approximations of rank ``rank`` as (shared, left, rank) and (shared, right, rank) arrays; singular values.
+) -> tuple[np.ndarray, np.ndarray]:
+    """Best approximations of rank ``rank`` as (shared, left, rank) and (shared, right, rank) arrays.
 
     The left ones take the singular values to the ``power``. Where the rank exceeds the smaller size, the surplus of
     the left ones is drawn from ``rng`` (None: zero), that of the right ones is zero.
     """
-    u, s, vh = np.linalg.svd(matrices, full_matrices=False)
-    keep = min(rank, s.shape[-1])
-    left = u[..., :keep] * s[:, None, :keep] ** power
-    right = vh[:, :keep].swapaxes(-1, -2) * s[:, None, :keep] ** (1 - power)
+    keep = min(rank, *matrices.shape[1:])
+    left = leading(matrices, keep)
+    right = left.conj().swapaxes(-1, -2) @ matrices
+    if power:
+        squares, turn = np.linalg.eigh(right @ right.conj().swapaxes(-1, -2))
+        # Any positive values leave the product as it is, so those below roundoff are raised to it.
+        least = squares[..., -1:] * np.finfo(squares.dtype).eps ** 2
+        scale = np.where(squares[..., -1:] > 0, np.maximum(squares, least), 1)[..., None, :] ** (power / 2)
+        left, right = left @ (turn * scale), (turn / scale).conj().swapaxes(-1, -2) @ right
+    right = right.swapaxes(-1, -2)
     if surplus := rank - keep:
         wide = (*left.shape[:2], surplus)
         more = np.zeros(wide) if rng is None else rng.standard_normal(wide) / math.sqrt(wide[1])
-        left = np.concatenate([left, more], axis=-1)
-        right = np.concatenate([right, np.zeros((*right.shape[:2], surplus))], axis=-1)
-    return left, right, s
+        left = np.concatenate([left, more.astype(left.dtype)], axis=-1)
+        right = np.pad(right, [(0, 0), (0, 0), (0, surplus)])
+    return left, right
 
 
-def tails(singular: np.ndarray, rank: int) -> float:
-    """Norm of the singular values of (batch, k) beyond the first ``rank`` of each."""
-    return float(np.linalg.norm(singular[:, rank:]))
+def lost(matrices: np.ndarray, rank: int) -> float:
+    """Norm of what the best approximations of rank ``rank`` leave."""
+    basis = leading(matrices, min(rank, *matrices.shape[1:]))
+    return float(np.linalg.norm(matrices - basis @ (basis.conj().swapaxes(-1, -2) @ matrices)))
 
 
 def pair(network: Network, target: np.ndarray) -> list[np.ndarray]:
     """The nearest matrix of a chain of two factors; singular values go half to each."""
     cut = cut_between(network.outer, *network.factors)
     matrices = slices(network, target, network.outer, cut)
-    left, right, _ = ranked(matrices, network.size(cut.bond), 0.5, None)
+    left, right = ranked(matrices, network.size(cut.bond), 0.5, None)
     return _laid_out(network, cut.shared, cut.bond, [(left, cut.left), (right, cut.right)])
 
 
@@ -113,7 +121,7 @@ def peel(
         mine, others = network.factors[number], order[place + 1 :]
         theirs = {a for k in others for a in network.factors[k]}
         cut = cut_between(axes, mine, theirs)
-        left, right, values = ranked(slices(network, rest, axes, cut), network.size(cut.bond), 0.0, rng)
+        left, right = ranked(slices(network, rest, axes, cut), network.size(cut.bond), 0.0, rng)
         have = cut.shared + cut.left + cut.bond
         found[number] = gather(left.reshape(network.shape(have)), have, mine)
         axes = cut.shared + cut.right + cut.bond
@@ -121,9 +129,7 @@ def peel(
         done = {a for k in order[: place + 1] for a in network.factors[k]}
         full = cut_between(whole_axes, done, theirs)
         if squares is not None and set(cut.shared) <= set(whole_axes) and full.bond == cut.bond:
-            if place:
-                values = np.linalg.svd(slices(network, whole, whole_axes, full), compute_uv=False)
-            squares += copies * tails(values, network.size(full.bond)) ** 2
+            squares += copies * lost(slices(network, whole, whole_axes, full), network.size(full.bond)) ** 2
         else:
             squares = None
     last = order[-1]
@@ -253,9 +259,8 @@ def weighted_pair(
     if found is None:
         return None
     rank = network.size(found.bond)
-    u = np.linalg.svd(found.scaled, full_matrices=False)[0]
-    u = u[..., : min(rank, u.shape[-1])]
-    inner, near, _ = ranked(u.conj().swapaxes(-1, -2) @ found.matrices, rank, 0.5, None)
+    u = leading(found.scaled, min(rank, *found.scaled.shape[1:]))
+    inner, near = ranked(u.conj().swapaxes(-1, -2) @ found.matrices, rank, 0.5, None)
     groups = [(u @ inner, found.own[0]), (near, found.own[1])]
     return _laid_out(network, found.shared, found.bond, groups[::-1] if found.near_first else groups)
 

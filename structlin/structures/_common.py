@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import accumulate
+from operator import mul
 from typing import Any
 
 from structlin.factorize import factorize
@@ -37,6 +39,13 @@ def bond_sizes(rank: int | Sequence[int], cores: int) -> tuple[int, ...]:
     if isinstance(rank, bool) or not isinstance(rank, Sequence) or len(rank) != cores - 1:
         raise ValueError(f"rank must be a positive integer or {cores - 1} of them for {cores} cores, got {rank!r}")
     return tuple(positive_int("rank", r) for r in rank)
+
+
+def exact_bonds(left: Sequence[int], right: Sequence[int]) -> tuple[int, ...]:
+    """For each bond, ``min(prod left, prod right)`` of the sizes before it and those behind it."""
+    before = accumulate(left, mul)
+    after = [*accumulate(right[::-1], mul)][::-1]
+    return tuple(min(a, b) for a, b in zip(before, after[1:], strict=False))
 
 
 def matrix_rank(shape: tuple[int, int], rank: int | None, rank_fraction: float | None) -> int:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from structlin.registry import NamedOperator, register
 from structlin.structure import Structure, axis_letter
-from structlin.structures._common import Factorization, bond_sizes, split_shape
+from structlin.structures._common import Factorization, bond_sizes, exact_bonds, split_shape
 
 
 def block_tensor_train_chain(out_sizes: Sequence[int], in_sizes: Sequence[int], ranks: Sequence[int]) -> Structure:
@@ -69,6 +69,14 @@ class BlockTensorTrain(NamedOperator):
         """
         sizes = split_shape(shape, cores, factorization)
         return block_tensor_train_chain(*sizes, bond_sizes(rank, cores))
+
+    @classmethod
+    def exact_rank(  # type: ignore[override]
+        cls, shape: tuple[int, int], *, cores: int = 2, factorization: Factorization = "balanced"
+    ) -> tuple[int, ...]:
+        """Bond k: the smaller of the inputs read before it and the outputs written behind it."""
+        outs, ins = split_shape(shape, cores, factorization)
+        return exact_bonds(ins, outs)
 
     @classmethod
     def _infer(cls, *shapes: tuple[int, ...]) -> Structure:

@@ -33,3 +33,8 @@ class LowRank(NamedOperator):
         fraction outside (0, 1], or both.
         """
         return Structure.parse(LowRank.formula, i=shape[1], r=matrix_rank(shape, rank, rank_fraction), o=shape[0])
+
+    @classmethod
+    def exact_rank(cls, shape: tuple[int, int]) -> int:  # type: ignore[override]
+        """``min(d_out, d_in)``."""
+        return min(shape)

@@ -7,7 +7,7 @@ from itertools import pairwise
 
 from structlin.registry import NamedOperator, register
 from structlin.structure import Structure, axis_letter
-from structlin.structures._common import Factorization, bond_sizes, split_shape
+from structlin.structures._common import Factorization, bond_sizes, exact_bonds, split_shape
 
 
 def _structure(out_sizes: tuple[int, ...], in_sizes: tuple[int, ...], bonds: tuple[int, ...]) -> Structure:
@@ -57,6 +57,14 @@ class TensorTrain(NamedOperator):
         """
         sizes = split_shape(shape, cores, factorization)
         return _structure(*sizes, (1, *bond_sizes(rank, cores), 1))
+
+    @classmethod
+    def exact_rank(  # type: ignore[override]
+        cls, shape: tuple[int, int], *, cores: int = 2, factorization: Factorization = "balanced"
+    ) -> tuple[int, ...]:
+        """Bond k: the smaller of the numbers of entries that the cores on its two sides index."""
+        pairs = [n * m for n, m in zip(*split_shape(shape, cores, factorization), strict=True)]
+        return exact_bonds(pairs, pairs)
 
     @classmethod
     def _infer(cls, *shapes: tuple[int, ...]) -> Structure:

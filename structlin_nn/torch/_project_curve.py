@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 import structlin
-from structlin.projection._solve import Problem, Settings, Solution, solve, spectrum
+from structlin.projection import Problem, Settings, Solution, solve, spectrum
 from structlin.structure import AbstractStructure, Structure
 
 CURVE_SWEEPS = 4

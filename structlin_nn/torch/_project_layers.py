@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import structlin
-from structlin.projection._solve import Problem, Settings, Solution, solve
+from structlin.projection import Problem, Settings, Solution, solve
 from structlin.structure import AbstractStructure
 from structlin_nn.torch._modules import is_conv1d, linear_sizes
 from structlin_nn.torch._project_budget import allocate

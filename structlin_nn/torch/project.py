@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from structlin.projection._project import _settings
+from structlin.projection import Settings
 from structlin.structure import AbstractStructure
 from structlin_nn._patterns import Patterns, as_patterns
 from structlin_nn._replacement import names_of, select
@@ -119,7 +119,7 @@ def project_linear(
         structure, options, target_error,
         max_macs=max_macs, mac_fraction=mac_fraction, max_params=max_params, param_fraction=param_fraction,
     )  # fmt: skip
-    settings = _settings(restarts, max_sweeps, tolerance, seed)
+    settings = Settings(restarts, max_sweeps, tolerance, seed)
     if not 0 <= damping < math.inf:
         raise ValueError(f"damping must be a number of at least 0, got {damping!r}")
     if forward is not None and calibration is None:

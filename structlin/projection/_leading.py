@@ -1,0 +1,108 @@
+"""The leading singular vectors of a stack of matrices, without the ones behind them.
+
+All of a decomposition costs twenty times a product of such matrices, and a Kronecker product needs one pair of vectors
+of thousands. So the leading left vectors come from the Gram matrix of the shorter side, by the cheapest of
+
+- repeated squaring, for one vector of each of many small matrices: ``G^(2^k)`` becomes the projection onto it, also
+  where singular values nearly agree, in products alone;
+- Lanczos iteration (ARPACK), for few vectors of a large matrix;
+- eigenvectors of G, those wanted alone where there is one matrix (LAPACK's ``syevr``).
+
+A Gram matrix squares the condition: vectors whose singular values lie below the square root of roundoff are lost. Steps
+of subspace iteration with ``M`` itself, orthogonalised by Householder reflections from the largest vector down, bring
+them back: one step where the rest is large, four where it is near roundoff. Where these leave a matrix that is neither
+near that rank nor far from it, the decomposition is made in full after all.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import scipy.linalg
+import scipy.sparse.linalg
+
+SMALL = 16  # shorter side up to which a full decomposition is quicker
+LANCZOS = 512  # shorter side from which Lanczos iteration is tried
+SQUARINGS = 60  # G^(2^60) separates singular values that differ by roundoff
+
+
+def leading(matrices: np.ndarray, count: int) -> np.ndarray:
+    """Orthonormal bases (batch, m, count) of the leading left singular vectors of ``matrices`` (batch, m, n).
+
+    ``count`` is at most min(m, n). The basis of each matrix captures the norm that its leading ``count`` singular
+    values hold, up to roundoff; vectors inside it are in no order.
+    """
+    short = min(matrices.shape[1:])
+    if short <= SMALL or 2 * count > short:
+        return np.linalg.svd(matrices, full_matrices=False)[0][..., :count]
+    adjoint = matrices.conj().swapaxes(-1, -2)
+    wide = matrices.shape[1] <= matrices.shape[2]
+    if len(matrices) == 1 and short >= LANCZOS and count <= short // 128:
+        start = _by_lanczos(matrices[0], count)
+    else:
+        start = None
+    if start is None:
+        gram = matrices @ adjoint if wide else adjoint @ matrices
+        start = _by_gram(gram, count)
+        if not wide:
+            start = _orthonormal(matrices @ start)
+    total, eps = np.linalg.norm(matrices), float(np.finfo(matrices.dtype).eps)
+    image = adjoint @ start
+    near = total**2 - np.linalg.norm(image) ** 2 <= 1e4 * eps * total**2
+    for _ in range(4 if near else 1):
+        start = _orthonormal(matrices @ _orthonormal(image))
+        image = adjoint @ start
+    if near and np.linalg.norm(matrices - start @ image.conj().swapaxes(-1, -2)) > 100 * eps * total:
+        # Neither far from rank `count` nor of that rank: the last vectors are not to be had from a Gram matrix.
+        double = np.result_type(matrices.dtype, np.float64)
+        if matrices.dtype != double:
+            return leading(matrices.astype(double), count).astype(matrices.dtype)
+        return np.linalg.svd(matrices, full_matrices=False)[0][..., :count]
+    return start
+
+
+def _by_lanczos(matrix: np.ndarray, count: int) -> np.ndarray | None:
+    """None where the iteration does not converge."""
+    first = np.random.default_rng(0).standard_normal(min(matrix.shape)).astype(matrix.dtype)
+    try:
+        u, s, _ = scipy.sparse.linalg.svds(matrix, k=count, v0=first)
+    except (scipy.sparse.linalg.ArpackError, np.linalg.LinAlgError):  # zeros, for example
+        return None
+    return u[None, :, ::-1] if s.min() > 0 and np.isfinite(u).all() else None
+
+
+def _by_gram(gram: np.ndarray, count: int) -> np.ndarray:
+    batch, size = gram.shape[:2]
+    if count == 1 and batch >= 4:
+        return _by_squaring(gram)
+    if batch == 1:
+        wanted = (size - count, size - 1)
+        return scipy.linalg.eigh(gram[0], subset_by_index=wanted, check_finite=False)[1][None, :, ::-1]
+    return np.linalg.eigh(gram)[1][..., : -count - 1 : -1]
+
+
+def _by_squaring(gram: np.ndarray) -> np.ndarray:
+    """Leading vectors (batch, size, 1): the matrices are squared until they are projections, up to a factor.
+
+    With eigenvalues scaled to a sum of 1, the sum of their squares is 1 - d where they are nearly those of a
+    projection. The column then differs from the vector by d, and the norm that it captures by d^2.
+    """
+    power, left = gram.copy(), np.arange(len(gram))
+    tolerance = np.sqrt(np.finfo(gram.dtype).eps)
+    for _ in range(SQUARINGS):
+        trace = np.trace(power[left], axis1=1, axis2=2).real[:, None, None]
+        scaled = power[left] / np.where(trace == 0, 1, trace)
+        power[left] = square = scaled @ scaled
+        left = left[np.trace(square, axis1=1, axis2=2).real < 1 - tolerance]
+        if not len(left):
+            break
+    column = np.argmax(np.abs(np.diagonal(power, axis1=1, axis2=2)), axis=1)
+    return _orthonormal(power[np.arange(len(power)), :, column][..., None])
+
+
+def _orthonormal(vectors: np.ndarray) -> np.ndarray:
+    """Orthonormal columns of (batch, m, k) arrays; the first columns keep their directions."""
+    if vectors.shape[-1] > 1:
+        return np.linalg.qr(vectors)[0]
+    norms = np.linalg.norm(vectors, axis=1, keepdims=True)
+    unit = np.eye(vectors.shape[1], 1, dtype=vectors.dtype)
+    return np.where(norms == 0, unit, vectors / np.where(norms == 0, 1, norms))
