@@ -188,11 +188,11 @@ def to_backend(x: np.ndarray, backend: str, dtype: Any = None, device: Any = Non
         import jax.numpy as jnp
 
         name = None if dtype is None else dtype_name(dtype)
-        made = jnp.asarray(x, dtype=name)
-        if name is not None and str(made.dtype) != name:
+        if name is not None and (given := jax.dtypes.canonicalize_dtype(jnp.dtype(name))) != jnp.dtype(name):
             raise ValueError(
-                f"jax gave {made.dtype} where {name} was asked for; enable it with "
+                f"jax would give {given} where {name} was asked for; enable it with "
                 "jax.config.update('jax_enable_x64', True)"
             )
+        made = jnp.asarray(x, dtype=name)
         return made if device is None else jax.device_put(made, device)
     raise ValueError(f"unknown backend {backend!r}; one of {', '.join(BACKENDS)}")

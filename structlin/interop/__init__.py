@@ -1,0 +1,17 @@
+"""To and from other libraries: arrays, SciPy, CoLA's own operators, lineax, linear_operator and GPyTorch."""
+
+from structlin.interop._arrays import to_jax, to_numpy, to_torch
+from structlin.interop._cola import from_cola, to_cola
+from structlin.interop._scipy import FromSciPy, as_operator, from_scipy, to_scipy
+
+__all__ = [
+    "FromSciPy",
+    "as_operator",
+    "from_cola",
+    "from_scipy",
+    "to_cola",
+    "to_jax",
+    "to_numpy",
+    "to_scipy",
+    "to_torch",
+]

@@ -1,0 +1,153 @@
+"""To and from SciPy's linear operators."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import scipy.sparse
+import scipy.sparse.linalg
+from cola.ops import LinearOperator
+
+from structlin._arrays import dtype_name, to_backend
+from structlin._cola_compat._repair import functions_of, is_array
+from structlin.interop._arrays import host, require_operator
+from structlin.operators import StructuredOperator
+from structlin.structures.dense import Dense
+
+
+class _ToSciPy(scipy.sparse.linalg.LinearOperator):
+    """An operator of CoLA or this package behind SciPy's interface; vectors are NumPy's."""
+
+    def __init__(self, operator: LinearOperator) -> None:
+        self.operator = operator
+        name = dtype_name(operator.dtype)
+        super().__init__(np.dtype("float32" if name in ("bfloat16", "float16") else name), tuple(operator.shape))
+
+    def _apply(self, A: LinearOperator, x: np.ndarray) -> np.ndarray:
+        real = not np.issubdtype(self.dtype, np.complexfloating)
+        if real and np.iscomplexobj(x):
+            return self._apply(A, x.real) + 1j * self._apply(A, x.imag)
+        x = np.ascontiguousarray(x.reshape((x.shape[0], math.prod(x.shape[1:]))))
+        return host(A @ to_backend(x, _library(A), A.dtype, A.device if _library(A) == "torch" else None))
+
+    def _matmat(self, X: np.ndarray) -> np.ndarray:
+        return self._apply(self.operator, X)
+
+    def _matvec(self, x: np.ndarray) -> np.ndarray:
+        return self._apply(self.operator, x)[:, 0]
+
+    def _rmatmat(self, X: np.ndarray) -> np.ndarray:
+        return self._apply(self.operator.H, X)
+
+    def _rmatvec(self, x: np.ndarray) -> np.ndarray:
+        return self._apply(self.operator.H, x)[:, 0]
+
+    def _adjoint(self) -> _ToSciPy:
+        return _ToSciPy(self.operator.H)
+
+    def _transpose(self) -> _ToSciPy:
+        return _ToSciPy(self.operator.T)
+
+
+def _library(A: LinearOperator) -> str:
+    if isinstance(A, StructuredOperator):
+        return A.backend
+    return next(name for name in ("torch", "jax", "numpy") if A.xnp is functions_of(name))
+
+
+def to_scipy(A: LinearOperator) -> scipy.sparse.linalg.LinearOperator:
+    """``A`` as a ``scipy.sparse.linalg.LinearOperator``, so that SciPy's solvers run on it.
+
+    Vectors go to the operator's library and device, in its dtype, and come back as NumPy arrays; torch and jax
+    operators work outside of gradients and jit. Operators in half precision count as float32 for SciPy. Products from
+    the left, ``.H``, ``.T`` and blocks of vectors go to the operator's own. Raises TypeError for what is no operator.
+
+    >>> from structlin import Diagonal
+    >>> A = to_scipy(Diagonal(np.array([1.0, 2.0, 4.0])))
+    >>> x, info = scipy.sparse.linalg.cg(A, np.ones(3))
+    >>> x.round(6), info
+    (array([1.  , 0.5 , 0.25]), 0)
+    """
+    require_operator(A)
+    return A.operator if isinstance(A, FromSciPy) else _ToSciPy(A)
+
+
+def _scipy_method(name: str) -> Any:
+    def method(self: LinearOperator, x: np.ndarray) -> np.ndarray:
+        return getattr(to_scipy(self), name)(x)
+
+    method.__name__ = name
+    method.__doc__ = f"``{name}`` of SciPy's linear operators: from NumPy array to NumPy array."
+    return method
+
+
+# What scipy.sparse.linalg.aslinearoperator looks for. It takes no dtype of torch: use to_scipy for torch operators.
+for _name in ("matvec", "matmat", "rmatvec", "rmatmat"):
+    setattr(LinearOperator, _name, _scipy_method(_name))
+
+
+class FromSciPy(LinearOperator):
+    """A linear operator of SciPy as one of CoLA, over NumPy arrays. Made by :func:`from_scipy`."""
+
+    def __init__(self, operator: scipy.sparse.linalg.LinearOperator) -> None:
+        self.operator = operator
+        super().__init__(np.dtype(operator.dtype), tuple(operator.shape))
+        self.xnp, self.device = functions_of("numpy"), None
+
+    def _matmat(self, X: np.ndarray) -> np.ndarray:
+        return self.operator.matmat(X)
+
+    def _rmatmat(self, X: np.ndarray) -> np.ndarray:
+        # X A = (A^H X^H)^H
+        return self.operator.rmatmat(X.conj().T).conj().T
+
+    def to_dense(self) -> np.ndarray:
+        return self._matmat(np.eye(self.shape[1], dtype=self.dtype))
+
+
+def from_scipy(x: Any) -> LinearOperator:
+    """A SciPy linear operator, or what ``scipy.sparse.linalg.aslinearoperator`` takes (sparse matrices), for CoLA.
+
+    The result works on NumPy arrays. An operator that came from :func:`to_scipy` is given back as it was. Raises
+    TypeError for anything else, and ValueError for an operator that does not know its dtype.
+
+    >>> A = from_scipy(scipy.sparse.diags_array([1.0, 2.0]))
+    >>> A.T @ np.ones(2)
+    array([1., 2.])
+    """
+    if isinstance(x, _ToSciPy):
+        return x.operator
+    if isinstance(x, LinearOperator):
+        raise TypeError(f"{type(x).__qualname__} is an operator of CoLA already")
+    try:
+        operator = scipy.sparse.linalg.aslinearoperator(x)
+    except TypeError:
+        raise TypeError(
+            f"expected a linear operator or a sparse matrix of SciPy, got {type(x).__module__}.{type(x).__qualname__}"
+        ) from None
+    if operator.dtype is None:
+        raise ValueError("the SciPy operator has no dtype; give it one when it is built")
+    if not np.issubdtype(operator.dtype, np.inexact):
+        raise ValueError(f"an operator's dtype must be floating or complex, got {operator.dtype}; convert it first")
+    return FromSciPy(operator)
+
+
+def as_operator(x: Any) -> LinearOperator:
+    """Anything that is a matrix as an operator.
+
+    Operators are returned as they are, matrices of NumPy, torch or jax as :class:`structlin.Dense` (no copy), SciPy's
+    sparse matrices and linear operators as by :func:`from_scipy`. Raises TypeError for anything else, ValueError for
+    arrays that are no matrices or hold integers.
+
+    >>> as_operator(np.eye(2)) @ np.array([3.0, 4.0])
+    array([3., 4.])
+    """
+    if isinstance(x, LinearOperator):
+        return x
+    if is_array(x):
+        if x.ndim != 2:
+            raise ValueError(f"an operator is made of a matrix, got an array of shape {tuple(x.shape)}")
+        return Dense(x)
+    return from_scipy(x)
