@@ -29,7 +29,7 @@ _FIELDS = ("structure", "factors", "_annotations", "_index_dtype")
 class StructuredOperator(LinearOperator):
     """The matrix of shape (d_out, d_in) that ``structure`` makes of ``factors``.
 
-    Behaves as any operator of CoLA: ``A @ X`` for X of shape (d_in,) or (d_in, k), ``X @ A`` for X of shape
+    Behaves as any operator of CoLA: ``A @ X`` for X of shape (d_in,) or (..., d_in, k), ``X @ A`` for X of shape
     (..., d_out), sums, products, ``cola.linalg``. Factors may be NumPy arrays, torch tensors or jax arrays (tracers
     too), floating or complex; the result is of the same library. A NumPy operator stays NumPy.
 
@@ -143,14 +143,17 @@ class StructuredOperator(LinearOperator):
             _check_inner(self.shape, tuple(X.shape))
             return cola.fns.dot(self, X)
         X = self._operand(X)
-        if X.ndim not in (1, 2) or X.shape[0] != self.shape[1]:
+        if X.ndim == 0 or X.shape[max(X.ndim - 2, 0)] != self.shape[1]:
             raise ValueError(
                 f"operator of shape {self.shape} @ array needs an array of shape ({self.shape[1]},) or "
-                f"({self.shape[1]}, k), got {tuple(X.shape)}"
+                f"(..., {self.shape[1]}, k), got {tuple(X.shape)}"
             )
         if X.ndim == 1:
             return self._matmat(X[:, None])[:, 0]
-        return self._matmat(X)
+        if X.ndim == 2:
+            return self._matmat(X)
+        factors, X = _promoted(self.factors, X)
+        return self.structure.apply(factors, X.swapaxes(-1, -2)).swapaxes(-1, -2)
 
     def __rmatmul__(self, X: Any) -> Any:
         if isinstance(X, LinearOperator):
@@ -278,6 +281,9 @@ class StructuredOperator(LinearOperator):
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: self.__dict__[name] for name in _FIELDS}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return object.__new__, (type(self),), self.__getstate__()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         _fill(self, *(state[name] for name in _FIELDS))

@@ -9,7 +9,7 @@ operators gain by it.
 Each repair is listed with the versions it was needed with (CoLA 0.0.7 where none are named) and, in brackets, the
 cases of ``tests/structlin/test_cola_compat.py`` that fail where all repairs but this one are made, and pass with it.
 
-Composing (`structlin._cola_compat._composing`, ``_slicing``): what raised, or left NumPy
+Composing (`structlin._cola_compat._composing`, ``_slicing``, ``_pickling``): what raised, or left NumPy
     any        beartype >= 0.23: ``Any`` compares below every type, so ``add(Any, Any)`` ties with every other rule,
                and ``A + B``, ``A - B``, ``kron``, ``kronsum`` raise AmbiguousLookupError.
                [plus, difference, kron, kronsum]
@@ -24,13 +24,17 @@ Composing (`structlin._cola_compat._composing`, ``_slicing``): what raised, or l
                [complex_scalar, array_scalar, scalar_inverse]
     subtract   ``dense - A`` raises: there is no ``__rsub__``. [dense_minus]
     slicing    ``A[i]`` of a matrix that is not square, index arrays on NumPy and jax, two lists of indices; repeated
-               columns overwrite one another; a complex operand of a real operator fails.
-               [row, index_array, index_pairs, repeated_columns, complex_slice]
+               columns overwrite one another; a complex operand of a real operator fails; negative steps fail on torch;
+               two index arrays give a submatrix where two lists give entries (now entries, as in NumPy; ``np.ix_``
+               gives a submatrix).
+               [row, index_array, index_pairs, repeated_columns, complex_slice, reversed_rows]
     concat     ``Concatenated`` asks for equal sizes along the wrong axis, and along axis 1 it multiplies as along
                axis 0. [concatenated]
     rows       ``X @ A`` differentiates ``A @ x`` for Kronecker, KronSum, BlockDiag, Identity, ScalarMul and
                Permutation: slow, and not there on NumPy. [rows]
     clip       jax 0.10: ``jnp.clip`` has no ``a_min`` any more, which Arnoldi uses. [arnoldi]
+    pickling   operators hold a module, and classes such as ``Sum[Dense, Dense]`` cannot be found by name, so that
+               pickle, copy.deepcopy and torch.save raise. [pickle_and_copy]
     devices    with more than one jax device, operators that hold no array, or traced ones, raise. [several_devices]
 
 Numbers (`structlin._cola_compat._values`): what was wrong without a word

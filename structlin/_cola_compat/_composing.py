@@ -30,6 +30,7 @@ from cola.ops import (
 from plum import dispatch
 
 from structlin._arrays import BACKENDS, Array, backend_of
+from structlin._cola_compat._pickling import PICKLING
 from structlin._cola_compat._repair import (
     Repair,
     device_of,
@@ -396,4 +397,5 @@ COMPOSING = (
     Repair("rows", _rows_are_broken, _repair_rows),
     Repair("clip", _clip_is_broken, _repair_clip),
     Repair("devices", _devices_are_broken, _repair_devices),
+    PICKLING,
 )

@@ -25,15 +25,19 @@ def _position(index: Any, n: int, axis: int) -> int:
 
 def _positions(index: Any, n: int, axis: int) -> slice | tuple[int, ...]:
     """A slice as it is, anything else as integers: they are part of the structure, not of the arrays."""
-    if isinstance(index, slice):
-        return index
-    host = np.asarray(index.detach().cpu() if hasattr(index, "detach") else index)
+    if isinstance(index, slice):  # torch takes no negative steps
+        return index if index.step is None or index.step > 0 else tuple(range(*index.indices(n)))
+    host = _host(index)
     if host.ndim != 1 or not (host.dtype.kind in "iub" or host.size == 0):
         raise IndexError(
             f"axis {axis} takes an integer, a slice or a vector of integers or booleans, "
             f"got {host.dtype} of shape {host.shape}"
         )
     return tuple(np.arange(n)[host if host.size else []].tolist())
+
+
+def _host(index: Any) -> np.ndarray:
+    return np.asarray(index.detach().cpu() if hasattr(index, "detach") else index)
 
 
 def _getitem(self: Any, index: Any) -> Any:
@@ -46,10 +50,19 @@ def _getitem(self: Any, index: Any) -> Any:
     def unit(loc: int, n: int) -> Array:
         return xnp.canonical(loc=loc, shape=(n,), dtype=self.dtype, device=self.device)
 
-    if isinstance(rows, list) and isinstance(columns, list):
-        if len(rows) != len(columns):
-            raise IndexError(f"two lists of indices must be equally long, got {len(rows)} and {len(columns)}")
-        return xnp.stack([_getitem(self, pair) for pair in zip(rows, columns, strict=True)])
+    if not any(isinstance(index, slice) or _is_int(index) for index in (rows, columns)):
+        rows, columns = _host(rows), _host(columns)
+        if rows.ndim == columns.ndim == 2 and rows.shape[1] == columns.shape[0] == 1:  # numpy.ix_
+            return Sliced(A=self, slices=(rows[:, 0], columns[0]))
+        i = np.asarray(_positions(rows, d_out, 0), dtype=np.int64)
+        j = np.asarray(_positions(columns, d_in, 1), dtype=np.int64)
+        if len(i) != len(j):
+            raise IndexError(
+                f"two vectors of indices pick entries and must be equally long, got {len(i)} and {len(j)}; "
+                "A[np.ix_(rows, columns)] is a submatrix"
+            )
+        units = xnp.array(np.arange(d_in)[:, None] == j, dtype=self.dtype, device=self.device)
+        return (self @ units)[i, np.arange(len(j))]
     if _is_int(columns):
         column = self @ unit(_position(columns, d_in, 1), d_in)
         return column[_entry(rows, d_out, 0)]

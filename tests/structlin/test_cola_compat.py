@@ -5,9 +5,12 @@ but one, for each repair in turn, and prints what its defects then do. The tests
 the repair is no longer needed) and passes here, where structlin is imported.
 """
 
+import copy
 import importlib.util
+import io
 import json
 import os
+import pickle
 import subprocess
 import sys
 import types
@@ -229,7 +232,7 @@ def index_array():
         a = draw(4, 3)
         A = Dense(make(a))
         rows, columns = [2, 0, 3], [1, 2]
-        for indices in ((np.array(rows), np.array(columns)), (make(rows), make(columns))):
+        for indices in (np.ix_(rows, columns), (make(rows)[:, None], make(columns)[None])):
             S = A[indices]
             same(S.to_dense(), a[rows][:, columns])
             same(make(draw(5, 3)) @ S, draw(5, 3) @ a[rows][:, columns])
@@ -241,7 +244,31 @@ def index_array():
 @defect("slicing")
 def index_pairs():
     a, b, A, B = pair("torch")
-    same((A @ B)[[0, 2], [1, 1]], (a @ b)[[0, 2], [1, 1]])
+    for kind in (list, np.array, torch.tensor):
+        same((A @ B)[kind([0, 2]), kind([1, 1])], (a @ b)[[0, 2], [1, 1]])
+
+
+@defect("slicing")
+def reversed_rows():
+    for backend in BACKENDS:
+        a, b, A, B = pair(backend)
+        same((A @ B)[::-1].to_dense(), (a @ b)[::-1])
+        same((A @ B)[:, ::-2] @ MAKE[backend](draw(2)), (a @ b)[:, ::-2] @ draw(2))
+
+
+@defect("pickling")
+def pickle_and_copy():
+    for backend in BACKENDS:
+        a, b, A, B = pair(backend)
+        for C, want in ((A @ B, a @ b), (2.0 * A, 2 * a), (A.T, a.T), (A[:2], a[:2]), (BlockDiag(A, B), None)):
+            for again in (pickle.loads(pickle.dumps(C)), copy.deepcopy(C), copy.copy(C)):
+                assert type(again) is type(C)
+                assert again.xnp is C.xnp
+                same(again.to_dense(), on_host(C.to_dense()) if want is None else want)
+    file = io.BytesIO()
+    torch.save(Dense(torch.eye(2)) @ Dense(torch.ones(2, 2)), file)
+    file.seek(0)
+    same(torch.load(file, weights_only=False).to_dense(), np.ones((2, 2)))
 
 
 @defect("slicing")
