@@ -22,11 +22,14 @@ from structlin._arrays import Array, backend_of, dtype_name, to_backend
 
 
 def host(x: Array) -> np.ndarray:
-    """A NumPy array that can be written to, of any array, outside of gradients, from any device."""
-    if backend_of(x) == "torch":
+    """A NumPy array that can be written to, of any array, outside of gradients, from any device; bfloat16 as float32."""
+    library, half = backend_of(x), dtype_name(x.dtype) == "bfloat16"
+    if library == "torch":
         x = x.detach().cpu().resolve_conj()
-        return (x.float() if dtype_name(x.dtype) == "bfloat16" else x).numpy()
-    return x if backend_of(x) == "numpy" else np.array(x)  # those that look into jax's memory are read-only
+        return (x.float() if half else x).numpy()
+    if library == "jax":  # those that look into jax's memory are read-only
+        return np.array(x, dtype=np.float32 if half else None)
+    return x
 
 
 def to_numpy(A: LinearOperator, dtype: Any = None) -> np.ndarray:

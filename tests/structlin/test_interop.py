@@ -251,3 +251,82 @@ def test_what_has_no_counterpart():
     product = cola.ops.Product(cola.ops.Dense(np.ones((2, 5))), cola.ops.Dense(np.ones((5, 2))))
     with pytest.raises(ValueError, match="Product"):
         interop.from_cola(product)
+
+
+# -- what NumPy's and SciPy's users expect -------------------------------------------------------------------------
+
+
+def positive_definite(backend):
+    a = np.random.default_rng(0).standard_normal((6, 6)) / 3
+    K = structlin.Kronecker(*(structlin._arrays.to_backend(x @ x.T + np.eye(n), backend, "float64")
+                              for n, x in ((2, a[:2, :2]), (3, a[:3, :3]))))  # fmt: skip
+    return K + structlin.Diagonal(structlin._arrays.to_backend(np.arange(1.0, 7.0), backend, "float64"))
+
+
+@pytest.mark.parametrize("backend", ["numpy", "jax"])
+def test_scipys_solvers_take_operators_and_composites_as_they_are(backend):
+    A, b = positive_definite(backend), np.arange(6.0)
+    dense = np.asarray(A)
+    x, info = scipy.sparse.linalg.cg(A, b, rtol=1e-12)
+    assert info == 0
+    np.testing.assert_allclose(dense @ x, b, atol=1e-9)
+    wrapped = scipy.sparse.linalg.aslinearoperator(A @ A)
+    np.testing.assert_allclose(wrapped @ np.eye(6), dense @ dense, rtol=1e-12)
+    np.testing.assert_allclose(wrapped.H @ b, dense.T @ (dense.T @ b), rtol=1e-12)
+    np.testing.assert_allclose(scipy.sparse.linalg.eigsh(A, k=2)[0], np.linalg.eigvalsh(dense)[-2:], rtol=1e-10)
+
+
+def test_scipys_methods_on_rectangular_and_complex_operators():
+    rng = np.random.default_rng(1)
+    a = rng.standard_normal((3, 5)) + 1j * rng.standard_normal((3, 5))
+    A, x, Y = structlin.Dense(a), rng.standard_normal(5), rng.standard_normal((3, 2))
+    np.testing.assert_allclose(A.matvec(x), a @ x)
+    np.testing.assert_allclose(A.matvec(x[:, None]), (a @ x)[:, None])
+    np.testing.assert_allclose(A.rmatvec(Y[:, 0]), a.conj().T @ Y[:, 0])
+    np.testing.assert_allclose(A.rmatmat(Y), a.conj().T @ Y)
+    np.testing.assert_allclose(A.matmat(np.eye(5)), a)
+    torch_operator = structlin.Dense(torch.tensor(a))
+    np.testing.assert_allclose(torch_operator.matvec(x), a @ x)
+    np.testing.assert_allclose(interop.to_scipy(torch_operator) @ x, a @ x)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_powers(backend):
+    A = positive_definite(backend)
+    dense = np.asarray(A)
+    for n in (0, 1, 2, 5, np.int64(3), 2.0):
+        np.testing.assert_allclose(np.asarray(A**n), np.linalg.matrix_power(dense, int(n)), rtol=1e-10, atol=1e-12)
+    np.testing.assert_allclose(np.asarray((A**-2).to_dense()), np.linalg.matrix_power(dense, -2), rtol=1e-8, atol=1e-12)
+    root = np.asarray((cola.PSD(A) ** 0.5).to_dense())
+    np.testing.assert_allclose(root @ root, dense, rtol=1e-9, atol=1e-9)
+    K = structlin.Kronecker(*(structlin._arrays.to_backend(np.eye(n) + 1, backend) for n in (2, 3)))
+    assert isinstance(K**3, structlin.Kronecker)
+    with pytest.raises(ValueError, match=r"only square operators have powers, got shape \(2, 3\)"):
+        structlin.Dense(np.ones((2, 3))) ** 2
+    with pytest.raises(TypeError):
+        K ** "2"
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_products_with_batches_of_columns(backend):
+    rng = np.random.default_rng(2)
+    A = structlin.BlockTensorTrain.random((35, 6), rank=2, seed=0, backend=backend, dtype="float64")
+    X = rng.standard_normal((2, 3, 6, 4))
+    got = A @ structlin._arrays.to_backend(X, backend, "float64")
+    np.testing.assert_allclose(np.asarray(got), np.asarray(A) @ X, rtol=1e-12, atol=1e-12)
+    with pytest.raises(ValueError, match=r"an array of shape \(6,\) or \(..., 6, k\), got \(6, 2, 4\)"):
+        A @ structlin._arrays.to_backend(np.ones((6, 2, 4)), backend, "float64")
+
+
+def test_to_jax_keeps_the_precision_or_says_that_it_cannot():
+    import jax
+
+    A = structlin.Dense(np.eye(2))
+    with jax.enable_x64(False):
+        with pytest.raises(ValueError, match="jax would give float32 where float64 was asked for; enable it with"):
+            interop.to_jax(A)
+        assert interop.to_jax(A, "float32").dtype == "float32"
+    assert interop.to_jax(A).dtype == "float64"
+    half = structlin.Dense(torch.eye(2, dtype=torch.bfloat16))
+    assert str(interop.to_jax(half).dtype) == "bfloat16"
+    assert interop.to_torch(structlin.Dense(interop.to_jax(half))).dtype == torch.bfloat16
