@@ -22,7 +22,7 @@ from structlin._arrays import Array, backend_of, dtype_name, to_backend
 
 
 def host(x: Array) -> np.ndarray:
-    """A NumPy array that can be written to, of any array, outside of gradients, from any device; bfloat16 as float32."""
+    """A NumPy array that can be written to, without gradients, of an array on any device; bfloat16 becomes float32."""
     library, half = backend_of(x), dtype_name(x.dtype) == "bfloat16"
     if library == "torch":
         x = x.detach().cpu().resolve_conj()
