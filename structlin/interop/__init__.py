@@ -2,6 +2,8 @@
 
 from structlin.interop._arrays import to_jax, to_numpy, to_torch
 from structlin.interop._cola import from_cola, to_cola
+from structlin.interop._linear_operator import to_linear_operator
+from structlin.interop._lineax import to_lineax
 from structlin.interop._scipy import FromSciPy, as_operator, from_scipy, to_scipy
 
 __all__ = [
@@ -11,6 +13,8 @@ __all__ = [
     "from_scipy",
     "to_cola",
     "to_jax",
+    "to_linear_operator",
+    "to_lineax",
     "to_numpy",
     "to_scipy",
     "to_torch",
