@@ -24,7 +24,7 @@ import structlin
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("structlin", "structlin_nn")
-EXTRAS = {"", "torch", "jax", "train", "vision", "text", "gpu", "tracking", "test", "docs", "cluster"}
+EXTRAS = {"", "torch", "jax", "train", "vision", "text", "gpu", "tracking", "test", "docs", "cluster", "peers"}
 MAX_LINES = 600
 MAX_IMPORT_SECONDS = 0.5
 DATA_SUFFIXES = {".json", ".jsonl", ".csv", ".npz", ".png", ".svg"}
@@ -180,7 +180,7 @@ class TestRequirements:
     @pytest.mark.parametrize(
         ("folder", "extras"),
         [
-            ("structlin", ("", "torch", "jax", "gpu")),
+            ("structlin", ("", "torch", "jax", "gpu", "peers")),
             ("structlin_nn", tuple(sorted(EXTRAS - {"test", "docs"}))),
             ("tests", tuple(sorted(EXTRAS - {"docs"}))),
         ],

@@ -193,7 +193,7 @@ def test_readme_states_the_test_command_that_ci_runs() -> None:
     assert [b for b in read_blocks(ROOT / "README.md") if b.comment == TEST_COMMAND] == marked
     assert len(marked) == 1, "README.md needs one shell block after the comment <!-- test-command -->"
     command = marked[0].text
-    assert 'pip install -c constraints.txt ".[train,jax,vision,text,test]"' in command
+    assert 'pip install -c constraints.txt ".[train,jax,vision,text,peers,test]"' in command
     assert re.search(r"\bpytest\b", command)
     printed = subprocess.run(
         [ROOT / ".ci" / "run", "--print-command"],

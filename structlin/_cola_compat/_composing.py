@@ -396,6 +396,6 @@ COMPOSING = (
     Repair("concat", _concat_is_broken, _repair_concat),
     Repair("rows", _rows_are_broken, _repair_rows),
     Repair("clip", _clip_is_broken, _repair_clip),
-    Repair("devices", _devices_are_broken, _repair_devices),
     PICKLING,
+    Repair("devices", _devices_are_broken, _repair_devices),
 )
