@@ -27,11 +27,12 @@ C these two are found by block descent, whose steps take both factors of the blo
 (not Monarch whose blocks do not divide its inner size). All else is alternating least squares. Both start from the
 solutions for ``C = 1`` and for C without the coupling, and from as many random factors as ``restarts`` asks for.
 
-Cost: one singular value decomposition of all slices; Kronecker and Tensor-Train have a single one, of d_in d_out
-entries. A sweep costs about as much as a few products that build the dense matrix from the factors, and with a
-covariance ``d_out d_in^2`` for each.
+Cost: the leading singular vectors of all slices; Kronecker and Tensor-Train have a single slice, of d_in d_out entries.
+A sweep costs about as much as a few products that build the dense matrix from the factors, and with a covariance
+``d_out d_in^2`` for each.
 
-Computed on the host with NumPy in float64 or complex128, whatever the library and dtype of W; no gradient passes.
+Computed on the host with NumPy; no gradient passes. Closed forms of singular values keep the dtype of W (half precision
+is computed in float32), all else is in float64 or complex128, because least squares squares the condition.
 """
 
 from structlin.projection._project import Projection, project
