@@ -77,14 +77,15 @@ class CPUChain:
         self.compiled = FusedChain(*self._chain)
         self.chunked = ChunkedChain(structure.steps, dict(structure.sizes), rows, structure.padding)
         self.stored: Any = StoredChain(self.compiled)  # no way asks for the backward pass that it lacks
-        self._blocks: dict[str, FusedChain] = {}  # with other blocks of tokens than the sizes of caches suggest
+        self._others: dict[str, FusedChain] = {}  # by tiles, or in other blocks than the sizes of caches suggest
         self._single = SingleProducts(structure, rows)
 
     def passes(self, kind: str, dtype: torch.dtype) -> Passes | None:
         """The passes of a kind; None where they cannot run this chain in this dtype.
 
-        ``chunked``; ``compiled``, also with a number of tokens in a block as in ``compiled-48``; ``stored``, which is
-        compiled for one or a few tokens and has no backward pass.
+        ``chunked``; ``compiled``, also with a number of tokens in a block as in ``compiled-48``, or by tiles where the
+        processor has them, ``compiled-tiles``; ``stored``, which is compiled for one or a few tokens and has no
+        backward pass.
         """
         if dtype not in _DTYPES:
             return None
@@ -94,9 +95,16 @@ class CPUChain:
             return self.stored if not self.compiled.failed and self.stored.program(dtype) is not None else None
         found = self.compiled
         if kind != "compiled":
-            found = self._blocks.get(kind) or self._blocks.setdefault(kind, FusedChain(*self._chain))
-            found.block = int(kind.removeprefix("compiled-"))
+            found = self._others.get(kind) or self._others.setdefault(kind, self._other(kind.removeprefix("compiled-")))
         return found if not self.compiled.failed and found.ready(dtype) else None
+
+    def _other(self, which: str) -> FusedChain:
+        found = FusedChain(*self._chain)
+        if which == "tiles":
+            found.tiles = True
+        else:
+            found.block = int(which)
+        return found
 
     def __call__(
         self, passes: Passes, x: Tensor, factors: Sequence[Tensor], bias: Tensor | None = None,

@@ -24,6 +24,7 @@ from structlin.execution._guard import guard_of, watched
 from structlin.execution._kept import kept
 from structlin.execution.choice import Problem, Way, register
 from structlin.execution.compiled._target import CompileError
+from structlin.execution.compiled.passes import FusedChain
 from structlin.execution.products import products
 from structlin.execution.rates import Rates, rates
 from structlin.execution.token_major import token_major
@@ -142,6 +143,7 @@ class PassesWay(TorchWay):
     """A forward and a backward pass over the memory of tensors; :meth:`.torch_cpu.CPUChain.passes` names the kinds."""
 
     pointers = True
+    most = 4  # times the speed of products in float32, at most: of pairs, and if the calibration was slow
 
     def __init__(self, name: str, forward: str, back: str | None) -> None:
         self.name, self.forward, self.back = name, forward, back
@@ -161,7 +163,7 @@ class PassesWay(TorchWay):
             return math.inf
         wide = "float64" if problem.dtype == "float64" else "float32"
         macs = problem.structure.macs * problem.tokens * (models.PASSES if problem.train else 1)
-        return self._once(problem) + macs * rates(wide, problem.threads).fastest / 4  # pairs, and a slow calibration
+        return self._once(problem) + macs * rates(wide, problem.threads).fastest / self.most
 
     def seconds(self, problem: Problem) -> float:
         return self._once(problem) + super().seconds(problem)
@@ -177,7 +179,7 @@ class PassesWay(TorchWay):
 
     def _seconds(self, problem: Problem, kind: str, back: bool) -> float:
         if kind != "chunked":
-            return self._compiled(problem, back)
+            return self._compiled(problem, kind, back)
         found, chain = _rates(problem), chain_of(problem.structure, problem.rows).chunked
         times = (3 if self.forward != kind else 2) if back else 1  # what the other kind keeps is computed again
         done = sum(found.product(b, k, f, c * problem.tokens) for b, k, f, c in _steps(problem.structure))
@@ -185,8 +187,10 @@ class PassesWay(TorchWay):
         calls = 2 * chunks * len(problem.structure.steps) * found.call
         return times * (done + calls + (problem.structure.d_in + problem.structure.d_out) * problem.tokens * found.run)
 
-    def _compiled(self, problem: Problem, back: bool) -> float:
-        program = chain_of(problem.structure, problem.rows).compiled.program(problem.dtype)
+    def _compiled(self, problem: Problem, kind: str, back: bool) -> float:
+        passes = chain_of(problem.structure, problem.rows).passes(kind, getattr(torch, problem.dtype))
+        assert isinstance(passes, FusedChain)
+        program = passes.program(problem.dtype)
         assert program is not None
         found = rates("float64" if problem.dtype == "float64" else "float32", problem.threads)
         return models.compiled(problem, program, found, back)
@@ -210,6 +214,18 @@ class PassesWay(TorchWay):
 
     def back_passes(self, structure: Structure, rows: bool, dtype: torch.dtype) -> Passes | None:
         return None if self.back is None else chain_of(structure, rows).passes(self.back, dtype)
+
+
+class TilesWay(PassesWay):
+    """Compiled passes by tiles, in bfloat16 on processors with AMX (:mod:`.compiled._tiles`)."""
+
+    most = 64
+
+    def __init__(self) -> None:
+        super().__init__("compiled-tiles", "compiled-tiles", "compiled-tiles")
+
+    def supports(self, problem: Problem) -> bool:
+        return problem.dtype == "bfloat16" and super().supports(problem)
 
 
 class BlocksWay(PassesWay):
@@ -307,6 +323,7 @@ for _way in (
     # One on each side of what the sizes of caches suggest on the processors that were looked at.
     BlocksWay(16),
     BlocksWay(48),
+    TilesWay(),
     StoredWay(),
 ):
     register(_way)

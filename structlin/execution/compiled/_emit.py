@@ -32,7 +32,7 @@ class Emitter:
         self.code, self.target, self.element, self.tokens, self.block = code, target, element, tokens, block
         self.even = code.whole(code.add(tokens, 1), 2)
         self.lanes = target.width // BYTES[element]
-        self.short = {"float": "f32", "double": "f64", "bfloat": "i16", "i32": "i32"}
+        self.short = {"float": "f32", "double": "f64", "bfloat": "i16", "i32": "i32", "i64": "i64"}
         self.vector = f"<{self.lanes} x {element}>"
 
     # -- memory --------------------------------------------------------------------------------------------------------

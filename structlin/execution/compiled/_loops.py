@@ -27,10 +27,10 @@ def write_product(
     """
     zipped = zipped if any(memory.zipped for memory in out) else None
     count = emitter.tokens if tokens is None else tokens
-    _Loops(emitter, product, out, left, right, add, bias, count, zipped).write()
+    Loops(emitter, product, out, left, right, add, bias, count, zipped).write()
 
 
-class _Places(NamedTuple):
+class Places(NamedTuple):
     """Offsets into the arrays of a product, or the strides of an axis in them."""
 
     out: Int = 0
@@ -41,7 +41,7 @@ class _Places(NamedTuple):
     zipped: Int = 0  # out, of two items of an axis
 
 
-class _Loops:
+class Loops:
     def __init__(
         self, emitter: Emitter, product: Product, out: Sequence[Memory], left: Memory, right: Memory, add: bool,
         bias: Memory | None, tokens: Int, zipped: Axis | None,
@@ -52,20 +52,20 @@ class _Loops:
         self.vector, self.single = (left, right) if product.swapped else (right, left)
         self.paired = "i32" in (left.element, right.element)
 
-    def _strides(self, axis: Axis | None) -> _Places:
+    def _strides(self, axis: Axis | None) -> Places:
         if axis is None:
-            return _Places()
+            return Places()
         vector, single = (axis.left, axis.right) if self.product.swapped else (axis.right, axis.left)
         out, tokens = axis.out or 0, axis.size == 0
-        return _Places(out, vector or 0, single or 0, 0 if tokens else out, out // 2 if tokens else out, out)
+        return Places(out, vector or 0, single or 0, 0 if tokens else out, out // 2 if tokens else out, out)
 
-    def _moved(self, at: _Places, axis: Axis, index: Int, items: int = 1) -> _Places:
+    def _moved(self, at: Places, axis: Axis, index: Int, items: int = 1) -> Places:
         """``index`` counts by ``items``, except in what is zipped."""
         code, by = self.code, self._strides(axis)
         moved = [code.add(p, code.multiply(index, code.multiply(s, items))) for p, s in zip(at, by, strict=True)]
-        return _Places(*moved)._replace(zipped=code.add(at.zipped, code.multiply(index, by.zipped)))
+        return Places(*moved)._replace(zipped=code.add(at.zipped, code.multiply(index, by.zipped)))
 
-    def _offset(self, which: str, start: Int, *moves: tuple[int, _Places]) -> Int:
+    def _offset(self, which: str, start: Int, *moves: tuple[int, Places]) -> Int:
         """``start`` in one of the arrays, so many steps on by each of some strides."""
         for count, strides in moves:
             start = self.code.add(start, self.code.multiply(count, getattr(strides, which)))
@@ -83,20 +83,20 @@ class _Loops:
         return axis.size or self.tokens
 
     def write(self) -> None:
-        product, start = self.product, _Places()
+        product, start = self.product, Places()
         if product.along is not None:
             self._each(product.outer, start, self._dots)
         elif product.near:  # rows, neighbours, vectors
             wide = _even(math.ceil(product.across.size / self.emitter.lanes), VECTORS)[0]
 
-            def inside(at: _Places, rows: int) -> None:
+            def inside(at: Places, rows: int) -> None:
                 self._each(near, at, lambda at: self._across(at, lambda at, held: self._tile(at, rows, held)))
 
             parts, near = self._parts()
             self._each([*product.outer, *parts], start, lambda at: self._down(at, wide, inside))
         else:  # vectors, rows: what is read in vectors stays where it is for all rows
 
-            def rows(at: _Places, held: Sequence[int]) -> None:
+            def rows(at: Places, held: Sequence[int]) -> None:
                 self._down(at, len(held), lambda at, rows: self._tile(at, rows, held))
 
             self._each(product.outer, start, lambda at: self._across(at, rows))
@@ -125,7 +125,7 @@ class _Loops:
         outer = Axis(first.size // size, *map(spaced, first.strides))
         return [outer], [replace(first, size=size), *rest]
 
-    def _each(self, axes: Sequence[Axis], at: _Places, body: Callable[[_Places], None]) -> None:
+    def _each(self, axes: Sequence[Axis], at: Places, body: Callable[[Places], None]) -> None:
         if not axes:
             return body(at)
         first, *rest = axes
@@ -139,7 +139,7 @@ class _Loops:
         self.code.loop(0, size, 1, once, once=first.size == 0)
         return None
 
-    def _across(self, at: _Places, body: Callable[[_Places, Sequence[int]], None]) -> None:
+    def _across(self, at: Places, body: Callable[[Places, Sequence[int]], None]) -> None:
         """All vectors of a row, at most ``VECTORS`` at a time, in parts of about one size; the last may be short."""
         lanes, axis = self.emitter.lanes, self.product.across
         vectors = math.ceil(axis.size / lanes)
@@ -155,7 +155,7 @@ class _Loops:
             body(self._moved(at, axis, done), held)
             done += part * lanes
 
-    def _down(self, at: _Places, vectors: int, body: Callable[[_Places, int], None]) -> None:
+    def _down(self, at: Places, vectors: int, body: Callable[[Places, int], None]) -> None:
         """All rows, as many at a time as there are registers for, beside ``vectors``."""
         axis, most = self.product.down, max_rows(self.emitter.target, vectors * (2 if self.zipped else 1))
         if axis is None:
@@ -183,7 +183,7 @@ class _Loops:
                 start = stop
         return None
 
-    def _tile(self, at: _Places, rows: int, lanes: Sequence[int]) -> None:
+    def _tile(self, at: Places, rows: int, lanes: Sequence[int]) -> None:
         """Sums of rows and vectors; of two such tiles at once, if they are to be zipped."""
         emitter, code, width = self.emitter, self.code, self.emitter.lanes
         down, apart = self._strides(self.product.down), self._strides(self.zipped)
@@ -250,12 +250,12 @@ class _Loops:
 
     # -- vectors along a summed axis -----------------------------------------------------------------------------------
 
-    def _dots(self, at: _Places) -> None:
+    def _dots(self, at: Places) -> None:
         down, along = self.product.down, self.product.along
         assert along is not None
         most, widest = dot_tile(self.emitter.target, down is None)
 
-        def columns(at: _Places, rows: int) -> None:
+        def columns(at: Places, rows: int) -> None:
             for starts, count in _runs(along.size, widest):
 
                 def tile(i: Int, _: Values, count: int = count) -> None:
@@ -273,7 +273,7 @@ class _Loops:
             self.code.loop(starts.start, starts.stop, count, row)
         return None
 
-    def _dot(self, at: _Places, rows: int, columns: int) -> None:
+    def _dot(self, at: Places, rows: int, columns: int) -> None:
         product, emitter, code = self.product, self.emitter, self.code
         assert product.along is not None
         down, along = self._strides(product.down), self._strides(product.along)

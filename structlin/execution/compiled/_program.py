@@ -17,23 +17,25 @@ from itertools import accumulate
 from typing import Any, TypeVar, cast
 
 from structlin._parse import Step
+from structlin.execution.compiled import _tiles as tiles
 from structlin.execution.compiled._arrange import Arrangement, load_copies
 from structlin.execution.compiled._emit import Emitter, Memory
-from structlin.execution.compiled._ir import Code
+from structlin.execution.compiled._forms import Array, Forms, Key
+from structlin.execution.compiled._ir import Code, Int
 from structlin.execution.compiled._limits import limits
-from structlin.execution.compiled._loops import write_product
 from structlin.execution.compiled._product import BYTES, Axis
 from structlin.execution.compiled._schedule import LINE, Operation, Schedule, make_schedule
 from structlin.execution.compiled._schedule import row as row_of
 from structlin.execution.compiled._target import Target, load
+from structlin.execution.compiled._tiles import BUFFER, SIDE, write_product
 
 ELEMENTS = {"float32": ("float", "float"), "float64": ("double", "double"), "bfloat16": ("bfloat", "float")}
 # Tokens of a block: few, so that the activations stay in the second level of cache, and many enough that reading the
 # factors costs little. Tiles, of 8 rows mostly, divide them without a remainder; of 12 or 6 rows where products are of
 # pairs of bfloat16, or registers are few.
-BLOCKS, OTHER_BLOCKS = (48, 32, 16), (48, 24)
+BLOCKS, OTHER_BLOCKS, TILE_BLOCKS = (48, 32, 16), (48, 24), (64, 32)
 # Of a block if not even the factors, or the sums of their gradients, stay in cache from one block to the next.
-LARGE_BLOCKS = (144, 72)
+LARGE_BLOCKS, LARGE_TILE_BLOCKS = (144, 72), (128, 64)
 COLUMN_BLOCK = 48  # whole cache lines of each number, and whole vectors
 
 
@@ -128,10 +130,20 @@ class Program:
         self.packed = packed
         self.pairs = dtype == "bfloat16" and target.half_products and packed
         self.given = block
-        unit = 2 if rows else self.lanes  # pairs of tokens are stored together, and squares of vectors are transposed
+        self.tiles = self.pairs and target.tiles
+        # Pairs of tokens are stored together, tiles take pairs too, and squares of vectors are transposed.
+        unit = 2 * SIDE if self.tiles else 2 if rows else self.lanes
         # Fixed, whatever there is to hold in cache; 0: it depends on that.
         self._fixed = -(-(block or (0 if rows else COLUMN_BLOCK)) // unit) * unit
         self.made: dict[tuple[object, ...], Any] = {}  # by the methods below that are called once for their arguments
+
+    @cached_property
+    def uses_tiles(self) -> bool:
+        """Whether any product runs by tiles."""
+        operations = *self.schedule.forward, *self.schedule.back
+        return any(operation.by_tiles(self.target, self.inside) for operation in operations) or any(
+            map(self._gradient_by_tiles, range(len(self.shapes)))
+        )
 
     @property
     def dtype(self) -> Any:
@@ -208,7 +220,7 @@ class Program:
         far = self.inside == self.outside and self.numel * self.size > limits().sums
         return far and LARGE_BLOCKS[-1] * forms.bytes(outside) > limits().sums_block
 
-    def _whole_back_forms(self, kept: bool) -> tuple[_Forms, list[_Key]]:
+    def _whole_back_forms(self, kept: bool) -> tuple[Forms, list[Key]]:
         """Of the backward pass with all gradients."""
         return self._back_forms((True,) * (2 + len(self.shapes)), kept)
 
@@ -218,8 +230,8 @@ class Program:
             return self._fixed
         if not gradients or self.numel * self.size <= limits().sums:
             return self._near_block(each)
-        blocks = LARGE_BLOCKS[-1:] if shared else LARGE_BLOCKS
-        return next((b for b in blocks if b * each <= limits().sums_block), LARGE_BLOCKS[-1])
+        blocks = self._large_blocks[-1:] if shared else self._large_blocks
+        return next((b for b in blocks if b * each <= limits().sums_block), blocks[-1])
 
     def _front_block(self, each: int) -> int:
         """Of the forward pass, which has so many bytes of each token in scratch memory."""
@@ -227,10 +239,16 @@ class Program:
             return self._fixed
         if self.numel * BYTES[self.outside] <= limits().factors:
             return self._near_block(each)
-        return next((b for b in LARGE_BLOCKS if b * each <= limits().factors_block), OTHER_BLOCKS[-1])
+        least = TILE_BLOCKS[-1] if self.tiles else OTHER_BLOCKS[-1]
+        return next((b for b in self._large_blocks if b * each <= limits().factors_block), least)
+
+    @property
+    def _large_blocks(self) -> tuple[int, ...]:
+        return LARGE_TILE_BLOCKS if self.tiles else LARGE_BLOCKS
 
     def _near_block(self, each: int) -> int:
-        blocks = OTHER_BLOCKS if self.pairs or self.target.registers < 32 else BLOCKS
+        few = self.pairs or self.target.registers < 32
+        blocks = TILE_BLOCKS if self.tiles else OTHER_BLOCKS if few else BLOCKS
         return next((b for b in blocks if b * each <= limits().block), blocks[-1])
 
     @property
@@ -238,11 +256,11 @@ class Program:
         """Tokens of a block of the forward pass."""
         return self._front_block(self._front_forms().bytes([]))
 
-    def _front_forms(self) -> _Forms:
+    def _front_forms(self) -> Forms:
         """What the forward pass reads."""
-        schedule, forms = self.schedule, _Forms(self)
+        schedule, forms = self.schedule, Forms(self.inside, self.schedule.rows)
         for k, operation in enumerate(schedule.forward):
-            forms.read("state", k, operation.reads)
+            forms.read_by(operation, "state", k)
         if self._cuts_front:
             forms.read("state", len(schedule.forward))
         return forms
@@ -265,15 +283,15 @@ class Program:
         factors = [writer.factor(operation) for operation in schedule.forward]
         arrays |= {key: writer.rows(self.outside, schedule.rows[key[1]]) for key in outside}
 
-        def body(emitter: Emitter, at: Callable[[_Array], Memory]) -> None:
+        def body(emitter: Emitter, at: Callable[[Array], Memory]) -> None:
             for array in forms.of(arrays, "state", 0):
                 full, enters = schedule.widths[0], schedule.forward[0].enters
                 self._read(emitter, at(x), (self.strides[0], self.d_in), at(array), schedule.rows[0], full, enters)
             for k, operation in enumerate(schedule.forward):
                 to = [at(array) for array in forms.of(arrays, "state", k + 1) or [y]]
-                source = at(forms.one(arrays, "state", k, operation.reads))
+                source = writer.source(emitter, at, forms, arrays, operation, "state", k)
                 fused = at(added) if added is not None and k == last - 1 else None
-                write_product(emitter, operation.product, to, source, at(factors[k]), bias=fused, zipped=operation.zips)
+                writer.multiply(emitter, operation, to, source, at(factors[k]), bias=fused)
             if cut:
                 source = at(forms.one(arrays, "state", last))
                 self._write(emitter, source, schedule.rows[last], at(y), (self.strides[1], self.d_out))
@@ -293,6 +311,7 @@ class Program:
         again = range(0 if kept else max(wanted, default=0))  # steps that are run again
         cut = self._cuts_back
         paired = {k for k in wanted if self._gradient_in_pairs(k)}
+        by_tiles = {k for k in paired if self._gradient_by_tiles(k)}
         forms, outside = self._back_forms(needs, kept)
         writer = _Writer(self, self._back_block(bool(wanted), forms.bytes(outside), shared))
         x, gy = map(writer.end, self.strides)
@@ -304,8 +323,8 @@ class Program:
         arrays |= {key: writer.rows(self.outside, self.kept_rows[key[1]]) for key in outside}
         factors = [writer.factor(schedule.forward[k]) for k in again]
 
-        def body(emitter: Emitter, at: Callable[[_Array], Memory]) -> None:
-            def copy(source: _Array, kind: str, number: int, width: int, reader: Operation) -> None:
+        def body(emitter: Emitter, at: Callable[[Array], Memory]) -> None:
+            def copy(source: Array, kind: str, number: int, width: int, reader: Operation) -> None:
                 for array in forms.of(arrays, kind, number):
                     full, ends = schedule.widths[number], (source.row, width)
                     self._read(
@@ -323,53 +342,62 @@ class Program:
                     if array is not held:
                         width, row = schedule.widths[key[1]], rows[key[1]]
                         emitter.copy(at(held), held.row, at(array), row, width, width, even=bool(paired))
+            for key in arrays:
+                if by_tiles and key[2] == "tokens":
+                    tiles.clear_after(emitter, at(arrays[key]), rows[key[1]], schedule.widths[key[1]])
             for k in again:
                 operation = schedule.forward[k]
                 to = [at(array) for array in forms.of(arrays, "state", k + 1)]
-                source = at(forms.one(arrays, "state", k, operation.reads))
-                write_product(
-                    emitter, operation.product, to, source, at(factors[k]), tokens=inner, zipped=operation.zips
-                )
+                source = writer.source(emitter, at, forms, arrays, operation, "state", k)
+                writer.multiply(emitter, operation, to, source, at(factors[k]), tokens=inner)
             for k in range(last - 1, -1, -1):
                 if k in grads:
                     ends = (("flow", k + 1), ("state", k))
                     form = "tokens" if k in paired else "plain"
                     flow, state = (at(forms.one(arrays, *end, form)) for end in ends)
                     count = emitter.code.value(f"lshr i64 {emitter.even}, 1") if k in paired else emitter.tokens
+                    product = schedule.gradients[k].product
+                    if k in by_tiles:
+                        kind, number = self._turned_for_gradient(k)
+                        last_tokens = at(forms.one(arrays, kind, number, "last"))
+                        source = state if product.swapped else flow
+                        tiles.turn_tokens(emitter, source, rows[number], schedule.widths[number], last_tokens)
+                        flow, state = (flow, last_tokens) if product.swapped else (last_tokens, state)
+                        product = tiles.tokens_last(product, emitter.block)
                     write_product(
-                        emitter, schedule.gradients[k].product, [at(grads[k])], flow, state, add=True, tokens=count
+                        emitter, product, [at(grads[k])], flow, state, add=True, tokens=count, buffer=writer.buffer
                     )
                 if k in back:
                     operation, found = schedule.back[k], forms.of(arrays, "flow", k)
-                    source = at(forms.one(arrays, "flow", k + 1, operation.reads))
+                    source = writer.source(emitter, at, forms, arrays, operation, "flow", k + 1)
                     if found:
                         to, count = [at(array) for array in found], inner
                     else:
                         assert gx is not None
                         to, count = [at(gx)], emitter.tokens
-                    write_product(
-                        emitter, operation.product, to, source, at(back[k]), tokens=count, zipped=operation.zips
-                    )
+                    writer.multiply(emitter, operation, to, source, at(back[k]), tokens=count)
             if gx is not None and cut:
                 wide = self.strides[0], self.d_in
                 self._write(emitter, at(forms.one(arrays, "flow", 0)), rows[0], at(gx), wide)
 
         return writer.compile(body)
 
-    def _back_forms(self, needs: tuple[bool, ...], kept: bool) -> tuple[_Forms, list[_Key]]:
+    def _back_forms(self, needs: tuple[bool, ...], kept: bool) -> tuple[Forms, list[Key]]:
         """What the backward pass reads, and which of that is kept outside of scratch memory."""
         schedule, last = self.schedule, len(self.schedule.forward)
         wanted = [k for k in range(last) if needs[k + 1]]
         passed = range(last - 1, -1 if needs[0] else min(wanted), -1)
-        forms = _Forms(self)
+        forms = Forms(self.inside, self.schedule.rows)
         for k in range(0 if kept else max(wanted, default=0)):
-            forms.read("state", k, schedule.forward[k].reads)
+            forms.read_by(schedule.forward[k], "state", k)
         for k in wanted:
             form = "tokens" if self._gradient_in_pairs(k) else "plain"
             forms.read("state", k, form)
             forms.read("flow", k + 1, form)
+            if self._gradient_by_tiles(k):
+                forms.read(*self._turned_for_gradient(k), "last")
         for k in passed:
-            forms.read("flow", k + 1, schedule.back[k].reads)
+            forms.read_by(schedule.back[k], "flow", k + 1)
         if self._cuts_back and needs[0]:
             forms.read("flow", 0)
         # Slices of kept activations do not lie as the products read them.
@@ -420,6 +448,17 @@ class Program:
             after or schedule.back[k + 1].product.stores_pairs
         )
 
+    def _gradient_by_tiles(self, k: int) -> bool:
+        """Whether to turn an activation, or a gradient of one, so that tiles can add the gradient of factor k up."""
+        if not self.tiles or not self._gradient_in_pairs(k):
+            return False
+        width = self.schedule.widths[self._turned_for_gradient(k)[1]]
+        return tiles.tiles_pay(self.schedule.gradients[k].product, width, self.target, self.inside)
+
+    def _turned_for_gradient(self, k: int) -> tuple[str, int]:
+        """The activation, or the gradient of one, that is read number by number, and its number."""
+        return ("turned state", k) if self.schedule.gradients[k].product.swapped else ("turned flow", k + 1)
+
 
 def _nothing(*_: object) -> None:
     """What makes no copies."""
@@ -431,102 +470,79 @@ def _dtype(element: str) -> Any:
     return {"float": torch.float32, "double": torch.float64, "bfloat": torch.bfloat16}[element]
 
 
-_Key = tuple[str, int, str]  # activation ("state") or gradient ("flow"), its number, its form
-
-
-class _Forms:
-    """Which arrays a block needs. There may be several of one activation.
-
-    ``plain``: in the type that is computed in. In bfloat16: ``half``, ``zipped`` along an axis, and with the numbers of
-    two ``tokens`` side by side. ``kept``: by the forward pass, only to be copied.
-    """
-
-    def __init__(self, program: Program) -> None:
-        self.elements = {"plain": program.inside, "half": "bfloat", "zipped": "i32", "tokens": "i32", "kept": ""}
-        self._rows = program.schedule.rows
-        self._keys: list[_Key] = []
-
-    def read(self, kind: str, number: int, form: str = "plain") -> None:
-        if (kind, number, form) not in self._keys:
-            self._keys.append((kind, number, form))
-
-    def keep(self, kind: str, numbers: range, form: str = "plain") -> list[_Key]:
-        """Arrays outside of scratch memory."""
-        for number in numbers:
-            self.read(kind, number, form)
-        return [(kind, number, form) for number in numbers]
-
-    def sizes(self, outside: Sequence[_Key]) -> dict[_Key, int]:
-        return {key: self._rows[key[1]] for key in self._keys if key not in outside}
-
-    def bytes(self, outside: Sequence[_Key]) -> int:
-        """Of each token, that are read and written in scratch memory."""
-        number = {"plain": BYTES[self.elements["plain"]]}
-        return sum(row * number.get(key[2], BYTES["bfloat"]) for key, row in self.sizes(outside).items())
-
-    def of(self, arrays: Mapping[_Key, _Array], kind: str, number: int) -> list[_Array]:
-        return [array for key, array in arrays.items() if key[:2] == (kind, number)]
-
-    def one(self, arrays: Mapping[_Key, _Array], kind: str, number: int, form: str = "plain") -> _Array:
-        return arrays[kind, number, form]
-
-
-@dataclass(frozen=True)
-class _Array:
-    """Of the table: ``row`` numbers for each token, 0 for what is no row of each token."""
-
-    pointer: str
-    element: str
-    row: int
-    zipped: bool = False
-
-
 class _Writer:
     """The frame of a pass: reads the table, and runs ``body`` for each block of tokens."""
 
     def __init__(self, program: Program, block: int) -> None:
         self.program, self.code, self.places, self.block, self.bytes = program, Code(), 0, block, 0
+        self.buffer: str | None = None  # for sums of tiles
 
     def _next(self) -> str:
         pointer = self.code.at("ptr", "%table", self.places)
         self.places += 1
         return self.code.value(f"load ptr, ptr {pointer}")
 
-    def rows(self, element: str, row: int) -> _Array:
-        return _Array(self._next(), element, row)
+    def rows(self, element: str, row: int) -> Array:
+        return Array(self._next(), element, row)
 
-    def end(self, stride: int) -> _Array:
+    def end(self, stride: int) -> Array:
         """The input, the output, or the gradient of one, with ``stride`` numbers from row to row."""
         return self.rows(self.program.outside, stride if self.program.rows else 1)
 
-    def whole(self, element: str) -> _Array:
-        return _Array(self._next(), element, 0)
+    def whole(self, element: str) -> Array:
+        return Array(self._next(), element, 0)
 
-    def factor(self, operation: Operation) -> _Array:
+    def factor(self, operation: Operation) -> Array:
         return self.whole(self.program.element(operation))
 
-    def scratch(self, forms: _Forms, outside: Sequence[_Key]) -> dict[_Key, _Array]:
+    def scratch(self, forms: Forms, outside: Sequence[Key]) -> dict[Key, Array]:
         pointer, found = self._next(), {}
         for key, row in forms.sizes(outside).items():
             element = forms.elements[key[2]]
-            found[key] = _Array(self.code.at("i8", pointer, self.bytes), element, 0, key[2] == "zipped")
+            found[key] = Array(self.code.at("i8", pointer, self.bytes), element, 0, key[2] == "zipped")
             self.bytes += -(-row * self.block * BYTES[element] // LINE) * LINE
+        if self.program.tiles:
+            self.buffer = self.code.at("i8", pointer, self.bytes)
+            self.bytes += BUFFER
         return found
 
-    def compile(self, body: Callable[[Emitter, Callable[[_Array], Memory]], None]) -> Pass:
+    def source(
+        self, emitter: Emitter, at: Callable[[Array], Memory], forms: Forms, arrays: Mapping[Key, Array],
+        operation: Operation, kind: str, number: int,
+    ) -> Memory:  # fmt: skip
+        """The activation that an operation reads, or the copy of it that is made here."""
+        found = at(forms.one(arrays, kind, number, operation.reads))
+        if operation.turn is None:
+            return found
+        copy = at(forms.one(arrays, f"turned {kind}", number, "turned"))
+        operation.turn.write(emitter, found, self.program.schedule.rows[number], copy)
+        return copy
+
+    def multiply(
+        self, emitter: Emitter, operation: Operation, out: Sequence[Memory], source: Memory, factor: Memory,
+        bias: Memory | None = None, tokens: Int | None = None,
+    ) -> None:  # fmt: skip
+        write_product(
+            emitter, operation.product, out, source, factor,
+            bias=bias, tokens=tokens, zipped=operation.zips, buffer=self.buffer,
+        )  # fmt: skip
+
+    def compile(self, body: Callable[[Emitter, Callable[[Array], Memory]], None]) -> Pass:
         code = self.code
 
         def block(first: int | str, _: list[str]) -> None:
             count = code.least(code.subtract("%last", first), self.block)
             emitter = Emitter(code, self.program.target, self.program.inside, count, self.block)
 
-            def at(array: _Array) -> Memory:
+            def at(array: Array) -> Memory:
                 offset = code.multiply(first, array.row)
                 return Memory(code.at(array.element, array.pointer, offset), array.element, array.zipped)
 
             body(emitter, at)
 
         code.loop("%first", "%last", self.block, block)
+        if self.program.tiles:
+            tiles.release(code)
         target = self.program.target
         text = code.function("chain", "ptr %table, i64 %first, i64 %last, i64 %total", target.attributes)
         run = load(text, "chain", target, [ctypes.c_void_p, *[ctypes.c_int64] * 3])

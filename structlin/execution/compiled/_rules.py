@@ -9,7 +9,7 @@ from structlin.execution.compiled._limits import limits
 from structlin.execution.compiled._product import BYTES
 from structlin.execution.compiled._program import ELEMENTS, Program, make_program
 from structlin.execution.compiled._slices import RUN, Slices, counts, enough, slices, whole
-from structlin.execution.compiled._target import host
+from structlin.execution.compiled._target import Target, host, tiled_host
 
 # Activations are kept for the backward pass if to compute one again takes more than KEPT_WORK multiplications of
 # vectors, and of at least KEPT_SHARE of the tokens. If they do not stay in cache, it is worth it if to compute a byte
@@ -38,22 +38,28 @@ class ChainRules:
         self.numel = sum(map(math.prod, self.shapes))
         self.plain = not any(step.batch or step.carried for step in steps)
         self.block: int | None = None  # tokens of a block; None: as many as the caches suggest. May be set at any time.
+        self.tiles = False  # only programs that use tiles; set before anything is asked for
         self._programs: dict[tuple[str, int | None, bool], Program | None] = {}
         self._fronts: dict[tuple[str, bool, int | None], Slices] = {}
         self._backs: dict[tuple[str, int, int | None], Slices] = {}
+
+    def _target(self) -> Target | None:
+        return tiled_host() if self.tiles else host()
 
     def program(self, dtype: str, block: int | None = None, packed: bool = True) -> Program | None:
         """None where the chain is not to be run this way. ``block`` and ``packed``: see :func:`make_program`."""
         block = block or self.block
         key = dtype, block, packed
         if key not in self._programs:
-            target, found = host(), None
+            target, found = self._target(), None
             if target is not None and dtype in ELEMENTS:
                 found = make_program(*self._chain, dtype, target, None, packed, block)
             if found is not None and packed:
                 cost = found.schedule.cost + found.schedule.back_cost
                 if cost > 3 * WASTE * self.macs / found.lanes:
                     found = None
+            if found is not None and self.tiles and not found.uses_tiles:
+                found = None
             self._programs[key] = found
         return self._programs[key]
 
@@ -61,7 +67,7 @@ class ChainRules:
         """How to run the forward pass, which may be one that ``keeps`` activations."""
         found = self._fronts.get((dtype, keeps, self.block))
         if found is None:
-            target, program = host(), self.program(dtype)
+            target, program = self._target(), self.program(dtype)
             assert target is not None
             assert program is not None
             found, item = whole(program), BYTES[program.outside]
@@ -83,7 +89,7 @@ class ChainRules:
         return program.numel * BYTES[program.inside] > limits().sums_slice
 
     def _back(self, dtype: str, threads: int) -> Slices:
-        target, program = host(), self.program(dtype)
+        target, program = self._target(), self.program(dtype)
         assert target is not None
         assert program is not None
         several, item = counts(self._chain, program, True), BYTES[program.inside]

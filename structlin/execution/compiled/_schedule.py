@@ -18,8 +18,10 @@ from structlin._parse import Step
 from structlin.execution.compiled._arrange import arrangeable
 from structlin.execution.compiled._product import BYTES, TOKENS, Axis, Product, Strides, make_products
 from structlin.execution.compiled._target import Target
+from structlin.execution.compiled._tiles import Turn, cost_of, faster, with_turn
 
 LINE = 64  # bytes
+PAIR = {"plain": 0, "half": 2, "zipped": 1}  # elements of a pair in an activation of this form; there are none in plain
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,7 @@ class Operation:
     Of a ``paired`` product the factor is in bfloat16, and if it is read in vectors further in pairs:
     ``(..., k, n)`` is stored as ``(..., k / 2, n, 2)``. ``reads``: the form of the activation, plain, half (in
     bfloat16), or zipped by the operation that writes it along its axis ``zips``; where it comes from outside, when it
-    is copied, along the axis ``enters``.
+    is copied, along the axis ``enters``. ``turn``: it reads a copy of that, by tiles.
     """
 
     product: Product
@@ -37,11 +39,17 @@ class Operation:
     reads: str = "plain"
     zips: Axis | None = None
     enters: Axis | None = None
+    turn: Turn | None = None
 
     @property
     def in_pairs(self) -> int:
         """Numbers that follow each pair of a factor in pairs, 0 of others."""
         return self.product.across.size if self.product.paired and not self.product.swapped else 0
+
+    def by_tiles(self, target: Target, element: str) -> bool:
+        """Whether it runs by tiles."""
+        unit = PAIR["half"] if self.product.swapped else PAIR[self.reads] if self.turn is None else 1
+        return self.product.paired and faster(self.product, target, element, unit) is not None
 
 
 @dataclass(frozen=True)
@@ -138,10 +146,10 @@ class _Maker:
                 shape = [self.sizes[a] for a in step.factor]
                 if paired is not None and not arrangeable(shape, places, paired.across.size):
                     paired = None
-                cost = (paired or product).cost(self.target, self.element)
-                if cost < best[0]:
-                    reads = "plain" if paired is None else "half"
-                    best = cost, Operation(paired or product, places, reads)
+                reads = "plain" if paired is None else "half"
+                spent = cost_of(paired or product, self.target, self.element, PAIR[reads])
+                if spent < best[0]:
+                    best = spent, Operation(paired or product, places, reads)
         return best
 
 
@@ -208,6 +216,8 @@ def make_schedule(
         shapes = [[sizes[a] for a in step.factor] for step in steps]
         forward = _zipped(forward, shapes, whole[0][1])
         back = _zipped(back[::-1], shapes[::-1], whole[1][1])[::-1]
+    if pairs and target.tiles:
+        forward, back = ([_turned(operation, target, element) for operation in part] for part in (forward, back))
     return Schedule(
         tuple(states), maker.widths, maker.rows, tuple(forward), tuple(back), tuple(gradients), cost, back_cost
     )
@@ -235,6 +245,12 @@ def _zipped(operations: Sequence[Operation], shapes: Sequence[Sequence[int]], wh
         if k:
             found[k - 1] = replace(found[k - 1], zips=axis)
     return found
+
+
+def _turned(operation: Operation, target: Target, element: str) -> Operation:
+    """An operation that reads a copy of its activation, if it runs by tiles then, and in less time."""
+    found = with_turn(operation.product, target, element, PAIR[operation.reads])
+    return operation if found is None else replace(operation, product=found[0], turn=found[1])
 
 
 def _moved(order: Sequence[int], shape: Sequence[int], inner: Axis, across: int) -> tuple[int, ...] | None:

@@ -34,6 +34,7 @@ class Target:
     registers: int
     features: tuple[str, ...]
     half_products: bool = False  # multiplies pairs of bfloat16 and adds to float32; rounds float32 to bfloat16
+    tiles: bool = False  # multiplies tiles of such pairs
     tune: str = "generic"
 
     @property
@@ -47,6 +48,8 @@ class Target:
 AVX2 = Target(32, 16, ("avx2", "fma"))
 AVX512 = Target(64, 32, (*AVX2.features, "avx512f", "avx512vl", "avx512bw", "avx512dq"))
 AVX512_BF16 = Target(64, 32, (*AVX512.features, "avx512bf16"), half_products=True)
+
+TILES = ("amx-tile", "amx-bf16")  # beyond AVX512_BF16
 
 LLVM = (20,)
 """Older ones have other pointers and other products of bfloat16; llvmlite brings this one since 0.45."""
@@ -89,6 +92,30 @@ def supported(features: dict[str, bool], name: str) -> Target | None:
         if all(features.get(feature) for feature in target.features):
             return replace(target, tune=name)
     return None
+
+
+@cache
+def tiled_host() -> Target | None:
+    """This machine with tiles; None where the processor has none, or the system does not let this process use them."""
+    found, llvm = host(), _binding()
+    if found is None or not found.half_products or not all(llvm.get_host_cpu_features().get(f) for f in TILES):
+        return None
+    return with_tiles(found) if _permitted() else None
+
+
+def with_tiles(target: Target) -> Target:
+    return replace(target, features=(*target.features, *TILES), tiles=True)
+
+
+def _permitted() -> bool:
+    """Ask the system for the memory of tiles, which Linux (since 5.16) grants to a process and all its threads.
+
+    See the documentation of Linux, "Using XSTATE features in user space applications".
+    """
+    if platform.system() != "Linux":
+        return False
+    arch_prctl, request_permission, tile_data = 158, 0x1023, 18
+    return ctypes.CDLL(None, use_errno=True).syscall(arch_prctl, request_permission, tile_data) == 0
 
 
 def address(function: Any) -> int:

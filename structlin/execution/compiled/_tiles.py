@@ -1,0 +1,458 @@
+"""Products of bfloat16 by tiles, where the processor has them (AMX), and the copies that tiles need.
+
+A tile is a register of up to 16 rows of 64 bytes. One instruction, ``TDPBF16PS``, adds to a tile of 16 x 16 sums in
+float32 the products of 16 rows of up to 16 pairs with up to 16 rows of 16 pairs: 8192 MACs. The operand that a product
+in pairs reads in vectors (:mod:`._product`) lies in memory as the second of these, with neighbours along the summed
+axis side by side; the one that it reads number by number is the first, if pairs along a summed axis are neighbours.
+Where they are not, a copy has that axis last.
+
+Four tiles of sums are computed together. They are stored to scratch memory, and from there read in vectors, to be
+converted and written as by the other products. Where sums are to be added to float32, tiles load and store them.
+
+Intel, *Architecture Instruction Set Extensions Programming Reference*, chapter "Intel AMX".
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from structlin.execution.compiled._emit import Emitter, Memory
+from structlin.execution.compiled._ir import Code, Int, Values
+from structlin.execution.compiled._loops import Loops, Places
+from structlin.execution.compiled._loops import write_product as write_by_vectors
+from structlin.execution.compiled._product import BYTES, Axis, Product
+from structlin.execution.compiled._target import Target
+
+SIDE = 16  # rows, and columns of 4 bytes, of a tile
+FIRST, SECOND = 4, 6  # numbers of the tiles of operands; those of sums are 0 to 3
+BUFFER = 4 * SIDE * SIDE * 4  # bytes that the four tiles of sums take in scratch memory
+# In instructions of vectors, of which two take a cycle: of a row of a tile in a product, of one that is converted, and
+# of a square of 256 numbers of 4 bytes that is transposed. A product of few rows takes no less than its loads.
+ROW, ENDS, SQUARE, LEAST_ROWS = 2, 4, 128, 8
+BLOCK = 64  # tokens, about
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """``depth`` pairs along the summed ``axis`` at a time, for tiles of ``rows`` times ``columns`` sums."""
+
+    axis: Axis
+    rows: int
+    columns: int
+    depth: int
+
+    @property
+    def configuration(self) -> bytes:
+        """What ``LDTILECFG`` reads: a palette, and rows and bytes of a row of each tile."""
+        shapes = [(self.rows, self.columns)] * 4 + [(self.rows, self.depth)] * 2 + [(self.depth, self.columns)] * 2
+        widths = b"".join((4 * wide).to_bytes(2, "little") for _, wide in shapes)
+        return bytes([1]).ljust(16, b"\0") + widths.ljust(32, b"\0") + bytes(h for h, _ in shapes).ljust(16, b"\0")
+
+
+def tiling(product: Product, unit: int) -> Tiling | None:
+    """How a product in pairs runs by tiles, if one of its summed axes has pairs that are neighbours.
+
+    ``unit``: elements of a pair in the operand that is read number by number.
+    """
+    if product.down is None or product.along is not None or product.both:
+        return None
+    found = [a for a in product.summed if (a.right if product.swapped else a.left) == unit]
+    if not found:
+        return None
+    axis = found[0]
+    rows = min(product.down.size or SIDE, SIDE)
+    depth = max(n for n in range(1, SIDE + 1) if axis.size % n == 0)
+    return Tiling(axis, rows, min(product.across.size, SIDE), depth)
+
+
+def cost_of(product: Product, target: Target, element: str, unit: int) -> float:
+    """As :meth:`._product.Product.cost`, of a product in pairs, by tiles or by vectors."""
+    how = faster(product, target, element, unit) if product.paired else None
+    return product.cost(target, element) if how is None else _tile_cost(product, how)
+
+
+def faster(product: Product, target: Target, element: str, unit: int) -> Tiling | None:
+    """How a product in pairs runs by tiles, where that takes less time."""
+    how = tiling(product, unit) if target.tiles else None
+    return how if how is not None and _tile_cost(product, how) < product.cost(target, element) else None
+
+
+def _tile_cost(product: Product, how: Tiling) -> float:
+    """For one token. Where tokens are summed, a tile takes pairs of them."""
+    turns = math.prod(a.size or 0.5 for a in product.summed) / how.depth
+    outer = math.prod(a.size or 1 for a in (*product.outer, *product.near))
+    rows = product.down.size if product.down and product.down.size else 1  # of all tokens, one is this token's
+    tiles = math.ceil(product.across.size / SIDE) * outer
+    ends = ENDS / (BLOCK if any(a.size == 0 for a in product.summed) else 1)
+    return tiles * rows * (turns * ROW * max(1, LEAST_ROWS / how.rows) + ends)
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A copy of each row of an activation, whose pairs ``(outer, inner, unit)`` become ``(inner, outer, unit)``."""
+
+    outer: int
+    inner: int
+    unit: int
+
+    @property
+    def cost(self) -> float:
+        pairs = self.outer * self.inner * self.unit
+        return pairs * SQUARE / SIDE**2 if self.unit <= 2 else 2 * pairs / min(self.unit, SIDE)
+
+    def write(self, emitter: Emitter, source: Memory, row: int, target: Memory) -> None:
+        """``row``: elements from row to row of both."""
+        code, kind = emitter.code, "i64" if self.unit == 2 else "i32"
+        vectors = Emitter(code, emitter.target, kind, emitter.tokens, emitter.block)
+        here, there = Memory(source.pointer, kind), Memory(target.pointer, kind)
+        steps = [row * BYTES[memory.element] // BYTES[kind] for memory in (source, target)]
+
+        def runs(start: Int, to: Int) -> None:
+            def run(i: Int, j: Int) -> None:
+                first = code.add(start, code.multiply(code.add(code.multiply(i, self.inner), j), self.unit))
+                place = code.add(to, code.multiply(code.add(code.multiply(j, self.outer), i), self.unit))
+                for k in range(0, self.unit, vectors.lanes):
+                    count = min(vectors.lanes, self.unit - k)
+                    vectors.store(there, code.add(place, k), vectors.load(here, code.add(first, k), count), count)
+
+            each(self.outer, 1, lambda i, _: each(self.inner, 1, lambda j, _: run(i, j)))
+
+        def squares(start: Int, to: Int) -> None:
+            def square(i: Int, high: int, j: Int, wide: int) -> None:
+                first, place = (
+                    code.add(a, code.add(code.multiply(b, by), c))
+                    for a, b, by, c in ((start, i, self.inner, j), (to, j, self.outer, i))
+                )
+                held = [vectors.load(here, code.add(first, r * self.inner), wide) for r in range(high)]
+                rows = vectors.transposed([*held, *["zeroinitializer"] * (vectors.lanes - high)])
+                for r, found in enumerate(rows[:wide]):
+                    vectors.store(there, code.add(place, r * self.outer), found, high)
+
+            lanes = vectors.lanes
+            each(self.outer, lanes, lambda i, high: each(self.inner, lanes, lambda j, wide: square(i, high, j, wide)))
+
+        def each(size: int, step: int, body: Callable[[Int, int], None]) -> None:
+            """``body`` with the start of each part of ``size``, and how much of it there is."""
+            whole = size // step * step
+            code.loop(0, whole, step, lambda k, _: body(k, step))
+            if whole < size:
+                body(whole, size - whole)
+
+        body = runs if self.unit > 2 else squares
+        code.loop(
+            0, emitter.tokens, 1, lambda n, _: body(code.multiply(n, steps[0]), code.multiply(n, steps[1])), once=True
+        )
+
+
+def with_turn(product: Product, target: Target, element: str, unit: int) -> tuple[Product, Turn] | None:
+    """What :func:`turned` finds for a product in pairs, where it is faster."""
+    found = turned(product, unit) if product.paired else None
+    if found is None:
+        return None
+    how = tiling(found[0], 1)
+    assert how is not None
+    return found if _tile_cost(found[0], how) + found[1].cost < cost_of(product, target, element, unit) else None
+
+
+def turned(product: Product, unit: int) -> tuple[Product, Turn] | None:
+    """A product that reads a copy of its activation, number by number, with the summed axes last; None if it cannot.
+
+    ``unit``: as in :func:`tiling`. The activation is ``(outer, inner, unit)`` with the summed axes first and last, and
+    the copy, in pairs, ``(inner, outer * unit)``.
+    """
+    if product.swapped or product.down is None or product.down.size:
+        return None
+    summed = [replace(a, left=(a.left or 0) // unit) for a in product.summed]
+    others = [a for a in (*product.outer, *product.near) if a.left]
+    if len(others) != 1 or not 1 <= len(summed) <= 2 or not all(a.size and a.right for a in summed):
+        return None
+    inner, first = replace(others[0], left=(others[0].left or 0) // unit), summed[0]
+    last = summed[1].size if len(summed) == 2 else 1
+    if len(summed) == 2 and (summed[1].left != 1 or first.right != (summed[1].right or 0) * last):
+        return None
+    if inner.left != last or first.left != inner.size * last:
+        return None
+    whole = Axis(first.size * last, None, 1, summed[-1].right)
+
+    def moved(axes: Sequence[Axis]) -> tuple[Axis, ...]:
+        return tuple(replace(a, left=whole.size) if a is others[0] else a for a in axes)
+
+    found = replace(product, summed=(whole,), outer=moved(product.outer), near=moved(product.near))
+    return found, Turn(first.size, inner.size, last)
+
+
+def tiles_pay(product: Product, width: int, target: Target, element: str) -> bool:
+    """Whether a product that sums over pairs of tokens is faster by tiles, with a copy of :func:`turn_tokens`.
+
+    ``width``: of the activation that is copied, the one that the product reads number by number.
+    """
+    how = tiling(tokens_last(product, BLOCK), 1)
+    if how is None:
+        return False
+    vectors = product.cost(target, element) / 2  # which take pairs too
+    return _tile_cost(product, how) + width * SQUARE / SIDE**2 / 2 < vectors
+
+
+def tokens_last(product: Product, block: int) -> Product:
+    """The product with that copy, which has all pairs of tokens of a ``block`` for each number."""
+    side, pairs = "right" if product.swapped else "left", block // 2
+
+    def moved(axis: Axis | None) -> Axis | None:
+        stride = None if axis is None else getattr(axis, side)
+        if axis is None or stride is None:
+            return axis
+        return replace(axis, **{side: stride * pairs if axis.size else 1})
+
+    def all_moved(axes: Sequence[Axis]) -> tuple[Axis, ...]:
+        return tuple(found for found in map(moved, axes) if found is not None)
+
+    across = moved(product.across)
+    assert across is not None
+    return replace(
+        product, across=across, down=moved(product.down), summed=all_moved(product.summed),
+        outer=all_moved(product.outer), near=all_moved(product.near),
+    )  # fmt: skip
+
+
+def clear_after(emitter: Emitter, memory: Memory, row: int, width: int) -> None:
+    """Set the rows of pairs of tokens to 0 that follow the last one, up to a whole tile."""
+    code, lanes = emitter.code, emitter.lanes
+
+    def line(number: Int, _: Values) -> None:
+        start = code.multiply(number, row)
+        for k in range(0, width, lanes):
+            emitter.store(memory, code.add(start, k), "zeroinitializer", min(lanes, width - k))
+
+    pairs = code.value(f"lshr i64 {emitter.even}, 1")
+    code.loop(pairs, code.whole(code.add(pairs, SIDE - 1), SIDE), 1, line)
+
+
+def turn_tokens(emitter: Emitter, source: Memory, row: int, width: int, target: Memory) -> None:
+    """Copy (pairs of tokens, width) to (width, pairs of tokens); rows are there for whole tiles."""
+    code, step = emitter.code, emitter.block // 2
+    vectors = Emitter(code, emitter.target, "i32", emitter.tokens, emitter.block)
+    pairs = code.value(f"lshr i64 {emitter.even}, 1")
+
+    def square(i: Int, j: Int, wide: int) -> None:
+        first, place = code.add(code.multiply(i, row), j), code.add(code.multiply(j, step), i)
+        rows = [vectors.load(source, code.add(first, r * row), wide) for r in range(SIDE)]
+        for r, found in enumerate(vectors.transposed(rows)[:wide]):
+            vectors.store(target, code.add(place, r * step), found, SIDE)
+
+    def rows(i: Int, _: Values) -> None:
+        whole = width // SIDE * SIDE
+        code.loop(0, whole, SIDE, lambda j, _: square(i, j, SIDE))
+        if whole < width:
+            square(i, whole, width - whole)
+
+    code.loop(0, pairs, SIDE, rows, once=True)
+
+
+@dataclass(frozen=True)
+class _Span:
+    """Rows or columns of a tile, from ``start`` of the product on: those before ``first`` were written before."""
+
+    start: int
+    first: int
+    count: Int  # of tokens, those that are there
+
+
+def _spans(size: int, tile: int) -> list[_Span]:
+    """Of tiles of one size; the last one begins earlier where the others leave less than a whole one."""
+    found = [_Span(k, 0, tile) for k in range(0, size - tile + 1, tile)]
+    done = len(found) * tile
+    return found if done == size else [*found, _Span(size - tile, tile - (size - done), tile)]
+
+
+def release(code: Code) -> None:
+    """After all products of a pass: nothing of the tiles is to be kept for this thread."""
+    if any("llvm.x86.ldtilecfg" in line for line in code.declarations):
+        code.call("void", "llvm.x86.tilerelease")
+
+
+def write_product(
+    emitter: Emitter, product: Product, out: Sequence[Memory], left: Memory, right: Memory, *, add: bool = False,
+    bias: Memory | None = None, tokens: Int | None = None, zipped: Axis | None = None, buffer: str | None = None,
+) -> None:  # fmt: skip
+    """As :func:`._loops.write_product`, by tiles if that takes less time; ``buffer``: scratch memory for the sums."""
+    how = None
+    if buffer is not None and "i32" in (left.element, right.element):
+        unit = BYTES["i32"] // BYTES[(right if product.swapped else left).element]
+        how = faster(product, emitter.target, emitter.element, unit)
+    if how is None:
+        return write_by_vectors(emitter, product, out, left, right, add=add, bias=bias, tokens=tokens, zipped=zipped)
+    zipped = zipped if any(memory.zipped for memory in out) else None
+    count = emitter.tokens if tokens is None else tokens
+    assert buffer is not None
+    return _TileLoops(emitter, product, out, left, right, add, bias, count, zipped, how, buffer).write()
+
+
+class _TileLoops(Loops):
+    def __init__(self, *given: Any) -> None:
+        *others, self.how, buffer = given
+        super().__init__(*others)
+        self.buffer = Memory(buffer, "float")
+        self.down = self._strides(self.product.down)
+        self.apart = self._strides(self.zipped)
+
+    def _tile_call(self, name: str, *numbers: int, at: tuple[Memory, Int, Int] | None = None) -> None:
+        """An instruction for tiles of these numbers; ``at``: array, offset, elements from row to row."""
+        operands: list[tuple[str, Int]] = [("i8", n) for n in numbers]
+        if at is not None:
+            memory, offset, step = at
+            operands.append(("ptr", self.code.at(memory.element, memory.pointer, offset)))
+            operands.append(("i64", self.code.multiply(step, BYTES[memory.element])))
+        self.code.call("void", f"llvm.x86.{name}", *operands)
+
+    def write(self) -> None:
+        text = "".join(f"\\{byte:02X}" for byte in self.how.configuration)
+        name = f"@tiles.{self.how.rows}.{self.how.columns}.{self.how.depth}"
+        self.code.declarations.add(f'{name} = private unnamed_addr constant [64 x i8] c"{text}", align 64')
+        self.code.call("void", "llvm.x86.ldtilecfg", ("ptr", name))
+        product = self.product
+        columns = _spans(product.across.size, self.how.columns)
+        self._each([*product.outer, *product.near], Places(), lambda at: self._groups(at, product.across, columns))
+
+    def _groups(self, at: Places, axis: Axis, columns: list[_Span]) -> None:
+        """All columns, for two tiles at a time, and all rows of each."""
+        self._pairs(at, axis, columns, 2, lambda at, spans: self._rows(at, spans))
+
+    def _pairs(
+        self, at: Places, axis: Axis, spans: list[_Span], together: int, body: Callable[[Places, list[_Span]], None]
+    ) -> None:  # fmt: skip
+        """``body`` with as many spans as there are ``together``: first those that are whole, in a loop."""
+        whole = sum(span.first == 0 for span in spans) // together * together
+        if whole:
+            stop = spans[whole].start + spans[whole].first if whole < len(spans) else axis.size
+            step, group = stop // (whole // together), spans[:together]
+            self.code.loop(0, stop, step, lambda i, _: body(self._moved(at, axis, i), group))
+        if rest := spans[whole:]:
+            body(
+                self._moved(at, axis, rest[0].start), [replace(span, start=span.start - rest[0].start) for span in rest]
+            )
+
+    def _rows(self, at: Places, columns: list[_Span]) -> None:
+        axis, together = self.product.down, 1 if self.zipped else 2
+        assert axis is not None
+        if axis.size:
+            return self._pairs(
+                at, axis, _spans(axis.size, self.how.rows), together, lambda at, rows: self._tiles(at, rows, columns)
+            )
+        code, full = self.code, [_Span(k * SIDE, 0, SIDE) for k in range(together)]
+        whole = code.whole(self.tokens, together * SIDE)
+        code.loop(0, whole, together * SIDE, lambda i, _: self._tiles(self._moved(at, axis, i), full, columns))
+
+        def rest(i: Int, _: Values) -> None:
+            count = code.least(code.subtract(self.tokens, i), SIDE)
+            self._tiles(self._moved(at, axis, i), [_Span(0, 0, count)], columns)
+
+        code.loop(whole, self.tokens, SIDE, rest)
+        return None
+
+    def _tiles(self, at: Places, rows: list[_Span], columns: list[_Span]) -> None:
+        """Up to four tiles of sums: of rows and columns, or of columns of two items that are to be zipped."""
+        items = range(2 if self.zipped else 1)
+        cells = [(z, r, c) for z in items for r in range(len(rows)) for c in range(len(columns))]
+
+        def place(which: str, start: Int, z: int, row: Int, column: Int) -> Int:
+            moved = self._offset(which, start, (z, self.apart))
+            return self.code.add(self.code.add(moved, self.code.multiply(row, getattr(self.down, which))), column)
+
+        def corner(which: str, start: Int, cell: tuple[int, int, int]) -> Int:
+            z, r, c = cell
+            return place(which, start, z, rows[r].start, columns[c].start)
+
+        whole = all(span.first == 0 and span.count == size for spans, size in
+                    ((rows, self.how.rows), (columns, self.how.columns)) for span in spans)  # fmt: skip
+        direct = whole and self.bias is None and [memory.element for memory in self.out] == ["float"]
+        for number, cell in enumerate(cells):
+            if direct and self.add:
+                self._tile_call("tileloadd64", number, at=(self.out[0], corner("out", at.out, cell), self.down.out))
+            else:
+                self._tile_call("tilezero", number)
+
+        def turn(vector: Int, single: Int) -> None:
+            step, down = self._strides(self.how.axis).vector, self.down.single
+            for number, (z, r, c) in enumerate(cells):
+                if c == 0:
+                    start = place("single", single, z, rows[r].start, 0)
+                    self._tile_call("tileloadd64", FIRST + r, at=(self.single, start, down))
+                if r == 0:
+                    start = place("vector", vector, z, 0, columns[c].start)
+                    self._tile_call("tileloadd64", SECOND + c, at=(self.vector, start, step))
+                self._tile_call("tdpbf16ps", number, FIRST + r, SECOND + c)
+
+        self._run_through(list(self.product.summed), at.vector, at.single, turn)
+        for number, cell in enumerate(cells):
+            if direct:
+                self._tile_call("tilestored64", number, at=(self.out[0], corner("out", at.out, cell), self.down.out))
+            else:
+                self._tile_call("tilestored64", number, at=(self.buffer, number * SIDE**2, SIDE))
+        if direct:
+            return
+        for number, (z, r, c) in enumerate(cells):
+            if z == 0:
+                other = number + len(rows) * len(columns)
+                self._ends(at, number, other, rows[r], columns[c])
+
+    def _run_through(
+        self, axes: Sequence[Axis], vector: Int, single: Int, turn: Callable[[Int, Int], None]
+    ) -> None:  # fmt: skip
+        """The loops over summed axes; over that of the tiles ``depth`` pairs at a time."""
+        if not axes:
+            return turn(vector, single)
+        code, (axis, *rest), by = self.code, axes, self._strides(axes[0])
+        step = self.how.depth if axis is self.how.axis else 1
+        # Of pairs of tokens the last ones are zeros, up to a whole tile.
+        size = axis.size or code.whole(code.add(self.tokens, SIDE - 1), SIDE)
+
+        def body(i: Int, _: Values) -> None:
+            self._run_through(
+                rest, code.add(vector, code.multiply(i, by.vector)), code.add(single, code.multiply(i, by.single)), turn
+            )
+
+        code.loop(0, size, step, body, once=True)
+        return None
+
+    def _ends(self, at: Places, number: int, other: int, rows: _Span, columns: _Span) -> None:
+        """Write the sums of a tile from the buffer to the arrays, with those of the ``other`` one if zipped."""
+        code, emitter, lanes = self.code, self.emitter, self.how.columns - columns.first
+        shift = columns.start + columns.first
+        pairs = any(out.element == "i32" and not out.zipped for out in self.out)
+
+        def place(which: str, start: Int, row: Int) -> Int:
+            moved = code.multiply(code.add(row, rows.start), getattr(self.down, which))
+            return code.add(code.add(start, moved), shift)
+
+        def held(tile: int, row: Int, z: int = 0) -> str:
+            first = code.add(code.multiply(row, SIDE), tile * SIDE**2 + columns.first)
+            found = emitter.load(self.buffer, first, lanes)
+            if self.bias is None and not self.add:
+                return found
+            which = "out" if self.bias is None else "bias"
+            start = self._offset(which, place(which, getattr(at, which), row), (z, self.apart))
+            more = emitter.load(self.bias or self.out[0], start, lanes)
+            return code.value(f"fadd {emitter.vector} {found}, {more}")
+
+        def line(row: Int, _: Values) -> None:
+            sums = [[held(number, code.add(row, k)) for k in range(2 if pairs else 1)]]
+            if self.zipped:
+                sums.append([held(other, code.add(row, k), 1) for k in range(2 if pairs else 1)])
+            for out in self.out:
+                if out.zipped:
+                    for k, both in enumerate(zip(*sums, strict=True)):
+                        emitter.store_pairs(out, place("zipped", at.zipped, code.add(row, k)), both, lanes)
+                    continue
+                for z, lines in enumerate(sums):
+                    if out.element == "i32":
+                        start = self._offset("pair", place("pair", at.pair, row), (z, self.apart))
+                        emitter.store_pairs(out, start, (lines[0], lines[1]), lanes)
+                        continue
+                    for k, value in enumerate(lines):
+                        start = self._offset("out", place("out", at.out, code.add(row, k)), (z, self.apart))
+                        emitter.store(out, start, value, lanes)
+
+        code.loop(rows.first, rows.count, 2 if pairs else 1, line)
