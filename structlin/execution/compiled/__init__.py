@@ -6,7 +6,8 @@ Here a whole pass over a chain is one function, generated for its sizes and comp
 
 - :mod:`._product`: one strided product of three arrays, and which part each axis takes in its loops,
 - :mod:`._schedule`: from the steps, the order of axes of every array and the products of the two passes,
-- :mod:`._program`: the text of the functions, from :mod:`._loops`, :mod:`._emit` and :mod:`._ir`,
+- :mod:`._program`: the text of the functions, from :mod:`._loops`, :mod:`._emit`, :mod:`._forms` and :mod:`._ir`,
+- :mod:`._tiles`: products of bfloat16 by tiles, on processors with AMX,
 - :mod:`._slices`: passes in slices whose factors stay in cache,
 - :mod:`._limits`: how much of the caches what may take,
 - :mod:`._target`: the processor and the compiler,
