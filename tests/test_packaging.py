@@ -4,7 +4,6 @@ import ast
 import configparser
 import email
 import email.message
-import importlib.util
 import json
 import os
 import re
@@ -24,7 +23,7 @@ import structlin
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("structlin", "structlin_nn")
-EXTRAS = {"", "torch", "jax", "train", "vision", "text", "gpu", "tracking", "test", "docs", "cluster", "peers"}
+EXTRAS = {"", "torch", "jax", "train", "vision", "text", "tracking", "test", "docs", "cluster", "peers"}
 MAX_LINES = 600
 MAX_IMPORT_SECONDS = 0.5
 DATA_SUFFIXES = {".json", ".jsonl", ".csv", ".npz", ".png", ".svg"}
@@ -36,8 +35,6 @@ DISTRIBUTIONS = {
     "plum": "cola-ml",
     "opt_einsum": "opt-einsum",
 }
-# Modules that are imported only where an optional package is there.
-OPTIONAL = {"structlin.execution._triton_kernels": "triton"}
 TRAINING_MODULES = {
     "PIL",
     "flax",
@@ -180,7 +177,7 @@ class TestRequirements:
     @pytest.mark.parametrize(
         ("folder", "extras"),
         [
-            ("structlin", ("", "torch", "jax", "gpu", "peers")),
+            ("structlin", ("", "torch", "jax", "peers")),
             ("structlin_nn", tuple(sorted(EXTRAS - {"test", "docs"}))),
             ("tests", tuple(sorted(EXTRAS - {"docs"}))),
         ],
@@ -213,7 +210,6 @@ class TestRequirements:
             "structlin.execution._guard": "torch",
             "structlin.execution._gradients": "torch",
             "structlin.execution.token_major": "torch",
-            "structlin.execution.triton": "torch",
             "structlin.execution.chunked": "torch",
             "structlin.execution.compiled._buffers": "torch",
             "structlin.execution.compiled.passes": "torch",
@@ -301,7 +297,6 @@ class TestWheel:
             for name in names
             if name.endswith(".py") and not name.endswith("__main__.py")
         )
-        modules = [m for m in modules if m not in OPTIONAL or importlib.util.find_spec(OPTIONAL[m])]
         imported = run_python(
             "import importlib, sys\nfor name in sys.argv[1:]:\n    print(importlib.import_module(name).__file__)",
             *modules,

@@ -42,7 +42,6 @@ def _load_ways(every: bool) -> None:
     if "structlin.execution.torch_ways" not in sys.modules and (every or "torch" in sys.modules):
         with suppress(ImportError):
             import structlin.execution.torch_ways
-            import structlin.execution.triton
     if "structlin.execution.jax_ways" not in sys.modules and (every or "jax" in sys.modules):
         with suppress(ImportError):
             import structlin.execution.jax_ways  # noqa: F401

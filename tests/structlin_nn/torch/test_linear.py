@@ -362,29 +362,6 @@ def test_index_is_a_permutation_and_no_parameter():
     assert isinstance(layer.operator, structlin.Permutation)
 
 
-def test_fused_kernel_is_used_where_it_suits(monkeypatch):
-    from structlin.execution import triton as _triton
-
-    layer = StructuredLinear(6, 35, structure="block_tensor_train", device="meta")
-    given = []
-
-    def chain(x, factors, structure, bias):
-        given.append((tuple(x.shape), len(factors), structure, bias))
-        return x.new_empty(x.shape[0], 35)
-
-    monkeypatch.setattr(_triton, "suits", lambda structure, x: True)
-    monkeypatch.setattr(_triton, "chain", chain)
-    monkeypatch.setattr(_triton.TritonWay, "supports", lambda way, problem: problem.device == "meta")
-    x = torch.empty(2, 3, 6, device="meta")
-    assert layer(x).shape == (2, 3, 35)
-    assert not given  # only where it is named
-    with structlin.execution.using("triton"):
-        assert layer(x).shape == (2, 3, 35)
-        assert given == [((6, 6), 2, layer.structure, layer.bias)]
-        assert layer.to_empty(device="cpu")(torch.randn(2, 6)).shape == (2, 35)
-    assert len(given) == 1  # not on a CPU
-
-
 # -- copies and files --------------------------------------------------------------------------------------------------
 
 
