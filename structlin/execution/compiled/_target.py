@@ -6,7 +6,7 @@ import ctypes
 import platform
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from itertools import count
@@ -25,9 +25,9 @@ class CompileError(RuntimeError):
 class Target:
     """Vector registers of a processor: bytes of one, and how many there are; and the features that code may use.
 
-    ``features`` are LLVM's, beyond those that every x86-64 processor has. Nothing but these is used, whatever else the
-    processor's name implies: a hypervisor may have switched it off. ``tune`` is LLVM's name of the processor whose
-    latencies instructions are ordered for. It switches no feature on.
+    ``features`` are LLVM's, beyond those of ``cpu``, LLVM's name of what every processor of the kind has. Nothing but
+    these is used, whatever else the processor's name implies: a hypervisor may have switched it off. ``tune`` is LLVM's
+    name of the processor whose latencies instructions are ordered for. It switches no feature on.
     """
 
     width: int
@@ -35,6 +35,7 @@ class Target:
     features: tuple[str, ...]
     half_products: bool = False  # multiplies pairs of bfloat16 and adds to float32; rounds float32 to bfloat16
     tiles: bool = False  # multiplies tiles of such pairs
+    cpu: str = "x86-64"
     tune: str = "generic"
 
     @property
@@ -49,6 +50,9 @@ AVX2 = Target(32, 16, ("avx2", "fma"))
 AVX512 = Target(64, 32, (*AVX2.features, "avx512f", "avx512vl", "avx512bw", "avx512dq"))
 AVX512_BF16 = Target(64, 32, (*AVX512.features, "avx512bf16"), half_products=True)
 
+NEON = Target(16, 32, ("neon",), cpu="generic")  # 64-bit Arm
+X86 = (AVX512_BF16, AVX512, AVX2)
+TARGETS = {"x86_64": X86, "amd64": X86, "aarch64": (NEON,), "arm64": (NEON,)}  # by the name of the architecture
 TILES = ("amx-tile", "amx-bf16")  # beyond AVX512_BF16
 
 LLVM = (20,)
@@ -74,21 +78,21 @@ def _binding() -> Any:
 def host() -> Target | None:
     """This machine; None where nothing is compiled, and the products of torch or of XLA run.
 
-    That is so without llvmlite or with an old one, on x86-64 processors without AVX2, and on all others (on 64-bit Arm,
-    for example).
+    That is so without llvmlite or with an old one, on x86-64 processors without AVX2, and on all that are neither
+    x86-64 nor 64-bit Arm.
     """
-    if platform.machine().lower() not in ("x86_64", "amd64"):
+    targets, llvm = TARGETS.get(platform.machine().lower()), _binding()
+    if targets is None or llvm is None:
         return None
-    llvm = _binding()
     try:
-        return None if llvm is None else supported(llvm.get_host_cpu_features(), llvm.get_host_cpu_name())
+        return supported(llvm.get_host_cpu_features(), llvm.get_host_cpu_name(), targets)
     except RuntimeError:  # LLVM does not know the processor
         return None
 
 
-def supported(features: dict[str, bool], name: str) -> Target | None:
+def supported(features: dict[str, bool], name: str, among: Sequence[Target] = X86) -> Target | None:
     """The best target for a processor with these features, tuned for the one of this name; None if there is none."""
-    for target in (AVX512_BF16, AVX512, AVX2):
+    for target in among:
         if all(features.get(feature) for feature in target.features):
             return replace(target, tune=name)
     return None
@@ -155,7 +159,7 @@ def _machine(target: Target) -> Any:
     llvm = _binding()
     features = ",".join(f"+{feature}" for feature in target.features)
     machine = llvm.Target.from_triple(llvm.get_process_triple())
-    return machine.create_target_machine(cpu="x86-64", features=features, opt=3, jit=True)
+    return machine.create_target_machine(cpu=target.cpu, features=features, opt=3, jit=True)
 
 
 @lru_cache(maxsize=1)
