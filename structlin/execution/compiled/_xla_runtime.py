@@ -21,6 +21,7 @@ knows of a stage frees its record. So no thread waits for a task to start.
 from __future__ import annotations
 
 import ctypes
+import platform
 import re
 import threading
 from collections.abc import Callable, Sequence
@@ -172,6 +173,8 @@ def unsupported() -> str | None:
     """Why there is no handler that runs plans; None where there is one."""
     if host() is None:
         return "llvmlite is missing or too old, or the processor is not one that is known"
+    if platform.machine().lower() not in ("x86_64", "amd64"):  # threads share records in the order of stores of x86
+        return "the processor is not x86-64"
     if version() is None:
         known = " or ".join(f"0.{minor}" for minor in VERSIONS)
         return f"jaxlib has no header of its foreign function interface, or not version {known} of it"
