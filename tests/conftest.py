@@ -1,7 +1,7 @@
 """Settings that every test needs."""
 
-import importlib.metadata
 import os
+import runpy
 import shutil
 import tempfile
 from pathlib import Path
@@ -11,7 +11,6 @@ import pytest
 
 jax.config.update("jax_enable_x64", True)
 
-_libraries = []
 _OWN = "STRUCTLIN_CACHE" not in os.environ
 
 
@@ -29,25 +28,7 @@ def pytest_unconfigure(config: pytest.Config) -> None:
         shutil.rmtree(Path(tempfile.gettempdir()) / f"structlin-tests-{run}", ignore_errors=True)
 
 
-def _repair_torchvision() -> None:
-    """Let torchvision be imported beside a torch without CUDA, for which it may hold no compiled operators.
-
-    It registers fake kernels of two operators on import, which fails where their schemas are missing; timm and
-    transformers then fail too. Python parts of torchvision work without the operators.
-    """
-    try:
-        importlib.metadata.version("torchvision")
-    except importlib.metadata.PackageNotFoundError:
-        return
-    import torch
-
-    if torch.version.cuda is not None:
-        return
-    library = torch.library.Library("torchvision", "FRAGMENT")
-    for name in ("nms", "qnms"):
-        if not hasattr(torch.ops.torchvision, name):
-            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    _libraries.append(library)  # the definitions live as long as it does
-
-
-_repair_torchvision()
+# Repairs the import of torchvision, here and in the processes that tests start.
+_CHILDREN = str(Path(__file__).parent / "child_processes")
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (_CHILDREN, os.environ.get("PYTHONPATH"))))
+runpy.run_path(str(Path(_CHILDREN, "sitecustomize.py")))

@@ -159,7 +159,7 @@ def run_in_new_process(document: Path, folder: Path) -> subprocess.CompletedProc
         **os.environ,
         "MPLBACKEND": "Agg",
         "PATH": f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}",
-        "PYTHONPATH": str(Path(spec.origin).parents[1]),
+        "PYTHONPATH": os.pathsep.join([str(Path(spec.origin).parents[1]), os.environ.get("PYTHONPATH", "")]),
     }
     return subprocess.run(
         [sys.executable, "-P", __file__, str(document)],

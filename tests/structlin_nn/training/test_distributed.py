@@ -350,7 +350,8 @@ def torchrun(data: Path, out: Path, options: str) -> subprocess.Popen[str]:
         f"-m torch.distributed.run --standalone --nproc-per-node 2 -m structlin_nn.cli train gpt2 --data {data} "
         f"--out {out} --width 16 --heads 2 --depth 1 --context 8 --batch-size 4 --eval-batches 1 --threads 1 {options}"
     )
-    environment = os.environ | {"PYTHONPATH": str(workers.ROOT), "OMP_NUM_THREADS": "1"}
+    path = os.pathsep.join([str(workers.ROOT), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     return subprocess.Popen(
         [sys.executable, *line.split()], env=environment, start_new_session=True, text=True, **pipes
