@@ -20,7 +20,6 @@ products, without a choice.
 from __future__ import annotations
 
 import math
-from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
@@ -34,7 +33,7 @@ import numpy as np
 from structlin.execution import choice, jax_cpu, models
 from structlin.execution.choice import Problem, Way, register
 from structlin.execution.compiled import xla
-from structlin.execution.models import BYTES, MEDIUM, PASSES, TINY
+from structlin.execution.models import MEDIUM, PASSES, TINY
 from structlin.execution.rates import Rates, rates
 from structlin.execution.tuning import measure
 from structlin.structure import Structure
@@ -42,22 +41,15 @@ from structlin.structure import Structure
 __all__ = ["JaxWay", "run"]
 
 Array = Any
-MOST_BYTES = 1 << 28  # of a dense matrix: a quarter of a gigabyte, beside which nothing here is large
 
 
-class JaxWay(Way):
-    """What the ways have in common: how an estimate is made from a model, and how a call is timed."""
+class JaxWay(models.EstimatedWay):
+    """What the ways have in common: how a call is timed."""
 
     library = "jax"
 
-    @abstractmethod
-    def model(self, problem: Problem) -> float:
-        """Seconds of products and copies, without calls."""
-
-    def seconds(self, problem: Problem) -> float:
-        kind = models.timed_dtype(problem.dtype), problem.threads, problem.train
-        call, factor = _calibrated(*kind).get(self.name, (_rates(problem).call, 1.0))
-        return models.seconds(problem.structure.steps, call, factor, self.model(problem))
+    def calibration(self, problem: Problem) -> dict[str, tuple[float, float]]:
+        return _calibrated(models.timed_dtype(problem.dtype), problem.threads, problem.train)
 
     def call(self, problem: Problem, tokens: int) -> Callable[[], object]:
         """A call of a jitted program of the chain alone; with ``problem.train`` of its gradients."""
@@ -99,7 +91,7 @@ class Products(JaxWay):
         return True
 
     def model(self, problem: Problem) -> float:
-        return models.products(problem, _rates(problem))
+        return models.products(problem, self.rates(problem))
 
     def run(
         self, structure: Structure, factors: Sequence[Array], x: Array, bias: Array | None, rows: bool
@@ -116,11 +108,10 @@ class Dense(JaxWay):
     name = "dense"
 
     def supports(self, problem: Problem) -> bool:
-        item = BYTES.get(problem.dtype)
-        return item is not None and problem.structure.d_in * problem.structure.d_out * item <= MOST_BYTES
+        return models.makes_dense(problem)
 
     def model(self, problem: Problem) -> float:
-        return models.dense(problem, _rates(problem))
+        return models.dense(problem, self.rates(problem))
 
     def run(
         self, structure: Structure, factors: Sequence[Array], x: Array, bias: Array | None, rows: bool
@@ -159,10 +150,6 @@ class Compiled(JaxWay):
         self, structure: Structure, factors: Sequence[Array], x: Array, bias: Array | None, rows: bool
     ) -> Array:  # fmt: skip
         return jax_cpu.chain(structure, factors, x, bias, rows)
-
-
-def _rates(problem: Problem) -> Rates:
-    return rates(models.timed_dtype(problem.dtype), problem.threads, "jax")
 
 
 def _wide(problem: Problem) -> Rates:

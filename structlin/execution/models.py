@@ -6,15 +6,16 @@ They know no array library. What a model does not know is measured once for each
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from abc import abstractmethod
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
-from structlin.execution.choice import Problem
+from structlin.execution.choice import Problem, Way
 from structlin.execution.compiled._program import Program
 from structlin.execution.compiled._rules import shares
 from structlin.execution.machine import caches
 from structlin.execution.products import Product, plan_of
-from structlin.execution.rates import Rates
+from structlin.execution.rates import Rates, rates
 from structlin.structure import Structure
 
 __all__ = [
@@ -24,16 +25,19 @@ __all__ = [
     "MEDIUM",
     "PASSES",
     "TINY",
+    "EstimatedWay",
     "calibrated",
     "compiled",
     "dense",
     "is_large",
+    "makes_dense",
     "products",
     "timed_dtype",
 ]
 
 BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 COMPILING = 0.15 / 10_000  # seconds that LLVM takes for a pass, for each of the calls in which they are to be won back
+MOST_BYTES = 1 << 28  # of a dense matrix: a quarter of a gigabyte, beside which nothing here is large
 PASSES = 3  # products of a training step for each one of the forward pass
 # A chain whose products take no time beside its calls, and one of medium size, each with a number of tokens: large
 # enough for the rate to be that of larger ones, and small enough for all its ways to be timed in a tenth of a second.
@@ -41,6 +45,31 @@ TINY = Structure.parse("pa,pfa->fp; fp,fep->fe", p=4, a=4, f=4, e=4), 1
 MEDIUM = Structure.parse("pa,pfra->frp; frp,ferp->fe", p=16, a=16, f=16, r=2, e=16), 256
 # One whose activation between the products has 8 MB in float32: more than the second level of cache holds.
 LARGE = Structure.parse("pa,pfra->frp; frp,ferp->fe", p=32, a=32, f=32, r=4, e=32), 512
+
+
+class EstimatedWay(Way):
+    """A way whose time is estimated from a model, and from timings of two small chains (:func:`calibrated`)."""
+
+    @abstractmethod
+    def model(self, problem: Problem) -> float:
+        """Seconds of products and copies, without calls."""
+
+    @abstractmethod
+    def calibration(self, problem: Problem) -> Mapping[str, tuple[float, float]]:
+        """What :func:`calibrated` has found for the ways of this library."""
+
+    def rates(self, problem: Problem) -> Rates:
+        return rates(timed_dtype(problem.dtype), problem.threads, self.library)
+
+    def seconds(self, problem: Problem) -> float:
+        call, factor = self.calibration(problem).get(self.name, (self.rates(problem).call, 1.0))
+        return call * len(problem.structure.steps) / len(TINY[0].steps) + factor * self.model(problem)
+
+
+def makes_dense(problem: Problem) -> bool:
+    """Whether the dense matrix is small enough to be made."""
+    item = BYTES.get(problem.dtype)
+    return item is not None and problem.structure.d_in * problem.structure.d_out * item <= MOST_BYTES
 
 
 def timed_dtype(dtype: str) -> str:
@@ -128,8 +157,3 @@ def calibrated(
             busy = max(medium[name] - call, 0.1 * medium[name])  # some of the call may be hidden
             found[name] = call, busy / model[name]()
     return found
-
-
-def seconds(steps: Sequence[object], call: float, factor: float, model: float) -> float:
-    """An estimate of a chain with these steps from what was measured of a way and what its model says."""
-    return call * len(steps) / len(TINY[0].steps) + factor * model

@@ -9,7 +9,6 @@ which all its estimates are multiplied by.
 from __future__ import annotations
 
 import math
-from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 from typing import Any
@@ -26,7 +25,7 @@ from structlin.execution.choice import Problem, Way, register
 from structlin.execution.compiled._target import CompileError
 from structlin.execution.compiled.passes import FusedChain
 from structlin.execution.products import products
-from structlin.execution.rates import Rates, rates
+from structlin.execution.rates import rates
 from structlin.execution.token_major import token_major
 from structlin.execution.torch_cpu import Passes, chain_of
 from structlin.execution.tuning import measure
@@ -38,30 +37,19 @@ _TORCH = ops("torch")
 FEW = 1 << 15  # numbers in the widest activation, up to which calls take longer than copies, on any device
 
 
-def _rates(problem: Problem) -> Rates:
-    return rates(models.timed_dtype(problem.dtype), problem.threads)
-
-
 def _steps(structure: Structure) -> list[tuple[int, int, int, int]]:
     """(batch, contracted, free, carried) of each step."""
     return [(f.blocks, f.fan_in, f.fan_out, f.carried) for f in structure.factors]
 
 
-class TorchWay(Way):
-    """What the ways have in common: how an estimate is made from a model."""
+class TorchWay(models.EstimatedWay):
+    """What the ways have in common: on other devices than CPUs there is nothing to estimate."""
 
-    @abstractmethod
-    def model(self, problem: Problem) -> float:
-        """Seconds of products and copies, without calls."""
+    def calibration(self, problem: Problem) -> dict[str, tuple[float, float]]:
+        return _calibrated(models.timed_dtype(problem.dtype), problem.threads, problem.train, models.is_large(problem))
 
     def seconds(self, problem: Problem) -> float:
-        if problem.device != "cpu":
-            return _elsewhere(problem, self.name)
-        dtype, large = models.timed_dtype(problem.dtype), models.is_large(problem)
-        call, factor = _calibrated(dtype, problem.threads, problem.train, large).get(
-            self.name, (_rates(problem).call, 1.0)
-        )
-        return models.seconds(problem.structure.steps, call, factor, self.model(problem))
+        return super().seconds(problem) if problem.device == "cpu" else _elsewhere(problem, self.name)
 
 
 class Products(TorchWay):
@@ -73,7 +61,7 @@ class Products(TorchWay):
         return True
 
     def model(self, problem: Problem) -> float:
-        return models.products(problem, _rates(problem))
+        return models.products(problem, self.rates(problem))
 
     def run(
         self, structure: Structure, factors: Sequence[Tensor], x: Tensor, bias: Tensor | None, rows: bool
@@ -91,7 +79,7 @@ class TokenMajor(TorchWay):
         return problem.rows
 
     def model(self, problem: Problem) -> float:
-        found, tokens, plan = _rates(problem), problem.tokens, token_major(problem.structure)
+        found, tokens, plan = self.rates(problem), problem.tokens, token_major(problem.structure)
         total, numbers, done = 0.0, problem.structure.d_in * tokens, 0
         steps = _steps(problem.structure)
         for blocks, left, right in (*plan.steps, plan.last):
@@ -121,15 +109,12 @@ class Dense(TorchWay):
     """
 
     name = "dense"
-    most_bytes = 1 << 28  # of the matrix: a quarter of a gigabyte, beside which nothing here is large
 
     def supports(self, problem: Problem) -> bool:
-        item = models.BYTES.get(problem.dtype)
-        size = problem.structure.d_in * problem.structure.d_out
-        return item is not None and problem.device == "cpu" and size * item <= self.most_bytes
+        return problem.device == "cpu" and models.makes_dense(problem)
 
     def model(self, problem: Problem) -> float:
-        return models.dense(problem, _rates(problem))
+        return models.dense(problem, self.rates(problem))
 
     def run(
         self, structure: Structure, factors: Sequence[Tensor], x: Tensor, bias: Tensor | None, rows: bool
@@ -180,7 +165,7 @@ class PassesWay(TorchWay):
     def _seconds(self, problem: Problem, kind: str, back: bool) -> float:
         if kind != "chunked":
             return self._compiled(problem, kind, back)
-        found, chain = _rates(problem), chain_of(problem.structure, problem.rows).chunked
+        found, chain = self.rates(problem), chain_of(problem.structure, problem.rows).chunked
         times = (3 if self.forward != kind else 2) if back else 1  # what the other kind keeps is computed again
         done = sum(found.product(b, k, f, c * problem.tokens) for b, k, f, c in _steps(problem.structure))
         chunks = math.ceil(problem.tokens / chain.chunk(models.BYTES[problem.dtype])) - 1
@@ -260,7 +245,7 @@ class StoredWay(PassesWay):
         return problem.tokens <= self.most_tokens and super().supports(problem)
 
     def model(self, problem: Problem) -> float:
-        structure, found = problem.structure, _rates(problem)
+        structure, found = problem.structure, self.rates(problem)
         return problem.tokens * max(structure.num_params * found.read, structure.macs * found.fastest)
 
     def run(
