@@ -164,6 +164,12 @@ def _operator_setattr(self: Any, name: str, value: Any) -> None:
         vars(self).update(xnp=np_fns, device=None)
 
 
+def _permutation_init(self: Any, perm: Any, dtype: Any = None) -> None:
+    self.perm = perm
+    dtype = functions_of(backend_of(perm)).float32 if dtype is None else dtype
+    LinearOperator.__init__(self, dtype=dtype, shape=(len(perm), len(perm)))
+
+
 def _kron_sum(A: Array, B: Array) -> Array:
     xnp = functions_of(backend_of(A))
     eyes = [xnp.eye(M.shape[0], M.shape[0], dtype=M.dtype, device=device_of(M)) for M in (A, B)]
@@ -180,6 +186,7 @@ def _repair_library() -> None:
     LinearOperator.__init__ = _operator_init
     LinearOperator.__setattr__ = _operator_setattr
     operators.kronsum = _kron_sum
+    Permutation.__init__ = _permutation_init  # asked jax about the dtype of the index, which warned
 
 
 # -- scaling -------------------------------------------------------------------------------------------------------
@@ -210,9 +217,11 @@ def _as_scalar(A: LinearOperator, c: Any) -> tuple[Any, Any]:
 
 
 def _scalar_mul(A: LinearOperator, c: Any, dtype: Any, n: int) -> ScalarMul:
-    S = ScalarMul(1.0, (n, n), dtype, A.device)
-    S.xnp = functions_of("jax") if is_array(c) and backend_of(c) == "jax" else A.xnp
-    S.c = S.xnp.array(c, dtype=dtype, device=A.device)
+    S = ScalarMul.__new__(ScalarMul)  # its constructor would guess the library, and warn where jax has no float64
+    xnp = functions_of("jax") if is_array(c) and backend_of(c) == "jax" else A.xnp
+    S.c = xnp.array(c, dtype=dtype, device=A.device)
+    vars(S).update(xnp=xnp, dtype=dtype, shape=(n, n), device=A.device)
+    S.annotations = set(get_annotations(S))
     return S
 
 

@@ -6,8 +6,7 @@ from typing import Any
 
 from cola.ops import LinearOperator
 
-from structlin._arrays import BACKENDS
-from structlin._cola_compat._repair import Repair, functions_of
+from structlin._cola_compat._repair import Repair, functions_of, library_of
 
 
 def _encoded(kind: type) -> Any:
@@ -28,16 +27,9 @@ def _decoded(code: Any) -> Any:
     return root[found if several else found[0]]
 
 
-def _library(module: Any) -> str:
-    return next(name for name in BACKENDS if module.__name__ == f"cola.backends.{_MODULES[name]}")
-
-
-_MODULES = {"numpy": "np_fns", "torch": "torch_fns", "jax": "jax_fns"}
-
-
 def _reduce(self: Any) -> tuple[Any, ...]:
     state = dict(vars(self))
-    library = _library(state.pop("xnp")) if "xnp" in state else None
+    library = library_of(state.pop("xnp")) if "xnp" in state else None
     if library == "jax":  # its devices cannot be pickled; arrays come back on the default one
         del state["device"]
     return _restored, (_encoded(type(self)), library), state

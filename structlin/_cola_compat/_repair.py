@@ -66,6 +66,11 @@ def functions_of(backend: str) -> ModuleType:
     return np_fns
 
 
+def library_of(functions: ModuleType) -> str:
+    """``numpy``, ``torch`` or ``jax``, of CoLA's array functions; imports none of them."""
+    return functions.__name__.rpartition(".")[2].removesuffix("_fns").replace("np", "numpy")
+
+
 def is_array(x: Any) -> bool:
     """Whether ``x`` is an array of one of the three libraries."""
     try:

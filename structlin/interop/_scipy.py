@@ -11,7 +11,7 @@ import scipy.sparse.linalg
 from cola.ops import LinearOperator
 
 from structlin._arrays import dtype_name, to_backend
-from structlin._cola_compat._repair import functions_of, is_array
+from structlin._cola_compat._repair import functions_of, is_array, library_of
 from structlin.interop._arrays import host, require_operator
 from structlin.operators import StructuredOperator
 from structlin.structures.dense import Dense
@@ -52,9 +52,7 @@ class _ToSciPy(scipy.sparse.linalg.LinearOperator):
 
 
 def _library(A: LinearOperator) -> str:
-    if isinstance(A, StructuredOperator):
-        return A.backend
-    return next(name for name in ("torch", "jax", "numpy") if A.xnp is functions_of(name))
+    return A.backend if isinstance(A, StructuredOperator) else library_of(A.xnp)
 
 
 def to_scipy(A: LinearOperator) -> scipy.sparse.linalg.LinearOperator:

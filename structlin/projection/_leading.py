@@ -6,12 +6,12 @@ of thousands. So the leading left vectors come from the Gram matrix of the short
 - repeated squaring, for one vector of each of many small matrices: ``G^(2^k)`` becomes the projection onto it, also
   where singular values nearly agree, in products alone;
 - Lanczos iteration (ARPACK), for few vectors of a large matrix;
-- eigenvectors of G, those wanted alone where there is one matrix (LAPACK's ``syevr``).
+- eigenvectors of G, of large matrices those wanted alone (LAPACK's ``syevr``).
 
 A Gram matrix squares the condition: vectors whose singular values lie below the square root of roundoff are lost. Steps
 of subspace iteration with ``M`` itself, orthogonalised by Householder reflections from the largest vector down, bring
-them back: one step where the rest is large, four where it is near roundoff. Where these leave a matrix that is neither
-near that rank nor far from it, the decomposition is made in full after all.
+them back: none or one step where the rest is large, four where it is near roundoff. Where these leave a matrix that is
+neither near that rank nor far from it, the decomposition is made in full after all.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import scipy.sparse.linalg
 
 SMALL = 16  # shorter side up to which a full decomposition is quicker
 LANCZOS = 512  # shorter side from which Lanczos iteration is tried
+MANY = 4  # matrices from which squaring is quicker than eigenvectors
 SQUARINGS = 60  # G^(2^60) separates singular values that differ by roundoff
 
 
@@ -36,19 +37,21 @@ def leading(matrices: np.ndarray, count: int) -> np.ndarray:
         return np.linalg.svd(matrices, full_matrices=False)[0][..., :count]
     adjoint = matrices.conj().swapaxes(-1, -2)
     wide = matrices.shape[1] <= matrices.shape[2]
+    start = None
     if len(matrices) == 1 and short >= LANCZOS and count <= short // 128:
         start = _by_lanczos(matrices[0], count)
-    else:
-        start = None
+    exact = start is None and (count > 1 or len(matrices) < MANY)
     if start is None:
         gram = matrices @ adjoint if wide else adjoint @ matrices
-        start = _by_gram(gram, count)
+        start = _by_eigenvectors(gram, count) if exact else _by_squaring(gram)
         if not wide:
             start = _orthonormal(matrices @ start)
     total, eps = np.linalg.norm(matrices), float(np.finfo(matrices.dtype).eps)
     image = adjoint @ start
-    near = total**2 - np.linalg.norm(image) ** 2 <= 1e4 * eps * total**2
-    for _ in range(4 if near else 1):
+    rest = 1 - (np.linalg.norm(image) / total) ** 2 if total else 1.0
+    near = rest <= 1e4 * eps
+    # Eigenvectors of G miss at most its roundoff of the squared norm, which is nothing beside a large rest.
+    for _ in range(4 if near else 0 if exact and rest > 0.01 else 1):
         start = _orthonormal(matrices @ _orthonormal(image))
         image = adjoint @ start
     if near and np.linalg.norm(matrices - start @ image.conj().swapaxes(-1, -2)) > 100 * eps * total:
@@ -73,14 +76,13 @@ def _by_lanczos(matrix: np.ndarray, count: int) -> np.ndarray | None:
     return u[None, :, ::-1] if s.min() > 0 and np.isfinite(u).all() else None
 
 
-def _by_gram(gram: np.ndarray, count: int) -> np.ndarray:
-    batch, size = gram.shape[:2]
-    if count == 1 and batch >= 4:
-        return _by_squaring(gram)
-    if batch == 1:
-        wanted = (size - count, size - 1)
-        return scipy.linalg.eigh(gram[0], subset_by_index=wanted, check_finite=False)[1][None, :, ::-1]
-    return np.linalg.eigh(gram)[1][..., : -count - 1 : -1]
+def _by_eigenvectors(gram: np.ndarray, count: int) -> np.ndarray:
+    size = gram.shape[1]
+    if size < 128:
+        return np.linalg.eigh(gram)[1][..., : -count - 1 : -1]
+    wanted = (size - count, size - 1)
+    found = [scipy.linalg.eigh(g, subset_by_index=wanted, check_finite=False)[1] for g in gram]
+    return np.stack(found)[..., ::-1]
 
 
 def _by_squaring(gram: np.ndarray) -> np.ndarray:

@@ -38,8 +38,8 @@ def check(matrices, count):
     [
         ((30, 40, 60), 1, "_by_squaring"),
         ((30, 60, 40), 1, "_by_squaring"),
-        ((3, 60, 40), 5, "_by_gram"),
-        ((1, 40, 60), 5, "_by_gram"),
+        ((3, 60, 40), 5, "_by_eigenvectors"),
+        ((1, 40, 60), 5, "_by_eigenvectors"),
         ((1, 520, 540), 2, "_by_lanczos"),
         ((1, 540, 520), 1, "_by_lanczos"),
         ((4, 40, 60), 30, None),
@@ -48,7 +48,7 @@ def check(matrices, count):
 )
 def test_random_matrices_by_every_method(shape, count, way, dtype, monkeypatch):
     used = []
-    for name in ("_by_squaring", "_by_gram", "_by_lanczos"):
+    for name in ("_by_squaring", "_by_eigenvectors", "_by_lanczos"):
         method = getattr(_leading, name)
         monkeypatch.setattr(_leading, name, lambda *a, m=method, n=name: used.append(n) or m(*a))
     check(gaussian(np.random.default_rng(0), shape, dtype), count)
