@@ -24,7 +24,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
-from typing import Any
+from typing import Any, Protocol
 
 from structlin._arrays import Array
 from structlin.execution import wisdom
@@ -246,7 +246,7 @@ def using(policy: str) -> Iterator[None]:
 
 _pinned: dict[str, str] = {}
 _made: dict[str, tuple[str, str]] = {}  # of each problem's text the structure's and the way; no structure is held
-_recordings: list[list[Problem]] = []
+_recordings: list[list[Any]] = []  # of problems and other questions
 
 
 @dataclass(frozen=True)
@@ -282,7 +282,12 @@ def candidates(problem: Problem, policy: Policy | None = None, *, quick: bool = 
 
 def timings(problem: Problem) -> dict[str, float]:
     """Seconds of each way that was measured for a problem."""
-    found = wisdom.read(problem.key)
+    return timings_of(problem.key)
+
+
+def timings_of(key: str) -> dict[str, float]:
+    """The same, by the text of the problem."""
+    found = wisdom.read(key)
     return dict(found) if isinstance(found, Mapping) else {}
 
 
@@ -320,10 +325,50 @@ def _choose(problem: Problem, policy: Policy) -> tuple[Way, str]:
     return found[0].way, "the least estimate"
 
 
+def way_of(problem: Problem) -> Way:
+    """The way that :func:`choose` would take, without an entry in :func:`decisions`."""
+    return _choose(problem, policy_of(policy_text()))[0]
+
+
+class Alternatives(Protocol):
+    """A question with two or more named answers that is decided as the way of a problem is."""
+
+    @property
+    def key(self) -> str:
+        """The question as text."""
+
+    @property
+    def structure(self) -> Structure:
+        """Whose decisions it belongs to."""
+
+    def estimate(self) -> str:
+        """The answer where nothing was measured."""
+
+    def measure(self) -> dict[str, float]:
+        """Seconds of each answer."""
+
+
+def settle(question: Alternatives) -> str:
+    """The answer: what a resumed run pinned, the least measured time, a measurement now, or the estimate."""
+    policy, key = policy_of(policy_text()), question.key
+    name = _pinned.get(key)
+    if name is None and policy.names:
+        name = question.estimate()  # the ways that are named are those of chains
+    if name is None:
+        timed = timings_of(key)
+        if not timed and policy.mode == "measure":
+            timed = wisdom.write(key, question.measure())
+        name = min(timed, key=lambda one: timed[one]) if timed else question.estimate()
+    _made[key] = repr(question.structure), name
+    for met in _recordings:
+        met.append(question)
+    return name
+
+
 @contextmanager
-def recording() -> Iterator[list[Problem]]:
+def recording() -> Iterator[list[Any]]:
     """The problems that are met within a ``with`` statement, each once, in a list."""
-    met: list[Problem] = []
+    met: list[Any] = []
     forget()  # so that known problems are asked for again
     _recordings.append(met)
     try:

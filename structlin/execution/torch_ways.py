@@ -214,7 +214,11 @@ class TilesWay(PassesWay):
 
 
 class BlocksWay(PassesWay):
-    """Compiled passes with another number of tokens in a block. It is measured, and no estimate says that it pays."""
+    """Compiled passes with another number of tokens in a block.
+
+    How much that changes the time of a large chain is measured once on the machine. For others no estimate says that
+    it pays.
+    """
 
     def __init__(self, block: int) -> None:
         super().__init__(f"compiled-{block}", f"compiled-{block}", f"compiled-{block}")
@@ -227,10 +231,10 @@ class BlocksWay(PassesWay):
         return program is not None and program.block != self.block
 
     def least(self, problem: Problem) -> float:
-        return math.inf
+        return compiled_way.least(problem) if models.is_large(problem) else math.inf
 
     def seconds(self, problem: Problem) -> float:
-        return compiled_way.seconds(problem)
+        return super().seconds(problem) if models.is_large(problem) else compiled_way.seconds(problem)
 
 
 class StoredWay(PassesWay):
@@ -282,8 +286,9 @@ def _calibrated(dtype: str, threads: int, train: bool, large: bool) -> dict[str,
         Problem(structure, True, "torch", "cpu", dtype, tokens, threads, train)
         for structure, tokens in (models.TINY, models.LARGE if large else models.MEDIUM)
     )
-    ways = [way for way in choice.ways("torch") if isinstance(way, TorchWay) and not isinstance(way, BlocksWay)]
+    ways = [way for way in choice.ways("torch") if isinstance(way, TorchWay) and (large or way not in _block_ways)]
     calls, busy = (_timed(problem, ways) for problem in (small, other))
+    calls |= {way.name: calls[compiled_way.name] for way in _block_ways if compiled_way.name in calls}
     found = models.calibrated(calls, busy, {way.name: partial(way.model, other) for way in ways})
     # What is for few tokens alone has no time of the other chain.
     return {way.name: (calls[way.name], 1.0) for way in ways if way.name in calls} | found
@@ -298,6 +303,8 @@ for _clear in (_calibrated.cache_clear, rates.cache_clear):
     choice.measured_with(_clear)
 products_way, token_major_way = Products(), TokenMajor()
 compiled_way = PassesWay("compiled", "compiled", "compiled")
+# One on each side of what the sizes of caches suggest on the processors that were looked at.
+_block_ways = (BlocksWay(16), BlocksWay(48))
 for _way in (
     products_way,
     token_major_way,
@@ -305,9 +312,7 @@ for _way in (
     PassesWay("chunked", "chunked", "chunked"),
     compiled_way,
     PassesWay("compiled-chunked", "compiled", "chunked"),
-    # One on each side of what the sizes of caches suggest on the processors that were looked at.
-    BlocksWay(16),
-    BlocksWay(48),
+    *_block_ways,
     TilesWay(),
     StoredWay(),
 ):

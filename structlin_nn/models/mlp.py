@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from structlin_nn.models.blocks import Blocks
 from structlin_nn.models.factory import LinearFactory, StructureConfig
 from structlin_nn.models.sizes import check_positive, check_shape
+from structlin_nn.torch import mlp
 
 PERMUTATION_SEED = 0
 
@@ -46,7 +47,7 @@ class MLPBlock(nn.Module):
         self.down = linear(expansion * width, width, bias=bias, zero_init=True)
 
     def forward(self, h: Tensor) -> Tensor:
-        return h + self.down(F.gelu(self.up(self.norm(h))))
+        return mlp(h, self.up, self.down, norm=self.norm, residual=True)
 
 
 class MLP(nn.Module):

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from structlin_nn.models.factory import LinearFactory
+from structlin_nn.torch import mlp, projections
 
 
 class KeyValueCache:
@@ -49,7 +50,8 @@ class Attention(nn.Module):
 
     Logits are scaled by ``8 / head_dim`` in place of ``1 / sqrt(head_dim)``, as muP asks for (Yang and Hu, *Tensor
     Programs V*, 2022); at a head_dim of 64 the two agree. The output projection is zero at initialisation.
-    ``scale``, ``norms`` and ``projection_bias`` are for models that do otherwise, such as the published GPT-2.
+    ``scale``, ``norms`` and ``projection_bias`` are for models that do otherwise, such as the published GPT-2. A
+    ``norm`` of the input may be given to the call.
     """
 
     def __init__(
@@ -78,11 +80,10 @@ class Attention(nn.Module):
         self.key_norm = linear.norm(head_dim, bias=bias) if norms else nn.Identity()
         self.out = linear(inner, width, bias=bias, zero_init=True)
 
-    def forward(self, x: Tensor, cache: KeyValueCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, cache: KeyValueCache | None = None, norm: nn.Module | None = None) -> Tensor:
         split = (self.heads, self.head_dim)
-        q = self.query_norm(self.query(x).unflatten(-1, split)).transpose(1, 2)
-        k = self.key_norm(self.key(x).unflatten(-1, split)).transpose(1, 2)
-        v = self.value(x).unflatten(-1, split).transpose(1, 2)
+        q, k, v = (y.unflatten(-1, split) for y in projections(x, (self.query, self.key, self.value), norm))
+        q, k, v = self.query_norm(q).transpose(1, 2), self.key_norm(k).transpose(1, 2), v.transpose(1, 2)
         causal, mask = self.causal, None
         if cache is not None:
             k, v = cache.extend(k, v)
@@ -127,5 +128,6 @@ class Block(nn.Module):
         self.down = linear(expansion * width, width, bias=bias, zero_init=True)
 
     def forward(self, x: Tensor, cache: KeyValueCache | None = None) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), cache)
-        return x + self.down(F.gelu(self.up(self.ffn_norm(x)), approximate=self.gelu))
+        x = x + self.attention(x, cache, self.attention_norm)
+        activation = "gelu" if self.gelu == "none" else "gelu_tanh"
+        return mlp(x, self.up, self.down, activation, norm=self.ffn_norm, residual=True)

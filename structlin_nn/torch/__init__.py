@@ -1,6 +1,7 @@
 """Structured layers for torch: the layer, its place in existing models, and learning rates by structure."""
 
 from structlin_nn.torch._muon import Muon
+from structlin_nn.torch.blocks import StructuredMLP, fuse_mlps, mlp, projections
 from structlin_nn.torch.counting import CallCount, ModelCount, count
 from structlin_nn.torch.files import StructuredFile, load_structured, read_structured, save_structured
 from structlin_nn.torch.groups import ParameterGroups, ParameterRule, format_groups, parameter_groups
@@ -20,11 +21,15 @@ __all__ = [
     "ReplacementReport",
     "StructuredFile",
     "StructuredLinear",
+    "StructuredMLP",
     "count",
     "format_groups",
+    "fuse_mlps",
     "load_structured",
+    "mlp",
     "parameter_groups",
     "project_linear",
+    "projections",
     "read_structured",
     "replace_linear",
     "save_structured",

@@ -13,6 +13,7 @@ from structlin.structure import AbstractStructure
 from structlin_nn._patterns import Patterns, as_patterns
 from structlin_nn._replacement import PRESETS, Replacement, ReplacementReport, matching, names_of, select
 from structlin_nn.torch._modules import is_conv1d, linear_sizes
+from structlin_nn.torch.blocks import fuse_mlps
 from structlin_nn.torch.linear import StructuredLinear
 
 __all__ = ["PRESETS", "Replacement", "ReplacementReport", "replace_linear"]
@@ -32,6 +33,7 @@ def replace_linear(
     gain: bool | None = None,
     rule: str = "paper",
     checkpoint: bool = False,
+    fuse: bool = False,
     **options: Any,
 ) -> ReplacementReport:
     """Replace linear layers of ``model``, in place, by freshly drawn :class:`StructuredLinear` layers.
@@ -57,6 +59,8 @@ def replace_linear(
         shared_weights: a layer whose weight or bias is a parameter of another module too (a head tied to its
             embedding) cannot be replaced without untying it: ``"error"``, or ``"skip"`` to leave such layers alone.
         rms_cap, gain, rule, checkpoint: as in :class:`StructuredLinear`.
+        fuse: also put a :class:`StructuredMLP` in the place of each MLP of a known shape
+            (:func:`structlin_nn.torch.fuse_mlps`), which runs its layers as one pass. The report says which.
         **options: of the named structure.
 
     Returns:
@@ -120,6 +124,11 @@ def replace_linear(
             parent, _, attribute = name.rpartition(".")
             setattr(model.get_submodule(parent), attribute, new)
             notes |= dict.fromkeys(_switch_off_fast_paths(model, name))
+    if fuse:
+        fused = fuse_mlps(model)
+        notes |= dict.fromkeys(f"MLP {name}: {outcome}" for name, outcome in fused.items())
+        if not fused:
+            notes["no MLP of a known shape was found to be fused"] = None
     rows = tuple(
         Replacement(
             tuple(chosen[linear]),

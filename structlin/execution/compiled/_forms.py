@@ -41,7 +41,16 @@ class Forms:
         return [(kind, number, form) for number in numbers]
 
     def sizes(self, outside: Sequence[Key]) -> dict[Key, int]:
-        return {key: self._rows[key[1]] for key in self._keys if key not in outside}
+        """Numbers of each token of the arrays in scratch memory, without gradients that share it (:meth:`shared`)."""
+        return {key: self._rows[key[1]] for key in self._keys if key not in outside and not self._shared(key, outside)}
+
+    def shared(self, outside: Sequence[Key]) -> dict[Key, Key]:
+        """Gradients that are written where an activation is, which is not read any more then, and that activation."""
+        return {key: ("state", *key[1:]) for key in self._keys if self._shared(key, outside)}
+
+    def _shared(self, key: Key, outside: Sequence[Key]) -> bool:
+        held = ("state", *key[1:])
+        return key[0] == "flow" and held in self._keys and held not in outside
 
     def bytes(self, outside: Sequence[Key]) -> int:
         """Of each token, that are read and written in scratch memory."""

@@ -8,7 +8,6 @@ a pass the factors are copied into the orders of axes that its products read, an
 
 from __future__ import annotations
 
-import ctypes
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,13 +20,14 @@ from structlin.execution.compiled import _tiles as tiles
 from structlin.execution.compiled._arrange import Arrangement, load_copies
 from structlin.execution.compiled._emit import Emitter, Memory
 from structlin.execution.compiled._forms import Array, Forms, Key
-from structlin.execution.compiled._ir import Code, Int
+from structlin.execution.compiled._ir import Int
 from structlin.execution.compiled._limits import limits
 from structlin.execution.compiled._product import BYTES, Axis
 from structlin.execution.compiled._schedule import LINE, Operation, Schedule, make_schedule
 from structlin.execution.compiled._schedule import row as row_of
-from structlin.execution.compiled._target import Target, load
-from structlin.execution.compiled._tiles import BUFFER, SIDE, write_product
+from structlin.execution.compiled._target import Target
+from structlin.execution.compiled._tiles import SIDE, write_product
+from structlin.execution.compiled._writer import At, Pass, Writer
 
 ELEMENTS = {"float32": ("float", "float"), "float64": ("double", "double"), "bfloat16": ("bfloat", "float")}
 # Tokens of a block: few, so that the activations stay in the second level of cache, and many enough that reading the
@@ -37,15 +37,6 @@ BLOCKS, OTHER_BLOCKS, TILE_BLOCKS = (48, 32, 16), (48, 24), (64, 32)
 # Of a block if not even the factors, or the sums of their gradients, stay in cache from one block to the next.
 LARGE_BLOCKS, LARGE_TILE_BLOCKS = (144, 72), (128, 64)
 COLUMN_BLOCK = 48  # whole cache lines of each number, and whole vectors
-
-
-@dataclass(frozen=True)
-class Pass:
-    """``run(table, first, last, total)`` for tokens ``first`` to ``last`` of all; ``scratch``: bytes that it needs."""
-
-    run: Callable[..., None]
-    scratch: int
-    block: int
 
 
 @dataclass(frozen=True)
@@ -119,8 +110,10 @@ class Program:
     def __init__(
         self, schedule: Schedule, target: Target, dtype: str, d_in: int, d_out: int, rows: bool,
         shapes: Sequence[tuple[int, ...]], part: Part | None = None, packed: bool = True, block: int | None = None,
+        inner: tuple[bool, bool] = (False, False),
     ) -> None:  # fmt: skip
         self.schedule, self.target, self.d_in, self.d_out, self.rows = schedule, target, d_in, d_out, rows
+        self.inner = inner
         self.outside, self.inside = ELEMENTS[dtype]
         self.shapes, self.part = tuple(shapes), part
         self.strides = part.strides(d_in, d_out) if part else (d_in, d_out)
@@ -222,7 +215,7 @@ class Program:
 
     def _whole_back_forms(self, kept: bool) -> tuple[Forms, list[Key]]:
         """Of the backward pass with all gradients."""
-        return self._back_forms((True,) * (2 + len(self.shapes)), kept)
+        return self.back_forms((True,) * (2 + len(self.shapes)), kept)
 
     def _back_block(self, gradients: bool, each: int, shared: bool) -> int:
         """Of the backward pass, which has so many bytes of each token in scratch memory; ``shared`` among threads."""
@@ -261,32 +254,32 @@ class Program:
         schedule, forms = self.schedule, Forms(self.inside, self.schedule.rows)
         for k, operation in enumerate(schedule.forward):
             forms.read_by(operation, "state", k)
-        if self._cuts_front:
+        if self.cuts_front:
             forms.read("state", len(schedule.forward))
         return forms
 
     @property
-    def _cuts_front(self) -> bool:
+    def cuts_front(self) -> bool:
         """Whether the output goes through scratch memory."""
-        return self.d_out < self.schedule.widths[-1] or not self.rows
+        return self.inner[1] or self.d_out < self.schedule.widths[-1] or not self.rows
 
     @_once
     def forward(self, bias: bool, kept: bool) -> Pass:
         """Table: x, y, scratch, bias (if any), factors, and where ``kept`` the activations between steps."""
         schedule, last = self.schedule, len(self.schedule.forward)
-        forms, cut = self._front_forms(), self._cuts_front
+        forms, cut = self._front_forms(), self.cuts_front
         outside = forms.keep("state", range(1, last)) if kept else []
-        writer = _Writer(self, self._front_block(forms.bytes([])))
+        writer = Writer(self, self._front_block(forms.bytes([])))
         x, y = map(writer.end, self.strides)
         arrays = writer.scratch(forms, outside)
         added = writer.whole(self.inside) if bias else None
         factors = [writer.factor(operation) for operation in schedule.forward]
         arrays |= {key: writer.rows(self.outside, schedule.rows[key[1]]) for key in outside}
 
-        def body(emitter: Emitter, at: Callable[[Array], Memory]) -> None:
+        def body(emitter: Emitter, at: At) -> None:
             for array in forms.of(arrays, "state", 0):
                 full, enters = schedule.widths[0], schedule.forward[0].enters
-                self._read(emitter, at(x), (self.strides[0], self.d_in), at(array), schedule.rows[0], full, enters)
+                self.read(emitter, at(x), (self.strides[0], self.d_in), at(array), schedule.rows[0], full, enters)
             for k, operation in enumerate(schedule.forward):
                 to = [at(array) for array in forms.of(arrays, "state", k + 1) or [y]]
                 source = writer.source(emitter, at, forms, arrays, operation, "state", k)
@@ -294,7 +287,7 @@ class Program:
                 writer.multiply(emitter, operation, to, source, at(factors[k]), bias=fused)
             if cut:
                 source = at(forms.one(arrays, "state", last))
-                self._write(emitter, source, schedule.rows[last], at(y), (self.strides[1], self.d_out))
+                self.write(emitter, source, schedule.rows[last], at(y), (self.strides[1], self.d_out))
 
         return writer.compile(body)
 
@@ -309,11 +302,11 @@ class Program:
         wanted = [k for k in range(last) if needs[k + 1]]
         passed = range(last - 1, -1 if needs[0] else min(wanted), -1)  # steps that the gradient passes through
         again = range(0 if kept else max(wanted, default=0))  # steps that are run again
-        cut = self._cuts_back
-        paired = {k for k in wanted if self._gradient_in_pairs(k)}
+        cut = self.cuts_back
+        paired = {k for k in wanted if self.gradient_in_pairs(k)}
         by_tiles = {k for k in paired if self._gradient_by_tiles(k)}
-        forms, outside = self._back_forms(needs, kept)
-        writer = _Writer(self, self._back_block(bool(wanted), forms.bytes(outside), shared))
+        forms, outside = self.back_forms(needs, kept)
+        writer = Writer(self, self._back_block(bool(wanted), forms.bytes(outside), shared))
         x, gy = map(writer.end, self.strides)
         arrays = writer.scratch(forms, outside)
         gx = writer.end(self.strides[0]) if needs[0] else None
@@ -323,11 +316,11 @@ class Program:
         arrays |= {key: writer.rows(self.outside, self.kept_rows[key[1]]) for key in outside}
         factors = [writer.factor(schedule.forward[k]) for k in again]
 
-        def body(emitter: Emitter, at: Callable[[Array], Memory]) -> None:
+        def body(emitter: Emitter, at: At) -> None:
             def copy(source: Array, kind: str, number: int, width: int, reader: Operation) -> None:
                 for array in forms.of(arrays, kind, number):
                     full, ends = schedule.widths[number], (source.row, width)
-                    self._read(
+                    self.read(
                         emitter, at(source), ends, at(array), rows[number], full, reader.enters, even=bool(paired)
                     )
 
@@ -345,44 +338,61 @@ class Program:
             for key in arrays:
                 if by_tiles and key[2] == "tokens":
                     tiles.clear_after(emitter, at(arrays[key]), rows[key[1]], schedule.widths[key[1]])
-            for k in again:
-                operation = schedule.forward[k]
-                to = [at(array) for array in forms.of(arrays, "state", k + 1)]
-                source = writer.source(emitter, at, forms, arrays, operation, "state", k)
-                writer.multiply(emitter, operation, to, source, at(factors[k]), tokens=inner)
-            for k in range(last - 1, -1, -1):
-                if k in grads:
-                    ends = (("flow", k + 1), ("state", k))
-                    form = "tokens" if k in paired else "plain"
-                    flow, state = (at(forms.one(arrays, *end, form)) for end in ends)
-                    count = emitter.code.value(f"lshr i64 {emitter.even}, 1") if k in paired else emitter.tokens
-                    product = schedule.gradients[k].product
-                    if k in by_tiles:
-                        kind, number = self._turned_for_gradient(k)
-                        last_tokens = at(forms.one(arrays, kind, number, "last"))
-                        source = state if product.swapped else flow
-                        tiles.turn_tokens(emitter, source, rows[number], schedule.widths[number], last_tokens)
-                        flow, state = (flow, last_tokens) if product.swapped else (last_tokens, state)
-                        product = tiles.tokens_last(product, emitter.block)
-                    write_product(
-                        emitter, product, [at(grads[k])], flow, state, add=True, tokens=count, buffer=writer.buffer
-                    )
-                if k in back:
-                    operation, found = schedule.back[k], forms.of(arrays, "flow", k)
-                    source = writer.source(emitter, at, forms, arrays, operation, "flow", k + 1)
-                    if found:
-                        to, count = [at(array) for array in found], inner
-                    else:
-                        assert gx is not None
-                        to, count = [at(gx)], emitter.tokens
-                    writer.multiply(emitter, operation, to, source, at(back[k]), tokens=count)
+            self.write_states(writer, emitter, at, forms, arrays, {k: factors[k] for k in again}, inner)
+            self.write_gradients(writer, emitter, at, forms, arrays, grads, back, inner, gx)
             if gx is not None and cut:
                 wide = self.strides[0], self.d_in
-                self._write(emitter, at(forms.one(arrays, "flow", 0)), rows[0], at(gx), wide)
+                self.write(emitter, at(forms.one(arrays, "flow", 0)), rows[0], at(gx), wide)
 
         return writer.compile(body)
 
-    def _back_forms(self, needs: tuple[bool, ...], kept: bool) -> tuple[Forms, list[Key]]:
+    def write_states(
+        self, writer: Writer, emitter: Emitter, at: At, forms: Forms, arrays: Mapping[Key, Array],
+        factors: Mapping[int, Array], tokens: Int,
+    ) -> None:  # fmt: skip
+        """The forward products by these factors, from one activation in scratch memory to the next."""
+        for k, factor in factors.items():
+            operation = self.schedule.forward[k]
+            to = [at(array) for array in forms.of(arrays, "state", k + 1)]
+            source = writer.source(emitter, at, forms, arrays, operation, "state", k)
+            writer.multiply(emitter, operation, to, source, at(factor), tokens=tokens)
+
+    def write_gradients(
+        self, writer: Writer, emitter: Emitter, at: At, forms: Forms, arrays: Mapping[Key, Array],
+        grads: Mapping[int, Array], back: Mapping[int, Array], tokens: Int, gx: Array | None,
+    ) -> None:  # fmt: skip
+        """The products of the backward pass, with the sums ``grads`` and the factors ``back``, by their numbers.
+
+        The last one writes to ``gx`` unless the gradient of the input is in scratch memory.
+        """
+        rows, widths = self.schedule.rows, self.schedule.widths
+        for k in range(len(self.schedule.forward) - 1, -1, -1):
+            if k in grads:
+                pairs, ends = self.gradient_in_pairs(k), (("flow", k + 1), ("state", k))
+                flow, state = (at(forms.one(arrays, *end, "tokens" if pairs else "plain")) for end in ends)
+                count = emitter.code.value(f"lshr i64 {emitter.even}, 1") if pairs else emitter.tokens
+                product = self.schedule.gradients[k].product
+                if self._gradient_by_tiles(k):
+                    kind, number = self._turned_for_gradient(k)
+                    last_tokens = at(forms.one(arrays, kind, number, "last"))
+                    source = state if product.swapped else flow
+                    tiles.turn_tokens(emitter, source, rows[number], widths[number], last_tokens)
+                    flow, state = (flow, last_tokens) if product.swapped else (last_tokens, state)
+                    product = tiles.tokens_last(product, emitter.block)
+                write_product(
+                    emitter, product, [at(grads[k])], flow, state, add=True, tokens=count, buffer=writer.buffer
+                )
+            if k in back:
+                operation, found = self.schedule.back[k], forms.of(arrays, "flow", k)
+                source = writer.source(emitter, at, forms, arrays, operation, "flow", k + 1)
+                if found:
+                    to, count = [at(array) for array in found], tokens
+                else:
+                    assert gx is not None
+                    to, count = [at(gx)], emitter.tokens
+                writer.multiply(emitter, operation, to, source, at(back[k]), tokens=count)
+
+    def back_forms(self, needs: tuple[bool, ...], kept: bool) -> tuple[Forms, list[Key]]:
         """What the backward pass reads, and which of that is kept outside of scratch memory."""
         schedule, last = self.schedule, len(self.schedule.forward)
         wanted = [k for k in range(last) if needs[k + 1]]
@@ -391,14 +401,14 @@ class Program:
         for k in range(0 if kept else max(wanted, default=0)):
             forms.read_by(schedule.forward[k], "state", k)
         for k in wanted:
-            form = "tokens" if self._gradient_in_pairs(k) else "plain"
+            form = "tokens" if self.gradient_in_pairs(k) else "plain"
             forms.read("state", k, form)
             forms.read("flow", k + 1, form)
             if self._gradient_by_tiles(k):
                 forms.read(*self._turned_for_gradient(k), "last")
         for k in passed:
             forms.read_by(schedule.back[k], "flow", k + 1)
-        if self._cuts_back and needs[0]:
+        if self.cuts_back and needs[0]:
             forms.read("flow", 0)
         # Slices of kept activations do not lie as the products read them.
         return forms, forms.keep("state", range(1, last), "kept" if self.part else "plain") if kept else []
@@ -411,11 +421,11 @@ class Program:
         return tuple(row_of(width * self.part.count, self.inside) for width in self.schedule.widths)
 
     @property
-    def _cuts_back(self) -> bool:
+    def cuts_back(self) -> bool:
         """Whether the gradient of the input goes through scratch memory."""
-        return self.d_in < self.schedule.widths[0] or not self.rows
+        return self.inner[0] or self.d_in < self.schedule.widths[0] or not self.rows
 
-    def _read(
+    def read(
         self, emitter: Emitter, source: Memory, ends: tuple[int, int], target: Memory, row: int, full: int,
         enters: Axis | None, even: bool = False,
     ) -> None:  # fmt: skip
@@ -430,7 +440,7 @@ class Program:
         else:
             emitter.from_columns(source, "%total", target, row, width, full)
 
-    def _write(self, emitter: Emitter, source: Memory, row: int, target: Memory, ends: tuple[int, int]) -> None:
+    def write(self, emitter: Emitter, source: Memory, row: int, target: Memory, ends: tuple[int, int]) -> None:
         """The output, or the gradient of the input."""
         stride, width = ends
         if self.rows:
@@ -438,7 +448,7 @@ class Program:
         else:
             emitter.to_columns(source, row, target, "%total", width)
 
-    def _gradient_in_pairs(self, k: int) -> bool:
+    def gradient_in_pairs(self, k: int) -> bool:
         """Whether to add up the gradient of factor k over pairs of tokens in bfloat16."""
         schedule = self.schedule
         if not self.pairs or not any(axis.size == 0 for axis in schedule.gradients[k].product.summed):
@@ -450,7 +460,7 @@ class Program:
 
     def _gradient_by_tiles(self, k: int) -> bool:
         """Whether to turn an activation, or a gradient of one, so that tiles can add the gradient of factor k up."""
-        if not self.tiles or not self._gradient_in_pairs(k):
+        if not self.tiles or not self.gradient_in_pairs(k):
             return False
         width = self.schedule.widths[self._turned_for_gradient(k)[1]]
         return tiles.tiles_pay(self.schedule.gradients[k].product, width, self.target, self.inside)
@@ -470,85 +480,6 @@ def _dtype(element: str) -> Any:
     return {"float": torch.float32, "double": torch.float64, "bfloat": torch.bfloat16}[element]
 
 
-class _Writer:
-    """The frame of a pass: reads the table, and runs ``body`` for each block of tokens."""
-
-    def __init__(self, program: Program, block: int) -> None:
-        self.program, self.code, self.places, self.block, self.bytes = program, Code(), 0, block, 0
-        self.buffer: str | None = None  # for sums of tiles
-
-    def _next(self) -> str:
-        pointer = self.code.at("ptr", "%table", self.places)
-        self.places += 1
-        return self.code.value(f"load ptr, ptr {pointer}")
-
-    def rows(self, element: str, row: int) -> Array:
-        return Array(self._next(), element, row)
-
-    def end(self, stride: int) -> Array:
-        """The input, the output, or the gradient of one, with ``stride`` numbers from row to row."""
-        return self.rows(self.program.outside, stride if self.program.rows else 1)
-
-    def whole(self, element: str) -> Array:
-        return Array(self._next(), element, 0)
-
-    def factor(self, operation: Operation) -> Array:
-        return self.whole(self.program.element(operation))
-
-    def scratch(self, forms: Forms, outside: Sequence[Key]) -> dict[Key, Array]:
-        pointer, found = self._next(), {}
-        for key, row in forms.sizes(outside).items():
-            element = forms.elements[key[2]]
-            found[key] = Array(self.code.at("i8", pointer, self.bytes), element, 0, key[2] == "zipped")
-            self.bytes += -(-row * self.block * BYTES[element] // LINE) * LINE
-        if self.program.tiles:
-            self.buffer = self.code.at("i8", pointer, self.bytes)
-            self.bytes += BUFFER
-        return found
-
-    def source(
-        self, emitter: Emitter, at: Callable[[Array], Memory], forms: Forms, arrays: Mapping[Key, Array],
-        operation: Operation, kind: str, number: int,
-    ) -> Memory:  # fmt: skip
-        """The activation that an operation reads, or the copy of it that is made here."""
-        found = at(forms.one(arrays, kind, number, operation.reads))
-        if operation.turn is None:
-            return found
-        copy = at(forms.one(arrays, f"turned {kind}", number, "turned"))
-        operation.turn.write(emitter, found, self.program.schedule.rows[number], copy)
-        return copy
-
-    def multiply(
-        self, emitter: Emitter, operation: Operation, out: Sequence[Memory], source: Memory, factor: Memory,
-        bias: Memory | None = None, tokens: Int | None = None,
-    ) -> None:  # fmt: skip
-        write_product(
-            emitter, operation.product, out, source, factor,
-            bias=bias, tokens=tokens, zipped=operation.zips, buffer=self.buffer,
-        )  # fmt: skip
-
-    def compile(self, body: Callable[[Emitter, Callable[[Array], Memory]], None]) -> Pass:
-        code = self.code
-
-        def block(first: int | str, _: list[str]) -> None:
-            count = code.least(code.subtract("%last", first), self.block)
-            emitter = Emitter(code, self.program.target, self.program.inside, count, self.block)
-
-            def at(array: Array) -> Memory:
-                offset = code.multiply(first, array.row)
-                return Memory(code.at(array.element, array.pointer, offset), array.element, array.zipped)
-
-            body(emitter, at)
-
-        code.loop("%first", "%last", self.block, block)
-        if self.program.tiles:
-            tiles.release(code)
-        target = self.program.target
-        text = code.function("chain", "ptr %table, i64 %first, i64 %last, i64 %total", target.attributes)
-        run = load(text, "chain", target, [ctypes.c_void_p, *[ctypes.c_int64] * 3])
-        return Pass(run, self.bytes, self.block)
-
-
 # Structures that are equal share a program, as long as it is one of the PROGRAMS that were asked for last: one takes
 # 0.1 to 1 MB. Others live with what holds them.
 PROGRAMS = 64
@@ -558,12 +489,14 @@ PROGRAMS = 64
 def make_program(
     steps: tuple[Step, ...], sizes: tuple[tuple[str, int], ...], d_in: int, d_out: int, rows: bool, dtype: str,
     target: Target, part: Part | None = None, packed: bool = True, block: int | None = None,
+    inner: tuple[bool, bool] = (False, False),
 ) -> Program | None:  # fmt: skip
     """None where the chain has no schedule, and for columns in bfloat16.
 
     Not ``packed``: a forward pass for one or a few tokens, which reads the factors as they are stored; None also where
     its products would have no axis for their vectors. ``block``: tokens that all steps run for, one after the other, at
-    a time, rounded up to whole pairs or for columns to whole vectors; None: as many as the caches suggest.
+    a time, rounded up to whole pairs or for columns to whole vectors; None: as many as the caches suggest. ``inner``:
+    whether the input and the output are in scratch memory, between chains of a block (:mod:`.block`).
     """
     if dtype == "bfloat16" and not rows:
         return None
@@ -571,10 +504,10 @@ def make_program(
     strides, between = (part.strides(d_in, d_out), part.between) if part else (None, None)
     schedule = make_schedule(
         *(steps, dict(sizes), target, ELEMENTS[dtype][1], d_in, d_out, rows, pairs),
-        *(strides, dict(between) if between else None, packed),
+        *(strides, dict(between) if between else None, packed, inner),
     )
     size = dict(sizes)
     shapes = [tuple(size[a] for a in step.factor) for step in steps]
     if schedule is None:
         return None
-    return Program(schedule, target, dtype, d_in, d_out, rows, shapes, part, packed, block)
+    return Program(schedule, target, dtype, d_in, d_out, rows, shapes, part, packed, block, inner)

@@ -162,7 +162,7 @@ def row(width: int, element: str) -> int:
 def make_schedule(
     steps: Sequence[Step], sizes: Mapping[str, int], target: Target, element: str, d_in: int, d_out: int,
     rows: bool = True, pairs: bool = False, strides: tuple[int, int] | None = None,
-    between: Mapping[str, int] | None = None, packed: bool = True,
+    between: Mapping[str, int] | None = None, packed: bool = True, inner: tuple[bool, bool] = (False, False),
 ) -> Schedule | None:  # fmt: skip
     """The cheapest schedule found; None where some product would have no axis for its vectors.
 
@@ -172,12 +172,14 @@ def make_schedule(
     The output is written to rows of ``d_out`` numbers, and the gradient of the input to rows of ``d_in``, unless they
     are shorter than the chain's, or no ``rows``, and come from scratch memory. ``strides``: from row to row of the
     input and of the output, where these are slices of longer ones; ``between``: sizes of the axes of which the
-    activations between steps are slices.
+    activations between steps are slices. ``inner``: whether the input and the output are in scratch memory anyway.
     """
     full = math.prod(sizes[a] for a in steps[0].input), math.prod(sizes[a] for a in steps[-1].output)
     last = len(steps)
     whole = (0, d_in == full[0]), (last, d_out == full[1])
-    ends = {k: stride for (k, uncut), stride in zip(whole, strides or (d_in, d_out), strict=True) if uncut and rows}
+    outside = [uncut and rows and not held for (_, uncut), held in zip(whole, inner, strict=True)]
+    given = strides or (d_in, d_out)
+    ends = {k: stride for k, stride, direct in zip((0, last), given, outside, strict=True) if direct}
     maker = _Maker(steps, sizes, target, element, ends, pairs, between or sizes, packed)
     # Forward: from each order of an activation, the cheapest way from the input. Then back from the output.
     ways: dict[str, tuple[float, list[str], list[Operation]]] = {o: (0.0, [o], []) for o in maker.orders(0)}

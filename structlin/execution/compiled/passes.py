@@ -12,12 +12,13 @@ from torch.nn import functional as F
 
 from structlin._parse import Step
 from structlin.execution.compiled._buffers import Packed, Sums, kept_places
-from structlin.execution.compiled._program import Pass, Program
+from structlin.execution.compiled._program import Program
 from structlin.execution.compiled._rules import ChainRules, cuts, shares
 from structlin.execution.compiled._schedule import LINE
 from structlin.execution.compiled._slices import Slices, whole
 from structlin.execution.compiled._target import Target
 from structlin.execution.compiled._team import run_shares
+from structlin.execution.compiled._writer import Pass
 
 _NAMES = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16"}
 # Of some of the tokens: the pass, the factors that it goes back through, and what else it reads of a slice.

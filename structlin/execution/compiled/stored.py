@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from structlin.execution.compiled._program import Pass, Program
+from structlin.execution.compiled._program import Program
 from structlin.execution.compiled._rules import ChainRules
 from structlin.execution.compiled._schedule import LINE
+from structlin.execution.compiled._writer import Pass
 
 _NAMES = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16"}
 

@@ -22,10 +22,11 @@ import jax.numpy as jnp
 
 from structlin._parse import parse_chain
 from structlin.execution.compiled._product import BYTES
-from structlin.execution.compiled._program import Pass, Program
+from structlin.execution.compiled._program import Program
 from structlin.execution.compiled._rules import COPIED_SHARE, ChainRules, copy_shares, cuts, shares
 from structlin.execution.compiled._schedule import LINE
 from structlin.execution.compiled._target import CompileError, address, host, warn_once
+from structlin.execution.compiled._writer import Pass
 from structlin.execution.compiled._xla_runtime import TARGET, TYPES, add, fill, register, unsupported
 from structlin.structure import Structure
 

@@ -151,4 +151,4 @@ def test_blocks_by_the_size_of_the_cache(monkeypatch):
         monkeypatch.setattr(_program, "limits", lambda l2=l2: Limits.of(Caches(32 << 10, l2, 16 << 20)))
         program = program_of(structure, "float32", AVX512)
         found.append((program.forward(False, False).block, program.backward((True, True, True, False), False).block))
-    assert found == [(16, 16), (16, 16), (32, 16), (48, 32)]
+    assert found == [(16, 16), (16, 16), (32, 16), (48, 48)]

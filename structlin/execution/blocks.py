@@ -1,0 +1,396 @@
+"""Blocks of a network in torch: an MLP or the projections of one input as one pass (:mod:`.compiled.block`).
+
+A :class:`TorchBlock` says what is computed. A call runs it as one compiled pass over the memory of plain tensors, or
+says that it cannot: then the caller runs layer after layer. Which of the two is faster is chosen as the ways of a chain
+are (:mod:`.choice`).
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache, partial
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from structlin._arrays import ops
+from structlin.execution import choice
+from structlin.execution._guard import addressable, guard_of, recording, watched
+from structlin.execution.compiled._activations import ACTIVATIONS
+from structlin.execution.compiled._buffers import Packed, Sums
+from structlin.execution.compiled._rules import cuts, shares
+from structlin.execution.compiled._schedule import LINE
+from structlin.execution.compiled._slices import whole
+from structlin.execution.compiled._target import CompileError, host, warn_once
+from structlin.execution.compiled._team import run_shares
+from structlin.execution.compiled.block import BlockProgram, BlockSpec, make_block
+from structlin.execution.products import products
+from structlin.execution.torch_ways import BlocksWay, compiled_way, torch_chain
+from structlin.structure import Structure
+
+__all__ = ["TorchBlock", "torch_block"]
+
+_TORCH = ops("torch")
+_NAMES = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16"}
+_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "relu": F.relu,
+    "silu": F.silu,
+}
+assert _FUNCTIONS.keys() == ACTIVATIONS.keys()
+
+
+@dataclass(frozen=True, eq=False)
+class TorchBlock:
+    """What a block computes; see :class:`structlin.execution.compiled.block.BlockSpec`. :func:`torch_block` makes it.
+
+    ``first``: the structures that read the input (tokens, d_in); ``second``: the one that reads the hidden features.
+    """
+
+    first: tuple[Structure, ...]
+    second: Structure | None
+    activation: str | None
+    biases: tuple[bool, ...]
+    norm: str | None = None
+    eps: float = 0.0
+    affine: tuple[bool, bool] = (False, False)
+    residual: bool = False
+    _taken: dict[tuple[Any, ...], int | None] = field(default_factory=dict, init=False, repr=False)
+
+    @cached_property
+    def structures(self) -> tuple[Structure, ...]:
+        return self.first if self.second is None else (*self.first, self.second)
+
+    @cached_property
+    def macs(self) -> int:
+        """Of one token."""
+        return sum(structure.macs for structure in self.structures)
+
+    @cached_property
+    def _spec(self) -> BlockSpec:
+        def chain(s: Structure) -> tuple[Any, ...]:
+            return s.steps, s.sizes, s.d_in, s.d_out
+
+        first, second = tuple(map(chain, self.first)), None if self.second is None else chain(self.second)
+        return BlockSpec(
+            first, second, self.activation, self.biases, self.norm, self.eps, self.affine, self.residual
+        )  # fmt: skip
+
+    def program(self, dtype: torch.dtype, block: int = 0) -> BlockProgram | None:
+        """None where the block cannot be compiled for this dtype."""
+        target = host()
+        if target is None or dtype not in _NAMES or not all(s.steps for s in self.structures):
+            return None
+        return make_block(self._spec, _NAMES[dtype], target, block or None)
+
+    def layers(self, x: Tensor, operands: Sequence[Tensor | None], run: Run) -> tuple[Tensor, ...]:
+        """The outputs layer after layer, with ``run(structure, h, factors, bias)`` for each of them.
+
+        ``operands``: weight and bias of the norm, the bias of each structure (None where there is none), and the
+        factors of all structures.
+        """
+        weight, shift, *rest = operands
+        h = x
+        if self.norm == "layer":
+            h = F.layer_norm(x, x.shape[1:], weight, shift, self.eps)
+        elif self.norm == "rms":
+            h = F.rms_norm(x, x.shape[1:], weight, self.eps)
+        found: list[Tensor] = []
+        for number, (structure, bias, factors) in enumerate(self._by_structure(rest)):
+            if number == len(self.first):
+                assert self.activation is not None
+                h = _FUNCTIONS[self.activation](found[0])
+                for other in found[1:]:
+                    h = h * other
+                found = []
+            found.append(run(structure, h, factors, bias))
+        return (found[0] + x,) if self.residual else tuple(found)
+
+    def _by_structure(
+        self, operands: Sequence[Tensor | None]
+    ) -> Iterator[tuple[Structure, Tensor | None, list[Tensor]]]:  # fmt: skip
+        """The bias and the factors of each structure."""
+        at = len(self.structures)
+        for structure, bias in zip(self.structures, operands, strict=False):
+            mine = operands[at : (at := at + len(structure.steps))]
+            yield structure, bias, cast(list[Tensor], mine)
+
+    def plain(self, x: Tensor, operands: Sequence[Tensor | None]) -> bool:
+        """Whether the memory of all operands may be read by address; nothing that is wrong passes."""
+        weight, shift, *rest = operands
+        if watched() or x.ndim != 2 or x.shape[1] != self.first[0].d_in or not len(x):
+            return False
+        for structure, bias, factors in self._by_structure(rest):
+            if not guard_of(structure).plain(x, factors if bias is None else [*factors, bias]):
+                return False
+        return all(
+            t is None or (addressable(t) and t.shape == x.shape[1:] and t.dtype is x.dtype) for t in (weight, shift)
+        )
+
+    def __call__(self, x: Tensor, operands: Sequence[Tensor | None]) -> tuple[Tensor, ...] | None:
+        """The outputs, differentiable any number of times; None where the layers have to run one after the other."""
+        if not self.plain(x, operands):
+            return None
+        train = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *operands))
+        size = self._block(x, train)
+        if size is None:
+            return None
+        try:
+            if train:
+                found = _Differentiable.apply(self, size, x, *operands)
+                return found if isinstance(found, tuple) else (found,)
+            return self.run(x, operands, size)
+        except CompileError as error:
+            self._failed(error)
+            return None
+
+    def _failed(self, error: CompileError) -> None:
+        """The compiler did not compile a pass: no other is tried."""
+        _failed.add(self)
+        choice.forget()
+        warn_once(error, "A block of a network by torch")
+
+    def _block(self, x: Tensor, train: bool) -> int | None:
+        """How many tokens to run at a time, 0: as many as the caches suggest; None: layer after layer is faster."""
+        tokens, threads = choice.bucket(len(x)), torch.get_num_threads()
+        key = x.dtype, tokens, threads, train, choice.own_policy(), choice.generation()
+        if key not in self._taken:
+            problem = BlockProblem(self, str(x.dtype).removeprefix("torch."), tokens, threads, train)
+            taken = SEPARATE if self in _failed or not problem.supported() else choice.settle(problem)
+            self._taken[(*key[:-1], choice.generation())] = None if taken == SEPARATE else int(taken.split("-")[1])
+            return self._block(x, train)
+        return self._taken[key]
+
+    def run(self, x: Tensor, operands: Sequence[Tensor | None], block: int = 0) -> tuple[Tensor, ...]:
+        """The outputs by the compiled pass, without gradients. All operands are plain."""
+        program = self.program(x.dtype, block)
+        assert program is not None
+        weight, shift, biases, factors = self._parts(program, operands)
+        outputs = tuple(torch.empty(len(x), size, dtype=x.dtype) for size in self._spec.outputs)
+        x = x.contiguous()
+        packed = [Packed(whole(p), "forward", range(len(f)), f) for p, f in zip(program.programs, factors, strict=True)]
+        given = [t for t in (weight, shift, *biases) if t is not None]
+        table = [t.data_ptr() for t in given] + [place for p in packed for place in p.slice(0)]
+        ends = [x.data_ptr(), *(y.data_ptr() for y in outputs)]
+        count = shares(len(x), torch.get_num_threads(), self.macs)
+        _run(program.forward, len(x), ends, [table] * count, program)
+        return outputs
+
+    def backward(
+        self, gradients: Sequence[Tensor], x: Tensor, operands: Sequence[Tensor | None], block: int = 0
+    ) -> list[Tensor | None]:  # fmt: skip
+        """Gradients of x and all operands, from those of the outputs. All tensors are plain."""
+        program = self.program(x.dtype, block)
+        assert program is not None
+        weight, shift, biases, factors = self._parts(program, operands)
+        x, gradients = x.contiguous(), [g.contiguous() for g in gradients]
+        count, kind, like = shares(len(x), torch.get_num_threads(), self.macs), program.programs[0].dtype, x.dtype
+        gx = torch.empty_like(x)
+        forward = [
+            Packed(whole(p), "forward", again, f)
+            for p, again, f in zip(program.programs, program.again(), factors, strict=True)
+        ]
+        back = [Packed(whole(p), "back", range(len(f)), f) for p, f in zip(program.programs, factors, strict=True)]
+        sums = [
+            Sums(whole(p), list(range(len(f))), [tuple(t.shape) for t in f], like, [], count)
+            for p, f in zip(program.programs, factors, strict=True)
+        ]
+        sizes = [x.shape[1] for there in self.affine if there]
+        sizes += [s.d_out for s, there in zip(self.structures, self.biases, strict=True) if there]
+        small = [torch.zeros(sum(sizes), dtype=kind).split(sizes) if sizes else () for _ in range(count)]
+        given = [
+            t for t in (weight, shift, *biases[: len(self.first) if self.second else len(biases)]) if t is not None
+        ]
+        table = [gx.data_ptr(), *(t.data_ptr() for t in given)]
+        table += [place for p in (*forward, *back) for place in p.slice(0)]
+        places = [one.slice(0) for one in sums]
+        tables = [
+            [*table, *(t.data_ptr() for t in small[k]), *(place for one in places for place in one[k])]
+            for k in range(count)
+        ]
+        _run(program.backward, len(x), [x.data_ptr(), *(g.data_ptr() for g in gradients)], tables, program)
+        del forward, back
+        for one in sums:
+            one.finish(0)
+        totals = iter([sum(parts[1:], parts[0]).to(like) for parts in zip(*small, strict=True)])
+        ends = [next(totals) if there else None for there in (*self.affine, *self.biases)]
+        return [gx, *ends, *(gradient for one in sums for gradient in one.found)]
+
+    def _parts(
+        self, program: BlockProgram, operands: Sequence[Tensor | None]
+    ) -> tuple[Tensor | None, Tensor | None, list[Tensor | None], list[list[Tensor]]]:  # fmt: skip
+        (weight, shift, *rest), kind = operands, program.programs[0].dtype
+
+        def wide(t: Tensor | None, size: int) -> Tensor | None:
+            if t is None:
+                return None
+            return (F.pad(t, (0, size - len(t))) if size > len(t) else t).to(kind).contiguous()
+
+        of = list(self._by_structure(rest))
+        biases = [wide(bias, p.schedule.widths[-1]) for (_, bias, _), p in zip(of, program.programs, strict=True)]
+        d_in = self.first[0].d_in
+        return wide(weight, d_in), wide(shift, d_in), biases, [[f.contiguous() for f in fs] for _, _, fs in of]
+
+
+Run = Callable[[Structure, Tensor, Sequence[Tensor], "Tensor | None"], Tensor]
+SEPARATE = "separate"
+# Tokens of a block to be timed, 0: as many as the caches suggest; and in how many rounds.
+SIZES, ROUNDS = (0, 16, 48), 5
+_failed: set[TorchBlock] = set()
+
+
+def _by_products(structure: Structure, x: Tensor, factors: Sequence[Tensor], bias: Tensor | None) -> Tensor:
+    y = products(structure, factors, x, _TORCH, True)
+    return y if bias is None else y + bias
+
+
+def _run(
+    run: Any, tokens: int, ends: Sequence[int], tables: Sequence[Sequence[int]], program: BlockProgram
+) -> None:  # fmt: skip
+    each = -(-run.scratch // LINE) * LINE
+    scratch = torch.empty(len(tables) * each + LINE, dtype=torch.uint8)
+    first = -(-scratch.data_ptr() // LINE) * LINE
+    tables = [[*ends, first + k * each, *table] for k, table in enumerate(tables)]
+    run_shares(run.run, tables, cuts(range(tokens), run.block, len(tables)), tokens, program.target)
+
+
+class _Differentiable(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, block: TorchBlock, size: int, x: Tensor, *operands: Tensor | None) -> Any:
+        ctx.block, ctx.size = block, size
+        ctx.save_for_backward(x, *operands)
+        ctx.set_materialize_grads(True)
+        found = block.run(x, operands, size)
+        return found if len(found) > 1 else found[0]
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        block: TorchBlock = ctx.block
+        x, *operands = ctx.saved_tensors
+        needs = ctx.needs_input_grad[2:]
+        if not torch.is_grad_enabled() and not recording() and block.plain(x, operands):
+            plain = all(addressable(g) and g.dtype is x.dtype for g in gradients)
+            if plain:
+                try:
+                    found = block.backward(gradients, x, operands, ctx.size)
+                    return None, None, *(g if need else None for g, need in zip(found, needs, strict=True))
+                except CompileError as error:
+                    block._failed(error)
+        return None, None, *_by_autograd(block, gradients, x, operands, needs)
+
+
+def _by_autograd(
+    block: TorchBlock, gradients: Sequence[Tensor], x: Tensor, operands: Sequence[Tensor | None], needs: Sequence[bool]
+) -> list[Tensor | None]:  # fmt: skip
+    """Gradients through torch's products, which can be differentiated again."""
+    again = torch.is_grad_enabled()
+    with torch.enable_grad():
+        tensors = [x, *operands]
+        if not again:
+            tensors = [
+                None if t is None else t.detach().requires_grad_(need) for t, need in zip(tensors, needs, strict=True)
+            ]
+        wanted = [t for t, need in zip(tensors, needs, strict=True) if need and t is not None]
+        outputs = block.layers(cast(Tensor, tensors[0]), tensors[1:], _by_products)
+        found = iter(torch.autograd.grad(outputs, wanted, gradients, create_graph=again, allow_unused=True))
+    return [next(found) if need and t is not None else None for t, need in zip(tensors, needs, strict=True)]
+
+
+@dataclass(frozen=True)
+class BlockProblem:
+    """A block to be run: layer after layer (:data:`SEPARATE`), or as one pass, in blocks of so many tokens."""
+
+    block: TorchBlock
+    dtype: str
+    tokens: int
+    threads: int
+    train: bool
+
+    @cached_property
+    def key(self) -> str:
+        """The problem as text: the name of its records."""
+        b = self.block
+        chains = " | ".join(
+            f"{'; '.join(map(str, s.steps))} {','.join(f'{a}={n}' for a, n in s.sizes)} {s.d_out}x{s.d_in}"
+            for s in b.structures
+        )
+        what = f"{b.activation} {len(b.first)} {b.norm} {b.affine} {b.residual} {b.biases}"
+        kind = "train" if self.train else "forward"
+        return f"block {chains} {what} {self.dtype} tokens={self.tokens} threads={self.threads} {kind}"
+
+    @property
+    def structure(self) -> Structure:
+        """The first of its structures, by which decisions are found."""
+        return self.block.first[0]
+
+    def supported(self) -> bool:
+        return self.block.program(getattr(torch, self.dtype)) is not None
+
+    def estimate(self) -> str:
+        """One pass if each of the layers would run as a compiled one: then what is between them costs less."""
+        sizes = []
+        for structure in self.block.structures:
+            problem = choice.Problem(
+                structure, True, "torch", "cpu", self.dtype, self.tokens, self.threads, self.train
+            )  # fmt: skip
+            way = choice.way_of(problem)
+            if way is not compiled_way and not isinstance(way, BlocksWay):  # by tiles, or backward by the BLAS
+                return SEPARATE
+            sizes.append(getattr(way, "block", 0))
+        return f"block-{max(set(sizes), key=sizes.count)}"
+
+    def measure(self) -> dict[str, float]:
+        """Seconds of each, the least of some calls in turns."""
+        block, kind = self.block, getattr(torch, self.dtype)
+        generator = torch.Generator().manual_seed(0)
+
+        def normal(*shape: int, scale: float = 1.0) -> Tensor:
+            return (torch.randn(shape, generator=generator) * scale).to(kind).requires_grad_(self.train)
+
+        x = normal(self.tokens, block.first[0].d_in)
+        operands: list[Tensor | None] = [normal(block.first[0].d_in) if there else None for there in block.affine]
+        operands += [
+            normal(s.d_out) if there else None for s, there in zip(block.structures, block.biases, strict=True)
+        ]
+        operands += [normal(*f.shape, scale=1 / math.sqrt(f.fan_in)) for s in block.structures for f in s.factors]
+
+        def separate() -> tuple[Tensor, ...]:
+            return block.layers(x, operands, lambda s, h, factors, bias: torch_chain(s)(h, factors, bias))
+
+        def fused(size: int) -> tuple[Tensor, ...]:
+            found = _Differentiable.apply(block, size, x, *operands) if self.train else block.run(x, operands, size)
+            return found if isinstance(found, tuple) else (found,)
+
+        wanted = [t for t in (x, *operands) if t is not None]
+
+        def seconds(call: Callable[[], tuple[Tensor, ...]]) -> float:
+            start = time.perf_counter()
+            outputs = call()
+            if self.train:
+                torch.autograd.grad(outputs, wanted, [torch.ones_like(y) for y in outputs])
+            return time.perf_counter() - start
+
+        calls = {SEPARATE: separate} | {f"block-{size}": partial(fused, size) for size in SIZES}
+        least = dict.fromkeys(calls, math.inf)
+        with torch.inference_mode(False), torch.set_grad_enabled(self.train):
+            for number in range(ROUNDS + 1):
+                for name, call in calls.items():
+                    taken = seconds(call)
+                    if number:
+                        least[name] = min(least[name], taken)
+        return least
+
+
+@lru_cache(maxsize=128)
+def torch_block(
+    first: tuple[Structure, ...], second: Structure | None, activation: str | None, biases: tuple[bool, ...],
+    norm: str | None = None, eps: float = 0.0, affine: tuple[bool, bool] = (False, False), residual: bool = False,
+) -> TorchBlock:  # fmt: skip
+    """The block with these parts, made once."""
+    return TorchBlock(first, second, activation, biases, norm, eps, affine, residual)

@@ -1,0 +1,128 @@
+"""The frame of a pass: the arrays that it reads from its table and has in scratch memory, and its blocks of tokens."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+from structlin.execution.compiled import _tiles as tiles
+from structlin.execution.compiled._emit import Emitter, Memory
+from structlin.execution.compiled._forms import Array, Forms, Key
+from structlin.execution.compiled._ir import Code, Int
+from structlin.execution.compiled._product import BYTES
+from structlin.execution.compiled._schedule import LINE, Operation
+from structlin.execution.compiled._target import load
+from structlin.execution.compiled._tiles import BUFFER, write_product
+
+if TYPE_CHECKING:
+    from structlin.execution.compiled._program import Program
+
+NONE: Mapping[Any, Any] = MappingProxyType({})
+At = Callable[[Array], Memory]  # where a block's part of an array starts
+
+
+@dataclass(frozen=True)
+class Pass:
+    """``run(table, first, last, total)`` for tokens ``first`` to ``last`` of all; ``scratch``: bytes that it needs."""
+
+    run: Callable[..., None]
+    scratch: int
+    block: int
+
+
+class Writer:
+    """The frame of a pass: reads the table, and runs ``body`` for each block of tokens."""
+
+    def __init__(self, program: Program, block: int) -> None:
+        self.program, self.code, self.places, self.block, self.bytes = program, Code(), 0, block, 0
+        self.pointer = ""
+        self.buffer: str | None = None  # for sums of tiles
+
+    def _next(self) -> str:
+        pointer = self.code.at("ptr", "%table", self.places)
+        self.places += 1
+        return self.code.value(f"load ptr, ptr {pointer}")
+
+    def rows(self, element: str, row: int) -> Array:
+        return Array(self._next(), element, row)
+
+    def end(self, stride: int) -> Array:
+        """The input, the output, or the gradient of one, with ``stride`` numbers from row to row."""
+        return self.rows(self.program.outside, stride if self.program.rows else 1)
+
+    def whole(self, element: str) -> Array:
+        return Array(self._next(), element, 0)
+
+    def factor(self, operation: Operation) -> Array:
+        return self.whole(self.program.element(operation))
+
+    def scratch(self, forms: Forms, outside: Sequence[Key]) -> dict[Key, Array]:
+        """The arrays of a pass in scratch memory, whose address is next in the table."""
+        self.enter()
+        return self.arrays(forms, outside)
+
+    def enter(self) -> None:
+        """Take the next address of the table for that of scratch memory."""
+        self.pointer = self._next()
+        if self.program.tiles:
+            self.buffer = self.code.at("i8", self.pointer, self.bytes)
+            self.bytes += BUFFER
+
+    def arrays(self, forms: Forms, outside: Sequence[Key], given: Mapping[Key, Array] = NONE) -> dict[Key, Array]:
+        """Those of one chain in scratch memory; ``given`` are there already."""
+        sizes = {key: row for key, row in forms.sizes(outside).items() if key not in given}
+        found = dict(given) | {
+            key: self.take(row, forms.elements[key[2]], key[2] == "zipped") for key, row in sizes.items()
+        }
+        return {key: found[held] for key, held in forms.shared(outside).items() if key not in given} | found
+
+    def take(self, row: int, element: str, zipped: bool = False) -> Array:
+        """Room in scratch memory for so many numbers of each token."""
+        array = Array(self.code.at("i8", self.pointer, self.bytes), element, 0, zipped)
+        self.bytes += -(-row * self.block * BYTES[element] // LINE) * LINE
+        return array
+
+    def source(
+        self, emitter: Emitter, at: At, forms: Forms, arrays: Mapping[Key, Array],
+        operation: Operation, kind: str, number: int,
+    ) -> Memory:  # fmt: skip
+        """The activation that an operation reads, or the copy of it that is made here."""
+        found = at(forms.one(arrays, kind, number, operation.reads))
+        if operation.turn is None:
+            return found
+        copy = at(forms.one(arrays, f"turned {kind}", number, "turned"))
+        operation.turn.write(emitter, found, self.program.schedule.rows[number], copy)
+        return copy
+
+    def multiply(
+        self, emitter: Emitter, operation: Operation, out: Sequence[Memory], source: Memory, factor: Memory,
+        bias: Memory | None = None, tokens: Int | None = None,
+    ) -> None:  # fmt: skip
+        write_product(
+            emitter, operation.product, out, source, factor,
+            bias=bias, tokens=tokens, zipped=operation.zips, buffer=self.buffer,
+        )  # fmt: skip
+
+    def compile(self, body: Callable[[Emitter, Callable[[Array], Memory]], None]) -> Pass:
+        code = self.code
+
+        def block(first: int | str, _: list[str]) -> None:
+            count = code.least(code.subtract("%last", first), self.block)
+            emitter = Emitter(code, self.program.target, self.program.inside, count, self.block)
+
+            def at(array: Array) -> Memory:
+                offset = code.multiply(first, array.row)
+                return Memory(code.at(array.element, array.pointer, offset), array.element, array.zipped)
+
+            body(emitter, at)
+
+        code.loop("%first", "%last", self.block, block)
+        if self.program.tiles:
+            tiles.release(code)
+        target = self.program.target
+        text = code.function("chain", "ptr %table, i64 %first, i64 %last, i64 %total", target.attributes)
+        run = load(text, "chain", target, [ctypes.c_void_p, *[ctypes.c_int64] * 3])
+        return Pass(run, self.bytes, self.block)

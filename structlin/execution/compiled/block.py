@@ -1,0 +1,365 @@
+"""The passes over a block of a network: several chains with what stands between them, as functions in machine code.
+
+A block reads rows of one input. It may normalise them. Each chain of ``first`` is applied to the result. Either their
+outputs are those of the block (the projections of an attention layer), or an activation function makes hidden features
+of them, to which the chain ``second`` is applied (an MLP, gated or not). The input may be added to the output.
+
+All steps run for a few tokens at a time, so that whatever is between the input and the outputs stays in cache. Nothing
+is kept for the backward pass but the input: it computes the rest again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+from structlin._parse import Step
+from structlin.execution.compiled._emit import Emitter, Memory
+from structlin.execution.compiled._forms import Array, Forms, Key
+from structlin.execution.compiled._ir import Int
+from structlin.execution.compiled._limits import limits
+from structlin.execution.compiled._loops import write_product
+from structlin.execution.compiled._product import BYTES
+from structlin.execution.compiled._program import BLOCKS, OTHER_BLOCKS, Program, make_program
+from structlin.execution.compiled._rows import Rows
+from structlin.execution.compiled._schedule import row as row_of
+from structlin.execution.compiled._target import Target
+from structlin.execution.compiled._writer import At, Pass, Writer
+
+__all__ = ["BlockProgram", "BlockSpec", "Chain", "make_block"]
+
+Chain = tuple[tuple[Step, ...], tuple[tuple[str, int], ...], int, int]  # steps, sizes, d_in, d_out
+NORMS = ("layer", "rms")
+
+
+@dataclass(frozen=True)
+class BlockSpec:
+    """What a block computes.
+
+    ``first``: the chains that read the input; ``second``: the one that reads the hidden features, None if there are
+    none. ``activation`` is applied to the output of the first chain, which multiplies that of the other one if there
+    are two (``silu(gate(x)) * up(x)``). ``biases``: of which chains there is one. ``norm``: ``layer`` or ``rms``, with
+    ``eps``, and whether it has a weight and a bias. ``residual``: add the input to the output.
+    """
+
+    first: tuple[Chain, ...]
+    second: Chain | None
+    activation: str | None
+    biases: tuple[bool, ...]
+    norm: str | None = None
+    eps: float = 0.0
+    affine: tuple[bool, bool] = (False, False)
+    residual: bool = False
+
+    @property
+    def chains(self) -> tuple[Chain, ...]:
+        return self.first if self.second is None else (*self.first, self.second)
+
+    @property
+    def d_in(self) -> int:
+        return self.first[0][2]
+
+    @property
+    def outputs(self) -> tuple[int, ...]:
+        """Numbers of a row of each output."""
+        return tuple(chain[3] for chain in self.first) if self.second is None else (self.second[3],)
+
+
+class BlockProgram:
+    """The passes of a block in one dtype, compiled when they are first asked for.
+
+    Tables of the passes: x, the outputs (or their gradients), scratch memory, for the backward pass the gradient of x,
+    weight and bias of the norm, biases of chains (with zeros where the chain pads its output; for the backward pass
+    those of ``first`` alone), and factors. Of the backward pass further: factors for it, and sums of gradients of
+    weight and bias of the norm, of biases and of factors.
+    """
+
+    def __init__(self, spec: BlockSpec, target: Target, dtype: str, programs: Sequence[Program], block: int | None):
+        self.spec, self.target, self.programs, self.given = spec, target, tuple(programs), block
+        self.first = self.programs[: len(spec.first)]
+        self.second = self.programs[-1] if spec.second is not None else None
+        self.inside, self.outside = programs[0].inside, programs[0].outside
+        self.row = row_of(spec.d_in, self.inside)
+        self._made: dict[str, Pass] = {}
+
+    @property
+    def forward(self) -> Pass:
+        return self._made.get("forward") or self._made.setdefault("forward", self._forward())
+
+    @property
+    def backward(self) -> Pass:
+        return self._made.get("backward") or self._made.setdefault("backward", self._backward())
+
+    def again(self) -> list[range]:
+        """The steps of each chain that the backward pass runs again: all, but the last one of an output."""
+        inner = self.second is not None
+        return [
+            range(len(program.schedule.forward) - (0 if inner and program is not self.second else 1))
+            for program in self.programs
+        ]
+
+    def _block(self, each: int) -> int:
+        if self.given:
+            return self.given
+        blocks = OTHER_BLOCKS if self.first[0].pairs or self.target.registers < 32 else BLOCKS
+        return next((b for b in blocks if b * each <= limits().block), blocks[-1])
+
+    def _writer(self, all_forms: Sequence[Forms]) -> Writer:
+        each = sum(forms.bytes([]) for forms in all_forms) + self.row * BYTES[self.inside]
+        return Writer(self.first[0], self._block(each))
+
+    def _direct(self, program: Program) -> bool:
+        """Whether a row of the input lies in scratch memory as the chain reads it."""
+        return program.schedule.widths[0] == self.spec.d_in and program.schedule.rows[0] == self.row
+
+    def _input_forms(self, program: Program, forms: Forms) -> None:
+        for operation in program.schedule.forward[:1]:
+            forms.read("state", 0, operation.reads)
+
+    def _forward(self) -> Pass:
+        spec = self.spec
+        all_forms = []
+        for program in self.programs:
+            forms = Forms(self.inside, program.schedule.rows)
+            for k, operation in enumerate(program.schedule.forward):
+                forms.read("state", k, operation.reads)
+            if program.cuts_front:
+                forms.read("state", len(program.schedule.forward))
+            all_forms.append(forms)
+        writer = self._writer(all_forms)
+        frame = _Frame(self, writer, all_forms, backward=False)
+        last = [len(program.schedule.forward) for program in self.programs]
+
+        def body(emitter: Emitter, at: At) -> None:
+            rows = Rows(emitter)
+            self._enter(rows, at, frame)
+            outputs = iter(frame.ends)
+            for number, program in enumerate(self.programs):
+                if program is self.second:
+                    self._activate(rows, at, frame)
+                self._product_rows(emitter, at, frame, number, range(last[number]), emitter.tokens)
+                if program is self.second or self.second is None:
+                    y = next(outputs)
+                    if program.cuts_front:
+                        forms, arrays = frame.forms[number], frame.arrays[number]
+                        source = at(forms.one(arrays, "state", last[number]))
+                        wide = program.strides[1], program.d_out
+                        program.write(emitter, source, program.schedule.rows[last[number]], at(y), wide)
+                    if spec.residual:
+                        rows.add(at(frame.x), spec.d_in, at(y), spec.d_in, spec.d_in)
+
+        return writer.compile(body)
+
+    def _backward(self) -> Pass:
+        all_forms = []
+        for program, again in zip(self.programs, self.again(), strict=True):
+            needs = (True,) * (2 + len(program.shapes))
+            forms, _ = program.back_forms(needs, False)
+            for k in again:
+                forms.read("state", k, program.schedule.forward[k].reads)
+            if len(again) == len(program.schedule.forward):  # the hidden features before the activation
+                forms.read("state", len(again))
+                forms.read("flow", len(again))
+            all_forms.append(forms)
+        writer = self._writer(all_forms)
+        frame = _Frame(self, writer, all_forms, backward=True)
+        even = any(p.gradient_in_pairs(k) for p in self.programs for k in range(len(p.shapes)))
+
+        def body(emitter: Emitter, at: At) -> None:
+            rows = Rows(emitter)
+            tokens = emitter.even if even else emitter.tokens
+            self._enter(rows, at, frame, even)
+            gradients = iter(frame.ends)
+            for number, (program, again) in enumerate(zip(self.programs, self.again(), strict=True)):
+                if program is self.second:
+                    self._activate(rows, at, frame, even)
+                self._product_rows(emitter, at, frame, number, again, tokens)
+            for number, program in reversed(list(enumerate(self.programs))):
+                last = len(program.schedule.forward)
+                if self.second is None or program is self.second:
+                    gy = frame.ends[number] if self.second is None else next(gradients)
+                    self._flow(emitter, at, frame, number, at(gy), program.strides[1], even)
+                    bias = at(gy), program.strides[1]
+                else:
+                    source = at(frame.arrays[number]["state", last, "plain"])
+                    self._flow(emitter, at, frame, number, source, program.schedule.rows[last], even, there=True)
+                    bias = source, program.schedule.rows[last]
+                if (total := frame.bias_sums[number]) is not None:
+                    emitter.add_rows(*bias, at(total), program.d_out)
+                program.write_gradients(
+                    frame.writer, emitter, at, frame.forms[number], frame.arrays[number], frame.sums[number],
+                    frame.back[number], tokens, None,
+                )  # fmt: skip
+                if program is self.second:
+                    self._derive(rows, at, frame, even)
+            self._leave(rows, at, frame)
+
+        return writer.compile(body)
+
+    def _product_rows(
+        self, emitter: Emitter, at: At, frame: _Frame, number: int, steps: range, tokens: Int
+    ) -> None:  # fmt: skip
+        """Steps of a chain, the last one with the bias."""
+        program, forms, arrays = self.programs[number], frame.forms[number], frame.arrays[number]
+        factors = frame.factors[number]
+        last = len(program.schedule.forward) - 1
+        inner = {k: factors[k] for k in steps if k < last}
+        program.write_states(frame.writer, emitter, at, forms, arrays, inner, tokens)
+        if last in steps:
+            operation, bias = program.schedule.forward[last], frame.biases[number]
+            to = [at(array) for array in forms.of(arrays, "state", last + 1)]
+            if not to:
+                to = [at(frame.ends[0 if program is self.second else number])]
+                tokens = emitter.tokens
+            source = at(forms.one(arrays, "state", last, operation.reads))
+            added = None if bias is None else at(bias)
+            write_product(
+                emitter, operation.product, to, source, at(factors[last]), bias=added, tokens=tokens,
+                zipped=operation.zips,
+            )  # fmt: skip
+
+    def _enter(self, rows: Rows, at: At, frame: _Frame, even: bool = False) -> None:
+        """The input, normalised, as each of the first chains reads it."""
+        spec, held = self.spec, frame.held
+        emitter = rows.emitter
+        if spec.norm is None:
+            emitter.copy(at(frame.x), spec.d_in, at(held), self.row, spec.d_in, spec.d_in, even)
+        else:
+            weight, bias = (None if a is None else at(a) for a in (frame.weight, frame.shift))
+            rows.normalise(spec, at(frame.x), at(held), self.row, weight, bias)
+            if even:
+                rows.clear(at(held), self.row, spec.d_in)
+        for number in range(len(self.first)):
+            self._copies(emitter, at, frame, number, "state", 0, at(held), self.row, even)
+
+    def _copies(
+        self, emitter: Emitter, at: At, frame: _Frame, number: int, kind: str, at_step: int, source: Memory, row: int,
+        even: bool, there: bool = False,
+    ) -> None:  # fmt: skip
+        """An end of a chain in its other forms; the plain one is ``there`` already, or is ``source`` itself."""
+        program, forms, arrays = self.programs[number], frame.forms[number], frame.arrays[number]
+        schedule = program.schedule
+        width = program.d_in if at_step == 0 else program.d_out
+        reader = schedule.forward[0] if at_step == 0 else schedule.back[-1]
+        for array in forms.of(arrays, kind, at_step):
+            if (there and array.element == self.inside) or array is frame.held:
+                continue
+            program.read(
+                emitter, source, (row, width), at(array), schedule.rows[at_step], schedule.widths[at_step],
+                reader.enters, even,
+            )  # fmt: skip
+
+    def _flow(
+        self, emitter: Emitter, at: At, frame: _Frame, number: int, source: Memory, row: int, even: bool,
+        there: bool = False,
+    ) -> None:  # fmt: skip
+        last = len(self.programs[number].schedule.forward)
+        self._copies(emitter, at, frame, number, "flow", last, source, row, even, there)
+
+    def _activate(self, rows: Rows, at: At, frame: _Frame, even: bool = False) -> None:
+        """The hidden features, from the outputs of the first chains."""
+        assert self.second is not None
+        assert self.spec.activation is not None
+        hidden = [(at(array), row) for array, row in frame.hidden]
+        target, row = frame.features
+        width, wide = self.second.d_in, self.second.schedule.widths[0]
+        rows.activate(self.spec.activation, hidden, at(target), row, width, wide)
+        number = len(self.first)
+        if even:
+            rows.clear(at(target), row, wide)
+        self._copies(rows.emitter, at, frame, number, "state", 0, at(target), row, even, there=True)
+
+    def _derive(self, rows: Rows, at: At, frame: _Frame, even: bool) -> None:
+        """The gradients of the outputs of the first chains, where these were."""
+        assert self.second is not None
+        assert self.spec.activation is not None
+        number = len(self.first)
+        gradient = at(frame.arrays[number]["flow", 0, "plain"])
+        hidden = [(at(array), row) for array, row in frame.hidden]
+        wide = [program.schedule.widths[-1] for program in self.first]
+        rows.derive(self.spec.activation, hidden, gradient, self.second.schedule.rows[0], self.second.d_in, wide)
+        if even:
+            for (memory, row), width in zip(hidden, wide, strict=True):
+                rows.clear(memory, row, width)
+
+    def _leave(self, rows: Rows, at: At, frame: _Frame) -> None:
+        """The gradient of the input, from those that the chains have for it."""
+        spec = self.spec
+        assert frame.gx is not None
+        flows = []
+        for number, program in enumerate(self.first):
+            flows.append((at(frame.arrays[number]["flow", 0, "plain"]), program.schedule.rows[0]))
+        weight = None if frame.weight is None else at(frame.weight)
+        sums = [None if a is None else at(a) for a in frame.norm_sums]
+        added = at(frame.ends[0]) if spec.residual else None
+        rows.leave(spec, at(frame.x), flows, at(frame.gx), weight, (sums[0], sums[1]), added)
+
+
+class _Frame:
+    """The arrays of a pass, in the order of its table."""
+
+    def __init__(self, block: BlockProgram, writer: Writer, forms: Sequence[Forms], backward: bool) -> None:
+        spec = block.spec
+        self.writer, self.forms = writer, list(forms)
+        inside, outside = block.inside, block.outside
+        self.x = writer.rows(outside, spec.d_in)
+        self.ends = [writer.rows(outside, size) for size in spec.outputs]
+        writer.enter()
+        self.gx = writer.rows(outside, spec.d_in) if backward else None
+        self.weight, self.shift = (writer.whole(inside) if there else None for there in spec.affine)
+        inner = len(spec.first) if backward else len(block.programs)
+        self.biases = [
+            writer.whole(inside) if there and k < inner else None for k, there in enumerate(spec.biases)
+        ]  # fmt: skip
+        steps = block.again() if backward else [range(len(p.shapes)) for p in block.programs]
+        self.factors = [
+            {k: writer.factor(program.schedule.forward[k]) for k in again}
+            for program, again in zip(block.programs, steps, strict=True)
+        ]
+        self.back, self.sums = [], []
+        self.norm_sums: list[Array | None] = [None, None]
+        self.bias_sums: list[Array | None] = [None] * len(block.programs)
+        if backward:
+            for program in block.programs:
+                self.back.append(dict(enumerate(map(writer.factor, program.schedule.back))))
+            self.norm_sums = [writer.whole(inside) if there else None for there in spec.affine]
+            self.bias_sums = [writer.whole(inside) if there else None for there in spec.biases]
+            for program in block.programs:
+                self.sums.append({k: writer.whole(inside) for k in range(len(program.shapes))})
+        self.held = writer.take(block.row, inside)
+        self.arrays: list[dict[Key, Array]] = []
+        self.hidden: list[tuple[Array, int]] = []
+        for number, program in enumerate(block.programs):
+            given: dict[Key, Array] = {}
+            if program is not block.second and block._direct(program):
+                given["state", 0, "plain"] = self.held
+            last = len(program.schedule.forward)
+            if program is block.second:
+                row = program.schedule.rows[0]
+                one = len(self.hidden) == 1 and not backward and row == self.hidden[0][1]
+                features = self.hidden[0][0] if one else writer.take(row, inside)
+                self.features = features, row
+                given["state", 0, "plain"] = features
+            arrays = writer.arrays(forms[number], [], given)
+            if backward and len(spec.first) > 1 and arrays["flow", 0, "plain"] is self.held:
+                # What several chains read is not written over by the gradient of one.
+                arrays["flow", 0, "plain"] = writer.take(program.schedule.rows[0], inside)
+            self.arrays.append(arrays)
+            if block.second is not None and program is not block.second:
+                self.hidden.append((arrays["state", last, "plain"], program.schedule.rows[last]))
+
+
+@lru_cache(maxsize=32)
+def make_block(spec: BlockSpec, dtype: str, target: Target, block: int | None = None) -> BlockProgram | None:
+    """None where a chain has no schedule."""
+    programs = []
+    for number, (steps, sizes, d_in, d_out) in enumerate(spec.chains):
+        inner_out = spec.second is not None and number < len(spec.first)
+        program = make_program(
+            steps, sizes, d_in, d_out, True, dtype, target, None, True, block, (True, inner_out)
+        )  # fmt: skip
+        if program is None:
+            return None
+        programs.append(program)
+    return BlockProgram(spec, target, dtype, programs, block)

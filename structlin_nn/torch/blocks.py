@@ -1,0 +1,330 @@
+"""MLPs and projections whose layers run as one pass over the tokens."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from structlin.execution.blocks import TorchBlock, torch_block
+from structlin.structure import Structure
+from structlin_nn.torch._factors import values
+from structlin_nn.torch.linear import StructuredLinear
+
+__all__ = ["ACTIVATIONS", "StructuredMLP", "fuse_mlps", "mlp", "projections"]
+
+ACTIVATIONS = {
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "relu": F.relu,
+    "silu": F.silu,
+}
+"""Activation functions by name: ``gelu`` (exact), ``gelu_tanh`` (approximate), ``relu`` and ``silu``."""
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def mlp(
+    x: Tensor, up: nn.Module, down: nn.Module, activation: str = "gelu", *, gate: nn.Module | None = None,
+    norm: nn.Module | None = None, residual: bool = False,
+) -> Tensor:  # fmt: skip
+    """``down(activation(up(x)))``, or with a gate ``down(activation(gate(x)) * up(x))``.
+
+    The result is that of the modules called one after the other. If all layers are :class:`StructuredLinear` on a CPU
+    and it is faster, they run as one compiled pass in blocks of a few tokens. The hidden features are then never
+    stored, neither in the forward pass nor for the backward pass, which computes them again from ``x``.
+
+    Layer after layer is run instead under ``torch.compile``, export, autocast, ``torch.func`` transformations and
+    dispatch modes, if a module has hooks, and for other devices, dtypes and structures.
+
+    Args:
+        x: (..., d), floating.
+        up: layer d -> hidden; down: layer hidden -> d_out.
+        activation: a name of :data:`ACTIVATIONS`.
+        gate: layer d -> hidden of a gated MLP (Shazeer, *GLU Variants Improve Transformer*, 2020).
+        norm: applied to ``x`` first, ``nn.LayerNorm`` or ``nn.RMSNorm`` over the last axis to be part of the pass.
+        residual: add ``x`` to the result; then ``d_out`` must be d.
+
+    Returns:
+        (..., d_out).
+
+    Raises:
+        ValueError: an unknown activation, or ``residual`` where input and output differ in size.
+
+    >>> up, down = (StructuredLinear(*s, structure="monarch", blocks=4) for s in ((32, 128), (128, 32)))
+    >>> x = torch.randn(3, 7, 32)
+    >>> torch.allclose(mlp(x, up, down), down(F.gelu(up(x))), atol=1e-5)
+    True
+    """
+    function = _function(activation)
+    if not torch.compiler.is_compiling():
+        first = [up] if gate is None else [gate, up]
+        found = _one_pass(x, first, down, activation, norm, residual)
+        if found is not None:
+            return found[0]
+    h = x if norm is None else norm(x)
+    h = function(up(h)) if gate is None else function(gate(h)) * up(h)
+    y: Tensor = down(h)
+    if residual:
+        if y.shape != x.shape:
+            raise ValueError(
+                f"residual needs an output of the shape of the input, {tuple(x.shape)}, got {tuple(y.shape)}"
+            )
+        y = x + y
+    return y
+
+
+def projections(x: Tensor, layers: Sequence[nn.Module], norm: nn.Module | None = None) -> tuple[Tensor, ...]:
+    """``layer(norm(x))`` for each of the layers, such as query, key and value of an attention layer.
+
+    As in :func:`mlp` they run as one pass over ``x`` where that is possible and faster.
+
+    >>> layers = [StructuredLinear(32, size, structure="monarch", blocks=4) for size in (32, 16, 16)]
+    >>> [tuple(y.shape) for y in projections(torch.randn(5, 32), layers)]
+    [(5, 32), (5, 16), (5, 16)]
+    """
+    if not torch.compiler.is_compiling():
+        found = _one_pass(x, layers, None, None, norm, False)
+        if found is not None:
+            return found
+    h = x if norm is None else norm(x)
+    return tuple(layer(h) for layer in layers)
+
+
+class StructuredMLP(nn.Module):
+    """An MLP of structured layers, run by :func:`mlp`. (..., in_features) -> (..., out_features).
+
+    Takes layers that exist. ``names`` are the attributes under which they are registered, so that the state dict is
+    that of the module whose place this one takes: ``("fc1", "fc2")`` in timm, ``("c_fc", "c_proj")`` in GPT-2 of
+    transformers, ``("up_proj", "down_proj", "gate_proj")`` in Llama.
+
+    Args:
+        up, down, gate, activation: as in :func:`mlp`.
+        names: of up, down and gate.
+        dropout: probability of the dropout after the last layer in training.
+
+    Raises:
+        ValueError: an unknown activation, layers whose sizes do not fit, or a number of names other than that of
+            layers.
+
+    >>> up, down = (StructuredLinear(*s, structure="monarch", blocks=4) for s in ((32, 128), (128, 32)))
+    >>> block = StructuredMLP(up, down, names=("fc1", "fc2"))
+    >>> block(torch.ones(3, 32)).shape, sorted(block.state_dict())[0]
+    (torch.Size([3, 32]), 'fc1.bias')
+    """
+
+    def __init__(
+        self, up: nn.Module, down: nn.Module, activation: str = "gelu", *, gate: nn.Module | None = None,
+        names: Sequence[str] = (), dropout: float = 0.0,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        _function(activation)
+        layers = [up, down] if gate is None else [up, down, gate]
+        names = tuple(names) or ("up", "down", "gate")[: len(layers)]
+        if len(names) != len(layers):
+            raise ValueError(f"{len(layers)} layers need as many names, got {names}")
+        sizes = [(getattr(layer, "in_features", None), getattr(layer, "out_features", None)) for layer in layers]
+        if sizes[0][1] != sizes[1][0] or (gate is not None and sizes[2] != sizes[0]):
+            raise ValueError(f"the layers do not fit: (in, out) of {', '.join(names)} are {', '.join(map(str, sizes))}")
+        self.activation, self.names = activation, names
+        for name, layer in zip(names, layers, strict=True):
+            self.add_module(name, layer)
+        self.dropout = dropout
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in_features) -> (..., out_features)."""
+        up, down, *gate = (self.get_submodule(name) for name in self.names)
+        y = mlp(x, up, down, self.activation, gate=gate[0] if gate else None)
+        return F.dropout(y, self.dropout, self.training) if self.dropout else y
+
+    def extra_repr(self) -> str:
+        return f"activation={self.activation!r}" + (f", dropout={self.dropout}" if self.dropout else "")
+
+
+# Attributes of the layers of MLPs in timm (and CLIP), GPT-2 and Llama: up, down, gate.
+_SHAPES = (("fc1", "fc2"), ("c_fc", "c_proj"), ("up_proj", "down_proj", "gate_proj"))
+
+
+def fuse_mlps(model: nn.Module) -> dict[str, str]:
+    """Put a :class:`StructuredMLP` in the place of each MLP whose layers are structured, in place.
+
+    MLPs are found by the names of their layers: ``fc1`` and ``fc2`` (timm, CLIP), ``c_fc`` and ``c_proj`` (GPT-2),
+    ``up_proj``, ``down_proj`` and ``gate_proj`` (Llama, Mistral, Qwen). Beside them there may be an activation
+    function, dropout and identities. Names of parameters do not change.
+
+    An MLP is left alone if its activation function is none of :data:`ACTIVATIONS`, if it has dropout between its
+    layers or hooks, or if on random input it returns something else than the layers and the activation give.
+
+    Returns:
+        For each MLP that was found, by its name, ``fused`` or why not.
+
+    >>> from collections import OrderedDict
+    >>> layers = [StructuredLinear(*s, structure="monarch", blocks=4) for s in ((32, 128), (128, 32))]
+    >>> block = nn.Sequential(OrderedDict(fc1=layers[0], act=nn.GELU(), fc2=layers[1]))
+    >>> fuse_mlps(nn.Sequential(block))
+    {'0': 'fused'}
+    """
+    found = {}
+    for name, module in list(model.named_modules()):
+        if isinstance(module, StructuredMLP):
+            continue
+        names = next(
+            (n for n in _SHAPES if all(isinstance(getattr(module, a, None), StructuredLinear) for a in n)), None
+        )
+        if names is None or not name:
+            continue
+        new = _fused(module, names)
+        found[name] = "fused" if isinstance(new, StructuredMLP) else new
+        if isinstance(new, StructuredMLP):
+            parent, _, attribute = name.rpartition(".")
+            setattr(model.get_submodule(parent), attribute, new)
+    return found
+
+
+def _has_layers(module: nn.Module, names: Sequence[str]) -> bool:
+    return all(isinstance(getattr(module, name, None), StructuredLinear) for name in names)
+
+
+def _fused(module: nn.Module, names: tuple[str, ...]) -> StructuredMLP | str:
+    """The block for a module, or why there is none."""
+    if any(getattr(module, hooks) for hooks in _HOOKS):
+        return "it has hooks, which would be lost"
+    rest = [(name, child) for name, child in module.named_children() if name not in names]
+    dropouts = [child for _, child in rest if isinstance(child, nn.Dropout)]
+    others = [child for _, child in rest if not isinstance(child, nn.Dropout | nn.Identity)]
+    if len(others) > 1 or any(p.numel() for child in others for p in child.parameters()):
+        return f"besides its layers it has {', '.join(type(child).__name__ for child in others)}"
+    layers = [getattr(module, name) for name in names]
+    factor = next(layers[0].parameters())
+    function = others[0] if others else getattr(module, "act", None) or getattr(module, "act_fn", None)
+    activation = _name_of(function)
+    if activation is None:
+        return f"its activation function is none of {', '.join(ACTIVATIONS)}"
+    last = 0.0
+    if any(dropout.p for dropout in dropouts):
+        # Between the layers there must be none. Children are registered in the order in which they are called.
+        order = [name for name, _ in module.named_children()]
+        late = [
+            c for n, c in rest if isinstance(c, nn.Dropout) and c.p and order.index(n) > max(map(order.index, names))
+        ]
+        if len(late) != sum(bool(dropout.p) for dropout in dropouts) or len(late) != 1:
+            return "it has dropout between its layers"
+        last = late[0].p
+    new = StructuredMLP(
+        layers[0], layers[1], activation, gate=layers[2] if len(names) > 2 else None, names=names, dropout=last
+    ).train(module.training)
+    if not factor.is_meta and not _agree(module, new, layers[0].in_features, factor):
+        return "it computes something else than its layers and its activation function give"
+    return new
+
+
+def _name_of(function: Any) -> str | None:
+    """Which activation function this one is, by its values."""
+    if not callable(function):
+        return None
+    x = torch.linspace(-6, 6, 241, dtype=torch.float64)
+    try:
+        with torch.no_grad():
+            y = function(x)
+    except (RuntimeError, TypeError, ValueError):
+        return None
+    same = (name for name, one in ACTIVATIONS.items() if torch.allclose(y, one(x), rtol=0, atol=1e-9))
+    return next(same, None) if isinstance(y, Tensor) and y.shape == x.shape else None
+
+
+def _agree(old: nn.Module, new: nn.Module, size: int, like: Tensor) -> bool:
+    """Whether two modules give the same for random vectors, without dropout."""
+    training = old.training, new.training
+    x = torch.randn(3, size, generator=torch.Generator().manual_seed(0)).to(like)
+    try:
+        with torch.no_grad():
+            expected, found = old.eval()(x), new.eval()(x)
+    except (RuntimeError, TypeError, ValueError):
+        return False
+    finally:
+        old.train(training[0])
+        new.train(training[1])
+    if not isinstance(expected, Tensor) or expected.shape != found.shape:
+        return False
+    tolerance = 100 * torch.finfo(like.dtype).eps * float(expected.abs().max())
+    return bool(torch.allclose(expected, found, rtol=0, atol=max(tolerance, 1e-30)))
+
+
+def _function(activation: str) -> Any:
+    try:
+        return ACTIVATIONS[activation]
+    except KeyError:
+        raise ValueError(f"unknown activation {activation!r}; one of {', '.join(ACTIVATIONS)}") from None
+
+
+def _one_pass(
+    x: Tensor, first: Sequence[nn.Module], second: nn.Module | None, activation: str | None, norm: nn.Module | None,
+    residual: bool,
+) -> tuple[Tensor, ...] | None:  # fmt: skip
+    """The outputs, where the layers can run as one pass and that is faster."""
+    layers = first if second is None else [*first, second]
+    if not x.is_cpu or not all(_is_plain(layer) for layer in layers) or torch.is_autocast_enabled("cpu"):
+        return None
+    whole = cast(Sequence[StructuredLinear], layers)
+    size = whole[0].in_features
+    if not x.ndim or x.shape[-1] != size or any(layer.in_features != size for layer in whole[: len(first)]):
+        return None  # the layers say what is wrong
+    if second is not None:
+        hidden = {layer.out_features for layer in whole[: len(first)]}
+        if hidden != {whole[-1].in_features} or (residual and whole[-1].out_features != size):
+            return None
+    known = _norm(norm, size)
+    if known is None:
+        return None
+    kind, eps, weight, shift = known
+    if kind == "rms" and eps is None:
+        eps = torch.finfo(x.dtype).eps if x.is_floating_point() else 0.0
+    block = _block(
+        tuple(cast(Structure, layer.structure) for layer in whole), len(first), activation,
+        tuple(layer.bias is not None for layer in whole), kind, eps or 0.0, (weight is not None, shift is not None),
+        residual,
+    )  # fmt: skip
+    operands: list[Tensor | None] = [weight, shift, *(layer.bias for layer in whole)]
+    for layer in whole:
+        operands += values(layer._modules["factors"]) if layer._bare else layer.effective_factors()
+    lead = x.shape[:-1]
+    found = block(x if x.ndim == 2 else x.reshape(math.prod(lead), size), operands)
+    if found is None or x.ndim == 2:
+        return found
+    return tuple(y.reshape(*lead, y.shape[-1]) for y in found)
+
+
+def _is_plain(layer: nn.Module) -> bool:
+    """Whether a call of the layer does nothing but the products of its chain and its bias."""
+    return (
+        isinstance(layer, StructuredLinear)
+        and type(layer).forward is StructuredLinear.forward
+        and layer._chain is not None
+        and not layer.checkpoint
+        and not any(getattr(layer, hooks) for hooks in _HOOKS)
+    )
+
+
+def _norm(norm: nn.Module | None, size: int) -> tuple[str | None, float | None, Tensor | None, Tensor | None] | None:
+    """Kind, eps, weight and bias of a norm; None for one that is not part of a pass."""
+    if norm is None:
+        return None, 0.0, None, None
+    if any(getattr(norm, hooks) for hooks in _HOOKS):
+        return None
+    if type(norm) is nn.LayerNorm and norm.normalized_shape == (size,):
+        return "layer", norm.eps, norm.weight, norm.bias
+    if type(norm) is nn.RMSNorm and norm.normalized_shape == (size,):
+        return "rms", norm.eps, norm.weight, None
+    return None
+
+
+def _block(
+    structures: tuple[Structure, ...], first: int, activation: str | None, biases: tuple[bool, ...], norm: str | None,
+    eps: float, affine: tuple[bool, bool], residual: bool,
+) -> TorchBlock:  # fmt: skip
+    second = structures[first] if first < len(structures) else None
+    return torch_block(structures[:first], second, activation, biases, norm, eps, affine, residual)

@@ -1,0 +1,242 @@
+"""MLPs and projections as one pass: the same numbers, gradients, state dicts and graphs as layer after layer."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from structlin import execution
+from structlin.execution import choice
+from structlin_nn.torch import StructuredLinear, StructuredMLP, count, fuse_mlps, mlp, projections, replace_linear
+from structlin_nn.torch import blocks as _blocks
+
+
+def linear(d_in: int, d_out: int, **options: Any) -> StructuredLinear:
+    torch.manual_seed(d_in + 7 * d_out)
+    layer = StructuredLinear(d_in, d_out, structure="block_tensor_train", rank=2, **options)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.normal_(std=0.3)
+    return layer
+
+
+@pytest.fixture(autouse=True)
+def one_pass() -> Iterator[None]:
+    """Blocks run as one pass wherever they can."""
+    with execution.using("compiled"):
+        yield
+
+
+def taken(call: Callable[[], object]) -> list[str]:
+    """How each block of a call ran."""
+    with choice.recording() as met:
+        call()
+    return [choice.settle(problem) for problem in met if hasattr(problem, "block")]
+
+
+def reference(x: Tensor, up: nn.Module, down: nn.Module, gate: nn.Module | None, norm: nn.Module | None) -> Tensor:
+    h = x if norm is None else norm(x)
+    h = F.silu(gate(h)) * up(h) if gate is not None else F.silu(up(h))
+    y: Tensor = x + down(h)
+    return y
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("norm", [None, nn.LayerNorm, nn.RMSNorm])
+@pytest.mark.parametrize("cap", [False, True])
+def test_mlp_is_that_of_the_layers(gated: bool, norm: Any, cap: bool) -> None:
+    up, down = linear(24, 40, rms_cap=cap).double(), linear(40, 24, rms_cap=cap).double()
+    gate = linear(24, 40, bias=False).double() if gated else None
+    normed = None if norm is None else norm(24).double()
+    modules = nn.ModuleList([m for m in (up, down, gate, normed) if m is not None])
+    x = torch.randn(3, 5, 24, dtype=torch.float64, requires_grad=True)
+    wanted = [x, *modules.parameters()]
+
+    def run() -> Tensor:
+        return mlp(x, up, down, "silu", gate=gate, norm=normed, residual=True)
+
+    assert taken(run) == ["block-0"]
+    found, expected = run(), reference(x, up, down, gate, normed)
+    torch.testing.assert_close(found, expected)
+    gradient = torch.randn(found.shape, dtype=torch.float64)
+    pairs = zip(
+        torch.autograd.grad(found, wanted, gradient), torch.autograd.grad(expected, wanted, gradient), strict=True
+    )
+    for got, want in pairs:
+        torch.testing.assert_close(got, want)
+
+
+def test_projections_are_those_of_the_layers() -> None:
+    layers, norm = [linear(24, size) for size in (24, 12, 40)], nn.LayerNorm(24)
+    x = torch.randn(2, 9, 24)
+    assert taken(lambda: projections(x, layers, norm)) == ["block-0"]
+    for got, layer in zip(projections(x, layers, norm), layers, strict=True):
+        torch.testing.assert_close(got, layer(norm(x)))
+
+
+def seen_by_hooks(up: StructuredLinear, down: StructuredLinear) -> None:
+    seen: list[str] = []
+    handles = [layer.register_forward_hook(lambda *_: seen.append("called")) for layer in (up, down)]
+    mlp(torch.randn(3, 24), up, down)
+    assert len(seen) == 2
+    for handle in handles:
+        handle.remove()
+
+
+def test_what_watches_the_layers_sees_them() -> None:
+    """Hooks, dispatch modes, transformations and autocast get layer after layer."""
+    up, down = linear(24, 40), linear(40, 24)
+    x = torch.randn(3, 24)
+    seen_by_hooks(up, down)
+    model = StructuredMLP(up, down)
+    separate = nn.Sequential(up, nn.GELU(), down)
+    assert count(model, x).macs() == count(separate, x).macs() > 0
+    expected = torch.func.jacrev(lambda x: down(F.gelu(up(x))))(x[0])
+    torch.testing.assert_close(torch.func.jacrev(model)(x[0]), expected)
+    torch.testing.assert_close(torch.func.vmap(model)(x), model(x))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model(x).dtype is torch.bfloat16
+    assert taken(lambda: mlp(x, linear(24, 40, checkpoint=True), down)) == []
+    assert taken(lambda: mlp(x, nn.Linear(24, 40), down)) == []
+
+
+def test_wrong_sizes_are_named() -> None:
+    up, down = linear(24, 40), linear(40, 24)
+    with pytest.raises(ValueError, match="in_features = 24"):
+        mlp(torch.randn(3, 23), up, down)
+    with pytest.raises(ValueError, match=r"of the shape of the input, \(3, 24\), got \(3, 12\)"):
+        mlp(torch.randn(3, 24), up, linear(40, 12), residual=True)
+    with pytest.raises(ValueError, match="unknown activation 'swish'; one of gelu, gelu_tanh, relu, silu"):
+        mlp(torch.randn(3, 24), up, down, "swish")
+    with pytest.raises(ValueError, match="do not fit"):
+        StructuredMLP(up, linear(24, 40))
+    with pytest.raises(ValueError, match="2 layers need as many names"):
+        StructuredMLP(up, down, names=("a", "b", "c"))
+
+
+@pytest.mark.slow
+def test_compile_and_export() -> None:
+    model = StructuredMLP(linear(24, 40), linear(40, 24), "silu", gate=linear(24, 40))
+    x = torch.randn(3, 24)
+    torch.testing.assert_close(torch.compile(model, fullgraph=True)(x), model(x))
+    torch.testing.assert_close(torch.export.export(model, (x,)).module()(x), model(x))
+
+
+# -- MLPs of other packages --------------------------------------------------------------------------------------------
+
+
+class Timm(nn.Module):
+    """As timm's Mlp."""
+
+    def __init__(self, drop: float = 0.0) -> None:
+        super().__init__()
+        self.fc1, self.act, self.drop1 = nn.Linear(24, 96), nn.GELU(), nn.Dropout(drop)
+        self.norm, self.fc2, self.drop2 = nn.Identity(), nn.Linear(96, 24), nn.Dropout(0.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.drop2(self.fc2(self.norm(self.drop1(self.act(self.fc1(x))))))  # type: ignore[no-any-return]
+
+
+class GPT2(nn.Module):
+    """As transformers' GPT2MLP."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.c_fc, self.c_proj, self.act = nn.Linear(24, 96), nn.Linear(96, 24), nn.GELU("tanh")
+        self.dropout = nn.Dropout(0.1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.dropout(self.c_proj(self.act(self.c_fc(x))))  # type: ignore[no-any-return]
+
+
+class Llama(nn.Module):
+    """As transformers' LlamaMLP."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate_proj, self.up_proj = (nn.Linear(24, 40, bias=False) for _ in range(2))
+        self.down_proj, self.act_fn = nn.Linear(40, 24, bias=False), nn.SiLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))  # type: ignore[no-any-return]
+
+
+class Twice(Timm):
+    """Has the names of timm's, and computes something else."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+class Mish(Timm):
+    def __init__(self) -> None:
+        super().__init__()
+        self.act = nn.Mish()
+
+
+def test_mlps_of_other_packages_are_fused() -> None:
+    kinds = OrderedDict(
+        timm=Timm(), gpt2=GPT2(), llama=Llama(), twice=Twice(), drop=Timm(0.1), mish=Mish(), head=nn.Linear(24, 5)
+    )
+    model = nn.Sequential(kinds)
+    separate = nn.Sequential(OrderedDict((name, type(m)() if name not in ("drop", "head") else m)
+                                         for name, m in kinds.items()))  # fmt: skip
+    report = replace_linear(model, "block_tensor_train", rank=2, fuse=True)
+    notes = dict(note.removeprefix("MLP ").split(": ") for note in report.notes)
+    assert {name for name, outcome in notes.items() if outcome == "fused"} == {"timm", "gpt2", "llama"}
+    assert "something else" in notes["twice"]
+    assert "dropout between" in notes["drop"]
+    assert "activation function is none of" in notes["mish"]
+
+    replace_linear(separate[:3], "block_tensor_train", rank=2, layers="all")
+    for name in ("timm", "gpt2", "llama"):
+        plain, fused = separate.get_submodule(name), model.get_submodule(name)
+        plain.load_state_dict(fused.state_dict())
+        x = torch.randn(7, 24)
+        torch.testing.assert_close(fused.eval()(x), plain.eval()(x))
+    assert model.get_submodule("gpt2").train()(torch.ones(50, 24)).eq(0).any()  # its dropout
+    again = fuse_mlps(model)
+    assert not {"timm", "gpt2", "llama"} & set(again)
+
+
+def test_a_model_without_mlps_says_so() -> None:
+    model = nn.Sequential(nn.Linear(24, 24), nn.Linear(24, 5))
+    assert replace_linear(model, "monarch", blocks=4, fuse=True).notes == (
+        "no MLP of a known shape was found to be fused",
+    )
+
+
+def test_hooks_keep_an_mlp_from_being_replaced() -> None:
+    model = nn.Sequential(Timm(), nn.Linear(24, 5))
+    replace_linear(model, "monarch", blocks=4)
+    model[0].register_forward_hook(lambda *_: None)
+    assert fuse_mlps(model) == {"0": "it has hooks, which would be lost"}
+
+
+@pytest.mark.parametrize("name", ["timm", "transformers"])
+def test_real_models(name: str) -> None:
+    if name == "timm":
+        timm = pytest.importorskip("timm")
+        model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2, num_classes=5)
+        x, expected = torch.randn(2, 3, 32, 32), 2
+    else:
+        transformers = pytest.importorskip("transformers")
+        sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=50, **sizes))
+        x, expected = torch.arange(12).view(2, 6), 2
+    report = replace_linear(model, "monarch", blocks=4, exclude="*lm_head*" if name == "transformers" else ())
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    y = model.eval()(x)
+    assert list(fuse_mlps(model).values()) == ["fused"] * expected, report
+    assert before.keys() == model.state_dict().keys()
+    z = model.eval()(x)
+    first, second = (getattr(out, "logits", out) for out in (y, z))
+    torch.testing.assert_close(first, second, rtol=1e-4, atol=1e-5)
+    assert len(taken(lambda: model(x))) >= 1
+    assert _blocks.ACTIVATIONS.keys() == {"gelu", "gelu_tanh", "relu", "silu"}
