@@ -164,9 +164,7 @@ def call(block: TorchBlock, x: Tensor, operands: Operands) -> tuple[Tensor, ...]
 
 
 def test_derivatives_of_first_and_second_order() -> None:
-    block = block_of(
-        [btt(6, 12)], btt(12, 6), activation="gelu_tanh", norm="layer", affine=(True, True), residual=True
-    )
+    block = block_of([btt(6, 12)], btt(12, 6), activation="gelu_tanh", norm="layer", affine=(True, True), residual=True)
     tensors = [torch.randn(3, 6, dtype=torch.float64), *operands_of(block, torch.float64)]
     given = [t.requires_grad_() for t in tensors if t is not None]
 

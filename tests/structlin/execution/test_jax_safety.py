@@ -17,7 +17,7 @@ from jax.experimental import serialize_executable
 
 import structlin as sl
 from structlin.execution import jax_cpu, jax_ways
-from structlin.execution.compiled import _arrange, _program, _rules, _target, _xla_runtime, xla
+from structlin.execution.compiled import _arrange, _program, _rules, _target, _writer, _xla_runtime, xla
 from structlin.execution.products import products
 
 HOST = _target.host()
@@ -308,7 +308,7 @@ def fail(patch):
     def broken(*_):
         raise _target.CompileError("the compiler is broken")
 
-    for module in (_arrange, _program, _xla_runtime):
+    for module in (_arrange, _writer, _xla_runtime):
         patch.setattr(module, "load", broken)
     for cached in (_program.make_program, xla.plan_of, _xla_runtime.add, _xla_runtime.fill):
         cached.cache_clear()

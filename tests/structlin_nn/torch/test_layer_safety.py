@@ -312,7 +312,7 @@ from structlin.execution.compiled import _program
 from structlin.execution.compiled._target import CompileError
 def fail(*arguments):
     raise CompileError("LLVM did not compile")
-_program.load = fail
+_writer.load = fail
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     for _ in range(2):

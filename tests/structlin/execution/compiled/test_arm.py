@@ -15,7 +15,7 @@ import torch
 
 import structlin as sl
 from structlin._arrays import ops
-from structlin.execution.compiled import _arrange, _program
+from structlin.execution.compiled import _arrange, _writer
 from structlin.execution.compiled._program import make_program
 from structlin.execution.compiled._target import NEON, TARGETS, supported
 from structlin.execution.products import products
@@ -48,7 +48,7 @@ def llvm():
 def texts(monkeypatch):
     """The functions that are compiled, as LLVM's intermediate language, each with its name."""
     found = []
-    for module in (_arrange, _program):
+    for module in (_arrange, _writer):
         monkeypatch.setattr(module, "load", lambda text, name, *_: found.append((text, name)) or len(found) - 1)
     return found
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import structlin as sl
-from structlin.execution.compiled import _arrange, _program
+from structlin.execution.compiled import _arrange, _writer
 from structlin.execution.compiled._arrange import Arrangement, load_copies
 from structlin.execution.compiled._emit import Emitter, Memory
 from structlin.execution.compiled._ir import Code
@@ -67,7 +67,7 @@ def test_processors_whose_features_are_switched_off(name):
 def texts(monkeypatch):
     """The functions that are compiled, as LLVM's intermediate language."""
     found = []
-    for module in (_arrange, _program):
+    for module in (_arrange, _writer):
         monkeypatch.setattr(module, "load", lambda text, *_: found.append(text))
     return found
 

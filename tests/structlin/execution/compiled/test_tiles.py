@@ -18,7 +18,7 @@ from structlin import execution
 from structlin._arrays import ops
 from structlin.execution import choice, torch_ways
 from structlin.execution.choice import Problem
-from structlin.execution.compiled import _program, _rules, _target
+from structlin.execution.compiled import _program, _rules, _target, _writer
 from structlin.execution.compiled._product import Axis, Product
 from structlin.execution.compiled._program import make_program
 from structlin.execution.compiled._target import AVX512, AVX512_BF16, TILES, host, parsed, tiled_host, with_tiles
@@ -57,7 +57,7 @@ def tiles():
     if emulated.emulated_target() is None:
         pytest.skip("this processor lacks AVX512-BF16, which processors with tiles have")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_program, "load", emulated.load_emulated)
+        patch.setattr(_writer, "load", emulated.load_emulated)
         patch.setattr(_rules, "tiled_host", emulated.emulated_target)
         _program.make_program.cache_clear()
         before = torch.get_num_threads()
@@ -186,7 +186,7 @@ def test_emulated_instruction(tiles):
 def test_instructions(name, monkeypatch):
     """For a processor with tiles: its instructions, one release at the end of each pass, and no calls."""
     texts, structure = [], STRUCTURES[name]
-    monkeypatch.setattr(_program, "load", lambda text, *_: texts.append(text))
+    monkeypatch.setattr(_writer, "load", lambda text, *_: texts.append(text))
     program = make_program.__wrapped__(
         structure.steps, structure.sizes, structure.d_in, structure.d_out, True, "bfloat16", TARGET
     )
