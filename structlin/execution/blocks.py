@@ -329,6 +329,11 @@ class BlockProblem:
         """The first of its structures, by which decisions are found."""
         return self.block.first[0]
 
+    @property
+    def without(self) -> str:
+        """The answer where passes over several layers are left out."""
+        return SEPARATE
+
     def supported(self) -> bool:
         return self.block.program(getattr(torch, self.dtype)) is not None
 

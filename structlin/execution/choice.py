@@ -11,7 +11,8 @@ tokens (in powers of two), threads, and whether gradients are to come. For each 
 
 The policy is ``estimate`` (the default), ``measure``, or names of ways in order of preference; names with a minus
 in front are left out: ``"-compiled"`` estimates among the other ways. It comes from :func:`using`, otherwise from the
-environment variable ``STRUCTLIN_EXECUTION``. ``"-compiled"`` leaves out all ways of that group.
+environment variable ``STRUCTLIN_EXECUTION``. ``"-compiled"`` leaves out all ways of that group, ``"-block"`` all passes over
+several layers (:mod:`.blocks`).
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ from structlin.structure import Structure
 __all__ = ["Policy", "Problem", "Way", "choose", "decisions", "pin", "recording", "register", "using", "ways"]
 
 MODES = ("estimate", "measure")
+BLOCK = "block"
+"""Answers of this kind run several layers as one pass; ``-block`` leaves them out."""
 
 
 @dataclass(frozen=True)
@@ -191,17 +194,17 @@ def policy_of(text: str) -> Policy:
     """
     _load()
     words = [word.strip() for word in text.split(",")]
-    known = {name for _, name in _WAYS}
+    known = {name for _, name in _WAYS} | {BLOCK}
     if not {word.removeprefix("-") for word in words} <= known | set(MODES):
         _load(every=True)
-        known = {name for _, name in _WAYS}
+        known = {name for _, name in _WAYS} | {BLOCK}
     mode = "estimate"
     names: list[str] = []
     without: list[str] = []
     for word in words:
         if word in MODES:
             mode = word
-        elif word.removeprefix("-") in known:
+        elif word.removeprefix("-") in known and word != BLOCK:
             (without if word.startswith("-") else names).append(word.removeprefix("-"))
         else:
             raise ValueError(
@@ -341,6 +344,10 @@ class Alternatives(Protocol):
     def structure(self) -> Structure:
         """Whose decisions it belongs to."""
 
+    @property
+    def without(self) -> str:
+        """The answer where ``-block`` is the policy."""
+
     def estimate(self) -> str:
         """The answer where nothing was measured."""
 
@@ -351,7 +358,7 @@ class Alternatives(Protocol):
 def settle(question: Alternatives) -> str:
     """The answer: what a resumed run pinned, the least measured time, a measurement now, or the estimate."""
     policy, key = policy_of(policy_text()), question.key
-    name = _pinned.get(key)
+    name = question.without if BLOCK in policy.without else _pinned.get(key)
     if name is None and policy.names:
         name = question.estimate()  # the ways that are named are those of chains
     if name is None:
