@@ -11,8 +11,8 @@ tokens (in powers of two), threads, and whether gradients are to come. For each 
 
 The policy is ``estimate`` (the default), ``measure``, or names of ways in order of preference; names with a minus
 in front are left out: ``"-compiled"`` estimates among the other ways. It comes from :func:`using`, otherwise from the
-environment variable ``STRUCTLIN_EXECUTION``. ``"-compiled"`` leaves out all ways of that group, ``"-block"`` all passes over
-several layers (:mod:`.blocks`).
+environment variable ``STRUCTLIN_EXECUTION``. ``"-compiled"`` leaves out all ways of that group, ``"-block"`` all
+passes over several layers (:mod:`.blocks`).
 """
 
 from __future__ import annotations

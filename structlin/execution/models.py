@@ -115,11 +115,12 @@ def dense(problem: Problem, found: Rates) -> float:
     return products(wide, found) + product * (PASSES if problem.train else 1)
 
 
-def compiled(problem: Problem, program: Program, found: Rates, back: bool) -> float:
+def compiled(problem: Problem, program: Program, found: Rates, back: bool, slices: int = 0) -> float:
     """Seconds of a compiled pass: its instructions at the rate of those of a dense product.
 
-    Where the factors do not stay in cache, at least the reading of them for each block of tokens. ``found``: the rates
-    of the dtype that is computed in, float32 or float64.
+    Where the factors do not stay in cache, at least the reading of them for each block of tokens, unless there are so
+    many ``slices`` that do; then the input or the output is read for each. ``found``: the rates of the dtype that is
+    computed in, float32 or float64.
     """
     cost = program.schedule.back_cost if back else program.schedule.cost
     instruction = program.lanes * found.fastest * problem.threads  # seconds, on one thread
@@ -127,7 +128,9 @@ def compiled(problem: Problem, program: Program, found: Rates, back: bool) -> fl
     numbers = problem.structure.num_params
     touched = 3 if back else 1  # the factors are read, and their gradients read and written
     busy = problem.tokens * cost * instruction
-    if numbers * BYTES[problem.dtype] > caches().l2:
+    if slices:
+        busy += problem.tokens * (slices - 1) * min(problem.structure.d_in, problem.structure.d_out) * found.run
+    elif numbers * BYTES[problem.dtype] > caches().l2:
         busy = max(busy, touched * numbers * found.read * problem.tokens / program.block)
     return busy / threads + touched * numbers * found.run
 

@@ -30,6 +30,7 @@ __all__ = ["CPUChain", "Passes", "chain_of"]
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 _TORCH = ops("torch")
+NEAR_BLOCK = 32  # tokens of a block beside a slice that fills half of the cache
 
 
 class Passes(Protocol):
@@ -77,15 +78,15 @@ class CPUChain:
         self.compiled = FusedChain(*self._chain)
         self.chunked = ChunkedChain(structure.steps, dict(structure.sizes), rows, structure.padding)
         self.stored: Any = StoredChain(self.compiled)  # no way asks for the backward pass that it lacks
-        self._others: dict[str, FusedChain] = {}  # by tiles, or in other blocks than the sizes of caches suggest
+        self._others: dict[str, FusedChain] = {}  # by tiles, in slices, or in other blocks of tokens
         self._single = SingleProducts(structure, rows)
 
     def passes(self, kind: str, dtype: torch.dtype) -> Passes | None:
         """The passes of a kind; None where they cannot run this chain in this dtype.
 
         ``chunked``; ``compiled``, also with a number of tokens in a block as in ``compiled-48``, or by tiles where the
-        processor has them, ``compiled-tiles``; ``stored``, which is compiled for one or a few tokens and has no
-        backward pass.
+        processor has them, ``compiled-tiles``, or in slices that stay in the second level of cache,
+        ``compiled-near``; ``stored``, which is compiled for one or a few tokens and has no backward pass.
         """
         if dtype not in _DTYPES:
             return None
@@ -102,6 +103,8 @@ class CPUChain:
         found = FusedChain(*self._chain)
         if which == "tiles":
             found.tiles = True
+        elif which == "near":
+            found.near, found.block = True, NEAR_BLOCK
         else:
             found.block = int(which)
         return found

@@ -22,6 +22,7 @@ from structlin.execution import choice, models
 from structlin.execution._guard import guard_of, watched
 from structlin.execution._kept import kept
 from structlin.execution.choice import Problem, Way, register
+from structlin.execution.compiled._rules import near_slice
 from structlin.execution.compiled._target import CompileError
 from structlin.execution.compiled.passes import FusedChain
 from structlin.execution.products import products
@@ -237,6 +238,40 @@ class BlocksWay(PassesWay):
         return super().seconds(problem) if models.is_large(problem) else compiled_way.seconds(problem)
 
 
+class NearWay(PassesWay):
+    """Compiled passes in slices whose factors stay in the second level of cache, where the third one is slow."""
+
+    least_tokens = 256  # for fewer, copies of the factors count
+
+    def __init__(self) -> None:
+        super().__init__("compiled-near", "compiled-near", "compiled-near")
+
+    def supports(self, problem: Problem) -> bool:
+        size = problem.structure.num_params * models.BYTES.get(problem.dtype, 8)
+        if size <= near_slice() or problem.tokens < self.least_tokens or not super().supports(problem):
+            return False
+        return self._slices(problem, False) > 1 and (not problem.train or self._slices(problem, True) > 1)
+
+    def _slices(self, problem: Problem, back: bool) -> int:
+        chain = chain_of(problem.structure, problem.rows).passes(self.forward, getattr(torch, problem.dtype))
+        assert isinstance(chain, FusedChain)
+        found = chain.back(problem.dtype, problem.threads) if back else chain.front(problem.dtype, problem.train)
+        return found.count
+
+    def calibration(self, problem: Problem) -> dict[str, tuple[float, float]]:
+        """That of the passes over whole factors: the chains that are timed have smaller ones."""
+        found = super().calibration(problem)
+        return {self.name: found[compiled_way.name]} if compiled_way.name in found else {}
+
+    def _compiled(self, problem: Problem, kind: str, back: bool) -> float:
+        chain = chain_of(problem.structure, problem.rows).passes(kind, getattr(torch, problem.dtype))
+        assert isinstance(chain, FusedChain)
+        program = chain.program(problem.dtype)
+        assert program is not None
+        found = rates("float64" if problem.dtype == "float64" else "float32", problem.threads)
+        return models.compiled(problem, program, found, back, self._slices(problem, back))
+
+
 class StoredWay(PassesWay):
     """A compiled forward pass that copies no factor, for one or a few tokens (:mod:`.compiled.stored`)."""
 
@@ -313,6 +348,7 @@ for _way in (
     compiled_way,
     PassesWay("compiled-chunked", "compiled", "chunked"),
     *_block_ways,
+    NearWay(),
     TilesWay(),
     StoredWay(),
 ):

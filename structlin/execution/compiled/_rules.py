@@ -10,6 +10,7 @@ from structlin.execution.compiled._product import BYTES
 from structlin.execution.compiled._program import ELEMENTS, Program, make_program
 from structlin.execution.compiled._slices import RUN, Slices, counts, enough, slices, whole
 from structlin.execution.compiled._target import Target, host, tiled_host
+from structlin.execution.machine import caches
 
 # Activations are kept for the backward pass if to compute one again takes more than KEPT_WORK multiplications of
 # vectors, and of at least KEPT_SHARE of the tokens. If they do not stay in cache, it is worth it if to compute a byte
@@ -39,6 +40,7 @@ class ChainRules:
         self.plain = not any(step.batch or step.carried for step in steps)
         self.block: int | None = None  # tokens of a block; None: as many as the caches suggest. May be set at any time.
         self.tiles = False  # only programs that use tiles; set before anything is asked for
+        self.near = False  # slices whose factors, or sums, stay in the second level of cache; likewise
         self._programs: dict[tuple[str, int | None, bool], Program | None] = {}
         self._fronts: dict[tuple[str, bool, int | None], Slices] = {}
         self._backs: dict[tuple[str, int, int | None], Slices] = {}
@@ -71,8 +73,9 @@ class ChainRules:
             assert target is not None
             assert program is not None
             found, item = whole(program), BYTES[program.outside]
-            if program.numel * item > limits().factors:
-                count = enough(counts(self._chain, program, False), program.numel, limits().factors_slice // item)
+            most, each = (near_slice(),) * 2 if self.near else (limits().factors, limits().factors_slice)
+            if program.numel * item > most:
+                count = enough(counts(self._chain, program, False), program.numel, each // item)
                 found = slices(self._chain, program, False, count, dtype, target, keeps)
             self._fronts[dtype, keeps, self.block] = found
         return found
@@ -93,7 +96,7 @@ class ChainRules:
         assert target is not None
         assert program is not None
         several, item = counts(self._chain, program, True), BYTES[program.inside]
-        least = enough(several, program.numel, limits().sums_slice // item)
+        least = enough(several, program.numel, (near_slice() if self.near else limits().sums_slice) // item)
         found = slices(self._chain, program, True, least, dtype, target)
         if program.numel * item < limits().room or self.room(found.program, threads, False) >= 0:
             return found
@@ -140,6 +143,11 @@ class ChainRules:
         """
         dense, own = (2 * n * BYTES[program.outside] for n in (self.d_in * self.d_out, self.numel))
         return dense - own - program.work_bytes(threads, kept)
+
+
+def near_slice() -> int:
+    """Bytes of the factors of a slice, or of their sums, which stay in the second level of cache beside a block."""
+    return caches().l2 // 2
 
 
 def shares(tokens: int, threads: int, macs: int = 0) -> int:

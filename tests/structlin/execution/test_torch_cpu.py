@@ -11,7 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import structlin as sl
 from structlin import execution
-from structlin.execution import choice
+from structlin._arrays import ops
+from structlin.execution import choice, torch_cpu
 from structlin.execution import chunked as _chunked
 from structlin.execution.compiled import _rules, _target, passes
 from structlin.execution.compiled._limits import limits
@@ -484,3 +485,32 @@ def test_pairs_of_bfloat16(name, options, tokens):
     for got, exact in zip(found, wanted, strict=True):
         assert got.dtype == torch.bfloat16
         assert (got.double() - exact).norm() < 5e-3 * exact.norm()
+
+
+@pytest.mark.skipif(HOST is None, reason="the compiler for this processor is not there")
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_slices_that_stay_in_the_second_level_of_cache(monkeypatch, threads, dtype):
+    """Each slice adds its part: forward of the output, backward of the input and of the gradients of factors."""
+    structure = sl.design("block_tensor_train", (96, 64), rank=2)
+    monkeypatch.setattr(_rules, "near_slice", lambda: structure.num_params)
+    chain = torch_cpu.CPUChain(structure)
+    passes = chain.passes("compiled-near", dtype)
+    name = str(dtype).removeprefix("torch.")
+    assert passes.front(name, False).count > 1
+    assert passes.back(name, threads).count > 1
+    factors = [f.to(dtype) for f in sl.random_factors(structure, seed=1, backend="torch", dtype=torch.float64)]
+    x, gy = (torch.randn(70, size, generator=torch.Generator().manual_seed(size)).to(dtype) for size in (64, 96))
+    wide = [t.double().requires_grad_() for t in (x, *factors)]
+    expected = products(structure, wide[1:], wide[0], ops("torch"), True)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        y = passes.forward(x, factors)
+        found = passes.backward(gy, x, factors, [True, True, True, False])
+    finally:
+        torch.set_num_threads(before)
+    wanted = torch.autograd.grad(expected, wide, gy.double())
+    tolerance = 1e-12 if dtype is torch.float64 else 1e-5
+    for got, want in zip((y, *found[:-1]), (expected, *wanted), strict=True):
+        assert (got.double() - want).abs().max() <= tolerance * want.abs().max()
