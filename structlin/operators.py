@@ -18,7 +18,7 @@ import numpy as np
 from cola.ops.operator_base import LinearOperator
 
 from structlin._arrays import Array, backend_of, common_backend, dtype_name, ops
-from structlin._cola_compat._repair import device_of, functions_of, rule
+from structlin._cola_compat import device_of, functions_of, rule
 from structlin.structure import AbstractStructure
 
 __all__ = ["StructuredOperator"]

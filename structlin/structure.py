@@ -27,6 +27,7 @@ from structlin._arrays import Array, backend_of, common_backend, dtype_name, ops
 from structlin._parse import Step as Step
 from structlin._parse import axis_letter as axis_letter
 from structlin._parse import check_sizes, parse_chain
+from structlin.verdicts import SVD, Answer, Determinant, Eigen, Nearest
 
 
 class Executor(Protocol):
@@ -50,6 +51,7 @@ class Executor(Protocol):
 
 
 _executors: list[Executor] = []  # set by structlin.execution when it is imported
+_algebras: list[Any] = []  # set by structlin.algebra when it is imported: a module of functions for chains
 
 
 @dataclass(frozen=True)
@@ -136,6 +138,86 @@ class AbstractStructure(ABC):
     @abstractmethod
     def _columns(self, factors: Sequence[Array], x: Array, xp: SimpleNamespace) -> Array:
         """Apply the matrix to columns, (d_in, k) -> (d_out, k). Nothing is checked."""
+
+    # -- algebra: optional, and None ("not known") where the structure has no better way than the dense matrix ---------
+
+    # ``A`` is the operator (:class:`structlin.StructuredOperator`) whose structure this is: it has the factors, and
+    # annotations such as ``cola.PSD``. Operators are returned as operators of CoLA.
+
+    def inverse(self, A: Any) -> Answer[Any] | None:
+        """``A^-1`` as an operator. LinAlgError where it is singular to working precision."""
+        return None
+
+    def pinv(self, A: Any) -> Answer[Any] | None:
+        """The pseudo-inverse, as an operator."""
+        return None
+
+    def solve(self, A: Any, b: Array) -> Answer[Array] | None:
+        """``A^-1 b`` for b of shape (n,) or (n, k), where that is less work than :meth:`inverse`."""
+        return None
+
+    def slogdet(self, A: Any) -> Answer[Determinant] | None:
+        """Sign and logarithm of the determinant of a square matrix."""
+        return None
+
+    def diagonal(self, A: Any, k: int) -> Answer[Array] | None:
+        """The k-th diagonal."""
+        return None
+
+    def trace(self, A: Any) -> Answer[Array] | None:
+        """Sum of the diagonal of a square matrix, where it is less work than :meth:`diagonal`."""
+        return None
+
+    def eig(self, A: Any) -> Answer[Eigen] | None:
+        """All eigenvalues and eigenvectors of a square matrix; functions of matrices and shifts are made of them."""
+        return None
+
+    def svd(self, A: Any) -> Answer[SVD] | None:
+        """The thin singular value decomposition."""
+        return None
+
+    def function(self, A: Any, f: Any) -> Answer[Any] | None:
+        """f(A), as an operator, where there is a better way than through :meth:`eig`."""
+        return None
+
+    def power(self, A: Any, k: int) -> Answer[Any] | None:
+        """``A^k`` for an integer k > 1, as one operator."""
+        return None
+
+    def frobenius_norm(self, A: Any) -> Answer[Array] | None:
+        """The root of the sum of squares."""
+        return None
+
+    def spectral_norm(self, A: Any) -> Answer[Array] | None:
+        """The largest singular value."""
+        return None
+
+    def product(self, A: Any, B: Any) -> Answer[Any] | None:
+        """``A @ B`` as one operator, B an operator of any structure."""
+        return None
+
+    def sum(self, A: Any, B: Any) -> Answer[Any] | None:
+        """``A + B`` as one operator, B an operator of any structure."""
+        return None
+
+    def shifted(self, A: Any, value: Any) -> Answer[Any] | None:
+        """``A + diag(value)`` as one operator; ``value`` is a 0-d array (a multiple of the identity) or (n,)."""
+        return None
+
+    def kron(self, A: Any, B: Any) -> Answer[Any] | None:
+        """The Kronecker product as one operator, B an operator of any structure."""
+        return None
+
+    def nearest(self, target: np.ndarray, covariance: np.ndarray | None) -> Nearest | None:
+        """The matrix of this structure nearest to ``target`` (d_out, d_in), in float64 or complex128.
+
+        In the Frobenius norm, or in that of ``(target - A) covariance^(1/2)``.
+        """
+        return None
+
+    def dense(self, factors: Sequence[np.ndarray]) -> np.ndarray | None:
+        """The (d_out, d_in) matrix from NumPy factors, by its definition: an oracle that shares no code with products."""
+        return None
 
     def check(self, factors: Sequence[Array]) -> str:
         """Check number, shapes, backend and dtypes of ``factors``; return the backend's name.
@@ -376,6 +458,56 @@ class Structure(AbstractStructure):
 
     def _columns(self, factors: Sequence[Array], x: Array, xp: SimpleNamespace) -> Array:
         return _executors[0].run(self, factors, x, None, False, xp)
+
+    # -- algebra, from the roles of the axes: structlin.algebra --------------------------------------------------------
+
+    def inverse(self, A: Any) -> Answer[Any] | None:
+        return _algebras[0].inverse(A)
+
+    def pinv(self, A: Any) -> Answer[Any] | None:
+        return _algebras[0].pinv(A)
+
+    def solve(self, A: Any, b: Array) -> Answer[Any] | None:
+        return _algebras[0].solve(A, b)
+
+    def slogdet(self, A: Any) -> Answer[Any] | None:
+        return _algebras[0].slogdet(A)
+
+    def diagonal(self, A: Any, k: int) -> Answer[Any] | None:
+        return _algebras[0].diagonal(A, k)
+
+    def trace(self, A: Any) -> Answer[Any] | None:
+        return _algebras[0].trace(A)
+
+    def eig(self, A: Any) -> Answer[Any] | None:
+        return _algebras[0].eig(A)
+
+    def svd(self, A: Any) -> Answer[Any] | None:
+        return _algebras[0].svd(A)
+
+    def function(self, A: Any, f: Any) -> Answer[Any] | None:
+        return _algebras[0].function(A, f)
+
+    def power(self, A: Any, k: int) -> Answer[Any] | None:
+        return _algebras[0].power(A, k)
+
+    def frobenius_norm(self, A: Any) -> Answer[Any] | None:
+        return _algebras[0].frobenius_norm(A)
+
+    def spectral_norm(self, A: Any) -> Answer[Any] | None:
+        return _algebras[0].spectral_norm(A)
+
+    def product(self, A: Any, B: Any) -> Answer[Any] | None:
+        return _algebras[0].product(A, B)
+
+    def sum(self, A: Any, B: Any) -> Answer[Any] | None:
+        return _algebras[0].sum(A, B)
+
+    def shifted(self, A: Any, value: Any) -> Answer[Any] | None:
+        return _algebras[0].shifted(A, value)
+
+    def kron(self, A: Any, B: Any) -> Answer[Any] | None:
+        return _algebras[0].kron(A, B)
 
     def __reduce__(self) -> tuple[object, ...]:
         return Structure, (self.steps, self.sizes, self.d_in, self.d_out)

@@ -36,6 +36,15 @@ Composing (`structlin._cola_compat._composing`, ``_slicing``, ``_pickling``): wh
     pickling   operators hold a module, and classes such as ``Sum[Dense, Dense]`` cannot be found by name, so that
                pickle, copy.deepcopy and torch.save raise. [pickle_and_copy]
     devices    with more than one jax device, operators that hold no array, or traced ones, raise. [several_devices]
+    views      ``kron`` of a torch tensor that is not contiguous raises. [transposed_kron]
+    like       ``I_like`` of a NumPy operator belongs to jax. [numpy_identity]
+
+Speed (`structlin._cola_compat._dispatch`): what is right and slow
+    lookup     one rule with a condition keeps plum from remembering what any call of that function resolves to.
+               [lookup_is_remembered]
+    binding    ``inspect`` binds the arguments of every dispatched call. [binding_is_quick]
+    annotating annotating an operator takes it and its members to pieces. [annotating_keeps_members]
+    sums       a sum begins with the number 0, and copies its first term. [sums_do_not_copy]
 
 Numbers (`structlin._cola_compat._values`): what was wrong without a word
     logdet_scalar       ``logdet(c * A)`` counts log|c| once instead of n times, and the sign likewise. [logdet_scalar]
@@ -68,13 +77,35 @@ def _require_colas_plum() -> None:
 
 _require_colas_plum()
 
-from structlin._cola_compat._composing import COMPOSING  # noqa: E402
-from structlin._cola_compat._repair import Repair  # noqa: E402
-from structlin._cola_compat._values import VALUES  # noqa: E402
+from structlin._cola_compat._composing import COMPOSING, as_scalar, scalar_mul  # noqa: E402
+from structlin._cola_compat._dispatch import SPEED, use_for_solve  # noqa: E402
+from structlin._cola_compat._repair import (  # noqa: E402
+    Repair,
+    device_of,
+    functions_of,
+    implementation,
+    is_array,
+    rule,
+)
+from structlin._cola_compat._values import VALUES, known_scalar, parity, scaled_annotations  # noqa: E402
 
-__all__ = ["REPAIRS", "install"]
+__all__ = [
+    "REPAIRS",
+    "as_scalar",
+    "device_of",
+    "functions_of",
+    "implementation",
+    "install",
+    "is_array",
+    "known_scalar",
+    "parity",
+    "rule",
+    "scalar_mul",
+    "scaled_annotations",
+    "use_for_solve",
+]
 
-REPAIRS: tuple[Repair, ...] = (*COMPOSING, *VALUES)
+REPAIRS: tuple[Repair, ...] = (*COMPOSING, *VALUES, *SPEED)
 
 
 def install() -> tuple[str, ...]:

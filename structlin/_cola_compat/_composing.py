@@ -195,7 +195,7 @@ def _repair_library() -> None:
 _FUNCTIONS = {"numpy": ".np_fns", "torch": ".torch_fns", "jax": ".jax_fns"}
 
 
-def _as_scalar(A: LinearOperator, c: Any) -> tuple[Any, Any]:
+def as_scalar(A: LinearOperator, c: Any) -> tuple[Any, Any]:
     """``c`` checked, and the dtype of c * A."""
     if isinstance(c, LinearOperator):
         raise TypeError("operators are multiplied with @, not *")
@@ -216,7 +216,7 @@ def _as_scalar(A: LinearOperator, c: Any) -> tuple[Any, Any]:
     return c, A.dtype
 
 
-def _scalar_mul(A: LinearOperator, c: Any, dtype: Any, n: int) -> ScalarMul:
+def scalar_mul(A: LinearOperator, c: Any, dtype: Any, n: int) -> ScalarMul:
     S = ScalarMul.__new__(ScalarMul)  # its constructor would guess the library, and warn where jax has no float64
     xnp = functions_of("jax") if is_array(c) and backend_of(c) == "jax" else A.xnp
     S.c = xnp.array(c, dtype=dtype, device=A.device)
@@ -232,21 +232,21 @@ def _scaling_is_broken() -> bool:
 def _repair_scaling() -> None:
     @rule("mul")
     def scaled_operator(A: LinearOperator, c: object):
-        c, dtype = _as_scalar(A, c)
-        return Product(_scalar_mul(A, c, dtype, A.shape[-2]), A)
+        c, dtype = as_scalar(A, c)
+        return Product(scalar_mul(A, c, dtype, A.shape[-2]), A)
 
     @rule("mul")
     def scaled_scalar(A: ScalarMul, c: object):
-        c, dtype = _as_scalar(A, c)
-        return _scalar_mul(A, A.c * c, dtype, A.shape[-2])
+        c, dtype = as_scalar(A, c)
+        return scalar_mul(A, A.c * c, dtype, A.shape[-2])
 
     @rule("inv")
     def inverse_of_scalar(A: ScalarMul, alg: Algorithm):
-        return _scalar_mul(A, 1 / A.c, A.dtype, A.shape[-2])
+        return scalar_mul(A, 1 / A.c, A.dtype, A.shape[-2])
 
     @rule("pinv")
     def pseudo_inverse_of_scalar(A: ScalarMul, alg: Algorithm):
-        return _scalar_mul(A, 1 / A.c, A.dtype, A.shape[-2])
+        return scalar_mul(A, 1 / A.c, A.dtype, A.shape[-2])
 
 
 # -- subtract ------------------------------------------------------------------------------------------------------
@@ -395,6 +395,40 @@ def _repair_devices() -> None:
     functions_of("jax").get_default_device = get_default_device  # type: ignore[attr-defined]
 
 
+# -- views: ``torch.kron`` raises where its second argument is no contiguous array -----------------------------------
+
+
+def _views_are_broken() -> bool:
+    return sys.modules.get("torch") is not None and functions_of("torch").kron.__module__.startswith("torch")
+
+
+def _repair_views() -> None:
+    import torch
+
+    def kron(a: Array, b: Array) -> Array:
+        return torch.kron(a.contiguous(), b.contiguous())
+
+    functions_of("torch").kron = kron  # type: ignore[attr-defined]
+
+
+# -- like: ``I_like(A)`` ends with ``to``, and has another library than a NumPy operator then -------------------------
+
+
+def _identity_to(self: Identity, device: Any) -> Identity:
+    self.device = device
+    if device is None:
+        self.xnp = np_fns
+    return self
+
+
+def _like_is_broken() -> bool:
+    return Identity.to.__module__.startswith("cola.")
+
+
+def _repair_like() -> None:
+    Identity.to = _identity_to
+
+
 COMPOSING = (
     Repair("any", _any_is_broken, _repair_any),
     Repair("overlap", _overlap_is_broken, _repair_overlap),
@@ -407,4 +441,6 @@ COMPOSING = (
     Repair("clip", _clip_is_broken, _repair_clip),
     PICKLING,
     Repair("devices", _devices_are_broken, _repair_devices),
+    Repair("views", _views_are_broken, _repair_views),
+    Repair("like", _like_is_broken, _repair_like),
 )

@@ -17,9 +17,11 @@ from cola.linalg.trace.diag_trace import trace
 from cola.linalg.unary.unary import log
 from cola.ops import Adjoint, LinearOperator, Permutation, Product, ScalarMul, Sum, Transpose
 from plum import dispatch
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 
-from structlin._arrays import Array
 from structlin._cola_compat._repair import Repair, functions_of, implementation, rule
+from structlin._lapack import lapack
 
 # -- log determinants ----------------------------------------------------------------------------------------------
 
@@ -37,26 +39,17 @@ def _repair_logdet_scalar() -> None:
         return (A.c / size) ** A.shape[0], A.shape[0] * A.xnp.log(size)
 
 
-def _parity(perm: Array, xnp: Any) -> Any:
-    """Sign of a permutation: the number of its inversions, even or odd."""
+def parity(index: Any) -> Any:
+    """Sign of a permutation of numbers: that of its length minus the number of its cycles."""
     try:
-        values = np.asarray(perm.detach().cpu() if hasattr(perm, "detach") else perm)
-    except (RuntimeError, TypeError):  # traced by jax or torch
-        later = perm[None, :] < perm[:, None]
-        order = xnp.arange(perm.shape[0])
-        inversions = (later & (order[None, :] > order[:, None])).sum()
-        return 1 - 2 * (inversions % 2)
-    seen = np.zeros(len(values), dtype=bool)
-    sign = 1
-    for start in range(len(values)):
-        at, length = start, 0
-        while not seen[at]:
-            seen[at] = True
-            at = values[at]
-            length += 1
-        if length and length % 2 == 0:
-            sign = -sign
-    return sign
+        values = np.asarray(index.detach().cpu() if hasattr(index, "detach") else index)
+    except (RuntimeError, TypeError):  # traced by jax or torch: by the number of inversions
+        n = index.shape[0]
+        above = lapack(index).index(np.triu(np.ones((n, n), dtype=bool), 1), index)
+        return 1 - 2 * (((index[None, :] < index[:, None]) & above).sum() % 2)
+    n = len(values)
+    links = coo_array((np.ones(n), (np.arange(n), values)), shape=(n, n))
+    return 1 - 2 * ((n - connected_components(links)[0]) % 2)
 
 
 def _logdet_permutation_is_broken() -> bool:
@@ -69,7 +62,7 @@ def _repair_logdet_permutation() -> None:
     @rule("slogdet")
     def slogdet_of_permutation(A: Permutation, log_alg: Algorithm, trace_alg: Algorithm):
         zero = A.xnp.array(0.0, dtype=A.dtype, device=A.device)
-        return zero + _parity(A.perm, A.xnp), zero
+        return zero + parity(A.perm), zero
 
 
 def _logdet_iterative_is_broken() -> bool:
@@ -89,7 +82,7 @@ def _repair_logdet_iterative() -> None:
 # -- annotations ---------------------------------------------------------------------------------------------------
 
 
-def _known(c: Any) -> complex | None:
+def known_scalar(c: Any) -> complex | None:
     """The value of a scalar; None while it is traced."""
     try:
         return complex(c.detach() if hasattr(c, "detach") else c)
@@ -100,14 +93,14 @@ def _known(c: Any) -> complex | None:
 def _known_product(scalars: Iterable[Any]) -> complex | None:
     product = complex(1)
     for c in scalars:
-        value = _known(c)
+        value = known_scalar(c)
         if value is None:
             return None
         product *= value
     return product
 
 
-def _scaled(annotations: set[type], c: complex | None, is_complex: bool) -> set[type]:
+def scaled_annotations(annotations: set[type], c: complex | None, is_complex: bool) -> set[type]:
     """What is left of ``annotations`` after multiplication by ``c``."""
     if c == 1:
         return annotations
@@ -158,7 +151,7 @@ def _repair_annotations() -> None:
         kept = _of_product([M for M in A.Ms if not isinstance(M, ScalarMul)], is_complex)
         if not scalars or not kept:
             return kept
-        return _scaled(kept, _known_product(scalars), is_complex)
+        return scaled_annotations(kept, _known_product(scalars), is_complex)
 
     @rule("get_annotations")
     def of_sum(A: Sum):

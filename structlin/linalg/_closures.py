@@ -11,31 +11,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 from cola.annotations import PSD, SelfAdjoint, Stiefel, Unitary
 from cola.ops import Identity, LinearOperator, Product, ScalarMul, Sum
 from cola.ops import Kronecker as ColaKronecker
 
-from structlin._arrays import Array, backend_of
-from structlin._cola_compat._composing import _as_scalar
-from structlin._cola_compat._repair import functions_of, implementation, rule
-from structlin._cola_compat._values import _known, _scaled
+from structlin._arrays import Array
+from structlin._cola_compat import as_scalar, implementation, known_scalar, rule, scaled_annotations
+from structlin._lapack import as_array, in_library, lapack, promoted
+from structlin.algebra import chains
 from structlin.counting import macs
-from structlin.linalg import _chain as chain
 from structlin.linalg._forms import diagonal_of
-from structlin.linalg._lapack import as_array, in_library, lapack
-from structlin.linalg._tensor_train import added_cores, tensor_train_cores
 from structlin.operators import StructuredOperator
 from structlin.structure import Structure
-from structlin.structures.block_diagonal import BlockDiagonal
-from structlin.structures.circulant import Circulant, CirculantStructure
-from structlin.structures.dense import Dense
-from structlin.structures.diagonal import Diagonal, DiagonalStructure
-from structlin.structures.kronecker import Kronecker
 from structlin.structures.low_rank import LowRank
-from structlin.structures.permutation import Permutation, PermutationStructure
-from structlin.structures.tensor_train import TensorTrain
-from structlin.structures.toeplitz import Toeplitz, ToeplitzStructure
 
 
 def _cost(*operators: LinearOperator) -> float:
@@ -44,15 +32,6 @@ def _cost(*operators: LinearOperator) -> float:
         return sum(map(macs, operators))
     except TypeError:
         return float("inf")
-
-
-def _promoted(x: Array, y: Array) -> tuple[Array, Array]:
-    """Both in the dtype that they have in common."""
-    if x.dtype == y.dtype:
-        return x, y
-    functions = functions_of(backend_of(x))
-    common = functions.promote_types(x.dtype, y.dtype)
-    return functions.cast(x, common), functions.cast(y, common)
 
 
 # -- products --------------------------------------------------------------------------------------------------------
@@ -133,7 +112,8 @@ def product(A: LinearOperator, B: LinearOperator) -> LinearOperator | None:
             return multiple(other, scalar.c)
     found: list[LinearOperator] = []
     if isinstance(A, StructuredOperator) and isinstance(B, StructuredOperator):
-        found += [op for op in (_of_kind(A, B), _of_parts(A, B)) if op is not None]
+        answer = A.structure.product(A, B)
+        found += [] if answer is None else [answer.value]
     if not found:
         found += [op for op in (_scaled_rows(A, B), _low_rank(A, B)) if op is not None]
     if not found:
@@ -152,87 +132,32 @@ def _annotated_product(found: LinearOperator, A: LinearOperator, B: LinearOperat
     return found
 
 
-def _of_kind(A: StructuredOperator, B: StructuredOperator) -> StructuredOperator | None:
-    """Permutations, diagonal and circulant matrices are closed under products."""
-    kinds, (x, y) = (A.structure, B.structure), (A.factors[0], B.factors[0])
-    if all(isinstance(s, PermutationStructure) for s in kinds):
-        return Permutation._build(A.structure, (y[x],), A.xnp.promote_types(A.dtype, B.dtype))
-    if all(isinstance(s, DiagonalStructure) for s in kinds):
-        return Diagonal(x * y)
-    if all(isinstance(s, CirculantStructure) for s in kinds):
-        xp, n = lapack(x), A.shape[0]
-        x, y = _promoted(x, y)
-        if xp.is_complex(x):
-            return Circulant(xp.ifft(xp.fft(x, n, 0) * xp.fft(y, n, 0), n, 0))
-        return Circulant(xp.irfft(xp.rfft(x, n, 0) * xp.rfft(y, n, 0), n, 0))
-    return None
-
-
-def _of_parts(A: StructuredOperator, B: StructuredOperator) -> StructuredOperator | None:
-    """Kronecker and block-diagonal products of members that fit one another."""
-    left, right = chain.kronecker_parts(A.structure), chain.kronecker_parts(B.structure)
-    if left is not None and right is not None:
-        if len(left) != len(right) or len(left) < 2:
-            return None
-        if any(p.columns != q.rows for p, q in zip(left, right, strict=True)):
-            return None
-        first, second = (chain.part_matrices(op.structure, op.factors) for op in (A, B))
-        assert first is not None
-        assert second is not None
-        return Kronecker(*(_matmul(x, y) for x, y in zip(first, second, strict=True)))
-    blocks = [chain.diagonal_blocks(op.structure, op.factors) for op in (A, B)]
-    if blocks[0] is None or blocks[1] is None:
-        return None
-    (count, _, inner), (other, inner2, _) = blocks[0].shape, blocks[1].shape
-    return BlockDiagonal(_matmul(*blocks)) if count == other and inner == inner2 else None
-
-
-def _matmul(x: Array, y: Array) -> Array:
-    x, y = _promoted(x, y)
-    return x @ y
-
-
 def _scaled_rows(A: LinearOperator, B: LinearOperator) -> StructuredOperator | None:
     """A diagonal matrix next to a dense or block-diagonal one scales its rows or columns."""
     for diagonal, other, rows in ((A, B, True), (B, A, False)):
         value = diagonal_of(diagonal)
         if value is None or getattr(value, "ndim", 0) == 0 or not isinstance(other, StructuredOperator):
             continue
-        blocks = chain.diagonal_blocks(other.structure, other.factors)
-        if blocks is None and chain.is_dense(other.structure):
-            matrices = chain.part_matrices(other.structure, other.factors)
-            blocks = None if matrices is None else matrices[0][None]
+        blocks = chains.matrix_blocks(other) if isinstance(other.structure, Structure) else None
         if blocks is None:
             continue
-        blocks, value = _promoted(blocks, in_library(value, blocks))
+        blocks, value = promoted(blocks, in_library(value, blocks))
         shape = (blocks.shape[0], -1, 1) if rows else (blocks.shape[0], 1, -1)
-        scaled = blocks * value.reshape(shape)
-        return Dense(scaled[0]) if chain.is_dense(other.structure) else BlockDiagonal(scaled)
+        return chains.from_blocks(other, blocks * value.reshape(shape))
     return None
-
-
-def low_rank_factors(A: LinearOperator) -> tuple[Array, Array] | None:
-    """(U, V) of an operator that is a chain of dense matrices with a bottleneck; None for any other."""
-    if not isinstance(A, StructuredOperator) or not isinstance(A.structure, Structure):
-        return None
-    plain = all(f.blocks == f.carried == 1 for f in A.structure.factors) and A.structure.padding == (0, 0)
-    found = chain.bottleneck(A.structure)
-    if found is None or not plain or found[0] >= min(A.shape):
-        return None
-    return chain.thin_factors(A)
 
 
 def _low_rank(A: LinearOperator, B: LinearOperator) -> StructuredOperator | None:
     """(U V) B = U (V B) and A (U V) = (A U) V; the narrower one where both are of low rank."""
     if A.dtype != B.dtype and not (isinstance(A, StructuredOperator) and isinstance(B, StructuredOperator)):
         return None  # not all of CoLA's operators take arrays of another dtype
-    first, second = low_rank_factors(A), low_rank_factors(B)
+    first, second = chains.low_rank_factors(A), chains.low_rank_factors(B)
     if first is not None and (second is None or first[0].shape[1] <= second[0].shape[1]):
         U, V = first
-        return LowRank(*_swap(_promoted(U, V @ B)))
+        return LowRank(*_swap(promoted(U, V @ B)))
     if second is not None:
         U, V = second
-        return LowRank(*_swap(_promoted(A @ U, V)))
+        return LowRank(*_swap(promoted(A @ U, V)))
     return None
 
 
@@ -289,7 +214,8 @@ def total(A: LinearOperator, B: LinearOperator) -> StructuredOperator | None:
         return None  # the error is CoLA's to raise
     found = None
     if isinstance(A, StructuredOperator) and isinstance(B, StructuredOperator):
-        found = _sum_of_kind(A, B)
+        answer = A.structure.sum(A, B) if type(A.structure) is type(B.structure) else None
+        found = answer.value if answer is not None and _cost(answer.value) <= _cost(A, B) else None
     if found is None and isinstance(A, StructuredOperator):
         found = _plus_diagonal(A, B)
     if found is None and isinstance(B, StructuredOperator):
@@ -304,72 +230,17 @@ def total(A: LinearOperator, B: LinearOperator) -> StructuredOperator | None:
     return found
 
 
-def _sum_of_kind(A: StructuredOperator, B: StructuredOperator) -> StructuredOperator | None:
-    kinds, (x, y) = (A.structure, B.structure), (A.factors[0], B.factors[0])
-    if type(A.structure) is not type(B.structure):
-        return None
-    if all(isinstance(s, DiagonalStructure) for s in kinds):
-        return Diagonal(x + y)
-    if all(isinstance(s, CirculantStructure) for s in kinds):
-        return Circulant(x + y)
-    if all(isinstance(s, ToeplitzStructure) for s in kinds):
-        return Toeplitz.from_kernel(x + y, A.shape[0])
-    if all(map(chain.is_dense, kinds)):
-        first, second = (chain.part_matrices(op.structure, op.factors) for op in (A, B))
-        assert first is not None
-        assert second is not None
-        return Dense(first[0] + second[0])
-    blocks = [chain.diagonal_blocks(op.structure, op.factors) for op in (A, B)]
-    if blocks[0] is not None and blocks[1] is not None:
-        return BlockDiagonal(blocks[0] + blocks[1]) if blocks[0].shape == blocks[1].shape else None
-    first_pair, second_pair = low_rank_factors(A), low_rank_factors(B)
-    if first_pair is not None and second_pair is not None:
-        (U, X), (V, Y) = _promoted(first_pair[0], second_pair[0]), _promoted(first_pair[1], second_pair[1])
-        xp = lapack(U)
-        return _if_cheap(LowRank(xp.concat((V, Y)), xp.concat_axis((U, X), 1)), A, B)
-    cores = [tensor_train_cores(op) for op in (A, B)]
-    if cores[0] is not None and cores[1] is not None:
-        if [c.shape[1:3] for c in cores[0]] != [c.shape[1:3] for c in cores[1]]:
-            return None
-        pairs = [_promoted(x, y) for x, y in zip(*cores, strict=True)]
-        return _if_cheap(TensorTrain(*added_cores([p[0] for p in pairs], [p[1] for p in pairs])), A, B)
-    return None
-
-
-def _if_cheap(found: StructuredOperator, A: LinearOperator, B: LinearOperator) -> StructuredOperator | None:
-    return found if _cost(found) <= _cost(A, B) else None
-
-
 def _plus_diagonal(A: StructuredOperator, B: LinearOperator) -> StructuredOperator | None:
     """A diagonal or a multiple of the identity, taken up by what stores its diagonal."""
     value = diagonal_of(B)
     if value is None:
         return None
-    structure, x = A.structure, A.factors[0]
-    if not hasattr(value, "dtype"):
-        value = as_array(value, x) if not isinstance(structure, PermutationStructure) else value
-    else:
-        value = in_library(value, x)
-    if isinstance(structure, DiagonalStructure):
-        return Diagonal(x + value)
-    if isinstance(structure, CirculantStructure) and value.ndim == 0:
-        return Circulant(x + value * _unit(x, 0))
-    if isinstance(structure, ToeplitzStructure) and value.ndim == 0:
-        return Toeplitz.from_kernel(x + value * _unit(x, structure.d_in - 1), structure.d_out)
-    blocks = chain.diagonal_blocks(structure, A.factors)
-    if blocks is None and chain.is_dense(structure):
-        matrices = chain.part_matrices(structure, A.factors)
-        blocks = None if matrices is None else matrices[0][None]
-    if blocks is None or blocks.shape[1] != blocks.shape[2]:
+    example = A.factors[0]
+    if lapack(example).is_integer(example):
         return None
-    wide = value if value.ndim == 0 else value.reshape((blocks.shape[0], 1, -1))
-    shifted = blocks + lapack(x).eye(blocks.shape[1], blocks) * wide
-    return Dense(shifted[0]) if chain.is_dense(structure) else BlockDiagonal(shifted)
-
-
-def _unit(like: Array, place: int) -> Array:
-    """As long as ``like``: 1 at one place, 0 elsewhere."""
-    return lapack(like).index(np.arange(like.shape[0]) == place, like)
+    value = in_library(value, example) if hasattr(value, "dtype") else as_array(value, example)
+    answer = A.structure.shifted(A, value)
+    return None if answer is None else answer.value
 
 
 # -- multiples -------------------------------------------------------------------------------------------------------
@@ -385,12 +256,12 @@ def _scaled_product(A: Product, c: object):
     """Into the structured member with the smallest factor, since a number commutes with every matrix."""
     sizes = [_smallest(M)[1] if isinstance(M, StructuredOperator) else None for M in A.Ms]
     known = [s for s in sizes if s is not None]
-    value, dtype = _as_scalar(A, c)
+    value, dtype = as_scalar(A, c)
     if not known or dtype != A.dtype:
         return implementation("mul", LinearOperator, object)(A, c)
     place = sizes.index(min(known))
     found = Product(*A.Ms[:place], multiple(A.Ms[place], c), *A.Ms[place + 1 :])
-    return _annotated_multiple(found, A, value)
+    return annotated_multiple(found, A, value)
 
 
 def _smallest(A: StructuredOperator) -> tuple[int, int | None]:
@@ -406,18 +277,18 @@ def multiple(A: StructuredOperator, c: Any) -> LinearOperator:
     A real operator that has no factor to take c (a permutation), or would have to become complex in all of its
     factors, is left as it is, behind a ScalarMul.
     """
-    value, dtype = _as_scalar(A, c)
+    value, dtype = as_scalar(A, c)
     place, size = _smallest(A)
     if size is None or dtype != A.dtype:
         return implementation("mul", LinearOperator, object)(A, c)
     factors = list(A.factors)
     factors[place] = factors[place] * as_array(value, factors[place])
     scaled = A._with(A.structure, tuple(factors), frozenset())
-    return _annotated_multiple(scaled, A, value)
+    return annotated_multiple(scaled, A, value)
 
 
-def _annotated_multiple(found: LinearOperator, A: LinearOperator, c: Any) -> LinearOperator:
-    found.annotations = _scaled(set(A.annotations), _known(c), "complex" in str(A.dtype))
+def annotated_multiple(found: LinearOperator, A: LinearOperator, c: Any) -> LinearOperator:
+    found.annotations = scaled_annotations(set(A.annotations), known_scalar(c), "complex" in str(A.dtype))
     return found
 
 
@@ -426,25 +297,10 @@ def _annotated_multiple(found: LinearOperator, A: LinearOperator, c: Any) -> Lin
 
 @rule("kron")
 def _kronecker(A: StructuredOperator, B: StructuredOperator):
-    found = _kronecker_of(A, B)
-    whole = ColaKronecker(A, B)
-    if found is None or _cost(found) > _cost(whole):
+    answer, whole = A.structure.kron(A, B), ColaKronecker(A, B)
+    if answer is None or _cost(answer.value) > _cost(whole):
         return whole
+    found = answer.value
     for annotation in whole.annotations:
         found = annotation(found)
     return found
-
-
-def _kronecker_of(A: StructuredOperator, B: StructuredOperator) -> StructuredOperator | None:
-    kinds, (x, y) = (A.structure, B.structure), (A.factors[0], B.factors[0])
-    n = A.shape[0] * B.shape[0]
-    if all(isinstance(s, PermutationStructure) for s in kinds):
-        index = (x[:, None] * B.shape[0] + y[None, :]).reshape((n,))
-        return Permutation._build(Permutation.design((n, n)), (index,), A.xnp.promote_types(A.dtype, B.dtype))
-    if all(isinstance(s, DiagonalStructure) for s in kinds):
-        return Diagonal((x[:, None] * y[None, :]).reshape((n,)))
-    first, second = (chain.part_matrices(op.structure, op.factors) for op in (A, B))
-    if first is None or second is None:
-        return None
-    pairs = [_promoted(m, second[0]) for m in first]
-    return Kronecker(*(m for m, _ in pairs), *(_promoted(m, first[0])[0] for m in second))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable
 from functools import lru_cache
+from typing import Any
 
 import cola
 import numpy as np
@@ -12,11 +13,21 @@ from cola.annotations import PSD, SelfAdjoint
 from cola.ops import LinearOperator
 
 from structlin._arrays import Array, to_backend
-from structlin.linalg._lapack import eps, known, lapack, singular_to_roundoff
+from structlin._lapack import eps, known, lapack, refusing_singular, singular_to_roundoff
+from structlin.algebra import roles
 from structlin.operators import StructuredOperator
 
 DENSE_LIMIT = 8192
 """Up to this many rows or columns, what has no fast form is computed from the dense matrix."""
+
+NO_INVERSE = "; structlin.linalg.lstsq solves for any shape"
+
+
+def require_operator(A: Any, name: str = "A") -> None:
+    if not isinstance(A, LinearOperator):
+        raise TypeError(
+            f"{name} must be a linear operator, got {type(A).__qualname__}; wrap an array in cola.ops.Dense"
+        )
 
 
 def require_square(A: LinearOperator, what: str, instead: str = "") -> int:
@@ -24,13 +35,6 @@ def require_square(A: LinearOperator, what: str, instead: str = "") -> int:
     if A.shape[0] != A.shape[1]:
         raise ValueError(f"{what} needs a square operator, got shape {tuple(A.shape)}{instead}")
     return int(A.shape[0])
-
-
-def singular(A: LinearOperator, rank: int) -> ValueError:
-    return ValueError(
-        f"{type(A).__name__} of shape {tuple(A.shape)} has rank {rank} at most and so no inverse; "
-        "use cola.pinv, or add a multiple of the identity"
-    )
 
 
 def fits_dense(A: LinearOperator) -> bool:
@@ -44,6 +48,11 @@ def require_dense(A: LinearOperator, what: str, instead: str) -> None:
             f"{what} of {type(A).__name__} of shape {tuple(A.shape)} has no fast form, and above {DENSE_LIMIT} rows "
             f"or columns no dense matrix is built unasked; {instead}"
         )
+
+
+def is_matrix(A: LinearOperator) -> bool:
+    """Whether A is stored as a dense matrix."""
+    return isinstance(A, cola.ops.Dense) or (isinstance(A, StructuredOperator) and roles.is_dense(A.structure))
 
 
 def annotated(A: LinearOperator, kept: Iterable[type]) -> LinearOperator:
@@ -65,7 +74,7 @@ def like(x: np.ndarray, A: LinearOperator) -> Array:
     return A.xnp.array(x, dtype=A.dtype, device=A.device)
 
 
-@lru_cache(maxsize=32)
+@lru_cache(maxsize=8)
 def _probe(n: int) -> np.ndarray:
     v = np.random.default_rng(0).standard_normal(n)
     return v / np.linalg.norm(v)
@@ -81,24 +90,25 @@ def accuracy(A: LinearOperator) -> float:
     return eps(A.dtype) ** 0.75
 
 
-def is_backward_stable(A: LinearOperator, solve: Callable[[Array], Array]) -> bool:
-    """Whether such a formula has solved with A or with a close neighbour that is regular. True while values are traced.
+def largest_growth(A: LinearOperator) -> float:
+    """Where ``|A| |A^-1|`` is as large, as far as can be seen, A is singular to working precision."""
+    return 0.1 / eps(A.dtype)
+
+
+def is_backward_stable(A: LinearOperator, solve: Callable[[Array], Array]) -> Any:
+    """Whether such a formula has solved with A or with a close neighbour that is regular; a traced bool under tracing.
 
     For x = solve(v), whether ``|A x - v| <= tol (|A| |x| + |v|)``, with |A| replaced by its action on v, which it
     exceeds, and whether x is smaller than roundoff alone can make it.
     """
     v = probe(A)
     x = solve(v)
-    norm = lapack(v).norm
-    residual, size, action = (known(norm(y)) for y in (A @ x - v, x, A @ v))
-    if residual is None or size is None or action is None:
-        return True
-    return residual <= accuracy(A) * (action * size + 1) and action * size < largest_growth(A)
-
-
-def largest_growth(A: LinearOperator) -> float:
-    """Where ``|A| |A^-1|`` is as large, as far as can be seen, A is singular to working precision."""
-    return 0.1 / eps(A.dtype)
+    xp = lapack(v)
+    residual, size, action = (xp.norm(xp.stop_gradient(y)) for y in (A @ x - v, x, A @ v))
+    growth = action * size
+    good = (residual <= accuracy(A) * (growth + 1)) & (growth < largest_growth(A))
+    seen = known(xp.where(good, residual * 0 + 1, residual * 0))
+    return good if seen is None else bool(seen == 1)
 
 
 def dense_inverse(A: LinearOperator) -> LinearOperator:
@@ -107,23 +117,22 @@ def dense_inverse(A: LinearOperator) -> LinearOperator:
     A pivot that is only roundoff, and a solution as large as roundoff makes it, raise LinAlgError.
     """
     matrix = cola.ops.Dense(A.to_dense())
-    with warnings.catch_warnings():
+    name = f"{type(A).__name__} of shape {tuple(A.shape)}"
+    with warnings.catch_warnings(), refusing_singular(matrix.A, positive=A.isa(PSD)):
         # CoLA applies the permutation of a complex LU to complex numbers and casts what are whole numbers.
         warnings.filterwarnings("ignore", message="Casting complex values to real", category=UserWarning)
         if A.isa(PSD):
-            return PSD(cola.inv(PSD(matrix), cola.linalg.Cholesky()))
-        inverse = cola.inv(matrix, cola.linalg.LU())
-    pivots = abs(lapack(matrix.A).diagonal(inverse.Ms[0].A))
+            inverse = PSD(cola.inv(PSD(matrix), cola.linalg.Cholesky()))
+            pivots = abs(lapack(matrix.A).diagonal(lapack(matrix.A).cholesky(matrix.A))) ** 2
+        else:
+            inverse = cola.inv(matrix, cola.linalg.LU())
+            pivots = abs(lapack(matrix.A).diagonal(inverse.Ms[0].A))
     least, most = known(pivots.min()), known(pivots.max())
-    if least is not None and most is not None and not least > eps(A.dtype) * most:
-        raise singular_to_roundoff(
-            f"{type(A).__name__} of shape {tuple(A.shape)} with pivots {least:.1e} to {most:.1e}"
-        )
+    if least is not None and most is not None and least <= eps(A.dtype) * most:
+        raise singular_to_roundoff(f"{name} with pivots {least:.1e} to {most:.1e}")
     v = probe(A)
     norm = lapack(v).norm
     growth = known(norm(inverse @ v) * norm(matrix @ v))
-    if growth is not None and not growth < largest_growth(A):
-        raise singular_to_roundoff(
-            f"{type(A).__name__} of shape {tuple(A.shape)} with a condition number above {growth:.0e}"
-        )
+    if growth is not None and growth >= largest_growth(A):
+        raise singular_to_roundoff(f"{name} with a condition number above {growth:.0e}")
     return annotated(inverse, hermitian(A))

@@ -9,23 +9,17 @@ from collections.abc import Sequence
 from typing import Any
 
 import cola
-import numpy as np
 from cola.linalg.algorithm_base import Auto
 from cola.linalg.trace.diagonal_estimation import Exact
 from cola.ops import Adjoint, BlockDiag, KronSum, LinearOperator, Product, ScalarMul, Sum, Transpose
 from cola.ops import Kronecker as ColaKronecker
 
 from structlin._arrays import Array
-from structlin._cola_compat._repair import rule
-from structlin.linalg import _contract
-from structlin.linalg._common import require_square
+from structlin._cola_compat import rule
+from structlin._lapack import in_library, lapack
+from structlin.linalg._common import require_operator, require_square
 from structlin.linalg._forms import diagonal_of, thin
-from structlin.linalg._lapack import in_library, lapack
 from structlin.operators import StructuredOperator
-from structlin.structures.circulant import CirculantStructure
-from structlin.structures.diagonal import DiagonalStructure
-from structlin.structures.permutation import PermutationStructure
-from structlin.structures.toeplitz import ToeplitzStructure
 
 _CHUNK = 256  # columns of a matrix without structure that are computed at once
 
@@ -41,19 +35,9 @@ def diagonal_length(shape: Sequence[int], k: int) -> int:
 
 @rule("diag")
 def _diagonal_rule(A: StructuredOperator, k: int, alg: Auto | Exact):
-    count = diagonal_length(A.shape, k)
-    structure, factors = A.structure, A.factors
-    if isinstance(structure, DiagonalStructure):
-        return factors[0] if k == 0 else factors[0][:count] * 0
-    if isinstance(structure, CirculantStructure):
-        return factors[0][-k % structure.size] + lapack(factors[0]).zeros((count,), factors[0])
-    if isinstance(structure, ToeplitzStructure):
-        return factors[0][structure.d_in - 1 - k] + lapack(factors[0]).zeros((count,), factors[0])
-    if isinstance(structure, PermutationStructure):
-        start = lapack(factors[0]).index(np.arange(max(-k, 0), max(-k, 0) + count), factors[0])
-        return A.xnp.cast(factors[0][max(-k, 0) : max(-k, 0) + count] == start + k, A.dtype)
-    found = _contract.diagonal(A, k)
-    return diagonal_by_columns(A, k) if found is None else found
+    diagonal_length(A.shape, k)
+    answer = A.structure.diagonal(A, k)
+    return diagonal_by_columns(A, k) if answer is None else answer.value
 
 
 def diagonal_by_columns(A: LinearOperator, k: int) -> Array:
@@ -63,12 +47,12 @@ def diagonal_by_columns(A: LinearOperator, k: int) -> Array:
     pieces = []
     for start in range(first, first + count, _CHUNK):
         stop = min(start + _CHUNK, first + count)
-        columns = A @ _unit_columns(A, start, stop)
+        columns = A @ unit_columns(A, start, stop)
         pieces.append(lapack(columns).diagonal(columns[start - k : stop - k]))
     return pieces[0] if len(pieces) == 1 else xnp.concat(pieces)
 
 
-def _unit_columns(A: LinearOperator, start: int, stop: int) -> Array:
+def unit_columns(A: LinearOperator, start: int, stop: int) -> Array:
     """Columns start to stop of the identity."""
     eye = A.xnp.eye(stop - start, stop - start, dtype=A.dtype, device=A.device)
     above = A.xnp.zeros((start, stop - start), dtype=A.dtype, device=A.device)
@@ -79,8 +63,8 @@ def _unit_columns(A: LinearOperator, start: int, stop: int) -> Array:
 @rule("trace")
 def _trace_rule(A: StructuredOperator, alg: Auto | Exact):
     require_square(A, "the trace")
-    found = _contract.trace(A)
-    return cola.diag(A, 0, alg).sum() if found is None else found
+    answer = A.structure.trace(A)
+    return cola.diag(A, 0, alg).sum() if answer is None else answer.value
 
 
 # CoLA's operators.
@@ -223,3 +207,15 @@ def _trace_of_kronecker(A: ColaKronecker, alg: Auto | Exact):
 def _trace_of_any(A: LinearOperator, alg: Auto | Exact):
     require_square(A, "the trace")
     return cola.diag(A, 0, alg).sum()
+
+
+def diagonal(A: LinearOperator, k: int = 0) -> Array:
+    """The k-th diagonal: ``cola.diag``."""
+    require_operator(A)
+    return cola.diag(A, k, Auto())
+
+
+def trace(A: LinearOperator) -> Array:
+    """The sum of the diagonal of a square operator: ``cola.trace``."""
+    require_operator(A)
+    return cola.trace(A, Auto())

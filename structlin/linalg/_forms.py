@@ -1,16 +1,25 @@
-"""What an operator is, read off its kind and that of its parts: a diagonal, or a product with a narrow middle."""
+"""What an operator is, read off its kind and that of its parts.
+
+A diagonal; a product with a narrow middle; a Kronecker product or sum of small matrices, plus a multiple of the
+identity.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
-from cola.ops import Adjoint, Identity, LinearOperator, Product, ScalarMul, Transpose
+from cola.annotations import SelfAdjoint
+from cola.ops import Adjoint, Identity, KronSum, LinearOperator, Product, ScalarMul, Sum, Transpose
 from cola.ops import Diagonal as ColaDiagonal
+from cola.ops import Kronecker as ColaKronecker
 
 from structlin._arrays import Array
-from structlin.linalg import _chain as chain
-from structlin.linalg._lapack import lapack
+from structlin._lapack import as_array, lapack
+from structlin.algebra import chains, roles
+from structlin.linalg._common import fits_dense
 from structlin.operators import StructuredOperator
 from structlin.structures.diagonal import DiagonalStructure
 
@@ -44,8 +53,8 @@ def diagonal_of(A: LinearOperator) -> Any | None:
 def thin(A: LinearOperator, limit: int) -> tuple[Array, Array] | None:
     """(U, V) with ``A = U V``, dense, if A passes through a vector of at most ``limit`` numbers; else None."""
     if isinstance(A, StructuredOperator):
-        found = chain.bottleneck(A.structure)
-        return chain.thin_factors(A) if found is not None and found[0] <= limit else None
+        found = roles.bottleneck(A.structure)
+        return roles.thin_factors(A) if found is not None and found[0] <= limit else None
     if isinstance(A, Transpose | Adjoint):
         inner = thin(A.A, limit)
         if inner is None:
@@ -78,3 +87,68 @@ def _thin_product(Ms: Sequence[LinearOperator], limit: int) -> tuple[Array, Arra
     for M in right:
         V = V @ M
     return U, V
+
+
+@dataclass(frozen=True)
+class Members:
+    """``A = kron(matrices) + shift I``, or with ``add`` the Kronecker sum of the matrices."""
+
+    matrices: tuple[Array, ...]
+    add: bool
+    shift: Any = 0.0
+
+    @property
+    def size(self) -> int:
+        return math.prod(m.shape[0] for m in self.matrices)
+
+    @property
+    def hermitian(self) -> bool:
+        """Whether all members are, to roundoff, where that can be seen."""
+        return all(map(chains.is_hermitian, self.matrices))
+
+
+def members(A: LinearOperator) -> Members | None:
+    """None where A is no such operator, or a dense matrix as it stands."""
+    if isinstance(A, StructuredOperator):
+        found = chains.kronecker_members(A, square=True)
+        return None if found is None else Members(tuple(found), False)
+    if isinstance(A, ColaKronecker | KronSum):
+        if len(A.Ms) < 2 or not all(M.shape[0] == M.shape[1] and fits_dense(M) for M in A.Ms):
+            return None
+        return Members(tuple(M.to_dense() for M in A.Ms), isinstance(A, KronSum))
+    if isinstance(A, Product):
+        scalars = [M.c for M in A.Ms if isinstance(M, ScalarMul)]
+        rest = [M for M in A.Ms if not isinstance(M, ScalarMul)]
+        inner = members(rest[0]) if scalars and len(rest) == 1 else None
+        return None if inner is None else _scaled(inner, math.prod(scalars), A)
+    if isinstance(A, Sum):
+        K, shift = without_shift(A)
+        inner = None if K is None or shift is None else members(K)
+        return None if inner is None else replace(inner, shift=inner.shift + as_array(shift, inner.matrices[0]))
+    return None
+
+
+def _scaled(found: Members, c: Any, A: LinearOperator) -> Members | None:
+    first = found.matrices[0]
+    if "complex" in str(A.dtype) and not lapack(first).is_complex(first):
+        return None
+    c = as_array(c, first)
+    scaled = [m * c if found.add or not i else m for i, m in enumerate(found.matrices)]
+    return Members(tuple(scaled), found.add, found.shift * c)
+
+
+def without_shift(A: Sum) -> tuple[LinearOperator | None, Any | None]:
+    """(K, c) with ``A = K + c I``, K one operator; c is None where no term is a multiple of the identity, and K where
+    there is not exactly one other term."""
+    shift: Any = None
+    rest = []
+    for M in A.Ms:
+        value = diagonal_of(M)
+        if value is not None and getattr(value, "ndim", 0) == 0:
+            shift = value if shift is None else shift + value
+        else:
+            rest.append(M)
+    if len(rest) != 1:
+        return None, shift
+    K = rest[0]
+    return (SelfAdjoint(K) if A.isa(SelfAdjoint) and not K.isa(SelfAdjoint) else K), shift

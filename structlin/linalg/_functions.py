@@ -3,44 +3,42 @@
 They are the primary functions, with principal branches, and apply for CoLA's Auto (the default). A function that takes
 negative numbers to complex ones (log, powers that are no integers) gives a complex operator, unless A is annotated PSD
 or diagonal with numbers known to be positive. Where a function goes through eigenvectors it is checked that these
-reproduce the matrix; defective matrices raise ArithmeticError (inside jit they give NaN), except in exp and integer
-powers, which need no eigenvectors.
+reproduce the matrix. Defective matrices go through a Schur decomposition in log and powers (SciPy: the inverse scaling
+and squaring of Al-Mohy and Higham 2012, and the Schur-Pade algorithm of Higham and Lin 2013), and need no eigenvectors
+in exp and integer powers; any other function of them raises ArithmeticError (inside jit it gives NaN).
+
+Derivatives hold where eigenvalues repeat (:mod:`structlin._spectra`).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from numbers import Number
 from typing import Any
 
 import cola
 import numpy as np
+import scipy.linalg
 from cola.annotations import PSD, SelfAdjoint
 from cola.linalg.algorithm_base import Auto
-from cola.ops import Adjoint, BlockDiag, I_like, Identity, KronSum, LinearOperator, ScalarMul, Transpose
+from cola.ops import Adjoint, BlockDiag, I_like, Identity, KronSum, LinearOperator, ScalarMul, Sum, Transpose
 from cola.ops import Diagonal as ColaDiagonal
 from cola.ops import Kronecker as ColaKronecker
 
-from structlin._arrays import Array
-from structlin._cola_compat._repair import rule
-from structlin.linalg import _chain as chain
-from structlin.linalg._cola import scalar_like
-from structlin.linalg._common import require_dense, require_square, singular
-from structlin.linalg._lapack import eps, is_known, known, lapack, nan_unless, require_precision
+from structlin import _spectra as spectra
+from structlin._arrays import Array, backend_of, to_backend
+from structlin._cola_compat import rule
+from structlin._lapack import eps, follows, is_known, known, lapack, nan_unless, not_positive, require_precision
+from structlin.algebra import chains
+from structlin.linalg._common import require_dense, require_operator, require_square
+from structlin.linalg._forms import members, thin, without_shift
+from structlin.linalg._scalars import scalar_like
 from structlin.operators import StructuredOperator
-from structlin.structure import Structure
-from structlin.structures.block_diagonal import BlockDiagonal
-from structlin.structures.circulant import Circulant, CirculantStructure
 from structlin.structures.dense import Dense
-from structlin.structures.diagonal import Diagonal, DiagonalStructure
-from structlin.structures.kronecker import Kronecker
 from structlin.structures.low_rank import LowRank
-from structlin.structures.permutation import Permutation, PermutationStructure
-
-_THREE = "i,ri->r; r,sr->s; s,os->o"
 
 
 @dataclass(frozen=True)
@@ -49,8 +47,9 @@ class Function:
 
     ``values``: on an array. ``real``: whether it keeps real matrices real. ``positive``: whether it makes real numbers
     positive. ``keeps_positive``: whether it leaves them so. ``matrix``: on a stack of square matrices without
-    eigenvectors, where there is such a way. ``at_zero``: f(0); None if not known. ``thin``: ``M^-1 (f(M) - f(0))``
-    without eigenvectors, which gives ``f(U V) = f(0) I + U thin(V U) V``.
+    eigenvectors, where there is such a way. ``host``: on one NumPy matrix that may be defective. ``at_zero``: f(0);
+    None if not known. ``thin``: ``M^-1 (f(M) - f(0))`` without eigenvectors, which gives ``f(U V) = f(0) I + U thin(V
+    U) V``.
     """
 
     name: str
@@ -59,195 +58,169 @@ class Function:
     positive: bool = False
     keeps_positive: bool = False
     matrix: Callable[[Array], Array] | None = None
+    host: Callable[[np.ndarray], np.ndarray] | None = None
     at_zero: float | None = None
     thin: Callable[[Array], Array] | None = None
+
+    def shifted(self, c: Any) -> Function:
+        """x -> f(x + c)."""
+
+        def values(x: Array) -> Array:
+            return self.values(x + c)
+
+        return replace(self, values=values, matrix=None, host=None, at_zero=None, thin=None)
+
+    def finite(self, values: Array) -> Array:
+        """f(values); ArithmeticError where that is not finite, as the logarithm of zero."""
+        with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+            found = self.values(values)
+        distance = known(abs(found - found).sum())
+        if distance is not None and distance != 0 and known(abs(values - values).sum()) == 0:
+            raise ArithmeticError(f"{self.name} is not finite at an eigenvalue of this matrix")
+        return found
+
+    def on_spectrum(self, values: Array, A: LinearOperator) -> Array:
+        """f on eigenvalues of A, made complex where f may need it, and cleaned of roundoff where A is Hermitian."""
+        xp = lapack(values)
+        if A.isa(PSD):
+            values = positive_part(xp.real(values))
+        elif A.isa(SelfAdjoint):
+            values = xp.real(values)
+        if self.real or A.isa(PSD):
+            return self.finite(values)
+        return self.finite(xp.to_complex(values))
+
+    def on_diagonal(self, values: Array, A: LinearOperator) -> Array:
+        xp = lapack(values)
+        require_precision(values, self.name)
+        if A.isa(PSD):
+            values = positive_part(xp.real(values)) if not xp.is_complex(values) else values
+        elif not (self.real or xp.is_complex(values) or not is_known(values) or float(values.min()) >= 0):
+            values = xp.to_complex(values)
+        return self.finite(values)
+
+    def on_matrices(self, matrices: Array, A: LinearOperator) -> Array:
+        """f on one square matrix or on a stack of them, Hermitian where A is."""
+        xp = lapack(matrices)
+        if A.isa(SelfAdjoint):
+            found = spectra.decompose((matrices + xp.conj(matrices).swapaxes(-1, -2)) / 2, True)
+            assert found is not None
+            return spectra.of_matrices(found, lambda x: self.on_spectrum(x, A))
+        if self.matrix is not None:
+            return self.matrix(matrices)
+        found = spectra.decompose(matrices, False)
+        if found is not None:
+            return spectra.of_matrices(found, self.finite)
+        if self.host is None:
+            raise ArithmeticError(
+                f"{self.name} goes through eigenvectors, and those of this matrix do not reproduce it: "
+                "it is defective, or nearly so"
+            )
+        return _through_schur(matrices, self.host, self.name)
+
+    @staticmethod
+    def multiple_of_identity(A: LinearOperator, c: Any) -> LinearOperator:
+        """c times the identity, like A."""
+        return scalar_like(A, c)
+
+
+def positive_part(values: Array) -> Array:
+    """Real eigenvalues of what is annotated PSD, without the negative ones of roundoff; LinAlgError where one is more
+    than that, and NaN while values are traced."""
+    xp = lapack(values)
+    fixed = xp.stop_gradient(values)
+    least, most = fixed.min(), xp.max(xp.abs(fixed))
+    bound = -10 * values.shape[-1] * eps(values.dtype)
+    low, high = known(least), known(most)
+    clamped = xp.where(values < 0, values * 0, values)
+    if low is None or high is None:
+        return clamped + nan_unless(least >= bound * most, values)
+    if low < bound * high:
+        raise not_positive(f"a matrix with an eigenvalue of {low:.1e} (the largest is {high:.1e})")
+    return clamped
+
+
+def _through_schur(matrices: Array, function: Callable[[np.ndarray], np.ndarray], name: str) -> Array:
+    """A function of matrices that may be defective, on the host. For what a derivative is asked of, ArithmeticError."""
+    if follows(matrices):
+        raise ArithmeticError(
+            f"{name} of a matrix that is defective, or nearly so, has no derivative here; without one it is computed"
+        )
+    wide = np.asarray(matrices.detach().cpu() if hasattr(matrices, "detach") else matrices)
+    flat = wide.reshape((-1, *wide.shape[-2:]))
+    result = np.result_type(wide.dtype, np.complex64)
+    made = np.array([function(m.astype(np.result_type(m.dtype, np.float64))) for m in flat])
+    if not np.isfinite(made).all():
+        raise ArithmeticError(f"{name} is not finite at an eigenvalue of this matrix")
+    return to_backend(made.reshape(wide.shape).astype(result), backend_of(matrices), str(result))
 
 
 def evaluate(A: LinearOperator, f: Function) -> LinearOperator:
     """f(A)."""
     require_square(A, f.name)
-    found = _structured(A, f) if isinstance(A, StructuredOperator) else _composite(A, f)
+    if isinstance(A, StructuredOperator):
+        answer = A.structure.function(A, f)
+        found = None if answer is None else answer.value
+    else:
+        found = _composite(A, f)
     found = _dense(A, f) if found is None else found
     if (f.positive and A.isa(SelfAdjoint)) or (f.keeps_positive and A.isa(PSD)):
         return PSD(found)
     return SelfAdjoint(found) if A.isa(SelfAdjoint) and (f.real or A.isa(PSD)) else found
 
 
-# -- on numbers ------------------------------------------------------------------------------------------------------
-
-
-def _finite(f: Function, values: Array) -> Array:
-    """f(values); ArithmeticError where that is not finite, as the logarithm of zero."""
-    with np.errstate(divide="ignore", invalid="ignore"):
-        found = f.values(values)
-    distance = known(abs(found - found).sum())
-    if distance is not None and distance != 0:
-        raise ArithmeticError(f"{f.name} is not finite at an eigenvalue of this matrix")
-    return found
-
-
-def _spectrum(values: Array, A: LinearOperator, f: Function) -> Array:
-    """f on eigenvalues of A, made complex where f may need it, and cleaned of roundoff where A is Hermitian."""
-    xp = lapack(values)
-    if A.isa(PSD):
-        values = xp.real(values)
-        return _finite(f, xp.where(values < 0, values * 0, values))
-    if A.isa(SelfAdjoint):
-        values = xp.real(values)
-    return _finite(f, values if f.real else xp.to_complex(values))
-
-
-def _on_diagonal(values: Array, A: LinearOperator, f: Function) -> Array:
-    xp = lapack(values)
-    if f.real or xp.is_complex(values) or A.isa(PSD) or not is_known(values) or float(values.min()) >= 0:
-        return _finite(f, values)
-    return _finite(f, xp.to_complex(values))
-
-
-# -- by structure ----------------------------------------------------------------------------------------------------
-
-
 def _composite(A: LinearOperator, f: Function) -> LinearOperator | None:
     if isinstance(A, ColaDiagonal):
-        return ColaDiagonal(_on_diagonal(A.diag, A, f))
+        return ColaDiagonal(f.on_diagonal(A.diag, A))
     if isinstance(A, Identity | ScalarMul):
         one = A.xnp.ones((1,), dtype=A.dtype, device=A.device) if isinstance(A, Identity) else A.c.reshape((1,))
-        return scalar_like(A, _on_diagonal(one, A, f)[0])
+        return scalar_like(A, f.on_diagonal(one, A)[0])
     if isinstance(A, Transpose):
         return evaluate(A.A, f).T
     if isinstance(A, BlockDiag) and all(M.shape[0] == M.shape[1] for M in A.Ms):
         return BlockDiag(*(evaluate(M, f) for M in A.Ms), multiplicities=A.multiplicities)
+    form = members(A)
+    if form is not None:
+        require_precision(form.matrices[0], f.name)
+        return chains.of_kronecker(form.matrices, A, f, add=form.add, shift=form.shift)
+    if isinstance(A, Sum):
+        return _of_shifted(A, f)
     return None
 
 
-def _structured(A: StructuredOperator, f: Function) -> LinearOperator | None:
-    structure, factors = A.structure, A.factors
-    if isinstance(structure, PermutationStructure):
+def _of_shifted(A: Sum, f: Function) -> LinearOperator | None:
+    """f(K + c I) is the function f(x + c) of K."""
+    K, c = without_shift(A)
+    if K is None or c is None:
         return None
-    require_precision(factors[0], f.name)
-    if isinstance(structure, DiagonalStructure):
-        return Diagonal(_on_diagonal(factors[0], A, f))
-    if isinstance(structure, CirculantStructure):
-        return Circulant(_of_circulant(factors[0], A, f))
-    blocks = chain.diagonal_blocks(structure, factors)
-    if blocks is not None:
-        return BlockDiagonal(_of_matrices(blocks, A, f))
-    matrices = chain.part_matrices(structure, factors)
-    if matrices is not None and len(matrices) > 1 and all(m.shape[0] == m.shape[1] for m in matrices):
-        return _of_kronecker(matrices, A, f)
-    found = chain.bottleneck(structure)
-    if found is not None and 2 * found[0] <= structure.d_in:
-        return _of_low_rank(A, f)
-    return None
+    g = f.shifted(c)
+    if A.isa(PSD):  # K need not be positive; the sum is
+        g = replace(g, values=lambda x: f.values(positive_part(x + c)), real=True)
+    K = SelfAdjoint(K) if A.isa(SelfAdjoint) else K
+    if isinstance(K, StructuredOperator):
+        answer = K.structure.function(K, g)
+        return None if answer is None else answer.value
+    U_V = _thin_operator(K)
+    if U_V is None:
+        return None
+    answer = U_V.structure.function(U_V, g)
+    return None if answer is None else answer.value
 
 
-def _of_circulant(column: Array, A: LinearOperator, f: Function) -> Array:
-    xp, n = lapack(column), column.shape[0]
-    if not xp.is_complex(column) and (f.real or A.isa(PSD)):
-        return xp.irfft(_spectrum(xp.rfft(column, n, 0), A, f) + 0j, n, 0)
-    return xp.ifft(_spectrum(xp.fft(column, n, 0), A, f) + 0j, n, 0)
-
-
-def _of_kronecker(matrices: list[Array], A: LinearOperator, f: Function) -> LinearOperator | None:
-    """V f(L) V^-1, where V and L are made of the members' eigenvectors and eigenvalues."""
-    xp = lapack(matrices[0])
-    if A.isa(SelfAdjoint):
-        if not all(_is_hermitian(m) for m in matrices):
-            return None
-        pairs = [xp.eigh(m) for m in matrices]
-        inverses = [xp.conj(vectors).T for _, vectors in pairs]
-    else:
-        found = [_checked_eig(m) for m in matrices]
-        if any(triple is None for triple in found):
-            return None
-        pairs = [triple[:2] for triple in found if triple is not None]
-        inverses = [triple[2] for triple in found if triple is not None]
-    values = pairs[0][0]
-    for more, _ in pairs[1:]:
-        values = (values[:, None] * more[None, :]).reshape((-1,))
-    middle = Diagonal(_spectrum(values, A, f))
-    return Kronecker(*(vectors for _, vectors in pairs)) @ middle @ Kronecker(*inverses)
-
-
-def _of_low_rank(A: StructuredOperator, f: Function) -> LinearOperator | None:
-    if f.at_zero is not None and not math.isfinite(f.at_zero):
-        raise singular(A, A.structure.rank_bound)
-    thin = chain.thin_factors(A)
-    assert thin is not None
-    U, V = thin
-    core = V @ U
-    xp, at_zero = lapack(core), f.at_zero
-    if f.thin is not None:
-        middle = f.thin(core)
-    else:
-        at_zero = known(f.values(core[:1, 0] * 0)[0]) if at_zero is None else at_zero
-        found = _checked_eig(core)
-        if found is None or at_zero is None or not math.isfinite(at_zero):
-            return None
-        values, vectors, inverse = found
-        smallest, largest = known(xp.abs(values).min()), known(xp.abs(values).max())
-        if smallest is not None and largest is not None and smallest <= eps(core.dtype) ** 0.75 * largest:
-            return None  # then zero may be a defective eigenvalue of U V
-        middle = (vectors * ((_finite(f, values) - at_zero) / values)) @ inverse
-        U, V = xp.to_complex(U), xp.to_complex(V)
-        if A.isa(PSD) and not xp.is_complex(core):
-            U, middle, V = xp.real(U), xp.real(middle), xp.real(V)
-    chain_of_three = Structure.parse(_THREE, i=V.shape[1], r=V.shape[0], s=V.shape[0], o=U.shape[0])
-    product = StructuredOperator(chain_of_three, (V, middle, U))
-    return product if at_zero == 0 else product + scalar_like(product, at_zero)
-
-
-# -- on dense matrices -----------------------------------------------------------------------------------------------
+def _thin_operator(K: LinearOperator) -> Any | None:
+    """A product with a narrow middle as one operator of low rank, with the annotations of K."""
+    found = thin(K, K.shape[0] // 2)
+    if found is None:
+        return None
+    made = LowRank(found[1], found[0])
+    return SelfAdjoint(made) if K.isa(SelfAdjoint) else made
 
 
 def _dense(A: LinearOperator, f: Function) -> LinearOperator:
     require_dense(A, f.name, "pass cola.linalg.Lanczos() or cola.linalg.Arnoldi()")
     matrix = A.to_dense()
     require_precision(matrix, f.name)
-    return Dense(_of_matrices(matrix, A, f))
-
-
-def _of_matrices(matrices: Array, A: LinearOperator, f: Function) -> Array:
-    """f on one square matrix or on a stack of them, Hermitian where A is."""
-    xp = lapack(matrices)
-    if A.isa(SelfAdjoint):
-        values, vectors = xp.eigh(matrices)
-        values = _spectrum(values, A, f)
-        scaled = vectors * values[..., None, :]
-        return scaled @ xp.astype(xp.conj(vectors), scaled.dtype).swapaxes(-1, -2)
-    if f.matrix is not None:
-        return f.matrix(matrices)
-    found = _checked_eig(matrices)
-    if found is None:
-        raise ArithmeticError(
-            f"{f.name} goes through eigenvectors, and those of this matrix do not reproduce it: "
-            "it is defective, or nearly so"
-        )
-    values, vectors, inverse = found
-    return (vectors * _finite(f, values)[..., None, :]) @ inverse
-
-
-def _checked_eig(matrices: Array) -> tuple[Array, Array, Array] | None:
-    """(L, V, V^-1) of one matrix or a stack; None if V L V^-1 is not the matrix, or NaN where values are traced."""
-    xp = lapack(matrices)
-    values, vectors = xp.eig(matrices)
-    inverse = xp.inv(vectors)
-    again = (vectors * values[..., None, :]) @ inverse
-    size = (xp.abs(matrices) ** 2).sum((-2, -1))
-    square = (xp.abs(again - matrices) ** 2).sum((-2, -1)) / xp.where(size == 0, size * 0 + 1, size)
-    square = xp.stop_gradient(square)
-    bound = eps(matrices.dtype) ** 1.2  # of the square
-    worst = known(xp.max(square))
-    if worst is None:
-        return values + nan_unless(square <= bound, values)[..., None], vectors, inverse
-    return (values, vectors, inverse) if worst <= bound else None
-
-
-def _is_hermitian(matrix: Array) -> bool:
-    xp = lapack(matrix)
-    distance = known(xp.norm(xp.stop_gradient(matrix - xp.conj(matrix).T)))
-    size = known(xp.norm(xp.stop_gradient(matrix)))
-    return distance is not None and size is not None and distance <= 100 * eps(matrix.dtype) * size
+    return Dense(f.on_matrices(matrix, A))
 
 
 # -- the functions ---------------------------------------------------------------------------------------------------
@@ -270,14 +243,26 @@ def _phi(core: Array) -> Array:
 
 
 def _log_of(A: LinearOperator) -> Function:
-    return Function("the logarithm", _lapack_of(A).log, at_zero=-math.inf)
+    return Function("the logarithm", _lapack_of(A).log, at_zero=-math.inf, host=scipy.linalg.logm)
 
 
 def _power(alpha: Any) -> Function:
+    def host(matrix: np.ndarray) -> np.ndarray:
+        if alpha == 0.5:
+            return scipy.linalg.sqrtm(matrix)
+        if isinstance(alpha, complex):
+            return scipy.linalg.expm(alpha * scipy.linalg.logm(matrix))
+        return scipy.linalg.fractional_matrix_power(matrix, alpha)
+
     # 0 ** alpha is 0 for what has a positive real part, and not finite otherwise.
     return Function(
-        f"the power {alpha}", lambda x: x**alpha, keeps_positive=True, at_zero=0.0 if alpha.real > 0 else math.inf
-    )
+        f"the power {alpha}", lambda x: x**alpha, keeps_positive=True, host=host,
+        at_zero=0.0 if alpha.real > 0 else math.inf,
+    )  # fmt: skip
+
+
+def reciprocal() -> Function:
+    return Function("the inverse", lambda x: 1 / x, real=True, keeps_positive=True, at_zero=math.inf)
 
 
 def _lapack_of(A: LinearOperator) -> Any:
@@ -357,9 +342,8 @@ def _annotated_power(A: LinearOperator, found: LinearOperator, k: int) -> Linear
 
 
 def _integer_power(A: LinearOperator, k: int) -> LinearOperator:
-    found = _structured_power(A, k) if isinstance(A, StructuredOperator) else None
-    if found is not None:
-        return found
+    if isinstance(A, StructuredOperator) and (answer := A.structure.power(A, k)) is not None:
+        return answer.value
     if isinstance(A, ColaKronecker) and all(M.shape[0] == M.shape[1] for M in A.Ms):
         return ColaKronecker(*(power(M, k) for M in A.Ms))
     if isinstance(A, BlockDiag) and all(M.shape[0] == M.shape[1] for M in A.Ms):
@@ -377,34 +361,34 @@ def _integer_power(A: LinearOperator, k: int) -> LinearOperator:
     return Dense(lapack(matrix).matrix_power(matrix, k))
 
 
-def _structured_power(A: StructuredOperator, k: int) -> LinearOperator | None:
-    structure, factors = A.structure, A.factors
-    if isinstance(structure, PermutationStructure):
-        index, result = factors[0], None
-        while k:  # by squaring: k may be large
-            if k & 1:
-                result = index if result is None else result[index]
-            index, k = index[index], k >> 1
-        return Permutation._build(structure, (result,), A.dtype)
-    xp = lapack(factors[0])
-    if isinstance(structure, DiagonalStructure):
-        return Diagonal(factors[0] ** k)
-    if isinstance(structure, CirculantStructure):
-        n = structure.size
-        if xp.is_complex(factors[0]):
-            return Circulant(xp.ifft(xp.fft(factors[0], n, 0) ** k, n, 0))
-        return Circulant(xp.irfft(xp.rfft(factors[0], n, 0) ** k, n, 0))
-    blocks = chain.diagonal_blocks(structure, factors)
-    if blocks is not None:
-        return BlockDiagonal(xp.matrix_power(blocks, k))
-    matrices = chain.part_matrices(structure, factors)
-    if matrices is not None and all(m.shape[0] == m.shape[1] for m in matrices):
-        powers = [xp.matrix_power(m, k) for m in matrices]
-        return Kronecker(*powers) if len(powers) > 1 else Dense(powers[0])
-    found = chain.bottleneck(structure)
-    if found is not None and 2 * found[0] <= structure.d_in:
-        thin = chain.thin_factors(A)
-        assert thin is not None
-        U, V = thin
-        return LowRank(V, U @ xp.matrix_power(V @ U, k - 1))
-    return None
+# -- by their names in NumPy and SciPy ---------------------------------------------------------------------------------
+
+
+def apply(f: Callable[[Array], Array], A: LinearOperator) -> LinearOperator:
+    """f(A) for a function of numbers, given on arrays of the library of A: ``cola.apply_unary``."""
+    require_operator(A)
+    return evaluate(A, Function("a function of a matrix", f))
+
+
+def expm(A: LinearOperator) -> LinearOperator:
+    """The exponential: ``cola.exp``."""
+    require_operator(A)
+    return cola.exp(A, Auto())
+
+
+def logm(A: LinearOperator) -> LinearOperator:
+    """The principal logarithm: ``cola.log``; complex unless A is annotated PSD."""
+    require_operator(A)
+    return cola.linalg.log(A, Auto())
+
+
+def sqrtm(A: LinearOperator) -> LinearOperator:
+    """The principal square root: ``cola.sqrt``; complex unless A is annotated PSD."""
+    require_operator(A)
+    return power(A, 0.5)
+
+
+def matrix_power(A: LinearOperator, exponent: Any) -> LinearOperator:
+    """A to a power that need not be an integer: ``cola.pow``."""
+    require_operator(A)
+    return power(A, exponent)

@@ -1,72 +1,101 @@
-"""Solving with one right-hand side at a time, which is less work than an inverse that is kept."""
+"""Solving with one right-hand side at a time, which is less work than an inverse that is kept; least squares."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import cola
-from cola.annotations import PSD, Unitary
+import numpy as np
+from cola.annotations import Unitary
+from cola.linalg import slogdet as cola_slogdet
 from cola.linalg.algorithm_base import Algorithm, Auto
-from cola.ops import LinearOperator, Sum
+from cola.ops import KronSum, LinearOperator, Sum
 
 from structlin._arrays import Array, backend_of
-from structlin._cola_compat._repair import is_array
-from structlin.execution.products import Product, plan_of
-from structlin.linalg import _chain as chain
-from structlin.linalg import _toeplitz as toeplitz
-from structlin.linalg._common import require_square
-from structlin.linalg._inverse import NO_INVERSE, inverse_values
-from structlin.linalg._lapack import (
-    eps,
-    inverse_of,
-    known,
-    lapack,
-    nan_unless,
-    refusing_singular,
-    require_precision,
-    singular_to_roundoff,
+from structlin._cola_compat import is_array
+from structlin._implicit import Solver, backward_error, frozen, is_at_roundoff, nan_where_bad, solution
+from structlin._lapack import eps, is_known, known, lapack
+from structlin.linalg import _spectral as spectral
+from structlin.linalg import _woodbury
+from structlin.linalg._common import (
+    NO_INVERSE,
+    fits_dense,
+    is_matrix,
+    probe,
+    require_operator,
+    require_square,
 )
-from structlin.linalg._woodbury import woodbury
+from structlin.linalg._inverse import dense_inverse, structured_inverse
+from structlin.linalg._iterative import lsmr
+from structlin.linalg._stochastic import PROBES, STEPS, estimate_logdet
 from structlin.operators import StructuredOperator
-from structlin.structure import Structure
-from structlin.structures.circulant import CirculantStructure
-from structlin.structures.toeplitz import ToeplitzStructure
+from structlin.verdicts import Answer, Determinant, Verdict
 
 _AUTO = Auto()
+SLACK = 1000  # times the distance of neighbouring numbers: the backward error of what passes as verified
 
 
-def solve(A: LinearOperator, b: Array, alg: Algorithm = _AUTO) -> Array:
+def solve(A: LinearOperator, b: Array, alg: Algorithm = _AUTO, *, full_output: bool = False) -> Any:
     """``A^-1 b``; ``cola.linalg.solve`` is this function once structlin is imported.
 
-    As ``cola.inv(A, alg) @ b``, but where ``alg`` is Auto and A is dense, a chain of square blocks (block diagonal,
-    Kronecker, Monarch, ...), circulant, Toeplitz or a low-rank matrix plus a diagonal, no inverse is built: blocks are
-    factored and b is substituted (LU; Cholesky for what is dense or block diagonal and annotated PSD), which is about
-    half the work where the blocks meet few columns. To solve with one A many times, keep ``cola.inv(A)``.
+    As ``cola.inv(A, alg) @ b``, but where ``alg`` is Auto and A has a way of its own (docs/linalg.md says which), no
+    inverse is built: blocks are factored and b is substituted (LU; Cholesky for what is dense or block diagonal and
+    annotated PSD), which is about half the work where the blocks meet few columns. Formulas in which numbers may cancel
+    (Woodbury, the eigenvectors of matrices that are not normal, a padded chain) are refined and verified on this very
+    b. To solve with one A many times, keep ``cola.inv(A)``.
 
     Args:
         A: a square operator.
-        b: array of its library, of shape (n,) or (n, k).
+        b: array of its library, of shape (n,), (n, k), or (batch, n, k) for a stack of right-hand sides.
         alg: an algorithm of CoLA.
+        full_output: return an :class:`structlin.verdicts.Answer`: the solution, a verdict (VERIFIED: the backward error
+            ``|A x - b| / (|A| |x| + |b|)`` is at roundoff; NOT_VERIFIED: values are traced; ESTIMATED: within
+            ``error``) and that error.
 
     Returns: an array of the shape of b. Differentiable in A and b.
 
-    Raises ValueError for a rectangular A and a b that does not fit, LinAlgError (a ValueError) where A is singular to
-    working precision, ConvergenceError where it is too large for a dense matrix and an iteration does not converge.
+    Raises ValueError for a rectangular A and a b that does not fit, TypeError for what is no operator or array,
+    LinAlgError (a ValueError) where A is singular to working precision, ConvergenceError where it is too large for a
+    dense matrix and an iteration does not converge.
 
     >>> import numpy as np
     >>> from structlin import BlockDiagonal
     >>> solve(BlockDiagonal(np.array([[[2.0]], [[4.0]]])), np.ones(2))
     array([0.5 , 0.25])
     """
-    if type(alg) is Auto and isinstance(A, StructuredOperator | Sum) and is_array(b):
-        n = require_square(A, "solving", NO_INVERSE)
-        if b.ndim not in (1, 2) or b.shape[0] != n:
-            raise ValueError(
-                f"solving with an operator of shape {tuple(A.shape)} needs an array of shape ({n},) or ({n}, k), "
-                f"got {tuple(b.shape)}"
-            )
+    require_operator(A)
+    if not is_array(b):
+        raise TypeError(f"b must be an array of NumPy, torch or jax, got {type(b).__qualname__}")
+    n = require_square(A, "solving", NO_INVERSE)
+    axis = 1 if b.ndim == 3 else 0
+    if b.ndim not in (1, 2, 3) or b.shape[axis] != n:
+        raise ValueError(
+            f"solving with an operator of shape {tuple(A.shape)} needs an array of shape ({n},), ({n}, k) or "
+            f"(batch, {n}, k), got {tuple(b.shape)}"
+        )
+    if b.ndim == 3:
+        batch, _, k = b.shape
+        wide = lapack(b).permute(b, (1, 0, 2)).reshape((n, batch * k))
+        found = _solve(A, wide, alg)
+        x = lapack(b).permute(found.reshape((n, batch, k)), (1, 0, 2))
+        return x if not full_output else _judged(A, found, wide, x)
+    x = _solve(A, b, alg)
+    return x if not full_output else _judged(A, x, b, x)
+
+
+def _judged(A: LinearOperator, x: Array, b: Array, shaped: Array) -> Answer[Array]:
+    fixed, xp = frozen(A), lapack(b)
+    size = xp.norm(fixed @ probe(A)) * math.sqrt(A.shape[0])  # a random vector: the Frobenius norm, in the mean
+    worst = known(xp.max(backward_error(fixed, xp.stop_gradient(x), xp.stop_gradient(b), size)))
+    if worst is None:
+        return Answer(shaped, Verdict.NOT_VERIFIED)
+    verdict = Verdict.VERIFIED if worst <= SLACK * eps(b.dtype) else Verdict.ESTIMATED
+    return Answer(shaped, verdict, worst)
+
+
+def _solve(A: LinearOperator, b: Array, alg: Algorithm) -> Array:
+    if type(alg) is Auto and 0 not in b.shape and str(A.dtype) == str(b.dtype):
         found = _directly(A, b)
         if found is not None:
             return found
@@ -74,76 +103,158 @@ def solve(A: LinearOperator, b: Array, alg: Algorithm = _AUTO) -> Array:
 
 
 def _directly(A: LinearOperator, b: Array) -> Array | None:
-    if isinstance(A, Sum):
-        if str(A.dtype) != str(b.dtype):
+    if isinstance(A, StructuredOperator):
+        if A.backend != backend_of(b) or A.isa(Unitary):
             return None
-        found = woodbury(A)
-        return None if found is None else found.solve(b)
-    assert isinstance(A, StructuredOperator)
-    if A.dtype != b.dtype or A.backend != backend_of(b) or 0 in b.shape:
+        answer = A.structure.solve(A, b)
+        return _with_padding(A, b) if answer is None else answer.value
+    if isinstance(A, KronSum | Sum):
+        found = spectral.solver(A)
+        if found is not None:
+            return solution(A, b, found[0]) if found[1] else _verified(A, b, found[0])
+    if isinstance(A, Sum):
+        formula = _woodbury.solver(A)
+        if formula is None:
+            return None
+        try:
+            return solution(A, b, formula)
+        except np.linalg.LinAlgError:
+            if not fits_dense(A):
+                raise
+            return dense_inverse(A) @ b
+    return None
+
+
+def _with_padding(A: StructuredOperator, b: Array) -> Array | None:
+    """Where the inverse is a formula in which numbers may cancel: refined and verified on b."""
+    if is_matrix(A):
         return None
-    if A.isa(Unitary):
+    found = frozen(A)
+    inverse = structured_inverse(found)
+    if inverse is None:
         return None
-    if isinstance(A.structure, CirculantStructure):
-        return _with_circulant(A.factors[0], b)
-    if isinstance(A.structure, ToeplitzStructure):
-        return toeplitz.solve(A, b)
-    if not chain.is_square_chain(A.structure) or chain.rank_bound(A.structure) < A.shape[0]:
-        return None
-    assert isinstance(A.structure, Structure)
-    require_precision(b, "solving")
-    if A.isa(PSD):
-        if chain.is_dense(A.structure) and (matrices := chain.part_matrices(A.structure, A.factors)) is not None:
-            blocks = matrices[0][None]
-        else:
-            blocks = chain.diagonal_blocks(A.structure, A.factors)
-        if blocks is not None:
-            return _solve_blocks(blocks, b.reshape((*blocks.shape[:2], -1)), True).reshape(tuple(b.shape))
-    return _with_chain(A.structure, A.factors, b)
+    adjoint = inverse.H
+    return _verified(A, b, Solver(lambda y: inverse @ y, lambda y: adjoint @ y))
 
 
-def _with_circulant(column: Array, b: Array) -> Array:
-    require_precision(b, "solving")
-    xp, n = lapack(column), column.shape[0]
-    forth, back = (xp.fft, xp.ifft) if xp.is_complex(column) else (xp.rfft, xp.irfft)
-    factors = inverse_values(forth(column, n, 0), eps(column.dtype))
-    return back((factors if b.ndim == 1 else factors[:, None]) * forth(b, n, 0), n, 0)
+def _verified(A: LinearOperator, b: Array, solver: Solver) -> Array | None:
+    """The solution, after refinement; None where its backward error is not at roundoff, and NaN where that is traced."""
+    fixed, xp = frozen(A), lapack(b)
+    size = xp.norm(fixed @ probe(A)) * math.sqrt(A.shape[0])
+
+    def refined(solve: Any, M: Any) -> Any:
+        def run(b: Array) -> Array:
+            x = solve(b)
+            for _ in range(2):
+                good = is_at_roundoff(backward_error(M, x, b, size), b.dtype, 10)
+                if good:
+                    return x
+                x = x + solve(b - M @ x)
+            error = backward_error(M, x, b, size)
+            return x if is_known(b) and is_known(error) else nan_where_bad(x, error, SLACK * eps(b.dtype))
+
+        return run
+
+    x = solution(A, b, Solver(refined(solver.solve, fixed), refined(solver.adjoint, fixed.H)))
+    error = backward_error(fixed, xp.stop_gradient(x), xp.stop_gradient(b), size)
+    good = is_at_roundoff(error, b.dtype, SLACK)
+    return None if good is False and known(abs(b - b).sum()) == 0 else x
 
 
-def _with_chain(structure: Structure, factors: Sequence[Array], b: Array) -> Array:
-    """The steps of the chain undone one by one. Where a block meets more columns than it has rows, its inverse and a
-    product are faster than substitution."""
-    inverse, orders = chain.solution_steps(structure)
-    xp, tokens, number = lapack(b), math.prod(b.shape[1:]), 0
-    x = b
-    for step in plan_of(inverse, rows=False).steps:
-        if not isinstance(step, Product):  # between the steps: only permuted
-            x = step(x, tokens, xp)
-            continue
-        factor, order = factors[-1 - number], orders[number]
-        if order != tuple(range(len(order))):
-            factor = xp.permute(factor, order)
-        blocks = factor.reshape((step.blocks, step.fan_in, step.fan_out))
-        x = step.arrange(x, tokens, xp).reshape((step.blocks, step.fan_in, step.carried * tokens))
-        few = step.carried * tokens <= step.fan_in
-        x = _solve_blocks(blocks, x, False) if few else inverse_of(blocks) @ x
-        number += 1
-    return x.reshape(tuple(b.shape))
+# -- determinants, least squares ---------------------------------------------------------------------------------------
 
 
-def _solve_blocks(blocks: Array, b: Array, positive: bool) -> Array:
-    """(c, m, m), (c, m, k) -> (c, m, k). Raises LinAlgError, or gives NaN inside jit, for blocks that are singular to
-    working precision: those whose solutions are as large as roundoff can make them."""
-    xp = lapack(blocks)
-    with refusing_singular(blocks):
-        x = xp.cholesky_solve(blocks, b) if positive else xp.solve(blocks, b)
-    detached = [xp.stop_gradient(y) for y in (blocks, b, x)]
-    sizes = [xp.amax(xp.amax(xp.abs(y))) for y in detached]
-    growth = sizes[0] * sizes[2] / xp.where(sizes[1] == 0, sizes[1] * 0 + 1, sizes[1])
-    bound = 0.1 / eps(blocks.dtype)
-    worst: Any = known(xp.max(growth))
-    if worst is None:
-        return x + nan_unless(growth < bound, x)[:, None, None]
-    if not worst < bound:
-        raise singular_to_roundoff(f"a block of size {blocks.shape[-1]}")
-    return x
+def slogdet(A: LinearOperator) -> Determinant:
+    """Sign and logarithm of the magnitude of the determinant, as :func:`numpy.linalg.slogdet`; (0, -inf) if singular.
+
+    From the structure where it has a way; else of the dense matrix, up to 8192 rows; beyond, an estimate
+    (:func:`logdet`), with a warning, whose sign is NaN unless A is annotated PSD.
+    """
+    require_operator(A)
+    require_square(A, "the determinant")
+    return Determinant(*cola_slogdet(A, _AUTO, _AUTO))
+
+
+def logdet(
+    A: LinearOperator, *, probes: int = PROBES, steps: int = STEPS, seed: int = 0, full_output: bool = False,
+    estimate: bool = False,
+) -> Any:  # fmt: skip
+    """``log |det A|``.
+
+    Args:
+        A: a square operator.
+        probes, steps, seed: random vectors, Lanczos steps of each and the seed of an estimate, which is taken where A
+            has no way of its own and is larger than 8192.
+        estimate: take an estimate in any case.
+        full_output: return an :class:`structlin.verdicts.Answer` with the standard error of an estimate.
+
+    Memory of an estimate is some vectors for each of 8 probes. Raises as :func:`slogdet`.
+
+    >>> import numpy as np
+    >>> from structlin import Diagonal
+    >>> print(round(float(logdet(Diagonal(np.array([1.0, 2.0, 4.0])))), 6))
+    2.079442
+    """
+    require_operator(A)
+    require_square(A, "the determinant")
+    if estimate or not _has_determinant(A):
+        answer = estimate_logdet(A, probes=probes, steps=steps, seed=seed)
+        return answer if full_output else answer.value
+    value = slogdet(A).logabsdet
+    if not full_output:
+        return value
+    number = known(value)
+    if number is None:
+        return Answer(value, Verdict.NOT_VERIFIED)
+    return Answer(value, Verdict.SINGULAR if number == -math.inf else Verdict.VERIFIED)
+
+
+def _has_determinant(A: LinearOperator) -> bool:
+    """Whether no estimate is needed."""
+    if fits_dense(A) or is_matrix(A):
+        return True
+    if isinstance(A, StructuredOperator):
+        return A.structure.slogdet(A) is not None
+    if isinstance(A, Sum):
+        return (spectral.slogdet(A) or spectral.pair_slogdet(A) or _woodbury.split(A)) is not None
+    return not isinstance(A, cola.ops.Sliced)
+
+
+def lstsq(A: LinearOperator, b: Array, *, tolerance: float = 1e-10, max_iterations: int | None = None) -> Array:
+    """The least-squares solution of least norm, ``A^+ b``, for an operator of any shape.
+
+    By the pseudo-inverse where the structure has one in closed form, of the dense matrix up to 8192 rows and columns,
+    and by :func:`lsmr` to ``tolerance`` beyond.
+
+    Args:
+        A: an operator of shape (n, m).
+        b: (n,) or (n, k).
+        tolerance, max_iterations: of LSMR.
+
+    >>> import numpy as np
+    >>> from structlin import Dense
+    >>> lstsq(Dense(np.array([[1.0], [1.0]])), np.array([1.0, 3.0])).round(12)
+    array([2.])
+    """
+    require_operator(A)
+    if not is_array(b) or b.ndim not in (1, 2) or b.shape[0] != A.shape[0]:
+        shape = tuple(b.shape) if is_array(b) else type(b).__qualname__
+        raise ValueError(
+            f"least squares with an operator of shape {tuple(A.shape)} need an array of shape ({A.shape[0]},) or "
+            f"({A.shape[0]}, k), got {shape}"
+        )
+    if fits_dense(A) or (isinstance(A, StructuredOperator) and A.structure.pinv(A) is not None):
+        return cola.pinv(A) @ b
+    return lsmr(A, b, tolerance=tolerance, max_iterations=max_iterations)
+
+
+def inverse(A: LinearOperator) -> LinearOperator:
+    """``A^-1`` as an operator: ``cola.inv(A)``."""
+    require_operator(A)
+    return cola.inv(A)
+
+
+def pinv(A: LinearOperator) -> LinearOperator:
+    """The pseudo-inverse as an operator: ``cola.pinv(A)``, which for a positive definite A is its inverse."""
+    require_operator(A)
+    return cola.pinv(A)

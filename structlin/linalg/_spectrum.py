@@ -7,42 +7,33 @@ or of smallest magnitude ("SM"), and their eigenvectors as the columns of an ope
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
+import cola
+import numpy as np
+import scipy.linalg
+import scipy.sparse.linalg as sparse
 from cola.annotations import SelfAdjoint, Stiefel, Unitary
 from cola.linalg.algorithm_base import Auto
 from cola.linalg.unary.unary import Eig, Eigh
-from cola.ops import FFT, LinearOperator, Triangular
 from cola.ops import Diagonal as ColaDiagonal
+from cola.ops import LinearOperator, Triangular
 
 from structlin._arrays import Array
-from structlin._cola_compat._repair import rule
-from structlin.linalg import _chain as chain
-from structlin.linalg._common import require_dense, require_square
-from structlin.linalg._inverse import thin_orthogonal
-from structlin.linalg._lapack import lapack, require_precision
+from structlin._cola_compat import rule
+from structlin._lapack import eps, follows, is_known, known, lapack, require_precision
+from structlin.algebra import chains, roles
+from structlin.linalg import _spectral as spectral
+from structlin.linalg._common import fits_dense, like, require_dense, require_operator, require_square
+from structlin.linalg._forms import members
+from structlin.linalg._iterative import ConvergenceError, host_operator
 from structlin.operators import StructuredOperator
-from structlin.structures.block_diagonal import BlockDiagonal
-from structlin.structures.circulant import CirculantStructure
+from structlin.structures._vectors import permuted_columns
 from structlin.structures.dense import Dense
-from structlin.structures.diagonal import Diagonal, DiagonalStructure
-from structlin.structures.kronecker import Kronecker
-from structlin.structures.permutation import Permutation, PermutationStructure
+from structlin.structures.diagonal import Diagonal
+from structlin.verdicts import SVD
 
 _NAME_ONE = "pass cola.linalg.Lanczos() or cola.linalg.Arnoldi()"
-
-
-def fourier(A: LinearOperator) -> LinearOperator:
-    """The unitary Fourier transform, F[j, t] = exp(-2 pi i j t / n) / sqrt(n), for the size and library of A."""
-    xnp = A.xnp
-    transform = FFT(A.shape[0], dtype=xnp.promote_types(A.dtype, xnp.complex64))
-    transform.xnp, transform.device = xnp, A.device
-    return transform
-
-
-def permuted_columns(V: LinearOperator, order: Array) -> LinearOperator:
-    """``V[:, order]``."""
-    return V @ Permutation._build(Permutation.design((order.shape[0],) * 2), (order,), V.dtype).T
 
 
 # -- eigenvalues -----------------------------------------------------------------------------------------------------
@@ -52,11 +43,15 @@ def permuted_columns(V: LinearOperator, order: Array) -> LinearOperator:
 def _eig_rule(A: StructuredOperator, k: int, which: str, alg: Auto):
     n = _check(A, k, which)
     require_precision(A.factors[0] if A.dtype == A.factors[0].dtype else A._eye(1), "an eigenvalue")
-    found = chain.bottleneck(A.structure)
-    if which == "LM" and found is not None and k <= found[0] and 2 * found[0] <= n and not A.isa(SelfAdjoint):
+    width = chains.thin(A)
+    if which == "LM" and width is not None and k <= width and 2 * width <= n:
         return _eig_of_low_rank(A, k)
+    return _selected(*_all_pairs(A), k, which)
+
+
+def _all_pairs(A: LinearOperator) -> tuple[Array, LinearOperator]:
     pairs = eigenpairs(A)
-    return _selected(*(_dense_eigenpairs(A) if pairs is None else pairs), k, which)
+    return _dense_eigenpairs(A) if pairs is None else pairs
 
 
 def _check(A: LinearOperator, k: int, which: str) -> int:
@@ -84,44 +79,47 @@ def _selected(values: Array, vectors: LinearOperator, k: int, which: str) -> tup
     return values[order], columns if kind is None else kind(columns)
 
 
-def eigenpairs(A: StructuredOperator) -> tuple[Array, LinearOperator] | None:
-    """All eigenvalues, in no order, and eigenvectors as an operator, in closed form or from the parts."""
-    structure, factors = A.structure, A.factors
-    xp = lapack(factors[0])
-    hermitian = A.isa(SelfAdjoint)
-    if isinstance(structure, DiagonalStructure):
-        ones = factors[0] * 0 + 1
-        return (xp.real(factors[0]) if hermitian else factors[0]), Unitary(Diagonal(ones))
-    if isinstance(structure, CirculantStructure):
-        values = xp.fft(factors[0], structure.size, 0)
-        return (xp.real(values) if hermitian else values), Unitary(fourier(A).H)
-    blocks = chain.diagonal_blocks(structure, factors)
-    if blocks is not None:
-        values, vectors = (xp.eigh if hermitian else xp.eig)(blocks)
-        found = BlockDiagonal(vectors)
-        return values.reshape((structure.d_in,)), Unitary(found) if hermitian else found
-    if hermitian:  # the members of a Hermitian Kronecker product need not be Hermitian
-        return None
-    matrices = chain.part_matrices(structure, factors)
-    if matrices is None or len(matrices) < 2 or any(m.shape[0] != m.shape[1] for m in matrices):
-        return None
-    pairs = [xp.eig(m) for m in matrices]
-    values = pairs[0][0]
-    for more, _ in pairs[1:]:
-        values = (values[:, None] * more[None, :]).reshape((-1,))
-    return values, Kronecker(*(vectors for _, vectors in pairs))
-
-
 def _eig_of_low_rank(A: StructuredOperator, k: int) -> tuple[Array, LinearOperator]:
-    """A = U V has the eigenvalues of V U besides zeros; if V U y = c y with c != 0, then U y is A's eigenvector."""
-    thin = chain.thin_factors(A)
-    assert thin is not None
-    U, V = thin
+    """A = U V has the eigenvalues of V U besides zeros; if V U y = c y with c != 0, then U y is A's eigenvector.
+
+    Vectors x with V x = 0 belong to the eigenvalue 0: they stand in for those of values that are zero to roundoff, of
+    which U y is only roundoff, too. Hermitian matrices in an orthonormal basis of the range of U, where no U y is
+    small.
+    """
+    factors = roles.thin_factors(A)
+    assert factors is not None
+    U, V = factors
     xp = lapack(U)
+    if A.isa(SelfAdjoint):
+        Q, _ = xp.qr(U)
+        values, small = xp.eigh(xp.conj(Q).T @ (A @ Q))
+        order = xp.argsort(xp.abs(values))[values.shape[0] - k :]
+        return values[order], Stiefel(Dense(Q @ small[:, order]))
     values, small = xp.eig(V @ U)
     order = xp.argsort(xp.abs(values))[values.shape[0] - k :]
-    vectors = xp.to_complex(U) @ small[:, order]
-    return values[order], Dense(vectors / xp.sqrt((xp.abs(vectors) ** 2).sum(0)))
+    values, vectors = values[order], xp.to_complex(U) @ small[:, order]
+    scale = known(xp.norm(xp.stop_gradient(U)) * xp.norm(xp.stop_gradient(V)))
+    if scale is not None:
+        zero = int((xp.abs(xp.stop_gradient(values)) <= 100 * U.shape[0] * eps(U.dtype) * scale).sum())
+        if zero:  # they come first
+            start = like(np.random.default_rng(0).standard_normal((A.shape[1], zero)), A)
+            basis, _ = xp.qr(xp.conj(V).T)
+            for _ in range(2):
+                start = start - basis @ (xp.conj(basis).T @ start)
+            null, _ = xp.qr(start)
+            vectors = xp.concat_axis((xp.to_complex(null), vectors[:, zero:]), 1)
+            values = xp.concat((values[:zero] * 0, values[zero:]))
+    return values, Dense(vectors / xp.sqrt((xp.abs(vectors) ** 2).sum(0)))
+
+
+def eigenpairs(A: LinearOperator) -> tuple[Array, LinearOperator] | None:
+    """All eigenvalues, in no order, and eigenvectors as an operator, in closed form or from the parts."""
+    if isinstance(A, StructuredOperator):
+        answer = A.structure.eig(A)
+        found = None if answer is None else answer.value
+    else:
+        found = spectral.eigen(A)
+    return None if found is None else (found.values, found.vectors)
 
 
 def _dense_eigenpairs(A: LinearOperator) -> tuple[Array, LinearOperator]:
@@ -138,7 +136,7 @@ def _dense_eigenpairs(A: LinearOperator) -> tuple[Array, LinearOperator]:
 @rule("eig", precedence=-0.5)
 def _eig_of_any(A: LinearOperator, k: int, which: str, alg: Auto):
     _check(A, k, which)
-    return _selected(*_dense_eigenpairs(A), k, which)
+    return _selected(*_all_pairs(A), k, which)
 
 
 @rule("eig", precedence=-0.5)
@@ -160,9 +158,26 @@ def _eig_of_any_by_eigh(A: LinearOperator, k: int, which: str, alg: Eigh):
 
 @rule("eig")
 def _eig_of_triangular(A: Triangular, k: int, which: str, alg: Auto | Eig):
-    # CoLA's own rule gives the eigenvectors of upper triangular matrices for lower ones.
-    _check(A, k, which)
-    return _selected(*_dense_eigenpairs(A), k, which)
+    """By back substitution, with vectors that end with 1 as CoLA's do; of the dense matrix where values repeat."""
+    n = _check(A, k, which)
+    matrix = A.to_dense()
+    require_precision(matrix, "an eigenvalue")
+    xp = lapack(matrix)
+    values = xp.diagonal(matrix)
+    if not is_known(matrix) or follows(matrix):
+        return _selected(*_dense_eigenpairs(A), k, which)
+    numbers = np.asarray(matrix.detach().cpu() if hasattr(matrix, "detach") else matrix)
+    lower = bool(A.lower)
+    turned = numbers[::-1, ::-1] if lower else numbers
+    diagonal = np.diagonal(turned)
+    gap = np.abs(diagonal[:, None] - diagonal) + np.eye(n) * np.inf
+    if not gap.min(initial=np.inf) > eps(A.dtype) ** 0.5 * np.abs(diagonal).max():
+        return _selected(*_dense_eigenpairs(A), k, which)
+    vectors = np.eye(n, dtype=numbers.dtype)
+    for j in range(1, n):
+        vectors[:j, j] = scipy.linalg.solve_triangular(turned[:j, :j] - diagonal[j] * np.eye(j), -turned[:j, j])
+    vectors = vectors[::-1, ::-1] if lower else vectors
+    return _selected(values, Dense(like(np.ascontiguousarray(vectors), A)), k, which)
 
 
 @rule("eig")
@@ -174,25 +189,22 @@ def _eig_of_diagonal(A: ColaDiagonal, k: int, which: str, alg: Auto):
 # -- singular values ---------------------------------------------------------------------------------------------------
 
 
-class SVD(NamedTuple):
-    """``A = U diag(S) Vh``. U: (d_out, r) with orthonormal columns, S: (r,) real and descending, Vh: (r, d_in) with
-    orthonormal rows; U and Vh are operators."""
-
-    U: LinearOperator
-    S: Array
-    Vh: LinearOperator
-
-
-def svd(A: LinearOperator) -> SVD:
+def svd(A: LinearOperator, k: int | None = None, *, tolerance: float = 0.0, seed: int = 0) -> SVD:
     """Thin singular value decomposition, as operators that apply as fast as the structure allows.
 
     Of a Kronecker product from the SVDs of its members, of a block-diagonal matrix from those of the blocks, of a
     circulant matrix by FFT (its vectors are complex), of a product with a bottleneck of width w (low rank) from two QR
-    decompositions and an SVD of (w, w); diagonal and permutation matrices as they are; everything else from the dense
-    matrix, up to 8192 rows or columns. ``r`` counts the singular values that are not zero by structure: a low-rank
-    matrix has w, a Kronecker product the product of its members' numbers, any other min(d_out, d_in).
+    decompositions and an SVD of (w, w); diagonal, permutation and transform matrices as they are; everything else from
+    the dense matrix, up to 8192 rows or columns. ``r`` counts the singular values that are not zero by structure: a
+    low-rank matrix has w, a Kronecker product the product of its members' numbers, any other min(d_out, d_in).
 
-    Raises TypeError for what is no operator, ValueError for half precision and for what is too large.
+    Args:
+        A: an operator.
+        k: only the k largest: by ARPACK, with products alone, where the structure has no closed form and k is small.
+        tolerance, seed: of ARPACK, relative to the singular value (0: roundoff); no part of a closed form.
+
+    Raises TypeError for what is no operator, ValueError for half precision, for a k out of range and for what is too
+    large without k.
 
     >>> import numpy as np
     >>> from structlin import Kronecker
@@ -200,60 +212,111 @@ def svd(A: LinearOperator) -> SVD:
     >>> S
     array([14., 10.,  7.,  6.,  5.,  3.])
     """
-    if not isinstance(A, LinearOperator):
-        raise TypeError(f"A must be a linear operator, got {type(A).__qualname__}; wrap an array in cola.ops.Dense")
-    found = _structured_svd(A) if isinstance(A, StructuredOperator) else None
-    if found is not None:
+    require_operator(A)
+    answer = A.structure.svd(A) if isinstance(A, StructuredOperator) else None
+    if k is not None:
+        if isinstance(k, bool) or not hasattr(k, "__index__") or not 1 <= k <= min(A.shape):
+            raise ValueError(f"k must lie between 1 and {min(A.shape)}, got {k!r}")
+        if answer is None and 4 * k < min(A.shape):
+            return _some_singular(A, int(k), tolerance, seed)
+    if answer is not None:
+        found = answer.value
+    else:
+        require_dense(A, "the singular value decomposition", "k = 10, say, gives the ten largest")
+        matrix = A.to_dense()
+        require_precision(matrix, "a singular value")
+        u, s, vh = lapack(matrix).svd(matrix)
+        found = SVD(Stiefel(Dense(u)), s, Dense(vh))
+    if k is None or k >= found.S.shape[0]:
         return found
-    require_dense(A, "the singular value decomposition", "cola.linalg.Lanczos() on A.H @ A gives some of it")
-    matrix = A.to_dense()
-    require_precision(matrix, "a singular value")
-    u, s, vh = lapack(matrix).svd(matrix)
-    return SVD(Stiefel(Dense(u)), s, Dense(vh))
+    return SVD(Stiefel(found.U[:, :k]), found.S[:k], found.Vh[:k])
 
 
-def _structured_svd(A: StructuredOperator) -> SVD | None:
-    structure, factors = A.structure, A.factors
-    if isinstance(structure, PermutationStructure):
-        ones = A._eye(1)[0, 0] + lapack(factors[0]).zeros((structure.size,), A._eye(1))
-        return SVD(Unitary(A), lapack(ones).real(ones), Unitary(Diagonal(ones)))
-    require_precision(factors[0], "a singular value")
-    xp = lapack(factors[0])
-    if isinstance(structure, DiagonalStructure):
-        size, phases = _phases(factors[0], xp)
-        return _descending(Diagonal(phases), size, Diagonal(factors[0] * 0 + 1))
-    if isinstance(structure, CirculantStructure):
-        transform = fourier(A)
-        size, phases = _phases(xp.fft(factors[0], structure.size, 0), xp)
-        return _descending(transform.H @ Diagonal(phases), size, transform)
-    blocks = chain.diagonal_blocks(structure, factors)
-    if blocks is not None:
-        u, s, vh = xp.svd(blocks)
-        return _descending(BlockDiagonal(u), s.reshape((-1,)), BlockDiagonal(vh))
-    matrices = chain.part_matrices(structure, factors)
-    if matrices is not None and len(matrices) > 1:
-        parts = [xp.svd(m) for m in matrices]
-        values = parts[0][1]
-        for _, more, _ in parts[1:]:
-            values = (values[:, None] * more[None, :]).reshape((-1,))
-        return _descending(Kronecker(*(p[0] for p in parts)), values, Kronecker(*(p[2] for p in parts)))
-    found = chain.bottleneck(structure)
-    if found is not None and 2 * found[0] <= min(A.shape):
-        left, core, right = thin_orthogonal(A)
-        u, s, vh = xp.svd(core)
-        return SVD(Stiefel(Dense(left @ u)), s, Dense(vh @ right))
-    return None
+def _some_singular(A: LinearOperator, k: int, tolerance: float, seed: int) -> SVD:
+    start = np.random.default_rng(seed).standard_normal(min(A.shape))
+    u, s, vh = sparse.svds(host_operator(A), k, v0=start, tol=tolerance)
+    order = np.argsort(-s)
+    values = lapack(A.xnp.zeros((1,), dtype=A.dtype, device=A.device)).real(like(s[order].copy(), A))
+    return SVD(Stiefel(Dense(like(u[:, order].copy(), A))), values, Dense(like(vh[order].copy(), A)))
 
 
-def _phases(values: Array, xp: Any) -> tuple[Array, Array]:
-    """Absolute values, and values divided by them (1 for zeros)."""
-    size = xp.abs(values)
-    zero = size == 0
-    return size, xp.where(zero, values * 0 + 1, values / xp.where(zero, size * 0 + 1, size))
+# -- some of the eigenvalues, and eigenvalues alone --------------------------------------------------------------------
 
 
-def _descending(U: LinearOperator, values: Array, Vh: LinearOperator) -> SVD:
+def eigvals(A: LinearOperator) -> Array:
+    """All eigenvalues, without eigenvectors, in ascending order of magnitude; real ones where A is annotated SelfAdjoint.
+
+    In closed form or from the parts, as :func:`cola.eig`; else of the dense matrix, up to 8192 rows.
+
+    >>> import numpy as np
+    >>> import cola
+    >>> from structlin import Kronecker
+    >>> eigvals(cola.SelfAdjoint(Kronecker(np.diag([1.0, 2.0]), np.diag([3.0, 5.0]))))
+    array([ 3.,  5.,  6., 10.])
+    """
+    require_operator(A)
+    require_square(A, "an eigenvalue")
+    pairs = eigenpairs(A)
+    if pairs is not None:
+        values = pairs[0]
+    else:
+        require_dense(A, "the spectrum", "structlin.linalg.eigsh gives some of it")
+        matrix = A.to_dense()
+        require_precision(matrix, "an eigenvalue")
+        xp = lapack(matrix)
+        values = xp.eigvalsh(matrix) if A.isa(SelfAdjoint) else xp.eig(matrix)[0]
     xp = lapack(values)
-    order = xp.argsort(-values)
-    pick = Permutation._build(Permutation.design((order.shape[0],) * 2), (order,), U.dtype)
-    return SVD(Stiefel(U @ pick.T), values[order], pick @ Vh)
+    return values[xp.argsort(xp.abs(values))]
+
+
+def eigsh(
+    A: LinearOperator, k: int, which: str = "LM", *, tolerance: float = 0.0, max_iterations: int | None = None,
+    seed: int = 0,
+) -> tuple[Array, LinearOperator]:  # fmt: skip
+    """k eigenvalues of a Hermitian operator in ascending order of magnitude, and eigenvectors as an operator (n, k).
+
+    Args:
+        A: annotated ``cola.SelfAdjoint`` or ``cola.PSD``.
+        k: their number.
+        which: "LM" or "SM", the largest or the smallest magnitude.
+        tolerance, max_iterations, seed: of ARPACK, which takes over, with products alone, where there is no closed
+            form and the matrix is too large to be dense or k is small; for "SM" it solves with A.
+
+    Raises ValueError for an operator that is not annotated, and ConvergenceError.
+    """
+    require_operator(A)
+    n = _check(A, k, which)
+    if not A.isa(SelfAdjoint):
+        raise ValueError("eigsh is for self-adjoint operators; annotate with cola.SelfAdjoint if it is one")
+    if eigenpairs_are_closed(A) or (fits_dense(A) and (n <= 512 or 4 * k >= n)):
+        values, vectors = cola.eig(A, k, which, Auto())
+        return values, vectors
+    start = np.random.default_rng(seed).standard_normal(n)
+    options: dict[str, Any] = {"v0": start, "tol": tolerance, "maxiter": max_iterations}
+    if which == "SM":
+        options |= {"sigma": 0.0, "OPinv": host_operator(cola.inv(A, Auto())), "which": "LM"}
+    else:
+        options["which"] = "LM"
+    try:
+        values, vectors = sparse.eigsh(host_operator(A), k, **options)
+    except sparse.ArpackNoConvergence as error:
+        raise ConvergenceError(
+            f"ARPACK found {len(error.eigenvalues)} of {k} eigenvalues; raise max_iterations"
+        ) from error
+    order = np.argsort(np.abs(values))
+    found = lapack(A.xnp.zeros((1,), dtype=A.dtype, device=A.device)).real(like(values[order].copy(), A))
+    return found, Stiefel(Dense(like(vectors[:, order].copy(), A)))
+
+
+def eigenpairs_are_closed(A: LinearOperator) -> bool:
+    """Whether all of the spectrum follows from parts."""
+    if isinstance(A, StructuredOperator):
+        return chains.thin(A) is not None or A.structure.eig(A) is not None
+    return members(A) is not None
+
+
+def eig(A: LinearOperator, k: int | None = None, which: str = "LM") -> tuple[Array, LinearOperator]:
+    """k eigenvalues (default: all) in ascending order of magnitude, and eigenvectors as an operator: ``cola.eig``."""
+    require_operator(A)
+    require_square(A, "an eigenvalue")
+    return cola.eig(A, A.shape[0] if k is None else k, which, Auto())

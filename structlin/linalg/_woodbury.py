@@ -2,35 +2,56 @@
 
 For A = B + U V, with U of shape (n, r) and V of shape (r, n):
 ``A^-1 = B^-1 - B^-1 U (I + V B^-1 U)^-1 V B^-1`` and ``det A = det B det(I + V B^-1 U)``
-(Woodbury 1950, Inverting Modified Matrices). Where B is positive and V is U^H, half of the middle matrix need be
-computed, and Cholesky factors it. B is a diagonal, given in any of the forms it has in CoLA and here, or any
-one structured operator with an inverse in closed form. The inverse is again such a sum. Its accuracy is that of the
-condition of B as well as of A: the result is checked, and where it is bad the dense matrix is used.
+(Woodbury 1950, Inverting Modified Matrices). Where B is a positive diagonal D and V is U^H, half of the middle matrix
+need be computed, and Cholesky factors it.
+
+The formula is not backward stable: where B is much smaller than U V, numbers cancel. So every solution is refined
+(Higham 2002, Accuracy and Stability of Numerical Algorithms, chapter 12) until its own residual is at roundoff. Where
+that does not come, and V is U^H, with ``D^-1/2 U = Q R``
+
+    D^1/2 A^-1 D^1/2 = (I - Q Q^H) + Q (I + R R^H)^-1 Q^H,
+
+in which the projection is applied twice (Kahan's "twice is enough") and no numbers cancel. Where that fails, too, None
+is returned, and something denser takes over. Under tracing nobody can look: refined twice, and NaN where the residual
+is bad.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any
 
+import numpy as np
 from cola.annotations import PSD
-from cola.linalg.algorithm_base import Algorithm, Auto
 from cola.ops import LinearOperator, Sum
 
 from structlin._arrays import Array
-from structlin._cola_compat._repair import rule
-from structlin.linalg._common import accuracy, annotated, hermitian, is_backward_stable, probe, require_square
-from structlin.linalg._determinant import general_slogdet, of_numbers, structured_slogdet
+from structlin._implicit import Solver, backward_error, frozen, is_at_roundoff, nan_where_bad
+from structlin._lapack import (
+    as_array,
+    determinant_of_numbers,
+    eps,
+    inverse_values,
+    is_known,
+    is_transpose,
+    known,
+    lapack,
+    nan_unless,
+    require_precision,
+)
+from structlin.linalg._common import is_backward_stable
 from structlin.linalg._forms import diagonal_of, thin
-from structlin.linalg._inverse import NO_INVERSE, general_inverse, inverse_values, structured_inverse
-from structlin.linalg._lapack import as_array, eps, is_transpose, known, lapack, require_precision
 from structlin.operators import StructuredOperator
 from structlin.structure import Structure
 from structlin.structures.diagonal import Diagonal
+from structlin.verdicts import Determinant
 
 _WIDEST = 0.5  # of n: above this total rank, the dense matrix costs no more
 _THREE = "i,ri->r; r,sr->s; s,os->o"
+SLACK = 100  # times the distance of neighbouring numbers: the backward error that a solution may have
+_REFINEMENTS = 3
 
 
 def split(A: Sum) -> tuple[StructuredOperator | Array, Array, Array] | None:
@@ -75,14 +96,15 @@ def _correction(n: int, r: int) -> Structure:
 @dataclass(frozen=True)
 class Woodbury:
     """A sum B + U V with what its inverse and its determinant are made of: ``base`` = B^-1, ``left`` = B^-1 U and
-    ``capacitance`` = I + V B^-1 U. B and ``base`` are operators, or the numbers of diagonal matrices, which are
-    ``positive`` if they are known to be. ``symmetric``: B is positive, and V is U^H."""
+    ``capacitance`` = I + V B^-1 U. B and ``base`` are operators, or the numbers of diagonal matrices.
+
+    ``symmetric``: B is a positive diagonal, as far as can be seen, and V is U^H.
+    """
 
     B: StructuredOperator | Array
     U: Array
     V: Array
     base: LinearOperator | Array
-    positive: bool = False
     symmetric: bool = False
 
     @cached_property
@@ -95,8 +117,8 @@ class Woodbury:
         half = xp.gram(_times(xp.sqrt(self.base), self.U)) if self.symmetric else self.V @ self.left
         return half + xp.eye(self.U.shape[1], self.U)
 
-    def solve(self, b: Array) -> Array:
-        """(B + U V)^-1 b, for a vector or columns."""
+    def formula(self, b: Array) -> Array:
+        """(B + U V)^-1 b, for a vector or columns, by the identity as it stands."""
         w = _times(self.base, b)
         small = self.V @ w
         small = small if small.ndim == 2 else small[:, None]
@@ -105,33 +127,85 @@ class Woodbury:
         middle = self.left @ c
         return w - (middle if w.ndim == 2 else middle[:, 0])
 
-    def is_accurate(self, A: Sum) -> bool:
-        """Whether a solve with a fixed random v leaves no more than roundoff. True while values are traced.
+    @cached_property
+    def _orthogonal(self) -> tuple[Array, Array, Array]:
+        """(D^1/2, Q, the lower Cholesky factor of I + R R^H)."""
+        xp = lapack(self.U)
+        root = xp.sqrt(xp.real(self.B))
+        q, r = xp.qr(self.U / root[:, None])
+        return root, q, r @ xp.conj(r).T + xp.eye(r.shape[0], r)
 
-        With c = capacitance^-1 V B^-1 v and x = B^-1 v - left c, the residual A x - v is U (V x - c).
-        """
-        v = probe(A)
-        w = _times(self.base, v)
-        c = lapack(v).solve(self.capacitance, (self.V @ w)[:, None])[:, 0]
-        x = w - self.left @ c
-        residual = known(lapack(v).norm(self.U @ (self.V @ x - c)))
-        return residual is None or residual <= accuracy(A) or is_backward_stable(A, self.solve)
+    def projected(self, b: Array) -> Array:
+        """The same where B is a positive diagonal and V is U^H, in a way in which no numbers cancel."""
+        root, q, middle = self._orthogonal
+        xp = lapack(b)
+        root = root if b.ndim == 1 else root[:, None]
+        adjoint, c = xp.conj(q).T, b / root
+        y = adjoint @ c
+        rest = c - q @ y
+        more = adjoint @ rest
+        rest, y = rest - q @ more, y + more
+        inner = xp.cholesky_solve(middle, y if y.ndim == 2 else y[:, None])
+        return (rest + q @ (inner if y.ndim == 2 else inner[:, 0])) / root
 
-    def inverse(self) -> LinearOperator:
-        """As an operator: B^-1 and one product of low rank."""
+    def size(self) -> Array:
+        """A bound of |B| + |U| |V|, to which residuals are compared."""
+        xp = lapack(self.U)
+        if isinstance(self.B, LinearOperator):  # a random vector of numbers of deviation 1: the Frobenius norm
+            v = np.random.default_rng(0).standard_normal(self.B.shape[0])
+            base = xp.norm(self.B @ self.B.xnp.array(v, dtype=self.B.dtype, device=self.B.device))
+        else:
+            base = xp.max(xp.abs(self.B))
+        return base + xp.norm(self.U) * xp.norm(self.V)
+
+    def __matmul__(self, x: Array) -> Array:
+        return _times(self.B, x) + self.U @ (self.V @ x)
+
+    def adjoint(self) -> Woodbury:
+        xp = lapack(self.U)
+        flip = (lambda y: y.H) if isinstance(self.B, LinearOperator) else xp.conj
+        return Woodbury(flip(self.B), xp.conj(self.V).T, xp.conj(self.U).T, flip(self.base), self.symmetric)
+
+    def inverse(self, A: Sum) -> LinearOperator | None:
+        """As an operator: B^-1 and one product of low rank. None where it is not accurate; NaN where that is traced."""
         n, r = self.U.shape
         base = self.base if isinstance(self.base, LinearOperator) else Diagonal(self.base)
-        factors = (self.V @ base, lapack(self.left).inv(self.capacitance), -self.left)
-        return base + StructuredOperator(_correction(n, r), factors)
-
-    def slogdet(self) -> tuple[Array, Array] | None:
-        """None where B has no determinant in closed form."""
         xp = lapack(self.U)
-        sign, log = (xp.positive_slogdet if self.symmetric else xp.slogdet)(self.capacitance)
-        if self.positive:
-            return sign, log + xp.log(xp.real(self.B)).sum()
-        first = structured_slogdet(self.B) if isinstance(self.B, StructuredOperator) else of_numbers(self.B, xp)
-        return None if first is None else (first[0] * sign, first[1] + log)
+        try:
+            core = xp.inv(self.capacitance)
+        except (np.linalg.LinAlgError, RuntimeError):
+            return None
+        factors = (self.V @ base, core, -self.left)
+        found = base + StructuredOperator(_correction(n, r), factors)
+        good = is_backward_stable(A, found.__matmul__)
+        if good is False:
+            return None
+        if good is not True:
+            factors = (factors[0], core + nan_unless(good, core), factors[2])
+            found = base + StructuredOperator(_correction(n, r), factors)
+        return found
+
+    def slogdet(self, A: Sum) -> Determinant | None:
+        """None where B has no determinant in closed form, and where numbers cancel."""
+        xp = lapack(self.U)
+        try:
+            sign, log = (xp.positive_slogdet if self.symmetric else xp.slogdet)(self.capacitance)
+        except (np.linalg.LinAlgError, RuntimeError):
+            return None
+        if isinstance(self.B, StructuredOperator):
+            answer = self.B.structure.slogdet(self.B)
+            if answer is None:
+                return None
+            first = answer.value
+        else:
+            first = determinant_of_numbers(self.B)
+        if not self.symmetric:
+            good = is_backward_stable(A, self.formula)
+            if good is False:
+                return None
+            if good is not True:
+                log = log + nan_unless(good, log)
+        return Determinant(first[0] * sign, first[1] + log)
 
 
 def _times(base: LinearOperator | Array, x: Array) -> Array:
@@ -140,49 +214,80 @@ def _times(base: LinearOperator | Array, x: Array) -> Array:
     return (base if x.ndim == 1 else base[:, None]) * x
 
 
-def _is_moderate(A: Sum, values: Array) -> bool:
-    """Whether nothing cancels that matters: A is annotated PSD, and B is a positive diagonal of numbers that differ by
-    less than eps^(-1/4). Then the eigenvalues of the capacitance are those of A, scaled by B, and what cancels is no
-    more than cond(A) cond(B)."""
-    if not A.isa(PSD):
-        return False
+def _is_positive(A: Sum, values: Array) -> bool:
+    """Whether B is a positive diagonal whose numbers do not differ too much; True of PSD sums whose values are traced."""
     values = lapack(values).real(values)
     least, most = known(values.min()), known(values.max())
-    return least is not None and most is not None and 0 < most < least * eps(A.dtype) ** -0.25
+    if least is None or most is None:
+        return bool(A.isa(PSD))
+    return least > 0 and most < least * eps(A.dtype) ** -0.5
 
 
 def woodbury(A: Sum) -> Woodbury | None:
-    """None where A does not split, or where the formula is not accurate."""
+    """None where A does not split, or where B is singular."""
     parts = split(A)
     if parts is None:
         return None
     B, U, V = parts
     require_precision(U, "an inverse")
-    moderate, base = False, None
+    positive, base = False, None
     try:
         if isinstance(B, StructuredOperator):
-            base = structured_inverse(B)
+            answer = B.structure.inverse(B)
+            base = None if answer is None else answer.value
         else:
-            moderate = _is_moderate(A, B)
-            base = B**-1 if moderate else inverse_values(B, 0.0)
+            positive = _is_positive(A, B)
+            base = inverse_values(B, 0.0)
     except ValueError:  # B may be singular where the sum is not
         return None
     if base is None:
         return None
-    found = Woodbury(B, U, V, base, moderate, moderate and is_transpose(V, U))
-    return found if moderate or found.is_accurate(A) else None
+    return Woodbury(B, U, V, base, positive and (is_transpose(V, U) or _is_adjoint(A, V, U)))
 
 
-@rule("inv")
-def _inverse_of_sum(A: Sum, alg: Auto):
-    require_square(A, "the inverse", NO_INVERSE)
-    found = woodbury(A)
-    return general_inverse(A, alg) if found is None else annotated(found.inverse(), hermitian(A))
+def _is_adjoint(A: Sum, V: Array, U: Array) -> bool:
+    """Whether V is U^H: from the numbers, or, where they are traced, because the sum and its diagonal are Hermitian."""
+    if V.shape != U.shape[::-1] or not is_known(V) or not is_known(U):
+        return False
+    xp = lapack(U)
+    return bool((xp.stop_gradient(V) == xp.conj(xp.stop_gradient(U)).T).all())
 
 
-@rule("slogdet")
-def _slogdet_of_sum(A: Sum, log_alg: Auto, trace_alg: Algorithm):
-    require_square(A, "the determinant")
-    formula = woodbury(A)
-    found = None if formula is None else formula.slogdet()
-    return general_slogdet(A, log_alg, trace_alg) if found is None else found
+def solver(A: Sum) -> Solver | None:
+    """For numbers that no derivative reaches; each solution is refined and verified, and LinAlgError raised where its
+    residual is not at roundoff."""
+    found = woodbury(frozen(A))
+    if found is None:
+        return None
+    return Solver(_verified(found), _verified(found.adjoint()))
+
+
+def _verified(found: Woodbury) -> Callable[[Array], Array]:
+    size = found.size()
+
+    def solve(b: Array) -> Array:
+        ways = [found.formula, found.projected] if found.symmetric else [found.formula]
+        if not is_known(b) or not is_known(found.U):
+            return _traced(found, ways[-1], b, size)
+        for way in ways:
+            try:
+                x = way(b)
+                for _ in range(_REFINEMENTS):
+                    good = is_at_roundoff(backward_error(found, x, b, size), b.dtype, SLACK / 10)
+                    if good is not False:
+                        return x
+                    x = x + way(b - found @ x)
+            except (np.linalg.LinAlgError, RuntimeError):
+                continue
+            if is_at_roundoff(backward_error(found, x, b, size), b.dtype, SLACK):
+                return x
+        raise np.linalg.LinAlgError("structlin: the Woodbury identity is not accurate here")
+
+    return solve
+
+
+def _traced(found: Woodbury, way: Callable[[Array], Array], b: Array, size: Array) -> Array:
+    x = way(b)
+    for _ in range(2):
+        x = x + way(b - found @ x)
+    return nan_where_bad(x, backward_error(found, x, b, size), SLACK * eps(b.dtype))

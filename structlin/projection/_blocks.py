@@ -16,9 +16,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from structlin.algebra.numbered import Network
 from structlin.projection._contract import Axes, expression, gather
 from structlin.projection._leading import leading
-from structlin.projection._network import Network
 from structlin.projection._splits import cut_between, pair
 
 ROUNDOFF = 1e-14

@@ -8,7 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 from opt_einsum import contract_path, get_symbol
 
-Axes = tuple[int, ...]
+from structlin.algebra.numbered import Axes
+
 SMALL = 256  # products of one batch entry below which NumPy's einsum is quicker than a product of matrices
 
 

@@ -8,11 +8,11 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from structlin.algebra.numbered import Network, build
 from structlin.projection import _entrywise, _splits
 from structlin.projection._als import Fit
 from structlin.projection._blocks import BlockFit
 from structlin.projection._contract import gather
-from structlin.projection._network import Network, build
 from structlin.scale import init_std, random_factors
 from structlin.structure import AbstractStructure, Structure
 

@@ -21,9 +21,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from structlin.algebra.numbered import Network
 from structlin.projection._contract import Axes, gather
 from structlin.projection._leading import leading
-from structlin.projection._network import Network
 from structlin.structure import Structure
 
 

@@ -16,6 +16,10 @@ from structlin.structures.toeplitz import Toeplitz
 from structlin.structures.circulant import Circulant
 from structlin.structures.permutation import Permutation
 from structlin.structures.diagonal import Diagonal
+from structlin.structures.hankel import Hankel
+from structlin.structures.cosine import Cosine
+from structlin.structures.hadamard import Hadamard
+from structlin.structures.fourier import Fourier
 
 __all__ = [
     "Blast",
@@ -24,9 +28,13 @@ __all__ = [
     "Butterfly",
     "Circulant",
     "Coordinates",
+    "Cosine",
     "Dense",
     "Diagonal",
     "EinsumSpace",
+    "Fourier",
+    "Hadamard",
+    "Hankel",
     "Kronecker",
     "LowRank",
     "Monarch",

@@ -2,14 +2,33 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+from cola.annotations import PSD, SelfAdjoint, Unitary
 
 from structlin._arrays import Array, backend_of, ops
+from structlin._lapack import (
+    determinant_of_numbers,
+    eps,
+    inverse_values,
+    lapack,
+    phases,
+    promoted,
+    reciprocals,
+    require_precision,
+)
 from structlin.registry import NamedOperator, register
 from structlin.structure import Factor
 from structlin.structures._convolution import fft_product, product_flops, real_fft_flops
 from structlin.structures._square import SquareStructure, length_of, size_of
+from structlin.structures._vectors import descending, tied_nearest
+from structlin.structures.diagonal import Diagonal
+from structlin.structures.fourier import Fourier
+from structlin.verdicts import SVD, Answer, Determinant, Eigen, Nearest
 
 
 class CirculantStructure(SquareStructure):
@@ -36,6 +55,113 @@ class CirculantStructure(SquareStructure):
 
     def _columns(self, factors: Sequence[Array], x: Array, xp: SimpleNamespace) -> Array:
         return fft_product(factors[0], x, self.size, 0, xp)
+
+    # -- algebra: the eigenvalues are the Fourier transform of the column
+
+    def inverse(self, A: Any) -> Answer[Any]:
+        column = A.factors[0]
+        require_precision(column, "an inverse")
+        forth, back = _transforms(column)
+        return Answer(Circulant(back(inverse_values(forth(column), eps(column.dtype)))))
+
+    def pinv(self, A: Any) -> Answer[Any]:
+        require_precision(A.factors[0], "a pseudo-inverse")
+        xp = lapack(A.factors[0])
+        column = xp.ifft(reciprocals(xp.fft(A.factors[0], self.size, 0)), self.size, 0)
+        return Answer(Circulant(column if xp.is_complex(A.factors[0]) else xp.real(column)))
+
+    def solve(self, A: Any, b: Array) -> Answer[Array]:
+        column = A.factors[0]
+        require_precision(b, "solving")
+        forth, back = _transforms(column)
+        scale = inverse_values(forth(column), eps(column.dtype))
+        return Answer(back((scale if b.ndim == 1 else scale[:, None]) * forth(b)))
+
+    def slogdet(self, A: Any) -> Answer[Determinant]:
+        column, n = A.factors[0], self.size
+        require_precision(column, "a determinant")
+        xp = lapack(column)
+        if xp.is_complex(column):
+            return Answer(determinant_of_numbers(xp.fft(column, n, 0)))
+        # Eigenvalues of a real circulant matrix are real at frequency 0 and n / 2, and come in conjugate pairs between.
+        spectrum = xp.rfft(column, n, 0)
+        paired = spectrum[1 : (n + 1) // 2]
+        alone = spectrum[:1] if n % 2 else xp.concat([spectrum[:1], spectrum[n // 2 :]])
+        sign, log = determinant_of_numbers(xp.real(alone))
+        if paired.shape[0]:
+            regular, pairs = determinant_of_numbers(xp.abs(paired))
+            sign, log = sign * regular, log + 2 * pairs
+        return Answer(Determinant(sign, log))
+
+    def diagonal(self, A: Any, k: int) -> Answer[Array]:
+        column = A.factors[0]
+        return Answer(column[-k % self.size] + lapack(column).zeros((self.size - abs(k),), column))
+
+    def eig(self, A: Any) -> Answer[Eigen]:
+        column = A.factors[0]
+        xp = lapack(column)
+        values = xp.fft(column, self.size, 0)
+        forward = Fourier.like(A)
+        vectors = Unitary(forward.H)
+        values = xp.real(values) if A.isa(SelfAdjoint) else values
+        return Answer(Eigen(values, vectors, lambda: forward, normal=True))
+
+    def svd(self, A: Any) -> Answer[SVD]:
+        forward = Fourier.like(A)
+        size, signs = phases(lapack(A.factors[0]).fft(A.factors[0], self.size, 0))
+        return Answer(descending(forward.H @ Diagonal(signs), size, forward))
+
+    def function(self, A: Any, f: Any) -> Answer[Any]:
+        column, n = A.factors[0], self.size
+        require_precision(column, f.name)
+        xp = lapack(column)
+        if not xp.is_complex(column) and (f.real or A.isa(PSD)):
+            return Answer(Circulant(xp.irfft(f.on_spectrum(xp.rfft(column, n, 0), A) + 0j, n, 0)))
+        return Answer(Circulant(xp.ifft(f.on_spectrum(xp.fft(column, n, 0), A) + 0j, n, 0)))
+
+    def power(self, A: Any, k: int) -> Answer[Any]:
+        forth, back = _transforms(A.factors[0])
+        return Answer(Circulant(back(forth(A.factors[0]) ** k)))
+
+    def frobenius_norm(self, A: Any) -> Answer[Array]:
+        return Answer(lapack(A.factors[0]).norm(A.factors[0]) * math.sqrt(self.size))
+
+    def spectral_norm(self, A: Any) -> Answer[Array]:
+        xp = lapack(A.factors[0])
+        return Answer(xp.max(xp.abs(xp.fft(A.factors[0], self.size, 0))))
+
+    def product(self, A: Any, B: Any) -> Answer[Any] | None:
+        if not isinstance(B.structure, CirculantStructure):
+            return None
+        x, y = promoted(A.factors[0], B.factors[0])
+        forth, back = _transforms(x)
+        return Answer(Circulant(back(forth(x) * forth(y))))
+
+    def sum(self, A: Any, B: Any) -> Answer[Any] | None:
+        if isinstance(B.structure, CirculantStructure):
+            return Answer(Circulant(A.factors[0] + B.factors[0]))
+        return None
+
+    def shifted(self, A: Any, value: Any) -> Answer[Any] | None:
+        if getattr(value, "ndim", 0):
+            return None
+        column = A.factors[0]
+        return Answer(Circulant(column + value * lapack(column).index(np.arange(self.size) == 0, column)))
+
+    def nearest(self, target: np.ndarray, covariance: np.ndarray | None) -> Nearest:
+        rows, columns = np.indices(target.shape)
+        return tied_nearest((rows - columns) % self.size, self.size, target, covariance)
+
+    def dense(self, factors: Sequence[np.ndarray]) -> np.ndarray:
+        i = np.arange(self.size)
+        return factors[0][(i[:, None] - i) % self.size]
+
+
+def _transforms(column: Array) -> tuple[Any, Any]:
+    """The Fourier transform along the first axis and back; half of it where the numbers are real."""
+    xp, n = lapack(column), column.shape[0]
+    forth, back = (xp.fft, xp.ifft) if xp.is_complex(column) else (xp.rfft, xp.irfft)
+    return (lambda x: forth(x, n, 0)), (lambda x: back(x, n, 0))
 
 
 @register("circulant")

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+from cola.annotations import SelfAdjoint, Unitary
 
 from structlin._arrays import Array
+from structlin._lapack import determinant_of_numbers, inverse_values, lapack, phases, promoted, reciprocals
 from structlin.registry import NamedOperator, register
 from structlin.structure import Factor
 from structlin.structures._square import SquareStructure, length_of, size_of
+from structlin.structures._vectors import descending
+from structlin.verdicts import SVD, Answer, Determinant, Eigen, Nearest
 
 
 class DiagonalStructure(SquareStructure):
@@ -30,6 +38,70 @@ class DiagonalStructure(SquareStructure):
 
     def _columns(self, factors: Sequence[Array], x: Array, xp: SimpleNamespace) -> Array:
         return factors[0][:, None] * x
+
+    # -- algebra
+
+    def inverse(self, A: Any) -> Answer[Any]:
+        return Answer(Diagonal(inverse_values(A.factors[0], 0.0)))
+
+    def pinv(self, A: Any) -> Answer[Any]:
+        return Answer(Diagonal(reciprocals(A.factors[0])))
+
+    def slogdet(self, A: Any) -> Answer[Determinant]:
+        return Answer(determinant_of_numbers(A.factors[0]))
+
+    def diagonal(self, A: Any, k: int) -> Answer[Array]:
+        return Answer(A.factors[0] if k == 0 else A.factors[0][: self.size - abs(k)] * 0)
+
+    def eig(self, A: Any) -> Answer[Eigen]:
+        values = A.factors[0]
+        vectors = Unitary(Diagonal(values * 0 + 1))
+        values = lapack(values).real(values) if A.isa(SelfAdjoint) else values
+        return Answer(Eigen(values, vectors, lambda: vectors, normal=True))
+
+    def svd(self, A: Any) -> Answer[SVD]:
+        size, signs = phases(A.factors[0])
+        return Answer(descending(Diagonal(signs), size, Diagonal(signs * 0 + 1)))
+
+    def function(self, A: Any, f: Any) -> Answer[Any]:
+        return Answer(Diagonal(f.on_diagonal(A.factors[0], A)))
+
+    def power(self, A: Any, k: int) -> Answer[Any]:
+        return Answer(Diagonal(A.factors[0] ** k))
+
+    def frobenius_norm(self, A: Any) -> Answer[Array]:
+        return Answer(lapack(A.factors[0]).norm(A.factors[0]))
+
+    def spectral_norm(self, A: Any) -> Answer[Array]:
+        return Answer(abs(A.factors[0]).max())
+
+    def product(self, A: Any, B: Any) -> Answer[Any] | None:
+        if isinstance(B.structure, DiagonalStructure):
+            return Answer(Diagonal(A.factors[0] * B.factors[0]))
+        return None
+
+    def sum(self, A: Any, B: Any) -> Answer[Any] | None:
+        return self.shifted(A, B.factors[0]) if isinstance(B.structure, DiagonalStructure) else None
+
+    def shifted(self, A: Any, value: Any) -> Answer[Any]:
+        return Answer(Diagonal(A.factors[0] + value))
+
+    def kron(self, A: Any, B: Any) -> Answer[Any] | None:
+        if not isinstance(B.structure, DiagonalStructure):
+            return None
+        x, y = promoted(A.factors[0], B.factors[0])
+        return Answer(Diagonal((x[:, None] * y[None, :]).reshape((math.prod((A.shape[0], B.shape[0])),))))
+
+    def nearest(self, target: np.ndarray, covariance: np.ndarray | None) -> Nearest:
+        if covariance is None:
+            return Nearest((np.diagonal(target).copy(),), "averages")
+        weights = np.diagonal(covariance).real
+        weighted = np.einsum("ij,ji->i", target, covariance)
+        found = np.divide(weighted, weights, where=weights > 0, out=np.zeros(len(target), weighted.dtype))
+        return Nearest((found,), "least squares")
+
+    def dense(self, factors: Sequence[np.ndarray]) -> np.ndarray:
+        return np.diag(factors[0])
 
 
 @register("diagonal")

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
 import cola
 import numpy as np
+from cola.annotations import Unitary
+from scipy.optimize import linear_sum_assignment
 
 from structlin._arrays import Array, backend_of
+from structlin._cola_compat import parity
+from structlin._lapack import lapack
 from structlin.registry import NamedOperator, register
 from structlin.structure import AbstractStructure, Factor
 from structlin.structures._square import SquareStructure, size_of
+from structlin.structures.diagonal import Diagonal
+from structlin.verdicts import SVD, Answer, Determinant, Nearest
 
 
 class PermutationStructure(SquareStructure):
@@ -30,6 +37,67 @@ class PermutationStructure(SquareStructure):
 
     def _columns(self, factors: Sequence[Array], x: Array, xp: SimpleNamespace) -> Array:
         return x[factors[0]]
+
+    # -- algebra
+
+    def inverse(self, A: Any) -> Answer[Any]:
+        return Answer(A.T)
+
+    pinv = inverse
+
+    def slogdet(self, A: Any) -> Answer[Determinant]:
+        zero = A._eye(1)[0, 0] * 0
+        return Answer(Determinant(zero + parity(A.factors[0]), lapack(zero).real(zero)))
+
+    def diagonal(self, A: Any, k: int) -> Answer[Array]:
+        index, start, count = A.factors[0], max(-k, 0), self.size - abs(k)
+        rows = lapack(index).index(np.arange(start, start + count), index)
+        return Answer(A.xnp.cast(index[start : start + count] == rows + k, A.dtype))
+
+    def svd(self, A: Any) -> Answer[SVD]:
+        ones = A._eye(1)[0, 0] + lapack(A.factors[0]).zeros((self.size,), A._eye(1))
+        return Answer(SVD(Unitary(A), lapack(ones).real(ones), Unitary(Diagonal(ones))))
+
+    def power(self, A: Any, k: int) -> Answer[Any]:
+        index, result = A.factors[0], None
+        while k:  # by squaring: k may be large
+            if k & 1:
+                result = index if result is None else result[index]
+            index, k = index[index], k >> 1
+        return Answer(Permutation._build(self, (result,), A.dtype))
+
+    def frobenius_norm(self, A: Any) -> Answer[Array]:
+        one = lapack(A._eye(1)).real(A._eye(1)[0, 0])
+        return Answer(one * math.sqrt(self.size))
+
+    def spectral_norm(self, A: Any) -> Answer[Array]:
+        return Answer(lapack(A._eye(1)).real(A._eye(1)[0, 0]))
+
+    def product(self, A: Any, B: Any) -> Answer[Any] | None:
+        if not isinstance(B.structure, PermutationStructure):
+            return None
+        dtype = A.xnp.promote_types(A.dtype, B.dtype)
+        return Answer(Permutation._build(self, (B.factors[0][A.factors[0]],), dtype))
+
+    def kron(self, A: Any, B: Any) -> Answer[Any] | None:
+        if not isinstance(B.structure, PermutationStructure):
+            return None
+        n = self.size * B.shape[0]
+        wide = [A.xnp.cast(op.factors[0], A.xnp.int64) for op in (A, B)]  # small integers would overflow
+        index = (wide[0][:, None] * B.shape[0] + wide[1][None, :]).reshape((n,))
+        dtype = A.xnp.promote_types(A.dtype, B.dtype)
+        return Answer(Permutation._build(PermutationStructure(n), (index,), dtype))
+
+    def nearest(self, target: np.ndarray, covariance: np.ndarray | None) -> Nearest:
+        """``|| target - A ||^2`` is a constant minus ``2 Re target[i, index[i]]`` (plus the weight of that column)."""
+        if covariance is None:
+            cost = -target.real
+        else:
+            cost = np.diagonal(covariance).real - 2 * (target @ covariance).real
+        return Nearest((linear_sum_assignment(cost)[1],), "linear assignment")
+
+    def dense(self, factors: Sequence[np.ndarray]) -> np.ndarray:
+        return np.eye(self.size)[factors[0]]
 
 
 @register("permutation")

@@ -2,17 +2,32 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cache, partial
 from types import SimpleNamespace
-from typing import Self
+from typing import Any, Self
 
+import numpy as np
+import scipy.linalg
+from cola.ops import Product, Sum
 from scipy.fft import next_fast_len
 
-from structlin._arrays import Array, backend_of, common_backend, ops
+from structlin._arrays import Array, backend_of, common_backend, ops, to_backend
+from structlin._implicit import Solver, solution
+from structlin._lapack import eps, follows, is_known, is_plain, lapack, needs_grad, require_precision
 from structlin.registry import NamedOperator, register
 from structlin.structure import AbstractStructure, Factor
+from structlin.structures import _levinson as levinson
 from structlin.structures._convolution import fft_product, product_flops, real_fft_flops
+from structlin.structures._vectors import tied_nearest
+from structlin.verdicts import Answer, Determinant, Nearest, Verdict
+
+LEAST = 256
+"""Rows from which on the recursion for the inverse and the determinant is faster than LAPACK: 1 ms at 256."""
+
+_LARGEST_DENSE = 8192  # rows up to which the dense matrix takes over inside of a derivative
 
 
 @dataclass(frozen=True)
@@ -58,6 +73,84 @@ class ToeplitzStructure(AbstractStructure):
     def _columns(self, factors: Sequence[Array], x: Array, xp: SimpleNamespace) -> Array:
         y = fft_product(factors[0], x, self.fft_size, 0, xp)
         return y[self.d_in - 1 : self.d_in - 1 + self.d_out]
+
+    # -- algebra: structlin.structures._levinson
+
+    def inverse(self, A: Any) -> Answer[Any] | None:
+        found = columns(A)
+        if found is None:
+            return None
+        kernel = A.factors[0]
+        if needs_grad(kernel):
+            ends = np.zeros((self.d_in, 2))
+            ends[0, 0] = ends[-1, 1] = 1
+            both = solution(A, to_backend(ends, "torch", kernel.dtype), _solver(kernel, found))
+            return Answer(inverse_from(both[:, 0], both[:, 1]), Verdict.NOT_VERIFIED)
+        made = inverse_from(_like(found.first, kernel), _like(found.last, kernel))
+        return Answer(made, Verdict.NOT_VERIFIED)
+
+    def solve(self, A: Any, b: Array) -> Answer[Array] | None:
+        kernel = A.factors[0]
+        require_precision(kernel, "solving")
+        n = self.d_in
+        if n < levinson.LEAST:
+            return None
+        if backend_of(b) == "jax" and not (is_known(kernel) and is_known(b)):
+            return Answer(_traced_solution(kernel, b)) if LEAST <= n <= _LARGEST_DENSE else None
+        if not (_on_the_host(kernel) and _on_the_host(b)):
+            return None
+        numbers, right = _numbers(kernel), _numbers(b)
+        x = levinson.solve(numbers, right if right.ndim == 2 else right[:, None])
+        if x is None:
+            return None
+        if follows(kernel) or follows(b):
+            return Answer(solution(A, b, _solver(kernel)))
+        return Answer(_like(x.reshape(right.shape), b))
+
+    def slogdet(self, A: Any) -> Answer[Determinant] | None:
+        found = columns(A)
+        if found is None:
+            return None
+        kernel = A.factors[0]
+        if needs_grad(kernel):
+            return Answer(Determinant(*_determinant_function().apply(found, kernel)))
+        sign, log = _determinant(found)
+        return Answer(Determinant(_like(sign, kernel), _like(log, lapack(kernel).real(kernel))))
+
+    def diagonal(self, A: Any, k: int) -> Answer[Array]:
+        kernel = A.factors[0]
+        count = min(self.d_out + min(k, 0), self.d_in - max(k, 0))
+        return Answer(kernel[self.d_in - 1 - k] + lapack(kernel).zeros((count,), kernel))
+
+    def frobenius_norm(self, A: Any) -> Answer[Array]:
+        kernel = A.factors[0]
+        weights = lapack(kernel).index(np.sqrt(_repeats(self)), kernel)
+        return Answer(lapack(kernel).norm(kernel * A.xnp.cast(weights, kernel.dtype)))
+
+    def sum(self, A: Any, B: Any) -> Answer[Any] | None:
+        if isinstance(B.structure, ToeplitzStructure):
+            return Answer(Toeplitz.from_kernel(A.factors[0] + B.factors[0], self.d_out))
+        return None
+
+    def shifted(self, A: Any, value: Any) -> Answer[Any] | None:
+        if getattr(value, "ndim", 0):
+            return None
+        kernel = A.factors[0]
+        unit = lapack(kernel).index(np.arange(kernel.shape[0]) == self.d_in - 1, kernel)
+        return Answer(Toeplitz.from_kernel(kernel + value * unit, self.d_out))
+
+    def nearest(self, target: np.ndarray, covariance: np.ndarray | None) -> Nearest:
+        rows, columns = np.indices(target.shape)
+        return tied_nearest(rows - columns + self.d_in - 1, self.factors[0].numel, target, covariance)
+
+    def dense(self, factors: Sequence[np.ndarray]) -> np.ndarray:
+        return factors[0][np.arange(self.d_out)[:, None] - np.arange(self.d_in) + self.d_in - 1]
+
+
+def _repeats(structure: ToeplitzStructure) -> np.ndarray:
+    """How often each entry of the kernel stands in the matrix."""
+    i = np.arange(structure.d_out + structure.d_in - 1)
+    return np.minimum(np.minimum(i + 1, i[::-1] + 1), min(structure.d_out, structure.d_in))
 
 
 @register("toeplitz")
@@ -108,3 +201,190 @@ class Toeplitz(NamedOperator):
     def design(shape: tuple[int, int], /) -> ToeplitzStructure:
         """A (d_out, d_in) Toeplitz matrix; no options."""
         return ToeplitzStructure(*shape)
+
+
+# -- the inverse -------------------------------------------------------------------------------------------------------
+
+
+def inverse_from(first: Array, last: Array) -> Any:
+    """The inverse from its first and last column, as an operator: the formula of Gohberg and Semencul."""
+    xp = ops(backend_of(first))
+    none, forth, back = first[1:] * 0, xp.flip(first), xp.flip(last)
+    scaled, zero = first / first[0], first[:1] * 0
+    left = Product(Toeplitz(scaled, none), Toeplitz(xp.concat([back[:1], none]), back[1:]))
+    shifted = xp.concat([zero, last[:-1] / -first[0]])
+    return Sum(left, Product(Toeplitz(shifted, none), Toeplitz(xp.concat([zero, none]), forth[:-1])))
+
+
+def columns(A: Any) -> levinson.Columns | None:
+    """None for few or too many rows, where numbers can not be looked at, and where they are not accurate."""
+    kernel = A.factors[0]
+    require_precision(kernel, "an inverse")
+    n = A.shape[0]
+    if not LEAST <= n <= levinson.LONGEST or not _on_the_host(kernel):
+        return None
+    numbers = _numbers(kernel)
+    found = levinson.recursion(numbers)
+    if found is None:
+        return None
+    probe = np.random.default_rng(0).standard_normal((n, 1))
+    return None if levinson.solve(numbers, probe, found) is None else found
+
+
+def _solver(kernel: Array, found: levinson.Columns | None = None) -> Solver:
+    """For the numbers of a kernel on the host; the dense matrix, pivoted, where the recursion is not accurate."""
+    numbers = _numbers(kernel)
+
+    def using(kernel: np.ndarray, found: levinson.Columns | None) -> Any:
+        def solve(b: Array) -> Array:
+            right = _numbers(b)
+            wide = right if right.ndim == 2 else right[:, None]
+            x = levinson.solve(kernel, wide, found)
+            n = len(right)
+            if x is None and n > _LARGEST_DENSE:
+                raise np.linalg.LinAlgError(f"a Toeplitz matrix of {n} rows is too ill conditioned for its recursion")
+            if x is None:
+                x = np.linalg.solve(scipy.linalg.toeplitz(kernel[n - 1 :], kernel[:n][::-1]), wide)
+            return _like(x.reshape(right.shape), b)
+
+        return solve
+
+    return Solver(using(numbers, found), using(numbers[::-1].conj(), None if found is None else found.adjoint()))
+
+
+def _determinant(found: levinson.Columns) -> tuple[np.ndarray, np.ndarray]:
+    size = np.abs(found.pivots)
+    return np.prod(found.pivots / size).reshape(()), np.log(size).sum().reshape(())
+
+
+def _on_the_host(x: Array) -> bool:
+    """Whether NumPy can have the numbers without a copy between devices."""
+    backend = backend_of(x)
+    if backend == "torch":
+        return is_plain(x.detach())
+    return is_known(x) and (backend == "numpy" or next(iter(x.devices())).platform == "cpu")
+
+
+def _numbers(x: Array) -> np.ndarray:
+    """In double precision."""
+    x = np.asarray(x.detach() if hasattr(x, "detach") else x)
+    return x.astype(np.complex128 if np.iscomplexobj(x) else np.float64, copy=False)
+
+
+def _like(x: np.ndarray, example: Array) -> Array:
+    return to_backend(np.array(x), backend_of(example), example.dtype)
+
+
+# -- transformations of jax --------------------------------------------------------------------------------------------
+
+
+def _traced_solution(kernel: Array, b: Array) -> Array:
+    """Differentiable as the solution of a linear system, however it was found."""
+    import jax.numpy as jnp
+    from jax import lax
+
+    n, tolerance = b.shape[0], levinson.SLACK * eps(b.dtype)
+
+    def multiply(kernel: Array, x: Array) -> Array:
+        return Toeplitz.from_kernel(kernel, n) @ x
+
+    def dense(kernel: Array, b: Array) -> Array:
+        rows = jnp.arange(n)
+        return jnp.linalg.solve(kernel[rows[:, None] - rows + n - 1], b)
+
+    def fast(kernel: Array, b: Array) -> Array:
+        first, last, regular = _traced_recursion(kernel)
+        inverse = inverse_from(first, last)
+        x = inverse @ b
+        x = x + inverse @ (b - multiply(kernel, x))
+        norm = jnp.linalg.norm
+        bound = jnp.abs(kernel).sum() * norm(x, axis=0) + norm(b, axis=0)
+        good = regular & jnp.all(norm(b - multiply(kernel, x), axis=0) <= tolerance * bound)
+        return lax.cond(good, lambda: x, lambda: dense(kernel, b))
+
+    def solve(kernel: Array) -> Any:
+        return lambda _, b: lax.platform_dependent(kernel, b, cpu=fast, default=dense)
+
+    return lax.custom_linear_solve(partial(multiply, kernel), b, solve(kernel), solve(kernel[::-1]))
+
+
+def _traced_recursion(kernel: Array) -> tuple[Array, Array, Array]:
+    """As :func:`recursion`: the two columns, and whether they were found."""
+    import jax.numpy as jnp
+    from jax import lax
+
+    n = (kernel.shape[0] + 1) // 2
+    descending, zeros = kernel[::-1], jnp.zeros(n, kernel.dtype)
+    smallest = eps(kernel.dtype) ** 0.25 * jnp.abs(kernel).max()
+
+    def extend(m: Array, state: tuple[Array, ...]) -> tuple[Array, ...]:
+        first, last, pivot, least = state
+        below = lax.dynamic_slice(descending, (n - 1 - m,), (n,)) @ first / pivot
+        above = lax.dynamic_slice(descending, (m,), (n,)) @ last / pivot
+        forward = lax.dynamic_slice(jnp.concatenate([last, zeros]), (n - 1 - m,), (n,))
+        backward = lax.dynamic_slice(jnp.concatenate([zeros, first]), (m + 1,), (n,))
+        pivot = pivot * (1 - below * above)
+        return first - below * forward, last - above * backward, pivot, jnp.minimum(least, jnp.abs(pivot))
+
+    pivot = kernel[n - 1]
+    state = (zeros.at[0].set(1), zeros.at[-1].set(1), pivot, jnp.abs(pivot))
+    first, last, pivot, least = lax.fori_loop(1, n, extend, state)
+    return first / pivot, last / pivot, least > smallest
+
+
+# -- the gradient of the determinant on torch --------------------------------------------------------------------------
+
+
+@cache
+def _determinant_function() -> Any:
+    torch: Any = sys.modules["torch"]
+
+    class LogDeterminant(torch.autograd.Function):
+        """d log det A = tr(A^-1 dA): the sums of the diagonals of the inverse."""
+
+        @staticmethod
+        def forward(ctx: Any, found: levinson.Columns, kernel: Array) -> tuple[Array, Array]:
+            sign, log = _determinant(found)
+            made = _like(sign, kernel)
+            ctx.found = found
+            ctx.save_for_backward(kernel, made)
+            return made, _like(log, lapack(kernel).real(kernel))
+
+        @staticmethod
+        def backward(ctx: Any, of_sign: Array, of_log: Array) -> tuple[Any, ...]:
+            kernel, sign = ctx.saved_tensors
+            n = (kernel.shape[0] + 1) // 2
+            ends = torch.zeros((n, 2), dtype=kernel.dtype)
+            ends[0, 0] = ends[-1, 1] = 1
+            both = solution(Toeplitz.from_kernel(kernel, n), ends, _solver(kernel, ctx.found))
+            sums = _sums_of_inverse(both[:, 0], both[:, 1]).flip(0).conj()
+            if kernel.is_complex():
+                turned = 1j * (of_sign.conj() * 1j * sign).real
+                return None, (of_log + turned) * sums
+            return None, of_log * sums
+
+    return LogDeterminant
+
+
+def _diagonal_sums(x: Array, y: Array) -> Array:
+    """Of the matrix x y^T: entry n - 1 + d is the sum of all x_i y_j with i - j = d; columns by themselves."""
+    torch: Any = sys.modules["torch"]
+    n, fft = x.shape[0], torch.fft
+    forth, back = (fft.fft, fft.ifft) if x.is_complex() else (fft.rfft, fft.irfft)
+    return back(forth(x, 2 * n, 0) * forth(y.flip(0), 2 * n, 0), 2 * n, 0)[: 2 * n - 1]
+
+
+def _sums_of_inverse(first: Array, last: Array) -> Array:
+    """The sums of the diagonals of the inverse, ordered as a kernel.
+
+    A product of a lower and an upper triangular Toeplitz matrix, of the vectors x and y, has the sums of
+    (n - max(i, j)) x_i y_j over i - j = d.
+    """
+    torch: Any = sys.modules["torch"]
+    n = first.shape[0]
+    zero = first[:1] * 0
+    lower = torch.stack([first, torch.cat([zero, -last[:-1]])], 1)
+    upper = torch.stack([last.flip(0), torch.cat([zero, first.flip(0)[:-1]])], 1)
+    weights = torch.arange(n, 0, -1, dtype=first.real.dtype)[:, None]
+    below, above = _diagonal_sums(lower * weights, upper), _diagonal_sums(lower, upper * weights)
+    return torch.cat([above[: n - 1], below[n - 1 :]]).sum(1) / first[0]

@@ -124,7 +124,7 @@ OPERATIONS = {
     "`cola.pinv`": [cola.pinv],
     "`diag`, `trace`": [cola.diag, cola.trace],
     "`frobenius_norm`": [linalg.frobenius_norm],
-    "`spectral_norm`": [lambda A: linalg.spectral_norm(A, tol=1e-1)],
+    "`spectral_norm`": [lambda A: linalg.spectral_norm(A, tolerance=1e-1)],
     "`sl.svd`": [linalg.svd],
     "`cola.eig`": [lambda A: cola.eig(A, 2, "LM")],
     "`exp`, `log`, `sqrt`, `pow`": [cola.exp],

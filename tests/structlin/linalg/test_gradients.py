@@ -108,7 +108,7 @@ OTHERS = {
     "spectral, parts": (*structured("kronecker", (6, 4)), linalg.spectral_norm),
     "spectral, iterated": (
         *structured("block_tensor_train", (6, 4), rank=2),
-        lambda A: linalg.spectral_norm(A, tol=1e-9),
+        lambda A: linalg.spectral_norm(A, tolerance=1e-9),
     ),
     "pinv of low rank": (*structured("low_rank", (6, 5), rank=2), lambda A: cola.pinv(A).to_dense()),
     "exp of blocks": (*structured("block_diagonal", (6, 6), blocks=2), lambda A: cola.exp(A).to_dense()),

@@ -390,7 +390,7 @@ def norms(A, a):
     assert_close(linalg.frobenius_norm(A), np.linalg.norm(a))
     assert_close(linalg.frobenius_norm(A.T), np.linalg.norm(a))
     assert_close(linalg.inner(A, A), np.linalg.norm(a) ** 2)
-    assert_close(linalg.spectral_norm(A, tol=1e-7), np.linalg.norm(a, 2))
+    assert_close(linalg.spectral_norm(A, tolerance=1e-7), np.linalg.norm(a, 2))
 
 
 @operation()

@@ -9,7 +9,7 @@ from structlin import Structure, random_factors
 from structlin.projection import _als
 from structlin.projection._als import Fit
 from structlin.projection._contract import expression, gather
-from structlin.projection._network import build
+from structlin.algebra.numbered import build
 from structlin.structures import Blast, Butterfly
 
 CHAINS = [

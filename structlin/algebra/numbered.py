@@ -1,10 +1,12 @@
-"""A chain as a tensor network: which axes each factor shares with the matrix and with the other factors.
+"""The numbered form of a chain: which axes each factor shares with the matrix and with the other factors.
 
 Every axis of the chain is numbered where it lives. Where the chain regroups a vector, the axes on both sides are split
 into common parts as far as the sizes nest, so that a butterfly, say, becomes a network without any regrouping; where
 they do not nest, a constant 0/1 tensor joins the two sides.
 
-Axes of the matrix (of its rows or its columns) are *outer*, those that are summed over are *inner*.
+Axes of the matrix (of its rows or its columns) are *outer*, those that are summed over are *inner*. The algebra of
+chains (:mod:`structlin.algebra.contract`, :mod:`structlin.algebra.roles`) and :mod:`structlin.projection` are derived
+from it.
 """
 
 from __future__ import annotations
@@ -12,27 +14,42 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 
-from structlin.projection._contract import Axes
-from structlin.structure import Structure
+from structlin.structure import AbstractStructure, Structure
+
+Axes = tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class Network:
-    """Axes (numbers) of the factors, of constant operands, and of the rows and columns of the matrix.
+    """Axes (numbers) of the factors and of the rows and columns of the matrix, most significant first.
 
-    ``joined`` says whether a regrouping was left that needs a constant tensor.
+    Axes of size 1 are left out. ``joints``: for each regrouping that is left, the axes before and those after it, which
+    a constant tensor joins. An axis in both rows and columns is the same in row and column.
     """
 
     sizes: dict[int, int]
     factors: tuple[Axes, ...]
-    constants: tuple[tuple[Axes, np.ndarray], ...]
+    joints: tuple[tuple[Axes, Axes], ...]
     rows: Axes
     columns: Axes
-    joined: bool
+
+    @property
+    def joined(self) -> bool:
+        """Whether a regrouping was left that needs a constant tensor."""
+        return bool(self.joints)
+
+    @cached_property
+    def constants(self) -> tuple[tuple[Axes, np.ndarray], ...]:
+        """Constant operands: an identity for each joint, and ones for an axis of the matrix that no factor has."""
+        joints = [(a + b, np.eye(self.size(a)).reshape(self.shape(a + b))) for a, b in self.joints]
+        present = {a for axes in self.factors for a in axes} | {a for axes, _ in joints for a in axes}
+        return (*joints, *(((a,), np.ones(self.sizes[a])) for a in self.outer if a not in present))
 
     @property
     def outer(self) -> Axes:
@@ -45,11 +62,21 @@ class Network:
     def shape(self, axes: Iterable[int]) -> tuple[int, ...]:
         return tuple(self.sizes[a] for a in axes)
 
-    def split(self, factors: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """Factors of the structure, reshaped to the axes of the network."""
+    def split(self, factors: Sequence[Any]) -> list[Any]:
+        """Factors of the structure, arrays of any library, reshaped to the axes of the network."""
         return [f.reshape(self.shape(axes)) for f, axes in zip(factors, self.factors, strict=True)]
 
 
+@lru_cache(maxsize=1024)
+def network(structure: AbstractStructure) -> Network | None:
+    """None for what is no chain, and for chains that need a constant tensor."""
+    if not isinstance(structure, Structure):
+        return None
+    found = build(structure)
+    return None if found.joined else found
+
+
+@lru_cache(maxsize=1024)
 def build(structure: Structure) -> Network:
     """The network of a chain, of its full (padded) size."""
     letters = dict(structure.sizes)
@@ -81,26 +108,27 @@ def build(structure: Structure) -> Network:
     cuts, joints = _refine(sizes, boundaries)
     parts, part_sizes = _parts(sizes, cuts)
     same = {p: p for p in part_sizes}
-    constants: list[tuple[Axes, np.ndarray]] = []
+    joined: list[tuple[list[int], list[int]]] = []
     for number, (before, after) in enumerate(boundaries):
         left, right = ([p for a in side for p in parts[a]] for side in (before, after))
         if number in joints:
-            n = math.prod(part_sizes[p] for p in left)
-            shape = [part_sizes[p] for p in (*left, *right)]
-            constants.append(((*left, *right), np.eye(n).reshape(shape)))
+            joined.append((left, right))
         else:
             same |= {r: same[p] for p, r in zip(left, right, strict=True)}
 
     def named(axes: Iterable[int]) -> Axes:
         return tuple(same[p] for a in axes for p in parts[a])
 
-    constants = [(tuple(same[p] for p in axes), array) for axes, array in constants]
-    found = tuple(named(axes) for axes in factors)
-    present = {a for axes in found for a in axes} | {a for axes, _ in constants for a in axes}
-    outer = dict.fromkeys(named(rows) + named(columns))
-    # An axis carried all the way stands in no factor; vectors of ones give it its place in every sum.
-    constants += [((a,), np.ones(part_sizes[a])) for a in outer if a not in present]
-    return Network(part_sizes, found, tuple(constants), named(rows), named(columns), bool(joints))
+    def renamed(axes: Iterable[int]) -> Axes:
+        return tuple(same[p] for p in axes)
+
+    return Network(
+        part_sizes,
+        tuple(map(named, factors)),
+        tuple((renamed(left), renamed(right)) for left, right in joined),
+        named(rows),
+        named(columns),
+    )
 
 
 def _refine(sizes: Sequence[int], boundaries: Sequence[tuple[list[int], list[int]]]) -> tuple[list[set[int]], set[int]]:

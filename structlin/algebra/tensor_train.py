@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 
 from structlin._arrays import Array
-from structlin.linalg._lapack import einsum, eps, is_known, lapack, needs_grad, require_precision
+from structlin._lapack import einsum, eps, is_known, lapack, needs_grad, require_precision
 from structlin.operators import StructuredOperator
 from structlin.structures.kronecker import Kronecker
 from structlin.structures.tensor_train import TensorTrain
@@ -99,22 +99,22 @@ def norm_of_cores(cores: Sequence[Array]) -> Array:
 
 
 def round_tensor_train(
-    A: TensorTrain, *, rank: int | Sequence[int] | None = None, tol: float | None = None
+    A: TensorTrain, *, rank: int | Sequence[int] | None = None, tolerance: float | None = None
 ) -> TensorTrain:
     """The Tensor-Train with lower ranks next to A: orthogonalise from the right, truncate SVDs from the left.
 
     Args:
         A: a TensorTrain (or a Kronecker product, which is one of rank 1).
         rank: the largest rank, one for all inner bonds or one each.
-        tol: relative error in the Frobenius norm that may be made in all; the smallest ranks that keep it are taken.
-            With neither, ``tol`` is a thousand roundoffs: ranks that are not needed go away. With both, both hold.
+        tolerance: relative error in the Frobenius norm that may be made in all; the smallest ranks that keep it are taken.
+            With neither, ``tolerance`` is a thousand roundoffs: ranks that are not needed go away. With both, both hold.
 
     Returns: a Tensor-Train whose error is at most sqrt(c - 1) times that of the best one with its ranks. Differentiable
     where the singular values that are kept differ from one another and from those that are dropped; on jax only where
     no rank of A is superfluous to begin with.
 
-    Raises TypeError for other structures, ValueError for ranks below 1, a wrong number of them, a negative ``tol``, and
-    for ranks that depend on values inside jit (give ``rank`` and ``tol=0`` there).
+    Raises TypeError for other structures, ValueError for ranks below 1, a wrong number of them, a negative ``tolerance``, and
+    for ranks that depend on values inside jit (give ``rank`` and ``tolerance=0`` there).
 
     >>> A = TensorTrain.random((6, 6), rank=2)
     >>> twice = add_tensor_trains(A, A)
@@ -125,28 +125,28 @@ def round_tensor_train(
     require_precision(cores[0], "rounding a Tensor-Train")
     bonds = len(cores) - 1
     limits = _limits(rank, bonds)
-    if tol is None:
-        tol = 0.0 if rank is not None else _tiny(cores)
-    if not 0 <= tol < 1:
-        raise ValueError(f"tol must lie between 0 and 1, got {tol!r}")
+    if tolerance is None:
+        tolerance = 0.0 if rank is not None else _tiny(cores)
+    if not 0 <= tolerance < 1:
+        raise ValueError(f"tolerance must lie between 0 and 1, got {tolerance!r}")
     if bonds == 0:
         return TensorTrain(*cores)
-    if tol > 0 and not is_known(cores[0]):
-        raise ValueError("the ranks that keep a tolerance depend on values; inside jit give rank (and no tol)")
+    if tolerance > 0 and not is_known(cores[0]):
+        raise ValueError("the ranks that keep a tolerance depend on values; inside jit give rank (and no tolerance)")
     if any(map(needs_grad, cores)):
         cores = _without_superfluous(cores)
-    return TensorTrain(*_truncated(cores, limits, tol))
+    return TensorTrain(*_truncated(cores, limits, tolerance))
 
 
-def _truncated(cores: Sequence[Array], limits: Sequence[int | None], tol: float) -> list[Array]:
+def _truncated(cores: Sequence[Array], limits: Sequence[int | None], tolerance: float) -> list[Array]:
     cores, bonds = _right_orthogonal(cores), len(cores) - 1
     xp = lapack(cores[0])
-    budget = tol * float(xp.stop_gradient(xp.norm(cores[0]))) / math.sqrt(bonds) if tol > 0 else 0.0
+    budget = tolerance * float(xp.stop_gradient(xp.norm(cores[0]))) / math.sqrt(bonds) if tolerance > 0 else 0.0
     for k in range(bonds):
         r, n, m, s = cores[k].shape
         u, values, vh = xp.svd(cores[k].reshape((r * n * m, s)))
         kept = values.shape[0] if limits[k] is None else min(values.shape[0], limits[k] or 1)
-        if tol > 0:
+        if tolerance > 0:
             kept = min(kept, _smallest_rank([float(v) for v in xp.stop_gradient(values)], budget))
         cores[k] = u[:, :kept].reshape((r, n, m, kept))
         a, b, c, d = cores[k + 1].shape

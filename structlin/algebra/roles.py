@@ -13,11 +13,11 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import pairwise
 
 from structlin._arrays import Array, backend_of, ops
+from structlin._lapack import lapack
+from structlin.algebra.numbered import network
 from structlin.execution.products import plan_of
-from structlin.linalg._lapack import lapack
 from structlin.operators import StructuredOperator
 from structlin.structure import AbstractStructure, Step, Structure
 
@@ -120,69 +120,19 @@ def _order_sign(before: str, after: str, sizes: Mapping[str, int]) -> int:
     return sign
 
 
-# -- the chain as a network of arrays ------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Network:
-    """A chain without regrouping as a network: axes are numbered, and each is one place where an index runs.
-
-    ``terms``: the axes of each factor. ``inputs`` and ``outputs``: the axes of the column and the row index, most
-    significant first and without those of size 1; an axis in both is the same in row and column. ``sizes``: of each
-    axis.
-    """
-
-    terms: tuple[tuple[int, ...], ...]
-    inputs: tuple[int, ...]
-    outputs: tuple[int, ...]
-    sizes: tuple[int, ...]
-
-    def size(self, axes: Sequence[int]) -> int:
-        return math.prod(self.sizes[a] for a in axes)
-
-    def extents(self, axes: Sequence[int]) -> tuple[int, ...]:
-        return tuple(self.sizes[a] for a in axes)
-
-
-@lru_cache(maxsize=1024)
-def network(structure: AbstractStructure) -> Network | None:
-    """None for what is no chain, and for chains that regroup a vector between steps."""
-    if not isinstance(structure, Structure):
-        return None
-    steps = structure.steps
-    if any(before.output != after.input for before, after in pairwise(steps)):
-        return None
-    table = dict(structure.sizes)
-    sizes: list[int] = []
-    live: dict[str, int] = {}
-
-    def born(letter: str) -> int:
-        live[letter] = len(sizes)
-        sizes.append(table[letter])
-        return live[letter]
-
-    inputs = tuple(born(a) for a in steps[0].input)
-    terms = []
-    for step in steps:
-        old = {a: live[a] for a in step.contracted}
-        term = {a: old[a] if a in old else live[a] if a in step.batch else born(a) for a in step.factor}
-        terms.append(tuple(term[a] for a in step.factor))
-        for letter, axis in old.items():
-            if live[letter] == axis:
-                del live[letter]
-    outputs = tuple(live[a] for a in steps[-1].output)
-    long_in, long_out = (tuple(a for a in side if sizes[a] > 1) for side in (inputs, outputs))
-    return Network(tuple(terms), long_in, long_out, tuple(sizes))
+# -- Kronecker and block-diagonal form ---------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Part:
-    """One member of a Kronecker product: the factor permuted by ``order`` and read as a (rows, columns) matrix.
+    """One member of a Kronecker product: the factor, on its numbered axes of sizes ``view``, permuted by ``order`` and
+    read as a (rows, columns) matrix.
 
     ``factor`` is None for an identity of size ``rows``.
     """
 
     factor: int | None
+    view: tuple[int, ...]
     order: tuple[int, ...]
     rows: int
     columns: int
@@ -198,10 +148,10 @@ def kronecker_parts(structure: AbstractStructure) -> tuple[Part, ...] | None:
     net = network(structure)
     if net is None or structure.padding != (0, 0):  # type: ignore[attr-defined]
         return None
-    inputs, outputs = list(net.inputs), list(net.outputs)
+    inputs, outputs = list(net.columns), list(net.rows)
     owners: dict[int, int] = {}
-    for number, term in enumerate(net.terms):
-        for axis in (a for a in term if net.sizes[a] > 1):
+    for number, term in enumerate(net.factors):
+        for axis in term:
             if axis in owners or (axis in inputs) == (axis in outputs):
                 return None
             owners[axis] = number
@@ -218,21 +168,13 @@ def kronecker_parts(structure: AbstractStructure) -> tuple[Part, ...] | None:
         del inputs[: len(columns)], outputs[: len(rows)]
         members.append((owner, rows, columns))
     found = {owner for owner, _, _ in members}
-    members += [(k, [], []) for k in range(len(net.terms)) if k not in found]  # factors of a single number
+    members += [(k, [], []) for k in range(len(net.factors)) if k not in found]  # factors of a single number
     parts = []
     for owner, rows, columns in members:
-        order: tuple[int, ...] = ()
-        if owner is not None:
-            term = net.terms[owner]
-            order = tuple(sorted(range(len(term)), key=lambda i: _position(term[i], rows, columns)))
-        parts.append(Part(owner, order, net.size(rows), net.size(columns)))
+        term = () if owner is None else net.factors[owner]
+        order = tuple(map(term.index, [*rows, *columns] if owner is not None else []))
+        parts.append(Part(owner, net.shape(term), order, net.size(rows), net.size(columns)))
     return tuple(parts)
-
-
-def _position(axis: int, rows: Sequence[int], columns: Sequence[int]) -> int:
-    if axis in rows:
-        return list(rows).index(axis)
-    return len(rows) + list(columns).index(axis) if axis in columns else -1
 
 
 def part_matrices(structure: AbstractStructure, factors: Sequence[Array]) -> list[Array] | None:
@@ -248,7 +190,7 @@ def part_matrices(structure: AbstractStructure, factors: Sequence[Array]) -> lis
             continue
         factor = factors[part.factor]
         if part.order != tuple(range(len(part.order))):
-            factor = xp.permute(factor, part.order)
+            factor = xp.permute(factor.reshape(part.view), part.order)
         same = factor.shape == (part.rows, part.columns)
         matrices.append(factor if same else factor.reshape((part.rows, part.columns)))
     return matrices

@@ -1,4 +1,4 @@
-"""What linear algebra needs of CoLA and torch beyond the repairs of ``structlin._cola_compat``."""
+"""Repairs of what takes long: plum's dispatch, annotations that take operators to pieces, sums that copy."""
 
 from __future__ import annotations
 
@@ -12,67 +12,18 @@ from typing import Any
 
 from beartype.door import TypeHint
 from cola.annotations import WrapMeta
-from cola.backends import np_fns
-from cola.ops import Identity, LinearOperator, ScalarMul, Sum
+from cola.ops import LinearOperator, Sum
 from plum import dispatch
 from plum.function import Function
 from plum.resolver import AmbiguousLookupError, NotFoundLookupError, Resolver
 from plum.signature import Signature
 
 from structlin._arrays import Array
-from structlin._cola_compat._composing import _as_scalar, _scalar_mul
-from structlin._cola_compat._repair import functions_of
-from structlin.operators import StructuredOperator
+from structlin._cola_compat._repair import Repair
 
-
-def _repair_kron() -> None:
-    """``torch.kron`` raises where its second argument is no contiguous array, which the transpose of one is not."""
-    import torch
-
-    def kron(a: Array, b: Array) -> Array:
-        return torch.kron(a.contiguous(), b.contiguous())
-
-    functions_of("torch").kron = kron  # type: ignore[attr-defined]
-
-
-def _identity_to(self: Identity, device: Any) -> Identity:
-    """CoLA's ``I_like(A)`` ends with this; where there is no device A is NumPy's, and so is the identity then."""
-    self.device = device
-    if device is None:
-        self.xnp = np_fns
-    return self
-
-
-Identity.to = _identity_to
-if "torch" in sys.modules:  # importing CoLA has imported it where it is installed
-    _repair_kron()
-
-
-def _sum_of_columns(self: Any, X: Array) -> Array:
-    return reduce(add, (M @ X for M in self.Ms))
-
-
-def _sum_of_rows(self: Any, X: Array) -> Array:
-    return reduce(add, (X @ M for M in self.Ms))
-
-
-# CoLA's begin with the number 0, and so copy the first term.
-Sum._matmat, Sum._rmatmat = _sum_of_columns, _sum_of_rows
-
-
-def use_for_solve(solve: Callable[..., Array]) -> None:
-    """``cola.solve`` is no dispatched function, so that no rule can tell it from an inverse that is kept."""
-    original = sys.modules["cola.linalg.inverse.inv"].solve
-    for name in ("cola", "cola.linalg", "cola.linalg.inverse", "cola.linalg.inverse.inv"):
-        if getattr(sys.modules[name], "solve", None) is original:
-            sys.modules[name].solve = solve  # type: ignore[attr-defined]
-
-
-# -- dispatch --------------------------------------------------------------------------------------------------------
-
-# One condition on one rule keeps plum from remembering anything about a function, and every call then compares dozens
-# of signatures (0.1 to 0.4 ms for ``cola.inv``). What a call resolves to is remembered here if the types decide it:
-# if it is the same whether conditions hold or not.
+# -- lookup: one condition on one rule keeps plum from remembering anything about a function, and every call then compar
+# dozens of signatures (0.1 to 0.4 ms for ``cola.inv``). What a call resolves to is remembered here if the types decide
+# it: if it is the same whether conditions hold or not.
 
 _original_lookup = Function._resolve_method_with_cache
 
@@ -116,7 +67,15 @@ def _unconditional(signature: Signature) -> Signature:
     return copy
 
 
-Function._resolve_method_with_cache = _lookup  # type: ignore[method-assign]
+def _lookup_is_slow() -> bool:
+    return Function._resolve_method_with_cache.__module__.startswith("plum.")
+
+
+def _repair_lookup() -> None:
+    Function._resolve_method_with_cache = _lookup  # type: ignore[method-assign]
+
+
+# -- binding
 
 
 @dataclass
@@ -152,33 +111,77 @@ class _Binder:
         return _Bound(arguments)
 
 
-def _bind_quickly() -> None:
-    """For every function that CoLA declares by ``dispatch.abstract``."""
-    kinds = {inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD}
+_KINDS = {inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD}
+
+
+def _slow_cells() -> list[Any]:
+    """Where the functions that CoLA declares by ``dispatch.abstract`` keep a signature of ``inspect``."""
+    found = []
     for function in dispatch.functions.values():
-        declared = getattr(function, "_abstract", None)
-        for cell in getattr(declared, "__closure__", None) or ():
-            found = cell.cell_contents
-            if isinstance(found, inspect.Signature) and {p.kind for p in found.parameters.values()} <= kinds:
-                cell.cell_contents = _Binder(found)
+        for cell in getattr(getattr(function, "_abstract", None), "__closure__", None) or ():
+            held = cell.cell_contents
+            if isinstance(held, inspect.Signature) and {p.kind for p in held.parameters.values()} <= _KINDS:
+                found.append(cell)
+    return found
 
 
-_bind_quickly()
+def _repair_binding() -> None:
+    for cell in _slow_cells():
+        cell.cell_contents = _Binder(cell.cell_contents)
+
+
+# -- annotating
 
 
 def _annotated(annotation: Any, A: LinearOperator) -> LinearOperator:
-    """A copy with one more annotation. CoLA's takes the operator and all of its members to pieces for it."""
-    if isinstance(A, StructuredOperator):
-        return A._with(A.structure, A.factors, A._annotations | {annotation})
+    """A copy with one more annotation."""
     copy = object.__new__(type(A))
-    vars(copy).update(vars(A), annotations=A.annotations | {annotation})
+    fields = vars(copy)
+    fields.update(vars(A))
+    if "annotations" in fields:
+        fields["annotations"] = A.annotations | {annotation}
+    else:  # one of ours
+        copy.annotations = A.annotations | {annotation}
     return copy
 
 
-WrapMeta.__call__ = _annotated
+def _repair_annotating() -> None:
+    WrapMeta.__call__ = _annotated
 
 
-def scalar_like(A: LinearOperator, c: Any) -> ScalarMul:
-    """c times the identity, of A's shape, in the library of A; complex where c is."""
-    c, dtype = _as_scalar(A, c)
-    return _scalar_mul(A, c, dtype, A.shape[0])
+# -- sums: CoLA's begin with the number 0, and so copy the first term
+
+
+def _sum_of_columns(self: Any, X: Array) -> Array:
+    return reduce(add, (M @ X for M in self.Ms))
+
+
+def _sum_of_rows(self: Any, X: Array) -> Array:
+    return reduce(add, (X @ M for M in self.Ms))
+
+
+def _repair_sums() -> None:
+    Sum._matmat, Sum._rmatmat = _sum_of_columns, _sum_of_rows
+
+
+# -- ``cola.solve`` is no dispatched function, so that no rule can tell it from an inverse that is kept
+
+_SOLVE = ("cola", "cola.linalg", "cola.linalg.inverse", "cola.linalg.inverse.inv")
+
+
+def use_for_solve(solve: Callable[..., Array]) -> None:
+    """Put ``solve`` wherever CoLA's own stands."""
+    original = sys.modules["cola.linalg.inverse.inv"].solve
+    if not original.__module__.startswith("cola."):
+        return
+    for name in _SOLVE:
+        if getattr(sys.modules[name], "solve", None) is original:
+            sys.modules[name].solve = solve  # type: ignore[attr-defined]
+
+
+SPEED = (
+    Repair("lookup", _lookup_is_slow, _repair_lookup),
+    Repair("binding", lambda: bool(_slow_cells()), _repair_binding),
+    Repair("annotating", lambda: WrapMeta.__call__.__module__.startswith("cola."), _repair_annotating),
+    Repair("sums", lambda: Sum._matmat.__module__.startswith("cola."), _repair_sums),
+)

@@ -1,9 +1,10 @@
 """Diagonals, traces and inner products of chains by contracting their factors, without the dense matrix.
 
-A chain that never regroups is a network: factors joined along axes, with the axes of the row and of the column index
-open. Joining row and column axes gives the trace or the diagonal, joining two networks their inner product. Where row
-and column are split into different sizes, entries are gathered: one index runs over the entries wanted and picks its
-slice of every factor. Each is done only where it costs fewer multiplications than the dense matrix.
+A chain is a network (:mod:`structlin.algebra.numbered`): factors joined along axes, with the axes of the row and of the
+column index open. Joining row and column axes gives the trace or the diagonal, joining two networks their inner
+product. Where row and column are split into different sizes, entries are gathered: one index runs over the entries
+wanted and picks its slice of every factor. Each is done only where it costs fewer multiplications than the dense
+matrix.
 """
 
 from __future__ import annotations
@@ -16,10 +17,10 @@ import numpy as np
 import opt_einsum
 
 from structlin._arrays import Array
-from structlin.linalg import _chain as chain
-from structlin.linalg._lapack import einsum, lapack, subscripts
+from structlin._lapack import einsum, lapack, subscripts
+from structlin.algebra.numbered import Network, network
 from structlin.operators import StructuredOperator
-from structlin.structure import AbstractStructure, Structure
+from structlin.structure import AbstractStructure
 
 _Terms = tuple[tuple[int, ...], ...]
 
@@ -60,13 +61,17 @@ class _Join:
 @lru_cache(maxsize=1024)
 def _closed(structure: AbstractStructure) -> tuple[_Terms, tuple[int, ...], tuple[int, ...]] | None:
     """(terms, axes of the diagonal, sizes) of the network whose row and column index are joined."""
-    net = chain.network(structure)
-    if net is None or net.extents(net.inputs) != net.extents(net.outputs):
+    net = network(structure)
+    if net is None or net.shape(net.columns) != net.shape(net.rows):
         return None
     join = _Join(len(net.sizes))
-    for a, b in zip(net.inputs, net.outputs, strict=True):
+    for a, b in zip(net.columns, net.rows, strict=True):
         join.join(a, b)
-    return join.terms(net.terms), tuple(join(a) for a in net.inputs), net.sizes
+    return join.terms(net.factors), tuple(join(a) for a in net.columns), _sizes(net)
+
+
+def _sizes(net: Network) -> tuple[int, ...]:
+    return tuple(net.sizes[a] for a in range(len(net.sizes)))
 
 
 def trace(A: StructuredOperator) -> Array | None:
@@ -80,7 +85,13 @@ def trace(A: StructuredOperator) -> Array | None:
         return None
     touched = {a for term in terms for a in term}
     repeats = math.prod(sizes[a] for a in set(diagonal) - touched)
-    return einsum(A.factors, terms, ()) * repeats
+    return einsum(_split(A), terms, ()) * repeats
+
+
+def _split(A: StructuredOperator) -> list[Array]:
+    net = network(A.structure)
+    assert net is not None
+    return net.split(A.factors)
 
 
 def diagonal(A: StructuredOperator, k: int = 0) -> Array | None:
@@ -105,7 +116,7 @@ def _joined_diagonal(A: StructuredOperator) -> Array | None:
     ):
         return None
     present = tuple(a for a in axes if a in touched)
-    found = einsum(A.factors, terms, present)
+    found = einsum(_split(A), terms, present)
     shape = tuple(sizes[a] for a in axes)
     if len(present) < len(axes):
         found = found.reshape(tuple(sizes[a] if a in touched else 1 for a in axes))
@@ -115,15 +126,15 @@ def _joined_diagonal(A: StructuredOperator) -> Array | None:
 
 def entries(A: StructuredOperator, rows: np.ndarray, columns: np.ndarray) -> Array | None:
     """``A[rows[i], columns[i]]`` for each i, for a chain; None where gathering costs more than the dense matrix."""
-    net = chain.network(A.structure)
+    net = network(A.structure)
     if net is None or len(rows) == 0:
         return None
     wanted = len(net.sizes)  # the axis that runs over the entries
-    sizes = (*net.sizes, len(rows))
+    sizes = (*_sizes(net), len(rows))
     places: dict[int, np.ndarray] = {}
     kept = np.ones(len(rows), dtype=bool)
-    for axes, index in ((net.inputs, columns), (net.outputs, rows)):
-        split = np.unravel_index(index, net.extents(axes)) if axes else ()
+    for axes, index in ((net.columns, columns), (net.rows, rows)):
+        split = np.unravel_index(index, net.shape(axes)) if axes else ()
         for axis, place in zip(axes, split, strict=True):
             if axis in places:  # carried through: zero unless row and column agree
                 kept &= places[axis] == place
@@ -131,14 +142,14 @@ def entries(A: StructuredOperator, rows: np.ndarray, columns: np.ndarray) -> Arr
                 places[axis] = place
     terms = tuple(
         ((wanted,) if any(a in places for a in term) else ()) + tuple(a for a in term if a not in places)
-        for term in net.terms
+        for term in net.factors
     )
     gathered = sum(math.prod(sizes[a] for a in term) for term in terms)
     output = (wanted,) if any(wanted in term for term in terms) else ()
     if cost(terms, output, sizes) + gathered >= dense_cost(A.structure):
         return None
     xp = lapack(A.factors[0])
-    operands = [_pick(f, term, places, xp) for f, term in zip(A.factors, net.terms, strict=True)]
+    operands = [_pick(f, term, places, xp) for f, term in zip(_split(A), net.factors, strict=True)]
     found = einsum(operands, terms, output)
     if not output:  # every axis of row and column is carried through
         found = found + xp.zeros((len(rows),), A.factors[0])
@@ -160,21 +171,18 @@ def _pick(factor: Array, term: Sequence[int], places: dict[int, np.ndarray], xp:
 @lru_cache(maxsize=1024)
 def _pair(a: AbstractStructure, b: AbstractStructure) -> tuple[_Terms, tuple[int, ...], int] | None:
     """(terms of a then b, sizes, how often the sum counts) of the inner product of two chains."""
-    first, second = chain.network(a), chain.network(b)
+    first, second = network(a), network(b)
     if first is None or second is None or a.padding != (0, 0) or b.padding != (0, 0):  # type: ignore[attr-defined]
         return None
-    if (first.extents(first.inputs), first.extents(first.outputs)) != (
-        second.extents(second.inputs),
-        second.extents(second.outputs),
-    ):
+    if any(first.shape(getattr(first, side)) != second.shape(getattr(second, side)) for side in ("rows", "columns")):
         return None
     shift = len(first.sizes)
     join = _Join(shift + len(second.sizes))
-    for x, y in zip(first.inputs + first.outputs, second.inputs + second.outputs, strict=True):
+    for x, y in zip(first.columns + first.rows, second.columns + second.rows, strict=True):
         join.join(x, y + shift)
-    terms = join.terms(first.terms + tuple(tuple(x + shift for x in t) for t in second.terms))
-    sizes = first.sizes + second.sizes
-    open_axes = {join(x) for x in first.inputs + first.outputs}
+    terms = join.terms(first.factors + tuple(tuple(x + shift for x in t) for t in second.factors))
+    sizes = _sizes(first) + _sizes(second)
+    open_axes = {join(x) for x in first.columns + first.rows}
     repeats = math.prod(sizes[x] for x in open_axes - {x for t in terms for x in t})
     return terms, sizes, repeats
 
@@ -188,8 +196,4 @@ def inner(A: StructuredOperator, B: StructuredOperator) -> Array | None:
     if cost(terms, (), sizes) >= dense_cost(A.structure) + dense_cost(B.structure):
         return None
     xp = lapack(A.factors[0])
-    return einsum([*map(xp.conj, A.factors), *B.factors], terms, ()) * repeats
-
-
-def is_chain(A: StructuredOperator) -> bool:
-    return isinstance(A.structure, Structure)
+    return einsum([*map(xp.conj, _split(A)), *_split(B)], terms, ()) * repeats

@@ -13,6 +13,7 @@ import numpy as np
 import opt_einsum
 
 from structlin._arrays import Array, backend_of, dtype_name, ops, to_backend
+from structlin.verdicts import Determinant
 
 
 def lapack(x: Array) -> SimpleNamespace:
@@ -35,21 +36,32 @@ def _numpy() -> SimpleNamespace:
         return values.astype(wide), vectors.astype(wide)
 
     def cholesky_solve(a: Array, b: Array) -> Array:
-        return np.linalg.solve(a, b)  # NumPy solves triangular systems by LU, SciPy one at a time
+        if a.ndim == 2 or a.shape[-1] >= 64:
+            pairs = zip(a.reshape((-1, *a.shape[-2:])), b.reshape((-1, *b.shape[-2:])), strict=True)
+            solved = [scipy.linalg.cho_solve(scipy.linalg.cho_factor(x, lower=True), y) for x, y in pairs]
+            return np.reshape(solved, b.shape)
+        np.linalg.cholesky(a)  # raises where one is not positive; NumPy has no batched triangular solve
+        return np.linalg.solve(a, b)
 
     def positive_slogdet(a: Array) -> tuple[Array, Array]:
-        sign, log = np.linalg.slogdet(a)
-        return np.prod(sign), np.sum(log)
+        try:
+            lower = np.linalg.cholesky(a)
+        except np.linalg.LinAlgError:
+            return _unsure_slogdet(a, np.linalg)
+        logs = np.log(np.diagonal(lower, 0, -2, -1).real)
+        return np.ones((), a.dtype)[()], 2 * logs.sum()
 
     return SimpleNamespace(
         cholesky_solve=cholesky_solve,
         positive_slogdet=positive_slogdet,
         gram=lambda a: np.conj(a).T @ a if np.iscomplexobj(a) else a.T @ a,
+        cholesky=np.linalg.cholesky,
         inv=np.linalg.inv,
         solve=np.linalg.solve,
         slogdet=np.linalg.slogdet,
         eig=eig,
         eigh=np.linalg.eigh,
+        eigvalsh=np.linalg.eigvalsh,
         svd=lambda a: np.linalg.svd(a, full_matrices=False),
         singular_values=lambda a: np.linalg.svd(a, compute_uv=False),
         qr=np.linalg.qr,
@@ -97,6 +109,8 @@ def _torch() -> SimpleNamespace:
                 diagonal = lower.diagonal(0, -2, -1)
                 log = 2 * (diagonal.real if a.is_complex() else diagonal).log().sum()
                 return torch.ones((), dtype=a.dtype), log
+            if known(failed.amax()) is not None:
+                return _unsure_slogdet(a, torch.linalg)
         sign, log = torch.linalg.slogdet(a)
         return sign.prod(), log.sum()
 
@@ -110,11 +124,13 @@ def _torch() -> SimpleNamespace:
         cholesky_solve=cholesky_solve,
         positive_slogdet=positive_slogdet,
         gram=gram,
+        cholesky=torch.linalg.cholesky,
         inv=torch.linalg.inv,
         solve=torch.linalg.solve,
         slogdet=torch.linalg.slogdet,
         eig=eig,
         eigh=torch.linalg.eigh,
+        eigvalsh=torch.linalg.eigvalsh,
         svd=lambda a: torch.linalg.svd(a, full_matrices=False),
         singular_values=torch.linalg.svdvals,
         qr=torch.linalg.qr,
@@ -153,13 +169,22 @@ def _jax() -> SimpleNamespace:
         return jax.vmap(jax.scipy.linalg.expm)(a)
 
     def cholesky_solve(a: Array, b: Array) -> Array:
-        lower = jnp.linalg.cholesky(a)
+        lower = cholesky(a)
         half = jax.lax.linalg.triangular_solve(lower, b, left_side=True, lower=True)
         return jax.lax.linalg.triangular_solve(
             lower, half, left_side=True, lower=True, transpose_a=True, conjugate_a=True
         )
 
+    def cholesky(a: Array) -> Array:
+        """Raises as the other libraries do where values are known; NaN otherwise."""
+        lower = jnp.linalg.cholesky(a)
+        if is_known(a) and bool(jnp.isnan(lower).any()) and not bool(jnp.isnan(a).any()):
+            raise np.linalg.LinAlgError("not positive definite")
+        return lower
+
     def positive_slogdet(a: Array) -> tuple[Array, Array]:
+        if is_known(a) and bool(jnp.isnan(jnp.linalg.cholesky(a)).any()):
+            return _unsure_slogdet(a, jnp.linalg)
         sign, log = jnp.linalg.slogdet(a)
         return jnp.prod(sign), jnp.sum(log)
 
@@ -167,11 +192,13 @@ def _jax() -> SimpleNamespace:
         cholesky_solve=cholesky_solve,
         positive_slogdet=positive_slogdet,
         gram=lambda a: jnp.conj(a).T @ a,
+        cholesky=cholesky,
         inv=jnp.linalg.inv,
         solve=jnp.linalg.solve,
         slogdet=jnp.linalg.slogdet,
         eig=jnp.linalg.eig,
         eigh=jnp.linalg.eigh,
+        eigvalsh=jnp.linalg.eigvalsh,
         svd=lambda a: jnp.linalg.svd(a, full_matrices=False),
         singular_values=lambda a: jnp.linalg.svd(a, compute_uv=False),
         qr=jnp.linalg.qr,
@@ -197,6 +224,19 @@ def _jax() -> SimpleNamespace:
         to_complex=lambda x: x.astype(jnp.promote_types(x.dtype, jnp.complex64)),
         stop_gradient=jax.lax.stop_gradient,
     )
+
+
+def _unsure_slogdet(a: Array, linalg: Any) -> tuple[Array, Array]:
+    """Of a stack of matrices that are said to be positive, for which Cholesky fails: LinAlgError where one has an
+    eigenvalue that is negative by more than roundoff."""
+    xp = lapack(a)
+    fixed = xp.stop_gradient(a)
+    values = linalg.eigvalsh(fixed)
+    least, most = known(values.min()), known(xp.max(xp.abs(values)))
+    if least is not None and most is not None and least < -a.shape[-1] * 10 * eps(a.dtype) * most:
+        raise not_positive(f"a matrix with an eigenvalue of {least:.1e}")
+    sign, log = linalg.slogdet(a)
+    return xp.prod(xp.abs(sign)), log.sum()
 
 
 def subscripts(terms: Sequence[Sequence[int]], output: Sequence[int]) -> str:
@@ -267,14 +307,27 @@ def _column_norms(xp: SimpleNamespace, matrices: Array) -> Array:
 
 
 @contextmanager
-def refusing_singular(matrices: Array) -> Iterator[None]:
-    """One exception with one message for what NumPy and torch raise at a pivot of zero; jax gives no finite numbers."""
+def refusing_singular(matrices: Array, positive: bool = False) -> Iterator[None]:
+    """LinAlgError with one message for what NumPy, SciPy and torch raise at a pivot of zero, and where a Cholesky
+    decomposition (``positive``) meets a pivot that is not positive; jax gives numbers that are not finite."""
     try:
         yield
     except (np.linalg.LinAlgError, RuntimeError) as error:
-        if "ingular" not in str(error):
+        text = str(error)
+        if "structlin" in text or not any(
+            word in text for word in ("ingular", "positive", "cholesky", "leading minor")
+        ):
             raise
+        if positive:
+            raise not_positive(f"a block of size {matrices.shape[-1]}") from None
         raise singular_to_roundoff(f"a block of size {matrices.shape[-1]}") from None
+
+
+def not_positive(what: str) -> np.linalg.LinAlgError:
+    return np.linalg.LinAlgError(
+        f"{what} is annotated PSD and is not positive definite to working precision; leave the annotation away "
+        "(cola.SelfAdjoint says less), use structlin.linalg.pinv, or add to the diagonal"
+    )
 
 
 def singular_to_roundoff(what: str) -> np.linalg.LinAlgError:
@@ -343,3 +396,77 @@ def is_known(x: Array) -> bool:
 def needs_grad(x: Array) -> bool:
     """Whether torch records operations on ``x``."""
     return backend_of(x) == "torch" and bool(x.requires_grad)
+
+
+# -- eigenvalues and other vectors of numbers --------------------------------------------------------------------------
+
+
+def inverse_values(values: Array, smallest: float) -> Array:
+    """1 / x; LinAlgError for a number as small as ``smallest`` of the largest one."""
+    xp = lapack(values)
+    size = xp.abs(xp.stop_gradient(values))
+    least, most = known(size.min()), known(size.max()) if smallest else 0.0
+    if least is None or most is None:
+        return 1 / xp.where(size > smallest * (size.max() if smallest else 0), values, values * 0 + float("nan"))
+    if least <= smallest * most:  # NaN passes: it comes from the input, and stays visible
+        raise singular_to_roundoff(f"a matrix with an eigenvalue of magnitude {least:.1e}")
+    return 1 / values
+
+
+def reciprocals(values: Array) -> Array:
+    """1 / x, and 0 for what counts as zero: what is below n roundoffs of the largest."""
+    xp = lapack(values)
+    size = xp.abs(values)
+    kept = size > values.shape[0] * eps(values.dtype) * xp.max(size)
+    # The inner ``where`` keeps 1 / 0 out of the gradient.
+    return xp.where(kept, 1 / xp.where(kept, values, values * 0 + 1), values * 0)
+
+
+def determinant_of_numbers(values: Array) -> Determinant:
+    """Of a diagonal matrix. A zero gives (0, -inf), as for every library's dense matrices."""
+    xp = lapack(values)
+    size, signs = phases(values)
+    signs = xp.where(size == 0, signs * 0, signs)
+    with np.errstate(divide="ignore"):
+        return Determinant(xp.prod(signs), xp.log(size).sum())
+
+
+def phases(values: Array) -> tuple[Array, Array]:
+    """Absolute values, and values divided by them (1 for zeros)."""
+    xp = lapack(values)
+    size = xp.abs(values)
+    zero = size == 0
+    if not xp.is_complex(values):
+        return size, xp.where(zero, values * 0 + 1, xp.sign(values))
+    return size, xp.where(zero, values * 0 + 1, values / xp.where(zero, size * 0 + 1, size))
+
+
+def zero_determinant(like: Array) -> Determinant:
+    """Of a matrix that is singular by its structure, for an array of its numbers."""
+    zero = (like * 0).sum()
+    return Determinant(zero, lapack(like).real(zero) - float("inf"))
+
+
+def pinv_of(matrix: Array) -> Array:
+    """Pseudo-inverse, batched; singular values below max(n, m) * eps of the largest count as zero."""
+    return lapack(matrix).pinv(matrix, max(matrix.shape[-2:]) * eps(matrix.dtype))
+
+
+def promoted(x: Array, y: Array) -> tuple[Array, Array]:
+    """Both in the dtype that they have in common."""
+    if x.dtype == y.dtype:
+        return x, y
+    xp = lapack(x)
+    common = (x.reshape(-1)[:1] * 0 + y.reshape(-1)[:1] * 0).dtype
+    return xp.astype(x, common), xp.astype(y, common)
+
+
+def follows(x: Array) -> bool:
+    """Whether a derivative may be asked of what is made of ``x``: torch records it, or values are traced."""
+    backend = backend_of(x)
+    if backend == "numpy":
+        return False
+    if backend == "jax":
+        return not is_known(x)
+    torch: Any = sys.modules["torch"]
+    return bool(x.requires_grad and torch.is_grad_enabled()) or bool(torch._C._are_functorch_transforms_active())

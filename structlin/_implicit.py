@@ -1,0 +1,130 @@
+"""Solutions of linear systems, differentiable however they were found: dx = A^-1 (db - dA x).
+
+So a solution may come from an iteration, from eigenvectors that have no derivative, or from refinement, and its
+derivatives are those of the solution.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from structlin._arrays import Array, backend_of
+from structlin._lapack import eps, follows, known, lapack, nan_unless
+
+
+@dataclass(frozen=True)
+class Solver:
+    """``solve(b)`` is A^-1 b and ``adjoint(b)`` is A^-H b, for numbers of A that no derivative reaches. Linear in b."""
+
+    solve: Callable[[Array], Array]
+    adjoint: Callable[[Array], Array]
+
+    @property
+    def flipped(self) -> Solver:
+        return Solver(self.adjoint, self.solve)
+
+
+def frozen(A: Any) -> Any:
+    """A, whose numbers no gradient reaches."""
+    leaves, unflatten = A.flatten()
+    return unflatten([lapack(x).stop_gradient(x) if hasattr(x, "dtype") else x for x in leaves])
+
+
+def is_followed(A: Any) -> bool:
+    """Whether a derivative may be asked with respect to the numbers of an operator."""
+    return any(follows(x) for x in A.flatten()[0] if hasattr(x, "dtype") and hasattr(x, "shape"))
+
+
+def solution(A: Any, b: Array, solver: Solver) -> Array:
+    """``A^-1 b`` with derivatives of every order (of order two at most inside transformations of ``torch.func``)."""
+    if backend_of(b) == "numpy" or not (follows(b) or is_followed(A)):
+        return solver.solve(b)
+    if backend_of(b) == "jax":
+        from jax import lax
+
+        def adjoint_of_conjugate(_: Any, b: Array) -> Array:  # the transpose, from the adjoint
+            return solver.adjoint(b.conj()).conj()
+
+        return lax.custom_linear_solve(lambda x: A @ x, b, lambda _, b: solver.solve(b), adjoint_of_conjugate)
+    torch: Any = sys.modules["torch"]
+    if torch._C._are_functorch_transforms_active():
+        # A Newton step has the first derivative of the solution, and a second one has the second.
+        x = solver.solve(b)
+        for _ in range(2):
+            x = x + solver.solve(b - A @ x)
+        return x
+    leaves, unflatten = A.flatten()
+    return _torch_function().apply(unflatten, solver, b, *leaves)
+
+
+@cache
+def _torch_function() -> Any:
+    torch: Any = sys.modules["torch"]
+
+    class Solution(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, unflatten: Any, solver: Solver, b: Array, *leaves: Any) -> Array:
+            x = solver.solve(b)
+            ctx.unflatten, ctx.solver = unflatten, solver
+            ctx.places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
+            ctx.others = list(leaves)
+            ctx.save_for_backward(x, *(leaves[i] for i in ctx.places))
+            for i in ctx.places:
+                ctx.others[i] = None
+            return x
+
+        @staticmethod
+        def backward(ctx: Any, gradient: Array) -> tuple[Any, ...]:
+            x, *tensors = ctx.saved_tensors
+            again = torch.is_grad_enabled()  # whether this is to be differentiated too
+            wanted = [ctx.needs_input_grad[3 + i] for i in ctx.places]
+            if not again:
+                tensors = [t.detach().requires_grad_(w) for t, w in zip(tensors, wanted, strict=True)]
+            found: list[Any] = [None] * len(ctx.others)
+            with torch.enable_grad():
+                leaves = list(ctx.others)
+                for i, t in zip(ctx.places, tensors, strict=True):
+                    leaves[i] = t
+                A = ctx.unflatten(leaves)
+                with torch.set_grad_enabled(again):
+                    w = solution(A.H, gradient.resolve_conj(), ctx.solver.flipped)
+                if any(wanted):
+                    needed = [t for t, w_ in zip(tensors, wanted, strict=True) if w_]
+                    product = A @ (x if again else x.detach())
+                    grads = torch.autograd.grad(product, needed, -w, create_graph=again, allow_unused=True)
+                    at = [i for i, w_ in zip(ctx.places, wanted, strict=True) if w_]
+                    for i, g in zip(at, grads, strict=True):
+                        found[i] = g
+            return None, None, w if ctx.needs_input_grad[2] else None, *found
+
+    return Solution
+
+
+def backward_error(A: Any, x: Array, b: Array, size: Array | float) -> Array:
+    """``|A x - b| / (size |x| + |b|)``, of each column: what a change of A and b, relative to them, has to be."""
+    xp = lapack(b)
+
+    def norms(y: Array) -> Array:
+        return xp.sqrt((xp.abs(y) ** 2).sum(0))
+
+    scale = xp.max(xp.abs(b))
+    scale = xp.where(scale > 0, scale, scale * 0 + 1)  # numbers near the ends of the range square to 0 or infinity
+    x, b = x / scale, b / scale
+    bound = size * norms(x) + norms(b)
+    return norms(A @ x - b) / xp.where(bound == 0, bound * 0 + 1, bound)
+
+
+def nan_where_bad(x: Array, error: Array, bound: float) -> Array:
+    """x, with NaN in the columns whose error exceeds the bound: for traced values, which nobody can look at."""
+    bad = nan_unless(error <= bound, x)
+    return x + bad
+
+
+def is_at_roundoff(error: Array, dtype: Any, slack: float) -> bool | None:
+    """Whether the worst of some backward errors is at roundoff; None while values are traced."""
+    worst = known(lapack(error).max(error))
+    return None if worst is None else worst <= slack * eps(dtype)

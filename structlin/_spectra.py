@@ -1,0 +1,215 @@
+"""Eigendecompositions that functions of matrices are made of, with derivatives that hold where eigenvalues repeat.
+
+For A = V L V^-1 the derivative of f(A) is ``V (D * (V^-1 dA V)) V^-1``, where D holds the divided differences ``(f(l_i)
+- f(l_j)) / (l_i - l_j)``, and f' on the diagonal and where eigenvalues repeat (Daleckii and Krein 1965; Higham 2008,
+Functions of Matrices, theorem 3.11). Eigenvectors by themselves have no derivative there. So values and vectors are
+taken as constants, and :func:`first_order` carries the derivative. Second derivatives are not to be had that way: they
+are NaN on jax, and torch raises.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import numpy as np
+
+from structlin._arrays import Array, backend_of
+from structlin._lapack import eps, follows, known, lapack, nan_unless
+
+Numbers = Callable[[Array], Array]
+
+
+@dataclass(frozen=True)
+class Decomposition:
+    """``matrices = vectors diag(values) inverse``, of shapes (..., m, m) and (..., m), without derivatives.
+
+    ``followed``: whether a derivative with respect to ``matrices`` may be asked for.
+    """
+
+    matrices: Array
+    values: Array
+    vectors: Array
+    inverse: Array
+    followed: bool
+
+
+def decompose(matrices: Array, hermitian: bool) -> Decomposition | None:
+    """None if the vectors do not reproduce the matrices (one is defective); NaN there while values are traced."""
+    xp = lapack(matrices)
+    fixed = xp.stop_gradient(matrices)
+    followed = follows(matrices)
+    if hermitian:
+        values, vectors = xp.eigh(fixed)
+        return Decomposition(matrices, values, vectors, xp.conj(vectors).swapaxes(-1, -2), followed)
+    values, vectors = xp.eig(fixed)
+    with np.errstate(all="ignore"):
+        try:
+            inverse = xp.inv(vectors)
+        except (np.linalg.LinAlgError, RuntimeError):
+            return None
+    again = (vectors * values[..., None, :]) @ inverse
+    scale = xp.amax(xp.amax(xp.abs(fixed)))[..., None, None]
+    scale = xp.where(scale == 0, scale * 0 + 1, scale)
+    size = (xp.abs(fixed / scale) ** 2).sum((-2, -1))
+    square = (xp.abs((again - fixed) / scale) ** 2).sum((-2, -1)) / xp.where(size == 0, size * 0 + 1, size)
+    bound = eps(matrices.dtype) ** 1.2  # of the square
+    worst = known(xp.max(square))
+    if worst is None:
+        values = values + nan_unless(square <= bound, values)[..., None]
+    elif not worst <= bound:
+        return None
+    return Decomposition(matrices, values, vectors, inverse, followed)
+
+
+def of_matrices(found: Decomposition, f: Numbers) -> Array:
+    """f of the matrices: V f(L) V^-1."""
+    xp = lapack(found.vectors)
+    numbers = f(found.values)
+    if not found.followed:
+        left = found.vectors * numbers[..., None, :]
+        return left @ xp.astype(found.inverse, left.dtype)
+    middle = diagonal_matrices(numbers) + first_order(found, divided_differences(f, found.values, numbers))
+    left = xp.astype(found.vectors, middle.dtype)
+    return left @ middle @ xp.astype(found.inverse, middle.dtype)
+
+
+def diagonal_matrices(numbers: Array) -> Array:
+    return numbers[..., None] * lapack(numbers).eye(numbers.shape[-1], numbers)
+
+
+def divided_differences(f: Numbers, values: Array, numbers: Array | None = None, other: Array | None = None) -> Array:
+    """``(f(x_i) - f(y_j)) / (x_i - y_j)`` along the last axis of x = ``values`` and of y (x, if ``other`` is None).
+
+    Where the two are closer than the cube root of the roundoff, relative to them, f' between them, whose error is then
+    as small as that of the quotient.
+    """
+    xp = lapack(values)
+    y = values if other is None else other
+    first = f(values) if numbers is None else numbers
+    second = first if other is None else f(y)
+    a, b = values[..., :, None], y[..., None, :]
+    difference = a - b
+    scale = xp.where(xp.abs(a) > xp.abs(b), xp.abs(a) + 0 * xp.abs(b), 0 * xp.abs(a) + xp.abs(b))
+    close = xp.abs(difference) <= eps(values.dtype) ** (1 / 3) * scale
+    quotient = (first[..., :, None] - second[..., None, :]) / xp.where(close, difference * 0 + 1, difference)
+    middle = (a + b) / 2
+    return xp.where(close, derivative(f, middle), quotient)
+
+
+def derivative(f: Numbers, x: Array) -> Array:
+    """f'(x), entry by entry: by the array library; central differences on NumPy."""
+    backend = backend_of(x)
+    if backend == "numpy":
+        h = np.finfo(x.dtype).eps ** (1 / 3) * np.maximum(np.abs(x), np.finfo(x.dtype).tiny ** 0.5)
+        with np.errstate(all="ignore"):
+            return (f(x + h) - f(x - h)) / (2 * h)
+    if backend == "jax":
+        import jax
+
+        return jax.jvp(f, (x,), (jax.numpy.ones_like(x),))[1]
+    torch: Any = sys.modules["torch"]
+    if torch._C._are_functorch_transforms_active():
+        return torch.func.jvp(f, (x,), (torch.ones_like(x),))[1]
+    with torch.enable_grad():
+        at = x.detach().clone().requires_grad_(True)
+        y = f(at)
+        if not y.requires_grad:  # a constant
+            return y * 0
+        real, imaginary = (y.real, y.imag) if y.is_complex() else (y, None)
+        (slope,) = torch.autograd.grad(real.sum(), at, retain_graph=imaginary is not None)
+        if imaginary is None:
+            return slope.detach()
+        if at.is_complex():  # holomorphic: the gradient of the real part is the conjugate of f'
+            return slope.conj().resolve_conj().detach()
+        (turned,) = torch.autograd.grad(imaginary.sum(), at)
+        return torch.complex(slope, turned).detach()
+
+
+def first_order(found: Decomposition, weights: Array) -> Array:
+    """Zeros, with the derivative ``weights * (V^-1 dA V)``.
+
+    ``weights`` has the shape (..., m, m) of the matrices, or (p, m, m, q) for one matrix, between p and q positions of
+    the other members of a Kronecker product.
+    """
+    if backend_of(weights) == "torch":
+        return _torch_first_order().apply(found.matrices, found.vectors, found.inverse, weights)
+    return _jax_first_order()(found.matrices, found.vectors, found.inverse, weights)
+
+
+def _weighted(weights: Array, tangent: Array) -> Array:
+    return weights * (tangent[None, :, :, None] if weights.ndim == tangent.ndim + 2 else tangent)
+
+
+@cache
+def _jax_first_order() -> Any:
+    import jax
+    import jax.numpy as jnp
+
+    @jax.custom_jvp
+    def once(x: Array) -> Array:
+        """1; its derivative is NaN."""
+        return jnp.ones((), x.dtype)
+
+    @once.defjvp
+    def once_jvp(primals: Any, tangents: Any) -> Any:
+        (x,), (t,) = primals, tangents
+        return jnp.ones((), x.dtype), jnp.nan * t.sum()
+
+    @jax.custom_jvp
+    def first(matrices: Array, vectors: Array, inverse: Array, weights: Array) -> Array:
+        return jnp.zeros(weights.shape, weights.dtype)
+
+    @first.defjvp
+    def first_jvp(primals: Any, tangents: Any) -> Any:
+        matrices, vectors, inverse, weights = primals
+        tangent = inverse @ tangents[0] @ vectors * once(matrices)
+        # weights are infinite where f' is; a tangent of zero is zero there, too
+        made = _weighted(weights, tangent).astype(weights.dtype)
+        return jnp.zeros(weights.shape, weights.dtype), made
+
+    return first
+
+
+@cache
+def _torch_first_order() -> Any:
+    torch: Any = sys.modules["torch"]
+
+    class FirstOrder(torch.autograd.Function):
+        generate_vmap_rule = True
+
+        @staticmethod
+        def forward(matrices: Array, vectors: Array, inverse: Array, weights: Array) -> Array:
+            return torch.zeros_like(weights)
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+            matrices, vectors, inverse, weights = inputs
+            ctx.is_complex = matrices.is_complex()
+            ctx.save_for_backward(vectors, inverse, weights)
+            ctx.save_for_forward(vectors, inverse, weights)
+
+        @staticmethod
+        def backward(ctx: Any, gradient: Array) -> tuple[Any, ...]:
+            if torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active():
+                raise RuntimeError(
+                    "functions of matrices have first derivatives only, which hold where eigenvalues repeat too"
+                )
+            vectors, inverse, weights = ctx.saved_tensors
+            inner = weights.conj() * gradient
+            if inner.ndim == vectors.ndim + 2:
+                inner = inner.sum((0, -1))
+            inner = inner.to(torch.promote_types(inner.dtype, vectors.dtype))
+            found = inverse.mH.to(inner.dtype) @ inner @ vectors.mH.to(inner.dtype)
+            return (found if ctx.is_complex else found.real if found.is_complex() else found), None, None, None
+
+        @staticmethod
+        def jvp(ctx: Any, tangent: Array, *others: Any) -> Array:
+            vectors, inverse, weights = ctx.saved_tensors
+            inner = inverse @ tangent.to(vectors.dtype) @ vectors
+            return _weighted(weights, inner).to(weights.dtype)
+
+    return FirstOrder

@@ -1,0 +1,595 @@
+"""The algebra of chains, from the roles of their axes: what :class:`structlin.structure.Structure` answers.
+
+A square chain is inverted step by step, block by block; a Kronecker product and a block-diagonal matrix by their
+members; a chain with a narrow middle is of low rank; traces, diagonals and norms come from contracting the factors.
+Everything looks at structures, not at classes, so that a transpose or a chain without a name get the same treatment.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from cola.annotations import PSD, SelfAdjoint, Stiefel, Unitary
+
+from structlin import _spectra as spectra
+from structlin._arrays import Array
+from structlin._lapack import (
+    eps,
+    inverse_of,
+    is_known,
+    known,
+    lapack,
+    nan_unless,
+    needs_grad,
+    pinv_of,
+    promoted,
+    refusing_singular,
+    require_precision,
+    singular_to_roundoff,
+    zero_determinant,
+)
+from structlin.algebra import contract, roles
+from structlin.algebra.tensor_train import added_cores, norm_of_cores, tensor_train_cores
+from structlin.execution.products import Product as Step
+from structlin.execution.products import plan_of
+from structlin.operators import StructuredOperator
+from structlin.structure import Structure
+from structlin.structures._vectors import descending
+from structlin.structures.block_diagonal import BlockDiagonal
+from structlin.structures.dense import Dense
+from structlin.structures.diagonal import Diagonal
+from structlin.structures.kronecker import Kronecker
+from structlin.structures.low_rank import LowRank
+from structlin.structures.tensor_train import TensorTrain
+from structlin.verdicts import SVD, Answer, Determinant, Eigen, Verdict
+
+_THREE = "i,ri->r; r,sr->s; s,os->o"
+
+
+def singular(A: Any, rank: int) -> np.linalg.LinAlgError:
+    return np.linalg.LinAlgError(
+        f"{type(A).__name__} of shape {tuple(A.shape)} has rank {rank} at most and so no inverse; "
+        "use cola.pinv, or add a multiple of the identity"
+    )
+
+
+def thin(A: Any) -> int | None:
+    """The width of a bottleneck of at most half the rows and columns; None where there is none."""
+    found = roles.bottleneck(A.structure)
+    return found[0] if found is not None and 2 * found[0] <= min(A.shape) else None
+
+
+def matrix_blocks(A: Any) -> Array | None:
+    """(b, n, m) of a block-diagonal matrix; (1, n, m) of a dense one; else None."""
+    blocks = roles.diagonal_blocks(A.structure, A.factors)
+    if blocks is None and roles.is_dense(A.structure):
+        matrices = roles.part_matrices(A.structure, A.factors)
+        blocks = None if matrices is None else matrices[0][None]
+    return blocks
+
+
+def from_blocks(A: Any, blocks: Array) -> StructuredOperator:
+    """An operator of the kind of A, dense or block-diagonal, of other blocks."""
+    return Dense(blocks[0]) if roles.is_dense(A.structure) else BlockDiagonal(blocks)
+
+
+def kronecker_members(A: Any, square: bool = False) -> list[Array] | None:
+    """The matrices of a Kronecker product of two members or more."""
+    matrices = roles.part_matrices(A.structure, A.factors)
+    if matrices is None or len(matrices) < 2 or (square and any(m.shape[0] != m.shape[1] for m in matrices)):
+        return None
+    return matrices
+
+
+def outer(values: Sequence[Array], add: bool = False) -> Array:
+    """All products, or all sums, of one entry of each vector, in the order of a Kronecker product."""
+    found = values[0]
+    for more in values[1:]:
+        left, right = found[:, None], more[None, :]
+        found = (left + right if add else left * right).reshape((-1,))
+    return found
+
+
+# -- inverse and solution ----------------------------------------------------------------------------------------------
+
+
+def inverse(A: Any) -> Answer[Any] | None:
+    structure, factors = A.structure, A.factors
+    require_precision(factors[0], "an inverse")
+    if roles.rank_bound(structure) < structure.d_in:
+        raise singular(A, roles.rank_bound(structure))
+    if roles.is_dense(structure):
+        return None
+    if not roles.is_square_chain(structure):
+        return _padded_inverse(A)
+    parts = roles.kronecker_parts(structure)
+    if parts is not None and all(p.factor is not None for p in parts):
+        matrices = roles.part_matrices(structure, factors)
+        assert matrices is not None
+        return Answer(Kronecker(*map(inverse_of, matrices)))
+    blocks = roles.diagonal_blocks(structure, factors)
+    return Answer(_reversed(A) if blocks is None else BlockDiagonal(inverse_of(blocks)))
+
+
+def _reversed(A: Any) -> StructuredOperator:
+    """The inverse of a square chain: the chain reversed, each block inverted."""
+    structure = A.structure
+    inverted, orders = roles.inverse_structure(structure)
+    sizes, xp, factors = dict(structure.sizes), lapack(A.factors[0]), []
+    for number, order in zip(reversed(range(len(structure.steps))), orders, strict=True):
+        step = structure.steps[number]
+        blocks = inverse_of(roles.blocks_of(structure, number, A.factors[number]))
+        blocks = blocks.reshape(tuple(sizes[a] for a in step.batch + step.contracted + step.free))
+        factors.append(blocks if order == tuple(range(len(order))) else xp.permute(blocks, order))
+    return StructuredOperator(inverted, factors)
+
+
+@dataclass(frozen=True)
+class Padded:
+    """What is needed of the inverse of M, a square chain of which A is the leading (n - k) x (n - k) part.
+
+    ``M^-1 = [[leading, right], [below, corner]]``, ``full`` is the structure of M.
+    """
+
+    full: Structure
+    leading: StructuredOperator
+    right: Array
+    below: Array
+    corner: Array
+
+
+def padded(A: Any) -> Padded | None:
+    """None where A is no part of a square chain, or a small one, and where M is singular, which A need not be then."""
+    structure = A.structure
+    if structure.padding[0] != structure.padding[1]:
+        return None
+    k, n = structure.padding[0], structure.d_in + structure.padding[0]
+    full = Structure(structure.steps, structure.sizes, n, n)
+    if not roles.is_square_chain(full) or k == 0 or 2 * k > n:
+        return None
+    try:
+        whole = _reversed(StructuredOperator(full, A.factors))
+    except np.linalg.LinAlgError:
+        return None
+    assert isinstance(whole.structure, Structure)
+    d = structure.d_in
+    last = lapack(A.factors[0]).eye(n, A.factors[0])[:, d:]
+    columns, rows = whole._matmat(last), whole._rmatmat(last.T)
+    cut = Structure(whole.structure.steps, whole.structure.sizes, d, d)
+    return Padded(full, StructuredOperator(cut, whole.factors), columns[:d], rows[:, :d], columns[d:])
+
+
+def _padded_inverse(A: Any) -> Answer[Any] | None:
+    """A^-1 = leading - right corner^-1 below, by the Schur complement of the corner. Its user has to check it."""
+    parts = padded(A)
+    if parts is None:
+        return None
+    try:
+        with refusing_singular(parts.corner):
+            middle = lapack(parts.corner).solve(parts.corner, parts.below)
+    except np.linalg.LinAlgError:
+        return None
+    return Answer(parts.leading + LowRank(middle, -parts.right), Verdict.NOT_VERIFIED)
+
+
+def pinv(A: Any) -> Answer[Any] | None:
+    require_precision(A.factors[0], "a pseudo-inverse")
+    xp = lapack(A.factors[0])
+    matrices = roles.part_matrices(A.structure, A.factors)
+    if matrices is not None:
+        return Answer(Kronecker(*map(pinv_of, matrices)) if len(matrices) > 1 else Dense(pinv_of(matrices[0])))
+    blocks = roles.diagonal_blocks(A.structure, A.factors)
+    if blocks is not None:
+        return Answer(BlockDiagonal(pinv_of(blocks)))
+    found = roles.bottleneck(A.structure)
+    if found is None or found[0] >= min(A.shape):
+        return None
+    left, core, right = thin_orthogonal(A)
+    return Answer(LowRank(xp.conj(left).T, xp.conj(right).T @ pinv_of(core)))
+
+
+def thin_orthogonal(A: Any) -> tuple[Array, Array, Array]:
+    """(Q1, C, Q2) with A = Q1 C Q2, where Q1 has orthonormal columns, Q2 orthonormal rows, for a chain that has a
+    bottleneck."""
+    U, V = _thin(A)
+    xp = lapack(U)
+    left, first = xp.qr(U)
+    right, second = xp.qr(xp.conj(V).T)
+    return left, first @ xp.conj(second).T, xp.conj(right).T
+
+
+def _thin(A: Any) -> tuple[Array, Array]:
+    found = roles.thin_factors(A)
+    assert found is not None
+    return found
+
+
+def solve(A: Any, b: Array) -> Answer[Array] | None:
+    """The steps of a square chain undone one by one: blocks are factored and b is substituted."""
+    structure = A.structure
+    if not roles.is_square_chain(structure) or roles.rank_bound(structure) < A.shape[0]:
+        return None
+    require_precision(b, "solving")
+    if A.isa(PSD) and (blocks := matrix_blocks(A)) is not None:
+        return Answer(solve_blocks(blocks, b.reshape((*blocks.shape[:2], -1)), True).reshape(tuple(b.shape)))
+    return Answer(_substituted(structure, A.factors, b))
+
+
+def _substituted(structure: Structure, factors: Sequence[Array], b: Array) -> Array:
+    """Where a block meets more columns than it has rows, its inverse and a product are faster than substitution."""
+    inverted, orders = roles.solution_steps(structure)
+    xp, tokens, number = lapack(b), math.prod(b.shape[1:]), 0
+    x = b
+    for step in plan_of(inverted, rows=False).steps:
+        if not isinstance(step, Step):  # between the steps: only permuted
+            x = step(x, tokens, xp)
+            continue
+        factor, order = factors[-1 - number], orders[number]
+        if order != tuple(range(len(order))):
+            factor = xp.permute(factor, order)
+        blocks = factor.reshape((step.blocks, step.fan_in, step.fan_out))
+        x = step.arrange(x, tokens, xp).reshape((step.blocks, step.fan_in, step.carried * tokens))
+        few = step.carried * tokens <= step.fan_in
+        x = solve_blocks(blocks, x, False) if few else inverse_of(blocks) @ x
+        number += 1
+    return x.reshape(tuple(b.shape))
+
+
+def solve_blocks(blocks: Array, b: Array, positive: bool) -> Array:
+    """(c, m, m), (c, m, k) -> (c, m, k). Raises LinAlgError, or gives NaN inside jit, for blocks that are singular to
+    working precision: those whose solutions are as large as roundoff can make them."""
+    xp = lapack(blocks)
+    with refusing_singular(blocks):
+        x = xp.cholesky_solve(blocks, b) if positive else xp.solve(blocks, b)
+    fixed = [xp.stop_gradient(y) for y in (blocks, b, x)]
+    sizes = [xp.amax(xp.amax(xp.abs(y))) for y in fixed]
+    scale = xp.where(sizes[1] == 0, sizes[1] * 0 + 1, sizes[1])
+    growth = (sizes[0] / scale) * sizes[2]
+    bound = 0.1 / eps(blocks.dtype)
+    worst: Any = known(xp.max(growth))
+    if worst is None:
+        return x + nan_unless(growth < bound, x)[:, None, None]
+    if not worst < bound and known(sizes[1].sum() * 0) == 0 and known(sizes[0].sum() * 0) == 0:
+        raise singular_to_roundoff(f"a block of size {blocks.shape[-1]}")
+    return x  # NaN and infinity in the input pass
+
+
+# -- determinant -------------------------------------------------------------------------------------------------------
+
+
+def slogdet(A: Any) -> Answer[Determinant] | None:
+    structure, factors = A.structure, A.factors
+    require_precision(factors[0], "a determinant")
+    xp = lapack(factors[0])
+    if roles.rank_bound(structure) < structure.d_in:
+        return Answer(zero_determinant(factors[0]))
+    if roles.is_square_chain(structure):
+        if A.isa(PSD) and (blocks := roles.diagonal_blocks(structure, factors)) is not None:
+            return Answer(Determinant(*xp.positive_slogdet(blocks)))
+        # The members of a real symmetric Kronecker product are symmetric, or in pairs antisymmetric: with zeros on the
+        # diagonal, so that Cholesky gives them back to LU.
+        symmetric = A.isa(PSD) and not xp.is_complex(factors[0]) and roles.kronecker_parts(structure) is not None
+        return Answer(_of_steps(structure, factors, xp, symmetric))
+    found = padded(A)
+    if found is None:
+        return None
+    # det A = det M det D, with D the bottom right block of M^-1.
+    first, second = _of_steps(found.full, factors, xp), xp.slogdet(found.corner)
+    return Answer(Determinant(first[0] * second[0], first[1] + second[1]))
+
+
+def _of_steps(structure: Structure, factors: Iterable[Array], xp: Any, symmetric: bool = False) -> Determinant:
+    sign: Any = roles.permutation_sign(structure)
+    log: Any = 0
+    for number, factor in enumerate(factors):
+        carried = structure.factors[number].carried
+        blocks = roles.blocks_of(structure, number, factor)
+        if symmetric:
+            signs, logs = xp.positive_slogdet(blocks)
+        else:
+            signs, logs = xp.slogdet(blocks)
+            signs, logs = xp.prod(signs), logs.sum()
+        sign, log = sign * signs**carried, log + carried * logs
+    return Determinant(sign, log)
+
+
+# -- entries and norms -------------------------------------------------------------------------------------------------
+
+
+def diagonal(A: Any, k: int) -> Answer[Array] | None:
+    found = contract.diagonal(A, k)
+    return None if found is None else Answer(found)
+
+
+def trace(A: Any) -> Answer[Array] | None:
+    found = contract.trace(A)
+    return None if found is None else Answer(found)
+
+
+def frobenius_norm(A: Any) -> Answer[Array] | None:
+    xp = lapack(A.factors[0])
+    matrices = roles.part_matrices(A.structure, A.factors)
+    if matrices is not None:
+        return Answer(math.prod(map(xp.norm, matrices)))
+    blocks = roles.diagonal_blocks(A.structure, A.factors)
+    if blocks is not None:
+        return Answer(xp.norm(blocks))
+    cores = tensor_train_cores(A)
+    if cores is not None and all(is_known(c) and not needs_grad(c) for c in cores):
+        return Answer(norm_of_cores(cores))
+    # Each factor divided by its largest number: the squares of numbers near the ends of the range overflow.
+    scales = [xp.max(xp.abs(xp.stop_gradient(f))) for f in A.factors]
+    scales = [xp.where(s > 0, s, s * 0 + 1) for s in scales]
+    unit = A._with(A.structure, tuple(f / s for f, s in zip(A.factors, scales, strict=True)), frozenset())
+    square = contract.inner(unit, unit)
+    return None if square is None else Answer(xp.sqrt(xp.real(square)) * math.prod(scales))
+
+
+def largest(matrices: Array) -> Array:
+    """Largest singular value of each of a stack of matrices."""
+    require_precision(matrices, "a spectral norm")
+    return lapack(matrices).singular_values(matrices)[..., 0]
+
+
+def spectral_norm(A: Any) -> Answer[Array] | None:
+    matrices = roles.part_matrices(A.structure, A.factors)
+    if matrices is not None:
+        return Answer(math.prod(map(largest, matrices)))
+    blocks = roles.diagonal_blocks(A.structure, A.factors)
+    if blocks is not None:
+        return Answer(lapack(blocks).max(largest(blocks)))
+    return None if thin(A) is None else Answer(largest(thin_orthogonal(A)[1]))
+
+
+# -- spectra -----------------------------------------------------------------------------------------------------------
+
+
+def eig(A: Any) -> Answer[Eigen] | None:
+    require_precision(A.factors[0], "an eigenvalue")
+    xp = lapack(A.factors[0])
+    hermitian = A.isa(SelfAdjoint)
+    blocks = roles.diagonal_blocks(A.structure, A.factors)
+    if blocks is not None:
+        values, vectors = (xp.eigh if hermitian else xp.eig)(blocks)
+        found = BlockDiagonal(vectors)
+        values = values.reshape((A.shape[0],))
+        if hermitian:
+            return Answer(Eigen(values, Unitary(found), lambda: found.H, normal=True))
+        return Answer(Eigen(values, found, lambda: _checked_inverse(BlockDiagonal, [blocks], found)))
+    matrices = kronecker_members(A, square=True)
+    if matrices is None:
+        return None
+    symmetric = [is_hermitian(m) for m in matrices] if hermitian else [False] * len(matrices)
+    if all(symmetric):
+        pairs = [xp.eigh(m) for m in matrices]
+        vectors = Unitary(Kronecker(*(v for _, v in pairs)))
+        return Answer(Eigen(outer([w for w, _ in pairs]), vectors, lambda: vectors.H, normal=True))
+    # the members of a Hermitian Kronecker product need not be Hermitian: they are so up to numbers of magnitude 1
+    pairs = [xp.eig(m) for m in matrices]
+    values = outer([w for w, _ in pairs])
+    vectors = Kronecker(*(v for _, v in pairs))
+    values = xp.real(values) if hermitian else values
+    return Answer(Eigen(values, vectors, lambda: _checked_inverse(Kronecker, matrices, vectors)))
+
+
+def _checked_inverse(kind: Any, matrices: Sequence[Array], vectors: Any) -> Any:
+    if any(spectra.decompose(m, False) is None for m in matrices):
+        return None
+    return kind(*map(lapack(matrices[0]).inv, vectors.factors))
+
+
+def is_hermitian(matrix: Array) -> bool:
+    """To roundoff; True while values are traced, where the caller has to see to it."""
+    xp = lapack(matrix)
+    fixed = xp.stop_gradient(matrix)
+    distance = known(xp.max(xp.abs(fixed - xp.conj(fixed).swapaxes(-1, -2))))
+    size = known(xp.max(xp.abs(fixed)))
+    return distance is None or size is None or distance <= 100 * eps(matrix.dtype) * size
+
+
+def svd(A: Any) -> Answer[SVD] | None:
+    require_precision(A.factors[0], "a singular value")
+    xp = lapack(A.factors[0])
+    blocks = roles.diagonal_blocks(A.structure, A.factors)
+    if blocks is not None:
+        u, s, vh = xp.svd(blocks)
+        return Answer(descending(BlockDiagonal(u), s.reshape((-1,)), BlockDiagonal(vh)))
+    matrices = kronecker_members(A)
+    if matrices is not None:
+        parts = [xp.svd(m) for m in matrices]
+        left, right = (Kronecker(*(p[i] for p in parts)) for i in (0, 2))
+        return Answer(descending(left, outer([p[1] for p in parts]), right))
+    if thin(A) is None:
+        return None
+    left, core, right = thin_orthogonal(A)
+    u, s, vh = xp.svd(core)
+    return Answer(SVD(Stiefel(Dense(left @ u)), s, Dense(vh @ right)))
+
+
+# -- functions ---------------------------------------------------------------------------------------------------------
+
+
+def function(A: Any, f: Any) -> Answer[Any] | None:
+    require_precision(A.factors[0], f.name)
+    blocks = matrix_blocks(A)
+    if blocks is not None:
+        return Answer(from_blocks(A, f.on_matrices(blocks, A)))
+    matrices = kronecker_members(A, square=True)
+    if matrices is not None:
+        found = of_kronecker(matrices, A, f)
+        return None if found is None else Answer(found)
+    return None if thin(A) is None else _of_low_rank(A, f)
+
+
+def of_kronecker(
+    matrices: Sequence[Array], A: Any, f: Any, *, add: bool = False, shift: Any = 0.0
+) -> StructuredOperator | None:
+    """f(K + shift I), for K the Kronecker product of the matrices, or with ``add`` their Kronecker sum.
+
+    V f(L) V^-1, where V and L are made of the members' eigenvectors and eigenvalues. None where one is defective. A
+    tells what is known of the whole: its annotations.
+    """
+    hermitian = A.isa(SelfAdjoint) and all(map(is_hermitian, matrices))
+    found = [spectra.decompose(m, hermitian) for m in matrices]
+    parts = [p for p in found if p is not None]
+    if len(parts) < len(found):
+        return None
+    xp = lapack(parts[0].values)
+
+    def numbers(values: Array) -> Array:
+        return f.on_spectrum(xp.real(values) + shift if A.isa(SelfAdjoint) else values + shift, A)
+
+    middle: Any = Diagonal(numbers(outer([p.values for p in parts], add)))
+    for k, part in enumerate(parts):
+        if part.followed:
+            middle = middle + _member_derivative(parts, k, numbers, add)
+    left, right = Kronecker(*(p.vectors for p in parts)), Kronecker(*(p.inverse for p in parts))
+    return left @ middle @ right
+
+
+def _member_derivative(parts: Sequence[Any], k: int, f: Any, add: bool) -> StructuredOperator:
+    """Zero, with the derivative of f(L) with respect to member k: one matrix for each position of the others."""
+    xp, part = lapack(parts[k].values), parts[k]
+    neutral = part.values[:1] * 0 + (0 if add else 1)
+    first, last = (outer([neutral, *(p.values for p in side)], add) for side in (parts[:k], parts[k + 1 :]))
+    others = first[:, None] + last[None, :] if add else first[:, None] * last[None, :]  # (p, q)
+    whole = others[:, :, None] + part.values if add else others[:, :, None] * part.values  # (p, q, m)
+    weights = spectra.divided_differences(f, whole)
+    weights = weights if add else weights * others[:, :, None, None]
+    weights = xp.permute(weights, (0, 2, 3, 1))  # (p, m, m, q)
+    p, m, _, q = weights.shape
+    structure = Structure.parse("pjq,pijq->piq", p=p, j=m, i=m, q=q)
+    return StructuredOperator(structure, (spectra.first_order(part, weights),))
+
+
+def _of_low_rank(A: Any, f: Any) -> Answer[Any] | None:
+    """``f(U V) = f(0) I + U g(V U) V`` with ``g(z) = (f(z) - f(0)) / z``."""
+    if f.at_zero is not None and not math.isfinite(f.at_zero):
+        raise singular(A, A.structure.rank_bound)
+    U, V = _thin(A)
+    xp, at_zero = lapack(U), f.at_zero
+    hermitian = A.isa(SelfAdjoint)
+    if hermitian:
+        # Q from U V has orthonormal columns: the small matrix is Hermitian, and no eigenvalue is divided by.
+        U, _ = xp.qr(U)
+        core = xp.conj(U).T @ (A @ U)
+        V = xp.conj(U).T
+    else:
+        core = V @ U
+    if at_zero is None:
+        at_zero = known(f.values(core[:1, 0] * 0)[0])
+    if f.thin is not None and not hermitian:
+        middle = f.thin(core)
+    elif at_zero is None or not math.isfinite(at_zero):
+        return None
+    elif hermitian:
+        middle = f.on_matrices(core[None], A)[0] - at_zero * xp.eye(core.shape[0], core)
+    else:
+        found = spectra.decompose(core, False)
+        if found is None:
+            return None
+        smallest, most = known(xp.abs(found.values).min()), known(xp.abs(found.values).max())
+        if smallest is not None and most is not None and smallest <= eps(core.dtype) ** 0.75 * most:
+            return None  # then zero may be a defective eigenvalue of U V
+
+        def quotient(z: Array) -> Array:
+            return (f.finite(z) - at_zero) / z
+
+        middle = spectra.of_matrices(found, quotient)
+        U, V = xp.to_complex(U), xp.to_complex(V)
+    dtype = middle.dtype
+    structure = Structure.parse(_THREE, i=V.shape[1], r=V.shape[0], s=V.shape[0], o=U.shape[0])
+    product = StructuredOperator(structure, (xp.astype(V, dtype), middle, xp.astype(U, dtype)))
+    return Answer(product) if at_zero == 0 else Answer(product + f.multiple_of_identity(product, at_zero))
+
+
+def power(A: Any, k: int) -> Answer[Any] | None:
+    xp = lapack(A.factors[0])
+    blocks = matrix_blocks(A)
+    if blocks is not None:
+        return Answer(from_blocks(A, xp.matrix_power(blocks, k)))
+    matrices = roles.part_matrices(A.structure, A.factors)
+    if matrices is not None and all(m.shape[0] == m.shape[1] for m in matrices):
+        powers = [xp.matrix_power(m, k) for m in matrices]
+        return Answer(Kronecker(*powers) if len(powers) > 1 else Dense(powers[0]))
+    if thin(A) is None:
+        return None
+    U, V = _thin(A)
+    return Answer(LowRank(V, U @ xp.matrix_power(V @ U, k - 1)))
+
+
+# -- products, sums, shifts --------------------------------------------------------------------------------------------
+
+
+def product(A: Any, B: Any) -> Answer[Any] | None:
+    """Kronecker and block-diagonal products of members that fit one another."""
+    left, right = roles.kronecker_parts(A.structure), roles.kronecker_parts(B.structure)
+    if left is not None and right is not None:
+        if len(left) != len(right) or len(left) < 2:
+            return None
+        if any(p.columns != q.rows for p, q in zip(left, right, strict=True)):
+            return None
+        first, second = (roles.part_matrices(op.structure, op.factors) for op in (A, B))
+        assert first is not None
+        assert second is not None
+        return Answer(Kronecker(*(_matmul(x, y) for x, y in zip(first, second, strict=True))))
+    blocks = [roles.diagonal_blocks(op.structure, op.factors) for op in (A, B)]
+    if blocks[0] is None or blocks[1] is None:
+        return None
+    (count, _, inner), (other, inner2, _) = blocks[0].shape, blocks[1].shape
+    return Answer(BlockDiagonal(_matmul(*blocks))) if count == other and inner == inner2 else None
+
+
+def _matmul(x: Array, y: Array) -> Array:
+    x, y = promoted(x, y)
+    return x @ y
+
+
+def low_rank_factors(A: Any) -> tuple[Array, Array] | None:
+    """(U, V) of an operator that is a chain of dense matrices with a bottleneck; None for any other."""
+    found = roles.bottleneck(A.structure) if isinstance(A, StructuredOperator) else None
+    if found is None or found[0] >= min(A.shape):
+        return None
+    plain = all(f.blocks == f.carried == 1 for f in A.structure.factors)
+    return roles.thin_factors(A) if plain and A.structure.padding == (0, 0) else None  # type: ignore[attr-defined]
+
+
+def sum(A: Any, B: Any) -> Answer[Any] | None:
+    if not isinstance(B.structure, Structure):
+        return None
+    blocks = [matrix_blocks(op) for op in (A, B)]
+    if blocks[0] is not None and blocks[1] is not None:
+        if blocks[0].shape != blocks[1].shape or len({roles.is_dense(op.structure) for op in (A, B)}) > 1:
+            return None
+        return Answer(from_blocks(A, blocks[0] + blocks[1]))
+    first, second = low_rank_factors(A), low_rank_factors(B)
+    if first is not None and second is not None:
+        (U, X), (V, Y) = promoted(first[0], second[0]), promoted(first[1], second[1])
+        xp = lapack(U)
+        return Answer(LowRank(xp.concat((V, Y)), xp.concat_axis((U, X), 1)))
+    cores = [tensor_train_cores(op) for op in (A, B)]
+    if cores[0] is None or cores[1] is None or [c.shape[1:3] for c in cores[0]] != [c.shape[1:3] for c in cores[1]]:
+        return None
+    pairs = [promoted(x, y) for x, y in zip(*cores, strict=True)]
+    return Answer(TensorTrain(*added_cores([p[0] for p in pairs], [p[1] for p in pairs])))
+
+
+def shifted(A: Any, value: Any) -> Answer[Any] | None:
+    """A diagonal, taken up by what stores its diagonal."""
+    blocks = matrix_blocks(A)
+    if blocks is None or blocks.shape[1] != blocks.shape[2]:
+        return None
+    wide = value if value.ndim == 0 else value.reshape((blocks.shape[0], 1, -1))
+    return Answer(from_blocks(A, blocks + lapack(blocks).eye(blocks.shape[1], blocks) * wide))
+
+
+def kron(A: Any, B: Any) -> Answer[Any] | None:
+    first, second = (roles.part_matrices(op.structure, op.factors) for op in (A, B))
+    if first is None or second is None:
+        return None
+    members = [promoted(m, second[0])[0] for m in first] + [promoted(m, first[0])[0] for m in second]
+    return Answer(Kronecker(*members))

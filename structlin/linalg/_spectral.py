@@ -1,0 +1,213 @@
+"""``K + c I`` for Kronecker products and sums, and sums of two Kronecker products: by the eigenvectors of the members.
+
+With K = V L V^-1, made of the members' own, ``(K + c I)^-1 = V (L + c)^-1 V^-1`` (Saatci 2011, Scalable inference for
+structured Gaussian process models, chapter 5). ``A (x) B + C (x) D`` with Hermitian members and positive definite C and
+D becomes such a sum by ``C = R R^H`` and ``D = S S^H``: the generalised eigenvectors of (A, C) and of (B, D)
+diagonalise it (Golub and Van Loan 2013, Matrix Computations, section 8.7). Memory is that of the members and of some
+vectors.
+
+Hermitian members have unitary eigenvectors, and the solution is backward stable; others are verified on the right-hand
+side that is solved, after refinement.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from cola.annotations import SelfAdjoint, Unitary
+from cola.ops import LinearOperator, Sum
+
+from structlin import _spectra as spectra
+from structlin._arrays import Array
+from structlin._implicit import Solver, frozen
+from structlin._lapack import determinant_of_numbers, eps, inverse_values, is_known, lapack, nan_unless
+from structlin.algebra import chains
+from structlin.linalg._forms import Members, members
+from structlin.structures.kronecker import Kronecker
+from structlin.verdicts import Determinant, Eigen
+
+
+@dataclass(frozen=True)
+class Diagonalised:
+    """``A = left diag(values) right``, without derivatives; ``normal``: left and right are unitary."""
+
+    left: Any
+    values: Array
+    right: Any
+    normal: bool
+
+
+def _values(form: Members, values: list[Array]) -> Array:
+    return chains.outer(values, form.add) + form.shift
+
+
+def diagonalised(A: LinearOperator) -> Diagonalised | None:
+    """Of K + c I, with numbers that no derivative reaches; None where A is no such operator."""
+    form = members(frozen(A))
+    if form is None:
+        return None
+    hermitian = form.hermitian and (A.isa(SelfAdjoint) or is_known(form.matrices[0]))
+    found = [spectra.decompose(m, hermitian) for m in form.matrices]
+    parts = [p for p in found if p is not None]
+    if len(parts) < len(found):
+        return None
+    values = _values(form, [p.values for p in parts])
+    if hermitian and not is_known(form.matrices[0]):
+        values = values + nan_unless(_is_hermitian_traced(form.matrices), values)
+    left, right = Kronecker(*(p.vectors for p in parts)), Kronecker(*(p.inverse for p in parts))
+    return Diagonalised(left, values, right, hermitian)
+
+
+def _is_hermitian_traced(matrices: tuple[Array, ...]) -> Array:
+    xp = lapack(matrices[0])
+    good = [xp.max(xp.abs(m - xp.conj(m).T)) <= 100 * eps(m.dtype) * xp.max(xp.abs(m)) for m in matrices]
+    found = good[0]
+    for more in good[1:]:
+        found = found & more
+    return found
+
+
+def eigen(A: LinearOperator) -> Eigen | None:
+    """Eigenvalues and vectors, with the derivatives of the library, of what is not one structured operator."""
+    form = members(A)
+    if form is None:
+        return None
+    xp = lapack(form.matrices[0])
+    hermitian = form.hermitian and is_known(form.matrices[0])
+    pairs = [(xp.eigh if hermitian else xp.eig)(m) for m in form.matrices]
+    vectors = Kronecker(*(v for _, v in pairs))
+    values = _values(form, [w for w, _ in pairs])
+    if hermitian:
+        unitary = Unitary(vectors)
+        return Eigen(values, unitary, lambda: unitary.H, normal=True)
+    return Eigen(values, vectors, lambda: Kronecker(*map(xp.inv, vectors.factors)))
+
+
+def slogdet(A: LinearOperator) -> Determinant | None:
+    """Of K + c I, from eigenvalues alone: these have derivatives where they repeat, too."""
+    form = members(A)
+    if form is None:
+        return None
+    xp = lapack(form.matrices[0])
+    hermitian = form.hermitian and (A.isa(SelfAdjoint) or is_known(form.matrices[0]))
+    values = _values(form, [(xp.eigh if hermitian else xp.eig)(m)[0] for m in form.matrices])
+    if hermitian and not is_known(form.matrices[0]):
+        values = values + nan_unless(_is_hermitian_traced(tuple(map(xp.stop_gradient, form.matrices))), values)
+    sign, log = determinant_of_numbers(values)
+    if xp.is_complex(values) and not xp.is_complex(form.matrices[0]):
+        sign = xp.sign(xp.real(sign))
+    return Determinant(sign, log)
+
+
+# -- two Kronecker products --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Pair:
+    """``A (x) B + C (x) D``, Hermitian, with positive definite C and D."""
+
+    first: tuple[Array, Array]
+    second: tuple[Array, Array]
+
+
+def pair(A: LinearOperator) -> Pair | None:
+    """None where A is no such sum, or where numbers are traced (nobody could see that C and D are positive)."""
+    if not isinstance(A, Sum) or len(A.Ms) != 2:
+        return None
+    forms = [members(M) for M in A.Ms]
+    parts = [f for f in forms if f is not None]
+    if len(parts) < 2 or any(f.add or len(f.matrices) != 2 for f in parts):
+        return None
+    if parts[0].matrices[0].shape != parts[1].matrices[0].shape or not all(f.hermitian for f in parts):
+        return None
+    if any(not is_known(m) or _is_shifted(f) for f in parts for m in f.matrices):
+        return None
+    a, b = (f.matrices for f in parts)
+    for first, second in ((a, b), (b, a)):
+        if all(map(_is_positive, second)):
+            return Pair((first[0], first[1]), (second[0], second[1]))
+    return None
+
+
+def _is_shifted(form: Members) -> bool:
+    return not isinstance(form.shift, float) or form.shift != 0
+
+
+def _is_positive(matrix: Array) -> bool:
+    xp = lapack(matrix)
+    try:
+        pivots = abs(xp.diagonal(xp.cholesky(xp.stop_gradient(matrix)))) ** 2
+    except (np.linalg.LinAlgError, RuntimeError):
+        return False
+    return bool(pivots.min() > pivots.max() * eps(matrix.dtype) ** 0.5)
+
+
+def _reduced(first: Array, second: Array) -> tuple[Array, Array]:
+    """(L^-1 first L^-H, L) with ``second = L L^H``."""
+    xp = lapack(first)
+    lower = xp.cholesky(second)
+    half = xp.solve(lower, first)
+    core = xp.conj(xp.solve(lower, xp.conj(half).T)).T
+    return (core + xp.conj(core).T) / 2, lower
+
+
+def pair_solver(A: LinearOperator) -> Solver | None:
+    found = pair(frozen(A))
+    if found is None:
+        return None
+    xp = lapack(found.first[0])
+    reduced = [_reduced(m, c) for m, c in zip(found.first, found.second, strict=True)]
+    spectral = [xp.eigh(core) for core, _ in reduced]
+    values = inverse_values(chains.outer([w for w, _ in spectral]) + 1, eps(A.dtype))
+    # A = W diag(values) W^H with W = L Q, so that A^-1 = W^-H diag(1 / values) W^-1
+    lower = Kronecker(*(xp.inv(low) for _, low in reduced))
+    vectors = Kronecker(*(v for _, v in spectral))
+
+    def solve(b: Array) -> Array:
+        inner = vectors.H @ (lower @ b)
+        return lower.H @ (vectors @ ((values if b.ndim == 1 else values[:, None]) * inner))
+
+    return Solver(solve, solve)
+
+
+def pair_slogdet(A: LinearOperator) -> Determinant | None:
+    found = pair(A)
+    if found is None:
+        return None
+    xp = lapack(found.first[0])
+    reduced = [_reduced(m, c) for m, c in zip(found.first, found.second, strict=True)]
+    values = chains.outer([xp.eigh(core)[0] for core, _ in reduced]) + 1
+    sign, log = determinant_of_numbers(values)
+    sizes = [low.shape[0] for _, low in reduced]
+    for (_, low), other in zip(reduced, reversed(sizes), strict=True):
+        log = log + 2 * other * xp.log(xp.abs(xp.diagonal(low))).sum()
+    return Determinant(sign, log)
+
+
+# -- solutions ---------------------------------------------------------------------------------------------------------
+
+
+def solver(A: LinearOperator) -> tuple[Solver, bool] | None:
+    """A solver for K + c I or for two Kronecker products, and whether it is backward stable as it stands."""
+    found = diagonalised(A)
+    if found is None:
+        two = pair_solver(A)
+        return None if two is None else (two, False)
+    left, right = found.left, found.right
+    scale = inverse_values(found.values, eps(found.values.dtype))
+    conjugate = lapack(scale).conj(scale)
+    real = not lapack(found.values).is_complex(found.values) or "complex" in str(A.dtype)
+
+    def apply(left: Any, scale: Array, right: Any, b: Array) -> Array:
+        x = left @ ((scale if b.ndim == 1 else scale[:, None]) * (right @ b))
+        return x if real or lapack(b).is_complex(b) else lapack(x).real(x)
+
+    def solve(b: Array) -> Array:
+        return apply(left, scale, right, b)
+
+    def adjoint(b: Array) -> Array:
+        return apply(right.H, conjugate, left.H, b)
+
+    return Solver(solve, adjoint), found.normal

@@ -1,0 +1,82 @@
+"""The Walsh-Hadamard transform, orthonormal and symmetric."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import cola
+import numpy as np
+import scipy.linalg
+
+from structlin._arrays import Array
+from structlin._lapack import lapack
+from structlin.registry import register
+from structlin.structure import AbstractStructure
+from structlin.structures._square import size_of
+from structlin.structures._transform import Transform, TransformStructure
+from structlin.verdicts import Answer, Determinant
+
+
+class HadamardStructure(TransformStructure):
+    """Sylvester's Hadamard matrix of ``size`` = 2^k rows, divided by the root of its size."""
+
+    @property
+    def other_flops(self) -> dict[str, int]:
+        return {"additions": self.size * (self.size.bit_length() - 1), "elementwise": self.size}
+
+    def _rows(self, factors: Sequence[Array], x: Array, xp: SimpleNamespace) -> Array:
+        return self._columns(factors, x.swapaxes(0, 1), xp).swapaxes(0, 1)
+
+    def _columns(self, factors: Sequence[Array], x: Array, xp: SimpleNamespace) -> Array:
+        shape, half = tuple(x.shape), 1
+        functions = lapack(x)
+        y = x * (1 / math.sqrt(self.size))
+        while half < self.size:
+            y = y.reshape((self.size // (2 * half), 2, half, shape[1]))
+            y = functions.concat_axis((y[:, :1] + y[:, 1:], y[:, :1] - y[:, 1:]), 1)
+            half *= 2
+        return y.reshape(shape)
+
+    # -- algebra: n / 2 eigenvalues are -1, and the others 1
+
+    def slogdet(self, A: Any) -> Answer[Determinant]:
+        one = A._eye(1)[0, 0]
+        return Answer(Determinant(one * (-1 if self.size == 2 else 1), lapack(one).real(one) * 0))
+
+    def trace(self, A: Any) -> Answer[Array]:
+        return Answer(A._eye(1)[0, 0] * (1 if self.size == 1 else 0))
+
+    def dense(self, factors: Sequence[np.ndarray]) -> np.ndarray:
+        return scipy.linalg.hadamard(self.size) / math.sqrt(self.size)
+
+
+@register("hadamard")
+class Hadamard(Transform):
+    """``A[i, j] = (-1)^(number of ones that i and j share in base 2) / sqrt(d)``, d a power of 2; its own inverse.
+
+    No parameters; ``d log2 d`` additions.
+
+    >>> import numpy as np
+    >>> Hadamard(4) @ np.array([1.0, 0.0, 0.0, 1.0])
+    array([1., 0., 0., 1.])
+    """
+
+    formula = "y_i = sum_j (-1)^popcount(i & j) x_j / sqrt(d)"
+    source = "Fino and Algazi (1976), Unified matrix treatment of the fast Walsh-Hadamard transform"
+    examples = (((8, 8), {}), ((2, 2), {}), ((1, 1), {}))
+
+    @classmethod
+    def _own_annotations(cls, structure: AbstractStructure) -> frozenset[type]:
+        return frozenset({cola.Unitary, cola.SelfAdjoint})
+
+    @staticmethod
+    def design(shape: tuple[int, int], /) -> HadamardStructure:
+        """A square transform; ValueError for any other shape, and for a size that is no power of 2."""
+        n = size_of(shape, "a Hadamard transform")
+        if n & (n - 1):
+            raise ValueError(f"a Hadamard transform has 2^k rows, got {n}; the nearest are {1 << (n.bit_length() - 1)} "
+                             f"and {1 << n.bit_length()}")  # fmt: skip
+        return HadamardStructure(n)

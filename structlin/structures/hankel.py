@@ -1,0 +1,112 @@
+"""Hankel matrices: Toeplitz matrices with their columns in reverse order."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+from structlin._arrays import Array, backend_of, ops
+from structlin._lapack import lapack
+from structlin.registry import NamedOperator, register
+from structlin.structures._vectors import permutation, tied_nearest
+from structlin.structures.toeplitz import Toeplitz, ToeplitzStructure
+from structlin.verdicts import Answer, Determinant, Nearest
+
+
+class HankelStructure(ToeplitzStructure):
+    """A ``d_out`` x ``d_in`` Hankel matrix ``A = T J``: a Toeplitz matrix of the same numbers, applied to x reversed."""
+
+    def transpose(self) -> HankelStructure:
+        return HankelStructure(self.d_in, self.d_out)
+
+    def transpose_factors(self, factors: Sequence[Array]) -> tuple[Array, ...]:
+        return tuple(factors)
+
+    def _rows(self, factors: Sequence[Array], x: Array, xp: SimpleNamespace) -> Array:
+        return super()._rows(factors, self._columns_reversed(x.swapaxes(0, 1)).swapaxes(0, 1), xp)
+
+    def _columns(self, factors: Sequence[Array], x: Array, xp: SimpleNamespace) -> Array:
+        return super()._columns(factors, self._columns_reversed(x), xp)
+
+    @staticmethod
+    def _columns_reversed(x: Array) -> Array:
+        return ops(backend_of(x)).flip(x)
+
+    # -- algebra: that of T, and J is its own inverse
+
+    def inverse(self, A: Any) -> Answer[Any] | None:
+        found = super().inverse(_toeplitz(A))
+        if found is None:
+            return None
+        index = lapack(A.factors[0]).index(np.arange(self.d_in)[::-1], A.factors[0])
+        return Answer(permutation(index, A.dtype) @ found.value)
+
+    def solve(self, A: Any, b: Array) -> Answer[Array] | None:
+        found = super().solve(_toeplitz(A), b)
+        return None if found is None else Answer(ops(backend_of(b)).flip(found.value))
+
+    def slogdet(self, A: Any) -> Answer[Determinant] | None:
+        found = super().slogdet(_toeplitz(A))
+        if found is None:
+            return None
+        sign = -1 if self.d_in // 2 % 2 else 1  # of J
+        return Answer(Determinant(found.value.sign * sign, found.value.logabsdet))
+
+    def diagonal(self, A: Any, k: int) -> Answer[Array]:
+        count = min(self.d_out + min(k, 0), self.d_in - max(k, 0))
+        return Answer(A.factors[0][abs(k) : abs(k) + 2 * count - 1 : 2])
+
+    def sum(self, A: Any, B: Any) -> Answer[Any] | None:
+        if not isinstance(B.structure, HankelStructure):
+            return None
+        return Answer(Hankel._build(self, (A.factors[0] + B.factors[0],)))
+
+    def shifted(self, A: Any, value: Any) -> None:
+        return None
+
+    def nearest(self, target: np.ndarray, covariance: np.ndarray | None) -> Nearest:
+        rows, columns = np.indices(target.shape)
+        return tied_nearest(rows + columns, self.factors[0].numel, target, covariance)
+
+    def dense(self, factors: Sequence[np.ndarray]) -> np.ndarray:
+        return factors[0][np.arange(self.d_out)[:, None] + np.arange(self.d_in)]
+
+
+def _toeplitz(A: Any) -> Toeplitz:
+    """T, for which ``A = T J``."""
+    return Toeplitz.from_kernel(A.factors[0], A.shape[0])
+
+
+@register("hankel")
+class Hankel(NamedOperator):
+    """``A[i, j] = kernel[i + j]``, from its first column (d_out,) and its last row (d_in,), which share a corner.
+
+    As :func:`scipy.linalg.hankel`, but the corner has to be the same in both. Parameters ``d_out + d_in - 1``; work and
+    scale as for a Toeplitz matrix.
+
+    >>> import numpy as np
+    >>> Hankel(np.array([1.0, 2.0]), np.array([2.0, 3.0, 4.0])).to_dense().round()
+    array([[1., 2., 3.],
+           [2., 3., 4.]])
+    """
+
+    formula = "y_i = sum_j kernel_(i + j) x_j"
+    parameters = "d_out + d_in - 1"
+    source = "Golub and Van Loan (2013), Matrix Computations, section 4.8"
+    examples = (((5, 7), {}), ((7, 4), {}), ((1, 3), {}))
+
+    def __init__(self, column: Array, row: Array) -> None:
+        if column.ndim != 1 or row.ndim != 1 or 0 in (column.shape[0], row.shape[0]):
+            raise ValueError(
+                f"Hankel takes a first column and a last row, got shapes {tuple(column.shape)} and {tuple(row.shape)}"
+            )
+        kernel = ops(backend_of(column)).concat([column, row[1:]])
+        super(NamedOperator, self).__init__(HankelStructure(column.shape[0], row.shape[0]), (kernel,))
+
+    @staticmethod
+    def design(shape: tuple[int, int], /) -> HankelStructure:
+        """A (d_out, d_in) Hankel matrix; no options."""
+        return HankelStructure(*shape)
