@@ -156,7 +156,7 @@ def toeplitz(n: int, rng: np.random.Generator) -> Case:
     return Case(
         "toeplitz",
         (column,),
-        lambda c: cola.PSD(sl.Toeplitz(c, c[1:])),
+        lambda c: cola.PSD(sl.Toeplitz(c)),
         True,
         lambda lo, c: lo.ToeplitzLinearOperator(c),
         function,

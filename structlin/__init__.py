@@ -26,7 +26,6 @@ from structlin.counting import (
 from structlin.factorize import factorize, nearest_sizes
 from structlin.interop import as_operator, from_cola, from_scipy, to_cola, to_jax, to_numpy, to_scipy, to_torch
 from structlin.linalg import (
-    DENSE_LIMIT,
     SVD,
     ConvergenceError,
     add_tensor_trains,
@@ -70,7 +69,6 @@ from structlin.structures import (
 _cola_compat.install()
 
 __all__ = [
-    "DENSE_LIMIT",
     "SVD",
     "AbstractStructure",
     "ArrayScale",

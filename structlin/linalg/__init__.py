@@ -13,7 +13,7 @@ from structlin.algebra.tensor_train import add_tensor_trains, round_tensor_train
 from structlin.linalg import _closures as _closures
 from structlin.linalg import _determinant as _determinant
 from structlin.linalg import _inverse as _inverse
-from structlin.linalg._common import DENSE_LIMIT
+from structlin.linalg._common import dense_limit
 from structlin.linalg._diagonal import diagonal, trace
 from structlin.linalg._functions import apply, expm, logm, matrix_power, sqrtm
 from structlin.linalg._iterative import ConvergenceError, cg, lsmr, minres
@@ -25,7 +25,6 @@ from structlin.verdicts import SVD, Answer, Determinant, Verdict
 use_for_solve(solve)
 
 __all__ = [
-    "DENSE_LIMIT",
     "SVD",
     "Answer",
     "ConvergenceError",
@@ -34,6 +33,7 @@ __all__ = [
     "add_tensor_trains",
     "apply",
     "cg",
+    "dense_limit",
     "diagonal",
     "eig",
     "eigsh",

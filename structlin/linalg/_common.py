@@ -18,7 +18,29 @@ from structlin.algebra import roles
 from structlin.operators import StructuredOperator
 
 DENSE_LIMIT = 8192
-"""Up to this many rows or columns, what has no fast form is computed from the dense matrix."""
+
+
+class dense_limit:  # noqa: N801 -- used as a function, like torch.set_grad_enabled
+    """Set up to how many rows or columns what has no fast form is computed from the dense matrix; 8192 to begin with.
+
+    For good, or as a context manager for a block of code. Raises ValueError unless it is a positive integer.
+
+    >>> with dense_limit(100):
+    ...     pass
+    """
+
+    def __init__(self, rows: int) -> None:
+        global DENSE_LIMIT
+        if isinstance(rows, bool) or not hasattr(rows, "__index__") or rows < 1:
+            raise ValueError(f"the limit must be a positive integer, got {rows!r}")
+        self.before, DENSE_LIMIT = DENSE_LIMIT, int(rows)
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *error: object) -> None:
+        global DENSE_LIMIT
+        DENSE_LIMIT = self.before
 
 NO_INVERSE = "; structlin.linalg.lstsq solves for any shape"
 

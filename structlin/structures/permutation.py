@@ -12,8 +12,8 @@ import numpy as np
 from cola.annotations import Unitary
 from scipy.optimize import linear_sum_assignment
 
-from structlin._arrays import Array, backend_of
-from structlin._cola_compat import parity
+from structlin._arrays import Array, backend_of, dtype_name, ops
+from structlin._cola_compat import functions_of, parity
 from structlin._lapack import lapack
 from structlin.registry import NamedOperator, register
 from structlin.structure import AbstractStructure, Factor
@@ -83,8 +83,7 @@ class PermutationStructure(SquareStructure):
         if not isinstance(B.structure, PermutationStructure):
             return None
         n = self.size * B.shape[0]
-        wide = [A.xnp.cast(op.factors[0], A.xnp.int64) for op in (A, B)]  # small integers would overflow
-        index = (wide[0][:, None] * B.shape[0] + wide[1][None, :]).reshape((n,))
+        index = (A.factors[0][:, None] * B.shape[0] + B.factors[0][None, :]).reshape((n,))
         dtype = A.xnp.promote_types(A.dtype, B.dtype)
         return Answer(Permutation._build(PermutationStructure(n), (index,), dtype))
 
@@ -98,6 +97,17 @@ class PermutationStructure(SquareStructure):
 
     def dense(self, factors: Sequence[np.ndarray]) -> np.ndarray:
         return np.eye(self.size)[factors[0]]
+
+
+def _indices(index: Array) -> Array:
+    """As int64 (jax: int32, unless it is int64) where it is of another integer dtype: torch takes uint8 for a mask, and
+    products of small integers overflow."""
+    if dtype_name(index.dtype) in ("int32", "int64"):
+        return index
+    name = backend_of(index)
+    if name == "numpy":
+        return index.astype(np.int64)
+    return ops(name).astype(index, functions_of("torch").int64 if name == "torch" else np.int32)
 
 
 @register("permutation")
@@ -125,7 +135,7 @@ class Permutation(NamedOperator):
                 or not np.array_equal(np.sort(values), np.arange(len(values)))
             ):
                 raise ValueError(f"a permutation holds the integers 0, ..., d-1 once each, got {values!r}")
-        super(NamedOperator, self).__init__(PermutationStructure(int(index.shape[0])), (index,), dtype)
+        super(NamedOperator, self).__init__(PermutationStructure(int(index.shape[0])), (_indices(index),), dtype)
 
     @staticmethod
     def design(shape: tuple[int, int], /) -> PermutationStructure:

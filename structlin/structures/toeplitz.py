@@ -157,13 +157,13 @@ def _repeats(structure: ToeplitzStructure) -> np.ndarray:
 class Toeplitz(NamedOperator):
     """``A[i, j] = kernel[i - j + d_in - 1]``, from its diagonals, the upper right corner first.
 
-    ``Toeplitz(column, row)`` takes the first column, of shape (d_out,), and the first row without the corner that
-    both share, of shape (d_in - 1,). Parameters ``d_out + d_in - 1``. Work for a real vector: two real FFTs of
+    ``Toeplitz(column, row)`` takes the first column, of shape (d_out,), and the first row, of shape (d_in,), whose first
+    entry is ignored, as :func:`scipy.linalg.toeplitz` does; without a row the matrix is Hermitian. Parameters ``d_out + d_in - 1``. Work for a real vector: two real FFTs of
     length N, the next fast one from d_out + d_in - 1, and an elementwise product; once for each application, the FFT
     of the kernel. Scale: as a dense matrix, since every output sums d_in inputs.
 
     >>> import numpy as np
-    >>> Toeplitz(np.array([1.0, 4.0]), np.array([2.0, 3.0])).to_dense().round()
+    >>> Toeplitz(np.array([1.0, 4.0]), np.array([1.0, 2.0, 3.0])).to_dense().round()
     array([[1., 2., 3.],
            [4., 1., 2.]])
     """
@@ -173,15 +173,16 @@ class Toeplitz(NamedOperator):
     source = "Gray (2006), Toeplitz and Circulant Matrices: A Review"
     examples = (((5, 7), {}), ((7, 4), {}), ((1, 3), {}))
 
-    def __init__(self, column: Array, row: Array) -> None:
-        xp = ops(common_backend((column, row)))
-        if column.ndim != 1 or row.ndim != 1 or column.shape[0] == 0:
+    def __init__(self, column: Array, row: Array | None = None) -> None:
+        xp = ops(backend_of(column) if row is None else common_backend((column, row)))
+        row = xp.conj(column) if row is None else row
+        if column.ndim != 1 or row.ndim != 1 or 0 in (column.shape[0], row.shape[0]):
             raise ValueError(
-                f"Toeplitz takes a first column and the rest of the first row, "
+                f"Toeplitz takes a first column (d_out,) and a first row (d_in,), "
                 f"got shapes {tuple(column.shape)} and {tuple(row.shape)}"
             )
-        structure = ToeplitzStructure(column.shape[0], row.shape[0] + 1)
-        super(NamedOperator, self).__init__(structure, (xp.concat([xp.flip(row), column]),))
+        structure = ToeplitzStructure(column.shape[0], row.shape[0])
+        super(NamedOperator, self).__init__(structure, (xp.concat([xp.flip(row[1:]), column]),))
 
     @classmethod
     def from_kernel(cls, kernel: Array, d_out: int) -> Self:
@@ -209,11 +210,13 @@ class Toeplitz(NamedOperator):
 def inverse_from(first: Array, last: Array) -> Any:
     """The inverse from its first and last column, as an operator: the formula of Gohberg and Semencul."""
     xp = ops(backend_of(first))
-    none, forth, back = first[1:] * 0, xp.flip(first), xp.flip(last)
+    none = first[1:] * 0
     scaled, zero = first / first[0], first[:1] * 0
-    left = Product(Toeplitz(scaled, none), Toeplitz(xp.concat([back[:1], none]), back[1:]))
+    from_kernel, n = Toeplitz.from_kernel, first.shape[0]
+    left = Product(from_kernel(xp.concat([none, scaled]), n), from_kernel(xp.concat([last, none]), n))
     shifted = xp.concat([zero, last[:-1] / -first[0]])
-    return Sum(left, Product(Toeplitz(shifted, none), Toeplitz(xp.concat([zero, none]), forth[:-1])))
+    right = Product(from_kernel(xp.concat([none, shifted]), n), from_kernel(xp.concat([first[1:], zero, none]), n))
+    return Sum(left, right)
 
 
 def columns(A: Any) -> levinson.Columns | None:

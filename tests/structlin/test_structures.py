@@ -6,6 +6,7 @@ from functools import reduce
 import jax
 import numpy as np
 import pytest
+import scipy.fft
 import scipy.linalg
 import torch
 from hypothesis import given, settings
@@ -228,6 +229,12 @@ def test_definition(name, shape, options):
     if name == "toeplitz":
         kernel = op.factors[0]
         wanted = scipy.linalg.toeplitz(kernel[shape[1] - 1 :], kernel[: shape[1]][::-1])
+    elif name == "hankel":
+        wanted = scipy.linalg.hankel(op.factors[0][: shape[0]], op.factors[0][shape[0] - 1 :])
+    elif name == "cosine":
+        wanted = scipy.fft.dct(np.eye(shape[0]), axis=0, norm="ortho")
+    elif name == "hadamard":
+        wanted = scipy.linalg.hadamard(shape[0]) / np.sqrt(shape[0])
     else:
         wanted = DEFINITIONS[name](*op.factors)[: shape[0], : shape[1]]
     scale = np.linalg.norm(wanted)
@@ -236,8 +243,12 @@ def test_definition(name, shape, options):
 
 
 def test_toeplitz_from_column_and_row_and_from_its_diagonals():
-    column, row = np.array([1.0, 4.0, 7.0]), np.array([2.0, 3.0])
-    wanted = scipy.linalg.toeplitz(column, [1.0, 2.0, 3.0])
+    column, row = np.array([1.0, 4.0, 7.0]), np.array([9.0, 2.0, 3.0])
+    wanted = scipy.linalg.toeplitz(column, row)
+    np.testing.assert_allclose(structlin.Toeplitz(column).to_dense(), scipy.linalg.toeplitz(column), atol=1e-14)
+    np.testing.assert_allclose(
+        structlin.Toeplitz(column + 1j).to_dense(), scipy.linalg.toeplitz(column + 1j), atol=1e-14
+    )
     np.testing.assert_allclose(structlin.Toeplitz(column, row).to_dense(), wanted, atol=1e-14)
     kernel = np.array([3.0, 2.0, 1.0, 4.0, 7.0])
     np.testing.assert_allclose(structlin.Toeplitz.from_kernel(kernel, 3).to_dense(), wanted, atol=1e-14)

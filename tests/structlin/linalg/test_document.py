@@ -31,7 +31,7 @@ def shifted(A):
 
 
 def toeplitz():
-    return structlin.Toeplitz(0.5 ** np.arange(N), 0.25 ** np.arange(1, N))
+    return structlin.Toeplitz(0.5 ** np.arange(N), 0.25 ** np.arange(N))
 
 
 def kronecker_of_cola(first="circulant", **options):
