@@ -86,6 +86,8 @@ def _torch_function() -> Any:
                 tensors = [t.detach().requires_grad_(w) for t, w in zip(tensors, wanted, strict=True)]
             found: list[Any] = [None] * len(ctx.others)
             with torch.enable_grad():
+                # views: x, which depends on the tensors too, is a constant in the derivative of A x that is taken here
+                tensors = [t.view_as(t) for t in tensors]
                 leaves = list(ctx.others)
                 for i, t in zip(ctx.places, tensors, strict=True):
                     leaves[i] = t

@@ -216,7 +216,7 @@ class AbstractStructure(ABC):
         return None
 
     def dense(self, factors: Sequence[np.ndarray]) -> np.ndarray | None:
-        """The (d_out, d_in) matrix from NumPy factors, by its definition: an oracle that shares no code with products."""
+        """The (d_out, d_in) matrix from NumPy factors, by its definition: an oracle apart from the products."""
         return None
 
     def check(self, factors: Sequence[Array]) -> str:

@@ -555,7 +555,7 @@ def low_rank_factors(A: Any) -> tuple[Array, Array] | None:
     if found is None or found[0] >= min(A.shape):
         return None
     plain = all(f.blocks == f.carried == 1 for f in A.structure.factors)
-    return roles.thin_factors(A) if plain and A.structure.padding == (0, 0) else None  # type: ignore[attr-defined]
+    return roles.thin_factors(A) if plain and A.structure.padding == (0, 0) else None
 
 
 def sum(A: Any, B: Any) -> Answer[Any] | None:

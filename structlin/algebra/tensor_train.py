@@ -106,15 +106,15 @@ def round_tensor_train(
     Args:
         A: a TensorTrain (or a Kronecker product, which is one of rank 1).
         rank: the largest rank, one for all inner bonds or one each.
-        tolerance: relative error in the Frobenius norm that may be made in all; the smallest ranks that keep it are taken.
-            With neither, ``tolerance`` is a thousand roundoffs: ranks that are not needed go away. With both, both hold.
+        tolerance: relative error in the Frobenius norm that may be made in all; the smallest ranks that keep it are
+            taken. With neither it is a thousand roundoffs: ranks that are not needed go away. With both, both hold.
 
     Returns: a Tensor-Train whose error is at most sqrt(c - 1) times that of the best one with its ranks. Differentiable
     where the singular values that are kept differ from one another and from those that are dropped; on jax only where
     no rank of A is superfluous to begin with.
 
-    Raises TypeError for other structures, ValueError for ranks below 1, a wrong number of them, a negative ``tolerance``, and
-    for ranks that depend on values inside jit (give ``rank`` and ``tolerance=0`` there).
+    Raises TypeError for other structures, ValueError for ranks below 1, a wrong number of them, a negative
+    ``tolerance``, and for ranks that depend on values inside jit (give ``rank`` and ``tolerance=0`` there).
 
     >>> A = TensorTrain.random((6, 6), rank=2)
     >>> twice = add_tensor_trains(A, A)

@@ -20,7 +20,7 @@ from structlin.operators import StructuredOperator
 DENSE_LIMIT = 8192
 
 
-class dense_limit:  # noqa: N801 -- used as a function, like torch.set_grad_enabled
+class dense_limit:
     """Set up to how many rows or columns what has no fast form is computed from the dense matrix; 8192 to begin with.
 
     For good, or as a context manager for a block of code. Raises ValueError unless it is a positive integer.
@@ -41,6 +41,7 @@ class dense_limit:  # noqa: N801 -- used as a function, like torch.set_grad_enab
     def __exit__(self, *error: object) -> None:
         global DENSE_LIMIT
         DENSE_LIMIT = self.before
+
 
 NO_INVERSE = "; structlin.linalg.lstsq solves for any shape"
 

@@ -81,7 +81,7 @@ def _conjugate_gradients(A: Any, b: Array, M: Any, tolerance: float, limit: int)
 
     target = (tolerance**2) * xp.real(dots(b, b))
     z = b if M is None else M @ b
-    state = (b * 0, b, z, dots(b, z), 0)
+    state: Any = (b * 0, b, z, dots(b, z), 0)
 
     def step(state: Any) -> Any:
         x, r, p, rho, count = state
@@ -258,8 +258,8 @@ def _refused(A: Any, x: Array, b: Array, tolerance: float, name: str, count: Any
         return x + nan_unless(columns <= bound, x)
     if not worst <= bound and known(abs(b - b).sum()) == 0:  # NaN in b passes
         raise ConvergenceError(
-            f"{name} left a relative residual of {worst**0.5:.1e} after {known(count):.0f} iterations, the tolerance is "
-            f"{tolerance:.0e}; {_INSTEAD}"
+            f"{name} left a relative residual of {worst**0.5:.1e} after {known(count):.0f} iterations, "
+            f"the tolerance is {tolerance:.0e}; {_INSTEAD}"
         )
     return x
 

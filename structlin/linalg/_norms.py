@@ -24,6 +24,7 @@ from structlin.linalg._iterative import ConvergenceError
 from structlin.operators import StructuredOperator
 
 _CHUNK = 256  # columns of a matrix without structure that are computed at once
+_NUMBERS = 2**20  # numbers in them at most
 
 
 # -- inner product and Frobenius norm ------------------------------------------------------------------------------
@@ -93,8 +94,9 @@ def _inner(A: LinearOperator, B: LinearOperator) -> Array:
 
 def _columns(A: LinearOperator) -> Any:
     """The columns of the dense matrix, some at a time."""
-    for start in range(0, A.shape[1], _CHUNK):
-        yield A @ unit_columns(A, start, min(start + _CHUNK, A.shape[1]))
+    width = max(1, min(_CHUNK, _NUMBERS // max(A.shape)))
+    for start in range(0, A.shape[1], width):
+        yield A @ unit_columns(A, start, min(start + width, A.shape[1]))
 
 
 def frobenius_norm(A: LinearOperator) -> Array:
@@ -225,8 +227,8 @@ def _power_iteration(A: LinearOperator, tolerance: float, max_iterations: int, s
         return value + nan_unless(residual <= tolerance, value)
     if not worst <= tolerance:
         raise ConvergenceError(
-            f"power iteration left a relative residual of {worst:.1e} after {max_iterations} iterations, the tolerance is "
-            f"{tolerance:.0e}: raise max_iterations or tolerance (values close to the largest one slow it down)"
+            f"power iteration left a relative residual of {worst:.1e} after {max_iterations} iterations, "
+            f"the tolerance is {tolerance:.0e}: raise max_iterations or tolerance (close values slow it down)"
         )
     return value
 

@@ -20,13 +20,14 @@ from structlin.linalg import _spectral as spectral
 from structlin.linalg import _woodbury
 from structlin.linalg._common import (
     NO_INVERSE,
+    dense_inverse,
     fits_dense,
     is_matrix,
     probe,
     require_operator,
     require_square,
 )
-from structlin.linalg._inverse import dense_inverse, structured_inverse
+from structlin.linalg._inverse import structured_inverse
 from structlin.linalg._iterative import lsmr
 from structlin.linalg._stochastic import PROBES, STEPS, estimate_logdet
 from structlin.operators import StructuredOperator
@@ -138,7 +139,7 @@ def _with_padding(A: StructuredOperator, b: Array) -> Array | None:
 
 
 def _verified(A: LinearOperator, b: Array, solver: Solver) -> Array | None:
-    """The solution, after refinement; None where its backward error is not at roundoff, and NaN where that is traced."""
+    """The refined solution; None where its backward error is not at roundoff, and NaN where that is traced."""
     fixed, xp = frozen(A), lapack(b)
     size = xp.norm(fixed @ probe(A)) * math.sqrt(A.shape[0])
 

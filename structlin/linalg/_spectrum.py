@@ -244,7 +244,7 @@ def _some_singular(A: LinearOperator, k: int, tolerance: float, seed: int) -> SV
 
 
 def eigvals(A: LinearOperator) -> Array:
-    """All eigenvalues, without eigenvectors, in ascending order of magnitude; real ones where A is annotated SelfAdjoint.
+    """All eigenvalues, without eigenvectors, in ascending order of magnitude; real where A is annotated SelfAdjoint.
 
     In closed form or from the parts, as :func:`cola.eig`; else of the dense matrix, up to 8192 rows.
 

@@ -215,7 +215,7 @@ def _times(base: LinearOperator | Array, x: Array) -> Array:
 
 
 def _is_positive(A: Sum, values: Array) -> bool:
-    """Whether B is a positive diagonal whose numbers do not differ too much; True of PSD sums whose values are traced."""
+    """Whether B is a positive diagonal of numbers of like size; True of PSD sums whose values are traced."""
     values = lapack(values).real(values)
     least, most = known(values.min()), known(values.max())
     if least is None or most is None:

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from scipy.linalg import cho_solve
 
-from structlin.algebra.numbered import Network
-from structlin.projection._contract import Axes, expression
+from structlin.algebra.numbered import Axes, Network
+from structlin.projection._contract import expression
 
 MAX_ELEMENTS = 2**25  # of one batch of normal matrices
 MAX_CUBE = 2**34  # batch * size^3 of their solution

@@ -16,8 +16,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from structlin.algebra.numbered import Network
-from structlin.projection._contract import Axes, expression, gather
+from structlin.algebra.numbered import Axes, Network
+from structlin.projection._contract import expression, gather
 from structlin.projection._leading import leading
 from structlin.projection._splits import cut_between, pair
 

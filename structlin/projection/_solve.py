@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from structlin.algebra.numbered import Network, build
-from structlin.projection import _entrywise, _splits
+from structlin.projection import _splits
 from structlin.projection._als import Fit
 from structlin.projection._blocks import BlockFit
 from structlin.projection._contract import gather
@@ -125,16 +125,13 @@ def solve(structure: AbstractStructure, problem: Problem, settings: Settings | N
 def _solved(structure: AbstractStructure, problem: Problem, settings: Settings) -> Solution:
     if isinstance(structure, Structure):
         return _chain(structure, problem, settings)
-    if not _entrywise.supported(structure):
+    wide = problem.wide
+    found = structure.nearest(wide.target, wide.covariance)
+    if found is None:
         raise TypeError(
             f"cannot project onto {structure!r}: it is no einsum chain, and it does not implement `nearest`"
         )
-    wide = problem.wide
-    factor = _entrywise.nearest(structure, wide.target, wide.covariance)
-    method = "averages" if structure.factors[0].trainable else "linear assignment"
-    if problem.covariance is not None and structure.factors[0].trainable:
-        method = "least squares"
-    return _finished(structure, wide, [factor], method, optimal=True)
+    return _finished(structure, wide, found.factors, found.method, optimal=True)
 
 
 def dense_of(structure: AbstractStructure, factors: Sequence[np.ndarray]) -> np.ndarray:

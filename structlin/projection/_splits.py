@@ -21,8 +21,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from structlin.algebra.numbered import Network
-from structlin.projection._contract import Axes, gather
+from structlin.algebra.numbered import Axes, Network
+from structlin.projection._contract import gather
 from structlin.projection._leading import leading
 from structlin.structure import Structure
 

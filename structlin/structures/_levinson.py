@@ -1,4 +1,4 @@
-"""Toeplitz systems on the host: the recursion of Levinson, the formula of Gohberg and Semencul, circulant preconditioning.
+"""Toeplitz systems on the host: recursions, the formula of Gohberg and Semencul, circulant preconditioning.
 
 All of it works on the 2 n - 1 diagonals of a square matrix, in double precision. Three ways, each with its limits:
 

@@ -149,8 +149,8 @@ class CirculantStructure(SquareStructure):
         return Answer(Circulant(column + value * lapack(column).index(np.arange(self.size) == 0, column)))
 
     def nearest(self, target: np.ndarray, covariance: np.ndarray | None) -> Nearest:
-        rows, columns = np.indices(target.shape)
-        return tied_nearest((rows - columns) % self.size, self.size, target, covariance)
+        i = np.arange(self.size)
+        return tied_nearest((i[:, None] - i) % self.size, self.size, target, covariance)
 
     def dense(self, factors: Sequence[np.ndarray]) -> np.ndarray:
         i = np.arange(self.size)

@@ -17,7 +17,7 @@ from structlin.verdicts import Answer, Determinant, Nearest
 
 
 class HankelStructure(ToeplitzStructure):
-    """A ``d_out`` x ``d_in`` Hankel matrix ``A = T J``: a Toeplitz matrix of the same numbers, applied to x reversed."""
+    """A ``d_out`` x ``d_in`` Hankel matrix ``A = T J``: a Toeplitz matrix of the same numbers, and x reversed."""
 
     def transpose(self) -> HankelStructure:
         return HankelStructure(self.d_in, self.d_out)
@@ -68,8 +68,8 @@ class HankelStructure(ToeplitzStructure):
         return None
 
     def nearest(self, target: np.ndarray, covariance: np.ndarray | None) -> Nearest:
-        rows, columns = np.indices(target.shape)
-        return tied_nearest(rows + columns, self.factors[0].numel, target, covariance)
+        index = np.arange(self.d_out)[:, None] + np.arange(self.d_in)
+        return tied_nearest(index, self.factors[0].numel, target, covariance)
 
     def dense(self, factors: Sequence[np.ndarray]) -> np.ndarray:
         return factors[0][np.arange(self.d_out)[:, None] + np.arange(self.d_in)]

@@ -140,8 +140,8 @@ class ToeplitzStructure(AbstractStructure):
         return Answer(Toeplitz.from_kernel(kernel + value * unit, self.d_out))
 
     def nearest(self, target: np.ndarray, covariance: np.ndarray | None) -> Nearest:
-        rows, columns = np.indices(target.shape)
-        return tied_nearest(rows - columns + self.d_in - 1, self.factors[0].numel, target, covariance)
+        index = np.arange(self.d_out)[:, None] - np.arange(self.d_in) + self.d_in - 1
+        return tied_nearest(index, self.factors[0].numel, target, covariance)
 
     def dense(self, factors: Sequence[np.ndarray]) -> np.ndarray:
         return factors[0][np.arange(self.d_out)[:, None] - np.arange(self.d_in) + self.d_in - 1]
@@ -157,10 +157,11 @@ def _repeats(structure: ToeplitzStructure) -> np.ndarray:
 class Toeplitz(NamedOperator):
     """``A[i, j] = kernel[i - j + d_in - 1]``, from its diagonals, the upper right corner first.
 
-    ``Toeplitz(column, row)`` takes the first column, of shape (d_out,), and the first row, of shape (d_in,), whose first
-    entry is ignored, as :func:`scipy.linalg.toeplitz` does; without a row the matrix is Hermitian. Parameters ``d_out + d_in - 1``. Work for a real vector: two real FFTs of
-    length N, the next fast one from d_out + d_in - 1, and an elementwise product; once for each application, the FFT
-    of the kernel. Scale: as a dense matrix, since every output sums d_in inputs.
+    ``Toeplitz(column, row)`` takes the first column, of shape (d_out,), and the first row, of shape (d_in,), whose
+    first entry is ignored, as :func:`scipy.linalg.toeplitz` does; without a row the matrix is Hermitian. Parameters
+    ``d_out + d_in - 1``. Work for a real vector: two real FFTs of length N, the next fast one from d_out + d_in - 1,
+    and an elementwise product; once for each application, the FFT of the kernel. Scale: as a dense matrix, since every
+    output sums d_in inputs.
 
     >>> import numpy as np
     >>> Toeplitz(np.array([1.0, 4.0]), np.array([1.0, 2.0, 3.0])).to_dense().round()

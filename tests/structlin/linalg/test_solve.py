@@ -150,7 +150,9 @@ def test_a_matrix_that_is_not_positive_after_all(name, kind, backend):
         "apply": lambda: linalg.apply(lambda x: x + 1, A),
     }
     if name == "inv" and kind == "blocks":
-        np.testing.assert_allclose(to_numpy(functions[name]()), [1, 0], atol=1e-6)  # needs no positive matrix, and is right
+        np.testing.assert_allclose(
+            to_numpy(functions[name]()), [1, 0], atol=1e-6
+        )  # needs no positive matrix, and is right
         return
     with pytest.raises(np.linalg.LinAlgError, match="annotated PSD"):
         functions[name]()

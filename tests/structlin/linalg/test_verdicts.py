@@ -44,7 +44,7 @@ def never_dense(monkeypatch):
     monkeypatch.setattr(cola.ops.Product, "to_dense", refuse)
 
 
-# -- 1: Woodbury where nobody can look ---------------------------------------------------------------------------------
+# -- 1: Woodbury where nobody can look --------------------------------------------------------------------------------
 
 
 def tiny_first(backend):
@@ -55,9 +55,7 @@ def tiny_first(backend):
 
 
 def sum_of(d, U):
-    return sl.Diagonal(d) + sl.StructuredOperator(
-        sl.Structure.parse("i,ri->r; r,or->o", i=4, r=1, o=4), (U.T, U)
-    )
+    return sl.Diagonal(d) + sl.StructuredOperator(sl.Structure.parse("i,ri->r; r,or->o", i=4, r=1, o=4), (U.T, U))
 
 
 @pytest.mark.parametrize("transform", ["eager", "jit", "vmap", "torch vmap"])
@@ -83,20 +81,22 @@ def test_woodbury_is_right_or_not_a_number(transform):
     assert good or transform != "eager"
 
 
-# -- 2: Woodbury is backward stable --------------------------------------------------------------------------------------
+# -- 2: Woodbury is backward stable -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("backend", ["numpy", "torch", pytest.param("jax", marks=pytest.mark.slow)])
-@pytest.mark.parametrize(("noise", "dtype"), [(1e-4, "float64"), (1e-8, "float64"), (1e-12, "float64"), (1e-4, "float32")])
+@pytest.mark.parametrize(
+    ("noise", "dtype"), [(1e-4, "float64"), (1e-8, "float64"), (1e-12, "float64"), (1e-4, "float32")]
+)
 def test_woodbury_is_backward_stable(noise, dtype, backend, never_dense):
     n = 1000
     U = rng().standard_normal((n, 5)).astype(dtype)
     x = rng(1).standard_normal((n, 2)).astype(dtype)
     b = U @ (U.T @ x) + np.float32(noise).astype(dtype) * x
     u, right = (to_backend(y, backend) for y in (U, b))
-    A = sl.StructuredOperator(sl.Structure.parse("i,ri->r; r,or->o", i=n, r=5, o=n), (u.T, u)) + noise * cola.ops.I_like(
-        cola.ops.Dense(right[:, :1] * right[:, :1].T)
-    )
+    A = sl.StructuredOperator(
+        sl.Structure.parse("i,ri->r; r,or->o", i=n, r=5, o=n), (u.T, u)
+    ) + noise * cola.ops.I_like(cola.ops.Dense(right[:, :1] * right[:, :1].T))
     answer = linalg.solve(A, right, full_output=True)
     found = to_numpy(answer.value)
     residual = np.linalg.norm(U.astype(float) @ (U.T.astype(float) @ found) + noise * found - b.astype(float))
@@ -106,18 +106,18 @@ def test_woodbury_is_backward_stable(noise, dtype, backend, never_dense):
     assert answer.error <= 100 * roundoff
 
 
-# -- 3: annotations that are not true ------------------------------------------------------------------------------------
+# -- 3: annotations that are not true ---------------------------------------------------------------------------------
 
 
 def test_singular_matrices_annotated_psd_are_refused():
     """B B^T with B (5, 4): Cholesky passes roundoff as pivots for many."""
     for seed in range(60):
         B = rng(seed).standard_normal((5, 4))
-        with pytest.raises(np.linalg.LinAlgError, match="singular|not positive"):
+        with pytest.raises(np.linalg.LinAlgError, match=r"singular|not positive"):
             cola.inv(PSD(sl.Dense(B @ B.T)))
 
 
-# -- 4: functions where eigenvalues repeat -------------------------------------------------------------------------------
+# -- 4: functions where eigenvalues repeat ----------------------------------------------------------------------------
 
 FUNCTIONS = {
     "sqrt": cola.linalg.sqrt,
@@ -193,7 +193,11 @@ def test_low_rank_plus_identity_has_functions_with_derivatives(name, never_dense
         return v @ (FUNCTIONS[name](PSD(PSD(A) + cola.ops.I_like(A))) @ v)
 
     dense = (U @ U.T + torch.eye(n, dtype=torch.float64)).detach().numpy()
-    wanted = {"sqrt": scipy.linalg.sqrtm, "exp": scipy.linalg.expm, "isqrt": lambda a: np.linalg.inv(scipy.linalg.sqrtm(a))}
+    wanted = {
+        "sqrt": scipy.linalg.sqrtm,
+        "exp": scipy.linalg.expm,
+        "isqrt": lambda a: np.linalg.inv(scipy.linalg.sqrtm(a)),
+    }
     np.testing.assert_allclose(float(f(U).detach()), v @ wanted[name](dense) @ v.numpy(), rtol=1e-9)
     (gradient,) = torch.autograd.grad(f(U), U)
     for i, j in ((0, 0), (7, 1)):
@@ -212,7 +216,7 @@ def test_defective_matrices_go_through_schur(name):
         np.testing.assert_allclose(to_numpy(found.to_dense()), getattr(scipy.linalg, name)(a), atol=1e-12)
 
 
-# -- 5: eigenvectors -----------------------------------------------------------------------------------------------------
+# -- 5: eigenvectors --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -243,18 +247,23 @@ def test_spectra_of_hermitian_kronecker_products_come_from_members(never_dense):
     np.testing.assert_allclose(np.sort(values), np.linalg.eigvalsh(np.kron(antisymmetric, antisymmetric)), atol=1e-8)
 
 
-# -- 6: determinants that are too large ----------------------------------------------------------------------------------
+# -- 6: determinants that are too large -------------------------------------------------------------------------------
 
 
 def test_an_estimated_determinant_has_an_error_and_little_memory():
-    with linalg.dense_limit(100):
-        K = PSD(sl.Dense(spd(200)) @ sl.Dense(np.eye(200)))
-        A = PSD(cola.ops.Sum(PSD(sl.TensorTrain(*(c.copy() for c in sl.Kronecker(spd(20), spd(10, 1)).factors[:0]))) if False else K, PSD(cola.ops.I_like(K))))
-        answer = linalg.logdet(A, probes=16, estimate=True, full_output=True)
-        wanted = np.linalg.slogdet(spd(200) + np.eye(200))[1]
+    A = PSD(sl.Dense(spd(200)))
+    wanted = np.linalg.slogdet(spd(200))[1]
+    for seed in range(3):
+        answer = linalg.logdet(A, probes=16, seed=seed, estimate=True, full_output=True)
         assert answer.verdict is Verdict.ESTIMATED
         assert abs(answer.value - wanted) <= 4 * answer.error
         assert answer.error < 0.1 * abs(wanted)
+    general = sl.Dense(spd(200) @ np.diag(1 + rng().random(200)))
+    answer = linalg.logdet(general, probes=16, estimate=True, full_output=True)
+    assert abs(answer.value - np.linalg.slogdet(general.to_dense())[1]) <= 4 * answer.error
+    with linalg.dense_limit(50), pytest.warns(UserWarning, match="standard error"):
+        sign, _ = linalg.slogdet(sl.TensorTrain.random((60, 60), rank=8))
+    assert np.isnan(sign)  # nobody knows it
 
 
 def test_the_derivative_of_an_estimate():
@@ -267,7 +276,7 @@ def test_the_derivative_of_an_estimate():
     np.testing.assert_allclose(np.trace(found), np.trace(exact), rtol=0.1)
 
 
-# -- 7: K + c I ----------------------------------------------------------------------------------------------------------
+# -- 7: K + c I -------------------------------------------------------------------------------------------------------
 
 
 def shifted(kind, backend="torch", grad=False):
@@ -287,7 +296,9 @@ def shifted(kind, backend="torch", grad=False):
     if kind == "pair":
         return K + PSD(sl.Kronecker(c, d)), arrays
     first = sl.BlockDiagonal(a[None])
-    return cola.ops.BlockDiag(first, sl.Dense(b)) + 0.5 * cola.ops.I_like(cola.ops.BlockDiag(first, sl.Dense(b))), arrays
+    return cola.ops.BlockDiag(first, sl.Dense(b)) + 0.5 * cola.ops.I_like(
+        cola.ops.BlockDiag(first, sl.Dense(b))
+    ), arrays
 
 
 @pytest.mark.parametrize("kind", ["kronecker", "scaled", "kronsum", "pair"])
@@ -304,11 +315,13 @@ def test_shifted_kronecker_products_are_never_dense(kind, backend, never_dense):
     for shape in ((120,), (120, 3), (2, 120, 3)):
         x = rng(5).standard_normal(shape)
         found = to_numpy(linalg.solve(A, to_backend(x, backend)))
-        np.testing.assert_allclose(found, np.linalg.solve(dense, x if x.ndim < 3 else x), rtol=1e-9, atol=1e-11)
+        np.testing.assert_allclose(found, np.linalg.solve(dense, x), rtol=1e-9, atol=1e-11)
     sign, log = linalg.slogdet(A)
     np.testing.assert_allclose([float(sign), float(log)], np.linalg.slogdet(dense), rtol=1e-10)
     if kind != "pair":
-        np.testing.assert_allclose(to_numpy(cola.inv(A) @ to_backend(np.eye(120), backend)), np.linalg.inv(dense), atol=1e-9)
+        np.testing.assert_allclose(
+            to_numpy(cola.inv(A) @ to_backend(np.eye(120), backend)), np.linalg.inv(dense), atol=1e-9
+        )
         root = cola.linalg.sqrt(A)
         v = to_backend(rng(6).standard_normal(120), backend)
         np.testing.assert_allclose(to_numpy(root @ (root @ v)).real, to_numpy(A @ v), atol=1e-9)
@@ -371,7 +384,7 @@ def test_an_unsymmetric_kronecker_product_plus_identity_is_verified_too():
     np.testing.assert_allclose([sign, log], np.linalg.slogdet(np.kron(a, b) + 2 * np.eye(72)), rtol=1e-9)
 
 
-# -- 8: memory -----------------------------------------------------------------------------------------------------------
+# -- 8: memory --------------------------------------------------------------------------------------------------------
 
 
 def test_norms_and_inner_products_of_large_operators_allocate_little():
@@ -379,17 +392,17 @@ def test_norms_and_inner_products_of_large_operators_allocate_little():
 
     n = 300_000
     A = cola.ops.Diagonal(np.ones(n))
-    S = sl.Circulant(np.eye(1, n)[0]) + sl.Permutation(np.arange(n)[::-1].copy())
-    del S
     tracemalloc.start()
-    columns = linalg._norms._columns(A)
-    next(columns)
+    next(linalg._norms._columns(A))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert peak < 8e9 * 0.6  # 256 columns of 300,000 numbers, some of them at a time; eye(n) takes 720 GB
+    assert peak < 1e8 * 0.5  # some columns of 300,000 numbers; eye(n) takes 720 GB
+    B = sl.StructuredOperator(sl.Structure.parse("i,ri->r; r,or->o", i=n, r=1, o=n), (np.ones((1, n)), np.ones((n, 1))))
+    np.testing.assert_allclose(linalg.frobenius_norm(B), n)
+    np.testing.assert_allclose(linalg.inner(sl.Diagonal(np.ones(n)), B), n)
 
 
-# -- 9: signs, errors, zeros, NaN ----------------------------------------------------------------------------------------
+# -- 9: signs, errors, zeros, NaN -------------------------------------------------------------------------------------
 
 
 def test_determinants_of_singular_matrices():
@@ -430,7 +443,10 @@ def test_zeros_above_the_dense_limit():
 def test_a_number_that_is_none_passes_through(backend):
     b = np.ones(4)
     b[1] = np.nan
-    for A in (sl.BlockDiagonal(to_backend(np.array([np.eye(2), 2 * np.eye(2)]), backend)), sl.Dense(to_backend(spd(4), backend))):
+    for A in (
+        sl.BlockDiagonal(to_backend(np.array([np.eye(2), 2 * np.eye(2)]), backend)),
+        sl.Dense(to_backend(spd(4), backend)),
+    ):
         x = to_numpy(linalg.solve(A, to_backend(b, backend)))
         assert np.isnan(x).any()
         assert isinstance(A, sl.Dense) or np.isfinite(x[2:]).all()
@@ -439,7 +455,9 @@ def test_a_number_that_is_none_passes_through(backend):
 def test_a_padded_chain_whose_missing_rows_are_singular():
     """The chain of 8 rows has a row of zeros that is cut off; what is left has a condition number of 2.4."""
     A = sl.Monarch.random((7, 7), blocks=2, seed=3)
-    first, last = (np.tile(np.eye(*f.shape[-2:]), (f.shape[0], 1, 1)) + 0.1 * rng(1).standard_normal(f.shape) for f in A.factors)
+    first, last = (
+        np.tile(np.eye(*f.shape[-2:]), (f.shape[0], 1, 1)) + 0.1 * rng(1).standard_normal(f.shape) for f in A.factors
+    )
     for structure_last in (last,):
         structure_last[-1, -1] = 0
     B = sl.StructuredOperator(A.structure, (first, last))
@@ -455,7 +473,7 @@ def test_a_padded_chain_whose_missing_rows_are_singular():
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", ["int8", "uint8"])
 def test_small_integers_as_permutations(dtype, backend):
-    index = np.array([2, 0, 1] + list(range(3, 20)), dtype=dtype)
+    index = np.array([2, 0, 1, *range(3, 20)], dtype=dtype)
     P = sl.Permutation(to_backend(index, backend))
     Q = cola.kron(P, P)
     dense = np.eye(20)[index.astype(int)]
@@ -463,7 +481,7 @@ def test_small_integers_as_permutations(dtype, backend):
     np.testing.assert_array_equal(to_numpy(P @ to_backend(np.arange(20.0), backend)), dense @ np.arange(20.0))
 
 
-# -- scale, annotations, traps -------------------------------------------------------------------------------------------
+# -- scale, annotations, traps ----------------------------------------------------------------------------------------
 
 SCALES = {
     "dense": lambda s: sl.Dense(s * (rng().standard_normal((6, 6)) + 3 * np.eye(6))),
@@ -472,8 +490,24 @@ SCALES = {
     "circulant": lambda s: sl.Circulant(s * np.array([4.0, 1, 0.5, 0.2, 0.1, 0])),
     "kronecker": lambda s: sl.Kronecker(s * spd(2), spd(3, 1)),
     "shifted": lambda s: sl.Kronecker(s * spd(2), spd(3, 1)) + s * cola.ops.I_like(sl.Dense(np.eye(6))),
-    "low rank": lambda s: s * (sl.StructuredOperator(sl.Structure.parse("i,ri->r; r,or->o", i=6, r=1, o=6), (np.ones((1, 6)), np.ones((6, 1)))) + sl.Diagonal(np.arange(1.0, 7))),
-    "monarch": lambda s: sl.Monarch(*(f + 0.0 for f in (s * (rng().standard_normal((2, 3, 3)) + 3 * np.eye(3)), rng(1).standard_normal((3, 2, 2)) + 3 * np.eye(2)))),
+    "low rank": lambda s: (
+        s
+        * (
+            sl.StructuredOperator(
+                sl.Structure.parse("i,ri->r; r,or->o", i=6, r=1, o=6), (np.ones((1, 6)), np.ones((6, 1)))
+            )
+            + sl.Diagonal(np.arange(1.0, 7))
+        )
+    ),
+    "monarch": lambda s: sl.Monarch(
+        *(
+            f + 0.0
+            for f in (
+                s * (rng().standard_normal((2, 3, 3)) + 3 * np.eye(3)),
+                rng(1).standard_normal((3, 2, 2)) + 3 * np.eye(2),
+            )
+        )
+    ),
     "toeplitz": lambda s: sl.Toeplitz(s * 0.5 ** np.arange(70)),
     "hankel": lambda s: sl.Hankel(s * 0.5 ** np.arange(70)[::-1], s * 0.5 ** np.arange(70)),
 }
@@ -489,7 +523,9 @@ def test_scale(name, scale):
     np.testing.assert_allclose(linalg.solve(A, b) * scale, np.linalg.solve(a, b), rtol=1e-8)
     np.testing.assert_allclose(cola.inv(A) @ b * scale, np.linalg.solve(a, b), rtol=1e-8)
     sign, log = linalg.slogdet(A)
-    np.testing.assert_allclose([float(sign), float(log)], np.linalg.slogdet(a) + np.array([0, n * np.log(scale)]), rtol=1e-9, atol=1e-9)
+    np.testing.assert_allclose(
+        [float(sign), float(log)], np.linalg.slogdet(a) + np.array([0, n * np.log(scale)]), rtol=1e-9, atol=1e-9
+    )
     np.testing.assert_allclose(linalg.frobenius_norm(A) / scale, np.linalg.norm(a), rtol=1e-9)
     np.testing.assert_allclose(linalg.trace(A) / scale, np.trace(a), rtol=1e-9)
 
@@ -505,7 +541,7 @@ def test_single_precision_with_small_noise(backend):
     np.testing.assert_allclose(to_numpy(answer.value), np.linalg.solve(dense, b), rtol=2e-2, atol=2e-3)
 
 
-# -- iterations, least squares -------------------------------------------------------------------------------------------
+# -- iterations, least squares ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -591,7 +627,7 @@ def test_mistakes_are_named():
     A = sl.Diagonal(np.ones(2))
     with pytest.raises(TypeError, match="b must be an array"):
         linalg.solve(A, [1, 2])
-    with pytest.raises(TypeError, match="wrap an array in cola.ops.Dense"):
+    with pytest.raises(TypeError, match=r"wrap an array in cola\.ops\.Dense"):
         linalg.solve(np.eye(2), np.ones(2))
     with pytest.raises(ValueError, match="positive integer"):
         linalg.dense_limit(0)

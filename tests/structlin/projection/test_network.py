@@ -6,10 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from structlin import Structure, random_factors
+from structlin.algebra.numbered import build
 from structlin.projection import _als
 from structlin.projection._als import Fit
 from structlin.projection._contract import expression, gather
-from structlin.algebra.numbered import build
 from structlin.structures import Blast, Butterfly
 
 CHAINS = [
