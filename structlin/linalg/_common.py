@@ -18,6 +18,7 @@ from structlin.algebra import roles
 from structlin.operators import StructuredOperator
 
 DENSE_LIMIT = 8192
+_SMALL = 128  # rows up to which the condition number is computed, not bounded by a random vector
 
 
 class dense_limit:
@@ -134,6 +135,10 @@ def is_backward_stable(A: LinearOperator, solve: Callable[[Array], Array]) -> An
     return good if seen is None else bool(seen == 1)
 
 
+def _one_norm(matrix: Array) -> Array:
+    return abs(lapack(matrix).stop_gradient(matrix)).sum(0).max()
+
+
 def dense_inverse(A: LinearOperator) -> LinearOperator:
     """By LU, or by Cholesky where A is annotated PSD: triangular solves, in CoLA's operators.
 
@@ -153,9 +158,12 @@ def dense_inverse(A: LinearOperator) -> LinearOperator:
     least, most = known(pivots.min()), known(pivots.max())
     if least is not None and most is not None and least <= eps(A.dtype) * most:
         raise singular_to_roundoff(f"{name} with pivots {least:.1e} to {most:.1e}")
-    v = probe(A)
-    norm = lapack(v).norm
-    growth = known(norm(inverse @ v) * norm(matrix @ v))
+    if A.shape[0] <= _SMALL:
+        growth = known(_one_norm(inverse.to_dense()) * _one_norm(matrix.A))
+    else:
+        v = probe(A)
+        norm = lapack(v).norm
+        growth = known(norm(inverse @ v) * norm(matrix @ v))
     if growth is not None and growth >= largest_growth(A):
         raise singular_to_roundoff(f"{name} with a condition number above {growth:.0e}")
     return annotated(inverse, hermitian(A))

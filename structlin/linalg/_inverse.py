@@ -18,6 +18,7 @@ from structlin._cola_compat import rule
 from structlin._lapack import inverse_values, nan_unless, pinv_of, reciprocals
 from structlin.algebra import chains
 from structlin.algebra.chains import singular
+from structlin.linalg import _spectral as spectral
 from structlin.linalg._common import (
     NO_INVERSE,
     annotated,
@@ -86,10 +87,12 @@ def _inverse_of_any(A: LinearOperator, alg: Auto):
 
 
 def inverse_of_members(A: LinearOperator) -> LinearOperator | None:
-    """Of K + c I and of Kronecker sums; the members' eigenvectors have to be well conditioned."""
+    """Of K + c I, of Kronecker sums and of two Kronecker products, where the eigenvectors are well conditioned."""
     form = members(A)
     if form is None:
-        return None
+        made = spectral.pair_inverse(A)
+        good = made is not None and is_backward_stable(A, made.__matmul__)
+        return annotated(made, hermitian(A)) if good else None
     made = chains.of_kronecker(form.matrices, A, reciprocal(), add=form.add, shift=form.shift)
     if made is None:
         return None

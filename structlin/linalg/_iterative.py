@@ -300,16 +300,21 @@ class VerifiedInverse(LinearOperator):
 
 
 def _checked(A: LinearOperator, alg: Any, X: Array) -> Array:
-    if known(abs(X).max()) == 0:  # CoLA's divides by the norm of each column
-        return X * 0
+    name, fixed, xp = type(alg).__name__, frozen(A), lapack(X)
+
+    def conjugate_gradients(b: Array) -> Array:
+        wide = b if b.ndim == 2 else b[:, None]
+        x, count = _conjugate_gradients(fixed, wide, alg.P, alg.tol, alg.max_iters)
+        return _refused(fixed, x, wide, alg.tol, name, count).reshape(tuple(b.shape))
+
+    if isinstance(alg, CG) and alg.x0 is None:
+        return solution(A, X, Solver(conjugate_gradients, conjugate_gradients))
+    zero = (abs(X) ** 2).sum(0) == 0  # CoLA's divides by the norm of each column
     try:
-        Y = IterativeOperatorWInfo(A, alg) @ X
+        Y = IterativeOperatorWInfo(A, alg) @ xp.where(zero, X * 0 + 1, X)
     except RuntimeError as error:  # torch's LinAlgError
-        raise ConvergenceError(f"{type(alg).__name__} broke down ({error}); {_INSTEAD}") from error
-    xp = lapack(Y)
-    zero = (abs(X) ** 2).sum(0) == 0
-    Y = xp.where(zero, Y * 0, Y)
-    return _refused(A, Y, X, alg.tol, type(alg).__name__, alg.max_iters)
+        raise ConvergenceError(f"{name} broke down ({error}); {_INSTEAD}") from error
+    return _refused(A, xp.where(zero, Y * 0, Y), X, alg.tol, name, alg.max_iters)
 
 
 def verified_inverse(A: LinearOperator, alg: Auto) -> LinearOperator:

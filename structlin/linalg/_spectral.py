@@ -25,6 +25,7 @@ from structlin._implicit import Solver, frozen
 from structlin._lapack import determinant_of_numbers, eps, inverse_values, is_known, lapack, nan_unless
 from structlin.algebra import chains
 from structlin.linalg._forms import Members, members
+from structlin.structures.diagonal import Diagonal
 from structlin.structures.kronecker import Kronecker
 from structlin.verdicts import Determinant, Eigen
 
@@ -153,23 +154,24 @@ def _reduced(first: Array, second: Array) -> tuple[Array, Array]:
     return (core + xp.conj(core).T) / 2, lower
 
 
-def pair_solver(A: LinearOperator) -> Solver | None:
-    found = pair(frozen(A))
+def pair_inverse(A: LinearOperator) -> LinearOperator | None:
+    """``W^-H diag(1 / values) W^-1`` with W = L Q, for A = W diag(values) W^H; derivatives are those of the library."""
+    found = pair(A)
     if found is None:
         return None
     xp = lapack(found.first[0])
     reduced = [_reduced(m, c) for m, c in zip(found.first, found.second, strict=True)]
     spectral = [xp.eigh(core) for core, _ in reduced]
     values = inverse_values(chains.outer([w for w, _ in spectral]) + 1, eps(A.dtype))
-    # A = W diag(values) W^H with W = L Q, so that A^-1 = W^-H diag(1 / values) W^-1
-    lower = Kronecker(*(xp.inv(low) for _, low in reduced))
+    half = Kronecker(*(xp.inv(low) for _, low in reduced))
     vectors = Kronecker(*(v for _, v in spectral))
+    inner = vectors.H @ half  # one Kronecker product
+    return inner.H @ Diagonal(values) @ inner
 
-    def solve(b: Array) -> Array:
-        inner = vectors.H @ (lower @ b)
-        return lower.H @ (vectors @ ((values if b.ndim == 1 else values[:, None]) * inner))
 
-    return Solver(solve, solve)
+def pair_solver(A: LinearOperator) -> Solver | None:
+    inverse = pair_inverse(frozen(A))
+    return None if inverse is None else Solver(inverse.__matmul__, inverse.__matmul__)
 
 
 def pair_slogdet(A: LinearOperator) -> Determinant | None:

@@ -272,9 +272,8 @@ def _verified(found: Woodbury) -> Callable[[Array], Array]:
         for way in ways:
             try:
                 x = way(b)
-                for _ in range(_REFINEMENTS):
-                    good = is_at_roundoff(backward_error(found, x, b, size), b.dtype, SLACK / 10)
-                    if good is not False:
+                for _ in range(_REFINEMENTS):  # until the residual is that of b alone, or no more can be had
+                    if is_at_roundoff(backward_error(found, x, b, 0.0), b.dtype, SLACK / 10):
                         return x
                     x = x + way(b - found @ x)
             except (np.linalg.LinAlgError, RuntimeError):

@@ -60,7 +60,11 @@ class TransformStructure(SquareStructure):
 
 
 class Transform(NamedOperator):
-    """Base of the transforms: ``Transform(n)`` in NumPy, or of the library of ``backend``."""
+    """Base of the transforms: ``Transform(n)`` in NumPy, or of the library of ``backend``.
+
+    They are not in the register, from which layers are made: there is nothing to train. In all else they are structures
+    as any other (:func:`structlin.testing.check_structure` takes their classes).
+    """
 
     parameters = "0"
 

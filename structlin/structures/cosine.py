@@ -11,7 +11,6 @@ import numpy as np
 
 from structlin._arrays import Array
 from structlin._lapack import lapack
-from structlin.registry import register
 from structlin.structures._square import size_of
 from structlin.structures._transform import Transform, TransformStructure
 
@@ -69,7 +68,6 @@ class CosineStructure(TransformStructure):
         return matrix.T if self.backward else matrix
 
 
-@register("cosine")
 class Cosine(Transform):
     """``A[k, t] = c_k cos(pi k (2 t + 1) / (2 d))``: ``scipy.fft.dct(x, norm="ortho")``; ``A.T`` is its inverse.
 
@@ -80,6 +78,7 @@ class Cosine(Transform):
     array([2., 0., 0., 0.])
     """
 
+    name = "cosine"
     formula = "y_k = c_k sum_t cos(pi k (2 t + 1) / (2 d)) x_t"
     source = "Makhoul (1980), A fast cosine transform in one and two dimensions"
     examples = (((5, 5), {}), ((8, 8), {}), ((1, 1), {}))

@@ -44,8 +44,7 @@ class FourierStructure(TransformStructure):
 class Fourier(Transform):
     """``A[j, t] = exp(-2 pi i j t / d) / sqrt(d)``, as ``scipy.linalg.dft(d, scale="sqrtn")``.
 
-    No parameters; ``5 d log2 d`` FLOPs. Its dtype is complex whatever is asked for, so it is not in the register, whose
-    structures map real vectors to real ones.
+    No parameters; ``5 d log2 d`` FLOPs. Its dtype is complex, whatever is asked for.
 
     >>> import numpy as np
     >>> Fourier(4) @ np.array([1.0, 0.0, 0.0, 0.0])

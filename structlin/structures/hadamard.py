@@ -13,7 +13,6 @@ import scipy.linalg
 
 from structlin._arrays import Array
 from structlin._lapack import lapack
-from structlin.registry import register
 from structlin.structure import AbstractStructure
 from structlin.structures._square import size_of
 from structlin.structures._transform import Transform, TransformStructure
@@ -53,7 +52,6 @@ class HadamardStructure(TransformStructure):
         return scipy.linalg.hadamard(self.size) / math.sqrt(self.size)
 
 
-@register("hadamard")
 class Hadamard(Transform):
     """``A[i, j] = (-1)^(number of ones that i and j share in base 2) / sqrt(d)``, d a power of 2; its own inverse.
 
@@ -64,6 +62,7 @@ class Hadamard(Transform):
     array([1., 0., 0., 1.])
     """
 
+    name = "hadamard"
     formula = "y_i = sum_j (-1)^popcount(i & j) x_j / sqrt(d)"
     source = "Fino and Algazi (1976), Unified matrix treatment of the fast Walsh-Hadamard transform"
     examples = (((8, 8), {}), ((2, 2), {}), ((1, 1), {}))

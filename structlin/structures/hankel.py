@@ -42,7 +42,7 @@ class HankelStructure(ToeplitzStructure):
         if found is None:
             return None
         index = lapack(A.factors[0]).index(np.arange(self.d_in)[::-1], A.factors[0])
-        return Answer(permutation(index, A.dtype) @ found.value)
+        return Answer(permutation(index, A.dtype) @ found.value, found.verdict)
 
     def solve(self, A: Any, b: Array) -> Answer[Array] | None:
         found = super().solve(_toeplitz(A), b)

@@ -3,6 +3,7 @@
 import math
 from functools import reduce
 
+import cola
 import jax
 import numpy as np
 import pytest
@@ -14,13 +15,14 @@ from hypothesis import strategies as st
 
 import structlin
 from structlin import Structure, design, get, names
-from structlin.testing import check_design, check_structure, dense_matrix
+from structlin._arrays import to_backend
+from structlin.testing import check_design, check_structure, dense_matrix, to_numpy
 
 NUMPY = ("float16", "float32", "float64", "complex64", "complex128")
 TORCH = (*NUMPY, "bfloat16")
 BUILT_IN = (
     "dense", "low_rank", "block_diagonal", "kronecker", "tensor_train", "block_tensor_train", "monarch", "blast",
-    "butterfly", "einsum", "toeplitz", "circulant", "permutation", "diagonal",
+    "butterfly", "einsum", "toeplitz", "circulant", "permutation", "diagonal", "hankel",
 )  # fmt: skip
 EXAMPLES = [(name, *example) for name in BUILT_IN for example in get(name).examples]
 
@@ -128,6 +130,7 @@ DESIGNS = {
     "butterfly": st.integers(1, 5).map(lambda k: ((2**k, 2**k), {})),
     "einsum": einsum_sizes(),
     "toeplitz": SHAPES.map(lambda s: (s, {})),
+    "hankel": SHAPES.map(lambda s: (s, {})),
     "circulant": SQUARE,
     "permutation": SQUARE,
     "diagonal": SQUARE,
@@ -231,15 +234,59 @@ def test_definition(name, shape, options):
         wanted = scipy.linalg.toeplitz(kernel[shape[1] - 1 :], kernel[: shape[1]][::-1])
     elif name == "hankel":
         wanted = scipy.linalg.hankel(op.factors[0][: shape[0]], op.factors[0][shape[0] - 1 :])
-    elif name == "cosine":
-        wanted = scipy.fft.dct(np.eye(shape[0]), axis=0, norm="ortho")
-    elif name == "hadamard":
-        wanted = scipy.linalg.hadamard(shape[0]) / np.sqrt(shape[0])
     else:
         wanted = DEFINITIONS[name](*op.factors)[: shape[0], : shape[1]]
     scale = np.linalg.norm(wanted)
     assert np.abs(op.to_dense() - wanted).max() < 1e-14 * scale
     assert np.abs(dense_matrix(op.structure, op.factors) - wanted).max() < 1e-14 * scale
+
+
+TRANSFORMS = {
+    structlin.Cosine: lambda n: scipy.fft.dct(np.eye(n), axis=0, norm="ortho"),
+    structlin.Hadamard: lambda n: scipy.linalg.hadamard(n) / np.sqrt(n),
+    structlin.Fourier: lambda n: scipy.linalg.dft(n, scale="sqrtn"),
+}
+
+
+@pytest.mark.parametrize("backend", ["numpy", "torch", "jax"])
+@pytest.mark.parametrize("cls", TRANSFORMS, ids=lambda cls: cls.__name__)
+def test_transforms(cls, backend):
+    n = 8
+    check_structure(cls, backend=backend, dtype="complex128", quick=True)
+    if cls is not structlin.Fourier:
+        check_structure(cls, backend=backend, dtype="float32", quick=True)
+    wanted = TRANSFORMS[cls](n)
+    A = cls(n, backend=backend, dtype="complex128" if cls is structlin.Fourier else "float64")
+    x = to_backend(np.random.default_rng(0).standard_normal((n, 3)), backend)
+    dense = A.structure.dense([np.zeros(1, dtype=int)])
+    np.testing.assert_allclose(dense, wanted, atol=1e-13)
+    np.testing.assert_allclose(to_numpy(A @ x), wanted @ to_numpy(x), atol=1e-13)
+    np.testing.assert_allclose(to_numpy(structlin.solve(A, A @ x)), to_numpy(x), atol=1e-12)
+    np.testing.assert_allclose(to_numpy(cola.inv(A) @ (A @ x)), to_numpy(x), atol=1e-12)
+    np.testing.assert_allclose(to_numpy(A.H.to_dense()), wanted.conj().T, atol=1e-13)
+    np.testing.assert_allclose(to_numpy(structlin.svd(A).S), np.ones(n))
+    np.testing.assert_allclose(float(structlin.frobenius_norm(A)), np.sqrt(n))
+    got, want = cola.linalg.slogdet(A), np.linalg.slogdet(wanted)
+    np.testing.assert_allclose(complex(got[0]), want[0], atol=1e-12)
+    np.testing.assert_allclose(float(got[1]), want[1], atol=1e-12)
+
+
+def test_hankel_has_the_algebra_of_toeplitz():
+    n = 300
+    kernel = np.random.default_rng(0).standard_normal(2 * n - 1) / 30
+    kernel[n - 1] += 3
+    A = structlin.Hankel(kernel[:n], kernel[n - 1 :])
+    dense, b = scipy.linalg.hankel(kernel[:n], kernel[n - 1 :]), np.ones(n)
+    np.testing.assert_allclose(A.structure.dense(A.factors), dense)
+    np.testing.assert_allclose(structlin.solve(A, b), np.linalg.solve(dense, b), rtol=1e-9, atol=1e-10)
+    np.testing.assert_allclose(cola.inv(A) @ b, np.linalg.solve(dense, b), rtol=1e-9, atol=1e-10)
+    np.testing.assert_allclose(cola.linalg.slogdet(A), np.linalg.slogdet(dense), rtol=1e-10)
+    np.testing.assert_allclose(cola.diag(A, 3), np.diag(dense, 3))
+    np.testing.assert_allclose(structlin.frobenius_norm(A + A), 2 * np.linalg.norm(dense))
+    with pytest.raises(ValueError, match="first column and a last row"):
+        structlin.Hankel(np.ones((2, 2)), np.ones(2))
+    with pytest.raises(ValueError, match=r"2\^k rows, got 6; the nearest are 4 and 8"):
+        structlin.Hadamard(6)
 
 
 def test_toeplitz_from_column_and_row_and_from_its_diagonals():
@@ -355,7 +402,7 @@ def counts(name, shape, options):
             a, b, g, d, e, f, r = (axes(s)[x] for x in "abgdefr")
             first, second = g * f * d * r * a, f * e * r * g * b
             return first + second, first * b + second * d
-        case "toeplitz":
+        case "toeplitz" | "hankel":
             return d_in + d_out - 1, 0
         case "circulant" | "diagonal":
             return d_in, 0

@@ -5,6 +5,7 @@ are counted: what the table calls dense builds the dense matrix, what goes by co
 identity, some at a time, what is closed or fast does neither, what is iterative iterates, and what raises raises.
 """
 
+import importlib.util
 from pathlib import Path
 
 import cola
@@ -14,10 +15,16 @@ from cola.ops import LinearOperator
 
 import structlin
 from structlin import linalg
-from structlin.linalg import _diagonal, _norms, _toeplitz
+from structlin.linalg import _diagonal, _norms
 from structlin.operators import StructuredOperator
+from structlin.structures import _levinson as levinson
+from structlin.structures import toeplitz as toeplitz_module
 
 DOCUMENT = Path(__file__).parents[3] / "docs" / "linalg.md"
+_spec = importlib.util.spec_from_file_location("algebra_table", DOCUMENT.parent / "algebra_table.py")
+assert _spec is not None
+algebra_table = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(algebra_table)
 N = 64
 CHUNK = 16
 
@@ -32,6 +39,20 @@ def shifted(A):
 
 def toeplitz():
     return structlin.Toeplitz(0.5 ** np.arange(N), 0.25 ** np.arange(N))
+
+
+def hankel():
+    return structlin.Hankel(0.5 ** np.arange(N)[::-1], 0.25 ** np.arange(N))
+
+
+def plus_identity(A):
+    return A + 0.5 * cola.ops.I_like(A)
+
+
+def two_kroneckers():
+    x = np.random.default_rng(0).standard_normal((4, 8, 8))
+    a, b, c, d = x @ x.swapaxes(1, 2) + np.eye(8)
+    return structlin.Kronecker(a, b) + structlin.Kronecker(c, d)
 
 
 def kronecker_of_cola(first="circulant", **options):
@@ -67,7 +88,7 @@ ROWS = {
     "diagonal": [random("diagonal")],
     "permutation": [random("permutation")],
     "circulant": [random("circulant")],
-    "circulant, Toeplitz": [random("circulant"), toeplitz()],
+    "circulant, Toeplitz, Hankel": [random("circulant"), toeplitz(), hankel()],
     "Kronecker": [random("kronecker")],
     "block diagonal": [random("block_diagonal", blocks=8)],
     "Monarch, butterfly, BTT: chains of square blocks": SQUARE_STEPS,
@@ -75,8 +96,13 @@ ROWS = {
     "low rank": [random("low_rank", rank=3)],
     "BLAST of a rank below n / b": [random("blast", rank=3, blocks=4)],
     "Tensor-Train, BTT of rank above 1, BLAST, other chains": [train(), *wide_chains()],
-    "Toeplitz, from 256 rows": [toeplitz()],
-    "Toeplitz below": [toeplitz()],
+    "Toeplitz and Hankel, from 256 rows": [toeplitz(), hankel()],
+    "Toeplitz and Hankel below": [toeplitz(), hankel()],
+    "Kronecker, or `KronSum`, + c I": [
+        plus_identity(random("kronecker")),
+        plus_identity(cola.kronsum(random("toeplitz", n=8), random("toeplitz", n=8))),
+    ],
+    "two Kronecker products, Hermitian, one positive definite": [two_kroneckers()],
     "low rank + diagonal, or + anything above that is closed": [
         shifted(random("low_rank", rank=3)),
         random("low_rank", rank=3) + random("circulant"),
@@ -89,14 +115,11 @@ ROWS = {
         cola.ops.Adjoint(kronecker_of_cola("monarch", blocks=2)),
         2 * kronecker_of_cola(),
     ],
-    "other sums, slices, `KronSum`": [
-        train() + random("kronecker"),
-        slice_(),
-        cola.kronsum(random("toeplitz", n=8), random("toeplitz", n=8)),
-    ],
+    "other sums, slices": [train() + random("kronecker"), slice_()],
     "Tensor-Train": [train()],
     "BTT, Monarch where b divides the blocks, BLAST, other chains": [random("monarch", blocks=8), *wide_chains()],
-    "chains that regroup: butterfly, other Monarch": [random("monarch", n=60, blocks=4)],
+    "butterfly": [random("butterfly")],
+    "chains that regroup into sizes that do not nest: other Monarch": [random("monarch", n=60, blocks=4)],
     "product with a diagonal or a narrow middle": [
         cola.ops.Product(random("diagonal"), random("kronecker")),
         narrow(),
@@ -104,7 +127,7 @@ ROWS = {
     "sum": [train() + random("kronecker")],
     "`cola.ops.Kronecker`, `BlockDiag`": [kronecker_of_cola(), blocks_of_cola()],
     "other products, slices": [cola.ops.Product(train(), random("kronecker")), slice_()],
-    "other chains, Toeplitz, sums, products, slices": [
+    "other chains, Toeplitz, Hankel, sums, products, slices": [
         train(),
         *SQUARE_STEPS,
         *wide_chains(),
@@ -115,7 +138,10 @@ ROWS = {
     ],
     "`cola.ops.BlockDiag`, `.T`": [blocks_of_cola(), cola.ops.Transpose(blocks_of_cola())],
     "`cola.ops.Kronecker`": [kronecker_of_cola()],
-    "`KronSum`": [cola.kronsum(random("diagonal", n=8), random("circulant", n=8))],
+    "Kronecker + c I, `KronSum`": [
+        plus_identity(random("kronecker")),
+        cola.kronsum(random("diagonal", n=8), random("circulant", n=8)),
+    ],
 }
 # heading of a column: what it stands for
 OPERATIONS = {
@@ -135,7 +161,9 @@ NO_COST = ("by its members", "by its terms", "raises", "iterative")
 def table():
     """{(row, column): cell} of all tables."""
     found, head = {}, None
-    for line in DOCUMENT.read_text().splitlines():
+    document = DOCUMENT.read_text()
+    made = document.split(algebra_table.BEGIN)[1].split(algebra_table.END)[0]
+    for line in document.replace(made, "").splitlines():
         if not line.startswith("| ") and not line.startswith("|-"):
             head = None
             continue
@@ -216,8 +244,9 @@ def expected(cell, A):
 
 @pytest.mark.parametrize(("row", "column"), [k for k in TABLE if k[0] != "dense"])
 def test_a_cell_says_how_it_is_done(row, column, way, monkeypatch):
-    if row != "Toeplitz below":
-        monkeypatch.setattr(_toeplitz, "LEAST", N)
+    below = row == "Toeplitz and Hankel below"
+    monkeypatch.setattr(toeplitz_module, "LEAST", N + below)
+    monkeypatch.setattr(levinson, "LEAST", N + below)
     for A in ROWS[row]:
         for operation in OPERATIONS[column]:
             assert way(operation, A) == expected(TABLE[row, column], A), f"{type(A).__name__}: {TABLE[row, column]}"
@@ -228,7 +257,7 @@ def test_the_table_is_complete():
     assert columns == set(OPERATIONS)
     assert rows == {*ROWS, "dense"}
     words = " ".join(rows).lower().replace("-", "")
-    assert f"from {_toeplitz.LEAST} rows" in words
+    assert f"from {toeplitz_module.LEAST} rows" in words
     for name in structlin.names():
         if name not in ("einsum", "block_tensor_train"):  # other chains, BTT
             assert name.replace("_", " ").replace("tensor train", "tensortrain") in words, name
@@ -243,3 +272,11 @@ def test_every_cell_states_a_cost_or_why_not():
             assert stated, f"{row} | {column} | {cell}"
         else:
             assert cell.startswith(("dense", "columns", "integer", "`exp`", *NO_COST)), f"{row} | {column} | {cell}"
+
+
+def test_the_table_of_methods_is_the_one_that_the_methods_make():
+    """After a change: python docs/algebra_table.py --write."""
+    assert algebra_table.written(DOCUMENT.read_text(encoding="utf-8")) == DOCUMENT.read_text(encoding="utf-8")
+    for name, A in algebra_table.examples().items():
+        dense = A.structure.dense(A.factors)
+        assert isinstance(A.structure, structlin.Structure) or np.allclose(dense, A.to_dense()), name

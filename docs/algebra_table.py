@@ -1,0 +1,104 @@
+"""The table of docs/linalg.md: which structure answers which question itself.
+
+    python docs/algebra_table.py --write
+
+Every optional method of :class:`structlin.structure.AbstractStructure` is asked, on one example of each structure:
+"closed" where it answers, "checked" where its answer is a formula whose every use is verified, "singular" where it
+says that there is none, and "-" where it does not know, so that :mod:`structlin.linalg` goes to the dense matrix or
+iterates.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import structlin as sl
+from structlin.linalg._functions import Function
+from structlin.verdicts import Verdict
+
+DOCUMENT = Path(__file__).parent / "linalg.md"
+BEGIN, END = "<!-- made by docs/algebra_table.py -->", "<!-- end -->"
+N = 256  # from where Toeplitz matrices have a recursion
+
+_SINE = Function("the sine", np.sin, real=True)
+QUESTIONS = {
+    "inverse": lambda s, A: s.inverse(A),
+    "solve": lambda s, A: s.solve(A, np.ones(A.shape[0])),
+    "pinv": lambda s, A: s.pinv(A),
+    "slogdet": lambda s, A: s.slogdet(A),
+    "diagonal": lambda s, A: s.diagonal(A, 0),
+    "trace": lambda s, A: s.trace(A) or s.diagonal(A, 0),
+    "eig": lambda s, A: s.eig(A),
+    "svd": lambda s, A: s.svd(A),
+    "f(A)": lambda s, A: s.function(A, _SINE),
+    "A^k": lambda s, A: s.power(A, 2),
+    "Frobenius": lambda s, A: s.frobenius_norm(A),
+    "spectral": lambda s, A: s.spectral_norm(A),
+    "nearest": lambda s, A: s.nearest(np.eye(A.shape[0]), None),
+}
+
+
+def examples() -> dict[str, Any]:
+    shape = (N, N)
+    return {
+        "dense": sl.Dense.random(shape),
+        "diagonal": sl.Diagonal.random(shape),
+        "permutation": sl.Permutation.random(shape),
+        "circulant": sl.Circulant.random(shape),
+        "Toeplitz": sl.Toeplitz(0.5 ** np.arange(N)),
+        "Hankel": sl.Hankel(0.5 ** np.arange(N)[::-1], 0.5 ** np.arange(N)),
+        "Fourier": sl.Fourier(N),
+        "cosine": sl.Cosine(N),
+        "Hadamard": sl.Hadamard(N),
+        "block diagonal": sl.BlockDiagonal.random(shape, blocks=16),
+        "Kronecker": sl.Kronecker.random(shape),
+        "Monarch": sl.Monarch.random(shape, blocks=16),
+        "Monarch, padded": sl.Monarch.random((N - 1, N - 1), blocks=16),
+        "butterfly": sl.Butterfly.random(shape),
+        "low rank": sl.LowRank.random(shape, rank=4),
+        "Tensor-Train": sl.TensorTrain.random(shape, rank=3),
+        "BTT of rank 2": sl.BlockTensorTrain.random(shape, rank=2),
+        "BLAST": sl.Blast.random(shape, blocks=4, rank=80),
+    }
+
+
+def cell(question: Any, A: Any) -> str:
+    try:
+        answer = question(A.structure, A)
+    except np.linalg.LinAlgError:
+        return "singular"
+    if answer is None:
+        return "-"
+    return "checked" if getattr(answer, "verdict", Verdict.VERIFIED) is Verdict.NOT_VERIFIED else "closed"
+
+
+def table() -> str:
+    lines = [f"| structure | {' | '.join(QUESTIONS)} |", "|---" * (len(QUESTIONS) + 1) + "|"]
+    for name, A in examples().items():
+        chain = isinstance(A.structure, sl.Structure)
+        cells = ["fits" if question == "nearest" and chain else cell(ask, A) for question, ask in QUESTIONS.items()]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def written(document: str) -> str:
+    """The document with the table as it is now."""
+    head, rest = document.split(BEGIN)
+    return f"{head}{BEGIN}\n\n{table()}\n\n{END}{rest.split(END)[1]}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", action="store_true", help="put the table into docs/linalg.md")
+    if parser.parse_args().write:
+        DOCUMENT.write_text(written(DOCUMENT.read_text(encoding="utf-8")), encoding="utf-8")
+    else:
+        print(table())
+
+
+if __name__ == "__main__":
+    main()
