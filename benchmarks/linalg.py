@@ -4,9 +4,12 @@
 
 Measured in one run by interleaved repeats, in random order, calls below 50 ms each after one that does not count;
 reported are medians and ratios of medians (above 1: this library is faster). With one thread, the default, time is that
-of the processor, which other programs on the machine do not add to. ``matmat`` is A X for an X with 16 columns and an
+of the processor, which other programs on the machine do not add to. ``matmat`` is A X for an X with some columns and an
 operator at hand. ``solve`` is A^-1 X, and ``logdet`` the logarithm of |det A|, from the arrays to the result, so that
 what a library remembers of an operator does not count.
+
+``likelihood`` is ``x^T A^-1 x + log det A`` for one x with its gradient with respect to all arrays, on torch, of the
+matrices that are positive: what a Gaussian process is trained by (GPyTorch computes it by linear_operator).
 
 - dense: torch's LAPACK in the same dtype, Cholesky where the matrix is symmetric and positive (all but Monarch and
   Block Tensor-Train), else LU. Left out above ``--dense-limit`` rows: at 16384 one LU takes minutes.
@@ -23,6 +26,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import itertools
 import math
 import os
 import statistics
@@ -40,8 +44,8 @@ from _measure import aligned, machine, result_path, write_result
 import structlin as sl
 
 PEERS = ("linear_operator", "lineax", "scipy")
-OPERATIONS = ("matmat", "solve", "logdet")
-COLUMNS = 16
+OPERATIONS = ("matmat", "solve", "logdet", "likelihood")
+NOISE = 0.1
 TOEPLITZ_RATIO = 0.6
 INNER = 8  # repeats of what is fast for each repeat of what is dense
 SECONDS = 5.0  # after which a comparison is not repeated more than three times
@@ -106,6 +110,28 @@ def block_diagonal(n: int, rng: np.random.Generator) -> Case:
         True,
         lambda lo, B: lo.BlockDiagLinearOperator(lo.DenseLinearOperator(B)),
         lambda B, x: (B @ x.reshape(B.shape[0], -1, 1)).reshape(-1),
+    )
+
+
+def kronecker_plus_identity(n: int, rng: np.random.Generator) -> Case:
+    """The covariance of a Gaussian process on a grid, with noise."""
+
+    def make(A: Any, B: Any) -> Any:
+        K = cola.PSD(sl.Kronecker(A, B))
+        return cola.PSD(K + NOISE * cola.ops.I_like(K))
+
+    def linear_operator(lo: Any, A: torch.Tensor, B: torch.Tensor) -> Any:
+        K = lo.KroneckerProductLinearOperator(lo.DenseLinearOperator(A), lo.DenseLinearOperator(B))
+        n = A.shape[0] * B.shape[0]
+        return lo.KroneckerProductAddedDiagLinearOperator(
+            K, lo.ConstantDiagLinearOperator(torch.full((1,), NOISE, dtype=A.dtype), diag_shape=n)
+        )
+
+    def function(A: Any, B: Any, x: Any) -> Any:
+        return (A @ x.reshape(A.shape[0], B.shape[0]) @ B.T).reshape(-1) + NOISE * x
+
+    return Case(
+        "kronecker_plus_identity", tuple(positive(rng, k) for k in even(n, 2)), make, True, linear_operator, function
     )
 
 
@@ -196,7 +222,16 @@ def block_tensor_train(n: int, rng: np.random.Generator) -> Case:
     return Case("block_tensor_train", arrays, make, False, None, None)
 
 
-CASES = (kronecker, monarch, block_tensor_train, low_rank_plus_diagonal, block_diagonal, circulant, toeplitz)
+CASES = (
+    kronecker,
+    kronecker_plus_identity,
+    monarch,
+    block_tensor_train,
+    low_rank_plus_diagonal,
+    block_diagonal,
+    circulant,
+    toeplitz,
+)
 
 
 # -- contestants -----------------------------------------------------------------------------------------------------
@@ -207,10 +242,29 @@ def as_torch(case: Case, X: np.ndarray, dtype: str) -> tuple[list[torch.Tensor],
     return [torch.tensor(a, dtype=kind) for a in case.arrays], torch.tensor(X, dtype=kind)
 
 
+def gradient(arrays: Sequence[torch.Tensor], value: Callable[..., torch.Tensor]) -> Callable[[], torch.Tensor]:
+    """A function that returns a value of copies of the arrays, after it has computed its gradients."""
+
+    def run() -> torch.Tensor:
+        leaves = [a.detach().requires_grad_() for a in arrays]
+        found = value(*leaves)
+        torch.autograd.grad(found, leaves)
+        return found.detach()
+
+    return run
+
+
 def ours(case: Case, X: np.ndarray, dtype: str) -> dict[str, Callable[[], Any]]:
     arrays, columns = as_torch(case, X, dtype)
     A = case.make(*arrays)
-    return {
+    x = columns[:, 0].clone()
+
+    def likelihood(*leaves: torch.Tensor) -> torch.Tensor:
+        A = case.make(*leaves)
+        return x @ sl.solve(A, x) + cola.linalg.logdet(A)
+
+    more = {"likelihood": gradient(arrays, likelihood)} if case.positive else {}
+    return more | {
         "matmat": lambda: A @ columns,
         "solve": lambda: sl.solve(case.make(*arrays), columns),
         "logdet": lambda: cola.linalg.logdet(case.make(*arrays)),
@@ -220,8 +274,15 @@ def ours(case: Case, X: np.ndarray, dtype: str) -> dict[str, Callable[[], Any]]:
 def dense(case: Case, X: np.ndarray, dtype: str) -> dict[str, Callable[[], Any]]:
     arrays, columns = as_torch(case, X, dtype)
     A = case.make(*arrays).to_dense()
+    x = columns[:, :1].clone()
+
+    def likelihood(*leaves: torch.Tensor) -> torch.Tensor:
+        factor = torch.linalg.cholesky(case.make(*leaves).to_dense())
+        return (x * torch.cholesky_solve(x, factor)).sum() + 2 * factor.diagonal().log().sum()
+
     if case.positive:
         return {
+            "likelihood": gradient(arrays, likelihood),
             "matmat": lambda: A @ columns,
             "solve": lambda: torch.cholesky_solve(columns, torch.linalg.cholesky(A)),
             "logdet": lambda: 2 * torch.linalg.cholesky(A).diagonal().log().sum(),
@@ -242,7 +303,14 @@ def with_linear_operator(case: Case, X: np.ndarray, dtype: str) -> dict[str, Cal
     make = case.linear_operator
     A = make(operators, *arrays)
     found = {"matmat": lambda: A @ columns}
+    x = columns[:, 0].clone()
+
+    def likelihood(*leaves: torch.Tensor) -> torch.Tensor:
+        quadratic, log = make(operators, *leaves).inv_quad_logdet(x[:, None], logdet=True)
+        return quadratic + log
+
     if not case.product:
+        found["likelihood"] = gradient(arrays, likelihood)
         found["solve"] = lambda: make(operators, *arrays).solve(columns)
         found["logdet"] = lambda: make(operators, *arrays).logdet()
     return found
@@ -303,12 +371,16 @@ def truths(case: Case, X: np.ndarray) -> dict[str, Any]:
         r = TOEPLITZ_RATIO
         X0, X2 = np.pad(X, ((1, 0), (0, 0)))[:-1], np.pad(X, ((0, 1), (0, 0)))[1:]
         ends = np.where(np.isin(np.arange(len(X)), (0, len(X) - 1)), 1, 1 + r * r)[:, None]
-        return found | {"solve": (ends * X - r * (X0 + X2)) / (1 - r * r), "logdet": (len(X) - 1) * np.log(1 - r * r)}
+        found |= {"solve": (ends * X - r * (X0 + X2)) / (1 - r * r), "logdet": (len(X) - 1) * np.log(1 - r * r)}
+        return found | {"likelihood": X[:, 0] @ found["solve"][:, 0] + found["logdet"]}
     found["solve"] = np.asarray(cola.inv(A) @ X)
     arrays = case.arrays
     if case.name == "kronecker":
         n = X.shape[0]
         found["logdet"] = sum(n // len(a) * np.linalg.slogdet(a)[1] for a in arrays)
+    elif case.name == "kronecker_plus_identity":
+        values = np.multiply.outer(*map(np.linalg.eigvalsh, arrays))
+        found["logdet"] = np.log(values + NOISE).sum()
     elif case.name == "circulant":
         found["logdet"] = np.log(np.abs(np.fft.fft(arrays[0]))).sum()
     elif case.name == "low_rank_plus_diagonal":
@@ -319,7 +391,7 @@ def truths(case: Case, X: np.ndarray) -> dict[str, Any]:
         found["logdet"] = sum(f.carried * np.linalg.slogdet(a)[1].sum() for f, a in zip(parts, arrays, strict=True))
     else:
         found["logdet"] = sum(np.linalg.slogdet(a)[1].sum() for a in arrays)
-    return found
+    return found | {"likelihood": X[:, 0] @ found["solve"][:, 0] + found["logdet"]}
 
 
 def steady(functions: dict[str, Callable[[], Any]], repeats: int, clock: Callable[[], float]) -> dict[str, float]:
@@ -343,9 +415,11 @@ def error_of(found: Any, wanted: np.ndarray) -> float:
     return float(np.linalg.norm(found - wanted) / np.linalg.norm(wanted))
 
 
-def measure(case: Case, n: int, arguments: argparse.Namespace, absent: Sequence[str]) -> list[dict[str, Any]]:
-    """Three rows, one for each operation."""
-    X = np.random.default_rng(n).standard_normal((n, COLUMNS))
+def measure(
+    case: Case, n: int, columns: int, arguments: argparse.Namespace, absent: Sequence[str]
+) -> list[dict[str, Any]]:  # fmt: skip
+    """A row for each operation."""
+    X = np.random.default_rng(n).standard_normal((n, columns))
     wanted = truths(case, X)
     contestants = {"ours": ours(case, X, arguments.dtype)}
     if "linear_operator" not in absent:
@@ -358,8 +432,10 @@ def measure(case: Case, n: int, arguments: argparse.Namespace, absent: Sequence[
     clock = time.process_time if arguments.threads == 1 else time.perf_counter
     rows = []
     for operation in OPERATIONS:
-        row: dict[str, Any] = {"structure": case.name, "n": n, "operation": operation}
+        row: dict[str, Any] = {"structure": case.name, "n": n, "columns": columns, "operation": operation}
         fast = {k: f[operation] for k, f in contestants.items() if operation in f}
+        if "ours" not in fast:
+            continue
         row["error"] = {k: error_of(f(), wanted[operation]) for k, f in fast.items()}
         seconds = {}
         for kinds in (("ours", "linear_operator", "scipy"), ("ours_jit", "lineax")):  # those that are compared
@@ -380,7 +456,7 @@ def measure(case: Case, n: int, arguments: argparse.Namespace, absent: Sequence[
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """Our microseconds, and how many times as long the others take; in brackets errors above 1e-3."""
-    head = ("structure", "n", "operation", "us", "dense", *PEERS)
+    head = ("structure", "n", "columns", "operation", "us", "dense", *PEERS)
     cells = [head]
     for row in rows:
         shown = []
@@ -388,7 +464,16 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
             ratio, wrong = row["ratio"].get(name), row["error"].get(name, 0.0)
             text = "-" if ratio is None else f"x{ratio:.3g}"
             shown.append(text if wrong < 1e-3 else f"{text} (error {wrong:.0e})")
-        cells.append((row["structure"], str(row["n"]), row["operation"], f"{row['microseconds']['ours']:.0f}", *shown))
+        cells.append(
+            (
+                row["structure"],
+                str(row["n"]),
+                str(row.get("columns", 16)),
+                row["operation"],
+                f"{row['microseconds']['ours']:.0f}",
+                *shown,
+            )
+        )
     return aligned(cells)
 
 
@@ -402,6 +487,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", type=int, nargs="+", default=[1024, 4096, 16384], help="powers of 2")
     parser.add_argument("--structures", nargs="+", default=names, choices=names)
+    parser.add_argument("--columns", type=int, nargs="+", default=[16], help="right-hand sides")
     parser.add_argument("--repeats", type=int, default=5, help=f"of dense; {INNER} times as many of the others")
     parser.add_argument("--dtype", default="float64", choices=["float32", "float64"])
     parser.add_argument("--threads", type=int, default=1)
@@ -415,10 +501,10 @@ def main() -> None:
 
         jax.config.update("jax_enable_x64", True)
     rows: list[dict[str, Any]] = []
-    for n in arguments.sizes:
+    for n, columns in itertools.product(arguments.sizes, arguments.columns):
         for make in CASES:
             if make.__name__ in arguments.structures:
-                rows += measure(make(n, np.random.default_rng(n)), n, arguments, absent)
+                rows += measure(make(n, np.random.default_rng(n)), n, columns, arguments, absent)
     print(table(rows))
     for name in absent:
         print(f"{name}: absent")
@@ -426,7 +512,7 @@ def main() -> None:
     if left:
         print(f"dense: left out at n = {', '.join(map(str, left))}")
     if arguments.out:
-        setting = {k: v for k, v in vars(arguments).items() if k != "out"} | {"columns": COLUMNS, "absent": absent}
+        setting = {k: v for k, v in vars(arguments).items() if k != "out"} | {"absent": absent}
         versions = {name: version(name.replace("_", "-")) for name in PEERS if name not in absent}
         found = {"setting": setting, "machine": machine("cpu"), "versions": versions, "rows": rows}
         write_result(result_path(arguments.out), found)

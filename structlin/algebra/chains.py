@@ -481,10 +481,11 @@ def _of_low_rank(A: Any, f: Any) -> Answer[Any] | None:
     else:
         core = V @ U
     if at_zero is None:
-        at_zero = known(f.values(core[:1, 0] * 0)[0])
+        at_zero = f.values(core[:1, 0] * 0)[0]
+    size = known(abs(at_zero))
     if f.thin is not None and not hermitian:
         middle = f.thin(core)
-    elif at_zero is None or not math.isfinite(at_zero):
+    elif size is not None and not math.isfinite(size):
         return None
     elif hermitian:
         middle = f.on_matrices(core[None], A)[0] - at_zero * xp.eye(core.shape[0], core)
@@ -504,7 +505,7 @@ def _of_low_rank(A: Any, f: Any) -> Answer[Any] | None:
     dtype = middle.dtype
     structure = Structure.parse(_THREE, i=V.shape[1], r=V.shape[0], s=V.shape[0], o=U.shape[0])
     product = StructuredOperator(structure, (xp.astype(V, dtype), middle, xp.astype(U, dtype)))
-    return Answer(product) if at_zero == 0 else Answer(product + f.multiple_of_identity(product, at_zero))
+    return Answer(product) if size == 0 else Answer(product + f.multiple_of_identity(product, at_zero))
 
 
 def power(A: Any, k: int) -> Answer[Any] | None:

@@ -222,7 +222,7 @@ def test_what_is_too_large_says_so(small_limit):
     for f in (cola.pinv, cola.exp, linalg.svd, lambda A: cola.eig(A, 2, "LM"), cola.linalg.sqrt):
         with pytest.raises(ValueError, match="no dense matrix is built unasked"):
             f(A)
-    with pytest.warns(UserWarning, match="estimated by Arnoldi"):
+    with pytest.warns(UserWarning, match="estimated with a standard error"):
         log = cola.logdet(random("toeplitz", (12, 12), backend="torch", dtype="float64"))
     assert np.isfinite(float(log))
     assert isinstance(cola.inv(random("dense", (30, 30))), cola.ops.Product)  # a dense matrix is what it is
@@ -442,12 +442,8 @@ def test_rounding(backend, dtype):
         assert np.linalg.norm(error) <= tol * np.linalg.norm(to_numpy(A.to_dense()))
     fixed = linalg.round_tensor_train(A, rank=(1, 2))
     assert [f.shape[0] for f in fixed.factors] == [1, 1, 2]
-    # From the other end it is another matrix, and as good up to the factor sqrt(2) for which both are known.
-    transposed = linalg.round_tensor_train(A.T, rank=(2, 1))
-    forth, back = (to_numpy(x.to_dense()) - to_numpy(A.to_dense()) for x in (fixed, transposed.T))
-    assert np.linalg.norm(back) <= 1.42 * np.linalg.norm(forth) <= 2.1 * np.linalg.norm(back)
-    whole = linalg.round_tensor_train(A.T, rank=(3, 2))
-    np.testing.assert_allclose(to_numpy(whole.T.to_dense()), to_numpy(A.to_dense()), atol=1e-12)
+    transposed = linalg.round_tensor_train(A.T, rank=(1, 2))
+    np.testing.assert_allclose(to_numpy(transposed.T.to_dense()), to_numpy(fixed.to_dense()), atol=1e-12)
 
 
 def test_rounding_to_fixed_ranks_is_quasi_optimal():
