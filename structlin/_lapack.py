@@ -43,11 +43,11 @@ def _numpy() -> SimpleNamespace:
         np.linalg.cholesky(a)  # raises where one is not positive; NumPy has no batched triangular solve
         return np.linalg.solve(a, b)
 
-    def positive_slogdet(a: Array) -> tuple[Array, Array]:
+    def positive_slogdet(a: Array, strict: bool = True) -> tuple[Array, Array]:
         try:
             lower = np.linalg.cholesky(a)
         except np.linalg.LinAlgError:
-            return _unsure_slogdet(a, np.linalg)
+            return _unsure_slogdet(a, np.linalg, strict)
         logs = np.log(np.diagonal(lower, 0, -2, -1).real)
         return np.ones((), a.dtype)[()], 2 * logs.sum()
 
@@ -101,7 +101,7 @@ def _torch() -> SimpleNamespace:
         half = torch.linalg.solve_triangular(lower, b, upper=False)
         return torch.linalg.solve_triangular(lower.mH, half, upper=True)
 
-    def positive_slogdet(a: Array) -> tuple[Array, Array]:
+    def positive_slogdet(a: Array, strict: bool = True) -> tuple[Array, Array]:
         """By Cholesky, half the work of LU, which takes over for what is not positive to roundoff."""
         if a.device.type == "cpu":
             lower, failed = torch.linalg.cholesky_ex(a)
@@ -110,7 +110,7 @@ def _torch() -> SimpleNamespace:
                 log = 2 * (diagonal.real if a.is_complex() else diagonal).log().sum()
                 return torch.ones((), dtype=a.dtype), log
             if known(failed.amax()) is not None:
-                return _unsure_slogdet(a, torch.linalg)
+                return _unsure_slogdet(a, torch.linalg, strict)
         sign, log = torch.linalg.slogdet(a)
         return sign.prod(), log.sum()
 
@@ -182,9 +182,9 @@ def _jax() -> SimpleNamespace:
             raise np.linalg.LinAlgError("not positive definite")
         return lower
 
-    def positive_slogdet(a: Array) -> tuple[Array, Array]:
+    def positive_slogdet(a: Array, strict: bool = True) -> tuple[Array, Array]:
         if is_known(a) and bool(jnp.isnan(jnp.linalg.cholesky(a)).any()):
-            return _unsure_slogdet(a, jnp.linalg)
+            return _unsure_slogdet(a, jnp.linalg, strict)
         sign, log = jnp.linalg.slogdet(a)
         return jnp.prod(sign), jnp.sum(log)
 
@@ -226,17 +226,17 @@ def _jax() -> SimpleNamespace:
     )
 
 
-def _unsure_slogdet(a: Array, linalg: Any) -> tuple[Array, Array]:
-    """Of a stack of matrices that are said to be positive, for which Cholesky fails: LinAlgError where one has an
-    eigenvalue that is negative by more than roundoff."""
+def _unsure_slogdet(a: Array, linalg: Any, strict: bool) -> tuple[Array, Array]:
+    """Of a stack of matrices that may be positive, for which Cholesky fails. ``strict``: they are said to be, and one
+    with an eigenvalue that is negative by more than roundoff raises LinAlgError."""
     xp = lapack(a)
-    fixed = xp.stop_gradient(a)
-    values = linalg.eigvalsh(fixed)
-    least, most = known(values.min()), known(xp.max(xp.abs(values)))
-    if least is not None and most is not None and least < -a.shape[-1] * 10 * eps(a.dtype) * most:
-        raise not_positive(f"a matrix with an eigenvalue of {least:.1e}")
+    if strict:
+        values = linalg.eigvalsh(xp.stop_gradient(a))
+        least, most = known(values.min()), known(xp.max(xp.abs(values)))
+        if least is not None and most is not None and least < -a.shape[-1] * 10 * eps(a.dtype) * most:
+            raise not_positive(f"a matrix with an eigenvalue of {least:.1e}")
     sign, log = linalg.slogdet(a)
-    return xp.prod(xp.abs(sign)), log.sum()
+    return xp.prod(xp.abs(sign) if strict else sign), log.sum()
 
 
 def subscripts(terms: Sequence[Sequence[int]], output: Sequence[int]) -> str:

@@ -243,7 +243,7 @@ def solve_blocks(blocks: Array, b: Array, positive: bool) -> Array:
     """(c, m, m), (c, m, k) -> (c, m, k). Raises LinAlgError, or gives NaN inside jit, for blocks that are singular to
     working precision: those whose solutions are as large as roundoff can make them."""
     xp = lapack(blocks)
-    with refusing_singular(blocks):
+    with refusing_singular(blocks, positive):
         x = xp.cholesky_solve(blocks, b) if positive else xp.solve(blocks, b)
     fixed = [xp.stop_gradient(y) for y in (blocks, b, x)]
     sizes = [xp.amax(xp.amax(xp.abs(y))) for y in fixed]
@@ -289,7 +289,7 @@ def _of_steps(structure: Structure, factors: Iterable[Array], xp: Any, symmetric
         carried = structure.factors[number].carried
         blocks = roles.blocks_of(structure, number, factor)
         if symmetric:
-            signs, logs = xp.positive_slogdet(blocks)
+            signs, logs = xp.positive_slogdet(blocks, False)
         else:
             signs, logs = xp.slogdet(blocks)
             signs, logs = xp.prod(signs), logs.sum()

@@ -118,7 +118,7 @@ def test_what_is_refused():
     A = random("block_diagonal", (6, 6), blocks=2)
     with pytest.raises(ValueError, match="square"):
         linalg.solve(random("block_diagonal", (6, 4), blocks=2), np.ones(6))
-    with pytest.raises(ValueError, match=r"\(6,\) or \(6, k\), got \(5,\)"):
+    with pytest.raises(ValueError, match=r"\(6,\), \(6, k\) or \(batch, 6, k\), got \(5,\)"):
         linalg.solve(A, np.ones(5))
     with pytest.raises(np.linalg.LinAlgError, match="singular"):
         linalg.solve(structlin.BlockDiagonal(np.ones((2, 3, 3)) + 1e-17 * np.eye(3)), np.arange(6.0))
