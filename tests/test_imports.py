@@ -34,7 +34,7 @@ def test_contracts_hold() -> None:
         ("structlin/execution/products.py", "import structlin.operators", "products -> structlin.operators"),
         ("structlin/execution/rates.py", "import structlin.execution.torch_ways", "rates -> structlin.execution.torch"),
         ("structlin/execution/chunked.py", "import structlin.execution.compiled", "chunked -> structlin.execution.com"),
-        ("structlin/linalg/_chain.py", "import structlin_nn.torch", "structlin.linalg._chain -> structlin_nn.torch"),
+        ("structlin/linalg/_solve.py", "import structlin_nn.torch", "structlin.linalg._solve -> structlin_nn.torch"),
         ("structlin/execution/new.py", "", "- structlin.execution.new"),
     ],
 )

@@ -85,6 +85,7 @@ from structlin._cola_compat._repair import (  # noqa: E402
     functions_of,
     implementation,
     is_array,
+    library_of,
     rule,
 )
 from structlin._cola_compat._values import VALUES, known_scalar, parity, scaled_annotations  # noqa: E402
@@ -98,6 +99,7 @@ __all__ = [
     "install",
     "is_array",
     "known_scalar",
+    "library_of",
     "parity",
     "rule",
     "scalar_mul",

@@ -11,10 +11,10 @@ import numpy as np
 from cola.ops import LinearOperator
 
 from structlin._arrays import to_backend
+from structlin._lapack import as_array
+from structlin.algebra import roles as chain
 from structlin.interop._arrays import require_operator
-from structlin.linalg import _chain as chain
 from structlin.linalg._forms import diagonal_of
-from structlin.linalg._lapack import as_array
 from structlin.operators import StructuredOperator
 from structlin.structure import Structure
 from structlin.structures.block_diagonal import BlockDiagonal

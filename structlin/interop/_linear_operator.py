@@ -8,7 +8,7 @@ from typing import Any
 import cola
 from cola.ops import LinearOperator
 
-from structlin._cola_compat._repair import functions_of
+from structlin._cola_compat import functions_of
 from structlin.interop._arrays import require_operator
 from structlin.linalg import solve
 

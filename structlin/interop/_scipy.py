@@ -11,7 +11,7 @@ import scipy.sparse.linalg
 from cola.ops import LinearOperator
 
 from structlin._arrays import dtype_name, to_backend
-from structlin._cola_compat._repair import functions_of, is_array, library_of
+from structlin._cola_compat import functions_of, is_array, library_of
 from structlin.interop._arrays import host, require_operator
 from structlin.operators import StructuredOperator
 from structlin.structures.dense import Dense
