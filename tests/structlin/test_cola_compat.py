@@ -7,6 +7,7 @@ the repair is no longer needed) and passes here, where structlin is imported.
 
 import copy
 import importlib.util
+import inspect
 import io
 import json
 import os
@@ -439,6 +440,52 @@ def reciprocal():
 def sum_dtype():
     A, B = Dense(torch.ones(2, 2)), Dense(torch.ones(2, 2, dtype=torch.complex128))
     assert Sum(A, B).dtype == torch.complex128
+
+
+@defect("views")
+def transposed_kron():
+    a = torch.tensor(draw(2, 3))
+    found = Kronecker(Dense(a), Dense(torch.tensor(draw(4, 5, seed=1)).T)).to_dense()
+    np.testing.assert_allclose(found, np.kron(a, draw(4, 5, seed=1).T))
+
+
+@defect("like")
+def numpy_identity():
+    assert isinstance(I_like(Dense(draw(2, 2))).to_dense(), np.ndarray)
+
+
+@defect("lookup")
+def lookup_is_remembered():
+    inv = plum.dispatch.functions["inv"]
+    S = cola.ops.ScalarMul(torch.tensor(2.0), (2, 2), torch.float32)
+    cola.inv(S, cola.linalg.Auto())
+    assert (type(S), cola.linalg.Auto) in inv._cache
+
+
+@defect("binding")
+def binding_is_quick():
+    abstract = [getattr(f, "_abstract", None) for f in plum.dispatch.functions.values()]
+    cells = [cell.cell_contents for f in abstract for cell in getattr(f, "__closure__", None) or ()]
+    slow = [x for x in cells if isinstance(x, inspect.Signature)]
+    assert not [x for x in slow if all(p.kind is not p.VAR_POSITIONAL for p in x.parameters.values())]
+
+
+@defect("annotating")
+def annotating_keeps_members():
+    A = Kronecker(Dense(positive(2)), Dense(positive(3)))
+    assert PSD(A).Ms[0] is A.Ms[0]
+    assert PSD(A).isa(PSD)
+    assert not A.isa(PSD)
+
+
+@defect("sums")
+def sums_do_not_copy():
+    class Strict(np.ndarray):
+        def __radd__(self, other):
+            raise AssertionError(f"{other!r} was added to the first term")
+
+    A = LinearOperator(np.float64, (2, 2), matmat=lambda X: X.view(Strict))
+    (A + A) @ np.ones((2, 1))
 
 
 def errors(names):
