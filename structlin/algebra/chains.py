@@ -268,7 +268,7 @@ def slogdet(A: Any) -> Answer[Determinant] | None:
     if roles.rank_bound(structure) < structure.d_in:
         return Answer(zero_determinant(factors[0]))
     if roles.is_square_chain(structure):
-        if A.isa(PSD) and (blocks := roles.diagonal_blocks(structure, factors)) is not None:
+        if A.isa(PSD) and (blocks := matrix_blocks(A)) is not None:
             return Answer(Determinant(*xp.positive_slogdet(blocks)))
         # The members of a real symmetric Kronecker product are symmetric, or in pairs antisymmetric: with zeros on the
         # diagonal, so that Cholesky gives them back to LU.

@@ -149,11 +149,6 @@ def test_a_matrix_that_is_not_positive_after_all(name, kind, backend):
         "sqrt": lambda: cola.linalg.sqrt(A),
         "apply": lambda: linalg.apply(lambda x: x + 1, A),
     }
-    if name == "inv" and kind == "blocks":
-        np.testing.assert_allclose(
-            to_numpy(functions[name]()), [1, 0], atol=1e-6
-        )  # needs no positive matrix, and is right
-        return
     with pytest.raises(np.linalg.LinAlgError, match="annotated PSD"):
         functions[name]()
 
@@ -206,7 +201,7 @@ def test_the_rules_stand_when_structlin_is_imported():
         "import cola, structlin\n"
         "K = structlin.Kronecker.random((6, 6), seed=0)\n"
         "assert type(cola.inv(K)) is structlin.Kronecker\n"
-        "assert set(structlin.interop.__all__) <= set(structlin.__all__)\n"
+        "assert structlin.solve is structlin.linalg.solve is cola.solve\n"
         "assert all(hasattr(structlin, name) for name in structlin.__all__)\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
