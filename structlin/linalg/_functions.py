@@ -195,7 +195,7 @@ def _of_shifted(A: Sum, f: Function) -> LinearOperator | None:
         return None
     g = f.shifted(c)
     if A.isa(PSD):  # K need not be positive; the sum is
-        g = replace(g, values=lambda x: f.values(positive_part(x + c)), real=True)
+        g = replace(g, values=lambda x: f.values(positive_part(lapack(x).real(x + c))), real=True)
     K = SelfAdjoint(K) if A.isa(SelfAdjoint) else K
     if isinstance(K, StructuredOperator):
         answer = K.structure.function(K, g)
