@@ -35,6 +35,7 @@ from typing import Any
 
 import torch
 from _measure import aligned, describe, keep_memory, machine, peak_memory, ratio, result_path, timings, write_result
+from plot_steps import plot
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -261,30 +262,10 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     return aligned(cells)
 
 
-def plot(result: Mapping[str, Any], path: Path) -> None:
-    """Time per MAC of each model relative to dense, with and without passes over blocks."""
-    from matplotlib.figure import Figure
-
-    from structlin_nn.figures.style import STYLES
-
+def report(result: Mapping[str, Any]) -> str:
+    """What the documentation shows of a result."""
     rows = result["rows"]
-    figure = Figure(figsize=(7.2, 3.2), layout="constrained")
-    axes = figure.subplots(1, len(KINDS), sharey=True)
-    for panel, kind in zip(axes, KINDS, strict=True):
-        for place, row in enumerate(rows):
-            found = row[kind]
-            if "separate_time_per_mac" in found:
-                panel.bar(place - 0.2, found["separate_time_per_mac"], 0.38, color="0.75",
-                          label="layer after layer" if not place else None)  # fmt: skip
-            panel.bar(place + 0.2, found["time_per_mac"], 0.38, color=STYLES["block_tensor_train"][1],
-                      label="as structlin runs it" if not place else None)  # fmt: skip
-        panel.axhline(1, color="0.3", linewidth=0.8)
-        panel.set_xticks(range(len(rows)), [row["model"] for row in rows])
-        panel.set_title("training step" if kind == "step" else kind, fontsize=10)
-    axes[0].set_ylabel("time per MAC,\ndense of equal MACs = 1")
-    axes[0].legend(fontsize=8, frameon=False)
-    figure.suptitle(describe(result), fontsize=7)
-    figure.savefig(path, dpi=150)
+    return latency_table(rows) if rows and "dense_seconds" in rows[0] else table(rows)
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -305,8 +286,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     arguments = parser.parse_args(argv)
     if arguments.clock == "cpu" and arguments.threads > 1:
         parser.error("--clock cpu is for --threads 1: it adds up the time of all threads")
-    if arguments.latency and (arguments.plot or arguments.compiled or arguments.both_allocators):
-        parser.error("--latency takes no --plot, --compiled or --both-allocators")
+    if arguments.latency and (arguments.compiled or arguments.both_allocators):
+        parser.error("--latency takes no --compiled or --both-allocators")
     try:
         choice.policy_of(arguments.execution)
     except ValueError as error:
@@ -328,10 +309,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         if arguments.out:
             write_result(result_path(arguments.out), result)
 
+    def draw() -> None:
+        if arguments.plot:
+            plot(result, arguments.plot)
+
     if arguments.latency:
         rows += latency(arguments)
         print("\n" + latency_table(rows))
-        return save()
+        save()
+        return draw()
     result["peak_gflops"] = peak_rate(getattr(torch, arguments.dtype))
     for kept in (False, True) if arguments.both_allocators else (False,):
         if kept and not keep_memory():
@@ -345,9 +331,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(table(held[-1:]), flush=True)
             save()
     print(f"\n{table(rows)}\none dense product of 2048 x 2048: {result['peak_gflops']:.0f} GFLOP/s")
-    if arguments.plot:
-        plot(result, arguments.plot)
-    return None
+    return draw()
 
 
 if __name__ == "__main__":
