@@ -10,12 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from structlin_nn.data.imagenet import IMAGENET_MEAN, IMAGENET_STD
-from structlin_nn.models.files import TIMM_OPTIONS, build_of, load_model, make_timm
-from structlin_nn.torch.files import read_structured, read_tensors
-from structlin_nn.training.base import RunConfig
+from structlin_nn._shards import read_tensors
+from structlin_nn.checkpoints import checkpoints, read_checkpoint
+from structlin_nn.models.files import TIMM_OPTIONS, build_dense, build_of, load_model, make_timm
+from structlin_nn.records import read_record
+from structlin_nn.torch._layout import changes, layout_of
+from structlin_nn.torch.files import PlainFileError, check_entries, digest, read_structured
+from structlin_nn.torch.files import read_tensors as read_tensors_file
 
-__all__ = ["KINDS", "TrainedModel", "open_trained"]
+__all__ = ["KINDS", "TrainedModel", "described", "load_trained", "model_of", "open_trained", "starting_weights"]
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 KINDS = (
     "a folder of `structlin train`, a .safetensors file of `structlin compress`, timm:NAME with --weights, or a folder "
@@ -32,21 +37,21 @@ class TrainedModel:
         model: on the CPU and in evaluation mode.
         build: how it is built (:mod:`structlin_nn.models.files`).
         name: of the source, without folders.
-        config: of the run that trained it, where it was one of ours.
+        config: of the run that trained it, as its record has it, and its ``task``; None where it was none of ours.
         scale: (mean, standard deviation) that its images are normalised with, where they are not ImageNet's.
     """
 
     model: nn.Module
     build: dict[str, Any]
     name: str
-    config: RunConfig | None = None
+    config: dict[str, Any] | None = None
     scale: Scale | None = None
 
     @property
     def task(self) -> str:
         """Pipeline whose data the model is for: ``gpt2``, ``cifar`` (images of 32 x 32) or ``imagenet``."""
         if self.config is not None:
-            return self.config.task
+            return self.config["task"]
         if self.build["kind"] == "GPT2":
             return "gpt2"
         return "cifar" if self.image_size == 32 and self.build["kind"] != "timm" else "imagenet"
@@ -109,7 +114,7 @@ def open_trained(
         return _timm(text.removeprefix("timm:"), weights, num_classes, image_size)
     _refuse(text, **given)
     place = Path(text).expanduser()
-    if (place / "checkpoint.pt").is_file():
+    if checkpoints(place):
         _refuse(text, untie=untie or None)
         return _run(place, average)
     _refuse(text, average=average or None)
@@ -130,33 +135,108 @@ def open_trained(
 
 def _refuse(source: str, **options: Any) -> None:
     if unfit := [name for name, value in options.items() if value is not None]:
-        raise ValueError(f"{unfit[0]} is no option of {source}")
+        raise ValueError(f"{source} has no option {unfit[0]}")
+
+
+def load_trained(folder: str | os.PathLike[str], *, average: bool = False, model: nn.Module | None = None) -> nn.Module:
+    """The model of a run in torch as its last checkpoint has it, on the CPU and in evaluation mode.
+
+    Args:
+        folder: of the run.
+        average: the average of the weights instead of the weights.
+        model: a model of your own to fill, whose construction a checkpoint does not tell.
+
+    Raises:
+        FileNotFoundError: no checkpoint there.
+        ValueError: a damaged checkpoint, a run without an average, or one of a model of your own without `model`.
+    """
+    place, state = read_checkpoint(Path(folder))
+    if average and not state["tensors"].get("average"):
+        raise ValueError(f"the run in {folder} keeps no average of its weights (ema is 0)")
+    if model is None:
+        if state["build"] is None:
+            raise ValueError(f"the run in {folder} trained a model of your own: give it, load_trained(..., model=model)")
+        model = model_of(state["build"], state["layout"])
+    tensors: dict[str, Any] = {"model": {name: tensor.detach() for name, tensor in model.state_dict().items()}}
+    read_tensors(place, tensors)
+    if average:
+        held = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        read_tensors(place, {"average": {n: v.detach() for n, v in held.items() if v.is_floating_point()}})
+    return model.cpu().eval()
+
+
+def described(model: nn.Module) -> dict[str, Any]:
+    """``build`` and ``layout``, from which `model_of` makes a model like this one; None for a model of your own."""
+    try:
+        build = build_of(model)
+    except TypeError:
+        return {"build": None, "layout": None}
+    return {"build": build, "layout": layout_of(model)}
+
+
+def model_of(build: dict[str, Any], layout: dict[str, Any]) -> nn.Module:
+    """The model that `described` describes, with values that are to be filled in."""
+    model = build_dense(build)
+    for change in changes(model, layout):
+        change.apply(model)
+    return model
+
+
+def starting_weights(source: str | os.PathLike[str], model: nn.Module) -> tuple[nn.Module, dict[str, Any]]:
+    """The model to start training from in place of `model`, with trained weights, and what a record says of them.
+
+    Args:
+        source: a .safetensors file of tensors alone, or what `open_trained` opens: then layers may have structures of
+            their own.
+        model: of the configuration.
+
+    Raises:
+        FileNotFoundError: nothing there.
+        ValueError: damaged files, or names, shapes or sizes that are not those of `model`.
+    """
+    place = Path(source).expanduser()
+    structured = None
+    try:
+        if _holds_tensors_alone(place):
+            tensors = read_tensors_file(place)
+        else:
+            found = open_trained(place)
+            theirs, ours = found.build.get("config", {}), (described(model)["build"] or {}).get("config", {})
+            if wrong := [f"{n} is {theirs.get(n)!r} there and {ours[n]!r} here" for n in ours if theirs.get(n) != ours[n]]:
+                raise ValueError("; ".join(wrong))
+            model, tensors = found.model.train(), dict(found.model.state_dict())
+            structured = sum(form["structure"] != "dense" or form["rms_cap"] for form in layout_of(model)["layers"])
+        check_entries({n: (tuple(t.shape), t.dtype) for n, t in model.state_dict().items()}, tensors)
+    except ValueError as error:
+        raise ValueError(f"{source} does not fit the model of the configuration: {error}") from error
+    with torch.no_grad():
+        for name, tensor in model.state_dict().items():
+            tensor.copy_(tensors[name])
+    return model, {"file": place.name, "sha256": digest(tensors), "structured_layers": structured}
+
+
+def _holds_tensors_alone(place: Path) -> bool:
+    if place.suffix != ".safetensors" or not place.is_file() or (place.parent / "config.json").is_file():
+        return False
+    try:
+        return read_structured(place).build is None
+    except PlainFileError:
+        return True
 
 
 def _run(folder: Path, average: bool) -> TrainedModel:
-    from structlin_nn.training.config import config_from_dict
-    from structlin_nn.training.records import read_record
-    from structlin_nn.training.run import RECORD, load_trained
-
-    header = read_record(folder / RECORD).header
-    config = config_from_dict(header["task"], header["config"])
-    model = load_trained(folder, average=average)
-    if not config.model.startswith("timm:"):
-        return TrainedModel(model, build_of(model), folder.name, config)
-    from structlin_nn.training.model import timm_options
-
-    build = {
-        "kind": "timm",
-        "name": config.model.removeprefix("timm:"),
-        "options": timm_options(config, model.num_classes),  # type: ignore[arg-type]
-    }
-    return TrainedModel(model, build, folder.name, config)
+    _, state = read_checkpoint(folder)
+    if state["build"] is None:
+        raise ValueError(f"the run in {folder} trained a model of your own, which a checkpoint does not tell how to build")
+    header = read_record(folder / "record.jsonl").header
+    told = {"task": header["task"], **header["config"]}
+    return TrainedModel(load_trained(folder, average=average), state["build"], folder.name, told)
 
 
 def _timm(name: str, weights: str | os.PathLike[str], num_classes: int | None, image_size: int | None) -> TrainedModel:
     given = dict(zip(TIMM_OPTIONS, (num_classes, image_size), strict=True))
     options = {key: value for key, value in given.items() if value is not None}
-    tensors = read_tensors(weights)
+    tensors = read_tensors_file(weights)
     if num_classes is None and (found := _classes(name, tensors)) is not None:
         options["num_classes"] = found
     model = make_timm(name, **options)

@@ -34,6 +34,8 @@ COMMANDS = {
         "figure",
     )
 }
+TYRO = ("train",)
+"""Commands that read their own arguments."""
 DESCRIPTION = "Structured matrices in neural networks: see what there is, count what it costs, and train with it."
 EXAMPLES = """\
 examples:
@@ -78,6 +80,8 @@ def _dispatch(arguments: list[str]) -> int:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
     # Only the command that is asked for says what its arguments are: the others may need slow imports.
     asked = next((word for word in arguments if not word.startswith("-")), None)
+    if arguments and asked == arguments[0] and asked in TYRO:
+        return int(importlib.import_module(COMMANDS[asked]).main(arguments[1:]))
     if asked is not None and asked not in COMMANDS:
         parser.error(f"unknown command {asked!r}{suggestion(asked, COMMANDS)} (one of {', '.join(COMMANDS)})")
     chosen: tuple[Parser, ModuleType] | None = None

@@ -45,9 +45,9 @@ def save_model(
 
     Raises:
         ValueError: as :func:`structlin_nn.torch.save_structured`; a ``build`` that
-            :func:`load_model` can not carry out.
+            :func:`load_model` cannot carry out.
         TypeError: a model of another kind, without ``build``.
-        OSError: the file can not be written.
+        OSError: the file cannot be written.
 
     >>> from structlin_nn.models import build_model
     >>> from structlin_nn.torch import project_linear, to_dense_linear
@@ -94,12 +94,14 @@ def load_model(
 
 
 def build_of(model: nn.Module) -> dict[str, Any]:
-    """How a model of this package is built, apart from the structure of its layers. TypeError for another model.
+    """How a model of this package, or of :func:`make_timm`, is built, apart from the structure of its layers. TypeError for another model.
 
     >>> from structlin_nn.models import build_model
     >>> build_of(build_model("cifar-mlp", width=16, depth=1, device="meta"))["config"]["width"]
     16
     """
+    if (made := getattr(model, "structlin_build", None)) is not None:
+        return made
     for kind, (model_class, config_class) in _KINDS.items():
         if type(model) is model_class:
             config: Any = model.config
@@ -114,12 +116,17 @@ def build_from(found: StructuredFile) -> nn.Module:
     """The dense model that a file names, with random values."""
     if found.build is None:
         raise ValueError("the file does not say how its model is built: build it, and use load_structured")
-    _check(found.build)
-    if found.build["kind"] == "timm":
-        return make_timm(found.build["name"], **found.build["options"])
-    model_class, config_class = _KINDS[found.build["kind"]]
+    return build_dense(found.build)
+
+
+def build_dense(build: Mapping[str, Any]) -> nn.Module:
+    """The dense model that :func:`build_of` tells how to build, with random values."""
+    _check(build)
+    if build["kind"] == "timm":
+        return make_timm(build["name"], **build["options"])
+    model_class, config_class = _KINDS[build["kind"]]
     with torch.random.fork_rng(devices=[]):
-        return model_class(_config(found.build, config_class))
+        return model_class(_config(build, config_class))
 
 
 def make_timm(name: str, **options: Any) -> nn.Module:
@@ -127,10 +134,14 @@ def make_timm(name: str, **options: Any) -> nn.Module:
 
     Args:
         name: of the model, without a tag of pretrained weights; nothing is downloaded.
-        **options: ``num_classes`` and ``img_size``.
+        **options: ``num_classes`` and ``img_size``. Models that are not built for a size, as convolutional ones, are
+            built without it, and take images of any size.
+
+    Returns:
+        The model; :func:`build_of` says how it was built.
 
     Raises:
-        ValueError: an unknown name, other options, or a model that has no such option.
+        ValueError: an unknown name, other options, or a size that the model cannot have.
         ModuleNotFoundError: timm is not installed.
     """
     import timm
@@ -141,9 +152,16 @@ def make_timm(name: str, **options: Any) -> nn.Module:
         raise ValueError(f"timm has no model {name!r}")
     with torch.random.fork_rng(devices=[]):
         try:
-            return timm.create_model(name, pretrained=False, **options)
+            model = timm.create_model(name, pretrained=False, **options)
         except TypeError as error:
-            raise ValueError(f"timm's {name} can not be built with {options}: {error}") from error
+            if "img_size" not in str(error) or "img_size" not in options:
+                raise ValueError(f"timm's {name} cannot be built with {options}: {error}") from error
+            options = {key: value for key, value in options.items() if key != "img_size"}
+            model = timm.create_model(name, pretrained=False, **options)
+        except AssertionError as error:
+            raise ValueError(f"timm's {name} cannot be built with {options}: {error}") from error
+    model.structlin_build = {"kind": "timm", "name": name, "options": dict(options)}
+    return model
 
 
 def _check(build: Mapping[str, Any]) -> None:

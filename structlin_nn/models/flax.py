@@ -1,4 +1,4 @@
-"""The models for images of :mod:`structlin_nn.models` in flax.nnx, with the same names, sizes and values.
+"""The models of :mod:`structlin_nn.models` in flax.nnx, with the same names, sizes and values.
 
 The parameters of a model here and of the torch model of the same configuration go over into one another by
 :mod:`structlin_nn.convert`. Sizes, presets and the fixed order of the pixels are those of :mod:`structlin_nn.models`,
@@ -18,9 +18,9 @@ from jax import Array
 
 from structlin_nn import models
 from structlin_nn.flax.linear import Index, StructuredLinear
-from structlin_nn.models import LAYER_PRESETS, MLPConfig, StructureConfig, ViTConfig
+from structlin_nn.models import LAYER_PRESETS, GPT2Config, MLPConfig, StructureConfig, ViTConfig
 
-__all__ = ["MLP", "MODELS", "ViT", "base_model", "build_model"]
+__all__ = ["GPT2", "MLP", "MODELS", "ViT", "base_model", "build_model"]
 
 _EPSILON = 1e-5  # torch's, for layer norms
 
@@ -94,23 +94,31 @@ class MLP(nnx.Module):
 class Attention(nnx.Module):
     """Multi-head attention with LayerNorm on queries and keys, as in torch. (batch, tokens, width) -> the same."""
 
-    def __init__(self, linear: _Maker, width: int, heads: int, head_dim: int) -> None:
-        self.heads, self.head_dim = heads, head_dim
+    def __init__(
+        self, linear: _Maker, width: int, heads: int, head_dim: int, *, causal: bool = False, bias: bool = True,
+        zero_query: bool = True, norms: bool = True, scale: float | None = None, projection_bias: bool = False,
+    ) -> None:  # fmt: skip
+        self.heads, self.head_dim, self.causal, self.norms = heads, head_dim, causal, norms
+        self.scale = 8 / head_dim if scale is None else scale
         inner = heads * head_dim
-        self.query = linear(width, inner, bias=False, zero_init=True, gain=False)
-        self.key = linear(width, inner, bias=False, gain=False)
-        self.value = linear(width, inner, bias=False)
-        self.query_norm = linear.norm(head_dim)
-        self.key_norm = linear.norm(head_dim)
-        self.out = linear(inner, width, zero_init=True)
+        self.query = linear(width, inner, bias=projection_bias, zero_init=zero_query, gain=not norms)
+        self.key = linear(width, inner, bias=projection_bias, gain=not norms)
+        self.value = linear(width, inner, bias=projection_bias)
+        if norms:
+            self.query_norm = linear.norm(head_dim, bias=bias)
+            self.key_norm = linear.norm(head_dim, bias=bias)
+        self.out = linear(inner, width, bias=bias, zero_init=True)
 
     def __call__(self, x: Array) -> Array:
         split = (*x.shape[:-1], self.heads, self.head_dim)
-        q = self.query_norm(self.query(x).reshape(split))
-        k = self.key_norm(self.key(x).reshape(split))
-        v = self.value(x).reshape(split)
+        q, k, v = self.query(x).reshape(split), self.key(x).reshape(split), self.value(x).reshape(split)
+        if self.norms:
+            q, k = self.query_norm(q), self.key_norm(k)
         # Not jax.nn.dot_product_attention, which takes the softmax of float64 in float32.
-        scores = jnp.einsum("...qhd,...khd->...hqk", q, k) * (8 / self.head_dim)
+        scores = jnp.einsum("...qhd,...khd->...hqk", q, k) * self.scale
+        if self.causal:
+            seen = jnp.tril(jnp.ones((x.shape[-2], x.shape[-2]), bool))
+            scores = jnp.where(seen, scores, jnp.finfo(scores.dtype).min)
         shares = jax.nn.softmax(scores.astype(jnp.promote_types(scores.dtype, jnp.float32))).astype(v.dtype)
         y = jnp.einsum("...hqk,...khd->...qhd", shares, v)
         return self.out(y.reshape(*x.shape[:-1], -1))
@@ -119,16 +127,62 @@ class Attention(nnx.Module):
 class Block(nnx.Module):
     """``x + attention(norm(x))``, then ``x + down(gelu(up(norm(x))))``; both branches zero at initialisation."""
 
-    def __init__(self, linear: _Maker, width: int, heads: int, head_dim: int, expansion: int) -> None:
-        self.attention_norm = linear.norm(width)
-        self.attention = Attention(linear, width, heads, head_dim)
-        self.ffn_norm = linear.norm(width)
-        self.up = linear(width, expansion * width)
-        self.down = linear(expansion * width, width, zero_init=True)
+    def __init__(
+        self, linear: _Maker, width: int, heads: int, head_dim: int, expansion: int, *, bias: bool = True,
+        gelu: str = "none", **attention: Any,
+    ) -> None:  # fmt: skip
+        self.approximate = gelu == "tanh"
+        self.attention_norm = linear.norm(width, bias=bias)
+        self.attention = Attention(linear, width, heads, head_dim, bias=bias, **attention)
+        self.ffn_norm = linear.norm(width, bias=bias)
+        self.up = linear(width, expansion * width, bias=bias)
+        self.down = linear(expansion * width, width, bias=bias, zero_init=True)
 
     def __call__(self, x: Array) -> Array:
         x = x + self.attention(self.attention_norm(x))
-        return x + self.down(nnx.gelu(self.up(self.ffn_norm(x)), approximate=False))
+        return x + self.down(nnx.gelu(self.up(self.ffn_norm(x)), approximate=self.approximate))
+
+
+class GPT2(nnx.Module):
+    """Causal transformer over tokens: :class:`structlin_nn.models.GPT2`.
+
+    Tokens (batch, length) -> logits (batch, length, vocabulary).
+
+    >>> config = GPT2Config(width=16, depth=1, heads=2, vocabulary=30, context=9)
+    >>> nnx.eval_shape(lambda x: GPT2(config, rngs=nnx.Rngs(0))(x), jnp.zeros((2, 5), int)).shape
+    (2, 5, 30)
+    """
+
+    def __init__(
+        self, config: GPT2Config, *, dtype: Any = None, param_dtype: Any = jnp.float32, rngs: nnx.Rngs
+    ) -> None:
+        self.config, width = _Static(config), config.width
+        assert config.head_dim is not None
+        default = models.GPT2.default_layers
+        linear = _Maker(config.structure, default, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        self.tokens = linear.embedding(config.vocabulary, width)
+        self.positions = linear.embedding(config.context, width)
+        self.blocks = nnx.List(
+            Block(
+                linear, width, config.heads, config.head_dim, config.expansion, causal=True, bias=config.bias,
+                zero_query=False, gelu=config.gelu, norms=config.qk_norm, scale=config.attention_scale,
+                projection_bias=config.bias,
+            )
+            for _ in range(config.depth)
+        )  # fmt: skip
+        self.norm = linear.norm(width, bias=config.bias)
+        if not config.tied:
+            self.head = linear(width, config.vocabulary, role="output", bias=False, zero_init=True)
+
+    def __call__(self, tokens: Array) -> Array:
+        config = self.config.value
+        if tokens.ndim != 2 or not 1 <= tokens.shape[1] <= config.context:
+            raise ValueError(f"tokens of shape (batch, length up to {config.context}) are needed, got {tokens.shape}")
+        x = self.tokens(tokens) + self.positions(jnp.arange(tokens.shape[1]))
+        for block in self.blocks:
+            x = block(x)
+        x = self.norm(x)
+        return self.tokens.attend(x) if config.tied else self.head(x)
 
 
 class ViT(nnx.Module):
@@ -175,18 +229,18 @@ class ViT(nnx.Module):
         return self.head(self.norm(x[:, 0]))
 
 
-MODELS = {"cifar-mlp": MLP, "cifar-vit": ViT, "imagenet-vit": ViT}
+MODELS = {"cifar-mlp": MLP, "cifar-vit": ViT, "imagenet-vit": ViT, "gpt2": GPT2}
 """The models that there are in flax, by the names of :data:`structlin_nn.models.MODELS`."""
 
 
 def build_model(
     name: str, *, width: int, structure: StructureConfig | None = None, dtype: Any = None,
     param_dtype: Any = jnp.float32, rngs: nnx.Rngs, **sizes: Any,
-) -> MLP | ViT:  # fmt: skip
+) -> MLP | ViT | GPT2:  # fmt: skip
     """A model of :data:`MODELS` at a width, as :func:`structlin_nn.models.build_model`.
 
     Args:
-        name: ``cifar-mlp``, ``cifar-vit`` or ``imagenet-vit``.
+        name: ``cifar-mlp``, ``cifar-vit``, ``imagenet-vit`` or ``gpt2``.
         width: features of the residual stream.
         structure: structure of the linear layers; None: all dense.
         dtype: of the computation, as in :class:`StructuredLinear`.
@@ -208,7 +262,7 @@ def build_model(
     return MODELS[name](config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)  # type: ignore[arg-type]
 
 
-def base_model(name: str, base_width: int | None = None, **sizes: Any) -> MLP | ViT:
+def base_model(name: str, base_width: int | None = None, **sizes: Any) -> MLP | ViT | GPT2:
     """The dense model at base width, abstract: what learning-rate multipliers are relative to.
 
     Arguments and errors are those of :func:`structlin_nn.models.base_model`.

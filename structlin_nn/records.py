@@ -2,8 +2,8 @@
 
 The header has ``kind`` "header" and holds
 
-- ``schema``: version of this format, 3; ``started``: time in UTC; ``task``: the pipeline, ``cifar``, ``imagenet``
-  or ``gpt2``; ``config``: its configuration (`structlin_nn.training.config`); ``seed``;
+- ``schema``: version of this format, 4; ``started``: time in UTC; ``task``: the recipe, ``cifar``, ``imagenet`` or
+  ``gpt2``; ``config``: its configuration (``Config`` in `structlin_nn.recipes`); ``seed``;
 - ``data``: name, sizes, and a sha256 sum of the data;
 - ``structures``: for each structured linear layer its name, sizes, structure, parameters and MACs of one application,
   and for each factor its shape, fans, initial deviation and learning-rate multiplier;
@@ -20,7 +20,7 @@ steps since the last evaluation, of the loss that was trained on; null at step 0
 evaluation so far, without the time between an interruption and its resumption, and
 
 - ``statistics``: RMS of the last hidden features and of their change in a step, and the gain of each layer
-  (`structlin_nn.training.statistics.Probe`), on the first 1024 training images (``cifar``), the first 64 validation
+  (`structlin_nn.recipes._torch.Probe`), on the first 1024 training images (``cifar``), the first 64 validation
   images (``imagenet``), or 4 fixed pieces of the training tokens (``gpt2``).
 
 Further, for ``cifar``
@@ -44,14 +44,17 @@ Where the configuration asks for an average of the weights, evaluations are of t
 
 Losses are mean cross-entropies in nats, errors shares from 0 to 1. MACs are multiply-accumulates. Times and
 machine names aside, a run that was interrupted and resumed on the CPU writes what one without interruption writes.
-No line holds a path. Earlier schemas are read too: 1, which CIFAR had first, lacks ``task`` and ``statistics``, and in
-2 only CIFAR has ``statistics``.
+No line holds a path. Each line ends with ``crc32``, the checksum of what stands before it. Earlier schemas are read
+too: 3 has no checksums, 2 has ``statistics`` for CIFAR only, and 1, which CIFAR had first, lacks ``task`` and
+``statistics``.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,9 +62,10 @@ from typing import Any
 
 from structlin_nn._files import atomic_write
 
-__all__ = ["SCHEMA", "Record", "RecordWriter", "read_record"]
+__all__ = ["SCHEMA", "Record", "RecordWriter", "read_record", "sealed", "unsealed"]
 
-SCHEMA = 3
+SCHEMA = 4
+_SUM = re.compile(rb', "crc32": "([0-9a-f]{8})"}')
 COMMON_KEYS = ("step", "samples", "training_macs", "lr", "batch_loss", "seconds", "statistics")
 TASK_KEYS = {
     "cifar": ("epoch", "train_loss", "train_error", "test_loss", "test_error", "batch_error"),
@@ -110,13 +114,15 @@ def read_record(path: str | os.PathLike[str]) -> Record:
     """
     path = Path(path)
     raw = path.read_bytes()
-    lines = [_parse(path, number, line) for number, line in enumerate(raw.split(b"\n")[:-1], start=1)]
+    lines = [unsealed(path, line, number) for number, line in enumerate(raw.split(b"\n")[:-1], start=1)]
     if raw and not raw.endswith(b"\n"):
-        raise ValueError(f"{path}, line {len(lines) + 1} is cut off; `--resume` of the run repairs it")
+        raise ValueError(f"{path}, line {len(lines) + 1} is cut off; resuming the run repairs it")
     if not lines:
         raise ValueError(f"{path} is empty, a run record starts with a header")
     header, *evaluations = lines
     schema = header.get("schema")
+    if schema == SCHEMA and (bare_lines := [n for n, line in enumerate(lines, start=1) if line.pop("crc32", None) is None]):
+        raise ValueError(f"{path}, line {bare_lines[0]} is damaged: it has no checksum")
     if header.get("kind") != "header" or schema not in range(1, SCHEMA + 1):
         raise ValueError(
             f"{path}, line 1 must be a header of schema 1 to {SCHEMA}, got kind {header.get('kind')!r} and schema "
@@ -124,6 +130,7 @@ def read_record(path: str | os.PathLike[str]) -> Record:
         )
     if schema == 1:
         header.setdefault("task", "cifar")
+    header.setdefault("recipe", header.get("task"))
     if missing := [key for key in HEADER_KEYS if key not in header]:
         raise ValueError(f"{path}, line 1 lacks {', '.join(missing)}")
     if header["task"] not in TASK_KEYS:
@@ -140,7 +147,16 @@ def read_record(path: str | os.PathLike[str]) -> Record:
     return Record(header, tuple(evaluations))
 
 
-def _parse(path: Path, number: int, line: bytes) -> dict[str, Any]:
+def unsealed(path: Path, line: bytes, number: int = 1) -> dict[str, Any]:
+    """The value of a line of `sealed`, or of one without a checksum, which older records have.
+
+    Raises:
+        ValueError: a line that is damaged; the message names file and line.
+    """
+    line = line.removesuffix(b"\n")
+    found = _SUM.search(line)
+    if found is not None and (found.end() != len(line) or int(found[1], 16) != zlib.crc32(line[: found.start()])):
+        raise ValueError(f"{path}, line {number} is damaged: its checksum is wrong")
     try:
         value = json.loads(line)
     except ValueError as error:
@@ -168,7 +184,7 @@ class RecordWriter:
             OSError: the file cannot be written.
             ValueError: the header holds a NaN or an infinity.
         """
-        line = _line({"kind": "header", "schema": SCHEMA, **header})
+        line = sealed({"kind": "header", "schema": SCHEMA, **header})
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(path) as file:
             file.write(line)
@@ -214,7 +230,7 @@ class RecordWriter:
             OSError: the disk is full; the line may be there in part then, which resuming repairs.
             ValueError: a NaN or an infinity.
         """
-        line = _line({"kind": "evaluation", **evaluation})
+        line = sealed({"kind": "evaluation", **evaluation})
         with self.path.open("ab", buffering=0) as file:
             written = file.write(line)
             os.fsync(file.fileno())
@@ -223,5 +239,11 @@ class RecordWriter:
         self.size += len(line)
 
 
-def _line(value: Mapping[str, Any]) -> bytes:
-    return json.dumps(value, allow_nan=False).encode() + b"\n"
+def sealed(value: Mapping[str, Any]) -> bytes:
+    """An object as a line of JSON whose last entry, ``crc32``, is the checksum of what stands before it.
+
+    >>> sealed({"step": 3})
+    b'{"step": 3, "crc32": "ea1e1ee9"}\\n'
+    """
+    text = json.dumps(value, allow_nan=False).encode()[:-1]
+    return text + f', "crc32": "{zlib.crc32(text):08x}"}}\n'.encode()

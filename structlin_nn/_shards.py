@@ -1,0 +1,100 @@
+"""Tensors in files by `torch.distributed.checkpoint`: written by any number of processes, and read by any other.
+
+Its table of contents is a pickle, which here can name nothing but the classes that such a table is made of; tensors are
+all that is read.
+"""
+
+from __future__ import annotations
+
+import pickle
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+
+__all__ = ["read_tensors", "write_tensors"]
+
+_PART = "torch.distributed.checkpoint"
+_NAMES = {
+    f"{_PART}.metadata": {
+        "BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta",
+        "TensorProperties", "TensorStorageMetadata", "_MEM_FORMAT_ENCODING",
+    },
+    f"{_PART}.filesystem": {"_StorageInfo"},
+    "torch": {"Size", "device"},
+    "torch.serialization": {"_get_layout"},
+    "collections": {"OrderedDict"},
+    "pathlib": {"PosixPath", "WindowsPath"},
+}  # fmt: skip
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        known = name in _NAMES.get(module, ())
+        known |= module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if not known:
+            raise ValueError(f"it asks for {module}.{name}")
+        return super().find_class(module, name)
+
+
+class _Reader(dcp.FileSystemReader):
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        with (Path(self.path) / ".metadata").open("rb") as file:
+            metadata = _Unpickler(file).load()
+        if not isinstance(metadata, Metadata):
+            raise ValueError(f"it holds {type(metadata).__name__} in place of a table of contents")
+        if not all(isinstance(entry, TensorStorageMetadata) for entry in metadata.state_dict_metadata.values()):
+            raise ValueError("it holds something that is no tensor")
+        metadata.storage_meta = StorageMeta(load_id=self.load_id)
+        return metadata
+
+
+def write_tensors(folder: Path, tensors: dict[str, Any], process_group: Any = None, alone: bool = True) -> None:
+    """Write nested dictionaries of tensors, sharded over the processes or whole; all processes call it.
+
+    Args:
+        folder: to write into.
+        tensors: at the ends of nested dictionaries.
+        process_group: of the processes.
+        alone: there is one process.
+
+    Raises:
+        OSError: the disk is full, or the folder cannot be written.
+    """
+    try:
+        with _alone_is_fine():
+            writer = dcp.FileSystemWriter(folder)
+            dcp.save(tensors, storage_writer=writer, process_group=process_group, no_dist=alone)
+    except (CheckpointException, RuntimeError) as error:
+        causes = list(error.failures.values()) if isinstance(error, CheckpointException) else []
+        found = next((e for e, *_ in causes if isinstance(e, OSError)), None)
+        raise OSError(getattr(found, "errno", None), getattr(found, "strerror", None) or str(error)) from error
+
+
+def read_tensors(folder: Path, tensors: dict[str, Any], process_group: Any = None, alone: bool = True) -> None:
+    """Fill nested dictionaries of tensors from a checkpoint, whatever their sharding is now and was then.
+
+    Raises:
+        ValueError: damaged files, or a tensor that is missing or has another shape.
+    """
+    try:
+        with _alone_is_fine():
+            dcp.load(
+                tensors, storage_reader=_Reader(folder), process_group=process_group, no_dist=alone
+            )
+    except (CheckpointException, pickle.UnpicklingError, RuntimeError, ValueError, EOFError, OSError, KeyError) as error:
+        raise ValueError(f"the checkpoint {folder} is damaged or of another model: {error}") from error
+
+
+@contextmanager
+def _alone_is_fine() -> Iterator[None]:
+    """torch warns where there is no group of processes."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+        yield

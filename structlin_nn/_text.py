@@ -1,0 +1,57 @@
+"""Text for readers: tables, the nearest known word, and the one progress bar."""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+__all__ = ["progress_bar", "suggestion", "table"]
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1, rule: bool = True) -> str:
+    """A table as text; the first `left` columns are aligned left, the others right.
+
+    Args:
+        head: names of the columns.
+        rows: cells, as many in each row as there are columns.
+        left: number of columns that are aligned left; a negative one counts those at the right end.
+        rule: draw a line below the head.
+
+    >>> print(table(("name", "MACs"), [("dense", "64"), ("low_rank", "7")]))
+    name      MACs
+    --------  ----
+    dense       64
+    low_rank     7
+    """
+    rows = [tuple(row) for row in rows]
+    widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
+    is_left = [i < left if left >= 0 else i >= len(head) + left for i in range(len(head))]
+    lines = [head, ["-" * width for width in widths], *rows] if rule else [head, *rows]
+    cells = [[c.ljust(w) if at else c.rjust(w) for c, w, at in zip(r, widths, is_left, strict=True)] for r in lines]
+    return "\n".join("  ".join(row).rstrip() for row in cells)
+
+
+def suggestion(word: str, known: Iterable[str]) -> str:
+    """ ", did you mean x?" for the known word nearest to `word`, or "" where none is near.
+
+    >>> suggestion("widht", ["width", "depth"])
+    ', did you mean width?'
+    """
+    found = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f", did you mean {found[0]}?" if found else ""
+
+
+def progress_bar(total: float, label: str, *, done: float = 0, unit: str = "it", quiet: bool = False, **more: Any) -> Any:
+    """A bar of tqdm on stderr, with `more` of its options.
+
+    Where stderr is a file, each refresh is a line of its own: there is one every 30 seconds.
+    """
+    from tqdm import tqdm  # type: ignore[import-untyped]
+
+    interval = 0.2 if sys.stderr.isatty() else 30.0
+    return tqdm(
+        total=total, initial=done, desc=label, unit=unit, unit_scale=True, dynamic_ncols=True, mininterval=interval,
+        disable=quiet, **more,
+    )  # fmt: skip

@@ -1,0 +1,81 @@
+"""Recipes: each trains one kind of model, in one flat file from data to optimiser in the manner of nanoGPT.
+
+`cifar`, `imagenet` and `gpt2` are in torch, `flax_cifar` and `flax_gpt2` in flax. Each has a dataclass `Config`, which
+decides the result, `Options`, which says where a run reads and writes, and `train`. What they share is in the modules
+with an underscore.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from types import ModuleType
+from typing import Any
+
+from structlin_nn._text import suggestion
+
+__all__ = ["MODELS", "config_from_dict", "recipe", "recipe_module"]
+
+_VIT = {"model": "cifar-vit", "epochs": 200, "batch_size": 256, "lr": 1e-3, "input_lr_mult": 1.0}
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "cifar-mlp": ("cifar", {"model": "cifar-mlp"}),
+    "cifar-vit": ("cifar", _VIT),
+    "imagenet-vit": ("imagenet", {}),
+    "gpt2": ("gpt2", {}),
+}
+"""For each model its recipe, and in what the paper's configuration of it differs from the defaults of the recipe."""
+_RECIPES = ("cifar", "imagenet", "gpt2", "flax_cifar", "flax_gpt2")
+
+
+def recipe_module(name: str) -> ModuleType:
+    """The module of a recipe.
+
+    Raises:
+        ValueError: an unknown name, with the nearest.
+    """
+    if name not in _RECIPES:
+        raise ValueError(f"unknown recipe {name!r}{suggestion(name, _RECIPES)} (one of {', '.join(_RECIPES)})")
+    return importlib.import_module(f"structlin_nn.recipes.{name}")
+
+
+def recipe(model: str = "cifar-mlp", **changes: Any) -> Any:
+    """The paper's configuration of a model, with changes.
+
+    Options of the structure that are not given are the paper's for that model; all are in the result. So is `rms_cap`:
+    on for Block Tensor-Trains in the recipes of ImageNet and GPT-2, which diverge without it.
+
+    Args:
+        model: ``cifar-mlp``, ``cifar-vit``, ``imagenet-vit`` or ``gpt2``; or ``timm:NAME`` for a model of timm by the
+            recipe of ``imagenet-vit``.
+        **changes: fields of the configuration.
+
+    Returns:
+        The ``Config`` of a recipe.
+
+    Raises:
+        TypeError, ValueError: as the configuration.
+
+    >>> recipe("cifar-vit", structure="low_rank", width=128).options
+    {'rank_fraction': 0.1}
+    >>> recipe("cifar-vit", structure="low_rank", options={"rank": 8}).options
+    {'rank': 8}
+    >>> recipe("gpt2", width=1024, structure="block_tensor_train").rms_cap
+    True
+    """
+    named = "imagenet-vit" if model.startswith("timm:") else model
+    if named not in MODELS:
+        raise ValueError(f"unknown model {model!r}{suggestion(model, MODELS)} (one of {', '.join(MODELS)})")
+    name, own = MODELS[named]
+    return recipe_module(name).Config.from_dict({**own, **changes, "model": model})
+
+
+def config_from_dict(name: str, values: Mapping[str, Any]) -> Any:
+    """The configuration of a recipe from plain values, as run records and checkpoints hold them.
+
+    Raises:
+        TypeError, ValueError: as the configuration; an unknown recipe.
+
+    >>> config_from_dict("cifar", {"width": 32}).width
+    32
+    """
+    return recipe_module(name).Config.from_dict(values)

@@ -1,0 +1,268 @@
+"""What the configurations of all recipes share: frozen dataclasses that tyro reads, checked when they are made.
+
+Importing this module imports neither torch nor jax.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from dataclasses import replace as dataclass_replace
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+import tyro
+from beartype.door import is_bearable
+
+import structlin
+from structlin_nn._text import suggestion
+
+__all__ = ["RunConfig", "StructureOptions", "overrides", "require"]
+
+_EXCLUSIVE = {"rank": "rank_fraction", "rank_fraction": "rank"}  # two ways to state one size
+
+
+def _parse_options(words: Sequence[str]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for word in words:
+        name, equals, text = word.partition("=")
+        if not equals or not name:
+            raise ValueError(f"{word!r} must be NAME=VALUE, such as rank=2")
+        if name in found:
+            raise ValueError(f"{name} is given twice")
+        found[name] = _value(text)
+    return found
+
+
+def _value(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+StructureOptions = Annotated[
+    dict[str, Any],
+    tyro.constructors.PrimitiveConstructorSpec(
+        nargs="*",
+        metavar="[NAME=VALUE ...]",
+        instance_from_str=_parse_options,
+        is_instance=lambda value: isinstance(value, dict),
+        str_from_instance=lambda value: [f"{k}={v if isinstance(v, str) else json.dumps(v)}" for k, v in value.items()],
+    ),
+]
+"""Options of a structure; on the command line ``--options rank=2 factorization=greedy``."""
+
+
+def require(fine: bool, message: str) -> None:
+    """ValueError with the message unless `fine`."""
+    if not fine:
+        raise ValueError(message)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """What decides the result of a run, whatever it trains; the ``Config`` of each recipe adds what is its own.
+
+    The fields in `execution` decide how a run is computed and not what: a resumed run may have others.
+
+    Raises:
+        TypeError: a value of another type than the field's (an int is taken for a float, a list for a tuple).
+        ValueError: a value outside of its range, an unknown name, or an option that the structure does not have.
+    """
+
+    task: ClassVar[str]
+    """Name of the pipeline in records."""
+    execution: ClassVar[frozenset[str]] = frozenset({"accumulate", "compile", "recompute"})
+    paper_options: ClassVar[Mapping[str, Mapping[str, Mapping[str, Any]]]] = {}
+    """By model and structure: the options that the paper uses."""
+    capped: ClassVar[bool] = False
+    """Whether Block Tensor-Trains get an RMS cap unless `rms_cap` says otherwise; the paper caps them where they
+    diverge without."""
+
+    model: str = ""
+    width: int = 256  # width of the model
+    base_width: int = 64  # width at which the learning rate was tuned
+    structure: str = "dense"  # structure of the linear layers, one of `structlin structures`
+    options: StructureOptions = None  # type: ignore[assignment]
+    """Options of the structure; the paper's where not given."""
+    layers: Literal["all", "all_but_last", "intermediate"] = "all_but_last"  # which linear layers are structured
+    rms_cap: bool | None = None  # cap the RMS of every factor, with a learned gain; None: as the paper does
+    rule: Literal["paper", "rank_corrected"] = "paper"  # initial scale of the factors
+    structure_aware: bool = True  # learning rates by structure; without, factors get the rate of a dense layer (naive)
+    batch_size: int = 256  # samples of a step, of all processes and parts together
+    lr: float = 3e-3  # learning rate of the dense model at base width
+    schedule: Literal["cosine", "constant"] = "cosine"  # learning rate after the warm-up
+    final_lr: float = 0.0  # where the cosine ends, as a share of the learning rate
+    optimizer: Literal["adam", "adamw", "muon"] = "adam"  # muon: Muon for matrices, AdamW at adam_lr for the rest
+    adam_lr: float = 0.0  # with muon: learning rate of what AdamW steps
+    weight_decay: float = 0.0  # decoupled decay of factors and weights, for adamw and muon
+    independent_decay: bool = False  # decay by lr * weight_decay whatever the multiplier of a factor's rate
+    betas: tuple[float, float] = (0.9, 0.999)  # decay rates of Adam's two moments
+    clip: float = 0.0  # largest norm of all gradients together, 0 for no clipping
+    ema: float = 0.0  # decay of an average of weights and buffers that is evaluated in their place, 0 for none
+    precision: Literal["float32", "bfloat16", "float16"] = "float32"  # of products; 16 bits by autocast
+    accumulate: int = 1  # parts into which each process splits its share of a step
+    compile: bool = False  # torch.compile the model
+    recompute: bool = False  # keep only the inputs of blocks, and compute the rest again (activation checkpointing)
+    seed: int = 0  # of initialisation, order of the data and augmentation
+    device: str = "cpu"  # cpu, cuda or cuda:N
+    threads: int = 0  # threads of torch on the CPU, 0 for torch's own choice
+
+    def __post_init__(self) -> None:
+        known = structlin.names()
+        if self.structure not in known:
+            raise ValueError(f"unknown structure {self.structure!r}{suggestion(str(self.structure), known)}")
+        given = {} if self.options is None else self.options
+        if not isinstance(given, Mapping) or not all(isinstance(name, str) for name in given):
+            raise TypeError(f"options must be a dictionary of options by name, got {given!r}")
+        usual = self.paper_options.get(self.model, {}).get(self.structure, {})
+        kept = {k: v for k, v in usual.items() if k not in {_EXCLUSIVE.get(name) for name in given}}
+        object.__setattr__(self, "options", {k: _tuples(v) for k, v in {**kept, **given}.items()})
+        if self.rms_cap is None:
+            object.__setattr__(self, "rms_cap", self.capped and self.structure == "block_tensor_train")
+        for name, hint in _hints(type(self)).items():
+            object.__setattr__(self, name, _typed(name, getattr(self, name), hint))
+        self._check()
+
+    def _check(self) -> None:
+        """Check ranges; recipes add their own."""
+        allowed = structlin.options(self.structure)
+        for name in self.options:
+            has = f"it has {', '.join(allowed)}" if allowed else "it has none"
+            near = suggestion(name, allowed)
+            require(name in allowed, f"structure {self.structure!r} has no option {name!r}{near} ({has})")
+        self._at_least(1, "batch_size", "accumulate")
+        self._check_width()
+        self._at_least(0, "weight_decay", "seed", "threads", "clip", "adam_lr")
+        require(self.lr > 0, f"lr must be positive, got {self.lr}")
+        require(all(0 <= b < 1 for b in self.betas), f"betas must be two numbers from 0 to below 1, got {self.betas}")
+        require(0 <= self.ema < 1, f"ema must be from 0 to below 1, got {self.ema}")
+        require(0 <= self.final_lr <= 1, f"final_lr must be from 0 to 1, got {self.final_lr}")
+        device, colon, number = self.device.partition(":")
+        known = device in ("cpu", "cuda") and (number.isdigit() if colon else True)
+        require(known and self.device not in ("cpu:1",), f"device must be cpu, cuda or cuda:N, got {self.device!r}")
+        decays = self.optimizer != "adam"
+        require(decays or not self.weight_decay, f"weight_decay={self.weight_decay} needs optimizer='adamw' or 'muon'")
+        require(decays or not self.independent_decay, "independent_decay needs optimizer='adamw' or 'muon'")
+        require((self.optimizer == "muon") == (self.adam_lr > 0), "adam_lr and optimizer='muon' go together")
+        ends = self.schedule == "cosine" or not self.final_lr
+        require(ends, f"final_lr={self.final_lr} is where a cosine ends; schedule='constant' has none")
+
+    def _check_width(self) -> None:
+        self._at_least(1, "width", "base_width")
+
+    def _at_least(self, least: int, *names: str) -> None:
+        for name in names:
+            value = getattr(self, name)
+            require(value >= least, f"{name} must be at least {least}, got {value}")
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """A configuration from plain values, as `to_dict` gives them.
+
+        Raises:
+            TypeError, ValueError: as the class; an unknown key is named with the nearest known one.
+        """
+        known = _hints(cls)
+        for key in values:
+            require(key in known, f"unknown key {key!r} in the configuration{suggestion(str(key), known)}")
+        return cls(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields as values that JSON can hold; `from_dict` gives the same configuration back."""
+        return {entry.name: _plain(getattr(self, entry.name)) for entry in fields(self)}
+
+    def replace(self, **changes: Any) -> Self:
+        """The same configuration with some fields changed, checked as a new one."""
+        known = _hints(type(self))
+        for key in changes:
+            require(key in known, f"unknown key {key!r} in the configuration{suggestion(str(key), known)}")
+        return dataclass_replace(self, **changes)
+
+    def differences(self, other: RunConfig) -> list[str]:
+        """Names of the fields in which two configurations differ."""
+        mine, theirs = self.to_dict(), other.to_dict()
+        return [name for name in mine if mine[name] != theirs.get(name)]
+
+    def check_continues(self, earlier: RunConfig, folder: object) -> None:
+        """Raise ValueError, naming the fields that differ, unless the run in `folder` had this configuration.
+
+        Fields of `execution` may differ.
+        """
+        require(
+            type(earlier) is type(self),
+            f"the run in {folder} is one of {type(earlier).__module__}, and this is one of {type(self).__module__}",
+        )
+        before, now = earlier.to_dict(), self.to_dict()
+        if names := [name for name in self.differences(earlier) if name not in self.execution]:
+            listed = ", ".join(f"{name} was {before[name]!r} and is {now[name]!r}" for name in names)
+            raise ValueError(f"the run in {folder} has another configuration: {listed}")
+
+
+def overrides(kind: type[RunConfig], assignments: Sequence[str]) -> dict[str, Any]:
+    """Changes from strings KEY=VALUE; ``options.NAME=VALUE`` sets one option of the structure.
+
+    Values are JSON; what is none is a string.
+
+    Raises:
+        ValueError: no "=", an unknown key (with the nearest), or a key given twice.
+
+    >>> from structlin_nn.recipes.cifar import Config
+    >>> overrides(Config, ["lr=1e-3", "structure=monarch", "options.blocks=4"])
+    {'lr': 0.001, 'structure': 'monarch', 'options': {'blocks': 4}}
+    """
+    known, found = _hints(kind), dict[str, Any]()
+    for assignment in assignments:
+        key, equals, text = assignment.partition("=")
+        name, dot, part = key.partition(".")
+        require(bool(equals), f"{assignment!r} must be KEY=VALUE")
+        fine = name in known and (not dot or (name == "options" and bool(part)))
+        require(fine, f"unknown key {key!r} in {assignment!r}{suggestion(key, known)}")
+        into, key = (found.setdefault("options", {}), part) if dot else (found, key)
+        require(key not in into, f"{assignment!r} sets {key} a second time")
+        into[key] = text if known[name] is str else _value(text)
+    return found
+
+
+def _hints(kind: type[RunConfig]) -> dict[str, Any]:
+    found = typing.get_type_hints(kind)
+    return {entry.name: found[entry.name] for entry in fields(kind)}
+
+
+def _typed(name: str, value: Any, hint: Any) -> Any:
+    """A value as the type of its field, or a TypeError (for one of several names a ValueError)."""
+    if typing.get_origin(hint) is tuple and isinstance(value, list):
+        value = tuple(value)
+    if typing.get_origin(hint) is tuple and isinstance(value, tuple):
+        value = tuple(float(v) if type(v) is int else v for v in value)
+    if hint is float and type(value) is int:
+        value = float(value)
+    if typing.get_origin(hint) is Literal:
+        choices = typing.get_args(hint)
+        near = suggestion(str(value), map(str, choices))
+        require(value in choices, f"unknown {name} {value!r}{near} (one of {', '.join(map(str, choices))})")
+    elif not is_bearable(value, hint) or (hint is int and isinstance(value, bool)):
+        shown = getattr(hint, "__name__", None) if typing.get_origin(hint) is None else None
+        raise TypeError(f"{name} must be {shown or str(hint).replace('typing.', '')}, got {value!r}")
+    for number in value if isinstance(value, tuple) else (value,):
+        finite = not isinstance(number, float) or math.isfinite(number)
+        require(finite, f"{name} must be finite, got {value!r}")
+    return value
+
+
+def _tuples(value: Any) -> Any:
+    """Lists as tuples, so that both ways to write an option are equal."""
+    if isinstance(value, list | tuple):
+        return tuple(_tuples(entry) for entry in value)
+    if value is None or isinstance(value, bool | int | str) or (isinstance(value, float) and math.isfinite(value)):
+        return value
+    raise TypeError(f"options are finite numbers, strings, or lists of them, got {value!r}")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return [_plain(entry) for entry in value]
+    return {key: _plain(entry) for key, entry in value.items()} if isinstance(value, dict) else value

@@ -1,0 +1,107 @@
+"""How features and gains change while a model trains."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from structlin_nn.torch import StructuredLinear
+
+__all__ = ["Probe"]
+
+
+class Probe:
+    """How large the last hidden features are on a fixed batch, how much a step changes them, and the gain of each layer.
+
+    Under the structure-aware rule these stay the same when the width grows (Qiu et al., *Compute Better Spent*, ICML
+    2024, section 3 and figure 2a); under the naive rule the change per step shrinks or explodes.
+
+    Args:
+        model: has ``return_features``: (inputs) to (logits, features), or, as models of timm, ``get_classifier``, whose
+            input is the features. Of any other model only gains are measured.
+        call: runs it, in the precision and the way that evaluation does.
+        inputs: the batch.
+    """
+
+    def __init__(self, model: nn.Module, call: Callable[..., Any], inputs: Tensor) -> None:
+        self.model, self.call, self.inputs = model, call, inputs
+        self.total, self.count = 0.0, 0
+        self._features: Tensor | None = None
+
+    def before_step(self) -> None:
+        """To be called before a step whose change is to be measured."""
+        if self._features is None:
+            self._features = self._run()
+
+    def after_step(self, measured: bool) -> None:
+        """To be called after every step; `measured`: `before_step` was called before it."""
+        before, self._features = self._features, self._run() if measured else None
+        if before is not None and self._features is not None:
+            self.total += _rms(self._features - before)
+            self.count += 1
+
+    def statistics(self) -> dict[str, Any]:
+        """What a record has of them, and start anew.
+
+        ``feature_rms``: RMS of the last hidden features (what the output layer reads). ``feature_change``: RMS of
+        their change in a step, mean of the ``measured_steps`` since the last call (None if there are none).
+        ``gains``: for each structured layer RMS(A x) / RMS(x) over the batch, bias left out; None where x is 0.
+        ``learned_gains``: for each layer with capped factors the product of their learned gains.
+        """
+        gains: dict[str, float | None] = {}
+        layers = {n: m for n, m in self.model.named_modules() if isinstance(m, StructuredLinear)}
+
+        def note(name: str) -> Callable[..., None]:
+            def hook(layer: StructuredLinear, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+                size = _rms(inputs[0])
+                gains[name] = _rms(output if layer.bias is None else output - layer.bias) / size if size else None
+
+            return hook
+
+        handles = [layer.register_forward_hook(note(name)) for name, layer in layers.items()]
+        try:
+            features = self._run()
+        finally:
+            for handle in handles:
+                handle.remove()
+        found = {
+            "feature_rms": None if features is None else _rms(features),
+            "feature_change": self.total / self.count if self.count else None,
+            "measured_steps": self.count,
+            "gains": gains,
+            "learned_gains": {
+                name: float(torch.stack([gain.detach() for gain in layer.gains]).prod())
+                for name, layer in layers.items()
+                if layer.gains is not None
+            },
+        }
+        self.total, self.count = 0.0, 0
+        return found
+
+    @torch.no_grad()
+    def _run(self) -> Tensor | None:
+        was_training = self.model.training
+        self.model.eval()
+        seen: list[Tensor] = []
+        try:
+            if (classifier := getattr(self.model, "get_classifier", None)) is not None:
+                found = classifier()
+                last = found[0] if isinstance(found, tuple) else found  # a distilled model has two
+                handle = last.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+                self.call(self.inputs)
+                handle.remove()
+            elif "return_features" in self.model.forward.__code__.co_varnames:
+                seen.append(self.call(self.inputs, return_features=True)[1])
+            else:
+                self.call(self.inputs)
+        finally:
+            self.model.train(was_training)
+        return seen[0] if seen else None
+
+
+def _rms(x: Tensor) -> float:
+    """Root of the mean square of all entries, in float64."""
+    return float(x.double().square().mean().sqrt())

@@ -1,0 +1,178 @@
+"""Training in several processes: what torchrun says, and what the processes agree on. A process alone does nothing here.
+
+They share one folder for records and checkpoints.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from structlin_nn.recipes._config import RunConfig, require
+
+__all__ = ["Processes", "local", "processes"]
+
+Value = TypeVar("Value")
+
+
+@dataclass(frozen=True)
+class Processes:
+    """The processes that torchrun started, seen from one of them; `size` 1 for a process alone.
+
+    Attributes:
+        rank: number of this process; `size`: number of processes; `parallel`: how they share a model: each has all of
+            it (``ddp``), or parts (``fsdp``: FSDP2, `fully_shard`).
+        device: where this process computes.
+        control: group of the processes for what is no tensor of the device; None for a process alone.
+        mesh: the processes as a mesh, None likewise.
+    """
+
+    rank: int
+    size: int
+    parallel: str
+    device: torch.device
+    control: Any = None
+    mesh: DeviceMesh | None = None
+
+    @property
+    def main(self) -> bool:
+        """Whether this process writes and reports."""
+        return self.rank == 0
+
+    @property
+    def sharded(self) -> bool:
+        """Whether parameters are spread over the processes."""
+        return self.size > 1 and self.parallel == "fsdp"
+
+    def first(self, work: Callable[[], Value]) -> Value:
+        """What `work` returns in the first process, which alone does it while the others wait; its error in all."""
+        if self.size == 1:
+            return work()
+        held: list[Any] = [None, None]
+        if self.main:
+            try:
+                held[0] = work()
+            except Exception as error:
+                held[1] = error
+        dist.broadcast_object_list(held, src=0, group=self.control)
+        if held[1] is not None:
+            raise held[1]
+        return held[0]
+
+    def largest(self, number: int) -> int:
+        """The largest number in any process; all have to ask."""
+        found = torch.tensor([number])
+        if self.size > 1:
+            dist.all_reduce(found, dist.ReduceOp.MAX, group=self.control)
+        return int(found)
+
+    def gather(self, value: Value) -> list[Value]:
+        """The values of all processes, by their ranks."""
+        found: list[Any] = [value] * self.size
+        if self.size > 1:
+            dist.all_gather_object(found, value, group=self.control)
+        return found
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The tensor, summed over the processes in place."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def share(self, tensor: Tensor) -> Tensor:
+        """This process's rows of a tensor that all have; as equal as can be."""
+        return tensor if self.size == 1 else tensor.tensor_split(self.size)[self.rank]
+
+    def part_size(self, config: RunConfig) -> int:
+        """Samples in each of the `accumulate` parts of this process's share of a batch.
+
+        Raises:
+            ValueError: a batch that cannot be split equally.
+        """
+        own, left = divmod(config.batch_size, self.size)
+        require(not left, f"batch_size {config.batch_size} cannot be shared equally by {self.size} processes")
+        split = f"{own} samples in a process's share cannot be split into {config.accumulate} parts"
+        require(own % config.accumulate == 0, split)
+        return own // config.accumulate
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """What the forward pass is to be called on. ``fsdp`` replaces the parameters of `model` by sharded ones.
+
+        Scalar parameters (gains of capped factors) are not sharded; `average_scalars` gives them their gradients.
+        """
+        if self.size == 1:
+            return model
+        if not self.sharded:
+            return DistributedDataParallel(model, device_ids=[self.device.index] if self.device.type == "cuda" else None)
+        # Logits may be a view, and nothing changes them in place.
+        warnings.filterwarnings("ignore", r"FSDP2-wrapped module .* returned a view", UserWarning)
+        scalars = {p for p in model.parameters() if p.ndim == 0}
+        for block in getattr(model, "blocks", ()):
+            fully_shard(block, mesh=self.mesh, ignored_params=scalars)
+        return fully_shard(model, mesh=self.mesh, ignored_params=scalars)
+
+    @contextmanager
+    def sync(self, wrapped: nn.Module, last: bool) -> Iterator[None]:
+        """Sum gradients over the processes in the last part of a step, and only there."""
+        if self.sharded:
+            wrapped.set_requires_gradient_sync(last)  # type: ignore[operator]
+        with wrapped.no_sync() if self.size > 1 and not self.sharded and not last else nullcontext():  # type: ignore[operator]
+            yield
+
+    def average_scalars(self, model: nn.Module) -> None:
+        """Give the scalar parameters of a sharded model the mean of their gradients."""
+        gradients = [p.grad for p in model.parameters() if p.ndim == 0 and p.grad is not None] if self.sharded else []
+        if gradients:
+            torch._foreach_copy_(gradients, list((self.sum(torch.stack(gradients)) / self.size).unbind()))
+
+
+@contextmanager
+def processes(device: str = "cpu", parallel: str = "ddp") -> Iterator[Processes]:
+    """Join the processes that torchrun started, for as long as the block lasts; alone, there is one process.
+
+    A group that is there already is used, and left as it is.
+
+    Args:
+        device: ``cpu``, ``cuda`` or ``cuda:N``; with several processes, ``cuda`` is the GPU of the local rank.
+        parallel: ``ddp`` or ``fsdp``.
+
+    Raises:
+        ValueError: a device that does not exist, or ``cuda:N`` for several processes.
+    """
+    size, place = int(os.environ.get("WORLD_SIZE", "1")), torch.device(device)
+    if place.type == "cuda" and size > 1:
+        require(place.index is None, f"{size} processes cannot share {device}: use --device cuda, one GPU for each")
+        place = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    if place.type == "cuda":
+        seen = torch.cuda.device_count()
+        require((place.index or 0) < seen, f"device {str(place)!r} does not exist: torch sees {seen} CUDA devices")
+        torch.cuda.set_device(place)
+    if size == 1 and not dist.is_initialized():
+        yield Processes(0, 1, parallel, place)
+        return
+    ours = not dist.is_initialized()
+    if ours:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo")
+    try:
+        control, mesh = dist.new_group(backend="gloo"), init_device_mesh(place.type, (dist.get_world_size(),))
+        yield Processes(dist.get_rank(), dist.get_world_size(), parallel, place, control, mesh)
+    finally:
+        if ours:
+            dist.destroy_process_group()
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The part of a tensor that this process holds."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -1,0 +1,537 @@
+"""What all recipes share beside their mathematics: the folder of a run, its record, its checkpoints, signals, the log.
+
+Imports neither torch nor jax: `structlin_nn.recipes._torch` and `structlin_nn.recipes._flax` add what is theirs.
+
+A folder has ``record.jsonl`` (`structlin_nn.records`), ``ways.json`` (how products are run), ``.lock``, which the process
+that trains there holds, and ``checkpoints/STEP/`` (`structlin_nn.checkpoints`). A checkpoint is written beside its place,
+and renamed when all of it is on the disk.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import os
+import resource
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import filelock
+import tyro
+
+from structlin import execution
+from structlin_nn._files import atomic_write, sync_folder
+from structlin_nn._text import progress_bar
+from structlin_nn.checkpoints import CHECKPOINTS, checkpoints, file_sha256, read_checkpoint, read_state
+from structlin_nn.recipes._config import RunConfig, require
+from structlin_nn.recipes._telling import TRACKERS, Interruption, scalars, versions
+from structlin_nn.records import RecordWriter, sealed, unsealed
+
+__all__ = ["Alone", "Options", "Result", "Run", "TrainingError", "default_folder", "learning_rate"]
+
+BEGUN = "The run had begun."
+"""A note on errors that come after the start of a run, which are no mistakes of usage."""
+RECORD, WAYS = "record.jsonl", "ways.json"
+Value = TypeVar("Value")
+
+
+class TrainingError(RuntimeError):
+    """Training cannot continue: the loss or the weights are no longer finite."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Where a run reads and writes, and what it tells: nothing of it changes the result."""
+
+    data: Path | None = None  # where the data are
+    out: Path | None = None  # folder of the run (default: runs/ and a name)
+    resume: bool = False  # resume the run in --out; on a CPU the result is bit-identical
+    init_from: str | None = None  # trained weights to start from: a .safetensors file, a run, or published GPT-2
+    parallel: Literal["ddp", "fsdp"] = "ddp"  # how processes share the model: each has it (ddp), or in parts (fsdp)
+    checkpoint_minutes: float = 5.0  # between checkpoints; each evaluation writes one too
+    keep: int = 1  # checkpoints that are kept: the last ones
+    keep_best: bool = False  # also keep the checkpoint of the best evaluation
+    log_every: int = 100  # steps from one line on stderr to the next, 0 for none
+    track: Annotated[tuple[Literal["tensorboard", "wandb"], ...], tyro.conf.arg(metavar="[{tensorboard,wandb} ...]")] = ()
+    """Show evaluations and lines of the log there too (the extra 'tracking')."""
+    quiet: bool = False  # print neither bar nor log
+    json: bool = False  # print the last evaluation as JSON
+
+    def __post_init__(self) -> None:
+        require(self.checkpoint_minutes >= 0, f"checkpoint_minutes must be at least 0, got {self.checkpoint_minutes:g}")
+        require(self.keep >= 1 and self.log_every >= 0, "keep must be at least 1 and log_every at least 0")
+        for name in self.track:
+            if importlib.util.find_spec(name) is None:
+                raise ImportError(f"tracking by {name} needs the package {name}: pip install 'structlin[tracking]'")
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a run ended: `step` of `steps`, its last `evaluation`, and the `signal` that interrupted it, or None."""
+
+    folder: Path
+    step: int
+    steps: int
+    signal: signal.Signals | None
+    evaluation: dict[str, Any]
+
+    @property
+    def finished(self) -> bool:
+        """Whether all steps are done."""
+        return self.step == self.steps
+
+    @property
+    def record(self) -> Path:
+        """The run record."""
+        return self.folder / RECORD
+
+
+class Alone:
+    """One process, with the methods of `structlin_nn.recipes._torch.Processes`."""
+
+    rank, size, main, sharded, parallel = 0, 1, True, False, "ddp"
+
+    def first(self, work: Callable[[], Value]) -> Value:
+        """What `work` returns in the first process, its error in all."""
+        return work()
+
+    def largest(self, number: int) -> int:
+        """The largest number in any process."""
+        return number
+
+    def gather(self, value: Value) -> list[Value]:
+        """The values of all processes."""
+        return [value]
+
+
+def learning_rate(config: RunConfig, step: int, steps: int, warmup: int = 0) -> float:
+    """The share of the learning rate that step number `step` (from 0) of `steps` takes.
+
+    The warm-up rises linearly and reaches 1 at step `warmup`; from there on the share is 1 (``constant``), or
+    ``final_lr + (1 - final_lr) (1 + cos(pi t)) / 2`` with t rising from 0 to 1 at `steps`, a step that is never taken.
+
+    Raises:
+        ValueError: a step outside of the run, or a warm-up as long as the run.
+
+    Source: Loshchilov, Hutter, SGDR: Stochastic Gradient Descent with Warm Restarts, ICLR 2017, equation 5.
+
+    >>> from structlin_nn.recipes.cifar import Config
+    >>> [round(learning_rate(Config(), step, 6, warmup=2), 3) for step in range(6)]
+    [0.333, 0.667, 1.0, 0.854, 0.5, 0.146]
+    """
+    if not 0 <= step <= steps or not 0 <= warmup < steps:
+        raise ValueError(f"0 <= step <= steps and 0 <= warmup < steps, got {step}, {steps} and {warmup}")
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    if config.schedule == "constant":
+        return 1.0
+    fallen = (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))) / 2
+    return fallen if config.final_lr == 0 else config.final_lr + (1 - config.final_lr) * fallen
+
+
+class Run:
+    """A run in its folder, from its lock to its result: a context in which a recipe trains.
+
+    Args:
+        config: of the run.
+        options: where it reads and writes.
+        group: the processes that train together.
+        watch: called after every step with the run and the loss (None where it was not fetched); where it returns
+            True, the run ends there as with a signal.
+
+    Attributes:
+        step: steps done; `steps` those of the whole run.
+        sums: numbers that the recipe adds up between evaluations.
+        last: the last line of the record.
+        state: of the checkpoint that the run resumes from; None for a new run.
+
+    Raises:
+        FileExistsError: the folder holds a run, and `options.resume` is False.
+        BlockingIOError: another process trains in that folder.
+        ValueError: a damaged checkpoint, or one of another configuration (the message names the differing keys).
+    """
+
+    unit = "img"
+    samples_of = 1  # units of throughput in a sample, such as tokens of a sequence
+    versions: Sequence[str] = ("torch",)
+
+    def __init__(
+        self, config: RunConfig, options: Options, group: Any = None,
+        watch: Callable[[Run, float | None], bool | None] | None = None,
+    ) -> None:  # fmt: skip
+        self.config, self.options, self.group, self.watch = config, options, group or Alone(), watch
+        self.recipe = type(config).__module__.rpartition(".")[2]
+        self.folder = default_folder(config) if options.out is None else Path(options.out)
+        self.step, self.steps, self.seconds = 0, 0, 0.0
+        self.last: dict[str, Any] = {}
+        self.counts: dict[str, int] = {}
+        self.check_every = 1
+        self.stopped: signal.Signals | bool | None = None
+        self.state: dict[str, Any] | None = None
+        self._losses: list[Any] = []
+        self._saved: tuple[int, int] | None = None
+        self._bar: Any = None
+        self._trackers: list[Any] = []
+        self._metrics: dict[str, float | None] = {}
+
+    # The folder
+
+    def __enter__(self) -> Run:
+        self._interruption = Interruption().__enter__()
+        self._clock = self._saved_at = time.monotonic()
+        self._lock = filelock.FileLock(self.folder / ".lock")
+        try:
+            self.state = self.group.first(self._open)
+        except BaseException:
+            self._close()
+            raise
+        if self.state is not None:
+            # The numbers of all processes are those of the checkpoint.
+            self.step, self.seconds, self.last = (self.state[key] for key in ("step", "seconds", "last"))
+            execution.pin(self.state["execution"])
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if error is not None and self.steps:
+            error.add_note(BEGUN)
+        self._close()
+
+    def _open(self) -> dict[str, Any] | None:
+        folder = self.folder
+        if folder.exists() and not folder.is_dir():
+            raise NotADirectoryError(f"{folder} is a file, a run needs a folder")
+        self._made = not folder.exists()
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self._lock.acquire(timeout=0)
+        except filelock.Timeout:
+            raise BlockingIOError(f"another process trains in {folder}: wait for it, or choose another folder") from None
+        names = checkpoints(folder)
+        if ((folder / RECORD).exists() or names) and not self.options.resume:
+            raise FileExistsError(f"{folder} holds a run already: resume it (--resume), or choose another folder (--out)")
+        if (folder / "checkpoint.pt").exists():
+            raise ValueError(f"{folder} holds a run of an earlier version, which this one cannot resume")
+        if not names:
+            return None
+        place, state = read_checkpoint(folder)
+        if state["recipe"] != self.recipe:
+            raise ValueError(f"the run in {folder} is one of {state['recipe']}, and this is one of {self.recipe}")
+        self.config.check_continues(type(self.config).from_dict(state["config"]), folder)
+        if not (folder / RECORD).exists():
+            raise FileNotFoundError(f"{folder / RECORD} is missing, it belongs to {place}")
+        return state
+
+    def _close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+        for tracker in self._trackers:
+            tracker.close()
+        if self._lock.is_locked:
+            if self._made and not (self.folder / RECORD).exists():  # nothing was begun
+                shutil.rmtree(self.folder / CHECKPOINTS, ignore_errors=True)
+                (self.folder / ".lock").unlink(missing_ok=True)
+                if not any(self.folder.iterdir()):
+                    self.folder.rmdir()
+            self._lock.release()
+        self._interruption.__exit__()
+
+    # The record
+
+    def begin(self, *, steps: int, counts: dict[str, int], outputs: int, data: dict[str, Any], **header: Any) -> None:
+        """Start the record, or go back to what it was at the checkpoint; print what is trained.
+
+        Args:
+            steps: of the whole run.
+            counts: as `structlin_nn.records` describes them.
+            outputs: classes, or tokens that the model knows.
+            data: what the header says of the data, with ``sha256``.
+            **header: what else the header says.
+
+        Raises:
+            ValueError: other data than those of the checkpoint, or a record that does not belong to it.
+        """
+        self.counts, self.outputs, self.digest = counts, outputs, data["sha256"]
+        if self.state is not None and self.state["data"] != self.digest:
+            raise ValueError(f"the run in {self.folder} was trained on other {data['name']} data than these")
+
+        def write() -> tuple[RecordWriter, list[str]]:
+            if self.state is not None:
+                writer, messages = RecordWriter.reopen(self.folder / RECORD, self.state["record_size"])
+                return writer, [f"resuming {self.folder} after step {self.step} of {steps}", *messages]
+            began = [f"{self.folder} holds no checkpoint: starting from the beginning"] if self.options.resume else []
+            made = {
+                "started": datetime.now(UTC).isoformat(timespec="seconds"),
+                "task": self.config.task,
+                "recipe": self.recipe,
+                "config": self.config.to_dict(),
+                "seed": self.config.seed,
+                "data": data,
+                "counts": counts,
+                "versions": versions(self.versions),
+                **header,
+            }
+            return RecordWriter.create(self.folder / RECORD, made), began
+
+        self._record, messages = self.group.first(write)
+        self.steps = steps  # from here on the run has begun
+        if self.state is not None:
+            self._saved = (self.step, self._record.size)
+        self._clock = time.monotonic() - self.seconds
+        self._saved_at = self._logged_at = time.monotonic()
+        self._logged = self.step
+        if self.group.main:
+            with (self.folder / RECORD).open("rb") as file:
+                started = unsealed(self.folder / RECORD, file.readline())["started"]
+            told = (self.folder, self.config.to_dict(), started, self.step)
+            self._trackers = [TRACKERS[name](*told) for name in dict.fromkeys(self.options.track)]
+        quiet = self.options.quiet or not self.group.main
+        label = f"{self.config.structure} {self.config.width or self.config.model}"
+        total, done = steps * self.config.batch_size, self.step * self.config.batch_size
+        self._bar = progress_bar(total, label, done=done, unit=self.unit, quiet=quiet)
+        for line in messages:
+            self.say(line)
+
+    def say(self, text: str) -> None:
+        """A line for the reader, in the first process."""
+        if not self.options.quiet and self.group.main:
+            self._bar.write(text, file=sys.stderr)
+
+    def evaluated(self, found: dict[str, Any], summary: str, metric: str) -> None:
+        """Add an evaluation to the record, and write a checkpoint; all processes call it.
+
+        Args:
+            found: what the record has of it, apart from what all recipes have.
+            summary: the same in a line.
+            metric: key of what is best where it is smallest.
+
+        Raises:
+            TrainingError: a number of it is not finite.
+        """
+        self.fetch_losses()
+        if not all(abs(value) < float("inf") for value in found.values() if isinstance(value, float)):
+            raise TrainingError(f"the loss at the evaluation after step {self.step} is not finite; {self.good()}")
+        samples = self.step * self.config.batch_size
+        self.seconds = time.monotonic() - self._clock
+        self.last = {
+            "step": self.step,
+            "samples": samples,
+            "training_macs": samples * self.counts["training_macs"],
+            "lr": self.config.lr * self.share(max(self.step - 1, 0)),
+            **found,
+            "seconds": round(self.seconds, 3),
+        }
+        self.sums_reset()
+        self.group.first(lambda: self._record.append(self.last))
+        self.save(found[metric])
+        for tracker in self._trackers:
+            tracker.log(scalars(self.last), self.step)
+        self.say(summary)
+
+    # Steps
+
+    def share(self, step: int) -> float:
+        """The share of the learning rate that a step takes; `warmup` is set by the recipe."""
+        return learning_rate(self.config, step, self.steps, self.warmup)
+
+    warmup = 0
+
+    def stepped(self, loss: Any, norm: Any = None) -> None:
+        """A step is done: note its loss, tell of it, look for signals, and write a checkpoint when it is time to.
+
+        Args:
+            loss: mean over the batch, a number or what `float` takes.
+            norm: of the gradient, where it is known.
+
+        Raises:
+            TrainingError: a loss is not finite; the message names the step and the last good checkpoint.
+            OSError: the checkpoint could not be written; the last one is whole.
+        """
+        self.step += 1
+        self._losses.append(loss)
+        checking = self.step % self.check_every == 0 or self.step == self.steps
+        value = self.fetch_losses() if checking else None
+        self._bar.update(self.config.batch_size)
+        every = self.options.log_every
+        if value is not None and every and self.step - self._logged >= every:
+            self._log(value, norm)
+        number = self._interruption.signal or 0
+        if self.watch is not None and self.watch(self, value) and not number:
+            number = -1  # no signal, but a wish
+        due = time.monotonic() - self._saved_at > 60 * self.options.checkpoint_minutes
+        if self.group.size > 1:  # asking each other waits for the device
+            number = self.group.largest(abs(int(number))) if checking else 0
+            due = checking and bool(self.group.largest(int(due)))
+        if number:
+            self.stopped = signal.Signals(number) if number > 1 else True
+        if (self.stopped or due) and self.step < self.steps:
+            self.fetch_losses()
+            self.seconds = time.monotonic() - self._clock
+            self.save()
+
+    def logs(self) -> bool:
+        """Whether the step that is taken now may be told of in a line: what the norm of the gradient is computed for."""
+        every = self.options.log_every
+        return bool(every) and self.step + 1 - self._logged >= every
+
+    def fetch_losses(self) -> float:
+        """The last of the losses since the previous call; TrainingError for the first that is not finite."""
+        values = [float(loss) for loss in self._losses] or [0.0]
+        for number, value in enumerate(values):
+            if not abs(value) < float("inf"):
+                raise TrainingError(f"the loss is {value} at step {self.step - len(values) + number + 1}; {self.good()}")
+        self._losses.clear()
+        return values[-1]
+
+    def _log(self, loss: float, norm: Any) -> None:
+        now = time.monotonic()
+        speed = (self.step - self._logged) * self.config.batch_size / max(now - self._logged_at, 1e-9)
+        flops = 2 * self.counts["training_macs"] * speed
+        found = {"loss": loss, "lr": self.config.lr * self.share(self.step - 1), f"{self.unit}_per_second": speed}
+        words = [f"step {self.step:>6} of {self.steps}", f"loss {loss:.4f}", f"lr {found['lr']:.3g}"]
+        if norm is not None:
+            found["gradient_norm"] = float(norm)
+            words.append(f"gradient {found['gradient_norm']:.3g}")
+        words.append(f"{speed * self.samples_of:,.0f} {'tok' if self.samples_of > 1 else self.unit}/s")
+        words.append(f"{flops / 1e12:.3g} TFLOP/s" if flops >= 1e11 else f"{flops / 1e9:.3g} GFLOP/s")
+        if (peak := self.peak()) is not None:
+            found["mfu"] = flops / (peak * self.group.size)
+            words.append(f"MFU {100 * found['mfu']:.1f} %")
+        found["memory"] = self.memory()
+        words.append(f"{found['memory'] / 2**30:.2f} GiB")
+        self.say("  ".join(words))
+        for tracker in self._trackers:
+            tracker.log({f"log/{key}": value for key, value in found.items()}, self.step)
+        self._logged, self._logged_at = self.step, now
+
+    def peak(self) -> float | None:
+        """The most FLOP/s that a device can do, None where that is not known."""
+        return None
+
+    def memory(self) -> int:
+        """The most bytes that this process held at once."""
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+    def result(self) -> Result:
+        """How the run ended."""
+        stopped = self.stopped if isinstance(self.stopped, signal.Signals) else None
+        return Result(self.folder, self.step, self.steps, stopped, self.last)
+
+    # Checkpoints
+
+    def save(self, metric: float | None = None) -> None:
+        """Write a checkpoint; all processes call it.
+
+        Raises:
+            TrainingError: a weight is not finite; the last checkpoint stays.
+            OSError: the disk is full; the last checkpoint stays.
+        """
+        wrong = self.not_finite()
+        if self.group.largest(int(wrong is not None)):
+            named = wrong or "a weight in another process"
+            raise TrainingError(f"{named} is not finite after step {self.step}; {self.good()}")
+        if self._saved == (self.step, self._record.size):
+            return
+        place = self.folder / CHECKPOINTS / f"{self.step:09d}"
+        partial = place.with_name(f"{place.name}.partial")
+
+        def make() -> None:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+
+        def finish(files: dict[str, Any]) -> None:
+            state = {
+                "recipe": self.recipe,
+                "config": self.config.to_dict(),
+                "data": self.digest,
+                "outputs": self.outputs,
+                "step": self.step,
+                "seconds": self.seconds,
+                "last": self.last,
+                "metric": metric,
+                "record_size": self._record.size,
+                "files": files,
+                **own,
+            }
+            with atomic_write(partial / "state.json") as file:
+                file.write(sealed(state))
+            if place.exists():  # of a run that was resumed from an older one
+                place.rename(place.with_name(f"{place.name}.old.partial"))
+            partial.rename(place)
+            sync_folder(place.parent)
+            self._metrics[place.name] = metric
+            self._prune()
+            text = json.dumps({"threads": self.config.threads, "ways": own["execution"]}, indent=1, sort_keys=True)
+            with atomic_write(self.folder / WAYS) as file:
+                file.write(text.encode())
+
+        self.group.first(make)
+        try:
+            own = {**self.write(partial), **self.more_state()}
+            sums = {}
+            for path in sorted(partial.rglob("*")):
+                if path.is_file() and self.writes(path.name):
+                    sums[path.relative_to(partial).as_posix()] = [path.stat().st_size, file_sha256(path)]
+            files = {name: entry for some in self.group.gather(sums) for name, entry in some.items()}
+            self.group.first(lambda: finish(files))
+        except OSError as error:
+            if self.group.main:
+                shutil.rmtree(partial, ignore_errors=True)
+            raise OSError(error.errno, f"the checkpoint {place} could not be written: {error.strerror or error}") from error
+        self._saved, self._saved_at = (self.step, self._record.size), time.monotonic()
+
+    def writes(self, name: str) -> bool:
+        """Whether this process wrote the file of that name in a checkpoint."""
+        return True
+
+    def _prune(self) -> None:
+        names = checkpoints(self.folder)
+        kept = set(names[-self.options.keep :])
+        if self.options.keep_best:
+            for name in names:
+                if name not in self._metrics:
+                    self._metrics[name] = read_state(self.folder / CHECKPOINTS / name)["metric"]
+            known = {n: m for n in names if (m := self._metrics[n]) is not None}
+            kept |= {min(known, key=lambda name: known[name])} if known else set()
+        for path in (self.folder / CHECKPOINTS).iterdir():
+            if path.name not in kept:
+                shutil.rmtree(path, ignore_errors=True)
+
+    def good(self) -> str:
+        """A phrase that names the last checkpoint."""
+        names = checkpoints(self.folder)
+        return f"the last good checkpoint is {self.folder / CHECKPOINTS / names[-1]}" if names else "no checkpoint yet"
+
+    # What the frameworks add
+
+    def write(self, folder: Path) -> dict[str, Any]:
+        """Write the tensors of a checkpoint into a folder, and return what ``state.json`` has to say of them."""
+        raise NotImplementedError
+
+    def more_state(self) -> dict[str, Any]:
+        """What else ``state.json`` holds."""
+        raise NotImplementedError
+
+    def not_finite(self) -> str | None:
+        """Name of a weight of this process that is not finite."""
+        raise NotImplementedError
+
+    def sums_reset(self) -> None:
+        """Set the sums between evaluations to zero."""
+        raise NotImplementedError
+
+
+def default_folder(config: Any) -> Path:
+    """Where a run is written unless `Options.out` says otherwise."""
+    data = f"{config.data_set}-" if hasattr(config, "data_set") else ""
+    model = config.model.replace(":", "-").replace("/", "-")
+    width = f"-w{config.width}" if config.width else ""
+    flax = "flax-" if type(config).__module__.rpartition(".")[2].startswith("flax") else ""
+    return Path(f"runs/{data}{flax}{model}-{config.structure}{width}-seed{config.seed}")

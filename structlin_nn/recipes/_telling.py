@@ -1,0 +1,149 @@
+"""What a run hears and tells beside its record: signals, TensorBoard and Weights & Biases, what it is computed on."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import signal
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import structlin
+
+__all__ = ["TRACKERS", "Interruption", "hardware", "scalars", "versions"]
+
+SAME_SECONDS = 5.0
+"""Signals that come sooner after the first are the same request: Ctrl-C reaches a process, and torchrun sends it on."""
+
+
+class Interruption:
+    """While the block lasts, the first SIGINT or SIGTERM is noted in `signal`; one `SAME_SECONDS` later acts as usual.
+
+    A block in another is the outer one. After a signal the handler stays: what follows within `SAME_SECONDS` is
+    ignored also while the process ends. Outside of the main thread, where Python cannot handle signals, nothing is
+    changed.
+
+    >>> with Interruption() as interruption:
+    ...     os.kill(os.getpid(), signal.SIGTERM)
+    >>> interruption.signal.name
+    'SIGTERM'
+    """
+
+    active: Interruption | None = None
+
+    def __init__(self) -> None:
+        self.signal: signal.Signals | None = None
+        self._before: dict[int, Any] = {}
+        self._first = 0.0
+
+    def __enter__(self) -> Interruption:
+        if Interruption.active is not None:
+            return Interruption.active
+        if threading.current_thread() is threading.main_thread():
+            Interruption.active = self
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if Interruption.active is self:
+            Interruption.active = None
+            if self.signal is None:
+                self._restore()
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.signal is None:
+            self.signal, self._first = signal.Signals(number), time.monotonic()
+        elif time.monotonic() - self._first > SAME_SECONDS:
+            self._restore()
+            signal.raise_signal(number)
+
+    def _restore(self) -> None:
+        for number, before in self._before.items():
+            if signal.getsignal(number) == self._note:
+                signal.signal(number, before)
+
+
+def scalars(evaluation: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
+    """The numbers of an evaluation, nested ones by their path; what is None has none.
+
+    >>> scalars({"test_loss": 0.5, "batch_loss": None, "statistics": {"gains": {"input": 1.0}}})
+    {'test_loss': 0.5, 'statistics/gains/input': 1.0}
+    """
+    found: dict[str, float] = {}
+    for key, value in evaluation.items():
+        if isinstance(value, Mapping):
+            found |= scalars(value, f"{prefix}{key}/")
+        elif isinstance(value, int | float) and not isinstance(value, bool) and key != "step":
+            found[prefix + key] = float(value)
+    return found
+
+
+class _TensorBoard:
+    def __init__(self, folder: Path, config: Mapping[str, Any], started: str, step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        # What an interrupted run wrote after its last checkpoint is hidden.
+        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else None)
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class _Wandb:
+    def __init__(self, folder: Path, config: Mapping[str, Any], started: str, step: int) -> None:
+        import wandb
+
+        # The same for a run and its resumption, and no other's.
+        name = folder.resolve().name
+        number = hashlib.sha256(f"{name} {started}".encode()).hexdigest()[:16]
+        self._run = wandb.init(
+            project="structlin", name=name, id=number, resume="allow", dir=str(folder), config=dict(config)
+        )
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        self._run.log(dict(values), step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+TRACKERS: dict[str, Any] = {"tensorboard": _TensorBoard, "wandb": _Wandb}
+
+
+def versions(more: Sequence[str]) -> dict[str, str]:
+    found = {"python": platform.python_version(), "structlin": structlin.__version__}
+    for name in ("numpy", "cola-ml", *more):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "unknown"
+    return found
+
+
+def hardware(threads: int, device: str) -> dict[str, Any]:
+    """What the run is computed on; nothing that names the machine."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return {
+        "system": platform.system(),
+        "machine": platform.machine(),
+        "cpu": names[0] if names else platform.processor() or "unknown",
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": threads,
+        "device": device,
+    }

@@ -1,0 +1,470 @@
+"""What the recipes in torch share: processes, building and optimising a model, and checkpoints of it."""
+
+from __future__ import annotations
+
+import base64
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+from structlin import execution
+from structlin_nn._shards import read_tensors, write_tensors
+from structlin_nn.checkpoints import CHECKPOINTS
+from structlin_nn.counting import DEVICES, count
+from structlin_nn.recipes._config import RunConfig, require
+from structlin_nn.recipes._probe import Probe
+from structlin_nn.recipes._processes import Processes, local, processes
+from structlin_nn.recipes._run import Options, Run
+from structlin_nn.recipes._telling import hardware
+from structlin_nn.torch import Muon, ParameterRule, StructuredLinear, parameter_groups
+from structlin_nn.trained import described, model_of, starting_weights
+
+__all__ = ["Average", "Options", "TorchRun", "base_of", "count_run", "make_optimizer", "processes"]
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def count_run(build: Callable[..., nn.Module], config: RunConfig, outputs: int, steps: int, sample: Tensor) -> dict[str, int]:
+    """Parameters of the model, MACs of one sample, and the size of the whole run, counted on the meta device.
+
+    ``training_macs`` are those of the forward and the backward pass, without the gradients that no step needs, such as
+    that of the images (`structlin_nn.counting`): between two and three times ``forward_macs``.
+    """
+    with torch.device("meta"):
+        model = build(config.replace(recompute=False), outputs)
+    counted = count(model, sample.to("meta"))
+    samples = steps * config.batch_size
+    return {
+        "params": sum(parameter.numel() for parameter in model.parameters()),
+        "trainable_params": counted.trainable_params,
+        "embedding_params": counted.embedding_params,
+        "forward_macs": counted.macs(),
+        "training_macs": counted.training_macs,
+        "other_flops": counted.other_flops,
+        "steps": steps,
+        "samples": samples,
+        "total_training_macs": counted.training_macs * samples,
+    }
+
+
+def base_of(build: Callable[..., nn.Module], config: RunConfig, outputs: int) -> nn.Module:
+    """The dense model at base width, on the meta device, with the recipe's own number of heads if they divide it."""
+    changes: dict[str, Any] = {"width": config.base_width, "structure": "dense", "options": {}, "rms_cap": False}
+    if hasattr(config, "heads"):
+        changes["heads"] = math.gcd(type(config).heads, config.base_width)
+    if hasattr(config, "head_dim"):
+        changes["head_dim"] = 0
+    with torch.device("meta"):
+        return build(config.replace(**changes, recompute=False), outputs)
+
+
+def make_optimizer(
+    config: RunConfig,
+    model: nn.Module,
+    base: nn.Module | None,
+    *,
+    extra_multipliers: Mapping[Any, float] | None = None,
+    rules: Mapping[Any, ParameterRule] | None = None,
+    decay: Sequence[str] = ("factor", "weight"),
+) -> torch.optim.Optimizer:
+    """The optimiser, whose groups have the learning rates of `structlin_nn.torch.parameter_groups` before the schedule.
+
+    ``base``: the dense model at base width, on the meta device: ``config.lr`` is its rate. None: each layer is its own
+    base, and ``config.lr`` is the rate of the dense model of this width.
+    """
+    groups = parameter_groups(
+        model,
+        base,
+        lr=config.lr,
+        weight_decay=config.weight_decay,
+        optimizer=config.optimizer,
+        structure_aware=config.structure_aware,
+        extra_multipliers=extra_multipliers,
+        rules=rules,
+        decay=decay,
+        independent_decay=config.independent_decay,
+        adam_lr=config.adam_lr or None,
+    )
+    if config.optimizer == "muon":
+        return Muon(groups, lr=config.lr, betas=config.betas)
+    split = []  # an optimiser takes sharded or whole parameters in a group, not both
+    for group in groups:
+        for sharded in (False, True):
+            pairs = zip(group["params"], group["names"], strict=True)
+            if chosen := [(p, n) for p, n in pairs if isinstance(p, DTensor) == sharded]:
+                split.append({**group, "params": [p for p, _ in chosen], "names": [n for _, n in chosen]})
+    kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.optimizer]
+    return kind(split, lr=config.lr, betas=config.betas, fused=True)
+
+
+class Average:
+    """Exponential moving average of parameters and buffers: ``average += (1 - decay) * (value - average)``.
+
+    Buffers of integers are those of the model. By hand, because `torch.optim.swa_utils.AveragedModel` copies a module,
+    which sharded modules do not allow, and evaluates the copy.
+
+    >>> layer = nn.Linear(1, 1, bias=False)
+    >>> average = Average(layer, decay=0.9)
+    >>> before = layer.weight.item()
+    >>> _ = layer.weight.data.add_(1.0)
+    >>> average.update()
+    >>> with average.in_place():
+    ...     round(layer.weight.item() - before, 6)
+    0.1
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.decay, held = decay, {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        self.values = {name: value for name, value in held.items() if value.is_floating_point()}
+        self.tensors = {name: value.detach().clone() for name, value in self.values.items()}
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Move towards the values as they are now."""
+        for name, value in self.values.items():
+            self.tensors[name].lerp_(value.detach(), 1 - self.decay)
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """While the block lasts, the model has the averaged values."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    @torch.no_grad()
+    def _swap(self) -> None:
+        for name, value in self.values.items():
+            kept = value.detach().clone()
+            value.copy_(self.tensors[name])
+            self.tensors[name].copy_(kept)
+
+
+class ShardedScaler(torch.amp.GradScaler):
+    """A scaler for gradients of which each process has its own part, beside some that all have.
+
+    torch's own takes either kind alone. Where one process finds a gradient that is not finite, all leave the step out,
+    and so all have the same scale.
+    """
+
+    def _unscale_grads_(
+        self, optimizer: torch.optim.Optimizer, inv_scale: Tensor, found_inf: Tensor, allow_fp16: bool
+    ) -> dict[torch.device, Tensor]:
+        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        if parts := [part for p in parameters if (part := local(p.grad)).numel()]:
+            torch._amp_foreach_non_finite_check_and_unscale_(parts, found_inf, inv_scale)
+        dist.all_reduce(found_inf, dist.ReduceOp.MAX)
+        return {found_inf.device: found_inf}
+
+
+class TorchRun(Run):
+    """A run in torch (`structlin_nn.recipes._run.Run`): model, optimiser, average and scaler, and checkpoints of them.
+
+    Attributes:
+        model: the model itself; `forward` is what a step calls.
+        sums: float64 numbers that the recipe adds up between evaluations, the same in all processes.
+        generators: of random numbers that the recipe draws from, by name, which checkpoints hold.
+    """
+
+    group: Processes
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+
+    def __init__(self, config: RunConfig, options: Options, group: Processes, watch: Any = None) -> None:
+        super().__init__(config, options, group, watch)
+        self.device = group.device
+        self.check_every = 1 if group.device.type == "cpu" else 50  # to look at a loss waits for the device
+        self.generators: dict[str, torch.Generator] = {}
+        self._threads = torch.get_num_threads()
+
+    def __enter__(self) -> TorchRun:
+        super().__enter__()
+        if self.config.threads:
+            torch.set_num_threads(self.config.threads)
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        torch.set_num_threads(self._threads)
+        super().__exit__(kind, error, trace)
+
+    def make_model(self, build: Callable[..., nn.Module], outputs: int) -> nn.Module:
+        """The model, drawn from torch's generator on the CPU, with what the run starts from, on the run's device.
+
+        Args:
+            build: (configuration, outputs) to a model.
+            outputs: classes, or tokens that the model knows.
+
+        Raises:
+            ValueError: sizes that the structure does not allow, or weights that are not of this model.
+        """
+        torch.manual_seed(self.config.seed)
+        self.init_from = None if self.state is None else self.state["init_from"]
+        if self.init_from is not None:  # whose layers may have sizes that no configuration states
+            assert self.state is not None
+            model = model_of(self.state["build"], self.state["layout"])
+        else:
+            model = build(self.config, outputs)
+            if self.options.init_from is not None and self.state is None:
+                model, self.init_from = starting_weights(self.options.init_from, model)
+        require(
+            self.state is None or self.options.init_from is None or self.init_from is not None,
+            f"the run in {self.folder} did not start from trained weights",
+        )
+        if self.config.recompute:
+            require(hasattr(model, "set_grad_checkpointing"), f"recompute: {type(model).__name__} cannot recompute")
+            model.set_grad_checkpointing(True)  # type: ignore[operator]
+        self._described = described(model)
+        self.model = model.to(self.device)
+        if self.config.compile:
+            for module in getattr(model, "blocks", ()) if self.group.sharded else (model,):
+                module.compile()
+        self.forward = self.group.wrap(self.model)
+        return self.model
+
+    def start(
+        self, optimizer: torch.optim.Optimizer, *, steps: int, counts: dict[str, int], outputs: int,
+        data: dict[str, Any], sums: int, probe: Tensor, warmup: int = 0,
+        generators: Mapping[str, torch.Generator] | None = None,
+    ) -> None:  # fmt: skip
+        """Start the record with what `Run.begin` takes, or restore what the checkpoint holds.
+
+        Args:
+            optimizer: of the model.
+            sums: how many numbers the recipe adds up between evaluations.
+            probe: inputs on which features and gains are measured (`Probe`).
+            warmup: steps of the warm-up.
+            generators: of random numbers that the recipe draws from, by name.
+        """
+        self.optimizer, self.warmup = optimizer, warmup
+        self.generators = dict(generators or {})
+        self.rates = [group["lr"] for group in optimizer.param_groups]
+        scaler = ShardedScaler if self.group.sharded else torch.amp.GradScaler
+        self.scaler = scaler(self.device.type, enabled=self.config.precision == "float16")
+        self.average = Average(self.model, self.config.ema) if self.config.ema else None
+        self.sums = torch.zeros(sums, dtype=torch.float64, device=self.device)
+        self.probe = Probe(self.model, self.call, probe)
+        gpu = self.device.type == "cuda"
+        more = {"gpu": torch.cuda.get_device_name(self.device), "cuda": torch.version.cuda} if gpu else {}
+        parallel = self.group.parallel if self.group.size > 1 else None
+        machine = hardware(self.config.threads or torch.get_num_threads(), self.device.type)
+        header: dict[str, Any] = {
+            "structures": layers_of(self.model, optimizer.param_groups),
+            "hardware": {**machine, **more, "processes": self.group.size, "parallel": parallel},
+        }
+        if self.init_from is not None:
+            header["init_from"] = self.init_from
+        self.begin(steps=steps, counts=counts, outputs=outputs, data=data, **header)
+        if self.state is not None:
+            self._restore(self.state)
+        self.model.train()
+
+    # The parts of a step
+
+    def set_rates(self) -> None:
+        """Give the optimiser the learning rates of the step that is taken now."""
+        share = self.share(self.step)
+        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = rate * share
+
+    def autocast(self) -> torch.autocast:
+        """Products in the configuration's precision."""
+        dtype = DTYPES[self.config.precision]
+        return torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32)
+
+    def gradient_norm(self) -> Tensor | None:
+        """The norm of all gradients, sharded and plain ones together, which are scaled down to ``config.clip`` if larger.
+
+        None where nothing is clipped and the step is not told of.
+        """
+        if not self.config.clip and not self.logs():
+            return None
+        self.scaler.unscale_(self.optimizer)
+        parameters = [p for p in self.model.parameters() if p.grad is not None]
+        kinds = {type(p.data): [q for q in parameters if type(q.data) is type(p.data)] for p in parameters}
+        norms = [get_total_norm([p.grad for p in some if p.grad is not None]) for some in kinds.values()]
+        total = torch.stack([n.full_tensor() if isinstance(n, DTensor) else n for n in norms]).norm()
+        for some in kinds.values() if self.config.clip else ():
+            clip_grads_with_norm_(some, self.config.clip, total)
+        return total
+
+    def update(self) -> None:
+        """Step the optimiser, the scaler and the average."""
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        if self.average is not None:
+            self.average.update()
+
+    def mean_and_sum(self, losses: Sequence[Tensor], statistics: Sequence[Tensor] = ()) -> tuple[Tensor, Tensor]:
+        """The mean of the losses and the sum of the statistics of all parts in all processes."""
+        loss = torch.stack([loss.detach().double() for loss in losses]).mean()
+        summed = torch.stack(list(statistics)).sum(0).double() if statistics else loss.new_zeros(1)
+        if self.group.size == 1:
+            return loss, summed
+        together = self.group.sum(torch.cat([loss[None] / self.group.size, summed]))
+        return together[0], together[1:]
+
+    def call(self, *inputs: Any, **options: Any) -> Any:
+        """The forward pass for evaluation, in the configuration's precision."""
+        # Never the compiled code: it is for the shapes of a step, and has no place for the hooks of a probe.
+        eager = torch.compiler.set_stance("force_eager") if self.config.compile else nullcontext()
+        with self.autocast(), eager:
+            if not self.group.sharded:
+                return self.model.forward(*inputs, **options)  # needs no other process
+            found = self.forward(*inputs, **options)
+            self.forward.reshard()  # type: ignore[operator]  # which only a backward pass does by itself
+            return found
+
+    @contextmanager
+    def evaluation(self) -> Iterator[None]:
+        """While the block lasts, the model is in evaluation mode, and has the averaged weights if there is an average."""
+        self.model.eval()
+        with torch.no_grad(), nullcontext() if self.average is None else self.average.in_place():
+            yield
+        self.model.train()
+
+    def evaluated(self, found: dict[str, Any], summary: str, metric: str) -> None:
+        super().evaluated({**found, "statistics": self.probe.statistics()}, summary, metric)
+
+    def peak(self) -> float | None:
+        return peak_flops(self.device, self.config.precision)
+
+    def memory(self) -> int:
+        return torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else super().memory()
+
+    # Checkpoints
+
+    def sums_reset(self) -> None:
+        self.sums.zero_()
+
+    def not_finite(self) -> str | None:
+        named = self.model.named_parameters()
+        return next((n for n, p in named if not bool(torch.isfinite(local(p)).all())), None)
+
+    def _tensors(self) -> dict[str, Any]:
+        """The tensors of model, optimiser and average, by names of parameters."""
+        names = {parameter: name for name, parameter in self.model.named_parameters()}
+        states = {
+            names[p]: {key: value if isinstance(value, Tensor) else torch.tensor(value) for key, value in entries.items()}
+            for p, entries in self.optimizer.state.items()
+        }
+        average = {} if self.average is None else self.average.tensors
+        return {"model": self.model.state_dict(), "optimizer": states, "average": average}
+
+    def write(self, folder: Path) -> dict[str, Any]:
+        tensors = self._tensors()
+        write_tensors(folder, tensors, self.group.control, self.group.size == 1)
+        keys = {name: list(entries) for name, entries in tensors["optimizer"].items()}
+        return {"tensors": {"optimizer": keys, "average": self.average is not None}, **self._described}
+
+    def writes(self, name: str) -> bool:
+        return name.startswith(f"__{self.group.rank}_") or (self.group.main and not name.startswith("__"))
+
+    def more_state(self) -> dict[str, Any]:
+        structures = {m.structure for m in self.model.modules() if isinstance(m, StructuredLinear)}
+        generators = {name: encoded(generator.get_state()) for name, generator in self.generators.items()}
+        generators["torch"] = encoded(torch.get_rng_state())
+        if self.device.type == "cuda":
+            generators["cuda"] = encoded(torch.cuda.get_rng_state(self.device))
+        return {
+            "init_from": self.init_from,
+            "scaler": self.scaler.state_dict(),
+            "generators": generators,
+            "sums": self.sums.tolist(),
+            "probe": [self.probe.total, self.probe.count],
+            "execution": execution.decisions(structures),
+        }
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        """Go to the step at which a checkpoint was written, by whatever number of processes."""
+        parameters = dict(self.model.named_parameters())
+        tensors = {
+            "model": {name: tensor.detach() for name, tensor in self.model.state_dict().items()},
+            "optimizer": {
+                name: {key: _empty(key, parameters[name]) for key in keys if name in parameters}
+                for name, keys in state["tensors"]["optimizer"].items()
+            },
+            "average": {} if self.average is None else self.average.tensors,
+        }
+        place = self.folder / CHECKPOINTS / f"{self.step:09d}"
+        read_tensors(place, tensors, self.group.control, self.group.size == 1)
+        for name, entries in tensors["optimizer"].items():
+            if name in parameters:
+                self.optimizer.state[parameters[name]] = entries
+        self.scaler.load_state_dict(state["scaler"])
+        for name, generator in self.generators.items():
+            generator.set_state(decoded(state["generators"][name]))
+        torch.set_rng_state(decoded(state["generators"]["torch"]))
+        if self.device.type == "cuda" and "cuda" in state["generators"]:
+            torch.cuda.set_rng_state(decoded(state["generators"]["cuda"]), self.device)
+        self.sums.copy_(torch.tensor(state["sums"], dtype=torch.float64))
+        self.probe.total, self.probe.count = float(state["probe"][0]), int(state["probe"][1])
+
+
+def _empty(key: str, parameter: Tensor) -> Tensor:
+    # The fused optimisers count steps in a tensor on the parameter's device.
+    return torch.zeros((), device=parameter.device) if key == "step" else torch.zeros_like(parameter.detach())
+
+
+def encoded(state: Tensor) -> str:
+    return base64.b64encode(state.numpy().tobytes()).decode()
+
+
+def decoded(text: str) -> Tensor:
+    return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)
+
+
+def layers_of(model: nn.Module, groups: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Every structured layer, and of each factor the scale and the learning-rate multiplier in use."""
+    rates = {id(p): group["multiplier"] for group in groups for p in group["params"]}
+    found = []
+    for name, layer in model.named_modules():
+        if not isinstance(layer, StructuredLinear):
+            continue
+        trainable = iter(layer.factors)
+        factors = [
+            {
+                "shape": list(factor.shape),
+                "fan_in": factor.fan_in,
+                "fan_out": factor.fan_out,
+                "blocks": factor.blocks,
+                "carried": factor.carried,
+                "init_std": std,
+                "lr_multiplier": rates[id(next(trainable))] if factor.trainable else 0.0,
+            }
+            for factor, std in zip(layer.structure.factors, layer.init_std, strict=True)
+        ]
+        found.append(
+            {
+                "name": name,
+                "in_features": layer.in_features,
+                "out_features": layer.out_features,
+                "structure": repr(layer.structure),
+                "params": sum(parameter.numel() for parameter in layer.parameters()),
+                "macs": layer.structure.macs,
+                "factors": factors,
+            }
+        )
+    return found
+
+
+def peak_flops(device: torch.device, precision: str) -> float | None:
+    """The most FLOP/s that a device can do in products of a precision, None where that is not known."""
+    if device.type != "cuda":
+        return None
+    if precision == "float32" and torch.get_float32_matmul_precision() != "highest":
+        precision = "tfloat32"
+    name = torch.cuda.get_device_name(device).lower()
+    found = [known for key, known in DEVICES.items() if key in name]
+    # The cards of the same name for PCIe do less.
+    return found[0].peak.get(precision) if found and "pcie" not in name else None
+
+

@@ -1,0 +1,144 @@
+"""The models of `structlin_nn.recipes.cifar` in flax.nnx with optax: the same batches, rates and records.
+
+    structlin train flax-cifar --structure block_tensor_train --width 256
+
+Images are augmented by torch on the CPU. To change the loss or the model, copy this file.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import torch
+from flax import nnx
+
+from structlin_nn.data import batch_rows, load_images
+from structlin_nn.data.augment import Augmentation, normalize
+from structlin_nn.flax import optimizer_for
+from structlin_nn.models import StructureConfig
+from structlin_nn.models.flax import base_model, build_model
+from structlin_nn.recipes import cifar
+from structlin_nn.recipes._flax import CLIP_EPSILON, FlaxRun, check_flax, mean_gradients
+from structlin_nn.recipes._run import Result
+from structlin_nn.recipes._torch import base_of, count_run
+from structlin_nn.recipes.cifar import EVALUATED_TRAINING_IMAGES, INPUT_LAYERS, PROBED_IMAGES, Options
+
+__all__ = ["Config", "Options", "train"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(cifar.Config):
+    """As `structlin_nn.recipes.cifar.Config`, in float32, and without compile, recompute and muon."""
+
+    def _check(self) -> None:
+        super()._check()
+        check_flax(self)
+
+
+def train(config: Config, options: Options, *, watch: Any = None) -> Result:
+    """Train, or resume a run where its last checkpoint left it; arguments and errors as `cifar.train`."""
+    with FlaxRun(config, options, watch) as run:
+        # Images, in memory of torch: batches are those of the recipe in torch.
+        data = load_images(config.data_set, options.data, verify=not options.unverified).as_32x32_rgb()
+        classes, size = data.num_classes, config.batch_size
+        steps = cifar.steps_of(config, len(data.train_labels))
+        arrays = (data.train_images, data.train_labels, data.test_images, data.test_labels)
+        images, labels, test_images, test_labels = (torch.from_numpy(array) for array in arrays)
+        per_epoch = len(labels) // size
+        crops = {} if config.augment else {"crop_scale": None, "flip": 0.0}
+        augment = Augmentation(
+            data.mean, data.std, classes, mixup_alpha=config.mixup, smoothing=config.label_smoothing, **crops
+        )
+        generator = torch.Generator().manual_seed(config.seed)
+
+        # Model and optimiser, at a learning rate of 1: steps multiply by theirs.
+        torch.manual_seed(config.seed)
+        twin = cifar.build(config, classes)
+        base = base_of(cifar.build, config, classes)
+        structure = StructureConfig(config.structure, config.options, config.layers, bool(config.rms_cap), config.rule)
+        sizes: dict[str, Any] = {"depth": config.depth, "num_classes": classes}
+        sizes |= {"bias": config.bias} if config.model == "cifar-mlp" else {}
+        make = {"width": config.width, "structure": structure, **sizes}
+        model = nnx.eval_shape(lambda: build_model(config.model, rngs=nnx.Rngs(0), **make))
+        extra = {INPUT_LAYERS[config.model]: config.input_lr_mult} if config.input_lr_mult != 1 else {}
+        tx = optimizer_for(
+            model, base_model(config.model, config.base_width, **sizes), lr=1.0, weight_decay=config.weight_decay,
+            optimizer=config.optimizer, structure_aware=config.structure_aware, extra_multipliers=extra,
+            independent_decay=config.independent_decay, betas=config.betas,
+        )  # fmt: skip
+        run.start(
+            twin, base, model, tx, steps=steps, warmup=round(config.warmup_epochs * per_epoch), outputs=classes,
+            counts=count_run(cifar.build, config, classes, steps, torch.zeros(1, 3, 32, 32)),
+            data=cifar.described(data), probe=normalize(images[:PROBED_IMAGES], data.mean, data.std),
+            extra_multipliers=extra, generators={"augmentation": generator},
+        )  # fmt: skip
+        graph, rest = run.graph, run.rest
+
+        @jax.jit
+        def step(params: Any, moments: Any, average: Any, parts: Any, rate: Any) -> Any:
+            def loss(params: Any, x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
+                logits = nnx.merge(graph, params, rest)(x)
+                return optax.softmax_cross_entropy(logits, y).mean(), logits.argmax(1)
+
+            value, gradients, predictions = mean_gradients(loss, params, parts)
+            norm = optax.tree.norm(gradients)
+            if config.clip:
+                shrink = jnp.minimum(1.0, config.clip / (norm + CLIP_EPSILON))
+                gradients = jax.tree.map(lambda gradient: gradient * shrink, gradients)
+            updates, moments = tx.update(gradients, moments, params)
+            params = jax.tree.map(lambda p, update: p + rate * update, params, updates)
+            if average is not None:
+                average = jax.tree.map(lambda a, p: a + (1 - config.ema) * (p - a), average, params)
+            return params, moments, average, value, norm, jnp.concatenate(predictions)
+
+        logits_of = jax.jit(lambda params, x: nnx.merge(graph, params, rest)(x))
+
+        def loss_and_error(images: torch.Tensor, labels: torch.Tensor) -> tuple[float, float]:
+            loss = wrong = 0.0
+            for start in range(0, len(images), 1000):
+                x = normalize(images[start : start + 1000], data.mean, data.std).numpy()
+                right = labels[start : start + 1000].numpy()
+                logits = logits_of(run.params, x)
+                loss += float(optax.softmax_cross_entropy_with_integer_labels(logits, right).sum())
+                wrong += float((logits.argmax(1) != right).sum())
+            return loss / len(labels), wrong / len(labels)
+
+        def evaluate() -> None:
+            with run.evaluation():
+                first = min(EVALUATED_TRAINING_IMAGES, len(labels))
+                scores = (*loss_and_error(images[:first], labels[:first]), *loss_and_error(test_images, test_labels))
+            found, told = cifar.evaluation(config, run.step, per_epoch, scores, run.sums.tolist())
+            run.evaluated(found, told, metric="test_error")
+
+        if not run.last:
+            evaluate()
+        while run.step < run.steps and not run.stopped:
+            evaluates, measures = cifar.due(config, run.step + 1, run.steps, per_epoch)
+            if measures:
+                run.write_to_twin()
+                run.probe.before_step()
+
+            rows = torch.from_numpy(batch_rows(len(labels), size, config.seed, run.step))
+            inputs, targets = (tensor.numpy() for tensor in augment(images[rows], labels[rows], generator))
+            split = zip(np.split(inputs, config.accumulate), np.split(targets, config.accumulate), strict=True)
+            parts = jax.device_put(list(split), run.device)
+            rate = np.float32(config.lr * run.share(run.step))
+            run.params, run.moments, run.average, loss, norm, predictions = step(
+                run.params, run.moments, run.average, parts, rate
+            )
+
+            if measures:
+                run.write_to_twin()
+            run.probe.after_step(measures)
+            right = labels[rows].numpy()
+            hits = [int((np.asarray(predictions) == other).sum()) for other in (right, right[::-1])]
+            run.sums += (float(loss) * size, max(hits) if config.mixup else hits[0], size)
+            run.stepped(loss, norm)
+            if evaluates:
+                evaluate()
+        return run.result()

@@ -1,0 +1,305 @@
+"""ViT/32, or a model of timm, on ImageNet or any other images in folders, shards or Hugging Face data.
+
+    structlin train imagenet --data path/to/imagenet --structure block_tensor_train --options rank=2 --width 484
+
+Images are decoded and augmented by worker processes as uint8, and normalised, erased and mixed on the device. The recipe
+is that of *Compute Better Spent* (Qiu et al., ICML 2024), section 5. To change the loss, the data or the model, copy
+this file; `train` also takes a model of your own.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from structlin_nn.data.augment import normalize
+from structlin_nn.data.imagenet import IMAGENET_MEAN, IMAGENET_STD, ImageNetData, ImageRecipe, open_imagenet
+from structlin_nn.data.tokens import IGNORE
+from structlin_nn.models import StructureConfig, build_model
+from structlin_nn.models.files import make_timm
+from structlin_nn.recipes._config import RunConfig, require
+from structlin_nn.recipes._run import Options as RunOptions
+from structlin_nn.recipes._run import Result
+from structlin_nn.recipes._torch import TorchRun, base_of, count_run, make_optimizer, processes
+from structlin_nn.torch import ParameterRule, replace_linear
+
+__all__ = ["Config", "Options", "build", "plan", "train"]
+
+PROBED_IMAGES = 64
+"""Validation images on which features and gains are measured, the first ones."""
+ILSVRC_2012 = (1000, 1_281_167)
+"""Classes and training images."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(RunConfig):
+    """Everything that decides the result of a run on images in folders or shards, apart from them.
+
+    The defaults are the paper's recipe for ViT/32.
+
+    Raises:
+        TypeError, ValueError: as `RunConfig`.
+
+    >>> Config(width=128, depth=2, epochs=10).patch
+    32
+    """
+
+    task: ClassVar[str] = "imagenet"
+    execution: ClassVar[frozenset[str]] = RunConfig.execution | {"workers"}
+    capped: ClassVar[bool] = True
+    paper_options: ClassVar[Mapping[str, Any]] = {
+        "imagenet-vit": {
+            "block_tensor_train": {"rank": 1, "factorization": "greedy"},
+            "monarch": {"blocks": 4},
+        },
+    }
+
+    model: str = "imagenet-vit"  # imagenet-vit, or timm:NAME for a model of timm, which has its own width
+    width: int = 384  # width of imagenet-vit
+    base_width: int = 256  # width at which the learning rate was tuned
+    base_expansion: int = 0  # expansion of that model, 0: this one's; the paper's is 1, which quarters the rate of `down`
+    depth: int = 12  # number of blocks of imagenet-vit
+    heads: int = 4  # heads of the attention of imagenet-vit
+    expansion: int = 4  # width of the feed-forward layers of imagenet-vit, as a multiple of the width
+    patch: int = 32  # side of a patch of imagenet-vit
+    image_size: int = 224  # side of the images
+    batch_size: int = 3072  # images of a step, of all processes and parts together
+    epochs: int = 300  # passes over the training images
+    warmup_epochs: float = 5.0  # epochs of linear warm-up
+    lr: float = 2e-3  # learning rate of the dense model at base width
+    optimizer: Literal["adam", "adamw", "muon"] = "adamw"  # muon: Muon for matrices, AdamW at adam_lr for the rest
+    weight_decay: float = 0.05  # decoupled decay of factors and weights
+    betas: tuple[float, float] = (0.9, 0.95)  # decay rates of Adam's two moments
+    clip: float = 1.0  # largest norm of all gradients together, 0 for no clipping
+    mixup: float = 0.2  # alpha of mixup, 0 for none
+    label_smoothing: float = 0.1  # label smoothing, 0 for none
+    augment: str = "rand-m9-mstd0.5-inc1"  # rand-augment as timm writes it; empty for none
+    erasing: float = 0.25  # probability of random erasing
+    color_jitter: float = 0.4  # strength of colour jitter, where rand-augment does not take its place
+    eval_every: int = 5  # epochs from one evaluation to the next
+    workers: int = 4  # processes that decode images, for each training process
+
+    def __post_init__(self) -> None:
+        if isinstance(self.model, str) and self.model.startswith("timm:"):
+            for name in ("width", "base_width"):  # a model of timm has its own
+                object.__setattr__(self, name, 0)
+        super().__post_init__()
+
+    def _check(self) -> None:
+        known = self.model == "imagenet-vit" or self.model.startswith("timm:")
+        require(known, f"model must be imagenet-vit or timm:NAME, got {self.model!r}")
+        super()._check()
+        self._at_least(1, "depth", "heads", "patch", "expansion", "image_size", "epochs", "eval_every")
+        self._at_least(0, "warmup_epochs", "mixup", "workers", "color_jitter", "base_expansion")
+        require(0 <= self.label_smoothing < 1, f"label_smoothing must be from 0 to below 1, got {self.label_smoothing}")
+        require(0 <= self.erasing <= 1, f"erasing must be from 0 to 1, got {self.erasing}")
+        require(self.warmup_epochs < self.epochs, f"warmup_epochs must be less than epochs, got {self.warmup_epochs}")
+
+    def _check_width(self) -> None:
+        if not self.model.startswith("timm:"):
+            super()._check_width()
+
+    def images(self) -> ImageRecipe:
+        """What is done to training images."""
+        return ImageRecipe(
+            size=self.image_size,
+            rand_augment=self.augment or None,
+            color_jitter=self.color_jitter,
+            random_erasing=self.erasing,
+            mixup=self.mixup,
+            smoothing=self.label_smoothing,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(RunOptions):
+    """Where a run reads and writes, and what it tells: nothing of it changes the result."""
+
+    format: Literal["folder", "shards", "datasets"] | None = None  # of --data; None: what is found
+    on_broken: Literal["error", "skip"] = "error"  # at an image that cannot be read: end, or skip it with a warning
+    num_classes: int | None = None  # of data that do not name their classes and lack some
+
+
+def build(config: Config, classes: int) -> nn.Module:
+    """The model of a configuration: images (batch, 3, size, size) to logits (batch, classes)."""
+    structure = StructureConfig(config.structure, config.options, config.layers, bool(config.rms_cap), config.rule)
+    if config.model == "imagenet-vit":
+        sizes = {name: getattr(config, name) for name in ("depth", "heads", "patch", "expansion")}
+        shape = (3, config.image_size, config.image_size)
+        return build_model(
+            "imagenet-vit", width=config.width, structure=structure, num_classes=classes, input_shape=shape, **sizes
+        )
+    model = make_timm(config.model.removeprefix("timm:"), num_classes=classes, img_size=config.image_size)
+    if structure.name != "dense":
+        capped = {"rms_cap": structure.rms_cap, "rule": structure.rule}
+        replace_linear(model, structure.name, layers=structure.layers, **capped, **structure.options)
+    return model
+
+
+def plan(config: Config, options: Options) -> tuple[int, int, dict[str, int]]:
+    """(classes, steps, counts) of a run, before it starts; without data those of ILSVRC 2012."""
+    classes, images = ILSVRC_2012
+    if options.data is not None:
+        data = open_imagenet(options.data, format=options.format, num_classes=options.num_classes)
+        classes, images = data.num_classes, data.train_size
+    steps = _steps(config, images)
+    return classes, steps, _counted(build, config, classes, steps)
+
+
+def _steps(config: Config, images: int) -> int:
+    require(images >= config.batch_size, f"{images} images are less than one batch of {config.batch_size}")
+    return config.epochs * (images // config.batch_size)
+
+
+def _counted(build: Callable[[Config, int], nn.Module], config: Config, classes: int, steps: int) -> dict[str, int]:
+    size = config.image_size
+    try:
+        return count_run(build, config, classes, steps, torch.zeros(1, 3, size, size))
+    except (AssertionError, RuntimeError) as error:  # of a model that takes other sizes
+        raise ValueError(f"{config.model} does not take images of {size} pixels: {error}") from error
+
+
+def train(
+    config: Config, options: Options, *, build: Callable[[Config, int], nn.Module] = build, watch: Any = None
+) -> Result:
+    """Train, or resume a run where its last checkpoint left it.
+
+    Args:
+        config: of the run.
+        options: where it reads and writes; `options.data` is where the images are (`open_imagenet`).
+        build: (configuration, classes) to a model of your own, in place of ViT/32; it is called for the model, and on
+            the meta device for the dense model at base width (width 0: there is none, each layer is its own base).
+        watch: called after every step with the run and the loss; True ends the run there.
+
+    Returns:
+        How the run ended; its record is described in `structlin_nn.records`.
+
+    Raises:
+        FileNotFoundError: data that do not exist.
+        FileExistsError, BlockingIOError, ValueError: as `structlin_nn.recipes._run.Run`; damaged data.
+        TrainingError: a loss or a weight is not finite; the message names the last good checkpoint.
+        OSError: a checkpoint could not be written; the last one is whole.
+    """
+    with processes(config.device, options.parallel) as group, TorchRun(config, options, group, watch) as run:
+        size, recipe = group.part_size(config), config.images()
+        even = not config.mixup or size % 2 == 0
+        require(even, f"mixup pairs neighbours: a part of a step needs an even number of images, got {size}")
+
+        # Images: each part of a step is a batch of the loader, as uint8; where it is follows from the step.
+        require(options.data is not None, "--data is needed: a folder of images, of shards, or of Hugging Face data")
+        found = {"format": options.format, "num_classes": options.num_classes, "on_broken": options.on_broken}
+        data: ImageNetData = group.first(lambda: open_imagenet(options.data, **found))
+        classes, steps, per_epoch = data.num_classes, _steps(config, data.train_size), data.train_steps(config.batch_size)
+        where = {"rank": group.rank, "world_size": group.size, "workers": config.workers}
+        where |= {"pin_memory": run.device.type == "cuda"}
+        batches = data.train_batches(
+            batch_size=config.batch_size, seed=config.seed, recipe=recipe, start_step=run.step,
+            accumulate=config.accumulate, **where,
+        )  # fmt: skip
+        validation = data.val_batches(size * group.size, size=config.image_size, **where)
+
+        # Model and optimiser: learning rates relative to the dense model at base width; a model of timm is its own base.
+        model = run.make_model(build, classes)
+        expansion = config.base_expansion or config.expansion
+        base = base_of(build, config.replace(expansion=expansion), classes) if config.width else None
+        optimizer = make_optimizer(config, model, base, rules={} if base else _timm_rules(model))
+        first = next(iter(data.val_batches(PROBED_IMAGES, size=config.image_size)))[0]
+        run.start(
+            optimizer, steps=steps, warmup=round(config.warmup_epochs * per_epoch), outputs=classes, sums=4,
+            counts=_counted(build, config, classes, steps), data=_described(config, data), probe=_normalized(run, first),
+        )  # fmt: skip
+
+        def evaluate() -> None:
+            with run.evaluation():
+                loss, right, five, seen = _validated(run, validation, classes)
+                batch_loss, done, _, _ = run.sums.tolist()
+                found = {
+                    "epoch": run.step // per_epoch,
+                    "val_loss": loss / seen,
+                    "val_error": 1 - right / seen,
+                    "val_top5_error": 1 - five / seen,
+                    "batch_loss": batch_loss / done if done else None,
+                }
+                told = (
+                    f"epoch {found['epoch']:>3} of {config.epochs}  validation loss {found['val_loss']:.4f}  "
+                    f"error: top-1 {100 * found['val_error']:.2f} %, top-5 {100 * found['val_top5_error']:.2f} %"
+                )
+                run.evaluated(found, told, metric="val_error")
+
+        if not run.last:
+            evaluate()
+        while run.step < run.steps and not run.stopped:
+            epoch, within = divmod(run.step + 1, per_epoch)
+            evaluates = run.step + 1 == run.steps or (within == 0 and epoch % config.eval_every == 0)
+            if evaluates:
+                run.probe.before_step()
+
+            # One step: the parts of this process's share of the batch, then the optimiser.
+            run.set_rates()
+            optimizer.zero_grad(set_to_none=True)
+            losses, hits = [], []
+            for _ in range(config.accumulate):
+                images, labels, keys = (tensor.to(run.device, non_blocking=True) for tensor in next(batches))
+                x, y = recipe.finish(images, labels, keys, classes, seed=(config.seed, run.step))
+                with group.sync(run.forward, last=len(losses) == config.accumulate - 1):
+                    with run.autocast():
+                        logits = run.forward(x)
+                        loss = F.cross_entropy(logits, y)
+                    run.scaler.scale(loss / config.accumulate).backward()
+                losses.append(loss)
+                hits.append(torch.stack([(logits.detach().argmax(1) == labels).sum(), torch.full_like(labels[0], size)]))
+            group.average_scalars(model)
+            norm = run.gradient_norm()
+            run.update()
+            loss, seen = run.mean_and_sum(losses, hits)
+
+            run.probe.after_step(evaluates)
+            run.sums += torch.cat([torch.stack([loss, torch.ones_like(loss)]), seen])
+            run.stepped(loss, norm)
+            if evaluates:
+                evaluate()
+        return run.result()
+
+
+@torch.no_grad()
+def _validated(run: TorchRun, batches: Any, classes: int) -> list[float]:
+    """Over all validation images: the sum of losses, hits of the first and of the first five predictions, images."""
+    total = torch.zeros(4, dtype=torch.float64, device=run.device)
+    for images, labels in batches:
+        labels = labels.to(run.device, non_blocking=True)
+        logits = run.call(_normalized(run, images)).float()
+        total[0] += F.cross_entropy(logits, labels, reduction="sum", ignore_index=IGNORE).double()
+        hits = logits.topk(min(5, classes), dim=1).indices == labels[:, None]
+        total[1] += hits[:, 0].sum()
+        total[2] += hits.any(1).sum()
+        total[3] += (labels != IGNORE).sum()
+    return run.group.sum(total).tolist()
+
+
+def _normalized(run: TorchRun, images: Tensor) -> Tensor:
+    return normalize(images.to(run.device, non_blocking=True), IMAGENET_MEAN, IMAGENET_STD)
+
+
+def _timm_rules(model: nn.Module) -> dict[Any, ParameterRule]:
+    """Embeddings that modules of timm hold as bare parameters: multiplier 1, no decay, as timm itself says."""
+    named = getattr(model, "no_weight_decay", set)()
+    matrices = [name for name, parameter in model.named_parameters() if parameter.ndim > 1]
+    return {re.compile(re.escape(name)): ParameterRule(1.0) for name in matrices if name in named}
+
+
+def _described(config: Config, data: ImageNetData) -> dict[str, Any]:
+    return {
+        "name": "imagenet" if data.num_classes == 1000 else f"{data.num_classes} classes",
+        "format": data.format,
+        "training_images": data.train_size,
+        "val_images": data.val_size,
+        "image_shape": [3, config.image_size, config.image_size],
+        "classes": data.num_classes,
+        "sha256": data.digest,
+    }
