@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 from structlin.structure import AbstractStructure
 from structlin_nn._patterns import Pattern, Patterns, as_patterns, listed, matches, show
+from structlin_nn._text import table
 
 __all__ = ["PRESETS", "Replacement", "ReplacementReport", "matching", "names_of", "select"]
 
@@ -57,12 +58,7 @@ class ReplacementReport:
         ]  # fmt: skip
         fields = ("params_before", "params_after", "macs_before", "macs_after")
         totals = (f"{sum(getattr(r, field) for r in self.layers):,}" for field in fields)
-        cells = [head, *rows, ("total", "", *totals)]
-        widths = [max(len(row[i]) for row in cells) for i in range(len(head))]
-        lines = [
-            "  ".join(c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
-            for row in cells
-        ]
+        lines = [table(head, [*rows, ("total", "", *totals)], left=2, rule=False)]
         lines += [f"left alone: {name} ({reason})" for name, reason in self.skipped]
         return "\n".join([*lines, *self.notes])
 

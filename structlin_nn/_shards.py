@@ -85,10 +85,16 @@ def read_tensors(folder: Path, tensors: dict[str, Any], process_group: Any = Non
     """
     try:
         with _alone_is_fine():
-            dcp.load(
-                tensors, storage_reader=_Reader(folder), process_group=process_group, no_dist=alone
-            )
-    except (CheckpointException, pickle.UnpicklingError, RuntimeError, ValueError, EOFError, OSError, KeyError) as error:
+            dcp.load(tensors, storage_reader=_Reader(folder), process_group=process_group, no_dist=alone)
+    except (
+        CheckpointException,
+        pickle.UnpicklingError,
+        RuntimeError,
+        ValueError,
+        EOFError,
+        OSError,
+        KeyError,
+    ) as error:
         raise ValueError(f"the checkpoint {folder} is damaged or of another model: {error}") from error
 
 

@@ -43,7 +43,9 @@ def suggestion(word: str, known: Iterable[str]) -> str:
     return f", did you mean {found[0]}?" if found else ""
 
 
-def progress_bar(total: float, label: str, *, done: float = 0, unit: str = "it", quiet: bool = False, **more: Any) -> Any:
+def progress_bar(
+    total: float, label: str, *, done: float = 0, unit: str = "it", quiet: bool = False, **more: Any
+) -> Any:
     """A bar of tqdm on stderr, with `more` of its options.
 
     Where stderr is a file, each refresh is a line of its own: there is one every 30 seconds.

@@ -1,7 +1,7 @@
 """Checkpoints of runs as folders of files: which there are, and whether they are whole. Needs neither torch nor jax.
 
-``checkpoints/STEP/`` in the folder of a run holds files with tensors, and ``state.json`` with everything else, the sizes
-and sha256 sums of these files, and a checksum of its own.
+``checkpoints/STEP/`` in the folder of a run holds files with tensors, and ``state.json`` with everything else, the
+sizes and sha256 sums of these files, and a checksum of its own.
 """
 
 from __future__ import annotations

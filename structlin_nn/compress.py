@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -15,8 +16,6 @@ from torch import Tensor, nn
 from structlin_nn.counting import count
 from structlin_nn.torch import ProjectionReport, StructuredLinear, project_linear, to_dense_linear
 from structlin_nn.trained import TrainedModel
-from structlin_nn.training.base import RunConfig
-from structlin_nn.training.config import GPT2TrainConfig, ImageNetTrainConfig, TrainConfig
 
 __all__ = ["CALIBRATION", "CompressionData", "compress", "costs", "open_data"]
 
@@ -131,91 +130,88 @@ def _structure_again(model: nn.Module) -> None:
 def _cifar(
     trained: TrainedModel, root: Any, data_set: str | None, verify: bool, context: int | None, device: str, seed: int
 ) -> CompressionData:
-    from structlin_nn.data import epoch_order
+    from structlin_nn.data import epoch_order, load_images
     from structlin_nn.data.augment import normalize
-    from structlin_nn.training.cifar import CifarTask, evaluate
-    from structlin_nn.training.distributed import single
+    from structlin_nn.recipes.cifar import loss_and_error
 
-    config = trained.config
-    usual = config.data_set if isinstance(config, TrainConfig) else "fashion" if root is None else "cifar10"
+    usual = (trained.config or {}).get("data_set", "fashion" if root is None else "cifar10")
     name = data_set or usual
     if root is None and name != "fashion":
         raise ValueError(f"the model is for {name}: its files are needed (--data), or --data-set fashion")
     if root is not None and name == "fashion":
         raise ValueError("the embedded images need no folder of data")
-    task = CifarTask(TrainConfig(data_set=name, batch_size=1, seed=seed), single(device), root, verify)
-    _same_outputs(trained, task.outputs)
-    images, data = task.images, task.data
+    data = load_images(name, root, verify=verify).as_32x32_rgb()
+    _same_outputs(trained, data.num_classes)
+    images, test, labels = (
+        torch.from_numpy(part).to(device) for part in (data.train_images, data.test_images, data.test_labels)
+    )
     order = torch.from_numpy(epoch_order(seed, 0, len(images)))
 
     def samples(number: int) -> Iterator[Tensor]:
         for chosen in order[:number].split(500):
-            yield normalize(images[chosen], data.mean, data.std)
+            yield normalize(images[chosen.to(device)], data.mean, data.std)
 
     def quality(model: nn.Module, number: int | None) -> dict[str, float]:
-        loss, error = evaluate(model, *(part[:number] for part in task.test), data)
+        loss, error = loss_and_error(model, test[:number], labels[:number], data)
         return {"test_loss": loss, "test_error": error}
 
-    return CompressionData(task.introduction(), samples, quality)
+    about = f"{data.name}, {len(images):,} training and {len(test):,} test images; {data.source}"
+    return CompressionData(about, samples, quality)
 
 
 def _imagenet(
     trained: TrainedModel, root: Any, data_set: str | None, verify: bool, context: int | None, device: str, seed: int
 ) -> CompressionData:
-    from structlin_nn.data.augment import normalize
-    from structlin_nn.data.imagenet import IMAGENET_MEAN, IMAGENET_STD, ImageRecipe, open_imagenet
-    from structlin_nn.training.distributed import single
-    from structlin_nn.training.imagenet import ImageNetTask
+    from structlin_nn.data.imagenet import ImageRecipe, open_imagenet
+    from structlin_nn.recipes.imagenet import normalized, validated
 
-    size, batch = trained.image_size, 32
-    data = open_imagenet(root)
+    size, data = trained.image_size, open_imagenet(root)
     _same_outputs(trained, data.num_classes)
-    batch = min(batch, data.train_size)
-    config = ImageNetTrainConfig(image_size=size, batch_size=batch, warmup_epochs=0.0, workers=0, seed=seed)
-    task = ImageNetTask(config, single(device), root)
+    batch = min(32, data.train_size)
 
     def samples(number: int) -> Iterator[Tensor]:
         batches = data.train_batches(batch_size=batch, seed=seed, recipe=ImageRecipe.plain(size))
-        views = (normalize(images.to(device), IMAGENET_MEAN, IMAGENET_STD) for images, _, _ in batches)
-        return (trained.rescaled(images) for images in _first(number, ((images, images) for images in views)))
+        pairs = ((images, labels) for images, labels, _ in batches)
+        return (trained.rescaled(normalized(images, device)) for images in _first(number, pairs))
 
     def quality(model: nn.Module, number: int | None) -> dict[str, float]:
         if number is not None:
             raise ValueError("validation images come class by class: evaluate all of them, or none")
-        with torch.no_grad():
-            found = task.evaluate(lambda images: model(trained.rescaled(images)), 0, [0.0] * task.sums)
-        return {key: found[key] for key in ("val_loss", "val_error", "val_top5_error")}
+        batches = data.val_batches(batch, size=size)
+        return validated(lambda images: model(trained.rescaled(images)), batches, data.num_classes, device)
 
-    return CompressionData(task.introduction(), samples, quality)
+    return CompressionData(repr(data), samples, quality)
 
 
 def _gpt2(
     trained: TrainedModel, root: Any, data_set: str | None, verify: bool, context: int | None, device: str, seed: int
 ) -> CompressionData:
-    from structlin_nn.data.tokens import EVALUATION_SEED, evaluation_batches
-    from structlin_nn.training.distributed import single
-    from structlin_nn.training.gpt2 import GPT2Task, token_loss
+    from structlin_nn.data.tokens import evaluation_batches, open_tokens, token_batch
+    from structlin_nn.recipes.gpt2 import perplexity, token_loss
 
     config: Any = trained.model.config
     length = config.context if context is None else context
     if not 1 <= length <= config.context:
         raise ValueError(f"context must be from 1 to {config.context}, which {trained.name} takes, got {length}")
-    run: RunConfig = GPT2TrainConfig(context=length, batch_size=1, vocabulary=config.vocabulary)
-    task = GPT2Task(run, single(device), root)  # type: ignore[arg-type]
+    data = open_tokens(root)
+    if config.vocabulary < data.vocab_size:
+        raise ValueError(f"vocabulary {config.vocabulary} is smaller than that of the data, {data.vocab_size}")
 
-    def pieces(tokens: Any, number: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-        batches = evaluation_batches(tokens, block_size=length, batch_size=4, sequences=number, seed=seed)
+    def on_device(batches: Iterable[Any]) -> Iterator[tuple[Tensor, Tensor]]:
         return ((torch.from_numpy(x).to(device), torch.from_numpy(y).to(device)) for x, y in batches)
 
     def samples(number: int) -> Iterator[Tensor]:
-        return (x for x, _ in pieces(task.data.train, number, seed))
+        make = {"block_size": length, "batch_size": 4, "seed": seed}
+        return _first(number, on_device(token_batch(data.train, step=step, **make) for step in itertools.count()))
 
     def quality(model: nn.Module, number: int | None) -> dict[str, float]:
         wanted = EVALUATION_SEQUENCES if number is None else number
-        loss, targets = token_loss(model, pieces(task.data.val, wanted, EVALUATION_SEED))
-        return {"val_loss": loss, "val_perplexity": math.exp(loss), "val_tokens": targets}
+        batches = evaluation_batches(data.val, block_size=length, batch_size=4, sequences=wanted)
+        loss, targets = token_loss(model, on_device(batches), device)
+        return {"val_loss": loss, "val_perplexity": perplexity(loss) or math.inf, "val_tokens": targets}
 
-    return CompressionData(task.introduction(), samples, quality)
+    about = f"{data.name}, {len(data.train):,} training and {len(data.val):,} validation tokens"
+    return CompressionData(f"{about}, vocabulary {data.vocab_size}", samples, quality)
 
 
 def _pairs(number: int, batches: Iterable[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:

@@ -9,8 +9,8 @@ twice: every factor with the learning rate of a dense layer of the same size (na
 order, number of epochs. The networks are small and the runs short, so that all of them take a few minutes on two
 cores; they show the machinery at work, and rank nothing.
 
-Each run uses one core; as many run side by side as there are cores. A demonstration that was interrupted goes on
-where it was when it is started again with the same folder.
+Each run uses one core; as many run side by side as there are cores. A demonstration that was interrupted is
+resumed when it is started again with the same folder.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from pathlib import Path
 from typing import Any
 
 from structlin_nn._files import atomic_write
+from structlin_nn.recipes.cifar import Config, Options
+from structlin_nn.records import Record, read_record
 from structlin_nn.sweeps.local import Job, default_workers, run_all, state_of
-from structlin_nn.training.config import TrainConfig
-from structlin_nn.training.records import Record, read_record
 
 __all__ = ["TOLERANCE", "DemoResult", "compute_difference", "configurations", "demo", "row_of"]
 
@@ -36,17 +36,17 @@ TOLERANCE = 0.03
 # Structure, options, width at each amount of compute. The dense widths set the compute.
 WIDTHS: tuple[tuple[str, dict[str, Any], tuple[int, ...]], ...] = (
     ("dense", {}, (16, 32, 64, 128)),
-    ("block_tensor_train", {"rank": 1}, (64, 140, 288, 624)),
+    ("block_tensor_train", {"rank": 1, "factorization": "balanced"}, (64, 140, 288, 624)),
     ("monarch", {"blocks": 4}, (44, 80, 140, 260)),
     ("low_rank", {}, (72, 156, 328, 704)),
-    ("kronecker", {}, (64, 140, 288, 624)),
+    ("kronecker", {"factorization": "balanced"}, (64, 140, 288, 624)),
 )
 QUICK_WIDTHS: tuple[tuple[str, dict[str, Any], tuple[int, ...]], ...] = (
     ("dense", {}, (16,)),
-    ("block_tensor_train", {"rank": 1}, (64,)),
+    ("block_tensor_train", {"rank": 1, "factorization": "balanced"}, (64,)),
     ("monarch", {"blocks": 4}, (44,)),
     ("low_rank", {}, (72,)),
-    ("kronecker", {}, (64,)),
+    ("kronecker", {"factorization": "balanced"}, (64,)),
 )
 COMMON: dict[str, Any] = {
     "model": "cifar-mlp",
@@ -81,7 +81,7 @@ class DemoResult:
     signal: signal.Signals | None = None
 
 
-def configurations(seed: int = 0, quick: bool = False) -> dict[str, TrainConfig]:
+def configurations(seed: int = 0, quick: bool = False) -> dict[str, Config]:
     """The runs of the demonstration, by name: dense once, each structure with both learning-rate rules.
 
     `quick` has tiny networks, one amount of compute and one epoch: for tests, its errors say nothing.
@@ -92,7 +92,7 @@ def configurations(seed: int = 0, quick: bool = False) -> dict[str, TrainConfig]
             for aware in (True,) if structure == "dense" else (True, False):
                 rule = "" if structure == "dense" else "-aware" if aware else "-naive"
                 settings = {**COMMON, **(QUICK if quick else {})}
-                found[f"{structure}-w{width}{rule}"] = TrainConfig(
+                found[f"{structure}-w{width}{rule}"] = Config(
                     width=width,
                     structure=structure,
                     options=options,
@@ -160,13 +160,13 @@ def demo(
     folders = {name: folder / name for name in configs}
     folder.mkdir(parents=True, exist_ok=True)
     states = {name: state_of(config, folders[name]) for name, config in configs.items()}
-    left = {name: Job(configs[name], folders[name]) for name, state in states.items() if state != "finished"}
+    left = {
+        name: Job(configs[name], Options(out=folders[name])) for name, state in states.items() if state != "finished"
+    }
     work = {name: configs[name].epochs * (100 + configs[name].width) for name in left}  # near enough to seconds
     outcome = run_all(left, workers=workers, weights=work, progress=progress)
     if outcome.failed:
-        from structlin_nn.training.loop import TrainingError
-
-        raise TrainingError("; ".join(f"{name}: {message}" for name, message in outcome.failed.items()))
+        raise RuntimeError("; ".join(f"{name}: {message}" for name, message in outcome.failed.items()))
     stopped = outcome.signal
     records = [run / "record.jsonl" for run in folders.values()]
     result = DemoResult([], folder, records, folder / "demo.png", folder / "demo.json", stopped)

@@ -121,7 +121,9 @@ def read_record(path: str | os.PathLike[str]) -> Record:
         raise ValueError(f"{path} is empty, a run record starts with a header")
     header, *evaluations = lines
     schema = header.get("schema")
-    if schema == SCHEMA and (bare_lines := [n for n, line in enumerate(lines, start=1) if line.pop("crc32", None) is None]):
+    if schema == SCHEMA and (
+        bare_lines := [n for n, line in enumerate(lines, start=1) if line.pop("crc32", None) is None]
+    ):
         raise ValueError(f"{path}, line {bare_lines[0]} is damaged: it has no checksum")
     if header.get("kind") != "header" or schema not in range(1, SCHEMA + 1):
         raise ValueError(

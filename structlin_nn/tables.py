@@ -1,6 +1,6 @@
 """Results as rows: run records, JSON, JSON lines and CSV, read into one flat form for fits and figures.
 
-A row is a dictionary. Of a run record (:mod:`structlin_nn.training.records`) each row is one evaluation together with
+A row is a dictionary. Of a run record (:mod:`structlin_nn.records`) each row is one evaluation together with
 what the header says. A plain name is looked up in the evaluation and its statistics first, then in the configuration
 and the options of its structure, then in the counts; the dotted name (``evaluation.training_macs``,
 ``counts.training_macs``, ``config.options.rank``) says which.
@@ -17,7 +17,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from structlin_nn.training.records import Record, read_record
+from structlin_nn._text import suggestion
+from structlin_nn.records import Record, read_record
 
 __all__ = ["EVALUATIONS", "Row", "column", "group_rows", "read_rows", "record_paths", "select"]
 
@@ -173,8 +174,6 @@ def column(rows: Sequence[Row], name: str) -> list[float]:
 
 def _lookup(row: Row, name: str) -> Any:
     if name not in row:
-        from structlin_nn.cli.common import suggestion
-
         raise ValueError(f"a row has no {name!r}{suggestion(name, row)}{_where(row)}")
     return row[name]
 

@@ -155,7 +155,9 @@ def load_trained(folder: str | os.PathLike[str], *, average: bool = False, model
         raise ValueError(f"the run in {folder} keeps no average of its weights (ema is 0)")
     if model is None:
         if state["build"] is None:
-            raise ValueError(f"the run in {folder} trained a model of your own: give it, load_trained(..., model=model)")
+            raise ValueError(
+                f"the run in {folder} trained a model of your own: give it, load_trained(..., model=model)"
+            )
         model = model_of(state["build"], state["layout"])
     tensors: dict[str, Any] = {"model": {name: tensor.detach() for name, tensor in model.state_dict().items()}}
     read_tensors(place, tensors)
@@ -202,8 +204,9 @@ def starting_weights(source: str | os.PathLike[str], model: nn.Module) -> tuple[
         else:
             found = open_trained(place)
             theirs, ours = found.build.get("config", {}), (described(model)["build"] or {}).get("config", {})
-            if wrong := [f"{n} is {theirs.get(n)!r} there and {ours[n]!r} here" for n in ours if theirs.get(n) != ours[n]]:
-                raise ValueError("; ".join(wrong))
+            if wrong := [name for name in ours if theirs.get(name) != ours[name]]:
+                told = (f"{name} is {theirs.get(name)!r} there and {ours[name]!r} here" for name in wrong)
+                raise ValueError("; ".join(told))
             model, tensors = found.model.train(), dict(found.model.state_dict())
             structured = sum(form["structure"] != "dense" or form["rms_cap"] for form in layout_of(model)["layers"])
         check_entries({n: (tuple(t.shape), t.dtype) for n, t in model.state_dict().items()}, tensors)
@@ -227,7 +230,9 @@ def _holds_tensors_alone(place: Path) -> bool:
 def _run(folder: Path, average: bool) -> TrainedModel:
     _, state = read_checkpoint(folder)
     if state["build"] is None:
-        raise ValueError(f"the run in {folder} trained a model of your own, which a checkpoint does not tell how to build")
+        raise ValueError(
+            f"the run in {folder} trained a model of your own, which a checkpoint does not tell how to build"
+        )
     header = read_record(folder / "record.jsonl").header
     told = {"task": header["task"], **header["config"]}
     return TrainedModel(load_trained(folder, average=average), state["build"], folder.name, told)

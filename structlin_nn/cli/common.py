@@ -1,7 +1,7 @@
 """What the commands share: a parser whose errors are one line, and tables.
 
-argparse, and not tyro, because an error has to be one line on stderr that names the nearest option, with exit
-code 2: tyro draws boxes of several lines, and offers no way to replace them.
+`structlin train` reads its options with tyro, from the dataclasses of the recipes. The commands that share this parser
+have no such dataclasses.
 """
 
 from __future__ import annotations
@@ -10,22 +10,16 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
+
+from structlin_nn._text import suggestion, table
 
 __all__ = ["Parser", "UsageError", "choice", "print_json", "print_table", "structure_options", "suggestion"]
 
 
 class UsageError(Exception):
     """A mistake in how a command was called: printed as one line, exit code 2."""
-
-
-def suggestion(word: str, known: Iterable[str]) -> str:
-    """ ", did you mean x?" for the known word nearest to `word`, or "" where none is near."""
-    import difflib
-
-    found = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
-    return f", did you mean {found[0]}?" if found else ""
 
 
 class Parser(argparse.ArgumentParser):
@@ -125,8 +119,5 @@ def print_json(value: Any) -> None:
 
 
 def print_table(head: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> None:
-    """Print a table on stdout; the first `left` columns are aligned left, the others right."""
-    widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
-    for row in (head, ["-" * width for width in widths], *rows):
-        cells = [c.ljust(w) if i < left else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))]
-        print("  ".join(cells).rstrip())
+    """Print a table (`structlin_nn._text.table`) on stdout."""
+    print(table(head, rows, left))

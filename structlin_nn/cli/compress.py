@@ -101,11 +101,11 @@ def _compress(arguments: argparse.Namespace, out: Path) -> int:
     import structlin
     from structlin_nn.compress import CALIBRATION, compress, costs
     from structlin_nn.models.files import save_model
+    from structlin_nn.recipes._processes import available_device
     from structlin_nn.trained import open_trained
-    from structlin_nn.training.distributed import single
 
     structlin.get(arguments.structure)
-    device = str(single(arguments.device).device)
+    device = str(available_device(arguments.device))
     trained = open_trained(
         arguments.source, weights=arguments.weights, num_classes=arguments.num_classes,
         image_size=arguments.image_size, average=arguments.average, untie=arguments.untie,

@@ -74,16 +74,14 @@ def _model(arguments: argparse.Namespace) -> tuple[Any, str | None]:
             raise UsageError(f"{arguments.pretrained} holds a {type(found).__name__}, not a language model")
         published = found.config.vocabulary >= GPT2_VOCABULARY
         return found, "gpt2" if published else None
-    from structlin_nn.training.records import read_record
-    from structlin_nn.training.run import CHECKPOINT, RECORD, load_trained
+    from structlin_nn.records import read_record
+    from structlin_nn.trained import load_trained
 
     folder = Path(arguments.checkpoint)
-    if folder.name == CHECKPOINT and folder.is_file():
-        folder = folder.parent
     model = load_trained(folder, average=arguments.average)
     if not isinstance(model, GPT2):
         raise UsageError(f"{folder} holds a {type(model).__name__}, not a language model")
-    record = folder / RECORD
+    record = folder / "record.jsonl"
     return model, read_record(record).header["data"].get("tokenizer") if record.exists() else None
 
 

@@ -12,10 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from structlin_nn.cli.common import UsageError, print_json, print_table
-from structlin_nn.sweeps import Sweep, find, names
-from structlin_nn.sweeps.commands import command, slurm_script
-from structlin_nn.sweeps.local import Job, default_workers
-from structlin_nn.training.config import CONFIGS, TrainConfig, overrides
 
 HELP = "make the runs of a sweep, those of the paper by name: here, or as commands for a cluster"
 EXAMPLES = """\
@@ -25,7 +21,7 @@ examples:
   structlin sweep delta-h --data path/to/cifar-10-batches-bin --dry-run
       what the runs would cost
   structlin sweep delta-h --data path/to/cifar-10-batches-bin --only '*-w64*' --workers 2
-      those of width 64; runs that are finished are skipped, and those that were interrupted go on
+      those of width 64; runs that are finished are skipped, and those that were interrupted are resumed
   structlin sweep cifar-mlp --data DIR --set epochs=20 --set eval_every=20
       all runs shorter
   structlin sweep gpt2 --data DIR --set device=cuda --slurm --launcher srun
@@ -66,6 +62,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    from structlin_nn.sweeps import find, names
+
     if arguments.list:
         print_table(("name", "data", "what"), [(n, (s := find(n)).data, s.about) for n in names()], left=3)
         return 0
@@ -77,6 +75,9 @@ def run(arguments: argparse.Namespace) -> int:
         raise UsageError("--submit-set is for --submit")
     if arguments.submit and (arguments.print_commands or arguments.slurm):
         raise UsageError("--submit submits the runs, and --print-commands and --slurm only print them: give one")
+    from structlin_nn.sweeps.commands import command, slurm_script
+    from structlin_nn.sweeps.local import default_workers, plan
+
     workers = default_workers() if arguments.workers is None else arguments.workers
     if workers < 1:
         raise UsageError(f"--workers must be at least 1, got {workers}")
@@ -84,8 +85,6 @@ def run(arguments: argparse.Namespace) -> int:
         jobs = _jobs(arguments, find(arguments.name))
     except (OSError, TypeError, ValueError) as error:
         raise UsageError(" ".join(str(error).split())) from error
-
-    from structlin_nn.sweeps.plan import plan
 
     try:
         planned = plan(jobs)
@@ -113,20 +112,20 @@ def run(arguments: argparse.Namespace) -> int:
     return _make(arguments, planned, left, workers)
 
 
-def _jobs(arguments: argparse.Namespace, sweep: Sweep) -> dict[str, Job]:
-    model = "imagenet-vit" if sweep.model.startswith("timm:") else sweep.model
-    kind = CONFIGS[model]
-    changes = overrides(kind, arguments.set)
-    data: dict[str, Any] = {"data_root": arguments.data}
-    if kind is TrainConfig:
-        data["verify"] = not arguments.unverified
-    elif arguments.unverified:
+def _jobs(arguments: argparse.Namespace, sweep: Any) -> dict[str, Any]:
+    from structlin_nn.recipes import recipe
+    from structlin_nn.recipes._config import overrides
+    from structlin_nn.sweeps.local import Job
+
+    kind = type(recipe(sweep.model))
+    cifar = kind.task == "cifar"
+    if arguments.unverified and not cifar:
         raise UsageError(f"--unverified is for CIFAR, and {sweep.name} is trained on {sweep.data}")
-    configs = sweep.runs(changes)
+    configs = sweep.runs(overrides(kind, arguments.set))
     sets = {getattr(config, "data_set", "") for config in configs.values()}
     known = all(name == "fashion" or (name and f"STRUCTLIN_{name.upper()}" in os.environ) for name in sets)
     if arguments.data is None and not (arguments.dry_run or known):
-        also = ", or --set data_set=fashion for the embedded images" if kind is TrainConfig else ""
+        also = ", or --set data_set=fashion for the embedded images" if cifar else ""
         raise UsageError(f"--data is needed: where {sweep.data} is{also} (--dry-run goes without)")
     if arguments.only:
         kept = {n: c for n, c in configs.items() if any(fnmatchcase(n, glob) for glob in arguments.only)}
@@ -134,10 +133,16 @@ def _jobs(arguments: argparse.Namespace, sweep: Sweep) -> dict[str, Job]:
             raise UsageError(f"--only matches none of the runs {', '.join(configs)}")
         configs = kept
     folder = Path(arguments.out or f"runs/{sweep.name}")
-    return {name: Job(config, folder / name, data) for name, config in configs.items()}
+    own = {"unverified": arguments.unverified} if cifar else {}
+    data = None if arguments.data is None else Path(arguments.data)
+    found = {}
+    for name, config in configs.items():
+        job = Job(config, None)
+        found[name] = Job(config, job.recipe.Options(data=data, out=folder / name, **own))
+    return found
 
 
-def _make(arguments: argparse.Namespace, planned: Any, left: dict[str, Job], workers: int) -> int:
+def _make(arguments: argparse.Namespace, planned: Any, left: dict[str, Any], workers: int) -> int:
     from structlin_nn.sweeps.local import run_all
 
     # A step of a small model costs more than its products.
@@ -150,7 +155,7 @@ def _make(arguments: argparse.Namespace, planned: Any, left: dict[str, Job], wor
     for name, message in outcome.failed.items():
         print(f"structlin sweep: {name}: {message}", file=sys.stderr)
     if outcome.signal is not None:
-        print(f"structlin sweep: {outcome.signal.name}; the same command goes on with what is left", file=sys.stderr)
+        print(f"structlin sweep: {outcome.signal.name}; the same command resumes what is left", file=sys.stderr)
         return 128 + outcome.signal
     if arguments.json:
         print_json({"finished": [n for n in left if n not in outcome.failed], "failed": outcome.failed})
@@ -160,7 +165,7 @@ def _make(arguments: argparse.Namespace, planned: Any, left: dict[str, Job], wor
     return 1 if outcome.failed else 0
 
 
-def _submit(arguments: argparse.Namespace, left: dict[str, Job], workers: int, launcher: list[str]) -> int:
+def _submit(arguments: argparse.Namespace, left: dict[str, Any], workers: int, launcher: list[str]) -> int:
     from structlin_nn.sweeps.submit import failures, submit
 
     parameters = {}
@@ -198,7 +203,7 @@ def _rows(planned: Any) -> list[dict[str, Any]]:
     ]
 
 
-def _print_plan(planned: Any, left: dict[str, Job]) -> None:
+def _print_plan(planned: Any, left: dict[str, Any]) -> None:
     rows = [
         (
             name,

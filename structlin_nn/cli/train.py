@@ -117,8 +117,8 @@ def main(arguments: Sequence[str]) -> int:
         # Every process answers with the same code, and the first one tells.
         if _is_first():
             print(
-                f"structlin train: {result.signal.name} after step {result.step} of {result.steps}; checkpoint written, "
-                f"resume with --out {result.folder} --resume",
+                f"structlin train: {result.signal.name} after step {result.step} of {result.steps}; checkpoint "
+                f"written, resume with --out {result.folder} --resume",
                 file=sys.stderr,
             )
         return 128 + result.signal
@@ -130,7 +130,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _failed(error: Exception) -> int:
-    """Tell of an error. One that comes before the run is begun is a mistake of usage, unless it is a mistake of ours."""
+    """Tell of an error; one that comes before the run has begun is a mistake of usage."""
     from structlin_nn.recipes._run import BEGUN, TrainingError
 
     begun = BEGUN in getattr(error, "__notes__", ())
@@ -155,7 +155,8 @@ def _summary(result: Any) -> str:
     from structlin_nn.records import read_record
 
     record = read_record(result.record)
-    keys = [k for k in ("step", "epoch", "train_loss", "train_error", "test_loss", "test_error", "val_loss", "val_error",
+    keys = [k for k in ("step", "epoch", "train_loss", "train_error", "test_loss", "test_error", "val_loss",
+                        "val_error",
                         "val_perplexity", "batch_loss", "seconds") if k in record.evaluations[-1]]  # fmt: skip
     rows = [[_shown(line[key]) for key in keys] for line in record.evaluations[-10:]]
     cost = f"{result.steps} steps, {result.evaluation['training_macs']:.3g} training MACs"

@@ -10,7 +10,7 @@ Paper:     validation loss: dense 384: 3.238, 512: 3.076, 768: 2.918; Block Tens
 Result:    ``val_loss`` of the last evaluation.
 
 Heads have 64 features; the dense model of width 512 has 12 heads, as in the paper. Learning rate, warm-up, weight
-decay and clipping are nanoGPT's (`structlin_nn.training.config_gpt2`).
+decay and clipping are nanoGPT's (`structlin_nn.recipes.gpt2`).
 """
 
 from structlin_nn.sweeps import Sweep, merge, zipped

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 import structlin
+from structlin_nn._text import table
 from structlin_nn.counting._memory import count_loss, training_bytes
 from structlin_nn.counting._roofline import Device, roofline
 from structlin_nn.counting._roofline import device as find_device
@@ -227,19 +228,15 @@ def format_count(record: Mapping[str, Any]) -> str:
         f"{cap}",
         "",
     ]
-    table = [("layer", "in", "out", "params", "MACs", "factor", "numel", "fan in", "fan out", "blocks", "init std",
-              f"lr ({record['optimizer']})")]  # fmt: skip
+    columns = ("layer", "in", "out", "params", "MACs", "factor", "numel", "fan in", "fan out", "blocks", "init std")
+    rows = []
     for layer in record["layers"]:
         head = (layer["name"], *(f"{layer[key]:,}" for key in ("in_features", "out_features", "params", "macs")))
         for number, f in enumerate(layer["factors"]):
             cells = (str(number), *(f"{f[key]:,}" for key in ("numel", "fan_in", "fan_out", "blocks")))
             scale = (f"{f['init_std']:.4g}", f"{f['lr_multiplier']:.4g}")
-            table.append((*(head if number == 0 else ("",) * 5), *cells, *scale))
-    widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
-    lines += [
-        "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
-        for row in table
-    ]
+            rows.append((*(head if number == 0 else ("",) * 5), *cells, *scale))
+    lines.append(table((*columns, f"lr ({record['optimizer']})"), rows, rule=False))
     totals = (
         ("trainable parameters", "trainable_params"),
         ("  of them embeddings", "embedding_params"),

@@ -21,6 +21,7 @@ from structlin_nn._rates import (
     factor_multipliers,
     settle,
 )
+from structlin_nn._text import table
 from structlin_nn.flax._modules import named_modules, own_variables, variables
 from structlin_nn.flax.linear import StructuredLinear
 
@@ -49,12 +50,11 @@ class ParameterRates:
             rule = self.rules[name]
             pattern = ".".join("*" if part.isdigit() else part for part in name.split("."))
             rows.setdefault((rule.multiplier, rule.decay, pattern), []).append(size)
-        cells = [("multiplier", "decay", "tensors", "parameters", "names")]
+        cells = []
         for (multiplier, decay, pattern), sizes in rows.items():
             decayed = "yes" if decay else "no"
             cells.append((f"{multiplier:.6g}", decayed, f"{len(sizes):,}", f"{sum(sizes):,}", pattern))
-        widths = [max(len(row[i]) for row in cells) for i in range(4)]
-        return "\n".join("  ".join([*(c.rjust(w) for c, w in zip(r, widths, strict=False)), r[-1]]) for r in cells)
+        return table(("multiplier", "decay", "tensors", "parameters", "names"), cells, left=-1, rule=False)
 
     def of(self, tree: Any) -> Any:
         """A tree like ``tree`` (a state of ``nnx.Param``, or its arrays) with the rule of each parameter.

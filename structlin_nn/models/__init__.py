@@ -53,7 +53,6 @@ class ModelSpec:
         config: the class of its sizes.
         sizes: sizes that differ from the defaults of ``config``.
         base_width: width at which the paper tuned the learning rate.
-        base_sizes: sizes in which the base model differs.
         extra_multipliers: further factors on the learning rate of the factors of a layer, by the layer's name.
     """
 
@@ -61,7 +60,6 @@ class ModelSpec:
     config: type[MLPConfig | ViTConfig | GPT2Config]
     base_width: int
     sizes: Mapping[str, Any] = field(default_factory=dict)
-    base_sizes: Mapping[str, Any] = field(default_factory=dict)
     extra_multipliers: Mapping[str | Pattern[str], float] = field(default_factory=dict)
 
     @property
@@ -83,8 +81,8 @@ MODELS: dict[str, ModelSpec] = {
         base_width=64,
         sizes={"depth": 3, "heads": 8, "num_classes": 10, "input_shape": (3, 32, 32), "patch": 8},
     ),
-    "imagenet-vit": ModelSpec(ViT, ViTConfig, base_width=256, base_sizes={"expansion": 1}),
-    "gpt2": ModelSpec(GPT2, GPT2Config, base_width=768, base_sizes={"expansion": 1}),
+    "imagenet-vit": ModelSpec(ViT, ViTConfig, base_width=256),
+    "gpt2": ModelSpec(GPT2, GPT2Config, base_width=768),
 }
 
 
@@ -140,23 +138,22 @@ def base_model(name: str, base_width: int | None = None, **sizes: Any) -> Model:
     Args:
         name: as in :func:`build_model`.
         base_width: defaults to the paper's: 64 for CIFAR, 256 for ImageNet, 768 for GPT-2.
-        **sizes: those of the model that is to be trained. Depth, classes, images and vocabulary are taken over.
-            What stands in for width is not: the base model has the named model's own number of heads (or a divisor
-            of it, so that they fill the base width), and ``imagenet-vit`` and ``gpt2`` have the paper's base
-            expansion of 1.
+        **sizes: those of the model that is to be trained. All but the heads are taken over: the base model has the
+            named model's own number of heads (or a divisor of it, so that they fill the base width). The code of the
+            paper has ``expansion=1`` in the base models of ``imagenet-vit`` and ``gpt2``, by which the layers ``down``
+            of the dense model at base width train at a quarter of the rate; here they train at the rate itself.
 
     Raises:
         ValueError: unknown model or size, or sizes that do not fit.
 
     >>> base = base_model("imagenet-vit", num_classes=100)
     >>> base.config.width, base.blocks[0].down.in_features, base.head.out_features
-    (256, 256, 100)
+    (256, 1024, 100)
     """
     spec = _spec(name, sizes)
-    own = {"heads", "head_dim", *spec.base_sizes}
-    taken = {key: value for key, value in sizes.items() if key not in own}
+    taken = {key: value for key, value in sizes.items() if key not in ("heads", "head_dim")}
     width = spec.base_width if base_width is None else base_width
     if "heads" in spec.options:
         heads = spec.sizes.get("heads", inspect.signature(spec.config).parameters["heads"].default)
         taken["heads"] = math.gcd(heads, width)
-    return build_model(name, width=width, device="meta", **{**taken, **spec.base_sizes})
+    return build_model(name, width=width, device="meta", **taken)

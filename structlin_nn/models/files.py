@@ -94,7 +94,9 @@ def load_model(
 
 
 def build_of(model: nn.Module) -> dict[str, Any]:
-    """How a model of this package, or of :func:`make_timm`, is built, apart from the structure of its layers. TypeError for another model.
+    """How a model of this package or of :func:`make_timm` is built, apart from the structure of its layers.
+
+    TypeError for another model.
 
     >>> from structlin_nn.models import build_model
     >>> build_of(build_model("cifar-mlp", width=16, depth=1, device="meta"))["config"]["width"]

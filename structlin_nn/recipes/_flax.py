@@ -159,4 +159,3 @@ class FlaxRun(Run):
 
     def sums_reset(self) -> None:
         self.sums[:] = 0
-

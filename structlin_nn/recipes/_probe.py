@@ -14,7 +14,7 @@ __all__ = ["Probe"]
 
 
 class Probe:
-    """How large the last hidden features are on a fixed batch, how much a step changes them, and the gain of each layer.
+    """How large the last features are on a fixed batch, how much a step changes them, and the gain of each layer.
 
     Under the structure-aware rule these stay the same when the width grows (Qiu et al., *Compute Better Spent*, ICML
     2024, section 3 and figure 2a); under the naive rule the change per step shrinks or explodes.

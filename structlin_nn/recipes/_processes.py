@@ -1,4 +1,4 @@
-"""Training in several processes: what torchrun says, and what the processes agree on. A process alone does nothing here.
+"""Training in several processes: what torchrun says, and what the processes agree on.
 
 They share one folder for records and checkpoints.
 """
@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from structlin_nn.recipes._config import RunConfig, require
 
-__all__ = ["Processes", "local", "processes"]
+__all__ = ["Processes", "available_device", "local", "processes"]
 
 Value = TypeVar("Value")
 
@@ -115,7 +115,9 @@ class Processes:
         if self.size == 1:
             return model
         if not self.sharded:
-            return DistributedDataParallel(model, device_ids=[self.device.index] if self.device.type == "cuda" else None)
+            return DistributedDataParallel(
+                model, device_ids=[self.device.index] if self.device.type == "cuda" else None
+            )
         # Logits may be a view, and nothing changes them in place.
         warnings.filterwarnings("ignore", r"FSDP2-wrapped module .* returned a view", UserWarning)
         scalars = {p for p in model.parameters() if p.ndim == 0}
@@ -155,9 +157,7 @@ def processes(device: str = "cpu", parallel: str = "ddp") -> Iterator[Processes]
     if place.type == "cuda" and size > 1:
         require(place.index is None, f"{size} processes cannot share {device}: use --device cuda, one GPU for each")
         place = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-    if place.type == "cuda":
-        seen = torch.cuda.device_count()
-        require((place.index or 0) < seen, f"device {str(place)!r} does not exist: torch sees {seen} CUDA devices")
+    if available_device(str(place)).type == "cuda":
         torch.cuda.set_device(place)
     if size == 1 and not dist.is_initialized():
         yield Processes(0, 1, parallel, place)
@@ -171,6 +171,14 @@ def processes(device: str = "cpu", parallel: str = "ddp") -> Iterator[Processes]
     finally:
         if ours:
             dist.destroy_process_group()
+
+
+def available_device(name: str) -> torch.device:
+    """A device of torch; ValueError for one that does not exist."""
+    place = torch.device(name)
+    seen = torch.cuda.device_count() if place.type == "cuda" else 1
+    require((place.index or 0) < seen, f"device {name!r} does not exist: torch sees {seen} CUDA devices")
+    return place
 
 
 def local(tensor: Tensor) -> Tensor:

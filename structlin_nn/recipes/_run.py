@@ -2,9 +2,9 @@
 
 Imports neither torch nor jax: `structlin_nn.recipes._torch` and `structlin_nn.recipes._flax` add what is theirs.
 
-A folder has ``record.jsonl`` (`structlin_nn.records`), ``ways.json`` (how products are run), ``.lock``, which the process
-that trains there holds, and ``checkpoints/STEP/`` (`structlin_nn.checkpoints`). A checkpoint is written beside its place,
-and renamed when all of it is on the disk.
+A folder has ``record.jsonl`` (`structlin_nn.records`), ``ways.json`` (how products are run), ``.lock``, which the
+process that trains there holds, and ``checkpoints/STEP/`` (`structlin_nn.checkpoints`). A checkpoint is written beside
+its place, and renamed when all of it is on the disk.
 """
 
 from __future__ import annotations
@@ -12,13 +12,12 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
-import os
 import resource
 import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -35,7 +34,7 @@ from structlin_nn.recipes._config import RunConfig, require
 from structlin_nn.recipes._telling import TRACKERS, Interruption, scalars, versions
 from structlin_nn.records import RecordWriter, sealed, unsealed
 
-__all__ = ["Alone", "Options", "Result", "Run", "TrainingError", "default_folder", "learning_rate"]
+__all__ = ["ALONE", "Alone", "Options", "Result", "Run", "TrainingError", "default_folder", "learning_rate"]
 
 BEGUN = "The run had begun."
 """A note on errors that come after the start of a run, which are no mistakes of usage."""
@@ -60,7 +59,9 @@ class Options:
     keep: int = 1  # checkpoints that are kept: the last ones
     keep_best: bool = False  # also keep the checkpoint of the best evaluation
     log_every: int = 100  # steps from one line on stderr to the next, 0 for none
-    track: Annotated[tuple[Literal["tensorboard", "wandb"], ...], tyro.conf.arg(metavar="[{tensorboard,wandb} ...]")] = ()
+    track: Annotated[
+        tuple[Literal["tensorboard", "wandb"], ...], tyro.conf.arg(metavar="[{tensorboard,wandb} ...]")
+    ] = ()
     """Show evaluations and lines of the log there too (the extra 'tracking')."""
     quiet: bool = False  # print neither bar nor log
     json: bool = False  # print the last evaluation as JSON
@@ -110,6 +111,17 @@ class Alone:
     def gather(self, value: Value) -> list[Value]:
         """The values of all processes."""
         return [value]
+
+    def sum(self, tensor: Value) -> Value:
+        """The sum over the processes."""
+        return tensor
+
+    def share(self, tensor: Value) -> Value:
+        """This process's rows."""
+        return tensor
+
+
+ALONE = Alone()
 
 
 def learning_rate(config: RunConfig, step: int, steps: int, warmup: int = 0) -> float:
@@ -167,7 +179,7 @@ class Run:
         self, config: RunConfig, options: Options, group: Any = None,
         watch: Callable[[Run, float | None], bool | None] | None = None,
     ) -> None:  # fmt: skip
-        self.config, self.options, self.group, self.watch = config, options, group or Alone(), watch
+        self.config, self.options, self.group, self.watch = config, options, group or ALONE, watch
         self.recipe = type(config).__module__.rpartition(".")[2]
         self.folder = default_folder(config) if options.out is None else Path(options.out)
         self.step, self.steps, self.seconds = 0, 0, 0.0
@@ -213,10 +225,14 @@ class Run:
         try:
             self._lock.acquire(timeout=0)
         except filelock.Timeout:
-            raise BlockingIOError(f"another process trains in {folder}: wait for it, or choose another folder") from None
+            raise BlockingIOError(
+                f"another process trains in {folder}: wait for it, or choose another folder"
+            ) from None
         names = checkpoints(folder)
         if ((folder / RECORD).exists() or names) and not self.options.resume:
-            raise FileExistsError(f"{folder} holds a run already: resume it (--resume), or choose another folder (--out)")
+            raise FileExistsError(
+                f"{folder} holds a run already: resume it (--resume), or choose another folder (--out)"
+            )
         if (folder / "checkpoint.pt").exists():
             raise ValueError(f"{folder} holds a run of an earlier version, which this one cannot resume")
         if not names:
@@ -377,7 +393,7 @@ class Run:
             self.save()
 
     def logs(self) -> bool:
-        """Whether the step that is taken now may be told of in a line: what the norm of the gradient is computed for."""
+        """Whether the step that is taken now may be told of in a line: the norm of the gradient is for this."""
         every = self.options.log_every
         return bool(every) and self.step + 1 - self._logged >= every
 
@@ -386,7 +402,9 @@ class Run:
         values = [float(loss) for loss in self._losses] or [0.0]
         for number, value in enumerate(values):
             if not abs(value) < float("inf"):
-                raise TrainingError(f"the loss is {value} at step {self.step - len(values) + number + 1}; {self.good()}")
+                raise TrainingError(
+                    f"the loss is {value} at step {self.step - len(values) + number + 1}; {self.good()}"
+                )
         self._losses.clear()
         return values[-1]
 
@@ -484,7 +502,9 @@ class Run:
         except OSError as error:
             if self.group.main:
                 shutil.rmtree(partial, ignore_errors=True)
-            raise OSError(error.errno, f"the checkpoint {place} could not be written: {error.strerror or error}") from error
+            raise OSError(
+                error.errno, f"the checkpoint {place} could not be written: {error.strerror or error}"
+            ) from error
         self._saved, self._saved_at = (self.step, self._record.size), time.monotonic()
 
     def writes(self, name: str) -> bool:

@@ -32,7 +32,9 @@ __all__ = ["Average", "Options", "TorchRun", "base_of", "count_run", "make_optim
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def count_run(build: Callable[..., nn.Module], config: RunConfig, outputs: int, steps: int, sample: Tensor) -> dict[str, int]:
+def count_run(
+    build: Callable[..., nn.Module], config: RunConfig, outputs: int, steps: int, sample: Tensor
+) -> dict[str, int]:
     """Parameters of the model, MACs of one sample, and the size of the whole run, counted on the meta device.
 
     ``training_macs`` are those of the forward and the backward pass, without the gradients that no step needs, such as
@@ -281,7 +283,7 @@ class TorchRun(Run):
         return torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32)
 
     def gradient_norm(self) -> Tensor | None:
-        """The norm of all gradients, sharded and plain ones together, which are scaled down to ``config.clip`` if larger.
+        """The norm of all gradients together, which are scaled down to ``config.clip`` if it is larger.
 
         None where nothing is clipped and the step is not told of.
         """
@@ -325,7 +327,7 @@ class TorchRun(Run):
 
     @contextmanager
     def evaluation(self) -> Iterator[None]:
-        """While the block lasts, the model is in evaluation mode, and has the averaged weights if there is an average."""
+        """While the block lasts, the model is in evaluation mode, and has its averaged weights if there are some."""
         self.model.eval()
         with torch.no_grad(), nullcontext() if self.average is None else self.average.in_place():
             yield
@@ -353,7 +355,9 @@ class TorchRun(Run):
         """The tensors of model, optimiser and average, by names of parameters."""
         names = {parameter: name for name, parameter in self.model.named_parameters()}
         states = {
-            names[p]: {key: value if isinstance(value, Tensor) else torch.tensor(value) for key, value in entries.items()}
+            names[p]: {
+                key: value if isinstance(value, Tensor) else torch.tensor(value) for key, value in entries.items()
+            }
             for p, entries in self.optimizer.state.items()
         }
         average = {} if self.average is None else self.average.tensors
@@ -466,5 +470,3 @@ def peak_flops(device: torch.device, precision: str) -> float | None:
     found = [known for key, known in DEVICES.items() if key in name]
     # The cards of the same name for PCIe do less.
     return found[0].peak.get(precision) if found and "pcie" not in name else None
-
-

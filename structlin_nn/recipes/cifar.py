@@ -20,8 +20,8 @@ from structlin_nn.data import ImageDataset, batch_rows, load_images
 from structlin_nn.data.augment import Augmentation, normalize
 from structlin_nn.models import StructureConfig, build_model
 from structlin_nn.recipes._config import RunConfig, require
+from structlin_nn.recipes._run import ALONE, Result
 from structlin_nn.recipes._run import Options as RunOptions
-from structlin_nn.recipes._run import Result
 from structlin_nn.recipes._torch import TorchRun, base_of, count_run, make_optimizer, processes
 
 __all__ = ["Config", "Options", "build", "plan", "train"]
@@ -186,8 +186,8 @@ def train(
         def evaluate() -> None:
             with run.evaluation():
                 first = min(EVALUATED_TRAINING_IMAGES, len(labels))
-                train_loss, train_error = loss_and_error(run, images[:first], labels[:first], data)
-                test_loss, test_error = loss_and_error(run, test_images, test_labels, data)
+                train_loss, train_error = loss_and_error(run.call, images[:first], labels[:first], data, group)
+                test_loss, test_error = loss_and_error(run.call, test_images, test_labels, data, group)
                 scores = (train_loss, train_error, test_loss, test_error)
                 found, told = evaluation(config, run.step, per_epoch, scores, run.sums.tolist())
                 run.evaluated(found, told, metric="test_error")
@@ -232,15 +232,17 @@ def train(
 
 
 @torch.no_grad()
-def loss_and_error(run: TorchRun, images: Tensor, labels: Tensor, data: ImageDataset) -> tuple[float, float]:
+def loss_and_error(
+    call: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor, data: ImageDataset, group: Any = ALONE
+) -> tuple[float, float]:
     """Mean cross-entropy in nats and share of wrong predictions, without augmentation; uint8 images (N, C, H, W)."""
-    found = torch.zeros(2, dtype=torch.float64, device=run.device)
+    found = torch.zeros(2, dtype=torch.float64, device=images.device)
     for some, right in zip(images.split(1000), labels.split(1000), strict=True):
-        some, right = run.group.share(some), run.group.share(right)
-        logits = run.call(normalize(some, data.mean, data.std))
+        some, right = group.share(some), group.share(right)
+        logits = call(normalize(some, data.mean, data.std))
         found[0] += F.cross_entropy(logits, right, reduction="sum").double()
         found[1] += (logits.argmax(1) != right).sum()
-    loss, wrong = run.group.sum(found).tolist()
+    loss, wrong = group.sum(found).tolist()
     return loss / len(labels), wrong / len(labels)
 
 

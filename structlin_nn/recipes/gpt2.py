@@ -18,11 +18,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from structlin_nn.data.tokens import GPT2_VOCABULARY, IGNORE, TokenData, evaluation_batches, open_tokens, token_batch
-from structlin_nn.data.tokens import token_vocabulary
+from structlin_nn.data.tokens import (
+    GPT2_VOCABULARY,
+    IGNORE,
+    TokenData,
+    evaluation_batches,
+    open_tokens,
+    token_batch,
+    token_vocabulary,
+)
 from structlin_nn.models import StructureConfig, build_model
 from structlin_nn.recipes._config import RunConfig, require
-from structlin_nn.recipes._run import Options, Result
+from structlin_nn.recipes._run import ALONE, Options, Result
 from structlin_nn.recipes._torch import TorchRun, base_of, count_run, make_optimizer, processes
 
 __all__ = ["Config", "Options", "build", "plan", "train"]
@@ -55,7 +62,9 @@ class Config(RunConfig):
     model: Literal["gpt2"] = "gpt2"
     width: int = 768  # width of the model
     base_width: int = 768  # width at which the learning rate was tuned
-    base_expansion: int = 0  # expansion of that model, 0: this one's; the paper's is 1, which quarters the rate of `down`
+    base_expansion: int = (
+        0  # expansion of that model, 0: this one's; the paper's is 1, which quarters the rate of `down`
+    )
     depth: int = 12  # number of blocks
     heads: int = 12  # heads of the attention
     head_dim: int = 0  # size of a head, 0: width // heads
@@ -104,8 +113,8 @@ def _sizes(config: Config, vocabulary: int) -> dict[str, Any]:
 
 
 def plan(config: Config, options: Options) -> tuple[int, int, dict[str, int]]:
-    """(vocabulary, steps, counts) of a run, as `structlin_nn.recipes._torch.count_run` counts them, before it starts."""
-    vocabulary = vocabulary_of(config, GPT2_VOCABULARY if options.data is None else tokenvocabulary_of(options.data))
+    """(vocabulary, steps, counts) of a run, before it starts (`structlin_nn.recipes._torch.count_run`)."""
+    vocabulary = vocabulary_of(config, GPT2_VOCABULARY if options.data is None else token_vocabulary(options.data))
     sample = torch.zeros(1, config.context, dtype=torch.int64)
     return vocabulary, config.steps, count_run(build, config, vocabulary, config.steps, sample)
 
@@ -175,9 +184,9 @@ def train(
 
         def evaluate() -> None:
             with run.evaluation():
-                train_loss, _ = token_loss(run, evaluated(data.train, config.eval_sequences))
+                train_loss, _ = token_loss(run.call, evaluated(data.train, config.eval_sequences), run.device, group)
                 sequences = None if config.whole_validation else config.eval_sequences
-                val_loss, val_tokens = token_loss(run, evaluated(data.val, sequences))
+                val_loss, val_tokens = token_loss(run.call, evaluated(data.val, sequences), run.device, group)
                 found, told = evaluation(config, run.step, train_loss, val_loss, val_tokens, run.sums.tolist())
                 run.evaluated(found, told, metric="val_loss")
 
@@ -221,17 +230,19 @@ class GPT2Run(TorchRun):
 
 
 @torch.no_grad()
-def token_loss(run: TorchRun, batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[float, int]:
+def token_loss(
+    call: Callable[[Tensor], Tensor], batches: Iterable[tuple[Tensor, Tensor]], device: Any = "cpu", group: Any = ALONE
+) -> tuple[float, int]:
     """Mean cross-entropy in nats over all targets of some batches, of all processes, and the number of these targets.
 
     Every target has the same weight, whatever the shape of its batch; those of `IGNORE` count for nothing.
     """
-    total = torch.zeros(2, dtype=torch.float64, device=run.device)
+    total = torch.zeros(2, dtype=torch.float64, device=device)
     for x, y in batches:
-        logits = run.call(x).flatten(0, 1).float()
+        logits = call(x).flatten(0, 1).float()
         total[0] += F.cross_entropy(logits, y.flatten(), reduction="sum", ignore_index=IGNORE).double()
         total[1] += (y != IGNORE).sum()
-    loss, number = run.group.sum(total).tolist()
+    loss, number = group.sum(total).tolist()
     require(number > 0, "there are no tokens to evaluate")
     return loss / number, int(number)
 

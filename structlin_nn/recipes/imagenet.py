@@ -2,9 +2,9 @@
 
     structlin train imagenet --data path/to/imagenet --structure block_tensor_train --options rank=2 --width 484
 
-Images are decoded and augmented by worker processes as uint8, and normalised, erased and mixed on the device. The recipe
-is that of *Compute Better Spent* (Qiu et al., ICML 2024), section 5. To change the loss, the data or the model, copy
-this file; `train` also takes a model of your own.
+Images are decoded and augmented by worker processes as uint8, and normalised, erased and mixed on the device. The
+recipe is that of *Compute Better Spent* (Qiu et al., ICML 2024), section 5. To change the loss, the data or the model,
+copy this file; `train` also takes a model of your own.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from structlin_nn.data.tokens import IGNORE
 from structlin_nn.models import StructureConfig, build_model
 from structlin_nn.models.files import make_timm
 from structlin_nn.recipes._config import RunConfig, require
+from structlin_nn.recipes._run import ALONE, Result
 from structlin_nn.recipes._run import Options as RunOptions
-from structlin_nn.recipes._run import Result
 from structlin_nn.recipes._torch import TorchRun, base_of, count_run, make_optimizer, processes
 from structlin_nn.torch import ParameterRule, replace_linear
 
@@ -63,7 +63,9 @@ class Config(RunConfig):
     model: str = "imagenet-vit"  # imagenet-vit, or timm:NAME for a model of timm, which has its own width
     width: int = 384  # width of imagenet-vit
     base_width: int = 256  # width at which the learning rate was tuned
-    base_expansion: int = 0  # expansion of that model, 0: this one's; the paper's is 1, which quarters the rate of `down`
+    base_expansion: int = (
+        0  # expansion of that model, 0: this one's; the paper's is 1, which quarters the rate of `down`
+    )
     depth: int = 12  # number of blocks of imagenet-vit
     heads: int = 4  # heads of the attention of imagenet-vit
     expansion: int = 4  # width of the feed-forward layers of imagenet-vit, as a multiple of the width
@@ -195,7 +197,11 @@ def train(
         require(options.data is not None, "--data is needed: a folder of images, of shards, or of Hugging Face data")
         found = {"format": options.format, "num_classes": options.num_classes, "on_broken": options.on_broken}
         data: ImageNetData = group.first(lambda: open_imagenet(options.data, **found))
-        classes, steps, per_epoch = data.num_classes, _steps(config, data.train_size), data.train_steps(config.batch_size)
+        classes, steps, per_epoch = (
+            data.num_classes,
+            _steps(config, data.train_size),
+            data.train_steps(config.batch_size),
+        )
         where = {"rank": group.rank, "world_size": group.size, "workers": config.workers}
         where |= {"pin_memory": run.device.type == "cuda"}
         batches = data.train_batches(
@@ -204,7 +210,7 @@ def train(
         )  # fmt: skip
         validation = data.val_batches(size * group.size, size=config.image_size, **where)
 
-        # Model and optimiser: learning rates relative to the dense model at base width; a model of timm is its own base.
+        # Model and optimiser: learning rates relative to the dense model at base width (timm: this width).
         model = run.make_model(build, classes)
         expansion = config.base_expansion or config.expansion
         base = base_of(build, config.replace(expansion=expansion), classes) if config.width else None
@@ -212,20 +218,15 @@ def train(
         first = next(iter(data.val_batches(PROBED_IMAGES, size=config.image_size)))[0]
         run.start(
             optimizer, steps=steps, warmup=round(config.warmup_epochs * per_epoch), outputs=classes, sums=4,
-            counts=_counted(build, config, classes, steps), data=_described(config, data), probe=_normalized(run, first),
+            counts=_counted(build, config, classes, steps), data=described(config, data),
+            probe=normalized(first, run.device),
         )  # fmt: skip
 
         def evaluate() -> None:
             with run.evaluation():
-                loss, right, five, seen = _validated(run, validation, classes)
-                batch_loss, done, _, _ = run.sums.tolist()
-                found = {
-                    "epoch": run.step // per_epoch,
-                    "val_loss": loss / seen,
-                    "val_error": 1 - right / seen,
-                    "val_top5_error": 1 - five / seen,
-                    "batch_loss": batch_loss / done if done else None,
-                }
+                scores = validated(run.call, validation, classes, run.device, group)
+                total, done, _, _ = run.sums.tolist()
+                found = {"epoch": run.step // per_epoch, **scores, "batch_loss": total / done if done else None}
                 told = (
                     f"epoch {found['epoch']:>3} of {config.epochs}  validation loss {found['val_loss']:.4f}  "
                     f"error: top-1 {100 * found['val_error']:.2f} %, top-5 {100 * found['val_top5_error']:.2f} %"
@@ -253,7 +254,9 @@ def train(
                         loss = F.cross_entropy(logits, y)
                     run.scaler.scale(loss / config.accumulate).backward()
                 losses.append(loss)
-                hits.append(torch.stack([(logits.detach().argmax(1) == labels).sum(), torch.full_like(labels[0], size)]))
+                hits.append(
+                    torch.stack([(logits.detach().argmax(1) == labels).sum(), torch.full_like(labels[0], size)])
+                )
             group.average_scalars(model)
             norm = run.gradient_norm()
             run.update()
@@ -268,22 +271,26 @@ def train(
 
 
 @torch.no_grad()
-def _validated(run: TorchRun, batches: Any, classes: int) -> list[float]:
-    """Over all validation images: the sum of losses, hits of the first and of the first five predictions, images."""
-    total = torch.zeros(4, dtype=torch.float64, device=run.device)
+def validated(
+    call: Callable[[Tensor], Tensor], batches: Any, classes: int, device: Any = "cpu", group: Any = ALONE
+) -> dict[str, float]:
+    """Mean cross-entropy in nats, and shares of wrong first and first five predictions, over validation images."""
+    total = torch.zeros(4, dtype=torch.float64, device=device)
     for images, labels in batches:
-        labels = labels.to(run.device, non_blocking=True)
-        logits = run.call(_normalized(run, images)).float()
+        labels = labels.to(device, non_blocking=True)
+        logits = call(normalized(images, device)).float()
         total[0] += F.cross_entropy(logits, labels, reduction="sum", ignore_index=IGNORE).double()
         hits = logits.topk(min(5, classes), dim=1).indices == labels[:, None]
         total[1] += hits[:, 0].sum()
         total[2] += hits.any(1).sum()
         total[3] += (labels != IGNORE).sum()
-    return run.group.sum(total).tolist()
+    loss, right, five, seen = group.sum(total).tolist()
+    return {"val_loss": loss / seen, "val_error": 1 - right / seen, "val_top5_error": 1 - five / seen}
 
 
-def _normalized(run: TorchRun, images: Tensor) -> Tensor:
-    return normalize(images.to(run.device, non_blocking=True), IMAGENET_MEAN, IMAGENET_STD)
+def normalized(images: Tensor, device: Any = "cpu") -> Tensor:
+    """uint8 images as float32 with ImageNet's mean and deviation."""
+    return normalize(images.to(device, non_blocking=True), IMAGENET_MEAN, IMAGENET_STD)
 
 
 def _timm_rules(model: nn.Module) -> dict[Any, ParameterRule]:
@@ -293,7 +300,7 @@ def _timm_rules(model: nn.Module) -> dict[Any, ParameterRule]:
     return {re.compile(re.escape(name)): ParameterRule(1.0) for name in matrices if name in named}
 
 
-def _described(config: Config, data: ImageNetData) -> dict[str, Any]:
+def described(config: Config, data: ImageNetData) -> dict[str, Any]:
     return {
         "name": "imagenet" if data.num_classes == 1000 else f"{data.num_classes} classes",
         "format": data.format,

@@ -1,34 +1,21 @@
-"""The runs of a sweep as commands, for a cluster. Imports neither torch nor jax."""
+"""The runs of a sweep as commands, for a cluster."""
 
 from __future__ import annotations
 
 import json
 import shlex
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from typing import Any
 
+from structlin_nn.recipes import recipe
 from structlin_nn.sweeps.local import Job
-from structlin_nn.training.base import RunConfig
-from structlin_nn.training.config import recipe
 
-__all__ = ["command", "settings", "slurm_script", "words"]
-
-
-def settings(config: RunConfig) -> list[str]:
-    """KEY=VALUE for every field in which a configuration differs from the recipe of its model and structure.
-
-    >>> from structlin_nn.training.config import recipe
-    >>> settings(recipe("cifar-mlp", width=128, structure="monarch", options={"blocks": 16}))
-    ['structure=monarch', 'width=128', 'options={"blocks": 16}']
-    """
-    usual = recipe(config.model, structure=config.structure)
-    changed = [name for name in config.differences(usual) if name != "structure"]
-    values = config.to_dict()
-    named = [] if config.structure == "dense" else [f"structure={config.structure}"]
-    return named + [f"{n}={v if isinstance(v := values[n], str) else json.dumps(v)}" for n in changed]
+__all__ = ["command", "slurm_script", "words"]
 
 
 def words(job: Job, launcher: Sequence[str] = (), program: Sequence[str] = ("structlin",)) -> list[str]:
-    """The words of the command that makes a run, or goes on with it.
+    """The words of the command that makes a run, or resumes it.
 
     Args:
         job: the run.
@@ -36,19 +23,32 @@ def words(job: Job, launcher: Sequence[str] = (), program: Sequence[str] = ("str
         program: what `structlin` is called by.
     """
     config = job.config
-    timm = config.model.startswith("timm:")
-    found = [*launcher, *program, "train", "imagenet" if timm else config.model]
-    found += ["--model", config.model] if timm else []
-    for setting in settings(config):
-        found += ["--set", setting]
-    if (root := job.data.get("data_root")) is not None:
-        found += ["--data", str(root)]
-    if not job.data.get("verify", True):
-        found.append("--unverified")
-    for name in ("format", "on_broken"):
-        if job.data.get(name) is not None:
-            found += [f"--{name.replace('_', '-')}", str(job.data[name])]
+    usual, values = recipe(config.model, structure=config.structure), config.to_dict()
+    found = [*launcher, *program, "train", "imagenet" if config.task == "imagenet" else config.model]
+    if config.model.startswith("timm:"):
+        found += ["--model", config.model]
+    if config.structure != "dense":
+        found += ["--structure", config.structure]
+    if hasattr(config, "data_set"):
+        found += ["--data-set", config.data_set]
+    for name in config.differences(usual):
+        if name not in ("structure", "data_set"):
+            found += _option(name, values[name])
+    default = type(job.options)()
+    for entry in fields(job.options):
+        value = getattr(job.options, entry.name)
+        if value != getattr(default, entry.name) and entry.name not in ("out", "resume", "quiet"):
+            found += _option(entry.name, [str(v) for v in value] if isinstance(value, tuple) else value)
     return [*found, "--out", str(job.folder), "--resume", "--quiet"]
+
+
+def _option(name: str, value: Any) -> list[str]:
+    flag = "--" + name.replace("_", "-")
+    if isinstance(value, bool) and name != "rms_cap":
+        return [flag if value else f"--no-{flag[2:]}"]
+    if isinstance(value, Mapping):
+        return [flag, *(f"{k}={v if isinstance(v, str) else json.dumps(v)}" for k, v in value.items())]
+    return [flag, *map(str, value)] if isinstance(value, list) else [flag, str(value)]
 
 
 def command(job: Job, launcher: Sequence[str] = ()) -> str:
@@ -59,17 +59,19 @@ def command(job: Job, launcher: Sequence[str] = ()) -> str:
 def slurm_script(name: str, jobs: Mapping[str, Job], *, workers: int, launcher: Sequence[str] = ()) -> str:
     """An array script for ``sbatch``: one task for each run, `workers` of them at a time.
 
-    A task that is told to end writes a checkpoint, and goes on from it when it is started again. Options of the
-    cluster (partition, GPUs, time) are given to ``sbatch``.
+    A task that is told to end writes a checkpoint, and resumes from it when it is started again. Options of the cluster
+    (partition, GPUs, time) are given to ``sbatch``.
 
     Raises:
-        ValueError: no runs.
+        ValueError: no runs, or a name that has a line break.
     """
     if not jobs:
         raise ValueError("there are no runs for the script")
+    if "\n" in name or "\r" in name:
+        raise ValueError(f"the name of a job is one line, got {name!r}")
     lines = "\n".join(f"  {shlex.quote(command(job, launcher))}  # {run}" for run, job in jobs.items())
     return f"""#!/bin/bash
-#SBATCH --job-name={name}
+#SBATCH --job-name={shlex.quote(name)}
 #SBATCH --array=0-{len(jobs) - 1}%{workers}
 #SBATCH --requeue
 #SBATCH --open-mode=append

@@ -1,4 +1,4 @@
-"""Runs on this machine: several at a time in processes of their own, finished ones skipped, begun ones resumed."""
+"""Runs on this machine: what they cost, several at a time in processes of their own, finished ones skipped."""
 
 from __future__ import annotations
 
@@ -6,35 +6,53 @@ import json
 import os
 import queue
 import signal
-import sys
+import traceback
 from collections.abc import Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 from structlin_nn._files import atomic_write
-from structlin_nn.training.base import RunConfig
-from structlin_nn.training.config import config_from_dict
-from structlin_nn.training.records import read_record
+from structlin_nn._text import progress_bar
+from structlin_nn.checkpoints import checkpoints
+from structlin_nn.recipes import config_from_dict, recipe_module
+from structlin_nn.records import read_record
 
-__all__ = ["MAX_WORKERS", "STATES", "Job", "Outcome", "default_workers", "run_all", "state_of"]
+__all__ = ["MAX_WORKERS", "STATES", "Job", "Outcome", "Planned", "default_workers", "plan", "run_all", "state_of"]
 
 MAX_WORKERS = 8
 """Processes that are started unless more are asked for; each takes about half a gigabyte of memory."""
-
 STATES = ("new", "begun", "finished", "failed")
 FAILED = "failed.json"
 
 
 @dataclass(frozen=True)
 class Job:
-    """A run to be made: its configuration, its folder, and where its data are (arguments of `setup`)."""
+    """A run to be made: its configuration, and the options with which it is started (``options.out`` is its folder)."""
 
-    config: RunConfig
-    folder: Path
-    data: Mapping[str, Any] = field(default_factory=dict)
+    config: Any
+    options: Any
+
+    @property
+    def recipe(self) -> Any:
+        """The module that trains it."""
+        return recipe_module(type(self.config).__module__.rpartition(".")[2])
+
+    @property
+    def folder(self) -> Path:
+        """Where it is written."""
+        return Path(self.options.out)
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A run that is planned: its state, one of `STATES`, and its counts (`structlin_nn.records`)."""
+
+    job: Job
+    state: str
+    counts: dict[str, int]
 
 
 @dataclass(frozen=True)
@@ -51,35 +69,53 @@ def default_workers() -> int:
     return min(cores, MAX_WORKERS)
 
 
-def state_of(config: RunConfig, folder: Path) -> str:
-    """One of `STATES`: ``failed`` is a run whose loss was no longer finite, or whose data were refused.
+def state_of(config: Any, folder: Path) -> str:
+    """One of `STATES`; ``failed`` is a run that ended with an error, and is started again when it is asked for.
 
     Raises:
         ValueError: a run with another configuration in that folder.
     """
+    failed = (folder / FAILED).exists()
     if not (folder / "record.jsonl").exists():
-        return "failed" if (folder / FAILED).exists() else "new"
+        return "failed" if failed else "new"
     try:
         found = read_record(folder / "record.jsonl")
     except ValueError:  # cut off: resuming repairs it
-        return "begun"
-    config.check_continues(config_from_dict(found.header["task"], found.header["config"]), folder)
-    if found.finished and (folder / "checkpoint.pt").exists():
+        return "failed" if failed else "begun"
+    config.check_continues(config_from_dict(found.header["recipe"], found.header["config"]), folder)
+    if found.finished and checkpoints(folder):
         return "finished"
-    return "failed" if (folder / FAILED).exists() else "begun"
+    return "failed" if failed else "begun"
+
+
+def plan(jobs: Mapping[str, Job]) -> dict[str, Planned]:
+    """Count all runs, on the meta device, and look which exist already.
+
+    Raises:
+        ValueError: sizes that a structure cannot have (the message names the run), or a folder with another run.
+    """
+    counted: dict[str, dict[str, int]] = {}
+    found = {}
+    for name, job in jobs.items():
+        free = ("seed", "lr", "structure_aware", "device", "threads", "rule")  # change neither model nor steps
+        key = repr(sorted((k, v) for k, v in job.config.to_dict().items() if k not in free))
+        try:
+            if key not in counted:
+                counted[key] = job.recipe.plan(job.config, job.options)[2]
+        except ValueError as error:
+            raise ValueError(f"run {name}: {error}") from error
+        found[name] = Planned(job, state_of(job.config, job.folder), counted[key])
+    return found
 
 
 def run_all(
-    jobs: Mapping[str, Job],
-    *,
-    workers: int,
-    weights: Mapping[str, float] | None = None,
-    progress: bool = True,
+    jobs: Mapping[str, Job], *, workers: int, weights: Mapping[str, float] | None = None, progress: bool = True
 ) -> Outcome:
     """Train all, the heaviest first, so that no worker is left with a long run at the end.
 
-    Call it under ``if __name__ == "__main__":``, since it starts processes. Where there are several GPUs, and the
-    jobs use ``cuda``, each worker has one of them. After SIGINT or SIGTERM, runs write a checkpoint and end.
+    An error in one run is told and noted in its folder, and does not end the others. Call this function under
+    ``if __name__ == "__main__":``, since it starts processes. Where there are several GPUs, and the jobs use ``cuda``,
+    each worker has one of them. After SIGINT or SIGTERM, runs write a checkpoint and end.
 
     Args:
         jobs: by name; those that are begun are resumed.
@@ -88,33 +124,27 @@ def run_all(
         progress: a bar on stderr.
 
     Raises:
-        ValueError: a number of workers below 1, or an error of a run that is neither its loss nor its data.
+        ValueError: a number of workers below 1.
     """
-    from tqdm import tqdm  # type: ignore[import-untyped]
-
-    from structlin_nn.training.interrupt import Interruption
+    from structlin_nn.recipes._telling import Interruption
 
     if workers < 1:
         raise ValueError(f"workers must be at least 1, got {workers}")
     if not jobs:
         return Outcome({}, None)
     work = dict(weights) if weights is not None else dict.fromkeys(jobs, 1.0)
-    workers = min(workers, len(jobs))
+    workers, total = min(workers, len(jobs)), sum(work.values())
     context = get_context("spawn")
     messages, stop, places = context.Queue(), context.Event(), context.Queue()
     for number in range(workers):
         places.put((number, workers))
-    interval = 0.2 if sys.stderr.isatty() else 15.0
-    total = sum(work.values())
     failed: dict[str, str] = {}
+    form = "{desc}: {percentage:3.0f}%|{bar}| [{elapsed}<{remaining}] {postfix}"
     with (
         Interruption() as interruption,
         ProcessPoolExecutor(workers, context, _prepare_worker, (messages, stop, places)) as pool,
-        tqdm(
-            total=total, desc=f"{len(jobs)} runs", disable=not progress, dynamic_ncols=True, mininterval=interval,
-            bar_format="{desc}: {percentage:3.0f}%|{bar}| [{elapsed}<{remaining}] {postfix}",
-        ) as bar,
-    ):  # fmt: skip
+        progress_bar(total, f"{len(jobs)} runs", quiet=not progress, bar_format=form) as bar,
+    ):
         names: dict[Future[str | None], str] = {}
         for name in sorted(jobs, key=lambda name: -work[name]):
             names[pool.submit(_train, name, jobs[name])] = name
@@ -123,7 +153,9 @@ def run_all(
             while running:
                 finished, running = wait(running, timeout=0.1, return_when=FIRST_COMPLETED)
                 for future in finished:
-                    if (message := future.result()) is None:
+                    error = future.exception()  # of a process that was killed
+                    message = f"its process ended: {error}" if error is not None else future.result()
+                    if message is None:
                         done += 1
                     elif message:
                         failed[names[future]] = message
@@ -174,45 +206,33 @@ def _prepare_worker(messages: Any, stop: Any, places: Any) -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpus[number % len(gpus)]
 
 
-class _Reporter:
-    """Sends the progress of a run to the parent: its name, the share done since the last time, and a text."""
-
-    def __init__(self, name: str) -> None:
-        self.name, self.total, self.waiting = name, 1, 0
-
-    def start(self, total: int, done: int, label: str) -> None:
-        self.total = total
-        if done:
-            _messages.put((self.name, done / total, "resumed"))
-
-    def update(self, images: int, loss: float | None) -> None:
-        self.waiting += images
-        if self.waiting >= self.total / 50:
-            _messages.put((self.name, self.waiting / self.total, "" if loss is None else f"loss {loss:.3f}"))
-            self.waiting = 0
-
-    def say(self, text: str) -> None: ...
-
-    def close(self) -> None: ...
-
-
 def _train(name: str, job: Job) -> str | None:
-    """None where the run is finished, "" where it was stopped, and else why it cannot go on."""
+    """None where the run is finished, "" where it was stopped, and else why it cannot continue."""
     import torch
-
-    from structlin_nn.training.loop import TrainingError, fit, setup
 
     if _stop.is_set():
         return ""
     if not job.config.threads:
         # What torch would take, shared with the other workers.
         torch.set_num_threads(max(1, default_workers() // _workers))
+    told = 0.0
+
+    def watch(run: Any, loss: float | None) -> bool:
+        nonlocal told
+        if run.step / run.steps - told >= 0.02 or run.step == run.steps:
+            share, told = run.step / run.steps - told, run.step / run.steps
+            _messages.put((name, share, "" if loss is None else f"loss {loss:.3f}"))
+        return _stop.is_set()
+
     (job.folder / FAILED).unlink(missing_ok=True)
     try:
-        made = setup(job.config, job.folder, resume=True, **job.data)
-        result = fit(made, _Reporter(name), stop=_stop.is_set)
-    except TrainingError as error:
-        with atomic_write(job.folder / FAILED) as file:
-            file.write(json.dumps({"error": str(error)}).encode() + b"\n")
+        result = job.recipe.train(job.config, replace(job.options, resume=True, quiet=True), watch=watch)
+    except BlockingIOError as error:  # somebody else makes this run
         return str(error)
+    except Exception as error:
+        job.folder.mkdir(parents=True, exist_ok=True)
+        told_of = {"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
+        with atomic_write(job.folder / FAILED) as file:
+            file.write(json.dumps(told_of).encode() + b"\n")
+        return told_of["error"]
     return None if result.finished else ""

@@ -1,4 +1,4 @@
-"""A sweep: a base configuration, and overlays that each make a run of it. Imports neither torch nor jax."""
+"""A sweep: a base configuration, and overlays that each make a run of it.."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from structlin_nn.training.base import RunConfig, nearest
-from structlin_nn.training.config import recipe
+from structlin_nn._text import suggestion
+from structlin_nn.recipes import recipe
 
 __all__ = ["Overlay", "Sweep", "find", "grid", "merge", "names", "run_name", "zipped"]
 
@@ -72,7 +72,7 @@ class Sweep:
     Attributes:
         name: of the sweep.
         about: one line for the reader.
-        model: whose recipe (`structlin_nn.training.config.recipe`) the runs start from.
+        model: whose recipe (`structlin_nn.recipes.recipe`) the runs start from.
         base: changes to the recipe that all runs have.
         overlays: the changes of each run; from `grid`, `zipped`, `merge`, and sums of their results.
         data: name of the data that ``--data`` has to say where they are; for the reader.
@@ -91,7 +91,7 @@ class Sweep:
     base: Mapping[str, Any] = field(default_factory=dict)
     data: str = "CIFAR-10"
 
-    def runs(self, changes: Overlay | None = None) -> dict[str, RunConfig]:
+    def runs(self, changes: Overlay | None = None) -> dict[str, Any]:
         """The configurations by name.
 
         Args:
@@ -104,7 +104,7 @@ class Sweep:
         if not self.overlays:
             raise ValueError(f"sweep {self.name!r} has no overlays")
         changes = changes or {}
-        made: dict[str, RunConfig] = {}
+        made: dict[str, Any] = {}
         for overlay in self.overlays:
             values = {"model": self.model, **self.base, **overlay, **changes}
             name = run_name({key: value for key, value in overlay.items() if key not in changes})
@@ -176,7 +176,7 @@ def find(name: str) -> Sweep:
         spec.loader.exec_module(module)
     else:
         if name not in names():
-            raise ValueError(f"unknown sweep {name!r}{nearest(name, names())} (one of {', '.join(names())})")
+            raise ValueError(f"unknown sweep {name!r}{suggestion(name, names())} (one of {', '.join(names())})")
         module = importlib.import_module(f"structlin_nn.configs.{name.replace('-', '_')}")
     found = getattr(module, "SWEEP", None)
     if not isinstance(found, Sweep):

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from structlin.structure import AbstractStructure
+from structlin_nn._text import table
 
 __all__ = ["LayerProjection", "ProjectionReport"]
 
@@ -112,7 +113,7 @@ class ProjectionReport:
         calibrated = any(layer.output_error is not None for layer in self.layers)
         head = ("layer", "shape", "form", "weight error", *(("output error",) if calibrated else ()),
                 "MACs", "after", "params", "after")  # fmt: skip
-        rows = [head]
+        rows = []
         for layer in self.layers:
             chosen = " ".join(f"{k}={v}" for k, v in layer.options.items())
             errors = (layer.weight_error, layer.output_error) if calibrated else (layer.weight_error,)
@@ -124,11 +125,7 @@ class ProjectionReport:
             ))  # fmt: skip
         totals = (self.macs_before, self.macs_after, self.params_before, self.params_after)
         rows.append(("total", "", "", "", *(("",) if calibrated else ()), *(f"{n:,}" for n in totals)))
-        widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
-        lines = [
-            "  ".join(c.ljust(w) if i < 3 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
-            for row in rows
-        ]
+        lines = [table(head, rows, left=3, rule=False)]
         lines += [f"stays dense: {layer.names[0]} ({layer.reason})" for layer in self.layers if layer.reason]
         lines += [f"left alone: {name} ({reason})" for name, reason in self.skipped]
         return "\n".join([*lines, *self.notes])

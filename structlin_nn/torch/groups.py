@@ -21,6 +21,7 @@ from structlin_nn._rates import (
     factor_multipliers,
     settle,
 )
+from structlin_nn._text import table
 from structlin_nn.torch._modules import is_conv1d, linear_sizes
 from structlin_nn.torch._muon import Matrices, factor_matrices, muon_multiplier
 from structlin_nn.torch.linear import StructuredLinear
@@ -354,7 +355,7 @@ def format_groups(groups: Iterable[Mapping[str, Any]]) -> str:
              1  0.1      0        2          10  *.weight
              1  0.1      0        2           4  *.bias
     """
-    rows: list[tuple[str, ...]] = [("multiplier", "lr", "decay", "tensors", "parameters", "names")]
+    rows: list[tuple[str, ...]] = []
     for group in groups:
         sizes: dict[str, dict[str, int]] = {}
         for name, parameter in zip(group["names"], group["params"], strict=True):
@@ -364,5 +365,4 @@ def format_groups(groups: Iterable[Mapping[str, Any]]) -> str:
         for pattern, counts in sizes.items():
             name = pattern if len(counts) > 1 else next(iter(counts))
             rows.append((*shared, f"{len(counts):,}", f"{sum(counts.values()):,}", name))
-    widths = [max(len(row[i]) for row in rows) for i in range(5)]
-    return "\n".join("  ".join([*(c.rjust(w) for c, w in zip(row, widths, strict=False)), row[-1]]) for row in rows)
+    return table(("multiplier", "lr", "decay", "tensors", "parameters", "names"), rows, left=-1, rule=False)
