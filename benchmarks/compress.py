@@ -24,10 +24,9 @@ from torch import nn
 
 from structlin_nn.data import load_images
 from structlin_nn.data.augment import normalize
+from structlin_nn.recipes.cifar import Config, Options, loss_and_error, train
 from structlin_nn.torch import project_linear, to_dense_linear
-from structlin_nn.training.cifar import evaluate
-from structlin_nn.training.config import TrainConfig
-from structlin_nn.training.loop import load_trained, train
+from structlin_nn.trained import load_trained
 
 STRUCTURES = ("low_rank", "block_tensor_train")
 
@@ -43,7 +42,7 @@ def measure(model: nn.Module, data: Any, name: str, fraction: float, calibration
         return {**row, "error": str(error)}
     seconds = time.perf_counter() - start
     test = (torch.from_numpy(data.test_images), torch.from_numpy(data.test_labels))
-    loss, wrong = evaluate(compressed, *test, data)
+    loss, wrong = loss_and_error(compressed, *test, data)
     return {
         **row,
         "mac_ratio": report.macs_before / report.macs_after,
@@ -84,16 +83,21 @@ def main() -> None:
     arguments = parser.parse_args()
     setting = {"width": arguments.width, "epochs": arguments.epochs, "calibration_images": arguments.calibration_images}
     with tempfile.TemporaryDirectory() as folder:
-        sizes = {"width": arguments.width, "epochs": arguments.epochs, "eval_every": arguments.epochs}
-        config = TrainConfig(**sizes, augment=False, mixup=0.0, label_smoothing=0.1)
-        train(config, Path(folder) / "run")
+        sizes = {
+            "width": arguments.width,
+            "epochs": arguments.epochs,
+            "eval_every": arguments.epochs,
+            "batch_size": 256,
+        }
+        config = Config(**sizes, augment=False, mixup=0.0, label_smoothing=0.1)
+        train(config, Options(out=Path(folder) / "run"))
         model = load_trained(Path(folder) / "run")
     to_dense_linear(model)
     data = load_images("fashion").as_32x32_rgb()
     images = torch.from_numpy(data.train_images[: arguments.calibration_images])
     calibration = [normalize(batch, data.mean, data.std) for batch in images.split(500)]
     test = (torch.from_numpy(data.test_images), torch.from_numpy(data.test_labels))
-    loss, wrong = evaluate(model, *test, data)
+    loss, wrong = loss_and_error(model, *test, data)
     dense = {"test_loss": loss, "test_error": wrong, "test_images": len(data.test_labels),
              "standard_error": math.sqrt(wrong * (1 - wrong) / len(data.test_labels))}  # fmt: skip
     rows = []

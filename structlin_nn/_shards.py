@@ -6,6 +6,7 @@ all that is read.
 
 from __future__ import annotations
 
+import errno
 import pickle
 import warnings
 from collections.abc import Iterator
@@ -72,9 +73,12 @@ def write_tensors(folder: Path, tensors: dict[str, Any], process_group: Any = No
             writer = dcp.FileSystemWriter(folder)
             dcp.save(tensors, storage_writer=writer, process_group=process_group, no_dist=alone)
     except (CheckpointException, RuntimeError) as error:
-        causes = list(error.failures.values()) if isinstance(error, CheckpointException) else []
-        found = next((e for e, *_ in causes if isinstance(e, OSError)), None)
-        raise OSError(getattr(found, "errno", None), getattr(found, "strerror", None) or str(error)) from error
+        causes = [cause for cause, *_ in error.failures.values()] if isinstance(error, CheckpointException) else [error]
+        found = next((cause for cause in causes if isinstance(cause, OSError)), None)
+        # All that torch says of a write that failed is that its file has another length than it counted.
+        short = any("unexpected pos" in str(cause) for cause in causes)
+        reason = found.strerror if found else "the disk is full, or files cannot be larger" if short else str(error)
+        raise OSError(found.errno if found else errno.ENOSPC if short else None, reason) from error
 
 
 def read_tensors(folder: Path, tensors: dict[str, Any], process_group: Any = None, alone: bool = True) -> None:

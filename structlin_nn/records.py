@@ -165,6 +165,8 @@ def unsealed(path: Path, line: bytes, number: int = 1) -> dict[str, Any]:
         raise ValueError(f"{path}, line {number} is damaged: {error}") from error
     if not isinstance(value, dict):
         raise ValueError(f"{path}, line {number} must be a JSON object, got {line[:40]!r}")
+    if found is None and "crc32" in value:
+        raise ValueError(f"{path}, line {number} is damaged: its checksum is damaged")
     return value
 
 

@@ -28,8 +28,10 @@ SWEEP = Sweep(
         "steps": 400,
         "warmup_steps": 40,
         "eval_every": 100,
-        "eval_batches": 10,
+        "eval_sequences": 160,
         "whole_validation": True,
+        "base_expansion": 1,  # as the paper's code
+        "decay_embeddings": False,
         "threads": 1,
     },
     overlays=[

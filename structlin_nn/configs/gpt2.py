@@ -9,8 +9,8 @@ Paper:     validation loss: dense 384: 3.238, 512: 3.076, 768: 2.918; Block Tens
            2048: 2.977, 2560: 2.865.
 Result:    ``val_loss`` of the last evaluation.
 
-Heads have 64 features; the dense model of width 512 has 12 heads, as in the paper. Learning rate, warm-up, weight
-decay and clipping are nanoGPT's (`structlin_nn.recipes.gpt2`).
+Heads have 64 features; the dense model of width 512 has 12 heads, as in the paper. The base model has expansion 1, as
+in the paper's code. Learning rate, warm-up, weight decay and clipping are nanoGPT's (`structlin_nn.recipes.gpt2`).
 """
 
 from structlin_nn.sweeps import Sweep, merge, zipped
@@ -22,6 +22,7 @@ SWEEP = Sweep(
     about="figure 7: validation loss of GPT-2 on OpenWebText against compute",
     model="gpt2",
     data="OpenWebText",
+    base={"base_expansion": 1},
     overlays=[
         *merge([{"structure": "dense"}], zipped(width=(384, 512, 768), heads=(6, 12, 12))),
         *merge([BTT], zipped(width=(1024, 1536, 2048, 2560), heads=(16, 24, 32, 40))),

@@ -26,6 +26,7 @@ SWEEP = Sweep(
     about="figure 6: validation error of ViT/32 on ImageNet against compute",
     model="imagenet-vit",
     data="ImageNet",
+    base={"base_expansion": 1},  # as the paper's code
     overlays=[
         *merge([{"structure": "dense"}], grid(width=(80, 192, 384))),
         *merge(_btt(1), grid(width=(256, 784, 1936))),

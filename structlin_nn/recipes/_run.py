@@ -220,7 +220,7 @@ class Run:
         folder = self.folder
         if folder.exists() and not folder.is_dir():
             raise NotADirectoryError(f"{folder} is a file, a run needs a folder")
-        self._made = not folder.exists()
+        self._made = [path for path in (folder, *folder.parents) if not path.exists()]
         folder.mkdir(parents=True, exist_ok=True)
         try:
             self._lock.acquire(timeout=0)
@@ -254,8 +254,9 @@ class Run:
             if self._made and not (self.folder / RECORD).exists():  # nothing was begun
                 shutil.rmtree(self.folder / CHECKPOINTS, ignore_errors=True)
                 (self.folder / ".lock").unlink(missing_ok=True)
-                if not any(self.folder.iterdir()):
-                    self.folder.rmdir()
+                for path in self._made:
+                    if not any(path.iterdir()):
+                        path.rmdir()
             self._lock.release()
         self._interruption.__exit__()
 
@@ -312,6 +313,15 @@ class Run:
         label = f"{self.config.structure} {self.config.width or self.config.model}"
         total, done = steps * self.config.batch_size, self.step * self.config.batch_size
         self._bar = progress_bar(total, label, done=done, unit=self.unit, quiet=quiet)
+        said = ", ".join(f"{k.replace('_', ' ')} {_shown(v)}" for k, v in data.items() if k not in ("name", "sha256"))
+        shape = f", width {self.config.width}" if self.config.width else ""
+        messages += [
+            f"data: {data['name']}; {said}",
+            f"model: {self.config.model}{shape}, {self.config.structure} {self.config.options or ''}".rstrip(),
+            f"counts: {counts['params']:,} parameters, {counts['forward_macs']:,} MACs for one sample forward, "
+            f"{counts['total_training_macs']:.3g} for the whole run of {steps:,} steps",
+            f"writing to {self.folder}",
+        ]
         for line in messages:
             self.say(line)
 
@@ -546,6 +556,10 @@ class Run:
     def sums_reset(self) -> None:
         """Set the sums between evaluations to zero."""
         raise NotImplementedError
+
+
+def _shown(value: Any) -> str:
+    return f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def default_folder(config: Any) -> Path:

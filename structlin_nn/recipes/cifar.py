@@ -190,7 +190,7 @@ def train(
                 test_loss, test_error = loss_and_error(run.call, test_images, test_labels, data, group)
                 scores = (train_loss, train_error, test_loss, test_error)
                 found, told = evaluation(config, run.step, per_epoch, scores, run.sums.tolist())
-                run.evaluated(found, told, metric="test_error")
+            run.evaluated(found, told, metric="test_error")
 
         if not run.last:
             evaluate()

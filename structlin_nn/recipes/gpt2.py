@@ -188,7 +188,7 @@ def train(
                 sequences = None if config.whole_validation else config.eval_sequences
                 val_loss, val_tokens = token_loss(run.call, evaluated(data.val, sequences), run.device, group)
                 found, told = evaluation(config, run.step, train_loss, val_loss, val_tokens, run.sums.tolist())
-                run.evaluated(found, told, metric="val_loss")
+            run.evaluated(found, told, metric="val_loss")
 
         if not run.last:
             evaluate()

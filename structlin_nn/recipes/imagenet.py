@@ -231,7 +231,7 @@ def train(
                     f"epoch {found['epoch']:>3} of {config.epochs}  validation loss {found['val_loss']:.4f}  "
                     f"error: top-1 {100 * found['val_error']:.2f} %, top-5 {100 * found['val_top5_error']:.2f} %"
                 )
-                run.evaluated(found, told, metric="val_error")
+            run.evaluated(found, told, metric="val_error")
 
         if not run.last:
             evaluate()

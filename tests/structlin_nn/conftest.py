@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from structlin_nn.data import load_images
-from structlin_nn.training.records import RecordWriter
+from structlin_nn.records import RecordWriter
 
 CLASSES = ("bag", "boot", "coat")
 SIZES = ((60, 40), (40, 52), (48, 48))

@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from structlin_nn import models
 from structlin_nn.convert import load_safetensors, save_safetensors, to_flax, to_torch
 from structlin_nn.flax import StructuredLinear
-from structlin_nn.flax.models import build_model
 from structlin_nn.models import StructureConfig
+from structlin_nn.models.flax import build_model
 
 
 class TorchNet(torch.nn.Module):

@@ -19,7 +19,7 @@ from structlin_nn.cli import main
 from structlin_nn.counting import count_model
 from structlin_nn.demo import QUICK_WIDTHS, TOLERANCE, WIDTHS, configurations, row_of
 from structlin_nn.plots import STYLES, demo_figure, save_png
-from structlin_nn.training.records import read_record
+from structlin_nn.records import read_record
 
 STRUCTURES = ("block_tensor_train", "monarch", "low_rank", "kronecker")
 RULES = {"dense": {"dense"}, **{name: {"aware", "naive"} for name in STRUCTURES}}

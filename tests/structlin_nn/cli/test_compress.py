@@ -15,8 +15,8 @@ from structlin_nn.cli import main
 from structlin_nn.data import load_images
 from structlin_nn.models import build_model, load_model, save_model
 from structlin_nn.models.files import make_timm
+from structlin_nn.records import read_record
 from structlin_nn.torch import StructuredLinear, read_structured
-from structlin_nn.training.records import read_record
 
 TRAIN = "--batch-size 500 --mixup 0 --label-smoothing 0 --no-augment --threads 1 --quiet"
 

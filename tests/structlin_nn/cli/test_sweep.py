@@ -15,8 +15,8 @@ import pytest
 import structlin_nn
 from structlin_nn.cli import main
 from structlin_nn.data import load_images
+from structlin_nn.records import read_record
 from structlin_nn.sweeps import names
-from structlin_nn.training.records import read_record
 
 SWEEP = """
 from structlin_nn.sweeps import Sweep, grid, merge
@@ -104,7 +104,21 @@ def test_what_fails_does_not_stop_the_others(folder: Path, capsys: pytest.Captur
     assert main([*line.split(), "--print-commands"]) == 0
     assert "all runs are done" in capsys.readouterr().err
     assert main([*line.split(), "--print-commands", "--retry"]) == 0
-    assert "lr=1e+30" in capsys.readouterr().out
+    assert "--lr 1e+30" in capsys.readouterr().out
+
+
+def test_an_error_of_one_run_does_not_end_the_sweep(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Any error: it is told, noted with its traceback, and the run is made when its cause is gone."""
+    Path("runs/mine/dense-w8").mkdir(parents=True)
+    Path("runs/mine/dense-w8/checkpoints").touch()  # a file where a folder has to be
+    line = f"{LINE} --workers 1 --only dense* --quiet"
+    assert main(line.split()) == 1
+    assert "dense-w8: FileExistsError" in capsys.readouterr().err
+    assert "Traceback" in json.loads(Path("runs/mine/dense-w8/failed.json").read_text())["traceback"]
+    assert planned(capsys, "--only dense*") == {"dense-w8": "failed", "dense-w16": "finished"}
+    Path("runs/mine/dense-w8/checkpoints").unlink()
+    assert main([*line.split(), "--retry"]) == 0
+    assert set(planned(capsys, "--only dense*").values()) == {"finished"}
 
 
 def test_slurm(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -118,10 +132,10 @@ def test_slurm(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ("line", "message"),
     [
         ("sweep", "the following arguments are required: NAME, one of cifar-mlp"),
-        ("sweep deltah", "unknown sweep 'deltah', did you mean 'delta-h'?"),
+        ("sweep deltah", "unknown sweep 'deltah', did you mean delta-h?"),
         ("sweep nothing.py", "nothing.py does not exist"),
         ("sweep empty.py", "must define SWEEP"),
-        ("sweep mine.py --set widht=3", "unknown key 'widht' in 'widht=3', did you mean 'width'?"),
+        ("sweep mine.py --set widht=3", "unknown key 'widht' in 'widht=3', did you mean width?"),
         ("sweep mine.py --dry-run --only x*", "--only matches none of the runs dense-w8, dense-w16"),
         ("sweep mine.py --workers 0", "--workers must be at least 1, got 0"),
         ("sweep mine.py --launcher x", "--launcher is for the commands"),
@@ -155,7 +169,7 @@ def test_an_interrupted_sweep_goes_on(number: signal.Signals, folder: Path, caps
         command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True
     ) as process:
         deadline = time.monotonic() + 120
-        while not list(Path("runs").glob("mine/*/checkpoint.pt")):
+        while not list(Path("runs").glob("mine/*/checkpoints/0*")):
             assert time.monotonic() < deadline
             assert process.poll() is None
             time.sleep(0.05)
@@ -166,7 +180,7 @@ def test_an_interrupted_sweep_goes_on(number: signal.Signals, folder: Path, caps
         _, err = process.communicate(timeout=120)
     if number == signal.SIGTERM:
         assert process.returncode == 128 + number
-        assert "SIGTERM; the same command goes on with what is left" in err
+        assert "SIGTERM; the same command resumes what is left" in err
     states = planned(capsys, long)
     assert "begun" in states.values()
     assert "finished" not in states.values()

@@ -11,8 +11,8 @@ from flax import nnx
 import structlin
 from structlin_nn import models
 from structlin_nn.flax import StructuredLinear
-from structlin_nn.flax import models as flax_models
 from structlin_nn.flax.counting import count, xla_flops
+from structlin_nn.models import flax as flax_models
 from structlin_nn.torch import counting as torch_counting
 
 

@@ -19,8 +19,8 @@ from structlin_nn.flax import (
     parameter_rates,
     scale_by_rates,
 )
-from structlin_nn.flax.models import base_model, build_model
 from structlin_nn.models import StructureConfig
+from structlin_nn.models.flax import base_model, build_model
 from structlin_nn.torch import ParameterRule as TorchRule
 from structlin_nn.torch import parameter_groups
 

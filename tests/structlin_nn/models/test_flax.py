@@ -12,8 +12,8 @@ from torch.nn import functional as F
 from structlin_nn import models
 from structlin_nn.convert import to_flax, to_torch
 from structlin_nn.flax import optimizer_for
-from structlin_nn.flax.models import MODELS, base_model, build_model
 from structlin_nn.models import StructureConfig
+from structlin_nn.models.flax import MODELS, base_model, build_model
 from structlin_nn.torch import parameter_groups
 
 BTT = StructureConfig("block_tensor_train", {"rank": 2}, rms_cap=True)

@@ -6,11 +6,10 @@ from pathlib import Path
 import pytest
 
 from structlin_nn.cli import main
+from structlin_nn.recipes import cifar, gpt2
+from structlin_nn.records import COMMON_KEYS, HEADER_KEYS, TASK_KEYS, RecordWriter
 from structlin_nn.sweeps import Sweep, grid, merge
-from structlin_nn.sweeps.local import Job
-from structlin_nn.sweeps.plan import plan
-from structlin_nn.training import header
-from structlin_nn.training.records import COMMON_KEYS, HEADER_KEYS, TASK_KEYS, RecordWriter
+from structlin_nn.sweeps.local import Job, plan
 
 SWEEP = """
 from structlin_nn.sweeps import Sweep, grid, merge
@@ -34,7 +33,7 @@ def record(job: Job, step: int) -> None:
     )
     for at in {0, step}:
         writer.append(dict.fromkeys((*COMMON_KEYS, *TASK_KEYS["cifar"]), 0) | {"step": at})
-    (job.folder / "checkpoint.pt").touch()
+    (job.folder / "checkpoints" / f"{step:09d}").mkdir(parents=True)
 
 
 @pytest.fixture
@@ -48,7 +47,7 @@ def test_two_hundred_runs(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys:
     from structlin_nn.sweeps import find
 
     configs = find("many.py").runs()
-    jobs = {name: Job(config, Path("runs/many", name)) for name, config in configs.items()}
+    jobs = {name: Job(config, cifar.Options(out=Path("runs/many", name))) for name, config in configs.items()}
     assert len(jobs) == 200
     names = list(jobs)
     expected = dict.fromkeys(names, "new")
@@ -64,8 +63,8 @@ def test_two_hundred_runs(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys:
         expected[name] = "failed"
 
     calls = []
-    original = header.count_run
-    monkeypatch.setattr(header, "count_run", lambda *given: (calls.append(given), original(*given))[1])
+    original = cifar.count_run
+    monkeypatch.setattr(cifar, "count_run", lambda *given: (calls.append(given), original(*given))[1])
     planned = plan(jobs)
     assert {name: entry.state for name, entry in planned.items()} == expected
     assert len(calls) == 4 * 2  # one for each model, whatever its rate and seed
@@ -98,7 +97,7 @@ def test_the_vocabulary_of_tokens_that_were_not_prepared_here(tmp_path: Path) ->
     def head(meta: str | None) -> int:
         if meta is not None:
             (tmp_path / "meta.json").write_text(meta)
-        planned = plan({"a": Job(config, tmp_path / "run", {"data_root": tmp_path})})
+        planned = plan({"a": Job(config, gpt2.Options(out=tmp_path / "run", data=tmp_path))})
         return planned["a"].counts["embedding_params"] // 32 - 8
 
     assert head(None) == 50304

@@ -4,9 +4,11 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
+from structlin_nn.recipes import recipe_module
+from structlin_nn.recipes._torch import count_run
 from structlin_nn.sweeps import find
-from structlin_nn.training.header import count_run
 
 REFERENCE = Path(__file__).parents[2] / "data" / "reference_models"
 NAMES = {
@@ -28,7 +30,9 @@ def test_runs_are_the_papers_networks(sweep: str, model: str) -> None:
         key = (config.structure, config.width, *sorted(options.items()))
         entry = known[key]
         seen.add(key)
-        counted = count_run(config, entry["num_classes"], 1)
+        size = 32 if model == "cifar-mlp" else 224
+        build = recipe_module(config.task).build
+        counted = count_run(build, config, entry["num_classes"], 1, torch.zeros(1, 3, size, size))
         rounded = 1e-3 if entry["structure"] in ROUNDED else 0
         assert counted["forward_macs"] == pytest.approx(entry["forward_macs"], rel=rounded, abs=0), name
         assert counted["trainable_params"] == entry["trainable_params"], name

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from structlin_nn.cli import main
+from structlin_nn.recipes.cifar import Config, Options
+from structlin_nn.records import read_record
 from structlin_nn.sweeps.local import Job
 from structlin_nn.sweeps.submit import Command, failures, submit
-from structlin_nn.training.config import TrainConfig
-from structlin_nn.training.records import read_record
 
 # Notes that it was started; on SIGTERM notes that too, and ends as `structlin train` does; the second time it is done.
 CHILD = """
@@ -51,7 +51,7 @@ def until(notes: Path, text: str) -> None:
 
 
 def jobs(folder: Path) -> dict[str, Job]:
-    return {f"r{seed}": Job(TrainConfig(seed=seed), folder / f"r{seed}") for seed in range(3)}
+    return {f"r{seed}": Job(Config(seed=seed), Options(out=folder / f"r{seed}")) for seed in range(3)}
 
 
 class TestCommand:
@@ -126,13 +126,12 @@ class TestSubmit:
         pytest.importorskip("submitit")
         monkeypatch.chdir(tmp_path)
         Path("mine.py").write_text(SWEEP)
-        Path("runs/mine/w16").mkdir(parents=True)
-        Path("runs/mine/w16/checkpoint.pt").write_bytes(b"damaged")
+        Path("runs/mine/w16/checkpoints/000000001").mkdir(parents=True)
         line = "sweep mine.py --submit local --workers 1 --submit-set timeout_min=5 --quiet"
         assert main(line.split()) == 1
         assert "w16: the command ended with 2: " in capfd.readouterr().err
         assert read_record("runs/mine/w8/record.jsonl").finished
-        Path("runs/mine/w16/checkpoint.pt").unlink()
+        Path("runs/mine/w16/checkpoints/000000001").rmdir()
         assert main([*line.split()[:-1], "--json"]) == 0
         assert read_record("runs/mine/w16/record.jsonl").finished
 

@@ -1,18 +1,20 @@
 """Records: whole lines, or an error that says where; repair after a kill."""
 
 import json
+import random
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from structlin_nn.training.records import (
+from structlin_nn.records import (
     COMMON_KEYS,
     HEADER_KEYS,
     SCHEMA,
     TASK_KEYS,
     RecordWriter,
     read_record,
+    sealed,
 )
 
 HEADER: dict[str, Any] = {key: {} for key in HEADER_KEYS if key != "schema"} | {
@@ -38,7 +40,7 @@ def path(tmp_path: Path) -> Path:
 
 def test_what_is_written_is_read(path: Path) -> None:
     record = read_record(path)
-    assert record.header == {"kind": "header", "schema": SCHEMA, **HEADER}
+    assert record.header == {"kind": "header", "schema": SCHEMA, **HEADER, "recipe": "cifar"}
     assert [line["step"] for line in record.evaluations] == [0, 10]
     assert not record.finished
     RecordWriter.reopen(path, path.stat().st_size)[0].append(evaluation(20))
@@ -61,14 +63,25 @@ class TestDamage:
         [
             (b"{\n", "line 4 is damaged"),
             (b"[1]\n", "line 4 must be a JSON object"),
-            (b'{"kind": "other"}\n', "line 4 must be an evaluation, it is 'other'"),
-            (b'{"kind": "evaluation", "step": 11}\n', "line 4 must be an evaluation, it lacks samples"),
+            (sealed({"kind": "other"}), "line 4 must be an evaluation, it is 'other'"),
+            (sealed({"kind": "evaluation", "step": 11}), "line 4 must be an evaluation, it lacks samples"),
+            (b'{"kind": "evaluation", "step": 11}\n', "line 4 is damaged: it has no checksum"),
         ],
     )
     def test_other_lines(self, path: Path, line: bytes, message: str) -> None:
         path.write_bytes(path.read_bytes() + line)
         with pytest.raises(ValueError, match=message):
             read_record(path)
+
+    def test_every_bit_counts(self, path: Path) -> None:
+        """Flips of one bit anywhere in a record are seen: 100 of 100."""
+        good, generator = path.read_bytes(), random.Random(0)
+        for _ in range(100):
+            raw = bytearray(good)
+            raw[generator.randrange(len(raw))] ^= 1 << generator.randrange(8)
+            path.write_bytes(raw)
+            with pytest.raises(ValueError, match=r"damaged|cut off|schema"):
+                read_record(path)
 
     def test_steps_that_fall(self, path: Path) -> None:
         RecordWriter.reopen(path, path.stat().st_size)[0].append(evaluation(10))
@@ -77,13 +90,13 @@ class TestDamage:
 
     def test_no_header(self, path: Path) -> None:
         path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[1:]))
-        with pytest.raises(ValueError, match=r"line 1 must be a header of schema 1 to 3, got kind 'evaluation'"):
+        with pytest.raises(ValueError, match=r"line 1 must be a header of schema 1 to 4, got kind 'evaluation'"):
             read_record(path)
 
     def test_other_schema(self, path: Path) -> None:
         header, rest = path.read_bytes().split(b"\n", 1)
-        path.write_bytes(json.dumps(json.loads(header) | {"schema": 4}).encode() + b"\n" + rest)
-        with pytest.raises(ValueError, match="schema 4"):
+        path.write_bytes(json.dumps(json.loads(header) | {"schema": 5}).encode() + b"\n" + rest)
+        with pytest.raises(ValueError, match=r"checksum is wrong|schema 5"):
             read_record(path)
 
     def test_empty_and_missing(self, tmp_path: Path) -> None:

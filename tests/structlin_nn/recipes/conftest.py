@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from structlin_nn.data import load_images
-from structlin_nn.training.config import GPT2TrainConfig, ImageNetTrainConfig, TrainConfig
+from structlin_nn.recipes import cifar, gpt2, imagenet
 
 IMAGES_PER_FILE, TEST_IMAGES = 48, 60
 
@@ -60,21 +60,23 @@ def image_tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def gpt2_config() -> GPT2TrainConfig:
+def gpt2_config() -> gpt2.Config:
     """Twenty steps with everything on."""
-    return GPT2TrainConfig(
+    return gpt2.Config(
         width=32, base_width=32, depth=2, heads=2, context=16, batch_size=16, steps=20, warmup_steps=3, lr=3e-3,
         structure="block_tensor_train", options={"rank": 2}, rms_cap=True, optimizer="adamw", weight_decay=0.1,
-        clip=0.5, ema=0.9, accumulate=2, eval_every=10, eval_batches=3, whole_validation=True, threads=1,
+        clip=0.5, ema=0.9, accumulate=2, eval_every=10, eval_sequences=24, whole_validation=True,
+        final_lr=0.0, betas=(0.9, 0.999), threads=1,
     )  # fmt: skip
 
 
 @pytest.fixture(scope="session")
-def imagenet_config() -> ImageNetTrainConfig:
+def imagenet_config() -> imagenet.Config:
     """Six steps in an epoch; crops, flips, mixup."""
-    return ImageNetTrainConfig(
+    return imagenet.Config(
         width=32, base_width=32, depth=2, heads=2, patch=8, image_size=32, batch_size=16, epochs=2, lr=3e-3,
-        structure="monarch", augment="", erasing=0.0, color_jitter=0.0, workers=0, threads=1,
+        structure="monarch", augment="", erasing=0.0, color_jitter=0.0, workers=0, threads=1, eval_every=1,
+        warmup_epochs=0.0, optimizer="adam", weight_decay=0.0, betas=(0.9, 0.999), clip=0.0,
     )  # fmt: skip
 
 
@@ -84,8 +86,8 @@ def write(path: Path, images: np.ndarray, labels: np.ndarray) -> None:
 
 
 @pytest.fixture(scope="session")
-def config() -> TrainConfig:
+def config() -> cifar.Config:
     """Seven steps in an epoch; everything that draws random numbers is on."""
-    return TrainConfig(
+    return cifar.Config(
         data_set="cifar10", width=24, structure="block_tensor_train", epochs=3, batch_size=32, eval_every=2, threads=1
     )
