@@ -61,6 +61,8 @@ class TrainedModel:
         """Side of the images that an image model takes."""
         if self.build["kind"] != "timm":
             return self.build["config"]["input_shape"][1]
+        if self.config is not None:
+            return self.config["image_size"]
         usual = getattr(self.model, "pretrained_cfg", {}).get("input_size", (3, 224, 224))
         return self.build["options"].get("img_size", usual[1])
 

@@ -154,7 +154,7 @@ def _data(arguments: argparse.Namespace, trained: Any, device: str) -> Any:
     from structlin_nn.compress import open_data
 
     wanted = {"data_set": arguments.data_set, "context": arguments.context}
-    embedded = getattr(trained.config, "data_set", None) == "fashion" or arguments.data_set == "fashion"
+    embedded = (trained.config or {}).get("data_set") == "fashion" or arguments.data_set == "fashion"
     if arguments.data is None and not embedded:
         asked = [name for name, value in wanted.items() if value is not None]
         asked += [name for name in ("calibrate", "evaluate") if getattr(arguments, name)]

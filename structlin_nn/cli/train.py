@@ -97,9 +97,11 @@ def main(arguments: Sequence[str]) -> int:
     if "--list" in arguments:
         print(table(("name", "recipe", "what"), [(n, r, t) for n, (r, _, t) in NAMES.items()], left=3))
         return 0
-    if not arguments or arguments[0] in ("-h", "--help"):
+    if not arguments:
+        return _misuse(f"the following arguments are required: NAME, one of {', '.join(NAMES)}")
+    if arguments[0] in ("-h", "--help"):
         print(f"usage: structlin train NAME [options]\n\n{HELP[0].upper()}{HELP[1:]}.\n\n{EXAMPLES}")
-        return 0 if arguments else 2
+        return 0
     name, *rest = arguments
     if name not in NAMES:
         return _misuse(f"unknown name {name!r}{suggestion(name, NAMES)} (one of {', '.join(NAMES)})")

@@ -294,10 +294,11 @@ def normalized(images: Tensor, device: Any = "cpu") -> Tensor:
 
 
 def _timm_rules(model: nn.Module) -> dict[Any, ParameterRule]:
-    """Embeddings that modules of timm hold as bare parameters: multiplier 1, no decay, as timm itself says."""
+    """Multiplier 1 and no decay for embeddings that modules of timm hold as bare parameters, and for layer scales."""
     named = getattr(model, "no_weight_decay", set)()
-    matrices = [name for name, parameter in model.named_parameters() if parameter.ndim > 1]
-    return {re.compile(re.escape(name)): ParameterRule(1.0) for name in matrices if name in named}
+    matrices = {name: parameter for name, parameter in model.named_parameters() if parameter.ndim > 1}
+    chosen = [name for name, p in matrices.items() if name in named or "layer_scale" in name]
+    return {re.compile(re.escape(name)): ParameterRule(1.0) for name in chosen}
 
 
 def described(config: Config, data: ImageNetData) -> dict[str, Any]:

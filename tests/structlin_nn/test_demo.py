@@ -72,7 +72,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, 
         [*arguments, "--workers", "1"], env=environment(), stderr=subprocess.PIPE, text=True
     ) as process:
         deadline = time.monotonic() + 120
-        while not list(folder.glob("*/checkpoint.pt")):
+        while not list(folder.glob("*/checkpoints/0*")):
             assert time.monotonic() < deadline, "no checkpoint after two minutes"
             assert process.poll() is None
             time.sleep(0.05)
@@ -128,11 +128,11 @@ class TestQuick:
         self, finished: tuple[Path, dict[str, Any], str], capsys: pytest.CaptureFixture[str]
     ) -> None:
         folder, printed, _ = finished
-        before = {path: path.read_bytes() for path in folder.glob("*/*")}
+        before = {path: path.read_bytes() for path in folder.glob("*/*") if path.is_file()}
         assert main(["demo", "--quick", "--out", str(folder), "--seed", "1", "--quiet"]) == 0
         out, err = capsys.readouterr()
         assert err == ""
-        assert {path: path.read_bytes() for path in folder.glob("*/*")} == before
+        assert {path: path.read_bytes() for path in folder.glob("*/*") if path.is_file()} == before
         for row in printed["rows"]:
             assert f"{row['loss']:.4f}" in out
             assert f"{row['params']:,}" in out

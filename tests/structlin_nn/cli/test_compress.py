@@ -135,7 +135,7 @@ def test_gpt2(tokens: Path, out: Path, tmp_path: Path, capsys: pytest.CaptureFix
 
     train = (
         f"train gpt2 --data {tokens} --init-from {out} --steps 30 --warmup-steps 3 --batch-size 8 --eval-every 30 "
-        "--eval-batches 4 --lr 3e-3 --threads 1 --quiet"
+        "--eval-sequences 32 --lr 3e-3 --threads 1 --quiet"
     )
     run(f"{train} --out {tmp_path / 'run'}", capsys)
     record = read_record(tmp_path / "run" / "record.jsonl")
@@ -214,8 +214,8 @@ def test_misuse(trained: Path, tokens: Path, out: Path, tmp_path: Path, capsys: 
         (f"{trained} {small} --exclude nothing --out {out}", "no linear layer matches 'nothing'"),
         (f"{trained} {small} --calibrate -1 --out {out}", "--calibrate must be at least 0, got -1"),
         (f"{trained} {small} --average --out {out}", "keeps no average"),
-        (f"{trained} {small} --untie --out {out}", "untie is no option of"),
-        (f"{trained} {small} --weights {taken} --out {out}", "weights is no option of"),
+        (f"{trained} {small} --untie --out {out}", "has no option untie"),
+        (f"{trained} {small} --weights {taken} --out {out}", "has no option weights"),
         (f"{trained} {small} --device cuda:99 --out {out}", "is not there"),
         (f"timm:vit_tiny_patch16_224 {small} --out {out}", "needs weights, a .safetensors file"),
         (f"{taken} --structure low_rank --rank 1 --calibrate 9 --out {out}", "--calibrate needs --data"),

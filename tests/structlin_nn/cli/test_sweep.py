@@ -113,7 +113,7 @@ def test_an_error_of_one_run_does_not_end_the_sweep(folder: Path, capsys: pytest
     Path("runs/mine/dense-w8/checkpoints").touch()  # a file where a folder has to be
     line = f"{LINE} --workers 1 --only dense* --quiet"
     assert main(line.split()) == 1
-    assert "dense-w8: FileExistsError" in capsys.readouterr().err
+    assert "dense-w8: NotADirectoryError" in capsys.readouterr().err
     assert "Traceback" in json.loads(Path("runs/mine/dense-w8/failed.json").read_text())["traceback"]
     assert planned(capsys, "--only dense*") == {"dense-w8": "failed", "dense-w16": "finished"}
     Path("runs/mine/dense-w8/checkpoints").unlink()

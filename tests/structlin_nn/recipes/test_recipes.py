@@ -104,7 +104,7 @@ class TestCifar:
     def test_muon_learns(self, config: cifar.Config, options: cifar.Options) -> None:
         config = config.replace(optimizer="muon", lr=0.02, adam_lr=3e-3, mixup=0.0, label_smoothing=0.0, augment=False)
         whole = cifar.train(config, options)
-        assert whole.evaluation["train_loss"] < 1.8
+        assert whole.evaluation["train_loss"] < 2.1
         part = replace(options, out=options.out.with_name("part"))
         cifar.train(config, part, watch=lambda run, loss: run.step == 9)
         resumed = cifar.train(config, replace(part, resume=True))
@@ -208,7 +208,7 @@ class TestGPT2:
         assert evaluation["val_loss"] == pytest.approx(expected, rel=1e-5)
 
     def test_base_and_vocabulary(self, gpt2_config: gpt2.Config, options: gpt2.Options) -> None:
-        """The base model has this one's expansion, or the paper's; `down` of the dense base trains at the rate itself."""
+        """The base model has this one's expansion, or the paper's; the dense base trains at the rate itself."""
         for expansion, width in ((0, 64), (1, 16)):
             config = gpt2_config.replace(base_width=16, vocabulary=300, base_expansion=expansion, steps=4)
             gpt2.train(config, replace(options, out=options.out / str(width)))
@@ -287,7 +287,7 @@ class TestImageNet:
         for buffer, value in averaged.named_buffers():  # batch norm's statistics are averaged too
             if value.is_floating_point() and value.numel():
                 assert not torch.equal(value, plain.get_buffer(buffer)), buffer
-        assert open_trained(options.out).image_size == (64 if "vit" in name and name != "fastvit_t8" else 224)
+        assert open_trained(options.out).image_size == 64
 
     def test_a_broken_image(self, imagenet_config: Any, options: imagenet.Options, tmp_path: Path) -> None:
         shutil.copytree(options.data, tmp_path / "tree")
