@@ -146,13 +146,8 @@ def names() -> list[str]:
     >>> "delta-h" in names()
     True
     """
-    import structlin_nn.configs
-
-    return sorted(
-        module.name.replace("_", "-")
-        for module in pkgutil.iter_modules(structlin_nn.configs.__path__)
-        if not module.name.startswith("_")
-    )
+    folder = Path(__file__).parents[1] / "configs"
+    return sorted(module.name.replace("_", "-") for module in pkgutil.iter_modules([str(folder)]))
 
 
 def find(name: str) -> Sweep:

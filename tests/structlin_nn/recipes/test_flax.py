@@ -1,0 +1,96 @@
+"""The recipes in flax are those in torch, to rounding; a run that was interrupted is bit-identical to one that was not."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from structlin_nn.checkpoints import read_checkpoint
+from structlin_nn.recipes import recipe_module
+from structlin_nn.records import read_record
+
+
+def both(name: str, config: Any, options: dict[str, Any], folder: Path) -> list[tuple[list[float], Any]]:
+    """Losses and record of the recipe in torch and in flax."""
+    found = []
+    for module in (recipe_module(name), recipe_module(f"flax_{name}")):
+        losses: list[float] = []
+        result = module.train(
+            module.Config.from_dict(config.to_dict()),
+            module.Options(**options, quiet=True, out=folder / module.__name__),
+            watch=lambda run, loss, losses=losses: losses.append(loss),
+        )
+        found.append((losses, read_record(result.record)))
+    return found
+
+
+def assert_close(found: list[tuple[list[float], Any]]) -> None:
+    (one, torchs), (two, flaxs) = found
+    assert two == pytest.approx(one, rel=2e-4)
+    for a, b in zip(torchs.evaluations, flaxs.evaluations, strict=True):
+        for key in (key for key in a if key.endswith("loss")):
+            assert b[key] == (None if a[key] is None else pytest.approx(a[key], rel=1e-3)), key
+        assert b["statistics"]["gains"] == pytest.approx(a["statistics"]["gains"], rel=2e-2, abs=1e-4)
+    assert flaxs.header["counts"] == torchs.header["counts"]
+    assert flaxs.header["structures"] == torchs.header["structures"]
+    assert (torchs.header["recipe"], f"flax_{torchs.header['recipe']}") == (
+        torchs.header["task"],
+        flaxs.header["recipe"],
+    )
+    assert "flax" in flaxs.header["versions"]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"model": "cifar-vit", "optimizer": "adamw", "weight_decay": 0.05, "clip": 0.5, "ema": 0.9, "accumulate": 2}],
+    ids=["mlp", "vit"],
+)
+def test_cifar_is_the_run_in_torch(changes: dict[str, Any], config: Any, small_cifar: Path, tmp_path: Path) -> None:
+    config = config.replace(epochs=2, width=32, rms_cap=True, **changes)
+    assert_close(both("cifar", config, {"data": small_cifar, "unverified": True}, tmp_path))
+
+
+def test_gpt2_is_the_run_in_torch(gpt2_config: Any, text_tokens: Path, tmp_path: Path) -> None:
+    assert_close(both("gpt2", gpt2_config.replace(steps=12, eval_every=6), {"data": text_tokens}, tmp_path))
+
+
+@pytest.mark.parametrize("name", ["cifar", "gpt2"])
+def test_resumes_to_the_bit(
+    name: str, config: Any, gpt2_config: Any, small_cifar: Path, text_tokens: Path, tmp_path: Path
+) -> None:
+    module = recipe_module(f"flax_{name}")
+    given = {"cifar": (config, {"data": small_cifar, "unverified": True}), "gpt2": (gpt2_config, {"data": text_tokens})}
+    config, more = given[name][0].replace(ema=0.9, clip=0.5), given[name][1]
+    config, options = module.Config.from_dict(config.to_dict()), module.Options(quiet=True, **more)
+    losses: dict[str, list[float]] = {"whole": [], "part": []}
+
+    def note(which: str, end: int) -> Any:
+        return lambda run, loss: losses[which].append(loss) or run.step == end
+
+    module.train(config, replace(options, out=tmp_path / "whole"), watch=note("whole", 99))
+    module.train(config, replace(options, out=tmp_path / "part"), watch=note("part", 9))
+    module.train(config, replace(options, out=tmp_path / "part", resume=True), watch=note("part", 99))
+    assert losses["whole"] == losses["part"]
+    one, two = (read_record(tmp_path / which / "record.jsonl").evaluations for which in losses)
+    assert [line | {"seconds": 0} for line in one] == [line | {"seconds": 0} for line in two]
+
+
+def test_damage_and_another_recipe(config: Any, small_cifar: Path, tmp_path: Path) -> None:
+    module = recipe_module("flax_cifar")
+    options = module.Options(data=small_cifar, unverified=True, quiet=True, out=tmp_path / "run")
+    own = module.Config.from_dict(config.to_dict())
+    module.train(own, options, watch=lambda run, loss: run.step == 2)
+    with pytest.raises(ValueError, match="is one of flax_cifar, and this is one of cifar"):
+        recipe_module("cifar").train(config, replace(options, resume=True))
+    place, state = read_checkpoint(tmp_path / "run")
+    path = max((place / name for name in state["files"]), key=lambda path: path.stat().st_size)
+    raw = bytearray(path.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    path.write_bytes(raw)
+    with pytest.raises(ValueError, match="has another checksum"):
+        module.train(own, replace(options, resume=True))
+    with pytest.raises(ValueError, match="jax does not have the device 'cuda'"):
+        module.train(own.replace(device="cuda"), replace(options, out=tmp_path / "other"))
+    with pytest.raises(ValueError, match="init_from is for the recipes in torch"):
+        module.train(own, replace(options, init_from="x", out=tmp_path / "other"))
