@@ -96,8 +96,8 @@ def parameter_groups(
     Args:
         model: the model to train. Parameters with ``requires_grad=False`` are left out.
         base_model: the same model at base width; only sizes are read, so build it on the meta device. Its layers may
-            be dense or structured. None: each layer is its own base, dense layers have multiplier 1, and ``lr`` is the rate
-            that was tuned on the dense model of this very width.
+            be dense or structured. None: each layer is its own base, dense layers have multiplier 1, and
+            ``lr`` is the rate that was tuned on the dense model of this very width.
         lr: learning rate at base width.
         weight_decay: coefficient of the kinds in ``decay``.
         optimizer: whose rule: ``adam``, ``adamw``, ``sgd``, ``sign`` (Lion, signSGD), or ``muon``.

@@ -109,7 +109,7 @@ class TestTwoProcesses:
 
     def test_shards_of_two_are_resumed_by_one(self, jobs: Any, losses: dict[str, list[float]], tmp_path: Path) -> None:
         shutil.copytree(jobs["part"]["options"]["out"], tmp_path / "run")
-        place, state = read_checkpoint(tmp_path / "run")
+        _, state = read_checkpoint(tmp_path / "run")
         assert state["step"] == 12
         assert {name[:4] for name in state["files"]} == {"__0_", "__1_", ".met"}  # both wrote, and both were summed
         resumed = workers.train(at(jobs["part"], tmp_path / "run", resume=True))
@@ -251,7 +251,8 @@ def torchrun(data: Path, out: Path, options: str) -> "subprocess.Popen[str]":
     """Two processes that train a small GPT-2."""
     line = (
         f"-m torch.distributed.run --standalone --nproc-per-node 2 -m structlin_nn.cli train gpt2 --data {data} "
-        f"--out {out} --width 16 --heads 2 --depth 1 --context 8 --batch-size 4 --eval-sequences 4 --threads 1 {options}"
+        f"--out {out} --width 16 --heads 2 --depth 1 --context 8 --batch-size 4 --eval-sequences 4 --threads 1 "
+        + options
     )
     environment = os.environ | {"PYTHONPATH": str(workers.ROOT), "OMP_NUM_THREADS": "1"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}

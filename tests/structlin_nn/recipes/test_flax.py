@@ -1,4 +1,4 @@
-"""The recipes in flax are those in torch, to rounding; a run that was interrupted is bit-identical to one that was not."""
+"""The recipes in flax are those in torch, to rounding; an interrupted run is bit-identical to one that was not."""
 
 from dataclasses import replace
 from pathlib import Path
