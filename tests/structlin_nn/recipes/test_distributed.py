@@ -254,7 +254,10 @@ def torchrun(data: Path, out: Path, options: str) -> "subprocess.Popen[str]":
         f"--out {out} --width 16 --heads 2 --depth 1 --context 8 --batch-size 4 --eval-sequences 4 --threads 1 "
         + options
     )
-    environment = os.environ | {"PYTHONPATH": str(workers.ROOT), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(workers.ROOT), os.environ.get("PYTHONPATH", "")]),
+        "OMP_NUM_THREADS": "1",
+    }
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     return subprocess.Popen(
         [sys.executable, *line.split()], env=environment, start_new_session=True, text=True, **pipes

@@ -51,6 +51,11 @@ def options(small_cifar: Path, tmp_path: Path) -> Options:
     return Options(data=small_cifar, unverified=True, quiet=True, out=tmp_path / "run")
 
 
+def python_path() -> str:
+    """With what tests/conftest.py adds for processes that tests start."""
+    return os.pathsep.join([str(Path(structlin_nn.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+
+
 def stop_after(steps: int) -> Callable[..., bool]:
     calls = iter(range(1, 10**6))
     return lambda run, loss: next(calls) == steps
@@ -335,7 +340,7 @@ class TestFolder:
                     "import sys\nfrom structlin_nn.cli import main\n"
                     f"sys.exit(main(['train', 'cifar', '--out', {str(options.out)!r}, '--resume', '--quiet']))"
                 )
-                environment = os.environ | {"PYTHONPATH": str(Path(structlin_nn.__file__).parents[1])}
+                environment = os.environ | {"PYTHONPATH": python_path()}
                 command = [sys.executable, "-c", code]
                 done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
                 refused.append((done.returncode, done.stderr))
@@ -475,7 +480,7 @@ class TestSignals:
 def start(out: Path, more: str) -> "subprocess.Popen[str]":
     line = f"train cifar --width 16 --batch-size 100 --threads 1 --out {out} --quiet --resume {more}"
     code = "import sys; from structlin_nn.cli import main; sys.exit(main(sys.argv[1:]))"
-    environment = os.environ | {"PYTHONPATH": str(Path(structlin_nn.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"PYTHONPATH": python_path(), "OMP_NUM_THREADS": "1"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     return subprocess.Popen([sys.executable, "-c", code, *line.split()], env=environment, text=True, **pipes)
 

@@ -87,7 +87,12 @@ def begin(jobs: list[dict[str, Any]], number: int, folder: Path) -> list[subproc
             [sys.executable, __file__, str(folder / "jobs.json")],
             env=os.environ
             | common
-            | {"RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+            | {
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "OMP_NUM_THREADS": "1",
+                "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+            },
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
