@@ -9,10 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from structlin_nn.models.blocks import Blocks
 from structlin_nn.models.factory import LinearFactory, StructureConfig
 from structlin_nn.models.sizes import check_positive, resolve_head_dim
-from structlin_nn.models.transformer import Block, KeyValueCache
+from structlin_nn.models.transformer import Block, Blocks, KeyValueCache
 
 
 @dataclass(frozen=True)

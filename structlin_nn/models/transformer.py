@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from structlin_nn.models.factory import LinearFactory
 from structlin_nn.torch import mlp, projections
@@ -131,3 +132,24 @@ class Block(nn.Module):
         x = x + self.attention(x, cache, self.attention_norm)
         activation = "gelu" if self.gelu == "none" else "gelu_tanh"
         return mlp(x, self.up, self.down, activation, norm=self.ffn_norm, residual=True)
+
+
+class Blocks(nn.ModuleList):
+    """Modules that are applied in turn.
+
+    With ``recompute``, the backward pass has only the input of each, and computes the rest again (activation
+    checkpointing: Chen et al., *Training Deep Nets with Sublinear Memory Cost*, 2016).
+
+    >>> blocks = Blocks([nn.Linear(3, 3), nn.Tanh()])
+    >>> blocks(torch.zeros(2, 3)).shape
+    torch.Size([2, 3])
+    """
+
+    recompute = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self:
+            again = self.recompute and torch.is_grad_enabled()
+            # Nothing in a block is random.
+            x = checkpoint(block, x, use_reentrant=False, preserve_rng_state=False) if again else block(x)
+        return x

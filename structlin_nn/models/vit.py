@@ -7,10 +7,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from structlin_nn.models.blocks import Blocks
 from structlin_nn.models.factory import LinearFactory, StructureConfig
 from structlin_nn.models.sizes import check_positive, check_shape, resolve_head_dim
-from structlin_nn.models.transformer import Block
+from structlin_nn.models.transformer import Block, Blocks
 
 
 @dataclass(frozen=True)

@@ -33,14 +33,13 @@ class Probe:
 
     def before_step(self) -> None:
         """To be called before a step whose change is to be measured."""
-        if self._features is None:
-            self._features = self._run()
+        self._features = self._run()
 
-    def after_step(self, measured: bool) -> None:
-        """To be called after every step; `measured`: `before_step` was called before it."""
-        before, self._features = self._features, self._run() if measured else None
-        if before is not None and self._features is not None:
-            self.total += _rms(self._features - before)
+    def after_step(self) -> None:
+        """To be called after it."""
+        before, self._features = self._features, None
+        if before is not None and (after := self._run()) is not None:
+            self.total += _rms(after - before)
             self.count += 1
 
     def statistics(self) -> dict[str, Any]:

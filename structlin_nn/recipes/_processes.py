@@ -9,7 +9,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
@@ -37,6 +37,7 @@ class Processes:
         device: where this process computes.
         control: group of the processes for what is no tensor of the device; None for a process alone.
         mesh: the processes as a mesh, None likewise.
+        main: whether this process writes and reports; `sharded`: whether parameters are spread over the processes.
     """
 
     rank: int
@@ -45,16 +46,12 @@ class Processes:
     device: torch.device
     control: Any = None
     mesh: DeviceMesh | None = None
+    main: bool = field(init=False)
+    sharded: bool = field(init=False)
 
-    @property
-    def main(self) -> bool:
-        """Whether this process writes and reports."""
-        return self.rank == 0
-
-    @property
-    def sharded(self) -> bool:
-        """Whether parameters are spread over the processes."""
-        return self.size > 1 and self.parallel == "fsdp"
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "main", self.rank == 0)
+        object.__setattr__(self, "sharded", self.size > 1 and self.parallel == "fsdp")
 
     def first(self, work: Callable[[], Value]) -> Value:
         """What `work` returns in the first process, which alone does it while the others wait; its error in all."""

@@ -232,6 +232,12 @@ class TorchRun(Run):
         self.forward = self.group.wrap(self.model)
         return self.model
 
+    def built(self, build: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+        """`build`, or what builds a model with the layers of the trained weights that the run started from."""
+        if self.init_from is None or self.init_from["structured_layers"] is None:
+            return build
+        return lambda config, outputs: model_of(self._described["build"], self._described["layout"])
+
     def start(
         self, optimizer: torch.optim.Optimizer, *, steps: int, counts: dict[str, int], outputs: int,
         data: dict[str, Any], sums: int, probe: Tensor, warmup: int = 0,
@@ -277,6 +283,10 @@ class TorchRun(Run):
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * share
 
+    def sync(self, last: bool) -> Any:
+        """A context for the backward pass of a part: gradients are summed over the processes in the last one."""
+        return nullcontext() if self.group.size == 1 else self.group.sync(self.forward, last)
+
     def autocast(self) -> torch.autocast:
         """Products in the configuration's precision."""
         dtype = DTYPES[self.config.precision]
@@ -287,6 +297,8 @@ class TorchRun(Run):
 
         None where nothing is clipped and the step is not told of.
         """
+        if self.group.sharded:
+            self.group.average_scalars(self.model)
         if not self.config.clip and not self.logs():
             return None
         self.scaler.unscale_(self.optimizer)

@@ -179,7 +179,7 @@ def train(
         sample = torch.zeros(1, *data.image_shape)
         run.start(
             optimizer, steps=steps, warmup=round(config.warmup_epochs * per_epoch), outputs=classes, sums=3,
-            counts=count_run(build, config, classes, steps, sample), data=described(data),
+            counts=count_run(run.built(build), config, classes, steps, sample), data=described(data),
             probe=normalize(images[:PROBED_IMAGES], data.mean, data.std), generators={"augmentation": generator},
         )  # fmt: skip
 
@@ -208,7 +208,7 @@ def train(
             parts = zip(*(group.share(tensor).split(size) for tensor in batch), strict=True)
             losses, hits = [], []
             for x, y, label, other in parts:
-                with group.sync(run.forward, last=len(losses) == config.accumulate - 1):
+                with run.sync(last=len(losses) == config.accumulate - 1):
                     with run.autocast():
                         logits = run.forward(x)
                         loss = F.cross_entropy(logits, y)
@@ -216,12 +216,12 @@ def train(
                 predictions = logits.detach().argmax(1)
                 losses.append(loss)
                 hits.append(torch.stack([(predictions == label).sum(), (predictions == other).sum()]))
-            group.average_scalars(model)
             norm = run.gradient_norm()
             run.update()
             loss, right = run.mean_and_sum(losses, hits)
 
-            run.probe.after_step(measures)
+            if measures:
+                run.probe.after_step()
             # Of a mixed batch, those labels count that more predictions agree with.
             hit = right.max() if config.mixup else right[0]
             run.sums += torch.stack([loss * config.batch_size, hit, torch.full_like(loss, config.batch_size)])

@@ -134,7 +134,7 @@ def train(config: Config, options: Options, *, watch: Any = None) -> Result:
 
             if measures:
                 run.write_to_twin()
-            run.probe.after_step(measures)
+                run.probe.after_step()
             right = labels[rows].numpy()
             hits = [int((np.asarray(predictions) == other).sum()) for other in (right, right[::-1])]
             run.sums += (float(loss) * size, max(hits) if config.mixup else hits[0], size)

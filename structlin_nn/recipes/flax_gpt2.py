@@ -127,7 +127,7 @@ def train(config: Config, options: Options, *, watch: Any = None) -> Result:
 
             if evaluates:
                 run.write_to_twin()
-            run.probe.after_step(evaluates)
+                run.probe.after_step()
             run.sums[:2] += (float(loss), 1)
             run.stepped(loss, norm)
             if evaluates:

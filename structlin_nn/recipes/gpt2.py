@@ -178,7 +178,7 @@ def train(
         x, _ = token_batch(data.train, block_size=config.context, batch_size=4, seed=PROBE_SEED, step=0)
         run.start(
             optimizer, steps=config.steps, warmup=config.warmup_steps, outputs=vocabulary, sums=2,
-            counts=count_run(build, config, vocabulary, config.steps, torch.from_numpy(x[:1])),
+            counts=count_run(run.built(build), config, vocabulary, config.steps, torch.from_numpy(x[:1])),
             data=described(data), probe=_to(x, run.device),
         )  # fmt: skip
 
@@ -203,17 +203,17 @@ def train(
             losses = []
             inputs, targets = tokens(run.step)
             for x, y in zip(inputs.split(size), targets.split(size), strict=True):
-                with group.sync(run.forward, last=len(losses) == config.accumulate - 1):
+                with run.sync(last=len(losses) == config.accumulate - 1):
                     with run.autocast():
                         loss = F.cross_entropy(run.forward(x).flatten(0, 1), y.flatten())
                     run.scaler.scale(loss / config.accumulate).backward()
                 losses.append(loss)
-            group.average_scalars(model)
             norm = run.gradient_norm()
             run.update()
             loss, _ = run.mean_and_sum(losses)
 
-            run.probe.after_step(evaluates)
+            if evaluates:
+                run.probe.after_step()
             run.sums += torch.stack([loss, torch.ones_like(loss)])
             run.stepped(loss, norm)
             if evaluates:

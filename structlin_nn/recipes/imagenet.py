@@ -218,7 +218,7 @@ def train(
         first = next(iter(data.val_batches(PROBED_IMAGES, size=config.image_size)))[0]
         run.start(
             optimizer, steps=steps, warmup=round(config.warmup_epochs * per_epoch), outputs=classes, sums=4,
-            counts=_counted(build, config, classes, steps), data=described(config, data),
+            counts=_counted(run.built(build), config, classes, steps), data=described(config, data),
             probe=normalized(first, run.device),
         )  # fmt: skip
 
@@ -248,7 +248,7 @@ def train(
             for _ in range(config.accumulate):
                 images, labels, keys = (tensor.to(run.device, non_blocking=True) for tensor in next(batches))
                 x, y = recipe.finish(images, labels, keys, classes, seed=(config.seed, run.step))
-                with group.sync(run.forward, last=len(losses) == config.accumulate - 1):
+                with run.sync(last=len(losses) == config.accumulate - 1):
                     with run.autocast():
                         logits = run.forward(x)
                         loss = F.cross_entropy(logits, y)
@@ -257,12 +257,12 @@ def train(
                 hits.append(
                     torch.stack([(logits.detach().argmax(1) == labels).sum(), torch.full_like(labels[0], size)])
                 )
-            group.average_scalars(model)
             norm = run.gradient_norm()
             run.update()
             loss, seen = run.mean_and_sum(losses, hits)
 
-            run.probe.after_step(evaluates)
+            if evaluates:
+                run.probe.after_step()
             run.sums += torch.cat([torch.stack([loss, torch.ones_like(loss)]), seen])
             run.stepped(loss, norm)
             if evaluates:

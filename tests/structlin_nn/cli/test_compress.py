@@ -216,7 +216,7 @@ def test_misuse(trained: Path, tokens: Path, out: Path, tmp_path: Path, capsys: 
         (f"{trained} {small} --average --out {out}", "keeps no average"),
         (f"{trained} {small} --untie --out {out}", "has no option untie"),
         (f"{trained} {small} --weights {taken} --out {out}", "has no option weights"),
-        (f"{trained} {small} --device cuda:99 --out {out}", "is not there"),
+        (f"{trained} {small} --device cuda:99 --out {out}", "does not exist"),
         (f"timm:vit_tiny_patch16_224 {small} --out {out}", "needs weights, a .safetensors file"),
         (f"{taken} --structure low_rank --rank 1 --calibrate 9 --out {out}", "--calibrate needs --data"),
         (f"{taken} --structure low_rank --rank 1 --data {tokens} --data-set cifar10 --out {out}", "cifar"),
