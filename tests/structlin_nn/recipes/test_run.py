@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -430,17 +430,23 @@ class TestTrouble:
 
 
 class TestSignals:
+    @pytest.fixture(autouse=True)
+    def handlers(self) -> Iterator[None]:
+        """After a signal the handler stays, for the seconds in which the process ends."""
+        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        yield
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
     @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
     def test_write_a_checkpoint_and_stop(self, number: signal.Signals, config: Config, options: Options) -> None:
         def interrupt(run: Any, loss: float | None) -> None:
             if run.step == 9:
                 os.kill(os.getpid(), number)
 
-        before = signal.getsignal(number)
         result = train(config, options, watch=interrupt)
         assert (result.signal, result.step, result.finished) == (number, 10, False) or result.step == 9
         assert read_checkpoint(options.out)[1]["step"] == result.step
-        signal.signal(number, before)
         assert train(config, replace(options, resume=True)).finished
 
     def test_a_second_one_is_an_order_only_when_it_comes_later(self, monkeypatch: pytest.MonkeyPatch) -> None:
