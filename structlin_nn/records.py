@@ -247,7 +247,7 @@ def sealed(value: Mapping[str, Any]) -> bytes:
     """An object as a line of JSON whose last entry, ``crc32``, is the checksum of what stands before it.
 
     >>> sealed({"step": 3})
-    b'{"step": 3, "crc32": "ea1e1ee9"}\\n'
+    b'{"step": 3, "crc32": "d3a4e216"}\\n'
     """
     text = json.dumps(value, allow_nan=False).encode()[:-1]
     return text + f', "crc32": "{zlib.crc32(text):08x}"}}\n'.encode()
