@@ -51,7 +51,7 @@ MISUSE = {
     "train cifr": "unknown name 'cifr', did you mean cifar?",
     "train cifar --data nowhere": "nowhere does not exist; expected cifar-10-batches-bin",
     "train cifar --data nowhere --data-set cifar100": "nowhere does not exist; expected cifar-100-binary",
-    "train cifar --data nowhere --data-set fashion": "fashion is embedded in the package and always verified",
+    "train cifar --data nowhere --data-set fashion": "fashion is embedded in the package and takes no root",
     "train cifar --data-set fashion --unverified": "fashion is embedded in the package and always verified",
     "train cifar --data-set cifar10": "no place given for cifar10",
     "train cifar --width 29 --structure kronecker": "29 cannot be split into 2 factors by rule 'greedy'",
