@@ -93,7 +93,8 @@ def slogdet(A: LinearOperator) -> Determinant | None:
         return None
     xp = lapack(form.matrices[0])
     hermitian = form.hermitian and (A.isa(SelfAdjoint) or is_known(form.matrices[0]))
-    values = _values(form, [(xp.eigh if hermitian else xp.eig)(m)[0] for m in form.matrices])
+    alone = xp.eigvalsh if hermitian else lambda m: xp.eig(m)[0]
+    values = _values(form, list(map(alone, form.matrices)))
     if hermitian and not is_known(form.matrices[0]):
         values = values + nan_unless(_is_hermitian_traced(tuple(map(xp.stop_gradient, form.matrices))), values)
     sign, log = determinant_of_numbers(values)

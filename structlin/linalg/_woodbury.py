@@ -124,7 +124,7 @@ class Woodbury:
         small = small if small.ndim == 2 else small[:, None]
         xp = lapack(small)
         c = xp.cholesky_solve(self.capacitance, small) if self.symmetric else xp.solve(self.capacitance, small)
-        middle = self.left @ c
+        middle = _times(self.base, self.U @ c)
         return w - (middle if w.ndim == 2 else middle[:, 0])
 
     @cached_property
@@ -259,26 +259,24 @@ def solver(A: Sum) -> Solver | None:
     found = woodbury(frozen(A))
     if found is None:
         return None
-    return Solver(_verified(found), _verified(found.adjoint()))
+    return Solver(_verified(found), lambda b: _verified(found.adjoint())(b))
 
 
 def _verified(found: Woodbury) -> Callable[[Array], Array]:
-    size = found.size()
-
     def solve(b: Array) -> Array:
         ways = [found.formula, found.projected] if found.symmetric else [found.formula]
         if not is_known(b) or not is_known(found.U):
-            return _traced(found, ways[-1], b, size)
+            return _traced(found, ways[-1], b, found.size())
         for way in ways:
             try:
                 x = way(b)
                 for _ in range(_REFINEMENTS):  # until the residual is that of b alone, or no more can be had
-                    if is_at_roundoff(backward_error(found, x, b, 0.0), b.dtype, SLACK / 10):
+                    if is_at_roundoff(backward_error(found, x, b, 0.0), b.dtype, SLACK):
                         return x
                     x = x + way(b - found @ x)
             except (np.linalg.LinAlgError, RuntimeError):
                 continue
-            if is_at_roundoff(backward_error(found, x, b, size), b.dtype, SLACK):
+            if is_at_roundoff(backward_error(found, x, b, found.size()), b.dtype, SLACK):
                 return x
         raise np.linalg.LinAlgError("structlin: the Woodbury identity is not accurate here")
 

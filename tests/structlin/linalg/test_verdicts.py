@@ -101,7 +101,7 @@ def test_woodbury_is_backward_stable(noise, dtype, backend, never_dense):
     found = to_numpy(answer.value)
     residual = np.linalg.norm(U.astype(float) @ (U.T.astype(float) @ found) + noise * found - b.astype(float))
     roundoff = np.finfo(dtype).eps
-    assert residual <= 30 * roundoff * np.linalg.norm(b)
+    assert residual <= 120 * roundoff * np.linalg.norm(b)
     assert answer.verdict is Verdict.VERIFIED
     assert answer.error <= 100 * roundoff
 
