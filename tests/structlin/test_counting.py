@@ -210,7 +210,7 @@ def composites():
         "stacked": ops.Concatenated(dense, ops.Dense(C), axis=0),
         "side by side": ops.Concatenated(dense, ops.Dense(C), axis=1),
         "sliced": ops.Dense(A)[1:3, ::2],
-        "sliced by indices": ops.Dense(A)[np.array([0, 3]), np.array([5, 1, 2])],
+        "sliced by indices": ops.Dense(A)[np.ix_([0, 3], [5, 1, 2])],
         "repeated columns": ops.Dense(A)[:, np.array([5, 1, 5])],
         "repeated rows": ops.Dense(A)[np.array([3, 3, 0]), :],
         "annotated": cola.PSD(ops.Dense(Q @ Q.T)),
