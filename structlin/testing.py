@@ -7,8 +7,10 @@ A new structure is one class in one file, and this is its test:
 >>> for name in ("dense", "low_rank"):
 ...     check_structure(structlin.get(name))
 
-The values of a chain of einsums are compared with a float64 oracle that shares no code with the contraction:
-opt_einsum over all factors at once (:func:`dense_matrix`). Only NumPy is imported here; torch and jax are where
+Values are compared with a float64 oracle that shares no code with the products (:func:`dense_matrix`): for a chain of
+einsums opt_einsum over all factors at once, for any other structure its own ``dense`` method, which writes out the
+definition. The MACs that a structure claims are compared with those of its einsums, or where it is no chain with the
+products that it computes. Only NumPy is imported here; torch and jax are where
 ``backend`` names them.
 """
 
@@ -25,6 +27,7 @@ from opt_einsum import contract, get_symbol
 
 from structlin import counting
 from structlin._arrays import Array, backend_of, dtype_name, ops, to_backend
+from structlin._counted import counted
 from structlin.registry import NamedOperator, design
 from structlin.scale import OPTIMIZERS, RULES, init_std, lr_multipliers, random_factors
 from structlin.structure import AbstractStructure, Structure
@@ -205,11 +208,11 @@ def random_chain(rng: np.random.Generator) -> Structure:
 
 
 def dense_matrix(structure: AbstractStructure, factors: Sequence[Array]) -> np.ndarray:
-    """The matrix in double precision, independent of how the structure is executed where it is a chain of einsums.
+    """The matrix in double precision, independent of how the structure is executed.
 
     A chain is contracted by opt_einsum, all factors at once with an identity for the input; where the vector is
-    regrouped, a tensor of zeros and ones joins the old axes to the new. Any other structure is applied to the
-    identity, with its factors converted to double precision.
+    regrouped, a tensor of zeros and ones joins the old axes to the new. Any other structure writes its matrix out in
+    ``AbstractStructure.dense``, from its definition.
 
     Args:
         structure: any structure.
@@ -217,10 +220,19 @@ def dense_matrix(structure: AbstractStructure, factors: Sequence[Array]) -> np.n
 
     Returns:
         A NumPy array of shape `(d_out, d_in)`, float64 or complex128.
+
+    Raises:
+        ValueError: for a structure that is no chain and does not implement `dense`.
     """
     arrays = tuple(to_numpy(f) for f in factors)
     if not isinstance(structure, Structure):
-        return structure.apply_columns(arrays, np.eye(structure.d_in))
+        found = structure.dense(arrays)
+        if found is None:
+            raise ValueError(
+                f"{structure!r} is no chain, so it has to implement `dense`: its matrix by the definition, in NumPy, "
+                "by other means than its products"
+            )
+        return np.asarray(found)
     sizes = dict(structure.sizes)
 
     def dims(axes: str) -> tuple[int, ...]:
@@ -288,6 +300,7 @@ def _check_counts(structure: AbstractStructure, factors: Sequence[Array]) -> Non
             f"{f} of {structure!r}: blocks * fan_in * fan_out is not its number of elements",
         )
     if not isinstance(structure, Structure):
+        _check_products(structure, factors)
         return
     sizes = dict(structure.sizes)
     macs = sum(math.prod(sizes[a] for a in set(s.input + s.factor + s.output)) for s in structure.steps)
@@ -297,6 +310,26 @@ def _check_counts(structure: AbstractStructure, factors: Sequence[Array]) -> Non
         _require(
             out * structure.d_in == into * structure.d_out,
             f"{structure!r}: prod fan_out / fan_in = {out}/{into} is not d_out / d_in",
+        )
+
+
+def _check_products(structure: AbstractStructure, factors: Sequence[Array]) -> None:
+    """A structure that is no chain computes the MACs that it claims, and multiplies no more than its other work."""
+    arrays, tokens = tuple(to_numpy(f).real for f in factors), 3
+    elementwise = tokens * sum(structure.other_flops.values()) + sum(structure.setup_flops.values())
+    for apply, shape in (
+        (structure.apply, (tokens, structure.d_in)),
+        (structure.apply_columns, (structure.d_in, tokens)),
+    ):
+        found = counted(apply, arrays, np.ones(shape))
+        _require(
+            found.macs == tokens * structure.macs,
+            f"{structure!r} counts {structure.macs} MACs for a vector, but computes {found.macs} for {tokens}",
+        )
+        _require(
+            found.elementwise <= elementwise,
+            f"{structure!r} counts {elementwise} FLOPs besides its products for {tokens} vectors, "
+            f"but does {found.elementwise} multiplications",
         )
 
 

@@ -8,6 +8,7 @@ import torch
 
 import structlin
 from structlin import Structure, design, get, random_factors
+from structlin._counted import Counts, counted
 from structlin.structure import AbstractStructure, Factor
 from structlin.testing import check_instance, check_structure, dense_matrix, random_chain, to_numpy, unit_roundoff
 
@@ -47,6 +48,9 @@ class Doubling(AbstractStructure):
         w = factors[0].swapaxes(0, 1)
         return (2 * w if self.flaw == "transpose" else w,)
 
+    def dense(self, factors):
+        return None if self.flaw == "oracle" else np.array([list(row) for row in factors[0]])
+
     def _rows(self, factors, x, xp):
         y = x @ factors[0].swapaxes(0, 1)
         if self.flaw == "rows":
@@ -56,7 +60,8 @@ class Doubling(AbstractStructure):
         return y
 
     def _columns(self, factors, x, xp):
-        return factors[0] @ x * (1 + 1e-6 * (self.flaw == "columns"))
+        y = factors[0] @ x
+        return y + 1e-6 if self.flaw == "columns" else y
 
 
 def broken(flaw, **attributes):
@@ -85,11 +90,11 @@ def test_a_sound_structure_passes():
     ("flaw", "message"),
     [
         ("params", "counts 7 parameters, holds 6"),
-        ("macs", "has macs 12, its transpose 6"),
+        ("macs", r"counts 12 MACs for a vector, but computes 18 for 3"),
         ("flops", "counts 13 FLOPs, its parts are 12"),
         ("rank", "has rank 2, above its bound 1"),
         ("rows", "rows of shape .* is off by up to"),
-        ("columns", "rows of shape .* is off by up to"),  # a structure that is no chain is compared with its columns
+        ("columns", "columns of shape .* is off by up to"),
         ("dtype", "has dtype float32"),
         ("transpose", "<A x, y> = .* but <x, A. y> ="),
         ("forgotten", "transposed twice is"),
@@ -98,6 +103,92 @@ def test_a_sound_structure_passes():
 def test_a_flaw_is_found(flaw, message):
     with pytest.raises(AssertionError, match=message):
         check_structure(broken(flaw))
+
+
+def test_a_structure_without_an_oracle_is_refused():
+    with pytest.raises(ValueError, match="is no chain, so it has to implement `dense`"):
+        check_structure(broken("oracle"))
+
+
+@dataclass(frozen=True)
+class Scaled(AbstractStructure):
+    """Claims ``y = w x``, with a vector w, and no product. With ``squared`` it computes ``w w^T x`` all the same."""
+
+    d_in: int
+    squared: bool = True
+    honest: bool = False  # the oracle says what is computed
+
+    @property
+    def d_out(self):
+        return self.d_in
+
+    @property
+    def factors(self):
+        return (Factor("w", (self.d_in,), 1, 1, blocks=self.d_in),)
+
+    macs = 0
+    other_flops = property(lambda self: {"elementwise": self.d_in})
+
+    def transpose(self):
+        return self
+
+    def transpose_factors(self, factors):
+        return tuple(factors)
+
+    def dense(self, factors):
+        return np.outer(factors[0], factors[0]) if self.honest else np.diag(factors[0])
+
+    def _rows(self, factors, x, xp):
+        (w,) = factors
+        return (x @ w)[:, None] * w if self.squared else x * w
+
+    def _columns(self, factors, x, xp):
+        return self._rows(factors, x.swapaxes(0, 1), xp).swapaxes(0, 1)
+
+
+def test_a_structure_that_computes_something_else_than_it_claims_is_found():
+    check_instance(Scaled(4, squared=False))
+    with pytest.raises(AssertionError, match=r"counts 0 MACs for a vector, but computes 12 for 3"):
+        check_instance(Scaled(4, honest=True))
+    with pytest.raises(AssertionError, match=r"counts 0 MACs for a vector, but computes 12 for 3"):
+        check_instance(Scaled(4))
+
+
+def test_an_oracle_that_contradicts_the_products_is_found(monkeypatch):
+    monkeypatch.setattr("structlin.testing._check_products", lambda *_: None)
+    with pytest.raises(AssertionError, match="is off by up to"):
+        check_instance(Scaled(4))
+
+
+class Hidden(Scaled):
+    def _rows(self, factors, x, xp):
+        return (x[:, None, :] * factors[0]).sum(-1) * factors[0]
+
+
+def test_products_hidden_in_elementwise_work_are_found():
+    with pytest.raises(AssertionError, match=r"counts 12 FLOPs besides its products for 3 vectors, but does"):
+        check_instance(Hidden(4, honest=True))
+
+
+def test_products_of_numpy_are_counted_by_hand():
+    a, b, v = np.ones((2, 3)), np.ones((3, 4)), np.ones(3)
+    for function, arrays, macs in (
+        (lambda a, b: a @ b, (a, b), 24),
+        (lambda a, v: a @ v, (a, v), 6),
+        (lambda v: v @ v, (v,), 3),
+        (np.dot, (a, b), 24),
+        (lambda a, b: a.dot(b), (a, b), 24),
+        (lambda a, v: np.inner(a, v), (a, v), 6),
+        (np.vdot, (a, a), 6),
+        (lambda a, b: np.tensordot(a, b, 1), (a, b), 24),
+        (lambda a, b: np.einsum("ij,jk->ik", a, b), (a, b), 24),
+        (lambda a, b: (a[None] @ b)[0].T.copy().reshape(-1) @ np.ones(8), (a, b), 32),
+        (lambda a: np.fft.irfft(np.fft.rfft(a)), (a,), 0),
+    ):
+        assert counted(function, *arrays).macs == macs
+    assert counted(lambda a: 2 * a / 3, a) == Counts(0, 12)
+    assert counted(np.outer, v, v) == Counts(0, 9)
+    assert counted(lambda f, x: f[0] * x, (v,), v) == Counts(0, 3)
 
 
 def test_other_flaws_are_found():
