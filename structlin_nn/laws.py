@@ -19,7 +19,7 @@ from structlin.scaling import (
 from structlin.scaling import pareto_frontier as frontier_of
 from structlin_nn.tables import Row, column
 
-__all__ = ["GroupLaw", "compare_laws", "fit_groups", "laws_record"]
+__all__ = ["GroupLaw", "compare_laws", "comparisons_record", "fit_groups", "laws_record"]
 
 
 @dataclass(frozen=True)
@@ -152,11 +152,16 @@ def laws_record(
     if reference is not None:
         compared = compare_laws(laws, reference, error=error, confidence=confidence)
         record["reference"] = reference
-        record["comparisons"] = {
-            name: {key: _plain(value) if isinstance(value, Estimate) else value for key, value in row.items()}
-            for name, row in compared.items()
-        }
+        record["comparisons"] = comparisons_record(compared)
     return record
+
+
+def comparisons_record(compared: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """What :func:`compare_laws` returns as plain values that ``json.dumps`` takes."""
+    return {
+        name: {key: _plain(value) if isinstance(value, Estimate) else value for key, value in row.items()}
+        for name, row in compared.items()
+    }
 
 
 def _number(value: float) -> float | str | None:

@@ -17,7 +17,8 @@ The header has ``kind`` "header" and holds
 A line of an evaluation has ``kind`` "evaluation" and holds, in all pipelines, ``step``, ``samples`` seen,
 ``training_macs`` spent so far, ``lr`` (of the last step, at multiplier 1), ``batch_loss`` (mean over the training
 steps since the last evaluation, of the loss that was trained on; null at step 0), ``seconds`` of training and
-evaluation so far, without the time between an interruption and its resumption, and
+evaluation so far, without the time between an interruption and its resumption, ``training_seconds``, those of the
+steps alone, without evaluations and checkpoints (records of earlier versions lack it), and
 
 - ``statistics``: RMS of the last hidden features and of their change in a step, and the gain of each layer
   (`structlin_nn.recipes._torch.Probe`), on the first 1024 training images (``cifar``), the first 64 validation

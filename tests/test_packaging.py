@@ -205,6 +205,7 @@ class TestRequirements:
         }
         # Modules for one library alone, which are themselves imported only where they are used.
         modules = {
+            "structlin.execution.blocks": "torch",
             "structlin.execution.torch_ways": "torch",
             "structlin.execution.torch_cpu": "torch",
             "structlin.execution._guard": "torch",

@@ -87,6 +87,7 @@ def run(arguments: argparse.Namespace) -> int:
     print(
         "\nMACs are multiply-accumulates, of one image forward and of the whole training, forward and backward.\n"
         f"The latter differ by {100 * compute_difference(result.rows):.1f} % at most from those of a dense network.\n"
+        "Seconds are those of the training steps, each run on one core, without evaluations.\n"
         f"{_spread(result.rows)}\n"
         f"records  {result.folder}/*/record.jsonl\ntable    {result.table}\nfigure   {result.figure}\n"
         f"done in {time.monotonic() - start:.0f} s"
@@ -96,7 +97,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _print(rows: list[dict[str, Any]]) -> None:
     columns = (
-        "structure, learning rate, width, parameters, MACs/image, training MACs, train error, test loss, test error"
+        "structure, learning rate, width, parameters, MACs/image, training MACs, seconds, train error, "
+        "test loss, test error"
     )
     print_table(
         columns.split(", "),
@@ -108,6 +110,7 @@ def _print(rows: list[dict[str, Any]]) -> None:
                 f"{row['params']:,}",
                 f"{row['forward_macs']:,}",
                 f"{row['training_macs']:.3g}",
+                f"{row['training_seconds']:.1f}",
                 f"{100 * row['train_error']:.2f} %",
                 f"{row['loss']:.4f}",
                 f"{100 * row['error']:.2f} %",

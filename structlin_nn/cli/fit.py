@@ -20,8 +20,10 @@ examples:
 RECORDS are run records, folders of them, or tables (.jsonl, .json, .csv). The law is error = a C^-alpha, with
 --floor plus an irreducible error, fitted to the logarithms. Intervals are of a bootstrap. "Less compute" is how many
 times less a group needs than the reference at equal error: at --at, or at the lowest error that both reach, once from
-the laws and once interpolated between the points. Few points need --noise for intervals.
+the laws and once interpolated between the points. Few points need --noise for intervals. Where
+all rows have the seconds of training, groups are also compared by time.
 """
+TIME = "training_seconds"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -83,20 +85,26 @@ def _floor(text: str) -> float:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from structlin_nn.laws import compare_laws, fit_groups, laws_record
+    from structlin_nn.laws import compare_laws, comparisons_record, fit_groups, laws_record
 
     if not 0 < arguments.confidence < 1:
         raise UsageError(f"--confidence must be between 0 and 1, got {arguments.confidence:g}")
     try:
-        laws = fit_groups(
-            read_groups(arguments), arguments.x, arguments.y, frontier=arguments.frontier, floor=arguments.floor,
-            loss=arguments.loss, samples=arguments.samples, seed=arguments.seed, method=arguments.method,
-            noise=arguments.noise,
-        )  # fmt: skip
+        groups = read_groups(arguments)
+
+        def fitted(x: str) -> dict[str, Any]:
+            return fit_groups(
+                groups, x, arguments.y, frontier=arguments.frontier, floor=arguments.floor, loss=arguments.loss,
+                samples=arguments.samples, seed=arguments.seed, method=arguments.method, noise=arguments.noise,
+            )  # fmt: skip
+
+        laws = fitted(arguments.x)
         reference = arguments.reference or ("dense" if "dense" in laws and len(laws) > 1 else None)
-        compared = {}
+        compared, timed = {}, {}
         if reference is not None:
             compared = compare_laws(laws, reference, error=arguments.at, confidence=arguments.confidence)
+            if arguments.x != TIME and all(row.get(TIME) for rows in groups.values() for row in rows):
+                timed = compare_laws(fitted(TIME), reference, error=arguments.at, confidence=arguments.confidence)
         if arguments.plot:
             from structlin_nn.figures.compute import compute_figure
             from structlin_nn.figures.style import save
@@ -106,18 +114,18 @@ def run(arguments: argparse.Namespace) -> int:
     except (OSError, ValueError) as error:
         raise UsageError(" ".join(str(error).split())) from error
     if arguments.json:
-        print_json(
-            laws_record(
-                laws, arguments.x, arguments.y, reference=reference, error=arguments.at,
-                confidence=arguments.confidence,
-            )
-        )  # fmt: skip
+        record = laws_record(
+            laws, arguments.x, arguments.y, reference=reference, error=arguments.at, confidence=arguments.confidence
+        )
+        if timed:
+            record["comparisons_by_time"] = comparisons_record(timed)
+        print_json(record)
         return 0
-    _print(laws, compared, reference, arguments)
+    _print(laws, compared, timed, reference, arguments)
     return 0
 
 
-def _print(laws: Any, compared: Any, reference: str | None, arguments: argparse.Namespace) -> None:
+def _print(laws: Any, compared: Any, timed: Any, reference: str | None, arguments: argparse.Namespace) -> None:
     percent = f"{100 * arguments.confidence:g} %"
     floor = "fitted" if arguments.floor is True else f"{arguments.floor:g}" if arguments.floor else "none"
     print(f"{arguments.y} = a C^-alpha, C = {arguments.x}, irreducible error {floor}; intervals of {percent}\n")
@@ -140,6 +148,10 @@ def _print(laws: Any, compared: Any, reference: str | None, arguments: argparse.
         for name, row in compared.items():
             for note in row["notes"]:
                 print(f"{name}: {note}")
+    if timed:
+        print(f"\nagainst {reference}, by the seconds of training\n")
+        head = ("group", "alpha", "interval", "at error", "less time (law)", "interval", "(points)", "interval")
+        print_table(head, [_compared(name, row) for name, row in timed.items()])
     if arguments.at is not None:
         print(f"\ncompute for an error of {arguments.at:g}\n")
         rows = []

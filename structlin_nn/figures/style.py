@@ -44,6 +44,7 @@ GRID = "0.9"
 _LABELS = {
     "training_macs": "training compute (MACs)",
     "total_training_macs": "training compute (MACs)",
+    "training_seconds": "seconds of training",
     "forward_macs": "MACs of one sample, forward",
     "params": "parameters",
     "trainable_params": "parameters",

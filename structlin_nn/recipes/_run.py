@@ -182,7 +182,7 @@ class Run:
         self.config, self.options, self.group, self.watch = config, options, group or ALONE, watch
         self.recipe = type(config).__module__.rpartition(".")[2]
         self.folder = default_folder(config) if options.out is None else Path(options.out)
-        self.step, self.steps, self.seconds = 0, 0, 0.0
+        self.step, self.steps, self.seconds, self.training_seconds = 0, 0, 0.0, 0.0
         self.last: dict[str, Any] = {}
         self.counts: dict[str, int] = {}
         self.check_every = 1
@@ -208,6 +208,7 @@ class Run:
         if self.state is not None:
             # The numbers of all processes are those of the checkpoint.
             self.step, self.seconds, self.last = (self.state[key] for key in ("step", "seconds", "last"))
+            self.training_seconds = self.state["training_seconds"]
             execution.pin(self.state["execution"])
         return self
 
@@ -302,7 +303,7 @@ class Run:
         if self.state is not None:
             self._saved = (self.step, self._record.size)
         self._clock = time.monotonic() - self.seconds
-        self._saved_at = self._logged_at = time.monotonic()
+        self._saved_at = self._logged_at = self._mark = time.monotonic()
         self._logged = self.step
         if self.group.main:
             with (self.folder / RECORD).open("rb") as file:
@@ -353,6 +354,7 @@ class Run:
             "lr": self.config.lr * self.share(max(self.step - 1, 0)),
             **found,
             "seconds": round(self.seconds, 3),
+            "training_seconds": round(self.training_seconds, 3),
         }
         self.sums_reset()
         self.group.first(lambda: self._record.append(self.last))
@@ -360,6 +362,7 @@ class Run:
         for tracker in self._trackers:
             tracker.log(scalars(self.last), self.step)
         self.say(summary)
+        self._mark = time.monotonic()
 
     # Steps
 
@@ -384,6 +387,7 @@ class Run:
         self._losses.append(loss)
         checking = self.step % self.check_every == 0 or self.step == self.steps
         value = self.fetch_losses() if checking else None
+        self.training_seconds += time.monotonic() - self._mark
         self._bar.update(self.config.batch_size)
         every = self.options.log_every
         if value is not None and every and self.step - self._logged >= every:
@@ -401,6 +405,7 @@ class Run:
             self.fetch_losses()
             self.seconds = time.monotonic() - self._clock
             self.save()
+        self._mark = time.monotonic()
 
     def logs(self) -> bool:
         """Whether the step that is taken now may be told of in a line: the norm of the gradient is for this."""
@@ -482,6 +487,7 @@ class Run:
                 "outputs": self.outputs,
                 "step": self.step,
                 "seconds": self.seconds,
+                "training_seconds": self.training_seconds,
                 "last": self.last,
                 "metric": metric,
                 "record_size": self._record.size,

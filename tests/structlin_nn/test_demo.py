@@ -162,7 +162,7 @@ def test_figure_shows_every_row(tmp_path: Path) -> None:
     rows = [
         {
             "structure": structure, "width": width, "learning_rate": rule, "training_macs": 10.0**9 * width,
-            "error": 0.1 + 0.01 * number, "train_error": 0.05 + 0.02 * number,
+            "training_seconds": 2.0 * width + number, "error": 0.1 + 0.01 * number, "train_error": 0.05 + 0.02 * number,
         }
         for number, structure in enumerate(RULES)
         for width in (10, 30)
@@ -170,13 +170,14 @@ def test_figure_shows_every_row(tmp_path: Path) -> None:
     ]  # fmt: skip
     figure = demo_figure(rows)
     assert isinstance(figure, Figure)
-    left, right = figure.axes
-    for axes in (left, right):
+    left, middle, right = figure.axes
+    for axes in (left, middle, right):
         assert axes.get_xlabel()
         assert "%" in axes.get_ylabel()
-    drawn = {tuple(map(float, point)) for line in left.lines for point in line.get_xydata()}
-    wanted = {(row["training_macs"], 100 * row["train_error"]) for row in rows if row["learning_rate"] != "naive"}
-    assert {(x, round(y, 9)) for x, y in wanted} <= {(x, round(y, 9)) for x, y in drawn}
+    for axes, cost in ((left, "training_macs"), (middle, "training_seconds")):
+        drawn = {tuple(map(float, point)) for line in axes.lines for point in line.get_xydata()}
+        wanted = {(row[cost], 100 * row["train_error"]) for row in rows if row["learning_rate"] != "naive"}
+        assert {(x, round(y, 9)) for x, y in wanted} <= {(x, round(y, 9)) for x, y in drawn}
     heights = sorted(round(float(y), 9) for line in right.lines for y in np.asarray(line.get_ydata()))
     assert heights == sorted(round(100 * row["train_error"], 9) for row in rows if row["structure"] != "dense")
     save_png(figure, tmp_path / "x.png")

@@ -160,3 +160,22 @@ def test_misuse(words: str, message: str, points: Path, capsys: pytest.CaptureFi
     assert message in err
     assert out == ""
     assert err.count("\n") == 1
+
+
+def test_groups_are_compared_by_time_where_it_is_known(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Monarch needs 3 times less compute at an error of 0.3 and takes twice as long for a MAC: 1.5 times less time."""
+    lines = ["structure,macs,error,training_seconds"]
+    for structure, factor, slow in (("dense", 1, 1), ("monarch", 3, 2)):
+        for c in np.logspace(6, 9, 7):
+            lines.append(f"{structure},{c},{2 * (factor * c) ** -0.1},{slow * c / 1e8}")
+    path = tmp_path / "points.csv"
+    path.write_text("\n".join(lines) + "\n")
+    words = (path, "--x", "macs", "--y", "error", "--at", "0.3", "--samples", "50", "--noise", "0.001")
+    record = json.loads(output(capsys, *words, "--json"))
+    assert record["comparisons"]["monarch"]["multiplier"]["value"] == pytest.approx(3, rel=1e-3)
+    assert record["comparisons_by_time"]["monarch"]["multiplier"]["value"] == pytest.approx(1.5, rel=1e-3)
+    text = output(capsys, *words)
+    assert "by the seconds of training" in text
+    assert "less time (law)" in text
+    path.write_text("\n".join(line.rpartition(",")[0] for line in lines) + "\n")
+    assert "comparisons_by_time" not in json.loads(output(capsys, *words, "--json"))

@@ -73,7 +73,9 @@ def test_resumes_to_the_bit(
     module.train(config, replace(options, out=tmp_path / "part", resume=True), watch=note("part", 99))
     assert losses["whole"] == losses["part"]
     one, two = (read_record(tmp_path / which / "record.jsonl").evaluations for which in losses)
-    assert [line | {"seconds": 0} for line in one] == [line | {"seconds": 0} for line in two]
+    assert [line | {"seconds": 0, "training_seconds": 0} for line in one] == [
+        line | {"seconds": 0, "training_seconds": 0} for line in two
+    ]
 
 
 def test_damage_and_another_recipe(config: Any, small_cifar: Path, tmp_path: Path) -> None:

@@ -386,8 +386,8 @@ class TestStartingWeights:
         projected.unlink()
         gpt2.train(config, replace(part, resume=True, init_from=None))
         one, two = (read_record(tmp_path / name / "record.jsonl") for name in ("run", "part"))
-        assert [line | {"seconds": 0} for line in one.evaluations] == [
-            line | {"seconds": 0} for line in two.evaluations
+        assert [line | {"seconds": 0, "training_seconds": 0} for line in one.evaluations] == [
+            line | {"seconds": 0, "training_seconds": 0} for line in two.evaluations
         ]
         assert one.header["init_from"] == two.header["init_from"]
         assert one.header["init_from"]["structured_layers"] == sum("factors.1" in name for name in ours)

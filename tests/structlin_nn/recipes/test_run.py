@@ -64,7 +64,7 @@ def stop_after(steps: int) -> Callable[..., bool]:
 def lines(folder: Path) -> list[dict[str, Any]]:
     """A record without what may differ between two runs of one configuration: times."""
     return [
-        {k: v for k, v in json.loads(line).items() if k not in ("seconds", "started", "crc32")}
+        {k: v for k, v in json.loads(line).items() if k not in ("seconds", "training_seconds", "started", "crc32")}
         for line in (folder / "record.jsonl").read_text().splitlines()
     ]
 
@@ -91,7 +91,7 @@ def assert_same(one: Path, other: Path) -> None:
     assert mine.keys() == theirs.keys()
     assert [name for name in mine if not torch.equal(mine[name], theirs[name])] == []
     states = [read_checkpoint(folder)[1] for folder in (one, other)]
-    apart = ("seconds", "last", "record_size", "files", "execution", "crc32")
+    apart = ("seconds", "training_seconds", "last", "record_size", "files", "execution", "crc32")
     a, b = ({k: v for k, v in state.items() if k not in apart} for state in states)
     assert a == b
 
