@@ -92,7 +92,7 @@ def test_gpt2_at_base_width() -> None:
     assert record["trainable_params"] == (2 * v + t) * d + 12 * (12 * d * d + 2 * d + 2 * 64) + d
     assert record["attention_macs"] == 12 * 2 * t * t * d, "no discount for the causal mask"
     assert record["forward_macs"] == t * (12 * 12 * d * d + d * v) + record["attention_macs"]
-    assert {f["lr_multiplier"] for layer in record["layers"] for f in layer["factors"]} == {1.0, 0.25}
+    assert {f["lr_multiplier"] for layer in record["layers"] for f in layer["factors"]} == {1.0}
 
 
 def test_record() -> None:
@@ -114,7 +114,7 @@ def test_record() -> None:
     assert [layer["gains"] for layer in record["layers"]] == [0, 0, 2, 2, 2, 2] * 2 + [2]
     up, down = record["layers"][4:6]
     assert up["params"] == sum(f["numel"] for f in up["factors"]) + 2
-    for layer, base_in in ((up, 96), (down, 96)):
+    for layer, base_in in ((up, 96), (down, 4 * 96)):
         for f in layer["factors"]:
             assert f["lr_multiplier"] == pytest.approx(base_in / (f["fan_in"] * 2))
             assert f["numel"] == f["fan_in"] * f["fan_out"] * f["blocks"]

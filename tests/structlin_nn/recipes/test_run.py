@@ -239,7 +239,7 @@ class TestResume:
             assert train(config, replace(options, resume=True)).finished
         assert_same(tmp_path / "whole", options.out)
         found = json.loads((options.out / "ways.json").read_text())
-        assert set(found["ways"].values()) == {"products"}
+        assert set(found["ways"].values()) == {"products", "separate"}  # of layers, and of blocks of layers
         assert read_checkpoint(options.out)[1]["execution"] == found["ways"]
 
 

@@ -308,7 +308,7 @@ for checkpoint in (False, True):
 """,
     "failing_compiler": """
 import warnings
-from structlin.execution.compiled import _program
+from structlin.execution.compiled import _writer
 from structlin.execution.compiled._target import CompileError
 def fail(*arguments):
     raise CompileError("LLVM did not compile")
