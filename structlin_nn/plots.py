@@ -7,6 +7,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from structlin_nn.figures.style import GRID, STYLES, save_png, style
 
@@ -56,6 +57,10 @@ def _cost_panel(axes: Axes, rows: Sequence[dict[str, Any]], structures: Sequence
         axes.plot(x, y, color=colour, marker=marker, markersize=7, linewidth=1.8, label=label)
     axes.set_xscale("log")
     axes.grid(True, axis="x", which="major", color=GRID, linewidth=0.8)
+    if cost == "training_seconds":  # a decade or less: numbers without powers of ten
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.xaxis.set_minor_formatter(NullFormatter())
 
 
 def _rule_panel(axes: Axes, rows: Sequence[dict[str, Any]], structures: Sequence[str]) -> None:
