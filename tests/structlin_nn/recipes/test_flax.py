@@ -43,7 +43,20 @@ def assert_close(found: list[tuple[list[float], Any]]) -> None:
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"model": "cifar-vit", "optimizer": "adamw", "weight_decay": 0.05, "clip": 0.5, "ema": 0.9, "accumulate": 2}],
+    [
+        {},
+        pytest.param(
+            {
+                "model": "cifar-vit",
+                "optimizer": "adamw",
+                "weight_decay": 0.05,
+                "clip": 0.5,
+                "ema": 0.9,
+                "accumulate": 2,
+            },
+            marks=pytest.mark.slow,
+        ),
+    ],
     ids=["mlp", "vit"],
 )
 def test_cifar_is_the_run_in_torch(changes: dict[str, Any], config: Any, small_cifar: Path, tmp_path: Path) -> None:
@@ -55,7 +68,7 @@ def test_gpt2_is_the_run_in_torch(gpt2_config: Any, text_tokens: Path, tmp_path:
     assert_close(both("gpt2", gpt2_config.replace(steps=12, eval_every=6), {"data": text_tokens}, tmp_path))
 
 
-@pytest.mark.parametrize("name", ["cifar", "gpt2"])
+@pytest.mark.parametrize("name", ["cifar", pytest.param("gpt2", marks=pytest.mark.slow)])
 def test_resumes_to_the_bit(
     name: str, config: Any, gpt2_config: Any, small_cifar: Path, text_tokens: Path, tmp_path: Path
 ) -> None:
