@@ -30,7 +30,7 @@ versions of the libraries. All later runs choose by them.
 The table has a row for each problem: the shape and the chain of a layer, the number of tokens (rounded up to a power of
 two), and the pass (train: forward and backward). The column ms is the time of the fastest way.
 """
-CHAIN = 48  # characters of a chain that the table shows
+CHAIN = 40  # characters of a chain that the table shows
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

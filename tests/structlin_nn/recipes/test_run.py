@@ -104,7 +104,9 @@ class TestEveryRecipe:
         assert result.finished
         raw = [json.loads(line) for line in result.record.read_text().splitlines()]
         assert set(raw[0]) == {"kind", "recipe", "crc32", *HEADER_KEYS}
-        assert all(set(line) == {"kind", "crc32", *COMMON_KEYS, *TASK_KEYS[config.task]} for line in raw[1:])
+        wanted = {"kind", "crc32", "training_seconds", *COMMON_KEYS, *TASK_KEYS[config.task]}
+        assert all(set(line) == wanted for line in raw[1:])
+        assert all(0 <= line["training_seconds"] <= line["seconds"] for line in raw[1:])
         record = read_record(result.record)
         assert record.finished
         assert record.header["config"] == config.to_dict()
