@@ -62,7 +62,7 @@ def _imported(name: str) -> ModuleType:
             warnings.simplefilter("ignore")
             return importlib.import_module(name)
     except ImportError as error:
-        raise AbsentError(f"{name} can not be imported: {error}") from None
+        raise AbsentError(f"{name} cannot be imported: {error}") from None
 
 
 def _structlin(layer: StructuredLinear, name: str, options: Mapping[str, object]) -> nn.Module:

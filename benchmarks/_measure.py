@@ -42,7 +42,7 @@ LEAST_SECONDS, ROUND_SECONDS, MOST_ROUNDS = 2e-4, 0.03, 101
 
 
 def _pages() -> int:
-    """That this process was given so far; 0 where that can not be known."""
+    """That this process was given so far; 0 where that cannot be known."""
     try:
         import resource
     except ImportError:

@@ -94,7 +94,7 @@ def _is_compiling() -> bool:
     return torch.compiler.is_compiling()
 
 
-# Not made on demand as the others, because torch.compile, which may come first, can not trace that.
+# Not made on demand as the others, because torch.compile, which may come first, cannot trace that.
 _TORCH = SimpleNamespace(
     name="torch",
     permute=lambda x, order: x.permute(order),

@@ -2,7 +2,7 @@
 
 A `StructuredOperator` is a structure (what the matrix looks like: static, hashable, no arrays) together with its
 factors (the arrays, in the order in which they meet a vector). Those two are all it holds; shape, dtype, device and
-array library follow from them, so an operator can not disagree with its own arrays after ``.to``, a cast, or a
+array library follow from them, so an operator cannot disagree with its own arrays after ``.to``, a cast, or a
 transformation of jax or torch.
 """
 
@@ -131,7 +131,7 @@ class StructuredOperator(LinearOperator):
         if name != "annotations":
             raise AttributeError(
                 f"{type(self).__name__} is immutable and holds only its structure and factors; "
-                f"can not set {name!r}, build another operator instead"
+                f"cannot set {name!r}, build another operator instead"
             )
         self.__dict__["_annotations"] = frozenset(value)
 
@@ -197,7 +197,7 @@ class StructuredOperator(LinearOperator):
 
     def _check_library(self, other: LinearOperator) -> None:
         if isinstance(other, StructuredOperator) and other.backend != self.backend:
-            raise TypeError(f"can not combine a {self.backend} operator and a {other.backend} operator")
+            raise TypeError(f"cannot combine a {self.backend} operator and a {other.backend} operator")
 
     def _operand(self, X: Any) -> Array:
         """X as an array of this operator's library."""
@@ -206,7 +206,7 @@ class StructuredOperator(LinearOperator):
             return X
         if (ours, theirs) == ("jax", "numpy"):  # jax takes NumPy arrays everywhere, and CoLA hands it some
             return functions_of("jax").array(X, dtype=None, device=None)
-        raise TypeError(f"can not combine a {ours} operator and a {theirs} array; convert one of them first")
+        raise TypeError(f"cannot combine a {ours} operator and a {theirs} array; convert one of them first")
 
     # -- related operators -------------------------------------------------------------------------------------------
 
@@ -217,7 +217,7 @@ class StructuredOperator(LinearOperator):
         return self._with(
             self._transposed,
             tuple(structure.transpose_factors(self.factors)),
-            # The columns of a wide matrix can not all be orthonormal, so Stiefel does not survive.
+            # The columns of a wide matrix cannot all be orthonormal, so Stiefel does not survive.
             self._annotations - {cola.Stiefel},
         )
 
@@ -243,7 +243,7 @@ class StructuredOperator(LinearOperator):
 
         Raises:
             TypeError: a dtype in the place of the device.
-            ValueError: a dtype that the operator can not have: integer, real for a complex operator, or
+            ValueError: a dtype that the operator cannot have: integer, real for a complex operator, or
                 64-bit in jax without ``jax_enable_x64``; a device other than the CPU for NumPy.
 
         Example:
@@ -326,7 +326,7 @@ def _fill(
     fields["factors"] = factors
     fields["_annotations"] = annotations
     fields["_index_dtype"] = index_dtype
-    # Not a field of its own: looked up here because torch.compile can not trace the building of a structure.
+    # Not a field of its own: looked up here because torch.compile cannot trace the building of a structure.
     fields["_transposed"] = _transpose(structure)
     return op
 
@@ -347,7 +347,7 @@ def _is_complex(dtype: Any) -> bool:
 
 def _check_inner(left: tuple[int, int], right: tuple[int, int]) -> None:
     if left[1] != right[0]:
-        raise ValueError(f"can not multiply operators of shapes {left} and {right}: {left[1]} != {right[0]}")
+        raise ValueError(f"cannot multiply operators of shapes {left} and {right}: {left[1]} != {right[0]}")
 
 
 def _index_dtype(factors: tuple[Array, ...], dtype: Any) -> Any:
@@ -356,7 +356,7 @@ def _index_dtype(factors: tuple[Array, ...], dtype: Any) -> Any:
     backend = common_backend(factors)
     if inexact is not None:
         if dtype is not None and _resolve_dtype(backend, dtype) != inexact:
-            raise ValueError(f"the factors have dtype {inexact}, so the operator can not have dtype {dtype}")
+            raise ValueError(f"the factors have dtype {inexact}, so the operator cannot have dtype {dtype}")
         return None
     if dtype is not None:
         return _resolve_dtype(backend, dtype)

@@ -75,7 +75,7 @@ def plan_layer(
 
     Raises:
         ValueError: an unknown structure, option or resource; a budget that not even the smallest design fits into;
-            sizes that the structure can not have.
+            sizes that the structure cannot have.
 
     >>> plan = plan_layer("low_rank", (1024, 1024), budget=1e5)
     >>> plan.options, plan.macs, round(plan.share, 3)

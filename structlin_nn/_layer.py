@@ -49,7 +49,7 @@ def plan_layer(
     """Check the arguments of a layer and work out what follows from them.
 
     Raises:
-        ValueError: an unknown structure, rule or option; sizes that the structure can not have, or other than those
+        ValueError: an unknown structure, rule or option; sizes that the structure cannot have, or other than those
             of the structure given; options beside a structure; ``gain=True`` without ``rms_cap``; ``rms_cap`` or
             ``zero_init`` where there are no trainable factors.
         TypeError: a ``structure`` that is neither a name nor a structure.
@@ -103,6 +103,6 @@ def _structure(structure: object, shape: tuple[int, int], options: Mapping[str, 
     if options:
         raise ValueError(f"options {', '.join(options)} go with the name of a structure, not with {structure!r}")
     if structure.shape != shape:
-        raise ValueError(f"a layer of shape (out_features, in_features) = {shape} can not hold {structure!r}, "
+        raise ValueError(f"a layer of shape (out_features, in_features) = {shape} cannot hold {structure!r}, "
                          f"which has shape {structure.shape}")  # fmt: skip
     return structure

@@ -109,7 +109,7 @@ def to_flax(state: Mapping[str, Any], model: nnx.Module) -> None:
                 raise ValueError(f"{entry.name} and {other.name} are one parameter in flax, and differ in the state")
         filled.append((entry.variable, _checked(entry.name, array, entry.variable)))
     for variable, array in filled:
-        variable.set_value(jnp.asarray(array))  # an abstract variable can not be assigned to by index
+        variable.set_value(jnp.asarray(array))  # an abstract variable cannot be assigned to by index
 
 
 def save_safetensors(model: nnx.Module, path: str | os.PathLike[str]) -> None:
@@ -234,7 +234,7 @@ def _checked(name: str, array: np.ndarray, variable: nnx.Variable) -> np.ndarray
     if np.issubdtype(array.dtype, np.integer) and jnp.issubdtype(variable.dtype, jnp.integer):
         cast = array.astype(variable.dtype)
         if not np.array_equal(cast, array):
-            raise ValueError(f"{name} holds integers that {variable.dtype} can not")
+            raise ValueError(f"{name} holds integers that {variable.dtype} cannot")
         return cast
     if array.dtype != variable.dtype:
         raise ValueError(

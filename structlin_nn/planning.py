@@ -173,7 +173,7 @@ def _candidate(n: int, multiple_of: int, cores: int) -> int:
     if cores == 1:
         return n * multiple_of
     root = next(k for k in range(1, multiple_of + 1) if k**cores % multiple_of == 0)
-    return (root * (n + (root == 1))) ** cores  # 1 can not be split
+    return (root * (n + (root == 1))) ** cores  # 1 cannot be split
 
 
 def _or_none(cost: Any, *arguments: Any) -> int | None:
@@ -192,7 +192,7 @@ def _first(cost: Any) -> int:
 
 
 def _largest_width(cost: Any, budget: float) -> int | None:
-    """As `largest_within`, but over widths of which some can not be built, small ones in particular."""
+    """As `largest_within`, but over widths of which some cannot be built, small ones in particular."""
     start = next((n for n in range(1, 64) if _or_none(cost, n) is not None), None)
     if start is None:
         cost(64)

@@ -366,7 +366,7 @@ def builder_of(
     try:
         function = getattr(importlib.import_module(module_name), name)
     except (ImportError, AttributeError) as error:
-        raise ValueError(f"{path} can not be imported: {error}") from error
+        raise ValueError(f"{path} cannot be imported: {error}") from error
     if not callable(function):
         raise ValueError(f"{path} must be a function of a width, got {function!r}")
 

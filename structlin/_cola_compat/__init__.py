@@ -69,7 +69,7 @@ def _require_colas_plum() -> None:
     """CoLA needs its own fork of plum, which installs into the same folder as plum itself."""
     if "cond" not in inspect.signature(plum.Dispatcher.__call__).parameters:
         raise ImportError(
-            "plum-dispatch has replaced cola-plum-dispatch, which CoLA can not do without (both install the package "
+            "plum-dispatch has replaced cola-plum-dispatch, which CoLA cannot do without (both install the package "
             "'plum'); remedy: pip uninstall -y plum-dispatch && "
             "pip install --force-reinstall --no-deps cola-plum-dispatch"
         )

@@ -204,7 +204,7 @@ def as_scalar(A: LinearOperator, c: Any) -> tuple[Any, Any]:
             raise ValueError(f"an operator is scaled by one number, got an array of shape {tuple(c.shape)}")
         library = next(name for name in BACKENDS if A.xnp.__name__.endswith(_FUNCTIONS[name]))
         if backend_of(c) not in (library, "numpy") and (backend_of(c), library) != ("jax", "numpy"):
-            raise TypeError(f"can not scale a {library} operator by a {backend_of(c)} array")
+            raise TypeError(f"cannot scale a {library} operator by a {backend_of(c)} array")
         c = c.reshape(())
         is_complex = "complex" in str(c.dtype)
     elif isinstance(c, Number):

@@ -204,7 +204,7 @@ def _reciprocal_is_broken() -> bool:
 def _repair_reciprocal() -> None:
     def __rtruediv__(self: LinearOperator, c: Any) -> Any:
         """Refused: c / A is not defined; write c * cola.inv(A)."""
-        raise TypeError("can not divide by an operator; write c * cola.inv(A)")
+        raise TypeError("cannot divide by an operator; write c * cola.inv(A)")
 
     LinearOperator.__rtruediv__ = __rtruediv__
 

@@ -110,7 +110,7 @@ def _joined_diagonal(A: StructuredOperator) -> Array | None:
         return None
     terms, axes, sizes = closed
     touched = {a for term in terms for a in term}
-    # An axis joined with itself elsewhere leaves zeros between, which einsum can not write.
+    # An axis joined with itself elsewhere leaves zeros between, which einsum cannot write.
     if len(set(axes)) < len(axes) or cost(terms, tuple(a for a in axes if a in touched), sizes) >= dense_cost(
         A.structure
     ):

@@ -67,7 +67,7 @@ def to_jax(A: LinearOperator, dtype: Any = None) -> Array:
 
 
 def _array(self: LinearOperator, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-    """For ``np.asarray``: always a new array, so that ``copy=False`` can not be had."""
+    """For ``np.asarray``: always a new array, so that ``copy=False`` cannot be had."""
     if copy is False:
         raise ValueError("an operator has to be multiplied out to become an array, which is a copy")
     return to_numpy(self, dtype)

@@ -27,7 +27,7 @@ from structlin.structures.low_rank import LowRank
 
 
 def _cost(*operators: LinearOperator) -> float:
-    """MACs of the operators one after the other; infinite where one is of a kind that can not be counted."""
+    """MACs of the operators one after the other; infinite where one is of a kind that cannot be counted."""
     try:
         return sum(map(macs, operators))
     except TypeError:

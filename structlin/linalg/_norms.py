@@ -158,8 +158,8 @@ def spectral_norm(A: LinearOperator, *, tolerance: float = 1e-6, max_iterations:
     of ``tolerance^2``. Two products for each iteration. Differentiable (through ``u^H A v`` with the vectors held
     fixed).
 
-    Raises ConvergenceError where the tolerance is not met after ``max_iterations`` iterations (inside jit, where it can
-    not be raised, the result is NaN), ValueError for a tolerance outside (0, 1) and fewer than one iteration, TypeError
+    Raises ConvergenceError where the tolerance is not met after ``max_iterations`` iterations (inside jit the result is
+    NaN instead), ValueError for a tolerance outside (0, 1) and fewer than one iteration, TypeError
     for what is no operator.
 
     >>> from structlin import Kronecker

@@ -183,7 +183,7 @@ class Chain:
 
     @property
     def target(self) -> np.ndarray:
-        """On the outer axes: what lies off a diagonal that the structure has can not be fitted."""
+        """On the outer axes: what lies off a diagonal that the structure has cannot be fitted."""
         axes = self.network.rows + self.network.columns
         return gather(self.rows.reshape(self.network.shape(axes)), axes, self.network.outer)
 

@@ -45,7 +45,7 @@ class ToeplitzStructure(AbstractStructure):
     def __post_init__(self) -> None:
         kernel = Factor("kernel", (self.d_out + self.d_in - 1,), fan_in=self.d_in, fan_out=self.d_out)
         object.__setattr__(self, "factors", (kernel,))
-        # Not a property: torch.compile can not trace into SciPy.
+        # Not a property: torch.compile cannot trace into SciPy.
         object.__setattr__(self, "fft_size", next_fast_len(self.d_out + self.d_in - 1))
 
     @property
@@ -221,7 +221,7 @@ def inverse_from(first: Array, last: Array) -> Any:
 
 
 def columns(A: Any) -> levinson.Columns | None:
-    """None for few or too many rows, where numbers can not be looked at, and where they are not accurate."""
+    """None for few or too many rows, where numbers cannot be looked at, and where they are not accurate."""
     kernel = A.factors[0]
     require_precision(kernel, "an inverse")
     n = A.shape[0]

@@ -21,14 +21,14 @@ class Place:
     key: Any = None
 
     def put(self, module: nnx.Module) -> None:
-        """Set another module in this place. Raises ValueError where the owner can not be changed."""
+        """Set another module in this place. Raises ValueError where the owner cannot be changed."""
         if isinstance(self.owner, nnx.Module):
             setattr(self.owner, self.key, module)
         elif isinstance(self.owner, MutableSequence | MutableMapping):
             self.owner[self.key] = module
         else:
             kind = type(self.owner).__name__
-            raise ValueError(f"layer {self.name!r} is held by a {kind}, which can not be changed; use nnx.List")
+            raise ValueError(f"layer {self.name!r} is held by a {kind}, which cannot be changed; use nnx.List")
 
 
 def named_modules(model: nnx.Module) -> Iterator[Place]:

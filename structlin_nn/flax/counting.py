@@ -146,7 +146,7 @@ def count(model: Callable[..., Any], *inputs: Any, training: bool = False, **key
             to all floating inputs of a function. Products that a backward pass computes again count again.
 
     Raises:
-        TypeError: ``model`` can not be called.
+        TypeError: ``model`` cannot be called.
 
     >>> from flax import nnx
     >>> model = nnx.eval_shape(lambda: nnx.Linear(8, 5, rngs=nnx.Rngs(0)))

@@ -69,7 +69,7 @@ class StructuredLinear(nnx.Module):
         cap_sigma: sigma of each factor; 0 for index factors.
 
     Raises:
-        ValueError: an unknown structure, rule or option; sizes that the structure can not have, or other than those
+        ValueError: an unknown structure, rule or option; sizes that the structure cannot have, or other than those
             of the structure given; options beside a structure; ``gain=True`` without ``rms_cap``; ``rms_cap`` or
             ``zero_init`` where there are no trainable factors; a ``partition`` that does not fit the structure; an
             integer dtype. In the forward pass: an input of wrong size.

@@ -69,7 +69,7 @@ def replace_linear(
 
     Raises:
         ValueError: nothing is chosen, or a pattern matches no layer (the message lists the layers there are); a size
-            that the structure can not have (the message names the layer); tied weights; a layer that computes
+            that the structure cannot have (the message names the layer); tied weights; a layer that computes
             something else than ``nnx.Linear`` does: subclasses, ``dot_general`` or ``promote_dtype`` of one's own;
             layers that were stacked by ``nnx.vmap``; a layer in a tuple.
         TypeError: ``structure`` or a pattern of another type.
@@ -175,7 +175,7 @@ def to_dense_linear(
 
 def _linear_places(model: nnx.Module, kind: type[Any]) -> dict[Any, list[Place]]:
     if isinstance(model, kind):
-        raise ValueError("the model itself is a linear layer and can not be replaced in place; put it in a container")
+        raise ValueError("the model itself is a linear layer and cannot be replaced in place; put it in a container")
     places: dict[Any, list[Place]] = {}
     for place in named_modules(model):
         if isinstance(place.module, kind):

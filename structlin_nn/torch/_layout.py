@@ -38,7 +38,7 @@ def layout_of(model: nn.Module) -> dict[str, Any]:
 
     Raises:
         ValueError: the model itself is a structured layer; a structured layer that has parametrizations, options that
-            JSON can not hold, or a structure without a name that is no chain.
+            JSON cannot hold, or a structure without a name that is no chain.
 
     >>> layout = layout_of(nn.Sequential(StructuredLinear(6, 4, structure="low_rank", rank=2), nn.Linear(4, 3)))
     >>> layout["layers"][0]["options"], layout["linear"]
@@ -58,7 +58,7 @@ def layout_of(model: nn.Module) -> dict[str, Any]:
 
 def _form(layer: StructuredLinear, names: Sequence[str]) -> dict[str, Any]:
     if any(parametrize.is_parametrized(module) for module in layer.modules()):
-        raise ValueError(f"layer {names[0]!r} has parametrizations, which can not be kept; remove them first")
+        raise ValueError(f"layer {names[0]!r} has parametrizations, which cannot be kept; remove them first")
     kind, structure = layer._plan.operator_class, layer.structure
     named = issubclass(kind, structlin.NamedOperator)
     if not named and not isinstance(structure, Structure):
@@ -87,7 +87,7 @@ def _plain(value: Any, layer: str, option: str) -> Any:
         return [_plain(entry, layer, option) for entry in value]
     if hasattr(value, "__index__"):
         return value.__index__()
-    raise ValueError(f"layer {layer!r}: option {option}={value!r} can not be written as JSON")
+    raise ValueError(f"layer {layer!r}: option {option}={value!r} cannot be written as JSON")
 
 
 def _tuples(value: Any) -> Any:
@@ -174,7 +174,7 @@ def changes(model: nn.Module, layout: Mapping[str, Any]) -> list[Change]:
 
     Raises:
         ValueError: the model has no linear layer there, or one of other sizes, or with a bias where there is to be
-            none, or the other way round; a layer that can not be replaced (:func:`replace_linear`).
+            none, or the other way round; a layer that cannot be replaced (:func:`replace_linear`).
     """
     places: dict[nn.Module, list[str]] = {}
     modules: dict[str, nn.Module] = {}

@@ -164,7 +164,7 @@ class Choice:
         if self.options:
             raise ValueError(f"options {', '.join(self.options)} go with the name of a structure, not with {made!r}")
         if made.shape != task.shape:
-            raise ValueError(f"a layer of shape {task.shape} can not hold {made!r}, which has shape {made.shape}")
+            raise ValueError(f"a layer of shape {task.shape} cannot hold {made!r}, which has shape {made.shape}")
         return made
 
     def run(
@@ -252,7 +252,7 @@ def layer_of(
                 elif excess > 1:
                     raise ValueError(
                         f"the RMS of factor {number} is {excess:.3g} times its cap, and without gains (gain=False) "
-                        "the layer can not hold it"
+                        "the layer cannot hold it"
                     )
         if bias is not None:
             assert new.bias is not None

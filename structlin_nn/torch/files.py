@@ -89,7 +89,7 @@ def save_structured(
             safetensors alone can hold; values on the meta device or spread over processes; a dtype, layout or entry
             of the state dictionary that safetensors has no form for; metadata that are no strings, or named
             ``format`` or ``structlin``.
-        OSError: the file can not be written.
+        OSError: the file cannot be written.
 
     >>> from structlin_nn.torch import StructuredLinear, replace_linear
     >>> model = nn.Sequential(nn.Linear(12, 6), nn.ReLU(), nn.Linear(6, 4))
@@ -123,7 +123,7 @@ def save_structured(
     try:
         content = save(tensors, {**extra, "format": "pt", KEY: text})
     except (KeyError, ValueError, SafetensorError) as error:
-        raise ValueError(f"safetensors can not hold the model: {error}") from error
+        raise ValueError(f"safetensors cannot hold the model: {error}") from error
     with atomic_write(path) as file:
         file.write(content)
 

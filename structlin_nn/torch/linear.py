@@ -72,7 +72,7 @@ class StructuredLinear(nn.Module):
         cap_sigma: sigma of each factor; 0 for index factors.
 
     Raises:
-        ValueError: an unknown structure, rule or option; sizes that the structure can not have, or other than those
+        ValueError: an unknown structure, rule or option; sizes that the structure cannot have, or other than those
             of the structure given; options beside a structure; ``gain=True`` without ``rms_cap``; ``rms_cap`` or
             ``zero_init`` where there are no trainable factors. In the forward pass: an input of wrong size; a factor or
             a bias of wrong shape, or of another device or dtype than the input.
@@ -113,7 +113,7 @@ class StructuredLinear(nn.Module):
         shapes = [spec.shape for spec in self.structure.factors if spec.trainable]
         self.factors = FactorList(nn.Parameter(torch.empty(shape, device=device, dtype=dtype)) for shape in shapes)
         self.gains = None
-        if plan.gains:  # not scalars, which FSDP can not shard
+        if plan.gains:  # not scalars, which FSDP cannot shard
             self.gains = FactorList(nn.Parameter(torch.empty(1, device=device, dtype=dtype)) for _ in shapes)
         for number, spec in enumerate(self.structure.factors):
             if not spec.trainable:

@@ -103,7 +103,7 @@ def project_linear(
             budget at once; a budget below the cheapest forms; options or sizes that the structure does not
             allow (the message names the layer); no layer for which the form given saves anything; weights on the meta
             device or not finite; calibration data that are empty, not finite, or do not reach a layer; layers that
-            can not be replaced, as in :func:`replace_linear`.
+            cannot be replaced, as in :func:`replace_linear`.
         TypeError: ``structure`` or a pattern of another type.
 
     >>> _ = torch.manual_seed(0)
@@ -165,7 +165,7 @@ def to_dense_linear(model: nn.Module) -> tuple[str, ...]:
     """
     if isinstance(model, StructuredLinear):
         raise ValueError(
-            "the model itself is a structured layer and can not be replaced in place; put it in a container"
+            "the model itself is a structured layer and cannot be replaced in place; put it in a container"
         )
     places: dict[StructuredLinear, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
@@ -217,7 +217,7 @@ def _chosen(
 ) -> tuple[Mapping[nn.Module, tuple[str, ...]], list[tuple[str, str]]]:
     """Layers to project with their names, and those left alone with the reason."""
     if linear_sizes(model) is not None:
-        raise ValueError("the model itself is a linear layer and can not be replaced in place; put it in a container")
+        raise ValueError("the model itself is a linear layer and cannot be replaced in place; put it in a container")
     places: dict[nn.Module, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         if linear_sizes(module) is not None:

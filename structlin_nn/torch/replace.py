@@ -68,8 +68,8 @@ def replace_linear(
 
     Raises:
         ValueError: nothing is chosen, or a pattern matches no layer (the message lists the layers there are); a size
-            that the structure can not have (the message names the layer); tied weights; a layer that is not simply
-            called by its parent, and so can not be replaced: those of ``nn.MultiheadAttention``, subclasses with a
+            that the structure cannot have (the message names the layer); tied weights; a layer that is not simply
+            called by its parent, and so cannot be replaced: those of ``nn.MultiheadAttention``, subclasses with a
             forward pass of their own, layers with hooks or parametrizations.
         TypeError: ``structure`` or a pattern of another type.
 
@@ -90,7 +90,7 @@ def replace_linear(
     if shared_weights not in ("error", "skip"):
         raise ValueError(f"shared_weights must be 'error' or 'skip', got {shared_weights!r}")
     if linear_sizes(model) is not None:
-        raise ValueError("the model itself is a linear layer and can not be replaced in place; put it in a container")
+        raise ValueError("the model itself is a linear layer and cannot be replaced in place; put it in a container")
     places: dict[nn.Module, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         if linear_sizes(module) is not None:

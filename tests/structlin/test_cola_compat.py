@@ -508,7 +508,7 @@ def without_each_repair():
 
     found = {}
     for left_out in REPAIRS:
-        # In a child of its own, because a repair can not be taken back; no array library has been started yet.
+        # In a child of its own, because a repair cannot be taken back; no array library has been started yet.
         reader, writer = os.pipe()
         child = os.fork()
         if child == 0:

@@ -304,7 +304,7 @@ def test_an_index_operator_declares_its_dtype(backend):
     close(half @ make(x), M @ x, "float32", backend)
     other = StructuredOperator(Gather(4), P.factors, dtype="float32")
     assert str(other.dtype).endswith("float32")
-    with pytest.raises(ValueError, match="can not have dtype float32"):
+    with pytest.raises(ValueError, match="cannot have dtype float32"):
         StructuredOperator(CHAINS["dense"], operator(CHAINS["dense"], backend).factors, dtype="float32")
 
 

@@ -160,8 +160,8 @@ class TestOwnModels:
     @pytest.mark.parametrize(
         ("path", "message"),
         [
-            ("my_models:nothing", "my_models:nothing can not be imported"),
-            ("no_such_module:mlp", "no_such_module:mlp can not be imported"),
+            ("my_models:nothing", "my_models:nothing cannot be imported"),
+            ("no_such_module:mlp", "no_such_module:mlp cannot be imported"),
             ("my_models:", "is package.module:function, got 'my_models:'"),
             ("my_models:number", "must be a function of a width, got 3"),
             ("my_models:no_model", "must return a torch module or .module, inputs., got 16"),

@@ -107,7 +107,7 @@ def test_agrees_with_scipy_at_the_size_where_it_starts():
     np.testing.assert_allclose(linalg.solve(A, b), wanted, rtol=1e-9, atol=1e-12)
 
 
-# name: a kernel for which the recursion can not be trusted, though the matrix is well conditioned
+# name: a kernel for which the recursion cannot be trusted, though the matrix is well conditioned
 BAD = {
     "a leading entry of zero": np.array([1.0, 2.0, 0.0, 3.0, -1.0]),
     "a leading entry near zero": np.array([1.0, 2.0, 1e-7, 3.0, -1.0]),
@@ -244,7 +244,7 @@ def test_gradients_at_full_size_are_those_of_the_dense_matrix():
 
 
 def test_transformations_take_the_dense_matrix(at_once):
-    """Their values can not be looked at."""
+    """Their values cannot be looked at."""
     k, b = kernel(), np.random.default_rng(0).standard_normal(N)
     wanted = np.linalg.solve(matrix(k), b)
     many = torch.stack([torch.tensor(k), 2 * torch.tensor(k)])

@@ -94,7 +94,7 @@ def test_zero_and_one_by_one():
     for name in set(names()) - {"butterfly", "permutation"}:
         try:
             structure = design(name, (1, 1))
-        except ValueError:  # sizes that can not be split
+        except ValueError:  # sizes that cannot be split
             continue
         assert project(np.array([[2.5]]), structure).relative_error < FIT, name
     for name, shape in (("low_rank", (4, 6)), ("block_tensor_train", (4, 6)), ("butterfly", (8, 8)), ("blast", (4, 8))):

@@ -92,7 +92,7 @@ def test_timm(tmp_path: Path) -> None:
     ],
 )
 def test_untrue_builds(build: dict[str, Any], message: str, tmp_path: Path) -> None:
-    """Neither written nor read: a file can not make timm read another, or fetch one."""
+    """Neither written nor read: a file cannot make timm read another, or fetch one."""
     model = nn.Sequential(StructuredLinear(6, 4, structure="low_rank", rank=2))
     path = tmp_path / "model.safetensors"
     with pytest.raises(ValueError, match=message):

@@ -390,7 +390,7 @@ def test_a_structure_or_a_function_in_place_of_a_name():
 
     project_linear(mlp(), choose)
     assert seen == ["0", "2"]
-    with pytest.raises(ValueError, match=r"layer '2' .* can not hold"):
+    with pytest.raises(ValueError, match=r"layer '2' .* cannot hold"):
         project_linear(mlp(), structure)
     with pytest.raises(ValueError, match="target_error needs the name of a structure"):
         project_linear(mlp(), structure, layers="0", target_error=0.1)
