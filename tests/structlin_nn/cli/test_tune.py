@@ -103,7 +103,7 @@ class TestTable:
             assert float(ratio) >= 1
             assert chain.startswith("ba,bcea->ceb; ceb,cdeb->cd ")
         assert [row[2] for row in rows] == ["forward", "train"] * (len(rows) // 2)  # the rows of a layer together
-        assert max(map(len, lines)) <= 120
+        assert max(map(len, lines)) <= 132
         assert lines[end + 1] == f"{len(rows)} problems: device cpu; dtype float32; threads 1"
         assert lines[end + 2] == f"kept in {execution.wisdom_folder()}"
         assert "problem" in err.rpartition("\r")[2]  # the progress bar
