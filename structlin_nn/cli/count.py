@@ -11,7 +11,7 @@ LAYERS = ("all", "all_but_last", "intermediate")
 RULES = ("paper", "rank_corrected")
 OPTIMIZERS = ("adam", "adamw", "sign", "sgd")
 DTYPES = ("float64", "float32", "bfloat16", "float16")
-DEVICES = ("a100", "h100", "h200", "cpu")
+DEVICES = ("a100", "h100", "h200", "b200", "l40s", "rtx4090", "cpu")
 HELP = "count parameters and multiply-accumulates of a model, layer by layer and factor by factor"
 EXAMPLES = """\
 examples:
@@ -52,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--activation-dtype", type=choice("dtype", DTYPES), metavar="NAME", help="of activations and products (--dtype)"
     )
     run.add_argument("--optimizer-states", type=int, metavar="N", help="numbers kept for each parameter")
-    run.add_argument("--device", type=choice("device", DEVICES), metavar="NAME", help=", ".join(DEVICES))
+    run.add_argument("--device", "--on", type=choice("device", DEVICES), metavar="NAME", help=", ".join(DEVICES))
     structure_options(parser)
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
 

@@ -8,60 +8,13 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
 
+from structlin.execution.devices import DEVICES, Device
 from structlin_nn.counting._memory import itemsize, states_of
 from structlin_nn.torch.counting import ModelCount
 
 __all__ = ["DEVICES", "Device", "Roofline", "device", "measure_cpu", "roofline"]
-
-
-@dataclass(frozen=True)
-class Device:
-    """What a device does at most.
-
-    Attributes:
-        name: of the device.
-        peak: FLOPs per second of matrix products, by dtype, without sparsity.
-        bandwidth: bytes per second of the main memory.
-        memory: bytes; None where it does not matter.
-        source: where the numbers are from.
-    """
-
-    name: str
-    peak: Mapping[str, float]
-    bandwidth: float
-    memory: int | None
-    source: str
-
-    def rate(self, dtype: str) -> float:
-        """FLOPs per second in a dtype. Raises ValueError where it is not known.
-
-        >>> DEVICES["a100"].rate("bfloat16")
-        312000000000000.0
-        """
-        if dtype not in self.peak:
-            raise ValueError(f"the rate of {self.name} in {dtype!r} is not known; one of {', '.join(self.peak)}")
-        return self.peak[dtype]
-
-
-def _device(name: str, peak: dict[str, float], bandwidth: float, gigabytes: int, source: str) -> Device:
-    return Device(name, MappingProxyType(peak), bandwidth, gigabytes * 10**9, source)
-
-
-_HOPPER = {"bfloat16": 989e12, "float16": 989e12, "tfloat32": 494e12, "float32": 67e12, "float64": 67e12}
-DEVICES: dict[str, Device] = {
-    "a100": _device(
-        "NVIDIA A100 SXM 80 GB",
-        {"bfloat16": 312e12, "float16": 312e12, "tfloat32": 156e12, "float32": 19.5e12, "float64": 19.5e12},
-        2039e9, 80, "NVIDIA A100 Tensor Core GPU data sheet (2021)",
-    ),
-    "h100": _device("NVIDIA H100 SXM 80 GB", _HOPPER, 3.35e12, 80, "NVIDIA H100 Tensor Core GPU data sheet (2023)"),
-    "h200": _device("NVIDIA H200 SXM 141 GB", _HOPPER, 4.8e12, 141, "NVIDIA H200 Tensor Core GPU data sheet (2024)"),
-}  # fmt: skip
-"""Rates of dense matrix products on tensor cores; ``float32`` without them, ``tfloat32`` for float32 rounded to it."""
 
 
 def measure_cpu(dtype: str = "float32", seconds: float = 0.3) -> Device:

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import structlin
+from structlin_nn.cli import count as cli_count
 from structlin_nn.counting import (
     DEVICES,
     Device,
@@ -134,13 +135,17 @@ class TestRoofline:
         assert few.forward == pytest.approx(2 * (4096**2 + 2 * 4096) / 3.35e12)
 
     def test_devices(self) -> None:
-        assert {d.name.split()[1] for d in DEVICES.values()} == {"A100", "H100", "H200"}
+        assert {"a100", "h100", "h200", "b200", "l40s", "rtx4090"} <= DEVICES.keys()
+        assert (*DEVICES, "cpu") == cli_count.DEVICES
         for found in DEVICES.values():
-            assert found.rate("bfloat16") >= 2 * found.rate("tfloat32") * 0.99 > found.rate("float32")
-            assert "data sheet" in found.source
+            assert found.rate("bfloat16") >= 2 * found.rate("tfloat32") * 0.98
+            assert found.rate("tfloat32") >= found.rate("float32")
+            assert "NVIDIA" in found.source
+            assert found.capability in {(8, 0), (8, 9), (9, 0), (10, 0)}
+            assert found.bandwidth < found.l2_bandwidth
         assert device("a100") is DEVICES["a100"]
-        with pytest.raises(ValueError, match="unknown device 'b200'; one of a100, h100, h200, cpu"):
-            device("b200")
+        with pytest.raises(ValueError, match="unknown device 'b300'; one of a100, h100, h200, b200, l40s, rtx4090, c"):
+            device("b300")
         with pytest.raises(ValueError, match="the rate of toy in 'float64' is not known; one of float32, bfloat16"):
             TOY.rate("float64")
 

@@ -1,0 +1,118 @@
+"""Devices by their data sheets: what the traffic model (:mod:`.traffic`) and the roofline of a whole model start from.
+
+Peaks, memories and their bandwidths are those of NVIDIA's data sheets, without sparsity. What no data sheet tells is
+assumed, the same for all devices unless noted: see :class:`Device`. ``benchmarks/gpu.py`` measures it where there is a
+device.
+
+Add a device of your own with ``DEVICES["mine"] = Device(...)``: commands and functions then know its name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+__all__ = ["DEVICES", "Device", "named"]
+
+
+@dataclass(frozen=True)
+class Device:
+    """What a device does at most.
+
+    Attributes:
+        name: of the device.
+        peak: FLOPs per second of matrix products, by dtype, without sparsity.
+        bandwidth: bytes per second of the main memory.
+        memory: bytes; None where it does not matter.
+        source: where the numbers are from.
+        l2: bytes of the last cache that all cores share; 0 where nothing is known.
+        l2_bandwidth: bytes per second that this cache delivers; assumed. 0: as for memory.
+        capability: of CUDA, such as (9, 0); None for other devices.
+        reached: the parts of ``peak`` and ``bandwidth`` that large products and copies reach; assumed. On an H100
+            these are 700 TFLOP/s in bfloat16 and 3.0 TB/s.
+        launch: seconds from one kernel to the next where each takes no time of its own, when torch calls them one by
+            one from Python; assumed. In a CUDA graph it is less.
+    """
+
+    name: str
+    peak: Mapping[str, float]
+    bandwidth: float
+    memory: int | None
+    source: str
+    l2: int = 0
+    l2_bandwidth: float = 0.0
+    capability: tuple[int, int] | None = None
+    reached: tuple[float, float] = (0.71, 0.9)
+    launch: float = 5e-6
+
+    def __post_init__(self) -> None:
+        if not self.peak or min(*self.peak.values(), self.bandwidth, *self.reached) <= 0:
+            raise ValueError(f"peaks, bandwidth and parts of them that are reached must be positive, got {self!r}")
+        if self.l2 < 0 or self.l2_bandwidth < 0 or self.launch < 0 or (self.memory is not None and self.memory <= 0):
+            raise ValueError(f"bytes, bandwidths and times must not be negative, got {self!r}")
+
+    def rate(self, dtype: str) -> float:
+        """FLOPs per second in a dtype. Raises ValueError where it is not known.
+
+        >>> DEVICES["a100"].rate("bfloat16")
+        312000000000000.0
+        """
+        if dtype not in self.peak:
+            raise ValueError(f"the rate of {self.name} in {dtype!r} is not known; one of {', '.join(self.peak)}")
+        return self.peak[dtype]
+
+
+def _device(
+    name: str, peak: dict[str, float], bandwidth: float, gigabytes: int, source: str, l2: int, l2_bandwidth: float,
+    capability: tuple[int, int],
+) -> Device:  # fmt: skip
+    found = MappingProxyType(peak)
+    return Device(name, found, bandwidth, gigabytes * 10**9, source, l2 << 20, l2_bandwidth, capability)
+
+
+_HOPPER = {"bfloat16": 989e12, "float16": 989e12, "tfloat32": 494e12, "float32": 67e12, "float64": 67e12}
+# The L2 of an H100 delivers about 5.5 TB/s in microbenchmarks that have been published; the figures of the others are
+# assumed from it by their clocks and numbers of slices.
+DEVICES: dict[str, Device] = {
+    "a100": _device(
+        "NVIDIA A100 SXM 80 GB",
+        {"bfloat16": 312e12, "float16": 312e12, "tfloat32": 156e12, "float32": 19.5e12, "float64": 19.5e12},
+        2039e9, 80, "NVIDIA A100 Tensor Core GPU data sheet (2021)", 40, 4.4e12, (8, 0),
+    ),
+    "h100": _device(
+        "NVIDIA H100 SXM 80 GB", _HOPPER, 3.35e12, 80, "NVIDIA H100 Tensor Core GPU data sheet (2023)", 50, 5.5e12,
+        (9, 0),
+    ),
+    "h200": _device(
+        "NVIDIA H200 SXM 141 GB", _HOPPER, 4.8e12, 141, "NVIDIA H200 Tensor Core GPU data sheet (2024)", 50, 5.5e12,
+        (9, 0),
+    ),
+    "b200": _device(
+        "NVIDIA B200 SXM 180 GB",
+        {"bfloat16": 2250e12, "float16": 2250e12, "tfloat32": 1100e12, "float32": 75e12, "float64": 37e12},
+        7.7e12, 180, "NVIDIA HGX B200 data sheet (2025)", 126, 8e12, (10, 0),
+    ),
+    "l40s": _device(
+        "NVIDIA L40S 48 GB",
+        {"bfloat16": 362e12, "float16": 362e12, "tfloat32": 183e12, "float32": 91.6e12},
+        864e9, 48, "NVIDIA L40S data sheet (2023)", 96, 5e12, (8, 9),
+    ),
+    "rtx4090": _device(
+        "NVIDIA GeForce RTX 4090 24 GB",
+        {"bfloat16": 165e12, "float16": 165e12, "tfloat32": 82.6e12, "float32": 82.6e12},
+        1008e9, 24, "NVIDIA Ada GPU architecture whitepaper (2023)", 72, 5e12, (8, 9),
+    ),
+}  # fmt: skip
+"""Rates of dense matrix products on tensor cores; ``float32`` without them, ``tfloat32`` for float32 rounded to it."""
+
+
+def named(name: str) -> Device:
+    """A device of :data:`DEVICES`. Raises ValueError for another name.
+
+    >>> named("h200").bandwidth
+    4800000000000.0
+    """
+    if name not in DEVICES:
+        raise ValueError(f"unknown device {name!r}; one of {', '.join(DEVICES)}")
+    return DEVICES[name]
