@@ -1,4 +1,4 @@
-"""Scaling laws of groups of runs: one fit for each group, compared with a reference."""
+"""Scaling laws of groups of runs: one fit for each group, or one of all in two sizes, compared with a reference."""
 
 from __future__ import annotations
 
@@ -53,8 +53,8 @@ def fit_groups(
     seed: int = 0,
     method: str = "parametric",
     noise: float | None = None,
-) -> dict[str, GroupLaw]:
-    """Fit a law to each group.
+) -> tuple[dict[str, GroupLaw], dict[str, str]]:
+    """Fit a law to each group, and say why others have none.
 
     Args:
         groups: rows by label (:func:`structlin_nn.tables.group_rows`).
@@ -63,28 +63,36 @@ def fit_groups(
         floor, loss: as :func:`structlin.scaling.fit_power_law`.
         samples, seed, method, noise: of the bootstrap (:class:`structlin.scaling.Bootstrap`).
 
+    Returns:
+        (laws, left_out), both by label: groups without the columns, with numbers that are not positive, or with
+        too few points are left out, with the reason.
+
     Raises:
-        ValueError: a column that is missing or not of positive numbers, or too few points, naming the group.
+        ValueError: no group can be fitted; the message has the reason of each.
 
     >>> rows = [{"macs": c, "error": 2 * c**-0.1} for c in (1e6, 1e7, 1e8)]
-    >>> round(fit_groups({"dense": rows}, "macs", "error")["dense"].fit.law.exponent, 4)
-    0.1
+    >>> laws, left_out = fit_groups({"dense": rows, "monarch": rows[:1]}, "macs", "error")
+    >>> round(laws["dense"].fit.law.exponent, 4), left_out
+    (0.1, {'monarch': 'a law of 2 parameters needs as many different values of compute, got 1'})
     """
-    found = {}
+    found, left_out = {}, {}
     for name, rows in groups.items():
-        compute, error = column(rows, x), column(rows, y)
-        if frontier:
-            kept = frontier_of(compute, error)
-            compute, error = ([values[i] for i in kept] for values in (compute, error))
         try:
+            compute, error = column(rows, x), column(rows, y)
+            if frontier:
+                kept = frontier_of(compute, error)
+                compute, error = ([values[i] for i in kept] for values in (compute, error))
             fit = fit_power_law(compute, error, floor=floor, loss=loss)
+            drawn = None
+            if len(compute) > fit.free_parameters or noise is not None:
+                drawn = fit.bootstrap(samples, seed=seed, method=method, noise=noise)
         except ValueError as problem:
-            raise ValueError(f"{name}: {problem}") from problem
-        drawn = None
-        if len(compute) > fit.free_parameters or noise is not None:
-            drawn = fit.bootstrap(samples, seed=seed, method=method, noise=noise)
+            left_out[name] = str(problem)
+            continue
         found[name] = GroupLaw(fit, drawn, len(rows))
-    return found
+    if not found:
+        raise ValueError("; ".join(f"{name}: {reason}" for name, reason in left_out.items()) or "there are no groups")
+    return found, left_out
 
 
 def compare_laws(
@@ -141,6 +149,7 @@ def laws_record(
             "coefficient": _plain(drawn.coefficient(confidence)) if drawn else {"value": _number(fit.law.coefficient)},
             "floor": _plain(drawn.floor(confidence)) if drawn else {"value": fit.law.floor},
             "r_squared": _number(fit.r_squared),
+            "notes": list(fit.notes),
             "compute_range": [float(fit.compute.min()), float(fit.compute.max())],
             "error_range": [float(fit.error.min()), float(fit.error.max())],
         }

@@ -1,8 +1,12 @@
 """Scaling laws: error against compute, with intervals, compared at equal error.
 
-The law is ``error = a * C**-alpha``, optionally plus an irreducible error, fitted to the logarithms (Hestness et al.,
-*Deep Learning Scaling is Predictable, Empirically*, 2017; Hoffmann et al., *Training Compute-Optimal Large Language
-Models*, 2022). Compute is whatever the numbers are: MACs of one sample, MACs of a training run, parameters.
+In one size, the law is ``error = a * C**-alpha``, optionally plus an irreducible error, fitted to the logarithms
+(Hestness et al., *Deep Learning Scaling is Predictable, Empirically*, 2017; Hoffmann et al., *Training Compute-Optimal
+Large Language Models*, 2022). Compute is whatever
+the numbers are: MACs of one sample, MACs of a training run, parameters.
+
+In two sizes, model and data, it is ``L = E + A N**-alpha + B D**-beta`` (:func:`fit_loss_law`), and says how a budget of
+compute is split best; :func:`fit_isoflop` and :func:`fit_envelope` say that without a law of the loss.
 
 >>> import numpy as np
 >>> macs = np.array([1e6, 3e6, 1e7, 3e7, 1e8, 3e8])
@@ -13,6 +17,14 @@ Models*, 2022). Compute is whatever the numbers are: MACs of one sample, MACs of
 True
 """
 
+from structlin.scaling._allocation import (
+    Allocation,
+    Envelope,
+    IsoFlop,
+    Parabola,
+    fit_envelope,
+    fit_isoflop,
+)
 from structlin.scaling._bootstrap import METHODS, Bootstrap, Estimate
 from structlin.scaling._compare import (
     Multiplier,
@@ -23,19 +35,35 @@ from structlin.scaling._compare import (
 )
 from structlin.scaling._frontier import pareto_frontier
 from structlin.scaling._law import LOSSES, PowerLaw, PowerLawFit, fit_power_law
+from structlin.scaling._loss_bootstrap import LossBootstrap
+from structlin.scaling._loss_law import FLOPS, TERMS, LossLaw, LossLawFit, Optimum, fit_loss_law, lacks_sizes
 
 __all__ = [
+    "FLOPS",
     "LOSSES",
     "METHODS",
+    "TERMS",
+    "Allocation",
     "Bootstrap",
+    "Envelope",
     "Estimate",
+    "IsoFlop",
+    "LossBootstrap",
+    "LossLaw",
+    "LossLawFit",
     "Multiplier",
+    "Optimum",
+    "Parabola",
     "PowerLaw",
     "PowerLawFit",
     "cheapest",
     "compare_exponents",
     "compute_multiplier",
+    "fit_envelope",
+    "fit_isoflop",
+    "fit_loss_law",
     "fit_power_law",
     "interpolated_multiplier",
+    "lacks_sizes",
     "pareto_frontier",
 ]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from structlin.scaling._law import PowerLawFit, compute_at, fit_law, leverages
+from structlin.scaling._law import MAX_EXPONENT, PowerLaw, PowerLawFit, compute_at, fit_law, leverages
 
 Array = npt.NDArray[Any]
 METHODS = ("parametric", "residuals", "cases")
@@ -46,9 +47,12 @@ class Bootstrap:
     ``parametric``: errors around the law, normal in the logarithm, their variance drawn from its own distribution
     (that of the residuals over a chi-squared variable): without floor and with the linear loss the intervals
     are those of Student's t, which hold for few points too. ``residuals``: residuals drawn with replacement, each
-    raised for the freedom that the fit took from it. ``cases``: points drawn with replacement. The last two are
-    too narrow below some ten points. With a known ``noise``, the standard deviation of an error, ``parametric`` draws
-    with that and not with the spread of the residuals: the law is then taken to be true.
+    raised for the freedom that the fit took from it, and all scaled by ``sqrt(df / chi2)``, with chi2 drawn of as many
+    degrees of freedom as there are points beyond the parameters. ``cases``: points drawn with replacement, and the
+    change of the law scaled by ``sqrt(n / chi2)``. Without these factors the quantiles are those of a normal
+    distribution, for cases of a variance that is too small by ``df / n``, and too narrow for few points (Hesterberg,
+    *What Teachers Should Know About the Bootstrap*, 2015). With a known ``noise``, the standard deviation of an
+    error, ``parametric`` draws with that and not with the spread of the residuals: the law is then taken to be true.
 
     Attributes:
         fit: what it is a bootstrap of.
@@ -120,7 +124,24 @@ def bootstrap(
         chosen, drawn = _draw(fit, freedom, generator, method, noise)
         law = fit_law(fit.compute[chosen], drawn, fit.floor, fit.loss, fit.law)
         row[:] = law.parameters
+        if method == "cases":
+            row[:] = _scaled(fit, law, math.sqrt(n / generator.chisquare(freedom)))
     return Bootstrap(fit, draws, method, seed, noise)
+
+
+def _scaled(fit: PowerLawFit, law: PowerLaw, factor: float) -> tuple[float, float, float]:
+    """A law whose distance from the fitted one is so many times as large, within the bounds of the fit.
+
+    Levels are compared at the middle of the points, where they hardly depend on the exponents.
+    """
+    centre = float(np.log(fit.compute).mean())
+    base = fit.law
+    exponent = base.exponent + factor * (law.exponent - base.exponent)
+    levels = [each.log_coefficient - each.exponent * centre for each in (base, law)]
+    level, floor = levels[0] + factor * (levels[1] - levels[0]), base.floor + factor * (law.floor - base.floor)
+    if fit.floor is True:
+        exponent, floor = min(max(exponent, 0.0), MAX_EXPONENT), min(max(floor, 0.0), float(fit.error.max()))
+    return level + exponent * centre, exponent, floor
 
 
 def _draw(
@@ -142,5 +163,7 @@ def _draw(
     else:
         spread = np.sqrt(np.clip(1 - leverages(fit.compute, fit.law, fit.floor), 1e-3, None))
         residuals = fit.residuals / spread
-        moved = generator.choice(residuals - residuals.mean(), size=n)
+        # The factor has the residuals' spread vary from draw to draw, as it does from sample to sample.
+        factor = math.sqrt(freedom / generator.chisquare(freedom))
+        moved = factor * generator.choice(residuals - residuals.mean(), size=n)
     return np.arange(n), fit.law(fit.compute) * np.exp(moved)

@@ -111,6 +111,22 @@ class PowerLawFit:
         freedom = len(self.compute) - self.free_parameters
         return math.sqrt(float(np.square(self.residuals).sum()) / freedom) if freedom > 0 else math.nan
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What is wrong with the law: an error that does not fall, an exponent or a floor at its bound."""
+        notes = []
+        lowest = float(self.error.min())
+        if self.law.exponent <= 1e-6:
+            notes.append(f"the error does not fall with compute: the exponent is {self.law.exponent:.3g}")
+        elif self.floor is True and self.law.exponent >= MAX_EXPONENT * (1 - 1e-3):
+            notes.append(f"the exponent is at its bound, {MAX_EXPONENT:g}: the points do not determine it")
+        if self.floor is True and self.law.exponent > 1e-6:
+            if self.law.floor <= 1e-6 * lowest:
+                notes.append("the floor is at its bound, 0: the points show no irreducible error")
+            elif self.law.floor >= lowest * (1 - 1e-6):
+                notes.append(f"the floor, {self.law.floor:.4g}, is not below the lowest error")
+        return tuple(notes)
+
     def bootstrap(
         self, samples: int = 1000, *, seed: int = 0, method: str = "parametric", noise: float | None = None
     ) -> Bootstrap:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -89,10 +90,12 @@ def _drawn(name: str, groups: dict[str, Any], arguments: argparse.Namespace) -> 
         from structlin_nn.figures.compute import compute_figure
         from structlin_nn.laws import fit_groups
 
-        laws = fit_groups(
+        laws, left_out = fit_groups(
             groups, arguments.x, arguments.y, frontier=arguments.frontier, floor=arguments.floor,
             samples=arguments.samples, noise=arguments.noise,
         )  # fmt: skip
+        for group, reason in left_out.items():
+            print(f"not fitted: {group}: {reason}", file=sys.stderr)
         return compute_figure(laws, x=arguments.x, y=arguments.y)
     from structlin_nn.figures.layers import gains_figure, spectrum_figure
 

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from structlin_nn.cli._fit_sizes import OPTIONS, add_size_options, run_sizes
 from structlin_nn.cli.common import UsageError, choice, print_json, print_table
 
 HELP = "fit scaling laws to run records or tables, with intervals, and compare them at equal error"
@@ -16,12 +17,17 @@ examples:
   structlin fit runs/*/record.jsonl
   structlin fit runs --group structure,rank --y train_error --floor --plot laws.svg
   structlin fit points.csv --x macs --y error --reference dense --at 0.3 --json
+  structlin fit runs --size params --data tokens --y val_loss --budget 1e21
+  structlin fit runs --size params --data tokens --y val_loss --approach 2
 
 RECORDS are run records, folders of them, or tables (.jsonl, .json, .csv). The law is error = a C^-alpha, with
 --floor plus an irreducible error, fitted to the logarithms. Intervals are of a bootstrap. "Less compute" is how many
 times less a group needs than the reference at equal error: at --at, or at the lowest error that both reach, once from
 the laws and once interpolated between the points. Few points need --noise for intervals. Where
-all rows have the seconds of training, groups are also compared by time.
+all rows have the seconds of training, groups are also compared by time. Groups that cannot be fitted are named.
+
+With --size and --data the law is L = E + A/N^alpha + B/D^beta, one fit for all groups, which share the terms that
+--shared names; the best split of a compute budget follows from it, or from --approach 1 or 2 without a law.
 """
 TIME = "training_seconds"
 
@@ -39,12 +45,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     law.add_argument("--samples", type=int, default=1000, metavar="N", help="draws of the bootstrap (1000)")
     law.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the bootstrap (0)")
     law.add_argument(
-        "--method", type=choice("method", METHODS), default="parametric", metavar="NAME", help=", ".join(METHODS)
-    )
+        "--method", type=choice("method", METHODS), metavar="NAME",
+        help=", ".join(METHODS) + " (parametric; in two sizes residuals)",
+    )  # fmt: skip
     law.add_argument("--noise", type=float, metavar="E", help="known standard deviation of an error")
     law.add_argument("--confidence", type=float, default=0.95, metavar="P", help="of the intervals (0.95)")
     law.add_argument("--reference", metavar="GROUP", help="group to compare with (dense, where there is one)")
     law.add_argument("--at", type=float, metavar="E", help="error at which to compare, and to say the compute needed")
+    add_size_options(parser)
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument("--plot", metavar="FILE", help="write a figure: .png, .svg or .pdf")
 
@@ -89,22 +97,35 @@ def run(arguments: argparse.Namespace) -> int:
 
     if not 0 < arguments.confidence < 1:
         raise UsageError(f"--confidence must be between 0 and 1, got {arguments.confidence:g}")
+    if (arguments.size is None) != (arguments.data is None):
+        raise UsageError("--size and --data go together")
     try:
+        if arguments.size is not None:
+            if arguments.frontier or arguments.floor or arguments.noise is not None:
+                raise ValueError("--frontier, --floor and --noise are options of laws in one size")
+            arguments.all_evaluations |= arguments.approach == 1
+            return run_sizes(arguments, read_groups(arguments))
+        for name in OPTIONS:
+            if getattr(arguments, name) is not None:
+                raise ValueError(f"--{name} is an option of laws in two sizes, with --size and --data")
         groups = read_groups(arguments)
 
-        def fitted(x: str) -> dict[str, Any]:
+        def fitted(x: str) -> tuple[dict[str, Any], dict[str, str]]:
             return fit_groups(
                 groups, x, arguments.y, frontier=arguments.frontier, floor=arguments.floor, loss=arguments.loss,
-                samples=arguments.samples, seed=arguments.seed, method=arguments.method, noise=arguments.noise,
+                samples=arguments.samples, seed=arguments.seed, method=arguments.method or "parametric",
+                noise=arguments.noise,
             )  # fmt: skip
 
-        laws = fitted(arguments.x)
+        laws, left_out = fitted(arguments.x)
+        if arguments.reference in left_out:
+            raise ValueError(f"{arguments.reference} cannot be fitted: {left_out[arguments.reference]}")
         reference = arguments.reference or ("dense" if "dense" in laws and len(laws) > 1 else None)
         compared, timed = {}, {}
         if reference is not None:
             compared = compare_laws(laws, reference, error=arguments.at, confidence=arguments.confidence)
             if arguments.x != TIME and all(row.get(TIME) for rows in groups.values() for row in rows):
-                timed = compare_laws(fitted(TIME), reference, error=arguments.at, confidence=arguments.confidence)
+                timed = compare_laws(fitted(TIME)[0], reference, error=arguments.at, confidence=arguments.confidence)
         if arguments.plot:
             from structlin_nn.figures.compute import compute_figure
             from structlin_nn.figures.style import save
@@ -117,15 +138,19 @@ def run(arguments: argparse.Namespace) -> int:
         record = laws_record(
             laws, arguments.x, arguments.y, reference=reference, error=arguments.at, confidence=arguments.confidence
         )
+        record["left_out"] = left_out
         if timed:
             record["comparisons_by_time"] = comparisons_record(timed)
         print_json(record)
         return 0
-    _print(laws, compared, timed, reference, arguments)
+    _print(laws, compared, timed, reference, arguments, left_out)
     return 0
 
 
-def _print(laws: Any, compared: Any, timed: Any, reference: str | None, arguments: argparse.Namespace) -> None:
+def _print(
+    laws: Any, compared: Any, timed: Any, reference: str | None, arguments: argparse.Namespace,
+    left_out: dict[str, str],
+) -> None:  # fmt: skip
     percent = f"{100 * arguments.confidence:g} %"
     floor = "fitted" if arguments.floor is True else f"{arguments.floor:g}" if arguments.floor else "none"
     print(f"{arguments.y} = a C^-alpha, C = {arguments.x}, irreducible error {floor}; intervals of {percent}\n")
@@ -141,6 +166,11 @@ def _print(laws: Any, compared: Any, timed: Any, reference: str | None, argument
              f"{fit.r_squared:.4f}")
         )  # fmt: skip
     print_table(head, rows)
+    for name, law in laws.items():
+        for note in law.fit.notes:
+            print(f"warning: {name}: {note}")
+    for name, reason in left_out.items():
+        print(f"not fitted: {name}: {reason}")
     if compared:
         print(f"\nagainst {reference}\n")
         head = ("group", "alpha", "interval", "at error", "less compute (law)", "interval", "(points)", "interval")

@@ -111,7 +111,7 @@ def test_a_run_that_diverged_does_not_flatten_the_landscape() -> None:
 
 def test_compute(runs: Path) -> None:
     rows = [row for row in read_rows([runs]) if row["config.lr"] == 1e-3 and row["structure_aware"]]
-    laws = fit_groups(group_rows(rows, ["structure"]), "training_macs", "test_error", samples=20)
+    laws, _ = fit_groups(group_rows(rows, ["structure"]), "training_macs", "test_error", samples=20)
     figure = compute_figure(laws, x="training_macs", y="test_error")
     found = lines(figure)
     assert found["dense"][0] == [16**2 * 3000, 32**2 * 3000, 64**2 * 3000]

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from structlin.scaling import LossLaw
 from structlin_nn.cli import main
 from structlin_nn.counting import count_model
 from structlin_nn.laws import compare_laws, fit_groups, laws_record
@@ -121,7 +122,8 @@ def test_few_points() -> None:
         "dense": [{"c": 10.0, "e": 0.5}, {"c": 1000.0, "e": 0.25}],
         "low_rank": [{"c": 10.0, "e": 0.4}, {"c": 1000.0, "e": 0.2}],
     }
-    laws = fit_groups(rows, "c", "e")
+    laws, left_out = fit_groups(rows, "c", "e")
+    assert left_out == {}
     assert laws["dense"].bootstrap is None
     (row,) = compare_laws(laws, "dense").values()
     assert row["multiplier"] is None
@@ -130,7 +132,7 @@ def test_few_points() -> None:
     record = laws_record(laws, "c", "e", reference="dense", error=0.3)
     assert record["groups"]["dense"]["exponent"] == {"value": pytest.approx(math.log10(2) / 2)}
     assert json.loads(json.dumps(record, allow_nan=False))["error"] == 0.3
-    known = fit_groups(rows, "c", "e", noise=0.01, samples=50)
+    known, _ = fit_groups(rows, "c", "e", noise=0.01, samples=50)
     assert compare_laws(known, "dense")["low_rank"]["multiplier"].value == pytest.approx(row["interpolated"].value)
     with pytest.raises(ValueError, match="there is no group 'btt' to compare with; one of 'dense', 'low_rank'"):
         compare_laws(laws, "btt")
@@ -179,3 +181,111 @@ def test_groups_are_compared_by_time_where_it_is_known(tmp_path: Path, capsys: p
     assert "less time (law)" in text
     path.write_text("\n".join(line.rpartition(",")[0] for line in lines) + "\n")
     assert "comparisons_by_time" not in json.loads(output(capsys, *words, "--json"))
+
+
+def test_groups_that_cannot_be_fitted_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = ["structure,macs,error"]
+    lines += [f"dense,{c},{0.05 + 2 * c**-0.2}" for c in (1e4, 1e5, 1e6, 1e7)]
+    lines += ["monarch,1e4,0.3", "monarch,1e5,0.2", "low_rank,1e4,-1"]
+    (tmp_path / "points.csv").write_text("\n".join(lines) + "\n")
+    words = (tmp_path / "points.csv", "--x", "macs", "--y", "error", "--floor", "--samples", "20")
+    out = output(capsys, *words)
+    assert "not fitted: monarch: a law of 3 parameters needs as many different values of compute, got 2" in out
+    assert "not fitted: low_rank: error must be positive" in out
+    record = json.loads(output(capsys, *words, "--json"))
+    assert list(record["groups"]) == ["dense"]
+    assert sorted(record["left_out"]) == ["low_rank", "monarch"]
+    assert main(["fit", *map(str, words), "--reference", "monarch"]) == 2
+    assert "monarch cannot be fitted: a law of 3 parameters" in capsys.readouterr().err
+    assert main(["fit", *map(str, words), "--where", "structure=monarch"]) == 2
+    assert "monarch: a law of 3 parameters" in capsys.readouterr().err
+
+
+def test_rising_data_and_bounds_are_warned_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = ["structure,macs,error"]
+    lines += [f"dense,{c},{0.1 * c**0.1}" for c in (1e4, 1e5, 1e6, 1e7)]
+    lines += [f"monarch,{c},{e}" for c, e in zip((1, 2, 3, 4, 5), (0.9, 0.2, 0.2, 0.2, 0.2), strict=True)]
+    (tmp_path / "points.csv").write_text("\n".join(lines) + "\n")
+    words = (tmp_path / "points.csv", "--x", "macs", "--y", "error", "--floor", "--samples", "20")
+    out = output(capsys, *words)
+    assert "warning: dense: the error does not fall with compute" in out
+    assert "warning: monarch: the exponent is at its bound, 10" in out
+    record = json.loads(output(capsys, *words, "--json"))
+    assert "does not fall" in record["groups"]["dense"]["notes"][0]
+
+
+@pytest.fixture
+def sizes(tmp_path: Path) -> Path:
+    """Runs of two structures: the second has the loss of one with 3 times the parameters."""
+    generator = np.random.default_rng(0)
+    lines = ["structure,record,params,tokens,val_loss"]
+    for structure, gain in (("dense", 1), ("monarch", 3)):
+        for n in np.logspace(6, 8, 5):
+            for d in np.logspace(8, 10, 5):
+                loss = 1.7 + 400 * (gain * n) ** -0.34 + 410 * d**-0.28
+                noise = math.exp(0.001 * generator.standard_normal())
+                lines.append(f"{structure},{structure}-{n:.0f},{n},{d},{loss * noise}")
+    lines.append("low_rank,x,1e6,1e8,4")
+    path = tmp_path / "sizes.csv"
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def test_law_in_two_sizes(sizes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = (sizes, "--size", "params", "--data", "tokens", "--y", "val_loss", "--samples", "100", "--budget", "1e18")
+    out = output(capsys, *words, "--plot", tmp_path / "sizes.svg")
+    for text in ("shared: E, B, beta", "not fitted: low_rank: a law needs 3 different sizes of the model, got 1",
+                 "the best split of a budget", "against dense, each at its best split", "sizes.svg"):  # fmt: skip
+        assert text in out, text
+    assert "Monarch" in (tmp_path / "sizes.svg").read_text()
+    record = json.loads(output(capsys, *words, "--json"))
+    assert record["groups"]["dense"]["terms"]["alpha"]["value"] == pytest.approx(0.34, abs=0.02)
+    assert record["groups"]["dense"]["terms"]["beta"] == record["groups"]["monarch"]["terms"]["beta"]
+    assert record["multipliers"]["monarch"]["low"] < 3 < record["multipliers"]["monarch"]["high"]
+    (best,) = record["groups"]["dense"]["optima"]
+    assert 6 * best["params"]["value"] * best["tokens"]["value"] == pytest.approx(1e18)
+    apart = json.loads(output(capsys, *words, "--json", "--shared", "none"))
+    assert apart["groups"]["dense"]["terms"]["beta"] != apart["groups"]["monarch"]["terms"]["beta"]
+    only = (*words, "--where", "structure=dense", "--plot", tmp_path / "one.svg")
+    assert "shared: nothing" in output(capsys, *only)
+
+
+@pytest.mark.parametrize("approach", [1, 2])
+def test_allocation_without_a_law(approach: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    law = LossLaw(1.7, 400.0, 0.34, 410.0, 0.28)
+    lines = ["structure,record,params,tokens,val_loss"]
+    for budget in (1e17, 1e18, 1e19):
+        # Approach 2 wants sizes near the best of each budget, approach 1 the curves of all sizes.
+        middle = law.optimum(budget).params if approach == 2 else 3e7
+        for n in middle * np.logspace(*((-0.5, 0.5, 7) if approach == 2 else (-1.5, 1.5, 16))):
+            d = budget / (6 * n)
+            lines.append(f"dense,dense-{n:.0f},{n},{d},{law(n, d)}")
+    (tmp_path / "runs.csv").write_text("\n".join(lines) + "\n")
+    words = (tmp_path / "runs.csv", "--size", "params", "--data", "tokens", "--y", "val_loss", "--approach", approach)
+    record = json.loads(output(capsys, *words, "--json", *(("--budget", "1e18", "--budget", "1e19") * (approach == 2))))
+    value = record["groups"]["dense"]["exponent"]["value"]
+    # Curves of three evaluations are rough.
+    assert value == pytest.approx(law.allocation, abs=0.02 if approach == 2 else 0.1)
+    assert "N_opt ~ C^a" in output(capsys, *words)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--size params", "--size and --data go together"),
+        ("--budget 1e18", "--budget is an option of laws in two sizes"),
+        ("--size params --data tokens --floor", "--frontier, --floor and --noise are options of laws in one size"),
+        ("--size params --data tokens --budget -1", "--budget must be positive and finite, got -1"),
+        ("--size params --data tokens --budget inf", "--budget must be positive and finite, got inf"),
+        ("--size params --data tokens --shared E,gamma", "unknown term 'gamma' to share"),
+        ("--size params --data tokens --approach 2 --plot a.png", "--plot is an option of --approach 3"),
+        ("--size params --data tokens --tolerance 0.2", "--tolerance is an option of --approach 2"),
+        ("--size parms --data tokens", "a row has no 'parms', did you mean params?"),
+    ],
+)
+def test_misuse_of_two_sizes(words: str, message: str, sizes: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["fit", str(sizes), "--y", "val_loss", "--x", "tokens", *words.split()]) == 2
+    out, err = capsys.readouterr()
+    assert message in err
+    assert out == ""
+    assert err.count("\n") == 1

@@ -1,0 +1,202 @@
+"""Laws of runs in two sizes, model and data: one fit for all groups, and how a budget is split best."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from structlin.scaling import (
+    FLOPS,
+    TERMS,
+    Envelope,
+    Estimate,
+    IsoFlop,
+    LossBootstrap,
+    fit_envelope,
+    fit_isoflop,
+    fit_loss_law,
+    lacks_sizes,
+)
+from structlin_nn.tables import Row, column
+
+__all__ = ["SHARED", "allocations", "fit_sizes", "multipliers", "sizes_record"]
+
+SHARED = ("E", "B", "beta")
+
+
+def fit_sizes(
+    groups: Mapping[str, Sequence[Row]],
+    size: str,
+    data: str,
+    y: str,
+    *,
+    shared: Sequence[str] = SHARED,
+    delta: float = 1e-3,
+    samples: int = 1000,
+    seed: int = 0,
+    method: str = "residuals",
+) -> tuple[LossBootstrap, dict[str, str]]:
+    """Fit ``L = E + A / N**alpha + B / D**beta`` to all groups at once (approach 3 of Hoffmann et al. 2022).
+
+    Args:
+        groups: rows by label (:func:`structlin_nn.tables.group_rows`).
+        size, data, y: columns of N, D and L.
+        shared, delta: as :func:`structlin.scaling.fit_loss_law`.
+        samples, seed, method: of the bootstrap (:class:`structlin.scaling.LossBootstrap`).
+
+    Returns:
+        (bootstrap, left_out): the fit with its draws, and by label, why groups are left out.
+
+    Raises:
+        ValueError: no group can be fitted, or too few points for all; an unknown term or method.
+    """
+    points: list[tuple[str, float, float, float]] = []
+    left_out: dict[str, str] = {}
+    for name, rows in groups.items():
+        try:
+            values = [column(rows, c) for c in (size, data, y)]
+            for c, numbers in zip((size, data, y), values, strict=True):
+                if bad := [v for v in numbers if v <= 0]:
+                    raise ValueError(f"{c} must be positive, got {bad[0]:g}")
+        except ValueError as problem:
+            left_out[name] = str(problem)
+            continue
+        own = [term for term in TERMS if term not in shared] if len(groups) > 1 else list(TERMS)
+        if lacking := lacks_sizes(values[0], values[1], own):
+            left_out[name] = lacking
+            continue
+        points += [(name, *each) for each in zip(*values, strict=True)]
+    if not points:
+        raise ValueError("; ".join(f"{name}: {reason}" for name, reason in left_out.items()) or "there are no groups")
+    labels, n, d, loss = zip(*points, strict=True)
+    fit = fit_loss_law(n, d, loss, groups=labels, shared=shared, delta=delta)
+    return fit.bootstrap(samples, seed=seed, method=method), left_out
+
+
+def multipliers(
+    drawn: LossBootstrap, reference: str, *, loss: float | None = None, flops: float = FLOPS, confidence: float = 0.95
+) -> dict[str, tuple[float, Estimate]]:
+    """For every other group the loss at which it is compared, and how many times less compute it needs there.
+
+    Args:
+        drawn: of :func:`fit_sizes`.
+        reference: a group.
+        loss: None: the lowest that points of both reach.
+        flops: of training, for each unit of N and of D.
+        confidence: of the intervals.
+
+    Raises ValueError for an unknown reference, and for a loss that neither law reaches.
+    """
+    fit = drawn.fit
+    if reference not in fit.laws:
+        raise ValueError(f"there is no group {reference!r} to compare with; one of {', '.join(map(repr, fit.laws))}")
+    lowest = {name: float(fit.loss[fit.group == number].min()) for number, name in enumerate(fit.laws)}
+    found = {}
+    for name in fit.laws:
+        if name != reference:
+            at = max(lowest[name], lowest[reference]) if loss is None else loss
+            found[name] = at, drawn.multiplier(name, reference, loss=at, flops=flops, confidence=confidence)
+    return found
+
+
+def allocations(
+    groups: Mapping[str, Sequence[Row]],
+    size: str,
+    data: str,
+    y: str,
+    *,
+    approach: int,
+    budgets: Sequence[float] | None = None,
+    tolerance: float = 0.1,
+    flops: float = FLOPS,
+) -> tuple[dict[str, Envelope | IsoFlop], dict[str, str]]:
+    """How a budget is split best, group by group, by approach 1 or 2 of Hoffmann et al. 2022.
+
+    Args:
+        groups: rows by label. For approach 1 all evaluations, with ``record``, which says what is one run.
+        size, data, y: columns of N, D and L.
+        approach: 1, the envelope of the curves, or 2, parabolas at equal compute.
+        budgets, tolerance: of approach 2 (:func:`structlin.scaling.fit_isoflop`).
+        flops: of training, for each unit of N and of D.
+
+    Returns:
+        (found, left_out), by label.
+
+    Raises:
+        ValueError: no group has a law, with the reason of each; another approach.
+    """
+    if approach not in (1, 2):
+        raise ValueError(f"approach must be 1 or 2, got {approach}")
+    found: dict[str, Envelope | IsoFlop] = {}
+    left_out = {}
+    for name, rows in groups.items():
+        try:
+            if approach == 1:
+                found[name] = fit_envelope(_curves(rows, size, data, y), flops=flops)
+            else:
+                n, d, loss = (column(rows, c) for c in (size, data, y))
+                compute = [flops * a * b for a, b in zip(n, d, strict=True)]
+                found[name] = fit_isoflop(n, compute, loss, budgets=budgets, tolerance=tolerance, flops=flops)
+        except ValueError as problem:
+            left_out[name] = str(problem)
+    if not found:
+        raise ValueError("; ".join(f"{name}: {reason}" for name, reason in left_out.items()) or "there are no groups")
+    return found, left_out
+
+
+def _curves(rows: Sequence[Row], size: str, data: str, y: str) -> list[tuple[float, list[float], list[float]]]:
+    runs: dict[str, list[Row]] = {}
+    for row in rows:
+        if "record" not in row:
+            raise ValueError("the envelope of curves needs a column 'record', which says what is one run")
+        runs.setdefault(str(row["record"]), []).append(row)
+    curves = []
+    for lines in runs.values():
+        points = [p for p in zip(column(lines, data), column(lines, y), strict=True) if p[0] > 0]
+        if points:  # evaluations before the start have seen no data
+            curves.append((column(lines, size)[0], [p[0] for p in points], [p[1] for p in points]))
+    return curves
+
+
+def sizes_record(
+    drawn: LossBootstrap,
+    left_out: Mapping[str, str],
+    *,
+    columns: tuple[str, str, str],
+    budgets: Sequence[float] = (),
+    reference: str | None = None,
+    loss: float | None = None,
+    flops: float = FLOPS,
+    confidence: float = 0.95,
+) -> dict[str, Any]:
+    """What :func:`fit_sizes` found as plain values that ``json.dumps`` takes; infinite numbers are the string "inf"."""
+    fit = drawn.fit
+    groups = {}
+    for number, name in enumerate(fit.laws):
+        terms = {term: _plain(drawn.term(term, name, confidence)) for term in TERMS}
+        best = []
+        for budget in budgets:
+            values = drawn.optimum(budget, name, flops=flops, confidence=confidence)
+            best.append({"compute": budget} | {key: _plain(value) for key, value in values.items()})
+        groups[name] = {
+            "points": int((fit.group == number).sum()), "terms": terms, "optima": best,
+            "allocation": _plain(drawn.allocation(name, confidence)),
+        }  # fmt: skip
+    record: dict[str, Any] = {
+        "size": columns[0], "data": columns[1], "y": columns[2], "shared": list(fit.shared), "delta": fit.delta,
+        "flops": flops, "confidence": confidence, "method": drawn.method, "objective": fit.objective,
+        "agreement": fit.agreement, "notes": list(fit.notes), "left_out": dict(left_out), "groups": groups,
+    }  # fmt: skip
+    if reference is not None:
+        found = multipliers(drawn, reference, loss=loss, flops=flops, confidence=confidence)
+        record["reference"] = reference
+        record["multipliers"] = {name: {"loss": at} | _plain(value) for name, (at, value) in found.items()}
+    return record
+
+
+def _plain(value: Estimate) -> dict[str, Any]:
+    def number(v: float) -> float | str | None:
+        return None if math.isnan(v) else v if math.isfinite(v) else "inf"
+
+    return {"value": number(value.value), "low": number(value.low), "high": number(value.high)}
