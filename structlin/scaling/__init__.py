@@ -5,8 +5,8 @@ In one size, the law is ``error = a * C**-alpha``, optionally plus an irreducibl
 Large Language Models*, 2022). Compute is whatever
 the numbers are: MACs of one sample, MACs of a training run, parameters.
 
-In two sizes, model and data, it is ``L = E + A N**-alpha + B D**-beta`` (:func:`fit_loss_law`), and says how a budget of
-compute is split best; :func:`fit_isoflop` and :func:`fit_envelope` say that without a law of the loss.
+In two sizes, model and data, it is ``L = E + A N**-alpha + B D**-beta`` (:func:`fit_loss_law`), and says how a budget
+of compute is split best; :func:`fit_isoflop` and :func:`fit_envelope` say that without a law of the loss.
 
 >>> import numpy as np
 >>> macs = np.array([1e6, 3e6, 1e7, 3e7, 1e8, 3e8])
