@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import structlin
 from structlin.scale import OPTIMIZERS
@@ -18,6 +19,7 @@ __all__ = [
     "Place",
     "check_arguments",
     "check_multiplier",
+    "check_number",
     "dense_multiplier",
     "factor_multipliers",
     "settle",
@@ -77,6 +79,7 @@ class _Found:
 
     by_hand: dict[str, ParameterRule] = field(default_factory=dict)
     derived: dict[str, ParameterRule] = field(default_factory=dict)
+    table: str | None = None  # the first name under which it is an embedding
     extra: dict[Pattern, None] = field(default_factory=dict)
 
 
@@ -86,7 +89,7 @@ def settle(
     rules: Mapping[Pattern, ParameterRule],
     decay: Collection[str],
 ) -> dict[Hashable, tuple[str, ParameterRule]]:
-    """One name and one rule for each trainable parameter.
+    """One name and one rule for each trainable parameter. What is an embedding at one of its places is one at all.
 
     Raises ValueError where some parameter has no rule or several, and where a pattern matches nothing; TypeError for
     rules that are none.
@@ -111,6 +114,8 @@ def settle(
             entry.by_hand[place.name] = rules[by_hand[0]]
         elif place.multiplier is not None:
             entry.derived[place.name] = ParameterRule(place.multiplier, place.kind in decay)
+            if place.kind == "embedding" and entry.table is None:
+                entry.table = place.name
         else:
             uncovered[place.parameter] = place.described
     if missing := [what for parameter, what in uncovered.items() if not found[parameter].by_hand]:
@@ -125,6 +130,8 @@ def settle(
 
 def _one_rule(entry: _Found, extra: Mapping[Pattern, float]) -> tuple[str, ParameterRule]:
     rules = entry.by_hand or entry.derived
+    if rules is entry.derived and entry.table is not None:  # a head that is tied to it is an embedding too
+        rules = {entry.table: rules[entry.table]}
     name, rule = next(iter(rules.items()))
     if any(other != rule for other in rules.values()):
         told = "; ".join(f"{n}: multiplier {r.multiplier:g}, decay {r.decay}" for n, r in rules.items())
@@ -156,9 +163,11 @@ def factor_multipliers(
 def check_arguments(
     lr: float, weight_decay: float, optimizer: str, decay: Collection[str], independent_decay: bool
 ) -> None:
-    """ValueError for rates, optimisers and kinds that there are not."""
+    """ValueError for rates, optimisers and kinds that there are not, TypeError for rates that are no numbers."""
     if optimizer not in OPTIMIZERS:
         raise ValueError(f"unknown optimizer {optimizer!r}; one of {', '.join(OPTIMIZERS)}")
+    check_number(lr, "lr")
+    check_number(weight_decay, "weight_decay")
     if not (lr >= 0 and weight_decay >= 0):
         raise ValueError(f"lr and weight_decay must not be negative, got {lr} and {weight_decay}")
     if isinstance(decay, str) or (unknown := [kind for kind in decay if kind not in KINDS]):
@@ -169,6 +178,21 @@ def check_arguments(
             "independent_decay needs an optimizer that subtracts the decay from the parameter (adamw, sgd, sign); "
             "adam adds it to the gradient and then divides by the gradient's size"
         )
+
+
+def check_number(value: Any, name: str) -> None:
+    """TypeError unless ``value`` is a real number."""
+    if isinstance(value, bool | str) or not hasattr(value, "__float__"):
+        hint = f"; {float(value)!r} would be one" if isinstance(value, str) and _is_float(value) else ""
+        raise TypeError(f"{name} must be a number, got {value!r}{hint}")
+
+
+def _is_float(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def check_multiplier(value: float, what: str) -> None:

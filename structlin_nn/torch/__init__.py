@@ -8,15 +8,25 @@ from structlin_nn.torch.groups import ParameterGroups, ParameterRule, format_gro
 from structlin_nn.torch.linear import StructuredLinear
 from structlin_nn.torch.project import LayerProjection, ProjectionReport, project_linear, to_dense_linear
 from structlin_nn.torch.replace import Replacement, ReplacementReport, replace_linear
+from structlin_nn.torch.schedules import (
+    MuAdamW,
+    MultiplierScheduler,
+    RatesWarning,
+    trainer_optimizer,
+    with_multipliers,
+)
 
 __all__ = [
     "CallCount",
     "LayerProjection",
     "ModelCount",
+    "MuAdamW",
+    "MultiplierScheduler",
     "Muon",
     "ParameterGroups",
     "ParameterRule",
     "ProjectionReport",
+    "RatesWarning",
     "Replacement",
     "ReplacementReport",
     "StructuredFile",
@@ -34,4 +44,6 @@ __all__ = [
     "replace_linear",
     "save_structured",
     "to_dense_linear",
+    "trainer_optimizer",
+    "with_multipliers",
 ]

@@ -3,8 +3,23 @@
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 from torch import nn
+
+__all__ = ["check_model", "is_conv1d", "linear_sizes"]
+
+
+def check_model(model: Any, what: str) -> None:
+    """TypeError unless this is a module of torch."""
+    if isinstance(model, nn.Module):
+        return
+    hint = ""
+    if isinstance(model, type):
+        hint = f": it is a class; pass an instance, {model.__name__}(...)"
+    elif callable(getattr(model, "__next__", None)) or isinstance(model, list | tuple):
+        hint = ": pass the model, and not its parameters, whose roles only the modules tell"
+    raise TypeError(f"{what} takes a torch.nn.Module, got a {type(model).__name__}{hint}")
 
 
 def is_conv1d(module: nn.Module) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
@@ -17,24 +16,21 @@ from structlin_nn._rates import (
     ParameterRule,
     Place,
     check_arguments,
+    check_number,
     dense_multiplier,
     factor_multipliers,
     settle,
 )
 from structlin_nn._text import table
-from structlin_nn.torch._modules import is_conv1d, linear_sizes
-from structlin_nn.torch._muon import Matrices, factor_matrices, muon_multiplier
+from structlin_nn.torch._modules import check_model
+from structlin_nn.torch._muon import Matrices, muon_multiplier
+from structlin_nn.torch._roles import fans as fans_of
+from structlin_nn.torch._roles import is_convolution, leaves
+from structlin_nn.torch._roles import kind as kind_of
+from structlin_nn.torch._roles import matrices as matrices_of
 from structlin_nn.torch.linear import StructuredLinear
 
 __all__ = ["KINDS", "ParameterGroups", "ParameterRule", "format_groups", "parameter_groups"]
-
-_CONVOLUTIONS = nn.modules.conv._ConvNd
-_NORMS = (
-    nn.LayerNorm,
-    nn.RMSNorm,
-    nn.GroupNorm,
-    nn.modules.batchnorm._NormBase,
-)
 
 
 class ParameterGroups(list):
@@ -75,9 +71,14 @@ def parameter_groups(
     embeddings, biases, norms, gains, vectors   1                                            1
     ==========================================  ===========================================  =========================
 
-    (a grouped convolution counts its groups as blocks under SGD). With ``structure_aware=False`` all factors of a
-    layer get the multiplier of the dense layer of its size: the naive rule. Under SGD, muP proper would let embeddings,
-    biases and norms grow with the width; ``extra_multipliers`` can.
+    (a grouped convolution counts its groups as blocks under SGD). Weights of recurrent layers, of experts (parameters
+    of three axes, as transformers holds them) and of their routers are weights too, with the fans of one gate or one
+    expert. Tables that a module holds as a bare parameter, such as class tokens, positions and biases by relative
+    position, are known by their names as embeddings or biases. A weight that an embedding shares with a linear layer
+    (a tied head) is an embedding, and Adam's under Muon. Any other parameter has multiplier 1 if it has the same size
+    at base width, or if there is no base model; else it needs one of ``rules``. With ``structure_aware=False`` all
+    factors of a layer get the multiplier of the dense layer of its size: the naive rule. Under SGD, muP proper would
+    let embeddings, biases and norms grow with the width; ``extra_multipliers`` can.
 
     With ``optimizer="muon"`` the blocks of factors and the weights are stepped by Muon, at ``lr`` times
     ``sqrt(fan_out / fan_in) / sqrt(base d_out / base d_in)``, divided by the number of factors
@@ -113,16 +114,20 @@ def parameter_groups(
         adam_layers: for ``muon``, patterns of layers or parameters that are left to Adam.
 
     Returns:
-        A list of dictionaries with ``params``, ``lr``, ``weight_decay``, and for the reader ``multiplier`` and
-        ``names`` (for ``muon`` also ``matrices``, None for what Adam steps); ``print`` it for a table
-        (:func:`format_groups`).
+        A list of dictionaries with ``params``, ``lr``, ``weight_decay``, and for the reader ``multiplier``,
+        ``base_lr`` (``lr`` is their product), ``optimizer`` and ``names`` (for ``muon`` also ``matrices``, None for
+        what Adam steps); ``print`` it for a table (:func:`format_groups`). Rates and decay of the groups go before
+        those that the optimiser is given. Schedulers that set a rate of their own (one cycle, cosine with a least
+        rate) lose the multipliers: :func:`structlin_nn.torch.with_multipliers` keeps them. The steps of an optimiser
+        warn where rates are lost (:class:`structlin_nn.torch.RatesWarning`).
 
     Raises:
-        ValueError: a parameter of two or more axes in a module of unknown kind; a parameter that several modules
-            share and that their rules treat differently; modules with parameters that only one of model and base
-            model has; a pattern that matches nothing; an unknown optimiser or kind; a negative rate or decay;
-            ``adam_lr`` missing or not used; ``adam_layers`` for another optimiser than ``muon``.
-        TypeError: rules that are no :class:`ParameterRule`.
+        ValueError: a parameter of two or more axes in a module of unknown kind, whose size is another at base width; a
+            parameter that several modules share and that their rules treat differently; modules with parameters that
+            only one of model and base model has; a pattern that matches nothing; an unknown optimiser or kind; a
+            negative rate or decay; ``adam_lr`` missing or not used; ``adam_layers`` for another optimiser than
+            ``muon``.
+        TypeError: a model that is none; rates that are no numbers; rules that are no :class:`ParameterRule`.
 
     >>> model = nn.Sequential(StructuredLinear(64, 64, structure="low_rank", rank=4), nn.ReLU(), nn.Linear(64, 10))
     >>> base = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 10)).to("meta")
@@ -136,33 +141,45 @@ def parameter_groups(
     >>> from torch.optim import AdamW
     >>> optimizer = AdamW(groups)
     """
+    if not isinstance(optimizer, str):
+        raise TypeError(
+            f"optimizer must be one of {', '.join((*OPTIMIZERS, 'muon'))}, whose rule applies, got {optimizer!r}"
+        )
     if optimizer not in (*OPTIMIZERS, "muon"):
         raise ValueError(f"unknown optimizer {optimizer!r}; one of {', '.join((*OPTIMIZERS, 'muon'))}")
+    check_model(model, "parameter_groups")
+    if base_model is not None:
+        check_model(base_model, "parameter_groups, as base_model,")
     muon = optimizer == "muon"
     check_arguments(lr, weight_decay, "adamw" if muon else optimizer, decay, independent_decay)
     to_adam, rules = as_patterns(adam_layers), dict(rules or {})
     if not muon and (to_adam or adam_lr is not None):
         raise ValueError(f"adam_lr and adam_layers go with optimizer='muon', not with {optimizer!r}")
+    if adam_lr is not None:
+        check_number(adam_lr, "adam_lr")
     if adam_lr is not None and not adam_lr >= 0:
         raise ValueError(f"adam_lr must not be negative, got {adam_lr}")
     if base_model is not None:
         _check_same_modules(model, base_model)
     unused = set(to_adam)
     held: dict[nn.Parameter, list[tuple[str, Matrices | None]]] = {}
+    tables: set[nn.Parameter] = set()
 
     def places() -> Iterator[Place]:
-        for layer, module in _leaves(model):
+        for layer, module in leaves(model):
             base = module if base_model is None else base_model.get_submodule(layer)
-            found = _matrices(module) if muon else {}
+            found = matrices_of(module) if muon else {}
             for place in _places(layer, module, base, "adamw" if muon else optimizer, structure_aware):
                 short = place.name.removeprefix(f"{layer}.")
                 left = {p for p in to_adam if matches(p, place.name) or matches(p, layer)}
                 unused.difference_update(left)
                 matrices = None if left or any(matches(p, place.name) for p in rules) else found.get(short)
                 if matrices is not None:
-                    value = _muon_value(module, short, matrices, _fans(base), structure_aware)
+                    value = _muon_value(module, short, matrices, fans_of(base), structure_aware)
                     place = replace(place, multiplier=value)
                 held.setdefault(place.parameter, []).append((place.name, matrices))
+                if place.kind == "embedding":
+                    tables.add(place.parameter)
                 yield place
 
     settled = settle(places(), dict(extra_multipliers or {}), rules, decay)
@@ -171,25 +188,17 @@ def parameter_groups(
     trainable = {p: name for name, p in model.named_parameters() if p.requires_grad}
     if missed := [name for p, name in trainable.items() if p not in settled]:
         raise ValueError(f"no rule reaches the parameters {listed(missed)}, which no known module holds as its own")
-    matrices = {parameter: _one_step(held[parameter]) for parameter in settled} if muon else None
-    return _grouped(settled, lr, weight_decay, independent_decay, matrices, adam_lr)
-
-
-def _leaves(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Modules that hold parameters; a structured layer is one of them, and its parameter lists are not."""
-    inside: set[nn.Module] = set()
-    for name, module in model.named_modules():
-        if isinstance(module, StructuredLinear):
-            inside |= set(module.children())
-            yield name, module
-        elif module not in inside and next(module.parameters(recurse=False), None) is not None:
-            yield name, module
+    matrices = {p: None if p in tables else _one_step(held[p]) for p in settled} if muon else None
+    groups = _grouped(settled, lr, weight_decay, independent_decay, matrices, adam_lr)
+    for group in groups:
+        group["optimizer"] = optimizer
+    return groups
 
 
 def _places(layer: str, module: nn.Module, base: nn.Module, optimizer: str, structure_aware: bool) -> Iterator[Place]:
-    """The parameters of a module that :func:`_leaves` gives, with their rules."""
+    """The parameters of a module that :func:`leaves` gives, with their rules."""
     prefix = f"{layer}." if layer else ""
-    fans, base_fans = _fans(module), _fans(base)
+    fans, base_fans = fans_of(module), fans_of(base)
 
     def place(name: str, parameter: nn.Parameter, kind: str | None, value: float | None) -> Place:
         described = f"{prefix}{name} {tuple(parameter.shape)} of {type(module).__qualname__}"
@@ -205,51 +214,16 @@ def _places(layer: str, module: nn.Module, base: nn.Module, optimizer: str, stru
         if name in fans:
             yield place(name, parameter, "weight", dense_multiplier(fans[name], base_fans[name], optimizer))
         else:
-            kind = _kind(module, name, parameter)
+            kind = kind_of(module, name, parameter)
+            if kind is None and _keeps_its_size(base, name, parameter):
+                kind = "weight"
             yield place(name, parameter, kind, 1.0 if kind else None)
 
 
-def _fans(module: nn.Module) -> dict[str, Fans]:
-    """Fans of the weights that a module holds, by their names; a structured layer's are those of a dense one."""
-    if isinstance(module, StructuredLinear):
-        return {"weight": Fans(module.in_features, module.out_features)}
-    if (sizes := linear_sizes(module)) is not None:
-        return {"weight": Fans(*sizes)}
-    if isinstance(module, _CONVOLUTIONS):
-        positions = math.prod(module.kernel_size)
-        inside, outside = (n // module.groups for n in (module.in_channels, module.out_channels))
-        return {"weight": Fans(inside * positions, outside * positions, module.groups)}
-    if isinstance(module, nn.MultiheadAttention):
-        sizes_in = {"in": module.embed_dim, "q": module.embed_dim, "k": module.kdim, "v": module.vdim}
-        names = {f"{key}_proj_weight": Fans(size, module.embed_dim) for key, size in sizes_in.items()}
-        return {name: fans for name, fans in names.items() if getattr(module, name) is not None}
-    return {}
-
-
-def _matrices(module: nn.Module) -> dict[str, Matrices]:
-    """How Muon is to see the parameters of a module, by their names; the others are left to Adam."""
-    found: dict[str, Matrices | None] = {}
-    if isinstance(module, StructuredLinear):
-        specs = zip(factor_matrices(module.structure), module.structure.factors, strict=True)
-        found = {f"factors.{n}": m for n, m in enumerate(m for m, spec in specs if spec.trainable)}
-    elif (sizes := linear_sizes(module)) is not None:
-        found["weight"] = Matrices((1, 0) if is_conv1d(module) else (0, 1), 1, sizes[1], sizes[0])
-    elif isinstance(module, _CONVOLUTIONS):
-        positions, groups = math.prod(module.kernel_size), module.groups
-        order = list(range(module.weight.ndim))
-        if module.transposed:  # (inputs, outputs of a group, positions)
-            order[:2] = [1, 0]
-        if groups == 1 or not module.transposed:
-            outside, inside = module.out_channels // groups, module.in_channels // groups * positions
-            found["weight"] = Matrices(tuple(order), groups, outside, inside)
-    elif isinstance(module, nn.MultiheadAttention):
-        for name, fans in _fans(module).items():
-            found[name] = Matrices((0, 1), 3 if name == "in_proj_weight" else 1, fans.fan_out, fans.fan_in)
-    parameters = {
-        **dict(module.named_parameters(recurse=False)),
-        **({f"factors.{n}": p for n, p in enumerate(module.factors)} if isinstance(module, StructuredLinear) else {}),
-    }
-    return {name: m for name, m in found.items() if m is not None and not parameters[name].is_complex()}
+def _keeps_its_size(base: nn.Module, name: str, parameter: nn.Parameter) -> bool:
+    """Whether a parameter has the sizes that it has at base width, and so the rate."""
+    other = base._parameters.get(name)
+    return other is not None and other.shape == parameter.shape
 
 
 def _muon_value(
@@ -261,7 +235,7 @@ def _muon_value(
             return muon_multiplier(matrices, base_fans.fan_in, base_fans.fan_out, len(module.factors))
         fans = Fans(module.in_features, module.out_features)
     else:
-        fans, base_fans = _fans(module)[name], base[name]
+        fans, base_fans = fans_of(module)[name], base[name]
     whole = Matrices((), 1, fans.fan_out, fans.fan_in)
     return muon_multiplier(whole, base_fans.fan_in, base_fans.fan_out)
 
@@ -278,30 +252,15 @@ def _one_step(found: list[tuple[str, Matrices | None]]) -> Matrices | None:
     return matrices
 
 
-def _kind(module: nn.Module, name: str, parameter: nn.Parameter) -> str | None:
-    """Kind of a parameter that is no weight; None where it may be one."""
-    if isinstance(module, nn.Embedding | nn.EmbeddingBag):
-        return "embedding"
-    if isinstance(module, nn.MultiheadAttention):
-        return "bias"
-    if name == "bias" and parameter.ndim < 2:
-        return "bias"
-    if isinstance(module, _NORMS):
-        return "bias" if name == "bias" else "norm"
-    return "vector" if parameter.ndim < 2 else None
-
-
 def _check_same_modules(model: nn.Module, base_model: nn.Module) -> None:
-    ours, theirs = dict(_leaves(model)), dict(_leaves(base_model))
+    ours, theirs = dict(leaves(model)), dict(leaves(base_model))
     if missing := [name for name in ours if name not in theirs]:
         raise ValueError(f"the base model lacks modules with parameters that the model has: {listed(missing)}")
     if surplus := [name for name in theirs if name not in ours]:
         raise ValueError(f"the base model has modules with parameters that the model lacks: {listed(surplus)}")
     for name, module in ours.items():
         base = theirs[name]
-        if _fans(module).keys() != _fans(base).keys() or isinstance(module, _CONVOLUTIONS) != isinstance(
-            base, _CONVOLUTIONS
-        ):
+        if fans_of(module).keys() != fans_of(base).keys() or is_convolution(module) != is_convolution(base):
             raise ValueError(
                 f"module {name!r} is a {type(module).__qualname__} in the model "
                 f"and a {type(base).__qualname__} in the base model"
@@ -334,6 +293,7 @@ def _grouped(
                 "lr": rate * rule.multiplier,
                 "weight_decay": coefficient if rule.decay else 0.0,
                 "multiplier": rule.multiplier,
+                "base_lr": rate,
                 "names": [],
             },
         )

@@ -21,6 +21,7 @@ from structlin_nn._layer import describe, plan_layer
 from structlin_nn.torch._draw import fill
 from structlin_nn.torch._factors import FactorList, values
 from structlin_nn.torch._operator import chain, transformed
+from structlin_nn.torch._step_check import watch
 from structlin_nn.torch._text import to_text
 
 __all__ = ["StructuredLinear"]
@@ -122,6 +123,11 @@ class StructuredLinear(nn.Module):
             "bias", nn.Parameter(torch.empty(self.out_features, device=device, dtype=dtype)) if bias else None
         )
         self.reset_parameters()
+        watch(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        watch(self)  # copies too
 
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:

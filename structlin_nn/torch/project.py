@@ -18,6 +18,7 @@ from structlin_nn.torch._modules import linear_sizes
 from structlin_nn.torch._project_calibration import Forward, gather
 from structlin_nn.torch._project_layers import Choice, StructureOf, Task, dense_of
 from structlin_nn.torch._project_report import LayerProjection, ProjectionReport
+from structlin_nn.torch._step_check import replaced
 from structlin_nn.torch.linear import StructuredLinear
 from structlin_nn.torch.replace import Selection, _check_is_called, _owners, _switch_off_fast_paths
 
@@ -134,6 +135,7 @@ def project_linear(
     made = choice.run(tasks, damping, settings, {"rms_cap": rms_cap, "gain": gain, "rule": rule})
 
     notes: dict[str, None] = {}
+    replaced(p for task, (new, _) in zip(tasks, made, strict=True) if new is not None for p in task.linear.parameters())
     for task, (new, _) in zip(tasks, made, strict=True):
         if new is not None:
             _put(model, task.names, new)

@@ -13,6 +13,7 @@ from structlin.structure import AbstractStructure
 from structlin_nn._patterns import Patterns, as_patterns
 from structlin_nn._replacement import PRESETS, Replacement, ReplacementReport, matching, names_of, select
 from structlin_nn.torch._modules import is_conv1d, linear_sizes
+from structlin_nn.torch._step_check import replaced
 from structlin_nn.torch.blocks import fuse_mlps
 from structlin_nn.torch.linear import StructuredLinear
 
@@ -119,6 +120,7 @@ def replace_linear(
         raise ValueError(f"every layer that is chosen shares its weight; the linear layers are {names_of(places)}")
 
     notes: dict[str, None] = {}
+    replaced(p for linear in made for p in linear.parameters())
     for linear, new in made.items():
         for name in chosen[linear]:
             parent, _, attribute = name.rpartition(".")

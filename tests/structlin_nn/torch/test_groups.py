@@ -221,13 +221,18 @@ def test_naive_muon():
 def test_tied_weights_under_muon():
     model = nn.ModuleDict({"embedding": nn.Embedding(30, 16), "head": nn.Linear(16, 30, bias=False)})
     model["head"].weight = model["embedding"].weight
-    options = {"lr": 1, "optimizer": "muon", "adam_lr": 1, "decay": ("weight", "embedding")}
-    with pytest.raises(ValueError, match=r"embedding.weight and head.weight.*adam_layers"):
+    options = {"lr": 1, "optimizer": "muon", "adam_lr": 0.1, "weight_decay": 1.0}
+    groups = parameter_groups(model, **options)
+    assert [(g["matrices"], g["lr"], g["names"], g["weight_decay"]) for g in groups] == [
+        (None, 0.1, ["embedding.weight"], 0)
+    ]
+    groups = parameter_groups(model, rules={"*": ParameterRule(3.0, decay=True)}, **options)
+    assert [(g["matrices"], g["multiplier"], g["weight_decay"]) for g in groups] == [(None, 3.0, 1.0)]
+
+    model = nn.Sequential(nn.Linear(16, 16, bias=False), nn.ConvTranspose1d(16, 16, 1, groups=16, bias=False))
+    model[1].weight = model[0].weight
+    with pytest.raises(ValueError, match=r"0.weight and 1.weight and another, or none.*adam_layers"):
         parameter_groups(model, **options)
-    groups = parameter_groups(model, adam_layers="head", **options)
-    assert groups[0]["matrices"] is None
-    groups = parameter_groups(model, rules={"*": ParameterRule(1.0)}, **options)
-    assert groups[0]["matrices"] is None
 
 
 @pytest.mark.parametrize(
@@ -329,27 +334,105 @@ class Positions(nn.Module):
         self.layer = nn.Linear(width, width)
 
 
-def test_unknown_parameters_need_a_rule():
-    model, base = Positions(8), Positions(4)
-    with pytest.raises(ValueError, match=r"positions \(1, 9, 8\) of Positions, token \(1, 1, 8\).*ParameterRule"):
+class Mixing(nn.Module):
+    """Weights that go by no known name."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.mixing = nn.Parameter(torch.zeros(9, width))
+        self.fixed = nn.Parameter(torch.zeros(5, 7))
+        self.layer = nn.Linear(width, width)
+
+
+def test_unknown_parameters_need_a_rule_where_they_grow():
+    model, base = Mixing(8), Mixing(4)
+    with pytest.raises(ValueError, match=r"no rule covers the parameters mixing \(9, 8\) of Mixing; give rules"):
         parameter_groups(model, base, lr=1)
-    with pytest.raises(ValueError, match=r"parameters token \(1, 1, 8\)"):
-        parameter_groups(model, base, lr=1, rules={"positions": ParameterRule(1.0)})
     groups = parameter_groups(
-        model, base, lr=1, weight_decay=0.1, extra_multipliers={"token": 2.0},
-        rules={"token": ParameterRule(3.0, decay=True), "*": ParameterRule(0.5)},
+        model, base, lr=1, weight_decay=0.1, extra_multipliers={"mixing": 2.0},
+        rules={"mixing": ParameterRule(3.0, decay=True), "*.weight": ParameterRule(0.5)},
     )  # fmt: skip
-    assert multipliers(groups) == {"positions": 0.5, "token": 6.0, "layer.weight": 0.5, "layer.bias": 0.5}
-    assert {name for name, decay in decays(groups).items() if decay} == {"token"}
+    assert multipliers(groups) == {"mixing": 6.0, "fixed": 1.0, "layer.weight": 0.5, "layer.bias": 1.0}
+    assert {name for name, decay in decays(groups).items() if decay} == {"mixing", "fixed"}
     assert_covers(groups, model)
-    model.requires_grad_(False).layer.requires_grad_(True)
-    assert_covers(parameter_groups(model, base, lr=1), model)
+    found = multipliers(parameter_groups(model, lr=1))  # each is its own base
+    assert set(found.values()) == {1.0}
 
 
-@pytest.mark.parametrize("module", [nn.LSTM(4, 4), nn.Bilinear(3, 4, 5)], ids=["lstm", "bilinear"])
-def test_modules_of_unknown_kind(module):
-    with pytest.raises(ValueError, match=r"no rule covers the parameters .*weight"):
-        parameter_groups(module, lr=1)
+def test_tables_and_vectors_go_by_their_names():
+    model, base = Positions(8), Positions(4)
+    groups = parameter_groups(model, base, lr=1, weight_decay=0.1)
+    assert multipliers(groups) == {"positions": 1, "token": 1, "layer.weight": 0.5, "layer.bias": 1}
+    assert {name for name, decay in decays(groups).items() if decay} == {"layer.weight"}
+    for name, shape, kind in (
+        ("cls_token", (1, 1, 8), "embedding"), ("pos_embed", (1, 5, 8), "embedding"),
+        ("rel_pos_h", (7, 8), "embedding"),
+        ("relative_position_bias_table", (49, 8), "embedding"), ("logit_scale", (8, 1, 1), "vector"),
+        ("gate_up_proj_bias", (4, 8), "bias"), ("attention_bias", (8, 3), "bias"), ("gamma", (8,), "vector"),
+    ):  # fmt: skip
+        module = nn.Module()
+        module.register_parameter(name, nn.Parameter(torch.zeros(shape)))
+        wider = nn.Module()
+        wider.register_parameter(name, nn.Parameter(torch.zeros([2 * n if n == 8 else n for n in shape])))
+        (group,) = parameter_groups(wider, module, lr=1, weight_decay=0.1, decay=[kind])
+        assert (group["multiplier"], group["weight_decay"]) == (1, 0.1), name
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_recurrent_weights_are_linear(kind):
+    model, base = kind(8, 32, num_layers=2), kind(8, 16, num_layers=2)
+    found = multipliers(parameter_groups(model, base, lr=1))
+    assert found["weight_ih_l0"] == 1
+    assert found["weight_hh_l0"] == found["weight_ih_l1"] == found["weight_hh_l1"] == 0.5
+    assert {value for name, value in found.items() if "bias" in name} == {1}
+    found = multipliers(parameter_groups(model, base, lr=1, optimizer="sgd"))
+    assert found["weight_ih_l0"] == (32 / 8) / (16 / 8)
+    assert found["weight_hh_l0"] == 1
+    gates = {nn.LSTM: 4, nn.GRU: 3, nn.RNN: 1}[kind]
+    groups = parameter_groups(model, base, lr=1, optimizer="muon", adam_lr=1)
+    by_muon = {n: m for g in groups if g["matrices"] for n, m in zip(g["names"], g["matrices"], strict=True)}
+    assert by_muon["weight_ih_l0"] == ((0, 1), gates, 32, 8)
+    assert len(by_muon) == 4
+    assert_covers(groups, model)
+
+
+def test_projected_lstm_cells_and_bilinear_layers():
+    model, base = nn.LSTM(8, 32, proj_size=6), nn.LSTM(8, 16, proj_size=6)
+    assert multipliers(parameter_groups(model, base, lr=1))["weight_hr_l0"] == 0.5
+    found = multipliers(parameter_groups(nn.GRUCell(8, 32), nn.GRUCell(8, 16), lr=1))
+    assert (found["weight_ih"], found["weight_hh"], found["bias_ih"]) == (1, 0.5, 1)
+    found = multipliers(parameter_groups(nn.Bilinear(3, 8, 5), nn.Bilinear(3, 2, 5), lr=1))
+    assert found == {"weight": 1 / 4, "bias": 1}
+
+
+def test_weight_normalised_layers():
+    model = nn.utils.parametrizations.weight_norm(nn.Linear(8, 6))
+    base = nn.utils.parametrizations.weight_norm(nn.Linear(4, 6))
+    found = multipliers(parameter_groups(model, base, lr=1))
+    assert found == {"bias": 1, "parametrizations.weight.original0": 1, "parametrizations.weight.original1": 0.5}
+
+
+class Experts(nn.Module):
+    """As transformers holds those of Mixtral, and transposed, as of GPT-OSS."""
+
+    def __init__(self, width: int, transposed: bool = False) -> None:
+        super().__init__()
+        self.num_experts = 3
+        up, down = (3, 2 * 5, width), (3, width, 5)
+        if transposed:
+            up, down = ((a, c, b) for a, b, c in (up, down))
+        self.gate_up_proj, self.down_proj = (nn.Parameter(torch.zeros(shape)) for shape in (up, down))
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_experts(transposed):
+    model, base = Experts(8, transposed), Experts(4, transposed)
+    assert multipliers(parameter_groups(model, base, lr=1)) == {"gate_up_proj": 0.5, "down_proj": 1}
+    found = multipliers(parameter_groups(model, base, lr=1, optimizer="sgd"))
+    assert found == {"gate_up_proj": (10 / 8) / (10 / 4), "down_proj": (8 / 5) / (4 / 5)}
+    groups = parameter_groups(model, lr=1, optimizer="muon")
+    order = (0, 2, 1) if transposed else (0, 1, 2)
+    assert [m for g in groups for m in g["matrices"]] == [(order, 3, 10, 8), (order, 3, 8, 5)]
 
 
 def test_frozen_parameters_are_left_out():
@@ -370,12 +453,19 @@ def test_shared_module_and_tied_parameter():
     model = nn.ModuleDict({"embedding": nn.Embedding(30, 16), "head": nn.Linear(16, 30, bias=False)})
     base = nn.ModuleDict({"embedding": nn.Embedding(30, 8), "head": nn.Linear(8, 30, bias=False)})
     model["head"].weight = model["embedding"].weight
-    with pytest.raises(ValueError, match=r"embedding.weight: multiplier 1, decay False; head.weight: multiplier 0.5"):
-        parameter_groups(model, base, lr=1)
+    groups = parameter_groups(model, base, lr=1, weight_decay=0.1)
+    assert [(g["names"], g["multiplier"], g["weight_decay"]) for g in groups] == [(["embedding.weight"], 1, 0)]
+    assert parameter_groups(model, base, lr=1, weight_decay=0.1, decay=["embedding"])[0]["weight_decay"] == 0.1
     for name in ("embedding.weight", "head.*"):
         groups = parameter_groups(model, base, lr=1, rules={name: ParameterRule(1.0)})
         assert_covers(groups, model)
         assert list(multipliers(groups).values()) == [1.0]
+
+    model = nn.ModuleDict({"up": nn.Linear(16, 8, bias=False), "mix": nn.Conv1d(16, 8, 1, bias=False)})
+    base = nn.ModuleDict({"up": nn.Linear(16, 8, bias=False), "mix": nn.Conv1d(4, 8, 1, bias=False)})
+    model["mix"].weight = model["up"].weight
+    with pytest.raises(ValueError, match=r"several rules \(up.weight: multiplier 1, .*; mix.weight: multiplier 0.25"):
+        parameter_groups(model, base, lr=1)
 
     model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))
     model[1].weight = model[0].weight
@@ -409,7 +499,11 @@ def test_models_that_do_not_match():
     ("options", "error", "words"),
     [
         ({"optimizer": "adagrad"}, ValueError, "unknown optimizer 'adagrad'; one of adam"),
+        ({"optimizer": torch.optim.AdamW}, TypeError, "one of adam, .* whose rule applies, got <class"),
         ({"lr": -1.0}, ValueError, "must not be negative, got -1"),
+        ({"lr": "1e-3"}, TypeError, r"lr must be a number, got '1e-3'; 0.001 would be one"),
+        ({"lr": None}, TypeError, "lr must be a number, got None"),
+        ({"weight_decay": "much"}, TypeError, "weight_decay must be a number, got 'much'$"),
         ({"lr": float("nan")}, ValueError, "must not be negative, got nan"),
         ({"weight_decay": -0.1}, ValueError, "got 1 and -0.1"),
         ({"decay": "weight"}, ValueError, "collection"),
@@ -429,6 +523,17 @@ def test_bad_arguments(options, error, words):
 
 
 def test_bad_rules():
+    model = nn.Sequential(nn.Linear(4, 4))
+    for given, words in (
+        (model.parameters(), "got a generator: pass the model, and not its parameters"),
+        (list(model.parameters()), "got a list: pass the model"),
+        (nn.Linear, r"got a type: it is a class; pass an instance, Linear\(\.\.\.\)"),
+        ({}, "takes a torch.nn.Module, got a dict$"),
+    ):
+        with pytest.raises(TypeError, match=words):
+            parameter_groups(given, lr=1)
+        with pytest.raises(TypeError, match=r"as base_model, takes a torch\.nn\.Module"):
+            parameter_groups(model, given, lr=1)
     with pytest.raises(ValueError, match="positive and finite, got -1"):
         ParameterRule(-1)
     with pytest.raises(TypeError, match=r"decay must be True or False, got 0\.1"):

@@ -1,0 +1,175 @@
+"""What a parameter of a torch model is: its kind, its fans, and the matrices in it."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList
+
+from structlin_nn._rates import Fans
+from structlin_nn.torch._modules import is_conv1d, linear_sizes
+from structlin_nn.torch._muon import Matrices, factor_matrices
+from structlin_nn.torch.linear import StructuredLinear
+
+__all__ = ["Experts", "experts", "fans", "is_convolution", "kind", "leaves", "matrices"]
+
+_CONVOLUTIONS = nn.modules.conv._ConvNd
+_NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)
+_RECURRENT = (nn.RNNBase, nn.modules.rnn.RNNCellBase)
+_TABLE = re.compile(
+    r"((pos|position|relative_position|rel_pos|absolute_pos)(_.*|itions?)?)"
+    r"|(.*(^|_)(tokens?|embed|embeds|embedding|embeddings|latents?|prompts?|table))"
+)
+"""Names of learned tables that modules of timm and transformers hold as bare parameters."""
+_BIAS = re.compile(r".*(^|_)bias(es)?(_[a-z]+)?")
+
+
+class Experts(NamedTuple):
+    """A parameter that holds the weight matrices of several experts.
+
+    ``transposed``: (experts, fan_in, fan_out); else (experts, fan_out, fan_in).
+    """
+
+    count: int
+    fan_in: int
+    fan_out: int
+    transposed: bool
+
+
+def leaves(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Modules that hold parameters; a structured layer is one of them, and its parameter lists are not."""
+    inside: set[nn.Module] = set()
+    for name, module in model.named_modules():
+        if isinstance(module, StructuredLinear):
+            inside |= set(module.children())
+            yield name, module
+        elif module not in inside and next(module.parameters(recurse=False), None) is not None:
+            yield name, module
+
+
+def is_convolution(module: nn.Module) -> bool:
+    """Whether this is a convolution of torch."""
+    return isinstance(module, _CONVOLUTIONS)
+
+
+def experts(module: nn.Module) -> dict[str, Experts]:
+    """The parameters of three axes of a mixture of experts as transformers lays them out, by their names.
+
+    Such a module has ``num_experts``, and pairs of parameters that map the features to those of the experts and back.
+    Which axis is which follows from the sizes of the pair, and where both fit (square weights), from the attribute
+    ``is_transposed``.
+    """
+    count = getattr(module, "num_experts", None)
+    own = dict(module.named_parameters(recurse=False))
+    found = {name: tuple(p.shape) for name, p in own.items() if p.ndim == 3 and p.shape[0] == count}
+    down = found.get("down_proj")
+    up = found.get("gate_up_proj") or found.get("up_proj")
+    if down is None or up is None:
+        return {}
+    gates = 2 if "gate_up_proj" in found else 1
+    straight = up[1] == gates * down[2] and up[2] == down[1]
+    crossed = up[2] == gates * down[1] and up[1] == down[2]
+    if not (straight or crossed):
+        return {}
+    transposed = bool(getattr(module, "is_transposed", False)) if straight and crossed else crossed
+    return {
+        name: Experts(shape[0], shape[1 if transposed else 2], shape[2 if transposed else 1], transposed)
+        for name, shape in found.items()
+    }
+
+
+def fans(module: nn.Module) -> dict[str, Fans]:
+    """Fans of the weights that a module holds, by their names; a structured layer's are those of a dense one."""
+    if isinstance(module, StructuredLinear):
+        return {"weight": Fans(module.in_features, module.out_features)}
+    if (sizes := linear_sizes(module)) is not None:
+        return {"weight": Fans(*sizes)}
+    if isinstance(module, _CONVOLUTIONS):
+        positions = math.prod(module.kernel_size)
+        inside, outside = (n // module.groups for n in (module.in_channels, module.out_channels))
+        return {"weight": Fans(inside * positions, outside * positions, module.groups)}
+    if isinstance(module, nn.MultiheadAttention):
+        sizes_in = {"in": module.embed_dim, "q": module.embed_dim, "k": module.kdim, "v": module.vdim}
+        names = {f"{key}_proj_weight": Fans(size, module.embed_dim) for key, size in sizes_in.items()}
+        return {name: found for name, found in names.items() if getattr(module, name) is not None}
+    own = {name: tuple(p.shape) for name, p in module.named_parameters(recurse=False) if p.ndim > 1}
+    if isinstance(module, _RECURRENT):  # a matrix for each gate, and weight_hr, which projects the hidden state
+        outside = {name: shape[0] if "_hr" in name else module.hidden_size for name, shape in own.items()}
+        return {name: Fans(shape[1], outside[name]) for name, shape in own.items()}
+    if isinstance(module, nn.Bilinear):
+        return {"weight": Fans(module.in1_features * module.in2_features, module.out_features)}
+    if found := experts(module):
+        return {name: Fans(e.fan_in, e.fan_out) for name, e in found.items()}
+    if _is_router(module):
+        return {"weight": Fans(own["weight"][1], own["weight"][0])}
+    if isinstance(module, ParametrizationList) and "original1" in own:  # weight normalisation: a norm and directions
+        shape = own["original1"]
+        return {"original1": Fans(math.prod(shape[1:]), shape[0])}
+    return {}
+
+
+def _is_router(module: nn.Module) -> bool:
+    """Whether this is a gate of experts that is no nn.Linear: (experts, features) by the name of its class."""
+    weight = module._parameters.get("weight")
+    return re.search(r"(Router|Gate)$", type(module).__name__) is not None and weight is not None and weight.ndim == 2
+
+
+def matrices(module: nn.Module) -> dict[str, Matrices]:
+    """How Muon is to see the parameters of a module, by their names; the others are left to Adam."""
+    found: dict[str, Matrices | None] = {}
+    if isinstance(module, StructuredLinear):
+        specs = zip(factor_matrices(module.structure), module.structure.factors, strict=True)
+        found = {f"factors.{n}": m for n, m in enumerate(m for m, spec in specs if spec.trainable)}
+    elif (sizes := linear_sizes(module)) is not None:
+        found["weight"] = Matrices((1, 0) if is_conv1d(module) else (0, 1), 1, sizes[1], sizes[0])
+    elif isinstance(module, _CONVOLUTIONS):
+        positions, groups = math.prod(module.kernel_size), module.groups
+        order = list(range(module.weight.ndim))
+        if module.transposed:  # (inputs, outputs of a group, positions)
+            order[:2] = [1, 0]
+        if groups == 1 or not module.transposed:
+            outside, inside = module.out_channels // groups, module.in_channels // groups * positions
+            found["weight"] = Matrices(tuple(order), groups, outside, inside)
+    elif isinstance(module, nn.MultiheadAttention):
+        for name, own in fans(module).items():
+            found[name] = Matrices((0, 1), 3 if name == "in_proj_weight" else 1, own.fan_out, own.fan_in)
+    elif isinstance(module, _RECURRENT):
+        for name, own in fans(module).items():
+            found[name] = Matrices((0, 1), module.get_parameter(name).shape[0] // own.fan_out, own.fan_out, own.fan_in)
+    elif packed := experts(module):
+        for name, e in packed.items():
+            found[name] = Matrices((0, 2, 1) if e.transposed else (0, 1, 2), e.count, e.fan_out, e.fan_in)
+    parameters = {
+        **dict(module.named_parameters(recurse=False)),
+        **({f"factors.{n}": p for n, p in enumerate(module.factors)} if isinstance(module, StructuredLinear) else {}),
+    }
+    return {name: m for name, m in found.items() if m is not None and not parameters[name].is_complex()}
+
+
+def kind(module: nn.Module, name: str, parameter: Tensor) -> str | None:
+    """Kind of a parameter that is no weight with known fans; None where it may be one.
+
+    Parameters that a module of an unknown class holds go by their names, as timm and transformers have them: tables of
+    positions, class tokens, biases. What has at most one axis of more than one entry is a vector.
+    """
+    if isinstance(module, nn.Embedding | nn.EmbeddingBag):
+        return "embedding"
+    if isinstance(module, nn.MultiheadAttention | nn.RNNBase):
+        return "bias"
+    if name == "bias" and parameter.ndim < 2:
+        return "bias"
+    if isinstance(module, _NORMS) or (parameter.ndim < 2 and type(module).__name__.endswith("Norm")):
+        return "bias" if name == "bias" else "norm"
+    if _TABLE.fullmatch(name):
+        return "embedding"
+    if parameter.numel() == max(parameter.shape, default=1):
+        return "bias" if _BIAS.fullmatch(name) else "vector"
+    if _BIAS.fullmatch(name):  # of experts, heads or positions
+        return "bias"
+    if getattr(parameter, "_no_weight_decay", False):  # as Mamba marks what drives its recurrence
+        return "vector"
+    return None

@@ -1,0 +1,197 @@
+"""Optimisers and schedules that keep the learning rates of a model's structure."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from structlin_nn.torch._step_check import RatesWarning
+from structlin_nn.torch.groups import parameter_groups
+
+__all__ = ["MuAdamW", "MultiplierScheduler", "RatesWarning", "trainer_optimizer", "with_multipliers"]
+
+_RULE = (
+    "structure_aware", "extra_multipliers", "rules", "decay", "independent_decay",
+)  # fmt: skip
+
+
+class MuAdamW(torch.optim.AdamW):
+    """AdamW with the learning rates of a model's structure: :func:`parameter_groups` and the optimiser in one.
+
+    Args:
+        model: the model to train, after its layers are replaced.
+        base_model: the same model at base width, on the meta device; None: each layer is its own base.
+        lr: learning rate of the dense model at base width.
+        weight_decay: of factors and weights.
+        **options: ``structure_aware``, ``extra_multipliers``, ``rules``, ``decay`` and ``independent_decay`` go to
+            :func:`parameter_groups`, all others (``betas``, ``eps``, ``fused``, ...) to ``torch.optim.AdamW``.
+
+    Raises:
+        TypeError, ValueError: as :func:`parameter_groups` and AdamW.
+
+    >>> from structlin_nn.torch import replace_linear
+    >>> model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
+    >>> _ = replace_linear(model, "low_rank", rank=4)
+    >>> optimizer = MuAdamW(model, lr=1e-3, betas=(0.9, 0.95))
+    >>> [group["multiplier"] for group in optimizer.param_groups]
+    [0.5, 8.0, 1.0, 1.0]
+    """
+
+    def __init__(
+        self, model: nn.Module, base_model: nn.Module | None = None, *, lr: float = 1e-3, weight_decay: float = 0.01,
+        **options: Any,
+    ) -> None:  # fmt: skip
+        rule = {name: options.pop(name) for name in _RULE if name in options}
+        groups = parameter_groups(model, base_model, lr=lr, weight_decay=weight_decay, **rule)
+        super().__init__(groups, lr=lr, weight_decay=weight_decay, **options)
+
+
+class MultiplierScheduler(LRScheduler):
+    """A schedule of the rate at base width, by which every group has that rate times its multiplier.
+
+    Made by :func:`with_multipliers`. It has the methods of the scheduler inside, and ``get_last_lr`` gives the rates of
+    all groups.
+    """
+
+    def __init__(self, make: Callable[..., Any], optimizer: Optimizer, args: tuple[Any, ...], kwargs: Any) -> None:
+        groups = optimizer.param_groups
+        if lacking := [n for n, group in enumerate(groups) if "multiplier" not in group]:
+            raise ValueError(
+                f"group {lacking[0]} of the optimiser has no multiplier: make its groups by parameter_groups"
+            )
+        self.optimizer = optimizer
+        bases = dict.fromkeys(map(self._base, groups))
+        self._keys = [list(bases).index(self._base(group)) for group in groups]
+        shown = [copy.copy(groups[self._keys.index(number)]) for number in range(len(bases))]
+        for group, (rate, _) in zip(shown, bases, strict=True):
+            group.pop("initial_lr", None)
+            group.update(params=[nn.Parameter(torch.zeros(()))], lr=rate)
+            group.pop("names", None)
+        self.base = _Shown(shown, dict(optimizer.defaults))
+        self.scheduler = make(self.base, *args, **kwargs)
+        self._pass_on()
+
+    @staticmethod
+    def _base(group: dict[str, Any]) -> tuple[float, bool]:
+        """Rate at base width; Adam beside Muon has one of its own, also where both are the same."""
+        return float(group.get("base_lr", group["lr"] / group["multiplier"])), group.get("matrices", False) is None
+
+    def _pass_on(self) -> None:
+        for group, number in zip(self.optimizer.param_groups, self._keys, strict=True):
+            base = self.base.param_groups[number]
+            group["lr"] = base["lr"] * group["multiplier"]
+            group["initial_lr"] = base.get("initial_lr", base["lr"]) * group["multiplier"]
+            for name in ("betas", "momentum"):  # cyclic schedules move them too
+                if name in group and name in base:
+                    group[name] = base[name]
+
+    def step(self, *args: Any, **kwargs: Any) -> None:
+        """As the scheduler inside."""
+        self.base._opt_called = getattr(self.optimizer, "_opt_called", True)
+        self.scheduler.step(*args, **kwargs)
+        self._pass_on()
+
+    def step_update(self, *args: Any, **kwargs: Any) -> None:
+        """As that of timm's schedulers, which have a step for epochs and one for updates."""
+        self.scheduler.step_update(*args, **kwargs)
+        self._pass_on()
+
+    def get_last_lr(self) -> list[float]:
+        """The rate of each group."""
+        return [group["lr"] for group in self.optimizer.param_groups]
+
+    def state_dict(self) -> dict[str, Any]:
+        """That of the scheduler inside."""
+        state: dict[str, Any] = self.scheduler.state_dict()
+        return state | {"base_groups": [{**group, "params": []} for group in self.base.param_groups]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what :meth:`state_dict` gave, and set the rates."""
+        state = dict(state_dict)
+        groups = state.pop("base_groups")
+        if len(groups) != len(self.base.param_groups):
+            own = len(self.base.param_groups)
+            raise ValueError(f"the state is of {len(groups)} rates, and the optimiser has {own}")
+        self.scheduler.load_state_dict(state)
+        for group, saved in zip(self.base.param_groups, groups, strict=True):
+            group.update({name: value for name, value in saved.items() if name != "params"})
+        self._pass_on()
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "scheduler":  # before it is made
+            raise AttributeError(name)
+        return getattr(self.scheduler, name)
+
+
+class _Shown(Optimizer):
+    """What a scheduler gets to see: one group for each rate at base width."""
+
+    def __init__(self, groups: list[dict[str, Any]], defaults: dict[str, Any]) -> None:
+        super().__init__(groups, defaults)
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Nothing is trained here."""
+
+
+def with_multipliers(make: Callable[..., Any], optimizer: Optimizer, *args: Any, **kwargs: Any) -> MultiplierScheduler:
+    """A scheduler that keeps the multipliers of the optimiser's groups, whatever rates it sets.
+
+    Schedulers that only multiply (linear, cosine to 0, steps) keep multipliers by themselves. ``OneCycleLR`` and
+    ``CyclicLR`` with one rate, a cosine with ``eta_min``, and the schedulers of timm with ``lr_min`` or a warm-up rate
+    set the same rate for all groups, or add to it. Here they see the rate at base width alone, and each group gets it
+    times its multiplier.
+
+    Args:
+        make: class of the scheduler, of torch or timm, or a function from an optimiser to a scheduler.
+        optimizer: with groups of :func:`parameter_groups`.
+        *args, **kwargs: of the scheduler; rates are those at base width.
+
+    Returns:
+        A scheduler to be stepped as the one inside.
+
+    Raises:
+        ValueError: a group without a multiplier, and what the scheduler raises.
+
+    >>> model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
+    >>> optimizer = torch.optim.AdamW(parameter_groups(model, lr=1e-3, extra_multipliers={"0": 4.0}))
+    >>> scheduler = with_multipliers(torch.optim.lr_scheduler.OneCycleLR, optimizer, max_lr=1e-3, total_steps=10)
+    >>> for _ in range(3):
+    ...     optimizer.step()
+    ...     scheduler.step()
+    >>> {group["multiplier"]: round(group["lr"], 6) for group in optimizer.param_groups}
+    {4.0: 0.003802, 1.0: 0.00095}
+    """
+    return MultiplierScheduler(make, optimizer, args, kwargs)
+
+
+def trainer_optimizer(
+    model: nn.Module, args: Any, base_model: nn.Module | None = None, **options: Any
+) -> tuple[type[Optimizer], dict[str, Any]]:
+    """AdamW with the rates of a model's structure, for the Trainer of transformers.
+
+    Rate, decay, betas and eps are those of the training arguments. The Trainer's own schedules multiply, and keep the
+    multipliers.
+
+    Args:
+        model: the model, after its layers are replaced.
+        args: ``transformers.TrainingArguments``.
+        base_model: as in :func:`parameter_groups`, which takes the other ``options`` too.
+
+    Returns:
+        What ``Trainer(..., optimizer_cls_and_kwargs=...)`` takes.
+
+    >>> from types import SimpleNamespace
+    >>> args = SimpleNamespace(learning_rate=1e-3, weight_decay=0.1, adam_beta1=0.9, adam_beta2=0.95, adam_epsilon=1e-8)
+    >>> kind, keywords = trainer_optimizer(nn.Sequential(nn.Linear(4, 4)), args)
+    >>> kind.__name__, keywords["betas"], len(keywords["params"])
+    ('AdamW', (0.9, 0.95), 2)
+    """
+    groups = parameter_groups(model, base_model, lr=args.learning_rate, weight_decay=args.weight_decay, **options)
+    betas = (args.adam_beta1, args.adam_beta2)
+    return torch.optim.AdamW, {"params": groups, "betas": betas, "eps": args.adam_epsilon}
