@@ -1,6 +1,6 @@
 """Checkpoints from torch to flax and back: the same numbers under torch's names and layouts.
 
-A torch state dictionary is the common form, and a safetensors file of it the common file. Which variable of a flax
+A torch state dictionary is the common form; `safetensors.torch` writes and reads files of it. Which variable of a flax
 model belongs to which entry follows from the kinds of its modules:
 
 =================================  =======================================================================
@@ -20,17 +20,14 @@ jax's own size in flax. Nothing else is cast, and no entry is left out on either
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from structlin_nn._files import atomic_write
 from structlin_nn._patterns import listed
 from structlin_nn.flax._modules import named_modules, own_variables
 from structlin_nn.flax.linear import StructuredLinear
@@ -38,15 +35,10 @@ from structlin_nn.flax.linear import StructuredLinear
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["load_safetensors", "save_safetensors", "to_flax", "to_torch"]
+__all__ = ["to_flax", "to_torch"]
 
 _RENAMED = (nnx.Embed, nnx.LayerNorm, nnx.RMSNorm, nnx.GroupNorm)
 _WITHOUT = (nnx.LinearGeneral, nnx.Einsum, nnx.ConvTranspose, nnx.BatchNorm, nnx.InstanceNorm)
-# Not through safetensors.flax, which makes 32 bits of 64 where jax does, nor safetensors.numpy, without bfloat16.
-_DTYPES = {
-    "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16, "C64": np.complex64,
-    "I64": np.int64, "I32": np.int32,
-}  # fmt: skip
 _NAMES = {"kernel": "weight", "embedding": "weight", "scale": "weight"}
 
 
@@ -110,48 +102,6 @@ def to_flax(state: Mapping[str, Any], model: nnx.Module) -> None:
         filled.append((entry.variable, _checked(entry.name, array, entry.variable)))
     for variable, array in filled:
         variable.set_value(jnp.asarray(array))  # an abstract variable cannot be assigned to by index
-
-
-def save_safetensors(model: nnx.Module, path: str | os.PathLike[str]) -> None:
-    """Write a flax model as the safetensors file of the torch model, as a whole or not at all.
-
-    Raises:
-        ValueError: as :func:`to_torch`.
-        OSError: the file cannot be written.
-
-    >>> model = nnx.Sequential(StructuredLinear(8, 6, structure="low_rank", rank=2, rngs=nnx.Rngs(0)))
-    >>> save_safetensors(model, "model.safetensors")
-    >>> from safetensors.torch import load_file
-    >>> sorted(load_file("model.safetensors"))
-    ['layers.0.bias', 'layers.0.factors.0', 'layers.0.factors.1']
-    """
-    from safetensors.numpy import save
-
-    content = save(_torch_arrays(model), metadata={"format": "pt"})
-    with atomic_write(Path(path)) as file:
-        file.write(content)
-
-
-def load_safetensors(path: str | os.PathLike[str], model: nnx.Module) -> None:
-    """Fill a flax model from the safetensors file of the torch model.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: a damaged file, and as :func:`to_flax`.
-
-    >>> model = nnx.Sequential(StructuredLinear(8, 6, structure="low_rank", rank=2, rngs=nnx.Rngs(0)))
-    >>> save_safetensors(model, "model.safetensors")
-    >>> load_safetensors("model.safetensors", model)
-    """
-    from safetensors import SafetensorError, deserialize
-
-    try:
-        parts = deserialize(Path(path).read_bytes())
-    except SafetensorError as error:
-        raise ValueError(f"{os.fspath(path)} is damaged or no safetensors file: {error}") from error
-    if unknown := sorted({part["dtype"] for _, part in parts} - _DTYPES.keys()):
-        raise ValueError(f"{os.fspath(path)} holds {', '.join(unknown)}; known are {', '.join(_DTYPES)}")
-    to_flax({n: np.frombuffer(p["data"], _DTYPES[p["dtype"]]).reshape(p["shape"]) for n, p in parts}, model)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Text from a language model: sampling with temperature, top-k and nucleus, in batches, with a cache."""
+"""Text from a language model: sampling with temperature, top-k and nucleus, in batches."""
 
 from __future__ import annotations
 
@@ -12,28 +12,19 @@ from torch import Tensor, nn
 __all__ = ["generate", "sample"]
 
 
+@torch.no_grad()
 def generate(
-    model: nn.Module | Callable[[Tensor], Tensor],
-    tokens: Tensor,
-    max_new_tokens: int,
-    *,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    generator: torch.Generator | None = None,
-    eos: int | None = None,
-    vocab_size: int | None = None,
-    use_cache: bool = True,
-) -> Tensor:
+    model: nn.Module | Callable[[Tensor], Any], tokens: Tensor, max_new_tokens: int, *, temperature: float = 1.0,
+    top_k: int | None = None, top_p: float | None = None, generator: torch.Generator | None = None,
+    eos: int | None = None, vocab_size: int | None = None,
+) -> Tensor:  # fmt: skip
     """Continue sequences, one token after the other, each drawn from the model's distribution of the next.
 
-    A `structlin_nn.models.GPT2` keeps the keys and values of the tokens seen, so that a new token costs one forward
-    pass of length 1; beyond the model's context (or for another model) each token costs a whole pass, over the last
-    ``context`` tokens. The results are the same up to rounding.
+    As in nanoGPT, each token costs a forward pass over the last ``model.config.context`` tokens.
 
     Args:
-        model: tokens (batch, length) -> logits (batch, length, vocabulary). It is evaluated in evaluation mode,
-            without gradients, and left in the mode it had. Longest input: ``model.config.context``, where that is.
+        model: tokens (batch, length) -> logits (batch, length, vocabulary). It is evaluated in evaluation mode, and
+            left in the mode it had.
         tokens: (batch, length) of an integer dtype, length at least 1: what is continued.
         max_new_tokens: how many tokens to add.
         temperature: divides the logits; 0 takes the most probable token (of equal ones, the first).
@@ -43,7 +34,6 @@ def generate(
         generator: source of the draws, on the device of the logits; None: torch's global one.
         eos: a sequence that has drawn this token is finished, and filled up with it; when all are, generation ends.
         vocab_size: draw from the tokens below this only, where a model has more for the sake of its speed.
-        use_cache: keep keys and values, where the model can.
 
     Returns:
         (batch, length + new tokens), int64 on the device of ``tokens``; fewer new tokens than asked for only where
@@ -65,36 +55,33 @@ def generate(
         raise TypeError(f"tokens must be an integer tensor, got {getattr(tokens, 'dtype', type(tokens).__name__)}")
     if tokens.ndim != 2 or 0 in tokens.shape:
         raise ValueError(f"tokens must have shape (batch, length), neither 0, got {tuple(tokens.shape)}")
-    for name, value in (("max_new_tokens", max_new_tokens), ("top_k", top_k), ("vocab_size", vocab_size)):
-        least = 0 if name == "max_new_tokens" else 1
+    for name, value, least in (("max_new_tokens", max_new_tokens, 0), ("top_k", top_k, 1)):
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
             raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
     _check_sampling(temperature, top_p)
     context = getattr(getattr(model, "config", None), "context", None)
-    was_training = isinstance(model, nn.Module) and model.training
+    tokens, training = tokens.to(torch.int64), getattr(model, "training", False)
+    finished = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
     if isinstance(model, nn.Module):
         model.eval()
-    make_cache = getattr(model, "make_cache", None) if use_cache else None
-    try:
-        with torch.inference_mode():
-            found = _continue(
-                model, tokens.to(torch.int64), max_new_tokens, context, make_cache, eos, vocab_size,
-                {"temperature": temperature, "top_k": top_k, "top_p": top_p, "generator": generator},
-            )  # fmt: skip
-    finally:
-        if was_training:
-            model.train()  # type: ignore[union-attr]
-    return found.clone()
+    for _ in range(max_new_tokens):
+        logits = model(tokens if context is None else tokens[:, -context:])[:, -1, :vocab_size]
+        new = sample(logits, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator).to(tokens.device)
+        if eos is not None:
+            new = torch.where(finished, eos, new)
+            finished |= new == eos
+        tokens = torch.cat([tokens, new[:, None]], dim=1)
+        if bool(finished.all()):
+            break
+    if isinstance(model, nn.Module):
+        model.train(training)
+    return tokens
 
 
 def sample(
-    logits: Tensor,
-    *,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
+    logits: Tensor, *, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None,
     generator: torch.Generator | None = None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """Draw one token from each row of logits (..., vocabulary): int64 (...,). Arguments as in `generate`.
 
     >>> sample(torch.tensor([[0.0, 3.0, 1.0]]), temperature=0)
@@ -118,41 +105,6 @@ def sample(
         logits = logits.scatter(-1, places, values.masked_fill(outside, -math.inf))
     rows = logits.softmax(-1).flatten(0, -2)
     return torch.multinomial(rows, 1, generator=generator).view(logits.shape[:-1])
-
-
-def _continue(
-    model: Any,
-    tokens: Tensor,
-    count: int,
-    context: int | None,
-    make_cache: Callable[[], Any] | None,
-    eos: int | None,
-    vocab_size: int | None,
-    sampling: dict[str, Any],
-) -> Tensor:
-    finished = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
-    cache, seen = None, 0
-    if make_cache is not None and context is not None and tokens.shape[1] <= context:
-        cache = make_cache()
-    for _ in range(count):
-        if cache is not None and tokens.shape[1] <= context:
-            logits = model(tokens[:, seen:], cache=cache)
-            seen = tokens.shape[1]
-        else:
-            # Positions move with the window, so nothing that was kept fits any more.
-            cache = None
-            logits = model(tokens if context is None else tokens[:, -context:])
-        logits = logits[:, -1]
-        if vocab_size is not None:
-            logits = logits[:, :vocab_size]
-        new = sample(logits, **sampling).to(tokens.device)
-        if eos is not None:
-            new = torch.where(finished, eos, new)
-            finished = finished | (new == eos)
-        tokens = torch.cat([tokens, new[:, None]], dim=1)
-        if eos is not None and bool(finished.all()):
-            break
-    return tokens
 
 
 def _check_sampling(temperature: float, top_p: float | None) -> None:

@@ -20,8 +20,6 @@ FIGURES: dict[str, tuple[str, dict[str, str]]] = {
     "curves": ("evaluations of every run, and where they end", {}),
     "imagenet": ("the same for the validation error of ImageNet", {"y": "val_error"}),
     "gpt2": ("the same for the validation loss of GPT-2", {"y": "val_loss"}),
-    "gains": ("gain of every structured layer at the first and the last evaluation", {}),
-    "spectrum": ("singular values of layers, from rows of structlin_nn.figures.layers.layer_spectra", {}),
 }
 CURVES = ("curves", "imagenet", "gpt2")
 LAWS = ("compute", "cifar")
@@ -61,7 +59,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise UsageError(f"{name} draws no laws: --frontier, --floor and --noise are for {' and '.join(LAWS)}")
     arguments.x = arguments.x or usual.get("x", "training_macs")
     arguments.y = arguments.y or usual.get("y", "test_error")
-    arguments.all_evaluations |= name in ("delta-h", "gains", *CURVES)
+    arguments.all_evaluations |= name in ("delta-h", *CURVES)
     try:
         figure = _drawn(name, read_groups(arguments), arguments)
         save(figure, out)
@@ -86,17 +84,13 @@ def _drawn(name: str, groups: dict[str, Any], arguments: argparse.Namespace) -> 
         from structlin_nn.figures.curves import curves_figure
 
         return curves_figure(groups, x=arguments.x, y=arguments.y)
-    if name in LAWS:
-        from structlin_nn.figures.compute import compute_figure
-        from structlin_nn.laws import fit_groups
+    from structlin_nn.figures.compute import compute_figure
+    from structlin_nn.laws import fit_groups
 
-        laws, left_out = fit_groups(
-            groups, arguments.x, arguments.y, frontier=arguments.frontier, floor=arguments.floor,
-            samples=arguments.samples, noise=arguments.noise,
-        )  # fmt: skip
-        for group, reason in left_out.items():
-            print(f"not fitted: {group}: {reason}", file=sys.stderr)
-        return compute_figure(laws, x=arguments.x, y=arguments.y)
-    from structlin_nn.figures.layers import gains_figure, spectrum_figure
-
-    return (gains_figure if name == "gains" else spectrum_figure)(groups)
+    laws, left_out = fit_groups(
+        groups, arguments.x, arguments.y, frontier=arguments.frontier, floor=arguments.floor,
+        samples=arguments.samples, noise=arguments.noise,
+    )  # fmt: skip
+    for group, reason in left_out.items():
+        print(f"not fitted: {group}: {reason}", file=sys.stderr)
+    return compute_figure(laws, x=arguments.x, y=arguments.y)

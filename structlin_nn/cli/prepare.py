@@ -8,9 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from structlin_nn.cli.common import Parser, UsageError, choice, print_json, print_table
+from structlin_nn.cli.common import Parser, UsageError, choice, print_json
 
-HELP = "make data ready: text and OpenWebText as tokens, ImageNet checked and resized, CIFAR downloaded"
+HELP = "make data ready: text and OpenWebText as tokens, CIFAR downloaded"
 EXAMPLES = """\
 examples:
   structlin prepare text --out data/pydoc
@@ -19,10 +19,6 @@ examples:
       any UTF-8 text: GPT-2's tokens where its vocabulary is at hand, bytes otherwise
   structlin prepare openwebtext --out data/openwebtext
       from the Hugging Face hub (about 9 billion tokens, 18 GB of files); --dataset for others
-  structlin prepare imagenet path/to/imagenet
-      reads and decodes every image, counts the classes, names what is broken
-  structlin prepare imagenet path/to/shards --resize 256 --out data/imagenet256
-      an image tree whose images have a shortest side of 256 pixels
   structlin prepare cifar10 --out data
       downloads the official archive, about 160 MB, and verifies it
 
@@ -33,10 +29,10 @@ structlin prepare KIND --help lists the options of a kind. After an interruption
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     kinds = parser.add_subparsers(dest="kind", metavar="KIND", required=True, parser_class=Parser)
 
-    def kind(name: str, work: Callable[[argparse.Namespace], int], about: str, *, out: bool = True) -> Any:
+    def kind(name: str, work: Callable[[argparse.Namespace], int], about: str) -> Any:
         made = kinds.add_parser(name, help=about, description=about)
         made.set_defaults(work=work)
-        made.add_argument("--out", metavar="DIR", type=_folder, required=out, help="folder to write")
+        made.add_argument("--out", metavar="DIR", type=_folder, required=True, help="folder to write")
         made.add_argument("--json", action="store_true", help="print the result as JSON")
         return made
 
@@ -57,17 +53,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     owt.add_argument("--column", metavar="NAME", default="text", help="column of the text (text)")
     owt.add_argument("--seed", type=int, default=2357, metavar="N", help="of the held-out documents (2357)")
     tokens(owt, ("gpt2", "bytes"), 0.0005)
-    images = kind("imagenet", _imagenet, "images checked, or resized to --out", out=False)
-    images.add_argument("source", metavar="SOURCE", help="folder, shards, or Hugging Face data")
-    images.add_argument("--resize", type=_natural, metavar="N", help="write images with a shortest side of N pixels")
-    images.add_argument("--quality", type=_natural, metavar="Q", help="of JPEG files, 1 to 95 (90)")
-    images.add_argument("--remove-broken", action="store_true", help="leave broken images out of --out")
-    images.add_argument("--format", type=choice("format", ("folder", "shards", "datasets")), metavar="NAME")
-    images.add_argument("--image-column", metavar="NAME", default="image", help="of a Hugging Face data set (image)")
-    images.add_argument("--label-column", metavar="NAME", default="label", help="of a Hugging Face data set (label)")
-    images.add_argument("--num-classes", type=_natural, metavar="K", help="classes there should be")
-    images.add_argument("--workers", type=_natural, metavar="N", help="one for each core")
-    images.add_argument("--quiet", action="store_true", help="no progress bar")
     for name in ("cifar10", "cifar100"):
         cifar = kind(name, _cifar, f"the official archive of {name}, downloaded and verified")
         cifar.add_argument("--url", metavar="URL", help="folder of the archive, if it is not at its official place")
@@ -126,43 +111,10 @@ def _cifar(arguments: argparse.Namespace) -> int:
 
     path = download_cifar(arguments.kind, arguments.out, progress=not arguments.json, **_given(arguments, "url"))
     if arguments.json:
-        print_json({"archive": str(path)})
+        print_json({"folder": str(path)})
     else:
-        print(f"{path}: the official archive, md5 sum verified; train with --data {path.parent}")
+        print(f"{path}: the official files, md5 sum verified; train with --data {path}")
     return 0
-
-
-def _imagenet(arguments: argparse.Namespace) -> int:
-    from structlin_nn.data.imagenet import open_imagenet
-    from structlin_nn.data.prepare import prepare_images
-
-    if (arguments.resize is None) != (arguments.out is None):
-        raise UsageError("--resize and --out belong together: without both, images are only checked")
-    if arguments.resize is None and (arguments.quality is not None or arguments.remove_broken):
-        raise UsageError("--quality and --remove-broken are for --resize")
-    data = open_imagenet(
-        arguments.source,
-        format=arguments.format,
-        image=arguments.image_column,
-        label=arguments.label_column,
-        num_classes=arguments.num_classes,
-    )
-    options = _given(arguments, "quality", "remove_broken", "workers")
-    if arguments.resize is not None:
-        options["size"] = arguments.resize
-    report = prepare_images(data, arguments.out, progress=not arguments.quiet, **options)
-    for message in report["broken"].values():
-        print(f"broken: {message}", file=sys.stderr)
-    for path in data.splits["train"].ignored() + data.splits["val"].ignored():
-        print(f"not an image by its name, left out: {path}", file=sys.stderr)
-    if arguments.json:
-        print_json({"source": data.source, "format": data.format, "sha256": data.digest, **report})
-    else:
-        rows = [(split, *(f"{number:,}" for number in found.values())) for split, found in report["splits"].items()]
-        print_table(("split", "images", "classes", "smallest class", "largest class", "broken"), rows)
-        where = f"written to {arguments.out}" if arguments.out else "checked, nothing written"
-        print(f"\n{data.num_classes} classes, from {data.format} {data.source}; {where}")
-    return 1 if report["broken"] and not arguments.remove_broken else 0
 
 
 def _given(arguments: argparse.Namespace, *names: str) -> dict[str, Any]:

@@ -24,8 +24,8 @@ examples:
       those of width 64; runs that are finished are skipped, and those that were interrupted are resumed
   structlin sweep cifar-mlp --data DIR --set epochs=20 --set eval_every=20
       all runs shorter
-  structlin sweep gpt2 --data DIR --set device=cuda --slurm --launcher srun
-      print an array script for sbatch; --print-commands prints one command for each run
+  structlin sweep gpt2 --data DIR --set device=cuda --print-commands --launcher srun
+      print one command for each run
   structlin sweep imagenet --data DIR --set device=cuda --submit slurm --workers 4 \\
     --submit-set timeout_min=4320 --submit-set gpus_per_node=1
       give the runs to a cluster, four at a time, by submitit (the extra 'cluster')
@@ -48,7 +48,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--retry", action="store_true", help="start again what failed, from its last checkpoint")
     parser.add_argument("--dry-run", action="store_true", help="print the table, and end")
     parser.add_argument("--print-commands", action="store_true", help="print one command for each run left, and end")
-    parser.add_argument("--slurm", action="store_true", help="print an array script for sbatch, and end")
     parser.add_argument("--submit", metavar="NAME", help=(
         "submit the runs by submitit to: slurm, or local for a trial on this machine (the extra 'cluster')"
     ))  # fmt: skip
@@ -69,13 +68,13 @@ def run(arguments: argparse.Namespace) -> int:
         return 0
     if arguments.name is None:
         raise UsageError(f"the following arguments are required: NAME, one of {', '.join(names())}")
-    if arguments.launcher and not (arguments.print_commands or arguments.slurm or arguments.submit):
-        raise UsageError("--launcher is for the commands of --print-commands, --slurm and --submit")
+    if arguments.launcher and not (arguments.print_commands or arguments.submit):
+        raise UsageError("--launcher is for the commands of --print-commands and --submit")
     if arguments.submit_set and not arguments.submit:
         raise UsageError("--submit-set is for --submit")
-    if arguments.submit and (arguments.print_commands or arguments.slurm):
-        raise UsageError("--submit submits the runs, and --print-commands and --slurm only print them: give one")
-    from structlin_nn.sweeps.commands import command, slurm_script
+    if arguments.submit and arguments.print_commands:
+        raise UsageError("--submit submits the runs, and --print-commands only prints them: give one")
+    from structlin_nn.sweeps.commands import command
     from structlin_nn.sweeps.local import default_workers, plan
 
     workers = default_workers() if arguments.workers is None else arguments.workers
@@ -93,13 +92,11 @@ def run(arguments: argparse.Namespace) -> int:
     skipped = {"finished"} if arguments.retry else {"finished", "failed"}
     left = {name: jobs[name] for name, entry in planned.items() if entry.state not in skipped}
     launcher = shlex.split(arguments.launcher)
-    if arguments.slurm or arguments.print_commands:
-        if not left:
-            print("structlin sweep: all runs are done", file=sys.stderr)
-        elif arguments.slurm:
-            print(slurm_script(Path(arguments.name).stem, left, workers=workers, launcher=launcher), end="")
-        else:
+    if arguments.print_commands:
+        if left:
             print("\n".join(command(job, launcher) for job in left.values()))
+        else:
+            print("structlin sweep: all runs are done", file=sys.stderr)
         return 0
     if arguments.json and arguments.dry_run:
         print_json(_rows(planned))

@@ -1,8 +1,8 @@
 """Figure 7: GPT-2 on OpenWebText, dense against Block Tensor-Train of rank 4 with capped factors.
 
 Command:   structlin prepare openwebtext DIR, then
-           structlin sweep gpt2 --data DIR --slurm --launcher 'torchrun --nproc-per-node 8 --no-python' \\
-             --set device=cuda --set precision=bfloat16 --set compile=true > gpt2.sbatch
+           structlin sweep gpt2 --data DIR --submit slurm --launcher 'torchrun --nproc-per-node 8 --no-python' \\
+             --submit-set gpus_per_node=8 --set device=cuda --set precision=bfloat16 --set compile=true
 Small:     benchmarks/sweeps/gpt2_short.py: 2 runs of 400 steps on bytes, 20 minutes on one CPU core.
 Time:      7 runs of 600,000 steps of 480 sequences, 3.1e20 training MACs: about 80 days of one A100 together.
 Paper:     validation loss: dense 384: 3.238, 512: 3.076, 768: 2.918; Block Tensor-Train 1024: 3.222, 1536: 3.074,

@@ -1,7 +1,7 @@
 """Figure 6: ViT/32 on ImageNet, dense against Block Tensor-Train and Monarch.
 
 Command:   structlin sweep imagenet --data path/to/imagenet --set device=cuda --set precision=bfloat16 --workers 1
-           on a cluster: --slurm --launcher 'torchrun --nproc-per-node 8 --no-python'
+           on a cluster: --submit slurm --launcher 'torchrun --nproc-per-node 8 --no-python'
 Time:      14 runs of 300 epochs, 8.8e18 training MACs: about two days of one A100, if the images are decoded as fast.
 Paper:     top-1 validation error: dense 80: 50.9, 192: 32.6, 384: 28.6; Block Tensor-Train rank 1, 256: 43.1,
            784: 28.9, 1936: 25.6; rank 2, 144: 47.7, 484: 28.9, 1296: 24.8; Monarch 4 blocks, 140: 47.2, 316: 31.6,

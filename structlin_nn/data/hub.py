@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 __all__ = ["load_hub"]
 
 
-def load_hub(source: str | os.PathLike[str], *, split: str | None = None, workers: int | None = None) -> Any:
+def load_hub(
+    source: str | os.PathLike[str], *, split: str | None = None, workers: int | None = None,
+    shards: Mapping[str, Sequence[str]] | None = None,
+) -> Any:  # fmt: skip
     """A data set, or one split of it.
 
     Args:
@@ -17,11 +21,12 @@ def load_hub(source: str | os.PathLike[str], *, split: str | None = None, worker
             ``save_to_disk`` wrote.
         split: name of the split; None: all of them, by name.
         workers: processes that download and convert.
+        shards: WebDataset files of each split, to be read in place of `source`.
 
     Raises:
         ImportError: `datasets` is not installed.
         FileNotFoundError: nothing there, or no network to look.
-        ValueError: no such split in a saved data set.
+        ValueError: no such split in a saved data set, or files that `datasets` cannot read.
     """
     try:
         import datasets
@@ -29,6 +34,8 @@ def load_hub(source: str | os.PathLike[str], *, split: str | None = None, worker
         raise ImportError(f"{source} needs Hugging Face datasets: pip install 'structlin[text]' ({error})") from error
     folder = Path(source).expanduser()
     try:
+        if shards is not None:
+            return datasets.load_dataset("webdataset", data_files=dict(shards))
         if any((folder / name).is_file() for name in ("dataset_dict.json", "state.json")):
             found = datasets.load_from_disk(str(folder))
             if split is not None and isinstance(found, datasets.DatasetDict):
@@ -42,5 +49,5 @@ def load_hub(source: str | os.PathLike[str], *, split: str | None = None, worker
         raise
     except Exception as error:
         # Whatever the network, the hub or the files make of it: the library has no common exception.
-        what = f"{type(error).__name__}: {error}"
-        raise FileNotFoundError(f"Hugging Face datasets cannot load {source} ({what})") from error
+        what = f"Hugging Face datasets cannot load {source} ({type(error).__name__}: {error.__cause__ or error})"
+        raise (FileNotFoundError if shards is None else ValueError)(what) from error

@@ -1,25 +1,26 @@
 """ImageNet, or any labelled images of its kind: image trees, WebDataset shards, Hugging Face `datasets`.
 
-timm's transforms and torch's DataLoader do the work; images reach the device as uint8. What is added here, because no
-loader of timm, webdataset or torchdata has it: a batch is a function of the seed and the number of the step alone, so
-that a run resumes by its step, with any number of processes and workers.
+torchvision lists trees, `datasets` reads the rest, and timm's transforms and torch's DataLoader do the work; images
+reach the device as uint8. What is added here, because no loader of timm, webdataset or torchdata has it: a batch is a
+function of the seed and the number of the step alone, so that a run resumes by its step, with any number of processes
+and workers.
 
 Source: Russakovsky et al., ImageNet Large Scale Visual Recognition Challenge, IJCV 2015.
 """
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import io
 import itertools
-import math
 import os
 import random
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -29,7 +30,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 
 from structlin_nn.data import augment
 from structlin_nn.data._checks import natural, share
-from structlin_nn.data.image_sources import FORMATS, Split, open_splits
+from structlin_nn.data.hub import load_hub
 from structlin_nn.data.images import batch_rows
 from structlin_nn.data.tokens import IGNORE
 
@@ -37,21 +38,73 @@ __all__ = ["FORMATS", "IMAGENET_MEAN", "IMAGENET_STD", "ImageNetData", "ImageRec
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-_RETRIES = 50  # as in timm: so many broken images after each other are no accident
+FORMATS = ("folder", "shards", "datasets")
+_NAMES = {"train": ("train",), "val": ("val", "validation")}
 _FILL = -1
 
 
+class Split(Protocol):
+    """The samples of one split, numbered from 0: labels int64 (N,), what a message calls a sample, its undecoded file.
+
+    `identity` tells the samples from others, besides their labels, without reading images.
+    """
+
+    labels: np.ndarray
+
+    def name(self, index: int) -> str: ...
+    def read(self, index: int) -> bytes: ...
+    def identity(self) -> bytes: ...
+
+
+@dataclass
+class FolderSplit(Split):
+    """Image files in one folder for each class; `paths` below the root as `os.fsencode` has them.
+
+    They are an array, because processes that share a list copy it as soon as they look at it.
+    """
+
+    root: Path
+    paths: np.ndarray
+    labels: np.ndarray
+
+    def name(self, index: int) -> str:
+        return os.path.join(self.root, os.fsdecode(self.paths[index]))
+
+    def read(self, index: int) -> bytes:
+        return Path(self.name(index)).read_bytes()
+
+    def identity(self) -> bytes:
+        return b"\n".join(self.paths.tolist())
+
+
+@dataclass
+class HubSplit(Split):
+    """One split of a Hugging Face data set, with an undecoded image column."""
+
+    dataset: Any
+    title: str
+    image: str
+    labels: np.ndarray
+
+    def name(self, index: int) -> str:
+        return f"{self.title}[{index}]"
+
+    def read(self, index: int) -> bytes:
+        cell = self.dataset[int(index)][self.image]
+        return Path(cell["path"]).read_bytes() if cell["bytes"] is None else cell["bytes"]
+
+    def identity(self) -> bytes:
+        # Changes with every transformation, and with the files that the data set was made of.
+        return f"{self.dataset._fingerprint} {len(self.dataset)}".encode()
+
+
 def decode(raw: bytes, name: str) -> Image.Image:
-    """An image file as an RGB image, all its pixels read.
+    """An image file as an RGB image, all its pixels read; ValueError that names it where that fails.
 
-    Raises:
-        ValueError: the file is truncated, damaged or of no known format; the message names it.
-
-    Example:
-        >>> decode(b"GIF89a", "cat.gif")
-        Traceback (most recent call last):
-            ...
-        ValueError: cat.gif (6 bytes) is a broken image (...)
+    >>> decode(b"GIF89a", "cat.gif")
+    Traceback (most recent call last):
+        ...
+    ValueError: cat.gif (6 bytes) is a broken image (...)
     """
     try:
         with Image.open(io.BytesIO(raw)) as image:
@@ -85,9 +138,8 @@ class ImageRecipe:
 
     Source: Cubuk et al., RandAugment, 2020; Zhong et al., Random Erasing, 2020; Zhang et al., mixup, 2018.
 
-    Example:
-        >>> ImageRecipe.plain(size=64).rand_augment is None
-        True
+    >>> ImageRecipe.plain(size=64).rand_augment is None
+    True
     """
 
     size: int = 224
@@ -103,19 +155,10 @@ class ImageRecipe:
 
     def __post_init__(self) -> None:
         natural("size", self.size, 1)
-        for name in ("crop_scale", "crop_ratio"):
-            low, high = getattr(self, name)
-            if not 0 < low <= high < math.inf:
-                raise ValueError(f"{name} must be (smallest, largest) with 0 < smallest <= largest, got {(low, high)}")
         if self.interpolation not in ("random", "bilinear", "bicubic"):
             raise ValueError(f"interpolation must be random, bilinear or bicubic, got {self.interpolation!r}")
-        for name, highest in (
-            ("flip", 1),
-            ("random_erasing", 1),
-            ("smoothing", 1),
-            ("color_jitter", 1e9),
-            ("mixup", 1e9),
-        ):
+        limits = {"flip": 1, "random_erasing": 1, "smoothing": 1, "color_jitter": 1e9, "mixup": 1e9}
+        for name, highest in limits.items():
             if not 0 <= getattr(self, name) <= highest:
                 raise ValueError(f"{name} must be from 0 to {highest:g}, got {getattr(self, name)}")
 
@@ -128,16 +171,10 @@ class ImageRecipe:
     def transform(self) -> Callable[[Image.Image], Tensor]:
         """timm's transform of one image: RGB image to uint8 tensor (3, size, size); it draws from global generators."""
         made = _timm("transforms_factory").transforms_imagenet_train(
-            self.size,
-            scale=self.crop_scale,
-            ratio=self.crop_ratio,
-            hflip=self.flip,
-            color_jitter=self.color_jitter or None,
-            auto_augment=self.rand_augment,
-            interpolation=self.interpolation,
-            mean=IMAGENET_MEAN,
-            use_prefetcher=True,
-        )
+            self.size, scale=self.crop_scale, ratio=self.crop_ratio, hflip=self.flip,
+            color_jitter=self.color_jitter or None, auto_augment=self.rand_augment, interpolation=self.interpolation,
+            mean=IMAGENET_MEAN, use_prefetcher=True,
+        )  # fmt: skip
         for step in made.transforms:
             for operation in getattr(step, "ops", ()):
                 if operation.name.startswith("Posterize"):
@@ -199,9 +236,8 @@ class ImageNetData:
         train_size, val_size: numbers of images.
         digest: sha256 of the names and labels of all samples (of fingerprints, for Hugging Face data); images
             themselves are not read.
-        format: ``folder``, ``shards`` or ``datasets``.
+        format: one of `FORMATS`.
         source: as given.
-        broken: what was broken so far: name of the sample -> error.
     """
 
     splits: dict[str, Split]
@@ -209,8 +245,6 @@ class ImageNetData:
     digest: str
     format: str
     source: str
-    on_broken: str = "error"
-    broken: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.num_classes = len(self.classes)
@@ -227,18 +261,9 @@ class ImageNetData:
         return self.train_size // natural("batch_size", batch_size, 1)
 
     def train_batches(
-        self,
-        *,
-        batch_size: int,
-        seed: int,
-        recipe: ImageRecipe,
-        rank: int = 0,
-        world_size: int = 1,
-        workers: int = 0,
-        start_step: int = 0,
-        accumulate: int = 1,
-        pin_memory: bool = False,
-    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        self, *, batch_size: int, seed: int, recipe: ImageRecipe, rank: int = 0, world_size: int = 1, workers: int = 0,
+        start_step: int = 0, accumulate: int = 1, pin_memory: bool = False,
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:  # fmt: skip
         """Training batches without end, from a step on; the same workers go on from epoch to epoch.
 
         What is in a batch, and what is drawn for a sample, depend on the seed and the step alone.
@@ -259,7 +284,7 @@ class ImageNetData:
 
         Raises:
             ValueError: an argument out of range, a batch that cannot be shared equally, fewer images than one batch,
-                or (with ``on_broken="error"``) a broken image.
+                or a broken image.
         """
         local, rank, world = share(batch_size, rank, world_size)
         if local % natural("accumulate", accumulate, 1) or (recipe.mixup and local // accumulate % 2):
@@ -277,25 +302,18 @@ class ImageNetData:
                 for part in rows.reshape(accumulate, world, -1)[:, rank]:
                     yield [(step // steps, row) for row in part.tolist()]
 
-        samples = _Samples(self, "train", recipe.transform(), recipe.size, seed)
-        return self._checked(self._loader(samples, _Endless(chosen), workers, pin_memory), training=True)
+        samples = _Samples(self.splits["train"], recipe.transform(), recipe.size, seed)
+        return iter(_Batches(_loader(samples, _Endless(chosen), workers, pin_memory), 3))
 
     def val_batches(
-        self,
-        batch_size: int,
-        *,
-        size: int = 224,
-        crop: float = 0.875,
-        rank: int = 0,
-        world_size: int = 1,
-        workers: int = 0,
-        pin_memory: bool = False,
-    ) -> Validation:
+        self, batch_size: int, *, size: int = 224, crop: float = 0.875, rank: int = 0, world_size: int = 1,
+        workers: int = 0, pin_memory: bool = False,
+    ) -> _Batches:  # fmt: skip
         """Every validation image once, in order: resized (bicubic), the centre cut out, by timm's transform.
 
         All processes get equally many batches of one shape, as collective forward passes need. What a process lacks in
-        the last batch, and broken images with ``on_broken="skip"``, are zeros with the label ``IGNORE`` (-100), which
-        torch's cross-entropy leaves out of a sum. With one process nothing is filled.
+        the last batch are zeros with the label ``IGNORE`` (-100), which torch's cross-entropy leaves out of a sum. With
+        one process nothing is filled.
 
         Args:
             batch_size: images in a batch, of all processes together.
@@ -321,84 +339,31 @@ class ImageNetData:
             chosen.append([(0, row) for row in [*rows, *[_FILL] * (each - len(rows))]])
         make = _timm("transforms_factory").transforms_imagenet_eval
         view = make(natural("size", size, 1), crop_pct=crop, interpolation="bicubic", use_prefetcher=True)
-        samples = _Samples(self, "val", view, size, None)
-        return Validation(self, self._loader(samples, chosen, workers, pin_memory, persistent_workers=workers > 0))
-
-    @staticmethod
-    def _loader(samples: _Samples, chosen: Any, workers: int, pin_memory: bool, **options: Any) -> DataLoader:
-        # A generator of its own, because a loader draws from torch's global one otherwise.
-        return DataLoader(
-            samples,
-            batch_sampler=chosen,
-            num_workers=natural("workers", workers),
-            collate_fn=_collate,
-            pin_memory=pin_memory,
-            generator=torch.Generator().manual_seed(0),
-            worker_init_fn=_one_thread,
-            **options,
-        )
-
-    def _checked(self, loader: DataLoader, training: bool = False) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        for images, labels, keys, broken in loader:
-            if broken and self.on_broken == "error":
-                raise ValueError(broken[0][1])
-            if training and bool((labels == IGNORE).any()):
-                raise ValueError(f"{_RETRIES} images after each other are broken, the last: {broken[-1][1]}")
-            for name, message in broken:
-                if name not in self.broken:
-                    self.broken[name] = message
-                    warnings.warn(f"{message}; left out", stacklevel=2)
-            yield images, labels, keys
-
-
-@dataclass
-class Validation:
-    """The validation batches of `ImageNetData.val_batches`, to be iterated over again and again."""
-
-    data: ImageNetData
-    loader: DataLoader
-
-    def __len__(self) -> int:
-        return len(self.loader)
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        return ((images, labels) for images, labels, _ in self.data._checked(self.loader))
+        samples = _Samples(self.splits["val"], view, size, None)
+        return _Batches(_loader(samples, chosen, workers, pin_memory, persistent_workers=workers > 0), 2)
 
 
 def open_imagenet(
-    source: str | os.PathLike[str],
-    *,
-    format: str | None = None,
-    image: str = "image",
-    label: str = "label",
-    num_classes: int | None = None,
-    on_broken: str = "error",
+    source: str | os.PathLike[str], *, format: str | None = None, num_classes: int | None = None
 ) -> ImageNetData:
     """Open a data set of labelled images; images are read when batches are made.
 
     Args:
         source: a folder with ``train/`` and ``val/`` (or ``validation/``) that have one folder for each class; or
-            with shards ``*train*.tar`` and ``*val*.tar``, or ``train/*.tar`` and ``val/*.tar``, uncompressed, of
-            members ``KEY.jpg`` and ``KEY.cls``; or a data set saved by Hugging Face `datasets`; or its name on the
-            hub.
+            with WebDataset shards ``*train*.tar`` and ``*val*.tar``, or ``train/*.tar`` and ``val/*.tar``, of members
+            ``KEY.jpg`` (or another image format, the same for all) and ``KEY.cls``, of which Hugging Face `datasets`
+            keeps a copy in its cache; or a data set saved by `datasets`; or its name on the hub.
         format: ``folder``, ``shards`` or ``datasets``; None: what is found.
-        image: column of the images, of Hugging Face data.
-        label: column of the labels, likewise.
-        num_classes: classes there should be. Shards hold only numbers: without it, the largest label is the last
-            class, and each class must have a training image.
-        on_broken: what is done about an image that cannot be read, decoded or transformed. ``"error"``: ValueError
-            that names it. ``"skip"``: a warning names it, ``broken`` notes it, and in training the next image of the
-            data set takes its place, as in timm; in validation its label is ``IGNORE``.
+        num_classes: classes there should be. Labels that are only numbers need it where a class has no training image.
 
     Raises:
         FileNotFoundError: nothing of the kind at ``source``.
         ValueError: an unknown format, an empty class or split, validation classes that have no training images,
-            a shard that is damaged, cut or compressed, a label outside the classes.
+            a shard that is damaged or cut, a label outside the classes.
         ImportError: Hugging Face data without `datasets` installed.
 
     Example:
         >>> import tempfile
-        >>> from pathlib import Path
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     for name in ("train/cat/1.png", "train/dog/1.png", "val/cat/2.png"):
         ...         path = Path(folder, name)
@@ -410,12 +375,110 @@ def open_imagenet(
         >>> data.classes, data.train_size, data.val_size, images.shape
         (('cat', 'dog'), 2, 1, torch.Size([2, 3, 16, 16]))
     """
-    if on_broken not in ("error", "skip"):
-        raise ValueError(f"on_broken must be 'error' or 'skip', got {on_broken!r}")
-    if num_classes is not None:
-        natural("num_classes", num_classes, 1)
-    splits, classes, digest, kind = open_splits(source, format, image=image, label=label, num_classes=num_classes)
-    return ImageNetData(splits, classes, digest, kind, os.fspath(source), on_broken)
+    if format not in (None, *FORMATS):
+        raise ValueError(f"unknown format {format!r}; one of {', '.join(FORMATS)}")
+    place = Path(source).expanduser()
+    kind = format or _recognise(place)
+    if kind != "datasets" and not place.is_dir():
+        raise FileNotFoundError(f"{place} is not a folder; it should hold train/ and val/, or shards")
+    splits, classes = _open_folders(place) if kind == "folder" else _open_hub(source, kind)
+    if classes is not None and num_classes not in (None, len(classes)):
+        raise ValueError(f"{source} has {len(classes)} classes, num_classes is {num_classes}")
+    if classes is None:
+        present = np.unique(splits["train"].labels)
+        if num_classes is None and len(present) != present[-1] + 1:
+            raise ValueError(
+                f"{source} has training images of {len(present)} classes, and the largest label is {present[-1]}: "
+                "state num_classes if there are classes without images"
+            )
+        classes = tuple(map(str, range(len(present) if num_classes is None else natural("classes", num_classes, 1))))
+    digest = hashlib.sha256("\n".join(classes).encode())
+    for name, split in splits.items():
+        if (wrong := np.flatnonzero((split.labels < 0) | (split.labels >= len(classes)))).size:
+            raise ValueError(
+                f"{split.name(wrong[0])} has the label {split.labels[wrong[0]]}, outside the {len(classes)} classes "
+                f"({wrong.size} such labels)"
+            )
+        digest.update(f"\n{name}\n".encode() + split.identity() + split.labels.astype("<i8").tobytes())
+    return ImageNetData(splits, classes, digest.hexdigest(), kind, os.fspath(source))
+
+
+def _recognise(place: Path) -> str:
+    if not place.is_dir() or any((place / name).is_file() for name in ("dataset_dict.json", "state.json")):
+        return "datasets"
+    if _shards(place, "train"):
+        return "shards"
+    if (place / "train").is_dir():
+        return "folder"
+    raise FileNotFoundError(
+        f"{place} holds no train/ and val/ folder with one folder for each class, no *train*.tar, and no data set "
+        "saved by Hugging Face datasets"
+    )
+
+
+def _open_folders(place: Path) -> tuple[dict[str, Split], tuple[str, ...]]:
+    try:
+        from torchvision.datasets import ImageFolder
+    except ImportError as error:
+        raise ImportError(f"ImageNet needs torchvision and timm: pip install 'structlin[vision]' ({error})") from error
+    splits: dict[str, Split] = {}
+    classes: list[str] = []
+    for split, names in _NAMES.items():
+        root = next((place / name for name in names if (place / name).is_dir()), None)
+        if root is None:
+            raise FileNotFoundError(f"{place} lacks the folder {' or '.join(names)}")
+        try:
+            found = ImageFolder(root)
+        except FileNotFoundError as error:
+            raise ValueError(f"{root}: {error}") from error
+        classes = classes or found.classes
+        if extra := sorted(set(found.classes) - set(classes)):
+            raise ValueError(f"{root} has {len(extra)} classes that train lacks, the first of them {extra[0]!r}")
+        number = np.array([classes.index(name) for name in found.classes])
+        paths = np.array([os.fsencode(os.path.relpath(path, root)) for path, _ in found.samples])
+        splits[split] = FolderSplit(root, paths, number[[label for _, label in found.samples]].astype(np.int64))
+    return splits, tuple(classes)
+
+
+def _shards(place: Path, split: str) -> list[str]:
+    names = _NAMES[split]
+    inside = [path for name in names for path in sorted((place / name).glob("*.tar"))]
+    found = inside or sorted(path for path in place.glob("*.tar") if any(name in path.name for name in names))
+    for path in found:
+        # Two blocks of zeros end an archive. Without them it was cut, perhaps between two members.
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - 1024))
+            if file.read() != bytes(1024):
+                raise ValueError(f"{path} ({path.stat().st_size} bytes) is cut: the end of the archive is missing")
+    return [str(path) for path in found]
+
+
+def _open_hub(source: Any, kind: str) -> tuple[dict[str, Split], tuple[str, ...] | None]:
+    shards = {split: _shards(Path(source).expanduser(), split) for split in _NAMES} if kind == "shards" else None
+    if shards is not None and not all(shards.values()):
+        raise FileNotFoundError(f"{source} holds no shards *{min(shards, key=lambda s: len(shards[s]))}*.tar")
+    loaded = load_hub(source, shards=shards)
+    import datasets
+
+    if not isinstance(loaded, datasets.DatasetDict):
+        raise ValueError(f"{source} is one split; a data set with train and val is needed")
+    splits: dict[str, Split] = {}
+    classes: tuple[str, ...] | None = None
+    for split, names in _NAMES.items():
+        rows = next((loaded[name] for name in names if name in loaded), None)
+        if rows is None or len(rows) == 0:
+            raise ValueError(f"{source} has the splits {', '.join(loaded)}; {' or '.join(names)} is needed, not empty")
+        images = [name for name, feature in rows.features.items() if isinstance(feature, datasets.Image)]
+        label = next((name for name in ("label", "cls") if name in rows.column_names), None)
+        if len(images) != 1 or label is None:
+            raise ValueError(
+                f"{source} has the columns {', '.join(rows.column_names)}: one of images, and label or cls are needed"
+            )
+        if isinstance(rows.features[label], datasets.ClassLabel):
+            classes = tuple(rows.features[label].names)
+        undecoded = rows.cast_column(images[0], datasets.Image(decode=False))
+        splits[split] = HubSplit(undecoded, f"{source}/{split}", images[0], np.array(rows[label][:], dtype=np.int64))
+    return splits, classes
 
 
 @dataclass
@@ -428,55 +491,71 @@ class _Endless:
         return self.chosen()
 
 
+@dataclass
 class _Samples(Dataset):
-    """(epoch, number) -> (uint8 view, label, key of `ImageRecipe.finish`, what was broken on the way to it)."""
+    """(epoch, number) -> (uint8 view, label, key of `ImageRecipe.finish`, or 0), or what was wrong with the image."""
 
-    def __init__(self, data: ImageNetData, split: str, transform: Any, size: int, seed: int | None) -> None:
-        self.split, self.transform, self.size, self.seed = data.splits[split], transform, size, seed
-        self.retries = _RETRIES if data.on_broken == "skip" and seed is not None else 1
+    split: Split
+    transform: Any
+    size: int
+    seed: int | None
 
-    def __getitems__(self, places: list[tuple[int, int]]) -> list[tuple[Tensor, int, int, list[tuple[str, str]]]]:
+    def __getitems__(self, places: list[tuple[int, int]]) -> list[Any]:
         with _generators_kept():
             return [self[place] for place in places]
 
-    def __getitem__(self, place: tuple[int, int]) -> tuple[Tensor, int, int, list[tuple[str, str]]]:
-        epoch, first = place
-        broken: list[tuple[str, str]] = []
-        for index in range(first, first + self.retries):
-            if index == _FILL:
-                break
-            index %= len(self.split.labels)
-            name = self.split.name(index)
-            try:
-                image = decode(self.split.read(index), name)
-                if self.seed is None:
-                    return self.transform(image), int(self.split.labels[index]), 0, broken
+    def __getitem__(self, place: tuple[int, int]) -> Any:
+        epoch, index = place
+        if index == _FILL:
+            return torch.zeros(3, self.size, self.size, dtype=torch.uint8), IGNORE, 0
+        name, key = self.split.name(index), 0
+        try:
+            image = decode(self.split.read(index), name)
+            if self.seed is not None:
                 *words, key = _words((self.seed, epoch, index), 4)
                 random.seed(words[0])
                 np.random.seed(words[1] % 2**32)  # noqa: NPY002
                 torch.default_generator.manual_seed(words[2])
-                return self.transform(image), int(self.split.labels[index]), key, broken
-            except Exception as error:
-                # Whatever an image makes of Pillow, timm and torchvision; `decode` and `read` name the image.
-                message = str(error)
-                if name not in message:
-                    message = f"{name} cannot be transformed ({type(error).__name__}: {error})"
-                broken.append((name, message))
-        return torch.zeros(3, self.size, self.size, dtype=torch.uint8), IGNORE, 0, broken
+            return self.transform(image), int(self.split.labels[index]), key
+        except Exception as error:
+            # Whatever an image makes of Pillow, timm and torchvision; `decode` and `read` name the image.
+            message = str(error)
+            return message if name in message else f"{name} cannot be transformed ({type(error).__name__}: {error})"
 
 
-def _collate(samples: list[tuple[Tensor, int, int, list[tuple[str, str]]]]) -> tuple[Any, ...]:
-    views, labels, keys, broken = zip(*samples, strict=True)
-    return (
-        default_collate(list(views)),
-        torch.tensor(labels),
-        torch.tensor(keys),
-        [found for each in broken for found in each],
-    )
+def _collate(samples: list[Any]) -> Any:
+    """A batch, or the first message."""
+    wrong = next((sample for sample in samples if isinstance(sample, str)), None)
+    return default_collate(samples) if wrong is None else wrong
 
 
 def _one_thread(worker: int) -> None:
     torch.set_num_threads(1)
+
+
+def _loader(samples: _Samples, chosen: Any, workers: int, pin_memory: bool, **options: Any) -> DataLoader:
+    # A generator of its own, because a loader draws from torch's global one otherwise.
+    return DataLoader(
+        samples, batch_sampler=chosen, num_workers=natural("workers", workers), collate_fn=_collate,
+        pin_memory=pin_memory, generator=torch.Generator().manual_seed(0), worker_init_fn=_one_thread, **options,
+    )  # fmt: skip
+
+
+@dataclass
+class _Batches:
+    """The batches of a loader, again and again, their first `fields`; ValueError for a message in place of one."""
+
+    loader: DataLoader
+    fields: int
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[Any]:
+        for batch in self.loader:
+            if isinstance(batch, str):
+                raise ValueError(batch)
+            yield tuple(batch[: self.fields])
 
 
 def _words(seed: tuple[int, ...], count: int) -> list[int]:

@@ -165,23 +165,18 @@ class ImageDataset:
         )
 
 
-def load_images(
-    name: str, root: str | os.PathLike[str] | None = None, *, labels: str | None = None, verify: bool = True
-) -> ImageDataset:
+def load_images(name: str, root: str | os.PathLike[str] | None = None, *, verify: bool = True) -> ImageDataset:
     """Load an image data set into memory.
 
     Args:
         name: ``"cifar10"`` or ``"cifar100"``, or ``"fashion"``, the class-balanced subset of Fashion-MNIST that is
             part of this package.
-        root: where CIFAR is: a folder or an archive (`structlin_nn.data.cifar`), a folder that Hugging Face
-            `datasets` saved, or ``hf:`` and a name on the hub, such as ``hf:uoft-cs/cifar10``. None: the environment
-            variable ``STRUCTLIN_CIFAR10`` or ``STRUCTLIN_CIFAR100``. Embedded data have no root.
-        labels: ``"fine"`` (100 classes, the default) or ``"coarse"`` (20 classes) of CIFAR-100; None otherwise.
+        root: folder of the files of CIFAR (`structlin_nn.data.cifar`). None: the environment variable
+            ``STRUCTLIN_CIFAR10`` or ``STRUCTLIN_CIFAR100``. Embedded data have no root.
         verify: compare CIFAR with the published md5 sums. Embedded data are always verified.
 
     Raises:
         FileNotFoundError: no files at ``root``, or no root.
-        ImportError: Hugging Face data without `datasets` installed.
         ValueError: an unknown name, an option that the data set does not have, damaged or different files.
 
     Example:
@@ -191,8 +186,6 @@ def load_images(
     """
     if name not in DATASETS:
         raise ValueError(f"unknown image data {name!r}; known: {', '.join(DATASETS)}")
-    if labels is not None and name != "cifar100":
-        raise ValueError(f"labels={labels!r} is an option of cifar100; {name} has one kind of label")
     if name == "fashion":
         if root is not None or not verify:
             what = "always verified" if root is None else "takes no root"
@@ -208,7 +201,7 @@ def load_images(
             f"holds the files from https://www.cs.toronto.edu/~kriz/cifar.html; `structlin prepare {name} --out DIR` "
             'downloads them (the embedded data "fashion" need no files)'
         )
-    return load_cifar(name, root, labels="fine" if labels is None else labels, verify=verify)
+    return load_cifar(name, root, verify=verify)
 
 
 def _load_fashion() -> ImageDataset:

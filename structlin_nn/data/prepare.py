@@ -1,4 +1,4 @@
-"""What ``structlin prepare`` does: texts and OpenWebText as token files, images checked and resized.
+"""What ``structlin prepare`` does: texts and OpenWebText as token files.
 
 Files are there as a whole or not at all, and an interrupted preparation is resumed by the same call.
 """
@@ -6,7 +6,6 @@ Files are there as a whole or not at all, and an interrupted preparation is resu
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import math
 import os
@@ -25,7 +24,7 @@ from structlin_nn.data.hub import load_hub
 from structlin_nn.data.tokenizers import Tokenizer, load_tokenizer
 from structlin_nn.data.tokens import DTYPE, META, META_VERSION, SPLITS, TokenData, open_tokens
 
-__all__ = ["OPENWEBTEXT", "prepare_images", "prepare_openwebtext", "prepare_text", "pydoc_documents"]
+__all__ = ["OPENWEBTEXT", "prepare_openwebtext", "prepare_text", "pydoc_documents"]
 
 OPENWEBTEXT = "Skylion007/openwebtext"
 ROWS = 50_000
@@ -275,133 +274,3 @@ def _cores(workers: int | None) -> int:
     if workers is not None:
         return natural("workers", workers, 1)
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def prepare_images(
-    data: Any,
-    out: str | os.PathLike[str] | None = None,
-    *,
-    size: int = 256,
-    quality: int = 90,
-    remove_broken: bool = False,
-    workers: int | None = None,
-    progress: bool = True,
-) -> dict[str, dict[str, Any]]:
-    """Read and decode every image of a data set, and write smaller ones, which are faster to read, to an image tree.
-
-    Images whose shortest side is not above `size` are copied as they are. Others are resized (bicubic) and written as
-    PNG where they were PNG, as JPEG otherwise. Files that are there are not made again: an interrupted call is resumed
-    by the same call. Classes have the names of those of an image tree, and are numbers otherwise, because names may
-    sort in another order than the labels have.
-
-    Args:
-        data: `structlin_nn.data.imagenet.ImageNetData`.
-        out: folder of the new tree; gets ``train/CLASS/`` and ``val/CLASS/``. None: images are only checked.
-        size: shortest side in pixels.
-        quality: of JPEG files, 1 to 95.
-        remove_broken: leave broken images out, and report them. Without, the first one ends the call, if it writes.
-        workers: processes; None: one for each core.
-        progress: show a progress bar.
-
-    Returns:
-        ``splits``: for each split the numbers ``images``, ``classes``, ``smallest_class``, ``largest_class`` and
-        ``broken``; and ``broken``: name of a sample -> error.
-
-    Raises:
-        FileExistsError: the folder holds something else, or the tree of other settings.
-        ValueError: a size or quality out of range, a broken image.
-    """
-    from torch.utils.data import ConcatDataset, DataLoader
-    from tqdm import tqdm
-
-    if natural("quality", quality, 1) > 95:
-        raise ValueError(f"quality must be from 1 to 95, got {quality}")
-    natural("size", size, 1)
-    root = None if out is None else Path(out).expanduser()
-    digits = len(str(data.num_classes - 1))
-    folders = [name if data.format == "folder" else f"{n:0{digits}d}" for n, name in enumerate(data.classes)]
-    if root is not None:
-        job = {"source": data.digest, "size": size, "quality": quality, "classes": list(data.classes)}
-        if (root / BEGUN).exists():
-            if json.loads((root / BEGUN).read_text(encoding="utf-8")) != job:
-                raise FileExistsError(f"{root} holds images of another source or other settings: choose another folder")
-        elif root.exists() and any(root.iterdir()):
-            raise FileExistsError(f"{root} is not empty, and was not made by an earlier call: choose another folder")
-        for path in (root / split / name for split in data.splits for name in folders):
-            path.mkdir(parents=True, exist_ok=True)
-        with atomic_write(root / BEGUN) as file:
-            file.write(json.dumps(job).encode())
-    work: list[Any] = [
-        _Images(part, None if root is None else (root / split, folders, size, quality))
-        for split, part in data.splits.items()
-    ]
-    processes = _cores(workers)
-    loader: DataLoader = DataLoader(
-        ConcatDataset(work), batch_size=64, collate_fn=list, num_workers=processes if processes > 1 else 0
-    )
-    broken: dict[str, str] = {}
-    total = data.train_size + data.val_size
-    with tqdm(total=total, unit="img", disable=not progress, mininterval=0.5, dynamic_ncols=True) as bar:
-        for batch in loader:
-            found = [each for each in batch if each is not None]
-            if found and root is not None and not remove_broken:
-                raise ValueError(found[0][1])
-            broken.update(found)
-            bar.update(len(batch))
-    splits = {}
-    for split, part in data.splits.items():
-        sizes = np.bincount(part.labels, minlength=data.num_classes)
-        splits[split] = {
-            "images": len(part.labels),
-            "classes": int((sizes > 0).sum()),
-            "smallest_class": int(sizes.min()),
-            "largest_class": int(sizes.max()),
-            "broken": sum(part.name(number) in broken for number in range(len(part.labels))) if broken else 0,
-        }
-    return {"splits": splits, "broken": broken}
-
-
-class _Images:
-    """The samples of a split: number -> None, or (name, error) of a broken image; writes the others, if it is to."""
-
-    def __init__(self, split: Any, target: tuple[Path, list[str], int, int] | None) -> None:
-        self.split, self.target = split, target
-
-    def __len__(self) -> int:
-        return len(self.split.labels)
-
-    def __getitem__(self, index: int) -> tuple[str, str] | None:
-        name = self.split.name(index)
-        try:
-            self._handle(index, name)
-        except (ValueError, FileNotFoundError, PermissionError) as error:
-            return name, str(error)
-        return None
-
-    def _handle(self, index: int, name: str) -> None:
-        from PIL import Image
-
-        from structlin_nn.data.imagenet import decode
-
-        if self.target is None:
-            decode(self.split.read(index), name)
-            return
-        root, folders, size, quality = self.target
-        # A number keeps samples of one name in different folders or shards apart.
-        stem = root / folders[self.split.labels[index]] / f"{index:08d}"
-        if any(stem.with_suffix(suffix).exists() for suffix in (".jpg", ".png")):
-            return
-        raw = self.split.read(index)
-        image = decode(raw, name)
-        kind = {b"\xff\xd8": ".jpg", b"\x89P": ".png"}.get(raw[:2])
-        if min(image.size) > size or kind is None:
-            kind = kind if kind == ".png" else ".jpg"
-            smallest = min(image.size)
-            shape = [side * min(size, smallest) // smallest for side in image.size]
-            file = io.BytesIO()
-            image.resize((shape[0], shape[1]), Image.Resampling.BICUBIC).save(
-                file, "PNG" if kind == ".png" else "JPEG", **({} if kind == ".png" else {"quality": quality})
-            )
-            raw = file.getvalue()
-        with atomic_write(stem.with_suffix(kind)) as out:
-            out.write(raw)

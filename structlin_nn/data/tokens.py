@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 
-from structlin_nn.data import _cache
 from structlin_nn.data._checks import natural, share
 
 __all__ = [
@@ -84,7 +83,6 @@ def open_tokens(
     """Open a folder of token files.
 
     All tokens are read once, to see that each is inside the vocabulary and that the sums are those in ``meta.json``.
-    Where that takes long, the sums are kept in the user's cache until a file changes.
 
     Args:
         folder: holds ``train.bin`` and ``val.bin``, see the module's description.
@@ -116,18 +114,11 @@ def open_tokens(
         if (stated := meta.get(split, {}).get("tokens", len(tokens))) != len(tokens):
             raise ValueError(f"{place / split}.bin holds {len(tokens)} tokens, {META} says {stated}: it is truncated")
     if digest is None:
-        files = {split: place / f"{split}.bin" for split in SPLITS}
-        found = _cache.kept(
-            "tokens",
-            files.values(),
-            lambda: {split: np.array(_scan(files[split], maps[split], vocabulary)) for split in SPLITS},
-            vocabulary,
-        )
-        sums = {split: str(found[split]) for split in SPLITS}
+        sums = {split: _scan(place / f"{split}.bin", maps[split], vocabulary) for split in SPLITS}
         for split, actual in sums.items():
             if (stated := meta.get(split, {}).get("sha256", actual)) != actual:
                 raise ValueError(
-                    f"{files[split]} has the sha256 sum {actual}, {META} says {stated}: it is damaged, or {META} "
+                    f"{place / split}.bin has the sha256 sum {actual}, {META} says {stated}: it is damaged, or {META} "
                     "belongs to other files"
                 )
         digest = hashlib.sha256("".join(sums[split] for split in SPLITS).encode()).hexdigest()

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from structlin_nn.models.factory import LinearFactory, StructureConfig
 from structlin_nn.models.sizes import check_positive, resolve_head_dim
-from structlin_nn.models.transformer import Block, Blocks, KeyValueCache
+from structlin_nn.models.transformer import Block, Blocks
 
 
 @dataclass(frozen=True)
@@ -86,34 +86,17 @@ class GPT2(nn.Module):
         self.norm = linear.norm(width, bias=config.bias)
         self.head = None if config.tied else linear(width, config.vocabulary, role="output", bias=False, zero_init=True)
 
-    def forward(
-        self, tokens: Tensor, return_features: bool = False, cache: list[KeyValueCache] | None = None
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        """Logits, or (logits, features): the features (batch, length, width) are what the head reads.
-
-        With a ``cache`` (:meth:`make_cache`) the tokens are those that follow the ones seen before with that cache.
-        """
-        seen = cache[0].used if cache else 0
-        room = self.config.context - seen
-        if tokens.ndim != 2 or tokens.is_floating_point() or not 1 <= tokens.shape[1] <= room:
-            after = f" after {seen} others" if seen else ""
+    def forward(self, tokens: Tensor, return_features: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+        """Logits, or (logits, features): the features (batch, length, width) are what the head reads."""
+        if tokens.ndim != 2 or tokens.is_floating_point() or not 1 <= tokens.shape[1] <= self.config.context:
             raise ValueError(
-                f"integer tokens of shape (batch, length up to {room}) are needed{after}, "
+                f"integer tokens of shape (batch, length up to {self.config.context}) are needed, "
                 f"got {tokens.dtype} of shape {tuple(tokens.shape)}"
             )
-        x = self.tokens(tokens) + self.positions.weight[seen : seen + tokens.shape[1]]
-        if cache is None:
-            x = self.blocks(x)
-        else:
-            for block, layer in zip(self.blocks, cache, strict=True):
-                x = block(x, layer)
+        x = self.blocks(self.tokens(tokens) + self.positions.weight[: tokens.shape[1]])
         features = self.norm(x)
         logits = F.linear(features, self.tokens.weight) if self.head is None else self.head(features)
         return (logits, features) if return_features else logits
-
-    def make_cache(self) -> list[KeyValueCache]:
-        """An empty cache of keys and values for each block, with room for the whole context."""
-        return [KeyValueCache(self.config.context) for _ in self.blocks]
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Keep only the inputs of the blocks for the backward pass, and compute the rest again; as in timm."""

@@ -13,39 +13,6 @@ from structlin_nn.models.factory import LinearFactory
 from structlin_nn.torch import mlp, projections
 
 
-class KeyValueCache:
-    """Keys and values of one attention layer for the tokens seen so far, in memory for `length` tokens.
-
-    >>> cache = KeyValueCache(length=4)
-    >>> keys, values = cache.extend(torch.ones(1, 2, 3, 5), torch.zeros(1, 2, 3, 5))
-    >>> keys.shape, cache.used
-    (torch.Size([1, 2, 3, 5]), 3)
-    """
-
-    def __init__(self, length: int) -> None:
-        self.length, self.used = length, 0
-        self._memory: Tensor | None = None
-
-    def extend(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Add (batch, heads, tokens, head_dim) of new tokens, and get all keys and values.
-
-        Raises:
-            ValueError: no room, or another batch than before.
-        """
-        batch, heads, count, size = keys.shape
-        if self._memory is None:
-            self._memory = keys.new_empty(2, batch, heads, self.length, size)
-        if self.used + count > self.length or batch != self._memory.shape[1]:
-            raise ValueError(
-                f"a cache for {self.length} tokens of {self._memory.shape[1]} sequences has {self.used} and cannot "
-                f"take {count} more of {batch}"
-            )
-        self._memory[0, :, :, self.used : self.used + count] = keys
-        self._memory[1, :, :, self.used : self.used + count] = values
-        self.used += count
-        return self._memory[0, :, :, : self.used], self._memory[1, :, :, : self.used]
-
-
 class Attention(nn.Module):
     """Multi-head attention with LayerNorm on queries and keys. (batch, tokens, width) -> the same shape.
 
@@ -81,20 +48,11 @@ class Attention(nn.Module):
         self.key_norm = linear.norm(head_dim, bias=bias) if norms else nn.Identity()
         self.out = linear(inner, width, bias=bias, zero_init=True)
 
-    def forward(self, x: Tensor, cache: KeyValueCache | None = None, norm: nn.Module | None = None) -> Tensor:
+    def forward(self, x: Tensor, norm: nn.Module | None = None) -> Tensor:
         split = (self.heads, self.head_dim)
         q, k, v = (y.unflatten(-1, split) for y in projections(x, (self.query, self.key, self.value), norm))
         q, k, v = self.query_norm(q).transpose(1, 2), self.key_norm(k).transpose(1, 2), v.transpose(1, 2)
-        causal, mask = self.causal, None
-        if cache is not None:
-            k, v = cache.extend(k, v)
-            new, seen = q.shape[2], k.shape[2]
-            if causal and seen > new:
-                causal = False
-                # One new token sees all that came before; of several, each sees those up to itself.
-                if new > 1:
-                    mask = torch.ones(new, seen, dtype=torch.bool, device=q.device).tril(seen - new)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=self.scale)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal, scale=self.scale)
         return self.out(y.transpose(1, 2).flatten(2))
 
 
@@ -128,8 +86,8 @@ class Block(nn.Module):
         self.up = linear(width, expansion * width, bias=bias)
         self.down = linear(expansion * width, width, bias=bias, zero_init=True)
 
-    def forward(self, x: Tensor, cache: KeyValueCache | None = None) -> Tensor:
-        x = x + self.attention(x, cache, self.attention_norm)
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(x, self.attention_norm)
         activation = "gelu" if self.gelu == "none" else "gelu_tanh"
         return mlp(x, self.up, self.down, activation, norm=self.ffn_norm, residual=True)
 

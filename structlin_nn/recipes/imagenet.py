@@ -124,7 +124,6 @@ class Options(RunOptions):
     """Where a run reads and writes, and what it tells: nothing of it changes the result."""
 
     format: Literal["folder", "shards", "datasets"] | None = None  # of --data; None: what is found
-    on_broken: Literal["error", "skip"] = "error"  # at an image that cannot be read: end, or skip it with a warning
     num_classes: int | None = None  # of data that do not name their classes and lack some
 
 
@@ -195,7 +194,7 @@ def train(
 
         # Images: each part of a step is a batch of the loader, as uint8; where it is follows from the step.
         require(options.data is not None, "--data is needed: a folder of images, of shards, or of Hugging Face data")
-        found = {"format": options.format, "num_classes": options.num_classes, "on_broken": options.on_broken}
+        found = {"format": options.format, "num_classes": options.num_classes}
         data: ImageNetData = group.first(lambda: open_imagenet(options.data, **found))
         classes, steps, per_epoch = (
             data.num_classes,

@@ -11,7 +11,7 @@ from typing import Any
 from structlin_nn.recipes import recipe
 from structlin_nn.sweeps.local import Job
 
-__all__ = ["command", "slurm_script", "words"]
+__all__ = ["command", "words"]
 
 
 def words(job: Job, launcher: Sequence[str] = (), program: Sequence[str] = ("structlin",)) -> list[str]:
@@ -54,30 +54,3 @@ def _option(name: str, value: Any) -> list[str]:
 def command(job: Job, launcher: Sequence[str] = ()) -> str:
     """`words` as a command for a shell."""
     return shlex.join(words(job, launcher))
-
-
-def slurm_script(name: str, jobs: Mapping[str, Job], *, workers: int, launcher: Sequence[str] = ()) -> str:
-    """An array script for ``sbatch``: one task for each run, `workers` of them at a time.
-
-    A task that is told to end writes a checkpoint, and resumes from it when it is started again. Options of the cluster
-    (partition, GPUs, time) are given to ``sbatch``.
-
-    Raises:
-        ValueError: no runs, or a name that has a line break.
-    """
-    if not jobs:
-        raise ValueError("there are no runs for the script")
-    if "\n" in name or "\r" in name:
-        raise ValueError(f"the name of a job is one line, got {name!r}")
-    lines = "\n".join(f"  {shlex.quote(command(job, launcher))}  # {run}" for run, job in jobs.items())
-    return f"""#!/bin/bash
-#SBATCH --job-name={shlex.quote(name)}
-#SBATCH --array=0-{len(jobs) - 1}%{workers}
-#SBATCH --requeue
-#SBATCH --open-mode=append
-#SBATCH --signal=B:TERM@120
-commands=(
-{lines}
-)
-eval "exec ${{commands[$SLURM_ARRAY_TASK_ID]}}"
-"""

@@ -55,14 +55,14 @@ def write_tree(root: Path) -> Path:
 
 
 def write_shards(root: Path, per_shard: int = 7) -> Path:
-    """The same samples in the same order, in shards without compression."""
+    """The same samples in the same order, as PNG files in shards."""
     root.mkdir(parents=True, exist_ok=True)
     for split, samples in pictures().items():
         for number in range(0, len(samples), per_shard):
             with tarfile.open(root / f"toy-{split}-{number // per_shard:04d}.tar", "w") as archive:
                 for path, label, image in samples[number : number + per_shard]:
-                    key, _, suffix = path.rpartition(".")
-                    for name, raw in ((f"{key}.cls", str(label).encode()), (f"{key}.{suffix}", encoded(path, image))):
+                    key = path.rpartition(".")[0]
+                    for name, raw in ((f"{key}.cls", str(label).encode()), (f"{key}.png", encoded("png", image))):
                         member = tarfile.TarInfo(name)
                         member.size = len(raw)
                         archive.addfile(member, io.BytesIO(raw))

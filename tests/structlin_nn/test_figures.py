@@ -1,24 +1,19 @@
 """Figures show the numbers of the records, and are written whole in each format."""
 
-import json
 import math
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
 from matplotlib.figure import Figure
 
 from structlin_nn.cli import main
 from structlin_nn.cli.figure import FIGURES
 from structlin_nn.figures.compute import compute_figure
 from structlin_nn.figures.curves import curves_figure
-from structlin_nn.figures.layers import gains_figure, layer_spectra, spectrum_figure
 from structlin_nn.figures.scale import delta_h_figure, landscape_figure
 from structlin_nn.figures.style import STYLES, new_figure, save, series
 from structlin_nn.laws import fit_groups
-from structlin_nn.models import StructureConfig, build_model
 from structlin_nn.tables import group_rows, read_rows
 
 WriteRun = Callable[..., Path]
@@ -134,41 +129,6 @@ def test_curves(runs: Path) -> None:
         curves_figure({"dense": [r for r in rows if not r["training_macs"]]}, x="training_macs", y="test_error")
 
 
-def test_gains(runs: Path) -> None:
-    rows = read_rows([runs], evaluations="all")
-    figure = gains_figure(group_rows(rows, ["structure"]))
-    assert lines(figure)["dense"] == ([0, 1], pytest.approx([1, math.sqrt(0.5 * 0.25)]))
-    assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == ["input", "output"]
-    rows[0]["gains"] = {"input": 1.0}
-    with pytest.raises(ValueError, match="the runs of dense have different layers"):
-        gains_figure({"dense": rows})
-    rows[0]["gains"] = {}
-    with pytest.raises(ValueError, match="has no gains of layers"):
-        gains_figure({"dense": rows})
-
-
-def test_spectrum(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    model = build_model("cifar-mlp", width=16, depth=1, structure=StructureConfig("low_rank", {"rank": 3}))
-    rows = layer_spectra(model, structure="low_rank")
-    layer = model.blocks[0].up
-    expected = np.linalg.svd(layer.operator.to_dense().detach().double().numpy(), compute_uv=False)
-    up = next(row for row in rows if row["layer"] == "blocks.0.up")
-    assert up["singular_values"] == pytest.approx(expected, abs=1e-6)
-    figure = spectrum_figure({"low_rank": rows})
-    x, y = lines(figure)["blocks.0.up"]
-    assert x == [1 / 16, 2 / 16, 3 / 16], "three values, the others are 0"
-    assert y == pytest.approx(expected[:3] / 2, rel=1e-5), "over sqrt(64 / 16)"
-    with pytest.raises(ValueError, match="the model has no structured layers"):
-        layer_spectra(torch.nn.Linear(2, 2))
-    with pytest.raises(ValueError, match="a row of low_rank has no singular_values"):
-        spectrum_figure({"low_rank": [{"in_features": 2, "out_features": 2}]})
-    (tmp_path / "spectra.json").write_text(json.dumps(rows))
-    out = tmp_path / "spectrum.svg"
-    assert main(["figure", "spectrum", str(tmp_path / "spectra.json"), "--out", str(out)]) == 0
-    assert "blocks.0.up" in out.read_text()
-
-
 class TestStyle:
     def test_no_two_series_look_alike(self) -> None:
         names = ["dense", *(f"monarch, blocks {b}" for b in (2, 4, 8, 16)), "blast", "butterfly", "toeplitz"]
@@ -197,9 +157,7 @@ class TestStyle:
         assert files[0].startswith(magic)
 
 
-@pytest.mark.parametrize(
-    "name", [name for name in FIGURES if name not in ("landscape", "spectrum", "imagenet", "gpt2")]
-)
+@pytest.mark.parametrize("name", [name for name in FIGURES if name not in ("landscape", "imagenet", "gpt2")])
 def test_command(name: str, runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / f"{name}.png"
     words = ["figure", name, str(runs), "--out", str(out), "--where", "config.lr=0.001"]
@@ -216,7 +174,6 @@ def test_command(name: str, runs: Path, tmp_path: Path, capsys: pytest.CaptureFi
         ("compute --y eror", "a row has no 'eror'"),
         ("gpt2", "a row has no 'val_loss'"),
         ("delta-h --floor", "delta-h draws no laws: --frontier, --floor and --noise are for compute and cifar"),
-        ("spectrum", "a row has no 'in_features'"),
         ("curves --out curves.gif", "figures are written as .png, .svg or .pdf, got 'curves.gif'"),
         ("curves --out missing/curves.png", "missing"),
     ],

@@ -1,15 +1,11 @@
 """``structlin prepare``."""
 
-import io
 import json
-import shutil
 from pathlib import Path
 
 import pytest
-from PIL import Image
 
 from structlin_nn.cli import main
-from structlin_nn.data.imagenet import open_imagenet
 from structlin_nn.data.tokens import open_tokens
 
 
@@ -78,72 +74,6 @@ def test_openwebtext(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "has the columns words, not 'text'" in run(line, capsys, code=2)[1]
 
 
-class TestImageNet:
-    @pytest.fixture(autouse=True)
-    def vision(self) -> None:
-        pytest.importorskip("torchvision")
-
-    def test_check(self, image_tree: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        out, _ = run(f"imagenet {image_tree} --workers 2", capsys)
-        lines = [line.split() for line in out.splitlines()]
-        assert ["train", "18", "3", "5", "7", "0"] in lines
-        assert ["val", "9", "3", "2", "4", "0"] in lines
-
-    def test_broken(self, image_tree: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        tree = Path(shutil.copytree(image_tree, folder / "tree"))
-        (tree / "train/bag/0.jpg").write_bytes(b"nothing")
-        (tree / "train/bag/notes.md").touch()
-        out, err = run("imagenet tree --workers 1 --json --quiet", capsys, code=1)
-        found = json.loads(out)
-        assert found["splits"]["train"] == {
-            "images": 18, "classes": 3, "smallest_class": 5, "largest_class": 7, "broken": 1
-        }  # fmt: skip
-        assert list(found["broken"]) == ["tree/train/bag/0.jpg"]
-        assert "broken: tree/train/bag/0.jpg (7 bytes) is a broken image" in err
-        assert "not an image by its name, left out: tree/train/bag/notes.md" in err
-        for workers in (1, 2):
-            _, err = run(f"imagenet tree --workers {workers} --quiet --resize 20 --out small", capsys, code=2)
-            assert "tree/train/bag/0.jpg (7 bytes) is a broken image" in err
-        run("imagenet tree --workers 1 --quiet --resize 20 --out small --remove-broken", capsys)
-        assert open_imagenet("small").train_size == 17
-
-    @pytest.mark.parametrize("source", ["tree", "shards"])
-    def test_resize(
-        self, source: str, image_tree: Path, image_shards: Path, folder: Path, capsys: pytest.CaptureFixture[str]
-    ) -> None:
-        line = f"imagenet {image_tree if source == 'tree' else image_shards} --resize 44 --out small --quiet"
-        run(f"{line} --workers 2", capsys)
-        before, after = open_imagenet(image_tree), open_imagenet("small")
-        assert after.classes == (("bag", "boot", "coat") if source == "tree" else ("0", "1", "2"))
-        for split in ("train", "val"):
-            assert after.splits[split].labels.tolist() == before.splits[split].labels.tolist()
-        copied = 0
-        for index in range(before.train_size):
-            old, new = (Image.open(io.BytesIO(data.splits["train"].read(index))) for data in (before, after))
-            assert new.format == old.format
-            if min(old.size) <= 44:
-                assert before.splits["train"].read(index) == after.splits["train"].read(index)
-                copied += 1
-                continue
-            assert min(new.size) == 44
-            assert max(new.size) == 44 * max(old.size) // min(old.size)
-            if new.format == "PNG":
-                assert new.tobytes() == old.resize(new.size, Image.Resampling.BICUBIC).tobytes()
-        assert 0 < copied < before.train_size
-
-        # What is there is not made again; what is missing is.
-        paths = sorted((folder / "small").rglob("*.*g"))
-        times = {path: path.stat().st_mtime_ns for path in paths[1:]}
-        paths[0].unlink()
-        run(f"{line} --workers 1", capsys)
-        assert paths[0].exists()
-        assert {path: path.stat().st_mtime_ns for path in paths[1:]} == times
-        assert "other settings" in run(line.replace("44", "45"), capsys, code=2)[1]
-        (folder / "full").mkdir()
-        (folder / "full/file").touch()
-        assert "is not empty" in run(f"imagenet {image_tree} --resize 44 --out full", capsys, code=2)[1]
-
-
 MISUSE = {
     "txt": "unknown name 'txt', did you mean text?",
     "text": "required: --out",
@@ -155,10 +85,6 @@ MISUSE = {
     "text --pydoc --out x --tokenizer byte": "unknown tokenizer 'byte', did you mean bytes?",
     "openwebtext file --out x": "unrecognized arguments: file",
     "openwebtext --out x --tokenizer auto": "unknown tokenizer 'auto'",
-    "imagenet": "required: SOURCE",
-    "imagenet . --resize 3": "--resize and --out belong together",
-    "imagenet . --quality 3": "--quality and --remove-broken are for --resize",
-    "imagenet .": "holds no train/ and val/ folder",
 }
 
 

@@ -121,13 +121,6 @@ def test_an_error_of_one_run_does_not_end_the_sweep(folder: Path, capsys: pytest
     assert set(planned(capsys, "--only dense*").values()) == {"finished"}
 
 
-def test_slurm(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([*LINE.split(), "--slurm", "--workers", "3", "--launcher", "srun -n 2"]) == 0
-    script = capsys.readouterr().out
-    assert "#SBATCH --array=0-3%3" in script
-    assert script.count("srun -n 2 structlin train cifar-mlp") == 4
-
-
 @pytest.mark.parametrize(
     ("line", "message"),
     [
@@ -140,7 +133,7 @@ def test_slurm(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
         ("sweep mine.py --workers 0", "--workers must be at least 1, got 0"),
         ("sweep mine.py --launcher x", "--launcher is for the commands"),
         ("sweep mine.py --submit-set a=1", "--submit-set is for --submit"),
-        ("sweep mine.py --submit local --slurm", "--submit submits the runs, and --print-commands"),
+        ("sweep mine.py --submit local --print-commands", "--submit submits the runs, and --print-commands"),
         ("sweep mine.py --data x --submit local --submit-set a", "--submit-set 'a' must be KEY=VALUE"),
         ("sweep mine.py --data x --submit pbs", "cluster must be one of slurm, local, got 'pbs'"),
         ("sweep gpt2", "--data is needed: where OpenWebText is"),

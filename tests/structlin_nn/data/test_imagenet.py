@@ -17,7 +17,7 @@ import pytest
 import torch
 from PIL import Image
 
-from structlin_nn.data import _cache, epoch_order, image_sources
+from structlin_nn.data import epoch_order
 from structlin_nn.data.augment import normalize
 from structlin_nn.data.imagenet import IMAGENET_MEAN, IMAGENET_STD, ImageNetData, ImageRecipe, decode, open_imagenet
 from structlin_nn.data.tokens import IGNORE
@@ -34,7 +34,10 @@ def tree(image_tree: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def shards(image_shards: Path, tmp_path: Path) -> Path:
+def shards(image_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    datasets = pytest.importorskip("datasets")
+    datasets.disable_progress_bars()
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     return Path(shutil.copytree(image_shards, tmp_path / "shards"))
 
 
@@ -74,14 +77,17 @@ class TestOpen:
         other = pickle.loads(pickle.dumps(data))
         assert same(training(other), training(data))
 
-    def test_shards_hold_the_same_samples(self, image_tree: Path, image_shards: Path) -> None:
-        tree, shards = open_imagenet(image_tree), open_imagenet(image_shards)
-        assert (shards.format, shards.classes) == ("shards", ("0", "1", "2"))
+    def test_shards_hold_the_same_samples(self, image_tree: Path, shards: Path) -> None:
+        tree, data = open_imagenet(image_tree), open_imagenet(shards)
+        assert (data.format, data.classes) == ("shards", ("0", "1", "2"))
         for split in ("train", "val"):
-            a, b = tree.splits[split], shards.splits[split]
+            a, b = tree.splits[split], data.splits[split]
             assert a.labels.tolist() == b.labels.tolist()
-            assert [a.read(i) for i in range(len(a.labels))] == [b.read(i) for i in range(len(b.labels))]
-        assert "toy-train-0001.tar: " in shards.splits["train"].name(8)
+            for one, other in zip(a.labels.tolist(), range(len(b.labels)), strict=True):
+                assert b.labels[other] == one
+        pixels = [np.asarray(decode(d.splits["train"].read(1), "x")) for d in (tree, data)]
+        np.testing.assert_array_equal(*pixels)
+        assert open_imagenet(shards).digest == data.digest != tree.digest
 
     def test_shards_of_webdataset(self, tmp_path: Path) -> None:
         webdataset = pytest.importorskip("webdataset")
@@ -95,21 +101,6 @@ class TestOpen:
         colours = [decode(data.splits["val"].read(i), "x").getpixel((0, 0)) for i in range(5)]
         assert colours == [(50 * i, 0, 0) for i in range(5)]
 
-    def test_index_of_many_shards_is_kept(self, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setenv("STRUCTLIN_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setattr(_cache, "SLOW_SECONDS", -1)
-        expected = open_imagenet(shards)
-        kept = sorted((tmp_path / "cache").iterdir())
-        assert len(kept) == 2
-        with monkeypatch.context() as patch:
-            patch.setattr(image_sources, "_index_shards", lambda _: pytest.fail("the index was made again"))
-            assert same(training(open_imagenet(shards)), training(expected))
-        # A damaged index is made again, and so is that of shards that changed.
-        kept[0].write_bytes(b"PK damaged")
-        assert open_imagenet(shards).digest == expected.digest
-        _write_tar(shards / "toy-val-0001.tar", {"a.png": _png(1), "a.cls": b"1"})
-        assert open_imagenet(shards).val_size != expected.val_size
-
     def test_hugging_face(self, tmp_path: Path, image_tree: Path) -> None:
         datasets = pytest.importorskip("datasets")
         tree = open_imagenet(image_tree)
@@ -117,7 +108,7 @@ class TestOpen:
             {"image": datasets.Image(), "label": datasets.ClassLabel(names=list(tree.classes))}
         )
 
-        def rows(split: str) -> object:
+        def rows(split: str) -> Any:
             part = tree.splits[split]
             content = [{"bytes": part.read(i), "path": None} for i in range(len(part.labels))]
             return datasets.Dataset.from_dict({"image": content, "label": part.labels.tolist()}, features=features)
@@ -127,8 +118,9 @@ class TestOpen:
         assert (data.format, data.classes) == ("datasets", tree.classes)
         assert same(training(data), training(tree))
         assert open_imagenet(tmp_path / "saved").digest == data.digest
-        with pytest.raises(ValueError, match="has the columns image, label, not 'picture'"):
-            open_imagenet(tmp_path / "saved", image="picture")
+        datasets.DatasetDict({"train": rows("train").remove_columns("label")}).save_to_disk(str(tmp_path / "bare"))
+        with pytest.raises(ValueError, match="has the columns image: one of images, and label or cls are needed"):
+            open_imagenet(tmp_path / "bare")
         with pytest.raises(ValueError, match="3 classes, num_classes is 4"):
             open_imagenet(tmp_path / "saved", num_classes=4)
 
@@ -138,25 +130,21 @@ class TestOpen:
         shutil.move(tree / "train/bag/0.jpg", tree / "train/boot/00.jpg")
         assert open_imagenet(tree).digest != before
 
-    def test_num_classes(self, image_tree: Path, image_shards: Path, shards: Path) -> None:
-        assert open_imagenet(image_shards, num_classes=10).num_classes == 10
+    def test_num_classes(self, image_tree: Path, shards: Path) -> None:
+        assert open_imagenet(shards, num_classes=10).num_classes == 10
         with pytest.raises(ValueError, match="has the label 2, outside the 2 classes"):
-            open_imagenet(image_shards, num_classes=2)
+            open_imagenet(shards, num_classes=2)
         with pytest.raises(ValueError, match="has 3 classes, num_classes is 5"):
             open_imagenet(image_tree, num_classes=5)
         # A label of a thousand million is no reason for a layer of that size.
         _write_tar(shards / "toy-train-0009.tar", {"a.png": _png(1), "a.cls": b"999999999"})
         with pytest.raises(ValueError, match=r"of 4 classes, and the largest label is 999999999: state num_classes"):
             open_imagenet(shards)
-        _write_tar(shards / "toy-train-0009.tar", {"a.png": _png(1), "a.cls": b"9" * 19})
-        with pytest.raises(ValueError, match=r"a\.cls must hold the number of a class"):
-            open_imagenet(shards)
 
     def test_bad_arguments(self, tree: Path, tmp_path: Path) -> None:
         (tmp_path / "empty").mkdir()
         for source, options, error, message in (
             (tree, {"format": "tar"}, ValueError, "unknown format 'tar'"),
-            (tree, {"on_broken": "ignore"}, ValueError, "on_broken must be 'error' or 'skip'"),
             (tmp_path / "nowhere", {"format": "folder"}, FileNotFoundError, "is not a folder"),
             (tmp_path / "empty", {}, FileNotFoundError, "holds no train/ and val/"),
         ):
@@ -187,26 +175,18 @@ class TestOpen:
         # At the boundary of a member or a sample, within one, and within the mark of the end.
         for cut in (*starts, starts[2] + 700, len(raw) // 2, archive.offset, archive.offset + 512):
             path.write_bytes(raw[:cut])
-            with pytest.raises(ValueError, match=r"toy-train-0001\.tar .*(is cut|damaged|lacks|no image)"):
+            with pytest.raises(ValueError, match=r"toy-train-0001\.tar .* is cut"):
                 open_imagenet(shards)
         path.write_bytes(raw[: archive.offset + 1024])
         assert open_imagenet(shards).train_size == 18
 
     def test_damaged_shards(self, shards: Path) -> None:
-        path = shards / "toy-train-0001.tar"
-        for members, message in (
-            ({"a.png": _png(1)}, r"a lacks a label \(\.cls\)"),
-            ({"a.cls": b"1"}, "a lacks an image"),
-            ({"a.png": _png(1), "a.cls": b"cat"}, r"a\.cls must hold the number of a class, got b'cat'"),
-            ({"a.png": _png(1), "a.jpg": _png(1), "a.cls": b"1"}, "two images of one sample"),
-            ({}, "holds no image"),
-        ):
-            _write_tar(path, members)
-            with pytest.raises(ValueError, match=message):
-                open_imagenet(shards)
-        with tarfile.open(path, "w:gz") as archive:
-            archive.addfile(tarfile.TarInfo("a"))
-        with pytest.raises(ValueError, match="compressed"):
+        _write_tar(shards / "toy-train-0001.tar", {"a.png": _png(1), "a.cls": b"cat"})
+        with pytest.raises(ValueError, match=r"cannot load|label"):
+            open_imagenet(shards)
+        for path in shards.glob("*val*"):
+            path.unlink()
+        with pytest.raises(FileNotFoundError, match=r"holds no shards \*val\*\.tar"):
             open_imagenet(shards)
 
 
@@ -310,7 +290,6 @@ class TestTraining:
     @pytest.mark.parametrize(
         ("changes", "message"),
         [
-            ({"crop_scale": (0.0, 1.0)}, "crop_scale must be"),
             ({"interpolation": "nearest"}, "interpolation must be random, bilinear or bicubic"),
             ({"random_erasing": 1.5}, "random_erasing must be from 0 to 1"),
             ({"mixup": -1.0}, "mixup must be from 0"),
@@ -372,31 +351,7 @@ class TestBroken:
             with pytest.raises(ValueError, match=r"^\S+train/bag/0\.jpg \(7 bytes\) is a broken image"):
                 training(open_imagenet(tree), 5, workers=workers)
 
-    @pytest.mark.parametrize("workers", [0, 2])
-    def test_skip(self, tree: Path, workers: int) -> None:
-        (tree / "train/bag/0.jpg").write_bytes(b"nothing")
-        raw = (tree / "train/boot/1.png").read_bytes()
-        (tree / "train/boot/1.png").write_bytes(raw[: len(raw) // 2])
-        data = open_imagenet(tree, on_broken="skip")
-        with pytest.warns(UserWarning, match="left out") as warned:
-            batches = training(data, 9, workers=workers)
-        # The next image takes the place of a broken one: batches keep their size.
-        order = np.concatenate([epoch_order(3, epoch, 18)[:16] for epoch in range(3)])[:36]
-        order = np.where((order == 0) | (order == 6), order + 1, order)
-        assert torch.cat([batch[1] for batch in batches]).tolist() == data.splits["train"].labels[order].tolist()
-        names = [str(tree / name) for name in ("train/bag/0.jpg", "train/boot/1.png")]
-        assert sorted(data.broken) == names
-        assert len([w for w in warned if "left out" in str(w.message)]) == 2
-
-    def test_skip_in_validation(self, tree: Path) -> None:
-        (tree / "val/bag/1.png").write_bytes(b"nothing")
-        data = open_imagenet(tree, on_broken="skip")
-        with pytest.warns(UserWarning, match=r"val/bag/1\.png .*left out"):
-            labels = torch.cat([labels for _, labels in data.val_batches(4, size=16)])
-        assert labels.tolist() == [0, IGNORE, 1, 1, 1, 2, 2, 2, 2]
-
     def test_a_transform_that_fails(self, image_tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        """As on_broken says, and not as an error of the program."""
         original = ImageRecipe.transform
 
         def fragile(recipe: ImageRecipe) -> Any:
@@ -412,16 +367,6 @@ class TestBroken:
         monkeypatch.setattr(ImageRecipe, "transform", fragile)
         with pytest.raises(ValueError, match=r"cannot be transformed \(ZeroDivisionError: of the transform\)"):
             training(open_imagenet(image_tree))
-        data = open_imagenet(image_tree, on_broken="skip")
-        with pytest.warns(UserWarning, match="cannot be transformed"):
-            assert len(training(data, 8)) == 8
-        assert all("ZeroDivisionError" in message for message in data.broken.values())
-
-    def test_nothing_but_broken_images(self, tree: Path) -> None:
-        for path in (tree / "train").rglob("*.*"):
-            path.write_bytes(b"x")
-        with pytest.raises(ValueError, match="50 images after each other are broken"):
-            training(open_imagenet(tree, on_broken="skip"))
 
 
 @pytest.mark.network

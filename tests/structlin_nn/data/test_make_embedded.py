@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import runpy
 import struct
 from pathlib import Path
 
@@ -9,7 +10,10 @@ import numpy as np
 import pytest
 
 from structlin_nn.data import images
-from structlin_nn.data.make_embedded import SOURCES, build, read_idx, select
+
+FILE = Path(__file__).resolve().parents[3] / "benchmarks" / "make_embedded.py"
+SCRIPT = runpy.run_path(str(FILE))
+SOURCES, build, read_idx, select = (SCRIPT[name] for name in ("SOURCES", "build", "read_idx", "select"))
 
 
 def test_idx():

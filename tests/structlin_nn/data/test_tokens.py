@@ -3,7 +3,6 @@
 import hashlib
 import itertools
 import json
-import os
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +10,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from structlin_nn.data import _cache
 from structlin_nn.data import tokens as tokens_module
 from structlin_nn.data.tokens import IGNORE, evaluation_batches, open_tokens, token_batch, token_vocabulary
 
@@ -113,35 +111,6 @@ class TestOpen:
         again = open_tokens(folder, digest=data.digest)
         assert again.digest == data.digest
         assert again.val.tolist() == data.val.tolist()
-
-    def test_sums_that_took_long_are_kept(self, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setenv("STRUCTLIN_CACHE", str(tmp_path / "cache"))
-        expected = open_tokens(folder).digest
-        assert not (tmp_path / "cache").exists()
-        monkeypatch.setattr(_cache, "SLOW_SECONDS", -1)
-        assert open_tokens(folder).digest == expected
-        scan = tokens_module._scan
-        monkeypatch.setattr(tokens_module, "_scan", lambda *_: pytest.fail("tokens were read again"))
-        assert open_tokens(folder).digest == expected
-        # meta.json is still compared with them, and another vocabulary or a damaged file asks for a new look.
-        (folder / "meta.json").write_text(json.dumps({"version": 1, "train": {"tokens": 1000, "sha256": "0" * 64}}))
-        with pytest.raises(ValueError, match=r"train\.bin has the sha256 sum .*, meta\.json says 0000"):
-            open_tokens(folder)
-        (folder / "meta.json").unlink()
-        monkeypatch.setattr(tokens_module, "_scan", scan)
-        with pytest.raises(ValueError, match="outside the vocabulary of 200"):
-            open_tokens(folder, vocab_size=200)
-        (kept,) = (tmp_path / "cache").iterdir()
-        for damage in ("{", "[]", "{}"):
-            kept.write_text(damage)
-            assert open_tokens(folder).digest == expected
-        changed = np.fromfile(folder / "val.bin", "<u2")
-        changed[3] ^= 1
-        changed.tofile(folder / "val.bin")
-        os.utime(folder / "val.bin", ns=(1, 1))
-        assert open_tokens(folder).digest != expected
-        monkeypatch.setenv("STRUCTLIN_CACHE", "/proc/nowhere")
-        assert open_tokens(folder).vocab_size == 50257
 
     @pytest.mark.parametrize(
         ("text", "message"),

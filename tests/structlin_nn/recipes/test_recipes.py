@@ -297,8 +297,6 @@ class TestImageNet:
         with pytest.raises(ValueError, match=r"3\.png") as caught:
             imagenet.train(imagenet_config, options)
         assert "The run had begun." in caught.value.__notes__
-        with pytest.warns(UserWarning, match=r"3\.png"):
-            assert imagenet.train(imagenet_config, replace(options, resume=True, on_broken="skip")).finished
 
 
 def test_the_average_holds_buffers() -> None:

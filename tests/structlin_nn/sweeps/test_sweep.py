@@ -10,7 +10,7 @@ from structlin_nn.cli.train import parse
 from structlin_nn.recipes import recipe
 from structlin_nn.recipes.cifar import Config, Options
 from structlin_nn.sweeps import Sweep, find, grid, merge, names, zipped
-from structlin_nn.sweeps.commands import command, slurm_script, words
+from structlin_nn.sweeps.commands import command, words
 from structlin_nn.sweeps.local import Job
 
 
@@ -113,26 +113,3 @@ class TestCommands:
 
         timm = command(Job(recipe("timm:vit_x"), imagenet.Options(out=tmp_path, data=Path("d"))))
         assert timm.startswith("structlin train imagenet --model timm:vit_x --data d")
-
-    def test_slurm_script_runs_the_command_of_its_task(self, tmp_path: Path) -> None:
-        import os
-        import subprocess
-
-        jobs = {f"r{n}": Job(Config(seed=n), Options(out=tmp_path / f"it's {n}")) for n in range(3)}
-        script = slurm_script("x", jobs, workers=2, launcher=["echo"])
-        assert "#SBATCH --array=0-2%2" in script
-        for number in range(3):
-            found = subprocess.run(
-                ["bash", "-c", script],
-                env=os.environ | {"SLURM_ARRAY_TASK_ID": str(number)},
-                capture_output=True,
-                text=True,
-                check=True,
-            )
-            assert found.stdout.startswith("structlin train cifar-mlp --data-set fashion")
-            assert f"--out {tmp_path}/it's {number} --resume" in found.stdout
-        with pytest.raises(ValueError, match="no runs"):
-            slurm_script("x", {}, workers=1)
-        assert "#SBATCH --job-name='my sweep; rm -rf x'\n" in slurm_script("my sweep; rm -rf x", jobs, workers=1)
-        with pytest.raises(ValueError, match="the name of a job is one line"):
-            slurm_script("a\n#SBATCH --x", jobs, workers=1)

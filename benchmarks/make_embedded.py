@@ -1,6 +1,6 @@
 """Make the embedded subset of Fashion-MNIST from its standard files.
 
-    python -m structlin_nn.data.make_embedded SRC_FOLDER OUT_FILE
+    python benchmarks/make_embedded.py SRC_FOLDER OUT_FILE
 
 SRC_FOLDER holds the four idx.gz files, as from https://github.com/zalandoresearch/fashion-mnist or from the Debian
 package ``dataset-fashion-mnist``. The result is the same to the byte wherever zlib compresses alike, and the same in
