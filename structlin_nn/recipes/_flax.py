@@ -18,19 +18,23 @@ import optax
 import orbax.checkpoint as ocp
 import torch
 from flax import nnx
+from jax import Array
 from torch import Tensor, nn
 
 from structlin import execution
 from structlin_nn.checkpoints import CHECKPOINTS
 from structlin_nn.convert import to_flax, to_torch
+from structlin_nn.flax import optimizer_for
+from structlin_nn.models.flax import MODELS
 from structlin_nn.recipes._config import RunConfig, require
 from structlin_nn.recipes._probe import Probe
+from structlin_nn.recipes._processes import ALONE
 from structlin_nn.recipes._run import Options, Run
 from structlin_nn.recipes._telling import hardware
-from structlin_nn.recipes._torch import decoded, encoded, layers_of
+from structlin_nn.recipes._torch import base_of, count_run, decoded, encoded, layers_of
 from structlin_nn.torch import StructuredLinear, parameter_groups
 
-__all__ = ["FlaxRun", "check_flax", "mean_gradients"]
+__all__ = ["FlaxRun", "check_flax"]
 
 CLIP_EPSILON = 1e-6  # torch's, in clip_grad_norm_
 
@@ -41,13 +45,6 @@ def check_flax(config: RunConfig) -> None:
         found = getattr(config, name)
         require(found == value, f"{name} must be {value!r} in flax, got {found!r}")
     require(config.optimizer != "muon", "optimizer='muon' is for the recipes in torch")
-
-
-def mean_gradients(loss: Callable[..., Any], params: Any, parts: Sequence[Any]) -> tuple[Any, Any, list[Any]]:
-    """(mean loss, mean gradients, what the loss returned beside) over the equally large parts of a batch."""
-    found = [jax.value_and_grad(loss, has_aux=True)(params, *part) for part in parts]
-    gradients = jax.tree.map(lambda *each: sum(each) / len(each), *(gradient for _, gradient in found))
-    return jnp.stack([value for (value, _), _ in found]).mean(), gradients, [aux for (_, aux), _ in found]
 
 
 class FlaxRun(Run):
@@ -61,7 +58,7 @@ class FlaxRun(Run):
     versions = ("torch", "jax", "flax", "optax", "orbax-checkpoint")
 
     def __init__(self, config: RunConfig, options: Options, watch: Any = None) -> None:
-        super().__init__(config, options, None, watch)
+        super().__init__(config, options, ALONE, watch)
         require(options.init_from is None, "init_from is for the recipes in torch")
         kind, _, number = config.device.partition(":")
         try:
@@ -70,36 +67,38 @@ class FlaxRun(Run):
             raise ValueError(f"jax does not have the device {config.device!r}: {error}") from error
 
     def start(
-        self, twin: nn.Module, base: nn.Module, model: nnx.Module, tx: optax.GradientTransformation, *, steps: int,
-        counts: dict[str, int], outputs: int, data: dict[str, Any], probe: Tensor, warmup: int = 0,
-        extra_multipliers: Mapping[Any, float] | None = None, generators: Mapping[str, torch.Generator] | None = None,
+        self, build: Callable[..., nn.Module], outputs: int, *, steps: int, warmup: int, sample: Tensor, probe: Tensor,
+        data: dict[str, Any], generators: Mapping[str, torch.Generator] | None = None,
+        extra_multipliers: Mapping[Any, float] | None = None, decay: Sequence[str] = ("factor", "weight"),
     ) -> None:  # fmt: skip
-        """Start the record, or restore what the checkpoint holds.
+        """Make model and optimiser, start the record, or restore what the checkpoint holds.
 
-        Args:
-            twin: the torch model, with the first parameters; `base`: the dense one at base width.
-            model: the flax model, which may be abstract.
-            tx: the optimiser, at a learning rate of 1.
-            probe: inputs on which features and gains are measured.
-            warmup: steps of the warm-up.
-            extra_multipliers: that `tx` was made with.
-            generators: of random numbers that the recipe draws from, by name.
+        Args: as of `structlin_nn.recipes._torch.TorchRun.start`; `build` makes the torch models.
         """
-        self.twin, self.warmup, self.generators = twin, warmup, dict(generators or {})
+        config, self.warmup, self.generators = self.config, warmup, dict(generators or {})
+        torch.manual_seed(config.seed)
+        twin: Any = build(config, outputs)
+        base: Any = base_of(build, config, outputs)
+        kind: Any = MODELS[config.model]
+        model, dense = (nnx.eval_shape(lambda own=m.config: kind(own, rngs=nnx.Rngs(0))) for m in (twin, base))
+        aware = {"optimizer": config.optimizer, "structure_aware": config.structure_aware}
+        # At a learning rate of 1: steps multiply by theirs.
+        self.tx = optimizer_for(
+            model, dense, lr=1.0, weight_decay=config.weight_decay, extra_multipliers=extra_multipliers, decay=decay,
+            independent_decay=config.independent_decay, betas=config.betas, **aware,
+        )  # fmt: skip
         to_flax(twin.state_dict(), model)
+        self.twin = twin
         self.graph, params, rest = nnx.split(model, nnx.Param, ...)
         self.params, self.rest = jax.device_put((nnx.as_pure(params), nnx.as_pure(rest)), self.device)
-        self.moments = tx.init(self.params)
-        self.average = self.params if self.config.ema else None
+        self.moments = self.tx.init(self.params)
+        self.average = self.params if config.ema else None
         self.sums, self.probe = np.zeros(3), Probe(twin, twin, probe)
-        groups = parameter_groups(
-            twin, base, lr=1.0, optimizer=self.config.optimizer, structure_aware=self.config.structure_aware,
-            extra_multipliers=extra_multipliers,
-        )  # fmt: skip
-        machine = hardware(self.config.threads or torch.get_num_threads(), self.device.platform)
+        groups = parameter_groups(twin, base, lr=1.0, extra_multipliers=extra_multipliers, **aware)
+        machine = hardware(config.threads or torch.get_num_threads(), self.device.platform)
         self.begin(
-            steps=steps, counts=counts, outputs=outputs, data=data, structures=layers_of(twin, groups),
-            hardware={**machine, "processes": 1, "parallel": None},
+            steps=steps, counts=count_run(build, config, outputs, steps, sample), outputs=outputs, data=data,
+            structures=layers_of(twin, groups), hardware={**machine, "processes": 1, "parallel": None},
         )  # fmt: skip
         if self.state is not None:
             place = self.folder / CHECKPOINTS / f"{self.step:09d}" / "orbax"
@@ -115,9 +114,52 @@ class FlaxRun(Run):
             for name, generator in self.generators.items():
                 generator.set_state(decoded(self.state["generators"][name]))
 
+    def model(self, params: Any) -> Any:
+        """The flax model with parameters."""
+        return nnx.merge(self.graph, params, self.rest)
+
+    def make_step(self, loss: Callable[[Any, Any, Any], tuple[Array, Any]]) -> Callable[..., tuple[Array, Array, Any]]:
+        """A step on the equally large parts of a batch, by the mean of their gradients.
+
+        Args:
+            loss: (model, inputs, targets) to (mean loss, what else is wanted of a part).
+
+        Returns:
+            (inputs, targets) as NumPy arrays to (mean loss, norm of the gradient, what else, by parts).
+        """
+        config, tx = self.config, self.tx
+
+        @jax.jit
+        def step(params: Any, moments: Any, average: Any, parts: Any, rate: Any) -> Any:
+            def of_parameters(params: Any, x: Array, y: Array) -> tuple[Array, Any]:
+                return loss(self.model(params), x, y)
+
+            found = [jax.value_and_grad(of_parameters, has_aux=True)(params, *part) for part in parts]
+            gradients = jax.tree.map(lambda *each: sum(each) / len(each), *(gradient for _, gradient in found))
+            norm = optax.tree.norm(gradients)
+            if config.clip:
+                shrink = jnp.minimum(1.0, config.clip / (norm + CLIP_EPSILON))
+                gradients = jax.tree.map(lambda gradient: gradient * shrink, gradients)
+            updates, moments = tx.update(gradients, moments, params)
+            params = jax.tree.map(lambda p, update: p + rate * update, params, updates)
+            if average is not None:
+                average = jax.tree.map(lambda a, p: a + (1 - config.ema) * (p - a), average, params)
+            value = jnp.stack([value for (value, _), _ in found]).mean()
+            return params, moments, average, value, norm, [aux for (_, aux), _ in found]
+
+        def take(inputs: np.ndarray, targets: np.ndarray) -> tuple[Array, Array, Any]:
+            split = zip(np.split(inputs, config.accumulate), np.split(targets, config.accumulate), strict=True)
+            parts = jax.device_put(list(split), self.device)
+            rate = np.float32(config.lr * self.share(self.step))
+            found = step(self.params, self.moments, self.average, parts, rate)
+            self.params, self.moments, self.average = found[:3]
+            return found[3:]
+
+        return take
+
     def write_to_twin(self) -> None:
         """Give the torch model the parameters."""
-        self.twin.load_state_dict(to_torch(nnx.merge(self.graph, self.params, self.rest)))
+        self.twin.load_state_dict(to_torch(self.model(self.params)))
 
     @contextmanager
     def evaluation(self) -> Any:

@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from structlin_nn.recipes._config import RunConfig, require
 
-__all__ = ["Processes", "available_device", "local", "processes"]
+__all__ = ["ALONE", "Processes", "available_device", "local", "processes"]
 
 Value = TypeVar("Value")
 
@@ -135,6 +135,9 @@ class Processes:
         gradients = [p.grad for p in model.parameters() if p.ndim == 0 and p.grad is not None] if self.sharded else []
         if gradients:
             torch._foreach_copy_(gradients, list((self.sum(torch.stack(gradients)) / self.size).unbind()))
+
+
+ALONE = Processes(0, 1, "ddp", torch.device("cpu"))
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 import filelock
 import tyro
@@ -34,12 +34,11 @@ from structlin_nn.recipes._config import RunConfig, require
 from structlin_nn.recipes._telling import TRACKERS, Interruption, scalars, versions
 from structlin_nn.records import RecordWriter, sealed, unsealed
 
-__all__ = ["ALONE", "Alone", "Options", "Result", "Run", "TrainingError", "default_folder", "learning_rate"]
+__all__ = ["Options", "Result", "Run", "TrainingError", "default_folder", "learning_rate"]
 
 BEGUN = "The run had begun."
 """A note on errors that come after the start of a run, which are no mistakes of usage."""
 RECORD, WAYS = "record.jsonl", "ways.json"
-Value = TypeVar("Value")
 
 
 class TrainingError(RuntimeError):
@@ -95,35 +94,6 @@ class Result:
         return self.folder / RECORD
 
 
-class Alone:
-    """One process, with the methods of `structlin_nn.recipes._torch.Processes`."""
-
-    rank, size, main, sharded, parallel = 0, 1, True, False, "ddp"
-
-    def first(self, work: Callable[[], Value]) -> Value:
-        """What `work` returns in the first process, its error in all."""
-        return work()
-
-    def largest(self, number: int) -> int:
-        """The largest number in any process."""
-        return number
-
-    def gather(self, value: Value) -> list[Value]:
-        """The values of all processes."""
-        return [value]
-
-    def sum(self, tensor: Value) -> Value:
-        """The sum over the processes."""
-        return tensor
-
-    def share(self, tensor: Value) -> Value:
-        """This process's rows."""
-        return tensor
-
-
-ALONE = Alone()
-
-
 def learning_rate(config: RunConfig, step: int, steps: int, warmup: int = 0) -> float:
     """The share of the learning rate that step number `step` (from 0) of `steps` takes.
 
@@ -176,10 +146,10 @@ class Run:
     versions: Sequence[str] = ("torch",)
 
     def __init__(
-        self, config: RunConfig, options: Options, group: Any = None,
+        self, config: RunConfig, options: Options, group: Any,
         watch: Callable[[Run, float | None], bool | None] | None = None,
     ) -> None:  # fmt: skip
-        self.config, self.options, self.group, self.watch = config, options, group or ALONE, watch
+        self.config, self.options, self.group, self.watch = config, options, group, watch
         self.recipe = type(config).__module__.rpartition(".")[2]
         self.folder = default_folder(config) if options.out is None else Path(options.out)
         self.step, self.steps, self.seconds, self.training_seconds = 0, 0, 0.0, 0.0

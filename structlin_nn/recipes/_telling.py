@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import os
 import platform
@@ -25,9 +26,9 @@ SAME_SECONDS = 5.0
 class Interruption:
     """While the block lasts, the first SIGINT or SIGTERM is noted in `signal`; one `SAME_SECONDS` later acts as usual.
 
-    A block in another is the outer one. After a signal the handler stays: what follows within `SAME_SECONDS` is
-    ignored also while the process ends. Outside of the main thread, where Python cannot handle signals, nothing is
-    changed.
+    A block in another is the outer one. After a signal the handler stays, and what follows while the process ends is
+    ignored: Python gives signals back their defaults then, and the exit code would be that of a killed process. Outside
+    of the main thread, where Python cannot handle signals, nothing is changed.
 
     >>> with Interruption() as interruption:
     ...     os.kill(os.getpid(), signal.SIGTERM)
@@ -60,6 +61,7 @@ class Interruption:
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.signal is None:
             self.signal, self._first = signal.Signals(number), time.monotonic()
+            atexit.register(_ignore)
         elif time.monotonic() - self._first > SAME_SECONDS:
             self._restore()
             signal.raise_signal(number)
@@ -68,6 +70,11 @@ class Interruption:
         for number, before in self._before.items():
             if signal.getsignal(number) == self._note:
                 signal.signal(number, before)
+
+
+def _ignore() -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def scalars(evaluation: Mapping[str, Any], prefix: str = "") -> dict[str, float]:

@@ -24,7 +24,7 @@ from structlin_nn.recipes._probe import Probe
 from structlin_nn.recipes._processes import Processes, local, processes
 from structlin_nn.recipes._run import Options, Run
 from structlin_nn.recipes._telling import hardware
-from structlin_nn.torch import Muon, ParameterRule, StructuredLinear, parameter_groups
+from structlin_nn.torch import Muon, StructuredLinear, parameter_groups
 from structlin_nn.trained import described, model_of, starting_weights
 
 __all__ = ["Average", "Options", "TorchRun", "base_of", "count_run", "make_optimizer", "processes"]
@@ -42,7 +42,10 @@ def count_run(
     """
     with torch.device("meta"):
         model = build(config.replace(recompute=False), outputs)
-    counted = count(model, sample.to("meta"))
+    try:
+        counted = count(model, sample.to("meta"))
+    except (AssertionError, RuntimeError) as error:
+        raise ValueError(f"{config.model} does not take inputs of shape {tuple(sample.shape)}: {error}") from error
     samples = steps * config.batch_size
     return {
         "params": sum(parameter.numel() for parameter in model.parameters()),
@@ -57,44 +60,35 @@ def count_run(
     }
 
 
-def base_of(build: Callable[..., nn.Module], config: RunConfig, outputs: int) -> nn.Module:
-    """The dense model at base width, on the meta device, with the recipe's own number of heads if they divide it."""
+def base_of(build: Callable[..., nn.Module], config: RunConfig, outputs: int) -> nn.Module | None:
+    """The dense model at base width, on the meta device, with the recipe's own number of heads if they divide it.
+
+    None for a model that has its own width (of timm): each layer is its own base.
+    """
+    if not config.width:
+        return None
     changes: dict[str, Any] = {"width": config.base_width, "structure": "dense", "options": {}, "rms_cap": False}
     if hasattr(config, "heads"):
         changes["heads"] = math.gcd(type(config).heads, config.base_width)
     if hasattr(config, "head_dim"):
         changes["head_dim"] = 0
+    if expansion := getattr(config, "base_expansion", 0):
+        changes["expansion"] = expansion
     with torch.device("meta"):
         return build(config.replace(**changes, recompute=False), outputs)
 
 
-def make_optimizer(
-    config: RunConfig,
-    model: nn.Module,
-    base: nn.Module | None,
-    *,
-    extra_multipliers: Mapping[Any, float] | None = None,
-    rules: Mapping[Any, ParameterRule] | None = None,
-    decay: Sequence[str] = ("factor", "weight"),
-) -> torch.optim.Optimizer:
+def make_optimizer(config: RunConfig, model: nn.Module, base: nn.Module | None, **rules: Any) -> torch.optim.Optimizer:
     """The optimiser, whose groups have the learning rates of `structlin_nn.torch.parameter_groups` before the schedule.
 
     ``base``: the dense model at base width, on the meta device: ``config.lr`` is its rate. None: each layer is its own
-    base, and ``config.lr`` is the rate of the dense model of this width.
+    base, and ``config.lr`` is the rate of the dense model of this width. ``rules``: of `parameter_groups`.
     """
     groups = parameter_groups(
-        model,
-        base,
-        lr=config.lr,
-        weight_decay=config.weight_decay,
-        optimizer=config.optimizer,
-        structure_aware=config.structure_aware,
-        extra_multipliers=extra_multipliers,
-        rules=rules,
-        decay=decay,
-        independent_decay=config.independent_decay,
-        adam_lr=config.adam_lr or None,
-    )
+        model, base, lr=config.lr, weight_decay=config.weight_decay, optimizer=config.optimizer,
+        structure_aware=config.structure_aware, independent_decay=config.independent_decay,
+        adam_lr=config.adam_lr or None, **rules,
+    )  # fmt: skip
     if config.optimizer == "muon":
         return Muon(groups, lr=config.lr, betas=config.betas)
     split = []  # an optimiser takes sharded or whole parameters in a group, not both
@@ -232,26 +226,30 @@ class TorchRun(Run):
         self.forward = self.group.wrap(self.model)
         return self.model
 
-    def built(self, build: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+    def _built(self, build: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
         """`build`, or what builds a model with the layers of the trained weights that the run started from."""
         if self.init_from is None or self.init_from["structured_layers"] is None:
             return build
         return lambda config, outputs: model_of(self._described["build"], self._described["layout"])
 
     def start(
-        self, optimizer: torch.optim.Optimizer, *, steps: int, counts: dict[str, int], outputs: int,
-        data: dict[str, Any], sums: int, probe: Tensor, warmup: int = 0,
-        generators: Mapping[str, torch.Generator] | None = None,
-    ) -> None:  # fmt: skip
-        """Start the record with what `Run.begin` takes, or restore what the checkpoint holds.
+        self, build: Callable[..., nn.Module], outputs: int, *, steps: int, warmup: int, sums: int, sample: Tensor,
+        probe: Tensor, data: dict[str, Any], generators: Mapping[str, torch.Generator] | None = None, **rules: Any,
+    ) -> torch.optim.Optimizer:  # fmt: skip
+        """Make the optimiser, start the record, or restore what the checkpoint holds.
 
         Args:
-            optimizer: of the model.
+            build: (configuration, outputs) to a model; it is called for the dense model at base width.
+            outputs: classes, or tokens that the model knows.
+            steps: of the run; `warmup`: those of the warm-up.
             sums: how many numbers the recipe adds up between evaluations.
+            sample: an input that is counted.
             probe: inputs on which features and gains are measured (`Probe`).
-            warmup: steps of the warm-up.
+            data: of `Run.begin`.
             generators: of random numbers that the recipe draws from, by name.
+            **rules: further arguments of `structlin_nn.torch.parameter_groups`.
         """
+        optimizer = make_optimizer(self.config, self.model, base_of(build, self.config, outputs), **rules)
         self.optimizer, self.warmup = optimizer, warmup
         self.generators = dict(generators or {})
         self.rates = [group["lr"] for group in optimizer.param_groups]
@@ -270,10 +268,12 @@ class TorchRun(Run):
         }
         if self.init_from is not None:
             header["init_from"] = self.init_from
+        counts = count_run(self._built(build), self.config, outputs, steps, sample)
         self.begin(steps=steps, counts=counts, outputs=outputs, data=data, **header)
         if self.state is not None:
             self._restore(self.state)
         self.model.train()
+        return optimizer
 
     # The parts of a step
 

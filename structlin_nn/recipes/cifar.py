@@ -20,9 +20,10 @@ from structlin_nn.data import ImageDataset, batch_rows, load_images
 from structlin_nn.data.augment import Augmentation, normalize
 from structlin_nn.models import StructureConfig, build_model
 from structlin_nn.recipes._config import RunConfig, require
-from structlin_nn.recipes._run import ALONE, Result
+from structlin_nn.recipes._processes import ALONE
 from structlin_nn.recipes._run import Options as RunOptions
-from structlin_nn.recipes._torch import TorchRun, base_of, count_run, make_optimizer, processes
+from structlin_nn.recipes._run import Result
+from structlin_nn.recipes._torch import TorchRun, count_run, processes
 
 __all__ = ["Config", "Options", "build", "plan", "train"]
 
@@ -173,14 +174,12 @@ def train(
         generator = torch.Generator().manual_seed(config.seed)
 
         # Model and optimiser: learning rates relative to the dense model at base width.
-        model = run.make_model(build, classes)
+        run.make_model(build, classes)
         extra = {INPUT_LAYERS[config.model]: config.input_lr_mult} if config.input_lr_mult != 1 else {}
-        optimizer = make_optimizer(config, model, base_of(build, config, classes), extra_multipliers=extra)
-        sample = torch.zeros(1, *data.image_shape)
-        run.start(
-            optimizer, steps=steps, warmup=round(config.warmup_epochs * per_epoch), outputs=classes, sums=3,
-            counts=count_run(run.built(build), config, classes, steps, sample), data=described(data),
-            probe=normalize(images[:PROBED_IMAGES], data.mean, data.std), generators={"augmentation": generator},
+        optimizer = run.start(
+            build, classes, steps=steps, warmup=round(config.warmup_epochs * per_epoch), sums=3,
+            sample=torch.zeros(1, *data.image_shape), probe=normalize(images[:PROBED_IMAGES], data.mean, data.std),
+            data=described(data), generators={"augmentation": generator}, extra_multipliers=extra,
         )  # fmt: skip
 
         def evaluate() -> None:

@@ -11,21 +11,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import torch
-from flax import nnx
 
 from structlin_nn.data import batch_rows, load_images
 from structlin_nn.data.augment import Augmentation, normalize
-from structlin_nn.flax import optimizer_for
-from structlin_nn.models import StructureConfig
-from structlin_nn.models.flax import base_model, build_model
 from structlin_nn.recipes import cifar
-from structlin_nn.recipes._flax import CLIP_EPSILON, FlaxRun, check_flax, mean_gradients
+from structlin_nn.recipes._flax import FlaxRun, check_flax
 from structlin_nn.recipes._run import Result
-from structlin_nn.recipes._torch import base_of, count_run
 from structlin_nn.recipes.cifar import EVALUATED_TRAINING_IMAGES, INPUT_LAYERS, PROBED_IMAGES, Options
 
 __all__ = ["Config", "Options", "train"]
@@ -56,47 +50,19 @@ def train(config: Config, options: Options, *, watch: Any = None) -> Result:
         )
         generator = torch.Generator().manual_seed(config.seed)
 
-        # Model and optimiser, at a learning rate of 1: steps multiply by theirs.
-        torch.manual_seed(config.seed)
-        twin = cifar.build(config, classes)
-        base = base_of(cifar.build, config, classes)
-        structure = StructureConfig(config.structure, config.options, config.layers, bool(config.rms_cap), config.rule)
-        sizes: dict[str, Any] = {"depth": config.depth, "num_classes": classes}
-        sizes |= {"bias": config.bias} if config.model == "cifar-mlp" else {}
-        make = {"width": config.width, "structure": structure, **sizes}
-        model = nnx.eval_shape(lambda: build_model(config.model, rngs=nnx.Rngs(0), **make))
+        # Model and optimiser.
         extra = {INPUT_LAYERS[config.model]: config.input_lr_mult} if config.input_lr_mult != 1 else {}
-        tx = optimizer_for(
-            model, base_model(config.model, config.base_width, **sizes), lr=1.0, weight_decay=config.weight_decay,
-            optimizer=config.optimizer, structure_aware=config.structure_aware, extra_multipliers=extra,
-            independent_decay=config.independent_decay, betas=config.betas,
-        )  # fmt: skip
         run.start(
-            twin, base, model, tx, steps=steps, warmup=round(config.warmup_epochs * per_epoch), outputs=classes,
-            counts=count_run(cifar.build, config, classes, steps, torch.zeros(1, 3, 32, 32)),
-            data=cifar.described(data), probe=normalize(images[:PROBED_IMAGES], data.mean, data.std),
-            extra_multipliers=extra, generators={"augmentation": generator},
+            cifar.build, classes, steps=steps, warmup=round(config.warmup_epochs * per_epoch),
+            sample=torch.zeros(1, 3, 32, 32), probe=normalize(images[:PROBED_IMAGES], data.mean, data.std),
+            data=cifar.described(data), generators={"augmentation": generator}, extra_multipliers=extra,
         )  # fmt: skip
-        graph, rest = run.graph, run.rest
 
-        @jax.jit
-        def step(params: Any, moments: Any, average: Any, parts: Any, rate: Any) -> Any:
-            def loss(params: Any, x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
-                logits = nnx.merge(graph, params, rest)(x)
-                return optax.softmax_cross_entropy(logits, y).mean(), logits.argmax(1)
+        def loss(model: Any, x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
+            logits = model(x)
+            return optax.softmax_cross_entropy(logits, y).mean(), logits.argmax(1)
 
-            value, gradients, predictions = mean_gradients(loss, params, parts)
-            norm = optax.tree.norm(gradients)
-            if config.clip:
-                shrink = jnp.minimum(1.0, config.clip / (norm + CLIP_EPSILON))
-                gradients = jax.tree.map(lambda gradient: gradient * shrink, gradients)
-            updates, moments = tx.update(gradients, moments, params)
-            params = jax.tree.map(lambda p, update: p + rate * update, params, updates)
-            if average is not None:
-                average = jax.tree.map(lambda a, p: a + (1 - config.ema) * (p - a), average, params)
-            return params, moments, average, value, norm, jnp.concatenate(predictions)
-
-        logits_of = jax.jit(lambda params, x: nnx.merge(graph, params, rest)(x))
+        step, logits_of = run.make_step(loss), jax.jit(lambda params, x: run.model(params)(x))
 
         def loss_and_error(images: torch.Tensor, labels: torch.Tensor) -> tuple[float, float]:
             loss = wrong = 0.0
@@ -125,20 +91,15 @@ def train(config: Config, options: Options, *, watch: Any = None) -> Result:
 
             rows = torch.from_numpy(batch_rows(len(labels), size, config.seed, run.step))
             inputs, targets = (tensor.numpy() for tensor in augment(images[rows], labels[rows], generator))
-            split = zip(np.split(inputs, config.accumulate), np.split(targets, config.accumulate), strict=True)
-            parts = jax.device_put(list(split), run.device)
-            rate = np.float32(config.lr * run.share(run.step))
-            run.params, run.moments, run.average, loss, norm, predictions = step(
-                run.params, run.moments, run.average, parts, rate
-            )
+            loss_found, norm, predictions = step(inputs, targets)
 
             if measures:
                 run.write_to_twin()
                 run.probe.after_step()
             right = labels[rows].numpy()
-            hits = [int((np.asarray(predictions) == other).sum()) for other in (right, right[::-1])]
-            run.sums += (float(loss) * size, max(hits) if config.mixup else hits[0], size)
-            run.stepped(loss, norm)
+            hits = [int((np.concatenate(predictions) == other).sum()) for other in (right, right[::-1])]
+            run.sums += (float(loss_found) * size, max(hits) if config.mixup else hits[0], size)
+            run.stepped(loss_found, norm)
             if evaluates:
                 evaluate()
         return run.result()

@@ -12,19 +12,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 import torch
-from flax import nnx
 
 from structlin_nn.data.tokens import IGNORE, evaluation_batches, open_tokens, token_batch
-from structlin_nn.flax import optimizer_for
-from structlin_nn.models.flax import GPT2
 from structlin_nn.recipes import gpt2
 from structlin_nn.recipes._config import require
-from structlin_nn.recipes._flax import CLIP_EPSILON, FlaxRun, check_flax, mean_gradients
+from structlin_nn.recipes._flax import FlaxRun, check_flax
 from structlin_nn.recipes._run import Options, Result
-from structlin_nn.recipes._torch import base_of, count_run
 
 __all__ = ["Config", "Options", "train"]
 
@@ -55,44 +50,21 @@ def train(config: Config, options: Options, *, watch: Any = None) -> Result:
         data = open_tokens(options.data)
         vocabulary = gpt2.vocabulary_of(config, data.vocab_size)
 
-        # Model and optimiser, at a learning rate of 1: steps multiply by theirs.
-        torch.manual_seed(config.seed)
-        twin: Any = gpt2.build(config, vocabulary)
-        base: Any = base_of(gpt2.build, config.replace(expansion=config.base_expansion or config.expansion), vocabulary)
-        model, dense = (nnx.eval_shape(lambda own=m.config: GPT2(own, rngs=nnx.Rngs(0))) for m in (twin, base))
-        tx = optimizer_for(
-            model, dense, lr=1.0, weight_decay=config.weight_decay, optimizer=config.optimizer,
-            structure_aware=config.structure_aware, independent_decay=config.independent_decay, betas=config.betas,
-            decay=("factor", "weight", "embedding") if config.decay_embeddings else ("factor", "weight"),
-        )  # fmt: skip
+        # Model and optimiser.
         x, _ = token_batch(data.train, block_size=config.context, batch_size=4, seed=gpt2.PROBE_SEED, step=0)
         run.start(
-            twin, base, model, tx, steps=config.steps, warmup=config.warmup_steps, outputs=vocabulary,
-            counts=count_run(gpt2.build, config, vocabulary, config.steps, torch.from_numpy(x[:1])),
-            data=gpt2.described(data), probe=torch.from_numpy(x),
+            gpt2.build, vocabulary, steps=config.steps, warmup=config.warmup_steps, sample=torch.from_numpy(x[:1]),
+            probe=torch.from_numpy(x), data=gpt2.described(data), decay=gpt2.decayed(config),
         )  # fmt: skip
-        graph, rest = run.graph, run.rest
 
-        @jax.jit
-        def step(params: Any, moments: Any, average: Any, parts: Any, rate: Any) -> Any:
-            def loss(params: Any, x: jax.Array, y: jax.Array) -> tuple[jax.Array, None]:
-                logits = nnx.merge(graph, params, rest)(x)
-                return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean(), None
+        def loss(model: Any, x: jax.Array, y: jax.Array) -> tuple[jax.Array, None]:
+            return optax.softmax_cross_entropy_with_integer_labels(model(x), y).mean(), None
 
-            value, gradients, _ = mean_gradients(loss, params, parts)
-            norm = optax.tree.norm(gradients)
-            if config.clip:
-                shrink = jnp.minimum(1.0, config.clip / (norm + CLIP_EPSILON))
-                gradients = jax.tree.map(lambda gradient: gradient * shrink, gradients)
-            updates, moments = tx.update(gradients, moments, params)
-            params = jax.tree.map(lambda p, update: p + rate * update, params, updates)
-            if average is not None:
-                average = jax.tree.map(lambda a, p: a + (1 - config.ema) * (p - a), average, params)
-            return params, moments, average, value, norm
+        step = run.make_step(loss)
 
         @jax.jit
         def total_loss(params: Any, x: jax.Array, y: jax.Array) -> jax.Array:
-            logits, counted = nnx.merge(graph, params, rest)(x), y != IGNORE
+            logits, counted = run.model(params)(x), y != IGNORE
             losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.where(counted, y, 0))
             return jnp.where(counted, losses, 0.0).sum()
 
@@ -120,16 +92,13 @@ def train(config: Config, options: Options, *, watch: Any = None) -> Result:
 
             x, y = token_batch(data.train, block_size=config.context, batch_size=config.batch_size, seed=config.seed,
                                step=run.step)  # fmt: skip
-            split = zip(np.split(x, config.accumulate), np.split(y, config.accumulate), strict=True)
-            parts = jax.device_put(list(split), run.device)
-            rate = np.float32(config.lr * run.share(run.step))
-            run.params, run.moments, run.average, loss, norm = step(run.params, run.moments, run.average, parts, rate)
+            loss_found, norm, _ = step(x, y)
 
             if evaluates:
                 run.write_to_twin()
                 run.probe.after_step()
-            run.sums[:2] += (float(loss), 1)
-            run.stepped(loss, norm)
+            run.sums[:2] += (float(loss_found), 1)
+            run.stepped(loss_found, norm)
             if evaluates:
                 evaluate()
         return run.result()

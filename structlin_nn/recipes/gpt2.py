@@ -29,8 +29,9 @@ from structlin_nn.data.tokens import (
 )
 from structlin_nn.models import StructureConfig, build_model
 from structlin_nn.recipes._config import RunConfig, require
-from structlin_nn.recipes._run import ALONE, Options, Result
-from structlin_nn.recipes._torch import TorchRun, base_of, count_run, make_optimizer, processes
+from structlin_nn.recipes._processes import ALONE
+from structlin_nn.recipes._run import Options, Result
+from structlin_nn.recipes._torch import TorchRun, count_run, processes
 
 __all__ = ["Config", "Options", "build", "plan", "train"]
 
@@ -62,9 +63,7 @@ class Config(RunConfig):
     model: Literal["gpt2"] = "gpt2"
     width: int = 768  # width of the model
     base_width: int = 768  # width at which the learning rate was tuned
-    base_expansion: int = (
-        0  # expansion of that model, 0: this one's; the paper's is 1, which quarters the rate of `down`
-    )
+    base_expansion: int = 0  # expansion of that model, 0: this one's; the paper's is 1 and quarters the rate of `down`
     depth: int = 12  # number of blocks
     heads: int = 12  # heads of the attention
     head_dim: int = 0  # size of a head, 0: width // heads
@@ -119,6 +118,10 @@ def plan(config: Config, options: Options) -> tuple[int, int, dict[str, int]]:
     return vocabulary, config.steps, count_run(build, config, vocabulary, config.steps, sample)
 
 
+def decayed(config: Config) -> tuple[str, ...]:
+    return ("factor", "weight", "embedding") if config.decay_embeddings else ("factor", "weight")
+
+
 def vocabulary_of(config: Config, size: int) -> int:
     known = config.vocabulary or -(-size // 64) * 64
     require(known >= size, f"vocabulary {known} is smaller than that of the data, {size}")
@@ -132,22 +135,11 @@ def train(
     """Train, or resume a run where its last checkpoint left it.
 
     Args:
-        config: of the run.
+        config, watch: as `structlin_nn.recipes.cifar.train`, whose results and errors are those of this function too.
         options: where it reads and writes; `options.data` is a folder with ``train.bin`` and ``val.bin``, as
             ``structlin prepare`` and nanoGPT write them.
-        build: (configuration, vocabulary) to a model of your own, in place of GPT-2; it is called for the model, and
-            on the meta device for the dense model at base width.
+        build: (configuration, vocabulary) to a model of your own, in place of GPT-2.
         data: tokens of your own, in place of `options.data`.
-        watch: called after every step with the run and the loss; True ends the run there.
-
-    Returns:
-        How the run ended; its record is described in `structlin_nn.records`.
-
-    Raises:
-        FileNotFoundError: data that do not exist.
-        FileExistsError, BlockingIOError, ValueError: as `structlin_nn.recipes._run.Run`; damaged data.
-        TrainingError: a loss or a weight is not finite; the message names the last good checkpoint.
-        OSError: a checkpoint could not be written; the last one is whole.
     """
     with processes(config.device, options.parallel) as group, GPT2Run(config, options, group, watch) as run:
         size = group.part_size(config)
@@ -170,16 +162,11 @@ def train(
                 yield _to(x, run.device), _to(y, run.device)
 
         # Model and optimiser: learning rates relative to the dense model at base width.
-        model = run.make_model(build, vocabulary)
-        expansion = config.base_expansion or config.expansion
-        base = base_of(build, config.replace(expansion=expansion), vocabulary)
-        decay = ("factor", "weight", "embedding") if config.decay_embeddings else ("factor", "weight")
-        optimizer = make_optimizer(config, model, base, decay=decay)
+        run.make_model(build, vocabulary)
         x, _ = token_batch(data.train, block_size=config.context, batch_size=4, seed=PROBE_SEED, step=0)
-        run.start(
-            optimizer, steps=config.steps, warmup=config.warmup_steps, outputs=vocabulary, sums=2,
-            counts=count_run(run.built(build), config, vocabulary, config.steps, torch.from_numpy(x[:1])),
-            data=described(data), probe=_to(x, run.device),
+        optimizer = run.start(
+            build, vocabulary, steps=config.steps, warmup=config.warmup_steps, sums=2, sample=torch.from_numpy(x[:1]),
+            probe=_to(x, run.device), data=described(data), decay=decayed(config),
         )  # fmt: skip
 
         def evaluate() -> None:

@@ -24,9 +24,10 @@ from structlin_nn.data.tokens import IGNORE
 from structlin_nn.models import StructureConfig, build_model
 from structlin_nn.models.files import make_timm
 from structlin_nn.recipes._config import RunConfig, require
-from structlin_nn.recipes._run import ALONE, Result
+from structlin_nn.recipes._processes import ALONE
 from structlin_nn.recipes._run import Options as RunOptions
-from structlin_nn.recipes._torch import TorchRun, base_of, count_run, make_optimizer, processes
+from structlin_nn.recipes._run import Result
+from structlin_nn.recipes._torch import TorchRun, count_run, processes
 from structlin_nn.torch import ParameterRule, replace_linear
 
 __all__ = ["Config", "Options", "build", "plan", "train"]
@@ -63,9 +64,7 @@ class Config(RunConfig):
     model: str = "imagenet-vit"  # imagenet-vit, or timm:NAME for a model of timm, which has its own width
     width: int = 384  # width of imagenet-vit
     base_width: int = 256  # width at which the learning rate was tuned
-    base_expansion: int = (
-        0  # expansion of that model, 0: this one's; the paper's is 1, which quarters the rate of `down`
-    )
+    base_expansion: int = 0  # expansion of that model, 0: this one's; the paper's is 1 and quarters the rate of `down`
     depth: int = 12  # number of blocks of imagenet-vit
     heads: int = 4  # heads of the attention of imagenet-vit
     expansion: int = 4  # width of the feed-forward layers of imagenet-vit, as a multiple of the width
@@ -150,7 +149,7 @@ def plan(config: Config, options: Options) -> tuple[int, int, dict[str, int]]:
         data = open_imagenet(options.data, format=options.format, num_classes=options.num_classes)
         classes, images = data.num_classes, data.train_size
     steps = _steps(config, images)
-    return classes, steps, _counted(build, config, classes, steps)
+    return classes, steps, count_run(build, config, classes, steps, _sample(config))
 
 
 def _steps(config: Config, images: int) -> int:
@@ -158,12 +157,8 @@ def _steps(config: Config, images: int) -> int:
     return config.epochs * (images // config.batch_size)
 
 
-def _counted(build: Callable[[Config, int], nn.Module], config: Config, classes: int, steps: int) -> dict[str, int]:
-    size = config.image_size
-    try:
-        return count_run(build, config, classes, steps, torch.zeros(1, 3, size, size))
-    except (AssertionError, RuntimeError) as error:  # of a model that takes other sizes
-        raise ValueError(f"{config.model} does not take images of {size} pixels: {error}") from error
+def _sample(config: Config) -> Tensor:
+    return torch.zeros(1, 3, config.image_size, config.image_size)
 
 
 def train(
@@ -172,20 +167,9 @@ def train(
     """Train, or resume a run where its last checkpoint left it.
 
     Args:
-        config: of the run.
+        config, watch: as `structlin_nn.recipes.cifar.train`, whose results and errors are those of this function too.
         options: where it reads and writes; `options.data` is where the images are (`open_imagenet`).
-        build: (configuration, classes) to a model of your own, in place of ViT/32; it is called for the model, and on
-            the meta device for the dense model at base width (width 0: there is none, each layer is its own base).
-        watch: called after every step with the run and the loss; True ends the run there.
-
-    Returns:
-        How the run ended; its record is described in `structlin_nn.records`.
-
-    Raises:
-        FileNotFoundError: data that do not exist.
-        FileExistsError, BlockingIOError, ValueError: as `structlin_nn.recipes._run.Run`; damaged data.
-        TrainingError: a loss or a weight is not finite; the message names the last good checkpoint.
-        OSError: a checkpoint could not be written; the last one is whole.
+        build: (configuration, classes) to a model of your own, in place of ViT/32.
     """
     with processes(config.device, options.parallel) as group, TorchRun(config, options, group, watch) as run:
         size, recipe = group.part_size(config), config.images()
@@ -196,11 +180,8 @@ def train(
         require(options.data is not None, "--data is needed: a folder of images, of shards, or of Hugging Face data")
         found = {"format": options.format, "num_classes": options.num_classes}
         data: ImageNetData = group.first(lambda: open_imagenet(options.data, **found))
-        classes, steps, per_epoch = (
-            data.num_classes,
-            _steps(config, data.train_size),
-            data.train_steps(config.batch_size),
-        )
+        classes, steps = data.num_classes, _steps(config, data.train_size)
+        per_epoch = data.train_steps(config.batch_size)
         where = {"rank": group.rank, "world_size": group.size, "workers": config.workers}
         where |= {"pin_memory": run.device.type == "cuda"}
         batches = data.train_batches(
@@ -211,20 +192,17 @@ def train(
 
         # Model and optimiser: learning rates relative to the dense model at base width (timm: this width).
         model = run.make_model(build, classes)
-        expansion = config.base_expansion or config.expansion
-        base = base_of(build, config.replace(expansion=expansion), classes) if config.width else None
-        optimizer = make_optimizer(config, model, base, rules={} if base else _timm_rules(model))
         first = next(iter(data.val_batches(PROBED_IMAGES, size=config.image_size)))[0]
-        run.start(
-            optimizer, steps=steps, warmup=round(config.warmup_epochs * per_epoch), outputs=classes, sums=4,
-            counts=_counted(run.built(build), config, classes, steps), data=described(config, data),
-            probe=normalized(first, run.device),
+        optimizer = run.start(
+            build, classes, steps=steps, warmup=round(config.warmup_epochs * per_epoch), sums=2, sample=_sample(config),
+            probe=normalized(first, run.device), data=described(config, data),
+            rules={} if config.width else _timm_rules(model),
         )  # fmt: skip
 
         def evaluate() -> None:
             with run.evaluation():
                 scores = validated(run.call, validation, classes, run.device, group)
-                total, done, _, _ = run.sums.tolist()
+                total, done = run.sums.tolist()
                 found = {"epoch": run.step // per_epoch, **scores, "batch_loss": total / done if done else None}
                 told = (
                     f"epoch {found['epoch']:>3} of {config.epochs}  validation loss {found['val_loss']:.4f}  "
@@ -243,7 +221,7 @@ def train(
             # One step: the parts of this process's share of the batch, then the optimiser.
             run.set_rates()
             optimizer.zero_grad(set_to_none=True)
-            losses, hits = [], []
+            losses = []
             for _ in range(config.accumulate):
                 images, labels, keys = (tensor.to(run.device, non_blocking=True) for tensor in next(batches))
                 x, y = recipe.finish(images, labels, keys, classes, seed=(config.seed, run.step))
@@ -253,16 +231,13 @@ def train(
                         loss = F.cross_entropy(logits, y)
                     run.scaler.scale(loss / config.accumulate).backward()
                 losses.append(loss)
-                hits.append(
-                    torch.stack([(logits.detach().argmax(1) == labels).sum(), torch.full_like(labels[0], size)])
-                )
             norm = run.gradient_norm()
             run.update()
-            loss, seen = run.mean_and_sum(losses, hits)
+            loss, _ = run.mean_and_sum(losses)
 
             if evaluates:
                 run.probe.after_step()
-            run.sums += torch.cat([torch.stack([loss, torch.ones_like(loss)]), seen])
+            run.sums += torch.stack([loss, torch.ones_like(loss)])
             run.stepped(loss, norm)
             if evaluates:
                 evaluate()

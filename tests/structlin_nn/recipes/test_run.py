@@ -456,14 +456,14 @@ class TestSignals:
         monkeypatch.setattr(_telling.time, "monotonic", lambda: now[0])
         before = signal.getsignal(signal.SIGINT)
         with Interruption() as interruption:
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
             now[0] = 4.0
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
             assert interruption.signal is signal.SIGINT
-        os.kill(os.getpid(), signal.SIGINT)  # while the process ends
+        signal.raise_signal(signal.SIGINT)  # while the process ends
         now[0] = 6.0
         with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
         assert signal.getsignal(signal.SIGINT) == before
 
     def test_works_outside_of_the_main_thread(self, config: Config, options: Options) -> None:
