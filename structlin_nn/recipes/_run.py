@@ -21,7 +21,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import filelock
 import tyro
@@ -166,7 +166,7 @@ class Run:
 
     # The folder
 
-    def __enter__(self) -> Run:
+    def __enter__(self) -> Self:
         self._interruption = Interruption().__enter__()
         self._clock = self._saved_at = time.monotonic()
         self._lock = filelock.FileLock(self.folder / ".lock")

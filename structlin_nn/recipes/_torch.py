@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.distributed as dist
@@ -182,7 +182,7 @@ class TorchRun(Run):
         self.generators: dict[str, torch.Generator] = {}
         self._threads = torch.get_num_threads()
 
-    def __enter__(self) -> TorchRun:
+    def __enter__(self) -> Self:
         super().__enter__()
         if self.config.threads:
             torch.set_num_threads(self.config.threads)
