@@ -71,13 +71,22 @@ def _device(
     return Device(name, found, bandwidth, gigabytes * 10**9, source, l2 << 20, l2_bandwidth, capability)
 
 
-_HOPPER = {"bfloat16": 989e12, "float16": 989e12, "tfloat32": 494e12, "float32": 67e12, "float64": 67e12}
+def _bytewise(float8: float, int8: float) -> dict[str, float]:
+    """Rates of numbers of one byte; those of integers are operations per second."""
+    return {"float8_e4m3fn": float8, "float8_e5m2": float8, "int8": int8}
+
+
+_HOPPER = {
+    "bfloat16": 989e12, "float16": 989e12, "tfloat32": 494e12, "float32": 67e12, "float64": 67e12,
+    **_bytewise(1979e12, 1979e12),
+}  # fmt: skip
 # The L2 of an H100 delivers about 5.5 TB/s in microbenchmarks that have been published; the figures of the others are
 # assumed from it by their clocks and numbers of slices.
 DEVICES: dict[str, Device] = {
     "a100": _device(
         "NVIDIA A100 SXM 80 GB",
-        {"bfloat16": 312e12, "float16": 312e12, "tfloat32": 156e12, "float32": 19.5e12, "float64": 19.5e12},
+        {"bfloat16": 312e12, "float16": 312e12, "tfloat32": 156e12, "float32": 19.5e12, "float64": 19.5e12,
+         "int8": 624e12},
         2039e9, 80, "NVIDIA A100 Tensor Core GPU data sheet (2021)", 40, 4.4e12, (8, 0),
     ),
     "h100": _device(
@@ -90,17 +99,19 @@ DEVICES: dict[str, Device] = {
     ),
     "b200": _device(
         "NVIDIA B200 SXM 180 GB",
-        {"bfloat16": 2250e12, "float16": 2250e12, "tfloat32": 1100e12, "float32": 75e12, "float64": 37e12},
+        {"bfloat16": 2250e12, "float16": 2250e12, "tfloat32": 1100e12, "float32": 75e12, "float64": 37e12,
+         **_bytewise(4500e12, 4500e12)},
         7.7e12, 180, "NVIDIA HGX B200 data sheet (2025)", 126, 8e12, (10, 0),
     ),
     "l40s": _device(
         "NVIDIA L40S 48 GB",
-        {"bfloat16": 362e12, "float16": 362e12, "tfloat32": 183e12, "float32": 91.6e12},
+        {"bfloat16": 362e12, "float16": 362e12, "tfloat32": 183e12, "float32": 91.6e12, **_bytewise(733e12, 733e12)},
         864e9, 48, "NVIDIA L40S data sheet (2023)", 96, 5e12, (8, 9),
     ),
     "rtx4090": _device(
         "NVIDIA GeForce RTX 4090 24 GB",
-        {"bfloat16": 165e12, "float16": 165e12, "tfloat32": 82.6e12, "float32": 82.6e12},
+        {"bfloat16": 165e12, "float16": 165e12, "tfloat32": 82.6e12, "float32": 82.6e12,
+         **_bytewise(330e12, 661e12)},
         1008e9, 24, "NVIDIA Ada GPU architecture whitepaper (2023)", 72, 5e12, (8, 9),
     ),
 }  # fmt: skip

@@ -14,7 +14,10 @@ from structlin_nn.torch.counting import ModelCount, count
 
 __all__ = ["DTYPES", "OPTIMIZER_STATES", "count_loss", "itemsize", "states_of", "training_bytes"]
 
-DTYPES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
+DTYPES = {
+    "float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1, "float8_e5m2": 1, "int8": 1,
+}  # fmt: skip
+"""Bytes of a number."""
 OPTIMIZER_STATES = {"adam": 2, "adamw": 2, "sign": 1, "sgd": 1}
 """Numbers that an optimiser keeps for each parameter: both moments; the momentum of Lion, and that of SGD."""
 
@@ -75,39 +78,64 @@ def training_bytes(
     loss: ModelCount | None = None,
     optimizer: str = "adam",
     states: int | None = None,
-    dtype: str = "float32",
+    dtype: str | None = None,
     activation_dtype: str | None = None,
+    zero_stage: int = 0,
+    devices: int = 1,
 ) -> dict[str, int]:
-    """Bytes that a training step holds at its end of the forward pass.
+    """Bytes that a training step holds at its end of the forward pass, on each device.
 
     Args:
-        counted: of the whole batch (:func:`structlin_nn.counting.count`).
+        counted: of the whole batch, and where there are several devices of the batch of one of them
+            (:func:`structlin_nn.counting.count`).
         loss: of the loss of the batch (:func:`count_loss`), which autocast computes in the dtype of the weights; None
             where it is a part of ``counted``, or left out.
         optimizer: adam, adamw, sign or sgd, which keep 2, 2, 1 and 1 numbers for each trainable parameter.
         states: this many in place of that: 0 for SGD without momentum.
-        dtype: of weights, gradients and states.
-        activation_dtype: of all floating activations (mixed precision); None: ``dtype``. Copies of the weights in it
-            are not counted.
+        dtype: of weights, gradients and states; None: those that the model has.
+        activation_dtype: of all floating activations (mixed precision). None: ``dtype``, and where that is None too
+            what the forward pass kept. Copies of the weights in it are not counted.
+        zero_stage: what data-parallel devices share between them (Rajbhandari et al., *ZeRO*, 2020): 0 nothing, 1 the
+            states of the optimiser, 2 the gradients too, 3 the weights too, which is what FSDP shares by default.
+        devices: that share; the largest share counts.
 
     Returns:
         ``weights`` with frozen ones, ``buffers``, ``gradients``, ``optimizer_states``, ``activations`` (what the
         forward pass keeps for the backward pass, see :class:`structlin_nn.counting.ModelCount`), ``loss`` (what that
-        keeps) and their ``total``. Temporary arrays, such as the logits themselves while the loss is computed, and
-        fragmentation come on top.
+        keeps) and their ``total``. Temporary arrays, such as the logits themselves while the loss is computed or
+        weights that are gathered for a layer, and fragmentation come on top.
+
+    Raises:
+        ValueError: an unknown optimiser, dtype or stage; a number of devices or states that is too small; activations
+            that were not counted.
 
     >>> from torch import nn, zeros
     >>> from structlin_nn.counting import count
-    >>> training_bytes(count(nn.Linear(8, 5), zeros(3, 8)))["activations"]
-    96
+    >>> counted = count(nn.Linear(8, 5), zeros(3, 8))
+    >>> training_bytes(counted)["activations"], training_bytes(counted, zero_stage=1, devices=2)["optimizer_states"]
+    (96, 180)
     """
-    size = itemsize(dtype)
+    if zero_stage not in (0, 1, 2, 3) or isinstance(zero_stage, bool):
+        raise ValueError(f"zero_stage must be 0, 1, 2 or 3, got {zero_stage!r}")
+    if isinstance(devices, bool) or not isinstance(devices, int) or devices < 1:
+        raise ValueError(f"devices must be an integer of at least 1, got {devices!r}")
+    for part in (counted, loss):
+        if part is not None and not part.saved_known:
+            raise ValueError("what the forward pass keeps was not counted: inside a context, or under torch.func")
+    own = counted.dtype if counted.dtype in DTYPES else "float32"
+    size, frozen = itemsize(dtype or own), counted.params - counted.trainable_params
+    trainable, rest = counted.trainable_params * size, frozen * size
+    if dtype is None:
+        trainable, rest = counted.trainable_bytes, counted.param_bytes - counted.trainable_bytes
+    given = activation_dtype or dtype
+    kept = counted.saved_float_bytes if given is None else counted.saved * itemsize(given)
+    shares = [devices if zero_stage >= stage else 1 for stage in (3, 2, 1)]
     found = {
-        "weights": counted.params * size,
+        "weights": -(-(trainable + rest) // shares[0]),
         "buffers": counted.buffer_bytes,
-        "gradients": counted.trainable_params * size,
-        "optimizer_states": states_of(optimizer, states) * counted.trainable_params * size,
-        "activations": counted.saved * itemsize(activation_dtype or dtype) + counted.saved_bytes,
+        "gradients": -(-trainable // shares[1]),
+        "optimizer_states": -(-states_of(optimizer, states) * trainable // shares[2]),
+        "activations": kept + counted.saved_bytes,
         "loss": 0 if loss is None else loss.saved * size + loss.saved_bytes,
     }
     return found | {"total": sum(found.values())}

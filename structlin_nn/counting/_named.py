@@ -14,6 +14,7 @@ from structlin_nn.counting._roofline import device as find_device
 from structlin_nn.models import GPT2, MLP, MODELS, StructureConfig, ViT, base_model, build_model
 from structlin_nn.torch import StructuredLinear, parameter_groups
 from structlin_nn.torch.counting import CallCount, ModelCount, count
+from structlin_nn.torch.counting._result import format_unknown
 
 
 def count_model(
@@ -40,6 +41,11 @@ def count_model(
     activation_dtype: str | None = None,
     optimizer_states: int | None = None,
     device: str | Device | None = None,
+    causal_discount: bool = False,
+    flash_backward: bool = False,
+    strict: bool = False,
+    zero_stage: int = 0,
+    devices: int = 1,
     **sizes: Any,
 ) -> dict[str, Any]:
     """Count one of :data:`structlin_nn.models.MODELS`, for one sample (GPT-2: one sequence of full length).
@@ -61,6 +67,8 @@ def count_model(
         optimizer_states: numbers that the optimiser keeps for each parameter, if not the usual
             (:func:`training_bytes`).
         device: also the least time on a device, one of :data:`DEVICES` or ``cpu``, which is measured.
+        causal_discount, flash_backward, strict: as for :func:`count`.
+        zero_stage, devices: as for :func:`training_bytes`; the batch is that of one device.
         **sizes: further sizes (``MODELS[name].options``).
 
     Returns:
@@ -72,11 +80,13 @@ def count_model(
         ``per_token``: forward MACs and training FLOPs (products) of a sample over its ``tokens``; ``bytes``: those of
         a training step (:func:`training_bytes`); ``run``: training FLOPs of a step and, with ``steps``, of the run;
         ``roofline``: seconds at least (:class:`Roofline`). ``intensity`` of a layer: FLOPs for each byte moved.
-        ``uncounted_ops`` names operations that are no products, and how often they run.
+        ``other_flops`` (forward) and ``training_other_flops`` are FLOPs that are no products. ``uncounted_ops`` names
+        operations that are no products, and how often they run, ``unknown_ops`` those that are in no list.
 
     Raises:
         ValueError: unknown model, structure, preset or size; an option that the structure or model does not have;
-            sizes that do not fit; steps without a batch size; an unknown dtype or device.
+            sizes that do not fit; steps without a batch size; an unknown dtype or device; operations that nobody
+            knows, with ``strict``.
 
     >>> record = count_model("cifar-mlp", width=128, structure="block_tensor_train", rank=1, factorization="greedy")
     >>> record["trainable_params"], record["forward_macs"], len(record["layers"])
@@ -99,8 +109,9 @@ def count_model(
     spec = MODELS[name]
     groups = parameter_groups(model, base, lr=1.0, optimizer=optimizer, extra_multipliers=spec.extra_multipliers)
     multipliers = {n: group["multiplier"] for group in groups for n in group["names"]}
-    counted = count(model, model.example_input(device="meta"))
-    step = counted if batch == 1 else count(model, model.example_input(batch, device="meta"))
+    how: dict[str, Any] = {"causal_discount": causal_discount, "flash_backward": flash_backward, "strict": strict}
+    counted = count(model, model.example_input(device="meta"), **how)
+    step = counted if batch == 1 else count(model, model.example_input(batch, device="meta"), **how)
     calls = {call.name: call for call in counted.calls if call.kind == "linear"}
     linear = {n: m for n, m in model.named_modules() if isinstance(m, StructuredLinear)}
     owned = {id(p) for m in linear.values() for p in m.parameters()}
@@ -124,11 +135,13 @@ def count_model(
         "attention_macs": counted.macs("attention"),
         "head_macs": rows[-1]["macs"],
         "training_macs": counted.training_macs,
+        "recomputed_macs": counted.recomputed_macs,
         "other_flops": counted.other_flops,
+        "training_other_flops": counted.training_other_flops,
         "tokens": tokens,
         "per_token": {
             "forward_macs": counted.macs() / tokens,
-            "training_flops": 2 * counted.training_macs / tokens,
+            "training_flops": counted.training_flops / tokens,
         },
         "bytes": {
             "batch_size": batch,
@@ -141,7 +154,11 @@ def count_model(
                 states=optimizer_states,
                 dtype=dtype,
                 activation_dtype=activation_dtype,
+                zero_stage=zero_stage,
+                devices=devices,
             ),
+            "zero_stage": zero_stage,
+            "devices": devices,
         },
         "layers": rows,
         "attention": [{"name": c.name, "macs": c.macs} for c in counted.calls if c.kind == "attention"],
@@ -151,13 +168,14 @@ def count_model(
             if id(p) not in owned
         ],
         "uncounted_ops": counted.uncounted_ops,
+        "unknown_ops": counted.unknown_ops,
     }
     if batch_size is not None:
-        record["run"] = {"batch_size": batch, "training_flops_per_step": 2 * step.training_macs}
+        record["run"] = {"batch_size": batch, "training_flops_per_step": step.training_flops}
         if steps is not None:
             record["run"] |= {
                 "steps": steps, "samples": steps * batch, "tokens": steps * batch * tokens,
-                "training_flops": 2 * step.training_macs * steps,
+                "training_flops": step.training_flops * steps,
             }  # fmt: skip
     if device is not None:
         products = activation_dtype or dtype
@@ -245,19 +263,26 @@ def format_count(record: Mapping[str, Any]) -> str:
         ("  of them attention", "attention_macs"),
         ("  of them head", "head_macs"),
         ("training MACs, one sample", "training_macs"),
-        ("other FLOPs of structures", "other_flops"),
+        ("  computed again", "recomputed_macs"),
+        ("other FLOPs, forward", "other_flops"),
+        ("other FLOPs, training", "training_other_flops"),
     )
-    lines += ["", *(f"{label:<28}{record[key]:>28,}" for label, key in totals)]
+    missing = format_unknown(record["unknown_ops"])
+    lines += ["", *(f"{label:<28}{record[key]:>28,}{f'  without {missing}' if missing and 'MACs' in label else ''}"
+                    for label, key in totals if record[key] or key != "recomputed_macs")]  # fmt: skip
     per_token = record["per_token"]
     lines += [f"{'forward MACs, one token':<28}{per_token['forward_macs']:>28,.0f}"] if record["tokens"] > 1 else []
     lines += _run_lines(record)
     uncounted = ", ".join(f"{name} x{number}" for name, number in record["uncounted_ops"].items())
+    lines = [f"{missing}\n", *lines] if missing else lines
     return "\n".join([*lines, f"not counted (no products): {uncounted}"])
 
 
 def _run_lines(record: Mapping[str, Any]) -> list[str]:
     held = record["bytes"]
     batch = f"batch of {held['batch_size']:,}"
+    if held["zero_stage"]:
+        batch += f" on each of {held['devices']:,} devices, ZeRO stage {held['zero_stage']}"
     lines = ["", f"bytes of a training step, {batch}, {held['dtype']}" + (
         f", activations {held['activation_dtype']}" if held["activation_dtype"] != held["dtype"] else "")]  # fmt: skip
     for key in ("weights", "buffers", "gradients", "optimizer_states", "activations", "loss", "total"):

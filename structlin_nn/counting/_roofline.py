@@ -25,7 +25,8 @@ def measure_cpu(dtype: str = "float32", seconds: float = 0.3) -> Device:
     """
     import torch
 
-    itemsize(dtype)
+    if itemsize(dtype) == 1:
+        raise ValueError(f"this CPU is measured in float64, float32, bfloat16 or float16, not in {dtype}")
     if not seconds > 0:
         raise ValueError(f"seconds must be positive, got {seconds}")
     kind = getattr(torch, dtype)
@@ -93,21 +94,21 @@ class Roofline:
 
 
 def roofline(
-    counted: ModelCount, on: Device, dtype: str = "float32", *, optimizer: str = "adam", states: int | None = None,
-    weight_dtype: str = "float32",
+    counted: ModelCount, on: Device, dtype: str | None = None, *, optimizer: str = "adam", states: int | None = None,
+    weight_dtype: str | None = None,
 ) -> Roofline:  # fmt: skip
     """The least time that a counted batch takes on a device.
 
     Args:
         counted: of the whole batch.
         on: the device (:func:`device`).
-        dtype: that products are carried out in, ``tfloat32`` too; FLOPs of structures that are no products (FFTs) are
-            taken at the same rate.
+        dtype: that products are carried out in, ``tfloat32`` too; None: that of the parameters. FLOPs that are no
+            products (FFTs) are taken at the same rate, forward and backward.
         optimizer, states: as in :func:`structlin_nn.counting.training_bytes`.
-        weight_dtype: of weights, gradients and states, for the update.
+        weight_dtype: of weights, gradients and states, for the update; None: that of the parameters.
 
     Raises:
-        ValueError: a dtype or an optimiser that is not known.
+        ValueError: a dtype or an optimiser that is not known; no dtype for parameters of several.
 
     >>> from torch import nn, zeros
     >>> from structlin_nn.counting import count
@@ -116,19 +117,26 @@ def roofline(
     >>> round(1e3 * found.forward, 3), found.backward == found.forward, found.intensity > found.ridge
     (2.223, True, True)
     """
+    if dtype is None and counted.dtype is None and counted.params:
+        raise ValueError("the parameters have several dtypes: name the one that products are carried out in")
+    dtype = dtype or counted.dtype or "float32"
     peak, bandwidth = on.rate(dtype), on.bandwidth
     size = itemsize("float32" if dtype == "tfloat32" else dtype)
     forward = backward = compute = 0.0
     flops = moved = 0
     for call in counted.calls:
-        work, back = 2 * call.macs + call.other_flops, 2 * call.backward_macs
+        work = 2 * call.macs + call.other_flops
+        back = 2 * call.backward_macs + call.backward_other_flops
         forward += max(work / peak, call.moved * size / bandwidth)
         backward += max(back / peak, call.backward_moved * size / bandwidth)
         compute += (work + back) / peak
         flops += work + back
         moved += (call.moved + call.backward_moved) * size
     # Read weight, gradient and states, write weight and states.
-    update = (3 + 2 * states_of(optimizer, states)) * counted.trainable_params * itemsize(weight_dtype) / bandwidth
+    weights = counted.trainable_bytes
+    if weight_dtype is not None:
+        weights = counted.trainable_params * itemsize(weight_dtype)
+    update = (3 + 2 * states_of(optimizer, states)) * weights / bandwidth
     return Roofline(
         on.name, dtype, forward, backward, compute, flops / moved if moved else 0.0, peak / bandwidth,
         counted.uncounted_moved * size / bandwidth, update,

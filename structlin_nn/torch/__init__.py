@@ -2,7 +2,18 @@
 
 from structlin_nn.torch._muon import Muon
 from structlin_nn.torch.blocks import StructuredMLP, fuse_mlps, mlp, projections
-from structlin_nn.torch.counting import CallCount, ModelCount, count
+from structlin_nn.torch.counting import (
+    CallCount,
+    Counting,
+    ModelCount,
+    ModuleCount,
+    Product,
+    UnknownOperationError,
+    count,
+    register_no_product,
+    register_product,
+    time_modules,
+)
 from structlin_nn.torch.files import StructuredFile, load_structured, read_structured, save_structured
 from structlin_nn.torch.groups import ParameterGroups, ParameterRule, format_groups, parameter_groups
 from structlin_nn.torch.linear import StructuredLinear
@@ -18,13 +29,16 @@ from structlin_nn.torch.schedules import (
 
 __all__ = [
     "CallCount",
+    "Counting",
     "LayerProjection",
     "ModelCount",
+    "ModuleCount",
     "MuAdamW",
     "MultiplierScheduler",
     "Muon",
     "ParameterGroups",
     "ParameterRule",
+    "Product",
     "ProjectionReport",
     "RatesWarning",
     "Replacement",
@@ -32,6 +46,7 @@ __all__ = [
     "StructuredFile",
     "StructuredLinear",
     "StructuredMLP",
+    "UnknownOperationError",
     "count",
     "format_groups",
     "fuse_mlps",
@@ -41,8 +56,11 @@ __all__ = [
     "project_linear",
     "projections",
     "read_structured",
+    "register_no_product",
+    "register_product",
     "replace_linear",
     "save_structured",
+    "time_modules",
     "to_dense_linear",
     "trainer_optimizer",
     "with_multipliers",

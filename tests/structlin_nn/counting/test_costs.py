@@ -100,8 +100,8 @@ class TestBytes:
     def test_refused(self) -> None:
         with pytest.raises(ValueError, match="unknown optimizer 'lion'; one of adam, adamw, sign, sgd"):
             training_bytes(two_layers(), optimizer="lion")
-        with pytest.raises(ValueError, match="unknown dtype 'int8'; one of float64, float32, bfloat16, float16"):
-            training_bytes(two_layers(), dtype="int8")
+        with pytest.raises(ValueError, match="unknown dtype 'int4'; one of float64, float32, bfloat16, float16"):
+            training_bytes(two_layers(), dtype="int4")
         with pytest.raises(ValueError, match="states must be an integer of at least 0, got -1"):
             training_bytes(two_layers(), states=-1)
 
@@ -143,6 +143,8 @@ class TestRoofline:
             assert "NVIDIA" in found.source
             assert found.capability in {(8, 0), (8, 9), (9, 0), (10, 0)}
             assert found.bandwidth < found.l2_bandwidth
+            assert found.rate("int8") >= 1.99 * found.rate("bfloat16"), "half the bytes, twice the rate"
+            assert found.peak.get("float8_e5m2", 2e15) >= 1.99 * found.rate("bfloat16")
         assert device("a100") is DEVICES["a100"]
         with pytest.raises(ValueError, match="unknown device 'b300'; one of a100, h100, h200, b200, l40s, rtx4090, c"):
             device("b300")
@@ -157,7 +159,9 @@ class TestRoofline:
         assert found.source == "measured now"
         with pytest.raises(ValueError, match="seconds must be positive, got 0"):
             measure_cpu(seconds=0)
-        with pytest.raises(ValueError, match="unknown dtype 'int8'"):
+        with pytest.raises(ValueError, match="unknown dtype 'int4'"):
+            measure_cpu("int4")
+        with pytest.raises(ValueError, match="in float64, float32, bfloat16 or float16, not in int8"):
             measure_cpu("int8")
 
 
@@ -198,7 +202,7 @@ class TestRecord:
             ({"steps": 3}, "steps need a batch size"),
             ({"batch_size": 0}, "batch_size must be a positive integer, got 0"),
             ({"batch_size": 2, "steps": 1.5}, "steps must be a positive integer, got 1.5"),
-            ({"dtype": "int8"}, "unknown dtype 'int8'"),
+            ({"dtype": "int4"}, "unknown dtype 'int4'"),
             ({"device": "h300"}, "unknown device 'h300'"),
         ],
     )

@@ -197,7 +197,8 @@ def test_any_module() -> None:
     x = torch.randn(2, 3, 7, 9)
     counted = count(model, x)
     assert 2 * counted.macs() == torch_flops(model, x, train=False) + 2 * VECTOR
-    assert 2 * counted.training_macs == torch_flops(model, x, train=True) + 2 * 3 * VECTOR
+    # torch leaves products with a vector out. The gradient of the matrix is an outer product, which adds up nothing.
+    assert 2 * counted.training_macs == torch_flops(model, x, train=True) + 2 * 2 * VECTOR
     kinds = {(c.name, c.kind): c for c in counted.calls}
     assert kinds["frozen", "linear"].calls == 2
     assert kinds["frozen", "linear"].macs == 2 * 2 * TOKENS * 144

@@ -1,0 +1,500 @@
+"""Formulas of operations that are matrix products, convolutions, recurrent layers or attention, by ATen name.
+
+A formula gets the arguments by the names of the schema, and the result. Sizes are those of the call: padding of a
+convolution counts, as its zeros are multiplied too. The backward pass of a bilinear operation is one product of the
+same size for each gradient that is computed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from structlin_nn.torch.counting._lists import Formula, Product, register_product
+
+__all__ = ["attention_pairs", "attention_product", "grouped", "matrix_product"]
+
+Arguments = Mapping[str, Any]
+
+
+def _register(names: str, formula: Formula) -> None:
+    for name in names.split():
+        register_product(name if "::" in name else f"aten::{name}")(formula)
+
+
+# -- matrix products -----------------------------------------------------------------------------------------------
+
+
+def matrix_product(a: Tensor, b: Tensor) -> Product | None:
+    """``a @ b`` of shapes (..., n, k) and (..., k, m), or with a vector on either side; sparse operands by entries."""
+    if a.is_nested or b.is_nested:
+        return Product(sum(p.macs for p in map(matrix_product, *_parts(a, b)) if p is not None), operands=(a, b))
+    if a.layout != torch.strided or b.layout != torch.strided:
+        return _sparse_product(a, b)
+    k = a.shape[-1]
+    columns = b.shape[-1] if b.ndim > 1 else 1
+    rows = math.prod(a.shape[:-1])
+    macs = rows * k * columns
+    moved = a.numel() + b.numel() + rows * columns
+    return Product(macs, operands=(a, b), sizes=(rows, k, columns), moved=moved)
+
+
+def _parts(*tensors: Tensor) -> list[list[Tensor]]:
+    """The arrays of nested tensors, and others as often as there are of those."""
+    number = max(x.size(0) for x in tensors if x.is_nested)
+    return [list(x.unbind()) if x.is_nested else [x] * number for x in tensors]
+
+
+def _sparse_product(a: Tensor, b: Tensor) -> Product | None:
+    """Each stored entry of a sparse operand meets one row (column) of the other."""
+    if a.layout != torch.strided and b.layout != torch.strided:
+        inner = a.to_sparse_coo().coalesce().indices()[-1], b.to_sparse_coo().coalesce().indices()[-2]
+        columns, rows = (torch.bincount(place, minlength=a.shape[-1]) for place in inner)
+        return Product(int((columns * rows).sum()))
+    if a.layout != torch.strided:
+        return Product(_entries(a) * (b.shape[-1] if b.ndim > 1 else 1))
+    return Product(_entries(b) * (a.shape[-2] if a.ndim > 1 else 1))
+
+
+def _entries(x: Tensor) -> int:
+    """Numbers that a sparse array stores; blocks in full."""
+    values = x._values() if x.layout == torch.sparse_coo else x.values()
+    return values.numel()
+
+
+def _operands(first: str, second: str) -> Formula:
+    return lambda arguments, output: matrix_product(arguments[first], arguments[second])
+
+
+_register("mm _int_mm _scaled_mm _scaled_mm_v2 bmm", lambda g, output: matrix_product(g["self"], g["mat2"]))
+_register("mv", _operands("self", "vec"))
+_register("addmv", _operands("mat", "vec"))
+_register("addmm _addmm_activation _sparse_addmm sspaddmm hspmm", _operands("mat1", "mat2"))
+_register("_sparse_sparse_matmul", _operands("self", "other"))
+
+
+def _batch(arguments: Arguments, output: Any) -> Product | None:
+    return matrix_product(arguments["batch1"], arguments["batch2"])
+
+
+def _dot(arguments: Arguments, output: Any) -> Product | None:
+    other = arguments["tensor"] if "tensor" in arguments else arguments["other"]
+    return matrix_product(arguments["self"], other)
+
+
+def _outer(arguments: Arguments, output: Any) -> Product:
+    """One product and one addition for each number of the result."""
+    a, b = arguments["vec1"], arguments["vec2"]
+    return Product(a.numel() * b.numel(), operands=(a, b), sizes=(a.numel(), 1, b.numel()))
+
+
+def _list_of_products(arguments: Arguments, output: Any) -> Product:
+    found = [matrix_product(a, b) for a, b in zip(arguments["self"], arguments["mat2"], strict=True)]
+    return Product(sum(p.macs for p in found if p is not None))
+
+
+_register("baddbmm addbmm", _batch)
+_register("dot vdot", _dot)
+_register("addr", _outer)
+_register("_foreach_mm", _list_of_products)
+
+
+def grouped(a: Tensor, b: Tensor, offsets: Tensor | None) -> Product:
+    """``torch._grouped_mm``: products of groups of rows, of columns, or of parts of the inner axis.
+
+    The groups end at the offsets; what lies behind the last one is not multiplied. On the meta device the offsets
+    have no values, and the groups are taken to fill their axis.
+    """
+    if a.ndim == 3 and b.ndim == 3:
+        found = matrix_product(a, b)
+        assert found is not None
+        return found
+    length = a.shape[0] if (a.ndim, b.ndim) == (2, 3) else b.shape[-1] if a.ndim == 3 else a.shape[-1]
+    if offsets is not None and offsets.numel() and _has_values(offsets):
+        length = int(offsets[-1])
+    if (a.ndim, b.ndim) == (2, 3):  # rows of a
+        return Product(length * a.shape[1] * b.shape[2], operands=(a, b), sizes=(length, a.shape[1], b.shape[2]))
+    if a.ndim == 3:  # columns of b
+        return Product(length * b.shape[0] * a.shape[1], operands=(a, b), sizes=(a.shape[1], b.shape[0], length))
+    return Product(length * a.shape[0] * b.shape[1], operands=(a, b), sizes=(a.shape[0], length, b.shape[1]))
+
+
+def _has_values(x: Tensor) -> bool:
+    return x.device.type != "meta" and not isinstance(x, torch._subclasses.FakeTensor)
+
+
+_register(
+    "_grouped_mm _scaled_grouped_mm _scaled_grouped_mm_v2",
+    lambda g, output: grouped(g["self"], g["mat2"], g.get("offs")),
+)
+
+
+def _dense_layer(x: str) -> Formula:
+    """A layer whose weights are packed, transposed or quantised: features in and out are those of x and the result."""
+
+    def formula(arguments: Arguments, output: Tensor) -> Product:
+        pairs = zip(*_parts(arguments[x], output), strict=True) if output.is_nested else [(arguments[x], output)]
+        shapes = [(a.shape, b.shape) for a, b in pairs]
+        features, width = shapes[0][0][-1], shapes[0][1][-1]
+        rows = sum(math.prod(a[:-1]) for a, _ in shapes)
+        return Product(rows * features * width, "linear", d_in=features, d_out=width, rows=rows)
+
+    return formula
+
+
+_register("linear mkldnn_linear _mixed_dtypes_linear", _dense_layer("input"))
+_register("mkldnn_linear _weight_int4pack_mm _weight_int4pack_mm_for_cpu", _dense_layer("self"))
+_register("_weight_int4pack_mm_with_scales_and_zeros _weight_int8pack_mm", _dense_layer("self"))
+_register("_dyn_quant_matmul_4bit", _dense_layer("inp"))
+_register(
+    """
+    quantized::linear quantized::linear_relu quantized::linear_leaky_relu quantized::linear_tanh
+    quantized::linear_dynamic quantized::linear_relu_dynamic quantized::linear_dynamic_fp16
+    quantized::linear_relu_dynamic_fp16 quantized::linear_with_input_q_dq_qweight_dq_output_fp32
+    quantized::linear_with_input_q_dq_qweight_dq_relu_output_fp32 _quantized::linear _quantized::linear_dynamic
+    onednn::linear_dynamic_fp16 onednn::linear_relu_dynamic_fp16 mkldnn::_linear_pointwise
+    """,
+    _dense_layer("X"),
+)
+_register("quantized::linear_dynamic_fp16_unpacked_weight", _dense_layer("X"))
+_register("onednn::qlinear_pointwise", _dense_layer("qx"))
+_register(
+    "sparse::qlinear sparse::qlinear_relu sparse::qlinear_dynamic sparse::qlinear_relu_dynamic", _dense_layer("X")
+)
+_register("quantized::matmul", lambda g, output: matrix_product(g["qa"], g["qb"]))
+
+
+def _linear_backward(arguments: Arguments, output: Any) -> Product:
+    """Gradients of the input and of the weight, as asked for."""
+    weight, gradient = arguments["weight"], arguments["grad_output"]
+    rows = gradient.numel() // max(weight.shape[0], 1)
+    needed = sum(arguments["output_mask"][:2])
+    return Product(rows * weight.numel() * needed, "linear", d_in=weight.shape[1], d_out=weight.shape[0], rows=rows)
+
+
+def _linear_half_backward(arguments: Arguments, output: Any) -> Product:
+    weight, gradient = arguments["weight"], arguments["grad_output"]
+    return Product(gradient.numel() * weight.shape[1], "linear")
+
+
+def _matmul_backward(arguments: Arguments, output: Any) -> Product:
+    macs = arguments["grad"].numel() * arguments["self"].shape[-1]
+    return Product(macs * sum(arguments["mask"]), operands=(arguments["self"], arguments["other"]))
+
+
+_register("linear_backward mkldnn_linear_backward", _linear_backward)
+_register("mkldnn_linear_backward_input mkldnn_linear_backward_weights", _linear_half_backward)
+_register("matmul_backward", _matmul_backward)
+
+
+# -- sparse --------------------------------------------------------------------------------------------------------
+
+
+def _semi_structured(sparse: str, dense: str, dense_rows: bool = False) -> Formula:
+    """2:4 sparsity: only the stored half of the weight is multiplied."""
+
+    def formula(arguments: Arguments, output: Tensor) -> Product:
+        other = arguments[dense]
+        vectors = math.prod(other.shape[:-1]) if dense_rows else other.shape[-1]
+        return Product(arguments[sparse].numel() * vectors, "linear")
+
+    return formula
+
+
+_register("_sparse_semi_structured_addmm _sparse_semi_structured_mm", _semi_structured("mat1", "mat2"))
+_register("_sparse_semi_structured_linear", _semi_structured("weight", "input", dense_rows=True))
+
+
+def _compressed(arguments: Arguments, output: Any) -> Product:
+    """2:4 sparsity, by the sizes of the dense operand and the result, as the packed one has none."""
+    other = arguments["dense_B"]
+    rows = output.shape[-1] if arguments["transpose_result"] else output.shape[0]
+    return Product(rows * (other.shape[0] // 2) * other.shape[1], "linear")
+
+
+_register("_cslt_sparse_mm", _compressed)
+_register("_sparse_mm_reduce_impl", lambda g, output: Product(_entries(g["self"]) * g["other"].shape[-1]))
+_register(
+    "_sparse_mm_reduce_impl_backward",
+    lambda g, output: Product(_entries(g["self"]) * g["weight"].shape[-1] * sum(g["output_mask"])),
+)
+_register("sparse_sampled_addmm", lambda g, output: Product(_entries(g["self"]) * g["mat1"].shape[-1]))
+
+
+# -- products of three, distances, grids ---------------------------------------------------------------------------
+
+
+def _trilinear(arguments: Arguments, output: Any) -> Product:
+    """``sum(i1 * i2 * i3)``, as torch does it: first i1 with i2, summing what i3 has not, then the result with i3."""
+    expanded = []
+    for number in (1, 2, 3):
+        shape = list(arguments[f"i{number}"].shape)
+        for axis in sorted(arguments[f"expand{number}"]):
+            shape.insert(axis, 1)
+        expanded.append(shape)
+    sizes = [max(lengths) if min(lengths) else 0 for lengths in zip(*expanded, strict=True)]
+    missing = set(arguments["expand3"])
+    early = {axis % len(sizes) for axis in arguments["sumdim"]} & missing
+    first = math.prod(n for axis, n in enumerate(sizes) if axis not in arguments["expand1"] or axis not in
+                      arguments["expand2"])  # fmt: skip
+    second = math.prod(n for axis, n in enumerate(sizes) if axis not in early)
+    return Product(first + second, operands=tuple(arguments[f"i{number}"] for number in (1, 2, 3)))
+
+
+_register("_trilinear", _trilinear)
+
+
+def _euclidean(arguments: Arguments, output: Tensor) -> Product:
+    """Distances by one product: each row with its squared norm and a one beside it."""
+    return Product(output.numel() * (arguments["x1"].shape[-1] + 2), "product")
+
+
+def _distances(arguments: Arguments, output: Tensor) -> Product | None:
+    """torch takes a product for Euclidean distances of more than 25 rows, or where it is told to; else differences."""
+    x1, x2, mode = arguments["x1"], arguments["x2"], arguments["compute_mode"]
+    by_product = mode == 1 or (not mode and (x1.shape[-2] > 25 or x2.shape[-2] > 25))
+    return _euclidean(arguments, output) if arguments["p"] == 2 and by_product else None
+
+
+_register("_euclidean_dist", _euclidean)
+_register("_cdist_forward", _distances)
+
+
+def _differences(arguments: Arguments, output: Any) -> None:
+    """The backward pass of distances is elementwise."""
+
+
+_register("_cdist_backward", _differences)
+_register(
+    "_compute_linear_combination",
+    lambda g, output: Product(g["coefficients"].shape[0] * g["input"].numel(), "product"),
+)
+# An affine map of each point of a grid: (x, y, 1) or (x, y, z, 1).
+_register(
+    "affine_grid_generator cudnn_affine_grid_generator",
+    lambda g, output: Product(output.numel() * (output.shape[-1] + 1), "product"),
+)
+_register("cudnn_affine_grid_generator_backward", lambda g, output: Product(g["grad"].numel() * 3, "product"))
+
+
+# -- convolutions --------------------------------------------------------------------------------------------------
+
+
+def _convolution(x: Tensor, weight: Tensor, output: Tensor, transposed: bool, times: int = 1) -> Product:
+    """Each number of the result (transposed: of the input) meets one kernel over the channels of its group."""
+    macs = times * (x if transposed else output).numel() * math.prod(weight.shape[1:])
+    axis = 1 if x.ndim > 1 else 0
+    moved = times * (x.numel() + weight.numel() + output.numel())
+    return Product(macs, "convolution", d_in=x.shape[axis], d_out=output.shape[axis], moved=moved)
+
+
+def _forward_convolution(arguments: Arguments, output: Tensor) -> Product:
+    x = arguments["input"] if "input" in arguments else arguments["self"]
+    return _convolution(x, arguments["weight"], output, arguments.get("transposed", False))
+
+
+def _transposed_convolution(arguments: Arguments, output: Tensor) -> Product:
+    return _convolution(arguments["self"], arguments["weight"], output, True)
+
+
+def _backward_convolution(arguments: Arguments, output: Any) -> Product:
+    x = arguments["input"] if "input" in arguments else arguments["self"]
+    mask = arguments.get("output_mask", (True, True, True))
+    transposed = arguments.get("transposed", False)
+    return _convolution(x, arguments["weight"], arguments["grad_output"], transposed, sum(mask[:2]))
+
+
+def _transposed_backward(arguments: Arguments, output: Any) -> Product:
+    return _backward_convolution({**arguments, "transposed": True}, output)
+
+
+_register(
+    """
+    convolution _convolution convolution_overrideable cudnn_convolution cudnn_convolution_add_relu
+    cudnn_convolution_relu miopen_convolution miopen_convolution_add_relu miopen_convolution_relu
+    miopen_depthwise_convolution mkldnn_convolution _mps_convolution _nnpack_spatial_convolution _slow_conv2d_forward
+    slow_conv3d_forward slow_conv_dilated2d slow_conv_dilated3d _conv_depthwise2d conv_depthwise3d
+    """,
+    _forward_convolution,
+)
+_register(
+    """
+    cudnn_convolution_transpose miopen_convolution_transpose _mps_convolution_transpose slow_conv_transpose2d
+    slow_conv_transpose3d
+    """,
+    _transposed_convolution,
+)
+_register(
+    "convolution_backward convolution_backward_overrideable mps_convolution_backward _slow_conv2d_backward",
+    _backward_convolution,
+)
+_register("mps_convolution_transpose_backward", _transposed_backward)
+# Time, batch, channels; the kernel is (length, channels in, channels out).
+_register(
+    "conv_tbc",
+    lambda g, output: Product(
+        output.numel() * math.prod(g["weight"].shape[:2]), "convolution", d_in=g["weight"].shape[1],
+        d_out=g["weight"].shape[2],
+    ),
+)  # fmt: skip
+
+
+def _packed_convolution(arguments: Arguments, output: Tensor) -> Product:
+    """The weights are packed with their scales; torch unpacks them."""
+    packed = next(arguments[key] for key in ("packed_weight", "packed_params", "weight") if key in arguments)
+    weight = packed.unpack()[0] if hasattr(packed, "unpack") else torch.ops.quantized.conv_unpack(packed)[0]
+    return _convolution(arguments["qx"], weight, output, False)
+
+
+_register(
+    """
+    quantized::conv1d quantized::conv1d_relu quantized::conv2d quantized::conv2d_relu quantized::conv3d
+    quantized::conv3d_relu
+    """,
+    _packed_convolution,
+)
+
+
+# -- recurrent layers ----------------------------------------------------------------------------------------------
+
+
+def _layer_of_rnn(x: Tensor, weights: tuple[Tensor, ...], batch_sizes: Any, times: int = 1) -> Product:
+    """Every vector meets every matrix of its layer: the gates of the input, and those of the state before."""
+    vectors = sum(batch_sizes) if batch_sizes else math.prod(x.shape[:-1])
+    macs = times * vectors * sum(w.numel() for w in weights)
+    return Product(macs, "linear", operands=weights, d_in=x.shape[-1], rows=vectors)
+
+
+_register(
+    "mkldnn_rnn_layer",
+    lambda g, output: _layer_of_rnn(g["input"], (g["weight0"], g["weight1"]), g["batch_sizes"]),
+)
+_register(
+    "mkldnn_rnn_layer_backward",
+    lambda g, output: _layer_of_rnn(g["input"], (g["weight1"], g["weight2"]), g["batch_sizes"], times=2),
+)
+
+
+def _matrices(weights: list[Tensor]) -> tuple[Tensor, ...]:
+    return tuple(w for w in weights if w.ndim == 2)
+
+
+_register(
+    "_cudnn_rnn miopen_rnn", lambda g, output: _layer_of_rnn(g["input"], _matrices(g["weight"]), g["batch_sizes"])
+)
+# The gradient of the data always, that of the weights where it is asked for.
+_register(
+    "_cudnn_rnn_backward miopen_rnn_backward",
+    lambda g, output: _layer_of_rnn(
+        g["input"], _matrices(g["weight"]), g["batch_sizes"], times=1 + bool(g["output_mask"][3])
+    ),
+)
+
+
+# -- attention -----------------------------------------------------------------------------------------------------
+
+
+def attention_pairs(queries: int, keys: int, causal: bool) -> int:
+    """Pairs of a query and a key; of a causal mask those that it leaves: query i sees the keys 0 ... i.
+
+    >>> attention_pairs(3, 5, False), attention_pairs(3, 5, True), attention_pairs(5, 3, True)
+    (15, 6, 12)
+    """
+    if not causal:
+        return queries * keys
+    square = min(queries, keys)
+    return square * (square + 1) // 2 + (queries - square) * keys
+
+
+def attention_product(
+    heads: int, pairs: int, key_size: int, value_size: int, moved: int, *, scores: int = 1, values: int = 1,
+    again: int = 0,
+) -> Product:  # fmt: skip
+    """Products of scores (queries times keys) and of values (weights times values), so many of each."""
+    one_score = heads * pairs * key_size
+    macs = scores * one_score + values * heads * pairs * value_size
+    return Product(macs, "attention", moved=moved, recomputed=again * one_score)
+
+
+def _attention(layout: str, backward: bool = False) -> Formula:
+    """Fused attention. Its backward pass computes the scores again: five products for the two of the forward pass.
+
+    Dao et al., *FlashAttention* (2022), algorithm 4: scores, and the gradients of values, weights, queries and keys.
+    """
+
+    def formula(arguments: Arguments, output: Any) -> Product:
+        q, k, v = (arguments[name] for name in ("query", "key", "value"))
+        causal = arguments.get("is_causal", False) or arguments.get("custom_mask_type", 0) == 1
+        causal = causal and arguments.get("causal_discount", False)
+        moved = q.numel() + k.numel() + v.numel() + math.prod(q.shape[:-1]) * v.shape[-1]
+        if backward:
+            sizes = {"scores": 3, "values": 2, "again": 1, "moved": 2 * moved}
+        else:
+            sizes = {"scores": 1, "values": 1, "again": 0, "moved": moved}
+        where = _cumulated(arguments)
+        if where is not None and layout == "blhe":
+            lengths = [[b - a for a, b in pairwise(ends)] for ends in where]
+            pairs = sum(attention_pairs(a, b, causal) for a, b in zip(*lengths, strict=True))
+            return attention_product(q.shape[-2], pairs, q.shape[-1], v.shape[-1], **sizes)
+        axis = -2 if layout == "bhle" else -3
+        heads = q.numel() // max(q.shape[axis] * q.shape[-1], 1)
+        pairs = attention_pairs(q.shape[axis], k.shape[axis], causal)
+        return attention_product(heads, pairs, q.shape[-1], v.shape[-1], **sizes)
+
+    return formula
+
+
+def _cumulated(arguments: Arguments) -> list[list[int]] | None:
+    """Ends of packed sequences, of queries and of keys."""
+    for first, second in (("cum_seq_q", "cum_seq_k"), ("cu_seqlens_q", "cu_seqlens_k")):
+        ends = arguments.get(first), arguments.get(second)
+        if all(isinstance(e, Tensor) and e.numel() > 1 and _has_values(e) for e in ends):
+            return [e.tolist() for e in ends if e is not None]
+    return None
+
+
+_FUSED = "flash_attention flash_attention_for_cpu efficient_attention cudnn_attention fused_attention_overrideable"
+_register(" ".join(f"_scaled_dot_product_{name}" for name in _FUSED.split()), _attention("bhle"))
+_register("_scaled_dot_product_attention_math_for_mps", _attention("bhle"))
+_register(" ".join(f"_scaled_dot_product_{name}_backward" for name in _FUSED.split()), _attention("bhle", True))
+_register("_flash_attention_forward _flash_attention_forward_no_dropout_inplace", _attention("blhe"))
+_register("_efficient_attention_forward", _attention("blhe"))
+_register("_cudnn_attention_forward", _attention("bhle"))
+_register("_flash_attention_backward _efficient_attention_backward", _attention("blhe", True))
+_register("_cudnn_attention_backward", _attention("bhle", True))
+_register("higher_order::flex_attention", lambda g, output: _flex(g))
+_register("higher_order::flex_attention_backward", lambda g, output: _flex(g, True))
+
+
+def _flex(arguments: Arguments, backward: bool = False) -> Product:
+    return _attention("bhle", backward)(arguments, None)  # type: ignore[return-value]
+
+
+def _sequences(x: Tensor) -> tuple[int, int]:
+    """Tokens, and pairs of tokens of the same sequence, of a batch (padded or nested)."""
+    if x.is_nested:
+        lengths = [int(row[0]) for row in x._nested_tensor_size()]
+        return sum(lengths), sum(n * n for n in lengths)
+    return x.shape[0] * x.shape[1], x.shape[0] * x.shape[1] ** 2
+
+
+def _fast_attention(arguments: Arguments, output: Any) -> Product:
+    """Projections of queries, keys and values, attention, and the projection behind."""
+    width, (tokens, pairs) = arguments["embed_dim"], _sequences(arguments["query"])
+    return Product(4 * tokens * width**2 + 2 * pairs * width, "attention")
+
+
+def _fast_encoder(arguments: Arguments, output: Any) -> Product:
+    """nn.TransformerEncoderLayer without gradients: attention and two layers."""
+    width, (tokens, pairs) = arguments["embed_dim"], _sequences(arguments["src"])
+    layers = 4 * width**2 + arguments["ffn_weight_1"].numel() + arguments["ffn_weight_2"].numel()
+    return Product(tokens * layers + 2 * pairs * width, "linear")
+
+
+_register("_native_multi_head_attention", _fast_attention)
+_register("_transformer_encoder_layer_fwd", _fast_encoder)

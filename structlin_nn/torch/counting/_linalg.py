@@ -1,0 +1,279 @@
+"""FLOPs of LAPACK's factorisations and of FFTs, and the operations of torch that call them.
+
+The formulas are those of Golub and Van Loan, *Matrix Computations* (4th edition, 2013), to leading order, with the
+sections named below; LAPACK Working Note 41 (Blackford and Dongarra, 1999) has the same with lower orders. Iterations
+(eigenvalues, singular values) take the usual number of steps. A multiply-accumulate is two FLOPs. An FFT of n complex
+numbers takes ``5 n log2(n)`` FLOPs and one of real numbers half of that, by the convention of Frigo and Johnson (*The
+design and implementation of FFTW3*, 2005).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from fractions import Fraction
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from structlin_nn.torch.counting._lists import Product, register_product
+
+__all__ = ["FLOPS", "fft_flops", "matrix_exp_products"]
+
+Arguments = Mapping[str, Any]
+_third = Fraction(1, 3)
+
+FLOPS: dict[str, Callable[..., Fraction | int]] = {
+    "lu": lambda m, n: min(m, n) ** 2 * (max(m, n) - min(m, n) * _third),  # section 3.2
+    "lu_solve": lambda n, columns: 2 * n**2 * columns,  # section 3.1: two triangles
+    "triangular_solve": lambda n, columns: n**2 * columns,
+    "inverse": lambda n: 2 * n**3,  # section 3.4
+    "cholesky": lambda n: n**3 * _third,  # section 4.2
+    "cholesky_inverse": lambda n: 2 * n**3 * _third,
+    "ldl": lambda n: n**3 * _third,  # section 4.4
+    "qr": lambda m, n: 2 * min(m, n) ** 2 * (max(m, n) - min(m, n) * _third),  # section 5.2.2
+    # Section 5.1.6: the first columns of k reflectors of length m, and k reflectors on a matrix of n columns.
+    "householder_product": lambda m, n, k: 4 * m * n * k - 2 * (m + n) * k**2 + 4 * k**3 * _third,
+    "householder_apply": lambda m, n, k: 2 * n * k * (2 * m - k),
+    "eigh": lambda n: 9 * n**3,  # section 8.3.4
+    "eigvalsh": lambda n: 4 * n**3 * _third,
+    "eig": lambda n: 25 * n**3,  # section 7.5.6
+    "eigvals": lambda n: 10 * n**3,
+    # Section 8.6.3, by Golub and Reinsch, m >= n: singular values; thin factors; square ones.
+    "svdvals": lambda m, n: 4 * m * n**2 - 4 * n**3 * _third,
+    "svd": lambda m, n: 14 * m * n**2 + 8 * n**3,
+    "svd_full": lambda m, n: 4 * m**2 * n + 8 * m * n**2 + 9 * n**3,
+}
+"""FLOPs of one matrix: m x n, or n x n; exact to leading order."""
+
+
+def _register(names: str) -> Callable[[Callable[[Arguments], Product]], None]:
+    def add(formula: Callable[[Arguments], Product]) -> None:
+        for name in names.split():
+            register_product(f"aten::{name}")(lambda arguments, output: formula(arguments))
+
+    return add
+
+
+def _product(batch: int, *flops: Fraction | int) -> Product:
+    return Product(round(batch * sum(flops) / 2), "linalg")
+
+
+def _shape(x: Tensor) -> tuple[int, int, int]:
+    """Number of matrices, rows, columns."""
+    return math.prod(x.shape[:-2]), x.shape[-2], x.shape[-1]
+
+
+def _right_sides(a: Tensor, b: Tensor, left: bool = True) -> tuple[int, int, int]:
+    """Number of systems, their size, and right-hand sides, each counted for its own system, broadcast."""
+    n = a.shape[-1]
+    if b.ndim == a.ndim - 1 or b.ndim == 1:  # vectors
+        return math.prod(torch.broadcast_shapes(a.shape[:-2], b.shape[:-1])), n, 1
+    return math.prod(torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])), n, b.shape[-1] if left else b.shape[-2]
+
+
+@_register("linalg_lu linalg_lu_factor_ex")
+def _(g: Arguments) -> Product:
+    batch, m, n = _shape(g["A"])
+    return _product(batch, FLOPS["lu"](m, n))
+
+
+@_register("_linalg_det _linalg_slogdet")
+def _(g: Arguments) -> Product:
+    batch, n, _ = _shape(g["A"])
+    return _product(batch, FLOPS["lu"](n, n))
+
+
+@_register("_linalg_solve_ex")
+def _(g: Arguments) -> Product:
+    batch, n, columns = _right_sides(g["A"], g["B"], g["left"])
+    factors = math.prod(g["A"].shape[:-2]) * FLOPS["lu"](n, n)
+    return _product(1, factors, batch * FLOPS["lu_solve"](n, columns))
+
+
+@_register("linalg_lu_solve")
+def _(g: Arguments) -> Product:
+    batch, n, columns = _right_sides(g["LU"], g["B"], g["left"])
+    return _product(batch, FLOPS["lu_solve"](n, columns))
+
+
+@_register("linalg_inv_ex")
+def _(g: Arguments) -> Product:
+    batch, n, _ = _shape(g["A"])
+    return _product(batch, FLOPS["inverse"](n))
+
+
+@_register("cholesky linalg_cholesky_ex")
+def _(g: Arguments) -> Product:
+    batch, n, _ = _shape(g["self"])
+    return _product(batch, FLOPS["cholesky"](n))
+
+
+@_register("cholesky_inverse")
+def _(g: Arguments) -> Product:
+    batch, n, _ = _shape(g["self"])
+    return _product(batch, FLOPS["cholesky_inverse"](n))
+
+
+@_register("cholesky_solve _cholesky_solve_helper")
+def _(g: Arguments) -> Product:
+    batch, n, columns = _right_sides(g["A"] if "A" in g else g["input2"], g["self"])
+    return _product(batch, 2 * FLOPS["triangular_solve"](n, columns))
+
+
+@_register("linalg_ldl_factor_ex")
+def _(g: Arguments) -> Product:
+    batch, n, _ = _shape(g["self"])
+    return _product(batch, FLOPS["ldl"](n))
+
+
+@_register("linalg_ldl_solve")
+def _(g: Arguments) -> Product:
+    batch, n, columns = _right_sides(g["LD"], g["B"])
+    return _product(batch, 2 * FLOPS["triangular_solve"](n, columns))
+
+
+@_register("triangular_solve")
+def _(g: Arguments) -> Product:
+    batch, n, columns = _right_sides(g["A"], g["self"])
+    return _product(batch, FLOPS["triangular_solve"](n, columns))
+
+
+@_register("linalg_solve_triangular")
+def _(g: Arguments) -> Product:
+    batch, n, columns = _right_sides(g["self"], g["B"], g["left"])
+    return _product(batch, FLOPS["triangular_solve"](n, columns))
+
+
+@_register("geqrf")
+def _(g: Arguments) -> Product:
+    batch, m, n = _shape(g["self"])
+    return _product(batch, FLOPS["qr"](m, n))
+
+
+@_register("linalg_qr")
+def _(g: Arguments) -> Product:
+    batch, m, n = _shape(g["A"])
+    k = min(m, n)
+    columns = {"r": 0, "reduced": k, "complete": m}[g["mode"]]
+    return _product(batch, FLOPS["qr"](m, n), FLOPS["householder_product"](m, columns, k) if columns else 0)
+
+
+@_register("linalg_householder_product")
+def _(g: Arguments) -> Product:
+    batch, m, n = _shape(g["input"])
+    return _product(batch, FLOPS["householder_product"](m, n, g["tau"].shape[-1]))
+
+
+@_register("ormqr")
+def _(g: Arguments) -> Product:
+    batch, m, n = _shape(g["input3"])
+    length, columns = (m, n) if g["left"] else (n, m)
+    return _product(batch, FLOPS["householder_apply"](length, columns, g["input2"].shape[-1]))
+
+
+@_register("linalg_lstsq")
+def _(g: Arguments) -> Product:
+    """By QR: the factors, Q on the right-hand sides, and a triangle; gelsd and gelss take the SVD."""
+    batch, m, n = _shape(g["self"])
+    _, _, columns = _right_sides(g["self"].mT, g["b"])
+    k, long = min(m, n), max(m, n)
+    if g["driver"] in ("gelsd", "gelss"):
+        return _product(batch, FLOPS["svd"](long, k), 2 * columns * k * (m + n))
+    return _product(
+        batch, FLOPS["qr"](m, n), FLOPS["householder_apply"](long, columns, k), FLOPS["triangular_solve"](k, columns)
+    )
+
+
+@_register("linalg_pinv")
+def _(g: Arguments) -> Product:
+    """The SVD (of a Hermitian matrix the eigenvectors), and the product of its factors."""
+    batch, m, n = _shape(g["self"])
+    k, long = min(m, n), max(m, n)
+    return _product(batch, FLOPS["eigh"](n) if g["hermitian"] else FLOPS["svd"](long, k), 2 * m * n * k)
+
+
+@_register("_linalg_eigh")
+def _(g: Arguments) -> Product:
+    batch, n, _ = _shape(g["A"])
+    return _product(batch, FLOPS["eigh" if g["compute_v"] and not g.get("values_only") else "eigvalsh"](n))
+
+
+@_register("linalg_eig")
+def _(g: Arguments) -> Product:
+    batch, n, _ = _shape(g["self"])
+    return _product(batch, FLOPS["eigvals" if g.get("values_only") else "eig"](n))
+
+
+@_register("linalg_eigvals _linalg_eigvals")
+def _(g: Arguments) -> Product:
+    batch, n, _ = _shape(g["self"])
+    return _product(batch, FLOPS["eigvals"](n))
+
+
+@_register("_linalg_svd")
+def _(g: Arguments) -> Product:
+    batch, m, n = _shape(g["A"])
+    name = "svdvals" if g.get("values_only") or not g["compute_uv"] else "svd_full" if g["full_matrices"] else "svd"
+    return _product(batch, FLOPS[name](max(m, n), min(m, n)))
+
+
+# Bader, Blanes and Casas, *Computing the matrix exponential with an optimized Taylor polynomial approximation* (2019):
+# products for the degrees 1, 2, 4, 8, 12 and 18, and the norms up to which torch takes each.
+_DEGREES = (0, 1, 2, 3, 4, 5)
+_NORMS = {
+    torch.float32: (1.192092800768788e-07, 5.978858893805233e-04, 5.116619363445086e-02, 5.800524627688768e-01,
+                    1.461661507209034e+00, 3.010066362817634e+00),
+    torch.float64: (2.220446049250313e-16, 2.580956802971767e-08, 3.397168839976962e-04, 4.991228871115323e-02,
+                    2.996158913811580e-01, 1.090863719290036e+00),
+}  # fmt: skip
+
+
+def matrix_exp_products(norm: float, dtype: torch.dtype) -> int:
+    """Products of two n x n matrices that the exponential of a matrix of this 1-norm takes: Taylor, then squarings.
+
+    >>> [matrix_exp_products(norm, torch.float64) for norm in (0.0, 1.0, 2.0, 100.0)]
+    [0, 5, 6, 12]
+    """
+    single = dtype in (torch.float32, torch.complex64, torch.float16, torch.bfloat16)
+    bounds = _NORMS[torch.float32 if single else torch.float64]
+    for products, bound in zip(_DEGREES, bounds, strict=True):
+        if norm <= bound:
+            return products
+    return _DEGREES[-1] + math.ceil(math.log2(norm / bounds[-1]))
+
+
+@_register("linalg_matrix_exp")
+def _(g: Arguments) -> Product:
+    """Depends on the norms; where there are none (meta, not finite) degree 18 without squarings, five products."""
+    x = g["self"]
+    batch, n, _ = _shape(x)
+    norms = [math.nan] * batch
+    if n and x.device.type != "meta":
+        norms = x.detach().abs().sum(-2).amax(-1).reshape(-1).tolist()
+    products = [matrix_exp_products(norm, x.dtype) if math.isfinite(norm) else _DEGREES[-1] for norm in norms]
+    return Product(sum(products) * n**3, "linalg")
+
+
+# -- Fourier transforms --------------------------------------------------------------------------------------------
+
+
+def fft_flops(n: int, real: bool = False) -> int:
+    """FLOPs of one transform of n numbers.
+
+    >>> fft_flops(8), fft_flops(8, real=True)
+    (120, 60)
+    """
+    return math.ceil((2.5 if real else 5) * n * math.log2(n)) if n > 1 else 0
+
+
+def _transforms(x: Tensor, axes: list[int], real: bool) -> Product:
+    n = math.prod(x.shape[axis] for axis in axes)
+    batch = x.numel() // n if n else 0
+    return Product(0, "fft", other_flops=batch * fft_flops(n, real))
+
+
+register_product("aten::_fft_c2c")(lambda g, output: _transforms(g["self"], g["dim"], False))
+register_product("aten::_fft_r2c")(lambda g, output: _transforms(g["self"], g["dim"], True))
+register_product("aten::_fft_c2r")(lambda g, output: _transforms(output, g["dim"], True))

@@ -1,0 +1,547 @@
+"""Counts what reaches torch's dispatcher, forward and backward, and which module it belongs to.
+
+Every node of the autograd graph has a sequence number. The recorder notes at which numbers modules are entered and
+left, so that an operation of the backward pass is known by the node that runs it. Structured layers and
+``scaled_dot_product_attention`` are counted as a whole, because what they are made of depends on device and dtype:
+their operations are left out, and their backward pass is added when it runs.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import threading
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
+from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import __file__ as CHECKPOINT_FILE
+
+from structlin.counting import work as structure_work
+from structlin.structure import AbstractStructure, Structure
+from structlin_nn.torch.counting._formulas import attention_pairs
+from structlin_nn.torch.counting._lists import (
+    COMPOSITE,
+    PRODUCT,
+    UNKNOWN,
+    Product,
+    classify,
+    formula_of,
+)
+from structlin_nn.torch.counting._result import CallCount
+from structlin_nn.torch.linear import StructuredLinear
+
+__all__ = ["OUTSIDE", "Recorder", "backward_macs", "inner_tensors"]
+
+aten = torch.ops.aten
+OUTSIDE = "(outside)"  # what runs in no module
+
+# Operations that only name, share or reinterpret memory, beside views.
+_FREE = {aten.detach, aten._unsafe_view, aten.alias, aten.lift_fresh, aten.empty, aten.empty_like}
+FORWARD, BACKWARD, AGAIN = "forward", "backward", "again"
+
+
+def backward_macs(structure: AbstractStructure, needs_input: bool, needs_factors: Sequence[bool]) -> int:
+    """MACs of a layer's backward pass, for one vector.
+
+    Step k of a chain multiplies its input and its factor; the gradient of either costs as much as the product. The
+    input's is needed where that of the layer's input or of an earlier factor is. A structure that is no chain counts
+    as one product.
+
+    >>> chain = Structure.parse("i,ri->r; r,or->o", i=8, r=2, o=6)
+    >>> chain.macs, backward_macs(chain, True, (True, True)), backward_macs(chain, False, (True, True))
+    (28, 56, 40)
+    """
+    if not isinstance(structure, Structure):
+        return structure.macs * (needs_input + any(needs_factors))
+    total, flows = 0, needs_input
+    for factor, needed in zip(structure.factors, needs_factors, strict=True):
+        total += factor.numel * factor.carried * (flows + needed)
+        flows = flows or needed
+    return total
+
+
+def inner_tensors(x: Tensor) -> list[Tensor]:
+    """The arrays that a tensor is made of: those of a subclass such as a jagged tensor, or of a sparse one."""
+    if is_traceable_wrapper_subclass(x):
+        subclass: Any = x
+        names, _ = subclass.__tensor_flatten__()
+        return [part for name in names for part in inner_tensors(getattr(subclass, name))]
+    if x.layout == torch.sparse_coo:
+        return [x._indices(), x._values()]
+    if x.layout in (torch.sparse_csr, torch.sparse_bsr):
+        return [x.crow_indices(), x.col_indices(), x.values()]
+    if x.layout in (torch.sparse_csc, torch.sparse_bsc):
+        return [x.ccol_indices(), x.row_indices(), x.values()]
+    return [x]
+
+
+def _storage(x: Tensor) -> StorageWeakRef | None:
+    """Names the memory of an array; unlike data_ptr(), distinct on the meta device, and never used again."""
+    try:
+        return StorageWeakRef(x.untyped_storage())
+    except (NotImplementedError, RuntimeError):  # no memory of its own
+        return None
+
+
+def _tensors(*trees: Any) -> list[Tensor]:
+    return [x for x in tree_leaves(trees) if isinstance(x, Tensor)]
+
+
+def _numbers(x: Tensor) -> int:
+    return sum(part.numel() for part in inner_tensors(x))
+
+
+def _physical(x: Tensor) -> tuple[Tensor, dict[int, int]]:
+    """The array below functorch's wrappers, and the sizes of the axes that vmap hides, by its level."""
+    functorch, hidden = torch._C._functorch, {}
+    while functorch.is_functorch_wrapped_tensor(x):
+        inside = functorch.get_unwrapped(x)
+        if functorch.is_batchedtensor(x):
+            hidden[functorch.maybe_get_level(x)] = inside.shape[functorch.maybe_get_bdim(x)]
+        x = inside
+    return x, hidden
+
+
+@dataclass
+class _Entry:
+    """A call of a module that has not returned."""
+
+    module: nn.Module
+    name: str
+    backward: bool  # it was entered in the backward pass, to compute something again
+    opaque: bool
+
+
+class Recorder(TorchDispatchMode):
+    """The dispatch mode, with the hooks on modules and on attention that belong to it.
+
+    Args:
+        models: by the prefix of their names.
+        causal: count only the pairs of queries and keys that a causal mask leaves.
+        flash: count what fused attention computes again in its backward pass.
+    """
+
+    supports_higher_order_operators = True
+
+    def __init__(self, models: Mapping[str, nn.Module], *, causal: bool = False, flash: bool = False) -> None:
+        super().__init__()
+        self.causal, self.flash = causal, flash
+        self.thread = threading.get_ident()
+        self.names: dict[nn.Module, str] = {}
+        self.roots: dict[str, nn.Module] = {}
+        self.weights: dict[StorageWeakRef, int] = {}
+        self.own: set[StorageWeakRef] = set()
+        self.types: dict[str, str] = {}
+        self.stack: list[_Entry] = []
+        self.opaque = 0  # above 0 inside calls that are counted as a whole
+        self.calls: dict[tuple[str, str], CallCount] = {}
+        self.free: Counter[str] = Counter()
+        self.unknown: Counter[str] = Counter()
+        self.moved = 0
+        self.nodes: dict[int, tuple[str, str]] = {}  # the call that a node of the graph belongs to
+        self.marks: list[int] = [-1]  # sequence numbers from which on nodes belong to ...
+        self.places: list[tuple[str, bool]] = [(OUTSIDE, False)]  # ... this module, and whether it counts as a whole
+        self.attending = False
+        self.values_only = False
+        self.saved: dict[StorageWeakRef, Tensor] = {}
+        self.saved_more = 0
+        self.saved_more_bytes = 0
+        for prefix, model in models.items():
+            self.adopt(model, prefix)
+
+    # -- modules ---------------------------------------------------------------------------------------------------
+
+    def adopt(self, model: nn.Module, prefix: str) -> None:
+        """Know the modules and weights of a model by name."""
+        self.roots[prefix] = model
+        for name, module in model.named_modules():
+            self.names.setdefault(module, f"{prefix}.{name}" if prefix and name else prefix or name)
+        for tensor in (*model.parameters(), *model.buffers()):
+            for part in inner_tensors(tensor):
+                if (where := _storage(part)) is not None:
+                    self.own.add(where)
+                    if isinstance(tensor, nn.Parameter):
+                        self.weights[where] = 1
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Count what runs inside."""
+        with ExitStack() as stack:
+            # Nodes are numbered by thread: the backward pass runs in that of the forward pass.
+            stack.enter_context(torch.autograd.set_multithreading_enabled(False))
+            for handle in (
+                register_module_forward_pre_hook(self._enter),
+                register_module_forward_hook(self._leave, with_kwargs=True, always_call=True),
+            ):
+                stack.callback(handle.remove)
+            stack.enter_context(self)
+            stack.enter_context(_Functions(self))
+            yield
+
+    def _enter(self, module: nn.Module, args: tuple) -> None:
+        if threading.get_ident() != self.thread:
+            return
+        if module not in self.names:
+            if self.stack:
+                self.names[module] = f"{self.stack[-1].name}.({type(module).__name__})".lstrip(".")
+            else:
+                self.adopt(module, self._new_prefix(type(module).__name__))
+        name, opaque = self.names[module], isinstance(module, StructuredLinear)
+        self.types.setdefault(name, type(module).__name__)
+        self.stack.append(_Entry(module, name, torch._C._current_autograd_node() is not None, opaque))
+        self.opaque += opaque
+        self._mark()
+
+    def _new_prefix(self, name: str) -> str:
+        number = 1
+        while (prefix := name if number == 1 else f"{name}#{number}") in self.roots:
+            number += 1
+        return prefix
+
+    def _leave(self, module: nn.Module, args: tuple, *rest: Any) -> None:
+        # After an exception torch leaves the keywords out.
+        kwargs, output = rest if len(rest) == 2 else ({}, None)
+        if threading.get_ident() != self.thread or not any(entry.module is module for entry in self.stack):
+            return
+        while True:  # calls that an exception ended go too
+            entry = self.stack.pop()
+            self.opaque -= entry.opaque
+            if entry.module is module:
+                break
+        if entry.opaque and isinstance(output, Tensor):
+            self._structured(entry, next(iter((*args, *kwargs.values()))), output)
+        if isinstance(module, nn.utils.parametrize.ParametrizationList) and isinstance(output, Tensor):
+            self._becomes_weight(output)
+        self._mark()
+
+    def _mark(self) -> None:
+        """From here on, nodes belong to the module that is being called."""
+        self.marks.append(torch._C._autograd._get_sequence_nr())
+        self.places.append((self._name(), self.opaque > 0))
+
+    def _name(self) -> str:
+        """The module that is being called; where a function is computed again, that in which it was called."""
+        node = torch._C._current_autograd_node()
+        if node is not None and not (self.stack and self.stack[-1].backward):
+            return self._place(node)[0]
+        return self.stack[-1].name if self.stack else OUTSIDE
+
+    # -- phases ----------------------------------------------------------------------------------------------------
+
+    def _phase(self, node: Any) -> str:
+        if node is None:
+            return FORWARD
+        if self.stack and self.stack[-1].backward:
+            return AGAIN
+        # Gradients of gradients run with gradients enabled too; only the frames tell them from a checkpoint.
+        return AGAIN if torch.is_grad_enabled() and _in_checkpoint() else BACKWARD
+
+    def _place(self, node: Any) -> tuple[str, bool]:
+        return self.places[bisect_right(self.marks, node._sequence_nr()) - 1]
+
+    # -- counting --------------------------------------------------------------------------------------------------
+
+    def add(self, name: str, product: Product, kind: str, phase: str) -> None:
+        """Add a product to the count of a module."""
+        if (name, kind) not in self.calls:
+            self.calls[name, kind] = self._new_call(name, kind)
+        call = self.calls[name, kind]
+        moved = product.moved or 0
+        if phase == FORWARD:
+            call.macs += product.macs
+            call.other_flops += product.other_flops
+            call.rows += product.rows
+            call.moved += moved
+            call.calls += 1
+            if call.in_features is None:
+                call.in_features, call.out_features = product.d_in, product.d_out
+        else:
+            call.backward_macs += product.macs
+            call.backward_other_flops += product.other_flops
+            call.backward_moved += moved
+            call.recomputed_macs += product.macs if phase == AGAIN else product.recomputed
+
+    def _new_call(self, name: str, kind: str) -> CallCount:
+        module = next((m for m, known in self.names.items() if known == name), None)
+        params = 0
+        if module is not None and kind in ("linear", "convolution"):
+            inside = [module, *(getattr(module, "parametrizations", None) or {}).values()]
+            owned = {
+                p
+                for number, m in enumerate(inside)
+                for p in m.parameters(recurse=isinstance(m, StructuredLinear) or number > 0)
+            }
+            params = sum(p.numel() for p in owned if p.requires_grad)
+        return CallCount(name, kind, "" if module is None else type(module).__name__, params, None, None)
+
+    def _is_weight(self, x: Tensor) -> bool:
+        return (where := _storage(x)) is not None and where in self.weights
+
+    def _becomes_weight(self, x: Tensor) -> None:
+        for part in inner_tensors(x):
+            if (where := _storage(part)) is not None:
+                self.weights[where] = 1
+
+    def _settle(self, product: Product, inputs: list[Tensor], outputs: list[Tensor]) -> tuple[str, Product]:
+        """The kind of a product, with sizes and numbers moved."""
+        changes: dict[str, Any] = {}
+        kind = product.kind
+        if kind is None:
+            operands = product.operands or tuple(inputs)
+            weighted = [self._is_weight(x) for x in operands]
+            kind = "linear" if any(weighted) else "product"
+            if product.sizes is not None and any(weighted):
+                rows, k, columns = product.sizes
+                if weighted[-1]:
+                    changes = {"d_in": k, "d_out": columns, "rows": rows}
+                else:
+                    features = operands[0].shape[-2] if operands[0].ndim > 1 else 1
+                    changes = {"d_in": k, "d_out": features, "rows": columns * (rows // max(features, 1))}
+        if product.moved is None:
+            changes["moved"] = sum(map(_numbers, (*inputs, *outputs)))
+        return kind, replace(product, **changes)
+
+    def _structured(self, entry: _Entry, x: Tensor, output: Tensor) -> None:
+        """A structured layer: its structure times the vectors that it is called on."""
+        module = entry.module
+        assert isinstance(module, StructuredLinear)
+        structure = module.structure
+        x = x.values() if x.is_nested else x
+        physical, hidden = _physical(x)
+        rows = math.prod(x.shape[:-1]) * math.prod(hidden.values())
+        parameters = iter(module.factors)
+        needed = [f.trainable and next(parameters).requires_grad for f in structure.factors]
+        moved = sum(f.numel for f in structure.factors) + rows * (structure_work(structure).activations or 0)
+        other = rows * sum(structure.other_flops.values()) + sum(structure.setup_flops.values())
+        macs = rows * structure.macs
+        product = Product(
+            macs, d_in=structure.d_in, d_out=structure.d_out, rows=rows, moved=moved, other_flops=other
+        )  # fmt: skip
+        gradients = physical.requires_grad + any(needed)
+        back = rows * backward_macs(structure, physical.requires_grad, needed)
+        backward = Product(
+            back, other_flops=other * gradients, moved=round(moved * back / macs) if macs else moved * gradients
+        )
+        self.whole(entry.name, "linear", product, backward, output)
+
+    def whole(self, name: str, kind: str, product: Product, backward: Product, output: Tensor) -> None:
+        """Count a call that is not looked into, now, and its backward pass when it runs."""
+        if self.opaque:
+            return
+        self.add(name, product, kind, self._phase(torch._C._current_autograd_node()))
+        node = _physical(output)[0].grad_fn
+        if node is not None and (backward.macs or backward.other_flops):
+            node.register_prehook(lambda gradients: self.add(name, backward, kind, BACKWARD))
+
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, output: Tensor, causal: bool, gqa: bool) -> None:
+        """Scores (queries times keys) and values (weights times values), of shape (..., tokens, size).
+
+        The backward pass has two products for each of both; fused, it computes the scores once more.
+        """
+        (q0, one), (k0, two), (v0, three) = map(_physical, (q, k, v))
+        keys: list[Sequence[int]] = [k.shape[:-2], v.shape[:-2]]
+        if gqa:  # a head of keys serves several heads of queries
+            keys = [(*shape[:-1], q.shape[-3]) for shape in keys]
+        batch = math.prod(torch.broadcast_shapes(q.shape[:-2], *keys)) * math.prod((one | two | three).values())
+        pairs = batch * attention_pairs(q.shape[-2], k.shape[-2], causal and self.causal)
+        scores, values = pairs * q.shape[-1], pairs * v.shape[-1]
+        flows = q0.requires_grad or k0.requires_grad
+        back = scores * (q0.requires_grad + k0.requires_grad) + values * (flows + v0.requires_grad)
+        again = scores if self.flash and back else 0
+        moved = q0.numel() + k0.numel() + v0.numel() + batch * q.shape[-2] * v.shape[-1]
+        macs = scores + values
+        backward = Product(back + again, moved=round(moved * back / macs) if macs else 0, recomputed=again)
+        self.whole(self._name(), "attention", Product(macs, moved=moved), backward, output)
+
+    # -- operations ------------------------------------------------------------------------------------------------
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+        if any(hasattr(kind, "__tensor_unflatten__") for kind in types):
+            return NotImplemented  # the subclass takes it apart, and its parts come here
+        kwargs = kwargs or {}
+        found = classify(func)
+        if found == COMPOSITE:
+            with self:
+                output = func.decompose(*args, **kwargs)  # without autograd, composite operations arrive whole
+            if output is not NotImplemented:
+                return output
+        # Arguments may be overwritten in place; what a formula needs are sizes, and values of offsets.
+        output = func(*args, **kwargs)
+        if self.opaque:
+            return output
+        node = torch._C._current_autograd_node()
+        phase = self._phase(node)
+        if phase == BACKWARD:
+            name, whole = self._place(node)
+            if whole:
+                return output
+        else:
+            name = self._name()
+        if found == PRODUCT:
+            self._product(func, args, kwargs, output, name, phase, node)
+        elif found != UNKNOWN:
+            self._no_product(func, args, kwargs, output, phase)
+        else:
+            self.unknown[_readable(func)] += 1
+        return output
+
+    def _product(
+        self, func: Any, args: tuple, kwargs: dict, output: Any, name: str, phase: str, node: Any
+    ) -> None:  # fmt: skip
+        if isinstance(func, torch._ops.OpOverload):
+            arguments, formula = _bound(func, args, kwargs), formula_of(func._schema.name)
+        else:
+            arguments = dict(zip(("query", "key", "value"), args, strict=False)) | kwargs
+            formula = formula_of(f"higher_order::{func.name()}")
+        assert formula is not None
+        if "is_causal" in arguments or "custom_mask_type" in arguments:
+            arguments["causal_discount"] = self.causal
+        if self.values_only:
+            arguments["values_only"] = True
+        product = formula(arguments, output)
+        if product is None:
+            self._no_product(func, args, kwargs, output, phase)
+            return
+        if not isinstance(product, Product):
+            product = Product(int(product))
+        if product.kind == "attention" and not self.flash:  # the scores that a fused backward pass computes again
+            product = replace(product, macs=product.macs - product.recomputed, recomputed=0)
+        inputs, outputs = _tensors(args, kwargs), _tensors(output)
+        kind, product = self._settle(product, inputs, outputs)
+        number = torch._C._autograd._get_sequence_nr() - 1
+        if phase == BACKWARD:
+            name, kind = self.nodes.get(node._sequence_nr(), (name, kind))
+        else:
+            self.nodes.setdefault(number, (name, kind))  # torch makes the node before it runs the operation
+        self.add(name, product, kind, phase)
+
+    def _no_product(self, func: Any, args: tuple, kwargs: dict, output: Any, phase: str) -> None:
+        leaves, results = _tensors(args, kwargs), _tensors(output)
+        if leaves and all(map(self._is_weight, leaves)):
+            for x in results:  # a weight that is cast, scaled or normalised stays one
+                self._becomes_weight(x)
+        packet = getattr(func, "overloadpacket", func)
+        if phase != FORWARD or getattr(func, "is_view", False) or packet in _FREE:
+            return
+        self.free[_readable(func)] += 1
+        self.moved += sum(map(_numbers, (*leaves, *results)))
+
+    # -- what autograd keeps ---------------------------------------------------------------------------------------
+
+    @contextmanager
+    def saving(self) -> Iterator[None]:
+        """Note what autograd keeps for the backward pass."""
+
+        def pack(x: Tensor) -> Tensor:
+            if not self.attending and torch._C._current_autograd_node() is None:
+                self.save(x)
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            yield
+
+    def save(self, x: Tensor) -> None:
+        for part in inner_tensors(_physical(x)[0]):
+            if (where := _storage(part)) is not None and where not in self.own:
+                self.saved[where] = part.detach()
+
+    def saved_sizes(self) -> tuple[int, int, int]:
+        """Floating numbers that are kept, their bytes, and the bytes of what is kept beside them."""
+        numbers, floating, rest = self.saved_more, self.saved_more_bytes, 0
+        for x in self.saved.values():
+            size = x.untyped_storage().nbytes()  # a view keeps all of it
+            if x.is_floating_point() or x.is_complex():
+                numbers += size // x.element_size()
+                floating += size
+            else:
+                rest += size
+        return numbers, floating, rest
+
+
+def _bound(func: Any, args: tuple, kwargs: dict) -> dict[str, Any]:
+    """Arguments by the names of the schema, with defaults."""
+    found = {}
+    for number, argument in enumerate(func._schema.arguments):
+        if number < len(args):
+            found[argument.name] = args[number]
+        elif argument.name in kwargs:
+            found[argument.name] = kwargs[argument.name]
+        elif argument.has_default_value():
+            found[argument.name] = argument.default_value
+    return found
+
+
+def _readable(func: Any) -> str:
+    if isinstance(func, torch._ops.OpOverload):
+        return str(func.overloadpacket)
+    return f"higher_order.{func.name()}"
+
+
+def _in_checkpoint() -> bool:
+    """Whether torch.utils.checkpoint is further up in the stack of frames."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_filename == CHECKPOINT_FILE:
+            return True
+        frame = frame.f_back
+    return False
+
+
+# Without gradients these compute no vectors, but torch has them computed while a dispatch mode is active.
+_VALUES_ONLY = {torch.linalg.eigvals, torch.linalg.eigvalsh, torch.linalg.svdvals}
+
+
+class _Functions(TorchFunctionMode):
+    """Counts scaled_dot_product_attention as a whole: what it is made of depends on device and dtype."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        super().__init__()
+        self.recorder = recorder
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        recorder = self.recorder
+        if func in _VALUES_ONLY:
+            recorder.values_only = not (
+                torch.is_grad_enabled() and any(x.requires_grad for x in _tensors(args, kwargs))
+            )
+            try:
+                return func(*args, **kwargs)
+            finally:
+                recorder.values_only = False
+        if func is not torch.nn.functional.scaled_dot_product_attention or recorder.opaque:
+            return func(*args, **kwargs)
+        names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+        named = dict(zip(names, args, strict=False)) | kwargs
+        q, k, v = (named[name] for name in names[:3])
+        if any(x.is_nested for x in (q, k, v)):
+            return func(*args, **kwargs)  # what they are made of is counted
+        before, recorder.attending = recorder.attending, True
+        recorder.opaque += 1
+        recorder._mark()
+        try:
+            output = func(*args, **kwargs)
+        finally:
+            recorder.opaque -= 1
+            recorder.attending = before
+            recorder._mark()
+        recorder.attention(q, k, v, output, bool(named.get("is_causal")), bool(named.get("enable_gqa")))
+        if output.requires_grad and torch._C._current_autograd_node() is None:
+            for x in (q, k, v, output):
+                recorder.save(x)
+            queries = math.prod(output.shape[:-1])
+            recorder.saved_more += queries
+            recorder.saved_more_bytes += queries * max(output.element_size(), 4)  # the log-sum-exp of each query
+        return output

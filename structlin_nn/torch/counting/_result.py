@@ -1,0 +1,281 @@
+"""What a count returns: products by module, totals, a tree, and their forms for programs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from importlib import import_module
+from typing import Any
+
+__all__ = ["CallCount", "ModelCount", "ModuleCount"]
+
+
+@dataclass
+class CallCount:
+    """Products of one kind in one module, summed over its calls.
+
+    ``kind``: ``linear`` (a weight times activations), ``convolution``, ``attention`` (score and value products),
+    ``linalg`` (factorisations, solves), ``fft``, or ``product`` (of two activations). ``rows``: vectors that a linear
+    layer was applied to. ``macs`` of the forward, ``backward_macs`` of the backward pass; of the latter,
+    ``recomputed_macs`` are those that the forward pass had computed before. ``other_flops``,
+    ``backward_other_flops``: work that is no product, such as FFTs, in FLOPs. ``moved``, ``backward_moved``: how many
+    numbers the products read and write, each of them its operands and its result once, fused attention without the
+    scores.
+    """
+
+    name: str
+    kind: str
+    module: str
+    params: int
+    in_features: int | None
+    out_features: int | None
+    macs: int = 0
+    backward_macs: int = 0
+    recomputed_macs: int = 0
+    other_flops: int = 0
+    backward_other_flops: int = 0
+    calls: int = 0
+    rows: int = 0
+    moved: int = 0
+    backward_moved: int = 0
+
+    @property
+    def training_macs(self) -> int:
+        """MACs of the forward and the backward pass."""
+        return self.macs + self.backward_macs
+
+
+@dataclass
+class ModuleCount:
+    """A module with all that is inside of it; see :meth:`ModelCount.tree`.
+
+    ``share``: of the MACs of the whole model, forward. ``params``: of the calls inside, shared ones as often as they
+    are called from different modules.
+    """
+
+    name: str
+    module: str
+    macs: int = 0
+    backward_macs: int = 0
+    other_flops: int = 0
+    params: int = 0
+    share: float = 0.0
+    seconds: float | None = None
+    children: list[ModuleCount] = field(default_factory=list)
+
+    @property
+    def flops_per_second(self) -> float | None:
+        """FLOPs of the forward pass for each second of it; None where it was not timed."""
+        return (2 * self.macs + self.other_flops) / self.seconds if self.seconds else None
+
+    def walk(self, depth: int = 0) -> Iterator[tuple[int, ModuleCount]]:
+        """This module and those inside, with their depth."""
+        yield depth, self
+        for child in self.children:
+            yield from child.walk(depth + 1)
+
+
+@dataclass
+class ModelCount:
+    """What :func:`count` returns; ``print`` it for a table, or :meth:`tree` for one by module.
+
+    Attributes:
+        calls: in the order in which they are first made.
+        params: number of parameters, a shared one once.
+        trainable_params: those with a gradient.
+        embedding_params: those of nn.Embedding, likewise trainable.
+        buffer_bytes: of the module's buffers.
+        uncounted_ops: operations that are no products, and how often they run in the forward pass.
+        uncounted_moved: numbers that these read and write.
+        saved: floating numbers that the forward pass keeps for the backward pass, as these modules on this device
+            do it: each array once, without parameters and buffers, attention as where it is fused (queries, keys,
+            values, result, and the log-sum-exp of each query).
+        saved_bytes: bytes of what is kept beside, such as masks and indices.
+        saved_known: whether ``saved`` and ``saved_bytes`` were looked at: not inside a context, nor where the model
+            uses ``torch.func.grad`` and the like.
+        unknown_ops: operations that are in no list, and how often they run, forward and backward; what they compute
+            is missing from all figures.
+        param_bytes, trainable_bytes, saved_float_bytes: bytes of ``params``, ``trainable_params`` and ``saved`` in
+            the dtypes that they have.
+        dtype: of the parameters, by name; None where they have several, or there are none.
+        backward_from: what the backward pass starts from.
+        unreached_params: trainable parameters that got no gradient, because nothing that the backward pass starts
+            from depends on them.
+        modules: type by name, of all modules that were called.
+        seconds: of the forward pass, by module, where :func:`time_modules` has timed it.
+    """
+
+    calls: list[CallCount]
+    params: int
+    trainable_params: int
+    embedding_params: int
+    buffer_bytes: int
+    uncounted_ops: dict[str, int] = field(default_factory=dict)
+    uncounted_moved: int = 0
+    saved: int = 0
+    saved_bytes: int = 0
+    saved_known: bool = True
+    unknown_ops: dict[str, int] = field(default_factory=dict)
+    param_bytes: int = 0
+    trainable_bytes: int = 0
+    saved_float_bytes: int = 0
+    dtype: str | None = None
+    backward_from: str = "nothing"
+    unreached_params: int = 0
+    modules: dict[str, str] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def macs(self, kind: str | None = None) -> int:
+        """Forward MACs, of all calls or of one kind."""
+        return sum(c.macs for c in self.calls if kind in (None, c.kind))
+
+    @property
+    def training_macs(self) -> int:
+        """MACs of the forward and the backward pass, with what the latter computes again."""
+        return sum(c.training_macs for c in self.calls)
+
+    @property
+    def recomputed_macs(self) -> int:
+        """MACs of the backward pass that repeat the forward pass, under checkpointing or in fused attention."""
+        return sum(c.recomputed_macs for c in self.calls)
+
+    @property
+    def other_flops(self) -> int:
+        """FLOPs of the forward pass that are no products: of FFTs, and elementwise in structured layers."""
+        return sum(c.other_flops for c in self.calls)
+
+    @property
+    def training_other_flops(self) -> int:
+        """``other_flops`` of the forward and the backward pass."""
+        return sum(c.other_flops + c.backward_other_flops for c in self.calls)
+
+    @property
+    def flops(self) -> int:
+        """FLOPs of the forward pass: two for each MAC, and the other ones."""
+        return 2 * self.macs() + self.other_flops
+
+    @property
+    def training_flops(self) -> int:
+        """FLOPs of the forward and the backward pass: two for each MAC, and the other ones."""
+        return 2 * self.training_macs + self.training_other_flops
+
+    def tree(self, depth: int | None = None) -> ModuleCount:
+        """Modules in modules, each with all that is inside of it.
+
+        Args:
+            depth: levels below the model; None: all. What is deeper is counted where it is cut off.
+
+        Raises:
+            ValueError: a depth that is no integer of at least 0.
+
+        >>> import torch
+        >>> from torch import nn
+        >>> from structlin_nn.torch import count
+        >>> model = nn.Sequential(nn.Linear(8, 6), nn.Sequential(nn.ReLU(), nn.Linear(6, 2)))
+        >>> [(d, m.name, m.macs, m.share) for d, m in count(model, torch.zeros(1, 8)).tree().walk() if m.macs]
+        [(0, '', 60, 1.0), (1, '0', 48, 0.8), (1, '1', 12, 0.2), (2, '1.1', 12, 0.2)]
+        """
+        if depth is not None and (isinstance(depth, bool) or not isinstance(depth, int) or depth < 0):
+            raise ValueError(f"depth must be an integer of at least 0, or None, got {depth!r}")
+        root = ModuleCount("", self.modules.get("", "(all)"), seconds=self.seconds.get(""))
+        nodes = {"": root}
+
+        def node(name: str) -> ModuleCount:
+            if name not in nodes:
+                parent = node(name.rpartition(".")[0])
+                nodes[name] = ModuleCount(name, self.modules.get(name, ""), seconds=self.seconds.get(name))
+                parent.children.append(nodes[name])
+            return nodes[name]
+
+        def cut(name: str) -> str:
+            return name if depth is None else ".".join(name.split(".")[:depth])
+
+        for name in self.modules:
+            node(cut(name))
+        for call in self.calls:
+            name = cut(call.name)
+            for above in {"", *(name[:at] for at in range(1, len(name) + 1) if at == len(name) or name[at] == ".")}:
+                found = node(above)
+                found.macs += call.macs
+                found.backward_macs += call.backward_macs
+                found.other_flops += call.other_flops
+                found.params += call.params
+        for found in nodes.values():
+            found.share = found.macs / root.macs if root.macs else 0.0
+        return root
+
+    def format_tree(self, depth: int | None = None) -> str:
+        """:meth:`tree` to read: MACs forward and in training, shares, and where it was timed seconds and FLOP/s."""
+        head = ["module", "type", "params", "MACs", "share", "training MACs"]
+        head += ["ms", "GFLOP/s"] if self.seconds else []
+        rows = []
+        for level, m in self.tree(depth).walk():
+            cells = ["  " * level + (m.name.rpartition(".")[2] or "(model)"), m.module, f"{m.params:,}"]
+            cells += [f"{m.macs:,}", f"{100 * m.share:.1f} %", f"{m.macs + m.backward_macs:,}"]
+            if self.seconds:
+                rate = m.flops_per_second
+                cells.append("" if m.seconds is None else f"{1e3 * m.seconds:.3f}")
+                cells.append("" if rate is None else f"{rate / 1e9:.3g}")
+            rows.append(cells)
+        return "\n".join(_columns([head, *rows], left=2))
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields and totals, of types that ``json.dumps`` takes."""
+        totals = ("training_macs", "recomputed_macs", "other_flops", "training_other_flops", "flops", "training_flops")
+        return asdict(self) | {"macs": self.macs()} | {name: getattr(self, name) for name in totals}
+
+    def to_json(self, **options: Any) -> str:
+        """:meth:`to_dict` as JSON; the options are those of ``json.dumps``."""
+        return json.dumps(self.to_dict(), **options)
+
+    def to_dataframe(self) -> Any:
+        """One row for each entry of ``calls``, as a pandas.DataFrame. Raises ImportError without pandas."""
+        try:
+            pandas = import_module("pandas")
+        except ImportError as error:
+            raise ImportError("to_dataframe needs pandas: pip install pandas") from error
+        return pandas.DataFrame([asdict(call) | {"training_macs": call.training_macs} for call in self.calls])
+
+    def __str__(self) -> str:
+        head = ["module", "kind", "type", "in", "out", "params", "calls", "MACs", "training MACs"]
+        rows = [
+            [
+                c.name or "(model)", c.kind, c.module, *("" if n is None else f"{n:,}" for n in (c.in_features,
+                c.out_features)), f"{c.params:,}", f"{c.calls:,}", f"{c.macs:,}", f"{c.training_macs:,}",
+            ]
+            for c in self.calls
+        ]  # fmt: skip
+        missing = format_unknown(self.unknown_ops)
+        kinds = {c.kind: self.macs(c.kind) for c in self.calls}
+        lines = [*([missing] if missing else []), *_columns([head, *rows], left=3), ""]
+        lines += [f"{'parameters':<24}{self.params:>20,}", f"{'  trainable':<24}{self.trainable_params:>20,}"]
+        lines += [f"{'  embeddings':<24}{self.embedding_params:>20,}"]
+        note = f"  without {missing}" if missing else ""
+        lines += [f"{'forward MACs':<24}{self.macs():>20,}{note}"]
+        lines += [f"{'  ' + kind:<24}{macs:>20,}" for kind, macs in kinds.items() if kind != "fft"]
+        reached = f", {self.unreached_params:,} parameters without a gradient" if self.unreached_params else ""
+        lines += [f"{'training MACs':<24}{self.training_macs:>20,}  backward from {self.backward_from}{reached}{note}"]
+        if self.recomputed_macs:
+            lines += [f"{'  computed again':<24}{self.recomputed_macs:>20,}"]
+        if self.other_flops:
+            lines += [f"{'other FLOPs, forward':<24}{self.other_flops:>20,}"]
+            lines += [f"{'other FLOPs, training':<24}{self.training_other_flops:>20,}"]
+        free = ", ".join(f"{name} x{number}" for name, number in self.uncounted_ops.items())
+        return "\n".join([*lines, f"not counted (no products): {free or 'none'}"])
+
+
+def format_unknown(unknown: dict[str, int]) -> str:
+    """What a total leaves out, in words; empty where it leaves out nothing."""
+    if not unknown:
+        return ""
+    return "UNKNOWN operations: " + ", ".join(f"{name} x{number}" for name, number in unknown.items())
+
+
+def _columns(rows: list[list[str]], left: int) -> list[str]:
+    """Cells under each other, the first ones on the left."""
+    widths = [max(map(len, cells)) for cells in zip(*rows, strict=True)]
+    return [
+        "  ".join(c.ljust(w) if i < left else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
+        for row in rows
+    ]

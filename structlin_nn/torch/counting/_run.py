@@ -1,0 +1,273 @@
+"""Counting a model with inputs, and counting whatever runs inside a context."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.utils._pytree import tree_leaves, tree_map
+
+from structlin._arrays import dtype_name
+from structlin_nn.torch.counting._lists import UnknownOperationError
+from structlin_nn.torch.counting._recorder import OUTSIDE, Recorder
+from structlin_nn.torch.counting._result import ModelCount
+
+__all__ = ["Counting", "count"]
+
+
+def count(
+    model: nn.Module,
+    *inputs: Any,
+    loss: Callable[[Any], Tensor] | None = None,
+    backward: bool = True,
+    strict: bool = False,
+    causal_discount: bool = False,
+    flash_backward: bool = False,
+    **kwargs: Any,
+) -> ModelCount:
+    """Count the products of ``model(*inputs, **kwargs)`` and of its backward pass, module by module.
+
+    The model is run once as it is (device, mode), forward and backward, so that everything counts as it runs: parts
+    under ``no_grad`` or ``inference_mode`` have no backward pass, checkpointing computes again. Tensors on the meta
+    device cost nothing. Buffers (the statistics of a BatchNorm), gradients and the states of random number
+    generators are put back afterwards. Totals are those of the whole batch that was passed in.
+
+    Args:
+        model: a module; its parameters must have sizes, so that lazy modules have to be called once before.
+        inputs, kwargs: of the model. Gradients reach those that require them, and not what they were computed from.
+        loss: a function of the model's result, from which the backward pass starts. None: all floating results that
+            have a gradient, which is more than a training step needs where the loss leaves some of them out.
+        backward: False counts the forward pass alone.
+        strict: raise an error where an operation is unknown.
+        causal_discount: of attention with ``is_causal=True`` count only the pairs that the mask leaves.
+        flash_backward: count also the scores that fused attention computes again in its backward pass, so that this
+            costs 2.5 times the forward pass and not 2 times.
+
+    Raises:
+        TypeError: ``model`` is no module.
+        ValueError: lazy modules; a ``loss`` that returns no tensor with a gradient.
+        UnknownOperationError: with ``strict``, where a total is not complete.
+
+    >>> model = nn.Sequential(nn.Linear(8, 5), nn.ReLU(), nn.Linear(5, 6))
+    >>> c = count(model, torch.zeros(3, 8))
+    >>> [(call.name, call.macs) for call in c.calls], c.macs(), c.training_macs, c.uncounted_ops
+    ([('0', 120), ('2', 90)], 210, 510, {'aten.relu': 1})
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"a torch module is needed, got {model!r}")
+    _check_lazy(model)
+    options = {"causal": causal_discount, "flash": flash_backward}
+    try:
+        found = _counted(model, inputs, kwargs, loss, backward, True, options)
+    except RuntimeError as error:
+        if "saved tensor hooks" not in str(error):  # torch.func takes gradients only without them
+            raise
+        found = _counted(model, inputs, kwargs, loss, backward, False, options)
+    if strict:
+        _refuse_unknown(found)
+    return found
+
+
+def _counted(
+    model: nn.Module, inputs: tuple, kwargs: dict, loss: Callable[[Any], Tensor] | None, backward: bool, saving: bool,
+    options: Mapping[str, bool],
+) -> ModelCount:  # fmt: skip
+    recorder = Recorder({"": model}, **options)
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    started = "nothing"
+    with ExitStack() as stack:
+        for context in (torch.inference_mode(False), torch.enable_grad(), _untouched(model)):
+            stack.enter_context(context)
+        inputs, kwargs = tree_map(_leaf, (inputs, kwargs))
+        with recorder.recording():
+            with recorder.saving() if saving else nullcontext():
+                output = model(*inputs, **kwargs)
+            if loss is not None:
+                output = loss(output)
+                if not isinstance(output, Tensor) or (backward and not output.requires_grad):
+                    raise ValueError(f"loss must return a tensor with a gradient, got {_described(output)}")
+            if backward:
+                started = _run_backward(output, None if loss is None else "the loss")
+        unreached = 0 if started == "nothing" else sum(p.numel() for p in trainable if p.grad is None)
+    found = _collected(recorder, {"": model})
+    found.backward_from, found.unreached_params, found.saved_known = started, unreached, saving
+    return found
+
+
+def _described(x: Any) -> str:
+    return f"one of shape {tuple(x.shape)} without" if isinstance(x, Tensor) else repr(type(x))
+
+
+def _check_lazy(model: nn.Module) -> None:
+    lazy = [name for name, x in (*model.named_parameters(), *model.named_buffers()) if is_lazy(x)]
+    if lazy:
+        raise ValueError(f"{', '.join(lazy)}: lazy modules have no sizes before they are called; call the model once")
+
+
+def _run_backward(output: Any, name: str | None) -> str:
+    """Run the backward pass of all results, and say what it started from."""
+    results = {id(x): x for x in _tensors(output)}
+    reached = [x for x in results.values() if x.requires_grad and (x.is_floating_point() or x.is_complex())]
+    if not reached:
+        return "nothing"
+    # Gradients that cost no operation, so that only the backward pass is counted.
+    with torch.utils._python_dispatch._disable_current_modes():
+        ones = [torch.ones_like(x).detach() for x in reached]
+    try:
+        torch.autograd.backward(reached, ones)
+    except Exception as error:
+        error.add_note("the backward pass failed; count(..., backward=False) counts the forward pass alone")
+        raise
+    return name or f"{len(reached)} of {len(results)} results"
+
+
+def _tensors(x: Any) -> Iterator[Tensor]:
+    """Tensors in lists, dicts, dataclasses and what torch knows to be a tree."""
+    for leaf in tree_leaves(x):
+        if isinstance(leaf, Tensor):
+            yield leaf
+        elif isinstance(leaf, Mapping):
+            yield from _tensors(list(leaf.values()))
+        elif is_dataclass(leaf) and not isinstance(leaf, type):
+            yield from _tensors([getattr(leaf, field.name) for field in fields(leaf)])
+
+
+def _leaf(x: Any) -> Any:
+    """An input without what it was computed from."""
+    if not isinstance(x, Tensor):
+        return x
+    if x.is_inference():
+        return x.clone()
+    return x.detach().requires_grad_(x.requires_grad) if x.requires_grad else x
+
+
+@contextmanager
+def _untouched(model: nn.Module) -> Iterator[None]:
+    """Put back buffers, gradients and the states of random number generators."""
+    buffers = [(module, dict(module._buffers)) for module in model.modules() if module._buffers]
+    values = {id(b): (b, b.detach().clone()) for _, known in buffers for b in known.values() if b is not None}
+    parameters = [(p, p.grad) for p in model.parameters()]
+    # An optimiser may step in a hook.
+    hooks = [known for p, _ in parameters if (known := getattr(p, "_post_accumulate_grad_hooks", None))]
+    kept = [dict(known) for known in hooks]
+    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002  # the state that others use
+    devices = {x.device for x in (*model.parameters(), *model.buffers()) if x.device.type == "cuda"}
+    with torch.random.fork_rng([d.index for d in devices]):
+        for p, _ in parameters:
+            p.grad = None
+        for known in hooks:
+            known.clear()
+        try:
+            yield
+        finally:
+            for p, grad in parameters:
+                p.grad = grad
+            for known, entries in zip(hooks, kept, strict=True):
+                known.update(entries)
+            for module, names in buffers:
+                module._buffers.clear()
+                module._buffers.update(names)
+            for buffer, value in values.values():
+                with torch.inference_mode(buffer.is_inference()), torch.no_grad():
+                    buffer.copy_(value)
+            random.setstate(python)
+            np.random.set_state(numpy)  # noqa: NPY002
+
+
+class Counting:
+    """Count whatever runs inside of a ``with`` statement, forward and backward.
+
+    Nothing is run for you and nothing is put back. What runs in no module counts as ``(outside)``; modules that are
+    not known get the name of their type before their own. The backward pass has to run in the thread of the forward
+    pass, as it does inside.
+
+    Args:
+        models: whose modules are named as in the model; keywords put a name before.
+        strict, causal_discount, flash_backward: as for :func:`count`; the error of ``strict`` comes at the end.
+
+    >>> model = nn.Linear(8, 5)
+    >>> with Counting(model) as counting:
+    ...     y = model(torch.zeros(3, 8))
+    ...     (y @ torch.ones(5, 2)).sum().backward()
+    >>> [(call.name, call.kind, call.macs, call.backward_macs) for call in counting.result.calls]
+    [('', 'linear', 120, 120), ('(outside)', 'product', 30, 30)]
+    """
+
+    def __init__(
+        self, model: nn.Module | None = None, *, strict: bool = False, causal_discount: bool = False,
+        flash_backward: bool = False, **models: nn.Module,
+    ) -> None:  # fmt: skip
+        named = ({} if model is None else {"": model}) | models
+        for one in named.values():
+            if not isinstance(one, nn.Module):
+                raise TypeError(f"a torch module is needed, got {one!r}")
+            _check_lazy(one)
+        self._recorder = Recorder(named, causal=causal_discount, flash=flash_backward)
+        self._strict = strict
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Counting:
+        self._stack.enter_context(self._recorder.recording())
+        return self
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        self._stack.close()
+        if self._strict and error is None:
+            _refuse_unknown(self.result)
+
+    @property
+    def result(self) -> ModelCount:
+        """What has run so far; activations are not part of it."""
+        found = _collected(self._recorder, self._recorder.roots)
+        found.backward_from, found.saved_known = "what was run", False
+        return found
+
+
+def _refuse_unknown(found: ModelCount) -> None:
+    if found.unknown_ops:
+        names = ", ".join(f"{name} x{number}" for name, number in found.unknown_ops.items())
+        raise UnknownOperationError(
+            f"nobody has said what these operations compute: {names}; register_product or register_no_product does"
+        )
+
+
+def _collected(recorder: Recorder, models: Mapping[str, nn.Module]) -> ModelCount:
+    modules = {id(m): m for model in models.values() for m in model.modules()}.values()
+    parameters = list({id(p): p for model in models.values() for p in model.parameters() if not is_lazy(p)}.values())
+    buffers = {id(b): b for model in models.values() for b in model.buffers() if not is_lazy(b)}.values()
+    embeddings = {p for m in modules if isinstance(m, nn.Embedding) for p in m.parameters(recurse=False)}
+    trainable = [p for p in parameters if p.requires_grad]
+    dtypes = {dtype_name(p.dtype) for p in parameters}
+    saved, floating, rest = recorder.saved_sizes()
+    calls = list(recorder.calls.values())
+    types = dict(recorder.types)
+    if any(call.name == OUTSIDE for call in calls):
+        types[OUTSIDE] = ""
+    return ModelCount(
+        calls=calls,
+        params=sum(p.numel() for p in parameters),
+        trainable_params=sum(p.numel() for p in trainable),
+        embedding_params=sum(p.numel() for p in embeddings if p.requires_grad),
+        buffer_bytes=_bytes(buffers),
+        uncounted_ops=dict(sorted(recorder.free.items())),
+        uncounted_moved=recorder.moved,
+        saved=saved,
+        saved_bytes=rest,
+        unknown_ops=dict(sorted(recorder.unknown.items())),
+        param_bytes=_bytes(parameters),
+        trainable_bytes=_bytes(trainable),
+        saved_float_bytes=floating,
+        dtype=dtypes.pop() if len(dtypes) == 1 else None,
+        modules=types,
+    )
+
+
+def _bytes(tensors: Any) -> int:
+    return sum(x.numel() * x.element_size() for x in tensors)
