@@ -43,7 +43,7 @@ class Operand:
         return sizes, tuple(stride * total if over else stride for _, _, stride, over in self.groups)
 
 
-def _operand(layout: str, groups: Sequence[str], sizes: Mapping[str, int], sliced: bool) -> Operand | None:
+def view_of(layout: str, groups: Sequence[str], sizes: Mapping[str, int], sliced: bool) -> Operand | None:
     """The view of an activation in ``layout``, or None where the axes of a group do not lie as one.
 
     ``sliced``: not all tokens of the array are viewed, so that no axis outside of them merges with them.
@@ -154,10 +154,10 @@ def _product(
     contracted_back = "".join(a for a in backward[0] if a in step.contracted)
     free_back = "".join(a for a in backward[1] if a in step.free)
     for items, columns in groupings:
-        source_view = _operand(source, (items, contracted, columns), sizes, outside[0])
-        target_view = _operand(target, (items, free, columns), sizes, outside[1])
-        source_back = _operand(backward[0], (items, contracted_back, columns), sizes, outside[0])
-        target_back = _operand(backward[1], (items, free_back, columns), sizes, outside[1])
+        source_view = view_of(source, (items, contracted, columns), sizes, outside[0])
+        target_view = view_of(target, (items, free, columns), sizes, outside[1])
+        source_back = view_of(backward[0], (items, contracted_back, columns), sizes, outside[0])
+        target_back = view_of(backward[1], (items, free_back, columns), sizes, outside[1])
         if source_view is None or target_view is None or source_back is None or target_back is None:
             continue
         small = math.prod(sizes[a] for a in step.contracted + step.free) <= SMALL_BLOCK

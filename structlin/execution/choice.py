@@ -28,7 +28,7 @@ from functools import cached_property, lru_cache
 from typing import Any, Protocol
 
 from structlin._arrays import Array
-from structlin.execution import wisdom
+from structlin.execution import machine, wisdom
 from structlin.structure import Structure
 
 __all__ = ["Policy", "Problem", "Way", "choose", "decisions", "pin", "recording", "register", "using", "ways"]
@@ -58,8 +58,9 @@ class Problem:
         sizes = ",".join(f"{axis}={size}" for axis, size in self.structure.sizes)
         ends = "rows" if self.rows else "columns"
         kind = "train" if self.train else "forward"
+        device = f"cuda {machine.gpu()}".rstrip() if self.device == "cuda" else self.device  # timings are of one GPU
         return (
-            f"{chain} {sizes} {self.structure.d_out}x{self.structure.d_in} {ends} {self.library} {self.device} "
+            f"{chain} {sizes} {self.structure.d_out}x{self.structure.d_in} {ends} {self.library} {device} "
             f"{self.dtype} tokens={self.tokens} threads={self.threads} {kind}"
         )
 

@@ -1,4 +1,4 @@
-"""Facts of the machine that can be asked for: the sizes of its caches."""
+"""Facts of the machine that can be asked for: the sizes of its caches, and the name of its GPU."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-__all__ = ["Caches", "caches"]
+__all__ = ["Caches", "caches", "gpu"]
 
 _LINUX = Path("/sys/devices/system/cpu/cpu0/cache")
 
@@ -27,6 +27,12 @@ class Caches:
 
 # Where nothing can be asked: sizes that x86 and Arm cores of the last ten years have or exceed.
 DEFAULT = Caches(l1=32 << 10, l2=512 << 10, l3=2 << 20)
+
+
+def gpu() -> str:
+    """The name of the current device of CUDA; nothing where there is none, or torch is not imported."""
+    torch = sys.modules.get("torch")
+    return str(torch.cuda.get_device_name()) if torch is not None and torch.cuda.is_available() else ""
 
 
 @cache

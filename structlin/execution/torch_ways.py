@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from structlin._arrays import ops
-from structlin.execution import choice, models
+from structlin.execution import choice, models, traffic
 from structlin.execution._guard import guard_of, watched
 from structlin.execution._kept import kept
 from structlin.execution.choice import Problem, Way, register
@@ -29,6 +29,7 @@ from structlin.execution.products import products
 from structlin.execution.rates import rates
 from structlin.execution.token_major import token_major
 from structlin.execution.torch_cpu import Passes, chain_of
+from structlin.execution.torch_cuda import StridedWay, strided_l2_way, strided_way
 from structlin.execution.tuning import measure
 from structlin.structure import Structure
 
@@ -44,12 +45,14 @@ def _steps(structure: Structure) -> list[tuple[int, int, int, int]]:
 
 
 class TorchWay(models.EstimatedWay):
-    """What the ways have in common: on other devices than CPUs there is nothing to estimate."""
+    """What the ways have in common: on GPUs the model of :mod:`.traffic` estimates, and on other devices nothing."""
 
     def calibration(self, problem: Problem) -> dict[str, tuple[float, float]]:
         return _calibrated(models.timed_dtype(problem.dtype), problem.threads, problem.train, models.is_large(problem))
 
     def seconds(self, problem: Problem) -> float:
+        if problem.device == "cuda":
+            return traffic.seconds(self, problem)
         return super().seconds(problem) if problem.device == "cpu" else _elsewhere(problem, self.name)
 
 
@@ -112,7 +115,7 @@ class Dense(TorchWay):
     name = "dense"
 
     def supports(self, problem: Problem) -> bool:
-        return problem.device == "cpu" and models.makes_dense(problem)
+        return problem.device in ("cpu", "cuda") and models.makes_dense(problem)
 
     def model(self, problem: Problem) -> float:
         return models.dense(problem, self.rates(problem))
@@ -351,6 +354,8 @@ for _way in (
     NearWay(),
     TilesWay(),
     StoredWay(),
+    strided_way,
+    strided_l2_way,
 ):
     register(_way)
 
@@ -392,7 +397,11 @@ class TorchChain:
         self, gy: Tensor, x: Tensor, factors: Sequence[Tensor], needs: Sequence[bool]
     ) -> list[Tensor]:  # fmt: skip
         """Gradients of x and the factors, those that ``needs`` asks for, by the way that a training step takes."""
-        back = None if watched() else self._way(x, True)[1].back_passes(self.structure, self.rows, x.dtype)
+        way = None if watched() else self._way(x, True)[1]
+        if isinstance(way, StridedWay):
+            gradients = way.backward(self.structure, gy, x, factors, [*needs, False], self.rows)
+            return [gradient for gradient in gradients if gradient is not None]
+        back = None if way is None else way.back_passes(self.structure, self.rows, x.dtype)
         found = chain_of(self.structure, self.rows).backward(back, gy, x, factors, [*needs, False])
         return [gradient for gradient in found if gradient is not None]
 

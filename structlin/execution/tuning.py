@@ -12,6 +12,7 @@ from typing import Any
 from structlin._arrays import ops
 from structlin.execution import choice, wisdom
 from structlin.execution.choice import Problem, Way
+from structlin.execution.devices import Device
 from structlin.structure import Structure
 
 __all__ = ["clear_wisdom", "explain", "import_wisdom", "measure", "problem_of", "tune"]
@@ -199,7 +200,7 @@ def problem_of(
 
 def explain(
     what: Any, tokens: int, *, dtype: str | None = None, train: bool = True, threads: int | None = None,
-    library: str = "torch",
+    library: str = "torch", on: str | Device | None = None,
 ) -> str:  # fmt: skip
     """Which way runs a structure, an operator or a layer, and why, with the estimated and measured time of each way.
 
@@ -210,10 +211,13 @@ def explain(
         train: with the backward pass.
         threads: as many as the library uses, unless given.
         library: torch or jax, in which choices are those of forward passes (``train=False``).
+        on: a GPU, by its name in :data:`structlin.execution.devices.DEVICES` or as
+            :class:`structlin.execution.devices.Device`. It need not be there: kernels, bytes and times of the ways of
+            torch are predicted (:mod:`structlin.execution.traffic`), without a bias.
 
     Raises:
         TypeError: ``what`` is and has no chain of einsums.
-        ValueError: fewer than one token.
+        ValueError: fewer than one token, an unknown GPU, or a GPU for another library than torch.
 
     >>> import structlin
     >>> print(explain(structlin.design("monarch", (48, 40), blocks=4), 64, threads=1).splitlines()[0])
@@ -223,5 +227,11 @@ def explain(
     if dtype is None:
         factors = [f for f in getattr(what, "factors", ()) if hasattr(f, "dtype")]
         dtype = str(factors[0].dtype).removeprefix("torch.") if factors else "float32"
+    if on is not None:
+        if library != "torch":
+            raise ValueError(f"traffic on a GPU is predicted for torch, got library={library!r}")
+        from structlin.execution.traffic import explained
+
+        return explained(problem_of(structure, tokens, dtype=dtype, train=train, threads=1, device="cuda"), on)
     problem = problem_of(structure, tokens, dtype=dtype, train=train, threads=threads, library=library)
     return choice.table(problem)

@@ -11,6 +11,7 @@ from structlin_nn._text import table
 from structlin_nn.counting._memory import count_loss, training_bytes
 from structlin_nn.counting._roofline import Device, roofline
 from structlin_nn.counting._roofline import device as find_device
+from structlin_nn.counting._traffic import format_traffic, layer_traffic
 from structlin_nn.models import GPT2, MLP, MODELS, StructureConfig, ViT, base_model, build_model
 from structlin_nn.torch import StructuredLinear, parameter_groups
 from structlin_nn.torch.counting import CallCount, ModelCount, count
@@ -80,6 +81,8 @@ def count_model(
         ``per_token``: forward MACs and training FLOPs (products) of a sample over its ``tokens``; ``bytes``: those of
         a training step (:func:`training_bytes`); ``run``: training FLOPs of a step and, with ``steps``, of the run;
         ``roofline``: seconds at least (:class:`Roofline`). ``intensity`` of a layer: FLOPs for each byte moved.
+        ``traffic``, on a GPU: of each structured layer the way that is predicted to be the fastest one, its kernels,
+        bytes and seconds (:mod:`structlin.execution.traffic`).
         ``other_flops`` (forward) and ``training_other_flops`` are FLOPs that are no products. ``uncounted_ops`` names
         operations that are no products, and how often they run, ``unknown_ops`` those that are in no list.
 
@@ -186,6 +189,10 @@ def count_model(
         }  # fmt: skip
         if steps is not None:
             record["roofline"]["run"] = found.step * steps
+        if on.capability is not None:
+            rows_of = {call.name: call.rows for call in step.calls if call.kind == "linear"}
+            layers = [(n, m.structure, rows_of[n]) for n, m in linear.items()]
+            record["traffic"] = layer_traffic(layers, on, products)
     return record
 
 
@@ -307,4 +314,6 @@ def _run_lines(record: Mapping[str, Any]) -> list[str]:
         lines.append(
             f"  {'intensity of products':<26}{found['intensity']:>25.4g} FLOP/byte, ridge {found['ridge']:.4g}"
         )
+        if "traffic" in record:
+            lines += format_traffic(record["traffic"])
     return [*lines, ""]

@@ -15,6 +15,7 @@ import structlin
 from structlin._arrays import ops
 from structlin.execution._guard import guard_of
 from structlin.execution.token_major import token_major
+from structlin.execution.torch_cuda import node_tokens
 from structlin.execution.torch_ways import torch_chain
 from structlin.structure import AbstractStructure, Structure
 from structlin_nn._layer import describe, plan_layer
@@ -109,6 +110,7 @@ class StructuredLinear(nn.Module):
         self._guard = guard_of(plan.structure)
         chained = isinstance(plan.structure, Structure) and not plan.is_dense
         self._chain = torch_chain(plan.structure) if chained else None
+        self._node_tokens = node_tokens(plan.structure) if isinstance(plan.structure, Structure) else 0
         self._bare = not (rms_cap or plan.index_at)  # the factors are the parameters
 
         shapes = [spec.shape for spec in self.structure.factors if spec.trainable]
@@ -198,18 +200,25 @@ class StructuredLinear(nn.Module):
         y = self._product(x.reshape(math.prod(lead), self.in_features), factors, bias)
         return y.reshape(*lead, self.out_features)
 
+    def _pays_as_node(self, x: Tensor) -> bool:
+        """Whether a compiled graph is to run the chain as the one node structlin::chain."""
+        if x.is_cuda:
+            return 0 < self._node_tokens <= x.shape[0] and not torch.compiler.is_exporting()
+        return self._token_major is not None and self._token_major.pays_as_node(x)
+
     def _product(self, x: Tensor, factors: Sequence[Tensor], bias: Tensor | None) -> Tensor:
         """(tokens, in_features) -> (tokens, out_features) by the way that :mod:`structlin.execution` chooses.
 
-        A compiler for the CPU gets the contraction as one node where it is known to pay. Otherwise it gets the single
-        products, so that it can fuse what stands between.
+        A compiler gets the contraction as one node where that pays: on a CPU for many tokens, on a GPU where it would
+        otherwise copy the activation between two products. If not, it gets the single products, so that it can fuse
+        what stands between.
         """
         structure, plan = self.structure, self._token_major
         compiling = torch.compiler.is_compiling()
         if self._chain is not None and not compiling and not (self.checkpoint and torch.is_grad_enabled()):
             return self._chain(x, factors, bias)
         if (
-            (self.checkpoint and torch.is_grad_enabled()) or (compiling and plan is not None and plan.pays_as_node(x))
+            (self.checkpoint and torch.is_grad_enabled()) or (compiling and plan is not None and self._pays_as_node(x))
         ) and not transformed():
             if plan is not None:
                 y = chain(x, list(factors), self._text)

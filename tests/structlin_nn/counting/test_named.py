@@ -302,3 +302,24 @@ def test_backward_of_a_chain() -> None:
     assert backward_macs(chain, False, (False, True)) == second
     assert backward_macs(chain, True, (False, False)) == chain.macs
     assert backward_macs(chain, False, (False, False)) == 0
+
+
+def test_traffic_of_structured_layers_on_a_gpu() -> None:
+    """The seconds are those of the fastest way for each layer; a CPU has no such model."""
+    from structlin.execution.choice import Problem
+    from structlin.execution.devices import DEVICES
+    from structlin.execution.traffic import fastest
+
+    sizes: dict[str, Any] = {"width": 64, "structure": "block_tensor_train", "rank": 2, "batch_size": 128}
+    record = count_model("cifar-mlp", device="h100", dtype="bfloat16", **sizes)
+    found = record["traffic"]
+    assert [row["name"] for row in found["layers"]] == [row["name"] for row in record["layers"]]
+    assert found["seconds"] == sum(row["seconds"] for row in found["layers"])
+    layer = record["layers"][1]
+    structure = structlin.design("block_tensor_train", (layer["out_features"], layer["in_features"]), rank=2)
+    way, traffic = fastest(Problem(structure, True, "torch", "cuda", "bfloat16", 128, 1, True), DEVICES["h100"])
+    row = found["layers"][1]
+    assert (row["way"], row["kernels"], row["seconds"]) == (way.name, len(traffic.kernels), traffic.seconds)
+    text = format_count(record)
+    assert "structured layers of a training step, predicted for NVIDIA H100 SXM 80 GB, bfloat16" in text
+    assert "traffic" not in count_model("cifar-mlp", device="cpu", **sizes)

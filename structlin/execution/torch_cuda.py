@@ -1,0 +1,176 @@
+"""Ways for GPUs in torch: strided products without copies (:mod:`.strided`), at once or in chunks that stay in L2.
+
+They take plain tensors of real dtypes on any device; they are candidates on CUDA. Nothing waits for the device, and no
+value is read: a call can be recorded in a CUDA graph. The same sizes on the same device give the same bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from structlin._arrays import ops
+from structlin.execution import traffic
+from structlin.execution._gradients import chain_gradients
+from structlin.execution._guard import recording, transforming
+from structlin.execution._kept import kept
+from structlin.execution._orders import TOKENS, view_of
+from structlin.execution.choice import Problem, Way
+from structlin.execution.products import products
+from structlin.execution.strided import l2_chunk, strided
+from structlin.structure import Structure
+
+__all__ = ["StridedWay", "node_tokens", "strided_l2_way", "strided_way"]
+
+_TORCH = ops("torch")
+_PLAIN = (Tensor, torch.nn.Parameter)
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def _plain(*tensors: Tensor | None) -> bool:
+    """Whether strides say all about tensors: they are of no subclass, not batched, not sparse, and of a real dtype."""
+    return not transforming() and all(
+        t is None
+        or (
+            t.__class__ in _PLAIN
+            and t.layout is torch.strided
+            and t.dtype in _DTYPES
+            and not torch._C._functorch.is_legacy_batchedtensor(t)
+        )
+        for t in tensors
+    )
+
+
+def _casts(x: Tensor) -> bool:
+    kind = x.device.type
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+
+
+class StridedWay(Way):
+    """One product of strided operands for each step; ``in_l2``: in chunks of tokens that stay in the L2 of the device.
+
+    Where a step would have to copy (a chain that regroups its axes between the steps) the way is not taken.
+    """
+
+    def __init__(self, name: str, in_l2: bool) -> None:
+        self.name, self.in_l2, self.group = name, in_l2, "strided"
+
+    def supports(self, problem: Problem) -> bool:
+        if problem.device != "cuda" or getattr(torch, problem.dtype, None) not in _DTYPES:
+            return False
+        structure, rows, dtype = problem.structure, problem.rows, getattr(torch, problem.dtype)
+        if not strided(structure, rows).merges:
+            return False
+        return not self.in_l2 or self._chunk(structure, rows, problem.tokens, dtype, problem.train) > 0
+
+    def seconds(self, problem: Problem) -> float:
+        return traffic.seconds(self, problem)
+
+    def _chunk(self, structure: Structure, rows: bool, tokens: int, dtype: torch.dtype, train: bool) -> int:
+        if not self.in_l2:
+            return 0
+        return l2_chunk(strided(structure, rows), tokens, dtype.itemsize, traffic.device_here().l2, train)
+
+    def run(
+        self, structure: Structure, factors: Sequence[Tensor], x: Tensor, bias: Tensor | None, rows: bool
+    ) -> Tensor:  # fmt: skip
+        chain = strided(structure, rows)
+        if not chain.merges or not _plain(x, bias, *factors) or _casts(x):
+            y = products(structure, factors, x, _TORCH, rows)
+            return y if bias is None else y + bias
+        tensors = (x, bias, *factors)
+        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+            return _Differentiable.apply(self, structure, rows, *tensors)
+        return self.forward(structure, factors, x, bias, rows)
+
+    def forward(
+        self, structure: Structure, factors: Sequence[Tensor], x: Tensor, bias: Tensor | None, rows: bool,
+        kept: list[Tensor] | None = None,
+    ) -> Tensor:  # fmt: skip
+        """The product without gradients; to ``kept`` is added what :meth:`backward` can use. All tensors are plain."""
+        chunk = self._chunk(structure, rows, x.shape[0 if rows else 1], x.dtype, False)
+        return strided(structure, rows).forward(x, factors, bias, chunk, kept)
+
+    def backward(
+        self, structure: Structure, gy: Tensor, x: Tensor, factors: Sequence[Tensor], needs: Sequence[bool],
+        rows: bool, kept: Sequence[Tensor] = (), again: bool = False,
+    ) -> tuple[Tensor | None, ...]:  # fmt: skip
+        """Gradients of x, the factors and the bias, None where ``needs`` is False, of whatever tensors there are.
+
+        ``again``: they are to be differentiated themselves.
+        """
+        chain = strided(structure, rows)
+        if chain.merges and not again and not recording() and _plain(gy, x, *factors):
+            if not all(t.dtype is gy.dtype and t.device == gy.device for t in (x, *factors)):
+                x, *factors = (t.to(gy) for t in (x, *factors))  # hooks on saved tensors may have changed them
+                kept = ()
+            chunk = self._chunk(structure, rows, x.shape[0 if rows else 1], x.dtype, True)
+            return chain.backward(gy, x, factors, needs, chunk, () if chunk else kept)
+        *before, for_bias = needs
+        found = iter(chain_gradients(structure, gy, x, factors, before, rows) if any(before) else ())
+        gradients = [next(found) if need else None for need in before]
+        return *gradients, gy.sum(0 if rows else 1) if for_bias else None
+
+    def bind(self, structure: Structure, rows: bool) -> Callable[[Tensor, Sequence[Tensor], Tensor | None], Tensor]:
+        strided(structure, rows)
+        return lambda x, factors, bias: self.run(structure, factors, x, bias, rows)
+
+
+class _Differentiable(torch.autograd.Function):
+    """Keeps the operands and, without chunks, the activations between the steps, as autograd would."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, way: StridedWay, structure: Structure, rows: bool, x: Tensor, bias: Tensor | None, *factors: Tensor
+    ) -> Tensor:  # fmt: skip
+        ctx.way, ctx.structure, ctx.rows = way, structure, rows
+        kept: list[Tensor] = []
+        y = way.forward(structure, factors, x, bias, rows, kept if any(ctx.needs_input_grad[6:]) else None)
+        ctx.kept = [(t.dtype, t.shape, t.device) for t in kept]
+        ctx.save_for_backward(x, *factors, *kept)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
+        count = 1 + len(ctx.structure.steps)
+        x, *rest = ctx.saved_tensors
+        factors, kept = rest[: count - 1], rest[count - 1 :]
+        if [(t.dtype, t.shape, t.device) for t in kept] != ctx.kept or not _plain(*kept):
+            kept = []  # hooks on saved tensors have changed them
+        _, _, _, for_x, for_bias, *for_factors = ctx.needs_input_grad
+        needs, again = [for_x, *for_factors, for_bias], torch.is_grad_enabled()
+        gx, *others, bias = ctx.way.backward(ctx.structure, gy, x, factors, needs, ctx.rows, kept, again)
+        return None, None, None, gx, bias, *others
+
+
+# In the widest activation: copying so many numbers takes as long as launching a kernel.
+NODE_NUMBERS = 1 << 20
+
+
+def node_tokens(structure: Structure) -> int:
+    """From how many tokens on a compiled graph for CUDA is to run a chain as one node that calls these ways; 0: never.
+
+    A compiler fuses a copy of the output with what follows. It does not write a product in another order, so that an
+    activation between two steps is copied, unless the second one can read it by its strides.
+    """
+    return kept(structure, ("cuda_node",), lambda: _node_tokens(structure))
+
+
+def _node_tokens(structure: Structure) -> int:
+    chain, sizes = strided(structure), dict(structure.sizes)
+    if not chain.merges or not any(step.batch for step in structure.steps):
+        return 0
+    labels = TOKENS + structure.steps[0].input
+    for number, step in enumerate(structure.steps):  # in the order of structlin.execution.products
+        batch, carried = ("".join(a for a in labels if a in role) for role in (step.batch, step.carried))
+        groups = batch, "".join(a for a in step.contracted), carried + TOKENS
+        if number and view_of(labels, groups, sizes, False) is None:
+            return max(1, NODE_NUMBERS // max(chain.widths))
+        labels = batch + step.free + carried + TOKENS
+    return 0
+
+
+strided_way, strided_l2_way = StridedWay("strided", False), StridedWay("strided-l2", True)

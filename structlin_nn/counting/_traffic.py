@@ -1,0 +1,61 @@
+"""What the structured layers of a model cost on a GPU by the way that runs each of them, predicted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from structlin.execution.choice import Problem
+from structlin.execution.devices import Device
+from structlin.structure import Structure
+
+__all__ = ["format_traffic", "layer_traffic"]
+
+# Of a layer: its name, its structure, and the number of vectors.
+Layers = Iterable[tuple[str, Any, int]]
+
+
+def layer_traffic(layers: Layers, on: Device, dtype: str) -> dict[str, Any]:
+    """The traffic of chains in one training step on a device of CUDA (:mod:`structlin.execution.traffic`).
+
+    Returns:
+        ``layers``: of each its name, the way that is predicted to be the fastest one, the number of kernels, bytes of
+        memory and of L2, and seconds, forward and backward, without biases; ``seconds``: their sum.
+    """
+    from structlin.execution.traffic import fastest
+
+    known: dict[Problem, dict[str, Any]] = {}
+    rows = []
+    for name, structure, tokens in layers:
+        if not isinstance(structure, Structure) or not tokens:
+            continue
+        problem = Problem(structure, True, "torch", "cuda", dtype, tokens, 1, True)
+        if problem not in known:
+            way, found = fastest(problem, on)
+            known[problem] = {
+                "way": way.name, "kernels": len(found.kernels), "memory_bytes": found.memory_bytes,
+                "l2_bytes": found.l2_bytes, "seconds": found.seconds,
+            }  # fmt: skip
+        rows.append({"name": name, "rows": tokens} | known[problem])
+    return {"device": on.name, "dtype": dtype, "seconds": sum(row["seconds"] for row in rows), "layers": rows}
+
+
+def format_traffic(found: dict[str, Any]) -> list[str]:
+    """Lines of a table, with one row for all layers that cost the same."""
+    alike: dict[tuple[Any, ...], list[str]] = {}
+    for row in found["layers"]:
+        key = tuple(row[name] for name in ("rows", "way", "kernels", "memory_bytes", "l2_bytes", "seconds"))
+        alike.setdefault(key, []).append(row["name"])
+    cells = [("layers", "rows", "way", "kernels", "memory", "L2", "time of each")]
+    for (rows, way, kernels, memory, l2, seconds), names in alike.items():
+        label = names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
+        sizes = f"{memory / 1e6:,.1f} MB", f"{l2 / 1e6:,.1f} MB", f"{1e3 * seconds:.4g} ms"
+        cells.append((label, f"{rows:,}", way, f"{kernels:,}", *sizes))
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = ["", f"structured layers of a training step, predicted for {found['device']}, {found['dtype']}"]
+    for row in cells:
+        padded = (
+            c.rjust(w) if k not in (0, 2) else c.ljust(w) for k, (c, w) in enumerate(zip(row, widths, strict=True))
+        )
+        lines.append("  " + "  ".join(padded))
+    return [*lines, f"  {'all layers':<26}{1e3 * found['seconds']:>25.4g} ms"]
