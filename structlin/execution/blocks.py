@@ -26,11 +26,11 @@ from structlin.execution.compiled._buffers import Packed, Sums
 from structlin.execution.compiled._rules import cuts, shares
 from structlin.execution.compiled._schedule import LINE
 from structlin.execution.compiled._slices import whole
-from structlin.execution.compiled._target import CompileError, host, warn_once
+from structlin.execution.compiled._target import CompileError, host, tiled_host, warn_once
 from structlin.execution.compiled._team import run_shares
 from structlin.execution.compiled.block import BlockProgram, BlockSpec, make_block
 from structlin.execution.products import products
-from structlin.execution.torch_ways import BlocksWay, compiled_way, torch_chain
+from structlin.execution.torch_ways import torch_chain
 from structlin.structure import Structure
 
 __all__ = ["TorchBlock", "torch_block"]
@@ -61,7 +61,7 @@ class TorchBlock:
     eps: float = 0.0
     affine: tuple[bool, bool] = (False, False)
     residual: bool = False
-    _taken: dict[tuple[Any, ...], int | None] = field(default_factory=dict, init=False, repr=False)
+    _taken: dict[tuple[Any, ...], str | None] = field(default_factory=dict, init=False, repr=False)
 
     @cached_property
     def structures(self) -> tuple[Structure, ...]:
@@ -82,12 +82,14 @@ class TorchBlock:
             first, second, self.activation, self.biases, self.norm, self.eps, self.affine, self.residual
         )  # fmt: skip
 
-    def program(self, dtype: torch.dtype, block: int = 0) -> BlockProgram | None:
-        """None where the block cannot be compiled for this dtype."""
-        target = host()
+    def program(self, dtype: torch.dtype, kind: str = "0") -> BlockProgram | None:
+        """None where the block cannot be compiled for this dtype. ``kind``: one of :data:`KINDS`."""
+        target = tiled_host() if kind == TILES else host()
         if target is None or dtype not in _NAMES or not all(s.steps for s in self.structures):
             return None
-        return make_block(self._spec, _NAMES[dtype], target, block or None)
+        if kind == TILES and dtype is not torch.bfloat16:
+            return None
+        return make_block(self._spec, _NAMES[dtype], target, None if kind == TILES else int(kind) or None)
 
     def layers(self, x: Tensor, operands: Sequence[Tensor | None], run: Run) -> tuple[Tensor, ...]:
         """The outputs layer after layer, with ``run(structure, h, factors, bias)`` for each of them.
@@ -138,14 +140,14 @@ class TorchBlock:
         if not self.plain(x, operands):
             return None
         train = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *operands))
-        size = self._block(x, train)
-        if size is None:
+        kind = self._kind(x, train)
+        if kind is None:
             return None
         try:
             if train:
-                found = _Differentiable.apply(self, size, x, *operands)
+                found = _Differentiable.apply(self, kind, x, *operands)
                 return found if isinstance(found, tuple) else (found,)
-            return self.run(x, operands, size)
+            return self.run(x, operands, kind)
         except CompileError as error:
             self._failed(error)
             return None
@@ -156,20 +158,22 @@ class TorchBlock:
         choice.forget()
         warn_once(error, "A block of a network by torch")
 
-    def _block(self, x: Tensor, train: bool) -> int | None:
-        """How many tokens to run at a time, 0: as many as the caches suggest; None: layer after layer is faster."""
+    def _kind(self, x: Tensor, train: bool) -> str | None:
+        """The pass to run, one of :data:`KINDS`; None: layer after layer is faster."""
         tokens, threads = choice.bucket(len(x)), torch.get_num_threads()
         key = x.dtype, tokens, threads, train, choice.own_policy(), choice.generation()
         if key not in self._taken:
             problem = BlockProblem(self, str(x.dtype).removeprefix("torch."), tokens, threads, train)
-            taken = SEPARATE if self in _failed or not problem.supported() else choice.settle(problem)
-            self._taken[(*key[:-1], choice.generation())] = None if taken == SEPARATE else int(taken.split("-")[1])
-            return self._block(x, train)
+            taken = SEPARATE if self in _failed or not problem.kinds() else choice.settle(problem)
+            kind = taken.split("-")[-1]
+            # A pinned pass may be one that this processor does not have.
+            self._taken[(*key[:-1], choice.generation())] = kind if kind in problem.kinds() else None
+            return self._kind(x, train)
         return self._taken[key]
 
-    def run(self, x: Tensor, operands: Sequence[Tensor | None], block: int = 0) -> tuple[Tensor, ...]:
+    def run(self, x: Tensor, operands: Sequence[Tensor | None], kind: str = "0") -> tuple[Tensor, ...]:
         """The outputs by the compiled pass, without gradients. All operands are plain."""
-        program = self.program(x.dtype, block)
+        program = self.program(x.dtype, kind)
         assert program is not None
         weight, shift, biases, factors = self._parts(program, operands)
         outputs = tuple(torch.empty(len(x), size, dtype=x.dtype) for size in self._spec.outputs)
@@ -183,14 +187,14 @@ class TorchBlock:
         return outputs
 
     def backward(
-        self, gradients: Sequence[Tensor], x: Tensor, operands: Sequence[Tensor | None], block: int = 0
+        self, gradients: Sequence[Tensor], x: Tensor, operands: Sequence[Tensor | None], kind: str = "0"
     ) -> list[Tensor | None]:  # fmt: skip
         """Gradients of x and all operands, from those of the outputs. All tensors are plain."""
-        program = self.program(x.dtype, block)
+        program = self.program(x.dtype, kind)
         assert program is not None
         weight, shift, biases, factors = self._parts(program, operands)
         x, gradients = x.contiguous(), [g.contiguous() for g in gradients]
-        count, kind, like = shares(len(x), torch.get_num_threads(), self.macs), program.programs[0].dtype, x.dtype
+        count, like = shares(len(x), torch.get_num_threads(), self.macs), x.dtype
         gx = torch.empty_like(x)
         forward = [
             Packed(whole(p), "forward", again, f)
@@ -203,7 +207,9 @@ class TorchBlock:
         ]
         sizes = [x.shape[1] for there in self.affine if there]
         sizes += [s.d_out for s, there in zip(self.structures, self.biases, strict=True) if there]
-        small = [torch.zeros(sum(sizes), dtype=kind).split(sizes) if sizes else () for _ in range(count)]
+        small = [
+            torch.zeros(sum(sizes), dtype=program.programs[0].dtype).split(sizes) if sizes else () for _ in range(count)
+        ]
         given = [
             t for t in (weight, shift, *biases[: len(self.first) if self.second else len(biases)]) if t is not None
         ]
@@ -240,8 +246,10 @@ class TorchBlock:
 
 Run = Callable[[Structure, Tensor, Sequence[Tensor], "Tensor | None"], Tensor]
 SEPARATE = "separate"
-# Tokens of a block to be timed, 0: as many as the caches suggest; and in how many rounds.
-SIZES, ROUNDS = (0, 16, 48), 5
+TILES = "tiles"  # by tiles, in bfloat16 on processors with AMX
+KINDS = ("0", "16", "48", TILES)  # of passes to be timed, else by tokens of a block, 0: as many as the caches suggest
+ROUNDS = 5
+_KIND_OF = {"compiled-tiles": TILES, "compiled": "0", "compiled-16": "16", "compiled-48": "48"}  # by the ways of layers
 _failed: set[TorchBlock] = set()
 
 
@@ -262,11 +270,11 @@ def _run(
 
 class _Differentiable(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, block: TorchBlock, size: int, x: Tensor, *operands: Tensor | None) -> Any:
-        ctx.block, ctx.size = block, size
+    def forward(ctx: Any, block: TorchBlock, kind: str, x: Tensor, *operands: Tensor | None) -> Any:
+        ctx.block, ctx.kind = block, kind
         ctx.save_for_backward(x, *operands)
         ctx.set_materialize_grads(True)
-        found = block.run(x, operands, size)
+        found = block.run(x, operands, kind)
         return found if len(found) > 1 else found[0]
 
     @staticmethod
@@ -278,7 +286,7 @@ class _Differentiable(torch.autograd.Function):
             plain = all(addressable(g) and g.dtype is x.dtype for g in gradients)
             if plain:
                 try:
-                    found = block.backward(gradients, x, operands, ctx.size)
+                    found = block.backward(gradients, x, operands, ctx.kind)
                     return None, None, *(g if need else None for g, need in zip(found, needs, strict=True))
                 except CompileError as error:
                     block._failed(error)
@@ -334,21 +342,23 @@ class BlockProblem:
         """The answer where passes over several layers are left out."""
         return SEPARATE
 
-    def supported(self) -> bool:
-        return self.block.program(getattr(torch, self.dtype)) is not None
+    def kinds(self) -> list[str]:
+        """Those of :data:`KINDS` that can run."""
+        return [kind for kind in KINDS if self.block.program(getattr(torch, self.dtype), kind) is not None]
 
     def estimate(self) -> str:
         """One pass if each of the layers would run as a compiled one: then what is between them costs less."""
-        sizes = []
+        kinds = []
         for structure in self.block.structures:
             problem = choice.Problem(
                 structure, True, "torch", "cpu", self.dtype, self.tokens, self.threads, self.train
             )  # fmt: skip
             way = choice.way_of(problem)
-            if way is not compiled_way and not isinstance(way, BlocksWay):  # by tiles, or backward by the BLAS
+            if way.name not in _KIND_OF:  # backward by the BLAS, or in slices, say
                 return SEPARATE
-            sizes.append(getattr(way, "block", 0))
-        return f"block-{max(set(sizes), key=sizes.count)}"
+            kinds.append(_KIND_OF[way.name])
+        kind = max(set(kinds), key=kinds.count)
+        return f"block-{kind}" if kind in self.kinds() else SEPARATE
 
     def measure(self) -> dict[str, float]:
         """Seconds of each, the least of some calls in turns."""
@@ -368,8 +378,8 @@ class BlockProblem:
         def separate() -> tuple[Tensor, ...]:
             return block.layers(x, operands, lambda s, h, factors, bias: torch_chain(s)(h, factors, bias))
 
-        def fused(size: int) -> tuple[Tensor, ...]:
-            found = _Differentiable.apply(block, size, x, *operands) if self.train else block.run(x, operands, size)
+        def fused(which: str) -> tuple[Tensor, ...]:
+            found = _Differentiable.apply(block, which, x, *operands) if self.train else block.run(x, operands, which)
             return found if isinstance(found, tuple) else (found,)
 
         wanted = [t for t in (x, *operands) if t is not None]
@@ -381,7 +391,7 @@ class BlockProblem:
                 torch.autograd.grad(outputs, wanted, [torch.ones_like(y) for y in outputs])
             return time.perf_counter() - start
 
-        calls = {SEPARATE: separate} | {f"block-{size}": partial(fused, size) for size in SIZES}
+        calls = {SEPARATE: separate} | {f"block-{which}": partial(fused, which) for which in self.kinds()}
         least = dict.fromkeys(calls, math.inf)
         with torch.inference_mode(False), torch.set_grad_enabled(self.train):
             for number in range(ROUNDS + 1):

@@ -85,8 +85,8 @@ class CPUChain:
         """The passes of a kind; None where they cannot run this chain in this dtype.
 
         ``chunked``; ``compiled``, also with a number of tokens in a block as in ``compiled-48``, or by tiles where the
-        processor has them, ``compiled-tiles``, or in slices that stay in the second level of cache,
-        ``compiled-near``; ``stored``, which is compiled for one or a few tokens and has no backward pass.
+        processor has them, ``compiled-tiles``; ``-near`` after these two: in slices that stay in the second level of
+        cache; ``stored``, which is compiled for one or a few tokens and has no backward pass.
         """
         if dtype not in _DTYPES:
             return None
@@ -100,13 +100,12 @@ class CPUChain:
         return found if not self.compiled.failed and found.ready(dtype) else None
 
     def _other(self, which: str) -> FusedChain:
-        found = FusedChain(*self._chain)
-        if which == "tiles":
-            found.tiles = True
-        elif which == "near":
-            found.near, found.block = True, NEAR_BLOCK
-        else:
+        found, words = FusedChain(*self._chain), which.split("-")
+        found.tiles, found.near = "tiles" in words, "near" in words
+        if which.isdecimal():
             found.block = int(which)
+        elif found.near:
+            found.block = NEAR_BLOCK
         return found
 
     def __call__(

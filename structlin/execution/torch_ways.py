@@ -246,12 +246,16 @@ class NearWay(PassesWay):
 
     least_tokens = 256  # for fewer, copies of the factors count
 
-    def __init__(self) -> None:
-        super().__init__("compiled-near", "compiled-near", "compiled-near")
+    def __init__(self, whole: PassesWay) -> None:
+        name = f"{whole.name}-near"
+        super().__init__(name, name, name)
+        self.whole, self.most = whole, whole.most
 
     def supports(self, problem: Problem) -> bool:
         size = problem.structure.num_params * models.BYTES.get(problem.dtype, 8)
-        if size <= near_slice() or problem.tokens < self.least_tokens or not super().supports(problem):
+        if not self.whole.supports(problem) or size <= near_slice():
+            return False
+        if problem.tokens < self.least_tokens or not super().supports(problem):
             return False
         return self._slices(problem, False) > 1 and (not problem.train or self._slices(problem, True) > 1)
 
@@ -264,7 +268,7 @@ class NearWay(PassesWay):
     def calibration(self, problem: Problem) -> dict[str, tuple[float, float]]:
         """That of the passes over whole factors: the chains that are timed have smaller ones."""
         found = super().calibration(problem)
-        return {self.name: found[compiled_way.name]} if compiled_way.name in found else {}
+        return {self.name: found[self.whole.name]} if self.whole.name in found else {}
 
     def _compiled(self, problem: Problem, kind: str, back: bool) -> float:
         chain = chain_of(problem.structure, problem.rows).passes(kind, getattr(torch, problem.dtype))
@@ -340,7 +344,7 @@ def _timed(problem: Problem, ways: Sequence[TorchWay]) -> dict[str, float]:
 for _clear in (_calibrated.cache_clear, rates.cache_clear):
     choice.measured_with(_clear)
 products_way, token_major_way = Products(), TokenMajor()
-compiled_way = PassesWay("compiled", "compiled", "compiled")
+compiled_way, tiles_way = PassesWay("compiled", "compiled", "compiled"), TilesWay()
 # One on each side of what the sizes of caches suggest on the processors that were looked at.
 _block_ways = (BlocksWay(16), BlocksWay(48))
 for _way in (
@@ -351,8 +355,9 @@ for _way in (
     compiled_way,
     PassesWay("compiled-chunked", "compiled", "chunked"),
     *_block_ways,
-    NearWay(),
-    TilesWay(),
+    NearWay(compiled_way),
+    tiles_way,
+    NearWay(tiles_way),
     StoredWay(),
     strided_way,
     strided_l2_way,

@@ -61,15 +61,37 @@ class Emitter:
             name = f"llvm.masked.store.v{self.lanes}{self.short[at.element]}.p0"
             self.code.call("void", name, (kind, value), ("ptr", pointer), ("i32", BYTES[at.element]), self._mask(lanes))
 
+    def store_two(self, at: Memory, offset: Int, vectors: tuple[str, str]) -> None:
+        """Two vectors one after the other; both are whole."""
+        if at.element != "bfloat" or not self._converts_two:
+            for k, vector in enumerate(vectors):
+                self.store(at, self.code.add(offset, k * self.lanes), vector, self.lanes)
+            return
+        pointer = self.code.at(at.element, at.pointer, offset)
+        self.code.put(f"store <{2 * self.lanes} x bfloat> {self._both(vectors)}, ptr {pointer}, align 2")
+
     def store_pairs(self, at: Memory, offset: Int, rows: tuple[str, str], lanes: int) -> None:
         """Two vectors in bfloat16, number by number side by side."""
-        kind = f"<{self.lanes} x i16>"
-        short = [self._narrowed(row, self.lanes) for row in rows]
         order = ", ".join(f"i32 {k}, i32 {k + self.lanes}" for k in range(self.lanes))
-        both = f"{kind} {short[0]}, {kind} {short[1]}, <{2 * self.lanes} x i32> <{order}>"
-        joined = self.code.value(f"shufflevector {both}")
-        whole = self.code.value(f"bitcast <{2 * self.lanes} x i16> {joined} to <{self.lanes} x i32>")
+        if self._converts_two:
+            kind = f"<{2 * self.lanes} x bfloat>"
+            both, kind = f"{kind} {self._both(rows)}, {kind} poison", "bfloat"
+        else:
+            short = [f"<{self.lanes} x i16> {self._narrowed(row, self.lanes)}" for row in rows]
+            both, kind = ", ".join(short), "i16"
+        joined = self.code.value(f"shufflevector {both}, <{2 * self.lanes} x i32> <{order}>")
+        whole = self.code.value(f"bitcast <{2 * self.lanes} x {kind}> {joined} to <{self.lanes} x i32>")
         self.store(at, offset, whole, lanes)
+
+    @property
+    def _converts_two(self) -> bool:
+        """Whether one instruction makes bfloat16 of two vectors of float32."""
+        return self.target.half_products and self.element == "float"
+
+    def _both(self, vectors: tuple[str, str]) -> str:
+        name = f"llvm.x86.avx512bf16.cvtne2ps2bf16.{32 * self.lanes}"
+        first, second = ((self.vector, vector) for vector in vectors)
+        return self.code.call(f"<{2 * self.lanes} x bfloat>", name, second, first)
 
     def number(self, at: Memory, offset: Int) -> str:
         pointer = self.code.at(at.element, at.pointer, offset)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from structlin.execution.compiled._product import BYTES
 from structlin.execution.compiled._schedule import Operation
 
-Key = tuple[str, int, str]  # activation ("state") or gradient ("flow"), its number, its form
+ENDS = "state", "flow"
+Key = tuple[str, int, str]  # activation ("state") or gradient ("flow"), or a copy of one, its number, its form
 
 
 class Forms:
@@ -17,45 +19,88 @@ class Forms:
     ``plain``: in the type that is computed in. In bfloat16: ``half``, ``zipped`` along an axis, and with the numbers of
     two ``tokens`` side by side. ``kept``: by the forward pass, only to be copied. For products by tiles there are
     copies of a "turned state" or a "turned flow": ``turned`` (:class:`._tiles.Turn`), and with the tokens ``last``.
+
+    Arrays that are not needed at the same time share memory, as far as it is known when they are: ``now`` is the number
+    of the product that reads or writes what is told of next.
     """
 
     def __init__(self, inside: str, rows: Sequence[int]) -> None:
         self.elements = {"plain": inside, "half": "bfloat", "zipped": "i32", "tokens": "i32", "kept": ""}
         self.elements |= {"turned": "i32", "last": "i32"}
-        self._rows = rows
+        self.rows = rows
         self._keys: list[Key] = []
+        self.now: int | None = None
+        self._reads: dict[Key, tuple[int, int]] = {}  # the first and the last
+        self._written: dict[tuple[str, int], int] = {}
 
     def read(self, kind: str, number: int, form: str = "plain") -> None:
-        if (kind, number, form) not in self._keys:
-            self._keys.append((kind, number, form))
+        key = kind, number, form
+        if key not in self._keys:
+            self._keys.append(key)
+        if self.now is not None:
+            first, last = self._reads.get(key, (self.now, self.now))
+            self._reads[key] = min(first, self.now), max(last, self.now)
 
     def read_by(self, operation: Operation, kind: str, number: int) -> None:
         self.read(kind, number, operation.reads)
         if operation.turn is not None:
             self.read(f"turned {kind}", number, "turned")
 
+    def write(self, kind: str, number: int) -> None:
+        """All forms of an activation are written now."""
+        if self.now is not None:
+            self._written[kind, number] = self.now
+
     def keep(self, kind: str, numbers: range, form: str = "plain") -> list[Key]:
         """Arrays outside of scratch memory."""
+        self.now = None
         for number in numbers:
             self.read(kind, number, form)
         return [(kind, number, form) for number in numbers]
 
-    def sizes(self, outside: Sequence[Key]) -> dict[Key, int]:
-        """Numbers of each token of the arrays in scratch memory, without gradients that share it (:meth:`shared`)."""
-        return {key: self._rows[key[1]] for key in self._keys if key not in outside and not self._shared(key, outside)}
+    def entered(self, when: int, skip: Collection[Key]) -> list[Key]:
+        """The arrays that no product writes, and that are read first by the one of this number."""
+        return [
+            key for key in self._keys
+            if self._reads.get(key, (-1,))[0] == when and key[:2] not in self._written and key[0] in ENDS
+            and key not in skip
+        ]  # fmt: skip
 
-    def shared(self, outside: Sequence[Key]) -> dict[Key, Key]:
-        """Gradients that are written where an activation is, which is not read any more then, and that activation."""
-        return {key: ("state", *key[1:]) for key in self._keys if self._shared(key, outside)}
+    def places(self, outside: Collection[Key]) -> tuple[dict[Key, int], int]:
+        """Where each array starts in scratch memory, and how large that is, in bytes of a token.
 
-    def _shared(self, key: Key, outside: Sequence[Key]) -> bool:
-        held = ("state", *key[1:])
-        return key[0] == "flow" and held in self._keys and held not in outside
+        The largest are placed first, each as low as those allow that are needed at the same time.
+        """
+        sizes = {k: self.rows[k[1]] * BYTES[self.elements[k[2]]] for k in self._keys if k not in outside}
+        found: dict[Key, int] = {}
+        for key in sorted(sizes, key=lambda key: -sizes[key]):
+            (first, last), start = self._span(key), 0
+            taken = [(found[k], found[k] + sizes[k]) for k in found if self._meet(self._span(k), (first, last))]
+            for low, high in sorted(taken):
+                if start + sizes[key] <= low:
+                    break
+                start = max(start, high)
+            found[key] = start
+        return found, max((found[key] + sizes[key] for key in found), default=0)
 
-    def bytes(self, outside: Sequence[Key]) -> int:
-        """Of each token, that are read and written in scratch memory."""
+    def bytes(self, outside: Collection[Key]) -> int:
+        """Of each token, that are used of scratch memory at the same time, at most."""
         number = {"plain": BYTES[self.elements["plain"]]}
-        return sum(row * number.get(key[2], BYTES["bfloat"]) for key, row in self.sizes(outside).items())
+        used = {
+            k: self.rows[k[1]] * number.get(k[2], BYTES["bfloat"]) for k in self._keys if k not in outside
+        }  # fmt: skip
+        times = {self._span(key)[0] for key in used}
+        return max((sum(used[k] for k in used if self._meet(self._span(k), (t, t))) for t in times), default=0)
+
+    def _span(self, key: Key) -> tuple[float, float]:
+        if key not in self._reads:
+            return -math.inf, math.inf
+        first, last = self._reads[key]
+        return min(first, self._written.get(key[:2], first)), last
+
+    @staticmethod
+    def _meet(one: tuple[float, float], other: tuple[float, float]) -> bool:
+        return one[0] <= other[1] and other[0] <= one[1]
 
     def of(self, arrays: Mapping[Key, Array], kind: str, number: int) -> list[Array]:
         return [array for key, array in arrays.items() if key[:2] == (kind, number)]

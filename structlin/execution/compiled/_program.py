@@ -80,6 +80,7 @@ class Part:
         return (d_in * self.count, d_out) if self.of_input else (d_in, d_out * self.count)
 
 
+Enter = Callable[[int], None]
 Method = TypeVar("Method", bound=Callable[..., Any])
 
 
@@ -191,8 +192,7 @@ class Program:
         numbers = range(len(self.shapes))
         forms, outside = self._whole_back_forms(kept)
         block = self._back_block(True, forms.bytes(outside), threads > 1)
-        sizes = forms.sizes(outside).items()
-        scratch = threads * sum(row * block * BYTES[forms.elements[key[2]]] for key, row in sizes)
+        scratch = threads * forms.places(outside)[1] * block
         packed = sum(self.copied("back", k) for k in numbers)
         if not kept:
             packed += sum(self.copied("forward", k) for k in numbers[:-1])
@@ -253,8 +253,11 @@ class Program:
         """What the forward pass reads."""
         schedule, forms = self.schedule, Forms(self.inside, self.schedule.rows)
         for k, operation in enumerate(schedule.forward):
+            forms.now = k
             forms.read_by(operation, "state", k)
+            forms.write("state", k + 1)
         if self.cuts_front:
+            forms.now = len(schedule.forward)
             forms.read("state", len(schedule.forward))
         return forms
 
@@ -304,7 +307,6 @@ class Program:
         again = range(0 if kept else max(wanted, default=0))  # steps that are run again
         cut = self.cuts_back
         paired = {k for k in wanted if self.gradient_in_pairs(k)}
-        by_tiles = {k for k in paired if self._gradient_by_tiles(k)}
         forms, outside = self.back_forms(needs, kept)
         writer = Writer(self, self._back_block(bool(wanted), forms.bytes(outside), shared))
         x, gy = map(writer.end, self.strides)
@@ -317,29 +319,26 @@ class Program:
         factors = [writer.factor(schedule.forward[k]) for k in again]
 
         def body(emitter: Emitter, at: At) -> None:
-            def copy(source: Array, kind: str, number: int, width: int, reader: Operation) -> None:
-                for array in forms.of(arrays, kind, number):
-                    full, ends = schedule.widths[number], (source.row, width)
-                    self.read(
-                        emitter, at(source), ends, at(array), rows[number], full, reader.enters, even=bool(paired)
-                    )
+            ends = {("state", 0): (x, self.d_in), ("flow", last): (gy, self.d_out)}
+            ends |= {key[:2]: (arrays[key], schedule.widths[key[1]]) for key in outside}
+            inner = emitter.even if paired else emitter.tokens  # where nothing is written to gx
+
+            def enter(when: int) -> None:
+                for key in forms.entered(when, outside):
+                    (source, width), number = ends[key[:2]], key[1]
+                    if key[:2] in (("state", 0), ("flow", last)):
+                        full, reader = schedule.widths[number], schedule.back[-1] if number else schedule.forward[0]
+                        places = (source.row, width), at(arrays[key])
+                        self.read(emitter, at(source), *places, rows[number], full, reader.enters, even=bool(paired))
+                    else:
+                        row = source.row, at(arrays[key]), rows[number], width, width
+                        emitter.copy(at(source), *row, even=bool(paired))
+                    self._clear(emitter, at, arrays, key)
 
             if bias is not None:
                 emitter.add_rows(at(gy), self.strides[1], at(bias), self.d_out)
-            inner = emitter.even if paired else emitter.tokens  # where nothing is written to gx
-            copy(x, "state", 0, self.d_in, schedule.forward[0])
-            copy(gy, "flow", last, self.d_out, schedule.back[-1])
-            for key in outside:
-                held = arrays[key]
-                for array in forms.of(arrays, *key[:2]):
-                    if array is not held:
-                        width, row = schedule.widths[key[1]], rows[key[1]]
-                        emitter.copy(at(held), held.row, at(array), row, width, width, even=bool(paired))
-            for key in arrays:
-                if by_tiles and key[2] == "tokens":
-                    tiles.clear_after(emitter, at(arrays[key]), rows[key[1]], schedule.widths[key[1]])
-            self.write_states(writer, emitter, at, forms, arrays, {k: factors[k] for k in again}, inner)
-            self.write_gradients(writer, emitter, at, forms, arrays, grads, back, inner, gx)
+            self.write_states(writer, emitter, at, forms, arrays, {k: factors[k] for k in again}, inner, enter)
+            self.write_gradients(writer, emitter, at, forms, arrays, grads, back, inner, gx, enter)
             if gx is not None and cut:
                 wide = self.strides[0], self.d_in
                 self.write(emitter, at(forms.one(arrays, "flow", 0)), rows[0], at(gx), wide)
@@ -348,18 +347,25 @@ class Program:
 
     def write_states(
         self, writer: Writer, emitter: Emitter, at: At, forms: Forms, arrays: Mapping[Key, Array],
-        factors: Mapping[int, Array], tokens: Int,
+        factors: Mapping[int, Array], tokens: Int, enter: Enter | None = None,
     ) -> None:  # fmt: skip
-        """The forward products by these factors, from one activation in scratch memory to the next."""
+        """The forward products by these factors, from one activation in scratch memory to the next.
+
+        ``enter``: is called with the number of each product before it.
+        """
         for k, factor in factors.items():
             operation = self.schedule.forward[k]
+            if enter is not None:
+                enter(self.when("forward", k))
             to = [at(array) for array in forms.of(arrays, "state", k + 1)]
-            source = writer.source(emitter, at, forms, arrays, operation, "state", k)
+            source = writer.source(emitter, at, forms, arrays, operation, "state", k, tokens)
             writer.multiply(emitter, operation, to, source, at(factor), tokens=tokens)
+            self.clear_all(emitter, at, arrays, "state", k + 1)
 
     def write_gradients(
         self, writer: Writer, emitter: Emitter, at: At, forms: Forms, arrays: Mapping[Key, Array],
         grads: Mapping[int, Array], back: Mapping[int, Array], tokens: Int, gx: Array | None,
+        enter: Enter | None = None,
     ) -> None:  # fmt: skip
         """The products of the backward pass, with the sums ``grads`` and the factors ``back``, by their numbers.
 
@@ -368,6 +374,8 @@ class Program:
         rows, widths = self.schedule.rows, self.schedule.widths
         for k in range(len(self.schedule.forward) - 1, -1, -1):
             if k in grads:
+                if enter is not None:
+                    enter(self.when("gradients", k))
                 pairs, ends = self.gradient_in_pairs(k), (("flow", k + 1), ("state", k))
                 flow, state = (at(forms.one(arrays, *end, "tokens" if pairs else "plain")) for end in ends)
                 count = emitter.code.value(f"lshr i64 {emitter.even}, 1") if pairs else emitter.tokens
@@ -383,14 +391,33 @@ class Program:
                     emitter, product, [at(grads[k])], flow, state, add=True, tokens=count, buffer=writer.buffer
                 )
             if k in back:
+                if enter is not None:
+                    enter(self.when("back", k))
                 operation, found = self.schedule.back[k], forms.of(arrays, "flow", k)
-                source = writer.source(emitter, at, forms, arrays, operation, "flow", k + 1)
                 if found:
                     to, count = [at(array) for array in found], tokens
                 else:
                     assert gx is not None
                     to, count = [at(gx)], emitter.tokens
+                source = writer.source(emitter, at, forms, arrays, operation, "flow", k + 1, count)
                 writer.multiply(emitter, operation, to, source, at(back[k]), tokens=count)
+                self.clear_all(emitter, at, arrays, "flow", k)
+
+    def when(self, kind: str, k: int) -> int:
+        """The number of a product of the backward pass: those of the forward pass that it runs again come first."""
+        last = len(self.schedule.forward)
+        return k if kind == "forward" else last + 2 * (last - 1 - k) + (kind == "back")
+
+    def clear_all(self, emitter: Emitter, at: At, arrays: Mapping[Key, Array], kind: str, number: int) -> None:
+        """Zeros after the tokens of all forms of an activation, where products by tiles read these."""
+        for key in arrays:
+            if key[:2] == (kind, number):
+                self._clear(emitter, at, arrays, key)
+
+    def _clear(self, emitter: Emitter, at: At, arrays: Mapping[Key, Array], key: Key) -> None:
+        """Zeros after the last pair of tokens of an array, which a product by tiles reads."""
+        if self.tiles and key[2] == "tokens":
+            tiles.clear_after(emitter, at(arrays[key]), self.schedule.rows[key[1]], self.schedule.widths[key[1]])
 
     def back_forms(self, needs: tuple[bool, ...], kept: bool) -> tuple[Forms, list[Key]]:
         """What the backward pass reads, and which of that is kept outside of scratch memory."""
@@ -399,16 +426,23 @@ class Program:
         passed = range(last - 1, -1 if needs[0] else min(wanted), -1)
         forms = Forms(self.inside, self.schedule.rows)
         for k in range(0 if kept else max(wanted, default=0)):
+            forms.now = self.when("forward", k)
             forms.read_by(schedule.forward[k], "state", k)
-        for k in wanted:
-            form = "tokens" if self.gradient_in_pairs(k) else "plain"
-            forms.read("state", k, form)
-            forms.read("flow", k + 1, form)
-            if self._gradient_by_tiles(k):
-                forms.read(*self._turned_for_gradient(k), "last")
-        for k in passed:
-            forms.read_by(schedule.back[k], "flow", k + 1)
+            forms.write("state", k + 1)
+        for k in range(last - 1, -1, -1):
+            if k in wanted:
+                forms.now = self.when("gradients", k)
+                form = "tokens" if self.gradient_in_pairs(k) else "plain"
+                forms.read("state", k, form)
+                forms.read("flow", k + 1, form)
+                if self._gradient_by_tiles(k):
+                    forms.read(*self._turned_for_gradient(k), "last")
+            if k in passed:
+                forms.now = self.when("back", k)
+                forms.read_by(schedule.back[k], "flow", k + 1)
+                forms.write("flow", k)
         if self.cuts_back and needs[0]:
+            forms.now = self.when("back", -1)
             forms.read("flow", 0)
         # Slices of kept activations do not lie as the products read them.
         return forms, forms.keep("state", range(1, last), "kept" if self.part else "plain") if kept else []

@@ -18,7 +18,7 @@ from structlin._parse import Step
 from structlin.execution.compiled._arrange import arrangeable
 from structlin.execution.compiled._product import BYTES, TOKENS, Axis, Product, Strides, make_products
 from structlin.execution.compiled._target import Target
-from structlin.execution.compiled._tiles import Turn, cost_of, faster, with_turn
+from structlin.execution.compiled._tiles import Turn, cost_of, faster, gradient_cost, with_turn
 
 LINE = 64  # bytes
 PAIR = {"plain": 0, "half": 2, "zipped": 1}  # elements of a pair in an activation of this form; there are none in plain
@@ -48,8 +48,16 @@ class Operation:
 
     def by_tiles(self, target: Target, element: str) -> bool:
         """Whether it runs by tiles."""
-        unit = PAIR["half"] if self.product.swapped else PAIR[self.reads] if self.turn is None else 1
-        return self.product.paired and faster(self.product, target, element, unit) is not None
+        return self.product.paired and faster(self.product, target, element, self._unit) is not None
+
+    def cost(self, target: Target, element: str) -> float:
+        """Estimated instructions for one token, with those of its copy."""
+        copy = 0.0 if self.turn is None else self.turn.cost
+        return cost_of(self.product, target, element, self._unit) + copy
+
+    @property
+    def _unit(self) -> int:
+        return PAIR["half"] if self.product.swapped else PAIR[self.reads] if self.turn is None else 1
 
 
 @dataclass(frozen=True)
@@ -220,6 +228,11 @@ def make_schedule(
         back = _zipped(back[::-1], shapes[::-1], whole[1][1])[::-1]
     if pairs and target.tiles:
         forward, back = ([_turned(operation, target, element) for operation in part] for part in (forward, back))
+        cost, back_cost = (sum(operation.cost(target, element) for operation in part) for part in (forward, back))
+        for k, gradient in enumerate(gradients):
+            width = maker.widths[k if gradient.product.swapped else k + 1]
+            vectors = gradient.product.cost(target, element) / 2
+            back_cost += min(vectors, gradient_cost(gradient.product, width) or vectors)
     return Schedule(
         tuple(states), maker.widths, maker.rows, tuple(forward), tuple(back), tuple(gradients), cost, back_cost
     )

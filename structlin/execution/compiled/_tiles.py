@@ -33,6 +33,7 @@ BUFFER = 4 * SIDE * SIDE * 4  # bytes that the four tiles of sums take in scratc
 # of a square of 256 numbers of 4 bytes that is transposed. A product of few rows takes no less than its loads.
 ROW, ENDS, SQUARE, LEAST_ROWS = 2, 4, 128, 8
 BLOCK = 64  # tokens, about
+UNROLLED = 4  # rows of sums
 
 
 @dataclass(frozen=True)
@@ -92,28 +93,33 @@ def _tile_cost(product: Product, how: Tiling) -> float:
 
 @dataclass(frozen=True)
 class Turn:
-    """A copy of each row of an activation, whose pairs ``(outer, inner, unit)`` become ``(inner, outer, unit)``."""
+    """A copy of each row of an activation.
+
+    Its pairs ``(outer, middle, inner, unit)`` become ``(inner, middle, outer, unit)``.
+    """
 
     outer: int
     inner: int
     unit: int
+    middle: int = 1
 
     @property
     def cost(self) -> float:
-        pairs = self.outer * self.inner * self.unit
+        pairs = self.outer * self.middle * self.inner * self.unit
         return pairs * SQUARE / SIDE**2 if self.unit <= 2 else 2 * pairs / min(self.unit, SIDE)
 
-    def write(self, emitter: Emitter, source: Memory, row: int, target: Memory) -> None:
-        """``row``: elements from row to row of both."""
+    def write(self, emitter: Emitter, source: Memory, row: int, target: Memory, tokens: Int) -> None:
+        """``row``: elements from row to row of both; ``tokens``: how many rows to copy."""
         code, kind = emitter.code, "i64" if self.unit == 2 else "i32"
         vectors = Emitter(code, emitter.target, kind, emitter.tokens, emitter.block)
         here, there = Memory(source.pointer, kind), Memory(target.pointer, kind)
         steps = [row * BYTES[memory.element] // BYTES[kind] for memory in (source, target)]
+        by, to_by = self.middle * self.inner, self.middle * self.outer  # along ``outer``, and ``inner`` of the copy
 
         def runs(start: Int, to: Int) -> None:
             def run(i: Int, j: Int) -> None:
-                first = code.add(start, code.multiply(code.add(code.multiply(i, self.inner), j), self.unit))
-                place = code.add(to, code.multiply(code.add(code.multiply(j, self.outer), i), self.unit))
+                first = code.add(start, code.multiply(code.add(code.multiply(i, by), j), self.unit))
+                place = code.add(to, code.multiply(code.add(code.multiply(j, to_by), i), self.unit))
                 for k in range(0, self.unit, vectors.lanes):
                     count = min(vectors.lanes, self.unit - k)
                     vectors.store(there, code.add(place, k), vectors.load(here, code.add(first, k), count), count)
@@ -123,13 +129,13 @@ class Turn:
         def squares(start: Int, to: Int) -> None:
             def square(i: Int, high: int, j: Int, wide: int) -> None:
                 first, place = (
-                    code.add(a, code.add(code.multiply(b, by), c))
-                    for a, b, by, c in ((start, i, self.inner, j), (to, j, self.outer, i))
+                    code.add(a, code.add(code.multiply(b, step), c))
+                    for a, b, step, c in ((start, i, by, j), (to, j, to_by, i))
                 )
-                held = [vectors.load(here, code.add(first, r * self.inner), wide) for r in range(high)]
+                held = [vectors.load(here, code.add(first, r * by), wide) for r in range(high)]
                 rows = vectors.transposed([*held, *["zeroinitializer"] * (vectors.lanes - high)])
                 for r, found in enumerate(rows[:wide]):
-                    vectors.store(there, code.add(place, r * self.outer), found, high)
+                    vectors.store(there, code.add(place, r * to_by), found, high)
 
             lanes = vectors.lanes
             each(self.outer, lanes, lambda i, high: each(self.inner, lanes, lambda j, wide: square(i, high, j, wide)))
@@ -142,9 +148,16 @@ class Turn:
                 body(whole, size - whole)
 
         body = runs if self.unit > 2 else squares
-        code.loop(
-            0, emitter.tokens, 1, lambda n, _: body(code.multiply(n, steps[0]), code.multiply(n, steps[1])), once=True
-        )
+
+        def row_of(n: Int, _: Values) -> None:
+            start, to = (code.multiply(n, step) for step in steps)
+            part, to_part = self.inner * self.unit, self.outer * self.unit
+            code.loop(
+                0, self.middle, 1,
+                lambda m, _: body(code.add(start, code.multiply(m, part)), code.add(to, code.multiply(m, to_part))),
+            )  # fmt: skip
+
+        code.loop(0, tokens, 1, row_of, once=True)
 
 
 def with_turn(product: Product, target: Target, element: str, unit: int) -> tuple[Product, Turn] | None:
@@ -160,28 +173,36 @@ def with_turn(product: Product, target: Target, element: str, unit: int) -> tupl
 def turned(product: Product, unit: int) -> tuple[Product, Turn] | None:
     """A product that reads a copy of its activation, number by number, with the summed axes last; None if it cannot.
 
-    ``unit``: as in :func:`tiling`. The activation is ``(outer, inner, unit)`` with the summed axes first and last, and
-    the copy, in pairs, ``(inner, outer * unit)``.
+    ``unit``: as in :func:`tiling`. The activation is ``(outer, middle, inner, unit)``, whose summed axes are all but
+    ``inner``, and the copy, in pairs, ``(inner, middle, outer * unit)``. Each summed axis but ``inner`` may be missing.
     """
     if product.swapped or product.down is None or product.down.size:
         return None
     summed = [replace(a, left=(a.left or 0) // unit) for a in product.summed]
     others = [a for a in (*product.outer, *product.near) if a.left]
-    if len(others) != 1 or not 1 <= len(summed) <= 2 or not all(a.size and a.right for a in summed):
+    if len(others) != 1 or not 1 <= len(summed) <= 3 or not all(a.size and a.right for a in summed):
         return None
-    inner, first = replace(others[0], left=(others[0].left or 0) // unit), summed[0]
-    last = summed[1].size if len(summed) == 2 else 1
-    if len(summed) == 2 and (summed[1].left != 1 or first.right != (summed[1].right or 0) * last):
+    inner = replace(others[0], left=(others[0].left or 0) // unit)
+    last = next((a for a in summed if a.left == 1), None)
+    rest = sorted((a for a in summed if a is not last), key=lambda a: a.left or 0, reverse=True)
+    none = Axis(1, None, 0, 0)
+    first, between = (*rest, none)[:2] if rest else (none, none)
+    run = last.size if last else 1
+    order = [a for a in (between, first, last) if a is not None and a is not none]  # of the copy, and of the factor
+    steps = [(a.right or 0) for a in order]
+    sizes = [a.size for a in order]
+    if len(rest) > 2 or not rest or any(steps[k] != steps[k + 1] * sizes[k + 1] for k in range(len(order) - 1)):
         return None
-    if inner.left != last or first.left != inner.size * last:
+    part = inner.size * run
+    if inner.left != run or first.left != part * between.size or between.left not in (0, part):
         return None
-    whole = Axis(first.size * last, None, 1, summed[-1].right)
+    whole = Axis(math.prod(sizes), None, 1, steps[-1])
 
     def moved(axes: Sequence[Axis]) -> tuple[Axis, ...]:
         return tuple(replace(a, left=whole.size) if a is others[0] else a for a in axes)
 
     found = replace(product, summed=(whole,), outer=moved(product.outer), near=moved(product.near))
-    return found, Turn(first.size, inner.size, last)
+    return found, Turn(first.size, inner.size, run, between.size)
 
 
 def tiles_pay(product: Product, width: int, target: Target, element: str) -> bool:
@@ -189,11 +210,15 @@ def tiles_pay(product: Product, width: int, target: Target, element: str) -> boo
 
     ``width``: of the activation that is copied, the one that the product reads number by number.
     """
-    how = tiling(tokens_last(product, BLOCK), 1)
-    if how is None:
-        return False
-    vectors = product.cost(target, element) / 2  # which take pairs too
-    return _tile_cost(product, how) + width * SQUARE / SIDE**2 / 2 < vectors
+    found = gradient_cost(product, width)
+    return found is not None and found < product.cost(target, element) / 2  # vectors take pairs too
+
+
+def gradient_cost(product: Product, width: int) -> float | None:
+    """As :func:`cost_of`, of a product that sums over pairs of tokens, by tiles; None where it cannot run by them."""
+    turned = tokens_last(product, BLOCK)
+    how = tiling(turned, 1)
+    return None if how is None else _tile_cost(turned, how) + width * SQUARE / SIDE**2 / 2
 
 
 def tokens_last(product: Product, block: int) -> Product:
@@ -393,10 +418,12 @@ class _TileLoops(Loops):
                 self._tile_call("tilestored64", number, at=(self.buffer, number * SIDE**2, SIDE))
         if direct:
             return
-        for number, (z, r, c) in enumerate(cells):
-            if z == 0:
-                other = number + len(rows) * len(columns)
-                self._ends(at, number, other, rows[r], columns[c])
+        for r, span in enumerate(rows):
+            whole = all(column.first == 0 for column in columns) and self.how.columns == SIDE
+            groups = [range(len(columns))] if whole else [[c] for c in range(len(columns))]
+            for group in groups:
+                numbers = [[cells.index((z, r, c)) for c in group] for z in items]
+                self._ends(at, numbers, span, columns[group[0]])
 
     def _run_through(
         self, axes: Sequence[Axis], vector: Int, single: Int, turn: Callable[[Int, Int], None]
@@ -417,42 +444,59 @@ class _TileLoops(Loops):
         code.loop(0, size, step, body, once=True)
         return None
 
-    def _ends(self, at: Places, number: int, other: int, rows: _Span, columns: _Span) -> None:
-        """Write the sums of a tile from the buffer to the arrays, with those of the ``other`` one if zipped."""
+    def _ends(self, at: Places, numbers: Sequence[Sequence[int]], rows: _Span, columns: _Span) -> None:
+        """Write sums from the buffer to the arrays.
+
+        ``numbers``: of tiles beside each other, the first one with these ``columns``; of two items if they are zipped.
+        Of several all columns are written.
+        """
         code, emitter, lanes = self.code, self.emitter, self.how.columns - columns.first
         shift = columns.start + columns.first
         pairs = any(out.element == "i32" and not out.zipped for out in self.out)
+        beside = range(len(numbers[0]))
 
-        def place(which: str, start: Int, row: Int) -> Int:
+        def place(which: str, start: Int, row: Int, c: int, z: int = 0) -> Int:
             moved = code.multiply(code.add(row, rows.start), getattr(self.down, which))
-            return code.add(code.add(start, moved), shift)
+            found = code.add(code.add(start, moved), shift + c * SIDE)
+            return self._offset(which, found, (z, self.apart))
 
-        def held(tile: int, row: Int, z: int = 0) -> str:
-            first = code.add(code.multiply(row, SIDE), tile * SIDE**2 + columns.first)
+        def held(z: int, row: Int, c: int) -> str:
+            first = code.add(code.multiply(row, SIDE), numbers[z][c] * SIDE**2 + columns.first)
             found = emitter.load(self.buffer, first, lanes)
             if self.bias is None and not self.add:
                 return found
             which = "out" if self.bias is None else "bias"
-            start = self._offset(which, place(which, getattr(at, which), row), (z, self.apart))
-            more = emitter.load(self.bias or self.out[0], start, lanes)
+            more = emitter.load(self.bias or self.out[0], place(which, getattr(at, which), row, c, z), lanes)
             return code.value(f"fadd {emitter.vector} {found}, {more}")
 
-        def line(row: Int, _: Values) -> None:
-            sums = [[held(number, code.add(row, k)) for k in range(2 if pairs else 1)]]
-            if self.zipped:
-                sums.append([held(other, code.add(row, k), 1) for k in range(2 if pairs else 1)])
+        def line(first: Int) -> None:
+            lines = [code.add(first, k) for k in range(2 if pairs else 1)]
+            sums = [[[held(z, row, c) for c in beside] for row in lines] for z in range(len(numbers))]
             for out in self.out:
                 if out.zipped:
-                    for k, both in enumerate(zip(*sums, strict=True)):
-                        emitter.store_pairs(out, place("zipped", at.zipped, code.add(row, k)), both, lanes)
+                    for row, *both in zip(lines, *sums, strict=True):
+                        for c in beside:
+                            to = place("zipped", at.zipped, row, c)
+                            emitter.store_pairs(out, to, (both[0][c], both[1][c]), lanes)
                     continue
-                for z, lines in enumerate(sums):
+                for z, found in enumerate(sums):
                     if out.element == "i32":
-                        start = self._offset("pair", place("pair", at.pair, row), (z, self.apart))
-                        emitter.store_pairs(out, start, (lines[0], lines[1]), lanes)
+                        for c in beside:
+                            to = place("pair", at.pair, first, c, z)
+                            emitter.store_pairs(out, to, (found[0][c], found[1][c]), lanes)
                         continue
-                    for k, value in enumerate(lines):
-                        start = self._offset("out", place("out", at.out, code.add(row, k)), (z, self.apart))
-                        emitter.store(out, start, value, lanes)
+                    for row, values in zip(lines, found, strict=True):
+                        to = place("out", at.out, row, 0, z)
+                        if len(values) == 2:
+                            emitter.store_two(out, to, (values[0], values[1]))
+                        else:
+                            emitter.store(out, to, values[0], lanes)
 
-        code.loop(rows.first, rows.count, 2 if pairs else 1, line)
+        step, count = 2 if pairs else 1, rows.count
+        together = UNROLLED if isinstance(count, int) and (count - rows.first) % (step * UNROLLED) == 0 else 1
+
+        def several(first: Int, _: Values) -> None:
+            for k in range(together):
+                line(code.add(first, k * step))
+
+        code.loop(rows.first, count, step * together, several)

@@ -73,11 +73,14 @@ class Writer:
 
     def arrays(self, forms: Forms, outside: Sequence[Key], given: Mapping[Key, Array] = NONE) -> dict[Key, Array]:
         """Those of one chain in scratch memory; ``given`` are there already."""
-        sizes = {key: row for key, row in forms.sizes(outside).items() if key not in given}
-        found = dict(given) | {
-            key: self.take(row, forms.elements[key[2]], key[2] == "zipped") for key, row in sizes.items()
-        }
-        return {key: found[held] for key, held in forms.shared(outside).items() if key not in given} | found
+        places, size = forms.places([*outside, *given])
+        found = {
+            key: Array(self.code.at("i8", self.pointer, self.bytes + place * self.block), forms.elements[key[2]], 0,
+                       key[2] == "zipped")
+            for key, place in places.items()
+        }  # fmt: skip
+        self.bytes += size * self.block
+        return dict(given) | found
 
     def take(self, row: int, element: str, zipped: bool = False) -> Array:
         """Room in scratch memory for so many numbers of each token."""
@@ -87,14 +90,15 @@ class Writer:
 
     def source(
         self, emitter: Emitter, at: At, forms: Forms, arrays: Mapping[Key, Array],
-        operation: Operation, kind: str, number: int,
+        operation: Operation, kind: str, number: int, tokens: Int | None = None,
     ) -> Memory:  # fmt: skip
-        """The activation that an operation reads, or the copy of it that is made here."""
+        """The activation that an operation reads, or the copy of it, of so many ``tokens``, that is made here."""
         found = at(forms.one(arrays, kind, number, operation.reads))
         if operation.turn is None:
             return found
         copy = at(forms.one(arrays, f"turned {kind}", number, "turned"))
-        operation.turn.write(emitter, found, self.program.schedule.rows[number], copy)
+        count = emitter.tokens if tokens is None else tokens
+        operation.turn.write(emitter, found, forms.rows[number], copy, count)
         return copy
 
     def multiply(

@@ -19,9 +19,8 @@ from structlin.execution.compiled._emit import Emitter, Memory
 from structlin.execution.compiled._forms import Array, Forms, Key
 from structlin.execution.compiled._ir import Int
 from structlin.execution.compiled._limits import limits
-from structlin.execution.compiled._loops import write_product
 from structlin.execution.compiled._product import BYTES
-from structlin.execution.compiled._program import BLOCKS, OTHER_BLOCKS, Program, make_program
+from structlin.execution.compiled._program import BLOCKS, OTHER_BLOCKS, TILE_BLOCKS, Program, make_program
 from structlin.execution.compiled._rows import Rows
 from structlin.execution.compiled._schedule import row as row_of
 from structlin.execution.compiled._target import Target
@@ -102,7 +101,8 @@ class BlockProgram:
     def _block(self, each: int) -> int:
         if self.given:
             return self.given
-        blocks = OTHER_BLOCKS if self.first[0].pairs or self.target.registers < 32 else BLOCKS
+        few = self.first[0].pairs or self.target.registers < 32
+        blocks = TILE_BLOCKS if self.first[0].tiles else OTHER_BLOCKS if few else BLOCKS
         return next((b for b in blocks if b * each <= limits().block), blocks[-1])
 
     def _writer(self, all_forms: Sequence[Forms]) -> Writer:
@@ -123,8 +123,11 @@ class BlockProgram:
         for program in self.programs:
             forms = Forms(self.inside, program.schedule.rows)
             for k, operation in enumerate(program.schedule.forward):
-                forms.read("state", k, operation.reads)
+                forms.now = k
+                forms.read_by(operation, "state", k)
+                forms.write("state", k + 1)
             if program.cuts_front:
+                forms.now = len(program.schedule.forward)
                 forms.read("state", len(program.schedule.forward))
             all_forms.append(forms)
         writer = self._writer(all_forms)
@@ -156,11 +159,15 @@ class BlockProgram:
         for program, again in zip(self.programs, self.again(), strict=True):
             needs = (True,) * (2 + len(program.shapes))
             forms, _ = program.back_forms(needs, False)
+            last = len(program.schedule.forward)
+            forms.now = 0
+            forms.write("state", 0)  # all forms of the ends are written when the first one is
             for k in again:
-                forms.read("state", k, program.schedule.forward[k].reads)
-            if len(again) == len(program.schedule.forward):  # the hidden features before the activation
-                forms.read("state", len(again))
-                forms.read("flow", len(again))
+                forms.now = program.when("forward", k)
+                forms.read_by(program.schedule.forward[k], "state", k)
+                forms.write("state", k + 1)
+            forms.now = program.when("gradients", last - 1)
+            forms.write("flow", last)
             all_forms.append(forms)
         writer = self._writer(all_forms)
         frame = _Frame(self, writer, all_forms, backward=True)
@@ -212,12 +219,10 @@ class BlockProgram:
             if not to:
                 to = [at(frame.ends[0 if program is self.second else number])]
                 tokens = emitter.tokens
-            source = at(forms.one(arrays, "state", last, operation.reads))
+            source = frame.writer.source(emitter, at, forms, arrays, operation, "state", last, tokens)
             added = None if bias is None else at(bias)
-            write_product(
-                emitter, operation.product, to, source, at(factors[last]), bias=added, tokens=tokens,
-                zipped=operation.zips,
-            )  # fmt: skip
+            frame.writer.multiply(emitter, operation, to, source, at(factors[last]), bias=added, tokens=tokens)
+            program.clear_all(emitter, at, arrays, "state", last + 1)
 
     def _enter(self, rows: Rows, at: At, frame: _Frame, even: bool = False) -> None:
         """The input, normalised, as each of the first chains reads it."""
@@ -249,6 +254,7 @@ class BlockProgram:
                 emitter, source, (row, width), at(array), schedule.rows[at_step], schedule.widths[at_step],
                 reader.enters, even,
             )  # fmt: skip
+        program.clear_all(emitter, at, arrays, kind, at_step)
 
     def _flow(
         self, emitter: Emitter, at: At, frame: _Frame, number: int, source: Memory, row: int, even: bool,
@@ -332,27 +338,28 @@ class _Frame:
         self.hidden: list[tuple[Array, int]] = []
         for number, program in enumerate(block.programs):
             given: dict[Key, Array] = {}
+            last, hidden = len(program.schedule.forward), program is not block.second and block.second is not None
             if program is not block.second and block._direct(program):
                 given["state", 0, "plain"] = self.held
-            last = len(program.schedule.forward)
+            if hidden:  # its gradient is written where it was
+                row = program.schedule.rows[last]
+                given["state", last, "plain"] = given["flow", last, "plain"] = writer.take(row, inside)
+                self.hidden.append((given["state", last, "plain"], row))
             if program is block.second:
                 row = program.schedule.rows[0]
                 one = len(self.hidden) == 1 and not backward and row == self.hidden[0][1]
                 features = self.hidden[0][0] if one else writer.take(row, inside)
                 self.features = features, row
                 given["state", 0, "plain"] = features
-            arrays = writer.arrays(forms[number], [], given)
-            if backward and len(spec.first) > 1 and arrays["flow", 0, "plain"] is self.held:
-                # What several chains read is not written over by the gradient of one.
-                arrays["flow", 0, "plain"] = writer.take(program.schedule.rows[0], inside)
-            self.arrays.append(arrays)
-            if block.second is not None and program is not block.second:
-                self.hidden.append((arrays["state", last, "plain"], program.schedule.rows[last]))
+            # The gradient of the input is written where that is, unless several chains read it.
+            if backward and (program is block.second or len(spec.first) == 1) and ("state", 0, "plain") in given:
+                given["flow", 0, "plain"] = given["state", 0, "plain"]
+            self.arrays.append(writer.arrays(forms[number], [], given))
 
 
 @lru_cache(maxsize=32)
 def make_block(spec: BlockSpec, dtype: str, target: Target, block: int | None = None) -> BlockProgram | None:
-    """None where a chain has no schedule."""
+    """None where a chain has no schedule, and for a ``target`` with tiles where no product runs by them."""
     programs = []
     for number, (steps, sizes, d_in, d_out) in enumerate(spec.chains):
         inner_out = spec.second is not None and number < len(spec.first)
@@ -362,4 +369,6 @@ def make_block(spec: BlockSpec, dtype: str, target: Target, block: int | None = 
         if program is None:
             return None
         programs.append(program)
+    if target.tiles and not any(program.uses_tiles for program in programs):
+        return None
     return BlockProgram(spec, target, dtype, programs, block)

@@ -83,7 +83,7 @@ def error(found: Tensor, expected: Tensor) -> float:
     return float((found.double() - expected).abs().max() / expected.abs().max())
 
 
-def check(block: TorchBlock, tokens: int, dtype: torch.dtype, size: int = 0) -> None:
+def check(block: TorchBlock, tokens: int, dtype: torch.dtype, kind: str = "0") -> None:
     """Outputs and gradients by the pass against those layer after layer in float64."""
     operands = operands_of(block, dtype)
     x = torch.randn(tokens, block.first[0].d_in, generator=torch.Generator().manual_seed(1)).to(dtype)
@@ -94,11 +94,11 @@ def check(block: TorchBlock, tokens: int, dtype: torch.dtype, size: int = 0) -> 
     wanted = torch.autograd.grad(expected, [t for t in wide if t is not None], [g.double() for g in gradients])
 
     assert block.plain(x, operands)
-    found = block.run(x, operands, size)
+    found = block.run(x, operands, kind)
     for got, want in zip(found, expected, strict=True):
         assert got.dtype is dtype
         assert error(got, want.detach()) < TOLERANCE[dtype]
-    pairs = zip(block.backward(gradients, x, operands, size), (x, *operands), strict=True)
+    pairs = zip(block.backward(gradients, x, operands, kind), (x, *operands), strict=True)
     for got, want in zip([g for g, t in pairs if t is not None], wanted, strict=True):
         assert got is not None
         assert got.dtype is dtype
@@ -151,8 +151,8 @@ def test_projections_of_one_input(dtype: torch.dtype) -> None:
     check(block_of(first[1:], None, biases=(False, True)), 3, dtype)
 
 
-@pytest.mark.parametrize("size", [2, 16, 48])
-def test_blocks_of_tokens(size: int) -> None:
+@pytest.mark.parametrize("size", ["2", "16", "48"])
+def test_blocks_of_tokens(size: str) -> None:
     check(block_of([btt(24, 40)], btt(40, 24), norm="layer", residual=True), 101, torch.float64, size)
 
 
@@ -269,11 +269,17 @@ def test_the_choice_follows_timings_and_pins() -> None:
     assert choice.decisions()[problem.key] == "separate"
     wisdom.write(problem.key, {"separate": 1.0, "block-0": 0.9, "block-16": 0.3})
     choice.forget()
-    assert block._block(x, False) == 16
+    assert block._kind(x, False) == "16"
     choice.pin({problem.key: "block-0"})
     try:
-        assert block._block(x, False) == 0
+        assert block._kind(x, False) == "0"
         assert choice.decisions([block.first[0]])[problem.key] == "block-0"
+    finally:
+        choice._pinned.clear()
+        choice.forget()
+    choice.pin({problem.key: "block-tiles"})  # of bfloat16 alone
+    try:
+        assert block(x, operands) is None
     finally:
         choice._pinned.clear()
         choice.forget()

@@ -2,9 +2,11 @@
 
 import ctypes
 import importlib.util
+import math
 import re
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,13 +18,14 @@ from hypothesis import strategies as st
 import structlin as sl
 from structlin import execution
 from structlin._arrays import ops
-from structlin.execution import choice, torch_ways
+from structlin.execution import blocks, choice, torch_ways
 from structlin.execution.choice import Problem
 from structlin.execution.compiled import _program, _rules, _target, _writer
 from structlin.execution.compiled._product import Axis, Product
 from structlin.execution.compiled._program import make_program
 from structlin.execution.compiled._target import AVX512, AVX512_BF16, TILES, host, parsed, tiled_host, with_tiles
 from structlin.execution.compiled._tiles import Turn, tiling, turned
+from structlin.execution.compiled.block import make_block
 from structlin.execution.compiled.passes import FusedChain
 from structlin.execution.products import products
 from structlin.execution.torch_cpu import chain_of
@@ -59,12 +62,15 @@ def tiles():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_writer, "load", emulated.load_emulated)
         patch.setattr(_rules, "tiled_host", emulated.emulated_target)
+        patch.setattr(blocks, "tiled_host", emulated.emulated_target)
         _program.make_program.cache_clear()
+        make_block.cache_clear()
         before = torch.get_num_threads()
         torch.set_num_threads(1)
         yield
         torch.set_num_threads(before)
         _program.make_program.cache_clear()
+        make_block.cache_clear()
 
 
 def chain_by_tiles(structure):
@@ -109,6 +115,40 @@ def test_both_passes(name, tokens, tiles):
     assert wrong_by(structure, chain, tokens) < TOLERANCE
 
 
+@pytest.mark.skipif(tiled_host() is None, reason="this processor has no tiles, or the system does not permit them")
+@pytest.mark.parametrize("tokens", [1, 16, 47, 101])
+@pytest.mark.parametrize("name", sorted({*STRUCTURES} - {"kronecker"}))
+def test_both_passes_on_this_processor(name, tokens):
+    chain = chain_by_tiles(STRUCTURES[name])
+    assert chain.program("bfloat16").target.tiles
+    assert wrong_by(STRUCTURES[name], chain, tokens) < TOLERANCE
+
+
+@pytest.mark.parametrize("name", STRUCTURES)
+def test_scratch_memory_that_holds_no_numbers(name, tiles, monkeypatch):
+    """What no product writes is not read either: not the place of a token after an odd number of them."""
+    structure = STRUCTURES[name]
+    chain = chain_by_tiles(structure)
+    if chain.program("bfloat16") is None:
+        return
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *size, **options: empty(*size, **options).fill_(
+        255 if options["dtype"] is torch.uint8 else math.nan
+    ))  # fmt: skip
+    for tokens in (1, 35):
+        assert wrong_by(structure, chain, tokens) < TOLERANCE
+
+
+def test_slices_that_stay_in_the_second_level_of_cache(tiles, monkeypatch):
+    structure = STRUCTURES["btt4"]
+    monkeypatch.setattr(_rules, "near_slice", lambda: structure.num_params)
+    chain = chain_by_tiles(structure)
+    chain.near = True
+    assert chain.front("bfloat16", False).count > 1
+    assert chain.back("bfloat16", 1).count > 1
+    assert wrong_by(structure, chain, 70) < TOLERANCE
+
+
 def test_kept_activations_and_slices(tiles, monkeypatch):
     """What only large chains do."""
     structure = STRUCTURES["btt1"]
@@ -121,6 +161,59 @@ def test_kept_activations_and_slices(tiles, monkeypatch):
     chain = chain_by_tiles(structure)
     assert wrong_by(structure, chain, 90) < TOLERANCE
     assert chain.back("bfloat16", 1).count > 1
+
+
+def wrong_by_of_block(block, tokens):
+    """The largest error of an output or a gradient against layer after layer in float64, relative to its norm."""
+    generator = torch.Generator().manual_seed(tokens)
+
+    def normal(*shape, scale=1.0):
+        return (torch.randn(shape, generator=generator) * scale).bfloat16()
+
+    x = normal(tokens, block.first[0].d_in)
+    operands = [normal(x.shape[1]) if there else None for there in block.affine]
+    operands += [normal(s.d_out) if there else None for s, there in zip(block.structures, block.biases, strict=True)]
+    operands += [normal(*f.shape, scale=f.fan_in**-0.5) for s in block.structures for f in s.factors]
+    wide = [None if t is None else t.double().requires_grad_() for t in (x, *operands)]
+
+    def by_products(structure, h, factors, bias):
+        y = products(structure, factors, h, ops("torch"))
+        return y if bias is None else y + bias
+
+    expected = block.layers(wide[0], wide[1:], by_products)
+    gradients = [torch.randn(y.shape, generator=generator).bfloat16() for y in expected]
+    exact = torch.autograd.grad(expected, [t for t in wide if t is not None], [g.double() for g in gradients])
+    found = block.run(x, operands, "tiles"), block.backward(gradients, x, operands, "tiles")
+    pairs = [*zip(found[0], expected, strict=True), *zip([g for g in found[1] if g is not None], exact, strict=True)]
+    return max(((got.double() - right).norm() / right.norm()).item() for got, right in pairs)
+
+
+BLOCKS = {
+    "mlp": {"first": ["btt4"], "second": ("block_tensor_train", {"rank": 4}), "norm": "layer", "residual": True},
+    "gated": {"first": ["monarch", "monarch"], "second": ("monarch", {"blocks": 4}), "activation": "silu"},
+    "projections": {"first": ["btt1", "btt4"], "norm": "rms"},
+}
+
+
+@pytest.mark.parametrize("tokens", [1, 47, 100])
+@pytest.mark.parametrize("name", BLOCKS)
+def test_whole_blocks(name, tokens, tiles):
+    given = dict(BLOCKS[name])
+    first, second = tuple(STRUCTURES[one] for one in given.pop("first")), given.pop("second", None)
+    if second is not None:
+        kind, options = second
+        second = sl.design(kind, first[0].shape[::-1], **options)
+        given.setdefault("activation", "gelu")
+    count, norm = len(first) + (second is not None), given.get("norm")
+    block = blocks.torch_block(
+        first, second, given.pop("activation", None), (True,) * count, eps=1e-5,
+        affine={None: (False, False), "rms": (True, False), "layer": (True, True)}[norm], **given,
+    )  # fmt: skip
+    program = block.program(torch.bfloat16, "tiles")
+    assert all(one.uses_tiles for one in program.programs)
+    assert block.program(torch.float32, "tiles") is None
+    assert wrong_by_of_block(block, tokens) < 0.02
+    assert "tiles" in blocks.BlockProblem(block, "bfloat16", 64, 1, True).kinds()
 
 
 @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -212,6 +305,18 @@ def test_a_copy_with_axes_exchanged():
     assert found.summed == (Axis(64, None, 1, 32),)
     assert found.near == (Axis(32, 32, 64, 2048),)
     assert (tiling(product, 2).depth, tiling(found, 1).depth) == (2, 16)
+
+
+def test_a_copy_with_an_axis_between():
+    """(outer, middle, inner) in pairs, of a factor that has the middle one outside."""
+    across, summed = Axis(144, 1, None, 1), (Axis(9, None, 16, 1152), Axis(8, None, 144, 144))
+    product = Product(across, Axis(0, 2304, 2320, None), summed, (), (Axis(16, 144, 1, 10368),), paired=True)
+    found, turn = turned(product, 1)
+    assert turn == Turn(8, 16, 1, middle=9)
+    assert found.summed == (Axis(72, None, 1, 144),)
+    assert found.near == (Axis(16, 144, 72, 10368),)
+    other_order = (Axis(9, None, 16, 144), Axis(8, None, 144, 1296))
+    assert turned(replace(product, summed=other_order), 1) is None  # axes that would have been merged
 
 
 def test_processors_and_systems_without_tiles(monkeypatch):
