@@ -7,6 +7,8 @@ adapters are of torch; `structlin_nn.flax` has the same for flax.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from structlin_nn._on_import import after_import
+
 if TYPE_CHECKING:
     from structlin_nn.models import build_model as build_model
     from structlin_nn.recipes import recipe as recipe
@@ -36,6 +38,9 @@ _MODULES = {
 _PLACES = {name: module for module, names in _MODULES.items() for name in names}
 
 __all__ = sorted(_PLACES)
+
+# Files of transformers with structured layers load without a call of ours.
+after_import("transformers.modeling_utils", f"{__name__}.torch.transformers")
 
 
 def __getattr__(name: str) -> Any:

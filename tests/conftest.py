@@ -31,4 +31,4 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 # Repairs the import of torchvision, here and in the processes that tests start.
 _CHILDREN = str(Path(__file__).parent / "child_processes")
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (_CHILDREN, os.environ.get("PYTHONPATH"))))
-runpy.run_path(str(Path(_CHILDREN, "sitecustomize.py")))
+_REPAIR = runpy.run_path(str(Path(_CHILDREN, "sitecustomize.py")))  # kept, for the operators live as long as it does

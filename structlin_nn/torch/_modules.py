@@ -3,11 +3,26 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 
-__all__ = ["check_model", "is_conv1d", "linear_sizes"]
+__all__ = ["changed", "check_model", "is_conv1d", "linear_sizes", "on_change"]
+
+_listeners: list[Callable[[nn.Module], None]] = []
+
+
+def on_change(listener: Callable[[nn.Module], None]) -> Callable[[nn.Module], None]:
+    """Have a function called with each model whose layers were replaced; returns the function."""
+    _listeners.append(listener)
+    return listener
+
+
+def changed(model: nn.Module) -> None:
+    """Tell that layers of a model were replaced."""
+    for listener in _listeners:
+        listener(model)
 
 
 def check_model(model: Any, what: str) -> None:

@@ -31,10 +31,10 @@ _BIAS = re.compile(r".*(^|_)bias(es)?(_[a-z]+)?")
 class Experts(NamedTuple):
     """A parameter that holds the weight matrices of several experts.
 
-    ``transposed``: (experts, fan_in, fan_out); else (experts, fan_out, fan_in).
+    ``number`` of experts; ``transposed``: (experts, fan_in, fan_out); else (experts, fan_out, fan_in).
     """
 
-    count: int
+    number: int
     fan_in: int
     fan_out: int
     transposed: bool
@@ -96,10 +96,11 @@ def fans(module: nn.Module) -> dict[str, Fans]:
         sizes_in = {"in": module.embed_dim, "q": module.embed_dim, "k": module.kdim, "v": module.vdim}
         names = {f"{key}_proj_weight": Fans(size, module.embed_dim) for key, size in sizes_in.items()}
         return {name: found for name, found in names.items() if getattr(module, name) is not None}
+    own: dict[str, tuple[int, ...]]
     own = {name: tuple(p.shape) for name, p in module.named_parameters(recurse=False) if p.ndim > 1}
     if isinstance(module, _RECURRENT):  # a matrix for each gate, and weight_hr, which projects the hidden state
-        outside = {name: shape[0] if "_hr" in name else module.hidden_size for name, shape in own.items()}
-        return {name: Fans(shape[1], outside[name]) for name, shape in own.items()}
+        hidden = module.hidden_size
+        return {name: Fans(shape[1], shape[0] if "_hr" in name else hidden) for name, shape in own.items()}
     if isinstance(module, nn.Bilinear):
         return {"weight": Fans(module.in1_features * module.in2_features, module.out_features)}
     if found := experts(module):
@@ -142,7 +143,7 @@ def matrices(module: nn.Module) -> dict[str, Matrices]:
             found[name] = Matrices((0, 1), module.get_parameter(name).shape[0] // own.fan_out, own.fan_out, own.fan_in)
     elif packed := experts(module):
         for name, e in packed.items():
-            found[name] = Matrices((0, 2, 1) if e.transposed else (0, 1, 2), e.count, e.fan_out, e.fan_in)
+            found[name] = Matrices((0, 2, 1) if e.transposed else (0, 1, 2), e.number, e.fan_out, e.fan_in)
     parameters = {
         **dict(module.named_parameters(recurse=False)),
         **({f"factors.{n}": p for n, p in enumerate(module.factors)} if isinstance(module, StructuredLinear) else {}),
@@ -170,6 +171,6 @@ def kind(module: nn.Module, name: str, parameter: Tensor) -> str | None:
         return "bias" if _BIAS.fullmatch(name) else "vector"
     if _BIAS.fullmatch(name):  # of experts, heads or positions
         return "bias"
-    if getattr(parameter, "_no_weight_decay", False):  # as Mamba marks what drives its recurrence
+    if name.endswith("_log") or getattr(parameter, "_no_weight_decay", False):  # what drives Mamba's recurrence
         return "vector"
     return None

@@ -166,7 +166,7 @@ def _ignored(optimizer: Optimizer) -> None:
         ("weight_decay", {float(group["weight_decay"]) for group in groups}),
     ):
         given = optimizer.defaults.get(name)
-        default = usual[name].default if name in usual else inspect.Parameter.empty
+        default: Any = usual[name].default if name in usual else inspect.Parameter.empty
         if given is None or default is inspect.Parameter.empty or isinstance(given, Tensor):
             continue
         if float(given) != float(default) and float(given) not in own:

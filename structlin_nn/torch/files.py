@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from structlin_nn._files import atomic_write
 from structlin_nn._patterns import listed
 from structlin_nn.torch._layout import Change, changes, check_layout, layout_of
+from structlin_nn.torch._modules import changed
 
 __all__ = ["StructuredFile", "load_structured", "read_structured", "save_structured"]
 
@@ -219,6 +220,8 @@ def fill(model: nn.Module, found: StructuredFile, tensors: Mapping[str, Tensor])
     _check_ties(model, planned, found.aliases, own)
     for change in planned:
         change.apply(model)
+    if planned:
+        changed(model)
     with torch.no_grad():
         for name, tensor in model.state_dict().items():
             tensor.copy_(given[name])

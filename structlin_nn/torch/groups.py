@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -162,8 +162,8 @@ def parameter_groups(
     if base_model is not None:
         _check_same_modules(model, base_model)
     unused = set(to_adam)
-    held: dict[nn.Parameter, list[tuple[str, Matrices | None]]] = {}
-    tables: set[nn.Parameter] = set()
+    held: dict[Hashable, list[tuple[str, Matrices | None]]] = {}
+    tables: set[Hashable] = set()
 
     def places() -> Iterator[Place]:
         for layer, module in leaves(model):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -170,8 +171,38 @@ class StructuredLinear(nn.Module):
         dtype = self.bias.dtype if self.bias is not None and not len(self.factors) else None
         return self._plan.operator_class._build(self.structure, self.effective_factors(), dtype)
 
+    @property
+    def weight(self) -> Tensor:
+        """A as a matrix, (out_features, in_features), for code that reads the weight of a linear layer.
+
+        Computed anew at each access, differentiable in the factors, and not to be assigned to. It costs
+        ``in_features`` products with A and the memory of the dense matrix, so a model that multiplies by it saves
+        parameters and nothing else. A change of the result in place changes nothing in the layer, unless its structure
+        is ``dense``.
+        """
+        factors = self.effective_factors()
+        if self._is_dense:
+            return factors[0]
+        like = next((f for f in factors if f.is_floating_point() or f.is_complex()), self.bias)
+        dtype = torch.get_default_dtype() if like is None else like.dtype
+        device = factors[0].device if factors else None if like is None else like.device
+        identity = torch.eye(self.in_features, dtype=dtype, device=device)
+        matrix: Tensor = self.structure._rows(factors, identity, _TORCH)
+        return matrix.mT
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "weight":
+            raise AttributeError(
+                f"the weight of a structured layer is computed from its factors and cannot be assigned: "
+                f"set its factors, put a torch.nn.Linear of {self.in_features} -> {self.out_features} in its place to "
+                "tie or load a dense weight, or project that (structlin_nn.torch.project_linear)"
+            )
+        super().__setattr__(name, value)
+
     def forward(self, x: Tensor) -> Tensor:
         """``(..., in_features) -> (..., out_features)``."""
+        if not isinstance(x, Tensor):
+            return self._traced(x)  # type: ignore[unreachable]
         if not x.ndim or x.shape[-1] != self.in_features:
             raise ValueError(
                 f"the last axis of the input must have size in_features = {self.in_features}, "
@@ -187,6 +218,14 @@ class StructuredLinear(nn.Module):
             with torch.autocast(device, enabled=False):  # the products need not look at each operand again
                 return self._affine(x, factors, bias)
         return self._affine(x, factors, bias)
+
+    def _traced(self, x: Any) -> Any:
+        """A node of a graph of ``torch.fx``, in which this layer is one call, as nn.Linear is; TypeError otherwise."""
+        fx = sys.modules.get("torch.fx")
+        if fx is None or not isinstance(x, fx.Proxy):
+            hint = ": torch.from_numpy makes one of it" if type(x).__module__ == "numpy" else ""
+            raise TypeError(f"the input must be a torch.Tensor, got a {type(x).__name__}{hint}")
+        return x.tracer.create_proxy("call_module", x.tracer.path_of_module(self), (x,), {})
 
     def _affine(self, x: Tensor, factors: Sequence[Tensor], bias: Tensor | None) -> Tensor:
         compiling = torch.compiler.is_compiling()

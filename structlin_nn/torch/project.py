@@ -14,7 +14,7 @@ from structlin.projection import Settings
 from structlin.structure import AbstractStructure
 from structlin_nn._patterns import Patterns, as_patterns
 from structlin_nn._replacement import names_of, select
-from structlin_nn.torch._modules import linear_sizes
+from structlin_nn.torch._modules import changed, check_model, linear_sizes
 from structlin_nn.torch._project_calibration import Forward, gather
 from structlin_nn.torch._project_layers import Choice, StructureOf, Task, dense_of
 from structlin_nn.torch._project_report import LayerProjection, ProjectionReport
@@ -116,6 +116,7 @@ def project_linear(
     >>> [layer.options for layer in report.layers]
     [{'rank': 18}, {'rank': 24}]
     """
+    check_model(model, "project_linear")
     choice = Choice(
         structure, options, target_error,
         max_macs=max_macs, mac_fraction=mac_fraction, max_params=max_params, param_fraction=param_fraction,
@@ -141,6 +142,7 @@ def project_linear(
             _put(model, task.names, new)
             for name in task.names:
                 notes |= dict.fromkeys(_switch_off_fast_paths(model, name))
+    changed(model)
     budget = {"max_macs" if choice.unit == "MACs" else "max_params": choice.budget}
     return ProjectionReport(tuple(line for _, line in made), tuple(skipped), tuple(notes), **budget)
 
@@ -189,6 +191,7 @@ def to_dense_linear(model: nn.Module) -> tuple[str, ...]:
         made[layer] = _dense_layer(names[0], layer)
     for layer, new in made.items():
         _put(model, places[layer], new)
+    changed(model)
     return tuple(names[0] for names in places.values())
 
 

@@ -12,7 +12,7 @@ from torch.nn.utils import parametrize
 from structlin.structure import AbstractStructure
 from structlin_nn._patterns import Patterns, as_patterns
 from structlin_nn._replacement import PRESETS, Replacement, ReplacementReport, matching, names_of, select
-from structlin_nn.torch._modules import is_conv1d, linear_sizes
+from structlin_nn.torch._modules import changed, check_model, is_conv1d, linear_sizes
 from structlin_nn.torch._step_check import replaced
 from structlin_nn.torch.blocks import fuse_mlps
 from structlin_nn.torch.linear import StructuredLinear
@@ -88,6 +88,7 @@ def replace_linear(
     ...
     ValueError: layers: no linear layer matches 'head'; the linear layers are 4
     """
+    check_model(model, "replace_linear")
     if shared_weights not in ("error", "skip"):
         raise ValueError(f"shared_weights must be 'error' or 'skip', got {shared_weights!r}")
     if linear_sizes(model) is not None:
@@ -126,6 +127,7 @@ def replace_linear(
             parent, _, attribute = name.rpartition(".")
             setattr(model.get_submodule(parent), attribute, new)
             notes |= dict.fromkeys(_switch_off_fast_paths(model, name))
+    changed(model)
     if fuse:
         fused = fuse_mlps(model)
         notes |= dict.fromkeys(f"MLP {name}: {outcome}" for name, outcome in fused.items())

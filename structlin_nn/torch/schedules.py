@@ -93,7 +93,7 @@ class MultiplierScheduler(LRScheduler):
 
     def step(self, *args: Any, **kwargs: Any) -> None:
         """As the scheduler inside."""
-        self.base._opt_called = getattr(self.optimizer, "_opt_called", True)
+        setattr(self.base, "_opt_called", getattr(self.optimizer, "_opt_called", True))  # noqa: B010
         self.scheduler.step(*args, **kwargs)
         self._pass_on()
 
@@ -102,7 +102,7 @@ class MultiplierScheduler(LRScheduler):
         self.scheduler.step_update(*args, **kwargs)
         self._pass_on()
 
-    def get_last_lr(self) -> list[float]:
+    def get_last_lr(self) -> list[Any]:
         """The rate of each group."""
         return [group["lr"] for group in self.optimizer.param_groups]
 

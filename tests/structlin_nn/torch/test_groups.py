@@ -326,14 +326,6 @@ def test_extra_multipliers():
     )
 
 
-class Positions(nn.Module):
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.positions = nn.Parameter(torch.zeros(1, 9, width))
-        self.token = nn.Parameter(torch.zeros(1, 1, width))
-        self.layer = nn.Linear(width, width)
-
-
 class Mixing(nn.Module):
     """Weights that go by no known name."""
 
@@ -357,82 +349,6 @@ def test_unknown_parameters_need_a_rule_where_they_grow():
     assert_covers(groups, model)
     found = multipliers(parameter_groups(model, lr=1))  # each is its own base
     assert set(found.values()) == {1.0}
-
-
-def test_tables_and_vectors_go_by_their_names():
-    model, base = Positions(8), Positions(4)
-    groups = parameter_groups(model, base, lr=1, weight_decay=0.1)
-    assert multipliers(groups) == {"positions": 1, "token": 1, "layer.weight": 0.5, "layer.bias": 1}
-    assert {name for name, decay in decays(groups).items() if decay} == {"layer.weight"}
-    for name, shape, kind in (
-        ("cls_token", (1, 1, 8), "embedding"), ("pos_embed", (1, 5, 8), "embedding"),
-        ("rel_pos_h", (7, 8), "embedding"),
-        ("relative_position_bias_table", (49, 8), "embedding"), ("logit_scale", (8, 1, 1), "vector"),
-        ("gate_up_proj_bias", (4, 8), "bias"), ("attention_bias", (8, 3), "bias"), ("gamma", (8,), "vector"),
-    ):  # fmt: skip
-        module = nn.Module()
-        module.register_parameter(name, nn.Parameter(torch.zeros(shape)))
-        wider = nn.Module()
-        wider.register_parameter(name, nn.Parameter(torch.zeros([2 * n if n == 8 else n for n in shape])))
-        (group,) = parameter_groups(wider, module, lr=1, weight_decay=0.1, decay=[kind])
-        assert (group["multiplier"], group["weight_decay"]) == (1, 0.1), name
-
-
-@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
-def test_recurrent_weights_are_linear(kind):
-    model, base = kind(8, 32, num_layers=2), kind(8, 16, num_layers=2)
-    found = multipliers(parameter_groups(model, base, lr=1))
-    assert found["weight_ih_l0"] == 1
-    assert found["weight_hh_l0"] == found["weight_ih_l1"] == found["weight_hh_l1"] == 0.5
-    assert {value for name, value in found.items() if "bias" in name} == {1}
-    found = multipliers(parameter_groups(model, base, lr=1, optimizer="sgd"))
-    assert found["weight_ih_l0"] == (32 / 8) / (16 / 8)
-    assert found["weight_hh_l0"] == 1
-    gates = {nn.LSTM: 4, nn.GRU: 3, nn.RNN: 1}[kind]
-    groups = parameter_groups(model, base, lr=1, optimizer="muon", adam_lr=1)
-    by_muon = {n: m for g in groups if g["matrices"] for n, m in zip(g["names"], g["matrices"], strict=True)}
-    assert by_muon["weight_ih_l0"] == ((0, 1), gates, 32, 8)
-    assert len(by_muon) == 4
-    assert_covers(groups, model)
-
-
-def test_projected_lstm_cells_and_bilinear_layers():
-    model, base = nn.LSTM(8, 32, proj_size=6), nn.LSTM(8, 16, proj_size=6)
-    assert multipliers(parameter_groups(model, base, lr=1))["weight_hr_l0"] == 0.5
-    found = multipliers(parameter_groups(nn.GRUCell(8, 32), nn.GRUCell(8, 16), lr=1))
-    assert (found["weight_ih"], found["weight_hh"], found["bias_ih"]) == (1, 0.5, 1)
-    found = multipliers(parameter_groups(nn.Bilinear(3, 8, 5), nn.Bilinear(3, 2, 5), lr=1))
-    assert found == {"weight": 1 / 4, "bias": 1}
-
-
-def test_weight_normalised_layers():
-    model = nn.utils.parametrizations.weight_norm(nn.Linear(8, 6))
-    base = nn.utils.parametrizations.weight_norm(nn.Linear(4, 6))
-    found = multipliers(parameter_groups(model, base, lr=1))
-    assert found == {"bias": 1, "parametrizations.weight.original0": 1, "parametrizations.weight.original1": 0.5}
-
-
-class Experts(nn.Module):
-    """As transformers holds those of Mixtral, and transposed, as of GPT-OSS."""
-
-    def __init__(self, width: int, transposed: bool = False) -> None:
-        super().__init__()
-        self.num_experts = 3
-        up, down = (3, 2 * 5, width), (3, width, 5)
-        if transposed:
-            up, down = ((a, c, b) for a, b, c in (up, down))
-        self.gate_up_proj, self.down_proj = (nn.Parameter(torch.zeros(shape)) for shape in (up, down))
-
-
-@pytest.mark.parametrize("transposed", [False, True])
-def test_experts(transposed):
-    model, base = Experts(8, transposed), Experts(4, transposed)
-    assert multipliers(parameter_groups(model, base, lr=1)) == {"gate_up_proj": 0.5, "down_proj": 1}
-    found = multipliers(parameter_groups(model, base, lr=1, optimizer="sgd"))
-    assert found == {"gate_up_proj": (10 / 8) / (10 / 4), "down_proj": (8 / 5) / (4 / 5)}
-    groups = parameter_groups(model, lr=1, optimizer="muon")
-    order = (0, 2, 1) if transposed else (0, 1, 2)
-    assert [m for g in groups for m in g["matrices"]] == [(order, 3, 10, 8), (order, 3, 8, 5)]
 
 
 def test_frozen_parameters_are_left_out():

@@ -1,0 +1,225 @@
+"""Models of transformers with structured layers: what their files say, and how they are loaded again.
+
+``config.json`` of a model whose layers were replaced has an entry ``quantization_config`` of the kind ``structlin``,
+which describes the layers. That is the way in which transformers lets a library change the layers of a model before its
+weights are loaded, so ``from_pretrained``, the automatic classes, checkpoints of the Trainer, sharded files and
+``device_map`` all find the structured layers again. It needs ``import structlin_nn`` before loading, and nothing else.
+Reading runs no code of the files.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from structlin_nn._patterns import listed
+from structlin_nn.torch._layout import changes, check_layout, layout_of
+from structlin_nn.torch._modules import on_change
+from structlin_nn.torch.linear import StructuredLinear
+from structlin_nn.torch.project import project_linear
+
+__all__ = ["METHOD", "StructlinConfig", "StructlinQuantizer", "describe"]
+
+METHOD, VERSION = "structlin", 1
+
+
+@register_quantization_config(METHOD)
+class StructlinConfig(QuantizationConfigMixin):
+    """The structured layers of a model, or how to make them of a dense one.
+
+    With ``structure`` it is given to ``from_pretrained`` of a dense model, whose layers are then projected
+    (:func:`structlin_nn.torch.project_linear`). In ``config.json`` it has ``layers`` instead.
+
+    Args:
+        structure: name of a registered structure.
+        layers: with ``structure``, which layers, as in :func:`structlin_nn.torch.project_linear`; otherwise the
+            description of the layers that ``config.json`` has.
+        version: of that description.
+        **options: of :func:`structlin_nn.torch.project_linear`: ``rank``, ``mac_fraction``, ``calibration``, ...
+
+    Raises:
+        ValueError: neither ``structure`` nor a description; one of a newer version, or of structures that do not exist.
+
+    >>> import tempfile
+    >>> import transformers
+    >>> sizes = {"n_embd": 32, "n_layer": 1, "n_head": 2, "vocab_size": 64}
+    >>> folder = tempfile.mkdtemp()
+    >>> transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes)).save_pretrained(folder)
+    >>> config = StructlinConfig("low_rank", mac_fraction=0.5)
+    >>> model = transformers.AutoModelForCausalLM.from_pretrained(folder, quantization_config=config)
+    >>> type(model.transformer.h[0].mlp.c_fc).__name__
+    'StructuredLinear'
+    """
+
+    def __init__(
+        self, structure: str | None = None, *, layers: Any = None, version: int = VERSION, quant_method: str = METHOD,
+        **options: Any,
+    ) -> None:  # fmt: skip
+        self.quant_method = quant_method  # type: ignore[assignment]
+        self.structure, self.version = structure, version
+        self.layers, self.options = layers, options
+        if version != VERSION:
+            raise ValueError(f"structured layers of version {version!r} are described, and {VERSION} is known")
+        if structure is None:
+            if options or not isinstance(layers, list) or not layers:
+                raise ValueError(
+                    "give the name of a structure, for the layers of a dense model, or the layers that a config.json "
+                    f"describes; got structure=None, layers={layers!r:.80} and {', '.join(options) or 'no options'}"
+                )
+            self.layout()
+
+    def layout(self) -> dict[str, Any]:
+        """The layers as :mod:`structlin_nn.torch.files` describes them."""
+        found = []
+        for shared in self.layers:
+            if not isinstance(shared, Mapping) or not isinstance(shared.get("names"), list):
+                raise ValueError(f"layers must be objects with names, got {shared!r:.80}")
+            found += [{**shared, "names": names} for names in shared["names"]]
+        layout = {"layers": found, "linear": []}
+        check_layout(layout)
+        return layout
+
+    def to_dict(self) -> dict[str, Any]:
+        """What ``config.json`` gets, and messages before the layers are made: what JSON can hold."""
+        found = {"quant_method": METHOD, "version": self.version, "layers": self.layers}
+        if self.structure is not None:
+            found |= {"structure": self.structure, **self.options}
+        return {key: value for key, value in found.items() if _is_plain(value)}
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return all(map(_is_plain, value))
+    if isinstance(value, Mapping):
+        return all(isinstance(key, str) and _is_plain(entry) for key, entry in value.items())
+    return value is None or isinstance(value, bool | int | float | str)
+
+
+@register_quantizer(METHOD)
+class StructlinQuantizer(HfQuantizer):
+    """Puts structured layers into a model before its weights are loaded. Nothing is quantised."""
+
+    quantization_config: StructlinConfig
+
+    def preprocess_model(self, model: PreTrainedModel, dtype: Any = None, **kwargs: Any) -> None:
+        """Replace the layers of a model on the meta device."""
+        if self.quantization_config.structure is not None:
+            return
+        layout = _placed(self.quantization_config.layout(), model)
+        for change in changes(model, layout):
+            change.apply(model)
+
+    def postprocess_model(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        """Project the layers of a dense model, and leave an ordinary model behind."""
+        config = self.quantization_config
+        del model.hf_quantizer  # to transformers it would be a quantised model, which is not to be trained or cast
+        if config.structure is not None:
+            del model.config.quantization_config
+            layers = {} if config.layers is None else {"layers": config.layers}
+            project_linear(model, config.structure, **layers, **config.options)
+        else:
+            _check_loaded(model)
+        describe(model)
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+
+def _check_loaded(model: PreTrainedModel) -> None:
+    """Raise ValueError where the files hold no values of a structured layer that their configuration describes."""
+    for name, module in model.named_modules():
+        if isinstance(module, StructuredLinear):
+            for key, parameter in module.named_parameters():
+                if not (parameter.is_meta or getattr(parameter, "_is_hf_initialized", False)):  # meta: it is on disk
+                    raise ValueError(
+                        f"config.json describes {name} as a structured layer, and the files hold no {name}.{key}: "
+                        "the configuration is that of another model"
+                    )
+
+
+def _placed(layout: dict[str, Any], model: PreTrainedModel) -> dict[str, Any]:
+    """The layout with the names that layers have in this model: with the head or without, as transformers loads it."""
+    prefix = f"{model.base_model_prefix}."
+    own = {name for name, _ in model.named_modules(remove_duplicate=False)}
+    found = []
+    for form in layout["layers"]:
+        names = []
+        for name in form["names"]:
+            candidates = (name, name.removeprefix(prefix), prefix + name)
+            names += [known for known in candidates if known in own][:1]
+        if names:
+            found.append({**form, "names": names})
+    if not found:
+        first = [form["names"][0] for form in layout["layers"]]
+        raise ValueError(
+            f"{type(model).__name__} has none of the structured layers of the file: {listed(first, most=5)}"
+        )
+    return {"layers": found, "linear": []}
+
+
+def describe(model: nn.Module) -> None:
+    """Write the structured layers of a model into its configuration, for ``save_pretrained``.
+
+    The functions of :mod:`structlin_nn.torch` that change layers call it. Call it after a change by hand. All models of
+    transformers inside of ``model`` are described, each for itself.
+
+    Raises:
+        ValueError: layers that cannot be described (:func:`structlin_nn.torch.save_structured`).
+    """
+    done: list[Any] = []
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if not isinstance(module, PreTrainedModel) or config is None or any(config is other for other in done):
+            continue
+        done.append(config)
+        forms = layout_of(module)["layers"]
+        current = getattr(config, "quantization_config", None)
+        if forms:
+            if current is not None and not _is_ours(current):
+                raise ValueError(
+                    f"the model is quantised ({_method(current)}), and its configuration cannot describe structured "
+                    "layers too: replace layers first, and do not quantise them"
+                )
+            config.quantization_config = StructlinConfig(layers=_shared(forms))
+        elif _is_ours(current):
+            del config.quantization_config
+
+
+@on_change
+def _describe_or_warn(model: nn.Module) -> None:
+    try:
+        describe(model)
+    except ValueError as error:
+        warnings.warn(f"save_pretrained will not tell of the structured layers: {error}", stacklevel=4)
+
+
+def _method(config: Any) -> Any:
+    return config.get("quant_method") if isinstance(config, Mapping) else getattr(config, "quant_method", None)
+
+
+def _is_ours(config: Any) -> bool:
+    return config is not None and _method(config) == METHOD
+
+
+def _shared(forms: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Layers that differ in their names alone as one entry, in which ``names`` is a list of lists."""
+    found: list[dict[str, Any]] = []
+    for form in forms:
+        rest = {key: value for key, value in form.items() if key != "names"}
+        same = next((one for one in found if rest.items() <= one.items()), None)
+        if same is None:
+            found.append({"names": [form["names"]], **rest})
+        else:
+            same["names"].append(form["names"])
+    return found
