@@ -11,6 +11,7 @@ LAYERS = ("all", "all_but_last", "intermediate")
 RULES = ("paper", "rank_corrected")
 OPTIMIZERS = ("adam", "adamw", "sign", "sgd")
 DTYPES = ("float64", "float32", "bfloat16", "float16")
+PRODUCT_DTYPES = (*DTYPES, "float8_e4m3fn", "float8_e5m2")
 DEVICES = ("a100", "h100", "h200", "b200", "l40s", "rtx4090", "cpu")
 HELP = "count parameters and multiply-accumulates of a model, layer by layer and factor by factor"
 EXAMPLES = """\
@@ -49,10 +50,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of weights, gradients and states (float32): " + ", ".join(DTYPES),
     )  # fmt: skip
     run.add_argument(
-        "--activation-dtype", type=choice("dtype", DTYPES), metavar="NAME", help="of activations and products (--dtype)"
+        "--activation-dtype",
+        type=choice("dtype", PRODUCT_DTYPES),
+        metavar="NAME",
+        help="of activations and products (--dtype): " + ", ".join(PRODUCT_DTYPES),
     )
+    run.add_argument(
+        "--zero-stage",
+        type=int,
+        default=0,
+        metavar="N",
+        help="devices share: 1 states, 2 gradients too, 3 weights too",
+    )
+    run.add_argument("--devices", type=int, default=1, metavar="N", help="devices that share (1)")
     run.add_argument("--optimizer-states", type=int, metavar="N", help="numbers kept for each parameter")
     run.add_argument("--device", "--on", type=choice("device", DEVICES), metavar="NAME", help=", ".join(DEVICES))
+    how = parser.add_argument_group("what counts")
+    how.add_argument("--causal-discount", action="store_true", help="of attention only pairs that a causal mask leaves")
+    how.add_argument("--flash-backward", action="store_true", help="scores that fused attention computes again, too")
+    how.add_argument("--strict", action="store_true", help="an error where an operation is unknown")
     structure_options(parser)
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
@@ -79,6 +95,11 @@ def run(arguments: argparse.Namespace) -> int:
             activation_dtype=arguments.activation_dtype,
             optimizer_states=arguments.optimizer_states,
             device=arguments.device,
+            causal_discount=arguments.causal_discount,
+            flash_backward=arguments.flash_backward,
+            strict=arguments.strict,
+            zero_stage=arguments.zero_stage,
+            devices=arguments.devices,
             **sizes,
         )
     except (TypeError, ValueError) as error:

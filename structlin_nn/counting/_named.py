@@ -183,7 +183,10 @@ def count_model(
     if device is not None:
         products = activation_dtype or dtype
         on = find_device(device, products) if isinstance(device, str) else device
-        found = roofline(step, on, products, optimizer=optimizer, states=optimizer_states, weight_dtype=dtype)
+        found = roofline(
+            step, on, products, optimizer=optimizer, states=optimizer_states, weight_dtype=dtype,
+            shares=devices if zero_stage else 1,
+        )  # fmt: skip
         record["roofline"] = asdict(found) | {
             "step": found.step, "batch_size": batch, "source": on.source, "memory": on.memory,
         }  # fmt: skip

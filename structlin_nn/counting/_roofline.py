@@ -95,7 +95,7 @@ class Roofline:
 
 def roofline(
     counted: ModelCount, on: Device, dtype: str | None = None, *, optimizer: str = "adam", states: int | None = None,
-    weight_dtype: str | None = None,
+    weight_dtype: str | None = None, shares: int = 1,
 ) -> Roofline:  # fmt: skip
     """The least time that a counted batch takes on a device.
 
@@ -106,6 +106,7 @@ def roofline(
             products (FFTs) are taken at the same rate, forward and backward.
         optimizer, states: as in :func:`structlin_nn.counting.training_bytes`.
         weight_dtype: of weights, gradients and states, for the update; None: that of the parameters.
+        shares: devices that share the update, each of them a part of the states (ZeRO).
 
     Raises:
         ValueError: a dtype or an optimiser that is not known; no dtype for parameters of several.
@@ -136,7 +137,7 @@ def roofline(
     weights = counted.trainable_bytes
     if weight_dtype is not None:
         weights = counted.trainable_params * itemsize(weight_dtype)
-    update = (3 + 2 * states_of(optimizer, states)) * weights / bandwidth
+    update = (3 + 2 * states_of(optimizer, states)) * weights / bandwidth / shares
     return Roofline(
         on.name, dtype, forward, backward, compute, flops / moved if moved else 0.0, peak / bandwidth,
         counted.uncounted_moved * size / bandwidth, update,

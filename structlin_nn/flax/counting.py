@@ -1,8 +1,9 @@
 """Multiply-accumulates (MACs) of jax functions and flax.nnx models, counted in their jaxpr.
 
-A jaxpr lists every operation with its shapes, so that nothing is run and nothing estimated: matrix products and
-convolutions are counted, what is inside jit, scan, checkpoint, custom derivatives and conditionals too, and everything
-else is listed by name. 1 MAC = 2 FLOPs.
+A jaxpr lists every operation with its shapes, so that nothing is run and nothing estimated. Every primitive is in one
+of three lists: those that compute products (matrix products, convolutions, LAPACK's factorisations) have a formula,
+inside jit, scan, checkpoint, custom derivatives and conditionals too; those that compute none are listed by name; those
+that are unknown are named first, because their products are missing. 1 MAC = 2 FLOPs.
 
 >>> import jax.numpy as jnp
 >>> counted = count(lambda x, w: jnp.tanh(x @ w), jnp.zeros((3, 8)), jnp.zeros((8, 5)))
@@ -12,10 +13,11 @@ else is listed by name. 1 MAC = 2 FLOPs.
 
 from __future__ import annotations
 
+import json
 import math
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import jax
@@ -23,15 +25,17 @@ from flax import nnx
 from jax.extend import core
 
 from structlin.execution.jax_cpu import as_chains, macs_of, single_products
+from structlin_nn.flax._primitives import FREE, UNKNOWN, classify, formula_of, register_primitive
 
-__all__ = ["JaxCount", "count", "xla_flops"]
+__all__ = ["JaxCount", "UnknownPrimitiveError", "count", "xla_flops"]
 
-# Operations that only name, share or rearrange memory.
-_FREE = {
-    "broadcast_in_dim", "concatenate", "copy", "copy_p", "dynamic_slice", "dynamic_update_slice", "expand_dims", "iota",
-    "optimization_barrier", "pad", "reshape", "rev", "sharding_constraint", "slice", "split", "squeeze",
-    "stop_gradient", "transpose",
-}  # fmt: skip
+
+class UnknownPrimitiveError(ValueError):
+    """A primitive that nobody has said the cost of was met by a strict count."""
+
+
+for _name in ("structlin_chain", "structlin_chain_gradients", "structlin_chain_tangent"):
+    register_primitive(_name)(macs_of)
 
 
 @dataclass
@@ -39,12 +43,16 @@ class JaxCount:
     """What :func:`count` returns.
 
     Attributes:
-        products: MACs by operation: ``dot_general``, ``conv_general_dilated``, and the chains of structured matrices
-            (``structlin_chain``, with its derivatives, which do not count what they compute again) where they are
-            compiled as a whole.
+        products: MACs by operation: ``dot_general``, ``conv_general_dilated``, factorisations, and the chains of
+            structured matrices (``structlin_chain``, with its derivatives, which do not count what they compute
+            again) where they are compiled as a whole.
         params: numbers of a model's parameters (nnx.Param); 0 for a function.
         training_macs: of the function and its gradient; None where that was not asked for.
         uncounted_ops: other operations and how often they run, those that only move data left out.
+        unknown_ops: primitives that are in no list, and how often they run, in the function and its gradient; what
+            they compute is missing.
+        other_flops: FLOPs that are no products: of FFTs.
+        training_other_flops: of the function and its gradient.
         unbounded: MACs of one round of each ``while`` loop, which jax does not say how often it runs. They are not
             part of ``macs``.
     """
@@ -54,17 +62,45 @@ class JaxCount:
     training_macs: int | None = None
     uncounted_ops: dict[str, int] = field(default_factory=dict)
     unbounded: tuple[int, ...] = ()
+    unknown_ops: dict[str, int] = field(default_factory=dict)
+    other_flops: int = 0
+    training_other_flops: int | None = None
 
     @property
     def macs(self) -> int:
         """MACs of all products."""
         return sum(self.products.values())
 
+    def to_dict(self) -> dict[str, Any]:
+        """All fields and the total, of types that ``json.dumps`` takes."""
+        return asdict(self) | {"macs": self.macs}
+
+    def to_json(self, **options: Any) -> str:
+        """:meth:`to_dict` as JSON; the options are those of ``json.dumps``."""
+        return json.dumps(self.to_dict(), **options)
+
+    def __str__(self) -> str:
+        missing = ", ".join(f"{name} x{number}" for name, number in self.unknown_ops.items())
+        note = f"  without UNKNOWN primitives: {missing}" if missing else ""
+        lines = [f"UNKNOWN primitives: {missing}"] if missing else []
+        lines += [f"{'parameters':<24}{self.params:>20,}", f"{'forward MACs':<24}{self.macs:>20,}{note}"]
+        lines += [f"{'  ' + name:<24}{macs:>20,}" for name, macs in self.products.items()]
+        if self.training_macs is not None:
+            lines.append(f"{'training MACs':<24}{self.training_macs:>20,}{note}")
+        if self.other_flops:
+            lines.append(f"{'other FLOPs, forward':<24}{self.other_flops:>20,}")
+        if self.unbounded:
+            lines.append(f"MACs of one round of each while loop, not counted: {', '.join(map(str, self.unbounded))}")
+        free = ", ".join(f"{name} x{number}" for name, number in self.uncounted_ops.items())
+        return "\n".join([*lines, f"not counted (no products): {free or 'none'}"])
+
 
 class _Walk:
     def __init__(self) -> None:
         self.products: Counter[str] = Counter()
         self.other: Counter[str] = Counter()
+        self.unknown: Counter[str] = Counter()
+        self.flops = 0
         self.unbounded: list[int] = []
 
     def jaxpr(self, jaxpr: Any, times: int = 1) -> None:
@@ -73,12 +109,10 @@ class _Walk:
 
     def equation(self, equation: Any, times: int) -> None:
         name, parameters = equation.primitive.name, equation.params
-        if name == "dot_general":
-            self.products[name] += times * _product(equation)
-        elif name == "conv_general_dilated":
-            self.products[name] += times * _convolution(equation)
-        elif (macs := macs_of(equation)) is not None:
-            self.products[name] += times * macs
+        if (formula := formula_of(name)) is not None:
+            work = formula(equation)
+            self.products[name] += times * work.macs
+            self.flops += times * work.other_flops
         elif name == "scan":
             self.jaxpr(parameters["jaxpr"].jaxpr, times * parameters["length"])
         elif name == "while":
@@ -92,12 +126,16 @@ class _Walk:
             # One branch runs: the dearest is counted.
             walks = [_walk(branch.jaxpr) for branch in parameters["branches"]]
             self.add(max(walks, key=lambda walk: sum(walk.products.values())), times)
+        elif name == "custom_linear_solve":
+            self.jaxpr(parameters["jaxprs"].solve.jaxpr, times)  # the others are its derivatives and checks
         elif inner := list(_inner(parameters)):
             if "custom_jvp" in name or "custom_vjp" in name:
                 inner = inner[:1]  # the function; the others are its derivatives
             for jaxpr in inner:
                 self.jaxpr(jaxpr, times)
-        elif name not in _FREE:
+        elif classify(name) == UNKNOWN:
+            self.unknown[name] += times
+        elif name not in FREE:
             self.other[name] += times
 
     def add(self, walk: _Walk, times: int) -> None:
@@ -105,6 +143,9 @@ class _Walk:
             self.products[name] += times * macs
         for name, calls in walk.other.items():
             self.other[name] += times * calls
+        for name, calls in walk.unknown.items():
+            self.unknown[name] += times * calls
+        self.flops += times * walk.flops
         self.unbounded += walk.unbounded
 
 
@@ -123,20 +164,9 @@ def _inner(parameters: dict[str, Any]) -> Any:
                 yield item
 
 
-def _product(equation: Any) -> int:
-    (contracted, _), _ = equation.params["dimension_numbers"]
-    left = equation.invars[0].aval.shape
-    return math.prod(equation.outvars[0].aval.shape) * math.prod(left[axis] for axis in contracted)
-
-
-def _convolution(equation: Any) -> int:
-    """Each number of the result meets one kernel over the channels of its group, dilated zeros included."""
-    kernel = equation.invars[1].aval.shape
-    layout = equation.params["dimension_numbers"].rhs_spec  # (features out, features in, spatial...)
-    return math.prod(equation.outvars[0].aval.shape) * math.prod(kernel[axis] for axis in layout[1:])
-
-
-def count(model: Callable[..., Any], *inputs: Any, training: bool = False, **keywords: Any) -> JaxCount:
+def count(
+    model: Callable[..., Any], *inputs: Any, training: bool = False, strict: bool = False, **keywords: Any
+) -> JaxCount:
     """Count the products of ``model(*inputs, **keywords)``.
 
     Args:
@@ -144,9 +174,11 @@ def count(model: Callable[..., Any], *inputs: Any, training: bool = False, **key
         inputs, keywords: arrays, or ``jax.ShapeDtypeStruct`` in their place: nothing is computed.
         training: also count the gradient of the sum of the results, with respect to the parameters of a module, or
             to all floating inputs of a function. Products that a backward pass computes again count again.
+        strict: raise an error where a primitive is unknown.
 
     Raises:
         TypeError: ``model`` cannot be called.
+        UnknownPrimitiveError: with ``strict``, where a total is not complete.
 
     >>> from flax import nnx
     >>> model = nnx.eval_shape(lambda: nnx.Linear(8, 5, rngs=nnx.Rngs(0)))
@@ -178,7 +210,10 @@ def count(model: Callable[..., Any], *inputs: Any, training: bool = False, **key
             for number, x in enumerate(inputs)
             if all(jax.numpy.issubdtype(leaf.dtype, jax.numpy.inexact) for leaf in jax.tree.leaves(x))
         )
-    counted = JaxCount(dict(walk.products), params, None, dict(sorted(walk.other.items())), tuple(walk.unbounded))
+    products = {name: macs for name, macs in walk.products.items() if macs or name != "fft"}
+    counted = JaxCount(
+        products, params, None, dict(sorted(walk.other.items())), tuple(walk.unbounded), dict(walk.unknown), walk.flops
+    )
     if training:
 
         def loss(*arguments: Any, **keywords: Any) -> Any:
@@ -186,7 +221,14 @@ def count(model: Callable[..., Any], *inputs: Any, training: bool = False, **key
 
         with as_chains():
             both = jax.make_jaxpr(jax.value_and_grad(loss, argnums=wanted))(*arguments, **keywords)
-        counted.training_macs = sum(_walk(both.jaxpr).products.values())
+        again = _walk(both.jaxpr)
+        counted.training_macs, counted.training_other_flops = sum(again.products.values()), again.flops
+        counted.unknown_ops = {**again.unknown, **counted.unknown_ops}
+    if strict and counted.unknown_ops:
+        names = ", ".join(f"{name} x{number}" for name, number in counted.unknown_ops.items())
+        raise UnknownPrimitiveError(
+            f"nobody has said what these primitives compute: {names}; register_primitive or register_no_product does"
+        )
     return counted
 
 

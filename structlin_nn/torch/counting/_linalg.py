@@ -1,11 +1,4 @@
-"""FLOPs of LAPACK's factorisations and of FFTs, and the operations of torch that call them.
-
-The formulas are those of Golub and Van Loan, *Matrix Computations* (4th edition, 2013), to leading order, with the
-sections named below; LAPACK Working Note 41 (Blackford and Dongarra, 1999) has the same with lower orders. Iterations
-(eigenvalues, singular values) take the usual number of steps. A multiply-accumulate is two FLOPs. An FFT of n complex
-numbers takes ``5 n log2(n)`` FLOPs and one of real numbers half of that, by the convention of Frigo and Johnson (*The
-design and implementation of FFTW3*, 2005).
-"""
+"""The operations of torch that call LAPACK or transform by FFT, by the FLOPs of :mod:`structlin_nn._flops`."""
 
 from __future__ import annotations
 
@@ -17,35 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from structlin_nn._flops import FLOPS, fft_flops
 from structlin_nn.torch.counting._lists import Product, register_product
 
-__all__ = ["FLOPS", "fft_flops", "matrix_exp_products"]
+__all__ = ["matrix_exp_products"]
 
 Arguments = Mapping[str, Any]
-_third = Fraction(1, 3)
-
-FLOPS: dict[str, Callable[..., Fraction | int]] = {
-    "lu": lambda m, n: min(m, n) ** 2 * (max(m, n) - min(m, n) * _third),  # section 3.2
-    "lu_solve": lambda n, columns: 2 * n**2 * columns,  # section 3.1: two triangles
-    "triangular_solve": lambda n, columns: n**2 * columns,
-    "inverse": lambda n: 2 * n**3,  # section 3.4
-    "cholesky": lambda n: n**3 * _third,  # section 4.2
-    "cholesky_inverse": lambda n: 2 * n**3 * _third,
-    "ldl": lambda n: n**3 * _third,  # section 4.4
-    "qr": lambda m, n: 2 * min(m, n) ** 2 * (max(m, n) - min(m, n) * _third),  # section 5.2.2
-    # Section 5.1.6: the first columns of k reflectors of length m, and k reflectors on a matrix of n columns.
-    "householder_product": lambda m, n, k: 4 * m * n * k - 2 * (m + n) * k**2 + 4 * k**3 * _third,
-    "householder_apply": lambda m, n, k: 2 * n * k * (2 * m - k),
-    "eigh": lambda n: 9 * n**3,  # section 8.3.4
-    "eigvalsh": lambda n: 4 * n**3 * _third,
-    "eig": lambda n: 25 * n**3,  # section 7.5.6
-    "eigvals": lambda n: 10 * n**3,
-    # Section 8.6.3, by Golub and Reinsch, m >= n: singular values; thin factors; square ones.
-    "svdvals": lambda m, n: 4 * m * n**2 - 4 * n**3 * _third,
-    "svd": lambda m, n: 14 * m * n**2 + 8 * n**3,
-    "svd_full": lambda m, n: 4 * m**2 * n + 8 * m * n**2 + 9 * n**3,
-}
-"""FLOPs of one matrix: m x n, or n x n; exact to leading order."""
 
 
 def _register(names: str) -> Callable[[Callable[[Arguments], Product]], None]:
@@ -257,15 +227,6 @@ def _(g: Arguments) -> Product:
 
 
 # -- Fourier transforms --------------------------------------------------------------------------------------------
-
-
-def fft_flops(n: int, real: bool = False) -> int:
-    """FLOPs of one transform of n numbers.
-
-    >>> fft_flops(8), fft_flops(8, real=True)
-    (120, 60)
-    """
-    return math.ceil((2.5 if real else 5) * n * math.log2(n)) if n > 1 else 0
 
 
 def _transforms(x: Tensor, axes: list[int], real: bool) -> Product:

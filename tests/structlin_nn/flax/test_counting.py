@@ -10,8 +10,9 @@ from flax import nnx
 
 import structlin
 from structlin_nn import models
-from structlin_nn.flax import StructuredLinear
-from structlin_nn.flax.counting import count, xla_flops
+from structlin_nn._flops import FLOPS
+from structlin_nn.flax import StructuredLinear, _primitives, register_no_product, register_primitive
+from structlin_nn.flax.counting import UnknownPrimitiveError, count, xla_flops
 from structlin_nn.models import flax as flax_models
 from structlin_nn.torch import counting as torch_counting
 
@@ -123,3 +124,86 @@ def test_integers_have_no_gradient() -> None:
     assert counted.params == 0
     with pytest.raises(TypeError, match="a module or a function is needed, got 3"):
         count(3)  # type: ignore[arg-type]
+
+
+class TestLists:
+    def test_every_primitive_is_in_a_list(self) -> None:
+        """Of a new jax, a primitive that nobody has listed fails here."""
+        from jax._src.interpreters import ad, mlir
+        from jax.experimental import sparse
+
+        assert sparse is not None
+        lowered = [*mlir._lowerings, *(p for rules in mlir._platform_specific_lowerings.values() for p in rules)]
+        names = {primitive.name for primitive in (*lowered, *ad.primitive_jvps)}
+        assert len(names) > 250
+        ours = {name for name in names if "structlin_example" in name}
+        unknown = {name for name in names - ours if _primitives.classify(name) == "unknown"}
+        assert unknown <= _primitives.KNOWN_UNKNOWN
+
+    def test_lists_are_apart(self) -> None:
+        lists = (_primitives.FREE, _primitives._NAMED, _primitives._SPARSE, _primitives._COMPOSITE,
+                 _primitives.KNOWN_UNKNOWN, frozenset(_primitives._FORMULAS))  # fmt: skip
+        assert len(frozenset.union(*lists)) == sum(map(len, lists))
+
+    def test_unknown_first(self) -> None:
+        def call(x: Any) -> Any:
+            return jax.pure_callback(lambda x: x, x, x) @ x
+
+        found = count(call, array(3, 3), training=False)
+        assert found.unknown_ops == {"pure_callback": 1}
+        lines = str(found).splitlines()
+        assert lines[0] == "UNKNOWN primitives: pure_callback x1"
+        assert any(line.startswith("forward MACs") and "without UNKNOWN" in line for line in lines)
+        assert found.to_dict()["macs"] == 27
+        with pytest.raises(UnknownPrimitiveError, match="pure_callback x1; register_primitive or register_no_product"):
+            count(call, array(3, 3), strict=True)
+        try:
+            register_primitive("pure_callback")(lambda equation: 5)
+            assert count(call, array(3, 3), strict=True).products == {"pure_callback": 5, "dot_general": 27}
+            register_no_product("pure_callback")
+            assert count(call, array(3, 3), strict=True).uncounted_ops == {"pure_callback": 1}
+        finally:
+            _primitives._REGISTERED_FREE.discard("pure_callback")
+
+
+class TestFormulas:
+    @pytest.mark.parametrize(
+        ("call", "macs"),
+        [
+            (lambda a, b: jnp.linalg.cholesky(a), 3 * FLOPS["cholesky"](6) / 2),
+            (lambda a, b: jax.scipy.linalg.solve_triangular(a, b), 3 * FLOPS["triangular_solve"](6, 4) / 2),
+            (lambda a, b: jnp.linalg.solve(a, b), 3 * (FLOPS["lu"](6, 6) + FLOPS["lu_solve"](6, 4)) / 2),
+            (lambda a, b: jnp.linalg.eigh(a)[1], 3 * FLOPS["eigh"](6) / 2),
+            (lambda a, b: jnp.linalg.svd(b, compute_uv=False), 3 * FLOPS["svdvals"](6, 4) / 2),
+            (lambda a, b: jnp.linalg.svd(b, full_matrices=False)[0], 3 * FLOPS["svd"](6, 4) / 2),
+            (lambda a, b: jnp.linalg.qr(b)[0], 3 * (FLOPS["qr"](6, 4) + FLOPS["householder_product"](6, 4, 4)) / 2),
+            (lambda a, b: jnp.linalg.eigvals(a), 3 * FLOPS["eigvals"](6) / 2),
+            (lambda a, b: jnp.linalg.slogdet(a)[1], 3 * FLOPS["lu"](6, 6) / 2),
+        ],
+    )  # fmt: skip
+    def test_factorisations(self, call: Any, macs: float) -> None:
+        """Three matrices of 6 x 6, and right-hand sides 6 x 4; of a solve neither its checks nor its derivatives."""
+        assert count(call, array(3, 6, 6), array(3, 6, 4), strict=True).macs == pytest.approx(float(macs), abs=3)
+
+    def test_groups(self) -> None:
+        """Rows of groups meet one matrix each, and the gradient of the matrices costs the same."""
+        found = count(jax.lax.ragged_dot, array(8, 5), array(3, 5, 7), array(3, dtype="int32"), strict=True)
+        assert found.macs == 8 * 5 * 7
+        loss = lambda x, w: jax.lax.ragged_dot(x, w, jnp.array([2, 5, 1]))  # noqa: E731
+        assert count(loss, array(8, 5), array(3, 5, 7), training=True, strict=True).training_macs == 3 * 8 * 5 * 7
+
+    def test_transforms(self) -> None:
+        flops = [count(call, array(3, 10)).other_flops for call in (jnp.fft.rfft, jnp.fft.fft, lambda x: jnp.fft.irfft(
+            jnp.fft.rfft(x)))]  # fmt: skip
+        one = 3 * 84  # ceil(2.5 * 10 * log2(10))
+        assert flops == [one, 3 * 167, 2 * one]
+        trained = count(jnp.fft.rfft, array(3, 10), training=False)
+        assert (trained.macs, trained.products) == (0, {})
+        real = count(lambda x: jnp.abs(jnp.fft.rfft(x)) ** 2, array(3, 10), training=True)
+        assert real.training_other_flops == 2 * one
+
+    def test_sparse(self) -> None:
+        from jax.experimental import sparse
+
+        matrix = sparse.BCOO.fromdense(jnp.array([[1.0, 0, 2, 0], [0, 0, 3, 0], [4, 5, 0, 0]]))
+        assert count(lambda x: matrix @ x, array(4, 7), strict=True).macs == 5 * 7
