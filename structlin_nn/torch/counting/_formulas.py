@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from structlin_nn.torch.counting._lists import Formula, Product, register_product
+from structlin_nn.torch.counting._lists import WHOLE, Formula, Product, register_product
 
 __all__ = ["attention_pairs", "attention_product", "grouped", "matrix_product"]
 
@@ -147,7 +147,7 @@ def _dense_layer(x: str) -> Formula:
     return formula
 
 
-_register("linear mkldnn_linear _mixed_dtypes_linear", _dense_layer("input"))
+_register("_mixed_dtypes_linear", _dense_layer("input"))
 _register("mkldnn_linear _weight_int4pack_mm _weight_int4pack_mm_for_cpu", _dense_layer("self"))
 _register("_weight_int4pack_mm_with_scales_and_zeros _weight_int8pack_mm", _dense_layer("self"))
 _register("_dyn_quant_matmul_4bit", _dense_layer("inp"))
@@ -166,6 +166,8 @@ _register("onednn::qlinear_pointwise", _dense_layer("qx"))
 _register(
     "sparse::qlinear sparse::qlinear_relu sparse::qlinear_dynamic sparse::qlinear_relu_dynamic", _dense_layer("X")
 )
+# Composites that nested arrays have kernels of.
+WHOLE.update({"aten::linear": _dense_layer("input"), "aten::matmul": _operands("self", "other")})
 _register("quantized::matmul", lambda g, output: matrix_product(g["qa"], g["qb"]))
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils.flop_counter import flop_registry
 
 __all__ = [
-    "COMPOSITE", "NO_PRODUCT", "PRODUCT", "UNKNOWN", "Formula", "Product", "UnknownOperationError", "classify",
+    "COMPOSITE", "NO_PRODUCT", "PRODUCT", "UNKNOWN", "WHOLE", "Formula", "Product", "UnknownOperationError", "classify",
     "classify_name", "formula_of", "operation_names", "register_no_product", "register_product",
 ]  # fmt: skip
 
@@ -63,6 +63,8 @@ class Product:
 
 Formula = Callable[[Mapping[str, Any], Any], "Product | int | None"]
 _FORMULAS: dict[str, Formula] = {}
+WHOLE: dict[str, Formula] = {}
+"""Formulas of composite operations, for arrays with which they cannot be taken apart."""
 _REGISTERED_FREE: set[str] = set()
 
 # Operations whose names say all of it: a family of poolings, resizings and paddings, and torch's own tests.

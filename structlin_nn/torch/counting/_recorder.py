@@ -35,6 +35,7 @@ from structlin_nn.torch.counting._lists import (
     COMPOSITE,
     PRODUCT,
     UNKNOWN,
+    WHOLE,
     Product,
     classify,
     formula_of,
@@ -140,8 +141,9 @@ class Recorder(TorchDispatchMode):
         self.causal, self.flash = causal, flash
         self.thread = threading.get_ident()
         self.names: dict[nn.Module, str] = {}
+        self.modules: dict[str, nn.Module] = {}
         self.roots: dict[str, nn.Module] = {}
-        self.weights: dict[StorageWeakRef, int] = {}
+        self.weights: set[StorageWeakRef] = set()
         self.own: set[StorageWeakRef] = set()
         self.types: dict[str, str] = {}
         self.stack: list[_Entry] = []
@@ -167,13 +169,18 @@ class Recorder(TorchDispatchMode):
         """Know the modules and weights of a model by name."""
         self.roots[prefix] = model
         for name, module in model.named_modules():
-            self.names.setdefault(module, f"{prefix}.{name}" if prefix and name else prefix or name)
+            self._named(module, f"{prefix}.{name}" if prefix and name else prefix or name)
         for tensor in (*model.parameters(), *model.buffers()):
             for part in inner_tensors(tensor):
                 if (where := _storage(part)) is not None:
                     self.own.add(where)
                     if isinstance(tensor, nn.Parameter):
-                        self.weights[where] = 1
+                        self.weights.add(where)
+
+    def _named(self, module: nn.Module, name: str) -> None:
+        if module not in self.names:
+            self.names[module] = name
+            self.modules.setdefault(name, module)
 
     @contextmanager
     def recording(self) -> Iterator[None]:
@@ -181,6 +188,7 @@ class Recorder(TorchDispatchMode):
         with ExitStack() as stack:
             # Nodes are numbered by thread: the backward pass runs in that of the forward pass.
             stack.enter_context(torch.autograd.set_multithreading_enabled(False))
+            stack.enter_context(_flex_attention_as_it_is())
             for handle in (
                 register_module_forward_pre_hook(self._enter),
                 register_module_forward_hook(self._leave, with_kwargs=True, always_call=True),
@@ -195,7 +203,7 @@ class Recorder(TorchDispatchMode):
             return
         if module not in self.names:
             if self.stack:
-                self.names[module] = f"{self.stack[-1].name}.({type(module).__name__})".lstrip(".")
+                self._named(module, f"{self.stack[-1].name}.({type(module).__name__})".lstrip("."))
             else:
                 self.adopt(module, self._new_prefix(type(module).__name__))
         name, opaque = self.names[module], isinstance(module, StructuredLinear)
@@ -274,7 +282,7 @@ class Recorder(TorchDispatchMode):
             call.recomputed_macs += product.macs if phase == AGAIN else product.recomputed
 
     def _new_call(self, name: str, kind: str) -> CallCount:
-        module = next((m for m, known in self.names.items() if known == name), None)
+        module = self.modules.get(name)
         params = 0
         if module is not None and kind in ("linear", "convolution"):
             inside = [module, *(getattr(module, "parametrizations", None) or {}).values()]
@@ -292,7 +300,7 @@ class Recorder(TorchDispatchMode):
     def _becomes_weight(self, x: Tensor) -> None:
         for part in inner_tensors(x):
             if (where := _storage(part)) is not None:
-                self.weights[where] = 1
+                self.weights.add(where)
 
     def _settle(self, product: Product, inputs: list[Tensor], outputs: list[Tensor]) -> tuple[str, Product]:
         """The kind of a product, with sizes and numbers moved."""
@@ -373,10 +381,12 @@ class Recorder(TorchDispatchMode):
         kwargs = kwargs or {}
         found = classify(func)
         if found == COMPOSITE:
-            with self:
-                output = func.decompose(*args, **kwargs)  # without autograd, composite operations arrive whole
-            if output is not NotImplemented:
-                return output
+            if not any(x.is_nested for x in _tensors(args, kwargs)):
+                with self:
+                    output = func.decompose(*args, **kwargs)  # without autograd, composite operations arrive whole
+                if output is not NotImplemented:
+                    return output
+            found = PRODUCT if func._schema.name in WHOLE else UNKNOWN
         # Arguments may be overwritten in place; what a formula needs are sizes, and values of offsets.
         output = func(*args, **kwargs)
         if self.opaque:
@@ -401,7 +411,8 @@ class Recorder(TorchDispatchMode):
         self, func: Any, args: tuple, kwargs: dict, output: Any, name: str, phase: str, node: Any
     ) -> None:  # fmt: skip
         if isinstance(func, torch._ops.OpOverload):
-            arguments, formula = _bound(func, args, kwargs), formula_of(func._schema.name)
+            operation = func._schema.name
+            arguments, formula = _bound(func, args, kwargs), formula_of(operation) or WHOLE.get(operation)
         else:
             arguments = dict(zip(("query", "key", "value"), args, strict=False)) | kwargs
             formula = formula_of(f"higher_order::{func.name()}")
@@ -501,6 +512,21 @@ def _in_checkpoint() -> bool:
 
 # Without gradients these compute no vectors, but torch has them computed while a dispatch mode is active.
 _VALUES_ONLY = {torch.linalg.eigvals, torch.linalg.eigvalsh, torch.linalg.svdvals}
+
+
+@contextmanager
+def _flex_attention_as_it_is() -> Iterator[None]:
+    """Called without torch.compile, flex_attention compiles itself, which torch refuses under a dispatch mode."""
+    module, name = sys.modules.get("torch.nn.attention.flex_attention"), "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG"
+    if module is None or not hasattr(module, name):
+        yield
+        return
+    before = getattr(module, name)
+    setattr(module, name, True)
+    try:
+        yield
+    finally:
+        setattr(module, name, before)
 
 
 class _Functions(TorchFunctionMode):

@@ -350,6 +350,26 @@ class TestAttention:
         product = packed({**arguments, "cum_seq_q": ends, "cum_seq_k": ends}, None)
         assert product.macs == 2 * (9 + 25) * 8
 
+    @pytest.mark.filterwarnings("ignore")
+    def test_flexible(self) -> None:
+        """flex_attention is an operation of a higher order; its mask is not discounted."""
+        from torch.nn.attention import flex_attention as module
+
+        q, k = torch.ones(1, 4, 128, 16), torch.ones(1, 2, 64, 16)
+        found = counted(lambda q, k: module.flex_attention(q, k, k, enable_gqa=True), q, k)
+        assert found.macs("attention") == 4 * 128 * 64 * 32
+        assert not module._FLEX_ATTENTION_DISABLE_COMPILE_DEBUG
+
+    def test_sequences_of_their_own_length(self) -> None:
+        rows = [torch.ones(3, 2, 8), torch.ones(5, 2, 8)]
+        jagged = torch.nested.nested_tensor(rows, layout=torch.jagged)
+
+        def attend(x: Tensor) -> Tensor:
+            x = x.transpose(1, 2)
+            return F.scaled_dot_product_attention(x, x, x).transpose(1, 2)
+
+        assert counted(attend, jagged).macs() == 2 * (9 + 25) * 8 * 2
+
 
 def eliminate(n: int) -> int:
     """Multiplications and additions of Gaussian elimination without pivoting, loop by loop."""

@@ -1,0 +1,41 @@
+"""What the documents say of counts."""
+
+import csv
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+
+from structlin_nn.counting import count_model
+
+DOCS = Path(__file__).resolve().parents[3] / "docs"
+_spec = importlib.util.spec_from_file_location("operations_table", DOCS / "operations_table.py")
+assert _spec is not None
+assert _spec.loader is not None
+operations_table = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(operations_table)
+
+
+def test_lists_of_operations() -> None:
+    """After a change: python docs/operations_table.py --write."""
+    text = (DOCS / "operations.md").read_text(encoding="utf-8")
+    recorded = re.search(r"Of (torch .* and jax .*)\.\n", text)
+    assert recorded is not None
+    if recorded[1] != operations_table.versions():
+        pytest.skip(f"the lists are of {recorded[1]}, installed are {operations_table.versions()}")
+    assert operations_table.written(text) == text
+
+
+def test_macs_of_the_scaling_laws() -> None:
+    """The table of accounting.md has the MACs of the command that it names."""
+    text = (DOCS / "accounting.md").read_text(encoding="utf-8")
+    assert "with `--factorization greedy`" in text
+    table = re.search(r"structure,rank,width,forward_macs,val_error\n(.*?)\"\"\"", text, re.DOTALL)
+    assert table is not None
+    rows = list(csv.reader(table[1].splitlines()))
+    assert len(rows) == 6
+    for structure, rank, width, macs, _ in rows:
+        options = {"rank": int(rank), "factorization": "greedy"} if rank else {}
+        found = count_model("imagenet-vit", width=int(width), structure=structure, options=options)
+        assert found["forward_macs"] == int(macs)
