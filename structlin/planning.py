@@ -1,19 +1,21 @@
-"""What fits into a budget: for one matrix, the rank or the number of blocks that spends it, structure by structure.
+"""What fits into a budget: for one matrix, the rank, blocks and cores that spend it best, structure by structure.
 
 Costs are those of the designed structures, so a plan holds exactly; models are planned by ``structlin_nn.planning``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import itertools
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from structlin.counting import num_bytes
+from structlin.counting import num_bytes, work
 from structlin.registry import design, names, options
 from structlin.structure import AbstractStructure
 
-__all__ = ["RESOURCES", "LayerPlan", "largest_within", "plan_layer", "plan_layers"]
+__all__ = ["RESOURCES", "LayerPlan", "check_budget", "largest_within", "plan_layer", "plan_layers"]
 
 RESOURCES = ("macs", "params", "bytes")
 _NO_CHOICE = ("permutation", "diagonal")  # of one size, and no stand-in for a dense matrix
@@ -27,9 +29,9 @@ class LayerPlan:
     Attributes:
         structure: its name.
         shape: (d_out, d_in).
-        options: that it is designed with, the planned one among them.
-        planned: name of the option that was chosen to spend the budget; None where there is none.
-        macs: for one vector.
+        options: that it is designed with, the planned ones among them.
+        planned: names of the options that were chosen to spend the budget.
+        macs: for one vector; work that is no product (FFTs) counts with half its FLOPs, rounded up.
         params: of all factors.
         bytes: of all factors.
         share: of the budget, from 0 to 1.
@@ -38,7 +40,7 @@ class LayerPlan:
     structure: str
     shape: tuple[int, int]
     options: dict[str, Any]
-    planned: str | None
+    planned: tuple[str, ...]
     macs: int
     params: int
     bytes: int
@@ -61,78 +63,126 @@ def plan_layer(
 ) -> LayerPlan:
     """The design of a structure that spends a budget best without going over it.
 
-    Planned is the rank where the structure has one and it is not given, else the number of blocks; a structure with
-    neither fits or does not. A rank ends where the matrix can have full rank and has the cost and the
-    parameters of a dense one.
+    Planned are those of rank, blocks and cores that the structure has and that are not given: every number of cores
+    that the sizes can be split into, every number of blocks up to the smaller size, and for each of both the largest
+    rank that fits. A rank ends where the matrix can have full rank and has the cost and the parameters of a
+    dense one. Of designs of equal cost the one of the higher rank bound is taken, then that of fewer cores and blocks.
 
     Args:
         structure: a registered name.
         shape: (d_out, d_in).
         budget: MACs for one vector, parameters, or bytes of the factors.
-        resource: ``macs``, ``params`` or ``bytes``.
+        resource: ``macs``, ``params`` or ``bytes``. Work that is no product (FFTs) counts as MACs with half its FLOPs.
         dtype: of the factors, for their bytes.
-        given: options that are fixed.
+        given: options that are fixed; a list (not a tuple) holds the values to choose from.
 
     Raises:
-        ValueError: an unknown structure, option or resource; a budget that not even the smallest design fits into;
-            sizes that the structure cannot have.
+        ValueError: an unknown structure, option or resource; a budget that is not positive and finite, or that not
+            even the smallest design fits into; sizes that the structure cannot have.
 
     >>> plan = plan_layer("low_rank", (1024, 1024), budget=1e5)
     >>> plan.options, plan.macs, round(plan.share, 3)
     ({'rank': 48}, 98304, 0.983)
     >>> plan_layer("monarch", (1024, 1024), budget=1e5).options
     {'blocks': 22}
+    >>> plan_layer("kronecker", (1024, 1024), budget=30_000).options
+    {'cores': 4}
     """
     if resource not in RESOURCES:
         raise ValueError(f"unknown resource {resource!r}; one of {', '.join(RESOURCES)}")
-    if not budget > 0:
-        raise ValueError(f"the budget must be positive, got {budget}")
+    check_budget(budget)
     known, fixed = options(structure), dict(given or {})
     if unknown := [key for key in fixed if key not in known]:
         raise ValueError(f"structure {structure!r} has no option {', '.join(map(repr, unknown))}")
-    exclusive = {"rank", "rank_fraction"} & fixed.keys()
-    planned = "rank" if "rank" in known and not exclusive else "blocks" if "blocks" in known else None
-    if planned in fixed:
-        planned = None
+    lists = {key: value for key, value in fixed.items() if isinstance(value, list)}
+    if empty := [key for key, values in lists.items() if not values]:
+        raise ValueError(f"there is no value of {empty[0]} to choose from")
+    fixed = {key: value for key, value in fixed.items() if key not in lists}
+    by_rank = "rank" in known and not {"rank", "rank_fraction"} & {*fixed, *lists}
+    spaces: dict[str, Iterable[Any]] = dict(lists)
+    for name, values in (("cores", _cores), ("blocks", lambda sizes: range(1, min(sizes) + 1))):
+        if name in known and name not in fixed and name not in lists and not _explicit(fixed):
+            spaces[name] = values(shape)
+    planned = tuple(name for name in known if name in spaces or (by_rank and name == "rank"))
 
-    def designed(value: int | None) -> AbstractStructure:
-        return design(structure, shape, **fixed, **({} if planned is None or value is None else {planned: value}))
+    def designed(chosen: Mapping[str, Any]) -> AbstractStructure:
+        return design(structure, shape, **fixed, **chosen)
 
-    def cost(value: int) -> int | None:
+    first_error: ValueError | None = None
+    least, best = math.inf, None
+    for chosen in _combinations(spaces):
         try:
-            if planned == "rank" and value > 1 and _is_full(designed(value - 1)):
-                return None
-            return _cost(designed(value), resource, dtype)
-        except ValueError:
-            return None
-
-    if resource == "macs" and designed(None).macs == 0:
-        raise ValueError(f"{structure} has no products to count as macs; plan it by params or bytes")
-    if planned is None:
-        chosen, least = (None, _cost(designed(None), resource, dtype))
-        fits = least <= budget
-    elif planned == "rank":
-        least = _cost(designed(1), resource, dtype)
-        fits = least <= budget
-        chosen = largest_within(cost, budget) if fits else None
-    else:
-        costs = {value: c for value in range(1, min(shape) + 1) if (c := cost(value)) is not None}
-        if not costs:
-            designed(1)
-        least = min(costs.values())
-        inside = {value: c for value, c in costs.items() if c <= budget}
-        fits = bool(inside)
-        chosen = min(inside, key=lambda value: (-inside[value], value)) if fits else None
-    if not fits:
+            start = _cost(designed({**chosen, "rank": 1} if by_rank else chosen), resource, dtype)
+        except ValueError as error:
+            first_error = first_error or error
+            continue
+        least = min(least, start)
+        if start > budget:
+            continue
+        if by_rank:
+            rank = largest_within(lambda r, c=chosen: _rank_cost(designed, c, r, resource, dtype), budget)
+            chosen = {**chosen, "rank": rank}
+        found = designed(chosen)
+        key = (_cost(found, resource, dtype), found.rank_bound)
+        if best is None or key > best[0]:
+            best = key, chosen, found
+    if math.isinf(least):
+        raise first_error or ValueError(f"{structure} of shape {shape} has no design")
+    if best is None:
         raise ValueError(
-            f"{structure} of shape {shape} needs at least {least:,} {resource}, the budget is {budget:,.0f}"
+            f"{structure} of shape {shape} needs at least {least:,} {resource}, the budget is {_number(budget)}"
         )
-    found = designed(chosen)
-    final = fixed if planned is None or chosen is None else {**fixed, planned: chosen}
-    spent = _cost(found, resource, dtype)
+    (spent, _), chosen, found = best
+    final = {name: {**fixed, **chosen}[name] for name in known if name in fixed or name in chosen}
     return LayerPlan(
-        structure, shape, final, planned, found.macs, found.num_params, num_bytes(found, dtype), spent / budget
-    )
+        structure, shape, final, planned, _cost(found, "macs", dtype), found.num_params, num_bytes(found, dtype),
+        spent / budget,
+    )  # fmt: skip
+
+
+def check_budget(budget: float, name: str = "the budget") -> None:
+    """Raise ValueError for a budget that is not positive and finite, TypeError for what is no number.
+
+    >>> check_budget(float("inf"))
+    Traceback (most recent call last):
+    ...
+    ValueError: the budget must be positive and finite, got inf
+    """
+    if isinstance(budget, bool) or not hasattr(budget, "__float__"):
+        raise TypeError(f"{name} must be a number, got {budget!r}")
+    if not (budget > 0 and math.isfinite(budget)):
+        raise ValueError(f"{name} must be positive and finite, got {_number(budget)}")
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if 1 <= abs(value) < 1e15 else f"{value:g}"
+
+
+def _explicit(fixed: Mapping[str, Any]) -> bool:
+    """Whether the factors are given themselves, and with them their number."""
+    return not isinstance(fixed.get("factorization", ""), str)
+
+
+def _cores(shape: tuple[int, int]) -> Iterator[int]:
+    """Numbers of factors above 1 that the smaller size might be split into."""
+    return iter(range(2, max(min(shape).bit_length(), 3)))
+
+
+def _combinations(spaces: Mapping[str, Iterable[Any]]) -> Iterator[dict[str, Any]]:
+    values = [list(space) for space in spaces.values()]
+    return (dict(zip(spaces, chosen, strict=True)) for chosen in itertools.product(*values))
+
+
+def _rank_cost(
+    designed: Callable[[Mapping[str, Any]], AbstractStructure], chosen: Mapping[str, Any], rank: int, resource: str,
+    dtype: Any,
+) -> int | None:  # fmt: skip
+    try:
+        if rank > 1 and _is_full(designed({**chosen, "rank": rank - 1})):
+            return None
+        return _cost(designed({**chosen, "rank": rank}), resource, dtype)
+    except ValueError:
+        return None
 
 
 def plan_layers(
@@ -149,10 +199,11 @@ def plan_layers(
 
     >>> plans, left_out = plan_layers((768, 768), budget=50_000, structures=["dense", "low_rank", "kronecker"])
     >>> [(p.structure, p.options, p.macs) for p in plans]
-    [('low_rank', {'rank': 32}, 49152), ('kronecker', {}, 43008)]
+    [('low_rank', {'rank': 32}, 49152), ('kronecker', {'cores': 2}, 43008)]
     >>> left_out
     {'dense': 'dense of shape (768, 768) needs at least 589,824 macs, the budget is 50,000'}
     """
+    check_budget(budget)
     plans, left_out = [], {}
     for name in [n for n in names() if n not in _NO_CHOICE] if structures is None else structures:
         options(name)
@@ -171,7 +222,7 @@ def _is_full(structure: AbstractStructure) -> bool:
 
 def _cost(structure: AbstractStructure, resource: str, dtype: Any) -> int:
     if resource == "macs":
-        return structure.macs
+        return -(-work(structure).total_flops() // 2)
     return structure.num_params if resource == "params" else num_bytes(structure, dtype)
 
 

@@ -1,25 +1,32 @@
-"""What fits into a budget: the width or the rank of a named model that spends it, structure by structure.
+"""What fits into a budget: the width or the rank of a model that spends it, and the best of all choices in a space.
 
 Every candidate is counted on the meta device (:mod:`structlin_nn.counting`): nothing is estimated from 6 N.
 """
 
 from __future__ import annotations
 
+import itertools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import cache
 from typing import Any
 
-from structlin.planning import largest_within
-from structlin_nn.counting import count, training_bytes
-from structlin_nn.counting._named import loss_of
-from structlin_nn.models import MODELS, StructureConfig, build_model
+import structlin
+from structlin.planning import check_budget, largest_within
+from structlin_nn._planned import RESOURCES, Choice, Costs
+from structlin_nn.counting import Device
+from structlin_nn.counting import device as find_device
+from structlin_nn.models import StructureConfig
 
-__all__ = ["RESOURCES", "ModelPlan", "parse_structure", "plan_for_error", "plan_model", "plan_models", "plans_record"]
+__all__ = [
+    "PREFERENCES", "RESOURCES", "ModelPlan", "best_plan", "iso_table", "parse_structure", "plan_for_error",
+    "plan_model", "plan_models", "plans_record",
+]  # fmt: skip
 
-RESOURCES = ("forward_macs", "params", "bytes", "training_flops")
-_SPLIT = ("kronecker", "tensor_train", "block_tensor_train")  # into factors, best at powers of a number
+PREFERENCES = ("spent", "width", "params")
+WIDEST = 2**20
+_SMALL = 64  # widths below which all are tried
+_BEYOND = 16  # widths above the largest that fits, where a cost that rises unevenly is looked at again
 _LAW_COLUMNS = {"forward_macs": "forward_macs", "params": "params", "trainable_params": "params",
                 "training_macs": "training_flops", "total_training_macs": "training_flops"}  # fmt: skip
 
@@ -33,220 +40,447 @@ class ModelPlan:
         structure: of its layers.
         options: of the structure.
         width: of the model.
-        planned: ``width`` or ``rank``.
-        forward_macs: of one sample.
-        training_macs: of one sample.
+        depth: blocks; None where a model of one's own has none to choose.
+        planned: what spends the budget, ``width`` or ``rank``; None where all choices were given.
+        forward_macs: of one sample; work that is no product counts with half its FLOPs.
+        training_macs: of one sample, products alone.
         params: trainable ones.
         bytes: of a training step of ``batch_size`` samples.
-        training_flops: of ``samples`` samples; None where they were not given.
-        share: of the budget, from 0 to 1.
-        next: what the next larger candidate would be.
+        training_flops: of ``samples`` samples, with what is no product; None where they were not given.
+        step_seconds: the least time of a training step on the device by the roofline model; None without a device.
+        run_seconds: that of ``samples`` samples.
+        share: of the budget, from 0 to 1; of several, the largest.
+        next: the next larger width or rank that can be built, which does not fit.
     """
 
     model: str
     structure: str
     options: dict[str, Any]
     width: int
-    planned: str
-    forward_macs: int
-    training_macs: int
+    depth: int | None
+    planned: str | None
+    forward_macs: float
+    training_macs: float
     params: int
     bytes: int
-    training_flops: int | None
+    training_flops: float | None
+    step_seconds: float | None
+    run_seconds: float | None
     share: float
-    next: int
+    next: int | None
 
 
 def plan_model(
     name: str,
-    budget: float,
+    budget: float | Mapping[str, float],
     *,
     resource: str = "forward_macs",
     structure: str = "dense",
     options: Mapping[str, Any] | None = None,
-    width: int | None = None,
+    width: int | Sequence[int] | None = None,
+    rank: int | Sequence[int] | None = None,
+    cores: int | Sequence[int] | None = None,
+    blocks: int | Sequence[int] | None = None,
+    depth: int | Sequence[int] | None = None,
     multiple_of: int = 1,
-    any_width: bool = False,
+    even_widths: bool = False,
+    prefer: str = "spent",
     layers: str | None = None,
     rms_cap: bool = False,
-    batch_size: int = 1,
+    batch_size: int | None = None,
     samples: int | None = None,
     optimizer: str = "adam",
     dtype: str = "float32",
     activation_dtype: str | None = None,
+    device: str | Device | None = None,
     **sizes: Any,
 ) -> ModelPlan:
-    """The largest width of a model within a budget, or with a given width the largest rank.
+    """The best choice of width, rank, cores, blocks and depth within a budget.
 
-    Kronecker, Tensor-Train and Block Tensor-Train of c cores are planned at widths that are powers of c (squares for
-    two), where they split evenly and their cost rises with the width.
+    Each of the five is one number, several to choose from, or left out. With several ranks, cores, blocks or depths
+    every combination is tried, with the widest model that fits; the best of them is the one that ``prefer`` says. A
+    rank, cores, blocks or depth left out are the structure's and the model's own; only where the width is one number
+    and the structure has a rank is the largest rank searched that fits.
+
+    Widths: a list is searched from its end. Left out, all multiples of ``multiple_of`` are candidates. Structures that
+    split sizes into factors cost more at some widths than at larger ones, so the search goes from c-th powers (c
+    factors; squares for two), which split evenly, to all widths between the last power that fits and the third from
+    there, and twice the width, from the top.
 
     Args:
-        name: one of :data:`structlin_nn.models.MODELS`.
-        budget: of the resource.
+        name: one of :data:`structlin_nn.models.MODELS`, or ``package.module:function`` of your own, which takes a width
+            (and a ``depth``, where that is chosen) and returns a torch model that has ``example_input(batch)``, or
+            (model, inputs); its linear layers but the last are replaced by the structure.
+        budget: of the resource; or budgets by resource, all to be kept.
         resource: ``forward_macs`` of one sample, trainable ``params``, ``bytes`` of a training step of ``batch_size``
-            samples (:func:`structlin_nn.counting.training_bytes`), or ``training_flops`` of ``samples`` samples
-            (products, forward and backward).
+            samples (:func:`structlin_nn.counting.training_bytes`), ``training_flops`` of ``samples`` samples (forward
+            and backward), or the least time on a device, of a step (``step_seconds``) or of ``samples`` samples
+            (``run_seconds``) by :func:`structlin_nn.counting.roofline`: a lower bound, and no prediction.
         structure, options, layers, rms_cap: as :class:`structlin_nn.models.StructureConfig`.
-        width: plan the rank at this width.
+        width, rank, cores, blocks, depth: what is chosen, see above.
         multiple_of: of which the width has to be a multiple.
-        any_width: take all such widths, not only powers; the largest one found may then not be the largest there is,
-            because an uneven split costs more.
-        batch_size, optimizer, dtype, activation_dtype: for the bytes.
-        samples: of the run, for its FLOPs.
-        **sizes: sizes of the model.
+        even_widths: only c-th powers.
+        prefer: which combination is best: the one that has ``spent`` most of the budget, the largest ``width``, or most
+            ``params``.
+        batch_size, optimizer, dtype, activation_dtype: for bytes and seconds.
+        samples: of the run, for its FLOPs and seconds.
+        device: for seconds (:func:`structlin_nn.counting.device`).
+        **sizes: sizes of a named model.
 
     Raises:
-        ValueError: an unknown name, resource, structure or option; a budget that is not positive or that nothing fits
-            into; training FLOPs without samples; a rank to plan for a structure that has none.
+        ValueError: an unknown name, resource, structure or option; a budget that is not positive and finite, or that
+            nothing fits into, or that a width of 1,048,576 fits into; training FLOPs without samples, seconds without
+            a device; nothing left to choose.
 
     >>> plan = plan_model("cifar-mlp", 5e6, structure="monarch", options={"blocks": 4}, multiple_of=8)
     >>> plan.width, plan.forward_macs, round(plan.share, 2)
     (752, 4967712, 0.99)
+    >>> plan = plan_model("cifar-mlp", 1e6, structure="block_tensor_train", width=256, cores=[2, 3], depth=[1, 2, 3])
+    >>> plan.options, plan.depth, round(plan.share, 3)
+    ({'cores': 2, 'rank': 6}, 2, 0.986)
     """
-    if resource not in RESOURCES:
-        raise ValueError(f"unknown resource {resource!r}; one of {', '.join(RESOURCES)}")
-    if not budget > 0:
-        raise ValueError(f"the budget must be positive, got {budget}")
-    if resource == "training_flops" and samples is None:
-        raise ValueError("a budget of training FLOPs needs the number of samples of the run")
+    budgets = _budgets(budget, resource, samples, device)
     for key, value in (("multiple_of", multiple_of), ("batch_size", batch_size), ("samples", samples)):
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
             raise ValueError(f"{key} must be a positive integer, got {value!r}")
-    fixed = dict(options or {})
-    config = StructureConfig(structure, fixed, layers=layers, rms_cap=rms_cap)
-    import structlin
-
-    known = structlin.options(structure)
-    if width is not None and ("rank" not in known or {"rank", "rank_fraction"} & fixed.keys()):
+    if prefer not in PREFERENCES:
+        raise ValueError(f"unknown preference {prefer!r}; one of {', '.join(PREFERENCES)}")
+    fixed, known = dict(options or {}), structlin.options(structure)
+    lists: dict[str, list[int]] = {}
+    for key, given in (("rank", rank), ("cores", cores), ("blocks", blocks), ("depth", depth)):
+        if given is None:
+            continue
+        if key != "depth" and key not in known:
+            raise ValueError(f"structure {structure!r} has no option {key!r} to choose")
+        if key in fixed:
+            raise ValueError(f"{key} is given twice: {fixed[key]!r} and {given!r}")
+        lists[key] = _numbers(key, given)
+    widths = None if width is None else _numbers("width", width)
+    if widths and (even_widths or multiple_of > 1):
+        raise ValueError("even_widths and multiple_of are for widths that are searched, not for those that are given")
+    by_rank = widths is not None and len(widths) == 1 and "rank" in known and "rank" not in lists
+    by_rank = by_rank and not {"rank", "rank_fraction"} & fixed.keys()
+    if widths is not None and len(widths) == 1 and not by_rank and all(len(v) == 1 for v in lists.values()):
         raise ValueError(f"at a given width the rank is planned, and {structure} {fixed or ''} leaves none to choose")
-    spec = MODELS.get(name)
-    full_depth = sizes.get("depth", spec.config(width=256, **spec.sizes).depth if spec else None)
+    StructureConfig(structure, fixed, layers=layers, rms_cap=rms_cap)
+    if isinstance(device, str):
+        device = find_device(device, activation_dtype or dtype)
+    costs = Costs(
+        name, structure, fixed, sizes, layers, rms_cap, batch_size, samples, optimizer, dtype, activation_dtype, device
+    )
 
-    @cache
-    def measured(width: int, rank: int | None, depth: int | None) -> dict[str, int]:
-        chosen = config if rank is None else StructureConfig(
-            structure, {**fixed, "rank": rank}, layers=layers, rms_cap=rms_cap
+    def share(choice: Choice) -> float | None:
+        found = costs.quick(choice)
+        return None if found is None else max(found[r] / b for r, b in budgets.items())
+
+    def may_fit(choice: Choice) -> bool:
+        """Whether what can be said of it without a model does not exclude it."""
+        least = costs.least(choice)
+        return least is not None and all(least[r] <= b for r, b in budgets.items())
+
+    plans, reasons = [], _Reasons()
+    for chosen in _combinations(lists):
+        own = dict(chosen)
+        start = Choice(1, own.pop("depth", None), tuple(own.items()))
+        try:
+            if by_rank:
+                assert widths is not None
+                found, after = _largest_rank(share, Choice(widths[0], start.depth, start.options), reasons)
+            elif widths is not None:
+                found, after = _widest_of(share, start, sorted(set(widths)), reasons)
+            else:
+                parts = own.get("cores", fixed.get("cores", known.get("cores", 2 if structure == "einsum" else 1)))
+                found, after = _widest(share, may_fit, start, multiple_of, parts, even_widths, reasons)
+        except _TooLargeError:
+            asked = " and ".join(f"{b:g} {r}" for r, b in budgets.items())
+            raise ValueError(f"{name} with {structure} of width {WIDEST:,} and more fits into {asked}") from None
+        if found is None:
+            continue
+        counted = costs.measured(found)
+        if any(not _equal(counted[r], costs.quick(found)[r]) for r in budgets):  # type: ignore[index]
+            raise AssertionError(f"blocks of {name} differ in cost: {counted} against {costs.quick(found)}")
+        plans.append(
+            ModelPlan(
+                name, structure, {**fixed, **dict(found.options)}, found.width, costs.depth_of(found),
+                "rank" if by_rank else "width" if widths is None or len(widths) > 1 else None,
+                counted["forward_macs"], counted["training_macs"], counted["params"], counted["bytes"],
+                counted["training_flops"], counted["step_seconds"], counted["run_seconds"],
+                max(counted[r] / b for r, b in budgets.items()), after,
+            )
         )  # fmt: skip
-        model = build_model(name, width=width, structure=chosen, device="meta", **{**sizes, "depth": depth})
-        counted = count(model, model.example_input(device="meta"))
-        step = counted if batch_size == 1 else count(model, model.example_input(batch_size, device="meta"))
-        held = training_bytes(
-            step, loss=loss_of(model, batch_size), optimizer=optimizer, dtype=dtype, activation_dtype=activation_dtype
-        )
-        return {
-            "forward_macs": counted.macs(), "training_macs": counted.training_macs, "params": counted.trainable_params,
-            "bytes": held["total"], "training_flops": 2 * counted.training_macs * (samples or 0),
-        }  # fmt: skip
-
-    def cost(width: int, rank: int | None) -> int:
-        if full_depth is None or full_depth < 4:
-            return measured(width, rank, full_depth)[resource]
-        # All blocks cost the same; what is chosen in the end is counted in full.
-        one, two = (measured(width, rank, depth)[resource] for depth in (1, 2))
-        return one + (full_depth - 1) * (two - one)
-
-    if width is None:
-        cores = 1 if any_width or structure not in _SPLIT else fixed.get("cores", known["cores"])
-        planned, candidate = "width", lambda n: _candidate(n, multiple_of, cores)
-        number = _largest_width(lambda n: cost(candidate(n), None), budget)
-    else:
-        cost(width, 1)
-        planned, candidate = "rank", lambda n: n
-        number = largest_within(lambda n: _or_none(cost, width, n), budget)
-    if number is None:
-        least = f"{cost(width, 1):,}" if width is not None else f"{_first(lambda n: cost(candidate(n), None)):,}"
-        raise ValueError(f"{name} with {structure} needs at least {least} {resource}, the budget is {budget:,.0f}")
-    final = (candidate(number), None) if width is None else (width, number)
-    found = measured(*final, full_depth)
-    if found[resource] != cost(*final):
-        raise AssertionError(f"blocks of {name} differ in cost: {found[resource]} against {cost(*final)}")
-    return ModelPlan(
-        name, structure, fixed if width is None else {**fixed, "rank": number}, final[0], planned,
-        found["forward_macs"], found["training_macs"], found["params"], found["bytes"],
-        found["training_flops"] if samples else None, found[resource] / budget, candidate(number + 1),
-    )  # fmt: skip
+    if plans:
+        return best_plan(plans, prefer)
+    if reasons.cheapest is None:
+        costs.measured(reasons.unbuilt or Choice(64, None))
+        raise ValueError(f"{name} with {structure} cannot be built at any of the widths")
+    found = costs.quick(reasons.cheapest)
+    assert found is not None
+    over = max(budgets, key=lambda r: found[r] / budgets[r])
+    raise ValueError(
+        f"{name} with {structure} needs at least {_shown(found[over])} {over}, the budget is {_shown(budgets[over])}"
+    )
 
 
-def _candidate(n: int, multiple_of: int, cores: int) -> int:
-    """The n-th width: multiples, or for several cores the powers that are multiples."""
-    if cores == 1:
+def best_plan(plans: Sequence[ModelPlan], prefer: str = "spent") -> ModelPlan:
+    """The best of several plans, as ``prefer`` says; of equal ones the wider, then the one of more parameters.
+
+    Raises ValueError for no plans, or an unknown preference.
+    """
+    if prefer not in PREFERENCES:
+        raise ValueError(f"unknown preference {prefer!r}; one of {', '.join(PREFERENCES)}")
+    if not plans:
+        raise ValueError("there are no plans to choose from")
+    first = {"spent": lambda p: p.share, "width": lambda p: p.width, "params": lambda p: p.params}[prefer]
+    return max(plans, key=lambda p: (first(p), p.width, p.params, p.share))
+
+
+def _budgets(
+    budget: float | Mapping[str, float], resource: str, samples: int | None, device: str | Device | None
+) -> dict[str, float]:
+    budgets = dict(budget) if isinstance(budget, Mapping) else {resource: budget}
+    if not budgets:
+        raise ValueError(f"a budget is needed, of {', '.join(RESOURCES)}")
+    for key, value in budgets.items():
+        if key not in RESOURCES:
+            raise ValueError(f"unknown resource {key!r}; one of {', '.join(RESOURCES)}")
+        check_budget(value, "the budget" if len(budgets) == 1 else f"the budget of {key}")
+    if "training_flops" in budgets and samples is None:
+        raise ValueError("a budget of training FLOPs needs the number of samples of the run")
+    if "run_seconds" in budgets and samples is None:
+        raise ValueError("a budget of seconds of a run needs its number of samples")
+    if {"step_seconds", "run_seconds"} & budgets.keys() and device is None:
+        raise ValueError("a budget of seconds needs a device")
+    return budgets
+
+
+def _numbers(key: str, given: int | Sequence[int]) -> list[int]:
+    values = [given] if isinstance(given, int) else list(given)
+    if not values:
+        raise ValueError(f"there is no {key} to choose from")
+    for value in values:
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{key} must be a positive integer, or several, got {given!r}")
+    return values
+
+
+def _combinations(lists: Mapping[str, Sequence[int]]) -> Iterator[dict[str, int]]:
+    return (dict(zip(lists, chosen, strict=True)) for chosen in itertools.product(*lists.values()))
+
+
+def _equal(a: float, b: float) -> bool:
+    return a == b or abs(a - b) <= 1e-9 * abs(a)
+
+
+def _shown(value: float) -> str:
+    return f"{value:,.0f}" if 1 <= value < 1e15 else f"{value:.4g}"
+
+
+class _TooLargeError(Exception):
+    """Even the widest model fits."""
+
+
+class _Reasons:
+    """Why nothing fits: the cheapest choice that can be built, and one that cannot."""
+
+    def __init__(self) -> None:
+        self.cheapest: Choice | None = None
+        self.unbuilt: Choice | None = None
+        self._least = float("inf")
+
+    def note(self, choice: Choice, share: float | None) -> None:
+        if share is None:
+            self.unbuilt = self.unbuilt or choice
+        elif share < self._least:
+            self.cheapest, self._least = choice, share
+
+
+Share = Callable[[Choice], float | None]
+
+
+def _largest_rank(share: Share, at: Choice, reasons: _Reasons) -> tuple[Choice | None, int | None]:
+    def cost(rank: int) -> float | None:
+        found = share(at.with_options(rank=rank))
+        reasons.note(at.with_options(rank=rank), found)
+        return found
+
+    rank = largest_within(cost, 1.0)
+    if rank is None:
+        return None, None
+    return at.with_options(rank=rank), rank + 1 if cost(rank + 1) is not None else None
+
+
+def _widest_of(
+    share: Share, at: Choice, widths: Sequence[int], reasons: _Reasons
+) -> tuple[Choice | None, int | None]:  # fmt: skip
+    after = None
+    for width in reversed(widths):
+        choice = Choice(width, at.depth, at.options)
+        found = share(choice)
+        reasons.note(choice, found)
+        if found is not None and found <= 1:
+            return choice, after
+        after = width if found is not None else after
+    return None, None
+
+
+def _widest(
+    share: Share, may_fit: Callable[[Choice], bool], at: Choice, multiple_of: int, parts: int, even: bool,
+    reasons: _Reasons,
+) -> tuple[Choice | None, int | None]:  # fmt: skip
+    """The widest that fits, and the next that can be built."""
+
+    def cost(width: int) -> float | None:
+        if width > WIDEST:
+            raise _TooLargeError
+        choice = Choice(width, at.depth, at.options)
+        found = share(choice)
+        reasons.note(choice, found)
+        return found
+
+    def fits(width: int) -> bool:
+        found = cost(width)
+        return found is not None and found <= 1
+
+    last = _last_that_fits(lambda n: cost(_power(n, multiple_of, parts)))
+    if even:
+        if last is None:
+            return None, None
+        after = next((n for n in range(last + 1, last + 64) if cost(_power(n, multiple_of, parts)) is not None), None)
+        found = Choice(_power(last, multiple_of, parts), at.depth, at.options)
+        return found, None if after is None else _power(after, multiple_of, parts)
+    # Candidates are n times multiple_of. With factors: all below the third power from there and up to twice the width
+    # (a layer of fixed inputs may cost less at a larger width while that is small); else a few beyond.
+    low = 0 if last is None else _power(last, multiple_of, parts) // multiple_of
+    high = low + _BEYOND + 1
+    if parts > 1:
+        high = max(_power((last or 0) + 3, multiple_of, parts) // multiple_of, 2 * low, _SMALL // multiple_of, low + 2)
+    # Some widths of all residues, that say how the sizes of the layers go with the width.
+    near = (n for n in range(max(low, 1), high) if cost(n * multiple_of) is not None)
+    list(itertools.islice(near, 4))
+    best = next(
+        (
+            n
+            for n in range(high - 1, max(low, 1) - 1, -1)
+            if may_fit(Choice(n * multiple_of, at.depth, at.options)) and fits(n * multiple_of)
+        ),
+        None,
+    )
+    if best is None:
+        return None, None
+    after = next((n for n in range(best + 1, high + 64) if cost(n * multiple_of) is not None), None)
+    return Choice(best * multiple_of, at.depth, at.options), None if after is None else after * multiple_of
+
+
+def _power(n: int, multiple_of: int, parts: int) -> int:
+    """The n-th width: multiples, or for several factors the powers that are multiples."""
+    if parts == 1:
         return n * multiple_of
-    root = next(k for k in range(1, multiple_of + 1) if k**cores % multiple_of == 0)
-    return (root * (n + (root == 1))) ** cores  # 1 cannot be split
+    root = next(k for k in range(1, multiple_of + 1) if k**parts % multiple_of == 0)
+    return (root * (n + (root == 1))) ** parts  # 1 cannot be split
 
 
-def _or_none(cost: Any, *arguments: Any) -> int | None:
-    try:
-        return cost(*arguments)
-    except ValueError:
-        return None
-
-
-def _first(cost: Any) -> int:
-    """The cost of the smallest width that can be built; the last error where none of the first can."""
-    for n in range(1, 64):
-        if (found := _or_none(cost, n)) is not None:
-            return found
-    return cost(64)
-
-
-def _largest_width(cost: Any, budget: float) -> int | None:
-    """As `largest_within`, but over widths of which some cannot be built, small ones in particular."""
-    start = next((n for n in range(1, 64) if _or_none(cost, n) is not None), None)
+def _last_that_fits(cost: Callable[[int], float | None]) -> int | None:
+    """The last n whose cost is at most 1, of a cost that rises, where some n have none, small ones in particular."""
+    start = next((n for n in range(1, 64) if cost(n) is not None), None)
     if start is None:
-        cost(64)
         return None
 
-    def down(n: int, least: int) -> int:
-        """The nearest width from n downwards that can be built."""
-        return next(k for k in range(n, least - 1, -1) if k == least or _or_none(cost, k) is not None)
+    def fits(n: int) -> bool:
+        found = cost(n)
+        return found is not None and found <= 1
 
-    if cost(start) > budget:
+    if not fits(start):
         return None
     low, high = start, 2 * start
     while True:
-        found = _or_none(cost, high)
+        found = cost(high)
         if found is None:
             high += 1
-        elif found > budget:
+        elif found > 1:
             break
         else:
             low, high = high, 2 * high
     while high - low > 1:
-        middle = down((low + high) // 2, low)
-        if middle == low:
-            # Nothing below the middle can be built: go on above it.
-            above = next((k for k in range((low + high) // 2 + 1, high) if _or_none(cost, k) is not None), None)
-            if above is None:
-                break
-            middle = above
-        low, high = (middle, high) if cost(middle) <= budget else (low, middle)
+        middle = (low + high) // 2
+        # The nearest n to the middle that can be built, first downwards, then upwards.
+        near = next(
+            (n for n in itertools.chain(range(middle, low, -1), range(middle + 1, high)) if cost(n) is not None), None
+        )
+        if near is None:
+            break
+        low, high = (near, high) if fits(near) else (low, near)
     return low
 
 
 def plan_models(
-    name: str, budget: float, structures: Sequence[tuple[str, Mapping[str, Any]]], **settings: Any
+    name: str, budget: float | Mapping[str, float], structures: Sequence[tuple[str, Mapping[str, Any]]], **settings: Any
 ) -> tuple[list[ModelPlan], dict[str, str]]:
     """Plans of several structures for one budget (iso-FLOP, for one of compute), and why others have none.
 
     Args:
-        name: as :func:`plan_model`, like all further settings.
+        name: as :func:`plan_model`, like all further settings. Ranks, cores and blocks to choose from go to the
+            structures that have them.
         budget: as :func:`plan_model`.
         structures: (name, options) of each.
 
+    Raises ValueError for what is wrong with all: a budget, a name, a setting, a choice that no structure has.
+
     >>> plans, left_out = plan_models("cifar-mlp", 1e6, [("dense", {}), ("block_tensor_train", {"rank": 2})])
     >>> [(p.structure, p.width) for p in plans], left_out
-    ([('dense', 149), ('block_tensor_train', 484)], {})
+    ([('dense', 149), ('block_tensor_train', 495)], {})
     """
+    _budgets(budget, settings.get("resource", "forward_macs"), settings.get("samples"), settings.get("device"))
+    asked = {key: settings.pop(key) for key in ("rank", "cores", "blocks") if settings.get(key) is not None}
+    for key in asked:
+        if not any(key in structlin.options(structure) for structure, _ in structures):
+            raise ValueError(f"none of the structures has an option {key!r} to choose")
+    if isinstance(settings.get("device"), str):  # measured once, if it is this machine
+        settings["device"] = find_device(
+            settings["device"], settings.get("activation_dtype") or settings.get("dtype", "float32")
+        )
     plans, left_out = [], {}
     for structure, options in structures:
         StructureConfig(structure, options)
+        own = {key: value for key, value in asked.items() if key in structlin.options(structure) and key not in options}
         try:
-            plans.append(plan_model(name, budget, structure=structure, options=options, **settings))
+            plans.append(plan_model(name, budget, structure=structure, options=options, **own, **settings))
         except ValueError as error:
             left_out[structure] = str(error)
     return plans, left_out
+
+
+def iso_table(
+    name: str,
+    budgets: Sequence[float],
+    structures: Sequence[tuple[str, Mapping[str, Any]]],
+    *,
+    resource: str = "forward_macs",
+    **settings: Any,
+) -> list[dict[str, Any]]:
+    """Plans of several structures at several budgets: an iso-FLOP table, or iso-time for a resource of seconds.
+
+    Arguments are those of :func:`plan_models`. Returns for each budget ``budget``, ``plans`` by structure and its
+    options as text (:func:`parse_structure`), and ``left_out`` with the reasons.
+
+    >>> table = iso_table("cifar-mlp", [1e5, 1e6], [("dense", {}), ("low_rank", {"rank": 4})], depth=1)
+    >>> [(row["budget"], {name: plan.width for name, plan in row["plans"].items()}) for row in table]
+    [(100000.0, {'dense': 30, 'low_rank:rank=4': 1624}), (1000000.0, {'dense': 209, 'low_rank:rank=4': 18290})]
+    """
+    rows = []
+    for budget in budgets:
+        check_budget(budget)
+    for budget in budgets:
+        plans, left_out = {}, {}
+        for structure, options in structures:
+            found, reasons = plan_models(name, budget, [(structure, options)], resource=resource, **settings)
+            text = ",".join(f"{key}={value}" for key, value in options.items())
+            label = f"{structure}:{text}" if text else structure
+            if found:
+                plans[label] = found[0]
+            else:
+                (left_out[label],) = reasons.values()
+        rows.append({"budget": budget, "plans": plans, "left_out": left_out})
+    return rows
 
 
 def parse_structure(text: str) -> tuple[str, dict[str, Any]]:

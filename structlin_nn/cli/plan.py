@@ -4,60 +4,118 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from structlin_nn.cli.common import UsageError, choice, print_json, print_table
-from structlin_nn.cli.count import DTYPES, LAYERS, MODELS
+from structlin_nn.cli.count import DEVICES, DTYPES, LAYERS, MODELS
 
-HELP = "find the widths and ranks that spend a budget of compute, parameters or bytes, structure by structure"
+HELP = "find the widths, ranks, cores, blocks and depths that spend a budget best, structure by structure"
 NAMES = ("layer", *MODELS)
-RESOURCES = ("macs", "forward_macs", "params", "bytes", "training_flops")
+RESOURCES = ("macs", "forward_macs", "params", "bytes", "training_flops", "step_seconds", "run_seconds")
 STRUCTURES = ("dense", "low_rank", "monarch", "kronecker", "tensor_train", "block_tensor_train")
+PREFERENCES = ("spent", "width", "params")
+CHOICES = ("rank", "cores", "blocks", "depth")
 EXAMPLES = """\
 examples:
   structlin plan layer --shape 3072,768 --macs 3e5
   structlin plan cifar-mlp --forward-macs 5e6
   structlin plan imagenet-vit --forward-macs 3e8 --structure dense --structure block_tensor_train:rank=2
   structlin plan gpt2 --training-flops 1e21 --samples 288000000 --structure dense --multiple-of 64
-  structlin plan cifar-mlp --params 1e6 --width 1024 --structure block_tensor_train
+  structlin plan cifar-mlp --params 1e6 --width 1024 --structure block_tensor_train --cores 2,3 --depth 1:6
+  structlin plan cifar-mlp --forward-macs 1e5,1e6,1e7
+  structlin plan gpt2 --step-seconds 0.1 --device h100 --batch-size 64 --dtype bfloat16 --structure dense
+  structlin plan my_package.my_module:make_model --params 1e6 --structure monarch:blocks=4
   structlin plan cifar-mlp --laws laws.json --error 0.3
 
-A layer of shape OUT,IN is planned by its rank or blocks, a model by its width or, with --width, by the rank.
-laws.json is what `structlin fit --json` prints: the budget of each structure is then what its law asks for.
+A layer of shape OUT,IN is planned by its rank, blocks and cores; a model by its width or, with one --width, by the
+rank. Of a structure of factors some widths cost more than larger ones: the widest is found among all. Several values,
+1,2,4 or FIRST:LAST[:STEP], are all tried. Several budgets of one kind make a table, of several kinds all are kept.
+NAME is also a function of a width in a module that Python can import, which returns a torch model that has
+example_input(batch), or (model, inputs). Seconds are the least that the roofline model gives, on a device by its data
+sheet or on this machine (cpu), measured. laws.json is what `structlin fit --json` prints: the budget of each structure
+is then what its law asks for.
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("name", metavar="NAME", type=choice("name", NAMES), help=", ".join(NAMES))
-    budget = parser.add_argument_group("the budget (one of)")
-    budget.add_argument("--macs", type=float, metavar="N", help="MACs for one vector (layer)")
-    budget.add_argument("--forward-macs", type=float, metavar="N", help="MACs of one sample, forward (model)")
-    budget.add_argument("--params", type=float, metavar="N", help="parameters")
-    budget.add_argument("--bytes", type=float, metavar="N", help="bytes of the factors, or of a training step")
-    budget.add_argument("--training-flops", type=float, metavar="N", help="FLOPs of a run of --samples (model)")
+    parser.add_argument("name", metavar="NAME", type=_name, help=", ".join(NAMES) + ", or package.module:function")
+    budget = parser.add_argument_group("the budget (N[,N,...])")
+    for name, text in (
+        ("macs", "MACs for one vector (layer)"),
+        ("forward-macs", "MACs of one sample, forward (model); FFTs count with half their FLOPs"),
+        ("params", "parameters"),
+        ("bytes", "bytes of the factors, or of a training step"),
+        ("training-flops", "FLOPs of a run of --samples (model)"),
+        ("step-seconds", "the least time of a training step on --device (model)"),
+        ("run-seconds", "the least time of a run of --samples on --device (model)"),
+    ):
+        budget.add_argument(f"--{name}", type=_budgets, metavar="N", help=text)
     budget.add_argument("--laws", metavar="FILE", help="fitted laws, for --error (model)")
     budget.add_argument("--error", type=float, metavar="E", help="the target error, for --laws")
     parser.add_argument(
         "--structure", action="append", metavar="NAME[:OPTION=VALUE,...]", help="repeatable; " + ", ".join(STRUCTURES)
     )
+    choices = parser.add_argument_group("what is chosen (V, V,V,... or FIRST:LAST[:STEP])")
+    choices.add_argument("--width", type=_values, metavar="V", help="of the model (all); one: plan the rank at it")
+    choices.add_argument("--rank", type=_values, metavar="V", help="of structures that have one (their own)")
+    choices.add_argument("--cores", type=_values, metavar="V", help="number of factors (2; of a layer all)")
+    choices.add_argument("--blocks", type=_values, metavar="V", help="number of blocks (4; of a layer all)")
+    choices.add_argument("--depth", type=_values, metavar="V", help="blocks of the model (the model's own)")
+    choices.add_argument("--multiple-of", type=int, metavar="N", help="of which widths are multiples (1)")
+    choices.add_argument("--even-widths", action="store_true", help="widths that split into equal factors alone")
+    choices.add_argument(
+        "--prefer", type=choice("preference", PREFERENCES), metavar="WHAT",
+        help="which is best: most spent, width, or params (spent)",
+    )  # fmt: skip
     parser.add_argument("--shape", type=_shape, metavar="OUT,IN", help="of the layer")
     model = parser.add_argument_group("the model")
-    model.add_argument("--width", type=int, metavar="W", help="plan the rank at this width")
-    model.add_argument("--multiple-of", type=int, metavar="N", help="of which widths are multiples (1)")
-    model.add_argument("--any-width", action="store_true", help="widths that split unevenly into factors, too")
     model.add_argument("--layers", type=choice("layers", LAYERS), metavar="NAME", help=", ".join(LAYERS))
     model.add_argument("--rms-cap", action="store_true", help="RMS-capped factors, with learned gains")
-    model.add_argument("--batch-size", type=int, metavar="N", help="samples in a step, for the bytes (1)")
-    model.add_argument("--samples", type=int, metavar="N", help="of a run, for its FLOPs")
-    for name in ("num-classes", "heads", "head-dim", "depth", "expansion", "patch", "vocabulary", "context"):
+    model.add_argument("--batch-size", type=int, metavar="N", help="samples in a step, for bytes and seconds (1)")
+    model.add_argument("--samples", type=int, metavar="N", help="of a run, for its FLOPs and seconds")
+    model.add_argument(
+        "--device", type=choice("device", DEVICES), metavar="NAME", help="for seconds: " + ", ".join(DEVICES)
+    )
+    for name in ("num-classes", "heads", "head-dim", "expansion", "patch", "vocabulary", "context"):
         model.add_argument(f"--{name}", type=int, metavar="N")
     parser.add_argument("--dtype", type=choice("dtype", DTYPES), default="float32", metavar="NAME", help="(float32)")
     parser.add_argument(
         "--activation-dtype", type=choice("dtype", DTYPES), metavar="NAME", help="of activations (--dtype; model)"
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+
+
+def _name(text: str) -> str:
+    return text if ":" in text else choice("name", NAMES)(text)
+
+
+def _budgets(text: str) -> list[float]:
+    try:
+        found = [float(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a number, or several with commas, got {text!r}") from None
+    for value in found:
+        if not (value > 0 and math.isfinite(value)):
+            raise argparse.ArgumentTypeError(f"a budget must be positive and finite, got {value:g}")
+    return found
+
+
+def _values(text: str) -> int | list[int]:
+    try:
+        if ":" in text:
+            first, last, *step = (int(part) for part in text.split(":"))
+            found = list(range(first, last + 1, *step))
+        else:
+            found = [int(part) for part in text.split(",")]
+    except (TypeError, ValueError):
+        raise argparse.ArgumentTypeError(f"must be V, V,V,... or FIRST:LAST[:STEP] in integers, got {text!r}") from None
+    if not found or min(found) < 1:
+        raise argparse.ArgumentTypeError(f"must be positive, and one at least, got {text!r}")
+    return found[0] if len(found) == 1 else found
 
 
 def _shape(text: str) -> tuple[int, int]:
@@ -75,8 +133,10 @@ def run(arguments: argparse.Namespace) -> int:
     asked = ", ".join("--" + name.replace("_", "-") for name in RESOURCES)
     if (arguments.laws is None) != (arguments.error is None):
         raise UsageError("--laws and --error go together")
-    if len(given) + (arguments.laws is not None) != 1:
-        raise UsageError(f"one budget is needed: {asked}, or --laws with --error")
+    if bool(given) == (arguments.laws is not None):
+        raise UsageError(f"a budget is needed: {asked}, or --laws with --error")
+    if len(given) > 1 and any(len(getattr(arguments, name)) > 1 for name in given):
+        raise UsageError("several values make a table of one kind of budget, several kinds are all kept: not both")
     try:
         if arguments.name == "layer":
             return _layer(arguments, given)
@@ -87,7 +147,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 _MODEL_OPTIONS = (
     "width", "multiple_of", "layers", "batch_size", "samples", "num_classes", "heads", "head_dim", "depth",
-    "expansion", "patch", "vocabulary", "context", "activation_dtype",
+    "expansion", "patch", "vocabulary", "context", "activation_dtype", "prefer", "device",
 )  # fmt: skip
 
 
@@ -96,21 +156,31 @@ def _layer(arguments: argparse.Namespace, given: list[str]) -> int:
     from structlin_nn.planning import parse_structure
 
     of_models = [name for name in _MODEL_OPTIONS if getattr(arguments, name) is not None]
-    of_models += [name for name in ("any_width", "rms_cap") if getattr(arguments, name)]
+    of_models += [name for name in ("even_widths", "rms_cap") if getattr(arguments, name)]
     if of_models:
         raise ValueError(f"--{of_models[0].replace('_', '-')} is an option of models, not of a layer")
     if arguments.shape is None:
         raise ValueError("a layer needs --shape OUT,IN")
-    if not given or given[0] not in ("macs", "params", "bytes"):
-        raise ValueError("the budget of a layer is --macs, --params or --bytes")
+    if len(given) != 1 or given[0] not in ("macs", "params", "bytes") or len(getattr(arguments, given[0])) > 1:
+        raise ValueError("the budget of a layer is one number of --macs, --params or --bytes")
     (resource,) = given
-    budget = getattr(arguments, resource)
+    (budget,) = getattr(arguments, resource)
+    choices = {
+        name: value if isinstance(value, list) else [value]
+        for name in CHOICES
+        if (value := getattr(arguments, name)) is not None
+    }
+    if choices and arguments.structure is None:
+        raise ValueError(f"--{next(iter(choices))} of a layer needs --structure")
     settings: dict[str, Any] = {"resource": resource, "dtype": arguments.dtype}
     if arguments.structure is None:
         plans, left_out = plan_layers(arguments.shape, budget, **settings)
     else:
         chosen = [parse_structure(text) for text in arguments.structure]
-        plans = [plan_layer(name, arguments.shape, budget, given=options, **settings) for name, options in chosen]
+        plans = [
+            plan_layer(name, arguments.shape, budget, given={**options, **choices}, **settings)
+            for name, options in chosen
+        ]
         left_out = {}
     plans.sort(key=lambda plan: -plan.share)
     if arguments.json:
@@ -133,16 +203,16 @@ def _layer(arguments: argparse.Namespace, given: list[str]) -> int:
 
 
 def _model(arguments: argparse.Namespace, given: list[str]) -> int:
-    from structlin_nn.planning import parse_structure, plan_for_error, plan_model, plan_models, plans_record
+    from structlin_nn.planning import best_plan, parse_structure, plan_for_error, plan_models, plans_record
 
     if arguments.shape is not None:
         raise ValueError("--shape is an option of a layer, not of a model")
-    if given == ["macs"]:
+    if "macs" in given:
         raise ValueError("the compute of a model is --forward-macs or --training-flops")
     settings: dict[str, Any] = {
-        name: getattr(arguments, name) for name in _MODEL_OPTIONS if getattr(arguments, name) is not None
+        name: getattr(arguments, name) for name in (*_MODEL_OPTIONS, *CHOICES) if getattr(arguments, name) is not None
     }
-    settings |= {"rms_cap": arguments.rms_cap, "any_width": arguments.any_width, "dtype": arguments.dtype}
+    settings |= {"rms_cap": arguments.rms_cap, "even_widths": arguments.even_widths, "dtype": arguments.dtype}
     if arguments.laws is not None:
         if arguments.structure is not None:
             raise ValueError("with --laws the structures are those of the laws")
@@ -157,39 +227,81 @@ def _model(arguments: argparse.Namespace, given: list[str]) -> int:
             [_for_error(row) for row in rows],
         )
         return 0
-    (resource,) = given
-    settings["resource"] = resource
-    budget = getattr(arguments, resource)
-    if arguments.structure is None:
-        plans, left_out = plan_models(arguments.name, budget, [(name, {}) for name in STRUCTURES], **settings)
-        if not plans:
-            raise ValueError("; ".join(left_out.values()))
-    else:
-        chosen = [parse_structure(text) for text in arguments.structure]
-        plans = [plan_model(arguments.name, budget, structure=s, options=o, **settings) for s, o in chosen]
-        left_out = {}
+    chosen = [parse_structure(text) for text in arguments.structure or STRUCTURES]
+    if len(getattr(arguments, given[0])) > 1:
+        return _table(arguments, given[0], chosen, settings)
+    budgets = {name: getattr(arguments, name)[0] for name in given}
+    plans, left_out = plan_models(arguments.name, budgets, chosen, **settings)
+    if not plans:
+        raise ValueError(_reason(left_out.values()))
+    best = best_plan(plans, arguments.prefer or "spent")
     if arguments.json:
         print_json({
-            "model": arguments.name, "resource": resource, "budget": budget, "plans": plans_record(plans),
-            "left_out": left_out,
+            "model": arguments.name, "budgets": budgets, "plans": plans_record(plans), "left_out": left_out,
+            "best": plans.index(best),
         })  # fmt: skip
         return 0
     flops = ["training FLOPs"] if arguments.samples else []
+    seconds = ["step at least"] if arguments.device else []
+    depths = ["depth"] if arguments.depth is not None else []
     print_table(
-        ("structure", "options", "width", "MACs/sample", "parameters", "bytes/step", *flops, "of budget", "next"),
+        ("structure", "options", "width", *depths, "MACs/sample", "parameters", "bytes/step", *flops, *seconds,
+         "of budget", "next"),
         [
             (
-                p.structure, _shown(_usual(p.structure, p.options)), str(p.width),
-                f"{p.forward_macs:,}", f"{p.params:,}", f"{p.bytes:,}",
-                *([f"{p.training_flops:.4g}"] if flops else []), f"{100 * p.share:.1f} %", f"{p.planned} {p.next}",
+                p.structure, _shown(_usual(p.structure, p.options)), str(p.width), *([str(p.depth)] if depths else []),
+                f"{p.forward_macs:,.0f}", f"{p.params:,}", f"{p.bytes:,}",
+                *([f"{p.training_flops:.4g}"] if flops else []),
+                *([f"{1e3 * p.step_seconds:.4g} ms"] if p.step_seconds is not None else []),
+                f"{100 * p.share:.1f} %", f"{p.planned} {p.next}" if p.next else "-",
             )
             for p in plans
         ],
         left=2,
     )  # fmt: skip
+    if arguments.prefer is not None:
+        print(f"best by {arguments.prefer}: {best.structure} of width {best.width}")
     for text in left_out.values():
         print(text)
     return 0
+
+
+def _table(
+    arguments: argparse.Namespace, resource: str, chosen: list[tuple[str, dict[str, Any]]], settings: dict[str, Any]
+) -> int:  # fmt: skip
+    """Structures against budgets: the width of each, and its parameters."""
+    from structlin_nn.planning import iso_table, plans_record
+
+    rows = iso_table(arguments.name, getattr(arguments, resource), chosen, resource=resource, **settings)
+    if not any(row["plans"] for row in rows):
+        raise ValueError(_reason(text for row in rows for text in row["left_out"].values()))
+    if arguments.json:
+        print_json([
+            row | {"plans": {name: plans_record([plan])[0] for name, plan in row["plans"].items()}} for row in rows
+        ])  # fmt: skip
+        return 0
+    labels = list(dict.fromkeys(name for row in rows for name in (*row["plans"], *row["left_out"])))
+
+    def cell(plan: Any) -> str:
+        if plan is None:
+            return "-"
+        deep = f", depth {plan.depth}" if arguments.depth is not None else ""
+        return f"{plan.width}{deep} ({plan.params:.3g})"
+
+    print(f"widest model within {resource.replace('_', ' ')}, and its parameters\n")
+    print_table(
+        ("structure", *(f"{row['budget']:g}" for row in rows)),
+        [(label, *(cell(row["plans"].get(label)) for row in rows)) for label in labels],
+    )
+    for text in dict.fromkeys(text for row in rows for text in row["left_out"].values()):
+        print(text)
+    return 0
+
+
+def _reason(reasons: Iterable[str]) -> str:
+    """Why there is no plan at all, in one line."""
+    first, *others = dict.fromkeys(reasons)
+    return f"{first}; nor does one of the others fit" if others else first
 
 
 def _for_error(row: dict[str, Any]) -> tuple[str, ...]:
@@ -198,7 +310,7 @@ def _for_error(row: dict[str, Any]) -> tuple[str, ...]:
         return row["group"], "-", "-", "-", "-", "never reached"
     note = "outside the fitted points" if row["extrapolated"] else ""
     return (
-        row["group"], f"{row['compute']:.4g}", str(plan.width), f"{plan.params:,}", f"{plan.forward_macs:,}", note,
+        row["group"], f"{row['compute']:.4g}", str(plan.width), f"{plan.params:,}", f"{plan.forward_macs:,.0f}", note,
     )  # fmt: skip
 
 

@@ -1,16 +1,20 @@
 """Plans of models: what is planned is within the budget, what comes next is not, and both are counted in full."""
 
+import itertools
 import json
 import math
+import random
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from structlin_nn._planned import Choice, Costs
 from structlin_nn.cli import main
-from structlin_nn.counting import count_model
-from structlin_nn.planning import parse_structure, plan_for_error, plan_model, plan_models
+from structlin_nn.counting import DEVICES, count, count_model, roofline
+from structlin_nn.models import StructureConfig, build_model
+from structlin_nn.planning import iso_table, parse_structure, plan_for_error, plan_model, plan_models
 
 GPT2 = {"heads": 2, "vocabulary": 50, "context": 8}
 
@@ -32,7 +36,7 @@ def spent(plan: Any, resource: str, width: int, rank: int | None = None, **sizes
         ("cifar-mlp", "monarch", {"blocks": 4}, "params", 1e5, {"multiple_of": 4}, {}),
         ("cifar-mlp", "block_tensor_train", {"rank": 2}, "forward_macs", 1e6, {}, {"depth": 5}),
         ("cifar-vit", "low_rank", {}, "training_flops", 2e10, {"samples": 1000}, {}),
-        ("gpt2", "kronecker", {}, "bytes", 3e6, {"multiple_of": 2}, {**GPT2, "depth": 6}),
+        ("gpt2", "kronecker", {}, "bytes", 3e5, {"multiple_of": 2}, {**GPT2, "depth": 6}),
     ],
 )
 def test_width(
@@ -46,9 +50,6 @@ def test_width(
     assert found <= budget < spent(plan, resource, plan.next, **sizes)
     assert plan.share == pytest.approx(found / budget)
     assert plan.width % keywords.get("multiple_of", 1) == 0
-    if structure in ("block_tensor_train", "kronecker"):
-        assert math.isqrt(plan.width) ** 2 == plan.width
-        assert math.isqrt(plan.next) > math.isqrt(plan.width)
 
 
 def test_rank_at_a_width() -> None:
@@ -64,8 +65,10 @@ def test_widths_that_can_not_be_built() -> None:
     """Heads need a width of at least their number; a butterfly a power of two, and square layers."""
     plan = plan_model("cifar-vit", 1e6, heads=7)
     assert spent(plan, "forward_macs", plan.width, heads=7) <= 1e6
-    uneven = plan_model("cifar-mlp", 1e6, structure="block_tensor_train", any_width=True)
-    assert spent(uneven, "forward_macs", uneven.width) <= 1e6
+    even = plan_model("cifar-mlp", 1e6, structure="block_tensor_train", even_widths=True)
+    assert math.isqrt(even.width) ** 2 == even.width
+    assert math.isqrt(even.next) ** 2 == even.next
+    assert spent(even, "forward_macs", even.width) <= 1e6 < spent(even, "forward_macs", even.next)
 
 
 def test_table_of_equal_compute() -> None:
@@ -77,6 +80,210 @@ def test_table_of_equal_compute() -> None:
     plans, left_out = plan_models("cifar-mlp", 5_000, chosen)
     assert [p.structure for p in plans] == ["dense"]
     assert "needs at least" in left_out["block_tensor_train"]
+
+
+class Exhaustive:
+    """Every choice of a small space, counted without the planner: the best is found by looking at all."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.known: dict[Any, dict[str, Any]] = {}
+        counted = Costs._measured
+
+        def once(costs: Costs, choice: Choice) -> dict[str, Any]:
+            key = (costs.name, costs.structure, tuple(costs.options.items()), tuple(costs.sizes.items()), choice)
+            if key not in self.known:
+                before = dict(costs._layers)
+                try:
+                    self.known[key] = counted(costs, choice), costs._layers[choice]
+                except ValueError as error:
+                    self.known[key] = error, None
+                costs._layers = before
+            found, layers = self.known[key]
+            if layers is None:
+                raise ValueError(str(found))
+            costs._layers[choice] = layers
+            return found
+
+        monkeypatch.setattr(Costs, "_measured", once)
+        self.costs: dict[Any, float | None] = {}
+
+    def cost(
+        self, name: str, structure: str, resource: str, width: int, options: dict[str, Any], sizes: dict[str, Any]
+    ) -> float | None:
+        """By building and counting, once."""
+        key = name, structure, resource, width, *options.items(), *sizes.items()
+        if key not in self.costs:
+            try:
+                config = StructureConfig(structure, options)
+                model = build_model(name, width=width, structure=config, device="meta", **sizes)
+                counted = count(model, model.example_input(device="meta"))
+                macs = counted.macs() + counted.other_flops / 2
+                self.costs[key] = macs if resource == "forward_macs" else counted.trainable_params
+            except ValueError:
+                self.costs[key] = None
+        return self.costs[key]
+
+    def check(
+        self, name: str, structure: str, resource: str, budget: float, widest: int, lists: dict[str, list[int]],
+        **sizes: Any,
+    ) -> bool:  # fmt: skip
+        """False where nothing was compared: the best may be wider than the space."""
+        found = []
+        for values in itertools.product(*lists.values()):
+            chosen = dict(zip(lists, values, strict=True))
+            own = {**sizes, **{k: v for k, v in chosen.items() if k == "depth"}}
+            options = {k: v for k, v in chosen.items() if k != "depth"}
+            inside = [
+                (width, spent)
+                for width in range(1, widest + 1)
+                if (spent := self.cost(name, structure, resource, width, options, own)) is not None and spent <= budget
+            ]
+            if inside:
+                found.append((inside[-1][1], inside[-1][0]))
+        if any(width > 0.6 * widest for _, width in found):
+            return False
+        if not found:
+            with pytest.raises(ValueError, match=r"needs at least|cannot be built|square|sizes"):
+                plan_model(name, budget, structure=structure, resource=resource, **lists, **sizes)
+            return True
+        plan = plan_model(name, budget, structure=structure, resource=resource, **lists, **sizes)
+        assert (plan.share * budget, plan.width) == pytest.approx(max(found), rel=1e-12), (structure, resource, budget)
+        return True
+
+
+MLP = {"depth": 1, "num_classes": 3}
+SPACES: list[tuple[str, str, dict[str, list[int]], dict[str, Any]]] = [
+    ("cifar-mlp", "dense", {"depth": [1, 2, 5]}, {"num_classes": 3}),
+    ("cifar-mlp", "einsum", {}, MLP),
+    ("cifar-mlp", "kronecker", {"cores": [2, 3]}, MLP),
+    ("cifar-mlp", "block_tensor_train", {"rank": [1, 2, 3]}, MLP),
+    ("cifar-mlp", "tensor_train", {"rank": [2], "depth": [1, 3]}, {"num_classes": 3}),
+    ("cifar-mlp", "monarch", {"blocks": [2, 3, 4]}, MLP),
+    ("cifar-mlp", "low_rank", {}, MLP),
+    ("cifar-mlp", "toeplitz", {}, MLP),
+    ("cifar-vit", "kronecker", {}, {"depth": 1, "heads": 4}),
+    ("cifar-vit", "block_tensor_train", {"rank": [1, 2]}, {"depth": 5, "heads": 3}),
+    ("cifar-vit", "blast", {"blocks": [2, 3], "rank": [4]}, {"depth": 1, "heads": 2}),
+    ("gpt2", "einsum", {}, {**GPT2, "depth": 2}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("space", SPACES[:4], ids=lambda s: s[1])
+def test_nothing_wider_fits(space: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    name, structure, lists, sizes = space
+    tried, generator = Exhaustive(monkeypatch), random.Random(structure)
+    lists = {key: values[:2] for key, values in lists.items()}
+    reach = tried.cost(name, structure, "forward_macs", 36, {k: v[0] for k, v in lists.items() if k != "depth"}, MLP)
+    compared = [
+        tried.check(name, structure, "forward_macs", generator.uniform(0.1, 0.8) * reach, 110, lists, **sizes)
+        for _ in range(8)
+    ]
+    assert sum(compared) >= 3
+
+
+@pytest.mark.slow
+def test_nothing_better_fits_at_500_budgets(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried, generator = Exhaustive(monkeypatch), random.Random(0)
+    compared = 0
+    while compared < 500:
+        name, structure, lists, sizes = generator.choice(SPACES)
+        resource = generator.choice(("forward_macs", "params"))
+        widest = 256 if name == "cifar-mlp" else 160
+        at = max(tried.cost(name, structure, resource, w, {k: v[0] for k, v in lists.items() if k != "depth"},
+                            {**sizes, "depth": lists.get("depth", [sizes.get("depth")])[0]}) or 0
+                 for w in (36, 64, 100, 144, 48, 96))  # fmt: skip
+        compared += tried.check(name, structure, resource, generator.uniform(0.02, 1) * at, widest, lists, **sizes)
+
+
+def test_a_cost_that_is_not_monotone() -> None:
+    """Of `einsum` 812 = 28 * 29 fits into a budget that is over at 784 < 812 by an uneven split of other layers."""
+    plan = plan_model("cifar-mlp", 1e6, structure="einsum")
+    assert plan.width == 812
+    assert plan.share > 0.99
+
+
+def test_transforms_are_not_free() -> None:
+    plan = plan_model("cifar-mlp", 1e6, structure="toeplitz", depth=1)
+    record = count_model("cifar-mlp", width=plan.width, structure="toeplitz", depth=1)
+    assert record["other_flops"] > record["forward_macs"]
+    assert plan.forward_macs == record["forward_macs"] + record["other_flops"] / 2 <= 1e6
+    trained = plan_model(
+        "cifar-mlp", 1e9, structure="toeplitz", depth=1, resource="training_flops", samples=100
+    )  # fmt: skip
+    assert trained.training_flops >= 100 * 3 * count_model(
+        "cifar-mlp", width=trained.width, structure="toeplitz", depth=1
+    )["other_flops"]  # fmt: skip
+
+
+def test_several_budgets_and_seconds() -> None:
+    both = plan_model("cifar-mlp", {"forward_macs": 1e6, "bytes": 5e6}, batch_size=10, depth=1)
+    assert both.forward_macs <= 1e6
+    assert both.bytes <= 5e6
+    assert both.share == pytest.approx(max(both.forward_macs / 1e6, both.bytes / 5e6))
+    timed = plan_model("cifar-mlp", 1e-4, resource="step_seconds", device="h100", batch_size=512, depth=1)
+    model = build_model("cifar-mlp", width=timed.width, depth=1, device="meta")
+    counted = count(model, model.example_input(512, device="meta"))
+    assert timed.step_seconds == pytest.approx(roofline(counted, DEVICES["h100"], "float32").step)
+    assert timed.step_seconds <= 1e-4
+    assert timed.run_seconds is None
+    run = plan_model(
+        "cifar-mlp", 1.0, resource="run_seconds", device="h100", batch_size=512, samples=512 * 10_000, depth=1
+    )  # fmt: skip
+    assert run.width == timed.width
+    assert run.run_seconds == pytest.approx(10_000 * run.step_seconds)
+
+
+def test_choices_of_depth_and_cores() -> None:
+    chosen = {"width": 64, "rank": [1, 2], "cores": [2, 3], "depth": [1, 2, 3], "structure": "block_tensor_train"}
+    plan = plan_model("cifar-mlp", 1.5e5, **chosen)
+    costs = {}
+    for rank, cores, depth in itertools.product([1, 2], [2, 3], [1, 2, 3]):
+        options = {"rank": rank, "cores": cores}
+        record = count_model("cifar-mlp", width=64, structure="block_tensor_train", options=options, depth=depth)
+        costs[rank, cores, depth] = record["forward_macs"]
+    best = max(c for c in costs.values() if c <= 1.5e5)
+    assert costs[plan.options["rank"], plan.options["cores"], plan.depth] == best == plan.forward_macs
+    largest = plan_model("cifar-mlp", 1.5e5, **chosen, prefer="params")
+    assert largest.params >= plan.params
+
+
+def test_a_model_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "my_own_models.py").write_text("""
+import torch
+from torch import nn
+
+drawn = torch.randn(32, 16, generator=torch.Generator().manual_seed(0))
+
+def mlp(width, depth=1):
+    hidden = [layer for _ in range(depth) for layer in (nn.Linear(width, width), nn.GELU())]
+    return nn.Sequential(nn.Linear(16, width), nn.GELU(), *hidden, nn.Linear(width, 10)), drawn
+
+def attention(width):
+    return nn.MultiheadAttention(width, 6, batch_first=True), (torch.zeros(2, 5, width),) * 3
+""")
+    monkeypatch.syspath_prepend(tmp_path)
+    plan = plan_model("my_own_models:mlp", 1e5)
+    assert plan.depth is None
+    assert 16 * plan.width + plan.width**2 + 10 * plan.width == plan.forward_macs <= 1e5
+    assert 26 * (plan.width + 1) + (plan.width + 1) ** 2 > 1e5
+    deep = plan_model("my_own_models:mlp", 1e5, depth=[1, 2, 3], prefer="width", structure="kronecker")
+    assert deep.depth == 1
+    assert deep.width > plan.width
+    heads = plan_model("my_own_models:attention", 1e5)
+    assert heads.width % 6 == 0
+    with pytest.raises(ValueError, match="returns its inputs"):
+        plan_model("my_own_models:mlp", 1e5, batch_size=4)
+
+
+def test_table_of_budgets() -> None:
+    chosen = [("dense", {}), ("monarch", {"blocks": 4}), ("monarch", {"blocks": 16})]
+    table = iso_table("cifar-mlp", [1e4, 1e5, 1e6], chosen, depth=1)
+    assert [row["budget"] for row in table] == [1e4, 1e5, 1e6]
+    for row in table:
+        assert row["plans"].keys() | row["left_out"].keys() == {"dense", "monarch:blocks=4", "monarch:blocks=16"}
+        assert all(plan.forward_macs <= row["budget"] for plan in row["plans"].values())
+    widths = [row["plans"]["dense"].width for row in table]
+    assert widths == sorted(widths)
 
 
 def laws() -> dict[str, Any]:
@@ -120,7 +327,22 @@ def test_structures_as_text() -> None:
         ({"name": "cifar"}, "unknown model 'cifar'"),
         ({"structure": "btt"}, "unknown structure 'btt'"),
         ({"resource": "macs"}, "unknown resource 'macs'; one of forward_macs"),
-        ({"budget": -1}, "the budget must be positive, got -1"),
+        ({"budget": -1}, "the budget must be positive and finite, got -1"),
+        ({"budget": math.inf}, "the budget must be positive and finite, got inf"),
+        ({"budget": math.nan}, "the budget must be positive and finite, got nan"),
+        ({"budget": 1e30}, r"cifar-mlp with dense of width 1,048,576 and more fits into 1e\+30 forward_macs"),
+        ({"budget": {}}, "a budget is needed, of forward_macs"),
+        ({"budget": {"forward_macs": 1e6, "bytes": 0}}, "the budget of bytes must be positive and finite, got 0"),
+        ({"resource": "step_seconds"}, "a budget of seconds needs a device"),
+        ({"resource": "run_seconds", "device": "h100"}, "needs its number of samples"),
+        ({"prefer": "best"}, "unknown preference 'best'; one of spent, width, params"),
+        ({"rank": [1, 2]}, "structure 'dense' has no option 'rank' to choose"),
+        ({"structure": "low_rank", "rank": []}, "there is no rank to choose from"),
+        ({"structure": "low_rank", "rank": [0]}, r"rank must be a positive integer, or several, got \[0\]"),
+        ({"width": [64, 128], "multiple_of": 2}, "are for widths that are searched"),
+        ({"name": "nowhere:model"}, "nowhere:model cannot be imported"),
+        ({"name": "math:pi"}, "math:pi must be a function of a width"),
+        ({"name": "math:sqrt", "depth": None, "heads": 2}, "'heads' is a size of named models"),
         ({"budget": 10}, "cifar-mlp with dense needs at least .* forward_macs, the budget is 10"),
         ({"resource": "training_flops"}, "needs the number of samples"),
         ({"multiple_of": 0}, "multiple_of must be a positive integer, got 0"),
@@ -144,7 +366,7 @@ class TestCommand:
 
     def test_layer(self, capsys: pytest.CaptureFixture[str]) -> None:
         out = self.output(capsys, "layer", "--shape", "3072,768", "--macs", "3e5")
-        assert "low_rank            rank 78    299,520" in out
+        assert re.search(r"low_rank +rank 78 +299,520", out)
         words = ("layer", "--shape", "12,18", "--bytes", "400", "--structure", "low_rank", "--json")
         record = json.loads(self.output(capsys, *words, "--dtype", "bfloat16"))
         assert record["plans"][0]["options"] == {"rank": 6}
@@ -165,11 +387,49 @@ class TestCommand:
         assert lines[-1].endswith("never reached")
         assert json.loads(self.output(capsys, *words, "--json"))[0]["plan"]["structure"] == "monarch"
 
+    def test_table_of_budgets(self, capsys: pytest.CaptureFixture[str]) -> None:
+        words = ("cifar-mlp", "--forward-macs", "1e5,1e6", "--structure", "dense", "--structure", "butterfly")
+        out = self.output(capsys, *words, "--depth", "1,2", "--prefer", "width")
+        assert re.search(r"structure +100000 +1e\+06", out)
+        assert re.search(r"dense +30, depth 1 .+ 209, depth 1 ", out)
+        assert out.count("a butterfly matrix is square") == 1
+        rows = json.loads(self.output(capsys, *words, "--depth", "1", "--json"))
+        assert [row["plans"]["dense"]["width"] for row in rows] == [30, 209]
+        assert "square" in rows[0]["left_out"]["butterfly"]
+
+    def test_choices_and_several_budgets(self, capsys: pytest.CaptureFixture[str]) -> None:
+        budgets = ("--forward-macs", "1e6", "--bytes", "3e6")
+        words = ("cifar-mlp", *budgets, "--structure", "low_rank", "--rank", "2:4")
+        record = json.loads(self.output(capsys, *words, "--width", "128:1024:128", "--json"))
+        (plan,) = record["plans"]
+        assert record["budgets"] == {"forward_macs": 1e6, "bytes": 3e6}
+        assert (plan["width"] % 128, plan["bytes"] <= 3e6, plan["options"]["rank"] in (2, 3, 4)) == (0, True, True)
+        more = ("--width", "256", "--device", "h100", "--batch-size", 64, "--prefer", "params")
+        out = self.output(capsys, "cifar-mlp", "--forward-macs", "1e7", *words[5:], *more)
+        assert "step at least" in out
+        assert "best by params: low_rank" in out
+
+    def test_choices_of_a_layer(self, capsys: pytest.CaptureFixture[str]) -> None:
+        words = ("layer", "--shape", "1024,1024", "--macs", "30000", "--structure", "kronecker")
+        assert json.loads(self.output(capsys, *words, "--json"))["plans"][0]["options"] == {"cores": 4}
+        assert json.loads(self.output(capsys, *words, "--cores", "5", "--json"))["plans"][0]["options"] == {"cores": 5}
+
     @pytest.mark.parametrize(
         ("words", "message"),
         [
-            ("cifar-mlp", "one budget is needed: --macs, --forward-macs, --params, --bytes, --training-flops, or"),
-            ("cifar-mlp --params 1e6 --bytes 1e6", "one budget is needed"),
+            ("cifar-mlp", "a budget is needed: --macs, --forward-macs, --params, --bytes, --training-flops, --step-"),
+            ("cifar-mlp --params 1e6,1e7 --bytes 1e6", "several kinds are all kept: not both"),
+            ("cifar-mlp --forward-macs 0", "a budget must be positive and finite, got 0"),
+            ("cifar-mlp --forward-macs inf", "a budget must be positive and finite, got inf"),
+            ("cifar-mlp --forward-macs 1e6 --step-seconds 1", "a budget of seconds needs a device"),
+            ("cifar-mlp --forward-macs 1e30 --structure dense", "of width 1,048,576 and more fits into 1e+30"),
+            ("cifar-mlp --forward-macs many", "must be a number, or several with commas, got 'many'"),
+            ("cifar-mlp --params 1e6 --width 4:1", "must be positive, and one at least, got '4:1'"),
+            ("cifar-mlp --params 1e6 --rank 1.5", "must be V, V,V,... or FIRST:LAST[:STEP] in integers, got '1.5'"),
+            ("cifar-mlp --params 1e6 --structure dense --cores 2,3", "none of the structures has an option 'cores'"),
+            ("cifar-mlp --params 1e6 --prefer depth", "unknown preference 'depth'"),
+            ("my_module:model --params 1e6", "my_module:model cannot be imported"),
+            ("layer --macs 10 --shape 20,30 --rank 2", "--rank of a layer needs --structure"),
             ("cifar-mlp --laws laws.json", "--laws and --error go together"),
             ("cifar-mlp --laws laws.json --error 0.3", "laws.json"),
             ("cifar-mlp --macs 1e6", "the compute of a model is --forward-macs or --training-flops"),
@@ -178,7 +438,10 @@ class TestCommand:
             ("layer --macs 10 --shape 2x3", "must be OUT,IN in integers, got '2x3'"),
             ("layer --macs 10 --shape 0,3", "must be OUT,IN in positive integers, got '0,3'"),
             ("layer --macs 10 --shape 2,3 --width 4", "--width is an option of models, not of a layer"),
-            ("layer --forward-macs 10 --shape 2,3", "the budget of a layer is --macs, --params or --bytes"),
+            (
+                "layer --forward-macs 10 --shape 2,3",
+                "the budget of a layer is one number of --macs, --params or --bytes",
+            ),
             ("layer --macs 10 --shape 2,3 --structure low_rnak", "unknown structure 'low_rnak'"),
             ("cifar-mlp --params 1e6 --structure low_rank:rank", "must be NAME=VALUE, got 'rank'"),
             ("cifar-mlp --params 10", "needs at least"),

@@ -1,0 +1,284 @@
+"""What a plan chooses among: models by width, depth and structure, and what each costs."""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from structlin.counting import work
+from structlin.execution.devices import Device
+from structlin.registry import design
+from structlin_nn.counting import ModelCount, count, roofline, training_bytes
+from structlin_nn.counting._memory import itemsize, states_of
+from structlin_nn.counting._named import loss_of
+from structlin_nn.models import MODELS, StructureConfig, build_model
+from structlin_nn.torch import StructuredLinear, replace_linear
+
+__all__ = ["RESOURCES", "Choice", "Costs", "own_function"]
+
+RESOURCES = ("forward_macs", "params", "bytes", "training_flops", "step_seconds", "run_seconds")
+_FEW_BLOCKS = 4  # from which on a model of so many blocks is costed by those of one and of two
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One candidate: the width, the depth (None: the model's own), and the options of the structure."""
+
+    width: int
+    depth: int | None = None
+    options: tuple[tuple[str, Any], ...] = ()
+
+    def with_options(self, **more: Any) -> Choice:
+        return Choice(self.width, self.depth, tuple({**dict(self.options), **more}.items()))
+
+
+@dataclass
+class Costs:
+    """Costs of the choices of one model and structure, each counted once.
+
+    ``name`` is a named model or ``package.module:function``; the function takes a width, and a ``depth`` where that is
+    asked for, and returns a model with ``example_input``, or (model, inputs).
+    """
+
+    name: str
+    structure: str
+    options: Mapping[str, Any]
+    sizes: Mapping[str, Any]
+    layers: str | None = None
+    rms_cap: bool = False
+    batch_size: int | None = None
+    samples: int | None = None
+    optimizer: str = "adam"
+    dtype: str = "float32"
+    activation_dtype: str | None = None
+    device: Device | None = None
+    _known: dict[Choice, dict[str, Any]] = field(default_factory=dict, repr=False)
+    _layers: dict[Choice, dict[str, tuple[int, int, float]]] = field(default_factory=dict, repr=False)
+    _designed: dict[tuple[Any, ...], tuple[int, int] | None] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        self._function = own_function(self.name) if ":" in self.name else None
+        if self._function is not None and self.sizes:
+            raise ValueError(f"{next(iter(self.sizes))!r} is a size of named models; {self.name} has its own")
+        if self._function is None and self.name not in MODELS:
+            raise ValueError(
+                f"unknown model {self.name!r}; one of {', '.join(MODELS)}, or package.module:function of your own"
+            )
+
+    def depth_of(self, choice: Choice) -> int | None:
+        """Blocks of a named model; None for a model of one's own that has no depth to choose."""
+        if choice.depth is not None or self._function is not None:
+            return choice.depth
+        spec = MODELS[self.name]
+        return self.sizes.get("depth", spec.config(width=256, **spec.sizes).depth)
+
+    def quick(self, choice: Choice) -> dict[str, Any] | None:
+        """As `measured`, of deep named models by way of those of one and two blocks; None where none can be built."""
+        depth = self.depth_of(choice)
+        try:
+            if not self._is_deep(depth):
+                return self.measured(choice)
+            one, two = (self.measured(Choice(choice.width, d, choice.options)) for d in (1, 2))
+        except ValueError:
+            return None
+        assert depth is not None
+        # All blocks cost the same; what is chosen in the end is counted in full.
+        return {k: v if v is None else v + (depth - 1) * (two[k] - v) for k, v in one.items()}
+
+    def least(self, choice: Choice) -> dict[str, float] | None:
+        """Bounds from below of all resources, from the structured layers alone; None where one cannot be designed.
+
+        Their sizes are those of a line through the widths that were counted (of a line in heads * (width // heads), for
+        what heads split), of those layers whose sizes lie on one; the others count 0. It costs a design for each layer,
+        and no model.
+        """
+        depth = self.depth_of(choice)
+        if self._is_deep(depth):
+            assert depth is not None
+            one, two = (self._least_of(Choice(choice.width, d, choice.options)) for d in (1, 2))
+            if one is None or two is None:
+                return None
+            flops, params = (a + (depth - 1) * max(b - a, 0) for a, b in zip(one, two, strict=True))
+        else:
+            found = self._least_of(choice)
+            if found is None:
+                return None
+            flops, params = found
+        # The backward pass costs what the forward pass does at least. Weights, gradients and states are held.
+        held = params * itemsize(self.dtype) * (2 + states_of(self.optimizer))
+        samples = self.samples or 0
+        batch = self.batch_size or 1
+        peak = self.device.rate(self.activation_dtype or self.dtype) if self.device is not None else math.inf
+        return {
+            "forward_macs": flops / 2, "params": params, "bytes": held, "training_flops": 2 * flops * samples,
+            "step_seconds": 2 * flops * batch / peak, "run_seconds": 2 * flops * samples / peak,
+        }  # fmt: skip
+
+    def _least_of(self, choice: Choice) -> tuple[float, float] | None:
+        seen = {
+            c.width: layers
+            for c, layers in self._layers.items()
+            if (c.depth, c.options) == (choice.depth, choice.options)
+        }
+        if len(seen) < 4:
+            return 0.0, 0.0
+        flops = params = 0.0
+        for name, (*_, rows) in next(iter(seen.values())).items():
+            if not all(name in layers for layers in seen.values()):
+                continue
+            shape = [self._on_a_line({w: layers[name][k] for w, layers in seen.items()}, choice.width) for k in (0, 1)]
+            if None in shape:
+                continue
+            found = self._layer(choice.options, tuple(shape))
+            if found is None:
+                return None
+            flops, params = flops + rows * found[0], params + found[1]
+        return flops, params
+
+    def _on_a_line(self, sizes: Mapping[int, float], width: int) -> int | None:
+        heads = 1
+        if self._function is None:
+            spec = MODELS[self.name]
+            heads = self.sizes.get("heads") or getattr(spec.config(width=256, **spec.sizes), "heads", 1)
+        for step in dict.fromkeys((1, heads)):
+            points = {step * (w // step): size for w, size in sizes.items()}
+            (x0, y0), (x1, y1) = min(points.items()), max(points.items())
+            slope = (y1 - y0) / (x1 - x0) if x1 > x0 else 0.0
+            if all(abs(y0 + slope * (step * (w // step) - x0) - size) < 1e-6 for w, size in sizes.items()):
+                return round(y0 + slope * (step * (width // step) - x0))
+        return None
+
+    def _layer(self, options: tuple[tuple[str, Any], ...], shape: tuple[Any, ...]) -> tuple[int, int] | None:
+        """FLOPs for one vector and parameters of a layer; None where it cannot be designed."""
+        key = options, shape
+        if key not in self._designed:
+            try:
+                found = design(self.structure, shape, **{**self.options, **dict(options)})
+                self._designed[key] = work(found).flops, found.num_params
+            except ValueError:
+                self._designed[key] = None
+        return self._designed[key]
+
+    def _is_deep(self, depth: int | None) -> bool:
+        return self._function is None and depth is not None and depth >= _FEW_BLOCKS
+
+    def measured(self, choice: Choice) -> dict[str, Any]:
+        """Every resource and ``training_macs``, counted. Raises ValueError where the model cannot be built."""
+        if choice not in self._known:
+            try:
+                self._known[choice] = self._measured(choice)
+            except ValueError as error:
+                self._known[choice] = {"error": str(error)}
+        found = self._known[choice]
+        if "error" in found:
+            raise ValueError(found["error"])
+        return found
+
+    def _measured(self, choice: Choice) -> dict[str, Any]:
+        model, inputs, batch, loss = self._built(choice)
+        counted = count(model, *inputs)
+        rows = {call.name: call.rows / batch for call in counted.calls}
+        self._layers[choice] = {
+            name: (layer.out_features, layer.in_features, rows[name])
+            for name, layer in model.named_modules()
+            # Not those that are left dense.
+            if isinstance(layer, StructuredLinear)
+            and name in rows
+            and (work(layer.structure).flops, layer.structure.num_params)
+            == self._layer(choice.options, (layer.out_features, layer.in_features))
+        }
+        step, step_batch = counted, batch
+        if self.batch_size is not None and self.batch_size != batch:
+            model, inputs, step_batch, loss = self._built(choice, self.batch_size)
+            step = count(model, *inputs)
+        held = training_bytes(
+            step, loss=loss, optimizer=self.optimizer, dtype=self.dtype, activation_dtype=self.activation_dtype
+        )
+        products = self.activation_dtype or self.dtype
+        seconds = None
+        if self.device is not None:
+            seconds = roofline(step, self.device, products, optimizer=self.optimizer, weight_dtype=self.dtype).step
+        flops = _training_flops(counted) / batch
+        return {
+            # Work that is no product counts with half its FLOPs, so that no transform is free.
+            "forward_macs": _whole((counted.macs() + counted.other_flops / 2) / batch),
+            "training_macs": _whole(counted.training_macs / batch), "params": counted.trainable_params,
+            "bytes": held["total"], "training_flops": _whole(flops * self.samples) if self.samples else None,
+            "step_seconds": seconds,
+            "run_seconds": seconds * self.samples / step_batch if seconds is not None and self.samples else None,
+        }  # fmt: skip
+
+    def _built(self, choice: Choice, batch_size: int = 1) -> tuple[nn.Module, Any, int, ModelCount | None]:
+        """Model and inputs on the meta device, the batch, and what the loss keeps."""
+        options = {**self.options, **dict(choice.options)}
+        if self._function is None:
+            config = StructureConfig(self.structure, options, layers=self.layers, rms_cap=self.rms_cap)
+            sizes = dict(self.sizes) if choice.depth is None else {**self.sizes, "depth": choice.depth}
+            named = build_model(self.name, width=choice.width, structure=config, device="meta", **sizes)
+            inputs = (named.example_input(batch_size, device="meta"),)
+            return named, inputs, batch_size, loss_of(named, batch_size)
+        made = self._call(choice)
+        model, inputs = made if isinstance(made, tuple) else (made, None)
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"{self.name} must return a torch module or (module, inputs), got {made!r}")
+        model = model.to("meta")
+        if self.structure != "dense" or options:
+            replace_linear(
+                model, self.structure, layers=self.layers or "all_but_last", rms_cap=self.rms_cap, **options
+            )  # fmt: skip
+        if inputs is None:
+            if not hasattr(model, "example_input"):
+                raise TypeError(f"{self.name} must return (module, inputs), or a module that has example_input(batch)")
+            inputs = model.example_input(batch_size)
+        elif batch_size != 1:
+            raise ValueError(f"{self.name} returns its inputs, and with them the size of a batch: leave batch_size out")
+        inputs = inputs if isinstance(inputs, tuple) else (inputs,)
+        inputs = tree_map(lambda x: x.to("meta") if isinstance(x, Tensor) else x, inputs)
+        first = next((x for x in tree_leaves(inputs) if isinstance(x, Tensor) and x.ndim), None)
+        return model, inputs, 1 if first is None else len(first), None
+
+    def _call(self, choice: Choice) -> Any:
+        assert self._function is not None
+        sizes = {} if choice.depth is None else {"depth": choice.depth}
+        with torch.random.fork_rng(devices=[]):
+            try:
+                with torch.device("meta"):
+                    return self._function(choice.width, **sizes)
+            except (AssertionError, NotImplementedError, RuntimeError):
+                pass  # what reads values, or draws from a generator, cannot run on the meta device
+            try:
+                return self._function(choice.width, **sizes)
+            except (AssertionError, RuntimeError) as error:
+                raise ValueError(f"{self.name} of width {choice.width}: {error}") from error
+
+
+def _whole(value: float) -> int | float:
+    return int(value) if float(value).is_integer() else value
+
+
+def _training_flops(counted: ModelCount) -> float:
+    return 2 * counted.training_macs + 3 * counted.other_flops
+
+
+def own_function(path: str) -> Callable[..., Any]:
+    """The function that ``package.module:function`` names.
+
+    Raises ValueError for a path that leads to no function.
+    """
+    module_name, colon, name = path.partition(":")
+    if not colon or not name or not module_name:
+        raise ValueError(f"a model of your own is package.module:function, got {path!r}")
+    try:
+        function = getattr(importlib.import_module(module_name), name)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"{path} cannot be imported: {error}") from error
+    if not callable(function):
+        raise ValueError(f"{path} must be a function of a width, got {function!r}")
+    return function
