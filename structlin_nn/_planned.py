@@ -59,7 +59,8 @@ class Costs:
     dtype: str = "float32"
     activation_dtype: str | None = None
     device: Device | None = None
-    _known: dict[Choice, dict[str, Any]] = field(default_factory=dict, repr=False)
+    full: bool = True  # whether the search needs more than forward MACs and parameters
+    _known: dict[tuple[Choice, bool], dict[str, Any]] = field(default_factory=dict, repr=False)
     _layers: dict[Choice, dict[str, tuple[int, int, float]]] = field(default_factory=dict, repr=False)
     _designed: dict[tuple[Any, ...], tuple[int, int] | None] = field(default_factory=dict, repr=False)
 
@@ -84,8 +85,8 @@ class Costs:
         depth = self.depth_of(choice)
         try:
             if not self._is_deep(depth):
-                return self.measured(choice)
-            one, two = (self.measured(Choice(choice.width, d, choice.options)) for d in (1, 2))
+                return self.measured(choice, self.full)
+            one, two = (self.measured(Choice(choice.width, d, choice.options), self.full) for d in (1, 2))
         except ValueError:
             return None
         assert depth is not None
@@ -111,14 +112,18 @@ class Costs:
             if found is None:
                 return None
             flops, params = found
-        # The backward pass costs what the forward pass does at least. Weights, gradients and states are held.
-        held = params * itemsize(self.dtype) * (2 + states_of(self.optimizer))
+        # The backward pass of a named model costs what its forward pass does at least. Weights, gradients and states
+        # are held; in a model of one's own some may be frozen.
+        own = self._function is not None
+        held = params * itemsize(self.dtype) * (1 if own else 2 + states_of(self.optimizer))
+        flops_trained = flops if own else 2 * flops
         samples = self.samples or 0
         batch = self.batch_size or 1
         peak = self.device.rate(self.activation_dtype or self.dtype) if self.device is not None else math.inf
         return {
-            "forward_macs": flops / 2, "params": params, "bytes": held, "training_flops": 2 * flops * samples,
-            "step_seconds": 2 * flops * batch / peak, "run_seconds": 2 * flops * samples / peak,
+            "forward_macs": flops / 2, "params": 0 if own else params, "bytes": held,
+            "training_flops": flops_trained * samples, "step_seconds": flops_trained * batch / peak,
+            "run_seconds": flops_trained * samples / peak,
         }  # fmt: skip
 
     def _least_of(self, choice: Choice) -> tuple[float, float] | None:
@@ -169,21 +174,25 @@ class Costs:
     def _is_deep(self, depth: int | None) -> bool:
         return self._function is None and depth is not None and depth >= _FEW_BLOCKS
 
-    def measured(self, choice: Choice) -> dict[str, Any]:
-        """Every resource and ``training_macs``, counted. Raises ValueError where the model cannot be built."""
-        if choice not in self._known:
+    def measured(self, choice: Choice, full: bool = True) -> dict[str, Any]:
+        """Every resource and ``training_macs``, counted; not ``full``: forward MACs and parameters, counted quicker.
+
+        Raises ValueError where the model cannot be built.
+        """
+        key = choice, full
+        if key not in self._known:
             try:
-                self._known[choice] = self._measured(choice)
+                self._known[key] = self._measured(choice, full)
             except ValueError as error:
-                self._known[choice] = {"error": str(error)}
-        found = self._known[choice]
+                self._known[key] = {"error": str(error)}
+        found = self._known[key]
         if "error" in found:
             raise ValueError(found["error"])
         return found
 
-    def _measured(self, choice: Choice) -> dict[str, Any]:
+    def _measured(self, choice: Choice, full: bool) -> dict[str, Any]:
         model, inputs, batch, loss = self._built(choice)
-        counted = count(model, *inputs)
+        counted = count(model, *inputs, backward=full)
         rows = {call.name: call.rows / batch for call in counted.calls}
         self._layers[choice] = {
             name: (layer.out_features, layer.in_features, rows[name])
@@ -194,6 +203,12 @@ class Costs:
             and (work(layer.structure).flops, layer.structure.num_params)
             == self._layer(choice.options, (layer.out_features, layer.in_features))
         }
+        # Work that is no product counts with half its FLOPs, so that no transform is free.
+        found: dict[str, Any] = {
+            "forward_macs": _whole(counted.flops / 2 / batch), "params": counted.trainable_params
+        }  # fmt: skip
+        if not full:
+            return found
         step, step_batch = counted, batch
         if self.batch_size is not None and self.batch_size != batch:
             model, inputs, step_batch, loss = self._built(choice, self.batch_size)
@@ -205,12 +220,9 @@ class Costs:
         seconds = None
         if self.device is not None:
             seconds = roofline(step, self.device, products, optimizer=self.optimizer, weight_dtype=self.dtype).step
-        flops = _training_flops(counted) / batch
-        return {
-            # Work that is no product counts with half its FLOPs, so that no transform is free.
-            "forward_macs": _whole((counted.macs() + counted.other_flops / 2) / batch),
-            "training_macs": _whole(counted.training_macs / batch), "params": counted.trainable_params,
-            "bytes": held["total"], "training_flops": _whole(flops * self.samples) if self.samples else None,
+        return found | {
+            "training_macs": _whole(counted.training_macs / batch), "bytes": held["total"],
+            "training_flops": _whole(counted.training_flops / batch * self.samples) if self.samples else None,
             "step_seconds": seconds,
             "run_seconds": seconds * self.samples / step_batch if seconds is not None and self.samples else None,
         }  # fmt: skip
@@ -261,10 +273,6 @@ class Costs:
 
 def _whole(value: float) -> int | float:
     return int(value) if float(value).is_integer() else value
-
-
-def _training_flops(counted: ModelCount) -> float:
-    return 2 * counted.training_macs + 3 * counted.other_flops
 
 
 def own_function(path: str) -> Callable[..., Any]:

@@ -166,8 +166,9 @@ def plan_model(
     if isinstance(device, str):
         device = find_device(device, activation_dtype or dtype)
     costs = Costs(
-        name, structure, fixed, sizes, layers, rms_cap, batch_size, samples, optimizer, dtype, activation_dtype, device
-    )
+        name, structure, fixed, sizes, layers, rms_cap, batch_size, samples, optimizer, dtype, activation_dtype, device,
+        full=not budgets.keys() <= {"forward_macs", "params"},
+    )  # fmt: skip
 
     def share(choice: Choice) -> float | None:
         found = costs.quick(choice)
