@@ -9,6 +9,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from structlin.counting import num_bytes, work
@@ -120,7 +121,7 @@ def plan_layer(
         if start > budget:
             continue
         if by_rank:
-            rank = largest_within(lambda r, c=chosen: _rank_cost(designed, c, r, resource, dtype), budget)
+            rank = largest_within(partial(_rank_cost, designed, chosen, resource, dtype), budget)
             chosen = {**chosen, "rank": rank}
         found = designed(chosen)
         key = (_cost(found, resource, dtype), found.rank_bound)
@@ -174,8 +175,8 @@ def _combinations(spaces: Mapping[str, Iterable[Any]]) -> Iterator[dict[str, Any
 
 
 def _rank_cost(
-    designed: Callable[[Mapping[str, Any]], AbstractStructure], chosen: Mapping[str, Any], rank: int, resource: str,
-    dtype: Any,
+    designed: Callable[[Mapping[str, Any]], AbstractStructure], chosen: Mapping[str, Any], resource: str, dtype: Any,
+    rank: int,
 ) -> int | None:  # fmt: skip
     try:
         if rank > 1 and _is_full(designed({**chosen, "rank": rank - 1})):
@@ -226,7 +227,7 @@ def _cost(structure: AbstractStructure, resource: str, dtype: Any) -> int:
     return structure.num_params if resource == "params" else num_bytes(structure, dtype)
 
 
-def largest_within(cost: Callable[[int], int | None], budget: float) -> int | None:
+def largest_within(cost: Callable[[int], float | None], budget: float) -> int | None:
     """The largest n from 1 on whose cost is within a budget, by doubling and bisection; None where 1 has none.
 
     ``cost`` rises with n; None says that n is out of range, and then every larger one is.

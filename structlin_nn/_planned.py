@@ -148,10 +148,10 @@ class Costs:
         return flops, params
 
     def _on_a_line(self, sizes: Mapping[int, float], width: int) -> int | None:
-        heads = 1
+        heads: int = 1
         if self._function is None:
             spec = MODELS[self.name]
-            heads = self.sizes.get("heads") or getattr(spec.config(width=256, **spec.sizes), "heads", 1)
+            heads = int(self.sizes.get("heads", getattr(spec.config(width=256, **spec.sizes), "heads", 1)))
         for step in dict.fromkeys((1, heads)):
             points = {step * (w // step): size for w, size in sizes.items()}
             (x0, y0), (x1, y1) = min(points.items()), max(points.items())
@@ -248,7 +248,7 @@ class Costs:
         if inputs is None:
             if not hasattr(model, "example_input"):
                 raise TypeError(f"{self.name} must return (module, inputs), or a module that has example_input(batch)")
-            inputs = model.example_input(batch_size)
+            inputs = model.example_input(batch_size)  # type: ignore[operator]
         elif batch_size != 1:
             raise ValueError(f"{self.name} returns its inputs, and with them the size of a batch: leave batch_size out")
         inputs = inputs if isinstance(inputs, tuple) else (inputs,)

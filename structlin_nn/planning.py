@@ -214,11 +214,11 @@ def plan_model(
     if reasons.cheapest is None:
         costs.measured(reasons.unbuilt or Choice(64, None))
         raise ValueError(f"{name} with {structure} cannot be built at any of the widths")
-    found = costs.quick(reasons.cheapest)
-    assert found is not None
-    over = max(budgets, key=lambda r: found[r] / budgets[r])
+    least = costs.quick(reasons.cheapest)
+    assert least is not None
+    over = max(budgets, key=lambda r: least[r] / budgets[r])
     raise ValueError(
-        f"{name} with {structure} needs at least {_shown(found[over])} {over}, the budget is {_shown(budgets[over])}"
+        f"{name} with {structure} needs at least {_shown(least[over])} {over}, the budget is {_shown(budgets[over])}"
     )
 
 
