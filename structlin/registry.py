@@ -22,9 +22,11 @@ structure, registered under a name. Layers, counts, scale rules, the command lin
 from __future__ import annotations
 
 import inspect
+import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from functools import lru_cache
+from importlib.metadata import entry_points
 from typing import Any, ClassVar, Self, TypeVar
 
 import numpy as np
@@ -119,7 +121,10 @@ def infer_from_chain(name: str, chain: str, shapes: tuple[tuple[int, ...], ...])
     return Structure.parse(chain, sizes)
 
 
+GROUP = "structlin.structures"
+"""The group of entry points by which installed packages bring structures."""
 _REGISTRY: dict[str, type[NamedOperator]] = {}
+_installed_loaded = False
 _T = TypeVar("_T", bound=type[NamedOperator])
 
 
@@ -153,13 +158,34 @@ def unregister(name: str) -> None:
     del _REGISTRY[name]
 
 
+def _load_installed() -> None:
+    """Import what the entry points of installed packages name, once; a warning tells of one that fails."""
+    global _installed_loaded
+    if _installed_loaded:
+        return
+    _installed_loaded = True
+    for point in entry_points(group=GROUP):
+        try:
+            point.load()
+        except Exception as error:  # one broken package must not end the use of all others
+            told = f"the structures of the entry point {point.value!r} cannot be loaded: {error!r}"
+            warnings.warn(told, stacklevel=3)
+
+
 def names() -> tuple[str, ...]:
-    """Names of all registered structures, in the order of their registration."""
+    """Names of all registered structures, in the order of their registration; those of installed packages too."""
+    _load_installed()
     return tuple(_REGISTRY)
 
 
 def get(name: str) -> type[NamedOperator]:
-    """The class registered as ``name``; ValueError with the names there are where it is unknown."""
+    """The class registered as ``name``; ValueError with the names there are where it is unknown.
+
+    Packages that bring structures name them in the group of entry points ``structlin.structures``: each is imported the
+    first time that a name is not known, or :func:`names` is called.
+    """
+    if name not in _REGISTRY:
+        _load_installed()
     if name not in _REGISTRY:
         raise ValueError(f"unknown structure {name!r}; one of {', '.join(_REGISTRY)}")
     return _REGISTRY[name]

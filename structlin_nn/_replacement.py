@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -41,13 +42,32 @@ class ReplacementReport:
 
     Attributes:
         layers: the replaced layers, in the order in which the model registers them.
-        skipped: names of layers that were left alone on request, with the reason.
+        skipped: names of layers that were chosen and left alone, with the reason.
         notes: what else was changed in the model.
+        dense: name, shape and role of every other weight matrix of the model: layers that were not chosen,
+            embeddings, convolutions, experts, packed projections.
     """
 
     layers: tuple[Replacement, ...]
     skipped: tuple[tuple[str, str], ...] = ()
     notes: tuple[str, ...] = ()
+    dense: tuple[tuple[str, tuple[int, ...], str], ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return {
+            "layers": [
+                {
+                    "names": list(row.names), "shape": list(row.structure.shape), "structure": repr(row.structure),
+                    "params_before": row.params_before, "params_after": row.params_after,
+                    "macs_before": row.macs_before, "macs_after": row.macs_after,
+                }
+                for row in self.layers
+            ],
+            "skipped": [list(pair) for pair in self.skipped],
+            "dense": [{"name": name, "shape": list(shape), "role": role} for name, shape, role in self.dense],
+            "notes": list(self.notes),
+        }  # fmt: skip
 
     def __str__(self) -> str:
         head = ("layer", "shape", "params", "structured", "MACs", "structured")
@@ -60,6 +80,11 @@ class ReplacementReport:
         totals = (f"{sum(getattr(r, field) for r in self.layers):,}" for field in fields)
         lines = [table(head, [*rows, ("total", "", *totals)], left=2, rule=False)]
         lines += [f"left alone: {name} ({reason})" for name, reason in self.skipped]
+        rest: dict[tuple[str, str], int] = {}
+        for name, shape, role in self.dense:
+            alike = ".".join("*" if part.isdigit() else part for part in name.split("."))
+            rest[alike, role] = rest.get((alike, role), 0) + math.prod(shape)
+        lines += [f"stays dense: {name} ({role}, {size:,} parameters)" for (name, role), size in rest.items()]
         return "\n".join([*lines, *self.notes])
 
 
@@ -81,6 +106,22 @@ def matching(places: Mapping[Layer, Sequence[str]], patterns: Sequence[Pattern],
     return found
 
 
+def _is_repeated(names: Sequence[Sequence[str]]) -> bool:
+    """Whether the last layer is one of a stack of blocks, and so no head.
+
+    It is where an earlier layer has the same name but for one number before the end, as in ``blocks.*.mlp.fc2``.
+    """
+    last = names[-1][0].split(".")
+    for earlier in names[:-1]:
+        parts = earlier[0].split(".")
+        different = [i for i, (a, b) in enumerate(zip(parts, last, strict=False)) if a != b]
+        if len(parts) == len(last) and len(different) == 1:
+            (at,) = different
+            if at < len(last) - 1 and parts[at].isdigit() and last[at].isdigit():
+                return True
+    return False
+
+
 def select(
     places: Mapping[Layer, Sequence[str]],
     layers: Patterns | Callable[[str, Any], bool],
@@ -96,7 +137,14 @@ def select(
         raise ValueError(f"the model has no linear layers ({kinds})")
     if isinstance(layers, str) and layers in PRESETS:
         ordered = list(places)
-        chosen = set({"all": ordered, "all_but_last": ordered[:-1], "intermediate": ordered[1:-1]}[layers])
+        end = len(ordered) if _is_repeated(list(places.values())) else -1
+        chosen = set({"all": ordered, "all_but_last": ordered[:end], "intermediate": ordered[1:end]}[layers])
+    elif isinstance(layers, type):
+        raise TypeError(
+            f"layers must be {', '.join(map(repr, PRESETS))}, patterns of names, or a function of name and layer, got "
+            f"the class {layers.__name__}; its instances are chosen by lambda name, layer: isinstance(layer, "
+            f"{layers.__name__})"
+        )
     elif isinstance(layers, Sequence) or not callable(layers):
         chosen = matching(places, as_patterns(layers), "layers")
     else:

@@ -26,6 +26,7 @@ COMMANDS = {
         "compress",
         "generate",
         "structures",
+        "replace",
         "count",
         "tune",
         "fit",

@@ -17,6 +17,7 @@ from structlin_nn.torch.counting import (
 from structlin_nn.torch.files import StructuredFile, load_structured, read_structured, save_structured
 from structlin_nn.torch.groups import ParameterGroups, ParameterRule, format_groups, parameter_groups
 from structlin_nn.torch.linear import StructuredLinear
+from structlin_nn.torch.pointwise import StructuredPointwise
 from structlin_nn.torch.project import LayerProjection, ProjectionReport, project_linear, to_dense_linear
 from structlin_nn.torch.replace import Replacement, ReplacementReport, replace_linear
 from structlin_nn.torch.schedules import (
@@ -46,6 +47,7 @@ __all__ = [
     "StructuredFile",
     "StructuredLinear",
     "StructuredMLP",
+    "StructuredPointwise",
     "UnknownOperationError",
     "count",
     "format_groups",

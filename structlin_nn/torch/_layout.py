@@ -19,9 +19,10 @@ from torch.nn.utils import parametrize
 import structlin
 from structlin.structure import AbstractStructure, Structure
 from structlin_nn._patterns import listed
-from structlin_nn.torch._modules import is_conv1d, linear_sizes
+from structlin_nn.torch._modules import is_conv1d, linear_sizes, pointwise_sizes
 from structlin_nn.torch._text import from_text, to_text
 from structlin_nn.torch.linear import StructuredLinear
+from structlin_nn.torch.pointwise import StructuredPointwise
 from structlin_nn.torch.replace import _check_is_called, _switch_off_fast_paths
 
 __all__ = ["Change", "changes", "check_layout", "layout_of"]
@@ -196,7 +197,7 @@ def changes(model: nn.Module, layout: Mapping[str, Any]) -> list[Change]:
                 continue
         else:
             _check_is_called(model, names, old)
-        found.append(Change(names, old, _as(old, _structured(form, _dtype(old)))))
+        found.append(Change(names, old, _as(old, _structured(form, old))))
     for name in layout["linear"]:
         old = modules.get(name)
         if isinstance(old, StructuredLinear) or (old is not None and is_conv1d(old)):
@@ -212,7 +213,7 @@ def _layer_at(
     names: Sequence[str], modules: Mapping[str, nn.Module], places: Mapping[nn.Module, list[str]]
 ) -> nn.Module:
     old = modules.get(names[0])
-    if old is None or (linear_sizes(old) is None and not isinstance(old, StructuredLinear)):
+    if old is None or not (linear_sizes(old) or pointwise_sizes(old) or isinstance(old, StructuredLinear)):
         linear = [n for n, m in modules.items() if n and (linear_sizes(m) or isinstance(m, StructuredLinear))]
         what = "no layer" if old is None else f"a {type(old).__name__}, and no linear layer,"
         raise ValueError(f"the model has {what} at {names[0]!r}; its linear layers are {listed(linear) or 'none'}")
@@ -223,10 +224,12 @@ def _layer_at(
     return old
 
 
-def _structured(form: Mapping[str, Any], dtype: torch.dtype) -> StructuredLinear:
+def _structured(form: Mapping[str, Any], old: nn.Module) -> StructuredLinear:
     options = {name: _tuples(value) for name, value in form["options"].items()} if form["structure"] else {}
-    return StructuredLinear(
-        form["in_features"], form["out_features"], form["bias"], device="meta", dtype=dtype,
+    pointwise = isinstance(old, StructuredPointwise) or pointwise_sizes(old) is not None
+    make = StructuredPointwise.like(old) if pointwise else StructuredLinear
+    return make(
+        form["in_features"], form["out_features"], form["bias"], device="meta", dtype=_dtype(old),
         structure=form["structure"] or _structure(form), rms_cap=form["rms_cap"],
         gain=form["gain"] if form["rms_cap"] else None, rule=form["rule"], zero_init=form["zero_init"],
         checkpoint=form["checkpoint"], **options,
@@ -247,7 +250,7 @@ def _as(old: nn.Module, new: nn.Module) -> nn.Module:
 def _sizes(layer: nn.Module) -> tuple[int, int]:
     if isinstance(layer, StructuredLinear):
         return layer.in_features, layer.out_features
-    sizes = linear_sizes(layer)
+    sizes = linear_sizes(layer) or pointwise_sizes(layer)
     assert sizes is not None
     return sizes
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["changed", "check_model", "is_conv1d", "linear_sizes", "on_change"]
+__all__ = ["changed", "check_model", "is_conv1d", "linear_sizes", "on_change", "pointwise_sizes"]
 
 _listeners: list[Callable[[nn.Module], None]] = []
 
@@ -50,4 +50,17 @@ def linear_sizes(module: nn.Module) -> tuple[int, int] | None:
     if is_conv1d(module):
         weight = module.get_parameter("weight")
         return weight.shape[0], weight.shape[1]
+    return None
+
+
+def pointwise_sizes(module: nn.Module) -> tuple[int, int] | None:
+    """(in_channels, out_channels) of a convolution that is a linear layer at each position; None for anything else."""
+    if (
+        type(module) in (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+        and set(module.kernel_size) == {1}
+        and module.groups == 1
+        and not isinstance(module.padding, str)
+        and not any(module.padding)
+    ):
+        return module.in_channels, module.out_channels
     return None

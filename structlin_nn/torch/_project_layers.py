@@ -120,18 +120,30 @@ class Choice:
             if chosen[key] is not None and (isinstance(chosen[key], bool) or not hasattr(chosen[key], "__index__")):
                 raise TypeError(f"{key} must be an integer, got {chosen[key]!r}")
 
-    def prepare(self, tasks: Sequence[Task]) -> None:
-        """Work out which forms there are. Raises ValueError where sizes, options or the budget do not allow it."""
+    def prepare(self, given: Sequence[Task], skipped: list[tuple[str, str]]) -> list[Task]:
+        """Work out which forms there are, and return the layers that have some.
+
+        Layers whose sizes the structure cannot have go to ``skipped``, with the reason. Raises ValueError where it has
+        none of the sizes (the error of the first layer), or where the budget does not allow it.
+        """
         self.fixed: list[AbstractStructure] = []
         self.forms: list[Forms] = []
-        for task in tasks:
+        tasks: list[Task] = []
+        errors: list[Exception] = []
+        for task in given:
             try:
                 if self.by_layer:
                     self.forms.append(Forms.of(str(self.structure), task.shape, self.options))
                 else:
                     self.fixed.append(self._given(task))
+                tasks.append(task)
             except (TypeError, ValueError) as error:
-                raise task.named(error) from error
+                if isinstance(error, TypeError) or isinstance(self.structure, AbstractStructure):
+                    raise task.named(error) from error
+                errors.append(task.named(error))
+                skipped.append((task.names[0], str(errors[-1])))
+        if not tasks:
+            raise errors[0]
         if self.fixed and not any(map(saves, self.fixed)):
             first = self.fixed[0]
             raise ValueError(
@@ -146,6 +158,7 @@ class Choice:
             if sum(least) > self.budget:
                 raise ValueError(f"the cheapest forms of the chosen layers need {sum(least):,} {self.unit}, "
                                  f"more than the budget of {self.budget:,}")  # fmt: skip
+        return tasks
 
     def _cost(self, task: Task, structure: AbstractStructure | None) -> int:
         """What a form of a layer (None: dense) takes of the budget: MACs at each of its places, or parameters once."""

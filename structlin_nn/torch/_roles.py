@@ -15,7 +15,7 @@ from structlin_nn.torch._modules import is_conv1d, linear_sizes
 from structlin_nn.torch._muon import Matrices, factor_matrices
 from structlin_nn.torch.linear import StructuredLinear
 
-__all__ = ["Experts", "experts", "fans", "is_convolution", "kind", "leaves", "matrices"]
+__all__ = ["Experts", "experts", "fans", "is_convolution", "kind", "leaves", "matrices", "role_of"]
 
 _CONVOLUTIONS = nn.modules.conv._ConvNd
 _NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)
@@ -174,3 +174,21 @@ def kind(module: nn.Module, name: str, parameter: Tensor) -> str | None:
     if name.endswith("_log") or getattr(parameter, "_no_weight_decay", False):  # what drives Mamba's recurrence
         return "vector"
     return None
+
+
+def role_of(module: nn.Module, name: str, parameter: Tensor) -> str:
+    """What a weight that stays dense is, for a report."""
+    if linear_sizes(module) is not None:
+        return "not chosen"
+    if isinstance(module, _CONVOLUTIONS):
+        kernel = " x ".join(map(str, module.kernel_size))
+        return f"convolution of {kernel}" + (f" in {module.groups} groups" if module.groups > 1 else "")
+    if isinstance(module, nn.MultiheadAttention):
+        return "projection that nn.MultiheadAttention holds itself"
+    if isinstance(module, _RECURRENT):
+        return "recurrent weight"
+    if name in experts(module):
+        return "weights of experts"
+    if _is_router(module) and name == "weight":
+        return "router of experts"
+    return kind(module, name, parameter) or f"parameter of {type(module).__name__}"

@@ -260,11 +260,17 @@ def _check_same_modules(model: nn.Module, base_model: nn.Module) -> None:
         raise ValueError(f"the base model has modules with parameters that the model lacks: {listed(surplus)}")
     for name, module in ours.items():
         base = theirs[name]
-        if fans_of(module).keys() != fans_of(base).keys() or is_convolution(module) != is_convolution(base):
+        if fans_of(module).keys() != fans_of(base).keys() or _is_other(module, base):
             raise ValueError(
                 f"module {name!r} is a {type(module).__qualname__} in the model "
                 f"and a {type(base).__qualname__} in the base model"
             )
+
+
+def _is_other(module: nn.Module, base: nn.Module) -> bool:
+    """Whether one of two is a convolution, and the other neither that nor a structured layer."""
+    kinds = [None if isinstance(one, StructuredLinear) else is_convolution(one) for one in (module, base)]
+    return None not in kinds and kinds[0] != kinds[1]
 
 
 def _grouped(

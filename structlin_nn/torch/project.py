@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -20,7 +21,8 @@ from structlin_nn.torch._project_layers import Choice, StructureOf, Task, dense_
 from structlin_nn.torch._project_report import LayerProjection, ProjectionReport
 from structlin_nn.torch._step_check import replaced
 from structlin_nn.torch.linear import StructuredLinear
-from structlin_nn.torch.replace import Selection, _check_is_called, _owners, _switch_off_fast_paths
+from structlin_nn.torch.pointwise import StructuredPointwise
+from structlin_nn.torch.replace import Selection, _check_is_called, _owners, _switch_off_fast_paths, as_structure
 
 __all__ = ["LayerProjection", "ProjectionReport", "project_linear", "to_dense_linear"]
 
@@ -103,8 +105,9 @@ def project_linear(
         ValueError: nothing is chosen, or a pattern matches no layer; two of rank, ``target_error`` and a
             budget at once; a budget below the cheapest forms; options or sizes that the structure does not
             allow (the message names the layer); no layer for which the form given saves anything; weights on the meta
-            device or not finite; calibration data that are empty, not finite, or do not reach a layer; layers that
-            cannot be replaced, as in :func:`replace_linear`.
+            device or not finite; calibration data that are empty, not finite, or do not reach a layer; no
+            layer that can be replaced (:func:`replace_linear`); of several, those that cannot stay dense, and the
+            report says why.
         TypeError: ``structure`` or a pattern of another type.
 
     >>> _ = torch.manual_seed(0)
@@ -117,6 +120,7 @@ def project_linear(
     [{'rank': 18}, {'rank': 24}]
     """
     check_model(model, "project_linear")
+    structure = as_structure(structure)
     choice = Choice(
         structure, options, target_error,
         max_macs=max_macs, mac_fraction=mac_fraction, max_params=max_params, param_fraction=param_fraction,
@@ -126,9 +130,13 @@ def project_linear(
         raise ValueError(f"damping must be a number of at least 0, got {damping!r}")
     if forward is not None and calibration is None:
         raise ValueError("forward says how to run calibration data, and there are none")
+    if isinstance(calibration, torch.Tensor | np.ndarray):
+        raise TypeError(
+            f"calibration is an iterable of batches, and an array of shape {tuple(calibration.shape)} would be run row "
+            "by row: pass [calibration]"
+        )
     chosen, skipped = _chosen(model, layers, exclude, tied)
-    tasks = [Task(linear, names) for linear, names in chosen.items()]
-    choice.prepare(tasks)
+    tasks = choice.prepare([Task(linear, names) for linear, names in chosen.items()], skipped)
     if calibration is not None:
         moments = gather(model, {task.linear: task.names[0] for task in tasks}, calibration, forward)
         for task in tasks:
@@ -143,6 +151,13 @@ def project_linear(
             for name in task.names:
                 notes |= dict.fromkeys(_switch_off_fast_paths(model, name))
     changed(model)
+    if isinstance(structure, str) and not choice.by_layer and not options:
+        errors = [line.weight_error if line.output_error is None else line.output_error for _, line in made]
+        warnings.warn(
+            f"{structure} is taken with its default options, by which the layers have relative errors of up to "
+            f"{max(errors):.2f}; give an option such as rank, target_error, or a budget such as mac_fraction=0.5",
+            stacklevel=2,
+        )
     budget = {"max_macs" if choice.unit == "MACs" else "max_params": choice.budget}
     return ProjectionReport(tuple(line for _, line in made), tuple(skipped), tuple(notes), **budget)
 
@@ -195,7 +210,7 @@ def to_dense_linear(model: nn.Module) -> tuple[str, ...]:
     return tuple(names[0] for names in places.values())
 
 
-def _dense_layer(name: str, layer: StructuredLinear) -> nn.Linear:
+def _dense_layer(name: str, layer: StructuredLinear) -> nn.Module:
     held = [*layer.parameters(), *layer.buffers()]
     if any(t.is_meta for t in held):
         raise ValueError(f"layer {name!r} is on the meta device and has no values")
@@ -204,11 +219,16 @@ def _dense_layer(name: str, layer: StructuredLinear) -> nn.Linear:
     weight = torch.from_numpy(np.ascontiguousarray(dense_of(layer))).to(like.device, dtype)
     if not torch.isfinite(weight).all():
         raise ValueError(f"the weight of layer {name!r} is not finite in {dtype}")
-    new = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta", dtype=dtype)
-    new.weight = nn.Parameter(weight, requires_grad=any(f.requires_grad for f in layer.factors))
+    if isinstance(layer, StructuredPointwise):
+        new: Any = layer.to_convolution(weight)
+    else:
+        new = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta", dtype=dtype)
+        new.weight = nn.Parameter(weight)
+    new.weight.requires_grad_(any(f.requires_grad for f in layer.factors))
     if layer.bias is not None:
         new.bias = nn.Parameter(layer.bias.detach().clone(), requires_grad=layer.bias.requires_grad)
-    return new.train(layer.training)
+    made: nn.Module = new.train(layer.training)
+    return made
 
 
 def _put(model: nn.Module, names: Sequence[str], new: nn.Module) -> None:
@@ -228,14 +248,21 @@ def _chosen(
         if linear_sizes(module) is not None:
             places.setdefault(module, []).append(name)
     owners = _owners(model)
-    chosen, skipped, kinds = {}, [], "nn.Linear, or Conv1D of transformers"
+    chosen, skipped, errors, kinds = {}, [], [], "nn.Linear, or Conv1D of transformers"
     for linear, names in select(places, layers, as_patterns(exclude), kinds).items():
         others = [o for p in linear.parameters() for o in owners[p] if o.rpartition(".")[0] not in names]
         if others and not tied:
             skipped.append((names[0], f"tied to {', '.join(others)}"))
             continue
-        _check_is_called(model, names, linear)
+        try:
+            _check_is_called(model, names, linear)
+        except ValueError as error:
+            errors.append(error)
+            skipped.append((names[0], str(error)))
+            continue
         chosen[linear] = names
+    if not chosen and errors:
+        raise errors[0]
     if not chosen:
         raise ValueError(
             f"every layer that is chosen is tied to another module, and tied=False; "

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils import parametrize
 
+import structlin
 from structlin.structure import AbstractStructure
-from structlin_nn._patterns import Patterns, as_patterns
+from structlin_nn._patterns import Pattern, Patterns, as_patterns, show
 from structlin_nn._replacement import PRESETS, Replacement, ReplacementReport, matching, names_of, select
-from structlin_nn.torch._modules import changed, check_model, is_conv1d, linear_sizes
+from structlin_nn.torch._modules import changed, check_model, is_conv1d, linear_sizes, pointwise_sizes
+from structlin_nn.torch._roles import role_of
 from structlin_nn.torch._step_check import replaced
 from structlin_nn.torch.blocks import fuse_mlps
 from structlin_nn.torch.linear import StructuredLinear
+from structlin_nn.torch.pointwise import StructuredPointwise
 
 __all__ = ["PRESETS", "Replacement", "ReplacementReport", "replace_linear"]
 
@@ -28,6 +32,11 @@ def replace_linear(
     *,
     layers: Selection = "all_but_last",
     exclude: Patterns = (),
+    overrides: Mapping[Pattern, Mapping[str, Any]] | None = None,
+    min_features: int = 0,
+    impossible: str = "skip",
+    dearer: str = "warn",
+    convolutions: bool = False,
     zero_init: Patterns = (),
     shared_weights: str = "error",
     rms_cap: bool = False,
@@ -50,12 +59,23 @@ def replace_linear(
 
     Args:
         model: any module with linear layers inside.
-        structure: name of a registered structure, with its options as further keywords; or a structure, if all
-            layers have its shape; or a function from name and layer to a structure.
-        layers: which layers. ``"all"``; ``"all_but_last"`` leaves the head dense; ``"intermediate"`` leaves the first
+        structure: name (or class) of a registered structure, with its options as further keywords; or a structure, if
+            all layers have its shape; or a function from name and layer to a structure.
+        layers: which layers. ``"all"``; ``"all_but_last"`` leaves the head dense (a model whose last layer belongs to
+            the last of several blocks has none); ``"intermediate"`` leaves the first
             and the last dense, where first and last go by the order of registration, which the report shows; one or
             several patterns; or a predicate of name and layer.
         exclude: patterns of layers to leave alone.
+        overrides: options of their own for layers that match a pattern, as ``{"*.attn.*": {"rank": 4}}``; of several
+            that match, the first counts. They are added to ``options``; with ``structure`` among them they take the
+            place of all options: ``{"*.fc1": {"structure": "monarch", "blocks": 4}}``.
+        min_features: leave layers alone that have fewer features than this at one of their sides.
+        impossible: what is done with a layer that cannot be replaced, because the structure does not have its size or
+            its parent does not simply call it: ``"skip"`` leaves it dense, and the report says why; ``"error"`` raises.
+            If no layer can be replaced, the first error is raised.
+        dearer: what is done where a structured layer has more parameters or multiply-accumulates than the dense one:
+            ``"warn"``, ``"error"``, ``"skip"`` (it stays dense), or ``"allow"``.
+        convolutions: take convolutions of kernel size 1 without groups and padding for linear layers too.
         zero_init: patterns of layers whose factor applied last starts at zero.
         shared_weights: a layer whose weight or bias is a parameter of another module too (a head tied to its
             embedding) cannot be replaced without untying it: ``"error"``, or ``"skip"`` to leave such layers alone.
@@ -65,17 +85,18 @@ def replace_linear(
         **options: of the named structure.
 
     Returns:
-        A report of what was replaced, with parameters and multiply-accumulates (MACs) before and after.
+        A report of what was replaced, with parameters and multiply-accumulates (MACs) before and after, and of every
+        weight matrix that was not.
 
     Raises:
-        ValueError: nothing is chosen, or a pattern matches no layer (the message lists the layers there are); a size
-            that the structure cannot have (the message names the layer); tied weights; a layer that is not simply
-            called by its parent, and so cannot be replaced: those of ``nn.MultiheadAttention``, subclasses with a
+        ValueError: nothing is chosen, or a pattern matches no layer (the message lists the layers there are); tied
+            weights; no layer that can be replaced, or with ``impossible="error"`` one that cannot: a size that the
+            structure cannot have (the message names the layer), layers of ``nn.MultiheadAttention``, subclasses with a
             forward pass of their own, layers with hooks or parametrizations.
-        TypeError: ``structure`` or a pattern of another type.
+        TypeError: ``model``, ``structure``, ``layers`` or a pattern of another type.
 
-    Parents that read the ``weight`` of a layer that they also call fail with an AttributeError when they do so. The
-    fused inference path of ``nn.TransformerEncoderLayer`` does; it is switched off, and the report says so.
+    Parents that read the ``weight`` of a layer get the dense matrix. The fused inference path of
+    ``nn.TransformerEncoderLayer`` does; it is switched off, and the report says so.
 
     >>> model = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, 10))
     >>> print(replace_linear(model, "block_tensor_train", rank=2))
@@ -83,6 +104,7 @@ def replace_linear(
     0      128 x 64   8,320       3,200   8,192       3,072
     2      64 x 128   8,256       4,160   8,192       4,096
     total            16,576       7,360  16,384       7,168
+    stays dense: *.weight (not chosen, 640 parameters)
     >>> replace_linear(model, "block_tensor_train", layers="head")
     Traceback (most recent call last):
     ...
@@ -91,25 +113,64 @@ def replace_linear(
     check_model(model, "replace_linear")
     if shared_weights not in ("error", "skip"):
         raise ValueError(f"shared_weights must be 'error' or 'skip', got {shared_weights!r}")
+    for name, value, allowed in (
+        ("impossible", impossible, ("skip", "error")), ("dearer", dearer, ("warn", "error", "skip", "allow")),
+    ):  # fmt: skip
+        if value not in allowed:
+            raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
     if linear_sizes(model) is not None:
         raise ValueError("the model itself is a linear layer and cannot be replaced in place; put it in a container")
     places: dict[nn.Module, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        if linear_sizes(module) is not None:
+        if linear_sizes(module) is not None or (convolutions and pointwise_sizes(module) is not None):
             places.setdefault(module, []).append(name)
     chosen = select(places, layers, as_patterns(exclude), "nn.Linear, or Conv1D of transformers")
     zeroed = matching(chosen, as_patterns(zero_init), "zero_init")
 
+    by_pattern = _overrides(overrides or {}, chosen)
+    expensive: list[tuple[str, str]] = []
+
     owners = _owners(model)
-    skipped, made = [], {}
+    skipped: list[tuple[str, str]] = []
+    made: dict[nn.Module, StructuredLinear] = {}
+    errors: list[ValueError] = []
+    common = {"rms_cap": rms_cap, "gain": gain, "rule": rule, "checkpoint": checkpoint}
     for linear, names in chosen.items():
-        _check_is_called(model, names, linear)
+        try:
+            _check_is_called(model, names, linear)
+        except ValueError as error:
+            if impossible == "error":
+                raise
+            errors.append(error)
+            skipped.append((names[0], str(error)))
+            continue
         others = [o for p in linear.parameters() for o in owners[p] if o.rpartition(".")[0] not in names]
         if not others:
-            new_structure = structure(names[0], linear) if callable(structure) else structure
-            common = {"rms_cap": rms_cap, "gain": gain, "rule": rule, "checkpoint": checkpoint}
-            common |= {"zero_init": linear in zeroed, **options}
-            made[linear] = _structured(names[0], linear, new_structure, common)
+            if min(_sizes(linear)) < min_features:
+                skipped.append((names[0], f"fewer than {min_features} features: {_shown(linear)}"))
+                continue
+            own = by_pattern.get(linear, {})
+            kind, rest = (own["structure"], {}) if "structure" in own else (structure, options)
+            rest = {**rest, **{key: value for key, value in own.items() if key != "structure"}}
+            try:
+                found = as_structure(kind)
+                found = found(names[0], linear) if callable(found) else found
+                new = _structured(names[0], linear, found, {**common, "zero_init": linear in zeroed, **rest})
+            except ValueError as error:
+                if impossible == "error" or isinstance(kind, AbstractStructure):  # that is meant for these layers
+                    raise
+                errors.append(error)
+                skipped.append((names[0], str(error)))
+                continue
+            if costs := _dearer(new):
+                if dearer == "error":
+                    raise ValueError(f"layer {names[0]!r} ({_shown(linear)}) would be dearer than dense: {costs}")
+                if dearer == "skip":
+                    skipped.append((names[0], f"structured it would be dearer: {costs}"))
+                    continue
+                if dearer == "warn":
+                    expensive.append((names[0], costs))
+            made[linear] = new
         elif shared_weights == "skip":
             skipped.append((names[0], f"shares {', '.join(others)}"))
         else:
@@ -117,8 +178,18 @@ def replace_linear(
                 f"layer {names[0]!r} shares {', '.join(others)}, and replacing it would untie them: "
                 "exclude it, or pass shared_weights='skip' to leave such layers alone"
             )
+    if not made and errors:
+        raise errors[0]
     if not made:
-        raise ValueError(f"every layer that is chosen shares its weight; the linear layers are {names_of(places)}")
+        told = "; ".join(f"{name}: {reason}" for name, reason in skipped[:5])
+        raise ValueError(f"no layer that is chosen can be replaced ({told}); the linear layers are {names_of(places)}")
+    if expensive:
+        name, costs = expensive[0]
+        warnings.warn(
+            f"{len(expensive)} of {len(made)} layers are dearer than dense, the first of them {name}: {costs}; choose "
+            "a smaller form, or dearer='skip' to leave them dense",
+            stacklevel=2,
+        )
 
     notes: dict[str, None] = {}
     replaced(p for linear in made for p in linear.parameters())
@@ -144,7 +215,59 @@ def replace_linear(
         )
         for linear, new in made.items()
     )
-    return ReplacementReport(rows, tuple(skipped), tuple(notes))
+    return ReplacementReport(rows, tuple(skipped), tuple(notes), tuple(_dense(model, {n for n, _ in skipped})))
+
+
+def as_structure(given: Any) -> Any:
+    """A name for the class of a registered structure; anything else as it is."""
+    if isinstance(given, type) and issubclass(given, structlin.NamedOperator):
+        return given.name
+    return given
+
+
+def _overrides(
+    overrides: Mapping[Pattern, Mapping[str, Any]], chosen: Mapping[nn.Module, Sequence[str]]
+) -> dict[nn.Module, Mapping[str, Any]]:
+    """The options of layers of their own; of several patterns that match, the first counts."""
+    found: dict[nn.Module, Mapping[str, Any]] = {}
+    for pattern, own in overrides.items():
+        if not isinstance(own, Mapping):
+            raise TypeError(f"overrides[{show(pattern)}] must be a mapping of options, got {own!r}")
+        for linear in matching(chosen, as_patterns(pattern), "overrides"):
+            found.setdefault(linear, own)
+    return found
+
+
+def _dearer(new: StructuredLinear) -> str:
+    """What of a form costs more than the dense matrix, or "" where nothing does."""
+    dense = new.in_features * new.out_features
+    costs = (("multiply-accumulates", new.structure.macs), ("parameters", new.structure.num_params))
+    return ", ".join(f"{own:,} {what} instead of {dense:,}" for what, own in costs if own > dense)
+
+
+def _dense(model: nn.Module, skipped: Collection[str]) -> Iterator[tuple[str, tuple[int, ...], str]]:
+    """Name, shape and role of each weight matrix that is in no structured layer, apart from the layers skipped."""
+    seen: set[nn.Parameter] = set()
+    for name, module in model.named_modules():
+        if isinstance(module, StructuredLinear) or name in skipped:
+            continue
+        if name and isinstance(model.get_submodule(name.rpartition(".")[0]), StructuredLinear):
+            continue
+        for key, parameter in module.named_parameters(recurse=False):
+            if parameter.ndim > 1 and parameter not in seen:
+                seen.add(parameter)
+                yield f"{name}.{key}" if name else key, tuple(parameter.shape), role_of(module, key, parameter)
+
+
+def _sizes(linear: nn.Module) -> tuple[int, int]:
+    sizes = linear_sizes(linear) or pointwise_sizes(linear)
+    assert sizes is not None
+    return sizes
+
+
+def _shown(linear: nn.Module) -> str:
+    d_in, d_out = _sizes(linear)
+    return f"{d_in} -> {d_out}"
 
 
 def _owners(model: nn.Module) -> dict[nn.Parameter, list[str]]:
@@ -157,12 +280,14 @@ def _owners(model: nn.Module) -> dict[nn.Parameter, list[str]]:
 
 
 def _structured(name: str, linear: nn.Module, structure: Any, options: Mapping[str, Any]) -> StructuredLinear:
-    sizes = linear_sizes(linear)
-    assert sizes is not None, name
+    sizes = _sizes(linear)
     parameters = dict(linear.named_parameters(recurse=False))
     weight, bias = parameters["weight"], parameters.get("bias")
+    make = StructuredLinear
+    if pointwise_sizes(linear) is not None:
+        make = StructuredPointwise.like(linear)
     try:
-        new = StructuredLinear(
+        new = make(
             *sizes, bias=bias is not None, device=weight.device, dtype=weight.dtype, structure=structure, **options
         )
     except (TypeError, ValueError) as error:
@@ -185,7 +310,7 @@ def _check_is_called(model: nn.Module, names: Sequence[str], linear: nn.Module) 
             )
     if parametrize.is_parametrized(linear):
         raise ValueError(f"layer {names[0]!r} has parametrizations, which would be lost; remove them first")
-    if not is_conv1d(linear) and type(linear).forward is not nn.Linear.forward:
+    if linear_sizes(linear) is not None and not is_conv1d(linear) and type(linear).forward is not nn.Linear.forward:
         kind = type(linear).__qualname__
         raise ValueError(f"layer {names[0]!r} is a {kind}, whose forward pass is not that of nn.Linear; exclude it")
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")

@@ -462,7 +462,10 @@ def test_layers_that_can_not_be_projected():
     model = mlp()
     model[0].register_forward_hook(lambda *_: None)
     with pytest.raises(ValueError, match="layer '0' has hooks"):
-        project_linear(model, "low_rank", rank=3)
+        project_linear(model, "low_rank", rank=3, layers="0")
+    ((name, reason),) = project_linear(model, "low_rank", rank=3).skipped
+    assert (name, type(model[0]), type(model[2])) == ("0", nn.Linear, StructuredLinear)
+    assert "has hooks" in reason
     model = nn.ModuleDict({"used": nn.Linear(24, 24), "unused": nn.Linear(24, 24)})
     with pytest.raises(ValueError, match="the calibration data never reach unused"):
         project_linear(model, "low_rank", rank=3, layers="all", calibration=skewed(), forward=lambda m, b: m["used"](b))

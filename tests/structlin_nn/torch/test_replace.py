@@ -126,7 +126,8 @@ def test_report():
     assert second.structure.shape == (6, 35)
     lines = str(report).splitlines()
     assert lines[1].split() == ["0", "35", "x", "6", "245", str(structure.num_params + 37), "210", str(structure.macs)]
-    assert lines[-1].split()[:2] == ["total", "455"]
+    assert lines[-2].split()[:2] == ["total", "455"]
+    assert lines[-1] == "stays dense: *.weight (not chosen, 18 parameters)"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
@@ -235,7 +236,7 @@ def test_tied_weights():
     assert "left alone: head" in str(report)
     assert model.head.weight is model.embedding.weight
     assert structured(model) == ["hidden"]
-    with pytest.raises(ValueError, match="every layer that is chosen shares"):
+    with pytest.raises(ValueError, match=r"no layer that is chosen can be replaced \(head: shares embedding.weight"):
         replace_linear(model, "low_rank", layers="head", shared_weights="skip")
 
 
@@ -256,9 +257,14 @@ def test_transformer(norm_first):
     torch.manual_seed(0)
     model = nn.Transformer(24, 4, 2, 2, 48, batch_first=True, norm_first=norm_first, dropout=0.0)
     with pytest.raises(ValueError, match=r"encoder.layers.0.self_attn.out_proj.*MultiheadAttention.*exclude it"):
-        replace_linear(model, "low_rank", layers="all")
+        replace_linear(model, "low_rank", layers="all", impossible="error")
     assert structured(model) == []
-    report = replace_linear(model, "low_rank", layers="all", exclude="*.out_proj")
+    report = replace_linear(model, "low_rank", layers="all")
+    assert {name for name, _ in report.skipped} == {
+        f"{place}.out_proj" for i in (0, 1) for place in (
+            f"encoder.layers.{i}.self_attn", f"decoder.layers.{i}.self_attn", f"decoder.layers.{i}.multihead_attn"
+        )
+    }  # fmt: skip
     assert structured(model) == [f"{s}coder.layers.{i}.linear{j}" for s in ("en", "de") for i in (0, 1) for j in (1, 2)]
     assert any("encoder.layers.0" in note for note in report.notes)
     source, target = torch.randn(2, 5, 24), torch.randn(2, 3, 24)
@@ -311,7 +317,7 @@ def test_unmatched_patterns():
 def test_sizes_that_do_not_split_name_the_layer_and_change_nothing():
     model = nn.Sequential(nn.Linear(6, 35), nn.Linear(35, 13), nn.Linear(13, 2))
     with pytest.raises(ValueError, match=r"layer '1' \(35 -> 13\): .*13"):
-        replace_linear(model, "block_tensor_train")
+        replace_linear(model, "block_tensor_train", impossible="error")
     assert structured(model) == []
     with pytest.raises(ValueError, match=r"layer '0' .*no option 'rnk'"):
         replace_linear(model, "low_rank", rnk=3)

@@ -1,0 +1,96 @@
+"""Torch models by a word on the command line: of timm, of transformers, or of one's own module."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from structlin_nn._text import suggestion
+
+__all__ = ["FORMS", "open_named"]
+
+FORMS = "timm:NAME, hf:CONFIG (a model type or a folder with config.json), or package.module:function"
+
+
+def open_named(text: str, *, device: str | None = "meta", **options: Any) -> nn.Module:
+    """A model by its name, without trained weights.
+
+    Args:
+        text: ``timm:NAME`` makes a model of timm; ``hf:CONFIG`` one of transformers, by the type of its configuration
+            (``hf:gpt2``) or by a folder with a ``config.json``, of the class that its ``architectures`` name or else of
+            a language model, or the bare model; ``package.module:function`` calls a function, with the current
+            directory on the path of imports.
+        device: ``"meta"`` allocates nothing; None leaves it to the library.
+        **options: arguments of timm's model, of the configuration, or of the function.
+
+    Raises:
+        ValueError: none of these forms, or a name that is not known.
+        ImportError: a library that is missing.
+        TypeError: a function that returns no torch module.
+
+    >>> model = open_named("hf:gpt2", n_layer=1, n_embd=32, n_head=2, vocab_size=64)
+    >>> type(model).__name__, next(model.parameters()).device.type
+    ('GPT2LMHeadModel', 'meta')
+    """
+    kind, colon, rest = text.partition(":")
+    if not colon or not rest or not kind:
+        raise ValueError(f"a model is {FORMS}, got {text!r}")
+    makers = {"timm": _timm, "hf": _transformers}
+    make = makers.get(kind)
+    with torch.device(device) if device is not None else torch.device(torch.get_default_device()):
+        model = make(rest, options) if make is not None else _own(kind, rest, options)
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{text} must give a torch.nn.Module, got a {type(model).__name__}")
+    return model
+
+
+def _timm(name: str, options: dict[str, Any]) -> Any:
+    import timm
+
+    known = timm.list_models()
+    if name.partition(".")[0] not in known:
+        raise ValueError(f"timm has no model {name!r}{suggestion(name, known)}")
+    return timm.create_model(name, **options)
+
+
+def _transformers(name: str, options: dict[str, Any]) -> Any:
+    import transformers
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    folder = Path(name)
+    if (folder / "config.json").is_file() or folder.name == "config.json":
+        config = transformers.AutoConfig.from_pretrained(name, **options)
+    elif name in CONFIG_MAPPING_NAMES:
+        config = transformers.AutoConfig.for_model(name, **options)
+    else:
+        raise ValueError(
+            f"transformers has no model type {name!r}{suggestion(name, CONFIG_MAPPING_NAMES)}, and there is no "
+            f"{folder / 'config.json'}"
+        )
+    for architecture in getattr(config, "architectures", None) or ():
+        if hasattr(transformers, architecture):
+            return getattr(transformers, architecture)(config)
+    for auto in ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModelForImageClassification", "AutoModel"):
+        kind = getattr(transformers, auto)
+        if type(config) in kind._model_mapping:
+            return kind.from_config(config)
+    raise ValueError(f"transformers has no model for a configuration of type {name!r}")
+
+
+def _own(module: str, name: str, options: dict[str, Any]) -> Any:
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.insert(0, here)
+    try:
+        found = importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise ValueError(f"{module} cannot be imported ({error}); a model is {FORMS}") from error
+    make = getattr(found, name, None)
+    if make is None:
+        raise ValueError(f"module {module} has no {name!r}{suggestion(name, vars(found))}")
+    return make if isinstance(make, nn.Module) else make(**options)

@@ -1,0 +1,64 @@
+"""Convolutions of kernel size 1 whose weight is a structured matrix."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from structlin_nn.torch.linear import StructuredLinear
+
+__all__ = ["StructuredPointwise"]
+
+
+class StructuredPointwise(StructuredLinear):
+    """A :class:`StructuredLinear` over the channels, at each position: (batch, in, ...) -> (batch, out, ...).
+
+    Takes the place of a convolution of kernel size 1 without groups and padding.
+
+    Args:
+        in_features, out_features: numbers of channels.
+        stride: for each of the axes of positions; their number is that of the axes.
+        **options: as in :class:`StructuredLinear`.
+
+    >>> layer = StructuredPointwise(8, 12, stride=(2, 2), structure="low_rank", rank=2)
+    >>> layer(torch.ones(3, 8, 6, 6)).shape
+    torch.Size([3, 12, 3, 3])
+    """
+
+    def __init__(
+        self, in_features: int, out_features: int, *args: Any, stride: tuple[int, ...], **options: Any
+    ) -> None:
+        super().__init__(in_features, out_features, *args, **options)
+        self.stride = tuple(stride)
+
+    @classmethod
+    def like(cls, convolution: Any) -> Callable[..., StructuredPointwise]:
+        """What makes a layer that strides as a convolution does."""
+        return partial(cls, stride=convolution.stride)
+
+    def to_convolution(self, weight: Tensor) -> nn.Module:
+        """The convolution of torch with a weight (out, in), on the meta device but for it."""
+        axes = len(self.stride)
+        kind = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[axes - 1]
+        made = kind(self.in_features, self.out_features, 1, self.stride, bias=self.bias is not None, device="meta")
+        made.weight = nn.Parameter(weight.reshape(*weight.shape, *[1] * axes))
+        return made
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, in, ...) -> (batch, out, ...), or without the batch."""
+        axes = len(self.stride)
+        if isinstance(x, Tensor) and x.ndim not in (axes + 1, axes + 2):
+            raise ValueError(
+                f"the input must have a batch, channels and {axes} axes of positions, got shape {tuple(x.shape)}"
+            )
+        if not isinstance(x, Tensor):
+            return super().forward(x)
+        if any(step > 1 for step in self.stride):
+            x = x[(..., *(slice(None, None, step) for step in self.stride))]
+        return super().forward(x.movedim(-axes - 1, -1)).movedim(-1, -axes - 1)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, stride={self.stride}"

@@ -1,0 +1,85 @@
+"""`structlin replace`, models by name, and structures that installed packages bring."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import structlin
+from structlin import registry
+from structlin_nn.cli import main
+from structlin_nn.models.named import open_named
+
+LLAMA = [
+    f"--model-option={name}={value}" for name, value in {
+        "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 48,
+    }.items()
+]  # fmt: skip
+
+
+def test_a_model_of_transformers(capsys):
+    pytest.importorskip("transformers")
+    code = main(["replace", "hf:llama", "--structure", "low_rank", "--rank", "2", *LLAMA, "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert code == 0
+    assert len(found["layers"]) == 14
+    assert {(row["name"], row["role"]) for row in found["dense"]} == {
+        ("model.embed_tokens.weight", "embedding"), ("lm_head.weight", "not chosen"),
+    }  # fmt: skip
+    assert found["layers"][0]["params_after"] == 2 * (32 + 32)
+
+
+def test_a_model_of_timm(capsys):
+    pytest.importorskip("timm")
+    options = ["--layers", "*.fc1", "--model-option", "depth=1"]
+    assert main(["replace", "timm:vit_tiny_patch16_224", "--structure", "monarch", "--blocks", "4", *options]) == 0
+    text = capsys.readouterr().out
+    assert "blocks.0.mlp.fc1" in text
+    assert "stays dense: patch_embed.proj.weight (convolution of 16 x 16" in text
+
+
+def test_a_model_of_ones_own(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my_models.py").write_text(
+        "from torch import nn\ndef make(width=12):\n"
+        "    return nn.Sequential(nn.Linear(width, width), nn.Linear(width, 3))\ndef number():\n    return 3\n"
+    )
+    arguments = ["--structure", "low_rank", "--rank", "30", "--model-option", "width=24"]
+    assert main(["replace", "my_models:make", *arguments]) == 0
+    text = capsys.readouterr().out
+    assert "24 x 24" in text
+    assert "warning: 1 of 1 layers are dearer than dense" in text
+    assert next(open_named("my_models:make").parameters()).is_meta
+    assert next(open_named("my_models:make", device=None).parameters()).device == torch.get_default_device()
+    for model, words in (
+        ("my_models:mkae", "module my_models has no 'mkae', did you mean make?"),
+        ("my_model:make", "my_model cannot be imported"),
+        ("my_models:number", "must give a torch.nn.Module, got a int"),
+        ("gpt2", "a model is timm:NAME, hf:CONFIG"),
+        ("hf:llamma", "transformers has no model type 'llamma', did you mean llama?"),
+    ):
+        assert main(["replace", model, "--structure", "low_rank"]) == 2, model
+        assert words in capsys.readouterr().err
+    assert main(["replace", "my_models:make", "--structure", "low_rnk"]) == 2
+    assert "unknown structure 'low_rnk'" in capsys.readouterr().err
+
+
+def test_structures_of_installed_packages(monkeypatch):
+    def load():
+        @structlin.register("installed_here")
+        class Installed(structlin.LowRank):
+            pass
+
+    def broken():
+        raise ImportError("no module named elsewhere")
+
+    points = [SimpleNamespace(value="good", load=load), SimpleNamespace(value="bad", load=broken)]
+    monkeypatch.setattr(registry, "entry_points", lambda group: points if group == "structlin.structures" else [])
+    monkeypatch.setattr(registry, "_installed_loaded", False)
+    try:
+        with pytest.warns(UserWarning, match="entry point 'bad' cannot be loaded: ImportError"):
+            assert structlin.get("installed_here").name == "installed_here"
+        assert "installed_here" in structlin.names()
+    finally:
+        structlin.unregister("installed_here")
