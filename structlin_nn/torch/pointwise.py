@@ -23,6 +23,7 @@ class StructuredPointwise(StructuredLinear):
         stride: for each of the axes of positions; their number is that of the axes.
         **options: as in :class:`StructuredLinear`.
 
+    >>> import torch
     >>> layer = StructuredPointwise(8, 12, stride=(2, 2), structure="low_rank", rank=2)
     >>> layer(torch.ones(3, 8, 6, 6)).shape
     torch.Size([3, 12, 3, 3])
