@@ -276,6 +276,8 @@ def lacks_sizes(params: npt.ArrayLike, tokens: npt.ArrayLike, own: Sequence[str]
 def _check_points(names: list[str], group: Array, n: Array, d: Array, size: int, shared: tuple[str, ...]) -> None:
     if len(n) <= size:
         raise ValueError(f"a law of {size} parameters needs more points than that, got {len(n)}")
+    if lacking := lacks_sizes(n, d, TERMS):
+        raise ValueError(lacking)
     for number, name in enumerate(names):
         own = group == number
         if lacking := lacks_sizes(n[own], d[own], [term for term in TERMS if term not in shared]):

@@ -70,16 +70,22 @@ def add_row_options(parser: argparse.ArgumentParser, x: str = "training_macs", y
     group.add_argument("--unfinished", action="store_true", help="take runs that have not ended")
 
 
-def read_groups(arguments: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
-    """The rows that the options ask for, by group. Raises OSError and ValueError as the reading does."""
-    from structlin_nn.tables import group_rows, read_rows, select
-
+def conditions_of(arguments: argparse.Namespace) -> dict[str, str]:
+    """The values that --where asks for, by column. Raises ValueError for what is no COLUMN=VALUE."""
     conditions = {}
     for text in arguments.where:
         name, equals, value = text.partition("=")
         if not equals or not name:
             raise ValueError(f"--where must be COLUMN=VALUE, got {text!r}")
         conditions[name] = value
+    return conditions
+
+
+def read_groups(arguments: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
+    """The rows that the options ask for, by group. Raises OSError and ValueError as the reading does."""
+    from structlin_nn.tables import group_rows, read_rows, select
+
+    conditions = conditions_of(arguments)
     every = "all" if arguments.all_evaluations else "last"
     rows = select(read_rows(arguments.records, evaluations=every, unfinished=arguments.unfinished), conditions)
     return group_rows(rows, [name for name in arguments.group.split(",") if name])
@@ -125,7 +131,13 @@ def run(arguments: argparse.Namespace) -> int:
         if reference is not None:
             compared = compare_laws(laws, reference, error=arguments.at, confidence=arguments.confidence)
             if arguments.x != TIME and all(row.get(TIME) for rows in groups.values() for row in rows):
-                timed = compare_laws(fitted(TIME)[0], reference, error=arguments.at, confidence=arguments.confidence)
+                try:
+                    by_time, without = fitted(TIME)
+                except ValueError as error:
+                    by_time, without = {}, {"all groups": str(error)}
+                left_out |= {f"{name} by time": reason for name, reason in without.items()}
+                if reference in by_time:
+                    timed = compare_laws(by_time, reference, error=arguments.at, confidence=arguments.confidence)
         if arguments.plot:
             from structlin_nn.figures.compute import compute_figure
             from structlin_nn.figures.style import save

@@ -33,6 +33,7 @@ COMMANDS = {
         "plan",
         "check-scale",
         "figure",
+        "report",
     )
 }
 TYRO = ("train",)

@@ -189,6 +189,9 @@ def test_what_has_no_optimum_is_refused() -> None:
     n, d = grid(2, 3)
     with pytest.raises(ValueError, match="5 parameters needs more points than that, got 4"):
         fit_loss_law(n[:4], d[:4], LAW(n, d)[:4])
+    n, d, y, groups, _ = two_structures()
+    with pytest.raises(ValueError, match="a law needs 3 different sizes of the data, got 2"):
+        fit_loss_law(n, np.where(d < 1e10, 1e9, 1e10), y, groups=groups)
     assert lacks_sizes([1, 2, 3], [1, 1, 1], ["A", "alpha"]) is None
 
 

@@ -289,3 +289,15 @@ def test_misuse_of_two_sizes(words: str, message: str, sizes: Path, capsys: pyte
     assert message in err
     assert out == ""
     assert err.count("\n") == 1
+
+
+def test_equal_times_leave_the_laws_of_compute(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = ["structure,macs,error,training_seconds"]
+    lines += [
+        f"{name},{c},{0.5 * k * c**-0.1},60" for name, k in (("dense", 1), ("monarch", 0.9)) for c in (1e6, 1e7, 1e8)
+    ]
+    (tmp_path / "points.csv").write_text("\n".join(lines) + "\n")
+    words = (tmp_path / "points.csv", "--x", "macs", "--y", "error", "--samples", "20")
+    out = output(capsys, *words)
+    assert "against dense" in out
+    assert "not fitted: all groups by time: dense: a law of 2 parameters needs as many different values" in out

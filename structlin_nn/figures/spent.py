@@ -1,0 +1,58 @@
+"""What was planned against what was spent, and how fast."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from matplotlib.figure import Figure
+
+from structlin_nn.figures.style import columns, finish, new_figure, series
+
+__all__ = ["SpentRun", "spent_figure"]
+
+
+class SpentRun(Protocol):
+    """What is drawn of a run: :class:`structlin_nn.report.Run` has it."""
+
+    @property
+    def group(self) -> str: ...
+    @property
+    def planned(self) -> float | None: ...
+    @property
+    def spent(self) -> float: ...
+    @property
+    def params(self) -> int | None: ...
+    @property
+    def rate(self) -> float | None: ...
+
+
+def spent_figure(runs: Sequence[SpentRun]) -> Figure:
+    """Left, FLOPs spent against FLOPs planned, with the line of equality; right, FLOPs a second against parameters.
+
+    Args:
+        runs: those without a plan, or without times, are left out of the panel that needs them.
+    """
+    figure = new_figure(9.6, 4.2)
+    left, right = figure.subplots(1, 2)
+    styles = series(dict.fromkeys(run.group for run in runs))
+    for name, style in styles.items():
+        own = [run for run in runs if run.group == name]
+        look = {
+            "color": style.colour, "marker": style.marker, "markerfacecolor": style.face, "linestyle": "",
+            "markersize": 6,
+        }  # fmt: skip
+        pairs = [(run.planned, run.spent) for run in own if run.planned and run.spent]
+        left.plot([p for p, _ in pairs], [s for _, s in pairs], label=style.label, **look)
+        rates = [(run.params, run.rate) for run in own if run.params and run.rate]
+        right.plot([p for p, _ in rates], [r for _, r in rates], **look)
+    ends = [value for run in runs for value in (run.planned, run.spent) if value]
+    if ends:
+        left.plot([min(ends), max(ends)], [min(ends), max(ends)], color="0.6", linewidth=1, zorder=0)
+    finish(left, x="training FLOPs planned", y="training FLOPs spent")
+    finish(right, x="parameters", y="FLOPs a second of training")
+    figure.legend(
+        *left.get_legend_handles_labels(), loc="outside upper center", ncols=columns(len(styles), 4), frameon=False,
+        fontsize=9,
+    )  # fmt: skip
+    return figure
