@@ -172,7 +172,7 @@ def _(equation: Any) -> int:
 
 def _attention(equation: Any, products: int) -> int:
     """cuDNN's attention: products of the size of the scores, for queries and keys (batch, tokens, heads, size)."""
-    (q, k), _ = _shapes(equation)[0][:2], None
+    q, k = _shapes(equation)[0][:2]
     tokens = 2 if equation.params.get("layout", 0) else 1
     return products * math.prod(q) * k[tokens]
 
@@ -215,7 +215,7 @@ for _name in ("coo_matmat", "csr_matmat", "coo_spmm", "csr_spmm"):
 
 
 def _matrices(shape: tuple[int, ...]) -> tuple[int, int, int]:
-    return math.prod(shape[:-2]), *shape[-2:]
+    return math.prod(shape[:-2]), shape[-2], shape[-1]
 
 
 def _register(name: str, flops: Callable[[int, int, Any, list[tuple[int, ...]]], Fraction | int]) -> None:
@@ -264,7 +264,7 @@ _register("symmetric_product", lambda m, n, p, x: 2 * m * m * n)
 
 @register_primitive("ormqr")
 def _(equation: Any) -> int:
-    (_, taus, other), _ = _shapes(equation)[0][:3], None
+    _, taus, other = _shapes(equation)[0][:3]
     batch, m, n = _matrices(other)
     length, columns = (m, n) if equation.params.get("left", True) else (n, m)
     return round(batch * FLOPS["householder_apply"](length, columns, taus[-1]) / 2)
