@@ -82,8 +82,16 @@ _QUANTIZED = re.compile(
     r"|embedding\w*|\w+_(prepack|unpack)\w*|make_quantized_cell_params\w*"
 )
 
-# Communication, profiling and random numbers.
-_FREE_NAMESPACES = {"c10d", "_c10d_functional", "_c10d_functional_autograd", "profiler", "rngprims", "debug_mode_ops"}
+# Properties of arrays, communication, profiling and random numbers.
+_FREE_NAMESPACES = {
+    "prim",
+    "c10d",
+    "_c10d_functional",
+    "_c10d_functional_autograd",
+    "profiler",
+    "rngprims",
+    "debug_mode_ops",
+}
 
 # Elementwise operations, reductions, norms, losses, lookups, sorting, sampling, optimisers, quantisation and data
 # movement that carry no tag. In-place forms, those on lists (_foreach), copies of views and backward passes follow
@@ -311,6 +319,8 @@ def _overloads(namespace: str, name: str) -> list[Any]:
 
 
 def _is_composite(overload: Any) -> bool:
+    if not torch._C._dispatch_has_kernel(overload.name()):
+        return False
     key = torch._C.DispatchKey.CompositeImplicitAutograd
     return key in overload.py_kernels or torch._C._dispatch_has_kernel_for_dispatch_key(overload.name(), key)
 

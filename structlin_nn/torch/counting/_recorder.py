@@ -444,7 +444,12 @@ class Recorder(TorchDispatchMode):
             for x in results:  # a weight that is cast, scaled or normalised stays one
                 self._becomes_weight(x)
         packet = getattr(func, "overloadpacket", func)
-        if phase != FORWARD or getattr(func, "is_view", False) or packet in _FREE:
+        if (
+            phase != FORWARD
+            or getattr(func, "is_view", False)
+            or packet in _FREE
+            or getattr(func, "namespace", "") == "prim"
+        ):
             return
         self.free[_readable(func)] += 1
         self.moved += sum(map(_numbers, (*leaves, *results)))

@@ -264,6 +264,26 @@ def test_work_that_is_no_product() -> None:
     assert free.training_macs == capped.training_macs > 0
 
 
+def test_ways_to_count() -> None:
+    """A causal mask, fused attention, shared states, and products of 8 bits."""
+    sizes = {"width": 24, "depth": 2, "heads": 3, "head_dim": 10, "vocabulary": 35, "context": 9}
+    plain = count_model("gpt2", strict=True, **sizes)
+    causal = count_model("gpt2", causal_discount=True, **sizes)
+    assert (plain["attention_macs"], causal["attention_macs"]) == (2 * 2 * 3 * 81 * 10, 2 * 2 * 3 * 45 * 10)
+    flash = count_model("gpt2", flash_backward=True, **sizes)
+    assert flash["training_macs"] - plain["training_macs"] == flash["recomputed_macs"] == plain["attention_macs"] // 2
+    shared = count_model("gpt2", batch_size=2, zero_stage=3, devices=4, device="h100", **sizes)
+    whole = count_model("gpt2", batch_size=2, device="h100", activation_dtype="float8_e4m3fn", **sizes)
+    assert shared["bytes"]["weights"] == -(-whole["bytes"]["weights"] // 4)
+    assert shared["roofline"]["update"] == pytest.approx(whole["roofline"]["update"] / 4)
+    assert "ZeRO stage 3" in format_count(shared)
+    assert whole["roofline"]["dtype"] == "float8_e4m3fn"
+    toeplitz = count_model("cifar-mlp", width=64, structure="toeplitz", batch_size=3, steps=5)
+    assert toeplitz["run"]["training_flops_per_step"] > 2 * 3 * toeplitz["training_macs"]
+    assert toeplitz["run"]["training_flops"] == 5 * toeplitz["run"]["training_flops_per_step"]
+    assert toeplitz["training_other_flops"] > 2 * toeplitz["other_flops"]
+
+
 def test_inference_and_keywords() -> None:
     model = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Embedding(3, 6)).eval()
 

@@ -201,15 +201,12 @@ class TestStates:
         model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Dropout(0.5))
         model[0].weight.grad = torch.ones(8, 6)
         before = {name: value.clone() for name, value in model.state_dict().items()}
-        states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy()  # noqa: NPY002
-        count(model, x())
-        states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy()  # noqa: NPY002
         data = x()
-        drawn = torch.get_rng_state()
+        drawn, states = torch.get_rng_state(), (random.getstate(), np.random.get_state()[1].copy())  # noqa: NPY002
         count(Call(lambda self, x: self.m(x) * random.random() * np.random.rand(), m=model), data)  # noqa: NPY002
         assert torch.equal(drawn, torch.get_rng_state())
-        assert states[1] == random.getstate()
-        assert (states[2] == np.random.get_state()[1]).all()  # noqa: NPY002
+        assert states[0] == random.getstate()
+        assert (states[1] == np.random.get_state()[1]).all()  # noqa: NPY002
         assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
         assert torch.equal(model[0].weight.grad, torch.ones(8, 6))
         assert model[0].bias.grad is None
@@ -280,6 +277,12 @@ class TestModels:
         assert (found.macs(), found.training_macs) == (2 * (A + B), 2 * (2 * A + 3 * B))
         assert found.saved == 8 * (6 + 8)
         assert count(two()[0], torch.nested.nested_tensor(rows)).macs() == 2 * A
+
+    def test_fake(self) -> None:
+        """Arrays without values, whose properties are operations too."""
+        with torch._subclasses.FakeTensorMode():
+            found = count(two(), x(), strict=True)
+        assert (found.macs(), found.training_macs, found.uncounted_ops) == (A + B, 2 * A + 3 * B, {"aten.tanh": 1})
 
     def test_compiled(self) -> None:
         assert count(torch.compile(two(), backend="eager"), x()).macs() == A + B
