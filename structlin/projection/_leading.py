@@ -45,14 +45,14 @@ def leading(matrices: np.ndarray, count: int) -> np.ndarray:
         gram = matrices @ adjoint if wide else adjoint @ matrices
         start = _by_eigenvectors(gram, count) if exact else _by_squaring(gram)
         if not wide:
-            start = _orthonormal(matrices @ start)
+            start = orthonormal(matrices @ start)
     total, eps = np.linalg.norm(matrices), float(np.finfo(matrices.dtype).eps)
     image = adjoint @ start
     rest = 1 - (np.linalg.norm(image) / total) ** 2 if total else 1.0
     near = rest <= 1e4 * eps
     # Eigenvectors of G miss at most its roundoff of the squared norm, which is nothing beside a large rest.
     for _ in range(4 if near else 0 if exact and rest > 0.01 else 1):
-        start = _orthonormal(matrices @ _orthonormal(image))
+        start = orthonormal(matrices @ orthonormal(image))
         image = adjoint @ start
     if near and np.linalg.norm(matrices - start @ image.conj().swapaxes(-1, -2)) > 100 * eps * total:
         # Neither far from rank `count` nor of that rank: the last vectors are not to be had from a Gram matrix.
@@ -101,10 +101,10 @@ def _by_squaring(gram: np.ndarray) -> np.ndarray:
         if not len(left):
             break
     column = np.argmax(np.abs(np.diagonal(power, axis1=1, axis2=2)), axis=1)
-    return _orthonormal(power[np.arange(len(power)), :, column][..., None])
+    return orthonormal(power[np.arange(len(power)), :, column][..., None])
 
 
-def _orthonormal(vectors: np.ndarray) -> np.ndarray:
+def orthonormal(vectors: np.ndarray) -> np.ndarray:
     """Orthonormal columns of (batch, m, k) arrays; the first columns keep their directions."""
     if vectors.shape[-1] > 1:
         return np.linalg.qr(vectors)[0]
