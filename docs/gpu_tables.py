@@ -15,6 +15,7 @@ import structlin
 from structlin.execution import choice
 from structlin.execution.choice import Problem
 from structlin.execution.devices import DEVICES
+from structlin.execution.torch_cuda import fused_way, strided_l2_way, strided_way
 from structlin.execution.traffic import ceiling, fastest, predict
 
 DOCUMENT = Path(__file__).parent / "gpu.md"
@@ -75,7 +76,27 @@ def devices() -> list[Sequence[str]]:
     return rows
 
 
-TABLES: dict[str, Callable[[], list[Sequence[str]]]] = {"ways": ways, "devices": devices}
+def kernels() -> list[Sequence[str]]:
+    """Microseconds, and KB of L2 a token, of the ways and the kernels in Triton for few and many tokens, on an H100."""
+    rows: list[Sequence[str]] = [("structure", "d", "tokens", "`strided`", "`strided-l2`", "`fused`")]
+    for label in ("BTT 1", "BTT 2", "BTT 4", "Monarch 16"):
+        name, options = CASES[label]
+        for size in (1024, 2048, 4096):
+            structure = structlin.design(name, (size, size), **options)
+            for tokens in (1, TOKENS):
+                asked = Problem(structure, True, "torch", "cuda", DTYPE, tokens, 1, False)
+                cells = []
+                for way in (strided_way, strided_l2_way, fused_way):
+                    if not way.fits(asked, DEVICES["h100"]):
+                        cells.append("-")
+                        continue
+                    found = predict(way, asked, "h100")
+                    cells.append(f"{1e6 * found.seconds:.0f} ({found.l2_bytes / tokens / 1024:.0f})")
+                rows.append((label, f"{size}", f"{tokens}", *cells))
+    return rows
+
+
+TABLES: dict[str, Callable[[], list[Sequence[str]]]] = {"ways": ways, "devices": devices, "kernels": kernels}
 
 
 def markdown(rows: list[Sequence[str]]) -> str:
@@ -86,7 +107,10 @@ def markdown(rows: list[Sequence[str]]) -> str:
 def written(text: str) -> str:
     """The document with its tables made anew."""
     for name, rows in TABLES.items():
-        begin, end = f"<!-- made by docs/gpu_tables.py: {name} -->", f"<!-- end {name} -->"
+        begin, end = (
+            f"<!-- made by docs/gpu_tables.py: {name} -->",
+            f"<!-- end {name} -->" if name != "kernels" else "<!-- end kernels table -->",
+        )
         before, rest = text.split(begin)
         text = f"{before}{begin}\n\n{markdown(rows())}\n\n{end}{rest.split(end)[1]}"
     return text

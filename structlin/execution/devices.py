@@ -31,6 +31,7 @@ class Device:
         capability: of CUDA, such as (9, 0); None for other devices.
         reached: the parts of ``peak`` and ``bandwidth`` that large products and copies reach; assumed. On an H100
             these are 700 TFLOP/s in bfloat16 and 3.0 TB/s.
+        cores: streaming multiprocessors.
         launch: seconds from one kernel to the next where each takes no time of its own, when torch calls them one by
             one from Python; assumed. In a CUDA graph it is less.
     """
@@ -45,6 +46,7 @@ class Device:
     capability: tuple[int, int] | None = None
     reached: tuple[float, float] = (0.71, 0.9)
     launch: float = 5e-6
+    cores: int = 132
 
     def __post_init__(self) -> None:
         if not self.peak or min(*self.peak.values(), self.bandwidth, *self.reached) <= 0:
@@ -65,10 +67,11 @@ class Device:
 
 def _device(
     name: str, peak: dict[str, float], bandwidth: float, gigabytes: int, source: str, l2: int, l2_bandwidth: float,
-    capability: tuple[int, int],
+    capability: tuple[int, int], cores: int,
 ) -> Device:  # fmt: skip
     found = MappingProxyType(peak)
-    return Device(name, found, bandwidth, gigabytes * 10**9, source, l2 << 20, l2_bandwidth, capability)
+    memory = gigabytes * 10**9
+    return Device(name, found, bandwidth, memory, source, l2 << 20, l2_bandwidth, capability, cores=cores)
 
 
 def _bytewise(float8: float, int8: float) -> dict[str, float]:
@@ -87,32 +90,32 @@ DEVICES: dict[str, Device] = {
         "NVIDIA A100 SXM 80 GB",
         {"bfloat16": 312e12, "float16": 312e12, "tfloat32": 156e12, "float32": 19.5e12, "float64": 19.5e12,
          "int8": 624e12},
-        2039e9, 80, "NVIDIA A100 Tensor Core GPU data sheet (2021)", 40, 4.4e12, (8, 0),
+        2039e9, 80, "NVIDIA A100 Tensor Core GPU data sheet (2021)", 40, 4.4e12, (8, 0), 108,
     ),
     "h100": _device(
         "NVIDIA H100 SXM 80 GB", _HOPPER, 3.35e12, 80, "NVIDIA H100 Tensor Core GPU data sheet (2023)", 50, 5.5e12,
-        (9, 0),
+        (9, 0), 132,
     ),
     "h200": _device(
         "NVIDIA H200 SXM 141 GB", _HOPPER, 4.8e12, 141, "NVIDIA H200 Tensor Core GPU data sheet (2024)", 50, 5.5e12,
-        (9, 0),
+        (9, 0), 132,
     ),
     "b200": _device(
         "NVIDIA B200 SXM 180 GB",
         {"bfloat16": 2250e12, "float16": 2250e12, "tfloat32": 1100e12, "float32": 75e12, "float64": 37e12,
          **_bytewise(4500e12, 4500e12)},
-        7.7e12, 180, "NVIDIA HGX B200 data sheet (2025)", 126, 8e12, (10, 0),
+        7.7e12, 180, "NVIDIA HGX B200 data sheet (2025)", 126, 8e12, (10, 0), 148,
     ),
     "l40s": _device(
         "NVIDIA L40S 48 GB",
         {"bfloat16": 362e12, "float16": 362e12, "tfloat32": 183e12, "float32": 91.6e12, **_bytewise(733e12, 733e12)},
-        864e9, 48, "NVIDIA L40S data sheet (2023)", 96, 5e12, (8, 9),
+        864e9, 48, "NVIDIA L40S data sheet (2023)", 96, 5e12, (8, 9), 142,
     ),
     "rtx4090": _device(
         "NVIDIA GeForce RTX 4090 24 GB",
         {"bfloat16": 165e12, "float16": 165e12, "tfloat32": 82.6e12, "float32": 82.6e12,
          **_bytewise(330e12, 661e12)},
-        1008e9, 24, "NVIDIA Ada GPU architecture whitepaper (2023)", 72, 5e12, (8, 9),
+        1008e9, 24, "NVIDIA Ada GPU architecture whitepaper (2023)", 72, 5e12, (8, 9), 128,
     ),
 }  # fmt: skip
 """Rates of dense matrix products on tensor cores; ``float32`` without them, ``tfloat32`` for float32 rounded to it."""

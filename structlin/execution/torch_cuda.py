@@ -1,4 +1,5 @@
-"""Ways for GPUs in torch: strided products without copies (:mod:`.strided`), at once or in chunks that stay in L2.
+"""Ways for GPUs in torch: strided products without copies (:mod:`.strided`), at once or in chunks that stay in L2, and
+kernels in Triton (:mod:`.fused`).
 
 They take plain tensors of real dtypes on any device; they are candidates on CUDA. Nothing waits for the device, and no
 value is read: a call can be recorded in a CUDA graph. The same sizes on the same device give the same bits.
@@ -13,17 +14,18 @@ import torch
 from torch import Tensor
 
 from structlin._arrays import ops
-from structlin.execution import traffic
+from structlin.execution import fused, traffic
 from structlin.execution._gradients import chain_gradients
 from structlin.execution._guard import recording, transforming
 from structlin.execution._kept import kept
 from structlin.execution._orders import TOKENS, view_of
 from structlin.execution.choice import Problem, Way
+from structlin.execution.devices import Device
 from structlin.execution.products import products
 from structlin.execution.strided import l2_chunk, strided
 from structlin.structure import Structure
 
-__all__ = ["StridedWay", "node_tokens", "strided_l2_way", "strided_way"]
+__all__ = ["FusedWay", "StridedWay", "fused_way", "node_tokens", "strided_l2_way", "strided_way"]
 
 _TORCH = ops("torch")
 _PLAIN = (Tensor, torch.nn.Parameter)
@@ -65,6 +67,11 @@ class StridedWay(Way):
         if not strided(structure, rows).merges:
             return False
         return not self.in_l2 or self._chunk(structure, rows, problem.tokens, dtype, problem.train) > 0
+
+    def fits(self, problem: Problem, device: Device) -> bool:
+        """:meth:`supports` on a device that need not be there."""
+        with traffic.assuming(device):
+            return self.supports(problem)
 
     def seconds(self, problem: Problem) -> float:
         return traffic.seconds(self, problem)
@@ -117,6 +124,55 @@ class StridedWay(Way):
     def bind(self, structure: Structure, rows: bool) -> Callable[[Tensor, Sequence[Tensor], Tensor | None], Tensor]:
         strided(structure, rows)
         return lambda x, factors, bias: self.run(structure, factors, x, bias, rows)
+
+
+class FusedWay(StridedWay):
+    """Both steps as one kernel in Triton (:mod:`.fused`); the backward pass by strided products.
+
+    No time of it has been measured: it is taken only where a policy names it.
+    """
+
+    explicit = True
+
+    def __init__(self) -> None:
+        super().__init__("fused", False)
+        self.group = "fused"
+
+    def supports(self, problem: Problem) -> bool:
+        return fused.has_triton() and self.fits(problem, traffic.device_here())
+
+    def fits(self, problem: Problem, device: Device) -> bool:
+        """Whether the kernels can run a problem on a device; not whether Triton is installed."""
+        if not problem.rows or not StridedWay.supports(self, problem):
+            return False
+        with traffic.assuming(device):
+            return self._launch(problem.structure, problem.tokens, getattr(torch, problem.dtype)) is not None
+
+    def _launch(self, structure: Structure, tokens: int, dtype: torch.dtype) -> fused.Tiles | None:
+        form, device = fused.form_of(structure), traffic.device_here()
+        if form is None or dtype not in fused.DTYPES or not tokens:
+            return None
+        shared = fused.SHARED.get(device.capability or (0, 0), fused.LEAST_SHARED)
+        return fused.tiles(form, tokens, dtype.itemsize, device.cores, shared)
+
+    def forward(
+        self, structure: Structure, factors: Sequence[Tensor], x: Tensor, bias: Tensor | None, rows: bool,
+        kept: list[Tensor] | None = None,
+    ) -> Tensor:  # fmt: skip
+        launch = self._launch(structure, x.shape[0], x.dtype) if rows else None
+        form = fused.form_of(structure)
+        if launch is None or form is None or not (x.is_meta or fused.can_launch(x)):
+            return super().forward(structure, factors, x, bias, rows, kept)
+        x, (left, right) = x.detach(), (f.detach().contiguous() for f in factors)
+        bias = None if bias is None else bias.detach().contiguous()
+        if not x.is_meta:
+            return fused.run(form, launch, x, left, right, bias)
+        y = x.new_empty((x.shape[0], structure.d_out))
+        reads = (launch.x_reads, launch.left_reads, launch.right_reads)
+        again = sum((n - 1) * t.numel() * t.element_size() for n, t in zip(reads, (x, left, right), strict=True))
+        operands = [x, left, right] if bias is None else [x, left, right, bias]
+        traffic.note("fused", launch.macs, operands, [y], again)
+        return y
 
 
 class _Differentiable(torch.autograd.Function):
@@ -173,4 +229,4 @@ def _node_tokens(structure: Structure) -> int:
     return 0
 
 
-strided_way, strided_l2_way = StridedWay("strided", False), StridedWay("strided-l2", True)
+strided_way, strided_l2_way, fused_way = StridedWay("strided", False), StridedWay("strided-l2", True), FusedWay()

@@ -29,7 +29,7 @@ from structlin.execution.products import products
 from structlin.execution.rates import rates
 from structlin.execution.token_major import token_major
 from structlin.execution.torch_cpu import Passes, chain_of
-from structlin.execution.torch_cuda import StridedWay, strided_l2_way, strided_way
+from structlin.execution.torch_cuda import StridedWay, fused_way, strided_l2_way, strided_way
 from structlin.execution.tuning import measure
 from structlin.structure import Structure
 
@@ -361,6 +361,7 @@ for _way in (
     StoredWay(),
     strided_way,
     strided_l2_way,
+    fused_way,
 ):
     register(_way)
 

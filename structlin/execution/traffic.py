@@ -61,17 +61,18 @@ class Access:
 
 @dataclass(frozen=True)
 class Kernel:
-    """One kernel: its MACs, and what it reads and writes."""
+    """One kernel: its MACs, and what it reads and writes. ``again``: bytes that it reads from L2 more than once."""
 
     name: str
     macs: int
     reads: tuple[Access, ...]
     writes: tuple[Access, ...]
+    again: int = 0
 
     @property
     def read(self) -> int:
         """Bytes."""
-        return sum(a.size for a in self.reads)
+        return self.again + sum(a.size for a in self.reads)
 
     @property
     def written(self) -> int:
@@ -160,6 +161,14 @@ class Recorder(TorchDispatchMode):
         self.kernels: list[Kernel] = []
         self._held: list[Any] = []  # storages, so that no place is used for two of them
 
+    def __enter__(self) -> Any:
+        _active.append(self)
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        _active.remove(self)
+        super().__exit__(*error)
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         found = func(*args, **kwargs)
@@ -196,15 +205,26 @@ class Recorder(TorchDispatchMode):
         access = self._access(tensor)
         self.kernels.append(Kernel("clone", 0, (access,), (access,)))
 
-    def _add(self, name: str, macs: int, operands: Sequence[Tensor], written: Sequence[Tensor]) -> None:
+    def _add(
+        self, name: str, macs: int, operands: Sequence[Tensor], written: Sequence[Tensor], again: int = 0
+    ) -> None:  # fmt: skip
         reads, writes = (tuple(self._access(t) for t in tensors) for tensors in (operands, written))
-        self.kernels.append(Kernel(name, macs, reads, writes))
+        self.kernels.append(Kernel(name, macs, reads, writes, again))
 
     def _access(self, tensor: Tensor) -> Access:
         storage = tensor.untyped_storage()
         self._held.append(storage)
         numbers = math.prod(size for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride)
         return Access((storage._cdata, int(tensor.storage_offset())), numbers * tensor.element_size())
+
+
+_active: list[Recorder] = []
+
+
+def note(name: str, macs: int, operands: Sequence[Tensor], written: Sequence[Tensor], again: int) -> None:
+    """Record a kernel that torch does not dispatch, where something records."""
+    for recorder in _active[-1:]:
+        recorder._add(name, macs, operands, written, again)
 
 
 def _tensors(tree: Any) -> Iterator[Tensor]:
@@ -362,7 +382,7 @@ def known(properties: Any) -> Device:
     l2 = int(getattr(properties, "L2_cache_size", 0)) or base.l2
     capability = properties.major, properties.minor
     return Device(properties.name, peak, base.bandwidth * part, properties.total_memory, "scaled from an H100", l2,
-                  base.l2_bandwidth * part, capability)  # fmt: skip
+                  base.l2_bandwidth * part, capability, cores=properties.multi_processor_count)  # fmt: skip
 
 
 # -- tables ------------------------------------------------------------------------------------------------------------

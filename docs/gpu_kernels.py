@@ -1,0 +1,136 @@
+"""The table of docs/gpu.md of what Triton makes of the kernels, for devices that need not be there. Needs Triton.
+
+python docs/gpu_kernels.py --write
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import subprocess
+import tempfile
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+import structlin
+from structlin.execution import fused
+from structlin.execution.fused import _kernels
+
+DOCUMENT = Path(__file__).parent / "gpu.md"
+BEGIN, END = "<!-- made by docs/gpu_kernels.py -->", "<!-- end kernels -->"
+CAPABILITIES = ((8, 0), (8, 9), (9, 0), (10, 0))
+CASES: tuple[tuple[str, str, int, dict[str, Any], int], ...] = (
+    ("BTT 2, 4096", "block_tensor_train", 4096, {"rank": 2}, 1),
+    ("BTT 2, 4096", "block_tensor_train", 4096, {"rank": 2}, 8),
+    ("BTT 1, 1024", "block_tensor_train", 1024, {"rank": 1}, 65536),
+    ("BTT 2, 1024", "block_tensor_train", 1024, {"rank": 2}, 65536),
+    ("BTT 4, 1024", "block_tensor_train", 1024, {"rank": 4}, 65536),
+    ("Monarch 16, 1024", "monarch", 1024, {"blocks": 16}, 65536),
+    ("BTT 2, 4096", "block_tensor_train", 4096, {"rank": 2}, 65536),
+    ("BTT 4, 4096", "block_tensor_train", 4096, {"rank": 4}, 65536),
+)
+BITS = {"bf16": 16, "fp16": 16, "fp32": 32}
+_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+_COUNTED = ("HMMA", "HGMMA", "UTCHMMA", "LDGSTS", "UTMALDG", "LDG.E.128", "STL", "LDL")
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What a kernel needs, and how many instructions of some kinds its program has."""
+
+    registers: int
+    stack: int
+    shared: int
+    limit: int
+    instructions: dict[str, int]
+
+    @property
+    def tensor_cores(self) -> int:
+        return sum(self.instructions[name] for name in ("HMMA", "HGMMA", "UTCHMMA"))
+
+    @property
+    def asynchronous(self) -> int:
+        """Copies from memory to shared memory that no thread waits for."""
+        return self.instructions["LDGSTS"] + self.instructions["UTMALDG"]
+
+    @property
+    def spills(self) -> int:
+        return self.instructions["STL"] + self.instructions["LDL"]
+
+
+def compiled(name: str, size: int, options: dict[str, Any], tokens: int, capability: tuple[int, int],
+             dtype: str = "bf16") -> Compiled | None:  # fmt: skip
+    """A kernel for a square chain with a bias; None where no tile fits."""
+    form = fused.form_of(structlin.design(name, (size, size), **options))
+    assert form is not None
+    limit = fused.SHARED.get(capability, fused.LEAST_SHARED)
+    launch = fused.tiles(form, tokens, BITS[dtype] // 8, 132, limit)
+    if launch is None:
+        return None
+    kernel = _kernels.few_tokens if launch.few else _kernels.many_tokens
+    pointers = ("x_ptr", "l_ptr", "r_ptr", "bias_ptr", "y_ptr")
+    signature = {**dict.fromkeys(pointers, f"*{dtype}"), **dict.fromkeys(("tokens", "d_in", "d_out", "x_row"), "i32")}
+    constants = {**fused.arguments(form, True), **launch.constants}
+    aligned = {(k,): [["tt.divisibility", 16]] for k, argument in enumerate(signature) if argument != "tokens"}
+    source = ASTSource(kernel, {**signature, **dict.fromkeys(constants, "constexpr")}, constants, aligned)
+    target = GPUTarget("cuda", 10 * capability[0] + capability[1], 32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        made = triton.compile(source, target=target, options={"num_warps": launch.warps, "num_stages": launch.stages})
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(made.asm["cubin"])
+        file.flush()
+        usage = _tool("cuobjdump", "-res-usage", file.name)
+        program = _tool("nvdisasm", file.name)
+    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    assert found is not None, usage
+    counts = {one: len(re.findall(rf"\b{re.escape(one)}\b", program)) for one in _COUNTED}
+    return Compiled(int(found[1]), int(found[2]), made.metadata.shared, limit, counts)
+
+
+def _tool(name: str, *arguments: str) -> str:
+    return subprocess.run([str(_TOOLS / name), *arguments], capture_output=True, text=True, check=True).stdout
+
+
+def table() -> str:
+    rows: list[Sequence[str]] = [
+        ("kernel", "tokens", "compiled for", "registers", "spills", "shared memory, KB", "tensor cores", "async copies")
+    ]
+    for label, name, size, options, tokens in CASES:
+        for capability in CAPABILITIES:
+            made = compiled(name, size, options, tokens, capability)
+            place = f"sm_{capability[0]}{capability[1]}"
+            if made is None:
+                rows.append((label, f"{tokens}", place, "no tile fits", "", "", "", ""))
+                continue
+            names = [n for n in ("HMMA", "HGMMA", "UTCHMMA") if made.instructions[n]]
+            cores = f"{made.tensor_cores} {', '.join(names)}".strip()
+            rows.append((
+                label, f"{tokens}", place, f"{made.registers}", f"{made.spills}",
+                f"{made.shared / 1024:.0f} of {made.limit / 1024:.0f}", cores,
+                f"{made.asynchronous}",
+            ))  # fmt: skip
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", action="store_true", help="write the table to docs/gpu.md instead of printing it")
+    if not parser.parse_args().write:
+        print(table())
+        return
+    before, rest = DOCUMENT.read_text(encoding="utf-8").split(BEGIN)
+    text = f"{before}{BEGIN}\n\n{table()}\n\n{END}{rest.split(END)[1]}"
+    DOCUMENT.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
