@@ -84,8 +84,8 @@ _REGISTERED_FREE: set[str] = set()
 def register_primitive(name: str) -> Callable[[Callable[[Any], Any]], Callable[[Any], Any]]:
     """Decorator that registers what a primitive computes.
 
-    The function gets the equation of the jaxpr (``invars``, ``outvars``, ``params``) and returns MACs, or a
-    :class:`Work`.
+    The function gets the equation of the jaxpr (``invars``, ``outvars``, ``params``) and returns MACs, or a pair of
+    MACs and of FLOPs that are no products.
 
     >>> @register_primitive("structlin_example")
     ... def _(equation):
@@ -97,7 +97,7 @@ def register_primitive(name: str) -> Callable[[Callable[[Any], Any]], Callable[[
     def add(formula: Callable[[Any], Any]) -> Callable[[Any], Any]:
         def work(equation: Any) -> Work:
             found = formula(equation)
-            return found if isinstance(found, Work) else Work(int(found))
+            return Work(*found) if isinstance(found, tuple) else Work(int(found))
 
         _FORMULAS[name] = work
         _REGISTERED_FREE.discard(name)

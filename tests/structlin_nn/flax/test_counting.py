@@ -160,6 +160,8 @@ class TestLists:
         try:
             register_primitive("pure_callback")(lambda equation: 5)
             assert count(call, array(3, 3), strict=True).products == {"pure_callback": 5, "dot_general": 27}
+            register_primitive("pure_callback")(lambda equation: (5, 4))
+            assert count(call, array(3, 3), strict=True).other_flops == 4
             register_no_product("pure_callback")
             assert count(call, array(3, 3), strict=True).uncounted_ops == {"pure_callback": 1}
         finally:
