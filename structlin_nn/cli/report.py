@@ -12,7 +12,7 @@ HELP = "write one HTML page about runs: curves, laws, multipliers, compute and t
 EXAMPLES = """\
 examples:
   structlin report runs --out report.html
-  structlin report runs --y val_loss --group structure,rank --floor --title "GPT-2, small"
+  structlin report runs --y val_loss --group structure,rank --floor --title GPT-2
 
 RECORDS are run records or folders of them. The page is one file without scripts that takes nothing from the network.
 Runs that have not ended are on it, and not in the laws. `structlin fit` explains columns and laws.
