@@ -33,6 +33,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Any]:
     choice.forget()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*trains.*")
 def test_rehearsal(gpu: Any, tmp_path: Path) -> None:
     out = tmp_path / "gpu.json"

@@ -99,6 +99,7 @@ def test_no_measurement_no_default() -> None:
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(INTERPRETED, reason="this is the process that the test starts")
 def test_in_the_interpreter() -> None:
     """Runs the class below in a process of its own: Triton decides when it is imported whether it interprets."""

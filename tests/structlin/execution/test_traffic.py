@@ -201,6 +201,7 @@ def test_tf32_is_the_rate_where_it_is_allowed() -> None:
     assert 4 < strict.seconds / allowed.seconds <= 8.01
 
 
+@pytest.mark.slow
 def test_the_tables_of_the_document_are_what_the_model_says() -> None:
     """After a change: python docs/gpu_tables.py --write."""
     path = Path(__file__).parents[3] / "docs" / "gpu_tables.py"
