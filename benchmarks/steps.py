@@ -42,9 +42,8 @@ from torch.nn import functional as F
 from structlin import execution
 from structlin.execution import choice
 from structlin_nn.models.factory import StructureConfig
-from structlin_nn.models.gpt2 import GPT2, GPT2Config
 from structlin_nn.models.mlp import MLP, MLPConfig
-from structlin_nn.models.vit import ViT, ViTConfig
+from structlin_nn.models.transformer import GPT2, GPT2Config, ViT, ViTConfig
 from structlin_nn.torch import StructuredLinear, count, replace_linear
 
 DENSE = StructureConfig()

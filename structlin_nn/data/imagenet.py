@@ -29,10 +29,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from structlin_nn.data import augment
-from structlin_nn.data._checks import natural, share
 from structlin_nn.data.hub import load_hub
 from structlin_nn.data.images import batch_rows
-from structlin_nn.data.tokens import IGNORE
+from structlin_nn.data.tokens import IGNORE, natural, share
 
 __all__ = ["FORMATS", "IMAGENET_MEAN", "IMAGENET_STD", "ImageNetData", "ImageRecipe", "decode", "open_imagenet"]
 

@@ -12,7 +12,7 @@ from importlib.resources import files
 
 import numpy as np
 
-from structlin_nn.data._checks import natural
+from structlin_nn.data.tokens import natural
 
 __all__ = ["DATASETS", "ImageDataset", "batch_rows", "channel_statistics", "epoch_order", "load_images"]
 

@@ -19,10 +19,9 @@ from typing import Any
 import numpy as np
 
 from structlin_nn._files import atomic_write
-from structlin_nn.data._checks import natural
 from structlin_nn.data.hub import load_hub
 from structlin_nn.data.tokenizers import Tokenizer, load_tokenizer
-from structlin_nn.data.tokens import DTYPE, META, META_VERSION, SPLITS, TokenData, open_tokens
+from structlin_nn.data.tokens import DTYPE, META, META_VERSION, SPLITS, TokenData, natural, open_tokens
 
 __all__ = ["OPENWEBTEXT", "prepare_openwebtext", "prepare_text", "pydoc_documents"]
 

@@ -18,9 +18,8 @@ import torch
 
 from structlin_nn.models.factory import LAYER_PRESETS, LinearFactory, StructureConfig, reset_parameters
 from structlin_nn.models.files import load_model, save_model
-from structlin_nn.models.gpt2 import GPT2, GPT2Config
 from structlin_nn.models.mlp import MLP, MLPConfig
-from structlin_nn.models.vit import ViT, ViTConfig
+from structlin_nn.models.transformer import GPT2, GPT2Config, ViT, ViTConfig
 
 __all__ = [
     "GPT2",

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from structlin_nn.models.factory import LinearFactory, StructureConfig
-from structlin_nn.models.sizes import check_positive, check_shape
+from structlin_nn.models.factory import LinearFactory, StructureConfig, check_positive, check_shape
 from structlin_nn.models.transformer import Blocks
 from structlin_nn.torch import mlp
 

@@ -1,7 +1,9 @@
-"""Pre-norm transformer blocks, shared by the vision and the language model."""
+"""Pre-norm transformers: the vision transformer, and GPT-2."""
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -9,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from structlin_nn.models.factory import LinearFactory
+from structlin_nn.models.factory import LinearFactory, StructureConfig, check_positive, check_shape, resolve_head_dim
 from structlin_nn.torch import mlp, projections
 
 
@@ -111,3 +113,184 @@ class Blocks(nn.ModuleList):
             # Nothing in a block is random.
             x = checkpoint(block, x, use_reentrant=False, preserve_rng_state=False) if again else block(x)
         return x
+
+
+@dataclass(frozen=True)
+class ViTConfig:
+    """Sizes of a :class:`ViT`. ``input_shape`` is (channels, height, width); ``head_dim`` None: width // heads."""
+
+    width: int
+    depth: int = 12
+    heads: int = 4
+    head_dim: int | None = None
+    num_classes: int = 1000
+    input_shape: tuple[int, int, int] = (3, 224, 224)
+    patch: int = 32
+    expansion: int = 4
+    structure: StructureConfig = field(default_factory=StructureConfig)
+
+    def __post_init__(self) -> None:
+        check_positive(self, "depth", "num_classes", "patch", "expansion")
+        resolve_head_dim(self)
+        shape = check_shape(self.input_shape)
+        object.__setattr__(self, "input_shape", shape)
+        if shape[1] % self.patch or shape[2] % self.patch:
+            raise ValueError(f"patches of {self.patch} x {self.patch} do not tile images of {shape[1]} x {shape[2]}")
+
+    @property
+    def patches(self) -> int:
+        """Number of patches of one image."""
+        return (self.input_shape[1] // self.patch) * (self.input_shape[2] // self.patch)
+
+
+class ViT(nn.Module):
+    """Vision transformer with a class token (Dosovitskiy et al., 2021) and normalised queries and keys.
+
+    Patch embedding with LayerNorm on both sides, pre-norm blocks, a final LayerNorm, and a head on the class token.
+    Query projection, residual branches and head are zero at initialisation.
+    (batch, channels, height, width) -> logits (batch, num_classes).
+
+    >>> config = ViTConfig(width=16, depth=1, num_classes=7, input_shape=(1, 8, 8), patch=4)
+    >>> ViT(config)(torch.zeros(2, 1, 8, 8)).shape
+    torch.Size([2, 7])
+    """
+
+    default_layers = "all_but_last"
+
+    def __init__(
+        self, config: ViTConfig, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> None:
+        super().__init__()
+        self.config = config
+        width, pixels = config.width, config.input_shape[0] * config.patch**2
+        assert config.head_dim is not None
+        linear = LinearFactory(config.structure, self.default_layers, device, dtype)
+        self.patch_norm = linear.norm(pixels)
+        self.patch_embedding = linear(pixels, width, role="input")
+        self.embedding_norm = linear.norm(width)
+        self.class_token = linear.embedding(1, width)
+        self.positions = linear.embedding(config.patches + 1, width)
+        self.blocks = Blocks(
+            Block(linear, width, config.heads, config.head_dim, config.expansion) for _ in range(config.depth)
+        )
+        self.norm = linear.norm(width)
+        self.head = linear(width, config.num_classes, role="output", zero_init=True)
+
+    def patchify(self, x: Tensor) -> Tensor:
+        """(batch, channels, height, width) -> (batch, patches, patch * patch * channels)."""
+        p = self.config.patch
+        x = x.unflatten(3, (-1, p)).unflatten(2, (-1, p))
+        return x.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
+
+    def forward(self, x: Tensor, return_features: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+        """Logits, or (logits, features): the features (batch, width) are what the head reads, after the last norm."""
+        if tuple(x.shape[1:]) != self.config.input_shape:
+            raise ValueError(f"images of shape (batch, *{self.config.input_shape}) are needed, got {tuple(x.shape)}")
+        x = self.embedding_norm(self.patch_embedding(self.patch_norm(self.patchify(x))))
+        token = self.class_token.weight.expand(x.shape[0], 1, -1)
+        x = torch.cat([token, x], dim=1) + self.positions.weight
+        x = self.blocks(x)
+        features = self.norm(x[:, 0])
+        logits = self.head(features)
+        return (logits, features) if return_features else logits
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Keep only the inputs of the blocks for the backward pass, and compute the rest again; as in timm."""
+        self.blocks.recompute = enable
+
+    def example_input(self, batch: int = 1, device: torch.device | str | None = None) -> Tensor:
+        """Zeros of the shape that the model takes."""
+        return torch.zeros(batch, *self.config.input_shape, device=device)
+
+
+@dataclass(frozen=True)
+class GPT2Config:
+    """Sizes of a :class:`GPT2`. ``context`` is the number of positions; ``head_dim`` None: width // heads.
+
+    The rest turns the paper's model into the published GPT-2 (:mod:`structlin_nn.models.pretrained`): ``qk_norm``
+    normalises queries and keys; ``attention_scale`` is the factor on the attention logits, None for 8 / head_dim;
+    ``bias`` gives every linear layer (but the head) and every LayerNorm a bias; ``tied`` takes the token embedding
+    for the head, which then is neither structured nor zero at initialisation; ``gelu`` is ``none`` (exact) or
+    ``tanh`` (approximate).
+    """
+
+    width: int
+    depth: int = 12
+    heads: int = 12
+    head_dim: int | None = None
+    vocabulary: int = 50304
+    context: int = 512
+    expansion: int = 4
+    qk_norm: bool = True
+    attention_scale: float | None = None
+    bias: bool = False
+    tied: bool = False
+    gelu: str = "none"
+    structure: StructureConfig = field(default_factory=StructureConfig)
+
+    def __post_init__(self) -> None:
+        check_positive(self, "depth", "vocabulary", "context", "expansion")
+        resolve_head_dim(self)
+        for name in ("qk_norm", "bias", "tied"):
+            if not isinstance(value := getattr(self, name), bool):
+                raise TypeError(f"{name} must be True or False, got {value!r}")
+        if self.attention_scale is not None and not 0 < self.attention_scale < math.inf:
+            raise ValueError(f"attention_scale must be positive and finite, got {self.attention_scale!r}")
+        if self.gelu not in ("none", "tanh"):
+            raise ValueError(f"gelu must be 'none' or 'tanh', got {self.gelu!r}")
+
+
+class GPT2(nn.Module):
+    """Causal transformer over tokens (Radford et al., 2019), by default without biases and with an untied head.
+
+    Token and position embeddings, pre-norm blocks, a final LayerNorm and a head that is structured like the rest.
+    Residual branches and head are zero at initialisation, the query projection is not.
+    Tokens (batch, length) of an integer dtype -> logits (batch, length, vocabulary).
+
+    >>> config = GPT2Config(width=16, depth=1, heads=2, vocabulary=30, context=9)
+    >>> GPT2(config)(torch.zeros(2, 5, dtype=torch.int64)).shape
+    torch.Size([2, 5, 30])
+    """
+
+    default_layers = "all"
+
+    def __init__(
+        self, config: GPT2Config, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> None:
+        super().__init__()
+        self.config = config
+        width = config.width
+        assert config.head_dim is not None
+        linear = LinearFactory(config.structure, self.default_layers, device, dtype)
+        self.tokens = linear.embedding(config.vocabulary, width)
+        self.positions = linear.embedding(config.context, width)
+        self.blocks = Blocks(
+            Block(
+                linear, width, config.heads, config.head_dim, config.expansion,
+                causal=True, bias=config.bias, zero_query=False, gelu=config.gelu,
+                norms=config.qk_norm, scale=config.attention_scale, projection_bias=config.bias,
+            )
+            for _ in range(config.depth)
+        )  # fmt: skip
+        self.norm = linear.norm(width, bias=config.bias)
+        self.head = None if config.tied else linear(width, config.vocabulary, role="output", bias=False, zero_init=True)
+
+    def forward(self, tokens: Tensor, return_features: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+        """Logits, or (logits, features): the features (batch, length, width) are what the head reads."""
+        if tokens.ndim != 2 or tokens.is_floating_point() or not 1 <= tokens.shape[1] <= self.config.context:
+            raise ValueError(
+                f"integer tokens of shape (batch, length up to {self.config.context}) are needed, "
+                f"got {tokens.dtype} of shape {tuple(tokens.shape)}"
+            )
+        x = self.blocks(self.tokens(tokens) + self.positions.weight[: tokens.shape[1]])
+        features = self.norm(x)
+        logits = F.linear(features, self.tokens.weight) if self.head is None else self.head(features)
+        return (logits, features) if return_features else logits
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Keep only the inputs of the blocks for the backward pass, and compute the rest again; as in timm."""
+        self.blocks.recompute = enable
+
+    def example_input(self, batch: int = 1, device: torch.device | str | None = None) -> Tensor:
+        """Zeros of the longest shape that the model takes."""
+        return torch.zeros(batch, self.config.context, dtype=torch.int64, device=device)

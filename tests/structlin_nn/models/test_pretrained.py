@@ -1,8 +1,6 @@
 """Published GPT-2 in our model: logits equal to those of transformers, and projections."""
 
-import copy
 import json
-import math
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -12,7 +10,7 @@ from torch import Tensor
 
 from structlin_nn.generate import generate
 from structlin_nn.models import build_model
-from structlin_nn.models.pretrained import load_gpt2, project_gpt2
+from structlin_nn.models.pretrained import load_gpt2
 
 
 def hugging_face(**changes: Any) -> Any:
@@ -107,12 +105,6 @@ class TestFiles:
         for source in (saved, saved / "model.safetensors", str(saved)):
             torch.testing.assert_close(logits(load_gpt2(source), tokens), expected, rtol=0, atol=1e-4)
 
-    def test_several_files(self, tmp_path: Path, tokens: Tensor) -> None:
-        model = hugging_face()
-        model.save_pretrained(tmp_path, max_shard_size="100KB")
-        assert (tmp_path / "model.safetensors.index.json").exists()
-        torch.testing.assert_close(logits(load_gpt2(tmp_path), tokens), logits(model, tokens), rtol=0, atol=1e-4)
-
     def test_names_and_masks_of_old_files(self, saved: Path, tokens: Tensor) -> None:
         from safetensors.torch import load_file, save_file
 
@@ -167,40 +159,6 @@ class TestFiles:
     def test_other_modules(self) -> None:
         with pytest.raises(TypeError, match="a GPT-2 of transformers is needed, got Linear"):
             load_gpt2(torch.nn.Linear(2, 2))
-
-
-class TestProjection:
-    def test_full_rank_changes_nothing(self, tokens: Tensor) -> None:
-        model = load_gpt2(hugging_face().double())
-        before = logits(model, tokens)
-        with torch.no_grad():
-            # Of rank 5, so that a rank of 5 is exact, and costs less than dense.
-            for block in model.blocks:
-                for layer in (block.up, block.down):
-                    u, s, v = torch.linalg.svd(layer.factors[0], full_matrices=False)
-                    layer.factors[0].copy_((u[:, :5] * s[:5]) @ v[:5])
-        before = logits(model, tokens)
-        report = project_gpt2(model, "low_rank", rank=5, layers=["*up", "*down"])
-        torch.testing.assert_close(logits(model, tokens), before, rtol=1e-8, atol=1e-8)
-        assert report.macs_after < report.macs_before / 3
-
-    def test_error_falls_with_the_budget(self, tokens: Tensor) -> None:
-        loaded = load_gpt2(hugging_face(), untie=True)
-        before, errors = logits(loaded, tokens), []
-        for fraction in (0.2, 0.5, 0.8):
-            model = copy.deepcopy(loaded)
-            report = project_gpt2(model, "low_rank", mac_fraction=fraction, calibration=[tokens])
-            assert report.macs_after <= fraction * report.macs_before
-            errors.append(float((logits(model, tokens) - before).norm() / before.norm()))
-        assert errors == sorted(errors, reverse=True)
-        assert errors[-1] < 0.5 * errors[0]
-        assert math.isfinite(errors[0])
-
-    def test_our_own_model(self) -> None:
-        model = build_model("gpt2", width=16, depth=1, heads=2, vocabulary=40, context=8)
-        with pytest.raises(TypeError, match="a GPT2 of structlin_nn"):
-            project_gpt2(torch.nn.Linear(3, 3), "low_rank")  # type: ignore[arg-type]
-        assert project_gpt2(model, "monarch", layers="all_but_last", blocks=4).layers  # type: ignore[arg-type]
 
 
 def test_command_continues_with_published_weights(
