@@ -17,14 +17,10 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
     An error in the block leaves the old file, and no other; a process that is killed may leave
     ``.NAME.partial`` beside it, which the next write replaces.
 
-    Raises:
-        OSError: the folder is missing or not writable, or the disk is full.
-
-    Example:
-        >>> with atomic_write(Path("numbers.txt")) as file:
-        ...     _ = file.write(b"1 2 3")
-        >>> Path("numbers.txt").read_text()
-        '1 2 3'
+    >>> with atomic_write(Path("numbers.txt")) as file:
+    ...     _ = file.write(b"1 2 3")
+    >>> Path("numbers.txt").read_text()
+    '1 2 3'
     """
     partial = path.with_name(f".{path.name}.partial")
     try:

@@ -59,14 +59,7 @@ class _Reader(dcp.FileSystemReader):
 def write_tensors(folder: Path, tensors: dict[str, Any], process_group: Any = None, alone: bool = True) -> None:
     """Write nested dictionaries of tensors, sharded over the processes or whole; all processes call it.
 
-    Args:
-        folder: to write into.
-        tensors: at the ends of nested dictionaries.
-        process_group: of the processes.
-        alone: there is one process.
-
-    Raises:
-        OSError: the disk is full, or the folder cannot be written.
+    OSError where the disk is full, or the folder cannot be written.
     """
     try:
         with _alone_is_fine():
@@ -84,8 +77,7 @@ def write_tensors(folder: Path, tensors: dict[str, Any], process_group: Any = No
 def read_tensors(folder: Path, tensors: dict[str, Any], process_group: Any = None, alone: bool = True) -> None:
     """Fill nested dictionaries of tensors from a checkpoint, whatever their sharding is now and was then.
 
-    Raises:
-        ValueError: damaged files, or a tensor that is missing or has another shape.
+    ValueError for damaged files, or a tensor that is missing or has another shape.
     """
     try:
         with _alone_is_fine():

@@ -30,9 +30,7 @@ def checkpoints(folder: Path) -> list[str]:
 def read_checkpoint(folder: Path) -> tuple[Path, dict[str, Any]]:
     """The newest checkpoint of a run: its folder and state, once the sums of all of its files are found right.
 
-    Raises:
-        FileNotFoundError: no checkpoint there.
-        ValueError: a damaged checkpoint, or one of another version.
+    FileNotFoundError for no checkpoint, ValueError for a damaged one, or one of another version.
     """
     names = checkpoints(folder)
     if not names:

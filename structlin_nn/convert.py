@@ -43,16 +43,10 @@ _NAMES = {"kernel": "weight", "embedding": "weight", "scale": "weight"}
 
 
 def to_torch(model: nnx.Module) -> dict[str, torch.Tensor]:
-    """The state dictionary of the torch model that has the same parameters as a flax model.
+    """The state dictionary of the torch model that has the same parameters as a flax model of the modules listed above.
 
-    Args:
-        model: an nnx model of the modules listed above.
-
-    Returns:
-        New tensors by torch's names, those that are shared under each of their names, for ``load_state_dict``.
-
-    Raises:
-        ValueError: a module that is laid out in another way in torch, or stacked layers (``nnx.vmap``).
+    New tensors by torch's names, those that are shared under each of their names, for ``load_state_dict``. ValueError
+    for a module that is laid out in another way in torch, or stacked layers (``nnx.vmap``).
 
     >>> model = nnx.Sequential(nnx.Linear(3, 2, rngs=nnx.Rngs(0)))
     >>> {name: tuple(tensor.shape) for name, tensor in to_torch(model).items()}
@@ -69,15 +63,10 @@ def to_torch(model: nnx.Module) -> dict[str, torch.Tensor]:
 
 
 def to_flax(state: Mapping[str, Any], model: nnx.Module) -> None:
-    """Fill a flax model with the values of a torch state dictionary.
+    """Fill a flax model with the values of a torch state dictionary (tensors or NumPy arrays), if everything fits.
 
-    Args:
-        state: tensors or NumPy arrays by torch's names.
-        model: the nnx model with the same modules; it is changed only when everything fits.
-
-    Raises:
-        ValueError: entries that are missing or left over, other shapes or dtypes, names of a shared parameter with
-            different values, or a module that is laid out in another way in torch.
+    ValueError for entries that are missing or left over, other shapes or dtypes, names of a shared parameter with
+    different values, or a module that is laid out in another way in torch.
 
     >>> model = nnx.Sequential(nnx.Linear(3, 2, rngs=nnx.Rngs(0)))
     >>> to_flax({"layers.0.weight": np.ones((2, 3), np.float32), "layers.0.bias": np.zeros(2, np.float32)}, model)

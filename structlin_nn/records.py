@@ -151,11 +151,7 @@ def read_record(path: str | os.PathLike[str]) -> Record:
 
 
 def unsealed(path: Path, line: bytes, number: int = 1) -> dict[str, Any]:
-    """The value of a line of `sealed`, or of one without a checksum, which older records have.
-
-    Raises:
-        ValueError: a line that is damaged; the message names file and line.
-    """
+    """The value of a line of `sealed`, or of an older one without a checksum; ValueError for damage."""
     line = line.removesuffix(b"\n")
     found = _SUM.search(line)
     if found is not None and (found.end() != len(line) or int(found[1], 16) != zlib.crc32(line[: found.start()])):
@@ -183,12 +179,7 @@ class RecordWriter:
 
     @classmethod
     def create(cls, path: Path, header: Mapping[str, Any]) -> RecordWriter:
-        """Start a record with its header, which is written as a whole or not at all; its folder is made.
-
-        Raises:
-            OSError: the file cannot be written.
-            ValueError: the header holds a NaN or an infinity.
-        """
+        """Start a record with its header, which is written as a whole or not at all; its folder is made."""
         line = sealed({"kind": "header", "schema": SCHEMA, **header})
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(path) as file:
@@ -199,14 +190,8 @@ class RecordWriter:
     def reopen(cls, path: Path, size: int) -> tuple[RecordWriter, list[str]]:
         """Go back to the first `size` bytes of a record, which is what it held when a checkpoint was written.
 
-        Lines after that belong to steps that are done again, and the last may have been cut off by a kill.
-
-        Returns:
-            (writer, messages): what was dropped, one message for each kind of line; none where nothing was.
-
-        Raises:
-            FileNotFoundError: no such file.
-            ValueError: the file is shorter, or has no end of a line at that place: it is not the checkpoint's.
+        Lines after that belong to steps that are done again, and the last may have been cut off by a kill. Returns
+        messages of what was dropped beside the writer. ValueError for a file that does not belong to the checkpoint.
         """
         raw = path.read_bytes()
         if len(raw) < size or raw[size - 1 : size] != b"\n":
@@ -229,12 +214,7 @@ class RecordWriter:
         return cls(path, size), messages
 
     def append(self, evaluation: Mapping[str, Any]) -> None:
-        """Add the line of an evaluation.
-
-        Raises:
-            OSError: the disk is full; the line may be there in part then, which resuming repairs.
-            ValueError: a NaN or an infinity.
-        """
+        """Add the line of an evaluation. After an OSError the line may be there in part, which resuming repairs."""
         line = sealed({"kind": "evaluation", **evaluation})
         with self.path.open("ab", buffering=0) as file:
             written = file.write(line)

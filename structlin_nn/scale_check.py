@@ -53,8 +53,8 @@ class LayerScale:
         name: of the module.
         initial: RMS at initialisation, for each width; 0 for a layer that starts at zero.
         change: for each step, for each width, RMS of the difference from initialisation.
-        initial_slope: of the logarithms over those of the width; None where a value is 0.
-        change_slope: the same of the change after the last step.
+        initial_slope, change_slope: of the logarithms over those of the width, of the initial values and of the change
+            after the last step; None where a value is 0.
         verdict: ``flat``, ``grows``, ``vanishes`` (of the change, or ``starts growing`` where it is flat but the
             initial outputs grow), or ``fixed`` where it does not change at any width.
     """
@@ -112,23 +112,20 @@ def check_scale(
 
     Measured are their outputs and, as ``NAME (input)``, what the last of them reads: the last hidden features. All
     widths have to be above the number of input features: a layer from more features to fewer starts out with outputs
-    that grow with its width, in a model that is parametrised right.
-
-    Inputs and classes are random, the same at all widths. Values are geometric means over seeds of RMS over the
-    batch and features. The loss is the cross-entropy of the last axis of the output.
+    that grow with its width, in a model that is parametrised right. Inputs and classes are random, the same at all
+    widths. Values are geometric means over seeds of RMS over the batch and features. The loss is the cross-entropy of
+    the last axis of the output.
 
     Args:
         build: from a width to the model, drawn from torch's global generator, or to (model, inputs). Inputs may be
             left out where the model has ``example_input(batch)``, as :mod:`structlin_nn.models` do.
         widths: two or more, ascending.
-        base: the model at base width, which learning rates are relative to
-            (:func:`structlin_nn.torch.parameter_groups`).
-        base_width, model: for the report.
+        base, base_width: the model at base width, which learning rates are relative to
+            (:func:`structlin_nn.torch.parameter_groups`), and that width, for the report; `model`: a name for it.
         optimizer: ``adam``, ``adamw``, ``sgd`` or ``muon`` (:class:`structlin_nn.torch.Muon`).
         lr: learning rate at base width; None: :data:`RATES`.
         steps, seeds, batch_size: how much is done.
-        structure_aware: False for the naive rule.
-        extra_multipliers: as in ``parameter_groups``.
+        structure_aware, extra_multipliers: as in ``parameter_groups``.
         threshold: of the verdicts, see :data:`THRESHOLD`.
 
     Raises:
@@ -322,14 +319,8 @@ def named_builder(
 ) -> dict[str, Any]:
     """Arguments of :func:`check_scale` for one of :data:`structlin_nn.models.MODELS`.
 
-    Args:
-        name: as :func:`structlin_nn.models.build_model`.
-        structure: likewise.
-        **sizes: likewise; those that are not given are those of :data:`CHECK_SIZES`.
-        base_width: None: the paper's.
-
-    Raises:
-        ValueError: as ``build_model``.
+    They are those of :func:`structlin_nn.models.build_model`, with its errors; sizes that are not given are those of
+    :data:`CHECK_SIZES`, and ``base_width`` None is the paper's.
 
     >>> sorted(named_builder("cifar-mlp"))
     ['base', 'base_width', 'build', 'extra_multipliers', 'model']
@@ -349,16 +340,13 @@ def builder_of(
     path: str, *, base_width: int, structure: str | None = None, layers: str = "all_but_last", rms_cap: bool = False,
     rule: str = "paper", options: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Arguments of :func:`check_scale` for a function of one's own.
+    """Arguments of :func:`check_scale` for a function of one's own; ValueError for a path that leads to none.
 
     Args:
         path: ``package.module:function``; the function takes a width and returns a model, or (model, inputs).
         base_width: where learning rates are tuned; the base is the function's own model there.
-        structure: replace linear layers by this structure (:func:`structlin_nn.torch.replace_linear`); None: as is.
-        layers, rms_cap, rule, options: of the replacement.
-
-    Raises:
-        ValueError: a path that leads to no function.
+        structure: replace linear layers by this structure (:func:`structlin_nn.torch.replace_linear`), by ``layers``,
+            ``rms_cap``, ``rule`` and ``options``; None: as is.
     """
     module_name, colon, name = path.partition(":")
     if not colon or not name or not module_name:

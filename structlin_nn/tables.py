@@ -27,11 +27,7 @@ EVALUATIONS = ("last", "all")
 
 
 def record_paths(paths: Iterable[str | os.PathLike[str]]) -> list[Path]:
-    """Files, and of folders every ``*.jsonl`` below them, in order of name.
-
-    Raises:
-        FileNotFoundError: nothing there, or a folder without such a file.
-    """
+    """Files, and of folders every ``*.jsonl`` below them, in order of name; FileNotFoundError where there is none."""
     found: list[Path] = []
     for path in map(Path, paths):
         if path.is_dir():
@@ -58,8 +54,8 @@ def read_rows(
         unfinished: take runs that have not reached their last step. Otherwise they are an error.
 
     Raises:
-        FileNotFoundError: a path that does not exist, or a folder without records.
-        ValueError: a file that is none of these, an unfinished run, a run without evaluations, no rows at all.
+        FileNotFoundError, ValueError: a path that does not exist, or a folder without records; a file that is none of
+            these, an unfinished run, a run without evaluations, no rows at all.
 
     >>> Path("points.csv").write_text("structure,macs,error\\ndense,1e6,0.5\\nmonarch,2e6,\\n")
     48
@@ -153,10 +149,7 @@ def _flat(values: Mapping[str, Any], name: str) -> Row:
 
 
 def column(rows: Sequence[Row], name: str) -> list[float]:
-    """The numbers of a column.
-
-    Raises:
-        ValueError: a row without it, naming the nearest that there is, or with something other than a finite number.
+    """The numbers of a column; ValueError for a row without it, or with something other than a finite number.
 
     >>> column([{"error": 0.5}], "eror")
     Traceback (most recent call last):
@@ -209,8 +202,7 @@ def group_rows(rows: Sequence[Row], names: Sequence[str]) -> dict[str, list[Row]
 def select(rows: Sequence[Row], conditions: Mapping[str, str]) -> list[Row]:
     """The rows whose columns have given values, compared as text; ``true``, ``false`` and ``null`` are as in JSON.
 
-    Raises:
-        ValueError: a column that no row has, or no rows left.
+    ValueError for a column that no row has, or no rows left.
     """
     for name in conditions:
         if rows and not any(name in row for row in rows):

@@ -31,10 +31,9 @@ Scale = tuple[tuple[float, ...], tuple[float, ...]]
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """A trained model, and what is known of it.
+    """A trained model, on the CPU and in evaluation mode, and what is known of it.
 
     Attributes:
-        model: on the CPU and in evaluation mode.
         build: how it is built (:mod:`structlin_nn.models.files`).
         name: of the source, without folders.
         config: of the run that trained it, as its record has it, and its ``task``; None where it was none of ours.
@@ -144,13 +143,9 @@ def load_trained(folder: str | os.PathLike[str], *, average: bool = False, model
     """The model of a run in torch as its last checkpoint has it, on the CPU and in evaluation mode.
 
     Args:
-        folder: of the run.
-        average: the average of the weights instead of the weights.
+        folder: of the run. FileNotFoundError, ValueError: no checkpoint there, or a damaged one.
+        average: the average of the weights instead of the weights; ValueError for a run that keeps none.
         model: a model of your own to fill, whose construction a checkpoint does not tell.
-
-    Raises:
-        FileNotFoundError: no checkpoint there.
-        ValueError: a damaged checkpoint, a run without an average, or one of a model of your own without `model`.
     """
     place, state = read_checkpoint(Path(folder))
     if average and not state["tensors"].get("average"):
@@ -189,14 +184,8 @@ def model_of(build: dict[str, Any], layout: dict[str, Any]) -> nn.Module:
 def starting_weights(source: str | os.PathLike[str], model: nn.Module) -> tuple[nn.Module, dict[str, Any]]:
     """The model to start training from in place of `model`, with trained weights, and what a record says of them.
 
-    Args:
-        source: a .safetensors file of tensors alone, or what `open_trained` opens: then layers may have structures of
-            their own.
-        model: of the configuration.
-
-    Raises:
-        FileNotFoundError: nothing there.
-        ValueError: damaged files, or names, shapes or sizes that are not those of `model`.
+    `source` is a .safetensors file of tensors alone, or what `open_trained` opens: then layers may have structures of
+    their own. ValueError for damaged files, or names, shapes or sizes that are not those of `model`.
     """
     place = Path(source).expanduser()
     structured = None

@@ -40,13 +40,11 @@ def to_float(images: Tensor) -> Tensor:
 def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """(images - mean) / std for each channel, of values from 0 to 1.
 
-    Args:
-        images: (N, C, H, W), uint8, float32 or float64; TypeError for another dtype.
-        mean, std: C numbers each, as `ImageDataset.mean`; ValueError unless each std is positive.
+    Images (N, C, H, W) of uint8, float32 or float64 (TypeError for another dtype); C means and positive deviations
+    (ValueError), as `ImageDataset.mean`.
 
-    Example:
-        >>> normalize(torch.tensor([[[[0, 255]]]], dtype=torch.uint8), [0.5], [0.25])
-        tensor([[[[-2.,  2.]]]])
+    >>> normalize(torch.tensor([[[[0, 255]]]], dtype=torch.uint8), [0.5], [0.25])
+    tensor([[[[-2.,  2.]]]])
     """
     converted = to_float(images)
     if not (len(mean) == len(std) == converted.shape[1] and all(s > 0 for s in std)):
@@ -68,18 +66,15 @@ def sample_crops(
 
     The area is uniform in `scale` times that of the image, the ratio of width to height log-uniform in `ratio`, and
     the place uniform. Up to ten such pairs are tried until one fits; after that the box is the largest central one
-    whose ratio is in the range.
+    whose ratio is in the range (Szegedy et al., Going Deeper with Convolutions, CVPR 2015, section 6).
 
     Returns:
         int64 tensor (count, 4) on the generator's device: top, left, height, width, in pixels. It takes
         ``22 * count`` numbers from the generator.
 
-    Source: Szegedy et al., Going Deeper with Convolutions, CVPR 2015, section 6.
-
-    Example:
-        >>> boxes = sample_crops(1000, 32, 32, torch.Generator().manual_seed(0))
-        >>> bool((boxes[:, :2] + boxes[:, 2:] <= 32).all()), bool((boxes[:, 2:] >= 1).all())
-        (True, True)
+    >>> boxes = sample_crops(1000, 32, 32, torch.Generator().manual_seed(0))
+    >>> bool((boxes[:, :2] + boxes[:, 2:] <= 32).all()), bool((boxes[:, 2:] >= 1).all())
+    (True, True)
     """
     tries = _uniform((count, _ATTEMPTS, 2), generator)
     place = _uniform((count, 2), generator)
@@ -107,18 +102,13 @@ def crop_resize(images: Tensor, boxes: Tensor, mirrored: Tensor | None = None) -
     """Cut a box out of each image and enlarge it bilinearly to the size of the image.
 
     The result is that of cutting first and resizing then (``torch.nn.functional.interpolate`` with
-    ``align_corners=False``), up to rounding.
+    ``align_corners=False``), up to rounding. Images are (N, C, H, W), float32 or float64; boxes as of `sample_crops`,
+    inside the images; `mirrored` (N,) says which images are turned left to right.
 
-    Args:
-        images: (N, C, H, W), float32 or float64.
-        boxes: as of `sample_crops`, inside the images (to check that would mean waiting for the device).
-        mirrored: bool tensor (N,), the images to be turned left to right; None for none.
-
-    Example:
-        >>> image = torch.arange(4.0).view(1, 1, 2, 2)
-        >>> crop_resize(image, torch.tensor([[0, 1, 2, 1]]))
-        tensor([[[[1., 1.],
-                  [3., 3.]]]])
+    >>> image = torch.arange(4.0).view(1, 1, 2, 2)
+    >>> crop_resize(image, torch.tensor([[0, 1, 2, 1]]))
+    tensor([[[[1., 1.],
+              [3., 3.]]]])
     """
     count, _, height, width = images.shape
     if tuple(boxes.shape) != (count, 4):
@@ -126,7 +116,6 @@ def crop_resize(images: Tensor, boxes: Tensor, mirrored: Tensor | None = None) -
     top, left, h, w = boxes.to(images.device, non_blocking=True).unbind(1)
 
     def positions(start: Tensor, extent: Tensor, number: int) -> Tensor:
-        """Where the result's pixel centres fall, (N, number), in pixels of the image."""
         start, extent = start.to(images.dtype)[:, None], extent.to(images.dtype)[:, None]
         centres = torch.arange(number, dtype=images.dtype, device=images.device) + 0.5
         return start + (centres * (extent / number) - 0.5).clamp_min(0).minimum(extent - 1)
@@ -143,15 +132,12 @@ def crop_resize(images: Tensor, boxes: Tensor, mirrored: Tensor | None = None) -
 def soft_targets(
     labels: Tensor, num_classes: int, smoothing: float = 0.0, *, dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """Class probabilities: 1 - smoothing on the label, plus smoothing / num_classes on every class.
-
-    Labels are integers (N,), the result is (N, num_classes), each row summing to 1.
+    """Class probabilities (N, K) of integer labels (N,): 1 - smoothing on the label, smoothing shared by all K.
 
     Source: Szegedy et al., Rethinking the Inception Architecture for Computer Vision, CVPR 2016, section 7.
 
-    Example:
-        >>> soft_targets(torch.tensor([1]), 3, 0.3)
-        tensor([[0.1000, 0.8000, 0.1000]])
+    >>> soft_targets(torch.tensor([1]), 3, 0.3)
+    tensor([[0.1000, 0.8000, 0.1000]])
     """
     off = smoothing / num_classes
     targets = torch.full((len(labels), num_classes), off, dtype=dtype, device=labels.device)
@@ -162,15 +148,12 @@ def sample_beta(alpha: float, generator: torch.Generator) -> Tensor:
     """Draw from the symmetric beta distribution Beta(alpha, alpha); torch's own sampler takes no generator.
 
     With U and V uniform, t = sqrt(U^(-1/alpha) - 1) cos(2 pi V) makes t * sqrt(2 alpha) follow Student's distribution
-    with 2 alpha degrees of freedom, and (1 + t / sqrt(1 + t^2)) / 2 Beta(alpha, alpha), without rejection.
+    with 2 alpha degrees of freedom, and (1 + t / sqrt(1 + t^2)) / 2 Beta(alpha, alpha), without rejection (Bailey,
+    Polar generation of random variates with the t-distribution, Math. Comp. 62, 1994). float64, on the generator's
+    device.
 
-    The result is a float64 tensor without axes, on the generator's device. ValueError unless alpha is positive.
-
-    Source: Bailey, Polar generation of random variates with the t-distribution, Math. Comp. 62, 1994.
-
-    Example:
-        >>> 0 <= sample_beta(0.8, torch.Generator().manual_seed(0)).item() <= 1
-        True
+    >>> 0 <= sample_beta(0.8, torch.Generator().manual_seed(0)).item() <= 1
+    True
     """
     if not 0 < alpha < math.inf:
         raise ValueError(f"alpha must be positive and finite, got {alpha}")
@@ -186,21 +169,15 @@ def mixup(
 ) -> tuple[Tensor, Tensor]:
     """Mix each image and its target with another of the batch, all in one proportion from Beta(alpha, alpha).
 
-    Args:
-        images: (N, ...), floating point.
-        targets: (N, K), floating point, see `soft_targets`.
-        generator: source of the proportion.
-        alpha: positive; 0.8 in the recipe of the paper.
-        neighbours: mix samples 2 k and 2 k + 1, whose pairs do not depend on how a batch is shared; ValueError for an
-            odd N. Otherwise sample i is mixed with N - 1 - i, as in timm.
+    Images (N, ...) and targets (N, K) are floating point. Sample i is mixed with N - 1 - i, as in timm; with
+    `neighbours` 2 k with 2 k + 1, whose pairs do not depend on how a batch is shared (ValueError for an odd N).
 
     Source: Zhang, Cisse, Dauphin, Lopez-Paz, mixup: Beyond Empirical Risk Minimization, ICLR 2018.
 
-    Example:
-        >>> images, targets = torch.tensor([[0.0], [1.0]]), torch.eye(2)
-        >>> mixed, soft = mixup(images, targets, torch.Generator().manual_seed(0), alpha=1.0)
-        >>> bool(torch.allclose(mixed[:, 0], soft[:, 1]))
-        True
+    >>> images, targets = torch.tensor([[0.0], [1.0]]), torch.eye(2)
+    >>> mixed, soft = mixup(images, targets, torch.Generator().manual_seed(0), alpha=1.0)
+    >>> bool(torch.allclose(mixed[:, 0], soft[:, 1]))
+    True
     """
     if neighbours and len(images) % 2:
         raise ValueError(f"neighbours are mixed: an even number of samples is needed, got {len(images)}")
@@ -215,25 +192,23 @@ def mixup(
 
 @dataclass(frozen=True)
 class Augmentation:
-    """Training augmentation of a batch: crop, flip, normalise, smooth the labels, mix.
+    """Training augmentation of a batch: crop, flip, normalise, smooth the labels, mix. Evaluation takes `normalize`.
 
-    The defaults are the recipe for CIFAR of Qiu et al., Compute Better Spent (ICML 2024). Evaluation takes `normalize`
-    alone.
+    The defaults are the recipe for CIFAR of Qiu et al., Compute Better Spent (ICML 2024).
 
     Attributes:
-        mean, std: of each channel, see `normalize`.
+        mean, std: of each channel.
         num_classes: number of classes K.
         crop_scale, crop_ratio: ranges of the share of the area and of width / height; scale None for no crop.
         flip: probability of mirroring; 0 draws nothing.
         mixup_alpha: alpha of `mixup`; 0 for none.
         smoothing: label smoothing.
 
-    Example:
-        >>> augment = Augmentation(mean=(0.5,) * 3, std=(0.25,) * 3, num_classes=10)
-        >>> images, labels = torch.zeros(4, 3, 32, 32, dtype=torch.uint8), torch.arange(4)
-        >>> mixed, targets = augment(images, labels, torch.Generator().manual_seed(0))
-        >>> mixed.shape, targets.shape
-        (torch.Size([4, 3, 32, 32]), torch.Size([4, 10]))
+    >>> augment = Augmentation(mean=(0.5,) * 3, std=(0.25,) * 3, num_classes=10)
+    >>> images, labels = torch.zeros(4, 3, 32, 32, dtype=torch.uint8), torch.arange(4)
+    >>> mixed, targets = augment(images, labels, torch.Generator().manual_seed(0))
+    >>> mixed.shape, targets.shape
+    (torch.Size([4, 3, 32, 32]), torch.Size([4, 10]))
     """
 
     mean: tuple[float, ...]
@@ -262,8 +237,7 @@ class Augmentation:
     def __call__(self, images: Tensor, labels: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Images (N, C, H, W) and integer labels (N,) to floating-point images (N, C, H, W) and targets (N, K).
 
-        All numbers come from the generator, in the order crop, flip, mixup. Errors are those of `normalize`, and
-        ValueError where the numbers of images and labels differ.
+        All numbers come from the generator, in the order crop, flip, mixup.
         """
         if images.ndim != 4 or len(images) != len(labels):
             raise ValueError(

@@ -25,17 +25,10 @@ _FASHION_CLASSES = "T-shirt/top,Trouser,Pullover,Dress,Coat,Sandal,Shirt,Sneaker
 
 
 def channel_statistics(images: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of each channel, in units of the full pixel range.
+    """(mean, deviation) of each channel of uint8 images (N, C, H, W), in units of the full pixel range.
 
-    Args:
-        images: uint8 array (N, C, H, W), not empty.
-
-    Returns:
-        (mean, std) of the pixel values divided by 255, C floats each; the deviation is that of the population.
-
-    Example:
-        >>> channel_statistics(np.array([0, 255], dtype=np.uint8).reshape(2, 1, 1, 1))
-        ((0.5,), (0.5,))
+    >>> channel_statistics(np.array([0, 255], dtype=np.uint8).reshape(2, 1, 1, 1))
+    ((0.5,), (0.5,))
     """
     values = np.arange(256, dtype=object)
     mean, std = [], []
@@ -55,10 +48,8 @@ class ImageDataset:
 
     Attributes:
         name: short name, such as ``"cifar10"``; a suffix says so where the images are not the original ones.
-        train_images: uint8 array (N, C, H, W); colour channels are red, green, blue.
-        train_labels: int64 array (N,), from 0 to ``num_classes - 1``.
-        test_images: uint8 array (M, C, H, W).
-        test_labels: int64 array (M,).
+        train_images, test_images: uint8 arrays (N, C, H, W) and (M, C, H, W); colour channels are red, green, blue.
+        train_labels, test_labels: int64 arrays (N,) and (M,), from 0 to ``num_classes - 1``.
         class_names: the name of each class, in the order of the labels.
         source: where the arrays came from and what was done to them.
         licence: the terms under which the data may be used.
@@ -68,10 +59,9 @@ class ImageDataset:
         TypeError: images that are not uint8, labels that are not int64.
         ValueError: shapes that do not fit together, a label outside the classes, an empty split.
 
-    Example:
-        >>> pixels, labels = np.zeros((4, 1, 2, 2), np.uint8), np.array([0, 1, 0, 1])
-        >>> ImageDataset("toy", pixels, labels, pixels[:2], labels[:2], ("a", "b"), "made here", "none")
-        ImageDataset('toy': 4 training and 2 test images of shape (1, 2, 2), 2 classes)
+    >>> pixels, labels = np.zeros((4, 1, 2, 2), np.uint8), np.array([0, 1, 0, 1])
+    >>> ImageDataset("toy", pixels, labels, pixels[:2], labels[:2], ("a", "b"), "made here", "none")
+    ImageDataset('toy': 4 training and 2 test images of shape (1, 2, 2), 2 classes)
     """
 
     name: str
@@ -131,18 +121,13 @@ class ImageDataset:
         return digest.hexdigest()
 
     def as_32x32_rgb(self) -> ImageDataset:
-        """The same data in the shape (3, 32, 32) that the CIFAR models take.
+        """The same data in the shape (3, 32, 32) that the CIFAR models take, with ``-32x32-rgb`` added to the name.
 
         Smaller images are padded with zeros, equally on both sides (an odd line goes to the bottom or right), and a
-        single channel is repeated three times. The name gets the suffix ``-32x32-rgb``. Data of that shape are
-        returned unchanged.
+        single channel is repeated three times. ValueError for larger images, or neither one nor three channels.
 
-        Raises:
-            ValueError: images larger than 32 x 32, or with neither one nor three channels.
-
-        Example:
-            >>> load_images("fashion").as_32x32_rgb()
-            ImageDataset('fashion-32x32-rgb': 10000 training and 2000 test images of shape (3, 32, 32), ...)
+        >>> load_images("fashion").as_32x32_rgb()
+        ImageDataset('fashion-32x32-rgb': 10000 training and 2000 test images of shape (3, 32, 32), ...)
         """
         channels, height, width = self.image_shape
         if (channels, height, width) == (3, 32, 32):
@@ -228,16 +213,13 @@ def _load_fashion() -> ImageDataset:
 
 
 def epoch_order(seed: int, epoch: int, size: int) -> np.ndarray:
-    """The permutation of ``range(size)`` that belongs to a seed and an epoch.
+    """The permutation of ``range(size)`` that belongs to a seed and an epoch, int64 (size,).
 
     It is the order of `size` random 64-bit integers from the counter-based generator Philox, whose raw stream NumPy
     keeps the same in every release.
 
-    Arguments are non-negative integers (TypeError, ValueError otherwise); the result is int64 (size,).
-
-    Example:
-        >>> epoch_order(seed=0, epoch=0, size=5).tolist()
-        [0, 3, 1, 2, 4]
+    >>> epoch_order(seed=0, epoch=0, size=5).tolist()
+    [0, 3, 1, 2, 4]
     """
     seed, epoch, size = natural("seed", seed), natural("epoch", epoch), natural("size", size)
     keys = np.random.Philox(np.random.SeedSequence([seed, epoch])).random_raw(size)
@@ -250,20 +232,11 @@ _kept_order = functools.lru_cache(maxsize=2)(epoch_order)
 def batch_rows(size: int, batch_size: int, seed: int, step: int) -> np.ndarray:
     """The samples of one step of training: a function of its arguments, so that a run resumes by its step alone.
 
-    An epoch has ``size // batch_size`` steps; the samples that are left at its end are left out of that epoch.
+    An epoch has ``size // batch_size`` steps (ValueError where it has none), in the order of `epoch_order`; the samples
+    that are left at its end are left out of that epoch. Returns int64 (batch_size,).
 
-    Args:
-        size: number of samples.
-        batch_size: samples of a step; ValueError where there are fewer samples.
-        seed: of the order (`epoch_order`).
-        step: number of the step, from 0.
-
-    Returns:
-        int64 array (batch_size,).
-
-    Example:
-        >>> [batch_rows(5, 2, seed=0, step=step).tolist() for step in range(3)]
-        [[0, 3], [1, 2], [3, 4]]
+    >>> [batch_rows(5, 2, seed=0, step=step).tolist() for step in range(3)]
+    [[0, 3], [1, 2], [3, 4]]
     """
     batch_size = natural("batch_size", batch_size, 1)
     steps = natural("size", size) // batch_size

@@ -59,25 +59,22 @@ def prepare_text(
     Args:
         files: UTF-8 text files, each a document, in this order; None: `pydoc_documents`.
         out: the folder. Where the same call has finished before, it is only opened.
-        tokenizer: ``gpt2`` or ``bytes``.
-        vocabulary: folder of the vocabulary of ``gpt2`` (`structlin_nn.data.tokenizers`).
+        tokenizer, vocabulary: as `structlin_nn.data.tokenizers.load_tokenizer`, with its errors.
         val_fraction: share of each document, by bytes, that goes to the validation split: its end, from the start
             of a line where there is one near. Above 0 and below 1.
         name: of the corpus; by default that of the folder.
         workers: threads; None: one for each core.
 
     Raises:
-        FileNotFoundError: a file is missing.
-        FileExistsError: the folder holds something else.
+        FileNotFoundError, FileExistsError: a file is missing; the folder holds something else.
         ValueError: no files, an empty file, one that is not UTF-8 (the message names the byte), a fraction out
-            of range, or a text too short for two splits. Errors of `load_tokenizer` besides.
+            of range, or a text too short for two splits.
 
-    Example:
-        >>> import tempfile
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     data = prepare_text(None, f"{folder}/pydoc", tokenizer="bytes", workers=1)
-        >>> data.vocab_size, len(data.train) > 8 * len(data.val) > 0
-        (257, True)
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     data = prepare_text(None, f"{folder}/pydoc", tokenizer="bytes", workers=1)
+    >>> data.vocab_size, len(data.train) > 8 * len(data.val) > 0
+    (257, True)
     """
     _check_fraction(val_fraction)
     if files is not None and not files:
@@ -134,25 +131,14 @@ def prepare_openwebtext(
 
     Hugging Face `datasets` downloads, splits and tokenises, and keeps each `ROWS` tokenised documents in its cache: an
     interrupted call is resumed there. With the defaults the splits are those of nanoGPT. About 9 billion tokens, 18 GB,
-    and 54 GB in the cache of `datasets`.
+    and 54 GB in the cache of `datasets` (Gokaslan and Cohen, OpenWebText Corpus, 2019).
 
     Args:
-        out: the folder. Where the same call has finished before, it is only opened.
-        dataset: a name on the hub; a folder of parquet, JSON or text files; or a folder that `datasets` saved.
-        split: which of its splits.
+        out, tokenizer, vocabulary, name: as in `prepare_text`, with its errors.
+        dataset, split: as in `structlin_nn.data.hub.load_hub`, with its errors.
         column: of the text.
-        tokenizer, vocabulary: as in `prepare_text`.
-        val_fraction: share of the documents that makes the validation split, above 0 and below 1.
-        seed: of that choice.
-        name: of the corpus; by default that of the data set.
+        val_fraction, seed: share of the documents that makes the validation split, and seed of that choice.
         workers: processes; None: one for each core.
-
-    Raises:
-        FileExistsError: the folder holds something else.
-        ValueError: a column that is not there, a fraction out of range, a document that is not text, or too few
-            documents for two splits. Errors of `load_hub` and `load_tokenizer` besides.
-
-    Source: Gokaslan and Cohen, OpenWebText Corpus, 2019, http://Skylion007.github.io/OpenWebTextCorpus
     """
     _check_fraction(val_fraction)
     natural("seed", seed)

@@ -47,13 +47,11 @@ def load_tokenizer(name: str, folder: str | os.PathLike[str] | None = None) -> T
 
     Raises:
         ValueError: an unknown name, a folder for ``bytes``, or files that are not those of GPT-2.
-        ImportError: tiktoken is not installed.
-        FileNotFoundError: no vocabulary in the folder, or none at hand.
+        ImportError, FileNotFoundError: tiktoken is not installed; no vocabulary at hand.
 
-    Example:
-        >>> tokenizer = load_tokenizer("bytes")
-        >>> tokenizer.encode("añ"), tokenizer.decode([97, 195, 177, 256])
-        ([97, 195, 177], 'añ<|endoftext|>')
+    >>> tokenizer = load_tokenizer("bytes")
+    >>> tokenizer.encode("añ"), tokenizer.decode([97, 195, 177, 256])
+    ([97, 195, 177], 'añ<|endoftext|>')
     """
     if name not in TOKENIZERS:
         raise ValueError(f"unknown tokenizer {name!r}; one of {', '.join(TOKENIZERS)}")

@@ -149,8 +149,7 @@ def token_batch(
 
     Args:
         tokens: integer array (N,), such as ``TokenData.train``.
-        block_size: tokens in a piece.
-        batch_size: pieces of a step, of all processes together.
+        block_size, batch_size: tokens in a piece, and pieces of a step, of all processes together.
         seed, step: non-negative integers.
         rank, world_size: number of this process, and of all, a divisor of `batch_size`.
 
@@ -159,13 +158,11 @@ def token_batch(
 
     Raises:
         TypeError: tokens that are not an integer array of one axis, an argument that is not an integer.
-        ValueError: an argument out of range, a batch that cannot be shared equally, or fewer than
-            ``block_size + 1`` tokens.
+        ValueError: an argument out of range, an unequal share, or fewer than ``block_size + 1`` tokens.
 
-    Example:
-        >>> x, y = token_batch(np.arange(100, dtype=np.uint16), block_size=4, batch_size=2, seed=0, step=0)
-        >>> x.shape, x.dtype, bool((y == x + 1).all())
-        ((2, 4), dtype('int64'), True)
+    >>> x, y = token_batch(np.arange(100, dtype=np.uint16), block_size=4, batch_size=2, seed=0, step=0)
+    >>> x.shape, x.dtype, bool((y == x + 1).all())
+    ((2, 4), dtype('int64'), True)
     """
     local, rank, _ = share(batch_size, rank, world_size)
     starts = _starts(tokens, block_size, batch_size, [natural("seed", seed), natural("step", step)])
@@ -189,25 +186,18 @@ def evaluation_batches(
     filled, with targets `IGNORE`, which torch's cross-entropy leaves out of a sum. With one process nothing is filled.
 
     Args:
-        tokens: integer array (N,), N >= 2, such as ``TokenData.val``.
-        block_size: tokens in a piece.
-        batch_size: pieces in a batch, of all processes together.
+        tokens, block_size, batch_size, rank, world_size: as in `token_batch`, with its errors.
         sequences: pieces at random places, which depend on `seed`, `block_size` and the number of tokens alone. None:
             the whole text in pieces without overlap, the short last one too: every token but the first is a target.
         seed: non-negative integer.
-        rank, world_size: as in `token_batch`.
 
     Yields:
         (x, y): int64 arrays (up to batch_size / world_size, block_size or less).
 
-    Raises:
-        TypeError, ValueError: as `token_batch`; the whole of a text needs 2 tokens.
-
-    Example:
-        >>> for x, y in evaluation_batches(np.arange(8, dtype=np.uint16), block_size=3, batch_size=2):
-        ...     print(x.tolist(), y.tolist())
-        [[0, 1, 2], [3, 4, 5]] [[1, 2, 3], [4, 5, 6]]
-        [[6]] [[7]]
+    >>> for x, y in evaluation_batches(np.arange(8, dtype=np.uint16), block_size=3, batch_size=2):
+    ...     print(x.tolist(), y.tolist())
+    [[0, 1, 2], [3, 4, 5]] [[1, 2, 3], [4, 5, 6]]
+    [[6]] [[7]]
     """
     _, rank, world_size = share(batch_size, rank, world_size)
     if sequences is not None:
@@ -276,11 +266,7 @@ def _read_meta(path: Path) -> dict[str, Any]:
 
 
 def token_vocabulary(folder: str | os.PathLike[str]) -> int:
-    """Size of the vocabulary of a folder of token files, as `open_tokens` finds it, without reading tokens.
-
-    Raises:
-        ValueError: as `open_tokens`, of ``meta.json`` and ``meta.pkl``.
-    """
+    """Size of the vocabulary of a folder of token files, as `open_tokens` finds it, without reading tokens."""
     place = Path(folder).expanduser()
     return _vocabulary(place, _read_meta(place / META), None)
 
@@ -324,7 +310,7 @@ def _scan(path: Path, tokens: np.ndarray, vocabulary: int) -> str:
 
 
 def natural(name: str, value: Any, least: int = 0) -> int:
-    """`value` as an int of at least `least`; TypeError for what is no integer, ValueError for a smaller one."""
+    """`value` as an int; TypeError for what is no integer, ValueError for one below `least`."""
     if isinstance(value, bool):
         raise TypeError(f"{name} must be an integer, got {value!r}")
     try:
@@ -338,12 +324,7 @@ def natural(name: str, value: Any, least: int = 0) -> int:
 
 
 def share(batch_size: Any, rank: Any, world_size: Any) -> tuple[int, int, int]:
-    """(batch size of one process, rank, number of processes) for a global batch size.
-
-    Raises:
-        TypeError: an argument that is no integer.
-        ValueError: one out of range, or a batch that cannot be shared equally.
-    """
+    """(batch size of one process, rank, number of processes) for a global batch size that all share equally."""
     size, world = natural("batch_size", batch_size, 1), natural("world_size", world_size, 1)
     place = natural("rank", rank)
     if place >= world:

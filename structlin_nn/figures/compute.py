@@ -20,11 +20,8 @@ def compute_figure(
 ) -> Figure:
     """Points with their laws on logarithmic axes; beside them, a bar for each exponent, with its interval.
 
-    Args:
-        laws: by label (:func:`structlin_nn.laws.fit_groups`).
-        x, y: columns that the laws are of.
-        confidence: of the shaded bands and of the intervals.
-        bars: whether to draw the panel of exponents.
+    `laws` are those of :func:`structlin_nn.laws.fit_groups`, of the columns ``x`` and ``y``; `confidence` is that of
+    the shaded bands and of the intervals.
     """
     figure = new_figure(8.6 if bars else 6.4, 4.4)
     styles = series(laws)

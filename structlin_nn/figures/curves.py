@@ -21,16 +21,8 @@ def curves_figure(groups: Mapping[str, Sequence[Row]], *, x: str, y: str, final_
     """Every run's evaluations against what was spent so far, and its last one against the cost of the model.
 
     Left a line for each run, of the colour of its group, darker for wider models; right the ends, joined along the
-    width, with runs of one width (seeds) at their mean.
-
-    Args:
-        groups: all evaluations of runs by label; rows with ``record``, ``width``, ``x``, ``y`` and ``final_x``.
-        x: column that grows in a run; evaluations where it is 0 are before the start and left out.
-        y: error or loss.
-        final_x: cost of the model.
-
-    Raises:
-        ValueError: rows without these columns, or no evaluation after the start.
+    width, with runs of one width (seeds) at their mean. `groups` are all evaluations of runs by label, with ``record``,
+    ``width`` and the columns ``x`` (evaluations where it is 0 are left out), ``y`` and ``final_x``; ValueError without.
     """
     figure = new_figure(9.6, 4.4)
     left, right = figure.subplots(1, 2, width_ratios=(1.4, 1), sharey=True)

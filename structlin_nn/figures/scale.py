@@ -19,11 +19,7 @@ __all__ = ["check_figure", "delta_h_figure", "landscape_figure"]
 
 
 def check_figure(checks: Sequence[Mapping[str, Any]]) -> Figure:
-    """Coordinate checks side by side, naive and structure-aware: RMS at initialisation above, of the change below.
-
-    Args:
-        checks: as :meth:`structlin_nn.scale_check.ScaleCheck.to_dict` gives them.
-    """
+    """Coordinate checks (`ScaleCheck.to_dict`) side by side: RMS at initialisation above, of the change below."""
     figure = new_figure(1.2 + 4.2 * len(checks) + 1.6, 6.4)
     grid = figure.subplots(2, len(checks), sharex=True, sharey="row", squeeze=False)
     names = [layer["name"] for layer in checks[0]["layers"]]
@@ -65,14 +61,8 @@ def delta_h_figure(groups: Mapping[str, Sequence[Row]]) -> Figure:
 
     One line for each structure and rule: filled for structure-aware, open and dashed for naive learning rates.
     Each run counts with the mean of ``statistics.feature_change`` over its evaluations, by ``measured_steps``; runs
-    of one width (seeds) with their geometric mean.
-
-    Args:
-        groups: all evaluations of runs by structure; the rows have ``record``, ``width``, ``structure_aware``,
-            ``feature_change`` and ``measured_steps``.
-
-    Raises:
-        ValueError: rows without them, or no measured step.
+    of one width (seeds) with their geometric mean. `groups` are all evaluations of runs by structure; ValueError for
+    rows without ``record``, ``width``, ``structure_aware``, ``feature_change`` and ``measured_steps``.
     """
     figure = new_figure(6.8, 4.6)
     axes = figure.subplots()
@@ -113,15 +103,11 @@ def _mean_changes(rows: Sequence[Row]) -> dict[float, float]:
 
 
 def landscape_figure(rows: Sequence[Row], *, y: str) -> Figure:
-    """Final error against the learning rate at base width, a line for each width (figure 2b of the paper).
+    """Final error ``y`` against the learning rate at base width, a line for each width (figure 2b of the paper).
 
     A panel for the structure-aware and one for the naive rule, where both are there; a star marks the best rate of
     each width. Runs of one width and rate (seeds) count with their mean. Lines leave the panel where they are far
     above the best of every width, as those of runs that diverge.
-
-    Args:
-        rows: of one structure, with ``config.lr`` (or ``lr``), ``width`` and ``structure_aware``.
-        y: column of the error.
     """
     rules = [aware for aware in (True, False) if any(row.get("structure_aware", True) is aware for row in rows)]
     figure = new_figure(1 + 4.2 * len(rules), 4.4)

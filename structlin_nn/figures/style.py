@@ -163,10 +163,6 @@ def finish(axes: Axes, *, x: str, y: str, log_x: bool = True, log_y: bool = True
 def save(figure: Figure, path: Path, dpi: int = 160) -> None:
     """Write a figure as PNG, SVG or PDF, as the suffix says, as a whole or not at all.
 
-    Raises:
-        ValueError: another suffix.
-        OSError: it cannot be written.
-
     >>> save(new_figure(), Path("figure.jpeg"))
     Traceback (most recent call last):
     ...

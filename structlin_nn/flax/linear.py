@@ -37,17 +37,12 @@ class StructuredLinear(nnx.Module):
     ``structure.num_params`` and ``structure.macs``.
 
     Factors are drawn at the deviations of :func:`structlin.init_std` (muP spectral scale), one key of
-    ``rngs.params()`` for each; the bias starts at zero, for the rule has no place for a random one.
-
-    With ``rms_cap`` each factor W is used as ``W * gain * min(1, sigma / RMS(W))`` wherever the layer or its operator
-    is used, with a learned scalar gain for each factor (Qiu et al., *Compute Better Spent*, ICML 2024, section 4.3).
+    ``rngs.params()`` for each; the bias starts at zero, for the rule has no place for a random one. With ``rms_cap``
+    each factor W is used as ``W * gain * min(1, sigma / RMS(W))`` wherever the layer or its operator is used, with a
+    learned scalar gain for each factor (Qiu et al., *Compute Better Spent*, ICML 2024, section 4.3).
 
     Args:
-        in_features: size of the last axis of the input.
-        out_features: size of the last axis of the output.
-        use_bias: add a learned bias.
-        dtype: of the computation: input and parameters are cast to it. None: the dtype to which they promote.
-        param_dtype: of the parameters, floating or complex.
+        in_features, out_features, use_bias, dtype, param_dtype, rngs: as ``nnx.Linear``.
         structure: a registered name (:func:`structlin.names`), or a structure of shape (out_features, in_features).
         rms_cap: hold the RMS of every factor at or below sigma (``cap_sigma``), its initial deviation.
         gain: learned gains; the default (None) is to have them where the factors are capped.
@@ -58,21 +53,13 @@ class StructuredLinear(nnx.Module):
             the ``out_sharding`` of every factor with that axis, and of the bias where it is the output's first axis.
             The letters are those of ``print(structure)``. As with all annotated nnx variables, the layer is then
             made under ``jax.set_mesh``.
-        factor_metadata: metadata of the factors' variables, as ``kernel_metadata`` of ``nnx.Linear``.
-        bias_metadata: metadata of the bias.
-        rngs: source of the keys.
+        factor_metadata, bias_metadata: of the variables, as ``kernel_metadata`` of ``nnx.Linear``.
         **options: options of the named structure (:func:`structlin.options`), for example ``rank=2``.
 
-    Attributes:
-        structure: what A is made of; ``factors``, ``gains``, ``bias``: its parameters (gains and bias may be None).
-        init_std: deviation at which each factor of the structure is drawn; 0 for zero-initialised and index factors.
-        cap_sigma: sigma of each factor; 0 for index factors.
-
     Raises:
-        ValueError: an unknown structure, rule or option; sizes that the structure cannot have, or other than those
-            of the structure given; options beside a structure; ``gain=True`` without ``rms_cap``; ``rms_cap`` or
-            ``zero_init`` where there are no trainable factors; a ``partition`` that does not fit the structure; an
-            integer dtype. In the forward pass: an input of wrong size.
+        ValueError: an unknown structure, rule or option; sizes that the structure cannot have; options beside a
+            structure; ``gain=True`` without ``rms_cap``; ``rms_cap`` or ``zero_init`` where there are no trainable
+            factors; a ``partition`` that does not fit; an integer dtype. In the forward pass: an input of wrong size.
         TypeError: a ``structure`` that is neither a name nor a structure.
 
     >>> layer = StructuredLinear(768, 1024, structure="block_tensor_train", rank=2, rngs=nnx.Rngs(0))

@@ -80,26 +80,11 @@ def parameter_rates(
 ) -> ParameterRates:
     """Multiplier and weight decay of every ``nnx.Param`` of a model.
 
-    The rules, the kinds of parameters and the meaning of all arguments are those of
+    The rules, the kinds of parameters, all arguments and errors are those of
     :func:`structlin_nn.torch.parameter_groups`, whose table they are listed in. The weights of dense layers are the
     kernels of ``nnx.Linear``, ``nnx.LinearGeneral`` (with the product of its input axes as fan-in), ``nnx.Conv`` and
-    ``nnx.ConvTranspose``.
-
-    Args:
-        model: the model to train.
-        base_model: the same model at base width; only sizes are read, so ``nnx.eval_shape`` of its constructor does.
-            None: each layer is its own base, so that dense layers have multiplier 1.
-        optimizer: whose rule: ``adam``, ``adamw``, ``sgd`` or ``sign``.
-        structure_aware: False for the naive rule.
-        extra_multipliers: further factors on the learning rate, by patterns of layers or parameters.
-        rules: patterns of full parameter names with rules of their own, which go before all others.
-        decay: kinds of parameters that are decayed.
-
-    Raises:
-        ValueError: a parameter of two or more axes in a module of unknown kind; a shared parameter with several
-            rules; modules with parameters that only one of model and base model has; a pattern that matches nothing;
-            an unknown optimiser or kind.
-        TypeError: rules that are no :class:`ParameterRule`.
+    ``nnx.ConvTranspose``. Of the base model only sizes are read, so ``nnx.eval_shape`` of its constructor does.
+    ``optimizer`` is ``adam``, ``adamw``, ``sgd`` or ``sign``.
 
     >>> def make(width, structure, **options):
     ...     rngs = nnx.Rngs(0)
@@ -142,10 +127,7 @@ def scale_by_rates(rates: ParameterRates) -> optax.GradientTransformation:
     """An optax transformation that multiplies the update of each parameter by its learning-rate multiplier.
 
     It stands after what makes the update's size independent of the gradient's (``optax.scale_by_adam``) and before
-    ``optax.scale_by_learning_rate``. :func:`optimizer_for` puts a whole optimiser together.
-
-    Raises:
-        ValueError: on ``init`` and ``update``: a parameter without a rule.
+    ``optax.scale_by_learning_rate``. ValueError on ``init`` and ``update`` for a parameter without a rule.
 
     >>> model = nnx.Sequential(StructuredLinear(8, 8, structure="low_rank", rank=2, rngs=nnx.Rngs(0)))
     >>> rates = parameter_rates(model)
@@ -187,19 +169,13 @@ def optimizer_for(
     (``adam``, ``sgd``).
 
     Args:
-        model, base_model, structure_aware, extra_multipliers, rules, decay: as in :func:`parameter_rates`.
-        lr: learning rate at base width, or an optax schedule.
+        model, base_model, structure_aware, extra_multipliers, rules, decay: as in :func:`parameter_rates`, with its
+        errors. lr: learning rate at base width, or an optax schedule.
         weight_decay: coefficient of the kinds in ``decay``.
         optimizer: ``adam``, ``adamw``, ``sgd``, or ``sign`` (Lion).
         independent_decay: divide the coefficient by the multiplier, so that all decayed parameters shrink by
             ``lr * weight_decay``; not for ``adam``.
-        betas: of Adam and Lion.
-        eps: of Adam.
-        momentum, nesterov: of SGD.
-
-    Raises:
-        ValueError, TypeError: as :func:`parameter_rates`; a negative rate or decay; options that the optimiser does
-            not have.
+        betas, eps, momentum, nesterov: of Adam and Lion, of Adam, of SGD; ValueError for others.
 
     >>> model = nnx.Sequential(StructuredLinear(8, 8, structure="low_rank", rank=2, rngs=nnx.Rngs(0)))
     >>> schedule = optax.warmup_cosine_decay_schedule(0.0, 1e-3, warmup_steps=10, decay_steps=100)

@@ -39,33 +39,21 @@ def replace_linear(
     """Replace linear layers of ``model``, in place, by freshly drawn :class:`StructuredLinear` layers.
 
     Linear layers are ``nnx.Linear``. ``nnx.LinearGeneral`` (the projections of ``nnx.MultiHeadAttention``) and
-    ``nnx.Einsum`` are no maps between vectors of one axis and are left alone; the report lists those that the
-    selection would have taken. Missing biases, dtypes and the metadata of the bias are kept; the metadata of the
-    kernel is not, because the axes of factors are others. The old values are not kept: factors are drawn from
-    ``rngs``, biases start at zero. The model is changed only when every layer has passed every check.
+    ``nnx.Einsum`` are left alone; the report lists those that the selection would have taken. Missing biases, dtypes
+    and the metadata of the bias are kept; the metadata of the kernel is not, because the axes of factors are others.
+    Factors are drawn from ``rngs``, biases start at zero. The model is changed only when every layer has passed every
+    check.
 
-    A pattern is a glob on the layer's full name, such as ``blocks.0.up`` (``*`` also runs over dots), or a compiled
-    regular expression that matches all of it. A module that stands at several places has several names, counts as
-    chosen if one of them is (as excluded likewise), and is replaced by one layer at all of them.
+    Patterns, and all arguments that are not listed, are those of :func:`structlin_nn.torch.replace_linear`.
 
     Args:
         model: any nnx module with linear layers inside.
-        structure: name of a registered structure, with its options as further keywords; or a structure, if all
-            layers have its shape; or a function from name and layer to a structure.
-        layers: which layers. ``"all"``; ``"all_but_last"`` leaves the head dense; ``"intermediate"`` leaves the first
-            and the last dense, where first and last go by the order in which attributes were set, which the report
-            shows (``nnx.merge`` and ``nnx.clone`` sort them by name: name layers of such models by patterns); one or
-            several patterns; or a predicate of name and layer.
-        exclude: patterns of layers to leave alone.
-        zero_init: patterns of layers whose factor applied last starts at zero.
+        layers: ``"all"``, ``"all_but_last"``, ``"intermediate"``, patterns, or a predicate. First and last go by the
+            order in which attributes were set, which the report shows (``nnx.merge`` and ``nnx.clone`` sort them by
+            name: name layers of such models by patterns).
         shared_weights: a layer whose kernel or bias is a variable of another module too (a head tied to its
             embedding) cannot be replaced without untying it: ``"error"``, or ``"skip"`` to leave such layers alone.
-        rms_cap, gain, rule: as in :class:`StructuredLinear`.
         rngs: source of the keys.
-        **options: of the named structure.
-
-    Returns:
-        A report of what was replaced, with parameters and multiply-accumulates (MACs) before and after.
 
     Raises:
         ValueError: nothing is chosen, or a pattern matches no layer (the message lists the layers there are); a size
@@ -129,19 +117,10 @@ def to_dense_linear(
 ) -> ReplacementReport:
     """Replace structured layers of ``model``, in place, by ``nnx.Linear`` layers with the same matrices and biases.
 
-    Caps and gains are multiplied in. dtypes are kept. Gradients and optimiser states are those of other parameters
-    afterwards: make a new optimiser.
-
-    Args:
-        model: any nnx module with structured layers inside.
-        layers, exclude: which of the structured layers, as in :func:`replace_linear`.
-        rngs: not needed for the values; handed to ``nnx.Linear``, which draws before it is filled.
-
-    Returns:
-        A report, with the parameters and MACs of the structured layer as ``before``.
-
-    Raises:
-        ValueError: nothing is chosen, a pattern matches no structured layer, or a layer was stacked by ``nnx.vmap``.
+    Caps and gains are multiplied in, dtypes are kept. Gradients and optimiser states are those of other parameters
+    afterwards: make a new optimiser. ``layers`` and ``exclude`` are as in :func:`replace_linear`, whose errors these
+    are; ``rngs`` is handed to ``nnx.Linear``, which draws before it is filled. The report has the structured layer as
+    ``before``.
 
     >>> rngs = nnx.Rngs(0)
     >>> model = nnx.Sequential(StructuredLinear(6, 8, structure="monarch", blocks=2, rngs=rngs))

@@ -45,14 +45,10 @@ Model = MLP | ViT | GPT2
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """A named model.
+    """A named model: its class, the class of its sizes, and those that differ from the defaults.
 
-    Attributes:
-        model: its class.
-        config: the class of its sizes.
-        sizes: sizes that differ from the defaults of ``config``.
-        base_width: width at which the paper tuned the learning rate.
-        extra_multipliers: further factors on the learning rate of the factors of a layer, by the layer's name.
+    ``base_width`` is that at which the paper tuned the learning rate, and ``extra_multipliers`` are further factors on
+    the learning rate of the factors of a layer, by the layer's name.
     """
 
     model: type[Model]
@@ -135,15 +131,12 @@ def base_model(name: str, base_width: int | None = None, **sizes: Any) -> Model:
     """The dense model at base width, on the meta device: what learning-rate multipliers are relative to.
 
     Args:
-        name: as in :func:`build_model`.
+        name: as in :func:`build_model`, whose errors these are.
         base_width: defaults to the paper's: 64 for CIFAR, 256 for ImageNet, 768 for GPT-2.
         **sizes: those of the model that is to be trained. All but the heads are taken over: the base model has the
             named model's own number of heads (or a divisor of it, so that they fill the base width). The code of the
             paper has ``expansion=1`` in the base models of ``imagenet-vit`` and ``gpt2``, by which the layers ``down``
             of the dense model at base width train at a quarter of the rate; here they train at the rate itself.
-
-    Raises:
-        ValueError: unknown model or size, or sizes that do not fit.
 
     >>> base = base_model("imagenet-vit", num_classes=100)
     >>> base.config.width, base.blocks[0].down.in_features, base.head.out_features

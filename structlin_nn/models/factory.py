@@ -36,9 +36,6 @@ class StructureConfig:
             ``dense`` is the structure.
         rule: scale rule of the initialisation, ``paper`` or ``rank_corrected`` (:mod:`structlin.scale`).
 
-    Raises:
-        ValueError: unknown structure, preset or rule, or an option that the structure does not have.
-
     >>> StructureConfig("block_tensor_train", {"rank": 2}).options
     {'rank': 2}
     >>> StructureConfig("monarch", {"rank": 2})

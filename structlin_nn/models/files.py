@@ -39,14 +39,9 @@ def save_model(
     Args:
         model: a ``MLP``, ``ViT`` or ``GPT2`` of :mod:`structlin_nn.models`, or another with ``build``.
         path: the file, ``.safetensors``; replaced as a whole.
-        build: how a model that is not of this package is built, as in :mod:`structlin_nn.models.files`.
+        build: how a model that is not of this package is built, as in :mod:`structlin_nn.models.files`; ValueError for
+            what :func:`load_model` cannot carry out, TypeError where it is missing.
         metadata: further strings for the metadata of the file.
-
-    Raises:
-        ValueError: as :func:`structlin_nn.torch.save_structured`; a ``build`` that
-            :func:`load_model` cannot carry out.
-        TypeError: a model of another kind, without ``build``.
-        OSError: the file cannot be written.
 
     >>> from structlin_nn.models import build_model
     >>> from structlin_nn.torch import project_linear, to_dense_linear
@@ -65,15 +60,9 @@ def save_model(
 def load_model(
     path: str | os.PathLike[str], *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
 ) -> nn.Module:
-    """Build the model of a file of :func:`save_model`, with its structured layers and values.
+    """Build the model of a file of :func:`save_model`, with its structured layers and values, in evaluation mode.
 
-    Args:
-        path: the file.
-        device: of the model; None: the CPU.
-        dtype: of the model's floating values; None: that of the file.
-
-    Returns:
-        A model in evaluation mode.
+    ``device`` None is the CPU, ``dtype`` None that of the file.
 
     Raises:
         FileNotFoundError, ValueError: as :func:`structlin_nn.torch.load_structured`; a file that does not say how to
@@ -131,19 +120,11 @@ def build_dense(build: Mapping[str, Any]) -> nn.Module:
 
 
 def make_timm(name: str, **options: Any) -> nn.Module:
-    """A model of timm, with random values.
+    """A model of timm, with random values; :func:`build_of` says how it was built.
 
-    Args:
-        name: of the model, without a tag of pretrained weights; nothing is downloaded.
-        **options: ``num_classes`` and ``img_size``. Models that are not built for a size, as convolutional ones, are
-            built without it, and take images of any size.
-
-    Returns:
-        The model; :func:`build_of` says how it was built.
-
-    Raises:
-        ValueError: an unknown name, other options, or a size that the model cannot have.
-        ModuleNotFoundError: timm is not installed.
+    Options are ``num_classes`` and ``img_size``. Models that are not built for a size, as convolutional ones, are built
+    without it, and take images of any size. ValueError for an unknown name (without a tag of pretrained weights), other
+    options, or a size that the model cannot have; ModuleNotFoundError where timm is not installed.
     """
     import timm
 

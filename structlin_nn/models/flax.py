@@ -237,20 +237,9 @@ def build_model(
     name: str, *, width: int, structure: StructureConfig | None = None, dtype: Any = None,
     param_dtype: Any = jnp.float32, rngs: nnx.Rngs, **sizes: Any,
 ) -> MLP | ViT | GPT2:  # fmt: skip
-    """A model of :data:`MODELS` at a width, as :func:`structlin_nn.models.build_model`.
+    """A model of :data:`MODELS` at a width, as :func:`structlin_nn.models.build_model`, with its errors.
 
-    Args:
-        name: ``cifar-mlp``, ``cifar-vit``, ``imagenet-vit`` or ``gpt2``.
-        width: features of the residual stream.
-        structure: structure of the linear layers; None: all dense.
-        dtype: of the computation, as in :class:`StructuredLinear`.
-        param_dtype: of parameters.
-        rngs: source of the keys.
-        **sizes: sizes other than the named model's.
-
-    Raises:
-        ValueError: unknown model, size or structure, or sizes that do not fit.
-        TypeError: a ``structure`` that is no StructureConfig.
+    ``dtype``, ``param_dtype`` and ``rngs`` are those of :class:`StructuredLinear`.
 
     >>> structure = StructureConfig("block_tensor_train")
     >>> model = nnx.eval_shape(lambda: build_model("cifar-mlp", width=64, structure=structure, rngs=nnx.Rngs(0)))

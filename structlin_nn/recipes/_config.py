@@ -161,11 +161,7 @@ class RunConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """A configuration from plain values, as `to_dict` gives them.
-
-        Raises:
-            TypeError, ValueError: as the class; an unknown key is named with the nearest known one.
-        """
+        """A configuration from plain values, as `to_dict` gives them; ValueError for an unknown key."""
         known = _hints(cls)
         for key in values:
             require(key in known, f"unknown key {key!r} in the configuration{suggestion(str(key), known)}")
@@ -188,7 +184,7 @@ class RunConfig:
         return [name for name in mine if mine[name] != theirs.get(name)]
 
     def check_continues(self, earlier: RunConfig, folder: object) -> None:
-        """Raise ValueError, naming the fields that differ, unless the run in `folder` had this configuration.
+        """ValueError, naming the fields that differ, unless the run in `folder` had this configuration.
 
         Fields of `execution` may differ.
         """
@@ -203,12 +199,7 @@ class RunConfig:
 
 
 def overrides(kind: type[RunConfig], assignments: Sequence[str]) -> dict[str, Any]:
-    """Changes from strings KEY=VALUE; ``options.NAME=VALUE`` sets one option of the structure.
-
-    Values are JSON; what is none is a string.
-
-    Raises:
-        ValueError: no "=", an unknown key (with the nearest), or a key given twice.
+    """Changes from strings KEY=VALUE, VALUE in JSON or a string; ``options.NAME=VALUE`` is an option of the structure.
 
     >>> from structlin_nn.recipes.cifar import Config
     >>> overrides(Config, ["lr=1e-3", "structure=monarch", "options.blocks=4"])

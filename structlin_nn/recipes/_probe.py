@@ -32,11 +32,9 @@ class Probe:
         self._features: Tensor | None = None
 
     def before_step(self) -> None:
-        """To be called before a step whose change is to be measured."""
         self._features = self._run()
 
     def after_step(self) -> None:
-        """To be called after it."""
         before, self._features = self._features, None
         if before is not None and (after := self._run()) is not None:
             self.total += _rms(after - before)

@@ -32,11 +32,11 @@ class Processes:
     """The processes that torchrun started, seen from one of them; `size` 1 for a process alone.
 
     Attributes:
-        rank: number of this process; `size`: number of processes; `parallel`: how they share a model: each has all of
-            it (``ddp``), or parts (``fsdp``: FSDP2, `fully_shard`).
+        rank, size: number of this process, and of all; `parallel`: how they share a model: each has all of it
+        (``ddp``),
+            or parts (``fsdp``: FSDP2, `fully_shard`).
         device: where this process computes.
-        control: group of the processes for what is no tensor of the device; None for a process alone.
-        mesh: the processes as a mesh, None likewise.
+        control, mesh: the processes as a group, for what is no tensor of the device, and as a mesh; None for one alone.
         main: whether this process writes and reports; `sharded`: whether parameters are spread over the processes.
     """
 
@@ -93,11 +93,7 @@ class Processes:
         return tensor if self.size == 1 else tensor.tensor_split(self.size)[self.rank]
 
     def part_size(self, config: RunConfig) -> int:
-        """Samples in each of the `accumulate` parts of this process's share of a batch.
-
-        Raises:
-            ValueError: a batch that cannot be split equally.
-        """
+        """Samples in each of the `accumulate` parts of this process's share of a batch; ValueError for unequal ones."""
         own, left = divmod(config.batch_size, self.size)
         require(not left, f"batch_size {config.batch_size} cannot be shared equally by {self.size} processes")
         split = f"{own} samples in a process's share cannot be split into {config.accumulate} parts"
@@ -144,14 +140,8 @@ ALONE = Processes(0, 1, "ddp", torch.device("cpu"))
 def processes(device: str = "cpu", parallel: str = "ddp") -> Iterator[Processes]:
     """Join the processes that torchrun started, for as long as the block lasts; alone, there is one process.
 
-    A group that is there already is used, and left as it is.
-
-    Args:
-        device: ``cpu``, ``cuda`` or ``cuda:N``; with several processes, ``cuda`` is the GPU of the local rank.
-        parallel: ``ddp`` or ``fsdp``.
-
-    Raises:
-        ValueError: a device that does not exist, or ``cuda:N`` for several processes.
+    A group that is there already is used, and left as it is. With several processes ``cuda`` is the GPU of the local
+    rank; ValueError for a device that does not exist, or ``cuda:N`` for several processes.
     """
     size, place = int(os.environ.get("WORLD_SIZE", "1")), torch.device(device)
     if place.type == "cuda" and size > 1:

@@ -98,12 +98,8 @@ def learning_rate(config: RunConfig, step: int, steps: int, warmup: int = 0) -> 
     """The share of the learning rate that step number `step` (from 0) of `steps` takes.
 
     The warm-up rises linearly and reaches 1 at step `warmup`; from there on the share is 1 (``constant``), or
-    ``final_lr + (1 - final_lr) (1 + cos(pi t)) / 2`` with t rising from 0 to 1 at `steps`, a step that is never taken.
-
-    Raises:
-        ValueError: a step outside of the run, or a warm-up as long as the run.
-
-    Source: Loshchilov, Hutter, SGDR: Stochastic Gradient Descent with Warm Restarts, ICLR 2017, equation 5.
+    ``final_lr + (1 - final_lr) (1 + cos(pi t)) / 2`` with t rising from 0 to 1 at `steps`, a step that is never taken
+    (Loshchilov, Hutter, SGDR: Stochastic Gradient Descent with Warm Restarts, ICLR 2017, equation 5).
 
     >>> from structlin_nn.recipes.cifar import Config
     >>> [round(learning_rate(Config(), step, 6, warmup=2), 3) for step in range(6)]
@@ -122,22 +118,17 @@ def learning_rate(config: RunConfig, step: int, steps: int, warmup: int = 0) -> 
 class Run:
     """A run in its folder, from its lock to its result: a context in which a recipe trains.
 
-    Args:
-        config: of the run.
-        options: where it reads and writes.
-        group: the processes that train together.
-        watch: called after every step with the run and the loss (None where it was not fetched); where it returns
-            True, the run ends there as with a signal.
+    `group` are the processes that train together; `watch` is called after every step with the run and the loss (None
+    where it was not fetched): where it returns True, the run ends there as with a signal.
 
     Attributes:
-        step: steps done; `steps` those of the whole run.
+        step, steps: steps done, and those of the whole run.
         sums: numbers that the recipe adds up between evaluations.
         last: the last line of the record.
         state: of the checkpoint that the run resumes from; None for a new run.
 
     Raises:
-        FileExistsError: the folder holds a run, and `options.resume` is False.
-        BlockingIOError: another process trains in that folder.
+        FileExistsError, BlockingIOError: the folder holds a run, and `options.resume` is False; another process trains.
         ValueError: a damaged checkpoint, or one of another configuration (the message names the differing keys).
     """
 
@@ -236,15 +227,9 @@ class Run:
     def begin(self, *, steps: int, counts: dict[str, int], outputs: int, data: dict[str, Any], **header: Any) -> None:
         """Start the record, or go back to what it was at the checkpoint; print what is trained.
 
-        Args:
-            steps: of the whole run.
-            counts: as `structlin_nn.records` describes them.
-            outputs: classes, or tokens that the model knows.
-            data: what the header says of the data, with ``sha256``.
-            **header: what else the header says.
-
-        Raises:
-            ValueError: other data than those of the checkpoint, or a record that does not belong to it.
+        `counts` are as `structlin_nn.records` describes them; `outputs` are classes, or tokens that the model knows;
+        `data` and `header` are what the header says of the data, with ``sha256``, and else. ValueError for other data
+        than those of the checkpoint, or a record that does not belong to it.
         """
         self.counts, self.outputs, self.digest = counts, outputs, data["sha256"]
         if self.state is not None and self.state["data"] != self.digest:
@@ -304,13 +289,8 @@ class Run:
     def evaluated(self, found: dict[str, Any], summary: str, metric: str) -> None:
         """Add an evaluation to the record, and write a checkpoint; all processes call it.
 
-        Args:
-            found: what the record has of it, apart from what all recipes have.
-            summary: the same in a line.
-            metric: key of what is best where it is smallest.
-
-        Raises:
-            TrainingError: a number of it is not finite.
+        `found` is what the record has of it, apart from what all recipes have, `summary` the same in a line, and
+        `metric` the key of what is best where it is smallest. TrainingError where a number of it is not finite.
         """
         self.fetch_losses()
         if not all(abs(value) < float("inf") for value in found.values() if isinstance(value, float)):
@@ -345,13 +325,8 @@ class Run:
     def stepped(self, loss: Any, norm: Any = None) -> None:
         """A step is done: note its loss, tell of it, look for signals, and write a checkpoint when it is time to.
 
-        Args:
-            loss: mean over the batch, a number or what `float` takes.
-            norm: of the gradient, where it is known.
-
-        Raises:
-            TrainingError: a loss is not finite; the message names the step and the last good checkpoint.
-            OSError: the checkpoint could not be written; the last one is whole.
+        `loss` is the mean over the batch, a number or what `float` takes; `norm` that of the gradient, where it is
+        known. TrainingError names the step of a loss that is not finite and the last good checkpoint.
         """
         self.step += 1
         self._losses.append(loss)
@@ -432,9 +407,7 @@ class Run:
     def save(self, metric: float | None = None) -> None:
         """Write a checkpoint; all processes call it.
 
-        Raises:
-            TrainingError: a weight is not finite; the last checkpoint stays.
-            OSError: the disk is full; the last checkpoint stays.
+        Where a weight is not finite (TrainingError) or the disk is full (OSError) the last checkpoint stays.
         """
         wrong = self.not_finite()
         if self.group.largest(int(wrong is not None)):

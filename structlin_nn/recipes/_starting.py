@@ -21,14 +21,8 @@ MODEL = (
 def fields_of(source: str, kind: type[RunConfig]) -> dict[str, Any]:
     """Fields of a configuration that trained weights decide; none for a file of tensors alone.
 
-    Args:
-        source: as `structlin_nn.trained.starting_weights` takes it.
-        kind: of the configuration.
-
-    Raises:
-        FileNotFoundError: nothing there.
-        ValueError: damaged files, a model of another recipe, or structured layers of several structures or of one
-            without a name, which a configuration cannot state.
+    `source` is what `structlin_nn.trained.starting_weights` takes. ValueError for damaged files, a model of another
+    recipe, or structured layers of several structures or of one without a name, which a configuration cannot state.
     """
     from structlin_nn.torch._layout import layout_of
     from structlin_nn.trained import _holds_tensors_alone, open_trained
@@ -81,11 +75,7 @@ def resumed_fields(folder: Path) -> dict[str, Any]:
 
 
 def decided(config: Any, default: RunConfig, found: Mapping[str, Any], source: str) -> Any:
-    """A configuration with the fields that trained weights decide.
-
-    Raises:
-        ValueError: a field that was changed from `default` to another value than the weights decide.
-    """
+    """A configuration with the fields that trained weights decide; ValueError for one that says otherwise than they."""
     own, asked, usual = {k: v for k, v in found.items() if k != "base_width"}, config.to_dict(), default.to_dict()
     plain = config.replace(**own).to_dict()
     if wrong := [k for k in own if k != "options" and asked[k] != usual[k] and asked[k] != plain[k]]:

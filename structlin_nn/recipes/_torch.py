@@ -108,8 +108,7 @@ class Average:
     which sharded modules do not allow, and evaluates the copy.
 
     >>> layer = nn.Linear(1, 1, bias=False)
-    >>> average = Average(layer, decay=0.9)
-    >>> before = layer.weight.item()
+    >>> average, before = Average(layer, decay=0.9), layer.weight.item()
     >>> _ = layer.weight.data.add_(1.0)
     >>> average.update()
     >>> with average.in_place():
@@ -165,10 +164,7 @@ class ShardedScaler(torch.amp.GradScaler):
 class TorchRun(Run):
     """A run in torch (`structlin_nn.recipes._run.Run`): model, optimiser, average and scaler, and checkpoints of them.
 
-    Attributes:
-        model: the model itself; `forward` is what a step calls.
-        sums: float64 numbers that the recipe adds up between evaluations, the same in all processes.
-        generators: of random numbers that the recipe draws from, by name, which checkpoints hold.
+    `model` is the model itself, and `forward` what a step calls; `sums` are float64 numbers, the same in all processes.
     """
 
     group: Processes
@@ -195,12 +191,7 @@ class TorchRun(Run):
     def make_model(self, build: Callable[..., nn.Module], outputs: int) -> nn.Module:
         """The model, drawn from torch's generator on the CPU, with what the run starts from, on the run's device.
 
-        Args:
-            build: (configuration, outputs) to a model.
-            outputs: classes, or tokens that the model knows.
-
-        Raises:
-            ValueError: sizes that the structure does not allow, or weights that are not of this model.
+        ValueError for sizes that the structure does not allow, or weights that are not of this model.
         """
         torch.manual_seed(self.config.seed)
         self.init_from = None if self.state is None else self.state["init_from"]
@@ -238,16 +229,10 @@ class TorchRun(Run):
     ) -> torch.optim.Optimizer:  # fmt: skip
         """Make the optimiser, start the record, or restore what the checkpoint holds.
 
-        Args:
-            build: (configuration, outputs) to a model; it is called for the dense model at base width.
-            outputs: classes, or tokens that the model knows.
-            steps: of the run; `warmup`: those of the warm-up.
-            sums: how many numbers the recipe adds up between evaluations.
-            sample: an input that is counted.
-            probe: inputs on which features and gains are measured (`Probe`).
-            data: of `Run.begin`.
-            generators: of random numbers that the recipe draws from, by name.
-            **rules: further arguments of `structlin_nn.torch.parameter_groups`.
+        `build` is called for the dense model at base width; `sums` says how many numbers the recipe adds up between
+        evaluations; `sample` is an input that is counted, and `probe` are those on which features and gains are
+        measured; `generators` are those that the recipe draws from, by name; `rules` are arguments of
+        `parameter_groups`.
         """
         optimizer = make_optimizer(self.config, self.model, base_of(build, self.config, outputs), **rules)
         self.optimizer, self.warmup = optimizer, warmup
@@ -293,10 +278,7 @@ class TorchRun(Run):
         return torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32)
 
     def gradient_norm(self) -> Tensor | None:
-        """The norm of all gradients together, which are scaled down to ``config.clip`` if it is larger.
-
-        None where nothing is clipped and the step is not told of.
-        """
+        """The norm of all gradients, which are scaled down to ``config.clip``; None where nobody needs it."""
         if self.group.sharded:
             self.group.average_scalars(self.model)
         if not self.config.clip and not self.logs():

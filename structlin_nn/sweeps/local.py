@@ -72,8 +72,7 @@ def default_workers() -> int:
 def state_of(config: Any, folder: Path) -> str:
     """One of `STATES`; ``failed`` is a run that ended with an error, and is started again when it is asked for.
 
-    Raises:
-        ValueError: a run with another configuration in that folder.
+    ValueError for a run with another configuration in that folder.
     """
     failed = (folder / FAILED).exists()
     if not (folder / "record.jsonl").exists():
@@ -91,8 +90,7 @@ def state_of(config: Any, folder: Path) -> str:
 def plan(jobs: Mapping[str, Job]) -> dict[str, Planned]:
     """Count all runs, on the meta device, and look which exist already.
 
-    Raises:
-        ValueError: sizes that a structure cannot have (the message names the run), or a folder with another run.
+    ValueError for sizes that a structure cannot have (the message names the run), or a folder with another run.
     """
     counted: dict[str, dict[str, int]] = {}
     found = {}
@@ -111,20 +109,12 @@ def plan(jobs: Mapping[str, Job]) -> dict[str, Planned]:
 def run_all(
     jobs: Mapping[str, Job], *, workers: int, weights: Mapping[str, float] | None = None, progress: bool = True
 ) -> Outcome:
-    """Train all, the heaviest first, so that no worker is left with a long run at the end.
+    """Train all, the heaviest first, so that no worker is left with a long run at the end; begun ones are resumed.
 
     An error in one run is told and noted in its folder, and does not end the others. Call this function under
     ``if __name__ == "__main__":``, since it starts processes. Where there are several GPUs, and the jobs use ``cuda``,
-    each worker has one of them. After SIGINT or SIGTERM, runs write a checkpoint and end.
-
-    Args:
-        jobs: by name; those that are begun are resumed.
-        workers: processes, at least 1.
-        weights: work of each, for the order and the bar.
-        progress: a bar on stderr.
-
-    Raises:
-        ValueError: a number of workers below 1.
+    each worker has one of them. After SIGINT or SIGTERM, runs write a checkpoint and end. `weights` are the work of
+    each, for the order and the bar.
     """
     from structlin_nn.recipes._telling import Interruption
 

@@ -25,13 +25,10 @@ CLUSTERS = ("slurm", "local")
 
 
 class Command:
-    """A command as submitit runs it.
+    """A command as submitit runs it; RuntimeError (when called) where it ends with an error.
 
     Called before the time is up, `checkpoint` has the command write its checkpoint and end, and asks for it to be
     started again.
-
-    Raises:
-        RuntimeError: (when called) the command ends with an error.
 
     >>> Command(["true"])()
     """
@@ -82,20 +79,11 @@ def submit(
     launcher: Sequence[str] = (),
     parameters: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Submit runs, `workers` of them at a time.
+    """Submit runs, `workers` of them at a time; submitit's job of each. Outside Slurm, all before are waited for.
 
-    Args:
-        name: of the sweep.
-        jobs: by name; those that are begun are resumed.
-        logs: folder for submitit's scripts and the output of the runs.
-        cluster: one of `CLUSTERS`.
-        workers: runs at a time; outside Slurm, all before are waited for.
-        launcher: what the commands are started by.
-        parameters: of submitit's ``AutoExecutor.update_parameters``, such as ``timeout_min``, ``gpus_per_node``,
-            ``slurm_partition``.
-
-    Returns:
-        Submitit's job of each run, by name.
+    `logs` is the folder of submitit's scripts and the output of the runs, `launcher` what the commands are started by,
+    and `parameters` are those of submitit's ``AutoExecutor.update_parameters``, such as ``timeout_min`` or
+    ``slurm_partition``.
 
     Raises:
         ImportError: submitit is not installed.

@@ -31,10 +31,7 @@ def grid(**values: Sequence[Any]) -> list[dict[str, Any]]:
 
 
 def zipped(**values: Sequence[Any]) -> list[dict[str, Any]]:
-    """The first values of all keys together, then the second, and so on.
-
-    Raises:
-        ValueError: different numbers of values.
+    """The first values of all keys together, then the second, and so on; ValueError for different numbers of values.
 
     >>> zipped(width=[64, 128], lr=[3e-3, 1e-3])
     [{'width': 64, 'lr': 0.003}, {'width': 128, 'lr': 0.001}]
@@ -46,10 +43,7 @@ def zipped(**values: Sequence[Any]) -> list[dict[str, Any]]:
 
 
 def merge(*lists: Sequence[Overlay]) -> list[dict[str, Any]]:
-    """Every combination of one overlay from each list, merged.
-
-    Raises:
-        ValueError: a key that two of them set.
+    """Every combination of one overlay from each list, merged; ValueError for a key that two of them set.
 
     >>> merge([{"structure": "dense"}, {"structure": "monarch"}], grid(width=[64, 128]))[1]
     {'structure': 'dense', 'width': 128}
@@ -92,14 +86,9 @@ class Sweep:
     data: str = "CIFAR-10"
 
     def runs(self, changes: Overlay | None = None) -> dict[str, Any]:
-        """The configurations by name.
+        """The configurations by name, with changes to all runs, also where an overlay says otherwise.
 
-        Args:
-            changes: to all runs, also where an overlay says otherwise.
-
-        Raises:
-            ValueError: no overlays, runs that are the same, or a configuration that is none.
-            TypeError: as the configuration.
+        ValueError for no overlays, runs that are the same, or a configuration that is none.
         """
         if not self.overlays:
             raise ValueError(f"sweep {self.name!r} has no overlays")
@@ -151,14 +140,9 @@ def names() -> list[str]:
 
 
 def find(name: str) -> Sweep:
-    """A sweep by name, or from a Python file of your own that has a `SWEEP`.
+    """A sweep by name (one of `names`), or from a Python file of your own, which is run and has a `SWEEP`.
 
-    Args:
-        name: one of `names`, or the path of a file that ends in .py, which is run.
-
-    Raises:
-        ValueError: an unknown name, with the nearest; a file without a `SWEEP`.
-        FileNotFoundError: no such file.
+    ValueError for an unknown name, with the nearest, or a file without a `SWEEP`; FileNotFoundError for no file.
     """
     if name.endswith(".py"):
         path = Path(name)
