@@ -3,10 +3,9 @@
 MLPs of *Compute Better Spent* (Qiu et al., ICML 2024) are trained on the embedded images. At each of a few amounts
 of compute stands a dense network, and beside it one network of each structure whose width makes its training compute
 equal to the dense network's within `TOLERANCE`. Training compute are the MACs of the forward and backward passes over
-all images seen, counted by `structlin_nn.counting`. Each structured network is trained
-twice: every factor with the learning rate of a dense layer of the same size (naive), and with that of its structure
-(structure-aware). All else is the same for all of them: base learning rate, optimiser, schedule, batches and their
-order, number of epochs. The networks are small and the runs short, so that all of them take a few minutes on two
+all images seen, counted by `structlin_nn.counting`. Each structured network is trained twice: every factor with the
+learning rate of a dense layer of the same size (naive), and with that of its structure (structure-aware). All else is
+the same for all of them. The networks are small and the runs short, so that all of them take a few minutes on two
 cores; they show the machinery at work, and rank nothing.
 
 Each run uses one core; as many run side by side as there are cores. A demonstration that was interrupted is
@@ -19,7 +18,6 @@ import json
 import os
 import signal
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +26,7 @@ from structlin_nn.recipes.cifar import Config, Options
 from structlin_nn.records import Record, read_record
 from structlin_nn.sweeps.local import Job, default_workers, run_all, state_of
 
-__all__ = ["TOLERANCE", "DemoResult", "compute_difference", "configurations", "demo", "row_of"]
+__all__ = ["TOLERANCE", "compute_difference", "configurations", "demo", "row_of"]
 
 TOLERANCE = 0.03
 """By how much the compute of a structured network may differ from that of the dense network beside it."""
@@ -41,44 +39,11 @@ WIDTHS: tuple[tuple[str, dict[str, Any], tuple[int, ...]], ...] = (
     ("low_rank", {}, (72, 156, 328, 704)),
     ("kronecker", {"factorization": "balanced"}, (64, 140, 288, 624)),
 )
-QUICK_WIDTHS: tuple[tuple[str, dict[str, Any], tuple[int, ...]], ...] = (
-    ("dense", {}, (16,)),
-    ("block_tensor_train", {"rank": 1, "factorization": "balanced"}, (64,)),
-    ("monarch", {"blocks": 4}, (44,)),
-    ("low_rank", {}, (72,)),
-    ("kronecker", {"factorization": "balanced"}, (64,)),
-)
 COMMON: dict[str, Any] = {
-    "model": "cifar-mlp",
-    "data_set": "fashion",
-    "epochs": 8,
-    "batch_size": 256,
-    "lr": 3e-3,
-    "augment": False,
-    "mixup": 0.0,
-    "label_smoothing": 0.0,
-    "input_lr_mult": 0.1,
-    "threads": 1,
-}
-QUICK: dict[str, Any] = {"epochs": 1, "batch_size": 250}
-
-
-@dataclass(frozen=True)
-class DemoResult:
-    """What `demo` made.
-
-    Attributes:
-        rows: one for each run, see `row_of`.
-        folder: where everything lies; `records`, `figure` and `table` (JSON) in it.
-        signal: what interrupted it, None where it went to its end; there are no figure and no table then.
-    """
-
-    rows: list[dict[str, Any]]
-    folder: Path
-    records: list[Path]
-    figure: Path
-    table: Path
-    signal: signal.Signals | None = None
+    "model": "cifar-mlp", "data_set": "fashion", "epochs": 8, "eval_every": 8, "batch_size": 256, "lr": 3e-3,
+    "augment": False, "mixup": 0.0, "label_smoothing": 0.0, "input_lr_mult": 0.1, "threads": 1,
+}  # fmt: skip
+QUICK: dict[str, Any] = {**COMMON, "epochs": 1, "eval_every": 1, "batch_size": 250}
 
 
 def configurations(seed: int = 0, quick: bool = False) -> dict[str, Config]:
@@ -87,20 +52,14 @@ def configurations(seed: int = 0, quick: bool = False) -> dict[str, Config]:
     `quick` has tiny networks, one amount of compute and one epoch: for tests, its errors say nothing.
     """
     found = {}
-    for structure, options, widths in QUICK_WIDTHS if quick else WIDTHS:
-        for width in widths:
+    for structure, options, widths in WIDTHS:
+        for width in widths[:1] if quick else widths:
             for aware in (True,) if structure == "dense" else (True, False):
                 rule = "" if structure == "dense" else "-aware" if aware else "-naive"
-                settings = {**COMMON, **(QUICK if quick else {})}
                 found[f"{structure}-w{width}{rule}"] = Config(
-                    width=width,
-                    structure=structure,
-                    options=options,
-                    structure_aware=aware,
-                    seed=seed,
-                    eval_every=settings["epochs"],
-                    **settings,
-                )
+                    width=width, structure=structure, options=options, structure_aware=aware, seed=seed,
+                    **(QUICK if quick else COMMON),
+                )  # fmt: skip
     return found
 
 
@@ -111,78 +70,62 @@ def row_of(name: str, record: Record) -> dict[str, Any]:
     ``loss`` and ``error`` are those on test images, at the end. ``training_seconds`` are those of the training steps
     on one core, ``seconds`` with evaluations.
     """
-    config, counts, last = record.header["config"], record.header["counts"], record.evaluations[-1]
+    config, last = record.header["config"], record.evaluations[-1]
     rule = "dense" if config["structure"] == "dense" else "aware" if config["structure_aware"] else "naive"
+    kept = ("training_macs", "train_loss", "train_error", "seconds", "training_seconds")
     return {
-        "name": name,
-        "structure": config["structure"],
-        "width": config["width"],
-        "learning_rate": rule,
-        "params": counts["params"],
-        "forward_macs": counts["forward_macs"],
-        "training_macs": last["training_macs"],
-        "train_loss": last["train_loss"],
-        "train_error": last["train_error"],
-        "loss": last["test_loss"],
-        "error": last["test_error"],
-        "test_images": record.header["data"]["test_images"],
-        "seconds": last["seconds"],
-        "training_seconds": last.get("training_seconds", last["seconds"]),
-    }
+        "name": name, "structure": config["structure"], "width": config["width"], "learning_rate": rule,
+        **{key: record.header["counts"][key] for key in ("params", "forward_macs")}, **{key: last[key] for key in kept},
+        "loss": last["test_loss"], "error": last["test_error"], "test_images": record.header["data"]["test_images"],
+    }  # fmt: skip
 
 
 def demo(
-    folder: str | os.PathLike[str] = "runs/demo",
-    *,
-    seed: int = 0,
-    quick: bool = False,
-    workers: int | None = None,
+    folder: str | os.PathLike[str] = "runs/demo", *, seed: int = 0, quick: bool = False, workers: int | None = None,
     progress: bool = True,
-) -> DemoResult:
-    """Train all networks, and write records, table and figure.
+) -> list[dict[str, Any]] | signal.Signals:  # fmt: skip
+    """Train all networks, and write records, ``demo.json`` and ``demo.png``.
 
     Call it under ``if __name__ == "__main__":``, since it starts processes.
 
     Args:
         folder: where to write; runs that are there already, finished or not, are taken up.
-        seed: of all runs.
-        quick: see `configurations`.
+        seed: of all runs; `quick`: see `configurations`.
         workers: processes, by default one for each core, and 8 at most.
         progress: bars on stderr.
 
+    Returns:
+        The rows of `row_of`, or the signal that interrupted it.
+
     Raises:
         ValueError: a number of workers below 1, or runs in `folder` with another configuration.
+        RuntimeError: a run failed.
         OSError: the folder cannot be written.
     """
-    folder = Path(folder)
-    configs = configurations(seed, quick)
-    workers = default_workers() if workers is None else workers
-    if workers < 1:
-        raise ValueError(f"workers must be at least 1, got {workers}")
-    folders = {name: folder / name for name in configs}
-    folder.mkdir(parents=True, exist_ok=True)
-    states = {name: state_of(config, folders[name]) for name, config in configs.items()}
+    folder, configs = Path(folder), configurations(seed, quick)
     left = {
-        name: Job(configs[name], Options(out=folders[name])) for name, state in states.items() if state != "finished"
+        name: Job(config, Options(out=folder / name))
+        for name, config in configs.items()
+        if state_of(config, folder / name) != "finished"
     }
     work = {name: configs[name].epochs * (100 + configs[name].width) for name in left}  # near enough to seconds
+    workers = default_workers() if workers is None else workers
+    folder.mkdir(parents=True, exist_ok=True)
     outcome = run_all(left, workers=workers, weights=work, progress=progress)
     if outcome.failed:
         raise RuntimeError("; ".join(f"{name}: {message}" for name, message in outcome.failed.items()))
-    stopped = outcome.signal
-    records = [run / "record.jsonl" for run in folders.values()]
-    result = DemoResult([], folder, records, folder / "demo.png", folder / "demo.json", stopped)
-    if stopped is not None:
-        return result
-    result.rows.extend(row_of(name, read_record(run / "record.jsonl")) for name, run in folders.items())
-    assert compute_difference(result.rows) <= TOLERANCE, "the widths do not match the compute"
-    with atomic_write(result.table) as file:
-        file.write(json.dumps(result.rows, indent=2, allow_nan=False).encode() + b"\n")
+    if outcome.signal is not None:
+        return outcome.signal
+    rows = [row_of(name, read_record(folder / name / "record.jsonl")) for name in configs]
+    assert compute_difference(rows) <= TOLERANCE, "the widths do not match the compute"
+    with atomic_write(folder / "demo.json") as file:
+        file.write(json.dumps(rows, indent=2, allow_nan=False).encode() + b"\n")
 
-    from structlin_nn.plots import demo_figure, save_png
+    from structlin_nn.figures.style import save
+    from structlin_nn.plots import demo_figure
 
-    save_png(demo_figure(result.rows), result.figure)
-    return result
+    save(demo_figure(rows), folder / "demo.png")
+    return rows
 
 
 def compute_difference(rows: Sequence[dict[str, Any]]) -> float:

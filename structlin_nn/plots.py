@@ -9,9 +9,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from structlin_nn.figures.style import GRID, STYLES, save_png, style
+from structlin_nn.figures.style import GRID, style
 
-__all__ = ["STYLES", "demo_figure", "save_png", "style"]
+__all__ = ["demo_figure"]
 
 
 def demo_figure(rows: Sequence[dict[str, Any]]) -> Figure:

@@ -6,7 +6,6 @@ import argparse
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 from structlin_nn.cli.common import UsageError, print_json, print_table
 
@@ -36,93 +35,56 @@ def run(arguments: argparse.Namespace) -> int:
         raise UsageError(f"--seed must be at least 0, got {arguments.seed}")
     if arguments.workers is not None and arguments.workers < 1:
         raise UsageError(f"--workers must be at least 1, got {arguments.workers}")
-    from structlin_nn.demo import TOLERANCE, compute_difference, configurations, demo
-
     folder = Path(arguments.out)
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"{folder} is a file, --out needs a folder")
+    from structlin_nn.demo import TOLERANCE, compute_difference, configurations, demo
+
+    names, start = list(configurations(0, arguments.quick)), time.monotonic()
     if not arguments.quiet:
-        configs = configurations(arguments.seed, arguments.quick)
-        there = sum((folder / name / "record.jsonl").exists() for name in configs)
+        there = sum((folder / name / "record.jsonl").exists() for name in names)
+        told = f"; {there} were begun in {folder} before" if there else ""
         print(
             "10,000 training and 2,000 test images: the subset of Fashion-MNIST that is part of the package\n"
-            f"{len(configs)} networks of equal compute within {100 * TOLERANCE:g} %, "
-            f"{next(iter(configs.values())).epochs} epoch(s) each"
-            + (f"; {there} were begun in {folder} before" if there else ""),
-            file=sys.stderr,
-        )
-    start = time.monotonic()
+            f"{len(names)} networks of equal compute within {100 * TOLERANCE:g} %{told}", file=sys.stderr
+        )  # fmt: skip
+    options = {"seed": arguments.seed, "quick": arguments.quick, "workers": arguments.workers}
     try:
-        result = demo(
-            folder,
-            seed=arguments.seed,
-            quick=arguments.quick,
-            workers=arguments.workers,
-            progress=not arguments.quiet,
-        )
+        rows = demo(folder, progress=not arguments.quiet, **options)
     except ValueError as error:
         raise UsageError(" ".join(str(error).split())) from error
     except (OSError, RuntimeError) as error:
         print(f"structlin demo: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
-    if result.signal is not None:
-        print(
-            f"structlin demo: {result.signal.name}; what was trained is kept, the same command goes on", file=sys.stderr
-        )
-        return 128 + result.signal
+    if not isinstance(rows, list):
+        print(f"structlin demo: {rows.name}; what was trained is kept, the same command goes on", file=sys.stderr)
+        return 128 + rows
+    difference = compute_difference(rows)
     if arguments.json:
-        print_json(
-            {
-                "seed": arguments.seed,
-                "quick": arguments.quick,
-                "largest_compute_difference": compute_difference(result.rows),
-                "rows": result.rows,
-                "records": [str(path) for path in result.records],
-                "figure": str(result.figure),
-                "table": str(result.table),
-            }
-        )
+        print_json({
+            "seed": arguments.seed, "quick": arguments.quick, "largest_compute_difference": difference, "rows": rows,
+            "records": [str(folder / name / "record.jsonl") for name in names], "figure": str(folder / "demo.png"),
+            "table": str(folder / "demo.json"),
+        })  # fmt: skip
         return 0
-    _print(result.rows)
+    head = (
+        "structure", "learning rate", "width", "parameters", "MACs/image", "training MACs", "seconds", "train error",
+        "test loss", "test error",
+    )  # fmt: skip
+    form = (
+        "{structure}|{learning_rate}|{width}|{params:,}|{forward_macs:,}|{training_macs:.3g}|{training_seconds:.1f}|"
+        "{train_error:.2%}|{loss:.4f}|{error:.2%}"
+    )
+    print_table(head, [form.format(**row).split("|") for row in rows], left=2)
+    # How far an error can be off because there are so few test images.
+    error, images = min(row["error"] for row in rows), rows[0]["test_images"]
+    spread = 100 * (error * (1 - error) / images) ** 0.5
     print(
         "\nMACs are multiply-accumulates, of one image forward and of the whole training, forward and backward.\n"
-        f"The latter differ by {100 * compute_difference(result.rows):.1f} % at most from those of a dense network.\n"
+        f"The latter differ by {100 * difference:.1f} % at most from those of a dense network.\n"
         "Seconds are those of the training steps, each run on one core, without evaluations.\n"
-        f"{_spread(result.rows)}\n"
-        f"records  {result.folder}/*/record.jsonl\ntable    {result.table}\nfigure   {result.figure}\n"
+        f"One seed; with {images:,} test images an error has a standard error of {spread:.1f} points or more.\n"
+        f"records  {folder}/*/record.jsonl\ntable    {folder / 'demo.json'}\nfigure   {folder / 'demo.png'}\n"
         f"done in {time.monotonic() - start:.0f} s"
     )
     return 0
-
-
-def _print(rows: list[dict[str, Any]]) -> None:
-    columns = (
-        "structure, learning rate, width, parameters, MACs/image, training MACs, seconds, train error, "
-        "test loss, test error"
-    )
-    print_table(
-        columns.split(", "),
-        [
-            (
-                row["structure"],
-                row["learning_rate"],
-                str(row["width"]),
-                f"{row['params']:,}",
-                f"{row['forward_macs']:,}",
-                f"{row['training_macs']:.3g}",
-                f"{row['training_seconds']:.1f}",
-                f"{100 * row['train_error']:.2f} %",
-                f"{row['loss']:.4f}",
-                f"{100 * row['error']:.2f} %",
-            )
-            for row in rows
-        ],
-        left=2,
-    )
-
-
-def _spread(rows: list[dict[str, Any]]) -> str:
-    """How far an error can be off because there are so few test images."""
-    error, images = min(row["error"] for row in rows), rows[0]["test_images"]
-    spread = 100 * (error * (1 - error) / images) ** 0.5
-    return f"One seed; with {images:,} test images an error has a standard error of {spread:.1f} points or more."

@@ -14,20 +14,7 @@ from matplotlib.figure import Figure
 
 from structlin_nn._files import atomic_write
 
-__all__ = [
-    "FORMATS",
-    "GRID",
-    "STYLES",
-    "Series",
-    "columns",
-    "finish",
-    "label",
-    "new_figure",
-    "save",
-    "save_png",
-    "series",
-    "style",
-]
+__all__ = ["FORMATS", "GRID", "STYLES", "Series", "columns", "finish", "label", "new_figure", "save", "series", "style"]
 
 # Okabe and Ito's palette, which the colour-blind can tell apart, and a marker each for prints without colour.
 STYLES: dict[str, tuple[str, str, str]] = {
@@ -174,9 +161,3 @@ def save(figure: Figure, path: Path, dpi: int = 160) -> None:
     metadata = {"png": {}, "svg": {"Date": None}, "pdf": {"CreationDate": None}}[kind]
     with mpl.rc_context(_SETTINGS), atomic_write(path) as file:
         figure.savefig(file, format=kind, dpi=dpi, metadata=metadata)
-
-
-def save_png(figure: Figure, path: Path, dpi: int = 160) -> None:
-    """Write a figure as PNG, as a whole or not at all. Raises OSError where that fails."""
-    with atomic_write(path) as file:
-        figure.savefig(file, format="png", dpi=dpi)
