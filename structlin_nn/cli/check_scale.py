@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from structlin_nn.cli.common import (
-    UsageError,
     choice,
     given_structure_options,
+    misuse,
     print_json,
     print_table,
     structure_options,
@@ -69,7 +69,7 @@ def _widths(text: str) -> tuple[int, ...]:
 def run(arguments: argparse.Namespace) -> int:
     from structlin_nn.scale_check import THRESHOLD, check_scale
 
-    try:
+    with misuse(OSError, TypeError, ValueError):
         settings = build_settings(arguments) | {
             "widths": arguments.widths, "optimizer": arguments.optimizer, "lr": arguments.lr,
             "steps": arguments.steps, "seeds": arguments.seeds, "batch_size": arguments.batch_size,
@@ -82,8 +82,6 @@ def run(arguments: argparse.Namespace) -> int:
             from structlin_nn.figures.style import save
 
             save(check_figure([check.to_dict() for check in checks]), Path(arguments.plot))
-    except (OSError, TypeError, ValueError) as error:
-        raise UsageError(" ".join(str(error).split())) from error
     if arguments.json:
         print_json([check.to_dict() for check in checks])
     else:

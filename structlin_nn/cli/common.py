@@ -10,16 +10,26 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 from structlin_nn._text import suggestion, table
 
-__all__ = ["Parser", "UsageError", "choice", "print_json", "print_table", "structure_options", "suggestion"]
+__all__ = ["Parser", "UsageError", "choice", "misuse", "print_json", "print_table", "structure_options", "suggestion"]
 
 
 class UsageError(Exception):
     """A mistake in how a command was called: printed as one line, exit code 2."""
+
+
+@contextmanager
+def misuse(*kinds: type[Exception]) -> Iterator[None]:
+    """What is wrong with the arguments is found while the block lasts: these exceptions are a `UsageError`."""
+    try:
+        yield
+    except kinds as error:
+        raise UsageError(str(error)) from error
 
 
 class Parser(argparse.ArgumentParser):

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from structlin_nn.cli.common import UsageError, choice, given_structure_options, print_json, structure_options
+from structlin_nn.cli.common import UsageError, choice, given_structure_options, misuse, print_json, structure_options
 from structlin_nn.cli.count import RULES
 
 HELP = "replace the dense layers of a trained model by the nearest structured ones, and write it to a file"
@@ -91,10 +91,8 @@ def run(arguments: argparse.Namespace) -> int:
     for name in ("calibrate", "evaluate", "seed"):
         if (value := getattr(arguments, name)) is not None and value < 0:
             raise UsageError(f"--{name} must be at least 0, got {value}")
-    try:
+    with misuse(OSError, ImportError, TypeError, ValueError):
         return _compress(arguments, out)
-    except (OSError, ImportError, TypeError, ValueError) as error:
-        raise UsageError(" ".join(str(error).split())) from error
 
 
 def _compress(arguments: argparse.Namespace, out: Path) -> int:

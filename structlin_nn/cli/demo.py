@@ -7,7 +7,7 @@ import sys
 import time
 from pathlib import Path
 
-from structlin_nn.cli.common import UsageError, print_json, print_table
+from structlin_nn.cli.common import UsageError, misuse, print_json, print_table
 
 HELP = "train dense and structured networks at equal training compute, with two learning-rate rules"
 EXAMPLES = """\
@@ -50,9 +50,8 @@ def run(arguments: argparse.Namespace) -> int:
         )  # fmt: skip
     options = {"seed": arguments.seed, "quick": arguments.quick, "workers": arguments.workers}
     try:
-        rows = demo(folder, progress=not arguments.quiet, **options)
-    except ValueError as error:
-        raise UsageError(" ".join(str(error).split())) from error
+        with misuse(ValueError):
+            rows = demo(folder, progress=not arguments.quiet, **options)
     except (OSError, RuntimeError) as error:
         print(f"structlin demo: {' '.join(str(error).split())}", file=sys.stderr)
         return 1

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from structlin_nn.cli.common import UsageError, choice
+from structlin_nn.cli.common import UsageError, choice, misuse
 from structlin_nn.cli.fit import add_row_options, read_groups
 
 HELP = "draw a figure from run records or tables: .png, .svg or .pdf"
@@ -60,11 +60,8 @@ def run(arguments: argparse.Namespace) -> int:
     arguments.x = arguments.x or usual.get("x", "training_macs")
     arguments.y = arguments.y or usual.get("y", "test_error")
     arguments.all_evaluations |= name in ("delta-h", *CURVES)
-    try:
-        figure = _drawn(name, read_groups(arguments), arguments)
-        save(figure, out)
-    except (KeyError, OSError, ValueError) as error:
-        raise UsageError(" ".join(str(error).split())) from error
+    with misuse(KeyError, OSError, ValueError):
+        save(_drawn(name, read_groups(arguments), arguments), out)
     print(out)
     return 0
 

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from structlin_nn.cli.common import UsageError, choice, print_json
+from structlin_nn.cli.common import UsageError, choice, misuse, print_json
 
 TOKENIZERS = ("gpt2", "bytes")
 HELP = "continue a text with a trained GPT-2"
@@ -52,11 +52,9 @@ def run(arguments: argparse.Namespace) -> int:
     for name, least in (("tokens", 0), ("samples", 1), ("top_k", 0), ("seed", 0)):
         if getattr(arguments, name) < least:
             raise UsageError(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(arguments, name)}")
-    try:
+    with misuse(OSError, ImportError, RuntimeError, TypeError, ValueError):
         model, named = _model(arguments)
         return _generate(arguments, model, arguments.tokenizer or named)
-    except (OSError, ImportError, RuntimeError, TypeError, ValueError) as error:
-        raise UsageError(" ".join(str(error).split())) from error
 
 
 def _model(arguments: argparse.Namespace) -> tuple[Any, str | None]:

@@ -16,26 +16,11 @@ from structlin_nn.cli.common import Parser, UsageError, suggestion
 
 __all__ = ["main"]
 
-COMMANDS = {
-    name: "structlin_nn.cli." + name.replace("-", "_")
-    for name in (
-        "demo",
-        "prepare",
-        "train",
-        "sweep",
-        "compress",
-        "generate",
-        "structures",
-        "replace",
-        "count",
-        "tune",
-        "fit",
-        "plan",
-        "check-scale",
-        "figure",
-        "report",
-    )
-}
+NAMES = (
+    "demo", "prepare", "train", "sweep", "compress", "generate", "structures", "replace", "count", "tune", "fit",
+    "plan", "check-scale", "figure", "report",
+)  # fmt: skip
+COMMANDS = {name: f"structlin_nn.cli.{name.replace('-', '_')}" for name in NAMES}
 TYRO = ("train",)
 """Commands that read their own arguments."""
 DESCRIPTION = "Structured matrices in neural networks: see what there is, count what it costs, and train with it."

@@ -11,7 +11,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from structlin_nn.cli.common import UsageError, print_json, print_table
+from structlin_nn.cli.common import UsageError, misuse, print_json, print_table
 
 HELP = "make the runs of a sweep, those of the paper by name: here, or as commands for a cluster"
 EXAMPLES = """\
@@ -80,15 +80,9 @@ def run(arguments: argparse.Namespace) -> int:
     workers = default_workers() if arguments.workers is None else arguments.workers
     if workers < 1:
         raise UsageError(f"--workers must be at least 1, got {workers}")
-    try:
+    with misuse(ImportError, OSError, TypeError, ValueError):
         jobs = _jobs(arguments, find(arguments.name))
-    except (OSError, TypeError, ValueError) as error:
-        raise UsageError(" ".join(str(error).split())) from error
-
-    try:
         planned = plan(jobs)
-    except (ImportError, OSError, ValueError) as error:
-        raise UsageError(" ".join(str(error).split())) from error
     skipped = {"finished"} if arguments.retry else {"finished", "failed"}
     left = {name: jobs[name] for name, entry in planned.items() if entry.state not in skipped}
     launcher = shlex.split(arguments.launcher)
@@ -99,7 +93,10 @@ def run(arguments: argparse.Namespace) -> int:
             print("structlin sweep: all runs are done", file=sys.stderr)
         return 0
     if arguments.json and arguments.dry_run:
-        print_json(_rows(planned))
+        print_json([
+            {"run": name, "state": entry.state, "config": entry.job.config.to_dict(), **entry.counts}
+            for name, entry in planned.items()
+        ])  # fmt: skip
     elif not arguments.quiet:
         _print_plan(planned, left)
     if arguments.dry_run or not left:
@@ -176,12 +173,10 @@ def _submit(arguments: argparse.Namespace, left: dict[str, Any], workers: int, l
             parameters[key] = text
     name = Path(arguments.name).stem
     logs = next(iter(left.values())).folder.parent / "submitit"
-    try:
+    with misuse(ImportError, OSError, ValueError):
         submitted = submit(
             name, left, logs, cluster=arguments.submit, workers=workers, launcher=launcher, parameters=parameters
         )
-    except (ImportError, OSError, ValueError) as error:
-        raise UsageError(" ".join(str(error).split())) from error
     failed = {} if arguments.submit == "slurm" else failures(submitted)
     for run, message in failed.items():
         print(f"structlin sweep: {run}: {message}", file=sys.stderr)
@@ -193,25 +188,9 @@ def _submit(arguments: argparse.Namespace, left: dict[str, Any], workers: int, l
     return 1 if failed else 0
 
 
-def _rows(planned: Any) -> list[dict[str, Any]]:
-    return [
-        {"run": name, "state": entry.state, "config": entry.job.config.to_dict(), **entry.counts}
-        for name, entry in planned.items()
-    ]
-
-
 def _print_plan(planned: Any, left: dict[str, Any]) -> None:
-    rows = [
-        (
-            name,
-            entry.state,
-            f"{entry.counts['params']:,}",
-            f"{entry.counts['forward_macs']:,}",
-            f"{entry.counts['steps']:,}",
-            f"{entry.counts['total_training_macs']:.3g}",
-        )
-        for name, entry in planned.items()
-    ]
+    form = "{params:,}|{forward_macs:,}|{steps:,}|{total_training_macs:.3g}"
+    rows = [(name, entry.state, *form.format(**entry.counts).split("|")) for name, entry in planned.items()]
     print_table(("run", "state", "parameters", "MACs forward", "steps", "training MACs"), rows, left=2)
     every = sum(entry.counts["total_training_macs"] for entry in planned.values())
     rest = sum(planned[name].counts["total_training_macs"] for name in left)

@@ -157,9 +157,11 @@ def _summary(result: Any) -> str:
     from structlin_nn.records import read_record
 
     record = read_record(result.record)
-    keys = [k for k in ("step", "epoch", "train_loss", "train_error", "test_loss", "test_error", "val_loss",
-                        "val_error",
-                        "val_perplexity", "batch_loss", "seconds") if k in record.evaluations[-1]]  # fmt: skip
+    shown = (
+        "step", "epoch", "train_loss", "train_error", "test_loss", "test_error", "val_loss", "val_error",
+        "val_perplexity", "batch_loss", "seconds",
+    )  # fmt: skip
+    keys = [key for key in shown if key in record.evaluations[-1]]
     rows = [[_shown(line[key]) for key in keys] for line in record.evaluations[-10:]]
     cost = f"{result.steps} steps, {result.evaluation['training_macs']:.3g} training MACs"
     return f"{table([key.replace('_', ' ') for key in keys], rows, left=0)}\ndone: {cost}\nrecord: {result.record}"

@@ -20,6 +20,7 @@ from structlin_nn.counting import count_model
 from structlin_nn.demo import TOLERANCE, WIDTHS, configurations, row_of
 from structlin_nn.figures.style import STYLES, save
 from structlin_nn.plots import demo_figure
+from structlin_nn.recipes.cifar import Options, train
 from structlin_nn.records import read_record
 
 STRUCTURES = ("block_tensor_train", "monarch", "low_rank", "kronecker")
@@ -65,14 +66,24 @@ def test_all_runs_differ_in_structure_width_and_rule_alone(quick: bool) -> None:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any], str]:
-    """Folder, printed JSON and stderr of a quick demonstration that was interrupted once."""
+    """Folder, printed JSON and stderr of a quick demonstration, one run of which was there already."""
     folder = tmp_path_factory.mktemp("demo") / "out"
-    arguments = command("--quick", "--out", str(folder), "--seed", "1")
+    name, config = next(iter(configurations(1, quick=True).items()))
+    train(config, Options(out=folder / name, quiet=True))
+    arguments = command("--quick", "--out", str(folder), "--seed", "1", "--workers", "2", "--json")
+    done = subprocess.run(arguments, env=environment(), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return folder, json.loads(done.stdout), done.stderr
+
+
+@pytest.mark.slow
+def test_an_interrupted_one_goes_on(tmp_path: Path) -> None:
+    arguments = command("--quick", "--out", str(tmp_path), "--seed", "1")
     with subprocess.Popen(
         [*arguments, "--workers", "1"], env=environment(), stderr=subprocess.PIPE, text=True
     ) as process:
         deadline = time.monotonic() + 120
-        while not list(folder.glob("*/checkpoints/0*")):
+        while not list(tmp_path.glob("*/checkpoints/0*")):
             assert time.monotonic() < deadline, "no checkpoint after two minutes"
             assert process.poll() is None
             time.sleep(0.05)
@@ -80,10 +91,10 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, 
         _, err = process.communicate(timeout=120)
     assert process.returncode == 128 + signal.SIGTERM, err
     assert "structlin demo: SIGTERM; what was trained is kept" in err
-    assert not (folder / "demo.png").exists()
-    done = subprocess.run([*arguments, "--json"], env=environment(), capture_output=True, text=True, timeout=300)
+    assert not (tmp_path / "demo.png").exists()
+    done = subprocess.run(arguments, env=environment(), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    return folder, json.loads(done.stdout), done.stderr
+    assert (tmp_path / "demo.png").exists()
 
 
 class TestQuick:

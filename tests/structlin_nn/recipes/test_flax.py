@@ -60,12 +60,13 @@ def assert_close(found: list[tuple[list[float], Any]]) -> None:
     ids=["mlp", "vit"],
 )
 def test_cifar_is_the_run_in_torch(changes: dict[str, Any], config: Any, small_cifar: Path, tmp_path: Path) -> None:
-    config = config.replace(epochs=2, width=32, rms_cap=True, **changes)
+    config = config.replace(**{"epochs": 2, "width": 32, "depth": 1, "rms_cap": True, **changes})
     assert_close(both("cifar", config, {"data": small_cifar, "unverified": True}, tmp_path))
 
 
 def test_gpt2_is_the_run_in_torch(gpt2_config: Any, text_tokens: Path, tmp_path: Path) -> None:
-    assert_close(both("gpt2", gpt2_config.replace(steps=12, eval_every=6), {"data": text_tokens}, tmp_path))
+    config = gpt2_config.replace(steps=6, eval_every=3, warmup_steps=2, depth=1)
+    assert_close(both("gpt2", config, {"data": text_tokens}, tmp_path))
 
 
 @pytest.mark.parametrize("name", ["cifar", pytest.param("gpt2", marks=pytest.mark.slow)])
@@ -74,7 +75,7 @@ def test_resumes_to_the_bit(
 ) -> None:
     module = recipe_module(f"flax_{name}")
     given = {"cifar": (config, {"data": small_cifar, "unverified": True}), "gpt2": (gpt2_config, {"data": text_tokens})}
-    config, more = given[name][0].replace(ema=0.9, clip=0.5), given[name][1]
+    config, more = given[name][0].replace(ema=0.9, clip=0.5, depth=1), given[name][1]
     config, options = module.Config.from_dict(config.to_dict()), module.Options(quiet=True, **more)
     losses: dict[str, list[float]] = {"whole": [], "part": []}
 
@@ -94,7 +95,7 @@ def test_resumes_to_the_bit(
 def test_damage_and_another_recipe(config: Any, small_cifar: Path, tmp_path: Path) -> None:
     module = recipe_module("flax_cifar")
     options = module.Options(data=small_cifar, unverified=True, quiet=True, out=tmp_path / "run")
-    own = module.Config.from_dict(config.to_dict())
+    own = module.Config.from_dict(config.replace(depth=1).to_dict())
     module.train(own, options, watch=lambda run, loss: run.step == 2)
     with pytest.raises(ValueError, match="is one of flax_cifar, and this is one of cifar"):
         recipe_module("cifar").train(config, replace(options, resume=True))
