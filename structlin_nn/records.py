@@ -74,17 +74,8 @@ TASK_KEYS = {
     "gpt2": ("tokens", "train_loss", "val_loss", "val_perplexity", "val_tokens"),
 }
 HEADER_KEYS = (
-    "schema",
-    "started",
-    "task",
-    "config",
-    "seed",
-    "data",
-    "structures",
-    "counts",
-    "versions",
-    "hardware",
-)
+    "schema", "started", "task", "config", "seed", "data", "structures", "counts", "versions", "hardware",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -24,15 +24,8 @@ from structlin_nn.models import MODELS, StructureConfig, base_model, build_model
 from structlin_nn.torch import Muon, StructuredLinear, parameter_groups, replace_linear
 
 __all__ = [
-    "CHECK_SIZES",
-    "RATES",
-    "THRESHOLD",
-    "LayerScale",
-    "ScaleCheck",
-    "builder_of",
-    "check_scale",
-    "named_builder",
-]
+    "CHECK_SIZES", "RATES", "THRESHOLD", "LayerScale", "ScaleCheck", "builder_of", "check_scale", "named_builder",
+]  # fmt: skip
 
 THRESHOLD = 0.33
 """A slope beyond it counts as growing or vanishing: a factor of 2.5 over a factor of 16 in width. Wrong rules have
@@ -93,21 +86,10 @@ class ScaleCheck:
 
 
 def check_scale(
-    build: Builder,
-    *,
-    widths: Sequence[int],
-    base: nn.Module,
-    base_width: int,
-    model: str = "",
-    optimizer: str = "adam",
-    lr: float | None = None,
-    steps: int = 4,
-    seeds: int = 3,
-    batch_size: int = 32,
-    structure_aware: bool = True,
-    extra_multipliers: Mapping[Any, float] | None = None,
-    threshold: float = THRESHOLD,
-) -> ScaleCheck:
+    build: Builder, *, widths: Sequence[int], base: nn.Module, base_width: int, model: str = "",
+    optimizer: str = "adam", lr: float | None = None, steps: int = 4, seeds: int = 3, batch_size: int = 32,
+    structure_aware: bool = True, extra_multipliers: Mapping[Any, float] | None = None, threshold: float = THRESHOLD,
+) -> ScaleCheck:  # fmt: skip
     """Train at several widths for a few steps and measure every linear layer, convolution and embedding.
 
     Measured are their outputs and, as ``NAME (input)``, what the last of them reads: the last hidden features. All
@@ -306,11 +288,9 @@ def _verdict(initial: float | None, change: float | None, last: Sequence[float],
 _IMAGES = {"input_shape": (3, 4, 4)}
 _PATCHES = {"input_shape": (3, 8, 8), "patch": 4, "depth": 2, "heads": 2}
 CHECK_SIZES: dict[str, dict[str, Any]] = {
-    "cifar-mlp": {**_IMAGES, "depth": 2},
-    "cifar-vit": _PATCHES,
-    "imagenet-vit": {**_PATCHES, "num_classes": 10},
+    "cifar-mlp": {**_IMAGES, "depth": 2}, "cifar-vit": _PATCHES, "imagenet-vit": {**_PATCHES, "num_classes": 10},
     "gpt2": {"vocabulary": 48, "context": 8, "depth": 2, "heads": 2},
-}
+}  # fmt: skip
 """Sizes at which :func:`named_builder` checks the named models: less input features than any sensible width."""
 
 
@@ -328,12 +308,9 @@ def named_builder(
     sizes = {**CHECK_SIZES.get(name, {}), **sizes}
     base = base_model(name, base_width, **sizes)
     return {
-        "build": lambda width: build_model(name, width=width, structure=structure, **sizes),
-        "base": base,
-        "base_width": base.config.width,
-        "extra_multipliers": MODELS[name].extra_multipliers,
-        "model": name,
-    }
+        "build": lambda width: build_model(name, width=width, structure=structure, **sizes), "base": base,
+        "base_width": base.config.width, "extra_multipliers": MODELS[name].extra_multipliers, "model": name,
+    }  # fmt: skip
 
 
 def builder_of(

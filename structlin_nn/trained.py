@@ -81,14 +81,9 @@ class TrainedModel:
 
 
 def open_trained(
-    source: str | os.PathLike[str],
-    *,
-    weights: str | os.PathLike[str] | None = None,
-    num_classes: int | None = None,
-    image_size: int | None = None,
-    average: bool = False,
-    untie: bool = False,
-) -> TrainedModel:
+    source: str | os.PathLike[str], *, weights: str | os.PathLike[str] | None = None, num_classes: int | None = None,
+    image_size: int | None = None, average: bool = False, untie: bool = False,
+) -> TrainedModel:  # fmt: skip
     """Open a trained model.
 
     Args:

@@ -14,7 +14,7 @@ from structlin_nn.cli.common import (
     print_table,
     structure_options,
     suggestion,
-)
+)  # fmt: skip
 from structlin_nn.cli.count import LAYERS, MODELS, RULES
 
 HELP = "check that features, and what a step changes of them, keep their size when the width grows"

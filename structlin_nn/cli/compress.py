@@ -128,15 +128,10 @@ def _compress(arguments: argparse.Namespace, out: Path) -> int:
     seconds = time.perf_counter() - start
     after = {"costs": costs(trained), "quality": _quality(arguments, data, trained.model)}
     record = {
-        "source": trained.name,
-        "build": trained.build,
-        "structure": arguments.structure,
+        "source": trained.name, "build": trained.build, "structure": arguments.structure,
         "calibration_samples": 0 if calibration is None else sum(len(batch) for batch in calibration),
-        "data": None if data is None else data.about,
-        "before": before,
-        "after": after,
-        "seconds": round(seconds, 3),
-    }
+        "data": None if data is None else data.about, "before": before, "after": after, "seconds": round(seconds, 3),
+    }  # fmt: skip
     said = {key: value for key, value in record.items() if key not in ("build", "seconds")}
     trained.model.to("cpu")
     save_model(trained.model, out, build=trained.build, metadata={"compress": json.dumps(said)})

@@ -100,16 +100,11 @@ def _generate(arguments: argparse.Namespace, model: Any, name: str | None) -> in
     prompt = tokenizer.encode(arguments.prompt) or [tokenizer.end_of_text]
     device = torch.device(arguments.device)
     found = generate(
-        model.to(device),
-        torch.tensor([prompt] * arguments.samples, device=device),
-        arguments.tokens,
-        temperature=arguments.temperature,
-        top_k=arguments.top_k or None,
-        top_p=arguments.top_p,
+        model.to(device), torch.tensor([prompt] * arguments.samples, device=device), arguments.tokens,
+        temperature=arguments.temperature, top_k=arguments.top_k or None, top_p=arguments.top_p,
         generator=torch.Generator(device).manual_seed(arguments.seed),
-        eos=None if arguments.endless else tokenizer.end_of_text,
-        vocab_size=tokenizer.vocab_size,
-    )
+        eos=None if arguments.endless else tokenizer.end_of_text, vocab_size=tokenizer.vocab_size,
+    )  # fmt: skip
     rows = [row[len(prompt) :] for row in found.tolist()]
     if not arguments.endless:
         rows = [row[: row.index(tokenizer.end_of_text)] if tokenizer.end_of_text in row else row for row in rows]

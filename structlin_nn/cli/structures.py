@@ -52,11 +52,9 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"\n{structure['name']}")
         options = ", ".join(f"{name}={value!r}" for name, value in structure["options"].items())
         for key, text in (
-            ("formula", structure["formula"]),
-            ("parameters", structure["parameters"]),
-            ("options", options or "none"),
+            ("formula", structure["formula"]), ("parameters", structure["parameters"]), ("options", options or "none"),
             ("source", structure["source"]),
-        ):
+        ):  # fmt: skip
             if text != "-":
                 print(textwrap.fill(text, 110, initial_indent=f"  {key:<11}", subsequent_indent=" " * 13))
     return 0

@@ -162,14 +162,10 @@ def _print(found: dict[str, dict[str, float]]) -> None:
         kind += [problem[name] for name in ("device", "dtype") if len(common[name]) > 1]
         best, *others = sorted(seconds, key=lambda name: seconds[name]) or ["-"]
         row = (
-            problem["shape"],
-            problem["tokens"].rjust(6),
-            " ".join(kind),
-            best,
+            problem["shape"], problem["tokens"].rjust(6), " ".join(kind), best,
             f"{seconds[best] * 1e3:.3f}".rjust(8) if seconds else "-".rjust(8),
-            f"{others[0]} ({seconds[others[0]] / seconds[best]:.2f})" if others else "-",
-            _shortened(problem["chain"]),
-        )
+            f"{others[0]} ({seconds[others[0]] / seconds[best]:.2f})" if others else "-", _shortened(problem["chain"]),
+        )  # fmt: skip
         groups.setdefault(problem["chain"] + problem["shape"], []).append(row)
     rows = [row for group in groups.values() for row in group]
     head = ("shape", "tokens", "pass", "fastest", "      ms", "next (times as long)", "chain")

@@ -10,18 +10,10 @@ from structlin_nn.data.images import (
     channel_statistics,
     epoch_order,
     load_images,
-)
+)  # fmt: skip
 from structlin_nn.data.tokens import TokenData, evaluation_batches, open_tokens, token_batch
 
 __all__ = [
-    "DATASETS",
-    "ImageDataset",
-    "TokenData",
-    "batch_rows",
-    "channel_statistics",
-    "epoch_order",
-    "evaluation_batches",
-    "load_images",
-    "open_tokens",
-    "token_batch",
-]
+    "DATASETS", "ImageDataset", "TokenData", "batch_rows", "channel_statistics", "epoch_order", "evaluation_batches",
+    "load_images", "open_tokens", "token_batch",
+]  # fmt: skip

@@ -54,14 +54,9 @@ def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Te
 
 
 def sample_crops(
-    count: int,
-    height: int,
-    width: int,
-    generator: torch.Generator,
-    *,
-    scale: tuple[float, float] = CROP_SCALE,
+    count: int, height: int, width: int, generator: torch.Generator, *, scale: tuple[float, float] = CROP_SCALE,
     ratio: tuple[float, float] = CROP_RATIO,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """Draw a box for each of many images of one size, by the rules of torchvision's ``RandomResizedCrop``.
 
     The area is uniform in `scale` times that of the image, the ratio of width to height log-uniform in `ratio`, and

@@ -201,15 +201,10 @@ def _load_fashion() -> ImageDataset:
         train, test = stored["train_images"][:, None], stored["test_images"][:, None]
         train_labels, test_labels = (stored[f"{split}_labels"].astype(np.int64) for split in ("train", "test"))
     return ImageDataset(
-        "fashion",
-        train,
-        train_labels,
-        test,
-        test_labels,
-        tuple(_FASHION_CLASSES.split(",")),
+        "fashion", train, train_labels, test, test_labels, tuple(_FASHION_CLASSES.split(",")),
         "embedded class-balanced subset of Fashion-MNIST (10,000 of 60,000 training and 2,000 of 10,000 test images)",
         "MIT, copyright 2017 Zalando SE",
-    )
+    )  # fmt: skip
 
 
 def epoch_order(seed: int, epoch: int, size: int) -> np.ndarray:

@@ -45,15 +45,10 @@ def pydoc_documents() -> dict[str, str]:
 
 
 def prepare_text(
-    files: Sequence[str | os.PathLike[str]] | None,
-    out: str | os.PathLike[str],
-    *,
-    tokenizer: str = "gpt2",
-    vocabulary: str | os.PathLike[str] | None = None,
-    val_fraction: float = 0.1,
-    name: str | None = None,
+    files: Sequence[str | os.PathLike[str]] | None, out: str | os.PathLike[str], *, tokenizer: str = "gpt2",
+    vocabulary: str | os.PathLike[str] | None = None, val_fraction: float = 0.1, name: str | None = None,
     workers: int | None = None,
-) -> TokenData:
+) -> TokenData:  # fmt: skip
     """Write the tokens of texts to a folder, as `structlin_nn.data.tokens.open_tokens` reads them.
 
     Args:
@@ -115,18 +110,10 @@ def prepare_text(
 
 
 def prepare_openwebtext(
-    out: str | os.PathLike[str],
-    *,
-    dataset: str | os.PathLike[str] = OPENWEBTEXT,
-    split: str = "train",
-    column: str = "text",
-    tokenizer: str = "gpt2",
-    vocabulary: str | os.PathLike[str] | None = None,
-    val_fraction: float = 0.0005,
-    seed: int = 2357,
-    name: str | None = None,
-    workers: int | None = None,
-) -> TokenData:
+    out: str | os.PathLike[str], *, dataset: str | os.PathLike[str] = OPENWEBTEXT, split: str = "train",
+    column: str = "text", tokenizer: str = "gpt2", vocabulary: str | os.PathLike[str] | None = None,
+    val_fraction: float = 0.0005, seed: int = 2357, name: str | None = None, workers: int | None = None,
+) -> TokenData:  # fmt: skip
     """Write the tokens of a data set of documents to a folder, by the steps of nanoGPT's ``prepare.py``.
 
     Hugging Face `datasets` downloads, splits and tokenises, and keeps each `ROWS` tokenised documents in its cache: an
@@ -149,12 +136,9 @@ def prepare_openwebtext(
         raise ValueError(f"{place} has the columns {', '.join(rows.column_names)}, not {column!r}")
     title = Path(place).name if Path(place).exists() else place
     job = {
-        "kind": "documents",
-        "dataset": [title, split, column, len(rows)],
-        "tokenizer": coder.name,
-        "val_fraction": val_fraction,
-        "seed": seed,
-    }
+        "kind": "documents", "dataset": [title, split, column, len(rows)], "tokenizer": coder.name,
+        "val_fraction": val_fraction, "seed": seed,
+    }  # fmt: skip
 
     def parts() -> Iterator[tuple[str, np.ndarray]]:
         import datasets
@@ -170,13 +154,9 @@ def prepare_openwebtext(
             for number in range(pieces):
                 piece = whole.shard(num_shards=pieces, index=number, contiguous=True)
                 done = piece.map(
-                    encode,
-                    batched=True,
-                    remove_columns=[column],
-                    features=features,
-                    num_proc=processes if processes > 1 else None,
-                    desc=f"{split} {number + 1} of {pieces}",
-                )
+                    encode, batched=True, remove_columns=[column], features=features,
+                    num_proc=processes if processes > 1 else None, desc=f"{split} {number + 1} of {pieces}",
+                )  # fmt: skip
                 for table in done.with_format("arrow").iter(batch_size=1000):
                     yield split, table.column("ids").combine_chunks().flatten().to_numpy()
 

@@ -89,12 +89,9 @@ def load_tokenizer(name: str, folder: str | os.PathLike[str] | None = None) -> T
     if size != (GPT2_VOCABULARY, end):
         raise ValueError(f"{place / pair[1]} is not GPT-2's vocabulary: (size, end of text) is {size}")
     return Tokenizer(
-        name,
-        GPT2_VOCABULARY,
-        end,
-        lambda text: found.encode(text, add_special_tokens=False).ids,
+        name, GPT2_VOCABULARY, end, lambda text: found.encode(text, add_special_tokens=False).ids,
         lambda tokens: found.decode(list(tokens), skip_special_tokens=False),
-    )
+    )  # fmt: skip
 
 
 def _bytes_to_text(tokens: Iterable[int]) -> str:

@@ -20,16 +20,9 @@ from typing import Any
 import numpy as np
 
 __all__ = [
-    "EVALUATION_SEED",
-    "GPT2_VOCABULARY",
-    "IGNORE",
-    "SPLITS",
-    "TokenData",
-    "evaluation_batches",
-    "open_tokens",
-    "token_batch",
-    "token_vocabulary",
-]
+    "EVALUATION_SEED", "GPT2_VOCABULARY", "IGNORE", "SPLITS", "TokenData", "evaluation_batches", "open_tokens",
+    "token_batch", "token_vocabulary",
+]  # fmt: skip
 
 GPT2_VOCABULARY = 50257
 """Tokens of GPT-2's byte-pair encoding, the last of which, 50256, ends a document."""
@@ -122,26 +115,14 @@ def open_tokens(
                 )
         digest = hashlib.sha256("".join(sums[split] for split in SPLITS).encode()).hexdigest()
     return TokenData(
-        **maps,
-        vocab_size=vocabulary,
-        name=name or meta.get("name") or place.resolve().name,
-        digest=digest,
-        tokenizer=meta.get("tokenizer"),
-        end_of_text=meta.get("end_of_text"),
-        folder=place,
-    )
+        **maps, vocab_size=vocabulary, name=name or meta.get("name") or place.resolve().name, digest=digest,
+        tokenizer=meta.get("tokenizer"), end_of_text=meta.get("end_of_text"), folder=place,
+    )  # fmt: skip
 
 
 def token_batch(
-    tokens: np.ndarray,
-    *,
-    block_size: int,
-    batch_size: int,
-    seed: int,
-    step: int,
-    rank: int = 0,
-    world_size: int = 1,
-) -> tuple[np.ndarray, np.ndarray]:
+    tokens: np.ndarray, *, block_size: int, batch_size: int, seed: int, step: int, rank: int = 0, world_size: int = 1,
+) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
     """Random pieces of a text: those of one step of training, as ``get_batch`` of nanoGPT.
 
     The result is a function of the arguments: a run resumes by its step alone. The places of all `batch_size` pieces
@@ -170,15 +151,9 @@ def token_batch(
 
 
 def evaluation_batches(
-    tokens: np.ndarray,
-    *,
-    block_size: int,
-    batch_size: int,
-    sequences: int | None = None,
-    seed: int = EVALUATION_SEED,
-    rank: int = 0,
-    world_size: int = 1,
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    tokens: np.ndarray, *, block_size: int, batch_size: int, sequences: int | None = None, seed: int = EVALUATION_SEED,
+    rank: int = 0, world_size: int = 1,
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:  # fmt: skip
     """The pieces on which a model is evaluated: the same ones, whatever the size of a batch and the processes.
 
     The mean loss is the sum over all targets, divided by their number; both are summed over the processes. All

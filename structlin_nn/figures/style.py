@@ -29,24 +29,13 @@ _OTHERS = (("#E69F00", "X"), ("#8C564B", "<"), ("#7F7F7F", ">"), ("#B8A000", "h"
 _LINES = ("-", "--", ":", "-.")
 GRID = "0.9"
 _LABELS = {
-    "training_macs": "training compute (MACs)",
-    "total_training_macs": "training compute (MACs)",
-    "training_seconds": "seconds of training",
-    "forward_macs": "MACs of one sample, forward",
-    "params": "parameters",
-    "trainable_params": "parameters",
-    "samples": "training samples",
-    "step": "training step",
-    "lr": "learning rate",
-    "train_error": "training error",
-    "test_error": "test error",
-    "val_error": "validation error",
-    "batch_error": "training error (augmented)",
-    "train_loss": "training loss (nats)",
-    "test_loss": "test loss (nats)",
-    "val_loss": "validation loss (nats)",
-    "batch_loss": "training loss (nats, augmented)",
-}
+    "training_macs": "training compute (MACs)", "total_training_macs": "training compute (MACs)",
+    "training_seconds": "seconds of training", "forward_macs": "MACs of one sample, forward", "params": "parameters",
+    "trainable_params": "parameters", "samples": "training samples", "step": "training step", "lr": "learning rate",
+    "train_error": "training error", "test_error": "test error", "val_error": "validation error",
+    "batch_error": "training error (augmented)", "train_loss": "training loss (nats)", "test_loss": "test loss (nats)",
+    "val_loss": "validation loss (nats)", "batch_loss": "training loss (nats, augmented)",
+}  # fmt: skip
 FORMATS = ("png", "svg", "pdf")
 _SETTINGS = {
     "svg.fonttype": "none",  # text stays text

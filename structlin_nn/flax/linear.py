@@ -70,24 +70,12 @@ class StructuredLinear(nnx.Module):
     """
 
     def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        *,
-        use_bias: bool = True,
-        dtype: Any = None,
-        param_dtype: Any = jnp.float32,
-        structure: str | AbstractStructure = "block_tensor_train",
-        rms_cap: bool = False,
-        gain: bool | None = None,
-        rule: str = "paper",
-        zero_init: bool = False,
-        partition: Mapping[str, str | None] = _NOTHING,
-        factor_metadata: Mapping[str, Any] = _NOTHING,
-        bias_metadata: Mapping[str, Any] = _NOTHING,
-        rngs: nnx.Rngs,
-        **options: Any,
-    ) -> None:
+        self, in_features: int, out_features: int, *, use_bias: bool = True, dtype: Any = None,
+        param_dtype: Any = jnp.float32, structure: str | AbstractStructure = "block_tensor_train",
+        rms_cap: bool = False, gain: bool | None = None, rule: str = "paper", zero_init: bool = False,
+        partition: Mapping[str, str | None] = _NOTHING, factor_metadata: Mapping[str, Any] = _NOTHING,
+        bias_metadata: Mapping[str, Any] = _NOTHING, rngs: nnx.Rngs, **options: Any,
+    ) -> None:  # fmt: skip
         for name, given in (("dtype", dtype), ("param_dtype", param_dtype)):
             if given is not None and not jnp.issubdtype(given, jnp.inexact):
                 raise ValueError(f"{name} must be floating or complex, got {jnp.dtype(given).name}")

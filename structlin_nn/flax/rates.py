@@ -20,7 +20,7 @@ from structlin_nn._rates import (
     dense_multiplier,
     factor_multipliers,
     settle,
-)
+)  # fmt: skip
 from structlin_nn._text import table
 from structlin_nn.flax._modules import named_modules, own_variables, variables
 from structlin_nn.flax.linear import StructuredLinear
@@ -69,15 +69,10 @@ class ParameterRates:
 
 
 def parameter_rates(
-    model: nnx.Module,
-    base_model: nnx.Module | None = None,
-    *,
-    optimizer: str = "adamw",
-    structure_aware: bool = True,
-    extra_multipliers: Mapping[Pattern, float] | None = None,
-    rules: Mapping[Pattern, ParameterRule] | None = None,
+    model: nnx.Module, base_model: nnx.Module | None = None, *, optimizer: str = "adamw", structure_aware: bool = True,
+    extra_multipliers: Mapping[Pattern, float] | None = None, rules: Mapping[Pattern, ParameterRule] | None = None,
     decay: Collection[str] = ("factor", "weight"),
-) -> ParameterRates:
+) -> ParameterRates:  # fmt: skip
     """Multiplier and weight decay of every ``nnx.Param`` of a model.
 
     The rules, the kinds of parameters, all arguments and errors are those of
@@ -146,22 +141,12 @@ def scale_by_rates(rates: ParameterRates) -> optax.GradientTransformation:
 
 
 def optimizer_for(
-    model: nnx.Module,
-    base_model: nnx.Module | None = None,
-    *,
-    lr: float | Callable[[Any], Any],
-    weight_decay: float = 0.0,
-    optimizer: str = "adamw",
-    structure_aware: bool = True,
-    extra_multipliers: Mapping[Pattern, float] | None = None,
-    rules: Mapping[Pattern, ParameterRule] | None = None,
-    decay: Collection[str] = ("factor", "weight"),
-    independent_decay: bool = False,
-    betas: tuple[float, float] = (0.9, 0.999),
-    eps: float = 1e-8,
-    momentum: float = 0.0,
-    nesterov: bool = False,
-) -> optax.GradientTransformation:
+    model: nnx.Module, base_model: nnx.Module | None = None, *, lr: float | Callable[[Any], Any],
+    weight_decay: float = 0.0, optimizer: str = "adamw", structure_aware: bool = True,
+    extra_multipliers: Mapping[Pattern, float] | None = None, rules: Mapping[Pattern, ParameterRule] | None = None,
+    decay: Collection[str] = ("factor", "weight"), independent_decay: bool = False,
+    betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8, momentum: float = 0.0, nesterov: bool = False,
+) -> optax.GradientTransformation:  # fmt: skip
     """A whole optax optimiser for a model, with the learning rates that the structure asks for.
 
     The steps are those of torch's optimisers on :func:`structlin_nn.torch.parameter_groups`: in each, a parameter is
@@ -189,14 +174,9 @@ def optimizer_for(
     if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
         raise ValueError(f"betas must be two numbers from 0 to below 1, got {betas}")
     rates = parameter_rates(
-        model,
-        base_model,
-        optimizer=optimizer,
-        structure_aware=structure_aware,
-        extra_multipliers=extra_multipliers,
-        rules=rules,
-        decay=decay,
-    )
+        model, base_model, optimizer=optimizer, structure_aware=structure_aware, extra_multipliers=extra_multipliers,
+        rules=rules, decay=decay,
+    )  # fmt: skip
     decayed = [_add_decay(rates, weight_decay, independent_decay)] if weight_decay else []
     first, second = betas
     steps = {

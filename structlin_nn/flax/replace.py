@@ -23,19 +23,10 @@ _LIKE_LINEAR = (nnx.LinearGeneral, nnx.Einsum)
 
 
 def replace_linear(
-    model: nnx.Module,
-    structure: str | AbstractStructure | Callable[[str, nnx.Module], AbstractStructure],
-    *,
-    layers: Selection = "all_but_last",
-    exclude: Patterns = (),
-    zero_init: Patterns = (),
-    shared_weights: str = "error",
-    rms_cap: bool = False,
-    gain: bool | None = None,
-    rule: str = "paper",
-    rngs: nnx.Rngs,
-    **options: Any,
-) -> ReplacementReport:
+    model: nnx.Module, structure: str | AbstractStructure | Callable[[str, nnx.Module], AbstractStructure], *,
+    layers: Selection = "all_but_last", exclude: Patterns = (), zero_init: Patterns = (), shared_weights: str = "error",
+    rms_cap: bool = False, gain: bool | None = None, rule: str = "paper", rngs: nnx.Rngs, **options: Any,
+) -> ReplacementReport:  # fmt: skip
     """Replace linear layers of ``model``, in place, by freshly drawn :class:`StructuredLinear` layers.
 
     Linear layers are ``nnx.Linear``. ``nnx.LinearGeneral`` (the projections of ``nnx.MultiHeadAttention``) and

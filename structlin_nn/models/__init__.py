@@ -22,23 +22,9 @@ from structlin_nn.models.mlp import MLP, MLPConfig
 from structlin_nn.models.transformer import GPT2, GPT2Config, ViT, ViTConfig
 
 __all__ = [
-    "GPT2",
-    "LAYER_PRESETS",
-    "MLP",
-    "MODELS",
-    "GPT2Config",
-    "LinearFactory",
-    "MLPConfig",
-    "ModelSpec",
-    "StructureConfig",
-    "ViT",
-    "ViTConfig",
-    "base_model",
-    "build_model",
-    "load_model",
-    "reset_parameters",
-    "save_model",
-]
+    "GPT2", "LAYER_PRESETS", "MLP", "MODELS", "GPT2Config", "LinearFactory", "MLPConfig", "ModelSpec",
+    "StructureConfig", "ViT", "ViTConfig", "base_model", "build_model", "load_model", "reset_parameters", "save_model",
+]  # fmt: skip
 
 Model = MLP | ViT | GPT2
 
@@ -93,14 +79,9 @@ def _spec(name: str, sizes: Mapping[str, Any]) -> ModelSpec:
 
 
 def build_model(
-    name: str,
-    *,
-    width: int,
-    structure: StructureConfig | None = None,
-    device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
-    **sizes: Any,
-) -> Model:
+    name: str, *, width: int, structure: StructureConfig | None = None, device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None, **sizes: Any,
+) -> Model:  # fmt: skip
     """A model of :data:`MODELS` at a width, with structured layers.
 
     Args:

@@ -73,26 +73,17 @@ class LinearFactory:
     """
 
     def __init__(
-        self,
-        structure: StructureConfig,
-        default_layers: str,
-        device: torch.device | str | None = None,
+        self, structure: StructureConfig, default_layers: str, device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.structure = structure
         self.roles = LAYER_PRESETS[structure.layers or default_layers]
         self.device, self.dtype = device, dtype
 
     def __call__(
-        self,
-        in_features: int,
-        out_features: int,
-        *,
-        role: str = "hidden",
-        bias: bool = True,
-        zero_init: bool = False,
+        self, in_features: int, out_features: int, *, role: str = "hidden", bias: bool = True, zero_init: bool = False,
         gain: bool = True,
-    ) -> StructuredLinear:
+    ) -> StructuredLinear:  # fmt: skip
         """A layer ``(..., in_features) -> (..., out_features)``.
 
         ``role``: ``input`` (reads the data), ``hidden`` or ``output`` (makes the logits); ``zero_init`` zeroes the
@@ -106,15 +97,9 @@ class LinearFactory:
         if role not in self.roles:
             return StructuredLinear(in_features, out_features, structure="dense", **common)
         return StructuredLinear(
-            in_features,
-            out_features,
-            structure=config.name,
-            rms_cap=config.rms_cap,
-            gain=gain and config.rms_cap,
-            rule=config.rule,
-            **common,
-            **config.options,
-        )
+            in_features, out_features, structure=config.name, rms_cap=config.rms_cap, gain=gain and config.rms_cap,
+            rule=config.rule, **common, **config.options,
+        )  # fmt: skip
 
     def norm(self, size: int, bias: bool = True) -> nn.LayerNorm:
         """A LayerNorm over the last axis."""

@@ -28,12 +28,9 @@ TIMM_OPTIONS = ("num_classes", "img_size")
 
 
 def save_model(
-    model: nn.Module,
-    path: str | os.PathLike[str],
-    *,
-    build: Mapping[str, Any] | None = None,
+    model: nn.Module, path: str | os.PathLike[str], *, build: Mapping[str, Any] | None = None,
     metadata: Mapping[str, str] | None = None,
-) -> None:
+) -> None:  # fmt: skip
     """Write a model, whatever its layers have become, to a .safetensors file that :func:`load_model` builds it from.
 
     Args:

@@ -25,19 +25,9 @@ class Attention(nn.Module):
     """
 
     def __init__(
-        self,
-        linear: LinearFactory,
-        width: int,
-        heads: int,
-        head_dim: int,
-        *,
-        causal: bool,
-        bias: bool,
-        zero_query: bool,
-        norms: bool = True,
-        scale: float | None = None,
-        projection_bias: bool = False,
-    ) -> None:
+        self, linear: LinearFactory, width: int, heads: int, head_dim: int, *, causal: bool, bias: bool,
+        zero_query: bool, norms: bool = True, scale: float | None = None, projection_bias: bool = False,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.heads, self.head_dim, self.causal = heads, head_dim, causal
         self.scale = 8 / head_dim if scale is None else scale
@@ -65,19 +55,9 @@ class Block(nn.Module):
     """
 
     def __init__(
-        self,
-        linear: LinearFactory,
-        width: int,
-        heads: int,
-        head_dim: int,
-        expansion: int,
-        *,
-        causal: bool = False,
-        bias: bool = True,
-        zero_query: bool = True,
-        gelu: str = "none",
-        **attention: Any,
-    ) -> None:
+        self, linear: LinearFactory, width: int, heads: int, head_dim: int, expansion: int, *, causal: bool = False,
+        bias: bool = True, zero_query: bool = True, gelu: str = "none", **attention: Any,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.gelu = gelu
         self.attention_norm = linear.norm(width, bias=bias)

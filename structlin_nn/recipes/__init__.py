@@ -18,11 +18,9 @@ __all__ = ["MODELS", "config_from_dict", "recipe", "recipe_module"]
 
 _VIT = {"model": "cifar-vit", "epochs": 200, "batch_size": 256, "lr": 1e-3, "input_lr_mult": 1.0}
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
-    "cifar-mlp": ("cifar", {"model": "cifar-mlp"}),
-    "cifar-vit": ("cifar", _VIT),
-    "imagenet-vit": ("imagenet", {}),
+    "cifar-mlp": ("cifar", {"model": "cifar-mlp"}), "cifar-vit": ("cifar", _VIT), "imagenet-vit": ("imagenet", {}),
     "gpt2": ("gpt2", {}),
-}
+}  # fmt: skip
 """For each model its recipe, and in what the paper's configuration of it differs from the defaults of the recipe."""
 _RECIPES = ("cifar", "imagenet", "gpt2", "flax_cifar", "flax_gpt2")
 

@@ -241,16 +241,10 @@ class Run:
                 return writer, [f"resuming {self.folder} after step {self.step} of {steps}", *messages]
             began = [f"{self.folder} holds no checkpoint: starting from the beginning"] if self.options.resume else []
             made = {
-                "started": datetime.now(UTC).isoformat(timespec="seconds"),
-                "task": self.config.task,
-                "recipe": self.recipe,
-                "config": self.config.to_dict(),
-                "seed": self.config.seed,
-                "data": data,
-                "counts": counts,
-                "versions": versions(self.versions),
-                **header,
-            }
+                "started": datetime.now(UTC).isoformat(timespec="seconds"), "task": self.config.task,
+                "recipe": self.recipe, "config": self.config.to_dict(), "seed": self.config.seed, "data": data,
+                "counts": counts, "versions": versions(self.versions), **header,
+            }  # fmt: skip
             return RecordWriter.create(self.folder / RECORD, made), began
 
         self._record, messages = self.group.first(write)
@@ -298,14 +292,10 @@ class Run:
         samples = self.step * self.config.batch_size
         self.seconds = time.monotonic() - self._clock
         self.last = {
-            "step": self.step,
-            "samples": samples,
-            "training_macs": samples * self.counts["training_macs"],
-            "lr": self.config.lr * self.share(max(self.step - 1, 0)),
-            **found,
-            "seconds": round(self.seconds, 3),
+            "step": self.step, "samples": samples, "training_macs": samples * self.counts["training_macs"],
+            "lr": self.config.lr * self.share(max(self.step - 1, 0)), **found, "seconds": round(self.seconds, 3),
             "training_seconds": round(self.training_seconds, 3),
-        }
+        }  # fmt: skip
         self.sums_reset()
         self.group.first(lambda: self._record.append(self.last))
         self.save(found[metric])
@@ -424,19 +414,10 @@ class Run:
 
         def finish(files: dict[str, Any]) -> None:
             state = {
-                "recipe": self.recipe,
-                "config": self.config.to_dict(),
-                "data": self.digest,
-                "outputs": self.outputs,
-                "step": self.step,
-                "seconds": self.seconds,
-                "training_seconds": self.training_seconds,
-                "last": self.last,
-                "metric": metric,
-                "record_size": self._record.size,
-                "files": files,
-                **own,
-            }
+                "recipe": self.recipe, "config": self.config.to_dict(), "data": self.digest, "outputs": self.outputs,
+                "step": self.step, "seconds": self.seconds, "training_seconds": self.training_seconds,
+                "last": self.last, "metric": metric, "record_size": self._record.size, "files": files, **own,
+            }  # fmt: skip
             with atomic_write(partial / "state.json") as file:
                 file.write(sealed(state))
             if place.exists():  # of a run that was resumed from an older one

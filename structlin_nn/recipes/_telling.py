@@ -147,10 +147,8 @@ def hardware(threads: int, device: str) -> dict[str, Any]:
         lines = []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return {
-        "system": platform.system(),
-        "machine": platform.machine(),
+        "system": platform.system(), "machine": platform.machine(),
         "cpu": names[0] if names else platform.processor() or "unknown",
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "threads": threads,
-        "device": device,
-    }
+        "threads": threads, "device": device,
+    }  # fmt: skip

@@ -49,15 +49,10 @@ def count_run(
     samples = steps * config.batch_size
     return {
         "params": sum(parameter.numel() for parameter in model.parameters()),
-        "trainable_params": counted.trainable_params,
-        "embedding_params": counted.embedding_params,
-        "forward_macs": counted.macs(),
-        "training_macs": counted.training_macs,
-        "other_flops": counted.other_flops,
-        "steps": steps,
-        "samples": samples,
-        "total_training_macs": counted.training_macs * samples,
-    }
+        "trainable_params": counted.trainable_params, "embedding_params": counted.embedding_params,
+        "forward_macs": counted.macs(), "training_macs": counted.training_macs, "other_flops": counted.other_flops,
+        "steps": steps, "samples": samples, "total_training_macs": counted.training_macs * samples,
+    }  # fmt: skip
 
 
 def base_of(build: Callable[..., nn.Module], config: RunConfig, outputs: int) -> nn.Module | None:
@@ -373,13 +368,10 @@ class TorchRun(Run):
         if self.device.type == "cuda":
             generators["cuda"] = encoded(torch.cuda.get_rng_state(self.device))
         return {
-            "init_from": self.init_from,
-            "scaler": self.scaler.state_dict(),
-            "generators": generators,
-            "sums": self.sums.tolist(),
-            "probe": [self.probe.total, self.probe.count],
+            "init_from": self.init_from, "scaler": self.scaler.state_dict(), "generators": generators,
+            "sums": self.sums.tolist(), "probe": [self.probe.total, self.probe.count],
             "execution": execution.decisions(structures),
-        }
+        }  # fmt: skip
 
     def _restore(self, state: dict[str, Any]) -> None:
         """Go to the step at which a checkpoint was written, by whatever number of processes."""

@@ -260,14 +260,10 @@ def evaluation(
     loss, right, seen = sums
     epoch = step // per_epoch if step % per_epoch == 0 else step / per_epoch
     found = {
-        "epoch": epoch,
-        "train_loss": train_loss,
-        "train_error": train_error,
-        "test_loss": test_loss,
-        "test_error": test_error,
-        "batch_loss": loss / seen if seen else None,
+        "epoch": epoch, "train_loss": train_loss, "train_error": train_error, "test_loss": test_loss,
+        "test_error": test_error, "batch_loss": loss / seen if seen else None,
         "batch_error": 1 - right / seen if seen else None,
-    }
+    }  # fmt: skip
     told = (
         f"epoch {epoch:>3.4g} of {config.epochs}  loss: train {train_loss:.4f}, test {test_loss:.4f}  "
         f"error: train {100 * train_error:.2f} %, test {100 * test_error:.2f} %"
@@ -277,10 +273,6 @@ def evaluation(
 
 def described(data: ImageDataset) -> dict[str, Any]:
     return {
-        "name": data.name,
-        "training_images": len(data.train_labels),
-        "test_images": len(data.test_labels),
-        "image_shape": list(data.image_shape),
-        "classes": data.num_classes,
-        "sha256": data.digest,
-    }
+        "name": data.name, "training_images": len(data.train_labels), "test_images": len(data.test_labels),
+        "image_shape": list(data.image_shape), "classes": data.num_classes, "sha256": data.digest,
+    }  # fmt: skip

@@ -26,7 +26,7 @@ from structlin_nn.data.tokens import (
     open_tokens,
     token_batch,
     token_vocabulary,
-)
+)  # fmt: skip
 from structlin_nn.models import StructureConfig, build_model
 from structlin_nn.recipes._config import RunConfig, require
 from structlin_nn.recipes._processes import ALONE
@@ -239,13 +239,10 @@ def evaluation(
 ) -> tuple[dict[str, Any], str]:
     """An evaluation as the record has it, and in a line."""
     found = {
-        "tokens": step * config.batch_size * config.context,
-        "train_loss": train_loss,
-        "val_loss": val_loss,
-        "val_perplexity": perplexity(val_loss),
-        "val_tokens": val_tokens,
+        "tokens": step * config.batch_size * config.context, "train_loss": train_loss, "val_loss": val_loss,
+        "val_perplexity": perplexity(val_loss), "val_tokens": val_tokens,
         "batch_loss": sums[0] / sums[1] if sums[1] else None,
-    }
+    }  # fmt: skip
     return found, f"step {step:>6} of {config.steps}  loss: train {train_loss:.4f}, validation {val_loss:.4f}"
 
 
@@ -261,10 +258,6 @@ def _to(array: Any, device: torch.device) -> Tensor:
 
 def described(data: TokenData) -> dict[str, Any]:
     return {
-        "name": data.name,
-        "train_tokens": len(data.train),
-        "val_tokens": len(data.val),
-        "vocabulary": data.vocab_size,
-        "tokenizer": data.tokenizer,
-        "sha256": data.digest,
-    }
+        "name": data.name, "train_tokens": len(data.train), "val_tokens": len(data.val), "vocabulary": data.vocab_size,
+        "tokenizer": data.tokenizer, "sha256": data.digest,
+    }  # fmt: skip

@@ -109,13 +109,9 @@ class Config(RunConfig):
     def images(self) -> ImageRecipe:
         """What is done to training images."""
         return ImageRecipe(
-            size=self.image_size,
-            rand_augment=self.augment or None,
-            color_jitter=self.color_jitter,
-            random_erasing=self.erasing,
-            mixup=self.mixup,
-            smoothing=self.label_smoothing,
-        )
+            size=self.image_size, rand_augment=self.augment or None, color_jitter=self.color_jitter,
+            random_erasing=self.erasing, mixup=self.mixup, smoothing=self.label_smoothing,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -277,11 +273,7 @@ def _timm_rules(model: nn.Module) -> dict[Any, ParameterRule]:
 
 def described(config: Config, data: ImageNetData) -> dict[str, Any]:
     return {
-        "name": "imagenet" if data.num_classes == 1000 else f"{data.num_classes} classes",
-        "format": data.format,
-        "training_images": data.train_size,
-        "val_images": data.val_size,
-        "image_shape": [3, config.image_size, config.image_size],
-        "classes": data.num_classes,
-        "sha256": data.digest,
-    }
+        "name": "imagenet" if data.num_classes == 1000 else f"{data.num_classes} classes", "format": data.format,
+        "training_images": data.train_size, "val_images": data.val_size,
+        "image_shape": [3, config.image_size, config.image_size], "classes": data.num_classes, "sha256": data.digest,
+    }  # fmt: skip

@@ -70,15 +70,9 @@ class Command:
 
 
 def submit(
-    name: str,
-    jobs: Mapping[str, Job],
-    logs: Path,
-    *,
-    cluster: str = "slurm",
-    workers: int,
-    launcher: Sequence[str] = (),
-    parameters: Mapping[str, Any] | None = None,
-) -> dict[str, Any]:
+    name: str, jobs: Mapping[str, Job], logs: Path, *, cluster: str = "slurm", workers: int,
+    launcher: Sequence[str] = (), parameters: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """Submit runs, `workers` of them at a time; submitit's job of each. Outside Slurm, all before are waited for.
 
     `logs` is the folder of submitit's scripts and the output of the runs, `launcher` what the commands are started by,
