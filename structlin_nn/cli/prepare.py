@@ -10,7 +10,7 @@ from typing import Any
 
 from structlin_nn.cli.common import Parser, UsageError, choice, print_json
 
-HELP = "make data ready: text and OpenWebText as tokens, CIFAR downloaded"
+HELP = "make data ready: text files and OpenWebText as tokens"
 EXAMPLES = """\
 examples:
   structlin prepare text --out data/pydoc
@@ -19,8 +19,6 @@ examples:
       any UTF-8 text: GPT-2's tokens where its vocabulary is at hand, bytes otherwise
   structlin prepare openwebtext --out data/openwebtext
       from the Hugging Face hub (about 9 billion tokens, 18 GB of files); --dataset for others
-  structlin prepare cifar10 --out data
-      downloads the official archive, about 160 MB, and verifies it
 
 structlin prepare KIND --help lists the options of a kind. After an interruption the same command resumes.
 """
@@ -53,9 +51,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     owt.add_argument("--column", metavar="NAME", default="text", help="column of the text (text)")
     owt.add_argument("--seed", type=int, default=2357, metavar="N", help="of the held-out documents (2357)")
     tokens(owt, ("gpt2", "bytes"), 0.0005)
-    for name in ("cifar10", "cifar100"):
-        cifar = kind(name, _cifar, f"the official archive of {name}, downloaded and verified")
-        cifar.add_argument("--url", metavar="URL", help="folder of the archive, if it is not at its official place")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -103,17 +98,6 @@ def _tell(arguments: argparse.Namespace, data: Any) -> int:
         print_json({**told, **sizes, "folder": str(data.folder), "sha256": data.digest})
     else:
         print(f"{data!r}, {data.tokenizer} tokens, in {data.folder}")
-    return 0
-
-
-def _cifar(arguments: argparse.Namespace) -> int:
-    from structlin_nn.data.cifar import download_cifar
-
-    path = download_cifar(arguments.kind, arguments.out, progress=not arguments.json, **_given(arguments, "url"))
-    if arguments.json:
-        print_json({"folder": str(path)})
-    else:
-        print(f"{path}: the official files, md5 sum verified; train with --data {path}")
     return 0
 
 

@@ -14,8 +14,6 @@ import hashlib
 import io
 import os
 import pickle
-import tarfile
-import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,9 +21,8 @@ import numpy as np
 
 from structlin_nn.data.images import ImageDataset
 
-__all__ = ["URL", "download_cifar", "load_cifar"]
+__all__ = ["load_cifar"]
 
-URL = "https://www.cs.toronto.edu/~kriz/"
 _LICENCE = (
     "no licence is stated by the authors; they ask to cite: A. Krizhevsky, Learning Multiple Layers of "
     "Features from Tiny Images, 2009"
@@ -38,20 +35,15 @@ class _Form(NamedTuple):
     """An official form of a data set; the last of its files holds the test images."""
 
     folder: str
-    archive: str
-    md5: str
+    pickled: bool
     kinds: tuple[str, ...]
     files: dict[str, str]
-
-    @property
-    def pickled(self) -> bool:
-        return "python" in self.archive
 
 
 _KINDS = {"cifar10": ("label",), "cifar100": ("coarse_label", "fine_label")}
 _FORMS = {
     "cifar10": (
-        _Form("cifar-10-batches-bin", "cifar-10-binary.tar.gz", "c32a1d4ab5d03f1284b67883e8d87530", _KINDS["cifar10"], {
+        _Form("cifar-10-batches-bin", False, _KINDS["cifar10"], {
             "data_batch_1.bin": "5dd7e06a14cb22eb9f671a540d1b7c25",
             "data_batch_2.bin": "5ea93a67294ea407fff1d09f752e9692",
             "data_batch_3.bin": "942cd6a4bcdd0dd3c604fbe906cb4421",
@@ -59,7 +51,7 @@ _FORMS = {
             "data_batch_5.bin": "53f37980c15c3d472c316c40844f3f0d",
             "test_batch.bin": "803d5f7f4d78ea53de84dbe85f74fb6d",
         }),
-        _Form("cifar-10-batches-py", "cifar-10-python.tar.gz", "c58f30108f718f92721af3b95e74349a", _KINDS["cifar10"], {
+        _Form("cifar-10-batches-py", True, _KINDS["cifar10"], {
             "data_batch_1": "c99cafc152244af753f735de768cd75f",
             "data_batch_2": "d4bba439e000b95fd0a9bffe97cbabec",
             "data_batch_3": "54ebc095f3ab1f0389bbae665268c751",
@@ -69,10 +61,10 @@ _FORMS = {
         }),
     ),
     "cifar100": (
-        _Form("cifar-100-binary", "cifar-100-binary.tar.gz", "03b5dce01913d631647c71ecec9e9cb8", _KINDS["cifar100"], {
+        _Form("cifar-100-binary", False, _KINDS["cifar100"], {
             "train.bin": "6172c7755cfe09b2fe270c85cebc1b15", "test.bin": "4499cfba6c016c1be1438163640a0898",
         }),
-        _Form("cifar-100-python", "cifar-100-python.tar.gz", "eb9058c3a382ffc7106e4002c42a8d85", _KINDS["cifar100"], {
+        _Form("cifar-100-python", True, _KINDS["cifar100"], {
             "train": "16019d7e3df5f24257cddd939b257f8d", "test": "f0ef6b0ae62326f3e7ffdfab6717acfc",
         }),
     ),
@@ -161,46 +153,3 @@ class _Unpickler(pickle.Unpickler):
         if module == "numpy" and name in ("ndarray", "dtype"):
             return getattr(np, name)
         raise ValueError(f"the pickle asks for {module}.{name}, which no image file needs; it was not loaded")
-
-
-def download_cifar(name: str, folder: str | os.PathLike[str], *, url: str = URL, progress: bool = True) -> Path:
-    """Download the official archive of the binary version (``torch.hub``), verify its md5 sum, and unpack it.
-
-    Args:
-        name: ``cifar10`` or ``cifar100``.
-        folder: where to; files that are there are verified instead.
-        url: folder of the archive.
-        progress: show a progress bar.
-
-    Returns:
-        The folder of the files, which appears as a whole or not at all.
-
-    Raises:
-        ValueError: a file (downloaded or there) that is not the official one.
-        ConnectionError: no network, or an error of the server; the message says how to get the file otherwise.
-    """
-    import urllib.error
-
-    from torch.hub import download_url_to_file  # reading CIFAR needs no torch
-
-    form, parent = _FORMS[name][0], Path(folder).expanduser()
-    target = parent / form.folder
-    if target.exists():
-        load_cifar(name, target)
-        return target
-    parent.mkdir(parents=True, exist_ok=True)
-    address = url.rstrip("/") + "/" + form.archive
-    with tempfile.TemporaryDirectory(prefix=".download-", dir=parent) as place:
-        archive = Path(place, form.archive)
-        try:
-            download_url_to_file(address, str(archive), progress=progress)
-        except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
-            raise ConnectionError(
-                f"{address} cannot be downloaded ({error}). Unpack the archive in {parent} by other means: its files "
-                "are verified when they are read"
-            ) from error
-        _check_md5(address, archive.read_bytes(), form.md5)
-        with tarfile.open(archive) as opened:
-            opened.extractall(place, filter="data")
-        Path(place, form.folder).rename(target)
-    return target

@@ -183,8 +183,7 @@ def load_images(name: str, root: str | os.PathLike[str] | None = None, *, verify
     if not root:
         raise FileNotFoundError(
             f"no place given for {name}: pass root= or set the environment variable {variable} to the folder that "
-            f"holds the files from https://www.cs.toronto.edu/~kriz/cifar.html; `structlin prepare {name} --out DIR` "
-            'downloads them (the embedded data "fashion" need no files)'
+            'holds the files from https://www.cs.toronto.edu/~kriz/cifar.html (the embedded data "fashion" need none)'
         )
     return load_cifar(name, root, verify=verify)
 

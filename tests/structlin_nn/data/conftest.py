@@ -1,9 +1,7 @@
 """CIFAR files of synthetic content in all their official forms, whose sums stand in for the published ones."""
 
 import hashlib
-import io
 import pickle
-import tarfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,16 +29,6 @@ class Layout:
         for name, raw in self.files.items():
             (place / name).write_bytes(raw)
         return place
-
-    def archive(self, parent: Path, prefix: str = "") -> Path:
-        """Members in another order than needed, beside others of no interest."""
-        path = parent / self.form.archive
-        with tarfile.open(path, "w:gz") as archive:
-            for name, raw in [*reversed(self.files.items()), ("readme.html", b"<html>")]:
-                member = tarfile.TarInfo(f"{prefix}{self.form.folder}/{name}")
-                member.size = len(raw)
-                archive.addfile(member, io.BytesIO(raw))
-        return path
 
 
 def _pickle(content: dict[str, object]) -> bytes:

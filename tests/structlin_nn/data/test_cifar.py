@@ -1,21 +1,15 @@
-"""CIFAR from every official form, damaged and hostile files, the download."""
+"""CIFAR from every official form, damaged and hostile files."""
 
-import hashlib
 import io
 import os
 import pickle
-import re
 import resource
-import threading
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from structlin_nn.cli import main
 from structlin_nn.data import ImageDataset, cifar, load_images
 
 FORMS = [(name, number) for name in ("cifar10", "cifar100") for number in (0, 1)]
@@ -26,14 +20,6 @@ def check(data: ImageDataset, layout: Any, kind: str) -> None:
     np.testing.assert_array_equal(np.concatenate([data.train_images, data.test_images]), layout.images)
     np.testing.assert_array_equal(np.concatenate([data.train_labels, data.test_labels]), layout.labels[kind])
     assert test == 3
-
-
-def sign(monkeypatch: pytest.MonkeyPatch, layout: Any, name: str, number: int, archive: Path) -> None:
-    """Let the sum of an archive be the published one."""
-    md5 = hashlib.md5(archive.read_bytes(), usedforsecurity=False).hexdigest()
-    forms = list(cifar._FORMS[name])
-    forms[number] = layout.form._replace(md5=md5)
-    monkeypatch.setitem(cifar._FORMS, name, tuple(forms))
 
 
 @pytest.mark.parametrize(("name", "number"), FORMS)
@@ -110,41 +96,6 @@ def test_wrong_places(tmp_path):
     for place in (tmp_path / "a.tar.gz", tmp_path / "nowhere", tmp_path):
         with pytest.raises(FileNotFoundError, match=r"is no folder: unpack it|does not exist|holds none of"):
             load_images("cifar10", place)
-
-
-class TestDownload:
-    @pytest.fixture
-    def server(self, tmp_path):
-        (tmp_path / "web").mkdir()
-        handler = partial(SimpleHTTPRequestHandler, directory=str(tmp_path / "web"))
-        with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-            threading.Thread(target=server.serve_forever, daemon=True).start()
-            yield f"http://127.0.0.1:{server.server_port}"
-            server.shutdown()
-
-    def test_download(self, server, layouts, tmp_path, monkeypatch, capsys):
-        layout = layouts("cifar10", 0)
-        archive = layout.archive(tmp_path / "web")
-        with pytest.raises(ValueError, match="has the md5 sum"):
-            cifar.download_cifar("cifar10", tmp_path / "out", url=server)
-        assert list((tmp_path / "out").iterdir()) == []
-        sign(monkeypatch, layout, "cifar10", 0, archive)
-        assert main(["prepare", "cifar10", "--out", str(tmp_path / "out"), "--url", server]) == 0
-        assert "md5 sum verified" in capsys.readouterr().out
-        check(load_images("cifar10", tmp_path / "out"), layout, "label")
-        assert [path.name for path in (tmp_path / "out").iterdir()] == [layout.form.folder]
-        # Files that are there are verified, and not downloaded again.
-        archive.unlink()
-        assert cifar.download_cifar("cifar10", tmp_path / "out", url=server).is_dir()
-        (tmp_path / "out" / layout.form.folder / "test_batch.bin").write_bytes(b"x")
-        with pytest.raises(ValueError, match="md5 sum"):
-            cifar.download_cifar("cifar10", tmp_path / "out", url=server)
-
-    def test_no_server(self, tmp_path, server, capsys):
-        with pytest.raises(ConnectionError, match=re.escape(f"{server}/cifar-10-binary.tar.gz cannot be downloaded")):
-            cifar.download_cifar("cifar10", tmp_path / "out", url=server)
-        assert main(["prepare", "cifar10", "--out", str(tmp_path / "out"), "--url", server, "--json"]) == 1
-        assert "by other means" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["cifar10", "cifar100"])
