@@ -75,6 +75,8 @@ class RunConfig:
 
     task: ClassVar[str]
     """Name of the pipeline in records."""
+    unit: ClassVar[str] = "img"
+    """What a sample is, in progress bars."""
     execution: ClassVar[frozenset[str]] = frozenset({"accumulate", "compile", "recompute"})
     paper_options: ClassVar[Mapping[str, Mapping[str, Mapping[str, Any]]]] = {}
     """By model and structure: the options that the paper uses."""

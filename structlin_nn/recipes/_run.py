@@ -132,8 +132,6 @@ class Run:
         ValueError: a damaged checkpoint, or one of another configuration (the message names the differing keys).
     """
 
-    unit = "img"
-    samples_of = 1  # units of throughput in a sample, such as tokens of a sequence
     versions: Sequence[str] = ("torch",)
 
     def __init__(
@@ -262,7 +260,7 @@ class Run:
         quiet = self.options.quiet or not self.group.main
         label = f"{self.config.structure} {self.config.width or self.config.model}"
         total, done = steps * self.config.batch_size, self.step * self.config.batch_size
-        self._bar = progress_bar(total, label, done=done, unit=self.unit, quiet=quiet)
+        self._bar = progress_bar(total, label, done=done, unit=self.config.unit, quiet=quiet)
         said = ", ".join(f"{k.replace('_', ' ')} {_shown(v)}" for k, v in data.items() if k not in ("name", "sha256"))
         shape = f", width {self.config.width}" if self.config.width else ""
         messages += [
@@ -362,12 +360,17 @@ class Run:
         now = time.monotonic()
         speed = (self.step - self._logged) * self.config.batch_size / max(now - self._logged_at, 1e-9)
         flops = 2 * self.counts["training_macs"] * speed
-        found = {"loss": loss, "lr": self.config.lr * self.share(self.step - 1), f"{self.unit}_per_second": speed}
+        found = {
+            "loss": loss,
+            "lr": self.config.lr * self.share(self.step - 1),
+            f"{self.config.unit}_per_second": speed,
+        }
         words = [f"step {self.step:>6} of {self.steps}", f"loss {loss:.4f}", f"lr {found['lr']:.3g}"]
         if norm is not None:
             found["gradient_norm"] = float(norm)
             words.append(f"gradient {found['gradient_norm']:.3g}")
-        words.append(f"{speed * self.samples_of:,.0f} {'tok' if self.samples_of > 1 else self.unit}/s")
+        tokens = getattr(self.config, "context", 0)
+        words.append(f"{speed * tokens:,.0f} tok/s" if tokens else f"{speed:,.0f} {self.config.unit}/s")
         words.append(f"{flops / 1e12:.3g} TFLOP/s" if flops >= 1e11 else f"{flops / 1e9:.3g} GFLOP/s")
         if (peak := self.peak()) is not None:
             found["mfu"] = flops / (peak * self.group.size)

@@ -167,10 +167,7 @@ def train(
             for array in (data.train_images, data.train_labels, data.test_images, data.test_labels)
         )
         per_epoch = len(labels) // config.batch_size
-        crops = {} if config.augment else {"crop_scale": None, "flip": 0.0}
-        augment = Augmentation(
-            data.mean, data.std, classes, mixup_alpha=config.mixup, smoothing=config.label_smoothing, **crops
-        )
+        augment = augmentation(config, data)
         generator = torch.Generator().manual_seed(config.seed)
 
         # Model and optimiser: learning rates relative to the dense model at base width.
@@ -228,6 +225,12 @@ def train(
             if evaluates:
                 evaluate()
         return run.result()
+
+
+def augmentation(config: Config, data: ImageDataset) -> Augmentation:
+    crops: dict[str, Any] = {} if config.augment else {"crop_scale": None, "flip": 0.0}
+    smoothing = config.label_smoothing
+    return Augmentation(data.mean, data.std, data.num_classes, mixup_alpha=config.mixup, smoothing=smoothing, **crops)
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ import optax
 import torch
 
 from structlin_nn.data import batch_rows, load_images
-from structlin_nn.data.augment import Augmentation, normalize
+from structlin_nn.data.augment import normalize
 from structlin_nn.recipes import cifar
 from structlin_nn.recipes._flax import FlaxRun, check_flax
 from structlin_nn.recipes._run import Result
@@ -44,10 +44,7 @@ def train(config: Config, options: Options, *, watch: Any = None) -> Result:
         arrays = (data.train_images, data.train_labels, data.test_images, data.test_labels)
         images, labels, test_images, test_labels = (torch.from_numpy(array) for array in arrays)
         per_epoch = len(labels) // size
-        crops = {} if config.augment else {"crop_scale": None, "flip": 0.0}
-        augment = Augmentation(
-            data.mean, data.std, classes, mixup_alpha=config.mixup, smoothing=config.label_smoothing, **crops
-        )
+        augment = cifar.augmentation(config, data)
         generator = torch.Generator().manual_seed(config.seed)
 
         # Model and optimiser.

@@ -33,17 +33,9 @@ class Config(gpt2.Config):
         check_flax(self)
 
 
-class _Run(FlaxRun):
-    unit = "seq"
-
-    @property
-    def samples_of(self) -> int:  # type: ignore[override]
-        return self.config.context  # type: ignore[attr-defined]
-
-
 def train(config: Config, options: Options, *, watch: Any = None) -> Result:
     """Train, or resume a run where its last checkpoint left it; arguments and errors as `gpt2.train`."""
-    with _Run(config, options, watch) as run:
+    with FlaxRun(config, options, watch) as run:
         size, left = divmod(config.batch_size, config.accumulate)
         require(not left, f"{config.batch_size} samples cannot be split into {config.accumulate} parts")
         require(options.data is not None, "--data is needed: a folder with train.bin and val.bin")

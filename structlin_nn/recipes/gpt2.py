@@ -55,6 +55,7 @@ class Config(RunConfig):
     """
 
     task: ClassVar[str] = "gpt2"
+    unit: ClassVar[str] = "seq"
     capped: ClassVar[bool] = True
     paper_options: ClassVar[Mapping[str, Any]] = {
         "gpt2": {"block_tensor_train": {"rank": 4, "factorization": "greedy"}},
@@ -141,7 +142,7 @@ def train(
         build: (configuration, vocabulary) to a model of your own, in place of GPT-2.
         data: tokens of your own, in place of `options.data`.
     """
-    with processes(config.device, options.parallel) as group, GPT2Run(config, options, group, watch) as run:
+    with processes(config.device, options.parallel) as group, TorchRun(config, options, group, watch) as run:
         size = group.part_size(config)
 
         # Tokens: every batch is a function of them, the seed and the number of the step. The first process checks them.
@@ -206,14 +207,6 @@ def train(
             if evaluates:
                 evaluate()
         return run.result()
-
-
-class GPT2Run(TorchRun):
-    unit = "seq"
-
-    @property
-    def samples_of(self) -> int:  # type: ignore[override]
-        return self.config.context  # type: ignore[attr-defined]
 
 
 @torch.no_grad()
