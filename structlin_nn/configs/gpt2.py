@@ -1,6 +1,6 @@
 """Figure 7: GPT-2 on OpenWebText, dense against Block Tensor-Train of rank 4 with capped factors.
 
-Command:   structlin prepare openwebtext DIR, then
+Command:   structlin prepare openwebtext --out DIR, then
            structlin sweep gpt2 --data DIR --submit slurm --launcher 'torchrun --nproc-per-node 8 --no-python' \\
              --submit-set gpus_per_node=8 --set device=cuda --set precision=bfloat16 --set compile=true
 Small:     benchmarks/sweeps/gpt2_short.py: 2 runs of 400 steps on bytes, 20 minutes on one CPU core.
