@@ -180,7 +180,7 @@ def _run(
     }  # fmt: skip
     updates = kinds[optimizer](groups, lr=lr)
     with _outputs(model) as noted:
-        logits = _logits(model, inputs)
+        logits = logits_of(model, inputs)
         generator = torch.Generator().manual_seed(seed)
         targets = torch.randint(logits.shape[-1], logits.shape[:-1], generator=generator)
         before = dict(noted)
@@ -189,7 +189,7 @@ def _run(
             updates.zero_grad()
             F.cross_entropy(logits.flatten(0, -2), targets.flatten()).backward()
             updates.step()
-            logits = _logits(model, inputs)
+            logits = logits_of(model, inputs)
             for name, x in before.items():
                 changes[name].append(_rms(noted[name] - x))
     found = {name: (_rms(x), changes[name]) for name, x in before.items()}
@@ -225,15 +225,14 @@ def with_inputs(built: Made, batch_size: int, width: int) -> tuple[nn.Module, An
     return model, torch.randint(vocabulary, inputs.shape, generator=generator)
 
 
-def _logits(model: nn.Module, inputs: Any) -> Tensor:
-    output = (
-        model(**inputs) if isinstance(inputs, dict) else model(*inputs) if isinstance(inputs, tuple) else model(inputs)
-    )
+def logits_of(model: nn.Module, inputs: Any) -> Tensor:
+    """What a model makes of inputs: a tensor, or a tuple of arguments, or a dictionary of keywords."""
+    named, given = (inputs, ()) if isinstance(inputs, dict) else ({}, inputs)
+    output = model(*(given if isinstance(given, tuple) else (given,)), **named)
     logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
     if not isinstance(logits, Tensor) or logits.ndim < 2:
-        raise TypeError(
-            f"the model must return logits (batch, ..., classes), or an object with them, got {type(output)}"
-        )
+        kind = type(output).__name__
+        raise TypeError(f"the model must return logits (batch, ..., classes), or an object with logits, got {kind}")
     return logits
 
 

@@ -110,8 +110,9 @@ def _records(count: int) -> str:
 def _step(arguments: argparse.Namespace) -> Any:
     """A function that runs the model forward without gradients, and then a training step."""
     import torch
+    from torch.utils._pytree import tree_map_only
 
-    from structlin_nn.scale_check import with_inputs
+    from structlin_nn.scale_check import logits_of, with_inputs
 
     if ":" in arguments.model:
         arguments.base_width = arguments.width
@@ -119,26 +120,14 @@ def _step(arguments: argparse.Namespace) -> Any:
     model, inputs = with_inputs(settings["build"](arguments.width), arguments.batch_size, arguments.width)
     dtype = getattr(torch, arguments.dtype)
     model = model.to(dtype)
+    inputs = tree_map_only(torch.Tensor, lambda t: t.to(dtype) if t.is_floating_point() else t, inputs)
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
 
-    def converted(value: Any) -> Any:
-        return value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
-
-    if isinstance(inputs, dict):
-        positional, named = (), {name: converted(value) for name, value in inputs.items()}
-    else:
-        positional = tuple(converted(value) for value in (inputs if isinstance(inputs, tuple) else (inputs,)))
-        named = {}
-
     def step() -> None:
         with torch.no_grad():
-            model(*positional, **named)
-        output = model(*positional, **named)
-        logits = output if isinstance(output, torch.Tensor) else getattr(output, "logits", None)
-        if not isinstance(logits, torch.Tensor):
-            raise TypeError(f"the model must return a tensor, or an object with logits, got {type(output).__name__}")
-        logits.float().square().mean().backward()
+            logits_of(model, inputs)
+        logits_of(model, inputs).float().square().mean().backward()
 
     return step
 

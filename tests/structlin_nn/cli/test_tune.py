@@ -218,7 +218,7 @@ MISUSE = {
     "tune_models:no_inputs --width 8": "the model at width 8 has no example_input(batch); return (model, inputs)",
     "tune_models:make --width 8 --rank 2": "options of a structure need --structure",
     "tune_models:make --width 8 --depth 2": "--depth is an option of named models",
-    "tune_models:pair --width 8": "must return a tensor, or an object with logits, got tuple",
+    "tune_models:pair --width 8": "must return logits (batch, ..., classes), or an object with logits, got tuple",
 }
 
 
