@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from structlin_nn._text import suggestion
-from structlin_nn.records import Record, read_record
+from structlin_nn.records import Record, read_record, unsealed
 
 __all__ = ["EVALUATIONS", "Row", "column", "group_rows", "read_rows", "record_paths", "select"]
 
@@ -77,10 +77,10 @@ def _rows_of(path: Path, evaluations: str, unfinished: bool) -> list[Row]:
         return _from_csv(path)
     text = path.read_text(encoding="utf-8")
     if path.suffix == ".jsonl":
-        first = text.partition("\n")[0]
-        if _parsed(path, first, 1).get("kind") == "header":
+        if unsealed(path, text.partition("\n")[0].encode()).get("kind") == "header":
             return _from_record(path, read_record(path), evaluations, unfinished)
-        return [_parsed(path, line, number) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+        lines = enumerate(text.splitlines(), 1)
+        return [unsealed(path, line.encode(), number) for number, line in lines if line.strip()]
     if path.suffix == ".json":
         try:
             found = json.loads(text)
@@ -90,16 +90,6 @@ def _rows_of(path: Path, evaluations: str, unfinished: bool) -> list[Row]:
             raise ValueError(f"{path} must hold a list of objects, one for each point")
         return found
     raise ValueError(f"{path} must be .jsonl, .json or .csv")
-
-
-def _parsed(path: Path, line: str, number: int) -> dict[str, Any]:
-    try:
-        value = json.loads(line)
-    except ValueError as error:
-        raise ValueError(f"{path}, line {number} is no JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}, line {number} must be a JSON object, got {line[:40]!r}")
-    return value
 
 
 def _from_csv(path: Path) -> list[Row]:

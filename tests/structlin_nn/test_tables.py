@@ -61,8 +61,8 @@ def test_tables(tmp_path: Path) -> None:
     [
         ("a.json", "[1]", r"a.json must hold a list of objects"),
         ("a.json", "[", r"a.json is no JSON"),
-        ("a.jsonl", '{"a": 1}\n{', r"a.jsonl, line 2 is no JSON"),
-        ("a.jsonl", "[1]\n", r"a.jsonl, line 1 must be a JSON object, got '\[1\]'"),
+        ("a.jsonl", '{"a": 1}\n{', r"a.jsonl, line 2 is damaged"),
+        ("a.jsonl", "[1]\n", r"a.jsonl, line 1 must be a JSON object, got b'\[1\]'"),
         ("a.csv", "", r"must start with a line of different column names, got \[\]"),
         ("a.csv", "a,a\n1,2\n", r"different column names, got \['a', 'a'\]"),
         ("a.csv", "a,b\n1\n", r"a.csv, line 2 has 1 cells and the head 2"),
