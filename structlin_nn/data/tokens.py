@@ -151,7 +151,7 @@ def token_batch(
 
 
 def evaluation_batches(
-    tokens: np.ndarray, *, block_size: int, batch_size: int, sequences: int | None = None, seed: int = EVALUATION_SEED,
+    tokens: np.ndarray, *, block_size: int, batch_size: int, sequences: int | None = None,
     rank: int = 0, world_size: int = 1,
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:  # fmt: skip
     """The pieces on which a model is evaluated: the same ones, whatever the size of a batch and the processes.
@@ -162,9 +162,8 @@ def evaluation_batches(
 
     Args:
         tokens, block_size, batch_size, rank, world_size: as in `token_batch`, with its errors.
-        sequences: pieces at random places, which depend on `seed`, `block_size` and the number of tokens alone. None:
+        sequences: pieces at random places, which depend on `block_size` and the number of tokens alone. None:
             the whole text in pieces without overlap, the short last one too: every token but the first is a target.
-        seed: non-negative integer.
 
     Yields:
         (x, y): int64 arrays (up to batch_size / world_size, block_size or less).
@@ -176,7 +175,7 @@ def evaluation_batches(
     """
     _, rank, world_size = share(batch_size, rank, world_size)
     if sequences is not None:
-        starts = _starts(tokens, block_size, natural("sequences", sequences, 1), [natural("seed", seed), 0])
+        starts = _starts(tokens, block_size, natural("sequences", sequences, 1), [EVALUATION_SEED, 0])
         rest = 0
     else:
         targets = len(_check_tokens(tokens)) - 1

@@ -16,14 +16,14 @@ from typing import Any
 
 import torch
 
-from structlin_nn.models.factory import LAYER_PRESETS, LinearFactory, StructureConfig, reset_parameters
+from structlin_nn.models.factory import LAYER_PRESETS, LinearFactory, StructureConfig
 from structlin_nn.models.files import load_model, save_model
 from structlin_nn.models.mlp import MLP, MLPConfig
 from structlin_nn.models.transformer import GPT2, GPT2Config, ViT, ViTConfig
 
 __all__ = [
     "GPT2", "LAYER_PRESETS", "MLP", "MODELS", "GPT2Config", "LinearFactory", "MLPConfig", "ModelSpec",
-    "StructureConfig", "ViT", "ViTConfig", "base_model", "build_model", "load_model", "reset_parameters", "save_model",
+    "StructureConfig", "ViT", "ViTConfig", "base_model", "build_model", "load_model", "save_model",
 ]  # fmt: skip
 
 Model = MLP | ViT | GPT2

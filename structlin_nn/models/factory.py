@@ -110,27 +110,6 @@ class LinearFactory:
         return nn.Embedding(count, size, device=self.device, dtype=self.dtype)
 
 
-def reset_parameters(model: nn.Module, generator: torch.Generator | None = None) -> None:
-    """Draw all parameters and fixed buffers of one of our models afresh, for example after ``to_empty``.
-
-    Raises TypeError for a module with parameters of its own that has no known initialisation.
-
-    >>> layer = LinearFactory(StructureConfig(), "all", device="meta")(3, 2).to_empty(device="cpu")
-    >>> reset_parameters(layer)
-    """
-    for module in model.modules():
-        if isinstance(module, StructuredLinear):
-            module.reset_parameters(generator)
-        elif isinstance(module, nn.Embedding):
-            nn.init.normal_(module.weight, generator=generator)
-        elif isinstance(module, nn.LayerNorm):
-            module.reset_parameters()
-        elif callable(reset_buffers := getattr(module, "reset_buffers", None)):
-            reset_buffers()
-        elif not isinstance(module, nn.ParameterList) and next(module.parameters(recurse=False), None) is not None:
-            raise TypeError(f"{type(module).__name__} has parameters and no known initialisation")
-
-
 def check_positive(config: Any, *names: str) -> None:
     """ValueError unless the named attributes of ``config`` are positive integers."""
     for name in names:

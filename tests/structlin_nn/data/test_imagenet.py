@@ -339,10 +339,6 @@ class TestValidation:
         assert seen[seen != IGNORE].tolist() == data.splits["val"].labels.tolist()
         assert int((seen == IGNORE).sum()) == 3
 
-    def test_bad_arguments(self, image_tree: Path) -> None:
-        with pytest.raises(ValueError, match="crop must be above 0"):
-            open_imagenet(image_tree).val_batches(4, crop=1.5)
-
 
 class TestBroken:
     def test_a_broken_image_ends_training(self, tree: Path) -> None:

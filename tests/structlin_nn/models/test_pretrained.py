@@ -202,23 +202,13 @@ class TestOptions:
         tied = build_model("gpt2", **self.SIZES, tied=True)
         assert count - sum(p.numel() for p in tied.parameters()) == 30 * 24
 
-    def test_count_and_reset(self) -> None:
+    def test_count(self) -> None:
         from structlin_nn.counting import count
-        from structlin_nn.models import reset_parameters
 
         tokens = torch.zeros(1, 8, dtype=torch.int64, device="meta")
         options = {"qk_norm": False, "bias": True, "tied": True}
         macs = [count(build_model("gpt2", **self.SIZES, device="meta", **o), tokens).macs() for o in ({}, options)]
         assert macs[0] == macs[1]
-        torch.manual_seed(0)
-        model = build_model("gpt2", **self.SIZES, **options)
-        state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.fill_(7.0)
-        reset_parameters(model, torch.Generator().manual_seed(1))
-        for name, tensor in model.state_dict().items():
-            assert tensor.std() == pytest.approx(float(state[name].std()), rel=0.3, abs=1e-9)
 
     def test_attention_scale(self) -> None:
         model = build_model("gpt2", **self.SIZES, attention_scale=8 / 12)
