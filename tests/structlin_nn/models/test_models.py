@@ -284,7 +284,6 @@ def test_state_round_trip(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("name", MODELS)
 def test_meta(name: str) -> None:
     structure = StructureConfig("block_tensor_train", {"rank": 2})
     meta = build(name, structure, device="meta")
