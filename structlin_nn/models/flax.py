@@ -20,7 +20,7 @@ from structlin_nn import models
 from structlin_nn.flax.linear import Index, StructuredLinear
 from structlin_nn.models import LAYER_PRESETS, GPT2Config, MLPConfig, StructureConfig, ViTConfig
 
-__all__ = ["GPT2", "MLP", "MODELS", "ViT", "build_model"]
+__all__ = ["GPT2", "MLP", "MODELS", "ViT", "base_model", "build_model"]
 
 _EPSILON = 1e-5  # torch's, for layer norms
 
@@ -246,10 +246,22 @@ def build_model(
     >>> sum(array.size for array in jax.tree.leaves(nnx.state(model, nnx.Param)))
     49162
     """
-    if name not in MODELS:
-        raise ValueError(f"flax has the models {', '.join(MODELS)}, got {name!r}")
+    _check_name(name)
     config = models.build_model(name, width=width, structure=structure, device="meta", **sizes).config
     return MODELS[name](config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)  # type: ignore[arg-type]
+
+
+def base_model(name: str, base_width: int | None = None, **sizes: Any) -> MLP | ViT | GPT2:
+    """The dense model at base width, abstract: what learning-rate multipliers are relative to.
+
+    Arguments and errors are those of :func:`structlin_nn.models.base_model`.
+
+    >>> base_model("cifar-mlp").input.in_features
+    3072
+    """
+    _check_name(name)
+    config = models.base_model(name, base_width, **sizes).config
+    return nnx.eval_shape(lambda: MODELS[name](config, rngs=nnx.Rngs(0)))  # type: ignore[arg-type]
 
 
 class _Static:
@@ -263,6 +275,11 @@ class _Static:
 
     def __hash__(self) -> int:
         return hash(repr(self.value))
+
+
+def _check_name(name: str) -> None:
+    if name not in MODELS:
+        raise ValueError(f"flax has the models {', '.join(MODELS)}, got {name!r}")
 
 
 def _check_images(x: Array, shape: tuple[int, int, int]) -> None:

@@ -13,7 +13,7 @@ from structlin_nn import models
 from structlin_nn.convert import to_flax, to_torch
 from structlin_nn.flax import optimizer_for
 from structlin_nn.models import StructureConfig
-from structlin_nn.models.flax import MODELS, build_model
+from structlin_nn.models.flax import MODELS, base_model, build_model
 from structlin_nn.torch import parameter_groups
 
 BTT = StructureConfig("block_tensor_train", {"rank": 2}, rms_cap=True)
@@ -80,7 +80,7 @@ def test_refuses() -> None:
     with pytest.raises(ValueError, match="flax has the models cifar-mlp, cifar-vit, imagenet-vit, gpt2, got 'gtp2'"):
         build_model("gtp2", width=64, rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match="has no size 'heds'"):
-        build_model("cifar-vit", width=8, heds=3, rngs=nnx.Rngs(0))
+        base_model("cifar-vit", heds=3)
     model = nnx.eval_shape(lambda: build_model("cifar-mlp", width=8, rngs=nnx.Rngs(0)))
     with pytest.raises(ValueError, match=r"\(batch, \*\(3, 32, 32\)\)"):
         model(jnp.zeros((2, 3, 8, 8)))
@@ -96,8 +96,7 @@ def test_twenty_steps_give_the_losses_of_torch() -> None:
     to_flax(theirs.state_dict(), ours)
     common = {"lr": 3e-3, "weight_decay": 0.01, "extra_multipliers": {"input": 0.1}}
     optimizer = torch.optim.AdamW(parameter_groups(theirs, models.base_model("cifar-mlp", 32), **common))
-    base = nnx.eval_shape(lambda: build_model("cifar-mlp", width=32, rngs=nnx.Rngs(0)))
-    tx = optimizer_for(ours, base, **common)
+    tx = optimizer_for(ours, base_model("cifar-mlp", 32), **common)
     state = nnx.Optimizer(ours, tx, wrt=nnx.Param)
 
     @nnx.jit
