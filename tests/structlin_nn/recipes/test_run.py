@@ -454,6 +454,7 @@ class TestSignals:
     def test_a_second_one_is_an_order_only_when_it_comes_later(self, monkeypatch: pytest.MonkeyPatch) -> None:
         now = [0.0]
         monkeypatch.setattr(_telling.time, "monotonic", lambda: now[0])
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs do not have
         before = signal.getsignal(signal.SIGINT)
         with Interruption() as interruption:
             signal.raise_signal(signal.SIGINT)
