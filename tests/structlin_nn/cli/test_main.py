@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -90,7 +91,7 @@ class TestHelp:
         examples = [line.strip().split("  ")[0] for line in whole.splitlines() if line.startswith("  structlin ")]
         assert len(examples) >= 2
         for example in examples:
-            words = example.split()[1:]
+            words = shlex.split(example)[1:]
             if words[0] == "train":
                 if "--init-from" not in words and words[1] not in ("--list", "NAME"):
                     parse(words[1], words[2:])
