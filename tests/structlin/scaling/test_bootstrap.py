@@ -36,10 +36,10 @@ def test_parametric_interval_is_that_of_student() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("method", "n", "least"), [("parametric", 4, 0.85), ("residuals", 12, 0.78), ("cases", 12, 0.7)]
+    ("method", "n", "least"), [("parametric", 4, 0.85), ("residuals", 12, 0.84), ("cases", 12, 0.86)]
 )
 def test_coverage(method: str, n: int, least: float) -> None:
-    """Nominally 0.9, in 200 experiments: five standard errors of a share are 0.11. Cases are narrower, as stated."""
+    """Nominally 0.9, in 200 experiments: two standard errors of a share are 0.04."""
     compute, law = np.logspace(6, 9, n), PowerLaw(1.0, 0.12)
     inside = []
     for seed in range(200):

@@ -155,6 +155,20 @@ def test_bootstrap(method: str) -> None:
     assert drawn.allocation().low < fit.law.allocation < drawn.allocation().high
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("models", [4, 5])
+def test_coverage(models: int) -> None:
+    """Nominally 0.9, in 200 experiments: two standard errors of a share are 0.04, and wide is allowed."""
+    n, d = grid(models, 3)
+    inside: dict[str, list[bool]] = {}
+    for seed in range(200):
+        drawn = fit_loss_law(n, d, noisy(LAW, n, d, seed)).bootstrap(100, seed=seed)
+        for term in TERMS:
+            value = drawn.term(term, confidence=0.9)
+            inside.setdefault(term, []).append(not value.excludes(getattr(LAW, term)))
+    assert all(np.mean(each) >= 0.86 for each in inside.values()), {k: np.mean(v) for k, v in inside.items()}
+
+
 def test_notes_name_what_the_points_do_not_determine() -> None:
     n, d = grid()
     assert fit_loss_law(n, d, noisy(LAW, n, d, 0)).notes == ()
