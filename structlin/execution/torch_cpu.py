@@ -19,6 +19,7 @@ from structlin.execution import choice
 from structlin.execution._gradients import chain_gradients
 from structlin.execution._guard import Guard, addressable, recording, transforming
 from structlin.execution._kept import kept
+from structlin.execution.batched import BatchedChain
 from structlin.execution.chunked import ChunkedChain
 from structlin.execution.compiled._target import CompileError, warn_once
 from structlin.execution.compiled.passes import FusedChain
@@ -76,6 +77,7 @@ class CPUChain:
         self.guard = Guard(structure)
         self._chain = structure.steps, structure.sizes, structure.d_in, structure.d_out, rows
         self.compiled = FusedChain(*self._chain)
+        self.batched = BatchedChain(structure.steps, dict(structure.sizes), rows, structure.padding)
         self.chunked = ChunkedChain(structure.steps, dict(structure.sizes), rows, structure.padding)
         self.stored: Any = StoredChain(self.compiled)  # no way asks for the backward pass that it lacks
         self._others: dict[str, FusedChain] = {}  # by tiles, in slices, or in other blocks of tokens
@@ -84,14 +86,16 @@ class CPUChain:
     def passes(self, kind: str, dtype: torch.dtype) -> Passes | None:
         """The passes of a kind; None where they cannot run this chain in this dtype.
 
-        ``chunked``; ``compiled``, also with a number of tokens in a block as in ``compiled-48``, or by tiles where the
-        processor has them, ``compiled-tiles``; ``-near`` after these two: in slices that stay in the second level of
-        cache; ``stored``, which is compiled for one or a few tokens and has no backward pass.
+        ``batched``; ``chunked``; ``compiled``, also with a number of tokens in a block as in ``compiled-48``, or by
+        tiles where the processor has them, ``compiled-tiles``; ``-near`` after these two: in slices that stay in the
+        second level of cache; ``stored``, which is compiled for one or a few tokens and has no backward pass.
         """
         if dtype not in _DTYPES:
             return None
         if kind == "chunked":
             return self.chunked if self.chunked.merges else None
+        if kind == "batched":
+            return self.batched if self.batched.runs else None
         if kind == "stored":
             return self.stored if not self.compiled.failed and self.stored.program(dtype) is not None else None
         found = self.compiled

@@ -136,7 +136,7 @@ class PassesWay(TorchWay):
 
     def __init__(self, name: str, forward: str, back: str | None) -> None:
         self.name, self.forward, self.back = name, forward, back
-        self.group = "chunked" if name == "chunked" else "compiled"
+        self.group = name if name in ("batched", "chunked") else "compiled"
 
     def supports(self, problem: Problem) -> bool:
         if problem.device != "cpu" or (problem.train and self.back is None):
@@ -203,6 +203,31 @@ class PassesWay(TorchWay):
 
     def back_passes(self, structure: Structure, rows: bool, dtype: torch.dtype) -> Passes | None:
         return None if self.back is None else chain_of(structure, rows).passes(self.back, dtype)
+
+
+class BatchedWay(PassesWay):
+    """One batched product for each step, forward and backward (:mod:`.batched`)."""
+
+    def __init__(self) -> None:
+        super().__init__("batched", "batched", "batched")
+
+    def seconds(self, problem: Problem) -> float:
+        return TorchWay.seconds(self, problem)  # nothing is compiled but copies of factors
+
+    def least(self, problem: Problem) -> float:
+        return TorchWay.least(self, problem)
+
+    def model(self, problem: Problem) -> float:
+        found, tokens = self.rates(problem), problem.tokens
+        chain = chain_of(problem.structure, problem.rows).batched
+        total = 0.0
+        for number, (batch, free, contracted) in enumerate(chain.products):
+            total += found.product(batch, contracted, free, tokens, rows=True)
+            if number:
+                total += batch * contracted * tokens * found.run
+        total *= models.PASSES if problem.train else 1
+        copies = 3 if problem.train else 1  # of a factor: for each pass, and of its gradient
+        return total + copies * problem.structure.num_params * found.run
 
 
 class TilesWay(PassesWay):
@@ -351,6 +376,7 @@ for _way in (
     products_way,
     token_major_way,
     Dense(),
+    BatchedWay(),
     PassesWay("chunked", "chunked", "chunked"),
     compiled_way,
     PassesWay("compiled-chunked", "compiled", "chunked"),

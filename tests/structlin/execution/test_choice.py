@@ -64,7 +64,7 @@ class TestPolicy:
         with pytest.raises(ValueError, match="'quick' is no mode"):
             STRUCTURE.apply(factors, torch.ones(3, 40))
 
-    @pytest.mark.parametrize("name", ["products", "token_major", "chunked", "compiled", "dense"])
+    @pytest.mark.parametrize("name", ["products", "token_major", "batched", "chunked", "compiled", "dense"])
     @pytest.mark.parametrize("train", [False, True])
     def test_a_named_way_runs_and_is_right(self, name: str, train: bool) -> None:
         structure = sl.design("block_tensor_train", (96, 60), rank=2)

@@ -57,6 +57,7 @@ def draw_passes(rng, chain, dtype):
     """A way that runs this chain in this dtype, whether it is the fastest or not."""
     ways = [SingleProducts(chain.structure, chain.rows)]
     ways += [chain.chunked] if chain.chunked.merges else []
+    ways += [chain.batched] if chain.batched.runs else []
     ways += [chain.compiled] * 3 if chain.compiled._program(dtype) is not None else []
     return ways[rng.integers(len(ways))]
 
