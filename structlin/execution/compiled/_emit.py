@@ -34,6 +34,7 @@ class Emitter:
         self.lanes = target.width // BYTES[element]
         self.short = {"float": "f32", "double": "f64", "bfloat": "i16", "i32": "i32", "i64": "i64"}
         self.vector = f"<{self.lanes} x {element}>"
+        self.ahead: Callable[[], None] | None = None  # asks for memory that is used later; for each tile of a product
 
     # -- memory --------------------------------------------------------------------------------------------------------
 

@@ -185,6 +185,8 @@ class Loops:
 
     def _tile(self, at: Places, rows: int, lanes: Sequence[int]) -> None:
         """Sums of rows and vectors; of two such tiles at once, if they are to be zipped."""
+        if self.emitter.ahead is not None:
+            self.emitter.ahead()
         emitter, code, width = self.emitter, self.code, self.emitter.lanes
         down, apart = self._strides(self.product.down), self._strides(self.zipped)
         cells = [(z, r, k) for z in range(2 if self.zipped else 1) for r in range(rows) for k in range(len(lanes))]

@@ -156,6 +156,15 @@ class Product:
         """Whether the rows of a tile are tokens, so that two of them can be stored side by side."""
         return self.along is None and self.down is not None and self.down.size == 0
 
+    def tiles(self, target: Target, element: str, tokens: int) -> int:
+        """About how many tiles in registers there are for so many tokens; 0 where their numbers are vectors."""
+        if self.along is not None:
+            return 0
+        vectors = math.ceil(self.across.size * BYTES[element] / target.width)
+        rows = 1 if self.down is None else (self.down.size or tokens) / max_rows(target, min(vectors, VECTORS))
+        outer = math.prod(a.size or tokens for a in (*self.outer, *self.near))
+        return math.ceil(vectors / VECTORS) * math.ceil(rows) * outer
+
     def cost(self, target: Target, element: str) -> float:
         """Estimated instructions for one token: loads, and multiplications of vectors with their unused lanes."""
         lanes = target.width // BYTES[element]

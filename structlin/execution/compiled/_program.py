@@ -292,7 +292,7 @@ class Program:
                 source = at(forms.one(arrays, "state", last))
                 self.write(emitter, source, schedule.rows[last], at(y), (self.strides[1], self.d_out))
 
-        return writer.compile(body)
+        return writer.compile(body, self._inputs(x), schedule.forward)
 
     @_once
     def backward(self, needs: tuple[bool, ...], kept: bool, shared: bool = False) -> Pass:
@@ -343,7 +343,12 @@ class Program:
                 wide = self.strides[0], self.d_in
                 self.write(emitter, at(forms.one(arrays, "flow", 0)), rows[0], at(gx), wide)
 
-        return writer.compile(body)
+        ran = [schedule.forward[k] for k in again] + [schedule.back[k] for k in passed]
+        return writer.compile(body, self._inputs(x, gy), [*ran, *(schedule.gradients[k] for k in wanted)])
+
+    def _inputs(self, *arrays: Array) -> Sequence[Array]:
+        """Those to be asked for ahead: whole rows, one after the other."""
+        return arrays if self.rows and self.part is None else ()
 
     def write_states(
         self, writer: Writer, emitter: Emitter, at: At, forms: Forms, arrays: Mapping[Key, Array],

@@ -18,7 +18,7 @@ from structlin._parse import Step
 from structlin.execution.compiled._arrange import arrangeable
 from structlin.execution.compiled._product import BYTES, TOKENS, Axis, Product, Strides, make_products
 from structlin.execution.compiled._target import Target
-from structlin.execution.compiled._tiles import Turn, cost_of, faster, gradient_cost, with_turn
+from structlin.execution.compiled._tiles import SIDE, Turn, cost_of, faster, gradient_cost, with_turn
 
 LINE = 64  # bytes
 PAIR = {"plain": 0, "half": 2, "zipped": 1}  # elements of a pair in an activation of this form; there are none in plain
@@ -54,6 +54,15 @@ class Operation:
         """Estimated instructions for one token, with those of its copy."""
         copy = 0.0 if self.turn is None else self.turn.cost
         return cost_of(self.product, target, element, self._unit) + copy
+
+    def tiles(self, target: Target, element: str, tokens: int) -> int:
+        """About how many tiles of sums it computes for so many tokens, in registers, or by four of AMX."""
+        product = self.product
+        if not self.by_tiles(target, element):
+            return product.tiles(target, element, tokens)
+        outer = math.prod(a.size or tokens for a in (*product.outer, *product.near))
+        down = product.down.size if product.down and product.down.size else tokens
+        return outer * math.ceil(product.across.size / (2 * SIDE)) * math.ceil(down / (2 * SIDE))
 
     @property
     def _unit(self) -> int:

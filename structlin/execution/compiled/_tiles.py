@@ -379,6 +379,8 @@ class _TileLoops(Loops):
 
     def _tiles(self, at: Places, rows: list[_Span], columns: list[_Span]) -> None:
         """Up to four tiles of sums: of rows and columns, or of columns of two items that are to be zipped."""
+        if self.emitter.ahead is not None:
+            self.emitter.ahead()
         items = range(2 if self.zipped else 1)
         cells = [(z, r, c) for z in items for r in range(len(rows)) for c in range(len(columns))]
 

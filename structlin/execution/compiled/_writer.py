@@ -9,6 +9,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from structlin.execution.compiled import _tiles as tiles
+from structlin.execution.compiled._ahead import Ahead
 from structlin.execution.compiled._emit import Emitter, Memory
 from structlin.execution.compiled._forms import Array, Forms, Key
 from structlin.execution.compiled._ir import Code, Int
@@ -110,12 +111,21 @@ class Writer:
             bias=bias, tokens=tokens, zipped=operation.zips, buffer=self.buffer,
         )  # fmt: skip
 
-    def compile(self, body: Callable[[Emitter, Callable[[Array], Memory]], None]) -> Pass:
-        code = self.code
+    def compile(
+        self, body: Callable[[Emitter, Callable[[Array], Memory]], None], inputs: Sequence[Array] = (),
+        operations: Sequence[Operation] = (),
+    ) -> Pass:  # fmt: skip
+        """The pass whose blocks are ``body``; in its ``operations`` the ``inputs`` of the next block are asked for."""
+        code, program = self.code, self.program
+        tiles_of_block = sum(one.tiles(program.target, program.inside, self.block) for one in operations)
+        ahead = Ahead(code, inputs, self.block, tiles_of_block) if inputs and tiles_of_block else None
 
         def block(first: int | str, _: list[str]) -> None:
             count = code.least(code.subtract("%last", first), self.block)
-            emitter = Emitter(code, self.program.target, self.program.inside, count, self.block)
+            emitter = Emitter(code, program.target, program.inside, count, self.block)
+            if ahead is not None:
+                ahead.start(first)
+                emitter.ahead = ahead.ask
 
             def at(array: Array) -> Memory:
                 offset = code.multiply(first, array.row)
@@ -124,9 +134,9 @@ class Writer:
             body(emitter, at)
 
         code.loop("%first", "%last", self.block, block)
-        if self.program.tiles:
+        if program.tiles:
             tiles.release(code)
-        target = self.program.target
+        target = program.target
         text = code.function("chain", "ptr %table, i64 %first, i64 %last, i64 %total", target.attributes)
         run = load(text, "chain", target, [ctypes.c_void_p, *[ctypes.c_int64] * 3])
         return Pass(run, self.bytes, self.block)
