@@ -173,8 +173,11 @@ def result_path(text: str, device: str = "cpu") -> Path:
     if Path(text).suffix:
         return Path(text)
     found = machine(device)
-    name = str(found.get("gpu") or found["processor"]["name"])  # type: ignore[index]
+    processor: dict = found["processor"]  # type: ignore[assignment]
+    name = str(found.get("gpu") or processor["name"])
     slug = "-".join("".join(c if c.isalnum() else " " for c in name.lower()).split())[:40].strip("-")
+    if "gpu" not in found:  # processors of one name may differ
+        slug = "-".join([slug, *(processor[key] for key in ("family", "model") if key in processor)])
     return RESULTS / slug / f"{text}.json"
 
 

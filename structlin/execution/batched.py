@@ -181,9 +181,10 @@ def _copy(x: Tensor, order: tuple[int, ...], back: bool) -> Tensor:
     if moved.is_contiguous():
         return moved
     shape = tuple(moved.shape) if back else tuple(x.shape)  # of the factor
-    found = None
-    if x.is_contiguous() and (target := host()) is not None:
-        found = _copies(shape, order, back, _NAMES[x.dtype], target)
+    target = host()
+    if target is None or not x.is_contiguous():
+        return moved.contiguous()
+    found = _copies(shape, order, back, _NAMES[x.dtype], target)
     if found is None:
         return moved.contiguous()
     made = torch.empty(moved.shape, dtype=x.dtype, device="cpu")
