@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from structlin.execution.blocks import TorchBlock, torch_block
 from structlin.structure import Structure
 from structlin_nn.torch._factors import values
-from structlin_nn.torch.linear import StructuredLinear
+from structlin_nn.torch.linear import StructuredLinear, cast_to
 
 __all__ = ["ACTIVATIONS", "StructuredMLP", "fuse_mlps", "mlp", "projections"]
 
@@ -38,8 +38,10 @@ def mlp(
     and it is faster, they run as one compiled pass in blocks of a few tokens. The hidden features are then never
     stored, neither in the forward pass nor for the backward pass, which computes them again from ``x``.
 
-    Layer after layer is run instead under ``torch.compile``, export, autocast, ``torch.func`` transformations and
-    dispatch modes, if a module has hooks, and for other devices, dtypes and structures.
+    Under autocast the products run in its dtype, and the norm and the sum with ``x`` outside of the pass.
+
+    Layer after layer is run instead under ``torch.compile``, export, ``torch.func`` transformations and dispatch modes,
+    if a module has hooks, and for other devices, dtypes and structures.
 
     Args:
         x: (..., d), floating.
@@ -60,15 +62,20 @@ def mlp(
     >>> torch.allclose(mlp(x, up, down), down(F.gelu(up(x))), atol=1e-5)
     True
     """
-    function = _function(activation)
+    function, h, found = _function(activation), x, None
+    # Under autocast a norm and a sum have another dtype than the products.
+    apart = norm is not None and torch.is_autocast_enabled("cpu")
+    if norm is not None and apart:
+        h = norm(x)
     if not torch.compiler.is_compiling():
-        first = [up] if gate is None else [gate, up]
-        found = _one_pass(x, first, down, activation, norm, residual)
-        if found is not None:
+        first, inside = [up] if gate is None else [gate, up], residual and not torch.is_autocast_enabled("cpu")
+        found = _one_pass(h, first, down, activation, None if apart else norm, inside)
+        if found is not None and inside == residual:
             return found[0]
-    h = x if norm is None else norm(x)
-    h = function(up(h)) if gate is None else function(gate(h)) * up(h)
-    y: Tensor = down(h)
+    if found is None:
+        h = h if norm is None or apart else norm(x)
+        h = function(up(h)) if gate is None else function(gate(h)) * up(h)
+    y: Tensor = down(h) if found is None else found[0]
     if residual:
         if y.shape != x.shape:
             raise ValueError(
@@ -87,6 +94,8 @@ def projections(x: Tensor, layers: Sequence[nn.Module], norm: nn.Module | None =
     >>> [tuple(y.shape) for y in projections(torch.randn(5, 32), layers)]
     [(5, 32), (5, 16), (5, 16)]
     """
+    if norm is not None and torch.is_autocast_enabled("cpu"):  # it has another dtype than the products
+        x, norm = norm(x), None
     if not torch.compiler.is_compiling():
         found = _one_pass(x, layers, None, None, norm, False)
         if found is not None:
@@ -267,7 +276,7 @@ def _one_pass(
 ) -> tuple[Tensor, ...] | None:  # fmt: skip
     """The outputs, where the layers can run as one pass and that is faster."""
     layers = first if second is None else [*first, second]
-    if not x.is_cpu or not all(_is_plain(layer) for layer in layers) or torch.is_autocast_enabled("cpu"):
+    if not x.is_cpu or not all(_is_plain(layer) for layer in layers):
         return None
     whole = cast(Sequence[StructuredLinear], layers)
     size = whole[0].in_features
@@ -292,7 +301,11 @@ def _one_pass(
     for layer in whole:
         operands += values(layer._modules["factors"]) if layer._bare else layer.effective_factors()
     lead = x.shape[:-1]
-    found = block(x if x.ndim == 2 else x.reshape(math.prod(lead), size), operands)
+    if torch.is_autocast_enabled("cpu"):
+        dtype = torch.get_autocast_dtype("cpu")
+        x, operands = cast_to(x, dtype), [None if t is None else cast_to(t, dtype) for t in operands]
+    with torch.autocast("cpu", enabled=False):  # what is cast already can be read by address
+        found = block(x if x.ndim == 2 else x.reshape(math.prod(lead), size), operands)
     if found is None or x.ndim == 2:
         return found
     return tuple(y.reshape(*lead, y.shape[-1]) for y in found)

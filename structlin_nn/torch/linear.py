@@ -213,8 +213,8 @@ class StructuredLinear(nn.Module):
         device = "cpu" if x.is_cpu else x.device.type
         if (device in _AUTOCAST or torch.amp.is_autocast_available(device)) and torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
-            x, factors = _cast(x, dtype), tuple(_cast(f, dtype) for f in factors)
-            bias = None if bias is None else _cast(bias, dtype)
+            x, factors = cast_to(x, dtype), tuple(cast_to(f, dtype) for f in factors)
+            bias = None if bias is None else cast_to(bias, dtype)
             with torch.autocast(device, enabled=False):  # the products need not look at each operand again
                 return self._affine(x, factors, bias)
         return self._affine(x, factors, bias)
@@ -281,5 +281,6 @@ class StructuredLinear(nn.Module):
         return f"{text}, checkpoint=True" if self.checkpoint else text
 
 
-def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+def cast_to(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """``x`` as autocast hands it to a product."""
     return x.to(dtype) if x.dtype in _CAST else x

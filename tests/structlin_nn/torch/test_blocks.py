@@ -90,7 +90,7 @@ def seen_by_hooks(up: StructuredLinear, down: StructuredLinear) -> None:
 
 
 def test_what_watches_the_layers_sees_them() -> None:
-    """Hooks, dispatch modes, transformations and autocast get layer after layer."""
+    """Hooks, dispatch modes and transformations get layer after layer."""
     up, down = linear(24, 40), linear(40, 24)
     x = torch.randn(3, 24)
     seen_by_hooks(up, down)
@@ -100,10 +100,33 @@ def test_what_watches_the_layers_sees_them() -> None:
     expected = torch.func.jacrev(lambda x: down(F.gelu(up(x))))(x[0])
     torch.testing.assert_close(torch.func.jacrev(model)(x[0]), expected)
     torch.testing.assert_close(torch.func.vmap(model)(x), model(x))
-    with torch.autocast("cpu", torch.bfloat16):
-        assert model(x).dtype is torch.bfloat16
     assert taken(lambda: mlp(x, linear(24, 40, checkpoint=True), down)) == []
     assert taken(lambda: mlp(x, nn.Linear(24, 40), down)) == []
+
+
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("normed", [False, True])
+def test_autocast(normed: bool, residual: bool) -> None:
+    """One pass in bfloat16; the norm and the sum have the dtypes that they have layer after layer."""
+    up, down, norm = linear(24, 40), linear(40, 24), nn.LayerNorm(24) if normed else None
+    x = torch.randn(5, 24, generator=torch.Generator().manual_seed(1), requires_grad=True)
+    parameters = [x, *up.parameters(), *down.parameters()]
+
+    def separate() -> torch.Tensor:
+        y = down(F.gelu(up(x if norm is None else norm(x))))
+        return x + y if residual else y
+
+    found: list[list[torch.Tensor]] = []
+    with torch.autocast("cpu", torch.bfloat16):
+        assert taken(lambda: mlp(x, up, down, norm=norm, residual=residual)) == ["block-0"]
+        assert taken(lambda: projections(x, [up, up], norm)) == ["block-0"]
+        with execution.using("compiled"):
+            for call in (lambda: mlp(x, up, down, norm=norm, residual=residual), separate):
+                y = call()
+                found.append([y, *torch.autograd.grad(y.float().square().sum(), parameters)])
+    for got, expected in zip(*found, strict=True):
+        assert got.dtype is expected.dtype
+        assert (got - expected).norm() < 0.02 * expected.norm()
 
 
 def test_wrong_sizes_are_named() -> None:
