@@ -1,11 +1,17 @@
 """Settings of the documentation: ``sphinx-build -W -b html docs docs/_build/html``."""
 
 import sys
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import structlin
 
 sys.path.insert(0, str(Path(__file__).parent / "_extensions"))
+# Repairs the import of torchvision where its operators are missing, without which transformers cannot be imported.
+_file = Path(__file__).parents[1] / "tests" / "child_processes" / "sitecustomize.py"
+_spec = spec_from_file_location("torchvision_repair", _file)
+sys.modules["torchvision_repair"] = _repair = module_from_spec(_spec)  # what it registers lives as long as it does
+_spec.loader.exec_module(_repair)
 
 project = "structlin"
 author = "The structlin developers"

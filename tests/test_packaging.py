@@ -211,7 +211,12 @@ class TestRequirements:
             "structlin.execution._guard": "torch",
             "structlin.execution._gradients": "torch",
             "structlin.execution.token_major": "torch",
+            "structlin.execution.batched": "torch",
             "structlin.execution.chunked": "torch",
+            "structlin.execution.strided": "torch",
+            "structlin.execution.torch_cuda": "torch",
+            "structlin.execution.traffic": "torch",
+            "structlin.execution.fused": "torch",
             "structlin.execution.compiled._buffers": "torch",
             "structlin.execution.compiled.passes": "torch",
             "structlin.execution.compiled.stored": "torch",
@@ -219,7 +224,9 @@ class TestRequirements:
             "structlin.execution.jax_cpu": "jax",
             "structlin.execution.compiled.xla": "jax",
         }
-        assert eager == {(name.replace(".", "/") + ".py", library) for name, library in modules.items()}
+        files = {name: Path(*name.split(".")) for name in modules}
+        paths = {n: p / "__init__.py" if (ROOT / p).is_dir() else p.with_suffix(".py") for n, p in files.items()}
+        assert eager == {(paths[name].as_posix(), library) for name, library in modules.items()}
         code = f"import sys, structlin; sys.exit(any(name in sys.modules for name in {list(modules)}))"
         subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 

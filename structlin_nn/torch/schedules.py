@@ -150,7 +150,7 @@ def with_multipliers(make: Callable[..., Any], optimizer: Optimizer, *args: Any,
     Args:
         make: class of the scheduler, of torch or timm, or a function from an optimiser to a scheduler.
         optimizer: with groups of :func:`parameter_groups`.
-        *args, **kwargs: of the scheduler; rates are those at base width.
+        args, kwargs: of the scheduler; rates are those at base width.
 
     Returns:
         A scheduler to be stepped as the one inside.
