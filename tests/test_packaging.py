@@ -28,6 +28,11 @@ MAX_LINES = 600
 MAX_IMPORT_SECONDS = 0.5
 DATA_SUFFIXES = {".json", ".jsonl", ".csv", ".npz", ".png", ".svg"}
 # Import names that differ from the name of the distribution. plum comes with cola-ml, which pins it.
+OPTIONAL = (
+    "structlin_nn/torch/peft.py",
+    "structlin_nn/torch/transformers.py",
+    "structlin/execution/fused/_kernels.py",
+)
 DISTRIBUTIONS = {
     "PIL": "pillow",
     "cola": "cola-ml",
@@ -191,6 +196,7 @@ class TestRequirements:
             for path in files
             for module, _ in imports(ROOT / path)
             if module not in sys.stdlib_module_names and module not in local
+            if module != "triton"  # comes with torch for CUDA
             if canonicalize_name(DISTRIBUTIONS.get(module, module)) not in declared
         }
         assert files
@@ -305,7 +311,7 @@ class TestWheel:
             for name in names
             if name.endswith(".py") and not name.endswith("__main__.py")
             # They import what may not be installed, and torchvision, which conftest.py repairs for the tests alone.
-            if name not in ("structlin_nn/torch/peft.py", "structlin_nn/torch/transformers.py")
+            if name not in OPTIONAL
         )
         imported = run_python(
             "import importlib, sys\nfor name in sys.argv[1:]:\n    print(importlib.import_module(name).__file__)",

@@ -133,7 +133,7 @@ def tune(
     >>> layer = StructuredLinear(64, 48, structure="monarch", blocks=4)
     >>> found = tune(lambda: layer(torch.ones(32, 64)).sum().backward(), progress=False)
     >>> [sorted(ways)[0] for ways in found.values()]
-    ['chunked']
+    ['batched']
     """
     problems = list(_met(run)) if callable(run) else list(run)
     bar: Any = problems
