@@ -44,7 +44,7 @@ from structlin import execution
 from structlin.execution import choice, traffic, wisdom
 from structlin.execution.choice import Problem, Way
 from structlin_nn.models import GPT2, GPT2Config, StructureConfig, ViT, ViTConfig
-from structlin_nn.torch import StructuredLinear
+from structlin_nn.torch import StructuredLinear, parameter_groups
 
 CHAINS: dict[str, tuple[str, dict[str, Any]]] = {
     "BTT 1": ("block_tensor_train", {"rank": 1}),
@@ -390,7 +390,7 @@ def steps(run: Run) -> None:
 
 
 def trainer(network: nn.Module, forward: Callable[[Tensor], Tensor], x: Tensor, target: Tensor) -> Callable[[], object]:
-    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4, fused=True)
+    optimizer = torch.optim.AdamW(parameter_groups(network, lr=1e-4), fused=True)
 
     def step() -> None:
         with torch.autocast(x.device.type, torch.bfloat16):

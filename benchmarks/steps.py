@@ -44,7 +44,7 @@ from structlin.execution import choice
 from structlin_nn.models.factory import StructureConfig
 from structlin_nn.models.mlp import MLP, MLPConfig
 from structlin_nn.models.transformer import GPT2, GPT2Config, ViT, ViTConfig
-from structlin_nn.torch import StructuredLinear, count, replace_linear
+from structlin_nn.torch import StructuredLinear, count, parameter_groups, replace_linear
 
 DENSE = StructureConfig()
 KINDS = ("step", "inference")
@@ -115,7 +115,7 @@ CASES = {
 
 
 def trainer(model: nn.Module, x: Tensor, target: Tensor, compiled: bool) -> Callable[[], object]:
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    optimizer = torch.optim.AdamW(parameter_groups(model, lr=1e-4), fused=True)
     forward = torch.compile(model) if compiled else model
 
     def step() -> None:
