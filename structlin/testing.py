@@ -44,6 +44,7 @@ __all__ = [
 
 Apply = Callable[[Sequence[Array], Array], Array]
 _ROUNDOFF = {"float64": 2.0**-53, "float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
+_SUBNORMAL = {"float16": 2.0**-24}  # the smallest number above 0, where products of usual size may come near to it
 _LEADING_SHAPES = ((), (1,), (0,), (2, 3), (2, 0, 3))
 _SAFETY = 8  # how many roundoffs each step may lose, relative to the product of absolute values
 
@@ -370,6 +371,7 @@ class _Values:
         self.apply = self.transform(structure.apply)
         self.backend = backend_of(factors[0])
         self.loss = _SAFETY * len(structure.factors) * unit_roundoff(dtype)
+        self.underflow = _SAFETY * len(structure.factors) * _SUBNORMAL.get(dtype, 0.0)
         # What the products could be without cancellation; a bound in the norm where the structure is no chain.
         self.bound = (
             dense_matrix(structure, [np.abs(to_numpy(f)) for f in factors])
@@ -387,7 +389,7 @@ class _Values:
         _require(tuple(got.shape) == wanted.shape, f"{self.structure!r}: {what} has shape {tuple(got.shape)}")
         _require(dtype_name(got.dtype) == self.dtype, f"{self.structure!r}: {what} has dtype {got.dtype}")
         error = np.abs(to_numpy(got) - wanted)
-        allowed = self.loss * bound
+        allowed = self.loss * bound + self.underflow
         _require(
             bool(np.all(error <= allowed)),
             f"{self.structure!r} ({self.backend}, {self.dtype}): {what} is off by up to "
