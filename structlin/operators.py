@@ -387,8 +387,8 @@ def _resolve_dtype(backend: str, dtype: Any) -> Any:
         config: Any = jax.config
         if name in ("float64", "complex128") and not config.jax_enable_x64:
             raise ValueError(
-                f"jax computes in 32 bits here, so {name} is not to be had; "
-                "enable it with jax.config.update('jax_enable_x64', True)"
+                f"jax computes in 32 bits here and has no {name}; "
+                "enable 64 bits with jax.config.update('jax_enable_x64', True)"
             )
         return jnp.dtype(name)
     return np.dtype(name)

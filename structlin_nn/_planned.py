@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,9 +18,10 @@ from structlin_nn.counting import ModelCount, count, roofline, training_bytes
 from structlin_nn.counting._memory import itemsize, states_of
 from structlin_nn.counting._named import loss_of
 from structlin_nn.models import MODELS, StructureConfig, build_model
+from structlin_nn.models.named import own_function
 from structlin_nn.torch import StructuredLinear, replace_linear
 
-__all__ = ["RESOURCES", "Choice", "Costs", "own_function"]
+__all__ = ["RESOURCES", "Choice", "Costs"]
 
 RESOURCES = ("forward_macs", "params", "bytes", "training_flops", "step_seconds", "run_seconds")
 _FEW_BLOCKS = 4  # from which on a model of so many blocks is costed by those of one and of two
@@ -273,20 +273,3 @@ class Costs:
 
 def _whole(value: float) -> int | float:
     return int(value) if float(value).is_integer() else value
-
-
-def own_function(path: str) -> Callable[..., Any]:
-    """The function that ``package.module:function`` names.
-
-    Raises ValueError for a path that leads to no function.
-    """
-    module_name, colon, name = path.partition(":")
-    if not colon or not name or not module_name:
-        raise ValueError(f"a model of your own is package.module:function, got {path!r}")
-    try:
-        function = getattr(importlib.import_module(module_name), name)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"{path} cannot be imported: {error}") from error
-    if not callable(function):
-        raise ValueError(f"{path} must be a function of a width, got {function!r}")
-    return function

@@ -8,7 +8,6 @@ random inputs and classes, and fits the slopes of both on logarithmic axes.
 
 from __future__ import annotations
 
-import importlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from structlin_nn.models import MODELS, StructureConfig, base_model, build_model
+from structlin_nn.models.named import own_function
 from structlin_nn.torch import Muon, StructuredLinear, parameter_groups, replace_linear
 
 __all__ = [
@@ -324,15 +324,7 @@ def builder_of(
         structure: replace linear layers by this structure (:func:`structlin_nn.torch.replace_linear`), by ``layers``,
             ``rms_cap``, ``rule`` and ``options``; None: as is.
     """
-    module_name, colon, name = path.partition(":")
-    if not colon or not name or not module_name:
-        raise ValueError(f"a model of your own is package.module:function, got {path!r}")
-    try:
-        function = getattr(importlib.import_module(module_name), name)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"{path} cannot be imported: {error}") from error
-    if not callable(function):
-        raise ValueError(f"{path} must be a function of a width, got {function!r}")
+    function = own_function(path)
 
     def build(width: int) -> Made:
         made = function(width)

@@ -50,12 +50,6 @@ class _Move:
         inverse = [self.order.index(axis) for axis in range(len(self.order))]
         return x.reshape([self.sizes[axis] for axis in self.order]).permute(inverse).reshape(self.before)
 
-    @property
-    def copies(self) -> bool:
-        """Whether the axes other than the tokens change their order."""
-        order = [axis for axis in self.order if self.sizes[axis] not in (-1, 1)]
-        return order != sorted(order)
-
 
 def _move(source: Sequence[str], target: Sequence[str], sizes: Mapping[str, int]) -> _Move:
     """Of arrays whose axes are named by the axes of a chain that they merge."""
@@ -128,9 +122,9 @@ class BatchedChain:
         lowest = -1 if needs[0] else min(wanted)
         x, gy = self._padded(x.detach(), 0), gy.detach()
         weights = [self._arranged(factor.detach(), k) for k, factor in enumerate(factors)]
-        states = [_plain(self.enter[0](x)) if 0 in wanted else x, *kept]
+        first = self.enter[0](x)
+        states = [_plain(first) if 0 in wanted else first, *kept]
         for k in range(len(states), max(wanted, default=0) + 1):
-            states[0] = self.enter[0](x) if k == 1 and 0 not in wanted else states[0]
             states.append(self.enter[k](_product(states[k - 1], weights[k - 1].mT)))
         found: list[Tensor | None] = [None] * len(factors)
         flow, gx = _plain(self.leave.back(self._padded(gy, 1))), None

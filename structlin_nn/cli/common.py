@@ -89,7 +89,12 @@ def structure_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--cores", type=int, metavar="C", help="number of factors of a Kronecker or Tensor-Train form")
     group.add_argument("--factorization", metavar="RULE", help="how sizes are split: balanced or greedy (the paper's)")
     group.add_argument(
-        "--option", type=_pair, action="append", default=[], metavar="NAME=JSON", help="any other option, repeatable"
+        "--option",
+        type=name_and_value,
+        action="append",
+        default=[],
+        metavar="NAME=JSON",
+        help="any other option, repeatable",
     )
 
 
@@ -112,7 +117,8 @@ def _integers(text: str) -> Any:
     return numbers[0] if len(numbers) == 1 else tuple(numbers)
 
 
-def _pair(text: str) -> tuple[str, Any]:
+def name_and_value(text: str) -> tuple[str, Any]:
+    """An option NAME=JSON."""
     name, equals, value = text.partition("=")
     if not equals or not name:
         raise argparse.ArgumentTypeError(f"must be NAME=JSON, got {text!r}")

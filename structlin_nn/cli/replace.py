@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import json
 import warnings
 from typing import Any
 
-from structlin_nn.cli.common import UsageError, choice, given_structure_options, print_json, structure_options
+from structlin_nn.cli.common import (
+    UsageError,
+    choice,
+    given_structure_options,
+    name_and_value,
+    print_json,
+    structure_options,
+)
 
 HELP = "show what becomes of each weight matrix of any model with structured layers"
 DEARER = ("warn", "error", "skip", "allow")
@@ -38,21 +44,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="where a form costs more than dense: warn, error, skip, allow (warn)",
     )  # fmt: skip
     parser.add_argument(
-        "--model-option", type=_pair, action="append", default=[], metavar="NAME=JSON",
+        "--model-option", type=name_and_value, action="append", default=[], metavar="NAME=JSON",
         help="argument of the model or its configuration, repeatable",
     )  # fmt: skip
     structure_options(parser)
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-
-
-def _pair(text: str) -> tuple[str, Any]:
-    name, equals, value = text.partition("=")
-    if not equals or not name:
-        raise argparse.ArgumentTypeError(f"must be NAME=JSON, got {text!r}")
-    try:
-        return name, json.loads(value)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"the value of {name} must be JSON, got {value!r}") from None
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import nn
 
 from structlin_nn._text import suggestion
 
-__all__ = ["FORMS", "open_named"]
+__all__ = ["FORMS", "open_named", "own_function"]
 
 FORMS = "timm:NAME, hf:CONFIG (a model type or a folder with config.json), or package.module:function"
 
@@ -94,3 +95,20 @@ def _own(module: str, name: str, options: dict[str, Any]) -> Any:
     if make is None:
         raise ValueError(f"module {module} has no {name!r}{suggestion(name, vars(found))}")
     return make if isinstance(make, nn.Module) else make(**options)
+
+
+def own_function(path: str) -> Callable[..., Any]:
+    """The function that ``package.module:function`` names.
+
+    Raises ValueError for a path that leads to no function.
+    """
+    module_name, colon, name = path.partition(":")
+    if not colon or not name or not module_name:
+        raise ValueError(f"a model of your own is package.module:function, got {path!r}")
+    try:
+        function = getattr(importlib.import_module(module_name), name)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"{path} cannot be imported: {error}") from error
+    if not callable(function):
+        raise ValueError(f"{path} must be a function of a width, got {function!r}")
+    return function

@@ -378,7 +378,7 @@ class TestStartingWeights:
         lines = read_record(gpt2.train(config, options, watch=follow).record).evaluations
         assert lines[-1]["batch_loss"] < lines[1]["batch_loss"]
         assert len(seen["ranks"]) > 2
-        # Resumed to the bit, without the file.
+        # A resumed run is bit-identical, and does not need the file.
         part = replace(options, out=tmp_path / "part")
         gpt2.train(config, part, watch=lambda run, loss: run.step == 13)
         projected.unlink()
