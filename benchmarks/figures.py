@@ -39,6 +39,8 @@ FIGURES: dict[str, tuple[str, str, tuple[str, ...]]] = {
 def call(file: str, out: Path) -> list[str]:
     """Arguments of ``structlin`` that draw a figure into a folder.
 
+    Examples
+    --------
     >>> call("delta-h.png", Path("out"))[:2]
     ['figure', 'delta-h']
     """

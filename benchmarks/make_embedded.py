@@ -37,12 +37,15 @@ SOURCES = {
 def read_idx(raw: bytes) -> np.ndarray:
     """Decode an idx file of bytes: two zeros, type 8, number of axes, each axis (big-endian 32 bits), the values.
 
-    Raises:
-        ValueError: another type, or a size that differs from the header's.
+    Raises
+    ------
+    ValueError
+        another type, or a size that differs from the header's.
 
-    Example:
-        >>> read_idx(bytes([0, 0, 8, 2, 0, 0, 0, 1, 0, 0, 0, 3, 7, 8, 9])).tolist()
-        [[7, 8, 9]]
+    Examples
+    --------
+    >>> read_idx(bytes([0, 0, 8, 2, 0, 0, 0, 1, 0, 0, 0, 3, 7, 8, 9])).tolist()
+    [[7, 8, 9]]
     """
     if raw[:3] != b"\x00\x00\x08":
         raise ValueError(f"not an idx file of bytes: it starts with {raw[:4]!r}")
@@ -55,12 +58,15 @@ def select(labels: np.ndarray, per_class: int, *, split: str, seed: int = 0) -> 
 
     Of each class, those `per_class` samples are chosen whose text ``"seed:split:index"`` has the smallest sha256 sums.
 
-    Returns:
+    Returns
+    -------
+    np.ndarray
         The chosen positions in ascending order, int64 (classes * per_class,).
 
-    Example:
-        >>> select(np.array([0, 1, 0, 1, 0, 1]), 2, split="train").tolist()
-        [0, 1, 4, 5]
+    Examples
+    --------
+    >>> select(np.array([0, 1, 0, 1, 0, 1]), 2, split="train").tolist()
+    [0, 1, 4, 5]
     """
     sums = [hashlib.sha256(f"{seed}:{split}:{index}".encode()).digest() for index in range(len(labels))]
     members = [np.flatnonzero(labels == label).tolist() for label in np.unique(labels)]
@@ -70,9 +76,12 @@ def select(labels: np.ndarray, per_class: int, *, split: str, seed: int = 0) -> 
 def build(source: Path, out: Path) -> str:
     """Write the subset of the Fashion-MNIST files in a folder to an .npz file, and return its sha256 sum.
 
-    Raises:
-        FileNotFoundError: a file is missing.
-        ValueError: a file is not the published one.
+    Raises
+    ------
+    FileNotFoundError
+        a file is missing.
+    ValueError
+        a file is not the published one.
     """
     arrays = {}
     for split, prefix in (("train", "train"), ("test", "t10k")):

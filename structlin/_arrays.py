@@ -20,6 +20,8 @@ BACKENDS = ("numpy", "torch", "jax")
 def backend_of(x: Array) -> str:
     """Name of the library that an array belongs to, from its type: ``numpy``, ``torch`` or ``jax``.
 
+    Examples
+    --------
     >>> backend_of(np.zeros(3))
     'numpy'
     """
@@ -154,7 +156,7 @@ _CACHE: dict[str, SimpleNamespace] = {"torch": _TORCH}
 
 
 def ops(name: str) -> SimpleNamespace:
-    """The operations of one backend, by its name."""
+    """Return the operations of one backend, by its name."""
     found = _CACHE.get(name)
     if found is None:
         if name not in _MAKERS:

@@ -69,10 +69,12 @@ def _counting(x: Any) -> Any:
 
 
 def counted(function: Callable[..., Any], *arrays: Any) -> Counts:
-    """What ``function`` multiplies when it is called with these arrays (or tuples of arrays), in NumPy.
+    """Return what ``function`` multiplies when it is called with these arrays (or tuples of arrays), in NumPy.
 
     What it does outside of NumPy is not seen. FFTs are not counted, the products between them are.
 
+    Examples
+    --------
     >>> counted(lambda a, b: (a @ b) * 2, np.ones((2, 3)), np.ones((3, 4)))
     Counts(macs=24, elementwise=8)
     """

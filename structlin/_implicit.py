@@ -29,7 +29,7 @@ class Solver:
 
 
 def frozen(A: Any) -> Any:
-    """A, whose numbers no gradient reaches."""
+    """Return a, whose numbers no gradient reaches."""
     leaves, unflatten = A.flatten()
     return unflatten([lapack(x).stop_gradient(x) if hasattr(x, "dtype") else x for x in leaves])
 

@@ -17,7 +17,7 @@ from structlin.verdicts import Determinant
 
 
 def lapack(x: Array) -> SimpleNamespace:
-    """The functions for the library that ``x``, an array or a NumPy scalar, belongs to."""
+    """Return the functions for the library that ``x``, an array or a NumPy scalar, belongs to."""
     return _functions("numpy" if isinstance(x, np.generic) else backend_of(x))
 
 
@@ -228,7 +228,8 @@ def _jax() -> SimpleNamespace:
 
 def _unsure_slogdet(a: Array, linalg: Any, strict: bool) -> tuple[Array, Array]:
     """Of a stack of matrices that may be positive, for which Cholesky fails. ``strict``: they are said to be, and one
-    with an eigenvalue that is negative by more than roundoff raises LinAlgError."""
+    with an eigenvalue that is negative by more than roundoff raises LinAlgError.
+    """
     xp = lapack(a)
     if strict:
         values = linalg.eigvalsh(xp.stop_gradient(a))
@@ -240,7 +241,7 @@ def _unsure_slogdet(a: Array, linalg: Any, strict: bool) -> tuple[Array, Array]:
 
 
 def subscripts(terms: Sequence[Sequence[int]], output: Sequence[int]) -> str:
-    """The einsum of terms whose axes are integers; one may stand twice in a term (its diagonal)."""
+    """Return the einsum of terms whose axes are integers; one may stand twice in a term (its diagonal)."""
 
     def word(axes: Sequence[int]) -> str:
         return "".join(map(opt_einsum.get_symbol, axes))
@@ -279,7 +280,8 @@ def in_library(x: Any, example: Array) -> Any:
 
 def inverse_of(matrices: Array) -> Array:
     """Inverses of a stack of square matrices, checked: a matrix that is singular to working precision raises
-    LinAlgError (a ValueError), or gives NaN while values are traced."""
+    LinAlgError (a ValueError), or gives NaN while values are traced.
+    """
     xp = lapack(matrices)
     require_precision(matrices, "an inverse")
     with refusing_singular(matrices):
@@ -302,14 +304,15 @@ def nan_unless(good: Array, like: Array) -> Array:
 
 
 def _column_norms(xp: SimpleNamespace, matrices: Array) -> Array:
-    """The 1-norm of each matrix, the largest sum of absolute values in a column."""
+    """Return the 1-norm of each matrix, the largest sum of absolute values in a column."""
     return xp.amax(xp.abs(matrices).sum(-2))
 
 
 @contextmanager
 def refusing_singular(matrices: Array, positive: bool = False) -> Iterator[None]:
     """LinAlgError with one message for what NumPy, SciPy and torch raise at a pivot of zero, and where a Cholesky
-    decomposition (``positive``) meets a pivot that is not positive; jax gives numbers that are not finite."""
+    decomposition (``positive``) meets a pivot that is not positive; jax gives numbers that are not finite.
+    """
     try:
         yield
     except (np.linalg.LinAlgError, RuntimeError) as error:
@@ -349,7 +352,7 @@ def require_precision(x: Array, what: str) -> None:
 
 
 def known(x: Any) -> float | None:
-    """The value of a real scalar; None while it is traced by jax, torch.func or on torch's meta device."""
+    """Return the value of a real scalar; None while it is traced by jax, torch.func or on torch's meta device."""
     try:
         return float(x.detach() if hasattr(x, "detach") else x)
     except (RuntimeError, TypeError, NotImplementedError):

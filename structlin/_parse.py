@@ -16,6 +16,8 @@ class Step:
     output, *batch* in all three, *carried* in input and output. Each is a string of axes, ordered as in the
     factor (carried: as in the input).
 
+    Examples
+    --------
     >>> step = Step.parse("pa,pfra->frp")
     >>> step.batch, step.free, step.contracted, step.carried
     ('p', 'fr', 'a', '')
@@ -83,11 +85,13 @@ class Step:
 
 
 def axis_letter(number: int) -> str:
-    """A letter for axis ``number`` = 0, 1, ...: a-z, A-Z, then letters of other alphabets, each another one.
+    """Return a letter for axis ``number`` = 0, 1, ...: a-z, A-Z, then letters of other alphabets, each another one.
 
     All are identifiers that Python's normalization leaves as they are, so that they may be keywords of
     :meth:`structlin.Structure.parse`. There are more than 100,000 of them.
 
+    Examples
+    --------
     >>> axis_letter(0), axis_letter(51), axis_letter(52)
     ('a', 'Z', 'À')
     """

@@ -66,7 +66,7 @@ def decompose(matrices: Array, hermitian: bool) -> Decomposition | None:
 
 
 def of_matrices(found: Decomposition, f: Numbers) -> Array:
-    """f of the matrices: V f(L) V^-1."""
+    """F of the matrices: V f(L) V^-1."""
     xp = lapack(found.vectors)
     numbers = f(found.values)
     if not found.followed:

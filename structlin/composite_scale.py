@@ -33,7 +33,8 @@ class ArrayScale(NamedTuple):
 @dataclass(frozen=True)
 class _Leaf:
     """An array with its fans; ``positions``: how many vectors of fan_out numbers it and its neighbours put side by
-    side in an intermediate vector (blocks and carried positions of a factor)."""
+    side in an intermediate vector (blocks and carried positions of a factor).
+    """
 
     array: Array
     fan_in: int
@@ -52,13 +53,20 @@ def array_scales(
     these stand side by side (BlockDiag, Concatenated). An array that occurs more than once counts each time and has the
     smallest of its values. Scalars and CoLA's Diagonal have fans of 1; index arrays are left out.
 
-    Args:
-        A: operators of this package and CoLA's Dense, Triangular, Diagonal, ScalarMul, Identity and Permutation,
-            composed by any of CoLA's composites.
-        optimizer, base_d_in, base_d_out: as for :func:`structlin.lr_multipliers`.
+    Parameters
+    ----------
+    A
+        Operators of this package and CoLA's Dense, Triangular, Diagonal, ScalarMul, Identity and Permutation, composed
+        by any of CoLA's composites.
+    optimizer, base_d_in, base_d_out
+        As for :func:`structlin.lr_multipliers`.
 
+    Notes
+    -----
     Raises ValueError for an unknown optimiser and base sizes below 1, TypeError for an operator of another kind.
 
+    Examples
+    --------
     >>> import numpy as np
     >>> from structlin import Kronecker
     >>> A, B = np.ones((4, 2)), np.ones((3, 8))

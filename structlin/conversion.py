@@ -57,6 +57,8 @@ def exact_rank(name: str, shape: tuple[int, int], **options: Any) -> int | tuple
     Raises ValueError for any other structure: no size of a Kronecker product represents every matrix, a Monarch matrix
     does with one block, and for BLAST the smallest rank is not known (``min(d_out, d_in)`` suffices).
 
+    Examples
+    --------
     >>> exact_rank("low_rank", (6, 35))
     6
     >>> exact_rank("block_tensor_train", (35, 6)), exact_rank("tensor_train", (35, 6))
@@ -83,6 +85,8 @@ def _core_sizes(name: str, shapes: Sequence[tuple[int, ...]]) -> tuple[list[int]
 def conversions() -> tuple[tuple[str, str], ...]:
     """All pairs (from, to) that :func:`convert` knows; besides these, everything converts to dense.
 
+    Examples
+    --------
     >>> ("kronecker", "block_tensor_train") in conversions()
     True
     """
@@ -90,7 +94,7 @@ def conversions() -> tuple[tuple[str, str], ...]:
 
 
 def convert(A: LinearOperator, name: str, *, permutation: bool = False) -> LinearOperator:
-    """The same matrix as an operator of the structure ``name``, exactly.
+    """Return the same matrix as an operator of the structure ``name``, exactly.
 
     ``A`` is a named operator (or a transpose of one); to ``"dense"``, any operator. The factors of the result are
     rearranged from those of A: same library, dtype and device, differentiable, no value is looked at.
@@ -116,6 +120,8 @@ def convert(A: LinearOperator, name: str, *, permutation: bool = False) -> Linea
 
     Raises TypeError for what is no operator, ValueError where no exact conversion exists for these sizes or at all.
 
+    Examples
+    --------
     >>> from structlin import Kronecker
     >>> A = Kronecker(np.arange(6.0).reshape(2, 3), np.arange(8.0).reshape(4, 2))
     >>> B = convert(A, "block_tensor_train")
@@ -169,7 +175,7 @@ def _is_standard(A: NamedOperator) -> bool:
 
 
 def _named(cls: type[NamedOperator], factors: Sequence[Array], shape: tuple[int, int]) -> NamedOperator:
-    """An operator of ``cls``, padded and cut to ``shape``."""
+    """Return an operator of ``cls``, padded and cut to ``shape``."""
     structure = cls._infer(*(tuple(f.shape) for f in factors))
     if structure.shape != shape:
         structure = replace(structure, d_out=shape[0], d_in=shape[1])  # type: ignore[type-var]
@@ -204,7 +210,7 @@ class _Reordered:
 
 
 def _broadcast(x: Array, shape: tuple[int, ...]) -> Array:
-    """A copy of ``x``, repeated along new leading axes."""
+    """Return a copy of ``x``, repeated along new leading axes."""
     backend = backend_of(x)
     if backend == "torch":
         return x.expand(shape).contiguous()
@@ -318,7 +324,7 @@ def _einsum_from_block_train(A: NamedOperator) -> NamedOperator:
 
 
 def _einsum_from_train(A: NamedOperator) -> NamedOperator:
-    """The space contracts the fast input axis first, so the cores change places."""
+    """Return the space contracts the fast input axis first, so the cores change places."""
     slow, fast = _two(A)
     w0 = _permute(fast[..., 0], (1, 0, 2))[None, None]  # (1, 1, n_2, r, m_2)
     w1 = _permute(slow[0], (0, 2, 1))[None, :, :, None]  # (1, n_1, r, 1, m_1)

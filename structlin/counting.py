@@ -40,6 +40,8 @@ class Work:
     numbers of activations are read and written, every operation reading its operands and writing its result once
     (copies left out); None stands for ``d_in + d_out``.
 
+    Examples
+    --------
     >>> w = Work(macs=6, other_flops={"elementwise": 3}, setup_flops={"fft": 10})
     >>> w.flops, w.total_flops(vectors=2)
     (15, 40)
@@ -119,6 +121,8 @@ def register_work(
     The count holds for subclasses too, unless they override ``_matmat`` (``_rmatmat``). Raises TypeError for what is
     no subclass of ``cola.ops.LinearOperator``.
 
+    Examples
+    --------
     >>> class Twice(cola.ops.LinearOperator):
     ...     def __init__(self, A):
     ...         self.A = A
@@ -152,6 +156,8 @@ def work(x: Any, *, transposed: bool = False) -> Work:
 
     Raises TypeError for an operator of unknown type, naming it.
 
+    Examples
+    --------
     >>> from structlin import LowRank
     >>> A = LowRank.random((6, 8), rank=2, seed=0)
     >>> product = cola.ops.Product(A, A.T)
@@ -309,7 +315,7 @@ def _sum_of(works: Iterable[Work], size: int) -> Work:
 
 
 def _sum_from_zero(works: Iterable[Work], size: int) -> Work:
-    """The same by Python's ``sum``, as CoLA does it, which adds the first term to 0."""
+    """Return the same by Python's ``sum``, as CoLA does it, which adds the first term to 0."""
     return _sum_of(works, size) + _elementwise(size, 2 * size)
 
 
@@ -431,6 +437,8 @@ def _selection(op: Any, axis: int) -> Work:
 def macs(x: Any) -> int:
     """Multiply-accumulates of the products in ``x @ v``, for one vector v; raises as :func:`work`.
 
+    Examples
+    --------
     >>> macs(np.ones((3, 5)))
     15
     """
@@ -440,6 +448,8 @@ def macs(x: Any) -> int:
 def flops(x: Any) -> int:
     """FLOPs of ``x @ v`` for one vector v, ``2 * macs`` and other work, without the setup; raises as :func:`work`.
 
+    Examples
+    --------
     >>> flops(cola.ops.Dense(np.ones((3, 5))))
     30
     """
@@ -447,13 +457,15 @@ def flops(x: Any) -> int:
 
 
 def num_params(x: Any) -> int:
-    """Number of parameters: floating and complex numbers in the arrays that a product reads.
+    """Return number of parameters: floating and complex numbers in the arrays that a product reads.
 
     An array counts once, however often it occurs in a composite: ``A @ A.T + I`` has the parameters of A. Arrays are
     the same if they are views of exactly the same memory; jax copies where NumPy and torch make views, so that there
     the transpose of CoLA's ``Dense`` counts apart. The scalar of ``c * A`` is a parameter. Raises TypeError for an
     operator of unknown type.
 
+    Examples
+    --------
     >>> from structlin import LowRank
     >>> A = LowRank.random((6, 8), rank=2, seed=0)
     >>> num_params(A), num_params(cola.ops.Product(A, A.T))
@@ -470,6 +482,8 @@ def num_bytes(x: Any, dtype: Any = None) -> int:
     ``dtype`` (a name or a dtype of any library) replaces that of the floating and complex arrays. A structure has no
     arrays: its factors count as ``dtype``, by default float32, and its index arrays as int64.
 
+    Examples
+    --------
     >>> num_bytes(np.ones((3, 5))), num_bytes(np.ones((3, 5)), "bfloat16")
     (120, 30)
     """
@@ -490,6 +504,8 @@ def activation_bytes(x: Any, vectors: int = 1, dtype: Any = None) -> int:
     is no chain (an FFT) counts as reading its input and writing its output. ``dtype``: by default the operator's or
     the array's own, float32 for a structure. Raises ValueError for less than one vector, TypeError as :func:`work`.
 
+    Examples
+    --------
     >>> from structlin import design
     >>> activation_bytes(design("low_rank", (6, 8), rank=2), vectors=10, dtype="float32")
     720
@@ -507,6 +523,8 @@ def intensity(x: Any, vectors: int = 1, dtype: Any = None) -> float:
     Bytes are those of :func:`num_bytes`, the factors read once, and of :func:`activation_bytes`, the activations read
     and written by every operation. ``dtype`` replaces the dtype of both. Raises as those two.
 
+    Examples
+    --------
     >>> intensity(np.ones((64, 64)), vectors=64, dtype="float32")
     10.666666666666666
     """
@@ -553,7 +571,7 @@ def _arrays_in(value: Any) -> Iterator[Array]:
 
 
 def _memory(x: Array) -> tuple[Any, ...]:
-    """The same for two arrays if and only if they are made of the same numbers in memory, in any order."""
+    """Return the same for two arrays if and only if they are made of the same numbers in memory, in any order."""
     backend = backend_of(x)
     where: Any = None
     if backend == "numpy":

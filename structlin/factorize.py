@@ -22,6 +22,8 @@ def factorize(n: int, parts: int, rule: str | Sequence[int] = "balanced") -> tup
     Raises ValueError where ``n`` has no split into factors above 1 (``balanced``: none with a ratio of at most
     16), naming the nearest sizes that have one, and where explicit factors do not multiply to ``n``.
 
+    Examples
+    --------
     >>> factorize(768, 2), factorize(3072, 2), factorize(3072, 2, "greedy")
     ((24, 32), (48, 64), (32, 96))
     >>> factorize(12, 2, (6, 2))
@@ -63,10 +65,12 @@ def factorize(n: int, parts: int, rule: str | Sequence[int] = "balanced") -> tup
 
 
 def nearest_sizes(n: int, parts: int, rule: str = "balanced") -> tuple[int, ...]:
-    """The nearest splittable size below ``n`` (if there is one) and the nearest above it.
+    """Return the nearest splittable size below ``n`` (if there is one) and the nearest above it.
 
     Where none is found among the 4096 sizes next to ``n``, the nearest power of two.
 
+    Examples
+    --------
     >>> nearest_sizes(47, 2)
     (46, 48)
     >>> nearest_sizes(1, 3)
@@ -107,6 +111,8 @@ def _has_factors(n: int, parts: int) -> bool:
 def divisors(n: int) -> tuple[int, ...]:
     """All divisors of a positive integer, in ascending order.
 
+    Examples
+    --------
     >>> divisors(12)
     (1, 2, 3, 4, 6, 12)
     """

@@ -36,28 +36,36 @@ class StructuredOperator(LinearOperator):
     An operator is a pytree (jax, torch and CoLA's own) whose leaves are the factors, and it is immutable: to change a
     factor, build another operator, which costs a few microseconds and copies nothing.
 
-    Args:
-        structure: what to make of the factors.
-        factors: arrays of the shapes in ``structure.factors``, in that order, all of one library and one dtype.
-            Integer arrays (an index) may stand among them where the structure asks for one.
-        dtype: only for a structure all of whose factors are integers, such as a permutation: the dtype that the
-            operator counts as having. Default: the library's default floating dtype.
+    Parameters
+    ----------
+    structure
+        What to make of the factors.
+    factors
+        Arrays of the shapes in ``structure.factors``, in that order, all of one library and one dtype. Integer arrays
+        (an index) may stand among them where the structure asks for one.
+    dtype
+        Only for a structure all of whose factors are integers, such as a permutation: the dtype that the operator
+        counts as having. Default: the library's default floating dtype.
 
-    Raises:
-        TypeError: factors that are no arrays, or of more than one library or dtype.
-        ValueError: a wrong number of factors, a wrong shape, or a ``dtype`` that contradicts the factors.
+    Raises
+    ------
+    TypeError
+        Factors that are no arrays, or of more than one library or dtype.
+    ValueError
+        A wrong number of factors, a wrong shape, or a ``dtype`` that contradicts the factors.
 
-    Example:
-        >>> import numpy as np
-        >>> from structlin import Structure, StructuredOperator
-        >>> low_rank = Structure.parse("i,ir->r; r,ro->o", i=4, r=1, o=3)
-        >>> A = StructuredOperator(low_rank, (np.ones((4, 1)), np.ones((1, 3))))
-        >>> A.shape, A.dtype
-        ((3, 4), dtype('float64'))
-        >>> A @ np.arange(4.0)
-        array([6., 6., 6.])
-        >>> (A @ A.T).to_dense()[0]
-        array([4., 4., 4.])
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from structlin import Structure, StructuredOperator
+    >>> low_rank = Structure.parse("i,ir->r; r,ro->o", i=4, r=1, o=3)
+    >>> A = StructuredOperator(low_rank, (np.ones((4, 1)), np.ones((1, 3))))
+    >>> A.shape, A.dtype
+    ((3, 4), dtype('float64'))
+    >>> A @ np.arange(4.0)
+    array([6., 6., 6.])
+    >>> (A @ A.T).to_dense()[0]
+    array([4., 4., 4.])
     """
 
     # CoLA records which attributes are leaves at the first assignment; here they are declared.
@@ -81,14 +89,14 @@ class StructuredOperator(LinearOperator):
 
     @classmethod
     def _build(cls, structure: AbstractStructure, factors: tuple[Array, ...], dtype: Any = None) -> Self:
-        """An operator of this class around parts known to fit, past the subclass's own constructor."""
+        """Return an operator of this class around parts known to fit, past the subclass's own constructor."""
         if dtype is not None or not _is_inexact(factors[0].dtype):
             dtype = _index_dtype(factors, dtype)
         return _fill(object.__new__(cls), structure, factors, cls._own_annotations(structure), dtype)
 
     @classmethod
     def _own_annotations(cls, structure: AbstractStructure) -> frozenset[type]:
-        """What every operator of this class is, whatever its numbers: for example ``{cola.Unitary}``."""
+        """Return what every operator of this class is, whatever its numbers: for example ``{cola.Unitary}``."""
         return frozenset()
 
     # -- what follows from the two fields ------------------------------------------------------------------------
@@ -176,7 +184,7 @@ class StructuredOperator(LinearOperator):
         return cola.fns.add(self, self._operand(other))
 
     def _matmat(self, X: Array) -> Array:
-        """A @ X for X of shape (d_in, k)."""
+        """Return a @ X for X of shape (d_in, k)."""
         factors, X = _promoted(self.factors, X)
         return self.structure.apply_columns(factors, X)
 
@@ -186,7 +194,7 @@ class StructuredOperator(LinearOperator):
         return self._transposed.apply(self.structure.transpose_factors(factors), X)
 
     def to_dense(self) -> Array:
-        """The matrix as an array of shape (d_out, d_in)."""
+        """Return the matrix as an array of shape (d_out, d_in)."""
         d_out, d_in = self.shape
         if d_out < d_in:
             return self._rmatmat(self._eye(d_out))
@@ -227,7 +235,7 @@ class StructuredOperator(LinearOperator):
         return self.T.conj()
 
     def conj(self) -> Self:
-        """The complex conjugate; the operator itself where it is real."""
+        """Return the complex conjugate; the operator itself where it is real."""
         factors = self.factors
         operations = ops(backend_of(factors[0]))
         if not any(operations.is_complex(f) for f in factors):
@@ -235,23 +243,30 @@ class StructuredOperator(LinearOperator):
         return self._with(self.structure, tuple(operations.conj(f) for f in factors), self._annotations)
 
     def to(self, device: Any = None, dtype: Any = None) -> Self:
-        """The operator on another device, in another floating or complex dtype, or both.
+        """Return the operator on another device, in another floating or complex dtype, or both.
 
-        Args:
-            device: as the array library takes it; a jax platform name such as ``"cpu"`` works too. None: stay.
-            dtype: a dtype of the library or its name. None: keep. Integer factors (an index) are never cast.
+        Parameters
+        ----------
+        device
+            As the array library takes it; a jax platform name such as ``"cpu"`` works too. None: stay.
+        dtype
+            A dtype of the library or its name. None: keep. Integer factors (an index) are never cast.
 
-        Raises:
-            TypeError: a dtype in the place of the device.
-            ValueError: a dtype that the operator cannot have: integer, real for a complex operator, or
-                64-bit in jax without ``jax_enable_x64``; a device other than the CPU for NumPy.
+        Raises
+        ------
+        TypeError
+            A dtype in the place of the device.
+        ValueError
+            A dtype that the operator cannot have: integer, real for a complex operator, or 64-bit in jax without
+            ``jax_enable_x64``; a device other than the CPU for NumPy.
 
-        Example:
-            >>> import numpy as np
-            >>> from structlin import Structure, StructuredOperator
-            >>> A = StructuredOperator(Structure.parse("i,io->o", i=2, o=3), (np.ones((2, 3)),))
-            >>> A.to(dtype="float32").dtype
-            dtype('float32')
+        Examples
+        --------
+        >>> import numpy as np
+        >>> from structlin import Structure, StructuredOperator
+        >>> A = StructuredOperator(Structure.parse("i,io->o", i=2, o=3), (np.ones((2, 3)),))
+        >>> A.to(dtype="float32").dtype
+        dtype('float32')
         """
         target = None if dtype is None else _resolve_dtype(self.backend, dtype)
         moved = tuple(_moved(f, self.backend, device, target) for f in self.factors)
@@ -351,7 +366,7 @@ def _check_inner(left: tuple[int, int], right: tuple[int, int]) -> None:
 
 
 def _index_dtype(factors: tuple[Array, ...], dtype: Any) -> Any:
-    """The dtype to declare for an operator whose factors are all integers; None where the factors have one."""
+    """Return the dtype to declare for an operator whose factors are all integers; None where the factors have one."""
     inexact = next((f.dtype for f in factors if _is_inexact(f.dtype)), None)
     backend = common_backend(factors)
     if inexact is not None:
@@ -372,7 +387,7 @@ def _index_dtype(factors: tuple[Array, ...], dtype: Any) -> Any:
 
 
 def _resolve_dtype(backend: str, dtype: Any) -> Any:
-    """A floating or complex dtype of ``backend`` from a name or from any library's dtype."""
+    """Return a floating or complex dtype of ``backend`` from a name or from any library's dtype."""
     name = dtype_name(dtype)
     if not _is_inexact(name):
         raise ValueError(f"an operator's dtype must be floating or complex, got {name}")

@@ -27,15 +27,24 @@ _LIMIT = 2**40
 class LayerPlan:
     """A structure that fits into a budget.
 
-    Attributes:
-        structure: its name.
-        shape: (d_out, d_in).
-        options: that it is designed with, the planned ones among them.
-        planned: names of the options that were chosen to spend the budget.
-        macs: for one vector; work that is no product (FFTs) counts with half its FLOPs, rounded up.
-        params: of all factors.
-        bytes: of all factors.
-        share: of the budget, from 0 to 1.
+    Attributes
+    ----------
+    structure
+        Its name.
+    shape
+        (d_out, d_in).
+    options
+        That it is designed with, the planned ones among them.
+    planned
+        Names of the options that were chosen to spend the budget.
+    macs
+        For one vector; work that is no product (FFTs) counts with half its FLOPs, rounded up.
+    params
+        Of all factors.
+    bytes
+        Of all factors.
+    share
+        Of the budget, from 0 to 1.
     """
 
     structure: str
@@ -62,25 +71,36 @@ def plan_layer(
     dtype: Any = "float32",
     given: Mapping[str, Any] | None = None,
 ) -> LayerPlan:
-    """The design of a structure that spends a budget best without going over it.
+    """Return the design of a structure that spends a budget best without going over it.
 
     Planned are those of rank, blocks and cores that the structure has and that are not given: every number of cores
     that the sizes can be split into, every number of blocks up to the smaller size, and for each of both the largest
     rank that fits. A rank ends where the matrix can have full rank and has the cost and the parameters of a
     dense one. Of designs of equal cost the one of the higher rank bound is taken, then that of fewer cores and blocks.
 
-    Args:
-        structure: a registered name.
-        shape: (d_out, d_in).
-        budget: MACs for one vector, parameters, or bytes of the factors.
-        resource: ``macs``, ``params`` or ``bytes``. Work that is no product (FFTs) counts as MACs with half its FLOPs.
-        dtype: of the factors, for their bytes.
-        given: options that are fixed; a list (not a tuple) holds the values to choose from.
+    Parameters
+    ----------
+    structure
+        A registered name.
+    shape
+        (d_out, d_in).
+    budget
+        MACs for one vector, parameters, or bytes of the factors.
+    resource
+        ``macs``, ``params`` or ``bytes``. Work that is no product (FFTs) counts as MACs with half its FLOPs.
+    dtype
+        Of the factors, for their bytes.
+    given
+        Options that are fixed; a list (not a tuple) holds the values to choose from.
 
-    Raises:
-        ValueError: an unknown structure, option or resource; a budget that is not positive and finite, or that not
-            even the smallest design fits into; sizes that the structure cannot have.
+    Raises
+    ------
+    ValueError
+        An unknown structure, option or resource; a budget that is not positive and finite, or that not even the
+        smallest design fits into; sizes that the structure cannot have.
 
+    Examples
+    --------
     >>> plan = plan_layer("low_rank", (1024, 1024), budget=1e5)
     >>> plan.options, plan.macs, round(plan.share, 3)
     ({'rank': 48}, 98304, 0.983)
@@ -144,6 +164,8 @@ def plan_layer(
 def check_budget(budget: float, name: str = "the budget") -> None:
     """Raise ValueError for a budget that is not positive and finite, TypeError for what is no number.
 
+    Examples
+    --------
     >>> check_budget(float("inf"))
     Traceback (most recent call last):
     ...
@@ -198,6 +220,8 @@ def plan_layers(
 
     ``structures``: names; None: all that are registered, without permutations and diagonals.
 
+    Examples
+    --------
     >>> plans, left_out = plan_layers((768, 768), budget=50_000, structures=["dense", "low_rank", "kronecker"])
     >>> [(p.structure, p.options, p.macs) for p in plans]
     [('low_rank', {'rank': 32}, 49152), ('kronecker', {'cores': 2}, 43008)]
@@ -228,10 +252,12 @@ def _cost(structure: AbstractStructure, resource: str, dtype: Any) -> int:
 
 
 def largest_within(cost: Callable[[int], float | None], budget: float) -> int | None:
-    """The largest n from 1 on whose cost is within a budget, by doubling and bisection; None where 1 has none.
+    """Return the largest n from 1 on whose cost is within a budget, by doubling and bisection; None where 1 has none.
 
     ``cost`` rises with n; None says that n is out of range, and then every larger one is.
 
+    Examples
+    --------
     >>> largest_within(lambda n: n * n, 50)
     7
     """

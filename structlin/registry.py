@@ -60,7 +60,7 @@ class NamedOperator(StructuredOperator):
     @staticmethod
     @abstractmethod
     def design(shape: tuple[int, int], /) -> AbstractStructure:
-        """The structure of a ``(d_out, d_in)`` matrix; options are keyword-only arguments."""
+        """Return the structure of a ``(d_out, d_in)`` matrix; options are keyword-only arguments."""
 
     @classmethod
     def exact_rank(cls, shape: tuple[int, int], **options: Any) -> int | tuple[int, ...] | None:
@@ -98,7 +98,7 @@ def _declared(structure: AbstractStructure, dtype: Any) -> Any:
 
 @lru_cache(maxsize=4096)
 def inferred(cls: type[NamedOperator], shapes: tuple[tuple[int, ...], ...]) -> AbstractStructure:
-    """The structure that ``cls`` reads off the shapes of its factors, worked out once."""
+    """Return the structure that ``cls`` reads off the shapes of its factors, worked out once."""
     return cls._infer(*shapes)
 
 
@@ -179,7 +179,7 @@ def names() -> tuple[str, ...]:
 
 
 def get(name: str) -> type[NamedOperator]:
-    """The class registered as ``name``; ValueError with the names there are where it is unknown.
+    """Return the class registered as ``name``; ValueError with the names there are where it is unknown.
 
     Packages that bring structures name them in the group of entry points ``structlin.structures``: each is imported the
     first time that a name is not known, or :func:`names` is called.
@@ -194,6 +194,8 @@ def get(name: str) -> type[NamedOperator]:
 def options(structure: str | type[NamedOperator]) -> dict[str, Any]:
     """Options of the ``design`` of a structure, given by name or class, and their defaults.
 
+    Examples
+    --------
     >>> options("low_rank")
     {'rank': None, 'rank_fraction': None}
     """
@@ -206,10 +208,12 @@ def _defaults(cls: type[NamedOperator]) -> dict[str, Any]:
 
 
 def design(structure: str | type[NamedOperator], shape: tuple[int, int], **options: Any) -> AbstractStructure:
-    """The structure of a ``(d_out, d_in)`` matrix from a name, its sizes and its options.
+    """Return the structure of a ``(d_out, d_in)`` matrix from a name, its sizes and its options.
 
     Raises ValueError for an unknown name, sizes that are not positive and options that the structure does not have.
 
+    Examples
+    --------
     >>> design("block_tensor_train", (35, 6), factorization=((5, 7), (2, 3)), rank=2).macs
     270
     """

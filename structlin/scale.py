@@ -40,6 +40,8 @@ def init_std(structure: AbstractStructure, *, rule: str = "paper", zero_last: bo
 
     Raises ValueError for an unknown rule.
 
+    Examples
+    --------
     >>> s = Structure.parse("i,ri->r; r,or->o", i=64, r=4, o=64)
     >>> init_std(s)
     (0.03125, 0.5)
@@ -76,6 +78,8 @@ def rank_corrections(structure: AbstractStructure) -> tuple[float, ...]:
     Tensor-Train and Tensor-Train, 1 for low rank and Monarch, whose gain does not depend on the rank. Initialisation
     only: updates add up coherently over the rank, so the learning rate keeps the full fan-in.
 
+    Examples
+    --------
     >>> btt = Structure.parse("pa,pfra->frp; frp,ferp->fe", p=8, a=8, f=8, r=4, e=8)
     >>> rank_corrections(btt)
     (1.0, 2.0)
@@ -98,7 +102,7 @@ def rank_corrections(structure: AbstractStructure) -> tuple[float, ...]:
 
 
 def _segments(structure: Structure) -> list[list]:
-    """The chain cut where the vector is regrouped."""
+    """Return the chain cut where the vector is regrouped."""
     segments = [[structure.steps[0]]]
     for before, step in zip(structure.steps, structure.steps[1:], strict=False):
         if step.input == before.output:
@@ -130,6 +134,8 @@ def lr_multipliers(
     ``blocks * carried * fan_out`` features is smaller by their number, so without it feature updates vanish with
     width. (Gradients of shared weights add up over the carried positions, but mostly of unlike vectors.)
 
+    Examples
+    --------
     >>> btt = Structure.parse("pa,pfra->frp; frp,ferp->fe", p=8, a=8, f=8, r=1, e=8)
     >>> lr_multipliers(btt)
     (4.0, 4.0)
@@ -161,6 +167,8 @@ def rms_cap(factor: Array, sigma: float, gain: Array | float = 1.0) -> Array:
     host synchronisation; the RMS of half precision is taken in float32. Source: Qiu et al. (2024), section 4.3.
     Raises ValueError unless ``sigma`` is positive.
 
+    Examples
+    --------
     >>> capped = rms_cap(np.full((4, 3), 2.0), 0.5)
     >>> float(np.sqrt(np.mean(capped**2)))
     0.5

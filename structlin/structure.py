@@ -149,7 +149,7 @@ class AbstractStructure(ABC):
         return None
 
     def pinv(self, A: Any) -> Answer[Any] | None:
-        """The pseudo-inverse, as an operator."""
+        """Return the pseudo-inverse, as an operator."""
         return None
 
     def solve(self, A: Any, b: Array) -> Answer[Array] | None:
@@ -161,7 +161,7 @@ class AbstractStructure(ABC):
         return None
 
     def diagonal(self, A: Any, k: int) -> Answer[Array] | None:
-        """The k-th diagonal."""
+        """Return the k-th diagonal."""
         return None
 
     def trace(self, A: Any) -> Answer[Array] | None:
@@ -173,7 +173,7 @@ class AbstractStructure(ABC):
         return None
 
     def svd(self, A: Any) -> Answer[SVD] | None:
-        """The thin singular value decomposition."""
+        """Return the thin singular value decomposition."""
         return None
 
     def function(self, A: Any, f: Any) -> Answer[Any] | None:
@@ -185,11 +185,11 @@ class AbstractStructure(ABC):
         return None
 
     def frobenius_norm(self, A: Any) -> Answer[Array] | None:
-        """The root of the sum of squares."""
+        """Return the root of the sum of squares."""
         return None
 
     def spectral_norm(self, A: Any) -> Answer[Array] | None:
-        """The largest singular value."""
+        """Return the largest singular value."""
         return None
 
     def product(self, A: Any, B: Any) -> Answer[Any] | None:
@@ -205,18 +205,18 @@ class AbstractStructure(ABC):
         return None
 
     def kron(self, A: Any, B: Any) -> Answer[Any] | None:
-        """The Kronecker product as one operator, B an operator of any structure."""
+        """Return the Kronecker product as one operator, B an operator of any structure."""
         return None
 
     def nearest(self, target: np.ndarray, covariance: np.ndarray | None) -> Nearest | None:
-        """The matrix of this structure nearest to ``target`` (d_out, d_in), in float64 or complex128.
+        """Return the matrix of this structure nearest to ``target`` (d_out, d_in), in float64 or complex128.
 
         In the Frobenius norm, or in that of ``(target - A) covariance^(1/2)``.
         """
         return None
 
     def dense(self, factors: Sequence[np.ndarray]) -> np.ndarray | None:
-        """The (d_out, d_in) matrix from NumPy factors, by its definition: an oracle apart from the products."""
+        """Return the (d_out, d_in) matrix from NumPy factors, by its definition: an oracle apart from the products."""
         return None
 
     def check(self, factors: Sequence[Array]) -> str:
@@ -286,6 +286,8 @@ class Structure(AbstractStructure):
     Where the axes of a step's input differ from those of the output before it, the vector is *regrouped*: read in
     row-major order and split into the new axes. Axis letters may not be reused across such a boundary.
 
+    Examples
+    --------
     >>> s = Structure.parse("pa,pfra->frp; frp,ferp->fe", p=3, a=2, f=5, r=2, e=7)
     >>> s.shape, s.num_params, s.macs
     ((35, 6), 270, 270)
@@ -378,6 +380,8 @@ class Structure(AbstractStructure):
         Sizes are given by keyword, or as a mapping (for axes that are no identifiers). Raises ValueError naming
         the string, the step and the axis at fault; TypeError for sizes that are no integers.
 
+        Examples
+        --------
         >>> Structure.parse("i,ri->r; r,or->o", i=8, r=2, o=6)
         Structure.parse('i,ri->r; r,or->o', i=8, r=2, o=6)
         >>> Structure.parse("i,ri->r; r,or->o", i=8, r=2)
@@ -403,7 +407,7 @@ class Structure(AbstractStructure):
         return f"Structure.parse({chain!r}, {', '.join(args)})"
 
     def __str__(self) -> str:
-        """A table with a row for each step."""
+        """Return a table with a row for each step."""
         head = ("step", "factor shape", "fan_in", "fan_out", "blocks", "carried", "params", "MACs")
         rows: list[tuple[object, ...]] = [
             (s, "x".join(map(str, f.shape)), f.fan_in, f.fan_out, f.blocks, f.carried, f.numel, f.numel * f.carried)

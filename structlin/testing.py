@@ -63,17 +63,27 @@ def check_structure(
 
     Runs :func:`check_design` on every one of them, and checks that ``design`` takes its options by name.
 
-    Args:
-        cls: the class, a subclass of `structlin.NamedOperator`; it need not be registered.
-        backend: `"numpy"`, `"torch"` or `"jax"`.
-        dtype: name of a floating or complex dtype of that library.
-        seed: of the random factors and vectors.
-        transform: wraps the two contractions, `(factors, x) -> y`; `jax.jit` or `torch.compile`, for example.
-        quick: one batch shape instead of all, for what is compiled for each shape anew.
+    Parameters
+    ----------
+    cls
+        The class, a subclass of `structlin.NamedOperator`; it need not be registered.
+    backend
+        `"numpy"`, `"torch"` or `"jax"`.
+    dtype
+        Name of a floating or complex dtype of that library.
+    seed
+        Of the random factors and vectors.
+    transform
+        Wraps the two contractions, `(factors, x) -> y`; `jax.jit` or `torch.compile`, for example.
+    quick
+        One batch shape instead of all, for what is compiled for each shape anew.
 
-    Raises:
-        AssertionError: with the structure, the numbers compared and the largest error where a check fails.
-        ValueError: for a class without examples.
+    Raises
+    ------
+    AssertionError
+        With the structure, the numbers compared and the largest error where a check fails.
+    ValueError
+        For a class without examples.
     """
     if not cls.examples:
         raise ValueError(f"{cls.__qualname__} has no examples of (shape, options) to be checked on")
@@ -108,14 +118,21 @@ def check_design(
     ``<A x, y> = <x, A* y>``; the transpose, also twice; the bound of the rank; the invariant
     ``prod fan_out / fan_in = d_out / d_in``; the scale rules; the operator, from arrays and at random.
 
-    Args:
-        cls: the class.
-        shape: `(d_out, d_in)`.
-        options: of `cls.design`.
-        backend, dtype, seed, transform, quick: as for :func:`check_structure`.
+    Parameters
+    ----------
+    cls
+        The class.
+    shape
+        `(d_out, d_in)`.
+    options
+        Of `cls.design`.
+    backend, dtype, seed, transform, quick
+        As for :func:`check_structure`.
 
-    Raises:
-        AssertionError: where a check fails, and whatever `cls.design` raises for sizes it does not take.
+    Raises
+    ------
+    AssertionError
+        Where a check fails, and whatever `cls.design` raises for sizes it does not take.
     """
     structure = design(cls, shape, **(options or {}))
     _require(structure.shape == tuple(shape), f"{structure!r} has shape {structure.shape}, asked for {tuple(shape)}")
@@ -136,12 +153,17 @@ def check_instance(
     """Check one structure that need not have a name: all that `structlin.testing.check_design` does, but for the
     operator.
 
-    Args:
-        structure: any structure.
-        backend, dtype, seed, transform, quick: as for :func:`check_structure`.
+    Parameters
+    ----------
+    structure
+        Any structure.
+    backend, dtype, seed, transform, quick
+        As for :func:`check_structure`.
 
-    Raises:
-        AssertionError: where a check fails.
+    Raises
+    ------
+    AssertionError
+        Where a check fails.
     """
     factors = random_factors(structure, seed=seed, backend=backend, dtype=dtype)
     again = pickle.loads(pickle.dumps(structure))
@@ -159,15 +181,19 @@ def check_instance(
 
 
 def random_chain(rng: np.random.Generator) -> Structure:
-    """A random chain of one to four einsums with axes of size 1 to 4: for property tests.
+    """Return a random chain of one to four einsums with axes of size 1 to 4: for property tests.
 
     Axes of every role occur, in any order, steps without a contracted or a free axis too, vectors regrouped between
     steps, padded inputs and cut outputs.
 
-    Args:
-        rng: where the choices come from.
+    Parameters
+    ----------
+    rng
+        Where the choices come from.
 
-    Returns:
+    Returns
+    -------
+    Structure
         A `structlin.Structure`.
     """
     sizes: dict[str, int] = {}
@@ -209,21 +235,28 @@ def random_chain(rng: np.random.Generator) -> Structure:
 
 
 def dense_matrix(structure: AbstractStructure, factors: Sequence[Array]) -> np.ndarray:
-    """The matrix in double precision, independent of how the structure is executed.
+    """Return the matrix in double precision, independent of how the structure is executed.
 
     A chain is contracted by opt_einsum, all factors at once with an identity for the input; where the vector is
     regrouped, a tensor of zeros and ones joins the old axes to the new. Any other structure writes its matrix out in
     ``AbstractStructure.dense``, from its definition.
 
-    Args:
-        structure: any structure.
-        factors: its arrays, of any library and dtype.
+    Parameters
+    ----------
+    structure
+        Any structure.
+    factors
+        Its arrays, of any library and dtype.
 
-    Returns:
+    Returns
+    -------
+    np.ndarray
         A NumPy array of shape `(d_out, d_in)`, float64 or complex128.
 
-    Raises:
-        ValueError: for a structure that is no chain and does not implement `dense`.
+    Raises
+    ------
+    ValueError
+        For a structure that is no chain and does not implement `dense`.
     """
     arrays = tuple(to_numpy(f) for f in factors)
     if not isinstance(structure, Structure):
@@ -252,12 +285,16 @@ def dense_matrix(structure: AbstractStructure, factors: Sequence[Array]) -> np.n
 
 
 def to_numpy(x: Array) -> np.ndarray:
-    """A copy in NumPy: complex128 where complex, int64 where integer, float64 otherwise.
+    """Return a copy in NumPy: complex128 where complex, int64 where integer, float64 otherwise.
 
-    Args:
-        x: a NumPy array, torch tensor or jax array.
+    Parameters
+    ----------
+    x
+        A NumPy array, torch tensor or jax array.
 
-    Returns:
+    Returns
+    -------
+    np.ndarray
         A NumPy array.
     """
     if backend_of(x) == "torch":
@@ -270,14 +307,20 @@ def to_numpy(x: Array) -> np.ndarray:
 def unit_roundoff(dtype: Any) -> float:
     """Largest relative error of rounding to a dtype, 2^-53 for float64 and complex128.
 
-    Args:
-        dtype: a floating or complex dtype of any of the libraries, or its name.
+    Parameters
+    ----------
+    dtype
+        A floating or complex dtype of any of the libraries, or its name.
 
-    Returns:
+    Returns
+    -------
+    float
         A number.
 
-    Raises:
-        KeyError: for any other dtype.
+    Raises
+    ------
+    KeyError
+        For any other dtype.
     """
     name = dtype_name(dtype)
     return _ROUNDOFF[{"complex64": "float32", "complex128": "float64"}.get(name, name)]

@@ -55,7 +55,8 @@ class Determinant(NamedTuple):
 
 class SVD(NamedTuple):
     """``A = U diag(S) Vh``. U: (d_out, r) with orthonormal columns, S: (r,) real and descending, Vh: (r, d_in) with
-    orthonormal rows; U and Vh are operators."""
+    orthonormal rows; U and Vh are operators.
+    """
 
     U: Any
     S: Array

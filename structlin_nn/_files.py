@@ -17,6 +17,8 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
     An error in the block leaves the old file, and no other; a process that is killed may leave
     ``.NAME.partial`` beside it, which the next write replaces.
 
+    Examples
+    --------
     >>> with atomic_write(Path("numbers.txt")) as file:
     ...     _ = file.write(b"1 2 3")
     >>> Path("numbers.txt").read_text()

@@ -47,6 +47,8 @@ FLOPS: dict[str, Callable[..., Fraction | int]] = {
 def fft_flops(n: int, real: bool = False) -> int:
     """FLOPs of one transform of n numbers.
 
+    Examples
+    --------
     >>> fft_flops(8), fft_flops(8, real=True)
     (120, 60)
     """

@@ -16,14 +16,22 @@ __all__ = ["LayerPlan", "describe", "plan_layer"]
 class LayerPlan:
     """What follows from the arguments of a layer.
 
-    Attributes:
-        structure: of shape (out_features, in_features).
-        operator_class: class of the layer's CoLA view.
-        init_std: deviation at which each factor is drawn; 0 for zero-initialised and index factors.
-        cap_sigma: RMS at which each factor is capped; 0 for index factors.
-        gains: whether each trainable factor has a learned gain.
-        index_at: places of the index factors.
-        is_dense: whether the one factor is the matrix itself.
+    Attributes
+    ----------
+    structure
+        Of shape (out_features, in_features).
+    operator_class
+        Class of the layer's CoLA view.
+    init_std
+        Deviation at which each factor is drawn; 0 for zero-initialised and index factors.
+    cap_sigma
+        RMS at which each factor is capped; 0 for index factors.
+    gains
+        Whether each trainable factor has a learned gain.
+    index_at
+        Places of the index factors.
+    is_dense
+        Whether the one factor is the matrix itself.
     """
 
     structure: AbstractStructure
@@ -48,12 +56,17 @@ def plan_layer(
 ) -> LayerPlan:
     """Check the arguments of a layer and work out what follows from them.
 
-    Raises:
-        ValueError: an unknown structure, rule or option; sizes that the structure cannot have, or other than those
-            of the structure given; options beside a structure; ``gain=True`` without ``rms_cap``; ``rms_cap`` or
-            ``zero_init`` where there are no trainable factors.
-        TypeError: a ``structure`` that is neither a name nor a structure.
+    Raises
+    ------
+    ValueError
+        An unknown structure, rule or option; sizes that the structure cannot have, or other than those of the structure
+        given; options beside a structure; ``gain=True`` without ``rms_cap``; ``rms_cap`` or ``zero_init`` where there
+        are no trainable factors.
+    TypeError
+        A ``structure`` that is neither a name nor a structure.
 
+    Examples
+    --------
     >>> plan = plan_layer(8, 6, "low_rank", {"rank": 2}, rms_cap=False, gain=None, rule="paper", zero_init=True)
     >>> plan.structure.num_params, plan.init_std[1], round(plan.cap_sigma[1], 4)
     (28, 0.0, 0.7071)
@@ -82,7 +95,7 @@ def plan_layer(
 def describe(
     plan: LayerPlan, options: Mapping[str, Any], *, bias: bool, rms_cap: bool, rule: str, zero_init: bool
 ) -> str:
-    """The arguments of a layer as they stand in its representation."""
+    """Return the arguments of a layer as they stand in its representation."""
     if issubclass(plan.operator_class, structlin.NamedOperator):
         name = plan.operator_class.name + "".join(f" {k}={v}" for k, v in options.items())
     else:

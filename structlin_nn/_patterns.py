@@ -24,6 +24,8 @@ def as_patterns(given: Patterns) -> tuple[Pattern, ...]:
 def matches(pattern: Pattern, name: str) -> bool:
     """Whether all of ``name`` matches: a string is a glob, in which ``*`` also runs over dots.
 
+    Examples
+    --------
     >>> matches("blocks.*.fc1", "blocks.3.mlp.fc1"), matches(re.compile(r"blocks\\.\\d+\\.fc1"), "blocks.3.mlp.fc1")
     (True, False)
     """
@@ -33,13 +35,15 @@ def matches(pattern: Pattern, name: str) -> bool:
 
 
 def show(pattern: Pattern) -> str:
-    """A pattern as it stands in an error message."""
+    """Return a pattern as it stands in an error message."""
     return repr(pattern if isinstance(pattern, str) else pattern.pattern)
 
 
 def listed(names: Iterable[str], most: int = 40) -> str:
     """Names joined by commas, the first ``most`` of them.
 
+    Examples
+    --------
     >>> listed("abcd", most=2)
     'a, b, ... (2 more)'
     """

@@ -21,11 +21,16 @@ Layer = TypeVar("Layer", bound=Hashable)
 class Replacement:
     """One replaced layer.
 
-    Attributes:
-        names: where it stands; several names where one module is used at several places.
-        structure: of the new layer, whose shape is (d_out, d_in).
-        params_before, params_after: trainable or not, with biases and gains.
-        macs_before, macs_after: multiply-accumulates for one vector.
+    Attributes
+    ----------
+    names
+        Where it stands; several names where one module is used at several places.
+    structure
+        Of the new layer, whose shape is (d_out, d_in).
+    params_before, params_after
+        Trainable or not, with biases and gains.
+    macs_before, macs_after
+        Multiply-accumulates for one vector.
     """
 
     names: tuple[str, ...]
@@ -40,12 +45,17 @@ class Replacement:
 class ReplacementReport:
     """What ``replace_linear`` did; ``print`` it for a table.
 
-    Attributes:
-        layers: the replaced layers, in the order in which the model registers them.
-        skipped: names of layers that were chosen and left alone, with the reason.
-        notes: what else was changed in the model.
-        dense: name, shape and role of every other weight matrix of the model: layers that were not chosen,
-            embeddings, convolutions, experts, packed projections.
+    Attributes
+    ----------
+    layers
+        The replaced layers, in the order in which the model registers them.
+    skipped
+        Names of layers that were chosen and left alone, with the reason.
+    notes
+        What else was changed in the model.
+    dense
+        Name, shape and role of every other weight matrix of the model: layers that were not chosen, embeddings,
+        convolutions, experts, packed projections.
     """
 
     layers: tuple[Replacement, ...]
@@ -89,7 +99,7 @@ class ReplacementReport:
 
 
 def names_of(places: Mapping[Any, Sequence[str]]) -> str:
-    """The first name of each layer, for a message."""
+    """Return the first name of each layer, for a message."""
     return listed(names[0] for names in places.values())
 
 
@@ -128,7 +138,7 @@ def select(
     exclude: Sequence[Pattern],
     kinds: str,
 ) -> dict[Layer, tuple[str, ...]]:
-    """The chosen layers with their names, in order: a preset, patterns, or a predicate of name and layer.
+    """Return the chosen layers with their names, in order: a preset, patterns, or a predicate of name and layer.
 
     ``kinds`` says what a linear layer is, for the message of the ValueError where there is none. Raises ValueError
     too where nothing is chosen or a pattern matches nothing.

@@ -96,7 +96,7 @@ def read_tensors(folder: Path, tensors: dict[str, Any], process_group: Any = Non
 
 @contextmanager
 def _alone_is_fine() -> Iterator[None]:
-    """torch warns where there is no group of processes."""
+    """Torch warns where there is no group of processes."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
         yield

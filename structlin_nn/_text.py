@@ -11,14 +11,21 @@ __all__ = ["progress_bar", "suggestion", "table"]
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1, rule: bool = True) -> str:
-    """A table as text; the first `left` columns are aligned left, the others right.
+    """Return a table as text; the first `left` columns are aligned left, the others right.
 
-    Args:
-        head: names of the columns.
-        rows: cells, as many in each row as there are columns.
-        left: number of columns that are aligned left; a negative one counts those at the right end.
-        rule: draw a line below the head.
+    Parameters
+    ----------
+    head
+        Names of the columns.
+    rows
+        Cells, as many in each row as there are columns.
+    left
+        Number of columns that are aligned left; a negative one counts those at the right end.
+    rule
+        Draw a line below the head.
 
+    Examples
+    --------
     >>> print(table(("name", "MACs"), [("dense", "64"), ("low_rank", "7")]))
     name      MACs
     --------  ----
@@ -36,6 +43,8 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1, rul
 def suggestion(word: str, known: Iterable[str]) -> str:
     """ ", did you mean x?" for the known word nearest to `word`, or "" where none is near.
 
+    Examples
+    --------
     >>> suggestion("widht", ["width", "depth"])
     ', did you mean width?'
     """
@@ -46,7 +55,7 @@ def suggestion(word: str, known: Iterable[str]) -> str:
 def progress_bar(
     total: float, label: str, *, done: float = 0, unit: str = "it", quiet: bool = False, **more: Any
 ) -> Any:
-    """A bar of tqdm on stderr, with `more` of its options.
+    """Return a bar of tqdm on stderr, with `more` of its options.
 
     Where stderr is a file, each refresh is a line of its own: there is one every 30 seconds.
     """

@@ -28,7 +28,7 @@ def checkpoints(folder: Path) -> list[str]:
 
 
 def read_checkpoint(folder: Path) -> tuple[Path, dict[str, Any]]:
-    """The newest checkpoint of a run: its folder and state, once the sums of all of its files are found right.
+    """Return the newest checkpoint of a run: its folder and state, once the sums of all of its files are found right.
 
     FileNotFoundError for no checkpoint, ValueError for a damaged one, or one of another version.
     """
@@ -51,7 +51,7 @@ def read_checkpoint(folder: Path) -> tuple[Path, dict[str, Any]]:
 
 
 def read_state(place: Path) -> dict[str, Any]:
-    """The state of a checkpoint; ValueError where it is damaged or of another version."""
+    """Return the state of a checkpoint; ValueError where it is damaged or of another version."""
     path = place / "state.json"
     if not path.is_file():
         raise ValueError(f"{path} is missing: the checkpoint is damaged")
@@ -62,6 +62,6 @@ def read_state(place: Path) -> dict[str, Any]:
 
 
 def file_sha256(path: Path) -> str:
-    """The sha256 sum of a file."""
+    """Return the sha256 sum of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

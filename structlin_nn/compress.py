@@ -28,10 +28,14 @@ EVALUATION_SEQUENCES = 64
 class CompressionData:
     """Data to calibrate a projection with, and to evaluate a model on.
 
-    Attributes:
-        about: the data in a line.
-        samples: makes batches of that many training samples: inputs of the model.
-        evaluate: the quality of a model on the test split, on so many samples of it (None: the usual number).
+    Attributes
+    ----------
+    about
+        The data in a line.
+    samples
+        Makes batches of that many training samples: inputs of the model.
+    evaluate
+        The quality of a model on the test split, on so many samples of it (None: the usual number).
     """
 
     about: str
@@ -49,21 +53,29 @@ def open_data(
     device: str = "cpu",
     seed: int = 0,
 ) -> CompressionData:
-    """The data of the pipeline that a model belongs to.
+    """Return the data of the pipeline that a model belongs to.
 
-    Args:
-        trained: the model.
-        root: where the data are, as `structlin train` takes them; None: the embedded images, for a model of 32 x 32
-            images.
-        data_set: ``cifar10``, ``cifar100`` or ``fashion``, if not that of the run.
-        verify: compare the files of CIFAR with the official ones.
-        context: tokens in a sequence; None: as many as GPT-2 takes.
-        device: where batches go.
-        seed: of the samples that are drawn.
+    Parameters
+    ----------
+    trained
+        The model.
+    root
+        Where the data are, as `structlin train` takes them; None: the embedded images, for a model of 32 x 32 images.
+    data_set
+        ``cifar10``, ``cifar100`` or ``fashion``, if not that of the run.
+    verify
+        Compare the files of CIFAR with the official ones.
+    context
+        Tokens in a sequence; None: as many as GPT-2 takes.
+    device
+        Where batches go.
+    seed
+        Of the samples that are drawn.
 
-    Raises:
-        FileNotFoundError, ValueError: data that are missing, damaged, or not for this model; an option that its
-            pipeline does not have.
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        Data that are missing, damaged, or not for this model; an option that its pipeline does not have.
     """
     task = trained.task
     if context is not None and task != "gpt2":
@@ -85,9 +97,10 @@ def compress(
     multiplied out first, and those of our own models that stay dense are structured layers of the structure ``dense``
     again, as they were. Of GPT-2 all layers are chosen unless said otherwise; a tied head stays.
 
-    Raises:
-        ValueError, TypeError: as `structlin_nn.torch.project_linear`; the model is then dense, and its function the
-            same.
+    Raises
+    ------
+    ValueError, TypeError
+        As `structlin_nn.torch.project_linear`; the model is then dense, and its function the same.
     """
     model = trained.model
     if any(isinstance(module, StructuredLinear) for module in model.modules()):

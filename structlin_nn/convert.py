@@ -48,6 +48,8 @@ def to_torch(model: nnx.Module) -> dict[str, torch.Tensor]:
     New tensors by torch's names, those that are shared under each of their names, for ``load_state_dict``. ValueError
     for a module that is laid out in another way in torch, or stacked layers (``nnx.vmap``).
 
+    Examples
+    --------
     >>> model = nnx.Sequential(nnx.Linear(3, 2, rngs=nnx.Rngs(0)))
     >>> {name: tuple(tensor.shape) for name, tensor in to_torch(model).items()}
     {'layers.0.weight': (2, 3), 'layers.0.bias': (2,)}
@@ -68,6 +70,8 @@ def to_flax(state: Mapping[str, Any], model: nnx.Module) -> None:
     ValueError for entries that are missing or left over, other shapes or dtypes, names of a shared parameter with
     different values, or a module that is laid out in another way in torch.
 
+    Examples
+    --------
     >>> model = nnx.Sequential(nnx.Linear(3, 2, rngs=nnx.Rngs(0)))
     >>> to_flax({"layers.0.weight": np.ones((2, 3), np.float32), "layers.0.bias": np.zeros(2, np.float32)}, model)
     >>> model(jnp.ones(3)).tolist()
@@ -156,7 +160,7 @@ def _torch_arrays(model: nnx.Module) -> dict[str, np.ndarray]:
 
 
 def _array(given: Any) -> np.ndarray:
-    """A tensor or array as a NumPy array of the same dtype."""
+    """Return a tensor or array as a NumPy array of the same dtype."""
     if type(given).__module__.partition(".")[0] != "torch":
         return np.asarray(given)
     import torch

@@ -47,7 +47,7 @@ QUICK: dict[str, Any] = {**COMMON, "epochs": 1, "eval_every": 1, "batch_size": 2
 
 
 def configurations(seed: int = 0, quick: bool = False) -> dict[str, Config]:
-    """The runs of the demonstration, by name: dense once, each structure with both learning-rate rules.
+    """Return the runs of the demonstration, by name: dense once, each structure with both learning-rate rules.
 
     `quick` has tiny networks, one amount of compute and one epoch: for tests, its errors say nothing.
     """
@@ -64,7 +64,7 @@ def configurations(seed: int = 0, quick: bool = False) -> dict[str, Config]:
 
 
 def row_of(name: str, record: Record) -> dict[str, Any]:
-    """What the table and the figure show of a finished run, from its record alone.
+    """Return what the table and the figure show of a finished run, from its record alone.
 
     ``learning_rate`` is "aware" or "naive" ("dense" where both are the same); MACs are multiply-accumulates;
     ``loss`` and ``error`` are those on test images, at the end. ``training_seconds`` are those of the training steps
@@ -88,19 +88,30 @@ def demo(
 
     Call it under ``if __name__ == "__main__":``, since it starts processes.
 
-    Args:
-        folder: where to write; runs that are there already, finished or not, are taken up.
-        seed: of all runs; `quick`: see `configurations`.
-        workers: processes, by default one for each core, and 8 at most.
-        progress: bars on stderr.
+    Parameters
+    ----------
+    folder
+        Where to write; runs that are there already, finished or not, are taken up.
+    seed
+        Of all runs; `quick`: see `configurations`.
+    workers
+        Processes, by default one for each core, and 8 at most.
+    progress
+        Bars on stderr.
 
-    Returns:
+    Returns
+    -------
+    list[dict[str, Any]] | signal.Signals
         The rows of `row_of`, or the signal that interrupted it.
 
-    Raises:
-        ValueError: a number of workers below 1, or runs in `folder` with another configuration.
-        RuntimeError: a run failed.
-        OSError: the folder cannot be written.
+    Raises
+    ------
+    ValueError
+        A number of workers below 1, or runs in `folder` with another configuration.
+    RuntimeError
+        A run failed.
+    OSError
+        The folder cannot be written.
     """
     folder, configs = Path(folder), configurations(seed, quick)
     left = {
@@ -129,6 +140,6 @@ def demo(
 
 
 def compute_difference(rows: Sequence[dict[str, Any]]) -> float:
-    """The largest relative difference of a network's training compute from that of the dense one beside it."""
+    """Return the largest relative difference of a network's training compute from that of the dense one beside it."""
     dense = [row["training_macs"] for row in rows if row["structure"] == "dense"]
     return max(min(abs(row["training_macs"] / macs - 1) for macs in dense) for row in rows)

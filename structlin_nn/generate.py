@@ -22,34 +22,51 @@ def generate(
 
     As in nanoGPT, each token costs a forward pass over the last ``model.config.context`` tokens.
 
-    Args:
-        model: tokens (batch, length) -> logits (batch, length, vocabulary). It is evaluated in evaluation mode, and
-            left in the mode it had.
-        tokens: (batch, length) of an integer dtype, length at least 1: what is continued.
-        max_new_tokens: how many tokens to add.
-        temperature: divides the logits; 0 takes the most probable token (of equal ones, the first).
-        top_k: draw from so many most probable tokens only.
-        top_p: draw from the smallest set of most probable tokens whose probability is at least this (nucleus
-            sampling), after ``top_k``; above 0, at most 1.
-        generator: source of the draws, on the device of the logits; None: torch's global one.
-        eos: a sequence that has drawn this token is finished, and filled up with it; when all are, generation ends.
-        vocab_size: draw from the tokens below this only, where a model has more for the sake of its speed.
+    Parameters
+    ----------
+    model
+        Tokens (batch, length) -> logits (batch, length, vocabulary). It is evaluated in evaluation mode, and left in
+        the mode it had.
+    tokens
+        (batch, length) of an integer dtype, length at least 1: what is continued.
+    max_new_tokens
+        How many tokens to add.
+    temperature
+        Divides the logits; 0 takes the most probable token (of equal ones, the first).
+    top_k
+        Draw from so many most probable tokens only.
+    top_p
+        Draw from the smallest set of most probable tokens whose probability is at least this (nucleus sampling), after
+        ``top_k``; above 0, at most 1.
+    generator
+        Source of the draws, on the device of the logits; None: torch's global one.
+    eos
+        A sequence that has drawn this token is finished, and filled up with it; when all are, generation ends.
+    vocab_size
+        Draw from the tokens below this only, where a model has more for the sake of its speed.
 
-    Returns:
-        (batch, length + new tokens), int64 on the device of ``tokens``; fewer new tokens than asked for only where
-        all sequences ended.
+    Returns
+    -------
+    Tensor
+        (batch, length + new tokens), int64 on the device of ``tokens``; fewer new tokens than asked for only where all
+        sequences ended.
 
-    Raises:
-        TypeError, ValueError: arguments of another type or out of range.
+    Raises
+    ------
+    TypeError, ValueError
+        Arguments of another type or out of range.
 
+    Notes
+    -----
     Source: Holtzman et al., The Curious Case of Neural Text Degeneration, ICLR 2020 (nucleus sampling).
 
-    Example:
-        >>> def counts(tokens: Tensor) -> Tensor:
-        ...     return 10.0 * torch.nn.functional.one_hot((tokens + 1) % 7, 7)
-        >>> generate(counts, torch.tensor([[4], [1]]), 4, temperature=0)
-        tensor([[4, 5, 6, 0, 1],
-                [1, 2, 3, 4, 5]])
+    Examples
+    --------
+    >>> def counts(tokens: Tensor) -> Tensor:
+    ...     return 10.0 * torch.nn.functional.one_hot((tokens + 1) % 7, 7)
+    >>> generate(counts, torch.tensor([[4], [1]]), 4, temperature=0)
+    tensor([[4, 5, 6, 0, 1],
+            [1, 2, 3, 4, 5]])
     """
     if not isinstance(tokens, Tensor) or tokens.is_floating_point() or tokens.dtype == torch.bool:
         raise TypeError(f"tokens must be an integer tensor, got {getattr(tokens, 'dtype', type(tokens).__name__)}")
@@ -84,6 +101,8 @@ def sample(
 ) -> Tensor:  # fmt: skip
     """Draw one token from each row of logits (..., vocabulary): int64 (...,). Arguments as in `generate`.
 
+    Examples
+    --------
     >>> sample(torch.tensor([[0.0, 3.0, 1.0]]), temperature=0)
     tensor([1])
     """

@@ -26,10 +26,14 @@ __all__ = ["GroupLaw", "compare_laws", "comparisons_record", "fit_groups", "laws
 class GroupLaw:
     """The law of one group.
 
-    Attributes:
-        fit: with the points.
-        bootstrap: None where the points leave no residuals to draw from.
-        used: how many points were fitted, out of ``points``: fewer on a frontier.
+    Attributes
+    ----------
+    fit
+        With the points.
+    bootstrap
+        None where the points leave no residuals to draw from.
+    used
+        How many points were fitted, out of ``points``: fewer on a frontier.
     """
 
     fit: PowerLawFit
@@ -56,20 +60,32 @@ def fit_groups(
 ) -> tuple[dict[str, GroupLaw], dict[str, str]]:
     """Fit a law to each group, and say why others have none.
 
-    Args:
-        groups: rows by label (:func:`structlin_nn.tables.group_rows`).
-        x, y: columns of compute and of error.
-        frontier: fit only the points of a group that no other of the group beats.
-        floor, loss: as :func:`structlin.scaling.fit_power_law`.
-        samples, seed, method, noise: of the bootstrap (:class:`structlin.scaling.Bootstrap`).
+    Parameters
+    ----------
+    groups
+        Rows by label (:func:`structlin_nn.tables.group_rows`).
+    x, y
+        Columns of compute and of error.
+    frontier
+        Fit only the points of a group that no other of the group beats.
+    floor, loss
+        As :func:`structlin.scaling.fit_power_law`.
+    samples, seed, method, noise
+        Of the bootstrap (:class:`structlin.scaling.Bootstrap`).
 
-    Returns:
-        (laws, left_out), both by label: groups without the columns, with numbers that are not positive, or with
-        too few points are left out, with the reason.
+    Returns
+    -------
+    tuple[dict[str, GroupLaw], dict[str, str]]
+        (laws, left_out), both by label: groups without the columns, with numbers that are not positive, or with too few
+        points are left out, with the reason.
 
-    Raises:
-        ValueError: no group can be fitted; the message has the reason of each.
+    Raises
+    ------
+    ValueError
+        No group can be fitted; the message has the reason of each.
 
+    Examples
+    --------
     >>> rows = [{"macs": c, "error": 2 * c**-0.1} for c in (1e6, 1e7, 1e8)]
     >>> laws, left_out = fit_groups({"dense": rows, "monarch": rows[:1]}, "macs", "error")
     >>> round(laws["dense"].fit.law.exponent, 4), left_out
@@ -166,7 +182,7 @@ def laws_record(
 
 
 def comparisons_record(compared: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """What :func:`compare_laws` returns as plain values that ``json.dumps`` takes."""
+    """Return what :func:`compare_laws` returns as plain values that ``json.dumps`` takes."""
     return {
         name: {key: _plain(value) if isinstance(value, Estimate) else value for key, value in row.items()}
         for name, row in compared.items()

@@ -35,22 +35,38 @@ _LAW_COLUMNS = {"forward_macs": "forward_macs", "params": "params", "trainable_p
 class ModelPlan:
     """A model that fits into a budget.
 
-    Attributes:
-        model: its name.
-        structure: of its layers.
-        options: of the structure.
-        width: of the model.
-        depth: blocks; None where a model of one's own has none to choose.
-        planned: what spends the budget, ``width`` or ``rank``; None where all choices were given.
-        forward_macs: of one sample; work that is no product counts with half its FLOPs.
-        training_macs: of one sample, products alone.
-        params: trainable ones.
-        bytes: of a training step of ``batch_size`` samples.
-        training_flops: of ``samples`` samples, with what is no product; None where they were not given.
-        step_seconds: the least time of a training step on the device by the roofline model; None without a device.
-        run_seconds: that of ``samples`` samples.
-        share: of the budget, from 0 to 1; of several, the largest.
-        next: the next larger width or rank that can be built, which does not fit.
+    Attributes
+    ----------
+    model
+        Its name.
+    structure
+        Of its layers.
+    options
+        Of the structure.
+    width
+        Of the model.
+    depth
+        Blocks; None where a model of one's own has none to choose.
+    planned
+        What spends the budget, ``width`` or ``rank``; None where all choices were given.
+    forward_macs
+        Of one sample; work that is no product counts with half its FLOPs.
+    training_macs
+        Of one sample, products alone.
+    params
+        Trainable ones.
+    bytes
+        Of a training step of ``batch_size`` samples.
+    training_flops
+        Of ``samples`` samples, with what is no product; None where they were not given.
+    step_seconds
+        The least time of a training step on the device by the roofline model; None without a device.
+    run_seconds
+        That of ``samples`` samples.
+    share
+        Of the budget, from 0 to 1; of several, the largest.
+    next
+        The next larger width or rank that can be built, which does not fit.
     """
 
     model: str
@@ -95,7 +111,7 @@ def plan_model(
     device: str | Device | None = None,
     **sizes: Any,
 ) -> ModelPlan:
-    """The best choice of width, rank, cores, blocks and depth within a budget.
+    """Return the best choice of width, rank, cores, blocks and depth within a budget.
 
     Each of the five is one number, several to choose from, or left out. With several ranks, cores, blocks or depths
     every combination is tried, with the widest model that fits; the best of them is the one that ``prefer`` says. A
@@ -107,31 +123,48 @@ def plan_model(
     factors; squares for two), which split evenly, to all widths between the last power that fits and the third from
     there, and twice the width, from the top.
 
-    Args:
-        name: one of :data:`structlin_nn.models.MODELS`, or ``package.module:function`` of your own, which takes a width
-            (and a ``depth``, where that is chosen) and returns a torch model that has ``example_input(batch)``, or
-            (model, inputs); its linear layers but the last are replaced by the structure.
-        budget: of the resource; or budgets by resource, all to be kept.
-        resource: ``forward_macs`` of one sample, trainable ``params``, ``bytes`` of a training step of ``batch_size``
-            samples (:func:`structlin_nn.counting.training_bytes`), ``training_flops`` of ``samples`` samples (forward
-            and backward), or the least time on a device, of a step (``step_seconds``) or of ``samples`` samples
-            (``run_seconds``) by :func:`structlin_nn.counting.roofline`: a lower bound, and no prediction.
-        structure, options, layers, rms_cap: as :class:`structlin_nn.models.StructureConfig`.
-        width, rank, cores, blocks, depth: what is chosen, see above.
-        multiple_of: of which the width has to be a multiple.
-        even_widths: only c-th powers.
-        prefer: which combination is best: the one that has ``spent`` most of the budget, the largest ``width``, or most
-            ``params``.
-        batch_size, optimizer, dtype, activation_dtype: for bytes and seconds.
-        samples: of the run, for its FLOPs and seconds.
-        device: for seconds (:func:`structlin_nn.counting.device`).
-        **sizes: sizes of a named model.
+    Parameters
+    ----------
+    name
+        One of :data:`structlin_nn.models.MODELS`, or ``package.module:function`` of your own, which takes a width (and
+        a ``depth``, where that is chosen) and returns a torch model that has ``example_input(batch)``, or (model,
+        inputs); its linear layers but the last are replaced by the structure.
+    budget
+        Of the resource; or budgets by resource, all to be kept.
+    resource
+        ``forward_macs`` of one sample, trainable ``params``, ``bytes`` of a training step of ``batch_size`` samples
+        (:func:`structlin_nn.counting.training_bytes`), ``training_flops`` of ``samples`` samples (forward and
+        backward), or the least time on a device, of a step (``step_seconds``) or of ``samples`` samples
+        (``run_seconds``) by :func:`structlin_nn.counting.roofline`: a lower bound, and no prediction.
+    structure, options, layers, rms_cap
+        As :class:`structlin_nn.models.StructureConfig`.
+    width, rank, cores, blocks, depth
+        What is chosen, see above.
+    multiple_of
+        Of which the width has to be a multiple.
+    even_widths
+        Only c-th powers.
+    prefer
+        Which combination is best: the one that has ``spent`` most of the budget, the largest ``width``, or most
+        ``params``.
+    batch_size, optimizer, dtype, activation_dtype
+        For bytes and seconds.
+    samples
+        Of the run, for its FLOPs and seconds.
+    device
+        For seconds (:func:`structlin_nn.counting.device`).
+    **sizes
+        Sizes of a named model.
 
-    Raises:
-        ValueError: an unknown name, resource, structure or option; a budget that is not positive and finite, or that
-            nothing fits into, or that a width of 1,048,576 fits into; training FLOPs without samples, seconds without
-            a device; nothing left to choose.
+    Raises
+    ------
+    ValueError
+        An unknown name, resource, structure or option; a budget that is not positive and finite, or that nothing fits
+        into, or that a width of 1,048,576 fits into; training FLOPs without samples, seconds without a device; nothing
+        left to choose.
 
+    Examples
+    --------
     >>> plan = plan_model("cifar-mlp", 5e6, structure="monarch", options={"blocks": 4}, multiple_of=8)
     >>> plan.width, plan.forward_macs, round(plan.share, 2)
     (752, 4967712, 0.99)
@@ -223,7 +256,7 @@ def plan_model(
 
 
 def best_plan(plans: Sequence[ModelPlan], prefer: str = "spent") -> ModelPlan:
-    """The best of several plans, as ``prefer`` says; of equal ones the wider, then the one of more parameters.
+    """Return the best of several plans, as ``prefer`` says; of equal ones the wider, then the one of more parameters.
 
     Raises ValueError for no plans, or an unknown preference.
     """
@@ -328,7 +361,7 @@ def _widest(
     share: Share, may_fit: Callable[[Choice], bool], at: Choice, multiple_of: int, parts: int, even: bool,
     reasons: _Reasons,
 ) -> tuple[Choice | None, int | None]:  # fmt: skip
-    """The widest that fits, and the next that can be built."""
+    """Return the widest that fits, and the next that can be built."""
 
     def cost(width: int) -> float | None:
         if width > WIDEST:
@@ -373,7 +406,7 @@ def _widest(
 
 
 def _power(n: int, multiple_of: int, parts: int) -> int:
-    """The n-th width: multiples, or for several factors the powers that are multiples."""
+    """Return the n-th width: multiples, or for several factors the powers that are multiples."""
     if parts == 1:
         return n * multiple_of
     root = next(k for k in range(1, multiple_of + 1) if k**parts % multiple_of == 0)
@@ -418,14 +451,22 @@ def plan_models(
 ) -> tuple[list[ModelPlan], dict[str, str]]:
     """Plans of several structures for one budget (iso-FLOP, for one of compute), and why others have none.
 
-    Args:
-        name: as :func:`plan_model`, like all further settings. Ranks, cores and blocks to choose from go to the
-            structures that have them.
-        budget: as :func:`plan_model`.
-        structures: (name, options) of each.
+    Parameters
+    ----------
+    name
+        As :func:`plan_model`, like all further settings. Ranks, cores and blocks to choose from go to the structures
+        that have them.
+    budget
+        As :func:`plan_model`.
+    structures
+        (name, options) of each.
 
+    Notes
+    -----
     Raises ValueError for what is wrong with all: a budget, a name, a setting, a choice that no structure has.
 
+    Examples
+    --------
     >>> plans, left_out = plan_models("cifar-mlp", 1e6, [("dense", {}), ("block_tensor_train", {"rank": 2})])
     >>> [(p.structure, p.width) for p in plans], left_out
     ([('dense', 149), ('block_tensor_train', 495)], {})
@@ -463,6 +504,8 @@ def iso_table(
     Arguments are those of :func:`plan_models`. Returns for each budget ``budget``, ``plans`` by structure and its
     options as text (:func:`parse_structure`), and ``left_out`` with the reasons.
 
+    Examples
+    --------
     >>> table = iso_table("cifar-mlp", [1e5, 1e6], [("dense", {}), ("low_rank", {"rank": 4})], depth=1)
     >>> [(row["budget"], {name: plan.width for name, plan in row["plans"].items()}) for row in table]
     [(100000.0, {'dense': 30, 'low_rank:rank=4': 1624}), (1000000.0, {'dense': 209, 'low_rank:rank=4': 18290})]
@@ -489,6 +532,8 @@ def parse_structure(text: str) -> tuple[str, dict[str, Any]]:
 
     Raises ValueError for an option without a value.
 
+    Examples
+    --------
     >>> parse_structure("block_tensor_train:rank=2,factorization=greedy")
     ('block_tensor_train', {'rank': 2, 'factorization': 'greedy'})
     >>> parse_structure("monarch, blocks 4")
@@ -514,22 +559,31 @@ def _number(text: str) -> Any:
 
 
 def plan_for_error(name: str, laws: Mapping[str, Any], error: float, **settings: Any) -> list[dict[str, Any]]:
-    """The cheapest structure for a target error: compute from fitted laws, and the model that spends it.
+    """Return the cheapest structure for a target error: compute from fitted laws, and the model that spends it.
 
-    Args:
-        name: of the model that the laws are of.
-        laws: a record of ``structlin fit --json`` (:func:`structlin_nn.laws.laws_record`), whose compute is
-            ``forward_macs``, ``params``, ``training_macs`` or ``total_training_macs``, and whose groups are
-            structures, with options if need be ("monarch, blocks 4").
-        error: the target.
-        **settings: as :func:`plan_model`; ``samples`` for training compute.
+    Parameters
+    ----------
+    name
+        Of the model that the laws are of.
+    laws
+        A record of ``structlin fit --json`` (:func:`structlin_nn.laws.laws_record`), whose compute is ``forward_macs``,
+        ``params``, ``training_macs`` or ``total_training_macs``, and whose groups are structures, with options if need
+        be ("monarch, blocks 4").
+    error
+        The target.
+    **settings
+        As :func:`plan_model`; ``samples`` for training compute.
 
-    Returns:
+    Returns
+    -------
+    list[dict[str, Any]]
         For each group, the cheapest first, ``group``, ``compute`` (None where the law never reaches the error),
         ``extrapolated`` and ``plan`` (None likewise).
 
-    Raises:
-        ValueError: laws of another compute; an error that is not positive; as :func:`plan_model`.
+    Raises
+    ------
+    ValueError
+        Laws of another compute; an error that is not positive; as :func:`plan_model`.
     """
     from structlin.scaling import PowerLaw
 

@@ -15,15 +15,17 @@ __all__ = ["demo_figure"]
 
 
 def demo_figure(rows: Sequence[dict[str, Any]]) -> Figure:
-    """The figure of the demonstration.
+    """Return the figure of the demonstration.
 
     Left: training error against training compute, a line for each structure, structure-aware learning rates. Middle:
     the same against the seconds of training. Right: for each structured network the training error with the naive and
     with the structure-aware learning rate. Training errors, as in the paper's scaling figures, are those on training
     images without augmentation.
 
-    Args:
-        rows: as `structlin_nn.demo.row_of` gives them.
+    Parameters
+    ----------
+    rows
+        As `structlin_nn.demo.row_of` gives them.
     """
     figure = Figure(figsize=(16, 4.8), layout="constrained")
     left, middle, right = figure.subplots(1, 3, width_ratios=(1, 1, 1.25))

@@ -82,9 +82,12 @@ HEADER_KEYS = (
 class Record:
     """A run record that was read: its header and its evaluations, in the order of the steps.
 
-    Attributes:
-        header: see the module's description.
-        evaluations: one dictionary for each line.
+    Attributes
+    ----------
+    header
+        See the module's description.
+    evaluations
+        One dictionary for each line.
     """
 
     header: dict[str, Any]
@@ -99,10 +102,13 @@ class Record:
 def read_record(path: str | os.PathLike[str]) -> Record:
     """Read a run record and check that it is whole.
 
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: no record, one of another schema, or a line that is damaged or cut off (the message names
-            file and line; resuming the run repairs a last line that was cut off).
+    Raises
+    ------
+    FileNotFoundError
+        No such file.
+    ValueError
+        No record, one of another schema, or a line that is damaged or cut off (the message names file and line;
+        resuming the run repairs a last line that was cut off).
     """
     path = Path(path)
     raw = path.read_bytes()
@@ -142,7 +148,7 @@ def read_record(path: str | os.PathLike[str]) -> Record:
 
 
 def unsealed(path: Path, line: bytes, number: int = 1) -> dict[str, Any]:
-    """The value of a line of `sealed`, or of an older one without a checksum; ValueError for damage."""
+    """Return the value of a line of `sealed`, or of an older one without a checksum; ValueError for damage."""
     line = line.removesuffix(b"\n")
     found = _SUM.search(line)
     if found is not None and (found.end() != len(line) or int(found[1], 16) != zlib.crc32(line[: found.start()])):
@@ -216,8 +222,10 @@ class RecordWriter:
 
 
 def sealed(value: Mapping[str, Any]) -> bytes:
-    """An object as a line of JSON whose last entry, ``crc32``, is the checksum of what stands before it.
+    """Return an object as a line of JSON whose last entry, ``crc32``, is the checksum of what stands before it.
 
+    Examples
+    --------
     >>> sealed({"step": 3})
     b'{"step": 3, "crc32": "d3a4e216"}\\n'
     """

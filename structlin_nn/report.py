@@ -66,16 +66,26 @@ figcaption {{ color: #555; font-size: 13px; max-width: 46rem; }}
 class Run:
     """What a report says of one run.
 
-    Attributes:
-        record: the file.
-        group: label of its group.
-        width: of the model.
-        params: trainable ones, where the record has them.
-        planned: FLOPs of the training of the whole run, products; None in records without.
-        spent: FLOPs of the training so far.
-        seconds: of training, without evaluations where the record has them apart.
-        result: at the last evaluation.
-        finished: whether the run has reached its last step.
+    Attributes
+    ----------
+    record
+        The file.
+    group
+        Label of its group.
+    width
+        Of the model.
+    params
+        Trainable ones, where the record has them.
+    planned
+        FLOPs of the training of the whole run, products; None in records without.
+    spent
+        FLOPs of the training so far.
+    seconds
+        Of training, without evaluations where the record has them apart.
+    result
+        At the last evaluation.
+    finished
+        Whether the run has reached its last step.
     """
 
     record: str
@@ -95,7 +105,7 @@ class Run:
 
 
 def runs_of(groups: Mapping[str, Sequence[Row]], y: str) -> list[Run]:
-    """The runs of grouped evaluations (:func:`structlin_nn.tables.group_rows`), each by its last one.
+    """Return the runs of grouped evaluations (:func:`structlin_nn.tables.group_rows`), each by its last one.
 
     Raises ValueError for rows that are of no run records, or lack the result.
     """
@@ -135,25 +145,39 @@ def report(
     confidence: float = 0.95,
     title: str = "Training runs",
 ) -> str:
-    """The page about some run records, as HTML.
+    """Return the page about some run records, as HTML.
 
     Sections that the records have nothing for say why: groups with too few runs for a law, runs of one size.
 
-    Args:
-        paths: run records, or folders of them; runs that have not ended are in it, and not in the laws.
-        y: the result, such as ``test_error``; None: that of the task (:data:`RESULTS`).
-        x: compute of the laws.
-        group: columns that say which runs belong together.
-        where: only rows with these values (:func:`structlin_nn.tables.select`).
-        reference: group to compare with; None: dense, where there is one.
-        error: where to compare; None: the lowest that both reach.
-        floor, samples: of the laws (:func:`structlin_nn.laws.fit_groups`).
-        confidence: of the intervals.
-        title: of the page.
+    Parameters
+    ----------
+    paths
+        Run records, or folders of them; runs that have not ended are in it, and not in the laws.
+    y
+        The result, such as ``test_error``; None: that of the task (:data:`RESULTS`).
+    x
+        Compute of the laws.
+    group
+        Columns that say which runs belong together.
+    where
+        Only rows with these values (:func:`structlin_nn.tables.select`).
+    reference
+        Group to compare with; None: dense, where there is one.
+    error
+        Where to compare; None: the lowest that both reach.
+    floor, samples
+        Of the laws (:func:`structlin_nn.laws.fit_groups`).
+    confidence
+        Of the intervals.
+    title
+        Of the page.
 
-    Raises:
-        ValueError: files that are no run records, records of several tasks without ``y``, an unknown column.
-        OSError: a file that cannot be read.
+    Raises
+    ------
+    ValueError
+        Files that are no run records, records of several tasks without ``y``, an unknown column.
+    OSError
+        A file that cannot be read.
     """
     rows = select(read_rows(paths, evaluations="all", unfinished=True), dict(where or {}))
     tasks = list(dict.fromkeys(str(row.get("task", _task_of(row))) for row in rows))
@@ -227,7 +251,7 @@ def _curves(groups: Mapping[str, Sequence[Row]], y: str) -> list[str]:
 
 
 def _finished(groups: Mapping[str, Sequence[Row]], runs: Sequence[Run]) -> dict[str, list[Row]]:
-    """The last evaluations of the runs that have ended, by group."""
+    """Return the last evaluations of the runs that have ended, by group."""
     ended = {run.record for run in runs if run.finished}
     found: dict[str, list[Row]] = {}
     for name, rows in groups.items():
@@ -307,7 +331,7 @@ def _sizes(
     groups: Mapping[str, Sequence[Row]], runs: Sequence[Run], y: str, reference: str | None, samples: int,
     confidence: float,
 ) -> list[str]:  # fmt: skip
-    """The law in two sizes: MACs of a sample, so that 6 N D are the FLOPs of training for every structure."""
+    """Return the law in two sizes: MACs of a sample, so that 6 N D are the FLOPs of training for every structure."""
     parts = ["<h2>Law in model and data</h2>"]
     try:
         drawn, left_out = fit_sizes(_finished(groups, runs), "forward_macs", "samples", y, samples=samples)
@@ -374,7 +398,7 @@ def _spent(runs: Sequence[Run]) -> list[str]:
 
 
 def _figure(figure: Figure, caption: str) -> str:
-    """The figure as SVG inside the page; its names are made unique, since all SVGs of a page share them."""
+    """Return the figure as SVG inside the page; its names are made unique, since all SVGs of a page share them."""
     out = io.StringIO()
     with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "structlin"}):
         figure.savefig(out, format="svg", metadata={"Date": None})

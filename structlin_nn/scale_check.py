@@ -42,14 +42,20 @@ Builder = Callable[[int], Made]
 class LayerScale:
     """The outputs of one layer, by width.
 
-    Attributes:
-        name: of the module.
-        initial: RMS at initialisation, for each width; 0 for a layer that starts at zero.
-        change: for each step, for each width, RMS of the difference from initialisation.
-        initial_slope, change_slope: of the logarithms over those of the width, of the initial values and of the change
-            after the last step; None where a value is 0.
-        verdict: ``flat``, ``grows``, ``vanishes`` (of the change, or ``starts growing`` where it is flat but the
-            initial outputs grow), or ``fixed`` where it does not change at any width.
+    Attributes
+    ----------
+    name
+        Of the module.
+    initial
+        RMS at initialisation, for each width; 0 for a layer that starts at zero.
+    change
+        For each step, for each width, RMS of the difference from initialisation.
+    initial_slope, change_slope
+        Of the logarithms over those of the width, of the initial values and of the change after the last step; None
+        where a value is 0.
+    verdict
+        ``flat``, ``grows``, ``vanishes`` (of the change, or ``starts growing`` where it is flat but the initial outputs
+        grow), or ``fixed`` where it does not change at any width.
     """
 
     name: str
@@ -98,23 +104,37 @@ def check_scale(
     widths. Values are geometric means over seeds of RMS over the batch and features. The loss is the cross-entropy of
     the last axis of the output.
 
-    Args:
-        build: from a width to the model, drawn from torch's global generator, or to (model, inputs). Inputs may be
-            left out where the model has ``example_input(batch)``, as :mod:`structlin_nn.models` do.
-        widths: two or more, ascending.
-        base, base_width: the model at base width, which learning rates are relative to
-            (:func:`structlin_nn.torch.parameter_groups`), and that width, for the report; `model`: a name for it.
-        optimizer: ``adam``, ``adamw``, ``sgd`` or ``muon`` (:class:`structlin_nn.torch.Muon`).
-        lr: learning rate at base width; None: :data:`RATES`.
-        steps, seeds, batch_size: how much is done.
-        structure_aware, extra_multipliers: as in ``parameter_groups``.
-        threshold: of the verdicts, see :data:`THRESHOLD`.
+    Parameters
+    ----------
+    build
+        From a width to the model, drawn from torch's global generator, or to (model, inputs). Inputs may be left out
+        where the model has ``example_input(batch)``, as :mod:`structlin_nn.models` do.
+    widths
+        Two or more, ascending.
+    base, base_width
+        The model at base width, which learning rates are relative to (:func:`structlin_nn.torch.parameter_groups`), and
+        that width, for the report; `model`: a name for it.
+    optimizer
+        ``adam``, ``adamw``, ``sgd`` or ``muon`` (:class:`structlin_nn.torch.Muon`).
+    lr
+        Learning rate at base width; None: :data:`RATES`.
+    steps, seeds, batch_size
+        How much is done.
+    structure_aware, extra_multipliers
+        As in ``parameter_groups``.
+    threshold
+        Of the verdicts, see :data:`THRESHOLD`.
 
-    Raises:
-        ValueError: arguments out of range; a model without inputs, or whose layers differ between widths; values that
-            are not finite.
-        TypeError: a builder that returns something else.
+    Raises
+    ------
+    ValueError
+        Arguments out of range; a model without inputs, or whose layers differ between widths; values that are not
+        finite.
+    TypeError
+        A builder that returns something else.
 
+    Examples
+    --------
     >>> build = lambda width: (nn.Sequential(nn.Linear(8, width), nn.ReLU(), nn.Linear(width, 3)), torch.ones(2, 8))
     >>> found = check_scale(build, widths=(16, 64), base=build(16)[0], base_width=16, seeds=1)
     >>> [layer.name for layer in found.layers], found.steps
@@ -207,7 +227,7 @@ def _owned(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Parameter]]:
 
 
 def with_inputs(built: Made, batch_size: int, width: int) -> tuple[nn.Module, Any]:
-    """A model and its inputs: those that came with it, or random ones like its ``example_input(batch_size)``."""
+    """Return a model and its inputs: those that came with it, or random ones like its ``example_input(batch_size)``."""
     model, inputs = built if isinstance(built, tuple) and len(built) == 2 else (built, None)
     if not isinstance(model, nn.Module):
         raise TypeError(f"the builder must return a torch module or (module, inputs), got {model!r}")
@@ -226,7 +246,7 @@ def with_inputs(built: Made, batch_size: int, width: int) -> tuple[nn.Module, An
 
 
 def logits_of(model: nn.Module, inputs: Any) -> Tensor:
-    """What a model makes of inputs: a tensor, or a tuple of arguments, or a dictionary of keywords."""
+    """Return what a model makes of inputs: a tensor, or a tuple of arguments, or a dictionary of keywords."""
     named, given = (inputs, ()) if isinstance(inputs, dict) else ({}, inputs)
     output = model(*(given if isinstance(given, tuple) else (given,)), **named)
     logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
@@ -301,6 +321,8 @@ def named_builder(
     They are those of :func:`structlin_nn.models.build_model`, with its errors; sizes that are not given are those of
     :data:`CHECK_SIZES`, and ``base_width`` None is the paper's.
 
+    Examples
+    --------
     >>> sorted(named_builder("cifar-mlp"))
     ['base', 'base_width', 'build', 'extra_multipliers', 'model']
     """
@@ -318,11 +340,15 @@ def builder_of(
 ) -> dict[str, Any]:  # fmt: skip
     """Arguments of :func:`check_scale` for a function of one's own; ValueError for a path that leads to none.
 
-    Args:
-        path: ``package.module:function``; the function takes a width and returns a model, or (model, inputs).
-        base_width: where learning rates are tuned; the base is the function's own model there.
-        structure: replace linear layers by this structure (:func:`structlin_nn.torch.replace_linear`), by ``layers``,
-            ``rms_cap``, ``rule`` and ``options``; None: as is.
+    Parameters
+    ----------
+    path
+        ``package.module:function``; the function takes a width and returns a model, or (model, inputs).
+    base_width
+        Where learning rates are tuned; the base is the function's own model there.
+    structure
+        Replace linear layers by this structure (:func:`structlin_nn.torch.replace_linear`), by ``layers``, ``rms_cap``,
+        ``rule`` and ``options``; None: as is.
     """
     function = own_function(path)
 

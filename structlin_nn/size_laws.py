@@ -39,17 +39,26 @@ def fit_sizes(
 ) -> tuple[LossBootstrap, dict[str, str]]:
     """Fit ``L = E + A / N**alpha + B / D**beta`` to all groups at once (approach 3 of Hoffmann et al. 2022).
 
-    Args:
-        groups: rows by label (:func:`structlin_nn.tables.group_rows`).
-        size, data, y: columns of N, D and L.
-        shared, delta: as :func:`structlin.scaling.fit_loss_law`.
-        samples, seed, method: of the bootstrap (:class:`structlin.scaling.LossBootstrap`).
+    Parameters
+    ----------
+    groups
+        Rows by label (:func:`structlin_nn.tables.group_rows`).
+    size, data, y
+        Columns of N, D and L.
+    shared, delta
+        As :func:`structlin.scaling.fit_loss_law`.
+    samples, seed, method
+        Of the bootstrap (:class:`structlin.scaling.LossBootstrap`).
 
-    Returns:
+    Returns
+    -------
+    tuple[LossBootstrap, dict[str, str]]
         (bootstrap, left_out): the fit with its draws, and by label, why groups are left out.
 
-    Raises:
-        ValueError: no group can be fitted, or too few points for all; an unknown term or method.
+    Raises
+    ------
+    ValueError
+        No group can be fitted, or too few points for all; an unknown term or method.
     """
     points: list[tuple[str, float, float, float]] = []
     left_out: dict[str, str] = {}
@@ -79,13 +88,21 @@ def multipliers(
 ) -> dict[str, tuple[float, Estimate]]:
     """For every other group the loss at which it is compared, and how many times less compute it needs there.
 
-    Args:
-        drawn: of :func:`fit_sizes`.
-        reference: a group.
-        loss: None: the lowest that points of both reach.
-        flops: of training, for each unit of N and of D.
-        confidence: of the intervals.
+    Parameters
+    ----------
+    drawn
+        Of :func:`fit_sizes`.
+    reference
+        A group.
+    loss
+        None: the lowest that points of both reach.
+    flops
+        Of training, for each unit of N and of D.
+    confidence
+        Of the intervals.
 
+    Notes
+    -----
     Raises ValueError for an unknown reference, and for a loss that neither law reaches.
     """
     fit = drawn.fit
@@ -113,18 +130,28 @@ def allocations(
 ) -> tuple[dict[str, Envelope | IsoFlop], dict[str, str]]:
     """How a budget is split best, group by group, by approach 1 or 2 of Hoffmann et al. 2022.
 
-    Args:
-        groups: rows by label. For approach 1 all evaluations, with ``record``, which says what is one run.
-        size, data, y: columns of N, D and L.
-        approach: 1, the envelope of the curves, or 2, parabolas at equal compute.
-        budgets, tolerance: of approach 2 (:func:`structlin.scaling.fit_isoflop`).
-        flops: of training, for each unit of N and of D.
+    Parameters
+    ----------
+    groups
+        Rows by label. For approach 1 all evaluations, with ``record``, which says what is one run.
+    size, data, y
+        Columns of N, D and L.
+    approach
+        1, the envelope of the curves, or 2, parabolas at equal compute.
+    budgets, tolerance
+        Of approach 2 (:func:`structlin.scaling.fit_isoflop`).
+    flops
+        Of training, for each unit of N and of D.
 
-    Returns:
+    Returns
+    -------
+    tuple[dict[str, Envelope | IsoFlop], dict[str, str]]
         (found, left_out), by label.
 
-    Raises:
-        ValueError: no group has a law, with the reason of each; another approach.
+    Raises
+    ------
+    ValueError
+        No group has a law, with the reason of each; another approach.
     """
     if approach not in (1, 2):
         raise ValueError(f"approach must be 1 or 2, got {approach}")

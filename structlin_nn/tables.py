@@ -47,16 +47,24 @@ def read_rows(
 ) -> list[Row]:
     """Read rows from files and folders.
 
-    Args:
-        paths: run records (``.jsonl`` whose first line is a header), JSON lines or a JSON list of objects, CSV with a
-            head line (empty cells are absent, what reads as a number is one), or folders of ``.jsonl`` files.
-        evaluations: of a run record the ``last`` evaluation, or ``all``.
-        unfinished: take runs that have not reached their last step. Otherwise they are an error.
+    Parameters
+    ----------
+    paths
+        Run records (``.jsonl`` whose first line is a header), JSON lines or a JSON list of objects, CSV with a head
+        line (empty cells are absent, what reads as a number is one), or folders of ``.jsonl`` files.
+    evaluations
+        Of a run record the ``last`` evaluation, or ``all``.
+    unfinished
+        Take runs that have not reached their last step. Otherwise they are an error.
 
-    Raises:
-        FileNotFoundError, ValueError: a path that does not exist, or a folder without records; a file that is none of
-            these, an unfinished run, a run without evaluations, no rows at all.
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        A path that does not exist, or a folder without records; a file that is none of these, an unfinished run, a run
+        without evaluations, no rows at all.
 
+    Examples
+    --------
     >>> Path("points.csv").write_text("structure,macs,error\\ndense,1e6,0.5\\nmonarch,2e6,\\n")
     48
     >>> read_rows(["points.csv"])
@@ -139,8 +147,10 @@ def _flat(values: Mapping[str, Any], name: str) -> Row:
 
 
 def column(rows: Sequence[Row], name: str) -> list[float]:
-    """The numbers of a column; ValueError for a row without it, or with something other than a finite number.
+    """Return the numbers of a column; ValueError for a row without it, or with something other than a finite number.
 
+    Examples
+    --------
     >>> column([{"error": 0.5}], "eror")
     Traceback (most recent call last):
     ...
@@ -171,6 +181,8 @@ def group_rows(rows: Sequence[Row], names: Sequence[str]) -> dict[str, list[Row]
     The label is the values: the first as it is, the others with their names. A row without the column goes
     with those where it is missing, unless no row has it, which raises ValueError.
 
+    Examples
+    --------
     >>> rows = [{"structure": "dense"}, {"structure": "low_rank", "rank": 2}]
     >>> list(group_rows(rows, ["structure", "rank"]))
     ['dense', 'low_rank, rank 2']

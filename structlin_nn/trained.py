@@ -33,11 +33,16 @@ Scale = tuple[tuple[float, ...], tuple[float, ...]]
 class TrainedModel:
     """A trained model, on the CPU and in evaluation mode, and what is known of it.
 
-    Attributes:
-        build: how it is built (:mod:`structlin_nn.models.files`).
-        name: of the source, without folders.
-        config: of the run that trained it, as its record has it, and its ``task``; None where it was none of ours.
-        scale: (mean, standard deviation) that its images are normalised with, where they are not ImageNet's.
+    Attributes
+    ----------
+    build
+        How it is built (:mod:`structlin_nn.models.files`).
+    name
+        Of the source, without folders.
+    config
+        Of the run that trained it, as its record has it, and its ``task``; None where it was none of ours.
+    scale
+        (mean, standard deviation) that its images are normalised with, where they are not ImageNet's.
     """
 
     model: nn.Module
@@ -86,20 +91,31 @@ def open_trained(
 ) -> TrainedModel:  # fmt: skip
     """Open a trained model.
 
-    Args:
-        source: the folder of a run; a file of `structlin_nn.models.save_model`; ``timm:NAME``; or a folder (or the
-            .safetensors file in it) that holds GPT-2 as transformers saves it.
-        weights: for ``timm:NAME`` the .safetensors file with its state dictionary; nothing is downloaded.
-        num_classes: of a model of timm; None: what its classifier in the file has.
-        image_size: of a model of timm; None: its own.
-        average: of a run: the average of the weights.
-        untie: of published GPT-2: a head of its own (`structlin_nn.models.pretrained.load_gpt2`).
+    Parameters
+    ----------
+    source
+        The folder of a run; a file of `structlin_nn.models.save_model`; ``timm:NAME``; or a folder (or the .safetensors
+        file in it) that holds GPT-2 as transformers saves it.
+    weights
+        For ``timm:NAME`` the .safetensors file with its state dictionary; nothing is downloaded.
+    num_classes
+        Of a model of timm; None: what its classifier in the file has.
+    image_size
+        Of a model of timm; None: its own.
+    average
+        Of a run: the average of the weights.
+    untie
+        Of published GPT-2: a head of its own (`structlin_nn.models.pretrained.load_gpt2`).
 
-    Raises:
-        FileNotFoundError: a file that is not there.
-        ValueError: a source of no known kind, damaged files, weights that are not those of the model, or an option
-            that the source does not have.
-        ModuleNotFoundError: a model of timm, where that is not installed.
+    Raises
+    ------
+    FileNotFoundError
+        A file that is not there.
+    ValueError
+        A source of no known kind, damaged files, weights that are not those of the model, or an option that the source
+        does not have.
+    ModuleNotFoundError
+        A model of timm, where that is not installed.
     """
     text = os.fspath(source)
     given = {"weights": weights, "num_classes": num_classes, "image_size": image_size}
@@ -135,12 +151,16 @@ def _refuse(source: str, **options: Any) -> None:
 
 
 def load_trained(folder: str | os.PathLike[str], *, average: bool = False, model: nn.Module | None = None) -> nn.Module:
-    """The model of a run in torch as its last checkpoint has it, on the CPU and in evaluation mode.
+    """Return the model of a run in torch as its last checkpoint has it, on the CPU and in evaluation mode.
 
-    Args:
-        folder: of the run. FileNotFoundError, ValueError: no checkpoint there, or a damaged one.
-        average: the average of the weights instead of the weights; ValueError for a run that keeps none.
-        model: a model of your own to fill, whose construction a checkpoint does not tell.
+    Parameters
+    ----------
+    folder
+        Of the run. FileNotFoundError, ValueError: no checkpoint there, or a damaged one.
+    average
+        The average of the weights instead of the weights; ValueError for a run that keeps none.
+    model
+        A model of your own to fill, whose construction a checkpoint does not tell.
     """
     place, state = read_checkpoint(Path(folder))
     if average and not state["tensors"].get("average"):
@@ -169,7 +189,7 @@ def described(model: nn.Module) -> dict[str, Any]:
 
 
 def model_of(build: dict[str, Any], layout: dict[str, Any]) -> nn.Module:
-    """The model that `described` describes, with values that are to be filled in."""
+    """Return the model that `described` describes, with values that are to be filled in."""
     model = build_dense(build)
     for change in changes(model, layout):
         change.apply(model)

@@ -254,7 +254,7 @@ def _repair_scaling() -> None:
 
 def _repair_subtract() -> None:
     def __rsub__(self: LinearOperator, other: Any) -> Any:
-        """other - self"""
+        """Other - self"""
         return (-self).__add__(other)
 
     LinearOperator.__rsub__ = __rsub__

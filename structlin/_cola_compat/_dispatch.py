@@ -38,7 +38,7 @@ def _lookup(self: Function, args: Any = None, types: Any = None) -> Any:
 
 
 def _decided(function: Function, types: tuple[type, ...]) -> Signature | None:
-    """The signature that arguments of these types resolve to whatever their values; None if values matter."""
+    """Return the signature that arguments of these types resolve to whatever their values; None if values matter."""
     matching = [s for s in function._resolver.signatures if _takes(s, types)]
     resolver = Resolver()
     answers = []
@@ -134,7 +134,7 @@ def _repair_binding() -> None:
 
 
 def _annotated(annotation: Any, A: LinearOperator) -> LinearOperator:
-    """A copy with one more annotation."""
+    """Return a copy with one more annotation."""
     copy = object.__new__(type(A))
     fields = vars(copy)
     fields.update(vars(A))

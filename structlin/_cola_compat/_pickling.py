@@ -10,7 +10,7 @@ from structlin._cola_compat._repair import Repair, functions_of, library_of
 
 
 def _encoded(kind: type) -> Any:
-    """A class as one that can be looked up by name, and its type parameters, encoded likewise."""
+    """Return a class as one that can be looked up by name, and its type parameters, encoded likewise."""
     parameters = vars(kind).get("_type_parameter")
     if parameters is None:
         return kind

@@ -26,7 +26,7 @@ class Repair:
 
 
 def implementation(name: str, *types: Any) -> Callable[..., Any]:
-    """The method of CoLA's dispatched function ``name`` for arguments of ``types``."""
+    """Return the method of CoLA's dispatched function ``name`` for arguments of ``types``."""
     return dispatch.functions[name].resolve_method(Signature(*types))[0]
 
 

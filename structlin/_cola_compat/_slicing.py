@@ -24,7 +24,7 @@ def _position(index: Any, n: int, axis: int) -> int:
 
 
 def _positions(index: Any, n: int, axis: int) -> slice | tuple[int, ...]:
-    """A slice as it is, anything else as integers: they are part of the structure, not of the arrays."""
+    """Return a slice as it is, anything else as integers: they are part of the structure, not of the arrays."""
     if isinstance(index, slice):  # torch takes no negative steps
         return index if index.step is None or index.step > 0 else tuple(range(*index.indices(n)))
     host = _host(index)

@@ -83,7 +83,7 @@ def _repair_logdet_iterative() -> None:
 
 
 def known_scalar(c: Any) -> complex | None:
-    """The value of a scalar; None while it is traced."""
+    """Return the value of a scalar; None while it is traced."""
     try:
         return complex(c.detach() if hasattr(c, "detach") else c)
     except (RuntimeError, TypeError, NotImplementedError):
@@ -101,7 +101,7 @@ def _known_product(scalars: Iterable[Any]) -> complex | None:
 
 
 def scaled_annotations(annotations: set[type], c: complex | None, is_complex: bool) -> set[type]:
-    """What is left of ``annotations`` after multiplication by ``c``."""
+    """Return what is left of ``annotations`` after multiplication by ``c``."""
     if c == 1:
         return annotations
     kept: set[type] = set()

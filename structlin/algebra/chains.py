@@ -58,7 +58,7 @@ def singular(A: Any, rank: int) -> np.linalg.LinAlgError:
 
 
 def thin(A: Any) -> int | None:
-    """The width of a bottleneck of at most half the rows and columns; None where there is none."""
+    """Return the width of a bottleneck of at most half the rows and columns; None where there is none."""
     found = roles.bottleneck(A.structure)
     return found[0] if found is not None and 2 * found[0] <= min(A.shape) else None
 
@@ -73,12 +73,12 @@ def matrix_blocks(A: Any) -> Array | None:
 
 
 def from_blocks(A: Any, blocks: Array) -> StructuredOperator:
-    """An operator of the kind of A, dense or block-diagonal, of other blocks."""
+    """Return an operator of the kind of A, dense or block-diagonal, of other blocks."""
     return Dense(blocks[0]) if roles.is_dense(A.structure) else BlockDiagonal(blocks)
 
 
 def kronecker_members(A: Any, square: bool = False) -> list[Array] | None:
-    """The matrices of a Kronecker product of two members or more."""
+    """Return the matrices of a Kronecker product of two members or more."""
     matrices = roles.part_matrices(A.structure, A.factors)
     if matrices is None or len(matrices) < 2 or (square and any(m.shape[0] != m.shape[1] for m in matrices)):
         return None
@@ -116,7 +116,7 @@ def inverse(A: Any) -> Answer[Any] | None:
 
 
 def _reversed(A: Any) -> StructuredOperator:
-    """The inverse of a square chain: the chain reversed, each block inverted."""
+    """Return the inverse of a square chain: the chain reversed, each block inverted."""
     structure = A.structure
     inverted, orders = roles.inverse_structure(structure)
     sizes, xp, factors = dict(structure.sizes), lapack(A.factors[0]), []
@@ -194,7 +194,8 @@ def pinv(A: Any) -> Answer[Any] | None:
 
 def thin_orthogonal(A: Any) -> tuple[Array, Array, Array]:
     """(Q1, C, Q2) with A = Q1 C Q2, where Q1 has orthonormal columns, Q2 orthonormal rows, for a chain that has a
-    bottleneck."""
+    bottleneck.
+    """
     U, V = _thin(A)
     xp = lapack(U)
     left, first = xp.qr(U)
@@ -209,7 +210,7 @@ def _thin(A: Any) -> tuple[Array, Array]:
 
 
 def solve(A: Any, b: Array) -> Answer[Array] | None:
-    """The steps of a square chain undone one by one: blocks are factored and b is substituted."""
+    """Return the steps of a square chain undone one by one: blocks are factored and b is substituted."""
     structure = A.structure
     if not roles.is_square_chain(structure) or roles.rank_bound(structure) < A.shape[0]:
         return None
@@ -241,7 +242,8 @@ def _substituted(structure: Structure, factors: Sequence[Array], b: Array) -> Ar
 
 def solve_blocks(blocks: Array, b: Array, positive: bool) -> Array:
     """(c, m, m), (c, m, k) -> (c, m, k). Raises LinAlgError, or gives NaN inside jit, for blocks that are singular to
-    working precision: those whose solutions are as large as roundoff can make them."""
+    working precision: those whose solutions are as large as roundoff can make them.
+    """
     xp = lapack(blocks)
     with refusing_singular(blocks, positive):
         x = xp.cholesky_solve(blocks, b) if positive else xp.solve(blocks, b)
@@ -580,7 +582,7 @@ def sum(A: Any, B: Any) -> Answer[Any] | None:
 
 
 def shifted(A: Any, value: Any) -> Answer[Any] | None:
-    """A diagonal, taken up by what stores its diagonal."""
+    """Return a diagonal, taken up by what stores its diagonal."""
     blocks = matrix_blocks(A)
     if blocks is None or blocks.shape[1] != blocks.shape[2]:
         return None

@@ -95,7 +95,7 @@ def _split(A: StructuredOperator) -> list[Array]:
 
 
 def diagonal(A: StructuredOperator, k: int = 0) -> Array | None:
-    """The k-th diagonal of a chain, or None where contraction does not pay."""
+    """Return the k-th diagonal of a chain, or None where contraction does not pay."""
     if k == 0 and (found := _joined_diagonal(A)) is not None:
         return found
     d_out, d_in = A.shape
@@ -157,7 +157,7 @@ def entries(A: StructuredOperator, rows: np.ndarray, columns: np.ndarray) -> Arr
 
 
 def _pick(factor: Array, term: Sequence[int], places: dict[int, np.ndarray], xp: object) -> Array:
-    """The slices of ``factor`` at the places of its open axes, one for each entry, in front."""
+    """Return the slices of ``factor`` at the places of its open axes, one for each entry, in front."""
     opened = [i for i, a in enumerate(term) if a in places]
     if not opened:
         return factor

@@ -78,7 +78,7 @@ def network(structure: AbstractStructure) -> Network | None:
 
 @lru_cache(maxsize=1024)
 def build(structure: Structure) -> Network:
-    """The network of a chain, of its full (padded) size."""
+    """Return the network of a chain, of its full (padded) size."""
     letters = dict(structure.sizes)
     sizes: list[int] = []
 

@@ -59,7 +59,7 @@ def rank_bound(structure: AbstractStructure) -> int:
 
 @lru_cache(maxsize=1024)
 def inverse_structure(structure: Structure) -> tuple[Structure, tuple[tuple[int, ...], ...]]:
-    """The reversed chain of a square chain, and how to permute each of its factors.
+    """Return the reversed chain of a square chain, and how to permute each of its factors.
 
     Factor k of the result is the inverse blocks of factor -1 - k, an array with the axes (batch, contracted, free) of
     the original, permuted by the k-th tuple: then the product with columns reads it without a copy.
@@ -77,7 +77,8 @@ def inverse_structure(structure: Structure) -> tuple[Structure, tuple[tuple[int,
 @lru_cache(maxsize=1024)
 def solution_steps(structure: Structure) -> tuple[Structure, tuple[tuple[int, ...], ...]]:
     """The inverse structure of a square chain, and for each of its factors how to permute the factor of the chain that
-    it inverts so that its axes read (batch, free, contracted) in the order in which the inverse step has them."""
+    it inverts so that its axes read (batch, free, contracted) in the order in which the inverse step has them.
+    """
     inverse, _ = inverse_structure(structure)
     orders = []
     for undone, step in zip(reversed(structure.steps), inverse.steps, strict=True):
@@ -140,7 +141,7 @@ class Part:
 
 @lru_cache(maxsize=1024)
 def kronecker_parts(structure: AbstractStructure) -> tuple[Part, ...] | None:
-    """The members, in order, if the roles make the chain a Kronecker product (of one member: a dense matrix).
+    """Return the members, in order, if the roles make the chain a Kronecker product (of one member: a dense matrix).
 
     They do if every factor joins axes of the input with axes of the output only, and both indices list the factors'
     axes in the same order. Axes of size 1 do not count.
@@ -178,7 +179,7 @@ def kronecker_parts(structure: AbstractStructure) -> tuple[Part, ...] | None:
 
 
 def part_matrices(structure: AbstractStructure, factors: Sequence[Array]) -> list[Array] | None:
-    """The matrices whose Kronecker product the operator is; None if it is none."""
+    """Return the matrices whose Kronecker product the operator is; None if it is none."""
     parts = kronecker_parts(structure)
     if parts is None:
         return None
@@ -197,7 +198,7 @@ def part_matrices(structure: AbstractStructure, factors: Sequence[Array]) -> lis
 
 
 def diagonal_blocks(structure: AbstractStructure, factors: Sequence[Array]) -> Array | None:
-    """The blocks, (b, n, m), of what is diag(B_1, ..., B_b) as it stands; None for anything else."""
+    """Return the blocks, (b, n, m), of what is diag(B_1, ..., B_b) as it stands; None for anything else."""
     if not isinstance(structure, Structure) or len(structure.steps) > 1 or structure.padding != (0, 0):
         return None
     step = structure.steps[0]

@@ -48,6 +48,8 @@ def add_tensor_trains(A: TensorTrain, B: TensorTrain) -> TensorTrain:
     inner ones grow with the square of the rank, and only this function adds them. Raises TypeError for other
     structures, ValueError where the sizes of the cores differ.
 
+    Examples
+    --------
     >>> A = TensorTrain.random((6, 6), rank=1)
     >>> add_tensor_trains(A, A).factors[0].shape
     (1, 2, 2, 2)
@@ -79,7 +81,7 @@ def added_cores(first: Sequence[Array], second: Sequence[Array]) -> list[Array]:
 
 
 def _right_orthogonal(cores: Sequence[Array]) -> list[Array]:
-    """The same matrix with every core but the first orthonormal as a (r, n m r') matrix."""
+    """Return the same matrix with every core but the first orthonormal as a (r, n m r') matrix."""
     cores = list(cores)
     xp = lapack(cores[0])
     for k in range(len(cores) - 1, 0, -1):
@@ -101,14 +103,20 @@ def norm_of_cores(cores: Sequence[Array]) -> Array:
 def round_tensor_train(
     A: TensorTrain, *, rank: int | Sequence[int] | None = None, tolerance: float | None = None
 ) -> TensorTrain:
-    """The Tensor-Train with lower ranks next to A: orthogonalise from the right, truncate SVDs from the left.
+    """Return the Tensor-Train with lower ranks next to A: orthogonalise from the right, truncate SVDs from the left.
 
-    Args:
-        A: a TensorTrain (or a Kronecker product, which is one of rank 1).
-        rank: the largest rank, one for all inner bonds or one each.
-        tolerance: relative error in the Frobenius norm that may be made in all; the smallest ranks that keep it are
-            taken. With neither it is a thousand roundoffs: ranks that are not needed go away. With both, both hold.
+    Parameters
+    ----------
+    A
+        A TensorTrain (or a Kronecker product, which is one of rank 1).
+    rank
+        The largest rank, one for all inner bonds or one each.
+    tolerance
+        Relative error in the Frobenius norm that may be made in all; the smallest ranks that keep it are taken. With
+        neither it is a thousand roundoffs: ranks that are not needed go away. With both, both hold.
 
+    Notes
+    -----
     Returns: a Tensor-Train whose error is at most sqrt(c - 1) times that of the best one with its ranks. Differentiable
     where the singular values that are kept differ from one another and from those that are dropped; on jax only where
     no rank of A is superfluous to begin with.
@@ -116,6 +124,8 @@ def round_tensor_train(
     Raises TypeError for other structures, ValueError for ranks below 1, a wrong number of them, a negative
     ``tolerance``, and for ranks that depend on values inside jit (give ``rank`` and ``tolerance=0`` there).
 
+    Examples
+    --------
     >>> A = TensorTrain.random((6, 6), rank=2)
     >>> twice = add_tensor_trains(A, A)
     >>> twice.factors[0].shape, round_tensor_train(twice).factors[0].shape

@@ -178,7 +178,7 @@ class Guard:
 
 @lru_cache(maxsize=4096)
 def guard_of(structure: AbstractStructure) -> Guard:
-    """The guard of a structure; made once."""
+    """Return the guard of a structure; made once."""
     return Guard(structure)
 
 

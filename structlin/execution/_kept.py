@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 
 def kept(structure: Structure, key: tuple[Any, ...], make: Callable[[], T]) -> T:
-    """What is kept under a key, made where it is not there."""
+    """Return what is kept under a key, made where it is not there."""
     found = structure._kept.get(key)
     if found is None:
         found = structure._kept[key] = make()

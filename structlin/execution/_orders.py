@@ -44,7 +44,7 @@ class Operand:
 
 
 def view_of(layout: str, groups: Sequence[str], sizes: Mapping[str, int], sliced: bool) -> Operand | None:
-    """The view of an activation in ``layout``, or None where the axes of a group do not lie as one.
+    """Return the view of an activation in ``layout``, or None where the axes of a group do not lie as one.
 
     ``sliced``: not all tokens of the array are viewed, so that no axis outside of them merges with them.
     """
@@ -102,7 +102,7 @@ class Layout:
 
 
 def make_layout(steps: Sequence[Step], sizes: Mapping[str, int], rows: bool) -> Layout | None:
-    """The layout of a chain for ``rows`` or columns; None where a step would have to copy."""
+    """Return the layout of a chain for ``rows`` or columns; None where a step would have to copy."""
     if any(before.output != step.input for before, step in pairwise(steps)):
         return None  # regrouped: the written order is needed in between
     blocks = any(step.batch for step in steps)

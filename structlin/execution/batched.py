@@ -96,7 +96,7 @@ class BatchedChain:
     def forward(
         self, x: Tensor, factors: Sequence[Tensor], bias: Tensor | None = None, kept: list[Tensor] | None = None
     ) -> Tensor:
-        """The product; to ``kept`` the activations between the steps are added, for :meth:`backward`."""
+        """Return the product; to ``kept`` the activations between the steps are added, for :meth:`backward`."""
         state = self.enter[0](self._padded(x.detach(), 0))
         for k, factor in enumerate(factors[:-1]):
             state = self.enter[k + 1](_product(state, self._arranged(factor.detach(), k).mT))
@@ -151,13 +151,13 @@ class BatchedChain:
         return _copy(factor, self._orders[k], False).view(self.products[k])
 
     def _rearranged(self, gradient: Tensor, k: int) -> Tensor:
-        """The gradient of factor k, from (batch, free, contracted) to the factor's axes."""
+        """Return the gradient of factor k, from (batch, free, contracted) to the factor's axes."""
         shape, order = self._shapes[k], self._orders[k]
         return _copy(gradient.view([shape[axis] for axis in order]), order, True)
 
 
 def _product(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
-    """A batched product; of a batch of one, which torch makes slow copies of in bfloat16, a single product."""
+    """Return a batched product; of a batch of one, which torch makes slow copies of in bfloat16, a single product."""
     if left.shape[0] != 1:
         return torch.bmm(left, right) if out is None else torch.bmm(left, right, out=out)
     return torch.mm(left[0], right[0], out=None if out is None else out[0])[None]
@@ -191,7 +191,7 @@ def _copy(x: Tensor, order: tuple[int, ...], back: bool) -> Tensor:
 def _copies(
     shape: tuple[int, ...], order: tuple[int, ...], back: bool, dtype: str, target: Target
 ) -> Callable[..., None] | None:
-    """What is faster than torch at exchanging the last axes; None if the compiler fails."""
+    """Return what is faster than torch at exchanging the last axes; None if the compiler fails."""
     outside, inside = ELEMENTS[dtype]
     try:
         return load_copies([(Arrangement(shape, order, back=back), outside, outside)], target, inside)

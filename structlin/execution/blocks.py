@@ -92,7 +92,7 @@ class TorchBlock:
         return make_block(self._spec, _NAMES[dtype], target, None if kind == TILES else int(kind) or None)
 
     def layers(self, x: Tensor, operands: Sequence[Tensor | None], run: Run) -> tuple[Tensor, ...]:
-        """The outputs layer after layer, with ``run(structure, h, factors, bias)`` for each of them.
+        """Return the outputs layer after layer, with ``run(structure, h, factors, bias)`` for each of them.
 
         ``operands``: weight and bias of the norm, the bias of each structure (None where there is none), and the
         factors of all structures.
@@ -159,7 +159,7 @@ class TorchBlock:
         warn_once(error, "A block of a network by torch")
 
     def _kind(self, x: Tensor, train: bool) -> str | None:
-        """The pass to run, one of :data:`KINDS`; None: layer after layer is faster."""
+        """Return the pass to run, one of :data:`KINDS`; None: layer after layer is faster."""
         tokens, threads = choice.bucket(len(x)), torch.get_num_threads()
         key = x.dtype, tokens, threads, train, choice.own_policy(), choice.generation()
         if key not in self._taken:
@@ -172,7 +172,7 @@ class TorchBlock:
         return self._taken[key]
 
     def run(self, x: Tensor, operands: Sequence[Tensor | None], kind: str = "0") -> tuple[Tensor, ...]:
-        """The outputs by the compiled pass, without gradients. All operands are plain."""
+        """Return the outputs by the compiled pass, without gradients. All operands are plain."""
         program = self.program(x.dtype, kind)
         assert program is not None
         weight, shift, biases, factors = self._parts(program, operands)
@@ -407,5 +407,5 @@ def torch_block(
     first: tuple[Structure, ...], second: Structure | None, activation: str | None, biases: tuple[bool, ...],
     norm: str | None = None, eps: float = 0.0, affine: tuple[bool, bool] = (False, False), residual: bool = False,
 ) -> TorchBlock:  # fmt: skip
-    """The block with these parts, made once."""
+    """Return the block with these parts, made once."""
     return TorchBlock(first, second, activation, biases, norm, eps, affine, residual)

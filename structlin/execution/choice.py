@@ -85,10 +85,10 @@ class Way(ABC):
 
     @abstractmethod
     def seconds(self, problem: Problem) -> float:
-        """An estimate of the time of a call, with the backward pass if ``problem.train``."""
+        """Return an estimate of the time of a call, with the backward pass if ``problem.train``."""
 
     def least(self, problem: Problem) -> float:
-        """A bound from below of :meth:`seconds` that costs nothing: where it decides, nothing else is asked."""
+        """Return a bound from below of :meth:`seconds` that costs nothing: where it decides, nothing else is asked."""
         return 0.0
 
     @abstractmethod
@@ -162,7 +162,7 @@ def forget() -> None:
 
 
 def generation() -> int:
-    """A number that changes when choices are to be made anew."""
+    """Return a number that changes when choices are to be made anew."""
     return _generation
 
 
@@ -190,6 +190,8 @@ def policy_of(text: str) -> Policy:
 
     Raises ValueError for a name that no library has.
 
+    Examples
+    --------
     >>> policy_of("measure,-dense")
     Policy(mode='measure', names=(), without=('dense',))
     """
@@ -224,7 +226,7 @@ def own_policy() -> str | None:
 
 
 def policy_text() -> str:
-    """The policy in force, as text."""
+    """Return the policy in force, as text."""
     text = _POLICY.get()
     return os.environ.get("STRUCTLIN_EXECUTION", "estimate") if text is None else text
 
@@ -235,6 +237,8 @@ def using(policy: str) -> Iterator[None]:
 
     Raises ValueError for a policy that cannot be read.
 
+    Examples
+    --------
     >>> with using("products"):
     ...     pass
     """
@@ -263,7 +267,7 @@ class Candidate:
 
 
 def bucket(tokens: int) -> int:
-    """The power of two that stands for a number of tokens: the least that is not smaller."""
+    """Return the power of two that stands for a number of tokens: the least that is not smaller."""
     return 1 << max(0, tokens - 1).bit_length()
 
 
@@ -290,7 +294,7 @@ def timings(problem: Problem) -> dict[str, float]:
 
 
 def timings_of(key: str) -> dict[str, float]:
-    """The same, by the text of the problem."""
+    """Return the same, by the text of the problem."""
     found = wisdom.read(key)
     return dict(found) if isinstance(found, Mapping) else {}
 
@@ -306,7 +310,7 @@ def choose(problem: Problem) -> Way:
 
 
 def _choose(problem: Problem, policy: Policy) -> tuple[Way, str]:
-    """The way, and why it is taken."""
+    """Return the way, and why it is taken."""
     for name, why in (
         (_pinned.get(problem.key), "pinned by the run that is resumed"),
         *((name, f"named by the policy {policy_text()!r}") for name in policy.names),
@@ -330,7 +334,7 @@ def _choose(problem: Problem, policy: Policy) -> tuple[Way, str]:
 
 
 def way_of(problem: Problem) -> Way:
-    """The way that :func:`choose` would take, without an entry in :func:`decisions`."""
+    """Return the way that :func:`choose` would take, without an entry in :func:`decisions`."""
     return _choose(problem, policy_of(policy_text()))[0]
 
 
@@ -350,14 +354,14 @@ class Alternatives(Protocol):
         """The answer where ``-block`` is the policy."""
 
     def estimate(self) -> str:
-        """The answer where nothing was measured."""
+        """Return the answer where nothing was measured."""
 
     def measure(self) -> dict[str, float]:
         """Seconds of each answer."""
 
 
 def settle(question: Alternatives) -> str:
-    """The answer: what a resumed run pinned, the least measured time, a measurement now, or the estimate."""
+    """Return the answer: what a resumed run pinned, the least measured time, a measurement now, or the estimate."""
     policy, key = policy_of(policy_text()), question.key
     name = question.without if BLOCK in policy.without else _pinned.get(key)
     if name is None and policy.names:
@@ -407,7 +411,7 @@ def pin(chosen: Mapping[str, str]) -> None:
 
 
 def table(problem: Problem) -> str:
-    """A table of the ways for a problem, with estimated and measured times, and which is taken and why."""
+    """Return a table of the ways for a problem, with estimated and measured times, and which is taken and why."""
     policy = policy_of(policy_text())
     taken, why = _choose(problem, policy)
     rows = [("way", "estimated", "measured", "")]

@@ -63,7 +63,7 @@ class ChunkedChain:
     def forward(
         self, x: Tensor, factors: Sequence[Tensor], bias: Tensor | None = None, kept: list[Tensor] | None = None
     ) -> Tensor:
-        """The product; to ``kept`` the activations are added that are worth keeping for :meth:`backward`."""
+        """Return the product; to ``kept`` the activations are added that are worth keeping for :meth:`backward`."""
         tokens, x = x.shape[0 if self.rows else 1], self._padded(x.detach(), 0).contiguous()
         shape = (tokens, self.widths[-1]) if self.rows else (self.widths[-1], tokens)
         if not tokens:
@@ -160,7 +160,7 @@ class ChunkedChain:
         return _Half if x.dtype == torch.bfloat16 else _Torch
 
     def _view(self, x: Tensor, view: tuple[tuple[int, ...], tuple[int, ...]], k: int, start: int, count: int) -> Tensor:
-        """The operand in activation number k: for input and output at the chunk's place."""
+        """Return the operand in activation number k: for input and output at the chunk's place."""
         offset = x.storage_offset()
         if k in (0, len(self.widths) - 1):
             offset += start * self.widths[k] if self.rows else start

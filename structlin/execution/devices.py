@@ -20,20 +20,32 @@ __all__ = ["DEVICES", "Device", "named"]
 class Device:
     """What a device does at most.
 
-    Attributes:
-        name: of the device.
-        peak: FLOPs per second of matrix products, by dtype, without sparsity.
-        bandwidth: bytes per second of the main memory.
-        memory: bytes; None where it does not matter.
-        source: where the numbers are from.
-        l2: bytes of the last cache that all cores share; 0 where nothing is known.
-        l2_bandwidth: bytes per second that this cache delivers; assumed. 0: as for memory.
-        capability: of CUDA, such as (9, 0); None for other devices.
-        reached: the parts of ``peak`` and ``bandwidth`` that large products and copies reach; assumed. On an H100
-            these are 700 TFLOP/s in bfloat16 and 3.0 TB/s.
-        cores: streaming multiprocessors.
-        launch: seconds from one kernel to the next where each takes no time of its own, when torch calls them one by
-            one from Python; assumed. In a CUDA graph it is less.
+    Attributes
+    ----------
+    name
+        Of the device.
+    peak
+        FLOPs per second of matrix products, by dtype, without sparsity.
+    bandwidth
+        Bytes per second of the main memory.
+    memory
+        Bytes; None where it does not matter.
+    source
+        Where the numbers are from.
+    l2
+        Bytes of the last cache that all cores share; 0 where nothing is known.
+    l2_bandwidth
+        Bytes per second that this cache delivers; assumed. 0: as for memory.
+    capability
+        Of CUDA, such as (9, 0); None for other devices.
+    reached
+        The parts of ``peak`` and ``bandwidth`` that large products and copies reach; assumed. On an H100 these are 700
+        TFLOP/s in bfloat16 and 3.0 TB/s.
+    cores
+        Streaming multiprocessors.
+    launch
+        Seconds from one kernel to the next where each takes no time of its own, when torch calls them one by one from
+        Python; assumed. In a CUDA graph it is less.
     """
 
     name: str
@@ -57,6 +69,8 @@ class Device:
     def rate(self, dtype: str) -> float:
         """FLOPs per second in a dtype. Raises ValueError where it is not known.
 
+        Examples
+        --------
         >>> DEVICES["a100"].rate("bfloat16")
         312000000000000.0
         """
@@ -122,8 +136,10 @@ DEVICES: dict[str, Device] = {
 
 
 def named(name: str) -> Device:
-    """A device of :data:`DEVICES`. Raises ValueError for another name.
+    """Return a device of :data:`DEVICES`. Raises ValueError for another name.
 
+    Examples
+    --------
     >>> named("h200").bandwidth
     4800000000000.0
     """

@@ -39,13 +39,13 @@ _FAILING = ContextVar("_FAILING", default=False)
 
 
 def chain(structure: Structure, factors: Sequence[Array], x: Array, bias: Array | None, rows: bool) -> Array:
-    """The compiled passes: (tokens, d_in) -> (tokens, d_out) plus ``bias``, or columns."""
+    """Return the compiled passes: (tokens, d_in) -> (tokens, d_out) plus ``bias``, or columns."""
     operands = (x, *factors) if bias is None else (x, *factors, bias)
     return _chain.bind(*operands, structure=structure, rows=rows, bias=bias is not None, kept=0)[0]
 
 
 def single(structure: Structure, factors: Sequence[Array], x: Array, bias: Array | None, rows: bool) -> Array:
-    """The single products of the portable plan: (tokens, d_in) -> (tokens, d_out) plus ``bias``, or columns."""
+    """Return the single products of the portable plan: (tokens, d_in) -> (tokens, d_out) plus ``bias``, or columns."""
     y = products(structure, factors, x, ops("jax"), rows)
     return y if bias is None else y + bias
 
@@ -107,7 +107,7 @@ def alone(operands: Sequence[Array], rows: bool) -> bool:
 
 
 def chain_of(structure: Structure, rows: bool) -> XLAChain:
-    """The passes of a structure, made once for it."""
+    """Return the passes of a structure, made once for it."""
     parts = structure.steps, structure.sizes, structure.d_in, structure.d_out, rows
     return kept(structure, ("jax_cpu", rows), lambda: XLAChain(*parts))
 
@@ -122,7 +122,7 @@ def _plain(structure: Structure, rows: bool) -> Callable[..., Array]:
 
 
 def _portable_tangent(*operands: Array, structure: Structure, rows: bool, needs: tuple[bool, ...]) -> Array:
-    """The sum over all ``needs`` of the tangents given, of x, factors and bias, of which the primals follow."""
+    """Return the sum over all ``needs`` of the tangents given, of x, factors and bias, of which the primals follow."""
     tangents, primals, places = _split(operands, structure, needs)
     given = dict(zip(places, tangents, strict=True))
     found = given.pop(len(primals), None)

@@ -52,7 +52,7 @@ class JaxWay(models.EstimatedWay):
         return _calibrated(models.timed_dtype(problem.dtype), problem.threads, problem.train)
 
     def call(self, problem: Problem, tokens: int) -> Callable[[], object]:
-        """A call of a jitted program of the chain alone; with ``problem.train`` of its gradients."""
+        """Return a call of a jitted program of the chain alone; with ``problem.train`` of its gradients."""
         structure, device, rng = problem.structure, jax.devices("cpu")[0], np.random.default_rng(0)
 
         def normal(*shape: int, scale: float = 1.0) -> Array:
@@ -138,7 +138,7 @@ class Compiled(JaxWay):
         return self._once(problem) + super().seconds(problem)
 
     def _once(self, problem: Problem) -> float:
-        """What compiling takes, for each of the calls that share it."""
+        """Return what compiling takes, for each of the calls that share it."""
         return (2 if problem.train else 1) * models.COMPILING
 
     def model(self, problem: Problem) -> float:
@@ -153,7 +153,7 @@ class Compiled(JaxWay):
 
 
 def _wide(problem: Problem) -> Rates:
-    """The rates of the dtype that compiled passes compute in."""
+    """Return the rates of the dtype that compiled passes compute in."""
     return rates("float64" if problem.dtype == "float64" else "float32", problem.threads, "jax")
 
 
@@ -187,7 +187,7 @@ def run(
 
 
 def _way_of(structure: Structure, x: Array, rows: bool) -> Way:
-    """The way for calls with as many tokens, chosen once for as long as nothing is measured or pinned."""
+    """Return the way for calls with as many tokens, chosen once for as long as nothing is measured or pinned."""
     tokens, dtype = x.shape[0 if rows else 1], str(x.dtype)
     kept = structure._kept.setdefault(("jax_ways", rows), {})
     key = dtype, choice.bucket(tokens), xla.threads(), choice.policy_text(), choice.generation()

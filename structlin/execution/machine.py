@@ -30,14 +30,14 @@ DEFAULT = Caches(l1=32 << 10, l2=512 << 10, l3=2 << 20)
 
 
 def gpu() -> str:
-    """The name of the current device of CUDA; nothing where there is none, or torch is not imported."""
+    """Return the name of the current device of CUDA; nothing where there is none, or torch is not imported."""
     torch = sys.modules.get("torch")
     return str(torch.cuda.get_device_name()) if torch is not None and torch.cuda.is_available() else ""
 
 
 @cache
 def caches() -> Caches:
-    """The caches of the first core."""
+    """Return the caches of the first core."""
     if sys.platform.startswith("linux"):
         found = _linux(_LINUX)
     elif sys.platform == "darwin":

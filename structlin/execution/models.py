@@ -56,7 +56,7 @@ class EstimatedWay(Way):
 
     @abstractmethod
     def calibration(self, problem: Problem) -> Mapping[str, tuple[float, float]]:
-        """What :func:`calibrated` has found for the ways of this library."""
+        """Return what :func:`calibrated` has found for the ways of this library."""
 
     def rates(self, problem: Problem) -> Rates:
         return rates(timed_dtype(problem.dtype), problem.threads, self.library)
@@ -73,7 +73,7 @@ def makes_dense(problem: Problem) -> bool:
 
 
 def timed_dtype(dtype: str) -> str:
-    """The dtype whose rates stand for those of ``dtype``."""
+    """Return the dtype whose rates stand for those of ``dtype``."""
     return dtype if dtype in BYTES else "float32"
 
 

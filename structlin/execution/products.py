@@ -126,7 +126,7 @@ def make_plan(steps: Sequence[Step], sizes: Mapping[str, int], rows: bool) -> Pl
 
 
 def plan_of(structure: Structure, rows: bool = True) -> Plan:
-    """The plan of a structure, worked out once for it."""
+    """Return the plan of a structure, worked out once for it."""
     key = "products", rows
     found = structure._kept.get(key)
     if found is None:
@@ -135,7 +135,7 @@ def plan_of(structure: Structure, rows: bool = True) -> Plan:
 
 
 def products(structure: Structure, factors: Sequence[Array], x: Array, xp: SimpleNamespace, rows: bool = True) -> Array:
-    """The product by single operations of the array library, on any device, differentiable and batchable.
+    """Return the product by single operations of the array library, on any device, differentiable and batchable.
 
     ``x`` has shape (tokens, d_in) if ``rows``, otherwise (d_in, tokens); the result has d_out in place of d_in.
     """

@@ -79,7 +79,7 @@ class Rates:
 
 @lru_cache(maxsize=64)
 def rates(dtype: str, threads: int, library: str = "torch") -> Rates:
-    """The rates of a library, torch or jax, on this CPU: from memory, from disk, or measured."""
+    """Return the rates of a library, torch or jax, on this CPU: from memory, from disk, or measured."""
     key = f"rates {library} {dtype} {threads}"
     found = wisdom.read(key)
     if not isinstance(found, dict) or len(found.get("columns", ())) != len(BLOCKS):
@@ -89,7 +89,7 @@ def rates(dtype: str, threads: int, library: str = "torch") -> Rates:
 
 
 def least_seconds(function: Callable[[], object], rounds: int = ROUNDS) -> float:
-    """The least time of some calls, after one that is not counted; of one alone where that takes long."""
+    """Return the least time of some calls, after one that is not counted; of one alone where that takes long."""
     function()
     best, began = math.inf, time.perf_counter()
     for _ in range(rounds):
@@ -185,7 +185,7 @@ def _measured(dtype: str, threads: int, library: str) -> Rates:
 
 
 def _filled(found: dict[int, float]) -> tuple[float, ...]:
-    """The seconds of every side, interpolated between those that were timed."""
+    """Return the seconds of every side, interpolated between those that were timed."""
     known = [BLOCKS.index(side) for side in found]
     logs = np.interp(range(len(BLOCKS)), known, np.log(list(found.values())))
     return tuple(np.exp(logs).tolist())

@@ -147,7 +147,7 @@ class StridedChain:
     def _view(
         self, at: Sequence[Tensor], k: int, operand: Operand, start: int, count: int, tokens: int
     ) -> Tensor:  # fmt: skip
-        """The operand in activation number k: for input and output at the chunk's place."""
+        """Return the operand in activation number k: for input and output at the chunk's place."""
         x, end = at[k], k in (0, len(self.widths) - 1)
         if end:
             offset = start * self.widths[k] if self.rows else start
@@ -216,7 +216,7 @@ def _add(grad: Tensor, left: Tensor, right: Tensor, first: bool) -> None:
 
 
 def _along(bias: Tensor, target: Operand, count: int) -> Tensor | None:
-    """A bias as the operand of an output, the same for all tokens; None where no strides stand for that."""
+    """Return a bias as the operand of an output, the same for all tokens; None where no strides stand for that."""
     sizes, strides = [], []
     for size, tokens, stride, over in target.groups:
         if (tokens and size > 1) or (over and not tokens):
@@ -232,5 +232,5 @@ def _unpacked(grad: Tensor, order: Sequence[int], shape: Sequence[int]) -> Tenso
 
 
 def strided(structure: Structure, rows: bool = True) -> StridedChain:
-    """The chain of a structure, made once for it."""
+    """Return the chain of a structure, made once for it."""
     return kept(structure, ("strided", rows), lambda: StridedChain(structure, rows))

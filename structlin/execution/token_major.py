@@ -131,7 +131,7 @@ class TokenMajor:
         return x if bias is None or self.fuses_bias else x + bias
 
     def single(self, x: Tensor, factors: Sequence[Tensor], bias: Tensor | None) -> Tensor:
-        """The same for a single token, for a compiler that fuses products with what stands between.
+        """Return the same for a single token, for a compiler that fuses products with what stands between.
 
         A compiler would read a permuted activation through arithmetic with its indices, number by number, which takes
         longer than all the products. So the sums of a product are written in the order of the next one.
@@ -167,7 +167,7 @@ def _arranged(x: Tensor, how: Arrangement) -> Tensor:
 
 
 def _summed(products: Tensor, how: Arrangement) -> Tensor:
-    """What :func:`_arranged` makes of the sums over the last axis."""
+    """Return what :func:`_arranged` makes of the sums over the last axis."""
     view, order, shape = how
     assert order is not None
     if view is not None:
@@ -177,5 +177,5 @@ def _summed(products: Tensor, how: Arrangement) -> Tensor:
 
 
 def token_major(structure: Structure) -> TokenMajor:
-    """The plan of a structure; made once."""
+    """Return the plan of a structure; made once."""
     return kept(structure, ("token_major",), lambda: TokenMajor(structure))

@@ -84,7 +84,7 @@ class CPUChain:
         self._single = SingleProducts(structure, rows)
 
     def passes(self, kind: str, dtype: torch.dtype) -> Passes | None:
-        """The passes of a kind; None where they cannot run this chain in this dtype.
+        """Return the passes of a kind; None where they cannot run this chain in this dtype.
 
         ``batched``; ``chunked``; ``compiled``, also with a number of tokens in a block as in ``compiled-48``, or by
         tiles where the processor has them, ``compiled-tiles``; ``-near`` after these two: in slices that stay in the
@@ -130,7 +130,7 @@ class CPUChain:
     def forward(
         self, passes: Passes, x: Tensor, factors: Sequence[Tensor], bias: Tensor | None, keeps: bool = False
     ) -> tuple[Tensor, Passes, list[Tensor]]:
-        """The product, the way that it took in the end, and what that way keeps for the backward pass."""
+        """Return the product, the way that it took in the end, and what that way keeps for the backward pass."""
         kept: list[Tensor] = []
         try:
             return passes.forward(x, factors, bias, kept if keeps else None), passes, kept
@@ -180,7 +180,7 @@ class CPUChain:
         return (gy.shape[0], d_in) if self.rows else (d_in, gy.shape[1])
 
     def _uncompiled(self, error: CompileError, x: Tensor) -> Passes:
-        """The next best way after the compiler has failed, for this call and all later ones."""
+        """Return the next best way after the compiler has failed, for this call and all later ones."""
         self.compiled.failed = True
         choice.forget()
         warn_once(error, "A contraction by torch")
@@ -224,5 +224,5 @@ def _as_kept(tensors: Sequence[Tensor], expected: Sequence[tuple[torch.dtype, to
 
 
 def chain_of(structure: Structure, rows: bool = True) -> CPUChain:
-    """The ways of a structure, made once for it."""
+    """Return the ways of a structure, made once for it."""
     return kept(structure, ("torch_cpu", rows), lambda: CPUChain(structure, rows))

@@ -158,7 +158,7 @@ class PassesWay(TorchWay):
         return self._once(problem) + super().seconds(problem)
 
     def _once(self, problem: Problem) -> float:
-        """What compiling takes, for each of the calls that share it."""
+        """Return what compiling takes, for each of the calls that share it."""
         passes = (self.forward != "chunked") + (problem.train and self.back != "chunked")
         return passes * models.COMPILING
 
@@ -467,5 +467,5 @@ class TorchChain:
 
 
 def torch_chain(structure: Structure, rows: bool = True) -> TorchChain:
-    """The entry of a structure, made once for it."""
+    """Return the entry of a structure, made once for it."""
     return kept(structure, ("torch", rows), lambda: TorchChain(structure, rows))

@@ -150,6 +150,8 @@ _PRODUCTS = {"mm", "bmm", "addmm", "baddbmm"}
 class Recorder(TorchDispatchMode):
     """Records the kernels that the operations within its ``with`` statement take on CUDA, whatever their device is.
 
+    Examples
+    --------
     >>> with Recorder() as found:
     ...     y = torch.ones(5, 3, device="meta") @ torch.ones(3, 7, device="meta")
     >>> [(kernel.name, kernel.macs, kernel.read, kernel.written) for kernel in found.kernels[-1:]]
@@ -188,7 +190,7 @@ class Recorder(TorchDispatchMode):
         return found
 
     def _prepared(self, name: str, operands: list[Tensor], target: Tensor) -> list[Tensor]:
-        """The operands of a product, after the copies that torch makes for cuBLAS."""
+        """Return the operands of a product, after the copies that torch makes for cuBLAS."""
         *added, left, right = operands
         for operand in (left, right):
             if not _readable(operand):
@@ -279,7 +281,7 @@ class _L2:
 
 
 def traffic(kernels: Sequence[Kernel], results: Sequence[Tensor], device: Device, dtype: str) -> Traffic:
-    """What recorded kernels cost on a device, after which ``results`` are in memory."""
+    """Return what recorded kernels cost on a device, after which ``results`` are in memory."""
     cache, memory = _L2(int(L2_SHARE * device.l2)), []
     for kernel in kernels:
         read = sum(cache.take(access, False) for access in kernel.reads)
@@ -289,16 +291,23 @@ def traffic(kernels: Sequence[Kernel], results: Sequence[Tensor], device: Device
 
 
 def predict(way: Way, problem: Problem, device: Device | str | None = None, *, bias: bool = True) -> Traffic:
-    """The traffic of a way for a problem on a device, by default the one that is here (:func:`device_here`).
+    """Return the traffic of a way for a problem on a device, by default the one that is here (:func:`device_here`).
 
-    Args:
-        way: any way of torch.
-        problem: of torch; with the backward pass if ``problem.train``, of all gradients.
-        device: or its name (:data:`structlin.execution.devices.DEVICES`).
-        bias: with a bias, where the problem is of rows.
+    Parameters
+    ----------
+    way
+        Any way of torch.
+    problem
+        Of torch; with the backward pass if ``problem.train``, of all gradients.
+    device
+        Or its name (:data:`structlin.execution.devices.DEVICES`).
+    bias
+        With a bias, where the problem is of rows.
 
-    Raises:
-        ValueError: an unknown device.
+    Raises
+    ------
+    ValueError
+        An unknown device.
     """
     on = named(device) if isinstance(device, str) else device or device_here()
     with assuming(on):
@@ -308,7 +317,7 @@ def predict(way: Way, problem: Problem, device: Device | str | None = None, *, b
 
 
 def seconds(way: Way, problem: Problem) -> float:
-    """The predicted time of a call of a way on the device that is here."""
+    """Return the predicted time of a call of a way on the device that is here."""
     device = device_here()
     return _seconds(way, problem, device.name, torch.backends.cuda.matmul.allow_tf32)
 
@@ -371,7 +380,7 @@ def _of_index(index: int) -> Device:
 
 
 def known(properties: Any) -> Device:
-    """The device of the table that has these properties; one that is unknown is an H100 scaled to them."""
+    """Return the device of the table that has these properties; one that is unknown is an H100 scaled to them."""
     words = properties.name.upper().replace("-", " ").split()
     for key, device in DEVICES.items():
         if key.upper() in words or (key == "rtx4090" and "4090" in words):
@@ -389,13 +398,13 @@ def known(properties: Any) -> Device:
 
 
 def fastest(problem: Problem, device: Device | str) -> tuple[Way, Traffic]:
-    """The way of the least predicted time on a device, as the policy allows, and its traffic, without a bias."""
+    """Return the way of the least predicted time on a device, as the policy allows, and its traffic, without a bias."""
     found = _predicted(problem, device)
     return min(found, key=lambda one: one[1].seconds)
 
 
 def _predicted(problem: Problem, device: Device | str) -> list[tuple[Way, Traffic]]:
-    """The ways that can run a problem of CUDA, by their predicted times."""
+    """Return the ways that can run a problem of CUDA, by their predicted times."""
     on = named(device) if isinstance(device, str) else device
     with assuming(on):
         ways = [c.way for c in choice.candidates(problem, choice.policy_of(choice.policy_text()))]
@@ -404,7 +413,7 @@ def _predicted(problem: Problem, device: Device | str) -> list[tuple[Way, Traffi
 
 
 def explained(problem: Problem, device: Device | str) -> str:
-    """A table of the ways for a problem: kernels, bytes, MACs and times on a device, each predicted.
+    """Return a table of the ways for a problem: kernels, bytes, MACs and times on a device, each predicted.
 
     The efficiency is that of the MACs of the chain, of which a training step has three times as many.
     """

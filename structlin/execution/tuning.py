@@ -76,7 +76,7 @@ def _timed(call: Callable[[], object]) -> float:
 
 
 def _call(problem: Problem, way: Way, tokens: int) -> Callable[[], object]:
-    """A call of a way on random operands, with its backward pass where the problem has one."""
+    """Return a call of a way on random operands, with its backward pass where the problem has one."""
     if problem.library != "torch":
         return way.call(problem, tokens)
     import torch
@@ -120,14 +120,21 @@ def tune(
 ) -> dict[str, dict[str, float]]:  # fmt: skip
     """Measure what a computation needs, and keep it for all later processes on this machine.
 
-    Args:
-        run: a function that runs the computation once (a forward pass, or a whole training step), or problems. The
-            function is called once, and the problems that it meets are timed.
-        progress: show a progress bar (tqdm).
+    Parameters
+    ----------
+    run
+        A function that runs the computation once (a forward pass, or a whole training step), or problems. The function
+        is called once, and the problems that it meets are timed.
+    progress
+        Show a progress bar (tqdm).
 
-    Returns:
+    Returns
+    -------
+    dict[str, dict[str, float]]
         Seconds by way for each problem.
 
+    Examples
+    --------
     >>> import torch, structlin
     >>> from structlin_nn.torch import StructuredLinear
     >>> layer = StructuredLinear(64, 48, structure="monarch", blocks=4)
@@ -161,9 +168,11 @@ def import_wisdom(path: str | os.PathLike[str], *, any_machine: bool = False) ->
 
     Records that are there already are replaced.
 
-    Raises:
-        ValueError: the file is damaged or no export, or it is of another processor or of other versions of the
-            libraries, whose timings say nothing here, unless ``any_machine``.
+    Raises
+    ------
+    ValueError
+        The file is damaged or no export, or it is of another processor or of other versions of the libraries, whose
+        timings say nothing here, unless ``any_machine``.
     """
     count = wisdom.import_wisdom(path, any_machine=any_machine)
     choice.forget_measured()
@@ -181,7 +190,7 @@ def problem_of(
     structure: Structure, tokens: int, *, dtype: str = "float32", train: bool = True, threads: int | None = None,
     rows: bool = True, library: str = "torch", device: str = "cpu",
 ) -> Problem:  # fmt: skip
-    """A problem by its parts. ``threads``: as many as the library uses, unless given."""
+    """Return a problem by its parts. ``threads``: as many as the library uses, unless given."""
     if not isinstance(structure, Structure):
         raise TypeError(f"a chain of einsums (structlin.Structure) is needed, got {type(structure).__name__}")
     if tokens < 1:
@@ -204,21 +213,34 @@ def explain(
 ) -> str:  # fmt: skip
     """Which way runs a structure, an operator or a layer, and why, with the estimated and measured time of each way.
 
-    Args:
-        what: a :class:`structlin.Structure`, or what has one as ``structure`` (an operator, a layer).
-        tokens: number of vectors; timings are kept for the next power of two.
-        dtype: that of the layer's factors unless given, otherwise float32.
-        train: with the backward pass.
-        threads: as many as the library uses, unless given.
-        library: torch or jax, in which choices are those of forward passes (``train=False``).
-        on: a GPU, by its name in :data:`structlin.execution.devices.DEVICES` or as
-            :class:`structlin.execution.devices.Device`. It need not be there: kernels, bytes and times of the ways of
-            torch are predicted (:mod:`structlin.execution.traffic`), without a bias.
+    Parameters
+    ----------
+    what
+        A :class:`structlin.Structure`, or what has one as ``structure`` (an operator, a layer).
+    tokens
+        Number of vectors; timings are kept for the next power of two.
+    dtype
+        That of the layer's factors unless given, otherwise float32.
+    train
+        With the backward pass.
+    threads
+        As many as the library uses, unless given.
+    library
+        Torch or jax, in which choices are those of forward passes (``train=False``).
+    on
+        A GPU, by its name in :data:`structlin.execution.devices.DEVICES` or as
+        :class:`structlin.execution.devices.Device`. It need not be there: kernels, bytes and times of the ways of torch
+        are predicted (:mod:`structlin.execution.traffic`), without a bias.
 
-    Raises:
-        TypeError: ``what`` is and has no chain of einsums.
-        ValueError: fewer than one token, an unknown GPU, or a GPU for another library than torch.
+    Raises
+    ------
+    TypeError
+        ``what`` is and has no chain of einsums.
+    ValueError
+        Fewer than one token, an unknown GPU, or a GPU for another library than torch.
 
+    Examples
+    --------
     >>> import structlin
     >>> print(explain(structlin.design("monarch", (48, 40), blocks=4), 64, threads=1).splitlines()[0])
     pa,pqa->pq; gl,log->lo p=4,a=10,q=10,g=10,l=4,o=12 48x40 rows torch cpu float32 tokens=64 threads=1 train

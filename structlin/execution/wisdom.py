@@ -36,7 +36,7 @@ _MEMORY: dict[str, Any] = {}
 
 @cache
 def processor() -> dict[str, str]:
-    """What identifies the processor: its name, and what else decides which instructions it runs."""
+    """Return what identifies the processor: its name, and what else decides which instructions it runs."""
     found = {"machine": platform.machine(), "name": platform.processor()}
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.is_file():
@@ -66,7 +66,7 @@ def versions() -> dict[str, str]:
 
 
 def machine_name() -> str:
-    """The processor and the versions, as the name of a folder."""
+    """Return the processor and the versions, as the name of a folder."""
     about = json.dumps([processor(), versions(), FORMAT], sort_keys=True)
     name = processor().get("model name") or processor()["name"] or processor()["machine"]
     short = "-".join("".join(c if c.isalnum() else " " for c in name).split())[:40].lower()
@@ -101,7 +101,7 @@ def _opened(text: str) -> tuple[str, Any]:
 
 
 def read(key: str) -> Any:
-    """The value of a record; None where there is none."""
+    """Return the value of a record; None where there is none."""
     if key in _MEMORY:
         return _MEMORY[key]
     path = _path(key)
@@ -174,9 +174,11 @@ def import_wisdom(path: str | os.PathLike[str], *, any_machine: bool = False) ->
 
     Records that are there already are replaced.
 
-    Raises:
-        ValueError: the file is damaged or no export, or it is of another processor or of other versions of the
-            libraries, whose timings say nothing here, unless ``any_machine``.
+    Raises
+    ------
+    ValueError
+        The file is damaged or no export, or it is of another processor or of other versions of the libraries, whose
+        timings say nothing here, unless ``any_machine``.
     """
     try:
         _, text = _opened(Path(path).read_text(encoding="utf-8"))

@@ -35,6 +35,8 @@ def host(x: Array) -> np.ndarray:
 def to_numpy(A: LinearOperator, dtype: Any = None) -> np.ndarray:
     """The matrix as a NumPy array of shape (d_out, d_in); bfloat16 becomes float32. ``np.asarray(A)`` does the same.
 
+    Examples
+    --------
     >>> from structlin import Diagonal
     >>> to_numpy(Diagonal(np.array([1.0, 2.0])))
     array([[1., 0.],
@@ -45,7 +47,7 @@ def to_numpy(A: LinearOperator, dtype: Any = None) -> np.ndarray:
 
 
 def to_torch(A: LinearOperator, dtype: Any = None, device: Any = None) -> Array:
-    """The matrix as a torch tensor; of a torch operator with its gradients, of others without."""
+    """Return the matrix as a torch tensor; of a torch operator with its gradients, of others without."""
     require_operator(A)
     matrix = A.to_dense()
     if backend_of(matrix) == "torch":
@@ -54,7 +56,7 @@ def to_torch(A: LinearOperator, dtype: Any = None, device: Any = None) -> Array:
 
 
 def to_jax(A: LinearOperator, dtype: Any = None) -> Array:
-    """The matrix as a jax array; of a jax operator differentiable, of others not.
+    """Return the matrix as a jax array; of a jax operator differentiable, of others not.
 
     Raises ValueError where jax would give another precision than the operator's own or ``dtype``: float64 needs
     ``jax.config.update("jax_enable_x64", True)``, or ``dtype="float32"``.

@@ -26,13 +26,15 @@ from structlin.structures.permutation import Permutation, PermutationStructure
 
 
 def to_cola(A: StructuredOperator) -> LinearOperator:
-    """The same matrix in CoLA's own operators, sharing the arrays.
+    """Return the same matrix in CoLA's own operators, sharing the arrays.
 
     Dense, Kronecker, block-diagonal, diagonal, permutation and low-rank matrices (a product of two) have a counterpart.
     Any other chain (Monarch, Tensor-Train, ...) becomes a product of permutations and, for each step, a block-diagonal
     operator of as many operators as the step has blocks; a slice of it where the chain pads. ValueError for what is
     applied by FFT (circulant, Toeplitz), TypeError for what is no operator of this package.
 
+    Examples
+    --------
     >>> type(to_cola(Kronecker(np.eye(2), np.eye(3)))).__name__.split("[")[0]
     'Kronecker'
     """
@@ -106,13 +108,15 @@ def _axes_permuted(A: StructuredOperator, before: str, after: str, sizes: Mappin
 
 
 def from_cola(A: LinearOperator) -> StructuredOperator:
-    """An operator of CoLA as a structured one, where its kind has a counterpart.
+    """Return an operator of CoLA as a structured one, where its kind has a counterpart.
 
     Dense, Diagonal, ScalarMul and Identity (as :class:`structlin.Diagonal`), Permutation, Kronecker products of
     matrices, BlockDiag of matrices of one shape, and products of two matrices through a narrow middle (as
     :class:`structlin.LowRank`), their transposes and adjoints. Raises ValueError for all else, TypeError for what is no
     operator.
 
+    Examples
+    --------
     >>> A = cola.ops.Kronecker(cola.ops.Dense(np.eye(2)), cola.ops.Dense(np.ones((3, 1))))
     >>> from_cola(A).structure.num_params
     7
@@ -156,7 +160,7 @@ def _from_cola(A: LinearOperator) -> StructuredOperator | None:
 
 
 def _matrix(M: LinearOperator) -> Any:
-    """The array of a dense matrix, or None."""
+    """Return the array of a dense matrix, or None."""
     if isinstance(M, cola.ops.Dense):
         return M.A
     if isinstance(M, StructuredOperator) and chain.is_dense(M.structure):

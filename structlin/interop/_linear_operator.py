@@ -19,17 +19,26 @@ def to_linear_operator(A: LinearOperator) -> Any:
     Products, diagonal, solve and log-determinant are those of structlin, so that a kernel matrix that is a Kronecker
     product, and its sum with a noise term, are never multiplied out. Gradients reach the factors of A.
 
-    Args:
-        A: operator of shape (n, m) of structlin or CoLA, over torch tensors, without batch axes.
+    Parameters
+    ----------
+    A
+        Operator of shape (n, m) of structlin or CoLA, over torch tensors, without batch axes.
 
-    Returns:
+    Returns
+    -------
+    Any
         A ``linear_operator.LinearOperator`` of that shape. The sum with a diagonal of linear_operator (the noise of a
         likelihood) is one again; with ``A`` annotated as ``cola.PSD``, so is the sum.
 
-    Raises:
-        TypeError: what is no operator, or holds no torch tensors.
-        ImportError: where linear_operator is not installed (``pip install "structlin[peers]"``).
+    Raises
+    ------
+    TypeError
+        What is no operator, or holds no torch tensors.
+    ImportError
+        Where linear_operator is not installed (``pip install "structlin[peers]"``).
 
+    Examples
+    --------
     >>> import torch, structlin
     >>> K = to_linear_operator(cola.PSD(structlin.Kronecker(2 * torch.eye(2), 3 * torch.eye(3))))
     >>> K.add_jitter(1.0).solve(torch.ones(6, 1))[0, 0].item()
@@ -44,7 +53,7 @@ def to_linear_operator(A: LinearOperator) -> Any:
 
 @cache
 def _adapter() -> Any:
-    """The class, made when linear_operator is first asked for."""
+    """Return the class, made when linear_operator is first asked for."""
     import torch
     from linear_operator.operators import DiagLinearOperator
     from linear_operator.operators import LinearOperator as Peer

@@ -14,18 +14,28 @@ from structlin.interop._arrays import require_operator
 def to_lineax(A: LinearOperator, tags: Any = ()) -> Any:
     """``A``, an operator of jax arrays, as a ``lineax.FunctionLinearOperator``.
 
-    Args:
-        A: operator of shape (d_out, d_in) of structlin or CoLA, over jax arrays.
-        tags: further tags of lineax. Those that follow from ``cola.PSD`` and ``cola.SelfAdjoint`` annotations of a
-            real operator (positive semidefinite, symmetric) are added.
+    Parameters
+    ----------
+    A
+        Operator of shape (d_out, d_in) of structlin or CoLA, over jax arrays.
+    tags
+        Further tags of lineax. Those that follow from ``cola.PSD`` and ``cola.SelfAdjoint`` annotations of a real
+        operator (positive semidefinite, symmetric) are added.
 
-    Returns:
+    Returns
+    -------
+    Any
         An operator of lineax whose products are those of A, differentiable in the factors of A and usable under jit.
 
-    Raises:
-        TypeError: what is no operator, or holds no jax arrays.
-        ImportError: where lineax is not installed (``pip install "structlin[peers]"``).
+    Raises
+    ------
+    TypeError
+        What is no operator, or holds no jax arrays.
+    ImportError
+        Where lineax is not installed (``pip install "structlin[peers]"``).
 
+    Examples
+    --------
     >>> import jax.numpy as jnp, lineax, structlin
     >>> K = cola.PSD(structlin.Kronecker(2 * jnp.eye(2), 3 * jnp.eye(3)))
     >>> found = lineax.linear_solve(to_lineax(K), jnp.ones(6), lineax.CG(rtol=1e-6, atol=1e-6))

@@ -62,6 +62,8 @@ def to_scipy(A: LinearOperator) -> scipy.sparse.linalg.LinearOperator:
     operators work outside of gradients and jit. Operators in half precision count as float32 for SciPy. Products from
     the left, ``.H``, ``.T`` and blocks of vectors go to the operator's own. Raises TypeError for what is no operator.
 
+    Examples
+    --------
     >>> from structlin import Diagonal
     >>> A = to_scipy(Diagonal(np.array([1.0, 2.0, 4.0])))
     >>> x, info = scipy.sparse.linalg.cg(A, np.ones(3))
@@ -111,6 +113,8 @@ def from_scipy(x: Any) -> LinearOperator:
     The result works on NumPy arrays. An operator that came from :func:`to_scipy` is given back as it was. Raises
     TypeError for anything else, and ValueError for an operator that does not know its dtype.
 
+    Examples
+    --------
     >>> A = from_scipy(scipy.sparse.diags_array([1.0, 2.0]))
     >>> A.T @ np.ones(2)
     array([1., 2.])
@@ -139,6 +143,8 @@ def as_operator(x: Any) -> LinearOperator:
     sparse matrices and linear operators as by :func:`from_scipy`. Raises TypeError for anything else, ValueError for
     arrays that are no matrices or hold integers.
 
+    Examples
+    --------
     >>> as_operator(np.eye(2)) @ np.array([3.0, 4.0])
     array([3., 4.])
     """

@@ -84,7 +84,7 @@ def _products(A: Product, B: Product):
 
 
 def _joined(first: tuple[LinearOperator, ...], second: tuple[LinearOperator, ...]) -> LinearOperator:
-    """The product of all, with the two that meet made one where they can be, and then its neighbours."""
+    """Return the product of all, with the two that meet made one where they can be, and then its neighbours."""
     while first and second and (found := product(first[-1], second[0])) is not None:
         first, second = first[:-1], second[1:]
         if first:
@@ -133,7 +133,7 @@ def _annotated_product(found: LinearOperator, A: LinearOperator, B: LinearOperat
 
 
 def _scaled_rows(A: LinearOperator, B: LinearOperator) -> StructuredOperator | None:
-    """A diagonal matrix next to a dense or block-diagonal one scales its rows or columns."""
+    """Return a diagonal matrix next to a dense or block-diagonal one scales its rows or columns."""
     for diagonal, other, rows in ((A, B, True), (B, A, False)):
         value = diagonal_of(diagonal)
         if value is None or getattr(value, "ndim", 0) == 0 or not isinstance(other, StructuredOperator):
@@ -231,7 +231,7 @@ def total(A: LinearOperator, B: LinearOperator) -> StructuredOperator | None:
 
 
 def _plus_diagonal(A: StructuredOperator, B: LinearOperator) -> StructuredOperator | None:
-    """A diagonal or a multiple of the identity, taken up by what stores its diagonal."""
+    """Return a diagonal or a multiple of the identity, taken up by what stores its diagonal."""
     value = diagonal_of(B)
     if value is None:
         return None

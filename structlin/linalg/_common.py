@@ -26,6 +26,8 @@ class dense_limit:
 
     For good, or as a context manager for a block of code. Raises ValueError unless it is a positive integer.
 
+    Examples
+    --------
     >>> with dense_limit(100):
     ...     pass
     """
@@ -55,7 +57,7 @@ def require_operator(A: Any, name: str = "A") -> None:
 
 
 def require_square(A: LinearOperator, what: str, instead: str = "") -> int:
-    """The size of a square operator; ValueError for any other."""
+    """Return the size of a square operator; ValueError for any other."""
     if A.shape[0] != A.shape[1]:
         raise ValueError(f"{what} needs a square operator, got shape {tuple(A.shape)}{instead}")
     return int(A.shape[0])
@@ -92,7 +94,7 @@ def hermitian(A: LinearOperator) -> set[type]:
 
 
 def like(x: np.ndarray, A: LinearOperator) -> Array:
-    """A NumPy array in the library and dtype, and on the device, of ``A``."""
+    """Return a NumPy array in the library and dtype, and on the device, of ``A``."""
     if isinstance(A, StructuredOperator):
         return to_backend(x, A.backend, A.dtype, A.device)
     return A.xnp.array(x, dtype=A.dtype, device=A.device)
@@ -105,12 +107,12 @@ def _probe(n: int) -> np.ndarray:
 
 
 def probe(A: LinearOperator) -> Array:
-    """A fixed random vector of length 1, of A's library and dtype."""
+    """Return a fixed random vector of length 1, of A's library and dtype."""
     return like(_probe(A.shape[0]), A)
 
 
 def accuracy(A: LinearOperator) -> float:
-    """The relative residual up to which a formula in which numbers may have cancelled is trusted."""
+    """Return the relative residual up to which a formula in which numbers may have cancelled is trusted."""
     return eps(A.dtype) ** 0.75
 
 

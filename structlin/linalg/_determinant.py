@@ -84,7 +84,7 @@ def _slogdet_of_adjoint(A: Adjoint, log_alg: Auto, trace_alg: Algorithm):
 
 
 def _zero(A: LinearOperator) -> tuple[Array, Array]:
-    """The determinant of a matrix that is singular by its structure."""
+    """Return the determinant of a matrix that is singular by its structure."""
     return tuple(zero_determinant(A.xnp.zeros((1,), dtype=A.dtype, device=A.device)))
 
 

@@ -25,7 +25,7 @@ _CHUNK = 256  # columns of a matrix without structure that are computed at once
 
 
 def diagonal_length(shape: Sequence[int], k: int) -> int:
-    """Number of entries of the k-th diagonal; ValueError where there is none."""
+    """Return number of entries of the k-th diagonal; ValueError where there is none."""
     d_out, d_in = shape
     count = int(min(d_out + min(k, 0), d_in - max(k, 0)))
     if count < 1:
@@ -41,7 +41,7 @@ def _diagonal_rule(A: StructuredOperator, k: int, alg: Auto | Exact):
 
 
 def diagonal_by_columns(A: LinearOperator, k: int) -> Array:
-    """The diagonal from the dense matrix, some columns at a time."""
+    """Return the diagonal from the dense matrix, some columns at a time."""
     count = diagonal_length(A.shape, k)
     xnp, first = A.xnp, max(k, 0)
     pieces = []
@@ -210,12 +210,12 @@ def _trace_of_any(A: LinearOperator, alg: Auto | Exact):
 
 
 def diagonal(A: LinearOperator, k: int = 0) -> Array:
-    """The k-th diagonal: ``cola.diag``."""
+    """Return the k-th diagonal: ``cola.diag``."""
     require_operator(A)
     return cola.diag(A, k, Auto())
 
 
 def trace(A: LinearOperator) -> Array:
-    """The sum of the diagonal of a square operator: ``cola.trace``."""
+    """Return the sum of the diagonal of a square operator: ``cola.trace``."""
     require_operator(A)
     return cola.trace(A, Auto())

@@ -139,7 +139,8 @@ def _scaled(found: Members, c: Any, A: LinearOperator) -> Members | None:
 
 def without_shift(A: Sum) -> tuple[LinearOperator | None, Any | None]:
     """(K, c) with ``A = K + c I``, K one operator; c is None where no term is a multiple of the identity, and K where
-    there is not exactly one other term."""
+    there is not exactly one other term.
+    """
     shift: Any = None
     rest = []
     for M in A.Ms:

@@ -63,7 +63,7 @@ class Function:
     thin: Callable[[Array], Array] | None = None
 
     def shifted(self, c: Any) -> Function:
-        """x -> f(x + c)."""
+        """X -> f(x + c)."""
 
         def values(x: Array) -> Array:
             return self.values(x + c)
@@ -80,7 +80,7 @@ class Function:
         return found
 
     def on_spectrum(self, values: Array, A: LinearOperator) -> Array:
-        """f on eigenvalues of A, made complex where f may need it, and cleaned of roundoff where A is Hermitian."""
+        """F on eigenvalues of A, made complex where f may need it, and cleaned of roundoff where A is Hermitian."""
         xp = lapack(values)
         if A.isa(PSD):
             values = positive_part(xp.real(values))
@@ -100,7 +100,7 @@ class Function:
         return self.finite(values)
 
     def on_matrices(self, matrices: Array, A: LinearOperator) -> Array:
-        """f on one square matrix or on a stack of them, Hermitian where A is."""
+        """F on one square matrix or on a stack of them, Hermitian where A is."""
         xp = lapack(matrices)
         if A.isa(SelfAdjoint):
             found = spectra.decompose((matrices + xp.conj(matrices).swapaxes(-1, -2)) / 2, True)
@@ -120,13 +120,14 @@ class Function:
 
     @staticmethod
     def multiple_of_identity(A: LinearOperator, c: Any) -> LinearOperator:
-        """c times the identity, like A."""
+        """C times the identity, like A."""
         return scalar_like(A, c)
 
 
 def positive_part(values: Array) -> Array:
     """Real eigenvalues of what is annotated PSD, without the negative ones of roundoff; LinAlgError where one is more
-    than that, and NaN while values are traced."""
+    than that, and NaN while values are traced.
+    """
     xp = lapack(values)
     fixed = xp.stop_gradient(values)
     least, most = fixed.min(), xp.max(xp.abs(fixed))
@@ -208,7 +209,7 @@ def _of_shifted(A: Sum, f: Function) -> LinearOperator | None:
 
 
 def _thin_operator(K: LinearOperator) -> Any | None:
-    """A product with a narrow middle as one operator of low rank, with the annotations of K."""
+    """Return a product with a narrow middle as one operator of low rank, with the annotations of K."""
     found = thin(K, K.shape[0] // 2)
     if found is None:
         return None
@@ -320,7 +321,7 @@ def _pow_of_kronecker(A: ColaKronecker, alpha: Number, alg: Auto):
 
 
 def power(A: LinearOperator, alpha: Any) -> LinearOperator:
-    """A to a power; without eigenvectors for integers."""
+    """Return a to a power; without eigenvectors for integers."""
     require_square(A, "a power")
     if isinstance(alpha, complex) or not float(alpha).is_integer():
         if isinstance(A, ColaKronecker) and all(M.isa(PSD) for M in A.Ms):
@@ -371,24 +372,24 @@ def apply(f: Callable[[Array], Array], A: LinearOperator) -> LinearOperator:
 
 
 def expm(A: LinearOperator) -> LinearOperator:
-    """The exponential: ``cola.exp``."""
+    """Return the exponential: ``cola.exp``."""
     require_operator(A)
     return cola.exp(A, Auto())
 
 
 def logm(A: LinearOperator) -> LinearOperator:
-    """The principal logarithm: ``cola.log``; complex unless A is annotated PSD."""
+    """Return the principal logarithm: ``cola.log``; complex unless A is annotated PSD."""
     require_operator(A)
     return cola.linalg.log(A, Auto())
 
 
 def sqrtm(A: LinearOperator) -> LinearOperator:
-    """The principal square root: ``cola.sqrt``; complex unless A is annotated PSD."""
+    """Return the principal square root: ``cola.sqrt``; complex unless A is annotated PSD."""
     require_operator(A)
     return power(A, 0.5)
 
 
 def matrix_power(A: LinearOperator, exponent: Any) -> LinearOperator:
-    """A to a power that need not be an integer: ``cola.pow``."""
+    """Return a to a power that need not be an integer: ``cola.pow``."""
     require_operator(A)
     return power(A, exponent)

@@ -53,7 +53,7 @@ def _inverse_rule(A: StructuredOperator, alg: Auto):
 
 
 def structured_inverse(A: StructuredOperator) -> LinearOperator | None:
-    """The inverse in closed form, without annotations, or None. LinAlgError for a structure that is singular."""
+    """Return the inverse in closed form, without annotations, or None. LinAlgError for a structure that is singular."""
     answer = A.structure.inverse(A)
     if answer is None or answer.verdict is Verdict.VERIFIED:
         return None if answer is None else answer.value
@@ -62,7 +62,7 @@ def structured_inverse(A: StructuredOperator) -> LinearOperator | None:
 
 
 def poisoned(A: LinearOperator, good: object) -> LinearOperator:
-    """A, with NaN in its products unless ``good``, which is traced, turns out to be true."""
+    """Return a, with NaN in its products unless ``good``, which is traced, turns out to be true."""
     one = A.xnp.ones((A.shape[0],), dtype=A.dtype, device=A.device)
     return Diagonal(one + nan_unless(good, one)) @ A
 

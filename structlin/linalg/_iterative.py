@@ -41,17 +41,28 @@ def cg(
 ) -> Any:  # fmt: skip
     """``A^-1 b`` for a Hermitian positive definite A by preconditioned conjugate gradients, all columns at once.
 
-    Args:
-        A: an operator; that it is positive is not checked, but the residual is.
-        b: (n,) or (n, k), an array of its library; values may be traced by jax.
-        preconditioner: an operator that approximates ``A^-1``, Hermitian positive definite too.
-        tolerance: of ``|A x - b| / |b|``, for each column.
-        max_iterations: products with A, one for all columns.
-        full_output: return an :class:`structlin.verdicts.Answer` with the residual and the number of iterations.
+    Parameters
+    ----------
+    A
+        An operator; that it is positive is not checked, but the residual is.
+    b
+        (n,) or (n, k), an array of its library; values may be traced by jax.
+    preconditioner
+        An operator that approximates ``A^-1``, Hermitian positive definite too.
+    tolerance
+        Of ``|A x - b| / |b|``, for each column.
+    max_iterations
+        Products with A, one for all columns.
+    full_output
+        Return an :class:`structlin.verdicts.Answer` with the residual and the number of iterations.
 
+    Notes
+    -----
     Raises ConvergenceError, ValueError for shapes that do not fit, TypeError for what is no operator.
     Source: Hestenes and Stiefel (1952); Golub and Van Loan (2013), Matrix Computations, section 11.5.
 
+    Examples
+    --------
     >>> from structlin import Diagonal
     >>> cg(Diagonal(np.array([1.0, 2.0, 4.0])), np.ones(3)).round(9)
     array([1.  , 0.5 , 0.25])
@@ -122,6 +133,8 @@ def minres(
     Column by column, on the host. Arguments, results and errors as of :func:`cg`; a preconditioner has to be positive
     definite. Raises ValueError for complex operators, and for traced values.
 
+    Examples
+    --------
     >>> from structlin import Diagonal
     >>> minres(Diagonal(np.array([1.0, -2.0, 4.0])), np.ones(3)).round(9)
     array([ 1.  , -0.5 ,  0.25])
@@ -146,16 +159,27 @@ def lsmr(
 
     Minimises ``|A x - b|^2 + damp^2 |x|^2``, column by column, on the host; x is the one of least norm.
 
-    Args:
-        A: an operator of shape (n, m).
-        b: (n,) or (n, k).
-        damp: of Tikhonov.
-        tolerance: of ``|A^H r| / (|A| |r|)`` and of ``|r| / |b|``, whichever comes first.
-        max_iterations: of each column; default 4 min(n, m).
-        full_output: return an :class:`structlin.verdicts.Answer` with ``|A^H r| / (|A| |b|)`` as its error.
+    Parameters
+    ----------
+    A
+        An operator of shape (n, m).
+    b
+        (n,) or (n, k).
+    damp
+        Of Tikhonov.
+    tolerance
+        Of ``|A^H r| / (|A| |r|)`` and of ``|r| / |b|``, whichever comes first.
+    max_iterations
+        Of each column; default 4 min(n, m).
+    full_output
+        Return an :class:`structlin.verdicts.Answer` with ``|A^H r| / (|A| |b|)`` as its error.
 
+    Notes
+    -----
     Raises ConvergenceError, and ValueError for shapes that do not fit and for traced values.
 
+    Examples
+    --------
     >>> from structlin import Dense
     >>> lsmr(Dense(np.array([[1.0], [1.0]])), np.array([1.0, 3.0])).round(9)
     array([2.])
@@ -202,7 +226,7 @@ def _on_the_host(A: LinearOperator, b: Array, one: Any, tolerance: float, name: 
 
 
 def host_operator(A: LinearOperator) -> Any:
-    """A as SciPy's LinearOperator, whatever its library; ValueError where its numbers are traced."""
+    """Return a as SciPy's LinearOperator, whatever its library; ValueError where its numbers are traced."""
     dtype = np.dtype(str(A.dtype).removeprefix("torch."))
 
     def multiply(B: LinearOperator) -> Callable[[np.ndarray], np.ndarray]:

@@ -39,6 +39,8 @@ def inner(A: LinearOperator, B: LinearOperator) -> Array:
 
     Raises TypeError for what is no operator, ValueError for different shapes.
 
+    Examples
+    --------
     >>> from structlin import Kronecker
     >>> A, B = Kronecker.random((6, 4), seed=0), Kronecker.random((6, 4), seed=1)
     >>> bool(np.isclose(inner(A, B), np.sum(A.to_dense() * B.to_dense())))
@@ -108,6 +110,8 @@ def frobenius_norm(A: LinearOperator) -> Array:
     Kronecker and BlockDiag from the norms of their members; else from the dense columns. Differentiable where the norm
     is not zero. Raises TypeError for what is no operator.
 
+    Examples
+    --------
     >>> from structlin import Diagonal
     >>> frobenius_norm(Diagonal(np.array([3.0, 4.0])))
     np.float64(5.0)
@@ -148,7 +152,7 @@ def _scaled_norm(x: Array) -> Array:
 
 
 def spectral_norm(A: LinearOperator, *, tolerance: float = 1e-6, max_iterations: int = 10_000, seed: int = 0) -> Array:
-    """The largest singular value, a real 0-d array.
+    """Return the largest singular value, a real 0-d array.
 
     Closed form (singular values of the parts) for dense, Kronecker and block-diagonal matrices, circulant, diagonal,
     permutation, unitary and low-rank ones; ``tolerance`` plays no part there. CoLA's Kronecker and BlockDiag by
@@ -162,6 +166,8 @@ def spectral_norm(A: LinearOperator, *, tolerance: float = 1e-6, max_iterations:
     NaN instead), ValueError for a tolerance outside (0, 1) and fewer than one iteration, TypeError
     for what is no operator.
 
+    Examples
+    --------
     >>> from structlin import Kronecker
     >>> A = Kronecker(np.array([[3.0, 4.0]]), np.array([[2.0], [0.0]]))
     >>> print(round(float(spectral_norm(A)), 12))

@@ -10,6 +10,6 @@ from structlin._cola_compat import as_scalar, scalar_mul
 
 
 def scalar_like(A: LinearOperator, c: Any) -> ScalarMul:
-    """c times the identity, of A's shape, in the library of A; complex where c is."""
+    """C times the identity, of A's shape, in the library of A; complex where c is."""
     c, dtype = as_scalar(A, c)
     return scalar_mul(A, c, dtype, A.shape[0])

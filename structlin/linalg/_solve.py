@@ -46,20 +46,29 @@ def solve(A: LinearOperator, b: Array, alg: Algorithm = _AUTO, *, full_output: b
     (Woodbury, the eigenvectors of matrices that are not normal, a padded chain) are refined and verified on this very
     b. To solve with one A many times, keep ``cola.inv(A)``.
 
-    Args:
-        A: a square operator.
-        b: array of its library, of shape (n,), (n, k), or (batch, n, k) for a stack of right-hand sides.
-        alg: an algorithm of CoLA.
-        full_output: return an :class:`structlin.verdicts.Answer`: the solution, a verdict (VERIFIED: the backward error
-            ``|A x - b| / (|A| |x| + |b|)`` is at roundoff; NOT_VERIFIED: values are traced; ESTIMATED: within
-            ``error``) and that error.
+    Parameters
+    ----------
+    A
+        A square operator.
+    b
+        Array of its library, of shape (n,), (n, k), or (batch, n, k) for a stack of right-hand sides.
+    alg
+        An algorithm of CoLA.
+    full_output
+        Return an :class:`structlin.verdicts.Answer`: the solution, a verdict (VERIFIED: the backward error ``|A x - b|
+        / (|A| |x| + |b|)`` is at roundoff; NOT_VERIFIED: values are traced; ESTIMATED: within ``error``) and that
+        error.
 
+    Notes
+    -----
     Returns: an array of the shape of b. Differentiable in A and b.
 
     Raises ValueError for a rectangular A and a b that does not fit, TypeError for what is no operator or array,
     LinAlgError (a ValueError) where A is singular to working precision, ConvergenceError where it is too large for a
     dense matrix and an iteration does not converge.
 
+    Examples
+    --------
     >>> import numpy as np
     >>> from structlin import BlockDiagonal
     >>> solve(BlockDiagonal(np.array([[[2.0]], [[4.0]]])), np.ones(2))
@@ -147,7 +156,7 @@ def _with_padding(A: StructuredOperator, b: Array) -> Array | None:
 
 
 def _verified(A: LinearOperator, b: Array, solver: Solver) -> Array | None:
-    """The refined solution; None where its backward error is not at roundoff, and NaN where that is traced."""
+    """Return the refined solution; None where its backward error is not at roundoff, and NaN where that is traced."""
     fixed, xp = frozen(A), lapack(b)
     size = _size(fixed)
 
@@ -190,15 +199,24 @@ def logdet(
 ) -> Any:  # fmt: skip
     """``log |det A|``.
 
-    Args:
-        A: a square operator.
-        probes, steps, seed: random vectors, Lanczos steps of each and the seed of an estimate, which is taken where A
-            has no way of its own and is larger than 8192.
-        estimate: take an estimate in any case.
-        full_output: return an :class:`structlin.verdicts.Answer` with the standard error of an estimate.
+    Parameters
+    ----------
+    A
+        A square operator.
+    probes, steps, seed
+        Random vectors, Lanczos steps of each and the seed of an estimate, which is taken where A has no way of its own
+        and is larger than 8192.
+    estimate
+        Take an estimate in any case.
+    full_output
+        Return an :class:`structlin.verdicts.Answer` with the standard error of an estimate.
 
+    Notes
+    -----
     Memory of an estimate is some vectors for each of 8 probes. Raises as :func:`slogdet`.
 
+    Examples
+    --------
     >>> import numpy as np
     >>> from structlin import Diagonal
     >>> print(round(float(logdet(Diagonal(np.array([1.0, 2.0, 4.0])))), 6))
@@ -230,16 +248,22 @@ def _has_determinant(A: LinearOperator) -> bool:
 
 
 def lstsq(A: LinearOperator, b: Array, *, tolerance: float = 1e-10, max_iterations: int | None = None) -> Array:
-    """The least-squares solution of least norm, ``A^+ b``, for an operator of any shape.
+    """Return the least-squares solution of least norm, ``A^+ b``, for an operator of any shape.
 
     By the pseudo-inverse where the structure has one in closed form, of the dense matrix up to 8192 rows and columns,
     and by :func:`lsmr` to ``tolerance`` beyond.
 
-    Args:
-        A: an operator of shape (n, m).
-        b: (n,) or (n, k).
-        tolerance, max_iterations: of LSMR.
+    Parameters
+    ----------
+    A
+        An operator of shape (n, m).
+    b
+        (n,) or (n, k).
+    tolerance, max_iterations
+        Of LSMR.
 
+    Examples
+    --------
     >>> import numpy as np
     >>> from structlin import Dense
     >>> lstsq(Dense(np.array([[1.0], [1.0]])), np.array([1.0, 3.0])).round(12)
@@ -264,6 +288,6 @@ def inverse(A: LinearOperator) -> LinearOperator:
 
 
 def pinv(A: LinearOperator) -> LinearOperator:
-    """The pseudo-inverse as an operator: ``cola.pinv(A)``, which for a positive definite A is its inverse."""
+    """Return the pseudo-inverse as an operator: ``cola.pinv(A)``, which for a positive definite A is its inverse."""
     require_operator(A)
     return cola.pinv(A)

@@ -193,7 +193,7 @@ def pair_slogdet(A: LinearOperator) -> Determinant | None:
 
 
 def solver(A: LinearOperator) -> tuple[Solver, bool] | None:
-    """A solver for K + c I or for two Kronecker products, and whether it is backward stable as it stands."""
+    """Return a solver for K + c I or for two Kronecker products, and whether it is backward stable as it stands."""
     found = diagonalised(A)
     if found is None:
         two = pair_solver(A)

@@ -80,7 +80,7 @@ def _selected(values: Array, vectors: LinearOperator, k: int, which: str) -> tup
 
 
 def _eig_of_low_rank(A: StructuredOperator, k: int) -> tuple[Array, LinearOperator]:
-    """A = U V has the eigenvalues of V U besides zeros; if V U y = c y with c != 0, then U y is A's eigenvector.
+    """Return a = U V has the eigenvalues of V U besides zeros; if V U y = c y with c != 0, then U y is A's eigenvector.
 
     Vectors x with V x = 0 belong to the eigenvalue 0: they stand in for those of values that are zero to roundoff, of
     which U y is only roundoff, too. Hermitian matrices in an orthonormal basis of the range of U, where no U y is
@@ -198,14 +198,22 @@ def svd(A: LinearOperator, k: int | None = None, *, tolerance: float = 0.0, seed
     the dense matrix, up to 8192 rows or columns. ``r`` counts the singular values that are not zero by structure: a
     low-rank matrix has w, a Kronecker product the product of its members' numbers, any other min(d_out, d_in).
 
-    Args:
-        A: an operator.
-        k: only the k largest: by ARPACK, with products alone, where the structure has no closed form and k is small.
-        tolerance, seed: of ARPACK, relative to the singular value (0: roundoff); no part of a closed form.
+    Parameters
+    ----------
+    A
+        An operator.
+    k
+        Only the k largest: by ARPACK, with products alone, where the structure has no closed form and k is small.
+    tolerance, seed
+        Of ARPACK, relative to the singular value (0: roundoff); no part of a closed form.
 
+    Notes
+    -----
     Raises TypeError for what is no operator, ValueError for half precision, for a k out of range and for what is too
     large without k.
 
+    Examples
+    --------
     >>> import numpy as np
     >>> from structlin import Kronecker
     >>> U, S, Vh = svd(Kronecker(np.diag([1.0, 2.0]), np.diag([3.0, 5.0, 7.0])))
@@ -248,6 +256,8 @@ def eigvals(A: LinearOperator) -> Array:
 
     In closed form or from the parts, as :func:`cola.eig`; else of the dense matrix, up to 8192 rows.
 
+    Examples
+    --------
     >>> import numpy as np
     >>> import cola
     >>> from structlin import Kronecker
@@ -273,15 +283,22 @@ def eigsh(
     A: LinearOperator, k: int, which: str = "LM", *, tolerance: float = 0.0, max_iterations: int | None = None,
     seed: int = 0,
 ) -> tuple[Array, LinearOperator]:  # fmt: skip
-    """k eigenvalues of a Hermitian operator in ascending order of magnitude, and eigenvectors as an operator (n, k).
+    """K eigenvalues of a Hermitian operator in ascending order of magnitude, and eigenvectors as an operator (n, k).
 
-    Args:
-        A: annotated ``cola.SelfAdjoint`` or ``cola.PSD``.
-        k: their number.
-        which: "LM" or "SM", the largest or the smallest magnitude.
-        tolerance, max_iterations, seed: of ARPACK, which takes over, with products alone, where there is no closed
-            form and the matrix is too large to be dense or k is small; for "SM" it solves with A.
+    Parameters
+    ----------
+    A
+        Annotated ``cola.SelfAdjoint`` or ``cola.PSD``.
+    k
+        Their number.
+    which
+        "LM" or "SM", the largest or the smallest magnitude.
+    tolerance, max_iterations, seed
+        Of ARPACK, which takes over, with products alone, where there is no closed form and the matrix is too large to
+        be dense or k is small; for "SM" it solves with A.
 
+    Notes
+    -----
     Raises ValueError for an operator that is not annotated, and ConvergenceError.
     """
     require_operator(A)
@@ -316,7 +333,7 @@ def eigenpairs_are_closed(A: LinearOperator) -> bool:
 
 
 def eig(A: LinearOperator, k: int | None = None, which: str = "LM") -> tuple[Array, LinearOperator]:
-    """k eigenvalues (default: all) in ascending order of magnitude, and eigenvectors as an operator: ``cola.eig``."""
+    """K eigenvalues (default: all) in ascending order of magnitude, and eigenvectors as an operator: ``cola.eig``."""
     require_operator(A)
     require_square(A, "an eigenvalue")
     return cola.eig(A, A.shape[0] if k is None else k, which, Auto())

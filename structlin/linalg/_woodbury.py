@@ -136,7 +136,7 @@ class Woodbury:
         return root, q, r @ xp.conj(r).T + xp.eye(r.shape[0], r)
 
     def projected(self, b: Array) -> Array:
-        """The same where B is a positive diagonal and V is U^H, in a way in which no numbers cancel."""
+        """Return the same where B is a positive diagonal and V is U^H, in a way in which no numbers cancel."""
         root, q, middle = self._orthogonal
         xp = lapack(b)
         root = root if b.ndim == 1 else root[:, None]
@@ -149,7 +149,7 @@ class Woodbury:
         return (rest + q @ (inner if y.ndim == 2 else inner[:, 0])) / root
 
     def size(self) -> Array:
-        """A bound of |B| + |U| |V|, to which residuals are compared."""
+        """Return a bound of |B| + |U| |V|, to which residuals are compared."""
         xp = lapack(self.U)
         if isinstance(self.B, LinearOperator):  # a random vector of numbers of deviation 1: the Frobenius norm
             v = np.random.default_rng(0).standard_normal(self.B.shape[0])
@@ -255,7 +255,8 @@ def _is_adjoint(A: Sum, V: Array, U: Array) -> bool:
 
 def solver(A: Sum) -> Solver | None:
     """For numbers that no derivative reaches; each solution is refined and verified, and LinAlgError raised where its
-    residual is not at roundoff."""
+    residual is not at roundoff.
+    """
     found = woodbury(frozen(A))
     if found is None:
         return None

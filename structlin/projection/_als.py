@@ -172,7 +172,7 @@ class Fit:
         return apply
 
     def step(self, k: int, factors: Sequence[np.ndarray], residual: np.ndarray) -> np.ndarray:
-        """What to add to factor k: the least-squares correction of the residual.
+        """Return what to add to factor k: the least-squares correction of the residual.
 
         Solved by eigenvalues of the normal matrices; where they are too large, by conjugate gradients from zero,
         preconditioned with their diagonal blocks, which never increases the residual either.
@@ -280,7 +280,7 @@ def _like(vector: np.ndarray, factors: Sequence[np.ndarray]) -> list[np.ndarray]
 
 
 def _mixed(memory: Sequence[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
-    """The affine combination of past results whose changes combine to the smallest one."""
+    """Return the affine combination of past results whose changes combine to the smallest one."""
     results, changes = (np.stack(columns, axis=1) for columns in zip(*memory, strict=True))
     mix = np.linalg.lstsq(np.diff(changes), changes[:, -1], rcond=1e-12)[0]
     return results[:, -1] - np.diff(results) @ mix

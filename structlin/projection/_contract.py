@@ -22,7 +22,7 @@ def gather(array: np.ndarray, axes: Axes, output: Axes) -> np.ndarray:
 
 
 def expression(operands: Sequence[Axes], output: Axes, sizes: Mapping[int, int]) -> Callable[..., np.ndarray]:
-    """A function of arrays with these axes that multiplies them and sums over the axes not in ``output``.
+    """Return a function of arrays with these axes that multiplies them and sums over the axes not in ``output``.
 
     Axes may stand in any number of operands, and twice in one (its diagonal).
     """

@@ -46,35 +46,51 @@ def project(
 ) -> Projection:  # fmt: skip
     """The matrix of a structure that is nearest to ``W``, in the Frobenius norm or weighted by an input covariance.
 
-    Args:
-        W: (d_out, d_in) NumPy, torch or jax array, floating or complex.
-        structure: a registered name or class, with the options of its ``design`` as keywords, or a structure.
-        target_error: choose the smallest rank whose relative error is at most this. Ranks of several bonds grow
-            together, each up to where it is exact. By singular values for two factors; else by bisection, which
-            takes it that the error falls as the rank grows.
-        max_macs: choose the largest rank whose multiply-accumulates, for one vector, are within this budget, up to
-            the rank at which the structure is exact.
-        input_covariance: (d_in, d_in) positive semidefinite array C of any library; the error is then
-            ``|| (W - A) C^(1/2) ||``.
-        restarts: random starts of alternating least squares, besides those from singular values. Default: 4 for
-            structures without an error bound in the plain norm, else none. Where there are more than two starts,
-            each runs for 30 sweeps and the two best go on.
-        max_sweeps: of alternating least squares, for each start. A sweep takes each factor in turn to its
-            least-squares optimum and then tries a longer step; the error never rises.
-        tolerance: stop when the error fell by less than this part of itself in each of three sweeps, or is at
-            roundoff.
-        seed: of the random starts; equal seeds give equal results.
-        **options: of the structure, such as ``rank``, ``blocks``, ``cores``, ``factorization``.
+    Parameters
+    ----------
+    W
+        (d_out, d_in) NumPy, torch or jax array, floating or complex.
+    structure
+        A registered name or class, with the options of its ``design`` as keywords, or a structure.
+    target_error
+        Choose the smallest rank whose relative error is at most this. Ranks of several bonds grow together, each up to
+        where it is exact. By singular values for two factors; else by bisection, which takes it that the error falls as
+        the rank grows.
+    max_macs
+        Choose the largest rank whose multiply-accumulates, for one vector, are within this budget, up to the rank at
+        which the structure is exact.
+    input_covariance
+        (d_in, d_in) positive semidefinite array C of any library; the error is then ``|| (W - A) C^(1/2) ||``.
+    restarts
+        Random starts of alternating least squares, besides those from singular values. Default: 4 for structures
+        without an error bound in the plain norm, else none. Where there are more than two starts, each runs for 30
+        sweeps and the two best go on.
+    max_sweeps
+        Of alternating least squares, for each start. A sweep takes each factor in turn to its least-squares optimum and
+        then tries a longer step; the error never rises.
+    tolerance
+        Stop when the error fell by less than this part of itself in each of three sweeps, or is at roundoff.
+    seed
+        Of the random starts; equal seeds give equal results.
+    **options
+        Of the structure, such as ``rank``, ``blocks``, ``cores``, ``factorization``.
 
+    Raises
+    ------
+    TypeError
+        W is no array; a structure that is neither a chain nor one of structlin's own.
+    ValueError
+        W is not a finite floating or complex matrix of the structure's shape; unknown options; two of rank,
+        ``target_error`` and ``max_macs`` at once, or one of the latter for a structure without ``rank``; no rank meets
+        them; a covariance that is not finite, Hermitian and positive semidefinite, or zero.
+
+    Notes
+    -----
     The factors are scaled so that their RMS, over the deviation at which the scale rule would draw them, is the same
     for all; singular values are split evenly between two factors before that.
 
-    Raises:
-        TypeError: W is no array; a structure that is neither a chain nor one of structlin's own.
-        ValueError: W is not a finite floating or complex matrix of the structure's shape; unknown options; two of
-            rank, ``target_error`` and ``max_macs`` at once, or one of the latter for a structure without ``rank``; no
-            rank meets them; a covariance that is not finite, Hermitian and positive semidefinite, or zero.
-
+    Examples
+    --------
     >>> import numpy as np
     >>> W = np.kron(np.arange(1.0, 7.0).reshape(2, 3), np.ones((4, 2)))
     >>> found = project(W, "kronecker", factorization=((2, 4), (3, 2)))
@@ -117,7 +133,7 @@ def project(
 
 
 def _matrix(name: str, array: Array) -> np.ndarray:
-    """A finite, non-empty matrix in its own dtype; half precision becomes float32."""
+    """Return a finite, non-empty matrix in its own dtype; half precision becomes float32."""
     backend = backend_of(array)
     if array.ndim != 2 or 0 in array.shape:
         raise ValueError(f"{name} must be a matrix (d_out, d_in) with entries, got shape {tuple(array.shape)}")
@@ -157,7 +173,7 @@ def _covariance(array: Array, target: np.ndarray) -> np.ndarray:
 
 
 def _named(structure: AbstractStructure) -> type[StructuredOperator]:
-    """The registered class of a structure that is no chain; a chain may be that of several."""
+    """Return the registered class of a structure that is no chain; a chain may be that of several."""
     for cls in map(get, () if isinstance(structure, Structure) else names()):
         try:
             if cls.design(structure.shape) == structure:
@@ -233,7 +249,7 @@ def _ranks(
 
 
 def _first(low: int, high: int, holds: Callable[[int], bool]) -> int:
-    """The first number of [low, high] for which ``holds``, if it stays true from there on; high + 1 for none."""
+    """Return the first number of [low, high] for which ``holds``, if it stays true from there on; high + 1 for none."""
     high += 1
     while low < high:
         middle = (low + high) // 2

@@ -90,7 +90,7 @@ class Problem:
 
 
 def _exponent(array: np.ndarray) -> int:
-    """A power of two near the largest entry; 0 where its squares can be summed as they are."""
+    """Return a power of two near the largest entry; 0 where its squares can be summed as they are."""
     peak = float(np.max(np.abs(array), initial=0))
     exponent = math.frexp(peak)[1] // 2 * 2 if math.isfinite(peak) else 0
     return exponent if abs(exponent) > 32 else 0
@@ -103,7 +103,7 @@ def _shifted(array: np.ndarray, exponent: int) -> np.ndarray:
 
 
 def solve(structure: AbstractStructure, problem: Problem, settings: Settings | None = None) -> Solution:
-    """The nearest matrix of ``structure``, as :func:`structlin.project` finds it, on NumPy arrays.
+    """Return the nearest matrix of ``structure``, as :func:`structlin.project` finds it, on NumPy arrays.
 
     Raises TypeError for a structure that is no chain and does not know its nearest matrix.
     """
@@ -135,7 +135,7 @@ def _solved(structure: AbstractStructure, problem: Problem, settings: Settings) 
 
 
 def dense_of(structure: AbstractStructure, factors: Sequence[np.ndarray]) -> np.ndarray:
-    """The (d_out, d_in) matrix."""
+    """Return the (d_out, d_in) matrix."""
     trainable = [f for f, spec in zip(factors, structure.factors, strict=True) if spec.trainable]
     dtype = trainable[0].dtype if trainable else np.dtype(float)
     return structure.apply_columns(factors, np.eye(structure.d_in, dtype=dtype))

@@ -42,7 +42,7 @@ class Cut:
 
 
 def cut_between(target: Axes, first: Iterable[int], second: Iterable[int]) -> Cut:
-    """The cut of ``target`` between two groups of factors with these axes."""
+    """Return the cut of ``target`` between two groups of factors with these axes."""
     one, two, open_ = set(first), set(second), set(target)
     return Cut(
         tuple(a for a in target if a in one and a in two),
@@ -93,7 +93,7 @@ def lost(matrices: np.ndarray, rank: int) -> float:
 
 
 def pair(network: Network, target: np.ndarray) -> list[np.ndarray]:
-    """The nearest matrix of a chain of two factors; singular values go half to each."""
+    """Return the nearest matrix of a chain of two factors; singular values go half to each."""
     cut = cut_between(network.outer, *network.factors)
     matrices = slices(network, target, network.outer, cut)
     left, right = ranked(matrices, network.size(cut.bond), 0.5, None)
@@ -138,7 +138,7 @@ def peel(
 
 
 def regrouped_pair(structure: Structure, target: np.ndarray) -> list[np.ndarray] | None:
-    """The nearest matrix of two steps with any regrouping between them; None where an axis is carried.
+    """Return the nearest matrix of two steps with any regrouping between them; None where an axis is carried.
 
     Element u of the intermediate vector joins one row of W0 to one column of W1, so it adds a rank-1 term to slice
     (block of W1, block of W0) of the matrix; the slice is any matrix whose rank is the number of its elements.
@@ -250,7 +250,7 @@ def weighted(network: Network, target: np.ndarray, covariance: np.ndarray, drop:
 def weighted_pair(
     network: Network, target: np.ndarray, covariance: np.ndarray, drop: bool = False
 ) -> list[np.ndarray] | None:
-    """The nearest pair in the weighted norm, or None where that has no closed form (:func:`weighted`).
+    """Return the nearest pair in the weighted norm, or None where that has no closed form (:func:`weighted`).
 
     Each slice is ``min || (M - X Y) R ||`` over X of rank r, with R a root of the slice's covariance: X spans the
     leading left singular vectors U of ``M R``, and ``X Y = U U^H M``.
@@ -266,7 +266,7 @@ def weighted_pair(
 
 
 def square_root(matrix: np.ndarray) -> np.ndarray:
-    """A root R of a positive semidefinite matrix, or of a batch of them: ``R R^H`` is the matrix.
+    """Return a root R of a positive semidefinite matrix, or of a batch of them: ``R R^H`` is the matrix.
 
     Cholesky's, which takes a tenth of the time of eigenvectors and exists where all matrices are definite.
     """

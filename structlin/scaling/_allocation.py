@@ -24,10 +24,14 @@ class Allocation:
     The interval is that of Student's t for a line through the logarithms: the scatter of the best sizes around it is
     all that it knows of their errors.
 
-    Attributes:
-        log_coefficient, exponent: of the law.
-        compute, params: the budgets and their best sizes, shape (n,).
-        flops: of training, for each unit of N and of D.
+    Attributes
+    ----------
+    log_coefficient, exponent
+        Of the law.
+    compute, params
+        The budgets and their best sizes, shape (n,).
+    flops
+        Of training, for each unit of N and of D.
     """
 
     log_coefficient: float
@@ -42,7 +46,7 @@ class Allocation:
         return n, compute / (self.flops * n)
 
     def interval(self, confidence: float = 0.95) -> Estimate:
-        """The exponent with its interval; NaN at both ends for less than three budgets."""
+        """Return the exponent with its interval; NaN at both ends for less than three budgets."""
         if len(self.compute) < 3:
             return Estimate(self.exponent, math.nan, math.nan, confidence)
         line = stats.linregress(np.log(self.compute), np.log(self.params))
@@ -54,11 +58,16 @@ class Allocation:
 class Parabola:
     """Loss against log N at one compute budget.
 
-    Attributes:
-        compute: geometric mean of the points' budgets.
-        params, loss: of the points, shape (n,).
-        coefficients: of the polynomial in ``log(N) - centre``, the constant first, shape (3,).
-        centre: mean of log N.
+    Attributes
+    ----------
+    compute
+        Geometric mean of the points' budgets.
+    params, loss
+        Of the points, shape (n,).
+    coefficients
+        Of the polynomial in ``log(N) - centre``, the constant first, shape (3,).
+    centre
+        Mean of log N.
     """
 
     compute: float
@@ -68,7 +77,7 @@ class Parabola:
     centre: float
 
     def __call__(self, params: npt.ArrayLike) -> Any:
-        """The loss that the parabola gives for sizes."""
+        """Return the loss that the parabola gives for sizes."""
         return np.polynomial.polynomial.polyval(np.log(params) - self.centre, self.coefficients)
 
     @property
@@ -81,7 +90,8 @@ class Parabola:
 @dataclass(frozen=True)
 class IsoFlop:
     """What :func:`fit_isoflop` returns: ``parabolas`` by rising budget, their ``allocation``, and by budget, why others
-    are ``left_out``."""
+    are ``left_out``.
+    """
 
     parabolas: tuple[Parabola, ...]
     allocation: Allocation
@@ -101,19 +111,30 @@ def fit_isoflop(
 
     A budget counts where its parabola opens upwards and has its minimum within the sizes that were tried.
 
-    Args:
-        params, compute, loss: of runs, shape (n,), above 0.
-        budgets: of compute, shape (k,). A point belongs to the nearest, where that is within ``tolerance``, and is left
-            out otherwise. None: points are of one budget where no gap between neighbours, in order of compute, is
-            larger than ``tolerance``, which finds the budgets of a sweep that has no runs in between.
-        tolerance: of a budget, relative, above 0.
-        flops: of training, for each unit of N and of D (:meth:`LossLaw.optimum`).
+    Parameters
+    ----------
+    params, compute, loss
+        Of runs, shape (n,), above 0.
+    budgets
+        Of compute, shape (k,). A point belongs to the nearest, where that is within ``tolerance``, and is left out
+        otherwise. None: points are of one budget where no gap between neighbours, in order of compute, is larger than
+        ``tolerance``, which finds the budgets of a sweep that has no runs in between.
+    tolerance
+        Of a budget, relative, above 0.
+    flops
+        Of training, for each unit of N and of D (:meth:`LossLaw.optimum`).
 
-    Raises:
-        ValueError: points that are not positive; less than two budgets that count. The message says why others do not.
+    Raises
+    ------
+    ValueError
+        Points that are not positive; less than two budgets that count. The message says why others do not.
 
+    Notes
+    -----
     Source: Hoffmann et al. 2022, section 3.2.
 
+    Examples
+    --------
     >>> from structlin.scaling import LossLaw
     >>> law = LossLaw(1.7, 400.0, 0.34, 410.0, 0.28)
     >>> c = np.repeat([1e18, 1e19, 1e20, 1e21], 7)
@@ -166,10 +187,14 @@ def _by_budget(compute: Array, budgets: npt.ArrayLike | None, tolerance: float) 
 class Envelope:
     """What :func:`fit_envelope` returns.
 
-    Attributes:
-        compute: geometric mean of the budgets at which a run is the best, shape (runs,), rising.
-        params, run: size and number of that run.
-        allocation: the law of the sizes.
+    Attributes
+    ----------
+    compute
+        Geometric mean of the budgets at which a run is the best, shape (runs,), rising.
+    params, run
+        Size and number of that run.
+    allocation
+        The law of the sizes.
     """
 
     compute: Array
@@ -181,22 +206,30 @@ class Envelope:
 def fit_envelope(
     curves: Sequence[tuple[float, npt.ArrayLike, npt.ArrayLike]], *, flops: float = FLOPS, grid: int = 2000
 ) -> Envelope:
-    """The run of the lowest loss at each compute, from training curves, and the law of its size (approach 1).
+    """Return the run of the lowest loss at each compute, from training curves, and the law of its size (approach 1).
 
     Curves are joined by straight lines of the loss against log compute, and compared on ``grid`` budgets, evenly
     spaced in the logarithm. Each run that is best somewhere counts once, with the geometric mean of the budgets where
     it is. The first and the last are left out where there are four or more: their ranges end with the data.
 
-    Args:
-        curves: (params, tokens, loss) of each run; tokens and loss of its evaluations, shape (n,), tokens rising. The
-            learning rate should have come down by the end of a curve; what was measured before is higher than
-            a run of that length would end at.
-        flops: of training, for each unit of N and of D (:meth:`LossLaw.optimum`).
-        grid: number of budgets.
+    Parameters
+    ----------
+    curves
+        (params, tokens, loss) of each run; tokens and loss of its evaluations, shape (n,), tokens rising. The learning
+        rate should have come down by the end of a curve; what was measured before is higher than a run of that length
+        would end at.
+    flops
+        Of training, for each unit of N and of D (:meth:`LossLaw.optimum`).
+    grid
+        Number of budgets.
 
-    Raises:
-        ValueError: values that are not positive, tokens that do not rise, less than two runs that are best somewhere.
+    Raises
+    ------
+    ValueError
+        Values that are not positive, tokens that do not rise, less than two runs that are best somewhere.
 
+    Notes
+    -----
     Source: Hoffmann et al. 2022, section 3.1.
     """
     lines = []

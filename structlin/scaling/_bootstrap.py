@@ -19,6 +19,8 @@ METHODS = ("parametric", "residuals", "cases")
 class Estimate:
     """A value with its interval at a level of confidence.
 
+    Examples
+    --------
     >>> print(Estimate(0.119, 0.11, 0.13, 0.95))
     0.119 [0.11, 0.13]
     """
@@ -31,6 +33,8 @@ class Estimate:
     def excludes(self, value: float) -> bool:
         """Whether a value lies outside the interval.
 
+        Examples
+        --------
         >>> Estimate(0.119, 0.11, 0.13, 0.95).excludes(0)
         True
         """
@@ -54,10 +58,14 @@ class Bootstrap:
     *What Teachers Should Know About the Bootstrap*, 2015). With a known ``noise``, the standard deviation of an
     error, ``parametric`` draws with that and not with the spread of the residuals: the law is then taken to be true.
 
-    Attributes:
-        fit: what it is a bootstrap of.
-        draws: shape (samples, 3): log_coefficient, exponent and floor of each draw's law.
-        method: as given, like ``seed`` and ``noise``.
+    Attributes
+    ----------
+    fit
+        What it is a bootstrap of.
+    draws
+        Shape (samples, 3): log_coefficient, exponent and floor of each draw's law.
+    method
+        As given, like ``seed`` and ``noise``.
     """
 
     fit: PowerLawFit
@@ -67,20 +75,20 @@ class Bootstrap:
     noise: float | None = None
 
     def exponent(self, confidence: float = 0.95) -> Estimate:
-        """The exponent, with the interval between quantiles of the draws."""
+        """Return the exponent, with the interval between quantiles of the draws."""
         return estimate(self.fit.law.exponent, self.draws[:, 1], confidence)
 
     def coefficient(self, confidence: float = 0.95) -> Estimate:
-        """The coefficient, with its interval."""
+        """Return the coefficient, with its interval."""
         with np.errstate(over="ignore"):
             return estimate(self.fit.law.coefficient, np.exp(self.draws[:, 0]), confidence)
 
     def floor(self, confidence: float = 0.95) -> Estimate:
-        """The irreducible error, with its interval; both ends are the value itself where it was not fitted."""
+        """Return the irreducible error, with its interval; both ends are the value itself where it was not fitted."""
         return estimate(self.fit.law.floor, self.draws[:, 2], confidence)
 
     def error(self, compute: float, confidence: float = 0.95) -> Estimate:
-        """The law's error at a compute, with its interval (of the law, not of a new measurement)."""
+        """Return the law's error at a compute, with its interval (of the law, not of a new measurement)."""
         values = np.exp(self.draws[:, 0] - self.draws[:, 1] * np.log(compute)) + self.draws[:, 2]
         return estimate(self.fit.law(compute), values, confidence)
 
@@ -90,7 +98,7 @@ class Bootstrap:
 
 
 def estimate(value: float, draws: Array, confidence: float) -> Estimate:
-    """A value and the quantiles of draws. Raises ValueError for a confidence that is not between 0 and 1."""
+    """Return a value and the quantiles of draws. Raises ValueError for a confidence that is not between 0 and 1."""
     if not 0 < confidence < 1:
         raise ValueError(f"confidence must be between 0 and 1, got {confidence}")
     tail = (1 - confidence) / 2
@@ -104,9 +112,11 @@ def bootstrap(
 ) -> Bootstrap:
     """Draw data and fit the same law to each draw.
 
-    Raises:
-        ValueError: an unknown method; less than two samples; as many points as parameters, which leave no residuals,
-            unless the noise is known; a noise that is negative, or with another method than ``parametric``.
+    Raises
+    ------
+    ValueError
+        An unknown method; less than two samples; as many points as parameters, which leave no residuals, unless the
+        noise is known; a noise that is negative, or with another method than ``parametric``.
     """
     if method not in METHODS:
         raise ValueError(f"unknown method {method!r}; one of {', '.join(METHODS)}")
@@ -130,7 +140,7 @@ def bootstrap(
 
 
 def _scaled(fit: PowerLawFit, law: PowerLaw, factor: float) -> tuple[float, float, float]:
-    """A law whose distance from the fitted one is so many times as large, within the bounds of the fit.
+    """Return a law whose distance from the fitted one is so many times as large, within the bounds of the fit.
 
     Levels are compared at the middle of the points, where they hardly depend on the exponents.
     """

@@ -29,9 +29,12 @@ def compare_exponents(a: Bootstrap, b: Bootstrap, confidence: float = 0.95) -> E
 class Multiplier(Estimate):
     """How many times less compute a law needs than another at equal error.
 
-    Attributes:
-        error: the error at which they are compared.
-        extrapolated: whether one of them was not measured there: the error lies outside the range of its points.
+    Attributes
+    ----------
+    error
+        The error at which they are compared.
+    extrapolated
+        Whether one of them was not measured there: the error lies outside the range of its points.
     """
 
     error: float
@@ -43,16 +46,21 @@ class Multiplier(Estimate):
 def compute_multiplier(a: Bootstrap, b: Bootstrap, error: float | None = None, confidence: float = 0.95) -> Multiplier:
     """Compute of ``b`` over compute of ``a`` at equal error, with its interval: "a needs 3.8 times less".
 
-    Args:
-        a, b: bootstraps of two fits, of equally many draws.
-        error: where to compare; None: the lowest error that points of both reach, which is the better of two
-            models at the error of the best of the worse.
-        confidence: of the interval. Draws in which only ``b`` does not reach the error count as infinite, those in
-            which ``a`` does not count as 0.
+    Parameters
+    ----------
+    a, b
+        Bootstraps of two fits, of equally many draws.
+    error
+        Where to compare; None: the lowest error that points of both reach, which is the better of two models at the
+        error of the best of the worse.
+    confidence
+        Of the interval. Draws in which only ``b`` does not reach the error count as infinite, those in which ``a`` does
+        not count as 0.
 
-    Raises:
-        ValueError: errors of ``a`` and ``b`` that do not overlap, where ``error`` is None; an error that neither law
-            reaches.
+    Raises
+    ------
+    ValueError
+        Errors of ``a`` and ``b`` that do not overlap, where ``error`` is None; an error that neither law reaches.
     """
     _check_draws(a, b)
     ranges = [(float(s.fit.error.min()), float(s.fit.error.max())) for s in (a, b)]
@@ -91,19 +99,29 @@ def interpolated_multiplier(
     count as their geometric mean. This is how a sentence like "3.8 times less compute" is usually come by, and the
     right reading of few points, or of points that no power law describes.
 
-    Args:
-        a, b: (compute, error), each of shape (n,), above 0.
-        error: where to compare; None: the lowest error that both reach.
-        noise: standard deviation of an error, in the same units. The interval is of errors drawn anew with it, with
-            ``error`` chosen anew too where it is None. None: no interval, both ends are NaN.
-        samples, seed: of these draws.
-        confidence: of the interval. Draws in which only ``b`` does not reach the error count as infinite, those in
-            which ``a`` does not count as 0.
+    Parameters
+    ----------
+    a, b
+        (compute, error), each of shape (n,), above 0.
+    error
+        Where to compare; None: the lowest error that both reach.
+    noise
+        Standard deviation of an error, in the same units. The interval is of errors drawn anew with it, with ``error``
+        chosen anew too where it is None. None: no interval, both ends are NaN.
+    samples, seed
+        Of these draws.
+    confidence
+        Of the interval. Draws in which only ``b`` does not reach the error count as infinite, those in which ``a`` does
+        not count as 0.
 
-    Raises:
-        ValueError: errors that do not overlap, or an ``error`` that is not within the points of both; points that
-            are not positive; a negative noise.
+    Raises
+    ------
+    ValueError
+        Errors that do not overlap, or an ``error`` that is not within the points of both; points that are not positive;
+        a negative noise.
 
+    Examples
+    --------
     >>> round(interpolated_multiplier(([1e6, 1e8], [0.4, 0.2]), ([1e6, 4e8], [0.6, 0.2])).value, 6)
     4.0
     """
@@ -154,7 +172,7 @@ def _range(bounds: tuple[float, float]) -> str:
 
 
 def _shuffled(s: Bootstrap) -> np.ndarray:
-    """The draws in another order: two bootstraps of one seed would otherwise be drawn from the same numbers."""
+    """Return the draws in another order: two bootstraps of one seed would otherwise be drawn from the same numbers."""
     return np.random.default_rng([s.seed, 1]).permutation(s.draws)
 
 
@@ -166,6 +184,8 @@ def _check_draws(a: Bootstrap, b: Bootstrap) -> None:
 def cheapest(laws: Mapping[str, Bootstrap], error: float, confidence: float = 0.95) -> dict[str, Estimate]:
     """Compute that each law needs for an error, the cheapest first; those that never reach it last, infinite.
 
+    Examples
+    --------
     >>> from structlin.scaling import fit_power_law
     >>> compute, noise = np.logspace(6, 9, 6), np.array([1, 1.01, 0.99, 1.01, 0.99, 1])
     >>> laws = {

@@ -19,12 +19,18 @@ class Problem:
     The parameters of a point are ``p[index[group]]``, in the order log E, log A, alpha, log B, beta, with both
     coefficients at the geometric mean of the sizes (``centre``), where they hardly depend on the exponents.
 
-    Args:
-        n, d: logarithms of both sizes less their means, shape (points,).
-        y: logarithm of the loss over the smallest one.
-        group: of each point.
-        index: shape (groups, 5), into the parameters.
-        delta: of the Huber loss.
+    Parameters
+    ----------
+    n, d
+        Logarithms of both sizes less their means, shape (points,).
+    y
+        Logarithm of the loss over the smallest one.
+    group
+        Of each point.
+    index
+        Shape (groups, 5), into the parameters.
+    delta
+        Of the Huber loss.
     """
 
     def __init__(self, n: Array, d: Array, y: Array, group: Array, index: Array, delta: float) -> None:
@@ -46,7 +52,7 @@ class Problem:
         return np.logaddexp.reduce(self.logs(p), axis=0)
 
     def value(self, p: Array, y: Array, weights: Array) -> Array:
-        """The objective, shape (k,)."""
+        """Return the objective, shape (k,)."""
         r = np.abs(y - self.predicted(p))
         huber = np.where(r <= self.delta, 0.5 * r * r, self.delta * (r - 0.5 * self.delta))
         return (weights * huber).sum(axis=1)
@@ -73,7 +79,9 @@ class Problem:
         Damped Gauss-Newton steps of the quadratic that touches the Huber loss from above (iteratively reweighted
         least squares): the objective falls at every step that is taken, and all problems take theirs at once.
 
-        Returns:
+        Returns
+        -------
+        tuple[Array, Array]
             (parameters, objective), of shapes (k, size) and (k,).
         """
         k = len(start)

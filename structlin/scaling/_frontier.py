@@ -14,13 +14,20 @@ def pareto_frontier(compute: npt.ArrayLike, error: npt.ArrayLike) -> npt.NDArray
     A point is beaten where another has no more compute and no more error, and less of one of them. Of points that
     are equal the first is kept, so that along the frontier compute rises and error falls, both strictly.
 
-    Args:
-        compute: shape (n,), lower is better.
-        error: shape (n,), lower is better.
+    Parameters
+    ----------
+    compute
+        Shape (n,), lower is better.
+    error
+        Shape (n,), lower is better.
 
-    Raises:
-        ValueError: arrays of other shapes, of different lengths, or with a NaN.
+    Raises
+    ------
+    ValueError
+        Arrays of other shapes, of different lengths, or with a NaN.
 
+    Examples
+    --------
     >>> pareto_frontier([1, 2, 2, 3, 4], [9, 5, 6, 5, 1]).tolist()
     [0, 1, 4]
     """

@@ -26,6 +26,8 @@ _STARTS = (0.01, 0.3, 0.6, 0.9, 0.99)  # of the floor, as shares of the smallest
 class PowerLaw:
     """``error = exp(log_coefficient) * compute**-exponent + floor``.
 
+    Examples
+    --------
     >>> law = PowerLaw(math.log(3.0), 0.5, 0.1)
     >>> round(law(100.0), 6), round(law.compute(0.4), 6), law.compute(0.05)
     (0.4, 100.0, inf)
@@ -77,13 +79,20 @@ def compute_at(parameters: npt.ArrayLike, error: float) -> Array:
 class PowerLawFit:
     """A law and the points it was fitted to.
 
-    Attributes:
-        law: the fitted law.
-        compute: of the points, shape (n,).
-        error: of the points, shape (n,).
-        floor: as given to :func:`fit_power_law`.
-        loss: as given.
-        residuals: ``log(error) - log(law(compute))``, shape (n,).
+    Attributes
+    ----------
+    law
+        The fitted law.
+    compute
+        Of the points, shape (n,).
+    error
+        Of the points, shape (n,).
+    floor
+        As given to :func:`fit_power_law`.
+    loss
+        As given.
+    residuals
+        ``log(error) - log(law(compute))``, shape (n,).
     """
 
     law: PowerLaw
@@ -141,18 +150,27 @@ def fit_power_law(
 ) -> PowerLawFit:
     """Fit ``error = a * compute**-alpha (+ floor)`` to points, by least squares of the logarithms.
 
-    Args:
-        compute: shape (n,), above 0.
-        error: shape (n,), above 0.
-        floor: the irreducible error: False for none, True to fit it (between 0 and the largest error, with an
-            exponent from 0 to 10), or a number that is known.
-        loss: ``soft_l1`` holds down outliers: a residual counts linearly beyond 1.35 robust standard deviations of
-            the residuals. ``linear``: plain least squares.
+    Parameters
+    ----------
+    compute
+        Shape (n,), above 0.
+    error
+        Shape (n,), above 0.
+    floor
+        The irreducible error: False for none, True to fit it (between 0 and the largest error, with an exponent from 0
+        to 10), or a number that is known.
+    loss
+        ``soft_l1`` holds down outliers: a residual counts linearly beyond 1.35 robust standard deviations of the
+        residuals. ``linear``: plain least squares.
 
-    Raises:
-        ValueError: points that are not positive and finite; fewer different values of compute than the law has
-            parameters; a known floor that is negative or not below all errors; an unknown loss.
+    Raises
+    ------
+    ValueError
+        Points that are not positive and finite; fewer different values of compute than the law has parameters; a known
+        floor that is negative or not below all errors; an unknown loss.
 
+    Examples
+    --------
     >>> fit = fit_power_law([10, 100, 1000], [0.5, 0.25, 0.125])
     >>> round(fit.law.exponent, 4), round(fit.law.coefficient, 4), round(fit.r_squared, 4)
     (0.301, 1.0, 1.0)
@@ -178,7 +196,7 @@ def fit_power_law(
 
 
 def fit_law(x: Array, y: Array, floor: bool | float, loss: str, start: PowerLaw | None = None) -> PowerLaw:
-    """The fit itself, on points that were checked; ``start`` spares the search for where to begin."""
+    """Return the fit itself, on points that were checked; ``start`` spares the search for where to begin."""
     # Centred and scaled, so that level and slope hardly depend on each other and a floor is of order 1.
     centre, scale = float(np.log(x).mean()), float(np.exp(np.log(y).mean()))
     problem = _Problem(np.log(x) - centre, y / scale, None if floor is True else float(floor) / scale)

@@ -27,10 +27,14 @@ class LossBootstrap:
     each group, and the change of the parameters scaled by ``sqrt(n / chi2)``. Without that factor intervals of few
     points are too narrow, as quantiles of the normal in place of Student's t are.
 
-    Attributes:
-        fit: what it is a bootstrap of.
-        draws: by group, shape (samples, 5): log E, log A, alpha, log B, beta of each draw's law.
-        method, seed: as given.
+    Attributes
+    ----------
+    fit
+        What it is a bootstrap of.
+    draws
+        By group, shape (samples, 5): log E, log A, alpha, log B, beta of each draw's law.
+    method, seed
+        As given.
     """
 
     fit: LossLawFit
@@ -49,7 +53,7 @@ class LossBootstrap:
         return estimate(getattr(self.fit.laws[group], name), drawn, confidence)
 
     def allocation(self, group: str | None = None, confidence: float = 0.95) -> Estimate:
-        """The exponent a of ``N_opt ~ C**a``, with its interval."""
+        """Return the exponent a of ``N_opt ~ C**a``, with its interval."""
         group = self._group(group)
         alpha, beta = self.draws[group][:, 2], self.draws[group][:, 4]
         return estimate(self.fit.laws[group].allocation, beta / np.maximum(alpha + beta, 1e-300), confidence)
@@ -68,7 +72,7 @@ class LossBootstrap:
         return {name: estimate(getattr(best, name), _filled(v), confidence) for name, v in values}
 
     def loss(self, params: float, tokens: float, group: str | None = None, confidence: float = 0.95) -> Estimate:
-        """The loss at two sizes, with its interval (of the law, not of a new measurement)."""
+        """Return the loss at two sizes, with its interval (of the law, not of a new measurement)."""
         group = self._group(group)
         e, log_a, alpha, log_b, beta = self.draws[group].T
         drawn = np.exp(e) + np.exp(log_a - alpha * math.log(params)) + np.exp(log_b - beta * math.log(tokens))
@@ -82,13 +86,20 @@ class LossBootstrap:
 
         Both are of one fit, so what the laws share moves together in every draw and cancels.
 
-        Args:
-            group, reference: names of groups.
-            loss: at which they are compared, above the irreducible loss of both.
-            flops: of training for each unit of N and of D (:meth:`LossLaw.optimum`); two where the groups differ.
-            confidence: of the interval. Draws in which only the reference does not reach the loss count as infinite,
-                those in which the group does not count as 0.
+        Parameters
+        ----------
+        group, reference
+            Names of groups.
+        loss
+            At which they are compared, above the irreducible loss of both.
+        flops
+            Of training for each unit of N and of D (:meth:`LossLaw.optimum`); two where the groups differ.
+        confidence
+            Of the interval. Draws in which only the reference does not reach the loss count as infinite, those in which
+            the group does not count as 0.
 
+        Notes
+        -----
         Raises ValueError for unknown groups, and a loss that neither law reaches.
         """
         each = flops if isinstance(flops, tuple) else (flops, flops)
@@ -116,15 +127,17 @@ class LossBootstrap:
 
 
 def _filled(draws: Array) -> Array:
-    """A draw without an optimum, as where an exponent is 0, counts as one that never gets there."""
+    """Return a draw without an optimum, as where an exponent is 0, counts as one that never gets there."""
     return np.where(np.isnan(draws), np.inf, draws)
 
 
 def bootstrap_loss(fit: LossLawFit, samples: int, *, seed: int = 0, method: str = "residuals") -> LossBootstrap:
     """Draw data and fit the same law to each draw, all side by side, from the law of the fit.
 
-    Raises:
-        ValueError: an unknown method; less than two samples.
+    Raises
+    ------
+    ValueError
+        An unknown method; less than two samples.
     """
     if method not in METHODS:
         raise ValueError(f"unknown method {method!r}; one of {', '.join(METHODS)}")

@@ -38,6 +38,8 @@ class LossLaw:
 
     Source: Hoffmann et al., *Training Compute-Optimal Large Language Models*, 2022, equation 2.
 
+    Examples
+    --------
     >>> law = LossLaw(E=1.8172, A=482.0, alpha=0.3478, B=2085.4, beta=0.3659)
     >>> round(law(70e9, 1.4e12), 3)
     1.974
@@ -53,7 +55,7 @@ class LossLaw:
     beta: float
 
     def __call__(self, params: Any, tokens: Any) -> Any:
-        """The loss, of numbers or of arrays."""
+        """Return the loss, of numbers or of arrays."""
         value = self.E + self.A * np.power(params, -self.alpha) + self.B * np.power(tokens, -self.beta)
         return float(value) if np.ndim(value) == 0 else value
 
@@ -63,13 +65,18 @@ class LossLaw:
         return self.beta / (self.alpha + self.beta) if self.alpha + self.beta else math.nan
 
     def optimum(self, compute: float, *, flops: float = FLOPS) -> Optimum:
-        """The sizes of the lowest loss with ``flops * N * D = compute``.
+        """Return the sizes of the lowest loss with ``flops * N * D = compute``.
 
-        Args:
-            compute: FLOPs, above 0.
-            flops: of training, for each unit of N and of D. 6 for parameters of dense layers and tokens; 6 also where
-                N is the MACs of a forward pass of a token, of whatever structure.
+        Parameters
+        ----------
+        compute
+            FLOPs, above 0.
+        flops
+            Of training, for each unit of N and of D. 6 for parameters of dense layers and tokens; 6 also where N is the
+            MACs of a forward pass of a token, of whatever structure.
 
+        Notes
+        -----
         Raises ValueError for a budget that is not positive and finite, and for a law that has no optimum.
         """
         if not (compute > 0 and math.isfinite(compute) and flops > 0):
@@ -116,16 +123,26 @@ def frontiers(p: Array, flops: float) -> Array:
 class LossLawFit:
     """Laws of one or several groups, and the points that they were fitted to.
 
-    Attributes:
-        laws: by group.
-        shared: the terms that all groups have in common; empty for one group.
-        params, tokens, loss: of the points, shape (n,).
-        group: of each point, shape (n,), as a number into ``laws``.
-        residuals: ``log(loss) - log(law)``, shape (n,).
-        objective: the sum of the Huber losses.
-        delta: as given.
-        agreement: share of the starts that end within 1e-6 (relative) of the best.
-        notes: what is wrong with the fit: exponents at a bound, terms that vanish.
+    Attributes
+    ----------
+    laws
+        By group.
+    shared
+        The terms that all groups have in common; empty for one group.
+    params, tokens, loss
+        Of the points, shape (n,).
+    group
+        Of each point, shape (n,), as a number into ``laws``.
+    residuals
+        ``log(loss) - log(law)``, shape (n,).
+    objective
+        The sum of the Huber losses.
+    delta
+        As given.
+    agreement
+        Share of the starts that end within 1e-6 (relative) of the best.
+    notes
+        What is wrong with the fit: exponents at a bound, terms that vanish.
     """
 
     laws: dict[str, LossLaw]
@@ -175,22 +192,35 @@ def fit_loss_law(
     The objective has several minima. The fit starts from every pair of six exponents from 0.08 to 1.3, with E, A and B
     by non-negative least squares, and keeps the best of the 36 ends. Exponents are held between 0 and 10.
 
-    Args:
-        params: N, shape (n,): parameters, or any other size of the model, such as the MACs of a token.
-        tokens: D, shape (n,): tokens, samples, or any other size of the data.
-        loss: shape (n,), above 0.
-        groups: label of the structure of each point: one law for all, in which the terms in ``shared`` are the
-            same for all groups and every group has its own of the others. None: all points are of one group.
-        shared: of E, A, alpha, B, beta. By default the groups differ in A and alpha alone: the entropy of the data and
-            what a finite amount of them costs belong to the task.
-        delta: residuals beyond it count linearly. 1e-3, as in the paper, is near the least absolute deviations.
+    Parameters
+    ----------
+    params
+        N, shape (n,): parameters, or any other size of the model, such as the MACs of a token.
+    tokens
+        D, shape (n,): tokens, samples, or any other size of the data.
+    loss
+        Shape (n,), above 0.
+    groups
+        Label of the structure of each point: one law for all, in which the terms in ``shared`` are the same for all
+        groups and every group has its own of the others. None: all points are of one group.
+    shared
+        Of E, A, alpha, B, beta. By default the groups differ in A and alpha alone: the entropy of the data and what a
+        finite amount of them costs belong to the task.
+    delta
+        Residuals beyond it count linearly. 1e-3, as in the paper, is near the least absolute deviations.
 
-    Raises:
-        ValueError: points that are not positive and finite, or of different numbers; as many parameters as points or
-            more; a group with less than two sizes of model or of data that it needs; an unknown term.
+    Raises
+    ------
+    ValueError
+        Points that are not positive and finite, or of different numbers; as many parameters as points or more; a group
+        with less than two sizes of model or of data that it needs; an unknown term.
 
+    Notes
+    -----
     Source: Hoffmann et al. 2022, section 3.3 and D.2.
 
+    Examples
+    --------
     >>> n, d = (g.ravel() for g in np.meshgrid(np.logspace(7, 9, 4), np.logspace(9, 11, 4)))
     >>> law = LossLaw(1.7, 400.0, 0.34, 410.0, 0.28)
     >>> found = fit_loss_law(n, d, law(n, d)).law
@@ -239,7 +269,7 @@ def natural(problem: Problem, points: Array, centre: tuple[float, float, float])
 
 
 def centre_of(fit: LossLawFit) -> tuple[float, float, float]:
-    """What the problem of a fit was centred at."""
+    """Return what the problem of a fit was centred at."""
     return np.log(fit.params).mean(), np.log(fit.tokens).mean(), np.log(fit.loss).min()
 
 
@@ -263,6 +293,8 @@ def _positive(name: str, values: npt.ArrayLike) -> Array:
 def lacks_sizes(params: npt.ArrayLike, tokens: npt.ArrayLike, own: Sequence[str]) -> str | None:
     """Why the points of a group do not determine the terms that are its ``own``; None where they do.
 
+    Examples
+    --------
     >>> lacks_sizes([1e6, 1e6], [1e9, 1e10], ["A", "alpha"])
     'a law needs 3 different sizes of the model, got 1'
     """

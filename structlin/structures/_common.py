@@ -33,7 +33,7 @@ def split_shape(
 
 
 def bond_sizes(rank: int | Sequence[int], cores: int) -> tuple[int, ...]:
-    """The ``cores - 1`` inner ranks: one for all, or one each."""
+    """Return the ``cores - 1`` inner ranks: one for all, or one each."""
     if hasattr(rank, "__index__") and not isinstance(rank, bool):
         return (positive_int("rank", rank),) * (cores - 1)
     if isinstance(rank, bool) or not isinstance(rank, Sequence) or len(rank) != cores - 1:
@@ -49,7 +49,7 @@ def exact_bonds(left: Sequence[int], right: Sequence[int]) -> tuple[int, ...]:
 
 
 def matrix_rank(shape: tuple[int, int], rank: int | None, rank_fraction: float | None) -> int:
-    """A rank from itself, from a fraction of min(d_out, d_in), or ceil(sqrt(min(d_out, d_in)))."""
+    """Return a rank from itself, from a fraction of min(d_out, d_in), or ceil(sqrt(min(d_out, d_in)))."""
     small = min(shape)
     if rank is not None and rank_fraction is not None:
         raise ValueError(f"give rank or rank_fraction, not both (got {rank} and {rank_fraction})")

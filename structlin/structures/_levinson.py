@@ -110,7 +110,7 @@ def is_hermitian(kernel: np.ndarray) -> bool:
 
 
 def solve(kernel: np.ndarray, b: np.ndarray, found: Columns | None = None) -> np.ndarray | None:
-    """The solution for b of shape (n, k), or None where no way gives one whose backward error is at roundoff."""
+    """Return the solution for b of shape (n, k), or None where no way gives one whose backward error is at roundoff."""
     n, k = b.shape
     A = Convolution(kernel, n)
     size = float(np.abs(kernel).sum())  # exceeds |A|

@@ -22,7 +22,7 @@ class SquareStructure(AbstractStructure):
     @staticmethod
     @abstractmethod
     def _factor(size: int) -> Factor:
-        """The one factor."""
+        """Return the one factor."""
 
     @property
     def d_in(self) -> int:  # type: ignore[override]

@@ -75,7 +75,7 @@ class Transform(NamedOperator):
 
     @classmethod
     def like(cls, A: Any) -> Self:
-        """The transform of the size, library, device and dtype of the square operator A."""
+        """Return the transform of the size, library, device and dtype of the square operator A."""
         first = A.factors[0]
         place = lapack(first).index(np.zeros(1, dtype=np.int64), first)
         return cls._build(cls.design((size_of(A.shape, "a transform"),) * 2), (place,), A.dtype)

@@ -14,7 +14,7 @@ from structlin.verdicts import SVD, Nearest
 
 
 def permutation(order: Array, dtype: Any) -> Any:
-    """The operator ``(P x)[i] = x[order[i]]``, of a dtype, unchecked."""
+    """Return the operator ``(P x)[i] = x[order[i]]``, of a dtype, unchecked."""
     cls = get("permutation")
     return cls._build(cls.design((order.shape[0],) * 2), (order,), dtype)
 

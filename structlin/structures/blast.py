@@ -14,6 +14,8 @@ class Blast(NamedOperator):
     Factors: V of shape (b, r, d_in / b), s of shape (r, b, b) indexed [rank, i, j], U of shape (b, d_out / b, r).
     Parameters = MACs = ``r (d_in + d_out + b^2)``; rank at most ``b r``.
 
+    Examples
+    --------
     >>> Blast.design((12, 8), blocks=2, rank=3).num_params
     72
     """

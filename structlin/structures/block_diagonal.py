@@ -13,6 +13,8 @@ class BlockDiagonal(NamedOperator):
 
     Parameters = MACs = ``d_in d_out / b``.
 
+    Examples
+    --------
     >>> import numpy as np
     >>> BlockDiagonal(np.arange(1.0, 3.0).reshape(2, 1, 1)).to_dense()
     array([[1., 0.],

@@ -10,7 +10,7 @@ from structlin.structures._common import Factorization, bond_sizes, exact_bonds,
 
 
 def block_tensor_train_chain(out_sizes: Sequence[int], in_sizes: Sequence[int], ranks: Sequence[int]) -> Structure:
-    """The BTT chain with core sizes n_k, m_k (core 0 first) and the inner ranks between the cores.
+    """Return the BTT chain with core sizes n_k, m_k (core 0 first) and the inner ranks between the cores.
 
     Each intermediate is written in the order (batch axes of the next step, its contracted axes), and each factor
     as (batch, free, contracted) in the same order, so that a step reads both without a copy.
@@ -41,6 +41,8 @@ class BlockTensorTrain(NamedOperator):
     sizes is a Monarch matrix of sqrt(d) blocks; rank sqrt(d) represents every matrix. Core k of more than two has
     every output axis already made and every input axis still to come in batch.
 
+    Examples
+    --------
     >>> import numpy as np
     >>> A = BlockTensorTrain(np.ones((3, 5, 2, 4)), np.ones((5, 7, 2, 3)))
     >>> A.shape, A.structure.num_params

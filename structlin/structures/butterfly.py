@@ -15,6 +15,8 @@ class Butterfly(NamedOperator):
     ``2 d log2(d)``. Drawn by the paper's rule, a product of log2(d) random factors, its spectral norm grows with d:
     2.8 at d = 64, 4.4 at 256, 21 at 1024.
 
+    Examples
+    --------
     >>> Butterfly.design((8, 8)).num_params
     48
     """
@@ -26,7 +28,7 @@ class Butterfly(NamedOperator):
 
     @staticmethod
     def design(shape: tuple[int, int], /) -> Structure:
-        """A square matrix whose size is a power of two; ValueError naming the nearest sizes otherwise."""
+        """Return a square matrix whose size is a power of two; ValueError naming the nearest sizes otherwise."""
         d = shape[0]
         if shape[0] != shape[1]:
             raise ValueError(f"a butterfly matrix is square, got shape {shape}; ({min(shape)}, {min(shape)}) would do")

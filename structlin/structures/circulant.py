@@ -158,7 +158,7 @@ class CirculantStructure(SquareStructure):
 
 
 def _transforms(column: Array) -> tuple[Any, Any]:
-    """The Fourier transform along the first axis and back; half of it where the numbers are real."""
+    """Return the Fourier transform along the first axis and back; half of it where the numbers are real."""
     xp, n = lapack(column), column.shape[0]
     forth, back = (xp.fft, xp.ifft) if xp.is_complex(column) else (xp.rfft, xp.irfft)
     return (lambda x: forth(x, n, 0)), (lambda x: back(x, n, 0))
@@ -172,6 +172,8 @@ class Circulant(NamedOperator):
     product; once for each application, the FFT of the column. Scale: every output sums d inputs, so both fans are d;
     with independent entries of deviation ``1 / sqrt(d)`` the spectral norm is of order ``sqrt(log d)``.
 
+    Examples
+    --------
     >>> import numpy as np
     >>> Circulant(np.array([0.0, 1.0, 0.0])).to_dense().round()
     array([[0., 0., 1.],
@@ -186,7 +188,7 @@ class Circulant(NamedOperator):
 
     @staticmethod
     def design(shape: tuple[int, int], /) -> CirculantStructure:
-        """A square circulant matrix; ValueError for any other shape."""
+        """Return a square circulant matrix; ValueError for any other shape."""
         return CirculantStructure(size_of(shape, "a circulant matrix"))
 
     @classmethod

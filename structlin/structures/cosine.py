@@ -73,6 +73,8 @@ class Cosine(Transform):
 
     No parameters; ``5 d log2 d`` FLOPs.
 
+    Examples
+    --------
     >>> import numpy as np
     >>> (Cosine(4) @ np.ones(4)).round(12) + 0.0
     array([2., 0., 0., 0.])
@@ -85,5 +87,5 @@ class Cosine(Transform):
 
     @staticmethod
     def design(shape: tuple[int, int], /) -> CosineStructure:
-        """A square transform; ValueError for any other shape."""
+        """Return a square transform; ValueError for any other shape."""
         return CosineStructure(size_of(shape, "a cosine transform"))

@@ -12,6 +12,8 @@ class Dense(NamedOperator):
 
     Parameters = MACs = ``d_in d_out``.
 
+    Examples
+    --------
     >>> import numpy as np
     >>> Dense(np.arange(6.0).reshape(2, 3)) @ np.ones(3)
     array([ 3., 12.])
@@ -24,5 +26,5 @@ class Dense(NamedOperator):
 
     @staticmethod
     def design(shape: tuple[int, int], /) -> Structure:
-        """A (d_out, d_in) dense matrix; no options."""
+        """Return a (d_out, d_in) dense matrix; no options."""
         return Structure.parse(Dense.formula, i=shape[1], o=shape[0])

@@ -110,6 +110,8 @@ class Diagonal(NamedOperator):
 
     Parameters d; no products, d elementwise FLOPs. Scale: blocks of 1 x 1, so the deviation is 1.
 
+    Examples
+    --------
     >>> import numpy as np
     >>> Diagonal(np.array([2.0, 3.0])) @ np.ones(2)
     array([2., 3.])
@@ -122,7 +124,7 @@ class Diagonal(NamedOperator):
 
     @staticmethod
     def design(shape: tuple[int, int], /) -> DiagonalStructure:
-        """A square diagonal matrix; ValueError for any other shape."""
+        """Return a square diagonal matrix; ValueError for any other shape."""
         return DiagonalStructure(size_of(shape, "a diagonal matrix"))
 
     @classmethod

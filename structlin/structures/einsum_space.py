@@ -46,6 +46,8 @@ def coordinates(theta: Sequence[float]) -> Coordinates:
     psi is the exponent of the narrowest cut between input and output: 1 with both factors on one side,
     ``2 + rho - alpha - epsilon`` with W0 on the input's side (the paper's term), ``2 + rho - beta - delta`` with W1.
 
+    Examples
+    --------
     >>> coordinates((0.5, 0, 0.5, 0, 0.5, 0.5, 0))  # Block Tensor-Train of rank 1
     Coordinates(omega=0.0, psi=1.0, nu=0.5)
     >>> coordinates((0.5, 0.5, 0, 0.5, 0.5, 0, 0))  # Kronecker
@@ -81,6 +83,8 @@ class EinsumSpace(NamedOperator):
     (g, f, d, r, a), W1 has shape (f, e, r, g, b). Axis sizes must be divisors, so that theta is met as nearly as the
     sizes allow: :func:`theta_of` tells which theta was reached.
 
+    Examples
+    --------
     >>> s = EinsumSpace.design((64, 64), theta=(0.5, 0, 0.5, 0, 0.5, 0.5, 0))
     >>> s.num_params, s.macs
     (1024, 1024)
@@ -119,8 +123,10 @@ class EinsumSpace(NamedOperator):
 
 
 def theta_of(structure: Structure) -> Theta:
-    """The theta that a structure of this space has; ValueError for any other chain.
+    """Return the theta that a structure of this space has; ValueError for any other chain.
 
+    Examples
+    --------
     >>> theta_of(EinsumSpace.design((64, 64), theta=(0.5, 0, 0.5, 0, 0.5, 0.5, 0))).alpha
     0.5
     """

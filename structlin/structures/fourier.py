@@ -46,6 +46,8 @@ class Fourier(Transform):
 
     No parameters; ``5 d log2 d`` FLOPs. Its dtype is complex, whatever is asked for.
 
+    Examples
+    --------
     >>> import numpy as np
     >>> Fourier(4) @ np.array([1.0, 0.0, 0.0, 0.0])
     array([0.5+0.j, 0.5+0.j, 0.5+0.j, 0.5+0.j])
@@ -69,12 +71,12 @@ class Fourier(Transform):
 
     @staticmethod
     def design(shape: tuple[int, int], /) -> FourierStructure:
-        """A square transform; ValueError for any other shape."""
+        """Return a square transform; ValueError for any other shape."""
         return FourierStructure(size_of(shape, "a Fourier transform"))
 
 
 def _complex(dtype: Any) -> str:
-    """The complex dtype of the same precision, by name."""
+    """Return the complex dtype of the same precision, by name."""
     text = "complex128" if dtype is None else str(np.dtype(dtype)) if isinstance(dtype, type) else str(dtype)
     return (
         "complex64" if text.removeprefix("torch.") in ("float16", "bfloat16", "float32", "complex64") else "complex128"

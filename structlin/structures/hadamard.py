@@ -57,6 +57,8 @@ class Hadamard(Transform):
 
     No parameters; ``d log2 d`` additions.
 
+    Examples
+    --------
     >>> import numpy as np
     >>> Hadamard(4) @ np.array([1.0, 0.0, 0.0, 1.0])
     array([1., 0., 0., 1.])
@@ -73,7 +75,7 @@ class Hadamard(Transform):
 
     @staticmethod
     def design(shape: tuple[int, int], /) -> HadamardStructure:
-        """A square transform; ValueError for any other shape, and for a size that is no power of 2."""
+        """Return a square transform; ValueError for any other shape, and for a size that is no power of 2."""
         n = size_of(shape, "a Hadamard transform")
         if n & (n - 1):
             raise ValueError(f"a Hadamard transform has 2^k rows, got {n}; the nearest are {1 << (n.bit_length() - 1)} "

@@ -87,6 +87,8 @@ class Hankel(NamedOperator):
     As :func:`scipy.linalg.hankel`, but the corner has to be the same in both. Parameters ``d_out + d_in - 1``; work and
     scale as for a Toeplitz matrix.
 
+    Examples
+    --------
     >>> import numpy as np
     >>> Hankel(np.array([1.0, 2.0]), np.array([2.0, 3.0, 4.0])).to_dense().round()
     array([[1., 2., 3.],
@@ -108,5 +110,5 @@ class Hankel(NamedOperator):
 
     @staticmethod
     def design(shape: tuple[int, int], /) -> HankelStructure:
-        """A (d_out, d_in) Hankel matrix; no options."""
+        """Return a (d_out, d_in) Hankel matrix; no options."""
         return HankelStructure(*shape)

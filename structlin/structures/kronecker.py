@@ -26,6 +26,8 @@ class Kronecker(NamedOperator):
 
     Parameters ``sum n_k m_k``; MACs of two factors ``n_1 m_2 (m_1 + n_2)``. The first factor is applied first.
 
+    Examples
+    --------
     >>> import numpy as np
     >>> A, B = np.arange(6.0).reshape(2, 3), np.arange(8.0).reshape(4, 2)
     >>> np.array_equal(Kronecker(A, B).to_dense(), np.kron(A, B))

@@ -13,6 +13,8 @@ class LowRank(NamedOperator):
 
     Parameters = MACs = ``r (d_in + d_out)``; rank at most r.
 
+    Examples
+    --------
     >>> import numpy as np
     >>> V, U = np.ones((1, 3)), np.array([[1.0], [2.0]])
     >>> LowRank(V, U).to_dense()
@@ -27,7 +29,7 @@ class LowRank(NamedOperator):
 
     @staticmethod
     def design(shape: tuple[int, int], /, *, rank: int | None = None, rank_fraction: float | None = None) -> Structure:
-        """A (d_out, d_in) matrix of rank ``rank``, or ``ceil(rank_fraction * min(d_out, d_in))``.
+        """Return a (d_out, d_in) matrix of rank ``rank``, or ``ceil(rank_fraction * min(d_out, d_in))``.
 
         With neither, the rank is ``ceil(sqrt(min(d_out, d_in)))``. Raises ValueError for a rank below 1, a
         fraction outside (0, 1], or both.

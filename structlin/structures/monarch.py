@@ -21,6 +21,8 @@ class Monarch(NamedOperator):
     (b, q, p) and (b, s, q). Where b does not divide d_in (d_out), the input is padded with zeros (the output cut).
     Parameters = MACs = ``b q (p + s)``.
 
+    Examples
+    --------
     >>> Monarch.design((12, 8), blocks=2)
     Structure.parse('pa,pfra->frp; frp,ferp->fe', p=2, a=4, f=2, r=2, e=6)
     >>> Monarch.design((10, 7), blocks=3)

@@ -101,7 +101,8 @@ class PermutationStructure(SquareStructure):
 
 def _indices(index: Array) -> Array:
     """As int64 (jax: int32, unless it is int64) where it is of another integer dtype: torch takes uint8 for a mask, and
-    products of small integers overflow."""
+    products of small integers overflow.
+    """
     if dtype_name(index.dtype) in ("int32", "int64"):
         return index
     name = backend_of(index)
@@ -116,6 +117,8 @@ class Permutation(NamedOperator):
 
     The dtype that the operator counts as having is given as ``dtype`` (default: the library's default float).
 
+    Examples
+    --------
     >>> import numpy as np
     >>> Permutation(np.array([2, 0, 1])) @ np.array([1.0, 2.0, 3.0])
     array([3., 1., 2.])
@@ -139,7 +142,7 @@ class Permutation(NamedOperator):
 
     @staticmethod
     def design(shape: tuple[int, int], /) -> PermutationStructure:
-        """A square permutation matrix; ValueError for any other shape."""
+        """Return a square permutation matrix; ValueError for any other shape."""
         return PermutationStructure(size_of(shape, "a permutation"))
 
     @classmethod

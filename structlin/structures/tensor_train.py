@@ -31,6 +31,8 @@ class TensorTrain(NamedOperator):
     Core k has shape (r_{k-1}, n_k, m_k, r_k), with r_0 = r_c = 1; the index order is that of the Kronecker product,
     which is rank 1. Parameters ``sum_k r_{k-1} n_k m_k r_k``; the other axes are carried along.
 
+    Examples
+    --------
     >>> import numpy as np
     >>> A, B = np.arange(6.0).reshape(1, 2, 3, 1), np.arange(8.0).reshape(1, 4, 2, 1)
     >>> np.array_equal(TensorTrain(A, B).to_dense(), np.kron(A[0, ..., 0], B[0, ..., 0]))

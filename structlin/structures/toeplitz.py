@@ -163,6 +163,8 @@ class Toeplitz(NamedOperator):
     and an elementwise product; once for each application, the FFT of the kernel. Scale: as a dense matrix, since every
     output sums d_in inputs.
 
+    Examples
+    --------
     >>> import numpy as np
     >>> Toeplitz(np.array([1.0, 4.0]), np.array([1.0, 2.0, 3.0])).to_dense().round()
     array([[1., 2., 3.],
@@ -201,7 +203,7 @@ class Toeplitz(NamedOperator):
 
     @staticmethod
     def design(shape: tuple[int, int], /) -> ToeplitzStructure:
-        """A (d_out, d_in) Toeplitz matrix; no options."""
+        """Return a (d_out, d_in) Toeplitz matrix; no options."""
         return ToeplitzStructure(*shape)
 
 
@@ -209,7 +211,7 @@ class Toeplitz(NamedOperator):
 
 
 def inverse_from(first: Array, last: Array) -> Any:
-    """The inverse from its first and last column, as an operator: the formula of Gohberg and Semencul."""
+    """Return the inverse from its first and last column, as an operator: the formula of Gohberg and Semencul."""
     xp = ops(backend_of(first))
     none = first[1:] * 0
     scaled, zero = first / first[0], first[:1] * 0
@@ -379,7 +381,7 @@ def _diagonal_sums(x: Array, y: Array) -> Array:
 
 
 def _sums_of_inverse(first: Array, last: Array) -> Array:
-    """The sums of the diagonals of the inverse, ordered as a kernel.
+    """Return the sums of the diagonals of the inverse, ordered as a kernel.
 
     A product of a lower and an upper triangular Toeplitz matrix, of the vectors x and y, has the sums of
     (n - max(i, j)) x_i y_j over i - j = d.

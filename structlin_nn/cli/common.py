@@ -68,7 +68,7 @@ class _Formatter(argparse.RawDescriptionHelpFormatter):
 
 
 def choice(kind: str, known: Sequence[str]) -> Callable[[str], str]:
-    """A type for an argument that is one of a few names; anything else is an error with the nearest."""
+    """Return a type for an argument that is one of a few names; anything else is an error with the nearest."""
 
     def check(word: str) -> str:
         if word not in known:
@@ -99,7 +99,7 @@ def structure_options(parser: argparse.ArgumentParser) -> None:
 
 
 def given_structure_options(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The options of the structure that were given, with the values as `structlin.design` takes them."""
+    """Return the options of the structure that were given, with the values as `structlin.design` takes them."""
     names = ("rank", "rank_fraction", "blocks", "cores", "factorization")
     given = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
     for name, value in arguments.option:
@@ -118,7 +118,7 @@ def _integers(text: str) -> Any:
 
 
 def name_and_value(text: str) -> tuple[str, Any]:
-    """An option NAME=JSON."""
+    """Return an option NAME=JSON."""
     name, equals, value = text.partition("=")
     if not equals or not name:
         raise argparse.ArgumentTypeError(f"must be NAME=JSON, got {text!r}")

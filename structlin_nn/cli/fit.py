@@ -71,7 +71,7 @@ def add_row_options(parser: argparse.ArgumentParser, x: str = "training_macs", y
 
 
 def conditions_of(arguments: argparse.Namespace) -> dict[str, str]:
-    """The values that --where asks for, by column. Raises ValueError for what is no COLUMN=VALUE."""
+    """Return the values that --where asks for, by column. Raises ValueError for what is no COLUMN=VALUE."""
     conditions = {}
     for text in arguments.where:
         name, equals, value = text.partition("=")
@@ -82,7 +82,7 @@ def conditions_of(arguments: argparse.Namespace) -> dict[str, str]:
 
 
 def read_groups(arguments: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
-    """The rows that the options ask for, by group. Raises OSError and ValueError as the reading does."""
+    """Return the rows that the options ask for, by group. Raises OSError and ValueError as the reading does."""
     from structlin_nn.tables import group_rows, read_rows, select
 
     conditions = conditions_of(arguments)

@@ -58,7 +58,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _model(arguments: argparse.Namespace) -> tuple[Any, str | None]:
-    """The model, and the tokeniser of the data that it was trained on, as far as it is told."""
+    """Return the model, and the tokeniser of the data that it was trained on, as far as it is told."""
     from structlin_nn.data.tokens import GPT2_VOCABULARY
     from structlin_nn.models import GPT2
 

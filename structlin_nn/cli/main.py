@@ -38,12 +38,15 @@ structlin COMMAND --help explains a command.
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return the exit code.
 
-    Args:
-        argv: the arguments, without the program's name; by default those of this process.
+    Parameters
+    ----------
+    argv
+        The arguments, without the program's name; by default those of this process.
 
-    Example:
-        >>> main(["structures", "--jsn"])
-        2
+    Examples
+    --------
+    >>> main(["structures", "--jsn"])
+    2
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:

@@ -315,7 +315,7 @@ def _for_error(row: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _usual(structure: str, options: dict[str, Any]) -> dict[str, Any]:
-    """The options, and the rank and the number of blocks that a structure has unless told otherwise."""
+    """Return the options, and the rank and the number of blocks that a structure has unless told otherwise."""
     import structlin
 
     known = structlin.options(structure)

@@ -49,9 +49,12 @@ JSON lines: see structlin_nn.records.
 def parse(name: str, arguments: Sequence[str]) -> tuple[Any, Any, Any]:
     """(module of the recipe, configuration, options) that arguments ask for.
 
-    Raises:
-        ValueError, TypeError, ImportError: no configuration.
-        SystemExit: misuse, which tyro explains on stderr.
+    Raises
+    ------
+    ValueError, TypeError, ImportError
+        No configuration.
+    SystemExit
+        Misuse, which tyro explains on stderr.
     """
     import tyro
 
@@ -153,7 +156,7 @@ def _misuse(message: str) -> int:
 
 
 def _summary(result: Any) -> str:
-    """The evaluations of a run as a table, the last ten of them."""
+    """Return the evaluations of a run as a table, the last ten of them."""
     from structlin_nn.records import read_record
 
     record = read_record(result.record)

@@ -108,7 +108,7 @@ def _records(count: int) -> str:
 
 
 def _step(arguments: argparse.Namespace) -> Any:
-    """A function that runs the model forward without gradients, and then a training step."""
+    """Return a function that runs the model forward without gradients, and then a training step."""
     import torch
     from torch.utils._pytree import tree_map_only
 

@@ -25,6 +25,8 @@ OPTIMIZER_STATES = {"adam": 2, "adamw": 2, "sign": 1, "sgd": 1}
 def itemsize(dtype: Any) -> int:
     """Bytes of a number. Raises ValueError for a dtype that is not one of :data:`DTYPES`.
 
+    Examples
+    --------
     >>> itemsize("bfloat16")
     2
     """
@@ -39,6 +41,8 @@ def states_of(optimizer: str, states: int | None = None) -> int:
 
     Raises ValueError for an unknown optimiser, or states that are no integer of at least 0.
 
+    Examples
+    --------
     >>> states_of("adamw"), states_of("sgd", 0)
     (2, 0)
     """
@@ -58,10 +62,15 @@ class _CrossEntropy(nn.Module):
 def count_loss(shape: Sequence[int], soft: bool = False) -> ModelCount:
     """What torch's cross-entropy of logits (..., classes) keeps for the backward pass, for :func:`training_bytes`.
 
-    Args:
-        shape: of the logits of a batch.
-        soft: the targets are probabilities of all classes (mixup, label smoothing by hand), and not numbers of classes.
+    Parameters
+    ----------
+    shape
+        Of the logits of a batch.
+    soft
+        The targets are probabilities of all classes (mixup, label smoothing by hand), and not numbers of classes.
 
+    Examples
+    --------
     >>> count_loss((4, 16, 50)).saved, count_loss((64, 10), soft=True).saved
     (3201, 1280)
     """
@@ -85,30 +94,45 @@ def training_bytes(
 ) -> dict[str, int]:
     """Bytes that a training step holds at its end of the forward pass, on each device.
 
-    Args:
-        counted: of the whole batch, and where there are several devices of the batch of one of them
-            (:func:`structlin_nn.counting.count`).
-        loss: of the loss of the batch (:func:`count_loss`), which autocast computes in the dtype of the weights; None
-            where it is a part of ``counted``, or left out.
-        optimizer: adam, adamw, sign or sgd, which keep 2, 2, 1 and 1 numbers for each trainable parameter.
-        states: this many in place of that: 0 for SGD without momentum.
-        dtype: of weights, gradients and states; None: those that the model has.
-        activation_dtype: of all floating activations (mixed precision). None: ``dtype``, and where that is None too
-            what the forward pass kept. Copies of the weights in it are not counted.
-        zero_stage: what data-parallel devices share between them (Rajbhandari et al., *ZeRO*, 2020): 0 nothing, 1 the
-            states of the optimiser, 2 the gradients too, 3 the weights too, which is what FSDP shares by default.
-        devices: that share; the largest share counts.
+    Parameters
+    ----------
+    counted
+        Of the whole batch, and where there are several devices of the batch of one of them
+        (:func:`structlin_nn.counting.count`).
+    loss
+        Of the loss of the batch (:func:`count_loss`), which autocast computes in the dtype of the weights; None where
+        it is a part of ``counted``, or left out.
+    optimizer
+        Adam, adamw, sign or sgd, which keep 2, 2, 1 and 1 numbers for each trainable parameter.
+    states
+        This many in place of that: 0 for SGD without momentum.
+    dtype
+        Of weights, gradients and states; None: those that the model has.
+    activation_dtype
+        Of all floating activations (mixed precision). None: ``dtype``, and where that is None too what the forward pass
+        kept. Copies of the weights in it are not counted.
+    zero_stage
+        What data-parallel devices share between them (Rajbhandari et al., *ZeRO*, 2020): 0 nothing, 1 the states of the
+        optimiser, 2 the gradients too, 3 the weights too, which is what FSDP shares by default.
+    devices
+        That share; the largest share counts.
 
-    Returns:
+    Returns
+    -------
+    dict[str, int]
         ``weights`` with frozen ones, ``buffers``, ``gradients``, ``optimizer_states``, ``activations`` (what the
         forward pass keeps for the backward pass, see :class:`structlin_nn.counting.ModelCount`), ``loss`` (what that
         keeps) and their ``total``. Temporary arrays, such as the logits themselves while the loss is computed or
         weights that are gathered for a layer, and fragmentation come on top.
 
-    Raises:
-        ValueError: an unknown optimiser, dtype or stage; a number of devices or states that is too small; activations
-            that were not counted.
+    Raises
+    ------
+    ValueError
+        An unknown optimiser, dtype or stage; a number of devices or states that is too small; activations that were not
+        counted.
 
+    Examples
+    --------
     >>> from torch import nn, zeros
     >>> from structlin_nn.counting import count
     >>> counted = count(nn.Linear(8, 5), zeros(3, 8))

@@ -51,46 +51,69 @@ def count_model(
 ) -> dict[str, Any]:
     """Count one of :data:`structlin_nn.models.MODELS`, for one sample (GPT-2: one sequence of full length).
 
-    Args:
-        name: ``cifar-mlp``, ``cifar-vit``, ``imagenet-vit`` or ``gpt2``.
-        width: features of the residual stream.
-        base_width: width at which the learning rate was tuned; default: the paper's.
-        structure: a registered name.
-        rank, rank_fraction, blocks, factorization: options of the structure; None: its default.
-        options: further options of the structure, by name.
-        rms_cap, rule, layers: as in :class:`structlin_nn.models.StructureConfig`.
-        optimizer: whose learning-rate multipliers to list (:func:`structlin.lr_multipliers`).
-        num_classes, heads, head_dim: sizes of the model; None: the named model's.
-        batch_size: samples in a step; None: 1 for bytes and times.
-        steps: of a training run, for its total; needs a batch size.
-        dtype: of weights, gradients and states.
-        activation_dtype: of activations and products (mixed precision); None: ``dtype``.
-        optimizer_states: numbers that the optimiser keeps for each parameter, if not the usual
-            (:func:`training_bytes`).
-        device: also the least time on a device, one of :data:`DEVICES` or ``cpu``, which is measured.
-        causal_discount, flash_backward, strict: as for :func:`count`.
-        zero_stage, devices: as for :func:`training_bytes`; the batch is that of one device.
-        **sizes: further sizes (``MODELS[name].options``).
+    Parameters
+    ----------
+    name
+        ``cifar-mlp``, ``cifar-vit``, ``imagenet-vit`` or ``gpt2``.
+    width
+        Features of the residual stream.
+    base_width
+        Width at which the learning rate was tuned; default: the paper's.
+    structure
+        A registered name.
+    rank, rank_fraction, blocks, factorization
+        Options of the structure; None: its default.
+    options
+        Further options of the structure, by name.
+    rms_cap, rule, layers
+        As in :class:`structlin_nn.models.StructureConfig`.
+    optimizer
+        Whose learning-rate multipliers to list (:func:`structlin.lr_multipliers`).
+    num_classes, heads, head_dim
+        Sizes of the model; None: the named model's.
+    batch_size
+        Samples in a step; None: 1 for bytes and times.
+    steps
+        Of a training run, for its total; needs a batch size.
+    dtype
+        Of weights, gradients and states.
+    activation_dtype
+        Of activations and products (mixed precision); None: ``dtype``.
+    optimizer_states
+        Numbers that the optimiser keeps for each parameter, if not the usual (:func:`training_bytes`).
+    device
+        Also the least time on a device, one of :data:`DEVICES` or ``cpu``, which is measured.
+    causal_discount, flash_backward, strict
+        As for :func:`count`.
+    zero_stage, devices
+        As for :func:`training_bytes`; the batch is that of one device.
+    **sizes
+        Further sizes (``MODELS[name].options``).
 
-    Returns:
+    Returns
+    -------
+    dict[str, Any]
         A record that ``json.dumps`` takes. ``forward_macs`` and ``training_macs`` (forward and backward) are MACs;
-        ``attention_macs`` (scores and values) and ``head_macs`` are parts of ``forward_macs``, ``embedding_params``
-        is a part of ``trainable_params``. ``layers`` lists every linear layer, in order, with its factors in the
-        order in which they are applied; ``params`` includes bias and gains. ``other_params`` lists the rest, so
-        that the ``params`` of the layers and the sizes of ``other_params`` add up to ``trainable_params``.
-        ``per_token``: forward MACs and training FLOPs (products) of a sample over its ``tokens``; ``bytes``: those of
-        a training step (:func:`training_bytes`); ``run``: training FLOPs of a step and, with ``steps``, of the run;
-        ``roofline``: seconds at least (:class:`Roofline`). ``intensity`` of a layer: FLOPs for each byte moved.
-        ``traffic``, on a GPU: of each structured layer the way that is predicted to be the fastest one, its kernels,
-        bytes and seconds (:mod:`structlin.execution.traffic`).
-        ``other_flops`` (forward) and ``training_other_flops`` are FLOPs that are no products. ``uncounted_ops`` names
-        operations that are no products, and how often they run, ``unknown_ops`` those that are in no list.
+        ``attention_macs`` (scores and values) and ``head_macs`` are parts of ``forward_macs``, ``embedding_params`` is
+        a part of ``trainable_params``. ``layers`` lists every linear layer, in order, with its factors in the order in
+        which they are applied; ``params`` includes bias and gains. ``other_params`` lists the rest, so that the
+        ``params`` of the layers and the sizes of ``other_params`` add up to ``trainable_params``. ``per_token``:
+        forward MACs and training FLOPs (products) of a sample over its ``tokens``; ``bytes``: those of a training step
+        (:func:`training_bytes`); ``run``: training FLOPs of a step and, with ``steps``, of the run; ``roofline``:
+        seconds at least (:class:`Roofline`). ``intensity`` of a layer: FLOPs for each byte moved. ``traffic``, on a
+        GPU: of each structured layer the way that is predicted to be the fastest one, its kernels, bytes and seconds
+        (:mod:`structlin.execution.traffic`). ``other_flops`` (forward) and ``training_other_flops`` are FLOPs that are
+        no products. ``uncounted_ops`` names operations that are no products, and how often they run, ``unknown_ops``
+        those that are in no list.
 
-    Raises:
-        ValueError: unknown model, structure, preset or size; an option that the structure or model does not have;
-            sizes that do not fit; steps without a batch size; an unknown dtype or device; operations that nobody
-            knows, with ``strict``.
+    Raises
+    ------
+    ValueError
+        Unknown model, structure, preset or size; an option that the structure or model does not have; sizes that do not
+        fit; steps without a batch size; an unknown dtype or device; operations that nobody knows, with ``strict``.
 
+    Examples
+    --------
     >>> record = count_model("cifar-mlp", width=128, structure="block_tensor_train", rank=1, factorization="greedy")
     >>> record["trainable_params"], record["forward_macs"], len(record["layers"])
     (96266, 93440, 8)
@@ -200,7 +223,7 @@ def count_model(
 
 
 def loss_of(model: MLP | ViT | GPT2, batch: int) -> ModelCount:
-    """The cross-entropy that a named model is trained with: of tokens, or of mixed images with soft labels."""
+    """Return the cross-entropy that a named model is trained with: of tokens, or of mixed images with soft labels."""
     if isinstance(model, GPT2):
         return count_loss((batch, model.config.context, model.config.vocabulary))
     return count_loss((batch, model.config.num_classes), soft=True)
@@ -243,8 +266,10 @@ def _layer(
 
 
 def format_count(record: Mapping[str, Any]) -> str:
-    """A record of :func:`count_model` as a table to read.
+    """Return a record of :func:`count_model` as a table to read.
 
+    Examples
+    --------
     >>> print(format_count(count_model("cifar-mlp", width=64, depth=1)))  # doctest: +ELLIPSIS
     cifar-mlp, width 64 (base 64), dense
     ...

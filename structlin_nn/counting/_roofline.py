@@ -18,7 +18,7 @@ __all__ = ["DEVICES", "Device", "Roofline", "device", "measure_cpu", "roofline"]
 
 
 def measure_cpu(dtype: str = "float32", seconds: float = 0.3) -> Device:
-    """The CPU that this runs on, with torch's threads: a square product of 1024, and a copy of 64 MiB.
+    """Return the CPU that this runs on, with torch's threads: a square product of 1024, and a copy of 64 MiB.
 
     The best of the repeats that fit into ``seconds``, for each of both: what the machine does where nothing
     disturbs it. Raises ValueError for an unknown dtype or a time that is not positive.
@@ -54,8 +54,10 @@ def _best(call: object, seconds: float) -> float:
 
 
 def device(name: str, dtype: str = "float32") -> Device:
-    """A device by name; ``cpu`` is measured. Raises ValueError for another name.
+    """Return a device by name; ``cpu`` is measured. Raises ValueError for another name.
 
+    Examples
+    --------
     >>> device("h200").bandwidth
     4800000000000.0
     """
@@ -97,20 +99,31 @@ def roofline(
     counted: ModelCount, on: Device, dtype: str | None = None, *, optimizer: str = "adam", states: int | None = None,
     weight_dtype: str | None = None, shares: int = 1,
 ) -> Roofline:  # fmt: skip
-    """The least time that a counted batch takes on a device.
+    """Return the least time that a counted batch takes on a device.
 
-    Args:
-        counted: of the whole batch.
-        on: the device (:func:`device`).
-        dtype: that products are carried out in, ``tfloat32`` too; None: that of the parameters. FLOPs that are no
-            products (FFTs) are taken at the same rate, forward and backward.
-        optimizer, states: as in :func:`structlin_nn.counting.training_bytes`.
-        weight_dtype: of weights, gradients and states, for the update; None: that of the parameters.
-        shares: devices that share the update, each of them a part of the states (ZeRO).
+    Parameters
+    ----------
+    counted
+        Of the whole batch.
+    on
+        The device (:func:`device`).
+    dtype
+        That products are carried out in, ``tfloat32`` too; None: that of the parameters. FLOPs that are no products
+        (FFTs) are taken at the same rate, forward and backward.
+    optimizer, states
+        As in :func:`structlin_nn.counting.training_bytes`.
+    weight_dtype
+        Of weights, gradients and states, for the update; None: that of the parameters.
+    shares
+        Devices that share the update, each of them a part of the states (ZeRO).
 
-    Raises:
-        ValueError: a dtype or an optimiser that is not known; no dtype for parameters of several.
+    Raises
+    ------
+    ValueError
+        A dtype or an optimiser that is not known; no dtype for parameters of several.
 
+    Examples
+    --------
     >>> from torch import nn, zeros
     >>> from structlin_nn.counting import count
     >>> layer = nn.Linear(4096, 4096, bias=False, device="meta")

@@ -16,9 +16,11 @@ Layers = Iterable[tuple[str, Any, int]]
 
 
 def layer_traffic(layers: Layers, on: Device, dtype: str) -> dict[str, Any]:
-    """The traffic of chains in one training step on a device of CUDA (:mod:`structlin.execution.traffic`).
+    """Return the traffic of chains in one training step on a device of CUDA (:mod:`structlin.execution.traffic`).
 
-    Returns:
+    Returns
+    -------
+    dict[str, Any]
         ``layers``: of each its name, the way that is predicted to be the fastest one, the number of kernels, bytes of
         memory and of L2, and seconds, forward and backward, without biases; ``seconds``: their sum.
     """

@@ -43,6 +43,8 @@ def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Te
     Images (N, C, H, W) of uint8, float32 or float64 (TypeError for another dtype); C means and positive deviations
     (ValueError), as `ImageDataset.mean`.
 
+    Examples
+    --------
     >>> normalize(torch.tensor([[[[0, 255]]]], dtype=torch.uint8), [0.5], [0.25])
     tensor([[[[-2.,  2.]]]])
     """
@@ -63,10 +65,14 @@ def sample_crops(
     the place uniform. Up to ten such pairs are tried until one fits; after that the box is the largest central one
     whose ratio is in the range (Szegedy et al., Going Deeper with Convolutions, CVPR 2015, section 6).
 
-    Returns:
-        int64 tensor (count, 4) on the generator's device: top, left, height, width, in pixels. It takes
-        ``22 * count`` numbers from the generator.
+    Returns
+    -------
+    Tensor
+        int64 tensor (count, 4) on the generator's device: top, left, height, width, in pixels. It takes ``22 * count``
+        numbers from the generator.
 
+    Examples
+    --------
     >>> boxes = sample_crops(1000, 32, 32, torch.Generator().manual_seed(0))
     >>> bool((boxes[:, :2] + boxes[:, 2:] <= 32).all()), bool((boxes[:, 2:] >= 1).all())
     (True, True)
@@ -100,6 +106,8 @@ def crop_resize(images: Tensor, boxes: Tensor, mirrored: Tensor | None = None) -
     ``align_corners=False``), up to rounding. Images are (N, C, H, W), float32 or float64; boxes as of `sample_crops`,
     inside the images; `mirrored` (N,) says which images are turned left to right.
 
+    Examples
+    --------
     >>> image = torch.arange(4.0).view(1, 1, 2, 2)
     >>> crop_resize(image, torch.tensor([[0, 1, 2, 1]]))
     tensor([[[[1., 1.],
@@ -131,6 +139,8 @@ def soft_targets(
 
     Source: Szegedy et al., Rethinking the Inception Architecture for Computer Vision, CVPR 2016, section 7.
 
+    Examples
+    --------
     >>> soft_targets(torch.tensor([1]), 3, 0.3)
     tensor([[0.1000, 0.8000, 0.1000]])
     """
@@ -147,6 +157,8 @@ def sample_beta(alpha: float, generator: torch.Generator) -> Tensor:
     Polar generation of random variates with the t-distribution, Math. Comp. 62, 1994). float64, on the generator's
     device.
 
+    Examples
+    --------
     >>> 0 <= sample_beta(0.8, torch.Generator().manual_seed(0)).item() <= 1
     True
     """
@@ -169,6 +181,8 @@ def mixup(
 
     Source: Zhang, Cisse, Dauphin, Lopez-Paz, mixup: Beyond Empirical Risk Minimization, ICLR 2018.
 
+    Examples
+    --------
     >>> images, targets = torch.tensor([[0.0], [1.0]]), torch.eye(2)
     >>> mixed, soft = mixup(images, targets, torch.Generator().manual_seed(0), alpha=1.0)
     >>> bool(torch.allclose(mixed[:, 0], soft[:, 1]))
@@ -191,14 +205,23 @@ class Augmentation:
 
     The defaults are the recipe for CIFAR of Qiu et al., Compute Better Spent (ICML 2024).
 
-    Attributes:
-        mean, std: of each channel.
-        num_classes: number of classes K.
-        crop_scale, crop_ratio: ranges of the share of the area and of width / height; scale None for no crop.
-        flip: probability of mirroring; 0 draws nothing.
-        mixup_alpha: alpha of `mixup`; 0 for none.
-        smoothing: label smoothing.
+    Attributes
+    ----------
+    mean, std
+        Of each channel.
+    num_classes
+        Number of classes K.
+    crop_scale, crop_ratio
+        Ranges of the share of the area and of width / height; scale None for no crop.
+    flip
+        Probability of mirroring; 0 draws nothing.
+    mixup_alpha
+        Alpha of `mixup`; 0 for none.
+    smoothing
+        Label smoothing.
 
+    Examples
+    --------
     >>> augment = Augmentation(mean=(0.5,) * 3, std=(0.25,) * 3, num_classes=10)
     >>> images, labels = torch.zeros(4, 3, 32, 32, dtype=torch.uint8), torch.arange(4)
     >>> mixed, targets = augment(images, labels, torch.Generator().manual_seed(0))

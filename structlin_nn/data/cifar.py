@@ -74,22 +74,30 @@ _FORMS = {
 def load_cifar(name: str, root: str | os.PathLike[str], *, verify: bool = True) -> ImageDataset:
     """Load CIFAR-10, or CIFAR-100 with its 100 fine labels.
 
-    Args:
-        name: ``cifar10`` or ``cifar100``.
-        root: the folder of the official files (binary or python version), or a folder that holds that folder; there,
-            binary comes before python.
-        verify: compare with the published md5 sums. With False, binary files with other content or another number
-            of images are read too; pickles are not.
+    Parameters
+    ----------
+    name
+        ``cifar10`` or ``cifar100``.
+    root
+        The folder of the official files (binary or python version), or a folder that holds that folder; there, binary
+        comes before python.
+    verify
+        Compare with the published md5 sums. With False, binary files with other content or another number of images are
+        read too; pickles are not.
 
-    Raises:
-        FileNotFoundError: nothing of the data set at ``root``, or one of its files is missing.
-        ValueError: a file that is truncated, damaged, or not the official one.
+    Raises
+    ------
+    FileNotFoundError
+        Nothing of the data set at ``root``, or one of its files is missing.
+    ValueError
+        A file that is truncated, damaged, or not the official one.
 
-    Example:
-        >>> load_cifar("cifar10", "/nowhere")
-        Traceback (most recent call last):
-            ...
-        FileNotFoundError: /nowhere does not exist; expected cifar-10-batches-bin, cifar-10-batches-py, ...
+    Examples
+    --------
+    >>> load_cifar("cifar10", "/nowhere")
+    Traceback (most recent call last):
+        ...
+    FileNotFoundError: /nowhere does not exist; expected cifar-10-batches-bin, cifar-10-batches-py, ...
     """
     form, folder = _locate(_FORMS[name], Path(root).expanduser())
     if form.pickled and not verify:
@@ -111,7 +119,7 @@ def load_cifar(name: str, root: str | os.PathLike[str], *, verify: bool = True) 
 
 
 def _records(form: _Form, path: Path, md5: str | None) -> np.ndarray:
-    """The records of a file as the binary version has them: uint8, labels, then pixels."""
+    """Return the records of a file as the binary version has them: uint8, labels, then pixels."""
     raw, record = path.read_bytes(), len(form.kinds) + _PIXELS
     if md5 is not None:
         _check_md5(str(path), raw, md5)

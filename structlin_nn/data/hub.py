@@ -14,14 +14,19 @@ def load_hub(
     source: str | os.PathLike[str], *, split: str | None = None, workers: int | None = None,
     shards: Mapping[str, Sequence[str]] | None = None,
 ) -> Any:  # fmt: skip
-    """A data set, or one split of it; ImportError where `datasets` is not installed.
+    """Return a data set, or one split of it; ImportError where `datasets` is not installed.
 
-    Args:
-        source: a name on the hub, a folder of parquet, JSON, text or image files, or a folder that
-            ``save_to_disk`` wrote. FileNotFoundError: nothing there, or no network to look.
-        split: name of the split; None: all of them, by name. ValueError: a saved data set without it.
-        workers: processes that download and convert.
-        shards: WebDataset files of each split, to be read in place of `source`; ValueError for damaged ones.
+    Parameters
+    ----------
+    source
+        A name on the hub, a folder of parquet, JSON, text or image files, or a folder that ``save_to_disk`` wrote.
+        FileNotFoundError: nothing there, or no network to look.
+    split
+        Name of the split; None: all of them, by name. ValueError: a saved data set without it.
+    workers
+        Processes that download and convert.
+    shards
+        WebDataset files of each split, to be read in place of `source`; ValueError for damaged ones.
     """
     try:
         import datasets

@@ -98,8 +98,10 @@ class HubSplit(Split):
 
 
 def decode(raw: bytes, name: str) -> Image.Image:
-    """An image file as an RGB image, all its pixels read; ValueError that names it where that fails.
+    """Return an image file as an RGB image, all its pixels read; ValueError that names it where that fails.
 
+    Examples
+    --------
     >>> decode(b"GIF89a", "cat.gif")
     Traceback (most recent call last):
         ...
@@ -121,22 +123,38 @@ class ImageRecipe:
     timm crops, resizes, flips, jitters and applies RandAugment to each image, in worker processes (`transform`).
     On the device, `finish` normalises, erases (timm's), smooths the labels and mixes.
 
-    Attributes:
-        size: height and width of the result.
-        crop_scale, crop_ratio: ranges of the share of the area and of width / height of the crop.
-        interpolation: ``bilinear``, ``bicubic``, or ``random``: either, drawn for each image.
-        flip: probability of mirroring.
-        rand_augment: configuration of timm's RandAugment, None for none.
-        color_jitter: strength in brightness, contrast and saturation. As in timm, only without RandAugment.
-        random_erasing: probability of erasing a box with noise, 0 for none.
-        mixup: alpha of mixup, 0 for none.
-        smoothing: label smoothing.
+    Attributes
+    ----------
+    size
+        Height and width of the result.
+    crop_scale, crop_ratio
+        Ranges of the share of the area and of width / height of the crop.
+    interpolation
+        ``bilinear``, ``bicubic``, or ``random``: either, drawn for each image.
+    flip
+        Probability of mirroring.
+    rand_augment
+        Configuration of timm's RandAugment, None for none.
+    color_jitter
+        Strength in brightness, contrast and saturation. As in timm, only without RandAugment.
+    random_erasing
+        Probability of erasing a box with noise, 0 for none.
+    mixup
+        Alpha of mixup, 0 for none.
+    smoothing
+        Label smoothing.
 
-    Raises:
-        ValueError: a value outside its range.
+    Raises
+    ------
+    ValueError
+        A value outside its range.
 
+    Notes
+    -----
     Source: Cubuk et al., RandAugment, 2020; Zhong et al., Random Erasing, 2020; Zhang et al., mixup, 2018.
 
+    Examples
+    --------
     >>> ImageRecipe.plain(size=64).rand_augment is None
     True
     """
@@ -168,7 +186,7 @@ class ImageRecipe:
         return cls(size=size, **{**off, **changes})
 
     def transform(self) -> Callable[[Image.Image], Tensor]:
-        """timm's transform of one image: RGB image to uint8 tensor (3, size, size); it draws from global generators."""
+        """Timm's transform of one image: RGB image to uint8 tensor (3, size, size); it draws from global generators."""
         made = _timm("transforms_factory").transforms_imagenet_train(
             self.size, scale=self.crop_scale, ratio=self.crop_ratio, hflip=self.flip,
             color_jitter=self.color_jitter or None, auto_augment=self.rand_augment, interpolation=self.interpolation,
@@ -183,16 +201,24 @@ class ImageRecipe:
     def finish(
         self, images: Tensor, labels: Tensor, keys: Tensor, num_classes: int, seed: tuple[int, ...]
     ) -> tuple[Tensor, Tensor]:
-        """What is done on the device, without waiting for it.
+        """Return what is done on the device, without waiting for it.
 
-        Args:
-            images: uint8 (n, 3, size, size), as `ImageNetData.train_batches` gives them.
-            labels: int64 (n,), on the same device.
-            keys: int64 (n,), on the CPU: what is erased depends on them alone.
-            num_classes: K.
-            seed: non-negative integers, such as (seed, step): the proportion of mixup depends on them alone.
+        Parameters
+        ----------
+        images
+            uint8 (n, 3, size, size), as `ImageNetData.train_batches` gives them.
+        labels
+            int64 (n,), on the same device.
+        keys
+            int64 (n,), on the CPU: what is erased depends on them alone.
+        num_classes
+            K.
+        seed
+            Non-negative integers, such as (seed, step): the proportion of mixup depends on them alone.
 
-        Returns:
+        Returns
+        -------
+        tuple[Tensor, Tensor]
             (inputs, targets): float32 (n, 3, size, size), and (n, K), each row summing to 1.
         """
         inputs = augment.normalize(images, IMAGENET_MEAN, IMAGENET_STD)
@@ -212,7 +238,7 @@ class ImageRecipe:
 
 
 def _timm(name: str) -> Any:
-    """A module of timm.data, which is optional."""
+    """Return a module of timm.data, which is optional."""
     try:
         return importlib.import_module(f"timm.data.{name}")
     except ImportError as error:
@@ -230,13 +256,19 @@ class ImageNetData:
 
     It holds names and labels, no images, and can be pickled: one process can open it for all.
 
-    Attributes:
-        classes, num_classes: name of each class, in the order of the labels, and their number.
-        train_size, val_size: numbers of images.
-        digest: sha256 of the names and labels of all samples (of fingerprints, for Hugging Face data); images
-            themselves are not read.
-        format: one of `FORMATS`.
-        source: as given.
+    Attributes
+    ----------
+    classes, num_classes
+        Name of each class, in the order of the labels, and their number.
+    train_size, val_size
+        Numbers of images.
+    digest
+        sha256 of the names and labels of all samples (of fingerprints, for Hugging Face data); images themselves are
+        not read.
+    format
+        One of `FORMATS`.
+    source
+        As given.
     """
 
     splits: dict[str, Split]
@@ -267,23 +299,36 @@ class ImageNetData:
 
         What is in a batch, and what is drawn for a sample, depend on the seed and the step alone.
 
-        Args:
-            batch_size: images of a step, of all processes and parts together.
-            seed: of the order and of what is drawn, not negative.
-            recipe: the augmentation.
-            rank, world_size: number of this process, and of all.
-            workers: processes that read, decode and augment; 0: this one.
-            start_step: number of the first step.
-            accumulate: parts of a step, which come one after the other.
-            pin_memory: batches in page-locked memory, for an asynchronous copy to CUDA.
+        Parameters
+        ----------
+        batch_size
+            Images of a step, of all processes and parts together.
+        seed
+            Of the order and of what is drawn, not negative.
+        recipe
+            The augmentation.
+        rank, world_size
+            Number of this process, and of all.
+        workers
+            Processes that read, decode and augment; 0: this one.
+        start_step
+            Number of the first step.
+        accumulate
+            Parts of a step, which come one after the other.
+        pin_memory
+            Batches in page-locked memory, for an asynchronous copy to CUDA.
 
-        Yields:
+        Yields
+        ------
+        Iterator[tuple[Tensor, Tensor, Tensor]]
             (images, labels, keys): uint8 (n, 3, size, size), int64 (n,) and int64 (n,), for `ImageRecipe.finish`, with
             n = batch_size / world_size / accumulate.
 
-        Raises:
-            ValueError: an argument out of range, a batch that cannot be shared equally, fewer images than one batch,
-                or a broken image.
+        Raises
+        ------
+        ValueError
+            An argument out of range, a batch that cannot be shared equally, fewer images than one batch, or a broken
+            image.
         """
         local, rank, world = share(batch_size, rank, world_size)
         if local % natural("accumulate", accumulate, 1) or (recipe.mixup and local // accumulate % 2):
@@ -314,17 +359,25 @@ class ImageNetData:
         the last batch are zeros with the label ``IGNORE`` (-100), which torch's cross-entropy leaves out of a sum. With
         one process nothing is filled.
 
-        Args:
-            batch_size: images in a batch, of all processes together.
-            size: height and width of the views.
-            rank, world_size, workers, pin_memory: as in `train_batches`.
+        Parameters
+        ----------
+        batch_size
+            Images in a batch, of all processes together.
+        size
+            Height and width of the views.
+        rank, world_size, workers, pin_memory
+            As in `train_batches`.
 
-        Returns:
-            An object to iterate over in each evaluation, by the same workers, of (images, labels): uint8
-            (n, 3, size, size) and int64 (n,).
+        Returns
+        -------
+        _Batches
+            An object to iterate over in each evaluation, by the same workers, of (images, labels): uint8 (n, 3, size,
+            size) and int64 (n,).
 
-        Raises:
-            ValueError: an argument out of range, or a broken image.
+        Raises
+        ------
+        ValueError
+            An argument out of range, or a broken image.
         """
         _, rank, world = share(batch_size, rank, world_size)
         chosen = []
@@ -344,32 +397,41 @@ def open_imagenet(
 ) -> ImageNetData:
     """Open a data set of labelled images; images are read when batches are made.
 
-    Args:
-        source: a folder with ``train/`` and ``val/`` (or ``validation/``) that have one folder for each class; or
-            with WebDataset shards ``*train*.tar`` and ``*val*.tar``, or ``train/*.tar`` and ``val/*.tar``, of members
-            ``KEY.jpg`` (or another image format, the same for all) and ``KEY.cls``, of which Hugging Face `datasets`
-            keeps a copy in its cache; or a data set saved by `datasets`; or its name on the hub.
-        format: ``folder``, ``shards`` or ``datasets``; None: what is found.
-        num_classes: classes there should be. Labels that are only numbers need it where a class has no training image.
+    Parameters
+    ----------
+    source
+        A folder with ``train/`` and ``val/`` (or ``validation/``) that have one folder for each class; or with
+        WebDataset shards ``*train*.tar`` and ``*val*.tar``, or ``train/*.tar`` and ``val/*.tar``, of members
+        ``KEY.jpg`` (or another image format, the same for all) and ``KEY.cls``, of which Hugging Face `datasets` keeps
+        a copy in its cache; or a data set saved by `datasets`; or its name on the hub.
+    format
+        ``folder``, ``shards`` or ``datasets``; None: what is found.
+    num_classes
+        Classes there should be. Labels that are only numbers need it where a class has no training image.
 
-    Raises:
-        FileNotFoundError: nothing of the kind at ``source``.
-        ValueError: an unknown format, an empty class or split, validation classes that have no training images,
-            a shard that is damaged or cut, a label outside the classes.
-        ImportError: Hugging Face data without `datasets` installed.
+    Raises
+    ------
+    FileNotFoundError
+        Nothing of the kind at ``source``.
+    ValueError
+        An unknown format, an empty class or split, validation classes that have no training images, a shard that is
+        damaged or cut, a label outside the classes.
+    ImportError
+        Hugging Face data without `datasets` installed.
 
-    Example:
-        >>> import tempfile
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     for name in ("train/cat/1.png", "train/dog/1.png", "val/cat/2.png"):
-        ...         path = Path(folder, name)
-        ...         path.parent.mkdir(parents=True)
-        ...         Image.new("RGB", (20, 30)).save(path)
-        ...     data = open_imagenet(folder)
-        ...     batches = data.train_batches(batch_size=2, seed=0, recipe=ImageRecipe.plain(16))
-        ...     images, labels, keys = next(batches)
-        >>> data.classes, data.train_size, data.val_size, images.shape
-        (('cat', 'dog'), 2, 1, torch.Size([2, 3, 16, 16]))
+    Examples
+    --------
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     for name in ("train/cat/1.png", "train/dog/1.png", "val/cat/2.png"):
+    ...         path = Path(folder, name)
+    ...         path.parent.mkdir(parents=True)
+    ...         Image.new("RGB", (20, 30)).save(path)
+    ...     data = open_imagenet(folder)
+    ...     batches = data.train_batches(batch_size=2, seed=0, recipe=ImageRecipe.plain(16))
+    ...     images, labels, keys = next(batches)
+    >>> data.classes, data.train_size, data.val_size, images.shape
+    (('cat', 'dog'), 2, 1, torch.Size([2, 3, 16, 16]))
     """
     if format not in (None, *FORMATS):
         raise ValueError(f"unknown format {format!r}; one of {', '.join(FORMATS)}")
@@ -522,7 +584,7 @@ class _Samples(Dataset):
 
 
 def _collate(samples: list[Any]) -> Any:
-    """A batch, or the first message."""
+    """Return a batch, or the first message."""
     wrong = next((sample for sample in samples if isinstance(sample, str)), None)
     return default_collate(samples) if wrong is None else wrong
 

@@ -27,6 +27,8 @@ _FASHION_CLASSES = "T-shirt/top,Trouser,Pullover,Dress,Coat,Sandal,Shirt,Sneaker
 def channel_statistics(images: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """(mean, deviation) of each channel of uint8 images (N, C, H, W), in units of the full pixel range.
 
+    Examples
+    --------
     >>> channel_statistics(np.array([0, 255], dtype=np.uint8).reshape(2, 1, 1, 1))
     ((0.5,), (0.5,))
     """
@@ -46,19 +48,32 @@ def channel_statistics(images: np.ndarray) -> tuple[tuple[float, ...], tuple[flo
 class ImageDataset:
     """Training and test images with their labels, held in memory.
 
-    Attributes:
-        name: short name, such as ``"cifar10"``; a suffix says so where the images are not the original ones.
-        train_images, test_images: uint8 arrays (N, C, H, W) and (M, C, H, W); colour channels are red, green, blue.
-        train_labels, test_labels: int64 arrays (N,) and (M,), from 0 to ``num_classes - 1``.
-        class_names: the name of each class, in the order of the labels.
-        source: where the arrays came from and what was done to them.
-        licence: the terms under which the data may be used.
-        mean, std: of each channel of the training images (`channel_statistics`; derived).
+    Attributes
+    ----------
+    name
+        Short name, such as ``"cifar10"``; a suffix says so where the images are not the original ones.
+    train_images, test_images
+        uint8 arrays (N, C, H, W) and (M, C, H, W); colour channels are red, green, blue.
+    train_labels, test_labels
+        int64 arrays (N,) and (M,), from 0 to ``num_classes - 1``.
+    class_names
+        The name of each class, in the order of the labels.
+    source
+        Where the arrays came from and what was done to them.
+    licence
+        The terms under which the data may be used.
+    mean, std
+        Of each channel of the training images (`channel_statistics`; derived).
 
-    Raises:
-        TypeError: images that are not uint8, labels that are not int64.
-        ValueError: shapes that do not fit together, a label outside the classes, an empty split.
+    Raises
+    ------
+    TypeError
+        Images that are not uint8, labels that are not int64.
+    ValueError
+        Shapes that do not fit together, a label outside the classes, an empty split.
 
+    Examples
+    --------
     >>> pixels, labels = np.zeros((4, 1, 2, 2), np.uint8), np.array([0, 1, 0, 1])
     >>> ImageDataset("toy", pixels, labels, pixels[:2], labels[:2], ("a", "b"), "made here", "none")
     ImageDataset('toy': 4 training and 2 test images of shape (1, 2, 2), 2 classes)
@@ -126,6 +141,8 @@ class ImageDataset:
         Smaller images are padded with zeros, equally on both sides (an odd line goes to the bottom or right), and a
         single channel is repeated three times. ValueError for larger images, or neither one nor three channels.
 
+        Examples
+        --------
         >>> load_images("fashion").as_32x32_rgb()
         ImageDataset('fashion-32x32-rgb': 10000 training and 2000 test images of shape (3, 32, 32), ...)
         """
@@ -153,21 +170,29 @@ class ImageDataset:
 def load_images(name: str, root: str | os.PathLike[str] | None = None, *, verify: bool = True) -> ImageDataset:
     """Load an image data set into memory.
 
-    Args:
-        name: ``"cifar10"`` or ``"cifar100"``, or ``"fashion"``, the class-balanced subset of Fashion-MNIST that is
-            part of this package.
-        root: folder of the files of CIFAR (`structlin_nn.data.cifar`). None: the environment variable
-            ``STRUCTLIN_CIFAR10`` or ``STRUCTLIN_CIFAR100``. Embedded data have no root.
-        verify: compare CIFAR with the published md5 sums. Embedded data are always verified.
+    Parameters
+    ----------
+    name
+        ``"cifar10"`` or ``"cifar100"``, or ``"fashion"``, the class-balanced subset of Fashion-MNIST that is part of
+        this package.
+    root
+        Folder of the files of CIFAR (`structlin_nn.data.cifar`). None: the environment variable ``STRUCTLIN_CIFAR10``
+        or ``STRUCTLIN_CIFAR100``. Embedded data have no root.
+    verify
+        Compare CIFAR with the published md5 sums. Embedded data are always verified.
 
-    Raises:
-        FileNotFoundError: no files at ``root``, or no root.
-        ValueError: an unknown name, an option that the data set does not have, damaged or different files.
+    Raises
+    ------
+    FileNotFoundError
+        No files at ``root``, or no root.
+    ValueError
+        An unknown name, an option that the data set does not have, damaged or different files.
 
-    Example:
-        >>> data = load_images("fashion")
-        >>> data.train_images.shape, data.train_labels.shape, data.num_classes
-        ((10000, 1, 28, 28), (10000,), 10)
+    Examples
+    --------
+    >>> data = load_images("fashion")
+    >>> data.train_images.shape, data.train_labels.shape, data.num_classes
+    ((10000, 1, 28, 28), (10000,), 10)
     """
     if name not in DATASETS:
         raise ValueError(f"unknown image data {name!r}; known: {', '.join(DATASETS)}")
@@ -207,11 +232,13 @@ def _load_fashion() -> ImageDataset:
 
 
 def epoch_order(seed: int, epoch: int, size: int) -> np.ndarray:
-    """The permutation of ``range(size)`` that belongs to a seed and an epoch, int64 (size,).
+    """Return the permutation of ``range(size)`` that belongs to a seed and an epoch, int64 (size,).
 
     It is the order of `size` random 64-bit integers from the counter-based generator Philox, whose raw stream NumPy
     keeps the same in every release.
 
+    Examples
+    --------
     >>> epoch_order(seed=0, epoch=0, size=5).tolist()
     [0, 3, 1, 2, 4]
     """
@@ -224,11 +251,13 @@ _kept_order = functools.lru_cache(maxsize=2)(epoch_order)
 
 
 def batch_rows(size: int, batch_size: int, seed: int, step: int) -> np.ndarray:
-    """The samples of one step of training: a function of its arguments, so that a run resumes by its step alone.
+    """Return the samples of one step of training: a function of its arguments, so that a run resumes by its step alone.
 
     An epoch has ``size // batch_size`` steps (ValueError where it has none), in the order of `epoch_order`; the samples
     that are left at its end are left out of that epoch. Returns int64 (batch_size,).
 
+    Examples
+    --------
     >>> [batch_rows(5, 2, seed=0, step=step).tolist() for step in range(3)]
     [[0, 3], [1, 2], [3, 4]]
     """

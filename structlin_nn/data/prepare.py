@@ -32,10 +32,12 @@ BEGUN = ".prepare.json"
 
 
 def pydoc_documents() -> dict[str, str]:
-    """The topics of Python's own documentation (`pydoc_data.topics`), by name: about half a megabyte of English.
+    """Return the topics of Python's own documentation (`pydoc_data.topics`), by name: about half a megabyte of English.
 
     Licence: that of Python, https://docs.python.org/3/license.html. The text differs between versions of Python.
 
+    Examples
+    --------
     >>> len(pydoc_documents()) > 50
     True
     """
@@ -51,20 +53,32 @@ def prepare_text(
 ) -> TokenData:  # fmt: skip
     """Write the tokens of texts to a folder, as `structlin_nn.data.tokens.open_tokens` reads them.
 
-    Args:
-        files: UTF-8 text files, each a document, in this order; None: `pydoc_documents`.
-        out: the folder. Where the same call has finished before, it is only opened.
-        tokenizer, vocabulary: as `structlin_nn.data.tokenizers.load_tokenizer`, with its errors.
-        val_fraction: share of each document, by bytes, that goes to the validation split: its end, from the start
-            of a line where there is one near. Above 0 and below 1.
-        name: of the corpus; by default that of the folder.
-        workers: threads; None: one for each core.
+    Parameters
+    ----------
+    files
+        UTF-8 text files, each a document, in this order; None: `pydoc_documents`.
+    out
+        The folder. Where the same call has finished before, it is only opened.
+    tokenizer, vocabulary
+        As `structlin_nn.data.tokenizers.load_tokenizer`, with its errors.
+    val_fraction
+        Share of each document, by bytes, that goes to the validation split: its end, from the start of a line where
+        there is one near. Above 0 and below 1.
+    name
+        Of the corpus; by default that of the folder.
+    workers
+        Threads; None: one for each core.
 
-    Raises:
-        FileNotFoundError, FileExistsError: a file is missing; the folder holds something else.
-        ValueError: no files, an empty file, one that is not UTF-8 (the message names the byte), a fraction out
-            of range, or a text too short for two splits.
+    Raises
+    ------
+    FileNotFoundError, FileExistsError
+        A file is missing; the folder holds something else.
+    ValueError
+        No files, an empty file, one that is not UTF-8 (the message names the byte), a fraction out of range, or a text
+        too short for two splits.
 
+    Examples
+    --------
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     data = prepare_text(None, f"{folder}/pydoc", tokenizer="bytes", workers=1)
@@ -120,12 +134,18 @@ def prepare_openwebtext(
     interrupted call is resumed there. With the defaults the splits are those of nanoGPT. About 9 billion tokens, 18 GB,
     and 54 GB in the cache of `datasets` (Gokaslan and Cohen, OpenWebText Corpus, 2019).
 
-    Args:
-        out, tokenizer, vocabulary, name: as in `prepare_text`, with its errors.
-        dataset, split: as in `structlin_nn.data.hub.load_hub`, with its errors.
-        column: of the text.
-        val_fraction, seed: share of the documents that makes the validation split, and seed of that choice.
-        workers: processes; None: one for each core.
+    Parameters
+    ----------
+    out, tokenizer, vocabulary, name
+        As in `prepare_text`, with its errors.
+    dataset, split
+        As in `structlin_nn.data.hub.load_hub`, with its errors.
+    column
+        Of the text.
+    val_fraction, seed
+        Share of the documents that makes the validation split, and seed of that choice.
+    workers
+        Processes; None: one for each core.
     """
     _check_fraction(val_fraction)
     natural("seed", seed)
@@ -212,7 +232,7 @@ def _write(
 
 
 def _cut(raw: bytes, place: int) -> int:
-    """The start of a line shortly before `place`, or else of the character that is there."""
+    """Return the start of a line shortly before `place`, or else of the character that is there."""
     # Near enough not to change the shares much.
     window = min(2**12, place // 8, (len(raw) - place) // 8)
     line = raw.rfind(b"\n", place - window, place)

@@ -22,12 +22,18 @@ _FILES = (("vocab.bpe", "encoder.json"), ("merges.txt", "vocab.json"))
 class Tokenizer:
     """Text to tokens and back.
 
-    Attributes:
-        name: one of `TOKENIZERS`.
-        vocab_size: every token is below it.
-        end_of_text: the token that ends a document.
-        encode: text -> its tokens; the end of a document is not marked.
-        decode: tokens -> text; what is not UTF-8 becomes U+FFFD.
+    Attributes
+    ----------
+    name
+        One of `TOKENIZERS`.
+    vocab_size
+        Every token is below it.
+    end_of_text
+        The token that ends a document.
+    encode
+        Text -> its tokens; the end of a document is not marked.
+    decode
+        Tokens -> text; what is not UTF-8 becomes U+FFFD.
     """
 
     name: str
@@ -38,17 +44,25 @@ class Tokenizer:
 
 
 def load_tokenizer(name: str, folder: str | os.PathLike[str] | None = None) -> Tokenizer:
-    """A tokeniser by its name.
+    """Return a tokeniser by its name.
 
-    Args:
-        name: ``gpt2``, or ``bytes``: the bytes of UTF-8 as tokens 0 to 255, and 256 for the end of a document.
-        folder: holds GPT-2's vocabulary: ``encoder.json`` and ``vocab.bpe``, or ``vocab.json`` and ``merges.txt`` as
-            transformers keeps them. None: tiktoken's cache (``TIKTOKEN_CACHE_DIR``), then the network.
+    Parameters
+    ----------
+    name
+        ``gpt2``, or ``bytes``: the bytes of UTF-8 as tokens 0 to 255, and 256 for the end of a document.
+    folder
+        Holds GPT-2's vocabulary: ``encoder.json`` and ``vocab.bpe``, or ``vocab.json`` and ``merges.txt`` as
+        transformers keeps them. None: tiktoken's cache (``TIKTOKEN_CACHE_DIR``), then the network.
 
-    Raises:
-        ValueError: an unknown name, a folder for ``bytes``, or files that are not those of GPT-2.
-        ImportError, FileNotFoundError: tiktoken is not installed; no vocabulary at hand.
+    Raises
+    ------
+    ValueError
+        An unknown name, a folder for ``bytes``, or files that are not those of GPT-2.
+    ImportError, FileNotFoundError
+        Tiktoken is not installed; no vocabulary at hand.
 
+    Examples
+    --------
     >>> tokenizer = load_tokenizer("bytes")
     >>> tokenizer.encode("añ"), tokenizer.decode([97, 195, 177, 256])
     ([97, 195, 177], 'añ<|endoftext|>')

@@ -44,13 +44,20 @@ _CHUNK = 2**22
 class TokenData:
     """The tokens of a corpus, mapped from their files: nothing is read before it is used.
 
-    Attributes:
-        train, val: uint16 arrays (N,) and (M,), read-only.
-        vocab_size: every token is below it.
-        name: of the corpus; the folder's where ``meta.json`` tells none.
-        digest: sha256 over the sums of both splits: equal exactly where all tokens are.
-        tokenizer, end_of_text: name, and the token that ends a document, from ``meta.json``; None where it is missing.
-        folder: of the files.
+    Attributes
+    ----------
+    train, val
+        uint16 arrays (N,) and (M,), read-only.
+    vocab_size
+        Every token is below it.
+    name
+        Of the corpus; the folder's where ``meta.json`` tells none.
+    digest
+        sha256 over the sums of both splits: equal exactly where all tokens are.
+    tokenizer, end_of_text
+        Name, and the token that ends a document, from ``meta.json``; None where it is missing.
+    folder
+        Of the files.
     """
 
     train: np.ndarray
@@ -76,25 +83,34 @@ def open_tokens(
 
     All tokens are read once, to see that each is inside the vocabulary and that the sums are those in ``meta.json``.
 
-    Args:
-        folder: holds ``train.bin`` and ``val.bin``, see the module's description.
-        vocab_size: size of the vocabulary, for files without ``meta.json``; without either, GPT-2's 50257 is
-            taken, as nanoGPT does.
-        name: of the corpus, instead of what ``meta.json`` or the folder says.
-        digest: what another process of the same run found (``TokenData.digest``), believed without reading anything.
+    Parameters
+    ----------
+    folder
+        Holds ``train.bin`` and ``val.bin``, see the module's description.
+    vocab_size
+        Size of the vocabulary, for files without ``meta.json``; without either, GPT-2's 50257 is taken, as nanoGPT
+        does.
+    name
+        Of the corpus, instead of what ``meta.json`` or the folder says.
+    digest
+        What another process of the same run found (``TokenData.digest``), believed without reading anything.
 
-    Raises:
-        FileNotFoundError: the folder or one of its files is missing.
-        ValueError: a truncated or empty file, a token outside the vocabulary (the message names its place), tokens
-            that are not those that ``meta.json`` describes, a damaged ``meta.json`` or a ``meta.pkl`` in its place.
+    Raises
+    ------
+    FileNotFoundError
+        The folder or one of its files is missing.
+    ValueError
+        A truncated or empty file, a token outside the vocabulary (the message names its place), tokens that are not
+        those that ``meta.json`` describes, a damaged ``meta.json`` or a ``meta.pkl`` in its place.
 
-    Example:
-        >>> import tempfile
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     for split in SPLITS:
-        ...         np.arange(9, dtype=np.uint16).tofile(f"{folder}/{split}.bin")
-        ...     open_tokens(folder, vocab_size=9, name="counting")
-        TokenData('counting': 9 training and 9 validation tokens, vocabulary 9)
+    Examples
+    --------
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     for split in SPLITS:
+    ...         np.arange(9, dtype=np.uint16).tofile(f"{folder}/{split}.bin")
+    ...     open_tokens(folder, vocab_size=9, name="counting")
+    TokenData('counting': 9 training and 9 validation tokens, vocabulary 9)
     """
     place = Path(folder).expanduser()
     if not place.is_dir():
@@ -128,19 +144,31 @@ def token_batch(
     The result is a function of the arguments: a run resumes by its step alone. The places of all `batch_size` pieces
     are drawn from the counter-based generator Philox, and each process takes its part of them.
 
-    Args:
-        tokens: integer array (N,), such as ``TokenData.train``.
-        block_size, batch_size: tokens in a piece, and pieces of a step, of all processes together.
-        seed, step: non-negative integers.
-        rank, world_size: number of this process, and of all, a divisor of `batch_size`.
+    Parameters
+    ----------
+    tokens
+        Integer array (N,), such as ``TokenData.train``.
+    block_size, batch_size
+        Tokens in a piece, and pieces of a step, of all processes together.
+    seed, step
+        Non-negative integers.
+    rank, world_size
+        Number of this process, and of all, a divisor of `batch_size`.
 
-    Returns:
+    Returns
+    -------
+    tuple[np.ndarray, np.ndarray]
         (x, y): int64 arrays (batch_size / world_size, block_size); y is x moved on by one token.
 
-    Raises:
-        TypeError: tokens that are not an integer array of one axis, an argument that is not an integer.
-        ValueError: an argument out of range, an unequal share, or fewer than ``block_size + 1`` tokens.
+    Raises
+    ------
+    TypeError
+        Tokens that are not an integer array of one axis, an argument that is not an integer.
+    ValueError
+        An argument out of range, an unequal share, or fewer than ``block_size + 1`` tokens.
 
+    Examples
+    --------
     >>> x, y = token_batch(np.arange(100, dtype=np.uint16), block_size=4, batch_size=2, seed=0, step=0)
     >>> x.shape, x.dtype, bool((y == x + 1).all())
     ((2, 4), dtype('int64'), True)
@@ -160,14 +188,21 @@ def evaluation_batches(
     processes get equally many batches of one shape, as collective forward passes need: rows that a process lacks are
     filled, with targets `IGNORE`, which torch's cross-entropy leaves out of a sum. With one process nothing is filled.
 
-    Args:
-        tokens, block_size, batch_size, rank, world_size: as in `token_batch`, with its errors.
-        sequences: pieces at random places, which depend on `block_size` and the number of tokens alone. None:
-            the whole text in pieces without overlap, the short last one too: every token but the first is a target.
+    Parameters
+    ----------
+    tokens, block_size, batch_size, rank, world_size
+        As in `token_batch`, with its errors.
+    sequences
+        Pieces at random places, which depend on `block_size` and the number of tokens alone. None: the whole text in
+        pieces without overlap, the short last one too: every token but the first is a target.
 
-    Yields:
+    Yields
+    ------
+    Iterator[tuple[np.ndarray, np.ndarray]]
         (x, y): int64 arrays (up to batch_size / world_size, block_size or less).
 
+    Examples
+    --------
     >>> for x, y in evaluation_batches(np.arange(8, dtype=np.uint16), block_size=3, batch_size=2):
     ...     print(x.tolist(), y.tolist())
     [[0, 1, 2], [3, 4, 5]] [[1, 2, 3], [4, 5, 6]]
@@ -224,7 +259,7 @@ def _check_tokens(tokens: Any) -> np.ndarray:
 
 
 def _read_meta(path: Path) -> dict[str, Any]:
-    """What ``meta.json`` says, checked; {} where there is none."""
+    """Return what ``meta.json`` says, checked; {} where there is none."""
     if not path.exists():
         return {}
     try:
@@ -269,7 +304,7 @@ def _map(path: Path) -> np.ndarray:
 
 
 def _scan(path: Path, tokens: np.ndarray, vocabulary: int) -> str:
-    """The sha256 sum of the tokens; ValueError where one is outside the vocabulary."""
+    """Return the sha256 sum of the tokens; ValueError where one is outside the vocabulary."""
     digest = hashlib.sha256()
     for start in range(0, len(tokens), _CHUNK):
         chunk = np.ascontiguousarray(tokens[start : start + _CHUNK])

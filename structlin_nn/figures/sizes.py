@@ -30,12 +30,18 @@ def sizes_figure(
     Right, for one group, the law at equal compute: loss against N, a curve for each budget, with runs near it and a
     star at its lowest point. For several groups the best N of each budget, with its band.
 
-    Args:
-        drawn: laws with intervals (:func:`structlin_nn.size_laws.fit_sizes`).
-        size, y: columns of N and of the loss, for the axes.
-        budgets: of the slices; None: six over the range of the runs.
-        flops: of training, for each unit of N and of D.
-        confidence: of the bands.
+    Parameters
+    ----------
+    drawn
+        Laws with intervals (:func:`structlin_nn.size_laws.fit_sizes`).
+    size, y
+        Columns of N and of the loss, for the axes.
+    budgets
+        Of the slices; None: six over the range of the runs.
+    flops
+        Of training, for each unit of N and of D.
+    confidence
+        Of the bands.
     """
     fit = drawn.fit
     compute = flops * fit.params * fit.tokens

@@ -30,8 +30,10 @@ class SpentRun(Protocol):
 def spent_figure(runs: Sequence[SpentRun]) -> Figure:
     """Left, FLOPs spent against FLOPs planned, with the line of equality; right, FLOPs a second against parameters.
 
-    Args:
-        runs: those without a plan, or without times, are left out of the panel that needs them.
+    Parameters
+    ----------
+    runs
+        Those without a plan, or without times, are left out of the panel that needs them.
     """
     figure = new_figure(9.6, 4.2)
     left, right = figure.subplots(1, 2)

@@ -63,6 +63,8 @@ class Series:
 def style(name: str) -> tuple[str, str, str]:
     """Label, colour and marker of a structure.
 
+    Examples
+    --------
     >>> style("dense")
     ('dense', '#000000', 'o')
     """
@@ -70,8 +72,10 @@ def style(name: str) -> tuple[str, str, str]:
 
 
 def label(column: str) -> str:
-    """What a column is called on an axis.
+    """Return what a column is called on an axis.
 
+    Examples
+    --------
     >>> label("test_error"), label("wall_time")
     ('test error', 'wall time')
     """
@@ -79,11 +83,13 @@ def label(column: str) -> str:
 
 
 def series(names: Iterable[str]) -> dict[str, Series]:
-    """A style for each label of a group, all different.
+    """Return a style for each label of a group, all different.
 
     A label that starts with a structure has its colour and marker; a second one of the same structure another line
     and open markers. Others take colours in turn.
 
+    Examples
+    --------
     >>> found = series(["monarch, blocks 4", "monarch, blocks 16"])
     >>> [(s.label, s.colour, s.line) for s in found.values()]
     [('Monarch, blocks 4', '#D55E00', '-'), ('Monarch, blocks 16', '#D55E00', '--')]
@@ -109,13 +115,15 @@ def _lighter(colour: str, steps: int) -> str:
 
 
 def new_figure(width: float = 6.4, height: float = 4.4) -> Figure:
-    """An empty figure that leaves room for all that is drawn; sizes in inches."""
+    """Return an empty figure that leaves room for all that is drawn; sizes in inches."""
     return Figure(figsize=(width, height), layout="constrained")
 
 
 def columns(entries: int, most: int) -> int:
     """Columns of a legend: as few rows as `most` columns allow, and those evenly filled.
 
+    Examples
+    --------
     >>> columns(6, 4), columns(4, 4), columns(2, 4)
     (3, 4, 2)
     """
@@ -139,6 +147,8 @@ def finish(axes: Axes, *, x: str, y: str, log_x: bool = True, log_y: bool = True
 def save(figure: Figure, path: Path, dpi: int = 160) -> None:
     """Write a figure as PNG, SVG or PDF, as the suffix says, as a whole or not at all.
 
+    Examples
+    --------
     >>> save(new_figure(), Path("figure.jpeg"))
     Traceback (most recent call last):
     ...

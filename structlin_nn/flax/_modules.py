@@ -47,7 +47,7 @@ def named_modules(model: nnx.Module) -> Iterator[Place]:
 
 
 def own_variables(module: nnx.Module) -> dict[str, nnx.Variable]:
-    """The variables that a module holds itself, by their names in it."""
+    """Return the variables that a module holds itself, by their names in it."""
     return {name: value for name, _, _, value in _held(module, module) if isinstance(value, nnx.Variable)}
 
 

@@ -87,6 +87,8 @@ def register_primitive(name: str) -> Callable[[Callable[[Any], Any]], Callable[[
     The function gets the equation of the jaxpr (``invars``, ``outvars``, ``params``) and returns MACs, or a pair of
     MACs and of FLOPs that are no products.
 
+    Examples
+    --------
     >>> @register_primitive("structlin_example")
     ... def _(equation):
     ...     return math.prod(equation.outvars[0].aval.shape)
@@ -113,12 +115,12 @@ def register_no_product(name: str) -> None:
 
 
 def formula_of(name: str) -> Callable[[Any], Work] | None:
-    """What a primitive computes, as a function of its equation; None where it is no product."""
+    """Return what a primitive computes, as a function of its equation; None where it is no product."""
     return _FORMULAS.get(name)
 
 
 def classify(name: str) -> str:
-    """The list of a primitive, by name: ``product``, ``no product``, ``unknown``, or ``composite``."""
+    """Return the list of a primitive, by name: ``product``, ``no product``, ``unknown``, or ``composite``."""
     if name in _FORMULAS:
         return PRODUCT
     if name in _REGISTERED_FREE or name in FREE | _NAMED | _SPARSE:
@@ -171,7 +173,7 @@ def _(equation: Any) -> int:
 
 
 def _attention(equation: Any, products: int) -> int:
-    """cuDNN's attention: products of the size of the scores, for queries and keys (batch, tokens, heads, size)."""
+    """CuDNN's attention: products of the size of the scores, for queries and keys (batch, tokens, heads, size)."""
     q, k = _shapes(equation)[0][:2]
     tokens = 2 if equation.params.get("layout", 0) else 1
     return products * math.prod(q) * k[tokens]

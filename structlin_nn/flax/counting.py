@@ -42,19 +42,28 @@ for _name in ("structlin_chain", "structlin_chain_gradients", "structlin_chain_t
 class JaxCount:
     """What :func:`count` returns.
 
-    Attributes:
-        products: MACs by operation: ``dot_general``, ``conv_general_dilated``, factorisations, and the chains of
-            structured matrices (``structlin_chain``, with its derivatives, which do not count what they compute
-            again) where they are compiled as a whole.
-        params: numbers of a model's parameters (nnx.Param); 0 for a function.
-        training_macs: of the function and its gradient; None where that was not asked for.
-        uncounted_ops: other operations and how often they run, those that only move data left out.
-        unknown_ops: primitives that are in no list, and how often they run, in the function and its gradient; what
-            they compute is missing.
-        other_flops: FLOPs that are no products: of FFTs.
-        training_other_flops: of the function and its gradient.
-        unbounded: MACs of one round of each ``while`` loop, which jax does not say how often it runs. They are not
-            part of ``macs``.
+    Attributes
+    ----------
+    products
+        MACs by operation: ``dot_general``, ``conv_general_dilated``, factorisations, and the chains of structured
+        matrices (``structlin_chain``, with its derivatives, which do not count what they compute again) where they are
+        compiled as a whole.
+    params
+        Numbers of a model's parameters (nnx.Param); 0 for a function.
+    training_macs
+        Of the function and its gradient; None where that was not asked for.
+    uncounted_ops
+        Other operations and how often they run, those that only move data left out.
+    unknown_ops
+        Primitives that are in no list, and how often they run, in the function and its gradient; what they compute is
+        missing.
+    other_flops
+        FLOPs that are no products: of FFTs.
+    training_other_flops
+        Of the function and its gradient.
+    unbounded
+        MACs of one round of each ``while`` loop, which jax does not say how often it runs. They are not part of
+        ``macs``.
     """
 
     products: dict[str, int] = field(default_factory=dict)
@@ -169,17 +178,27 @@ def count(
 ) -> JaxCount:
     """Count the products of ``model(*inputs, **keywords)``.
 
-    Args:
-        model: an nnx.Module, or any function of arrays that jax can trace.
-        inputs, keywords: arrays, or ``jax.ShapeDtypeStruct`` in their place: nothing is computed.
-        training: also count the gradient of the sum of the results, with respect to the parameters of a module, or
-            to all floating inputs of a function. Products that a backward pass computes again count again.
-        strict: raise an error where a primitive is unknown.
+    Parameters
+    ----------
+    model
+        An nnx.Module, or any function of arrays that jax can trace.
+    inputs, keywords
+        Arrays, or ``jax.ShapeDtypeStruct`` in their place: nothing is computed.
+    training
+        Also count the gradient of the sum of the results, with respect to the parameters of a module, or to all
+        floating inputs of a function. Products that a backward pass computes again count again.
+    strict
+        Raise an error where a primitive is unknown.
 
-    Raises:
-        TypeError: ``model`` cannot be called.
-        UnknownPrimitiveError: with ``strict``, where a total is not complete.
+    Raises
+    ------
+    TypeError
+        ``model`` cannot be called.
+    UnknownPrimitiveError
+        With ``strict``, where a total is not complete.
 
+    Examples
+    --------
     >>> from flax import nnx
     >>> model = nnx.eval_shape(lambda: nnx.Linear(8, 5, rngs=nnx.Rngs(0)))
     >>> counted = count(model, jax.ShapeDtypeStruct((3, 8), "float32"), training=True)
@@ -238,6 +257,8 @@ def xla_flops(function: Callable[..., Any], *inputs: Any, **keywords: Any) -> fl
     Additions, comparisons and the like count there, transcendental functions do not, and loops count once: an upper
     check of :func:`count`, equal to ``2 * macs`` where there is nothing but products.
 
+    Examples
+    --------
     >>> import jax.numpy as jnp
     >>> xla_flops(jnp.matmul, jnp.zeros((3, 8)), jnp.zeros((8, 5)))
     240.0

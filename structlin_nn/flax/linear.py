@@ -41,27 +41,42 @@ class StructuredLinear(nnx.Module):
     each factor W is used as ``W * gain * min(1, sigma / RMS(W))`` wherever the layer or its operator is used, with a
     learned scalar gain for each factor (Qiu et al., *Compute Better Spent*, ICML 2024, section 4.3).
 
-    Args:
-        in_features, out_features, use_bias, dtype, param_dtype, rngs: as ``nnx.Linear``.
-        structure: a registered name (:func:`structlin.names`), or a structure of shape (out_features, in_features).
-        rms_cap: hold the RMS of every factor at or below sigma (``cap_sigma``), its initial deviation.
-        gain: learned gains; the default (None) is to have them where the factors are capped.
-        rule: scale rule, ``paper`` or ``rank_corrected`` (:mod:`structlin.scale`).
-        zero_init: start the factor applied last at zero (output layers, query projections, the last layer of a
-            residual branch). Its sigma is the deviation that it would otherwise have.
-        partition: mesh axis (or logical axis, with rules) for axes of the chain, as ``{"f": "model"}``: it becomes
-            the ``out_sharding`` of every factor with that axis, and of the bias where it is the output's first axis.
-            The letters are those of ``print(structure)``. As with all annotated nnx variables, the layer is then
-            made under ``jax.set_mesh``.
-        factor_metadata, bias_metadata: of the variables, as ``kernel_metadata`` of ``nnx.Linear``.
-        **options: options of the named structure (:func:`structlin.options`), for example ``rank=2``.
+    Parameters
+    ----------
+    in_features, out_features, use_bias, dtype, param_dtype, rngs
+        As ``nnx.Linear``.
+    structure
+        A registered name (:func:`structlin.names`), or a structure of shape (out_features, in_features).
+    rms_cap
+        Hold the RMS of every factor at or below sigma (``cap_sigma``), its initial deviation.
+    gain
+        Learned gains; the default (None) is to have them where the factors are capped.
+    rule
+        Scale rule, ``paper`` or ``rank_corrected`` (:mod:`structlin.scale`).
+    zero_init
+        Start the factor applied last at zero (output layers, query projections, the last layer of a residual branch).
+        Its sigma is the deviation that it would otherwise have.
+    partition
+        Mesh axis (or logical axis, with rules) for axes of the chain, as ``{"f": "model"}``: it becomes the
+        ``out_sharding`` of every factor with that axis, and of the bias where it is the output's first axis. The
+        letters are those of ``print(structure)``. As with all annotated nnx variables, the layer is then made under
+        ``jax.set_mesh``.
+    factor_metadata, bias_metadata
+        Of the variables, as ``kernel_metadata`` of ``nnx.Linear``.
+    **options
+        Options of the named structure (:func:`structlin.options`), for example ``rank=2``.
 
-    Raises:
-        ValueError: an unknown structure, rule or option; sizes that the structure cannot have; options beside a
-            structure; ``gain=True`` without ``rms_cap``; ``rms_cap`` or ``zero_init`` where there are no trainable
-            factors; a ``partition`` that does not fit; an integer dtype. In the forward pass: an input of wrong size.
-        TypeError: a ``structure`` that is neither a name nor a structure.
+    Raises
+    ------
+    ValueError
+        An unknown structure, rule or option; sizes that the structure cannot have; options beside a structure;
+        ``gain=True`` without ``rms_cap``; ``rms_cap`` or ``zero_init`` where there are no trainable factors; a
+        ``partition`` that does not fit; an integer dtype. In the forward pass: an input of wrong size.
+    TypeError
+        A ``structure`` that is neither a name nor a structure.
 
+    Examples
+    --------
     >>> layer = StructuredLinear(768, 1024, structure="block_tensor_train", rank=2, rngs=nnx.Rngs(0))
     >>> layer(jnp.ones((4, 7, 768))).shape, layer.structure.macs
     ((4, 7, 1024), 114688)
@@ -183,7 +198,7 @@ class StructuredLinear(nnx.Module):
 
 
 def _frozen(value: Any) -> Any:
-    """An option as a hashable value: attributes of nnx modules are part of the key of jit."""
+    """Return an option as a hashable value: attributes of nnx modules are part of the key of jit."""
     return tuple(map(_frozen, value)) if isinstance(value, list | tuple) else value
 
 

@@ -36,9 +36,12 @@ _WITH_BIAS = (StructuredLinear, nnx.Linear, nnx.LinearGeneral, *_CONVOLUTIONS, *
 class ParameterRates:
     """Learning-rate multiplier and weight decay of every parameter of a model; ``print`` it for a table.
 
-    Attributes:
-        rules: by full name, under every name of a shared parameter.
-        sizes: number of elements, by name, each parameter once.
+    Attributes
+    ----------
+    rules
+        By full name, under every name of a shared parameter.
+    sizes
+        Number of elements, by name, each parameter once.
     """
 
     rules: Mapping[str, ParameterRule]
@@ -57,7 +60,7 @@ class ParameterRates:
         return table(("multiplier", "decay", "tensors", "parameters", "names"), cells, left=-1, rule=False)
 
     def of(self, tree: Any) -> Any:
-        """A tree like ``tree`` (a state of ``nnx.Param``, or its arrays) with the rule of each parameter.
+        """Return a tree like ``tree`` (a state of ``nnx.Param``, or its arrays) with the rule of each parameter.
 
         Raises ValueError for a parameter that has none.
         """
@@ -81,6 +84,8 @@ def parameter_rates(
     ``nnx.ConvTranspose``. Of the base model only sizes are read, so ``nnx.eval_shape`` of its constructor does.
     ``optimizer`` is ``adam``, ``adamw``, ``sgd`` or ``sign``.
 
+    Examples
+    --------
     >>> def make(width, structure, **options):
     ...     rngs = nnx.Rngs(0)
     ...     first = StructuredLinear(width, width, structure=structure, rngs=rngs, **options)
@@ -119,11 +124,13 @@ def parameter_rates(
 
 
 def scale_by_rates(rates: ParameterRates) -> optax.GradientTransformation:
-    """An optax transformation that multiplies the update of each parameter by its learning-rate multiplier.
+    """Return an optax transformation that multiplies the update of each parameter by its learning-rate multiplier.
 
     It stands after what makes the update's size independent of the gradient's (``optax.scale_by_adam``) and before
     ``optax.scale_by_learning_rate``. ValueError on ``init`` and ``update`` for a parameter without a rule.
 
+    Examples
+    --------
     >>> model = nnx.Sequential(StructuredLinear(8, 8, structure="low_rank", rank=2, rngs=nnx.Rngs(0)))
     >>> rates = parameter_rates(model)
     >>> tx = optax.chain(optax.scale_by_adam(), scale_by_rates(rates), optax.scale_by_learning_rate(1e-3))
@@ -147,21 +154,30 @@ def optimizer_for(
     decay: Collection[str] = ("factor", "weight"), independent_decay: bool = False,
     betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8, momentum: float = 0.0, nesterov: bool = False,
 ) -> optax.GradientTransformation:  # fmt: skip
-    """A whole optax optimiser for a model, with the learning rates that the structure asks for.
+    """Return a whole optax optimiser for a model, with the learning rates that the structure asks for.
 
     The steps are those of torch's optimisers on :func:`structlin_nn.torch.parameter_groups`: in each, a parameter is
     shrunk by ``lr * multiplier * weight_decay`` (``adamw``, ``sign``), or the decay goes through the gradient
     (``adam``, ``sgd``).
 
-    Args:
-        model, base_model, structure_aware, extra_multipliers, rules, decay: as in :func:`parameter_rates`, with its
-        errors. lr: learning rate at base width, or an optax schedule.
-        weight_decay: coefficient of the kinds in ``decay``.
-        optimizer: ``adam``, ``adamw``, ``sgd``, or ``sign`` (Lion).
-        independent_decay: divide the coefficient by the multiplier, so that all decayed parameters shrink by
-            ``lr * weight_decay``; not for ``adam``.
-        betas, eps, momentum, nesterov: of Adam and Lion, of Adam, of SGD; ValueError for others.
+    Parameters
+    ----------
+    model, base_model, structure_aware, extra_multipliers, rules, decay
+        As in :func:`parameter_rates`, with its
+    errors. lr
+        Learning rate at base width, or an optax schedule.
+    weight_decay
+        Coefficient of the kinds in ``decay``.
+    optimizer
+        ``adam``, ``adamw``, ``sgd``, or ``sign`` (Lion).
+    independent_decay
+        Divide the coefficient by the multiplier, so that all decayed parameters shrink by ``lr * weight_decay``; not
+        for ``adam``.
+    betas, eps, momentum, nesterov
+        Of Adam and Lion, of Adam, of SGD; ValueError for others.
 
+    Examples
+    --------
     >>> model = nnx.Sequential(StructuredLinear(8, 8, structure="low_rank", rank=2, rngs=nnx.Rngs(0)))
     >>> schedule = optax.warmup_cosine_decay_schedule(0.0, 1e-3, warmup_steps=10, decay_steps=100)
     >>> optimizer = nnx.Optimizer(model, optimizer_for(model, lr=schedule, weight_decay=0.1), wrt=nnx.Param)

@@ -37,22 +37,32 @@ def replace_linear(
 
     Patterns, and all arguments that are not listed, are those of :func:`structlin_nn.torch.replace_linear`.
 
-    Args:
-        model: any nnx module with linear layers inside.
-        layers: ``"all"``, ``"all_but_last"``, ``"intermediate"``, patterns, or a predicate. First and last go by the
-            order in which attributes were set, which the report shows (``nnx.merge`` and ``nnx.clone`` sort them by
-            name: name layers of such models by patterns).
-        shared_weights: a layer whose kernel or bias is a variable of another module too (a head tied to its
-            embedding) cannot be replaced without untying it: ``"error"``, or ``"skip"`` to leave such layers alone.
-        rngs: source of the keys.
+    Parameters
+    ----------
+    model
+        Any nnx module with linear layers inside.
+    layers
+        ``"all"``, ``"all_but_last"``, ``"intermediate"``, patterns, or a predicate. First and last go by the order in
+        which attributes were set, which the report shows (``nnx.merge`` and ``nnx.clone`` sort them by name: name
+        layers of such models by patterns).
+    shared_weights
+        A layer whose kernel or bias is a variable of another module too (a head tied to its embedding) cannot be
+        replaced without untying it: ``"error"``, or ``"skip"`` to leave such layers alone.
+    rngs
+        Source of the keys.
 
-    Raises:
-        ValueError: nothing is chosen, or a pattern matches no layer (the message lists the layers there are); a size
-            that the structure cannot have (the message names the layer); tied weights; a layer that computes
-            something else than ``nnx.Linear`` does: subclasses, ``dot_general`` or ``promote_dtype`` of one's own;
-            layers that were stacked by ``nnx.vmap``; a layer in a tuple.
-        TypeError: ``structure`` or a pattern of another type.
+    Raises
+    ------
+    ValueError
+        Nothing is chosen, or a pattern matches no layer (the message lists the layers there are); a size that the
+        structure cannot have (the message names the layer); tied weights; a layer that computes something else than
+        ``nnx.Linear`` does: subclasses, ``dot_general`` or ``promote_dtype`` of one's own; layers that were stacked by
+        ``nnx.vmap``; a layer in a tuple.
+    TypeError
+        ``structure`` or a pattern of another type.
 
+    Examples
+    --------
     >>> rngs = nnx.Rngs(0)
     >>> sizes = [(64, 128), (128, 64), (64, 9)]
     >>> model = nnx.Sequential(*(nnx.Linear(*pair, rngs=rngs) for pair in sizes))
@@ -113,6 +123,8 @@ def to_dense_linear(
     are; ``rngs`` is handed to ``nnx.Linear``, which draws before it is filled. The report has the structured layer as
     ``before``.
 
+    Examples
+    --------
     >>> rngs = nnx.Rngs(0)
     >>> model = nnx.Sequential(StructuredLinear(6, 8, structure="monarch", blocks=2, rngs=rngs))
     >>> x = jnp.ones(6)

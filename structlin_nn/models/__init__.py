@@ -82,20 +82,32 @@ def build_model(
     name: str, *, width: int, structure: StructureConfig | None = None, device: torch.device | str | None = None,
     dtype: torch.dtype | None = None, **sizes: Any,
 ) -> Model:  # fmt: skip
-    """A model of :data:`MODELS` at a width, with structured layers.
+    """Return a model of :data:`MODELS` at a width, with structured layers.
 
-    Args:
-        name: ``cifar-mlp``, ``cifar-vit``, ``imagenet-vit`` or ``gpt2``.
-        width: features of the residual stream.
-        structure: structure of the linear layers; None: all dense.
-        device: ``"meta"`` allocates nothing.
-        dtype: of parameters.
-        **sizes: sizes other than the named model's (``MODELS[name].options``): ``num_classes``, ``heads``, ...
+    Parameters
+    ----------
+    name
+        ``cifar-mlp``, ``cifar-vit``, ``imagenet-vit`` or ``gpt2``.
+    width
+        Features of the residual stream.
+    structure
+        Structure of the linear layers; None: all dense.
+    device
+        ``"meta"`` allocates nothing.
+    dtype
+        Of parameters.
+    **sizes
+        Sizes other than the named model's (``MODELS[name].options``): ``num_classes``, ``heads``, ...
 
-    Raises:
-        ValueError: unknown model, size or structure, or sizes that do not fit.
-        TypeError: a ``structure`` that is no StructureConfig.
+    Raises
+    ------
+    ValueError
+        Unknown model, size or structure, or sizes that do not fit.
+    TypeError
+        A ``structure`` that is no StructureConfig.
 
+    Examples
+    --------
     >>> model = build_model("cifar-mlp", width=64, structure=StructureConfig("block_tensor_train"), device="meta")
     >>> sum(p.numel() for p in model.parameters())
     49162
@@ -109,16 +121,22 @@ def build_model(
 
 
 def base_model(name: str, base_width: int | None = None, **sizes: Any) -> Model:
-    """The dense model at base width, on the meta device: what learning-rate multipliers are relative to.
+    """Return the dense model at base width, on the meta device: what learning-rate multipliers are relative to.
 
-    Args:
-        name: as in :func:`build_model`, whose errors these are.
-        base_width: defaults to the paper's: 64 for CIFAR, 256 for ImageNet, 768 for GPT-2.
-        **sizes: those of the model that is to be trained. All but the heads are taken over: the base model has the
-            named model's own number of heads (or a divisor of it, so that they fill the base width). The code of the
-            paper has ``expansion=1`` in the base models of ``imagenet-vit`` and ``gpt2``, by which the layers ``down``
-            of the dense model at base width train at a quarter of the rate; here they train at the rate itself.
+    Parameters
+    ----------
+    name
+        As in :func:`build_model`, whose errors these are.
+    base_width
+        Defaults to the paper's: 64 for CIFAR, 256 for ImageNet, 768 for GPT-2.
+    **sizes
+        Those of the model that is to be trained. All but the heads are taken over: the base model has the named model's
+        own number of heads (or a divisor of it, so that they fill the base width). The code of the paper has
+        ``expansion=1`` in the base models of ``imagenet-vit`` and ``gpt2``, by which the layers ``down`` of the dense
+        model at base width train at a quarter of the rate; here they train at the rate itself.
 
+    Examples
+    --------
     >>> base = base_model("imagenet-vit", num_classes=100)
     >>> base.config.width, base.blocks[0].down.in_features, base.head.out_features
     (256, 1024, 100)

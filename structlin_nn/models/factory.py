@@ -25,17 +25,24 @@ LAYER_PRESETS: dict[str, tuple[str, ...]] = {
 class StructureConfig:
     """The structure of a model's linear layers.
 
-    Attributes:
-        name: a registered structure; ``dense`` leaves every layer dense.
-        options: options of that structure, the same for every layer: ``{"rank": 2, "factorization": "greedy"}``.
-        layers: which layers get it: ``all``, ``all_but_last`` (the output layer stays dense) or ``intermediate``
-            (the output layer and the layer that reads the data stay dense). None: what the paper does with the
-            model (``models.MODELS[name].layers``).
-        rms_cap: hold the RMS of every factor at or below its initial deviation, with a learned gain for each
-            factor. Query and key projections under QK LayerNorm get no gain. Dense layers are capped only where
-            ``dense`` is the structure.
-        rule: scale rule of the initialisation, ``paper`` or ``rank_corrected`` (:mod:`structlin.scale`).
+    Attributes
+    ----------
+    name
+        A registered structure; ``dense`` leaves every layer dense.
+    options
+        Options of that structure, the same for every layer: ``{"rank": 2, "factorization": "greedy"}``.
+    layers
+        Which layers get it: ``all``, ``all_but_last`` (the output layer stays dense) or ``intermediate`` (the output
+        layer and the layer that reads the data stay dense). None: what the paper does with the model
+        (``models.MODELS[name].layers``).
+    rms_cap
+        Hold the RMS of every factor at or below its initial deviation, with a learned gain for each factor. Query and
+        key projections under QK LayerNorm get no gain. Dense layers are capped only where ``dense`` is the structure.
+    rule
+        Scale rule of the initialisation, ``paper`` or ``rank_corrected`` (:mod:`structlin.scale`).
 
+    Examples
+    --------
     >>> StructureConfig("block_tensor_train", {"rank": 2}).options
     {'rank': 2}
     >>> StructureConfig("monarch", {"rank": 2})
@@ -67,6 +74,8 @@ class StructureConfig:
 class LinearFactory:
     """Makes the linear layers of one model, structured or dense according to their role.
 
+    Examples
+    --------
     >>> linear = LinearFactory(StructureConfig("low_rank", {"rank": 3}), default_layers="all_but_last")
     >>> linear(8, 12).structure.num_params, linear(8, 12, role="output").structure.num_params
     (60, 96)
@@ -84,7 +93,7 @@ class LinearFactory:
         self, in_features: int, out_features: int, *, role: str = "hidden", bias: bool = True, zero_init: bool = False,
         gain: bool = True,
     ) -> StructuredLinear:  # fmt: skip
-        """A layer ``(..., in_features) -> (..., out_features)``.
+        """Return a layer ``(..., in_features) -> (..., out_features)``.
 
         ``role``: ``input`` (reads the data), ``hidden`` or ``output`` (makes the logits); ``zero_init`` zeroes the
         factor applied last; ``gain=False`` leaves out the learned gains of an RMS-capped layer. Raises ValueError
@@ -102,7 +111,7 @@ class LinearFactory:
         )  # fmt: skip
 
     def norm(self, size: int, bias: bool = True) -> nn.LayerNorm:
-        """A LayerNorm over the last axis."""
+        """Return a LayerNorm over the last axis."""
         return nn.LayerNorm(size, bias=bias, device=self.device, dtype=self.dtype)
 
     def embedding(self, count: int, size: int) -> nn.Embedding:

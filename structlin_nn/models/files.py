@@ -33,13 +33,20 @@ def save_model(
 ) -> None:  # fmt: skip
     """Write a model, whatever its layers have become, to a .safetensors file that :func:`load_model` builds it from.
 
-    Args:
-        model: a ``MLP``, ``ViT`` or ``GPT2`` of :mod:`structlin_nn.models`, or another with ``build``.
-        path: the file, ``.safetensors``; replaced as a whole.
-        build: how a model that is not of this package is built, as in :mod:`structlin_nn.models.files`; ValueError for
-            what :func:`load_model` cannot carry out, TypeError where it is missing.
-        metadata: further strings for the metadata of the file.
+    Parameters
+    ----------
+    model
+        A ``MLP``, ``ViT`` or ``GPT2`` of :mod:`structlin_nn.models`, or another with ``build``.
+    path
+        The file, ``.safetensors``; replaced as a whole.
+    build
+        How a model that is not of this package is built, as in :mod:`structlin_nn.models.files`; ValueError for what
+        :func:`load_model` cannot carry out, TypeError where it is missing.
+    metadata
+        Further strings for the metadata of the file.
 
+    Examples
+    --------
     >>> from structlin_nn.models import build_model
     >>> from structlin_nn.torch import project_linear, to_dense_linear
     >>> model = build_model("cifar-mlp", width=16, depth=1)
@@ -61,10 +68,13 @@ def load_model(
 
     ``device`` None is the CPU, ``dtype`` None that of the file.
 
-    Raises:
-        FileNotFoundError, ValueError: as :func:`structlin_nn.torch.load_structured`; a file that does not say how to
-            build its model (``load_structured`` takes a model that you build).
-        ModuleNotFoundError: a model of timm, where that is not installed.
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        As :func:`structlin_nn.torch.load_structured`; a file that does not say how to build its model
+        (``load_structured`` takes a model that you build).
+    ModuleNotFoundError
+        A model of timm, where that is not installed.
     """
     found = read_structured(path)
     try:
@@ -83,6 +93,8 @@ def build_of(model: nn.Module) -> dict[str, Any]:
 
     TypeError for another model.
 
+    Examples
+    --------
     >>> from structlin_nn.models import build_model
     >>> build_of(build_model("cifar-mlp", width=16, depth=1, device="meta"))["config"]["width"]
     16
@@ -100,14 +112,14 @@ def build_of(model: nn.Module) -> dict[str, Any]:
 
 
 def build_from(found: StructuredFile) -> nn.Module:
-    """The dense model that a file names, with random values."""
+    """Return the dense model that a file names, with random values."""
     if found.build is None:
         raise ValueError("the file does not say how its model is built: build it, and use load_structured")
     return build_dense(found.build)
 
 
 def build_dense(build: Mapping[str, Any]) -> nn.Module:
-    """The dense model that :func:`build_of` tells how to build, with random values."""
+    """Return the dense model that :func:`build_of` tells how to build, with random values."""
     _check(build)
     if build["kind"] == "timm":
         return make_timm(build["name"], **build["options"])
@@ -117,7 +129,7 @@ def build_dense(build: Mapping[str, Any]) -> nn.Module:
 
 
 def make_timm(name: str, **options: Any) -> nn.Module:
-    """A model of timm, with random values; :func:`build_of` says how it was built.
+    """Return a model of timm, with random values; :func:`build_of` says how it was built.
 
     Options are ``num_classes`` and ``img_size``. Models that are not built for a size, as convolutional ones, are built
     without it, and take images of any size. ValueError for an unknown name (without a tag of pretrained weights), other

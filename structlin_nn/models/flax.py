@@ -66,6 +66,8 @@ class MLP(nnx.Module):
 
     (batch, channels, height, width) -> logits (batch, num_classes).
 
+    Examples
+    --------
     >>> model = MLP(MLPConfig(width=16, depth=1, input_shape=(1, 4, 4)), rngs=nnx.Rngs(0))
     >>> model(jnp.zeros((2, 1, 4, 4))).shape
     (2, 10)
@@ -148,6 +150,8 @@ class GPT2(nnx.Module):
 
     Tokens (batch, length) -> logits (batch, length, vocabulary).
 
+    Examples
+    --------
     >>> config = GPT2Config(width=16, depth=1, heads=2, vocabulary=30, context=9)
     >>> nnx.eval_shape(lambda x: GPT2(config, rngs=nnx.Rngs(0))(x), jnp.zeros((2, 5), int)).shape
     (2, 5, 30)
@@ -190,6 +194,8 @@ class ViT(nnx.Module):
 
     (batch, channels, height, width) -> logits (batch, num_classes).
 
+    Examples
+    --------
     >>> config = ViTConfig(width=16, depth=1, num_classes=7, input_shape=(1, 8, 8), patch=4)
     >>> nnx.eval_shape(lambda x: ViT(config, rngs=nnx.Rngs(0))(x), jnp.zeros((2, 1, 8, 8))).shape
     (2, 7)
@@ -237,10 +243,12 @@ def build_model(
     name: str, *, width: int, structure: StructureConfig | None = None, dtype: Any = None,
     param_dtype: Any = jnp.float32, rngs: nnx.Rngs, **sizes: Any,
 ) -> MLP | ViT | GPT2:  # fmt: skip
-    """A model of :data:`MODELS` at a width, as :func:`structlin_nn.models.build_model`, with its errors.
+    """Return a model of :data:`MODELS` at a width, as :func:`structlin_nn.models.build_model`, with its errors.
 
     ``dtype``, ``param_dtype`` and ``rngs`` are those of :class:`StructuredLinear`.
 
+    Examples
+    --------
     >>> structure = StructureConfig("block_tensor_train")
     >>> model = nnx.eval_shape(lambda: build_model("cifar-mlp", width=64, structure=structure, rngs=nnx.Rngs(0)))
     >>> sum(array.size for array in jax.tree.leaves(nnx.state(model, nnx.Param)))
@@ -252,10 +260,12 @@ def build_model(
 
 
 def base_model(name: str, base_width: int | None = None, **sizes: Any) -> MLP | ViT | GPT2:
-    """The dense model at base width, abstract: what learning-rate multipliers are relative to.
+    """Return the dense model at base width, abstract: what learning-rate multipliers are relative to.
 
     Arguments and errors are those of :func:`structlin_nn.models.base_model`.
 
+    Examples
+    --------
     >>> base_model("cifar-mlp").input.in_features
     3072
     """

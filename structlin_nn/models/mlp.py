@@ -55,6 +55,8 @@ class MLP(nn.Module):
     The pixels of an image are put into a fixed random order, the same for all images and models, so that no
     structure profits from the grid. (batch, channels, height, width) -> logits (batch, num_classes).
 
+    Examples
+    --------
     >>> model = MLP(MLPConfig(width=16, input_shape=(1, 4, 4)))
     >>> model(torch.zeros(2, 1, 4, 4)).shape
     torch.Size([2, 10])

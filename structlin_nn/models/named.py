@@ -19,21 +19,31 @@ FORMS = "timm:NAME, hf:CONFIG (a model type or a folder with config.json), or pa
 
 
 def open_named(text: str, *, device: str | None = "meta", **options: Any) -> nn.Module:
-    """A model by its name, without trained weights.
+    """Return a model by its name, without trained weights.
 
-    Args:
-        text: ``timm:NAME`` makes a model of timm; ``hf:CONFIG`` one of transformers, by the type of its configuration
-            (``hf:gpt2``) or by a folder with a ``config.json``, of the class that its ``architectures`` name or else of
-            a language model, or the bare model; ``package.module:function`` calls a function, with the current
-            directory on the path of imports.
-        device: ``"meta"`` allocates nothing; None leaves it to the library.
-        **options: arguments of timm's model, of the configuration, or of the function.
+    Parameters
+    ----------
+    text
+        ``timm:NAME`` makes a model of timm; ``hf:CONFIG`` one of transformers, by the type of its configuration
+        (``hf:gpt2``) or by a folder with a ``config.json``, of the class that its ``architectures`` name or else of a
+        language model, or the bare model; ``package.module:function`` calls a function, with the current directory on
+        the path of imports.
+    device
+        ``"meta"`` allocates nothing; None leaves it to the library.
+    **options
+        Arguments of timm's model, of the configuration, or of the function.
 
-    Raises:
-        ValueError: none of these forms, or a name that is not known.
-        ImportError: a library that is missing.
-        TypeError: a function that returns no torch module.
+    Raises
+    ------
+    ValueError
+        None of these forms, or a name that is not known.
+    ImportError
+        A library that is missing.
+    TypeError
+        A function that returns no torch module.
 
+    Examples
+    --------
     >>> model = open_named("hf:gpt2", n_layer=1, n_embd=32, n_head=2, vocab_size=64)
     >>> type(model).__name__, next(model.parameters()).device.type
     ('GPT2LMHeadModel', 'meta')
@@ -98,7 +108,7 @@ def _own(module: str, name: str, options: dict[str, Any]) -> Any:
 
 
 def own_function(path: str) -> Callable[..., Any]:
-    """The function that ``package.module:function`` names.
+    """Return the function that ``package.module:function`` names.
 
     Raises ValueError for a path that leads to no function.
     """

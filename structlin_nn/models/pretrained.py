@@ -45,21 +45,32 @@ def load_gpt2(
 ) -> GPT2:  # fmt: skip
     """GPT-2 as published, with the weights of transformers: the logits are the same up to rounding.
 
-    Args:
-        source: a `GPT2LMHeadModel` or `GPT2Model` of transformers; a folder with ``config.json`` and
-            ``model.safetensors``; or a .safetensors file beside its ``config.json``.
-        untie: give the model a head of its own, a copy of the token embedding, so that it can be projected too.
-        device: of the model.
-        dtype: of the model; None: that of the token embedding.
+    Parameters
+    ----------
+    source
+        A `GPT2LMHeadModel` or `GPT2Model` of transformers; a folder with ``config.json`` and ``model.safetensors``; or
+        a .safetensors file beside its ``config.json``.
+    untie
+        Give the model a head of its own, a copy of the token embedding, so that it can be projected too.
+    device
+        Of the model.
+    dtype
+        Of the model; None: that of the token embedding.
 
-    Returns:
+    Returns
+    -------
+    GPT2
         A model in evaluation mode. It has no dropout; a configuration's is for training, and not taken over.
 
-    Raises:
-        FileNotFoundError: files that are not there.
-        ValueError: damaged files, a configuration that our model has no form for (the message names the key), or
-            tensors that are missing, left over, or of another shape.
-        TypeError: a module that is no GPT-2.
+    Raises
+    ------
+    FileNotFoundError
+        Files that are not there.
+    ValueError
+        Damaged files, a configuration that our model has no form for (the message names the key), or tensors that are
+        missing, left over, or of another shape.
+    TypeError
+        A module that is no GPT-2.
     """
     settings, tensors = _from_module(source) if isinstance(source, nn.Module) else _from_files(Path(source))
     tied = (settings.get("tie_word_embeddings", True) or "lm_head.weight" not in tensors) and not untie

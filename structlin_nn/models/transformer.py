@@ -80,6 +80,8 @@ class Blocks(nn.ModuleList):
     With ``recompute``, the backward pass has only the input of each, and computes the rest again (activation
     checkpointing: Chen et al., *Training Deep Nets with Sublinear Memory Cost*, 2016).
 
+    Examples
+    --------
     >>> blocks = Blocks([nn.Linear(3, 3), nn.Tanh()])
     >>> blocks(torch.zeros(2, 3)).shape
     torch.Size([2, 3])
@@ -130,6 +132,8 @@ class ViT(nn.Module):
     Query projection, residual branches and head are zero at initialisation.
     (batch, channels, height, width) -> logits (batch, num_classes).
 
+    Examples
+    --------
     >>> config = ViTConfig(width=16, depth=1, num_classes=7, input_shape=(1, 8, 8), patch=4)
     >>> ViT(config)(torch.zeros(2, 1, 8, 8)).shape
     torch.Size([2, 7])
@@ -227,6 +231,8 @@ class GPT2(nn.Module):
     Residual branches and head are zero at initialisation, the query projection is not.
     Tokens (batch, length) of an integer dtype -> logits (batch, length, vocabulary).
 
+    Examples
+    --------
     >>> config = GPT2Config(width=16, depth=1, heads=2, vocabulary=30, context=9)
     >>> GPT2(config)(torch.zeros(2, 5, dtype=torch.int64)).shape
     torch.Size([2, 5, 30])

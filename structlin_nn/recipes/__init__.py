@@ -26,20 +26,22 @@ _RECIPES = ("cifar", "imagenet", "gpt2", "flax_cifar", "flax_gpt2")
 
 
 def recipe_module(name: str) -> ModuleType:
-    """The module of a recipe; ValueError for an unknown name, with the nearest."""
+    """Return the module of a recipe; ValueError for an unknown name, with the nearest."""
     if name not in _RECIPES:
         raise ValueError(f"unknown recipe {name!r}{suggestion(name, _RECIPES)} (one of {', '.join(_RECIPES)})")
     return importlib.import_module(f"structlin_nn.recipes.{name}")
 
 
 def recipe(model: str = "cifar-mlp", **changes: Any) -> Any:
-    """The paper's configuration of a model, the ``Config`` of a recipe, with changes of its fields.
+    """Return the paper's configuration of a model, the ``Config`` of a recipe, with changes of its fields.
 
     Options of the structure that are not given are the paper's for that model; all are in the result. So is `rms_cap`:
     on for Block Tensor-Trains in the recipes of ImageNet and GPT-2, which diverge without it. The model is
     ``cifar-mlp``, ``cifar-vit``, ``imagenet-vit`` or ``gpt2``; or ``timm:NAME`` for a model of timm by the recipe of
     ``imagenet-vit``.
 
+    Examples
+    --------
     >>> recipe("cifar-vit", structure="low_rank", width=128).options
     {'rank_fraction': 0.1}
     >>> recipe("cifar-vit", structure="low_rank", options={"rank": 8}).options
@@ -55,8 +57,10 @@ def recipe(model: str = "cifar-mlp", **changes: Any) -> Any:
 
 
 def config_from_dict(name: str, values: Mapping[str, Any]) -> Any:
-    """The configuration of a recipe from plain values, as run records and checkpoints hold them.
+    """Return the configuration of a recipe from plain values, as run records and checkpoints hold them.
 
+    Examples
+    --------
     >>> config_from_dict("cifar", {"width": 32}).width
     32
     """

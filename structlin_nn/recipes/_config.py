@@ -68,9 +68,12 @@ class RunConfig:
 
     The fields in `execution` decide how a run is computed and not what: a resumed run may have others.
 
-    Raises:
-        TypeError: a value of another type than the field's (an int is taken for a float, a list for a tuple).
-        ValueError: a value outside of its range, an unknown name, or an option that the structure does not have.
+    Raises
+    ------
+    TypeError
+        A value of another type than the field's (an int is taken for a float, a list for a tuple).
+    ValueError
+        A value outside of its range, an unknown name, or an option that the structure does not have.
     """
 
     task: ClassVar[str]
@@ -163,7 +166,7 @@ class RunConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """A configuration from plain values, as `to_dict` gives them; ValueError for an unknown key."""
+        """Return a configuration from plain values, as `to_dict` gives them; ValueError for an unknown key."""
         known = _hints(cls)
         for key in values:
             require(key in known, f"unknown key {key!r} in the configuration{suggestion(str(key), known)}")
@@ -174,7 +177,7 @@ class RunConfig:
         return {entry.name: _plain(getattr(self, entry.name)) for entry in fields(self)}
 
     def replace(self, **changes: Any) -> Self:
-        """The same configuration with some fields changed, checked as a new one."""
+        """Return the same configuration with some fields changed, checked as a new one."""
         known = _hints(type(self))
         for key in changes:
             require(key in known, f"unknown key {key!r} in the configuration{suggestion(str(key), known)}")
@@ -203,6 +206,8 @@ class RunConfig:
 def overrides(kind: type[RunConfig], assignments: Sequence[str]) -> dict[str, Any]:
     """Changes from strings KEY=VALUE, VALUE in JSON or a string; ``options.NAME=VALUE`` is an option of the structure.
 
+    Examples
+    --------
     >>> from structlin_nn.recipes.cifar import Config
     >>> overrides(Config, ["lr=1e-3", "structure=monarch", "options.blocks=4"])
     {'lr': 0.001, 'structure': 'monarch', 'options': {'blocks': 4}}
@@ -226,7 +231,7 @@ def _hints(kind: type[RunConfig]) -> dict[str, Any]:
 
 
 def _typed(name: str, value: Any, hint: Any) -> Any:
-    """A value as the type of its field, or a TypeError (for one of several names a ValueError)."""
+    """Return a value as the type of its field, or a TypeError (for one of several names a ValueError)."""
     if typing.get_origin(hint) is tuple and isinstance(value, list):
         value = tuple(value)
     if typing.get_origin(hint) is tuple and isinstance(value, tuple):

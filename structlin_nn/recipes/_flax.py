@@ -50,9 +50,12 @@ def check_flax(config: RunConfig) -> None:
 class FlaxRun(Run):
     """A run in flax (`structlin_nn.recipes._run.Run`).
 
-    Attributes:
-        twin: the torch model with the same parameters, as they were drawn or when they were last written to it.
-        graph: of the flax model; `params`, `rest`: its state; `moments`: of the optimiser; `average`: of the weights.
+    Attributes
+    ----------
+    twin
+        The torch model with the same parameters, as they were drawn or when they were last written to it.
+    graph
+        Of the flax model; `params`, `rest`: its state; `moments`: of the optimiser; `average`: of the weights.
     """
 
     versions = ("torch", "jax", "flax", "optax", "orbax-checkpoint")
@@ -115,16 +118,20 @@ class FlaxRun(Run):
                 generator.set_state(decoded(self.state["generators"][name]))
 
     def model(self, params: Any) -> Any:
-        """The flax model with parameters."""
+        """Return the flax model with parameters."""
         return nnx.merge(self.graph, params, self.rest)
 
     def make_step(self, loss: Callable[[Any, Any, Any], tuple[Array, Any]]) -> Callable[..., tuple[Array, Array, Any]]:
-        """A step on the equally large parts of a batch, by the mean of their gradients.
+        """Return a step on the equally large parts of a batch, by the mean of their gradients.
 
-        Args:
-            loss: (model, inputs, targets) to (mean loss, what else is wanted of a part).
+        Parameters
+        ----------
+        loss
+            (model, inputs, targets) to (mean loss, what else is wanted of a part).
 
-        Returns:
+        Returns
+        -------
+        Callable[..., tuple[Array, Array, Any]]
             (inputs, targets) as NumPy arrays to (mean loss, norm of the gradient, what else, by parts).
         """
         config, tx = self.config, self.tx

@@ -19,11 +19,15 @@ class Probe:
     Under the structure-aware rule these stay the same when the width grows (Qiu et al., *Compute Better Spent*, ICML
     2024, section 3 and figure 2a); under the naive rule the change per step shrinks or explodes.
 
-    Args:
-        model: has ``return_features``: (inputs) to (logits, features), or, as models of timm, ``get_classifier``, whose
-            input is the features. Of any other model only gains are measured.
-        call: runs it, in the precision and the way that evaluation does.
-        inputs: the batch.
+    Parameters
+    ----------
+    model
+        Has ``return_features``: (inputs) to (logits, features), or, as models of timm, ``get_classifier``, whose input
+        is the features. Of any other model only gains are measured.
+    call
+        Runs it, in the precision and the way that evaluation does.
+    inputs
+        The batch.
     """
 
     def __init__(self, model: nn.Module, call: Callable[..., Any], inputs: Tensor) -> None:
@@ -41,7 +45,7 @@ class Probe:
             self.count += 1
 
     def statistics(self) -> dict[str, Any]:
-        """What a record has of them, and start anew.
+        """Return what a record has of them, and start anew.
 
         ``feature_rms``: RMS of the last hidden features (what the output layer reads). ``feature_change``: RMS of
         their change in a step, mean of the ``measured_steps`` since the last call (None if there are none).

@@ -31,13 +31,21 @@ Value = TypeVar("Value")
 class Processes:
     """The processes that torchrun started, seen from one of them; `size` 1 for a process alone.
 
-    Attributes:
-        rank, size: number of this process, and of all; `parallel`: how they share a model: each has all of it
-        (``ddp``),
-            or parts (``fsdp``: FSDP2, `fully_shard`).
-        device: where this process computes.
-        control, mesh: the processes as a group, for what is no tensor of the device, and as a mesh; None for one alone.
-        main: whether this process writes and reports; `sharded`: whether parameters are spread over the processes.
+    Attributes
+    ----------
+    rank, size
+        Number of this process, and of all processes.
+    parallel
+        How the processes share a model: ``ddp`` (each has all of it) or ``fsdp`` (each has a part: FSDP2,
+        `fully_shard`).
+    device
+        Where this process computes.
+    control, mesh
+        The processes as a group, for what is no tensor of the device, and as a mesh; None for one alone.
+    main
+        Whether this process writes and reports.
+    sharded
+        Whether parameters are spread over the processes.
     """
 
     rank: int
@@ -69,21 +77,21 @@ class Processes:
         return held[0]
 
     def largest(self, number: int) -> int:
-        """The largest number in any process; all have to ask."""
+        """Return the largest number in any process; all have to ask."""
         found = torch.tensor([number])
         if self.size > 1:
             dist.all_reduce(found, dist.ReduceOp.MAX, group=self.control)
         return int(found)
 
     def gather(self, value: Value) -> list[Value]:
-        """The values of all processes, by their ranks."""
+        """Return the values of all processes, by their ranks."""
         found: list[Any] = [value] * self.size
         if self.size > 1:
             dist.all_gather_object(found, value, group=self.control)
         return found
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """The tensor, summed over the processes in place."""
+        """Return the tensor, summed over the processes in place."""
         if self.size > 1:
             dist.all_reduce(tensor)
         return tensor
@@ -101,7 +109,7 @@ class Processes:
         return own // config.accumulate
 
     def wrap(self, model: nn.Module) -> nn.Module:
-        """What the forward pass is to be called on. ``fsdp`` replaces the parameters of `model` by sharded ones.
+        """Return what the forward pass is to be called on. ``fsdp`` replaces the parameters of `model` by sharded ones.
 
         Scalar parameters (gains of capped factors) are not sharded; `average_scalars` gives them their gradients.
         """
@@ -164,7 +172,7 @@ def processes(device: str = "cpu", parallel: str = "ddp") -> Iterator[Processes]
 
 
 def available_device(name: str) -> torch.device:
-    """A device of torch; ValueError for one that does not exist."""
+    """Return a device of torch; ValueError for one that does not exist."""
     place = torch.device(name)
     seen = torch.cuda.device_count() if place.type == "cuda" else 1
     require((place.index or 0) < seen, f"device {name!r} does not exist: torch sees {seen} CUDA devices")
@@ -172,5 +180,5 @@ def available_device(name: str) -> torch.device:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """The part of a tensor that this process holds."""
+    """Return the part of a tensor that this process holds."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -95,12 +95,14 @@ class Result:
 
 
 def learning_rate(config: RunConfig, step: int, steps: int, warmup: int = 0) -> float:
-    """The share of the learning rate that step number `step` (from 0) of `steps` takes.
+    """Return the share of the learning rate that step number `step` (from 0) of `steps` takes.
 
     The warm-up rises linearly and reaches 1 at step `warmup`; from there on the share is 1 (``constant``), or
     ``final_lr + (1 - final_lr) (1 + cos(pi t)) / 2`` with t rising from 0 to 1 at `steps`, a step that is never taken
     (Loshchilov, Hutter, SGDR: Stochastic Gradient Descent with Warm Restarts, ICLR 2017, equation 5).
 
+    Examples
+    --------
     >>> from structlin_nn.recipes.cifar import Config
     >>> [round(learning_rate(Config(), step, 6, warmup=2), 3) for step in range(6)]
     [0.333, 0.667, 1.0, 0.854, 0.5, 0.146]
@@ -121,15 +123,23 @@ class Run:
     `group` are the processes that train together; `watch` is called after every step with the run and the loss (None
     where it was not fetched): where it returns True, the run ends there as with a signal.
 
-    Attributes:
-        step, steps: steps done, and those of the whole run.
-        sums: numbers that the recipe adds up between evaluations.
-        last: the last line of the record.
-        state: of the checkpoint that the run resumes from; None for a new run.
+    Attributes
+    ----------
+    step, steps
+        Steps done, and those of the whole run.
+    sums
+        Numbers that the recipe adds up between evaluations.
+    last
+        The last line of the record.
+    state
+        Of the checkpoint that the run resumes from; None for a new run.
 
-    Raises:
-        FileExistsError, BlockingIOError: the folder holds a run, and `options.resume` is False; another process trains.
-        ValueError: a damaged checkpoint, or one of another configuration (the message names the differing keys).
+    Raises
+    ------
+    FileExistsError, BlockingIOError
+        The folder holds a run, and `options.resume` is False; another process trains.
+    ValueError
+        A damaged checkpoint, or one of another configuration (the message names the differing keys).
     """
 
     versions: Sequence[str] = ("torch",)
@@ -305,7 +315,7 @@ class Run:
     # Steps
 
     def share(self, step: int) -> float:
-        """The share of the learning rate that a step takes; `warmup` is set by the recipe."""
+        """Return the share of the learning rate that a step takes; `warmup` is set by the recipe."""
         return learning_rate(self.config, step, self.steps, self.warmup)
 
     warmup = 0
@@ -346,7 +356,7 @@ class Run:
         return bool(every) and self.step + 1 - self._logged >= every
 
     def fetch_losses(self) -> float:
-        """The last of the losses since the previous call; TrainingError for the first that is not finite."""
+        """Return the last of the losses since the previous call; TrainingError for the first that is not finite."""
         values = [float(loss) for loss in self._losses] or [0.0]
         for number, value in enumerate(values):
             if not abs(value) < float("inf"):
@@ -383,11 +393,11 @@ class Run:
         self._logged, self._logged_at = self.step, now
 
     def peak(self) -> float | None:
-        """The most FLOP/s that a device can do, None where that is not known."""
+        """Return the most FLOP/s that a device can do, None where that is not known."""
         return None
 
     def memory(self) -> int:
-        """The most bytes that this process held at once."""
+        """Return the most bytes that this process held at once."""
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
     def result(self) -> Result:
@@ -468,7 +478,7 @@ class Run:
                 shutil.rmtree(path, ignore_errors=True)
 
     def good(self) -> str:
-        """A phrase that names the last checkpoint."""
+        """Return a phrase that names the last checkpoint."""
         names = checkpoints(self.folder)
         return f"the last good checkpoint is {self.folder / CHECKPOINTS / names[-1]}" if names else "no checkpoint yet"
 
@@ -479,7 +489,7 @@ class Run:
         raise NotImplementedError
 
     def more_state(self) -> dict[str, Any]:
-        """What else ``state.json`` holds."""
+        """Return what else ``state.json`` holds."""
         raise NotImplementedError
 
     def not_finite(self) -> str | None:

@@ -63,7 +63,7 @@ def _structure_fields(source: str, layout: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def resumed_fields(folder: Path) -> dict[str, Any]:
-    """The same of a run that started from trained weights, by its checkpoint; none for any other run."""
+    """Return the same of a run that started from trained weights, by its checkpoint; none for any other run."""
     from structlin_nn.checkpoints import CHECKPOINTS, checkpoints, read_state
 
     if not (names := checkpoints(folder)):

@@ -30,6 +30,8 @@ class Interruption:
     ignored: Python gives signals back their defaults then, and the exit code would be that of a killed process. Outside
     of the main thread, where Python cannot handle signals, nothing is changed.
 
+    Examples
+    --------
     >>> with Interruption() as interruption:
     ...     os.kill(os.getpid(), signal.SIGTERM)
     >>> interruption.signal.name
@@ -78,8 +80,10 @@ def _ignore() -> None:
 
 
 def scalars(evaluation: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
-    """The numbers of an evaluation, nested ones by their path; what is None has none.
+    """Return the numbers of an evaluation, nested ones by their path; what is None has none.
 
+    Examples
+    --------
     >>> scalars({"test_loss": 0.5, "batch_loss": None, "statistics": {"gains": {"input": 1.0}}})
     {'test_loss': 0.5, 'statistics/gains/input': 1.0}
     """
@@ -140,7 +144,7 @@ def versions(more: Sequence[str]) -> dict[str, str]:
 
 
 def hardware(threads: int, device: str) -> dict[str, Any]:
-    """What the run is computed on; nothing that names the machine."""
+    """Return what the run is computed on; nothing that names the machine."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:

@@ -102,6 +102,8 @@ class Average:
     Buffers of integers are those of the model. By hand, because `torch.optim.swa_utils.AveragedModel` copies a module,
     which sharded modules do not allow, and evaluates the copy.
 
+    Examples
+    --------
     >>> layer = nn.Linear(1, 1, bias=False)
     >>> average, before = Average(layer, decay=0.9), layer.weight.item()
     >>> _ = layer.weight.data.add_(1.0)
@@ -264,7 +266,7 @@ class TorchRun(Run):
             group["lr"] = rate * share
 
     def sync(self, last: bool) -> Any:
-        """A context for the backward pass of a part: gradients are summed over the processes in the last one."""
+        """Return a context for the backward pass of a part: gradients are summed over the processes in the last one."""
         return nullcontext() if self.group.size == 1 else self.group.sync(self.forward, last)
 
     def autocast(self) -> torch.autocast:
@@ -273,7 +275,7 @@ class TorchRun(Run):
         return torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32)
 
     def gradient_norm(self) -> Tensor | None:
-        """The norm of all gradients, which are scaled down to ``config.clip``; None where nobody needs it."""
+        """Return the norm of all gradients, which are scaled down to ``config.clip``; None where nobody needs it."""
         if self.group.sharded:
             self.group.average_scalars(self.model)
         if not self.config.clip and not self.logs():
@@ -295,7 +297,7 @@ class TorchRun(Run):
             self.average.update()
 
     def mean_and_sum(self, losses: Sequence[Tensor], statistics: Sequence[Tensor] = ()) -> tuple[Tensor, Tensor]:
-        """The mean of the losses and the sum of the statistics of all parts in all processes."""
+        """Return the mean of the losses and the sum of the statistics of all parts in all processes."""
         loss = torch.stack([loss.detach().double() for loss in losses]).mean()
         summed = torch.stack(list(statistics)).sum(0).double() if statistics else loss.new_zeros(1)
         if self.group.size == 1:
@@ -304,7 +306,7 @@ class TorchRun(Run):
         return together[0], together[1:]
 
     def call(self, *inputs: Any, **options: Any) -> Any:
-        """The forward pass for evaluation, in the configuration's precision."""
+        """Return the forward pass for evaluation, in the configuration's precision."""
         # Never the compiled code: it is for the shapes of a step, and has no place for the hooks of a probe.
         eager = torch.compiler.set_stance("force_eager") if self.config.compile else nullcontext()
         with self.autocast(), eager:
@@ -341,7 +343,7 @@ class TorchRun(Run):
         return next((n for n, p in named if not bool(torch.isfinite(local(p)).all())), None)
 
     def _tensors(self) -> dict[str, Any]:
-        """The tensors of model, optimiser and average, by names of parameters."""
+        """Return the tensors of model, optimiser and average, by names of parameters."""
         names = {parameter: name for name, parameter in self.model.named_parameters()}
         states = {
             names[p]: {
@@ -447,7 +449,7 @@ def layers_of(model: nn.Module, groups: Sequence[Mapping[str, Any]]) -> list[dic
 
 
 def peak_flops(device: torch.device, precision: str) -> float | None:
-    """The most FLOP/s that a device can do in products of a precision, None where that is not known."""
+    """Return the most FLOP/s that a device can do in products of a precision, None where that is not known."""
     if device.type != "cuda":
         return None
     if precision == "float32" and torch.get_float32_matmul_precision() != "highest":

@@ -43,9 +43,13 @@ class Config(RunConfig):
 
     The defaults are the paper's recipe for ``cifar-mlp``; `structlin_nn.recipes.recipe` has that for ``cifar-vit``.
 
-    Raises:
-        TypeError, ValueError: as `RunConfig`.
+    Raises
+    ------
+    TypeError, ValueError
+        As `RunConfig`.
 
+    Examples
+    --------
     >>> Config(width=128, structure="low_rank", options={"rank": 8}).replace(width=256).width
     256
     """
@@ -101,7 +105,7 @@ class Options(RunOptions):
 
 
 def build(config: Config, classes: int) -> nn.Module:
-    """The model of a configuration: images (batch, 3, 32, 32) to logits (batch, classes)."""
+    """Return the model of a configuration: images (batch, 3, 32, 32) to logits (batch, classes)."""
     structure = StructureConfig(config.structure, config.options, config.layers, bool(config.rms_cap), config.rule)
     sizes = {"bias": config.bias} if config.model == "cifar-mlp" else {}
     return build_model(
@@ -137,23 +141,36 @@ def train(
 ) -> Result:  # fmt: skip
     """Train, or resume a run where its last checkpoint left it.
 
-    Args:
-        config: of the run.
-        options: where it reads and writes; `options.data` is where the files of CIFAR are (`load_images`), or None for
-            the embedded images.
-        build: (configuration, classes) to a model of your own, in place of those of the paper; it is called for the
-            model, and on the meta device for the dense model at base width.
-        data: images of your own, in place of `options.data`.
-        watch: called after every step with the run and the loss; True ends the run there.
+    Parameters
+    ----------
+    config
+        Of the run.
+    options
+        Where it reads and writes; `options.data` is where the files of CIFAR are (`load_images`), or None for the
+        embedded images.
+    build
+        (configuration, classes) to a model of your own, in place of those of the paper; it is called for the model, and
+        on the meta device for the dense model at base width.
+    data
+        Images of your own, in place of `options.data`.
+    watch
+        Called after every step with the run and the loss; True ends the run there.
 
-    Returns:
+    Returns
+    -------
+    Result
         How the run ended; its record is described in `structlin_nn.records`.
 
-    Raises:
-        FileNotFoundError: data that do not exist.
-        FileExistsError, BlockingIOError, ValueError: as `structlin_nn.recipes._run.Run`; damaged data.
-        TrainingError: a loss or a weight is not finite; the message names the last good checkpoint.
-        OSError: a checkpoint could not be written; the last one is whole.
+    Raises
+    ------
+    FileNotFoundError
+        Data that do not exist.
+    FileExistsError, BlockingIOError, ValueError
+        As `structlin_nn.recipes._run.Run`; damaged data.
+    TrainingError
+        A loss or a weight is not finite; the message names the last good checkpoint.
+    OSError
+        A checkpoint could not be written; the last one is whole.
     """
     with processes(config.device, options.parallel) as group, TorchRun(config, options, group, watch) as run:
         size = group.part_size(config)
@@ -258,7 +275,7 @@ def due(config: Config, step: int, steps: int, per_epoch: int) -> tuple[bool, bo
 def evaluation(
     config: Config, step: int, per_epoch: int, scores: Sequence[float], sums: Sequence[float]
 ) -> tuple[dict[str, Any], str]:
-    """An evaluation as the record has it, and in a line."""
+    """Return an evaluation as the record has it, and in a line."""
     train_loss, train_error, test_loss, test_error = scores
     loss, right, seen = sums
     epoch = step // per_epoch if step % per_epoch == 0 else step / per_epoch

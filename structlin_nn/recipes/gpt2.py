@@ -47,9 +47,13 @@ class Config(RunConfig):
     nanoGPT's: learning rate and its schedule, betas, clipping, and a weight decay of 0.1 of all matrices, embeddings
     too.
 
-    Raises:
-        TypeError, ValueError: as `RunConfig`.
+    Raises
+    ------
+    TypeError, ValueError
+        As `RunConfig`.
 
+    Examples
+    --------
     >>> Config(width=128, heads=2, context=64, steps=100, warmup_steps=10).batch_size
     480
     """
@@ -101,7 +105,7 @@ class Config(RunConfig):
 
 
 def build(config: Config, vocabulary: int) -> nn.Module:
-    """The model of a configuration: tokens (batch, length) to logits (batch, length, vocabulary)."""
+    """Return the model of a configuration: tokens (batch, length) to logits (batch, length, vocabulary)."""
     structure = StructureConfig(config.structure, config.options, config.layers, bool(config.rms_cap), config.rule)
     return build_model("gpt2", width=config.width, structure=structure, **_sizes(config, vocabulary))
 
@@ -135,12 +139,17 @@ def train(
 ) -> Result:  # fmt: skip
     """Train, or resume a run where its last checkpoint left it.
 
-    Args:
-        config, watch: as `structlin_nn.recipes.cifar.train`, whose results and errors are those of this function too.
-        options: where it reads and writes; `options.data` is a folder with ``train.bin`` and ``val.bin``, as
-            ``structlin prepare`` and nanoGPT write them.
-        build: (configuration, vocabulary) to a model of your own, in place of GPT-2.
-        data: tokens of your own, in place of `options.data`.
+    Parameters
+    ----------
+    config, watch
+        As `structlin_nn.recipes.cifar.train`, whose results and errors are those of this function too.
+    options
+        Where it reads and writes; `options.data` is a folder with ``train.bin`` and ``val.bin``, as ``structlin
+        prepare`` and nanoGPT write them.
+    build
+        (configuration, vocabulary) to a model of your own, in place of GPT-2.
+    data
+        Tokens of your own, in place of `options.data`.
     """
     with processes(config.device, options.parallel) as group, TorchRun(config, options, group, watch) as run:
         size = group.part_size(config)
@@ -230,7 +239,7 @@ def token_loss(
 def evaluation(
     config: Config, step: int, train_loss: float, val_loss: float, val_tokens: int, sums: Sequence[float]
 ) -> tuple[dict[str, Any], str]:
-    """An evaluation as the record has it, and in a line."""
+    """Return an evaluation as the record has it, and in a line."""
     found = {
         "tokens": step * config.batch_size * config.context, "train_loss": train_loss, "val_loss": val_loss,
         "val_perplexity": perplexity(val_loss), "val_tokens": val_tokens,

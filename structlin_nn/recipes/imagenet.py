@@ -44,9 +44,13 @@ class Config(RunConfig):
 
     The defaults are the paper's recipe for ViT/32.
 
-    Raises:
-        TypeError, ValueError: as `RunConfig`.
+    Raises
+    ------
+    TypeError, ValueError
+        As `RunConfig`.
 
+    Examples
+    --------
     >>> Config(width=128, depth=2, epochs=10).patch
     32
     """
@@ -107,7 +111,7 @@ class Config(RunConfig):
             super()._check_width()
 
     def images(self) -> ImageRecipe:
-        """What is done to training images."""
+        """Return what is done to training images."""
         return ImageRecipe(
             size=self.image_size, rand_augment=self.augment or None, color_jitter=self.color_jitter,
             random_erasing=self.erasing, mixup=self.mixup, smoothing=self.label_smoothing,
@@ -123,7 +127,7 @@ class Options(RunOptions):
 
 
 def build(config: Config, classes: int) -> nn.Module:
-    """The model of a configuration: images (batch, 3, size, size) to logits (batch, classes)."""
+    """Return the model of a configuration: images (batch, 3, size, size) to logits (batch, classes)."""
     structure = StructureConfig(config.structure, config.options, config.layers, bool(config.rms_cap), config.rule)
     if config.model == "imagenet-vit":
         sizes = {name: getattr(config, name) for name in ("depth", "heads", "patch", "expansion")}
@@ -162,10 +166,14 @@ def train(
 ) -> Result:
     """Train, or resume a run where its last checkpoint left it.
 
-    Args:
-        config, watch: as `structlin_nn.recipes.cifar.train`, whose results and errors are those of this function too.
-        options: where it reads and writes; `options.data` is where the images are (`open_imagenet`).
-        build: (configuration, classes) to a model of your own, in place of ViT/32.
+    Parameters
+    ----------
+    config, watch
+        As `structlin_nn.recipes.cifar.train`, whose results and errors are those of this function too.
+    options
+        Where it reads and writes; `options.data` is where the images are (`open_imagenet`).
+    build
+        (configuration, classes) to a model of your own, in place of ViT/32.
     """
     with processes(config.device, options.parallel) as group, TorchRun(config, options, group, watch) as run:
         size, recipe = group.part_size(config), config.images()

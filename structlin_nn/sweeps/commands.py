@@ -15,7 +15,7 @@ __all__ = ["command", "words"]
 
 
 def words(job: Job, launcher: Sequence[str] = (), program: Sequence[str] = ("structlin",)) -> list[str]:
-    """The words of the command that makes a run, or resumes it, after those of `launcher` and `program`."""
+    """Return the words of the command that makes a run, or resumes it, after those of `launcher` and `program`."""
     config = job.config
     usual, values = recipe(config.model, structure=config.structure), config.to_dict()
     found = [*launcher, *program, "train", "imagenet" if config.task == "imagenet" else config.model]

@@ -30,6 +30,8 @@ class Command:
     Called before the time is up, `checkpoint` has the command write its checkpoint and end, and asks for it to be
     started again.
 
+    Examples
+    --------
     >>> Command(["true"])()
     """
 
@@ -54,7 +56,7 @@ class Command:
             raise RuntimeError(f"the command ended with {code}: {' '.join(self.words)}")
 
     def checkpoint(self) -> Any:
-        """What submitit calls before the time is up: the same command once more."""
+        """Return what submitit calls before the time is up: the same command once more."""
         from submitit.helpers import DelayedSubmission
 
         self._end()
@@ -79,9 +81,12 @@ def submit(
     and `parameters` are those of submitit's ``AutoExecutor.update_parameters``, such as ``timeout_min`` or
     ``slurm_partition``.
 
-    Raises:
-        ImportError: submitit is not installed.
-        ValueError: no runs, an unknown cluster or parameter, or no such scheduler on this machine.
+    Raises
+    ------
+    ImportError
+        Submitit is not installed.
+    ValueError
+        No runs, an unknown cluster or parameter, or no such scheduler on this machine.
     """
     if cluster not in CLUSTERS:
         raise ValueError(f"cluster must be one of {', '.join(CLUSTERS)}, got {cluster!r}")

@@ -24,6 +24,8 @@ Overlay = Mapping[str, Any]
 def grid(**values: Sequence[Any]) -> list[dict[str, Any]]:
     """Every combination of values; the last key varies fastest.
 
+    Examples
+    --------
     >>> grid(width=[64, 128], seed=[0, 1])[:3]
     [{'width': 64, 'seed': 0}, {'width': 64, 'seed': 1}, {'width': 128, 'seed': 0}]
     """
@@ -33,6 +35,8 @@ def grid(**values: Sequence[Any]) -> list[dict[str, Any]]:
 def zipped(**values: Sequence[Any]) -> list[dict[str, Any]]:
     """The first values of all keys together, then the second, and so on; ValueError for different numbers of values.
 
+    Examples
+    --------
     >>> zipped(width=[64, 128], lr=[3e-3, 1e-3])
     [{'width': 64, 'lr': 0.003}, {'width': 128, 'lr': 0.001}]
     """
@@ -45,6 +49,8 @@ def zipped(**values: Sequence[Any]) -> list[dict[str, Any]]:
 def merge(*lists: Sequence[Overlay]) -> list[dict[str, Any]]:
     """Every combination of one overlay from each list, merged; ValueError for a key that two of them set.
 
+    Examples
+    --------
     >>> merge([{"structure": "dense"}, {"structure": "monarch"}], grid(width=[64, 128]))[1]
     {'structure': 'dense', 'width': 128}
     """
@@ -63,14 +69,23 @@ def merge(*lists: Sequence[Overlay]) -> list[dict[str, Any]]:
 class Sweep:
     """Many runs from one description.
 
-    Attributes:
-        name: of the sweep.
-        about: one line for the reader.
-        model: whose recipe (`structlin_nn.recipes.recipe`) the runs start from.
-        base: changes to the recipe that all runs have.
-        overlays: the changes of each run; from `grid`, `zipped`, `merge`, and sums of their results.
-        data: name of the data that ``--data`` has to say where they are; for the reader.
+    Attributes
+    ----------
+    name
+        Of the sweep.
+    about
+        One line for the reader.
+    model
+        Whose recipe (`structlin_nn.recipes.recipe`) the runs start from.
+    base
+        Changes to the recipe that all runs have.
+    overlays
+        The changes of each run; from `grid`, `zipped`, `merge`, and sums of their results.
+    data
+        Name of the data that ``--data`` has to say where they are; for the reader.
 
+    Examples
+    --------
     >>> sweep = Sweep(name="x", about="", model="cifar-mlp", overlays=grid(width=[64, 128]), base={"epochs": 2})
     >>> {name: config.width for name, config in sweep.runs().items()}
     {'w64': 64, 'w128': 128}
@@ -86,7 +101,7 @@ class Sweep:
     data: str = "CIFAR-10"
 
     def runs(self, changes: Overlay | None = None) -> dict[str, Any]:
-        """The configurations by name, with changes to all runs, also where an overlay says otherwise.
+        """Return the configurations by name, with changes to all runs, also where an overlay says otherwise.
 
         ValueError for no overlays, runs that are the same, or a configuration that is none.
         """
@@ -105,8 +120,10 @@ class Sweep:
 
 
 def run_name(overlay: Overlay) -> str:
-    """A name for a run, from what tells it from the others: letters, digits, and any of . + - _.
+    """Return a name for a run, from what tells it from the others: letters, digits, and any of . + - _.
 
+    Examples
+    --------
     >>> run_name({"structure": "monarch", "options": {"blocks": 4}, "width": 64, "structure_aware": False, "lr": 3e-3})
     'monarch-blocks4-w64-naive-lr0.003'
     >>> run_name({})
@@ -130,8 +147,10 @@ def _shown(value: Any) -> str:
 
 
 def names() -> list[str]:
-    """The sweeps that are part of structlin_nn: the modules of `structlin_nn.configs`, with dashes.
+    """Return the sweeps that are part of structlin_nn: the modules of `structlin_nn.configs`, with dashes.
 
+    Examples
+    --------
     >>> "delta-h" in names()
     True
     """
@@ -140,7 +159,7 @@ def names() -> list[str]:
 
 
 def find(name: str) -> Sweep:
-    """A sweep by name (one of `names`), or from a Python file of your own, which is run and has a `SWEEP`.
+    """Return a sweep by name (one of `names`), or from a Python file of your own, which is run and has a `SWEEP`.
 
     ValueError for an unknown name, with the nearest, or a file without a `SWEEP`; FileNotFoundError for no file.
     """

@@ -22,7 +22,7 @@ class FactorList(nn.ParameterList):
         self._names = [str(k) for k in range(len(self))]
 
     def forward(self) -> tuple[Tensor, ...]:
-        """The factors by name: parameters, or what hooks and parametrizations have put in their places."""
+        """Return the factors by name: parameters, or what hooks and parametrizations have put in their places."""
         return tuple(getattr(self, str(k)) for k in range(len(self)))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

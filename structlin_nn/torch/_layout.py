@@ -35,12 +35,16 @@ _TYPES: dict[str, type | tuple[type, ...]] = {
 
 
 def layout_of(model: nn.Module) -> dict[str, Any]:
-    """The layout of a model.
+    """Return the layout of a model.
 
-    Raises:
-        ValueError: the model itself is a structured layer; a structured layer that has parametrizations, options that
-            JSON cannot hold, or a structure without a name that is no chain.
+    Raises
+    ------
+    ValueError
+        The model itself is a structured layer; a structured layer that has parametrizations, options that JSON cannot
+        hold, or a structure without a name that is no chain.
 
+    Examples
+    --------
     >>> layout = layout_of(nn.Sequential(StructuredLinear(6, 4, structure="low_rank", rank=2), nn.Linear(4, 3)))
     >>> layout["layers"][0]["options"], layout["linear"]
     ({'rank': 2}, ['1'])
@@ -168,14 +172,16 @@ class Change:
 
 
 def changes(model: nn.Module, layout: Mapping[str, Any]) -> list[Change]:
-    """What is to be replaced in ``model``, which stays as it is here, for it to have a layout.
+    """Return what is to be replaced in ``model``, which stays as it is here, for it to have a layout.
 
     New layers have dtype, training mode and ``requires_grad`` of those that they replace. A structured layer that is
     as the layout says stays.
 
-    Raises:
-        ValueError: the model has no linear layer there, or one of other sizes, or with a bias where there is to be
-            none, or the other way round; a layer that cannot be replaced (:func:`replace_linear`).
+    Raises
+    ------
+    ValueError
+        The model has no linear layer there, or one of other sizes, or with a bias where there is to be none, or the
+        other way round; a layer that cannot be replaced (:func:`replace_linear`).
     """
     places: dict[nn.Module, list[str]] = {}
     modules: dict[str, nn.Module] = {}

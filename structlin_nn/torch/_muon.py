@@ -32,14 +32,16 @@ class Matrices(NamedTuple):
         return x.permute(self.order).reshape(self.blocks, self.fan_out, self.fan_in)
 
     def back(self, matrices: Tensor, shape: Sequence[int]) -> Tensor:
-        """The inverse of :meth:`view`, for a parameter of ``shape``."""
+        """Return the inverse of :meth:`view`, for a parameter of ``shape``."""
         inverse = [self.order.index(axis) for axis in range(len(self.order))]
         return matrices.reshape([shape[axis] for axis in self.order]).permute(inverse)
 
 
 def factor_matrices(structure: AbstractStructure) -> tuple[Matrices | None, ...]:
-    """The matrices in each factor of a chain; None for a factor of another structure.
+    """Return the matrices in each factor of a chain; None for a factor of another structure.
 
+    Examples
+    --------
     >>> factor_matrices(Structure.parse("pa,pfra->frp; frp,ferp->fe", p=2, a=3, f=5, r=4, e=6))[1]
     Matrices(order=(0, 1, 2, 3), blocks=5, fan_out=6, fan_in=8)
     """
@@ -94,21 +96,34 @@ class Muon(Optimizer):
     further factor: the multipliers of :func:`parameter_groups` see to the scale. Weight decay is decoupled. Sharded
     parameters (DTensors) are gathered, one at a time, to be orthogonalised.
 
-    Args:
-        params: groups of ``parameter_groups(..., optimizer="muon")``: those with a list ``matrices`` (how each of its
-            ``params`` holds matrices) are stepped by Muon, those without by AdamW.
-        lr: rate of groups that have none of their own.
-        weight_decay: likewise.
-        momentum: of Muon.
-        nesterov: look ahead.
-        ns_steps: Newton-Schulz iterations.
-        betas: of AdamW.
-        eps: of AdamW.
+    Parameters
+    ----------
+    params
+        Groups of ``parameter_groups(..., optimizer="muon")``: those with a list ``matrices`` (how each of its
+        ``params`` holds matrices) are stepped by Muon, those without by AdamW.
+    lr
+        Rate of groups that have none of their own.
+    weight_decay
+        likewise.
+    momentum
+        Of Muon.
+    nesterov
+        Look ahead.
+    ns_steps
+        Newton-Schulz iterations.
+    betas
+        Of AdamW.
+    eps
+        Of AdamW.
 
-    Raises:
-        ValueError: a negative rate or decay; a momentum or betas outside of [0, 1); no iterations; a group whose
-            ``matrices`` do not fit its ``params``; complex parameters under Muon.
+    Raises
+    ------
+    ValueError
+        A negative rate or decay; a momentum or betas outside of [0, 1); no iterations; a group whose ``matrices`` do
+        not fit its ``params``; complex parameters under Muon.
 
+    Examples
+    --------
     >>> layer = torch.nn.Linear(4, 3, bias=False)
     >>> group = {"params": [layer.weight], "matrices": [Matrices((0, 1), blocks=1, fan_out=3, fan_in=4)]}
     >>> optimizer, before = Muon([group], lr=0.1), layer.weight.detach().clone()

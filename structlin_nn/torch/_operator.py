@@ -152,5 +152,5 @@ def _(
     gy_shape: Sequence[int], x_shape: Sequence[int], factor_shapes: Sequence[Any], structure: str,
     needs: Sequence[bool], *_: Any, **__: Any,
 ) -> int:  # fmt: skip
-    """The products of the backward pass, and those of the forward pass that it repeats."""
+    """Return the products of the backward pass, and those of the forward pass that it repeats."""
     return 2 * x_shape[0] * gradient_macs(from_text(structure), needs)

@@ -20,6 +20,8 @@ Curve = Sequence[tuple[int, float]]
 def hull(curve: Curve) -> list[int]:
     """Indices of the lower convex hull, from the cheapest point to the one of smallest loss.
 
+    Examples
+    --------
     >>> hull([(1, 9.0), (2, 8.0), (3, 2.0), (4, 2.0), (5, 1.0)])
     [0, 2, 4]
     """
@@ -41,6 +43,8 @@ def hull(curve: Curve) -> list[int]:
 def allocate(curves: Sequence[Curve], budget: int) -> list[int]:
     """Which point of each curve to take. Raises ValueError where the cheapest points exceed the budget.
 
+    Examples
+    --------
     >>> allocate([[(1, 4.0), (2, 1.0)], [(1, 9.0), (3, 0.0)]], budget=4)
     [0, 1]
     """

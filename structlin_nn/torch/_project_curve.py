@@ -25,13 +25,13 @@ def saves(structure: AbstractStructure) -> bool:
 
 
 def relative(error: float, problem: Problem) -> float:
-    """An error over the norm of the target; 0 for the exact form of a zero matrix."""
+    """Return an error over the norm of the target; 0 for the exact form of a zero matrix."""
     scale = problem.norm(problem.target)
     return error / scale if scale else (0.0 if error == 0 else np.inf)
 
 
 def _first(count: int, holds: Callable[[int], bool]) -> int:
-    """The first of ``range(count)`` for which ``holds``, if it stays true from there on; ``count`` for none."""
+    """Return the first of ``range(count)`` for which ``holds``, if it stays true from there on; ``count`` for none."""
     low, high = 0, count
     while low < high:
         middle = (low + high) // 2
@@ -73,7 +73,7 @@ class Forms:
 
     @classmethod
     def of(cls, name: str, shape: tuple[int, int], options: Mapping[str, Any]) -> Forms:
-        """The knob is the rank where the structure has one, else the blocks, unless ``options`` name them.
+        """Return the knob is the rank where the structure has one, else the blocks, unless ``options`` name them.
 
         Raises ValueError for options or sizes that the structure does not allow.
         """
@@ -97,14 +97,14 @@ class Forms:
         return len(self.values)
 
     def choice(self, number: int) -> dict[str, Any]:
-        """The knob's value, by name."""
+        """Return the knob's value, by name."""
         if self.knob is None:
             return {}
         value = self.values[number]
         return {self.knob: tuple(min(value, n) for n in self.limits) if len(self.limits) > 1 else value}
 
     def design(self, number: int) -> AbstractStructure:
-        """The structure of a form."""
+        """Return the structure of a form."""
         return structlin.design(self.name, self.shape, **self.options, **self.choice(number))
 
     def curve(self, problem: Problem) -> list[tuple[int, float]]:
@@ -124,7 +124,7 @@ class Forms:
         return [(i, float(error)) for (i, _), error in zip(points, lowest, strict=True)]
 
     def smallest_for(self, error: float, problem: Problem, settings: Settings) -> tuple[int, Solution] | None:
-        """The first form whose relative error is at most ``error``, and its solution; None where there is none.
+        """Return the first form whose relative error is at most ``error``, and its solution; None where there is none.
 
         Without a closed form it is found by bisection, which takes it that the error falls as the MACs grow.
         """

@@ -61,7 +61,7 @@ class Task:
         return math.prod(self.shape)
 
     def matrix(self) -> np.ndarray:
-        """The weight, (d_out, d_in)."""
+        """Return the weight, (d_out, d_in)."""
         found = on_host(self.linear.get_parameter("weight"))
         return found.T if is_conv1d(self.linear) else found
 
@@ -80,7 +80,7 @@ class Task:
         self._problem = self.moments = None
 
     def named(self, error: Exception) -> Exception:
-        """An error that says which layer it is about."""
+        """Return an error that says which layer it is about."""
         return type(error)(f"layer {self.names[0]!r} ({self.shape[1]} -> {self.shape[0]}): {error}")
 
 
@@ -183,7 +183,7 @@ class Choice:
     def run(
         self, tasks: Sequence[Task], damping: float, settings: Settings, layer_options: Mapping[str, Any]
     ) -> list[Made]:
-        """The new layer of each task, None where it stays dense, and its line of the report."""
+        """Return the new layer of each task, None where it stays dense, and its line of the report."""
         picked = self._shared_out(tasks, damping) if self.budget is not None else [None] * len(tasks)
         made: list[Made] = []
         for place, task in enumerate(tasks):
@@ -242,7 +242,7 @@ class Choice:
 def layer_of(
     linear: nn.Module, structure: AbstractStructure, solution: Solution, options: Mapping[str, Any]
 ) -> StructuredLinear:
-    """A layer with the values of a solution, that is otherwise as ``linear``."""
+    """Return a layer with the values of a solution, that is otherwise as ``linear``."""
     sizes = linear_sizes(linear)
     assert sizes is not None
     weight, bias = linear.get_parameter("weight"), linear._parameters.get("bias")

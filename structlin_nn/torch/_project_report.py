@@ -15,16 +15,25 @@ __all__ = ["LayerProjection", "ProjectionReport"]
 class LayerProjection:
     """One layer that was chosen for projection.
 
-    Attributes:
-        names: where it stands; several names where one module is used at several places.
-        shape: (d_out, d_in).
-        structure: of the new layer; None where the layer stayed dense, for the ``reason`` given.
-        options: what was chosen for this layer alone, such as ``{"rank": 12}``.
-        weight_error: ``||W - A|| / ||W||`` in the Frobenius norm, A being the new weight as it is stored.
-        output_error: the same for the outputs (without bias) on the calibration data,
-            ``sqrt(E ||(W - A) x||^2 / E ||W x||^2)``; None without calibration.
-        params_before, params_after: trainable or not, with biases and gains.
-        macs_before, macs_after: multiply-accumulates for one vector at one place.
+    Attributes
+    ----------
+    names
+        Where it stands; several names where one module is used at several places.
+    shape
+        (d_out, d_in).
+    structure
+        Of the new layer; None where the layer stayed dense, for the ``reason`` given.
+    options
+        What was chosen for this layer alone, such as ``{"rank": 12}``.
+    weight_error
+        ``||W - A|| / ||W||`` in the Frobenius norm, A being the new weight as it is stored.
+    output_error
+        The same for the outputs (without bias) on the calibration data, ``sqrt(E ||(W - A) x||^2 / E ||W x||^2)``; None
+        without calibration.
+    params_before, params_after
+        Trainable or not, with biases and gains.
+    macs_before, macs_after
+        Multiply-accumulates for one vector at one place.
     """
 
     names: tuple[str, ...]
@@ -61,12 +70,18 @@ class LayerProjection:
 class ProjectionReport:
     """What :func:`project_linear` did; ``print`` it for a table.
 
-    Attributes:
-        layers: the chosen layers, those that stayed dense among them, in the order in which the model registers them.
-        skipped: names of layers that were left alone because their weight is tied to another module, and why.
-        notes: what else was changed in the model.
-        max_macs: the budget, None where there was none.
-        max_params: the budget of parameters, likewise.
+    Attributes
+    ----------
+    layers
+        The chosen layers, those that stayed dense among them, in the order in which the model registers them.
+    skipped
+        Names of layers that were left alone because their weight is tied to another module, and why.
+    notes
+        What else was changed in the model.
+    max_macs
+        The budget, None where there was none.
+    max_params
+        The budget of parameters, likewise.
     """
 
     layers: tuple[LayerProjection, ...]

@@ -57,7 +57,7 @@ def is_convolution(module: nn.Module) -> bool:
 
 
 def experts(module: nn.Module) -> dict[str, Experts]:
-    """The parameters of three axes of a mixture of experts as transformers lays them out, by their names.
+    """Return the parameters of three axes of a mixture of experts as transformers lays them out, by their names.
 
     Such a module has ``num_experts``, and pairs of parameters that map the features to those of the experts and back.
     Which axis is which follows from the sizes of the pair, and where both fit (square weights), from the attribute
@@ -177,7 +177,7 @@ def kind(module: nn.Module, name: str, parameter: Tensor) -> str | None:
 
 
 def role_of(module: nn.Module, name: str, parameter: Tensor) -> str:
-    """What a weight that stays dense is, for a report."""
+    """Return what a weight that stays dense is, for a report."""
     if linear_sizes(module) is not None:
         return "not chosen"
     if isinstance(module, _CONVOLUTIONS):

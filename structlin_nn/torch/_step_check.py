@@ -175,7 +175,7 @@ def _ignored(optimizer: Optimizer) -> None:
 
 
 def _spread(groups: Sequence[Mapping[str, Any]]) -> str:
-    """What of the rates is not as their multipliers say, or "" where nothing is."""
+    """Return what of the rates is not as their multipliers say, or "" where nothing is."""
     found: dict[bool, tuple[float, float]] = {}
     for group in groups:
         multiplier, rate = group.get("multiplier"), group["lr"]

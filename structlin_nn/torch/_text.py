@@ -16,8 +16,10 @@ __all__ = ["from_text", "to_text"]
 
 @lru_cache(maxsize=4096)
 def to_text(structure: Structure) -> str:
-    """A chain as JSON text, from which :func:`from_text` makes an equal one.
+    """Return a chain as JSON text, from which :func:`from_text` makes an equal one.
 
+    Examples
+    --------
     >>> text = to_text(Structure.parse("i,ri->r; r,or->o", i=8, r=2, o=6))
     >>> text
     '{"chain": "i,ri->r; r,or->o", "sizes": {"i": 8, "r": 2, "o": 6}, "d_in": 8, "d_out": 6}'
@@ -36,7 +38,7 @@ def to_text(structure: Structure) -> str:
 
 @lru_cache(maxsize=4096)
 def from_text(text: str) -> Structure:
-    """The chain that :func:`to_text` wrote down; ValueError for any other text."""
+    """Return the chain that :func:`to_text` wrote down; ValueError for any other text."""
     try:
         content = json.loads(text)
         chain, sizes, d_in, d_out = (content[key] for key in ("chain", "sizes", "d_in", "d_out"))

@@ -43,20 +43,33 @@ def mlp(
     Layer after layer is run instead under ``torch.compile``, export, ``torch.func`` transformations and dispatch modes,
     if a module has hooks, and for other devices, dtypes and structures.
 
-    Args:
-        x: (..., d), floating.
-        up: layer d -> hidden; down: layer hidden -> d_out.
-        activation: a name of :data:`ACTIVATIONS`.
-        gate: layer d -> hidden of a gated MLP (Shazeer, *GLU Variants Improve Transformer*, 2020).
-        norm: applied to ``x`` first, ``nn.LayerNorm`` or ``nn.RMSNorm`` over the last axis to be part of the pass.
-        residual: add ``x`` to the result; then ``d_out`` must be d.
+    Parameters
+    ----------
+    x
+        (..., d), floating.
+    up
+        Layer d -> hidden; down: layer hidden -> d_out.
+    activation
+        A name of :data:`ACTIVATIONS`.
+    gate
+        Layer d -> hidden of a gated MLP (Shazeer, *GLU Variants Improve Transformer*, 2020).
+    norm
+        Applied to ``x`` first, ``nn.LayerNorm`` or ``nn.RMSNorm`` over the last axis to be part of the pass.
+    residual
+        Add ``x`` to the result; then ``d_out`` must be d.
 
-    Returns:
+    Returns
+    -------
+    Tensor
         (..., d_out).
 
-    Raises:
-        ValueError: an unknown activation, or ``residual`` where input and output differ in size.
+    Raises
+    ------
+    ValueError
+        An unknown activation, or ``residual`` where input and output differ in size.
 
+    Examples
+    --------
     >>> up, down = (StructuredLinear(*s, structure="monarch", blocks=4) for s in ((32, 128), (128, 32)))
     >>> x = torch.randn(3, 7, 32)
     >>> torch.allclose(mlp(x, up, down), down(F.gelu(up(x))), atol=1e-5)
@@ -90,6 +103,8 @@ def projections(x: Tensor, layers: Sequence[nn.Module], norm: nn.Module | None =
 
     As in :func:`mlp` they run as one pass over ``x`` where that is possible and faster.
 
+    Examples
+    --------
     >>> layers = [StructuredLinear(32, size, structure="monarch", blocks=4) for size in (32, 16, 16)]
     >>> [tuple(y.shape) for y in projections(torch.randn(5, 32), layers)]
     [(5, 32), (5, 16), (5, 16)]
@@ -111,15 +126,22 @@ class StructuredMLP(nn.Module):
     that of the module whose place this one takes: ``("fc1", "fc2")`` in timm, ``("c_fc", "c_proj")`` in GPT-2 of
     transformers, ``("up_proj", "down_proj", "gate_proj")`` in Llama.
 
-    Args:
-        up, down, gate, activation: as in :func:`mlp`.
-        names: of up, down and gate.
-        dropout: probability of the dropout after the last layer in training.
+    Parameters
+    ----------
+    up, down, gate, activation
+        As in :func:`mlp`.
+    names
+        Of up, down and gate.
+    dropout
+        Probability of the dropout after the last layer in training.
 
-    Raises:
-        ValueError: an unknown activation, layers whose sizes do not fit, or a number of names other than that of
-            layers.
+    Raises
+    ------
+    ValueError
+        An unknown activation, layers whose sizes do not fit, or a number of names other than that of layers.
 
+    Examples
+    --------
     >>> up, down = (StructuredLinear(*s, structure="monarch", blocks=4) for s in ((32, 128), (128, 32)))
     >>> block = StructuredMLP(up, down, names=("fc1", "fc2"))
     >>> block(torch.ones(3, 32)).shape, sorted(block.state_dict())[0]
@@ -168,9 +190,13 @@ def fuse_mlps(model: nn.Module) -> dict[str, str]:
     An MLP is left alone if its activation function is none of :data:`ACTIVATIONS`, if it has dropout between its
     layers or hooks, or if on random input it returns something else than the layers and the activation give.
 
-    Returns:
+    Returns
+    -------
+    dict[str, str]
         For each MLP that was found, by its name, ``fused`` or why not.
 
+    Examples
+    --------
     >>> from collections import OrderedDict
     >>> layers = [StructuredLinear(*s, structure="monarch", blocks=4) for s in ((32, 128), (128, 32))]
     >>> block = nn.Sequential(OrderedDict(fc1=layers[0], act=nn.GELU(), fc2=layers[1]))
@@ -199,7 +225,7 @@ def _has_layers(module: nn.Module, names: Sequence[str]) -> bool:
 
 
 def _fused(module: nn.Module, names: tuple[str, ...]) -> StructuredMLP | str:
-    """The block for a module, or why there is none."""
+    """Return the block for a module, or why there is none."""
     if any(getattr(module, hooks) for hooks in _HOOKS):
         return "it has hooks, which would be lost"
     rest = [(name, child) for name, child in module.named_children() if name not in names]
@@ -274,7 +300,7 @@ def _one_pass(
     x: Tensor, first: Sequence[nn.Module], second: nn.Module | None, activation: str | None, norm: nn.Module | None,
     residual: bool,
 ) -> tuple[Tensor, ...] | None:  # fmt: skip
-    """The outputs, where the layers can run as one pass and that is faster."""
+    """Return the outputs, where the layers can run as one pass and that is faster."""
     layers = first if second is None else [*first, second]
     if not x.is_cpu or not all(_is_plain(layer) for layer in layers):
         return None

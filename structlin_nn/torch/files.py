@@ -48,11 +48,16 @@ class PlainFileError(ValueError):
 class StructuredFile:
     """What a file says of its model, without the tensors; from :func:`read_structured`.
 
-    Attributes:
-        layers, linear, aliases, sha256, build: as in the file.
-        shapes: of the tensors, by name.
-        dtypes: of the tensors, as safetensors names them: ``F32``, ``BF16``, ...
-        metadata: further entries of the metadata, strings.
+    Attributes
+    ----------
+    layers, linear, aliases, sha256, build
+        As in the file.
+    shapes
+        Of the tensors, by name.
+    dtypes
+        Of the tensors, as safetensors names them: ``F32``, ``BF16``, ...
+    metadata
+        Further entries of the metadata, strings.
     """
 
     layers: list[dict[str, Any]]
@@ -79,19 +84,28 @@ def save_structured(
 ) -> None:
     """Write a model with structured layers to a .safetensors file, in place of an older one, as a whole or not at all.
 
-    Args:
-        model: its parameters and persistent buffers are written, in their dtypes; tied ones once.
-        path: the file, ``.safetensors``.
-        build: how to build the model (:func:`structlin_nn.models.save_model` says it for the models of this package).
-        metadata: further entries for the metadata of the file.
+    Parameters
+    ----------
+    model
+        Its parameters and persistent buffers are written, in their dtypes; tied ones once.
+    path
+        The file, ``.safetensors``.
+    build
+        How to build the model (:func:`structlin_nn.models.save_model` says it for the models of this package).
+    metadata
+        Further entries for the metadata of the file.
 
-    Raises:
-        ValueError: a name that does not end in .safetensors; a model without structured layers and ``build``, which
-            safetensors alone can hold; values on the meta device or spread over processes; a dtype, layout or entry
-            of the state dictionary that safetensors has no form for; metadata that are no strings, or named
-            ``format`` or ``structlin``.
-        OSError: the file cannot be written.
+    Raises
+    ------
+    ValueError
+        A name that does not end in .safetensors; a model without structured layers and ``build``, which safetensors
+        alone can hold; values on the meta device or spread over processes; a dtype, layout or entry of the state
+        dictionary that safetensors has no form for; metadata that are no strings, or named ``format`` or ``structlin``.
+    OSError
+        The file cannot be written.
 
+    Examples
+    --------
     >>> from structlin_nn.torch import StructuredLinear, replace_linear
     >>> model = nn.Sequential(nn.Linear(12, 6), nn.ReLU(), nn.Linear(6, 4))
     >>> _ = replace_linear(model, "low_rank", rank=2)
@@ -130,12 +144,15 @@ def save_structured(
 
 
 def read_structured(path: str | os.PathLike[str]) -> StructuredFile:
-    """What a file of :func:`save_structured` says of its model, read without the tensors.
+    """Return what a file of :func:`save_structured` says of its model, read without the tensors.
 
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: a name that does not end in .safetensors; a damaged file; one that :func:`save_structured` did not
-            write, or that is of a newer version; structures that do not exist, or that have other factors here.
+    Raises
+    ------
+    FileNotFoundError
+        No such file.
+    ValueError
+        A name that does not end in .safetensors; a damaged file; one that :func:`save_structured` did not write, or
+        that is of a newer version; structures that do not exist, or that have other factors here.
     """
     path = _named(path)
     found = _header(path)
@@ -177,19 +194,29 @@ def load_structured(
     of the model have. Everything is checked before anything is changed. Make the optimiser afterwards, for the
     parameters of replaced layers are new.
 
-    Args:
-        model: of the same architecture as the one that was written, dense or not; or a function that builds one.
-        path: from :func:`save_structured`.
-        verify: compare the sum over the tensors, which tells a damaged file.
+    Parameters
+    ----------
+    model
+        Of the same architecture as the one that was written, dense or not; or a function that builds one.
+    path
+        From :func:`save_structured`.
+    verify
+        Compare the sum over the tensors, which tells a damaged file.
 
-    Returns:
+    Returns
+    -------
+    nn.Module
         The model.
 
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: as :func:`read_structured`; tensors that are damaged; a model with other layers, names, sizes or
-            ties than the file (the message says which).
-        TypeError: what is no model and no function to one.
+    Raises
+    ------
+    FileNotFoundError
+        No such file.
+    ValueError
+        As :func:`read_structured`; tensors that are damaged; a model with other layers, names, sizes or ties than the
+        file (the message says which).
+    TypeError
+        What is no model and no function to one.
     """
     if not isinstance(model, nn.Module):
         if not callable(model):
@@ -258,7 +285,7 @@ def check_entries(own: Mapping[str, tuple[tuple[int, ...], torch.dtype]], given:
 
 
 def read_tensors(path: str | os.PathLike[str], sha256: str | None = None) -> dict[str, Tensor]:
-    """The tensors of a .safetensors file, on the CPU; ValueError where it is damaged or has another sum."""
+    """Return the tensors of a .safetensors file, on the CPU; ValueError where it is damaged or has another sum."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 

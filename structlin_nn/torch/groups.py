@@ -94,41 +94,59 @@ def parameter_groups(
 
     A pattern is a glob (``*`` also runs over dots) or a compiled regular expression that matches the whole name.
 
-    Args:
-        model: the model to train. Parameters with ``requires_grad=False`` are left out.
-        base_model: the same model at base width; only sizes are read, so build it on the meta device. Its layers may
-            be dense or structured. None: each layer is its own base, dense layers have multiplier 1, and
-            ``lr`` is the rate that was tuned on the dense model of this very width.
-        lr: learning rate at base width.
-        weight_decay: coefficient of the kinds in ``decay``.
-        optimizer: whose rule: ``adam``, ``adamw``, ``sgd``, ``sign`` (Lion, signSGD), or ``muon``.
-        structure_aware: False for the naive rule.
-        extra_multipliers: further factors on the learning rate. A pattern that matches the name of a layer applies
-            to its factors, weight or embedding, one that matches the full name of a parameter to that parameter.
-            Several may apply; they multiply.
-        rules: patterns of full parameter names with rules of their own, which go before all others (the first that
-            matches counts): for parameters of unknown kinds, and for weights that are tied across kinds, by any name.
-        decay: kinds of parameters (:data:`KINDS`) that are decayed.
-        independent_decay: as above; not for ``adam``, whose decay goes through the gradient.
-        adam_lr: for ``muon``, the rate of Adam at base width; needed if anything is left to Adam.
-        adam_layers: for ``muon``, patterns of layers or parameters that are left to Adam.
+    Parameters
+    ----------
+    model
+        The model to train. Parameters with ``requires_grad=False`` are left out.
+    base_model
+        The same model at base width; only sizes are read, so build it on the meta device. Its layers may be dense or
+        structured. None: each layer is its own base, dense layers have multiplier 1, and ``lr`` is the rate that was
+        tuned on the dense model of this very width.
+    lr
+        Learning rate at base width.
+    weight_decay
+        Coefficient of the kinds in ``decay``.
+    optimizer
+        Whose rule: ``adam``, ``adamw``, ``sgd``, ``sign`` (Lion, signSGD), or ``muon``.
+    structure_aware
+        False for the naive rule.
+    extra_multipliers
+        Further factors on the learning rate. A pattern that matches the name of a layer applies to its factors, weight
+        or embedding, one that matches the full name of a parameter to that parameter. Several may apply; they multiply.
+    rules
+        Patterns of full parameter names with rules of their own, which go before all others (the first that matches
+        counts): for parameters of unknown kinds, and for weights that are tied across kinds, by any name.
+    decay
+        Kinds of parameters (:data:`KINDS`) that are decayed.
+    independent_decay
+        As above; not for ``adam``, whose decay goes through the gradient.
+    adam_lr
+        For ``muon``, the rate of Adam at base width; needed if anything is left to Adam.
+    adam_layers
+        For ``muon``, patterns of layers or parameters that are left to Adam.
 
-    Returns:
-        A list of dictionaries with ``params``, ``lr``, ``weight_decay``, and for the reader ``multiplier``,
-        ``base_lr`` (``lr`` is their product), ``optimizer`` and ``names`` (for ``muon`` also ``matrices``, None for
-        what Adam steps); ``print`` it for a table (:func:`format_groups`). Rates and decay of the groups go before
-        those that the optimiser is given. Schedulers that set a rate of their own (one cycle, cosine with a least
-        rate) lose the multipliers: :func:`structlin_nn.torch.with_multipliers` keeps them. The steps of an optimiser
-        warn where rates are lost (:class:`structlin_nn.torch.RatesWarning`).
+    Returns
+    -------
+    ParameterGroups
+        A list of dictionaries with ``params``, ``lr``, ``weight_decay``, and for the reader ``multiplier``, ``base_lr``
+        (``lr`` is their product), ``optimizer`` and ``names`` (for ``muon`` also ``matrices``, None for what Adam
+        steps); ``print`` it for a table (:func:`format_groups`). Rates and decay of the groups go before those that the
+        optimiser is given. Schedulers that set a rate of their own (one cycle, cosine with a least rate) lose the
+        multipliers: :func:`structlin_nn.torch.with_multipliers` keeps them. The steps of an optimiser warn where rates
+        are lost (:class:`structlin_nn.torch.RatesWarning`).
 
-    Raises:
-        ValueError: a parameter of two or more axes in a module of unknown kind, whose size is another at base width; a
-            parameter that several modules share and that their rules treat differently; modules with parameters that
-            only one of model and base model has; a pattern that matches nothing; an unknown optimiser or kind; a
-            negative rate or decay; ``adam_lr`` missing or not used; ``adam_layers`` for another optimiser than
-            ``muon``.
-        TypeError: a model that is none; rates that are no numbers; rules that are no :class:`ParameterRule`.
+    Raises
+    ------
+    ValueError
+        A parameter of two or more axes in a module of unknown kind, whose size is another at base width; a parameter
+        that several modules share and that their rules treat differently; modules with parameters that only one of
+        model and base model has; a pattern that matches nothing; an unknown optimiser or kind; a negative rate or
+        decay; ``adam_lr`` missing or not used; ``adam_layers`` for another optimiser than ``muon``.
+    TypeError
+        A model that is none; rates that are no numbers; rules that are no :class:`ParameterRule`.
 
+    Examples
+    --------
     >>> model = nn.Sequential(StructuredLinear(64, 64, structure="low_rank", rank=4), nn.ReLU(), nn.Linear(64, 10))
     >>> base = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 10)).to("meta")
     >>> groups = parameter_groups(model, base, lr=1.0, weight_decay=0.1)
@@ -317,6 +335,8 @@ def format_groups(groups: Iterable[Mapping[str, Any]]) -> str:
 
     Works on the result of :func:`parameter_groups` and on ``optimizer.param_groups`` made of it.
 
+    Examples
+    --------
     >>> print(format_groups(parameter_groups(nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2)), lr=0.1)))
     multiplier   lr  decay  tensors  parameters  names
              1  0.1      0        2          10  *.weight

@@ -51,36 +51,58 @@ class StructuredLinear(nn.Module):
     is used, with a learned gain of shape (1,) for each factor (Qiu et al., *Compute Better Spent*, ICML 2024, section
     4.3).
 
-    Args:
-        in_features: size of the last axis of the input.
-        out_features: size of the last axis of the output.
-        bias: add a learned bias.
-        device: of the parameters; ``"meta"`` allocates nothing (then ``to_empty`` and :meth:`reset_parameters`).
-        dtype: of the parameters.
-        structure: a registered name (:func:`structlin.names`), or a structure of shape (out_features, in_features).
-        rms_cap: hold the RMS of every factor at or below sigma (``cap_sigma``), its initial deviation.
-        gain: learned gains; the default (None) is to have them where the factors are capped.
-        rule: scale rule, ``paper`` or ``rank_corrected`` (:mod:`structlin.scale`).
-        zero_init: start the factor applied last at zero (output layers, query projections, the last layer of a
-            residual branch). Its sigma is the deviation that it would otherwise have.
-        checkpoint: keep the input alone for the backward pass, and compute the activations between the factors again.
-            A chain of einsums is then one node ``structlin::chain`` of a compiled or exported graph, whose loading
-            needs ``import structlin_nn.torch``. Inside of ``torch.func`` transformations and forward-mode
-            differentiation it has no effect.
-        **options: options of the named structure (:func:`structlin.options`), for example ``rank=2``.
+    Parameters
+    ----------
+    in_features
+        Size of the last axis of the input.
+    out_features
+        Size of the last axis of the output.
+    bias
+        Add a learned bias.
+    device
+        Of the parameters; ``"meta"`` allocates nothing (then ``to_empty`` and :meth:`reset_parameters`).
+    dtype
+        Of the parameters.
+    structure
+        A registered name (:func:`structlin.names`), or a structure of shape (out_features, in_features).
+    rms_cap
+        Hold the RMS of every factor at or below sigma (``cap_sigma``), its initial deviation.
+    gain
+        Learned gains; the default (None) is to have them where the factors are capped.
+    rule
+        Scale rule, ``paper`` or ``rank_corrected`` (:mod:`structlin.scale`).
+    zero_init
+        Start the factor applied last at zero (output layers, query projections, the last layer of a residual branch).
+        Its sigma is the deviation that it would otherwise have.
+    checkpoint
+        Keep the input alone for the backward pass, and compute the activations between the factors again. A chain of
+        einsums is then one node ``structlin::chain`` of a compiled or exported graph, whose loading needs ``import
+        structlin_nn.torch``. Inside of ``torch.func`` transformations and forward-mode differentiation it has no
+        effect.
+    **options
+        Options of the named structure (:func:`structlin.options`), for example ``rank=2``.
 
-    Attributes:
-        structure: what A is made of; ``factors``, ``gains``, ``bias``: its parameters (gains and bias may be None).
-        init_std: deviation at which each factor of the structure is drawn; 0 for zero-initialised and index factors.
-        cap_sigma: sigma of each factor; 0 for index factors.
+    Attributes
+    ----------
+    structure
+        What A is made of; ``factors``, ``gains``, ``bias``: its parameters (gains and bias may be None).
+    init_std
+        Deviation at which each factor of the structure is drawn; 0 for zero-initialised and index factors.
+    cap_sigma
+        Sigma of each factor; 0 for index factors.
 
-    Raises:
-        ValueError: an unknown structure, rule or option; sizes that the structure cannot have, or other than those
-            of the structure given; options beside a structure; ``gain=True`` without ``rms_cap``; ``rms_cap`` or
-            ``zero_init`` where there are no trainable factors. In the forward pass: an input of wrong size; a factor or
-            a bias of wrong shape, or of another device or dtype than the input.
-        TypeError: a ``structure`` that is neither a name nor a structure.
+    Raises
+    ------
+    ValueError
+        An unknown structure, rule or option; sizes that the structure cannot have, or other than those of the structure
+        given; options beside a structure; ``gain=True`` without ``rms_cap``; ``rms_cap`` or ``zero_init`` where there
+        are no trainable factors. In the forward pass: an input of wrong size; a factor or a bias of wrong shape, or of
+        another device or dtype than the input.
+    TypeError
+        A ``structure`` that is neither a name nor a structure.
 
+    Examples
+    --------
     >>> layer = StructuredLinear(768, 1024, structure="block_tensor_train", rank=2)
     >>> layer(torch.randn(4, 7, 768)).shape, layer.structure.macs
     (torch.Size([4, 7, 1024]), 114688)

@@ -75,7 +75,7 @@ class StructuredAdapter(LoraOnStructured):
         self.set_adapter(self.active_adapters, inference_mode=kwargs.get("inference_mode", False))
 
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """What merging adds to the weight of the base layer."""
+        """Return what merging adds to the weight of the base layer."""
         delta: Tensor = self.scaling[adapter] * self.lora_B[adapter].weight
         return delta.mT if is_conv1d(self.get_base_layer()) else delta
 
@@ -102,15 +102,24 @@ class StructuredAdapterConfig(LoraConfig):
     Of the options of ``LoraConfig`` those that say where adapters go (``target_modules``, ``modules_to_save``, ...) and
     ``lora_dropout`` apply; ``r`` and ``lora_alpha`` do not.
 
-    Args:
-        structure: name of a registered structure; ``low_rank`` is LoRA.
-        structure_options: its options, as ``{"blocks": 4}``.
-        scale: factor on the update.
+    Parameters
+    ----------
+    structure
+        Name of a registered structure; ``low_rank`` is LoRA.
+    structure_options
+        Its options, as ``{"blocks": 4}``.
+    scale
+        Factor on the update.
 
-    Raises:
-        ValueError: an unknown structure, or an option that it does not have.
-        TypeError: a scale that is no number.
+    Raises
+    ------
+    ValueError
+        An unknown structure, or an option that it does not have.
+    TypeError
+        A scale that is no number.
 
+    Examples
+    --------
     >>> import transformers
     >>> sizes = {"n_embd": 32, "n_layer": 1, "n_head": 2, "vocab_size": 64}
     >>> model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes))
@@ -137,11 +146,13 @@ class StructuredAdapterConfig(LoraConfig):
 
 
 def lora_config(**options: Any) -> LoraConfig:
-    """A ``peft.LoraConfig`` by which structured layers get LoRA too; layers of other kinds get it as ever.
+    """Return a ``peft.LoraConfig`` by which structured layers get LoRA too; layers of other kinds get it as ever.
 
     ``PeftModel.from_pretrained`` of such adapters needs one as ``config``, too:
     ``lora_config(**{...})`` with the options that they were made with.
 
+    Examples
+    --------
     >>> lora_config(r=4, target_modules=["c_fc"]).r
     4
     """

@@ -18,11 +18,17 @@ class StructuredPointwise(StructuredLinear):
 
     Takes the place of a convolution of kernel size 1 without groups and padding.
 
-    Args:
-        in_features, out_features: numbers of channels.
-        stride: for each of the axes of positions; their number is that of the axes.
-        **options: as in :class:`StructuredLinear`.
+    Parameters
+    ----------
+    in_features, out_features
+        Numbers of channels.
+    stride
+        For each of the axes of positions; their number is that of the axes.
+    **options
+        As in :class:`StructuredLinear`.
 
+    Examples
+    --------
     >>> import torch
     >>> layer = StructuredPointwise(8, 12, stride=(2, 2), structure="low_rank", rank=2)
     >>> layer(torch.ones(3, 8, 6, 6)).shape
@@ -37,11 +43,11 @@ class StructuredPointwise(StructuredLinear):
 
     @classmethod
     def like(cls, convolution: Any) -> Callable[..., StructuredPointwise]:
-        """What makes a layer that strides as a convolution does."""
+        """Return what makes a layer that strides as a convolution does."""
         return partial(cls, stride=convolution.stride)
 
     def to_convolution(self, weight: Tensor) -> nn.Module:
-        """The convolution of torch with a weight (out, in), on the meta device but for it."""
+        """Return the convolution of torch with a weight (out, in), on the meta device but for it."""
         axes = len(self.stride)
         kind = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[axes - 1]
         made = kind(self.in_features, self.out_features, 1, self.stride, bias=self.bias is not None, device="meta")

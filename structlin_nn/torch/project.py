@@ -72,44 +72,64 @@ def project_linear(
     layer is the last point of its curve. Curves of low rank, and of Tensor-Train and Block Tensor-Train of two cores
     without calibration, come from one decomposition for each layer; others from a few sweeps at ranks that grow by 1.5.
 
-    Args:
-        model: any module with linear layers inside.
-        structure: name of a registered structure, with its options as further keywords; or a structure, if all
-            layers have its shape; or a function from name and layer to a structure. The latter two leave no choice.
-        calibration: batches of inputs; a tensor is passed as the only argument, the entries of a tuple or list as
-            positional ones, those of a mapping as keywords. Some thousand vectors for each layer are enough.
-        forward: how to run a batch, if in another way: ``forward(model, batch)``. For a loader of (images, labels):
-            ``lambda model, batch: model(batch[0])``.
-        layers, exclude: which layers; presets, patterns and predicates as in :func:`replace_linear`.
-        tied: replace layers whose weight or bias is a parameter of another module too, and so untie them. By default
-            they are left alone: a head tied to its embedding stays.
-        target_error: for each layer the cheapest form whose relative error is at most this (weighted by the damped
-            second moments, with calibration).
-        max_macs: budget: multiply-accumulates of all chosen layers together, for one vector at each place where they
-            stand.
-        mac_fraction: the budget as a fraction, in (0, 1], of what the chosen layers cost now.
-        max_params, param_fraction: the same for the numbers that are stored: parameters of all chosen layers together,
-            without biases and gains. Those of a module that stands at several places count once.
-        damping: this part of the mean square of a layer's inputs is added to all directions of its second moments,
-            so that directions that the calibration data lack are not given up.
-        rms_cap, gain, rule: as in :class:`StructuredLinear`. Gains are set so that the capped factors have the values
-            found; without gains a factor beyond its cap is an error.
-        restarts, max_sweeps, tolerance, seed: of alternating least squares, as in :func:`structlin.project`.
-        **options: of the named structure.
+    Parameters
+    ----------
+    model
+        Any module with linear layers inside.
+    structure
+        Name of a registered structure, with its options as further keywords; or a structure, if all layers have its
+        shape; or a function from name and layer to a structure. The latter two leave no choice.
+    calibration
+        Batches of inputs; a tensor is passed as the only argument, the entries of a tuple or list as positional ones,
+        those of a mapping as keywords. Some thousand vectors for each layer are enough.
+    forward
+        How to run a batch, if in another way: ``forward(model, batch)``. For a loader of (images, labels): ``lambda
+        model, batch: model(batch[0])``.
+    layers, exclude
+        Which layers; presets, patterns and predicates as in :func:`replace_linear`.
+    tied
+        Replace layers whose weight or bias is a parameter of another module too, and so untie them. By default they are
+        left alone: a head tied to its embedding stays.
+    target_error
+        For each layer the cheapest form whose relative error is at most this (weighted by the damped second moments,
+        with calibration).
+    max_macs
+        Budget: multiply-accumulates of all chosen layers together, for one vector at each place where they stand.
+    mac_fraction
+        The budget as a fraction, in (0, 1], of what the chosen layers cost now.
+    max_params, param_fraction
+        The same for the numbers that are stored: parameters of all chosen layers together, without biases and gains.
+        Those of a module that stands at several places count once.
+    damping
+        This part of the mean square of a layer's inputs is added to all directions of its second moments, so that
+        directions that the calibration data lack are not given up.
+    rms_cap, gain, rule
+        As in :class:`StructuredLinear`. Gains are set so that the capped factors have the values found; without gains a
+        factor beyond its cap is an error.
+    restarts, max_sweeps, tolerance, seed
+        Of alternating least squares, as in :func:`structlin.project`.
+    **options
+        Of the named structure.
 
-    Returns:
-        A report: for each layer its form, relative errors of the weight and of the outputs, parameters and MACs
-        before and after.
+    Returns
+    -------
+    ProjectionReport
+        A report: for each layer its form, relative errors of the weight and of the outputs, parameters and MACs before
+        and after.
 
-    Raises:
-        ValueError: nothing is chosen, or a pattern matches no layer; two of rank, ``target_error`` and a
-            budget at once; a budget below the cheapest forms; options or sizes that the structure does not
-            allow (the message names the layer); no layer for which the form given saves anything; weights on the meta
-            device or not finite; calibration data that are empty, not finite, or do not reach a layer; no
-            layer that can be replaced (:func:`replace_linear`); of several, those that cannot stay dense, and the
-            report says why.
-        TypeError: ``structure`` or a pattern of another type.
+    Raises
+    ------
+    ValueError
+        Nothing is chosen, or a pattern matches no layer; two of rank, ``target_error`` and a budget at once; a budget
+        below the cheapest forms; options or sizes that the structure does not allow (the message names the layer); no
+        layer for which the form given saves anything; weights on the meta device or not finite; calibration data that
+        are empty, not finite, or do not reach a layer; no layer that can be replaced (:func:`replace_linear`); of
+        several, those that cannot stay dense, and the report says why.
+    TypeError
+        ``structure`` or a pattern of another type.
 
+    Examples
+    --------
     >>> _ = torch.manual_seed(0)
     >>> model = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, 10))
     >>> data = [torch.randn(100, 64) @ torch.diag(0.9 ** torch.arange(64)) for _ in range(5)]
@@ -169,13 +189,19 @@ def to_dense_linear(model: nn.Module) -> tuple[str, ...]:
     device, training mode and ``requires_grad`` (true where any factor's was) are kept. A module that stands at several
     places becomes one layer at all of them. The model is changed only when everything has passed.
 
-    Returns:
+    Returns
+    -------
+    tuple[str, ...]
         The names of the layers, in the order in which the model registers them.
 
-    Raises:
-        ValueError: there are none; the model itself is one; a layer has hooks, parametrizations or parameters that
-            another module shares, all of which would be lost; its values are on the meta device or not finite.
+    Raises
+    ------
+    ValueError
+        There are none; the model itself is one; a layer has hooks, parametrizations or parameters that another module
+        shares, all of which would be lost; its values are on the meta device or not finite.
 
+    Examples
+    --------
     >>> model = nn.Sequential(StructuredLinear(12, 6, structure="kronecker"), nn.ReLU())
     >>> x = torch.ones(2, 12)
     >>> before = model(x)

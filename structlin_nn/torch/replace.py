@@ -57,47 +57,70 @@ def replace_linear(
     matches all of it. A module that stands at several places has several names, counts as chosen if one of them is
     (as excluded likewise), and is replaced by one layer at all of them.
 
-    Args:
-        model: any module with linear layers inside.
-        structure: name (or class) of a registered structure, with its options as further keywords; or a structure, if
-            all layers have its shape; or a function from name and layer to a structure.
-        layers: which layers. ``"all"``; ``"all_but_last"`` leaves the head dense (a model whose last layer belongs to
-            the last of several blocks has none); ``"intermediate"`` leaves the first
-            and the last dense, where first and last go by the order of registration, which the report shows; one or
-            several patterns; or a predicate of name and layer.
-        exclude: patterns of layers to leave alone.
-        overrides: options of their own for layers that match a pattern, as ``{"*.attn.*": {"rank": 4}}``; of several
-            that match, the first counts. They are added to ``options``; with ``structure`` among them they take the
-            place of all options: ``{"*.fc1": {"structure": "monarch", "blocks": 4}}``.
-        min_features: leave layers alone that have fewer features than this at one of their sides.
-        impossible: what is done with a layer that cannot be replaced, because the structure does not have its size or
-            its parent does not simply call it: ``"skip"`` leaves it dense, and the report says why; ``"error"`` raises.
-            If no layer can be replaced, the first error is raised.
-        dearer: what is done where a structured layer has more parameters or multiply-accumulates than the dense one:
-            ``"warn"``, ``"error"``, ``"skip"`` (it stays dense), or ``"allow"``.
-        convolutions: take convolutions of kernel size 1 without groups and padding for linear layers too.
-        zero_init: patterns of layers whose factor applied last starts at zero.
-        shared_weights: a layer whose weight or bias is a parameter of another module too (a head tied to its
-            embedding) cannot be replaced without untying it: ``"error"``, or ``"skip"`` to leave such layers alone.
-        rms_cap, gain, rule, checkpoint: as in :class:`StructuredLinear`.
-        fuse: also put a :class:`StructuredMLP` in the place of each MLP of a known shape
-            (:func:`structlin_nn.torch.fuse_mlps`), which runs its layers as one pass. The report says which.
-        **options: of the named structure.
+    Parameters
+    ----------
+    model
+        Any module with linear layers inside.
+    structure
+        Name (or class) of a registered structure, with its options as further keywords; or a structure, if all layers
+        have its shape; or a function from name and layer to a structure.
+    layers
+        Which layers. ``"all"``; ``"all_but_last"`` leaves the head dense (a model whose last layer belongs to the last
+        of several blocks has none); ``"intermediate"`` leaves the first and the last dense, where first and last go by
+        the order of registration, which the report shows; one or several patterns; or a predicate of name and layer.
+    exclude
+        Patterns of layers to leave alone.
+    overrides
+        Options of their own for layers that match a pattern, as ``{"*.attn.*": {"rank": 4}}``; of several that match,
+        the first counts. They are added to ``options``; with ``structure`` among them they take the place of all
+        options: ``{"*.fc1": {"structure": "monarch", "blocks": 4}}``.
+    min_features
+        Leave layers alone that have fewer features than this at one of their sides.
+    impossible
+        What is done with a layer that cannot be replaced, because the structure does not have its size or its parent
+        does not simply call it: ``"skip"`` leaves it dense, and the report says why; ``"error"`` raises. If no layer
+        can be replaced, the first error is raised.
+    dearer
+        What is done where a structured layer has more parameters or multiply-accumulates than the dense one:
+        ``"warn"``, ``"error"``, ``"skip"`` (it stays dense), or ``"allow"``.
+    convolutions
+        Take convolutions of kernel size 1 without groups and padding for linear layers too.
+    zero_init
+        Patterns of layers whose factor applied last starts at zero.
+    shared_weights
+        A layer whose weight or bias is a parameter of another module too (a head tied to its embedding) cannot be
+        replaced without untying it: ``"error"``, or ``"skip"`` to leave such layers alone.
+    rms_cap, gain, rule, checkpoint
+        As in :class:`StructuredLinear`.
+    fuse
+        Also put a :class:`StructuredMLP` in the place of each MLP of a known shape
+        (:func:`structlin_nn.torch.fuse_mlps`), which runs its layers as one pass. The report says which.
+    **options
+        Of the named structure.
 
-    Returns:
+    Returns
+    -------
+    ReplacementReport
         A report of what was replaced, with parameters and multiply-accumulates (MACs) before and after, and of every
         weight matrix that was not.
 
-    Raises:
-        ValueError: nothing is chosen, or a pattern matches no layer (the message lists the layers there are); tied
-            weights; no layer that can be replaced, or with ``impossible="error"`` one that cannot: a size that the
-            structure cannot have (the message names the layer), layers of ``nn.MultiheadAttention``, subclasses with a
-            forward pass of their own, layers with hooks or parametrizations.
-        TypeError: ``model``, ``structure``, ``layers`` or a pattern of another type.
+    Raises
+    ------
+    ValueError
+        Nothing is chosen, or a pattern matches no layer (the message lists the layers there are); tied weights; no
+        layer that can be replaced, or with ``impossible="error"`` one that cannot: a size that the structure cannot
+        have (the message names the layer), layers of ``nn.MultiheadAttention``, subclasses with a forward pass of their
+        own, layers with hooks or parametrizations.
+    TypeError
+        ``model``, ``structure``, ``layers`` or a pattern of another type.
 
+    Notes
+    -----
     Parents that read the ``weight`` of a layer get the dense matrix. The fused inference path of
     ``nn.TransformerEncoderLayer`` does; it is switched off, and the report says so.
 
+    Examples
+    --------
     >>> model = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, 10))
     >>> print(replace_linear(model, "block_tensor_train", rank=2))
     layer  shape     params  structured    MACs  structured
@@ -219,7 +242,7 @@ def replace_linear(
 
 
 def as_structure(given: Any) -> Any:
-    """A name for the class of a registered structure; anything else as it is."""
+    """Return a name for the class of a registered structure; anything else as it is."""
     if isinstance(given, type) and issubclass(given, structlin.NamedOperator):
         return given.name
     return given
@@ -228,7 +251,7 @@ def as_structure(given: Any) -> Any:
 def _overrides(
     overrides: Mapping[Pattern, Mapping[str, Any]], chosen: Mapping[nn.Module, Sequence[str]]
 ) -> dict[nn.Module, Mapping[str, Any]]:
-    """The options of layers of their own; of several patterns that match, the first counts."""
+    """Return the options of layers of their own; of several patterns that match, the first counts."""
     found: dict[nn.Module, Mapping[str, Any]] = {}
     for pattern, own in overrides.items():
         if not isinstance(own, Mapping):
@@ -239,7 +262,7 @@ def _overrides(
 
 
 def _dearer(new: StructuredLinear) -> str:
-    """What of a form costs more than the dense matrix, or "" where nothing does."""
+    """Return what of a form costs more than the dense matrix, or "" where nothing does."""
     dense = new.in_features * new.out_features
     costs = (("multiply-accumulates", new.structure.macs), ("parameters", new.structure.num_params))
     return ", ".join(f"{own:,} {what} instead of {dense:,}" for what, own in costs if own > dense)

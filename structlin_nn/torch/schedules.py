@@ -24,17 +24,27 @@ _RULE = (
 class MuAdamW(torch.optim.AdamW):
     """AdamW with the learning rates of a model's structure: :func:`parameter_groups` and the optimiser in one.
 
-    Args:
-        model: the model to train, after its layers are replaced.
-        base_model: the same model at base width, on the meta device; None: each layer is its own base.
-        lr: learning rate of the dense model at base width.
-        weight_decay: of factors and weights.
-        **options: ``structure_aware``, ``extra_multipliers``, ``rules``, ``decay`` and ``independent_decay`` go to
-            :func:`parameter_groups`, all others (``betas``, ``eps``, ``fused``, ...) to ``torch.optim.AdamW``.
+    Parameters
+    ----------
+    model
+        The model to train, after its layers are replaced.
+    base_model
+        The same model at base width, on the meta device; None: each layer is its own base.
+    lr
+        Learning rate of the dense model at base width.
+    weight_decay
+        Of factors and weights.
+    **options
+        ``structure_aware``, ``extra_multipliers``, ``rules``, ``decay`` and ``independent_decay`` go to
+        :func:`parameter_groups`, all others (``betas``, ``eps``, ``fused``, ...) to ``torch.optim.AdamW``.
 
-    Raises:
-        TypeError, ValueError: as :func:`parameter_groups` and AdamW.
+    Raises
+    ------
+    TypeError, ValueError
+        As :func:`parameter_groups` and AdamW.
 
+    Examples
+    --------
     >>> from structlin_nn.torch import replace_linear
     >>> model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
     >>> _ = replace_linear(model, "low_rank", rank=4)
@@ -103,7 +113,7 @@ class MultiplierScheduler(LRScheduler):
         self._pass_on()
 
     def get_last_lr(self) -> list[Any]:
-        """The rate of each group."""
+        """Return the rate of each group."""
         return [group["lr"] for group in self.optimizer.param_groups]
 
     def state_dict(self) -> dict[str, Any]:
@@ -140,24 +150,34 @@ class _Shown(Optimizer):
 
 
 def with_multipliers(make: Callable[..., Any], optimizer: Optimizer, *args: Any, **kwargs: Any) -> MultiplierScheduler:
-    """A scheduler that keeps the multipliers of the optimiser's groups, whatever rates it sets.
+    """Return a scheduler that keeps the multipliers of the optimiser's groups, whatever rates it sets.
 
     Schedulers that only multiply (linear, cosine to 0, steps) keep multipliers by themselves. ``OneCycleLR`` and
     ``CyclicLR`` with one rate, a cosine with ``eta_min``, and the schedulers of timm with ``lr_min`` or a warm-up rate
     set the same rate for all groups, or add to it. Here they see the rate at base width alone, and each group gets it
     times its multiplier.
 
-    Args:
-        make: class of the scheduler, of torch or timm, or a function from an optimiser to a scheduler.
-        optimizer: with groups of :func:`parameter_groups`.
-        args, kwargs: of the scheduler; rates are those at base width.
+    Parameters
+    ----------
+    make
+        Class of the scheduler, of torch or timm, or a function from an optimiser to a scheduler.
+    optimizer
+        With groups of :func:`parameter_groups`.
+    args, kwargs
+        Of the scheduler; rates are those at base width.
 
-    Returns:
+    Returns
+    -------
+    MultiplierScheduler
         A scheduler to be stepped as the one inside.
 
-    Raises:
-        ValueError: a group without a multiplier, and what the scheduler raises.
+    Raises
+    ------
+    ValueError
+        A group without a multiplier, and what the scheduler raises.
 
+    Examples
+    --------
     >>> model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
     >>> optimizer = torch.optim.AdamW(parameter_groups(model, lr=1e-3, extra_multipliers={"0": 4.0}))
     >>> scheduler = with_multipliers(torch.optim.lr_scheduler.OneCycleLR, optimizer, max_lr=1e-3, total_steps=10)
@@ -178,14 +198,22 @@ def trainer_optimizer(
     Rate, decay, betas and eps are those of the training arguments. The Trainer's own schedules multiply, and keep the
     multipliers.
 
-    Args:
-        model: the model, after its layers are replaced.
-        args: ``transformers.TrainingArguments``.
-        base_model: as in :func:`parameter_groups`, which takes the other ``options`` too.
+    Parameters
+    ----------
+    model
+        The model, after its layers are replaced.
+    args
+        ``transformers.TrainingArguments``.
+    base_model
+        As in :func:`parameter_groups`, which takes the other ``options`` too.
 
-    Returns:
+    Returns
+    -------
+    tuple[type[Optimizer], dict[str, Any]]
         What ``Trainer(..., optimizer_cls_and_kwargs=...)`` takes.
 
+    Examples
+    --------
     >>> from types import SimpleNamespace
     >>> args = SimpleNamespace(learning_rate=1e-3, weight_decay=0.1, adam_beta1=0.9, adam_beta2=0.95, adam_epsilon=1e-8)
     >>> kind, keywords = trainer_optimizer(nn.Sequential(nn.Linear(4, 4)), args)

@@ -37,16 +37,25 @@ class StructlinConfig(QuantizationConfigMixin):
     With ``structure`` it is given to ``from_pretrained`` of a dense model, whose layers are then projected
     (:func:`structlin_nn.torch.project_linear`). In ``config.json`` it has ``layers`` instead.
 
-    Args:
-        structure: name of a registered structure.
-        layers: with ``structure``, which layers, as in :func:`structlin_nn.torch.project_linear`; otherwise the
-            description of the layers that ``config.json`` has.
-        version: of that description.
-        **options: of :func:`structlin_nn.torch.project_linear`: ``rank``, ``mac_fraction``, ``calibration``, ...
+    Parameters
+    ----------
+    structure
+        Name of a registered structure.
+    layers
+        With ``structure``, which layers, as in :func:`structlin_nn.torch.project_linear`; otherwise the description of
+        the layers that ``config.json`` has.
+    version
+        Of that description.
+    **options
+        Of :func:`structlin_nn.torch.project_linear`: ``rank``, ``mac_fraction``, ``calibration``, ...
 
-    Raises:
-        ValueError: neither ``structure`` nor a description; one of a newer version, or of structures that do not exist.
+    Raises
+    ------
+    ValueError
+        Neither ``structure`` nor a description; one of a newer version, or of structures that do not exist.
 
+    Examples
+    --------
     >>> import tempfile
     >>> import transformers
     >>> sizes = {"n_embd": 32, "n_layer": 1, "n_head": 2, "vocab_size": 64}
@@ -76,7 +85,7 @@ class StructlinConfig(QuantizationConfigMixin):
             self.layout()
 
     def layout(self) -> dict[str, Any]:
-        """The layers as :mod:`structlin_nn.torch.files` describes them."""
+        """Return the layers as :mod:`structlin_nn.torch.files` describes them."""
         found = []
         for shared in self.layers:
             if not isinstance(shared, Mapping) or not isinstance(shared.get("names"), list):
@@ -87,7 +96,7 @@ class StructlinConfig(QuantizationConfigMixin):
         return layout
 
     def to_dict(self) -> dict[str, Any]:
-        """What ``config.json`` gets, and messages before the layers are made: what JSON can hold."""
+        """Return what ``config.json`` gets, and messages before the layers are made: what JSON can hold."""
         found = {"quant_method": METHOD, "version": self.version, "layers": self.layers}
         if self.structure is not None:
             found |= {"structure": self.structure, **self.options}
@@ -174,8 +183,10 @@ def describe(model: nn.Module) -> None:
     The functions of :mod:`structlin_nn.torch` that change layers call it. Call it after a change by hand. All models of
     transformers inside of ``model`` are described, each for itself.
 
-    Raises:
-        ValueError: layers that cannot be described (:func:`structlin_nn.torch.save_structured`).
+    Raises
+    ------
+    ValueError
+        Layers that cannot be described (:func:`structlin_nn.torch.save_structured`).
     """
     done: list[Any] = []
     for module in model.modules():

@@ -48,7 +48,7 @@ class Vectors:
         self.integer = f"<{emitter.lanes} x {'i32' if self.element == 'float' else 'i64'}>"
 
     def constant(self, number: float) -> str:
-        """The same number in all lanes, as the bits of a double that the type holds exactly."""
+        """Return the same number in all lanes, as the bits of a double that the type holds exactly."""
         if self.element == "float":
             number = struct.unpack("f", struct.pack("f", number))[0]
         bits = struct.unpack("<Q", struct.pack("<d", number))[0]
@@ -86,7 +86,7 @@ class Vectors:
         return self.code.value(f"select {lanes} {mask}, {self.kind} {a}, {self.kind} {b}")
 
     def least(self, a: str, bound: float) -> str:
-        """The smaller one of each number and a bound; a NaN stays."""
+        """Return the smaller one of each number and a bound; a NaN stays."""
         lanes, most = f"<{self.emitter.lanes} x i1>", self.constant(bound)
         mask = self.code.value(f"fcmp ogt {self.kind} {a}, {most}")
         return self.code.value(f"select {lanes} {mask}, {self.kind} {most}, {self.kind} {a}")
@@ -122,7 +122,7 @@ class Vectors:
         return self.select(x, inverse, small), self.multiply(inverse, small)
 
     def normal(self, x: str) -> tuple[str, str]:
-        """The distribution function of the standard normal distribution, and its density."""
+        """Return the distribution function of the standard normal distribution, and its density."""
         one, two = self.constant(1.0), self.constant(2.0)
         e = self.exp_negative(self.multiply(self.multiply(x, x), self.constant(0.5)))
         t = self.divide(two, self.fma(self.absolute(x), self.constant(math.sqrt(0.5)), two))
@@ -169,5 +169,5 @@ ACTIVATIONS: dict[str, Callable[[Vectors, str], Both]] = {
 
 
 def activation(name: str, emitter: Emitter, x: str) -> Both:
-    """The function of a vector and its derivative there. LLVM drops the instructions of what is not used."""
+    """Return the function of a vector and its derivative there. LLVM drops the instructions of what is not used."""
     return ACTIVATIONS[name](Vectors(emitter), x)

@@ -134,7 +134,7 @@ class _Copy:
             body(size // lanes, size % lanes)
 
     def _share(self, axis: _Axis, size: int) -> tuple[Int, Int]:
-        """The part of an axis that this call runs: of one, its shares ``FIRST`` to ``LAST``."""
+        """Return the part of an axis that this call runs: of one, its shares ``FIRST`` to ``LAST``."""
         if axis is not self.shared:
             return 0, size
         ends = [self.code.value(f"udiv i64 {self.code.multiply(size, end)}, {TOTAL}") for end in (FIRST, LAST)]

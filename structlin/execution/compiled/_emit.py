@@ -39,7 +39,7 @@ class Emitter:
     # -- memory --------------------------------------------------------------------------------------------------------
 
     def load(self, at: Memory, offset: Int, lanes: int) -> str:
-        """A vector; beyond ``lanes`` it is 0, and nothing is read there."""
+        """Return a vector; beyond ``lanes`` it is 0, and nothing is read there."""
         kind = f"<{self.lanes} x {BITS.get(at.element, at.element)}>"
         pointer = self.code.at(at.element, at.pointer, offset)
         if lanes == self.lanes:
@@ -108,7 +108,7 @@ class Emitter:
         self.code.put(f"store {kind} {value}, ptr {pointer}, align {BYTES[at.element]}")
 
     def _widened(self, value: str, lanes: int) -> str:
-        """The float32 of which these are the upper 16 bits."""
+        """Return the float32 of which these are the upper 16 bits."""
         i16, i32, float32 = (_of(lanes, kind) for kind in ("i16", "i32", "float"))
         wide = self.code.value(f"zext {i16} {value} to {i32}")
         return self.code.value(f"bitcast {i32} {self.code.value(f'shl {i32} {wide}, {_all(lanes, 16)}')} to {float32}")
@@ -320,7 +320,7 @@ class Emitter:
         code.loop(0, self.tokens, lanes, tokens)
 
     def _active(self, first: Int) -> str:
-        """The lanes of tokens that are there."""
+        """Return the lanes of tokens that are there."""
         name = f"llvm.get.active.lane.mask.v{self.lanes}i1.i64"
         return self.code.call(f"<{self.lanes} x i1>", name, ("i64", first), ("i64", self.tokens))
 
@@ -337,7 +337,7 @@ class Emitter:
         self.code.call("void", name, (self.vector, value), ("ptr", pointer), *more)
 
     def transposed(self, rows: list[str]) -> list[str]:
-        """A square of vectors, by shuffling each with the one half the square away, as often as halves fit."""
+        """Return a square of vectors, by shuffling each with the one half the square away, as often as halves fit."""
         count = len(rows)
         for _ in range(count.bit_length() - 1):
             found = []
@@ -352,10 +352,10 @@ class Emitter:
 
 
 def _of(lanes: int, kind: str) -> str:
-    """The type of a number, or of a vector."""
+    """Return the type of a number, or of a vector."""
     return kind if lanes == 1 else f"<{lanes} x {kind}>"
 
 
 def _all(lanes: int, number: int) -> str:
-    """A constant in all lanes."""
+    """Return a constant in all lanes."""
     return str(number) if lanes == 1 else f"splat (i32 {number})"

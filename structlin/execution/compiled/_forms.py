@@ -59,7 +59,7 @@ class Forms:
         return [(kind, number, form) for number in numbers]
 
     def entered(self, when: int, skip: Collection[Key]) -> list[Key]:
-        """The arrays that no product writes, and that are read first by the one of this number."""
+        """Return the arrays that no product writes, and that are read first by the one of this number."""
         return [
             key for key in self._keys
             if self._reads.get(key, (-1,))[0] == when and key[:2] not in self._written and key[0] in ENDS

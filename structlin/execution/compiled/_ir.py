@@ -60,13 +60,13 @@ class Code:
         return self.call("i64", "llvm.smin.i64", ("i64", a), ("i64", b))
 
     def whole(self, a: Int, size: int) -> Int:
-        """The largest multiple of ``size`` that is at most ``a``."""
+        """Return the largest multiple of ``size`` that is at most ``a``."""
         if isinstance(a, int):
             return a // size * size
         return a if size == 1 else self.multiply(self.value(f"udiv i64 {a}, {size}"), size)
 
     def at(self, element: str, pointer: str, offset: Int) -> str:
-        """The address of element number ``offset``."""
+        """Return the address of element number ``offset``."""
         return pointer if offset == 0 else self.value(f"getelementptr inbounds {element}, ptr {pointer}, i64 {offset}")
 
     def loop(
@@ -112,6 +112,6 @@ class Code:
         self._block = block
 
     def function(self, name: str, parameters: str, attributes: str) -> str:
-        """The text of a module with this one function, which returns nothing."""
+        """Return the text of a module with this one function, which returns nothing."""
         function = [f"define void @{name}({parameters}) #0 {{", "entry:", *self.lines, "  ret void", "}"]
         return "\n".join([*sorted(self.declarations), *function, f"attributes #0 = {{ {attributes} }}", ""])

@@ -232,7 +232,7 @@ class Loops:
     def _sum(
         self, axes: Sequence[Axis], vector: Int, single: Int, sums: Values, turn: Callable[[Int, Int, Values], Values]
     ) -> Values:  # fmt: skip
-        """The loops over summed axes, with the sums in registers; the innermost is unrolled."""
+        """Return the loops over summed axes, with the sums in registers; the innermost is unrolled."""
         if not axes:
             return turn(vector, single, sums)
         code, (axis, *rest) = self.code, axes

@@ -209,7 +209,7 @@ def max_rows(target: Target, vectors: int) -> int:
 
 
 def make_products(sizes: Mapping[str, int], out: Strides, left: Strides, right: Strides) -> list[Product]:
-    """The ways to give each axis its part. Axes that lie in memory as one become one."""
+    """Return the ways to give each axis its part. Axes that lie in memory as one become one."""
     names = [a for a in dict.fromkeys((*out, *left, *right)) if a == TOKENS or sizes[a] > 1]
     axes = _merged([Axis(0 if a == TOKENS else sizes[a], out.get(a), left.get(a), right.get(a)) for a in names])
     found = []

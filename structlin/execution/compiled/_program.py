@@ -159,7 +159,7 @@ class Program:
         return Packing(sizes, moved, run)
 
     def _copy(self, kind: str, k: int) -> tuple[Arrangement, str, str] | None:
-        """What :func:`load_copies` takes; None where a factor or a gradient is taken as it is."""
+        """Return what :func:`load_copies` takes; None where a factor or a gradient is taken as it is."""
         operation: Operation = getattr(self.schedule, kind)[k]
         back = kind == "gradients"
         whole = self.part.shapes[k] if self.part else None
@@ -250,7 +250,7 @@ class Program:
         return self._front_block(self._front_forms().bytes([]))
 
     def _front_forms(self) -> Forms:
-        """What the forward pass reads."""
+        """Return what the forward pass reads."""
         schedule, forms = self.schedule, Forms(self.inside, self.schedule.rows)
         for k, operation in enumerate(schedule.forward):
             forms.now = k
@@ -425,7 +425,7 @@ class Program:
             tiles.clear_after(emitter, at(arrays[key]), self.schedule.rows[key[1]], self.schedule.widths[key[1]])
 
     def back_forms(self, needs: tuple[bool, ...], kept: bool) -> tuple[Forms, list[Key]]:
-        """What the backward pass reads, and which of that is kept outside of scratch memory."""
+        """Return what the backward pass reads, and which of that is kept outside of scratch memory."""
         schedule, last = self.schedule, len(self.schedule.forward)
         wanted = [k for k in range(last) if needs[k + 1]]
         passed = range(last - 1, -1 if needs[0] else min(wanted), -1)
@@ -505,7 +505,7 @@ class Program:
         return tiles.tiles_pay(self.schedule.gradients[k].product, width, self.target, self.inside)
 
     def _turned_for_gradient(self, k: int) -> tuple[str, int]:
-        """The activation, or the gradient of one, that is read number by number, and its number."""
+        """Return the activation, or the gradient of one, that is read number by number, and its number."""
         return ("turned state", k) if self.schedule.gradients[k].product.swapped else ("turned flow", k + 1)
 
 

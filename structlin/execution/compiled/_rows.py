@@ -145,7 +145,7 @@ class Rows:
         return f"0x{struct.unpack('<Q', struct.pack('<d', value))[0]:016X}"
 
     def _centre(self, spec: Norm, source: Memory, start: Int) -> tuple[str | None, str]:
-        """The mean of a row (None where the norm takes none) and the inverse of its deviation, in all lanes."""
+        """Return the mean of a row (None where the norm takes none) and the inverse of its deviation, in all lanes."""
         emitter, code, kind = self.emitter, self.code, self.emitter.element
         width, share = spec.d_in, self._number(1 / spec.d_in)
 

@@ -128,7 +128,7 @@ class _Maker:
         return list(dict.fromkeys(found))
 
     def read(self, order: str, number: int) -> str:
-        """The axes of an activation as the step after it names them: others, where it is regrouped."""
+        """Return the axes of an activation as the step after it names them: others, where it is regrouped."""
         written = self.steps[number - 1].output if number else self.steps[0].input
         return order if self.steps[number].input == written else self.steps[number].input
 
@@ -138,7 +138,7 @@ class _Maker:
         return self._cheapest(step, source, target, lambda weight: make_products(self.sizes, out, left, weight), False)
 
     def gradient(self, step: Step, source: str, at: int, target: str, to: int) -> tuple[float, Operation | None]:
-        """The cheapest way to add to the gradient of a factor, from the activation and the gradient after it."""
+        """Return the cheapest way to add to the gradient of a factor, from the activation and the gradient after it."""
         right, left = self.strides(source, at), self.strides(target, to)
         return self._cheapest(step, source, target, lambda weight: make_products(self.sizes, weight, left, right), True)
 
@@ -181,7 +181,7 @@ def make_schedule(
     rows: bool = True, pairs: bool = False, strides: tuple[int, int] | None = None,
     between: Mapping[str, int] | None = None, packed: bool = True, inner: tuple[bool, bool] = (False, False),
 ) -> Schedule | None:  # fmt: skip
-    """The cheapest schedule found; None where some product would have no axis for its vectors.
+    """Return the cheapest schedule found; None where some product would have no axis for its vectors.
 
     ``pairs``: products may take pairs of bfloat16. Not ``packed``: factors are read as they are, by a forward pass
     alone; the schedule has no other.
@@ -272,13 +272,13 @@ def _zipped(operations: Sequence[Operation], shapes: Sequence[Sequence[int]], wh
 
 
 def _turned(operation: Operation, target: Target, element: str) -> Operation:
-    """An operation that reads a copy of its activation, if it runs by tiles then, and in less time."""
+    """Return an operation that reads a copy of its activation, if it runs by tiles then, and in less time."""
     found = with_turn(operation.product, target, element, PAIR[operation.reads])
     return operation if found is None else replace(operation, product=found[0], turn=found[1])
 
 
 def _moved(order: Sequence[int], shape: Sequence[int], inner: Axis, across: int) -> tuple[int, ...] | None:
-    """The order of a factor's axes with those of ``inner`` moved to before the last ``across`` numbers."""
+    """Return the order of a factor's axes with those of ``inner`` moved to before the last ``across`` numbers."""
     parts: dict[str, list[int]] = {"before": [], "inner": [], "across": []}
     start, stride = inner.right or 0, math.prod(shape)
     for axis in order:

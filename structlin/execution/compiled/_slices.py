@@ -48,7 +48,7 @@ def counts(chain: Chain, program: Program, of_input: bool) -> list[int]:
 
 
 def enough(counts: list[int], numel: int, most: int) -> int:
-    """The fewest slices of so many numbers that have at most ``most`` each, or the most that there are."""
+    """Return the fewest slices of so many numbers that have at most ``most`` each, or the most that there are."""
     size = counts[-1]
     count = next((n for n in counts if numel <= n * most), size)
     # Where the axis comes last in a factor, neighbours of a slice are copied together.
@@ -59,7 +59,7 @@ def enough(counts: list[int], numel: int, most: int) -> int:
 def slices(
     chain: Chain, program: Program, of_input: bool, count: int, dtype: str, target: Target, keeps: bool = False
 ) -> Slices:
-    """A program in so many slices; whole, where they cannot be made.
+    """Return a program in so many slices; whole, where they cannot be made.
 
     Of the input for a backward pass, or else of the output for a forward one, which may be one that ``keeps``
     activations as the whole program would.

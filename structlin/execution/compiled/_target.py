@@ -146,7 +146,7 @@ def load(text: str, name: str, target: Target, parameters: list[Any]) -> Callabl
 
 
 def parsed(text: str, target: Target) -> tuple[Any, Any]:
-    """The compiler for a target, and a module as LLVM has it, checked."""
+    """Return the compiler for a target, and a module as LLVM has it, checked."""
     llvm, triple = _binding(), _binding().get_process_triple()
     # In a context of its own: the process's one keeps every type and constant.
     module = llvm.parse_assembly(f'target triple = "{triple}"\n{text}', llvm.create_context())
@@ -164,7 +164,7 @@ def _machine(target: Target) -> Any:
 
 @lru_cache(maxsize=1)
 def _linker(generation: int) -> Any:
-    """The linker of LINKED functions: one after the other, as each keeps some KB of a function that is gone.
+    """Return the linker of LINKED functions: one after the other, as each keeps some KB of a function that is gone.
 
     What is loaded holds the linker that it came from.
     """
@@ -187,7 +187,7 @@ def _link(code: bytes, name: str) -> Any:
 
 @cache
 def _warned() -> list[str]:
-    """What the process was warned of."""
+    """Return what the process was warned of."""
     return []
 
 

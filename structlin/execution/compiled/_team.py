@@ -54,7 +54,7 @@ def _team(target: Target) -> Callable[..., None] | None:
 
 
 def _member(number: int, count: int, target: Target) -> Callable[..., None]:
-    """What each member of a team does; the functions at these addresses say which it is, and of how many.
+    """Return what each member of a team does; the functions at these addresses say which it is, and of how many.
 
     A job: how many shares there are, the pass, tokens in all, the table of each share, and where each starts, with the
     end of the last. A team may have fewer members than shares: then some run several.
@@ -78,7 +78,7 @@ def _member(number: int, count: int, target: Target) -> Callable[..., None]:
 
 
 def _torch_library() -> ctypes.CDLL | None:
-    """What torch computes with; names are looked up in it and in what it was linked with."""
+    """Return what torch computes with; names are looked up in it and in what it was linked with."""
     import torch
 
     if not torch.backends.openmp.is_available():

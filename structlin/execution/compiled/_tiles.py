@@ -161,7 +161,7 @@ class Turn:
 
 
 def with_turn(product: Product, target: Target, element: str, unit: int) -> tuple[Product, Turn] | None:
-    """What :func:`turned` finds for a product in pairs, where it is faster."""
+    """Return what :func:`turned` finds for a product in pairs, where it is faster."""
     found = turned(product, unit) if product.paired else None
     if found is None:
         return None
@@ -222,7 +222,7 @@ def gradient_cost(product: Product, width: int) -> float | None:
 
 
 def tokens_last(product: Product, block: int) -> Product:
-    """The product with that copy, which has all pairs of tokens of a ``block`` for each number."""
+    """Return the product with that copy, which has all pairs of tokens of a ``block`` for each number."""
     side, pairs = "right" if product.swapped else "left", block // 2
 
     def moved(axis: Axis | None) -> Axis | None:

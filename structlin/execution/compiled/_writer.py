@@ -51,7 +51,7 @@ class Writer:
         return Array(self._next(), element, row)
 
     def end(self, stride: int) -> Array:
-        """The input, the output, or the gradient of one, with ``stride`` numbers from row to row."""
+        """Return the input, the output, or the gradient of one, with ``stride`` numbers from row to row."""
         return self.rows(self.program.outside, stride if self.program.rows else 1)
 
     def whole(self, element: str) -> Array:
@@ -61,7 +61,7 @@ class Writer:
         return self.whole(self.program.element(operation))
 
     def scratch(self, forms: Forms, outside: Sequence[Key]) -> dict[Key, Array]:
-        """The arrays of a pass in scratch memory, whose address is next in the table."""
+        """Return the arrays of a pass in scratch memory, whose address is next in the table."""
         self.enter()
         return self.arrays(forms, outside)
 

@@ -54,7 +54,7 @@ _LOCK = threading.Lock()
 
 
 def _kept(found: Any) -> Any:
-    """The same object, which is never freed: XLA may call what belongs to it when Python has ended."""
+    """Return the same object, which is never freed: XLA may call what belongs to it when Python has ended."""
     ctypes.pythonapi.Py_IncRef(ctypes.py_object(found))
     return found
 
@@ -70,7 +70,7 @@ _MISMATCH = _kept(
 
 @cache
 def version() -> int | None:
-    """The minor version of the interface of this jaxlib; None where it is one that is not known here."""
+    """Return the minor version of the interface of this jaxlib; None where it is one that is not known here."""
     import jax.ffi
 
     try:
@@ -190,7 +190,7 @@ def unsupported() -> str | None:
 
 @cache
 def _native() -> tuple[Any, Any]:
-    """What XLA calls to run a plan, and when it is done with a state."""
+    """Return what XLA calls to run a plan, and when it is done with a state."""
     target = host()
     assert target is not None
     try:
@@ -222,7 +222,7 @@ class _Writer(Code):
         self.label(yes)
 
     def api(self, function: int, *operands: str) -> tuple[str, str]:
-        """A function of ``%api``, and the table of what it is given."""
+        """Return a function of ``%api``, and the table of what it is given."""
         size = 2 + len(operands)
         given = self.value(f"alloca [{size} x i64]")
         for at, operand in enumerate((f"i64 {8 * size}", "i64 0", *operands)):
@@ -230,7 +230,7 @@ class _Writer(Code):
         return self.word("%api", function, "ptr"), given
 
     def call_api(self, function: str, given: str) -> str:
-        """An error or null."""
+        """Return an error or null."""
         return self.value(f"call ptr {function}(ptr {given})")
 
     def define(self, declaration: str, end: str = "ret void") -> str:

@@ -91,7 +91,7 @@ class BlockProgram:
         return self._made.get("backward") or self._made.setdefault("backward", self._backward())
 
     def again(self) -> list[range]:
-        """The steps of each chain that the backward pass runs again: all, but the last one of an output."""
+        """Return the steps of each chain that the backward pass runs again: all, but the last one of an output."""
         inner = self.second is not None
         return [
             range(len(program.schedule.forward) - (0 if inner and program is not self.second else 1))

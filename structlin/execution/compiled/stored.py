@@ -34,7 +34,7 @@ class StoredChain:
         raise TypeError("a compiled pass belongs to a structure, and is made again with it")
 
     def program(self, dtype: torch.dtype) -> Program | None:
-        """What is compiled for a dtype; None where the chain does not run this way."""
+        """Return what is compiled for a dtype; None where the chain does not run this way."""
         name = _NAMES.get(dtype)
         found = None if name is None or not self._rules.rows else self._rules.program(name, packed=False)
         # Bias and output are read and written as they are.
@@ -47,7 +47,7 @@ class StoredChain:
         return self.plain(x.contiguous(), factors, None if bias is None else bias.contiguous())
 
     def plain(self, x: Tensor, factors: Sequence[Tensor], bias: Tensor | None) -> Tensor:
-        """The same for operands that are contiguous."""
+        """Return the same for operands that are contiguous."""
         made = self._made.get((x.dtype, bias is not None)) or self._make(x.dtype, bias is not None)
         program, run, table = made
         tokens = x.shape[0]
@@ -72,7 +72,7 @@ class StoredChain:
         return found
 
     def _scratch(self, run: Pass) -> int:
-        """The address of scratch memory of this thread, at the start of a cache line."""
+        """Return the address of scratch memory of this thread, at the start of a cache line."""
         held = getattr(self._local, "held", None)
         if held is None or held.numel() < run.scratch + LINE:
             held = self._local.held = torch.empty(run.scratch + LINE, dtype=torch.uint8, device="cpu")

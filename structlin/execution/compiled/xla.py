@@ -114,7 +114,7 @@ class XLAChain(ChainRules):
         return hash(self.parts)
 
     def ready(self, dtype: str) -> Program | None:
-        """What runs the chain; None where it does not run this way."""
+        """Return what runs the chain; None where it does not run this way."""
         if host() is None:
             return None
         reason = unsupported()
@@ -124,7 +124,7 @@ class XLAChain(ChainRules):
         return attempt(lambda: self.program(dtype), None)
 
     def forward(self, x: Array, factors: Sequence[Array], bias: Array | None, kept: int) -> tuple[Array, ...]:
-        """The product and the activations between the steps for the first ``kept`` tokens."""
+        """Return the product and the activations between the steps for the first ``kept`` tokens."""
         dtype, operands = str(x.dtype), [x, *factors]
         if bias is not None:
             program = self.given(dtype)
@@ -178,7 +178,7 @@ def plan_of(call: Call) -> Plan:
 
 
 def _prepare(text: str) -> tuple[list[int], object]:
-    """What a handler runs for a call that was traced here, or in another process and for another processor."""
+    """Return what a handler runs for a call that was traced here, or in another process and for another processor."""
     call, numbers = Call.read(text)
     plan = plan_of(call)
     *given, room = numbers
@@ -351,7 +351,7 @@ class Plan:
         self.spread(fill(self.target), [place], size, 4 * COPIED_SHARE, LINE)
 
     def added(self, sizes: list[int], grads: list[list[Place]], to: list[Place | None]) -> list[Place]:
-        """The sums of all shares; where nothing says where they are to be, in place of the first."""
+        """Return the sums of all shares; where nothing says where they are to be, in place of the first."""
         if len(grads) == 1:
             return grads[0]
         run = add(len(grads), self.program.inside, self.target)

@@ -161,7 +161,7 @@ def _powers(least: int, most: int) -> list[int]:
 
 
 def arguments(form: Form, bias: bool) -> dict[str, int]:
-    """The constants of both kernels."""
+    """Return the constants of both kernels."""
     names = ("A", "B", "C", "D", "E", "L_B", "L_C", "L_E", "L_A", "R_C", "R_D", "R_E", "R_B", "HAS_BIAS")
     return dict(zip(names, (*form.sizes, *form.left, *form.right, int(bias)), strict=True))
 

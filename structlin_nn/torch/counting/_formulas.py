@@ -45,7 +45,7 @@ def matrix_product(a: Tensor, b: Tensor) -> Product | None:
 
 
 def _parts(*tensors: Tensor) -> list[list[Tensor]]:
-    """The arrays of nested tensors, and others as often as there are of those."""
+    """Return the arrays of nested tensors, and others as often as there are of those."""
     number = max(x.size(0) for x in tensors if x.is_nested)
     return [list(x.unbind()) if x.is_nested else [x] * number for x in tensors]
 
@@ -257,7 +257,7 @@ def _euclidean(arguments: Arguments, output: Tensor) -> Product:
 
 
 def _distances(arguments: Arguments, output: Tensor) -> Product | None:
-    """torch takes a product for Euclidean distances of more than 25 rows, or where it is told to; else differences."""
+    """Torch takes a product for Euclidean distances of more than 25 rows, or where it is told to; else differences."""
     x1, x2, mode = arguments["x1"], arguments["x2"], arguments["compute_mode"]
     by_product = mode == 1 or (not mode and (x1.shape[-2] > 25 or x2.shape[-2] > 25))
     return _euclidean(arguments, output) if arguments["p"] == 2 and by_product else None
@@ -347,7 +347,7 @@ _register(
 
 
 def _packed_convolution(arguments: Arguments, output: Tensor) -> Product:
-    """The weights are packed with their scales; torch unpacks them."""
+    """Return the weights are packed with their scales; torch unpacks them."""
     packed = next(arguments[key] for key in ("packed_weight", "packed_params", "weight") if key in arguments)
     weight = packed.unpack()[0] if hasattr(packed, "unpack") else torch.ops.quantized.conv_unpack(packed)[0]
     return _convolution(arguments["qx"], weight, output, False)
@@ -404,6 +404,8 @@ _register(
 def attention_pairs(queries: int, keys: int, causal: bool) -> int:
     """Pairs of a query and a key; of a causal mask those that it leaves: query i sees the keys 0 ... i.
 
+    Examples
+    --------
     >>> attention_pairs(3, 5, False), attention_pairs(3, 5, True), attention_pairs(5, 3, True)
     (15, 6, 12)
     """

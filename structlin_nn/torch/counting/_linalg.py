@@ -31,12 +31,12 @@ def _product(batch: int, *flops: Fraction | int) -> Product:
 
 
 def _shape(x: Tensor) -> tuple[int, int, int]:
-    """Number of matrices, rows, columns."""
+    """Return number of matrices, rows, columns."""
     return math.prod(x.shape[:-2]), x.shape[-2], x.shape[-1]
 
 
 def _right_sides(a: Tensor, b: Tensor, left: bool = True) -> tuple[int, int, int]:
-    """Number of systems, their size, and right-hand sides, each counted for its own system, broadcast."""
+    """Return number of systems, their size, and right-hand sides, each counted for its own system, broadcast."""
     n = a.shape[-1]
     if b.ndim == a.ndim - 1 or b.ndim == 1:  # vectors
         return math.prod(torch.broadcast_shapes(a.shape[:-2], b.shape[:-1])), n, 1
@@ -158,7 +158,7 @@ def _(g: Arguments) -> Product:
 
 @_register("linalg_pinv")
 def _(g: Arguments) -> Product:
-    """The SVD (of a Hermitian matrix the eigenvectors), and the product of its factors."""
+    """Return the SVD (of a Hermitian matrix the eigenvectors), and the product of its factors."""
     batch, m, n = _shape(g["self"])
     k, long = min(m, n), max(m, n)
     return _product(batch, FLOPS["eigh"](n) if g["hermitian"] else FLOPS["svd"](long, k), 2 * m * n * k)
@@ -203,6 +203,8 @@ _NORMS = {
 def matrix_exp_products(norm: float, dtype: torch.dtype) -> int:
     """Products of two n x n matrices that the exponential of a matrix of this 1-norm takes: Taylor, then squarings.
 
+    Examples
+    --------
     >>> [matrix_exp_products(norm, torch.float64) for norm in (0.0, 1.0, 2.0, 100.0)]
     [0, 5, 6, 12]
     """

@@ -36,17 +36,27 @@ class UnknownOperationError(ValueError):
 class Product:
     """What one call of an operation computes.
 
-    Attributes:
-        macs: multiply-accumulates.
-        kind: ``convolution``, ``attention``, ``linalg``, ``fft`` or ``product``; None: ``linear`` where one of the
-            operands is a weight, and ``product`` elsewhere.
-        operands: of a matrix product; which of them is a weight decides which sizes are the features.
-        sizes: rows, inner size and columns of a matrix product, with ``operands``; the rows include the batch.
-        d_in, d_out: features of a layer, where the operands do not say it.
-        rows: vectors that a layer is applied to.
-        moved: numbers read and written; None: those of all arguments and results.
-        other_flops: FLOPs that are no multiply-accumulates, such as those of an FFT.
-        recomputed: MACs among ``macs`` that the forward pass has computed before.
+    Attributes
+    ----------
+    macs
+        Multiply-accumulates.
+    kind
+        ``convolution``, ``attention``, ``linalg``, ``fft`` or ``product``; None: ``linear`` where one of the operands
+        is a weight, and ``product`` elsewhere.
+    operands
+        Of a matrix product; which of them is a weight decides which sizes are the features.
+    sizes
+        Rows, inner size and columns of a matrix product, with ``operands``; the rows include the batch.
+    d_in, d_out
+        Features of a layer, where the operands do not say it.
+    rows
+        Vectors that a layer is applied to.
+    moved
+        Numbers read and written; None: those of all arguments and results.
+    other_flops
+        FLOPs that are no multiply-accumulates, such as those of an FFT.
+    recomputed
+        MACs among ``macs`` that the forward pass has computed before.
     """
 
     macs: int = 0
@@ -167,12 +177,18 @@ def register_product(name: str) -> Callable[[Formula], Formula]:
     MACs, a :class:`Product`, or None where this call computes no product. The backward pass of an operation is an
     operation of its own where it has one. All overloads share the formula, and so does the in-place form.
 
-    Args:
-        name: ``namespace::operation``; of a higher-order operation ``higher_order::operation``.
+    Parameters
+    ----------
+    name
+        ``namespace::operation``; of a higher-order operation ``higher_order::operation``.
 
-    Raises:
-        ValueError: a name without a namespace.
+    Raises
+    ------
+    ValueError
+        A name without a namespace.
 
+    Examples
+    --------
     >>> @torch.library.custom_op("structlin_example::twice", mutates_args=())
     ... def twice(x: Tensor, weight: Tensor) -> Tensor:
     ...     return 2 * (x @ weight)
@@ -220,7 +236,7 @@ def operation_names() -> list[str]:
 
 
 def formula_of(name: str) -> Formula | None:
-    """The formula of ``namespace::operation``, or of that which it is the in-place form of.
+    """Return the formula of ``namespace::operation``, or of that which it is the in-place form of.
 
     Where there is none, the one that torch's own counter was given (``torch.utils.flop_counter``).
     """
@@ -236,14 +252,18 @@ def formula_of(name: str) -> Formula | None:
 
 
 def classify(operation: Any) -> str:
-    """The list that an operation is in: ``product``, ``no product``, ``unknown``, or ``composite``.
+    """Return the list that an operation is in: ``product``, ``no product``, ``unknown``, or ``composite``.
 
     An operation of which torch's own counter has a formula (``torch.utils.flop_counter.register_flop_formula``) is
     a product too.
 
-    Args:
-        operation: a ``torch._ops.OpOverload`` or a higher-order operation.
+    Parameters
+    ----------
+    operation
+        A ``torch._ops.OpOverload`` or a higher-order operation.
 
+    Examples
+    --------
     >>> aten = torch.ops.aten
     >>> [classify(op) for op in (aten.mm.default, aten.relu.default, aten.matmul.default)]
     ['product', 'no product', 'composite']
@@ -271,8 +291,10 @@ def _classify(operation: Any) -> str:
 
 @cache
 def classify_name(name: str) -> str:
-    """The list that ``namespace::operation`` is in, with all its overloads.
+    """Return the list that ``namespace::operation`` is in, with all its overloads.
 
+    Examples
+    --------
     >>> classify_name("aten::_grouped_mm"), classify_name("aten::index_put_"), classify_name("aten::quantized_lstm")
     ('product', 'no product', 'unknown')
     """

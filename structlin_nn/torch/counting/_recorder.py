@@ -60,6 +60,8 @@ def backward_macs(structure: AbstractStructure, needs_input: bool, needs_factors
     input's is needed where that of the layer's input or of an earlier factor is. A structure that is no chain counts
     as one product.
 
+    Examples
+    --------
     >>> chain = Structure.parse("i,ri->r; r,or->o", i=8, r=2, o=6)
     >>> chain.macs, backward_macs(chain, True, (True, True)), backward_macs(chain, False, (True, True))
     (28, 56, 40)
@@ -74,7 +76,7 @@ def backward_macs(structure: AbstractStructure, needs_input: bool, needs_factors
 
 
 def inner_tensors(x: Tensor) -> list[Tensor]:
-    """The arrays that a tensor is made of: those of a subclass such as a jagged tensor, or of a sparse one."""
+    """Return the arrays that a tensor is made of: those of a subclass such as a jagged tensor, or of a sparse one."""
     if is_traceable_wrapper_subclass(x):
         subclass: Any = x
         names, _ = subclass.__tensor_flatten__()
@@ -105,7 +107,7 @@ def _numbers(x: Tensor) -> int:
 
 
 def _physical(x: Tensor) -> tuple[Tensor, dict[int, int]]:
-    """The array below functorch's wrappers, and the sizes of the axes that vmap hides, by its level."""
+    """Return the array below functorch's wrappers, and the sizes of the axes that vmap hides, by its level."""
     functorch, hidden = torch._C._functorch, {}
     while functorch.is_functorch_wrapped_tensor(x):
         inside = functorch.get_unwrapped(x)
@@ -128,10 +130,14 @@ class _Entry:
 class Recorder(TorchDispatchMode):
     """The dispatch mode, with the hooks on modules and on attention that belong to it.
 
-    Args:
-        models: by the prefix of their names.
-        causal: count only the pairs of queries and keys that a causal mask leaves.
-        flash: count what fused attention computes again in its backward pass.
+    Parameters
+    ----------
+    models
+        By the prefix of their names.
+    causal
+        Count only the pairs of queries and keys that a causal mask leaves.
+    flash
+        Count what fused attention computes again in its backward pass.
     """
 
     supports_higher_order_operators = True
@@ -240,7 +246,7 @@ class Recorder(TorchDispatchMode):
         self.places.append((self._name(), self.opaque > 0))
 
     def _name(self) -> str:
-        """The module that is being called; where a function is computed again, that in which it was called."""
+        """Return the module that is being called; where a function is computed again, that in which it was called."""
         node = torch._C._current_autograd_node()
         if node is not None and not (self.stack and self.stack[-1].backward):
             return self._place(node)[0]
@@ -303,7 +309,7 @@ class Recorder(TorchDispatchMode):
                 self.weights.add(where)
 
     def _settle(self, product: Product, inputs: list[Tensor], outputs: list[Tensor]) -> tuple[str, Product]:
-        """The kind of a product, with sizes and numbers moved."""
+        """Return the kind of a product, with sizes and numbers moved."""
         changes: dict[str, Any] = {}
         kind = product.kind
         if kind is None:

@@ -80,30 +80,46 @@ class ModuleCount:
 class ModelCount:
     """What :func:`count` returns; ``print`` it for a table, or :meth:`tree` for one by module.
 
-    Attributes:
-        calls: in the order in which they are first made.
-        params: number of parameters, a shared one once.
-        trainable_params: those with a gradient.
-        embedding_params: those of nn.Embedding, likewise trainable.
-        buffer_bytes: of the module's buffers.
-        uncounted_ops: operations that are no products, and how often they run in the forward pass.
-        uncounted_moved: numbers that these read and write.
-        saved: floating numbers that the forward pass keeps for the backward pass, as these modules on this device
-            do it: each array once, without parameters and buffers, attention as where it is fused (queries, keys,
-            values, result, and the log-sum-exp of each query).
-        saved_bytes: bytes of what is kept beside, such as masks and indices.
-        saved_known: whether ``saved`` and ``saved_bytes`` were looked at: not inside a context, nor where the model
-            uses ``torch.func.grad`` and the like.
-        unknown_ops: operations that are in no list, and how often they run, forward and backward; what they compute
-            is missing from all figures.
-        param_bytes, trainable_bytes, saved_float_bytes: bytes of ``params``, ``trainable_params`` and ``saved`` in
-            the dtypes that they have.
-        dtype: of the parameters, by name; None where they have several, or there are none.
-        backward_from: what the backward pass starts from.
-        unreached_params: trainable parameters that got no gradient, because nothing that the backward pass starts
-            from depends on them.
-        modules: type by name, of all modules that were called.
-        seconds: of the forward pass, by module, where :func:`time_modules` has timed it.
+    Attributes
+    ----------
+    calls
+        In the order in which they are first made.
+    params
+        Number of parameters, a shared one once.
+    trainable_params
+        Those with a gradient.
+    embedding_params
+        Those of nn.Embedding, likewise trainable.
+    buffer_bytes
+        Of the module's buffers.
+    uncounted_ops
+        Operations that are no products, and how often they run in the forward pass.
+    uncounted_moved
+        Numbers that these read and write.
+    saved
+        Floating numbers that the forward pass keeps for the backward pass, as these modules on this device do it: each
+        array once, without parameters and buffers, attention as where it is fused (queries, keys, values, result, and
+        the log-sum-exp of each query).
+    saved_bytes
+        Bytes of what is kept beside, such as masks and indices.
+    saved_known
+        Whether ``saved`` and ``saved_bytes`` were looked at: not inside a context, nor where the model uses
+        ``torch.func.grad`` and the like.
+    unknown_ops
+        Operations that are in no list, and how often they run, forward and backward; what they compute is missing from
+        all figures.
+    param_bytes, trainable_bytes, saved_float_bytes
+        Bytes of ``params``, ``trainable_params`` and ``saved`` in the dtypes that they have.
+    dtype
+        Of the parameters, by name; None where they have several, or there are none.
+    backward_from
+        What the backward pass starts from.
+    unreached_params
+        Trainable parameters that got no gradient, because nothing that the backward pass starts from depends on them.
+    modules
+        Type by name, of all modules that were called.
+    seconds
+        Of the forward pass, by module, where :func:`time_modules` has timed it.
     """
 
     calls: list[CallCount]
@@ -163,12 +179,18 @@ class ModelCount:
     def tree(self, depth: int | None = None) -> ModuleCount:
         """Modules in modules, each with all that is inside of it.
 
-        Args:
-            depth: levels below the model; None: all. What is deeper is counted where it is cut off.
+        Parameters
+        ----------
+        depth
+            Levels below the model; None: all. What is deeper is counted where it is cut off.
 
-        Raises:
-            ValueError: a depth that is no integer of at least 0.
+        Raises
+        ------
+        ValueError
+            A depth that is no integer of at least 0.
 
+        Examples
+        --------
         >>> import torch
         >>> from torch import nn
         >>> from structlin_nn.torch import count
@@ -266,7 +288,7 @@ class ModelCount:
 
 
 def format_unknown(unknown: dict[str, int]) -> str:
-    """What a total leaves out, in words; empty where it leaves out nothing."""
+    """Return what a total leaves out, in words; empty where it leaves out nothing."""
     if not unknown:
         return ""
     return "UNKNOWN operations: " + ", ".join(f"{name} x{number}" for name, number in unknown.items())

@@ -39,22 +39,36 @@ def count(
     device cost nothing. Buffers (the statistics of a BatchNorm), gradients and the states of random number
     generators are put back afterwards. Totals are those of the whole batch that was passed in.
 
-    Args:
-        model: a module; its parameters must have sizes, so that lazy modules have to be called once before.
-        inputs, kwargs: of the model. Gradients reach those that require them, and not what they were computed from.
-        loss: a function of the model's result, from which the backward pass starts. None: all floating results that
-            have a gradient, which is more than a training step needs where the loss leaves some of them out.
-        backward: False counts the forward pass alone.
-        strict: raise an error where an operation is unknown.
-        causal_discount: of attention with ``is_causal=True`` count only the pairs that the mask leaves.
-        flash_backward: count also the scores that fused attention computes again in its backward pass, so that this
-            costs 2.5 times the forward pass and not 2 times.
+    Parameters
+    ----------
+    model
+        A module; its parameters must have sizes, so that lazy modules have to be called once before.
+    inputs, kwargs
+        Of the model. Gradients reach those that require them, and not what they were computed from.
+    loss
+        A function of the model's result, from which the backward pass starts. None: all floating results that have a
+        gradient, which is more than a training step needs where the loss leaves some of them out.
+    backward
+        False counts the forward pass alone.
+    strict
+        Raise an error where an operation is unknown.
+    causal_discount
+        Of attention with ``is_causal=True`` count only the pairs that the mask leaves.
+    flash_backward
+        Count also the scores that fused attention computes again in its backward pass, so that this costs 2.5 times the
+        forward pass and not 2 times.
 
-    Raises:
-        TypeError: ``model`` is no module.
-        ValueError: lazy modules; a ``loss`` that returns no tensor with a gradient.
-        UnknownOperationError: with ``strict``, where a total is not complete.
+    Raises
+    ------
+    TypeError
+        ``model`` is no module.
+    ValueError
+        Lazy modules; a ``loss`` that returns no tensor with a gradient.
+    UnknownOperationError
+        With ``strict``, where a total is not complete.
 
+    Examples
+    --------
     >>> model = nn.Sequential(nn.Linear(8, 5), nn.ReLU(), nn.Linear(5, 6))
     >>> c = count(model, torch.zeros(3, 8))
     >>> [(call.name, call.macs) for call in c.calls], c.macs(), c.training_macs, c.uncounted_ops
@@ -140,7 +154,7 @@ def _tensors(x: Any) -> Iterator[Tensor]:
 
 
 def _leaf(x: Any) -> Any:
-    """An input without what it was computed from."""
+    """Return an input without what it was computed from."""
     if not isinstance(x, Tensor):
         return x
     if x.is_inference():
@@ -188,10 +202,15 @@ class Counting:
     not known get the name of their type before their own. The backward pass has to run in the thread of the forward
     pass, as it does inside.
 
-    Args:
-        models: whose modules are named as in the model; keywords put a name before.
-        strict, causal_discount, flash_backward: as for :func:`count`; the error of ``strict`` comes at the end.
+    Parameters
+    ----------
+    models
+        Whose modules are named as in the model; keywords put a name before.
+    strict, causal_discount, flash_backward
+        As for :func:`count`; the error of ``strict`` comes at the end.
 
+    Examples
+    --------
     >>> model = nn.Linear(8, 5)
     >>> with Counting(model) as counting:
     ...     y = model(torch.zeros(3, 8))

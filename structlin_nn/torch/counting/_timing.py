@@ -27,15 +27,24 @@ def time_modules(
     seem slower than they are. :meth:`ModelCount.format_tree` shows milliseconds and FLOP/s. Buffers and the states of
     random number generators are put back.
 
-    Args:
-        model, inputs, kwargs: as for :func:`count`.
-        repeats: timed calls.
-        warm: calls before them.
-        grad: time with gradients enabled.
+    Parameters
+    ----------
+    model, inputs, kwargs
+        As for :func:`count`.
+    repeats
+        Timed calls.
+    warm
+        Calls before them.
+    grad
+        Time with gradients enabled.
 
-    Raises:
-        ValueError: fewer than one repeat, a negative number of warm calls, or a model on the meta device.
+    Raises
+    ------
+    ValueError
+        Fewer than one repeat, a negative number of warm calls, or a model on the meta device.
 
+    Examples
+    --------
     >>> model = nn.Sequential(nn.Linear(64, 64), nn.ReLU())
     >>> timed = time_modules(model, torch.zeros(8, 64))
     >>> sorted(timed.seconds), timed.tree().flops_per_second > 0
