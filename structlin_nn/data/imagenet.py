@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from structlin_nn.data import augment
-from structlin_nn.data.hub import load_hub
+from structlin_nn.data._splits import Split, open_folders, open_hub, recognise
 from structlin_nn.data.images import batch_rows
 from structlin_nn.data.tokens import IGNORE, natural, share
 
@@ -38,63 +38,7 @@ __all__ = ["FORMATS", "IMAGENET_MEAN", "IMAGENET_STD", "ImageNetData", "ImageRec
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 FORMATS = ("folder", "shards", "datasets")
-_NAMES = {"train": ("train",), "val": ("val", "validation")}
 _FILL = -1
-
-
-class Split(Protocol):
-    """The samples of one split, numbered from 0: labels int64 (N,), what a message calls a sample, its undecoded file.
-
-    `identity` tells the samples from others, besides their labels, without reading images.
-    """
-
-    labels: np.ndarray
-
-    def name(self, index: int) -> str: ...
-    def read(self, index: int) -> bytes: ...
-    def identity(self) -> bytes: ...
-
-
-@dataclass
-class FolderSplit(Split):
-    """Image files in one folder for each class; `paths` below the root as `os.fsencode` has them.
-
-    They are an array, because processes that share a list copy it as soon as they look at it.
-    """
-
-    root: Path
-    paths: np.ndarray
-    labels: np.ndarray
-
-    def name(self, index: int) -> str:
-        return os.path.join(self.root, os.fsdecode(self.paths[index]))
-
-    def read(self, index: int) -> bytes:
-        return Path(self.name(index)).read_bytes()
-
-    def identity(self) -> bytes:
-        return b"\n".join(self.paths.tolist())
-
-
-@dataclass
-class HubSplit(Split):
-    """One split of a Hugging Face data set, with an undecoded image column."""
-
-    dataset: Any
-    title: str
-    image: str
-    labels: np.ndarray
-
-    def name(self, index: int) -> str:
-        return f"{self.title}[{index}]"
-
-    def read(self, index: int) -> bytes:
-        cell = self.dataset[int(index)][self.image]
-        return Path(cell["path"]).read_bytes() if cell["bytes"] is None else cell["bytes"]
-
-    def identity(self) -> bytes:
-        # Changes with every transformation, and with the files that the data set was made of.
-        return f"{self.dataset._fingerprint} {len(self.dataset)}".encode()
 
 
 def decode(raw: bytes, name: str) -> Image.Image:
@@ -436,10 +380,10 @@ def open_imagenet(
     if format not in (None, *FORMATS):
         raise ValueError(f"unknown format {format!r}; one of {', '.join(FORMATS)}")
     place = Path(source).expanduser()
-    kind = format or _recognise(place)
+    kind = format or recognise(place)
     if kind != "datasets" and not place.is_dir():
         raise FileNotFoundError(f"{place} is not a folder; it should hold train/ and val/, or shards")
-    splits, classes = _open_folders(place) if kind == "folder" else _open_hub(source, kind)
+    splits, classes = open_folders(place) if kind == "folder" else open_hub(source, kind)
     if classes is not None and num_classes not in (None, len(classes)):
         raise ValueError(f"{source} has {len(classes)} classes, num_classes is {num_classes}")
     if classes is None:
@@ -459,86 +403,6 @@ def open_imagenet(
             )
         digest.update(f"\n{name}\n".encode() + split.identity() + split.labels.astype("<i8").tobytes())
     return ImageNetData(splits, classes, digest.hexdigest(), kind, os.fspath(source))
-
-
-def _recognise(place: Path) -> str:
-    if not place.is_dir() and (place.is_absolute() or len(place.parts) < 2):
-        raise FileNotFoundError(f"{place} is no folder, and no name on the Hugging Face hub (owner/name)")
-    if not place.is_dir() or any((place / name).is_file() for name in ("dataset_dict.json", "state.json")):
-        return "datasets"
-    if _shards(place, "train"):
-        return "shards"
-    if (place / "train").is_dir():
-        return "folder"
-    raise FileNotFoundError(
-        f"{place} holds no train/ and val/ folder with one folder for each class, no *train*.tar, and no data set "
-        "saved by Hugging Face datasets"
-    )
-
-
-def _open_folders(place: Path) -> tuple[dict[str, Split], tuple[str, ...]]:
-    try:
-        from torchvision.datasets import ImageFolder
-    except ImportError as error:
-        raise ImportError(f"ImageNet needs torchvision and timm: pip install 'structlin[vision]' ({error})") from error
-    splits: dict[str, Split] = {}
-    classes: list[str] = []
-    for split, names in _NAMES.items():
-        root = next((place / name for name in names if (place / name).is_dir()), None)
-        if root is None:
-            raise FileNotFoundError(f"{place} lacks the folder {' or '.join(names)}")
-        try:
-            found = ImageFolder(root)
-        except FileNotFoundError as error:
-            raise ValueError(f"{root}: {error}") from error
-        classes = classes or found.classes
-        if extra := sorted(set(found.classes) - set(classes)):
-            raise ValueError(f"{root} has {len(extra)} classes that train lacks, the first of them {extra[0]!r}")
-        number = np.array([classes.index(name) for name in found.classes])
-        paths = np.array([os.fsencode(os.path.relpath(path, root)) for path, _ in found.samples])
-        splits[split] = FolderSplit(root, paths, number[[label for _, label in found.samples]].astype(np.int64))
-    return splits, tuple(classes)
-
-
-def _shards(place: Path, split: str) -> list[str]:
-    names = _NAMES[split]
-    inside = [path for name in names for path in sorted((place / name).glob("*.tar"))]
-    found = inside or sorted(path for path in place.glob("*.tar") if any(name in path.name for name in names))
-    for path in found:
-        # Two blocks of zeros end an archive. Without them it was cut, perhaps between two members.
-        with path.open("rb") as file:
-            file.seek(max(0, path.stat().st_size - 1024))
-            if file.read() != bytes(1024):
-                raise ValueError(f"{path} ({path.stat().st_size} bytes) is cut: the end of the archive is missing")
-    return [str(path) for path in found]
-
-
-def _open_hub(source: Any, kind: str) -> tuple[dict[str, Split], tuple[str, ...] | None]:
-    shards = {split: _shards(Path(source).expanduser(), split) for split in _NAMES} if kind == "shards" else None
-    if shards is not None and not all(shards.values()):
-        raise FileNotFoundError(f"{source} holds no shards *{min(shards, key=lambda s: len(shards[s]))}*.tar")
-    loaded = load_hub(source, shards=shards)
-    import datasets
-
-    if not isinstance(loaded, datasets.DatasetDict):
-        raise ValueError(f"{source} is one split; a data set with train and val is needed")
-    splits: dict[str, Split] = {}
-    classes: tuple[str, ...] | None = None
-    for split, names in _NAMES.items():
-        rows = next((loaded[name] for name in names if name in loaded), None)
-        if rows is None or len(rows) == 0:
-            raise ValueError(f"{source} has the splits {', '.join(loaded)}; {' or '.join(names)} is needed, not empty")
-        images = [name for name, feature in rows.features.items() if isinstance(feature, datasets.Image)]
-        label = next((name for name in ("label", "cls") if name in rows.column_names), None)
-        if len(images) != 1 or label is None:
-            raise ValueError(
-                f"{source} has the columns {', '.join(rows.column_names)}: one of images, and label or cls are needed"
-            )
-        if isinstance(rows.features[label], datasets.ClassLabel):
-            classes = tuple(rows.features[label].names)
-        undecoded = rows.cast_column(images[0], datasets.Image(decode=False))
-        splits[split] = HubSplit(undecoded, f"{source}/{split}", images[0], np.array(rows[label][:], dtype=np.int64))
-    return splits, classes
 
 
 @dataclass
