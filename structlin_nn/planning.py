@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import structlin
-from structlin.planning import check_budget, largest_within
+from structlin.planning import check_budget
 from structlin_nn._planned import RESOURCES, Choice, Costs
+from structlin_nn._widths import WIDEST, Reasons, TooLargeError, largest_rank, widest, widest_of
 from structlin_nn.counting import Device
 from structlin_nn.counting import device as find_device
 from structlin_nn.models import StructureConfig
@@ -24,9 +25,6 @@ __all__ = [
 ]  # fmt: skip
 
 PREFERENCES = ("spent", "width", "params")
-WIDEST = 2**20
-_SMALL = 64  # widths below which all are tried
-_BEYOND = 16  # widths above the largest that fits, where a cost that rises unevenly is looked at again
 _LAW_COLUMNS = {"forward_macs": "forward_macs", "params": "params", "trainable_params": "params",
                 "training_macs": "training_flops", "total_training_macs": "training_flops"}  # fmt: skip
 
@@ -212,20 +210,20 @@ def plan_model(
         least = costs.least(choice)
         return least is not None and all(least[r] <= b for r, b in budgets.items())
 
-    plans, reasons = [], _Reasons()
+    plans, reasons = [], Reasons()
     for chosen in _combinations(lists):
         own = dict(chosen)
         start = Choice(1, own.pop("depth", None), tuple(own.items()))
         try:
             if by_rank:
                 assert widths is not None
-                found, after = _largest_rank(share, Choice(widths[0], start.depth, start.options), reasons)
+                found, after = largest_rank(share, Choice(widths[0], start.depth, start.options), reasons)
             elif widths is not None:
-                found, after = _widest_of(share, start, sorted(set(widths)), reasons)
+                found, after = widest_of(share, start, sorted(set(widths)), reasons)
             else:
                 parts = own.get("cores", fixed.get("cores", known.get("cores", 2 if structure == "einsum" else 1)))
-                found, after = _widest(share, may_fit, start, multiple_of, parts, even_widths, reasons)
-        except _TooLargeError:
+                found, after = widest(share, may_fit, start, multiple_of, parts, even_widths, reasons)
+        except TooLargeError:
             asked = " and ".join(f"{b:g} {r}" for r, b in budgets.items())
             raise ValueError(f"{name} with {structure} of width {WIDEST:,} and more fits into {asked}") from None
         if found is None:
@@ -307,143 +305,6 @@ def _equal(a: float, b: float) -> bool:
 
 def _shown(value: float) -> str:
     return f"{value:,.0f}" if 1 <= value < 1e15 else f"{value:.4g}"
-
-
-class _TooLargeError(Exception):
-    """Even the widest model fits."""
-
-
-class _Reasons:
-    """Why nothing fits: the cheapest choice that can be built, and one that cannot."""
-
-    def __init__(self) -> None:
-        self.cheapest: Choice | None = None
-        self.unbuilt: Choice | None = None
-        self._least = float("inf")
-
-    def note(self, choice: Choice, share: float | None) -> None:
-        if share is None:
-            self.unbuilt = self.unbuilt or choice
-        elif share < self._least:
-            self.cheapest, self._least = choice, share
-
-
-Share = Callable[[Choice], float | None]
-
-
-def _largest_rank(share: Share, at: Choice, reasons: _Reasons) -> tuple[Choice | None, int | None]:
-    def cost(rank: int) -> float | None:
-        found = share(at.with_options(rank=rank))
-        reasons.note(at.with_options(rank=rank), found)
-        return found
-
-    rank = largest_within(cost, 1.0)
-    if rank is None:
-        return None, None
-    return at.with_options(rank=rank), rank + 1 if cost(rank + 1) is not None else None
-
-
-def _widest_of(
-    share: Share, at: Choice, widths: Sequence[int], reasons: _Reasons
-) -> tuple[Choice | None, int | None]:  # fmt: skip
-    after = None
-    for width in reversed(widths):
-        choice = Choice(width, at.depth, at.options)
-        found = share(choice)
-        reasons.note(choice, found)
-        if found is not None and found <= 1:
-            return choice, after
-        after = width if found is not None else after
-    return None, None
-
-
-def _widest(
-    share: Share, may_fit: Callable[[Choice], bool], at: Choice, multiple_of: int, parts: int, even: bool,
-    reasons: _Reasons,
-) -> tuple[Choice | None, int | None]:  # fmt: skip
-    """Return the widest that fits, and the next that can be built."""
-
-    def cost(width: int) -> float | None:
-        if width > WIDEST:
-            raise _TooLargeError
-        choice = Choice(width, at.depth, at.options)
-        found = share(choice)
-        reasons.note(choice, found)
-        return found
-
-    def fits(width: int) -> bool:
-        found = cost(width)
-        return found is not None and found <= 1
-
-    last = _last_that_fits(lambda n: cost(_power(n, multiple_of, parts)))
-    if even:
-        if last is None:
-            return None, None
-        after = next((n for n in range(last + 1, last + 64) if cost(_power(n, multiple_of, parts)) is not None), None)
-        found = Choice(_power(last, multiple_of, parts), at.depth, at.options)
-        return found, None if after is None else _power(after, multiple_of, parts)
-    # Candidates are n times multiple_of. With factors: all below the third power from there and up to twice the width
-    # (a layer of fixed inputs may cost less at a larger width while that is small); else a few beyond.
-    low = 0 if last is None else _power(last, multiple_of, parts) // multiple_of
-    high = low + _BEYOND + 1
-    if parts > 1:
-        high = max(_power((last or 0) + 3, multiple_of, parts) // multiple_of, 2 * low, _SMALL // multiple_of, low + 2)
-    # Some widths of all residues, that say how the sizes of the layers go with the width.
-    near = (n for n in range(max(low, 1), high) if cost(n * multiple_of) is not None)
-    list(itertools.islice(near, 4))
-    best = next(
-        (
-            n
-            for n in range(high - 1, max(low, 1) - 1, -1)
-            if may_fit(Choice(n * multiple_of, at.depth, at.options)) and fits(n * multiple_of)
-        ),
-        None,
-    )
-    if best is None:
-        return None, None
-    after = next((n for n in range(best + 1, high + 64) if cost(n * multiple_of) is not None), None)
-    return Choice(best * multiple_of, at.depth, at.options), None if after is None else after * multiple_of
-
-
-def _power(n: int, multiple_of: int, parts: int) -> int:
-    """Return the n-th width: multiples, or for several factors the powers that are multiples."""
-    if parts == 1:
-        return n * multiple_of
-    root = next(k for k in range(1, multiple_of + 1) if k**parts % multiple_of == 0)
-    return (root * (n + (root == 1))) ** parts  # 1 cannot be split
-
-
-def _last_that_fits(cost: Callable[[int], float | None]) -> int | None:
-    """The last n whose cost is at most 1, of a cost that rises, where some n have none, small ones in particular."""
-    start = next((n for n in range(1, 64) if cost(n) is not None), None)
-    if start is None:
-        return None
-
-    def fits(n: int) -> bool:
-        found = cost(n)
-        return found is not None and found <= 1
-
-    if not fits(start):
-        return None
-    low, high = start, 2 * start
-    while True:
-        found = cost(high)
-        if found is None:
-            high += 1
-        elif found > 1:
-            break
-        else:
-            low, high = high, 2 * high
-    while high - low > 1:
-        middle = (low + high) // 2
-        # The nearest n to the middle that can be built, first downwards, then upwards.
-        near = next(
-            (n for n in itertools.chain(range(middle, low, -1), range(middle + 1, high)) if cost(n) is not None), None
-        )
-        if near is None:
-            break
-        low, high = (near, high) if fits(near) else (low, near)
-    return low
 
 
 def plan_models(
