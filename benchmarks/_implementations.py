@@ -121,5 +121,5 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
 
 
 def build(implementation: str, layers: list[StructuredLinear], name: str, options: Mapping[str, object]) -> nn.Module:
-    """The implementation's modules for ``layers``, one after the other; raises :class:`AbsentError`."""
+    """Build the implementation's modules for ``layers`` as one sequence; raise :class:`AbsentError` if it has none."""
     return nn.Sequential(*(IMPLEMENTATIONS[implementation](layer, name, options) for layer in layers))

@@ -42,7 +42,7 @@ LEAST_SECONDS, ROUND_SECONDS, MOST_ROUNDS = 2e-4, 0.03, 101
 
 
 def _pages() -> int:
-    """That this process was given so far; 0 where that cannot be known."""
+    """Return the number of memory pages given to this process so far, 0 where it is unknown."""
     try:
         import resource
     except ImportError:
@@ -121,7 +121,7 @@ def timings(
 
 
 def ratio(first: Sequence[float], second: Sequence[float]) -> float:
-    """The median, over rounds, of how many times as long the first takes as the second."""
+    """Return the median over rounds of the first time divided by the second."""
     return statistics.median(a / b for a, b in zip(first, second, strict=True))
 
 
@@ -149,7 +149,7 @@ def peak_memory(function: Callable[[], object], device: str = "cpu") -> int:
 
 
 def machine(device: str = "cpu") -> dict[str, object]:
-    """What the figures were measured on."""
+    """Describe the processor, the libraries and the settings of a measurement."""
     facts = wisdom.processor()
     processor: dict[str, object] = {"name": facts.get("model name") or facts["name"] or facts["machine"]}
     processor |= {short: facts[long] for short, long in (("family", "cpu family"), ("model", "model"),
@@ -169,7 +169,7 @@ def machine(device: str = "cpu") -> dict[str, object]:
 
 
 def result_path(text: str, device: str = "cpu") -> Path:
-    """The file of a result: a path, or a name such as ``layers-bfloat16``, in the folder of this processor (or GPU)."""
+    """Return the path of a result; a name such as ``layers`` is a file in the folder of this processor (or GPU)."""
     if Path(text).suffix:
         return Path(text)
     found = machine(device)

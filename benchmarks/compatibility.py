@@ -310,7 +310,7 @@ the meta device, and compressed with calibration.
 
 
 def page(results: Mapping[Case, Mapping[str, str]]) -> str:
-    """The table, and below it why something does not work."""
+    """Format the table, followed by the reason for each failure."""
     notes: list[str] = []
     lines = ["| model | library | " + " | ".join(CHECKS) + " |", "|---" * (len(CHECKS) + 2) + "|"]
     for case, found in results.items():

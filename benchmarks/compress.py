@@ -68,7 +68,7 @@ def table(rows: list[dict], dense: dict) -> str:
 
 
 def report(result: dict) -> str:
-    """What the documentation shows of a result."""
+    """Format a result as the table of the documentation."""
     return table(result["rows"], result["dense"])
 
 

@@ -101,7 +101,7 @@ def compare(name: str, model: nn.Module, inputs: dict[str, Tensor]) -> dict[str,
 
 
 def timm_models(number: int) -> list[str]:
-    """The first and the last model of every family, then others evenly."""
+    """Select the first and the last model of every family, then others at even distances."""
     import timm
 
     families = [timm.list_models(module=module) for module in timm.list_modules()]
@@ -122,7 +122,7 @@ def build_timm(name: str) -> tuple[nn.Module, dict[str, Tensor]]:
 
 
 def build_transformers(name: str, layers: int = 2) -> tuple[nn.Module, dict[str, Tensor]]:
-    """A model with its default configuration, but for few layers."""
+    """Build a model with its default configuration and few layers."""
     import transformers
 
     config = transformers.AutoConfig.for_model(name)
@@ -170,7 +170,7 @@ def expert_models(names: Sequence[str] = EXPERTS) -> Iterator[dict[str, Any]]:
 
 
 def attempt(name: str, build: Any) -> dict[str, Any]:
-    """A row, or why there is none."""
+    """Return a row, or the reason why there is none."""
     try:
         return compare(name, *build(name))
     except Exception as error:

@@ -130,7 +130,7 @@ class Run:
         return time.monotonic() - self.start > 60 * self.minutes * SHARES[section]
 
     def each(self, section: str, items: Sequence[Any]) -> Iterator[Any]:
-        """The items of a section that there is time for; the others are noted."""
+        """Yield the items of a section until the time is spent; note the others."""
         for number, item in enumerate(items):
             if self.ends(section):
                 self.result["left_out"] += [f"{section}: {one}" for one in items[number:]]
@@ -185,7 +185,7 @@ def normal(*shape: int, scale: float = 1.0, seed: int = 0) -> Tensor:
 
 
 def by_dense(layer: StructuredLinear, x: Tensor, gy: Tensor) -> list[Tensor]:
-    """The output and the gradients of x, the factors and the bias in float64 on a CPU, by the dense matrix."""
+    """Compute the output and all gradients by the dense matrix, in float64 on a CPU."""
     leaves = [t.detach().cpu().double().requires_grad_() for t in (x, *layer.factors, layer.bias)]
     structure, sizes = layer.structure, dict(layer.structure.sizes)
     rows = torch.eye(structure.d_in + structure.padding[0], dtype=torch.float64)
@@ -203,7 +203,7 @@ def outcome(call: Callable[[Tensor], Tensor], layer: StructuredLinear, x: Tensor
 
 
 def in_graph(layer: StructuredLinear, x: Tensor, gy: Tensor) -> list[Tensor]:
-    """The same by a CUDA graph of the forward and one of the backward pass."""
+    """Record the forward and the backward pass as one CUDA graph each."""
     if not x.is_cuda:
         raise AbsentError("CUDA graphs need CUDA")
     return outcome(torch.cuda.make_graphed_callables(layer, (torch.randn_like(x).requires_grad_(),)), layer, x, gy)
@@ -215,7 +215,7 @@ def problem_of(layer: StructuredLinear, tokens: int, dtype: str, train: bool) ->
 
 
 def ways_of(layer: StructuredLinear, problem: Problem) -> dict[str, Callable[[Tensor], Tensor]]:
-    """The layer by each way that can run the problem."""
+    """Return the layer as a function, by each way that can run the problem."""
 
     def bound(way: Way) -> Callable[[Tensor], Tensor]:
         return lambda x: way.run(layer.structure, list(layer.factors), x, layer.bias, True)
@@ -224,7 +224,7 @@ def ways_of(layer: StructuredLinear, problem: Problem) -> dict[str, Callable[[Te
 
 
 def make_layer(chain: str, shape: tuple[int, int], dtype: str, device: str, **more: Any) -> StructuredLinear:
-    """A layer with a bias that is not zero; the rank of a low-rank layer is a quarter of its width."""
+    """Build a layer with a nonzero bias; a low-rank layer has a quarter of its width as rank."""
     name, options = CHAINS[chain]
     if name == "low_rank":
         options = {"rank": min(shape) // 8}

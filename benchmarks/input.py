@@ -28,7 +28,7 @@ from structlin_nn.data.imagenet import ImageRecipe, open_imagenet
 
 
 def make_tree(root: Path, number: int) -> Path:
-    """An image tree of photographs of smooth noise, in ten classes."""
+    """Write an image tree of smooth noise, in ten classes."""
     rng = np.random.default_rng(0)
     for index in range(number):
         for split in ("train", "val") if index < 10 else ("train",):

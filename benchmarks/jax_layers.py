@@ -105,7 +105,7 @@ def dense(factors: Sequence[jax.Array], x: jax.Array) -> jax.Array:
 
 
 def with_backward(contraction: Contraction) -> Contraction:
-    """The contraction and the gradients of factors and input, for a fixed gradient of the output."""
+    """Return the contraction and its gradients for a fixed gradient of the output."""
 
     def run(factors: Sequence[jax.Array], x: jax.Array) -> jax.Array:
         y, back = jax.vjp(contraction, factors, x)
@@ -175,7 +175,7 @@ def table(rows: Sequence[Mapping[str, object]]) -> str:
 
 
 def report(result: dict) -> str:
-    """What the documentation shows of a result."""
+    """Format a result as the table of the documentation."""
     return table(result["rows"])
 
 

@@ -126,7 +126,7 @@ class Row:
             self.step(module)
 
     def measure(self, repeats: int, clock: str, ways: bool) -> dict[str, object]:
-        """The row of the table."""
+        """Return the row of the table."""
         found: dict[str, dict[str, float]] = {}
         dense: dict[str, float] = {}
         chosen: dict[str, dict[str, object]] = {}
@@ -165,7 +165,7 @@ class Row:
         return row
 
     def problems(self, kind: str) -> list[execution.Problem]:
-        """What the layers of this library ask for a way to run, one after the other."""
+        """Return the problems that the layers of this library pose, in order."""
         with execution.recording() as met:
             self.call(kind, self.modules["structlin"])
         return list(dict.fromkeys(met))
@@ -187,13 +187,13 @@ class Row:
 
 
 def able(problems: Sequence[execution.Problem]) -> list[str]:
-    """The ways that can run every one of some problems."""
+    """Return the ways that can run all of the problems."""
     names = [{c.way.name for c in choice.candidates(problem)} for problem in problems]
     return sorted(set.intersection(*names)) if names else []
 
 
 def choices(problems: Sequence[execution.Problem]) -> dict[str, object]:
-    """The way of each layer: the one taken, by least estimate, and by least measured time (None: not measured)."""
+    """Return the way of each layer: the chosen one, that of least estimate, that of least time (None: not measured)."""
     found: dict[str, list[str | None]] = {"taken": [], "least_estimate": [], "least_measured": []}
     for problem in problems:
         found["taken"].append(choice.choose(problem).name)  # measures, if that is the policy
@@ -204,7 +204,7 @@ def choices(problems: Sequence[execution.Problem]) -> dict[str, object]:
 
 
 def against_best(times: Mapping[str, Sequence[float]], chosen: Mapping[str, object]) -> dict[str, object]:
-    """The best single way, and how many times as long as it the way that is taken takes, and that of least estimate.
+    """Return the fastest way, and the times of the chosen one and of the least estimate relative to it.
 
     Where the layers of a row have different ways, the row as it runs is compared, and no ratio is known for estimates
     that differ.
@@ -250,7 +250,7 @@ def way_shown(chosen: Mapping) -> str:
 
 
 def report(result: Mapping) -> str:
-    """What the documentation shows of a result."""
+    """Format a result as the table of the documentation."""
     names = dict.fromkeys(name for row in result["rows"] for name in row["implementations"])
     return table(result["rows"], [name for name in names if not name.startswith(WAY)])
 

@@ -114,7 +114,7 @@ def block_diagonal(n: int, rng: np.random.Generator) -> Case:
 
 
 def kronecker_plus_identity(n: int, rng: np.random.Generator) -> Case:
-    """The covariance of a Gaussian process on a grid, with noise."""
+    """Build the covariance of a Gaussian process on a grid, with noise."""
 
     def make(A: Any, B: Any) -> Any:
         K = cola.PSD(sl.Kronecker(A, B))
@@ -243,7 +243,7 @@ def as_torch(case: Case, X: np.ndarray, dtype: str) -> tuple[list[torch.Tensor],
 
 
 def gradient(arrays: Sequence[torch.Tensor], value: Callable[..., torch.Tensor]) -> Callable[[], torch.Tensor]:
-    """A function that returns a value of copies of the arrays, after it has computed its gradients."""
+    """Return a function that computes a value of copies of the arrays and its gradients."""
 
     def run() -> torch.Tensor:
         leaves = [a.detach().requires_grad_() for a in arrays]
@@ -418,7 +418,7 @@ def error_of(found: Any, wanted: np.ndarray) -> float:
 def measure(
     case: Case, n: int, columns: int, arguments: argparse.Namespace, absent: Sequence[str]
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """A row for each operation."""
+    """Return a row for each operation."""
     X = np.random.default_rng(n).standard_normal((n, columns))
     wanted = truths(case, X)
     contestants = {"ours": ours(case, X, arguments.dtype)}
@@ -478,7 +478,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def report(result: dict) -> str:
-    """What the documentation shows of a result."""
+    """Format a result as the table of the documentation."""
     return table(result["rows"])
 
 

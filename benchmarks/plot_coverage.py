@@ -20,7 +20,7 @@ RESULTS = Path(__file__).resolve().parent / "results" / "coverage.json"
 
 
 def coverage_figure(record: dict[str, Any]) -> Figure:
-    """A row for each experiment, a dot for each quantity; shaded is what chance alone gives 19 times of 20."""
+    """Draw a row for each experiment, a dot for each quantity, and the range of exact intervals (19 of 20)."""
     rows = record["rows"]
     figure = new_figure(9, 1.2 + 0.32 * len(rows))
     axes = figure.subplots()

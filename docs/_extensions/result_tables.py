@@ -66,7 +66,7 @@ class Benchmarks(SphinxDirective):
 
 
 def folded(table: str, result: Mapping[str, object]) -> list[nodes.Node]:
-    """A table that is wider than the page, and the settings, behind a line to click on."""
+    """Fold a wide table and the settings behind a summary line."""
     setting = {k: v for k, v in result.items() if not (isinstance(v, list) and v and isinstance(v[0], dict))}
     text = "\n".join(f"{key}: {shown(value)}" for key, value in setting.items())
     blocks = [nodes.literal_block(part, part, language="text") for part in (table, text)]
@@ -89,7 +89,7 @@ class Experiments(SphinxDirective):
 
 
 def configs(name: str) -> str:
-    """The module of a sweep."""
+    """Return the module of a sweep."""
     module = f"structlin_nn.configs.{name.replace('-', '_')}"
     importlib.import_module(module)
     return module
@@ -100,7 +100,7 @@ def shown(value: object) -> str:
 
 
 def load(name: str) -> Any:
-    """A module of benchmarks/."""
+    """Import a module of benchmarks/."""
     if str(BENCHMARKS) not in sys.path:
         sys.path.insert(0, str(BENCHMARKS))
     return importlib.import_module(name)

@@ -44,7 +44,7 @@ def step_matrices(structure: Structure) -> list[np.ndarray]:
 
 
 def coloured(labels: np.ndarray, seed: int) -> np.ndarray:
-    """A picture in which equal labels have equal colours, and 0 is white."""
+    """Return a picture in which equal labels have equal colours, and 0 is white."""
     count = int(labels.max(initial=0))
     rng = np.random.default_rng(seed)
     hues = rng.permutation(np.linspace(0, 1, count, endpoint=False))
