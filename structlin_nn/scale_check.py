@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from structlin_nn.models import MODELS, StructureConfig, base_model, build_model
-from structlin_nn.models.named import own_function
-from structlin_nn.torch import Muon, StructuredLinear, parameter_groups, replace_linear
+from structlin_nn.models.named import example_inputs, open_named, own_function
+from structlin_nn.torch import Muon, ParameterRule, StructuredLinear, parameter_groups, replace_linear
 
 __all__ = [
     "CHECK_SIZES", "RATES", "THRESHOLD", "LayerScale", "ScaleCheck", "builder_of", "check_scale", "named_builder",
@@ -94,7 +94,8 @@ class ScaleCheck:
 def check_scale(
     build: Builder, *, widths: Sequence[int], base: nn.Module, base_width: int, model: str = "",
     optimizer: str = "adam", lr: float | None = None, steps: int = 4, seeds: int = 3, batch_size: int = 32,
-    structure_aware: bool = True, extra_multipliers: Mapping[Any, float] | None = None, threshold: float = THRESHOLD,
+    structure_aware: bool = True, extra_multipliers: Mapping[Any, float] | None = None,
+    rules: Mapping[Any, ParameterRule] | None = None, threshold: float = THRESHOLD,
 ) -> ScaleCheck:  # fmt: skip
     """Train at several widths for a few steps and measure every linear layer, convolution and embedding.
 
@@ -120,7 +121,7 @@ def check_scale(
         Learning rate at base width; None: :data:`RATES`.
     steps, seeds, batch_size
         How much is done.
-    structure_aware, extra_multipliers
+    structure_aware, extra_multipliers, rules
         As in ``parameter_groups``.
     threshold
         Of the verdicts, see :data:`THRESHOLD`.
@@ -146,9 +147,8 @@ def check_scale(
     change: dict[str, list[list[list[float]]]] = {}
     for position, width in enumerate(widths):
         for seed in range(seeds):
-            found = _run(
-                build, width, base, seed, optimizer, rate, steps, batch_size, structure_aware, extra_multipliers
-            )
+            chosen = {"structure_aware": structure_aware, "extra_multipliers": extra_multipliers, "rules": rules}
+            found = _run(build, width, base, seed, optimizer, rate, steps, batch_size, chosen)
             if position and found.keys() != initial.keys():
                 raise ValueError(
                     f"the layers at width {width} are {', '.join(found)}, and at {widths[0]} {', '.join(initial)}"
@@ -184,14 +184,14 @@ def _check(widths: Sequence[int], optimizer: str, lr: float | None, threshold: f
 
 def _run(
     build: Builder, width: int, base: nn.Module, seed: int, optimizer: str, lr: float, steps: int, batch_size: int,
-    structure_aware: bool, extra: Mapping[Any, float] | None,
+    chosen: Mapping[str, Any],
 ) -> dict[str, tuple[float, list[float]]]:  # fmt: skip
     """For each layer the RMS of its outputs at initialisation, and of their change after each step."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model, inputs = with_inputs(build(width), batch_size, width)
     model.train(False)  # no dropout: the same inputs have to give the same outputs
-    rule: dict[str, Any] = {"optimizer": optimizer, "structure_aware": structure_aware, "extra_multipliers": extra}
+    rule: dict[str, Any] = {"optimizer": optimizer, **chosen}
     if optimizer == "muon" and any(p.ndim < 2 or isinstance(m, nn.Embedding) for m, p in _owned(model)):
         rule["adam_lr"] = RATES["adam"]
     groups = parameter_groups(model, base, lr=lr, **rule)
@@ -233,10 +233,10 @@ def with_inputs(built: Made, batch_size: int, width: int) -> tuple[nn.Module, An
         raise TypeError(f"the builder must return a torch module or (module, inputs), got {model!r}")
     if inputs is not None:
         return model, inputs
-    example = getattr(model, "example_input", None)
-    if example is None:
-        raise ValueError(f"the model at width {width} has no example_input(batch); return (model, inputs)")
-    inputs = example(batch_size)
+    try:
+        inputs = example_inputs(model, batch_size)
+    except ValueError as error:
+        raise ValueError(f"the model at width {width} tells no inputs ({error}); return (model, inputs)") from error
     # Inputs of a generator of their own: the same whatever the model drew.
     generator = torch.Generator().manual_seed(1)
     if inputs.is_floating_point():
@@ -336,31 +336,56 @@ def named_builder(
 
 def builder_of(
     path: str, *, base_width: int, structure: str | None = None, layers: str = "all_but_last", rms_cap: bool = False,
-    rule: str = "paper", options: Mapping[str, Any] | None = None,
+    rule: str = "paper", options: Mapping[str, Any] | None = None, width_option: str | None = None,
+    model_options: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Arguments of :func:`check_scale` for a function of one's own; ValueError for a path that leads to none.
+    """Return the arguments of :func:`check_scale` for a model by its name (:mod:`structlin_nn.models.named`).
 
     Parameters
     ----------
     path
-        ``package.module:function``; the function takes a width and returns a model, or (model, inputs).
+        ``package.module:function``, whose function takes a width and returns a model, or (model, inputs);
+        ``timm:NAME`` or ``hf:CONFIG``.
     base_width
-        Where learning rates are tuned; the base is the function's own model there.
+        Width at which learning rates are tuned. The base is the model at that width, as it is without ``structure``.
     structure
         Replace linear layers by this structure (:func:`structlin_nn.torch.replace_linear`), by ``layers``, ``rms_cap``,
-        ``rule`` and ``options``; None: as is.
+        ``rule`` and ``options``; None leaves the model as it is.
+    width_option
+        For ``timm:NAME`` and ``hf:CONFIG`` the argument that sets the width, such as ``embed_dim`` or ``n_embd``.
+    model_options
+        Further arguments of the model, of its configuration, or of the function.
+
+    Raises
+    ------
+    ValueError
+        A name that leads to no model, or a missing or superfluous ``width_option``.
+    TypeError
+        A function that returns no model.
     """
-    function = own_function(path)
+    named = path.startswith(("timm:", "hf:"))
+    if named != (width_option is not None):
+        raise ValueError(
+            f"{path} needs width_option, the argument that sets its width" if named
+            else f"width_option is for timm:NAME and hf:CONFIG; {path} is called with the width"
+        )  # fmt: skip
+    further = dict(model_options or {})
+
+    def dense(width: int) -> Made:
+        if width_option is not None:
+            return open_named(path, device=None, **{width_option: width}, **further)
+        return own_function(path)(width, **further)
 
     def build(width: int) -> Made:
-        made = function(width)
+        made = dense(width)
         model = made[0] if isinstance(made, tuple) else made
         if structure is not None:
-            replace_linear(model, structure, layers=layers, rms_cap=rms_cap, rule=rule, **(options or {}))
+            capped: dict[str, Any] = {"rms_cap": rms_cap, "rule": rule, "shared_weights": "skip"}
+            replace_linear(model, structure, layers=layers, **capped, **(options or {}))
         return made
 
     with torch.random.fork_rng(devices=[]):
-        made = function(base_width)
+        made = dense(base_width)
     base = made[0] if isinstance(made, tuple) else made
     if not isinstance(base, nn.Module):
         raise TypeError(f"{path} must return a torch module or (module, inputs), got {base!r}")

@@ -10,6 +10,7 @@ from structlin_nn.cli.common import (
     choice,
     given_structure_options,
     misuse,
+    name_and_value,
     print_json,
     print_table,
     structure_options,
@@ -19,23 +20,30 @@ from structlin_nn.cli.count import LAYERS, MODELS, RULES
 
 HELP = "check that features, and what a step changes of them, keep their size when the width grows"
 OPTIMIZERS = ("adam", "adamw", "sgd", "muon")
+FORMS = "timm:NAME, hf:CONFIG, or package.module:function"
 SIZES = ("num-classes", "heads", "head-dim", "depth", "expansion", "patch", "vocabulary", "context")
 EXAMPLES = """\
 examples:
   structlin check-scale cifar-mlp --structure block_tensor_train --naive --plot check.png
   structlin check-scale gpt2 --structure monarch --blocks 4 --widths 64,128,256 --optimizer adamw
   structlin check-scale my_package.my_module:make_model --base-width 64 --structure low_rank --rule rank_corrected
+  structlin check-scale hf:gpt2 --width-option n_embd --base-width 64 --widths 64,128 --model-option n_layer=2
+  structlin check-scale timm:vit_tiny_patch16_224 --width-option embed_dim --base-width 48 --widths 48,96 \\
+      --parameter-rule '*_token=1' --structure monarch
 
-MODEL is one of the named models, at small sizes, or a function of a width in a module that Python can import, which
-returns a torch model that has example_input(batch), or (model, inputs). With --structure its linear layers but the
-last are replaced. A few steps are made on random inputs; for every layer the table shows the RMS of its outputs at
-initialisation and of their change, and how both go with the width: a slope of 0 is flat. Exit code 0 where all layers
-are flat under the structure-aware learning rates, 1 where one is not.
+MODEL is one of the named models, at small sizes; a function of a width in a module that Python can import, which
+returns a torch model that has example_input(batch), or (model, inputs); or timm:NAME or hf:CONFIG, with the argument
+that sets their width. --structure replaces all linear layers but the last. The command trains for a few steps on
+random inputs. For every layer the table shows the RMS of its outputs at initialisation and of their change, and the
+slopes of both by width: a slope of 0 is flat. The exit code is 0 where all layers are flat under the structure-aware
+learning rates, and 1 where one is not.
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help=", ".join(MODELS) + ", or package.module:function")
+    parser.add_argument(
+        "model", metavar="MODEL", help=", ".join(MODELS) + ", timm:NAME, hf:CONFIG, or package.module:function"
+    )
     parser.add_argument("--widths", type=_widths, default=(64, 256, 1024), metavar="W,...", help="(64,256,1024)")
     parser.add_argument("--base-width", type=int, metavar="W0", help="where the learning rate was tuned")
     parser.add_argument("--structure", metavar="NAME", help="one of `structlin structures` (dense; as it is)")
@@ -55,8 +63,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for name in SIZES:
         sizes.add_argument(f"--{name}", type=int, metavar="N")
     structure_options(parser)
+    own_model_options(parser)
+    parser.add_argument(
+        "--parameter-rule", type=name_and_value, action="append", default=[], metavar="PATTERN=X",
+        help="learning-rate multiplier of parameters by name, repeatable",
+    )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument("--plot", metavar="FILE", help="write a figure: .png, .svg or .pdf")
+
+
+def own_model_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of models that are not named ones."""
+    own = parser.add_argument_group("models by timm:NAME, hf:CONFIG or package.module:function")
+    own.add_argument("--width-option", metavar="NAME", help="argument that sets the width (timm, hf)")
+    own.add_argument(
+        "--model-option", type=name_and_value, action="append", default=[], metavar="NAME=JSON",
+        help="argument of the model or its configuration, repeatable",
+    )  # fmt: skip
 
 
 def _widths(text: str) -> tuple[int, ...]:
@@ -68,12 +91,14 @@ def _widths(text: str) -> tuple[int, ...]:
 
 def run(arguments: argparse.Namespace) -> int:
     from structlin_nn.scale_check import THRESHOLD, check_scale
+    from structlin_nn.torch import ParameterRule
 
-    with misuse(OSError, TypeError, ValueError):
+    with misuse(ImportError, OSError, TypeError, ValueError):
         settings = build_settings(arguments) | {
             "widths": arguments.widths, "optimizer": arguments.optimizer, "lr": arguments.lr,
             "steps": arguments.steps, "seeds": arguments.seeds, "batch_size": arguments.batch_size,
             "threshold": THRESHOLD if arguments.threshold is None else arguments.threshold,
+            "rules": {pattern: ParameterRule(value) for pattern, value in arguments.parameter_rule},
         }  # fmt: skip
         rules = (False, True) if arguments.naive else (True,)
         checks = [check_scale(**settings, structure_aware=aware) for aware in rules]
@@ -105,6 +130,8 @@ def build_settings(arguments: argparse.Namespace) -> dict[str, Any]:
                 f"unknown model {arguments.model!r}{suggestion(arguments.model, MODELS)} "
                 f"(one of {', '.join(MODELS)}, or package.module:function)"
             )
+        if arguments.width_option or arguments.model_option:
+            raise ValueError("--width-option and --model-option are for models that are not named")
         config = StructureConfig(arguments.structure or "dense", options, layers=arguments.layers, **common)
         return named_builder(arguments.model, structure=config, base_width=arguments.base_width, **sizes)
     if sizes:
@@ -115,7 +142,8 @@ def build_settings(arguments: argparse.Namespace) -> dict[str, Any]:
         raise ValueError("options of a structure need --structure")
     return builder_of(
         arguments.model, base_width=arguments.base_width, structure=arguments.structure,
-        layers=arguments.layers or "all_but_last", options=options, **common,
+        layers=arguments.layers or "all_but_last", options=options, width_option=arguments.width_option,
+        model_options=dict(arguments.model_option), **common,
     )  # fmt: skip
 
 

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from structlin_nn.cli.check_scale import SIZES, build_settings
+from structlin_nn.cli.check_scale import FORMS, SIZES, build_settings, own_model_options
 from structlin_nn.cli.common import UsageError, choice, print_json, print_table, structure_options
 from structlin_nn.cli.count import LAYERS, MODELS
 
@@ -21,11 +21,11 @@ examples:
   structlin tune --export wisdom.json
   structlin tune --import wisdom.json
 
-MODEL is one of the named models, or a function of a width in a module that Python can import, which returns a torch
-model that has example_input(batch), or (model, inputs). With --structure its linear layers but the last are replaced.
-One forward pass without gradients and one training step are run on random inputs, then every way to run each layer
-that they met is timed. The timings are kept in the user's cache folder (STRUCTLIN_CACHE), for this processor and these
-versions of the libraries. All later runs choose by them.
+MODEL is one of the named models; a function of a width in a module that Python can import, which returns a torch model
+that has example_input(batch), or (model, inputs); or timm:NAME or hf:CONFIG, with the argument that sets their width.
+--structure replaces all linear layers but the last. The command runs one forward pass without gradients and one
+training step on random inputs, and times every way to run each layer that they use. It keeps the timings in the user's
+cache folder (STRUCTLIN_CACHE), for this processor and these versions of the libraries. Later runs choose by them.
 
 The table has a row for each problem: the shape and the chain of a layer, the number of tokens (rounded up to a power of
 two), and the pass (train: forward and backward). The column ms is the time of the fastest way.
@@ -34,7 +34,7 @@ CHAIN = 40  # characters of a chain that the table shows
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", nargs="?", help=", ".join(MODELS) + ", or package.module:function")
+    parser.add_argument("model", metavar="MODEL", nargs="?", help=f"{', '.join(MODELS)}, {FORMS}")
     parser.add_argument("--width", type=int, metavar="W", help="width of the model")
     parser.add_argument("--structure", metavar="NAME", help="one of `structlin structures` (dense; as it is)")
     parser.add_argument("--layers", type=choice("layers", LAYERS), metavar="NAME", help=", ".join(LAYERS))
@@ -49,6 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for name in SIZES:
         sizes.add_argument(f"--{name}", type=int, metavar="N")
     structure_options(parser)
+    own_model_options(parser)
     kept = parser.add_argument_group("timings that are kept")
     kept.add_argument("--forget", action="store_true", help="first delete all timings of this machine")
     kept.add_argument("--import", dest="import_", metavar="FILE", help="then add the timings of a file")

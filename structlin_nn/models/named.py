@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from structlin_nn._text import suggestion
 
-__all__ = ["FORMS", "open_named", "own_function"]
+__all__ = ["FORMS", "example_inputs", "open_named", "own_function"]
 
 FORMS = "timm:NAME, hf:CONFIG (a model type or a folder with config.json), or package.module:function"
+EXAMPLE_TOKENS = 512
+"""Tokens in a sequence of `example_inputs`, where a model of transformers takes as many."""
 
 
 def open_named(text: str, *, device: str | None = "meta", **options: Any) -> nn.Module:
@@ -52,9 +54,8 @@ def open_named(text: str, *, device: str | None = "meta", **options: Any) -> nn.
     if not colon or not rest or not kind:
         raise ValueError(f"a model is {FORMS}, got {text!r}")
     makers = {"timm": _timm, "hf": _transformers}
-    make = makers.get(kind)
     with torch.device(device) if device is not None else torch.device(torch.get_default_device()):
-        model = make(rest, options) if make is not None else _own(kind, rest, options)
+        model = makers[kind](rest, options) if kind in makers else _own(text, options)
     if not isinstance(model, nn.Module):
         raise TypeError(f"{text} must give a torch.nn.Module, got a {type(model).__name__}")
     return model
@@ -93,32 +94,65 @@ def _transformers(name: str, options: dict[str, Any]) -> Any:
     raise ValueError(f"transformers has no model for a configuration of type {name!r}")
 
 
-def _own(module: str, name: str, options: dict[str, Any]) -> Any:
-    here = str(Path.cwd())
-    if here not in sys.path:
-        sys.path.insert(0, here)
-    try:
-        found = importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        raise ValueError(f"{module} cannot be imported ({error}); a model is {FORMS}") from error
-    make = getattr(found, name, None)
-    if make is None:
-        raise ValueError(f"module {module} has no {name!r}{suggestion(name, vars(found))}")
-    return make if isinstance(make, nn.Module) else make(**options)
+def _own(path: str, options: dict[str, Any]) -> Any:
+    found = own_function(path)
+    return found if isinstance(found, nn.Module) else found(**options)
 
 
 def own_function(path: str) -> Callable[..., Any]:
-    """Return the function that ``package.module:function`` names.
+    """Return the function that ``package.module:function`` names; the current directory is on the path of imports.
 
     Raises ValueError for a path that leads to no function.
     """
     module_name, colon, name = path.partition(":")
     if not colon or not name or not module_name:
         raise ValueError(f"a model of your own is package.module:function, got {path!r}")
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.insert(0, here)
     try:
-        function = getattr(importlib.import_module(module_name), name)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"{path} cannot be imported: {error}") from error
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise ValueError(f"{path} cannot be imported ({error}); a model is {FORMS}") from error
+    if not hasattr(module, name):
+        raise ValueError(f"module {module_name} has no {name!r}{suggestion(name, vars(module))}")
+    function: Callable[..., Any] = getattr(module, name)
     if not callable(function):
         raise ValueError(f"{path} must be a function of a width, got {function!r}")
     return function
+
+
+def example_inputs(model: nn.Module, batch: int = 1) -> Tensor:
+    """Return zeros of the shape that a model takes.
+
+    Parameters
+    ----------
+    model
+        A model that has ``example_input(batch)``, of timm, or of transformers (token indices or pixels).
+    batch
+        Number of samples.
+
+    Raises
+    ------
+    ValueError
+        A model of another kind.
+
+    Examples
+    --------
+    >>> example_inputs(open_named("hf:gpt2", n_layer=1, n_embd=32, n_head=2, n_positions=16), batch=2).shape
+    torch.Size([2, 16])
+    """
+    own = getattr(model, "example_input", None)
+    if own is not None:
+        return own(batch)
+    config, name = getattr(model, "config", None), getattr(model, "main_input_name", None)
+    if config is not None and name == "input_ids":
+        longest = getattr(config, "max_position_embeddings", None) or EXAMPLE_TOKENS
+        return torch.zeros(batch, min(longest, EXAMPLE_TOKENS), dtype=torch.int64)
+    if config is not None and name == "pixel_values" and hasattr(config, "image_size"):
+        sides = config.image_size if isinstance(config.image_size, Sequence) else (config.image_size,) * 2
+        return torch.zeros(batch, getattr(config, "num_channels", 3), *sides)
+    if (settings := getattr(model, "pretrained_cfg", None)) is not None:
+        channels, *sides = settings["input_size"]
+        return torch.zeros(batch, channels, *getattr(getattr(model, "patch_embed", None), "img_size", None) or sides)
+    raise ValueError(f"the shape of the inputs of a {type(model).__name__} is not known: give it example_input(batch)")

@@ -12,6 +12,7 @@ from torch import nn
 from structlin_nn.cli import main
 from structlin_nn.models import MODELS, StructureConfig
 from structlin_nn.scale_check import ScaleCheck, builder_of, check_scale, named_builder
+from structlin_nn.torch import ParameterRule
 
 WIDTHS = (64, 256, 1024)
 
@@ -160,7 +161,7 @@ class TestOwnModels:
     @pytest.mark.parametrize(
         ("path", "message"),
         [
-            ("my_models:nothing", "my_models:nothing cannot be imported"),
+            ("my_models:nothing", "module my_models has no 'nothing'"),
             ("no_such_module:mlp", "no_such_module:mlp cannot be imported"),
             ("my_models:", "is package.module:function, got 'my_models:'"),
             ("my_models:number", "must be a function of a width, got 3"),
@@ -173,8 +174,40 @@ class TestOwnModels:
 
     def test_no_inputs(self, own: str) -> None:
         chosen = builder_of(f"{own}:no_inputs", base_width=16)
-        with pytest.raises(ValueError, match=r"the model at width 16 has no example_input\(batch\)"):
+        with pytest.raises(ValueError, match=r"the model at width 16 tells no inputs .*give it example_input\(batch\)"):
             check_scale(**chosen, widths=(16, 32))
+
+
+class TestModelsOfLibraries:
+    def test_transformers(self, capsys: pytest.CaptureFixture[str]) -> None:
+        pytest.importorskip("transformers")
+        words = ["check-scale", "hf:gpt2", "--width-option", "n_embd", "--base-width", "32", "--widths", "32,64"]
+        for option in ("n_layer=1", "n_head=2", "vocab_size=48", "n_positions=8"):
+            words += ["--model-option", option]
+        code = main([*words, "--structure", "low_rank", "--seeds", "1", "--steps", "2", "--layers", "all", "--json"])
+        (found,) = json.loads(capsys.readouterr().out)
+        assert code in (0, 1)
+        assert found["widths"] == [32, 64]
+        assert {"transformer.wte", "transformer.h.0.mlp.c_fc", "lm_head"} <= {
+            layer["name"] for layer in found["layers"]
+        }
+
+    def test_timm_with_a_rule_for_all_parameters(self) -> None:
+        pytest.importorskip("timm")
+        sizes = {"depth": 1, "num_heads": 2, "img_size": 32, "num_classes": 5}
+        chosen = builder_of(
+            "timm:vit_tiny_patch16_224", base_width=16, structure="monarch", options={"blocks": 2},
+            width_option="embed_dim", model_options=sizes,
+        )  # fmt: skip
+        settings: dict[str, Any] = {**chosen, "widths": (16, 32), "seeds": 1, "steps": 1}
+        slow, usual = check_scale(**settings, rules={"*": ParameterRule(1e-6)}), check_scale(**settings)
+        assert max(slow.layers[-1].change[0]) < 1e-3 * min(usual.layers[-1].change[0])
+
+    def test_width_option(self) -> None:
+        with pytest.raises(ValueError, match="hf:gpt2 needs width_option, the argument that sets its width"):
+            builder_of("hf:gpt2", base_width=16)
+        with pytest.raises(ValueError, match=r"my_models:mlp is called with the width"):
+            builder_of("my_models:mlp", base_width=16, width_option="n_embd")
 
 
 def test_command_reports_by_its_code(capsys: pytest.CaptureFixture[str]) -> None:
@@ -212,6 +245,8 @@ def test_refused(settings: dict[str, Any], message: str) -> None:
         ("cifar-mlp --structure monarch --rank 2", "structure 'monarch' has no option 'rank'"),
         ("cifar-mlp --heads 2", "model 'cifar-mlp' has no size 'heads'"),
         ("my_models:mlp", "a model of your own needs --base-width"),
+        ("cifar-mlp --width-option width", "--width-option and --model-option are for models that are not named"),
+        ("cifar-mlp --parameter-rule *=x", "the value of * must be JSON, got 'x'"),
         ("my_models:mlp --base-width 16 --depth 2", "--depth is an option of named models"),
         ("my_models:mlp --base-width 16 --rank 2", "options of a structure need --structure"),
     ],
