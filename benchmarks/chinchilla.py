@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from structlin.scaling import TERMS, Estimate, fit_isoflop, fit_loss_law
+from structlin.scaling_laws import TERMS, Estimate, fit_isoflop, fit_loss_law
 from structlin_nn._files import atomic_write
 from structlin_nn.figures.sizes import isoflop_figure, sizes_figure
 from structlin_nn.figures.style import save

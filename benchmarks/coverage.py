@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from structlin.scaling import (
+from structlin.scaling_laws import (
     METHODS,
     TERMS,
     Estimate,

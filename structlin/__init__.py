@@ -10,7 +10,7 @@ __version__ = "0.1.0"
 
 from structlin import _cola_compat
 from structlin import execution as execution
-from structlin.composite_scale import ArrayScale, array_scales
+from structlin._array_scales import ArrayScale, array_scales
 from structlin.conversion import conversions, convert, exact_rank
 from structlin.counting import (
     Work,
@@ -21,7 +21,7 @@ from structlin.counting import (
     num_bytes,
     num_params,
     register_work,
-    work,
+    work_of,
 )
 from structlin.factorize import factorize, nearest_sizes
 from structlin.interop import as_operator, from_cola, from_scipy, to_cola, to_jax, to_numpy, to_scipy, to_torch
@@ -30,7 +30,7 @@ from structlin.linalg import (
     ConvergenceError,
     add_tensor_trains,
     frobenius_norm,
-    inner,
+    inner_product,
     round_tensor_train,
     solve,
     spectral_norm,
@@ -38,7 +38,15 @@ from structlin.linalg import (
 )
 from structlin.operators import StructuredOperator
 from structlin.projection import Projection, project
-from structlin.registry import NamedOperator, design, get, names, options, register, unregister
+from structlin.registry import (
+    NamedOperator,
+    design,
+    register,
+    structure_class,
+    structure_names,
+    structure_options,
+    unregister,
+)
 from structlin.scale import init_std, lr_multipliers, random_factors, rank_corrections, rms_cap
 from structlin.structure import AbstractStructure, Factor, Step, Structure
 from structlin.structures import (
@@ -114,17 +122,14 @@ __all__ = [
     "frobenius_norm",
     "from_cola",
     "from_scipy",
-    "get",
     "init_std",
-    "inner",
+    "inner_product",
     "intensity",
     "lr_multipliers",
     "macs",
-    "names",
     "nearest_sizes",
     "num_bytes",
     "num_params",
-    "options",
     "project",
     "random_factors",
     "rank_corrections",
@@ -134,6 +139,9 @@ __all__ = [
     "round_tensor_train",
     "solve",
     "spectral_norm",
+    "structure_class",
+    "structure_names",
+    "structure_options",
     "svd",
     "theta_of",
     "to_cola",
@@ -142,5 +150,5 @@ __all__ = [
     "to_scipy",
     "to_torch",
     "unregister",
-    "work",
+    "work_of",
 ]

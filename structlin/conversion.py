@@ -24,7 +24,7 @@ from cola.ops import LinearOperator
 
 from structlin._arrays import Array, backend_of, ops, to_backend
 from structlin.operators import StructuredOperator
-from structlin.registry import NamedOperator, design, get, names
+from structlin.registry import NamedOperator, design, structure_class, structure_names
 from structlin.structure import Step, Structure
 from structlin.structures import (
     BlockDiagonal,
@@ -64,13 +64,13 @@ def exact_rank(name: str, shape: tuple[int, int], **options: Any) -> int | tuple
     >>> exact_rank("block_tensor_train", (35, 6)), exact_rank("tensor_train", (35, 6))
     ((2,), (10,))
     """
-    cls = get(name)
+    cls = structure_class(name)
     if given := {"rank", "rank_fraction"} & set(options):
         raise ValueError(f"{', '.join(sorted(given))} is what is asked for, so it cannot be given")
     design(cls, shape, **options)  # checks them
     found = cls.exact_rank(shape, **options)
     if found is None:
-        known = [repr(n) for n in names() if "exact_rank" in vars(get(n))]
+        known = [repr(n) for n in structure_names() if "exact_rank" in vars(structure_class(n))]
         raise ValueError(f"no rank is known at which {name!r} represents every matrix; known for {', '.join(known)}")
     return found
 
@@ -132,7 +132,7 @@ def convert(A: LinearOperator, name: str, *, permutation: bool = False) -> Linea
     """
     if not isinstance(A, LinearOperator):
         raise TypeError(f"convert takes an operator, got {type(A).__qualname__}")
-    get(name)
+    structure_class(name)
     if permutation and name != BlockTensorTrain.name:
         raise ValueError(f"permutation=True is for conversions to {BlockTensorTrain.name!r}, not to {name!r}")
     if name == Dense.name:

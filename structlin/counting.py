@@ -132,7 +132,7 @@ def register_work(
     >>> @register_work(Twice)
     ... def _(op, count):
     ...     return count(op.A) + Work(other_flops={"elementwise": op.shape[0]})
-    >>> work(Twice(cola.ops.Dense(np.ones((3, 2))))).flops
+    >>> work_of(Twice(cola.ops.Dense(np.ones((3, 2))))).flops
     15
     """
     if not (isinstance(cls, type) and issubclass(cls, LinearOperator)):
@@ -147,7 +147,7 @@ def register_work(
     return add
 
 
-def work(x: Any, *, transposed: bool = False) -> Work:
+def work_of(x: Any, *, transposed: bool = False) -> Work:
     """Work of ``x @ v`` for one vector v, or with ``transposed`` of ``v @ x``.
 
     ``x`` is a structure, an operator (of this package or of CoLA, and composites of them) or an array of shape
@@ -168,7 +168,7 @@ def work(x: Any, *, transposed: bool = False) -> Work:
     if isinstance(x, AbstractStructure):
         return _of_structure(x)
     if isinstance(x, LinearOperator):
-        found = _of_rows(x) if transposed else _rule(x, _COLUMNS, "_matmat")(x, work)
+        found = _of_rows(x) if transposed else _rule(x, _COLUMNS, "_matmat")(x, work_of)
         return found if found.activations is not None else _with_ends(found, x.shape)
     d_out, d_in = _matrix_shape(x)
     return Work(macs=d_out * d_in, activations=d_out + d_in)
@@ -180,8 +180,8 @@ def _with_ends(found: Work, shape: tuple[int, int]) -> Work:
 
 def _of_rows(op: LinearOperator) -> Work:
     if type(op)._rmatmat is not LinearOperator._rmatmat:
-        return _rule(op, _ROWS, "_rmatmat")(op, work)
-    columns = work(op)
+        return _rule(op, _ROWS, "_rmatmat")(op, work_of)
+    columns = work_of(op)
     if op.isa(cola.SelfAdjoint) or not op.xnp.__name__.endswith("torch_fns"):
         return columns
     return columns + columns
@@ -435,25 +435,25 @@ def _selection(op: Any, axis: int) -> Work:
 
 
 def macs(x: Any) -> int:
-    """Multiply-accumulates of the products in ``x @ v``, for one vector v; raises as :func:`work`.
+    """Multiply-accumulates of the products in ``x @ v``, for one vector v; raises as :func:`work_of`.
 
     Examples
     --------
     >>> macs(np.ones((3, 5)))
     15
     """
-    return work(x).macs
+    return work_of(x).macs
 
 
 def flops(x: Any) -> int:
-    """FLOPs of ``x @ v`` for one vector v, ``2 * macs`` and other work, without the setup; raises as :func:`work`.
+    """FLOPs of ``x @ v`` for one vector v, ``2 * macs`` and other work, without the setup; raises as :func:`work_of`.
 
     Examples
     --------
     >>> flops(cola.ops.Dense(np.ones((3, 5))))
     30
     """
-    return work(x).flops
+    return work_of(x).flops
 
 
 def num_params(x: Any) -> int:
@@ -502,7 +502,7 @@ def activation_bytes(x: Any, vectors: int = 1, dtype: Any = None) -> int:
     Every operation reads its operands and writes its result once: a chain of two steps moves the input, its
     intermediate twice, and the output. Copies in between (permuting, padding) are not counted, and an operation that
     is no chain (an FFT) counts as reading its input and writing its output. ``dtype``: by default the operator's or
-    the array's own, float32 for a structure. Raises ValueError for less than one vector, TypeError as :func:`work`.
+    the array's own, float32 for a structure. Raises ValueError for less than one vector, TypeError as :func:`work_of`.
 
     Examples
     --------
@@ -512,7 +512,7 @@ def activation_bytes(x: Any, vectors: int = 1, dtype: Any = None) -> int:
     """
     if isinstance(vectors, bool) or not hasattr(vectors, "__index__") or vectors < 1:
         raise ValueError(f"vectors must be a positive integer, got {vectors!r}")
-    found = work(x).activations
+    found = work_of(x).activations
     assert found is not None
     return vectors * found * _itemsize(getattr(x, "dtype", "float32") if dtype is None else dtype)
 
@@ -529,7 +529,7 @@ def intensity(x: Any, vectors: int = 1, dtype: Any = None) -> float:
     10.666666666666666
     """
     moved = num_bytes(x, dtype) + activation_bytes(x, vectors, dtype)
-    return work(x).total_flops(vectors) / moved
+    return work_of(x).total_flops(vectors) / moved
 
 
 def _is_inexact(dtype: Any) -> bool:

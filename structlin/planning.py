@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from structlin.counting import num_bytes, work
-from structlin.registry import design, names, options
+from structlin.counting import num_bytes, work_of
+from structlin.registry import design, structure_names, structure_options
 from structlin.structure import AbstractStructure
 
 __all__ = ["RESOURCES", "LayerPlan", "check_budget", "largest_within", "plan_layer", "plan_layers"]
@@ -112,7 +112,7 @@ def plan_layer(
     if resource not in RESOURCES:
         raise ValueError(f"unknown resource {resource!r}; one of {', '.join(RESOURCES)}")
     check_budget(budget)
-    known, fixed = options(structure), dict(given or {})
+    known, fixed = structure_options(structure), dict(given or {})
     if unknown := [key for key in fixed if key not in known]:
         raise ValueError(f"structure {structure!r} has no option {', '.join(map(repr, unknown))}")
     lists = {key: value for key, value in fixed.items() if isinstance(value, list)}
@@ -230,8 +230,8 @@ def plan_layers(
     """
     check_budget(budget)
     plans, left_out = [], {}
-    for name in [n for n in names() if n not in _NO_CHOICE] if structures is None else structures:
-        options(name)
+    for name in [n for n in structure_names() if n not in _NO_CHOICE] if structures is None else structures:
+        structure_options(name)
         try:
             plans.append(plan_layer(name, shape, budget, resource=resource, dtype=dtype))
         except ValueError as error:
@@ -247,7 +247,7 @@ def _is_full(structure: AbstractStructure) -> bool:
 
 def _cost(structure: AbstractStructure, resource: str, dtype: Any) -> int:
     if resource == "macs":
-        return -(-work(structure).total_flops() // 2)
+        return -(-work_of(structure).total_flops() // 2)
     return structure.num_params if resource == "params" else num_bytes(structure, dtype)
 
 

@@ -154,7 +154,7 @@ def register(name: str) -> Callable[[_T], _T]:
 
 def unregister(name: str) -> None:
     """Remove a named structure; raises ValueError where there is none."""
-    get(name)
+    structure_class(name)
     del _REGISTRY[name]
 
 
@@ -172,17 +172,17 @@ def _load_installed() -> None:
             warnings.warn(told, stacklevel=3)
 
 
-def names() -> tuple[str, ...]:
+def structure_names() -> tuple[str, ...]:
     """Names of all registered structures, in the order of their registration; those of installed packages too."""
     _load_installed()
     return tuple(_REGISTRY)
 
 
-def get(name: str) -> type[NamedOperator]:
+def structure_class(name: str) -> type[NamedOperator]:
     """Return the class registered as ``name``; ValueError with the names there are where it is unknown.
 
     Packages that bring structures name them in the group of entry points ``structlin.structures``: each is imported the
-    first time that a name is not known, or :func:`names` is called.
+    first time that a name is not known, or :func:`structure_names` is called.
     """
     if name not in _REGISTRY:
         _load_installed()
@@ -191,15 +191,15 @@ def get(name: str) -> type[NamedOperator]:
     return _REGISTRY[name]
 
 
-def options(structure: str | type[NamedOperator]) -> dict[str, Any]:
+def structure_options(structure: str | type[NamedOperator]) -> dict[str, Any]:
     """Options of the ``design`` of a structure, given by name or class, and their defaults.
 
     Examples
     --------
-    >>> options("low_rank")
+    >>> structure_options("low_rank")
     {'rank': None, 'rank_fraction': None}
     """
-    return _defaults(get(structure) if isinstance(structure, str) else structure)
+    return _defaults(structure_class(structure) if isinstance(structure, str) else structure)
 
 
 def _defaults(cls: type[NamedOperator]) -> dict[str, Any]:
@@ -217,7 +217,7 @@ def design(structure: str | type[NamedOperator], shape: tuple[int, int], **optio
     >>> design("block_tensor_train", (35, 6), factorization=((5, 7), (2, 3)), rank=2).macs
     270
     """
-    cls = get(structure) if isinstance(structure, str) else structure
+    cls = structure_class(structure) if isinstance(structure, str) else structure
     if len(shape) != 2 or any(isinstance(n, bool) or not hasattr(n, "__index__") or n < 1 for n in shape):
         raise ValueError(f"a shape is (d_out, d_in) with two positive integers, got {shape!r}")
     known = _defaults(cls)

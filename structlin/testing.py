@@ -5,7 +5,7 @@ A new structure is one class in one file, and this is its test:
 >>> import structlin
 >>> from structlin.testing import check_structure
 >>> for name in ("dense", "low_rank"):
-...     check_structure(structlin.get(name))
+...     check_structure(structlin.structure_class(name))
 
 Values are compared with a float64 oracle that shares no code with the products (:func:`dense_matrix`): for a chain of
 einsums opt_einsum over all factors at once, for any other structure its own ``dense`` method, which writes out the
@@ -510,6 +510,6 @@ def _check_operator(
         same = all(np.array_equal(to_numpy(a), to_numpy(b)) for a, b in zip(op.factors, factors, strict=True))
         _require(same, f"{cls.__qualname__} by its {how} has other factors")
         _require(op.structure == structure, f"{cls.__qualname__} by its {how} has structure {op.structure!r}")
-        own, counted = (structure.macs, structure.flops, structure.num_params), counting.work(op)
+        own, counted = (structure.macs, structure.flops, structure.num_params), counting.work_of(op)
         theirs = (counted.macs, counted.flops, counting.num_params(op))
         _require(own == theirs, f"{op!r}: MACs, FLOPs and parameters {theirs}, its structure says {own}")

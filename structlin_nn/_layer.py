@@ -83,7 +83,9 @@ def plan_layer(
     init = structlin.init_std(made, rule=rule, zero_last=zero_init)
     return LayerPlan(
         structure=made,
-        operator_class=structlin.get(structure) if isinstance(structure, str) else structlin.StructuredOperator,
+        operator_class=structlin.structure_class(structure)
+        if isinstance(structure, str)
+        else structlin.StructuredOperator,
         init_std=init,
         cap_sigma=tuple(own or std for own, std in zip(init, full, strict=True)),
         gains=rms_cap and gain is not False,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from structlin.counting import work
+from structlin.counting import work_of
 from structlin.execution.devices import Device
 from structlin.registry import design
 from structlin_nn.counting import ModelCount, count, roofline, training_bytes
@@ -166,7 +166,7 @@ class Costs:
         if key not in self._designed:
             try:
                 found = design(self.structure, shape, **{**self.options, **dict(options)})
-                self._designed[key] = work(found).flops, found.num_params
+                self._designed[key] = work_of(found).flops, found.num_params
             except ValueError:
                 self._designed[key] = None
         return self._designed[key]
@@ -200,7 +200,7 @@ class Costs:
             # Not those that are left dense.
             if isinstance(layer, StructuredLinear)
             and name in rows
-            and (work(layer.structure).flops, layer.structure.num_params)
+            and (work_of(layer.structure).flops, layer.structure.num_params)
             == self._layer(choice.options, (layer.out_features, layer.in_features))
         }
         # Work that is no product counts with half its FLOPs, so that no transform is free.

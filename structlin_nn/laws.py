@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from structlin.scaling import (
+from structlin.scaling_laws import (
     Bootstrap,
     Estimate,
     PowerLawFit,
@@ -16,7 +16,7 @@ from structlin.scaling import (
     fit_power_law,
     interpolated_multiplier,
 )
-from structlin.scaling import pareto_frontier as frontier_of
+from structlin.scaling_laws import pareto_frontier as frontier_of
 from structlin_nn.tables import Row, column
 
 __all__ = ["GroupLaw", "compare_laws", "comparisons_record", "fit_groups", "laws_record"]
@@ -69,9 +69,9 @@ def fit_groups(
     frontier
         Fit only the points of a group that no other of the group beats.
     floor, loss
-        As :func:`structlin.scaling.fit_power_law`.
+        As :func:`structlin.scaling_laws.fit_power_law`.
     samples, seed, method, noise
-        Of the bootstrap (:class:`structlin.scaling.Bootstrap`).
+        Of the bootstrap (:class:`structlin.scaling_laws.Bootstrap`).
 
     Returns
     -------

@@ -176,7 +176,7 @@ def plan_model(
             raise ValueError(f"{key} must be a positive integer, got {value!r}")
     if prefer not in PREFERENCES:
         raise ValueError(f"unknown preference {prefer!r}; one of {', '.join(PREFERENCES)}")
-    fixed, known = dict(options or {}), structlin.options(structure)
+    fixed, known = dict(options or {}), structlin.structure_options(structure)
     lists: dict[str, list[int]] = {}
     for key, given in (("rank", rank), ("cores", cores), ("blocks", blocks), ("depth", depth)):
         if given is None:
@@ -335,7 +335,7 @@ def plan_models(
     _budgets(budget, settings.get("resource", "forward_macs"), settings.get("samples"), settings.get("device"))
     asked = {key: settings.pop(key) for key in ("rank", "cores", "blocks") if settings.get(key) is not None}
     for key in asked:
-        if not any(key in structlin.options(structure) for structure, _ in structures):
+        if not any(key in structlin.structure_options(structure) for structure, _ in structures):
             raise ValueError(f"none of the structures has an option {key!r} to choose")
     if isinstance(settings.get("device"), str):  # measured once, if it is this machine
         settings["device"] = find_device(
@@ -344,7 +344,11 @@ def plan_models(
     plans, left_out = [], {}
     for structure, options in structures:
         StructureConfig(structure, options)
-        own = {key: value for key, value in asked.items() if key in structlin.options(structure) and key not in options}
+        own = {
+            key: value
+            for key, value in asked.items()
+            if key in structlin.structure_options(structure) and key not in options
+        }
         try:
             plans.append(plan_model(name, budget, structure=structure, options=options, **own, **settings))
         except ValueError as error:
@@ -446,7 +450,7 @@ def plan_for_error(name: str, laws: Mapping[str, Any], error: float, **settings:
     ValueError
         Laws of another compute; an error that is not positive; as :func:`plan_model`.
     """
-    from structlin.scaling import PowerLaw
+    from structlin.scaling_laws import PowerLaw
 
     resource = _LAW_COLUMNS.get(laws.get("x", ""))
     if resource is None:

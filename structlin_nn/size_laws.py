@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from structlin.scaling import (
+from structlin.scaling_laws import (
     FLOPS,
     TERMS,
     Envelope,
@@ -46,9 +46,9 @@ def fit_sizes(
     size, data, y
         Columns of N, D and L.
     shared, delta
-        As :func:`structlin.scaling.fit_loss_law`.
+        As :func:`structlin.scaling_laws.fit_loss_law`.
     samples, seed, method
-        Of the bootstrap (:class:`structlin.scaling.LossBootstrap`).
+        Of the bootstrap (:class:`structlin.scaling_laws.LossBootstrap`).
 
     Returns
     -------
@@ -139,7 +139,7 @@ def allocations(
     approach
         1, the envelope of the curves, or 2, parabolas at equal compute.
     budgets, tolerance
-        Of approach 2 (:func:`structlin.scaling.fit_isoflop`).
+        Of approach 2 (:func:`structlin.scaling_laws.fit_isoflop`).
     flops
         Of training, for each unit of N and of D.
 

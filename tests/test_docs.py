@@ -18,7 +18,7 @@ def test_site_builds_without_a_warning(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-E", "-b", "html", "-d", tmp_path / "trees"]
     done = subprocess.run([*command, ROOT / "docs", tmp_path / "html"], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    for name in structlin.names():
+    for name in structlin.structure_names():
         assert (tmp_path / "html" / "structures" / "generated" / f"{name}.html").exists()
         assert (tmp_path / "html" / "_images" / f"{name}.png").exists()
     for result in (ROOT / "benchmarks" / "results").glob("*/layers*.json"):

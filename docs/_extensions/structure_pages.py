@@ -65,7 +65,7 @@ def draw(name: str, path: Path) -> str:
             (f"step {n}: {s}", coloured(m, seed=n)) for n, (s, m) in enumerate(zip(structure.steps, steps, strict=True))
         ][::-1]
     else:
-        dense = structlin.get(name).random(shape, seed=1).to_dense()
+        dense = structlin.structure_class(name).random(shape, seed=1).to_dense()
         panels = []
     figure, axes = plt.subplots(1, 1 + len(panels), figsize=(2.5 * (1 + len(panels)), 2.9), squeeze=False)
     limit = float(np.abs(dense).max())
@@ -113,8 +113,8 @@ def shortened(text: str) -> str:
 
 
 def page(name: str, caption: str) -> str:
-    cls = structlin.get(name)
-    options = structlin.options(name)
+    cls = structlin.structure_class(name)
+    options = structlin.structure_options(name)
     lines = [
         f"# {title_of(name)}",
         "",
@@ -161,7 +161,7 @@ def structure_example(name: str) -> list[str]:
 def write_pages(app: Any) -> None:
     folder = Path(app.srcdir) / "structures" / "generated"
     folder.mkdir(parents=True, exist_ok=True)
-    for name in structlin.names():
+    for name in structlin.structure_names():
         text = page(name, draw(name, folder / f"{name}.png"))
         target = folder / f"{name}.md"
         if not target.exists() or target.read_text(encoding="utf-8") != text:

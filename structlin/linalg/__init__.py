@@ -17,7 +17,7 @@ from structlin.linalg._common import dense_limit
 from structlin.linalg._diagonal import diagonal, trace
 from structlin.linalg._functions import apply, expm, logm, matrix_power, sqrtm
 from structlin.linalg._iterative import ConvergenceError, cg, lsmr, minres
-from structlin.linalg._norms import frobenius_norm, inner, spectral_norm
+from structlin.linalg._norms import frobenius_norm, inner_product, spectral_norm
 from structlin.linalg._solve import inverse, logdet, lstsq, pinv, slogdet, solve
 from structlin.linalg._spectrum import eig, eigsh, eigvals, svd
 from structlin.verdicts import SVD, Answer, Determinant, Verdict
@@ -40,7 +40,7 @@ __all__ = [
     "eigvals",
     "expm",
     "frobenius_norm",
-    "inner",
+    "inner_product",
     "inverse",
     "logdet",
     "logm",

@@ -30,7 +30,7 @@ _NUMBERS = 2**20  # numbers in them at most
 # -- inner product and Frobenius norm ------------------------------------------------------------------------------
 
 
-def inner(A: LinearOperator, B: LinearOperator) -> Array:
+def inner_product(A: LinearOperator, B: LinearOperator) -> Array:
     """Frobenius inner product ``sum(conj(A) * B) = tr(A^H B)``, a 0-d array.
 
     Of two chains without regrouping whose sizes are split alike, the factors are contracted with one another (for
@@ -43,7 +43,7 @@ def inner(A: LinearOperator, B: LinearOperator) -> Array:
     --------
     >>> from structlin import Kronecker
     >>> A, B = Kronecker.random((6, 4), seed=0), Kronecker.random((6, 4), seed=1)
-    >>> bool(np.isclose(inner(A, B), np.sum(A.to_dense() * B.to_dense())))
+    >>> bool(np.isclose(inner_product(A, B), np.sum(A.to_dense() * B.to_dense())))
     True
     """
     require_operator(A, "A")
@@ -52,7 +52,7 @@ def inner(A: LinearOperator, B: LinearOperator) -> Array:
         raise ValueError(f"an inner product needs equal shapes, got {tuple(A.shape)} and {tuple(B.shape)}")
     a, A = _without_scalars(A)
     b, B = _without_scalars(B)
-    found = _inner(A, B)
+    found = _inner_product(A, B)
     for value, conjugate in ((a, True), (b, False)):
         if value is not None:
             value = in_library(value, found)
@@ -74,7 +74,7 @@ def _without_scalars(A: LinearOperator) -> tuple[Any | None, LinearOperator]:
     return c, rest[0] if len(rest) == 1 else Product(*rest)
 
 
-def _inner(A: LinearOperator, B: LinearOperator) -> Array:
+def _inner_product(A: LinearOperator, B: LinearOperator) -> Array:
     if isinstance(A, StructuredOperator) and isinstance(B, StructuredOperator):
         found = _contract.inner(A, B)
         if found is not None:

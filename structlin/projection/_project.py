@@ -12,8 +12,7 @@ import numpy as np
 from structlin._arrays import Array, backend_of, to_backend
 from structlin.operators import StructuredOperator
 from structlin.projection._solve import Problem, Settings, Solution, solve, spectrum
-from structlin.registry import NamedOperator, design, get, names
-from structlin.registry import options as options_of
+from structlin.registry import NamedOperator, design, structure_class, structure_names, structure_options
 from structlin.structure import AbstractStructure, Structure
 
 
@@ -113,7 +112,7 @@ def project(
         solution = solve(structure, problem, settings)
         return _result(structure, _named(structure), solution, W, scale)
 
-    cls = get(structure) if isinstance(structure, str) else structure
+    cls = structure_class(structure) if isinstance(structure, str) else structure
     if not (isinstance(cls, type) and issubclass(cls, NamedOperator)):
         raise TypeError(f"structure must be a name, a named structure or a structure, got {structure!r}")
     if target_error is None and max_macs is None:
@@ -174,7 +173,7 @@ def _covariance(array: Array, target: np.ndarray) -> np.ndarray:
 
 def _named(structure: AbstractStructure) -> type[StructuredOperator]:
     """Return the registered class of a structure that is no chain; a chain may be that of several."""
-    for cls in map(get, () if isinstance(structure, Structure) else names()):
+    for cls in map(structure_class, () if isinstance(structure, Structure) else structure_names()):
         try:
             if cls.design(structure.shape) == structure:
                 return cls
@@ -228,7 +227,7 @@ def _ranks(
     cls: type[NamedOperator], shape: tuple[int, int], options: Mapping[str, Any], target_error: float | None,
     max_macs: int | None,
 ) -> _Ranks:  # fmt: skip
-    known = options_of(cls)
+    known = structure_options(cls)
     if "rank" not in known:
         raise ValueError(f"structure {cls.name!r} has no rank to choose; its options are {', '.join(known) or 'none'}")
     given = [k for k in ("rank", "rank_fraction") if options.get(k) is not None]

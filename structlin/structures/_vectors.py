@@ -9,13 +9,13 @@ from cola.annotations import Stiefel
 
 from structlin._arrays import Array
 from structlin._lapack import lapack
-from structlin.registry import get
+from structlin.registry import structure_class
 from structlin.verdicts import SVD, Nearest
 
 
 def permutation(order: Array, dtype: Any) -> Any:
     """Return the operator ``(P x)[i] = x[order[i]]``, of a dtype, unchecked."""
-    cls = get("permutation")
+    cls = structure_class("permutation")
     return cls._build(cls.design((order.shape[0],) * 2), (order,), dtype)
 
 

@@ -42,7 +42,7 @@ def run_sizes(arguments: argparse.Namespace, groups: dict[str, Any]) -> int:
 
 
 def _law(arguments: argparse.Namespace, groups: dict[str, Any], flops: float) -> int:
-    from structlin.scaling import TERMS
+    from structlin.scaling_laws import TERMS
     from structlin_nn.size_laws import SHARED, fit_sizes, multipliers, sizes_record
 
     if arguments.tolerance is not None:
@@ -112,7 +112,7 @@ def _law(arguments: argparse.Namespace, groups: dict[str, Any], flops: float) ->
 
 
 def _allocation(arguments: argparse.Namespace, groups: dict[str, Any], flops: float) -> int:
-    from structlin.scaling import IsoFlop
+    from structlin.scaling_laws import IsoFlop
     from structlin_nn.size_laws import allocations
 
     for name in ("shared", "delta", "reference", "plot", "at", "method"):

@@ -102,7 +102,7 @@ def _compress(arguments: argparse.Namespace, out: Path) -> int:
     from structlin_nn.recipes._processes import available_device
     from structlin_nn.trained import open_trained
 
-    structlin.get(arguments.structure)
+    structlin.structure_class(arguments.structure)
     device = str(available_device(arguments.device))
     trained = open_trained(
         arguments.source, weights=arguments.weights, num_classes=arguments.num_classes,

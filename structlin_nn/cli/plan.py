@@ -318,7 +318,7 @@ def _usual(structure: str, options: dict[str, Any]) -> dict[str, Any]:
     """Return the options, and the rank and the number of blocks that a structure has unless told otherwise."""
     import structlin
 
-    known = structlin.options(structure)
+    known = structlin.structure_options(structure)
     names = [name for name in ("rank", "blocks") if name in known and "rank_fraction" not in options]
     return {name: "sqrt(d)" if known[name] is None else known[name] for name in names} | options
 

@@ -26,8 +26,8 @@ def describe() -> list[dict[str, Any]]:
     import structlin
 
     found = []
-    for name in structlin.names():
-        cls = structlin.get(name)
+    for name in structlin.structure_names():
+        cls = structlin.structure_class(name)
         summary = " ".join((inspect.getdoc(cls) or "").partition("\n\n")[0].split())
         found.append(
             {
@@ -35,7 +35,7 @@ def describe() -> list[dict[str, Any]]:
                 "summary": summary,
                 "formula": cls.formula,
                 "parameters": cls.parameters,
-                "options": structlin.options(name),
+                "options": structlin.structure_options(name),
                 "source": cls.source,
             }
         )

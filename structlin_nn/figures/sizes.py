@@ -9,7 +9,7 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from structlin.scaling import FLOPS, IsoFlop, LossBootstrap
+from structlin.scaling_laws import FLOPS, IsoFlop, LossBootstrap
 from structlin_nn.figures.compute import plain_ticks
 from structlin_nn.figures.style import columns, finish, label, new_figure, series
 

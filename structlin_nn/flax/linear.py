@@ -46,7 +46,7 @@ class StructuredLinear(nnx.Module):
     in_features, out_features, use_bias, dtype, param_dtype, rngs
         As ``nnx.Linear``.
     structure
-        A registered name (:func:`structlin.names`), or a structure of shape (out_features, in_features).
+        A registered name (:func:`structlin.structure_names`), or a structure of shape (out_features, in_features).
     rms_cap
         Hold the RMS of every factor at or below sigma (``cap_sigma``), its initial deviation.
     gain
@@ -64,7 +64,7 @@ class StructuredLinear(nnx.Module):
     factor_metadata, bias_metadata
         Of the variables, as ``kernel_metadata`` of ``nnx.Linear``.
     **options
-        Options of the named structure (:func:`structlin.options`), for example ``rank=2``.
+        Options of the named structure (:func:`structlin.structure_options`), for example ``rank=2``.
 
     Raises
     ------

@@ -58,7 +58,7 @@ class StructureConfig:
     rule: str = "paper"
 
     def __post_init__(self) -> None:
-        known = structlin.options(self.name)
+        known = structlin.structure_options(self.name)
         if unknown := [key for key in self.options if key not in known]:
             allowed = f"its options are {', '.join(known)}" if known else "it has none"
             raise ValueError(f"structure {self.name!r} has no option {', '.join(map(repr, unknown))}; {allowed}")

@@ -117,7 +117,7 @@ class RunConfig:
     threads: int = 0  # threads of torch on the CPU, 0 for torch's own choice
 
     def __post_init__(self) -> None:
-        known = structlin.names()
+        known = structlin.structure_names()
         if self.structure not in known:
             raise ValueError(f"unknown structure {self.structure!r}{suggestion(str(self.structure), known)}")
         given = {} if self.options is None else self.options
@@ -134,7 +134,7 @@ class RunConfig:
 
     def _check(self) -> None:
         """Check ranges; recipes add their own."""
-        allowed = structlin.options(self.structure)
+        allowed = structlin.structure_options(self.structure)
         for name in self.options:
             has = f"it has {', '.join(allowed)}" if allowed else "it has none"
             near = suggestion(name, allowed)

@@ -147,7 +147,7 @@ def _structure(form: Mapping[str, Any]) -> AbstractStructure:
         if made.shape != shape:
             raise ValueError(f"a chain of shape {made.shape} in a layer of shape {shape}")
         return made
-    if form["structure"] not in structlin.names():
+    if form["structure"] not in structlin.structure_names():
         raise ValueError(f"no structure {form['structure']!r} is registered: import the module that registers it")
     options = {name: _tuples(value) for name, value in form["options"].items()}
     return structlin.design(form["structure"], shape, **options)

@@ -77,7 +77,7 @@ class Forms:
 
         Raises ValueError for options or sizes that the structure does not allow.
         """
-        known = structlin.options(name)
+        known = structlin.structure_options(name)
         fixed = {k: v for k, v in options.items() if k not in ("rank", "rank_fraction", "blocks") or v is not None}
         knob, limits, values = None, (), range(1)
         if "rank" in known and not fixed.keys() & {"rank", "rank_fraction"}:

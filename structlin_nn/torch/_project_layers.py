@@ -106,7 +106,7 @@ class Choice:
             raise ValueError(f"give one of rank, {', '.join(chosen)}, got {', '.join(given)}")
         self.by_layer = any(v is not None for v in chosen.values())
         if isinstance(structure, str):
-            structlin.get(structure)
+            structlin.structure_class(structure)
         elif self.by_layer:
             raise ValueError(f"{given[0]} needs the name of a structure, whose ranks can be chosen")
         elif not isinstance(structure, AbstractStructure) and not callable(structure):

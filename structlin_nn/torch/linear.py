@@ -64,7 +64,7 @@ class StructuredLinear(nn.Module):
     dtype
         Of the parameters.
     structure
-        A registered name (:func:`structlin.names`), or a structure of shape (out_features, in_features).
+        A registered name (:func:`structlin.structure_names`), or a structure of shape (out_features, in_features).
     rms_cap
         Hold the RMS of every factor at or below sigma (``cap_sigma``), its initial deviation.
     gain
@@ -80,7 +80,7 @@ class StructuredLinear(nn.Module):
         structlin_nn.torch``. Inside of ``torch.func`` transformations and forward-mode differentiation it has no
         effect.
     **options
-        Options of the named structure (:func:`structlin.options`), for example ``rank=2``.
+        Options of the named structure (:func:`structlin.structure_options`), for example ``rank=2``.
 
     Attributes
     ----------

@@ -136,7 +136,7 @@ class StructuredAdapterConfig(LoraConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        known = structlin.options(self.structure)
+        known = structlin.structure_options(self.structure)
         if unknown := [key for key in self.structure_options if key not in known]:
             raise ValueError(
                 f"structure {self.structure!r} has no option {', '.join(unknown)}; its options are {', '.join(known)}"

@@ -13,12 +13,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from structlin import Structure, design, get, names, random_factors
+from structlin import Structure, design, random_factors, structure_class, structure_names
 from structlin.testing import check_instance, dense_matrix, random_chain
 
-NAMES = names()
+NAMES = structure_names()
 PADDED = Structure.parse("pa,pqa->pq; gl,log->lo", p=3, a=3, q=4, g=4, l=3, o=5, d_in=7, d_out=13)
-SMALL = {name: design(name, *get(name).examples[0][:1], **get(name).examples[0][1]) for name in NAMES}
+SMALL = {
+    name: design(name, *structure_class(name).examples[0][:1], **structure_class(name).examples[0][1]) for name in NAMES
+}
 SMALL |= {"padded": PADDED, "three_cores": design("block_tensor_train", (30, 24), cores=3, rank=(2, 5))}
 TRAINABLE = {name: s for name, s in SMALL.items() if s.num_params}
 

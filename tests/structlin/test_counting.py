@@ -19,11 +19,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import structlin
-from structlin import Structure, Work, design, get, names, random_factors, register_work, work
+from structlin import Structure, Work, design, random_factors, register_work, structure_class, structure_names, work_of
 from structlin.execution import jax_cpu as _jax
 from structlin.testing import random_chain
 
-EXAMPLES = [(name, shape, options) for name in names() for shape, options in get(name).examples]
+EXAMPLES = [(name, shape, options) for name in structure_names() for shape, options in structure_class(name).examples]
 STRUCTURES = [design(name, shape, **options) for name, shape, options in EXAMPLES]
 CHAINS = [s for s in STRUCTURES if isinstance(s, Structure)]
 CHAINS.append(Structure.parse("pa,pqa->pq; gl,log->lo", p=3, a=3, q=4, g=4, l=3, o=5, d_in=7, d_out=13))
@@ -130,7 +130,7 @@ def test_macs_of_random_chains_are_the_cost_of_opt_einsum(seed):
 @pytest.mark.parametrize("name", ["dense", "low_rank", "kronecker", "block_tensor_train", "monarch", "blast", "einsum"])
 def test_macs_are_those_that_xla_counts(name):
     """XLA's cost analysis of the compiled program agrees to the last FLOP, padding and permutations included."""
-    shape, options = get(name).examples[0]
+    shape, options = structure_class(name).examples[0]
     s = design(name, shape, **options)
     factors, x = random_factors(s, backend="jax", seed=0), jnp.zeros((6, s.d_in), jnp.float32)
     for apply, v in ((s.apply, x), (s.apply_columns, x.T)):
@@ -162,13 +162,13 @@ def test_other_work_of_structures_as_torch_does_it():
 @pytest.mark.parametrize(("name", "shape", "options"), EXAMPLES, ids=str)
 def test_operators_count_as_their_structure(name, shape, options):
     s = design(name, shape, **options)
-    op = get(name).random(shape, **options, seed=0)
+    op = structure_class(name).random(shape, **options, seed=0)
     for x in (s, op):
         assert structlin.macs(x) == s.macs
         assert structlin.flops(x) == s.flops == 2 * s.macs + sum(s.other_flops.values())
         assert structlin.num_params(x) == s.num_params
-        assert work(x).setup_flops == {k: n for k, n in s.setup_flops.items() if n}
-    assert work(op, transposed=True).macs == work(op.T).macs == s.macs
+        assert work_of(x).setup_flops == {k: n for k, n in s.setup_flops.items() if n}
+    assert work_of(op, transposed=True).macs == work_of(op.T).macs == s.macs
     held = sum(f.nbytes for f in op.factors)
     assert structlin.num_bytes(op) == structlin.num_bytes(s, "float64") == held
 
@@ -178,8 +178,8 @@ def test_operators_count_as_their_structure(name, shape, options):
 torch.manual_seed(0)
 A, B, C = (torch.randn(shape) for shape in ((4, 6), (6, 5), (4, 6)))
 Q, R = torch.randn(3, 3), torch.randn(5, 5)
-BTT = get("block_tensor_train").random((35, 6), rank=2, backend="torch", seed=0)
-LOW = get("low_rank").random((35, 6), rank=3, backend="torch", seed=0)
+BTT = structure_class("block_tensor_train").random((35, 6), rank=2, backend="torch", seed=0)
+LOW = structure_class("low_rank").random((35, 6), rank=3, backend="torch", seed=0)
 
 
 def composites():
@@ -234,7 +234,7 @@ def test_composites_do_the_work_that_is_counted(name, transposed, vectors):
     op = composites()[name]
     d_out, d_in = op.shape
     x = torch.randn(vectors, d_out) if transposed else torch.randn(d_in, vectors)
-    counted = work(op, transposed=transposed)
+    counted = work_of(op, transposed=transposed)
     product = (lambda: x @ op) if transposed else (lambda: op @ x)
     assert counted_by_torch(product) == vectors * counted.macs
     with ElementwiseCounter() as counter:
@@ -247,7 +247,7 @@ def test_composites_do_the_work_that_is_counted(name, transposed, vectors):
 def test_sparse_operators():
     data, rows, columns = torch.ones(4), torch.tensor([0, 1, 1, 3]), torch.tensor([0, 0, 2, 4])
     S = ops.Sparse(data, rows, columns, (4, 5))
-    assert structlin.macs(S) == work(S, transposed=True).macs == structlin.num_params(S) == 4
+    assert structlin.macs(S) == work_of(S, transposed=True).macs == structlin.num_params(S) == 4
     assert structlin.num_bytes(S) == 4 * 4 + 4 * (4 + 1) + 4 * 4
     J = ops.Sparse(jnp.ones(4), jnp.asarray(rows), jnp.asarray(columns), (4, 5))
     assert (structlin.macs(J), structlin.num_params(J)) == (4, 4)
@@ -255,30 +255,30 @@ def test_sparse_operators():
 
 def test_transforms_and_triangular_solves():
     F = ops.FFT(8, dtype=torch.complex64)
-    assert work(F) == work(F, transposed=True) == Work(other_flops={"fft": 5 * 8 * 3}, activations=16)
+    assert work_of(F) == work_of(F, transposed=True) == Work(other_flops={"fft": 5 * 8 * 3}, activations=16)
     assert structlin.num_params(F) == 0
     L = cola.linalg.inv(ops.Triangular(torch.tril(Q) + 3 * torch.eye(3)))
-    assert dict(work(L).other_flops) == dict(work(L, transposed=True).other_flops) == {"triangular_solve": 9}
-    T = get("toeplitz").random((5, 7), seed=0)
-    counted = work(ops.Kronecker(T, ops.Dense(np.ones((3, 2)))))
+    assert dict(work_of(L).other_flops) == dict(work_of(L, transposed=True).other_flops) == {"triangular_solve": 9}
+    T = structure_class("toeplitz").random((5, 7), seed=0)
+    counted = work_of(ops.Kronecker(T, ops.Dense(np.ones((3, 2)))))
     assert counted.other_flops == {k: 2 * v for k, v in T.structure.other_flops.items()}
     assert counted.setup_flops == T.structure.setup_flops
     assert counted.macs == 5 * 6
 
 
 def test_repeated_blocks_are_set_up_once_from_the_right_and_each_time_from_the_left():
-    T = get("toeplitz").random((5, 7), backend="torch", seed=0)
+    T = structure_class("toeplitz").random((5, 7), backend="torch", seed=0)
     D = ops.BlockDiag(T, multiplicities=[3])
-    assert work(D).setup_flops == T.structure.setup_flops
-    assert work(D, transposed=True).setup_flops == {"fft": 3 * T.structure.setup_flops["fft"]}
+    assert work_of(D).setup_flops == T.structure.setup_flops
+    assert work_of(D, transposed=True).setup_flops == {"fft": 3 * T.structure.setup_flops["fft"]}
 
 
 def test_colas_default_product_from_the_left_runs_the_other_one_first_on_torch():
     for array, times in ((torch.ones(5), 2), (jnp.ones(5), 1)):
         op = ops.Tridiagonal(array[1:], array, array[1:])
-        assert work(op).other_flops == {"elementwise": 23}
-        assert work(op, transposed=True).other_flops == {"elementwise": times * 23}
-        assert work(cola.SelfAdjoint(op), transposed=True).other_flops == {"elementwise": 23}
+        assert work_of(op).other_flops == {"elementwise": 23}
+        assert work_of(op, transposed=True).other_flops == {"elementwise": times * 23}
+        assert work_of(cola.SelfAdjoint(op), transposed=True).other_flops == {"elementwise": 23}
 
 
 def test_only_arrays_of_the_three_libraries_hold_parameters():
@@ -293,7 +293,7 @@ def test_only_arrays_of_the_three_libraries_hold_parameters():
 
 def test_arrays_count_as_dense():
     for array in (np.ones((3, 5), np.float32), torch.ones(3, 5), jnp.ones((3, 5), jnp.float32)):
-        assert work(array) == work(array, transposed=True) == Work(macs=15, activations=8)
+        assert work_of(array) == work_of(array, transposed=True) == Work(macs=15, activations=8)
         assert (structlin.num_params(array), structlin.num_bytes(array)) == (15, 60)
 
 
@@ -344,7 +344,7 @@ def test_counts_inside_transformations():
         seen.append((structlin.macs(op), structlin.num_params(ops.Product(op, op.T))))
         return op @ jnp.ones(6, op.dtype)
 
-    op = get("low_rank").random((35, 6), rank=3, backend="jax", seed=0)
+    op = structure_class("low_rank").random((35, 6), rank=3, backend="jax", seed=0)
     jax.make_jaxpr(count)(op)
     stack = jax.tree.map(lambda f: jnp.stack([f, f]), op)
     jax.make_jaxpr(jax.vmap(count))(stack)
@@ -364,7 +364,7 @@ def test_bytes():
     for dtype, size in (("float16", 2), (torch.bfloat16, 2), (np.float64, 8), (jnp.complex64, 8), ("complex128", 16)):
         assert structlin.num_bytes(BTT, dtype) == structlin.num_bytes(BTT.structure, dtype) == size * 270
     assert structlin.num_bytes(BTT.structure) == 4 * 270
-    P = get("permutation").random((5, 5), backend="torch", seed=0)
+    P = structure_class("permutation").random((5, 5), backend="torch", seed=0)
     assert structlin.num_bytes(P) == structlin.num_bytes(P, "float16") == structlin.num_bytes(P.structure) == 40
     assert structlin.num_bytes(BTT @ BTT.T) == 4 * 270
     assert structlin.num_bytes(ops.Permutation(torch.tensor([1, 0], dtype=torch.int32))) == 8
@@ -372,16 +372,16 @@ def test_bytes():
 
 def test_activations_are_what_each_operation_reads_and_writes():
     s = BTT.structure
-    assert work(s).activations == 6 + 2 * (5 * 2 * 3) + 35
+    assert work_of(s).activations == 6 + 2 * (5 * 2 * 3) + 35
     assert structlin.activation_bytes(BTT, 10) == 10 * 4 * 101
     assert structlin.activation_bytes(s, 10, "bfloat16") == 10 * 2 * 101
     regrouped = Structure.parse("pa,pqa->pq; gl,log->lo", p=3, a=3, q=4, g=4, l=3, o=5, d_in=7, d_out=13)
-    assert work(regrouped).activations == 7 + 2 * 12 + 13
-    assert work(BTT @ BTT.T).activations == 2 * 101
-    assert work(ops.Sum(BTT, LOW)).activations == 101 + (6 + 2 * 3 + 35) + 3 * 35
-    assert work(ops.Diagonal(torch.ones(5))).activations == 10
-    assert work(ops.Kronecker(ops.Dense(A), ops.Dense(B))).activations == 10 * 5 + 11 * 4
-    assert work(get("toeplitz").random((5, 7), seed=0)).activations == 12
+    assert work_of(regrouped).activations == 7 + 2 * 12 + 13
+    assert work_of(BTT @ BTT.T).activations == 2 * 101
+    assert work_of(ops.Sum(BTT, LOW)).activations == 101 + (6 + 2 * 3 + 35) + 3 * 35
+    assert work_of(ops.Diagonal(torch.ones(5))).activations == 10
+    assert work_of(ops.Kronecker(ops.Dense(A), ops.Dense(B))).activations == 10 * 5 + 11 * 4
+    assert work_of(structure_class("toeplitz").random((5, 7), seed=0)).activations == 12
 
 
 def test_intensity():
@@ -390,7 +390,7 @@ def test_intensity():
     assert structlin.intensity(dense, k, "float32") == 2 * n * n * k / (4 * (n * n + 2 * n * k))
     assert structlin.intensity(dense, k, "float16") == 2 * structlin.intensity(dense, k, "float32")
     assert structlin.intensity(BTT, k) == 2 * 270 * k / (4 * (270 + 101 * k))
-    T = get("toeplitz").random((5, 7), seed=0)
+    T = structure_class("toeplitz").random((5, 7), seed=0)
     flops = k * T.structure.flops + T.structure.setup_flops["fft"]
     assert structlin.intensity(T, k) == flops / (8 * (11 + 12 * k))
     for k in (0, -1, 1.5, True):
@@ -455,7 +455,7 @@ UNKNOWN = {
 @pytest.mark.parametrize(
     "count",
     [
-        structlin.macs, structlin.flops, work, structlin.num_params, structlin.num_bytes, structlin.activation_bytes,
+        structlin.macs, structlin.flops, work_of, structlin.num_params, structlin.num_bytes, structlin.activation_bytes,
         structlin.intensity,
     ],
 )  # fmt: skip
@@ -466,20 +466,20 @@ def test_unknown_types_are_refused(name, count):
 
 def test_the_refusal_names_type_shape_and_remedy():
     with pytest.raises(TypeError, match=r"_matmat of .*Loud of shape \(3, 3\); .*@structlin.register_work\(cls\)$"):
-        work(Loud(Q))
-    assert work(LoudRows(Q)).macs == 9
+        work_of(Loud(Q))
+    assert work_of(LoudRows(Q)).macs == 9
     with pytest.raises(TypeError, match=r"_rmatmat of .*LoudRows .* @structlin.register_work\(cls, transposed=True\)"):
-        work(LoudRows(Q), transposed=True)
+        work_of(LoudRows(Q), transposed=True)
     with pytest.raises(TypeError, match=r"_rmatmat of .*LoudRows"):
-        work(ops.Transpose(LoudRows(Q)))
+        work_of(ops.Transpose(LoudRows(Q)))
 
 
 def test_what_is_no_operator_is_refused():
     for x, name in ((3.0, "builtins.float"), ("A", "builtins.str"), ([[1.0]], "builtins.list"), (None, "NoneType")):
-        for count in (work, structlin.num_params, structlin.num_bytes, structlin.intensity):
+        for count in (work_of, structlin.num_params, structlin.num_bytes, structlin.intensity):
             with pytest.raises(TypeError, match=f"expected a structure, an operator or an array, got .*{name}"):
                 count(x)
-    for count in (work, structlin.num_params, structlin.num_bytes):
+    for count in (work_of, structlin.num_params, structlin.num_bytes):
         with pytest.raises(ValueError, match=r"a dense matrix of shape \(d_out, d_in\), got shape \(3,\)"):
             count(np.ones(3))
     for cls in (int, 3, torch.nn.Linear):
@@ -500,18 +500,18 @@ def test_registration():
         return count(op.A) + Work(other_flops={"shift": op.shape[0]})
 
     op = Child(ops.Dense(Q))
-    assert work(op).flops == 2 * 9 + 3
-    assert work(ops.Sum(op, op)).other_flops == {"shift": 6, "elementwise": 3}
+    assert work_of(op).flops == 2 * 9 + 3
+    assert work_of(ops.Sum(op, op)).other_flops == {"shift": 6, "elementwise": 3}
     assert structlin.num_params(ops.Sum(op, op)) == 9
     with pytest.raises(TypeError, match=r"_rmatmat of .*Child"):
-        work(op, transposed=True)
+        work_of(op, transposed=True)
 
     @register_work(Own, transposed=True)
     def _(op, count):
         return count(op.A, transposed=True)
 
-    assert work(op, transposed=True).flops == 18
-    assert work(op.T).flops == 18
+    assert work_of(op, transposed=True).flops == 18
+    assert work_of(op.T).flops == 18
 
 
 # -- the record ----------------------------------------------------------------------------------------------------
@@ -554,4 +554,4 @@ def test_counts_are_exact_integers_beyond_floating_point():
     s = design("block_tensor_train", (n, n), cores=2, rank=1024, factorization=((1024, 1024), (1024, 1024)))
     assert s.macs == 2 * 1024**4
     assert structlin.flops(Structure.parse("i,oi->o", i=3**20, o=3**20)) == 2 * 3**40
-    assert math.log2(work(s).total_flops(2**30)) == 72
+    assert math.log2(work_of(s).total_flops(2**30)) == 72

@@ -17,7 +17,7 @@ BACKENDS = ("numpy", "torch", "jax")
 
 
 def random(name, shape, backend="numpy", dtype="float64", seed=0, **options):
-    return structlin.get(name).random(shape, seed=seed, backend=backend, dtype=dtype, **options)
+    return structlin.structure_class(name).random(shape, seed=seed, backend=backend, dtype=dtype, **options)
 
 
 def matrix(A):
@@ -190,7 +190,7 @@ def test_colas_operators(name, backend):
         assert theirs.annotations == A.annotations
         np.testing.assert_allclose(np.asarray(theirs), matrix(A), atol=1e-14)
         again = interop.from_cola(theirs)
-        assert isinstance(again, structlin.get(name))
+        assert isinstance(again, structlin.structure_class(name))
         assert again.backend == backend
         np.testing.assert_allclose(matrix(again), matrix(A), atol=1e-14)
 

@@ -43,7 +43,7 @@ functions = {
     "asarray": np.asarray, "scipy": lambda A: sl.to_scipy(A) @ np.ones(A.shape[1]), "repr": lambda A: (str(A), repr(A)),
     "pickle": lambda A: pickle.loads(pickle.dumps(A)).to_dense(), "copy": lambda A: copy.deepcopy(A).to_dense(),
     "entries": lambda A: (A[0], A[:, 1], A[1, 2], A[[0, 1], [1, 2]], A[::-1].to_dense()),
-    "frobenius": sl.frobenius_norm, "spectral": sl.spectral_norm, "work": sl.work,
+    "frobenius": sl.frobenius_norm, "spectral": sl.spectral_norm, "work": sl.work_of,
 }
 square = {
     "power": lambda A: (A**2).to_dense(), "trace": cola.linalg.trace, "diag": cola.linalg.diag,

@@ -340,9 +340,9 @@ def test_copies(backend, clone):
             assert B.factors[0] is not A.factors[0]
 
 
-@pytest.mark.parametrize("name", structlin.names())
+@pytest.mark.parametrize("name", structlin.structure_names())
 def test_every_named_operator_is_one_of_these(name):
-    cls = structlin.get(name)
+    cls = structlin.structure_class(name)
     for shape, options in cls.examples:
         A = cls.random(shape, seed=1, backend="torch", dtype="float64", **options)
         M = A.to_dense().numpy()

@@ -24,7 +24,7 @@ STRUCTURES = (
 def cost(structure: str, options: dict[str, Any], resource: str, dtype: str = "float32") -> int:
     found = structlin.design(structure, SHAPE, **options)
     if resource == "macs":
-        done = structlin.work(found)
+        done = structlin.work_of(found)
         return -(-(2 * done.macs + sum(done.other_flops.values()) + sum(done.setup_flops.values())) // 2)
     return {"params": found.num_params, "bytes": structlin.num_bytes(found, dtype)}[resource]
 
@@ -32,7 +32,7 @@ def cost(structure: str, options: dict[str, Any], resource: str, dtype: str = "f
 @cache
 def all_costs(structure: str, resource: str) -> dict[tuple[tuple[str, int], ...], int]:
     """Every design there is: all cores, blocks and ranks, a rank being full once the cost is that of a dense matrix."""
-    known = structlin.options(structure)
+    known = structlin.structure_options(structure)
     spaces = {"cores": range(2, 7), "blocks": range(1, min(SHAPE) + 1), "rank": range(1, 60)}
     own = {name: values for name, values in spaces.items() if name in known}
     found = {}
@@ -115,7 +115,10 @@ def test_rank_ends_where_a_dense_matrix_is_better() -> None:
 
 def test_table() -> None:
     plans, left_out = plan_layers(SHAPE, 900)
-    assert {p.structure for p in plans} | set(left_out) == set(structlin.names()) - {"permutation", "diagonal"}
+    assert {p.structure for p in plans} | set(left_out) == set(structlin.structure_names()) - {
+        "permutation",
+        "diagonal",
+    }
     assert all(0 < p.share <= 1 for p in plans)
     assert "needs at least 1,728 macs, the budget is 900" in left_out["dense"]
     assert "toeplitz of shape (48, 36) needs at least 2,144 macs" in left_out["toeplitz"]

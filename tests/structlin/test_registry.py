@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import structlin
-from structlin import Structure, design, get, names
+from structlin import Structure, design, structure_class, structure_names
 from structlin.testing import check_structure
 
 
@@ -27,11 +27,11 @@ def sandwich():
 
 
 def test_a_structure_from_outside_inherits_checks_options_and_constructors(sandwich):
-    assert names()[-1] == "sandwich"
-    assert get("sandwich") is sandwich
-    assert structlin.options("sandwich") == {"r": 1, "s": 1}
+    assert structure_names()[-1] == "sandwich"
+    assert structure_class("sandwich") is sandwich
+    assert structlin.structure_options("sandwich") == {"r": 1, "s": 1}
     for backend in ("numpy", "torch"):
-        check_structure(get("sandwich"), backend=backend, dtype="float32")
+        check_structure(structure_class("sandwich"), backend=backend, dtype="float32")
     assert structlin.register("sandwich")(sandwich) is sandwich  # the module may be reloaded
 
 
@@ -45,10 +45,10 @@ def test_the_register_refuses(sandwich):
     impostor = type("Dense", (Sandwich,), {"__qualname__": "Dense"})  # a built-in's class name, from another module
     with pytest.raises(ValueError, match=r"choose another name, or call unregister\('dense'\) first"):
         structlin.register("dense")(impostor)
-    assert get("dense") is structlin.Dense
+    assert structure_class("dense") is structlin.Dense
     again = type("Sandwich", (Sandwich,), {"__qualname__": Sandwich.__qualname__})  # the module was run again
-    assert structlin.register("sandwich")(again) is get("sandwich")
-    for call in (get, structlin.unregister, structlin.options):
+    assert structlin.register("sandwich")(again) is structure_class("sandwich")
+    for call in (structure_class, structlin.unregister, structlin.structure_options):
         with pytest.raises(ValueError, match="unknown structure 'desne'; one of dense, low_rank"):
             call("desne")
     with pytest.raises(ValueError, match="unknown structure 'desne'"):

@@ -8,7 +8,16 @@ import numpy as np
 import pytest
 import torch
 
-from structlin import Structure, design, init_std, lr_multipliers, names, random_factors, rank_corrections, rms_cap
+from structlin import (
+    Structure,
+    design,
+    init_std,
+    lr_multipliers,
+    random_factors,
+    rank_corrections,
+    rms_cap,
+    structure_names,
+)
 from structlin.scale import OPTIMIZERS, RULES
 from structlin.testing import random_chain, to_numpy
 
@@ -59,11 +68,11 @@ def test_index_arrays_learn_nothing_and_do_not_count_as_factors():
         assert lr_multipliers(design("permutation", (9, 9)), optimizer=optimizer) == (0.0,)
 
 
-@pytest.mark.parametrize("name", names())
+@pytest.mark.parametrize("name", structure_names())
 def test_rules_of_every_structure_follow_from_its_fans(name):
-    from structlin import get
+    from structlin import structure_class
 
-    for shape, options in get(name).examples:
+    for shape, options in structure_class(name).examples:
         s = design(name, shape, **options)
         count = sum(f.trainable for f in s.factors)
         for f, std, adam, sgd in zip(

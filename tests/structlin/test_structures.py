@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import structlin
-from structlin import design, get, names
+from structlin import design, structure_class, structure_names
 from structlin._arrays import to_backend
 from structlin.testing import check_design, check_structure, dense_matrix, to_numpy
 
@@ -24,7 +24,7 @@ BUILT_IN = (
     "dense", "low_rank", "block_diagonal", "kronecker", "tensor_train", "block_tensor_train", "monarch", "blast",
     "butterfly", "einsum", "toeplitz", "diagonal", "circulant", "permutation", "hankel",
 )  # fmt: skip
-EXAMPLES = [(name, *example) for name in BUILT_IN for example in get(name).examples]
+EXAMPLES = [(name, *example) for name in BUILT_IN for example in structure_class(name).examples]
 
 
 def label(value):
@@ -32,7 +32,7 @@ def label(value):
 
 
 def test_the_register_holds_the_named_structures_in_order():
-    assert names()[: len(BUILT_IN)] == BUILT_IN
+    assert structure_names()[: len(BUILT_IN)] == BUILT_IN
 
 
 # -- conformance ---------------------------------------------------------------------------------------------------
@@ -41,44 +41,48 @@ def test_the_register_holds_the_named_structures_in_order():
 @pytest.mark.parametrize("name", BUILT_IN)
 @pytest.mark.parametrize(("backend", "dtype"), [*(("numpy", d) for d in NUMPY), *(("torch", d) for d in TORCH)])
 def test_conformance(name, backend, dtype):
-    check_structure(get(name), backend=backend, dtype=dtype)
+    check_structure(structure_class(name), backend=backend, dtype=dtype)
 
 
 @pytest.mark.parametrize("name", BUILT_IN)
 def test_conformance_on_jax(name):
-    shape, options = get(name).examples[0]
-    check_design(get(name), shape, options, backend="jax", transform=jax.jit, quick=True)
+    shape, options = structure_class(name).examples[0]
+    check_design(structure_class(name), shape, options, backend="jax", transform=jax.jit, quick=True)
 
 
 @pytest.mark.parametrize("name", ["dense", "permutation", "toeplitz"])
 def test_conformance_on_jax_as_it_comes(name):
     """64 bits are not enabled there."""
-    shape, options = get(name).examples[0]
+    shape, options = structure_class(name).examples[0]
     with jax.enable_x64(False):
-        check_design(get(name), shape, options, backend="jax", dtype="float32", transform=jax.jit, quick=True)
+        check_design(
+            structure_class(name), shape, options, backend="jax", dtype="float32", transform=jax.jit, quick=True
+        )
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", BUILT_IN)
 @pytest.mark.parametrize("dtype", TORCH)
 def test_conformance_on_jax_in_every_dtype(name, dtype):
-    check_structure(get(name), backend="jax", dtype=dtype, transform=jax.jit, quick=True)
+    check_structure(structure_class(name), backend="jax", dtype=dtype, transform=jax.jit, quick=True)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", BUILT_IN)
 def test_conformance_on_jax_without_jit(name):
-    shape, options = get(name).examples[0]
-    check_design(get(name), shape, options, backend="jax", dtype="float32")
+    shape, options = structure_class(name).examples[0]
+    check_design(structure_class(name), shape, options, backend="jax", dtype="float32")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", BUILT_IN)
 def test_conformance_under_torch_compile(name):
     torch._dynamo.reset()
-    shape, options = get(name).examples[0]
+    shape, options = structure_class(name).examples[0]
     compiled = lambda f: torch.compile(f, fullgraph=True)  # noqa: E731
-    check_design(get(name), shape, options, backend="torch", dtype="float32", transform=compiled, quick=True)
+    check_design(
+        structure_class(name), shape, options, backend="torch", dtype="float32", transform=compiled, quick=True
+    )
 
 
 SIZES = st.integers(1, 4)
@@ -143,7 +147,7 @@ def test_conformance_over_sizes(name):
     @given(DESIGNS[name], st.integers(0, 9))
     def check(drawn, seed):
         shape, options = drawn
-        check_design(get(name), shape, options, seed=seed)
+        check_design(structure_class(name), shape, options, seed=seed)
 
     check()
 
@@ -228,7 +232,7 @@ DEFINITIONS = {
 
 @pytest.mark.parametrize(("name", "shape", "options"), EXAMPLES, ids=label)
 def test_definition(name, shape, options):
-    op = get(name).random(shape, seed=3, **options)
+    op = structure_class(name).random(shape, seed=3, **options)
     if name == "toeplitz":
         kernel = op.factors[0]
         wanted = scipy.linalg.toeplitz(kernel[shape[1] - 1 :], kernel[: shape[1]][::-1])
@@ -308,7 +312,7 @@ def test_structures_that_are_no_chain_from_their_arrays():
         ("diagonal", rng.standard_normal(5)),
         ("permutation", rng.permutation(5)),
     ):
-        op = get(name)(array)
+        op = structure_class(name)(array)
         assert op.structure == design(name, (5, 5))
         np.testing.assert_allclose(op.to_dense(), DEFINITIONS[name](array), atol=1e-14)
 
@@ -440,14 +444,14 @@ def test_rank_bounds():
     ):
         structure = design(name, shape, **options)
         assert structure.rank_bound == bound
-        op = get(name).random(shape, **options, seed=0)
+        op = structure_class(name).random(shape, **options, seed=0)
         assert np.linalg.matrix_rank(op.to_dense()) == bound
 
 
 def test_without_a_seed_each_matrix_is_another_one():
     first, second = (structlin.Dense.random((3, 4)).to_dense() for _ in range(2))
     assert not np.array_equal(first, second)
-    first, second = (structlin.random_factors(get("dense").design((3, 4)))[0] for _ in range(2))
+    first, second = (structlin.random_factors(structure_class("dense").design((3, 4)))[0] for _ in range(2))
     assert not np.array_equal(first, second)
     first, second = (structlin.Dense.random((3, 4), seed=7).to_dense() for _ in range(2))
     np.testing.assert_array_equal(first, second)
@@ -560,7 +564,7 @@ def test_sizes_that_do_not_fit_are_refused(name, shape, options, message):
     with pytest.raises(ValueError, match=message):
         design(name, shape, **options)
     with pytest.raises(ValueError, match=message):
-        get(name).random(shape, **options, seed=0)
+        structure_class(name).random(shape, **options, seed=0)
 
 
 BAD_ARRAYS = [
@@ -592,4 +596,4 @@ BAD_ARRAYS = [
 @pytest.mark.parametrize(("name", "arrays", "message"), BAD_ARRAYS)
 def test_arrays_that_do_not_fit_are_refused(name, arrays, message):
     with pytest.raises(ValueError, match=message):
-        get(name)(*arrays)
+        structure_class(name)(*arrays)

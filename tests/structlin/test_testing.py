@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import structlin
-from structlin import Structure, design, get, random_factors
+from structlin import Structure, design, random_factors, structure_class
 from structlin._counted import Counts, counted
 from structlin.structure import AbstractStructure, Factor
 from structlin.testing import check_instance, check_structure, dense_matrix, random_chain, to_numpy, unit_roundoff
@@ -208,23 +208,23 @@ def test_the_checks_compare_chains_with_the_oracle(monkeypatch):
     monkeypatch.setattr(Structure, "_columns", lambda self, f, x, xp: 2 * right[0](self, f, x, xp))
     monkeypatch.setattr(Structure, "_rows", lambda self, f, x, xp: 2 * right[1](self, f, x, xp))
     with pytest.raises(AssertionError, match="is off by up to"):
-        check_structure(get("low_rank"))
+        check_structure(structure_class("low_rank"))
 
 
 def test_the_checks_count_the_macs_of_chains_themselves(monkeypatch):
     monkeypatch.setattr(Structure, "macs", property(lambda self: self.num_params))
-    check_structure(get("block_tensor_train"))
+    check_structure(structure_class("block_tensor_train"))
     with pytest.raises(AssertionError, match=r"counts \d+ MACs, its einsums have \d+"):
-        check_structure(get("kronecker"))
+        check_structure(structure_class("kronecker"))
 
 
 def test_the_checks_cover_the_scale(monkeypatch):
     monkeypatch.setattr("structlin.testing.lr_multipliers", lambda s, **_: (1.0,) * len(s.factors))
     with pytest.raises(AssertionError, match="do not double with base_d_in"):
-        check_structure(get("dense"))
+        check_structure(structure_class("dense"))
     monkeypatch.setattr("structlin.testing.init_std", lambda s, **_: (0.0,) * len(s.factors))
     with pytest.raises(AssertionError, match="deviations"):
-        check_structure(get("dense"))
+        check_structure(structure_class("dense"))
 
 
 def test_random_chains_have_every_feature():

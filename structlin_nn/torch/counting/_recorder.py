@@ -28,7 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import __file__ as CHECKPOINT_FILE
 
-from structlin.counting import work as structure_work
+from structlin.counting import work_of
 from structlin.structure import AbstractStructure, Structure
 from structlin_nn.torch.counting._formulas import attention_pairs
 from structlin_nn.torch.counting._lists import (
@@ -337,7 +337,7 @@ class Recorder(TorchDispatchMode):
         rows = math.prod(x.shape[:-1]) * math.prod(hidden.values())
         parameters = iter(module.factors)
         needed = [f.trainable and next(parameters).requires_grad for f in structure.factors]
-        moved = sum(f.numel for f in structure.factors) + rows * (structure_work(structure).activations or 0)
+        moved = sum(f.numel for f in structure.factors) + rows * (work_of(structure).activations or 0)
         other = rows * sum(structure.other_flops.values()) + sum(structure.setup_flops.values())
         macs = rows * structure.macs
         product = Product(

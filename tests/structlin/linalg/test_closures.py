@@ -17,7 +17,7 @@ PLAIN = {"backend": "torch", "dtype": "float64"}
 
 
 def random(name, shape, seed=0, **options):
-    return structlin.get(name).random(shape, seed=seed, **PLAIN, **options)
+    return structlin.structure_class(name).random(shape, seed=seed, **PLAIN, **options)
 
 
 def kronecker(out, into, seed=0):

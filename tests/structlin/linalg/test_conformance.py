@@ -73,7 +73,7 @@ OURS = {
 
 def ours(backend):
     return {
-        label: structlin.get(name).random((N, N), seed=5, backend=backend, dtype="float64", **options)
+        label: structlin.structure_class(name).random((N, N), seed=5, backend=backend, dtype="float64", **options)
         for label, (name, options) in OURS.items()
     }
 

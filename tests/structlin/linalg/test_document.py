@@ -30,7 +30,7 @@ CHUNK = 16
 
 
 def random(name, n=N, **options):
-    return structlin.get(name).random((n, n), **options, seed=0)
+    return structlin.structure_class(name).random((n, n), **options, seed=0)
 
 
 def shifted(A):
@@ -258,7 +258,7 @@ def test_the_table_is_complete():
     assert rows == {*ROWS, "dense"}
     words = " ".join(rows).lower().replace("-", "")
     assert f"from {toeplitz_module.LEAST} rows" in words
-    for name in structlin.names():
+    for name in structlin.structure_names():
         if name not in ("einsum", "block_tensor_train"):  # other chains, BTT
             assert name.replace("_", " ").replace("tensor train", "tensortrain") in words, name
     assert "btt" in words

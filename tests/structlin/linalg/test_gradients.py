@@ -19,7 +19,7 @@ from structlin.structure import Structure
 
 def structured(name, shape, **options):
     structure = structlin.design(name, shape, **options)
-    cls = structlin.get(name)
+    cls = structlin.structure_class(name)
     return [f.shape for f in structure.factors], lambda *factors: cls._build(structure, factors)
 
 
@@ -104,7 +104,7 @@ OTHERS = {
     "diag": (*structured("block_tensor_train", (6, 6), rank=2), lambda A: cola.diag(A, 1)),
     "trace": (*structured("tensor_train", (6, 6), rank=2), cola.trace),
     "frobenius": (*structured("tensor_train", (6, 4), rank=2), linalg.frobenius_norm),
-    "inner": (*structured("monarch", (6, 8), blocks=2), lambda A: linalg.inner(A, 2 * A)),
+    "inner": (*structured("monarch", (6, 8), blocks=2), lambda A: linalg.inner_product(A, 2 * A)),
     "spectral, parts": (*structured("kronecker", (6, 4)), linalg.spectral_norm),
     "spectral, iterated": (
         *structured("block_tensor_train", (6, 4), rank=2),

@@ -74,7 +74,7 @@ def draw(name: str, shape, options, backend: str, dtype: str, seed: int = 0):
         if "complex" in dtype:
             x = x + 1j * rng.standard_normal(spec.shape) / np.sqrt(spec.fan_in)
         factors.append(to_backend(x, backend, dtype))
-    cls = structlin.get(name)
+    cls = structlin.structure_class(name)
     op = cls._build(structure, tuple(factors), None if any(s.trainable for s in structure.factors) else dtype)
     return op, dense_matrix(structure, factors).astype(dtype)
 
@@ -389,15 +389,15 @@ def singular_values(A, a):
 def norms(A, a):
     assert_close(linalg.frobenius_norm(A), np.linalg.norm(a))
     assert_close(linalg.frobenius_norm(A.T), np.linalg.norm(a))
-    assert_close(linalg.inner(A, A), np.linalg.norm(a) ** 2)
+    assert_close(linalg.inner_product(A, A), np.linalg.norm(a) ** 2)
     assert_close(linalg.spectral_norm(A, tolerance=1e-7), np.linalg.norm(a, 2))
 
 
 @operation()
 def inner_products(A, a):
     B, b = A @ A.T @ A, a @ a.T @ a
-    assert_close(linalg.inner(A, B), np.vdot(a, b), np.linalg.norm(a) * np.linalg.norm(b))
-    assert_close(linalg.inner(B, 2 * A), 2 * np.vdot(b, a), np.linalg.norm(a) * np.linalg.norm(b))
+    assert_close(linalg.inner_product(A, B), np.vdot(a, b), np.linalg.norm(a) * np.linalg.norm(b))
+    assert_close(linalg.inner_product(B, 2 * A), 2 * np.vdot(b, a), np.linalg.norm(a) * np.linalg.norm(b))
 
 
 @operation()

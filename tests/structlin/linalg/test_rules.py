@@ -23,7 +23,7 @@ TORCH = {"backend": "torch", "dtype": "float64"}
 
 
 def random(name, shape, seed=0, backend="numpy", dtype="float64", **options):
-    return structlin.get(name).random(shape, seed=seed, backend=backend, dtype=dtype, **options)
+    return structlin.structure_class(name).random(shape, seed=seed, backend=backend, dtype=dtype, **options)
 
 
 def never_dense(monkeypatch):
@@ -65,7 +65,7 @@ def test_random_chains(seed):
         if found is not None:
             np.testing.assert_allclose(found, np.diag(a, k), atol=1e-9 * size)
     np.testing.assert_allclose(linalg.frobenius_norm(A), size, rtol=1e-9)
-    np.testing.assert_allclose(linalg.inner(A, A), size**2, rtol=1e-9)
+    np.testing.assert_allclose(linalg.inner_product(A, A), size**2, rtol=1e-9)
     matrices = _chain.part_matrices(structure, factors)
     if matrices is not None:
         whole = np.ones((1, 1))
@@ -309,8 +309,8 @@ def test_arguments_are_checked():
     with pytest.raises(ValueError, match="max_iterations"):
         linalg.spectral_norm(A, max_iterations=0)
     with pytest.raises(ValueError, match="equal shapes"):
-        linalg.inner(A, random("toeplitz", (6, 5)))
-    for f in (linalg.svd, linalg.frobenius_norm, linalg.spectral_norm, lambda x: linalg.inner(A, x)):
+        linalg.inner_product(A, random("toeplitz", (6, 5)))
+    for f in (linalg.svd, linalg.frobenius_norm, linalg.spectral_norm, lambda x: linalg.inner_product(A, x)):
         with pytest.raises(TypeError, match="ndarray"):
             f(np.eye(2))
 

@@ -18,7 +18,7 @@ from structlin.testing import to_numpy
 
 
 def random(name, shape, seed=0, backend="numpy", dtype="float64", **options):
-    return structlin.get(name).random(shape, seed=seed, backend=backend, dtype=dtype, **options)
+    return structlin.structure_class(name).random(shape, seed=seed, backend=backend, dtype=dtype, **options)
 
 
 def positive(blocks):

@@ -399,7 +399,7 @@ def test_norms_and_inner_products_of_large_operators_allocate_little():
     assert peak < 1e8 * 0.5  # some columns of 300,000 numbers; eye(n) takes 720 GB
     B = sl.StructuredOperator(sl.Structure.parse("i,ri->r; r,or->o", i=n, r=1, o=n), (np.ones((1, n)), np.ones((n, 1))))
     np.testing.assert_allclose(linalg.frobenius_norm(B), n)
-    np.testing.assert_allclose(linalg.inner(sl.Diagonal(np.ones(n)), B), n)
+    np.testing.assert_allclose(linalg.inner_product(sl.Diagonal(np.ones(n)), B), n)
 
 
 # -- 9: signs, errors, zeros, NaN -------------------------------------------------------------------------------------

@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 
 import structlin
-from structlin import Structure, design, names
+from structlin import Structure, design, structure_names
 from structlin.projection import project
 
 EXAMPLES = [
     pytest.param(name, shape, options, id=f"{name}-{i}")
-    for name in names()
-    for i, (shape, options) in enumerate(structlin.get(name).examples)
+    for name in structure_names()
+    for i, (shape, options) in enumerate(structlin.structure_class(name).examples)
 ]
 MORE = [
     ("tensor_train", (24, 36), {"cores": 3, "rank": (2, 3), "factorization": ((2, 3, 4), (3, 4, 3))}),
@@ -49,15 +49,15 @@ def check(W, structure, **options):
 @pytest.mark.parametrize("dtype", ["float64", "complex128"])
 @pytest.mark.parametrize(("name", "shape", "options"), EXAMPLES)
 def test_every_registered_structure(name, shape, options, dtype):
-    W = structlin.get(name).random(shape, seed=3, dtype=dtype, **options).to_dense()
+    W = structlin.structure_class(name).random(shape, seed=3, dtype=dtype, **options).to_dense()
     found = check(W, name, **options)
-    assert type(found.operator) is structlin.get(name)
+    assert type(found.operator) is structlin.structure_class(name)
     assert found.operator.structure == design(name, shape, **options)
 
 
 @pytest.mark.parametrize(("name", "shape", "options"), MORE)
 def test_more_cores_and_sizes(name, shape, options):
-    W = structlin.get(name).random(shape, seed=5, **options).to_dense()
+    W = structlin.structure_class(name).random(shape, seed=5, **options).to_dense()
     found = check(W, name, **options)
     if found.error_bound is not None and not found.optimal:
         assert found.error_bound < FIT
@@ -91,7 +91,7 @@ def test_the_identity():
 
 
 def test_zero_and_one_by_one():
-    for name in set(names()) - {"butterfly", "permutation"}:
+    for name in set(structure_names()) - {"butterfly", "permutation"}:
         try:
             structure = design(name, (1, 1))
         except ValueError:  # sizes that cannot be split

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from structlin import Structure, design, get, names
+from structlin import Structure, design, structure_class, structure_names
 from structlin.projection import _als, _solve, project
 
 
@@ -20,7 +20,9 @@ def weighted_error(W, A, root):
 
 
 EXAMPLES = [
-    pytest.param(name, *get(name).examples[0], id=name) for name in names() if name not in ("dense", "permutation")
+    pytest.param(name, *structure_class(name).examples[0], id=name)
+    for name in structure_names()
+    if name not in ("dense", "permutation")
 ]
 
 
@@ -30,7 +32,7 @@ def test_every_structure_gains_by_the_weight(name, shape, options, covariance):
     W = gaussian(shape, 1)
     C, root = covariance(shape[1])
     found, plain = project(W, name, input_covariance=C, **options), project(W, name, **options)
-    assert type(found.operator) is get(name)
+    assert type(found.operator) is structure_class(name)
     assert found.relative_error == pytest.approx(weighted_error(W, found.operator, root), rel=1e-9, abs=1e-12)
     assert found.relative_error <= weighted_error(W, plain.operator, root) * (1 + 1e-9) + 1e-14
     if project(W, name, **options).relative_error > 1e-9:
@@ -113,7 +115,7 @@ def test_linear_structures_solve_their_normal_equations(name, shape, complex_, c
     assert found.optimal
     rest = (W - found.operator.to_dense()) @ C
     for seed in range(8):
-        other = get(name).random(shape, seed=seed).to_dense()
+        other = structure_class(name).random(shape, seed=seed).to_dense()
         assert abs(np.vdot(other, rest)) < 1e-11
 
 
@@ -132,7 +134,7 @@ def test_recovery_is_exact_whatever_the_weight(covariance):
         ("kronecker", (12, 20), {}),
         ("tensor_train", (24, 30), {"cores": 3, "rank": 2, "factorization": ((2, 3, 4), (2, 3, 5))}),
     ):
-        W = get(name).random(shape, seed=2, **options).to_dense()
+        W = structure_class(name).random(shape, seed=2, **options).to_dense()
         C, _ = covariance(shape[1])
         found = project(W, name, input_covariance=C, **options)
         assert np.linalg.norm(found.operator.to_dense() - W) < 1e-8 * np.linalg.norm(W), name

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from structlin.scaling import LossLaw
+from structlin.scaling_laws import LossLaw
 from structlin_nn.cli import main
 from structlin_nn.counting import count_model
 from structlin_nn.laws import compare_laws, fit_groups, laws_record

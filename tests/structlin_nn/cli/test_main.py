@@ -118,7 +118,7 @@ class TestStructures:
     def test_json_has_them_all(self, captured: Captured) -> None:
         assert main(["structures", "--json"]) == 0
         found = json.loads(captured()[0])
-        assert [entry["name"] for entry in found] == list(structlin.names())
+        assert [entry["name"] for entry in found] == list(structlin.structure_names())
         assert all(set(entry) == {"name", "summary", "formula", "parameters", "options", "source"} for entry in found)
         monarch = next(entry for entry in found if entry["name"] == "monarch")
         assert monarch["options"] == {"blocks": 4}
@@ -128,9 +128,9 @@ class TestStructures:
         assert main(["structures"]) == 0
         out, err = captured()
         assert err == ""
-        for name in structlin.names():
+        for name in structlin.structure_names():
             assert f"\n{name}\n" in out
-            assert " ".join(structlin.get(name).formula.split()) in " ".join(out.split())
+            assert " ".join(structlin.structure_class(name).formula.split()) in " ".join(out.split())
 
     def test_a_closed_pipe_is_no_error(self) -> None:
         code = "import sys; from structlin_nn.cli import main; sys.exit(main(['structures']))"

@@ -79,7 +79,7 @@ def test_structures_of_installed_packages(monkeypatch):
     monkeypatch.setattr(registry, "_installed_loaded", False)
     try:
         with pytest.warns(UserWarning, match="entry point 'bad' cannot be loaded: ImportError"):
-            assert structlin.get("installed_here").name == "installed_here"
-        assert "installed_here" in structlin.names()
+            assert structlin.structure_class("installed_here").name == "installed_here"
+        assert "installed_here" in structlin.structure_names()
     finally:
         structlin.unregister("installed_here")

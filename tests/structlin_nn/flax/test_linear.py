@@ -22,8 +22,8 @@ from structlin_nn.torch import StructuredLinear as TorchLinear
 
 EXAMPLES = [
     pytest.param(name, shape, options, id=f"{name}-{shape[0]}x{shape[1]}-{number}")
-    for name in structlin.names()
-    for number, (shape, options) in enumerate(structlin.get(name).examples)
+    for name in structlin.structure_names()
+    for number, (shape, options) in enumerate(structlin.structure_class(name).examples)
 ]
 FEW = [
     ("dense", (7, 5), {}),

@@ -66,13 +66,17 @@ def saved(path: Path) -> tuple[nn.Module, Path]:
     return model, path
 
 
-EXAMPLES = [(name, options) for name in structlin.names() for options in [dict(structlin.get(name).examples[0][1])]]
+EXAMPLES = [
+    (name, options)
+    for name in structlin.structure_names()
+    for options in [dict(structlin.structure_class(name).examples[0][1])]
+]
 
 
 class TestRoundTrip:
     @pytest.mark.parametrize(("name", "options"), EXAMPLES, ids=[name for name, _ in EXAMPLES])
     def test_every_structure(self, name: str, options: dict[str, Any], path: Path) -> None:
-        d_out, d_in = structlin.get(name).examples[0][0]
+        d_out, d_in = structlin.structure_class(name).examples[0][0]
         torch.manual_seed(1)
         layer = StructuredLinear(d_in, d_out, structure=name, **options)
         model = nn.Sequential(layer, nn.Tanh())

@@ -111,9 +111,9 @@ def test_sgd_multipliers_by_hand():
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "sgd"])
-@pytest.mark.parametrize("name", structlin.names())
+@pytest.mark.parametrize("name", structlin.structure_names())
 def test_every_structure_aware_and_naive(name, optimizer):
-    (d_out, d_in), options = structlin.get(name).examples[0]
+    (d_out, d_in), options = structlin.structure_class(name).examples[0]
     layer = StructuredLinear(d_in, d_out, structure=name, **options)
     model, base = nn.Sequential(layer), nn.Sequential(nn.Linear(3, 5))
     aware = multipliers(parameter_groups(model, base, lr=1, optimizer=optimizer))

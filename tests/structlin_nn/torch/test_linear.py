@@ -18,8 +18,8 @@ from structlin_nn.torch import StructuredLinear
 
 EXAMPLES = [
     pytest.param(name, shape, options, id=f"{name}-{shape[0]}x{shape[1]}-{number}")
-    for name in structlin.names()
-    for number, (shape, options) in enumerate(structlin.get(name).examples)
+    for name in structlin.structure_names()
+    for number, (shape, options) in enumerate(structlin.structure_class(name).examples)
 ]
 FEW = [
     ("dense", (7, 5), {}),
@@ -32,7 +32,7 @@ FEW = [
 ]
 
 
-EACH = [(name, *structlin.get(name).examples[0]) for name in structlin.names()]
+EACH = [(name, *structlin.structure_class(name).examples[0]) for name in structlin.structure_names()]
 
 
 def make(name: str, shape: tuple[int, int], options: dict, **more) -> StructuredLinear:
@@ -477,10 +477,11 @@ def test_bad_arguments(arguments, options, error, words):
 
 
 @pytest.mark.parametrize(
-    ("name", "cap"), [*((name, False) for name in structlin.names()), ("block_tensor_train", True), ("dense", True)]
+    ("name", "cap"),
+    [*((name, False) for name in structlin.structure_names()), ("block_tensor_train", True), ("dense", True)],
 )
 def test_traces_as_one_graph(name, cap):
-    shape, options = structlin.get(name).examples[0]
+    shape, options = structlin.structure_class(name).examples[0]
     layer = make(name, shape, options, rms_cap=cap, dtype=torch.float64)
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounter()
@@ -492,9 +493,9 @@ def test_traces_as_one_graph(name, cap):
 
 
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("name", structlin.names())
+@pytest.mark.parametrize("name", structlin.structure_names())
 def test_a_single_token_in_a_graph(name, bias):
-    shape, options = structlin.get(name).examples[0]
+    shape, options = structlin.structure_class(name).examples[0]
     layer = make(name, shape, options, dtype=torch.float64)
     layer.bias = layer.bias if bias else None
     torch._dynamo.reset()

@@ -21,8 +21,8 @@ from structlin_nn.torch._text import from_text, to_text
 
 EXAMPLES = [
     pytest.param(structlin.design(name, shape, **options), id=f"{name}-{shape[0]}x{shape[1]}-{number}")
-    for name in structlin.names()
-    for number, (shape, options) in enumerate(structlin.get(name).examples)
+    for name in structlin.structure_names()
+    for number, (shape, options) in enumerate(structlin.structure_class(name).examples)
 ]
 CHAINS = [p for p in EXAMPLES if isinstance(p.values[0], structlin.Structure)]
 FEW = [
@@ -350,8 +350,8 @@ def test_deterministic_mode(checkpoint):
     """torch fills memory that is not written with NaN in this mode, and refuses what is not deterministic."""
     torch.use_deterministic_algorithms(True)
     try:
-        for name in structlin.names():
-            shape, options = structlin.get(name).examples[0]
+        for name in structlin.structure_names():
+            shape, options = structlin.structure_class(name).examples[0]
             layer = StructuredLinear(shape[1], shape[0], structure=name, checkpoint=checkpoint, **options)
             x = torch.randn(900, shape[1], requires_grad=True)
             runs = [torch.autograd.grad(layer(x).sin().sum(), (x, *layer.parameters())) for _ in range(2)]
@@ -367,7 +367,7 @@ def test_deterministic_mode(checkpoint):
     [("dense", True), ("low_rank", False), ("block_tensor_train", True), ("monarch", False), ("toeplitz", True)],
 )
 def test_checkpointed_layer_traces_as_one_graph(name, cap):
-    shape, options = structlin.get(name).examples[1]
+    shape, options = structlin.structure_class(name).examples[1]
     layer = StructuredLinear(
         shape[1], shape[0], structure=name, checkpoint=True, rms_cap=cap, dtype=torch.float64, **options
     )
@@ -428,7 +428,7 @@ def exported(layer, path):
 @pytest.mark.parametrize("checkpoint", [False, True])
 @pytest.mark.parametrize("name", ["dense", "block_tensor_train", "monarch", "toeplitz", "permutation"])
 def test_export(name, checkpoint, tmp_path):
-    shape, options = structlin.get(name).examples[0]
+    shape, options = structlin.structure_class(name).examples[0]
     layer = StructuredLinear(shape[1], shape[0], structure=name, checkpoint=checkpoint, **options)
     program = exported(layer, tmp_path / "layer.pt2")
     targets = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]

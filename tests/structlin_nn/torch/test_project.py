@@ -507,9 +507,9 @@ def test_to_dense_refuses_what_it_would_lose():
         to_dense_linear(two().to("meta"))
 
 
-@pytest.mark.parametrize("name", [n for n in structlin.names() if n != "dense"])
+@pytest.mark.parametrize("name", [n for n in structlin.structure_names() if n != "dense"])
 def test_every_structure_goes_back_to_dense(name):
-    shape, options = structlin.get(name).examples[0]
+    shape, options = structlin.structure_class(name).examples[0]
     torch.manual_seed(0)
     layer = StructuredLinear(shape[1], shape[0], structure=name, **options)
     if layer.bias is not None:

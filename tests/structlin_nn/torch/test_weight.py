@@ -12,9 +12,9 @@ import structlin
 from structlin_nn.torch import StructuredLinear, replace_linear
 
 
-@pytest.mark.parametrize("name", structlin.names())
+@pytest.mark.parametrize("name", structlin.structure_names())
 def test_weight_is_the_matrix(name):
-    (d_out, d_in), options = structlin.get(name).examples[0]
+    (d_out, d_in), options = structlin.structure_class(name).examples[0]
     layer = StructuredLinear(d_in, d_out, structure=name, dtype=torch.float64, **options)
     assert layer.weight.shape == (d_out, d_in)
     expected = layer.operator.to_dense()

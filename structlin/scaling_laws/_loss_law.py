@@ -11,11 +11,11 @@ import numpy as np
 import numpy.typing as npt
 from scipy.optimize import nnls
 
-from structlin.scaling._descent import MAX_EXPONENT, Problem
-from structlin.scaling._law import PowerLaw
+from structlin.scaling_laws._descent import MAX_EXPONENT, Problem
+from structlin.scaling_laws._law import PowerLaw
 
 if TYPE_CHECKING:
-    from structlin.scaling._loss_bootstrap import LossBootstrap
+    from structlin.scaling_laws._loss_bootstrap import LossBootstrap
 
 Array = npt.NDArray[Any]
 TERMS = ("E", "A", "alpha", "B", "beta")
@@ -172,8 +172,8 @@ class LossLawFit:
         return self.problem.size
 
     def bootstrap(self, samples: int = 1000, *, seed: int = 0, method: str = "residuals") -> LossBootstrap:
-        """Fit again to data drawn anew; see :class:`structlin.scaling.LossBootstrap`."""
-        from structlin.scaling._loss_bootstrap import bootstrap_loss
+        """Fit again to data drawn anew; see :class:`structlin.scaling_laws.LossBootstrap`."""
+        from structlin.scaling_laws._loss_bootstrap import bootstrap_loss
 
         return bootstrap_loss(self, samples, seed=seed, method=method)
 

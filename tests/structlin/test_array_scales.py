@@ -8,7 +8,7 @@ from cola.ops import BlockDiag, Concatenated, Dense, KronSum, Product, Sum
 
 import structlin
 from structlin import init_std, interop, lr_multipliers
-from structlin.composite_scale import array_scales
+from structlin._array_scales import array_scales
 from structlin.scale import OPTIMIZERS
 
 CHAINS = {
@@ -37,7 +37,7 @@ def dense(d_out, d_in, seed=0):
 @pytest.mark.parametrize("name", CHAINS)
 def test_as_for_the_structure(name, optimizer):
     shape, options = CHAINS[name]
-    A = structlin.get(name).random(shape, **options, seed=0)
+    A = structlin.structure_class(name).random(shape, **options, seed=0)
     for op in (A, A.T):
         for sizes in ({}, {"base_d_in": 7, "base_d_out": 3}):
             chosen = {"optimizer": optimizer, **sizes}
@@ -54,7 +54,7 @@ def test_as_for_the_structure(name, optimizer):
 
 def test_circulant_toeplitz_and_index_arrays():
     for name in ("circulant", "toeplitz"):
-        A = structlin.get(name).random((6, 6), seed=0)
+        A = structlin.structure_class(name).random((6, 6), seed=0)
         assert scale(A) == [(init_std(A.structure)[0], 1.0)]
     P = structlin.Permutation.random((6, 6), seed=0)
     assert scale(P) == []

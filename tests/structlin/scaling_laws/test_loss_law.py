@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import minimize
 
-from structlin.scaling import METHODS, TERMS, LossLaw, fit_envelope, fit_isoflop, fit_loss_law, lacks_sizes
+from structlin.scaling_laws import METHODS, TERMS, LossLaw, fit_envelope, fit_isoflop, fit_loss_law, lacks_sizes
 
 LAW = LossLaw(E=1.8172, A=482.0, alpha=0.3478, B=2085.4, beta=0.3659)
 # Runs read off figure 4 of Hoffmann et al. (Besiroglu et al. 2024): columns parameters, training_flops, loss. The file

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from structlin.scaling._bootstrap import Bootstrap, Estimate, estimate
-from structlin.scaling._frontier import as_points, pareto_frontier
-from structlin.scaling._law import compute_at
+from structlin.scaling_laws._bootstrap import Bootstrap, Estimate, estimate
+from structlin.scaling_laws._frontier import as_points, pareto_frontier
+from structlin.scaling_laws._law import compute_at
 
 
 def compare_exponents(a: Bootstrap, b: Bootstrap, confidence: float = 0.95) -> Estimate:
@@ -186,7 +186,7 @@ def cheapest(laws: Mapping[str, Bootstrap], error: float, confidence: float = 0.
 
     Examples
     --------
-    >>> from structlin.scaling import fit_power_law
+    >>> from structlin.scaling_laws import fit_power_law
     >>> compute, noise = np.logspace(6, 9, 6), np.array([1, 1.01, 0.99, 1.01, 0.99, 1])
     >>> laws = {
     ...     name: fit_power_law(compute, 2 * compute**-a * noise).bootstrap(100)

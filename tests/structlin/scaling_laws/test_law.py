@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import minimize
 
-from structlin.scaling import LOSSES, PowerLaw, fit_power_law, pareto_frontier
+from structlin.scaling_laws import LOSSES, PowerLaw, fit_power_law, pareto_frontier
 
 COMPUTE = np.logspace(5.0, 9.5, 12)
 EXPONENTS = st.floats(0.02, 0.9)

@@ -11,10 +11,10 @@ import numpy.typing as npt
 from scipy.optimize import least_squares
 from scipy.stats import median_abs_deviation, theilslopes
 
-from structlin.scaling._frontier import as_points
+from structlin.scaling_laws._frontier import as_points
 
 if TYPE_CHECKING:
-    from structlin.scaling._bootstrap import Bootstrap
+    from structlin.scaling_laws._bootstrap import Bootstrap
 
 Array = npt.NDArray[Any]
 LOSSES = ("soft_l1", "linear")
@@ -139,8 +139,8 @@ class PowerLawFit:
     def bootstrap(
         self, samples: int = 1000, *, seed: int = 0, method: str = "parametric", noise: float | None = None
     ) -> Bootstrap:
-        """Fit again to data drawn anew; see :class:`structlin.scaling.Bootstrap`."""
-        from structlin.scaling._bootstrap import bootstrap
+        """Fit again to data drawn anew; see :class:`structlin.scaling_laws.Bootstrap`."""
+        from structlin.scaling_laws._bootstrap import bootstrap
 
         return bootstrap(self, samples, seed=seed, method=method, noise=noise)
 

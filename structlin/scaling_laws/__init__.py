@@ -17,7 +17,7 @@ of compute is split best; :func:`fit_isoflop` and :func:`fit_envelope` say that 
 True
 """
 
-from structlin.scaling._allocation import (
+from structlin.scaling_laws._allocation import (
     Allocation,
     Envelope,
     IsoFlop,
@@ -25,18 +25,18 @@ from structlin.scaling._allocation import (
     fit_envelope,
     fit_isoflop,
 )
-from structlin.scaling._bootstrap import METHODS, Bootstrap, Estimate
-from structlin.scaling._compare import (
+from structlin.scaling_laws._bootstrap import METHODS, Bootstrap, Estimate
+from structlin.scaling_laws._compare import (
     Multiplier,
     cheapest,
     compare_exponents,
     compute_multiplier,
     interpolated_multiplier,
 )
-from structlin.scaling._frontier import pareto_frontier
-from structlin.scaling._law import LOSSES, PowerLaw, PowerLawFit, fit_power_law
-from structlin.scaling._loss_bootstrap import LossBootstrap
-from structlin.scaling._loss_law import FLOPS, TERMS, LossLaw, LossLawFit, Optimum, fit_loss_law, lacks_sizes
+from structlin.scaling_laws._frontier import pareto_frontier
+from structlin.scaling_laws._law import LOSSES, PowerLaw, PowerLawFit, fit_power_law
+from structlin.scaling_laws._loss_bootstrap import LossBootstrap
+from structlin.scaling_laws._loss_law import FLOPS, TERMS, LossLaw, LossLawFit, Optimum, fit_loss_law, lacks_sizes
 
 __all__ = [
     "FLOPS",

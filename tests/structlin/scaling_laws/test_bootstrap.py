@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from structlin.scaling import (
+from structlin.scaling_laws import (
     METHODS,
     Estimate,
     PowerLaw,

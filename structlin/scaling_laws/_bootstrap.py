@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from structlin.scaling._law import MAX_EXPONENT, PowerLaw, PowerLawFit, compute_at, fit_law, leverages
+from structlin.scaling_laws._law import MAX_EXPONENT, PowerLaw, PowerLawFit, compute_at, fit_law, leverages
 
 Array = npt.NDArray[Any]
 METHODS = ("parametric", "residuals", "cases")

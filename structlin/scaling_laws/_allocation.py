@@ -11,8 +11,8 @@ import numpy as np
 import numpy.typing as npt
 from scipy import stats
 
-from structlin.scaling._bootstrap import Estimate
-from structlin.scaling._loss_law import FLOPS, _positive
+from structlin.scaling_laws._bootstrap import Estimate
+from structlin.scaling_laws._loss_law import FLOPS, _positive
 
 Array = npt.NDArray[Any]
 
@@ -135,7 +135,7 @@ def fit_isoflop(
 
     Examples
     --------
-    >>> from structlin.scaling import LossLaw
+    >>> from structlin.scaling_laws import LossLaw
     >>> law = LossLaw(1.7, 400.0, 0.34, 410.0, 0.28)
     >>> c = np.repeat([1e18, 1e19, 1e20, 1e21], 7)
     >>> n = np.concatenate([law.optimum(b).params * np.logspace(-0.5, 0.5, 7) for b in (1e18, 1e19, 1e20, 1e21)])

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from structlin.scaling._bootstrap import METHODS, Estimate, estimate
-from structlin.scaling._law import compute_at
-from structlin.scaling._loss_law import FLOPS, TERMS, LossLawFit, frontiers, laws_of, optima
+from structlin.scaling_laws._bootstrap import METHODS, Estimate, estimate
+from structlin.scaling_laws._law import compute_at
+from structlin.scaling_laws._loss_law import FLOPS, TERMS, LossLawFit, frontiers, laws_of, optima
 
 Array = npt.NDArray[Any]
 
@@ -63,7 +63,7 @@ class LossBootstrap:
     ) -> dict[str, Estimate]:
         """``params``, ``tokens`` and ``loss`` of the best split of a budget, with intervals.
 
-        Arguments and errors are those of :meth:`structlin.scaling.LossLaw.optimum`.
+        Arguments and errors are those of :meth:`structlin.scaling_laws.LossLaw.optimum`.
         """
         group = self._group(group)
         best = self.fit.laws[group].optimum(compute, flops=flops)
