@@ -36,6 +36,6 @@ is computed in float32), all else is in float64 or complex128, because least squ
 """
 
 from structlin.projection._project import Projection, project
-from structlin.projection._solve import Problem, Settings, Solution, solve, spectrum
+from structlin.projection._solve import Problem, Settings, Solution, estimated_error, solve, spectrum
 
-__all__ = ["Problem", "Projection", "Settings", "Solution", "project", "solve", "spectrum"]
+__all__ = ["Problem", "Projection", "Settings", "Solution", "estimated_error", "project", "solve", "spectrum"]

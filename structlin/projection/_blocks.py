@@ -1,30 +1,34 @@
-"""Two factors in a weighted norm whose covariance couples the slices: descent over blocks of columns.
+"""Two factors in a weighted norm whose covariance couples the slices: descent over blocks of columns, then L-BFGS.
 
 Block Tensor-Train and Monarch of two cores are matrices of low-rank blocks: block (s, p) of the rows s and the columns
-p that both factors share is any matrix ``X Y`` of the bond's rank. With all other columns held fixed, the blocks of one
-p are a weighted low-rank problem each, with the closed form of :func:`structlin.projection._splits.weighted_pair`:
-with R the residual without them and C_pp their own part of the covariance C,
+p that both factors share is any matrix ``X Y`` of the bond's rank. Let ``C_pp = R_p R_p^H`` be the part of the
+covariance C that belongs to the columns p. In the coordinates ``W_p R_p`` the covariance has identities on its diagonal
+blocks, and with all other columns held fixed the blocks of one p are the nearest matrices of low rank to
 
-    min || R C^(1/2) - X Y E_p C^(1/2) ||  is  min || (M - X Y) C_pp^(1/2) ||  for  M = (R C)_p C_pp^+.
+    S_p = W_p R_p + sum_q (W - A)_q R_q Z_qp,    Z_qp = R_q^+ C_qp R_p^(-H) for q != p.
 
-The first sweep takes both factors of each block to their joint optimum. Later ones make one step of subspace iteration
-from the last basis X, which is an exact least-squares step for Y and one for X: the error never rises, the limit is the
-same, and no singular values are computed. A sweep costs about one product ``d_out d_in^2``.
+A sweep makes one step of subspace iteration towards them for each p, over-relaxed, which halves the number of sweeps.
+Its end converges slowly, where C couples the columns strongly; there L-BFGS over all factors at once (Liu and Nocedal
+1989) needs a fraction of the passes. A pass of either costs about one product ``d_out d_in^2``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
+from scipy.optimize import OptimizeResult, minimize
 
 from structlin.algebra.numbered import Axes, Network
 from structlin.projection._contract import expression, gather
-from structlin.projection._leading import leading, orthonormal
+from structlin.projection._leading import orthonormal
 from structlin.projection._splits import cut_between, pair
 
 ROUNDOFF = 1e-14
-FRESH = 10  # sweeps after which the gradient, which each block updates, is computed anew; it takes as long as a sweep
+SWEEPS = 4  # sweeps before L-BFGS, which starts slowly
+RELAXATION = 0.3  # part of a step that is added to it
+MEMORY = 4  # pairs of vectors that L-BFGS keeps
 
 
 class BlockFit:
@@ -35,29 +39,45 @@ class BlockFit:
     """
 
     def __init__(self, network: Network, target: np.ndarray, covariance: np.ndarray, order: tuple[Axes, ...]) -> None:
-        self.network = network
+        self._set(network, order)
         rows, far, near_rows, shared, inside = order
-        self.axes = rows + far + near_rows + shared + inside
-        self.sizes = tuple(network.size(axes) for axes in (rows, far, near_rows, shared, inside))
-        self.target = self._matrix(target)
-        n, k = self.sizes[3:]
+        f, e, b, n, k = (network.size(axes) for axes in (rows, far, near_rows, shared, inside))
+        self.sizes = (f, e, b, n, k)
         places = [network.columns.index(a) for a in (*shared, *inside)]
         blocks = covariance.reshape(network.shape(network.columns) * 2)
-        self.covariance = blocks.transpose(places + [i + len(places) for i in places]).reshape(n * k, n * k)
-        own = self.covariance.reshape(n, k, n, k)[np.arange(n), :, np.arange(n)]
-        values, vectors = np.linalg.eigh(own)
+        blocks = blocks.transpose(places + [i + len(places) for i in places]).reshape(n, k, n, k)
+        values, vectors = np.linalg.eigh(blocks[np.arange(n), :, np.arange(n)])
         values = np.maximum(values, 0)
         tiny = values <= values.max() * k * np.finfo(float).eps
         self.roots = vectors * np.sqrt(values)[:, None, :]
-        inverse = np.where(tiny, 0, 1 / np.where(tiny, 1, values))
-        self.inverses = (vectors * inverse[:, None, :]) @ vectors.conj().swapaxes(-1, -2)
-        self.bond = network.size(cut_between(network.outer, *network.factors).bond)
-        operands = [*network.factors, *(axes for axes, _ in network.constants)]
-        self._product = expression(operands, network.outer, network.sizes)
+        scales = np.where(tiny, 0, 1 / np.sqrt(np.where(tiny, 1, values)))
+        self.inverses = scales[..., None] * vectors.conj().swapaxes(-1, -2)
+        half = (self.inverses @ blocks.reshape(n, k, n * k)).reshape(n * k, n, k).swapaxes(0, 1)
+        coupling = half @ self.inverses.conj().swapaxes(-1, -2)  # (n, n k, k): the columns of each block
+        places_of = np.arange(n * k).reshape(n, k)
+        coupling[np.arange(n)[:, None], places_of] = 0
+        self.coupling = coupling
+        self.covariance = coupling.swapaxes(0, 1).reshape(n * k, n * k) + np.eye(n * k)
+        self.target = self._blocks(target)
+        self.values = np.linalg.svd(self.target.reshape(n, f, e, b * k), full_matrices=False)
+        self.scale = self._norm(self._rest(np.zeros((), target.dtype)))
+
+    def _set(self, network: Network, order: tuple[Axes, ...]) -> None:
+        """Take a network that differs in the size of its bond."""
+        self.network, self.axes = network, sum(order, ())
+        _, far, near_rows, _, inside = order
+        bond = network.size(cut_between(network.outer, *network.factors).bond)
+        self.rank = min(bond, network.size(far), network.size(near_rows + inside))
 
     @classmethod
-    def of(cls, network: Network, target: np.ndarray, covariance: np.ndarray) -> BlockFit | None:
-        """None where the network is another one."""
+    def of(
+        cls, network: Network, target: np.ndarray, covariance: np.ndarray, known: dict[Any, BlockFit] | None = None
+    ) -> BlockFit | None:
+        """None where the network is another one.
+
+        ``known`` holds what was made for this target and covariance: networks that differ in the size of the bond
+        share all decompositions.
+        """
         columns = set(network.columns)
         if len(network.factors) != 2 or network.joined or columns & set(network.rows):
             return None
@@ -71,51 +91,139 @@ class BlockFit:
         near_rows = tuple(a for a in near if a not in columns)
         if {*rows, *far, *near_rows, *shared, *left, *right} != set(network.outer):
             return None  # an axis that stands in no factor
-        return cls(network, target, covariance, (rows, far, near_rows, shared, left or right))
+        order = (rows, far, near_rows, shared, left or right)
+        key = (*(tuple(map(network.outer.index, axes)) for axes in order), network.shape(network.outer))
+        if known is None or key not in known:
+            made = cls(network, target, covariance, order)
+            return made if known is None else known.setdefault(key, made)
+        known[key]._set(network, order)
+        return known[key]
 
-    def _matrix(self, array: np.ndarray) -> np.ndarray:
-        """(rows, columns), each in the order of the blocks."""
+    def _blocks(self, array: np.ndarray) -> np.ndarray:
+        """Blocks of columns (n, f e b, k), times the roots of their covariances."""
         f, e, b, n, k = self.sizes
-        return gather(array, self.network.outer, self.axes).reshape(f * e * b, n * k)
+        matrix = gather(array, self.network.outer, self.axes).reshape(f * e * b, n, k)
+        return np.ascontiguousarray(matrix.swapaxes(0, 1)) @ self.roots
 
-    def _tensor(self, matrix: np.ndarray) -> np.ndarray:
-        return gather(matrix.reshape(self.network.shape(self.axes)), self.axes, self.network.outer)
+    def _factors(self, blocks: np.ndarray) -> list[np.ndarray]:
+        """Return the factors of the matrix that has these blocks."""
+        f, e, b, n, k = self.sizes
+        matrix = (blocks.reshape(n, f * e * b, k) @ self.inverses).swapaxes(0, 1)
+        return pair(self.network, gather(matrix.reshape(self.network.shape(self.axes)), self.axes, self.network.outer))
+
+    def _rest(self, matrix: np.ndarray) -> np.ndarray:
+        """Target minus blocks (n, f, e, b k), as (f e b, n k)."""
+        rest = self.target - matrix.reshape(self.target.shape if matrix.ndim else ())
+        return np.ascontiguousarray(rest.swapaxes(0, 1)).reshape(rest.shape[1], -1)
+
+    def _norm(self, rest: np.ndarray) -> float:
+        return float(np.sqrt(max(0.0, np.vdot(rest, rest @ self.covariance).real)))
 
     def run(
-        self, factors: Sequence[np.ndarray], sweeps: int, tolerance: float
+        self, factors: Sequence[np.ndarray] | None, sweeps: int, tolerance: float
     ) -> tuple[list[np.ndarray], float, int, bool]:
-        """As :meth:`structlin.projection._als.Fit.run`: (factors, residual norm, sweeps, converged)."""
-        f, e, b, n, k = self.sizes
-        C = self.covariance
-        A = self._matrix(self._product(*factors, *(array for _, array in self.network.constants)))
-        scale = self._norm(self.target, self.target @ C)
-        G = (self.target - A) @ C
-        error, calm, sweep, done = self._norm(self.target - A, G), 0, 0, False
-        bases: list[np.ndarray] = []
-        while sweep < sweeps and not done:
-            sweep += 1
-            before = error
-            for p in range(n):
-                mine = slice(p * k, (p + 1) * k)
-                M = (G[:, mine] + A[:, mine] @ C[mine, mine]) @ self.inverses[p]
-                scaled = (M @ self.roots[p]).reshape(f, e, b * k)
-                if sweep == 1:
-                    bases.append(leading(scaled, min(self.bond, e, b * k)))
-                else:  # a step of subspace iteration from the last basis: alternating least squares on this block
-                    adjoint = scaled.conj().swapaxes(-1, -2)
-                    bases[p] = orthonormal(scaled @ (adjoint @ bases[p]))
-                X = bases[p]
-                new = (X @ (X.conj().swapaxes(-1, -2) @ M.reshape(f, e, b * k))).reshape(-1, k)
-                G -= (new - A[:, mine]) @ C[mine]
-                A[:, mine] = new
-            error = self._norm(self.target - A, G)
-            if sweep % FRESH == 0 or error < 1e-3 * scale or sweep == sweeps:  # no roundoff piles up
-                G = (self.target - A) @ C
-                error = self._norm(self.target - A, G)
-            calm = calm + 1 if before - error <= tolerance * before else 0
-            done = error <= ROUNDOFF * scale or calm == 3
-        return pair(self.network, self._tensor(A)), error, sweep, done
+        """As :meth:`structlin.projection._als.Fit.run`: (factors, residual norm, passes, converged).
 
-    @staticmethod
-    def _norm(x: np.ndarray, weighted: np.ndarray) -> float:
-        return float(np.sqrt(max(0.0, np.vdot(x, weighted).real)))
+        ``factors`` None: start from the nearest matrix for the covariance without the coupling of the blocks.
+        """
+        _, e, b, n, k = self.sizes
+        found = self.values
+        if factors is not None:
+            constants = [axes for axes, _ in self.network.constants]
+            product = expression([*self.network.factors, *constants], self.network.outer, self.network.sizes)
+            start = self._blocks(product(*factors, *(array for _, array in self.network.constants)))
+            found = np.linalg.svd(start.reshape(n, -1, e, b * k), full_matrices=False)
+        X, Y, error, used, done = self._descend(found, sweeps, tolerance)
+        return self._factors(X @ Y), error, used, done
+
+    def error_after(self, sweeps: int) -> float:
+        """Return the error that ``sweeps`` sweeps come to."""
+        return self._descend(self.values, min(sweeps, SWEEPS), 0.0)[2]
+
+    def _descend(
+        self, start: tuple[np.ndarray, np.ndarray, np.ndarray], sweeps: int, tolerance: float
+    ) -> tuple[np.ndarray, np.ndarray, float, int, bool]:
+        """Factors, error, passes and whether they converged, from singular values of the blocks of a start."""
+        u, s, v = start
+        X, Y = u[..., : self.rank], s[..., : self.rank, None] * v[..., : self.rank, :]
+        error = self._norm(self._rest(X @ Y))
+        used, calm, done, more = 0, 0, error <= ROUNDOFF * self.scale, RELAXATION
+        while used < sweeps and not done:
+            before, trial = error, self._sweep(X, Y, more if used else 0.0)
+            found = self._norm(self._rest(trial[0] @ trial[1]))
+            if found > error and more:  # a step that is too long
+                more = 0.0
+                continue
+            (X, Y), error, used = trial, found, used + 1
+            calm = calm + 1 if before - error <= tolerance * before else 0
+            done = error <= ROUNDOFF * self.scale or calm == 3
+            if used == SWEEPS and not done and used < sweeps:
+                single = tolerance >= 1e-5 and error > 1e-2 * self.scale
+                X, Y, error, passes = self._quasi_newton(X, Y, error, sweeps - used, tolerance, single)
+                used, more, calm = used + passes, 0.0, 2
+        return X, Y, error, used, done
+
+    def _sweep(self, X: np.ndarray, Y: np.ndarray, more: float) -> tuple[np.ndarray, np.ndarray]:
+        """Return the factors after a step towards the optimum of each block of columns in turn; X is orthonormal."""
+        f, e, b, n, k = self.sizes
+        rest = self._rest(X @ Y)
+        X, Y = X.copy(), Y.copy()
+        for p in range(n):
+            mine = rest[:, p * k : (p + 1) * k]
+            S = self.target[p] + rest @ self.coupling[p]
+            if more:
+                S += more * (S - self.target[p] + mine)
+            S = S.reshape(f, e, b * k)
+            X[p] = orthonormal(S @ (S.conj().swapaxes(-1, -2) @ X[p]))
+            Y[p] = X[p].conj().swapaxes(-1, -2) @ S
+            mine[...] = self.target[p] - (X[p] @ Y[p]).reshape(-1, k)
+        return X, Y
+
+    def _quasi_newton(
+        self, X: np.ndarray, Y: np.ndarray, error: float, passes: int, tolerance: float, single: bool
+    ) -> tuple[np.ndarray, np.ndarray, float, int]:
+        """Factors after L-BFGS, X orthonormal again, with the error and the number of passes.
+
+        With ``single`` its passes are in single precision.
+        """
+        f, e, b, n, k = self.sizes
+        norms = np.linalg.norm(Y, axis=-1)
+        root = np.sqrt(np.where(norms == 0, 1, norms))
+        X, Y = X * root[..., None, :], Y / root[..., None]
+        split, calm, last, kind = X.size, 0, 1.0, X.dtype
+        target, covariance = self.target, self.covariance
+        if single:
+            kind = np.result_type(np.complex64 if np.iscomplexobj(X) else np.float32)
+            target, covariance = target.astype(kind), covariance.astype(kind)
+
+        def parts(vector: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+            vector = vector.view(X.dtype)
+            return vector[:split].reshape(X.shape), vector[split:].reshape(Y.shape)
+
+        def half_square(vector: np.ndarray) -> tuple[float, np.ndarray]:
+            """The squared error over that at the start, and its gradient."""
+            x, y = (part.astype(kind, copy=False) for part in parts(vector))
+            rest = target - (x @ y).reshape(target.shape)
+            rest = np.ascontiguousarray(rest.swapaxes(0, 1)).reshape(len(target[0]), -1)
+            image = rest @ covariance
+            slope = image.reshape(-1, n, k).swapaxes(0, 1).reshape(n, f, e, b * k)
+            slopes = (slope @ y.conj().swapaxes(-1, -2), x.conj().swapaxes(-1, -2) @ slope)
+            gradient = np.concatenate([part.ravel() for part in slopes]).astype(X.dtype, copy=False).view(float)
+            return float(np.vdot(rest, image).real) / error**2, gradient * (-2 / error**2)
+
+        def stop(intermediate_result: OptimizeResult) -> None:
+            nonlocal calm, last
+            value = intermediate_result.fun
+            calm = calm + 1 if last - value <= 2 * tolerance * last else 0
+            last = value
+            if calm == 3:
+                raise StopIteration
+
+        found = minimize(
+            half_square, np.concatenate([X.ravel(), Y.ravel()]).view(float), jac=True, method="L-BFGS-B", callback=stop,
+            options={"maxiter": passes, "maxfun": passes, "maxcor": MEMORY, "ftol": 0, "gtol": 0},
+        )  # fmt: skip
+        X, Y = parts(found.x)
+        X, turn = np.linalg.qr(X)
+        Y = turn @ Y
+        return X, Y, self._norm(self._rest(X @ Y)), found.nfev

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
@@ -63,6 +64,8 @@ class Problem:
     covariance: np.ndarray | None = None
 
     root: np.ndarray | None = field(init=False)
+    known: dict[Any, BlockFit] = field(init=False, repr=False, compare=False, default_factory=dict)
+    """Decompositions that structures of other ranks use too."""
 
     def __post_init__(self) -> None:
         root = None if self.covariance is None else _splits.square_root(self.covariance)
@@ -82,11 +85,11 @@ class Problem:
     @property
     def wide(self) -> Problem:
         """The problem in double precision."""
-        to = np.result_type(self.target.dtype, np.float64)
-        weights = (
-            None if self.covariance is None else self.covariance.astype(np.result_type(self.covariance, np.float64))
-        )
-        return Problem(self.target.astype(to), weights)
+        target = self.target.astype(np.result_type(self.target, np.float64), copy=False)
+        weights = self.covariance
+        if weights is not None:
+            weights = weights.astype(np.result_type(weights, np.float64), copy=False)
+        return self if target is self.target and weights is self.covariance else Problem(target, weights)
 
 
 def _exponent(array: np.ndarray) -> int:
@@ -271,13 +274,19 @@ def _chain(structure: Structure, problem: Problem, settings: Settings) -> Soluti
     chain = Chain.of(structure, problem)
     blocks = None
     if chain.covariance is not None and chain.rectangular():
-        blocks = BlockFit.of(chain.network, chain.target, chain.covariance)
+        blocks = BlockFit.of(chain.network, chain.target, chain.covariance, problem.known)
     fit = blocks or chain.fit()
     if len(structure.steps) == 1 and isinstance(fit, Fit) and fit.exact(0):
         start, _ = _splits.peel(chain.network, chain.target, (0,), np.random.default_rng(0))
         nearest = start[0] + fit.step(0, start, fit.residual(start))
         return _finished(structure, problem, [nearest], "least squares", optimal=True)
-    starts, bound = _starts(chain, settings)
+    starts: list[list[np.ndarray] | None]
+    if blocks is None:
+        given, bound = _starts(chain, settings)
+        starts = [*given]
+    else:
+        rng = np.random.default_rng(settings.seed)
+        starts, bound = [None, *_drawn(chain, settings.restarts or 0, rng)], None
     factors, sweeps, converged = _best(fit, starts, settings)
     return _finished(
         structure, problem, factors, "alternating least squares" if blocks is None else "block descent", optimal=False,
@@ -285,9 +294,7 @@ def _chain(structure: Structure, problem: Problem, settings: Settings) -> Soluti
     )  # fmt: skip
 
 
-def _best(
-    fit: Fit | BlockFit, starts: Sequence[list[np.ndarray]], settings: Settings
-) -> tuple[list[np.ndarray], int, bool]:
+def _best(fit: Fit | BlockFit, starts: Sequence[Any], settings: Settings) -> tuple[list[np.ndarray], int, bool]:
     """Factors of the best run, its sweeps and whether it converged."""
     short = min(SCOUT, settings.max_sweeps) if len(starts) > 2 else settings.max_sweeps
     runs = sorted((fit.run(start, short, settings.tolerance) for start in starts), key=lambda run: run[1])[:2]
@@ -327,8 +334,20 @@ def _starts(chain: Chain, settings: Settings) -> tuple[list[list[np.ndarray]], f
     elif bound is not None and set(network.rows) & set(network.columns):
         diagonal = float(np.linalg.norm(chain.target))
         bound = math.sqrt(bound**2 + max(0.0, float(np.linalg.norm(chain.rows)) ** 2 - diagonal**2))
+    return [*starts, *_drawn(chain, restarts if starts else max(1, restarts), rng)], bound
+
+
+def _drawn(chain: Chain, count: int, rng: np.random.Generator) -> list[list[np.ndarray]]:
     dtype = "complex128" if np.iscomplexobj(chain.rows) else "float64"
-    for _ in range(restarts if starts else max(1, restarts)):
-        drawn = random_factors(chain.structure, seed=rng, dtype=dtype)
-        starts.append(network.split(drawn))
-    return starts, bound
+    return [chain.network.split(random_factors(chain.structure, seed=rng, dtype=dtype)) for _ in range(count)]
+
+
+def estimated_error(structure: AbstractStructure, problem: Problem, sweeps: int) -> float:
+    """Return an upper bound of the error of the nearest matrix, from a few sweeps where there is no closed form."""
+    if isinstance(structure, Structure):
+        chain = Chain.of(structure, problem.wide)
+        if chain.covariance is not None and len(chain.network.factors) == 2 and chain.rectangular():
+            blocks = BlockFit.of(chain.network, chain.target, chain.covariance, problem.known)
+            if blocks is not None:
+                return blocks.error_after(sweeps)
+    return solve(structure, problem, Settings(restarts=0, max_sweeps=sweeps)).error

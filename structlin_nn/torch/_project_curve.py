@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 import structlin
-from structlin.projection import Problem, Settings, Solution, solve, spectrum
+from structlin.projection import Problem, Settings, Solution, estimated_error, solve, spectrum
 from structlin.structure import AbstractStructure, Structure
 
 CURVE_SWEEPS = 4
@@ -113,20 +113,19 @@ class Forms:
         All forms, from one decomposition by singular values, where two factors have a closed form; else forms whose
         ranks grow by 1.5, each by a short run of alternating least squares.
         """
-        errors, points = self._spectrum(problem), []
+        errors = self._spectrum(problem)
         if errors is not None:
             points = [(i, float(errors[i])) for i in range(len(self))]
         else:
-            settings = Settings(restarts=0, max_sweeps=CURVE_SWEEPS)
-            for i in self._spread():
-                points.append((i, relative(solve(self.design(i), problem, settings).error, problem)))
+            points = [(i, self._estimate(i, problem)) for i in self._spread()]
         lowest = np.minimum.accumulate([error for _, error in points])
         return [(i, float(error)) for (i, _), error in zip(points, lowest, strict=True)]
 
     def smallest_for(self, error: float, problem: Problem, settings: Settings) -> tuple[int, Solution] | None:
         """Return the first form whose relative error is at most ``error``, and its solution; None where there is none.
 
-        Without a closed form it is found by bisection, which takes it that the error falls as the MACs grow.
+        Without a closed form it is found by bisection, on the assumption that the error falls as the MACs grow: first
+        by what few sweeps reach, then from there downwards in full.
         """
         solved: dict[int, Solution] = {}
 
@@ -140,11 +139,16 @@ class Forms:
             found = next((i for i in range(len(self)) if errors[i] <= error), len(self))
             while found < len(self) and not meets(found):  # roundoff
                 found += 1
-        elif not len(self) or not meets(len(self) - 1):
-            return None
         else:
-            found = _first(len(self), meets)
+            found = _first(len(self), lambda i: self._estimate(i, problem) <= error)
+            while found and meets(found - 1):
+                found -= 1
+            while found < len(self) and not meets(found):  # few sweeps of one run need not be those of another
+                found += 1
         return (found, solved[found]) if found < len(self) else None
+
+    def _estimate(self, number: int, problem: Problem) -> float:
+        return relative(estimated_error(self.design(number), problem, CURVE_SWEEPS), problem)
 
     def _spectrum(self, problem: Problem) -> np.ndarray | None:
         """Relative errors of all ranks, where two factors have them in closed form."""

@@ -46,8 +46,8 @@ def project_linear(
     gain: bool | None = None,
     rule: str = "paper",
     restarts: int | None = None,
-    max_sweeps: int = 200,
-    tolerance: float = 1e-5,
+    max_sweeps: int = 100,
+    tolerance: float = 1e-4,
     seed: int = 0,
     **options: Any,
 ) -> ProjectionReport:

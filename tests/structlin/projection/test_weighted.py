@@ -205,6 +205,38 @@ def test_block_descent_ends_where_alternating_least_squares_does(name, shape, op
         assert np.linalg.norm(fit._gradient(k, factors, residual)) < 1e-4 * np.linalg.norm(W)
 
 
+def test_ranks_share_their_decompositions(covariance):
+    """Block descent decomposes the covariance and the target once, whatever the rank."""
+    W = gaussian((12, 20), 16)
+    problem = _solve.Problem(W, covariance(20, seed=17)[0])
+    alone = _solve.Problem(W, problem.covariance)
+    settings = _solve.Settings(tolerance=1e-10)
+    for rank in (1, 3, 2):
+        structure = design("block_tensor_train", (12, 20), rank=rank)
+        found = _solve.solve(structure, problem, settings)
+        assert found.error == pytest.approx(_solve.solve(structure, alone, settings).error, rel=1e-9)
+        assert _solve.estimated_error(structure, problem, 2) >= found.error * (1 - 1e-9)
+        alone.known.clear()
+    assert len(problem.known) == 1
+
+
+def test_passes_fall_short_of_plain_sweeps(covariance):
+    """With the same passes, L-BFGS after a few sweeps comes nearer than sweeps alone where columns are coupled."""
+    W = gaussian((24, 48), 18)
+    root = gaussian((48, 48), 19) * 0.8 ** np.arange(48)
+    problem = _solve.Problem(W, root @ root.T + 0.01 * np.trace(root @ root.T) / 48 * np.eye(48))
+    structure = design("block_tensor_train", (24, 48), rank=2)
+    chain = _solve.Chain.of(structure, problem)
+    fit = _solve.BlockFit.of(chain.network, chain.target, chain.covariance)
+    _, error, passes, _ = fit.run(None, 60, 0.0)
+    u, s, v = fit.values
+    X, Y = u[..., :2], s[..., :2, None] * v[..., :2, :]
+    for _ in range(60):
+        X, Y = fit._sweep(X, Y, 0.0)
+    assert passes <= 62
+    assert error < 0.98 * fit._norm(fit._rest(X @ Y))
+
+
 @pytest.mark.parametrize(("C", "words"), [
     (np.eye(4), "shape"),
     (np.full((5, 5), np.nan), "not finite"),
