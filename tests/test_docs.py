@@ -1,14 +1,79 @@
-"""The documentation builds, with warnings as errors, and has a page for every structure."""
+"""The documentation builds, with warnings as errors, and has a page for each structure; its pictures show facts."""
 
+import importlib.util
+import math
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
 import structlin
+from structlin.structures.einsum_space import coordinates
 
 ROOT = Path(__file__).resolve().parents[1]
+PNG = b"\x89PNG"
+
+
+@pytest.fixture(scope="module")
+def pictures() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("pictures", ROOT / "docs" / "pictures.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("name", ["einsum-space", "packages"])
+def test_pictures_are_drawn(name: str, pictures: ModuleType, tmp_path: Path) -> None:
+    pictures.PICTURES[name][0](tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").read_bytes().startswith(PNG)
+
+
+def test_picture_of_packages_has_every_module(pictures: ModuleType) -> None:
+    for package, folder in (
+        ("structlin", ROOT / "structlin"),
+        ("structlin_nn", ROOT / "structlin_nn"),
+        ("execution", ROOT / "structlin" / "execution"),
+    ):
+        drawn = [name for layer in pictures.layers_of(package) for name in layer]
+        found = {path.stem for path in folder.glob("*.py")} | {
+            path.parent.name for path in folder.glob("*/__init__.py")
+        }
+        assert sorted(drawn) == sorted(found - {"__init__", "__main__"})
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("dense", {}),
+        ("low_rank", {"rank": 2**6}),
+        ("kronecker", {}),
+        ("tensor_train", {"rank": 2**3}),
+        ("monarch", {"blocks": 2**6}),
+        ("block_tensor_train", {"rank": 2**3}),
+    ],
+)
+def test_named_structures_lie_where_the_map_of_einsums_has_them(
+    name: str, options: dict[str, int], pictures: ModuleType
+) -> None:
+    """Exponents of a matrix of 2^12 rows, up to a constant factor of 2."""
+    size = 2**12
+    structure = structlin.design(name, (size, size), **options)
+    found = coordinates(pictures.NAMED[name])
+    assert math.log(structure.rank_bound, size) == pytest.approx(found.psi)
+    assert 0 <= math.log(structure.macs, size) - (1 + found.nu) <= math.log(2.001, size)
+    assert math.log(structure.macs / structure.num_params, size) == pytest.approx(found.omega, abs=0.09)
+
+
+def test_picture_of_efficiency_takes_measured_rows_alone(pictures: ModuleType) -> None:
+    found = pictures.measured()
+    assert ("AMD EPYC (family 25, model 17)", "float32") in found
+    for rows in found.values():
+        assert {row["tokens"] for row in rows} == {1024}
+        assert len({(row["structure"], row["widths"][0]) for row in rows}) == len(rows)
 
 
 @pytest.mark.slow

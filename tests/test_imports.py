@@ -1,8 +1,6 @@
 """What may import what: the contracts of setup.cfg hold, notice a wrong import, and are what the guide draws."""
 
-import configparser
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -50,16 +48,3 @@ def test_wrong_imports_are_found(file: str, line: str, found: str, tmp_path: Pat
     done = lint(tmp_path)
     assert done.returncode == 1, done.stdout + done.stderr
     assert found in done.stdout
-
-
-def test_guide_draws_the_layers_of_execution() -> None:
-    config = configparser.ConfigParser(interpolation=None)
-    config.read(ROOT / "setup.cfg", encoding="utf-8")
-    layers = config["importlinter:contract:execution"]["layers"].split("\n")
-    stated = [set(re.findall(r"\w+", layer)) for layer in layers if layer]
-    text = (ROOT / "docs" / "execution.md").read_text(encoding="utf-8")
-    drawing = re.search(r"<!-- layers -->\n+```text\n(.*?)```", text, re.DOTALL)
-    assert drawing is not None
-    cells = re.findall(r"^\|(.*?)\|", drawing[1], re.MULTILINE)
-    drawn = [set(re.findall(r"\w+", cell)) for cell in cells]
-    assert drawn == stated

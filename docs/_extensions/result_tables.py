@@ -1,8 +1,9 @@
-"""Sphinx extension: committed results and experiments in the documentation.
+"""Sphinx extension: committed results, pictures and experiments in the documentation.
 
-``{benchmarks} NAME`` shows every benchmarks/results/PROCESSOR/NAME*.json that exists, by processor, as
-benchmarks/NAME.py prints it, with a plot where there is a benchmarks/plot_NAME.py; ``{benchmarks} NAME KIND`` shows the
-files NAME-KIND*.json alone. ``{experiments}`` shows what the files of structlin_nn/configs/ say of themselves.
+``{benchmarks} NAME`` shows every benchmarks/results/PROCESSOR/NAME*.json that exists, by processor: a plot where there
+is a benchmarks/plot_NAME.py, and the table that benchmarks/NAME.py prints. ``{benchmarks} NAME KIND`` shows the files
+NAME-KIND*.json alone. ``{picture} NAME`` draws a picture of docs/pictures.py. ``{experiments}`` shows the docstrings of
+the files of structlin_nn/configs/.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from structlin_nn.sweeps import names
 
 ROOT = Path(__file__).resolve().parents[2]
 BENCHMARKS = ROOT / "benchmarks"
-PLOTS = ROOT / "docs" / "_build" / "plots"
+DOCS = ROOT / "docs"
+PLOTS = DOCS / "_build" / "plots"
 
 
 class Benchmarks(SphinxDirective):
@@ -49,29 +51,57 @@ class Benchmarks(SphinxDirective):
                 text = load("_measure").describe(result)
                 if not section.children:
                     section += nodes.title("", text.partition(",")[0].partition(" (")[0])
-                section += nodes.rubric("", path.stem)
-                section += nodes.paragraph("", text + ".")
+                shown: list[nodes.Node] = [nodes.paragraph("", text + ".")]
                 if plot.exists():
-                    section += self.plotted(load(plot.stem), result, f"{folder}-{path.stem}.png")
-                section += folded(load(name).report(result), result)
+                    load(plot.stem).plot(result, plot_path(file := f"{folder}-{path.stem}"))
+                    shown.append(image_of(file, f"{path.stem} on {text.partition(',')[0]}"))
+                section += folded(path.stem, shown + tables(load(name).report(result), result))
             found.append(section)
         return found
 
-    def plotted(self, plot: Any, result: Mapping[str, object], file: str) -> nodes.image:
-        """Draw a result in a folder that git ignores."""
-        PLOTS.mkdir(parents=True, exist_ok=True)
-        plot.plot(result, PLOTS / file)
-        where = f"/{PLOTS.relative_to(ROOT / 'docs')}/{file}"
-        return nodes.image(uri=where, alt=f"{file.removesuffix('.png')}: efficiency of each layer")
+
+class Picture(SphinxDirective):
+    """A picture of docs/pictures.py, drawn for this build."""
+
+    required_arguments = 1
+
+    def run(self) -> list[nodes.Node]:
+        name = self.arguments[0]
+        pictures = load("pictures", DOCS)
+        if name not in pictures.PICTURES:
+            raise self.error(f"docs/pictures.py draws {', '.join(pictures.PICTURES)}, and no {name!r}")
+        for path in (DOCS / "pictures.py", ROOT / "setup.cfg", *BENCHMARKS.glob("results/*/layers*.json")):
+            self.env.note_dependency(str(path))
+        draw, text = pictures.PICTURES[name]
+        draw(plot_path(name))
+        return [image_of(name, text)]
 
 
-def folded(table: str, result: Mapping[str, object]) -> list[nodes.Node]:
-    """Fold a wide table and the settings behind a summary line."""
+def plot_path(name: str) -> Path:
+    """Return the path of a picture in a folder that git ignores."""
+    PLOTS.mkdir(parents=True, exist_ok=True)
+    return PLOTS / f"{name}.png"
+
+
+def image_of(name: str, alt: str) -> nodes.image:
+    """Return the image node of a picture in that folder."""
+    return nodes.image(uri=f"/{plot_path(name).relative_to(DOCS)}", alt=alt)
+
+
+def tables(table: str, result: Mapping[str, object]) -> list[nodes.Node]:
+    """Return a table and the settings as text; a table that is wider than the page scrolls by itself."""
     setting = {k: v for k, v in result.items() if not (isinstance(v, list) and v and isinstance(v[0], dict))}
     text = "\n".join(f"{key}: {shown(value)}" for key, value in setting.items())
-    blocks = [nodes.literal_block(part, part, language="text") for part in (table, text)]
-    opened = '<details><summary>Table and settings</summary><div style="overflow-x: auto">'
-    return [nodes.raw("", opened, format="html"), *blocks, nodes.raw("", "</div></details>", format="html")]
+    return [
+        nodes.literal_block(table, table, language="text"),
+        nodes.literal_block(text, text, language="text", classes=["wrapped"]),
+    ]
+
+
+def folded(summary: str, content: list[nodes.Node]) -> list[nodes.Node]:
+    """Fold content behind a summary line."""
+    opened = f'<details class="result"><summary>{summary}</summary>'
+    return [nodes.raw("", opened, format="html"), *content, nodes.raw("", "</details>", format="html")]
 
 
 class Experiments(SphinxDirective):
@@ -83,7 +113,7 @@ class Experiments(SphinxDirective):
             title, _, text = (inspect.getdoc(sys.modules[configs(name)]) or "").partition("\n\n")
             section = nodes.section(ids=[f"experiment-{name}"])
             section += nodes.title(title, title.rstrip("."))
-            section += nodes.literal_block(text, text)
+            section += nodes.literal_block(text, text, language="text", classes=["wrapped"])
             found.append(section)
         return found
 
@@ -99,14 +129,15 @@ def shown(value: object) -> str:
     return ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else str(value)
 
 
-def load(name: str) -> Any:
-    """Import a module of benchmarks/."""
-    if str(BENCHMARKS) not in sys.path:
-        sys.path.insert(0, str(BENCHMARKS))
+def load(name: str, folder: Path = BENCHMARKS) -> Any:
+    """Import a module of benchmarks/ or docs/."""
+    if str(folder) not in sys.path:
+        sys.path.insert(0, str(folder))
     return importlib.import_module(name)
 
 
 def setup(app: Any) -> dict[str, Any]:
     app.add_directive("benchmarks", Benchmarks)
+    app.add_directive("picture", Picture)
     app.add_directive("experiments", Experiments)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

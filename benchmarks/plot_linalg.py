@@ -1,0 +1,61 @@
+"""Draw a result of linalg.py: how many times as long as structlin the other libraries take.
+
+python benchmarks/plot_linalg.py benchmarks/results/PROCESSOR/linalg.json linalg.png
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from _measure import describe
+
+from structlin_nn.figures.style import finish, new_figure, save
+
+MARKS = {
+    "dense": ("#000000", "o"),
+    "linear_operator": ("#D55E00", "^"),
+    "lineax": ("#009E73", "D"),
+    "scipy": ("#CC79A7", "v"),
+}
+LARGEST_ERROR = 1e-3  # results of a larger relative error are no competitors
+
+
+def plot(result: Mapping[str, Any], path: Path) -> None:
+    """Draw a panel for each operation, a row for each structure and size, and a mark for each library."""
+    rows = result["rows"]
+    operations = list(dict.fromkeys(row["operation"] for row in rows))
+    keys = list(dict.fromkeys((row["n"], row["structure"]) for row in rows))
+    figure = new_figure(8.4, 1.5 + 0.21 * len(keys))
+    panels = figure.subplots(1, len(operations), sharey=True, squeeze=False)[0]
+    for axes, operation in zip(panels, operations, strict=True):
+        for row in rows:
+            if row["operation"] != operation:
+                continue
+            for name, ratio in row["ratio"].items():
+                if row["error"].get(name, 0.0) < LARGEST_ERROR:
+                    colour, marker = MARKS[name]
+                    place = keys.index((row["n"], row["structure"]))
+                    axes.plot([ratio], [place], marker, color=colour, markersize=5, alpha=0.8)
+        axes.axvline(1, color="0.35", linewidth=1)
+        finish(axes, x="", y="", log_y=False)
+        axes.set_title(operation.replace("_", " "), fontsize=9)
+        axes.tick_params(axis="x", labelsize=7)
+        axes.minorticks_off()
+    labels = [f"{structure.replace('_', ' ')}, {n}" for n, structure in keys]
+    panels[0].set_yticks(range(len(keys)), labels, fontsize=7)
+    panels[0].invert_yaxis()
+    names = [name for name in MARKS if any(name in row["ratio"] for row in rows)]
+    handles = [panels[0].plot([], [], MARKS[n][1], color=MARKS[n][0], label=n.replace("_", " "))[0] for n in names]
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=8)
+    figure.suptitle(
+        f"time relative to structlin (right of the line: structlin is faster)\n{describe(result)}", fontsize=8
+    )
+    save(figure, path)
+
+
+if __name__ == "__main__":
+    plot(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")), Path(sys.argv[2]))
