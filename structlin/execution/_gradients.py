@@ -80,14 +80,14 @@ def chain_gradients(
 
 
 def _arranged(step: Product, x: Tensor, tokens: int) -> Tensor:
-    """The input of a product: (batch, carried * tokens, contracted) if ``rows_in``, or the last two exchanged."""
+    """Return the input as (batch, carried * tokens, contracted) if ``rows_in``, or the last two exchanged."""
     lead, count = () if step.blocks == 1 else (step.blocks,), step.carried * tokens
     x = step.arrange(x, tokens, _TORCH)
     return x.reshape((*lead, count, step.fan_in) if step.rows_in else (*lead, step.fan_in, count))
 
 
 def _weight(step: Product, factor: Tensor, lead: tuple[int, ...]) -> Tensor:
-    """(batch, free, contracted)"""
+    """Return a factor as (batch, free, contracted)."""
     order = step.factor_order
     return (factor if order is None else factor.permute(order)).reshape((*lead, step.fan_out, step.fan_in))
 

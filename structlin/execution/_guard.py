@@ -104,7 +104,7 @@ class Guard:
         self._explain(x, operands)
 
     def _explain(self, x: Tensor, operands: Sequence[Tensor]) -> None:
-        """The same for all devices and kinds of tensors. It takes longer."""
+        """Check tensors of all devices and kinds; this takes longer."""
         traced = not _compiling() and _tracing() is not None  # then sizes are tensors
         recorded = traced or _compiling()
         if not recorded and _is_freed(x):

@@ -96,18 +96,18 @@ class Way(ABC):
         """(tokens, d_in) -> (tokens, d_out), or columns; ``bias`` (d_out,) is added to rows."""
 
     def bind(self, structure: Structure, rows: bool) -> Callable[[Array, Any, Array | None], Array]:
-        """The way for one structure, as a function of the input, the factors and the bias, which are contiguous."""
+        """Return the way for one structure as a function of the contiguous input, factors and bias."""
         return lambda x, factors, bias: self.run(structure, factors, x, bias, rows)
 
     def call(self, problem: Problem, tokens: int) -> Callable[[], object]:
-        """A call on random operands, with gradients if ``problem.train``, to be timed; torch needs none of its own.
+        """Return a call on random operands to time, with gradients if ``problem.train``; torch needs none of its own.
 
         Raises ValueError for a way that is not timed.
         """
         raise ValueError(f"the way {self.name!r} of {self.library} is not timed")
 
     def back_passes(self, structure: Structure, rows: bool, dtype: Any) -> Any:
-        """The backward pass of its own (:class:`structlin.execution.torch_cpu.Passes`); None if autograd makes it."""
+        """Return its backward pass (:class:`structlin.execution.torch_cpu.Passes`); None if autograd derives it."""
         return None
 
 
@@ -221,7 +221,7 @@ _POLICY: ContextVar[str | None] = ContextVar("structlin_execution", default=None
 
 
 def own_policy() -> str | None:
-    """The policy of the ``with`` statement around, if any: the environment is read when a problem is first met."""
+    """Return the policy of the enclosing ``with`` statement; the environment is read when a problem is first met."""
     return _POLICY.get()
 
 
@@ -272,7 +272,7 @@ def bucket(tokens: int) -> int:
 
 
 def candidates(problem: Problem, policy: Policy | None = None, *, quick: bool = False) -> list[Candidate]:
-    """The ways that can run a problem, by estimate. ``quick``: without those that another one is sure to beat."""
+    """Return the ways that can run a problem, by estimate; ``quick`` omits ways that another one surely beats."""
     policy, timed = policy or Policy(), timings(problem)
     found: list[Candidate] = []
     best = math.inf
@@ -300,7 +300,7 @@ def timings_of(key: str) -> dict[str, float]:
 
 
 def choose(problem: Problem) -> Way:
-    """The way for a problem. It is the same one for as long as nothing is registered, pinned or measured anew."""
+    """Return the way for a problem; it stays the same until something is registered, pinned or measured."""
     policy = policy_of(policy_text())
     way = _choose(problem, policy)[0]
     _made[problem.key] = repr(problem.structure), way.name
@@ -379,7 +379,7 @@ def settle(question: Alternatives) -> str:
 
 @contextmanager
 def recording() -> Iterator[list[Any]]:
-    """The problems that are met within a ``with`` statement, each once, in a list."""
+    """Record the problems that occur within a ``with`` statement, each once, in a list."""
     met: list[Any] = []
     forget()  # so that known problems are asked for again
     _recordings.append(met)
@@ -390,7 +390,7 @@ def recording() -> Iterator[list[Any]]:
 
 
 def decisions(structures: Collection[Structure] | None = None) -> dict[str, str]:
-    """The way of each problem that this process has chosen so far: the text of the problem and the name of the way.
+    """Return the choices of this process so far: by the text of each problem the name of its way.
 
     ``structures``: only problems of these. A run keeps this in its record and its checkpoints.
     """

@@ -69,7 +69,7 @@ def macs_of(equation: Any) -> int | None:
 
 @contextmanager
 def single_products() -> Iterator[None]:
-    """What is lowered here has single products, which XLA can count. It must not have been traced or lowered before."""
+    """Lower to single products, which XLA can count; the function must not have been traced or lowered before."""
     token = _SINGLE.set(True)
     try:
         with as_chains():
@@ -80,7 +80,7 @@ def single_products() -> Iterator[None]:
 
 @contextmanager
 def as_chains() -> Iterator[None]:
-    """What is traced here multiplies by its chains and not by their matrices, unless the policy names that way."""
+    """Trace products by chains and not by their dense matrices, unless the policy names that way."""
     with using(f"{policy_text()},-dense"):
         yield
 
@@ -242,7 +242,7 @@ def _chain_jvp(
 def _chain_transpose(
     cotangents: Sequence[Any], *operands: Any, structure: Structure, rows: bool, bias: bool, kept: int
 ) -> list[Any]:
-    """It is linear in each operand, if the others (but the bias) are given."""
+    """Transpose the product, which is linear in each operand if the others (except the bias) are given."""
     needs = tuple(map(ad.is_undefined_primal, operands)) + (() if bias else (False,))
     if isinstance(cotangents[0], ad.Zero):
         return [ad.Zero(t.aval) if ad.is_undefined_primal(t) else None for t in operands]

@@ -49,6 +49,7 @@ class JaxWay(models.EstimatedWay):
     library = "jax"
 
     def calibration(self, problem: Problem) -> dict[str, tuple[float, float]]:
+        """Return, by way, the time of a call and the factor on the estimate."""
         return _calibrated(models.timed_dtype(problem.dtype), problem.threads, problem.train)
 
     def call(self, problem: Problem, tokens: int) -> Callable[[], object]:

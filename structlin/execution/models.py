@@ -59,9 +59,11 @@ class EstimatedWay(Way):
         """Return what :func:`calibrated` has found for the ways of this library."""
 
     def rates(self, problem: Problem) -> Rates:
+        """Return the measured rates of this machine for a problem."""
         return rates(timed_dtype(problem.dtype), problem.threads, self.library)
 
     def seconds(self, problem: Problem) -> float:
+        """Estimate the time of a problem in seconds."""
         call, factor = self.calibration(problem).get(self.name, (self.rates(problem).call, 1.0))
         return call * len(problem.structure.steps) / len(TINY[0].steps) + factor * self.model(problem)
 

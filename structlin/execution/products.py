@@ -30,6 +30,7 @@ class Permute:
     order: tuple[int, ...]
 
     def __call__(self, x: Array, tokens: int, xp: SimpleNamespace) -> Array:
+        """Arrange the activation for its product."""
         x = x.reshape((*self.view[: self.token_at], tokens, *self.view[self.token_at + 1 :]))
         return x if self.order == tuple(range(len(self.order))) else xp.permute(x, self.order)
 
@@ -48,6 +49,7 @@ class Product:
     carried: int
 
     def __call__(self, factor: Array, x: Array, tokens: int, xp: SimpleNamespace) -> Array:
+        """Multiply by a factor."""
         count, lead = self.carried * tokens, () if self.blocks == 1 else (self.blocks,)
         if self.factor_order is not None:
             factor = xp.permute(factor, self.factor_order)

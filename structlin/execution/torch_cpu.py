@@ -40,7 +40,7 @@ class Passes(Protocol):
     def forward(
         self, x: Tensor, factors: Sequence[Tensor], bias: Tensor | None = None, kept: list[Tensor] | None = None
     ) -> Tensor:
-        """The product, plus ``bias``; to ``kept`` is added what the other pass had otherwise to compute again."""
+        """Return the product plus ``bias``; append to ``kept`` what the other pass would have to compute again."""
 
     def backward(
         self, gy: Tensor, x: Tensor, factors: Sequence[Tensor], needs: Sequence[bool], kept: Sequence[Tensor] = ()

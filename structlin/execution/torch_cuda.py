@@ -1,5 +1,7 @@
-"""Ways for GPUs in torch: strided products without copies (:mod:`.strided`), at once or in chunks that stay in L2, and
-kernels in Triton (:mod:`.fused`).
+"""Ways for GPUs in torch.
+
+Strided products without copies (:mod:`.strided`), at once or in chunks that stay in L2, and kernels in Triton
+(:mod:`.fused`).
 
 They take plain tensors of real dtypes on any device; they are candidates on CUDA. Nothing waits for the device, and no
 value is read: a call can be recorded in a CUDA graph. The same sizes on the same device give the same bits.
@@ -61,6 +63,7 @@ class StridedWay(Way):
         self.name, self.in_l2, self.group = name, in_l2, "strided"
 
     def supports(self, problem: Problem) -> bool:
+        """Return whether this way can run the problem."""
         if problem.device != "cuda" or getattr(torch, problem.dtype, None) not in _DTYPES:
             return False
         structure, rows, dtype = problem.structure, problem.rows, getattr(torch, problem.dtype)
@@ -74,6 +77,7 @@ class StridedWay(Way):
             return self.supports(problem)
 
     def seconds(self, problem: Problem) -> float:
+        """Predict the time of the problem on the current device in seconds."""
         return traffic.seconds(self, problem)
 
     def _chunk(self, structure: Structure, rows: bool, tokens: int, dtype: torch.dtype, train: bool) -> int:
@@ -84,6 +88,7 @@ class StridedWay(Way):
     def run(
         self, structure: Structure, factors: Sequence[Tensor], x: Tensor, bias: Tensor | None, rows: bool
     ) -> Tensor:  # fmt: skip
+        """Compute the product."""
         chain = strided(structure, rows)
         if not chain.merges or not _plain(x, bias, *factors) or _casts(x):
             y = products(structure, factors, x, _TORCH, rows)
@@ -97,7 +102,7 @@ class StridedWay(Way):
         self, structure: Structure, factors: Sequence[Tensor], x: Tensor, bias: Tensor | None, rows: bool,
         kept: list[Tensor] | None = None,
     ) -> Tensor:  # fmt: skip
-        """The product without gradients; to ``kept`` is added what :meth:`backward` can use. All tensors are plain."""
+        """Return the product of plain tensors without gradients; append to ``kept`` what :meth:`backward` can use."""
         chunk = self._chunk(structure, rows, x.shape[0 if rows else 1], x.dtype, False)
         return strided(structure, rows).forward(x, factors, bias, chunk, kept)
 
@@ -122,6 +127,7 @@ class StridedWay(Way):
         return *gradients, gy.sum(0 if rows else 1) if for_bias else None
 
     def bind(self, structure: Structure, rows: bool) -> Callable[[Tensor, Sequence[Tensor], Tensor | None], Tensor]:
+        """Return the product of one structure as a function."""
         strided(structure, rows)
         return lambda x, factors, bias: self.run(structure, factors, x, bias, rows)
 
@@ -139,6 +145,7 @@ class FusedWay(StridedWay):
         self.group = "fused"
 
     def supports(self, problem: Problem) -> bool:
+        """Return whether this way can run the problem."""
         return fused.has_triton() and self.fits(problem, traffic.device_here())
 
     def fits(self, problem: Problem, device: Device) -> bool:
@@ -159,6 +166,7 @@ class FusedWay(StridedWay):
         self, structure: Structure, factors: Sequence[Tensor], x: Tensor, bias: Tensor | None, rows: bool,
         kept: list[Tensor] | None = None,
     ) -> Tensor:  # fmt: skip
+        """Compute the product by the fused kernel."""
         launch = self._launch(structure, x.shape[0], x.dtype) if rows else None
         form = fused.form_of(structure)
         if launch is None or form is None or not (x.is_meta or fused.can_launch(x)):

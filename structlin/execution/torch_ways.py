@@ -291,7 +291,7 @@ class NearWay(PassesWay):
         return found.count
 
     def calibration(self, problem: Problem) -> dict[str, tuple[float, float]]:
-        """That of the passes over whole factors: the chains that are timed have smaller ones."""
+        """Return the calibration of passes over whole factors: the chains that are timed have smaller factors."""
         found = super().calibration(problem)
         return {self.name: found[self.whole.name]} if self.whole.name in found else {}
 

@@ -96,6 +96,7 @@ class Traffic:
 
     @property
     def macs(self) -> int:
+        """Return the MACs of all kernels."""
         return sum(kernel.macs for kernel in self.kernels)
 
     @property
@@ -119,12 +120,12 @@ class Traffic:
         return total
 
     def efficiency(self, macs: int) -> float:
-        """The time that so many MACs take at the rate that large products reach, as a part of the time of the call."""
+        """Return the time of ``macs`` MACs at the rate of large products, divided by the time of the call."""
         return macs / _rates(self.device, self.dtype)[0] / self.seconds
 
 
 def ceiling(problem: Problem, device: Device | str) -> Traffic:
-    """The forward pass as one kernel that keeps all activations on the chip: the least traffic that there can be."""
+    """Return the forward pass as one kernel that keeps all activations on the chip: the least possible traffic."""
     on, structure = named(device) if isinstance(device, str) else device, problem.structure
     item = getattr(torch, problem.dtype).itemsize
     sizes = [problem.tokens * structure.d_in, *(f.numel for f in structure.factors)]
@@ -367,7 +368,7 @@ def assuming(device: Device) -> Iterator[None]:
 
 
 def device_here() -> Device:
-    """The current device of CUDA: by its name in the table, otherwise by what the driver tells; an H100 if none."""
+    """Return the current CUDA device: from the table by name, otherwise from the driver; an H100 if there is none."""
     assumed = _assumed.get()
     if assumed is not None:
         return assumed

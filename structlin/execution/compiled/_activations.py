@@ -80,7 +80,7 @@ class Vectors:
                               (self.kind, a))  # fmt: skip
 
     def select(self, above: str, a: str, b: str) -> str:
-        """``a`` where ``above`` is greater than zero, otherwise ``b``."""
+        """Return ``a`` where ``above`` is greater than zero, otherwise ``b``."""
         lanes = f"<{self.emitter.lanes} x i1>"
         mask = self.code.value(f"fcmp ogt {self.kind} {above}, zeroinitializer")
         return self.code.value(f"select {lanes} {mask}, {self.kind} {a}, {self.kind} {b}")

@@ -25,7 +25,7 @@ class Ahead:
         self._places = [code.value("alloca ptr") for _ in arrays]  # what is asked for next
 
     def start(self, first: Int) -> None:
-        """A block starts with this token."""
+        """Start a block with this token."""
         code = self._code
         for array, place in zip(self._arrays, self._places, strict=True):
             offset = code.multiply(code.add(first, self._block), array.row)

@@ -184,7 +184,7 @@ class _Copy:
 
 
 def load_copies(copies: Sequence[tuple[Arrangement, str, str]], target: Target, element: str) -> Callable[..., None]:
-    """A function of a table of addresses, an original and its copy in turn, and of the shares of the copies to make.
+    """Write a function of a table of addresses (originals and copies in turn) and of the shares of the copies to make.
 
     Each comes with LLVM's names of the types of the original and of the copy; ``element`` is that of the vectors.
     """

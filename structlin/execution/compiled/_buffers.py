@@ -82,7 +82,7 @@ class Sums:
         return places
 
     def finish(self, number: int) -> None:
-        """The sums of this slice are there."""
+        """Complete the sums of this slice."""
         if len(self._sums) > 1:
             self._add(number)
         moved = []

@@ -172,7 +172,7 @@ class Emitter:
     def copy(
         self, source: Memory, stride: int, target: Memory, to_stride: int, width: int, wanted: int, even: bool = False
     ) -> None:  # fmt: skip
-        """The rows of all tokens; what is beyond ``width`` up to ``wanted`` is set to 0.
+        """Load the rows of all tokens; elements from ``width`` up to ``wanted`` are set to 0.
 
         ``even``: after an odd number of tokens, one of zeros follows, as it always does where the target has pairs.
         """
@@ -215,7 +215,7 @@ class Emitter:
         self, source: Memory, stride: int, target: Memory, to_stride: int, width: int, axis: tuple[int, int],
         even: bool = False,
     ) -> None:  # fmt: skip
-        """The rows of all tokens, with two neighbours along an axis, of this size and stride, side by side.
+        """Load the rows of all tokens, with two neighbours along an axis of this size and stride side by side.
 
         Each pair is where the numbers would be of the item that is half as far along the axis. ``even``: as in
         :meth:`copy`.
@@ -301,7 +301,7 @@ class Emitter:
         code.loop(0, self.tokens, lanes, tokens)
 
     def to_columns(self, source: Memory, stride: int, target: Memory, total: Int, width: int) -> None:
-        """The other way; of the rows the first ``width`` numbers."""
+        """Invert :meth:`from_columns`, for the first ``width`` numbers of each row."""
         code, lanes = self.code, self.lanes
 
         def square(first: Int, mask: str, k: Int, count: int) -> None:

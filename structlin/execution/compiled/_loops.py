@@ -184,7 +184,7 @@ class Loops:
         return None
 
     def _tile(self, at: Places, rows: int, lanes: Sequence[int]) -> None:
-        """Sums of rows and vectors; of two such tiles at once, if they are to be zipped."""
+        """Write the sums of rows and vectors; those of two tiles at once if they are to be zipped."""
         if self.emitter.ahead is not None:
             self.emitter.ahead()
         emitter, code, width = self.emitter, self.code, self.emitter.lanes

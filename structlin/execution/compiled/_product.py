@@ -60,7 +60,7 @@ class Product:
     paired: bool = False
 
     def pairs(self) -> Product | None:
-        """The same with numbers of 16 bits, of which a product takes two neighbours along the innermost summed axis.
+        """Return the product with numbers of 16 bits; it reads two neighbours along the innermost summed axis at once.
 
         The operand that is read number by number (left) has them side by side; of the other one pairs are the elements,
         in the order of axes that its numbers had. None where that is not so.
@@ -265,7 +265,7 @@ def _with_dots(axes: Sequence[Axis], across: Axis, down: Axis | None, along: Axi
 
 
 def _split(axis: Axis, by: Axis) -> list[Axis] | None:
-    """A summed axis as what runs outside of ``by``, of the product that writes it, ``by`` itself, and what is inside.
+    """Split a summed axis into the part outside of ``by`` (of the product that writes it), ``by``, and the part inside.
 
     None where ``by`` is no part of it.
     """

@@ -185,7 +185,7 @@ class Program:
 
     @_once
     def work_bytes(self, threads: int, kept: bool) -> int:
-        """What the backward pass takes for a while at most, beside activations and the gradients that it returns.
+        """Return the peak of temporary memory of the backward pass, without activations and returned gradients.
 
         ``kept``: the activations between the steps are not computed again.
         """
@@ -354,7 +354,7 @@ class Program:
         self, writer: Writer, emitter: Emitter, at: At, forms: Forms, arrays: Mapping[Key, Array],
         factors: Mapping[int, Array], tokens: Int, enter: Enter | None = None,
     ) -> None:  # fmt: skip
-        """The forward products by these factors, from one activation in scratch memory to the next.
+        """Return the forward products by these factors, from one activation in scratch memory to the next.
 
         ``enter``: is called with the number of each product before it.
         """
@@ -372,7 +372,7 @@ class Program:
         grads: Mapping[int, Array], back: Mapping[int, Array], tokens: Int, gx: Array | None,
         enter: Enter | None = None,
     ) -> None:  # fmt: skip
-        """The products of the backward pass, with the sums ``grads`` and the factors ``back``, by their numbers.
+        """Return the products of the backward pass, with the sums ``grads`` and the factors ``back``, by their numbers.
 
         The last one writes to ``gx`` unless the gradient of the input is in scratch memory.
         """
@@ -409,7 +409,7 @@ class Program:
                 self.clear_all(emitter, at, arrays, "flow", k)
 
     def when(self, kind: str, k: int) -> int:
-        """The number of a product of the backward pass: those of the forward pass that it runs again come first."""
+        """Return the number of a backward product; forward products that the pass repeats come first."""
         last = len(self.schedule.forward)
         return k if kind == "forward" else last + 2 * (last - 1 - k) + (kind == "back")
 
@@ -468,7 +468,7 @@ class Program:
         self, emitter: Emitter, source: Memory, ends: tuple[int, int], target: Memory, row: int, full: int,
         enters: Axis | None, even: bool = False,
     ) -> None:  # fmt: skip
-        """The input, or the gradient of the output; ``ends``: from row to row of it, and numbers of a row to read."""
+        """Return the input or the gradient of the output; ``ends``: its row stride and the numbers of a row to read."""
         stride, width = ends
         if target.zipped:
             assert enters is not None
@@ -480,7 +480,7 @@ class Program:
             emitter.from_columns(source, "%total", target, row, width, full)
 
     def write(self, emitter: Emitter, source: Memory, row: int, target: Memory, ends: tuple[int, int]) -> None:
-        """The output, or the gradient of the input."""
+        """Return the output, or the gradient of the input."""
         stride, width = ends
         if self.rows:
             emitter.copy(source, row, target, stride, width, width)
@@ -510,7 +510,7 @@ class Program:
 
 
 def _nothing(*_: object) -> None:
-    """What makes no copies."""
+    """Make no copies."""
 
 
 def _dtype(element: str) -> Any:

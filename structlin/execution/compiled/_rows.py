@@ -205,7 +205,7 @@ class Rows:
         self, spec: Norm, source: Memory, flows: Sequence[tuple[Memory, int]], target: Memory,
         weight: Memory | None, sums: tuple[Memory | None, Memory | None], added: Memory | None,
     ) -> None:  # fmt: skip
-        """The gradient of the input: that of the norm, with g that of its result and z the normalised row,
+        """Compute the gradient of the input of a norm, with g the gradient of its result and z the normalised row.
 
         ``(w g - mean(w g) - z mean(w g z)) / deviation``, without the first mean for an RMS norm.
         """

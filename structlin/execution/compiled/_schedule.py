@@ -133,7 +133,7 @@ class _Maker:
         return order if self.steps[number].input == written else self.steps[number].input
 
     def multiply(self, step: Step, source: str, at: int, target: str, to: int) -> tuple[float, Operation | None]:
-        """The cheapest way to make activation ``to`` in the order ``target`` from ``at`` in the order ``source``."""
+        """Return the cheapest way from activation ``at`` in the order ``source`` to ``to`` in the order ``target``."""
         left, out = self.strides(source, at), self.strides(target, to, self.ends)
         return self._cheapest(step, source, target, lambda weight: make_products(self.sizes, out, left, weight), False)
 

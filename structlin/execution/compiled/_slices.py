@@ -72,7 +72,7 @@ def slices(
 
 
 def _axis(chain: Chain, program: Program, of_input: bool) -> str | None:
-    """The axis to cut, if it is in all factors and not in the other end as well, and no padding is in the way."""
+    """Return the axis to cut, if all factors have it, the other end does not, and no padding prevents it."""
     steps, sizes, d_in, d_out, _ = chain
     first, other = (steps[0].input, steps[-1].output) if of_input else (steps[-1].output, steps[0].input)
     axis = next((a for a in first if dict(sizes)[a] > 1), None)

@@ -76,7 +76,7 @@ def _binding() -> Any:
 
 @cache
 def host() -> Target | None:
-    """This machine; None where nothing is compiled, and the products of torch or of XLA run.
+    """Return the target of this machine; None if nothing is compiled and the products of torch or of XLA run.
 
     That is so without llvmlite or with an old one, on x86-64 processors without AVX2, and on all that are neither
     x86-64 nor 64-bit Arm.
@@ -91,7 +91,7 @@ def host() -> Target | None:
 
 
 def supported(features: dict[str, bool], name: str, among: Sequence[Target] = X86) -> Target | None:
-    """The best target for a processor with these features, tuned for the one of this name; None if there is none."""
+    """Return the best target for these features, tuned for the named processor; None if there is none."""
     for target in among:
         if all(features.get(feature) for feature in target.features):
             return replace(target, tune=name)
@@ -100,7 +100,7 @@ def supported(features: dict[str, bool], name: str, among: Sequence[Target] = X8
 
 @cache
 def tiled_host() -> Target | None:
-    """This machine with tiles; None where the processor has none, or the system does not let this process use them."""
+    """Return this machine with tiles; None if the processor has none or the system does not permit their use."""
     found, llvm = host(), _binding()
     if found is None or not found.half_products or not all(llvm.get_host_cpu_features().get(f) for f in TILES):
         return None

@@ -171,7 +171,7 @@ def with_turn(product: Product, target: Target, element: str, unit: int) -> tupl
 
 
 def turned(product: Product, unit: int) -> tuple[Product, Turn] | None:
-    """A product that reads a copy of its activation, number by number, with the summed axes last; None if it cannot.
+    """Return a product that reads a copy of its activation with the summed axes last; None if there is none.
 
     ``unit``: as in :func:`tiling`. The activation is ``(outer, middle, inner, unit)``, whose summed axes are all but
     ``inner``, and the copy, in pairs, ``(inner, middle, outer * unit)``. Each summed axis but ``inner`` may be missing.
@@ -324,7 +324,7 @@ class _TileLoops(Loops):
         self.apart = self._strides(self.zipped)
 
     def _tile_call(self, name: str, *numbers: int, at: tuple[Memory, Int, Int] | None = None) -> None:
-        """An instruction for tiles of these numbers; ``at``: array, offset, elements from row to row."""
+        """Write an instruction for tiles of these numbers; ``at``: array, offset, row stride in elements."""
         operands: list[tuple[str, Int]] = [("i8", n) for n in numbers]
         if at is not None:
             memory, offset, step = at
@@ -430,7 +430,7 @@ class _TileLoops(Loops):
     def _run_through(
         self, axes: Sequence[Axis], vector: Int, single: Int, turn: Callable[[Int, Int], None]
     ) -> None:  # fmt: skip
-        """The loops over summed axes; over that of the tiles ``depth`` pairs at a time."""
+        """Write the loops over summed axes; that of the tiles advances by ``depth`` pairs."""
         if not axes:
             return turn(vector, single)
         code, (axis, *rest), by = self.code, axes, self._strides(axes[0])

@@ -93,7 +93,7 @@ class Writer:
         self, emitter: Emitter, at: At, forms: Forms, arrays: Mapping[Key, Array],
         operation: Operation, kind: str, number: int, tokens: Int | None = None,
     ) -> Memory:  # fmt: skip
-        """The activation that an operation reads, or the copy of it, of so many ``tokens``, that is made here."""
+        """Return the activation that an operation reads, or a copy of it for ``tokens`` tokens that is made here."""
         found = at(forms.one(arrays, kind, number, operation.reads))
         if operation.turn is None:
             return found
@@ -115,7 +115,7 @@ class Writer:
         self, body: Callable[[Emitter, Callable[[Array], Memory]], None], inputs: Sequence[Array] = (),
         operations: Sequence[Operation] = (),
     ) -> Pass:  # fmt: skip
-        """The pass whose blocks are ``body``; in its ``operations`` the ``inputs`` of the next block are asked for."""
+        """Write the pass whose blocks are ``body``; its ``operations`` prefetch the ``inputs`` of the next block."""
         code, program = self.code, self.program
         tiles_of_block = sum(one.tiles(program.target, program.inside, self.block) for one in operations)
         ahead = Ahead(code, inputs, self.block, tiles_of_block) if inputs and tiles_of_block else None

@@ -399,7 +399,7 @@ def fill(target: Target) -> Callable[..., None]:
 
 @lru_cache(maxsize=64)
 def add(parts: int, element: str, target: Target) -> Callable[..., None]:
-    """The sum of numbers ``first`` to ``last`` of arrays; the table: the sum, which may be one of them, and these."""
+    """Sum the numbers ``first`` to ``last`` of arrays; the table has the sum (it may be one of them) and the arrays."""
     code, lanes = Code(), target.width // BYTES[element]
     to, *given = (code.value(f"load ptr, ptr {code.at('ptr', '%table', k)}") for k in range(1 + parts))
 

@@ -53,10 +53,12 @@ class BlockSpec:
 
     @property
     def chains(self) -> tuple[Chain, ...]:
+        """Return the chains of the block in order."""
         return self.first if self.second is None else (*self.first, self.second)
 
     @property
     def d_in(self) -> int:
+        """Return the number of input features."""
         return self.first[0][2]
 
     @property
@@ -84,10 +86,12 @@ class BlockProgram:
 
     @property
     def forward(self) -> Pass:
+        """Return the forward pass, compiled once."""
         return self._made.get("forward") or self._made.setdefault("forward", self._forward())
 
     @property
     def backward(self) -> Pass:
+        """Return the backward pass, compiled once."""
         return self._made.get("backward") or self._made.setdefault("backward", self._backward())
 
     def again(self) -> list[range]:
@@ -207,7 +211,7 @@ class BlockProgram:
     def _product_rows(
         self, emitter: Emitter, at: At, frame: _Frame, number: int, steps: range, tokens: Int
     ) -> None:  # fmt: skip
-        """Steps of a chain, the last one with the bias."""
+        """Write the steps of a chain, the last one with the bias."""
         program, forms, arrays = self.programs[number], frame.forms[number], frame.arrays[number]
         factors = frame.factors[number]
         last = len(program.schedule.forward) - 1
@@ -225,7 +229,7 @@ class BlockProgram:
             program.clear_all(emitter, at, arrays, "state", last + 1)
 
     def _enter(self, rows: Rows, at: At, frame: _Frame, even: bool = False) -> None:
-        """The input, normalised, as each of the first chains reads it."""
+        """Write the normalised input in the form that each of the first chains reads."""
         spec, held = self.spec, frame.held
         emitter = rows.emitter
         if spec.norm is None:
@@ -242,7 +246,7 @@ class BlockProgram:
         self, emitter: Emitter, at: At, frame: _Frame, number: int, kind: str, at_step: int, source: Memory, row: int,
         even: bool, there: bool = False,
     ) -> None:  # fmt: skip
-        """An end of a chain in its other forms; the plain one is ``there`` already, or is ``source`` itself."""
+        """Write an end of a chain in its other forms; the plain form is ``there`` already, or is ``source`` itself."""
         program, forms, arrays = self.programs[number], frame.forms[number], frame.arrays[number]
         schedule = program.schedule
         width = program.d_in if at_step == 0 else program.d_out
@@ -264,7 +268,7 @@ class BlockProgram:
         self._copies(emitter, at, frame, number, "flow", last, source, row, even, there)
 
     def _activate(self, rows: Rows, at: At, frame: _Frame, even: bool = False) -> None:
-        """The hidden features, from the outputs of the first chains."""
+        """Compute the hidden features from the outputs of the first chains."""
         assert self.second is not None
         assert self.spec.activation is not None
         hidden = [(at(array), row) for array, row in frame.hidden]
@@ -277,7 +281,7 @@ class BlockProgram:
         self._copies(rows.emitter, at, frame, number, "state", 0, at(target), row, even, there=True)
 
     def _derive(self, rows: Rows, at: At, frame: _Frame, even: bool) -> None:
-        """The gradients of the outputs of the first chains, where these were."""
+        """Overwrite the outputs of the first chains by their gradients."""
         assert self.second is not None
         assert self.spec.activation is not None
         number = len(self.first)
@@ -290,7 +294,7 @@ class BlockProgram:
                 rows.clear(memory, row, width)
 
     def _leave(self, rows: Rows, at: At, frame: _Frame) -> None:
-        """The gradient of the input, from those that the chains have for it."""
+        """Sum the gradients of the input that the chains give."""
         spec = self.spec
         assert frame.gx is not None
         flows = []

@@ -52,6 +52,7 @@ class FusedChain(ChainRules):
     def forward(
         self, x: Tensor, factors: Sequence[Tensor], bias: Tensor | None = None, kept: list[Tensor] | None = None
     ) -> Tensor:
+        """Compute the product, and append to ``kept`` the activations that the backward pass reads."""
         name, tokens = _NAMES[x.dtype], x.shape[0 if self.rows else 1]
         program = self._ready(x.dtype)
         x, factors = x.contiguous(), [factor.contiguous() for factor in factors]
@@ -83,6 +84,7 @@ class FusedChain(ChainRules):
     def backward(
         self, gy: Tensor, x: Tensor, factors: Sequence[Tensor], needs: Sequence[bool], kept: Sequence[Tensor] = ()
     ) -> tuple[Tensor | None, ...]:
+        """Compute the gradients that ``needs`` selects."""
         program, tokens, last = self._ready(x.dtype), x.shape[0 if self.rows else 1], len(factors)
         threads = self._threads(tokens)
         if self._upright is not None and (program.pairs or (threads > 1 and self.sums_are_large(program))):

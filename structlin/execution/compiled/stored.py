@@ -43,6 +43,7 @@ class StoredChain:
     def forward(
         self, x: Tensor, factors: Sequence[Tensor], bias: Tensor | None = None, kept: list[Tensor] | None = None
     ) -> Tensor:
+        """Compute the product with the factors as they are stored."""
         factors = [factor.contiguous() for factor in factors]
         return self.plain(x.contiguous(), factors, None if bias is None else bias.contiguous())
 

@@ -71,7 +71,7 @@ class Call:
 
     @staticmethod
     def read(text: str) -> tuple[Call, list[int]]:
-        """Raises CompileError for a text that this version does not write."""
+        """Raise CompileError for a text that this version does not write."""
         try:
             found = json.loads(text)
             if found.pop("format") != FORMAT:
@@ -91,7 +91,7 @@ class Call:
 
 
 def attempt(make: Callable[[], T], otherwise: T) -> T:
-    """What nothing depends on but which way is taken: a failure is no error, but the process is warned of it once."""
+    """Run what only the choice of a way depends on: a failure gives one warning in a process, and no error."""
     try:
         return make()
     except Exception as error:
@@ -135,7 +135,7 @@ class XLAChain(ChainRules):
     def backward(
         self, gy: Array, x: Array, factors: Sequence[Array], needs: tuple[bool, ...], held: Sequence[Array]
     ) -> tuple[Array, ...]:
-        """The gradients of x, the factors and the bias that ``needs`` asks for; ``held``: activations that are kept."""
+        """Return the gradients of x, the factors and the bias that ``needs`` selects; ``held``: stored activations."""
         dtype, tokens, program = str(x.dtype), self._tokens(x), self.given(str(x.dtype))
         if needs[-1] and self.back(dtype, shares(tokens, threads())).count > 1:
             bias = jnp.sum(gy, 0 if self.rows else 1, dtype=_DTYPES[program.inside])
@@ -152,6 +152,7 @@ class XLAChain(ChainRules):
         return [kept * row for row in self.given(dtype).schedule.rows[1:-1]] if kept else []
 
     def given(self, dtype: str) -> Program:
+        """Return the program of a dtype; raise CompileError if this processor has none."""
         program = self.program(dtype)
         if program is None:
             raise CompileError(f"this processor has no passes for the chain in {dtype}")
@@ -170,7 +171,7 @@ def _call(call: Call, operands: Sequence[Array]) -> tuple[Array, ...]:
 
 @lru_cache(maxsize=64)
 def plan_of(call: Call) -> Plan:
-    """Raises CompileError if anything in it fails."""
+    """Raise CompileError if anything in it fails."""
     try:
         return _forward(call) if call.needs is None else _backward(call, call.needs)
     except Exception as error:
@@ -292,9 +293,11 @@ class Plan:
         return found[: self.operands], found[self.operands :]
 
     def count(self, part: range) -> int:
+        """Return the number of shares of a part of the tokens."""
         return shares(len(part), self.threads)
 
     def scratch(self, size: int) -> Place:
+        """Reserve scratch memory of ``size`` bytes."""
         place = (_SCRATCH, self.top)
         self.top += -(-size // LINE) * LINE
         self.bytes = max(self.bytes, self.top)
@@ -318,6 +321,7 @@ class Plan:
         return places
 
     def copy(self, kind: str, numbers: Sequence[int], table: list[Place]) -> None:
+        """Add a call that copies factors into their arrangements."""
         if table:
             packing = self.program.packing(kind, tuple(numbers))
             count = copy_shares(packing.numbers, self.threads)
@@ -327,7 +331,7 @@ class Plan:
         self, run: Pass, part: range, ends: list[Place], table: list[Place], more: list[Place],
         grads: Sequence[list[Place]] | None = None,
     ) -> None:  # fmt: skip
-        """A pass over a part of the tokens, in scratch memory that is free after it."""
+        """Run a pass over a part of the tokens, in scratch memory that is free afterwards."""
         before, tables = self.top, []
         count = self.count(part)
         for k in range(count):
@@ -348,6 +352,7 @@ class Plan:
         return grads
 
     def clear(self, place: Place, size: int) -> None:
+        """Add a call that sets memory to zero."""
         self.spread(fill(self.target), [place], size, 4 * COPIED_SHARE, LINE)
 
     def added(self, sizes: list[int], grads: list[list[Place]], to: list[Place | None]) -> list[Place]:

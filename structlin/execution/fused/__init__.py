@@ -52,6 +52,7 @@ LEAST_SHARED = 99 << 10
 
 
 def has_triton() -> bool:
+    """Return whether Triton is installed."""
     return importlib.util.find_spec("triton") is not None
 
 
@@ -120,7 +121,7 @@ def _power(n: int) -> int:
 
 
 def tiles(form: Form, tokens: int, item: int, programs: int, shared: int = LEAST_SHARED) -> Tiles | None:
-    """The launch for so many tokens of ``item`` bytes a number on ``programs`` cores; None where no tile fits."""
+    """Return the launch for ``tokens`` tokens of ``item``-byte numbers on ``programs`` cores; None if no tile fits."""
     a, b, c, d, e = form.sizes
     if tokens <= FEW:
         block_d = min(_power(d), 32)

@@ -66,7 +66,7 @@ def many_tokens(
     HAS_BIAS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Persistent programs: each takes tiles of BLOCK_T tokens and BLOCK_C values of c, until there are no more.
+    """Run persistent programs, each over tiles of BLOCK_T tokens and BLOCK_C values of c until none are left.
 
     For BLOCK_B values of b at a time a tile of h is a batched product of x and L; rounded to the dtype of x, it meets
     R in another one. Both run on tensor cores. The sums of y stay in registers.
