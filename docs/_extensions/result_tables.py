@@ -46,11 +46,12 @@ class Benchmarks(SphinxDirective):
         found: list[nodes.Node] = []
         for folder, paths in groupby(results, key=lambda path: path.parent.name):
             section = nodes.section(ids=[f"{'-'.join(self.arguments).replace('_', '-')}-{folder}"])
-            for path in paths:
-                result = json.loads(path.read_text(encoding="utf-8"))
+            read = [(path, json.loads(path.read_text(encoding="utf-8"))) for path in paths]
+            section += nodes.title(
+                "", max((load("pictures", DOCS).processor_of(result) for _, result in read), key=len)
+            )
+            for path, result in read:
                 text = load("_measure").describe(result)
-                if not section.children:
-                    section += nodes.title("", text.partition(",")[0].partition(" (")[0])
                 shown: list[nodes.Node] = [nodes.paragraph("", text + ".")]
                 if plot.exists():
                     load(plot.stem).plot(result, plot_path(file := f"{folder}-{path.stem}"))
