@@ -65,7 +65,6 @@ class TorchBlock:
 
     @cached_property
     def structures(self) -> tuple[Structure, ...]:
-        """Return the structures of the block in order."""
         return self.first if self.second is None else (*self.first, self.second)
 
     @cached_property
@@ -118,7 +117,7 @@ class TorchBlock:
     def _by_structure(
         self, operands: Sequence[Tensor | None]
     ) -> Iterator[tuple[Structure, Tensor | None, list[Tensor]]]:  # fmt: skip
-        """Yield the bias and the factors of each structure."""
+        """The bias and the factors of each structure."""
         at = len(self.structures)
         for structure, bias in zip(self.structures, operands, strict=False):
             mine = operands[at : (at := at + len(structure.steps))]
@@ -137,7 +136,7 @@ class TorchBlock:
         )
 
     def __call__(self, x: Tensor, operands: Sequence[Tensor | None]) -> tuple[Tensor, ...] | None:
-        """Return outputs that can be differentiated repeatedly; None if the layers have to run one after the other."""
+        """The outputs, differentiable any number of times; None where the layers have to run one after the other."""
         if not self.plain(x, operands):
             return None
         train = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *operands))
@@ -154,7 +153,7 @@ class TorchBlock:
             return None
 
     def _failed(self, error: CompileError) -> None:
-        """Record that the compiler failed on a pass, so that no other is tried."""
+        """The compiler did not compile a pass: no other is tried."""
         _failed.add(self)
         choice.forget()
         warn_once(error, "A block of a network by torch")
