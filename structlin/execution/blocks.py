@@ -65,6 +65,7 @@ class TorchBlock:
 
     @cached_property
     def structures(self) -> tuple[Structure, ...]:
+        """All structures, in the order in which they are applied."""
         return self.first if self.second is None else (*self.first, self.second)
 
     @cached_property
@@ -117,7 +118,7 @@ class TorchBlock:
     def _by_structure(
         self, operands: Sequence[Tensor | None]
     ) -> Iterator[tuple[Structure, Tensor | None, list[Tensor]]]:  # fmt: skip
-        """The bias and the factors of each structure."""
+        """Yield each structure with its bias and its factors."""
         at = len(self.structures)
         for structure, bias in zip(self.structures, operands, strict=False):
             mine = operands[at : (at := at + len(structure.steps))]
@@ -136,7 +137,7 @@ class TorchBlock:
         )
 
     def __call__(self, x: Tensor, operands: Sequence[Tensor | None]) -> tuple[Tensor, ...] | None:
-        """The outputs, differentiable any number of times; None where the layers have to run one after the other."""
+        """Return the outputs, differentiable any number of times, or None if the layers have to run one by one."""
         if not self.plain(x, operands):
             return None
         train = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *operands))
@@ -153,7 +154,7 @@ class TorchBlock:
             return None
 
     def _failed(self, error: CompileError) -> None:
-        """The compiler did not compile a pass: no other is tried."""
+        """Run layer after layer from now on, since the compiler has failed."""
         _failed.add(self)
         choice.forget()
         warn_once(error, "A block of a network by torch")
@@ -247,9 +248,10 @@ class TorchBlock:
 Run = Callable[[Structure, Tensor, Sequence[Tensor], "Tensor | None"], Tensor]
 SEPARATE = "separate"
 TILES = "tiles"  # by tiles, in bfloat16 on processors with AMX
-KINDS = ("0", "16", "48", TILES)  # of passes to be timed, else by tokens of a block, 0: as many as the caches suggest
+AUTO = "0"
+KINDS = (AUTO, "16", "48", TILES)  # of passes to be timed, else by tokens of a block, 0: as many as the caches suggest
 ROUNDS = 5
-_KIND_OF = {"compiled-tiles": TILES, "compiled": "0", "compiled-16": "16", "compiled-48": "48"}  # by the ways of layers
+_WHOLE = {"compiled-tiles", "compiled", "compiled-16", "compiled-48"}  # ways that run a layer as one compiled pass
 _failed: set[TorchBlock] = set()
 
 
@@ -354,9 +356,10 @@ class BlockProblem:
                 structure, True, "torch", "cpu", self.dtype, self.tokens, self.threads, self.train
             )  # fmt: skip
             way = choice.way_of(problem)
-            if way.name not in _KIND_OF:  # backward by the BLAS, or in slices, say
+            if way.name not in _WHOLE:  # backward by the BLAS, or in slices, say
                 return SEPARATE
-            kinds.append(_KIND_OF[way.name])
+            kinds.append(TILES if way.name == "compiled-tiles" else AUTO)
+        # A number of tokens that is best for a layer is not taken: a block has more activations to hold in cache.
         kind = max(set(kinds), key=kinds.count)
         return f"block-{kind}" if kind in self.kinds() else SEPARATE
 
