@@ -20,6 +20,7 @@ RECORDS = Path(__file__).resolve().parent / "records"
 FIGURES: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "delta-h.png": ("delta-h", "delta-h", ()),
     "cifar-mlp.png": ("cifar", "cifar-mlp-short", ("--y", "train_error")),
+    "cifar-mlp-time.png": ("compute", "cifar-mlp-short", ("--x", "seconds", "--y", "train_error")),
     "lr-landscape-btt.png": (
         "landscape",
         "lr-landscape-short",
