@@ -4,8 +4,10 @@ import importlib.util
 import math
 import subprocess
 import sys
+from html.parser import HTMLParser
 from pathlib import Path
 from types import ModuleType
+from urllib.parse import unquote, urldefrag, urlsplit
 
 import pytest
 
@@ -96,3 +98,40 @@ def test_site_builds_without_a_warning(tmp_path: Path) -> None:
         "structlin_nn.torch.StructuredLinear",
     ):
         assert f'id="{name}"' in api, f"{name} is not in the API page"
+    assert dead_links(tmp_path / "html") == []
+
+
+class Page(HTMLParser):
+    """The anchors and the relative links of a page."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.anchors: set[str] = set()
+        self.links: list[str] = []
+        self.feed(path.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        for name, value in attrs:
+            if name == "id" and value:
+                self.anchors.add(value)
+            elif name in ("href", "src") and value and not urlsplit(value).scheme:
+                self.links.append(value)
+
+
+def dead_links(site: Path) -> list[str]:
+    """Return the links within a site to files and anchors that do not exist."""
+    pages = {path: Page(path) for path in site.rglob("*.html")}
+    found = []
+    for path, page in pages.items():
+        for link in page.links:
+            address, anchor = urldefrag(link)
+            target = (path.parent / unquote(urlsplit(address).path)).resolve() if address else path
+            if not target.exists() or (anchor and target in pages and unquote(anchor) not in pages[target].anchors):
+                found.append(f"{path.relative_to(site)}: {link}")
+    return found
+
+
+def test_dead_links_are_found(tmp_path: Path) -> None:
+    (tmp_path / "a.html").write_text('<p id="x"><a href="b.html#y">b</a> <a href="#x">a</a> <a href="c.html">c</a></p>')
+    (tmp_path / "b.html").write_text('<a href="a.html#x">a</a> <a href="https://example.org/#none">e</a>')
+    assert dead_links(tmp_path) == ["a.html: b.html#y", "a.html: c.html"]
