@@ -105,7 +105,7 @@ _WITHOUT = (cola.ops.Identity, cola.ops.Permutation)
 
 
 def _depth(A: LinearOperator) -> int:
-    """How many arrays an update passes through."""
+    """Return the number of arrays that an update passes through."""
     if isinstance(A, StructuredOperator):
         return sum(f.trainable for f in A.structure.factors)
     if isinstance(A, _AROUND_ONE):
@@ -117,7 +117,7 @@ def _depth(A: LinearOperator) -> int:
 
 
 def _leaves(A: LinearOperator, transposed: bool = False) -> Iterator[_Leaf]:
-    """Of A, or of its transpose."""
+    """Yield the arrays of A, or of its transpose, with their fans."""
     if isinstance(A, StructuredOperator):
         for spec, array in zip(A.structure.factors, A.factors, strict=True):
             if spec.trainable:
@@ -141,7 +141,7 @@ def _leaves(A: LinearOperator, transposed: bool = False) -> Iterator[_Leaf]:
 
 
 def _beside(A: Any, place: int, out: int) -> float:
-    """What the outputs of a member are multiplied by in the vector of which they are a part; ``out`` is their axis."""
+    """Return how often the outputs of a member occur in the vector that contains them; ``out`` is their axis."""
     if isinstance(A, cola.ops.Kronecker | cola.ops.KronSum):  # the members are applied in turn, the first one first
         before, after = A.Ms[:place], A.Ms[place + 1 :]
         return math.prod(M.shape[out] for M in before) * math.prod(M.shape[1 - out] for M in after)

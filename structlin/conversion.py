@@ -66,7 +66,7 @@ def exact_rank(name: str, shape: tuple[int, int], **options: Any) -> int | tuple
     """
     cls = structure_class(name)
     if given := {"rank", "rank_fraction"} & set(options):
-        raise ValueError(f"{', '.join(sorted(given))} is what is asked for, so it cannot be given")
+        raise ValueError(f"{', '.join(sorted(given))} cannot be given: exact_rank computes the rank")
     design(cls, shape, **options)  # checks them
     found = cls.exact_rank(shape, **options)
     if found is None:

@@ -244,4 +244,4 @@ def _same_outputs(trained: TrainedModel, classes: int) -> None:
     options = trained.build.get("config") or trained.build["options"]
     own = options.get("num_classes", getattr(trained.model, "num_classes", None))
     if own != classes:
-        raise ValueError(f"{trained.name} tells {own} classes apart, and the data have {classes}")
+        raise ValueError(f"{trained.name} has {own} classes, but the data have {classes}")
