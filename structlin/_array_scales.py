@@ -32,8 +32,10 @@ class ArrayScale(NamedTuple):
 
 @dataclass(frozen=True)
 class _Leaf:
-    """An array with its fans; ``positions``: how many vectors of fan_out numbers it and its neighbours put side by
-    side in an intermediate vector (blocks and carried positions of a factor).
+    """An array with its fans.
+
+    ``positions`` is the number of vectors of fan_out numbers that it and its neighbours put side by side in an
+    intermediate vector: the blocks and carried positions of a factor.
     """
 
     array: Array

@@ -47,7 +47,7 @@ __all__ = ["conversions", "convert", "exact_rank"]
 
 
 def exact_rank(name: str, shape: tuple[int, int], **options: Any) -> int | tuple[int, ...]:
-    """The smallest rank at which a structure represents every (d_out, d_in) matrix, as its ``rank`` option takes it.
+    """Return the smallest ``rank`` option at which a structure represents every (d_out, d_in) matrix.
 
     ``options`` are those of the structure but the rank (cores, factorization). Low rank: ``min(d_out, d_in)``, an
     integer. Tensor-Train and Block Tensor-Train: one number for each bond, ``min(left, right)`` with the entries that

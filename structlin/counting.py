@@ -110,7 +110,7 @@ _ARRAYS: dict[type, Callable[[Any], Iterable[Array]]] = {}
 def register_work(
     cls: type, *, transposed: bool = False, arrays: Callable[[Any], Iterable[Array]] | None = None
 ) -> Callable[[_R], _R]:
-    """Decorator that registers how to count a type of operator.
+    """Register a function that counts a type of operator, as a decorator.
 
     The function gets the operator and ``count``, and returns the :class:`Work` of ``A @ x`` for one vector;
     ``count(part)`` counts a part of the operator, ``count(part, transposed=True)`` a product from the other side. With

@@ -78,6 +78,7 @@ class StructuredOperator(LinearOperator):
     _transposed: AbstractStructure
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        """Make an object without arguments: copies and pickles need it."""
         return object.__new__(cls)
 
     def __init__(self, structure: AbstractStructure, factors: Iterable[Array], dtype: Any = None) -> None:
@@ -286,10 +287,12 @@ class StructuredOperator(LinearOperator):
     # -- pytree, copies ------------------------------------------------------------------------------------------------
 
     def tree_flatten(self) -> tuple[tuple[Array, ...], Any]:
+        """Return the factors as leaves, for jax and torch."""
         return self.factors, (self.structure, self._annotations, self._index_dtype)
 
     @classmethod
     def tree_unflatten(cls, aux: Any, children: Iterable[Any]) -> Self:
+        """Build the operator from leaves, which may be any objects."""
         # Leaves may be anything here: jax and torch put None, sizes or sentinels in place of arrays.
         structure, annotations, index_dtype = aux
         return _fill(object.__new__(cls), structure, tuple(children), annotations, index_dtype)

@@ -64,7 +64,7 @@ class NamedOperator(StructuredOperator):
 
     @classmethod
     def exact_rank(cls, shape: tuple[int, int], **options: Any) -> int | tuple[int, ...] | None:
-        """The smallest ``rank`` option at which a (d_out, d_in) matrix is represented whatever it is; None: not known.
+        """Return the smallest ``rank`` at which every (d_out, d_in) matrix is represented; None: not known.
 
         ``options`` are those of ``design`` but the rank.
         """

@@ -28,7 +28,7 @@ OPTIMIZERS = ("adam", "adamw", "sign", "sgd")
 
 
 def init_std(structure: AbstractStructure, *, rule: str = "paper", zero_last: bool = False) -> tuple[float, ...]:
-    """Standard deviation at which to draw each factor; 0 for index arrays.
+    """Return the standard deviation at which to draw each factor; 0 for index arrays.
 
     ``rule="paper"``: ``sqrt(min(fan_in, fan_out)) / fan_in``. ``rule="rank_corrected"``: the same times
     :func:`rank_corrections`, so that the gain of the product does not fall with the rank.

@@ -193,15 +193,15 @@ class AbstractStructure(ABC):
         return None
 
     def product(self, A: Any, B: Any) -> Answer[Any] | None:
-        """``A @ B`` as one operator, B an operator of any structure."""
+        """Return ``A @ B`` as one operator, B an operator of any structure."""
         return None
 
     def sum(self, A: Any, B: Any) -> Answer[Any] | None:
-        """``A + B`` as one operator, B an operator of any structure."""
+        """Return ``A + B`` as one operator, B an operator of any structure."""
         return None
 
     def shifted(self, A: Any, value: Any) -> Answer[Any] | None:
-        """``A + diag(value)`` as one operator; ``value`` is a 0-d array (a multiple of the identity) or (n,)."""
+        """Return ``A + diag(value)`` as one operator; ``value`` is a 0-d array (a multiple of the identity) or (n,)."""
         return None
 
     def kron(self, A: Any, B: Any) -> Answer[Any] | None:
@@ -450,10 +450,11 @@ class Structure(AbstractStructure):
         return bound
 
     def transpose(self) -> Structure:
-        """Steps reversed, with inputs and outputs swapped; the factors keep their layout."""
+        """Reverse the steps and exchange their inputs and outputs; the factors keep their layout."""
         return Structure(tuple(s.transpose() for s in reversed(self.steps)), self.sizes, self.d_out, self.d_in)
 
     def transpose_factors(self, factors: Sequence[Array]) -> tuple[Array, ...]:
+        """Return the factors in reverse order."""
         return tuple(reversed(factors))
 
     def _rows(self, factors: Sequence[Array], x: Array, xp: SimpleNamespace, bias: Array | None = None) -> Array:
@@ -466,51 +467,67 @@ class Structure(AbstractStructure):
     # -- algebra, from the roles of the axes: structlin.algebra --------------------------------------------------------
 
     def inverse(self, A: Any) -> Answer[Any] | None:
+        """Return the inverse, from the roles of the axes."""
         return _algebras[0].inverse(A)
 
     def pinv(self, A: Any) -> Answer[Any] | None:
+        """Return the pseudo-inverse, from the roles of the axes."""
         return _algebras[0].pinv(A)
 
     def solve(self, A: Any, b: Array) -> Answer[Any] | None:
+        """Solve from the roles of the axes."""
         return _algebras[0].solve(A, b)
 
     def slogdet(self, A: Any) -> Answer[Any] | None:
+        """Return the determinant, from the roles of the axes."""
         return _algebras[0].slogdet(A)
 
     def diagonal(self, A: Any, k: int) -> Answer[Any] | None:
+        """Contract the k-th diagonal."""
         return _algebras[0].diagonal(A, k)
 
     def trace(self, A: Any) -> Answer[Any] | None:
+        """Contract the trace."""
         return _algebras[0].trace(A)
 
     def eig(self, A: Any) -> Answer[Any] | None:
+        """Return the spectrum, from the roles of the axes."""
         return _algebras[0].eig(A)
 
     def svd(self, A: Any) -> Answer[Any] | None:
+        """Return the singular values, from the roles of the axes."""
         return _algebras[0].svd(A)
 
     def function(self, A: Any, f: Any) -> Answer[Any] | None:
+        """Return f(A), from the roles of the axes."""
         return _algebras[0].function(A, f)
 
     def power(self, A: Any, k: int) -> Answer[Any] | None:
+        """Return the power as one operator, from the roles of the axes."""
         return _algebras[0].power(A, k)
 
     def frobenius_norm(self, A: Any) -> Answer[Any] | None:
+        """Contract the sum of squares."""
         return _algebras[0].frobenius_norm(A)
 
     def spectral_norm(self, A: Any) -> Answer[Any] | None:
+        """Return the largest singular value, from the roles of the axes."""
         return _algebras[0].spectral_norm(A)
 
     def product(self, A: Any, B: Any) -> Answer[Any] | None:
+        """Return the product as one operator where the axes fit."""
         return _algebras[0].product(A, B)
 
     def sum(self, A: Any, B: Any) -> Answer[Any] | None:
+        """Return the sum as one operator where the axes fit."""
         return _algebras[0].sum(A, B)
 
     def shifted(self, A: Any, value: Any) -> Answer[Any] | None:
+        """Return ``A + diag(value)`` as one operator where the axes fit."""
         return _algebras[0].shifted(A, value)
 
     def kron(self, A: Any, B: Any) -> Answer[Any] | None:
+        """Return the Kronecker product as one chain."""
         return _algebras[0].kron(A, B)
 
     def __reduce__(self) -> tuple[object, ...]:
@@ -518,7 +535,7 @@ class Structure(AbstractStructure):
 
 
 def _cheapest_cut(steps: Sequence[Step], sizes: Mapping[str, int]) -> int:
-    """The least product of the sizes of the axes that touch both sides, over all cuts of steps without regrouping.
+    """Return the least product of sizes of axes that touch both sides, over all cuts of steps without regrouping.
 
     Node 0 is the input, node -1 the output, those between them the factors. An axis is an edge that touches two
     nodes or more; it becomes an arc between two nodes of its own, which limits what flows through it.

@@ -150,8 +150,9 @@ def check_instance(
     transform: Callable[[Apply], Apply] | None = None,
     quick: bool = False,
 ) -> None:
-    """Check one structure that need not have a name: all that `structlin.testing.check_design` does, but for the
-    operator.
+    """Check one structure, which need not have a name.
+
+    The checks are those of `structlin.testing.check_design` without those of the operator.
 
     Parameters
     ----------
@@ -358,7 +359,7 @@ def _check_counts(structure: AbstractStructure, factors: Sequence[Array]) -> Non
 
 
 def _check_products(structure: AbstractStructure, factors: Sequence[Array]) -> None:
-    """A structure that is no chain computes the MACs that it claims, and multiplies no more than its other work."""
+    """Check that a structure other than a chain computes its stated MACs and does no more products than stated."""
     arrays, tokens = tuple(to_numpy(f).real for f in factors), 3
     elementwise = tokens * sum(structure.other_flops.values()) + sum(structure.setup_flops.values())
     for apply, shape in (

@@ -54,8 +54,10 @@ class Determinant(NamedTuple):
 
 
 class SVD(NamedTuple):
-    """``A = U diag(S) Vh``. U: (d_out, r) with orthonormal columns, S: (r,) real and descending, Vh: (r, d_in) with
-    orthonormal rows; U and Vh are operators.
+    """``A = U diag(S) Vh``.
+
+    U is an operator (d_out, r) with orthonormal columns, S an array (r,), real and descending, and Vh an operator
+    (r, d_in) with orthonormal rows.
     """
 
     U: Any

@@ -11,7 +11,7 @@ __all__ = ["atomic_write", "sync_folder"]
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[BinaryIO]:
-    """A binary file to write to, which takes the place of `path` when the block ends without an error.
+    """Open a binary file to write to; it replaces `path` when the block ends without an error.
 
     The content is on the disk before the name is: after a power failure there is the old file or the new one.
     An error in the block leaves the old file, and no other; a process that is killed may leave

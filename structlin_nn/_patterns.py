@@ -22,7 +22,7 @@ def as_patterns(given: Patterns) -> tuple[Pattern, ...]:
 
 
 def matches(pattern: Pattern, name: str) -> bool:
-    """Whether all of ``name`` matches: a string is a glob, in which ``*`` also runs over dots.
+    r"""Whether all of ``name`` matches: a string is a glob, in which ``*`` also runs over dots.
 
     Examples
     --------

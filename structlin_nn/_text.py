@@ -41,7 +41,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1, rul
 
 
 def suggestion(word: str, known: Iterable[str]) -> str:
-    """ ", did you mean x?" for the known word nearest to `word`, or "" where none is near.
+    """Return ", did you mean x?" for the known word nearest to `word`, or "" if none is near.
 
     Examples
     --------

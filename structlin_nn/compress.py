@@ -228,7 +228,7 @@ def _gpt2(
 
 
 def _pairs(number: int, batches: Iterable[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
-    """The first so many samples, in the batches that they come in."""
+    """Yield the first ``number`` samples in their batches."""
     for inputs, targets in batches:
         if number < 1:
             return

@@ -42,6 +42,7 @@ class GroupLaw:
 
     @property
     def used(self) -> int:
+        """Number of points of the fit."""
         return len(self.fit.compute)
 
 

@@ -1,4 +1,6 @@
-"""The coordinate check: do features, and what a step changes of them, keep their size when the width grows?
+"""Coordinate check of features and their updates across widths.
+
+Do features, and what a step changes of them, keep their size when the width grows?
 
 A network is parametrised right where the outputs of every layer start at one size and are moved by each step of the
 optimiser by as much at every width (Yang and Hu, *Tensor Programs V*, 2022; for structured layers Qiu et al., *Compute
@@ -258,7 +260,7 @@ def logits_of(model: nn.Module, inputs: Any) -> Tensor:
 
 @contextmanager
 def _outputs(model: nn.Module) -> Any:
-    """The last output of every layer, by name; layers that are not called are left out."""
+    """Record the last output of every layer by name; layers that are not called are left out."""
     noted: dict[str, Tensor] = {}
     handles = []
     layers = [(name, module) for name, module in model.named_modules() if isinstance(module, _LAYERS)]

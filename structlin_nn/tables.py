@@ -45,7 +45,7 @@ def record_paths(paths: Iterable[str | os.PathLike[str]]) -> list[Path]:
 def read_rows(
     paths: Iterable[str | os.PathLike[str]], *, evaluations: str = "last", unfinished: bool = False
 ) -> list[Row]:
-    """Read rows from files and folders.
+    r"""Read rows from files and folders.
 
     Parameters
     ----------
@@ -202,7 +202,7 @@ def group_rows(rows: Sequence[Row], names: Sequence[str]) -> dict[str, list[Row]
 
 
 def select(rows: Sequence[Row], conditions: Mapping[str, str]) -> list[Row]:
-    """The rows whose columns have given values, compared as text; ``true``, ``false`` and ``null`` are as in JSON.
+    """Select the rows whose columns have given values, compared as text; ``true``, ``false``, ``null`` as in JSON.
 
     ValueError for a column that no row has, or no rows left.
     """

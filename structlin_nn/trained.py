@@ -197,7 +197,7 @@ def model_of(build: dict[str, Any], layout: dict[str, Any]) -> nn.Module:
 
 
 def starting_weights(source: str | os.PathLike[str], model: nn.Module) -> tuple[nn.Module, dict[str, Any]]:
-    """The model to start training from in place of `model`, with trained weights, and what a record says of them.
+    """Return the model with trained weights to start from in place of `model`, and their entry in the record.
 
     `source` is a .safetensors file of tensors alone, or what `open_trained` opens: then layers may have structures of
     their own. ValueError for damaged files, or names, shapes or sizes that are not those of `model`.

@@ -57,9 +57,11 @@ class Network:
         return tuple(dict.fromkeys(self.rows + self.columns))
 
     def size(self, axes: Iterable[int]) -> int:
+        """Return the product of the sizes of some axes."""
         return math.prod(self.sizes[a] for a in axes)
 
     def shape(self, axes: Iterable[int]) -> tuple[int, ...]:
+        """Return the sizes of some axes."""
         return tuple(self.sizes[a] for a in axes)
 
     def split(self, factors: Sequence[Any]) -> list[Any]:

@@ -42,7 +42,7 @@ def _cores(A: StructuredOperator, name: str) -> list[Array]:
 
 
 def add_tensor_trains(A: TensorTrain, B: TensorTrain) -> TensorTrain:
-    """``A + B`` as one Tensor-Train, exactly; the ranks add up, so that :func:`round_tensor_train` usually follows.
+    """Return ``A + B`` as one Tensor-Train, exactly; ranks add up, so call :func:`round_tensor_train` afterwards.
 
     ``A + B`` does the same where the result costs no more MACs than the two terms (two cores); for more cores the
     inner ones grow with the square of the rank, and only this function adds them. Raises TypeError for other
@@ -166,7 +166,7 @@ def _truncated(cores: Sequence[Array], limits: Sequence[int | None], tolerance: 
 
 
 def _without_superfluous(cores: list[Array]) -> list[Array]:
-    """The same matrix without the ranks that are zero to roundoff, differentiable where QR and SVD are not: at zeros.
+    """Drop ranks that are zero to roundoff; differentiable also at zeros, where QR and SVD are not.
 
     At each bond the unfolding M of exact rank becomes (M V) (U^H M V)^-1 (U^H M) with constant orthonormal bases U and
     V of its ranges. Value and derivative (the projection onto the tangent space) are those of its truncated SVD.

@@ -22,7 +22,7 @@ from structlin._arrays import Array, backend_of, dtype_name, to_backend
 
 
 def host(x: Array) -> np.ndarray:
-    """A NumPy array that can be written to, without gradients, of an array on any device; bfloat16 becomes float32."""
+    """Return a writable NumPy array without gradients from an array on any device; bfloat16 becomes float32."""
     library, half = backend_of(x), dtype_name(x.dtype) == "bfloat16"
     if library == "torch":
         x = x.detach().cpu().resolve_conj()
@@ -33,7 +33,7 @@ def host(x: Array) -> np.ndarray:
 
 
 def to_numpy(A: LinearOperator, dtype: Any = None) -> np.ndarray:
-    """The matrix as a NumPy array of shape (d_out, d_in); bfloat16 becomes float32. ``np.asarray(A)`` does the same.
+    """Return the matrix as a NumPy array (d_out, d_in), as ``np.asarray(A)`` does; bfloat16 becomes float32.
 
     Examples
     --------
@@ -76,7 +76,7 @@ def _array(self: LinearOperator, dtype: Any = None, copy: bool | None = None) ->
 
 
 def _power(self: LinearOperator, exponent: Any) -> LinearOperator:
-    """``A ** n`` by repeated squaring, of the inverse for negative n; ``cola.linalg.pow`` for other numbers."""
+    """Return ``A ** n`` by squaring, of the inverse for negative n; ``cola.linalg.pow`` for other numbers."""
     if isinstance(exponent, bool) or not isinstance(exponent, int | float | np.integer | np.floating):
         return NotImplemented
     if self.shape[0] != self.shape[1]:

@@ -97,7 +97,7 @@ def _identity_like(A: LinearOperator, n: int) -> LinearOperator:
 
 
 def _axes_permuted(A: StructuredOperator, before: str, after: str, sizes: Mapping[str, int]) -> LinearOperator | None:
-    """The permutation of the numbers of a row-major array that reorders its axes; None where it is the identity."""
+    """Return the permutation that reorders the axes of a row-major array; None if it is the identity."""
     extents = [sizes[a] for a in before]
     order = np.arange(math.prod(extents)).reshape(extents).transpose([before.index(a) for a in after]).reshape(-1)
     if np.array_equal(order, np.arange(len(order))):

@@ -14,7 +14,7 @@ from structlin.linalg import solve
 
 
 def to_linear_operator(A: LinearOperator) -> Any:
-    """``A``, an operator of torch tensors, as an operator of ``linear_operator``, for GPyTorch.
+    """Return ``A``, an operator of torch tensors, as an operator of ``linear_operator``, for GPyTorch.
 
     Products, diagonal, solve and log-determinant are those of structlin, so that a kernel matrix that is a Kronecker
     product, and its sum with a noise term, are never multiplied out. Gradients reach the factors of A.
@@ -92,7 +92,7 @@ def _adapter() -> Any:
             return self.operator.to_dense()
 
         def _plus_diagonal(self, diagonal: torch.Tensor) -> Peer:
-            """``A + diag(diagonal)``; one number, or (n,)."""
+            """Return ``A + diag(diagonal)``; ``diagonal`` is one number or (n,)."""
             n = self.operator.shape[0]
             if diagonal.numel() == 1:
                 identity = cola.ops.Identity((n, n), self.dtype)

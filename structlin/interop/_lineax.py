@@ -12,7 +12,7 @@ from structlin.interop._arrays import require_operator
 
 
 def to_lineax(A: LinearOperator, tags: Any = ()) -> Any:
-    """``A``, an operator of jax arrays, as a ``lineax.FunctionLinearOperator``.
+    """Return ``A``, an operator of jax arrays, as a ``lineax.FunctionLinearOperator``.
 
     Parameters
     ----------

@@ -56,7 +56,7 @@ def _library(A: LinearOperator) -> str:
 
 
 def to_scipy(A: LinearOperator) -> scipy.sparse.linalg.LinearOperator:
-    """``A`` as a ``scipy.sparse.linalg.LinearOperator``, so that SciPy's solvers run on it.
+    """Return ``A`` as a ``scipy.sparse.linalg.LinearOperator``, so that SciPy's solvers run on it.
 
     Vectors go to the operator's library and device, in its dtype, and come back as NumPy arrays; torch and jax
     operators work outside of gradients and jit. Operators in half precision count as float32 for SciPy. Products from
@@ -108,7 +108,7 @@ class FromSciPy(LinearOperator):
 
 
 def from_scipy(x: Any) -> LinearOperator:
-    """A SciPy linear operator, or what ``scipy.sparse.linalg.aslinearoperator`` takes (sparse matrices), for CoLA.
+    """Return a SciPy linear operator, or what ``aslinearoperator`` takes (sparse matrices), for CoLA.
 
     The result works on NumPy arrays. An operator that came from :func:`to_scipy` is given back as it was. Raises
     TypeError for anything else, and ValueError for an operator that does not know its dtype.

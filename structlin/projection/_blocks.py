@@ -201,7 +201,7 @@ class BlockFit:
             return vector[:split].reshape(X.shape), vector[split:].reshape(Y.shape)
 
         def half_square(vector: np.ndarray) -> tuple[float, np.ndarray]:
-            """The squared error over that at the start, and its gradient."""
+            """Return the squared error relative to that at the start, and its gradient."""
             x, y = (part.astype(kind, copy=False) for part in parts(vector))
             rest = target - (x @ y).reshape(target.shape)
             rest = np.ascontiguousarray(rest.swapaxes(0, 1)).reshape(len(target[0]), -1)

@@ -43,7 +43,7 @@ def project(
     max_macs: int | None = None, input_covariance: Array | None = None, restarts: int | None = None,
     max_sweeps: int = 1000, tolerance: float = 1e-6, seed: int = 0, **options: Any,
 ) -> Projection:  # fmt: skip
-    """The matrix of a structure that is nearest to ``W``, in the Frobenius norm or weighted by an input covariance.
+    """Find the matrix of a structure nearest to ``W``, in the Frobenius norm or weighted by an input covariance.
 
     Parameters
     ----------

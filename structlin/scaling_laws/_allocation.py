@@ -89,8 +89,10 @@ class Parabola:
 
 @dataclass(frozen=True)
 class IsoFlop:
-    """What :func:`fit_isoflop` returns: ``parabolas`` by rising budget, their ``allocation``, and by budget, why others
-    are ``left_out``.
+    """Result of :func:`fit_isoflop`.
+
+    It has the ``parabolas`` by rising budget, their ``allocation``, and by budget the reasons why others are
+    ``left_out``.
     """
 
     parabolas: tuple[Parabola, ...]
@@ -172,7 +174,7 @@ def fit_isoflop(
 
 
 def _by_budget(compute: Array, budgets: npt.ArrayLike | None, tolerance: float) -> list[Array]:
-    """Indices of the points of each budget, in rising order of the budgets."""
+    """Return the indices of the points of each budget, in rising order of the budgets."""
     logs, width = np.log(compute), math.log1p(tolerance)
     if budgets is None:
         order = np.argsort(compute, kind="stable")

@@ -157,7 +157,7 @@ def _scaled(fit: PowerLawFit, law: PowerLaw, factor: float) -> tuple[float, floa
 def _draw(
     fit: PowerLawFit, freedom: int, generator: np.random.Generator, method: str, noise: float | None
 ) -> tuple[Array, Array]:
-    """Indices of the points and the errors there."""
+    """Return the indices of the points and the errors there."""
     n = len(fit.compute)
     if method == "cases":
         while True:

@@ -58,7 +58,7 @@ class Problem:
         return (weights * huber).sum(axis=1)
 
     def jacobian(self, p: Array) -> Array:
-        """Derivatives of the predicted logarithms, shape (k, points, size)."""
+        """Return the derivatives of the predicted logarithms, of shape (k, points, size)."""
         terms = np.stack(self.logs(p))
         e, a, b = np.exp(terms - np.logaddexp.reduce(terms, axis=0))
         own = np.stack([e, a, -a * self.n, b, -b * self.d], axis=-1)
@@ -69,7 +69,7 @@ class Problem:
         return found
 
     def gradient(self, p: Array, y: Array, weights: Array) -> Array:
-        """Derivatives of the objective, shape (k, size)."""
+        """Return the derivatives of the objective, of shape (k, size)."""
         pull = weights * np.clip(y - self.predicted(p), -self.delta, self.delta)
         return -np.einsum("ki,kij->kj", pull, self.jacobian(p))
 

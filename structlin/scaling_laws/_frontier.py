@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 
 def pareto_frontier(compute: npt.ArrayLike, error: npt.ArrayLike) -> npt.NDArray[np.intp]:
-    """Indices of the points that no other point beats, in order of compute.
+    """Return the indices of the points that no other point beats, in order of compute.
 
     A point is beaten where another has no more compute and no more error, and less of one of them. Of points that
     are equal the first is kept, so that along the frontier compute rises and error falls, both strictly.

@@ -248,7 +248,7 @@ class _Problem:
         return np.log(self.y) - np.log(self._floor(p) + np.exp(p[0] - p[1] * self.t))
 
     def jacobian(self, p: Array) -> Array:
-        """Derivatives of the residuals, shape (n, number of fitted parameters)."""
+        """Return the derivatives of the residuals, of shape (n, number of fitted parameters)."""
         above = np.exp(p[0] - p[1] * self.t)
         total = self._floor(p) + above
         columns = [-above / total, self.t * above / total, -1 / total]

@@ -87,7 +87,7 @@ class LossLaw:
         return Optimum(float(params[0]), float(tokens[0]), float(loss[0]))
 
     def frontier(self, *, flops: float = FLOPS) -> PowerLaw:
-        """The lowest loss of each compute budget: a power law of the exponent alpha beta / (alpha + beta), above E."""
+        """Return the lowest loss of each budget: a power law with exponent alpha beta / (alpha + beta), above E."""
         self.optimum(1.0, flops=flops)
         return PowerLaw(*(float(v) for v in frontiers(np.array(self.parameters)[None], flops)[0]))
 

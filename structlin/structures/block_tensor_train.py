@@ -32,7 +32,9 @@ def block_tensor_train_chain(out_sizes: Sequence[int], in_sizes: Sequence[int], 
 
 @register("block_tensor_train")
 class BlockTensorTrain(NamedOperator):
-    """Tensor-Train whose cores depend on every axis that is live: for two cores of rank r,
+    """Tensor-Train whose cores depend on every live axis.
+
+    For two cores of rank r,
 
     ``A[(n_0, n_1), (m_1, m_0)] = sum_r W1[n_0, n_1, r, m_1] W0[m_1, n_0, r, m_0]``,
 

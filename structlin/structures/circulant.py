@@ -40,13 +40,16 @@ class CirculantStructure(SquareStructure):
 
     @property
     def other_flops(self) -> dict[str, int]:
+        """FLOPs of two real FFTs and an elementwise product."""
         return product_flops(self.size)
 
     @property
     def setup_flops(self) -> dict[str, int]:
+        """FLOPs of the transform of the column."""
         return {"fft": real_fft_flops(self.size)}
 
     def transpose_factors(self, factors: Sequence[Array]) -> tuple[Array, ...]:
+        """Reverse the column, with its first entry in place."""
         xp = ops(backend_of(factors[0]))
         return (xp.roll(xp.flip(factors[0]), 1),)
 
@@ -59,18 +62,21 @@ class CirculantStructure(SquareStructure):
     # -- algebra: the eigenvalues are the Fourier transform of the column
 
     def inverse(self, A: Any) -> Answer[Any]:
+        """Return the circulant matrix of the reciprocal eigenvalues."""
         column = A.factors[0]
         require_precision(column, "an inverse")
         forth, back = _transforms(column)
         return Answer(Circulant(back(inverse_values(forth(column), eps(column.dtype)))))
 
     def pinv(self, A: Any) -> Answer[Any]:
+        """Return the circulant matrix of the reciprocals of the nonzero eigenvalues."""
         require_precision(A.factors[0], "a pseudo-inverse")
         xp = lapack(A.factors[0])
         column = xp.ifft(reciprocals(xp.fft(A.factors[0], self.size, 0)), self.size, 0)
         return Answer(Circulant(column if xp.is_complex(A.factors[0]) else xp.real(column)))
 
     def solve(self, A: Any, b: Array) -> Answer[Array]:
+        """Divide the transform of b by the eigenvalues."""
         column = A.factors[0]
         require_precision(b, "solving")
         forth, back = _transforms(column)
@@ -78,6 +84,7 @@ class CirculantStructure(SquareStructure):
         return Answer(back((scale if b.ndim == 1 else scale[:, None]) * forth(b)))
 
     def slogdet(self, A: Any) -> Answer[Determinant]:
+        """Multiply the eigenvalues."""
         column, n = A.factors[0], self.size
         require_precision(column, "a determinant")
         xp = lapack(column)
@@ -94,10 +101,12 @@ class CirculantStructure(SquareStructure):
         return Answer(Determinant(sign, log))
 
     def diagonal(self, A: Any, k: int) -> Answer[Array]:
+        """Repeat the entry of the k-th diagonal."""
         column = A.factors[0]
         return Answer(column[-k % self.size] + lapack(column).zeros((self.size - abs(k),), column))
 
     def eig(self, A: Any) -> Answer[Eigen]:
+        """Return the transform of the column, with the Fourier vectors."""
         column = A.factors[0]
         xp = lapack(column)
         values = xp.fft(column, self.size, 0)
@@ -107,11 +116,13 @@ class CirculantStructure(SquareStructure):
         return Answer(Eigen(values, vectors, lambda: forward, normal=True))
 
     def svd(self, A: Any) -> Answer[SVD]:
+        """Return the absolute values of the eigenvalues, in descending order, with their vectors."""
         forward = Fourier.like(A)
         size, signs = phases(lapack(A.factors[0]).fft(A.factors[0], self.size, 0))
         return Answer(descending(forward.H @ Diagonal(signs), size, forward))
 
     def function(self, A: Any, f: Any) -> Answer[Any]:
+        """Apply f to the eigenvalues."""
         column, n = A.factors[0], self.size
         require_precision(column, f.name)
         xp = lapack(column)
@@ -120,17 +131,21 @@ class CirculantStructure(SquareStructure):
         return Answer(Circulant(xp.ifft(f.on_spectrum(xp.fft(column, n, 0), A) + 0j, n, 0)))
 
     def power(self, A: Any, k: int) -> Answer[Any]:
+        """Raise the eigenvalues to the power k."""
         forth, back = _transforms(A.factors[0])
         return Answer(Circulant(back(forth(A.factors[0]) ** k)))
 
     def frobenius_norm(self, A: Any) -> Answer[Array]:
+        """Return sqrt(d) times the norm of the column."""
         return Answer(lapack(A.factors[0]).norm(A.factors[0]) * math.sqrt(self.size))
 
     def spectral_norm(self, A: Any) -> Answer[Array]:
+        """Return the largest absolute value of the eigenvalues."""
         xp = lapack(A.factors[0])
         return Answer(xp.max(xp.abs(xp.fft(A.factors[0], self.size, 0))))
 
     def product(self, A: Any, B: Any) -> Answer[Any] | None:
+        """Multiply the eigenvalues of two circulant matrices."""
         if not isinstance(B.structure, CirculantStructure):
             return None
         x, y = promoted(A.factors[0], B.factors[0])
@@ -138,21 +153,25 @@ class CirculantStructure(SquareStructure):
         return Answer(Circulant(back(forth(x) * forth(y))))
 
     def sum(self, A: Any, B: Any) -> Answer[Any] | None:
+        """Add the columns of two circulant matrices."""
         if isinstance(B.structure, CirculantStructure):
             return Answer(Circulant(A.factors[0] + B.factors[0]))
         return None
 
     def shifted(self, A: Any, value: Any) -> Answer[Any] | None:
+        """Add a number to the first entry of the column."""
         if getattr(value, "ndim", 0):
             return None
         column = A.factors[0]
         return Answer(Circulant(column + value * lapack(column).index(np.arange(self.size) == 0, column)))
 
     def nearest(self, target: np.ndarray, covariance: np.ndarray | None) -> Nearest:
+        """Average the entries of each cyclic diagonal; with a covariance, solve least squares."""
         i = np.arange(self.size)
         return tied_nearest((i[:, None] - i) % self.size, self.size, target, covariance)
 
     def dense(self, factors: Sequence[np.ndarray]) -> np.ndarray:
+        """Repeat the column by index, (i - j) mod d."""
         i = np.arange(self.size)
         return factors[0][(i[:, None] - i) % self.size]
 

@@ -22,6 +22,7 @@ class CosineStructure(TransformStructure):
     backward: bool = False
 
     def transpose(self) -> CosineStructure:
+        """Exchange the transform and its inverse."""
         return CosineStructure(self.size, not self.backward)
 
     def _rows(self, factors: Sequence[Array], x: Array, xp: SimpleNamespace) -> Array:
@@ -62,6 +63,7 @@ class CosineStructure(TransformStructure):
         return made, xp.index(order, x), xp.index(np.argsort(order), x)
 
     def dense(self, factors: Sequence[np.ndarray]) -> np.ndarray:
+        """Return the matrix of the orthonormal cosine transform of type 2, or its transpose."""
         k, t = np.arange(self.size)[:, None], np.arange(self.size)
         matrix = np.cos(np.pi * k * (2 * t + 1) / (2 * self.size)) * math.sqrt(2 / self.size)
         matrix[0] /= math.sqrt(2)

@@ -28,9 +28,11 @@ class DiagonalStructure(SquareStructure):
 
     @property
     def other_flops(self) -> dict[str, int]:
+        """FLOPs of the elementwise product."""
         return {"elementwise": self.size}
 
     def transpose_factors(self, factors: Sequence[Array]) -> tuple[Array, ...]:
+        """Return the factors as they are."""
         return tuple(factors)
 
     def _rows(self, factors: Sequence[Array], x: Array, xp: SimpleNamespace) -> Array:
@@ -42,57 +44,72 @@ class DiagonalStructure(SquareStructure):
     # -- algebra
 
     def inverse(self, A: Any) -> Answer[Any]:
+        """Return the reciprocals; LinAlgError for a zero."""
         return Answer(Diagonal(inverse_values(A.factors[0], 0.0)))
 
     def pinv(self, A: Any) -> Answer[Any]:
+        """Return the reciprocals of the nonzero entries."""
         return Answer(Diagonal(reciprocals(A.factors[0])))
 
     def slogdet(self, A: Any) -> Answer[Determinant]:
+        """Multiply the entries."""
         return Answer(determinant_of_numbers(A.factors[0]))
 
     def diagonal(self, A: Any, k: int) -> Answer[Array]:
+        """Return the entries for k = 0, otherwise zeros."""
         return Answer(A.factors[0] if k == 0 else A.factors[0][: self.size - abs(k)] * 0)
 
     def eig(self, A: Any) -> Answer[Eigen]:
+        """Return the entries, with the unit vectors."""
         values = A.factors[0]
         vectors = Unitary(Diagonal(values * 0 + 1))
         values = lapack(values).real(values) if A.isa(SelfAdjoint) else values
         return Answer(Eigen(values, vectors, lambda: vectors, normal=True))
 
     def svd(self, A: Any) -> Answer[SVD]:
+        """Return the absolute values in descending order, with their vectors."""
         size, signs = phases(A.factors[0])
         return Answer(descending(Diagonal(signs), size, Diagonal(signs * 0 + 1)))
 
     def function(self, A: Any, f: Any) -> Answer[Any]:
+        """Apply f to the entries."""
         return Answer(Diagonal(f.on_diagonal(A.factors[0], A)))
 
     def power(self, A: Any, k: int) -> Answer[Any]:
+        """Raise the entries to the power k."""
         return Answer(Diagonal(A.factors[0] ** k))
 
     def frobenius_norm(self, A: Any) -> Answer[Array]:
+        """Return the norm of the entries."""
         return Answer(lapack(A.factors[0]).norm(A.factors[0]))
 
     def spectral_norm(self, A: Any) -> Answer[Array]:
+        """Return the largest absolute value."""
         return Answer(abs(A.factors[0]).max())
 
     def product(self, A: Any, B: Any) -> Answer[Any] | None:
+        """Multiply two diagonal matrices."""
         if isinstance(B.structure, DiagonalStructure):
             return Answer(Diagonal(A.factors[0] * B.factors[0]))
         return None
 
     def sum(self, A: Any, B: Any) -> Answer[Any] | None:
+        """Add two diagonal matrices."""
         return self.shifted(A, B.factors[0]) if isinstance(B.structure, DiagonalStructure) else None
 
     def shifted(self, A: Any, value: Any) -> Answer[Any]:
+        """Add to the entries."""
         return Answer(Diagonal(A.factors[0] + value))
 
     def kron(self, A: Any, B: Any) -> Answer[Any] | None:
+        """Return the products of all pairs of entries."""
         if not isinstance(B.structure, DiagonalStructure):
             return None
         x, y = promoted(A.factors[0], B.factors[0])
         return Answer(Diagonal((x[:, None] * y[None, :]).reshape((math.prod((A.shape[0], B.shape[0])),))))
 
     def nearest(self, target: np.ndarray, covariance: np.ndarray | None) -> Nearest:
+        """Return the diagonal of the target; with a covariance, solve weighted least squares."""
         if covariance is None:
             return Nearest((np.diagonal(target).copy(),), "averages")
         weights = np.diagonal(covariance).real
@@ -101,6 +118,7 @@ class DiagonalStructure(SquareStructure):
         return Nearest((found,), "least squares")
 
     def dense(self, factors: Sequence[np.ndarray]) -> np.ndarray:
+        """Place the entries on the diagonal."""
         return np.diag(factors[0])
 
 

@@ -36,6 +36,7 @@ class FourierStructure(TransformStructure):
         return xp.ifft(x, n, axis) * math.sqrt(n) if self.backward else xp.fft(x, n, axis) / math.sqrt(n)
 
     def dense(self, factors: Sequence[np.ndarray]) -> np.ndarray:
+        """Return the matrix of the unitary Fourier transform."""
         i = np.arange(self.size)
         turns = i[:, None] * i % self.size / self.size
         return np.exp((2j if self.backward else -2j) * np.pi * turns) / math.sqrt(self.size)
@@ -66,6 +67,7 @@ class Fourier(Transform):
         return super()._build(structure, factors, _complex(dtype))
 
     def conj(self) -> Self:
+        """Return the transform in the other direction."""
         structure = FourierStructure(self.structure.size, not self.structure.backward)  # type: ignore[attr-defined]
         return self._with(structure, self.factors, self._annotations)
 

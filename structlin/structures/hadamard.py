@@ -24,6 +24,7 @@ class HadamardStructure(TransformStructure):
 
     @property
     def other_flops(self) -> dict[str, int]:
+        """FLOPs of log2(d) rounds of additions and of the scale."""
         return {"additions": self.size * (self.size.bit_length() - 1), "elementwise": self.size}
 
     def _rows(self, factors: Sequence[Array], x: Array, xp: SimpleNamespace) -> Array:
@@ -42,13 +43,16 @@ class HadamardStructure(TransformStructure):
     # -- algebra: n / 2 eigenvalues are -1, and the others 1
 
     def slogdet(self, A: Any) -> Answer[Determinant]:
+        """Return the sign: -1 for d = 2, otherwise 1."""
         one = A._eye(1)[0, 0]
         return Answer(Determinant(one * (-1 if self.size == 2 else 1), lapack(one).real(one) * 0))
 
     def trace(self, A: Any) -> Answer[Array]:
+        """Return 1 for d = 1, otherwise 0."""
         return Answer(A._eye(1)[0, 0] * (1 if self.size == 1 else 0))
 
     def dense(self, factors: Sequence[np.ndarray]) -> np.ndarray:
+        """Return Sylvester's matrix divided by sqrt(d)."""
         return scipy.linalg.hadamard(self.size) / math.sqrt(self.size)
 
 

@@ -20,9 +20,11 @@ class HankelStructure(ToeplitzStructure):
     """A ``d_out`` x ``d_in`` Hankel matrix ``A = T J``: a Toeplitz matrix of the same numbers, and x reversed."""
 
     def transpose(self) -> HankelStructure:
+        """Exchange the numbers of rows and columns."""
         return HankelStructure(self.d_in, self.d_out)
 
     def transpose_factors(self, factors: Sequence[Array]) -> tuple[Array, ...]:
+        """Return the factors as they are."""
         return tuple(factors)
 
     def _rows(self, factors: Sequence[Array], x: Array, xp: SimpleNamespace) -> Array:
@@ -38,6 +40,7 @@ class HankelStructure(ToeplitzStructure):
     # -- algebra: that of T, and J is its own inverse
 
     def inverse(self, A: Any) -> Answer[Any] | None:
+        """Return ``J T^-1``."""
         found = super().inverse(_toeplitz(A))
         if found is None:
             return None
@@ -45,10 +48,12 @@ class HankelStructure(ToeplitzStructure):
         return Answer(permutation(index, A.dtype) @ found.value, found.verdict)
 
     def solve(self, A: Any, b: Array) -> Answer[Array] | None:
+        """Solve with T and reverse the result."""
         found = super().solve(_toeplitz(A), b)
         return None if found is None else Answer(ops(backend_of(b)).flip(found.value))
 
     def slogdet(self, A: Any) -> Answer[Determinant] | None:
+        """Multiply the determinant of T by that of J."""
         found = super().slogdet(_toeplitz(A))
         if found is None:
             return None
@@ -56,22 +61,27 @@ class HankelStructure(ToeplitzStructure):
         return Answer(Determinant(found.value.sign * sign, found.value.logabsdet))
 
     def diagonal(self, A: Any, k: int) -> Answer[Array]:
+        """Return every second entry of the kernel, from the k-th on."""
         count = min(self.d_out + min(k, 0), self.d_in - max(k, 0))
         return Answer(A.factors[0][abs(k) : abs(k) + 2 * count - 1 : 2])
 
     def sum(self, A: Any, B: Any) -> Answer[Any] | None:
+        """Add the kernels of two Hankel matrices."""
         if not isinstance(B.structure, HankelStructure):
             return None
         return Answer(Hankel._build(self, (A.factors[0] + B.factors[0],)))
 
     def shifted(self, A: Any, value: Any) -> None:
+        """Return None: the sum has no Hankel structure."""
         return None
 
     def nearest(self, target: np.ndarray, covariance: np.ndarray | None) -> Nearest:
+        """Average the entries of each antidiagonal; with a covariance, solve least squares."""
         index = np.arange(self.d_out)[:, None] + np.arange(self.d_in)
         return tied_nearest(index, self.factors[0].numel, target, covariance)
 
     def dense(self, factors: Sequence[np.ndarray]) -> np.ndarray:
+        """Repeat the kernel by index, i + j."""
         return factors[0][np.arange(self.d_out)[:, None] + np.arange(self.d_in)]
 
 

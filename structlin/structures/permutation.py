@@ -30,6 +30,7 @@ class PermutationStructure(SquareStructure):
         return Factor("index", (size,), fan_in=1, fan_out=1, blocks=size, trainable=False)
 
     def transpose_factors(self, factors: Sequence[Array]) -> tuple[Array, ...]:
+        """Return the index of the inverse permutation."""
         return (factors[0].argsort(),)
 
     def _rows(self, factors: Sequence[Array], x: Array, xp: SimpleNamespace) -> Array:
@@ -41,24 +42,29 @@ class PermutationStructure(SquareStructure):
     # -- algebra
 
     def inverse(self, A: Any) -> Answer[Any]:
+        """Return the transpose."""
         return Answer(A.T)
 
     pinv = inverse
 
     def slogdet(self, A: Any) -> Answer[Determinant]:
+        """Return the parity of the permutation."""
         zero = A._eye(1)[0, 0] * 0
         return Answer(Determinant(zero + parity(A.factors[0]), lapack(zero).real(zero)))
 
     def diagonal(self, A: Any, k: int) -> Answer[Array]:
+        """Return 1 where a row of the k-th diagonal selects its column."""
         index, start, count = A.factors[0], max(-k, 0), self.size - abs(k)
         rows = lapack(index).index(np.arange(start, start + count), index)
         return Answer(A.xnp.cast(index[start : start + count] == rows + k, A.dtype))
 
     def svd(self, A: Any) -> Answer[SVD]:
+        """Return ones, with the permutation as left singular vectors."""
         ones = A._eye(1)[0, 0] + lapack(A.factors[0]).zeros((self.size,), A._eye(1))
         return Answer(SVD(Unitary(A), lapack(ones).real(ones), Unitary(Diagonal(ones))))
 
     def power(self, A: Any, k: int) -> Answer[Any]:
+        """Compose the index with itself, by squaring."""
         index, result = A.factors[0], None
         while k:  # by squaring: k may be large
             if k & 1:
@@ -67,19 +73,23 @@ class PermutationStructure(SquareStructure):
         return Answer(Permutation._build(self, (result,), A.dtype))
 
     def frobenius_norm(self, A: Any) -> Answer[Array]:
+        """Return sqrt(d)."""
         one = lapack(A._eye(1)).real(A._eye(1)[0, 0])
         return Answer(one * math.sqrt(self.size))
 
     def spectral_norm(self, A: Any) -> Answer[Array]:
+        """Return 1."""
         return Answer(lapack(A._eye(1)).real(A._eye(1)[0, 0]))
 
     def product(self, A: Any, B: Any) -> Answer[Any] | None:
+        """Compose two permutations."""
         if not isinstance(B.structure, PermutationStructure):
             return None
         dtype = A.xnp.promote_types(A.dtype, B.dtype)
         return Answer(Permutation._build(self, (B.factors[0][A.factors[0]],), dtype))
 
     def kron(self, A: Any, B: Any) -> Answer[Any] | None:
+        """Permute pairs of indices."""
         if not isinstance(B.structure, PermutationStructure):
             return None
         n = self.size * B.shape[0]
@@ -96,12 +106,14 @@ class PermutationStructure(SquareStructure):
         return Nearest((linear_sum_assignment(cost)[1],), "linear assignment")
 
     def dense(self, factors: Sequence[np.ndarray]) -> np.ndarray:
+        """Permute the rows of the identity."""
         return np.eye(self.size)[factors[0]]
 
 
 def _indices(index: Array) -> Array:
-    """As int64 (jax: int32, unless it is int64) where it is of another integer dtype: torch takes uint8 for a mask, and
-    products of small integers overflow.
+    """Convert other integer dtypes to int64 (jax: int32).
+
+    torch reads a uint8 index as a mask, and products of small integers overflow.
     """
     if dtype_name(index.dtype) in ("int32", "int64"):
         return index

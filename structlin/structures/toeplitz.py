@@ -50,20 +50,25 @@ class ToeplitzStructure(AbstractStructure):
 
     @property
     def macs(self) -> int:
+        """Return 0: FFTs are counted in ``other_flops``."""
         return 0
 
     @property
     def other_flops(self) -> dict[str, int]:
+        """FLOPs of two real FFTs and an elementwise product."""
         return product_flops(self.fft_size)
 
     @property
     def setup_flops(self) -> dict[str, int]:
+        """FLOPs of the transform of the kernel."""
         return {"fft": real_fft_flops(self.fft_size)}
 
     def transpose(self) -> ToeplitzStructure:
+        """Exchange the numbers of rows and columns."""
         return ToeplitzStructure(self.d_in, self.d_out)
 
     def transpose_factors(self, factors: Sequence[Array]) -> tuple[Array, ...]:
+        """Reverse the kernel."""
         return (ops(backend_of(factors[0])).flip(factors[0]),)
 
     def _rows(self, factors: Sequence[Array], x: Array, xp: SimpleNamespace) -> Array:
@@ -77,6 +82,7 @@ class ToeplitzStructure(AbstractStructure):
     # -- algebra: structlin.structures._levinson
 
     def inverse(self, A: Any) -> Answer[Any] | None:
+        """Return the formula of Gohberg and Semencul, from the first and last column of the inverse."""
         found = columns(A)
         if found is None:
             return None
@@ -90,6 +96,7 @@ class ToeplitzStructure(AbstractStructure):
         return Answer(made, Verdict.NOT_VERIFIED)
 
     def solve(self, A: Any, b: Array) -> Answer[Array] | None:
+        """Solve by a verified recursion or iteration on the host, or in the compiled program of jax."""
         kernel = A.factors[0]
         require_precision(kernel, "solving")
         n = self.d_in
@@ -108,6 +115,7 @@ class ToeplitzStructure(AbstractStructure):
         return Answer(_like(x.reshape(right.shape), b))
 
     def slogdet(self, A: Any) -> Answer[Determinant] | None:
+        """Multiply the pivots of Levinson's recursion."""
         found = columns(A)
         if found is None:
             return None
@@ -118,21 +126,25 @@ class ToeplitzStructure(AbstractStructure):
         return Answer(Determinant(_like(sign, kernel), _like(log, lapack(kernel).real(kernel))))
 
     def diagonal(self, A: Any, k: int) -> Answer[Array]:
+        """Repeat the entry of the k-th diagonal."""
         kernel = A.factors[0]
         count = min(self.d_out + min(k, 0), self.d_in - max(k, 0))
         return Answer(kernel[self.d_in - 1 - k] + lapack(kernel).zeros((count,), kernel))
 
     def frobenius_norm(self, A: Any) -> Answer[Array]:
+        """Return the norm of the kernel, weighted by how often each entry occurs."""
         kernel = A.factors[0]
         weights = lapack(kernel).index(np.sqrt(_repeats(self)), kernel)
         return Answer(lapack(kernel).norm(kernel * A.xnp.cast(weights, kernel.dtype)))
 
     def sum(self, A: Any, B: Any) -> Answer[Any] | None:
+        """Add the kernels of two Toeplitz matrices."""
         if isinstance(B.structure, ToeplitzStructure):
             return Answer(Toeplitz.from_kernel(A.factors[0] + B.factors[0], self.d_out))
         return None
 
     def shifted(self, A: Any, value: Any) -> Answer[Any] | None:
+        """Add a number to the entry of the main diagonal."""
         if getattr(value, "ndim", 0):
             return None
         kernel = A.factors[0]
@@ -140,10 +152,12 @@ class ToeplitzStructure(AbstractStructure):
         return Answer(Toeplitz.from_kernel(kernel + value * unit, self.d_out))
 
     def nearest(self, target: np.ndarray, covariance: np.ndarray | None) -> Nearest:
+        """Average the entries of each diagonal; with a covariance, solve least squares."""
         index = np.arange(self.d_out)[:, None] - np.arange(self.d_in) + self.d_in - 1
         return tied_nearest(index, self.factors[0].numel, target, covariance)
 
     def dense(self, factors: Sequence[np.ndarray]) -> np.ndarray:
+        """Repeat the kernel by index, i - j + d_in - 1."""
         return factors[0][np.arange(self.d_out)[:, None] - np.arange(self.d_in) + self.d_in - 1]
 
 
@@ -223,7 +237,7 @@ def inverse_from(first: Array, last: Array) -> Any:
 
 
 def columns(A: Any) -> levinson.Columns | None:
-    """None for few or too many rows, where numbers cannot be looked at, and where they are not accurate."""
+    """Return the columns of the inverse; None for too few or many rows, unreadable values, or bad accuracy."""
     kernel = A.factors[0]
     require_precision(kernel, "an inverse")
     n = A.shape[0]

@@ -60,7 +60,7 @@ class _CrossEntropy(nn.Module):
 
 
 def count_loss(shape: Sequence[int], soft: bool = False) -> ModelCount:
-    """What torch's cross-entropy of logits (..., classes) keeps for the backward pass, for :func:`training_bytes`.
+    """Count what torch's cross-entropy of logits (..., classes) stores for the backward pass (:func:`training_bytes`).
 
     Parameters
     ----------

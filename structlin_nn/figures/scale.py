@@ -103,7 +103,7 @@ def _mean_changes(rows: Sequence[Row]) -> dict[float, float]:
 
 
 def landscape_figure(rows: Sequence[Row], *, y: str) -> Figure:
-    """Final error ``y`` against the learning rate at base width, a line for each width (figure 2b of the paper).
+    """Draw the final error ``y`` against the learning rate at base width, a line for each width (figure 2b).
 
     A panel for the structure-aware and one for the naive rule, where both are there; a star marks the best rate of
     each width. Runs of one width and rate (seeds) count with their mean. Lines leave the panel where they are far

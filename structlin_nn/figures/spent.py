@@ -16,15 +16,24 @@ class SpentRun(Protocol):
     """What is drawn of a run: :class:`structlin_nn.report.Run` has it."""
 
     @property
-    def group(self) -> str: ...
+    def group(self) -> str:
+        """Structure and options."""
+
     @property
-    def planned(self) -> float | None: ...
+    def planned(self) -> float | None:
+        """Training FLOPs of the plan."""
+
     @property
-    def spent(self) -> float: ...
+    def spent(self) -> float:
+        """Training FLOPs of the run."""
+
     @property
-    def params(self) -> int | None: ...
+    def params(self) -> int | None:
+        """Number of parameters."""
+
     @property
-    def rate(self) -> float | None: ...
+    def rate(self) -> float | None:
+        """FLOPs per second."""
 
 
 def spent_figure(runs: Sequence[SpentRun]) -> Figure:

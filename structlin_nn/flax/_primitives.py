@@ -82,7 +82,7 @@ _REGISTERED_FREE: set[str] = set()
 
 
 def register_primitive(name: str) -> Callable[[Callable[[Any], Any]], Callable[[Any], Any]]:
-    """Decorator that registers what a primitive computes.
+    """Register what a primitive computes, as a decorator.
 
     The function gets the equation of the jaxpr (``invars``, ``outvars``, ``params``) and returns MACs, or a pair of
     MACs and of FLOPs that are no products.
@@ -148,7 +148,7 @@ def _(equation: Any) -> int:
 
 @register_primitive("ragged_dot_general")
 def _(equation: Any) -> int:
-    """Groups of rows meet a matrix each; or groups of the inner axis give a matrix each; or of the batch."""
+    """Count a grouped product: the groups are of rows, of the inner axis or of the batch."""
     numbers = equation.params["ragged_dot_dimension_numbers"]
     (contracted, _), _ = numbers.dot_dimension_numbers
     (left, _, sizes), (output,) = _shapes(equation)

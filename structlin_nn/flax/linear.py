@@ -140,7 +140,7 @@ class StructuredLinear(nnx.Module):
         return self._plan.cap_sigma
 
     def effective_factors(self) -> tuple[Array, ...]:
-        """The factors that A is the product of: capped where ``rms_cap`` is set, index factors in their places."""
+        """Return the factors of A, capped if ``rms_cap`` is set, with index factors in their places."""
         factors = [factor[...] for factor in self.factors]
         if self.rms_cap:
             sigmas = [sigma for n, sigma in enumerate(self.cap_sigma) if n not in self._plan.index_at]

@@ -86,6 +86,7 @@ class MLP(nnx.Module):
         self.output = linear(config.width, config.num_classes, role="output", bias=bias, zero_init=True)
 
     def __call__(self, x: Array) -> Array:
+        """Return the logits of images (batch, channels, height, width)."""
         _check_images(x, self.config.value.input_shape)
         h = nnx.gelu(self.input(x.reshape(len(x), -1)[:, self.permutation[...]]), approximate=False)
         for block in self.blocks:
@@ -179,6 +180,7 @@ class GPT2(nnx.Module):
             self.head = linear(width, config.vocabulary, role="output", bias=False, zero_init=True)
 
     def __call__(self, tokens: Array) -> Array:
+        """Return the logits of tokens (batch, length)."""
         config = self.config.value
         if tokens.ndim != 2 or not 1 <= tokens.shape[1] <= config.context:
             raise ValueError(f"tokens of shape (batch, length up to {config.context}) are needed, got {tokens.shape}")
@@ -226,6 +228,7 @@ class ViT(nnx.Module):
         return x.transpose(0, 2, 4, 3, 5, 1).reshape(n, -1, p * p * channels)
 
     def __call__(self, x: Array) -> Array:
+        """Return the logits of images (batch, channels, height, width)."""
         _check_images(x, self.config.value.input_shape)
         x = self.embedding_norm(self.patch_embedding(self.patch_norm(self.patchify(x))))
         token, positions = self.class_token(jnp.zeros((len(x), 1), int)), self.positions(jnp.arange(x.shape[1] + 1))

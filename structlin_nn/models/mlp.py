@@ -46,6 +46,7 @@ class MLPBlock(nn.Module):
         self.down = linear(expansion * width, width, bias=bias, zero_init=True)
 
     def forward(self, h: Tensor) -> Tensor:
+        """Return ``h + down(gelu(up(norm(h))))``."""
         return mlp(h, self.up, self.down, norm=self.norm, residual=True)
 
 

@@ -75,6 +75,7 @@ class Attention(nn.Module):
         self.out = linear(inner, width, bias=bias, zero_init=True)
 
     def forward(self, x: Tensor, norm: nn.Module | None = None) -> Tensor:
+        """Attend over tokens (..., length, width), after ``norm`` if it is given."""
         split = (self.heads, self.head_dim)
         q, k, v = (y.unflatten(-1, split) for y in projections(x, (self.query, self.key, self.value), norm))
         q, k, v = self.query_norm(q).transpose(1, 2), self.key_norm(k).transpose(1, 2), v.transpose(1, 2)
@@ -103,6 +104,7 @@ class Block(nn.Module):
         self.down = linear(expansion * width, width, bias=bias, zero_init=True)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return ``x`` plus attention, plus the MLP."""
         x = x + self.attention(x, self.attention_norm)
         activation = "gelu" if self.gelu == "none" else "gelu_tanh"
         return mlp(x, self.up, self.down, activation, norm=self.ffn_norm, residual=True)
@@ -124,6 +126,7 @@ class Blocks(nn.ModuleList):
     recompute = False
 
     def forward(self, x: Tensor) -> Tensor:
+        """Run the blocks in order."""
         for block in self:
             again = self.recompute and torch.is_grad_enabled()
             # Nothing in a block is random.
