@@ -231,11 +231,21 @@ def _compile(model: nn.Module, case: Case) -> None:
 
 
 def _export(model: nn.Module, case: Case) -> None:
-    inputs = {key: value for key, value in case.inputs().items() if key != "labels"}
-    if case.library == "transformers":
-        model.config.use_cache = False
+    inputs = case.inputs()
+    labels = inputs.pop("labels", None)
+    if labels is not None and getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        inputs |= {"decoder_input_ids": labels, "use_cache": False}
+    config: Any = getattr(model, "config", None) if case.library == "transformers" else None
+    cached = getattr(config, "use_cache", None)
+    if cached is not None:
+        config.use_cache = False  # a cache is no output that can be exported
+    try:
+        with torch.no_grad():
+            program = torch.export.export(model, (), inputs, strict=False)
+    finally:
+        if cached is not None:
+            config.use_cache = cached
     with torch.no_grad():
-        program = torch.export.export(model, (), inputs, strict=False)
         torch.testing.assert_close(_first(program.module()(**inputs)), _first(model(**inputs)), rtol=1e-3, atol=1e-4)
 
 

@@ -159,7 +159,8 @@ def select(
         chosen = matching(places, as_patterns(layers), "layers")
     else:
         chosen = {module for module, names in places.items() if any(layers(name, module) for name in names)}
-    chosen -= matching(places, exclude, "exclude")
+    excluded = matching(places, exclude, "exclude")
+    chosen -= excluded
     if not chosen:
         raise ValueError(f"layers={layers!r} leaves no layer to replace; the linear layers are {names_of(places)}")
     return {module: tuple(names) for module, names in places.items() if module in chosen}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, MutableMapping, MutableSequence
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping, MutableSequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,12 +62,13 @@ def variables(model: nnx.Module) -> dict[str, nnx.Variable]:
 
 def _held(owner: Any, value: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any, Any]]:
     """(name, owner, key, value) of what a module holds, also within lists and dictionaries."""
+    items: Iterable[tuple[Any, Any]]
     if isinstance(value, nnx.Module):
         items = ((key, each) for key, each in vars(value).items() if not key.startswith("_pytree__"))
     elif isinstance(value, Mapping):
-        items = iter(value.items())
+        items = value.items()
     else:
-        items = iter(enumerate(value))
+        items = enumerate(value)
     for key, each in items:
         name = f"{prefix}{key}"
         if isinstance(each, nnx.Module | nnx.Variable):

@@ -170,7 +170,8 @@ class StructuredLinear(nnx.Module):
         bias = None if self.bias is None else self.bias[...]
         indices = {number: factors[number] for number in self._plan.index_at}
         weights = [factor for number, factor in enumerate(factors) if number not in indices]
-        x, bias, *weights = promote_dtype((x, bias, *weights), dtype=self.dtype)
+        promoted: Any = promote_dtype((x, bias, *weights), dtype=self.dtype)
+        x, bias, *weights = promoted
         for number, index in indices.items():
             weights.insert(number, index)
         if self._plan.is_dense:

@@ -253,10 +253,10 @@ def _places(layer: str, module: nnx.Module, base: nnx.Module, optimizer: str, st
     if isinstance(module, StructuredLinear):
         assert base_fans is not None
         values = factor_multipliers(module.structure, base_fans, optimizer, structure_aware)
-        for number, (variable, value) in enumerate(zip(module.factors, values, strict=True)):
-            yield place(f"factors.{number}", variable, "factor", value)
-        for number, variable in enumerate(module.gains or ()):
-            yield place(f"gains.{number}", variable, "gain", 1.0)
+        for number, (factor, value) in enumerate(zip(module.factors, values, strict=True)):
+            yield place(f"factors.{number}", factor, "factor", value)
+        for number, gain in enumerate(module.gains or ()):
+            yield place(f"gains.{number}", gain, "gain", 1.0)
     for name, variable in own_variables(module).items():
         if not _is_param(variable):
             continue

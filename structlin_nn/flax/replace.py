@@ -230,7 +230,7 @@ def _dense(name: str, layer: StructuredLinear, rngs: nnx.Rngs) -> nnx.Linear:
         param_dtype=layer.param_dtype, bias_metadata=metadata, rngs=rngs,
         kernel_init=lambda *_: jnp.asarray(layer.operator.to_dense().T, layer.param_dtype),
     )  # fmt: skip
-    if layer.bias is not None:
+    if layer.bias is not None and made.bias is not None:
         made.bias[...] = layer.bias[...]
     return made
 

@@ -27,6 +27,7 @@ from structlin_nn.torch.schedules import (
     trainer_optimizer,
     with_multipliers,
 )
+from structlin_nn.torch.unpack import pack_linear, unpack_linear
 
 __all__ = [
     "CallCount",
@@ -54,6 +55,7 @@ __all__ = [
     "fuse_mlps",
     "load_structured",
     "mlp",
+    "pack_linear",
     "parameter_groups",
     "project_linear",
     "projections",
@@ -65,5 +67,6 @@ __all__ = [
     "time_modules",
     "to_dense_linear",
     "trainer_optimizer",
+    "unpack_linear",
     "with_multipliers",
 ]

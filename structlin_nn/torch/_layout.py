@@ -8,7 +8,7 @@ there, or the Conv1D of transformers, is told to have plain ones.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,11 +19,12 @@ from torch.nn.utils import parametrize
 import structlin
 from structlin.structure import AbstractStructure, Structure
 from structlin_nn._patterns import listed
-from structlin_nn.torch._modules import is_conv1d, linear_sizes, pointwise_sizes
+from structlin_nn.torch._modules import is_conv1d, linear_sizes, pointwise_sizes, put
 from structlin_nn.torch._text import from_text, to_text
 from structlin_nn.torch.linear import StructuredLinear
 from structlin_nn.torch.pointwise import StructuredPointwise
 from structlin_nn.torch.replace import _check_is_called, _switch_off_fast_paths
+from structlin_nn.torch.unpack import unpack_linear
 
 __all__ = ["Change", "changes", "check_layout", "layout_of"]
 
@@ -165,14 +166,15 @@ class Change:
         """Put the new layer, without values, where the old one stands."""
         held = [*self.old.parameters(), *self.old.buffers()]
         made = self.new.to_empty(device=held[0].device) if held else self.new
+        put(model, self.names, made)
         for name in self.names:
-            parent, _, attribute = name.rpartition(".")
-            setattr(model.get_submodule(parent), attribute, made)
             _switch_off_fast_paths(model, name)
 
 
 def changes(model: nn.Module, layout: Mapping[str, Any]) -> list[Change]:
-    """Return what is to be replaced in ``model``, which stays as it is here, for it to have a layout.
+    """Return what is to be replaced in ``model`` for it to have a layout; nothing is replaced here.
+
+    Only modules that pack the weights of such layers are unpacked (:func:`structlin_nn.torch.unpack_linear`).
 
     New layers have dtype, training mode and ``requires_grad`` of those that they replace. A structured layer that is
     as the layout says stays.
@@ -183,6 +185,7 @@ def changes(model: nn.Module, layout: Mapping[str, Any]) -> list[Change]:
         The model has no linear layer there, or one of other sizes, or with a bias where there is to be none, or the
         other way round; a layer that cannot be replaced (:func:`replace_linear`).
     """
+    unpack_linear(model, [name for form in layout["layers"] for name in form["names"]])
     places: dict[nn.Module, list[str]] = {}
     modules: dict[str, nn.Module] = {}
     for name, module in model.named_modules(remove_duplicate=False):
@@ -205,8 +208,10 @@ def changes(model: nn.Module, layout: Mapping[str, Any]) -> list[Change]:
             _check_is_called(model, names, old)
         found.append(Change(names, old, _as(old, _structured(form, old))))
     for name in layout["linear"]:
-        old = modules.get(name)
-        if isinstance(old, StructuredLinear) or (old is not None and is_conv1d(old)):
+        if name not in modules:
+            continue
+        old = modules[name]
+        if isinstance(old, StructuredLinear) or is_conv1d(old):
             names = tuple(places[old])
             if any(old is change.old for change in found):
                 continue
@@ -233,7 +238,7 @@ def _layer_at(
 def _structured(form: Mapping[str, Any], old: nn.Module) -> StructuredLinear:
     options = {name: _tuples(value) for name, value in form["options"].items()} if form["structure"] else {}
     pointwise = isinstance(old, StructuredPointwise) or pointwise_sizes(old) is not None
-    make = StructuredPointwise.like(old) if pointwise else StructuredLinear
+    make: Callable[..., StructuredLinear] = StructuredPointwise.like(old) if pointwise else StructuredLinear
     return make(
         form["in_features"], form["out_features"], form["bias"], device="meta", dtype=_dtype(old),
         structure=form["structure"] or _structure(form), rms_cap=form["rms_cap"],

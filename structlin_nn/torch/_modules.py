@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import nn
 
-__all__ = ["changed", "check_model", "is_conv1d", "linear_sizes", "on_change", "pointwise_sizes"]
+__all__ = ["changed", "check_model", "is_conv1d", "linear_sizes", "on_change", "pointwise_sizes", "put"]
 
 _listeners: list[Callable[[nn.Module], None]] = []
 
@@ -37,6 +37,13 @@ def check_model(model: Any, what: str) -> None:
     raise TypeError(f"{what} takes a torch.nn.Module, got a {type(model).__name__}{hint}")
 
 
+def put(model: nn.Module, names: Iterable[str], new: nn.Module) -> None:
+    """Make ``new`` the submodule of these names."""
+    for name in names:
+        parent, _, attribute = name.rpartition(".")
+        setattr(model.get_submodule(parent), attribute, new)
+
+
 def is_conv1d(module: nn.Module) -> bool:
     """Whether this is the linear layer of transformers' GPT-2, which stores its weight as (in, out)."""
     found = sys.modules.get("transformers.pytorch_utils")
@@ -53,7 +60,7 @@ def linear_sizes(module: nn.Module) -> tuple[int, int] | None:
     return None
 
 
-def pointwise_sizes(module: nn.Module) -> tuple[int, int] | None:
+def pointwise_sizes(module: Any) -> tuple[int, int] | None:
     """(in_channels, out_channels) of a convolution that is a linear layer at each position; None for anything else."""
     if (
         type(module) in (nn.Conv1d, nn.Conv2d, nn.Conv3d)

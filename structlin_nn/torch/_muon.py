@@ -199,8 +199,8 @@ class Muon(Optimizer):
             state["momentum_buffer"] = torch.zeros_like(grad)
         buffer = state["momentum_buffer"]
         buffer.lerp_(grad, 1 - group["momentum"])
-        update = grad.lerp(buffer, group["momentum"]) if group["nesterov"] else buffer
-        sharded = sys.modules.get("torch.distributed.tensor")
+        update: Any = grad.lerp(buffer, group["momentum"]) if group["nesterov"] else buffer
+        sharded: Any = sys.modules.get("torch.distributed.tensor")
         is_sharded = sharded is not None and isinstance(update, sharded.DTensor)
         whole = update.full_tensor() if is_sharded else update
         whole = matrices.back(orthogonalized(matrices.view(whole), group["ns_steps"]), whole.shape)
@@ -223,7 +223,8 @@ class Muon(Optimizer):
         adamw(
             parameters,
             [p.grad for p in parameters],
-            *([state[key] for state in states] for key in ("exp_avg", "exp_avg_sq")),
+            [state["exp_avg"] for state in states],
+            [state["exp_avg_sq"] for state in states],
             [],
             [state["step"] for state in states],
             has_complex=any(p.is_complex() for p in parameters),

@@ -98,8 +98,8 @@ def _double_backward(ctx: Any, outer: list[Tensor]) -> tuple[Any, ...]:
     def call(gy: Tensor, x: Tensor, *factors: Tensor) -> tuple[Tensor, ...]:
         return chain_gradients(structure, gy, x, factors, needs)
 
-    _, pull = torch.func.vjp(call, *ctx.saved_tensors)
-    gy, x, *factors = pull(tuple(outer))
+    pulled: Any = torch.func.vjp(call, *ctx.saved_tensors)
+    gy, x, *factors = pulled[1](tuple(outer))
     return gy, x, factors, None, None
 
 

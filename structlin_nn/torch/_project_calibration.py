@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from structlin_nn._patterns import listed
 
@@ -50,26 +52,58 @@ class Moments:
         return total.to(torch.complex128 if total.is_complex() else torch.float64) / self.vectors
 
 
+class _ReadWeights(TorchFunctionMode):
+    """Sees the inputs of layers whose parents multiply by ``layer.weight`` instead of calling the layer."""
+
+    def __init__(self, found: Mapping[nn.Module, Moments]) -> None:
+        super().__init__()
+        self.moments = {id(layer._parameters.get("weight")): own for layer, own in found.items()}
+        self.inside: set[str] = set()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.linear:
+            weight = args[1] if len(args) > 1 else kwargs["weight"]
+            self._add(weight, args[0] if args else kwargs["input"])
+        elif func in _PRODUCTS and len(args) == 2 and args[1].ndim > 1:
+            self._add(args[0], args[1].mT)
+        return func(*args, **(kwargs or {}))
+
+    def _add(self, weight: Tensor, x: Tensor) -> None:
+        own = self.moments.get(id(weight))
+        if own is not None and own.name not in self.inside:
+            own.add(x)
+
+
+_PRODUCTS = (torch.matmul, Tensor.matmul, Tensor.__matmul__)
+
+
 def gather(
     model: nn.Module, layers: Mapping[nn.Module, str], calibration: Iterable[Any], forward: Forward | None
 ) -> dict[nn.Module, Tensor]:
     """Second moments (d_in, d_in) of the inputs of ``layers``, a mapping from module to name.
 
+    Inputs are also those that a parent multiplies by ``layer.weight`` without calling the layer, as Mamba and BEiT do.
     The model runs without gradients and in evaluation mode, so that no running statistics move; afterwards each
     module has the mode it had. No activation is kept. Raises ValueError for no data, and for layers that the data do
     not reach.
     """
     found = {layer: Moments(name) for layer, name in layers.items()}
+    read = _ReadWeights(found)
 
-    def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def before(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        read.inside.add(found[layer].name)
         found[layer].add(args[0] if args else next(iter(kwargs.values())))
 
+    def after(layer: nn.Module, args: tuple[Any, ...], y: Any) -> None:
+        read.inside.discard(found[layer].name)
+
     modes = [(module, module.training) for module in model.modules()]
-    handles = [layer.register_forward_pre_hook(hook, with_kwargs=True) for layer in found]
+    handles = [layer.register_forward_pre_hook(before, with_kwargs=True) for layer in found]
+    handles += [layer.register_forward_hook(after, always_call=True) for layer in found]
     batches = 0
     try:
         model.eval()
-        with torch.no_grad():
+        with torch.no_grad(), read:
             for batch in calibration:
                 (forward or call)(model, batch)
                 batches += 1

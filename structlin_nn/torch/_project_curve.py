@@ -79,7 +79,9 @@ class Forms:
         """
         known = structlin.structure_options(name)
         fixed = {k: v for k, v in options.items() if k not in ("rank", "rank_fraction", "blocks") or v is not None}
-        knob, limits, values = None, (), range(1)
+        knob: str | None = None
+        limits: tuple[int, ...] = ()
+        values: Sequence[int] = range(1)
         if "rank" in known and not fixed.keys() & {"rank", "rank_fraction"}:
             knob, values = "rank", range(1, min(shape) + 1)
             if name in ("low_rank", "tensor_train", "block_tensor_train"):

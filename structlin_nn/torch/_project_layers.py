@@ -69,10 +69,11 @@ class Task:
         """The matrix, weighted by the damped second moments where there are any; kept, for it holds a root of them."""
         if self._problem is None and self.moments is None:
             self._problem = Problem(self.matrix())
-        elif self._problem is None:
+        elif self._problem is None and self.moments is not None:
             size = len(self.moments)
             level = damping * np.trace(self.moments).real / size
             self._problem = Problem(self.matrix(), self.moments + level * np.eye(size))
+        assert self._problem is not None
         return self._problem
 
     def release(self) -> None:
@@ -114,8 +115,8 @@ class Choice:
         if target_error is not None and not 0 <= target_error < math.inf:
             raise ValueError(f"target_error must be a number of at least 0, got {target_error!r}")
         for key in ("mac_fraction", "param_fraction"):
-            if chosen[key] is not None and not 0 < chosen[key] <= 1:
-                raise ValueError(f"{key} must lie in (0, 1], got {chosen[key]!r}")
+            if (part := chosen[key]) is not None and not 0 < part <= 1:
+                raise ValueError(f"{key} must lie in (0, 1], got {part!r}")
         for key in ("max_macs", "max_params"):
             if chosen[key] is not None and (isinstance(chosen[key], bool) or not hasattr(chosen[key], "__index__")):
                 raise TypeError(f"{key} must be an integer, got {chosen[key]!r}")

@@ -12,8 +12,7 @@ from torch.nn import functional as F
 
 from structlin.execution.blocks import TorchBlock, torch_block
 from structlin.structure import Structure
-from structlin_nn.torch._factors import values
-from structlin_nn.torch.linear import StructuredLinear, cast_to
+from structlin_nn.torch.linear import StructuredLinear, cast_to, values
 
 __all__ = ["ACTIVATIONS", "StructuredMLP", "fuse_mlps", "mlp", "projections"]
 

@@ -65,6 +65,8 @@ class StructuredAdapter(LoraOnStructured):
         dropout = nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
         self.lora_dropout.update({adapter_name: dropout})
         self.lora_A[adapter_name] = nn.Identity()
+        assert self.in_features is not None
+        assert self.out_features is not None
         self.lora_B[adapter_name] = StructuredLinear(
             self.in_features, self.out_features, bias=False, structure=config.structure, zero_init=True,
             **config.structure_options,
@@ -89,7 +91,7 @@ class StructuredAdapter(LoraOnStructured):
             return y
         for name in self.active_adapters:
             if name in self.lora_B:
-                update = self.lora_B[name]
+                update: Any = self.lora_B[name]
                 inside = self.lora_dropout[name](x).to(update.factors[0].dtype)
                 y = y + (self.scaling[name] * update(inside)).to(y.dtype)
         return y

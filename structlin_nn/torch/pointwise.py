@@ -49,8 +49,8 @@ class StructuredPointwise(StructuredLinear):
     def to_convolution(self, weight: Tensor) -> nn.Module:
         """Return the convolution of torch with a weight (out, in), on the meta device but for it."""
         axes = len(self.stride)
-        kind = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[axes - 1]
-        made = kind(self.in_features, self.out_features, 1, self.stride, bias=self.bias is not None, device="meta")
+        kind: Any = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[axes - 1]
+        made: nn.Module = kind(self.in_features, self.out_features, 1, self.stride, bias=self.bias is not None, device="meta")
         made.weight = nn.Parameter(weight.reshape(*weight.shape, *[1] * axes))
         return made
 
@@ -62,9 +62,10 @@ class StructuredPointwise(StructuredLinear):
                 f"the input must have a batch, channels and {axes} axes of positions, got shape {tuple(x.shape)}"
             )
         if not isinstance(x, Tensor):
-            return super().forward(x)
+            return super().forward(x)  # type: ignore[unreachable]
         if any(step > 1 for step in self.stride):
-            x = x[(..., *(slice(None, None, step) for step in self.stride))]
+            places: Any = (..., *(slice(None, None, step) for step in self.stride))
+            x = x[places]
         return super().forward(x.movedim(-axes - 1, -1)).movedim(-1, -axes - 1)
 
     def extra_repr(self) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from structlin.projection import Settings
 from structlin.structure import AbstractStructure
 from structlin_nn._patterns import Patterns, as_patterns
 from structlin_nn._replacement import names_of, select
-from structlin_nn.torch._modules import changed, check_model, linear_sizes
+from structlin_nn.torch._modules import changed, check_model, linear_sizes, put
 from structlin_nn.torch._project_calibration import Forward, gather
 from structlin_nn.torch._project_layers import Choice, StructureOf, Task, dense_of
 from structlin_nn.torch._project_report import LayerProjection, ProjectionReport
@@ -23,6 +23,7 @@ from structlin_nn.torch._step_check import replaced
 from structlin_nn.torch.linear import StructuredLinear
 from structlin_nn.torch.pointwise import StructuredPointwise
 from structlin_nn.torch.replace import Selection, _check_is_called, _owners, _switch_off_fast_paths, as_structure
+from structlin_nn.torch.unpack import pack_linear, unpacked
 
 __all__ = ["LayerProjection", "ProjectionReport", "project_linear", "to_dense_linear"]
 
@@ -49,6 +50,7 @@ def project_linear(
     max_sweeps: int = 100,
     tolerance: float = 1e-4,
     seed: int = 0,
+    unpack: bool = False,
     **options: Any,
 ) -> ProjectionReport:
     """Replace linear layers of a trained ``model``, in place, by the nearest layers of a structure.
@@ -107,7 +109,9 @@ def project_linear(
         As in :class:`StructuredLinear`. Gains are set so that the capped factors have the values found; without gains a
         factor beyond its cap is an error.
     restarts, max_sweeps, tolerance, seed
-        Of alternating least squares, as in :func:`structlin.project`.
+        Of the iterations where there is no closed form, as in :func:`structlin.project`.
+    unpack
+        As in :func:`replace_linear`: take experts of transformers and ``nn.MultiheadAttention`` too.
     **options
         Of the named structure.
 
@@ -155,31 +159,34 @@ def project_linear(
             f"calibration is an iterable of batches, and an array of shape {tuple(calibration.shape)} would be run row "
             "by row: pass [calibration]"
         )
-    chosen, skipped = _chosen(model, layers, exclude, tied)
-    tasks = choice.prepare([Task(linear, names) for linear, names in chosen.items()], skipped)
-    if calibration is not None:
-        moments = gather(model, {task.linear: task.names[0] for task in tasks}, calibration, forward)
-        for task in tasks:
-            task.moments = moments[task.linear].numpy()
-    made = choice.run(tasks, damping, settings, {"rms_cap": rms_cap, "gain": gain, "rule": rule})
+    with unpacked(model, unpack) as restore:
+        chosen, skipped = _chosen(model, layers, exclude, tied)
+        tasks = choice.prepare([Task(linear, names) for linear, names in chosen.items()], skipped)
+        if calibration is not None:
+            moments = gather(model, {task.linear: task.names[0] for task in tasks}, calibration, forward)
+            for task in tasks:
+                task.moments = moments[task.linear].numpy()
+        made = choice.run(tasks, damping, settings, {"rms_cap": rms_cap, "gain": gain, "rule": rule})
 
-    notes: dict[str, None] = {}
-    replaced(p for task, (new, _) in zip(tasks, made, strict=True) if new is not None for p in task.linear.parameters())
-    for task, (new, _) in zip(tasks, made, strict=True):
-        if new is not None:
-            _put(model, task.names, new)
-            for name in task.names:
-                notes |= dict.fromkeys(_switch_off_fast_paths(model, name))
-    changed(model)
-    if isinstance(structure, str) and not choice.by_layer and not options:
-        errors = [line.weight_error if line.output_error is None else line.output_error for _, line in made]
-        warnings.warn(
-            f"{structure} is taken with its default options, by which the layers have relative errors of up to "
-            f"{max(errors):.2f}; give an option such as rank, target_error, or a budget such as mac_fraction=0.5",
-            stacklevel=2,
-        )
-    budget = {"max_macs" if choice.unit == "MACs" else "max_params": choice.budget}
-    return ProjectionReport(tuple(line for _, line in made), tuple(skipped), tuple(notes), **budget)
+        notes: dict[str, None] = {}
+        gone = [task.linear for task, (new, _) in zip(tasks, made, strict=True) if new is not None]
+        replaced(parameter for linear in gone for parameter in linear.parameters())
+        for task, (new, _) in zip(tasks, made, strict=True):
+            if new is not None:
+                put(model, task.names, new)
+                for name in task.names:
+                    notes |= dict.fromkeys(_switch_off_fast_paths(model, name))
+        restore()
+        changed(model)
+        if isinstance(structure, str) and not choice.by_layer and not options:
+            errors = [line.weight_error if line.output_error is None else line.output_error for _, line in made]
+            warnings.warn(
+                f"{structure} is taken with its default options, by which the layers have relative errors of up to "
+                f"{max(errors):.2f}; give an option such as rank, target_error, or a budget such as mac_fraction=0.5",
+                stacklevel=2,
+            )
+        budget = {"max_macs" if choice.unit == "MACs" else "max_params": choice.budget}
+        return ProjectionReport(tuple(line for _, line in made), tuple(skipped), tuple(notes), **budget)
 
 
 def to_dense_linear(model: nn.Module) -> tuple[str, ...]:
@@ -187,7 +194,8 @@ def to_dense_linear(model: nn.Module) -> tuple[str, ...]:
 
     The weight is multiplied out in float64, with caps and gains, and rounded once to the dtype of the factors. Bias,
     device, training mode and ``requires_grad`` (true where any factor's was) are kept. A module that stands at several
-    places becomes one layer at all of them. The model is changed only when everything has passed.
+    places becomes one layer at all of them. Experts and attention that were unpacked are packed again. The model is
+    changed only when everything has passed.
 
     Returns
     -------
@@ -231,8 +239,8 @@ def to_dense_linear(model: nn.Module) -> tuple[str, ...]:
             raise ValueError(f"layer {names[0]!r} has parametrizations, which would be lost; remove them first")
         made[layer] = _dense_layer(names[0], layer)
     for layer, new in made.items():
-        _put(model, places[layer], new)
-    changed(model)
+        put(model, places[layer], new)
+    pack_linear(model)
     return tuple(names[0] for names in places.values())
 
 
@@ -255,12 +263,6 @@ def _dense_layer(name: str, layer: StructuredLinear) -> nn.Module:
         new.bias = nn.Parameter(layer.bias.detach().clone(), requires_grad=layer.bias.requires_grad)
     made: nn.Module = new.train(layer.training)
     return made
-
-
-def _put(model: nn.Module, names: Sequence[str], new: nn.Module) -> None:
-    for name in names:
-        parent, _, attribute = name.rpartition(".")
-        setattr(model.get_submodule(parent), attribute, new)
 
 
 def _chosen(

@@ -14,12 +14,13 @@ import structlin
 from structlin.structure import AbstractStructure
 from structlin_nn._patterns import Pattern, Patterns, as_patterns, show
 from structlin_nn._replacement import PRESETS, Replacement, ReplacementReport, matching, names_of, select
-from structlin_nn.torch._modules import changed, check_model, is_conv1d, linear_sizes, pointwise_sizes
+from structlin_nn.torch._modules import changed, check_model, is_conv1d, linear_sizes, pointwise_sizes, put
 from structlin_nn.torch._roles import role_of
 from structlin_nn.torch._step_check import replaced
 from structlin_nn.torch.blocks import fuse_mlps
 from structlin_nn.torch.linear import StructuredLinear
 from structlin_nn.torch.pointwise import StructuredPointwise
+from structlin_nn.torch.unpack import unpacked
 
 __all__ = ["PRESETS", "Replacement", "ReplacementReport", "replace_linear"]
 
@@ -44,6 +45,7 @@ def replace_linear(
     rule: str = "paper",
     checkpoint: bool = False,
     fuse: bool = False,
+    unpack: bool = False,
     **options: Any,
 ) -> ReplacementReport:
     """Replace linear layers of ``model``, in place, by freshly drawn :class:`StructuredLinear` layers.
@@ -95,6 +97,9 @@ def replace_linear(
     fuse
         Also put a :class:`StructuredMLP` in the place of each MLP of a known shape
         (:func:`structlin_nn.torch.fuse_mlps`), which runs its layers as one pass. The report says which.
+    unpack
+        First put linear layers where a module packs weights into one parameter: experts of transformers,
+        ``nn.MultiheadAttention`` (:func:`structlin_nn.torch.unpack_linear`).
     **options
         Of the named structure.
 
@@ -143,102 +148,105 @@ def replace_linear(
             raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
     if linear_sizes(model) is not None:
         raise ValueError("the model itself is a linear layer and cannot be replaced in place; put it in a container")
-    places: dict[nn.Module, list[str]] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        if linear_sizes(module) is not None or (convolutions and pointwise_sizes(module) is not None):
-            places.setdefault(module, []).append(name)
-    chosen = select(places, layers, as_patterns(exclude), "nn.Linear, or Conv1D of transformers")
-    zeroed = matching(chosen, as_patterns(zero_init), "zero_init")
+    with unpacked(model, unpack) as restore:
+        places: dict[nn.Module, list[str]] = {}
+        for name, module in model.named_modules(remove_duplicate=False):
+            if linear_sizes(module) is not None or (convolutions and pointwise_sizes(module) is not None):
+                places.setdefault(module, []).append(name)
+        chosen = select(places, layers, as_patterns(exclude), "nn.Linear, or Conv1D of transformers")
+        zeroed = matching(chosen, as_patterns(zero_init), "zero_init")
 
-    by_pattern = _overrides(overrides or {}, chosen)
-    expensive: list[tuple[str, str]] = []
+        by_pattern = _overrides(overrides or {}, chosen)
+        expensive: list[tuple[str, str]] = []
 
-    owners = _owners(model)
-    skipped: list[tuple[str, str]] = []
-    made: dict[nn.Module, StructuredLinear] = {}
-    errors: list[ValueError] = []
-    common = {"rms_cap": rms_cap, "gain": gain, "rule": rule, "checkpoint": checkpoint}
-    for linear, names in chosen.items():
-        try:
-            _check_is_called(model, names, linear)
-        except ValueError as error:
-            if impossible == "error":
-                raise
-            errors.append(error)
-            skipped.append((names[0], str(error)))
-            continue
-        others = [o for p in linear.parameters() for o in owners[p] if o.rpartition(".")[0] not in names]
-        if not others:
-            if min(_sizes(linear)) < min_features:
-                skipped.append((names[0], f"fewer than {min_features} features: {_shown(linear)}"))
-                continue
-            own = by_pattern.get(linear, {})
-            kind, rest = (own["structure"], {}) if "structure" in own else (structure, options)
-            rest = {**rest, **{key: value for key, value in own.items() if key != "structure"}}
+        owners = _owners(model)
+        skipped: list[tuple[str, str]] = []
+        made: dict[nn.Module, StructuredLinear] = {}
+        errors: list[ValueError] = []
+        common = {"rms_cap": rms_cap, "gain": gain, "rule": rule, "checkpoint": checkpoint}
+        for linear, names in chosen.items():
             try:
-                found = as_structure(kind)
-                found = found(names[0], linear) if callable(found) else found
-                new = _structured(names[0], linear, found, {**common, "zero_init": linear in zeroed, **rest})
+                _check_is_called(model, names, linear)
             except ValueError as error:
-                if impossible == "error" or isinstance(kind, AbstractStructure):  # that is meant for these layers
+                if impossible == "error":
                     raise
                 errors.append(error)
                 skipped.append((names[0], str(error)))
                 continue
-            if costs := _dearer(new):
-                if dearer == "error":
-                    raise ValueError(f"layer {names[0]!r} ({_shown(linear)}) would be dearer than dense: {costs}")
-                if dearer == "skip":
-                    skipped.append((names[0], f"structured it would be dearer: {costs}"))
+            others = [o for p in linear.parameters() for o in owners[p] if o.rpartition(".")[0] not in names]
+            if not others:
+                if min(_sizes(linear)) < min_features:
+                    skipped.append((names[0], f"fewer than {min_features} features: {_shown(linear)}"))
                     continue
-                if dearer == "warn":
-                    expensive.append((names[0], costs))
-            made[linear] = new
-        elif shared_weights == "skip":
-            skipped.append((names[0], f"shares {', '.join(others)}"))
-        else:
+                own = by_pattern.get(linear, {})
+                kind, rest = (own["structure"], {}) if "structure" in own else (structure, options)
+                rest = {**rest, **{key: value for key, value in own.items() if key != "structure"}}
+                try:
+                    found = as_structure(kind)
+                    found = found(names[0], linear) if callable(found) else found
+                    new = _structured(names[0], linear, found, {**common, "zero_init": linear in zeroed, **rest})
+                except ValueError as error:
+                    if impossible == "error" or isinstance(kind, AbstractStructure):  # that is meant for these layers
+                        raise
+                    errors.append(error)
+                    skipped.append((names[0], str(error)))
+                    continue
+                if costs := _dearer(new):
+                    if dearer == "error":
+                        raise ValueError(f"layer {names[0]!r} ({_shown(linear)}) would be dearer than dense: {costs}")
+                    if dearer == "skip":
+                        skipped.append((names[0], f"structured it would be dearer: {costs}"))
+                        continue
+                    if dearer == "warn":
+                        expensive.append((names[0], costs))
+                made[linear] = new
+            elif shared_weights == "skip":
+                skipped.append((names[0], f"shares {', '.join(others)}"))
+            else:
+                raise ValueError(
+                    f"layer {names[0]!r} shares {', '.join(others)}, and replacing it would untie them: "
+                    "exclude it, or pass shared_weights='skip' to leave such layers alone"
+                )
+        if not made and errors:
+            raise errors[0]
+        if not made:
+            told = "; ".join(f"{name}: {reason}" for name, reason in skipped[:5])
             raise ValueError(
-                f"layer {names[0]!r} shares {', '.join(others)}, and replacing it would untie them: "
-                "exclude it, or pass shared_weights='skip' to leave such layers alone"
+                f"no layer that is chosen can be replaced ({told}); the linear layers are {names_of(places)}"
             )
-    if not made and errors:
-        raise errors[0]
-    if not made:
-        told = "; ".join(f"{name}: {reason}" for name, reason in skipped[:5])
-        raise ValueError(f"no layer that is chosen can be replaced ({told}); the linear layers are {names_of(places)}")
-    if expensive:
-        name, costs = expensive[0]
-        warnings.warn(
-            f"{len(expensive)} of {len(made)} layers are dearer than dense, the first of them {name}: {costs}; choose "
-            "a smaller form, or dearer='skip' to leave them dense",
-            stacklevel=2,
-        )
+        if expensive:
+            name, costs = expensive[0]
+            warnings.warn(
+                f"{len(expensive)} of {len(made)} layers are dearer than dense, the first of them {name}: {costs}; "
+                "choose a smaller form, or dearer='skip' to leave them dense",
+                stacklevel=2,
+            )
 
-    notes: dict[str, None] = {}
-    replaced(p for linear in made for p in linear.parameters())
-    for linear, new in made.items():
-        for name in chosen[linear]:
-            parent, _, attribute = name.rpartition(".")
-            setattr(model.get_submodule(parent), attribute, new)
-            notes |= dict.fromkeys(_switch_off_fast_paths(model, name))
-    changed(model)
-    if fuse:
-        fused = fuse_mlps(model)
-        notes |= dict.fromkeys(f"MLP {name}: {outcome}" for name, outcome in fused.items())
-        if not fused:
-            notes["no MLP of a known shape was found to be fused"] = None
-    rows = tuple(
-        Replacement(
-            tuple(chosen[linear]),
-            new.structure,
-            sum(p.numel() for p in linear.parameters()),
-            sum(p.numel() for p in new.parameters()),
-            linear.get_parameter("weight").numel(),
-            new.structure.macs,
+        notes: dict[str, None] = {}
+        replaced(p for linear in made for p in linear.parameters())
+        for linear, new in made.items():
+            put(model, chosen[linear], new)
+            for name in chosen[linear]:
+                notes |= dict.fromkeys(_switch_off_fast_paths(model, name))
+        restore()
+        changed(model)
+        if fuse:
+            fused = fuse_mlps(model)
+            notes |= dict.fromkeys(f"MLP {name}: {outcome}" for name, outcome in fused.items())
+            if not fused:
+                notes["no MLP of a known shape was found to be fused"] = None
+        rows = tuple(
+            Replacement(
+                tuple(chosen[linear]),
+                new.structure,
+                sum(p.numel() for p in linear.parameters()),
+                sum(p.numel() for p in new.parameters()),
+                linear.get_parameter("weight").numel(),
+                new.structure.macs,
+            )
+            for linear, new in made.items()
         )
-        for linear, new in made.items()
-    )
-    return ReplacementReport(rows, tuple(skipped), tuple(notes), tuple(_dense(model, {n for n, _ in skipped})))
+        return ReplacementReport(rows, tuple(skipped), tuple(notes), tuple(_dense(model, {n for n, _ in skipped})))
 
 
 def as_structure(given: Any) -> Any:
@@ -306,9 +314,8 @@ def _structured(name: str, linear: nn.Module, structure: Any, options: Mapping[s
     sizes = _sizes(linear)
     parameters = dict(linear.named_parameters(recurse=False))
     weight, bias = parameters["weight"], parameters.get("bias")
-    make = StructuredLinear
-    if pointwise_sizes(linear) is not None:
-        make = StructuredPointwise.like(linear)
+    pointwise = pointwise_sizes(linear) is not None
+    make: Callable[..., StructuredLinear] = StructuredPointwise.like(linear) if pointwise else StructuredLinear
     try:
         new = make(
             *sizes, bias=bias is not None, device=weight.device, dtype=weight.dtype, structure=structure, **options

@@ -24,6 +24,7 @@ from structlin_nn.torch._layout import changes, check_layout, layout_of
 from structlin_nn.torch._modules import on_change
 from structlin_nn.torch.linear import StructuredLinear
 from structlin_nn.torch.project import project_linear
+from structlin_nn.torch.unpack import unpack_linear
 
 __all__ = ["METHOD", "StructlinConfig", "StructlinQuantizer", "describe"]
 
@@ -160,13 +161,17 @@ def _check_loaded(model: PreTrainedModel) -> None:
 def _placed(layout: dict[str, Any], model: PreTrainedModel) -> dict[str, Any]:
     """The layout with the names that layers have in this model: with the head or without, as transformers loads it."""
     prefix = f"{model.base_model_prefix}."
+
+    def candidates(name: str) -> tuple[str, ...]:
+        return name, name.removeprefix(prefix), prefix + name
+
+    unpack_linear(model, [one for form in layout["layers"] for name in form["names"] for one in candidates(name)])
     own = {name for name, _ in model.named_modules(remove_duplicate=False)}
     found = []
     for form in layout["layers"]:
         names = []
         for name in form["names"]:
-            candidates = (name, name.removeprefix(prefix), prefix + name)
-            names += [known for known in candidates if known in own][:1]
+            names += [known for known in candidates(name) if known in own][:1]
         if names:
             found.append({**form, "names": names})
     if not found:

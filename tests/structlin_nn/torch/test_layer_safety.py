@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from structlin_nn.torch import StructuredLinear
-from structlin_nn.torch._factors import FactorList, values
+from structlin_nn.torch.linear import FactorList, values
 
 ISOLATED = Path(__file__).parents[2] / "isolated.py"
 TOKENS = (2, 512)

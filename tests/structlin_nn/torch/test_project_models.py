@@ -8,6 +8,7 @@ from torch import nn
 
 from structlin_nn.counting import count
 from structlin_nn.torch import StructuredLinear, project_linear, to_dense_linear
+from structlin_nn.torch._project_calibration import gather
 
 
 @pytest.mark.slow
@@ -100,3 +101,36 @@ def test_torch_transformer_layers():
     with torch.no_grad():
         fast = model(data[0])
     torch.testing.assert_close(fast, model(data[0].requires_grad_()).detach(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("way", ["linear", "keywords", "matmul", "called"])
+def test_calibration_sees_the_inputs_of_weights_that_parents_read(way):
+    """BEiT, EVA-02 and SwinV2 hand the weight to F.linear, and Mamba multiplies by it from the left."""
+
+    class Parent(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.head = nn.Linear(12, 8, bias=False), nn.Linear(8, 4)
+
+        def forward(self, x):
+            weight = self.inner.weight
+            if way == "linear":
+                y = nn.functional.linear(x, weight)
+            elif way == "keywords":
+                y = nn.functional.linear(input=x, weight=weight, bias=None)
+            elif way == "matmul":
+                y = (weight @ x.mT).mT
+            else:
+                y = self.inner(x)
+            return self.head(y)
+
+    torch.manual_seed(0)
+    data = [torch.randn(3, 5, 12) for _ in range(4)]
+    model = Parent()
+    found = gather(model, {model.inner: "inner", model.head: "head"}, data, None)
+    rows = torch.cat(data).reshape(-1, 12).double()
+    torch.testing.assert_close(found[model.inner], rows.T @ rows / len(rows), rtol=1e-5, atol=1e-6)
+    weight = model.inner.weight.detach().double()
+    torch.testing.assert_close(found[model.head], weight @ found[model.inner] @ weight.T, rtol=1e-5, atol=1e-5)
+    report = project_linear(model, "low_rank", rank=4, layers="all", calibration=data)
+    assert report.layers[0].output_error is not None

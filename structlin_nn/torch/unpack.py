@@ -1,0 +1,300 @@
+"""Weights that a module packs into one parameter, as linear layers: experts of transformers, and nn.MultiheadAttention.
+
+Linear layers can be replaced, projected, trained at their own rates and saved like all others; a parameter with the
+weights of all experts, or of three projections, cannot. The function of the model stays the same.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from structlin_nn.torch._modules import changed, check_model, put
+from structlin_nn.torch._roles import Experts, experts
+from structlin_nn.torch.linear import StructuredLinear
+
+__all__ = ["Attention", "ExpertLayers", "pack_linear", "unpack_linear"]
+
+
+class _Unpacked(nn.Module):
+    """Base of the modules below, which keep a copy without values of the module in whose place they stand."""
+
+    def __init__(self, packed: nn.Module) -> None:
+        super().__init__()
+        empty: dict[int, Any] = {
+            id(p): nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad) for p in packed.parameters()
+        }
+        object.__setattr__(self, "_shell", copy.deepcopy(packed, empty))  # no submodule
+        self.train(packed.training)
+
+    def packed(self) -> nn.Module:
+        """Return the module with packed parameters that has the values of these layers."""
+        raise NotImplementedError
+
+    def _filled(self, values: dict[str, Tensor]) -> nn.Module:
+        shell: Any = copy.deepcopy(self._shell)
+        for name, value in values.items():
+            owner, _, key = name.rpartition(".")
+            old = shell.get_parameter(name)
+            setattr(shell.get_submodule(owner), key, nn.Parameter(value.detach().clone(), old.requires_grad))
+        made: nn.Module = shell.train(self.training)
+        return made
+
+
+def _linear(weight: Tensor, bias: Tensor | None, like: Tensor) -> nn.Linear:
+    made = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta", dtype=weight.dtype)
+    made.weight = nn.Parameter(weight.detach().clone(), like.requires_grad)
+    if bias is not None:
+        made.bias = nn.Parameter(bias.detach().clone(), like.requires_grad)
+    return made
+
+
+class ExpertLayers(_Unpacked):
+    """Experts as transformers calls them, with one linear layer for each weight of each expert.
+
+    The tokens of each expert pass its own layers; experts without tokens are not called.
+
+    Parameters
+    ----------
+    packed
+        A module of experts of transformers.
+    """
+
+    num_experts: int
+    act_fn: nn.Module
+
+    def __init__(self, packed: nn.Module) -> None:
+        super().__init__(packed)
+        self._kind: Any = type(packed)
+        for name, value in vars(packed).items():
+            if not name.startswith("_") and name not in vars(self):
+                setattr(self, name, value)
+        for name, child in packed.named_children():
+            self.add_module(name, child)
+        self._forms = experts(packed)
+        for name, form in self._forms.items():
+            weight, bias = packed.get_parameter(name), packed._parameters.get(f"{name}_bias")
+            rows = (w.mT if form.transposed else w for w in weight)
+            biases = [None] * form.number if bias is None else list(bias)
+            self.add_module(name, nn.ModuleList(_linear(w, b, weight) for w, b in zip(rows, biases, strict=True)))
+
+    def packed(self) -> nn.Module:
+        """Return the module with packed parameters that has the values of these layers."""
+        values = {}
+        for name, form in self._forms.items():
+            layers: Any = self.get_submodule(name)
+            values[name] = torch.stack([one.weight.mT if form.transposed else one.weight for one in layers])
+            if layers[0].bias is not None:
+                values[f"{name}_bias"] = torch.stack([one.bias for one in layers])
+        return self._filled(values)
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """(tokens, features) -> (tokens, features); the experts of each token and their weights: (tokens, k)."""
+        y = torch.zeros_like(hidden_states)
+        first: Any = self.get_submodule("gate_up_proj" if "gate_up_proj" in self._forms else "up_proj")
+        down: Any = self.get_submodule("down_proj")
+        for expert in range(self.num_experts):
+            token, place = torch.where(top_k_index == expert)
+            if not len(token):
+                continue
+            hidden = first[expert](hidden_states[token])
+            if "gate_up_proj" in self._forms:
+                hidden = self._kind._apply_gate(self, hidden)
+            else:
+                hidden = self.act_fn(hidden)
+            z = down[expert](hidden) * top_k_weights[token, place, None]
+            y.index_add_(0, token, z.to(y.dtype))
+        return y
+
+
+class Attention(_Unpacked):
+    """nn.MultiheadAttention with linear layers ``q_proj``, ``k_proj``, ``v_proj`` and ``out_proj``.
+
+    Parameters
+    ----------
+    packed
+        The module, without ``add_bias_kv`` and ``add_zero_attn``.
+    """
+
+    def __init__(self, packed: nn.MultiheadAttention) -> None:
+        super().__init__(packed)
+        self.embed_dim, self.num_heads, self.head_dim = packed.embed_dim, packed.num_heads, packed.head_dim
+        self.dropout, self.batch_first = packed.dropout, packed.batch_first
+        self.in_proj_bias = None  # with this torch's Transformer takes its ordinary path
+        self._qkv_same_embed_dim = packed._qkv_same_embed_dim
+        bias = [None] * 3 if packed.in_proj_bias is None else list(packed.in_proj_bias.chunk(3))
+        for number, name in enumerate(("q_proj", "k_proj", "v_proj")):
+            held = packed.in_proj_weight if self._qkv_same_embed_dim else packed.get_parameter(f"{name}_weight")
+            weight = held.chunk(3)[number] if self._qkv_same_embed_dim else held
+            self.add_module(name, _linear(weight, bias[number], held))
+        self.out_proj = _linear(packed.out_proj.weight, packed.out_proj.bias, packed.out_proj.weight)
+
+    def packed(self) -> nn.Module:
+        """Return the nn.MultiheadAttention that has the values of these layers."""
+        layers = [self.get_submodule(name) for name in ("q_proj", "k_proj", "v_proj")]
+        weights: list[Tensor] = [layer.get_parameter("weight") for layer in layers]
+        values: dict[str, Tensor] = {"out_proj.weight": self.out_proj.weight}
+        if self._qkv_same_embed_dim:
+            values["in_proj_weight"] = torch.cat(weights)
+        else:
+            values |= {f"{name}_proj_weight": weight for name, weight in zip("qkv", weights, strict=True)}
+        if self.out_proj.bias is not None:
+            values["out_proj.bias"] = self.out_proj.bias
+            values["in_proj_bias"] = torch.cat([layer.get_parameter("bias") for layer in layers])
+        return self._filled(values)
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None = None,
+        need_weights: bool = True, attn_mask: Tensor | None = None, average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        """Compute attention as nn.MultiheadAttention does, with the same arguments and results."""
+        if is_causal and attn_mask is None:
+            raise ValueError("is_causal is a hint for attn_mask, which is missing")
+        single = query.ndim == 2
+        parts = [part[None] if single else part if self.batch_first else part.transpose(0, 1)
+                 for part in (query, key, value)]  # fmt: skip
+        q, k, v = (
+            self.get_submodule(name)(part).unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
+            for name, part in zip(("q_proj", "k_proj", "v_proj"), parts, strict=True)
+        )
+        mask = _additive(attn_mask, q.dtype)
+        if mask is not None and mask.ndim == 3:
+            mask = mask.view(-1, self.num_heads, *mask.shape[1:])
+        padding = _additive(key_padding_mask, q.dtype)
+        if padding is not None:
+            padding = padding.view(-1, 1, 1, padding.shape[-1])
+            mask = padding if mask is None else mask + padding
+        dropout = self.dropout if self.training else 0.0
+        weights = None
+        if need_weights:
+            scores = q @ k.mT / self.head_dim**0.5
+            weights = F.softmax(scores if mask is None else scores + mask, dim=-1)
+            weights = F.dropout(weights, dropout)
+            y = weights @ v
+            weights = weights.mean(1) if average_attn_weights else weights
+        else:
+            y = F.scaled_dot_product_attention(q, k, v, mask, dropout)
+        y = self.out_proj(y.transpose(1, 2).flatten(-2))
+        if single:
+            return y[0], None if weights is None else weights[0]
+        return y if self.batch_first else y.transpose(0, 1), weights
+
+
+def _additive(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    if mask is None or mask.dtype != torch.bool:
+        return mask
+    return torch.zeros_like(mask, dtype=dtype).masked_fill(mask, -torch.inf)
+
+
+def _packed(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Name and module of what can be unpacked."""
+    for name, module in model.named_modules(remove_duplicate=False):
+        if type(module) is nn.MultiheadAttention:
+            if module.bias_k is None and not module.add_zero_attn:
+                yield name, module
+        elif not isinstance(module, ExpertLayers) and _known(module, experts(module)):
+            yield name, module
+
+
+def _known(module: nn.Module, found: dict[str, Experts]) -> bool:
+    """Whether all parameters of a module of experts are understood, and its gate is one that can be called."""
+    own = {name for name, _ in module.named_parameters()}
+    gated = "gate_up_proj" not in found or hasattr(type(module), "_apply_gate")
+    return bool(found) and gated and own <= {*found, *(f"{name}_bias" for name in found)}
+
+
+def unpack_linear(model: nn.Module, inside: Collection[str] | None = None) -> dict[str, nn.Module]:
+    """Put linear layers, in place, where modules of ``model`` pack their weights into one parameter.
+
+    These are modules of experts of transformers, which become :class:`ExpertLayers`, and ``nn.MultiheadAttention``,
+    which becomes :class:`Attention`. Values are kept, and so is the function of the model. Modules that share their
+    parameters with others are left alone. :func:`pack_linear` is the inverse.
+
+    Parameters
+    ----------
+    model
+        Any module.
+    inside
+        Only modules in which one of these names of layers lies.
+
+    Returns
+    -------
+    dict[str, nn.Module]
+        The modules that were replaced, by name.
+
+    Examples
+    --------
+    >>> model = nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2)})
+    >>> list(unpack_linear(model)), model["attention"].q_proj
+    (['attention'], Linear(in_features=8, out_features=8, bias=True))
+    """
+    check_model(model, "unpack_linear")
+    places: dict[nn.Module, list[str]] = {}
+    for name, module in _packed(model):
+        if name and (inside is None or any(one.startswith(f"{name}.") for one in inside)):
+            places.setdefault(module, []).append(name)
+    users: dict[nn.Parameter, set[nn.Module]] = {}
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            users.setdefault(parameter, set()).add(module)
+    done: dict[str, nn.Module] = {}
+    for module, names in places.items():
+        if any(len(users[parameter]) > 1 for parameter in module.parameters()):
+            continue
+        made = Attention(module) if isinstance(module, nn.MultiheadAttention) else ExpertLayers(module)
+        put(model, names, made)
+        done |= dict.fromkeys(names, module)
+    return done
+
+
+@contextmanager
+def unpacked(model: nn.Module, wanted: bool) -> Iterator[Callable[[], None]]:
+    """Unpack while the block lasts, if that is ``wanted``; an error puts all packed modules back.
+
+    Gives a function that puts those back in which nothing is structured.
+    """
+    done = unpack_linear(model) if wanted else {}
+
+    def restore() -> None:
+        for name, old in done.items():
+            if not any(isinstance(m, StructuredLinear) for m in model.get_submodule(name).modules()):
+                put(model, [name], old)
+
+    try:
+        yield restore
+    except BaseException:
+        for name, old in done.items():
+            put(model, [name], old)
+        raise
+
+
+def pack_linear(model: nn.Module) -> tuple[str, ...]:
+    """Put the packed modules back, in place, that :func:`unpack_linear` replaced and whose layers are all dense.
+
+    Returns
+    -------
+    tuple[str, ...]
+        Their names.
+
+    Examples
+    --------
+    >>> model = nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2)})
+    >>> _ = unpack_linear(model)
+    >>> pack_linear(model), type(model["attention"]).__name__
+    (('attention',), 'MultiheadAttention')
+    """
+    places: dict[_Unpacked, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, _Unpacked) and not any(isinstance(m, StructuredLinear) for m in module.modules()):
+            places.setdefault(module, []).append(name)
+    for module, names in places.items():
+        put(model, names, module.packed())
+    changed(model)
+    return tuple(names[0] for names in places.values())
