@@ -50,7 +50,8 @@ class StructuredPointwise(StructuredLinear):
         """Return the convolution of torch with a weight (out, in), on the meta device but for it."""
         axes = len(self.stride)
         kind: Any = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[axes - 1]
-        made: nn.Module = kind(self.in_features, self.out_features, 1, self.stride, bias=self.bias is not None, device="meta")
+        bias = self.bias is not None
+        made: nn.Module = kind(self.in_features, self.out_features, 1, self.stride, bias=bias, device="meta")
         made.weight = nn.Parameter(weight.reshape(*weight.shape, *[1] * axes))
         return made
 
