@@ -83,16 +83,8 @@ class JaxWay(models.EstimatedWay):
         return call
 
 
-class Products(JaxWay):
-    """One batched product for each step, activations between them with the tokens innermost (:mod:`.products`)."""
-
-    name = "products"
-
-    def supports(self, problem: Problem) -> bool:
-        return True
-
-    def model(self, problem: Problem) -> float:
-        return models.products(problem, self.rates(problem))
+class Products(JaxWay, models.ProductsWay):
+    """See :class:`structlin.execution.models.ProductsWay`."""
 
     def run(
         self, structure: Structure, factors: Sequence[Array], x: Array, bias: Array | None, rows: bool
@@ -100,19 +92,8 @@ class Products(JaxWay):
         return jax_cpu.single(structure, factors, x, bias, rows)
 
 
-class Dense(JaxWay):
-    """The dense matrix, made by the chain from the identity, and one product with it.
-
-    For chains whose own products are so much slower than a dense one that making the matrix pays.
-    """
-
-    name = "dense"
-
-    def supports(self, problem: Problem) -> bool:
-        return models.makes_dense(problem)
-
-    def model(self, problem: Problem) -> float:
-        return models.dense(problem, self.rates(problem))
+class Dense(JaxWay, models.DenseWay):
+    """See :class:`structlin.execution.models.DenseWay`."""
 
     def run(
         self, structure: Structure, factors: Sequence[Array], x: Array, bias: Array | None, rows: bool

@@ -25,7 +25,9 @@ __all__ = [
     "MEDIUM",
     "PASSES",
     "TINY",
+    "DenseWay",
     "EstimatedWay",
+    "ProductsWay",
     "calibrated",
     "compiled",
     "dense",
@@ -66,6 +68,37 @@ class EstimatedWay(Way):
         """Estimate the time of a problem in seconds."""
         call, factor = self.calibration(problem).get(self.name, (self.rates(problem).call, 1.0))
         return call * len(problem.structure.steps) / len(TINY[0].steps) + factor * self.model(problem)
+
+
+class ProductsWay(EstimatedWay):
+    """One batched product for each step, activations between them with the tokens innermost (:mod:`.products`)."""
+
+    name = "products"
+
+    def supports(self, problem: Problem) -> bool:
+        """Return True: single products run every chain."""
+        return True
+
+    def model(self, problem: Problem) -> float:
+        """Return the seconds of products and copies, without calls."""
+        return products(problem, self.rates(problem))
+
+
+class DenseWay(EstimatedWay):
+    """The dense matrix, made by the chain from the identity, and one product with it.
+
+    For chains whose own products are so much slower than a dense one that making the matrix pays.
+    """
+
+    name = "dense"
+
+    def supports(self, problem: Problem) -> bool:
+        """Whether the dense matrix is small enough to be made."""
+        return problem.device in ("cpu", "cuda") and makes_dense(problem)
+
+    def model(self, problem: Problem) -> float:
+        """Return the seconds of products and copies, without calls."""
+        return dense(problem, self.rates(problem))
 
 
 def makes_dense(problem: Problem) -> bool:

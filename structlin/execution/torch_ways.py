@@ -56,16 +56,8 @@ class TorchWay(models.EstimatedWay):
         return super().seconds(problem) if problem.device == "cpu" else _elsewhere(problem, self.name)
 
 
-class Products(TorchWay):
-    """One batched product for each step, activations between them with the tokens innermost (:mod:`.products`)."""
-
-    name = "products"
-
-    def supports(self, problem: Problem) -> bool:
-        return True
-
-    def model(self, problem: Problem) -> float:
-        return models.products(problem, self.rates(problem))
+class Products(TorchWay, models.ProductsWay):
+    """See :class:`structlin.execution.models.ProductsWay`."""
 
     def run(
         self, structure: Structure, factors: Sequence[Tensor], x: Tensor, bias: Tensor | None, rows: bool
@@ -106,19 +98,8 @@ class TokenMajor(TorchWay):
         return token_major(structure)(x, factors, bias)
 
 
-class Dense(TorchWay):
-    """The dense matrix, made by the chain from the identity, and one product with it.
-
-    For chains whose own products are so much slower than a dense one that making the matrix pays.
-    """
-
-    name = "dense"
-
-    def supports(self, problem: Problem) -> bool:
-        return problem.device in ("cpu", "cuda") and models.makes_dense(problem)
-
-    def model(self, problem: Problem) -> float:
-        return models.dense(problem, self.rates(problem))
+class Dense(TorchWay, models.DenseWay):
+    """See :class:`structlin.execution.models.DenseWay`."""
 
     def run(
         self, structure: Structure, factors: Sequence[Tensor], x: Tensor, bias: Tensor | None, rows: bool

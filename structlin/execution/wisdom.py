@@ -170,16 +170,7 @@ def export_wisdom(path: str | os.PathLike[str]) -> int:
 
 
 def import_wisdom(path: str | os.PathLike[str], *, any_machine: bool = False) -> int:
-    """Take the records of a file that :func:`export_wisdom` wrote; return how many.
-
-    Records that are there already are replaced.
-
-    Raises
-    ------
-    ValueError
-        The file is damaged or no export, or it is of another processor or of other versions of the libraries, whose
-        timings say nothing here, unless ``any_machine``.
-    """
+    """Do what :func:`structlin.execution.import_wisdom` does, without new choices."""
     try:
         _, text = _opened(Path(path).read_text(encoding="utf-8"))
         found = json.loads(text)
