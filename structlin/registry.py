@@ -187,8 +187,15 @@ def structure_class(name: str) -> type[NamedOperator]:
     if name not in _REGISTRY:
         _load_installed()
     if name not in _REGISTRY:
-        raise ValueError(f"unknown structure {name!r}; one of {', '.join(_REGISTRY)}")
+        raise ValueError(f"unknown structure {name!r}{_meant(name)}; one of {', '.join(_REGISTRY)}")
     return _REGISTRY[name]
+
+
+def _meant(name: str) -> str:
+    """Return the one structure whose initials these are, for a message: ``btt`` is not butterfly."""
+    short = str(name).lower()
+    found = [known for known in _REGISTRY if "".join(word[0] for word in known.split("_")) == short]
+    return f" ({found[0]!r} has these initials)" if len(short) > 1 and len(found) == 1 else ""
 
 
 def structure_options(structure: str | type[NamedOperator]) -> dict[str, Any]:

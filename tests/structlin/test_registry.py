@@ -60,3 +60,15 @@ def test_other_refusals():
         structlin.Toeplitz.from_kernel(np.ones(3), 4)
     with pytest.raises(ValueError, match=r"a chain 'gba,gfdra->frgbd; frgbd,fergb->fed' of sizes above 1 is needed"):
         structlin.theta_of(design("dense", (4, 4)))
+
+
+@pytest.mark.parametrize(("short", "name"), [("btt", "block_tensor_train"), ("TT", "tensor_train"), ("lr", "low_rank")])
+def test_initials_name_the_structure_that_they_stand_for(short, name):
+    with pytest.raises(ValueError, match=rf"unknown structure '{short}' \('{name}' has these initials\); one of dense"):
+        structure_class(short)
+
+
+def test_one_letter_and_other_words_stand_for_nothing():
+    for text in ("b", "butter", ""):
+        with pytest.raises(ValueError, match=rf"unknown structure '{text}'; one of dense"):
+            structure_class(text)
