@@ -1,9 +1,9 @@
-"""What must hold before memory of torch's tensors is read or written by address.
+"""Checks of torch's tensors before their memory is read or written by address.
 
-The compiled passes take addresses of operands, and the chunked ones views at offsets into their storages. Neither
-notices a tensor whose memory is not what its shape says. So every operand is looked at here first. An operand that is
-wrong raises ValueError. An operand that has no memory of its own to read, such as a functional tensor or a subclass, is
-left to the products of torch, and so is everything while a transformation watches or records the single products.
+The compiled passes take addresses of operands, and the chunked ones take views at offsets into their storages. Neither
+detects a tensor whose memory does not match its shape. So every operand is checked here first. A wrong operand raises
+ValueError. An operand without memory of its own, such as a functional tensor or a subclass, is left to the products of
+torch. So are all operands while a transformation observes or records the single products.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ def recording() -> bool:
 
 
 def transforming() -> bool:
-    """Whether tensors stand for more than their memory: batches and tangents of ``torch.func``, dual numbers."""
+    """Whether tensors carry more than their memory holds: batches and tangents of ``torch.func``, dual numbers."""
     return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
 
 
 def watched() -> bool:
-    """Whether single products are to be seen: by transformations, tracers, modes, or autocast, which casts them."""
+    """Whether something observes the single products: transformations, tracers, dispatch modes, or autocast."""
     return (
         torch._C._len_torch_dispatch_stack() > 0
         or transforming()
@@ -127,9 +127,9 @@ class Guard:
                 raise ValueError(_no_memory(name, tensor))
 
     def plain(self, x: Tensor, operands: Sequence[Tensor]) -> bool:
-        """Whether :meth:`check` and :meth:`addressable` pass and all is contiguous, found out in one short loop.
+        """Whether :meth:`check` and :meth:`addressable` pass and all operands are contiguous, by one short loop.
 
-        False says nothing but that one has to look closer.
+        If False, call the two: an operand may still be valid.
         """
         if not self._all_real:
             return False
@@ -169,7 +169,7 @@ class Guard:
         return addressable(x, "the input") and all(map(addressable, operands, self._names))
 
     def holds(self, dtype: torch.dtype, factors: Sequence[Tensor]) -> bool:
-        """Whether factors that autograd hands back are what they were, and may be read by address."""
+        """Whether factors that autograd returns are unchanged, and may be read by address."""
         return all(
             addressable(tensor) and tensor.dtype is dtype and tensor.shape == shape
             for tensor, shape in zip(factors, self._shapes, strict=False)

@@ -1,8 +1,8 @@
 """Blocks of a network in torch: an MLP or the projections of one input as one pass (:mod:`.compiled.block`).
 
-A :class:`TorchBlock` says what is computed. A call runs it as one compiled pass over the memory of plain tensors, or
-says that it cannot: then the caller runs layer after layer. Which of the two is faster is chosen as the ways of a chain
-are (:mod:`.choice`).
+A :class:`TorchBlock` describes the computation. A call runs it as one compiled pass over the memory of plain tensors,
+or returns None; the caller then runs layer after layer. The faster of the two is chosen like the way of a chain
+(:mod:`.choice`).
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ class TorchBlock:
             yield structure, bias, cast(list[Tensor], mine)
 
     def plain(self, x: Tensor, operands: Sequence[Tensor | None]) -> bool:
-        """Whether the memory of all operands may be read by address; nothing that is wrong passes."""
+        """Whether all operands have the right shapes and dtypes, and memory that may be read by address."""
         weight, shift, *rest = operands
         if watched() or x.ndim != 2 or x.shape[1] != self.first[0].d_in or not len(x):
             return False
@@ -314,7 +314,7 @@ def _by_autograd(
 
 @dataclass(frozen=True)
 class BlockProblem:
-    """A block to be run: layer after layer (:data:`SEPARATE`), or as one pass, in blocks of so many tokens."""
+    """The choice between layer after layer (:data:`SEPARATE`) and one pass, in blocks of some number of tokens."""
 
     block: TorchBlock
     dtype: str
@@ -336,12 +336,12 @@ class BlockProblem:
 
     @property
     def structure(self) -> Structure:
-        """The first of its structures, by which decisions are found."""
+        """The first structure, under which decisions are listed."""
         return self.block.first[0]
 
     @property
     def without(self) -> str:
-        """The answer where passes over several layers are left out."""
+        """The alternative if passes over several layers are excluded."""
         return SEPARATE
 
     def kinds(self) -> list[str]:
@@ -349,7 +349,7 @@ class BlockProblem:
         return [kind for kind in KINDS if self.block.program(getattr(torch, self.dtype), kind) is not None]
 
     def estimate(self) -> str:
-        """One pass if each of the layers would run as a compiled one: then what is between them costs less."""
+        """Return one pass if each layer would run as a compiled pass: what stands between them then costs less."""
         kinds = []
         for structure in self.block.structures:
             problem = choice.Problem(
@@ -364,7 +364,7 @@ class BlockProblem:
         return f"block-{kind}" if kind in self.kinds() else SEPARATE
 
     def measure(self) -> dict[str, float]:
-        """Seconds of each, the least of some calls in turns."""
+        """Return the seconds of each alternative, the least of some calls in turns."""
         block, kind = self.block, getattr(torch, self.dtype)
         generator = torch.Generator().manual_seed(0)
 

@@ -1,17 +1,17 @@
-"""Which way runs a chain: the ways that are registered, and the choice between them.
+"""The registered ways to run a chain, and the choice between them.
 
-A :class:`Problem` says what is to be run: a chain, the library of the arrays, their dtype and device, the number of
-tokens (in powers of two), threads, and whether gradients are to come. For each problem the choice is made once:
+A :class:`Problem` describes a call: a chain, the library of the arrays, their dtype and device, the number of tokens
+(rounded up to a power of two), the number of threads, and whether a backward pass follows. The choice is made once for
+each problem. The first of these that exists decides:
 
-1. what a resumed run has pinned (:func:`pin`);
-2. the fastest of the timings that are known for the problem (:mod:`.wisdom`), which ``measure`` or
-   :func:`structlin.execution.tune` took;
-3. with ``measure``, timings that are taken now;
-4. otherwise the least estimate, from rates of the machine that were measured once (:mod:`.rates`).
+1. the way that a resumed run has pinned (:func:`pin`);
+2. the least time that ``measure`` or :func:`structlin.execution.tune` recorded for the problem (:mod:`.wisdom`);
+3. with the policy ``measure``, the least of the times that are measured now;
+4. the least estimate, computed from rates of the machine that were measured once (:mod:`.rates`).
 
-The policy is ``estimate`` (the default), ``measure``, or names of ways in order of preference; names with a minus
-in front are left out: ``"-compiled"`` estimates among the other ways. It comes from :func:`using`, otherwise from the
-environment variable ``STRUCTLIN_EXECUTION``. ``"-compiled"`` leaves out all ways of that group, ``"-block"`` all
+The policy is ``estimate`` (the default), ``measure``, or names of ways in order of preference. A minus in front of a
+name excludes it: ``"-compiled"`` estimates among the other ways. :func:`using` sets the policy; otherwise the
+environment variable ``STRUCTLIN_EXECUTION`` does. ``"-compiled"`` excludes all ways of that group, ``"-block"`` all
 passes over several layers (:mod:`.blocks`).
 """
 
@@ -40,7 +40,7 @@ BLOCK = "block"
 
 @dataclass(frozen=True)
 class Problem:
-    """What is to be run. ``tokens`` is a power of two; ``train``: the backward pass is to come."""
+    """A call to run. ``tokens`` is a power of two; ``train`` says that a backward pass follows."""
 
     structure: Structure
     rows: bool
@@ -88,7 +88,7 @@ class Way(ABC):
         """Return an estimate of the time of a call, with the backward pass if ``problem.train``."""
 
     def least(self, problem: Problem) -> float:
-        """Return a bound from below of :meth:`seconds` that costs nothing: where it decides, nothing else is asked."""
+        """Return a lower bound of :meth:`seconds` that needs no measurement, by which a way can be ruled out."""
         return 0.0
 
     @abstractmethod
@@ -131,9 +131,10 @@ def register(way: Way) -> Way:
 
 
 def load_with(loader: Callable[[bool], None]) -> None:
-    """Call ``loader(every)`` before ways are looked for: it imports the modules whose ways enter themselves.
+    """Register a function that imports the modules of ways; it is called before ways are looked up.
 
-    ``every``: those of all libraries that are installed, otherwise of those that the process has imported.
+    ``loader(True)`` imports the ways of all installed libraries, ``loader(False)`` those of libraries that the process
+    has imported.
     """
     _loaders.append(loader)
 
@@ -144,25 +145,25 @@ def _load(every: bool = False) -> None:
 
 
 def measured_with(clear: Callable[[], None]) -> None:
-    """Call ``clear`` when what was measured is replaced: it empties a cache of what is derived from it."""
+    """Register a function that empties a cache of values derived from measurements; it is called when they change."""
     _derived.append(clear)
 
 
 def forget_measured() -> None:
-    """Read what was measured anew, and make all choices anew."""
+    """Discard cached measurements and choices, so that both are read or made again."""
     for clear in _derived:
         clear()
     forget()
 
 
 def forget() -> None:
-    """Make all choices anew when they are next needed."""
+    """Discard all choices; each is made again when it is next needed."""
     global _generation
     _generation += 1
 
 
 def generation() -> int:
-    """Return a number that changes when choices are to be made anew."""
+    """Return a counter that increases whenever choices are discarded."""
     return _generation
 
 
@@ -177,7 +178,7 @@ def ways(library: str) -> list[Way]:
 
 @dataclass(frozen=True)
 class Policy:
-    """How to choose: ``mode`` is ``estimate`` or ``measure``; ``names`` go first, ``without`` are left out."""
+    """How to choose: ``mode`` is ``estimate`` or ``measure``; ``names`` come first, ``without`` are excluded."""
 
     mode: str = "estimate"
     names: tuple[str, ...] = ()
@@ -211,8 +212,8 @@ def policy_of(text: str) -> Policy:
             (without if word.startswith("-") else names).append(word.removeprefix("-"))
         else:
             raise ValueError(
-                f"execution {text!r}: {word!r} is no mode ({', '.join(MODES)}) and no way "
-                f"({', '.join(sorted(known))}); separate several by commas, and put a minus before what to leave out"
+                f"execution {text!r}: {word!r} is neither a mode ({', '.join(MODES)}) nor a way "
+                f"({', '.join(sorted(known))}); separate names by commas, and exclude a way by a minus in front of it"
             )
     return Policy(mode, tuple(names), tuple(without))
 
@@ -339,29 +340,29 @@ def way_of(problem: Problem) -> Way:
 
 
 class Alternatives(Protocol):
-    """A question with two or more named answers that is decided as the way of a problem is."""
+    """A choice between named alternatives that is made like the choice of a way."""
 
     @property
     def key(self) -> str:
-        """The question as text."""
+        """Text that identifies the choice."""
 
     @property
     def structure(self) -> Structure:
-        """Whose decisions it belongs to."""
+        """The structure under which :func:`decisions` lists the choice."""
 
     @property
     def without(self) -> str:
-        """The answer where ``-block`` is the policy."""
+        """The alternative that the policy ``-block`` takes."""
 
     def estimate(self) -> str:
-        """Return the answer where nothing was measured."""
+        """Return the alternative to take without measurements."""
 
     def measure(self) -> dict[str, float]:
-        """Seconds of each answer."""
+        """Return the seconds of each alternative."""
 
 
 def settle(question: Alternatives) -> str:
-    """Return the answer: what a resumed run pinned, the least measured time, a measurement now, or the estimate."""
+    """Return the chosen alternative: pinned by a resumed run, fastest as measured, or estimated."""
     policy, key = policy_of(policy_text()), question.key
     name = question.without if BLOCK in policy.without else _pinned.get(key)
     if name is None and policy.names:
@@ -399,13 +400,14 @@ def decisions(structures: Collection[Structure] | None = None) -> dict[str, str]
 
 
 def pin(chosen: Mapping[str, str]) -> None:
-    """Choose as :func:`decisions` says, in this process, wherever the way exists: a resumed run repeats its bits.
+    """Make the choices that :func:`decisions` recorded, so that a resumed run is bit-identical.
 
-    Raises ValueError for an entry that is no problem and way.
+    A choice whose way does not exist here is made as usual. Raises ValueError for an entry that does not map the text
+    of a problem to the name of a way.
     """
     for key, name in chosen.items():
         if not isinstance(key, str) or not isinstance(name, str):
-            raise ValueError(f"decisions map the text of a problem to the name of a way, got {key!r}: {name!r}")
+            raise ValueError(f"decisions must map the text of a problem to the name of a way, got {key!r}: {name!r}")
     _pinned.update(chosen)
     forget()
 

@@ -58,7 +58,7 @@ class EstimatedWay(Way):
 
     @abstractmethod
     def calibration(self, problem: Problem) -> Mapping[str, tuple[float, float]]:
-        """Return what :func:`calibrated` has found for the ways of this library."""
+        """Return the results of :func:`calibrated` for the ways of this library."""
 
     def rates(self, problem: Problem) -> Rates:
         """Return the measured rates of this machine for a problem."""

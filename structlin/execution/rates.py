@@ -1,8 +1,8 @@
-"""Rates of this machine, measured once for each dtype and number of threads: what estimates of ways are made from.
+"""Rates of this machine, from which the times of ways are estimated.
 
-A few products and copies are timed in the library whose rates they are, which takes about a tenth of a second in torch
-and half a second in jax, which compiles each of them. The result is kept on disk (:mod:`.wisdom`): all processes on a
-machine estimate from the same figures.
+They are measured once for each library, dtype and number of threads, by timing a few products and copies. That takes
+about a tenth of a second in torch, and half a second in jax, which compiles each of them. The result is kept on disk
+(:mod:`.wisdom`), so that all processes on a machine estimate from the same figures.
 """
 
 from __future__ import annotations
@@ -36,12 +36,13 @@ ROUNDS_JAX = 3  # beside the time that XLA takes to compile
 class Rates:
     """Seconds, in one dtype on so many threads.
 
-    ``columns[k]``: of one MAC of a batched product ``(block, block) @ (block, tokens)`` with blocks of side
-    ``BLOCKS[k]``; ``rows[k]``: the same with the tokens first, ``(tokens, block) @ (block, block)``. ``run``: to copy a
-    number of an array whose axes are permuted but for the last one, ``single``: the same where the last one moves too.
-    ``read``: to read a number of a matrix that meets a single vector. ``fresh``: to write and read a number of an array
-    that does not stay in cache, and whose memory comes from the system. ``call``: of a call of the library, and
-    ``item``: of one more item in the batch of a product, whatever its size.
+    - ``columns[k]``: one MAC of a batched product ``(block, block) @ (block, tokens)`` with blocks of side
+      ``BLOCKS[k]``; ``rows[k]``: the same with the tokens first, ``(tokens, block) @ (block, block)``;
+    - ``run``: copying one number of an array whose axes are permuted except for the last one; ``single``: the same if
+      the last axis moves too;
+    - ``read``: reading one number of a matrix that multiplies a single vector;
+    - ``fresh``: writing and reading one number of an array in new memory that does not stay in cache;
+    - ``call``: a call of the library; ``item``: one more item in the batch of a product, of any size.
     """
 
     columns: tuple[float, ...]

@@ -1,9 +1,9 @@
 """Passes over the memory of torch's tensors on a CPU, and their derivatives.
 
 A pass is compiled for the chain (:mod:`.compiled`), or calls the BLAS for chunks of tokens (:mod:`.chunked`). It reads
-plain tensors by address; :mod:`._guard` says which tensors allow that, in the forward and in the backward pass. If the
-operands of a backward pass do not, or the gradients are differentiated again, single products of torch compute them.
-:mod:`.torch_ways` chooses between the passes.
+plain tensors by address; :mod:`._guard` decides which tensors allow that. If the operands of a backward pass do not, or
+the gradients are differentiated again, single products of torch compute them. :mod:`.torch_ways` chooses between the
+passes.
 """
 
 from __future__ import annotations
@@ -149,7 +149,7 @@ class CPUChain:
         or have tangents. ``passes`` run if they can read the memory of all tensors. Otherwise, and if ``passes`` is
         None, single products do. Tensors of another dtype or device than ``gy`` are converted first.
 
-        Raises ValueError if a tensor has not the shape that it had in the forward pass.
+        Raises ValueError if the shape of a tensor differs from its shape in the forward pass.
         """
         if recording():
             return self._single.backward(gy, x, factors, needs)

@@ -1,9 +1,8 @@
 """The ways to run a chain in torch, and the entry that picks one of them for a call.
 
-An estimate adds up products and copies at the rates of the machine (:mod:`.rates`): a model that knows how the time of
-a way depends on sizes. What the model does not know is measured once for each way, dtype and number of threads: the
-time of a call of a tiny chain, which is added, and by what a chain of medium size takes longer than the model says,
-which all its estimates are multiplied by.
+A model of each way adds up its products and copies at the rates of the machine (:mod:`.rates`). Two figures correct it,
+which are measured once for each way, dtype and number of threads: the time of a call on a tiny chain, which is added,
+and the ratio of the measured to the modelled time of a chain of medium size, by which the estimate is multiplied.
 """
 
 from __future__ import annotations
@@ -45,7 +44,7 @@ def _steps(structure: Structure) -> list[tuple[int, int, int, int]]:
 
 
 class TorchWay(models.EstimatedWay):
-    """What the ways have in common: on GPUs the model of :mod:`.traffic` estimates, and on other devices nothing."""
+    """Base class of the ways of torch; on GPUs :mod:`.traffic` estimates their times."""
 
     def calibration(self, problem: Problem) -> dict[str, tuple[float, float]]:
         return _calibrated(models.timed_dtype(problem.dtype), problem.threads, problem.train, models.is_large(problem))
@@ -226,8 +225,7 @@ class TilesWay(PassesWay):
 class BlocksWay(PassesWay):
     """Compiled passes with another number of tokens in a block.
 
-    How much that changes the time of a large chain is measured once on the machine. For others no estimate says that
-    it pays.
+    Its effect on a large chain is measured once. For other chains there is no estimate, and the way is not preferred.
     """
 
     def __init__(self, block: int) -> None:
@@ -309,7 +307,7 @@ class StoredWay(PassesWay):
         chain = chain_of(structure, rows)
 
         def run(x: Tensor, factors: Sequence[Tensor], bias: Tensor | None) -> Tensor:
-            try:  # a call takes some microseconds: none is to be lost on the way to it
+            try:  # a call takes some microseconds, so that each attribute counts
                 return chain.stored.plain(x, factors, bias)
             except CompileError:
                 return chain.forward(chain.stored, x, factors, bias)[0]  # which warns, and goes another way
@@ -326,9 +324,9 @@ def _elsewhere(problem: Problem, name: str) -> float:
 
 @lru_cache(maxsize=64)
 def _calibrated(dtype: str, threads: int, train: bool, large: bool) -> dict[str, tuple[float, float]]:
-    """Of each way the seconds of a call, and by what a chain takes longer than the model says.
+    """Return, by way, the seconds of a call, and the ratio of measured to modelled time of a chain.
 
-    That is of medium size, or ``large``: one whose activations leave the second level of cache.
+    The chain is of medium size, or ``large``: its activations do not fit the second level of cache.
     """
     small, other = (
         Problem(structure, True, "torch", "cpu", dtype, tokens, threads, train)
@@ -400,7 +398,7 @@ class TorchChain:
         if not plain:
             self._guard.check(x, operands)
         if seen or not (plain or not x.is_cpu or self._guard.addressable(x, operands)):
-            # Nor is this the place to measure anything.
+            # Nothing is measured here, since measuring would be traced too.
             return self._without_pointers(x).run(self.structure, factors, x, bias, self.rows)
         train = torch.is_grad_enabled() and (x.requires_grad or any(t.requires_grad for t in operands))
         call, way = self._way(x, train)
@@ -409,7 +407,7 @@ class TorchChain:
     def backward(
         self, gy: Tensor, x: Tensor, factors: Sequence[Tensor], needs: Sequence[bool]
     ) -> list[Tensor]:  # fmt: skip
-        """Gradients of x and the factors, those that ``needs`` asks for, by the way that a training step takes."""
+        """Return the gradients of x and the factors where ``needs`` is True, by the way of a training step."""
         way = None if watched() else self._way(x, True)[1]
         if isinstance(way, StridedWay):
             gradients = way.backward(self.structure, gy, x, factors, [*needs, False], self.rows)
@@ -440,7 +438,7 @@ class TorchChain:
         return found
 
     def _without_pointers(self, x: Tensor) -> Way:
-        """For tensors that stand for more than their memory, or for less."""
+        """Return the way for operands whose memory cannot be read by address."""
         if torch._C._get_tracing_state() is not None:  # where sizes are tensors
             return products_way
         few = self.rows and x.shape[0] * self._widest <= FEW

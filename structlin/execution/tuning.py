@@ -1,4 +1,4 @@
-"""Timings of the ways for a problem, and for all problems that a model meets."""
+"""Measure the ways for a problem, or for all problems that occur in a model."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from structlin.structure import Structure
 
 __all__ = ["clear_wisdom", "explain", "import_wisdom", "measure", "problem_of", "tune"]
 
-# Seconds after which no further round of one problem begins, how many rounds all ways take part in, and how many there
-# are at most. In each round a way runs once; its least time counts, since other processes only add to it.
+# No round begins after BUDGET seconds. All ways take part in LEAST_ROUNDS rounds, and there are at most MOST_ROUNDS. In
+# each round a way runs once; its least time counts, since other processes only add to it.
 BUDGET, LEAST_ROUNDS, MOST_ROUNDS = 0.6, 5, 60
-HOPELESS = 3.0  # a way that takes so many times the best one's time after the least number of rounds is timed no more
-# With more tokens than take so many seconds by the best estimate, a problem is timed with fewer: the time of a token
-# does not change any more.
+HOPELESS = 3.0  # after LEAST_ROUNDS, a way that takes this many times as long as the best one is not timed again
+# A problem whose best estimate exceeds LONGEST seconds is timed with fewer tokens, but at least ENOUGH_TOKENS, beyond
+# which the time of a token does not change.
 LONGEST, ENOUGH_TOKENS = 0.25, 2048
 
 
 def measure(problem: Problem, among: Sequence[Way] | None = None, *, keep: bool = False) -> dict[str, float]:
     """Time the ways for a problem on random operands, keep the result (:mod:`.wisdom`) and return seconds by name.
 
-    All ways run on the same operands, in turns. Torch's generators are left as they are. A way that fails (for want of
-    memory, or since a compiler fails) is left out. ``keep``: timings of a process that was faster are kept instead.
+    All ways run in turns on the same operands. The state of torch's generators does not change. A way that raises
+    MemoryError or RuntimeError is omitted. With ``keep``, existing timings are not replaced.
     """
     among = [c.way for c in choice.candidates(problem)] if among is None else list(among)
     tokens = problem.tokens
@@ -118,13 +118,13 @@ def _call(problem: Problem, way: Way, tokens: int) -> Callable[[], object]:
 def tune(
     run: Callable[[], object] | Iterable[Problem], *, progress: bool = True
 ) -> dict[str, dict[str, float]]:  # fmt: skip
-    """Measure what a computation needs, and keep it for all later processes on this machine.
+    """Measure the ways for all problems of a computation, and keep the timings for later processes on this machine.
 
     Parameters
     ----------
     run
         A function that runs the computation once (a forward pass, or a whole training step), or problems. The function
-        is called once, and the problems that it meets are timed.
+        is called once, and the problems that occur in it are timed.
     progress
         Show a progress bar (tqdm).
 
@@ -164,15 +164,15 @@ def _met(run: Callable[[], object]) -> list[Problem]:
 
 
 def import_wisdom(path: str | os.PathLike[str], *, any_machine: bool = False) -> int:
-    """Take the records of a file that :func:`export_wisdom` wrote; return how many. All choices are made anew.
+    """Import the records of a file that :func:`export_wisdom` wrote, and return their number.
 
-    Records that are there already are replaced.
+    Existing records are replaced, and all choices are made again.
 
     Raises
     ------
     ValueError
-        The file is damaged or no export, or it is of another processor or of other versions of the libraries, whose
-        timings say nothing here, unless ``any_machine``.
+        The file is damaged or not an export. Unless ``any_machine`` is true: it is from another processor, or from
+        other versions of the libraries.
     """
     count = wisdom.import_wisdom(path, any_machine=any_machine)
     choice.forget_measured()
@@ -180,7 +180,7 @@ def import_wisdom(path: str | os.PathLike[str], *, any_machine: bool = False) ->
 
 
 def clear_wisdom() -> int:
-    """Forget all that was measured on this processor; return how many files were deleted. Choices are made anew."""
+    """Delete all measurements of this processor, and return the number of deleted files. Choices are made again."""
     count = wisdom.clear()
     choice.forget_measured()
     return count
@@ -190,7 +190,7 @@ def problem_of(
     structure: Structure, tokens: int, *, dtype: str = "float32", train: bool = True, threads: int | None = None,
     rows: bool = True, library: str = "torch", device: str = "cpu",
 ) -> Problem:  # fmt: skip
-    """Return a problem by its parts. ``threads``: as many as the library uses, unless given."""
+    """Return the problem of a call; ``threads`` defaults to the number of threads that the library uses."""
     if not isinstance(structure, Structure):
         raise TypeError(f"a chain of einsums (structlin.Structure) is needed, got {type(structure).__name__}")
     if tokens < 1:
@@ -211,31 +211,31 @@ def explain(
     what: Any, tokens: int, *, dtype: str | None = None, train: bool = True, threads: int | None = None,
     library: str = "torch", on: str | Device | None = None,
 ) -> str:  # fmt: skip
-    """Which way runs a structure, an operator or a layer, and why, with the estimated and measured time of each way.
+    """Return which way runs a structure, operator or layer, and why, with estimated and measured times of all ways.
 
     Parameters
     ----------
     what
-        A :class:`structlin.Structure`, or what has one as ``structure`` (an operator, a layer).
+        A :class:`structlin.Structure`, or an object with an attribute ``structure`` (an operator, a layer).
     tokens
         Number of vectors; timings are kept for the next power of two.
     dtype
-        That of the layer's factors unless given, otherwise float32.
+        Default: the dtype of the layer's factors, or float32.
     train
-        With the backward pass.
+        Include the backward pass.
     threads
-        As many as the library uses, unless given.
+        Default: the number of threads that the library uses.
     library
-        Torch or jax, in which choices are those of forward passes (``train=False``).
+        ``torch`` or ``jax``; choices for jax are made for forward passes (``train=False``).
     on
         A GPU, by its name in :data:`structlin.execution.devices.DEVICES` or as
-        :class:`structlin.execution.devices.Device`. It need not be there: kernels, bytes and times of the ways of torch
-        are predicted (:mod:`structlin.execution.traffic`), without a bias.
+        :class:`structlin.execution.devices.Device`. It need not be present: kernels, bytes and times of torch's ways
+        are predicted without a bias (:mod:`structlin.execution.traffic`).
 
     Raises
     ------
     TypeError
-        ``what`` is and has no chain of einsums.
+        ``what`` neither is nor has a chain of einsums.
     ValueError
         Fewer than one token, an unknown GPU, or a GPU for another library than torch.
 

@@ -1,11 +1,11 @@
-"""What was measured on this processor, kept on disk: rates of the machine, and timings of ways to run a chain.
+"""Measurements of this processor, kept on disk: rates of the machine, and timings of ways to run a chain.
 
-Each record is a JSON file of its own, named by a hash of its key, in a folder for this processor and these versions of
-the libraries. A record is written to a temporary file and then renamed, so that processes which measure at the same
-time need no lock, and it holds a checksum: a record that fails it is ignored with a warning and measured again.
+Each record is a JSON file, named by a hash of its key, in a folder for this processor and these versions of the
+libraries. A record is written to a temporary file and then renamed, so that concurrent processes need no lock. It holds
+a checksum: a damaged record is ignored with a warning and measured again.
 
-The folder is ``$STRUCTLIN_CACHE``, otherwise the user's cache folder (platformdirs). Where it cannot be written,
-records last as long as the process. The model is FFTW's wisdom (Frigo and Johnson, *The Design and Implementation of
+The folder is ``$STRUCTLIN_CACHE``, otherwise the user's cache folder (platformdirs). If it is not writable, records
+last as long as the process. The model is FFTW's wisdom (Frigo and Johnson, *The Design and Implementation of
 FFTW3*, Proceedings of the IEEE 93(2), 2005).
 """
 
@@ -93,7 +93,7 @@ def _opened(text: str) -> tuple[str, Any]:
     """Key and value of a sealed record; ValueError where it is damaged."""
     outer = json.loads(text)
     if not isinstance(outer, dict) or set(outer) != {"record", "sha256"} or not isinstance(outer["record"], str):
-        raise ValueError("it is no record of wisdom")
+        raise ValueError("it is not a record of wisdom")
     if hashlib.sha256(outer["record"].encode()).hexdigest() != outer["sha256"]:
         raise ValueError("its checksum does not match")
     inner = json.loads(outer["record"])
@@ -119,7 +119,7 @@ def read(key: str) -> Any:
 
 
 def write(key: str, value: Any, *, keep: bool = False) -> Any:
-    """Keep a record and return what is kept: with ``keep`` the one of a process that was faster, if there is any."""
+    """Write a record and return its value; with ``keep``, an existing record is returned instead of replaced."""
     path = _path(key)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -142,7 +142,7 @@ def write(key: str, value: Any, *, keep: bool = False) -> Any:
 
 
 def clear() -> int:
-    """Forget all records of this processor and these versions; return how many files were deleted."""
+    """Delete all records of this processor and these versions; return the number of deleted files."""
     _MEMORY.clear()
     deleted = 0
     for path in folder().glob("*.json"):
@@ -176,14 +176,14 @@ def import_wisdom(path: str | os.PathLike[str], *, any_machine: bool = False) ->
         found = json.loads(text)
         records: Mapping[str, Any] = found["records"]
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{os.fspath(path)} is no export of wisdom: {error}") from error
+        raise ValueError(f"{os.fspath(path)} is not an export of wisdom: {error}") from error
     if found["format"] != FORMAT:
         raise ValueError(f"{os.fspath(path)} has format {found['format']}, this version reads format {FORMAT}")
     if not any_machine and (found["processor"], found["versions"]) != (processor(), versions()):
         theirs = found["processor"].get("model name") or found["processor"]["name"]
         raise ValueError(
             f"{os.fspath(path)} was measured on {theirs!r} with {found['versions']}, this is {machine_name()!r} with "
-            f"{versions()}; pass any_machine=True to take it all the same"
+            f"{versions()}; pass any_machine=True to import it anyway"
         )
     for key, value in records.items():
         write(key, value)

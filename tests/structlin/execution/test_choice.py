@@ -48,7 +48,7 @@ class TestPolicy:
 
     @pytest.mark.parametrize("text", ["fast", "", "estimate,-fast", "-", "--dense"])
     def test_unknown_words_are_named(self, text: str) -> None:
-        with pytest.raises(ValueError, match=r"no mode \(estimate, measure\) and no way \(.*products"):
+        with pytest.raises(ValueError, match=r"neither a mode \(estimate, measure\) nor a way \(.*products"):
             choice.policy_of(text)
 
     def test_environment_and_argument(self, monkeypatch) -> None:
@@ -61,7 +61,7 @@ class TestPolicy:
     def test_a_wrong_environment_is_an_error_of_the_call(self, monkeypatch) -> None:
         monkeypatch.setenv("STRUCTLIN_EXECUTION", "quick")
         factors = sl.random_factors(STRUCTURE, backend="torch", dtype="float32", seed=0)
-        with pytest.raises(ValueError, match="'quick' is no mode"):
+        with pytest.raises(ValueError, match="'quick' is neither a mode"):
             STRUCTURE.apply(factors, torch.ones(3, 40))
 
     @pytest.mark.parametrize("name", ["products", "token_major", "batched", "chunked", "compiled", "dense"])
@@ -282,7 +282,7 @@ class TestWisdom:
         file = tmp_path / "wisdom.json"
         for text in ("", "{}", '{"record": "{}", "sha256": "0"}'):
             file.write_text(text)
-            with pytest.raises(ValueError, match="no export of wisdom"):
+            with pytest.raises(ValueError, match="not an export of wisdom"):
                 execution.import_wisdom(file)
 
     def test_processors_and_versions_have_folders_of_their_own(self, monkeypatch) -> None:

@@ -147,7 +147,7 @@ def test_policies(monkeypatch) -> None:
     monkeypatch.setenv("STRUCTLIN_EXECUTION", "-compiled,-compiled-chunked,-dense")
     assert traced(apply, *operands) == "products"
     monkeypatch.setenv("STRUCTLIN_EXECUTION", "quick")
-    with pytest.raises(ValueError, match="'quick' is no mode"):
+    with pytest.raises(ValueError, match="'quick' is neither a mode"):
         apply(*operands)
 
 

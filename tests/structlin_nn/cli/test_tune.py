@@ -190,7 +190,7 @@ class TestFiles:
         code, out, err = run("--import wisdom.json")
         assert (code, out) == (2, "")
         assert "was measured on" in err
-        assert "give --any-machine to take it all the same" in err
+        assert "give --any-machine to import it anyway" in err
         assert run("--import wisdom.json --any-machine")[:2] == (0, "added 1 record of wisdom.json\n")
 
 
@@ -212,7 +212,7 @@ MISUSE = {
     "cifar-mlp --width 8 --any-machine": "--any-machine is an option of --import",
     "cifar-mlp --width 8 --export no/wisdom.json": "--export: the folder no does not exist",
     "--import no.json": "no.json: No such file or directory",
-    "--import text": "text is no export of wisdom",
+    "--import text": "text is not an export of wisdom",
     "tune_models:none --width 8": "module tune_models has no 'none'",
     "no_models:make --width 8": "no_models:make cannot be imported (No module named 'no_models')",
     "tune_models:no_inputs --width 8": "give it example_input(batch)); return (model, inputs)",
