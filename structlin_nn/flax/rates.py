@@ -242,7 +242,7 @@ def _is_param(variable: nnx.Variable) -> bool:
 
 
 def _places(layer: str, module: nnx.Module, base: nnx.Module, optimizer: str, structure_aware: bool) -> Iterator[Place]:
-    """Return the parameters of a module from :func:`_leaves`, with their rules."""
+    """Yield the parameters of a module from :func:`_leaves`, with their rules."""
     prefix = f"{layer}." if layer else ""
     fans, base_fans = _fans(module), _fans(base)
 

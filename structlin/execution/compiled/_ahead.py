@@ -1,7 +1,7 @@
-"""Asking for the input of the next block of tokens while the products of a block run.
+"""Prefetch the input of the next block of tokens while the products of a block run.
 
-What a pass reads first of a block comes from far away, unless something has just written it, and its copy to scratch
-memory would wait for it. A few cache lines are asked for with each tile of a product instead.
+The input of a block usually comes from memory, and its copy to scratch memory would wait for it. Each tile of a product
+prefetches a few cache lines instead.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ class Ahead:
         self._places = [code.value("alloca ptr") for _ in arrays]  # what is asked for next
 
     def start(self, first: Int) -> None:
-        """Start a block with this token."""
+        """Start the block whose first token is ``first``."""
         code = self._code
         for array, place in zip(self._arrays, self._places, strict=True):
             offset = code.multiply(code.add(first, self._block), array.row)
             code.put(f"store ptr {code.at(array.element, array.pointer, offset)}, ptr {place}")
 
     def ask(self) -> None:
-        """For the share of a tile. Nothing is read beyond an array: what is asked for need not be there."""
+        """Prefetch the share of one tile; an address beyond the array does no harm."""
         code = self._code
         for array, place in zip(self._arrays, self._places, strict=True):
             lines = math.ceil(self._block * array.row * BYTES[array.element] / (LINE * self._tiles))

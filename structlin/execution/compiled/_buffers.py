@@ -1,4 +1,4 @@
-"""What the compiled passes read and add to in torch, slice by slice: factors, sums of gradients, kept activations."""
+"""Buffers of the compiled passes in torch, slice by slice: copies of factors, sums of gradients, kept activations."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from structlin.execution.compiled._team import run_shares
 
 
 class Packed:
-    """These factors as the products ``kind`` of slices read them."""
+    """Factors in the orders in which the products ``kind`` of slices read them."""
 
     def __init__(self, slices: Slices, kind: str, numbers: range, factors: Sequence[Tensor]) -> None:
         self._slices, self._packing, self._numbers = slices, slices.program.packing(kind, tuple(numbers)), numbers
@@ -25,7 +25,7 @@ class Packed:
         self._places: list[int] = []
 
     def slice(self, number: int) -> list[int]:
-        """Where the factors of this slice are, until the next one is asked for."""
+        """Return the addresses of the factors of a slice; they are valid until the next call."""
         if self._made == number:
             return self._places
         first, places, moved = 0 if self._copies is None else self._copies.data_ptr(), [], []
@@ -45,8 +45,7 @@ class Packed:
 class Sums:
     """The gradients ``found`` of the factors ``wanted``, of which each slice has its part, and ``more`` sums.
 
-    Each thread has sums of its own. Those of the first one are where the gradients are to be in the end, if they have
-    their order and type.
+    Each thread has its own sums. Those of the first thread are the gradients themselves if order and type agree.
     """
 
     def __init__(
@@ -66,7 +65,7 @@ class Sums:
         self._more = [[_zeros((n,), program.dtype) for n in more] for _ in self._sums]
 
     def slice(self, number: int) -> list[list[int]]:
-        """For each thread where the sums for this slice are, which start at zero."""
+        """Return, for each thread, the addresses of the sums of a slice, which start at zero."""
         if not number:
             return [_places(sums) + _places(more) for sums, more in zip(self._sums, self._more, strict=True)]
         places = []
@@ -95,7 +94,7 @@ class Sums:
         _copy(self._slices.program, self._packing, moved)
 
     def _add(self, number: int) -> None:
-        """Those of the other threads to those of the first one."""
+        """Add the sums of the other threads to those of the first one."""
         totals = []
         for k, copied, total in zip(self._wanted, self._packing.sizes, self._sums[0], strict=True):
             size = math.prod(self._slices.program.shapes[k])
@@ -119,14 +118,14 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 
 
 def _copy(program: Program, packing: Packing, table: Sequence[int]) -> None:
-    """From and to where the table says."""
+    """Make the copies of a table of addresses."""
     if table:
         count = copy_shares(packing.numbers, torch.get_num_threads())
         run_shares(packing.run, [table] * count, range(count + 1), count, program.target)
 
 
 def kept_places(kept: Sequence[Tensor], slices: Slices, number: int) -> list[int]:
-    """Where this slice of kept activations is."""
+    """Return the addresses of a slice of kept activations."""
     assert slices.states is not None
     return [a.data_ptr() + number * n * a.itemsize for a, n in zip(kept, slices.states, strict=True)]
 

@@ -1,4 +1,4 @@
-"""Which arrays a block of tokens needs in a pass, and in which forms."""
+"""The arrays that a block of tokens needs in a pass, and their forms."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ Key = tuple[str, int, str]  # activation ("state") or gradient ("flow"), or a co
 
 
 class Forms:
-    """Which arrays a block needs. There may be several of one activation.
+    """The arrays that a block needs; an activation may have several, in different forms.
 
     ``plain``: in the type that is computed in. In bfloat16: ``half``, ``zipped`` along an axis, and with the numbers of
     two ``tokens`` side by side. ``kept``: by the forward pass, only to be copied. For products by tiles there are
     copies of a "turned state" or a "turned flow": ``turned`` (:class:`._tiles.Turn`), and with the tokens ``last``.
 
-    Arrays that are not needed at the same time share memory, as far as it is known when they are: ``now`` is the number
-    of the product that reads or writes what is told of next.
+    Arrays that are not needed at the same time share memory. ``now`` is the number of the product to which the next
+    calls of :meth:`read` and :meth:`write` belong; None if it is unknown.
     """
 
     def __init__(self, inside: str, rows: Sequence[int]) -> None:
@@ -47,19 +47,19 @@ class Forms:
             self.read(f"turned {kind}", number, "turned")
 
     def write(self, kind: str, number: int) -> None:
-        """All forms of an activation are written now."""
+        """Record that all forms of an activation are written now."""
         if self.now is not None:
             self._written[kind, number] = self.now
 
     def keep(self, kind: str, numbers: range, form: str = "plain") -> list[Key]:
-        """Arrays outside of scratch memory."""
+        """Return the keys of activations that lie outside of scratch memory."""
         self.now = None
         for number in numbers:
             self.read(kind, number, form)
         return [(kind, number, form) for number in numbers]
 
     def entered(self, when: int, skip: Collection[Key]) -> list[Key]:
-        """Return the arrays that no product writes, and that are read first by the one of this number."""
+        """Return the arrays that no product writes and that product ``when`` is the first to read."""
         return [
             key for key in self._keys
             if self._reads.get(key, (-1,))[0] == when and key[:2] not in self._written and key[0] in ENDS
@@ -67,9 +67,9 @@ class Forms:
         ]  # fmt: skip
 
     def places(self, outside: Collection[Key]) -> tuple[dict[Key, int], int]:
-        """Where each array starts in scratch memory, and how large that is, in bytes of a token.
+        """Return the start of each array in scratch memory, and the size of that memory, in bytes of a token.
 
-        The largest are placed first, each as low as those allow that are needed at the same time.
+        The largest arrays are placed first, each at the lowest place that no array needed at the same time occupies.
         """
         sizes = {k: self.rows[k[1]] * BYTES[self.elements[k[2]]] for k in self._keys if k not in outside}
         found: dict[Key, int] = {}
@@ -84,7 +84,7 @@ class Forms:
         return found, max((found[key] + sizes[key] for key in found), default=0)
 
     def bytes(self, outside: Collection[Key]) -> int:
-        """Of each token, that are used of scratch memory at the same time, at most."""
+        """Return the most bytes of a token that are in use in scratch memory at the same time."""
         number = {"plain": BYTES[self.elements["plain"]]}
         used = {
             k: self.rows[k[1]] * number.get(k[2], BYTES["bfloat"]) for k in self._keys if k not in outside
@@ -111,7 +111,7 @@ class Forms:
 
 @dataclass(frozen=True)
 class Array:
-    """Of the table: ``row`` numbers for each token, 0 for what is no row of each token."""
+    """An array of the table: ``row`` numbers for each token; 0 if it does not have a row for each token."""
 
     pointer: str
     element: str

@@ -1,7 +1,7 @@
-"""How many bytes what a pass reads again and again may have, as shares of the caches.
+"""Bounds, as shares of the caches, on the bytes that a pass reads repeatedly.
 
-The shares were found on a core with 32 KB, 1 MB and, for its share of the last level, 16 MB. There, times change by a
-few per cent if they are halved or doubled.
+The shares were found on a core with caches of 32 KB, 1 MB and 16 MB (its share of the last level). There, halving or
+doubling them changes times by a few per cent.
 """
 
 from __future__ import annotations

@@ -76,7 +76,7 @@ class Part:
     between: tuple[tuple[str, int], ...] | None = None
 
     def strides(self, d_in: int, d_out: int) -> tuple[int, int]:
-        """From row to row of the whole input and output, of which slices have so many numbers."""
+        """Return the row strides of the whole input and output, of which a slice has rows of ``d_in`` and ``d_out``."""
         return (d_in * self.count, d_out) if self.of_input else (d_in, d_out * self.count)
 
 
@@ -85,9 +85,9 @@ Method = TypeVar("Method", bound=Callable[..., Any])
 
 
 def _once(method: Method) -> Method:
-    """Keep what a method returns in its object. A cache of functools would keep the object too, or be part of a cycle.
+    """Cache the results of a method in its object; a cache of functools would keep the object alive.
 
-    Arguments are given by position. Two threads may both make what neither finds.
+    Arguments are given by position. Two threads may both compute a result that neither finds.
     """
 
     @wraps(method)
@@ -141,17 +141,17 @@ class Program:
 
     @property
     def dtype(self) -> Any:
-        """Of factors, bias and gradients of factors."""
+        """Dtype of factors, bias and gradients of factors."""
         return _dtype(self.inside)
 
     @property
     def kept_dtype(self) -> Any:
-        """Of kept activations."""
+        """Dtype of kept activations."""
         return _dtype(self.outside)
 
     @_once
     def packing(self, kind: str, numbers: tuple[int, ...]) -> Packing:
-        """Of the factors ``numbers`` for the products ``kind`` of the schedule; of the ``gradients`` the way back."""
+        """Return the copies of factors that the products ``kind`` read; of ``gradients``, the copies back."""
         sizes = tuple(self.copied(kind, k) for k in numbers)
         copies = [copy for copy in (self._copy(kind, k) for k in numbers) if copy is not None]
         moved = sum(math.prod(copy[0].shape) for copy in copies)
@@ -159,7 +159,7 @@ class Program:
         return Packing(sizes, moved, run)
 
     def _copy(self, kind: str, k: int) -> tuple[Arrangement, str, str] | None:
-        """Return what :func:`load_copies` takes; None where a factor or a gradient is taken as it is."""
+        """Return the argument of :func:`load_copies` for one array; None if it is used without a copy."""
         operation: Operation = getattr(self.schedule, kind)[k]
         back = kind == "gradients"
         whole = self.part.shapes[k] if self.part else None
@@ -170,13 +170,13 @@ class Program:
         return arrangement, *(reversed(ends) if back else ends)
 
     def element(self, operation: Operation) -> str:
-        """Of the factor that an operation reads, or of the gradient that it writes."""
+        """Return the element type of the factor that an operation reads, or of the gradient that it writes."""
         if not self.packed:
             return self.outside
         return "i32" if operation.in_pairs else self.outside if operation.product.paired else self.inside
 
     def copied(self, kind: str, k: int) -> int:
-        """Bytes of the copy of a factor or of its gradient, 0 where there is none."""
+        """Return the bytes of the copy of a factor or of its gradient, 0 if there is no copy."""
         copy = self._copy(kind, k)
         if copy is None:
             return 0
@@ -214,11 +214,14 @@ class Program:
         return far and LARGE_BLOCKS[-1] * forms.bytes(outside) > limits().sums_block
 
     def _whole_back_forms(self, kept: bool) -> tuple[Forms, list[Key]]:
-        """Of the backward pass with all gradients."""
+        """Return :meth:`back_forms` of the backward pass with all gradients."""
         return self.back_forms((True,) * (2 + len(self.shapes)), kept)
 
     def _back_block(self, gradients: bool, each: int, shared: bool) -> int:
-        """Of the backward pass, which has so many bytes of each token in scratch memory; ``shared`` among threads."""
+        """Return the tokens of a block of the backward pass, with ``each`` bytes of a token in scratch memory.
+
+        ``shared``: the tokens are shared among threads.
+        """
         if self._fixed:
             return self._fixed
         if not gradients or self.numel * self.size <= limits().sums:
@@ -227,7 +230,7 @@ class Program:
         return next((b for b in blocks if b * each <= limits().sums_block), blocks[-1])
 
     def _front_block(self, each: int) -> int:
-        """Of the forward pass, which has so many bytes of each token in scratch memory."""
+        """Return the tokens of a block of the forward pass, with ``each`` bytes of a token in scratch memory."""
         if self._fixed:
             return self._fixed
         if self.numel * BYTES[self.outside] <= limits().factors:
@@ -250,7 +253,7 @@ class Program:
         return self._front_block(self._front_forms().bytes([]))
 
     def _front_forms(self) -> Forms:
-        """Return what the forward pass reads."""
+        """Return the forms of arrays that the forward pass reads."""
         schedule, forms = self.schedule, Forms(self.inside, self.schedule.rows)
         for k, operation in enumerate(schedule.forward):
             forms.now = k
@@ -347,16 +350,16 @@ class Program:
         return writer.compile(body, self._inputs(x, gy), [*ran, *(schedule.gradients[k] for k in wanted)])
 
     def _inputs(self, *arrays: Array) -> Sequence[Array]:
-        """Those to be asked for ahead: whole rows, one after the other."""
+        """Return the arrays to prefetch: those whose rows are contiguous."""
         return arrays if self.rows and self.part is None else ()
 
     def write_states(
         self, writer: Writer, emitter: Emitter, at: At, forms: Forms, arrays: Mapping[Key, Array],
         factors: Mapping[int, Array], tokens: Int, enter: Enter | None = None,
     ) -> None:  # fmt: skip
-        """Return the forward products by these factors, from one activation in scratch memory to the next.
+        """Write the forward products by these factors, from one activation in scratch memory to the next.
 
-        ``enter``: is called with the number of each product before it.
+        ``enter`` is called with the number of each product before that is written.
         """
         for k, factor in factors.items():
             operation = self.schedule.forward[k]
@@ -372,7 +375,7 @@ class Program:
         grads: Mapping[int, Array], back: Mapping[int, Array], tokens: Int, gx: Array | None,
         enter: Enter | None = None,
     ) -> None:  # fmt: skip
-        """Return the products of the backward pass, with the sums ``grads`` and the factors ``back``, by their numbers.
+        """Write the products of the backward pass, with the sums ``grads`` and the factors ``back``, by step number.
 
         The last one writes to ``gx`` unless the gradient of the input is in scratch memory.
         """
@@ -414,18 +417,18 @@ class Program:
         return k if kind == "forward" else last + 2 * (last - 1 - k) + (kind == "back")
 
     def clear_all(self, emitter: Emitter, at: At, arrays: Mapping[Key, Array], kind: str, number: int) -> None:
-        """Zeros after the tokens of all forms of an activation, where products by tiles read these."""
+        """Write zeros after the tokens of all forms of an activation that products by tiles read."""
         for key in arrays:
             if key[:2] == (kind, number):
                 self._clear(emitter, at, arrays, key)
 
     def _clear(self, emitter: Emitter, at: At, arrays: Mapping[Key, Array], key: Key) -> None:
-        """Zeros after the last pair of tokens of an array, which a product by tiles reads."""
+        """Write zeros after the last pair of tokens of an array that a product by tiles reads."""
         if self.tiles and key[2] == "tokens":
             tiles.clear_after(emitter, at(arrays[key]), self.schedule.rows[key[1]], self.schedule.widths[key[1]])
 
     def back_forms(self, needs: tuple[bool, ...], kept: bool) -> tuple[Forms, list[Key]]:
-        """Return what the backward pass reads, and which of that is kept outside of scratch memory."""
+        """Return the forms of arrays that the backward pass reads, and which of them lie outside of scratch memory."""
         schedule, last = self.schedule, len(self.schedule.forward)
         wanted = [k for k in range(last) if needs[k + 1]]
         passed = range(last - 1, -1 if needs[0] else min(wanted), -1)
@@ -454,7 +457,7 @@ class Program:
 
     @property
     def kept_rows(self) -> tuple[int, ...]:
-        """From token to token of kept activations, of which there may be slices."""
+        """Strides from token to token of kept activations, which may be slices."""
         if self.part is None:
             return self.schedule.rows
         return tuple(row_of(width * self.part.count, self.inside) for width in self.schedule.widths)
@@ -468,7 +471,7 @@ class Program:
         self, emitter: Emitter, source: Memory, ends: tuple[int, int], target: Memory, row: int, full: int,
         enters: Axis | None, even: bool = False,
     ) -> None:  # fmt: skip
-        """Return the input or the gradient of the output; ``ends``: its row stride and the numbers of a row to read."""
+        """Copy the input or the gradient of the output; ``ends``: its row stride and the numbers of a row to read."""
         stride, width = ends
         if target.zipped:
             assert enters is not None
@@ -480,7 +483,7 @@ class Program:
             emitter.from_columns(source, "%total", target, row, width, full)
 
     def write(self, emitter: Emitter, source: Memory, row: int, target: Memory, ends: tuple[int, int]) -> None:
-        """Return the output, or the gradient of the input."""
+        """Copy the output, or the gradient of the input, to where it belongs."""
         stride, width = ends
         if self.rows:
             emitter.copy(source, row, target, stride, width, width)
@@ -498,14 +501,14 @@ class Program:
         )
 
     def _gradient_by_tiles(self, k: int) -> bool:
-        """Whether to turn an activation, or a gradient of one, so that tiles can add the gradient of factor k up."""
+        """Whether to transpose an activation or its gradient, so that tiles can compute the gradient of factor k."""
         if not self.tiles or not self.gradient_in_pairs(k):
             return False
         width = self.schedule.widths[self._turned_for_gradient(k)[1]]
         return tiles.tiles_pay(self.schedule.gradients[k].product, width, self.target, self.inside)
 
     def _turned_for_gradient(self, k: int) -> tuple[str, int]:
-        """Return the activation, or the gradient of one, that is read number by number, and its number."""
+        """Return kind and number of the activation, or of its gradient, that is read number by number."""
         return ("turned state", k) if self.schedule.gradients[k].product.swapped else ("turned flow", k + 1)
 
 
@@ -519,8 +522,8 @@ def _dtype(element: str) -> Any:
     return {"float": torch.float32, "double": torch.float64, "bfloat": torch.bfloat16}[element]
 
 
-# Structures that are equal share a program, as long as it is one of the PROGRAMS that were asked for last: one takes
-# 0.1 to 1 MB. Others live with what holds them.
+# Equal structures share a program while it is one of the last PROGRAMS that were used; each takes 0.1 to 1 MB. Older
+# programs live as long as their owners.
 PROGRAMS = 64
 
 

@@ -1,4 +1,4 @@
-"""What is done with the rows of a block of tokens between products: activations, norms, residuals."""
+"""Operations on the rows of a block of tokens between products: activations, norms, residuals."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Norm(Protocol):
 
 
 class Rows:
-    """What is done with the rows of all tokens of a block, number by number."""
+    """Operations on the rows of all tokens of a block, number by number."""
 
     def __init__(self, emitter: Emitter) -> None:
         self.emitter, self.code = emitter, emitter.code
@@ -95,7 +95,7 @@ class Rows:
         self, name: str, hidden: Sequence[tuple[Memory, int]], gradient: Memory, row: int, width: int,
         wide: Sequence[int],
     ) -> None:  # fmt: skip
-        """Write over what the activation read with its gradient, from that of the features; beyond ``width`` zeros."""
+        """Overwrite the input of the activation by its gradient, given that of the features; zeros beyond ``width``."""
         emitter, code = self.emitter, self.code
 
         def token(number: Int) -> None:
