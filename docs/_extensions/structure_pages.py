@@ -7,6 +7,7 @@ page by being registered.
 from __future__ import annotations
 
 import inspect
+import re
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,7 @@ def coloured(labels: np.ndarray, seed: int) -> np.ndarray:
 def draw(name: str, path: Path) -> str:
     """Draw the matrix and its factors; return the caption."""
     shape = DRAWN.get(name, (16, 16))
-    structure = structlin.design(name, shape)
+    structure = lettered(name, shape)
     panels: list[tuple[str, np.ndarray]]
     if isinstance(structure, Structure):
         factors = structlin.random_factors(structure, seed=1)
@@ -122,9 +123,10 @@ def page(name: str, caption: str) -> str:
         "",
         f"*{caption}*",
         "",
-        f"Definition\n: `{cls.formula}`",
+        "Definition\n: " + "\n\n  ".join(f"$\\displaystyle {line}$" for line in definition(name)),
         "",
-        f"Parameters\n: `{cls.parameters}`",
+        *([f"Einsums\n: `{cls.formula}`", ""] if "->" in cls.formula else []),
+        f"Parameters\n: ${typeset(cls.parameters)}$",
         "",
         "Options\n: " + (", ".join(f"`{k}={v!r}`" for k, v in options.items()) or "none"),
         "",
@@ -151,11 +153,57 @@ def hidden(cls: type) -> list[str]:
 
 
 def structure_example(name: str) -> list[str]:
-    structure = structlin.design(name, (1024, 1024))
+    structure = lettered(name, (1024, 1024))
     if not isinstance(structure, Structure):
         return []
-    lines = ["## Its steps at d = 1024", "", "```text", *str(structure).splitlines(), "```", ""]
-    return lines
+    sizes = ", ".join(f"`{axis}` = {size}" for axis, size in structure.sizes)
+    axes = [f"The sizes of the axes are {sizes}.", ""] if len(structure.sizes) < 10 else []
+    return ["## Its steps at d = 1024", "", *axes, "```text", *str(structure).splitlines(), "```", ""]
+
+
+def lettered(name: str, shape: tuple[int, int]) -> structlin.AbstractStructure:
+    """Return the structure with the letters of its formula, if that has the same steps."""
+    found = structlin.design(name, shape)
+    formula = structlin.structure_class(name).formula
+    if not isinstance(found, Structure) or formula.count("; ") + 1 != len(found.steps):
+        return found
+    own, wanted = ("; ".join(map(str, found.steps)), formula)
+    letters = dict(zip(own, wanted, strict=False))
+    if "".join(letters[c] for c in own) != wanted:
+        return found
+    sizes = {letters[axis]: size for axis, size in found.sizes}
+    return Structure.parse(formula, **sizes, d_in=found.d_in, d_out=found.d_out)
+
+
+def definition(name: str) -> list[str]:
+    """Return the definition in TeX: a sum for each einsum of the formula, or the formula itself."""
+    formula, _, note = structlin.structure_class(name).formula.partition(", ")
+    steps = re.findall(r"(\w+),(\w+)->(\w+)", formula)
+    if not steps:
+        return [typeset(formula)]
+    lines, read = [], "x"
+    for k, (given, factor, made) in enumerate(steps):
+        written = "y" if k == len(steps) - 1 else "z" if len(steps) == 2 else f"z^{{({k + 1})}}"
+        summed = [axis for axis in given if axis in factor and axis not in made]
+        total = rf"\sum_{{{', '.join(summed)}}} " if summed else ""
+        lines.append(rf"{written}_{{{made}}} = {total}W^{{({k})}}_{{{factor}}} \, {read}_{{{given}}}")
+        read = written
+    return [*lines[:-1], lines[-1] + (rf" \quad \text{{({note})}}" if note else "")]
+
+
+def typeset(text: str) -> str:
+    r"""Return a formula of a docstring in TeX.
+
+    Examples
+    --------
+    >>> typeset("y_i = sum_j kernel_(i - j) x_j"), typeset("d_in d_out / b")
+    ('y_i = \\sum_j \\mathrm{kernel}_{i - j} x_j', 'd_\\text{in} d_\\text{out} / b')
+    """
+    text = re.sub(r"_(\w{2,})\((\w)\)", r"_{\\mathrm{\1}(\2)}", text)
+    text = re.sub(r"_\(([^)]*)\)", r"_{\1}", text)
+    text = re.sub(r"\bd_(in|out)\b", r"d_\\text{\1}", text)
+    text = re.sub(r"\bkernel", r"\\mathrm{kernel}", text)
+    return text.replace("sum_", "\\sum_").replace("log2(d)", "\\log_2 d").replace(" mod ", " \\bmod ")
 
 
 def write_pages(app: Any) -> None:
