@@ -18,7 +18,7 @@ Curve = Sequence[tuple[int, float]]
 
 
 def hull(curve: Curve) -> list[int]:
-    """Indices of the lower convex hull, from the cheapest point to the one of smallest loss.
+    """Return the indices of the lower convex hull, from the cheapest point to that of smallest loss.
 
     Examples
     --------
@@ -55,7 +55,7 @@ def allocate(curves: Sequence[Curve], budget: int) -> list[int]:
     queue: list[tuple[float, int, int]] = []
 
     def push(layer: int, limit: float) -> None:
-        """The next step of a layer along the hull of its points up to a cost."""
+        """Return the next step of a layer along the hull of its points up to a cost."""
         curve, start = curves[layer], at[layer]
         ahead = [i for i in range(start, len(curve)) if curve[i][0] <= limit]
         points = hull([curve[i] for i in ahead])

@@ -110,7 +110,7 @@ class Forms:
         return structlin.design(self.name, self.shape, **self.options, **self.choice(number))
 
     def curve(self, problem: Problem) -> list[tuple[int, float]]:
-        """(number, relative error) of forms, in ascending order of their MACs; the error never rises.
+        """Return (number, relative error) of forms, in ascending order of their MACs; the error never rises.
 
         All forms, from one decomposition by singular values, where two factors have a closed form; else forms whose
         ranks grow by 1.5, each by a short run of alternating least squares.

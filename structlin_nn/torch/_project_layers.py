@@ -66,7 +66,7 @@ class Task:
         return found.T if is_conv1d(self.linear) else found
 
     def problem(self, damping: float) -> Problem:
-        """The matrix, weighted by the damped second moments where there are any; kept, for it holds a root of them."""
+        """Return the matrix, weighted by the damped second moments if there are any; it is kept with their root."""
         if self._problem is None and self.moments is None:
             self._problem = Problem(self.matrix())
         elif self._problem is None and self.moments is not None:
@@ -162,7 +162,7 @@ class Choice:
         return tasks
 
     def _cost(self, task: Task, structure: AbstractStructure | None) -> int:
-        """What a form of a layer (None: dense) takes of the budget: MACs at each of its places, or parameters once."""
+        """Return the cost of a form of a layer (None: dense): MACs at each of its places, or parameters once."""
         if self.unit == "parameters":
             return math.prod(task.shape) if structure is None else structure.num_params
         return (task.dense_macs if structure is None else structure.macs) * len(task.names)

@@ -1,4 +1,4 @@
-"""What an optimiser is asked in its steps: does it have the rates of the model, and do they still stand?
+"""Check in the steps of an optimiser that it has the rates of the model, and that they are still set.
 
 Optimisers are made in many places: by hand, by the Trainer of transformers, by timm's scripts. One hook on all steps of
 all optimisers sees each of them. A factor with the rate of a dense weight raises no error, it only trains badly, so the

@@ -172,6 +172,7 @@ class StructuredMLP(nn.Module):
         return F.dropout(y, self.dropout, self.training) if self.dropout else y
 
     def extra_repr(self) -> str:
+        """Describe the block for ``print``."""
         return f"activation={self.activation!r}" + (f", dropout={self.dropout}" if self.dropout else "")
 
 

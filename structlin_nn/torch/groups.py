@@ -55,7 +55,7 @@ def parameter_groups(
     adam_lr: float | None = None,
     adam_layers: Patterns = (),
 ) -> ParameterGroups:
-    """Groups of the trainable parameters by learning-rate multiplier and weight decay, for a torch optimiser.
+    """Group the trainable parameters by learning-rate multiplier and weight decay, for a torch optimiser.
 
     Multipliers, on the rate ``lr`` that was tuned on the dense model at base width (muP; Qiu et al., *Compute Better
     Spent*, ICML 2024, section 3; for SGD see :mod:`structlin.scale`):
@@ -214,7 +214,7 @@ def parameter_groups(
 
 
 def _places(layer: str, module: nn.Module, base: nn.Module, optimizer: str, structure_aware: bool) -> Iterator[Place]:
-    """The parameters of a module that :func:`leaves` gives, with their rules."""
+    """Return the parameters of a module from :func:`leaves`, with their rules."""
     prefix = f"{layer}." if layer else ""
     fans, base_fans = fans_of(module), fans_of(base)
 

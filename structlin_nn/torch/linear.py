@@ -47,6 +47,7 @@ class FactorList(nn.ParameterList):
         return tuple(getattr(self, str(k)) for k in range(len(self)))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the module, although it is a list of parameters."""
         return nn.Module.__call__(self, *args, **kwargs)  # nn.ParameterList refuses to be called
 
     def _get_name(self) -> str:
@@ -54,7 +55,7 @@ class FactorList(nn.ParameterList):
 
 
 def values(factors: Any) -> tuple[Tensor, ...]:
-    """The values of a list of factors. Without anything that changes them this takes a third of a microsecond."""
+    """Return the values of a list of factors; this takes a third of a microsecond if nothing changes them."""
     own = factors.__dict__  # attributes of modules take longer
     if factors.__class__ is FactorList and not (
         own["_forward_pre_hooks"]
@@ -213,7 +214,7 @@ class StructuredLinear(nn.Module):
             self.bias.zero_()
 
     def effective_factors(self) -> tuple[Tensor, ...]:
-        """The factors that A is the product of: capped where ``rms_cap`` is set, index factors in their places."""
+        """Return the factors of A, capped if ``rms_cap`` is set, with index factors in their places."""
         factors = list(values(self.factors))
         if self.rms_cap:
             sigmas = [sigma for n, sigma in enumerate(self.cap_sigma) if n not in self._plan.index_at]
@@ -281,7 +282,7 @@ class StructuredLinear(nn.Module):
         return self._affine(x, factors, bias)
 
     def _traced(self, x: Any) -> Any:
-        """A node of a graph of ``torch.fx``, in which this layer is one call, as nn.Linear is; TypeError otherwise."""
+        """Return a node of a graph of ``torch.fx`` that calls this layer, as for nn.Linear; TypeError otherwise."""
         fx = sys.modules.get("torch.fx")
         if fx is None or not isinstance(x, fx.Proxy):
             hint = ": torch.from_numpy makes one of it" if type(x).__module__ == "numpy" else ""
@@ -335,6 +336,7 @@ class StructuredLinear(nn.Module):
         return y if bias is None else y + bias
 
     def extra_repr(self) -> str:
+        """Describe the layer for ``print``."""
         text = describe(
             self._plan, self.options, bias=self.bias is not None, rms_cap=self.rms_cap, rule=self.rule,
             zero_init=self.zero_init,
@@ -348,7 +350,7 @@ def cast_to(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def fill(parameter: Tensor, std: float, generator: torch.Generator | None) -> None:
-    """Normal numbers of deviation ``std`` (zeros where it is 0), in place.
+    """Fill a tensor with normal numbers of deviation ``std`` (zeros if it is 0), in place.
 
     A sharded parameter (a DTensor) gets its part of what a whole one would get: each process draws all of it, so that
     the values do not depend on the number of processes, and keeps its own part of the first process' numbers.

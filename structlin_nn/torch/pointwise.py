@@ -70,4 +70,5 @@ class StructuredPointwise(StructuredLinear):
         return super().forward(x.movedim(-axes - 1, -1)).movedim(-1, -axes - 1)
 
     def extra_repr(self) -> str:
+        """Describe the layer for ``print``."""
         return f"{super().extra_repr()}, stride={self.stride}"

@@ -139,10 +139,12 @@ class StructlinQuantizer(HfQuantizer):
         describe(model)
 
     def is_serializable(self) -> bool:
+        """Return True: structured layers can be saved."""
         return True
 
     @property
     def is_trainable(self) -> bool:
+        """Return True: structured layers can be trained."""
         return True
 
 
@@ -159,7 +161,7 @@ def _check_loaded(model: PreTrainedModel) -> None:
 
 
 def _placed(layout: dict[str, Any], model: PreTrainedModel) -> dict[str, Any]:
-    """The layout with the names that layers have in this model: with the head or without, as transformers loads it."""
+    """Return the layout with the names of this model, with the head or without, as transformers loads it."""
     prefix = f"{model.base_model_prefix}."
 
     def candidates(name: str) -> tuple[str, ...]:

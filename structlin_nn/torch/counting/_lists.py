@@ -171,7 +171,7 @@ _KNOWN_UNKNOWN = frozenset({
 
 
 def register_product(name: str) -> Callable[[Formula], Formula]:
-    """Decorator that registers what an operation computes.
+    """Register what an operation computes, as a decorator.
 
     The function gets the arguments by the names of the operation's schema, with defaults, and the result; it returns
     MACs, a :class:`Product`, or None where this call computes no product. The backward pass of an operation is an
