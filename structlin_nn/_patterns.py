@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
+from typing import Any, cast
 
 __all__ = ["Pattern", "Patterns", "as_patterns", "listed", "matches", "show"]
 
@@ -14,7 +15,8 @@ Patterns = Pattern | Sequence[Pattern]
 
 def as_patterns(given: Patterns) -> tuple[Pattern, ...]:
     """One or several patterns as a tuple. Raises TypeError for what is no pattern."""
-    patterns = (given,) if isinstance(given, str | re.Pattern) else tuple(given)
+    alone = isinstance(given, str | re.Pattern) or not isinstance(given, Iterable)
+    patterns: tuple[Any, ...] = (given,) if alone else tuple(cast(Sequence[Pattern], given))
     for pattern in patterns:
         if not isinstance(pattern, str | re.Pattern):
             raise TypeError(f"a pattern is a string (glob) or a compiled regular expression, got {pattern!r}")

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from structlin.execution.blocks import TorchBlock, torch_block
 from structlin.structure import Structure
+from structlin_nn.torch._modules import check_model
 from structlin_nn.torch.linear import StructuredLinear, cast_to, values
 
 __all__ = ["ACTIVATIONS", "StructuredMLP", "fuse_mlps", "mlp", "projections"]
@@ -203,6 +204,7 @@ def fuse_mlps(model: nn.Module) -> dict[str, str]:
     >>> fuse_mlps(nn.Sequential(block))
     {'0': 'fused'}
     """
+    check_model(model, "fuse_mlps")
     found = {}
     for name, module in list(model.named_modules()):
         if isinstance(module, StructuredMLP):

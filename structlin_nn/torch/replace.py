@@ -24,6 +24,7 @@ from structlin_nn.torch.unpack import unpacked
 
 __all__ = ["PRESETS", "Replacement", "ReplacementReport", "replace_linear"]
 
+_LAYER_OPTIONS = ("rms_cap", "gain", "rule", "checkpoint", "zero_init")
 Selection = Patterns | Callable[[str, nn.Module], bool]
 
 
@@ -156,7 +157,7 @@ def replace_linear(
         chosen = select(places, layers, as_patterns(exclude), "nn.Linear, or Conv1D of transformers")
         zeroed = matching(chosen, as_patterns(zero_init), "zero_init")
 
-        by_pattern = _overrides(overrides or {}, chosen)
+        by_pattern = _overrides(overrides or {}, chosen, structure)
         expensive: list[tuple[str, str]] = []
 
         owners = _owners(model)
@@ -257,13 +258,18 @@ def as_structure(given: Any) -> Any:
 
 
 def _overrides(
-    overrides: Mapping[Pattern, Mapping[str, Any]], chosen: Mapping[nn.Module, Sequence[str]]
+    overrides: Mapping[Pattern, Mapping[str, Any]], chosen: Mapping[nn.Module, Sequence[str]], structure: Any
 ) -> dict[nn.Module, Mapping[str, Any]]:
     """Return the options of layers of their own; of several patterns that match, the first counts."""
     found: dict[nn.Module, Mapping[str, Any]] = {}
     for pattern, own in overrides.items():
         if not isinstance(own, Mapping):
             raise TypeError(f"overrides[{show(pattern)}] must be a mapping of options, got {own!r}")
+        kind = as_structure(own.get("structure", structure))
+        known = ("structure", *_LAYER_OPTIONS, *(structlin.structure_options(kind) if isinstance(kind, str) else ()))
+        if unknown := [key for key in own if key not in known]:
+            raise ValueError(f"overrides[{show(pattern)}] has no option {', '.join(unknown)}; it may have "
+                             f"{', '.join(known)}")  # fmt: skip
         for linear in matching(chosen, as_patterns(pattern), "overrides"):
             found.setdefault(linear, own)
     return found

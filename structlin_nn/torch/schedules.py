@@ -187,6 +187,10 @@ def with_multipliers(make: Callable[..., Any], optimizer: Optimizer, *args: Any,
     >>> {group["multiplier"]: round(group["lr"], 6) for group in optimizer.param_groups}
     {4.0: 0.003802, 1.0: 0.00095}
     """
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(
+            f"with_multipliers takes a scheduler's class, then an optimizer, got a {type(optimizer).__name__}"
+        )
     return MultiplierScheduler(make, optimizer, args, kwargs)
 
 

@@ -290,6 +290,7 @@ def pack_linear(model: nn.Module) -> tuple[str, ...]:
     >>> pack_linear(model), type(model["attention"]).__name__
     (('attention',), 'MultiheadAttention')
     """
+    check_model(model, "pack_linear")
     places: dict[_Unpacked, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, _Unpacked) and not any(isinstance(m, StructuredLinear) for m in module.modules()):
