@@ -41,6 +41,7 @@ learning rates, and 1 where one is not.
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the command."""
     parser.add_argument(
         "model", metavar="MODEL", help=", ".join(MODELS) + ", timm:NAME, hf:CONFIG, or package.module:function"
     )
@@ -90,6 +91,7 @@ def _widths(text: str) -> tuple[int, ...]:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    """Run the command; return the exit code."""
     from structlin_nn.scale_check import THRESHOLD, check_scale
     from structlin_nn.torch import ParameterRule
 
@@ -118,6 +120,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def build_settings(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return the arguments of the function that builds a named model."""
     from structlin_nn.models import StructureConfig
     from structlin_nn.scale_check import builder_of, named_builder
 

@@ -32,6 +32,7 @@ structlin_nn.models.load_model("FILE") gives the torch model.
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the command."""
     parser.add_argument(
         "source", metavar="MODEL",
         help="a run of `structlin train` (its folder), a file of this command, timm:NAME with --weights, or a folder "
@@ -81,6 +82,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    """Run the command; return the exit code."""
     out = Path(arguments.out).expanduser()
     if out.suffix != ".safetensors":
         raise UsageError(f"--out must be a .safetensors file, got {out.name!r}")

@@ -22,6 +22,7 @@ demonstration goes on where it was interrupted, and shows what is there where it
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the command."""
     parser.add_argument("--out", default="runs/demo", metavar="DIR", help="where to write (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of all runs (default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="tiny networks, one epoch: for tests")
@@ -31,6 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    """Run the command; return the exit code."""
     if arguments.seed < 0:
         raise UsageError(f"--seed must be at least 0, got {arguments.seed}")
     if arguments.workers is not None and arguments.workers < 1:

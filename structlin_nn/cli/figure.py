@@ -35,6 +35,7 @@ Nothing but the records is read. `structlin fit` explains what RECORDS may be an
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the command."""
     names = "; ".join(f"{name}: {text}" for name, (text, _) in FIGURES.items())
     parser.add_argument("name", metavar="NAME", type=choice("figure", tuple(FIGURES)), help=names)
     parser.add_argument("records", metavar="RECORDS", nargs="+", help="run records, folders of them, or tables")
@@ -49,6 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    """Run the command; return the exit code."""
     from structlin_nn.figures.style import FORMATS, save
 
     out = Path(arguments.out)

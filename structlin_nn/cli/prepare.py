@@ -25,6 +25,7 @@ structlin prepare KIND --help lists the options of a kind. After an interruption
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the command."""
     kinds = parser.add_subparsers(dest="kind", metavar="KIND", required=True, parser_class=Parser)
 
     def kind(name: str, work: Callable[[argparse.Namespace], int], about: str) -> Any:
@@ -54,6 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    """Run the command; return the exit code."""
     try:
         return arguments.work(arguments)
     except (FileNotFoundError, FileExistsError, ImportError, TypeError, ValueError) as error:

@@ -30,6 +30,7 @@ replaced, and for each weight matrix that would stay dense, with the reason.
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the command."""
     parser.add_argument("model", metavar="MODEL", help="timm:NAME, hf:CONFIG, or package.module:function")
     parser.add_argument("--structure", required=True, metavar="NAME", help="one of `structlin structures`")
     parser.add_argument(
@@ -52,6 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    """Run the command; return the exit code."""
     from structlin_nn._replacement import PRESETS
     from structlin_nn.models.named import open_named
     from structlin_nn.torch import replace_linear

@@ -18,6 +18,7 @@ examples:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the command."""
     parser.add_argument("--json", action="store_true", help="print JSON instead of a list")
 
 
@@ -43,6 +44,7 @@ def describe() -> list[dict[str, Any]]:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    """Run the command; return the exit code."""
     structures = describe()
     if arguments.json:
         print_json(structures)

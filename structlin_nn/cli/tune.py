@@ -34,6 +34,7 @@ CHAIN = 40  # characters of a chain that the table shows
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the command."""
     parser.add_argument("model", metavar="MODEL", nargs="?", help=f"{', '.join(MODELS)}, {FORMS}")
     parser.add_argument("--width", type=int, metavar="W", help="width of the model")
     parser.add_argument("--structure", metavar="NAME", help="one of `structlin structures` (dense; as it is)")
@@ -65,6 +66,7 @@ def _positive(text: str) -> int:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    """Run the command; return the exit code."""
     if arguments.model is None and not (arguments.export or arguments.import_ or arguments.forget):
         raise UsageError("name a model to tune, or give --export, --import or --forget")
     if arguments.model is None and (arguments.width is not None or arguments.structure is not None):
