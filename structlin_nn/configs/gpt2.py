@@ -1,7 +1,7 @@
-"""Figure 7: GPT-2 on OpenWebText, dense against Block Tensor-Train of rank 4 with capped factors.
+r"""Figure 7: GPT-2 on OpenWebText, dense against Block Tensor-Train of rank 4 with capped factors.
 
 Command:   structlin prepare openwebtext --out DIR, then
-           structlin sweep gpt2 --data DIR --submit slurm --launcher 'torchrun --nproc-per-node 8 --no-python' \\
+           structlin sweep gpt2 --data DIR --submit slurm --launcher 'torchrun --nproc-per-node 8 --no-python' \
              --submit-set gpus_per_node=8 --set device=cuda --set precision=bfloat16 --set compile=true
 Small:     benchmarks/sweeps/gpt2_short.py: 2 runs of 400 steps on bytes, 20 minutes on one CPU core.
 Time:      7 runs of 600,000 steps of 480 sequences, 3.1e20 training MACs: about 80 days of one A100 together.

@@ -136,7 +136,7 @@ class ImageDataset:
         return digest.hexdigest()
 
     def as_32x32_rgb(self) -> ImageDataset:
-        """The same data in the shape (3, 32, 32) that the CIFAR models take, with ``-32x32-rgb`` added to the name.
+        """Return the data in the shape (3, 32, 32) of the CIFAR models, with ``-32x32-rgb`` added to the name.
 
         Smaller images are padded with zeros, equally on both sides (an odd line goes to the bottom or right), and a
         single channel is repeated three times. ValueError for larger images, or neither one nor three channels.
