@@ -33,7 +33,6 @@ TIME = "training_seconds"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of the command."""
     parser.add_argument("records", metavar="RECORDS", nargs="+", help="run records, folders of them, or tables")
     add_row_options(parser)
     law = parser.add_argument_group("the law")
@@ -100,7 +99,6 @@ def _floor(text: str) -> float:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Run the command; return the exit code."""
     from structlin_nn.laws import compare_laws, comparisons_record, fit_groups, laws_record
 
     if not 0 < arguments.confidence < 1:

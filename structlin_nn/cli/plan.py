@@ -42,7 +42,6 @@ is then what its law asks for.
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of the command."""
     parser.add_argument("name", metavar="NAME", type=_name, help=", ".join(NAMES) + ", or package.module:function")
     budget = parser.add_argument_group("the budget (N[,N,...])")
     for name, text in (
@@ -130,7 +129,6 @@ def _shape(text: str) -> tuple[int, int]:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Run the command; return the exit code."""
     given = [name for name in RESOURCES if getattr(arguments, name) is not None]
     asked = ", ".join("--" + name.replace("_", "-") for name in RESOURCES)
     if (arguments.laws is None) != (arguments.error is None):

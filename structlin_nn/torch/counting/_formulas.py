@@ -31,7 +31,7 @@ def _register(names: str, formula: Formula) -> None:
 
 
 def matrix_product(a: Tensor, b: Tensor) -> Product | None:
-    """Count ``a @ b`` of shapes (..., n, k) and (..., k, m), or with a vector; sparse operands by entries."""
+    """``a @ b`` of shapes (..., n, k) and (..., k, m), or with a vector on either side; sparse operands by entries."""
     if a.is_nested or b.is_nested:
         return Product(sum(p.macs for p in map(matrix_product, *_parts(a, b)) if p is not None), operands=(a, b))
     if a.layout != torch.strided or b.layout != torch.strided:
@@ -135,7 +135,7 @@ _register(
 
 
 def _dense_layer(x: str) -> Formula:
-    """Count a layer with packed, transposed or quantised weights by the features of its input and output."""
+    """A layer whose weights are packed, transposed or quantised: features in and out are those of x and the result."""
 
     def formula(arguments: Arguments, output: Tensor) -> Product:
         pairs = zip(*_parts(arguments[x], output), strict=True) if output.is_nested else [(arguments[x], output)]
@@ -268,7 +268,7 @@ _register("_cdist_forward", _distances)
 
 
 def _differences(arguments: Arguments, output: Any) -> None:
-    """Count no products: the backward pass of distances is elementwise."""
+    """The backward pass of distances is elementwise."""
 
 
 _register("_cdist_backward", _differences)
@@ -454,7 +454,7 @@ def _attention(layout: str, backward: bool = False) -> Formula:
 
 
 def _cumulated(arguments: Arguments) -> list[list[int]] | None:
-    """Return the ends of packed sequences, of queries and of keys."""
+    """Ends of packed sequences, of queries and of keys."""
     for first, second in (("cum_seq_q", "cum_seq_k"), ("cu_seqlens_q", "cu_seqlens_k")):
         ends = arguments.get(first), arguments.get(second)
         if all(isinstance(e, Tensor) and e.numel() > 1 and _has_values(e) for e in ends):

@@ -328,7 +328,7 @@ class Recorder(TorchDispatchMode):
         return kind, replace(product, **changes)
 
     def _structured(self, entry: _Entry, x: Tensor, output: Tensor) -> None:
-        """Count a structured layer: its structure times the vectors of the call."""
+        """A structured layer: its structure times the vectors that it is called on."""
         module = entry.module
         assert isinstance(module, StructuredLinear)
         structure = module.structure
@@ -527,7 +527,7 @@ _VALUES_ONLY = {torch.linalg.eigvals, torch.linalg.eigvalsh, torch.linalg.svdval
 
 @contextmanager
 def _flex_attention_as_it_is() -> Iterator[None]:
-    """Run flex_attention eagerly: it compiles itself otherwise, which torch refuses under a dispatch mode."""
+    """Called without torch.compile, flex_attention compiles itself, which torch refuses under a dispatch mode."""
     module, name = sys.modules.get("torch.nn.attention.flex_attention"), "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG"
     if module is None or not hasattr(module, name):
         yield

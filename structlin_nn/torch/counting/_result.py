@@ -70,7 +70,7 @@ class ModuleCount:
         return (2 * self.macs + self.other_flops) / self.seconds if self.seconds else None
 
     def walk(self, depth: int = 0) -> Iterator[tuple[int, ModuleCount]]:
-        """Yield this module and those inside, with their depth."""
+        """This module and those inside, with their depth."""
         yield depth, self
         for child in self.children:
             yield from child.walk(depth + 1)
