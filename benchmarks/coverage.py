@@ -96,7 +96,11 @@ def structures(seed: int) -> Found:
     y = np.concatenate([law(n, d) * noise(generator, "normal", n.shape, 0.005) for law in (LAW, BETTER)])
     fit = fit_loss_law(np.tile(n, 2), np.tile(d, 2), y, groups=["dense"] * 12 + ["other"] * 12)
     drawn = fit.bootstrap(DRAWS, seed=seed)
-    return {"less compute": (drawn.multiplier("other", "dense", loss=2.3, confidence=CONFIDENCE), 3.0)}
+    found = {"less compute": (drawn.multiplier("other", "dense", loss=2.3, confidence=CONFIDENCE), 3.0)}
+    for group, law in (("dense", LAW), ("other", BETTER)):
+        for term in ("A", "alpha"):
+            found[f"{term} of {group}"] = drawn.term(term, group, CONFIDENCE), getattr(law, term)
+    return found | {term: (drawn.term(term, "dense", CONFIDENCE), getattr(LAW, term)) for term in fit.shared}
 
 
 def parabolas(seed: int) -> Found:

@@ -10,18 +10,15 @@ iterates.
 
 from __future__ import annotations
 
-import argparse
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+from generated import Generated
 
 import structlin as sl
 from structlin.linalg._functions import Function
 from structlin.verdicts import Verdict
 
-DOCUMENT = Path(__file__).parent / "linalg.md"
-BEGIN, END = "<!-- made by docs/algebra_table.py -->", "<!-- end -->"
 N = 256  # from where Toeplitz matrices have a recursion
 
 _SINE = Function("the sine", np.sin, real=True)
@@ -85,20 +82,7 @@ def table() -> str:
     return "\n".join(lines)
 
 
-def written(document: str) -> str:
-    """Return the document with the present table."""
-    head, rest = document.split(BEGIN)
-    return f"{head}{BEGIN}\n\n{table()}\n\n{END}{rest.split(END)[1]}"
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", action="store_true", help="put the table into docs/linalg.md")
-    if parser.parse_args().write:
-        DOCUMENT.write_text(written(DOCUMENT.read_text(encoding="utf-8")), encoding="utf-8")
-    else:
-        print(table())
-
+TABLE = Generated(__file__, "linalg.md", table)
 
 if __name__ == "__main__":
-    main()
+    TABLE.main(__doc__)
