@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from structlin.planning import largest_within
 from structlin_nn._planned import Choice
 
-__all__ = ["WIDEST", "Reasons", "TooLargeError", "largest_rank", "widest", "widest_of"]
+__all__ = ["WIDEST", "Reasons", "TooLargeError", "largest_rank", "nth_width", "widest", "widest_of"]
 
 WIDEST = 2**20
 _SMALL = 64  # all widths up to this one are tried
@@ -80,19 +80,23 @@ def widest(
         found = cost(width)
         return found is not None and found <= 1
 
-    last = _last_that_fits(lambda n: cost(_power(n, multiple_of, parts)))
+    last = _last_that_fits(lambda n: cost(nth_width(n, multiple_of, parts)))
     if even:
         if last is None:
             return None, None
-        after = next((n for n in range(last + 1, last + 64) if cost(_power(n, multiple_of, parts)) is not None), None)
-        found = Choice(_power(last, multiple_of, parts), at.depth, at.options)
-        return found, None if after is None else _power(after, multiple_of, parts)
+        after = next(
+            (n for n in range(last + 1, last + 64) if cost(nth_width(n, multiple_of, parts)) is not None), None
+        )
+        found = Choice(nth_width(last, multiple_of, parts), at.depth, at.options)
+        return found, None if after is None else nth_width(after, multiple_of, parts)
     # Candidates are n times multiple_of. With factors: all below the third power from there and up to twice the width
     # (a layer of fixed inputs may cost less at a larger width while that is small); else a few beyond.
-    low = 0 if last is None else _power(last, multiple_of, parts) // multiple_of
+    low = 0 if last is None else nth_width(last, multiple_of, parts) // multiple_of
     high = low + _BEYOND + 1
     if parts > 1:
-        high = max(_power((last or 0) + 3, multiple_of, parts) // multiple_of, 2 * low, _SMALL // multiple_of, low + 2)
+        high = max(
+            nth_width((last or 0) + 3, multiple_of, parts) // multiple_of, 2 * low, _SMALL // multiple_of, low + 2
+        )
     # Some widths of all residues, that say how the sizes of the layers go with the width.
     near = (n for n in range(max(low, 1), high) if cost(n * multiple_of) is not None)
     list(itertools.islice(near, 4))
@@ -110,7 +114,7 @@ def widest(
     return Choice(best * multiple_of, at.depth, at.options), None if after is None else after * multiple_of
 
 
-def _power(n: int, multiple_of: int, parts: int) -> int:
+def nth_width(n: int, multiple_of: int, parts: int) -> int:
     """Return the n-th width: multiples, or for several factors the powers that are multiples."""
     if parts == 1:
         return n * multiple_of

@@ -20,13 +20,11 @@ from structlin_nn.counting import device as find_device
 from structlin_nn.models import StructureConfig
 
 __all__ = [
-    "PREFERENCES", "RESOURCES", "ModelPlan", "best_plan", "iso_table", "parse_structure", "plan_for_error",
-    "plan_model", "plan_models", "plans_record",
+    "PREFERENCES", "RESOURCES", "ModelPlan", "best_plan", "iso_table", "parse_structure", "plan_model", "plan_models",
+    "plan_of", "plans_record",
 ]  # fmt: skip
 
 PREFERENCES = ("spent", "width", "params")
-_LAW_COLUMNS = {"forward_macs": "forward_macs", "params": "params", "trainable_params": "params",
-                "training_macs": "training_flops", "total_training_macs": "training_flops"}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -228,18 +226,10 @@ def plan_model(
             raise ValueError(f"{name} with {structure} of width {WIDEST:,} and more fits into {asked}") from None
         if found is None:
             continue
-        counted = costs.measured(found)
-        if any(not _equal(counted[r], costs.quick(found)[r]) for r in budgets):  # type: ignore[index]
-            raise AssertionError(f"blocks of {name} differ in cost: {counted} against {costs.quick(found)}")
-        plans.append(
-            ModelPlan(
-                name, structure, {**fixed, **dict(found.options)}, found.width, costs.depth_of(found),
-                "rank" if by_rank else "width" if widths is None or len(widths) > 1 else None,
-                counted["forward_macs"], counted["training_macs"], counted["params"], counted["bytes"],
-                counted["training_flops"], counted["step_seconds"], counted["run_seconds"],
-                max(counted[r] / b for r, b in budgets.items()), after,
-            )
-        )  # fmt: skip
+        if any(not _equal(costs.measured(found)[r], costs.quick(found)[r]) for r in budgets):  # type: ignore[index]
+            raise AssertionError(f"blocks of {name} differ in cost: {costs.measured(found)} and {costs.quick(found)}")
+        planned = "rank" if by_rank else "width" if widths is None or len(widths) > 1 else None
+        plans.append(plan_of(costs, found, budgets, planned, after))
     if plans:
         return best_plan(plans, prefer)
     if reasons.cheapest is None:
@@ -251,6 +241,19 @@ def plan_model(
     raise ValueError(
         f"{name} with {structure} needs at least {_shown(least[over])} {over}, the budget is {_shown(budgets[over])}"
     )
+
+
+def plan_of(
+    costs: Costs, choice: Choice, budgets: Mapping[str, float], planned: str | None, after: int | None
+) -> ModelPlan:  # fmt: skip
+    """Return the plan of a choice, which is counted in full."""
+    counted = costs.measured(choice)
+    return ModelPlan(
+        costs.name, costs.structure, {**costs.options, **dict(choice.options)}, choice.width, costs.depth_of(choice),
+        planned, counted["forward_macs"], counted["training_macs"], counted["params"], counted["bytes"],
+        counted["training_flops"], counted["step_seconds"], counted["run_seconds"],
+        max(counted[r] / b for r, b in budgets.items()), after,
+    )  # fmt: skip
 
 
 def best_plan(plans: Sequence[ModelPlan], prefer: str = "spent") -> ModelPlan:
@@ -421,60 +424,6 @@ def _number(text: str) -> Any:
         except ValueError:
             continue
     return text
-
-
-def plan_for_error(name: str, laws: Mapping[str, Any], error: float, **settings: Any) -> list[dict[str, Any]]:
-    """Return the cheapest structure for a target error: compute from fitted laws, and the model that spends it.
-
-    Parameters
-    ----------
-    name
-        Of the model that the laws are of.
-    laws
-        A record of ``structlin fit --json`` (:func:`structlin_nn.laws.laws_record`), whose compute is ``forward_macs``,
-        ``params``, ``training_macs`` or ``total_training_macs``, and whose groups are structures, with options if need
-        be ("monarch, blocks 4").
-    error
-        The target.
-    **settings
-        As :func:`plan_model`; ``samples`` for training compute.
-
-    Returns
-    -------
-    list[dict[str, Any]]
-        For each group, the cheapest first, ``group``, ``compute`` (None where the law never reaches the error),
-        ``extrapolated`` and ``plan`` (None likewise).
-
-    Raises
-    ------
-    ValueError
-        Laws of another compute; an error that is not positive; as :func:`plan_model`.
-    """
-    from structlin.scaling_laws import PowerLaw
-
-    resource = _LAW_COLUMNS.get(laws.get("x", ""))
-    if resource is None:
-        raise ValueError(f"laws of {laws.get('x')!r} give no budget; one of {', '.join(_LAW_COLUMNS)}")
-    if not error > 0:
-        raise ValueError(f"the error must be positive, got {error}")
-    rows = []
-    for group, fitted in laws["groups"].items():
-        law = PowerLaw(fitted["log_coefficient"], fitted["exponent"]["value"], fitted["floor"]["value"])
-        compute = law.compute(error) if law.exponent > 0 else float("inf")
-        low, high = fitted["compute_range"]
-        row: dict[str, Any] = {
-            "group": group,
-            "compute": None,
-            "extrapolated": not low <= compute <= high,
-            "plan": None,
-        }
-        if compute < float("inf"):
-            structure, options = parse_structure(group)
-            budget = 2 * compute if resource == "training_flops" else compute
-            plan = plan_model(name, budget, resource=resource, structure=structure, options=options, **settings)
-            row |= {"compute": compute, "plan": plan}
-        rows.append(row)
-    return sorted(rows, key=lambda row: float("inf") if row["compute"] is None else row["compute"])
 
 
 def plans_record(plans: Sequence[ModelPlan]) -> list[dict[str, Any]]:

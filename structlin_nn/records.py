@@ -8,8 +8,10 @@ The header has ``kind`` "header" and holds
 - ``structures``: for each structured linear layer its name, sizes, structure, parameters and MACs of one application,
   and for each factor its shape, fans, initial deviation and learning-rate multiplier;
 - ``counts``: ``params``, ``trainable_params``, ``embedding_params``, ``forward_macs`` and ``training_macs`` (forward
-  and backward pass) of one sample (an image, or a sequence of full length), ``other_flops`` (FLOPs of structures that
-  are no products), and ``steps``, ``samples`` and ``total_training_macs`` of the whole run;
+  and backward pass) of one sample (an image, or a sequence of full length), ``other_flops`` and
+  ``training_other_flops`` (FLOPs that are no products, such as those of FFTs, of the forward pass and of both passes),
+  and ``steps``, ``samples``, ``total_training_macs`` and ``total_training_flops`` of the whole run (records of earlier
+  versions lack ``training_other_flops`` and ``total_training_flops``);
 - ``versions`` of Python and the libraries; ``hardware``, with the number of processes and how they share the model;
 - for a run that started from trained weights, ``init_from``: the name of the ``file``, the ``sha256`` sum of its
   tensors, and how many ``structured_layers`` it has (null where it does not say).

@@ -119,12 +119,14 @@ def runs_of(groups: Mapping[str, Sequence[Row]], y: str) -> list[Run]:
         for record, row in lines.items():
             if not isinstance(row.get(y), int | float):
                 raise ValueError(f"{record} has no {y!r} at its last evaluation; choose another result with --y")
-            planned = row.get("counts.total_training_macs")
+            planned, macs = row.get("counts.total_training_flops"), row.get("counts.total_training_macs")
+            if planned is None and macs is not None:
+                planned = 2.0 * macs
+            spent = 2.0 * row["training_macs"] + row.get("samples", 0) * row.get("counts.training_other_flops", 0)
             found.append(
                 Run(
                     record, group, row.get("width"), row.get("trainable_params", row.get("params")),
-                    None if planned is None else 2.0 * planned, 2.0 * row["training_macs"],
-                    row.get("training_seconds", row.get("seconds")), float(row[y]),
+                    planned, spent, row.get("training_seconds", row.get("seconds")), float(row[y]),
                     row.get("step") == row.get("counts.steps"),
                 )
             )  # fmt: skip

@@ -206,8 +206,10 @@ def sizes_record(
         for budget in budgets:
             values = drawn.optimum(budget, name, flops=flops, confidence=confidence)
             best.append({"compute": budget} | {key: _plain(value) for key, value in values.items()})
+        own = fit.group == number
         groups[name] = {
-            "points": int((fit.group == number).sum()), "terms": terms, "optima": best,
+            "points": int(own.sum()), "size_range": _range(fit.params[own]), "data_range": _range(fit.tokens[own]),
+            "terms": terms, "optima": best,
             "allocation": _plain(drawn.allocation(name, confidence)),
         }  # fmt: skip
     record: dict[str, Any] = {
@@ -220,6 +222,10 @@ def sizes_record(
         record["reference"] = reference
         record["multipliers"] = {name: {"loss": at} | _plain(value) for name, (at, value) in found.items()}
     return record
+
+
+def _range(values: Any) -> list[float]:
+    return [float(values.min()), float(values.max())]
 
 
 def _plain(value: Estimate) -> dict[str, Any]:

@@ -30,14 +30,16 @@ examples:
   structlin plan gpt2 --step-seconds 0.1 --device h100 --batch-size 64 --dtype bfloat16 --structure dense
   structlin plan my_package.my_module:make_model --params 1e6 --structure monarch:blocks=4
   structlin plan cifar-mlp --laws laws.json --error 0.3
+  structlin plan cifar-mlp --laws sizes.json --run-seconds 60 --device h100 --batch-size 1024
 
 A layer of shape OUT,IN is planned by its rank, blocks and cores; a model by its width or, with one --width, by the
 rank. Of a structure of factors some widths cost more than larger ones: the widest is found among all. Several values,
 1,2,4 or FIRST:LAST[:STEP], are all tried. Several budgets of one kind make a table, of several kinds all are kept.
 NAME is also a function of a width in a module that Python can import, which returns a torch model that has
 example_input(batch), or (model, inputs). Seconds are the least that the roofline model gives, on a device by its data
-sheet or on this machine (cpu), measured. laws.json is what `structlin fit --json` prints: the budget of each structure
-is then what its law asks for.
+sheet or on this machine (cpu), measured. laws.json is what `structlin fit --json` prints. With --error the law of each
+structure gives its budget. Laws of `structlin fit --size forward_macs --data samples` give the structure, width and
+number of samples of the lowest loss within a budget of the run.
 """
 
 
@@ -54,8 +56,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("run-seconds", "the least time of a run of --samples on --device (model)"),
     ):
         budget.add_argument(f"--{name}", type=_budgets, metavar="N", help=text)
-    budget.add_argument("--laws", metavar="FILE", help="fitted laws, for --error (model)")
-    budget.add_argument("--error", type=float, metavar="E", help="the target error, for --laws")
+    budget.add_argument(
+        "--laws",
+        metavar="FILE",
+        help="fitted laws: in compute, for --error; in two sizes, for a budget of a run (model)",
+    )
+    budget.add_argument("--error", type=float, metavar="E", help="the target error, for --laws of one size")
     parser.add_argument(
         "--structure", action="append", metavar="NAME[:OPTION=VALUE,...]", help="repeatable; " + ", ".join(STRUCTURES)
     )
@@ -131,10 +137,12 @@ def _shape(text: str) -> tuple[int, int]:
 def run(arguments: argparse.Namespace) -> int:
     given = [name for name in RESOURCES if getattr(arguments, name) is not None]
     asked = ", ".join("--" + name.replace("_", "-") for name in RESOURCES)
-    if (arguments.laws is None) != (arguments.error is None):
-        raise UsageError("--laws and --error go together")
-    if bool(given) == (arguments.laws is not None):
+    if arguments.laws is None and arguments.error is not None:
+        raise UsageError("--error needs --laws")
+    if not given and arguments.error is None:
         raise UsageError(f"a budget is needed: {asked}, or --laws with --error")
+    if given and arguments.error is not None:
+        raise UsageError("--error needs no budget: the law gives it")
     if len(given) > 1 and any(len(getattr(arguments, name)) > 1 for name in given):
         raise UsageError("several values make a table of one kind of budget, several kinds are all kept: not both")
     try:
@@ -203,7 +211,8 @@ def _layer(arguments: argparse.Namespace, given: list[str]) -> int:
 
 
 def _model(arguments: argparse.Namespace, given: list[str]) -> int:
-    from structlin_nn.planning import best_plan, parse_structure, plan_for_error, plan_models, plans_record
+    from structlin_nn.law_planning import plan_for_error
+    from structlin_nn.planning import best_plan, parse_structure, plan_models, plans_record
 
     if arguments.shape is not None:
         raise ValueError("--shape is an option of a layer, not of a model")
@@ -217,6 +226,8 @@ def _model(arguments: argparse.Namespace, given: list[str]) -> int:
         if arguments.structure is not None:
             raise ValueError("with --laws the structures are those of the laws")
         laws = json.loads(Path(arguments.laws).read_text(encoding="utf-8"))
+        if arguments.error is None:
+            return _by_law(arguments, given, laws, settings)
         rows = plan_for_error(arguments.name, laws, arguments.error, **settings)
         if arguments.json:
             print_json([row | {"plan": row["plan"] and plans_record([row["plan"]])[0]} for row in rows])
@@ -263,6 +274,39 @@ def _model(arguments: argparse.Namespace, given: list[str]) -> int:
         print(f"best by {arguments.prefer}: {best.structure} of width {best.width}")
     for text in left_out.values():
         print(text)
+    return 0
+
+
+def _by_law(arguments: argparse.Namespace, given: list[str], laws: Any, settings: dict[str, Any]) -> int:
+    """The structure, width and number of samples of the lowest loss within one budget."""
+    from structlin_nn.law_planning import plan_by_law
+    from structlin_nn.planning import plans_record
+
+    if len(given) != 1 or len(getattr(arguments, given[0])) > 1:
+        raise ValueError("with --laws and without --error, one budget is needed: --run-seconds or --training-flops")
+    chosen = {"width", "depth", "prefer", "samples", *CHOICES} & settings.keys()
+    if settings.pop("even_widths") or chosen:
+        option = min(chosen, default="even_widths").replace("_", "-")
+        raise ValueError(f"--{option} is not used with --laws in two sizes, which give width and samples")
+    (budget,) = getattr(arguments, given[0])
+    rows = plan_by_law(arguments.name, laws, budget, resource=given[0], **settings)
+    if arguments.json:
+        print_json([row | {"plan": row["plan"] and plans_record([row["plan"]])[0]} for row in rows])
+        return 0
+    print(f"lowest {laws['y']} first, within {budget:g} {given[0].replace('_', ' ')}\n")
+    print_table(
+        ("group", laws["y"], "width", "parameters", "MACs/sample", "samples", ""),
+        [
+            (row["group"], "-", "-", "-", "-", "-", row["reason"])
+            if row["plan"] is None
+            else (
+                row["group"], f"{row['loss']:.4g}", str(row["plan"].width), f"{row['plan'].params:,}",
+                f"{row['plan'].forward_macs:,.0f}", f"{row['samples']:,}",
+                "outside the fitted points" if row["extrapolated"] else "",
+            )
+            for row in rows
+        ],
+    )  # fmt: skip
     return 0
 
 

@@ -369,7 +369,7 @@ class Run:
     def _log(self, loss: float, norm: Any) -> None:
         now = time.monotonic()
         speed = (self.step - self._logged) * self.config.batch_size / max(now - self._logged_at, 1e-9)
-        flops = 2 * self.counts["training_macs"] * speed
+        flops = (2 * self.counts["training_macs"] + self.counts["training_other_flops"]) * speed
         found = {
             "loss": loss,
             "lr": self.config.lr * self.share(self.step - 1),

@@ -51,7 +51,9 @@ def count_run(
         "params": sum(parameter.numel() for parameter in model.parameters()),
         "trainable_params": counted.trainable_params, "embedding_params": counted.embedding_params,
         "forward_macs": counted.macs(), "training_macs": counted.training_macs, "other_flops": counted.other_flops,
-        "steps": steps, "samples": samples, "total_training_macs": counted.training_macs * samples,
+        "training_other_flops": counted.training_other_flops, "steps": steps, "samples": samples,
+        "total_training_macs": counted.training_macs * samples,
+        "total_training_flops": counted.training_flops * samples,
     }  # fmt: skip
 
 

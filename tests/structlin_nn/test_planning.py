@@ -14,7 +14,7 @@ from structlin_nn._planned import Choice, Costs
 from structlin_nn.cli import main
 from structlin_nn.counting import DEVICES, count, count_model, roofline
 from structlin_nn.models import StructureConfig, build_model
-from structlin_nn.planning import iso_table, parse_structure, plan_for_error, plan_model, plan_models
+from structlin_nn.planning import iso_table, parse_structure, plan_model, plan_models
 
 GPT2 = {"heads": 2, "vocabulary": 50, "context": 8}
 
@@ -287,34 +287,6 @@ def test_table_of_budgets() -> None:
     assert widths == sorted(widths)
 
 
-def laws() -> dict[str, Any]:
-    def group(exponent: float, level: float, floor: float = 0.0) -> dict[str, Any]:
-        return {"log_coefficient": math.log(level), "exponent": {"value": exponent}, "floor": {"value": floor},
-                "compute_range": [1e5, 1e7]}  # fmt: skip
-
-    return {
-        "x": "forward_macs", "y": "test_error",
-        "groups": {"dense": group(0.1, 1.2), "monarch, blocks 4": group(0.12, 1.2), "low_rank": group(0.1, 1, 0.4)},
-    }  # fmt: skip
-
-
-def test_cheapest_structure_for_an_error() -> None:
-    monarch, dense, low_rank = plan_for_error("cifar-mlp", laws(), 0.3)
-    assert (monarch["group"], dense["group"], low_rank["group"]) == ("monarch, blocks 4", "dense", "low_rank")
-    assert monarch["compute"] == pytest.approx((1.2 / 0.3) ** (1 / 0.12))
-    assert monarch["plan"].options == {"blocks": 4}
-    assert monarch["plan"].forward_macs <= monarch["compute"]
-    assert (monarch["extrapolated"], low_rank["extrapolated"]) == (False, True)
-    assert low_rank["compute"] is None
-    assert low_rank["plan"] is None
-    training = plan_for_error("cifar-mlp", laws() | {"x": "total_training_macs"}, 0.3, samples=2)
-    assert training[0]["plan"].training_flops <= 2 * monarch["compute"]
-    with pytest.raises(ValueError, match="laws of 'seconds' give no budget; one of forward_macs"):
-        plan_for_error("cifar-mlp", laws() | {"x": "seconds"}, 0.3)
-    with pytest.raises(ValueError, match="the error must be positive, got 0"):
-        plan_for_error("cifar-mlp", laws(), 0)
-
-
 def test_structures_as_text() -> None:
     assert parse_structure("dense") == ("dense", {})
     assert parse_structure("low_rank:rank_fraction=0.5") == ("low_rank", {"rank_fraction": 0.5})
@@ -380,14 +352,6 @@ class TestCommand:
         assert record["plans"][0]["width"] == 149
         assert record["plans"][1]["training_flops"] == 20 * record["plans"][1]["training_macs"]
 
-    def test_laws(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        (tmp_path / "laws.json").write_text(json.dumps(laws()))
-        words = ("cifar-mlp", "--laws", tmp_path / "laws.json", "--error", "0.3")
-        lines = self.output(capsys, *words).splitlines()
-        assert [line.split("  ")[0] for line in lines[4:]] == ["monarch, blocks 4", "dense", "low_rank"]
-        assert lines[-1].endswith("never reached")
-        assert json.loads(self.output(capsys, *words, "--json"))[0]["plan"]["structure"] == "monarch"
-
     def test_table_of_budgets(self, capsys: pytest.CaptureFixture[str]) -> None:
         words = ("cifar-mlp", "--forward-macs", "1e5,1e6", "--structure", "dense", "--structure", "butterfly")
         out = self.output(capsys, *words, "--depth", "1,2", "--prefer", "width")
@@ -431,7 +395,8 @@ class TestCommand:
             ("cifar-mlp --params 1e6 --prefer depth", "unknown preference 'depth'"),
             ("my_module:model --params 1e6", "my_module:model cannot be imported"),
             ("layer --macs 10 --shape 20,30 --rank 2", "--rank of a layer needs --structure"),
-            ("cifar-mlp --laws laws.json", "--laws and --error go together"),
+            ("cifar-mlp --error 0.3", "--error needs --laws"),
+            ("cifar-mlp --laws laws.json --error 0.3 --params 1e6", "--error needs no budget"),
             ("cifar-mlp --laws laws.json --error 0.3", "laws.json"),
             ("cifar-mlp --macs 1e6", "the compute of a model is --forward-macs or --training-flops"),
             ("cifar-mlp --params 1e6 --shape 2,3", "--shape is an option of a layer"),

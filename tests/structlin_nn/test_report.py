@@ -150,6 +150,12 @@ def test_runs_and_their_rates(runs: Path) -> None:
     run = next(r for r in found if r.width == 64 and r.group == "dense")
     assert (run.spent, run.seconds, run.rate) == (2 * 4 * 64**2 * 1000, 1.0, 2 * 4 * 64**2 * 1000)
     assert run.planned is None
+    row = {"record": "r", "training_macs": 10.0, "samples": 4, "error": 0.5}
+    counts = {"total_training_macs": 20, "training_other_flops": 3, "total_training_flops": 64}
+    (with_transforms,) = runs_of({"a": [row | {f"counts.{key}": value for key, value in counts.items()}]}, "error")
+    assert (with_transforms.planned, with_transforms.spent) == (64, 2 * 10 + 4 * 3)
+    (earlier,) = runs_of({"a": [row | {"counts.total_training_macs": 20}]}, "error")
+    assert (earlier.planned, earlier.spent) == (40, 20)
     with pytest.raises(ValueError, match="a report is of run records"):
         runs_of({"a": [{"macs": 1.0}]}, "macs")
 

@@ -43,16 +43,52 @@ def _right_sides(a: Tensor, b: Tensor, left: bool = True) -> tuple[int, int, int
     return math.prod(torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])), n, b.shape[-1] if left else b.shape[-2]
 
 
-@_register("linalg_lu linalg_lu_factor_ex")
-def _(g: Arguments) -> Product:
-    batch, m, n = _shape(g["A"])
-    return _product(batch, FLOPS["lu"](m, n))
+# Operations of one matrix: the argument, and the FLOPs of (m, n), or of (n,) for square matrices alone.
+_RECTANGULAR = {
+    "linalg_lu linalg_lu_factor_ex _linalg_det _linalg_slogdet": ("A", "lu"),
+    "geqrf": ("self", "qr"),
+}
+_SQUARE = {
+    "linalg_inv_ex": ("A", "inverse"),
+    "cholesky linalg_cholesky_ex": ("self", "cholesky"),
+    "cholesky_inverse": ("self", "cholesky_inverse"),
+    "linalg_ldl_factor_ex": ("self", "ldl"),
+    "linalg_eigvals _linalg_eigvals": ("self", "eigvals"),
+}
+
+# Solutions by triangles: the arguments of the factors and of the right-hand sides, and the number of triangles.
+_TRIANGLES = {
+    "linalg_lu_solve": ("LU", "B", 2),
+    "cholesky_solve": ("input2", "self", 2),
+    "_cholesky_solve_helper": ("A", "self", 2),
+    "linalg_ldl_solve": ("LD", "B", 2),
+    "triangular_solve": ("A", "self", 1),
+    "linalg_solve_triangular": ("self", "B", 1),
+}
 
 
-@_register("_linalg_det _linalg_slogdet")
-def _(g: Arguments) -> Product:
-    batch, n, _ = _shape(g["A"])
-    return _product(batch, FLOPS["lu"](n, n))
+def _of_one(argument: str, name: str, axes: int) -> Callable[[Arguments], Product]:
+    def formula(g: Arguments) -> Product:
+        batch, *sizes = _shape(g[argument])
+        return _product(batch, FLOPS[name](*sizes[-axes:]))
+
+    return formula
+
+
+def _of_triangles(factors: str, right: str, number: int) -> Callable[[Arguments], Product]:
+    def formula(g: Arguments) -> Product:
+        batch, n, columns = _right_sides(g[factors], g[right], g.get("left", True))
+        return _product(batch, number * FLOPS["triangular_solve"](n, columns))
+
+    return formula
+
+
+for _names, (_argument, _name) in _RECTANGULAR.items():
+    _register(_names)(_of_one(_argument, _name, 2))
+for _names, (_argument, _name) in _SQUARE.items():
+    _register(_names)(_of_one(_argument, _name, 1))
+for _names, _solution in _TRIANGLES.items():
+    _register(_names)(_of_triangles(*_solution))
 
 
 @_register("_linalg_solve_ex")
@@ -60,66 +96,6 @@ def _(g: Arguments) -> Product:
     batch, n, columns = _right_sides(g["A"], g["B"], g["left"])
     factors = math.prod(g["A"].shape[:-2]) * FLOPS["lu"](n, n)
     return _product(1, factors, batch * FLOPS["lu_solve"](n, columns))
-
-
-@_register("linalg_lu_solve")
-def _(g: Arguments) -> Product:
-    batch, n, columns = _right_sides(g["LU"], g["B"], g["left"])
-    return _product(batch, FLOPS["lu_solve"](n, columns))
-
-
-@_register("linalg_inv_ex")
-def _(g: Arguments) -> Product:
-    batch, n, _ = _shape(g["A"])
-    return _product(batch, FLOPS["inverse"](n))
-
-
-@_register("cholesky linalg_cholesky_ex")
-def _(g: Arguments) -> Product:
-    batch, n, _ = _shape(g["self"])
-    return _product(batch, FLOPS["cholesky"](n))
-
-
-@_register("cholesky_inverse")
-def _(g: Arguments) -> Product:
-    batch, n, _ = _shape(g["self"])
-    return _product(batch, FLOPS["cholesky_inverse"](n))
-
-
-@_register("cholesky_solve _cholesky_solve_helper")
-def _(g: Arguments) -> Product:
-    batch, n, columns = _right_sides(g["A"] if "A" in g else g["input2"], g["self"])
-    return _product(batch, 2 * FLOPS["triangular_solve"](n, columns))
-
-
-@_register("linalg_ldl_factor_ex")
-def _(g: Arguments) -> Product:
-    batch, n, _ = _shape(g["self"])
-    return _product(batch, FLOPS["ldl"](n))
-
-
-@_register("linalg_ldl_solve")
-def _(g: Arguments) -> Product:
-    batch, n, columns = _right_sides(g["LD"], g["B"])
-    return _product(batch, 2 * FLOPS["triangular_solve"](n, columns))
-
-
-@_register("triangular_solve")
-def _(g: Arguments) -> Product:
-    batch, n, columns = _right_sides(g["A"], g["self"])
-    return _product(batch, FLOPS["triangular_solve"](n, columns))
-
-
-@_register("linalg_solve_triangular")
-def _(g: Arguments) -> Product:
-    batch, n, columns = _right_sides(g["self"], g["B"], g["left"])
-    return _product(batch, FLOPS["triangular_solve"](n, columns))
-
-
-@_register("geqrf")
-def _(g: Arguments) -> Product:
-    batch, m, n = _shape(g["self"])
-    return _product(batch, FLOPS["qr"](m, n))
 
 
 @_register("linalg_qr")
@@ -174,12 +150,6 @@ def _(g: Arguments) -> Product:
 def _(g: Arguments) -> Product:
     batch, n, _ = _shape(g["self"])
     return _product(batch, FLOPS["eigvals" if g.get("values_only") else "eig"](n))
-
-
-@_register("linalg_eigvals _linalg_eigvals")
-def _(g: Arguments) -> Product:
-    batch, n, _ = _shape(g["self"])
-    return _product(batch, FLOPS["eigvals"](n))
 
 
 @_register("_linalg_svd")

@@ -31,6 +31,7 @@ from torch.utils.checkpoint import __file__ as CHECKPOINT_FILE
 from structlin.counting import work_of
 from structlin.structure import AbstractStructure, Structure
 from structlin_nn.torch.counting._formulas import attention_pairs
+from structlin_nn.torch.counting._libraries import adapted_libraries
 from structlin_nn.torch.counting._lists import (
     COMPOSITE,
     PRODUCT,
@@ -194,7 +195,7 @@ class Recorder(TorchDispatchMode):
         with ExitStack() as stack:
             # Nodes are numbered by thread: the backward pass runs in that of the forward pass.
             stack.enter_context(torch.autograd.set_multithreading_enabled(False))
-            stack.enter_context(_flex_attention_as_it_is())
+            stack.enter_context(adapted_libraries())
             for handle in (
                 register_module_forward_pre_hook(self._enter),
                 register_module_forward_hook(self._leave, with_kwargs=True, always_call=True),
@@ -394,7 +395,7 @@ class Recorder(TorchDispatchMode):
                     return output
             found = PRODUCT if func._schema.name in WHOLE else UNKNOWN
         # Arguments may be overwritten in place; what a formula needs are sizes, and values of offsets.
-        output = func(*args, **kwargs)
+        output = _run(func, args, kwargs)
         if self.opaque:
             return output
         node = torch._C._current_autograd_node()
@@ -492,6 +493,14 @@ class Recorder(TorchDispatchMode):
         return numbers, floating, rest
 
 
+def _run(func: Any, args: tuple, kwargs: dict) -> Any:
+    if func is not aten._grouped_mm.default or args[0].device.type != "meta":
+        return func(*args, **kwargs)
+    # On the meta device torch accepts bfloat16 alone, on others float32 too.
+    a, b = (x.to(torch.bfloat16) for x in args[:2])
+    return func(a, b, *args[2:], **kwargs).to(args[0].dtype)
+
+
 def _bound(func: Any, args: tuple, kwargs: dict) -> dict[str, Any]:
     """Arguments by the names of the schema, with defaults."""
     found = {}
@@ -523,21 +532,6 @@ def _in_checkpoint() -> bool:
 
 # Without gradients these compute no vectors, but torch has them computed while a dispatch mode is active.
 _VALUES_ONLY = {torch.linalg.eigvals, torch.linalg.eigvalsh, torch.linalg.svdvals}
-
-
-@contextmanager
-def _flex_attention_as_it_is() -> Iterator[None]:
-    """Called without torch.compile, flex_attention compiles itself, which torch refuses under a dispatch mode."""
-    module, name = sys.modules.get("torch.nn.attention.flex_attention"), "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG"
-    if module is None or not hasattr(module, name):
-        yield
-        return
-    before = getattr(module, name)
-    setattr(module, name, True)
-    try:
-        yield
-    finally:
-        setattr(module, name, before)
 
 
 class _Functions(TorchFunctionMode):

@@ -89,6 +89,36 @@ def test_full_gpt2_on_meta() -> None:
     assert counted.macs("attention") == 12 * 2 * 1024**2 * 768
 
 
+@pytest.mark.parametrize("name", ["llama", "bart", "mixtral"])
+def test_transformers_on_meta_as_on_a_cpu(name: str) -> None:
+    """Masks of two axes, whose values the library reads, and products of groups in float32."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {
+        "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2,
+        "num_key_value_heads": 1, "head_dim": 16, "vocab_size": 50, "num_local_experts": 3, "d_model": 32,
+        "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, "decoder_attention_heads": 2,
+        "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+        "use_cache": False,
+    }  # fmt: skip
+    known = transformers.AutoConfig.for_model(name).to_dict()
+    config = transformers.AutoConfig.for_model(name, **{key: v for key, v in sizes.items() if key in known})
+    is_tracing = transformers.masking_utils.is_tracing
+    found = {}
+    for where in ("cpu", "meta"):
+        with torch.device(where):
+            model = transformers.AutoModel.from_config(config)
+            inputs = {
+                "input_ids": torch.arange(14).reshape(2, 7),
+                "attention_mask": torch.ones(2, 7, dtype=torch.int64),
+            }
+        counted = count(model, **inputs)
+        found[where] = {(c.name, c.kind): (c.macs, c.backward_macs) for c in counted.calls}, counted.unknown_ops
+    assert found["cpu"] == found["meta"]
+    assert transformers.masking_utils.is_tracing is is_tracing
+    with pytest.raises(RuntimeError, match="cannot be called on meta tensors"):
+        model(**inputs)
+
+
 class TestSaved:
     def test_mlp_by_hand(self) -> None:
         """The input (for the gradient of the first weight), the activation's input, and its output."""

@@ -1,0 +1,221 @@
+"""Plans from fitted laws: the cheapest structure for an error, and the lowest loss within a budget of a run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import structlin
+from structlin.planning import check_budget
+from structlin.scaling import LossLaw, PowerLaw
+from structlin_nn._planned import Choice, Costs
+from structlin_nn._widths import WIDEST, nth_width
+from structlin_nn.counting import Device
+from structlin_nn.counting import device as find_device
+from structlin_nn.planning import parse_structure, plan_model, plan_of
+
+__all__ = ["plan_by_law", "plan_for_error"]
+
+_LAW_COLUMNS = {"forward_macs": "forward_macs", "params": "params", "trainable_params": "params",
+                "training_macs": "training_flops", "total_training_macs": "training_flops"}  # fmt: skip
+_SIZES = {"forward_macs": "forward_macs", "params": "params", "trainable_params": "params"}
+_BUDGETS = ("run_seconds", "training_flops")
+_GRID = 32  # widths on either side of the best of a coarser search
+
+
+def plan_for_error(name: str, laws: Mapping[str, Any], error: float, **settings: Any) -> list[dict[str, Any]]:
+    """Return the cheapest structure for a target error: compute from fitted laws, and the model that spends it.
+
+    Parameters
+    ----------
+    name
+        Of the model that the laws are of.
+    laws
+        A record of ``structlin fit --json`` (:func:`structlin_nn.laws.laws_record`), whose compute is ``forward_macs``,
+        ``params``, ``training_macs`` or ``total_training_macs``, and whose groups are structures, with options if need
+        be ("monarch, blocks 4").
+    error
+        The target.
+    **settings
+        As :func:`plan_model`; ``samples`` for training compute.
+
+    Returns
+    -------
+    list[dict[str, Any]]
+        For each group, the cheapest first, ``group``, ``compute`` (None where the law never reaches the error),
+        ``extrapolated`` and ``plan`` (None likewise).
+
+    Raises
+    ------
+    ValueError
+        Laws of another compute; an error that is not positive; as :func:`plan_model`.
+    """
+    resource = _LAW_COLUMNS.get(laws.get("x", ""))
+    if resource is None:
+        raise ValueError(f"laws of {laws.get('x')!r} give no budget; one of {', '.join(_LAW_COLUMNS)}")
+    if not error > 0:
+        raise ValueError(f"the error must be positive, got {error}")
+    rows = []
+    for group, fitted in laws["groups"].items():
+        law = PowerLaw(fitted["log_coefficient"], fitted["exponent"]["value"], fitted["floor"]["value"])
+        compute = law.compute(error) if law.exponent > 0 else float("inf")
+        low, high = fitted["compute_range"]
+        row: dict[str, Any] = {
+            "group": group,
+            "compute": None,
+            "extrapolated": not low <= compute <= high,
+            "plan": None,
+        }
+        if compute < float("inf"):
+            structure, options = parse_structure(group)
+            budget = 2 * compute if resource == "training_flops" else compute
+            plan = plan_model(name, budget, resource=resource, structure=structure, options=options, **settings)
+            row |= {"compute": compute, "plan": plan}
+        rows.append(row)
+    return sorted(rows, key=lambda row: float("inf") if row["compute"] is None else row["compute"])
+
+
+def plan_by_law(
+    name: str,
+    laws: Mapping[str, Any],
+    budget: float,
+    *,
+    resource: str = "run_seconds",
+    device: str | Device | None = None,
+    batch_size: int = 1,
+    multiple_of: int = 1,
+    layers: str | None = None,
+    rms_cap: bool = False,
+    optimizer: str = "adam",
+    dtype: str = "float32",
+    activation_dtype: str | None = None,
+    **sizes: Any,
+) -> list[dict[str, Any]]:
+    """Return the structure, width and number of samples of the lowest loss that a law in two sizes predicts.
+
+    A wider model of N takes more time for a sample, and a run of the given time then sees fewer samples D. For each
+    structure of the laws the width is searched at which ``L(N, D)`` is lowest; N and the cost of a sample are counted.
+    The search doubles the width until the loss rises, and refines around the lowest twice, with up to 65 widths each
+    time. Structures of several factors have widths that split evenly, as ``even_widths`` of :func:`plan_model`.
+
+    Parameters
+    ----------
+    name
+        As :func:`plan_model`, like ``layers``, ``rms_cap``, ``optimizer``, ``dtype``, ``activation_dtype``, ``sizes``.
+    laws
+        A record of ``structlin fit --size forward_macs --data samples --json``
+        (:func:`structlin_nn.size_laws.sizes_record`); the size may be ``params`` too. The groups are structures, with
+        options if need be ("monarch, blocks 4").
+    budget
+        Of the resource.
+    resource
+        ``run_seconds`` on a device, by the roofline model, or ``training_flops``, both of the whole run.
+    device
+        For seconds (:func:`structlin_nn.counting.device`).
+    batch_size
+        Of a step; a run has one step at least.
+    multiple_of
+        Of which the width has to be a multiple.
+
+    Returns
+    -------
+    list[dict[str, Any]]
+        For each group, the lowest loss first, ``group``, ``loss``, ``samples``, ``extrapolated`` (N or D is outside of
+        the fitted points) and ``plan``; the last four are None where no model fits, and ``reason`` says why.
+
+    Raises
+    ------
+    ValueError
+        Laws of other sizes; a budget that is not positive and finite; seconds without a device; as :func:`plan_model`.
+    """
+    size = _SIZES.get(laws.get("size", ""))
+    if size is None or laws.get("data") != "samples":
+        raise ValueError(
+            f"laws of {laws.get('size')!r} and {laws.get('data')!r} say nothing of a model and its run; "
+            f"fit them to one of {', '.join(_SIZES)}, and to samples"
+        )
+    if resource not in _BUDGETS:
+        raise ValueError(f"unknown resource {resource!r}; one of {', '.join(_BUDGETS)}")
+    check_budget(budget)
+    if resource == "run_seconds" and device is None:
+        raise ValueError("a budget of seconds needs a device")
+    if isinstance(device, str):
+        device = find_device(device, activation_dtype or dtype)
+    rows = []
+    for group, fitted in laws["groups"].items():
+        law = LossLaw(**{term: _finite(group, term, value["value"]) for term, value in fitted["terms"].items()})
+        structure, options = parse_structure(group)
+        costs = Costs(
+            name, structure, options, sizes, layers, rms_cap, batch_size, 1, optimizer, dtype, activation_dtype, device
+        )
+        row: dict[str, Any] = {"group": group, "loss": None, "samples": None, "extrapolated": None, "plan": None}
+        found = _lowest(_predicted(costs, law, size, resource, budget), multiple_of, _factors(structure, options))
+        if found is None:
+            rows.append(row | {"reason": f"no width of {name} trains for one step within the budget"})
+            continue
+        width, (loss, n, samples) = found
+        whole = replace(costs, samples=samples, _known={}, _layers={})
+        plan = plan_of(whole, Choice(width), {resource: budget}, "width", None)
+        ranges = ((n, fitted["size_range"]), (samples, fitted["data_range"]))
+        outside = any(not low <= value <= high for value, (low, high) in ranges)
+        rows.append(row | {"loss": loss, "samples": samples, "extrapolated": outside, "plan": plan})
+    return sorted(rows, key=lambda row: math.inf if row["loss"] is None else row["loss"])
+
+
+Predicted = tuple[float, float, int]
+
+
+def _predicted(
+    costs: Costs, law: LossLaw, size: str, resource: str, budget: float
+) -> Callable[[int], Predicted | None]:  # fmt: skip
+    """Return a function of the width: loss, N and samples of a run that spends the budget; None where none fits."""
+
+    @cache
+    def of(width: int) -> Predicted | None:
+        counted = costs.quick(Choice(width))
+        if counted is None:
+            return None
+        batch = costs.batch_size or 1
+        samples = int(budget / (counted[resource] * batch)) * batch
+        return (law(counted[size], samples), counted[size], samples) if samples else None
+
+    return of
+
+
+def _lowest(
+    of: Callable[[int], Predicted | None], multiple_of: int, parts: int
+) -> tuple[int, Predicted] | None:  # fmt: skip
+    """Return the width of the lowest loss, of a loss that falls and then rises with the width."""
+    best: tuple[int, Predicted] | None = None
+    at = 1
+
+    def attempt(numbers: Iterator[int] | range) -> None:
+        nonlocal best, at
+        for n in numbers:
+            width = nth_width(n, multiple_of, parts)
+            found = of(width)
+            if found is not None and (best is None or found[0] < best[1][0]):
+                best, at = (width, found), n
+
+    n = 1
+    while nth_width(n, multiple_of, parts) <= WIDEST and (best is None or n <= 8 * at):
+        attempt(range(n, n + 1))
+        n *= 2
+    for reach in (at, max(at // _GRID, 1) * 2):
+        step = max(reach // _GRID, 1)
+        attempt(range(max(at - _GRID * step, 1), at + _GRID * step + 1, step))
+    return best
+
+
+def _factors(structure: str, options: Mapping[str, Any]) -> int:
+    known = structlin.options(structure)
+    return options.get("cores", known.get("cores", 2 if structure == "einsum" else 1))
+
+
+def _finite(group: str, term: str, value: float | str | None) -> float:
+    if not isinstance(value, float | int):
+        raise ValueError(f"the law of {group} has no finite {term}: {value!r}")
+    return float(value)
