@@ -3,8 +3,8 @@
     python benchmarks/counts.py --out counts.json
 
 Every model is built from its configuration on the meta device, where nothing is computed: those of timm in full size,
-language models of transformers with two layers. torch's counter is corrected in one place: its gradients of a
-convolution in groups count every channel, where each group has its own. Attention is made of plain products for it.
+language models of transformers with two layers. torch's counter is corrected in one place: for the
+gradients of a grouped convolution it counts every channel in every group. Attention is made of plain products for it.
 ``left_out`` says why a model has no row: it cannot be built or run without values.
 
 Mixtures of experts are counted a third time in the way in which a loop calls one expert after the other: once with
@@ -68,13 +68,13 @@ def corrected_gradients(
     dilation: Any, transposed: bool, output_padding: Any, groups: int, output_mask: Sequence[bool], *,
     out_shape: Any = None, **options: Any,
 ) -> int:  # fmt: skip
-    """FLOPs of convolution_backward: as many as forward for each gradient, the kernel over the channels of a group."""
+    """Return the FLOPs of convolution_backward: those of the forward pass for each gradient, by groups."""
     one = 2 * math.prod(x_shape if transposed else grad_shape) * math.prod(w_shape[1:])
     return one * sum(output_mask[:2])
 
 
 def reference(model: nn.Module, inputs: dict[str, Tensor], train: bool) -> int:
-    """MACs by torch's counter."""
+    """Return the MACs by torch's counter."""
     corrected = {aten.convolution_backward: corrected_gradients}
     with FlopCounterMode(display=False, custom_mapping=corrected) as counter, sdpa_kernel(SDPBackend.MATH):
         output = model(**inputs)
@@ -86,7 +86,7 @@ def reference(model: nn.Module, inputs: dict[str, Tensor], train: bool) -> int:
 
 
 def compare(name: str, model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Any]:
-    """Both counts of one model."""
+    """Count one model in both ways."""
     start = time.perf_counter()
     with sdpa_kernel(SDPBackend.MATH):
         found = count(model, **inputs)
@@ -141,7 +141,7 @@ def build_transformers(name: str, layers: int = 2) -> tuple[nn.Module, dict[str,
             side = size if isinstance(size, int) else size[0]
             return model, {"pixel_values": torch.zeros(2, getattr(config, "num_channels", 3), side, side)}
         inputs = {"input_ids": torch.zeros(2, 16, dtype=torch.int64)}
-        if name not in UNMASKED:  # they look at the values of a mask of their own, of which meta tensors have none
+        if name not in UNMASKED:  # these read the values of their mask, and meta tensors have none
             inputs["attention_mask"] = torch.ones(2, 1, 16, 16).bool()
         return model, inputs
 
@@ -204,9 +204,9 @@ def main() -> None:
         result["experts"].append(row)
         print(row, flush=True)
     if arguments.out:
-        beside = arguments.out.with_suffix(".tmp")
-        beside.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-        os.replace(beside, arguments.out)
+        temporary = arguments.out.with_suffix(".tmp")
+        temporary.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        os.replace(temporary, arguments.out)
 
 
 if __name__ == "__main__":

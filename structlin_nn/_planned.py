@@ -74,14 +74,14 @@ class Costs:
             )
 
     def depth_of(self, choice: Choice) -> int | None:
-        """Blocks of a named model; None for a model of one's own that has no depth to choose."""
+        """Return the number of blocks of a named model; None for a model of your own without a choice of depth."""
         if choice.depth is not None or self._function is not None:
             return choice.depth
         spec = MODELS[self.name]
         return self.sizes.get("depth", spec.config(width=256, **spec.sizes).depth)
 
     def quick(self, choice: Choice) -> dict[str, Any] | None:
-        """As `measured`, of deep named models by way of those of one and two blocks; None where none can be built."""
+        """Return `measured`, for deep named models from those of one and two blocks; None where none can be built."""
         depth = self.depth_of(choice)
         try:
             if not self._is_deep(depth):
@@ -113,7 +113,7 @@ class Costs:
                 return None
             flops, params = found
         # The backward pass of a named model costs what its forward pass does at least. Weights, gradients and states
-        # are held; in a model of one's own some may be frozen.
+        # are held; in a model of your own some may be frozen.
         own = self._function is not None
         held = params * itemsize(self.dtype) * (1 if own else 2 + states_of(self.optimizer))
         flops_trained = flops if own else 2 * flops

@@ -22,7 +22,7 @@ class TooLargeError(Exception):
 
 
 class Reasons:
-    """Why nothing fits: the cheapest choice that can be built, and one that cannot."""
+    """The cheapest choice that can be built, and one that cannot, for the message where nothing fits."""
 
     def __init__(self) -> None:
         self.cheapest: Choice | None = None
@@ -123,7 +123,7 @@ def nth_width(n: int, multiple_of: int, parts: int) -> int:
 
 
 def _last_that_fits(cost: Callable[[int], float | None]) -> int | None:
-    """The last n whose cost is at most 1, of a cost that rises, where some n have none, small ones in particular."""
+    """Return the last n whose cost is at most 1. The cost rises with n; it is None for some, mostly small, n."""
     start = next((n for n in range(1, 64) if cost(n) is not None), None)
     if start is None:
         return None

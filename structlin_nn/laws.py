@@ -31,9 +31,9 @@ class GroupLaw:
     fit
         With the points.
     bootstrap
-        None where the points leave no residuals to draw from.
-    used
-        How many points were fitted, out of ``points``: fewer on a frontier.
+        None where there are too few points to estimate the residuals.
+    points
+        Number of points of the group; on a frontier, fewer of them are fitted (``used``).
     """
 
     fit: PowerLawFit

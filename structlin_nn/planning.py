@@ -42,7 +42,7 @@ class ModelPlan:
     width
         Of the model.
     depth
-        Blocks; None where a model of one's own has none to choose.
+        Number of blocks; None for a model of your own without a choice of depth.
     planned
         What spends the budget, ``width`` or ``rank``; None where all choices were given.
     forward_macs

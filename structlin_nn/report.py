@@ -31,7 +31,7 @@ from structlin_nn.tables import Row, group_rows, read_rows, select
 __all__ = ["RESULTS", "Run", "report", "runs_of", "write_report"]
 
 RESULTS = {"cifar": "test_error", "imagenet": "val_error", "gpt2": "val_loss"}
-"""By task, the result that a report is about unless told otherwise."""
+"""The default result of a report, by task."""
 _HEAD = """<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -447,7 +447,8 @@ def _or_dash(value: float | None, form: str) -> str:
 
 
 def _engineering(value: float) -> str:
-    """
+    """Return a number with the exponent of its order of magnitude.
+
     >>> _engineering(1.5e12), _engineering(0)
     ('1.50e12', '0')
     """
@@ -458,7 +459,8 @@ def _engineering(value: float) -> str:
 
 
 def _duration(seconds: float) -> str:
-    """
+    """Return a time in seconds, minutes or hours.
+
     >>> _duration(42), _duration(5000), _duration(400_000)
     ('42 s', '1 h 23 min', '111 h 06 min')
     """

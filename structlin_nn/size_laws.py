@@ -197,7 +197,7 @@ def sizes_record(
     flops: float = FLOPS,
     confidence: float = 0.95,
 ) -> dict[str, Any]:
-    """What :func:`fit_sizes` found as plain values that ``json.dumps`` takes; infinite numbers are the string "inf"."""
+    """Return the result of :func:`fit_sizes` as plain values for ``json.dumps``; infinity is the string "inf"."""
     fit = drawn.fit
     groups = {}
     for number, name in enumerate(fit.laws):

@@ -21,8 +21,8 @@ Array = npt.NDArray[Any]
 class Allocation:
     """``N_opt = exp(log_coefficient) * C**exponent``, fitted to the best sizes of several budgets.
 
-    The interval is that of Student's t for a line through the logarithms: the scatter of the best sizes around it is
-    all that it knows of their errors.
+    The interval is that of Student's t for a line through the logarithms. It takes the errors of the best sizes from
+    their scatter around the line.
 
     Attributes
     ----------
@@ -89,10 +89,16 @@ class Parabola:
 
 @dataclass(frozen=True)
 class IsoFlop:
-    """Result of :func:`fit_isoflop`.
+    """Parabolas of several budgets and the law of their minima, from :func:`fit_isoflop`.
 
-    It has the ``parabolas`` by rising budget, their ``allocation``, and by budget the reasons why others are
-    ``left_out``.
+    Attributes
+    ----------
+    parabolas
+        In order of the budget.
+    allocation
+        The law of the minima.
+    left_out
+        Why other budgets have no parabola, by budget.
     """
 
     parabolas: tuple[Parabola, ...]
@@ -187,7 +193,7 @@ def _by_budget(compute: Array, budgets: npt.ArrayLike | None, tolerance: float) 
 
 @dataclass(frozen=True)
 class Envelope:
-    """What :func:`fit_envelope` returns.
+    """The best run of each budget and the law of their sizes, from :func:`fit_envelope`.
 
     Attributes
     ----------

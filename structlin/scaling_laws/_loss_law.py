@@ -142,7 +142,7 @@ class LossLawFit:
     agreement
         Share of the starts that end within 1e-6 (relative) of the best.
     notes
-        What is wrong with the fit: exponents at a bound, terms that vanish.
+        Warnings about the fit: exponents at a bound, terms that vanish.
     """
 
     laws: dict[str, LossLaw]

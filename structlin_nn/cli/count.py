@@ -29,6 +29,7 @@ their data sheets (cpu: measured), so that times are the least that are possible
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the command."""
     parser.add_argument("model", metavar="MODEL", type=choice("model", MODELS), help=", ".join(MODELS))
     parser.add_argument("--width", type=int, required=True, metavar="W", help="width of the model")
     parser.add_argument("--base-width", type=int, metavar="W0", help="where the learning rate was tuned (the paper's)")
@@ -74,6 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    """Run the command and return its exit code."""
     from structlin_nn.counting import count_model, format_count
 
     names = ("num_classes", "heads", "head_dim", "depth", "expansion", "patch", "vocabulary", "context")

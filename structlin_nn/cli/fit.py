@@ -33,6 +33,7 @@ TIME = "training_seconds"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the command."""
     parser.add_argument("records", metavar="RECORDS", nargs="+", help="run records, folders of them, or tables")
     add_row_options(parser)
     law = parser.add_argument_group("the law")
@@ -58,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_row_options(parser: argparse.ArgumentParser, x: str = "training_macs", y: str = "test_error") -> None:
-    """The options that say what is read: columns, groups, and which rows."""
+    """Add the options that select columns, groups and rows."""
     group = parser.add_argument_group("what is read")
     group.add_argument("--x", default=x, metavar="COLUMN", help="compute (%(default)s)")
     group.add_argument("--y", default=y, metavar="COLUMN", help="error (%(default)s)")
@@ -99,6 +100,7 @@ def _floor(text: str) -> float:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    """Run the command and return its exit code."""
     from structlin_nn.laws import compare_laws, comparisons_record, fit_groups, laws_record
 
     if not 0 < arguments.confidence < 1:

@@ -44,6 +44,7 @@ number of samples of the lowest loss within a budget of the run.
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the command."""
     parser.add_argument("name", metavar="NAME", type=_name, help=", ".join(NAMES) + ", or package.module:function")
     budget = parser.add_argument_group("the budget (N[,N,...])")
     for name, text in (
@@ -71,7 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     choices.add_argument("--cores", type=_values, metavar="V", help="number of factors (2; of a layer all)")
     choices.add_argument("--blocks", type=_values, metavar="V", help="number of blocks (4; of a layer all)")
     choices.add_argument("--depth", type=_values, metavar="V", help="blocks of the model (the model's own)")
-    choices.add_argument("--multiple-of", type=int, metavar="N", help="of which widths are multiples (1)")
+    choices.add_argument("--multiple-of", type=int, metavar="N", help="search only widths that are multiples of N (1)")
     choices.add_argument("--even-widths", action="store_true", help="widths that split into equal factors alone")
     choices.add_argument(
         "--prefer", type=choice("preference", PREFERENCES), metavar="WHAT",
@@ -135,6 +136,7 @@ def _shape(text: str) -> tuple[int, int]:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    """Run the command and return its exit code."""
     given = [name for name in RESOURCES if getattr(arguments, name) is not None]
     asked = ", ".join("--" + name.replace("_", "-") for name in RESOURCES)
     if arguments.laws is None and arguments.error is not None:
@@ -278,7 +280,7 @@ def _model(arguments: argparse.Namespace, given: list[str]) -> int:
 
 
 def _by_law(arguments: argparse.Namespace, given: list[str], laws: Any, settings: dict[str, Any]) -> int:
-    """The structure, width and number of samples of the lowest loss within one budget."""
+    """Print the structure, width and number of samples of the lowest loss within one budget."""
     from structlin_nn.law_planning import plan_by_law
     from structlin_nn.planning import plans_record
 
@@ -359,7 +361,7 @@ def _for_error(row: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _usual(structure: str, options: dict[str, Any]) -> dict[str, Any]:
-    """Return the options, and the rank and the number of blocks that a structure has unless told otherwise."""
+    """Return the options, and the rank and the number of blocks that a structure has by default."""
     import structlin
 
     known = structlin.structure_options(structure)

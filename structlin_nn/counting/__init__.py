@@ -1,7 +1,7 @@
 """Compute accounting: what models cost in parameters, multiply-accumulates, bytes and, at least, time.
 
 :func:`count` counts any torch model from the calls of a forward pass, :func:`count_model` the named models with their
-structures, learning rates and, asked for, training runs. 1 MAC = 2 FLOPs. Nothing is estimated from the number of
+structures, learning rates and, optionally, training runs. 1 MAC = 2 FLOPs. Nothing is estimated from the number of
 parameters: every operation is counted, listed as one without products, or named as unknown.
 """
 

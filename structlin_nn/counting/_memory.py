@@ -123,7 +123,7 @@ def training_bytes(
         ``weights`` with frozen ones, ``buffers``, ``gradients``, ``optimizer_states``, ``activations`` (what the
         forward pass keeps for the backward pass, see :class:`structlin_nn.counting.ModelCount`), ``loss`` (what that
         keeps) and their ``total``. Temporary arrays, such as the logits themselves while the loss is computed or
-        weights that are gathered for a layer, and fragmentation come on top.
+        weights that are gathered for a layer, and fragmentation are not included.
 
     Raises
     ------

@@ -110,7 +110,7 @@ def count_model(
     ------
     ValueError
         Unknown model, structure, preset or size; an option that the structure or model does not have; sizes that do not
-        fit; steps without a batch size; an unknown dtype or device; operations that nobody knows, with ``strict``.
+        fit; steps without a batch size; an unknown dtype or device; unknown operations, with ``strict``.
 
     Examples
     --------

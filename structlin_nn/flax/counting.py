@@ -31,7 +31,7 @@ __all__ = ["JaxCount", "UnknownPrimitiveError", "count", "xla_flops"]
 
 
 class UnknownPrimitiveError(ValueError):
-    """A primitive that nobody has said the cost of was met by a strict count."""
+    """A strict count met a primitive of unknown cost."""
 
 
 for _name in ("structlin_chain", "structlin_chain_gradients", "structlin_chain_tangent"):
@@ -51,7 +51,7 @@ class JaxCount:
     params
         Numbers of a model's parameters (nnx.Param); 0 for a function.
     training_macs
-        Of the function and its gradient; None where that was not asked for.
+        Of the function and its gradient; None without ``training``.
     uncounted_ops
         Other operations and how often they run, those that only move data left out.
     unknown_ops
@@ -246,7 +246,7 @@ def count(
     if strict and counted.unknown_ops:
         names = ", ".join(f"{name} x{number}" for name, number in counted.unknown_ops.items())
         raise UnknownPrimitiveError(
-            f"nobody has said what these primitives compute: {names}; register_primitive or register_no_product does"
+            f"the cost of these primitives is unknown: {names}; state it by register_primitive or register_no_product"
         )
     return counted
 

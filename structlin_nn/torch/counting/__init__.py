@@ -9,7 +9,7 @@ counts. Run models on the meta device to count them without allocating anything.
 1 MAC = 2 FLOPs. A complex MAC is one MAC. FFTs are no products; their FLOPs count apart (``other_flops``).
 
 Training: the backward pass is run, and counts as it runs: one product for each operand of a product that needs a
-gradient, so that a training step costs three times the forward pass, less the gradients that nobody asks for, and
+gradient, so that a training step costs three times the forward pass, less the gradients that are not needed, and
 more where checkpointing computes again. ``scaled_dot_product_attention`` counts alike on every device: two products
 forward and four backward, in full unless a causal mask is to be discounted. Those are the products of the
 mathematics, which model FLOPs utilisation divides by; fused kernels compute the scores once more in the backward

@@ -31,7 +31,7 @@ def _register(names: str, formula: Formula) -> None:
 
 
 def matrix_product(a: Tensor, b: Tensor) -> Product | None:
-    """``a @ b`` of shapes (..., n, k) and (..., k, m), or with a vector on either side; sparse operands by entries."""
+    """Count ``a @ b`` of shapes (..., n, k) and (..., k, m), or with a vector on a side; sparse operands by entries."""
     if a.is_nested or b.is_nested:
         return Product(sum(p.macs for p in map(matrix_product, *_parts(a, b)) if p is not None), operands=(a, b))
     if a.layout != torch.strided or b.layout != torch.strided:
@@ -135,7 +135,7 @@ _register(
 
 
 def _dense_layer(x: str) -> Formula:
-    """A layer whose weights are packed, transposed or quantised: features in and out are those of x and the result."""
+    """Count a layer of packed, transposed or quantised weights, by the features of x and of the result."""
 
     def formula(arguments: Arguments, output: Tensor) -> Product:
         pairs = zip(*_parts(arguments[x], output), strict=True) if output.is_nested else [(arguments[x], output)]
@@ -172,7 +172,7 @@ _register("quantized::matmul", lambda g, output: matrix_product(g["qa"], g["qb"]
 
 
 def _linear_backward(arguments: Arguments, output: Any) -> Product:
-    """Gradients of the input and of the weight, as asked for."""
+    """Count the gradients of the input and of the weight that are computed."""
     weight, gradient = arguments["weight"], arguments["grad_output"]
     rows = gradient.numel() // max(weight.shape[0], 1)
     needed = sum(arguments["output_mask"][:2])
@@ -252,12 +252,12 @@ _register("_trilinear", _trilinear)
 
 
 def _euclidean(arguments: Arguments, output: Tensor) -> Product:
-    """Distances by one product: each row with its squared norm and a one beside it."""
+    """Count distances by one product, whose rows have two more entries: the squared norm and a one."""
     return Product(output.numel() * (arguments["x1"].shape[-1] + 2), "product")
 
 
 def _distances(arguments: Arguments, output: Tensor) -> Product | None:
-    """Torch takes a product for Euclidean distances of more than 25 rows, or where it is told to; else differences."""
+    """Count one product for Euclidean distances of more than 25 rows, or on request; none for differences."""
     x1, x2, mode = arguments["x1"], arguments["x2"], arguments["compute_mode"]
     by_product = mode == 1 or (not mode and (x1.shape[-2] > 25 or x2.shape[-2] > 25))
     return _euclidean(arguments, output) if arguments["p"] == 2 and by_product else None
@@ -268,7 +268,7 @@ _register("_cdist_forward", _distances)
 
 
 def _differences(arguments: Arguments, output: Any) -> None:
-    """The backward pass of distances is elementwise."""
+    """Return None: the backward pass of distances is elementwise."""
 
 
 _register("_cdist_backward", _differences)
@@ -389,7 +389,7 @@ def _matrices(weights: list[Tensor]) -> tuple[Tensor, ...]:
 _register(
     "_cudnn_rnn miopen_rnn", lambda g, output: _layer_of_rnn(g["input"], _matrices(g["weight"]), g["batch_sizes"])
 )
-# The gradient of the data always, that of the weights where it is asked for.
+# The gradient of the data always, that of the weights on request.
 _register(
     "_cudnn_rnn_backward miopen_rnn_backward",
     lambda g, output: _layer_of_rnn(
@@ -454,7 +454,7 @@ def _attention(layout: str, backward: bool = False) -> Formula:
 
 
 def _cumulated(arguments: Arguments) -> list[list[int]] | None:
-    """Ends of packed sequences, of queries and of keys."""
+    """Return the ends of packed sequences, of queries and of keys."""
     for first, second in (("cum_seq_q", "cum_seq_k"), ("cu_seqlens_q", "cu_seqlens_k")):
         ends = arguments.get(first), arguments.get(second)
         if all(isinstance(e, Tensor) and e.numel() > 1 and _has_values(e) for e in ends):

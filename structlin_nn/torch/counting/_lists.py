@@ -29,7 +29,7 @@ PRODUCT, NO_PRODUCT, UNKNOWN, COMPOSITE = "product", "no product", "unknown", "c
 
 
 class UnknownOperationError(ValueError):
-    """An operation that nobody has said the cost of was met by a strict count."""
+    """A strict count met an operation of unknown cost."""
 
 
 @dataclass(frozen=True)
@@ -163,7 +163,7 @@ _NAMED_TEXT = """
 """
 _NAMED = frozenset(_NAMED_TEXT.split())
 
-# Operations that compute products, of which no formula is stated.
+# Operations that compute products and have no formula here.
 _KNOWN_UNKNOWN = frozenset({
     "_cslt_sparse_mm_search", "_lstm_mps", "_spsolve", "_triton_multi_head_attention", "_triton_scaled_dot_attention",
     "lstm_mps_backward", "quantized_gru", "quantized_lstm",
@@ -254,7 +254,7 @@ def formula_of(name: str) -> Formula | None:
 def classify(operation: Any) -> str:
     """Return the list that an operation is in: ``product``, ``no product``, ``unknown``, or ``composite``.
 
-    An operation of which torch's own counter has a formula (``torch.utils.flop_counter.register_flop_formula``) is
+    An operation for which torch's own counter has a formula (``torch.utils.flop_counter.register_flop_formula``) is
     a product too.
 
     Parameters
@@ -269,7 +269,7 @@ def classify(operation: Any) -> str:
     ['product', 'no product', 'composite']
     """
     found = _classify(operation)
-    if found == UNKNOWN and isinstance(operation, torch._ops.OpOverload):  # torch may have been told since
+    if found == UNKNOWN and isinstance(operation, torch._ops.OpOverload):  # a formula may have been registered since
         return PRODUCT if formula_of(operation._schema.name) else UNKNOWN
     return found
 

@@ -1,4 +1,4 @@
-"""Counts what reaches torch's dispatcher, forward and backward, and which module it belongs to.
+"""Count the operations that reach torch's dispatcher, forward and backward, by module.
 
 Every node of the autograd graph has a sequence number. The recorder notes at which numbers modules are entered and
 left, so that an operation of the backward pass is known by the node that runs it. Structured layers and
@@ -49,7 +49,7 @@ __all__ = ["OUTSIDE", "Recorder", "backward_macs", "inner_tensors"]
 aten = torch.ops.aten
 OUTSIDE = "(outside)"  # what runs in no module
 
-# Operations that only name, share or reinterpret memory, beside views.
+# Operations other than views that only name, share or reinterpret memory.
 _FREE = {aten.detach, aten._unsafe_view, aten.alias, aten.lift_fresh, aten.empty, aten.empty_like}
 FORWARD, BACKWARD, AGAIN = "forward", "backward", "again"
 
@@ -329,7 +329,7 @@ class Recorder(TorchDispatchMode):
         return kind, replace(product, **changes)
 
     def _structured(self, entry: _Entry, x: Tensor, output: Tensor) -> None:
-        """A structured layer: its structure times the vectors that it is called on."""
+        """Count a structured layer: the cost of its structure for each vector of its input."""
         module = entry.module
         assert isinstance(module, StructuredLinear)
         structure = module.structure
@@ -352,7 +352,7 @@ class Recorder(TorchDispatchMode):
         self.whole(entry.name, "linear", product, backward, output)
 
     def whole(self, name: str, kind: str, product: Product, backward: Product, output: Tensor) -> None:
-        """Count a call that is not looked into, now, and its backward pass when it runs."""
+        """Count a call as a whole now, and its backward pass when it runs."""
         if self.opaque:
             return
         self.add(name, product, kind, self._phase(torch._C._current_autograd_node()))
@@ -481,7 +481,7 @@ class Recorder(TorchDispatchMode):
                 self.saved[where] = part.detach()
 
     def saved_sizes(self) -> tuple[int, int, int]:
-        """Floating numbers that are kept, their bytes, and the bytes of what is kept beside them."""
+        """Return the number of floating values that are kept, their bytes, and the bytes of other kept values."""
         numbers, floating, rest = self.saved_more, self.saved_more_bytes, 0
         for x in self.saved.values():
             size = x.untyped_storage().nbytes()  # a view keeps all of it

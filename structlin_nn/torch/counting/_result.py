@@ -70,7 +70,7 @@ class ModuleCount:
         return (2 * self.macs + self.other_flops) / self.seconds if self.seconds else None
 
     def walk(self, depth: int = 0) -> Iterator[tuple[int, ModuleCount]]:
-        """This module and those inside, with their depth."""
+        """Yield (depth, count) of the module and of those inside."""
         yield depth, self
         for child in self.children:
             yield from child.walk(depth + 1)
@@ -101,9 +101,9 @@ class ModelCount:
         array once, without parameters and buffers, attention as where it is fused (queries, keys, values, result, and
         the log-sum-exp of each query).
     saved_bytes
-        Bytes of what is kept beside, such as masks and indices.
+        Bytes of other kept values, such as masks and indices.
     saved_known
-        Whether ``saved`` and ``saved_bytes`` were looked at: not inside a context, nor where the model uses
+        Whether ``saved`` and ``saved_bytes`` were counted: not inside a context, nor where the model uses
         ``torch.func.grad`` and the like.
     unknown_ops
         Operations that are in no list, and how often they run, forward and backward; what they compute is missing from

@@ -143,7 +143,7 @@ def _run_backward(output: Any, name: str | None) -> str:
 
 
 def _tensors(x: Any) -> Iterator[Tensor]:
-    """Tensors in lists, dicts, dataclasses and what torch knows to be a tree."""
+    """Yield the tensors in lists, dicts, dataclasses and registered trees."""
     for leaf in tree_leaves(x):
         if isinstance(leaf, Tensor):
             yield leaf
@@ -253,7 +253,7 @@ def _refuse_unknown(found: ModelCount) -> None:
     if found.unknown_ops:
         names = ", ".join(f"{name} x{number}" for name, number in found.unknown_ops.items())
         raise UnknownOperationError(
-            f"nobody has said what these operations compute: {names}; register_product or register_no_product does"
+            f"the cost of these operations is unknown: {names}; state it by register_product or register_no_product"
         )
 
 

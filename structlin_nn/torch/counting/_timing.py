@@ -1,4 +1,4 @@
-"""Seconds of the forward pass by module, beside what is counted."""
+"""Measured seconds of the forward pass by module, with the counts."""
 
 from __future__ import annotations
 
