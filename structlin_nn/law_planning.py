@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import cache
 from typing import Any
 
 import structlin
 from structlin.planning import check_budget
-from structlin.scaling import LossLaw, PowerLaw
+from structlin.scaling_laws import LossLaw, PowerLaw
 from structlin_nn._planned import Choice, Costs
 from structlin_nn._widths import WIDEST, nth_width
 from structlin_nn.counting import Device
@@ -23,7 +23,7 @@ _LAW_COLUMNS = {"forward_macs": "forward_macs", "params": "params", "trainable_p
                 "training_macs": "training_flops", "total_training_macs": "training_flops"}  # fmt: skip
 _SIZES = {"forward_macs": "forward_macs", "params": "params", "trainable_params": "params"}
 _BUDGETS = ("run_seconds", "training_flops")
-_GRID = 32  # widths on either side of the best of a coarser search
+_GRID = 16  # number of widths on either side of the best one that a refinement tries
 
 
 def plan_for_error(name: str, laws: Mapping[str, Any], error: float, **settings: Any) -> list[dict[str, Any]]:
@@ -98,8 +98,9 @@ def plan_by_law(
 
     A wider model of N takes more time for a sample, and a run of the given time then sees fewer samples D. For each
     structure of the laws the width is searched at which ``L(N, D)`` is lowest; N and the cost of a sample are counted.
-    The search doubles the width until the loss rises, and refines around the lowest twice, with up to 65 widths each
-    time. Structures of several factors have widths that split evenly, as ``even_widths`` of :func:`plan_model`.
+    The search doubles the width until the loss rises, and refines around the lowest loss, 33 widths at a time, down to
+    neighbouring widths. Structures of several factors have widths that split evenly, as ``even_widths`` of
+    :func:`plan_model`.
 
     Parameters
     ----------
@@ -192,7 +193,7 @@ def _lowest(
     best: tuple[int, Predicted] | None = None
     at = 1
 
-    def attempt(numbers: Iterator[int] | range) -> None:
+    def attempt(numbers: range) -> None:
         nonlocal best, at
         for n in numbers:
             width = nth_width(n, multiple_of, parts)
@@ -204,14 +205,16 @@ def _lowest(
     while nth_width(n, multiple_of, parts) <= WIDEST and (best is None or n <= 8 * at):
         attempt(range(n, n + 1))
         n *= 2
-    for reach in (at, max(at // _GRID, 1) * 2):
-        step = max(reach // _GRID, 1)
+    step = max(at // _GRID, 1)
+    while True:
         attempt(range(max(at - _GRID * step, 1), at + _GRID * step + 1, step))
-    return best
+        if step == 1:
+            return best
+        step = max(step // 8, 1)
 
 
 def _factors(structure: str, options: Mapping[str, Any]) -> int:
-    known = structlin.options(structure)
+    known = structlin.structure_options(structure)
     return options.get("cores", known.get("cores", 2 if structure == "einsum" else 1))
 
 

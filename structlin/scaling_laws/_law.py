@@ -160,8 +160,8 @@ def fit_power_law(
         The irreducible error: False for none, True to fit it (between 0 and the largest error, with an exponent from 0
         to 10), or a number that is known.
     loss
-        ``soft_l1`` limits the weight of outliers: a residual counts linearly beyond 1.35 robust standard deviations of the
-        residuals. ``linear``: plain least squares.
+        ``soft_l1`` limits the weight of outliers: a residual counts linearly beyond 1.35 robust standard deviations of
+        the residuals. ``linear``: plain least squares.
 
     Raises
     ------

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from structlin.scaling import LossLaw
+from structlin.scaling_laws import LossLaw
 from structlin_nn.cli import main
 from structlin_nn.counting import DEVICES, count, roofline
 from structlin_nn.law_planning import plan_by_law, plan_for_error
@@ -72,18 +72,16 @@ def exhaustive(group: str, resource: str, budget: float, batch: int, widest: int
             model = build_model("cifar-mlp", width=width, structure=config, device="meta", **SMALL)
         except ValueError:
             continue
-        one = count(model, model.example_input(device="meta"))
         step = count(model, model.example_input(batch, device="meta"))
-        spent = {"training_flops": batch * one.training_flops,
-                 "run_seconds": roofline(step, DEVICES["h100"], "float32").step}[resource]  # fmt: skip
-        if samples := int(budget / spent) * batch:
-            found.append((TERMS[group](one.macs() + one.other_flops / 2, samples), width, samples))
+        seconds = roofline(step, DEVICES["h100"], "float32").step
+        if samples := int(budget / {"training_flops": step.training_flops, "run_seconds": seconds}[resource]) * batch:
+            found.append((TERMS[group](step.flops / 2 / batch, samples), width, samples))
     best = min(found)
     assert 1 < best[1] < widest / 2, "the space must hold the best"
     return best
 
 
-@pytest.mark.parametrize(("resource", "budget"), [("training_flops", 3e9), ("run_seconds", 1e-2)])
+@pytest.mark.parametrize(("resource", "budget"), [("training_flops", 5e9), ("run_seconds", 2e-3)])
 def test_lowest_loss_within_a_budget_is_that_of_all_widths(resource: str, budget: float) -> None:
     rows = plan_by_law("cifar-mlp", size_laws(), budget, resource=resource, device="h100", batch_size=16, **SMALL)
     assert [row["loss"] for row in rows] == sorted(row["loss"] for row in rows)
@@ -91,7 +89,7 @@ def test_lowest_loss_within_a_budget_is_that_of_all_widths(resource: str, budget
         if row["group"] == "kronecker":
             assert math.isqrt(row["plan"].width) ** 2 == row["plan"].width
             continue
-        loss, width, samples = exhaustive(row["group"], resource, budget, 16, 200)
+        loss, width, samples = exhaustive(row["group"], resource, budget, 16, 100)
         assert (row["plan"].width, row["samples"]) == (width, samples)
         assert row["loss"] == pytest.approx(loss, rel=1e-12)
         assert 0.9 * budget < getattr(row["plan"], resource) <= budget
