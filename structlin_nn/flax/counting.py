@@ -246,7 +246,7 @@ def count(
     if strict and counted.unknown_ops:
         names = ", ".join(f"{name} x{number}" for name, number in counted.unknown_ops.items())
         raise UnknownPrimitiveError(
-            f"the cost of these primitives is unknown: {names}; state it by register_primitive or register_no_product"
+            f"the cost of these primitives is unknown: {names}; register_primitive or register_no_product states it"
         )
     return counted
 

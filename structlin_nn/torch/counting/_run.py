@@ -253,7 +253,7 @@ def _refuse_unknown(found: ModelCount) -> None:
     if found.unknown_ops:
         names = ", ".join(f"{name} x{number}" for name, number in found.unknown_ops.items())
         raise UnknownOperationError(
-            f"the cost of these operations is unknown: {names}; state it by register_product or register_no_product"
+            f"the cost of these operations is unknown: {names}; register_product or register_no_product states it"
         )
 
 
