@@ -224,12 +224,12 @@ class RecordWriter:
 
 
 def sealed(value: Mapping[str, Any]) -> bytes:
-    """Return an object as a line of JSON whose last entry, ``crc32``, is the checksum of what stands before it.
+    r"""Return an object as a line of JSON whose last entry, ``crc32``, is the checksum of the rest.
 
     Examples
     --------
     >>> sealed({"step": 3})
-    b'{"step": 3, "crc32": "d3a4e216"}\\n'
+    b'{"step": 3, "crc32": "d3a4e216"}\n'
     """
     text = json.dumps(value, allow_nan=False).encode()[:-1]
     return text + f', "crc32": "{zlib.crc32(text):08x}"}}\n'.encode()
