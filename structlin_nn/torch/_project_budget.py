@@ -41,7 +41,7 @@ def hull(curve: Curve) -> list[int]:
 
 
 def allocate(curves: Sequence[Curve], budget: int) -> list[int]:
-    """Which point of each curve to take. Raises ValueError where the cheapest points exceed the budget.
+    """Return the point of each curve to take. Raises ValueError where the cheapest points exceed the budget.
 
     Examples
     --------

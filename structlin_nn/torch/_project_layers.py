@@ -77,7 +77,7 @@ class Task:
         return self._problem
 
     def release(self) -> None:
-        """Forget what is as large as the layer or larger."""
+        """Free the arrays that are as large as the layer or larger."""
         self._problem = self.moments = None
 
     def named(self, error: Exception) -> Exception:
@@ -196,7 +196,7 @@ class Choice:
         return made
 
     def _shared_out(self, tasks: Sequence[Task], damping: float) -> list[int]:
-        """By the budget: the number of each layer's form, that of dense being beyond the last."""
+        """Return the number of each layer's form within the budget; dense is the number after the last."""
         assert self.budget is not None
         numbers, curves = [], []
         for task, forms in zip(tasks, self.forms, strict=True):

@@ -1,9 +1,9 @@
 """Check in the steps of an optimiser that it has the rates of the model, and that they are still set.
 
-Optimisers are made in many places: by hand, by the Trainer of transformers, by timm's scripts. One hook on all steps of
-all optimisers sees each of them. A factor with the rate of a dense weight raises no error, it only trains badly, so the
-hook warns. It looks at parameters at the first step of an optimiser, and again after a replacement; at each other step
-it compares one number for each group.
+Optimisers are made in many places: by hand, by the Trainer of transformers, by timm's scripts. One hook on the steps of
+all optimisers covers them. A factor with the rate of a dense weight raises no error, but it trains badly; the hook
+warns. It checks the parameters at the first step of an optimiser, and again after a replacement. At every other step it
+compares one number for each group.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from structlin_nn._rates import Fans, factor_multipliers
 __all__ = ["RatesWarning", "replaced", "watch"]
 
 SPREAD = 1e-3
-"""Relative difference of rates over multipliers that is taken for roundoff; a lost multiplier changes them by more."""
+"""Relative difference of rates over multipliers that counts as roundoff; a lost multiplier changes them by more."""
 
 
 class RatesWarning(UserWarning):
@@ -37,7 +37,7 @@ class RatesWarning(UserWarning):
 
 
 class _Seen:
-    """What has been looked at of an optimiser: in which state of the models, and whether its rates were found lost."""
+    """The state of the checks of one optimiser."""
 
     def __init__(self) -> None:
         self.epoch = -1
@@ -53,7 +53,7 @@ _hook: Any = None
 
 
 def watch(layer: nn.Module) -> None:
-    """Have optimisers looked at that step factors of this structured layer."""
+    """Check the optimisers that update the factors of this structured layer."""
     global _hook
     _layers.add(layer)
     if _hook is None:

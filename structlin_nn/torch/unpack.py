@@ -194,7 +194,7 @@ def _additive(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 
 
 def _packed(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Name and module of what can be unpacked."""
+    """Yield the name and module of each module that can be unpacked."""
     for name, module in model.named_modules(remove_duplicate=False):
         if type(module) is nn.MultiheadAttention:
             if module.bias_k is None and not module.add_zero_attn:

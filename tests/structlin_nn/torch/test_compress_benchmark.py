@@ -1,0 +1,42 @@
+"""The comparison of compression methods runs, at equal costs, and its table has a row for each."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+sys.path.insert(0, str(Path(__file__).parents[3] / "benchmarks"))
+import compress_text
+
+
+def test_methods_are_compared_at_equal_costs():
+    sizes = {"width": 32, "depth": 1, "steps": 3, "further": 2, "calibration": 2, "fractions": [0.5]}
+    arguments = argparse.Namespace(**sizes, methods=list(compress_text.METHODS))
+    rows = compress_text.run(0, arguments)
+    assert [row["method"] for row in rows] == ["dense", *compress_text.METHODS]
+    for row in rows[1:]:
+        assert 0.4 < row["mac_fraction"] <= 0.5
+        assert abs(row["param_fraction"] - row["mac_fraction"]) < 0.02  # biases
+        assert torch.isfinite(torch.tensor([row["before"], row["after"]])).all()
+    table = compress_text.report({"rows": rows}).splitlines()
+    assert len(table) == 2 + len(rows)
+
+
+def test_asvd_is_exact_at_full_rank():
+    """Scaling by the inputs and back changes nothing where nothing is truncated."""
+    torch.manual_seed(0)
+    sizes = {"n_embd": 32, "n_layer": 1, "n_head": 4, "n_positions": 128, "vocab_size": 256}
+    model = compress_text.GPT2LMHeadModel(compress_text.GPT2Config(**sizes, bos_token_id=0, eos_token_id=0)).eval()
+    with torch.no_grad():  # of rank 4
+        for name, parameter in model.named_parameters():
+            if name.endswith(("c_fc.weight", "c_proj.weight", "c_attn.weight")):
+                parameter.copy_(torch.randn(parameter.shape[0], 4) @ torch.randn(4, parameter.shape[1]) * 0.02)
+    data = [torch.randint(256, (4, 16)) for _ in range(4)]
+    before = model(data[0]).logits
+    compress_text.METHODS["asvd"](model, 0.5, data)
+    assert torch.allclose(model(data[0]).logits, before, atol=1e-3)
