@@ -73,7 +73,7 @@ class Forms:
 
     @classmethod
     def of(cls, name: str, shape: tuple[int, int], options: Mapping[str, Any]) -> Forms:
-        """Return the forms: the knob is the rank where the structure has one, else the blocks, unless ``options`` name them.
+        """Return the forms; the knob is the rank if the structure has one, else the blocks, unless ``options`` fix it.
 
         Raises ValueError for options or sizes that the structure does not allow.
         """
