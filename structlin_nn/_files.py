@@ -1,4 +1,4 @@
-"""Files that are there as a whole or not at all, whatever happens while they are written."""
+"""Atomic writing of files."""
 
 import os
 from collections.abc import Iterator
@@ -11,11 +11,11 @@ __all__ = ["atomic_write", "sync_folder"]
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[BinaryIO]:
-    """Open a binary file to write to; it replaces `path` when the block ends without an error.
+    """Open a binary file, which replaces `path` when the block ends without an error.
 
-    The content is on the disk before the name is: after a power failure there is the old file or the new one.
-    An error in the block leaves the old file, and no other; a process that is killed may leave
-    ``.NAME.partial`` beside it, which the next write replaces.
+    The content is on the disk before the file is renamed: after a power failure there is the old file or the new one.
+    An error in the block keeps the old file. A killed process may leave ``.NAME.partial``, which
+    the next write replaces.
 
     Examples
     --------
@@ -38,7 +38,7 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
 
 
 def sync_folder(folder: Path) -> None:
-    """Put the names of the files in a folder on the disk; does nothing where folders cannot be synchronised."""
+    """Synchronise a folder, so that the names of its files are on the disk, where the system supports it."""
     with suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
         try:

@@ -1,7 +1,7 @@
-"""Running a module of this package once another library has been imported.
+"""Import a module of this package after another library.
 
-transformers has no entry points: who wants to take part in ``from_pretrained`` must have registered. To import it for
-that would cost every user seconds, so the registration waits for the import.
+transformers has no entry points: a package must register itself for ``from_pretrained``. Importing transformers for
+that would take seconds, so the registration follows its import.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """Tensors in files by `torch.distributed.checkpoint`: written by any number of processes, and read by any other.
 
-Its table of contents is a pickle, which here can name nothing but the classes that such a table is made of; tensors are
-all that is read.
+Its table of contents is a pickle, which is read with the classes of such tables alone. Nothing but tensors is read.
 """
 
 from __future__ import annotations
@@ -15,9 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 
 __all__ = ["read_tensors", "write_tensors"]
 
@@ -40,11 +41,11 @@ class _Unpickler(pickle.Unpickler):
         known = name in _NAMES.get(module, ())
         known |= module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if not known:
-            raise ValueError(f"it asks for {module}.{name}")
+            raise ValueError(f"it refers to {module}.{name}")
         return super().find_class(module, name)
 
 
-class _Reader(dcp.FileSystemReader):
+class _Reader(FileSystemReader):
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         with (Path(self.path) / ".metadata").open("rb") as file:
             metadata = _Unpickler(file).load()
@@ -63,12 +64,11 @@ def write_tensors(folder: Path, tensors: dict[str, Any], process_group: Any = No
     """
     try:
         with _alone_is_fine():
-            writer = dcp.FileSystemWriter(folder)
-            dcp.save(tensors, storage_writer=writer, process_group=process_group, no_dist=alone)
+            save(tensors, storage_writer=FileSystemWriter(folder), process_group=process_group, no_dist=alone)
     except (CheckpointException, RuntimeError) as error:
         causes = [cause for cause, *_ in error.failures.values()] if isinstance(error, CheckpointException) else [error]
         found = next((cause for cause in causes if isinstance(cause, OSError)), None)
-        # All that torch says of a write that failed is that its file has another length than it counted.
+        # Torch reports a failed write only as a file of unexpected length.
         short = any("unexpected pos" in str(cause) for cause in causes)
         reason = found.strerror if found else "the disk is full, or files cannot be larger" if short else str(error)
         raise OSError(found.errno if found else errno.ENOSPC if short else None, reason) from error
@@ -81,7 +81,7 @@ def read_tensors(folder: Path, tensors: dict[str, Any], process_group: Any = Non
     """
     try:
         with _alone_is_fine():
-            dcp.load(tensors, storage_reader=_Reader(folder), process_group=process_group, no_dist=alone)
+            load(tensors, storage_reader=_Reader(folder), process_group=process_group, no_dist=alone)
     except (
         CheckpointException,
         pickle.UnpicklingError,

@@ -1,4 +1,4 @@
-"""Text for readers: tables, the nearest known word, and the one progress bar."""
+"""Tables, the nearest known word, and the progress bar."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1, rul
     head
         Names of the columns.
     rows
-        Cells, as many in each row as there are columns.
+        Cells, one for each column.
     left
         Number of columns that are aligned left; a negative one counts those at the right end.
     rule
@@ -59,7 +59,7 @@ def progress_bar(
 
     Where stderr is a file, each refresh is a line of its own: there is one every 30 seconds.
     """
-    from tqdm import tqdm  # type: ignore[import-untyped]
+    from tqdm import tqdm
 
     interval = 0.2 if sys.stderr.isatty() else 30.0
     return tqdm(

@@ -1,4 +1,4 @@
-"""Checkpoints of runs as folders of files: which there are, and whether they are whole. Needs neither torch nor jax.
+"""Checkpoints of runs: list and verify them, without torch or jax.
 
 ``checkpoints/STEP/`` in the folder of a run holds files with tensors, and ``state.json`` with everything else, the
 sizes and sha256 sums of these files, and a checksum of its own.
@@ -28,7 +28,7 @@ def checkpoints(folder: Path) -> list[str]:
 
 
 def read_checkpoint(folder: Path) -> tuple[Path, dict[str, Any]]:
-    """Return the newest checkpoint of a run: its folder and state, once the sums of all of its files are found right.
+    """Return folder and state of the newest checkpoint of a run, with the checksums of all files verified.
 
     FileNotFoundError for no checkpoint, ValueError for a damaged one, or one of another version.
     """

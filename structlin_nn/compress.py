@@ -1,4 +1,4 @@
-"""Compression of a trained model: its layers projected, its quality on data before and after, its costs counted."""
+"""Compression of a trained model: projection of its layers, evaluation before and after, and costs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from structlin_nn.trained import TrainedModel
 __all__ = ["CALIBRATION", "CompressionData", "compress", "costs", "open_data"]
 
 CALIBRATION = {"cifar": 2000, "imagenet": 500, "gpt2": 32}
-"""Training samples (images, sequences) that are used unless said otherwise."""
+"""Default numbers of training samples (images, sequences)."""
 EVALUATION_SEQUENCES = 64
 
 
@@ -31,11 +31,11 @@ class CompressionData:
     Attributes
     ----------
     about
-        The data in a line.
+        One-line description of the data.
     samples
-        Makes batches of that many training samples: inputs of the model.
+        Returns batches of a number of training samples: inputs of the model.
     evaluate
-        The quality of a model on the test split, on so many samples of it (None: the usual number).
+        Evaluates a model on a number of samples of the test split (None: the default number).
     """
 
     about: str
@@ -68,9 +68,9 @@ def open_data(
     context
         Tokens in a sequence; None: as many as GPT-2 takes.
     device
-        Where batches go.
+        Device of the batches.
     seed
-        Of the samples that are drawn.
+        Seed of the drawn samples.
 
     Raises
     ------
@@ -228,7 +228,7 @@ def _gpt2(
 
 
 def _pairs(number: int, batches: Iterable[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield the first ``number`` samples in their batches."""
+    """Return a number of first samples, in their batches."""
     for inputs, targets in batches:
         if number < 1:
             return

@@ -8,8 +8,8 @@ learning rate of a dense layer of the same size (naive), and with that of its st
 the same for all of them. The networks are small and the runs short, so that all of them take a few minutes on two
 cores; they show the machinery at work, and rank nothing.
 
-Each run uses one core; as many run side by side as there are cores. A demonstration that was interrupted is
-resumed when it is started again with the same folder.
+Each run uses one core, with as many parallel runs as cores. A demonstration with the same folder resumes an interrupted
+one.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from structlin_nn.sweeps.local import Job, default_workers, run_all, state_of
 __all__ = ["TOLERANCE", "compute_difference", "configurations", "demo", "row_of"]
 
 TOLERANCE = 0.03
-"""By how much the compute of a structured network may differ from that of the dense network beside it."""
+"""Largest relative difference of compute between a structured network and its dense counterpart."""
 
 # Structure, options, width at each amount of compute. The dense widths set the compute.
 WIDTHS: tuple[tuple[str, dict[str, Any], tuple[int, ...]], ...] = (
@@ -91,7 +91,7 @@ def demo(
     Parameters
     ----------
     folder
-        Where to write; runs that are there already, finished or not, are taken up.
+        Folder to write; its runs are kept or resumed.
     seed
         Of all runs; `quick`: see `configurations`.
     workers

@@ -18,7 +18,7 @@ def generate(
     top_k: int | None = None, top_p: float | None = None, generator: torch.Generator | None = None,
     eos: int | None = None, vocab_size: int | None = None,
 ) -> Tensor:  # fmt: skip
-    """Continue sequences, one token after the other, each drawn from the model's distribution of the next.
+    """Continue sequences by one drawn token after the other.
 
     As in nanoGPT, each token costs a forward pass over the last ``model.config.context`` tokens.
 
@@ -30,26 +30,25 @@ def generate(
     tokens
         (batch, length) of an integer dtype, length at least 1: what is continued.
     max_new_tokens
-        How many tokens to add.
+        Number of tokens to add.
     temperature
         Divides the logits; 0 takes the most probable token (of equal ones, the first).
     top_k
-        Draw from so many most probable tokens only.
+        Draw from this number of most probable tokens.
     top_p
         Draw from the smallest set of most probable tokens whose probability is at least this (nucleus sampling), after
         ``top_k``; above 0, at most 1.
     generator
         Source of the draws, on the device of the logits; None: torch's global one.
     eos
-        A sequence that has drawn this token is finished, and filled up with it; when all are, generation ends.
+        Token that ends a sequence, which is then padded with it; generation ends when all sequences have.
     vocab_size
-        Draw from the tokens below this only, where a model has more for the sake of its speed.
+        Draw from the tokens below this number alone, for models whose vocabulary is padded.
 
     Returns
     -------
     Tensor
-        (batch, length + new tokens), int64 on the device of ``tokens``; fewer new tokens than asked for only where all
-        sequences ended.
+        (batch, length + new tokens), int64 on the device of ``tokens``; fewer new tokens if all sequences have ended.
 
     Raises
     ------

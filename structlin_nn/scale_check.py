@@ -1,9 +1,7 @@
-"""Coordinate check of features and their updates across widths.
+"""The coordinate check: are features and their changes in a step independent of the width?
 
-Do features, and what a step changes of them, keep their size when the width grows?
-
-A network is parametrised right where the outputs of every layer start at one size and are moved by each step of the
-optimiser by as much at every width (Yang and Hu, *Tensor Programs V*, 2022; for structured layers Qiu et al., *Compute
+In a correct parametrisation, the outputs of every layer have the same size at initialisation and change by the same
+amount in each step, at every width (Yang and Hu, *Tensor Programs V*, 2022; for structured layers Qiu et al., *Compute
 Better Spent*, ICML 2024, figure 2a). :func:`check_scale` trains a model for a few steps at several widths on fixed
 random inputs and classes, and fits the slopes of both on logarithmic axes.
 """
@@ -70,7 +68,7 @@ class LayerScale:
 
 @dataclass(frozen=True)
 class ScaleCheck:
-    """What :func:`check_scale` returns: the layers, and how it was done."""
+    """The result of :func:`check_scale`: the layers and the settings."""
 
     model: str
     widths: tuple[int, ...]
@@ -122,7 +120,7 @@ def check_scale(
     lr
         Learning rate at base width; None: :data:`RATES`.
     steps, seeds, batch_size
-        How much is done.
+        Numbers of steps, of seeds, and of samples.
     structure_aware, extra_multipliers, rules
         As in ``parameter_groups``.
     threshold
@@ -248,7 +246,7 @@ def with_inputs(built: Made, batch_size: int, width: int) -> tuple[nn.Module, An
 
 
 def logits_of(model: nn.Module, inputs: Any) -> Tensor:
-    """Return what a model makes of inputs: a tensor, or a tuple of arguments, or a dictionary of keywords."""
+    """Return the logits of a model for inputs: a tensor, a tuple of arguments, or a dictionary of keywords."""
     named, given = (inputs, ()) if isinstance(inputs, dict) else ({}, inputs)
     output = model(*(given if isinstance(given, tuple) else (given,)), **named)
     logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)

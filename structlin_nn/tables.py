@@ -211,8 +211,8 @@ def select(rows: Sequence[Row], conditions: Mapping[str, str]) -> list[Row]:
             _lookup(rows[0], name)
     kept = [row for row in rows if all(_reads(row.get(name), value) for name, value in conditions.items())]
     if not kept:
-        asked = ", ".join(f"{name}={value}" for name, value in conditions.items())
-        raise ValueError(f"no row has {asked}")
+        wanted = ", ".join(f"{name}={value}" for name, value in conditions.items())
+        raise ValueError(f"no row has {wanted}")
     return kept
 
 

@@ -1,4 +1,4 @@
-"""Trained models, wherever they are: runs and files of ours, models of timm with a file of weights, published GPT-2."""
+"""Trained models: runs and files of this package, models of timm with a file of weights, published GPT-2."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ Scale = tuple[tuple[float, ...], tuple[float, ...]]
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """A trained model, on the CPU and in evaluation mode, and what is known of it.
+    """A trained model on the CPU, in evaluation mode, with its description.
 
     Attributes
     ----------
     build
-        How it is built (:mod:`structlin_nn.models.files`).
+        Its construction (:mod:`structlin_nn.models.files`).
     name
         Of the source, without folders.
     config
-        Of the run that trained it, as its record has it, and its ``task``; None where it was none of ours.
+        Configuration and ``task`` of the run that trained it; None for a model of another source.
     scale
         (mean, standard deviation) that its images are normalised with, where they are not ImageNet's.
     """
@@ -77,7 +77,7 @@ class TrainedModel:
         return self.model.example_input(device=device)  # type: ignore[operator]
 
     def rescaled(self, images: Tensor) -> Tensor:
-        """Images that are normalised as ImageNet's, normalised as the model wants them: (batch, 3, height, width)."""
+        """Return images (batch, 3, height, width) normalised for the model, from those normalised for ImageNet."""
         if self.scale is None:
             return images
         ours = [torch.tensor(v, device=images.device).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD)]
@@ -110,7 +110,7 @@ def open_trained(
     Raises
     ------
     FileNotFoundError
-        A file that is not there.
+        A missing file.
     ValueError
         A source of no known kind, damaged files, weights that are not those of the model, or an option that the source
         does not have.
@@ -160,7 +160,7 @@ def load_trained(folder: str | os.PathLike[str], *, average: bool = False, model
     average
         The average of the weights instead of the weights; ValueError for a run that keeps none.
     model
-        A model of your own to fill, whose construction a checkpoint does not tell.
+        A model of your own to fill, whose construction a checkpoint does not state.
     """
     place, state = read_checkpoint(Path(folder))
     if average and not state["tensors"].get("average"):
@@ -197,10 +197,10 @@ def model_of(build: dict[str, Any], layout: dict[str, Any]) -> nn.Module:
 
 
 def starting_weights(source: str | os.PathLike[str], model: nn.Module) -> tuple[nn.Module, dict[str, Any]]:
-    """Return the model with trained weights to start from in place of `model`, and their entry in the record.
+    """Return the model with trained weights to train in place of `model`, and the entry of the record.
 
-    `source` is a .safetensors file of tensors alone, or what `open_trained` opens: then layers may have structures of
-    their own. ValueError for damaged files, or names, shapes or sizes that are not those of `model`.
+    `source` is a .safetensors file of tensors alone, or a source of `open_trained`, whose layers may have their own
+    structures. ValueError for damaged files, or names, shapes or sizes that are not those of `model`.
     """
     place = Path(source).expanduser()
     structured = None
@@ -237,7 +237,7 @@ def _run(folder: Path, average: bool) -> TrainedModel:
     _, state = read_checkpoint(folder)
     if state["build"] is None:
         raise ValueError(
-            f"the run in {folder} trained a model of your own, which a checkpoint does not tell how to build"
+            f"the run in {folder} trained a model of your own, whose construction a checkpoint does not state"
         )
     header = read_record(folder / "record.jsonl").header
     told = {"task": header["task"], **header["config"]}
@@ -251,16 +251,10 @@ def _timm(name: str, weights: str | os.PathLike[str], num_classes: int | None, i
     if num_classes is None and (found := _classes(name, tensors)) is not None:
         options["num_classes"] = found
     model = make_timm(name, **options)
-    own = model.state_dict()
-    if wrong := sorted(own.keys() ^ tensors.keys()):
-        which = "lacks" if wrong[0] in own else "holds, and the model lacks,"
-        raise ValueError(f"{weights} is not of timm's {name}: it {which} {wrong[0]} ({len(wrong)} such names)")
-    for key, value in own.items():
-        if tensors[key].shape != value.shape:
-            raise ValueError(
-                f"{weights} is not of timm's {name} with {options or 'its own sizes'}: {key} has shape "
-                f"{tuple(tensors[key].shape)}, and here {tuple(value.shape)}"
-            )
+    try:
+        check_entries({n: (tuple(t.shape), t.dtype) for n, t in model.state_dict().items()}, tensors)
+    except ValueError as error:
+        raise ValueError(f"{weights} is not of timm's {name} with {options or 'its own sizes'}: {error}") from error
     model.load_state_dict(tensors)
     settings = getattr(model, "pretrained_cfg", {})
     scale = tuple(settings.get("mean", IMAGENET_MEAN)), tuple(settings.get("std", IMAGENET_STD))
@@ -270,7 +264,7 @@ def _timm(name: str, weights: str | os.PathLike[str], num_classes: int | None, i
 
 
 def _classes(name: str, tensors: dict[str, Tensor]) -> int | None:
-    """Classes of the classifier that a file has."""
+    """Return the number of classes of the classifier in a file."""
     with torch.device("meta"):
         settings = getattr(make_timm(name), "pretrained_cfg", {})
     classifier = settings.get("classifier")

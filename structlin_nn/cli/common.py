@@ -1,4 +1,4 @@
-"""What the commands share: a parser whose errors are one line, and tables.
+"""Parts shared by the commands: a parser whose errors are one line, options of structures, and tables.
 
 `structlin train` reads its options with tyro, from the dataclasses of the recipes. The commands that share this parser
 have no such dataclasses.
@@ -20,12 +20,12 @@ __all__ = ["Parser", "UsageError", "choice", "misuse", "print_json", "print_tabl
 
 
 class UsageError(Exception):
-    """A mistake in how a command was called: printed as one line, exit code 2."""
+    """Misuse of a command: printed as one line, with exit code 2."""
 
 
 @contextmanager
 def misuse(*kinds: type[Exception]) -> Iterator[None]:
-    """What is wrong with the arguments is found while the block lasts: these exceptions are a `UsageError`."""
+    """Turn these exceptions into a `UsageError` within the block."""
     try:
         yield
     except kinds as error:
@@ -45,7 +45,7 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {line} (see {self.prog} --help)\n")
 
     def check_options(self, arguments: Sequence[str]) -> None:
-        """Exit with 2 on an option that does not exist, before values can be mistaken for anything else."""
+        """Exit with code 2 for an unknown option, before argparse takes it for a value."""
         known = self._option_string_actions
         below = next((action for action in self._actions if isinstance(action, argparse._SubParsersAction)), None)
         for place, argument in enumerate(arguments):
@@ -69,7 +69,7 @@ class _Formatter(argparse.RawDescriptionHelpFormatter):
 
 
 def choice(kind: str, known: Sequence[str]) -> Callable[[str], str]:
-    """Return a type for an argument that is one of a few names; anything else is an error with the nearest."""
+    """Return an argparse type that accepts some names, and names the nearest for any other word."""
 
     def check(word: str) -> str:
         if word not in known:
@@ -82,25 +82,25 @@ def choice(kind: str, known: Sequence[str]) -> Callable[[str], str]:
 
 
 def structure_options(parser: argparse.ArgumentParser) -> None:
-    """The options of structures: those of the structures that are part of structlin, and any other by name."""
-    group = parser.add_argument_group("options of the structure (one that it does not have is an error)")
+    """Add the options of structlin's structures, and ``--option`` for those of other structures."""
+    group = parser.add_argument_group("options of the structure")
     group.add_argument("--rank", type=_integers, metavar="R", help="rank, or one for each inner bond: 2,4")
     group.add_argument("--rank-fraction", type=float, metavar="F", help="rank as a share of min(inputs, outputs)")
     group.add_argument("--blocks", type=int, metavar="B", help="number of blocks")
-    group.add_argument("--cores", type=int, metavar="C", help="number of factors of a Kronecker or Tensor-Train form")
-    group.add_argument("--factorization", metavar="RULE", help="how sizes are split: balanced or greedy (the paper's)")
+    group.add_argument("--cores", type=int, metavar="C", help="number of factors (Kronecker, Tensor-Train)")
+    group.add_argument("--factorization", metavar="RULE", help="split of sizes: balanced, or greedy (the paper's)")
     group.add_argument(
         "--option",
         type=name_and_value,
         action="append",
         default=[],
         metavar="NAME=JSON",
-        help="any other option, repeatable",
+        help="another option of the structure, repeatable",
     )
 
 
 def given_structure_options(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Return the options of the structure that were given, with the values as `structlin.design` takes them."""
+    """Return the given options of the structure as keywords of `structlin.design`."""
     names = ("rank", "rank_fraction", "blocks", "cores", "factorization")
     given = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
     for name, value in arguments.option:

@@ -1,4 +1,4 @@
-"""``structlin compress``: a trained model with structured layers in place of its dense ones."""
+"""``structlin compress``: replace the dense layers of a trained model by structured layers."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ examples:
       published GPT-2: a folder with config.json and model.safetensors
   structlin compress runs/first --structure monarch --blocks 4 --layers 'blocks.*' --exclude '*.up' --out m.safetensors
 
-With data, the forms are chosen so that the errors of the outputs on training samples are small, and not those of the
-weights, and the model is evaluated before and after. Nothing is trained: `structlin train NAME --init-from FILE`
-trains the file further, `structlin generate --pretrained FILE` lets a language model write, and
-structlin_nn.models.load_model("FILE") gives the torch model.
+With data, the projection minimises the errors of the outputs on training samples instead of those of the weights, and
+the model is evaluated before and after. The command does not train: `structlin train NAME --init-from FILE` trains the
+file further, `structlin generate FILE` samples from a language model, and structlin_nn.models.load_model("FILE")
+returns the torch model.
 """
 
 
@@ -38,46 +38,46 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a run of `structlin train` (its folder), a file of this command, timm:NAME with --weights, or a folder "
         "of GPT-2 as transformers saves it",
     )  # fmt: skip
-    parser.add_argument("--out", required=True, metavar="FILE", help="what to write: .safetensors")
+    parser.add_argument("--out", required=True, metavar="FILE", help="file to write: .safetensors")
     parser.add_argument("--overwrite", action="store_true", help="replace --out where it exists")
     parser.add_argument("--structure", required=True, metavar="NAME", help="one of `structlin structures`")
-    much = parser.add_argument_group("how much is kept: one of these, or options of the structure, for all layers")
-    much.add_argument("--mac-fraction", type=float, metavar="F", help="a share of the MACs of the chosen layers")
-    much.add_argument("--max-macs", type=int, metavar="N", help="so many MACs of them, for one vector at each place")
-    much.add_argument("--param-fraction", type=float, metavar="F", help="a share of their parameters")
-    much.add_argument("--max-params", type=int, metavar="N", help="so many parameters")
-    much.add_argument("--target-error", type=float, metavar="E", help="a relative error of every layer, at most")
+    much = parser.add_argument_group("budget: one of these, or options of the structure, for all layers")
+    much.add_argument("--mac-fraction", type=float, metavar="F", help="share of the MACs of the chosen layers")
+    much.add_argument("--max-macs", type=int, metavar="N", help="MACs of them, for one vector at each place")
+    much.add_argument("--param-fraction", type=float, metavar="F", help="share of their parameters")
+    much.add_argument("--max-params", type=int, metavar="N", help="number of parameters")
+    much.add_argument("--target-error", type=float, metavar="E", help="largest relative error of every layer")
     which = parser.add_argument_group("which layers")
     which.add_argument(
         "--layers", action="append", metavar="PATTERN",
         help="all, all_but_last, intermediate, or patterns of names, repeatable (all_but_last; GPT-2: all)",
     )  # fmt: skip
-    which.add_argument("--exclude", action="append", default=[], metavar="PATTERN", help="but not these, repeatable")
+    which.add_argument("--exclude", action="append", default=[], metavar="PATTERN", help="layers to leave, repeatable")
     structure_options(parser)
-    parser.add_argument("--rms-cap", action="store_true", help="RMS-capped factors, with gains that keep the function")
+    parser.add_argument("--rms-cap", action="store_true", help="cap the RMS of factors; gains keep the function")
     parser.add_argument("--rule", type=choice("rule", RULES), default="paper", metavar="NAME", help=", ".join(RULES))
-    data = parser.add_argument_group("data, to calibrate and to evaluate with")
-    data.add_argument("--data", metavar="DIR", help="as `structlin train` takes them (a run on embedded images: those)")
-    data.add_argument("--data-set", metavar="NAME", help="cifar10, cifar100 or fashion, if not that of the run")
-    data.add_argument("--unverified", action="store_true", help="do not compare CIFAR's files with the official sums")
+    data = parser.add_argument_group("data for calibration and evaluation")
+    data.add_argument("--data", metavar="DIR", help="as for `structlin train` (the embedded images, for a run on them)")
+    data.add_argument("--data-set", metavar="NAME", help="cifar10, cifar100 or fashion (that of the run)")
+    data.add_argument("--unverified", action="store_true", help="do not verify the checksums of CIFAR")
     data.add_argument(
         "--calibrate", type=int, metavar="N",
-        help="training samples to calibrate with, 0 for none (2000 images; 500 of ImageNet; 32 sequences)",
+        help="number of training samples for calibration, 0 for none (2000 images; 500 of ImageNet; 32 sequences)",
     )  # fmt: skip
     data.add_argument(
         "--evaluate", type=int, metavar="N",
-        help="test samples to evaluate on, before and after, 0 for none (all images; 64 sequences)",
+        help="number of test samples for evaluation, 0 for none (all images; 64 sequences)",
     )  # fmt: skip
     data.add_argument("--context", type=int, metavar="N", help="tokens in a sequence (the model's)")
-    data.add_argument("--damping", type=float, default=0.01, metavar="D", help="of the calibration (0.01)")
-    data.add_argument("--seed", type=int, default=0, metavar="N", help="of the samples that are drawn (0)")
+    data.add_argument("--damping", type=float, default=0.01, metavar="D", help="damping of the calibration (0.01)")
+    data.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the drawn samples (0)")
     model = parser.add_argument_group("the model")
-    model.add_argument("--weights", metavar="FILE", help="timm:NAME: its state dictionary, .safetensors")
-    model.add_argument("--num-classes", type=int, metavar="N", help="timm:NAME: classes (those of the weights)")
-    model.add_argument("--image-size", type=int, metavar="N", help="timm:NAME: side of the images (the model's)")
-    model.add_argument("--average", action="store_true", help="a run: the average of its weights, where it keeps one")
-    model.add_argument("--untie", action="store_true", help="GPT-2: give the head a weight of its own, to compress too")
-    model.add_argument("--device", default="cpu", metavar="NAME", help="where it runs: cpu, cuda or cuda:N (cpu)")
+    model.add_argument("--weights", metavar="FILE", help="state dictionary of timm:NAME, .safetensors")
+    model.add_argument("--num-classes", type=int, metavar="N", help="classes of timm:NAME (those of the weights)")
+    model.add_argument("--image-size", type=int, metavar="N", help="side of the images of timm:NAME (the model's)")
+    model.add_argument("--average", action="store_true", help="take the average of the weights of a run")
+    model.add_argument("--untie", action="store_true", help="compress the head of GPT-2 too, untied")
+    model.add_argument("--device", default="cpu", metavar="NAME", help="cpu, cuda or cuda:N (cpu)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
 
 
@@ -188,6 +188,6 @@ def _print(record: dict[str, Any], report: Any) -> None:
             one, two = before["quality"][key], after["quality"][key]
             print(f"{label:<28}{form.format(one):>18}{form.format(two):>18}")
     used = f"calibrated on {record['calibration_samples']:,} samples" if record["calibration_samples"] else (
-        "not calibrated: the error of the weights is what is small; with --data that of the outputs is"
+        "not calibrated: the projection minimises the errors of the weights; with --data those of the outputs"
     )  # fmt: skip
     print(f"\n{used}; {record['seconds']:.1f} s\n{record['file']}: {record['bytes']:,} bytes")

@@ -1,4 +1,4 @@
-"""``structlin demo``: the main job in one command."""
+"""``structlin demo``: train and compare small networks with one command."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ EXAMPLES = """\
 examples:
   structlin demo                     a few minutes on two cores; table, records and a figure in runs/demo
   structlin demo --out DIR --seed 1  elsewhere, with other random numbers
-  structlin demo --quick             tiny networks, in seconds: checks that everything works, nothing else
+  structlin demo --quick             tiny networks, in seconds: a check of the installation
 
-The images are a subset of Fashion-MNIST that is part of the package. Started again with the same folder, the
-demonstration goes on where it was interrupted, and shows what is there where it was finished.
+The images are a subset of Fashion-MNIST that is part of the package. The same command resumes an interrupted
+demonstration, and prints the results of a finished one.
 """
 
 
@@ -25,8 +25,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the command."""
     parser.add_argument("--out", default="runs/demo", metavar="DIR", help="where to write (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of all runs (default: %(default)s)")
-    parser.add_argument("--quick", action="store_true", help="tiny networks, one epoch: for tests")
-    parser.add_argument("--workers", type=int, metavar="N", help="runs side by side (default: one for each core)")
+    parser.add_argument("--quick", action="store_true", help="train tiny networks for one epoch, as a test")
+    parser.add_argument("--workers", type=int, metavar="N", help="number of parallel runs (default: one for each core)")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     parser.add_argument("--json", action="store_true", help="print the table as JSON")
 
@@ -45,7 +45,7 @@ def run(arguments: argparse.Namespace) -> int:
     names, start = list(configurations(0, arguments.quick)), time.monotonic()
     if not arguments.quiet:
         there = sum((folder / name / "record.jsonl").exists() for name in names)
-        told = f"; {there} were begun in {folder} before" if there else ""
+        told = f"; {folder} already holds {there} of them" if there else ""
         print(
             "10,000 training and 2,000 test images: the subset of Fashion-MNIST that is part of the package\n"
             f"{len(names)} networks of equal compute within {100 * TOLERANCE:g} %{told}", file=sys.stderr
@@ -58,7 +58,7 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"structlin demo: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
     if not isinstance(rows, list):
-        print(f"structlin demo: {rows.name}; what was trained is kept, the same command goes on", file=sys.stderr)
+        print(f"structlin demo: {rows.name}; the same command resumes the demonstration", file=sys.stderr)
         return 128 + rows
     difference = compute_difference(rows)
     if arguments.json:
@@ -77,9 +77,9 @@ def run(arguments: argparse.Namespace) -> int:
         "{train_error:.2%}|{loss:.4f}|{error:.2%}"
     )
     print_table(head, [form.format(**row).split("|") for row in rows], left=2)
-    # How far an error can be off because there are so few test images.
-    error, images = min(row["error"] for row in rows), rows[0]["test_images"]
-    spread = 100 * (error * (1 - error) / images) ** 0.5
+    # Standard error of an error rate on so few test images.
+    smallest, images = min(row["error"] for row in rows), rows[0]["test_images"]
+    spread = 100 * (smallest * (1 - smallest) / images) ** 0.5
     print(
         "\nMACs are multiply-accumulates, of one image forward and of the whole training, forward and backward.\n"
         f"The latter differ by {100 * difference:.1f} % at most from those of a dense network.\n"

@@ -11,13 +11,13 @@ from structlin_nn.cli.common import UsageError, choice, misuse
 from structlin_nn.cli.fit import add_row_options, read_groups
 
 HELP = "draw a figure from run records or tables: .png, .svg or .pdf"
-# What is drawn, and the columns that it is drawn from unless options say otherwise.
+# Description and default columns of each figure.
 FIGURES: dict[str, tuple[str, dict[str, str]]] = {
     "delta-h": ("change of the last features in a step against width (figure 2a of the paper)", {}),
     "landscape": ("error against learning rate, a line for each width (figure 2b)", {"y": "train_error"}),
     "compute": ("error against compute, with fitted laws and their exponents", {}),
     "cifar": ("the same for the training error of the paper", {"x": "forward_macs", "y": "batch_error"}),
-    "curves": ("evaluations of every run, and where they end", {}),
+    "curves": ("evaluations of every run, and final values against cost", {}),
     "imagenet": ("the same for the validation error of ImageNet", {"y": "val_error"}),
     "gpt2": ("the same for the validation loss of GPT-2", {"y": "val_loss"}),
 }
@@ -30,7 +30,7 @@ examples:
   structlin figure cifar runs --group structure,rank --out cifar.svg
   structlin figure gpt2 runs/*/record.jsonl --unfinished --out gpt2.png
 
-Nothing but the records is read. `structlin fit` explains what RECORDS may be and how columns are named.
+Figures are drawn from the records alone. `structlin fit --help` describes RECORDS and the names of columns.
 """
 
 

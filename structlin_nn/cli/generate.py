@@ -12,12 +12,12 @@ TOKENIZERS = ("gpt2", "bytes")
 HELP = "continue a text with a trained GPT-2"
 EXAMPLES = """\
 examples:
-  structlin generate --checkpoint runs/gpt2 --prompt Generators
-      with a model that `structlin train gpt2` trained
-  structlin generate --checkpoint runs/gpt2 --samples 3 --tokens 200 --temperature 1 --top-k 0 --top-p 0.95
-  structlin generate --pretrained path/to/gpt2 --vocabulary path/to/gpt2 --prompt Once --temperature 0
+  structlin generate runs/gpt2 --prompt Generators
+      with a run of `structlin train gpt2`
+  structlin generate runs/gpt2 --samples 3 --tokens 200 --temperature 1 --top-k 0 --top-p 0.95
+  structlin generate path/to/gpt2 --vocabulary path/to/gpt2 --prompt Once --temperature 0
       with published weights: a folder with config.json and model.safetensors
-  structlin generate --pretrained small.safetensors --prompt Once
+  structlin generate small.safetensors --prompt Once
       with a file of `structlin compress`
 
 An empty prompt starts a new document. The same seed gives the same text.
@@ -25,30 +25,28 @@ An empty prompt starts a new document. The same seed gives the same text.
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--checkpoint", metavar="DIR", help="folder of a run of `structlin train gpt2`")
-    parser.add_argument("--average", action="store_true", help="the average of the weights, where the run keeps one")
-    parser.add_argument("--pretrained", metavar="PATH", help="GPT-2 as transformers saves it, or compressed")
-    parser.add_argument("--prompt", default="", metavar="TEXT", help="what is continued")
-    parser.add_argument("--tokens", type=int, default=100, metavar="N", help="most new tokens (default: %(default)s)")
-    parser.add_argument("--samples", type=int, default=1, metavar="N", help="continuations (default: %(default)s)")
-    parser.add_argument("--temperature", type=float, default=0.8, metavar="T", help="0: the likeliest token (0.8)")
-    parser.add_argument("--top-k", type=int, default=200, metavar="K", help="of the K likeliest tokens; 0: all (200)")
     parser.add_argument(
-        "--top-p", type=float, default=1.0, metavar="P", help="of the likeliest, up to probability P (1)"
-    )
+        "source", metavar="MODEL",
+        help="folder of a run of `structlin train gpt2`, file of `structlin compress`, or GPT-2 of transformers",
+    )  # fmt: skip
+    parser.add_argument("--average", action="store_true", help="use the average of the weights of a run")
+    parser.add_argument("--prompt", default="", metavar="TEXT", help="text to continue")
+    parser.add_argument("--tokens", type=int, default=100, metavar="N", help="maximum number of new tokens (100)")
+    parser.add_argument("--samples", type=int, default=1, metavar="N", help="number of continuations (1)")
+    parser.add_argument("--temperature", type=float, default=0.8, metavar="T", help="0: the most probable token (0.8)")
+    parser.add_argument("--top-k", type=int, default=200, metavar="K", help="K most probable tokens; 0: all (200)")
+    parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="nucleus of total probability P (1)")
     parser.add_argument("--endless", action="store_true", help="do not stop at the end of the document")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the draws (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the draws (default: %(default)s)")
     parser.add_argument("--device", default="cpu", metavar="NAME", help="cpu, cuda or cuda:N (default: %(default)s)")
     parser.add_argument("--tokenizer", type=choice("tokenizer", TOKENIZERS), metavar="NAME", help=(
-        "gpt2 or bytes; unless given, that of the data of the run"
+        "gpt2 or bytes (that of the data of the run)"
     ))  # fmt: skip
-    parser.add_argument("--vocabulary", metavar="DIR", help="folder of GPT-2's vocabulary (two files)")
+    parser.add_argument("--vocabulary", metavar="DIR", help="folder with the two files of GPT-2's vocabulary")
     parser.add_argument("--json", action="store_true", help="print tokens and texts as JSON")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    if (arguments.checkpoint is None) == (arguments.pretrained is None):
-        raise UsageError("give one of --checkpoint and --pretrained")
     for name, least in (("tokens", 0), ("samples", 1), ("top_k", 0), ("seed", 0)):
         if getattr(arguments, name) < least:
             raise UsageError(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(arguments, name)}")
@@ -58,29 +56,18 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _model(arguments: argparse.Namespace) -> tuple[Any, str | None]:
-    """Return the model, and the tokeniser of the data that it was trained on, as far as it is told."""
+    """Return the model, and the tokeniser of the data that it was trained on, None where nothing states it."""
     from structlin_nn.data.tokens import GPT2_VOCABULARY
     from structlin_nn.models import GPT2
-
-    if arguments.pretrained is not None:
-        from structlin_nn.trained import open_trained
-
-        if arguments.average:
-            raise UsageError("--average is for a run (--checkpoint)")
-        found = open_trained(arguments.pretrained).model
-        if not isinstance(found, GPT2):
-            raise UsageError(f"{arguments.pretrained} holds a {type(found).__name__}, not a language model")
-        published = found.config.vocabulary >= GPT2_VOCABULARY
-        return found, "gpt2" if published else None
     from structlin_nn.records import read_record
-    from structlin_nn.trained import load_trained
+    from structlin_nn.trained import open_trained
 
-    folder = Path(arguments.checkpoint)
-    model = load_trained(folder, average=arguments.average)
-    if not isinstance(model, GPT2):
-        raise UsageError(f"{folder} holds a {type(model).__name__}, not a language model")
-    record = folder / "record.jsonl"
-    return model, read_record(record).header["data"].get("tokenizer") if record.exists() else None
+    trained = open_trained(arguments.source, average=arguments.average)
+    if not isinstance(trained.model, GPT2):
+        raise UsageError(f"{arguments.source} holds a {type(trained.model).__name__}, not a language model")
+    if trained.config is not None:
+        return trained.model, read_record(Path(arguments.source) / "record.jsonl").header["data"].get("tokenizer")
+    return trained.model, "gpt2" if trained.model.config.vocabulary >= GPT2_VOCABULARY else None
 
 
 def _generate(arguments: argparse.Namespace, model: Any, name: str | None) -> int:
@@ -90,7 +77,7 @@ def _generate(arguments: argparse.Namespace, model: Any, name: str | None) -> in
     from structlin_nn.generate import generate
 
     if name is None:
-        raise UsageError("nothing tells the tokeniser of this model: give --tokenizer")
+        raise UsageError("the model does not state its tokeniser: give --tokenizer")
     tokenizer = load_tokenizer(name, arguments.vocabulary)
     if model.config.vocabulary < tokenizer.vocab_size:
         raise UsageError(

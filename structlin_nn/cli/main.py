@@ -1,7 +1,7 @@
-"""``structlin``: finds the command, checks its options, and runs it.
+"""``structlin``: find the command, check its options, and run it.
 
-Exit codes: 0 done; 1 the run failed or could not be written; 2 misuse, with one line on stderr; 128 + number
-where a signal ended it. Nothing heavy is imported before a command runs.
+The exit code is 0 for success, 1 for a run that failed or could not be written, 2 for misuse (with one line on
+stderr), and 128 + number after a signal. No large library is imported before a command runs.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ NAMES = (
 COMMANDS = {name: f"structlin_nn.cli.{name.replace('-', '_')}" for name in NAMES}
 TYRO = ("train",)
 """Commands that read their own arguments."""
-DESCRIPTION = "Structured matrices in neural networks: see what there is, count what it costs, and train with it."
+DESCRIPTION = "Structured matrices in neural networks: list structures, count costs, train and compress models."
 EXAMPLES = """\
 examples:
   structlin demo                  train dense and structured networks at equal compute, in a few minutes
-  structlin structures            what structures there are
+  structlin structures            list the structures
   structlin count cifar-mlp --width 256 --structure block_tensor_train
   structlin train cifar --structure monarch --width 256 --epochs 10
 
@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Parameters
     ----------
     argv
-        The arguments, without the program's name; by default those of this process.
+        Arguments without the program's name. None takes those of this process.
 
     Examples
     --------
@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("structlin: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        # The reader is gone (`structlin structures | head`); let nothing be flushed into the closed pipe.
+        # The reader has closed the pipe (`structlin structures | head`): flush nothing into it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
 
@@ -68,7 +68,7 @@ def _dispatch(arguments: list[str]) -> int:
     parser = Parser(prog="structlin", description=DESCRIPTION, epilog=EXAMPLES)
     parser.add_argument("--version", action="version", version=_version())
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
-    # Only the command that is asked for says what its arguments are: the others may need slow imports.
+    # Only the chosen command adds its arguments: those of the others may need slow imports.
     asked = next((word for word in arguments if not word.startswith("-")), None)
     if arguments and asked == arguments[0] and asked in TYRO:
         return int(importlib.import_module(COMMANDS[asked]).main(arguments[1:]))

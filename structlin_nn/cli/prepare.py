@@ -1,4 +1,4 @@
-"""``structlin prepare``: data in the form that training reads. Each kind calls one function of `structlin_nn.data`."""
+"""``structlin prepare``: write token files for training. Each kind calls one function of `structlin_nn.data`."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from typing import Any
 
 from structlin_nn.cli.common import Parser, UsageError, choice, print_json
 
-HELP = "make data ready: text files and OpenWebText as tokens"
+HELP = "write text files or OpenWebText as token files"
 EXAMPLES = """\
 examples:
   structlin prepare text --out data/pydoc
-      the documentation that every Python ships, as tokens: a corpus without a download
+      the documentation that is part of Python, a corpus without a download
   structlin prepare text books/*.txt --out data/books --val-fraction 0.05
-      any UTF-8 text: GPT-2's tokens where its vocabulary is at hand, bytes otherwise
+      UTF-8 text: tokens of GPT-2 where its vocabulary is available, bytes otherwise
   structlin prepare openwebtext --out data/openwebtext
       from the Hugging Face hub (about 9 billion tokens, 18 GB of files); --dataset for others
 
-structlin prepare KIND --help lists the options of a kind. After an interruption the same command resumes.
+structlin prepare KIND --help lists the options of a kind. The same command resumes an interrupted preparation.
 """
 
 
@@ -37,20 +37,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     def tokens(made: Any, names: tuple[str, ...], fraction: float) -> None:
         made.add_argument("--tokenizer", type=choice("tokenizer", names), default=names[0], metavar="NAME")
-        made.add_argument("--vocabulary", metavar="DIR", help="has encoder.json, vocab.bpe or vocab.json, merges.txt")
-        made.add_argument("--val-fraction", type=float, default=fraction, metavar="F", help=f"held out ({fraction})")
-        made.add_argument("--name", metavar="NAME", help="of the corpus, for records")
-        made.add_argument("--workers", type=_natural, metavar="N", help="one for each core")
+        made.add_argument(
+            "--vocabulary", metavar="DIR", help="folder of encoder.json, vocab.bpe or vocab.json, merges.txt"
+        )
+        made.add_argument(
+            "--val-fraction",
+            type=float,
+            default=fraction,
+            metavar="F",
+            help=f"held out ({fraction})",
+        )
+        made.add_argument("--name", metavar="NAME", help="name of the corpus in records")
+        made.add_argument("--workers", type=_natural, metavar="N", help="number of workers (one for each core)")
 
-    text = kind("text", _text, "text files, each a document, as tokens")
-    text.add_argument("sources", metavar="FILE", nargs="*", help="UTF-8; none: the text that Python ships")
-    text.add_argument("--pydoc", action="store_true", help="the text that Python ships: the default without files")
+    text = kind("text", _text, "write text files, each a document, as tokens")
+    text.add_argument("sources", metavar="FILE", nargs="*", help="UTF-8 text (without files: Python's documentation)")
+    text.add_argument("--pydoc", action="store_true", help="Python's documentation, the default without files")
     tokens(text, ("auto", "gpt2", "bytes"), 0.1)
-    owt = kind("openwebtext", _openwebtext, "OpenWebText, or another data set of Hugging Face, as tokens")
+    owt = kind("openwebtext", _openwebtext, "write OpenWebText, or another data set of Hugging Face, as tokens")
     owt.add_argument("--dataset", metavar="NAME", help="name on the Hugging Face hub, or a folder")
     owt.add_argument("--split", metavar="NAME", default="train", help="split of the data set (train)")
     owt.add_argument("--column", metavar="NAME", default="text", help="column of the text (text)")
-    owt.add_argument("--seed", type=int, default=2357, metavar="N", help="of the held-out documents (2357)")
+    owt.add_argument("--seed", type=int, default=2357, metavar="N", help="seed of the validation split (2357)")
     tokens(owt, ("gpt2", "bytes"), 0.0005)
 
 
@@ -72,7 +80,7 @@ def _text(arguments: argparse.Namespace) -> int:
     if arguments.pydoc and arguments.sources:
         raise UsageError(f"--pydoc takes no files, got {arguments.sources[0]!r}")
     if not (arguments.sources or arguments.pydoc):
-        print("no file is named: taking the text that Python ships", file=sys.stderr)
+        print("no file is given: using Python's documentation", file=sys.stderr)
     options = _given(arguments, "tokenizer", "vocabulary", "val_fraction", "name", "workers")
     if options["tokenizer"] == "auto":
         options["tokenizer"] = "gpt2"
@@ -81,7 +89,7 @@ def _text(arguments: argparse.Namespace) -> int:
         except (ImportError, FileNotFoundError) as error:
             if arguments.vocabulary is not None:
                 raise
-            print(f"tokens are bytes (--tokenizer bytes), because: {' '.join(str(error).split())}", file=sys.stderr)
+            print(f"using bytes as tokens (--tokenizer bytes): {' '.join(str(error).split())}", file=sys.stderr)
             options["tokenizer"] = "bytes"
     return _tell(arguments, prepare_text(arguments.sources or None, arguments.out, **options))
 

@@ -1,4 +1,4 @@
-"""``structlin replace``: what a structure would do to any model."""
+"""``structlin replace``: preview the replacement of the layers of any model."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from structlin_nn.cli.common import (
     structure_options,
 )
 
-HELP = "show what becomes of each weight matrix of any model with structured layers"
+HELP = "preview which layers of a model a structure replaces, and what they cost"
 DEARER = ("warn", "error", "skip", "allow")
 EXAMPLES = """\
 examples:
@@ -24,7 +24,7 @@ examples:
   structlin replace my_package.models:make_model --structure low_rank --rank 16 --json
 
 MODEL is timm:NAME, hf:CONFIG (a model type, or a folder with config.json), or a function of a module that Python can
-import. It is built without memory; nothing is trained or written. A line is printed for each layer that would be
+import. The model is built on the meta device, without memory. The command prints a line for each layer that would be
 replaced, and for each weight matrix that would stay dense, with the reason.
 """
 
@@ -38,11 +38,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="all, all_but_last, intermediate, or patterns of names, repeatable (all_but_last)",
     )  # fmt: skip
     parser.add_argument("--exclude", action="append", default=[], metavar="PATTERN", help="layers to leave, repeatable")
-    parser.add_argument("--min-features", type=int, default=0, metavar="N", help="leave smaller layers alone")
-    parser.add_argument("--convolutions", action="store_true", help="take convolutions of kernel size 1 too")
+    parser.add_argument("--min-features", type=int, default=0, metavar="N", help="leave smaller layers dense")
+    parser.add_argument("--convolutions", action="store_true", help="replace convolutions of kernel size 1 too")
     parser.add_argument(
         "--dearer", type=choice("choice", DEARER), default="warn", metavar="WHAT",
-        help="where a form costs more than dense: warn, error, skip, allow (warn)",
+        help="for layers that would cost more than dense: warn, error, skip, allow (warn)",
     )  # fmt: skip
     parser.add_argument(
         "--model-option", type=name_and_value, action="append", default=[], metavar="NAME=JSON",

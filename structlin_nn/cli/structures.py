@@ -1,4 +1,4 @@
-"""``structlin structures``: what structures exist."""
+"""``structlin structures``: list the structures."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from structlin_nn.cli.common import print_json
 
-HELP = "list the structures that exist, with formula, parameters, options and source"
+HELP = "list the structures with formula, parameters, options and source"
 EXAMPLES = """\
 examples:
   structlin structures            a readable list
@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def describe() -> list[dict[str, Any]]:
-    """Name, summary, formula, parameters, options with their defaults, and source of every structure."""
+    """Return name, summary, formula, parameters, options with defaults, and source of every structure."""
     import structlin
 
     found = []

@@ -13,51 +13,55 @@ from typing import Any
 
 from structlin_nn.cli.common import UsageError, misuse, print_json, print_table
 
-HELP = "make the runs of a sweep, those of the paper by name: here, or as commands for a cluster"
+HELP = "train the runs of a sweep, on this machine or on a cluster; the paper's sweeps have names"
 EXAMPLES = """\
 examples:
   structlin sweep --list
-      the sweeps of the paper
+      list the sweeps of the paper
   structlin sweep delta-h --data path/to/cifar-10-batches-bin --dry-run
-      what the runs would cost
+      print what the runs would cost
   structlin sweep delta-h --data path/to/cifar-10-batches-bin --only '*-w64*' --workers 2
-      those of width 64; runs that are finished are skipped, and those that were interrupted are resumed
+      train those of width 64; finished runs are skipped, and interrupted runs are resumed
   structlin sweep cifar-mlp --data DIR --set epochs=20 --set eval_every=20
-      all runs shorter
+      train all runs for fewer epochs
   structlin sweep gpt2 --data DIR --set device=cuda --print-commands --launcher srun
-      print one command for each run
+      print a command for each run
   structlin sweep imagenet --data DIR --set device=cuda --submit slurm --workers 4 \\
     --submit-set timeout_min=4320 --submit-set gpus_per_node=1
-      give the runs to a cluster, four at a time, by submitit (the extra 'cluster')
+      submit the runs to a cluster, four at a time, by submitit (the extra 'cluster')
   structlin sweep my_sweep.py
-      a file of your own that defines SWEEP, a structlin_nn.sweeps.Sweep
+      train the sweep of a file of your own, which defines SWEEP, a structlin_nn.sweeps.Sweep
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("name", metavar="NAME", nargs="?", help="a sweep of the list, or a Python file")
-    parser.add_argument("--list", action="store_true", help="print the sweeps, and end")
-    parser.add_argument("--data", metavar="DIR", help="where the data are, as for structlin train")
-    parser.add_argument("--unverified", action="store_true", help="do not compare CIFAR with the official sums")
-    parser.add_argument("--out", metavar="DIR", help="folder, with one for each run (default: runs/NAME)")
+    parser.add_argument("name", metavar="NAME", nargs="?", help="a sweep of --list, or a Python file")
+    parser.add_argument("--list", action="store_true", help="print the sweeps and exit")
+    parser.add_argument("--data", metavar="DIR", help="folder of the data, as for structlin train")
+    parser.add_argument("--unverified", action="store_true", help="do not verify the checksums of CIFAR")
+    parser.add_argument("--out", metavar="DIR", help="parent folder of the runs (default: runs/NAME)")
     parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="a change to all runs, as in structlin train"
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="change a configuration field of all runs",
     )
-    parser.add_argument("--only", action="append", default=[], metavar="GLOB", help="runs by name, repeatable")
-    parser.add_argument("--workers", type=int, metavar="N", help="runs at a time (one for each core, 8 at most)")
-    parser.add_argument("--retry", action="store_true", help="start again what failed, from its last checkpoint")
-    parser.add_argument("--dry-run", action="store_true", help="print the table, and end")
-    parser.add_argument("--print-commands", action="store_true", help="print one command for each run left, and end")
+    parser.add_argument("--only", action="append", default=[], metavar="GLOB", help="names of runs, repeatable")
+    parser.add_argument("--workers", type=int, metavar="N", help="parallel runs (one for each core, at most 8)")
+    parser.add_argument("--retry", action="store_true", help="resume failed runs from their last checkpoint")
+    parser.add_argument("--dry-run", action="store_true", help="print the table and exit")
+    parser.add_argument("--print-commands", action="store_true", help="print a command for each unfinished run")
     parser.add_argument("--submit", metavar="NAME", help=(
-        "submit the runs by submitit to: slurm, or local for a trial on this machine (the extra 'cluster')"
+        "submit the runs by submitit to slurm, or local for a trial on this machine (the extra 'cluster')"
     ))  # fmt: skip
     parser.add_argument(
         "--submit-set", action="append", default=[], metavar="KEY=VALUE",
         help="a parameter of submitit, such as timeout_min=600 or slurm_partition=gpu, repeatable",
     )  # fmt: skip
-    parser.add_argument("--launcher", default="", metavar="WORDS", help="what those commands are started by")
+    parser.add_argument("--launcher", default="", metavar="WORDS", help="words before each command: 'torchrun ...'")
     parser.add_argument("--json", action="store_true", help="print the table as JSON")
-    parser.add_argument("--quiet", action="store_true", help="no table and no progress bar")
+    parser.add_argument("--quiet", action="store_true", help="print neither table nor progress bar")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -73,7 +77,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.submit_set and not arguments.submit:
         raise UsageError("--submit-set is for --submit")
     if arguments.submit and arguments.print_commands:
-        raise UsageError("--submit submits the runs, and --print-commands only prints them: give one")
+        raise UsageError("give one of --submit and --print-commands")
     from structlin_nn.sweeps.commands import command
     from structlin_nn.sweeps.local import default_workers, plan
 
@@ -90,7 +94,7 @@ def run(arguments: argparse.Namespace) -> int:
         if left:
             print("\n".join(command(job, launcher) for job in left.values()))
         else:
-            print("structlin sweep: all runs are done", file=sys.stderr)
+            print("structlin sweep: all runs are finished", file=sys.stderr)
         return 0
     if arguments.json and arguments.dry_run:
         print_json([
@@ -149,7 +153,7 @@ def _make(arguments: argparse.Namespace, planned: Any, left: dict[str, Any], wor
     for name, message in outcome.failed.items():
         print(f"structlin sweep: {name}: {message}", file=sys.stderr)
     if outcome.signal is not None:
-        print(f"structlin sweep: {outcome.signal.name}; the same command resumes what is left", file=sys.stderr)
+        print(f"structlin sweep: {outcome.signal.name}; the same command resumes the unfinished runs", file=sys.stderr)
         return 128 + outcome.signal
     if arguments.json:
         print_json({"finished": [n for n in left if n not in outcome.failed], "failed": outcome.failed})

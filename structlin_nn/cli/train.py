@@ -64,7 +64,7 @@ def parse(name: str, arguments: Sequence[str]) -> tuple[Any, Any, Any]:
     module = recipe_module(module_name)
     default = module.Config.from_dict(MODELS[model][1])
 
-    def call(config, options):  # type: ignore[no-untyped-def]
+    def call(config: Any, options: Any) -> Any:
         return config, options
 
     call.__annotations__ = {"config": module.Config, "options": module.Options}
@@ -74,8 +74,10 @@ def parse(name: str, arguments: Sequence[str]) -> tuple[Any, Any, Any]:
         description=f"Train {about}.\n\nThe defaults are the paper's recipe.",
     )  # fmt: skip
     given = {word.partition("=")[0].replace("_", "-") for word in arguments}
-    if not given & {"--rms-cap", "--no-rms-cap"}:
-        config = config.replace(rms_cap=None)  # as the paper does for the structure that was asked for
+    # These defaults depend on the model, the structure and the device that were given.
+    usual = {"rms_cap": None, "compile": None} | ({"input_lr_mult": 0} if hasattr(config, "input_lr_mult") else {})
+    kept = {word.removeprefix("--").replace("-", "_") for word in given}
+    config = config.replace(**{name: value for name, value in usual.items() if name not in kept})
     if options.data is not None and "--data-set" not in given and module_name.endswith("cifar"):
         config = config.replace(data_set="cifar10")
     found: dict[str, Any] = {}

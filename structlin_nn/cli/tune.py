@@ -68,7 +68,7 @@ def _positive(text: str) -> int:
 def run(arguments: argparse.Namespace) -> int:
     """Run the command; return the exit code."""
     if arguments.model is None and not (arguments.export or arguments.import_ or arguments.forget):
-        raise UsageError("name a model to tune, or give --export, --import or --forget")
+        raise UsageError("give a model to tune, or --export, --import or --forget")
     if arguments.model is None and (arguments.width is not None or arguments.structure is not None):
         raise UsageError("--width and --structure need a model")
     if arguments.model is not None and arguments.width is None:

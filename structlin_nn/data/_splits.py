@@ -17,9 +17,9 @@ _NAMES = {"train": ("train",), "val": ("val", "validation")}
 
 
 class Split(Protocol):
-    """The samples of one split, numbered from 0: labels int64 (N,), what a message calls a sample, its undecoded file.
+    """The samples of one split, numbered from 0: int64 labels (N,), names for messages, and undecoded files.
 
-    `identity` tells the samples from others, besides their labels, without reading images.
+    `identity` distinguishes the samples from others, besides their labels, without reading images.
     """
 
     labels: np.ndarray
@@ -33,7 +33,7 @@ class Split(Protocol):
 class FolderSplit(Split):
     """Image files in one folder for each class; `paths` below the root as `os.fsencode` has them.
 
-    They are an array, because processes that share a list copy it as soon as they look at it.
+    They are an array, because reading a shared list copies it in each process (by its reference counts).
     """
 
     root: Path

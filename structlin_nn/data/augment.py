@@ -5,7 +5,7 @@ several times as long (`benchmarks/input.py` measures it). Here all numbers come
 its own device and in a fixed order: with a generator on the CPU a seed gives the same augmentation on every device,
 and saving the generator's state is all that resuming takes. Nothing waits for the device.
 
-Images are tensors (N, C, H, W). Those of uint8 are read as value / 255; float32 and float64 are taken as they are.
+Images are tensors (N, C, H, W). Those of uint8 are scaled by 1 / 255; those of float32 and float64 are not.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ CROP_SCALE = (0.08, 1.0)
 CROP_RATIO = (3 / 4, 4 / 3)
 _ATTEMPTS = 10
 _CACHED = 128
-"""Images that are augmented together on a CPU: what is between the steps stays in its cache, and no number changes."""
+"""Images augmented together on a CPU, so that intermediates stay in its cache. The results do not depend on it."""
 
 
 def to_float(images: Tensor) -> Tensor:
-    """uint8 images as float32, value / 255; float32 and float64 stay. TypeError for another dtype."""
+    """Return uint8 images as float32, value / 255, and float32 and float64 as given; TypeError for another dtype."""
     if images.ndim != 4:
         raise ValueError(f"images must have shape (N, C, H, W), got {tuple(images.shape)}")
     if images.dtype == torch.uint8:
@@ -38,7 +38,7 @@ def to_float(images: Tensor) -> Tensor:
 
 
 def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """(images - mean) / std for each channel, of values from 0 to 1.
+    """Return (images - mean) / std for each channel, of values from 0 to 1.
 
     Images (N, C, H, W) of uint8, float32 or float64 (TypeError for another dtype); C means and positive deviations
     (ValueError), as `ImageDataset.mean`.
@@ -91,7 +91,7 @@ def sample_crops(
     central_height = min(height, max(1, round(width / ratio[0])))
     h = torch.where(fitting, heights.gather(1, first)[:, 0], central_height)
     w = torch.where(fitting, widths.gather(1, first)[:, 0], central_width)
-    # A uniform number below 1 can still round up to the end of its range.
+    # A uniform number below 1 can round up to the end of its range.
     top = (place[:, 0] * (height - h + 1)).floor().minimum(height - h)
     left = (place[:, 1] * (width - w + 1)).floor().minimum(width - w)
     top = torch.where(fitting, top, (height - central_height) // 2)
@@ -135,7 +135,7 @@ def crop_resize(images: Tensor, boxes: Tensor, mirrored: Tensor | None = None) -
 def soft_targets(
     labels: Tensor, num_classes: int, smoothing: float = 0.0, *, dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """Class probabilities (N, K) of integer labels (N,): 1 - smoothing on the label, smoothing shared by all K.
+    """Return class probabilities (N, K) of integer labels (N,): 1 - smoothing on the label, smoothing / K on all.
 
     Source: Szegedy et al., Rethinking the Inception Architecture for Computer Vision, CVPR 2016, section 7.
 
@@ -255,7 +255,7 @@ class Augmentation:
     def __call__(self, images: Tensor, labels: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Images (N, C, H, W) and integer labels (N,) to floating-point images (N, C, H, W) and targets (N, K).
 
-        All numbers come from the generator, in the order crop, flip, mixup.
+        All random numbers come from the generator, in the order crop, flip, mixup.
         """
         if images.ndim != 4 or len(images) != len(labels):
             raise ValueError(
@@ -282,7 +282,7 @@ class Augmentation:
         return mixup(made, targets, generator, alpha=self.mixup_alpha) if self.mixup_alpha else (made, targets)
 
     def _views(self, images: Tensor, boxes: Tensor | None, mirrored: Tensor | None) -> Tensor:
-        """Images cropped, turned and normalised."""
+        """Return images cropped, mirrored and normalised."""
         if boxes is not None:
             images = crop_resize(to_float(images), boxes, mirrored=mirrored)
         elif mirrored is not None:
@@ -296,5 +296,5 @@ def _channels(values: Sequence[float], images: Tensor) -> Tensor:
 
 
 def _uniform(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    """Uniform numbers from 0 to below 1; float64, because single precision would round positions."""
+    """Return uniform numbers from 0 to below 1, in float64: float32 would round positions."""
     return torch.rand(shape, generator=generator, device=generator.device, dtype=torch.float64)

@@ -105,17 +105,18 @@ def load_cifar(name: str, root: str | os.PathLike[str], *, verify: bool = True) 
     if missing := [file for file in form.files if not (folder / file).is_file()]:
         raise FileNotFoundError(f"{folder} lacks {', '.join(missing)}")
     parts = [_records(form, folder / file, md5 if verify else None) for file, md5 in form.files.items()]
-    split = []
+    arrays: list[np.ndarray] = []
     for records, what in ((np.concatenate(parts[:-1]), "training"), (parts[-1], "test")):
         for column, kind in enumerate(form.kinds):
             if (wrong := np.flatnonzero(records[:, column] >= _CLASSES[kind])).size:
                 found, last = records[wrong[0], column], _CLASSES[kind] - 1
                 raise ValueError(f"{folder}: {what} image {wrong[0]} has {kind} {found}, outside 0 to {last}")
         pixels = np.ascontiguousarray(records[:, len(form.kinds) :]).reshape(-1, 3, 32, 32)
-        split += [pixels, records[:, len(form.kinds) - 1].astype(np.int64)]
+        arrays += [pixels, records[:, len(form.kinds) - 1].astype(np.int64)]
     classes = tuple(map(str, range(_CLASSES[form.kinds[-1]])))
     done = f"{folder} ({'md5 sums verified' if verify else 'not verified'})"
-    return ImageDataset(name, *split, classes, done, _LICENCE)
+    train, train_labels, test, test_labels = arrays
+    return ImageDataset(name, train, train_labels, test, test_labels, classes, done, _LICENCE)
 
 
 def _records(form: _Form, path: Path, md5: str | None) -> np.ndarray:

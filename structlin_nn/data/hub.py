@@ -1,4 +1,4 @@
-"""Data that Hugging Face `datasets` reads: by name on the hub, as a folder of files, or saved on disk."""
+"""Data sets of Hugging Face `datasets`: by name on the hub, as a folder of files, or saved on disk."""
 
 from __future__ import annotations
 
@@ -48,6 +48,6 @@ def load_hub(
     except (ImportError, ValueError):
         raise
     except Exception as error:
-        # Whatever the network, the hub or the files make of it: the library has no common exception.
+        # Errors of the network, the hub or the files: the library has no common exception.
         what = f"Hugging Face datasets cannot load {source} ({type(error).__name__}: {error.__cause__ or error})"
         raise (FileNotFoundError if shards is None else ValueError)(what) from error

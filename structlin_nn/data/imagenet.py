@@ -1,9 +1,8 @@
 """ImageNet, or any labelled images of its kind: image trees, WebDataset shards, Hugging Face `datasets`.
 
-torchvision lists trees, `datasets` reads the rest, and timm's transforms and torch's DataLoader do the work; images
-reach the device as uint8. What is added here, because no loader of timm, webdataset or torchdata has it: a batch is a
-function of the seed and the number of the step alone, so that a run resumes by its step, with any number of processes
-and workers.
+torchvision lists trees, `datasets` reads shards and its own formats, timm transforms, and torch's DataLoader makes
+batches of uint8. This module adds what no loader of timm, webdataset or torchdata has: a batch is a function of the
+seed and the number of the step alone. So a run resumes by its step, with any number of processes and workers.
 
 Source: Russakovsky et al., ImageNet Large Scale Visual Recognition Challenge, IJCV 2015.
 """
@@ -56,7 +55,7 @@ def decode(raw: bytes, name: str) -> Image.Image:
             image.load()
             return image if image.mode == "RGB" else image.convert("RGB")  # which would copy
     except Exception as error:
-        # A damaged file can fail in any way at all: Pillow raises OSError, SyntaxError, struct.error and others.
+        # Pillow raises OSError, SyntaxError, struct.error and others for damaged files.
         raise ValueError(f"{name} ({len(raw)} bytes) is a broken image ({type(error).__name__}: {error})") from error
 
 
@@ -65,7 +64,7 @@ class ImageRecipe:
     """Training augmentation of ImageNet; the defaults are those of Compute Better Spent (ICML 2024) for ViT/32.
 
     timm crops, resizes, flips, jitters and applies RandAugment to each image, in worker processes (`transform`).
-    On the device, `finish` normalises, erases (timm's), smooths the labels and mixes.
+    On the device, `finish` normalises, erases (by timm), smooths the labels and mixes.
 
     Attributes
     ----------
@@ -125,12 +124,12 @@ class ImageRecipe:
 
     @classmethod
     def plain(cls, size: int = 224, **changes: Any) -> ImageRecipe:
-        """Crops and flips alone."""
+        """Return a recipe of crops and flips alone."""
         off = {"rand_augment": None, "color_jitter": 0.0, "random_erasing": 0.0, "mixup": 0.0, "smoothing": 0.0}
         return cls(size=size, **{**off, **changes})
 
     def transform(self) -> Callable[[Image.Image], Tensor]:
-        """Timm's transform of one image: RGB image to uint8 tensor (3, size, size); it draws from global generators."""
+        """Return timm's transform of an RGB image to uint8 (3, size, size), which draws from global generators."""
         made = _timm("transforms_factory").transforms_imagenet_train(
             self.size, scale=self.crop_scale, ratio=self.crop_ratio, hflip=self.flip,
             color_jitter=self.color_jitter or None, auto_augment=self.rand_augment, interpolation=self.interpolation,
@@ -145,7 +144,7 @@ class ImageRecipe:
     def finish(
         self, images: Tensor, labels: Tensor, keys: Tensor, num_classes: int, seed: tuple[int, ...]
     ) -> tuple[Tensor, Tensor]:
-        """Return what is done on the device, without waiting for it.
+        """Augment a batch on its device, without waiting for the device.
 
         Parameters
         ----------
@@ -154,11 +153,11 @@ class ImageRecipe:
         labels
             int64 (n,), on the same device.
         keys
-            int64 (n,), on the CPU: what is erased depends on them alone.
+            int64 (n,), on the CPU. Erased boxes depend on them alone.
         num_classes
             K.
         seed
-            Non-negative integers, such as (seed, step): the proportion of mixup depends on them alone.
+            Non-negative integers, such as (seed, step). The proportion of mixup depends on them alone.
 
         Returns
         -------
@@ -190,7 +189,7 @@ def _timm(name: str) -> Any:
 
 
 def _posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
-    """timm's, which asks Pillow to keep 0 bits at full strength: black before Pillow 13, a ValueError since."""
+    """Posterize as timm, which keeps 0 bits at full strength: black before Pillow 13, a ValueError since."""
     return Image.new(image.mode, image.size) if bits == 0 else _timm("auto_augment").posterize(image, bits)
 
 
@@ -198,7 +197,7 @@ def _posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
 class ImageNetData:
     """Labelled image files with a training and a validation split; made by `open_imagenet`.
 
-    It holds names and labels, no images, and can be pickled: one process can open it for all.
+    It holds names and labels, no images. It can be pickled: one process opens it for all.
 
     Attributes
     ----------
@@ -232,23 +231,23 @@ class ImageNetData:
         )
 
     def train_steps(self, batch_size: int) -> int:
-        """Steps of an epoch; the samples that are left are left out of that epoch."""
+        """Return the number of steps of an epoch, which leaves out samples of an incomplete batch."""
         return self.train_size // natural("batch_size", batch_size, 1)
 
     def train_batches(
         self, *, batch_size: int, seed: int, recipe: ImageRecipe, rank: int = 0, world_size: int = 1, workers: int = 0,
         start_step: int = 0, accumulate: int = 1, pin_memory: bool = False,
     ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:  # fmt: skip
-        """Training batches without end, from a step on; the same workers go on from epoch to epoch.
+        """Iterate over training batches without end, from a step on, with the same workers in all epochs.
 
-        What is in a batch, and what is drawn for a sample, depend on the seed and the step alone.
+        The samples of a batch and the draws for a sample depend on the seed and the step alone.
 
         Parameters
         ----------
         batch_size
             Images of a step, of all processes and parts together.
         seed
-            Of the order and of what is drawn, not negative.
+            Seed of the order and of the draws, not negative.
         recipe
             The augmentation.
         rank, world_size
@@ -297,11 +296,11 @@ class ImageNetData:
         self, batch_size: int, *, size: int = 224, rank: int = 0, world_size: int = 1,
         workers: int = 0, pin_memory: bool = False,
     ) -> _Batches:  # fmt: skip
-        """Every validation image once, in order: resized (bicubic), seven eighths of it cut out, by timm's transform.
+        """Return the validation images in order: resized (bicubic), then the central seven eighths, by timm.
 
-        All processes get equally many batches of one shape, as collective forward passes need. What a process lacks in
-        the last batch are zeros with the label ``IGNORE`` (-100), which torch's cross-entropy leaves out of a sum. With
-        one process nothing is filled.
+        All processes get equally many batches of one shape, as collective forward passes need. Missing rows of the last
+        batch are zeros with the label ``IGNORE`` (-100), which torch's cross-entropy leaves out of a sum. With one
+        process there are none.
 
         Parameters
         ----------
@@ -315,8 +314,7 @@ class ImageNetData:
         Returns
         -------
         _Batches
-            An object to iterate over in each evaluation, by the same workers, of (images, labels): uint8 (n, 3, size,
-            size) and int64 (n,).
+            (images, labels): uint8 (n, 3, size, size) and int64 (n,). The same workers serve all evaluations.
 
         Raises
         ------
@@ -346,17 +344,17 @@ def open_imagenet(
     source
         A folder with ``train/`` and ``val/`` (or ``validation/``) that have one folder for each class; or with
         WebDataset shards ``*train*.tar`` and ``*val*.tar``, or ``train/*.tar`` and ``val/*.tar``, of members
-        ``KEY.jpg`` (or another image format, the same for all) and ``KEY.cls``, of which Hugging Face `datasets` keeps
-        a copy in its cache; or a data set saved by `datasets`; or its name on the hub.
+        ``KEY.jpg`` (or another image format, the same for all) and ``KEY.cls``, which Hugging Face `datasets` copies to
+        its cache; or a data set saved by `datasets`; or its name on the hub.
     format
-        ``folder``, ``shards`` or ``datasets``; None: what is found.
+        ``folder``, ``shards`` or ``datasets``. None detects it.
     num_classes
-        Classes there should be. Labels that are only numbers need it where a class has no training image.
+        Expected number of classes. Numeric labels need it if a class has no training image.
 
     Raises
     ------
     FileNotFoundError
-        Nothing of the kind at ``source``.
+        No such data at ``source``.
     ValueError
         An unknown format, an empty class or split, validation classes that have no training images, a shard that is
         damaged or cut, a label outside the classes.
@@ -407,7 +405,7 @@ def open_imagenet(
 
 @dataclass
 class _Endless:
-    """A batch sampler that begins anew with each iteration and never ends."""
+    """A batch sampler without end; each iteration starts again."""
 
     chosen: Callable[[], Iterator[Any]]
 
@@ -442,13 +440,13 @@ class _Samples(Dataset):
                 torch.default_generator.manual_seed(words[2])
             return self.transform(image), int(self.split.labels[index]), key
         except Exception as error:
-            # Whatever an image makes of Pillow, timm and torchvision; `decode` and `read` name the image.
+            # Errors of Pillow, timm and torchvision; `decode` and `read` name the image.
             message = str(error)
             return message if name in message else f"{name} cannot be transformed ({type(error).__name__}: {error})"
 
 
 def _collate(samples: list[Any]) -> Any:
-    """Return a batch, or the first message."""
+    """Return a batch, or the first message of an error."""
     wrong = next((sample for sample in samples if isinstance(sample, str)), None)
     return default_collate(samples) if wrong is None else wrong
 
@@ -467,7 +465,7 @@ def _loader(samples: _Samples, chosen: Any, workers: int, pin_memory: bool, **op
 
 @dataclass
 class _Batches:
-    """The batches of a loader, again and again, their first `fields`; ValueError for a message in place of one."""
+    """The batches of a loader, by their first `fields`; ValueError for a message in place of a batch."""
 
     loader: DataLoader
     fields: int
@@ -483,13 +481,13 @@ class _Batches:
 
 
 def _words(seed: tuple[int, ...], count: int) -> list[int]:
-    """Independent seeds of 63 bits."""
+    """Return independent seeds of 63 bits."""
     return [int(word >> np.uint64(1)) for word in np.random.SeedSequence(seed).generate_state(count, np.uint64)]
 
 
 @contextmanager
 def _generators_kept(device: torch.device | None = None) -> Iterator[None]:
-    """Python's, NumPy's and torch's global generators, which timm draws from, afterwards as they were before."""
+    """Restore Python's, NumPy's and torch's global generators, from which timm draws, after the block."""
     before = random.getstate(), np.random.get_state()  # noqa: NPY002
     devices = [device] if device is not None and device.type == "cuda" else []
     with torch.random.fork_rng(devices):

@@ -25,7 +25,7 @@ _FASHION_CLASSES = "T-shirt/top,Trouser,Pullover,Dress,Coat,Sandal,Shirt,Sneaker
 
 
 def channel_statistics(images: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """(mean, deviation) of each channel of uint8 images (N, C, H, W), in units of the full pixel range.
+    """Return (mean, deviation) of each channel of uint8 images (N, C, H, W), in units of the full pixel range.
 
     Examples
     --------
@@ -51,7 +51,7 @@ class ImageDataset:
     Attributes
     ----------
     name
-        Short name, such as ``"cifar10"``; a suffix says so where the images are not the original ones.
+        Short name, such as ``"cifar10"``; a suffix marks images that are not the original ones.
     train_images, test_images
         uint8 arrays (N, C, H, W) and (M, C, H, W); colour channels are red, green, blue.
     train_labels, test_labels
@@ -214,7 +214,7 @@ def load_images(name: str, root: str | os.PathLike[str] | None = None, *, verify
 
 
 def _load_fashion() -> ImageDataset:
-    """Xiao, Rasul, Vollgraf, Fashion-MNIST, 2017, arXiv:1708.07747; README.md beside this file says how it was made."""
+    """Xiao, Rasul, Vollgraf, Fashion-MNIST, 2017, arXiv:1708.07747; README.md beside this file describes its making."""
     place = files("structlin_nn.data") / _FASHION
     if not place.is_file():
         raise FileNotFoundError(f"{place} is missing: the package was installed without its data")

@@ -1,6 +1,6 @@
-"""What ``structlin prepare`` does: texts and OpenWebText as token files.
+"""Texts and OpenWebText as token files, for ``structlin prepare``.
 
-Files are there as a whole or not at all, and an interrupted preparation is resumed by the same call.
+Files are written as a whole or not at all, and the same call resumes an interrupted preparation.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ __all__ = ["OPENWEBTEXT", "prepare_openwebtext", "prepare_text", "pydoc_document
 
 OPENWEBTEXT = "Skylion007/openwebtext"
 ROWS = 50_000
-"""Documents that are tokenised together: so many are lost at most where an interruption comes."""
+"""Documents that are tokenised together; an interruption loses at most as many."""
 BEGUN = ".prepare.json"
 
 
@@ -58,7 +58,7 @@ def prepare_text(
     files
         UTF-8 text files, each a document, in this order; None: `pydoc_documents`.
     out
-        The folder. Where the same call has finished before, it is only opened.
+        Folder to write. If the same call has finished before, it is only opened.
     tokenizer, vocabulary
         As `structlin_nn.data.tokenizers.load_tokenizer`, with its errors.
     val_fraction
@@ -114,7 +114,7 @@ def prepare_text(
         ]
 
     def parts() -> Iterator[tuple[str, np.ndarray]]:
-        # tiktoken and tokenizers work outside of Python's lock.
+        # tiktoken and tokenizers release Python's global lock.
         with ThreadPoolExecutor(_cores(workers)) as pool:
             for found in pool.map(encode, documents):
                 yield from found
@@ -184,7 +184,7 @@ def prepare_openwebtext(
 
 
 class _Encode:
-    """Documents -> their tokens; processes are given its arguments, and `datasets` its hash."""
+    """Tokenise documents. Processes get its arguments, from which `datasets` computes its hash."""
 
     def __init__(self, column: str, tokenizer: str, vocabulary: Any) -> None:
         self.column, self.arguments = column, (tokenizer, vocabulary)
@@ -233,7 +233,7 @@ def _write(
 
 def _cut(raw: bytes, place: int) -> int:
     """Return the start of a line shortly before `place`, or else of the character that is there."""
-    # Near enough not to change the shares much.
+    # The window is small, so that the shares hardly change.
     window = min(2**12, place // 8, (len(raw) - place) // 8)
     line = raw.rfind(b"\n", place - window, place)
     if line >= 0:

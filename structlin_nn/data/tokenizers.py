@@ -59,7 +59,7 @@ def load_tokenizer(name: str, folder: str | os.PathLike[str] | None = None) -> T
     ValueError
         An unknown name, a folder for ``bytes``, or files that are not those of GPT-2.
     ImportError, FileNotFoundError
-        Tiktoken is not installed; no vocabulary at hand.
+        Tiktoken is not installed; no vocabulary is available.
 
     Examples
     --------
@@ -90,7 +90,7 @@ def load_tokenizer(name: str, folder: str | os.PathLike[str] | None = None) -> T
                 "vocab.json and merges.txt"
             ) from error
         return Tokenizer(name, GPT2_VOCABULARY, end, coder.encode_ordinary, lambda tokens: coder.decode(list(tokens)))
-    # tiktoken reads such files too, but keeps a copy of whatever was once at a path.
+    # tiktoken reads such files too, but caches them by their path.
     place = Path(folder).expanduser()
     pair = next((pair for pair in _FILES if all((place / file).is_file() for file in pair)), None)
     if pair is None:

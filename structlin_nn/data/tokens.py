@@ -1,7 +1,7 @@
 """Tokens of a text: files as nanoGPT writes them, and batches of them as NumPy arrays, for torch and flax.
 
 A folder holds ``train.bin`` and ``val.bin``, raw little-endian uint16 numbers, one for each token, without a header:
-what the data scripts of nanoGPT write (Karpathy, https://github.com/karpathy/nanoGPT) is read as it stands. Beside
+the format of nanoGPT's data scripts (Karpathy, https://github.com/karpathy/nanoGPT). Beside
 them, ``structlin prepare`` writes ``meta.json`` with the size of the vocabulary, the tokeniser, and the number and
 sha256 sum of the tokens of each split. nanoGPT's ``meta.pkl`` is a pickle, which can run code, and is never read.
 """
@@ -42,7 +42,7 @@ _CHUNK = 2**22
 
 @dataclass(frozen=True, eq=False)
 class TokenData:
-    """The tokens of a corpus, mapped from their files: nothing is read before it is used.
+    """The tokens of a corpus, mapped from their files and read when they are used.
 
     Attributes
     ----------
@@ -51,7 +51,7 @@ class TokenData:
     vocab_size
         Every token is below it.
     name
-        Of the corpus; the folder's where ``meta.json`` tells none.
+        Name of the corpus, by default that of the folder.
     digest
         sha256 over the sums of both splits: equal exactly where all tokens are.
     tokenizer, end_of_text
@@ -81,7 +81,7 @@ def open_tokens(
 ) -> TokenData:
     """Open a folder of token files.
 
-    All tokens are read once, to see that each is inside the vocabulary and that the sums are those in ``meta.json``.
+    All tokens are read once, to verify that they are inside the vocabulary and match the sums in ``meta.json``.
 
     Parameters
     ----------
@@ -93,7 +93,7 @@ def open_tokens(
     name
         Of the corpus, instead of what ``meta.json`` or the folder says.
     digest
-        What another process of the same run found (``TokenData.digest``), believed without reading anything.
+        ``TokenData.digest`` of another process of the same run, taken without reading the tokens.
 
     Raises
     ------
@@ -182,7 +182,7 @@ def evaluation_batches(
     tokens: np.ndarray, *, block_size: int, batch_size: int, sequences: int | None = None,
     rank: int = 0, world_size: int = 1,
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:  # fmt: skip
-    """The pieces on which a model is evaluated: the same ones, whatever the size of a batch and the processes.
+    """Iterate over pieces for evaluation, the same for every batch size and number of processes.
 
     The mean loss is the sum over all targets, divided by their number; both are summed over the processes. All
     processes get equally many batches of one shape, as collective forward passes need: rows that a process lacks are
@@ -222,7 +222,7 @@ def evaluation_batches(
     if rest:
         batches.append((np.array([len(tokens) - 1 - rest]), rest))
 
-    # A generator of its own, so that errors of the arguments come with the call and not with the first batch.
+    # An inner generator, so that the call itself raises errors of the arguments.
     def made() -> Iterator[tuple[np.ndarray, np.ndarray]]:
         for places, length in batches:
             each = -(-len(places) // world_size)
@@ -235,7 +235,7 @@ def evaluation_batches(
 
 
 def _starts(tokens: np.ndarray, block_size: int, number: int, key: list[int]) -> np.ndarray:
-    """Where random pieces start. The first k of n are those of k."""
+    """Return the starts of random pieces. The first k of n are those of k."""
     if len(_check_tokens(tokens)) <= natural("block_size", block_size, 1):
         raise ValueError(
             f"{len(tokens)} tokens are too few: pieces of block_size {block_size} and the token after each need "
@@ -259,7 +259,7 @@ def _check_tokens(tokens: Any) -> np.ndarray:
 
 
 def _read_meta(path: Path) -> dict[str, Any]:
-    """Return what ``meta.json`` says, checked; {} where there is none."""
+    """Return the checked content of ``meta.json``; {} if there is none."""
     if not path.exists():
         return {}
     try:
@@ -275,7 +275,7 @@ def _read_meta(path: Path) -> dict[str, Any]:
 
 
 def token_vocabulary(folder: str | os.PathLike[str]) -> int:
-    """Size of the vocabulary of a folder of token files, as `open_tokens` finds it, without reading tokens."""
+    """Return the size of the vocabulary of a folder, as `open_tokens` finds it, without reading tokens."""
     place = Path(folder).expanduser()
     return _vocabulary(place, _read_meta(place / META), None)
 
@@ -286,7 +286,7 @@ def _vocabulary(folder: Path, meta: dict[str, Any], given: int | None) -> int:
         raise ValueError(f"vocab_size {given} was given, {folder / META} says {stated}")
     if given is None and stated is None and (folder / "meta.pkl").exists():
         raise ValueError(
-            f"{folder / 'meta.pkl'} tells the vocabulary, but pickles can run code and are not read: pass vocab_size"
+            f"{folder / 'meta.pkl'} states the vocabulary, but pickles can run code and are not read: pass vocab_size"
         )
     size = natural("vocab_size", next(n for n in (given, stated, GPT2_VOCABULARY) if n is not None), 1)
     if size > 2**16:
@@ -312,14 +312,14 @@ def _scan(path: Path, tokens: np.ndarray, vocabulary: int) -> str:
             wrong = int(np.argmax(chunk >= vocabulary))
             raise ValueError(
                 f"{path}: token {start + wrong} is {chunk[wrong]}, outside the vocabulary of {vocabulary} "
-                "(another vocabulary is told by vocab_size or meta.json)"
+                "(vocab_size or meta.json states another vocabulary)"
             )
         digest.update(chunk.data)
     return digest.hexdigest()
 
 
 def natural(name: str, value: Any, least: int = 0) -> int:
-    """`value` as an int; TypeError for what is no integer, ValueError for one below `least`."""
+    """Return `value` as an int; TypeError for other types, ValueError for one below `least`."""
     if isinstance(value, bool):
         raise TypeError(f"{name} must be an integer, got {value!r}")
     try:
@@ -333,7 +333,7 @@ def natural(name: str, value: Any, least: int = 0) -> int:
 
 
 def share(batch_size: Any, rank: Any, world_size: Any) -> tuple[int, int, int]:
-    """(batch size of one process, rank, number of processes) for a global batch size that all share equally."""
+    """Return (batch size of one process, rank, number of processes) of a batch that all share equally."""
     size, world = natural("batch_size", batch_size, 1), natural("world_size", world_size, 1)
     place = natural("rank", rank)
     if place >= world:

@@ -1,1 +1,1 @@
-"""Figures, from records and tables alone: :mod:`structlin_nn.figures.style` says how all of them look."""
+"""Figures from records and tables, with the common style of :mod:`structlin_nn.figures.style`."""

@@ -33,7 +33,7 @@ def compute_figure(
     for name, law in laws.items():
         _law(left, law, styles[name], confidence)
     finish(left, x=label(x), y=label(y))
-    # The points say how large the panel is: a band of few points can be far wider.
+    # Limits by the points: the band of few points can be far wider.
     errors = np.concatenate([law.fit.error for law in laws.values()])
     room = max((errors.max() / errors.min()) ** 0.08, 1.02)
     left.set_ylim(errors.min() / room, errors.max() * room)

@@ -23,7 +23,7 @@ def check_figure(checks: Sequence[Mapping[str, Any]]) -> Figure:
     figure = new_figure(1.2 + 4.2 * len(checks) + 1.6, 6.4)
     grid = figure.subplots(2, len(checks), sharex=True, sharey="row", squeeze=False)
     names = [layer["name"] for layer in checks[0]["layers"]]
-    # From early (dark) to late layers; this map rises in lightness for everybody.
+    # From early (dark) to late layers, with a colour map that is monotone in lightness.
     colours = colormaps["viridis"](np.linspace(0, 0.9, len(names)))
     for (top, bottom), check in zip(grid.T, checks, strict=True):
         for colour, layer in zip(colours, check["layers"], strict=True):
@@ -37,7 +37,7 @@ def check_figure(checks: Sequence[Mapping[str, Any]]) -> Figure:
             finish(axes, x="width" if axes is bottom else "", y=text if check is checks[0] else "")
             _ticks_at(axes, check["widths"])
     low, high = grid[0, 0].get_ylim()
-    if high < 10 * low:  # what is flat looks flat
+    if high < 10 * low:  # show flat lines as flat
         middle = (low * high) ** 0.5
         grid[0, 0].set_ylim(middle / 10**0.5, middle * 10**0.5)
     for axes in grid[:, 0]:

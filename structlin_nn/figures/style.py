@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
@@ -37,7 +38,7 @@ _LABELS = {
     "val_loss": "validation loss (nats)", "batch_loss": "training loss (nats, augmented)",
 }  # fmt: skip
 FORMATS = ("png", "svg", "pdf")
-_SETTINGS = {
+_SETTINGS: dict[Any, Any] = {
     "svg.fonttype": "none",  # text stays text
     "svg.hashsalt": "structlin",  # the same figure is the same file
     "pdf.fonttype": 42,
@@ -157,6 +158,6 @@ def save(figure: Figure, path: Path, dpi: int = 160) -> None:
     kind = path.suffix.removeprefix(".").lower()
     if kind not in FORMATS:
         raise ValueError(f"figures are written as .png, .svg or .pdf, got {path.name!r}")
-    metadata = {"png": {}, "svg": {"Date": None}, "pdf": {"CreationDate": None}}[kind]
+    metadata: Any = {"png": {}, "svg": {"Date": None}, "pdf": {"CreationDate": None}}[kind]
     with mpl.rc_context(_SETTINGS), atomic_write(path) as file:
         figure.savefig(file, format=kind, dpi=dpi, metadata=metadata)

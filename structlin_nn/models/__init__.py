@@ -50,7 +50,7 @@ class ModelSpec:
 
     @property
     def options(self) -> tuple[str, ...]:
-        """Names of the sizes that can be chosen, apart from the width."""
+        """Names of the sizes other than the width."""
         return tuple(p for p in inspect.signature(self.config).parameters if p not in ("width", "structure"))
 
 

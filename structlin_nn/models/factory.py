@@ -1,4 +1,4 @@
-"""Which layers of a model are structured, and the one place where its linear layers are made."""
+"""The structure of the linear layers of a model, and the factory that makes them."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ class StructureConfig:
     options
         Options of that structure, the same for every layer: ``{"rank": 2, "factorization": "greedy"}``.
     layers
-        Which layers get it: ``all``, ``all_but_last`` (the output layer stays dense) or ``intermediate`` (the output
-        layer and the layer that reads the data stay dense). None: what the paper does with the model
+        Layers that have the structure: ``all``, ``all_but_last`` (the output layer stays dense) or ``intermediate``
+        (the output layer and the layer that reads the data stay dense). None takes the paper's choice for the model
         (``models.MODELS[name].layers``).
     rms_cap
         Hold the RMS of every factor at or below its initial deviation, with a learned gain for each factor. Query and

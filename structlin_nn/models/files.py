@@ -1,7 +1,7 @@
-"""Models of this package, and of timm, as files from which they can be built again.
+"""Files of models of this package and of timm, from which the models are built again.
 
-A file is that of :func:`structlin_nn.torch.save_structured`; its ``build`` says what is built before the layers are
-replaced: ``{"kind": "GPT2", "config": {...}}`` with all sizes (likewise ``MLP`` and ``ViT``), or
+The format is that of :func:`structlin_nn.torch.save_structured`; its ``build`` describes the model before its layers
+are replaced: ``{"kind": "GPT2", "config": {...}}`` with all sizes (likewise ``MLP`` and ``ViT``), or
 ``{"kind": "timm", "name": ..., "options": {...}}`` with ``num_classes`` and ``img_size``.
 """
 
@@ -31,7 +31,7 @@ def save_model(
     model: nn.Module, path: str | os.PathLike[str], *, build: Mapping[str, Any] | None = None,
     metadata: Mapping[str, str] | None = None,
 ) -> None:  # fmt: skip
-    """Write a model, whatever its layers have become, to a .safetensors file that :func:`load_model` builds it from.
+    """Write a model with its replaced layers to a .safetensors file for :func:`load_model`.
 
     Parameters
     ----------
@@ -40,8 +40,8 @@ def save_model(
     path
         The file, ``.safetensors``; replaced as a whole.
     build
-        How a model that is not of this package is built, as in :mod:`structlin_nn.models.files`; ValueError for what
-        :func:`load_model` cannot carry out, TypeError where it is missing.
+        Construction of a model that is not of this package, as in :mod:`structlin_nn.models.files`. ValueError for one
+        that :func:`load_model` cannot build, TypeError if it is missing.
     metadata
         Further strings for the metadata of the file.
 
@@ -71,7 +71,7 @@ def load_model(
     Raises
     ------
     FileNotFoundError, ValueError
-        As :func:`structlin_nn.torch.load_structured`; a file that does not say how to build its model
+        As :func:`structlin_nn.torch.load_structured`; a file that does not state how to build its model
         (``load_structured`` takes a model that you build).
     ModuleNotFoundError
         A model of timm, where that is not installed.
@@ -89,7 +89,7 @@ def load_model(
 
 
 def build_of(model: nn.Module) -> dict[str, Any]:
-    """How a model of this package or of :func:`make_timm` is built, apart from the structure of its layers.
+    """Return the construction of a model of this package or of :func:`make_timm`, without the structure of its layers.
 
     TypeError for another model.
 
@@ -107,19 +107,19 @@ def build_of(model: nn.Module) -> dict[str, Any]:
             values = {f.name: getattr(config, f.name) for f in fields(config_class) if f.name != "structure"}
             return {"kind": kind, "config": {n: list(v) if isinstance(v, tuple) else v for n, v in values.items()}}
     raise TypeError(
-        f"a model of structlin_nn.models is needed, or build, which says how it is built, got {type(model).__name__}"
+        f"a model of structlin_nn.models is needed, or its construction as build, got {type(model).__name__}"
     )
 
 
 def build_from(found: StructuredFile) -> nn.Module:
     """Return the dense model that a file names, with random values."""
     if found.build is None:
-        raise ValueError("the file does not say how its model is built: build it, and use load_structured")
+        raise ValueError("the file does not state how its model is built: build it, and use load_structured")
     return build_dense(found.build)
 
 
 def build_dense(build: Mapping[str, Any]) -> nn.Module:
-    """Return the dense model that :func:`build_of` tells how to build, with random values."""
+    """Return the dense model that :func:`build_of` describes, with random values."""
     _check(build)
     if build["kind"] == "timm":
         return make_timm(build["name"], **build["options"])
@@ -129,7 +129,7 @@ def build_dense(build: Mapping[str, Any]) -> nn.Module:
 
 
 def make_timm(name: str, **options: Any) -> nn.Module:
-    """Return a model of timm, with random values; :func:`build_of` says how it was built.
+    """Return a model of timm, with random values. :func:`build_of` returns its construction.
 
     Options are ``num_classes`` and ``img_size``. Models that are not built for a size, as convolutional ones, are built
     without it, and take images of any size. ValueError for an unknown name (without a tag of pretrained weights), other
@@ -143,7 +143,7 @@ def make_timm(name: str, **options: Any) -> nn.Module:
         raise ValueError(f"timm has no model {name!r}")
     with torch.random.fork_rng(devices=[]):
         try:
-            model = timm.create_model(name, pretrained=False, **options)
+            model: Any = timm.create_model(name, pretrained=False, **options)
         except TypeError as error:
             if "img_size" not in str(error) or "img_size" not in options:
                 raise ValueError(f"timm's {name} cannot be built with {options}: {error}") from error

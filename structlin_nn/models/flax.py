@@ -36,10 +36,11 @@ class _Maker:
         self, d_in: int, d_out: int, *, role: str = "hidden", bias: bool = True, zero_init: bool = False,
         gain: bool = True,
     ) -> StructuredLinear:  # fmt: skip
-        config, more = self.structure, {"use_bias": bias, "zero_init": zero_init, **self.common}
+        config = self.structure
+        more: dict[str, Any] = {"use_bias": bias, "zero_init": zero_init, **self.common}
         if role not in self.roles:
             return StructuredLinear(d_in, d_out, structure="dense", **more)
-        capped = {"rms_cap": config.rms_cap, "gain": gain and config.rms_cap, "rule": config.rule}
+        capped: dict[str, Any] = {"rms_cap": config.rms_cap, "gain": gain and config.rms_cap, "rule": config.rule}
         return StructuredLinear(d_in, d_out, structure=config.name, **capped, **more, **config.options)
 
     def norm(self, size: int, bias: bool = True) -> nnx.LayerNorm:
@@ -239,7 +240,7 @@ class ViT(nnx.Module):
 
 
 MODELS = {"cifar-mlp": MLP, "cifar-vit": ViT, "imagenet-vit": ViT, "gpt2": GPT2}
-"""The models that there are in flax, by the names of :data:`structlin_nn.models.MODELS`."""
+"""The flax models, by the names of :data:`structlin_nn.models.MODELS`."""
 
 
 def build_model(
@@ -259,7 +260,7 @@ def build_model(
     """
     _check_name(name)
     config = models.build_model(name, width=width, structure=structure, device="meta", **sizes).config
-    return MODELS[name](config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)  # type: ignore[arg-type]
+    return MODELS[name](config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
 
 
 def base_model(name: str, base_width: int | None = None, **sizes: Any) -> MLP | ViT | GPT2:
@@ -274,7 +275,7 @@ def base_model(name: str, base_width: int | None = None, **sizes: Any) -> MLP | 
     """
     _check_name(name)
     config = models.base_model(name, base_width, **sizes).config
-    return nnx.eval_shape(lambda: MODELS[name](config, rngs=nnx.Rngs(0)))  # type: ignore[arg-type]
+    return nnx.eval_shape(lambda: MODELS[name](config, rngs=nnx.Rngs(0)))
 
 
 class _Static:

@@ -1,8 +1,9 @@
-"""Torch models by a word on the command line: of timm, of transformers, or of one's own module."""
+"""Torch models by name: of timm, of transformers, or of a module that Python can import."""
 
 from __future__ import annotations
 
 import importlib
+import inspect
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,8 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from structlin_nn._text import suggestion
+from structlin_nn.models.factory import StructureConfig
+from structlin_nn.models.files import make_timm
+from structlin_nn.torch import replace_linear
 
-__all__ = ["FORMS", "example_inputs", "open_named", "own_function"]
+__all__ = ["FORMS", "build_named", "example_inputs", "open_named", "own_function"]
 
 FORMS = "timm:NAME, hf:CONFIG (a model type or a folder with config.json), or package.module:function"
 EXAMPLE_TOKENS = 512
@@ -72,16 +76,18 @@ def _timm(name: str, options: dict[str, Any]) -> Any:
 
 def _transformers(name: str, options: dict[str, Any]) -> Any:
     import transformers
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+    from transformers.models.auto import configuration_auto
+
+    known = configuration_auto.CONFIG_MAPPING_NAMES  # type: ignore[attr-defined]
 
     folder = Path(name)
     if (folder / "config.json").is_file() or folder.name == "config.json":
         config = transformers.AutoConfig.from_pretrained(name, **options)
-    elif name in CONFIG_MAPPING_NAMES:
+    elif name in known:
         config = transformers.AutoConfig.for_model(name, **options)
     else:
         raise ValueError(
-            f"transformers has no model type {name!r}{suggestion(name, CONFIG_MAPPING_NAMES)}, and there is no "
+            f"transformers has no model type {name!r}{suggestion(name, known)}, and there is no "
             f"{folder / 'config.json'}"
         )
     for architecture in getattr(config, "architectures", None) or ():
@@ -120,6 +126,68 @@ def own_function(path: str) -> Callable[..., Any]:
     if not callable(function):
         raise ValueError(f"{path} must be a function of a width, got {function!r}")
     return function
+
+
+class _Logits(nn.Module):
+    """A model of transformers as a function of one tensor to logits."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.model(inputs).logits
+
+
+def build_named(
+    text: str, outputs: int, structure: StructureConfig, *, width: int = 0, size_of_outputs: str = "num_labels",
+    image_size: int | None = None, **options: Any,
+) -> nn.Module:  # fmt: skip
+    """Return a model to be trained by a recipe, with random values and structured layers.
+
+    Parameters
+    ----------
+    text
+        ``timm:NAME``, ``hf:CONFIG``, or ``package.module:function``, whose function is called with the width, and with
+        the keyword ``outputs`` if it has that parameter.
+    outputs
+        Number of classes or tokens.
+    structure
+        Structure of the linear layers (:func:`structlin_nn.torch.replace_linear`).
+    width
+        Width of the function's model.
+    size_of_outputs
+        Name that the configuration of transformers has for ``outputs``.
+    image_size
+        Side of the images that the model takes, for ``timm:NAME`` and ``hf:CONFIG``.
+    **options
+        Further arguments of the configuration or the function.
+
+    Returns
+    -------
+    nn.Module
+        Inputs to logits.
+    """
+    kind, _, name = text.partition(":")
+    made: Any
+    if kind == "timm":
+        if options:
+            raise ValueError(f"{text} takes no further options, got {', '.join(options)}")
+        made = make_timm(name, num_classes=outputs, img_size=image_size)
+    elif kind == "hf":
+        size = {} if image_size is None else {"image_size": image_size}
+        made = _Logits(open_named(text, device=None, **{size_of_outputs: outputs, **size, **options}))
+    else:
+        function = own_function(text)
+        named = {"outputs": outputs} if "outputs" in inspect.signature(function).parameters else {}
+        made = function(width, **named, **options)
+    model = made[0] if isinstance(made, tuple) else made
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{text} must give a torch.nn.Module, got a {type(model).__name__}")
+    if structure.name != "dense":
+        capped: dict[str, Any] = {"rms_cap": structure.rms_cap, "rule": structure.rule, "shared_weights": "skip"}
+        replace_linear(model, structure.name, layers=structure.layers or "all_but_last", **capped, **structure.options)
+    return model
 
 
 def example_inputs(model: nn.Module, batch: int = 1) -> Tensor:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from structlin_nn.models.transformer import GPT2, GPT2Config
-from structlin_nn.torch.files import read_tensors
+from structlin_nn.torch.files import check_entries, read_tensors
 
 __all__ = ["load_gpt2"]
 
@@ -78,20 +78,17 @@ def load_gpt2(
     given = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
     own = _renamed({name: tensor for name, tensor in given.items() if not _MASKS.match(name)}, tied)
     model = GPT2(config, device="meta", dtype=dtype or own["tokens.weight"].dtype)
-    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    if wrong := sorted(shapes.keys() ^ own.keys()):
-        which = "missing" if wrong[0] in shapes else "left over"
-        raise ValueError(f"the weights do not make a GPT-2 of {config.depth} blocks: {wrong[0]} is {which}")
-    for name, shape in shapes.items():
-        if own[name].shape != shape:
-            raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(own[name].shape)}")
+    try:
+        check_entries({n: (tuple(t.shape), t.dtype) for n, t in model.state_dict().items()}, own)
+    except ValueError as error:
+        raise ValueError(f"the weights do not make a GPT-2 of {config.depth} blocks: {error}") from error
     model = model.to_empty(device=device or "cpu")
     model.load_state_dict(own)
     return model.eval()
 
 
 def _from_module(module: nn.Module) -> tuple[dict[str, Any], Mapping[str, Tensor]]:
-    config = getattr(module, "config", None)
+    config: Any = getattr(module, "config", None)
     if getattr(config, "model_type", None) != "gpt2" or not callable(getattr(config, "to_dict", None)):
         raise TypeError(f"a GPT-2 of transformers is needed, got {type(module).__name__}")
     return config.to_dict(), module.state_dict()

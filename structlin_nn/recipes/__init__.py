@@ -1,8 +1,7 @@
 """Recipes: each trains one kind of model, in one flat file from data to optimiser in the manner of nanoGPT.
 
 `cifar`, `imagenet` and `gpt2` are in torch, `flax_cifar` and `flax_gpt2` in flax. Each has a dataclass `Config`, which
-decides the result, `Options`, which says where a run reads and writes, and `train`. What they share is in the modules
-with an underscore.
+determines the result, `Options` for files and output, and `train`. Modules with an underscore hold the shared parts.
 """
 
 from __future__ import annotations
@@ -16,12 +15,12 @@ from structlin_nn._text import suggestion
 
 __all__ = ["MODELS", "config_from_dict", "recipe", "recipe_module"]
 
-_VIT = {"model": "cifar-vit", "epochs": 200, "batch_size": 256, "lr": 1e-3, "input_lr_mult": 1.0}
+_VIT = {"model": "cifar-vit", "epochs": 200, "batch_size": 256, "lr": 1e-3}
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "cifar-mlp": ("cifar", {"model": "cifar-mlp"}), "cifar-vit": ("cifar", _VIT), "imagenet-vit": ("imagenet", {}),
     "gpt2": ("gpt2", {}),
 }  # fmt: skip
-"""For each model its recipe, and in what the paper's configuration of it differs from the defaults of the recipe."""
+"""The recipe of each model, and the fields in which the paper's configuration differs from the recipe's defaults."""
 _RECIPES = ("cifar", "imagenet", "gpt2", "flax_cifar", "flax_gpt2")
 
 

@@ -1,4 +1,4 @@
-"""What the configurations of all recipes share: frozen dataclasses that tyro reads, checked when they are made.
+"""The base of the configurations of all recipes: a frozen dataclass that tyro reads and that checks its values.
 
 Importing this module imports neither torch nor jax.
 """
@@ -64,14 +64,14 @@ def require(fine: bool, message: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """What decides the result of a run, whatever it trains; the ``Config`` of each recipe adds what is its own.
+    """The fields that determine the result of a run; the ``Config`` of each recipe adds its own.
 
-    The fields in `execution` decide how a run is computed and not what: a resumed run may have others.
+    The fields in `execution` change how a run is computed and not its result: a resumed run may change them.
 
     Raises
     ------
     TypeError
-        A value of another type than the field's (an int is taken for a float, a list for a tuple).
+        A value of another type than the field's (an int is accepted as a float, a list as a tuple).
     ValueError
         A value outside of its range, an unknown name, or an option that the structure does not have.
     """
@@ -79,42 +79,51 @@ class RunConfig:
     task: ClassVar[str]
     """Name of the pipeline in records."""
     unit: ClassVar[str] = "img"
-    """What a sample is, in progress bars."""
+    """Unit of a sample in progress bars."""
     execution: ClassVar[frozenset[str]] = frozenset({"accumulate", "compile", "recompute"})
     paper_options: ClassVar[Mapping[str, Mapping[str, Mapping[str, Any]]]] = {}
-    """By model and structure: the options that the paper uses."""
+    """Options of the paper, by model and structure."""
+    named: ClassVar[tuple[str, ...]] = ()
+    """Models of the recipe; others are ``timm:NAME``, ``hf:CONFIG`` or ``package.module:function``."""
+    sizes: ClassVar[tuple[str, ...]] = ()
+    """Fields that only the named models have."""
+    compiles: ClassVar[bool] = True
+    """Whether models are compiled on CUDA unless `compile` says otherwise."""
     capped: ClassVar[bool] = False
     """Whether Block Tensor-Trains get an RMS cap unless `rms_cap` says otherwise; the paper caps them where they
     diverge without."""
 
     model: str = ""
+    model_options: StructureOptions = None  # type: ignore[assignment]
+    """Arguments of a model that is not named: of the configuration of ``hf:CONFIG``, or of the function."""
     width: int = 256  # width of the model
     base_width: int = 64  # width at which the learning rate was tuned
     structure: str = "dense"  # structure of the linear layers, one of `structlin structures`
     options: StructureOptions = None  # type: ignore[assignment]
     """Options of the structure; the paper's where not given."""
     layers: Literal["all", "all_but_last", "intermediate"] = "all_but_last"  # which linear layers are structured
-    rms_cap: bool | None = None  # cap the RMS of every factor, with a learned gain; None: as the paper does
+    rms_cap: bool | None = None  # cap the RMS of every factor, with a learned gain; None: the paper's choice
     rule: Literal["paper", "rank_corrected"] = "paper"  # initial scale of the factors
-    structure_aware: bool = True  # learning rates by structure; without, factors get the rate of a dense layer (naive)
+    structure_aware: bool = True  # learning rates by structure; False: those of dense layers (naive)
     batch_size: int = 256  # samples of a step, of all processes and parts together
     lr: float = 3e-3  # learning rate of the dense model at base width
     schedule: Literal["cosine", "constant"] = "cosine"  # learning rate after the warm-up
-    final_lr: float = 0.0  # where the cosine ends, as a share of the learning rate
+    final_lr: float = 0.0  # final share of the learning rate of the cosine
     optimizer: Literal["adam", "adamw", "muon"] = "adam"  # muon: Muon for matrices, AdamW at adam_lr for the rest
-    adam_lr: float = 0.0  # with muon: learning rate of what AdamW steps
+    adam_lr: float = 0.0  # with muon: learning rate of AdamW
     weight_decay: float = 0.0  # decoupled decay of factors and weights, for adamw and muon
     independent_decay: bool = False  # decay by lr * weight_decay whatever the multiplier of a factor's rate
     betas: tuple[float, float] = (0.9, 0.999)  # decay rates of Adam's two moments
     clip: float = 0.0  # largest norm of all gradients together, 0 for no clipping
-    ema: float = 0.0  # decay of an average of weights and buffers that is evaluated in their place, 0 for none
+    ema: float = 0.0  # decay of an average of weights and buffers for evaluations, 0 for none
     precision: Literal["float32", "bfloat16", "float16"] = "float32"  # of products; 16 bits by autocast
-    accumulate: int = 1  # parts into which each process splits its share of a step
-    compile: bool = False  # torch.compile the model
-    recompute: bool = False  # keep only the inputs of blocks, and compute the rest again (activation checkpointing)
-    seed: int = 0  # of initialisation, order of the data and augmentation
+    accumulate: int = 1  # parts of a step in each process
+    tf32: bool = True  # products of float32 on CUDA in TensorFloat-32
+    compile: bool | None = None  # torch.compile the model; None: on CUDA alone
+    recompute: bool = False  # activation checkpointing: keep the inputs of blocks alone
+    seed: int = 0  # seed of initialisation, order of the data and augmentation
     device: str = "cpu"  # cpu, cuda or cuda:N
-    threads: int = 0  # threads of torch on the CPU, 0 for torch's own choice
+    threads: int = 0  # threads of torch on the CPU, 0: torch's default
 
     def __post_init__(self) -> None:
         known = structlin.structure_names()
@@ -126,21 +135,46 @@ class RunConfig:
         usual = self.paper_options.get(self.model, {}).get(self.structure, {})
         kept = {k: v for k, v in usual.items() if k not in {_EXCLUSIVE.get(name) for name in given}}
         object.__setattr__(self, "options", {k: _tuples(v) for k, v in {**kept, **given}.items()})
+        object.__setattr__(self, "model_options", {k: _tuples(v) for k, v in (self.model_options or {}).items()})
+        if self.has_own_width:
+            for name in ("width", "base_width"):
+                object.__setattr__(self, name, 0)
+        if self.compile is None:
+            object.__setattr__(self, "compile", self.compiles and str(self.device).startswith("cuda"))
         if self.rms_cap is None:
             object.__setattr__(self, "rms_cap", self.capped and self.structure == "block_tensor_train")
         for name, hint in _hints(type(self)).items():
             object.__setattr__(self, name, _typed(name, getattr(self, name), hint))
         self._check()
 
+    @property
+    def is_named(self) -> bool:
+        """Whether the model is one of the recipe."""
+        return ":" not in str(self.model)
+
+    @property
+    def has_own_width(self) -> bool:
+        """Whether the model comes from a library, which gives it its width."""
+        return str(self.model).startswith(("timm:", "hf:"))
+
     def _check(self) -> None:
         """Check ranges; recipes add their own."""
+        if self.is_named:
+            near = f"{suggestion(self.model, self.named)} (one of {', '.join(self.named)}, timm:NAME, hf:CONFIG, or"
+            require(self.model in self.named, f"unknown model {self.model!r}{near} package.module:function)")
+            require(not self.model_options, f"model_options are for other models than {self.model}")
+        else:
+            usual = {entry.name: entry.default for entry in fields(self)}
+            for name in self.sizes:
+                require(getattr(self, name) == usual[name], f"{name} is a size of {', '.join(self.named)}")
         allowed = structlin.structure_options(self.structure)
         for name in self.options:
             has = f"it has {', '.join(allowed)}" if allowed else "it has none"
             near = suggestion(name, allowed)
             require(name in allowed, f"structure {self.structure!r} has no option {name!r}{near} ({has})")
         self._at_least(1, "batch_size", "accumulate")
-        self._check_width()
+        if not self.has_own_width:
+            self._at_least(1, "width", "base_width")
         self._at_least(0, "weight_decay", "seed", "threads", "clip", "adam_lr")
         require(self.lr > 0, f"lr must be positive, got {self.lr}")
         require(all(0 <= b < 1 for b in self.betas), f"betas must be two numbers from 0 to below 1, got {self.betas}")
@@ -156,9 +190,6 @@ class RunConfig:
         ends = self.schedule == "cosine" or not self.final_lr
         require(ends, f"final_lr={self.final_lr} is where a cosine ends; schedule='constant' has none")
 
-    def _check_width(self) -> None:
-        self._at_least(1, "width", "base_width")
-
     def _at_least(self, least: int, *names: str) -> None:
         for name in names:
             value = getattr(self, name)
@@ -173,7 +204,7 @@ class RunConfig:
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields as values that JSON can hold; `from_dict` gives the same configuration back."""
+        """Return all fields as plain values for JSON; `from_dict` is the inverse."""
         return {entry.name: _plain(getattr(self, entry.name)) for entry in fields(self)}
 
     def replace(self, **changes: Any) -> Self:
@@ -252,7 +283,7 @@ def _typed(name: str, value: Any, hint: Any) -> Any:
 
 
 def _tuples(value: Any) -> Any:
-    """Lists as tuples, so that both ways to write an option are equal."""
+    """Return lists as tuples, so that both notations of an option are equal."""
     if isinstance(value, list | tuple):
         return tuple(_tuples(entry) for entry in value)
     if value is None or isinstance(value, bool | int | str) or (isinstance(value, float) and math.isfinite(value)):

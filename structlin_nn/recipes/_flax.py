@@ -1,7 +1,7 @@
-"""What the recipes in flax share: the state of a run and its checkpoints by orbax.
+"""The run of a recipe in flax, with checkpoints by orbax, in one process.
 
-A run starts from the parameters that torch draws, so that it is the run in torch to rounding; features and gains are
-measured on that torch model, with the weights of the step (:mod:`structlin_nn.convert`). It trains in one process.
+A run starts from the parameters that torch draws, and so agrees with the run in torch to rounding. Features and gains
+are measured on that torch model, with the current weights (:mod:`structlin_nn.convert`).
 """
 
 from __future__ import annotations
@@ -40,10 +40,11 @@ CLIP_EPSILON = 1e-6  # torch's, in clip_grad_norm_
 
 
 def check_flax(config: RunConfig) -> None:
-    """ValueError for what a recipe in flax does not do."""
+    """Raise ValueError for options that the recipes in flax do not have."""
     for name, value in {"precision": "float32", "compile": False, "recompute": False}.items():
         found = getattr(config, name)
         require(found == value, f"{name} must be {value!r} in flax, got {found!r}")
+    require(config.is_named, f"model must be {' or '.join(config.named)} in flax, got {config.model!r}")
     require(config.optimizer != "muon", "optimizer='muon' is for the recipes in torch")
 
 
@@ -76,7 +77,7 @@ class FlaxRun(Run):
     ) -> None:  # fmt: skip
         """Make model and optimiser, start the record, or restore what the checkpoint holds.
 
-        Args: as of `structlin_nn.recipes._torch.TorchRun.start`; `build` makes the torch models.
+        The arguments are those of `structlin_nn.recipes._torch.TorchRun.start`; `build` makes the torch models.
         """
         config, self.warmup, self.generators = self.config, warmup, dict(generators or {})
         torch.manual_seed(config.seed)
@@ -84,7 +85,7 @@ class FlaxRun(Run):
         base: Any = base_of(build, config, outputs)
         kind: Any = MODELS[config.model]
         model, dense = (nnx.eval_shape(lambda own=m.config: kind(own, rngs=nnx.Rngs(0))) for m in (twin, base))
-        aware = {"optimizer": config.optimizer, "structure_aware": config.structure_aware}
+        aware: dict[str, Any] = {"optimizer": config.optimizer, "structure_aware": config.structure_aware}
         # At a learning rate of 1: steps multiply by theirs.
         self.tx = optimizer_for(
             model, dense, lr=1.0, weight_decay=config.weight_decay, extra_multipliers=extra_multipliers, decay=decay,
@@ -92,7 +93,8 @@ class FlaxRun(Run):
         )  # fmt: skip
         to_flax(twin.state_dict(), model)
         self.twin = twin
-        self.graph, params, rest = nnx.split(model, nnx.Param, ...)
+        split: Any = nnx.split(model, nnx.Param, ...)
+        self.graph, params, rest = split
         self.params, self.rest = jax.device_put((nnx.as_pure(params), nnx.as_pure(rest)), self.device)
         self.moments = self.tx.init(self.params)
         self.average = self.params if config.ema else None
@@ -170,7 +172,7 @@ class FlaxRun(Run):
 
     @contextmanager
     def evaluation(self) -> Any:
-        """While the block lasts, `params` are the averaged ones if there is an average."""
+        """Set `params` to the averaged ones, if there is an average, within the block."""
         kept = self.params
         self.params = kept if self.average is None else self.average
         try:
@@ -192,7 +194,7 @@ class FlaxRun(Run):
         return {"tensors": {}, "build": None, "layout": None}
 
     def more_state(self) -> dict[str, Any]:
-        structures = {m.structure for m in self.twin.modules() if isinstance(m, StructuredLinear)}
+        structures: Any = {m.structure for m in self.twin.modules() if isinstance(m, StructuredLinear)}
         return {
             "init_from": None,
             "generators": {name: encoded(generator.get_state()) for name, generator in self.generators.items()},

@@ -1,4 +1,4 @@
-"""How features and gains change while a model trains."""
+"""Measurement of features and gains during training."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["Probe"]
 
 
 class Probe:
-    """How large the last features are on a fixed batch, how much a step changes them, and the gain of each layer.
+    """Measure the last features on a fixed batch, their change in a step, and the gain of each layer.
 
     Under the structure-aware rule these stay the same when the width grows (Qiu et al., *Compute Better Spent*, ICML
     2024, section 3 and figure 2a); under the naive rule the change per step shrinks or explodes.
@@ -45,10 +45,10 @@ class Probe:
             self.count += 1
 
     def statistics(self) -> dict[str, Any]:
-        """Return what a record has of them, and start anew.
+        """Return the measurements for a record, and reset the sums.
 
         ``feature_rms``: RMS of the last hidden features (what the output layer reads). ``feature_change``: RMS of
-        their change in a step, mean of the ``measured_steps`` since the last call (None if there are none).
+        their change in a step, mean of the ``measured_steps`` since the last call (None for no steps).
         ``gains``: for each structured layer RMS(A x) / RMS(x) over the batch, bias left out; None where x is 0.
         ``learned_gains``: for each layer with capped factors the product of their learned gains.
         """

@@ -1,4 +1,4 @@
-"""Training in several processes: what torchrun says, and what the processes agree on.
+"""Training in several processes, as torchrun starts them.
 
 They share one folder for records and checkpoints.
 """
@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -39,9 +39,9 @@ class Processes:
         How the processes share a model: ``ddp`` (each has all of it) or ``fsdp`` (each has a part: FSDP2,
         `fully_shard`).
     device
-        Where this process computes.
+        Device of this process.
     control, mesh
-        The processes as a group, for what is no tensor of the device, and as a mesh; None for one alone.
+        The processes as a group of gloo, for values on the CPU, and as a mesh; None for a single process.
     main
         Whether this process writes and reports.
     sharded
@@ -62,7 +62,7 @@ class Processes:
         object.__setattr__(self, "sharded", self.size > 1 and self.parallel == "fsdp")
 
     def first(self, work: Callable[[], Value]) -> Value:
-        """What `work` returns in the first process, which alone does it while the others wait; its error in all."""
+        """Call `work` in the first process while the others wait; return its result, or raise its error, in all."""
         if self.size == 1:
             return work()
         held: list[Any] = [None, None]
@@ -77,7 +77,7 @@ class Processes:
         return held[0]
 
     def largest(self, number: int) -> int:
-        """Return the largest number in any process; all have to ask."""
+        """Return the largest number of any process; all processes call it."""
         found = torch.tensor([number])
         if self.size > 1:
             dist.all_reduce(found, dist.ReduceOp.MAX, group=self.control)
@@ -97,21 +97,23 @@ class Processes:
         return tensor
 
     def share(self, tensor: Tensor) -> Tensor:
-        """This process's rows of a tensor that all have; as equal as can be."""
+        """Return the rows of this process of a tensor that all have, in parts as equal as possible."""
         return tensor if self.size == 1 else tensor.tensor_split(self.size)[self.rank]
 
     def part_size(self, config: RunConfig) -> int:
-        """Samples in each of the `accumulate` parts of this process's share of a batch; ValueError for unequal ones."""
+        """Return the number of samples of a part of a step in this process; ValueError for unequal parts."""
         own, left = divmod(config.batch_size, self.size)
         require(not left, f"batch_size {config.batch_size} cannot be shared equally by {self.size} processes")
         split = f"{own} samples in a process's share cannot be split into {config.accumulate} parts"
         require(own % config.accumulate == 0, split)
         return own // config.accumulate
 
-    def wrap(self, model: nn.Module) -> nn.Module:
-        """Return what the forward pass is to be called on. ``fsdp`` replaces the parameters of `model` by sharded ones.
+    def wrap(self, model: nn.Module, dtype: torch.dtype = torch.float32) -> nn.Module:
+        """Return the module to call for the forward pass. ``fsdp`` replaces the parameters of `model` by sharded ones.
 
-        Scalar parameters (gains of capped factors) are not sharded; `average_scalars` gives them their gradients.
+        Scalar parameters (gains of capped factors) are not sharded; `average_scalars` gives them their gradients. For
+        bfloat16 the blocks gather their parameters in bfloat16, and gradients are reduced in float32; embeddings and
+        head stay in float32, as under autocast, so that the residual stream does.
         """
         if self.size == 1:
             return model
@@ -119,12 +121,15 @@ class Processes:
             return DistributedDataParallel(
                 model, device_ids=[self.device.index] if self.device.type == "cuda" else None
             )
-        # Logits may be a view, and nothing changes them in place.
+        # Logits may be a view; they are not changed in place.
         warnings.filterwarnings("ignore", r"FSDP2-wrapped module .* returned a view", UserWarning)
         scalars = {p for p in model.parameters() if p.ndim == 0}
+        half = dtype if dtype == torch.bfloat16 else None
+        policy = MixedPrecisionPolicy(half, torch.float32 if half else None, cast_forward_inputs=False)
         for block in getattr(model, "blocks", ()):
-            fully_shard(block, mesh=self.mesh, ignored_params=scalars)
-        return fully_shard(model, mesh=self.mesh, ignored_params=scalars)
+            fully_shard(block, mesh=self.mesh, ignored_params=scalars, mp_policy=policy)
+        sharded: Any = fully_shard(model, mesh=self.mesh, ignored_params=scalars)
+        return sharded
 
     @contextmanager
     def sync(self, wrapped: nn.Module, last: bool) -> Iterator[None]:
@@ -146,9 +151,9 @@ ALONE = Processes(0, 1, "ddp", torch.device("cpu"))
 
 @contextmanager
 def processes(device: str = "cpu", parallel: str = "ddp") -> Iterator[Processes]:
-    """Join the processes that torchrun started, for as long as the block lasts; alone, there is one process.
+    """Join the processes that torchrun started within the block; without torchrun there is one process.
 
-    A group that is there already is used, and left as it is. With several processes ``cuda`` is the GPU of the local
+    An existing group is used and kept. With several processes ``cuda`` is the GPU of the local
     rank; ValueError for a device that does not exist, or ``cuda:N`` for several processes.
     """
     size, place = int(os.environ.get("WORLD_SIZE", "1")), torch.device(device)

@@ -1,6 +1,6 @@
-"""What all recipes share beside their mathematics: the folder of a run, its record, its checkpoints, signals, the log.
+"""The run of a recipe: its folder, record, checkpoints, signals and log.
 
-Imports neither torch nor jax: `structlin_nn.recipes._torch` and `structlin_nn.recipes._flax` add what is theirs.
+It imports neither torch nor jax; `structlin_nn.recipes._torch` and `structlin_nn.recipes._flax` derive from it.
 
 A folder has ``record.jsonl`` (`structlin_nn.records`), ``ways.json`` (how products are run), ``.lock``, which the
 process that trains there holds, and ``checkpoints/STEP/`` (`structlin_nn.checkpoints`). A checkpoint is written beside
@@ -37,7 +37,7 @@ from structlin_nn.records import RecordWriter, sealed, unsealed
 __all__ = ["Options", "Result", "Run", "TrainingError", "default_folder", "learning_rate"]
 
 BEGUN = "The run had begun."
-"""A note on errors that come after the start of a run, which are no mistakes of usage."""
+"""Note on errors after the start of a run, which are no misuse."""
 RECORD, WAYS = "record.jsonl", "ways.json"
 
 
@@ -47,21 +47,21 @@ class TrainingError(RuntimeError):
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Where a run reads and writes, and what it tells: nothing of it changes the result."""
+    """Files and output of a run, which do not change its result."""
 
-    data: Path | None = None  # where the data are
-    out: Path | None = None  # folder of the run (default: runs/ and a name)
+    data: Path | None = None  # folder of the data
+    out: Path | None = None  # folder of the run (default: under runs/)
     resume: bool = False  # resume the run in --out; on a CPU the result is bit-identical
     init_from: str | None = None  # trained weights to start from: a .safetensors file, a run, or published GPT-2
-    parallel: Literal["ddp", "fsdp"] = "ddp"  # how processes share the model: each has it (ddp), or in parts (fsdp)
-    checkpoint_minutes: float = 5.0  # between checkpoints; each evaluation writes one too
-    keep: int = 1  # checkpoints that are kept: the last ones
+    parallel: Literal["ddp", "fsdp"] = "ddp"  # the model is whole in each process (ddp), or sharded (fsdp)
+    checkpoint_minutes: float = 5.0  # minutes between checkpoints; each evaluation writes one too
+    keep: int = 1  # number of last checkpoints to keep
     keep_best: bool = False  # also keep the checkpoint of the best evaluation
-    log_every: int = 100  # steps from one line on stderr to the next, 0 for none
+    log_every: int = 100  # steps between lines on stderr, 0 for none
     track: Annotated[
         tuple[Literal["tensorboard", "wandb"], ...], tyro.conf.arg(metavar="[{tensorboard,wandb} ...]")
     ] = ()
-    """Show evaluations and lines of the log there too (the extra 'tracking')."""
+    """Also log evaluations and lines to these (the extra 'tracking')."""
     quiet: bool = False  # print neither bar nor log
     json: bool = False  # print the last evaluation as JSON
 
@@ -72,10 +72,16 @@ class Options:
             if importlib.util.find_spec(name) is None:
                 raise ImportError(f"tracking by {name} needs the package {name}: pip install 'structlin[tracking]'")
 
+    def needs(self, what: str) -> Path:
+        """Return the folder of the data; ValueError, which describes them, if none is given."""
+        if self.data is None:
+            raise ValueError(f"--data is needed: {what}")
+        return self.data
+
 
 @dataclass(frozen=True)
 class Result:
-    """How a run ended: `step` of `steps`, its last `evaluation`, and the `signal` that interrupted it, or None."""
+    """The end of a run: `step` of `steps`, its last `evaluation`, and the `signal` that interrupted it, or None."""
 
     folder: Path
     step: int
@@ -120,15 +126,15 @@ def learning_rate(config: RunConfig, step: int, steps: int, warmup: int = 0) -> 
 class Run:
     """A run in its folder, from its lock to its result: a context in which a recipe trains.
 
-    `group` are the processes that train together; `watch` is called after every step with the run and the loss (None
-    where it was not fetched): where it returns True, the run ends there as with a signal.
+    `group` are the processes that train together. `watch` is called after every step with the run and the loss (None if
+    it was not fetched); if it returns True, the run ends as with a signal.
 
     Attributes
     ----------
     step, steps
         Steps done, and those of the whole run.
     sums
-        Numbers that the recipe adds up between evaluations.
+        Sums of the recipe between evaluations.
     last
         The last line of the record.
     state
@@ -233,11 +239,11 @@ class Run:
     # The record
 
     def begin(self, *, steps: int, counts: dict[str, int], outputs: int, data: dict[str, Any], **header: Any) -> None:
-        """Start the record, or go back to what it was at the checkpoint; print what is trained.
+        """Start the record, or truncate it to the checkpoint; print data and model.
 
-        `counts` are as `structlin_nn.records` describes them; `outputs` are classes, or tokens that the model knows;
-        `data` and `header` are what the header says of the data, with ``sha256``, and else. ValueError for other data
-        than those of the checkpoint, or a record that does not belong to it.
+        `counts` are as `structlin_nn.records` describes them; `outputs` is the number of classes or tokens; `data`
+        (with ``sha256``) and `header` are entries of the header. ValueError for other data than those of the
+        checkpoint, or a record that does not belong to it.
         """
         self.counts, self.outputs, self.digest = counts, outputs, data["sha256"]
         if self.state is not None and self.state["data"] != self.digest:
@@ -284,15 +290,15 @@ class Run:
             self.say(line)
 
     def say(self, text: str) -> None:
-        """A line for the reader, in the first process."""
+        """Print a line on stderr, in the first process."""
         if not self.options.quiet and self.group.main:
             self._bar.write(text, file=sys.stderr)
 
     def evaluated(self, found: dict[str, Any], summary: str, metric: str) -> None:
         """Add an evaluation to the record, and write a checkpoint; all processes call it.
 
-        `found` is what the record has of it, apart from what all recipes have, `summary` the same in a line, and
-        `metric` the key of what is best where it is smallest. TrainingError where a number of it is not finite.
+        `found` are its entries of this recipe, `summary` is a line, and `metric` is the key of the value to minimise
+        (`keep_best`). TrainingError if a number is not finite.
         """
         self.fetch_losses()
         if not all(abs(value) < float("inf") for value in found.values() if isinstance(value, float)):
@@ -321,10 +327,10 @@ class Run:
     warmup = 0
 
     def stepped(self, loss: Any, norm: Any = None) -> None:
-        """A step is done: note its loss, tell of it, look for signals, and write a checkpoint when it is time to.
+        """Finish a step: keep its loss, log it, check for signals, and write a checkpoint if one is due.
 
-        `loss` is the mean over the batch, a number or what `float` takes; `norm` that of the gradient, where it is
-        known. TrainingError names the step of a loss that is not finite and the last good checkpoint.
+        `loss` is the mean over the batch, as a number or a scalar tensor; `norm` is that of the gradient, if known.
+        TrainingError names the step of a loss that is not finite and the last good checkpoint.
         """
         self.step += 1
         self._losses.append(loss)
@@ -337,9 +343,9 @@ class Run:
             self._log(value, norm)
         number = self._interruption.signal or 0
         if self.watch is not None and self.watch(self, value) and not number:
-            number = -1  # no signal, but a wish
+            number = -1  # no signal
         due = time.monotonic() - self._saved_at > 60 * self.options.checkpoint_minutes
-        if self.group.size > 1:  # asking each other waits for the device
+        if self.group.size > 1:  # communication waits for the device
             number = self.group.largest(abs(int(number))) if checking else 0
             due = checking and bool(self.group.largest(int(due)))
         if number:
@@ -351,7 +357,7 @@ class Run:
         self._mark = time.monotonic()
 
     def logs(self) -> bool:
-        """Whether the step that is taken now may be told of in a line: the norm of the gradient is for this."""
+        """Whether the current step may be logged, which needs the norm of the gradient."""
         every = self.options.log_every
         return bool(every) and self.step + 1 - self._logged >= every
 
@@ -401,7 +407,7 @@ class Run:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
     def result(self) -> Result:
-        """How the run ended."""
+        """Return the end of the run."""
         stopped = self.stopped if isinstance(self.stopped, signal.Signals) else None
         return Result(self.folder, self.step, self.steps, stopped, self.last)
 
@@ -410,7 +416,7 @@ class Run:
     def save(self, metric: float | None = None) -> None:
         """Write a checkpoint; all processes call it.
 
-        Where a weight is not finite (TrainingError) or the disk is full (OSError) the last checkpoint stays.
+        The last checkpoint stays if a weight is not finite (TrainingError) or the disk is full (OSError).
         """
         wrong = self.not_finite()
         if self.group.largest(int(wrong is not None)):
@@ -482,18 +488,18 @@ class Run:
         names = checkpoints(self.folder)
         return f"the last good checkpoint is {self.folder / CHECKPOINTS / names[-1]}" if names else "no checkpoint yet"
 
-    # What the frameworks add
+    # Implemented for each framework
 
     def write(self, folder: Path) -> dict[str, Any]:
-        """Write the tensors of a checkpoint into a folder, and return what ``state.json`` has to say of them."""
+        """Write the tensors of a checkpoint into a folder, and return their entries of ``state.json``."""
         raise NotImplementedError
 
     def more_state(self) -> dict[str, Any]:
-        """Return what else ``state.json`` holds."""
+        """Return the other entries of ``state.json``."""
         raise NotImplementedError
 
     def not_finite(self) -> str | None:
-        """Name of a weight of this process that is not finite."""
+        """Return the name of a weight of this process that is not finite, or None."""
         raise NotImplementedError
 
     def sums_reset(self) -> None:
@@ -506,7 +512,7 @@ def _shown(value: Any) -> str:
 
 
 def default_folder(config: Any) -> Path:
-    """Where a run is written unless `Options.out` says otherwise."""
+    """Return the default of `Options.out`."""
     data = f"{config.data_set}-" if hasattr(config, "data_set") else ""
     model = config.model.replace(":", "-").replace("/", "-")
     width = f"-w{config.width}" if config.width else ""

@@ -1,4 +1,4 @@
-"""What trained weights decide of a configuration: which model it is."""
+"""The fields of a configuration that trained weights determine."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MODEL = (
 
 
 def fields_of(source: str, kind: type[RunConfig]) -> dict[str, Any]:
-    """Fields of a configuration that trained weights decide; none for a file of tensors alone.
+    """Return the fields of a configuration that trained weights determine; none for a file of tensors alone.
 
     `source` is what `structlin_nn.trained.starting_weights` takes. ValueError for damaged files, a model of another
     recipe, or structured layers of several structures or of one without a name, which a configuration cannot state.
@@ -63,7 +63,7 @@ def _structure_fields(source: str, layout: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def resumed_fields(folder: Path) -> dict[str, Any]:
-    """Return the same of a run that started from trained weights, by its checkpoint; none for any other run."""
+    """Return these fields of a run that started from trained weights, by its checkpoint; none for any other run."""
     from structlin_nn.checkpoints import CHECKPOINTS, checkpoints, read_state
 
     if not (names := checkpoints(folder)):
@@ -75,7 +75,7 @@ def resumed_fields(folder: Path) -> dict[str, Any]:
 
 
 def decided(config: Any, default: RunConfig, found: Mapping[str, Any], source: str) -> Any:
-    """A configuration with the fields that trained weights decide; ValueError for one that says otherwise than they."""
+    """Return a configuration with the fields that trained weights determine; ValueError for a contradiction."""
     own, asked, usual = {k: v for k, v in found.items() if k != "base_width"}, config.to_dict(), default.to_dict()
     plain = config.replace(**own).to_dict()
     if wrong := [k for k in own if k != "options" and asked[k] != usual[k] and asked[k] != plain[k]]:

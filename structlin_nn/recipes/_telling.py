@@ -1,4 +1,4 @@
-"""What a run hears and tells beside its record: signals, TensorBoard and Weights & Biases, what it is computed on."""
+"""Signals, trackers (TensorBoard, Weights & Biases), and the description of versions and hardware."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ import structlin
 __all__ = ["TRACKERS", "Interruption", "hardware", "scalars", "versions"]
 
 SAME_SECONDS = 5.0
-"""Signals that come sooner after the first are the same request: Ctrl-C reaches a process, and torchrun sends it on."""
+"""A signal sooner after the first is the same request: Ctrl-C reaches a process, and torchrun forwards it."""
 
 
 class Interruption:
-    """While the block lasts, the first SIGINT or SIGTERM is noted in `signal`; one `SAME_SECONDS` later acts as usual.
+    """Keep the first SIGINT or SIGTERM within the block in `signal`; one after `SAME_SECONDS` acts as usual.
 
-    A block in another is the outer one. After a signal the handler stays, and what follows while the process ends is
-    ignored: Python gives signals back their defaults then, and the exit code would be that of a killed process. Outside
-    of the main thread, where Python cannot handle signals, nothing is changed.
+    A nested block is the outer one. After a signal the handler stays, and later signals are ignored while the process
+    ends: Python restores their defaults then, and the exit code would be that of a killed process. Outside of the main
+    thread, where Python cannot handle signals, the block changes nothing.
 
     Examples
     --------
@@ -80,7 +80,7 @@ def _ignore() -> None:
 
 
 def scalars(evaluation: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
-    """Return the numbers of an evaluation, nested ones by their path; what is None has none.
+    """Return the numbers of an evaluation, nested ones by their path, without None.
 
     Examples
     --------
@@ -100,7 +100,7 @@ class _TensorBoard:
     def __init__(self, folder: Path, config: Mapping[str, Any], started: str, step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        # What an interrupted run wrote after its last checkpoint is hidden.
+        # Hide values that an interrupted run wrote after its last checkpoint.
         self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else None)
 
     def log(self, values: Mapping[str, float], step: int) -> None:
@@ -116,7 +116,7 @@ class _Wandb:
     def __init__(self, folder: Path, config: Mapping[str, Any], started: str, step: int) -> None:
         import wandb
 
-        # The same for a run and its resumption, and no other's.
+        # The same for a run and its resumption.
         name = folder.resolve().name
         number = hashlib.sha256(f"{name} {started}".encode()).hexdigest()[:16]
         self._run = wandb.init(
@@ -144,7 +144,7 @@ def versions(more: Sequence[str]) -> dict[str, str]:
 
 
 def hardware(threads: int, device: str) -> dict[str, Any]:
-    """Return what the run is computed on; nothing that names the machine."""
+    """Return a description of the processor, without the name of the machine."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:

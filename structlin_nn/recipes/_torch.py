@@ -1,4 +1,4 @@
-"""What the recipes in torch share: processes, building and optimising a model, and checkpoints of it."""
+"""The run of a recipe in torch: model, optimiser, steps and checkpoints."""
 
 from __future__ import annotations
 
@@ -60,12 +60,12 @@ def count_run(
 def base_of(build: Callable[..., nn.Module], config: RunConfig, outputs: int) -> nn.Module | None:
     """The dense model at base width, on the meta device, with the recipe's own number of heads if they divide it.
 
-    None for a model that has its own width (of timm): each layer is its own base.
+    None for a model that has its own width: each layer is its own base.
     """
-    if not config.width:
+    if config.has_own_width:
         return None
     changes: dict[str, Any] = {"width": config.base_width, "structure": "dense", "options": {}, "rms_cap": False}
-    if hasattr(config, "heads"):
+    if config.is_named and hasattr(config, "heads"):
         changes["heads"] = math.gcd(type(config).heads, config.base_width)
     if hasattr(config, "head_dim"):
         changes["head_dim"] = 0
@@ -122,13 +122,13 @@ class Average:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Move towards the values as they are now."""
+        """Move the average towards the current values."""
         for name, value in self.values.items():
             self.tensors[name].lerp_(value.detach(), 1 - self.decay)
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """While the block lasts, the model has the averaged values."""
+        """Give the model the averaged values within the block."""
         self._swap()
         try:
             yield
@@ -176,15 +176,19 @@ class TorchRun(Run):
         self.check_every = 1 if group.device.type == "cpu" else 50  # to look at a loss waits for the device
         self.generators: dict[str, torch.Generator] = {}
         self._threads = torch.get_num_threads()
+        self._tf32 = torch.backends.cuda.matmul.allow_tf32
 
     def __enter__(self) -> Self:
         super().__enter__()
         if self.config.threads:
             torch.set_num_threads(self.config.threads)
+        if self.device.type == "cuda":
+            _allow_tf32(self.config.tf32)
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         torch.set_num_threads(self._threads)
+        _allow_tf32(self._tf32)
         super().__exit__(kind, error, trace)
 
     def make_model(self, build: Callable[..., nn.Module], outputs: int) -> nn.Module:
@@ -213,7 +217,7 @@ class TorchRun(Run):
         if self.config.compile:
             for module in getattr(model, "blocks", ()) if self.group.sharded else (model,):
                 module.compile()
-        self.forward = self.group.wrap(self.model)
+        self.forward = self.group.wrap(self.model, DTYPES[self.config.precision])
         return self.model
 
     def _built(self, build: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
@@ -277,7 +281,7 @@ class TorchRun(Run):
         return torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32)
 
     def gradient_norm(self) -> Tensor | None:
-        """Return the norm of all gradients, which are scaled down to ``config.clip``; None where nobody needs it."""
+        """Clip the gradients to ``config.clip``, and return their norm; None if it is not needed."""
         if self.group.sharded:
             self.group.average_scalars(self.model)
         if not self.config.clip and not self.logs():
@@ -309,7 +313,7 @@ class TorchRun(Run):
 
     def call(self, *inputs: Any, **options: Any) -> Any:
         """Return the forward pass for evaluation, in the configuration's precision."""
-        # Never the compiled code: it is for the shapes of a step, and has no place for the hooks of a probe.
+        # The compiled code is for the shapes of a step, and takes no hooks of a probe.
         eager = torch.compiler.set_stance("force_eager") if self.config.compile else nullcontext()
         with self.autocast(), eager:
             if not self.group.sharded:
@@ -320,7 +324,7 @@ class TorchRun(Run):
 
     @contextmanager
     def evaluation(self) -> Iterator[None]:
-        """While the block lasts, the model is in evaluation mode, and has its averaged weights if there are some."""
+        """Set the model to evaluation mode, with its averaged weights if it has any, within the block."""
         self.model.eval()
         with torch.no_grad(), nullcontext() if self.average is None else self.average.in_place():
             yield
@@ -330,7 +334,7 @@ class TorchRun(Run):
         super().evaluated({**found, "statistics": self.probe.statistics()}, summary, metric)
 
     def peak(self) -> float | None:
-        return peak_flops(self.device, self.config.precision)
+        return peak_flops(self.device, self.config.precision, self.config.tf32)
 
     def memory(self) -> int:
         return torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else super().memory()
@@ -346,7 +350,7 @@ class TorchRun(Run):
 
     def _tensors(self) -> dict[str, Any]:
         """Return the tensors of model, optimiser and average, by names of parameters."""
-        names = {parameter: name for name, parameter in self.model.named_parameters()}
+        names: dict[Tensor, str] = {parameter: name for name, parameter in self.model.named_parameters()}
         states = {
             names[p]: {
                 key: value if isinstance(value, Tensor) else torch.tensor(value) for key, value in entries.items()
@@ -366,7 +370,7 @@ class TorchRun(Run):
         return name.startswith(f"__{self.group.rank}_") or (self.group.main and not name.startswith("__"))
 
     def more_state(self) -> dict[str, Any]:
-        structures = {m.structure for m in self.model.modules() if isinstance(m, StructuredLinear)}
+        structures: Any = {m.structure for m in self.model.modules() if isinstance(m, StructuredLinear)}
         generators = {name: encoded(generator.get_state()) for name, generator in self.generators.items()}
         generators["torch"] = encoded(torch.get_rng_state())
         if self.device.type == "cuda":
@@ -378,7 +382,7 @@ class TorchRun(Run):
         }  # fmt: skip
 
     def _restore(self, state: dict[str, Any]) -> None:
-        """Go to the step at which a checkpoint was written, by whatever number of processes."""
+        """Restore the state of a checkpoint, written by any number of processes."""
         parameters = dict(self.model.named_parameters())
         tensors = {
             "model": {name: tensor.detach() for name, tensor in self.model.state_dict().items()},
@@ -417,7 +421,7 @@ def decoded(text: str) -> Tensor:
 
 
 def layers_of(model: nn.Module, groups: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Every structured layer, and of each factor the scale and the learning-rate multiplier in use."""
+    """Return a description of every structured layer, with scale and learning-rate multiplier of each factor."""
     rates = {id(p): group["multiplier"] for group in groups for p in group["params"]}
     found = []
     for name, layer in model.named_modules():
@@ -450,13 +454,17 @@ def layers_of(model: nn.Module, groups: Sequence[Mapping[str, Any]]) -> list[dic
     return found
 
 
-def peak_flops(device: torch.device, precision: str) -> float | None:
-    """Return the most FLOP/s that a device can do in products of a precision, None where that is not known."""
+def _allow_tf32(allowed: bool) -> None:
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allowed
+
+
+def peak_flops(device: torch.device, precision: str, tf32: bool) -> float | None:
+    """Return the peak FLOP/s of products of a device in a precision, None if unknown."""
     if device.type != "cuda":
         return None
-    if precision == "float32" and torch.get_float32_matmul_precision() != "highest":
+    if precision == "float32" and tf32:
         precision = "tfloat32"
     name = torch.cuda.get_device_name(device).lower()
     found = [known for key, known in DEVICES.items() if key in name]
-    # The cards of the same name for PCIe do less.
+    # Cards of the same name for PCIe are slower.
     return found[0].peak.get(precision) if found and "pcie" not in name else None

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from structlin_nn.data import ImageDataset, batch_rows, load_images
 from structlin_nn.data.augment import Augmentation, normalize
 from structlin_nn.models import StructureConfig, build_model
+from structlin_nn.models.named import build_named
 from structlin_nn.recipes._config import RunConfig, require
 from structlin_nn.recipes._processes import ALONE
 from structlin_nn.recipes._run import Options as RunOptions
@@ -28,18 +29,18 @@ from structlin_nn.recipes._torch import TorchRun, count_run, processes
 __all__ = ["Config", "Options", "build", "plan", "train"]
 
 EVALUATED_TRAINING_IMAGES = 10_000
-"""At most so many, the first of the training images, are evaluated."""
+"""Number of training images that are evaluated, the first ones."""
 PROBED_IMAGES = 1024
-"""At most so many, the first of the training images, are those on which features and gains are measured."""
+"""Number of training images on which features and gains are measured, the first ones."""
 INPUT_LAYERS = {"cifar-mlp": "input", "cifar-vit": "patch_embedding"}
-"""The first linear layer of each model, which `Config.input_lr_mult` is for."""
+"""The first linear layer of each model, for `Config.input_lr_mult`."""
 SIZES = {"cifar10": (10, 50_000), "cifar100": (100, 50_000), "fashion": (10, 10_000)}
 """Classes and training images."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config(RunConfig):
-    """Everything that decides the result of a run on images of 32 x 32, apart from them.
+    """The configuration of a run on images of 32 x 32, which with the images determines its result.
 
     The defaults are the paper's recipe for ``cifar-mlp``; `structlin_nn.recipes.recipe` has that for ``cifar-vit``.
 
@@ -55,6 +56,8 @@ class Config(RunConfig):
     """
 
     task: ClassVar[str] = "cifar"
+    named: ClassVar[tuple[str, ...]] = ("cifar-mlp", "cifar-vit")
+    sizes: ClassVar[tuple[str, ...]] = ("depth", "bias")
     paper_options: ClassVar[Mapping[str, Any]] = {
         "cifar-mlp": {
             "low_rank": {},  # rank ceil(sqrt(min(d_in, d_out))), the default
@@ -72,20 +75,25 @@ class Config(RunConfig):
         },
     }
 
-    model: Literal["cifar-mlp", "cifar-vit"] = "cifar-mlp"  # which model to train
+    model: str = "cifar-mlp"  # cifar-mlp, cifar-vit, timm:NAME, hf:CONFIG, or package.module:function of a width
     data_set: Literal["cifar10", "cifar100", "fashion"] = "fashion"  # fashion: the embedded subset of Fashion-MNIST
     depth: int = 3  # number of blocks
     bias: bool = True  # biases in the layers and norms of cifar-mlp
-    batch_size: int = 1024  # images of a step; what is left at the end of an epoch is left out of it
+    batch_size: int = 1024  # images of a step; an epoch leaves out an incomplete batch
     epochs: int = 500  # passes over the training images
-    steps: int = 0  # steps after which the run ends, within the last of its epochs; 0: at its end
+    steps: int = 0  # steps of the run, which end within its last epoch; 0: at its end
     warmup_epochs: float = 0.0  # epochs of linear warm-up
     augment: bool = True  # random resized crops and horizontal flips
     mixup: float = 0.8  # alpha of mixup, 0 for none
     label_smoothing: float = 0.3  # label smoothing, 0 for none
-    input_lr_mult: float = 0.1  # extra learning-rate multiplier of the first linear layer
+    input_lr_mult: float = 0.0  # extra learning-rate multiplier of the first linear layer; 0: the paper's
     eval_every: int = 5  # epochs from one evaluation to the next
-    measure_every: int = 0  # measure the change of features in every so many steps; 0: before evaluations only
+    measure_every: int = 0  # steps between measurements of the change of features; 0: before evaluations
+
+    def __post_init__(self) -> None:
+        if self.input_lr_mult == 0:
+            object.__setattr__(self, "input_lr_mult", 0.1 if self.model == "cifar-mlp" else 1.0)
+        super().__post_init__()
 
     def _check(self) -> None:
         super()._check()
@@ -99,22 +107,24 @@ class Config(RunConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class Options(RunOptions):
-    """Where a run reads and writes, and what it tells: nothing of it changes the result."""
+    """Files and output of a run, which do not change its result."""
 
-    unverified: bool = False  # do not compare the files of CIFAR with the official sums
+    unverified: bool = False  # do not verify the checksums of CIFAR
 
 
 def build(config: Config, classes: int) -> nn.Module:
     """Return the model of a configuration: images (batch, 3, 32, 32) to logits (batch, classes)."""
     structure = StructureConfig(config.structure, config.options, config.layers, bool(config.rms_cap), config.rule)
-    sizes = {"bias": config.bias} if config.model == "cifar-mlp" else {}
+    if not config.is_named:
+        return build_named(config.model, classes, structure, width=config.width, image_size=32, **config.model_options)
+    sizes: dict[str, Any] = {"bias": config.bias} if config.model == "cifar-mlp" else {}
     return build_model(
         config.model, width=config.width, structure=structure, depth=config.depth, num_classes=classes, **sizes
     )
 
 
 def plan(config: Config, options: Options) -> tuple[int, int, dict[str, int]]:
-    """(classes, steps, counts) of a run, before it starts; of CIFAR that is verified the sizes are known."""
+    """Return (classes, steps, counts) of a run before it starts."""
     classes, images = SIZES[config.data_set]
     if options.data is not None and options.unverified:
         data = load_images(config.data_set, options.data, verify=False)
@@ -139,15 +149,14 @@ def train(
     config: Config, options: Options, *, build: Callable[[Config, int], nn.Module] = build,
     data: ImageDataset | None = None, watch: Any = None,
 ) -> Result:  # fmt: skip
-    """Train, or resume a run where its last checkpoint left it.
+    """Train a model, or resume a run from its last checkpoint.
 
     Parameters
     ----------
     config
         Of the run.
     options
-        Where it reads and writes; `options.data` is where the files of CIFAR are (`load_images`), or None for the
-        embedded images.
+        Files and output; `options.data` is the folder of CIFAR (`load_images`), or None for the embedded images.
     build
         (configuration, classes) to a model of your own, in place of those of the paper; it is called for the model, and
         on the meta device for the dense model at base width.
@@ -189,11 +198,10 @@ def train(
 
         # Model and optimiser: learning rates relative to the dense model at base width.
         run.make_model(build, classes)
-        extra = {INPUT_LAYERS[config.model]: config.input_lr_mult} if config.input_lr_mult != 1 else {}
         optimizer = run.start(
             build, classes, steps=steps, warmup=round(config.warmup_epochs * per_epoch), sums=3,
             sample=torch.zeros(1, *data.image_shape), probe=normalize(images[:PROBED_IMAGES], data.mean, data.std),
-            data=described(data), generators={"augmentation": generator}, extra_multipliers=extra,
+            data=described(data), generators={"augmentation": generator}, extra_multipliers=extra_multipliers(config),
         )  # fmt: skip
 
         def evaluate() -> None:
@@ -219,7 +227,7 @@ def train(
             inputs, targets = augment(images[rows], labels[rows], generator)
             batch = (inputs, targets, labels[rows], labels[rows].flip(0))
             parts = zip(*(group.share(tensor).split(size) for tensor in batch), strict=True)
-            losses, hits = [], []
+            losses, hits = list[Tensor](), list[Tensor]()
             for x, y, label, other in parts:
                 with run.sync(last=len(losses) == config.accumulate - 1):
                     with run.autocast():
@@ -235,13 +243,21 @@ def train(
 
             if measures:
                 run.probe.after_step()
-            # Of a mixed batch, those labels count that more predictions agree with.
+            # A mixed batch counts by the labels that more predictions agree with.
             hit = right.max() if config.mixup else right[0]
             run.sums += torch.stack([loss * config.batch_size, hit, torch.full_like(loss, config.batch_size)])
             run.stepped(loss, norm)
             if evaluates:
                 evaluate()
         return run.result()
+
+
+def extra_multipliers(config: Config) -> dict[str, float]:
+    """Return further learning-rate multipliers, by names of layers."""
+    if config.input_lr_mult == 1:
+        return {}
+    require(config.is_named, f"input_lr_mult is for {' and '.join(config.named)}, got {config.model}")
+    return {INPUT_LAYERS[config.model]: config.input_lr_mult}
 
 
 def augmentation(config: Config, data: ImageDataset) -> Augmentation:
@@ -254,7 +270,7 @@ def augmentation(config: Config, data: ImageDataset) -> Augmentation:
 def loss_and_error(
     call: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor, data: ImageDataset, group: Any = ALONE
 ) -> tuple[float, float]:
-    """Mean cross-entropy in nats and share of wrong predictions, without augmentation; uint8 images (N, C, H, W)."""
+    """Return the mean cross-entropy in nats and the share of wrong predictions of uint8 images (N, C, H, W)."""
     found = torch.zeros(2, dtype=torch.float64, device=images.device)
     for some, right in zip(images.split(1000), labels.split(1000), strict=True):
         some, right = group.share(some), group.share(right)
@@ -266,7 +282,7 @@ def loss_and_error(
 
 
 def due(config: Config, step: int, steps: int, per_epoch: int) -> tuple[bool, bool]:
-    """Whether there is an evaluation after so many steps, and whether the change of the last one is measured."""
+    """Return whether there is an evaluation after a step, and whether the change of features in it is measured."""
     epoch, within = divmod(step, per_epoch)
     evaluates = step == steps or (within == 0 and epoch % config.eval_every == 0)
     return evaluates, step % config.measure_every == 0 if config.measure_every else evaluates

@@ -8,7 +8,7 @@ Images are augmented by torch on the CPU. To change the loss or the model, copy 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import numpy as np
@@ -20,7 +20,7 @@ from structlin_nn.data.augment import normalize
 from structlin_nn.recipes import cifar
 from structlin_nn.recipes._flax import FlaxRun, check_flax
 from structlin_nn.recipes._run import Result
-from structlin_nn.recipes.cifar import EVALUATED_TRAINING_IMAGES, INPUT_LAYERS, PROBED_IMAGES, Options
+from structlin_nn.recipes.cifar import EVALUATED_TRAINING_IMAGES, PROBED_IMAGES, Options
 
 __all__ = ["Config", "Options", "train"]
 
@@ -29,13 +29,15 @@ __all__ = ["Config", "Options", "train"]
 class Config(cifar.Config):
     """As `structlin_nn.recipes.cifar.Config`, in float32, and without compile, recompute and muon."""
 
+    compiles: ClassVar[bool] = False
+
     def _check(self) -> None:
         super()._check()
         check_flax(self)
 
 
 def train(config: Config, options: Options, *, watch: Any = None) -> Result:
-    """Train, or resume a run where its last checkpoint left it; arguments and errors as `cifar.train`."""
+    """Train a model, or resume a run from its last checkpoint; arguments and errors as `cifar.train`."""
     with FlaxRun(config, options, watch) as run:
         # Images, in memory of torch: batches are those of the recipe in torch.
         data = load_images(config.data_set, options.data, verify=not options.unverified).as_32x32_rgb()
@@ -48,11 +50,11 @@ def train(config: Config, options: Options, *, watch: Any = None) -> Result:
         generator = torch.Generator().manual_seed(config.seed)
 
         # Model and optimiser.
-        extra = {INPUT_LAYERS[config.model]: config.input_lr_mult} if config.input_lr_mult != 1 else {}
         run.start(
             cifar.build, classes, steps=steps, warmup=round(config.warmup_epochs * per_epoch),
             sample=torch.zeros(1, 3, 32, 32), probe=normalize(images[:PROBED_IMAGES], data.mean, data.std),
-            data=cifar.described(data), generators={"augmentation": generator}, extra_multipliers=extra,
+            data=cifar.described(data), generators={"augmentation": generator},
+            extra_multipliers=cifar.extra_multipliers(config),
         )  # fmt: skip
 
         def loss(model: Any, x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -8,7 +8,7 @@ To change the loss or the model, copy this file.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -28,18 +28,19 @@ __all__ = ["Config", "Options", "train"]
 class Config(gpt2.Config):
     """As `structlin_nn.recipes.gpt2.Config`, in float32, and without compile, recompute and muon."""
 
+    compiles: ClassVar[bool] = False
+
     def _check(self) -> None:
         super()._check()
         check_flax(self)
 
 
 def train(config: Config, options: Options, *, watch: Any = None) -> Result:
-    """Train, or resume a run where its last checkpoint left it; arguments and errors as `gpt2.train`."""
+    """Train a model, or resume a run from its last checkpoint; arguments and errors as `gpt2.train`."""
     with FlaxRun(config, options, watch) as run:
         size, left = divmod(config.batch_size, config.accumulate)
         require(not left, f"{config.batch_size} samples cannot be split into {config.accumulate} parts")
-        require(options.data is not None, "--data is needed: a folder with train.bin and val.bin")
-        data = open_tokens(options.data)
+        data = open_tokens(options.needs("a folder with train.bin and val.bin"))
         vocabulary = gpt2.vocabulary_of(config, data.vocab_size)
 
         # Model and optimiser.

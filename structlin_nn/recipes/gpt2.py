@@ -28,6 +28,7 @@ from structlin_nn.data.tokens import (
     token_vocabulary,
 )  # fmt: skip
 from structlin_nn.models import StructureConfig, build_model
+from structlin_nn.models.named import build_named
 from structlin_nn.recipes._config import RunConfig, require
 from structlin_nn.recipes._processes import ALONE
 from structlin_nn.recipes._run import Options, Result
@@ -41,10 +42,10 @@ PROBE_SEED = 2**31 - 1
 
 @dataclass(frozen=True, kw_only=True)
 class Config(RunConfig):
-    """Everything that decides the result of a run of GPT-2, apart from the tokens.
+    """The configuration of a run of GPT-2, which with the tokens determines its result.
 
-    The defaults are the paper's: 600,000 steps of 480 sequences of 512 tokens; what the paper does not state is
-    nanoGPT's: learning rate and its schedule, betas, clipping, and a weight decay of 0.1 of all matrices, embeddings
+    The defaults are the paper's: 600,000 steps of 480 sequences of 512 tokens. What the paper does not state is as in
+    nanoGPT: learning rate and its schedule, betas, clipping, and a weight decay of 0.1 of all matrices, embeddings
     too.
 
     Raises
@@ -59,13 +60,18 @@ class Config(RunConfig):
     """
 
     task: ClassVar[str] = "gpt2"
+    named: ClassVar[tuple[str, ...]] = ("gpt2",)
+    sizes: ClassVar[tuple[str, ...]] = (
+        "depth", "heads", "head_dim", "expansion", "base_expansion", "qk_norm", "attention_scale", "bias", "tied",
+        "gelu",
+    )  # fmt: skip
     unit: ClassVar[str] = "seq"
     capped: ClassVar[bool] = True
     paper_options: ClassVar[Mapping[str, Any]] = {
         "gpt2": {"block_tensor_train": {"rank": 4, "factorization": "greedy"}},
     }
 
-    model: Literal["gpt2"] = "gpt2"
+    model: str = "gpt2"  # gpt2, hf:CONFIG, or package.module:function of a width
     width: int = 768  # width of the model
     base_width: int = 768  # width at which the learning rate was tuned
     base_expansion: int = 0  # expansion of that model, 0: this one's; the paper's is 1 and quarters the rate of `down`
@@ -100,13 +106,22 @@ class Config(RunConfig):
         self._at_least(1, "depth", "heads", "context", "expansion", "steps", "eval_every", "eval_sequences")
         self._at_least(0, "head_dim", "vocabulary", "warmup_steps", "attention_scale", "base_expansion")
         require(self.warmup_steps < self.steps, f"warmup_steps must be less than steps, got {self.warmup_steps}")
-        fits = self.head_dim > 0 or self.heads <= self.width
+        require(not self.model.startswith("timm:"), "timm has no language models")
+        fits = self.head_dim > 0 or self.heads <= self.width or not self.is_named
         require(fits, f"a width of {self.width} has no room for {self.heads} heads; give head_dim")
 
 
 def build(config: Config, vocabulary: int) -> nn.Module:
     """Return the model of a configuration: tokens (batch, length) to logits (batch, length, vocabulary)."""
     structure = StructureConfig(config.structure, config.options, config.layers, bool(config.rms_cap), config.rule)
+    if not config.is_named:
+        model = build_named(
+            config.model, vocabulary, structure, width=config.width, size_of_outputs="vocab_size",
+            **config.model_options,
+        )  # fmt: skip
+        longest = getattr(getattr(getattr(model, "model", None), "config", None), "max_position_embeddings", None)
+        require(longest is None or config.context <= longest, f"{config.model} takes {longest} tokens at most")
+        return model
     return build_model("gpt2", width=config.width, structure=structure, **_sizes(config, vocabulary))
 
 
@@ -117,7 +132,7 @@ def _sizes(config: Config, vocabulary: int) -> dict[str, Any]:
 
 
 def plan(config: Config, options: Options) -> tuple[int, int, dict[str, int]]:
-    """(vocabulary, steps, counts) of a run, before it starts (`structlin_nn.recipes._torch.count_run`)."""
+    """Return (vocabulary, steps, counts) of a run before it starts (`structlin_nn.recipes._torch.count_run`)."""
     vocabulary = vocabulary_of(config, GPT2_VOCABULARY if options.data is None else token_vocabulary(options.data))
     sample = torch.zeros(1, config.context, dtype=torch.int64)
     return vocabulary, config.steps, count_run(build, config, vocabulary, config.steps, sample)
@@ -137,14 +152,14 @@ def train(
     config: Config, options: Options, *, build: Callable[[Config, int], nn.Module] = build,
     data: TokenData | None = None, watch: Any = None,
 ) -> Result:  # fmt: skip
-    """Train, or resume a run where its last checkpoint left it.
+    """Train a model, or resume a run from its last checkpoint.
 
     Parameters
     ----------
     config, watch
         As `structlin_nn.recipes.cifar.train`, whose results and errors are those of this function too.
     options
-        Where it reads and writes; `options.data` is a folder with ``train.bin`` and ``val.bin``, as ``structlin
+        Files and output; `options.data` is a folder with ``train.bin`` and ``val.bin``, as ``structlin
         prepare`` and nanoGPT write them.
     build
         (configuration, vocabulary) to a model of your own, in place of GPT-2.
@@ -154,11 +169,11 @@ def train(
     with processes(config.device, options.parallel) as group, TorchRun(config, options, group, watch) as run:
         size = group.part_size(config)
 
-        # Tokens: every batch is a function of them, the seed and the number of the step. The first process checks them.
+        # Tokens: a batch is a function of them, the seed and the number of the step. The first process verifies them.
         if data is None:
-            require(options.data is not None, "--data is needed: a folder with train.bin and val.bin")
-            digest = group.first(lambda: open_tokens(options.data).digest)
-            data = open_tokens(options.data, digest=digest)
+            folder = options.needs("a folder with train.bin and val.bin")
+            digest = group.first(lambda: open_tokens(folder).digest)
+            data = open_tokens(folder, digest=digest)
         vocabulary = vocabulary_of(config, data.vocab_size)
 
         def tokens(step: int) -> tuple[Tensor, Tensor]:
@@ -197,7 +212,7 @@ def train(
             # One step: the parts of this process's share of the batch, then the optimiser.
             run.set_rates()
             optimizer.zero_grad(set_to_none=True)
-            losses = []
+            losses: list[Tensor] = []
             inputs, targets = tokens(run.step)
             for x, y in zip(inputs.split(size), targets.split(size), strict=True):
                 with run.sync(last=len(losses) == config.accumulate - 1):
@@ -222,9 +237,9 @@ def train(
 def token_loss(
     call: Callable[[Tensor], Tensor], batches: Iterable[tuple[Tensor, Tensor]], device: Any = "cpu", group: Any = ALONE
 ) -> tuple[float, int]:
-    """Mean cross-entropy in nats over all targets of some batches, of all processes, and the number of these targets.
+    """Return the mean cross-entropy in nats over all targets of all processes, and the number of these targets.
 
-    Every target has the same weight, whatever the shape of its batch; those of `IGNORE` count for nothing.
+    All targets have the same weight, but those of `IGNORE`, which do not count.
     """
     total = torch.zeros(2, dtype=torch.float64, device=device)
     for x, y in batches:

@@ -22,13 +22,13 @@ from structlin_nn.data.augment import normalize
 from structlin_nn.data.imagenet import IMAGENET_MEAN, IMAGENET_STD, ImageNetData, ImageRecipe, open_imagenet
 from structlin_nn.data.tokens import IGNORE
 from structlin_nn.models import StructureConfig, build_model
-from structlin_nn.models.files import make_timm
+from structlin_nn.models.named import build_named
 from structlin_nn.recipes._config import RunConfig, require
 from structlin_nn.recipes._processes import ALONE
 from structlin_nn.recipes._run import Options as RunOptions
 from structlin_nn.recipes._run import Result
 from structlin_nn.recipes._torch import TorchRun, count_run, processes
-from structlin_nn.torch import ParameterRule, replace_linear
+from structlin_nn.torch import ParameterRule
 
 __all__ = ["Config", "Options", "build", "plan", "train"]
 
@@ -40,7 +40,7 @@ ILSVRC_2012 = (1000, 1_281_167)
 
 @dataclass(frozen=True, kw_only=True)
 class Config(RunConfig):
-    """Everything that decides the result of a run on images in folders or shards, apart from them.
+    """The configuration of a run on images in files, which with the images determines its result.
 
     The defaults are the paper's recipe for ViT/32.
 
@@ -56,6 +56,8 @@ class Config(RunConfig):
     """
 
     task: ClassVar[str] = "imagenet"
+    named: ClassVar[tuple[str, ...]] = ("imagenet-vit",)
+    sizes: ClassVar[tuple[str, ...]] = ("depth", "heads", "expansion", "patch", "base_expansion")
     execution: ClassVar[frozenset[str]] = RunConfig.execution | {"workers"}
     capped: ClassVar[bool] = True
     paper_options: ClassVar[Mapping[str, Any]] = {
@@ -65,7 +67,7 @@ class Config(RunConfig):
         },
     }
 
-    model: str = "imagenet-vit"  # imagenet-vit, or timm:NAME for a model of timm, which has its own width
+    model: str = "imagenet-vit"  # imagenet-vit, timm:NAME, hf:CONFIG, or package.module:function of a width
     width: int = 384  # width of imagenet-vit
     base_width: int = 256  # width at which the learning rate was tuned
     base_expansion: int = 0  # expansion of that model, 0: this one's; the paper's is 1 and quarters the rate of `down`
@@ -90,15 +92,7 @@ class Config(RunConfig):
     eval_every: int = 5  # epochs from one evaluation to the next
     workers: int = 4  # processes that decode images, for each training process
 
-    def __post_init__(self) -> None:
-        if isinstance(self.model, str) and self.model.startswith("timm:"):
-            for name in ("width", "base_width"):  # a model of timm has its own
-                object.__setattr__(self, name, 0)
-        super().__post_init__()
-
     def _check(self) -> None:
-        known = self.model == "imagenet-vit" or self.model.startswith("timm:")
-        require(known, f"model must be imagenet-vit or timm:NAME, got {self.model!r}")
         super()._check()
         self._at_least(1, "depth", "heads", "patch", "expansion", "image_size", "epochs", "eval_every")
         self._at_least(0, "warmup_epochs", "mixup", "workers", "color_jitter", "base_expansion")
@@ -106,12 +100,8 @@ class Config(RunConfig):
         require(0 <= self.erasing <= 1, f"erasing must be from 0 to 1, got {self.erasing}")
         require(self.warmup_epochs < self.epochs, f"warmup_epochs must be less than epochs, got {self.warmup_epochs}")
 
-    def _check_width(self) -> None:
-        if not self.model.startswith("timm:"):
-            super()._check_width()
-
     def images(self) -> ImageRecipe:
-        """Return what is done to training images."""
+        """Return the augmentation of training images."""
         return ImageRecipe(
             size=self.image_size, rand_augment=self.augment or None, color_jitter=self.color_jitter,
             random_erasing=self.erasing, mixup=self.mixup, smoothing=self.label_smoothing,
@@ -120,30 +110,27 @@ class Config(RunConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class Options(RunOptions):
-    """Where a run reads and writes, and what it tells: nothing of it changes the result."""
+    """Files and output of a run, which do not change its result."""
 
-    format: Literal["folder", "shards", "datasets"] | None = None  # of --data; None: what is found
-    num_classes: int | None = None  # of data that do not name their classes and lack some
+    format: Literal["folder", "shards", "datasets"] | None = None  # format of --data; None: detected
+    num_classes: int | None = None  # number of classes, for numeric labels with missing classes
 
 
 def build(config: Config, classes: int) -> nn.Module:
     """Return the model of a configuration: images (batch, 3, size, size) to logits (batch, classes)."""
     structure = StructureConfig(config.structure, config.options, config.layers, bool(config.rms_cap), config.rule)
-    if config.model == "imagenet-vit":
-        sizes = {name: getattr(config, name) for name in ("depth", "heads", "patch", "expansion")}
-        shape = (3, config.image_size, config.image_size)
-        return build_model(
-            "imagenet-vit", width=config.width, structure=structure, num_classes=classes, input_shape=shape, **sizes
-        )
-    model = make_timm(config.model.removeprefix("timm:"), num_classes=classes, img_size=config.image_size)
-    if structure.name != "dense":
-        capped = {"rms_cap": structure.rms_cap, "rule": structure.rule}
-        replace_linear(model, structure.name, layers=structure.layers, **capped, **structure.options)
-    return model
+    if not config.is_named:
+        sides: dict[str, Any] = {"width": config.width, "image_size": config.image_size}
+        return build_named(config.model, classes, structure, **sides, **config.model_options)
+    sizes = {name: getattr(config, name) for name in ("depth", "heads", "patch", "expansion")}
+    shape = (3, config.image_size, config.image_size)
+    return build_model(
+        "imagenet-vit", width=config.width, structure=structure, num_classes=classes, input_shape=shape, **sizes
+    )
 
 
 def plan(config: Config, options: Options) -> tuple[int, int, dict[str, int]]:
-    """(classes, steps, counts) of a run, before it starts; without data those of ILSVRC 2012."""
+    """Return (classes, steps, counts) of a run before it starts; without data those of ILSVRC 2012."""
     classes, images = ILSVRC_2012
     if options.data is not None:
         data = open_imagenet(options.data, format=options.format, num_classes=options.num_classes)
@@ -164,14 +151,14 @@ def _sample(config: Config) -> Tensor:
 def train(
     config: Config, options: Options, *, build: Callable[[Config, int], nn.Module] = build, watch: Any = None
 ) -> Result:
-    """Train, or resume a run where its last checkpoint left it.
+    """Train a model, or resume a run from its last checkpoint.
 
     Parameters
     ----------
     config, watch
         As `structlin_nn.recipes.cifar.train`, whose results and errors are those of this function too.
     options
-        Where it reads and writes; `options.data` is where the images are (`open_imagenet`).
+        Files and output; `options.data` is the folder or name of the images (`open_imagenet`).
     build
         (configuration, classes) to a model of your own, in place of ViT/32.
     """
@@ -180,13 +167,13 @@ def train(
         even = not config.mixup or size % 2 == 0
         require(even, f"mixup pairs neighbours: a part of a step needs an even number of images, got {size}")
 
-        # Images: each part of a step is a batch of the loader, as uint8; where it is follows from the step.
-        require(options.data is not None, "--data is needed: a folder of images, of shards, or of Hugging Face data")
-        found = {"format": options.format, "num_classes": options.num_classes}
-        data: ImageNetData = group.first(lambda: open_imagenet(options.data, **found))
+        # Images: each part of a step is a batch of the loader, as uint8, and a function of the step.
+        folder = options.needs("a folder of images, of shards, or of Hugging Face data")
+        found: dict[str, Any] = {"format": options.format, "num_classes": options.num_classes}
+        data: ImageNetData = group.first(lambda: open_imagenet(folder, **found))
         classes, steps = data.num_classes, _steps(config, data.train_size)
         per_epoch = data.train_steps(config.batch_size)
-        where = {"rank": group.rank, "world_size": group.size, "workers": config.workers}
+        where: dict[str, Any] = {"rank": group.rank, "world_size": group.size, "workers": config.workers}
         where |= {"pin_memory": run.device.type == "cuda"}
         batches = data.train_batches(
             batch_size=config.batch_size, seed=config.seed, recipe=recipe, start_step=run.step,
@@ -207,10 +194,11 @@ def train(
             with run.evaluation():
                 scores = validated(run.call, validation, classes, run.device, group)
                 total, done = run.sums.tolist()
-                found = {"epoch": run.step // per_epoch, **scores, "batch_loss": total / done if done else None}
+                epoch = run.step // per_epoch
+                found = {"epoch": epoch, **scores, "batch_loss": total / done if done else None}
                 told = (
-                    f"epoch {found['epoch']:>3} of {config.epochs}  validation loss {found['val_loss']:.4f}  "
-                    f"error: top-1 {100 * found['val_error']:.2f} %, top-5 {100 * found['val_top5_error']:.2f} %"
+                    f"epoch {epoch:>3} of {config.epochs}  validation loss {scores['val_loss']:.4f}  "
+                    f"error: top-1 {100 * scores['val_error']:.2f} %, top-5 {100 * scores['val_top5_error']:.2f} %"
                 )
             run.evaluated(found, told, metric="val_error")
 
@@ -225,9 +213,10 @@ def train(
             # One step: the parts of this process's share of the batch, then the optimiser.
             run.set_rates()
             optimizer.zero_grad(set_to_none=True)
-            losses = []
+            losses: list[Tensor] = []
             for _ in range(config.accumulate):
-                images, labels, keys = (tensor.to(run.device, non_blocking=True) for tensor in next(batches))
+                *batch, keys = next(batches)  # keys are read on the CPU: the device is not waited for
+                images, labels = (tensor.to(run.device, non_blocking=True) for tensor in batch)
                 x, y = recipe.finish(images, labels, keys, classes, seed=(config.seed, run.step))
                 with run.sync(last=len(losses) == config.accumulate - 1):
                     with run.autocast():
@@ -252,7 +241,7 @@ def train(
 def validated(
     call: Callable[[Tensor], Tensor], batches: Any, classes: int, device: Any = "cpu", group: Any = ALONE
 ) -> dict[str, float]:
-    """Mean cross-entropy in nats, and shares of wrong first and first five predictions, over validation images."""
+    """Return the mean cross-entropy in nats and the top-1 and top-5 errors over validation images."""
     total = torch.zeros(4, dtype=torch.float64, device=device)
     for images, labels in batches:
         labels = labels.to(device, non_blocking=True)
@@ -267,13 +256,13 @@ def validated(
 
 
 def normalized(images: Tensor, device: Any = "cpu") -> Tensor:
-    """uint8 images as float32 with ImageNet's mean and deviation."""
+    """Return uint8 images as float32 with ImageNet's mean and deviation."""
     return normalize(images.to(device, non_blocking=True), IMAGENET_MEAN, IMAGENET_STD)
 
 
 def _timm_rules(model: nn.Module) -> dict[Any, ParameterRule]:
-    """Multiplier 1 and no decay for embeddings that modules of timm hold as bare parameters, and for layer scales."""
-    named = getattr(model, "no_weight_decay", set)()
+    """Return rules for embeddings that timm holds as bare parameters, and for layer scales: multiplier 1, no decay."""
+    named: Any = getattr(model, "no_weight_decay", set)()
     matrices = {name: parameter for name, parameter in model.named_parameters() if parameter.ndim > 1}
     chosen = [name for name, p in matrices.items() if name in named or "layer_scale" in name]
     return {re.compile(re.escape(name)): ParameterRule(1.0) for name in chosen}

@@ -38,7 +38,7 @@ def words(job: Job, launcher: Sequence[str] = (), program: Sequence[str] = ("str
 
 def _option(name: str, value: Any) -> list[str]:
     flag = "--" + name.replace("_", "-")
-    if isinstance(value, bool) and name != "rms_cap":
+    if isinstance(value, bool) and name not in ("rms_cap", "compile"):  # which can be None
         return [flag if value else f"--no-{flag[2:]}"]
     if isinstance(value, Mapping):
         return [flag, *(f"{k}={v if isinstance(v, str) else json.dumps(v)}" for k, v in value.items())]

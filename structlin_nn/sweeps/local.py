@@ -1,4 +1,4 @@
-"""Runs on this machine: what they cost, several at a time in processes of their own, finished ones skipped."""
+"""Runs on this machine: their costs and states, and their training in parallel processes."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from structlin_nn.records import read_record
 __all__ = ["MAX_WORKERS", "STATES", "Job", "Outcome", "Planned", "default_workers", "plan", "run_all", "state_of"]
 
 MAX_WORKERS = 8
-"""Processes that are started unless more are asked for; each takes about half a gigabyte of memory."""
+"""Default limit of parallel processes; each takes about half a gigabyte of memory."""
 STATES = ("new", "begun", "finished", "failed")
 FAILED = "failed.json"
 
 
 @dataclass(frozen=True)
 class Job:
-    """A run to be made: its configuration, and the options with which it is started (``options.out`` is its folder)."""
+    """A run: its configuration and its options (``options.out`` is its folder)."""
 
     config: Any
     options: Any
@@ -42,13 +42,13 @@ class Job:
 
     @property
     def folder(self) -> Path:
-        """Where it is written."""
+        """Folder of the run."""
         return Path(self.options.out)
 
 
 @dataclass(frozen=True)
 class Planned:
-    """A run that is planned: its state, one of `STATES`, and its counts (`structlin_nn.records`)."""
+    """A planned run: its state, one of `STATES`, and its counts (`structlin_nn.records`)."""
 
     job: Job
     state: str
@@ -57,20 +57,20 @@ class Planned:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of the jobs: messages of those that failed, by name, and the signal that interrupted them."""
+    """The end of some jobs: messages of failed ones by name, and the signal that interrupted them."""
 
     failed: dict[str, str]
     signal: signal.Signals | None
 
 
 def default_workers() -> int:
-    """One for each core, and `MAX_WORKERS` at most."""
+    """Return the number of cores, at most `MAX_WORKERS`."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(cores, MAX_WORKERS)
 
 
 def state_of(config: Any, folder: Path) -> str:
-    """One of `STATES`; ``failed`` is a run that ended with an error, and is started again when it is asked for.
+    """Return one of `STATES`; ``failed`` is a run that ended with an error.
 
     ValueError for a run with another configuration in that folder.
     """
@@ -88,7 +88,7 @@ def state_of(config: Any, folder: Path) -> str:
 
 
 def plan(jobs: Mapping[str, Job]) -> dict[str, Planned]:
-    """Count all runs, on the meta device, and look which exist already.
+    """Count all runs on the meta device, and find their states.
 
     ValueError for sizes that a structure cannot have (the message names the run), or a folder with another run.
     """
@@ -109,12 +109,12 @@ def plan(jobs: Mapping[str, Job]) -> dict[str, Planned]:
 def run_all(
     jobs: Mapping[str, Job], *, workers: int, weights: Mapping[str, float] | None = None, progress: bool = True
 ) -> Outcome:
-    """Train all, the heaviest first, so that no worker is left with a long run at the end; begun ones are resumed.
+    """Train all runs, the largest first, and resume begun ones.
 
-    An error in one run is told and noted in its folder, and does not end the others. Call this function under
-    ``if __name__ == "__main__":``, since it starts processes. Where there are several GPUs, and the jobs use ``cuda``,
-    each worker has one of them. After SIGINT or SIGTERM, runs write a checkpoint and end. `weights` are the work of
-    each, for the order and the bar.
+    An error in one run is reported and written to its folder, and does not end the others. Call this function under
+    ``if __name__ == "__main__":``, since it starts processes. With several GPUs and jobs on ``cuda``, each worker has
+    one GPU. After SIGINT or SIGTERM, runs write a checkpoint and end. `weights` are the costs of the runs, for their
+    order and the progress bar.
     """
     from structlin_nn.recipes._telling import Interruption
 
@@ -185,7 +185,7 @@ def _prepare_worker(messages: Any, stop: Any, places: Any) -> None:
     _messages, _stop = messages, stop
     messages.cancel_join_thread()
     number, _workers = places.get()
-    # Ctrl-C reaches every process of the terminal; runs write a checkpoint then, and the parent ends the rest.
+    # Ctrl-C reaches every process of the terminal; the parent stops the runs.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     import torch
 
@@ -197,13 +197,13 @@ def _prepare_worker(messages: Any, stop: Any, places: Any) -> None:
 
 
 def _train(name: str, job: Job) -> str | None:
-    """None where the run is finished, "" where it was stopped, and else why it cannot continue."""
+    """Return None for a finished run, "" for a stopped one, and else the reason of its failure."""
     import torch
 
     if _stop.is_set():
         return ""
     if not job.config.threads:
-        # What torch would take, shared with the other workers.
+        # Torch's default, shared with the other workers.
         torch.set_num_threads(max(1, default_workers() // _workers))
     told = 0.0
 
@@ -217,7 +217,7 @@ def _train(name: str, job: Job) -> str | None:
     (job.folder / FAILED).unlink(missing_ok=True)
     try:
         result = job.recipe.train(job.config, replace(job.options, resume=True, quiet=True), watch=watch)
-    except BlockingIOError as error:  # somebody else makes this run
+    except BlockingIOError as error:  # another process trains this run
         return str(error)
     except Exception as error:
         job.folder.mkdir(parents=True, exist_ok=True)

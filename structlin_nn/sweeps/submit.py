@@ -1,7 +1,7 @@
-"""The runs of a sweep given to a cluster by submitit (https://github.com/facebookincubator/submitit).
+"""Submission of the runs of a sweep to a cluster by submitit (https://github.com/facebookincubator/submitit).
 
-submitit writes the batch scripts, submits them as one array, and starts again what the time limit of the cluster or
-another job ended. What it runs is the command that `structlin_nn.sweeps.commands` prints. Needs the extra ``cluster``.
+submitit writes the batch scripts, submits them as one array, and restarts jobs after a time limit or preemption. It
+runs the commands of `structlin_nn.sweeps.commands`. Needs the extra ``cluster``.
 """
 
 from __future__ import annotations
@@ -21,14 +21,13 @@ from structlin_nn.sweeps.local import Job
 __all__ = ["CLUSTERS", "Command", "failures", "submit"]
 
 CLUSTERS = ("slurm", "local")
-"""``local`` is for trying: processes of this machine."""
+"""``local`` runs processes of this machine, as a trial."""
 
 
 class Command:
-    """A command as submitit runs it; RuntimeError (when called) where it ends with an error.
+    """A command for submitit; calling it raises RuntimeError if the command fails.
 
-    Called before the time is up, `checkpoint` has the command write its checkpoint and end, and asks for it to be
-    started again.
+    submitit calls `checkpoint` before the time limit: the command writes its checkpoint, ends, and is submitted again.
 
     Examples
     --------
@@ -43,7 +42,7 @@ class Command:
         return {"words": self.words, "_process": None}
 
     def __call__(self) -> None:
-        # A group of its own: schedulers signal whole groups, and the command does not know the signal of submitit.
+        # Its own process group: schedulers signal whole groups, and the command does not handle submitit's signal.
         with subprocess.Popen(self.words, start_new_session=True) as self._process:
             before = signal.signal(signal.SIGTERM, lambda *_: self._end())
             try:
@@ -56,18 +55,18 @@ class Command:
             raise RuntimeError(f"the command ended with {code}: {' '.join(self.words)}")
 
     def checkpoint(self) -> Any:
-        """Return what submitit calls before the time is up: the same command once more."""
+        """End the command, and return its resubmission."""
         from submitit.helpers import DelayedSubmission
 
         self._end()
         return DelayedSubmission(Command(self.words))
 
     def _end(self) -> None:
-        """Have the command write a checkpoint and end, and wait for it."""
+        """Let the command write a checkpoint and end, and wait for it."""
         if self._process is not None:
             with suppress(ProcessLookupError, ChildProcessError):
                 os.kill(self._process.pid, signal.SIGTERM)
-                # `Popen.wait` may be what was interrupted, and cannot be called a second time.
+                # The signal may interrupt `Popen.wait`, which is not reentrant.
                 os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOWAIT)
 
 
@@ -75,11 +74,10 @@ def submit(
     name: str, jobs: Mapping[str, Job], logs: Path, *, cluster: str = "slurm", workers: int,
     launcher: Sequence[str] = (), parameters: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Submit runs, `workers` of them at a time; submitit's job of each. Outside Slurm, all before are waited for.
+    """Submit runs, `workers` of them at a time, and return submitit's jobs by name; outside Slurm, wait for each batch.
 
-    `logs` is the folder of submitit's scripts and the output of the runs, `launcher` what the commands are started by,
-    and `parameters` are those of submitit's ``AutoExecutor.update_parameters``, such as ``timeout_min`` or
-    ``slurm_partition``.
+    `logs` is the folder of scripts and output, `launcher` the words before each command, and `parameters` are those of
+    submitit's ``AutoExecutor.update_parameters``, such as ``timeout_min`` or ``slurm_partition``.
 
     Raises
     ------
@@ -116,7 +114,7 @@ def submit(
 
 
 def failures(submitted: Mapping[str, Any]) -> dict[str, str]:
-    """Wait for the jobs of `submit`, and tell why those that failed did, and where the command says more, by name."""
+    """Wait for the jobs of `submit`, and return the reasons of failed ones, with their output files, by name."""
     errors = {run: job.exception() for run, job in submitted.items()}
     found = {}
     for run, error in errors.items():

@@ -1,4 +1,4 @@
-"""A sweep: a base configuration, and overlays that each make a run of it.."""
+"""A sweep: a base configuration, and overlays of it that each make a run."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Overlay = Mapping[str, Any]
 
 
 def grid(**values: Sequence[Any]) -> list[dict[str, Any]]:
-    """Every combination of values; the last key varies fastest.
+    """Return every combination of values; the last key varies fastest.
 
     Examples
     --------
@@ -33,7 +33,7 @@ def grid(**values: Sequence[Any]) -> list[dict[str, Any]]:
 
 
 def zipped(**values: Sequence[Any]) -> list[dict[str, Any]]:
-    """The first values of all keys together, then the second, and so on; ValueError for different numbers of values.
+    """Return the first values of all keys, the second values, and so on; ValueError for unequal numbers of values.
 
     Examples
     --------
@@ -47,7 +47,7 @@ def zipped(**values: Sequence[Any]) -> list[dict[str, Any]]:
 
 
 def merge(*lists: Sequence[Overlay]) -> list[dict[str, Any]]:
-    """Every combination of one overlay from each list, merged; ValueError for a key that two of them set.
+    """Return every combination of one overlay from each list; ValueError for a key that two of them set.
 
     Examples
     --------
@@ -74,15 +74,15 @@ class Sweep:
     name
         Of the sweep.
     about
-        One line for the reader.
+        One-line description.
     model
-        Whose recipe (`structlin_nn.recipes.recipe`) the runs start from.
+        Model whose configuration (`structlin_nn.recipes.recipe`) the runs start from.
     base
         Changes to the recipe that all runs have.
     overlays
         The changes of each run; from `grid`, `zipped`, `merge`, and sums of their results.
     data
-        Name of the data that ``--data`` has to say where they are; for the reader.
+        Name of the data, for messages.
 
     Examples
     --------
@@ -120,7 +120,7 @@ class Sweep:
 
 
 def run_name(overlay: Overlay) -> str:
-    """Return a name for a run, from what tells it from the others: letters, digits, and any of . + - _.
+    """Return a name for a run from its overlay, of letters, digits, and . + - _.
 
     Examples
     --------

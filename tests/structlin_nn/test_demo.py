@@ -132,7 +132,7 @@ class TestQuick:
         assert len(colours & seen) >= 5
 
     def test_progress_and_what_is_there_are_told(self, finished: tuple[Path, dict[str, Any], str]) -> None:
-        assert "were begun in" in finished[2]
+        assert "already holds" in finished[2]
         assert "100%" in finished[2]
 
     def test_again_it_shows_what_is_there(

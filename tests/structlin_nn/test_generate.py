@@ -174,11 +174,11 @@ class TestCommand:
         return capsys.readouterr()  # type: ignore[return-value]
 
     def test_continues_what_it_learned(self, trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        out, _ = self.run(f"--checkpoint {trained} --prompt abcd --tokens 12 --temperature 0", capsys)
+        out, _ = self.run(f"{trained} --prompt abcd --tokens 12 --temperature 0", capsys)
         assert out == "abcdefghij abcde\n"
 
     def test_samples(self, trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        line = f"--checkpoint {trained} --samples 3 --tokens 9 --temperature 3 --json --endless --seed"
+        line = f"{trained} --samples 3 --tokens 9 --temperature 3 --json --endless --seed"
         out = self.run(f"{line} 1", capsys)[0]
         found = json.loads(out)
         assert (found["tokenizer"], len(found["samples"])) == ("bytes", 3)
@@ -189,12 +189,11 @@ class TestCommand:
 
     def test_misuse(self, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         for line, message in (
-            ("", "give one of --checkpoint and --pretrained"),
-            (f"--checkpoint {trained} --tokens -1", "--tokens must be at least 0, got -1"),
-            (f"--checkpoint {trained} --temperature -1", "temperature must be finite"),
-            (f"--checkpoint {trained} --average", "keeps no average of its weights"),
-            (f"--checkpoint {tmp_path}", "holds no checkpoint"),
-            (f"--pretrained {tmp_path}", "holds no trained model: that is a folder of"),
-            (f"--checkpoint {trained} --device nowhere", "nowhere"),
+            ("", "the following arguments are required: MODEL"),
+            (f"{trained} --tokens -1", "--tokens must be at least 0, got -1"),
+            (f"{trained} --temperature -1", "temperature must be finite"),
+            (f"{trained} --average", "keeps no average of its weights"),
+            (f"{tmp_path}", "holds no trained model: that is a folder of"),
+            (f"{trained} --device nowhere", "nowhere"),
         ):
             assert message in self.run(line, capsys, code=2)[1]

@@ -144,11 +144,11 @@ def test_gpt2(tokens: Path, out: Path, tmp_path: Path, capsys: pytest.CaptureFix
     assert record.evaluations[-1]["val_loss"] < record.evaluations[0]["val_loss"] - 0.3
     loss = found["after"]["quality"]["val_loss"]
     assert record.evaluations[0]["val_loss"] == pytest.approx(loss, abs=0.05)  # on other pieces
-    text, _ = run(f"generate --checkpoint {tmp_path / 'run'} --prompt ab --tokens 5", capsys)
+    text, _ = run(f"generate {tmp_path / 'run'} --prompt ab --tokens 5", capsys)
     assert text.startswith("ab")
-    text, _ = run(f"generate --pretrained {out} --tokenizer bytes --prompt ab --tokens 5", capsys)
+    text, _ = run(f"generate {out} --tokenizer bytes --prompt ab --tokens 5", capsys)
     assert text.startswith("ab")
-    assert "give --tokenizer" in run(f"generate --pretrained {out} --prompt ab", capsys, code=2)[1]
+    assert "give --tokenizer" in run(f"generate {out} --prompt ab", capsys, code=2)[1]
 
 
 def test_timm(out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -45,8 +45,8 @@ class TestText:
 
         monkeypatch.setattr(tiktoken, "get_encoding", refuse)
         _, err = run("text --out corpus", capsys)
-        assert "no file is named: taking the text that Python ships" in err
-        assert "tokens are bytes (--tokenizer bytes), because: " in err
+        assert "no file is given: using Python's documentation" in err
+        assert "using bytes as tokens (--tokenizer bytes): " in err
         assert open_tokens("corpus").tokenizer == "bytes"
         assert "no network here" in run("text --pydoc --out other --tokenizer gpt2", capsys, code=2)[1]
 

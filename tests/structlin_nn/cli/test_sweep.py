@@ -102,7 +102,7 @@ def test_what_fails_does_not_stop_the_others(folder: Path, capsys: pytest.Captur
     assert json.loads(Path("runs/mine/dense-w8-lr1e+30/failed.json").read_text())["error"]
     # Not started again unless asked for.
     assert main([*line.split(), "--print-commands"]) == 0
-    assert "all runs are done" in capsys.readouterr().err
+    assert "all runs are finished" in capsys.readouterr().err
     assert main([*line.split(), "--print-commands", "--retry"]) == 0
     assert "--lr 1e+30" in capsys.readouterr().out
 
@@ -133,7 +133,7 @@ def test_an_error_of_one_run_does_not_end_the_sweep(folder: Path, capsys: pytest
         ("sweep mine.py --workers 0", "--workers must be at least 1, got 0"),
         ("sweep mine.py --launcher x", "--launcher is for the commands"),
         ("sweep mine.py --submit-set a=1", "--submit-set is for --submit"),
-        ("sweep mine.py --submit local --print-commands", "--submit submits the runs, and --print-commands"),
+        ("sweep mine.py --submit local --print-commands", "give one of --submit and --print-commands"),
         ("sweep mine.py --data x --submit local --submit-set a", "--submit-set 'a' must be KEY=VALUE"),
         ("sweep mine.py --data x --submit pbs", "cluster must be one of slurm, local, got 'pbs'"),
         ("sweep gpt2", "--data is needed: where OpenWebText is"),
@@ -173,7 +173,7 @@ def test_an_interrupted_sweep_goes_on(number: signal.Signals, folder: Path, caps
         _, err = process.communicate(timeout=120)
     if number == signal.SIGTERM:
         assert process.returncode == 128 + number
-        assert "SIGTERM; the same command resumes what is left" in err
+        assert "SIGTERM; the same command resumes the unfinished runs" in err
     states = planned(capsys, long)
     assert "begun" in states.values()
     assert "finished" not in states.values()

@@ -195,8 +195,8 @@ class TestFiles:
 
 
 MISUSE = {
-    "": "name a model to tune, or give --export, --import or --forget",
-    "--width 8": "name a model to tune",
+    "": "give a model to tune, or --export, --import or --forget",
+    "--width 8": "give a model to tune",
     "--forget --width 8": "--width and --structure need a model",
     "cifar-mlp": "--width is needed: the width of the model",
     "cifar-mpl --width 8": "unknown model 'cifar-mpl', did you mean cifar-mlp?",

@@ -122,11 +122,11 @@ class TestFiles:
         for name, tensor in (("transformer.h.1.ln_1.bias", None), ("transformer.h.7.ln_1.bias", torch.zeros(48))):
             changed = {key: value for key, value in tensors.items() if key != name}
             save_file(changed | ({} if tensor is None else {name: tensor}), path)
-            which = r"blocks\.1\.attention_norm\.bias is missing" if tensor is None else "is left over"
+            which = r"lacks blocks\.1\.attention_norm\.bias" if tensor is None else "the model lacks, blocks"
             with pytest.raises(ValueError, match=which):
                 load_gpt2(saved)
         save_file({**tensors, "transformer.wpe.weight": torch.zeros(19, 48)}, path)
-        with pytest.raises(ValueError, match=r"positions\.weight must have shape \(20, 48\), got \(19, 48\)"):
+        with pytest.raises(ValueError, match=r"positions\.weight has shape \(19, 48\) in the file and \(20, 48\)"):
             load_gpt2(saved)
         path.write_bytes(path.read_bytes()[:1000])
         with pytest.raises(ValueError, match=r"model\.safetensors is damaged"):
@@ -170,9 +170,7 @@ def test_command_continues_with_published_weights(
 
     theirs = hugging_face(n_embd=8, n_layer=1, n_head=2, vocab_size=50257)
     theirs.save_pretrained(tmp_path)
-    line = (
-        f"generate --pretrained {tmp_path} --vocabulary {gpt2_vocabulary} --tokens 6 --temperature 0 --endless --json"
-    )
+    line = f"generate {tmp_path} --vocabulary {gpt2_vocabulary} --tokens 6 --temperature 0 --endless --json"
     assert main([*line.split(), "--json", "--prompt", "here it is"]) == 0
     found = json.loads(capsys.readouterr().out)
     prompt = torch.tensor([load_tokenizer("gpt2", gpt2_vocabulary).encode("here it is")])
@@ -181,9 +179,9 @@ def test_command_continues_with_published_weights(
 
     small = tmp_path / "small"
     hugging_face().save_pretrained(small)
-    line = f"generate --pretrained {small} --vocabulary {gpt2_vocabulary}"
+    line = f"generate {small} --vocabulary {gpt2_vocabulary}"
     assert main(line.split()) == 2
-    assert "nothing tells the tokeniser of this model: give --tokenizer" in capsys.readouterr().err
+    assert "does not state the tokeniser of this model: give --tokenizer" in capsys.readouterr().err
     assert main([*line.split(), "--tokenizer", "gpt2"]) == 2
     assert "the model knows 67 tokens, and gpt2 has 50257" in capsys.readouterr().err
 

@@ -52,9 +52,17 @@ class TestStrictness:
         [
             (gpt2.Config, {"steps": 10}, "warmup_steps must be less than steps"),
             (gpt2.Config, {"width": 8}, "a width of 8 has no room for 12 heads"),
-            (imagenet.Config, {"model": "resnet"}, "model must be imagenet-vit or timm:NAME"),
+            (
+                imagenet.Config,
+                {"model": "resnet"},
+                r"unknown model 'resnet' .one of imagenet-vit, timm:NAME, hf:CONFIG",
+            ),
             (flax_cifar.Config, {"precision": "bfloat16"}, "precision must be 'float32' in flax, got 'bfloat16'"),
             (flax_cifar.Config, {"compile": True}, "compile must be False in flax"),
+            (flax_cifar.Config, {"model": "my:model"}, "model must be cifar-mlp or cifar-vit in flax"),
+            (gpt2.Config, {"model": "hf:gpt2", "depth": 3}, "depth is a size of gpt2"),
+            (gpt2.Config, {"model": "timm:vit_tiny"}, "timm has no language models"),
+            (gpt2.Config, {"model_options": {"n_layer": 2}}, "model_options are for other models than gpt2"),
         ],
     )
     def test_of_other_recipes(self, kind: Any, values: dict[str, Any], message: str) -> None:
@@ -94,6 +102,24 @@ class TestRecipes:
     def test_of_a_model_of_timm(self) -> None:
         config = recipe("timm:vit_small", structure="monarch")
         assert (config.width, config.base_width, config.options) == (0, 0, {})
+
+    def test_of_a_library(self) -> None:
+        config = gpt2.Config(model="hf:gpt2", model_options={"n_layer": 2})
+        assert (config.width, config.base_width, config.model_options) == (0, 0, {"n_layer": 2})
+        assert gpt2.Config.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+    def test_compilation_and_tf32_are_stated(self) -> None:
+        """On a GPU models are compiled by default, and products of float32 are in TensorFloat-32."""
+        assert [cifar.Config(device=d).compile for d in ("cpu", "cuda", "cuda:1")] == [False, True, True]
+        assert cifar.Config(device="cuda", compile=False).compile is False
+        assert flax_cifar.Config(device="cuda").compile is False
+        assert cifar.Config().to_dict()["tf32"] is True
+
+    def test_the_rate_of_the_first_layer_is_the_papers(self) -> None:
+        models = ("cifar-mlp", "cifar-vit", "my_models:make")
+        assert [cifar.Config(model=model).input_lr_mult for model in models] == [0.1, 1.0, 1.0]
+        with pytest.raises(ValueError, match="input_lr_mult is for cifar-mlp and cifar-vit"):
+            cifar.extra_multipliers(cifar.Config(model="my_models:make", input_lr_mult=0.5))
 
     def test_options_of_the_structure(self) -> None:
         assert recipe("cifar-mlp", structure="tensor_train", options={"rank": 3}).options == {

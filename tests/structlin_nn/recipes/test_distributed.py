@@ -65,6 +65,8 @@ class TestTwoProcesses:
                 for way in ("ddp", "fsdp")}  # fmt: skip
         half = gpt2.replace(precision="float16")
         made |= {f"half-{way}": job(f"half-{way}", half, way) for way in ("ddp", "fsdp")}
+        bfloat = gpt2.replace(precision="bfloat16")
+        made |= {f"bfloat-{way}": job(f"bfloat-{way}", bfloat, way) for way in ("ddp", "fsdp")}
         made["part"] = job("part", gpt2, "fsdp", stop_after=12)
         made["recomputed"] = job("recomputed", gpt2.replace(recompute=True, accumulate=2), "fsdp")
         made |= {f"{one.task}-one": job(f"{one.task}-one", one) for one in (gpt2, cifar, vit)}
@@ -106,6 +108,11 @@ class TestTwoProcesses:
         states = [read_checkpoint(Path(jobs[f"half-{way}"]["options"]["out"]))[1] for way in ("ddp", "fsdp")]
         assert states[0]["scaler"] == states[1]["scaler"]
         assert states[0]["scaler"]["scale"] < 2.0**16
+
+    def test_bfloat16_of_shards_is_that_of_whole_models(self, losses: dict[str, list[float]]) -> None:
+        """Up to the norms' weights, which blocks gather in bfloat16."""
+        assert difference(losses["bfloat-fsdp"], losses["bfloat-ddp"]) < 2e-3
+        assert difference(losses["bfloat-fsdp"], losses["gpt2-one"]) < 0.02
 
     def test_shards_of_two_are_resumed_by_one(self, jobs: Any, losses: dict[str, list[float]], tmp_path: Path) -> None:
         shutil.copytree(jobs["part"]["options"]["out"], tmp_path / "run")

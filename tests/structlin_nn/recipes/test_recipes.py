@@ -11,7 +11,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
+from structlin_nn.cli import main
 from structlin_nn.compress import compress
 from structlin_nn.data import batch_rows, load_images
 from structlin_nn.data.augment import normalize
@@ -278,8 +280,9 @@ class TestImageNet:
         if not timm.is_model(name):
             pytest.skip(f"this timm has no {name}")
         config = imagenet_config.replace(
-            model=f"timm:{name}", image_size=64, epochs=1, structure="dense", options={}, batch_size=8, ema=0.5
-        )
+            model=f"timm:{name}", image_size=64, epochs=1, structure="dense", options={}, batch_size=8, ema=0.5,
+            depth=12, heads=4, patch=32,
+        )  # fmt: skip
         result = imagenet.train(config, options, watch=lambda run, loss: run.step == 2)
         assert result.step == 2
         averaged, plain = (load_trained(options.out, average=average) for average in (True, False))
@@ -438,3 +441,104 @@ class TestStartingWeights:
         projected.unlink()
         assert main([*line.replace(f"--init-from {projected} ", "").split(), "--resume"]) == 0
         assert read_record(tmp_path / "run" / "record.jsonl").header["config"]["heads"] == 2
+
+
+OWN_MODELS = """
+from torch import nn
+
+def images(width, outputs):
+    return nn.Sequential(nn.Flatten(), nn.Linear(3072, width), nn.GELU(), nn.Linear(width, width), nn.GELU(),
+                         nn.Linear(width, outputs))
+
+def tokens(width, outputs, hidden=2):
+    layers = [nn.Embedding(outputs, width)]
+    for _ in range(hidden):
+        layers += [nn.Linear(width, width), nn.GELU()]
+    return nn.Sequential(*layers, nn.Linear(width, outputs))
+"""
+
+
+class TestModelsByName:
+    """`--model` of the command: a model of timm, of transformers, or of a module of one's own."""
+
+    @pytest.mark.parametrize(
+        ("name", "arguments"),
+        [
+            ("cifar", "--model own_models:images --width 32 --structure monarch --options blocks=4 --batch-size 40 "
+             "--epochs 1 --data-set cifar10"),
+            ("cifar", "--model timm:resnet18 --batch-size 40 --epochs 1 --data-set cifar10"),
+            ("gpt2", "--model own_models:tokens --width 32 --base-width 16 --structure low_rank "
+             "--model-options hidden=1"),
+            ("gpt2", "--model hf:gpt2 --structure low_rank --model-options n_layer=1 n_embd=32 n_head=2"),
+            ("imagenet", "--model hf:vit --structure monarch --options blocks=4 --epochs 1 --batch-size 16 "
+             "--image-size 32 "
+             "--augment= --workers 0 --warmup-epochs 0 --model-options num_hidden_layers=1 hidden_size=32 "
+             "num_attention_heads=2 intermediate_size=64 patch_size=8"),
+        ],
+    )  # fmt: skip
+    def test_trains_and_resumes(
+        self, name: str, arguments: str, small_cifar: Path, text_tokens: Path, image_tree: Path, tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    ) -> None:  # fmt: skip
+        for library in ("timm:", "hf:"):
+            if library in arguments:
+                pytest.importorskip({"timm:": "timm", "hf:": "transformers"}[library])
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "own_models.py").write_text(OWN_MODELS)
+        words = ["train", name, *arguments.split(), "--threads", "1", "--quiet", "--out", "run"]
+        words += {
+            "cifar": ["--data", str(small_cifar), "--unverified"],
+            "gpt2": ["--data", str(text_tokens), "--context", "16", "--batch-size", "4", "--eval-sequences", "4",
+                     "--steps", "3", "--warmup-steps", "1", "--eval-every", "3"],
+            "imagenet": ["--data", str(image_tree)],
+        }[name]  # fmt: skip
+        assert main(words) == 0, capsys.readouterr().err
+        record = read_record(tmp_path / "run" / "record.jsonl")
+        assert record.finished
+        structured = "--structure" in words
+        assert bool(record.header["structures"]) == structured
+        if structured:
+            multipliers = [f["lr_multiplier"] for layer in record.header["structures"] for f in layer["factors"]]
+            assert min(multipliers) > 0
+        assert main([*words, "--resume"]) == 0
+        if "timm:" not in arguments:
+            with pytest.raises(ValueError, match="trained a model of your own"):
+                load_trained(tmp_path / "run")
+
+
+@pytest.mark.parametrize("task", ["cifar", "gpt2", "imagenet"])
+def test_no_step_waits_for_the_device(
+    task: str, config: cifar.Config, gpt2_config: gpt2.Config, imagenet_config: imagenet.Config,
+    small_cifar: Path, text_tokens: Path, image_tree: Path, tmp_path: Path,
+) -> None:  # fmt: skip
+    """No value of a tensor of the device is read between evaluations, where losses are not looked at in each step."""
+    read: dict[int, list[str]] = {}
+
+    class Noted(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            name = getattr(func, "__name__", "")
+            reads = name in ("item", "tolist", "__bool__", "__float__", "__int__", "numpy", "cpu")
+            if reads and runs and args[0].dtype.is_floating_point:
+                read.setdefault(runs[0].step, []).append(name)
+            return func(*args, **(kwargs or {}))
+
+    runs: list[Any] = []
+
+    def watch(run: Any, loss: float | None) -> bool:
+        run.check_every = 1000
+        runs.append(run)
+        return run.step == 6
+
+    module: Any = {"cifar": cifar, "gpt2": gpt2, "imagenet": imagenet}[task]
+    made: Any = {
+        "cifar": config.replace(eval_every=3),
+        "gpt2": gpt2_config,
+        "imagenet": imagenet_config.replace(eval_every=2, erasing=0.5, clip=1.0),
+    }[task]
+    data = {"cifar": small_cifar, "gpt2": text_tokens, "imagenet": image_tree}[task]
+    more = {"unverified": True} if task == "cifar" else {}
+    options = module.Options(data=data, out=tmp_path / "run", quiet=True, log_every=0, **more)
+    with Noted():
+        module.train(made, options, watch=watch)
+    assert len(runs) >= 5
+    assert {step: names for step, names in read.items() if step < 5} == {}
