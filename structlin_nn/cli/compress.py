@@ -8,7 +8,15 @@ import time
 from pathlib import Path
 from typing import Any
 
-from structlin_nn.cli.common import UsageError, choice, given_structure_options, misuse, print_json, structure_options
+from structlin_nn.cli.common import (
+    UsageError,
+    choice,
+    given_structure_options,
+    misuse,
+    print_json,
+    print_table,
+    structure_options,
+)
 from structlin_nn.cli.count import RULES
 
 HELP = "replace the dense layers of a trained model by the nearest structured ones, and write it to a file"
@@ -179,14 +187,15 @@ _SHOWN = {
 def _print(record: dict[str, Any], report: Any) -> None:
     print(report)
     before, after = record["before"], record["after"]
-    print(f"\n{'the whole model':<28}{'before':>18}{'after':>18}{'ratio':>9}")
+    rows = []
     for key, label in (("params", "parameters"), ("forward_macs", "MACs, one sample")):
         one, two = before["costs"][key], after["costs"][key]
-        print(f"{label:<28}{one:>18,}{two:>18,}{two / one:>9.3f}")
+        rows.append((label, f"{one:,}", f"{two:,}", f"{two / one:.3f}"))
     for key, (label, form) in _SHOWN.items():
         if before["quality"] is not None and key in before["quality"]:
-            one, two = before["quality"][key], after["quality"][key]
-            print(f"{label:<28}{form.format(one):>18}{form.format(two):>18}")
+            rows.append((label, form.format(before["quality"][key]), form.format(after["quality"][key]), ""))
+    print()
+    print_table(("the whole model", "before", "after", "ratio"), rows)
     used = f"calibrated on {record['calibration_samples']:,} samples" if record["calibration_samples"] else (
         "not calibrated: the projection minimises the errors of the weights; with --data those of the outputs"
     )  # fmt: skip

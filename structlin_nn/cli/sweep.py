@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shlex
 import sys
@@ -164,23 +163,16 @@ def _make(arguments: argparse.Namespace, planned: Any, left: dict[str, Any], wor
 
 
 def _submit(arguments: argparse.Namespace, left: dict[str, Any], workers: int, launcher: list[str]) -> int:
+    from structlin_nn.recipes._config import assigned
     from structlin_nn.sweeps.submit import failures, submit
 
-    parameters = {}
-    for assignment in arguments.submit_set:
-        key, equals, text = assignment.partition("=")
-        if not equals:
-            raise UsageError(f"--submit-set {assignment!r} must be KEY=VALUE")
-        try:
-            parameters[key] = json.loads(text)
-        except ValueError:
-            parameters[key] = text
     name = Path(arguments.name).stem
     logs = next(iter(left.values())).folder.parent / "submitit"
     with misuse(ImportError, OSError, ValueError):
         submitted = submit(
-            name, left, logs, cluster=arguments.submit, workers=workers, launcher=launcher, parameters=parameters
-        )
+            name, left, logs, cluster=arguments.submit, workers=workers, launcher=launcher,
+            parameters=assigned(arguments.submit_set),
+        )  # fmt: skip
     failed = {} if arguments.submit == "slurm" else failures(submitted)
     for run, message in failed.items():
         print(f"structlin sweep: {run}: {message}", file=sys.stderr)

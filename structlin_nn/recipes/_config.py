@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from dataclasses import replace as dataclass_replace
 from typing import Annotated, Any, ClassVar, Literal, Self
@@ -19,28 +19,29 @@ from beartype.door import is_bearable
 import structlin
 from structlin_nn._text import suggestion
 
-__all__ = ["RunConfig", "StructureOptions", "overrides", "require"]
+__all__ = ["RunConfig", "StructureOptions", "assigned", "overrides", "require"]
 
 _EXCLUSIVE = {"rank": "rank_fraction", "rank_fraction": "rank"}  # two ways to state one size
 
 
-def _parse_options(words: Sequence[str]) -> dict[str, Any]:
+def assigned(words: Sequence[str]) -> dict[str, Any]:
+    """Return the values of words NAME=VALUE, with VALUE in JSON or else a string.
+
+    Examples
+    --------
+    >>> assigned(["rank=2", "factorization=greedy"])
+    {'rank': 2, 'factorization': 'greedy'}
+    """
     found: dict[str, Any] = {}
     for word in words:
         name, equals, text = word.partition("=")
-        if not equals or not name:
-            raise ValueError(f"{word!r} must be NAME=VALUE, such as rank=2")
-        if name in found:
-            raise ValueError(f"{name} is given twice")
-        found[name] = _value(text)
+        require(bool(equals and name), f"{word!r} must be NAME=VALUE, such as rank=2")
+        require(name not in found, f"{name} is given twice")
+        try:
+            found[name] = json.loads(text)
+        except ValueError:
+            found[name] = text
     return found
-
-
-def _value(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError:
-        return text
 
 
 StructureOptions = Annotated[
@@ -48,7 +49,7 @@ StructureOptions = Annotated[
     tyro.constructors.PrimitiveConstructorSpec(
         nargs="*",
         metavar="[NAME=VALUE ...]",
-        instance_from_str=_parse_options,
+        instance_from_str=assigned,
         is_instance=lambda value: isinstance(value, dict),
         str_from_instance=lambda value: [f"{k}={v if isinstance(v, str) else json.dumps(v)}" for k, v in value.items()],
     ),
@@ -198,9 +199,7 @@ class RunConfig:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """Return a configuration from plain values, as `to_dict` gives them; ValueError for an unknown key."""
-        known = _hints(cls)
-        for key in values:
-            require(key in known, f"unknown key {key!r} in the configuration{suggestion(str(key), known)}")
+        cls._check_keys(values)
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
@@ -209,10 +208,14 @@ class RunConfig:
 
     def replace(self, **changes: Any) -> Self:
         """Return the same configuration with some fields changed, checked as a new one."""
-        known = _hints(type(self))
-        for key in changes:
-            require(key in known, f"unknown key {key!r} in the configuration{suggestion(str(key), known)}")
+        self._check_keys(changes)
         return dataclass_replace(self, **changes)
+
+    @classmethod
+    def _check_keys(cls, keys: Iterable[str]) -> None:
+        known = _hints(cls)
+        for key in keys:
+            require(key in known, f"unknown key {key!r} in the configuration{suggestion(str(key), known)}")
 
     def differences(self, other: RunConfig) -> list[str]:
         """Names of the fields in which two configurations differ."""
@@ -244,15 +247,12 @@ def overrides(kind: type[RunConfig], assignments: Sequence[str]) -> dict[str, An
     {'lr': 0.001, 'structure': 'monarch', 'options': {'blocks': 4}}
     """
     known, found = _hints(kind), dict[str, Any]()
-    for assignment in assignments:
-        key, equals, text = assignment.partition("=")
+    for key, value in assigned(assignments).items():
         name, dot, part = key.partition(".")
-        require(bool(equals), f"{assignment!r} must be KEY=VALUE")
         fine = name in known and (not dot or (name == "options" and bool(part)))
-        require(fine, f"unknown key {key!r} in {assignment!r}{suggestion(key, known)}")
-        into, key = (found.setdefault("options", {}), part) if dot else (found, key)
-        require(key not in into, f"{assignment!r} sets {key} a second time")
-        into[key] = text if known[name] is str else _value(text)
+        require(fine, f"unknown key {key!r}{suggestion(key, known)}")
+        into = found.setdefault("options", {}) if dot else found
+        into[part or name] = value
     return found
 
 

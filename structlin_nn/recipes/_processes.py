@@ -111,9 +111,8 @@ class Processes:
     def wrap(self, model: nn.Module, dtype: torch.dtype = torch.float32) -> nn.Module:
         """Return the module to call for the forward pass. ``fsdp`` replaces the parameters of `model` by sharded ones.
 
-        Scalar parameters (gains of capped factors) are not sharded; `average_scalars` gives them their gradients. For
-        bfloat16 the blocks gather their parameters in bfloat16, and gradients are reduced in float32; embeddings and
-        head stay in float32, as under autocast, so that the residual stream does.
+        Scalar parameters (gains of capped factors) are not sharded; `average_scalars` gives them their gradients. In
+        bfloat16 parameters are gathered and activations kept in bfloat16, and gradients are reduced in float32.
         """
         if self.size == 1:
             return model
@@ -124,11 +123,12 @@ class Processes:
         # Logits may be a view; they are not changed in place.
         warnings.filterwarnings("ignore", r"FSDP2-wrapped module .* returned a view", UserWarning)
         scalars = {p for p in model.parameters() if p.ndim == 0}
-        half = dtype if dtype == torch.bfloat16 else None
-        policy = MixedPrecisionPolicy(half, torch.float32 if half else None, cast_forward_inputs=False)
+        policy = MixedPrecisionPolicy()
+        if dtype == torch.bfloat16:
+            policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
         for block in getattr(model, "blocks", ()):
             fully_shard(block, mesh=self.mesh, ignored_params=scalars, mp_policy=policy)
-        sharded: Any = fully_shard(model, mesh=self.mesh, ignored_params=scalars)
+        sharded: Any = fully_shard(model, mesh=self.mesh, ignored_params=scalars, mp_policy=policy)
         return sharded
 
     @contextmanager

@@ -139,12 +139,12 @@ class TestOverrides:
 
     @pytest.mark.parametrize(
         ("given", "message"),
-        [("lr", "must be KEY=VALUE"), ("lr.a=1", "unknown key 'lr.a'"), ("widht=1", "did you mean width")],
+        [("lr", "must be NAME=VALUE"), ("lr.a=1", "unknown key 'lr.a'"), ("widht=1", "did you mean width")],
     )
     def test_mistakes(self, given: str, message: str) -> None:
         with pytest.raises(ValueError, match=message):
             overrides(cifar.Config, [given])
 
     def test_twice(self) -> None:
-        with pytest.raises(ValueError, match="sets rank a second time"):
+        with pytest.raises(ValueError, match=r"options\.rank is given twice"):
             overrides(cifar.Config, ["options.rank=1", "options.rank=2"])

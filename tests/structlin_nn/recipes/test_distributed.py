@@ -110,8 +110,8 @@ class TestTwoProcesses:
         assert states[0]["scaler"]["scale"] < 2.0**16
 
     def test_bfloat16_of_shards_is_that_of_whole_models(self, losses: dict[str, list[float]]) -> None:
-        """Up to the norms' weights, which blocks gather in bfloat16."""
-        assert difference(losses["bfloat-fsdp"], losses["bfloat-ddp"]) < 2e-3
+        """Nearly: activations between layers are in bfloat16 too."""
+        assert 0 < difference(losses["bfloat-fsdp"], losses["bfloat-ddp"]) < 0.01
         assert difference(losses["bfloat-fsdp"], losses["gpt2-one"]) < 0.02
 
     def test_shards_of_two_are_resumed_by_one(self, jobs: Any, losses: dict[str, list[float]], tmp_path: Path) -> None:
