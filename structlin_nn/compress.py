@@ -60,7 +60,7 @@ def open_data(
     trained
         The model.
     root
-        Where the data are, as `structlin train` takes them; None: the embedded images, for a model of 32 x 32 images.
+        Folder of the data, as for `structlin train`. None takes the embedded images, for a model of 32 x 32 images.
     data_set
         ``cifar10``, ``cifar100`` or ``fashion``, if not that of the run.
     verify

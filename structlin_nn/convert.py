@@ -45,7 +45,7 @@ _NAMES = {"kernel": "weight", "embedding": "weight", "scale": "weight"}
 def to_torch(model: nnx.Module) -> dict[str, torch.Tensor]:
     """Return the state dictionary of the torch model with the parameters of a flax model of the modules listed above.
 
-    New tensors by torch's names, those that are shared under each of their names, for ``load_state_dict``. ValueError
+    The tensors are new, and shared parameters appear under each of their names, for ``load_state_dict``. ValueError
     for a module that is laid out in another way in torch, or stacked layers (``nnx.vmap``).
 
     Examples

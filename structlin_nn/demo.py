@@ -93,7 +93,7 @@ def demo(
     folder
         Folder to write; its runs are kept or resumed.
     seed
-        Of all runs; `quick`: see `configurations`.
+        Seed of all runs. `quick` is that of `configurations`.
     workers
         Processes, by default one for each core, and 8 at most.
     progress

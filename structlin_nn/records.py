@@ -82,14 +82,14 @@ HEADER_KEYS = (
 
 @dataclass(frozen=True)
 class Record:
-    """A run record that was read: its header and its evaluations, in the order of the steps.
+    """A run record: its header and its evaluations, in the order of the steps.
 
     Attributes
     ----------
     header
-        See the module's description.
+        The header, as in the description of the module.
     evaluations
-        One dictionary for each line.
+        A dictionary for each line.
     """
 
     header: dict[str, Any]
@@ -178,7 +178,7 @@ class RecordWriter:
 
     @classmethod
     def create(cls, path: Path, header: Mapping[str, Any]) -> RecordWriter:
-        """Start a record with its header, which is written as a whole or not at all; its folder is made."""
+        """Start a record with its header, written atomically; make its folder."""
         line = sealed({"kind": "header", "schema": SCHEMA, **header})
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(path) as file:
@@ -187,10 +187,10 @@ class RecordWriter:
 
     @classmethod
     def reopen(cls, path: Path, size: int) -> tuple[RecordWriter, list[str]]:
-        """Go back to the first `size` bytes of a record, which is what it held when a checkpoint was written.
+        """Truncate a record to its first `size` bytes, its size at a checkpoint.
 
-        Lines after that belong to steps that are done again, and the last may have been cut off by a kill. Returns
-        messages of what was dropped beside the writer. ValueError for a file that does not belong to the checkpoint.
+        Later lines belong to steps that are repeated, and the last may be incomplete. Returns the writer and messages
+        about dropped lines. ValueError for a file that does not belong to the checkpoint.
         """
         raw = path.read_bytes()
         if len(raw) < size or raw[size - 1 : size] != b"\n":
@@ -204,7 +204,7 @@ class RecordWriter:
             messages.append(f"dropped the last line of {path}, which was cut off after {len(torn)} bytes")
         if whole:
             count = whole.count(b"\n") + 1
-            messages.append(f"dropped {count} line(s) of {path} after the checkpoint, which are computed again")
+            messages.append(f"dropped {count} line(s) of {path} after the checkpoint, which are repeated")
         if len(raw) > size:
             with path.open("r+b") as file:
                 file.truncate(size)
@@ -213,7 +213,7 @@ class RecordWriter:
         return cls(path, size), messages
 
     def append(self, evaluation: Mapping[str, Any]) -> None:
-        """Add the line of an evaluation. After an OSError the line may be there in part, which resuming repairs."""
+        """Add the line of an evaluation. An OSError may leave a part of it, which resuming repairs."""
         line = sealed({"kind": "evaluation", **evaluation})
         with self.path.open("ab", buffering=0) as file:
             written = file.write(line)

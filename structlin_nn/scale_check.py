@@ -45,14 +45,14 @@ class LayerScale:
     Attributes
     ----------
     name
-        Of the module.
+        Name of the module.
     initial
         RMS at initialisation, for each width; 0 for a layer that starts at zero.
     change
         For each step, for each width, RMS of the difference from initialisation.
     initial_slope, change_slope
-        Of the logarithms over those of the width, of the initial values and of the change after the last step; None
-        where a value is 0.
+        Slopes over the width, on logarithmic axes, of the initial values and of the change after the last step; None if
+        a value is 0.
     verdict
         ``flat``, ``grows``, ``vanishes`` (of the change, or ``starts growing`` where it is flat but the initial outputs
         grow), or ``fixed`` where it does not change at any width.
@@ -124,7 +124,7 @@ def check_scale(
     structure_aware, extra_multipliers, rules
         As in ``parameter_groups``.
     threshold
-        Of the verdicts, see :data:`THRESHOLD`.
+        Limit of flat slopes, see :data:`THRESHOLD`.
 
     Raises
     ------
@@ -258,7 +258,7 @@ def logits_of(model: nn.Module, inputs: Any) -> Tensor:
 
 @contextmanager
 def _outputs(model: nn.Module) -> Any:
-    """Record the last output of every layer by name; layers that are not called are left out."""
+    """Collect the last output of every layer that is called, by name."""
     noted: dict[str, Tensor] = {}
     handles = []
     layers = [(name, module) for name, module in model.named_modules() if isinstance(module, _LAYERS)]

@@ -53,9 +53,9 @@ def read_rows(
         Run records (``.jsonl`` whose first line is a header), JSON lines or a JSON list of objects, CSV with a head
         line (empty cells are absent, what reads as a number is one), or folders of ``.jsonl`` files.
     evaluations
-        Of a run record the ``last`` evaluation, or ``all``.
+        Evaluations of a run record: ``last`` or ``all``.
     unfinished
-        Take runs that have not reached their last step. Otherwise they are an error.
+        Accept runs that have not reached their last step.
 
     Raises
     ------
@@ -202,7 +202,7 @@ def group_rows(rows: Sequence[Row], names: Sequence[str]) -> dict[str, list[Row]
 
 
 def select(rows: Sequence[Row], conditions: Mapping[str, str]) -> list[Row]:
-    """Select the rows whose columns have given values, compared as text; ``true``, ``false``, ``null`` as in JSON.
+    """Return the rows with given values, compared as text; ``true``, ``false`` and ``null`` are as in JSON.
 
     ValueError for a column that no row has, or no rows left.
     """

@@ -38,7 +38,7 @@ class TrainedModel:
     build
         Its construction (:mod:`structlin_nn.models.files`).
     name
-        Of the source, without folders.
+        Name of the source, without folders.
     config
         Configuration and ``task`` of the run that trained it; None for a model of another source.
     scale
@@ -99,13 +99,13 @@ def open_trained(
     weights
         For ``timm:NAME`` the .safetensors file with its state dictionary; nothing is downloaded.
     num_classes
-        Of a model of timm; None: what its classifier in the file has.
+        Number of classes of a model of timm. None takes that of the classifier in the file.
     image_size
-        Of a model of timm; None: its own.
+        Side of the images of a model of timm. None takes its default.
     average
-        Of a run: the average of the weights.
+        Take the average of the weights of a run.
     untie
-        Of published GPT-2: a head of its own (`structlin_nn.models.pretrained.load_gpt2`).
+        Give published GPT-2 a head of its own (`structlin_nn.models.pretrained.load_gpt2`).
 
     Raises
     ------
@@ -156,9 +156,9 @@ def load_trained(folder: str | os.PathLike[str], *, average: bool = False, model
     Parameters
     ----------
     folder
-        Of the run. FileNotFoundError, ValueError: no checkpoint there, or a damaged one.
+        Folder of the run. FileNotFoundError for one without a checkpoint, ValueError for a damaged one.
     average
-        The average of the weights instead of the weights; ValueError for a run that keeps none.
+        Take the average of the weights; ValueError for a run that keeps none.
     model
         A model of your own to fill, whose construction a checkpoint does not state.
     """

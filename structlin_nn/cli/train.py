@@ -25,34 +25,36 @@ HELP = "train a model with dense or structured layers, by the paper's recipe unl
 EXAMPLES = """\
 examples:
   structlin train --list
-      what can be trained
+      list the recipes
   structlin train cifar --structure block_tensor_train --width 256
-      the MLP of the paper by its recipe, on the images that are part of the package
+      train the MLP of the paper by its recipe, on the images that are part of the package
   structlin train cifar --data path/to/cifar-10-batches-bin --data-set cifar10 --structure monarch --options blocks=4
-      on CIFAR-10, from any of its standard files (binary or python version, folder or archive)
+      train on CIFAR-10, from the folder of its files (binary or python version)
   structlin train imagenet --data path/to/imagenet --structure block_tensor_train --options rank=2 --width 484 \\
       --device cuda
   torchrun --nproc-per-node 8 --no-python structlin train gpt2 --data DIR --device cuda --parallel fsdp
-      on several GPUs
+      train on several GPUs
   structlin train cifar --structure monarch --width 256 --out runs/first --resume
-      resume after an interruption: Ctrl-C, SIGTERM, a power failure
+      resume after an interruption (Ctrl-C, SIGTERM, a power failure)
   structlin train gpt2 --data DIR --init-from small.safetensors --lr 1e-4 --steps 1000 --warmup-steps 50
-      from trained weights: a file of `structlin compress`, another run, or published GPT-2
+      start from trained weights: a file of `structlin compress`, another run, or published GPT-2
+  structlin train cifar --model my_models:make --width 64 --structure low_rank --options rank=8
+      train a model of your own, of timm (timm:NAME) or of transformers (hf:CONFIG)
   structlin train cifar --epochs 3 --batch-size 256 --no-augment --mixup 0 --label-smoothing 0
-      a quick look
+      train for a short time
 
-structlin train NAME --help lists the options of each. Record and checkpoints are written to --out, and the record is
-JSON lines: see structlin_nn.records.
+structlin train NAME --help lists the options of a recipe. --out gets checkpoints and the record, JSON lines that
+structlin_nn.records describes.
 """
 
 
 def parse(name: str, arguments: Sequence[str]) -> tuple[Any, Any, Any]:
-    """(module of the recipe, configuration, options) that arguments ask for.
+    """Return the module of the recipe, the configuration and the options for arguments.
 
     Raises
     ------
     ValueError, TypeError, ImportError
-        No configuration.
+        Invalid values of a configuration.
     SystemExit
         Misuse, which tyro explains on stderr.
     """
@@ -137,7 +139,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _failed(error: Exception) -> int:
-    """Tell of an error; one that comes before the run has begun is a mistake of usage."""
+    """Report an error, and return the exit code; an error before the start of the run is misuse."""
     from structlin_nn.recipes._run import BEGUN, TrainingError
 
     begun = BEGUN in getattr(error, "__notes__", ())

@@ -208,7 +208,7 @@ class Augmentation:
     Attributes
     ----------
     mean, std
-        Of each channel.
+        Mean and deviation of each channel.
     num_classes
         Number of classes K.
     crop_scale, crop_ratio

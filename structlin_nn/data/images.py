@@ -59,11 +59,11 @@ class ImageDataset:
     class_names
         The name of each class, in the order of the labels.
     source
-        Where the arrays came from and what was done to them.
+        Origin of the arrays, and changes made to them.
     licence
         The terms under which the data may be used.
     mean, std
-        Of each channel of the training images (`channel_statistics`; derived).
+        Mean and deviation of each channel of the training images (`channel_statistics`; derived).
 
     Raises
     ------
@@ -253,8 +253,8 @@ _kept_order = functools.lru_cache(maxsize=2)(epoch_order)
 def batch_rows(size: int, batch_size: int, seed: int, step: int) -> np.ndarray:
     """Return the samples of one step of training: a function of its arguments, so that a run resumes by its step alone.
 
-    An epoch has ``size // batch_size`` steps (ValueError where it has none), in the order of `epoch_order`; the samples
-    that are left at its end are left out of that epoch. Returns int64 (batch_size,).
+    An epoch has ``size // batch_size`` steps (ValueError for none), in the order of `epoch_order`; it leaves out the
+    samples of an incomplete batch. Returns int64 (batch_size,).
 
     Examples
     --------

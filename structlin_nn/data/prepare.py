@@ -65,7 +65,7 @@ def prepare_text(
         Share of each document, by bytes, that goes to the validation split: its end, from the start of a line where
         there is one near. Above 0 and below 1.
     name
-        Of the corpus; by default that of the folder.
+        Name of the corpus; by default that of the folder.
     workers
         Threads; None: one for each core.
 
@@ -141,7 +141,7 @@ def prepare_openwebtext(
     dataset, split
         As in `structlin_nn.data.hub.load_hub`, with its errors.
     column
-        Of the text.
+        Name of the column of the text.
     val_fraction, seed
         Share of the documents that makes the validation split, and seed of that choice.
     workers

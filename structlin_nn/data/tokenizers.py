@@ -51,7 +51,7 @@ def load_tokenizer(name: str, folder: str | os.PathLike[str] | None = None) -> T
     name
         ``gpt2``, or ``bytes``: the bytes of UTF-8 as tokens 0 to 255, and 256 for the end of a document.
     folder
-        Holds GPT-2's vocabulary: ``encoder.json`` and ``vocab.bpe``, or ``vocab.json`` and ``merges.txt`` as
+        Folder of GPT-2's vocabulary: ``encoder.json`` and ``vocab.bpe``, or ``vocab.json`` and ``merges.txt`` as
         transformers keeps them. None: tiktoken's cache (``TIKTOKEN_CACHE_DIR``), then the network.
 
     Raises

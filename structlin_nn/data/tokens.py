@@ -57,7 +57,7 @@ class TokenData:
     tokenizer, end_of_text
         Name, and the token that ends a document, from ``meta.json``; None where it is missing.
     folder
-        Of the files.
+        Folder of the files.
     """
 
     train: np.ndarray
@@ -86,12 +86,12 @@ def open_tokens(
     Parameters
     ----------
     folder
-        Holds ``train.bin`` and ``val.bin``, see the module's description.
+        Folder with ``train.bin`` and ``val.bin``, as in the description of the module.
     vocab_size
         Size of the vocabulary, for files without ``meta.json``; without either, GPT-2's 50257 is taken, as nanoGPT
         does.
     name
-        Of the corpus, instead of what ``meta.json`` or the folder says.
+        Name of the corpus, in place of that of ``meta.json`` or the folder.
     digest
         ``TokenData.digest`` of another process of the same run, taken without reading the tokens.
 

@@ -18,11 +18,12 @@ __all__ = ["curves_figure"]
 
 
 def curves_figure(groups: Mapping[str, Sequence[Row]], *, x: str, y: str, final_x: str = "forward_macs") -> Figure:
-    """Every run's evaluations against what was spent so far, and its last one against the cost of the model.
+    """Draw the evaluations of runs against what was spent, and their last ones against the cost of the model.
 
-    Left a line for each run, of the colour of its group, darker for wider models; right the ends, joined along the
-    width, with runs of one width (seeds) at their mean. `groups` are all evaluations of runs by label, with ``record``,
-    ``width`` and the columns ``x`` (evaluations where it is 0 are left out), ``y`` and ``final_x``; ValueError without.
+    On the left is a line for each run, in the colour of its group, darker for wider models; on the right are the last
+    values, joined along the width, with runs of one width (seeds) at their mean. `groups` are all evaluations of runs
+    by label, with ``record``, ``width`` and the columns ``x`` (without evaluations at 0), ``y`` and ``final_x``;
+    ValueError for missing columns.
     """
     figure = new_figure(9.6, 4.4)
     left, right = figure.subplots(1, 2, width_ratios=(1.4, 1), sharey=True)

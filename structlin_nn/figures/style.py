@@ -47,7 +47,7 @@ _SETTINGS: dict[Any, Any] = {
 
 @dataclass(frozen=True)
 class Series:
-    """How a series is drawn."""
+    """The colour, marker and line of a series."""
 
     label: str
     colour: str

@@ -95,7 +95,7 @@ def build_model(
     device
         ``"meta"`` allocates nothing.
     dtype
-        Of parameters.
+        Dtype of the parameters.
     **sizes
         Sizes other than the named model's (``MODELS[name].options``): ``num_classes``, ``heads``, ...
 

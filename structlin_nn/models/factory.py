@@ -120,7 +120,7 @@ class LinearFactory:
 
 
 def check_positive(config: Any, *names: str) -> None:
-    """ValueError unless the named attributes of ``config`` are positive integers."""
+    """Raise ValueError unless the named attributes of ``config`` are positive integers."""
     for name in names:
         value = getattr(config, name)
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -128,7 +128,7 @@ def check_positive(config: Any, *names: str) -> None:
 
 
 def check_shape(shape: Any) -> tuple[int, int, int]:
-    """(channels, height, width) as a tuple of positive integers, or a ValueError."""
+    """Return (channels, height, width) as a tuple of positive integers; ValueError for other values."""
     shape = tuple(shape)
     if len(shape) != 3 or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in shape):
         raise ValueError(f"input_shape is (channels, height, width) in positive integers, got {shape}")

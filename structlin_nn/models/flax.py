@@ -222,7 +222,7 @@ class ViT(nnx.Module):
         self.head = linear(width, config.num_classes, role="output", zero_init=True)
 
     def patchify(self, x: Array) -> Array:
-        """(batch, channels, height, width) -> (batch, patches, patch * patch * channels)."""
+        """Return patches (batch, patches, patch * patch * channels) of images (batch, channels, height, width)."""
         n, channels, height, width = x.shape
         p = self.config.value.patch
         x = x.reshape(n, channels, height // p, p, width // p, p)
@@ -279,7 +279,7 @@ def base_model(name: str, base_width: int | None = None, **sizes: Any) -> MLP | 
 
 
 class _Static:
-    """A configuration as a static attribute: nnx wants those hashable, and compares them for jit."""
+    """A configuration as a static attribute, which nnx requires to be hashable and compares for jit."""
 
     def __init__(self, value: Any) -> None:
         self.value = value

@@ -53,9 +53,9 @@ def load_gpt2(
     untie
         Give the model a head of its own, a copy of the token embedding, so that it can be projected too.
     device
-        Of the model.
+        Device of the model.
     dtype
-        Of the model; None: that of the token embedding.
+        Dtype of the model. None takes that of the token embedding.
 
     Returns
     -------

@@ -198,7 +198,7 @@ class ViT(nn.Module):
         self.head = linear(width, config.num_classes, role="output", zero_init=True)
 
     def patchify(self, x: Tensor) -> Tensor:
-        """(batch, channels, height, width) -> (batch, patches, patch * patch * channels)."""
+        """Return patches (batch, patches, patch * patch * channels) of images (batch, channels, height, width)."""
         p = self.config.patch
         x = x.unflatten(3, (-1, p)).unflatten(2, (-1, p))
         return x.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)

@@ -58,7 +58,7 @@ StructureOptions = Annotated[
 
 
 def require(fine: bool, message: str) -> None:
-    """ValueError with the message unless `fine`."""
+    """Raise ValueError with the message unless `fine`."""
     if not fine:
         raise ValueError(message)
 
@@ -238,7 +238,7 @@ class RunConfig:
 
 
 def overrides(kind: type[RunConfig], assignments: Sequence[str]) -> dict[str, Any]:
-    """Changes from strings KEY=VALUE, VALUE in JSON or a string; ``options.NAME=VALUE`` is an option of the structure.
+    """Return changes of a configuration from words NAME=VALUE; ``options.NAME=VALUE`` is an option of the structure.
 
     Examples
     --------
@@ -262,7 +262,7 @@ def _hints(kind: type[RunConfig]) -> dict[str, Any]:
 
 
 def _typed(name: str, value: Any, hint: Any) -> Any:
-    """Return a value as the type of its field, or a TypeError (for one of several names a ValueError)."""
+    """Return a value as the type of its field; TypeError for another type, ValueError for an unknown name."""
     if typing.get_origin(hint) is tuple and isinstance(value, list):
         value = tuple(value)
     if typing.get_origin(hint) is tuple and isinstance(value, tuple):

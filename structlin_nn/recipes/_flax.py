@@ -56,7 +56,8 @@ class FlaxRun(Run):
     twin
         The torch model with the same parameters, as they were drawn or when they were last written to it.
     graph
-        Of the flax model; `params`, `rest`: its state; `moments`: of the optimiser; `average`: of the weights.
+        Graph of the flax model. `params` and `rest` are its state, `moments` that of the optimiser, and `average`
+        is the average of the weights.
     """
 
     versions = ("torch", "jax", "flax", "optax", "orbax-checkpoint")

@@ -22,8 +22,8 @@ class Probe:
     Parameters
     ----------
     model
-        Has ``return_features``: (inputs) to (logits, features), or, as models of timm, ``get_classifier``, whose input
-        is the features. Of any other model only gains are measured.
+        A model with ``return_features``: (inputs) to (logits, features), or, as in timm, ``get_classifier``, whose
+        input is the features. For other models only gains are measured.
     call
         Runs it, in the precision and the way that evaluation does.
     inputs

@@ -36,7 +36,7 @@ class Processes:
     rank, size
         Number of this process, and of all processes.
     parallel
-        How the processes share a model: ``ddp`` (each has all of it) or ``fsdp`` (each has a part: FSDP2,
+        Distribution of a model: ``ddp`` (each process has all of it) or ``fsdp`` (each has a part: FSDP2,
         `fully_shard`).
     device
         Device of this process.

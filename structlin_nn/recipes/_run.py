@@ -138,7 +138,7 @@ class Run:
     last
         The last line of the record.
     state
-        Of the checkpoint that the run resumes from; None for a new run.
+        State of the checkpoint that the run resumes from; None for a new run.
 
     Raises
     ------

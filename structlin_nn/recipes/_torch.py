@@ -35,7 +35,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 def count_run(
     build: Callable[..., nn.Module], config: RunConfig, outputs: int, steps: int, sample: Tensor
 ) -> dict[str, int]:
-    """Parameters of the model, MACs of one sample, and the size of the whole run, counted on the meta device.
+    """Return parameters of the model, MACs of one sample, and the size of the run, counted on the meta device.
 
     ``training_macs`` are those of the forward and the backward pass, without the gradients that no step needs, such as
     that of the images (`structlin_nn.counting`): between two and three times ``forward_macs``.
@@ -58,7 +58,9 @@ def count_run(
 
 
 def base_of(build: Callable[..., nn.Module], config: RunConfig, outputs: int) -> nn.Module | None:
-    """The dense model at base width, on the meta device, with the recipe's own number of heads if they divide it.
+    """Return the dense model at base width, on the meta device.
+
+    It has the recipe's own number of heads if they divide the width.
 
     None for a model that has its own width: each layer is its own base.
     """
@@ -76,7 +78,7 @@ def base_of(build: Callable[..., nn.Module], config: RunConfig, outputs: int) ->
 
 
 def make_optimizer(config: RunConfig, model: nn.Module, base: nn.Module | None, **rules: Any) -> torch.optim.Optimizer:
-    """The optimiser, whose groups have the learning rates of `structlin_nn.torch.parameter_groups` before the schedule.
+    """Return the optimiser, with the learning rates of `structlin_nn.torch.parameter_groups` before the schedule.
 
     ``base``: the dense model at base width, on the meta device: ``config.lr`` is its rate. None: each layer is its own
     base, and ``config.lr`` is the rate of the dense model of this width. ``rules``: of `parameter_groups`.
@@ -144,7 +146,7 @@ class Average:
 
 
 class ShardedScaler(torch.amp.GradScaler):
-    """A scaler for gradients of which each process has its own part, beside some that all have.
+    """A scaler for gradients that are sharded over the processes, beside some that are not.
 
     torch's own takes either kind alone. Where one process finds a gradient that is not finite, all leave the step out,
     and so all have the same scale.
@@ -192,7 +194,7 @@ class TorchRun(Run):
         super().__exit__(kind, error, trace)
 
     def make_model(self, build: Callable[..., nn.Module], outputs: int) -> nn.Module:
-        """The model, drawn from torch's generator on the CPU, with what the run starts from, on the run's device.
+        """Return the model on the device of the run, drawn from torch's generator on the CPU or with trained weights.
 
         ValueError for sizes that the structure does not allow, or weights that are not of this model.
         """

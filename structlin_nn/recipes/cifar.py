@@ -154,7 +154,7 @@ def train(
     Parameters
     ----------
     config
-        Of the run.
+        Configuration of the run.
     options
         Files and output; `options.data` is the folder of CIFAR (`load_images`), or None for the embedded images.
     build
@@ -163,12 +163,12 @@ def train(
     data
         Images of your own, in place of `options.data`.
     watch
-        Called after every step with the run and the loss; True ends the run there.
+        Function of the run and the loss, called after every step; the run ends if it returns True.
 
     Returns
     -------
     Result
-        How the run ended; its record is described in `structlin_nn.records`.
+        The end of the run. `structlin_nn.records` describes its record.
 
     Raises
     ------

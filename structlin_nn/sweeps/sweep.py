@@ -72,7 +72,7 @@ class Sweep:
     Attributes
     ----------
     name
-        Of the sweep.
+        Name of the sweep.
     about
         One-line description.
     model

@@ -542,3 +542,14 @@ def test_no_step_waits_for_the_device(
         module.train(made, options, watch=watch)
     assert len(runs) >= 5
     assert {step: names for step, names in read.items() if step < 5} == {}
+
+
+@pytest.mark.slow
+def test_a_compiled_model_takes_the_same_steps(config: cifar.Config, small_cifar: Path, tmp_path: Path) -> None:
+    config = config.replace(epochs=1, eval_every=1, depth=1, lr=1e-3)
+    found = []
+    for compiled in (False, True):
+        options = cifar.Options(data=small_cifar, unverified=True, quiet=True, out=tmp_path / str(compiled))
+        found.append(cifar.train(config.replace(compile=compiled), options).evaluation)
+    for key in ("batch_loss", "test_loss"):
+        assert found[1][key] == pytest.approx(found[0][key], rel=1e-4), key
