@@ -90,7 +90,7 @@ def test_an_interrupted_one_goes_on(tmp_path: Path) -> None:
         process.send_signal(signal.SIGTERM)
         _, err = process.communicate(timeout=120)
     assert process.returncode == 128 + signal.SIGTERM, err
-    assert "structlin demo: SIGTERM; what was trained is kept" in err
+    assert "structlin demo: SIGTERM; the same command resumes the demonstration" in err
     assert not (tmp_path / "demo.png").exists()
     done = subprocess.run(arguments, env=environment(), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr

@@ -176,7 +176,7 @@ def test_timm(out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
         assert isinstance(again.blocks[3].mlp.fc1, StructuredLinear)
         torch.testing.assert_close(again.blocks[3].mlp.fc2.weight, model.blocks[3].mlp.fc2.weight)
     _, text = run(f"{line} --layers *.fc1 --num-classes 4 --out {out} --overwrite", capsys, code=2)
-    assert "head.weight has shape (3, 192), and here (4, 192)" in text
+    assert "head.weight has shape (3, 192) in the file and (4, 192) in the model" in text
     _, text = run(f"compress timm:resnet18 --weights {weights} --structure low_rank --rank 2 --out {out} --overwrite",
                   capsys, code=2)  # fmt: skip
     assert "is not of timm's resnet18" in text

@@ -108,7 +108,7 @@ def test_misuse(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="got Sequential"):
         save_model(model, path)
     save_structured(model, path)
-    with pytest.raises(ValueError, match="does not say how its model is built"):
+    with pytest.raises(ValueError, match="does not state how its model is built"):
         load_model(path)
     pytest.importorskip("timm")
     for name in ("hf_hub:timm/vit", "vit_tiny_patch16_224.augreg", "no_such_model", "hf-hub:a/b"):
