@@ -1,4 +1,4 @@
-"""The coordinate check: are features and their changes in a step independent of the width?
+"""Coordinate check of features and their updates across widths.
 
 In a correct parametrisation, the outputs of every layer have the same size at initialisation and change by the same
 amount in each step, at every width (Yang and Hu, *Tensor Programs V*, 2022; for structured layers Qiu et al., *Compute
