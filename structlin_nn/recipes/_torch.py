@@ -43,7 +43,8 @@ def count_run(
     with torch.device("meta"):
         model = build(config.replace(recompute=False), outputs)
     try:
-        counted = count(model, sample.to("meta"))
+        # In training mode, batch norm refuses a single value for each channel.
+        counted = count(model.eval(), sample.to("meta"))
     except (AssertionError, RuntimeError) as error:
         raise ValueError(f"{config.model} does not take inputs of shape {tuple(sample.shape)}: {error}") from error
     samples = steps * config.batch_size
