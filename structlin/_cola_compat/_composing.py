@@ -29,7 +29,7 @@ from cola.ops import (
 )
 from plum import dispatch
 
-from structlin._arrays import BACKENDS, Array, backend_of
+from structlin._arrays import Array, backend_of
 from structlin._cola_compat._pickling import PICKLING
 from structlin._cola_compat._repair import (
     Repair,
@@ -38,6 +38,7 @@ from structlin._cola_compat._repair import (
     implementation,
     is_ambiguous,
     is_array,
+    library_of,
     rule,
 )
 from structlin._cola_compat._slicing import SLICING
@@ -110,12 +111,18 @@ def _libraries(value: Any) -> set[str]:
         if hasattr(type(value), "backend"):  # one of ours
             return {value.backend}
         held = [v for k, v in vars(value).items() if value._dynamic.get(k)]
-        return set().union(*map(_libraries, held))
+        return set().union(*map(_libraries, held)) or _library_of_owner(vars(value).get("_matmat"))
     if isinstance(value, tuple | list):
         return set().union(*map(_libraries, value))
     if isinstance(value, dict):
         return _libraries(list(value.values()))
     return {backend_of(value)} if is_array(value) else set()
+
+
+def _library_of_owner(matmat: Any) -> set[str]:
+    """Return the library of the operator whose product ``matmat`` is, for an operator made of that alone."""
+    owner = getattr(matmat, "__self__", None)
+    return {library_of(owner.xnp)} if isinstance(owner, LinearOperator) else set()
 
 
 def _find_device(value: Any) -> Any:
@@ -140,7 +147,7 @@ def _operator_init(
 ) -> None:
     fields = vars(self)  # CoLA declares that these are no leaves, so that nothing is to be recorded
     fields.update(dtype=dtype, shape=shape)
-    names = _libraries(self)
+    names = _libraries(self) or _library_of_owner(matmat)
     library = next((n for n in ("torch", "jax", "numpy") if n in names), None)
     fields["xnp"] = functions_of(library or _guessed_library(dtype))
     if matmat is not None:
@@ -192,9 +199,6 @@ def _repair_library() -> None:
 # -- scaling -------------------------------------------------------------------------------------------------------
 
 
-_FUNCTIONS = {"numpy": ".np_fns", "torch": ".torch_fns", "jax": ".jax_fns"}
-
-
 def as_scalar(A: LinearOperator, c: Any) -> tuple[Any, Any]:
     """``c`` checked, and the dtype of c * A."""
     if isinstance(c, LinearOperator):
@@ -202,7 +206,7 @@ def as_scalar(A: LinearOperator, c: Any) -> tuple[Any, Any]:
     if is_array(c):
         if int(np.prod(tuple(c.shape))) != 1:
             raise ValueError(f"an operator is scaled by one number, got an array of shape {tuple(c.shape)}")
-        library = next(name for name in BACKENDS if A.xnp.__name__.endswith(_FUNCTIONS[name]))
+        library = library_of(A.xnp)
         if backend_of(c) not in (library, "numpy") and (backend_of(c), library) != ("jax", "numpy"):
             raise TypeError(f"cannot scale a {library} operator by a {backend_of(c)} array")
         c = c.reshape(())
@@ -236,6 +240,11 @@ def _repair_scaling() -> None:
         return Product(scalar_mul(A, c, dtype, A.shape[-2]), A)
 
     @rule("mul")
+    def scaled_identity(A: Identity, c: object):
+        c, dtype = as_scalar(A, c)
+        return scalar_mul(A, c, dtype, A.shape[-2])
+
+    @rule("mul")
     def scaled_scalar(A: ScalarMul, c: object):
         c, dtype = as_scalar(A, c)
         return scalar_mul(A, A.c * c, dtype, A.shape[-2])
@@ -254,7 +263,7 @@ def _repair_scaling() -> None:
 
 def _repair_subtract() -> None:
     def __rsub__(self: LinearOperator, other: Any) -> Any:
-        """Other - self"""
+        """Return ``other - self``."""
         return (-self).__add__(other)
 
     LinearOperator.__rsub__ = __rsub__

@@ -31,9 +31,14 @@ _original_lookup = Function._resolve_method_with_cache
 def _lookup(self: Function, args: Any = None, types: Any = None) -> Any:
     found = _original_lookup(self, args=args, types=types)
     if args is not None:
-        key = tuple(map(type, args))
-        if key not in self._cache and (signature := _decided(self, key)) is not None:
-            self._cache[key] = signature.implementation, signature.return_type, signature
+        key, count = tuple(map(type, args)), len(self._resolver.signatures)
+        undecided = vars(self).setdefault("_structlin_undecided", {})  # types, and the number of rules at that time
+        if key not in self._cache and undecided.get(key) != count:
+            signature = _decided(self, key)
+            if signature is None:
+                undecided[key] = count
+            else:
+                self._cache[key] = signature.implementation, signature.return_type, signature
     return found
 
 

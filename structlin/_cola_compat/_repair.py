@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
@@ -39,12 +40,15 @@ def is_ambiguous(name: str, *types: Any) -> bool:
     return False
 
 
-def rule(name: str, precedence: float = 1, cond: Callable[..., bool] | None = None) -> Callable[[Any], Any]:
-    """Register a method of CoLA's dispatched function ``name``, for the types of its annotations."""
+def rule(
+    name: str, precedence: float = 1, cond: Callable[..., bool] | None = None, types: Sequence[type] = ()
+) -> Callable[[Any], Any]:  # fmt: skip
+    """Register a method of CoLA's dispatched function ``name``, for ``types`` or else those of its annotations."""
 
     def register(method: Any) -> Any:
         method.__name__ = name
-        method.__annotations__ = get_type_hints(method)
+        given = zip(inspect.signature(method).parameters, types, strict=True) if types else ()
+        method.__annotations__ = dict(given) or get_type_hints(method)
         dispatch(method, cond=cond, precedence=precedence)  # type: ignore[arg-type]
         return method
 
