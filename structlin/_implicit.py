@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+from cola.annotations import SelfAdjoint
+
 from structlin._arrays import Array, backend_of
 from structlin._lapack import eps, follows, known, lapack, nan_unless
 
@@ -29,14 +31,25 @@ class Solver:
 
 
 def frozen(A: Any) -> Any:
-    """Return a, whose numbers no gradient reaches."""
+    """Return the operator with numbers that no gradient reaches; A itself where none does."""
     leaves, unflatten = A.flatten()
+    if not any(map(_is_followed, leaves)):
+        return A
     return unflatten([lapack(x).stop_gradient(x) if hasattr(x, "dtype") else x for x in leaves])
 
 
 def is_followed(A: Any) -> bool:
-    """Whether a derivative may be asked with respect to the numbers of an operator."""
-    return any(follows(x) for x in A.flatten()[0] if hasattr(x, "dtype") and hasattr(x, "shape"))
+    """Whether derivatives with respect to the arrays of an operator may be needed."""
+    return any(map(_is_followed, A.flatten()[0]))
+
+
+def _is_followed(leaf: Any) -> bool:
+    return hasattr(leaf, "dtype") and hasattr(leaf, "shape") and follows(leaf)
+
+
+def adjoint(A: Any) -> Any:
+    """Return ``A.H``, without CoLA's search for a rule where A is annotated as its own adjoint."""
+    return A if A.isa(SelfAdjoint) else A.H
 
 
 def solution(A: Any, b: Array, solver: Solver) -> Array:
@@ -93,7 +106,7 @@ def _torch_function() -> Any:
                     leaves[i] = t
                 A = ctx.unflatten(leaves)
                 with torch.set_grad_enabled(again):
-                    w = solution(A.H, gradient.resolve_conj(), ctx.solver.flipped)
+                    w = solution(adjoint(A), gradient.resolve_conj(), ctx.solver.flipped)
                 if any(wanted):
                     needed = [t for t, w_ in zip(tensors, wanted, strict=True) if w_]
                     product = A @ (x if again else x.detach())
@@ -107,7 +120,7 @@ def _torch_function() -> Any:
 
 
 def backward_error(A: Any, x: Array, b: Array, size: Array | float) -> Array:
-    """``|A x - b| / (size |x| + |b|)``, of each column: what a change of A and b, relative to them, has to be."""
+    """Return ``|A x - b| / (size |x| + |b|)`` for each column: the relative change of A and b that x solves exactly."""
     xp = lapack(b)
 
     def norms(y: Array) -> Array:
@@ -121,7 +134,7 @@ def backward_error(A: Any, x: Array, b: Array, size: Array | float) -> Array:
 
 
 def nan_where_bad(x: Array, error: Array, bound: float) -> Array:
-    """x, with NaN in the columns whose error exceeds the bound: for traced values, which nobody can look at."""
+    """Return x with NaN in the columns whose error exceeds the bound, for traced values, which cannot be tested."""
     bad = nan_unless(error <= bound, x)
     return x + bad
 

@@ -73,6 +73,7 @@ def _numpy() -> SimpleNamespace:
         zeros=lambda shape, like: np.zeros(shape, dtype=like.dtype),
         index=lambda i, like: np.asarray(i),
         where=np.where,
+        equal=np.array_equal,
         abs=np.abs,
         sign=np.sign,
         sqrt=np.sqrt,
@@ -97,22 +98,27 @@ def _torch() -> SimpleNamespace:
         return values, vectors
 
     def cholesky_solve(a: Array, b: Array) -> Array:
-        lower = torch.linalg.cholesky(a)
-        half = torch.linalg.solve_triangular(lower, b, upper=False)
-        return torch.linalg.solve_triangular(lower.mH, half, upper=True)
+        if torch._C._are_functorch_transforms_active():  # which differentiate the decomposition itself
+            lower = torch.linalg.cholesky(a)
+            half = torch.linalg.solve_triangular(lower, b, upper=False)
+            return torch.linalg.solve_triangular(lower.mH, half, upper=True)
+        return _torch_positive()[0].apply(a, b, torch.linalg.cholesky(a.detach()))
 
     def positive_slogdet(a: Array, strict: bool = True) -> tuple[Array, Array]:
         """By Cholesky, half the work of LU, which takes over for what is not positive to roundoff."""
         if a.device.type == "cpu":
-            lower, failed = torch.linalg.cholesky_ex(a)
+            plain = torch._C._are_functorch_transforms_active()  # which differentiate the decomposition itself
+            lower, failed = torch.linalg.cholesky_ex(a if plain else a.detach())
             if known(failed.amax()) == 0:
-                diagonal = lower.diagonal(0, -2, -1)
-                log = 2 * (diagonal.real if a.is_complex() else diagonal).log().sum()
+                log = _log_of_pivots(lower) if plain else _torch_positive()[1].apply(a, lower)
                 return torch.ones((), dtype=a.dtype), log
             if known(failed.amax()) is not None:
                 return _unsure_slogdet(a, torch.linalg, strict)
         sign, log = torch.linalg.slogdet(a)
         return sign.prod(), log.sum()
+
+    def equal(a: Array, b: Array) -> Any:
+        return torch.equal(a, b) if is_plain(a) and is_plain(b) else (a == b).all()
 
     def gram(a: Array) -> Array:
         if a.is_complex() or not is_plain(a):
@@ -142,6 +148,7 @@ def _torch() -> SimpleNamespace:
         zeros=lambda shape, like: torch.zeros(shape, dtype=like.dtype, device=like.device),
         index=lambda i, like: torch.as_tensor(np.ascontiguousarray(i), device=like.device),
         where=torch.where,
+        equal=equal,
         abs=torch.abs,
         sign=torch.sign,
         sqrt=torch.sqrt,
@@ -176,7 +183,7 @@ def _jax() -> SimpleNamespace:
         )
 
     def cholesky(a: Array) -> Array:
-        """Raises as the other libraries do where values are known; NaN otherwise."""
+        """Raise LinAlgError as the other libraries do where values are known; return NaN otherwise."""
         lower = jnp.linalg.cholesky(a)
         if is_known(a) and bool(jnp.isnan(lower).any()) and not bool(jnp.isnan(a).any()):
             raise np.linalg.LinAlgError("not positive definite")
@@ -210,6 +217,7 @@ def _jax() -> SimpleNamespace:
         zeros=lambda shape, like: jnp.zeros(shape, dtype=like.dtype),
         index=lambda i, like: jnp.asarray(i),
         where=jnp.where,
+        equal=lambda a, b: (a == b).all(),
         abs=jnp.abs,
         sign=jnp.sign,
         sqrt=jnp.sqrt,
@@ -226,9 +234,52 @@ def _jax() -> SimpleNamespace:
     )
 
 
+def _log_of_pivots(lower: Array) -> Array:
+    diagonal = lower.diagonal(0, -2, -1)
+    return 2 * (diagonal.real if lower.is_complex() else diagonal).log().sum()
+
+
+@cache
+def _torch_positive() -> tuple[Any, Any]:
+    """``A^-1 b`` and ``log det A`` from a Cholesky factor of A, whose own derivative takes several times as long.
+
+    Where the derivative is to be differentiated again, it is computed from A.
+    """
+    torch: Any = sys.modules["torch"]
+
+    class PositiveSolution(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, matrices: Array, b: Array, lower: Array) -> Array:
+            x = torch.cholesky_solve(b, lower)
+            ctx.save_for_backward(matrices, x, lower)
+            return x
+
+        @staticmethod
+        def backward(ctx: Any, gradient: Array) -> tuple[Array, Array, None]:
+            matrices, x, lower = ctx.saved_tensors
+            w = PositiveSolution.apply(matrices, gradient, lower)
+            return -w @ x.mH, w, None
+
+    class PositiveLogdet(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, matrices: Array, lower: Array) -> Array:
+            ctx.save_for_backward(matrices, lower)
+            return _log_of_pivots(lower)
+
+        @staticmethod
+        def backward(ctx: Any, gradient: Array) -> tuple[Array, None]:
+            matrices, lower = ctx.saved_tensors
+            again = torch.is_grad_enabled()
+            return gradient * (torch.linalg.inv(matrices).mH if again else torch.cholesky_inverse(lower)), None
+
+    return PositiveSolution, PositiveLogdet
+
+
 def _unsure_slogdet(a: Array, linalg: Any, strict: bool) -> tuple[Array, Array]:
-    """Of a stack of matrices that may be positive, for which Cholesky fails. ``strict``: they are said to be, and one
-    with an eigenvalue that is negative by more than roundoff raises LinAlgError.
+    """Return the determinant of a stack of matrices for which Cholesky's decomposition fails.
+
+    ``strict``: they are annotated as positive, and an eigenvalue that is negative by more than roundoff raises
+    LinAlgError.
     """
     xp = lapack(a)
     if strict:
@@ -279,8 +330,10 @@ def in_library(x: Any, example: Array) -> Any:
 
 
 def inverse_of(matrices: Array) -> Array:
-    """Inverses of a stack of square matrices, checked: a matrix that is singular to working precision raises
-    LinAlgError (a ValueError), or gives NaN while values are traced.
+    """Return the inverses of a stack of square matrices.
+
+    A matrix that is singular to working precision raises LinAlgError (a ValueError), or gives NaN while values are
+    traced.
     """
     xp = lapack(matrices)
     require_precision(matrices, "an inverse")
@@ -310,8 +363,10 @@ def _column_norms(xp: SimpleNamespace, matrices: Array) -> Array:
 
 @contextmanager
 def refusing_singular(matrices: Array, positive: bool = False) -> Iterator[None]:
-    """LinAlgError with one message for what NumPy, SciPy and torch raise at a pivot of zero, and where a Cholesky
-    decomposition (``positive``) meets a pivot that is not positive; jax gives numbers that are not finite.
+    """Raise LinAlgError with one message for what NumPy, SciPy and torch raise at a pivot of zero.
+
+    ``positive``: also where a Cholesky decomposition meets a pivot that is not positive. jax gives numbers that are not
+    finite instead.
     """
     try:
         yield
@@ -346,7 +401,7 @@ def eps(dtype: Any) -> float:
 
 
 def require_precision(x: Array, what: str) -> None:
-    """LAPACK knows no half precision: ValueError before a library fails with a message of its own."""
+    """Raise ValueError for half precision, which LAPACK does not have."""
     if dtype_name(x.dtype) in ("float16", "bfloat16"):
         raise ValueError(f"{what} needs float32, float64 or complex numbers, got {x.dtype}; use A.to(dtype=...)")
 
@@ -360,7 +415,7 @@ def known(x: Any) -> float | None:
 
 
 def is_plain(x: Array) -> bool:
-    """Whether NumPy may compute with the memory of ``x``, a tensor of torch: nothing follows what happens to it."""
+    """Whether NumPy may use the memory of ``x``, a tensor: no derivative, tracing or transformation follows it."""
     torch: Any = sys.modules["torch"]
     return (
         type(x) in (torch.Tensor, torch.nn.Parameter)
@@ -386,7 +441,7 @@ def is_transpose(x: Array, y: Array) -> bool:
 
 
 def is_known(x: Array) -> bool:
-    """Whether the numbers of ``x`` can be looked at."""
+    """Whether the values of ``x`` are known, that is, not traced."""
     backend = backend_of(x)
     if backend == "numpy":
         return True
@@ -464,8 +519,13 @@ def promoted(x: Array, y: Array) -> tuple[Array, Array]:
     return xp.astype(x, common), xp.astype(y, common)
 
 
+def is_transformed(x: Array) -> bool:
+    """Whether ``torch.func`` transforms what happens to ``x``."""
+    return backend_of(x) == "torch" and bool(sys.modules["torch"]._C._are_functorch_transforms_active())
+
+
 def follows(x: Array) -> bool:
-    """Whether a derivative may be asked of what is made of ``x``: torch records it, or values are traced."""
+    """Whether results computed from ``x`` may be differentiated: torch records it, or values are traced."""
     backend = backend_of(x)
     if backend == "numpy":
         return False

@@ -140,6 +140,12 @@ def first_order(found: Decomposition, weights: Array) -> Array:
     return _jax_first_order()(found.matrices, found.vectors, found.inverse, weights)
 
 
+def once_differentiable(x: Array) -> Array:
+    """Return x, a tensor outside of ``torch.func``, whose second derivative raises; other arrays as they are."""
+    torch = sys.modules.get("torch")
+    return _torch_once().apply(x) if torch is not None and isinstance(x, torch.Tensor) else x
+
+
 def _weighted(weights: Array, tangent: Array) -> Array:
     return weights * (tangent[None, :, :, None] if weights.ndim == tangent.ndim + 2 else tangent)
 
@@ -174,6 +180,60 @@ def _jax_first_order() -> Any:
     return first
 
 
+def _refuse_second_derivatives(torch: Any) -> bool:
+    """RuntimeError where a derivative is recorded to be differentiated; whether a transformation may do so."""
+    transformed = bool(torch._C._are_functorch_transforms_active())
+    if torch.is_grad_enabled() and not transformed:
+        raise RuntimeError("functions of matrices have first derivatives only, which hold where eigenvalues repeat too")
+    return transformed
+
+
+@cache
+def _torch_once() -> Any:
+    torch: Any = sys.modules["torch"]
+
+    class Once(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Array) -> Array:
+            return x.view_as(x)
+
+        @staticmethod
+        def backward(ctx: Any, gradient: Array) -> Array:
+            _refuse_second_derivatives(torch)
+            return gradient
+
+    return Once
+
+
+@cache
+def _torch_one() -> Any:
+    torch: Any = sys.modules["torch"]
+
+    class One(torch.autograd.Function):
+        """1; its derivative is NaN."""
+
+        generate_vmap_rule = True
+
+        @staticmethod
+        def forward(x: Array) -> Array:
+            return torch.ones((), dtype=x.dtype, device=x.device)
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+            ctx.save_for_backward(*inputs)
+            ctx.save_for_forward(*inputs)
+
+        @staticmethod
+        def backward(ctx: Any, gradient: Array) -> Array:
+            return ctx.saved_tensors[0] * float("nan")
+
+        @staticmethod
+        def jvp(ctx: Any, tangent: Array) -> Array:
+            return tangent.sum() * float("nan")
+
+    return One
+
+
 @cache
 def _torch_first_order() -> Any:
     torch: Any = sys.modules["torch"]
@@ -189,17 +249,15 @@ def _torch_first_order() -> Any:
         def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
             matrices, vectors, inverse, weights = inputs
             ctx.is_complex = matrices.is_complex()
-            ctx.save_for_backward(vectors, inverse, weights)
-            ctx.save_for_forward(vectors, inverse, weights)
+            ctx.save_for_backward(matrices, vectors, inverse, weights)
+            ctx.save_for_forward(matrices, vectors, inverse, weights)
 
         @staticmethod
         def backward(ctx: Any, gradient: Array) -> tuple[Any, ...]:
-            if torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active():
-                raise RuntimeError(
-                    "functions of matrices have first derivatives only, which hold where eigenvalues repeat too"
-                )
-            vectors, inverse, weights = ctx.saved_tensors
+            matrices, vectors, inverse, weights = ctx.saved_tensors
             inner = weights.conj() * gradient
+            if _refuse_second_derivatives(torch):
+                inner = inner * _torch_one().apply(matrices)
             if inner.ndim == vectors.ndim + 2:
                 inner = inner.sum((0, -1))
             inner = inner.to(torch.promote_types(inner.dtype, vectors.dtype))
@@ -208,8 +266,8 @@ def _torch_first_order() -> Any:
 
         @staticmethod
         def jvp(ctx: Any, tangent: Array, *others: Any) -> Array:
-            vectors, inverse, weights = ctx.saved_tensors
-            inner = inverse @ tangent.to(vectors.dtype) @ vectors
+            matrices, vectors, inverse, weights = ctx.saved_tensors
+            inner = inverse @ tangent.to(vectors.dtype) @ vectors * _torch_one().apply(matrices)
             return _weighted(weights, inner).to(weights.dtype)
 
     return FirstOrder

@@ -161,7 +161,7 @@ def work_of(x: Any, *, transposed: bool = False) -> Work:
     >>> from structlin import LowRank
     >>> A = LowRank.random((6, 8), rank=2, seed=0)
     >>> product = cola.ops.Product(A, A.T)
-    >>> w = work(product + 3 * cola.ops.I_like(product))
+    >>> w = work_of(product + 3 * cola.ops.I_like(product))
     >>> w.macs, dict(w.other_flops)
     (56, {'elementwise': 12})
     """

@@ -51,6 +51,7 @@ _THREE = "i,ri->r; r,sr->s; s,os->o"
 
 
 def singular(A: Any, rank: int) -> np.linalg.LinAlgError:
+    """Return the error for an operator whose structure bounds its rank below its size."""
     return np.linalg.LinAlgError(
         f"{type(A).__name__} of shape {tuple(A.shape)} has rank {rank} at most and so no inverse; "
         "use cola.pinv, or add a multiple of the identity"
@@ -98,6 +99,7 @@ def outer(values: Sequence[Array], add: bool = False) -> Array:
 
 
 def inverse(A: Any) -> Answer[Any] | None:
+    """Return the inverse, from the inverses of the blocks or of the Kronecker members."""
     structure, factors = A.structure, A.factors
     require_precision(factors[0], "an inverse")
     if roles.rank_bound(structure) < structure.d_in:
@@ -177,6 +179,7 @@ def _padded_inverse(A: Any) -> Answer[Any] | None:
 
 
 def pinv(A: Any) -> Answer[Any] | None:
+    """Return the pseudo-inverse of a Kronecker product, a block-diagonal matrix or a chain with a bottleneck."""
     require_precision(A.factors[0], "a pseudo-inverse")
     xp = lapack(A.factors[0])
     matrices = roles.part_matrices(A.structure, A.factors)
@@ -193,8 +196,9 @@ def pinv(A: Any) -> Answer[Any] | None:
 
 
 def thin_orthogonal(A: Any) -> tuple[Array, Array, Array]:
-    """(Q1, C, Q2) with A = Q1 C Q2, where Q1 has orthonormal columns, Q2 orthonormal rows, for a chain that has a
-    bottleneck.
+    """Return (Q1, C, Q2) with A = Q1 C Q2, for a chain that has a bottleneck.
+
+    Q1 has orthonormal columns, Q2 orthonormal rows.
     """
     U, V = _thin(A)
     xp = lapack(U)
@@ -235,14 +239,16 @@ def _substituted(structure: Structure, factors: Sequence[Array], b: Array) -> Ar
         blocks = factor.reshape((step.blocks, step.fan_in, step.fan_out))
         x = step.arrange(x, tokens, xp).reshape((step.blocks, step.fan_in, step.carried * tokens))
         few = step.carried * tokens <= step.fan_in
-        x = solve_blocks(blocks, x, False) if few else inverse_of(blocks) @ x
+        x = solve_blocks(blocks, x) if few else inverse_of(blocks) @ x
         number += 1
     return x.reshape(tuple(b.shape))
 
 
-def solve_blocks(blocks: Array, b: Array, positive: bool) -> Array:
-    """(c, m, m), (c, m, k) -> (c, m, k). Raises LinAlgError, or gives NaN inside jit, for blocks that are singular to
-    working precision: those whose solutions are as large as roundoff can make them.
+def solve_blocks(blocks: Array, b: Array, positive: bool = False) -> Array:
+    """Solve with each block: (c, m, m), (c, m, k) -> (c, m, k).
+
+    Raises LinAlgError, or gives NaN inside jit, for blocks that are singular to working precision: those whose
+    solutions are as large as roundoff can make them.
     """
     xp = lapack(blocks)
     with refusing_singular(blocks, positive):
@@ -264,6 +270,7 @@ def solve_blocks(blocks: Array, b: Array, positive: bool) -> Array:
 
 
 def slogdet(A: Any) -> Answer[Determinant] | None:
+    """Return the determinant of a square chain from those of its blocks, or of a padded one by a Schur complement."""
     structure, factors = A.structure, A.factors
     require_precision(factors[0], "a determinant")
     xp = lapack(factors[0])
@@ -303,16 +310,19 @@ def _of_steps(structure: Structure, factors: Iterable[Array], xp: Any, symmetric
 
 
 def diagonal(A: Any, k: int) -> Answer[Array] | None:
+    """Return the k-th diagonal, by contracting the factors."""
     found = contract.diagonal(A, k)
     return None if found is None else Answer(found)
 
 
 def trace(A: Any) -> Answer[Array] | None:
+    """Return the trace, by contracting the factors."""
     found = contract.trace(A)
     return None if found is None else Answer(found)
 
 
 def frobenius_norm(A: Any) -> Answer[Array] | None:
+    """Return the Frobenius norm, from the parts or by contracting the factors with themselves."""
     xp = lapack(A.factors[0])
     matrices = roles.part_matrices(A.structure, A.factors)
     if matrices is not None:
@@ -338,6 +348,7 @@ def largest(matrices: Array) -> Array:
 
 
 def spectral_norm(A: Any) -> Answer[Array] | None:
+    """Return the largest singular value of a Kronecker product, a block-diagonal or a low-rank matrix."""
     matrices = roles.part_matrices(A.structure, A.factors)
     if matrices is not None:
         return Answer(math.prod(map(largest, matrices)))
@@ -351,6 +362,7 @@ def spectral_norm(A: Any) -> Answer[Array] | None:
 
 
 def eig(A: Any) -> Answer[Eigen] | None:
+    """Return the eigendecomposition of a block-diagonal matrix or a Kronecker product."""
     require_precision(A.factors[0], "an eigenvalue")
     xp = lapack(A.factors[0])
     hermitian = A.isa(SelfAdjoint)
@@ -385,15 +397,18 @@ def _checked_inverse(kind: Any, matrices: Sequence[Array], vectors: Any) -> Any:
 
 
 def is_hermitian(matrix: Array) -> bool:
-    """To roundoff; True while values are traced, where the caller has to see to it."""
+    """Whether a matrix is Hermitian to roundoff; True while values are traced, where the caller has to check."""
     xp = lapack(matrix)
     fixed = xp.stop_gradient(matrix)
+    if known(xp.equal(fixed, xp.conj(fixed).swapaxes(-1, -2))):
+        return True
     distance = known(xp.max(xp.abs(fixed - xp.conj(fixed).swapaxes(-1, -2))))
     size = known(xp.max(xp.abs(fixed)))
     return distance is None or size is None or distance <= 100 * eps(matrix.dtype) * size
 
 
 def svd(A: Any) -> Answer[SVD] | None:
+    """Return the SVD of a block-diagonal matrix, a Kronecker product or a chain with a bottleneck."""
     require_precision(A.factors[0], "a singular value")
     xp = lapack(A.factors[0])
     blocks = roles.diagonal_blocks(A.structure, A.factors)
@@ -416,6 +431,7 @@ def svd(A: Any) -> Answer[SVD] | None:
 
 
 def function(A: Any, f: Any) -> Answer[Any] | None:
+    """Return f(A) of a block-diagonal or dense matrix, a Kronecker product or a chain with a bottleneck."""
     require_precision(A.factors[0], f.name)
     blocks = matrix_blocks(A)
     if blocks is not None:
@@ -511,6 +527,7 @@ def _of_low_rank(A: Any, f: Any) -> Answer[Any] | None:
 
 
 def power(A: Any, k: int) -> Answer[Any] | None:
+    """Return ``A^k`` from the powers of the parts."""
     xp = lapack(A.factors[0])
     blocks = matrix_blocks(A)
     if blocks is not None:
@@ -562,6 +579,7 @@ def low_rank_factors(A: Any) -> tuple[Array, Array] | None:
 
 
 def sum(A: Any, B: Any) -> Answer[Any] | None:
+    """Return A + B of two dense, block-diagonal or low-rank matrices, or of two Tensor-Trains."""
     if not isinstance(B.structure, Structure):
         return None
     blocks = [matrix_blocks(op) for op in (A, B)]
@@ -591,6 +609,7 @@ def shifted(A: Any, value: Any) -> Answer[Any] | None:
 
 
 def kron(A: Any, B: Any) -> Answer[Any] | None:
+    """Return the Kronecker product of two Kronecker products as one."""
     first, second = (roles.part_matrices(op.structure, op.factors) for op in (A, B))
     if first is None or second is None:
         return None

@@ -76,8 +76,10 @@ def inverse_structure(structure: Structure) -> tuple[Structure, tuple[tuple[int,
 
 @lru_cache(maxsize=1024)
 def solution_steps(structure: Structure) -> tuple[Structure, tuple[tuple[int, ...], ...]]:
-    """The inverse structure of a square chain, and for each of its factors how to permute the factor of the chain that
-    it inverts so that its axes read (batch, free, contracted) in the order in which the inverse step has them.
+    """Return the inverse structure of a square chain, and for each of its factors a permutation.
+
+    The permutation brings the axes of the factor that it inverts into the order (batch, free, contracted) of the
+    inverse step.
     """
     inverse, _ = inverse_structure(structure)
     orders = []
@@ -94,7 +96,7 @@ def solution_steps(structure: Structure) -> tuple[Structure, tuple[tuple[int, ..
 
 @lru_cache(maxsize=1024)
 def permutation_sign(structure: Structure) -> int:
-    """Determinant, 1 or -1, of the product of all permutations of axes between the blocks of a square chain."""
+    """Return the sign, 1 or -1, of all permutations of axes between the blocks of a square chain."""
     sizes = dict(structure.sizes)
     sign = 1
     for step in structure.steps:
@@ -126,10 +128,10 @@ def _order_sign(before: str, after: str, sizes: Mapping[str, int]) -> int:
 
 @dataclass(frozen=True)
 class Part:
-    """One member of a Kronecker product: the factor, on its numbered axes of sizes ``view``, permuted by ``order`` and
-    read as a (rows, columns) matrix.
+    """One member of a Kronecker product, as a (rows, columns) matrix.
 
-    ``factor`` is None for an identity of size ``rows``.
+    It is a factor on its numbered axes of sizes ``view``, permuted by ``order``. ``factor`` is None for an identity of
+    size ``rows``.
     """
 
     factor: int | None

@@ -18,7 +18,7 @@ from structlin.linalg._diagonal import diagonal, trace
 from structlin.linalg._functions import apply, expm, logm, matrix_power, sqrtm
 from structlin.linalg._iterative import ConvergenceError, cg, lsmr, minres
 from structlin.linalg._norms import frobenius_norm, inner_product, spectral_norm
-from structlin.linalg._solve import inverse, logdet, lstsq, pinv, slogdet, solve
+from structlin.linalg._solve import inv_quad_logdet, inverse, logdet, lstsq, pinv, slogdet, solve
 from structlin.linalg._spectrum import eig, eigsh, eigvals, svd
 from structlin.verdicts import SVD, Answer, Determinant, Verdict
 
@@ -41,6 +41,7 @@ __all__ = [
     "expm",
     "frobenius_norm",
     "inner_product",
+    "inv_quad_logdet",
     "inverse",
     "logdet",
     "logm",

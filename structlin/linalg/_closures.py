@@ -20,6 +20,7 @@ from structlin._cola_compat import as_scalar, implementation, known_scalar, rule
 from structlin._lapack import as_array, in_library, lapack, promoted
 from structlin.algebra import chains
 from structlin.counting import macs
+from structlin.linalg._common import annotated
 from structlin.linalg._forms import diagonal_of
 from structlin.operators import StructuredOperator
 from structlin.structure import Structure
@@ -37,50 +38,29 @@ def _cost(*operators: LinearOperator) -> float:
 # -- products --------------------------------------------------------------------------------------------------------
 
 
+def _combined(
+    A: LinearOperator, B: LinearOperator, joined: Callable[..., LinearOperator | None], kind: type
+) -> LinearOperator:
+    found = joined(A, B)
+    return kind(A, B) if found is None else found
+
+
+for _types in ((StructuredOperator, LinearOperator), (LinearOperator, StructuredOperator)):
+    rule("dot", types=_types)(lambda A, B: _combined(A, B, product, Product))
+    rule("add", types=_types)(lambda A, B: _combined(A, B, total, Sum))
+
+rule("add", types=(StructuredOperator, StructuredOperator))(lambda A, B: _combined(A, B, total, Sum))
+rule("dot", types=(StructuredOperator, Identity))(lambda A, B: A)
+rule("dot", types=(Identity, StructuredOperator))(lambda A, B: B)
+rule("dot", types=(StructuredOperator, Product))(lambda A, B: _joined((A,), B.Ms))
+rule("dot", types=(Product, StructuredOperator))(lambda A, B: _joined(A.Ms, (B,)))
+rule("dot", types=(Product, Product))(lambda A, B: _joined(A.Ms, B.Ms))
+
+
 @rule("dot")
 def _two(A: StructuredOperator, B: StructuredOperator):
-    found = product(A, B)
-    if found is None:
-        found = Product(A, B)
-        return PSD(found) if is_gram(A, B) else found
-    return found
-
-
-@rule("dot")
-def _ours_and_any(A: StructuredOperator, B: LinearOperator):
-    found = product(A, B)
-    return Product(A, B) if found is None else found
-
-
-@rule("dot")
-def _any_and_ours(A: LinearOperator, B: StructuredOperator):
-    found = product(A, B)
-    return Product(A, B) if found is None else found
-
-
-@rule("dot")
-def _ours_and_identity(A: StructuredOperator, B: Identity):
-    return A
-
-
-@rule("dot")
-def _identity_and_ours(A: Identity, B: StructuredOperator):
-    return B
-
-
-@rule("dot")
-def _ours_and_product(A: StructuredOperator, B: Product):
-    return _joined((A,), B.Ms)
-
-
-@rule("dot")
-def _product_and_ours(A: Product, B: StructuredOperator):
-    return _joined(A.Ms, (B,))
-
-
-@rule("dot")
-def _products(A: Product, B: Product):
-    return _joined(A.Ms, B.Ms)
+    found = _combined(A, B, product, Product)
+    return PSD(found) if is_gram(A, B) else found
 
 
 def _joined(first: tuple[LinearOperator, ...], second: tuple[LinearOperator, ...]) -> LinearOperator:
@@ -104,7 +84,7 @@ def is_gram(A: StructuredOperator, B: StructuredOperator) -> bool:
 
 
 def product(A: LinearOperator, B: LinearOperator) -> LinearOperator | None:
-    """``A @ B`` as one operator; None where there is none, or where it would cost more MACs than both together."""
+    """Return ``A @ B`` as one operator; None where there is none, or where it costs more MACs than both together."""
     if A.shape[1] != B.shape[0]:
         return None  # the error is CoLA's to raise
     for scalar, other in ((A, B), (B, A)):
@@ -123,13 +103,8 @@ def product(A: LinearOperator, B: LinearOperator) -> LinearOperator | None:
 
 
 def _annotated_product(found: LinearOperator, A: LinearOperator, B: LinearOperator) -> LinearOperator:
-    for kind in (Unitary, Stiefel):
-        if A.isa(kind) and B.isa(kind):
-            found = kind(found)
-            break
-    if isinstance(A, StructuredOperator) and isinstance(B, StructuredOperator) and is_gram(A, B):
-        found = PSD(found)
-    return found
+    kind = next((kind for kind in (Unitary, Stiefel) if A.isa(kind) and B.isa(kind)), None)
+    return found if kind is None else kind(found)
 
 
 def _scaled_rows(A: LinearOperator, B: LinearOperator) -> StructuredOperator | None:
@@ -169,24 +144,6 @@ def _swap(pair: tuple[Array, Array]) -> tuple[Array, Array]:
 
 
 @rule("add")
-def _ours_plus_any(A: StructuredOperator, B: LinearOperator):
-    found = total(A, B)
-    return Sum(A, B) if found is None else found
-
-
-@rule("add")
-def _any_plus_ours(A: LinearOperator, B: StructuredOperator):
-    found = total(A, B)
-    return Sum(A, B) if found is None else found
-
-
-@rule("add")
-def _ours_plus_ours(A: StructuredOperator, B: StructuredOperator):
-    found = total(A, B)
-    return Sum(A, B) if found is None else found
-
-
-@rule("add")
 def _sum_plus_ours(A: Sum, B: StructuredOperator):
     return _merged(A, B, lambda rest: (*rest, B))
 
@@ -209,7 +166,7 @@ def _merged(
 
 
 def total(A: LinearOperator, B: LinearOperator) -> StructuredOperator | None:
-    """``A + B`` as one operator, or None."""
+    """Return ``A + B`` as one operator, or None."""
     if tuple(A.shape) != tuple(B.shape):
         return None  # the error is CoLA's to raise
     found = None
@@ -225,9 +182,7 @@ def total(A: LinearOperator, B: LinearOperator) -> StructuredOperator | None:
     kept = (A.annotations & B.annotations) - {Unitary, Stiefel}
     if not kept and A.isa(SelfAdjoint) and B.isa(SelfAdjoint):
         kept = {SelfAdjoint}
-    for annotation in kept:
-        found = annotation(found)
-    return found
+    return annotated(found, kept)
 
 
 def _plus_diagonal(A: StructuredOperator, B: LinearOperator) -> StructuredOperator | None:
@@ -300,7 +255,4 @@ def _kronecker(A: StructuredOperator, B: StructuredOperator):
     answer, whole = A.structure.kron(A, B), ColaKronecker(A, B)
     if answer is None or _cost(answer.value) > _cost(whole):
         return whole
-    found = answer.value
-    for annotation in whole.annotations:
-        found = annotation(found)
-    return found
+    return annotated(answer.value, whole.annotations)

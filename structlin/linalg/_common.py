@@ -10,9 +10,11 @@ from typing import Any
 import cola
 import numpy as np
 from cola.annotations import PSD, SelfAdjoint
-from cola.ops import LinearOperator
+from cola.ops import Adjoint, BlockDiag, LinearOperator, ScalarMul, Transpose
+from cola.ops import Kronecker as ColaKronecker
 
 from structlin._arrays import Array, to_backend
+from structlin._cola_compat import as_scalar, scalar_mul
 from structlin._lapack import eps, known, lapack, refusing_singular, singular_to_roundoff
 from structlin.algebra import roles
 from structlin.operators import StructuredOperator
@@ -22,9 +24,10 @@ _SMALL = 128  # rows up to which the condition number is computed, not bounded b
 
 
 class dense_limit:
-    """Set up to how many rows or columns what has no fast form is computed from the dense matrix; 8192 to begin with.
+    """Set the number of rows or columns up to which operators without a fast form are made dense; the default is 8192.
 
-    For good, or as a context manager for a block of code. Raises ValueError unless it is a positive integer.
+    It holds until it is set again, or for the block of a ``with`` statement. Raises ValueError unless it is a positive
+    integer.
 
     Examples
     --------
@@ -68,11 +71,11 @@ def fits_dense(A: LinearOperator) -> bool:
 
 
 def require_dense(A: LinearOperator, what: str, instead: str) -> None:
-    """ValueError where a dense matrix would be too large to be built unasked."""
+    """Raise ValueError where a dense matrix is larger than the limit."""
     if not fits_dense(A):
         raise ValueError(
-            f"{what} of {type(A).__name__} of shape {tuple(A.shape)} has no fast form, and above {DENSE_LIMIT} rows "
-            f"or columns no dense matrix is built unasked; {instead}"
+            f"{what} of {type(A).__name__} of shape {tuple(A.shape)} has no fast form, and above the limit of "
+            f"{DENSE_LIMIT} rows or columns no dense matrix is built; {instead}"
         )
 
 
@@ -82,7 +85,7 @@ def is_matrix(A: LinearOperator) -> bool:
 
 
 def annotated(A: LinearOperator, kept: Iterable[type]) -> LinearOperator:
-    """``A`` with more annotations."""
+    """Return ``A`` with more annotations."""
     for annotation in kept:
         A = annotation(A)
     return A
@@ -91,6 +94,31 @@ def annotated(A: LinearOperator, kept: Iterable[type]) -> LinearOperator:
 def hermitian(A: LinearOperator) -> set[type]:
     """SelfAdjoint and PSD, where A is annotated so: what its inverse, among others, is too."""
     return {a for a in A.annotations if issubclass(a, SelfAdjoint)}
+
+
+def scalar_like(A: LinearOperator, c: Any) -> ScalarMul:
+    """``c`` times the identity, of the shape and library of A; complex where c is."""
+    c, dtype = as_scalar(A, c)
+    return scalar_mul(A, c, dtype, A.shape[0])
+
+
+Composite = ColaKronecker | BlockDiag | Transpose | Adjoint
+"""Kinds of operators whose inverse, pseudo-inverse and integer powers are made of those of their members."""
+
+
+def by_members(A: LinearOperator, f: Callable[[LinearOperator], LinearOperator]) -> LinearOperator:
+    """Return f(A) from f of each member of A, a :data:`Composite`, for such a function f."""
+    if isinstance(A, Transpose):
+        return f(A.A).T
+    if isinstance(A, Adjoint):
+        return f(A.A).H
+    made = map(f, A.Ms)
+    return BlockDiag(*made, multiplicities=A.multiplicities) if isinstance(A, BlockDiag) else ColaKronecker(*made)
+
+
+def has_square_members(A: LinearOperator) -> bool:
+    """Whether all members of a Kronecker or block-diagonal operator are square."""
+    return all(M.shape[0] == M.shape[1] for M in A.Ms)
 
 
 def like(x: np.ndarray, A: LinearOperator) -> Array:
@@ -117,12 +145,12 @@ def accuracy(A: LinearOperator) -> float:
 
 
 def largest_growth(A: LinearOperator) -> float:
-    """Where ``|A| |A^-1|`` is as large, as far as can be seen, A is singular to working precision."""
+    """Return the value of ``|A| |A^-1|`` from which A counts as singular to working precision."""
     return 0.1 / eps(A.dtype)
 
 
 def is_backward_stable(A: LinearOperator, solve: Callable[[Array], Array]) -> Any:
-    """Whether such a formula has solved with A or with a close neighbour that is regular; a traced bool under tracing.
+    """Whether such a formula solves with A, or with a regular matrix close to it; a traced bool under tracing.
 
     For x = solve(v), whether ``|A x - v| <= tol (|A| |x| + |v|)``, with |A| replaced by its action on v, which it
     exceeds, and whether x is smaller than roundoff alone can make it.

@@ -31,7 +31,7 @@ from structlin._arrays import Array
 from structlin._cola_compat import parity, rule
 from structlin._lapack import determinant_of_numbers, lapack, require_precision, zero_determinant
 from structlin.linalg import _spectral as spectral
-from structlin.linalg._common import fits_dense, is_matrix, require_square
+from structlin.linalg._common import fits_dense, has_square_members, is_matrix, require_square
 from structlin.linalg._stochastic import estimate_logdet
 from structlin.linalg._woodbury import woodbury
 from structlin.operators import StructuredOperator
@@ -116,19 +116,12 @@ def _slogdet_of_permutation(A: Permutation, log_alg: Auto, trace_alg: Algorithm)
 
 
 @rule("slogdet")
-def _slogdet_of_sum(A: Sum, log_alg: Auto, trace_alg: Algorithm):
+def _slogdet_of_sum(A: Sum | KronSum, log_alg: Auto, trace_alg: Algorithm):
     """Of K + c I, of two Kronecker products, of low rank and what has a determinant; else of the dense matrix."""
     require_square(A, "the determinant")
     found = spectral.slogdet(A) or spectral.pair_slogdet(A)
-    if found is None:
-        formula = woodbury(A)
-        found = None if formula is None else formula.slogdet(A)
-    return general_slogdet(A, log_alg) if found is None else tuple(found)
-
-
-@rule("slogdet")
-def _slogdet_of_kronecker_sum(A: KronSum, log_alg: Auto, trace_alg: Algorithm):
-    found = spectral.slogdet(A)
+    if found is None and isinstance(A, Sum) and (formula := woodbury(A)) is not None:
+        found = formula.slogdet(A)
     return general_slogdet(A, log_alg) if found is None else tuple(found)
 
 
@@ -143,7 +136,7 @@ def _slogdet_of_product(A: Product, log_alg: Auto, trace_alg: Algorithm):
 @rule("slogdet")
 def _slogdet_of_kronecker(A: ColaKronecker, log_alg: Auto, trace_alg: Algorithm):
     n = require_square(A, "the determinant")
-    if any(M.shape[0] != M.shape[1] for M in A.Ms):
+    if not has_square_members(A):
         return _zero(A)
     return _of_powers([slogdet(M, log_alg, trace_alg) for M in A.Ms], [n // M.shape[0] for M in A.Ms])
 
@@ -151,7 +144,7 @@ def _slogdet_of_kronecker(A: ColaKronecker, log_alg: Auto, trace_alg: Algorithm)
 @rule("slogdet")
 def _slogdet_of_blocks(A: BlockDiag, log_alg: Auto, trace_alg: Algorithm):
     require_square(A, "the determinant")
-    if any(M.shape[0] != M.shape[1] for M in A.Ms):
+    if not has_square_members(A):
         return _zero(A)
     return _of_powers([slogdet(M, log_alg, trace_alg) for M in A.Ms], A.multiplicities)
 

@@ -6,7 +6,6 @@ Both are exact; stochastic estimates (Hutch, HutchPP) are taken where they are a
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import cola
 from cola.linalg.algorithm_base import Auto
@@ -17,7 +16,8 @@ from cola.ops import Kronecker as ColaKronecker
 from structlin._arrays import Array
 from structlin._cola_compat import rule
 from structlin._lapack import in_library, lapack
-from structlin.linalg._common import require_operator, require_square
+from structlin.algebra.chains import outer
+from structlin.linalg._common import has_square_members, require_operator, require_square
 from structlin.linalg._forms import diagonal_of, thin
 from structlin.operators import StructuredOperator
 
@@ -71,12 +71,7 @@ def _trace_rule(A: StructuredOperator, alg: Auto | Exact):
 
 
 @rule("diag", precedence=-0.5)
-def _diagonal_of_any_auto(A: LinearOperator, k: int, alg: Auto):
-    return diagonal_by_columns(A, k)
-
-
-@rule("diag", precedence=-0.5)
-def _diagonal_of_any_exact(A: LinearOperator, k: int, alg: Exact):
+def _diagonal_of_any(A: LinearOperator, k: int, alg: Auto | Exact):
     return diagonal_by_columns(A, k)
 
 
@@ -94,73 +89,35 @@ def _diagonal_of_adjoint(A: Adjoint, k: int, alg: Auto | Exact):
 @rule("diag")
 def _diagonal_of_product(A: Product, k: int, alg: Auto | Exact):
     """Diagonal matrices at either end scale rows and columns; a narrow middle leaves an inner product each."""
-    count = diagonal_length(A.shape, k)
-    Ms, scale = list(A.Ms), _Scale(count, k)
-    while len(Ms) > 1 and (value := diagonal_of(Ms[0])) is not None:
-        scale.rows(value)
-        del Ms[0]
-    while len(Ms) > 1 and (value := diagonal_of(Ms[-1])) is not None:
-        scale.columns(value)
-        del Ms[-1]
+    count, Ms, scales = diagonal_length(A.shape, k), list(A.Ms), []
+    rows, columns = (slice(start, start + count) for start in (max(-k, 0), max(k, 0)))
+    for end, part in ((0, rows), (-1, columns)):
+        while len(Ms) > 1 and (value := diagonal_of(Ms[end])) is not None:
+            scales.append(value[part] if getattr(value, "ndim", 0) else value)
+            del Ms[end]
+    rest = Ms[0] if len(Ms) == 1 else Product(*Ms)
+    found = thin(rest, min(rest.shape) - 1) if len(Ms) > 1 else None
     if len(Ms) == 1:
-        return scale(cola.diag(Ms[0], k, alg))
-    rest = Product(*Ms)
-    found = thin(rest, min(rest.shape) - 1)
-    if found is None:
-        return scale(diagonal_by_columns(rest, k))
-    U, V = found[0][max(-k, 0) :][:count], found[1][:, max(k, 0) :][:, :count]
-    return scale((U * V.T).sum(1))
-
-
-class _Scale:
-    """What the k-th diagonal is multiplied by."""
-
-    def __init__(self, count: int, k: int) -> None:
-        self.count, self.k = count, k
-        self.values: list[Any] = []
-
-    def rows(self, value: Any) -> None:
-        self._add(value, max(-self.k, 0))
-
-    def columns(self, value: Any) -> None:
-        self._add(value, max(self.k, 0))
-
-    def _add(self, value: Any, start: int) -> None:
-        self.values.append(value[start : start + self.count] if getattr(value, "ndim", 0) else value)
-
-    def __call__(self, diagonal: Array) -> Array:
-        for value in self.values:
-            diagonal = diagonal * in_library(value, diagonal)
-        return diagonal
-
-
-def _is_square(M: LinearOperator) -> bool:
-    return bool(M.shape[0] == M.shape[1])
+        diagonal = cola.diag(rest, k, alg)
+    elif found is None:
+        diagonal = diagonal_by_columns(rest, k)
+    else:
+        diagonal = (found[0][rows] * found[1][:, columns].T).sum(1)
+    for value in scales:
+        diagonal = diagonal * in_library(value, diagonal)
+    return diagonal
 
 
 @rule("diag")
-def _diagonal_of_kronecker(A: ColaKronecker, k: int, alg: Auto | Exact):
-    if k or not all(map(_is_square, A.Ms)):
+def _diagonal_of_kronecker(A: ColaKronecker | KronSum, k: int, alg: Auto | Exact):
+    if k or not has_square_members(A):
         return diagonal_by_columns(A, k)
-    found = cola.diag(A.Ms[0], 0, alg)
-    for M in A.Ms[1:]:
-        found = (found[:, None] * cola.diag(M, 0, alg)[None, :]).reshape(-1)
-    return found
-
-
-@rule("diag")
-def _diagonal_of_kronecker_sum(A: KronSum, k: int, alg: Auto | Exact):
-    if k:
-        return diagonal_by_columns(A, k)
-    found = cola.diag(A.Ms[0], 0, alg)
-    for M in A.Ms[1:]:
-        found = (found[:, None] + cola.diag(M, 0, alg)[None, :]).reshape(-1)
-    return found
+    return outer([cola.diag(M, 0, alg) for M in A.Ms], isinstance(A, KronSum))
 
 
 @rule("diag")
 def _diagonal_of_blocks(A: BlockDiag, k: int, alg: Auto | Exact):
-    if k or not all(map(_is_square, A.Ms)):
+    if k or not has_square_members(A):
         return diagonal_by_columns(A, k)
     parts = [cola.diag(M, 0, alg) for M, count in zip(A.Ms, A.multiplicities, strict=True) for _ in range(count)]
     return A.xnp.concat(parts)
@@ -195,7 +152,7 @@ def _trace_of_product(A: Product, alg: Auto | Exact):
 @rule("trace")
 def _trace_of_kronecker(A: ColaKronecker, alg: Auto | Exact):
     require_square(A, "the trace")
-    if not all(map(_is_square, A.Ms)):
+    if not has_square_members(A):
         return cola.diag(A, 0, alg).sum()
     found = cola.trace(A.Ms[0], alg)
     for M in A.Ms[1:]:

@@ -25,7 +25,7 @@ from structlin.structures.diagonal import DiagonalStructure
 
 
 def diagonal_of(A: LinearOperator) -> Any | None:
-    """A number or a vector, if A is known by its kind to be a multiple of the identity or diagonal; else None."""
+    """Return the number or vector on the diagonal, if the kind of A says that it is diagonal; else None."""
     if isinstance(A, StructuredOperator):
         return A.factors[0] if isinstance(A.structure, DiagonalStructure) else None
     if isinstance(A, Identity):
@@ -138,8 +138,9 @@ def _scaled(found: Members, c: Any, A: LinearOperator) -> Members | None:
 
 
 def without_shift(A: Sum) -> tuple[LinearOperator | None, Any | None]:
-    """(K, c) with ``A = K + c I``, K one operator; c is None where no term is a multiple of the identity, and K where
-    there is not exactly one other term.
+    """Return (K, c) with ``A = K + c I``, K one operator.
+
+    c is None where no term is a multiple of the identity, and K where there is not exactly one other term.
     """
     shift: Any = None
     rest = []

@@ -33,9 +33,16 @@ from structlin._arrays import Array, backend_of, to_backend
 from structlin._cola_compat import rule
 from structlin._lapack import eps, follows, is_known, known, lapack, nan_unless, not_positive, require_precision
 from structlin.algebra import chains
-from structlin.linalg._common import require_dense, require_operator, require_square
+from structlin.linalg._common import (
+    Composite,
+    by_members,
+    has_square_members,
+    require_dense,
+    require_operator,
+    require_square,
+    scalar_like,
+)
 from structlin.linalg._forms import members, thin, without_shift
-from structlin.linalg._scalars import scalar_like
 from structlin.operators import StructuredOperator
 from structlin.structures.dense import Dense
 from structlin.structures.low_rank import LowRank
@@ -125,8 +132,9 @@ class Function:
 
 
 def positive_part(values: Array) -> Array:
-    """Real eigenvalues of what is annotated PSD, without the negative ones of roundoff; LinAlgError where one is more
-    than that, and NaN while values are traced.
+    """Return real eigenvalues of an operator annotated PSD, with 0 for those that are negative by roundoff.
+
+    Raises LinAlgError where one is negative by more, and gives NaN while values are traced.
     """
     xp = lapack(values)
     fixed = xp.stop_gradient(values)
@@ -142,7 +150,7 @@ def positive_part(values: Array) -> Array:
 
 
 def _through_schur(matrices: Array, function: Callable[[np.ndarray], np.ndarray], name: str) -> Array:
-    """A function of matrices that may be defective, on the host. For what a derivative is asked of, ArithmeticError."""
+    """Return a function of matrices that may be defective, computed on the host; ArithmeticError if it is followed."""
     if follows(matrices):
         raise ArithmeticError(
             f"{name} of a matrix that is defective, or nearly so, has no derivative here; without one it is computed"
@@ -176,10 +184,8 @@ def _composite(A: LinearOperator, f: Function) -> LinearOperator | None:
     if isinstance(A, Identity | ScalarMul):
         one = A.xnp.ones((1,), dtype=A.dtype, device=A.device) if isinstance(A, Identity) else A.c.reshape((1,))
         return scalar_like(A, f.on_diagonal(one, A)[0])
-    if isinstance(A, Transpose):
-        return evaluate(A.A, f).T
-    if isinstance(A, BlockDiag) and all(M.shape[0] == M.shape[1] for M in A.Ms):
-        return BlockDiag(*(evaluate(M, f) for M in A.Ms), multiplicities=A.multiplicities)
+    if isinstance(A, Transpose) or (isinstance(A, BlockDiag) and has_square_members(A)):
+        return by_members(A, lambda M: evaluate(M, f))
     form = members(A)
     if form is not None:
         require_precision(form.matrices[0], f.name)
@@ -325,7 +331,7 @@ def power(A: LinearOperator, alpha: Any) -> LinearOperator:
     require_square(A, "a power")
     if isinstance(alpha, complex) or not float(alpha).is_integer():
         if isinstance(A, ColaKronecker) and all(M.isa(PSD) for M in A.Ms):
-            return ColaKronecker(*(power(M, alpha) for M in A.Ms))
+            return by_members(A, lambda M: power(M, alpha))
         return evaluate(A, _power(alpha))
     k = int(alpha)
     if k == 0:
@@ -345,16 +351,10 @@ def _annotated_power(A: LinearOperator, found: LinearOperator, k: int) -> Linear
 def _integer_power(A: LinearOperator, k: int) -> LinearOperator:
     if isinstance(A, StructuredOperator) and (answer := A.structure.power(A, k)) is not None:
         return answer.value
-    if isinstance(A, ColaKronecker) and all(M.shape[0] == M.shape[1] for M in A.Ms):
-        return ColaKronecker(*(power(M, k) for M in A.Ms))
-    if isinstance(A, BlockDiag) and all(M.shape[0] == M.shape[1] for M in A.Ms):
-        return BlockDiag(*(power(M, k) for M in A.Ms), multiplicities=A.multiplicities)
+    if isinstance(A, Transpose | Adjoint) or (isinstance(A, Composite) and has_square_members(A)):
+        return by_members(A, lambda M: power(M, k))
     if isinstance(A, ColaDiagonal):
         return ColaDiagonal(A.diag**k)
-    if isinstance(A, Transpose):
-        return power(A.A, k).T
-    if isinstance(A, Adjoint):
-        return power(A.A, k).H
     if k < 10:
         return reduce(lambda x, y: x @ y, [A] * k)
     require_dense(A, "a power", "multiply it out with @")

@@ -22,6 +22,7 @@ from structlin.linalg import _spectral as spectral
 from structlin.linalg._common import (
     NO_INVERSE,
     annotated,
+    by_members,
     dense_inverse,
     fits_dense,
     hermitian,
@@ -29,11 +30,11 @@ from structlin.linalg._common import (
     is_matrix,
     require_dense,
     require_square,
+    scalar_like,
 )
 from structlin.linalg._forms import members
 from structlin.linalg._functions import reciprocal
 from structlin.linalg._iterative import verified_inverse
-from structlin.linalg._scalars import scalar_like
 from structlin.linalg._woodbury import woodbury
 from structlin.operators import StructuredOperator
 from structlin.structures.dense import Dense
@@ -62,13 +63,13 @@ def structured_inverse(A: StructuredOperator) -> LinearOperator | None:
 
 
 def poisoned(A: LinearOperator, good: object) -> LinearOperator:
-    """Return a, with NaN in its products unless ``good``, which is traced, turns out to be true."""
+    """Return A, with NaN in its products unless ``good``, a traced bool, is true."""
     one = A.xnp.ones((A.shape[0],), dtype=A.dtype, device=A.device)
     return Diagonal(one + nan_unless(good, one)) @ A
 
 
 def general_inverse(A: LinearOperator, alg: Auto) -> LinearOperator:
-    """Dense up to the limit, and for what is a dense matrix anyway; iterative and verified beyond."""
+    """Return a dense inverse up to the limit and of a dense matrix; beyond, an iterative one that is verified."""
     if is_matrix(A) or fits_dense(A):
         return dense_inverse(A)
     return verified_inverse(A, alg)
@@ -87,7 +88,7 @@ def _inverse_of_any(A: LinearOperator, alg: Auto):
 
 
 def inverse_of_members(A: LinearOperator) -> LinearOperator | None:
-    """Of K + c I, of Kronecker sums and of two Kronecker products, where the eigenvectors are well conditioned."""
+    """Invert K + c I, a Kronecker sum or a sum of two Kronecker products; None if eigenvectors are ill conditioned."""
     form = members(A)
     if form is None:
         made = spectral.pair_inverse(A)
@@ -112,13 +113,20 @@ def _inverse_of_sum(A: Sum, alg: Auto):
 
 
 @rule("inv")
-def _inverse_of_transpose(A: Transpose, alg: Auto):
-    return annotated(cola.inv(A.A, alg).T, hermitian(A))
+def _inverse_by_members(A: ColaKronecker | BlockDiag | Transpose | Adjoint, alg: Auto):
+    n = require_square(A, "the inverse", NO_INVERSE)
+    if (rank := _rank_of_members(A)) < n:
+        raise singular(A, rank)
+    return annotated(by_members(A, lambda M: cola.inv(M, alg)), hermitian(A))
 
 
-@rule("inv")
-def _inverse_of_adjoint(A: Adjoint, alg: Auto):
-    return annotated(cola.inv(A.A, alg).H, hermitian(A))
+def _rank_of_members(A: LinearOperator) -> int:
+    """Return an upper bound of the rank, from the shapes of the members; below the size unless all are square."""
+    if isinstance(A, ColaKronecker):
+        return math.prod(min(M.shape) for M in A.Ms)
+    if isinstance(A, BlockDiag):
+        return sum(min(M.shape) * count for M, count in zip(A.Ms, A.multiplicities, strict=True))
+    return int(min(A.shape))
 
 
 @rule("inv")
@@ -131,24 +139,6 @@ def _inverse_of_product(A: Product, alg: Auto):
     if (width := min(M.shape[0] for M in A.Ms)) < n:
         raise singular(A, width)
     return general_inverse(A, alg)
-
-
-@rule("inv")
-def _inverse_of_kronecker(A: ColaKronecker, alg: Auto):
-    n = require_square(A, "the inverse", NO_INVERSE)
-    if all(M.shape[0] == M.shape[1] for M in A.Ms):
-        return annotated(ColaKronecker(*(cola.inv(M, alg) for M in A.Ms)), hermitian(A))
-    rank = math.prod(min(M.shape) for M in A.Ms)
-    raise singular(A, min(rank, n - 1))
-
-
-@rule("inv")
-def _inverse_of_blocks(A: BlockDiag, alg: Auto):
-    require_square(A, "the inverse", NO_INVERSE)
-    if any(M.shape[0] != M.shape[1] for M in A.Ms):
-        raise singular(A, sum(min(M.shape) * m for M, m in zip(A.Ms, A.multiplicities, strict=True)))
-    inverses = [cola.inv(M, alg) for M in A.Ms]
-    return annotated(BlockDiag(*inverses, multiplicities=A.multiplicities), hermitian(A))
 
 
 @rule("inv")
@@ -176,14 +166,8 @@ def _pseudo_inverse_of_any(A: LinearOperator, alg: Auto):
 
 
 @rule("pinv")
-def _pseudo_inverse_of_kronecker(A: ColaKronecker, alg: Auto):
-    return annotated(ColaKronecker(*(cola.pinv(M, alg) for M in A.Ms)), hermitian(A))
-
-
-@rule("pinv")
-def _pseudo_inverse_of_blocks(A: BlockDiag, alg: Auto):
-    parts = [cola.pinv(M, alg) for M in A.Ms]
-    return annotated(BlockDiag(*parts, multiplicities=A.multiplicities), hermitian(A))
+def _pseudo_inverse_by_members(A: ColaKronecker | BlockDiag | Transpose | Adjoint, alg: Auto):
+    return annotated(by_members(A, lambda M: cola.pinv(M, alg)), hermitian(A))
 
 
 @rule("pinv")
@@ -198,7 +182,7 @@ def _pseudo_inverse_of_scalar(A: ScalarMul, alg: Auto):
 
 @rule("pinv")
 def _pseudo_inverse_of_product(A: Product, alg: Auto):
-    """A multiple: (c A)^+ = c^+ A^+."""
+    """Take scalars out: (c A)^+ = c^+ A^+."""
     scalars = [M for M in A.Ms if isinstance(M, ScalarMul)]
     rest = [M for M in A.Ms if not isinstance(M, ScalarMul)]
     if len(rest) != 1 or not scalars:
@@ -207,13 +191,3 @@ def _pseudo_inverse_of_product(A: Product, alg: Auto):
     for M in scalars:
         found = cola.pinv(M, alg).c * found
     return annotated(found, hermitian(A))
-
-
-@rule("pinv")
-def _pseudo_inverse_of_transpose(A: Transpose, alg: Auto):
-    return annotated(cola.pinv(A.A, alg).T, hermitian(A))
-
-
-@rule("pinv")
-def _pseudo_inverse_of_adjoint(A: Adjoint, alg: Auto):
-    return annotated(cola.pinv(A.A, alg).H, hermitian(A))

@@ -155,7 +155,7 @@ def lsmr(
     A: LinearOperator, b: Array, *, damp: float = 0.0, tolerance: float = 1e-10, max_iterations: int | None = None,
     full_output: bool = False,
 ) -> Any:  # fmt: skip
-    """The least-squares solution of ``A x = b`` for any shape of A by LSMR (Fong and Saunders 2011), as SciPy runs it.
+    """Return the least-squares solution of ``A x = b`` for any shape of A by LSMR (Fong and Saunders 2011) of SciPy.
 
     Minimises ``|A x - b|^2 + damp^2 |x|^2``, column by column, on the host; x is the one of least norm.
 

@@ -95,7 +95,7 @@ def _inner_product(A: LinearOperator, B: LinearOperator) -> Array:
 
 
 def _columns(A: LinearOperator) -> Any:
-    """The columns of the dense matrix, some at a time."""
+    """Yield the columns of the dense matrix, some at a time."""
     width = max(1, min(_CHUNK, _NUMBERS // max(A.shape)))
     for start in range(0, A.shape[1], width):
         yield A @ unit_columns(A, start, min(start + width, A.shape[1]))

@@ -7,15 +7,16 @@ from typing import Any
 
 import cola
 import numpy as np
-from cola.annotations import Unitary
+from cola.annotations import SelfAdjoint, Unitary
 from cola.linalg import slogdet as cola_slogdet
 from cola.linalg.algorithm_base import Algorithm, Auto
 from cola.ops import KronSum, LinearOperator, Sum
 
 from structlin._arrays import Array, backend_of
 from structlin._cola_compat import is_array
-from structlin._implicit import Solver, backward_error, frozen, is_at_roundoff, nan_where_bad, solution
-from structlin._lapack import eps, is_known, known, lapack
+from structlin._implicit import Solver, adjoint, backward_error, frozen, is_at_roundoff, nan_where_bad, solution
+from structlin._lapack import eps, is_known, is_transformed, known, lapack
+from structlin._spectra import once_differentiable
 from structlin.linalg import _spectral as spectral
 from structlin.linalg import _woodbury
 from structlin.linalg._common import (
@@ -40,10 +41,10 @@ SLACK = 1000  # times the distance of neighbouring numbers: the backward error o
 def solve(A: LinearOperator, b: Array, alg: Algorithm = _AUTO, *, full_output: bool = False) -> Any:
     """``A^-1 b``; ``cola.linalg.solve`` is this function once structlin is imported.
 
-    As ``cola.inv(A, alg) @ b``, but where ``alg`` is Auto and A has a way of its own (docs/linalg.md says which), no
-    inverse is built: blocks are factored and b is substituted (LU; Cholesky for what is dense or block diagonal and
-    annotated PSD), which is about half the work where the blocks meet few columns. Formulas in which numbers may cancel
-    (Woodbury, the eigenvectors of matrices that are not normal, a padded chain) are refined and verified on this very
+    The result is that of ``cola.inv(A, alg) @ b``. Where ``alg`` is Auto and the structure has a direct method
+    (docs/linalg.md lists them), no inverse is built: blocks are factored (LU; Cholesky if A is dense or block diagonal
+    and annotated PSD) and b is substituted, which is about half the work for few columns. Formulas in which numbers may
+    cancel (Woodbury, eigenvectors of matrices that are not normal, a padded chain) are refined, and verified for this
     b. To solve with one A many times, keep ``cola.inv(A)``.
 
     Parameters
@@ -105,11 +106,11 @@ def _judged(A: LinearOperator, x: Array, b: Array, shaped: Array) -> Answer[Arra
 
 
 def _size(A: LinearOperator) -> Array:
-    """A lower bound of the spectral norm, by a step of power iteration: no error is called smaller than it is."""
+    """Return a lower bound of the spectral norm from a step of power iteration, so that no error is underestimated."""
     w = A @ probe(A)
     xp = lapack(w)
     length = xp.norm(w)
-    return xp.norm(A.H @ (w / xp.where(length == 0, length * 0 + 1, length)))
+    return xp.norm(adjoint(A) @ (w / xp.where(length == 0, length * 0 + 1, length)))
 
 
 def _solve(A: LinearOperator, b: Array, alg: Algorithm) -> Array:
@@ -126,12 +127,13 @@ def _directly(A: LinearOperator, b: Array) -> Array | None:
             return None
         answer = A.structure.solve(A, b)
         return _with_padding(A, b) if answer is None else answer.value
+    fixed = frozen(A)
     if isinstance(A, KronSum | Sum):
-        found = spectral.solver(A)
+        found = spectral.solver(fixed)
         if found is not None:
             return solution(A, b, found[0]) if found[1] else _verified(A, b, found[0])
     if isinstance(A, Sum):
-        formula = _woodbury.solver(A)
+        formula = _woodbury.solver(fixed)
         if formula is None:
             return None
         try:
@@ -151,8 +153,7 @@ def _with_padding(A: StructuredOperator, b: Array) -> Array | None:
     inverse = structured_inverse(found)
     if inverse is None:
         return None
-    adjoint = inverse.H
-    return _verified(A, b, Solver(lambda y: inverse @ y, lambda y: adjoint @ y))
+    return _verified(A, b, Solver(inverse.__matmul__, inverse.H.__matmul__))
 
 
 def _verified(A: LinearOperator, b: Array, solver: Solver) -> Array | None:
@@ -173,7 +174,7 @@ def _verified(A: LinearOperator, b: Array, solver: Solver) -> Array | None:
 
         return run
 
-    x = solution(A, b, Solver(refined(solver.solve, fixed), refined(solver.adjoint, fixed.H)))
+    x = solution(A, b, Solver(refined(solver.solve, fixed), refined(solver.adjoint, adjoint(fixed))))
     error = backward_error(fixed, xp.stop_gradient(x), xp.stop_gradient(b), size)
     good = is_at_roundoff(error, b.dtype, SLACK)
     return None if good is False and known(abs(b - b).sum()) == 0 else x
@@ -185,8 +186,8 @@ def _verified(A: LinearOperator, b: Array, solver: Solver) -> Array | None:
 def slogdet(A: LinearOperator) -> Determinant:
     """Sign and logarithm of the magnitude of the determinant, as :func:`numpy.linalg.slogdet`; (0, -inf) if singular.
 
-    From the structure where it has a way; else of the dense matrix, up to 8192 rows; beyond, an estimate
-    (:func:`logdet`), with a warning, whose sign is NaN unless A is annotated PSD.
+    It comes from the structure where that has a method, else from the dense matrix up to 8192 rows. Beyond, it is an
+    estimate (:func:`logdet`) with a warning, whose sign is NaN unless A is annotated PSD.
     """
     require_operator(A)
     require_square(A, "the determinant")
@@ -204,10 +205,10 @@ def logdet(
     A
         A square operator.
     probes, steps, seed
-        Random vectors, Lanczos steps of each and the seed of an estimate, which is taken where A has no way of its own
-        and is larger than 8192.
+        Random vectors, Lanczos steps of each and the seed of an estimate. An estimate is made where A has no method of
+        its own and more rows than :class:`dense_limit`.
     estimate
-        Take an estimate in any case.
+        Make an estimate in any case.
     full_output
         Return an :class:`structlin.verdicts.Answer` with the standard error of an estimate.
 
@@ -234,6 +235,63 @@ def logdet(
     if number is None:
         return Answer(value, Verdict.NOT_VERIFIED)
     return Answer(value, Verdict.SINGULAR if number == -math.inf else Verdict.VERIFIED)
+
+
+def inv_quad_logdet(A: LinearOperator, b: Array, *, full_output: bool = False) -> Any:
+    """Return ``b^H A^-1 b`` and ``log |det A|``, the terms of the likelihood of a Gaussian vector with covariance A.
+
+    Where A is annotated SelfAdjoint or PSD, this is less work than :func:`solve` and :func:`logdet`: the gradient needs
+    no second solution, and of a Kronecker product or sum plus a multiple of the identity both terms come from one
+    decomposition. Second derivatives raise on torch there.
+
+    Parameters
+    ----------
+    A
+        A square operator.
+    b
+        Array of its library, of shape (n,).
+    full_output
+        Return an :class:`structlin.verdicts.Answer`, whose verdict and error are those of the solution ``A^-1 b``.
+
+    Returns
+    -------
+    quadratic, logdet
+        Two 0-d arrays, differentiable in A and b.
+
+    Raises
+    ------
+    ValueError
+        A is rectangular, or b is no vector of n numbers.
+    LinAlgError
+        A is singular to working precision.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from structlin import Diagonal
+    >>> quadratic, log = inv_quad_logdet(Diagonal(np.array([1.0, 2.0, 4.0])), np.ones(3))
+    >>> print(float(quadratic), round(float(log), 6))
+    1.75 2.079442
+    """
+    require_operator(A)
+    n = require_square(A, "the likelihood", NO_INVERSE)
+    if not is_array(b) or tuple(b.shape) != (n,):
+        got = tuple(b.shape) if is_array(b) else type(b).__qualname__
+        raise ValueError(f"a quadratic form of an operator of shape {tuple(A.shape)} needs a vector ({n},), got {got}")
+    xp = lapack(b)
+    if not A.isa(SelfAdjoint) or backend_of(b) == "jax" or is_transformed(b) or str(A.dtype) != str(b.dtype):
+        answer = solve(A, b, full_output=True) if full_output else Answer(solve(A, b))
+        pair = xp.real((xp.conj(b) * answer.value).sum()), logdet(A)
+        return Answer(pair, answer.verdict, answer.error) if full_output else pair
+    fixed, y = frozen(A), xp.stop_gradient(b)
+    found = spectral.solution_and_logdet(A, y) if isinstance(A, KronSum | Sum) else None
+    x, log = (_solve(fixed, y, _AUTO), logdet(A)) if found is None else found
+    # b^H A^-1 b = 2 Re(b^H x) - x^H A x, with x constant: its error enters squared, and first derivatives are right.
+    quadratic = once_differentiable(xp.real((xp.conj(x) * (2 * b - A @ x)).sum()))
+    if not full_output:
+        return quadratic, log
+    answer = _judged(fixed, x, y, x)
+    return Answer((quadratic, log), answer.verdict, answer.error)
 
 
 def _has_determinant(A: LinearOperator) -> bool:

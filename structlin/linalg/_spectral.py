@@ -21,8 +21,15 @@ from cola.ops import LinearOperator, Sum
 
 from structlin import _spectra as spectra
 from structlin._arrays import Array
-from structlin._implicit import Solver, frozen
-from structlin._lapack import determinant_of_numbers, eps, inverse_values, is_known, lapack, nan_unless
+from structlin._implicit import Solver
+from structlin._lapack import (
+    determinant_of_numbers,
+    eps,
+    inverse_values,
+    is_known,
+    lapack,
+    nan_unless,
+)
 from structlin.algebra import chains
 from structlin.linalg._forms import Members, members
 from structlin.structures.diagonal import Diagonal
@@ -46,7 +53,7 @@ def _values(form: Members, values: list[Array]) -> Array:
 
 def diagonalised(A: LinearOperator) -> Diagonalised | None:
     """Of K + c I, with numbers that no derivative reaches; None where A is no such operator."""
-    form = members(frozen(A))
+    form = members(A)
     if form is None:
         return None
     hermitian = form.hermitian and (A.isa(SelfAdjoint) or is_known(form.matrices[0]))
@@ -101,6 +108,30 @@ def slogdet(A: LinearOperator) -> Determinant | None:
     if xp.is_complex(values) and not xp.is_complex(form.matrices[0]):
         sign = xp.sign(xp.real(sign))
     return Determinant(sign, log)
+
+
+def solution_and_logdet(A: LinearOperator, b: Array) -> tuple[Array, Array] | None:
+    """Return ``A^-1 b`` without derivatives, and ``log |det A|``, of K + c I from one decomposition.
+
+    None unless all members are known to be Hermitian, so that the solution is backward stable.
+    """
+    form = members(A)
+    if form is None or not is_known(form.matrices[0]) or not form.hermitian:
+        return None
+    parts = [p for m in form.matrices if (p := spectra.decompose(m, True)) is not None]
+    xp = lapack(b)
+    values = _values(form, [p.values + _slopes(p, xp) for p in parts])
+    left, right = Kronecker(*(p.vectors for p in parts)), Kronecker(*(p.inverse for p in parts))
+    scale = inverse_values(xp.stop_gradient(values), eps(values.dtype))
+    return left @ (scale * (right @ b)), determinant_of_numbers(values).logabsdet
+
+
+def _slopes(part: spectra.Decomposition, xp: Any) -> Any:
+    """Zeros, with the derivatives of the eigenvalues."""
+    if not part.followed:
+        return 0
+    eye = xp.eye(part.values.shape[0], part.vectors)
+    return xp.real(xp.diagonal(spectra.first_order(part, eye)))
 
 
 # -- two Kronecker products --------------------------------------------------------------------------------------------
@@ -171,7 +202,7 @@ def pair_inverse(A: LinearOperator) -> LinearOperator | None:
 
 
 def pair_solver(A: LinearOperator) -> Solver | None:
-    inverse = pair_inverse(frozen(A))
+    inverse = pair_inverse(A)
     return None if inverse is None else Solver(inverse.__matmul__, inverse.__matmul__)
 
 
@@ -193,7 +224,10 @@ def pair_slogdet(A: LinearOperator) -> Determinant | None:
 
 
 def solver(A: LinearOperator) -> tuple[Solver, bool] | None:
-    """Return a solver for K + c I or for two Kronecker products, and whether it is backward stable as it stands."""
+    """Return a solver for K + c I or for two Kronecker products, and whether it is backward stable as it stands.
+
+    A is frozen: no derivative reaches its numbers.
+    """
     found = diagonalised(A)
     if found is None:
         two = pair_solver(A)

@@ -167,16 +167,17 @@ def _eig_of_triangular(A: Triangular, k: int, which: str, alg: Auto | Eig):
     if not is_known(matrix) or follows(matrix):
         return _selected(*_dense_eigenpairs(A), k, which)
     numbers = np.asarray(matrix.detach().cpu() if hasattr(matrix, "detach") else matrix)
-    lower = bool(A.lower)
-    turned = numbers[::-1, ::-1] if lower else numbers
+    # From the entries: the flag of CoLA's operator is "lower" by default, for an upper triangle too.
+    lower, upper = not np.triu(numbers, 1).any(), not np.tril(numbers, -1).any()
+    turned = numbers if upper else numbers[::-1, ::-1]
     diagonal = np.diagonal(turned)
-    gap = np.abs(diagonal[:, None] - diagonal) + np.eye(n) * np.inf
-    if not gap.min(initial=np.inf) > eps(A.dtype) ** 0.5 * np.abs(diagonal).max():
+    gap = np.abs(diagonal[:, None] - diagonal)[~np.eye(n, dtype=bool)]
+    if not (lower or upper) or not gap.min(initial=np.inf) > eps(A.dtype) ** 0.5 * np.abs(diagonal).max():
         return _selected(*_dense_eigenpairs(A), k, which)
     vectors = np.eye(n, dtype=numbers.dtype)
     for j in range(1, n):
         vectors[:j, j] = scipy.linalg.solve_triangular(turned[:j, :j] - diagonal[j] * np.eye(j), -turned[:j, j])
-    vectors = vectors[::-1, ::-1] if lower else vectors
+    vectors = vectors if upper else vectors[::-1, ::-1]
     return _selected(values, Dense(like(np.ascontiguousarray(vectors), A)), k, which)
 
 

@@ -28,7 +28,7 @@ from cola.annotations import PSD
 from cola.ops import LinearOperator, Sum
 
 from structlin._arrays import Array
-from structlin._implicit import Solver, backward_error, frozen, is_at_roundoff, nan_where_bad
+from structlin._implicit import Solver, backward_error, is_at_roundoff, nan_where_bad
 from structlin._lapack import (
     as_array,
     determinant_of_numbers,
@@ -95,8 +95,10 @@ def _correction(n: int, r: int) -> Structure:
 
 @dataclass(frozen=True)
 class Woodbury:
-    """A sum B + U V with what its inverse and its determinant are made of: ``base`` = B^-1, ``left`` = B^-1 U and
-    ``capacitance`` = I + V B^-1 U. B and ``base`` are operators, or the numbers of diagonal matrices.
+    """A sum B + U V, and the parts of its inverse and determinant.
+
+    ``base`` = B^-1, ``left`` = B^-1 U and ``capacitance`` = I + V B^-1 U. B and ``base`` are operators, or the numbers
+    of diagonal matrices.
 
     ``symmetric``: B is a positive diagonal, as far as can be seen, and V is U^H.
     """
@@ -163,6 +165,8 @@ class Woodbury:
 
     def adjoint(self) -> Woodbury:
         xp = lapack(self.U)
+        if self.symmetric and not xp.is_complex(self.B):
+            return self
         flip = (lambda y: y.H) if isinstance(self.B, LinearOperator) else xp.conj
         return Woodbury(flip(self.B), xp.conj(self.V).T, xp.conj(self.U).T, flip(self.base), self.symmetric)
 
@@ -254,10 +258,11 @@ def _is_adjoint(A: Sum, V: Array, U: Array) -> bool:
 
 
 def solver(A: Sum) -> Solver | None:
-    """For numbers that no derivative reaches; each solution is refined and verified, and LinAlgError raised where its
-    residual is not at roundoff.
+    """Return a solver for a frozen A, whose numbers no derivative reaches.
+
+    Each solution is refined and verified; LinAlgError is raised where its residual is not at roundoff.
     """
-    found = woodbury(frozen(A))
+    found = woodbury(A)
     if found is None:
         return None
     return Solver(_verified(found), lambda b: _verified(found.adjoint())(b))

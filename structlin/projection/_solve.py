@@ -179,12 +179,10 @@ class Chain:
     @classmethod
     def of(cls, structure: Structure, problem: Problem) -> Chain:
         more_in, more_out = structure.padding
-        rows, covariance, root = problem.target, problem.covariance, problem.root
-        if more_in and covariance is not None and root is not None:
+        covariance, root = problem.covariance, problem.root
+        if covariance is not None and root is not None:
             covariance, root = np.pad(covariance, ((0, more_in),) * 2), np.pad(root, ((0, more_in), (0, 0)))
-        if more_in + more_out:
-            rows = np.pad(rows, ((0, more_out), (0, more_in)))
-        return cls(structure, build(structure), rows, covariance, root)
+        return cls(structure, build(structure), np.pad(problem.target, ((0, more_out), (0, more_in))), covariance, root)
 
     @property
     def target(self) -> np.ndarray:
@@ -238,7 +236,7 @@ def closed_form(chain: Chain) -> list[np.ndarray] | None:
     if not chain.rectangular():
         return None
     if chain.covariance is not None:
-        return _splits.weighted_pair(network, chain.target, chain.covariance, root=chain.root)
+        return _splits.weighted_pair(network, chain.target, chain.covariance)
     return _splits.pair(network, chain.target)
 
 
@@ -258,7 +256,7 @@ def spectrum(structure: AbstractStructure, problem: Problem) -> np.ndarray | Non
             copies = target.size // matrices.size
             offset = float(np.linalg.norm(chain.rows)) ** 2 - copies * float(np.linalg.norm(matrices)) ** 2
     else:
-        weighted = _splits.weighted(network, target, chain.covariance, root=chain.root)
+        weighted = _splits.weighted(network, target, chain.covariance)
         if weighted is None:
             return None
         matrices = weighted.scaled

@@ -214,14 +214,11 @@ class Weighted:
     near_first: bool
 
 
-def weighted(
-    network: Network, target: np.ndarray, covariance: np.ndarray, drop: bool = False, root: np.ndarray | None = None
-) -> Weighted | None:
+def weighted(network: Network, target: np.ndarray, covariance: np.ndarray, drop: bool = False) -> Weighted | None:
     """Slices whose truncation gives the pair nearest in ``|| (target - A) covariance^(1/2) ||``, or None.
 
     Needed for that: no diagonal axes; all column axes that are not shared stand in one factor; and the covariance
     does not couple different values of the shared ones. ``drop`` leaves such a coupling out in place of giving up.
-    ``root`` is a root of the covariance, where one is known.
     """
     columns = set(network.columns)
     if columns & set(network.rows):
@@ -235,12 +232,9 @@ def weighted(
     order = [network.columns.index(a) for a in (*shared, *inside)]
     blocks = covariance.reshape(network.shape(network.columns) * 2)
     blocks = blocks.transpose(order + [i + len(order) for i in order]).reshape(n, k, n, k)
-    if n > 1 and not drop and np.any(blocks * (1 - np.eye(n))[:, None, :, None]):
+    if not drop and np.any(blocks * (1 - np.eye(n))[:, None, :, None]):
         return None
-    if root is not None and n == 1 and order == sorted(order):
-        roots = root[None]
-    else:
-        roots = square_root(blocks[np.arange(n), :, np.arange(n)])
+    roots = square_root(blocks[np.arange(n), :, np.arange(n)])
 
     rows = tuple(a for a in cut.shared if a not in columns)
     near, far = (cut.left, cut.right) if left else (cut.right, cut.left)
@@ -254,14 +248,14 @@ def weighted(
 
 
 def weighted_pair(
-    network: Network, target: np.ndarray, covariance: np.ndarray, drop: bool = False, root: np.ndarray | None = None
+    network: Network, target: np.ndarray, covariance: np.ndarray, drop: bool = False
 ) -> list[np.ndarray] | None:
     """Return the nearest pair in the weighted norm, or None where that has no closed form (:func:`weighted`).
 
     Each slice is ``min || (M - X Y) R ||`` over X of rank r, with R a root of the slice's covariance: X spans the
     leading left singular vectors U of ``M R``, and ``X Y = U U^H M``.
     """
-    found = weighted(network, target, covariance, drop, root)
+    found = weighted(network, target, covariance, drop)
     if found is None:
         return None
     rank = network.size(found.bond)

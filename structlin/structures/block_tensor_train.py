@@ -34,14 +34,14 @@ def block_tensor_train_chain(out_sizes: Sequence[int], in_sizes: Sequence[int], 
 class BlockTensorTrain(NamedOperator):
     """Tensor-Train whose cores depend on every live axis.
 
-    For two cores of rank r, with d_in = p a and d_out = f e,
+    For two cores of rank r,
 
-    ``A[(f, e), (p, a)] = sum_r W1[f, e, r, p] W0[p, f, r, a]``.
+    ``A[(n_0, n_1), (m_1, m_0)] = sum_r W1[n_0, n_1, r, m_1] W0[m_1, n_0, r, m_0]``,
 
-    W0 has shape (p, f, r, a) and W1 has shape (f, e, r, p). Parameters = MACs = ``p f r (a + e)``; rank at most
-    ``min(d_in, d_out, p f r)``. Rank 1 with equal sizes is a Monarch matrix of sqrt(d) blocks; rank sqrt(d) represents
-    every matrix. Where inputs are split into m_k and outputs into n_k, p = m_1, a = m_0, f = n_0 and e = n_1. With more
-    than two cores, the batch axes of core k are the output axes of earlier cores and the input axes of later ones.
+    with d_in = m_1 m_0 and d_out = n_0 n_1. W0 has shape (m_1, n_0, r, m_0), W1 has shape (n_0, n_1, r, m_1).
+    Parameters = MACs = ``r m_1 n_0 (m_0 + n_1)``; rank at most ``min(d_in, d_out, r m_1 n_0)``. Rank 1 with equal
+    sizes is a Monarch matrix of sqrt(d) blocks; rank sqrt(d) represents every matrix. Core k of more than two has
+    every output axis already made and every input axis still to come in batch.
 
     Examples
     --------
@@ -52,7 +52,7 @@ class BlockTensorTrain(NamedOperator):
     """
 
     formula = "pa,pfra->frp; frp,ferp->fe"
-    parameters = "p f r (a + e)"
+    parameters = "r m_1 n_0 (m_0 + n_1)"
     source = "Qiu et al. (2024), section 3.2"
     examples = (
         ((35, 6), {"rank": 2}),

@@ -205,3 +205,83 @@ def test_the_rules_stand_when_structlin_is_imported():
         "assert all(hasattr(structlin, name) for name in structlin.__all__)\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def gaussian(kind, a, c):
+    """A positive operator made of torch or NumPy arrays: a (m, m) matrix and a number."""
+    if kind == "shifted":
+        K = cola.PSD(structlin.Kronecker(a, a))
+        return cola.PSD(K + c * cola.ops.I_like(K))
+    return cola.PSD(structlin.BlockDiagonal(a[None]) * c)
+
+
+@pytest.mark.parametrize("kind", ["shifted", "blocks"])
+def test_quadratic_form_and_determinant_with_gradients(kind):
+    a = np.eye(4) + 0.3 * np.diag(np.ones(3), 1) + 0.3 * np.diag(np.ones(3), -1)
+    for matrix in (a, np.eye(4)):  # the identity has repeated eigenvalues
+        A = gaussian(kind, matrix, 0.5)
+        dense, b = A.to_dense(), np.random.default_rng(0).standard_normal(A.shape[0])
+        answer = structlin.linalg.inv_quad_logdet(A, b, full_output=True)
+        assert answer.verdict is structlin.linalg.Verdict.VERIFIED
+        np.testing.assert_allclose(answer.value, (b @ np.linalg.solve(dense, b), np.linalg.slogdet(dense)[1]))
+
+        def likelihood(x, c, b):
+            return sum(structlin.linalg.inv_quad_logdet(gaussian(kind, (x + x.T) / 2, c), b))
+
+        def by_torch(x, c, b):
+            dense = gaussian(kind, (x + x.T) / 2, c).to_dense()
+            return b @ torch.linalg.solve(dense, b) + torch.linalg.slogdet(dense)[1]
+
+        leaves = [torch.tensor(y, dtype=torch.float64, requires_grad=True) for y in (matrix, 0.5, b)]
+        found = torch.autograd.grad(likelihood(*leaves), leaves)
+        wanted = torch.autograd.grad(by_torch(*leaves), leaves)
+        for x, y in zip(found, wanted, strict=True):
+            np.testing.assert_allclose(x, y, atol=1e-12)
+        with pytest.raises(RuntimeError, match="first derivatives only"):
+            torch.autograd.grad(likelihood(*leaves), leaves, create_graph=True)
+
+
+def test_quadratic_form_of_a_matrix_that_is_not_annotated():
+    generator = torch.Generator().manual_seed(0)
+    a = torch.randn(4, 4, dtype=torch.float64, generator=generator, requires_grad=True)
+    b = torch.randn(4, dtype=torch.float64, generator=generator, requires_grad=True)
+
+    def terms(a, b):
+        return structlin.linalg.inv_quad_logdet(structlin.Dense(a), b)
+
+    torch.testing.assert_close(terms(a, b)[0], b @ torch.linalg.solve(a, b))
+    assert torch.autograd.gradcheck(terms, (a, b))
+    assert torch.autograd.gradgradcheck(terms, (a, b))
+
+
+def test_quadratic_form_of_other_libraries_and_mistakes():
+    a = np.diag([1.0, 2.0])
+    wanted = structlin.linalg.inv_quad_logdet(gaussian("shifted", a, 1.0), np.ones(4))
+    traced = jax.jit(lambda x: structlin.linalg.inv_quad_logdet(gaussian("shifted", x, 1.0), jnp.ones(4)))
+    np.testing.assert_allclose(traced(jnp.asarray(a)), wanted, rtol=1e-6)
+    tensor = torch.tensor(a)
+    made = torch.func.grad(
+        lambda x: sum(structlin.linalg.inv_quad_logdet(gaussian("shifted", x, 1.0), torch.ones(4).double()))
+    )
+    assert torch.isfinite(made(tensor)).all()
+    with pytest.raises(ValueError, match=r"needs a vector \(4,\), got \(4, 1\)"):
+        structlin.linalg.inv_quad_logdet(gaussian("shifted", a, 1.0), np.ones((4, 1)))
+    with pytest.raises(ValueError, match="needs a square operator"):
+        structlin.linalg.inv_quad_logdet(structlin.Dense(np.ones((2, 3))), np.ones(2))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
+def test_derivatives_through_cholesky_of_positive_blocks(dtype):
+    generator = torch.Generator().manual_seed(0)
+    root = torch.randn(2, 3, 3, dtype=dtype, generator=generator, requires_grad=True)
+    b = torch.randn(6, 2, dtype=dtype, generator=generator, requires_grad=True)
+
+    def positive(root):
+        return cola.PSD(structlin.BlockDiagonal(root @ root.mH + 3 * torch.eye(3, dtype=dtype)))
+
+    for f, inputs in (
+        (lambda r, b: structlin.solve(positive(r), b), (root, b)),
+        (lambda r: cola.logdet(positive(r)), (root,)),
+    ):
+        assert torch.autograd.gradcheck(f, inputs)
+        assert torch.autograd.gradgradcheck(f, inputs)

@@ -180,6 +180,8 @@ def test_second_derivatives_of_functions_are_refused():
         torch.autograd.grad(value("sqrt", "dense", x), x, create_graph=True)
     assert torch.isfinite(first).all()
     assert np.isnan(jax.hessian(lambda x: value("sqrt", "dense", x))(jnp.zeros((2, 2)))).any()
+    for twice in (torch.func.hessian, lambda f: torch.func.grad(lambda x: torch.func.grad(f)(x).sum())):
+        assert torch.isnan(twice(lambda x: value("sqrt", "dense", x))(x.detach())).any()
 
 
 @pytest.mark.parametrize("name", ["sqrt", "isqrt", "exp"])
@@ -233,6 +235,17 @@ def test_eigenvectors_of_a_rank_deficient_low_rank_matrix(backend):
     np.testing.assert_allclose(U @ (V @ vectors), vectors * values, atol=1e-12)
     np.testing.assert_allclose(np.linalg.norm(vectors, axis=0), 1)
     assert np.linalg.matrix_rank(vectors) == 3
+
+
+def test_eigenvectors_of_a_triangular_matrix_are_those_of_back_substitution():
+    upper = np.array([[1.0, 2.0, 3.0], [0.0, 6.0, 5.0], [0.0, 0.0, 4.0]])
+    for matrix in (upper, upper.T):  # CoLA's flag says lower for both
+        values, vectors = cola.eig(cola.ops.Triangular(matrix), k=3)
+        found = vectors.to_dense()
+        np.testing.assert_allclose(values, [1, 4, 6])
+        np.testing.assert_allclose(matrix @ found, found * values, atol=1e-12)
+        ends = found[::-1] if matrix is upper else found  # the last number of each vector, the first for a lower one
+        assert [column[np.flatnonzero(column)[0]] for column in ends.T] == [1, 1, 1]
 
 
 def test_spectra_of_hermitian_kronecker_products_come_from_members(never_dense):
