@@ -219,6 +219,7 @@ class TestRequirements:
             "structlin.execution._gradients": "torch",
             "structlin.execution.token_major": "torch",
             "structlin.execution.batched": "torch",
+            "structlin.execution._ordered": "torch",
             "structlin.execution.chunked": "torch",
             "structlin.execution.strided": "torch",
             "structlin.execution.torch_cuda": "torch",
