@@ -1,4 +1,4 @@
-"""``structlin check-scale``: is a model parametrised right?"""
+"""``structlin check-scale``: check that a model is parametrised right."""
 
 from __future__ import annotations
 

@@ -25,6 +25,7 @@ An empty prompt starts a new document. The same seed gives the same text.
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the command."""
     parser.add_argument(
         "source", metavar="MODEL",
         help="folder of a run of `structlin train gpt2`, file of `structlin compress`, or GPT-2 of transformers",
@@ -47,6 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    """Run the command; return the exit code."""
     for name, least in (("tokens", 0), ("samples", 1), ("top_k", 0), ("seed", 0)):
         if getattr(arguments, name) < least:
             raise UsageError(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(arguments, name)}")

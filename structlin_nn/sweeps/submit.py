@@ -42,6 +42,7 @@ class Command:
         return {"words": self.words, "_process": None}
 
     def __call__(self) -> None:
+        """Run the command in a process group of its own; raise if it fails."""
         # Its own process group: schedulers signal whole groups, and the command does not handle submitit's signal.
         with subprocess.Popen(self.words, start_new_session=True) as self._process:
             before = signal.signal(signal.SIGTERM, lambda *_: self._end())
