@@ -190,7 +190,8 @@ class TestRequirements:
     def test_cover_every_import(self, config: configparser.ConfigParser, folder: str, extras: tuple[str, ...]) -> None:
         declared = {canonicalize_name(r.name) for extra in extras for r in requirements(config)[extra]}
         files = sources(folder)
-        scripts = [*files, *sources("docs")] if folder == "tests" else []  # tests also import the scripts of docs/
+        # Tests also import the scripts of docs/ and benchmarks/.
+        scripts = [*files, *sources("docs"), *sources("benchmarks")] if folder == "tests" else []
         local = {*PACKAGES, *(path.stem for path in scripts)}
         undeclared = {
             (path.as_posix(), module)
