@@ -22,7 +22,7 @@ TITLES = {
     "product": "Products, with a formula",
     "unknown": "Unknown",
     "no product": "No product",
-    "composite": "Made of others, which are counted",
+    "composite": "Composite, counted by their parts",
 }
 
 
