@@ -1,4 +1,4 @@
-"""The named structures, one file each; importing this package registers them."""
+"""The named structures, one file for each. Importing this package registers them."""
 
 # ruff: noqa: I001 -- the order of the imports is the order of the register
 

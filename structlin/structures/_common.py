@@ -14,7 +14,7 @@ Factorization = str | tuple[Sequence[int], Sequence[int]]
 
 
 def positive_int(name: str, value: Any) -> int:
-    """``value`` as an int of at least 1, or a ValueError that names it."""
+    """Return ``value`` as an int; ValueError unless it is an integer of at least 1."""
     if isinstance(value, bool) or not hasattr(value, "__index__") or value < 1:
         raise ValueError(f"{name} must be a positive integer, got {value!r}")
     return int(value)
@@ -23,33 +23,38 @@ def positive_int(name: str, value: Any) -> int:
 def split_shape(
     shape: tuple[int, int], cores: int, factorization: Factorization
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Split (d_out, d_in) into ``cores`` factors each: a rule's name, or ``(output sizes, input sizes)``."""
+    """Split d_out and d_in into ``cores`` factors each.
+
+    ``factorization`` is the name of a rule or a pair ``(output sizes, input sizes)``.
+    """
     cores = positive_int("cores", cores)
     if isinstance(factorization, str):
         return factorize(shape[0], cores, factorization), factorize(shape[1], cores, factorization)
     if len(factorization) != 2 or any(isinstance(part, int) for part in factorization):
-        raise ValueError(f"an explicit factorization is a pair (output sizes, input sizes), got {factorization!r}")
+        raise ValueError(
+            f"factorization must be the name of a rule or a pair (output sizes, input sizes), got {factorization!r}"
+        )
     return factorize(shape[0], cores, factorization[0]), factorize(shape[1], cores, factorization[1])
 
 
 def bond_sizes(rank: int | Sequence[int], cores: int) -> tuple[int, ...]:
-    """Return the ``cores - 1`` inner ranks: one for all, or one each."""
+    """Return the ``cores - 1`` inner ranks from one integer for all, or from one for each."""
     if hasattr(rank, "__index__") and not isinstance(rank, bool):
         return (positive_int("rank", rank),) * (cores - 1)
     if isinstance(rank, bool) or not isinstance(rank, Sequence) or len(rank) != cores - 1:
-        raise ValueError(f"rank must be a positive integer or {cores - 1} of them for {cores} cores, got {rank!r}")
+        raise ValueError(f"rank must be a positive integer, or {cores - 1} of them for {cores} cores, got {rank!r}")
     return tuple(positive_int("rank", r) for r in rank)
 
 
 def exact_bonds(left: Sequence[int], right: Sequence[int]) -> tuple[int, ...]:
-    """For each bond, ``min(prod left, prod right)`` of the sizes before it and those behind it."""
+    """Return ``min(prod(left[:k]), prod(right[k:]))`` for each place k between two cores."""
     before = accumulate(left, mul)
     after = [*accumulate(right[::-1], mul)][::-1]
     return tuple(min(a, b) for a, b in zip(before, after[1:], strict=False))
 
 
 def matrix_rank(shape: tuple[int, int], rank: int | None, rank_fraction: float | None) -> int:
-    """Return a rank from itself, from a fraction of min(d_out, d_in), or ceil(sqrt(min(d_out, d_in)))."""
+    """Return the rank: as given, as a fraction of min(d_out, d_in), or by default ceil(sqrt(min(d_out, d_in)))."""
     small = min(shape)
     if rank is not None and rank_fraction is not None:
         raise ValueError(f"give rank or rank_fraction, not both (got {rank} and {rank_fraction})")
@@ -63,9 +68,9 @@ def matrix_rank(shape: tuple[int, int], rank: int | None, rank_fraction: float |
 
 
 def divide(name: str, size: int, blocks: int) -> int:
-    """``size / blocks``, or a ValueError naming the nearest sizes that divide."""
+    """Return ``size / blocks``; if that is not an integer, ValueError with the nearest sizes that can be divided."""
     if size % blocks:
         below, above = size // blocks * blocks, -(-size // blocks) * blocks
         near = f"{below} and {above}" if below else str(above)
-        raise ValueError(f"{name} = {size} does not split into {blocks} blocks; the nearest sizes that do are {near}")
+        raise ValueError(f"{name} = {size} cannot be split into {blocks} blocks; the nearest sizes that can are {near}")
     return size // blocks

@@ -9,10 +9,10 @@ from structlin._arrays import Array
 
 
 def fft_product(kernel: Array, x: Array, size: int, axis: int, xp: SimpleNamespace) -> Array:
-    """Circular convolution of ``kernel`` with ``x`` along ``axis``, both padded to ``size``.
+    """Return the circular convolution of ``kernel`` with ``x`` along ``axis``, both padded with zeros to ``size``.
 
-    Half precision is transformed in float32 and rounded once, at the end: FFT libraries have no half precision
-    on every device, and its accumulated error would be large.
+    Half precision is transformed in float32 and rounded once, at the end. FFT libraries support half precision on some
+    devices only, and the accumulated error would be large.
     """
     if 0 in x.shape:  # torch has no FFT of an empty batch
         empty = xp.pad_first(x, size - x.shape[0]) if axis == 0 else xp.pad_last(x, size - x.shape[-1])
@@ -33,10 +33,10 @@ def fft_product(kernel: Array, x: Array, size: int, axis: int, xp: SimpleNamespa
 
 
 def real_fft_flops(n: int) -> int:
-    """FLOPs of one real FFT of length n, by the usual convention ``2.5 n log2(n)`` (half a complex one)."""
+    """Return the FLOPs of a real FFT of length n, ``2.5 n log2(n)`` by convention: half of those of a complex FFT."""
     return math.ceil(2.5 * n * math.log2(n)) if n > 1 else 0
 
 
 def product_flops(n: int) -> dict[str, int]:
-    """Work for one real vector: a transform forth and one back, and a complex product of half spectra."""
+    """Return the FLOPs for one real vector: an FFT, an inverse FFT, and a complex product of half spectra."""
     return {"fft": 2 * real_fft_flops(n), "elementwise": 6 * (n // 2 + 1)}

@@ -1,17 +1,17 @@
-"""Toeplitz systems on the host: recursions, the formula of Gohberg and Semencul, circulant preconditioning.
+"""Toeplitz systems on the CPU: recursions, the formula of Gohberg and Semencul, circulant preconditioning.
 
-All of it works on the 2 n - 1 diagonals of a square matrix, in double precision. Three ways, each with its limits:
+All functions take the 2 n - 1 diagonals of a square matrix, in double precision. There are three methods:
 
-- SciPy's recursion in compiled code, O(n^2) for each right-hand side: quickest for one of them and few rows;
-- conjugate gradients (for Hermitian positive matrices) or BiCGSTAB with the circulant preconditioner of T. Chan (1988),
-  O(n log n) for each iteration: a few iterations where the symbol is smooth and has no zero, at any size;
-- the recursion of Levinson (1946) and Durbin (1960), which extends the first and the last column of the inverse from
-one
-  leading submatrix to the next, O(n^2) in all, after which any right-hand side takes O(n log n) (Gohberg and Semencul
-  1972). The determinants of neighbours have the ratios that it divides by.
+- SciPy's compiled recursion costs O(n^2) for each right-hand side. It is the fastest for one right-hand side and few
+  rows.
+- Conjugate gradients (for Hermitian positive definite matrices) or BiCGSTAB with the circulant preconditioner of
+  T. Chan (1988) cost O(n log n) for each iteration. Few iterations suffice if the symbol is smooth and has no zero.
+- The recursion of Levinson (1946) and Durbin (1960) extends the first and the last column of the inverse from one
+  leading submatrix to the next, in O(n^2). Each right-hand side then costs O(n log n) (Gohberg and Semencul 1972). The
+  pivots, by which the recursion divides, are the ratios of the determinants of successive leading submatrices.
 
-The recursions are stable where all leading submatrices are well conditioned, which a Toeplitz matrix need not have to
-be well conditioned itself. So the residual of every solution is computed, and None returned where it is not at
+The recursions are stable if all leading submatrices are well conditioned. A well-conditioned Toeplitz matrix can have
+ill-conditioned leading submatrices. So the residual of every solution is computed, and None is returned if it exceeds
 roundoff.
 """
 
@@ -26,13 +26,13 @@ import scipy.linalg
 from scipy.linalg import blas
 
 LEAST = 64
-"""Rows from which on there is anything faster than LAPACK."""
+"""Least number of rows at which one of the methods is faster than LAPACK."""
 
 COMPILED = 1024
-"""Rows up to which SciPy's recursion is quicker than the rest for one right-hand side: measured, 2 ms at 1024."""
+"""Largest number of rows at which SciPy's recursion is the fastest for one right-hand side; it takes 2 ms at 1024."""
 
 LONGEST = 32768
-"""Rows up to which the recursion in Python is tried where the preconditioned iteration fails: a minute there."""
+"""Largest number of rows for which the recursion in Python follows a failed iteration; it takes a minute there."""
 
 SLACK = 100  # times the distance of neighbouring numbers: the backward error that a refined solution may have
 _ITERATIONS = 60
@@ -41,24 +41,24 @@ _EPS = 2.0**-52
 
 @dataclass(frozen=True)
 class Columns:
-    """The first and the last column of the inverse, in double precision, and the ratios of the leading determinants."""
+    """First and last column of the inverse, in double precision, and the ratios of successive leading determinants."""
 
     first: np.ndarray
     last: np.ndarray
     pivots: np.ndarray
 
     def adjoint(self) -> Columns:
-        """Of the conjugate transpose: turned by half a turn, a Toeplitz matrix is its own transpose."""
+        """Return those of the conjugate transpose: reversing rows and columns of a Toeplitz matrix transposes it."""
         return Columns(self.last[::-1].conj(), self.first[::-1].conj(), self.pivots.conj())
 
 
 def recursion(kernel: np.ndarray) -> Columns | None:
-    """From all 2 n - 1 diagonals; None where a leading submatrix is nearly singular."""
+    """Return the columns from all 2 n - 1 diagonals; None if a leading submatrix is nearly singular."""
     n = (kernel.shape[0] + 1) // 2
     lower, upper = np.ascontiguousarray(kernel[n:][::-1]), np.ascontiguousarray(kernel[: n - 1][::-1])
     complex_ = np.iscomplexobj(kernel)
     dot, axpy = (blas.zdotu, blas.zaxpy) if complex_ else (blas.ddot, blas.daxpy)
-    # Up to the pivot, the columns for m rows: ``first`` stands in the first m places, ``last`` in the last m.
+    # The columns for m rows times the pivot: ``first`` in its first m entries, ``last`` in its last m.
     first, last, old = (np.zeros(n, kernel.dtype) for _ in range(3))
     first[0] = last[-1] = 1
     pivot, pivots = kernel[n - 1].item(), np.empty(n, kernel.dtype)
@@ -77,7 +77,7 @@ def recursion(kernel: np.ndarray) -> Columns | None:
 
 
 class Convolution:
-    """Product with the Toeplitz matrix of a kernel, the transform of which is kept."""
+    """Product with the Toeplitz matrix of a kernel whose transform is computed once."""
 
     def __init__(self, kernel: np.ndarray, rows: int) -> None:
         self.rows, self.columns = rows, kernel.shape[0] - rows + 1
@@ -86,7 +86,7 @@ class Convolution:
         self.transform = (scipy.fft.rfft if self.real else scipy.fft.fft)(kernel, self.size)[:, None]
 
     def __call__(self, x: np.ndarray) -> np.ndarray:
-        """(columns, k) -> (rows, k)."""
+        """Return the product with x of shape (columns, k), of shape (rows, k)."""
         if self.real and np.iscomplexobj(x):
             return self(x.real) + 1j * self(x.imag)
         forth, back = (scipy.fft.rfft, scipy.fft.irfft) if self.real else (scipy.fft.fft, scipy.fft.ifft)
@@ -95,7 +95,7 @@ class Convolution:
 
 
 def inverse_product(found: Columns) -> Callable[[np.ndarray], np.ndarray]:
-    """Product with the inverse, by the formula of Gohberg and Semencul: four triangular Toeplitz matrices."""
+    """Return the product with the inverse by the formula of Gohberg and Semencul, with four triangular matrices."""
     first, last, none = found.first, found.last, np.zeros(len(found.first) - 1, found.first.dtype)
     zero = none[:1] if len(none) else np.zeros(1, first.dtype)
     a = Convolution(np.concatenate([none, first / first[0]]), len(first))
@@ -110,7 +110,7 @@ def is_hermitian(kernel: np.ndarray) -> bool:
 
 
 def solve(kernel: np.ndarray, b: np.ndarray, found: Columns | None = None) -> np.ndarray | None:
-    """Return the solution for b of shape (n, k), or None where no way gives one whose backward error is at roundoff."""
+    """Return the solution for b of shape (n, k); None if no method reaches a backward error at roundoff."""
     n, k = b.shape
     A = Convolution(kernel, n)
     size = float(np.abs(kernel).sum())  # exceeds |A|
@@ -146,7 +146,7 @@ def _is_good(A: Convolution, x: np.ndarray, b: np.ndarray, size: float) -> bool:
 
 
 def _preconditioned(kernel: np.ndarray, A: Convolution, b: np.ndarray, size: float) -> np.ndarray | None:
-    """Conjugate gradients or BiCGSTAB with the circulant matrix nearest to A, restarted from the residual."""
+    """Solve by conjugate gradients or BiCGSTAB, preconditioned by the nearest circulant matrix; refine by restarts."""
     n = b.shape[0]
     j = np.arange(1, n)
     # T. Chan: the average of each wrapped diagonal, which is the nearest circulant matrix in the Frobenius norm.
@@ -165,7 +165,7 @@ def _preconditioned(kernel: np.ndarray, A: Convolution, b: np.ndarray, size: flo
 
     step = _conjugate_gradients if hermitian else _bicgstab
     x = np.zeros(b.shape, np.result_type(kernel, b))
-    for _ in range(4):  # each time to 1e-8 or so: together backward stable
+    for _ in range(4):  # each restart reduces the residual by about 1e-8
         r = b - A(x)
         bound = size * np.linalg.norm(x, axis=0) + np.linalg.norm(b, axis=0)
         if np.all(np.linalg.norm(r, axis=0) <= 10 * _EPS * bound):

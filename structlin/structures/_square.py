@@ -1,4 +1,4 @@
-"""What circulant, diagonal and permutation matrices share: they are square, and made of one vector without products."""
+"""Base of square structures with one vector as their only factor: circulant, diagonal, permutation, transforms."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from structlin.structure import AbstractStructure, Factor
 
 @dataclass(frozen=True)
 class SquareStructure(AbstractStructure):
-    """A ``size`` x ``size`` matrix of one vector of that length, whose transpose is of the same kind."""
+    """Structure of a (size, size) matrix with one vector as factor, whose transpose has the same structure."""
 
     size: int
     factors: tuple[Factor, ...] = field(init=False, compare=False, repr=False)
@@ -41,14 +41,14 @@ class SquareStructure(AbstractStructure):
 
 
 def size_of(shape: tuple[int, int], what: str) -> int:
-    """Rows of a square shape; ValueError for any other."""
+    """Return the number of rows of a square shape; ValueError for any other shape."""
     if shape[0] != shape[1]:
-        raise ValueError(f"{what} is square, got shape {shape}; ({min(shape)}, {min(shape)}) would do")
+        raise ValueError(f"{what} is square, got shape {shape}; use ({min(shape)}, {min(shape)})")
     return shape[0]
 
 
 def length_of(shapes: tuple[tuple[int, ...], ...], takes: str) -> int:
-    """Length of the only array, a vector; ValueError for anything else."""
+    """Return the length of the only array; ValueError unless there is one array and it is a vector."""
     if len(shapes) != 1 or len(shapes[0]) != 1:
         raise ValueError(f"{takes}, got arrays of shape {', '.join(map(str, shapes)) or 'none'}")
     return shapes[0][0]

@@ -1,4 +1,7 @@
-"""What the fixed fast transforms share: no parameters, unitary, one integer that says in which library and where."""
+"""Base of the fixed fast transforms. They are unitary and have no parameters.
+
+Their only factor is an array of one integer, which determines the array library and the device.
+"""
 
 from __future__ import annotations
 
@@ -19,11 +22,11 @@ from structlin.verdicts import SVD, Answer, Nearest
 
 
 class TransformStructure(SquareStructure):
-    """A ``size`` x ``size`` unitary matrix without parameters."""
+    """Structure of a (size, size) unitary matrix without parameters."""
 
     @staticmethod
     def _factor(size: int) -> Factor:
-        # Its number does not count: an operator takes library and device from its factors.
+        # The value has no meaning: an operator takes its library and device from its factors.
         return Factor("place", (1,), fan_in=1, fan_out=1, trainable=False)
 
     @property
@@ -60,10 +63,10 @@ class TransformStructure(SquareStructure):
 
 
 class Transform(NamedOperator):
-    """Base of the transforms: ``Transform(n)`` in NumPy, or of the library of ``backend``.
+    """Base of the transforms: ``Transform(n)`` in NumPy, or in the library named by ``backend``.
 
-    They are not in the register, from which layers are made: there is nothing to train. In all else they are structures
-    as any other (:func:`structlin.testing.check_structure` takes their classes).
+    Transforms have nothing to train, so they are not registered as structures of layers. Otherwise they behave as other
+    structures; :func:`structlin.testing.check_structure` tests their classes.
     """
 
     parameters = "0"
@@ -75,7 +78,7 @@ class Transform(NamedOperator):
 
     @classmethod
     def like(cls, A: Any) -> Self:
-        """Return the transform of the size, library, device and dtype of the square operator A."""
+        """Return the transform with the size, library, device and dtype of the square operator A."""
         first = A.factors[0]
         place = lapack(first).index(np.zeros(1, dtype=np.int64), first)
         return cls._build(cls.design((size_of(A.shape, "a transform"),) * 2), (place,), A.dtype)

@@ -1,4 +1,4 @@
-"""What the algebra of several structures shares: chosen columns, sorted singular values, tied entries."""
+"""Helpers for the algebra of several structures: permuted columns, sorted singular values, tied entries."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from structlin.verdicts import SVD, Nearest
 
 
 def permutation(order: Array, dtype: Any) -> Any:
-    """Return the operator ``(P x)[i] = x[order[i]]``, of a dtype, unchecked."""
+    """Return the operator ``(P x)[i] = x[order[i]]`` with the given dtype, without checks."""
     cls = structure_class("permutation")
     return cls._build(cls.design((order.shape[0],) * 2), (order,), dtype)
 
 
 def permuted_columns(V: Any, order: Array) -> Any:
-    """``V[:, order]``."""
+    """Return ``V[:, order]`` as an operator."""
     return V @ permutation(order, V.dtype).T
 
 
 def descending(U: Any, values: Array, Vh: Any) -> SVD:
-    """Singular values in descending order, and their vectors with them."""
+    """Return the decomposition with singular values, and their vectors, in descending order."""
     order = lapack(values).argsort(-values)
     pick = permutation(order, U.dtype)
     return SVD(Stiefel(U @ pick.T), values[order], pick @ Vh)
 
 
 def tied_nearest(index: np.ndarray, count: int, target: np.ndarray, covariance: np.ndarray | None) -> Nearest:
-    """Least squares for ``A[i, j] = v[index[i, j]]``: averages, or the normal equations where weighted."""
+    """Return the least-squares v for ``A[i, j] = v[index[i, j]]``: averages or, with a covariance, normal equations."""
     values = target if covariance is None else target @ covariance
     sums = np.zeros(count, dtype=values.dtype)
     np.add.at(sums, index, values)

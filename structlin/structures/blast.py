@@ -9,10 +9,14 @@ from structlin.structures._common import divide, matrix_rank, positive_int
 
 @register("blast")
 class Blast(NamedOperator):
-    """Block (i, j) is ``U_i diag(s_ij) V_j``: shared factors, coupled by one vector for each block.
+    r"""Block matrix whose low-rank blocks share one factor for each row and one for each column of blocks.
 
-    Factors: V of shape (b, r, d_in / b), s of shape (r, b, b) indexed [rank, i, j], U of shape (b, d_out / b, r).
-    Parameters = MACs = ``r (d_in + d_out + b^2)``; rank at most ``b r``.
+    .. math:: A_{io, ja} = \sum_r W^{(2)}_{ior} W^{(1)}_{rij} W^{(0)}_{jra}
+
+    Here i and j index b rows and b columns of blocks. Block (i, j) is the product of :math:`W^{(2)}_i`, a diagonal
+    matrix of its own with entries :math:`W^{(1)}_{rij}`, and :math:`W^{(0)}_j`. The factors have shapes
+    (b, r, d_in / b), (r, b, b) and (b, d_out / b, r). The number of parameters and that of MACs are
+    :math:`r (d_\text{in} + d_\text{out} + b^2)`. The rank of the matrix is at most :math:`b r`.
 
     Examples
     --------
@@ -34,9 +38,29 @@ class Blast(NamedOperator):
         rank: int | None = None,
         rank_fraction: float | None = None,
     ) -> Structure:
-        """``blocks`` by ``blocks`` blocks, which must divide both sizes, and a rank as in low rank.
+        """Return the structure of a (d_out, d_in) BLAST matrix.
 
-        Raises ValueError for sizes that do not divide (naming the nearest that do) and ranks below 1.
+        Parameters
+        ----------
+        shape
+            Shape ``(d_out, d_in)`` of the matrix.
+        blocks
+            Number of rows and of columns of blocks. It must divide d_out and d_in.
+        rank
+            Rank of each block. Default: ``ceil(sqrt(min(d_out, d_in)))``.
+        rank_fraction
+            The rank as a fraction of ``min(d_out, d_in)``, rounded up. Excludes ``rank``.
+
+        Returns
+        -------
+        Structure
+            A chain of three steps.
+
+        Raises
+        ------
+        ValueError
+            If ``blocks`` does not divide a size (the message names the nearest sizes that it divides), or for a rank
+            below 1.
         """
         b = positive_int("blocks", blocks)
         return Structure.parse(

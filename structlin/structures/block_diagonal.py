@@ -9,9 +9,12 @@ from structlin.structures._common import divide, positive_int
 
 @register("block_diagonal")
 class BlockDiagonal(NamedOperator):
-    """``A = diag(B_1, ..., B_b)``, with the blocks stacked in one array of shape (b, d_out / b, d_in / b).
+    r"""Block-diagonal matrix of dense blocks that share no parameters.
 
-    Parameters = MACs = ``d_in d_out / b``.
+    .. math:: A_{po, qa} = \begin{cases} W^{(0)}_{poa} & p = q \\ 0 & p \ne q \end{cases}
+
+    The blocks are stacked in one array of shape (b, d_out / b, d_in / b), where b is the number of blocks. The number
+    of parameters and that of MACs are :math:`d_\text{in} d_\text{out} / b`.
 
     Examples
     --------
@@ -28,7 +31,25 @@ class BlockDiagonal(NamedOperator):
 
     @staticmethod
     def design(shape: tuple[int, int], /, *, blocks: int = 4) -> Structure:
-        """``blocks`` blocks, which must divide d_out and d_in; ValueError naming the nearest sizes otherwise."""
+        """Return the structure of a (d_out, d_in) block-diagonal matrix.
+
+        Parameters
+        ----------
+        shape
+            Shape ``(d_out, d_in)`` of the matrix.
+        blocks
+            Number of blocks. It must divide d_out and d_in.
+
+        Returns
+        -------
+        Structure
+            A chain of one step.
+
+        Raises
+        ------
+        ValueError
+            If ``blocks`` is below 1 or does not divide a size. The message names the nearest sizes that it divides.
+        """
         b = positive_int("blocks", blocks)
         return Structure.parse(
             BlockDiagonal.formula, p=b, a=divide("d_in", shape[1], b), o=divide("d_out", shape[0], b)

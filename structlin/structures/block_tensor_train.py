@@ -32,16 +32,19 @@ def block_tensor_train_chain(out_sizes: Sequence[int], in_sizes: Sequence[int], 
 
 @register("block_tensor_train")
 class BlockTensorTrain(NamedOperator):
-    """Tensor-Train whose cores depend on every live axis.
+    r"""Tensor-Train matrix without weight sharing: each core has every axis that is present at its step.
 
-    For two cores of rank r,
+    Two cores of rank r give, with :math:`d_\text{in} = p a` and :math:`d_\text{out} = f e`,
 
-    ``A[(n_0, n_1), (m_1, m_0)] = sum_r W1[n_0, n_1, r, m_1] W0[m_1, n_0, r, m_0]``,
+    .. math:: A_{fe, pa} = \sum_r W^{(1)}_{ferp} W^{(0)}_{pfra}.
 
-    with d_in = m_1 m_0 and d_out = n_0 n_1. W0 has shape (m_1, n_0, r, m_0), W1 has shape (n_0, n_1, r, m_1).
-    Parameters = MACs = ``r m_1 n_0 (m_0 + n_1)``; rank at most ``min(d_in, d_out, r m_1 n_0)``. Rank 1 with equal
-    sizes is a Monarch matrix of sqrt(d) blocks; rank sqrt(d) represents every matrix. Core k of more than two has
-    every output axis already made and every input axis still to come in batch.
+    The number of parameters and that of MACs are :math:`p f r (a + e)`. The rank of the matrix is at most
+    :math:`\min(d_\text{in}, d_\text{out}, p f r)`. If all sizes are equal, rank r = 1 is a Monarch matrix of
+    :math:`\sqrt d` blocks, and rank :math:`r = \sqrt d` represents every matrix.
+
+    For any number of cores, :math:`d_\text{in} = \prod_k m_k` and :math:`d_\text{out} = \prod_k n_k`. The batch axes of
+    core k are the output axes of earlier cores and the input axes of later ones. Two cores have :math:`p = m_1`,
+    :math:`a = m_0`, :math:`f = n_0` and :math:`e = n_1`.
 
     Examples
     --------
@@ -52,7 +55,7 @@ class BlockTensorTrain(NamedOperator):
     """
 
     formula = "pa,pfra->frp; frp,ferp->fe"
-    parameters = "r m_1 n_0 (m_0 + n_1)"
+    parameters = "p f r (a + e)"
     source = "Qiu et al. (2024), section 3.2"
     examples = (
         ((35, 6), {"rank": 2}),
@@ -66,10 +69,29 @@ class BlockTensorTrain(NamedOperator):
         shape: tuple[int, int], /, *, cores: int = 2, rank: int | Sequence[int] = 1,
         factorization: Factorization = "balanced",
     ) -> Structure:  # fmt: skip
-        """``cores`` cores with inner ranks ``rank`` (one for all, or cores - 1 of them).
+        """Return the structure of a (d_out, d_in) Block Tensor-Train matrix.
 
-        Sizes by rule, or given as ``((n_0, ...), (m_0, ...))``. Raises ValueError for sizes that cannot be split
-        and ranks below 1.
+        Parameters
+        ----------
+        shape
+            Shape ``(d_out, d_in)`` of the matrix.
+        cores
+            Number of cores.
+        rank
+            Ranks between the cores: one integer for all, or ``cores - 1`` of them.
+        factorization
+            Name of a rule that splits both sizes (:func:`structlin.factorize`), or the sizes of the cores as
+            ``((n_0, n_1, ...), (m_0, m_1, ...))``.
+
+        Returns
+        -------
+        Structure
+            A chain of one step for each core.
+
+        Raises
+        ------
+        ValueError
+            If a size cannot be split in this way or a rank is below 1.
         """
         sizes = split_shape(shape, cores, factorization)
         return block_tensor_train_chain(*sizes, bond_sizes(rank, cores))
@@ -78,18 +100,25 @@ class BlockTensorTrain(NamedOperator):
     def exact_rank(  # type: ignore[override]
         cls, shape: tuple[int, int], *, cores: int = 2, factorization: Factorization = "balanced"
     ) -> tuple[int, ...]:
-        """Bond k: the smaller of the inputs read before it and the outputs written behind it."""
+        r"""Return the ranks between the cores at which every matrix is represented.
+
+        The rank between cores k - 1 and k is :math:`\min(\prod_{j<k} m_j, \prod_{j \ge k} n_j)`: these are the only
+        axes that the cores on the two sides do not share.
+        """
         outs, ins = split_shape(shape, cores, factorization)
         return exact_bonds(ins, outs)
 
     @classmethod
     def _infer(cls, *shapes: tuple[int, ...]) -> Structure:
-        """Core k has shape (n_0..n_{k-1}, m_{c-1}..m_{k+1}, n_k, [r_k+1], [r_k], m_k)."""
+        """Read the sizes off cores of shape (n_0, ..., n_{k-1}, m_{c-1}, ..., m_{k+1}, n_k, r_{k+1}, r_k, m_k).
+
+        The first core has no r_k, the last one no r_{k+1}.
+        """
         count = len(shapes)
         wanted = [count + (k > 0) + (k < count - 1) + 1 for k in range(count)]
         if not shapes or [len(s) for s in shapes] != wanted:
             raise ValueError(
-                f"{count} cores of a Block Tensor-Train have {wanted} axes, "
+                f"{count} cores of a Block Tensor-Train must have {wanted} axes, "
                 f"got shapes {', '.join(map(str, shapes)) or 'none'}"
             )
         outs = [s[count - 1] for s in shapes]
@@ -99,6 +128,7 @@ class BlockTensorTrain(NamedOperator):
         expected = tuple(f.shape for f in structure.factors)
         if tuple(shapes) != expected:
             raise ValueError(
-                f"cores of shapes {shapes} contradict one another; sizes read off their ends need {expected}"
+                f"the shapes {shapes} of the cores contradict one another; the sizes n_k, m_k and r_k that they "
+                f"contain need {expected}"
             )
         return structure

@@ -8,12 +8,18 @@ from structlin.structure import Structure, axis_letter
 
 @register("butterfly")
 class Butterfly(NamedOperator):
-    """The pattern of the fast Fourier transform, with free entries: Block Tensor-Train of rank 1, all cores 2 x 2.
+    r"""Product of log2(d) sparse matrices in the pattern of the fast Fourier transform, with free entries.
 
-    Stage k mixes the pairs of elements that are 2^k apart. Its factor has shape (d / 2^(k+1), 2^k, 2, 2), indexed
-    [group, place in the group, output, input]. Outputs keep the places of their inputs. Parameters = MACs =
-    ``2 d log2(d)``. Drawn by the paper's rule, a product of log2(d) random factors, its spectral norm grows with d:
-    2.8 at d = 64, 4.4 at 256, 21 at 1024.
+    Stage k combines pairs of elements at distance :math:`2^k` by matrices of shape (2, 2):
+
+    .. math:: y_{unv} = \sum_a W^{(k)}_{uvna} \, x_{uav},
+
+    with axes of sizes :math:`u = d / 2^{k+1}`, :math:`v = 2^k` and :math:`n = a = 2`. The outputs of a stage take the
+    positions of its inputs. The number of parameters and that of MACs are :math:`2 d \log_2 d`. The matrix is a Block
+    Tensor-Train of rank 1 with :math:`\log_2 d` cores, up to the order of its rows.
+
+    The initial deviations of the scale rule (:func:`structlin.init_std`) control each factor. The spectral norm of the
+    product of :math:`\log_2 d` random factors still grows with d: 2.8 at d = 64, 4.4 at 256, 21 at 1024.
 
     Examples
     --------
@@ -28,14 +34,20 @@ class Butterfly(NamedOperator):
 
     @staticmethod
     def design(shape: tuple[int, int], /) -> Structure:
-        """Return a square matrix whose size is a power of two; ValueError naming the nearest sizes otherwise."""
+        """Return the structure of a (d, d) butterfly matrix, d a power of two from 2 on.
+
+        Raises
+        ------
+        ValueError
+            For any other shape. The message names the nearest sizes that are allowed.
+        """
         d = shape[0]
         if shape[0] != shape[1]:
-            raise ValueError(f"a butterfly matrix is square, got shape {shape}; ({min(shape)}, {min(shape)}) would do")
+            raise ValueError(f"a butterfly matrix is square, got shape {shape}; use ({min(shape)}, {min(shape)})")
         if d < 2 or d & (d - 1):
             low = 1 << (d.bit_length() - 1)
             near = f"{low} and {2 * low}" if low > 1 else "2"
-            raise ValueError(f"the size of a butterfly matrix is a power of two, got {d}; the nearest are {near}")
+            raise ValueError(f"the size of a butterfly matrix is a power of two, got {d}; the nearest sizes are {near}")
         stages, steps = d.bit_length() - 1, []
         sizes: dict[str, int] = {}
         for k in range(stages):
@@ -49,8 +61,9 @@ class Butterfly(NamedOperator):
         d = 2 ** len(shapes)
         structure = Butterfly.design((d, d)) if shapes else None
         if structure is None or (wanted := tuple(f.shape for f in structure.factors)) != tuple(shapes):
-            needed = f", {len(shapes)} of them shapes {wanted}" if structure else ""
+            needed = f"; {len(shapes)} factors must have shapes {wanted}" if structure else ""
             raise ValueError(
-                f"a butterfly has factors of shape (d / 2^(k+1), 2^k, 2, 2){needed}, got {shapes or 'none'}"
+                f"factor k of a butterfly matrix must have shape (d / 2^(k+1), 2^k, 2, 2){needed}, "
+                f"got shapes {shapes or 'none'}"
             )
         return structure

@@ -32,7 +32,7 @@ from structlin.verdicts import SVD, Answer, Determinant, Eigen, Nearest
 
 
 class CirculantStructure(SquareStructure):
-    """A ``size`` x ``size`` circulant matrix; its counts are those of real data."""
+    """Structure of a (size, size) circulant matrix; counts hold for real data."""
 
     @staticmethod
     def _factor(size: int) -> Factor:
@@ -171,13 +171,13 @@ class CirculantStructure(SquareStructure):
         return tied_nearest((i[:, None] - i) % self.size, self.size, target, covariance)
 
     def dense(self, factors: Sequence[np.ndarray]) -> np.ndarray:
-        """Repeat the column by index, (i - j) mod d."""
+        """Return the matrix with entries ``column[(i - j) mod d]``."""
         i = np.arange(self.size)
         return factors[0][(i[:, None] - i) % self.size]
 
 
 def _transforms(column: Array) -> tuple[Any, Any]:
-    """Return the Fourier transform along the first axis and back; half of it where the numbers are real."""
+    """Return the Fourier transform along the first axis and its inverse; for real values, of half the spectrum."""
     xp, n = lapack(column), column.shape[0]
     forth, back = (xp.fft, xp.ifft) if xp.is_complex(column) else (xp.rfft, xp.irfft)
     return (lambda x: forth(x, n, 0)), (lambda x: back(x, n, 0))
@@ -185,11 +185,16 @@ def _transforms(column: Array) -> tuple[Any, Any]:
 
 @register("circulant")
 class Circulant(NamedOperator):
-    """``A[i, j] = c[(i - j) mod d]``, from its first column c of shape (d,).
+    r"""Circulant matrix: each column is the one before it, shifted cyclically by one row; applied by FFT.
 
-    Parameters d. Work for a real vector: two real FFTs of length d (``2.5 d log2 d`` FLOPs each) and an elementwise
-    product; once for each application, the FFT of the column. Scale: every output sums d inputs, so both fans are d;
-    with independent entries of deviation ``1 / sqrt(d)`` the spectral norm is of order ``sqrt(log d)``.
+    .. math:: A_{ij} = c_{(i - j) \bmod d}
+
+    The factor is the first column c, of shape (d,): d parameters. A product with a real vector costs two real FFTs of
+    length d, of :math:`2.5 \, d \log_2 d` FLOPs each, and an elementwise product. The FFT of the column is computed
+    once for each call.
+
+    Each output is a sum over d inputs, so both fans are d. If the entries of c are independent with deviation
+    :math:`1 / \sqrt d`, the spectral norm is of order :math:`\sqrt{\log d}`.
 
     Examples
     --------
@@ -207,7 +212,7 @@ class Circulant(NamedOperator):
 
     @staticmethod
     def design(shape: tuple[int, int], /) -> CirculantStructure:
-        """Return a square circulant matrix; ValueError for any other shape."""
+        """Return the structure of a (d, d) circulant matrix; ValueError for any other shape."""
         return CirculantStructure(size_of(shape, "a circulant matrix"))
 
     @classmethod

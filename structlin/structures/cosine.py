@@ -32,7 +32,7 @@ class CosineStructure(TransformStructure):
         return self._forth_or_back(x.swapaxes(0, 1)).swapaxes(0, 1)
 
     def _forth_or_back(self, x: Array) -> Array:
-        """Of the rows of x. An FFT takes no half precision: it is transformed in float32 and rounded once."""
+        """Transform the rows of x. Half precision is transformed in float32, since FFTs do not support it."""
         xp = lapack(x)
         if 0 in x.shape:
             return x
@@ -45,7 +45,10 @@ class CosineStructure(TransformStructure):
         return xp.astype(y, x.dtype)
 
     def _forward(self, x: Array, xp: SimpleNamespace) -> Array:
-        """Makhoul (1980): even entries, then the odd ones backwards, have an FFT that is the DCT but for phases."""
+        """Return the DCT by one FFT (Makhoul 1980): reorder the entries, transform, multiply by phases.
+
+        The order is: entries of even index, then those of odd index in reverse.
+        """
         phases, order, _ = self._constants(x, xp)
         return xp.real(xp.fft(x[:, order], self.size, -1) * phases)
 
@@ -71,9 +74,12 @@ class CosineStructure(TransformStructure):
 
 
 class Cosine(Transform):
-    """``A[k, t] = c_k cos(pi k (2 t + 1) / (2 d))``: ``scipy.fft.dct(x, norm="ortho")``; ``A.T`` is its inverse.
+    r"""Orthonormal discrete cosine transform of type 2, as ``scipy.fft.dct(x, norm="ortho")``.
 
-    No parameters; ``5 d log2 d`` FLOPs.
+    .. math:: A_{kt} = c_k \cos\left(\frac{\pi k (2 t + 1)}{2 d}\right), \quad
+        c_0 = \sqrt{1 / d}, \quad c_k = \sqrt{2 / d} \text{ for } k > 0
+
+    The inverse is the transpose, ``A.T``. There are no parameters. A product costs :math:`5 d \log_2 d` FLOPs.
 
     Examples
     --------
@@ -89,5 +95,5 @@ class Cosine(Transform):
 
     @staticmethod
     def design(shape: tuple[int, int], /) -> CosineStructure:
-        """Return a square transform; ValueError for any other shape."""
+        """Return the structure of a (d, d) transform; ValueError for any other shape."""
         return CosineStructure(size_of(shape, "a cosine transform"))

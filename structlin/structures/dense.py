@@ -8,9 +8,11 @@ from structlin.structure import Structure
 
 @register("dense")
 class Dense(NamedOperator):
-    """``A = W``, with W of shape (d_out, d_in).
+    r"""Dense matrix, the baseline of every comparison.
 
-    Parameters = MACs = ``d_in d_out``.
+    .. math:: A_{oi} = W^{(0)}_{oi}
+
+    The factor has shape (d_out, d_in). The number of parameters and that of MACs are :math:`d_\text{in} d_\text{out}`.
 
     Examples
     --------

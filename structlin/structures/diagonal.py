@@ -20,7 +20,7 @@ from structlin.verdicts import SVD, Answer, Determinant, Eigen, Nearest
 
 
 class DiagonalStructure(SquareStructure):
-    """A ``size`` x ``size`` diagonal matrix: ``size`` blocks of 1 x 1, applied by an elementwise product."""
+    """Structure of a (size, size) diagonal matrix: blocks of shape (1, 1), applied by an elementwise product."""
 
     @staticmethod
     def _factor(size: int) -> Factor:
@@ -44,11 +44,11 @@ class DiagonalStructure(SquareStructure):
     # -- algebra
 
     def inverse(self, A: Any) -> Answer[Any]:
-        """Return the reciprocals; LinAlgError for a zero."""
+        """Return the matrix of reciprocals; LinAlgError if an entry is zero."""
         return Answer(Diagonal(inverse_values(A.factors[0], 0.0)))
 
     def pinv(self, A: Any) -> Answer[Any]:
-        """Return the reciprocals of the nonzero entries."""
+        """Return the matrix of the reciprocals of nonzero entries; zeros stay."""
         return Answer(Diagonal(reciprocals(A.factors[0])))
 
     def slogdet(self, A: Any) -> Answer[Determinant]:
@@ -60,14 +60,14 @@ class DiagonalStructure(SquareStructure):
         return Answer(A.factors[0] if k == 0 else A.factors[0][: self.size - abs(k)] * 0)
 
     def eig(self, A: Any) -> Answer[Eigen]:
-        """Return the entries, with the unit vectors."""
+        """Return the entries as eigenvalues, with the unit vectors."""
         values = A.factors[0]
         vectors = Unitary(Diagonal(values * 0 + 1))
         values = lapack(values).real(values) if A.isa(SelfAdjoint) else values
         return Answer(Eigen(values, vectors, lambda: vectors, normal=True))
 
     def svd(self, A: Any) -> Answer[SVD]:
-        """Return the absolute values in descending order, with their vectors."""
+        """Return the absolute values in descending order, with their singular vectors."""
         size, signs = phases(A.factors[0])
         return Answer(descending(Diagonal(signs), size, Diagonal(signs * 0 + 1)))
 
@@ -98,7 +98,7 @@ class DiagonalStructure(SquareStructure):
         return self.shifted(A, B.factors[0]) if isinstance(B.structure, DiagonalStructure) else None
 
     def shifted(self, A: Any, value: Any) -> Answer[Any]:
-        """Add to the entries."""
+        """Add ``value`` to the entries."""
         return Answer(Diagonal(A.factors[0] + value))
 
     def kron(self, A: Any, B: Any) -> Answer[Any] | None:
@@ -124,9 +124,12 @@ class DiagonalStructure(SquareStructure):
 
 @register("diagonal")
 class Diagonal(NamedOperator):
-    """``A = diag(v)``, with v of shape (d,).
+    r"""Diagonal matrix.
 
-    Parameters d; no products, d elementwise FLOPs. Scale: blocks of 1 x 1, so the deviation is 1.
+    .. math:: A_{ij} = \begin{cases} v_i & i = j \\ 0 & i \ne j \end{cases}
+
+    The factor v has shape (d,): d parameters. A product costs d elementwise FLOPs and no MACs. For the scale rule the
+    matrix consists of d blocks of shape (1, 1), so the initial deviation is 1.
 
     Examples
     --------
@@ -142,7 +145,7 @@ class Diagonal(NamedOperator):
 
     @staticmethod
     def design(shape: tuple[int, int], /) -> DiagonalStructure:
-        """Return a square diagonal matrix; ValueError for any other shape."""
+        """Return the structure of a (d, d) diagonal matrix; ValueError for any other shape."""
         return DiagonalStructure(size_of(shape, "a diagonal matrix"))
 
     @classmethod

@@ -14,10 +14,13 @@ _AXES = {"alpha": "a", "beta": "b", "gamma": "g", "delta": "d", "epsilon": "e", 
 
 
 class Theta(NamedTuple):
-    """Exponents of the axis sizes: ``a = d_in^alpha`` and so on; alpha+beta+gamma = delta+epsilon+phi = 1.
+    r"""Exponents of the axis sizes of a two-factor einsum.
 
-    alpha, beta, gamma split the input, delta, epsilon, phi the output (sizes ``d_out^delta``, ...), and rho is the
-    rank, of size ``min(d_in, d_out)^rho``.
+    The axes of the input have sizes :math:`a = d_\text{in}^\alpha`, :math:`b = d_\text{in}^\beta` and
+    :math:`g = d_\text{in}^\gamma`. Those of the output have sizes :math:`d = d_\text{out}^\delta`,
+    :math:`e = d_\text{out}^\epsilon` and :math:`f = d_\text{out}^\phi`. The rank axis has size
+    :math:`r = \min(d_\text{in}, d_\text{out})^\rho`. All exponents lie in [0, 1], with
+    :math:`\alpha + \beta + \gamma = \delta + \epsilon + \phi = 1`.
     """
 
     alpha: float
@@ -30,9 +33,10 @@ class Theta(NamedTuple):
 
 
 class Coordinates(NamedTuple):
-    """omega: parameter sharing (0: none); psi: rank exponent (1: full rank); nu: compute exponent.
+    r"""Exponents with which a family of square matrices grows with its size d.
 
-    MACs grow as ``d^(1 + nu)``, the rank as ``d^psi``, and MACs for each parameter as ``d^omega``.
+    The number of MACs grows as :math:`d^{1 + \nu}`. The rank grows as :math:`d^\psi`; :math:`\psi = 1` is full rank.
+    The number of MACs for each parameter grows as :math:`d^\omega`; :math:`\omega = 0` means that no weight is shared.
     """
 
     omega: float
@@ -41,10 +45,12 @@ class Coordinates(NamedTuple):
 
 
 def coordinates(theta: Sequence[float]) -> Coordinates:
-    """(omega, psi, nu) of a structure of the space (Potapczynski et al. 2024, section 3).
+    r"""Return omega, psi and nu of a structure of the space (Potapczynski et al. 2024, section 3).
 
-    psi is the exponent of the narrowest cut between input and output: 1 with both factors on one side,
-    ``2 + rho - alpha - epsilon`` with W0 on the input's side (the paper's term), ``2 + rho - beta - delta`` with W1.
+    The rank exponent psi is the smallest exponent of a cut that separates input and output. A cut with both factors on
+    one side has exponent 1. With only :math:`W^{(0)}` on the side of the input the exponent is
+    :math:`2 + \rho - \alpha - \epsilon`, the term of the paper. With only :math:`W^{(1)}` there it is
+    :math:`2 + \rho - \beta - \delta`.
 
     Examples
     --------
@@ -62,12 +68,12 @@ def coordinates(theta: Sequence[float]) -> Coordinates:
 
 
 def check_theta(theta: Sequence[float]) -> Theta:
-    """``theta`` as a :class:`Theta`; ValueError unless both sums are 1 and all lie in [0, 1]."""
+    """Return ``theta`` as a :class:`Theta`; ValueError unless both sums are 1 and every entry lies in [0, 1]."""
     if len(theta) != 7:
-        raise ValueError(f"theta has seven entries {', '.join(_AXES)}, got {len(theta)}")
+        raise ValueError(f"theta has seven entries ({', '.join(_AXES)}), got {len(theta)}")
     t = Theta(*map(float, theta))
     if any(not 0 <= v <= 1 for v in t):
-        raise ValueError(f"every entry of theta lies in [0, 1], got {tuple(t)}")
+        raise ValueError(f"every entry of theta must lie in [0, 1], got {tuple(t)}")
     for names in (("alpha", "beta", "gamma"), ("delta", "epsilon", "phi")):
         total = sum(getattr(t, n) for n in names)
         if not math.isclose(total, 1, abs_tol=1e-6):
@@ -77,11 +83,16 @@ def check_theta(theta: Sequence[float]) -> Theta:
 
 @register("einsum")
 class EinsumSpace(NamedOperator):
-    """``y[f,e,d] = sum_{r,g,b} W1[f,e,r,g,b] sum_a W0[g,f,d,r,a] x[g,b,a]``, with sizes set by theta.
+    r"""Member of the continuous space of two-factor einsums, with axis sizes set by the exponents theta.
 
-    The space holds dense, low rank, Kronecker, Tensor-Train, Monarch and Block Tensor-Train as corners. W0 has shape
-    (g, f, d, r, a), W1 has shape (f, e, r, g, b). Axis sizes must be divisors, so that theta is met as nearly as the
-    sizes allow: :func:`theta_of` tells which theta was reached.
+    .. math:: A_{fed, gba} = \sum_r W^{(1)}_{fergb} W^{(0)}_{gfdra}
+
+    Dense, low-rank, Kronecker, Tensor-Train, Monarch and Block Tensor-Train matrices are corners of the space. The
+    number of parameters is :math:`a f d r g + f e r g b`, that of MACs :math:`g f r b d (a + e)`, where each letter is
+    the size of its axis.
+
+    The sizes of axes are divisors of :math:`d_\text{in}` and :math:`d_\text{out}`, so theta is met only approximately.
+    :func:`theta_of` returns the theta of a structure.
 
     Examples
     --------
@@ -103,10 +114,25 @@ class EinsumSpace(NamedOperator):
 
     @staticmethod
     def design(shape: tuple[int, int], /, *, theta: Sequence[float] = (0.5, 0.0, 0.5, 0.0, 0.5, 0.5, 0.0)) -> Structure:
-        """Axis sizes nearest to ``theta`` in the logarithm; the default is Block Tensor-Train of rank 1.
+        """Return the structure whose axis sizes are nearest to those of ``theta`` on a logarithmic scale.
 
-        Raises ValueError for a theta outside the space, and where an axis with a positive exponent would be left
-        with size 1 though the exponent asks for at least 2 (the size has no such divisors).
+        Parameters
+        ----------
+        shape
+            Shape ``(d_out, d_in)`` of the matrix.
+        theta
+            Seven exponents (:class:`Theta`). Default: Block Tensor-Train of rank 1.
+
+        Returns
+        -------
+        Structure
+            A chain of two steps.
+
+        Raises
+        ------
+        ValueError
+            If theta lies outside the space, or if an axis gets size 1 although its exponent gives at least 2, because
+            the size of the matrix does not have the divisors.
         """
         t = check_theta(theta)
         d_out, d_in = shape
@@ -116,14 +142,14 @@ class EinsumSpace(NamedOperator):
         for total, exponents, found in ((d_in, t[:3], (a, b, g)), (d_out, t[3:6], (d, e, f))):
             if any(n == 1 and total**x >= 2 for n, x in zip(found, exponents, strict=True)):
                 raise ValueError(
-                    f"{total} has no factors near {', '.join(f'{total**x:.3g}' for x in exponents)}, "
-                    f"as theta {tuple(t)} asks; choose a size with more divisors"
+                    f"{total} has no factors near {', '.join(f'{total**x:.3g}' for x in exponents)}, the sizes that "
+                    f"theta {tuple(t)} gives; choose a size with more divisors"
                 )
         return Structure.parse(EinsumSpace.formula, a=a, b=b, g=g, d=d, e=e, f=f, r=r)
 
 
 def theta_of(structure: Structure) -> Theta:
-    """Return the theta that a structure of this space has; ValueError for any other chain.
+    """Return the theta of a structure of this space; ValueError for any other structure.
 
     Examples
     --------
@@ -131,7 +157,9 @@ def theta_of(structure: Structure) -> Theta:
     0.5
     """
     if "; ".join(map(str, structure.steps)) != EinsumSpace.formula or min(structure.shape) < 2:
-        raise ValueError(f"a chain {EinsumSpace.formula!r} of sizes above 1 is needed, got {structure!r}")
+        raise ValueError(
+            f"theta is defined for chains {EinsumSpace.formula!r} with d_in and d_out above 1, got {structure!r}"
+        )
     sizes = dict(structure.sizes)
     bases = dict.fromkeys("abg", structure.d_in) | dict.fromkeys("def", structure.d_out)
     bases["r"] = min(structure.shape)
@@ -139,7 +167,7 @@ def theta_of(structure: Structure) -> Theta:
 
 
 def _nearest(n: int, exponents: Sequence[float]) -> tuple[int, int, int]:
-    """Three factors of ``n`` whose logarithms are nearest to ``exponents * log(n)``."""
+    """Return three factors of ``n`` whose logarithms are nearest to ``exponents * log(n)``."""
     wanted = [x * math.log(n) for x in exponents]
     triples = ((x, y, n // (x * y)) for x in divisors(n) for y in divisors(n // x))
     return min(triples, key=lambda t: sum((math.log(k) - w) ** 2 for k, w in zip(t, wanted, strict=True)))

@@ -1,4 +1,4 @@
-"""The discrete Fourier transform, unitary."""
+"""The unitary discrete Fourier transform."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from structlin.structures._transform import Transform, TransformStructure
 
 @dataclass(frozen=True)
 class FourierStructure(TransformStructure):
-    """The transform F, or its conjugate if ``backward``; both are symmetric."""
+    """Structure of the transform F or, if ``backward``, of its conjugate; both matrices are symmetric."""
 
     backward: bool = False
 
@@ -43,9 +43,12 @@ class FourierStructure(TransformStructure):
 
 
 class Fourier(Transform):
-    """``A[j, t] = exp(-2 pi i j t / d) / sqrt(d)``, as ``scipy.linalg.dft(d, scale="sqrtn")``.
+    r"""Unitary discrete Fourier transform, as ``scipy.linalg.dft(d, scale="sqrtn")``.
 
-    No parameters; ``5 d log2 d`` FLOPs. Its dtype is complex, whatever is asked for.
+    .. math:: A_{jt} = \frac{1}{\sqrt d} \exp\left(-\frac{2 \pi i}{d} j t\right)
+
+    There are no parameters. A product costs :math:`5 d \log_2 d` FLOPs. The dtype is always complex: a real ``dtype``
+    gives the complex one of the same precision.
 
     Examples
     --------
@@ -73,7 +76,7 @@ class Fourier(Transform):
 
     @staticmethod
     def design(shape: tuple[int, int], /) -> FourierStructure:
-        """Return a square transform; ValueError for any other shape."""
+        """Return the structure of a (d, d) transform; ValueError for any other shape."""
         return FourierStructure(size_of(shape, "a Fourier transform"))
 
 

@@ -20,11 +20,11 @@ from structlin.verdicts import Answer, Determinant
 
 
 class HadamardStructure(TransformStructure):
-    """Sylvester's Hadamard matrix of ``size`` = 2^k rows, divided by the root of its size."""
+    """Structure of Sylvester's Hadamard matrix of ``size`` = 2^k rows, divided by sqrt(size)."""
 
     @property
     def other_flops(self) -> dict[str, int]:
-        """FLOPs of log2(d) rounds of additions and of the scale."""
+        """FLOPs of log2(d) rounds of additions and of the scaling."""
         return {"additions": self.size * (self.size.bit_length() - 1), "elementwise": self.size}
 
     def _rows(self, factors: Sequence[Array], x: Array, xp: SimpleNamespace) -> Array:
@@ -40,7 +40,7 @@ class HadamardStructure(TransformStructure):
             half *= 2
         return y.reshape(shape)
 
-    # -- algebra: n / 2 eigenvalues are -1, and the others 1
+    # -- algebra: half of the eigenvalues are -1, the others 1
 
     def slogdet(self, A: Any) -> Answer[Determinant]:
         """Return the sign: -1 for d = 2, otherwise 1."""
@@ -57,9 +57,12 @@ class HadamardStructure(TransformStructure):
 
 
 class Hadamard(Transform):
-    """``A[i, j] = (-1)^(number of ones that i and j share in base 2) / sqrt(d)``, d a power of 2; its own inverse.
+    r"""Orthonormal Walsh-Hadamard transform in Sylvester's order, for a size that is a power of two.
 
-    No parameters; ``d log2 d`` additions.
+    .. math:: A_{ij} = \frac{1}{\sqrt d} (-1)^{\operatorname{popcount}(i \mathbin{\&} j)}
+
+    The exponent is the number of binary digits that are 1 in both i and j. The matrix is symmetric and its own inverse.
+    There are no parameters. A product costs :math:`d \log_2 d` additions.
 
     Examples
     --------
@@ -79,9 +82,9 @@ class Hadamard(Transform):
 
     @staticmethod
     def design(shape: tuple[int, int], /) -> HadamardStructure:
-        """Return a square transform; ValueError for any other shape, and for a size that is no power of 2."""
+        """Return the structure of a (d, d) transform; ValueError for any other shape or a d that is no power of 2."""
         n = size_of(shape, "a Hadamard transform")
         if n & (n - 1):
-            raise ValueError(f"a Hadamard transform has 2^k rows, got {n}; the nearest are {1 << (n.bit_length() - 1)} "
-                             f"and {1 << n.bit_length()}")  # fmt: skip
+            below, above = 1 << (n.bit_length() - 1), 1 << n.bit_length()
+            raise ValueError(f"a Hadamard transform has 2^k rows, got {n}; the nearest sizes are {below} and {above}")
         return HadamardStructure(n)

@@ -17,7 +17,7 @@ from structlin.verdicts import Answer, Determinant, Nearest
 
 
 class HankelStructure(ToeplitzStructure):
-    """A ``d_out`` x ``d_in`` Hankel matrix ``A = T J``: a Toeplitz matrix of the same numbers, and x reversed."""
+    """Structure of a (d_out, d_in) Hankel matrix ``A = T J``: T is Toeplitz with the same kernel, J reverses x."""
 
     def transpose(self) -> HankelStructure:
         """Exchange the numbers of rows and columns."""
@@ -37,7 +37,7 @@ class HankelStructure(ToeplitzStructure):
     def _columns_reversed(x: Array) -> Array:
         return ops(backend_of(x)).flip(x)
 
-    # -- algebra: that of T, and J is its own inverse
+    # -- algebra: from that of T; J is its own inverse
 
     def inverse(self, A: Any) -> Answer[Any] | None:
         """Return ``J T^-1``."""
@@ -61,7 +61,7 @@ class HankelStructure(ToeplitzStructure):
         return Answer(Determinant(found.value.sign * sign, found.value.logabsdet))
 
     def diagonal(self, A: Any, k: int) -> Answer[Array]:
-        """Return every second entry of the kernel, from the k-th on."""
+        """Return every second entry of the kernel, from entry abs(k) on."""
         count = min(self.d_out + min(k, 0), self.d_in - max(k, 0))
         return Answer(A.factors[0][abs(k) : abs(k) + 2 * count - 1 : 2])
 
@@ -72,7 +72,7 @@ class HankelStructure(ToeplitzStructure):
         return Answer(Hankel._build(self, (A.factors[0] + B.factors[0],)))
 
     def shifted(self, A: Any, value: Any) -> None:
-        """Return None: the sum has no Hankel structure."""
+        """Return None: the sum of a Hankel and a diagonal matrix is not a Hankel matrix."""
         return None
 
     def nearest(self, target: np.ndarray, covariance: np.ndarray | None) -> Nearest:
@@ -81,21 +81,24 @@ class HankelStructure(ToeplitzStructure):
         return tied_nearest(index, self.factors[0].numel, target, covariance)
 
     def dense(self, factors: Sequence[np.ndarray]) -> np.ndarray:
-        """Repeat the kernel by index, i + j."""
+        """Return the matrix with entries ``kernel[i + j]``."""
         return factors[0][np.arange(self.d_out)[:, None] + np.arange(self.d_in)]
 
 
 def _toeplitz(A: Any) -> Toeplitz:
-    """T, for which ``A = T J``."""
+    """Return T, where ``A = T J``."""
     return Toeplitz.from_kernel(A.factors[0], A.shape[0])
 
 
 @register("hankel")
 class Hankel(NamedOperator):
-    """``A[i, j] = kernel[i + j]``, from its first column (d_out,) and its last row (d_in,), which share a corner.
+    r"""Hankel matrix: constant along each antidiagonal, applied by FFT.
 
-    As :func:`scipy.linalg.hankel`, but the corner has to be the same in both. Parameters ``d_out + d_in - 1``; work and
-    scale as for a Toeplitz matrix.
+    .. math:: A_{ij} = \mathrm{kernel}_{i + j}
+
+    The kernel has :math:`d_\text{out} + d_\text{in} - 1` parameters. ``Hankel(column, row)`` takes the first column, of
+    shape (d_out,), and the last row, of shape (d_in,). Both contain the lower left corner: the first entry of the row
+    is ignored, as in :func:`scipy.linalg.hankel`. Cost and scale are those of a Toeplitz matrix.
 
     Examples
     --------
@@ -113,12 +116,13 @@ class Hankel(NamedOperator):
     def __init__(self, column: Array, row: Array) -> None:
         if column.ndim != 1 or row.ndim != 1 or 0 in (column.shape[0], row.shape[0]):
             raise ValueError(
-                f"Hankel takes a first column and a last row, got shapes {tuple(column.shape)} and {tuple(row.shape)}"
+                f"Hankel takes a first column and a last row, (d_out,) and (d_in,), got shapes {tuple(column.shape)} "
+                f"and {tuple(row.shape)}"
             )
         kernel = ops(backend_of(column)).concat([column, row[1:]])
         super(NamedOperator, self).__init__(HankelStructure(column.shape[0], row.shape[0]), (kernel,))
 
     @staticmethod
     def design(shape: tuple[int, int], /) -> HankelStructure:
-        """Return a (d_out, d_in) Hankel matrix; no options."""
+        """Return the structure of a (d_out, d_in) Hankel matrix. There are no options."""
         return HankelStructure(*shape)

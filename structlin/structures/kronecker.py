@@ -22,9 +22,17 @@ def _structure(out_sizes: tuple[int, ...], in_sizes: tuple[int, ...]) -> Structu
 
 @register("kronecker")
 class Kronecker(NamedOperator):
-    """``A = A_1 (x) ... (x) A_c``, factors of shape (n_k, m_k), with ``d_out = prod n_k`` and ``d_in = prod m_k``.
+    r"""Kronecker product of two or more small matrices.
 
-    Parameters ``sum n_k m_k``; MACs of two factors ``n_1 m_2 (m_1 + n_2)``. The first factor is applied first.
+    .. math:: A = W^{(0)} \otimes W^{(1)} \otimes \dots \otimes W^{(c-1)}
+
+    Factor :math:`W^{(k)}` has shape (n_k, m_k), with :math:`d_\text{out} = \prod_k n_k` and
+    :math:`d_\text{in} = \prod_k m_k`. The factors are applied in this order. The number of parameters is
+    :math:`\sum_k n_k m_k`.
+
+    Two factors have the axes of the einsums: :math:`A_{ab, ij} = W^{(0)}_{ai} W^{(1)}_{bj}`, with sizes
+    :math:`a = n_0`, :math:`b = n_1`, :math:`i = m_0` and :math:`j = m_1`. Their number of MACs is
+    :math:`a j (i + b)`.
 
     Examples
     --------
@@ -45,9 +53,27 @@ class Kronecker(NamedOperator):
 
     @staticmethod
     def design(shape: tuple[int, int], /, *, cores: int = 2, factorization: Factorization = "balanced") -> Structure:
-        """``cores`` factors, with sizes by rule or given as ``((n_1, ...), (m_1, ...))``.
+        """Return the structure of a (d_out, d_in) Kronecker product.
 
-        Raises ValueError for sizes that cannot be split.
+        Parameters
+        ----------
+        shape
+            Shape ``(d_out, d_in)`` of the matrix.
+        cores
+            Number of factors.
+        factorization
+            Name of a rule that splits both sizes (:func:`structlin.factorize`), or the sizes of the factors as
+            ``((n_0, n_1, ...), (m_0, m_1, ...))``.
+
+        Returns
+        -------
+        Structure
+            A chain of one step for each factor.
+
+        Raises
+        ------
+        ValueError
+            If a size cannot be split in this way.
         """
         return _structure(*split_shape(shape, cores, factorization))
 

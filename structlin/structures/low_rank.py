@@ -9,9 +9,13 @@ from structlin.structures._common import matrix_rank
 
 @register("low_rank")
 class LowRank(NamedOperator):
-    """``A = U V``: factors in the order in which they meet a vector, V of shape (r, d_in), U of shape (d_out, r).
+    r"""Product of a tall and a wide matrix.
 
-    Parameters = MACs = ``r (d_in + d_out)``; rank at most r.
+    .. math:: A_{oi} = \sum_r W^{(1)}_{or} W^{(0)}_{ri}
+
+    The constructor takes the factors in the order in which they are applied: first :math:`W^{(0)}` of shape (r, d_in),
+    then :math:`W^{(1)}` of shape (d_out, r). The number of parameters and that of MACs are
+    :math:`r (d_\text{in} + d_\text{out})`. The rank is at most r.
 
     Examples
     --------
@@ -29,14 +33,30 @@ class LowRank(NamedOperator):
 
     @staticmethod
     def design(shape: tuple[int, int], /, *, rank: int | None = None, rank_fraction: float | None = None) -> Structure:
-        """Return a (d_out, d_in) matrix of rank ``rank``, or ``ceil(rank_fraction * min(d_out, d_in))``.
+        """Return the structure of a (d_out, d_in) matrix of low rank.
 
-        With neither, the rank is ``ceil(sqrt(min(d_out, d_in)))``. Raises ValueError for a rank below 1, a
-        fraction outside (0, 1], or both.
+        Parameters
+        ----------
+        shape
+            Shape ``(d_out, d_in)`` of the matrix.
+        rank
+            Size of the axis between the two factors. Default: ``ceil(sqrt(min(d_out, d_in)))``.
+        rank_fraction
+            The rank as a fraction of ``min(d_out, d_in)``, rounded up. Excludes ``rank``.
+
+        Returns
+        -------
+        Structure
+            A chain of two steps.
+
+        Raises
+        ------
+        ValueError
+            If the rank is below 1, the fraction is outside (0, 1], or both are given.
         """
         return Structure.parse(LowRank.formula, i=shape[1], r=matrix_rank(shape, rank, rank_fraction), o=shape[0])
 
     @classmethod
     def exact_rank(cls, shape: tuple[int, int]) -> int:  # type: ignore[override]
-        """``min(d_out, d_in)``."""
+        """Return ``min(d_out, d_in)``, at which every matrix is represented."""
         return min(shape)

@@ -12,14 +12,23 @@ _CHAIN = "pa,pfra->frp; frp,ferp->fe"
 
 @register("monarch")
 class Monarch(NamedOperator):
-    """Two block-diagonal matrices of b blocks with a fixed permutation between them.
+    r"""Two block-diagonal matrices of b blocks with a fixed permutation between them.
 
-    With p = ceil(d_in / b), s = ceil(d_out / b) and inner block size q = min(p, s), the first factor holds b blocks
-    of (q, p), the second b blocks of (s, q). Between them the b q numbers are dealt out in turn to the b blocks, in
-    runs of q / b where b divides q, else one by one. Where b divides q this is the Block Tensor-Train chain with
-    m_1 = n_0 = b and rank q / b, and the factors have the shapes (b, b, q / b, p) and (b, s, q / b, b); otherwise
-    (b, q, p) and (b, s, q). Where b does not divide d_in (d_out), the input is padded with zeros (the output cut).
-    Parameters = MACs = ``b q (p + s)``.
+    The first factor holds b blocks of shape (q, a), the second b blocks of shape (e, q), with
+
+    .. math:: a = \lceil d_\text{in} / b \rceil, \quad e = \lceil d_\text{out} / b \rceil, \quad q = \min(a, e).
+
+    The number of parameters and that of MACs are :math:`b q (a + e)`. If b does not divide :math:`d_\text{in}`, the
+    input is padded with zeros. If b does not divide :math:`d_\text{out}`, the end of the output is cut off.
+
+    The permutation distributes the b q outputs of the first factor over the blocks of the second. If b divides q, block
+    f of the second factor receives the f-th run of :math:`r = q / b` outputs of each block of the first. This is a
+    Block Tensor-Train,
+
+    .. math:: A_{fe, pa} = \sum_r W^{(1)}_{ferp} W^{(0)}_{pfra}, \quad p = f = b,
+
+    and the factors have shapes (b, b, r, a) and (b, e, r, b). Otherwise output u of the first factor goes to block u
+    mod b of the second, and the factors have shapes (b, q, a) and (b, e, q).
 
     Examples
     --------
@@ -32,7 +41,7 @@ class Monarch(NamedOperator):
     """
 
     formula = _CHAIN
-    parameters = "b q (p + s)"
+    parameters = "b q (a + e)"
     source = "Dao et al. (2022), Monarch: Expressive Structured Matrices for Efficient and Accurate Training"
     examples = (
         ((12, 8), {"blocks": 2}),
@@ -43,7 +52,25 @@ class Monarch(NamedOperator):
 
     @staticmethod
     def design(shape: tuple[int, int], /, *, blocks: int = 4) -> Structure:
-        """``blocks`` blocks in both factors. Raises ValueError for fewer than one."""
+        """Return the structure of a (d_out, d_in) Monarch matrix.
+
+        Parameters
+        ----------
+        shape
+            Shape ``(d_out, d_in)`` of the matrix.
+        blocks
+            Number of blocks of each factor.
+
+        Returns
+        -------
+        Structure
+            A chain of two steps.
+
+        Raises
+        ------
+        ValueError
+            If ``blocks`` is below 1.
+        """
         b = positive_int("blocks", blocks)
         d_out, d_in = shape
         p, s = -(-d_in // b), -(-d_out // b)

@@ -23,7 +23,7 @@ from structlin.verdicts import SVD, Answer, Determinant, Nearest
 
 
 class PermutationStructure(SquareStructure):
-    """A ``size`` x ``size`` permutation: no parameters and no FLOPs, one index array."""
+    """Structure of a (size, size) permutation matrix: one index array, no parameters, no FLOPs."""
 
     @staticmethod
     def _factor(size: int) -> Factor:
@@ -66,7 +66,7 @@ class PermutationStructure(SquareStructure):
     def power(self, A: Any, k: int) -> Answer[Any]:
         """Compose the index with itself, by squaring."""
         index, result = A.factors[0], None
-        while k:  # by squaring: k may be large
+        while k:
             if k & 1:
                 result = index if result is None else result[index]
             index, k = index[index], k >> 1
@@ -89,7 +89,7 @@ class PermutationStructure(SquareStructure):
         return Answer(Permutation._build(self, (B.factors[0][A.factors[0]],), dtype))
 
     def kron(self, A: Any, B: Any) -> Answer[Any] | None:
-        """Permute pairs of indices."""
+        """Return the permutation of pairs of indices."""
         if not isinstance(B.structure, PermutationStructure):
             return None
         n = self.size * B.shape[0]
@@ -98,7 +98,11 @@ class PermutationStructure(SquareStructure):
         return Answer(Permutation._build(PermutationStructure(n), (index,), dtype))
 
     def nearest(self, target: np.ndarray, covariance: np.ndarray | None) -> Nearest:
-        """``|| target - A ||^2`` is a constant minus ``2 Re target[i, index[i]]`` (plus the weight of that column)."""
+        """Solve a linear assignment problem.
+
+        ``|| target - A ||^2`` is a constant minus the sum of ``2 Re target[i, index[i]]``. With a covariance, the
+        weights of the columns are added.
+        """
         if covariance is None:
             cost = -target.real
         else:
@@ -113,7 +117,7 @@ class PermutationStructure(SquareStructure):
 def _indices(index: Array) -> Array:
     """Convert other integer dtypes to int64 (jax: int32).
 
-    torch reads a uint8 index as a mask, and products of small integers overflow.
+    torch treats a uint8 index as a mask, and products of narrow integers overflow.
     """
     if dtype_name(index.dtype) in ("int32", "int64"):
         return index
@@ -125,9 +129,12 @@ def _indices(index: Array) -> Array:
 
 @register("permutation")
 class Permutation(NamedOperator):
-    """``(A x)[i] = x[index[i]]``, with ``index`` an integer array that holds 0, ..., d-1 once each.
+    r"""Permutation matrix: selects one entry of the input for each output.
 
-    The dtype that the operator counts as having is given as ``dtype`` (default: the library's default float).
+    .. math:: (A x)_i = x_{\mathrm{index}(i)}
+
+    The array ``index`` holds each of the integers 0, ..., d-1 once. There are no parameters, MACs or FLOPs. An index
+    has no floating dtype, so ``dtype`` states the dtype of the operator; the default is the library's default float.
 
     Examples
     --------
@@ -149,12 +156,14 @@ class Permutation(NamedOperator):
                 or values.dtype.kind not in "iu"
                 or not np.array_equal(np.sort(values), np.arange(len(values)))
             ):
-                raise ValueError(f"a permutation holds the integers 0, ..., d-1 once each, got {values!r}")
+                raise ValueError(
+                    f"index must be a vector that holds each of the integers 0, ..., d-1 once, got {values!r}"
+                )
         super(NamedOperator, self).__init__(PermutationStructure(int(index.shape[0])), (_indices(index),), dtype)
 
     @staticmethod
     def design(shape: tuple[int, int], /) -> PermutationStructure:
-        """Return a square permutation matrix; ValueError for any other shape."""
+        """Return the structure of a (d, d) permutation matrix; ValueError for any other shape."""
         return PermutationStructure(size_of(shape, "a permutation"))
 
     @classmethod

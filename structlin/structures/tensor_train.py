@@ -11,7 +11,7 @@ from structlin.structures._common import Factorization, bond_sizes, exact_bonds,
 
 
 def _structure(out_sizes: tuple[int, ...], in_sizes: tuple[int, ...], bonds: tuple[int, ...]) -> Structure:
-    """``bonds`` has the two outer ranks, 1 and 1, too."""
+    """Return the chain; ``bonds`` holds all ranks, also the outer ones, which are 1."""
     count = len(in_sizes)
     ins, outs = ([axis_letter(start + k) for k in range(count)] for start in (0, count))
     ranks = [axis_letter(2 * count + k) for k in range(count + 1)]
@@ -26,10 +26,15 @@ def _structure(out_sizes: tuple[int, ...], in_sizes: tuple[int, ...], bonds: tup
 
 @register("tensor_train")
 class TensorTrain(NamedOperator):
-    """``A[(n_1..n_c), (m_1..m_c)] = G_1[n_1, m_1] ... G_c[n_c, m_c]``, a product of small matrices.
+    r"""Tensor-Train matrix: each entry is a product of small matrices, one from each core.
 
-    Core k has shape (r_{k-1}, n_k, m_k, r_k), with r_0 = r_c = 1; the index order is that of the Kronecker product,
-    which is rank 1. Parameters ``sum_k r_{k-1} n_k m_k r_k``; the other axes are carried along.
+    Core :math:`W^{(k)}` has shape (r_k, n_k, m_k, r_{k+1}), with :math:`r_0 = r_c = 1`. Two cores give
+
+    .. math:: A_{ab, ij} = \sum_{u} W^{(0)}_{raiu} W^{(1)}_{ubjv},
+
+    where r and v have size 1. Rows and columns are indexed as in a Kronecker product, which is the case of rank 1. The
+    number of parameters is :math:`\sum_k r_k n_k m_k r_{k+1}`. Each step carries the axes that its core does not have,
+    so the number of MACs is larger than that of parameters.
 
     Examples
     --------
@@ -40,7 +45,7 @@ class TensorTrain(NamedOperator):
     """
 
     formula = "rij,raiu->auj; auj,ubjv->abv"
-    parameters = "sum_k r_{k-1} n_k m_k r_k"
+    parameters = "sum_k r_k n_k m_k r_{k+1}"
     source = "Oseledets (2010), Approximation of 2^d x 2^d matrices using tensor decomposition"
     examples = (
         ((35, 6), {"rank": 4}),
@@ -53,9 +58,29 @@ class TensorTrain(NamedOperator):
         shape: tuple[int, int], /, *, cores: int = 2, rank: int | Sequence[int] = 8,
         factorization: Factorization = "balanced",
     ) -> Structure:  # fmt: skip
-        """``cores`` cores with inner ranks ``rank`` (one for all, or cores - 1 of them).
+        """Return the structure of a (d_out, d_in) Tensor-Train matrix.
 
-        Raises ValueError for sizes that cannot be split and ranks below 1.
+        Parameters
+        ----------
+        shape
+            Shape ``(d_out, d_in)`` of the matrix.
+        cores
+            Number of cores.
+        rank
+            Ranks between the cores: one integer for all, or ``cores - 1`` of them.
+        factorization
+            Name of a rule that splits both sizes (:func:`structlin.factorize`), or the sizes of the cores as
+            ``((n_0, n_1, ...), (m_0, m_1, ...))``.
+
+        Returns
+        -------
+        Structure
+            A chain of one step for each core.
+
+        Raises
+        ------
+        ValueError
+            If a size cannot be split in this way or a rank is below 1.
         """
         sizes = split_shape(shape, cores, factorization)
         return _structure(*sizes, (1, *bond_sizes(rank, cores), 1))
@@ -64,7 +89,12 @@ class TensorTrain(NamedOperator):
     def exact_rank(  # type: ignore[override]
         cls, shape: tuple[int, int], *, cores: int = 2, factorization: Factorization = "balanced"
     ) -> tuple[int, ...]:
-        """Bond k: the smaller of the numbers of entries that the cores on its two sides index."""
+        r"""Return the ranks between the cores at which every matrix is represented.
+
+        The rank between cores k - 1 and k is
+        :math:`\min(\prod_{j<k} n_j m_j, \prod_{j \ge k} n_j m_j)`: the smaller number of entries that the cores on one
+        side index.
+        """
         pairs = [n * m for n, m in zip(*split_shape(shape, cores, factorization), strict=True)]
         return exact_bonds(pairs, pairs)
 
@@ -73,7 +103,7 @@ class TensorTrain(NamedOperator):
         bad = not shapes or any(len(s) != 4 for s in shapes)
         if bad or shapes[0][0] != 1 or shapes[-1][3] != 1 or any(a[3] != b[0] for a, b in pairwise(shapes)):
             raise ValueError(
-                "cores have shape (r_{k-1}, n_k, m_k, r_k) with matching ranks and r_0 = r_c = 1, got "
+                "core k of c must have shape (r_k, n_k, m_k, r_{k+1}) with matching ranks and r_0 = r_c = 1, got "
                 + (", ".join(map(str, shapes)) or "none")
             )
         return _structure(tuple(s[1] for s in shapes), tuple(s[2] for s in shapes), (*(s[0] for s in shapes), 1))

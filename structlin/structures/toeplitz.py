@@ -25,16 +25,16 @@ from structlin.structures._vectors import tied_nearest
 from structlin.verdicts import Answer, Determinant, Nearest, Verdict
 
 LEAST = 256
-"""Rows from which on the recursion for the inverse and the determinant is faster than LAPACK: 1 ms at 256."""
+"""Least number of rows at which the recursion for inverse and determinant is faster than LAPACK: 1 ms at 256."""
 
-_LARGEST_DENSE = 8192  # rows up to which the dense matrix takes over inside of a derivative
+_LARGEST_DENSE = 8192  # largest number of rows for which a derivative may fall back to the dense matrix
 
 
 @dataclass(frozen=True)
 class ToeplitzStructure(AbstractStructure):
-    """A ``d_out`` x ``d_in`` Toeplitz matrix inside a circulant one; its counts are those of real data.
+    """Structure of a (d_out, d_in) Toeplitz matrix, applied as part of a circulant matrix of size ``fft_size``.
 
-    ``fft_size``: length of the transforms, the next one with small prime factors.
+    ``fft_size`` is the first length from d_out + d_in - 1 on with small prime factors. Counts hold for real data.
     """
 
     d_out: int
@@ -82,7 +82,7 @@ class ToeplitzStructure(AbstractStructure):
     # -- algebra: structlin.structures._levinson
 
     def inverse(self, A: Any) -> Answer[Any] | None:
-        """Return the formula of Gohberg and Semencul, from the first and last column of the inverse."""
+        """Return the inverse by the formula of Gohberg and Semencul, from its first and last column."""
         found = columns(A)
         if found is None:
             return None
@@ -96,7 +96,7 @@ class ToeplitzStructure(AbstractStructure):
         return Answer(made, Verdict.NOT_VERIFIED)
 
     def solve(self, A: Any, b: Array) -> Answer[Array] | None:
-        """Solve by a verified recursion or iteration on the host, or in the compiled program of jax."""
+        """Solve by a recursion or an iteration with a check of the residual, on the CPU or under ``jax.jit``."""
         kernel = A.factors[0]
         require_precision(kernel, "solving")
         n = self.d_in
@@ -157,25 +157,32 @@ class ToeplitzStructure(AbstractStructure):
         return tied_nearest(index, self.factors[0].numel, target, covariance)
 
     def dense(self, factors: Sequence[np.ndarray]) -> np.ndarray:
-        """Repeat the kernel by index, i - j + d_in - 1."""
+        """Return the matrix with entries ``kernel[i - j + d_in - 1]``."""
         return factors[0][np.arange(self.d_out)[:, None] - np.arange(self.d_in) + self.d_in - 1]
 
 
 def _repeats(structure: ToeplitzStructure) -> np.ndarray:
-    """How often each entry of the kernel stands in the matrix."""
+    """Return how many entries of the matrix each entry of the kernel gives."""
     i = np.arange(structure.d_out + structure.d_in - 1)
     return np.minimum(np.minimum(i + 1, i[::-1] + 1), min(structure.d_out, structure.d_in))
 
 
 @register("toeplitz")
 class Toeplitz(NamedOperator):
-    """``A[i, j] = kernel[i - j + d_in - 1]``, from its diagonals, the upper right corner first.
+    r"""Toeplitz matrix: constant along each diagonal, applied by FFT.
 
-    ``Toeplitz(column, row)`` takes the first column, of shape (d_out,), and the first row, of shape (d_in,), whose
-    first entry is ignored, as :func:`scipy.linalg.toeplitz` does; without a row the matrix is Hermitian. Parameters
-    ``d_out + d_in - 1``. Work for a real vector: two real FFTs of length N, the next fast one from d_out + d_in - 1,
-    and an elementwise product; once for each application, the FFT of the kernel. Scale: as a dense matrix, since every
-    output sums d_in inputs.
+    .. math:: A_{ij} = \mathrm{kernel}_{i - j}
+
+    The factor is an array of :math:`d_\text{out} + d_\text{in} - 1` parameters. It holds
+    :math:`\mathrm{kernel}_{i - j}` at position :math:`i - j + d_\text{in} - 1`, so the upper right corner comes first.
+
+    ``Toeplitz(column, row)`` takes the first column, of shape (d_out,), and the first row, of shape (d_in,). As in
+    :func:`scipy.linalg.toeplitz`, the first entry of the row is ignored, and without a row the matrix is Hermitian.
+
+    A product with a real vector costs two real FFTs of length N and an elementwise product. N is the first length from
+    :math:`d_\text{out} + d_\text{in} - 1` on with small prime factors. The FFT of the kernel is computed once for each
+    call. Initialisation and learning rates are those of a dense matrix, since each output is a sum over
+    :math:`d_\text{in}` inputs.
 
     Examples
     --------
@@ -195,7 +202,7 @@ class Toeplitz(NamedOperator):
         row = xp.conj(column) if row is None else row
         if column.ndim != 1 or row.ndim != 1 or 0 in (column.shape[0], row.shape[0]):
             raise ValueError(
-                f"Toeplitz takes a first column (d_out,) and a first row (d_in,), "
+                f"Toeplitz takes a first column (d_out,) and a first row (d_in,) with one entry or more each, "
                 f"got shapes {tuple(column.shape)} and {tuple(row.shape)}"
             )
         structure = ToeplitzStructure(column.shape[0], row.shape[0])
@@ -203,13 +210,28 @@ class Toeplitz(NamedOperator):
 
     @classmethod
     def from_kernel(cls, kernel: Array, d_out: int) -> Self:
-        """From all diagonals, ``kernel[i - j + d_in - 1]``, and the number of rows.
+        """Return the matrix with entries ``kernel[i - j + d_in - 1]``.
 
-        Raises ValueError unless ``kernel`` is a vector of at least ``d_out`` entries.
+        Parameters
+        ----------
+        kernel
+            Entries of all diagonals, from the upper right corner to the lower left: shape (d_out + d_in - 1,).
+        d_out
+            Number of rows. The number of columns follows from the length of the kernel.
+
+        Returns
+        -------
+        Toeplitz
+            An operator that shares the memory of ``kernel``.
+
+        Raises
+        ------
+        ValueError
+            If ``kernel`` is not a vector or has fewer than ``d_out`` entries.
         """
         if kernel.ndim != 1 or not 1 <= d_out <= kernel.shape[0]:
             raise ValueError(
-                f"a kernel of at least d_out = {d_out} >= 1 entries is needed, got shape {tuple(kernel.shape)}"
+                f"kernel must be a vector of at least d_out = {d_out} >= 1 entries, got shape {tuple(kernel.shape)}"
             )
         structure = ToeplitzStructure(d_out, kernel.shape[0] - d_out + 1)
         structure.check((kernel,))
@@ -217,7 +239,7 @@ class Toeplitz(NamedOperator):
 
     @staticmethod
     def design(shape: tuple[int, int], /) -> ToeplitzStructure:
-        """Return a (d_out, d_in) Toeplitz matrix; no options."""
+        """Return the structure of a (d_out, d_in) Toeplitz matrix. There are no options."""
         return ToeplitzStructure(*shape)
 
 
@@ -237,7 +259,11 @@ def inverse_from(first: Array, last: Array) -> Any:
 
 
 def columns(A: Any) -> levinson.Columns | None:
-    """Return the columns of the inverse; None for too few or many rows, unreadable values, or bad accuracy."""
+    """Return the first and last column of the inverse.
+
+    Return None if the matrix has too few or too many rows, if its values are not available on the CPU (a GPU, a
+    transformation), or if the result is not accurate.
+    """
     kernel = A.factors[0]
     require_precision(kernel, "an inverse")
     n = A.shape[0]
@@ -252,7 +278,7 @@ def columns(A: Any) -> levinson.Columns | None:
 
 
 def _solver(kernel: Array, found: levinson.Columns | None = None) -> Solver:
-    """For the numbers of a kernel on the host; the dense matrix, pivoted, where the recursion is not accurate."""
+    """Return a solver for the values of a kernel; it uses the dense matrix where the recursion is not accurate."""
     numbers = _numbers(kernel)
 
     def using(kernel: np.ndarray, found: levinson.Columns | None) -> Any:
@@ -262,7 +288,10 @@ def _solver(kernel: Array, found: levinson.Columns | None = None) -> Solver:
             x = levinson.solve(kernel, wide, found)
             n = len(right)
             if x is None and n > _LARGEST_DENSE:
-                raise np.linalg.LinAlgError(f"a Toeplitz matrix of {n} rows is too ill conditioned for its recursion")
+                raise np.linalg.LinAlgError(
+                    f"a Toeplitz matrix of {n} rows is too ill-conditioned for the fast recursion, and too large for "
+                    f"the dense solution (at most {_LARGEST_DENSE} rows)"
+                )
             if x is None:
                 x = np.linalg.solve(scipy.linalg.toeplitz(kernel[n - 1 :], kernel[:n][::-1]), wide)
             return _like(x.reshape(right.shape), b)
@@ -278,7 +307,7 @@ def _determinant(found: levinson.Columns) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _on_the_host(x: Array) -> bool:
-    """Whether NumPy can have the numbers without a copy between devices."""
+    """Return whether NumPy can read the values without a copy between devices."""
     backend = backend_of(x)
     if backend == "torch":
         return is_plain(x.detach())
@@ -286,7 +315,7 @@ def _on_the_host(x: Array) -> bool:
 
 
 def _numbers(x: Array) -> np.ndarray:
-    """In double precision."""
+    """Return the values in double precision."""
     x = np.asarray(x.detach() if hasattr(x, "detach") else x)
     return x.astype(np.complex128 if np.iscomplexobj(x) else np.float64, copy=False)
 
@@ -299,7 +328,7 @@ def _like(x: np.ndarray, example: Array) -> Array:
 
 
 def _traced_solution(kernel: Array, b: Array) -> Array:
-    """Differentiable as the solution of a linear system, however it was found."""
+    """Return the solution under transformations of jax; its derivatives are those of the linear system."""
     import jax.numpy as jnp
     from jax import lax
 
@@ -329,7 +358,7 @@ def _traced_solution(kernel: Array, b: Array) -> Array:
 
 
 def _traced_recursion(kernel: Array) -> tuple[Array, Array, Array]:
-    """As :func:`recursion`: the two columns, and whether they were found."""
+    """Return the first and last column of the inverse, and whether the recursion succeeded (see ``recursion``)."""
     import jax.numpy as jnp
     from jax import lax
 
@@ -360,7 +389,7 @@ def _determinant_function() -> Any:
     torch: Any = sys.modules["torch"]
 
     class LogDeterminant(torch.autograd.Function):
-        """d log det A = tr(A^-1 dA): the sums of the diagonals of the inverse."""
+        """The gradient, d log det A = tr(A^-1 dA), consists of the sums of the diagonals of the inverse."""
 
         @staticmethod
         def forward(ctx: Any, found: levinson.Columns, kernel: Array) -> tuple[Array, Array]:
@@ -387,7 +416,10 @@ def _determinant_function() -> Any:
 
 
 def _diagonal_sums(x: Array, y: Array) -> Array:
-    """Of the matrix x y^T: entry n - 1 + d is the sum of all x_i y_j with i - j = d; columns by themselves."""
+    """Return the sums of the diagonals of x y^T for each pair of columns x, y.
+
+    Entry n - 1 + d is the sum of x_i y_j over i - j = d.
+    """
     torch: Any = sys.modules["torch"]
     n, fft = x.shape[0], torch.fft
     forth, back = (fft.fft, fft.ifft) if x.is_complex() else (fft.rfft, fft.irfft)
@@ -397,8 +429,8 @@ def _diagonal_sums(x: Array, y: Array) -> Array:
 def _sums_of_inverse(first: Array, last: Array) -> Array:
     """Return the sums of the diagonals of the inverse, ordered as a kernel.
 
-    A product of a lower and an upper triangular Toeplitz matrix, of the vectors x and y, has the sums of
-    (n - max(i, j)) x_i y_j over i - j = d.
+    The product of a lower triangular Toeplitz matrix with first column x and an upper triangular one with first row y
+    has the sums of (n - max(i, j)) x_i y_j over i - j = d.
     """
     torch: Any = sys.modules["torch"]
     n = first.shape[0]
