@@ -73,8 +73,6 @@ class BlockTensorTrain(NamedOperator):
 
         Parameters
         ----------
-        shape
-            Shape ``(d_out, d_in)`` of the matrix.
         cores
             Number of cores.
         rank
@@ -82,11 +80,6 @@ class BlockTensorTrain(NamedOperator):
         factorization
             Name of a rule that splits both sizes (:func:`structlin.factorize`), or the sizes of the cores as
             ``((n_0, n_1, ...), (m_0, m_1, ...))``.
-
-        Returns
-        -------
-        Structure
-            A chain of one step for each core.
 
         Raises
         ------

@@ -118,15 +118,8 @@ class EinsumSpace(NamedOperator):
 
         Parameters
         ----------
-        shape
-            Shape ``(d_out, d_in)`` of the matrix.
         theta
             Seven exponents (:class:`Theta`). Default: Block Tensor-Train of rank 1.
-
-        Returns
-        -------
-        Structure
-            A chain of two steps.
 
         Raises
         ------

@@ -37,17 +37,10 @@ class LowRank(NamedOperator):
 
         Parameters
         ----------
-        shape
-            Shape ``(d_out, d_in)`` of the matrix.
         rank
             Size of the axis between the two factors. Default: ``ceil(sqrt(min(d_out, d_in)))``.
         rank_fraction
             The rank as a fraction of ``min(d_out, d_in)``, rounded up. Excludes ``rank``.
-
-        Returns
-        -------
-        Structure
-            A chain of two steps.
 
         Raises
         ------

@@ -56,15 +56,8 @@ class Monarch(NamedOperator):
 
         Parameters
         ----------
-        shape
-            Shape ``(d_out, d_in)`` of the matrix.
         blocks
             Number of blocks of each factor.
-
-        Returns
-        -------
-        Structure
-            A chain of two steps.
 
         Raises
         ------

@@ -60,27 +60,7 @@ class TensorTrain(NamedOperator):
     ) -> Structure:  # fmt: skip
         """Return the structure of a (d_out, d_in) Tensor-Train matrix.
 
-        Parameters
-        ----------
-        shape
-            Shape ``(d_out, d_in)`` of the matrix.
-        cores
-            Number of cores.
-        rank
-            Ranks between the cores: one integer for all, or ``cores - 1`` of them.
-        factorization
-            Name of a rule that splits both sizes (:func:`structlin.factorize`), or the sizes of the cores as
-            ``((n_0, n_1, ...), (m_0, m_1, ...))``.
-
-        Returns
-        -------
-        Structure
-            A chain of one step for each core.
-
-        Raises
-        ------
-        ValueError
-            If a size cannot be split in this way or a rank is below 1.
+        Options and errors are those of :meth:`structlin.BlockTensorTrain.design`.
         """
         sizes = split_shape(shape, cores, factorization)
         return _structure(*sizes, (1, *bond_sizes(rank, cores), 1))

@@ -58,7 +58,9 @@ def test_the_register_refuses(sandwich):
 def test_other_refusals():
     with pytest.raises(ValueError, match=r"at least d_out = 4 >= 1 entries, got shape \(3,\)"):
         structlin.Toeplitz.from_kernel(np.ones(3), 4)
-    with pytest.raises(ValueError, match=r"a chain 'gba,gfdra->frgbd; frgbd,fergb->fed' of sizes above 1 is needed"):
+    with pytest.raises(
+        ValueError, match=r"for chains 'gba,gfdra->frgbd; frgbd,fergb->fed' with d_in and d_out above 1, got"
+    ):
         structlin.theta_of(design("dense", (4, 4)))
 
 
