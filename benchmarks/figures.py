@@ -2,19 +2,24 @@
 
     python benchmarks/figures.py --out docs/images
 
-Each is one call of ``structlin figure``; ``--print`` shows the calls and draws nothing.
+Each is one call of ``structlin figure``; ``--print`` shows the calls and draws nothing. ``demo.png`` is drawn from the
+``demo.json`` that ``structlin demo`` wrote, which is in benchmarks/results/.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from structlin_nn.cli import main as structlin
+from structlin_nn.figures.style import save
+from structlin_nn.plots import demo_figure
 
+DEMO = Path(__file__).resolve().parent / "results" / "demo.json"
 RECORDS = Path(__file__).resolve().parent / "records"
 
 FIGURES: dict[str, tuple[str, str, tuple[str, ...]]] = {
@@ -63,6 +68,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(shlex.join(["structlin", *command]))
         elif code := structlin(command):
             return code
+    if not arguments.print:
+        save(demo_figure(json.loads(DEMO.read_text(encoding="utf-8"))), arguments.out / "demo.png")
     return 0
 
 

@@ -51,7 +51,7 @@ class Executor(Protocol):
 
 
 _executors: list[Executor] = []  # set by structlin.execution when it is imported
-_algebras: list[Any] = []  # set by structlin.algebra when it is imported: a module of functions for chains
+_algebras: list[Any] = []  # set by structlin.algebra when it is imported: of one chain, and of two
 
 
 @dataclass(frozen=True)
@@ -516,19 +516,19 @@ class Structure(AbstractStructure):
 
     def product(self, A: Any, B: Any) -> Answer[Any] | None:
         """Return the product as one operator where the axes fit."""
-        return _algebras[0].product(A, B)
+        return _algebras[1].product(A, B)
 
     def sum(self, A: Any, B: Any) -> Answer[Any] | None:
         """Return the sum as one operator where the axes fit."""
-        return _algebras[0].sum(A, B)
+        return _algebras[1].sum(A, B)
 
     def shifted(self, A: Any, value: Any) -> Answer[Any] | None:
         """Return ``A + diag(value)`` as one operator where the axes fit."""
-        return _algebras[0].shifted(A, value)
+        return _algebras[1].shifted(A, value)
 
     def kron(self, A: Any, B: Any) -> Answer[Any] | None:
         """Return the Kronecker product as one chain."""
-        return _algebras[0].kron(A, B)
+        return _algebras[1].kron(A, B)
 
     def __reduce__(self) -> tuple[object, ...]:
         return Structure, (self.steps, self.sizes, self.d_in, self.d_out)

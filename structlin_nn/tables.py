@@ -65,7 +65,7 @@ def read_rows(
 
     Examples
     --------
-    >>> Path("points.csv").write_text("structure,macs,error\\ndense,1e6,0.5\\nmonarch,2e6,\\n")
+    >>> Path("points.csv").write_text("structure,macs,error\ndense,1e6,0.5\nmonarch,2e6,\n")
     48
     >>> read_rows(["points.csv"])
     [{'structure': 'dense', 'macs': 1000000.0, 'error': 0.5}, {'structure': 'monarch', 'macs': 2000000.0}]

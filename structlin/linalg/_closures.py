@@ -18,7 +18,7 @@ from cola.ops import Kronecker as ColaKronecker
 from structlin._arrays import Array
 from structlin._cola_compat import as_scalar, implementation, known_scalar, rule, scaled_annotations
 from structlin._lapack import as_array, in_library, lapack, promoted
-from structlin.algebra import chains
+from structlin.algebra import chains, combinations
 from structlin.counting import macs
 from structlin.linalg._common import annotated
 from structlin.linalg._forms import diagonal_of
@@ -126,7 +126,7 @@ def _low_rank(A: LinearOperator, B: LinearOperator) -> StructuredOperator | None
     """(U V) B = U (V B) and A (U V) = (A U) V; the narrower one where both are of low rank."""
     if A.dtype != B.dtype and not (isinstance(A, StructuredOperator) and isinstance(B, StructuredOperator)):
         return None  # not all of CoLA's operators take arrays of another dtype
-    first, second = chains.low_rank_factors(A), chains.low_rank_factors(B)
+    first, second = combinations.low_rank_factors(A), combinations.low_rank_factors(B)
     if first is not None and (second is None or first[0].shape[1] <= second[0].shape[1]):
         U, V = first
         return LowRank(*_swap(promoted(U, V @ B)))

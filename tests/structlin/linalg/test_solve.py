@@ -285,3 +285,13 @@ def test_derivatives_through_cholesky_of_positive_blocks(dtype):
     ):
         assert torch.autograd.gradcheck(f, inputs)
         assert torch.autograd.gradgradcheck(f, inputs)
+
+
+def test_mistakes_are_named():
+    A = structlin.Diagonal(np.ones(2))
+    with pytest.raises(TypeError, match="b must be an array"):
+        linalg.solve(A, [1, 2])
+    with pytest.raises(TypeError, match=r"wrap an array in cola\.ops\.Dense"):
+        linalg.solve(np.eye(2), np.ones(2))
+    with pytest.raises(ValueError, match="positive integer"):
+        linalg.dense_limit(0)

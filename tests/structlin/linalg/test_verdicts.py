@@ -454,9 +454,8 @@ def test_zeros_above_the_dense_limit():
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_number_that_is_none_passes_through(backend):
-    b = np.ones(4)
-    b[1] = np.nan
+def test_nan_in_the_right_hand_side_is_not_a_singular_block(backend):
+    b = np.array([1, np.nan, 1, 1])
     for A in (
         sl.BlockDiagonal(to_backend(np.array([np.eye(2), 2 * np.eye(2)]), backend)),
         sl.Dense(to_backend(spd(4), backend)),
@@ -586,16 +585,6 @@ def test_second_derivatives_of_solutions():
     arrays = [torch.tensor(rng(k).standard_normal(s), requires_grad=True) for k, s in enumerate([(2, 2), (3, 3), (6,)])]
     assert torch.autograd.gradcheck(solve, arrays)
     assert torch.autograd.gradgradcheck(solve, arrays, atol=1e-6)
-
-
-def test_mistakes_are_named():
-    A = sl.Diagonal(np.ones(2))
-    with pytest.raises(TypeError, match="b must be an array"):
-        linalg.solve(A, [1, 2])
-    with pytest.raises(TypeError, match=r"wrap an array in cola\.ops\.Dense"):
-        linalg.solve(np.eye(2), np.ones(2))
-    with pytest.raises(ValueError, match="positive integer"):
-        linalg.dense_limit(0)
 
 
 def test_large_toeplitz_and_kronecker_systems_are_quick():
