@@ -10,11 +10,11 @@ from functools import cache
 
 @dataclass(frozen=True)
 class Step:
-    """One two-operand einsum ``input,factor->output`` with the roles of its axes.
+    """One einsum of two operands, ``input,factor->output``, with the roles of its axes.
 
-    The four roles follow from where an axis stands: *contracted* in input and factor, *free* in factor and
-    output, *batch* in all three, *carried* in input and output. Each is a string of axes, ordered as in the
-    factor (carried: as in the input).
+    The role of an axis follows from the terms in which it occurs. A *contracted* axis occurs in input and factor, a
+    *free* axis in factor and output, a *batch* axis in all three, a *carried* axis in input and output. Each attribute
+    is a string of axes in the order of the factor (``carried``: in that of the input).
 
     Examples
     --------
@@ -29,12 +29,12 @@ class Step:
 
     @classmethod
     def parse(cls, text: str) -> Step:
-        """Parse ``"pa,pfra->frp"``; raises ValueError naming the offending axis."""
+        """Return the step written as ``"pa,pfra->frp"``; ValueError names the axis that is wrong."""
         squeezed = "".join(text.split())
         left, arrow, output = squeezed.partition("->")
         terms = left.split(",")
         if not arrow or len(terms) != 2 or "->" in output or "," in output:
-            raise ValueError(f"step {text.strip()!r}: expected the form 'input,factor->output'")
+            raise ValueError(f"step {text.strip()!r}: expected the form 'input,factor->output', as in 'i,oi->o'")
         step = cls(terms[0], terms[1], output)
         step.validate()
         return step
@@ -48,7 +48,7 @@ class Step:
                 if not axis.isalpha():
                     raise ValueError(f"step {str(self)!r}: {axis!r} is not a letter")
                 if term.count(axis) > 1:
-                    raise ValueError(f"step {str(self)!r}: axis {axis!r} stands twice in the {name}")
+                    raise ValueError(f"step {str(self)!r}: axis {axis!r} occurs twice in the {name}")
         for axis in dict.fromkeys(self.input + self.factor + self.output):
             places = [
                 name
@@ -57,8 +57,8 @@ class Step:
             ]
             if len(places) == 1:
                 raise ValueError(
-                    f"step {str(self)!r}: axis {axis!r} stands only in the {places[0]}; "
-                    "each axis must stand in two or three of input, factor and output"
+                    f"step {str(self)!r}: axis {axis!r} occurs only in the {places[0]}; "
+                    "each axis must occur in two or three of input, factor and output"
                 )
 
     def __str__(self) -> str:
@@ -85,10 +85,10 @@ class Step:
 
 
 def axis_letter(number: int) -> str:
-    """Return a letter for axis ``number`` = 0, 1, ...: a-z, A-Z, then letters of other alphabets, each another one.
+    """Return a different letter for each number 0, 1, ...: a to z, A to Z, then letters of other alphabets.
 
-    All are identifiers that Python's normalization leaves as they are, so that they may be keywords of
-    :meth:`structlin.Structure.parse`. There are more than 100,000 of them.
+    Each letter is an identifier that Python does not normalize to another one, so that it can be a keyword of
+    :meth:`structlin.Structure.parse`. There are more than 100,000 letters.
 
     Examples
     --------
@@ -111,7 +111,7 @@ def _letters(stop: int) -> tuple[str, ...]:
 
 
 def parse_chain(text: str) -> tuple[Step, ...]:
-    """Parse a semicolon-separated chain of steps."""
+    """Return the steps of a chain, which are separated by semicolons; errors name the chain and the step."""
     if not isinstance(text, str):
         raise TypeError(f"an einsum chain is a string, got {type(text).__name__}")
     steps = []
@@ -124,18 +124,21 @@ def parse_chain(text: str) -> tuple[Step, ...]:
 
 
 def check_sizes(steps: tuple[Step, ...], sizes: Mapping[str, int]) -> tuple[tuple[str, int], ...]:
-    """Check that every axis, and no other, has a positive integer size; return them in order of appearance."""
+    """Check that every axis of the steps, and no other, has a positive integer size.
+
+    Return pairs of axis and size in order of first occurrence.
+    """
     text = "; ".join(map(str, steps))
     needed = dict.fromkeys("".join(s.input + s.factor + s.output for s in steps))
     for axis, size in sizes.items():
         if axis not in needed:
             raise ValueError(
-                f"{text!r}: size given for axis {axis!r}, which stands in no step; axes are {', '.join(needed)}"
+                f"{text!r}: size given for axis {axis!r}, which occurs in no step; axes are {', '.join(needed)}"
             )
         if isinstance(size, bool) or not hasattr(size, "__index__"):
-            raise TypeError(f"{text!r}: axis {axis!r} needs an integer size, got {size!r}")
+            raise TypeError(f"{text!r}: the size of axis {axis!r} must be an integer, got {size!r}")
         if size < 1:
-            raise ValueError(f"{text!r}: axis {axis!r} needs a size of at least 1, got {size}")
+            raise ValueError(f"{text!r}: the size of axis {axis!r} must be at least 1, got {size}")
     for number, step in enumerate(steps):
         for axis in step.input + step.factor + step.output:
             if axis not in sizes:

@@ -1,15 +1,15 @@
-"""Exact conversions between structures, and the ranks at which a structure represents every matrix.
+r"""Exact conversions between structures, and the ranks at which a structure represents every matrix.
 
-A conversion rearranges factors: it never approximates (:func:`structlin.project` does), it branches on shapes alone,
-and it is differentiable on every array library. What it costs shows in the shapes of the result: a structure that
-shares weights (Kronecker, Tensor-Train) becomes one that does not, with the weights repeated.
+A conversion rearranges factors. It does not approximate; :func:`structlin.project` does. It depends on shapes alone and
+is differentiable in every array library. A structure that shares weights (Kronecker, Tensor-Train) becomes one that
+does not, with repeated weights, so the result can have more parameters.
 
-Order of axes. Tensor-Train and Kronecker read input and output alike, ``(m_1, m_2) -> (n_1, n_2)``. Block Tensor-Train
-reads its input from the other end, ``(m_1, m_0) -> (n_0, n_1)``. A butterfly keeps outputs in the places of the
-inputs, ``(m_1, m_0) -> (n_1, n_0)``. So a Tensor-Train is a Block Tensor-Train of the input with its axes reversed,
-and a butterfly is one whose output axes are reversed. Both are returned as the chain of a Block Tensor-Train with that
-order changed (the same factors, parameters and MACs, a :class:`StructuredOperator`) or, with ``permutation=True``, as
-the product of a :class:`BlockTensorTrain` and a :class:`Permutation`.
+The structures order their axes differently. A Tensor-Train or Kronecker product maps axes of sizes
+:math:`(m_0, m_1)` to :math:`(n_0, n_1)`. A Block Tensor-Train maps :math:`(m_1, m_0)` to :math:`(n_0, n_1)`. A
+butterfly maps :math:`(m_1, m_0)` to :math:`(n_1, n_0)`. So a Tensor-Train is a Block Tensor-Train with the axes of its
+input reversed, and a butterfly is one with the axes of its output reversed. By default the result is a
+:class:`StructuredOperator` whose chain has the reversed axes, with the factors, parameters and MACs of the Block
+Tensor-Train. With ``permutation=True`` it is the product of a :class:`BlockTensorTrain` and a :class:`Permutation`.
 """
 
 from __future__ import annotations
@@ -47,15 +47,29 @@ __all__ = ["conversions", "convert", "exact_rank"]
 
 
 def exact_rank(name: str, shape: tuple[int, int], **options: Any) -> int | tuple[int, ...]:
-    """Return the smallest ``rank`` option at which a structure represents every (d_out, d_in) matrix.
+    r"""Return the smallest ``rank`` option at which a structure represents every (d_out, d_in) matrix.
 
-    ``options`` are those of the structure but the rank (cores, factorization). Low rank: ``min(d_out, d_in)``, an
-    integer. Tensor-Train and Block Tensor-Train: one number for each bond, ``min(left, right)`` with the entries that
-    the cores on its two sides index apart from each other: ``prod_(j<=k) n_j m_j`` and ``prod_(j>k) n_j m_j`` in a
-    Tensor-Train, ``prod_(j<=k) m_j`` and ``prod_(j>k) n_j`` in a Block Tensor-Train, whose cores share all other axes.
+    Parameters
+    ----------
+    name
+        ``low_rank``, ``tensor_train`` or ``block_tensor_train``.
+    shape
+        Shape ``(d_out, d_in)`` of the matrix.
+    **options
+        Options of the structure other than the rank: ``cores``, ``factorization``.
 
-    Raises ValueError for any other structure: no size of a Kronecker product represents every matrix, a Monarch matrix
-    does with one block, and for BLAST the smallest rank is not known (``min(d_out, d_in)`` suffices).
+    Returns
+    -------
+    int or tuple of int
+        :math:`\min(d_\text{out}, d_\text{in})` for low rank. For the others, one rank between each pair of cores k - 1
+        and k: :math:`\min(\prod_{j<k} n_j m_j, \prod_{j \ge k} n_j m_j)` for Tensor-Train, and
+        :math:`\min(\prod_{j<k} m_j, \prod_{j \ge k} n_j)` for Block Tensor-Train.
+
+    Raises
+    ------
+    ValueError
+        For any other structure. A Kronecker product of fixed sizes represents every matrix at no size, and a Monarch
+        matrix does so with one block. For BLAST the smallest rank is not known; ``min(d_out, d_in)`` suffices.
 
     Examples
     --------
@@ -66,24 +80,26 @@ def exact_rank(name: str, shape: tuple[int, int], **options: Any) -> int | tuple
     """
     cls = structure_class(name)
     if given := {"rank", "rank_fraction"} & set(options):
-        raise ValueError(f"{', '.join(sorted(given))} cannot be given: exact_rank computes the rank")
-    design(cls, shape, **options)  # checks them
+        raise ValueError(f"exact_rank computes the rank; leave out {', '.join(sorted(given))}")
+    design(cls, shape, **options)  # checks the options
     found = cls.exact_rank(shape, **options)
     if found is None:
         known = [repr(n) for n in structure_names() if "exact_rank" in vars(structure_class(n))]
-        raise ValueError(f"no rank is known at which {name!r} represents every matrix; known for {', '.join(known)}")
+        raise ValueError(
+            f"no rank is known at which {name!r} represents every matrix; it is known for {', '.join(known)}"
+        )
     return found
 
 
 def _core_sizes(name: str, shapes: Sequence[tuple[int, ...]]) -> tuple[list[int], list[int]]:
-    """Sizes n_k and m_k, core 0 first."""
+    """Return the sizes n_k and m_k, core 0 first."""
     if name == TensorTrain.name:
         return [s[1] for s in shapes], [s[2] for s in shapes]
     return [s[len(shapes) - 1] for s in shapes], [s[-1] for s in shapes]
 
 
 def conversions() -> tuple[tuple[str, str], ...]:
-    """All pairs (from, to) that :func:`convert` knows; besides these, everything converts to dense.
+    """Return all pairs (from, to) that :func:`convert` supports. In addition, every operator converts to dense.
 
     Examples
     --------
@@ -94,16 +110,16 @@ def conversions() -> tuple[tuple[str, str], ...]:
 
 
 def convert(A: LinearOperator, name: str, *, permutation: bool = False) -> LinearOperator:
-    """Return the same matrix as an operator of the structure ``name``, exactly.
+    """Return the same matrix as an operator of another structure, without approximation.
 
-    ``A`` is a named operator (or a transpose of one); to ``"dense"``, any operator. The factors of the result are
-    rearranged from those of A: same library, dtype and device, differentiable, no value is looked at.
+    The factors of the result are rearranged from those of A. They have the same library, dtype and device, and are
+    differentiable functions of the factors of A. The conversion does not depend on their values.
 
     ========================  =====================================================================================
     from                      to
     ========================  =====================================================================================
-    monarch                   block_tensor_train (padding kept; where the blocks do not divide the inner size, the
-                              rank is the largest number of paths between two blocks, and some factor entries are 0)
+    monarch                   block_tensor_train (padding is kept; if the blocks do not divide the inner size, the
+                              rank is the largest number of paths between two blocks, and some entries are 0)
     block_tensor_train        monarch (two cores with m_1 = n_0), einsum (two cores)
     kronecker                 tensor_train (rank 1), block_tensor_train (rank 1), einsum (two factors)
     tensor_train              block_tensor_train (same ranks), einsum (two cores)
@@ -115,10 +131,27 @@ def convert(A: LinearOperator, name: str, *, permutation: bool = False) -> Linea
     anything                  dense
     ========================  =====================================================================================
 
-    ``permutation``: for a Tensor-Train, Kronecker product or butterfly as Block Tensor-Train, return the product of a
-    :class:`BlockTensorTrain` and a :class:`Permutation` in place of a chain with another order of axes.
+    Parameters
+    ----------
+    A
+        A named operator, or the transpose of one. For ``name="dense"``, any operator.
+    name
+        Name of the structure of the result.
+    permutation
+        If a Tensor-Train, Kronecker product or butterfly becomes a Block Tensor-Train, return the product of a
+        :class:`BlockTensorTrain` and a :class:`Permutation` instead of a chain with reversed axes.
 
-    Raises TypeError for what is no operator, ValueError where no exact conversion exists for these sizes or at all.
+    Returns
+    -------
+    LinearOperator
+        An operator that represents the same matrix.
+
+    Raises
+    ------
+    TypeError
+        If A is not an operator.
+    ValueError
+        If there is no exact conversion, for the two structures or for these sizes.
 
     Examples
     --------
@@ -131,14 +164,17 @@ def convert(A: LinearOperator, name: str, *, permutation: bool = False) -> Linea
     True
     """
     if not isinstance(A, LinearOperator):
-        raise TypeError(f"convert takes an operator, got {type(A).__qualname__}")
+        raise TypeError(f"A must be an operator of structlin or CoLA, got {type(A).__qualname__}")
     structure_class(name)
     if permutation and name != BlockTensorTrain.name:
-        raise ValueError(f"permutation=True is for conversions to {BlockTensorTrain.name!r}, not to {name!r}")
+        raise ValueError(f"permutation=True is only valid for conversions to {BlockTensorTrain.name!r}, got {name!r}")
     if name == Dense.name:
         return A if type(A) is Dense else Dense(A.to_dense())
     if not isinstance(A, NamedOperator):
-        raise ValueError(f"{type(A).__qualname__} is no named structure, so it converts to {Dense.name!r} only")
+        raise ValueError(
+            f"{type(A).__qualname__} is not an operator of a named structure, so it can be converted to {Dense.name!r} "
+            f"only, not to {name!r}"
+        )
     if A.name == name:
         return A
     rule = _RULES.get((A.name, name))
@@ -149,18 +185,21 @@ def convert(A: LinearOperator, name: str, *, permutation: bool = False) -> Linea
         )
     if not _is_standard(A):
         if not _is_standard(A.T):
-            raise ValueError(f"{A!r} is not written as {type(A).__name__} writes its chain")
+            raise ValueError(
+                f"the chain of {A!r} is not the one that {type(A).__name__} has for factors of these shapes, so it can "
+                f"be converted to {Dense.name!r} only, not to {name!r}"
+            )
         return convert(A.T, name, permutation=permutation).T
     converted = rule(A)
     if not isinstance(converted, _Reordered):
         if permutation:
-            raise ValueError(f"{A.name!r} becomes {name!r} without a permutation")
+            raise ValueError(f"{A.name!r} becomes {name!r} without a permutation; leave out permutation=True")
         return converted
     return converted.product() if permutation else converted.chain()
 
 
 def _is_standard(A: NamedOperator) -> bool:
-    """Whether the chain is the one that the class states, not its transpose; some rules know padding too."""
+    """Return whether the chain is that of the class, not its transpose; Monarch and BTT may also be padded."""
     if not isinstance(A.structure, Structure):
         return True
     if isinstance(A, Butterfly):
@@ -200,7 +239,7 @@ class _Reordered:
         return StructuredOperator(replace(structure, steps=tuple(steps)), self.inner.factors)
 
     def product(self) -> LinearOperator:
-        """``B @ P`` or ``P @ B``, where P puts the axes of its input into reversed order."""
+        """Return ``B @ P`` or ``P @ B``, where P reverses the order of axes."""
         outs, ins = _core_sizes(BlockTensorTrain.name, [f.shape for f in self.inner.structure.factors])
         sizes = ins if self.of_input else outs
         order = np.arange(np.prod(sizes), dtype=np.int32).reshape(sizes).T.reshape(-1)
@@ -248,7 +287,10 @@ def _block_train_from_kronecker(A: NamedOperator) -> _Reordered:
 
 
 def _block_train_from_butterfly(A: NamedOperator) -> _Reordered:
-    """Stage k is indexed (m_(c-1)..m_(k+1)), (n_(k-1)..n_0), n_k, m_k by bits; a core has n_0 first."""
+    """Return one core for each stage.
+
+    In terms of bits, stage k has axes (m_{c-1}, ..., m_{k+1}, n_{k-1}, ..., n_0, n_k, m_k); a core has n_0 first.
+    """
     count = len(A.factors)
     target = block_tensor_train_chain([2] * count, [2] * count, [1] * (count - 1))
     ins, outs = target.steps[0].input, target.steps[-1].output[::-1]  # the bits, highest first
@@ -282,7 +324,10 @@ def _block_train_from_monarch(A: NamedOperator) -> NamedOperator:
 
 
 def _taken(x: Array, index: np.ndarray, axis: int) -> Array:
-    """``x[block, :, index]`` with a zero at index q; the block stands at ``axis`` of the index: (p, o, path, rest)."""
+    """Return ``x[block, :, index]``, where block is the index along ``axis`` of ``index`` and index q gives zero.
+
+    The axes of the result are (p, o, path, rest).
+    """
     name = backend_of(x)
     device = x.device if name == "torch" else None
     padded = ops(name).pad_last(x, 1)
@@ -292,7 +337,10 @@ def _taken(x: Array, index: np.ndarray, axis: int) -> Array:
 
 
 def _block_train_from_block_diagonal(A: NamedOperator) -> NamedOperator:
-    """Slice (n_0, m_1) is block p on the diagonal, else 0; the smaller side of the blocks becomes the rank."""
+    """Return a train whose slice (n_0, m_1) is a block if n_0 = m_1 and 0 otherwise.
+
+    The rank is the smaller side of the blocks.
+    """
     (blocks,) = A.factors
     count, rows, columns = blocks.shape
     diagonal = _identity(A, count)[:, :, None, None]
@@ -306,7 +354,7 @@ def _monarch_from_block_train(A: NamedOperator) -> NamedOperator:
     if len(A.factors) != 2 or A.factors[0].shape[0] != A.factors[0].shape[1]:
         sizes = _core_sizes(BlockTensorTrain.name, [f.shape for f in A.structure.factors])
         raise ValueError(
-            f"a Block Tensor-Train is a Monarch matrix where it has two cores and m_1 = n_0; got n = {sizes[0]}, "
+            f"a Block Tensor-Train is a Monarch matrix if it has two cores and m_1 = n_0; got n = {sizes[0]}, "
             f"m = {sizes[1]}"
         )
     return _named(Monarch, A.factors, A.shape)
@@ -324,10 +372,10 @@ def _einsum_from_block_train(A: NamedOperator) -> NamedOperator:
 
 
 def _einsum_from_train(A: NamedOperator) -> NamedOperator:
-    """Return the space contracts the fast input axis first, so the cores change places."""
+    """Return the einsum with the cores exchanged: it contracts the last axis of the input first."""
     slow, fast = _two(A)
-    w0 = _permute(fast[..., 0], (1, 0, 2))[None, None]  # (1, 1, n_2, r, m_2)
-    w1 = _permute(slow[0], (0, 2, 1))[None, :, :, None]  # (1, n_1, r, 1, m_1)
+    w0 = _permute(fast[..., 0], (1, 0, 2))[None, None]  # (1, 1, n_1, r, m_1)
+    w1 = _permute(slow[0], (0, 2, 1))[None, :, :, None]  # (1, n_0, r, 1, m_0)
     return EinsumSpace(w0, w1)
 
 

@@ -1,8 +1,8 @@
-"""Splitting a size into factors, by a named rule.
+"""Splitting a size into factors by a named rule.
 
-``balanced``: the factorisation with the smallest ratio of largest to smallest factor. ``greedy``: prime factors in
-ascending order, each multiplied onto the currently smallest number (the rule of *Compute Better Spent*,
-Qiu et al., ICML 2024). Both return the factors in ascending order.
+The rule ``balanced`` gives the factors with the smallest ratio of the largest to the smallest. The rule ``greedy`` is
+that of *Compute Better Spent* (Qiu et al., ICML 2024): it takes the prime factors in ascending order and multiplies the
+factor that is smallest so far by each. Both rules return the factors in ascending order.
 """
 
 from __future__ import annotations
@@ -11,16 +11,33 @@ from collections.abc import Iterator, Sequence
 from functools import lru_cache
 
 RULES = ("balanced", "greedy")
-MOST_PARTS = 64  # up to which an error names the nearest sizes that can be split
-SEARCHED = 4096  # sizes on each side of a size among which the nearest is looked for
-MAX_RATIO = 16  # `balanced` refuses a more lopsided split
+MOST_PARTS = 64  # largest number of parts for which an error names the nearest sizes that can be split
+SEARCHED = 4096  # number of sizes below and above that are searched for the nearest one
+MAX_RATIO = 16  # largest ratio of factors that `balanced` accepts
 
 
 def factorize(n: int, parts: int, rule: str | Sequence[int] = "balanced") -> tuple[int, ...]:
-    """Split ``n`` into ``parts`` factors by ``rule``, or check factors given explicitly.
+    """Split ``n`` into ``parts`` factors by a rule, or check explicit factors.
 
-    Raises ValueError where ``n`` has no split into factors above 1 (``balanced``: none with a ratio of at most
-    16), naming the nearest sizes that have one, and where explicit factors do not multiply to ``n``.
+    Parameters
+    ----------
+    n
+        Size to split.
+    parts
+        Number of factors.
+    rule
+        ``balanced``, ``greedy``, or the factors themselves.
+
+    Returns
+    -------
+    tuple of int
+        The factors: in ascending order from a rule, otherwise as given.
+
+    Raises
+    ------
+    ValueError
+        If ``n`` has no split into factors above 1; for ``balanced``, into factors with a ratio of at most 16. The
+        message names the nearest sizes that have one. Also if the product of explicit factors is not ``n``.
 
     Examples
     --------
@@ -65,9 +82,9 @@ def factorize(n: int, parts: int, rule: str | Sequence[int] = "balanced") -> tup
 
 
 def nearest_sizes(n: int, parts: int, rule: str = "balanced") -> tuple[int, ...]:
-    """Return the nearest splittable size below ``n`` (if there is one) and the nearest above it.
+    """Return the nearest size below ``n`` that can be split, if there is one, and the nearest above.
 
-    Where none is found among the 4096 sizes next to ``n``, the nearest power of two.
+    If none of the 4096 sizes next to ``n`` can be split, the nearest power of two takes its place.
 
     Examples
     --------
@@ -95,7 +112,7 @@ def _split(n: int, parts: int, rule: str) -> tuple[int, ...] | None:
 
 
 def _has_factors(n: int, parts: int) -> bool:
-    """Whether ``n`` has ``parts`` prime factors or more: quicker than to find them."""
+    """Return whether ``n`` has at least ``parts`` prime factors, without finding all of them."""
     if parts >= n.bit_length():
         return False
     p, left = 2, parts
@@ -109,7 +126,7 @@ def _has_factors(n: int, parts: int) -> bool:
 
 @lru_cache(maxsize=4096)
 def divisors(n: int) -> tuple[int, ...]:
-    """All divisors of a positive integer, in ascending order.
+    """Return all divisors of a positive integer in ascending order.
 
     Examples
     --------
@@ -141,7 +158,7 @@ def _greedy(n: int, parts: int) -> tuple[int, ...]:
 
 
 def _balanced(n: int, parts: int) -> tuple[int, ...] | None:
-    """Depth-first over ascending divisors; cut where the ratio can no longer beat the best."""
+    """Search ascending divisors depth-first; prune where the ratio cannot become smaller than the best."""
     best: tuple[int, ...] | None = None
 
     def ratio(split: tuple[int, ...]) -> float:

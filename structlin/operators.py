@@ -1,9 +1,9 @@
-"""The CoLA operator of a structure: one base class, from which every named operator derives.
+"""The CoLA operator of a structure: the base class of all named operators.
 
-A `StructuredOperator` is a structure (what the matrix looks like: static, hashable, no arrays) together with its
-factors (the arrays, in the order in which they meet a vector). Those two are all it holds; shape, dtype, device and
-array library follow from them, so an operator cannot disagree with its own arrays after ``.to``, a cast, or a
-transformation of jax or torch.
+A :class:`StructuredOperator` consists of a structure and its factors. The structure is static, hashable and holds no
+arrays. The factors are the arrays, in the order in which they are applied to a vector. Shape, dtype, device and array
+library follow from these two, so an operator is consistent with its arrays after ``.to``, a cast, or a transformation
+of jax or torch.
 """
 
 from __future__ import annotations
@@ -27,32 +27,32 @@ _FIELDS = ("structure", "factors", "_annotations", "_index_dtype")
 
 
 class StructuredOperator(LinearOperator):
-    """The matrix of shape (d_out, d_in) that ``structure`` makes of ``factors``.
+    """Operator of shape (d_out, d_in), given by a structure and its factors.
 
-    Behaves as any operator of CoLA: ``A @ X`` for X of shape (d_in,) or (..., d_in, k), ``X @ A`` for X of shape
-    (..., d_out), sums, products, ``cola.linalg``. Factors may be NumPy arrays, torch tensors or jax arrays (tracers
-    too), floating or complex; the result is of the same library. A NumPy operator stays NumPy.
+    It supports the interface of CoLA: ``A @ X`` for X of shape (d_in,) or (..., d_in, k), ``X @ A`` for X of shape
+    (..., d_out), sums, products, ``cola.linalg``. Factors are NumPy arrays, torch tensors or jax arrays (tracers
+    included), floating or complex. Results belong to the same library.
 
-    An operator is a pytree (jax, torch and CoLA's own) whose leaves are the factors, and it is immutable: to change a
-    factor, build another operator, which costs a few microseconds and copies nothing.
+    An operator is a pytree of jax, torch and CoLA whose leaves are the factors. It is immutable. To change a factor,
+    build another operator; that takes a few microseconds and copies no array.
 
     Parameters
     ----------
     structure
-        What to make of the factors.
+        The structure of the matrix.
     factors
-        Arrays of the shapes in ``structure.factors``, in that order, all of one library and one dtype. Integer arrays
-        (an index) may stand among them where the structure asks for one.
+        Arrays of the shapes in ``structure.factors``, in that order, of one library and one dtype. Factors that the
+        structure declares as an index are integer arrays.
     dtype
-        Only for a structure all of whose factors are integers, such as a permutation: the dtype that the operator
-        counts as having. Default: the library's default floating dtype.
+        Dtype of an operator whose factors are all integer arrays, such as a permutation. Default: the default floating
+        dtype of the library.
 
     Raises
     ------
     TypeError
-        Factors that are no arrays, or of more than one library or dtype.
+        If a factor is not an array, or factors belong to different libraries.
     ValueError
-        A wrong number of factors, a wrong shape, or a ``dtype`` that contradicts the factors.
+        If the number, the shapes or the dtypes of the factors are wrong, or ``dtype`` contradicts them.
 
     Examples
     --------
@@ -68,7 +68,7 @@ class StructuredOperator(LinearOperator):
     array([4., 4., 4.])
     """
 
-    # CoLA records which attributes are leaves at the first assignment; here they are declared.
+    # CoLA would record at the first assignment which attributes are leaves; they are declared instead.
     _dynamic: ClassVar[dict[str, bool]] = {name: name == "factors" for name in _FIELDS}
 
     structure: AbstractStructure
@@ -78,7 +78,7 @@ class StructuredOperator(LinearOperator):
     _transposed: AbstractStructure
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
-        """Make an object without arguments: copies and pickles need it."""
+        """Return an object without initialisation, which copies and pickles require."""
         return object.__new__(cls)
 
     def __init__(self, structure: AbstractStructure, factors: Iterable[Array], dtype: Any = None) -> None:
@@ -90,26 +90,26 @@ class StructuredOperator(LinearOperator):
 
     @classmethod
     def _build(cls, structure: AbstractStructure, factors: tuple[Array, ...], dtype: Any = None) -> Self:
-        """Return an operator of this class around parts known to fit, past the subclass's own constructor."""
+        """Return an operator of this class from checked parts, without calling the constructor of the subclass."""
         if dtype is not None or not _is_inexact(factors[0].dtype):
             dtype = _index_dtype(factors, dtype)
         return _fill(object.__new__(cls), structure, factors, cls._own_annotations(structure), dtype)
 
     @classmethod
     def _own_annotations(cls, structure: AbstractStructure) -> frozenset[type]:
-        """Return what every operator of this class is, whatever its numbers: for example ``{cola.Unitary}``."""
+        """Return the annotations that hold for every operator of this class, for example ``{cola.Unitary}``."""
         return frozenset()
 
-    # -- what follows from the two fields ------------------------------------------------------------------------
+    # -- properties that follow from structure and factors ------------------------------------------------------------
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(d_out, d_in)."""
+        """Shape ``(d_out, d_in)``."""
         return self.structure.shape
 
     @property
     def dtype(self) -> Any:
-        """Dtype of the factors, as their library writes it."""
+        """Dtype of the factors, an object of their library."""
         for factor in self.factors:
             found = getattr(factor, "dtype", None)
             if found is None or _is_inexact(found):
@@ -118,29 +118,28 @@ class StructuredOperator(LinearOperator):
 
     @property
     def device(self) -> Any:
-        """Where the first factor is; None for NumPy, as in CoLA."""
+        """Device of the factors; None for NumPy, as in CoLA."""
         return device_of(self.factors[0])
 
     @property
     def xnp(self) -> Any:
-        """CoLA's array functions, of the library that the factors belong to."""
+        """CoLA's array functions for the library of the factors."""
         return functions_of(backend_of(self.factors[0]))
 
     @property
     def annotations(self) -> set[type]:
-        """What CoLA may assume: SelfAdjoint, PSD, Unitary, Stiefel. A copy, because CoLA writes into such sets."""
+        """Properties that CoLA uses: SelfAdjoint, PSD, Unitary, Stiefel. A copy, because CoLA modifies such sets."""
         return set(self._annotations)
 
     @property
     def backend(self) -> str:
-        """``numpy``, ``torch`` or ``jax``."""
+        """Name of the array library: ``numpy``, ``torch`` or ``jax``."""
         return backend_of(self.factors[0])
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name != "annotations":
             raise AttributeError(
-                f"{type(self).__name__} is immutable and holds only its structure and factors; "
-                f"cannot set {name!r}, build another operator instead"
+                f"{type(self).__name__} is immutable; cannot set {name!r}, build another operator instead"
             )
         self.__dict__["_annotations"] = frozenset(value)
 
@@ -190,7 +189,7 @@ class StructuredOperator(LinearOperator):
         return self.structure.apply_columns(factors, X)
 
     def _rmatmat(self, X: Array) -> Array:
-        """X @ A for X of shape (..., d_out): the rows of X go through the transposed structure."""
+        """Return X @ A for X of shape (..., d_out), by the transposed structure."""
         factors, X = _promoted(self.factors, X)
         return self._transposed.apply(self.structure.transpose_factors(factors), X)
 
@@ -206,14 +205,17 @@ class StructuredOperator(LinearOperator):
 
     def _check_library(self, other: LinearOperator) -> None:
         if isinstance(other, StructuredOperator) and other.backend != self.backend:
-            raise TypeError(f"cannot combine a {self.backend} operator and a {other.backend} operator")
+            raise TypeError(
+                f"cannot combine a {self.backend} operator and a {other.backend} operator; "
+                "build both from arrays of one library"
+            )
 
     def _operand(self, X: Any) -> Array:
-        """X as an array of this operator's library."""
+        """Return X as an array of the library of this operator."""
         theirs, ours = backend_of(X), self.backend
         if theirs == ours:
             return X
-        if (ours, theirs) == ("jax", "numpy"):  # jax takes NumPy arrays everywhere, and CoLA hands it some
+        if (ours, theirs) == ("jax", "numpy"):  # jax accepts NumPy arrays, and CoLA passes some
             return functions_of("jax").array(X, dtype=None, device=None)
         raise TypeError(f"cannot combine a {ours} operator and a {theirs} array; convert one of them first")
 
@@ -236,7 +238,7 @@ class StructuredOperator(LinearOperator):
         return self.T.conj()
 
     def conj(self) -> Self:
-        """Return the complex conjugate; the operator itself where it is real."""
+        """Return the complex conjugate; for a real operator, the operator itself."""
         factors = self.factors
         operations = ops(backend_of(factors[0]))
         if not any(operations.is_complex(f) for f in factors):
@@ -244,22 +246,22 @@ class StructuredOperator(LinearOperator):
         return self._with(self.structure, tuple(operations.conj(f) for f in factors), self._annotations)
 
     def to(self, device: Any = None, dtype: Any = None) -> Self:
-        """Return the operator on another device, in another floating or complex dtype, or both.
+        """Return the operator on another device or in another floating or complex dtype.
 
         Parameters
         ----------
         device
-            As the array library takes it; a jax platform name such as ``"cpu"`` works too. None: stay.
+            A device of the array library, or for jax the name of a platform such as ``"cpu"``. None keeps the device.
         dtype
-            A dtype of the library or its name. None: keep. Integer factors (an index) are never cast.
+            A dtype of the library or its name. None keeps the dtype. Integer factors (an index) are never cast.
 
         Raises
         ------
         TypeError
-            A dtype in the place of the device.
+            If ``device`` is a dtype.
         ValueError
-            A dtype that the operator cannot have: integer, real for a complex operator, or 64-bit in jax without
-            ``jax_enable_x64``; a device other than the CPU for NumPy.
+            If the operator cannot have the dtype: an integer dtype, a real one for a complex operator, or one of 64
+            bits in jax without ``jax_enable_x64``. Also for NumPy on a device other than the CPU.
 
         Examples
         --------
@@ -287,13 +289,13 @@ class StructuredOperator(LinearOperator):
     # -- pytree, copies ------------------------------------------------------------------------------------------------
 
     def tree_flatten(self) -> tuple[tuple[Array, ...], Any]:
-        """Return the factors as leaves, for jax and torch."""
+        """Return the factors as leaves of a pytree, and the static part."""
         return self.factors, (self.structure, self._annotations, self._index_dtype)
 
     @classmethod
     def tree_unflatten(cls, aux: Any, children: Iterable[Any]) -> Self:
-        """Build the operator from leaves, which may be any objects."""
-        # Leaves may be anything here: jax and torch put None, sizes or sentinels in place of arrays.
+        """Return the operator with the given leaves, without checks."""
+        # jax and torch put None, sizes or sentinels in the place of arrays.
         structure, annotations, index_dtype = aux
         return _fill(object.__new__(cls), structure, tuple(children), annotations, index_dtype)
 
@@ -344,7 +346,7 @@ def _fill(
     fields["factors"] = factors
     fields["_annotations"] = annotations
     fields["_index_dtype"] = index_dtype
-    # Not a field of its own: looked up here because torch.compile cannot trace the building of a structure.
+    # Not a field: it is computed here, because torch.compile cannot trace the construction of a structure.
     fields["_transposed"] = _transpose(structure)
     return op
 
@@ -369,7 +371,7 @@ def _check_inner(left: tuple[int, int], right: tuple[int, int]) -> None:
 
 
 def _index_dtype(factors: tuple[Array, ...], dtype: Any) -> Any:
-    """Return the dtype to declare for an operator whose factors are all integers; None where the factors have one."""
+    """Return the dtype of an operator whose factors are all integer arrays; None if a factor has a floating dtype."""
     inexact = next((f.dtype for f in factors if _is_inexact(f.dtype)), None)
     backend = common_backend(factors)
     if inexact is not None:
@@ -413,7 +415,7 @@ def _resolve_dtype(backend: str, dtype: Any) -> Any:
 
 
 def _promoted(factors: tuple[Array, ...], X: Array) -> tuple[tuple[Array, ...], Array]:
-    """Factors and operand in their common dtype, as CoLA's own operators do; integer factors stay."""
+    """Return factors and operand in their common dtype, as CoLA's operators do; integer factors are not cast."""
     dtype = X.dtype
     for factor in factors:
         if factor.dtype != dtype:
@@ -432,7 +434,7 @@ def _promoted(factors: tuple[Array, ...], X: Array) -> tuple[tuple[Array, ...], 
 def _moved(x: Array, backend: str, device: Any, dtype: Any) -> Array:
     if dtype is not None and _is_inexact(x.dtype):
         if _is_complex(x.dtype) and not _is_complex(dtype):
-            raise ValueError(f"casting {x.dtype} to {dtype} would drop the imaginary part")
+            raise ValueError(f"casting {x.dtype} to {dtype} would drop the imaginary part; give a complex dtype")
     else:
         dtype = None
     if device is not None and (str(device).startswith("torch.float") or isinstance(device, np.dtype | type)):

@@ -1,8 +1,8 @@
 """The register of named structures.
 
-A named structure is one class in one file: a :class:`NamedOperator` with a ``design`` function from sizes to a
-structure, registered under a name. Layers, counts, scale rules, the command line and the conformance tests
-(:mod:`structlin.testing`) find it there. Code outside this package registers in the same way:
+A named structure is one class in one file. The class derives from :class:`NamedOperator`, has a ``design`` function
+from sizes to a structure, and is registered under a name. Layers, counts, scale rules, the command line and the
+conformance tests (:mod:`structlin.testing`) use the register. Other packages register structures in the same way:
 
 >>> from structlin import NamedOperator, Structure, register, unregister
 >>> @register("sandwich")
@@ -40,11 +40,17 @@ Example = tuple[tuple[int, int], Mapping[str, Any]]
 
 
 class NamedOperator(StructuredOperator):
-    """Base of the named structures: constructors from arrays, from sizes alone and at random.
+    """Base of the named structures, with constructors from arrays, from sizes alone and at random.
 
-    A subclass states ``formula`` (the chain, or the definition where it is none), ``parameters`` (their number),
-    ``source``, ``examples`` of (shape, options) on which the conformance tests run it, and ``design``. Where the
-    sizes follow from the factor shapes in another way than by reading them off ``formula``, it overrides ``_infer``.
+    A subclass implements ``design`` and sets these attributes:
+
+    - ``formula``: the chain, or the definition of the entries if the structure is not a chain;
+    - ``parameters``: a formula of the number of parameters;
+    - ``source``: a reference, or ``-``;
+    - ``examples``: pairs of shape and options on which the conformance tests run.
+
+    By default the constructor reads the sizes of the axes in ``formula`` off the shapes of the factors. A subclass for
+    which this does not work overrides ``_infer``.
     """
 
     name: ClassVar[str] = ""
@@ -60,13 +66,13 @@ class NamedOperator(StructuredOperator):
     @staticmethod
     @abstractmethod
     def design(shape: tuple[int, int], /) -> AbstractStructure:
-        """Return the structure of a ``(d_out, d_in)`` matrix; options are keyword-only arguments."""
+        """Return the structure of a ``(d_out, d_in)`` matrix; options of subclasses are keyword-only arguments."""
 
     @classmethod
     def exact_rank(cls, shape: tuple[int, int], **options: Any) -> int | tuple[int, ...] | None:
-        """Return the smallest ``rank`` at which every (d_out, d_in) matrix is represented; None: not known.
+        """Return the smallest ``rank`` at which every (d_out, d_in) matrix is represented, or None if not known.
 
-        ``options`` are those of ``design`` but the rank.
+        ``options`` are those of ``design`` other than the rank.
         """
         return None
 
@@ -79,11 +85,10 @@ class NamedOperator(StructuredOperator):
         cls, shape: tuple[int, int], *, seed: int | np.random.Generator | None = None, backend: str = "numpy",
         dtype: Any = None, device: Any = None, rule: str = "paper", zero_last: bool = False, **options: Any,
     ) -> Self:  # fmt: skip
-        """Draw a ``(d_out, d_in)`` matrix with the spectral scale (:mod:`structlin.scale`).
+        """Draw a random ``(d_out, d_in)`` matrix with the spectral scale.
 
-        ``seed``: as for ``numpy.random.default_rng``; None draws another matrix each time. ``backend``: ``numpy``,
-        ``torch`` or ``jax``. ``dtype`` defaults to float64 for NumPy, float32 otherwise. ``options`` are those of
-        ``design``. Raises ValueError for sizes or options that do not fit.
+        ``options`` are those of ``design``; ValueError for sizes or options that it does not accept. All other
+        arguments are those of :func:`structlin.random_factors`.
         """
         structure = design(cls, shape, **options)
         factors = random_factors(
@@ -98,20 +103,22 @@ def _declared(structure: AbstractStructure, dtype: Any) -> Any:
 
 @lru_cache(maxsize=4096)
 def inferred(cls: type[NamedOperator], shapes: tuple[tuple[int, ...], ...]) -> AbstractStructure:
-    """Return the structure that ``cls`` reads off the shapes of its factors, worked out once."""
+    """Return the structure that ``cls`` reads off the shapes of its factors, from a cache."""
     return cls._infer(*shapes)
 
 
 @lru_cache(maxsize=4096)
 def infer_from_chain(name: str, chain: str, shapes: tuple[tuple[int, ...], ...]) -> Structure:
-    """Read axis sizes off factor shapes; ValueError where they contradict the chain or one another."""
+    """Return the chain with sizes read off the shapes of factors; ValueError if the shapes contradict it."""
     terms = [step.split("->")[0].split(",")[1].strip() for step in chain.split(";")]
     if len(terms) != len(shapes):
         raise ValueError(f"{name} takes {len(terms)} factors, one for each step of {chain!r}, got {len(shapes)}")
     sizes: dict[str, int] = {}
     for number, (term, shape) in enumerate(zip(terms, shapes, strict=True)):
         if len(term) != len(shape):
-            raise ValueError(f"{name}: factor {number} needs {len(term)} axes {term!r} ({chain!r}), got shape {shape}")
+            raise ValueError(
+                f"{name}: factor {number} must have {len(term)} axes {term!r} ({chain!r}), got shape {shape}"
+            )
         for axis, size in zip(term, shape, strict=True):
             if sizes.setdefault(axis, size) != size:
                 raise ValueError(
@@ -122,16 +129,17 @@ def infer_from_chain(name: str, chain: str, shapes: tuple[tuple[int, ...], ...])
 
 
 GROUP = "structlin.structures"
-"""The group of entry points by which installed packages bring structures."""
+"""Group of entry points with which installed packages provide structures."""
 _REGISTRY: dict[str, type[NamedOperator]] = {}
 _installed_loaded = False
 _T = TypeVar("_T", bound=type[NamedOperator])
 
 
 def register(name: str) -> Callable[[_T], _T]:
-    """Class decorator that registers a named structure.
+    """Return a class decorator that registers a named structure.
 
-    Raises ValueError for a name that another class has or that is no identifier, TypeError for another kind of class.
+    ValueError for a name that another class has or that is not an identifier. TypeError for a class that is not a
+    subclass of :class:`NamedOperator`.
     """
     if not name.isidentifier():
         raise ValueError(f"the name of a structure must be an identifier, got {name!r}")
@@ -139,10 +147,10 @@ def register(name: str) -> Callable[[_T], _T]:
     def add(cls: _T) -> _T:
         if not (isinstance(cls, type) and issubclass(cls, NamedOperator)):
             raise TypeError(f"only subclasses of NamedOperator can be registered, got {cls!r}")
-        before = _REGISTRY.get(name, cls)  # the same class may come again when its module is run again
+        before = _REGISTRY.get(name, cls)  # the same class is registered again if its module is run again
         if (before.__module__, before.__qualname__) != (cls.__module__, cls.__qualname__):
             raise ValueError(
-                f"a structure named {name!r} is registered already: {before.__module__}.{before.__qualname__}; "
+                f"a structure named {name!r} is already registered: {before.__module__}.{before.__qualname__}; "
                 f"choose another name, or call unregister({name!r}) first"
             )
         cls.name = name
@@ -153,13 +161,13 @@ def register(name: str) -> Callable[[_T], _T]:
 
 
 def unregister(name: str) -> None:
-    """Remove a named structure; raises ValueError where there is none."""
+    """Remove a named structure; ValueError if there is no structure of this name."""
     structure_class(name)
     del _REGISTRY[name]
 
 
 def _load_installed() -> None:
-    """Import what the entry points of installed packages name, once; a warning tells of one that fails."""
+    """Import the entry points of installed packages, once; an import that fails gives a warning."""
     global _installed_loaded
     if _installed_loaded:
         return
@@ -167,22 +175,22 @@ def _load_installed() -> None:
     for point in entry_points(group=GROUP):
         try:
             point.load()
-        except Exception as error:  # one broken package must not end the use of all others
+        except Exception as error:  # one broken package must not prevent the use of the others
             told = f"the structures of the entry point {point.value!r} cannot be loaded: {error!r}"
             warnings.warn(told, stacklevel=3)
 
 
 def structure_names() -> tuple[str, ...]:
-    """Names of all registered structures, in the order of their registration; those of installed packages too."""
+    """Return the names of all structures, those of installed packages included, in the order of registration."""
     _load_installed()
     return tuple(_REGISTRY)
 
 
 def structure_class(name: str) -> type[NamedOperator]:
-    """Return the class registered as ``name``; ValueError with the names there are where it is unknown.
+    """Return the class registered as ``name``; ValueError lists the known names if there is none.
 
-    Packages that bring structures name them in the group of entry points ``structlin.structures``: each is imported the
-    first time that a name is not known, or :func:`structure_names` is called.
+    Packages provide structures through the group of entry points ``structlin.structures``. They are imported when a
+    name is unknown or :func:`structure_names` is called, for the first time.
     """
     if name not in _REGISTRY:
         _load_installed()
@@ -192,14 +200,14 @@ def structure_class(name: str) -> type[NamedOperator]:
 
 
 def _meant(name: str) -> str:
-    """Return the one structure whose initials these are, for a message: ``btt`` is not butterfly."""
+    """Return a hint for a message if exactly one structure has these initials, as for ``btt``."""
     short = str(name).lower()
     found = [known for known in _REGISTRY if "".join(word[0] for word in known.split("_")) == short]
     return f" ({found[0]!r} has these initials)" if len(short) > 1 and len(found) == 1 else ""
 
 
 def structure_options(structure: str | type[NamedOperator]) -> dict[str, Any]:
-    """Options of the ``design`` of a structure, given by name or class, and their defaults.
+    """Return the options of a structure, given by name or class, with their defaults.
 
     Examples
     --------
@@ -215,9 +223,26 @@ def _defaults(cls: type[NamedOperator]) -> dict[str, Any]:
 
 
 def design(structure: str | type[NamedOperator], shape: tuple[int, int], **options: Any) -> AbstractStructure:
-    """Return the structure of a ``(d_out, d_in)`` matrix from a name, its sizes and its options.
+    """Return the structure of a matrix from its name, its sizes and its options.
 
-    Raises ValueError for an unknown name, sizes that are not positive and options that the structure does not have.
+    Parameters
+    ----------
+    structure
+        Name of a registered structure, or a subclass of :class:`NamedOperator`.
+    shape
+        Shape ``(d_out, d_in)`` of the matrix.
+    **options
+        Options of the structure (:func:`structure_options`).
+
+    Returns
+    -------
+    AbstractStructure
+        The structure, without arrays.
+
+    Raises
+    ------
+    ValueError
+        If the name or an option is unknown, or the structure does not accept the sizes or options.
 
     Examples
     --------

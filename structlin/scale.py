@@ -1,15 +1,17 @@
-"""The spectral-scale rule: at what deviation to draw each factor, and how its learning rate scales.
+r"""The spectral scale rule: the initial deviation of each factor, and the multiplier of its learning rate.
 
-Both the matrix and its update should have a spectral norm of order ``sqrt(d_out / d_in)`` (Yang, Simon, Bernstein,
-*A Spectral Condition for Feature Learning*, 2023; applied to structured matrices by Qiu et al., *Compute Better
-Spent*, ICML 2024, section 3). Applied to every factor, with the fans that follow from its axis roles:
+The matrix and its update should have a spectral norm of order :math:`\sqrt{d_\text{out} / d_\text{in}}` (Yang, Simon,
+Bernstein, *A Spectral Condition for Feature Learning*, 2023). Qiu et al. (*Compute Better Spent*, ICML 2024, section 3)
+apply this condition to each factor, with the fans that follow from the roles of its axes:
 
-- initial deviation ``sqrt(min(fan_in, fan_out)) / fan_in``;
-- Adam and sign-type optimisers: learning rate times ``base_d_in / (fan_in * number of factors)``;
-- SGD: learning rate times ``blocks * carried * (fan_out / fan_in) / (base_d_out / base_d_in)``.
+- The initial deviation is :math:`\sigma = \sqrt{\min(\mathrm{fan\_in}, \mathrm{fan\_out})} / \mathrm{fan\_in}`.
+- Adam and optimizers that use the sign of the gradient multiply the learning rate by
+  :math:`d_\text{in}^\text{base} / (c \cdot \mathrm{fan\_in})`, where c is the number of factors.
+- SGD multiplies it by :math:`\text{blocks} \cdot \text{carried} \cdot (\mathrm{fan\_out} / \mathrm{fan\_in}) /
+  (d_\text{out}^\text{base} / d_\text{in}^\text{base})`.
 
-``base_d_in`` and ``base_d_out`` are the sizes of the dense layer at the width at which the base learning rate was
-tuned; left out, they are the layer's own.
+The base sizes are those of the dense layer for which the learning rate was tuned. By default they are the sizes of the
+layer itself.
 """
 
 from __future__ import annotations
@@ -28,17 +30,30 @@ OPTIMIZERS = ("adam", "adamw", "sign", "sgd")
 
 
 def init_std(structure: AbstractStructure, *, rule: str = "paper", zero_last: bool = False) -> tuple[float, ...]:
-    """Return the standard deviation at which to draw each factor; 0 for index arrays.
+    r"""Return the initial standard deviation of each factor; 0 for index arrays.
 
-    ``rule="paper"``: ``sqrt(min(fan_in, fan_out)) / fan_in``. ``rule="rank_corrected"``: the same times
-    :func:`rank_corrections`, so that the gain of the product does not fall with the rank.
+    Parameters
+    ----------
+    structure
+        Any structure.
+    rule
+        ``paper``: :math:`\sqrt{\min(\mathrm{fan\_in}, \mathrm{fan\_out})} / \mathrm{fan\_in}`. ``rank_corrected``: the
+        same times :func:`rank_corrections`, so that the gain of the product does not decrease with the rank.
+    zero_last
+        Set the factor that is applied last to zero, as in output layers, query projections and the last layers of
+        residual branches. With ``rank_corrected``, a structure whose rank is smaller than its sizes (low rank) then
+        has its other factors drawn with deviation :math:`\sqrt{1 / \mathrm{fan\_in}}`. The zeroed factor learns from
+        their output, which would otherwise vanish with the width.
 
-    ``zero_last`` zeroes the factor applied last (output layers, query projections, the last layer of a residual
-    branch). With ``rule="rank_corrected"`` a structure that passes through a bottleneck narrower than its input
-    (low rank) then has its other factors drawn at ``sqrt(1 / fan_in)``, since the zeroed factor learns from their
-    output, which would otherwise vanish with width.
+    Returns
+    -------
+    tuple of float
+        One deviation for each factor, in the order in which they are applied.
 
-    Raises ValueError for an unknown rule.
+    Raises
+    ------
+    ValueError
+        If the rule is unknown.
 
     Examples
     --------
@@ -68,15 +83,17 @@ def init_std(structure: AbstractStructure, *, rule: str = "paper", zero_last: bo
 
 
 def rank_corrections(structure: AbstractStructure) -> tuple[float, ...]:
-    """Factor by which each initial deviation is raised so that the gain of the product is that of rank 1.
+    r"""Return the number by which ``rule="rank_corrected"`` multiplies the initial deviation of each factor.
 
-    A chain of independent random factors, each of spectral norm ``sqrt(fan_out / fan_in)``, maps a generic vector
-    with squared RMS gain ``G = prod(min(1, fan_out / fan_in))``. A matrix of rank ``R`` whose singular values are
-    all of order ``sqrt(d_out / d_in)`` has ``G`` of order ``R / d_in``. What ``R / G`` gains when the rank axes
-    (those that are neither axes of the input nor of the output) grow from 1 to their size is therefore lost by the
-    product, and is given back, step by step, to the factor that contracts them: ``sqrt(r)`` for square Block
-    Tensor-Train and Tensor-Train, 1 for low rank and Monarch, whose gain does not depend on the rank. Initialisation
-    only: updates add up coherently over the rank, so the learning rate keeps the full fan-in.
+    A chain of independent random factors, each of spectral norm :math:`\sqrt{\mathrm{fan\_out} / \mathrm{fan\_in}}`,
+    has the squared RMS gain :math:`G = \prod_k \min(1, \mathrm{fan\_out}_k / \mathrm{fan\_in}_k)` on a generic vector.
+    A matrix of rank R with all singular values of order :math:`\sqrt{d_\text{out} / d_\text{in}}` has a gain of order
+    :math:`R / d_\text{in}`. Rank axes are the axes that belong neither to the input nor to the output. If they grow
+    from 1 to their size, the gain of the product falls behind by the factor by which :math:`R / G` grows.
+
+    The factor that contracts a rank axis is multiplied by the square root of what is lost. The correction is
+    :math:`\sqrt r` for square Block Tensor-Train and Tensor-Train matrices. It is 1 for low rank and Monarch, whose
+    gain does not depend on the rank. Learning rates are not corrected, because updates add up coherently over the rank.
 
     Examples
     --------
@@ -102,7 +119,7 @@ def rank_corrections(structure: AbstractStructure) -> tuple[float, ...]:
 
 
 def _segments(structure: Structure) -> list[list]:
-    """Return the chain cut where the vector is regrouped."""
+    """Return the steps, divided where the vector is regrouped."""
     segments = [[structure.steps[0]]]
     for before, step in zip(structure.steps, structure.steps[1:], strict=False):
         if step.input == before.output:
@@ -125,14 +142,32 @@ def lr_multipliers(
     base_d_in: int | None = None,
     base_d_out: int | None = None,
 ) -> tuple[float, ...]:
-    """Learning-rate multiplier of each factor, on the rate tuned for the dense layer at base width.
+    """Return the multiplier of each factor for the learning rate tuned for a dense layer of the base sizes.
 
-    ``optimizer`` is one of ``adam``, ``adamw``, ``sign`` (signSGD, Lion: as Adam) and ``sgd``. ``base_d_out`` is
-    used by ``sgd`` alone. Index arrays get 0. Raises ValueError for an unknown optimiser or base sizes below 1.
+    The rule of SGD contains blocks and carried positions, because the gradient that reaches an intermediate of
+    ``blocks * carried * fan_out`` features is smaller by their number. Without this factor the feature updates vanish
+    with the width. Gradients of shared weights add up over the carried positions, but mostly those of different
+    vectors.
 
-    Blocks and carried positions in SGD's rule: the gradient that reaches an intermediate of
-    ``blocks * carried * fan_out`` features is smaller by their number, so without it feature updates vanish with
-    width. (Gradients of shared weights add up over the carried positions, but mostly of unlike vectors.)
+    Parameters
+    ----------
+    structure
+        Any structure.
+    optimizer
+        ``adam``, ``adamw``, ``sgd`` or ``sign``. The last one stands for signSGD and Lion and has the rule of Adam.
+    base_d_in, base_d_out
+        Sizes of the dense layer for which the rate was tuned. Default: those of the structure. Only ``sgd`` uses
+        ``base_d_out``.
+
+    Returns
+    -------
+    tuple of float
+        One multiplier for each factor; 0 for index arrays.
+
+    Raises
+    ------
+    ValueError
+        If the optimizer is unknown or a base size is below 1.
 
     Examples
     --------
@@ -161,11 +196,31 @@ def lr_multipliers(
 
 
 def rms_cap(factor: Array, sigma: float, gain: Array | float = 1.0) -> Array:
-    """``factor * gain * min(1, sigma / RMS(factor))``: the factor with its RMS held at or below ``sigma``.
+    r"""Return a factor whose root mean square is at most ``sigma``, times a gain (Qiu et al. 2024, section 4.3).
 
-    ``gain`` is a learned scalar (a 0-d or one-element array, or a number). Differentiable, also at 0, and free of
-    host synchronisation; the RMS of half precision is taken in float32. Source: Qiu et al. (2024), section 4.3.
-    Raises ValueError unless ``sigma`` is positive.
+    .. math:: W \cdot g \cdot \min\left(1, \frac{\sigma}{\operatorname{RMS}(W)}\right)
+
+    The result is differentiable, also at W = 0, and its computation does not wait for a GPU. In half precision the RMS
+    is computed in float32.
+
+    Parameters
+    ----------
+    factor
+        The array W.
+    sigma
+        Largest RMS, usually the initial deviation of the factor.
+    gain
+        The scalar g: a number, or a learned array with one element.
+
+    Returns
+    -------
+    Array
+        Array of the shape of ``factor``.
+
+    Raises
+    ------
+    ValueError
+        If ``sigma`` is not positive.
 
     Examples
     --------
@@ -194,11 +249,30 @@ def random_factors(
     rule: str = "paper",
     zero_last: bool = False,
 ) -> tuple[Array, ...]:
-    """Gaussian factors at the deviations of :func:`init_std`; index arrays are random permutations.
+    """Draw Gaussian factors with the deviations of :func:`init_std`; index arrays are random permutations.
 
-    Drawn with NumPy in float64 from ``seed`` (as for ``numpy.random.default_rng``; None: other values each time), so
-    that all backends get the same values from one seed. Then converted to ``dtype`` (default: float64 for NumPy,
-    float32 for torch and jax). Complex dtypes get independent real and imaginary parts with the given total deviation.
+    NumPy draws the values in float64, so one seed gives the same values in all array libraries.
+
+    Parameters
+    ----------
+    structure
+        Any structure.
+    seed
+        Seed or generator, as for ``numpy.random.default_rng``. None gives different values each time.
+    backend
+        ``numpy``, ``torch`` or ``jax``.
+    dtype
+        Dtype of the factors. Default: float64 for NumPy, float32 for torch and jax. A complex dtype gives independent
+        real and imaginary parts; the deviation is that of the complex number.
+    device
+        Device of the factors, as the array library takes it.
+    rule, zero_last
+        Options of :func:`init_std`.
+
+    Returns
+    -------
+    tuple of Array
+        Factors in the order in which they are applied.
     """
     rng = np.random.default_rng(seed)
     if dtype is None:

@@ -1,4 +1,4 @@
-"""The structure of a matrix: an ordered chain of two-operand einsums, from which everything else is derived.
+"""The structure of a matrix: an ordered chain of einsums of two operands, from which all other quantities follow.
 
 A chain is applied to an activation. Each step contracts the activation with one factor. The roles of the axes (see
 :class:`Step`) determine the fans and the number of blocks of the factor, the parameters, the multiply-accumulates, the
@@ -56,11 +56,14 @@ _algebras: list[Any] = []  # set by structlin.algebra when it is imported: of on
 
 @dataclass(frozen=True)
 class Factor:
-    """What one factor of a structure is, apart from its values.
+    """Description of one factor of a structure, without its values.
 
-    ``shape``: of the array. ``fan_in`` / ``fan_out``: how many inputs (outputs) one element of its output (input)
-    sees. ``blocks``: how many independent matrices of (fan_out, fan_in) it holds. ``carried``: to how many
-    positions of a vector the same weights are applied. ``trainable`` is False for index arrays.
+    - ``shape``: shape of the array;
+    - ``fan_in``: number of inputs that contribute to one output;
+    - ``fan_out``: number of outputs to which one input contributes;
+    - ``blocks``: number of independent matrices of shape (fan_out, fan_in) in the array;
+    - ``carried``: number of positions of the vector to which the same weights are applied;
+    - ``trainable``: False for index arrays.
     """
 
     name: str
@@ -78,10 +81,10 @@ class Factor:
 
 
 class AbstractStructure(ABC):
-    """What operators, layers, counts and scale rules need of a structure.
+    """Base of all structures, with the interface that operators, layers, counts and scale rules use.
 
-    A subclass is frozen and hashable, sets ``d_in``, ``d_out`` and ``factors`` (in the order in which they are
-    applied to a vector) and implements ``macs``, ``transpose``, ``transpose_factors``, ``_rows`` and ``_columns``.
+    A subclass is frozen and hashable. It sets ``d_in``, ``d_out`` and ``factors``, in the order in which they are
+    applied to a vector. It implements ``macs``, ``transpose``, ``transpose_factors``, ``_rows`` and ``_columns``.
     """
 
     d_in: int
@@ -101,35 +104,35 @@ class AbstractStructure(ABC):
     @property
     @abstractmethod
     def macs(self) -> int:
-        """Multiply-accumulates of the products, for one vector."""
+        """Number of multiply-accumulates for one vector."""
 
     @property
     def other_flops(self) -> Mapping[str, int]:
-        """FLOPs, by name, of work that is not a product, for one vector."""
+        """FLOPs for one vector beyond the multiply-accumulates, by name of the operation."""
         return {}
 
     @property
     def setup_flops(self) -> Mapping[str, int]:
-        """FLOPs, by name, spent once for each application, whatever the number of vectors."""
+        """FLOPs once for each call, independent of the number of vectors, by name of the operation."""
         return {}
 
     @property
     def flops(self) -> int:
-        """FLOPs for one vector: ``2 * macs`` and the other work."""
+        """FLOPs for one vector: ``2 * macs`` plus the sum of ``other_flops``."""
         return 2 * self.macs + sum(self.other_flops.values())
 
     @property
     def rank_bound(self) -> int:
-        """An upper bound of the rank of the matrix."""
+        """Upper bound of the rank of the matrix."""
         return min(self.shape)
 
     @abstractmethod
     def transpose(self) -> AbstractStructure:
-        """Structure of the transposed matrix."""
+        """Return the structure of the transposed matrix."""
 
     @abstractmethod
     def transpose_factors(self, factors: Sequence[Array]) -> tuple[Array, ...]:
-        """Factors of the transposed matrix, for ``transpose()``."""
+        """Return the factors of the transposed matrix, whose structure is ``transpose()``."""
 
     @abstractmethod
     def _rows(self, factors: Sequence[Array], x: Array, xp: SimpleNamespace) -> Array:
@@ -139,25 +142,25 @@ class AbstractStructure(ABC):
     def _columns(self, factors: Sequence[Array], x: Array, xp: SimpleNamespace) -> Array:
         """Apply the matrix to columns, (d_in, k) -> (d_out, k). Nothing is checked."""
 
-    # -- algebra: optional, and None ("not known") where the structure has no better way than the dense matrix ---------
+    # -- algebra: optional; None if the structure has no better method than the dense matrix ---------------------------
 
-    # ``A`` is the operator (:class:`structlin.StructuredOperator`) whose structure this is: it has the factors, and
-    # annotations such as ``cola.PSD``. Operators are returned as operators of CoLA.
+    # ``A`` is the operator (:class:`structlin.StructuredOperator`) of this structure. It has the factors and
+    # annotations such as ``cola.PSD``. Matrices are returned as operators of CoLA.
 
     def inverse(self, A: Any) -> Answer[Any] | None:
-        """``A^-1`` as an operator. LinAlgError where it is singular to working precision."""
+        """Return the inverse as an operator; LinAlgError if A is singular to working precision."""
         return None
 
     def pinv(self, A: Any) -> Answer[Any] | None:
-        """Return the pseudo-inverse, as an operator."""
+        """Return the pseudo-inverse as an operator."""
         return None
 
     def solve(self, A: Any, b: Array) -> Answer[Array] | None:
-        """``A^-1 b`` for b of shape (n,) or (n, k), where that is less work than :meth:`inverse`."""
+        """Return ``A^-1 b`` for b of shape (n,) or (n, k), if that costs less than :meth:`inverse`."""
         return None
 
     def slogdet(self, A: Any) -> Answer[Determinant] | None:
-        """Sign and logarithm of the determinant of a square matrix."""
+        """Return sign and logarithm of the absolute value of the determinant of a square matrix."""
         return None
 
     def diagonal(self, A: Any, k: int) -> Answer[Array] | None:
@@ -165,11 +168,11 @@ class AbstractStructure(ABC):
         return None
 
     def trace(self, A: Any) -> Answer[Array] | None:
-        """Sum of the diagonal of a square matrix, where it is less work than :meth:`diagonal`."""
+        """Return the sum of the diagonal of a square matrix, if that costs less than :meth:`diagonal`."""
         return None
 
     def eig(self, A: Any) -> Answer[Eigen] | None:
-        """All eigenvalues and eigenvectors of a square matrix; functions of matrices and shifts are made of them."""
+        """Return all eigenvalues and eigenvectors of a square matrix; matrix functions and shifts use them."""
         return None
 
     def svd(self, A: Any) -> Answer[SVD] | None:
@@ -177,15 +180,15 @@ class AbstractStructure(ABC):
         return None
 
     def function(self, A: Any, f: Any) -> Answer[Any] | None:
-        """f(A), as an operator, where there is a better way than through :meth:`eig`."""
+        """Return f(A) as an operator, if there is a better method than :meth:`eig`."""
         return None
 
     def power(self, A: Any, k: int) -> Answer[Any] | None:
-        """``A^k`` for an integer k > 1, as one operator."""
+        """Return ``A^k`` as one operator, for an integer k > 1."""
         return None
 
     def frobenius_norm(self, A: Any) -> Answer[Array] | None:
-        """Return the root of the sum of squares."""
+        """Return the square root of the sum of squared absolute values of the entries."""
         return None
 
     def spectral_norm(self, A: Any) -> Answer[Array] | None:
@@ -193,37 +196,38 @@ class AbstractStructure(ABC):
         return None
 
     def product(self, A: Any, B: Any) -> Answer[Any] | None:
-        """Return ``A @ B`` as one operator, B an operator of any structure."""
+        """Return ``A @ B`` as one operator; B is an operator of any structure."""
         return None
 
     def sum(self, A: Any, B: Any) -> Answer[Any] | None:
-        """Return ``A + B`` as one operator, B an operator of any structure."""
+        """Return ``A + B`` as one operator; B is an operator of any structure."""
         return None
 
     def shifted(self, A: Any, value: Any) -> Answer[Any] | None:
-        """Return ``A + diag(value)`` as one operator; ``value`` is a 0-d array (a multiple of the identity) or (n,)."""
+        """Return ``A + diag(value)`` as one operator; ``value`` has shape (n,), or () for one number."""
         return None
 
     def kron(self, A: Any, B: Any) -> Answer[Any] | None:
-        """Return the Kronecker product as one operator, B an operator of any structure."""
+        """Return the Kronecker product as one operator; B is an operator of any structure."""
         return None
 
     def nearest(self, target: np.ndarray, covariance: np.ndarray | None) -> Nearest | None:
-        """Return the matrix of this structure nearest to ``target`` (d_out, d_in), in float64 or complex128.
+        """Return the matrix A of this structure that is nearest to ``target``, of shape (d_out, d_in).
 
-        In the Frobenius norm, or in that of ``(target - A) covariance^(1/2)``.
+        The distance is the Frobenius norm of ``target - A`` or, with a covariance, of
+        ``(target - A) covariance^(1/2)``. Arrays are float64 or complex128.
         """
         return None
 
     def dense(self, factors: Sequence[np.ndarray]) -> np.ndarray | None:
-        """Return the (d_out, d_in) matrix from NumPy factors, by its definition: an oracle apart from the products."""
+        """Return the (d_out, d_in) matrix of NumPy factors by its definition, to test the products against."""
         return None
 
     def check(self, factors: Sequence[Array]) -> str:
-        """Check number, shapes, backend and dtypes of ``factors``; return the backend's name.
+        """Check number, shapes, array library and dtypes of ``factors``; return the name of the library.
 
-        Raises ValueError for wrong numbers, shapes and mixed dtypes, TypeError for what is no array or for
-        arrays of different libraries.
+        ValueError for a wrong number, shape or dtype and for mixed dtypes. TypeError for objects that are not arrays
+        and for arrays of different libraries.
         """
         if len(factors) != len(self.factors):
             raise ValueError(f"{self!r} has {len(self.factors)} factors, got {len(factors)}")
@@ -233,13 +237,13 @@ class AbstractStructure(ABC):
                 raise ValueError(f"factor {spec.name} of {self!r} has shape {spec.shape}, got {tuple(array.shape)}")
             if ops(name).is_integer(array) == spec.trainable:
                 wanted = "a floating or complex dtype" if spec.trainable else "an integer dtype"
-                raise ValueError(f"factor {spec.name} of {self!r} needs {wanted}, got {array.dtype}")
+                raise ValueError(f"factor {spec.name} of {self!r} must have {wanted}, got {array.dtype}")
             # uint8 is a mask to torch, and sums of narrow integers overflow.
             if not spec.trainable and dtype_name(array.dtype) not in ("int32", "int64"):
-                raise ValueError(f"factor {spec.name} of {self!r} is an index of int32 or int64, got {array.dtype}")
+                raise ValueError(f"factor {spec.name} of {self!r} must have dtype int32 or int64, got {array.dtype}")
         dtypes = {a.dtype for spec, a in zip(self.factors, factors, strict=True) if spec.trainable}
         if len(dtypes) > 1:
-            raise ValueError(f"the factors need one dtype, got {', '.join(sorted(map(str, dtypes)))}")
+            raise ValueError(f"all factors must have the same dtype, got {', '.join(sorted(map(str, dtypes)))}")
         return name
 
     def _check_input(self, factors: Sequence[Array], x: Array, axis: int) -> SimpleNamespace:
@@ -258,33 +262,34 @@ class AbstractStructure(ABC):
         return xp
 
     def apply(self, factors: Sequence[Array], x: Array) -> Array:
-        """Apply the matrix to row-major activations: ``(..., d_in) -> (..., d_out)``.
+        """Apply the matrix to the vectors along the last axis: ``(..., d_in) -> (..., d_out)``.
 
-        ``factors`` and ``x`` are NumPy, torch or jax arrays of one library; NumPy and jax promote dtypes as they
-        always do, torch wants equal ones. Differentiable, and usable inside jit, vmap and ``torch.compile``.
-        Raises ValueError or TypeError on wrong shapes, dtypes or mixed libraries.
+        ``factors`` and ``x`` are NumPy, torch or jax arrays of one library. NumPy and jax promote dtypes; torch
+        requires equal dtypes. The product is differentiable and can be used inside ``jax.jit``, ``jax.vmap`` and
+        ``torch.compile``. ValueError for wrong shapes or dtypes, TypeError for mixed libraries.
         """
         xp = self._check_input(factors, x, -1)
         lead = tuple(x.shape[:-1])
         return self._rows(factors, x.reshape((math.prod(lead), self.d_in)), xp).reshape((*lead, self.d_out))
 
     def apply_columns(self, factors: Sequence[Array], x: Array) -> Array:
-        """Apply the matrix to column-major activations: ``(d_in, k) -> (d_out, k)``. Raises as :meth:`apply`."""
+        """Apply the matrix to the columns of x: ``(d_in, k) -> (d_out, k)``. Raises the errors of :meth:`apply`."""
         xp = self._check_input(factors, x, 0)
         if x.ndim != 2:
-            raise ValueError(f"columns have shape (d_in, k) = ({self.d_in}, k), got {tuple(x.shape)}")
+            raise ValueError(f"x must have shape (d_in, k) = ({self.d_in}, k), got {tuple(x.shape)}")
         return self._columns(factors, x, xp)
 
 
 @dataclass(frozen=True, repr=False)
 class Structure(AbstractStructure):
-    """An ordered chain of two-operand einsums with axis sizes.
+    """An ordered chain of einsums of two operands, with the sizes of their axes.
 
-    Build it with :meth:`parse`. ``d_in`` (``d_out``) may be smaller than the product of the first input's (last
-    output's) axis sizes: the input is then padded with zeros, and the output cut, at the end.
+    Build it with :meth:`parse`. If ``d_in`` is smaller than the product of the axes of the first input, zeros are
+    appended to the vector. If ``d_out`` is smaller than the product of the axes of the last output, the end of the
+    result is cut off.
 
-    Where the axes of a step's input differ from those of the output before it, the vector is *regrouped*: read in
-    row-major order and split into the new axes. Axis letters may not be reused across such a boundary.
+    If the input of a step has other axes than the output before it, the vector is *regrouped*: it is read in row-major
+    order and split into the new axes. No letter may occur on both sides of such a boundary.
 
     Examples
     --------
@@ -307,7 +312,7 @@ class Structure(AbstractStructure):
     def __post_init__(self) -> None:
         sizes = dict(self.sizes)
         axes = dict.fromkeys("".join(s.input + s.factor + s.output for s in self.steps))
-        # One order, so that equal structures compare equal, however they were made.
+        # A canonical order, so that equal structures compare equal.
         object.__setattr__(self, "sizes", tuple((a, sizes[a]) for a in axes))
         text = "; ".join(map(str, self.steps))
 
@@ -327,8 +332,8 @@ class Structure(AbstractStructure):
             if reused := closed & set("".join(s.input + s.factor + s.output for s in self.steps[number + 1 :])):
                 raise ValueError(
                     f"{text!r}, step {number + 1}: input {after.input!r} is not the output "
-                    f"{before.output!r} of the step before, and axis {min(reused)!r} stands on both sides; "
-                    "a regrouped vector needs new letters"
+                    f"{before.output!r} of the step before, and axis {min(reused)!r} occurs on both sides; "
+                    "the axes of a regrouped vector must have new letters"
                 )
             if size(before.output) != size(after.input):
                 raise ValueError(
@@ -340,7 +345,7 @@ class Structure(AbstractStructure):
             if back := seen & set(step.free):
                 raise ValueError(
                     f"{text!r}, step {number}: axis {min(back)!r} is contracted in an earlier step; "
-                    "a new axis needs a new letter"
+                    "a new axis must have a new letter"
                 )
             seen |= set(step.input + step.factor + step.output)
         inner_in, inner_out = size(self.steps[0].input), size(self.steps[-1].output)
@@ -350,7 +355,7 @@ class Structure(AbstractStructure):
             if not 1 <= given <= inner:
                 raise ValueError(
                     f"{text!r}: {name} must lie between 1 and the {inner} elements of its axes "
-                    f"(fewer means zero-padding or a cut), got {given}"
+                    f"(if smaller, the vector is padded or cut), got {given}"
                 )
         factors = tuple(
             Factor(
@@ -375,10 +380,12 @@ class Structure(AbstractStructure):
         cls, chain: str, sizes: Mapping[str, int] | None = None, /, *, d_in: int | None = None,
         d_out: int | None = None, **more: int,
     ) -> Structure:  # fmt: skip
-        """Build a structure from ``"input,factor->output; ..."`` and the sizes of its axes.
+        """Return the structure of a chain ``"input,factor->output; ..."`` with the given sizes of axes.
 
-        Sizes are given by keyword, or as a mapping (for axes that are no identifiers). Raises ValueError naming
-        the string, the step and the axis at fault; TypeError for sizes that are no integers.
+        Sizes are given by keyword or as a mapping. The mapping also takes axes that are not identifiers. ``d_in`` and
+        ``d_out`` default to the products of the axes of the first input and of the last output; smaller values pad the
+        input or cut the output. ValueError names the chain, the step and the axis that is wrong. TypeError for sizes
+        that are not integers.
 
         Examples
         --------
@@ -392,7 +399,7 @@ class Structure(AbstractStructure):
         steps = parse_chain(chain)
         both = set(sizes or {}) & set(more)
         if both:
-            raise ValueError(f"sizes of {', '.join(sorted(both))} are given twice")
+            raise ValueError(f"sizes of {', '.join(sorted(both))} are given both in the mapping and by keyword")
         checked = check_sizes(steps, {**(sizes or {}), **more})
         table = dict(checked)
         full_in = math.prod(table[a] for a in steps[0].input)
@@ -425,22 +432,22 @@ class Structure(AbstractStructure):
 
     @property
     def padding(self) -> tuple[int, int]:
-        """Zeros appended to the input, and elements cut from the output."""
+        """Number of zeros appended to the input, and of elements cut from the output."""
         return self._pad
 
     @property
     def macs(self) -> int:
-        """Multiply-accumulates for one vector: the sum of parameters times carried positions."""
+        """Number of multiply-accumulates for one vector: the sum of parameters times carried positions."""
         return sum(f.numel * f.carried for f in self.factors)
 
     @cached_property
     def rank_bound(self) -> int:
-        """Upper bound of the rank: the cheapest cut of the chain's axes between input and output.
+        """Upper bound of the rank: the smallest cut of the axes of the chain between input and output.
 
-        A cut puts each factor on the input's or on the output's side and costs the product of the sizes of the
-        axes that touch both sides. The cheapest one is a minimum cut of a network whose capacities are logarithms
-        (Ford and Fulkerson 1956), so the cost is polynomial in the number of steps. It is worked out at the first
-        access.
+        A cut puts each factor on the side of the input or on that of the output. Its value is the product of the sizes
+        of the axes that touch both sides. The smallest cut is a minimum cut of a network whose capacities are the
+        logarithms of the sizes (Ford and Fulkerson 1956), so its cost is polynomial in the number of steps. It is
+        computed at the first access.
         """
         bound, start = min(self.d_in, self.d_out), 0
         for stop in range(1, len(self.steps) + 1):
@@ -450,7 +457,7 @@ class Structure(AbstractStructure):
         return bound
 
     def transpose(self) -> Structure:
-        """Reverse the steps and exchange their inputs and outputs; the factors keep their layout."""
+        """Return the structure with reversed steps and exchanged inputs and outputs; factors keep their layout."""
         return Structure(tuple(s.transpose() for s in reversed(self.steps)), self.sizes, self.d_out, self.d_in)
 
     def transpose_factors(self, factors: Sequence[Array]) -> tuple[Array, ...]:
@@ -467,63 +474,63 @@ class Structure(AbstractStructure):
     # -- algebra, from the roles of the axes: structlin.algebra --------------------------------------------------------
 
     def inverse(self, A: Any) -> Answer[Any] | None:
-        """Return the inverse, from the roles of the axes."""
+        """Return the inverse, found from the roles of the axes."""
         return _algebras[0].inverse(A)
 
     def pinv(self, A: Any) -> Answer[Any] | None:
-        """Return the pseudo-inverse, from the roles of the axes."""
+        """Return the pseudo-inverse, found from the roles of the axes."""
         return _algebras[0].pinv(A)
 
     def solve(self, A: Any, b: Array) -> Answer[Any] | None:
-        """Solve from the roles of the axes."""
+        """Return ``A^-1 b``, found from the roles of the axes."""
         return _algebras[0].solve(A, b)
 
     def slogdet(self, A: Any) -> Answer[Any] | None:
-        """Return the determinant, from the roles of the axes."""
+        """Return the determinant, found from the roles of the axes."""
         return _algebras[0].slogdet(A)
 
     def diagonal(self, A: Any, k: int) -> Answer[Any] | None:
-        """Contract the k-th diagonal."""
+        """Return the k-th diagonal by contracting the factors."""
         return _algebras[0].diagonal(A, k)
 
     def trace(self, A: Any) -> Answer[Any] | None:
-        """Contract the trace."""
+        """Return the trace by contracting the factors."""
         return _algebras[0].trace(A)
 
     def eig(self, A: Any) -> Answer[Any] | None:
-        """Return the spectrum, from the roles of the axes."""
+        """Return eigenvalues and eigenvectors, found from the roles of the axes."""
         return _algebras[0].eig(A)
 
     def svd(self, A: Any) -> Answer[Any] | None:
-        """Return the singular values, from the roles of the axes."""
+        """Return the singular value decomposition, found from the roles of the axes."""
         return _algebras[0].svd(A)
 
     def function(self, A: Any, f: Any) -> Answer[Any] | None:
-        """Return f(A), from the roles of the axes."""
+        """Return f(A), found from the roles of the axes."""
         return _algebras[0].function(A, f)
 
     def power(self, A: Any, k: int) -> Answer[Any] | None:
-        """Return the power as one operator, from the roles of the axes."""
+        """Return the power as one operator, found from the roles of the axes."""
         return _algebras[0].power(A, k)
 
     def frobenius_norm(self, A: Any) -> Answer[Any] | None:
-        """Contract the sum of squares."""
+        """Return the Frobenius norm by contracting the factors with themselves."""
         return _algebras[0].frobenius_norm(A)
 
     def spectral_norm(self, A: Any) -> Answer[Any] | None:
-        """Return the largest singular value, from the roles of the axes."""
+        """Return the largest singular value, found from the roles of the axes."""
         return _algebras[0].spectral_norm(A)
 
     def product(self, A: Any, B: Any) -> Answer[Any] | None:
-        """Return the product as one operator where the axes fit."""
+        """Return the product as one operator if the axes match."""
         return _algebras[1].product(A, B)
 
     def sum(self, A: Any, B: Any) -> Answer[Any] | None:
-        """Return the sum as one operator where the axes fit."""
+        """Return the sum as one operator if the axes match."""
         return _algebras[1].sum(A, B)
 
     def shifted(self, A: Any, value: Any) -> Answer[Any] | None:
-        """Return ``A + diag(value)`` as one operator where the axes fit."""
+        """Return ``A + diag(value)`` as one operator if the axes match."""
         return _algebras[1].shifted(A, value)
 
     def kron(self, A: Any, B: Any) -> Answer[Any] | None:
@@ -535,15 +542,15 @@ class Structure(AbstractStructure):
 
 
 def _cheapest_cut(steps: Sequence[Step], sizes: Mapping[str, int]) -> int:
-    """Return the least product of sizes of axes that touch both sides, over all cuts of steps without regrouping.
+    """Return the smallest cut of steps without regrouping: the product of the sizes of axes that touch both sides.
 
-    Node 0 is the input, node -1 the output, those between them the factors. An axis is an edge that touches two
-    nodes or more; it becomes an arc between two nodes of its own, which limits what flows through it.
+    The first node of the network is the input, the last one the output, those between them are the factors. An axis
+    touches two or more nodes. It becomes an arc between two further nodes, whose capacity limits the flow through it.
     """
     places = [steps[0].input, *(s.factor for s in steps), steps[-1].output]
     axes = [a for a in dict.fromkeys("".join(places)) if sizes[a] > 1]
     touched = [[n for n, place in enumerate(places) if a in place] for a in axes]
-    # Integers of 32 bits are what SciPy takes. Cuts whose costs agree to about seven digits count as equal.
+    # SciPy requires capacities of 32 bits. Cuts that agree to about seven digits count as equal.
     total = math.fsum(math.log2(sizes[a]) for a in axes)
     unit = (2**31 - 2 - len(axes)) / max(total, 1.0)
     arcs: list[tuple[int, int, int]] = []

@@ -331,8 +331,16 @@ GOOD = random_factors(LOW_RANK, seed=0)
         ((*GOOD, GOOD[0]), ValueError, "has 2 factors, got 3"),
         (GOOD[::-1], ValueError, r"factor W0 of .* has shape \(2, 7\), got \(5, 2\)"),
         ((GOOD[0], GOOD[1].T), ValueError, r"factor W1 of .* has shape \(5, 2\), got \(2, 5\)"),
-        ((GOOD[0], GOOD[1].astype(int)), ValueError, "factor W1 of .* needs a floating or complex dtype, got int64"),
-        ((GOOD[0], GOOD[1].astype("float32")), ValueError, "the factors need one dtype, got float32, float64"),
+        (
+            (GOOD[0], GOOD[1].astype(int)),
+            ValueError,
+            "factor W1 of .* must have a floating or complex dtype, got int64",
+        ),
+        (
+            (GOOD[0], GOOD[1].astype("float32")),
+            ValueError,
+            "all factors must have the same dtype, got float32, float64",
+        ),
         ((GOOD[0], torch.tensor(GOOD[1])), TypeError, "arrays of one library are needed, got numpy, torch"),
         ((GOOD[0], GOOD[1].tolist()), TypeError, "expected a NumPy array, a torch tensor or a jax array, got .*list"),
     ],
@@ -350,7 +358,7 @@ def test_factors_that_do_not_fit(factors, error, message):
 def test_index_arrays_hold_integers():
     s = design("permutation", (3, 3))
     assert s.check((np.array([2, 0, 1]),)) == "numpy"
-    with pytest.raises(ValueError, match=r"factor index of .* needs an integer dtype, got float64"):
+    with pytest.raises(ValueError, match=r"factor index of .* must have an integer dtype, got float64"):
         s.check((np.array([2.0, 0.0, 1.0]),))
 
 
@@ -363,8 +371,8 @@ def test_index_arrays_hold_integers():
         ("apply", [1.0] * 7, TypeError, "expected a NumPy array, .* got builtins.list"),
         ("apply_columns", np.ones((6, 7)), ValueError, r"first axis .* d_in = 7, got shape \(6, 7\)"),
         ("apply_columns", np.ones(()), ValueError, r"first axis .* got shape \(\)"),
-        ("apply_columns", np.ones(7), ValueError, r"columns have shape \(d_in, k\) = \(7, k\), got \(7,\)"),
-        ("apply_columns", np.ones((7, 2, 3)), ValueError, r"columns have shape \(d_in, k\) .* got \(7, 2, 3\)"),
+        ("apply_columns", np.ones(7), ValueError, r"x must have shape \(d_in, k\) = \(7, k\), got \(7,\)"),
+        ("apply_columns", np.ones((7, 2, 3)), ValueError, r"x must have shape \(d_in, k\) .* got \(7, 2, 3\)"),
         ("apply_columns", jnp.ones((7, 2)), TypeError, "the factors are numpy arrays, the input is a jax array"),
     ],
 )

@@ -40,7 +40,7 @@ def test_the_register_refuses(sandwich):
         structlin.register("low rank")
     with pytest.raises(TypeError, match="only subclasses of NamedOperator can be registered, got <class 'int'>"):
         structlin.register("number")(int)
-    with pytest.raises(ValueError, match=r"'dense' is registered already: structlin.structures.dense.Dense"):
+    with pytest.raises(ValueError, match=r"'dense' is already registered: structlin.structures.dense.Dense"):
         structlin.register("dense")(Sandwich)
     impostor = type("Dense", (Sandwich,), {"__qualname__": "Dense"})  # a built-in's class name, from another module
     with pytest.raises(ValueError, match=r"choose another name, or call unregister\('dense'\) first"):

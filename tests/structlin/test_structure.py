@@ -276,7 +276,7 @@ def test_axes_may_be_any_letters_and_sizes_any_integers():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "step 0: step '': expected the form 'input,factor->output'"),
+        ("", "step 0: step '': expected the form 'input,factor->output', as in"),
         ("i,oi", "step 'i,oi': expected the form"),
         ("i->o", "step 'i->o': expected the form"),
         ("i,oi,o->o", "step 'i,oi,o->o': expected the form"),
@@ -288,13 +288,13 @@ def test_axes_may_be_any_letters_and_sizes_any_integers():
         ("i,i->", "step 'i,i->': the output has no axis"),
         ("i1,oi->o", "step 'i1,oi->o': '1' is not a letter"),
         ("i,o.i->o", "step 'i,o.i->o': '.' is not a letter"),
-        ("ii,oi->o", "step 'ii,oi->o': axis 'i' stands twice in the input"),
-        ("i,oio->o", "step 'i,oio->o': axis 'o' stands twice in the factor"),
-        ("i,oi->oo", "step 'i,oi->oo': axis 'o' stands twice in the output"),
-        ("ix,oi->o", "axis 'x' stands only in the input; each axis must stand in two or three of"),
-        ("i,oxi->o", "axis 'x' stands only in the factor"),
-        ("i,oi->ox", "axis 'x' stands only in the output"),
-        ("i,ri->r; r,orx->o", "'i,ri->r; r,orx->o', step 1: step 'r,orx->o': axis 'x' stands only in the factor"),
+        ("ii,oi->o", "step 'ii,oi->o': axis 'i' occurs twice in the input"),
+        ("i,oio->o", "step 'i,oio->o': axis 'o' occurs twice in the factor"),
+        ("i,oi->oo", "step 'i,oi->oo': axis 'o' occurs twice in the output"),
+        ("ix,oi->o", "axis 'x' occurs only in the input; each axis must occur in two or three of"),
+        ("i,oxi->o", "axis 'x' occurs only in the factor"),
+        ("i,oi->ox", "axis 'x' occurs only in the output"),
+        ("i,ri->r; r,orx->o", "'i,ri->r; r,orx->o', step 1: step 'r,orx->o': axis 'x' occurs only in the factor"),
     ],
 )
 def test_strings_that_are_no_chain(text, message):
@@ -316,13 +316,13 @@ def test_chains_are_strings():
     ("sizes", "error", "message"),
     [
         ({"i": 2}, ValueError, "'i,oi->o', step 0 'i,oi->o': no size given for axis 'o'"),
-        ({"i": 2, "o": 3, "q": 4}, ValueError, "size given for axis 'q', which stands in no step; axes are i, o"),
-        ({"i": 0, "o": 3}, ValueError, "axis 'i' needs a size of at least 1, got 0"),
-        ({"i": 2, "o": -3}, ValueError, "axis 'o' needs a size of at least 1, got -3"),
-        ({"i": 2.0, "o": 3}, TypeError, "axis 'i' needs an integer size, got 2.0"),
-        ({"i": True, "o": 3}, TypeError, "axis 'i' needs an integer size, got True"),
-        ({"i": "2", "o": 3}, TypeError, "axis 'i' needs an integer size, got '2'"),
-        ({"i": None, "o": 3}, TypeError, "axis 'i' needs an integer size, got None"),
+        ({"i": 2, "o": 3, "q": 4}, ValueError, "size given for axis 'q', which occurs in no step; axes are i, o"),
+        ({"i": 0, "o": 3}, ValueError, "the size of axis 'i' must be at least 1, got 0"),
+        ({"i": 2, "o": -3}, ValueError, "the size of axis 'o' must be at least 1, got -3"),
+        ({"i": 2.0, "o": 3}, TypeError, "the size of axis 'i' must be an integer, got 2.0"),
+        ({"i": True, "o": 3}, TypeError, "the size of axis 'i' must be an integer, got True"),
+        ({"i": "2", "o": 3}, TypeError, "the size of axis 'i' must be an integer, got '2'"),
+        ({"i": None, "o": 3}, TypeError, "the size of axis 'i' must be an integer, got None"),
     ],
 )
 def test_sizes_that_do_not_fit(sizes, error, message):
@@ -333,14 +333,18 @@ def test_sizes_that_do_not_fit(sizes, error, message):
 
 
 def test_sizes_given_twice():
-    with pytest.raises(ValueError, match="sizes of i are given twice"):
+    with pytest.raises(ValueError, match="sizes of i are given both in the mapping and by keyword"):
         Structure.parse("i,oi->o", {"i": 2, "o": 3}, i=2)
 
 
 @pytest.mark.parametrize(
     ("given", "error", "message"),
     [
-        ({"d_in": 7}, ValueError, "d_in must lie between 1 and the 6 elements of its axes (fewer means zero-padding"),
+        (
+            {"d_in": 7},
+            ValueError,
+            "d_in must lie between 1 and the 6 elements of its axes (if smaller, the vector is padded",
+        ),
         ({"d_in": 0}, ValueError, "d_in must lie between 1 and the 6 elements"),
         ({"d_out": 36}, ValueError, "d_out must lie between 1 and the 35 elements of its axes"),
         ({"d_out": -1}, ValueError, "d_out must lie between 1 and the 35 elements"),
@@ -365,13 +369,13 @@ def test_padded_sizes_that_do_not_fit(given, error, message):
         (
             "pa,pqa->pq; gp,ogp->op",
             {"p": 2, "a": 3, "q": 4, "g": 4, "o": 5},
-            "step 1: input 'gp' is not the output 'pq' of the step before, and axis 'p' stands on both sides; "
-            "a regrouped vector needs new letters",
+            "step 1: input 'gp' is not the output 'pq' of the step before, and axis 'p' occurs on both sides; "
+            "the axes of a regrouped vector must have new letters",
         ),
         (
             "pa,pqa->pq; gl,lag->la",
             {"p": 2, "a": 3, "q": 4, "g": 4, "l": 2},
-            "and axis 'a' stands on both sides; a regrouped vector needs new letters",
+            "and axis 'a' occurs on both sides; the axes of a regrouped vector must have new letters",
         ),
         (
             "pa,pqa->pq; gl,log->lo",
@@ -381,7 +385,7 @@ def test_padded_sizes_that_do_not_fit(given, error, message):
         (
             "pa,pqa->pq; gl,log->lo; xy,zxy->zp",
             {"p": 2, "a": 3, "q": 4, "g": 4, "l": 2, "o": 5, "x": 5, "y": 2, "z": 3},
-            "axis 'p' stands only in the output",
+            "axis 'p' occurs only in the output",
         ),
     ],
 )
@@ -392,7 +396,7 @@ def test_steps_that_do_not_join(text, sizes, message):
 
 
 def test_a_letter_may_not_come_back_after_two_regroupings():
-    with pytest.raises(ValueError, match="axis 'a' stands on both sides"):
+    with pytest.raises(ValueError, match="axis 'a' occurs on both sides"):
         Structure.parse("a,ba->b; c,dc->d; e,ae->a", a=2, b=3, c=3, d=4, e=4)
 
 
@@ -400,7 +404,7 @@ def test_a_contracted_letter_may_not_come_back():
     """Read all at once, as one einsum, the chain would be another matrix."""
     with pytest.raises(
         ValueError,
-        match="'i,ri->r; r,ir->i', step 1: axis 'i' is contracted in an earlier step; a new axis needs a new letter",
+        match="'i,ri->r; r,ir->i', step 1: axis 'i' is contracted in an earlier step; a new axis must have a new",
     ):
         Structure.parse("i,ri->r; r,ir->i", i=5, r=2)
     with pytest.raises(ValueError, match="step 2: axis 'a' is contracted in an earlier step"):

@@ -569,7 +569,7 @@ def test_sizes_that_do_not_fit_are_refused(name, shape, options, message):
 
 BAD_ARRAYS = [
     ("dense", (ONE((2, 3)), ONE((3, 2))), "Dense takes 1 factors, one for each step of 'i,oi->o', got 2"),
-    ("dense", (ONE(3),), r"Dense: factor 0 needs 2 axes 'oi' \('i,oi->o'\), got shape \(3,\)"),
+    ("dense", (ONE(3),), r"Dense: factor 0 must have 2 axes 'oi' \('i,oi->o'\), got shape \(3,\)"),
     ("low_rank", (ONE((2, 3)), ONE((4, 3))), r"axis 'r' .* has size 2 in an earlier factor and 3 in factor 1"),
     ("kronecker", (), "one matrix or more, got arrays of shape none"),
     ("kronecker", (ONE((2, 3)), ONE(2)), r"one matrix or more, got arrays of shape \(2, 3\), \(2,\)"),
