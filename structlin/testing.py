@@ -1,16 +1,16 @@
-"""Conformance checks that every named structure inherits, those of other packages included.
+"""Conformance checks of named structures, for this and other packages.
 
-A new structure is one class in one file, and this is its test:
+A new structure is one class in one file. Its test is one call:
 
 >>> import structlin
 >>> from structlin.testing import check_structure
 >>> for name in ("dense", "low_rank"):
 ...     check_structure(structlin.structure_class(name))
 
-Values are compared with a float64 oracle that shares no code with the products (:func:`dense_matrix`): for a chain of
-einsums opt_einsum over all factors at once, for any other structure its own ``dense`` method, which writes out the
-definition. The MACs that a structure claims are compared with those of its einsums, or where it is no chain with the
-products that it computes. Only NumPy is imported here; torch and jax are where
+The checks compare products with a matrix in double precision that shares no code with them (:func:`dense_matrix`). For
+a chain of einsums, opt_einsum contracts all factors at once. For any other structure, its ``dense`` method computes the
+matrix from the definition. The checks also compare the number of MACs that a structure states with that of its einsums;
+for other structures, with the products that it computes. This module imports NumPy only. torch and jax are imported if
 ``backend`` names them.
 """
 
@@ -44,9 +44,9 @@ __all__ = [
 
 Apply = Callable[[Sequence[Array], Array], Array]
 _ROUNDOFF = {"float64": 2.0**-53, "float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
-_SUBNORMAL = {"float16": 2.0**-24}  # the smallest number above 0, where products of usual size may come near to it
+_SUBNORMAL = {"float16": 2.0**-24}  # smallest positive number, for dtypes in which usual products can be near it
 _LEADING_SHAPES = ((), (1,), (0,), (2, 3), (2, 0, 3))
-_SAFETY = 8  # how many roundoffs each step may lose, relative to the product of absolute values
+_SAFETY = 8  # roundoffs that each step may lose, relative to the product of absolute values
 
 
 def check_structure(
@@ -59,9 +59,9 @@ def check_structure(
     transform: Callable[[Apply], Apply] | None = None,
     quick: bool = False,
 ) -> None:
-    """Check that a named structure keeps what its ``examples`` promise.
+    """Check a named structure on each of its ``examples``.
 
-    Runs :func:`check_design` on every one of them, and checks that ``design`` takes its options by name.
+    Runs :func:`check_design` on every example, and checks that ``design`` takes its options by name.
 
     Parameters
     ----------
@@ -72,24 +72,24 @@ def check_structure(
     dtype
         Name of a floating or complex dtype of that library.
     seed
-        Of the random factors and vectors.
+        Seed of the random factors and vectors.
     transform
-        Wraps the two contractions, `(factors, x) -> y`; `jax.jit` or `torch.compile`, for example.
+        Function that wraps the products `(factors, x) -> y`, such as `jax.jit` or `torch.compile`.
     quick
-        One batch shape instead of all, for what is compiled for each shape anew.
+        Check one batch shape instead of all, for transforms that compile for each shape.
 
     Raises
     ------
     AssertionError
-        With the structure, the numbers compared and the largest error where a check fails.
+        If a check fails. The message states the structure, the numbers compared and the largest error.
     ValueError
-        For a class without examples.
+        If the class has no examples.
     """
     if not cls.examples:
-        raise ValueError(f"{cls.__qualname__} has no examples of (shape, options) to be checked on")
+        raise ValueError(f"{cls.__qualname__} has no examples; set examples = ((shape, options), ...)")
     name = cls.__qualname__
     for attribute in ("formula", "parameters", "source"):
-        _require(bool(getattr(cls, attribute)), f"{name} states no {attribute}")
+        _require(bool(getattr(cls, attribute)), f"{name} has no {attribute}; set this attribute of the class")
     _, *rest = inspect.signature(cls.design).parameters.values()
     _require(
         all(p.kind is p.KEYWORD_ONLY for p in rest),
@@ -111,31 +111,38 @@ def check_design(
     transform: Callable[[Apply], Apply] | None = None,
     quick: bool = False,
 ) -> None:
-    """Check one size of a named structure.
+    r"""Check a named structure at one shape.
 
-    Shapes; counts derived from the structure against those of the arrays; values, for rows of every batch shape
-    (empty ones too), for columns and for strided input, against :func:`dense_matrix`; the adjoint identity
-    ``<A x, y> = <x, A* y>``; the transpose, also twice; the bound of the rank; the invariant
-    ``prod fan_out / fan_in = d_out / d_in``; the scale rules; the operator, from arrays and at random.
+    The checks are:
+
+    - the shapes, and the counts of the structure against those of the arrays;
+    - products with rows of every batch shape (empty ones included), with columns and with strided input, against
+      :func:`dense_matrix`;
+    - the adjoint identity :math:`\langle A x, y \rangle = \langle x, A^* y \rangle`;
+    - the transpose, and the transpose of the transpose;
+    - the bound of the rank;
+    - the identity :math:`\prod_k \mathrm{fan\_out}_k / \mathrm{fan\_in}_k = d_\text{out} / d_\text{in}`;
+    - the scale rules;
+    - the operator, from arrays and at random.
 
     Parameters
     ----------
     cls
-        The class.
+        The class, a subclass of `structlin.NamedOperator`.
     shape
-        `(d_out, d_in)`.
+        Shape `(d_out, d_in)` of the matrix.
     options
-        Of `cls.design`.
+        Options of `cls.design`.
     backend, dtype, seed, transform, quick
         As for :func:`check_structure`.
 
     Raises
     ------
     AssertionError
-        Where a check fails, and whatever `cls.design` raises for sizes it does not take.
+        If a check fails. Errors that `cls.design` raises for the shape or options pass through.
     """
     structure = design(cls, shape, **(options or {}))
-    _require(structure.shape == tuple(shape), f"{structure!r} has shape {structure.shape}, asked for {tuple(shape)}")
+    _require(structure.shape == tuple(shape), f"{structure!r} has shape {structure.shape}, not {tuple(shape)}")
     check_instance(structure, backend=backend, dtype=dtype, seed=seed, transform=transform, quick=quick)
     _check_operator(cls, structure, options or {}, backend, dtype, seed)
 
@@ -150,9 +157,9 @@ def check_instance(
     transform: Callable[[Apply], Apply] | None = None,
     quick: bool = False,
 ) -> None:
-    """Check one structure, which need not have a name.
+    """Check a structure, which need not be a named one.
 
-    The checks are those of `structlin.testing.check_design` without those of the operator.
+    The checks are those of `structlin.testing.check_design`, without those of the operator.
 
     Parameters
     ----------
@@ -164,11 +171,13 @@ def check_instance(
     Raises
     ------
     AssertionError
-        Where a check fails.
+        If a check fails.
     """
     factors = random_factors(structure, seed=seed, backend=backend, dtype=dtype)
     again = pickle.loads(pickle.dumps(structure))
-    _require(again == structure and hash(again) == hash(structure), f"{structure!r} does not survive pickling")
+    _require(
+        again == structure and hash(again) == hash(structure), f"{structure!r} changes when it is pickled and unpickled"
+    )
     _check_counts(structure, factors)
     _check_scale(structure)
     matrix = dense_matrix(structure, factors)
@@ -182,20 +191,20 @@ def check_instance(
 
 
 def random_chain(rng: np.random.Generator) -> Structure:
-    """Return a random chain of one to four einsums with axes of size 1 to 4: for property tests.
+    """Return a random chain of one to four einsums with axes of size 1 to 4, for property tests.
 
-    Axes of every role occur, in any order, steps without a contracted or a free axis too, vectors regrouped between
-    steps, padded inputs and cut outputs.
+    The axes have every role, in any order. Chains can contain steps without a contracted or free axis, regrouped
+    vectors, padded inputs and cut outputs.
 
     Parameters
     ----------
     rng
-        Where the choices come from.
+        Generator of the random choices.
 
     Returns
     -------
     Structure
-        A `structlin.Structure`.
+        A random structure.
     """
     sizes: dict[str, int] = {}
 
@@ -236,36 +245,36 @@ def random_chain(rng: np.random.Generator) -> Structure:
 
 
 def dense_matrix(structure: AbstractStructure, factors: Sequence[Array]) -> np.ndarray:
-    """Return the matrix in double precision, independent of how the structure is executed.
+    """Return the matrix in double precision, by other means than the products of the structure.
 
-    A chain is contracted by opt_einsum, all factors at once with an identity for the input; where the vector is
-    regrouped, a tensor of zeros and ones joins the old axes to the new. Any other structure writes its matrix out in
-    ``AbstractStructure.dense``, from its definition.
+    opt_einsum contracts all factors of a chain at once, with an identity as input. Where the vector is regrouped, a
+    tensor of zeros and ones connects the old axes to the new. Any other structure computes its matrix from the
+    definition in ``AbstractStructure.dense``.
 
     Parameters
     ----------
     structure
         Any structure.
     factors
-        Its arrays, of any library and dtype.
+        Its factors, arrays of any library and dtype.
 
     Returns
     -------
     np.ndarray
-        A NumPy array of shape `(d_out, d_in)`, float64 or complex128.
+        Array of shape `(d_out, d_in)`, float64 or complex128.
 
     Raises
     ------
     ValueError
-        For a structure that is no chain and does not implement `dense`.
+        If the structure is not a chain and does not implement `dense`.
     """
     arrays = tuple(to_numpy(f) for f in factors)
     if not isinstance(structure, Structure):
         found = structure.dense(arrays)
         if found is None:
             raise ValueError(
-                f"{structure!r} is no chain, so it has to implement `dense`: its matrix by the definition, in NumPy, "
-                "by other means than its products"
+                f"{structure!r} is not a chain, so it must implement `dense`, which computes the matrix from its "
+                "definition in NumPy, by other means than the products"
             )
         return np.asarray(found)
     sizes = dict(structure.sizes)
@@ -286,7 +295,7 @@ def dense_matrix(structure: AbstractStructure, factors: Sequence[Array]) -> np.n
 
 
 def to_numpy(x: Array) -> np.ndarray:
-    """Return a copy in NumPy: complex128 where complex, int64 where integer, float64 otherwise.
+    """Return a NumPy copy of an array: complex128, int64 or float64, by the kind of its dtype.
 
     Parameters
     ----------
@@ -296,7 +305,7 @@ def to_numpy(x: Array) -> np.ndarray:
     Returns
     -------
     np.ndarray
-        A NumPy array.
+        Array of the same shape.
     """
     if backend_of(x) == "torch":
         x = x.detach().cpu().resolve_conj()
@@ -306,22 +315,22 @@ def to_numpy(x: Array) -> np.ndarray:
 
 
 def unit_roundoff(dtype: Any) -> float:
-    """Largest relative error of rounding to a dtype, 2^-53 for float64 and complex128.
+    """Return the largest relative error of rounding to a dtype, for example 2^-53 for float64 and complex128.
 
     Parameters
     ----------
     dtype
-        A floating or complex dtype of any of the libraries, or its name.
+        A floating or complex dtype of NumPy, torch or jax, or its name.
 
     Returns
     -------
     float
-        A number.
+        The unit roundoff.
 
     Raises
     ------
     KeyError
-        For any other dtype.
+        If the dtype is not one of these.
     """
     name = dtype_name(dtype)
     return _ROUNDOFF[{"complex64": "float32", "complex128": "float64"}.get(name, name)]
@@ -334,22 +343,24 @@ def _require(condition: bool, message: str) -> None:
 
 def _check_counts(structure: AbstractStructure, factors: Sequence[Array]) -> None:
     shapes = [tuple(f.shape) for f in factors]
-    _require(shapes == [f.shape for f in structure.factors], f"{structure!r} promises other shapes than {shapes}")
+    _require(
+        shapes == [f.shape for f in structure.factors], f"{structure!r} states other shapes of factors than {shapes}"
+    )
     held = sum(math.prod(s) for s, f in zip(shapes, structure.factors, strict=True) if f.trainable)
-    _require(structure.num_params == held, f"{structure!r} counts {structure.num_params} parameters, holds {held}")
+    _require(structure.num_params == held, f"{structure!r} states {structure.num_params} parameters, has {held}")
     flops = 2 * structure.macs + sum(structure.other_flops.values())
-    _require(structure.flops == flops, f"{structure!r} counts {structure.flops} FLOPs, its parts are {flops}")
+    _require(structure.flops == flops, f"{structure!r} states {structure.flops} FLOPs, its parts add up to {flops}")
     for f in structure.factors:
         _require(
             f.blocks * f.fan_in * f.fan_out == f.numel or not isinstance(structure, Structure),
-            f"{f} of {structure!r}: blocks * fan_in * fan_out is not its number of elements",
+            f"{f} of {structure!r}: blocks * fan_in * fan_out is not {f.numel}, its number of elements",
         )
     if not isinstance(structure, Structure):
         _check_products(structure, factors)
         return
     sizes = dict(structure.sizes)
     macs = sum(math.prod(sizes[a] for a in set(s.input + s.factor + s.output)) for s in structure.steps)
-    _require(structure.macs == macs, f"{structure!r} counts {structure.macs} MACs, its einsums have {macs}")
+    _require(structure.macs == macs, f"{structure!r} states {structure.macs} MACs, its einsums have {macs}")
     if structure.padding == (0, 0) and all(f.carried == 1 for f in structure.factors):
         out, into = (math.prod(getattr(f, fan) for f in structure.factors) for fan in ("fan_out", "fan_in"))
         _require(
@@ -359,7 +370,7 @@ def _check_counts(structure: AbstractStructure, factors: Sequence[Array]) -> Non
 
 
 def _check_products(structure: AbstractStructure, factors: Sequence[Array]) -> None:
-    """Check that a structure other than a chain computes its stated MACs and does no more products than stated."""
+    """Check that a structure other than a chain computes as many MACs as it states, and no more other FLOPs."""
     arrays, tokens = tuple(to_numpy(f).real for f in factors), 3
     elementwise = tokens * sum(structure.other_flops.values()) + sum(structure.setup_flops.values())
     for apply, shape in (
@@ -369,12 +380,12 @@ def _check_products(structure: AbstractStructure, factors: Sequence[Array]) -> N
         found = counted(apply, arrays, np.ones(shape))
         _require(
             found.macs == tokens * structure.macs,
-            f"{structure!r} counts {structure.macs} MACs for a vector, but computes {found.macs} for {tokens}",
+            f"{structure!r} states {structure.macs} MACs for a vector, but computes {found.macs} for {tokens} vectors",
         )
         _require(
             found.elementwise <= elementwise,
-            f"{structure!r} counts {elementwise} FLOPs besides its products for {tokens} vectors, "
-            f"but does {found.elementwise} multiplications",
+            f"{structure!r} states {elementwise} FLOPs other than MACs for {tokens} vectors, "
+            f"but computes {found.elementwise} multiplications",
         )
 
 
@@ -383,11 +394,14 @@ def _check_scale(structure: AbstractStructure) -> None:
     for rule in RULES:
         std = init_std(structure, rule=rule)
         positive = [s > 0 and math.isfinite(s) for s in std]
-        _require(positive == trainable, f"{structure!r}: deviations {std} by rule {rule!r}")
+        _require(
+            positive == trainable,
+            f"{structure!r}: deviations {std} by rule {rule!r} must be positive for trainable factors alone",
+        )
         zeroed = init_std(structure, rule=rule, zero_last=True)
         wanted = [i for i, t in enumerate(trainable) if t][-1:]
         zeros = [i for i, s in enumerate(zeroed) if s == 0 and trainable[i]]
-        _require(zeros == wanted, f"{structure!r}: zero_last gives {zeroed}, only factor {wanted} must be zero")
+        _require(zeros == wanted, f"{structure!r}: zero_last gives {zeroed}, but factor {wanted} alone must be zero")
     for optimizer in OPTIMIZERS:
         own = lr_multipliers(structure, optimizer=optimizer)
         _require([m > 0 for m in own] == trainable, f"{structure!r}: {optimizer} multipliers {own}")
@@ -416,7 +430,7 @@ class _Values:
         self.backend = backend_of(factors[0])
         self.loss = _SAFETY * len(structure.factors) * unit_roundoff(dtype)
         self.underflow = _SAFETY * len(structure.factors) * _SUBNORMAL.get(dtype, 0.0)
-        # What the products could be without cancellation; a bound in the norm where the structure is no chain.
+        # The products without cancellation, as a bound of errors; a bound in the norm if the structure is not a chain.
         self.bound = (
             dense_matrix(structure, [np.abs(to_numpy(f)) for f in factors])
             if isinstance(structure, Structure)

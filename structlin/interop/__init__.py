@@ -1,4 +1,4 @@
-"""To and from other libraries: arrays, SciPy, CoLA's own operators, lineax, linear_operator and GPyTorch."""
+"""Conversion to and from other libraries: arrays, SciPy, operators of CoLA, lineax, linear_operator and GPyTorch."""
 
 from structlin.interop._arrays import to_jax, to_numpy, to_torch
 from structlin.interop._cola import from_cola, to_cola

@@ -1,13 +1,13 @@
-"""Operators as dense arrays of NumPy, torch and jax, and what NumPy's and SciPy's users expect of a matrix.
+"""Operators as dense arrays of NumPy, torch and jax, and the interface of matrices in NumPy and SciPy.
 
-Importing this module gives every operator of CoLA and of this package
+Importing this module adds methods to every operator of CoLA and of this package:
 
-- ``__array__``, so that ``np.asarray(A)`` is the dense matrix instead of an array that holds one Python object;
+- ``__array__``, so that ``np.asarray(A)`` is the dense matrix, not an array of one Python object;
 - ``A ** n``;
-- ``matvec``, ``matmat``, ``rmatvec``, ``rmatmat`` on NumPy arrays, so that SciPy's solvers take it.
+- ``matvec``, ``matmat``, ``rmatvec`` and ``rmatmat`` on NumPy arrays, so that SciPy's solvers accept an operator.
 
-Nothing else of NumPy densifies an operator behind one's back: operators refuse NumPy's elementwise functions
-(``__array_ufunc__`` is None), and ``x @ A``, ``c * A``, ``x + A`` go to the operator as before.
+NumPy does not convert an operator to a dense array in other cases. Elementwise functions of NumPy raise TypeError
+(``__array_ufunc__`` is None), and ``x @ A``, ``c * A`` and ``x + A`` call the methods of the operator.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from structlin._arrays import Array, backend_of, dtype_name, to_backend
 
 
 def host(x: Array) -> np.ndarray:
-    """Return a writable NumPy array without gradients from an array on any device; bfloat16 becomes float32."""
+    """Return an array of any library and device as a writable NumPy array; bfloat16 becomes float32."""
     library, half = backend_of(x), dtype_name(x.dtype) == "bfloat16"
     if library == "torch":
         x = x.detach().cpu().resolve_conj()
         return (x.float() if half else x).numpy()
-    if library == "jax":  # those that look into jax's memory are read-only
+    if library == "jax":  # a view of jax's memory would be read-only
         return np.array(x, dtype=np.float32 if half else None)
     return x
 
@@ -43,11 +43,11 @@ def to_numpy(A: LinearOperator, dtype: Any = None) -> np.ndarray:
            [0., 2.]])
     """
     require_operator(A)
-    return np.array(host(A.to_dense()), dtype=dtype)  # a copy: CoLA's Dense gives out its own memory
+    return np.array(host(A.to_dense()), dtype=dtype)  # a copy, because CoLA's Dense returns its own memory
 
 
 def to_torch(A: LinearOperator, dtype: Any = None, device: Any = None) -> Array:
-    """Return the matrix as a torch tensor; of a torch operator with its gradients, of others without."""
+    """Return the matrix as a torch tensor; gradients are kept if the operator is one of torch."""
     require_operator(A)
     matrix = A.to_dense()
     if backend_of(matrix) == "torch":
@@ -56,10 +56,10 @@ def to_torch(A: LinearOperator, dtype: Any = None, device: Any = None) -> Array:
 
 
 def to_jax(A: LinearOperator, dtype: Any = None) -> Array:
-    """Return the matrix as a jax array; of a jax operator differentiable, of others not.
+    """Return the matrix as a jax array, differentiable if the operator is one of jax.
 
-    Raises ValueError where jax would give another precision than the operator's own or ``dtype``: float64 needs
-    ``jax.config.update("jax_enable_x64", True)``, or ``dtype="float32"``.
+    ValueError if jax cannot represent the dtype. A float64 operator needs either ``dtype="float32"`` or
+    ``jax.config.update("jax_enable_x64", True)``.
     """
     require_operator(A)
     matrix = A.to_dense()
@@ -69,14 +69,14 @@ def to_jax(A: LinearOperator, dtype: Any = None) -> Array:
 
 
 def _array(self: LinearOperator, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-    """For ``np.asarray``: always a new array, so that ``copy=False`` cannot be had."""
+    """Return a new array, for ``np.asarray``; ValueError for ``copy=False``."""
     if copy is False:
-        raise ValueError("an operator has to be multiplied out to become an array, which is a copy")
+        raise ValueError("the dense matrix of an operator is a new array, so copy=False is not possible; leave it out")
     return to_numpy(self, dtype)
 
 
 def _power(self: LinearOperator, exponent: Any) -> LinearOperator:
-    """Return ``A ** n`` by squaring, of the inverse for negative n; ``cola.linalg.pow`` for other numbers."""
+    """Return ``A ** n`` by repeated squaring of A, or of its inverse if n < 0; other powers by ``cola.linalg.pow``."""
     if isinstance(exponent, bool) or not isinstance(exponent, int | float | np.integer | np.floating):
         return NotImplemented
     if self.shape[0] != self.shape[1]:

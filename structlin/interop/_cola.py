@@ -1,4 +1,4 @@
-"""To and from CoLA's own operators."""
+"""Conversion to and from the operators of CoLA."""
 
 from __future__ import annotations
 
@@ -26,12 +26,14 @@ from structlin.structures.permutation import Permutation, PermutationStructure
 
 
 def to_cola(A: StructuredOperator) -> LinearOperator:
-    """Return the same matrix in CoLA's own operators, sharing the arrays.
+    """Return the same matrix as operators of CoLA that share the arrays.
 
-    Dense, Kronecker, block-diagonal, diagonal, permutation and low-rank matrices (a product of two) have a counterpart.
-    Any other chain (Monarch, Tensor-Train, ...) becomes a product of permutations and, for each step, a block-diagonal
-    operator of as many operators as the step has blocks; a slice of it where the chain pads. ValueError for what is
-    applied by FFT (circulant, Toeplitz), TypeError for what is no operator of this package.
+    Dense, Kronecker, block-diagonal, diagonal and permutation matrices become the operator of that name. A low-rank
+    matrix becomes a product of two. Any other chain (Monarch, Tensor-Train, ...) becomes a product of permutations and
+    of one block-diagonal operator for each step; if the chain is padded, the result is a slice of the product.
+
+    ValueError for matrices that are applied by FFT (circulant, Toeplitz). TypeError if A is not an operator of this
+    package.
 
     Examples
     --------
@@ -42,7 +44,7 @@ def to_cola(A: StructuredOperator) -> LinearOperator:
         raise TypeError(f"expected an operator of structlin, got {type(A).__module__}.{type(A).__qualname__}")
     found = _to_cola(A)
     if found is None:
-        raise ValueError(f"CoLA has no operator for the structure {A.structure!r}")
+        raise ValueError(f"CoLA has no operator for the structure {A.structure!r}; use cola.ops.Dense(A.to_dense())")
     for annotation in A.annotations:
         found = annotation(found)
     return found
@@ -69,7 +71,11 @@ def _to_cola(A: StructuredOperator) -> LinearOperator | None:
 
 
 def _chain_in_cola(A: StructuredOperator) -> LinearOperator:
-    """Step by step: axes permuted to (batch, contracted, carried), the blocks, and axes permuted to the output."""
+    """Return a product of three operators for each step.
+
+    They permute the axes to (batch, contracted, carried), apply the blocks, and permute the axes to those of the
+    output.
+    """
     ops, structure = cola.ops, A.structure
     assert isinstance(structure, Structure)
     sizes, members = dict(structure.sizes), []
@@ -108,12 +114,17 @@ def _axes_permuted(A: StructuredOperator, before: str, after: str, sizes: Mappin
 
 
 def from_cola(A: LinearOperator) -> StructuredOperator:
-    """Return an operator of CoLA as a structured one, where its kind has a counterpart.
+    """Return an operator of CoLA as a structured operator of the same kind.
 
-    Dense, Diagonal, ScalarMul and Identity (as :class:`structlin.Diagonal`), Permutation, Kronecker products of
-    matrices, BlockDiag of matrices of one shape, and products of two matrices through a narrow middle (as
-    :class:`structlin.LowRank`), their transposes and adjoints. Raises ValueError for all else, TypeError for what is no
-    operator.
+    These operators, their transposes and their adjoints are supported:
+
+    - Dense and Permutation;
+    - Diagonal, ScalarMul and Identity, as :class:`structlin.Diagonal`;
+    - Kronecker products of matrices;
+    - BlockDiag of matrices of one shape;
+    - products of two matrices of low rank, as :class:`structlin.LowRank`.
+
+    ValueError for any other operator. TypeError if A is not an operator.
 
     Examples
     --------
@@ -126,7 +137,10 @@ def from_cola(A: LinearOperator) -> StructuredOperator:
         return A
     found = _from_cola(A)
     if found is None:
-        raise ValueError(f"no structure is known for {type(A).__name__} of shape {tuple(A.shape)}")
+        raise ValueError(
+            f"no structure is known for {type(A).__name__} of shape {tuple(A.shape)}; "
+            "structlin.Dense(A.to_dense()) has the same matrix"
+        )
     for annotation in A.annotations:
         found = annotation(found)
     return found

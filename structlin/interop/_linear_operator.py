@@ -1,4 +1,4 @@
-"""To linear_operator, and with it to GPyTorch: a structured kernel matrix in a Gaussian process."""
+"""Conversion to linear_operator, for structured kernel matrices in Gaussian processes of GPyTorch."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from typing import Any
 import cola
 from cola.ops import LinearOperator
 
-from structlin._cola_compat import functions_of
+from structlin._cola_compat import functions_of, library_of
 from structlin.interop._arrays import require_operator
 from structlin.linalg import solve
 
 
 def to_linear_operator(A: LinearOperator) -> Any:
-    """Return ``A``, an operator of torch tensors, as an operator of ``linear_operator``, for GPyTorch.
+    """Return an operator of torch tensors as an operator of ``linear_operator``, for GPyTorch.
 
-    Products, diagonal, solve and log-determinant are those of structlin, so that a kernel matrix that is a Kronecker
-    product, and its sum with a noise term, are never multiplied out. Gradients reach the factors of A.
+    structlin computes products, diagonal, solutions and log-determinant. So a kernel matrix that is a Kronecker product
+    is never formed as a dense matrix, and neither is its sum with a noise term. Gradients reach the factors of A.
 
     Parameters
     ----------
@@ -27,15 +27,15 @@ def to_linear_operator(A: LinearOperator) -> Any:
     Returns
     -------
     Any
-        A ``linear_operator.LinearOperator`` of that shape. The sum with a diagonal of linear_operator (the noise of a
-        likelihood) is one again; with ``A`` annotated as ``cola.PSD``, so is the sum.
+        A ``linear_operator.LinearOperator`` of that shape. Its sum with a diagonal of linear_operator (the noise of a
+        likelihood) is again such an operator. If ``A`` is annotated as ``cola.PSD``, the sum is too.
 
     Raises
     ------
     TypeError
-        What is no operator, or holds no torch tensors.
+        If A is not an operator, or not one of torch tensors.
     ImportError
-        Where linear_operator is not installed (``pip install "structlin[peers]"``).
+        If linear_operator is not installed (``pip install "structlin[peers]"``).
 
     Examples
     --------
@@ -46,20 +46,23 @@ def to_linear_operator(A: LinearOperator) -> Any:
     """
     require_operator(A)
     if A.xnp is not functions_of("torch"):
-        raise TypeError("linear_operator works on torch tensors; build the operator from torch tensors")
+        raise TypeError(
+            f"linear_operator works on torch tensors, got an operator of {library_of(A.xnp)} arrays; "
+            "build it from torch tensors"
+        )
     leaves, unflatten = A.flatten()
     return _adapter()(*leaves, unflatten=unflatten)
 
 
 @cache
 def _adapter() -> Any:
-    """Return the class, made when linear_operator is first asked for."""
+    """Return the class, which is defined at the first use because it needs linear_operator."""
     import torch
     from linear_operator.operators import DiagLinearOperator
     from linear_operator.operators import LinearOperator as Peer
 
     class StructlinLinearOperator(Peer):
-        """An operator of structlin or CoLA: its arrays are the arguments, ``unflatten`` puts them together."""
+        """An operator of structlin or CoLA, which ``unflatten`` builds from its arrays."""
 
         def __init__(self, *leaves: Any, unflatten: Any) -> None:
             super().__init__(*leaves, unflatten=unflatten)

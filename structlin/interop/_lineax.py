@@ -1,4 +1,4 @@
-"""To lineax: an operator of jax arrays for its solvers."""
+"""Conversion to lineax, whose solvers then apply to operators of jax arrays."""
 
 from __future__ import annotations
 
@@ -7,32 +7,32 @@ from typing import Any
 import cola
 from cola.ops import LinearOperator
 
-from structlin._cola_compat import functions_of
+from structlin._cola_compat import functions_of, library_of
 from structlin.interop._arrays import require_operator
 
 
 def to_lineax(A: LinearOperator, tags: Any = ()) -> Any:
-    """Return ``A``, an operator of jax arrays, as a ``lineax.FunctionLinearOperator``.
+    """Return an operator of jax arrays as a ``lineax.FunctionLinearOperator``.
 
     Parameters
     ----------
     A
         Operator of shape (d_out, d_in) of structlin or CoLA, over jax arrays.
     tags
-        Further tags of lineax. Those that follow from ``cola.PSD`` and ``cola.SelfAdjoint`` annotations of a real
-        operator (positive semidefinite, symmetric) are added.
+        Additional tags of lineax. The tags of symmetric and positive semidefinite operators are added if A is real and
+        annotated as ``cola.SelfAdjoint`` or ``cola.PSD``.
 
     Returns
     -------
     Any
-        An operator of lineax whose products are those of A, differentiable in the factors of A and usable under jit.
+        An operator of lineax. It is differentiable with respect to the factors of A and can be used under ``jax.jit``.
 
     Raises
     ------
     TypeError
-        What is no operator, or holds no jax arrays.
+        If A is not an operator, or not one of jax arrays.
     ImportError
-        Where lineax is not installed (``pip install "structlin[peers]"``).
+        If lineax is not installed (``pip install "structlin[peers]"``).
 
     Examples
     --------
@@ -47,12 +47,14 @@ def to_lineax(A: LinearOperator, tags: Any = ()) -> Any:
 
     require_operator(A)
     if A.xnp is not functions_of("jax"):
-        raise TypeError("lineax works on jax arrays; build the operator from jax arrays")
+        raise TypeError(
+            f"lineax works on jax arrays, got an operator of {library_of(A.xnp)} arrays; build it from jax arrays"
+        )
     tags = set(tags) if isinstance(tags, set | frozenset | list | tuple) else {tags}
     if not jax.numpy.issubdtype(A.dtype, jax.numpy.complexfloating):
         tags |= {lineax.symmetric_tag} if A.isa(cola.annotations.SelfAdjoint) else set()
         tags |= {lineax.positive_semidefinite_tag} if A.isa(cola.PSD) else set()
-    # A pytree of its factors, so that lineax finds what it may differentiate.
+    # A pytree whose leaves are the factors, so that lineax can differentiate with respect to them.
     product = jax.tree_util.Partial(_product, A)
     return lineax.FunctionLinearOperator(product, jax.ShapeDtypeStruct((A.shape[1],), A.dtype), frozenset(tags))
 

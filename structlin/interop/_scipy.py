@@ -1,4 +1,4 @@
-"""To and from SciPy's linear operators."""
+"""Conversion to and from SciPy's linear operators."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from structlin.structures.dense import Dense
 
 
 class _ToSciPy(scipy.sparse.linalg.LinearOperator):
-    """An operator of CoLA or this package behind SciPy's interface; vectors are NumPy's."""
+    """An operator of CoLA or of this package with the interface of SciPy; vectors are NumPy arrays."""
 
     def __init__(self, operator: LinearOperator) -> None:
         self.operator = operator
@@ -56,11 +56,12 @@ def _library(A: LinearOperator) -> str:
 
 
 def to_scipy(A: LinearOperator) -> scipy.sparse.linalg.LinearOperator:
-    """Return ``A`` as a ``scipy.sparse.linalg.LinearOperator``, so that SciPy's solvers run on it.
+    """Return ``A`` as a ``scipy.sparse.linalg.LinearOperator``, for the solvers of SciPy.
 
-    Vectors go to the operator's library and device, in its dtype, and come back as NumPy arrays; torch and jax
-    operators work outside of gradients and jit. Operators in half precision count as float32 for SciPy. Products from
-    the left, ``.H``, ``.T`` and blocks of vectors go to the operator's own. Raises TypeError for what is no operator.
+    Each vector is converted to the library, device and dtype of the operator, and the result to a NumPy array. So
+    operators of torch and jax work, but without gradients and not under ``jax.jit``. The dtype of an operator in half
+    precision is float32 in SciPy. Products from the left, ``.H``, ``.T`` and products with several vectors use the
+    methods of the operator. TypeError if A is not an operator.
 
     Examples
     --------
@@ -79,17 +80,17 @@ def _scipy_method(name: str) -> Any:
         return getattr(to_scipy(self), name)(x)
 
     method.__name__ = name
-    method.__doc__ = f"``{name}`` of SciPy's linear operators: from NumPy array to NumPy array."
+    method.__doc__ = f"Return the result of ``{name}`` of SciPy's linear operators; takes and returns NumPy arrays."
     return method
 
 
-# What scipy.sparse.linalg.aslinearoperator looks for. It takes no dtype of torch: use to_scipy for torch operators.
+# scipy.sparse.linalg.aslinearoperator uses these methods. It does not accept dtypes of torch; to_scipy does.
 for _name in ("matvec", "matmat", "rmatvec", "rmatmat"):
     setattr(LinearOperator, _name, _scipy_method(_name))
 
 
 class FromSciPy(LinearOperator):
-    """A linear operator of SciPy as one of CoLA, over NumPy arrays. Made by :func:`from_scipy`."""
+    """Operator of CoLA that wraps a linear operator of SciPy; :func:`from_scipy` returns it."""
 
     def __init__(self, operator: scipy.sparse.linalg.LinearOperator) -> None:
         self.operator = operator
@@ -108,10 +109,11 @@ class FromSciPy(LinearOperator):
 
 
 def from_scipy(x: Any) -> LinearOperator:
-    """Return a SciPy linear operator, or what ``aslinearoperator`` takes (sparse matrices), for CoLA.
+    """Return a linear operator or sparse matrix of SciPy as an operator of CoLA.
 
-    The result works on NumPy arrays. An operator that came from :func:`to_scipy` is given back as it was. Raises
-    TypeError for anything else, and ValueError for an operator that does not know its dtype.
+    Everything that ``scipy.sparse.linalg.aslinearoperator`` accepts is allowed. The result works on NumPy arrays. For
+    the result of :func:`to_scipy`, the original operator is returned. TypeError for any other object. ValueError if the
+    operator has no dtype or an integer dtype.
 
     Examples
     --------
@@ -122,7 +124,7 @@ def from_scipy(x: Any) -> LinearOperator:
     if isinstance(x, _ToSciPy):
         return x.operator
     if isinstance(x, LinearOperator):
-        raise TypeError(f"{type(x).__qualname__} is an operator of CoLA already")
+        raise TypeError(f"{type(x).__qualname__} is already an operator of CoLA; use it as it is")
     try:
         operator = scipy.sparse.linalg.aslinearoperator(x)
     except TypeError:
@@ -130,18 +132,18 @@ def from_scipy(x: Any) -> LinearOperator:
             f"expected a linear operator or a sparse matrix of SciPy, got {type(x).__module__}.{type(x).__qualname__}"
         ) from None
     if operator.dtype is None:
-        raise ValueError("the SciPy operator has no dtype; give it one when it is built")
+        raise ValueError("the SciPy operator has no dtype; pass dtype=... when you build it")
     if not np.issubdtype(operator.dtype, np.inexact):
         raise ValueError(f"an operator's dtype must be floating or complex, got {operator.dtype}; convert it first")
     return FromSciPy(operator)
 
 
 def as_operator(x: Any) -> LinearOperator:
-    """Anything that is a matrix as an operator.
+    """Return a matrix of any kind as an operator.
 
-    Operators are returned as they are, matrices of NumPy, torch or jax as :class:`structlin.Dense` (no copy), SciPy's
-    sparse matrices and linear operators as by :func:`from_scipy`. Raises TypeError for anything else, ValueError for
-    arrays that are no matrices or hold integers.
+    An operator is returned as it is. A matrix of NumPy, torch or jax becomes a :class:`structlin.Dense` that shares its
+    memory. Sparse matrices and linear operators of SciPy are converted by :func:`from_scipy`. TypeError for any other
+    object. ValueError for arrays that do not have two axes or hold integers.
 
     Examples
     --------
@@ -152,6 +154,6 @@ def as_operator(x: Any) -> LinearOperator:
         return x
     if is_array(x):
         if x.ndim != 2:
-            raise ValueError(f"an operator is made of a matrix, got an array of shape {tuple(x.shape)}")
+            raise ValueError(f"x must be a matrix of shape (d_out, d_in), got an array of shape {tuple(x.shape)}")
         return Dense(x)
     return from_scipy(x)
