@@ -199,7 +199,7 @@ def test_bad_conversions():
         convert(A, "low_rank")
     with pytest.raises(ValueError, match="unknown structure"):
         convert(A, "monarchs")
-    with pytest.raises(ValueError, match="permutation=True is for"):
+    with pytest.raises(ValueError, match="permutation=True is only valid for conversions to 'block_tensor_train'"):
         convert(A, "einsum", permutation=True)
     with pytest.raises(ValueError, match="without a permutation"):
         convert(Monarch.random((12, 8), blocks=2, seed=0), "block_tensor_train", permutation=True)
