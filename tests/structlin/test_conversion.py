@@ -206,9 +206,9 @@ def test_bad_conversions():
     with pytest.raises(ValueError, match="two factors, got 3"):
         convert(Kronecker.random((30, 24), cores=3, seed=0), "einsum")
     plain = StructuredOperator(Structure.parse("i,oi->o", i=3, o=2), (np.ones((2, 3)),))
-    with pytest.raises(ValueError, match="converts to 'dense' only"):
+    with pytest.raises(ValueError, match="can be converted to 'dense' only"):
         convert(plain, "einsum")
-    with pytest.raises(TypeError, match="takes an operator"):
+    with pytest.raises(TypeError, match="A must be an operator of structlin or CoLA"):
         convert(np.eye(3), "dense")
     assert convert(A, "block_tensor_train") is A
 
