@@ -70,6 +70,17 @@ def processor_of(result: dict[str, Any]) -> str:
     return processor["name"] + (f" ({', '.join(details)})" if details else "")
 
 
+def dense_rates(rows: list[dict[str, Any]], kind: str) -> str:
+    """Return the range of the rates at which the dense layers of some rows ran, two operations for each MAC."""
+    products = 3 if kind == "forward_backward" else 1
+    rates = [
+        2 * products * row["widths"][0] * row["widths"][1] * row["tokens"] / row["dense"][f"{kind}_seconds"] / 1e9
+        for row in rows
+    ]
+    low, high = round(min(rates)), round(max(rates))
+    return f"dense at {low} GFLOP/s" if low == high else f"dense at {low} to {high} GFLOP/s"
+
+
 def efficiency(path: Path) -> None:
     """Draw efficiency against width: a row for each processor and dtype, a line for each structure.
 
@@ -92,7 +103,7 @@ def efficiency(path: Path) -> None:
                     axes.plot(*zip(*points, strict=True), markersize=5, linewidth=1.4, **drawn[name])
             axes.axhline(1, color="0.35", linewidth=1)
             finish(axes, x="", y="", log_y=False)
-            axes.set_title(f"{processor}, {dtype}\n{title}", fontsize=8)
+            axes.set_title(f"{processor}, {dtype}\n{title}, 1 thread, {dense_rates(rows, kind)}", fontsize=8)
             axes.set_xticks(ticks := [256, 1024, 2304, 4096], [f"{tick}" for tick in ticks])
             axes.minorticks_off()
     grid[0, 0].set_ylim(0, None)
