@@ -348,13 +348,17 @@ class BlockProblem:
         """Those of :data:`KINDS` that can run."""
         return [kind for kind in KINDS if self.block.program(getattr(torch, self.dtype), kind) is not None]
 
+    def _problems(self) -> list[choice.Problem]:
+        """Return the problem of each layer."""
+        return [
+            choice.Problem(structure, True, "torch", "cpu", self.dtype, self.tokens, self.threads, self.train)
+            for structure in self.block.structures
+        ]
+
     def estimate(self) -> str:
         """Return one pass if each layer would run as a compiled pass: what stands between them then costs less."""
         kinds = []
-        for structure in self.block.structures:
-            problem = choice.Problem(
-                structure, True, "torch", "cpu", self.dtype, self.tokens, self.threads, self.train
-            )  # fmt: skip
+        for problem in self._problems():
             way = choice.way_of(problem)
             if way.name not in _WHOLE:  # backward by the BLAS, or in slices, say
                 return SEPARATE
@@ -363,8 +367,14 @@ class BlockProblem:
         kind = max(set(kinds), key=kinds.count)
         return f"block-{kind}" if kind in self.kinds() else SEPARATE
 
-    def measure(self) -> dict[str, float]:
-        """Return the seconds of each alternative, the least of some calls in turns."""
+    def close(self) -> list[str]:
+        """Return one pass and layer after layer, if the estimate is one pass and a call takes long enough."""
+        name = self.estimate()
+        seconds = sum(choice.way_of(problem).seconds(problem) for problem in self._problems())
+        return [name, SEPARATE] if name != SEPARATE and seconds >= choice.WORTH else []
+
+    def measure(self, names: list[str] | None = None, rounds: int = ROUNDS) -> dict[str, float]:
+        """Return the seconds of alternatives, by default of all: the least of some calls in turns."""
         block, kind = self.block, getattr(torch, self.dtype)
         generator = torch.Generator().manual_seed(0)
 
@@ -395,9 +405,11 @@ class BlockProblem:
             return time.perf_counter() - start
 
         calls = {SEPARATE: separate} | {f"block-{which}": partial(fused, which) for which in self.kinds()}
+        if names is not None:
+            calls = {name: calls[name] for name in names}
         least = dict.fromkeys(calls, math.inf)
         with torch.inference_mode(False), torch.set_grad_enabled(self.train):
-            for number in range(ROUNDS + 1):
+            for number in range(rounds + 1):
                 for name, call in calls.items():
                     taken = seconds(call)
                     if number:

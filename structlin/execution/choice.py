@@ -7,10 +7,12 @@ each problem. The first of these that exists decides:
 1. the way that a resumed run has pinned (:func:`pin`);
 2. the least time that ``measure`` or :func:`structlin.execution.tune` recorded for the problem (:mod:`.wisdom`);
 3. with the policy ``measure``, the least of the times that are measured now;
-4. the least estimate, computed from rates of the machine that were measured once (:mod:`.rates`).
+4. with the policy ``compare``, for calls of torch on a CPU that take a millisecond or more: the least of a few timings
+   of the ways whose estimates are close to the least one, which are recorded too;
+5. the least estimate, computed from rates of the machine that were measured once (:mod:`.rates`).
 
-The policy is ``estimate`` (the default), ``measure``, or names of ways in order of preference. A minus in front of a
-name excludes it: ``"-compiled"`` estimates among the other ways. :func:`using` sets the policy; otherwise the
+The policy is ``compare`` (the default), ``estimate``, ``measure``, or names of ways in order of preference. A minus in
+front of a name excludes it: ``"-compiled"`` compares the other ways. :func:`using` sets the policy; otherwise the
 environment variable ``STRUCTLIN_EXECUTION`` does. ``"-compiled"`` excludes all ways of that group, ``"-block"`` all
 passes over several layers (:mod:`.blocks`).
 """
@@ -20,7 +22,7 @@ from __future__ import annotations
 import math
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
@@ -33,7 +35,12 @@ from structlin.structure import Structure
 
 __all__ = ["Policy", "Problem", "Way", "choose", "decisions", "pin", "recording", "register", "using", "ways"]
 
-MODES = ("estimate", "measure")
+MODES = ("compare", "estimate", "measure")
+DEFAULT = "compare"
+# `compare` times at most MOST ways, whose estimates are at most CLOSE times the least one, where that is WORTH seconds.
+# Estimates were off by up to 1.8 in bfloat16 on AMX, and by 3.4 at most on AVX512-BF16 (benchmarks/layers.py --ways).
+CLOSE, MOST, WORTH = 2.0, 3, 1e-3
+ROUNDS = 3  # in which alternatives to a block are timed then
 BLOCK = "block"
 """Answers of this kind run several layers as one pass; ``-block`` leaves them out."""
 
@@ -115,7 +122,9 @@ _WAYS: dict[tuple[str, str], Way] = {}
 _loaders: list[Callable[[bool], None]] = []
 _derived: list[Callable[[], None]] = []
 measurers: list[Callable[[Problem, list[Way]], dict[str, float]]] = []
-"""What times ways for a problem: :mod:`.tuning` enters itself."""
+"""What times all ways for a problem: :mod:`.tuning` enters itself."""
+comparers: list[Callable[[Problem, list[Way]], dict[str, float]]] = []
+"""What times a few ways for a problem, quickly."""
 _generation = 0  # what was chosen before a registration, a pin or new timings is chosen again
 
 
@@ -178,9 +187,9 @@ def ways(library: str) -> list[Way]:
 
 @dataclass(frozen=True)
 class Policy:
-    """How to choose: ``mode`` is ``estimate`` or ``measure``; ``names`` come first, ``without`` are excluded."""
+    """How to choose: ``mode`` is one of :data:`MODES`; ``names`` come first, ``without`` are excluded."""
 
-    mode: str = "estimate"
+    mode: str = DEFAULT
     names: tuple[str, ...] = ()
     without: tuple[str, ...] = ()
 
@@ -202,7 +211,7 @@ def policy_of(text: str) -> Policy:
     if not {word.removeprefix("-") for word in words} <= known | set(MODES):
         _load(every=True)
         known = {name for _, name in _WAYS} | {BLOCK}
-    mode = "estimate"
+    mode = DEFAULT
     names: list[str] = []
     without: list[str] = []
     for word in words:
@@ -229,7 +238,7 @@ def own_policy() -> str | None:
 def policy_text() -> str:
     """Return the policy in force, as text."""
     text = _POLICY.get()
-    return os.environ.get("STRUCTLIN_EXECUTION", "estimate") if text is None else text
+    return os.environ.get("STRUCTLIN_EXECUTION", DEFAULT) if text is None else text
 
 
 @contextmanager
@@ -272,8 +281,11 @@ def bucket(tokens: int) -> int:
     return 1 << max(0, tokens - 1).bit_length()
 
 
-def candidates(problem: Problem, policy: Policy | None = None, *, quick: bool = False) -> list[Candidate]:
-    """Return the ways that can run a problem, by estimate; ``quick`` omits ways that another one surely beats."""
+def candidates(problem: Problem, policy: Policy | None = None, *, within: float = math.inf) -> list[Candidate]:
+    """Return the ways that can run a problem, by estimate.
+
+    Ways whose estimate is surely more than ``within`` times the least one may be omitted.
+    """
     policy, timed = policy or Policy(), timings(problem)
     found: list[Candidate] = []
     best = math.inf
@@ -281,12 +293,22 @@ def candidates(problem: Problem, policy: Policy | None = None, *, quick: bool = 
         left_out = way.name in policy.without or way.group in policy.without
         if left_out or (way.explicit and way.name not in policy.names):
             continue
-        if quick and way.least(problem) >= best:
+        if way.least(problem) > within * best:
             break
         if way.supports(problem):
             found.append(Candidate(way, way.seconds(problem), timed.get(way.name)))
             best = min(best, found[-1].estimated)
     return sorted(found, key=lambda c: c.estimated)
+
+
+def record_of(key: str, names: Iterable[str], measure: Callable[[], dict[str, float]]) -> dict[str, float]:
+    """Return the timings of some alternatives from disk, or measure and keep them.
+
+    Processes that measure at the same time, such as the ranks of a run, all get the record that was written first.
+    """
+    key = f"{key} among {', '.join(sorted(names))}"
+    found = timings_of(key)
+    return found or wisdom.write(key, measure(), keep=True)
 
 
 def timings(problem: Problem) -> dict[str, float]:
@@ -319,7 +341,8 @@ def _choose(problem: Problem, policy: Policy) -> tuple[Way, str]:
         way = _WAYS.get((problem.library, name or ""))
         if way is not None and way.supports(problem):
             return way, why
-    found = candidates(problem, policy, quick=policy.mode == "estimate" and not timings(problem))
+    wide = math.inf if policy.mode == "measure" or timings(problem) else CLOSE
+    found = candidates(problem, policy, within=1.0 if policy.mode == "estimate" and wide == CLOSE else wide)
     if not found:
         raise ValueError(f"policy {policy_text()!r} leaves no way to run {problem.key}")
     if len(found) == 1:
@@ -331,7 +354,20 @@ def _choose(problem: Problem, policy: Policy) -> tuple[Way, str]:
     if len(timed) > 1:
         best = min(timed, key=lambda c: c.measured or 0.0)
         return best.way, "the least measured time"
+    if policy.mode == "compare" and (compared := _compared(problem, found)):
+        return min(found, key=lambda c: compared.get(c.way.name, math.inf)).way, "the least time of those compared"
     return found[0].way, "the least estimate"
+
+
+def _compared(problem: Problem, found: list[Candidate]) -> dict[str, float]:
+    """Return the seconds of the ways that may be the fastest by their estimates, empty if one is or calls are short.
+
+    Not for jax, where each way would be compiled by XLA, or CUDA, where a call may be captured in a graph.
+    """
+    close = [c.way for c in found[:MOST] if c.estimated <= CLOSE * found[0].estimated]
+    if len(close) < 2 or found[0].estimated < WORTH or (problem.library, problem.device) != ("torch", "cpu"):
+        return {}
+    return comparers[0](problem, close)
 
 
 def way_of(problem: Problem) -> Way:
@@ -357,8 +393,11 @@ class Alternatives(Protocol):
     def estimate(self) -> str:
         """Return the alternative to take without measurements."""
 
-    def measure(self) -> dict[str, float]:
-        """Return the seconds of each alternative."""
+    def close(self) -> list[str]:
+        """Return the alternatives to time under the policy ``compare``: none where the estimate is enough."""
+
+    def measure(self, names: list[str] | None = None, rounds: int = 5) -> dict[str, float]:
+        """Return the seconds of alternatives, by default of all."""
 
 
 def settle(question: Alternatives) -> str:
@@ -371,6 +410,8 @@ def settle(question: Alternatives) -> str:
         timed = timings_of(key)
         if not timed and policy.mode == "measure":
             timed = wisdom.write(key, question.measure())
+        if not timed and policy.mode == "compare" and (close := question.close()):
+            timed = record_of(key, close, lambda: question.measure(close, ROUNDS))
         name = min(timed, key=lambda one: timed[one]) if timed else question.estimate()
     _made[key] = repr(question.structure), name
     for met in _recordings:

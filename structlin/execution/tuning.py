@@ -17,9 +17,10 @@ from structlin.structure import Structure
 
 __all__ = ["clear_wisdom", "explain", "import_wisdom", "measure", "problem_of", "tune"]
 
-# No round begins after BUDGET seconds. All ways take part in LEAST_ROUNDS rounds, and there are at most MOST_ROUNDS. In
-# each round a way runs once; its least time counts, since other processes only add to it.
+# No round but the first begins after BUDGET seconds. All ways take part in the first LEAST_ROUNDS rounds, and there are
+# at most MOST_ROUNDS. In each round a way runs once; its least time counts, since other processes only add to it.
 BUDGET, LEAST_ROUNDS, MOST_ROUNDS = 0.6, 5, 60
+QUICK = 0.25  # instead of BUDGET under the policy `compare`
 HOPELESS = 3.0  # after LEAST_ROUNDS, a way that takes this many times as long as the best one is not timed again
 # A problem whose best estimate exceeds LONGEST seconds is timed with fewer tokens, but at least ENOUGH_TOKENS, beyond
 # which the time of a token does not change.
@@ -33,6 +34,13 @@ def measure(problem: Problem, among: Sequence[Way] | None = None, *, keep: bool 
     MemoryError or RuntimeError is omitted. With ``keep``, existing timings are not replaced.
     """
     among = [c.way for c in choice.candidates(problem)] if among is None else list(among)
+    kept: dict[str, float] = wisdom.write(problem.key, _race(problem, among, BUDGET), keep=keep)
+    choice.forget()
+    return kept
+
+
+def _race(problem: Problem, among: Sequence[Way], budget: float) -> dict[str, float]:
+    """Return the seconds of ways, which run in turns; no round but the first begins after ``budget`` seconds."""
     tokens = problem.tokens
     if tokens > ENOUGH_TOKENS:
         estimated = min((way.seconds(problem) for way in among), default=0.0)
@@ -51,7 +59,7 @@ def measure(problem: Problem, among: Sequence[Way] | None = None, *, keep: bool 
     least = dict.fromkeys(calls, math.inf)
     racing, start = list(calls), time.perf_counter()
     for number in range(MOST_ROUNDS):
-        if number and time.perf_counter() - start > BUDGET:  # long calls differ little from round to round
+        if number and time.perf_counter() - start > budget:  # long calls differ little from round to round
             break
         if number >= LEAST_ROUNDS:
             best = min(least.values())
@@ -60,13 +68,16 @@ def measure(problem: Problem, among: Sequence[Way] | None = None, *, keep: bool 
                 break
         for name in racing:
             least[name] = min(least[name], _timed(calls[name]))
-    found = {name: seconds * problem.tokens / tokens for name, seconds in least.items()}
-    kept: dict[str, float] = wisdom.write(problem.key, found, keep=keep)
-    choice.forget()
-    return kept
+    return {name: seconds * problem.tokens / tokens for name, seconds in least.items()}
+
+
+def _compare(problem: Problem, among: Sequence[Way]) -> dict[str, float]:
+    """Time a few ways quickly, and keep the result."""
+    return choice.record_of(problem.key, [way.name for way in among], lambda: _race(problem, among, QUICK))
 
 
 choice.measurers[:] = [lambda problem, ways: measure(problem, ways)]
+choice.comparers[:] = [_compare]
 
 
 def _timed(call: Callable[[], object]) -> float:

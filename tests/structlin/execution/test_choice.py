@@ -43,12 +43,13 @@ def names(problem: Problem) -> list[str]:
 class TestPolicy:
     def test_words(self) -> None:
         assert choice.policy_of("measure") == choice.Policy("measure")
-        assert choice.policy_of("chunked, products") == choice.Policy("estimate", ("chunked", "products"))
+        assert choice.policy_of("chunked, products") == choice.Policy("compare", ("chunked", "products"))
+        assert choice.policy_of("estimate,chunked") == choice.Policy("estimate", ("chunked",))
         assert choice.policy_of("measure,-dense") == choice.Policy("measure", (), ("dense",))
 
     @pytest.mark.parametrize("text", ["fast", "", "estimate,-fast", "-", "--dense"])
     def test_unknown_words_are_named(self, text: str) -> None:
-        with pytest.raises(ValueError, match=r"neither a mode \(estimate, measure\) nor a way \(.*products"):
+        with pytest.raises(ValueError, match=r"neither a mode \(compare, estimate, measure\) nor a way \(.*products"):
             choice.policy_of(text)
 
     def test_environment_and_argument(self, monkeypatch) -> None:
@@ -100,7 +101,7 @@ class TestTimings:
 
     def test_the_choice_follows_invented_estimates(self, monkeypatch) -> None:
         for way in choice.ways("torch"):
-            monkeypatch.setattr(way, "seconds", lambda problem, way=way: 1.0 if way.name == "dense" else 2.0)
+            monkeypatch.setattr(way, "seconds", lambda problem, way=way: 1.0 if way.name == "dense" else 3.0)
         assert choice.choose(problem()).name == "dense"
 
     def test_timings_of_one_way_alone_decide_nothing(self) -> None:
@@ -170,6 +171,83 @@ class TestTimings:
         found = execution.tune(run, progress=False)
         assert [("tokens=8" in key, "forward" in key) for key in found] == [(True, True), (False, False)]
         assert all("products" in timed for timed in found.values())
+
+
+LONG = sl.design("block_tensor_train", (192, 180), rank=2)
+
+
+class TestCompare:
+    """The default policy: ways whose estimates are close are timed, if a call takes a millisecond or more."""
+
+    @pytest.fixture
+    def timed(self, monkeypatch) -> list[list[str]]:
+        """Invented estimates and timings: of the ways that are close, the last one is the fastest."""
+        estimates = {"products": 2e-3, "token_major": 3e-3, "chunked": 3.9e-3, "dense": 4.1e-3, "batched": 3.95e-3}
+        for way in choice.ways("torch"):
+            monkeypatch.setattr(way, "seconds", lambda problem, way=way: estimates.get(way.name, 1.0))
+            monkeypatch.setattr(way, "least", lambda problem: 0.0)
+        met: list[list[str]] = []
+
+        def race(problem: Problem, among: list[Way], budget: float) -> dict[str, float]:
+            met.append([way.name for way in among])
+            return {way.name: 1.0 / (k + 1) for k, way in enumerate(among)}
+
+        monkeypatch.setattr(tuning, "_race", race)
+        return met
+
+    def test_close_ways_are_timed_once(self, timed) -> None:
+        asked = problem(structure=LONG)
+        assert choice.choose(asked).name == "chunked"
+        assert timed == [["products", "token_major", "chunked"]]  # not all that are close: three
+        wisdom._MEMORY.clear()
+        assert choice.choose(asked).name == "chunked"  # from the disk
+        assert len(timed) == 1
+        assert choice.timings(asked) == {}  # `measure` still times all
+        assert "the least time of those compared" in execution.explain(LONG, 64, train=False, threads=1)
+
+    def test_another_process_that_was_first_decides(self, timed) -> None:
+        asked = problem(structure=LONG)
+        names = ["products", "token_major", "chunked"]
+        monkey = {name: 1.0 if name == "token_major" else 2.0 for name in names}
+
+        def later() -> dict[str, float]:
+            choice.record_of(asked.key, names, lambda: monkey)  # written while this process measures
+            wisdom._MEMORY.clear()
+            return dict.fromkeys(names, 1.0)
+
+        assert choice.record_of(asked.key, names, later) == monkey
+        assert choice.choose(asked).name == "token_major"
+        assert timed == []
+
+    def test_estimates_alone_are_taken_where_asked_for(self, timed) -> None:
+        with execution.using("estimate"):
+            assert choice.choose(problem(structure=LONG)).name == "products"
+        assert timed == []
+
+    def test_excluded_ways_are_not_timed(self, timed) -> None:
+        with execution.using("-token_major"):
+            assert choice.choose(problem(structure=LONG)).name == "batched"
+        assert timed == [["products", "chunked", "batched"]]
+
+    def test_short_calls_and_clear_estimates_cost_nothing(self, timed, monkeypatch) -> None:
+        short, clear = ({"products": least, "dense": other} for least, other in ((0.9e-3, 1e-3), (2e-3, 4.1e-3)))
+        for estimates in (short, clear):
+            for way in choice.ways("torch"):
+                monkeypatch.setattr(way, "seconds", lambda problem, way=way, e=estimates: e.get(way.name, 1.0))
+            choice.forget()
+            assert choice.choose(problem(structure=LONG)).name == "products"
+        assert timed == []
+
+    def test_for_real(self, monkeypatch) -> None:
+        monkeypatch.setattr(choice, "WORTH", 0.0)
+        monkeypatch.setattr(choice, "CLOSE", 1e9)
+        asked = problem(structure=LONG, train=True)
+        names = [c.way.name for c in choice.candidates(asked, within=1e9)][: choice.MOST]
+        way = choice.choose(asked)
+        found = choice.timings_of(f"{asked.key} among {', '.join(sorted(names))}")
+        assert found.keys() == set(names)
+        assert way.name == min(found, key=lambda name: found[name])
+        assert execution.decisions() == {asked.key: way.name}  # from which a resumed run chooses
 
 
 class TestRegistry:
