@@ -9,7 +9,7 @@ over `torch.nn.Linear` (an FFN: two of them), and the efficiency, which is the s
 dense to structured. Memory is what one forward and backward pass allocates at its peak, parameters included, as a
 ratio to dense. Seconds and GFLOP/s (two operations for a MAC) are kept for dense only.
 
-Which way runs the layers here is chosen by `--execution`, a policy of `structlin.execution`; with `measure` the ways
+`--execution` is the policy of `structlin.execution` that chooses the way of each layer; with `measure` the ways
 are tuned before a row is measured. Rates and timings are kept in a temporary folder, unless STRUCTLIN_CACHE is set.
 `--ways` times each way that can run the row as well, and how many times as long the chosen one takes as the best one,
 and the one of least estimate.
@@ -275,7 +275,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--implementations", nargs="*", default=list(IMPLEMENTATIONS), choices=list(IMPLEMENTATIONS),
         help="structlin is always measured",
     )  # fmt: skip
-    parser.add_argument("--execution", default="measure", metavar="POLICY", help="estimate, measure, or names of ways")
+    parser.add_argument("--execution", default="measure", metavar="POLICY", help="compare, estimate, measure, or ways")
     parser.add_argument("--ways", action="store_true", help="measure every way that can run a row, too")
     parser.add_argument(
         "--compiled", action="store_true", help="all modules under torch.compile, dense ones as well"

@@ -273,7 +273,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--compiled", action="store_true", help="all models under torch.compile")
-    parser.add_argument("--execution", default="estimate", metavar="POLICY", help="estimate, measure, names of ways")
+    parser.add_argument("--execution", default="compare", metavar="POLICY", help="compare, estimate, measure, ways")
     parser.add_argument("--repeats", type=int, default=5, help="rounds")
     parser.add_argument("--clock", default="wall", choices=["wall", "cpu"], help="cpu: time on cores, for one thread")
     parser.add_argument("--both-allocators", action="store_true", help="again with freed memory kept")

@@ -40,6 +40,7 @@ DEFAULT = "compare"
 # `compare` times at most MOST ways, whose estimates are at most CLOSE times the least one, where that is WORTH seconds.
 # Estimates were off by up to 1.8 in bfloat16 on AMX, and by 3.4 at most on AVX512-BF16 (benchmarks/layers.py --ways).
 CLOSE, MOST, WORTH = 2.0, 3, 1e-3
+COMPARED = "the least time of those compared"
 ROUNDS = 3  # in which alternatives to a block are timed then
 BLOCK = "block"
 """Answers of this kind run several layers as one pass; ``-block`` leaves them out."""
@@ -355,7 +356,7 @@ def _choose(problem: Problem, policy: Policy) -> tuple[Way, str]:
         best = min(timed, key=lambda c: c.measured or 0.0)
         return best.way, "the least measured time"
     if policy.mode == "compare" and (compared := _compared(problem, found)):
-        return min(found, key=lambda c: compared.get(c.way.name, math.inf)).way, "the least time of those compared"
+        return min(found, key=lambda c: compared.get(c.way.name, math.inf)).way, COMPARED
     return found[0].way, "the least estimate"
 
 
@@ -457,9 +458,11 @@ def table(problem: Problem) -> str:
     """Return a table of the ways for a problem, with estimated and measured times, and which is taken and why."""
     policy = policy_of(policy_text())
     taken, why = _choose(problem, policy)
-    rows = [("way", "estimated", "measured", "")]
-    for c in candidates(problem, policy):
-        measured = "-" if c.measured is None else _time(c.measured)
+    rows, found = [("way", "estimated", "measured", "")], candidates(problem, policy)
+    compared = _compared(problem, found) if why == COMPARED else {}
+    for c in found:
+        seconds = compared.get(c.way.name, c.measured)
+        measured = "-" if seconds is None else _time(seconds)
         rows.append((c.way.name, _time(c.estimated), measured, f"<- {why}" if c.way is taken else ""))
     widths = [max(len(row[k]) for row in rows) for k in range(3)]
     table = [
