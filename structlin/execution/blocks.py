@@ -8,7 +8,6 @@ or returns None; the caller then runs layer after layer. The faster of the two i
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache, partial
@@ -30,6 +29,7 @@ from structlin.execution.compiled._target import CompileError, host, tiled_host,
 from structlin.execution.compiled._team import run_shares
 from structlin.execution.compiled.block import BlockProgram, BlockSpec, make_block
 from structlin.execution.products import products
+from structlin.execution.rates import clock
 from structlin.execution.torch_ways import torch_chain
 from structlin.structure import Structure
 
@@ -397,12 +397,14 @@ class BlockProblem:
 
         wanted = [t for t in (x, *operands) if t is not None]
 
+        now = clock(self.threads)
+
         def seconds(call: Callable[[], tuple[Tensor, ...]]) -> float:
-            start = time.perf_counter()
+            start = now()
             outputs = call()
             if self.train:
                 torch.autograd.grad(outputs, wanted, [torch.ones_like(y) for y in outputs])
-            return time.perf_counter() - start
+            return now() - start
 
         calls = {SEPARATE: separate} | {f"block-{which}": partial(fused, which) for which in self.kinds()}
         if names is not None:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from structlin._arrays import ops
-from structlin.execution import choice, wisdom
+from structlin.execution import choice, rates, wisdom
 from structlin.execution.choice import Problem, Way
 from structlin.execution.devices import Device
 from structlin.structure import Structure
@@ -57,6 +57,7 @@ def _race(problem: Problem, among: Sequence[Way], budget: float) -> dict[str, fl
     if not calls:
         raise ValueError(f"no way can run {problem.key}")
     least = dict.fromkeys(calls, math.inf)
+    now = rates.clock(problem.threads, problem.library, problem.device)
     racing, start = list(calls), time.perf_counter()
     for number in range(MOST_ROUNDS):
         if number and time.perf_counter() - start > budget:  # long calls differ little from round to round
@@ -67,7 +68,7 @@ def _race(problem: Problem, among: Sequence[Way], budget: float) -> dict[str, fl
             if len(racing) < 2:
                 break
         for name in racing:
-            least[name] = min(least[name], _timed(calls[name]))
+            least[name] = min(least[name], _timed(calls[name], now))
     return {name: seconds * problem.tokens / tokens for name, seconds in least.items()}
 
 
@@ -80,10 +81,10 @@ choice.measurers[:] = [lambda problem, ways: measure(problem, ways)]
 choice.comparers[:] = [_compare]
 
 
-def _timed(call: Callable[[], object]) -> float:
-    start = time.perf_counter()
+def _timed(call: Callable[[], object], now: Callable[[], float]) -> float:
+    start = now()
     call()
-    return time.perf_counter() - start
+    return now() - start
 
 
 def _call(problem: Problem, way: Way, tokens: int) -> Callable[[], object]:

@@ -38,13 +38,27 @@ class FactorList(nn.ParameterList):
     factors in hooks, and offloading loads them before ``forward`` and frees them after it.
     """
 
+    _quantised = False  # whether a factor is a quantised tensor of torchao
+
     def __init__(self, parameters: Iterable[nn.Parameter] = ()) -> None:
         super().__init__(parameters)
         self._names = [str(k) for k in range(len(self))]
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if isinstance(value, Tensor) and value.__class__.__module__.startswith("torchao."):
+            self.__dict__["_quantised"] = True
+
+    def __dir__(self) -> list[str]:
+        """Return the names of the parameters too, by which ``torchao.quantization.FqnToConfig`` finds them."""
+        return [*super().__dir__(), *self._parameters]
+
     def forward(self) -> tuple[Tensor, ...]:
         """Return the factors by name: parameters, or what hooks and parametrizations have put in their places."""
-        return tuple(getattr(self, str(k)) for k in range(len(self)))
+        found = tuple(getattr(self, str(k)) for k in range(len(self)))
+        if not self._quantised:
+            return found
+        return tuple(t.dequantize() if t.__class__.__module__.startswith("torchao.") else t for t in found)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the module, although it is a list of parameters."""
@@ -63,6 +77,7 @@ def values(factors: Any) -> tuple[Tensor, ...]:
         or own["_backward_pre_hooks"]
         or own["_backward_hooks"]
         or "forward" in own
+        or "_quantised" in own
     ):
         held = own["_parameters"]
         try:
