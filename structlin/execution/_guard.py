@@ -9,7 +9,9 @@ torch. So are all operands while a transformation observes or records the single
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +19,10 @@ from torch import Tensor
 from structlin.structure import AbstractStructure
 
 __all__ = ["Guard", "addressable", "guard_of", "recording", "transforming", "watched"]
+
+TensorGuards: Any = None
+with suppress(ImportError):  # what torch.compile checks tensors with, in C++; not public: another torch may lack it
+    from torch._C._dynamo.guards import TensorGuards
 
 _PARAMETER = torch.nn.Parameter
 _tracing = torch._C._get_tracing_state
@@ -75,6 +81,7 @@ class Guard:
         self._numels = (*(factor.numel for factor in factors), structure.d_out)
         self._real = (*(factor.trainable for factor in factors), True)
         self._all_real = all(self._real)
+        self._passed: dict[tuple[object, ...], Any] = {}  # of operands that passed, what accepts their like
 
     def __reduce__(self) -> tuple[object, ...]:
         return guard_of, (self._structure,)
@@ -144,22 +151,36 @@ class Guard:
                 or x.is_neg()
             ):
                 return False
-            for tensor, shape, numel in zip(operands, self._shapes, self._numels, strict=False):
-                kind = tensor.__class__
-                if (
-                    (kind is not _PARAMETER and kind is not Tensor)
-                    or tensor.dtype is not dtype
-                    or tensor.shape != shape
-                    or not tensor.is_cpu
-                    or not tensor.is_contiguous()
-                    or tensor.untyped_storage().nbytes() < (tensor.storage_offset() + numel) * item
-                    or not tensor.data_ptr()
-                    or tensor.is_neg()
-                ):
+            key = dtype, len(operands), torch.is_inference_mode_enabled()
+            known = self._passed.get(key)
+            alike = known is not None and known.check(*operands)
+            if not (alike or self._alike(dtype, operands)):
+                return False
+            for tensor, numel in zip(operands, self._numels, strict=False):  # memory can be freed at any time
+                if tensor.untyped_storage().nbytes() < (tensor.storage_offset() + numel) * item:
+                    return False
+                if not tensor.data_ptr():
                     return False
         except RuntimeError:
             return False
+        if not alike and TensorGuards is not None and operands:
+            shapes, strides = [list(t.shape) for t in operands], [list(t.stride()) for t in operands]
+            self._passed[key] = TensorGuards(
+                *operands, dynamic_dims_sizes=shapes, dynamic_dims_strides=strides
+            )  # fmt: skip
         return True
+
+    def _alike(self, dtype: torch.dtype, operands: Sequence[Tensor]) -> bool:
+        """Whether all operands are plain, contiguous tensors of the CPU, with this dtype and the right shapes."""
+        return all(
+            (tensor.__class__ is _PARAMETER or tensor.__class__ is Tensor)
+            and tensor.dtype is dtype
+            and tensor.shape == shape
+            and tensor.is_cpu
+            and tensor.is_contiguous()
+            and not tensor.is_neg()
+            for tensor, shape in zip(operands, self._shapes, strict=False)
+        )
 
     def addressable(self, x: Tensor, operands: Sequence[Tensor]) -> bool:
         """Whether the memory of ``x`` and of operands that :meth:`check` has passed may be read by address.

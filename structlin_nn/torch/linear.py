@@ -286,7 +286,10 @@ class StructuredLinear(nn.Module):
                 f"got shape {tuple(x.shape)}"
             )
         factors = values(self._modules["factors"]) if self._bare else self.effective_factors()
-        bias: Tensor | None = self.bias
+        try:  # an attribute of a module takes three times as long
+            bias: Tensor | None = self._parameters["bias"]
+        except KeyError:  # pruned, or with a parametrization
+            bias = self.bias
         device = "cpu" if x.is_cpu else x.device.type
         if (device in _AUTOCAST or torch.amp.is_autocast_available(device)) and torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)

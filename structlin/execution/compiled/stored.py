@@ -7,6 +7,7 @@ call needs beside its operands is kept for the next one.
 from __future__ import annotations
 
 import ctypes
+import struct
 import threading
 from collections.abc import Sequence
 from typing import Any
@@ -27,8 +28,8 @@ class StoredChain:
 
     def __init__(self, rules: ChainRules) -> None:
         self._rules = rules
-        self._made: dict[tuple[torch.dtype, bool], tuple[Program, Pass, Any]] = {}
-        self._local = threading.local()  # scratch memory of each thread
+        self._made: dict[tuple[torch.dtype, bool], tuple[torch.dtype, Pass]] = {}  # dtype of the bias
+        self._local: Any = threading.local()  # tables and scratch memory of each thread
 
     def __reduce__(self) -> tuple[object, ...]:
         raise TypeError("a compiled pass belongs to a structure, and is made again with it")
@@ -49,32 +50,32 @@ class StoredChain:
 
     def plain(self, x: Tensor, factors: Sequence[Tensor], bias: Tensor | None) -> Tensor:
         """Return the same for operands that are contiguous."""
-        made = self._made.get((x.dtype, bias is not None)) or self._make(x.dtype, bias is not None)
-        program, run, table = made
+        key = x.dtype, bias is not None
+        dtype, run = self._made.get(key) or self._make(*key)
+        if bias is not None and bias.dtype is not dtype:
+            bias = bias.to(dtype)
         tokens = x.shape[0]
         y = x.new_empty((tokens, self._rules.d_out))
-        scratch = self._scratch(run)
-        if bias is None:
-            places = table(x.data_ptr(), y.data_ptr(), scratch, *[factor.data_ptr() for factor in factors])
-        else:
-            if bias.dtype is not program.dtype:
-                bias = bias.to(program.dtype)
-            places = table(
-                x.data_ptr(), y.data_ptr(), scratch, bias.data_ptr(), *[factor.data_ptr() for factor in factors]
-            )
-        run.run(places, 0, tokens, tokens)
+        held = self._local.__dict__.get(key) or self._hold(key, run)
+        table, fill, scratch, _ = held
+        operands = [factor.data_ptr() for factor in factors]
+        if bias is not None:
+            operands.insert(0, bias.data_ptr())
+        fill(table, 0, x.data_ptr(), y.data_ptr(), scratch, *operands)
+        run.run(table, 0, tokens, tokens)
         return y
 
-    def _make(self, dtype: torch.dtype, bias: bool) -> tuple[Program, Pass, Any]:
+    def _make(self, dtype: torch.dtype, bias: bool) -> tuple[torch.dtype, Pass]:
         program = self.program(dtype)
         assert program is not None
-        count = 3 + bias + len(self._rules.shapes)
-        self._made[dtype, bias] = found = program, program.forward(bias, False), ctypes.c_void_p * count
+        self._made[dtype, bias] = found = program.dtype, program.forward(bias, False)
         return found
 
-    def _scratch(self, run: Pass) -> int:
-        """Return the address of scratch memory of this thread, at the start of a cache line."""
-        held = getattr(self._local, "held", None)
-        if held is None or held.numel() < run.scratch + LINE:
-            held = self._local.held = torch.empty(run.scratch + LINE, dtype=torch.uint8, device="cpu")
-        return -(-held.data_ptr() // LINE) * LINE
+    def _hold(self, key: tuple[torch.dtype, bool], run: Pass) -> tuple[Any, ...]:
+        """Return a table of addresses for this thread, what fills it, and scratch memory from the start of a line."""
+        count = 3 + key[1] + len(self._rules.shapes)
+        memory = torch.empty(run.scratch + LINE, dtype=torch.uint8, device="cpu")
+        first = -(-memory.data_ptr() // LINE) * LINE
+        held = (ctypes.c_uint64 * count)(), struct.Struct(f"={count}Q").pack_into, first, memory
+        self._local.__dict__[key] = held
+        return held

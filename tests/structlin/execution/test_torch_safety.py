@@ -12,6 +12,7 @@ import torch
 
 import structlin as sl
 from structlin import execution
+from structlin.execution import _guard
 from structlin.execution._gradients import chain_gradients
 from structlin.execution._guard import Guard, addressable, guard_of
 from structlin.execution.products import products
@@ -137,6 +138,53 @@ def test_autocast_takes_operands_of_several_dtypes():
     assert y.dtype == torch.bfloat16
     wanted = BTT.apply(factors, x)
     assert (y - wanted).norm() < 0.02 * wanted.norm()
+
+
+CHANGED = {
+    "shape": lambda f: f.mT.clone(),
+    "strides": lambda f: f.mT.contiguous().mT,
+    "dtype": lambda f: f.float(),
+    "device": lambda f: f.to("meta"),
+    "layout": lambda f: f.to_sparse(),
+    "sign": lambda f: torch._neg_view(f),
+    "class": lambda f: f.as_subclass(Subclass),
+    "functional": torch._to_functional_tensor,
+    "zero": lambda f: torch._efficientzerotensor(tuple(f.shape), dtype=f.dtype),
+}
+
+
+@pytest.mark.parametrize("fast", [True, False])
+@pytest.mark.parametrize("change", [*CHANGED, "freed", "cut", "watched"])
+def test_what_passed_once_is_looked_at_again(change, fast, monkeypatch):
+    """The check in C++ of operands like those that passed sees what the loop over them sees."""
+    if not fast:
+        monkeypatch.setattr(_guard, "TensorGuards", None)
+    structure = sl.Structure.parse("pa,pfa->fp; fp,fep->fe", p=4, a=6, f=3, e=5)
+    guard = Guard(structure)
+    x, (*factors,) = operands(7, structure=structure)
+    bias = torch.ones(structure.d_out, dtype=x.dtype)
+    for _ in range(2):
+        assert guard.plain(x, [*factors, bias])
+    assert bool(guard._passed) is fast
+    with torch.inference_mode():
+        assert guard.plain(x, [*factors, bias])
+    assert guard.plain(x, [torch.nn.Parameter(factors[0]), factors[1], bias])  # another class, that is plain too
+    if change == "watched":
+        seen = []
+
+        def look(v):
+            seen.append(guard.plain(x, [factors[0], v, bias]))
+            return v
+
+        torch.func.vmap(look)(torch.stack([factors[1]] * 2))
+        assert seen == [False]
+        return
+    if change in CHANGED:
+        factors[1] = CHANGED[change](factors[1])
+    else:
+        factors[1].untyped_storage().resize_(0 if change == "freed" else factors[1].nbytes - 1)
+    assert not guard.plain(x, [*factors, bias])
+    assert not guard.plain(x, [*factors, bias])
 
 
 def test_guards_are_copied_by_their_structure():
