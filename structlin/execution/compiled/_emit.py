@@ -176,6 +176,10 @@ class Emitter:
 
         ``even``: after an odd number of tokens, one of zeros follows, as it always does where the target has pairs.
         """
+        if source.element == target.element == "bfloat" and not any(n % 2 for n in (stride, to_stride, width, wanted)):
+            # Nothing is converted: two numbers are copied as one.
+            ends = [Memory(end.pointer, "float") for end in (source, target)]
+            return self.copy(ends[0], stride // 2, ends[1], to_stride // 2, width // 2, wanted // 2, even)
         code, last = self.code, self.code.whole(self.tokens, 2)
 
         def rows(count: int, clear: bool = False) -> Callable[[Int, Values], None]:
@@ -210,6 +214,7 @@ class Emitter:
             code.loop(0, self.tokens, 1, rows(1))
             if even:
                 code.loop(self.tokens, self.even, 1, rows(1, clear=True))
+        return None
 
     def zip(
         self, source: Memory, stride: int, target: Memory, to_stride: int, width: int, axis: tuple[int, int],
