@@ -164,7 +164,7 @@ class Run:
         self.stopped: signal.Signals | bool | None = None
         self.state: dict[str, Any] | None = None
         self._losses: list[Any] = []
-        self._saved: tuple[int, int] | None = None
+        self._saved: tuple[int, int | None] | None = None
         self._bar: Any = None
         self._trackers: list[Any] = []
         self._metrics: dict[str, float | None] = {}
@@ -264,7 +264,7 @@ class Run:
         self._record, messages = self.group.first(write)
         self.steps = steps  # from here on the run has begun
         if self.state is not None:
-            self._saved = (self.step, self._record.size)
+            self._saved = self._reached
         self._clock = time.monotonic() - self.seconds
         self._saved_at = self._logged_at = self._mark = time.monotonic()
         self._logged = self.step
@@ -422,7 +422,7 @@ class Run:
         if self.group.largest(int(wrong is not None)):
             named = wrong or "a weight in another process"
             raise TrainingError(f"{named} is not finite after step {self.step}; {self.good()}")
-        if self._saved == (self.step, self._record.size):
+        if self._saved == self._reached:
             return
         place = self.folder / CHECKPOINTS / f"{self.step:09d}"
         partial = place.with_name(f"{place.name}.partial")
@@ -464,7 +464,12 @@ class Run:
             raise OSError(
                 error.errno, f"the checkpoint {place} could not be written: {error.strerror or error}"
             ) from error
-        self._saved, self._saved_at = (self.step, self._record.size), time.monotonic()
+        self._saved, self._saved_at = self._reached, time.monotonic()
+
+    @property
+    def _reached(self) -> tuple[int, int | None]:
+        # The same in all processes; only the first one knows the size of the record.
+        return self.step, self.last.get("step")
 
     def writes(self, name: str) -> bool:
         """Whether this process wrote the file of that name in a checkpoint."""

@@ -166,6 +166,12 @@ class TestTwoProcesses:
         for first, rest in zip(("begun", "part", "part"), workers.start(again, 2, tmp_path), strict=True):
             assert difference(losses[first] + rest, losses["gpt2-one"]) < CLOSE
 
+    @pytest.mark.parametrize("way", ["ddp", "fsdp"])
+    def test_a_checkpoint_of_each_step(self, way: str, jobs: dict[str, Any], losses: Any, tmp_path: Path) -> None:
+        """Of evaluated steps two, one before and one after the evaluation; all processes write both."""
+        (found,) = workers.start([at(jobs[f"gpt2-{way}"], tmp_path / "run", checkpoint_minutes=0.0)], 2, tmp_path)
+        assert found == losses[f"gpt2-{way}"]
+
     def test_sigterm_to_one_of_them(self, jobs: dict[str, Any], losses: Any, tmp_path: Path) -> None:
         """Both end at the same step, both know of the signal, and the run is resumed."""
         made = [at(jobs["gpt2-ddp"], tmp_path / f"rank{rank}") | {"signal": [rank, 5]} for rank in (0, 1)]

@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[3]
+LIMIT = 600
+"""Seconds after which processes are taken to hang: on a loaded machine two take minutes for the jobs of a test."""
 
 
 def train(job: dict[str, Any]) -> list[float]:
@@ -67,7 +69,7 @@ def start(jobs: list[dict[str, Any]], number: int, folder: Path) -> list[list[fl
     """Do jobs in so many new processes, and return the losses of each."""
     started = begin(jobs, number, folder)
     try:
-        texts = [process.communicate(timeout=240)[0] for process in started]
+        texts = [process.communicate(timeout=LIMIT)[0] for process in started]
     finally:
         for process in started:
             process.kill()
