@@ -196,6 +196,6 @@ def _is_float(text: str) -> bool:
 
 
 def check_multiplier(value: float, what: str) -> None:
-    """ValueError unless ``value`` is a positive finite number."""
-    if not (math.isfinite(value) and value > 0):
-        raise ValueError(f"a multiplier must be positive and finite, got {value!r} in {what}")
+    """ValueError unless ``value`` is a finite number of at least 0; at 0 a parameter keeps its values."""
+    if not (math.isfinite(value) and value >= 0):
+        raise ValueError(f"a multiplier must be finite and at least 0, got {value!r} in {what}")

@@ -77,7 +77,7 @@ def parse(name: str, arguments: Sequence[str]) -> tuple[Any, Any, Any]:
     )  # fmt: skip
     given = {word.partition("=")[0].replace("_", "-") for word in arguments}
     # These defaults depend on the model, the structure and the device that were given.
-    usual = {"rms_cap": None, "compile": None} | ({"input_lr_mult": 0} if hasattr(config, "input_lr_mult") else {})
+    usual = {"rms_cap": None, "compile": None} | ({"input_lr_mult": None} if hasattr(config, "input_lr_mult") else {})
     kept = {word.removeprefix("--").replace("-", "_") for word in given}
     config = config.replace(**{name: value for name, value in usual.items() if name not in kept})
     if options.data is not None and "--data-set" not in given and module_name.endswith("cifar"):

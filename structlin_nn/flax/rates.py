@@ -208,7 +208,7 @@ def _add_decay(rates: ParameterRates, weight_decay: float, independent: bool) ->
     def coefficient(rule: ParameterRule) -> float:
         if not rule.decay:
             return 0.0
-        return weight_decay / rule.multiplier if independent else weight_decay
+        return weight_decay / rule.multiplier if independent and rule.multiplier else weight_decay
 
     def update(updates: Any, state: optax.EmptyState, params: Any = None) -> tuple[Any, optax.EmptyState]:
         if params is None:

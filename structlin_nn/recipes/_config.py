@@ -267,7 +267,7 @@ def _typed(name: str, value: Any, hint: Any) -> Any:
         value = tuple(value)
     if typing.get_origin(hint) is tuple and isinstance(value, tuple):
         value = tuple(float(v) if type(v) is int else v for v in value)
-    if hint is float and type(value) is int:
+    if type(value) is int and (hint is float or float in typing.get_args(hint)):
         value = float(value)
     if typing.get_origin(hint) is Literal:
         choices = typing.get_args(hint)

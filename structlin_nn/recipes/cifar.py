@@ -86,20 +86,19 @@ class Config(RunConfig):
     augment: bool = True  # random resized crops and horizontal flips
     mixup: float = 0.8  # alpha of mixup, 0 for none
     label_smoothing: float = 0.3  # label smoothing, 0 for none
-    input_lr_mult: float = 0.0  # extra learning-rate multiplier of the first linear layer; 0: the paper's
+    input_lr_mult: float | None = None  # extra learning-rate multiplier of the first linear layer; None: the paper's
     eval_every: int = 5  # epochs from one evaluation to the next
     measure_every: int = 0  # steps between measurements of the change of features; 0: before evaluations
 
     def __post_init__(self) -> None:
-        if self.input_lr_mult == 0:
+        if self.input_lr_mult is None:
             object.__setattr__(self, "input_lr_mult", 0.1 if self.model == "cifar-mlp" else 1.0)
         super().__post_init__()
 
     def _check(self) -> None:
         super()._check()
         self._at_least(1, "epochs", "eval_every", "depth")
-        self._at_least(0, "warmup_epochs", "mixup", "measure_every", "steps")
-        require(self.input_lr_mult > 0, f"input_lr_mult must be positive, got {self.input_lr_mult}")
+        self._at_least(0, "warmup_epochs", "mixup", "measure_every", "steps", "input_lr_mult")
         require(0 <= self.label_smoothing <= 1, f"label_smoothing must be from 0 to 1, got {self.label_smoothing}")
         require(self.warmup_epochs < self.epochs, f"warmup_epochs must be less than epochs, got {self.warmup_epochs}")
         require(self.bias or self.model == "cifar-mlp", f"bias=False is for cifar-mlp; {self.model} has its biases")

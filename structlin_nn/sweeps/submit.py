@@ -7,6 +7,7 @@ runs the commands of `structlin_nn.sweeps.commands`. Needs the extra ``cluster``
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -95,7 +96,9 @@ def submit(
         import submitit
     except ImportError as error:
         raise ImportError(f"submitting runs needs submitit: pip install 'structlin[cluster]' ({error})") from error
-    settings = {"name": name, "slurm_array_parallelism": workers} if cluster == "slurm" else {"name": name}
+    settings: dict[str, Any] = {"name": re.sub(r"[^\w.+-]+", "_", name)}  # quotes do not hold a line break in #SBATCH
+    if cluster == "slurm":
+        settings["slurm_array_parallelism"] = workers
     try:
         executor = submitit.AutoExecutor(folder=logs, cluster=cluster)
         executor.update_parameters(**{**settings, **(parameters or {})})

@@ -179,7 +179,7 @@ def _spread(groups: Sequence[Mapping[str, Any]]) -> str:
     found: dict[bool, tuple[float, float]] = {}
     for group in groups:
         multiplier, rate = group.get("multiplier"), group["lr"]
-        if multiplier is None or isinstance(rate, Tensor):  # to read a tensor may wait for a device
+        if not multiplier or isinstance(rate, Tensor):  # to read a tensor may wait for a device
             continue
         own = rate / multiplier
         by_adam = group.get("matrices", False) is None  # Muon and the Adam beside it have a rate each

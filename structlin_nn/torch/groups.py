@@ -309,7 +309,7 @@ def _grouped(
     for parameter, (name, rule) in settled.items():
         by_adam = matrices is not None and matrices[parameter] is None
         rate = adam_lr if by_adam and adam_lr is not None else lr
-        coefficient = weight_decay / rule.multiplier if independent else weight_decay
+        coefficient = weight_decay / rule.multiplier if independent and rule.multiplier else weight_decay
         group = groups.setdefault(
             (rule, by_adam),
             {

@@ -90,7 +90,8 @@ class MultiplierScheduler(LRScheduler):
     @staticmethod
     def _base(group: dict[str, Any]) -> tuple[float, bool]:
         """Rate at base width; Adam beside Muon has one of its own, also where both are the same."""
-        return float(group.get("base_lr", group["lr"] / group["multiplier"])), group.get("matrices", False) is None
+        base = group["base_lr"] if "base_lr" in group else group["lr"] / group["multiplier"]
+        return float(base), group.get("matrices", False) is None
 
     def _pass_on(self) -> None:
         for group, number in zip(self.optimizer.param_groups, self._keys, strict=True):

@@ -330,7 +330,8 @@ def test_traffic_of_structured_layers_on_a_gpu() -> None:
     from structlin.execution.devices import DEVICES
     from structlin.execution.traffic import fastest
 
-    sizes: dict[str, Any] = {"width": 64, "structure": "block_tensor_train", "rank": 2, "batch_size": 128}
+    sizes: dict[str, Any] = {"width": 64, "structure": "block_tensor_train", "options": {"rank": 2}}
+    sizes["batch_size"] = 128
     record = count_model("cifar-mlp", device="h100", dtype="bfloat16", **sizes)
     found = record["traffic"]
     assert [row["name"] for row in found["layers"]] == [row["name"] for row in record["layers"]]

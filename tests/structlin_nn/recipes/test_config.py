@@ -118,6 +118,11 @@ class TestRecipes:
     def test_the_rate_of_the_first_layer_is_the_papers(self) -> None:
         models = ("cifar-mlp", "cifar-vit", "my_models:make")
         assert [cifar.Config(model=model).input_lr_mult for model in models] == [0.1, 1.0, 1.0]
+        assert cifar.extra_multipliers(cifar.Config(input_lr_mult=0)) == {"input": 0.0}, (
+            "a rate of zero can be asked for"
+        )
+        with pytest.raises(ValueError, match="input_lr_mult must be at least 0, got -1"):
+            cifar.Config(input_lr_mult=-1)
         with pytest.raises(ValueError, match="input_lr_mult is for cifar-mlp and cifar-vit"):
             cifar.extra_multipliers(cifar.Config(model="my_models:make", input_lr_mult=0.5))
 

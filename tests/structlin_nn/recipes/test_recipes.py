@@ -103,6 +103,20 @@ class TestCifar:
             with pytest.raises(ValueError, match=f"{steps} steps of 7 an epoch end in epoch [24]: epochs must be"):
                 cifar.train(config.replace(steps=steps), replace(options, out=options.out / "other"))
 
+    def test_a_rate_of_zero_keeps_the_first_layer(self, config: cifar.Config, options: cifar.Options) -> None:
+        config = config.replace(optimizer="adamw", weight_decay=0.1, independent_decay=True, input_lr_mult=0.0)
+        seen: list[dict[str, torch.Tensor]] = []
+
+        def watch(run: Any, loss: float | None) -> bool:
+            seen.append({name: value.detach().clone() for name, value in run.model.named_parameters()})
+            return len(seen) == 3
+
+        cifar.train(config, options, watch=watch)
+        moved = {name for name, value in seen[0].items() if not torch.equal(value, seen[2][name])}
+        kept = {name for name in seen[0] if name.startswith("input.factors")}
+        assert kept
+        assert moved == seen[0].keys() - kept
+
     def test_muon_learns(self, config: cifar.Config, options: cifar.Options) -> None:
         config = config.replace(optimizer="muon", lr=0.02, adam_lr=3e-3, mixup=0.0, label_smoothing=0.0, augment=False)
         whole = cifar.train(config, options)

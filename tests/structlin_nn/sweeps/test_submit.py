@@ -95,13 +95,16 @@ class TestSubmit:
             (tools / name).chmod(0o755)
         monkeypatch.setenv("PATH", str(tools), prepend=os.pathsep)
         found = submit(
-            "mine", jobs(tmp_path), tmp_path / "logs", workers=2,
+            "mi ne\n$(touch x)", jobs(tmp_path), tmp_path / "logs", workers=2,
             parameters={"timeout_min": 90, "slurm_partition": "gpu"},
         )  # fmt: skip
         assert {run: job.job_id for run, job in found.items()} == {"r0": "12_0", "r1": "12_1", "r2": "12_2"}
         script = (tmp_path / "script").read_text()
-        for line in ("array=0-2%2", "partition=gpu", "time=90", "job-name=mine"):
+        for line in ("array=0-2%2", "partition=gpu", "time=90"):
             assert f"#SBATCH --{line}" in script
+        # The name of a sweep is one word, which the shell does not run.
+        assert re.findall(r"#SBATCH --job-name=(.*)", script) == ["mi_ne_touch_x_"]
+        assert "$(touch" not in script
         assert re.search(r"#SBATCH --signal=\w*@\d+", script)
 
     def test_mistakes(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

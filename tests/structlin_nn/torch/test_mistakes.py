@@ -208,9 +208,9 @@ MISTAKES = (
     (groups(rules={"head": ParameterRule(1.0, False)}), ValueError, "nothing matches 'head'"),
     (groups(rules={"0": 2.0}), TypeError, "rules['0'] must be a ParameterRule, got 2.0"),
     (
-        groups(extra_multipliers={"0": 0}),
+        groups(extra_multipliers={"0": -0.5}),
         ValueError,
-        "a multiplier must be positive and finite, got 0 in extra_multipliers['0']",
+        "a multiplier must be finite and at least 0, got -0.5 in extra_multipliers['0']",
     ),
     (
         groups(optimizer="adam", independent_decay=True),
