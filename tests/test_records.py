@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from structlin_nn.recipes import config_from_dict
+from structlin_nn.recipes import recipe_module
 from structlin_nn.records import read_record
 from structlin_nn.sweeps import find
 from structlin_nn.tables import record_paths
@@ -38,7 +38,7 @@ def test_records_are_finished_runs_of_their_sweep(folder: str) -> None:
     for path in record_paths([RECORDS / folder]):
         record = read_record(path)
         assert record.finished, path.name
-        recorded = config_from_dict(record.header["recipe"], renamed(record.header["config"]))
+        recorded = recipe_module(record.header["recipe"]).Config.from_dict(renamed(record.header["config"]))
         assert recorded == runs[path.stem], f"{path.name}: {recorded.differences(runs[path.stem])}"
 
 

@@ -7,13 +7,12 @@ determines the result, `Options` for files and output, and `train`. Modules with
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
 
 from structlin_nn._text import suggestion
 
-__all__ = ["MODELS", "config_from_dict", "recipe", "recipe_module"]
+__all__ = ["MODELS", "recipe", "recipe_module"]
 
 _VIT = {"model": "cifar-vit", "epochs": 200, "batch_size": 256, "lr": 1e-3}
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -53,14 +52,3 @@ def recipe(model: str = "cifar-mlp", **changes: Any) -> Any:
         raise ValueError(f"unknown model {model!r}{suggestion(model, MODELS)} (one of {', '.join(MODELS)})")
     name, own = MODELS[named]
     return recipe_module(name).Config.from_dict({**own, **changes, "model": model})
-
-
-def config_from_dict(name: str, values: Mapping[str, Any]) -> Any:
-    """Return the configuration of a recipe from plain values, as run records and checkpoints hold them.
-
-    Examples
-    --------
-    >>> config_from_dict("cifar", {"width": 32}).width
-    32
-    """
-    return recipe_module(name).Config.from_dict(values)

@@ -21,7 +21,6 @@ from flax import nnx
 from jax import Array
 from torch import Tensor, nn
 
-from structlin import execution
 from structlin_nn.checkpoints import CHECKPOINTS
 from structlin_nn.convert import to_flax, to_torch
 from structlin_nn.flax import optimizer_for
@@ -31,8 +30,8 @@ from structlin_nn.recipes._probe import Probe
 from structlin_nn.recipes._processes import ALONE
 from structlin_nn.recipes._run import Options, Run
 from structlin_nn.recipes._telling import hardware
-from structlin_nn.recipes._torch import base_of, count_run, decoded, encoded, layers_of
-from structlin_nn.torch import StructuredLinear, parameter_groups
+from structlin_nn.recipes._torch import base_of, common_state, count_run, layers_of, restore_common
+from structlin_nn.torch import parameter_groups
 
 __all__ = ["FlaxRun", "check_flax"]
 
@@ -116,9 +115,7 @@ class FlaxRun(Run):
             self.params, self.moments = tree["params"], tree["moments"]
             self.average = tree.get("average")
             self.sums = np.array(self.state["sums"])
-            self.probe.total, self.probe.count = self.state["probe"]
-            for name, generator in self.generators.items():
-                generator.set_state(decoded(self.state["generators"][name]))
+            restore_common(self, self.state)
 
     def model(self, params: Any) -> Any:
         """Return the flax model with parameters."""
@@ -195,14 +192,7 @@ class FlaxRun(Run):
         return {"tensors": {}, "build": None, "layout": None}
 
     def more_state(self) -> dict[str, Any]:
-        structures: Any = {m.structure for m in self.twin.modules() if isinstance(m, StructuredLinear)}
-        return {
-            "init_from": None,
-            "generators": {name: encoded(generator.get_state()) for name, generator in self.generators.items()},
-            "sums": self.sums.tolist(),
-            "probe": [self.probe.total, self.probe.count],
-            "execution": execution.decisions(structures),
-        }
+        return {"init_from": None, **common_state(self, self.twin)}
 
     def not_finite(self) -> str | None:
         leaves = jax.tree_util.tree_leaves_with_path(self.params)

@@ -373,16 +373,11 @@ class TorchRun(Run):
         return name.startswith(f"__{self.group.rank}_") or (self.group.main and not name.startswith("__"))
 
     def more_state(self) -> dict[str, Any]:
-        structures: Any = {m.structure for m in self.model.modules() if isinstance(m, StructuredLinear)}
-        generators = {name: encoded(generator.get_state()) for name, generator in self.generators.items()}
-        generators["torch"] = encoded(torch.get_rng_state())
+        state = common_state(self, self.model)
+        state["generators"]["torch"] = encoded(torch.get_rng_state())
         if self.device.type == "cuda":
-            generators["cuda"] = encoded(torch.cuda.get_rng_state(self.device))
-        return {
-            "init_from": self.init_from, "scaler": self.scaler.state_dict(), "generators": generators,
-            "sums": self.sums.tolist(), "probe": [self.probe.total, self.probe.count],
-            "execution": execution.decisions(structures),
-        }  # fmt: skip
+            state["generators"]["cuda"] = encoded(torch.cuda.get_rng_state(self.device))
+        return {"init_from": self.init_from, "scaler": self.scaler.state_dict(), **state}
 
     def _restore(self, state: dict[str, Any]) -> None:
         """Restore the state of a checkpoint, written by any number of processes."""
@@ -401,13 +396,28 @@ class TorchRun(Run):
             if name in parameters:
                 self.optimizer.state[parameters[name]] = entries
         self.scaler.load_state_dict(state["scaler"])
-        for name, generator in self.generators.items():
-            generator.set_state(decoded(state["generators"][name]))
+        restore_common(self, state)
         torch.set_rng_state(decoded(state["generators"]["torch"]))
         if self.device.type == "cuda" and "cuda" in state["generators"]:
             torch.cuda.set_rng_state(decoded(state["generators"]["cuda"]), self.device)
         self.sums.copy_(torch.tensor(state["sums"], dtype=torch.float64))
-        self.probe.total, self.probe.count = float(state["probe"][0]), int(state["probe"][1])
+
+
+def common_state(run: Any, model: nn.Module) -> dict[str, Any]:
+    """Return the entries of ``state.json`` that runs in torch and in flax have alike."""
+    structures: Any = {module.structure for module in model.modules() if isinstance(module, StructuredLinear)}
+    return {
+        "generators": {name: encoded(generator.get_state()) for name, generator in run.generators.items()},
+        "sums": run.sums.tolist(), "probe": [run.probe.total, run.probe.count],
+        "execution": execution.decisions(structures),
+    }  # fmt: skip
+
+
+def restore_common(run: Any, state: Mapping[str, Any]) -> None:
+    """Restore generators and probe from `common_state`."""
+    for name, generator in run.generators.items():
+        generator.set_state(decoded(state["generators"][name]))
+    run.probe.total, run.probe.count = state["probe"]
 
 
 def _empty(key: str, parameter: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from typing import Any
 from structlin_nn._files import atomic_write
 from structlin_nn._text import progress_bar
 from structlin_nn.checkpoints import checkpoints
-from structlin_nn.recipes import config_from_dict, recipe_module
+from structlin_nn.recipes import recipe_module
 from structlin_nn.records import read_record
 
 __all__ = ["MAX_WORKERS", "STATES", "Job", "Outcome", "Planned", "default_workers", "plan", "run_all", "state_of"]
@@ -81,7 +81,7 @@ def state_of(config: Any, folder: Path) -> str:
         found = read_record(folder / "record.jsonl")
     except ValueError:  # cut off: resuming repairs it
         return "failed" if failed else "begun"
-    config.check_continues(config_from_dict(found.header["recipe"], found.header["config"]), folder)
+    config.check_continues(recipe_module(found.header["recipe"]).Config.from_dict(found.header["config"]), folder)
     if found.finished and checkpoints(folder):
         return "finished"
     return "failed" if failed else "begun"

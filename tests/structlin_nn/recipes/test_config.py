@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from structlin_nn.recipes import MODELS, cifar, config_from_dict, flax_cifar, gpt2, imagenet, recipe
+from structlin_nn.recipes import MODELS, cifar, flax_cifar, gpt2, imagenet, recipe
 from structlin_nn.recipes._config import overrides
 
 
@@ -72,7 +72,7 @@ class TestStrictness:
 
 def test_plain_values_survive_json() -> None:
     config = cifar.Config(structure="low_rank", options={"rank": [2, 3]}, betas=(0.5, 1e-3), lr=1)
-    again = config_from_dict("cifar", json.loads(json.dumps(config.to_dict())))
+    again = cifar.Config.from_dict(json.loads(json.dumps(config.to_dict())))
     assert again == config
     assert again.options == {"rank": (2, 3)}
     assert isinstance(again.lr, float)
