@@ -253,10 +253,11 @@ def train(
 
 def extra_multipliers(config: Config) -> dict[str, float]:
     """Return further learning-rate multipliers, by names of layers."""
-    if config.input_lr_mult == 1:
+    factor = config.input_lr_mult
+    if factor is None or factor == 1:  # None became the paper's
         return {}
     require(config.is_named, f"input_lr_mult is for {' and '.join(config.named)}, got {config.model}")
-    return {INPUT_LAYERS[config.model]: config.input_lr_mult}
+    return {INPUT_LAYERS[config.model]: factor}
 
 
 def augmentation(config: Config, data: ImageDataset) -> Augmentation:
