@@ -111,7 +111,7 @@ class TestCoverage:
             ({"optimizer": "adamx"}, ValueError, "unknown optimizer 'adamx'"),
             ({"decay": ["facto"]}, ValueError, "facto"),
             ({"extra_multipliers": {"nothing": 2.0}}, ValueError, "nothing matches 'nothing'"),
-            ({"extra_multipliers": {"layer": 0.0}}, ValueError, "must be positive"),
+            ({"extra_multipliers": {"layer": -0.5}}, ValueError, "must be finite and at least 0"),
             ({"rules": {"table": 2.0}}, TypeError, "must be a ParameterRule"),
         ],
     )

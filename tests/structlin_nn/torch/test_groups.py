@@ -15,6 +15,7 @@ from structlin_nn.torch import (
     format_groups,
     parameter_groups,
     replace_linear,
+    with_multipliers,
 )
 
 
@@ -426,8 +427,8 @@ def test_models_that_do_not_match():
         ({"decay": ["weights"]}, ValueError, "got 'weights'"),
         ({"extra_multipliers": {"haed": 2.0}}, ValueError, "nothing matches 'haed'"),
         ({"extra_multipliers": {"norm": 2.0}}, ValueError, "nothing matches 'norm'"),  # a layer without a matrix
-        ({"extra_multipliers": {"head": 0.0}}, ValueError, "positive and finite, got 0.0"),
-        ({"extra_multipliers": {"head": float("inf")}}, ValueError, "positive and finite, got inf"),
+        ({"extra_multipliers": {"head": -0.5}}, ValueError, "finite and at least 0, got -0.5"),
+        ({"extra_multipliers": {"head": float("inf")}}, ValueError, "finite and at least 0, got inf"),
         ({"rules": {re.compile("head"): ParameterRule(2.0)}}, ValueError, "nothing matches 'head'"),
         ({"rules": {"head.weight": 2.0}}, TypeError, "must be a ParameterRule, got 2.0"),
         ({"independent_decay": True, "optimizer": "adam"}, ValueError, "independent_decay needs"),
@@ -436,6 +437,24 @@ def test_models_that_do_not_match():
 def test_bad_arguments(options, error, words):
     with pytest.raises(error, match=words):
         parameter_groups(Net(16), **{"lr": 1, **options})
+
+
+def test_a_multiplier_of_zero_keeps_a_layer():
+    """With decay that does not go with the rate, and under a scheduler, too."""
+    model = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 3))
+    groups = parameter_groups(
+        model, lr=0.1, optimizer="adamw", weight_decay=0.5, independent_decay=True, extra_multipliers={"0": 0}
+    )
+    assert {group["multiplier"]: group["lr"] for group in groups if "0.weight" in group["names"]} == {0: 0.0}
+    optimizer = torch.optim.AdamW(groups)
+    scheduler = with_multipliers(torch.optim.lr_scheduler.OneCycleLR, optimizer, max_lr=0.1, total_steps=5)
+    before = [layer.weight.detach().clone() for layer in model]
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(torch.ones(2, 4)).square().sum().backward()
+        optimizer.step()
+        scheduler.step()
+    assert [torch.equal(old, layer.weight) for old, layer in zip(before, model, strict=True)] == [True, False]
 
 
 def test_bad_rules():
@@ -450,7 +469,7 @@ def test_bad_rules():
             parameter_groups(given, lr=1)
         with pytest.raises(TypeError, match=r"as base_model, takes a torch\.nn\.Module"):
             parameter_groups(model, given, lr=1)
-    with pytest.raises(ValueError, match="positive and finite, got -1"):
+    with pytest.raises(ValueError, match="finite and at least 0, got -1"):
         ParameterRule(-1)
     with pytest.raises(TypeError, match=r"decay must be True or False, got 0\.1"):
         ParameterRule(1.0, 0.1)
