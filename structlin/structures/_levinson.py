@@ -1,9 +1,10 @@
 """Toeplitz systems on the CPU: recursions, the formula of Gohberg and Semencul, circulant preconditioning.
 
-All functions take the 2 n - 1 diagonals of a square matrix, in double precision. There are three methods:
+All functions take the 2 n - 1 diagonals of a square matrix, in double precision. There are four methods:
 
-- SciPy's compiled recursion costs O(n^2) for each right-hand side. It is the fastest for one right-hand side and few
-  rows.
+- LAPACK on the dense matrix is the fastest for few rows.
+- SciPy's compiled recursion costs O(n^2) for each right-hand side. It follows for one right-hand side and up to
+  some hundred rows.
 - Conjugate gradients (for Hermitian positive definite matrices) or BiCGSTAB with the circulant preconditioner of
   T. Chan (1988) cost O(n log n) for each iteration. Few iterations suffice if the symbol is smooth and has no zero.
 - The recursion of Levinson (1946) and Durbin (1960) extends the first and the last column of the inverse from one
@@ -23,13 +24,19 @@ from dataclasses import dataclass
 import numpy as np
 import scipy.fft
 import scipy.linalg
-from scipy.linalg import blas
+from scipy.linalg import blas, lapack
 
 LEAST = 64
-"""Least number of rows at which one of the methods is faster than LAPACK."""
+"""Least number of rows at which these functions are used."""
+
+SMALL = 96
+"""Largest number of rows at which LAPACK is the fastest."""
+
+ITERATED = 512
+"""Least number of rows at which the iteration is tried first."""
 
 COMPILED = 1024
-"""Largest number of rows at which SciPy's recursion is the fastest for one right-hand side; it takes 2 ms at 1024."""
+"""Largest number of rows at which SciPy's recursion follows a failed iteration for one right-hand side."""
 
 LONGEST = 32768
 """Largest number of rows for which the recursion in Python follows a failed iteration; it takes a minute there."""
@@ -112,18 +119,20 @@ def is_hermitian(kernel: np.ndarray) -> bool:
 def solve(kernel: np.ndarray, b: np.ndarray, found: Columns | None = None) -> np.ndarray | None:
     """Return the solution for b of shape (n, k); None if no method reaches a backward error at roundoff."""
     n, k = b.shape
-    A = Convolution(kernel, n)
     size = float(np.abs(kernel).sum())  # exceeds |A|
+    if found is None and n <= SMALL:
+        return _by_lapack(kernel, b, size)
+    A = Convolution(kernel, n)
+    if found is None and n >= ITERATED:
+        x = _preconditioned(kernel, A, b, size)
+        if x is not None:
+            return x
     if found is None and k == 1 and n <= COMPILED and kernel[n - 1] != 0:
         try:
             x = scipy.linalg.solve_toeplitz((kernel[n - 1 :], kernel[:n][::-1]), b)
         except np.linalg.LinAlgError:
             return None
         if _is_good(A, x, b, size):
-            return x
-    if found is None and n > COMPILED:
-        x = _preconditioned(kernel, A, b, size)
-        if x is not None:
             return x
     if found is None:
         found = recursion(kernel) if n <= LONGEST else None
@@ -138,11 +147,36 @@ def solve(kernel: np.ndarray, b: np.ndarray, found: Columns | None = None) -> np
     return None
 
 
-def _is_good(A: Convolution, x: np.ndarray, b: np.ndarray, size: float) -> bool:
-    if not np.isfinite(x).all():
+def _by_lapack(kernel: np.ndarray, b: np.ndarray, size: float) -> np.ndarray | None:
+    """Solve with the dense matrix, by Cholesky's decomposition if it is Hermitian and positive."""
+    n, step = b.shape[0], kernel.itemsize
+    kernel = np.ascontiguousarray(kernel)
+    # A view: entry (i, j) is kernel[n - 1 + i - j].
+    matrix: np.ndarray = np.ndarray((n, n), kernel.dtype, kernel, (n - 1) * step, (step, -step))
+    failed, x = 1, b
+    if kernel[n - 1].real > 0 and is_hermitian(kernel):
+        complex_ = np.iscomplexobj(kernel) or np.iscomplexobj(b)
+        _, x, failed = (lapack.zposv if complex_ else lapack.dposv)(matrix, b, lower=1)
+    if failed:
+        try:
+            x = np.linalg.solve(matrix, b)
+        except np.linalg.LinAlgError:
+            return None
+    return x if _is_good(matrix.__matmul__, x, b, size) else None
+
+
+def _norms(x: np.ndarray) -> np.ndarray:
+    return np.sqrt(np.einsum("ij,ij->j", x.conj(), x).real)
+
+
+def _is_good(A: Callable[[np.ndarray], np.ndarray], x: np.ndarray, b: np.ndarray, size: float) -> bool:
+    """Whether the backward error is at roundoff, and x not as large as the roundoff of a singular matrix makes it."""
+    lengths, right = _norms(x), _norms(b)
+    if not np.isfinite(lengths).all():
         return bool(np.isnan(b).any())
-    bound = size * np.linalg.norm(x, axis=0) + np.linalg.norm(b, axis=0)
-    return bool(np.all(np.linalg.norm(b - A(x), axis=0) <= SLACK * _EPS * bound))
+    if not (size * lengths <= right * (0.1 / _EPS)).all():
+        return False
+    return bool((_norms(b - A(x)) <= SLACK * _EPS * (size * lengths + right)).all())
 
 
 def _preconditioned(kernel: np.ndarray, A: Convolution, b: np.ndarray, size: float) -> np.ndarray | None:
@@ -165,12 +199,12 @@ def _preconditioned(kernel: np.ndarray, A: Convolution, b: np.ndarray, size: flo
 
     step = _conjugate_gradients if hermitian else _bicgstab
     x = np.zeros(b.shape, np.result_type(kernel, b))
+    limit = min(_ITERATIONS, n // 48)  # with few rows, SciPy's recursion costs no more than so many iterations
     for _ in range(4):  # each restart reduces the residual by about 1e-8
         r = b - A(x)
-        bound = size * np.linalg.norm(x, axis=0) + np.linalg.norm(b, axis=0)
-        if np.all(np.linalg.norm(r, axis=0) <= 10 * _EPS * bound):
-            return x
-        correction = step(A, precondition, r)
+        if np.all(_norms(r) <= 10 * _EPS * (size * _norms(x) + _norms(b))):
+            return x if _is_good(A, x, b, size) else None
+        correction = step(A, precondition, r, limit)
         if correction is None:
             return None
         x = x + correction
@@ -185,15 +219,15 @@ def _safe(x: np.ndarray) -> np.ndarray:
     return np.where(x == 0, 1, x)
 
 
-def _conjugate_gradients(A: Convolution, M: Callable[..., np.ndarray], b: np.ndarray) -> np.ndarray | None:
+def _conjugate_gradients(A: Convolution, M: Callable[..., np.ndarray], b: np.ndarray, limit: int) -> np.ndarray | None:
     x, r = np.zeros_like(b), b
     p = z = M(r)
-    rho, target = _dots(r, z), 1e-8 * np.linalg.norm(b, axis=0)
-    for _ in range(_ITERATIONS):
+    rho, target = _dots(r, z), 1e-8 * _norms(b)
+    for _ in range(limit):
         q = A(p)
         alpha = rho / _safe(_dots(p, q))
         x, r = x + alpha * p, r - alpha * q
-        if np.all(np.linalg.norm(r, axis=0) <= target):
+        if np.all(_norms(r) <= target):
             return x
         z = M(r)
         rho, old = _dots(r, z), rho
@@ -201,10 +235,10 @@ def _conjugate_gradients(A: Convolution, M: Callable[..., np.ndarray], b: np.nda
     return None
 
 
-def _bicgstab(A: Convolution, M: Callable[..., np.ndarray], b: np.ndarray) -> np.ndarray | None:
+def _bicgstab(A: Convolution, M: Callable[..., np.ndarray], b: np.ndarray, limit: int) -> np.ndarray | None:
     x, r, shadow = np.zeros_like(b), b, b
-    p, rho, target = r, _dots(b, b), 1e-8 * np.linalg.norm(b, axis=0)
-    for _ in range(_ITERATIONS // 2):
+    p, rho, target = r, _dots(b, b), 1e-8 * _norms(b)
+    for _ in range(limit // 2):
         p_hat = M(p)
         v = A(p_hat)
         alpha = rho / _safe(_dots(shadow, v))
@@ -213,7 +247,7 @@ def _bicgstab(A: Convolution, M: Callable[..., np.ndarray], b: np.ndarray) -> np
         t = A(s_hat)
         omega = _dots(t, s) / _safe(_dots(t, t))
         x, r = x + alpha * p_hat + omega * s_hat, s - omega * t
-        size = np.linalg.norm(r, axis=0)
+        size = _norms(r)
         if np.all(size <= target):
             return x
         if not np.isfinite(size).all():

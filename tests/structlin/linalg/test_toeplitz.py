@@ -23,9 +23,10 @@ N = 9
 
 @pytest.fixture
 def at_once(monkeypatch):
-    """From one row on."""
+    """Use the recursions from one row on."""
     monkeypatch.setattr(toeplitz, "LEAST", 1)
     monkeypatch.setattr(levinson, "LEAST", 1)
+    monkeypatch.setattr(levinson, "SMALL", 0)
 
 
 @pytest.fixture
@@ -141,6 +142,7 @@ def test_a_bad_solution_is_not_returned(at_once, monkeypatch):
     assert levinson.solve(k, b, levinson.Columns(right.first, right.last[::-1], right.pivots)) is None
     monkeypatch.setattr(toeplitz, "LEAST", 1)
     monkeypatch.setattr(levinson, "LEAST", 1)
+    monkeypatch.setattr(levinson, "SMALL", 0)
     monkeypatch.setattr(levinson, "recursion", lambda _: wrong)
     assert toeplitz.columns(operator(k)) is None
     np.testing.assert_allclose(linalg.solve(operator(k), b), np.linalg.solve(matrix(k), b), rtol=1e-12)
