@@ -15,7 +15,7 @@ from typing import Any
 from cola.annotations import SelfAdjoint
 
 from structlin._arrays import Array, backend_of
-from structlin._lapack import eps, follows, known, lapack, nan_unless
+from structlin._lapack import eps, follows, known, lapack, nan_unless, seen
 
 
 @dataclass(frozen=True)
@@ -121,16 +121,13 @@ def _torch_function() -> Any:
 
 def backward_error(A: Any, x: Array, b: Array, size: Array | float) -> Array:
     """Return ``|A x - b| / (size |x| + |b|)`` for each column: the relative change of A and b that x solves exactly."""
+    rest, x, b, size = seen(A @ x - b, x, b, size) if hasattr(size, "dtype") else (*seen(A @ x - b, x, b), size)
     xp = lapack(b)
-
-    def norms(y: Array) -> Array:
-        return xp.sqrt((xp.abs(y) ** 2).sum(0))
-
-    scale = xp.max(xp.abs(b))
+    scale = xp.max(abs(b))
     scale = xp.where(scale > 0, scale, scale * 0 + 1)  # numbers near the ends of the range square to 0 or infinity
-    x, b = x / scale, b / scale
-    bound = size * norms(x) + norms(b)
-    return norms(A @ x - b) / xp.where(bound == 0, bound * 0 + 1, bound)
+    norms = [xp.sqrt((abs(y / scale) ** 2).sum(0)) for y in (rest, x, b)]
+    bound = size * norms[1] + norms[2]
+    return norms[0] / xp.where(bound == 0, bound * 0 + 1, bound)
 
 
 def nan_where_bad(x: Array, error: Array, bound: float) -> Array:

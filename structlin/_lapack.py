@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,10 +16,19 @@ import opt_einsum
 from structlin._arrays import Array, backend_of, dtype_name, ops, to_backend
 from structlin.verdicts import Determinant
 
+_FEW = 2**15  # numbers of an array up to which calls take longer than what they do
+
 
 def lapack(x: Array) -> SimpleNamespace:
     """Return the functions for the library that ``x``, an array or a NumPy scalar, belongs to."""
-    return _functions("numpy" if isinstance(x, np.generic) else backend_of(x))
+    kind = type(x)
+    found = _of_type.get(kind)
+    if found is None:
+        found = _of_type[kind] = _functions("numpy" if isinstance(x, np.generic) else backend_of(x))
+    return found
+
+
+_of_type: dict[type, SimpleNamespace] = {}
 
 
 @cache
@@ -35,13 +45,14 @@ def _numpy() -> SimpleNamespace:
         wide = np.result_type(a.dtype, np.complex64)
         return values.astype(wide), vectors.astype(wide)
 
+    def substitute(lower: Array, b: Array) -> Array:
+        if lower.ndim == 2:
+            return scipy.linalg.cho_solve((lower, True), b, check_finite=False)
+        return np.stack([substitute(x, y) for x, y in zip(lower, b, strict=True)])
+
     def cholesky_solve(a: Array, b: Array) -> Array:
-        if a.ndim == 2 or a.shape[-1] >= 64:
-            pairs = zip(a.reshape((-1, *a.shape[-2:])), b.reshape((-1, *b.shape[-2:])), strict=True)
-            solved = [scipy.linalg.cho_solve(scipy.linalg.cho_factor(x, lower=True), y) for x, y in pairs]
-            return np.reshape(solved, b.shape)
-        np.linalg.cholesky(a)  # raises where one is not positive; NumPy has no batched triangular solve
-        return np.linalg.solve(a, b)
+        lower = np.linalg.cholesky(a)  # raises where one is not positive; NumPy has no batched triangular solve
+        return substitute(lower, b) if a.ndim == 2 or a.shape[-1] >= 64 else np.linalg.solve(a, b)
 
     def positive_slogdet(a: Array, strict: bool = True) -> tuple[Array, Array]:
         try:
@@ -52,6 +63,8 @@ def _numpy() -> SimpleNamespace:
         return np.ones((), a.dtype)[()], 2 * logs.sum()
 
     return SimpleNamespace(
+        substitute=substitute,
+        inverse_from_cholesky=lambda lower: np.linalg.inv(lower @ np.conj(lower).swapaxes(-1, -2)),
         cholesky_solve=cholesky_solve,
         positive_slogdet=positive_slogdet,
         gram=lambda a: np.conj(a).T @ a if np.iscomplexobj(a) else a.T @ a,
@@ -102,17 +115,19 @@ def _torch() -> SimpleNamespace:
             lower = torch.linalg.cholesky(a)
             half = torch.linalg.solve_triangular(lower, b, upper=False)
             return torch.linalg.solve_triangular(lower.mH, half, upper=True)
-        return _torch_positive()[0].apply(a, b, torch.linalg.cholesky(a.detach()))
+        lower = torch.linalg.cholesky(a.detach())
+        return _torch_positive()[0].apply(a, b, lower) if follows(a) or follows(b) else torch.cholesky_solve(b, lower)
 
     def positive_slogdet(a: Array, strict: bool = True) -> tuple[Array, Array]:
         """By Cholesky, half the work of LU, which takes over for what is not positive to roundoff."""
         if a.device.type == "cpu":
             plain = torch._C._are_functorch_transforms_active()  # which differentiate the decomposition itself
             lower, failed = torch.linalg.cholesky_ex(a if plain else a.detach())
-            if known(failed.amax()) == 0:
-                log = _log_of_pivots(lower) if plain else _torch_positive()[1].apply(a, lower)
+            worst = known(failed if failed.ndim == 0 else failed.amax())
+            if worst == 0:
+                log = _torch_positive()[1].apply(a, lower) if follows(a) and not plain else _log_of_pivots(lower)
                 return torch.ones((), dtype=a.dtype), log
-            if known(failed.amax()) is not None:
+            if worst is not None:
                 return _unsure_slogdet(a, torch.linalg, strict)
         sign, log = torch.linalg.slogdet(a)
         return sign.prod(), log.sum()
@@ -127,6 +142,8 @@ def _torch() -> SimpleNamespace:
         return torch.from_numpy(x.T @ x)  # by syrk: half of the work, which torch does not save
 
     return SimpleNamespace(
+        substitute=lambda lower, b: torch.cholesky_solve(b, lower),
+        inverse_from_cholesky=torch.cholesky_inverse,
         cholesky_solve=cholesky_solve,
         positive_slogdet=positive_slogdet,
         gram=gram,
@@ -175,8 +192,7 @@ def _jax() -> SimpleNamespace:
             return jax.scipy.linalg.expm(a)
         return jax.vmap(jax.scipy.linalg.expm)(a)
 
-    def cholesky_solve(a: Array, b: Array) -> Array:
-        lower = cholesky(a)
+    def substitute(lower: Array, b: Array) -> Array:
         half = jax.lax.linalg.triangular_solve(lower, b, left_side=True, lower=True)
         return jax.lax.linalg.triangular_solve(
             lower, half, left_side=True, lower=True, transpose_a=True, conjugate_a=True
@@ -196,7 +212,8 @@ def _jax() -> SimpleNamespace:
         return jnp.prod(sign), jnp.sum(log)
 
     return SimpleNamespace(
-        cholesky_solve=cholesky_solve,
+        substitute=substitute,
+        cholesky_solve=lambda a, b: substitute(cholesky(a), b),
         positive_slogdet=positive_slogdet,
         gram=lambda a: jnp.conj(a).T @ a,
         cholesky=cholesky,
@@ -339,7 +356,7 @@ def inverse_of(matrices: Array) -> Array:
     require_precision(matrices, "an inverse")
     with refusing_singular(matrices):
         inverses = xp.inv(matrices)
-    condition = _column_norms(xp, xp.stop_gradient(matrices)) * _column_norms(xp, xp.stop_gradient(inverses))
+    condition = math.prod(map(_column_norms, seen(matrices, inverses)))
     bound = 1 / eps(matrices.dtype)
     worst = known(condition.max())
     if worst is None:
@@ -356,9 +373,9 @@ def nan_unless(good: Array, like: Array) -> Array:
     return xp.where(good, zeros, zeros + float("nan"))
 
 
-def _column_norms(xp: SimpleNamespace, matrices: Array) -> Array:
+def _column_norms(matrices: Array) -> Array:
     """Return the 1-norm of each matrix, the largest sum of absolute values in a column."""
-    return xp.amax(xp.abs(matrices).sum(-2))
+    return lapack(matrices).amax(abs(matrices).sum(-2))
 
 
 @contextmanager
@@ -392,6 +409,12 @@ def singular_to_roundoff(what: str) -> np.linalg.LinAlgError:
     return np.linalg.LinAlgError(f"{what} is singular to working precision; use cola.pinv, or add to the diagonal")
 
 
+@cache
+def _is_half(dtype: Any) -> bool:
+    return dtype_name(dtype) in ("float16", "bfloat16")
+
+
+@cache
 def eps(dtype: Any) -> float:
     """Distance from 1 to the next larger number of a floating or complex dtype of any library."""
     name = dtype_name(dtype)
@@ -402,7 +425,7 @@ def eps(dtype: Any) -> float:
 
 def require_precision(x: Array, what: str) -> None:
     """Raise ValueError for half precision, which LAPACK does not have."""
-    if dtype_name(x.dtype) in ("float16", "bfloat16"):
+    if _is_half(x.dtype):
         raise ValueError(f"{what} needs float32, float64 or complex numbers, got {x.dtype}; use A.to(dtype=...)")
 
 
@@ -422,10 +445,53 @@ def is_plain(x: Array) -> bool:
         and x.device.type == "cpu"
         and x.layout == torch.strided
         and not (x.requires_grad and torch.is_grad_enabled())
-        and not torch.compiler.is_compiling()
-        and not torch._C._are_functorch_transforms_active()
-        and torch.autograd.forward_ad._current_level < 0
+        and not _is_observed(torch)
     )
+
+
+def _is_observed(torch: Any) -> bool:
+    """Whether tensors carry more than numbers, or something records what happens to them."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or torch.autograd.forward_ad._current_level >= 0
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._get_tracing_state() is not None
+    )
+
+
+def seen(*arrays: Array) -> list[Array]:
+    """Return arrays without derivatives, to test their values: NumPy's views of tensors in the memory of a CPU.
+
+    A test takes a dozen calls, each of which takes torch several times as long as NumPy.
+    """
+    torch: Any = sys.modules.get("torch")
+    if torch is None or not isinstance(arrays[0], torch.Tensor):
+        return [lapack(x).stop_gradient(x) for x in arrays]
+    fixed = [x.detach() for x in arrays]
+    if not _is_observed(torch) and all(type(x) is torch.Tensor for x in fixed):
+        try:
+            return [x.numpy() for x in fixed]
+        except (RuntimeError, TypeError):  # on another device; sparse, conjugated or without a dtype of NumPy
+            pass
+    return fixed
+
+
+def small_views(*arrays: Array, most: int = _FEW) -> list[np.ndarray] | None:
+    """Return NumPy's views of tensors that no derivative follows; None for other arrays, and above ``most`` numbers."""
+    torch: Any = sys.modules.get("torch")
+    if torch is None or not all(isinstance(x, torch.Tensor) and x.numel() <= most for x in arrays):
+        return None
+    if any(map(follows, arrays)):
+        return None
+    views = seen(*arrays)
+    return views if isinstance(views[0], np.ndarray) else None
+
+
+def as_tensors(*arrays: Any) -> list[Array]:
+    """Return NumPy's arrays and scalars as tensors."""
+    torch: Any = sys.modules["torch"]
+    return [torch.from_numpy(np.asarray(x)) for x in arrays]
 
 
 def is_transpose(x: Array, y: Array) -> bool:
@@ -448,6 +514,9 @@ def is_known(x: Array) -> bool:
     if backend == "jax":
         jax: Any = sys.modules["jax"]
         return not isinstance(x, jax.core.Tracer)
+    torch: Any = sys.modules["torch"]
+    if type(x) in (torch.Tensor, torch.nn.Parameter) and x.is_cpu and not _is_observed(torch):
+        return True
     return known(x.reshape(-1)[:1].abs().sum()) is not None
 
 
@@ -462,7 +531,8 @@ def needs_grad(x: Array) -> bool:
 def inverse_values(values: Array, smallest: float) -> Array:
     """1 / x; LinAlgError for a number as small as ``smallest`` of the largest one."""
     xp = lapack(values)
-    size = xp.abs(xp.stop_gradient(values))
+    (fixed,) = seen(values)
+    size = abs(fixed)
     least, most = known(size.min()), known(size.max()) if smallest else 0.0
     if least is None or most is None:
         return 1 / xp.where(size > smallest * (size.max() if smallest else 0), values, values * 0 + float("nan"))
@@ -482,6 +552,9 @@ def reciprocals(values: Array) -> Array:
 
 def determinant_of_numbers(values: Array) -> Determinant:
     """Of a diagonal matrix. A zero gives (0, -inf), as for every library's dense matrices."""
+    views = small_views(values)
+    if views is not None:
+        return Determinant(*as_tensors(*determinant_of_numbers(views[0])))
     xp = lapack(values)
     size, signs = phases(values)
     signs = xp.where(size == 0, signs * 0, signs)

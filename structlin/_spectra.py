@@ -180,7 +180,7 @@ def _jax_first_order() -> Any:
     return first
 
 
-def _refuse_second_derivatives(torch: Any) -> bool:
+def refuse_second_derivatives(torch: Any) -> bool:
     """RuntimeError where a derivative is recorded to be differentiated; whether a transformation may do so."""
     transformed = bool(torch._C._are_functorch_transforms_active())
     if torch.is_grad_enabled() and not transformed:
@@ -199,7 +199,7 @@ def _torch_once() -> Any:
 
         @staticmethod
         def backward(ctx: Any, gradient: Array) -> Array:
-            _refuse_second_derivatives(torch)
+            refuse_second_derivatives(torch)
             return gradient
 
     return Once
@@ -256,7 +256,7 @@ def _torch_first_order() -> Any:
         def backward(ctx: Any, gradient: Array) -> tuple[Any, ...]:
             matrices, vectors, inverse, weights = ctx.saved_tensors
             inner = weights.conj() * gradient
-            if _refuse_second_derivatives(torch):
+            if refuse_second_derivatives(torch):
                 inner = inner * _torch_one().apply(matrices)
             if inner.ndim == vectors.ndim + 2:
                 inner = inner.sum((0, -1))

@@ -28,6 +28,7 @@ from structlin._lapack import (
     pinv_of,
     refusing_singular,
     require_precision,
+    seen,
     singular_to_roundoff,
     zero_determinant,
 )
@@ -245,18 +246,21 @@ def _substituted(structure: Structure, factors: Sequence[Array], b: Array) -> Ar
 def solve_blocks(blocks: Array, b: Array, positive: bool = False) -> Array:
     """Solve with each block: (c, m, m), (c, m, k) -> (c, m, k).
 
-    Raises LinAlgError, or gives NaN inside jit, for blocks that are singular to working precision: those whose
-    solutions are as large as roundoff can make them.
+    Raises LinAlgError, or gives NaN inside jit, for blocks that are singular to working precision.
     """
     xp = lapack(blocks)
     with refusing_singular(blocks, positive):
-        x = xp.cholesky_solve(blocks, b) if positive else xp.solve(blocks, b)
-    fixed = [xp.stop_gradient(y) for y in (blocks, b, x)]
-    sizes = [xp.amax(xp.amax(xp.abs(y))) for y in fixed]
-    scale = xp.where(sizes[1] == 0, sizes[1] * 0 + 1, sizes[1])
-    growth = (sizes[0] / scale) * sizes[2]
+        return require_regular(blocks, b, xp.cholesky_solve(blocks, b) if positive else xp.solve(blocks, b))
+
+
+def require_regular(blocks: Array, b: Array, x: Array) -> Array:
+    """Return x; raise LinAlgError, or give NaN, where it is as large as the roundoff of a singular block makes it."""
+    fixed = seen(blocks, b, x)
+    lib = lapack(fixed[0])
+    sizes = [lib.amax(lib.amax(abs(y))) for y in fixed]
+    growth = (sizes[0] / lib.where(sizes[1] == 0, 1, sizes[1])) * sizes[2]
     bound = 0.1 / eps(blocks.dtype)
-    worst: Any = known(xp.max(growth))
+    worst: Any = known(lib.max(growth))
     if worst is None:
         return x + nan_unless(growth < bound, x)[:, None, None]
     if not worst < bound and known(sizes[1].sum() * 0) == 0 and known(sizes[0].sum() * 0) == 0:
@@ -396,13 +400,20 @@ def _checked_inverse(kind: Any, matrices: Sequence[Array], vectors: Any) -> Any:
 
 def is_hermitian(matrix: Array) -> bool:
     """Whether a matrix is Hermitian to roundoff; True while values are traced, where the caller has to check."""
-    xp = lapack(matrix)
-    fixed = xp.stop_gradient(matrix)
-    if known(xp.equal(fixed, xp.conj(fixed).swapaxes(-1, -2))):
+    (fixed,) = seen(matrix)
+    xp = lapack(fixed)
+    adjoint = xp.conj(fixed).swapaxes(-1, -2)
+    if known(xp.equal(fixed, adjoint)):
         return True
-    distance = known(xp.max(xp.abs(fixed - xp.conj(fixed).swapaxes(-1, -2))))
-    size = known(xp.max(xp.abs(fixed)))
+    distance, size = known(xp.max(abs(fixed - adjoint))), known(xp.max(abs(fixed)))
     return distance is None or size is None or distance <= 100 * eps(matrix.dtype) * size
+
+
+def is_positive_diagonal(matrix: Array) -> bool:
+    """Whether all numbers on the diagonal of a matrix of known values are positive."""
+    (fixed,) = seen(matrix)
+    diagonal = lapack(fixed).diagonal(fixed)
+    return bool((lapack(diagonal).real(diagonal) > 0).all())
 
 
 def svd(A: Any) -> Answer[SVD] | None:

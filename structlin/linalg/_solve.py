@@ -30,6 +30,7 @@ from structlin.linalg._common import (
 )
 from structlin.linalg._inverse import structured_inverse
 from structlin.linalg._iterative import lsmr
+from structlin.linalg._likelihood import quadratic_and_logdet
 from structlin.linalg._stochastic import PROBES, STEPS, estimate_logdet
 from structlin.operators import StructuredOperator
 from structlin.verdicts import Answer, Determinant, Verdict
@@ -98,7 +99,8 @@ def solve(A: LinearOperator, b: Array, alg: Algorithm = _AUTO, *, full_output: b
 def _judged(A: LinearOperator, x: Array, b: Array, shaped: Array) -> Answer[Array]:
     fixed, xp = frozen(A), lapack(b)
     size = _size(fixed)
-    worst = known(xp.max(backward_error(fixed, xp.stop_gradient(x), xp.stop_gradient(b), size)))
+    error = backward_error(fixed, xp.stop_gradient(x), xp.stop_gradient(b), size)
+    worst = known(lapack(error).max(error))
     if worst is None:
         return Answer(shaped, Verdict.NOT_VERIFIED)
     verdict = Verdict.VERIFIED if worst <= SLACK * eps(b.dtype) else Verdict.ESTIMATED
@@ -114,7 +116,7 @@ def _size(A: LinearOperator) -> Array:
 
 
 def _solve(A: LinearOperator, b: Array, alg: Algorithm) -> Array:
-    if type(alg) is Auto and 0 not in b.shape and str(A.dtype) == str(b.dtype):
+    if type(alg) is Auto and 0 not in b.shape and (A.dtype == b.dtype or str(A.dtype) == str(b.dtype)):
         found = _directly(A, b)
         if found is not None:
             return found
@@ -241,8 +243,9 @@ def inv_quad_logdet(A: LinearOperator, b: Array, *, full_output: bool = False) -
     """Return ``b^H A^-1 b`` and ``log |det A|``, the terms of the likelihood of a Gaussian vector with covariance A.
 
     Where A is annotated SelfAdjoint or PSD, this is less work than :func:`solve` and :func:`logdet`: the gradient needs
-    no second solution, and of a Kronecker product or sum plus a multiple of the identity both terms come from one
-    decomposition. Second derivatives raise on torch there.
+    no second solution. Both terms come from one decomposition for Hermitian Kronecker products and sums (plus a
+    multiple of the identity), positive definite dense and block-diagonal matrices, and ``D + U U^H`` with a positive
+    diagonal D. Second derivatives raise on torch there.
 
     Parameters
     ----------
@@ -283,14 +286,15 @@ def inv_quad_logdet(A: LinearOperator, b: Array, *, full_output: bool = False) -
         answer = solve(A, b, full_output=True) if full_output else Answer(solve(A, b))
         pair = xp.real((xp.conj(b) * answer.value).sum()), logdet(A)
         return Answer(pair, answer.verdict, answer.error) if full_output else pair
-    fixed, y = frozen(A), xp.stop_gradient(b)
-    found = spectral.solution_and_logdet(A, y) if isinstance(A, KronSum | Sum) else None
-    x, log = (_solve(fixed, y, _AUTO), logdet(A)) if found is None else found
-    # b^H A^-1 b = 2 Re(b^H x) - x^H A x, with x constant: its error enters squared, and first derivatives are right.
-    quadratic = once_differentiable(xp.real((xp.conj(x) * (2 * b - A @ x)).sum()))
+    found = quadratic_and_logdet(A, b)
+    if found is None:
+        x = _solve(frozen(A), xp.stop_gradient(b), _AUTO)
+        # b^H A^-1 b = 2 Re(b^H x) - x^H A x, with x constant: its error enters squared, first derivatives are right.
+        found = x, once_differentiable(xp.real((xp.conj(x) * (2 * b - A @ x)).sum())), logdet(A)
+    x, quadratic, log = found
     if not full_output:
         return quadratic, log
-    answer = _judged(fixed, x, y, x)
+    answer = _judged(frozen(A), x, xp.stop_gradient(b), x)
     return Answer((quadratic, log), answer.verdict, answer.error)
 
 

@@ -110,30 +110,6 @@ def slogdet(A: LinearOperator) -> Determinant | None:
     return Determinant(sign, log)
 
 
-def solution_and_logdet(A: LinearOperator, b: Array) -> tuple[Array, Array] | None:
-    """Return ``A^-1 b`` without derivatives, and ``log |det A|``, of K + c I from one decomposition.
-
-    None unless all members are known to be Hermitian, so that the solution is backward stable.
-    """
-    form = members(A)
-    if form is None or not is_known(form.matrices[0]) or not form.hermitian:
-        return None
-    parts = [p for m in form.matrices if (p := spectra.decompose(m, True)) is not None]
-    xp = lapack(b)
-    values = _values(form, [p.values + _slopes(p, xp) for p in parts])
-    left, right = Kronecker(*(p.vectors for p in parts)), Kronecker(*(p.inverse for p in parts))
-    scale = inverse_values(xp.stop_gradient(values), eps(values.dtype))
-    return left @ (scale * (right @ b)), determinant_of_numbers(values).logabsdet
-
-
-def _slopes(part: spectra.Decomposition, xp: Any) -> Any:
-    """Zeros, with the derivatives of the eigenvalues."""
-    if not part.followed:
-        return 0
-    eye = xp.eye(part.values.shape[0], part.vectors)
-    return xp.real(xp.diagonal(spectra.first_order(part, eye)))
-
-
 # -- two Kronecker products --------------------------------------------------------------------------------------------
 
 

@@ -31,6 +31,7 @@ from structlin._arrays import Array
 from structlin._implicit import Solver, backward_error, is_at_roundoff, nan_where_bad
 from structlin._lapack import (
     as_array,
+    as_tensors,
     determinant_of_numbers,
     eps,
     inverse_values,
@@ -40,6 +41,8 @@ from structlin._lapack import (
     lapack,
     nan_unless,
     require_precision,
+    seen,
+    small_views,
 )
 from structlin.linalg._common import is_backward_stable
 from structlin.linalg._forms import diagonal_of, thin
@@ -119,13 +122,18 @@ class Woodbury:
         half = xp.gram(_times(xp.sqrt(self.base), self.U)) if self.symmetric else self.V @ self.left
         return half + xp.eye(self.U.shape[1], self.U)
 
+    @cached_property
+    def lower(self) -> Array:
+        """Cholesky's factor of the capacitance."""
+        return lapack(self.U).cholesky(self.capacitance)
+
     def formula(self, b: Array) -> Array:
         """(B + U V)^-1 b, for a vector or columns, by the identity as it stands."""
         w = _times(self.base, b)
         small = self.V @ w
         small = small if small.ndim == 2 else small[:, None]
         xp = lapack(small)
-        c = xp.cholesky_solve(self.capacitance, small) if self.symmetric else xp.solve(self.capacitance, small)
+        c = xp.substitute(self.lower, small) if self.symmetric else xp.solve(self.capacitance, small)
         middle = _times(self.base, self.U @ c)
         return w - (middle if w.ndim == 2 else middle[:, 0])
 
@@ -135,7 +143,7 @@ class Woodbury:
         xp = lapack(self.U)
         root = xp.sqrt(xp.real(self.B))
         q, r = xp.qr(self.U / root[:, None])
-        return root, q, r @ xp.conj(r).T + xp.eye(r.shape[0], r)
+        return root, q, xp.cholesky(r @ xp.conj(r).T + xp.eye(r.shape[0], r))
 
     def projected(self, b: Array) -> Array:
         """Return the same where B is a positive diagonal and V is U^H, in a way in which no numbers cancel."""
@@ -147,7 +155,7 @@ class Woodbury:
         rest = c - q @ y
         more = adjoint @ rest
         rest, y = rest - q @ more, y + more
-        inner = xp.cholesky_solve(middle, y if y.ndim == 2 else y[:, None])
+        inner = xp.substitute(middle, y if y.ndim == 2 else y[:, None])
         return (rest + q @ (inner if y.ndim == 2 else inner[:, 0])) / root
 
     def size(self) -> Array:
@@ -189,8 +197,18 @@ class Woodbury:
             found = base + StructuredOperator(_correction(n, r), factors)
         return found
 
+    def hosted(self) -> Woodbury:
+        """Return the same on NumPy's views, for few numbers of torch that no derivative follows; else this one."""
+        if isinstance(self.B, LinearOperator):
+            return self
+        views = small_views(self.B, self.U, self.V, self.base)
+        return self if views is None else Woodbury(*views, self.symmetric)
+
     def slogdet(self, A: Sum) -> Determinant | None:
         """None where B has no determinant in closed form, and where numbers cancel."""
+        if self.symmetric and (host := self.hosted()) is not self:
+            found = host.slogdet(A)
+            return None if found is None else Determinant(*as_tensors(*found))
         xp = lapack(self.U)
         try:
             sign, log = (xp.positive_slogdet if self.symmetric else xp.slogdet)(self.capacitance)
@@ -220,6 +238,7 @@ def _times(base: LinearOperator | Array, x: Array) -> Array:
 
 def _is_positive(A: Sum, values: Array) -> bool:
     """Whether B is a positive diagonal of numbers of like size; True of PSD sums whose values are traced."""
+    (values,) = seen(values)
     values = lapack(values).real(values)
     least, most = known(values.min()), known(values.max())
     if least is None or most is None:
@@ -253,8 +272,8 @@ def _is_adjoint(A: Sum, V: Array, U: Array) -> bool:
     """Whether V is U^H: from the numbers, or, where they are traced, because the sum and its diagonal are Hermitian."""
     if V.shape != U.shape[::-1] or not is_known(V) or not is_known(U):
         return False
-    xp = lapack(U)
-    return bool((xp.stop_gradient(V) == xp.conj(xp.stop_gradient(U)).T).all())
+    V, U = seen(V, U)
+    return bool((V == lapack(U).conj(U).T).all())
 
 
 def solver(A: Sum) -> Solver | None:
@@ -265,10 +284,23 @@ def solver(A: Sum) -> Solver | None:
     found = woodbury(A)
     if found is None:
         return None
-    return Solver(_verified(found), lambda b: _verified(found.adjoint())(b))
+    return Solver(_hosted(found), lambda b: _hosted(found.adjoint())(b))
 
 
-def _verified(found: Woodbury) -> Callable[[Array], Array]:
+def _hosted(found: Woodbury) -> Callable[[Array], Array]:
+    """Return the verified solution, on NumPy's views for few numbers of torch."""
+    host = found.hosted()
+    if host is found:
+        return verified(found)
+
+    def solve(b: Array) -> Array:
+        views = small_views(b)
+        return verified(found)(b) if views is None else as_tensors(verified(host)(views[0]))[0]
+
+    return solve
+
+
+def verified(found: Woodbury) -> Callable[[Array], Array]:
     def solve(b: Array) -> Array:
         ways = [found.formula, found.projected] if found.symmetric else [found.formula]
         if not is_known(b) or not is_known(found.U):
