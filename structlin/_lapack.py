@@ -46,9 +46,10 @@ def _numpy() -> SimpleNamespace:
         return values.astype(wide), vectors.astype(wide)
 
     def substitute(lower: Array, b: Array) -> Array:
+        (potrs,) = scipy.linalg.get_lapack_funcs(("potrs",), (lower, b))
         if lower.ndim == 2:
-            return scipy.linalg.cho_solve((lower, True), b, check_finite=False)
-        return np.stack([substitute(x, y) for x, y in zip(lower, b, strict=True)])
+            return potrs(lower, b, lower=1)[0]
+        return np.stack([potrs(x, y, lower=1)[0] for x, y in zip(lower, b, strict=True)])
 
     def cholesky_solve(a: Array, b: Array) -> Array:
         lower = np.linalg.cholesky(a)  # raises where one is not positive; NumPy has no batched triangular solve

@@ -86,10 +86,9 @@ def is_array(x: Any) -> bool:
 
 def device_of(x: Any) -> Any:
     """Where an array is; None for NumPy arrays, and for what a pytree transformation puts in place of arrays."""
-    if not is_array(x) or backend_of(x) == "numpy":
-        return None
-    if backend_of(x) == "torch":
-        return x.device
+    library = backend_of(x) if is_array(x) else "numpy"
+    if library != "jax":
+        return x.device if library == "torch" else None
     import jax
 
     return functions_of("jax").get_default_device() if isinstance(x, jax.core.Tracer) else x.device

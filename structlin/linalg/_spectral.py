@@ -23,12 +23,14 @@ from structlin import _spectra as spectra
 from structlin._arrays import Array
 from structlin._implicit import Solver
 from structlin._lapack import (
+    as_tensors,
     determinant_of_numbers,
     eps,
     inverse_values,
     is_known,
     lapack,
     nan_unless,
+    small_views,
 )
 from structlin.algebra import chains
 from structlin.linalg._forms import Members, members
@@ -98,6 +100,15 @@ def slogdet(A: LinearOperator) -> Determinant | None:
     form = members(A)
     if form is None:
         return None
+    shift = [form.shift] if hasattr(form.shift, "dtype") else []
+    views = small_views(*form.matrices, *shift)
+    if views is None:
+        return _determinant(A, form)
+    matrices = tuple(views[: len(form.matrices)])
+    return Determinant(*as_tensors(*_determinant(A, Members(matrices, form.add, views[-1] if shift else form.shift))))
+
+
+def _determinant(A: LinearOperator, form: Members) -> Determinant:
     xp = lapack(form.matrices[0])
     hermitian = form.hermitian and (A.isa(SelfAdjoint) or is_known(form.matrices[0]))
     alone = xp.eigvalsh if hermitian else lambda m: xp.eig(m)[0]

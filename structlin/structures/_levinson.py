@@ -42,7 +42,7 @@ LONGEST = 32768
 """Largest number of rows for which the recursion in Python follows a failed iteration; it takes a minute there."""
 
 SLACK = 100  # times the distance of neighbouring numbers: the backward error that a refined solution may have
-_ITERATIONS = 60
+ITERATIONS = 60  # of a run of conjugate gradients
 _EPS = 2.0**-52
 
 
@@ -199,7 +199,7 @@ def _preconditioned(kernel: np.ndarray, A: Convolution, b: np.ndarray, size: flo
 
     step = _conjugate_gradients if hermitian else _bicgstab
     x = np.zeros(b.shape, np.result_type(kernel, b))
-    limit = min(_ITERATIONS, n // 48)  # with few rows, SciPy's recursion costs no more than so many iterations
+    limit = min(ITERATIONS, n // 48)  # with few rows, SciPy's recursion costs no more than so many iterations
     for _ in range(4):  # each restart reduces the residual by about 1e-8
         r = b - A(x)
         if np.all(_norms(r) <= 10 * _EPS * (size * _norms(x) + _norms(b))):

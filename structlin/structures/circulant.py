@@ -12,6 +12,7 @@ from cola.annotations import PSD, SelfAdjoint, Unitary
 
 from structlin._arrays import Array, backend_of, ops
 from structlin._lapack import (
+    as_tensors,
     determinant_of_numbers,
     eps,
     inverse_values,
@@ -20,6 +21,7 @@ from structlin._lapack import (
     promoted,
     reciprocals,
     require_precision,
+    small_views,
 )
 from structlin.registry import NamedOperator, register
 from structlin.structure import Factor
@@ -79,9 +81,8 @@ class CirculantStructure(SquareStructure):
         """Divide the transform of b by the eigenvalues."""
         column = A.factors[0]
         require_precision(b, "solving")
-        forth, back = _transforms(column)
-        scale = inverse_values(forth(column), eps(column.dtype))
-        return Answer(back((scale if b.ndim == 1 else scale[:, None]) * forth(b)))
+        views = small_views(column, b)
+        return Answer(_divided(column, b) if views is None else as_tensors(_divided(*views))[0])
 
     def slogdet(self, A: Any) -> Answer[Determinant]:
         """Multiply the eigenvalues."""
@@ -174,6 +175,12 @@ class CirculantStructure(SquareStructure):
         """Return the matrix with entries ``column[(i - j) mod d]``."""
         i = np.arange(self.size)
         return factors[0][(i[:, None] - i) % self.size]
+
+
+def _divided(column: Array, b: Array) -> Array:
+    forth, back = _transforms(column)
+    scale = inverse_values(forth(column), eps(column.dtype))
+    return back((scale if b.ndim == 1 else scale[:, None]) * forth(b))
 
 
 def _transforms(column: Array) -> tuple[Any, Any]:

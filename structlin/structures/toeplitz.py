@@ -11,6 +11,7 @@ from typing import Any, Self
 
 import numpy as np
 import scipy.linalg
+from cola.annotations import PSD
 from cola.ops import Product, Sum
 from scipy.fft import next_fast_len
 
@@ -103,7 +104,9 @@ class ToeplitzStructure(AbstractStructure):
         if n < levinson.LEAST:
             return None
         if backend_of(b) == "jax" and not (is_known(kernel) and is_known(b)):
-            return Answer(_traced_solution(kernel, b)) if LEAST <= n <= _LARGEST_DENSE else None
+            if not LEAST <= n <= _LARGEST_DENSE:
+                return None
+            return Answer(_traced_solution(kernel, b, n >= levinson.ITERATED and A.isa(PSD)))
         if not (_on_the_host(kernel) and _on_the_host(b)):
             return None
         numbers, right = _numbers(kernel), _numbers(b)
@@ -327,8 +330,11 @@ def _like(x: np.ndarray, example: Array) -> Array:
 # -- transformations of jax --------------------------------------------------------------------------------------------
 
 
-def _traced_solution(kernel: Array, b: Array) -> Array:
-    """Return the solution under transformations of jax; its derivatives are those of the linear system."""
+def _traced_solution(kernel: Array, b: Array, positive: bool) -> Array:
+    """Return the solution under transformations of jax; its derivatives are those of the linear system.
+
+    ``positive``: the matrix is annotated as positive definite, so that conjugate gradients are tried first.
+    """
     import jax.numpy as jnp
     from jax import lax
 
@@ -341,20 +347,69 @@ def _traced_solution(kernel: Array, b: Array) -> Array:
         rows = jnp.arange(n)
         return jnp.linalg.solve(kernel[rows[:, None] - rows + n - 1], b)
 
-    def fast(kernel: Array, b: Array) -> Array:
+    def is_good(kernel: Array, x: Array, b: Array) -> Array:
+        norm = partial(jnp.linalg.norm, axis=0)
+        bound = jnp.abs(kernel).sum() * norm(x) + norm(b)
+        return jnp.all(norm(b - multiply(kernel, x)) <= tolerance * bound)
+
+    def recursive(kernel: Array, b: Array) -> Array:
         first, last, regular = _traced_recursion(kernel)
         inverse = inverse_from(first, last)
         x = inverse @ b
         x = x + inverse @ (b - multiply(kernel, x))
-        norm = jnp.linalg.norm
-        bound = jnp.abs(kernel).sum() * norm(x, axis=0) + norm(b, axis=0)
-        good = regular & jnp.all(norm(b - multiply(kernel, x), axis=0) <= tolerance * bound)
-        return lax.cond(good, lambda: x, lambda: dense(kernel, b))
+        return lax.cond(regular & is_good(kernel, x, b), lambda: x, lambda: dense(kernel, b))
+
+    def iterative(kernel: Array, b: Array) -> Array:
+        x = _traced_iteration(kernel, partial(multiply, kernel), b)
+        return lax.cond(is_good(kernel, x, b), lambda: x, lambda: recursive(kernel, b))
+
+    fast = iterative if positive else recursive
 
     def solve(kernel: Array) -> Any:
         return lambda _, b: lax.platform_dependent(kernel, b, cpu=fast, default=dense)
 
     return lax.custom_linear_solve(partial(multiply, kernel), b, solve(kernel), solve(kernel[::-1]))
+
+
+def _traced_iteration(kernel: Array, multiply: Any, b: Array) -> Array:
+    """Return the result of conjugate gradients with T. Chan's circulant preconditioner, restarted once."""
+    import jax.numpy as jnp
+    from jax import lax
+
+    n, wide = b.shape[0], b.reshape((b.shape[0], -1))
+    j = jnp.arange(1, n)
+    column = jnp.concatenate([kernel[n - 1 : n], ((n - j) * kernel[n:] + j * kernel[: n - 1]) / n])
+    complex_ = jnp.iscomplexobj(kernel) or jnp.iscomplexobj(b)
+    forth, back = (jnp.fft.fft, jnp.fft.ifft) if complex_ else (jnp.fft.rfft, jnp.fft.irfft)
+    scale = 1 / forth(column.astype(jnp.result_type(kernel, b))).real[:, None]
+
+    def precondition(r: Array) -> Array:
+        return back(scale * forth(r, axis=0), n, axis=0).astype(r.dtype)
+
+    def dots(x: Array, y: Array) -> Array:
+        return (x.conj() * y).sum(0).real
+
+    def corrected(x: Array) -> Array:
+        r = wide - multiply(x)
+        z = precondition(r)
+        target = eps(b.dtype) * dots(r, r)  # of squares: each run gains half of the digits
+
+        def go_on(state: Any) -> Array:
+            return (state[4] < levinson.ITERATIONS) & (dots(state[1], state[1]) > target).any()
+
+        def step(state: Any) -> Any:
+            x, r, p, rho, count = state
+            q = multiply(p)
+            curvature = dots(p, q)
+            alpha = rho / jnp.where(curvature == 0, 1, curvature)
+            x, r = x + alpha * p, r - alpha * q
+            z = precondition(r)
+            new = dots(r, z)
+            return x, r, z + new / jnp.where(rho == 0, 1, rho) * p, new, count + 1
+
+        return lax.while_loop(go_on, step, (x, r, z, dots(r, z), 0))[0]
+
+    return corrected(corrected(wide * 0)).reshape(b.shape)
 
 
 def _traced_recursion(kernel: Array) -> tuple[Array, Array, Array]:
