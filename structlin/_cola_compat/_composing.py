@@ -36,9 +36,12 @@ from structlin._cola_compat._repair import (
     device_of,
     functions_of,
     implementation,
+    in_library,
     is_ambiguous,
     is_array,
+    is_original,
     library_of,
+    replacing,
     rule,
 )
 from structlin._cola_compat._slicing import SLICING
@@ -50,7 +53,7 @@ def _methods_of_any() -> list[tuple[Any, Any]]:
     found = []
     for function in dispatch.functions.values():
         for signature in function.methods:
-            if Any in signature.types and signature.implementation.__module__.startswith("cola."):
+            if Any in signature.types and is_original(signature.implementation):
                 found.append((function, signature))
     return found
 
@@ -76,30 +79,12 @@ def _repair_any() -> None:
 # -- overlap -------------------------------------------------------------------------------------------------------
 
 
-def _overlap_is_broken() -> bool:
-    return is_ambiguous("dot", LinearOperator, Identity)
-
-
 def _repair_overlap() -> None:
-    @rule("dot")
-    def right_identity(A: LinearOperator, B: Identity):
-        return A
-
-    @rule("dot")
-    def left_identity(A: Identity, B: LinearOperator):
-        return B
-
-    @rule("dot")
-    def both_identities(A: Identity, B: Identity):
-        return A
-
-    @rule("kron")
-    def kron_of_krons(A: Kronecker, B: Kronecker):
-        return Kronecker(*A.Ms, *B.Ms)
-
-    @rule("kronsum")
-    def kronsum_of_kronsums(A: KronSum, B: KronSum):
-        return KronSum(*A.Ms, *B.Ms)
+    rule("dot", types=(LinearOperator, Identity))(lambda A, B: A)
+    rule("dot", types=(Identity, LinearOperator))(lambda A, B: B)
+    rule("dot", types=(Identity, Identity))(lambda A, B: A)
+    rule("kron", types=(Kronecker, Kronecker))(lambda A, B: Kronecker(*A.Ms, *B.Ms))
+    rule("kronsum", types=(KronSum, KronSum))(lambda A, B: KronSum(*A.Ms, *B.Ms))
 
 
 # -- library: by the arrays' type ----------------------------------------------------------------------------------
@@ -183,19 +168,6 @@ def _kron_sum(A: Array, B: Array) -> Array:
     return xnp.kron(A, eyes[1]) + xnp.kron(eyes[0], B)
 
 
-def _library_is_broken() -> bool:
-    return "get_library_fns" in operator_base.is_array.__code__.co_names
-
-
-def _repair_library() -> None:
-    operator_base.is_array = is_array
-    operator_base.find_device = _find_device
-    LinearOperator.__init__ = _operator_init
-    LinearOperator.__setattr__ = _operator_setattr
-    operators.kronsum = _kron_sum
-    Permutation.__init__ = _permutation_init  # asked jax about the dtype of the index, which warned
-
-
 # -- scaling -------------------------------------------------------------------------------------------------------
 
 
@@ -249,31 +221,19 @@ def _repair_scaling() -> None:
         c, dtype = as_scalar(A, c)
         return scalar_mul(A, A.c * c, dtype, A.shape[-2])
 
-    @rule("inv")
-    def inverse_of_scalar(A: ScalarMul, alg: Algorithm):
-        return scalar_mul(A, 1 / A.c, A.dtype, A.shape[-2])
-
-    @rule("pinv")
-    def pseudo_inverse_of_scalar(A: ScalarMul, alg: Algorithm):
-        return scalar_mul(A, 1 / A.c, A.dtype, A.shape[-2])
+    for name in ("inv", "pinv"):
+        rule(name, types=(ScalarMul, Algorithm))(lambda A, alg: scalar_mul(A, 1 / A.c, A.dtype, A.shape[-2]))
 
 
 # -- subtract ------------------------------------------------------------------------------------------------------
 
 
-def _repair_subtract() -> None:
-    def __rsub__(self: LinearOperator, other: Any) -> Any:
-        """Return ``other - self``."""
-        return (-self).__add__(other)
-
-    LinearOperator.__rsub__ = __rsub__
+def _rsub(self: LinearOperator, other: Any) -> Any:
+    """Return ``other - self``."""
+    return (-self).__add__(other)
 
 
 # -- concat --------------------------------------------------------------------------------------------------------
-
-
-def _concat_is_broken() -> bool:
-    return "_rmatmat" not in vars(Concatenated)
 
 
 def _concat_init(self: Any, *Ms: Any, axis: int = 0) -> None:
@@ -306,12 +266,6 @@ def _concat_rows(self: Any, X: Array) -> Array:
     if self.axis == 1:
         return self.xnp.concat([X @ M for M in self.Ms], axis=1)
     return sum(X[:, part] @ M for M, part in zip(self.Ms, _parts(self.Ms, 0), strict=True))
-
-
-def _repair_concat() -> None:
-    Concatenated.__init__ = _concat_init
-    Concatenated._matmat = _concat_columns
-    Concatenated._rmatmat = _concat_rows
 
 
 # -- rows: X @ A for X of shape (k, d_out) -------------------------------------------------------------------------
@@ -371,53 +325,28 @@ def _repair_rows() -> None:
 # -- clip ----------------------------------------------------------------------------------------------------------
 
 
+def _clip(array: Array, a_min: Any = None, a_max: Any = None) -> Array:
+    return sys.modules["jax"].numpy.clip(array, a_min, a_max)
+
+
 def _clip_is_broken() -> bool:
-    # Importing CoLA has imported jax where it is installed.
-    return sys.modules.get("jax") is not None and "a_min" not in inspect.signature(functions_of("jax").clip).parameters
-
-
-def _repair_clip() -> None:
-    import jax.numpy as jnp
-
-    def clip(array: Array, a_min: Any = None, a_max: Any = None) -> Array:
-        return jnp.clip(array, a_min, a_max)
-
-    functions_of("jax").clip = clip  # type: ignore[attr-defined]
+    return "a_min" not in inspect.signature(functions_of("jax").clip).parameters
 
 
 # -- devices -----------------------------------------------------------------------------------------------------------
 
 
-def _devices_are_broken() -> bool:
-    return sys.modules.get("jax") is not None and functions_of("jax").get_default_device.__module__.startswith("cola.")
-
-
-def _repair_devices() -> None:
-    import jax
-
-    config: Any = jax.config
-
-    def get_default_device() -> Any:
-        chosen = config.jax_default_device  # a device, the name of a platform, or None
-        return jax.devices(chosen)[0] if chosen is None or isinstance(chosen, str) else chosen
-
-    functions_of("jax").get_default_device = get_default_device  # type: ignore[attr-defined]
+def _default_device() -> Any:
+    jax = sys.modules["jax"]
+    chosen = jax.config.jax_default_device  # a device, the name of a platform, or None
+    return jax.devices(chosen)[0] if chosen is None or isinstance(chosen, str) else chosen
 
 
 # -- views: ``torch.kron`` raises where its second argument is no contiguous array -----------------------------------
 
 
-def _views_are_broken() -> bool:
-    return sys.modules.get("torch") is not None and functions_of("torch").kron.__module__.startswith("torch")
-
-
-def _repair_views() -> None:
-    import torch
-
-    def kron(a: Array, b: Array) -> Array:
-        return torch.kron(a.contiguous(), b.contiguous())
-
-    functions_of("torch").kron = kron  # type: ignore[attr-defined]
+def _kron(a: Array, b: Array) -> Array:
+    return sys.modules["torch"].kron(a.contiguous(), b.contiguous())
 
 
 # -- like: ``I_like(A)`` ends with ``to``, and has another library than a NumPy operator then -------------------------
@@ -430,26 +359,31 @@ def _identity_to(self: Identity, device: Any) -> Identity:
     return self
 
 
-def _like_is_broken() -> bool:
-    return Identity.to.__module__.startswith("cola.")
-
-
-def _repair_like() -> None:
-    Identity.to = _identity_to
-
-
 COMPOSING = (
     Repair("any", _any_is_broken, _repair_any),
-    Repair("overlap", _overlap_is_broken, _repair_overlap),
-    Repair("library", _library_is_broken, _repair_library),
-    Repair("scaling", _scaling_is_broken, _repair_scaling),
-    Repair("subtract", lambda: not hasattr(LinearOperator, "__rsub__"), _repair_subtract),
+    Repair("overlap", lambda: is_ambiguous("dot", LinearOperator, Identity), _repair_overlap),
+    replacing(
+        "library",
+        (operator_base, "is_array", is_array),
+        (operator_base, "find_device", _find_device),
+        (LinearOperator, "__init__", _operator_init),
+        (LinearOperator, "__setattr__", _operator_setattr),
+        (operators, "kronsum", _kron_sum),
+        (Permutation, "__init__", _permutation_init),  # asked jax about the dtype of the index, which warned
+    ),
+    Repair("scaling", lambda: is_original(implementation("mul", LinearOperator, object)), _repair_scaling),
+    replacing("subtract", (LinearOperator, "__rsub__", _rsub), broken=lambda: not hasattr(LinearOperator, "__rsub__")),
     SLICING,
-    Repair("concat", _concat_is_broken, _repair_concat),
+    replacing(
+        "concat",
+        (Concatenated, "__init__", _concat_init),
+        (Concatenated, "_matmat", _concat_columns),
+        (Concatenated, "_rmatmat", _concat_rows),
+    ),
     Repair("rows", _rows_are_broken, _repair_rows),
-    Repair("clip", _clip_is_broken, _repair_clip),
+    in_library("clip", "jax", "clip", _clip, _clip_is_broken),
     PICKLING,
-    Repair("devices", _devices_are_broken, _repair_devices),
-    Repair("views", _views_are_broken, _repair_views),
-    Repair("like", _like_is_broken, _repair_like),
+    in_library("devices", "jax", "get_default_device", _default_device),
+    in_library("views", "torch", "kron", _kron),
+    replacing("like", (Identity, "to", _identity_to)),
 )

@@ -19,7 +19,7 @@ from plum.resolver import AmbiguousLookupError, NotFoundLookupError, Resolver
 from plum.signature import Signature
 
 from structlin._arrays import Array
-from structlin._cola_compat._repair import Repair
+from structlin._cola_compat._repair import Repair, is_original, replacing
 
 # -- lookup: one condition on one rule keeps plum from remembering anything about a function, and every call then compar
 # dozens of signatures (0.1 to 0.4 ms for ``cola.inv``). What a call resolves to is remembered here if the types decide
@@ -70,14 +70,6 @@ def _unconditional(signature: Signature) -> Signature:
     copy.condition = None
     copy.precedence = signature.precedence + (0.5 if signature.condition is not None else 0)
     return copy
-
-
-def _lookup_is_slow() -> bool:
-    return Function._resolve_method_with_cache.__module__.startswith("plum.")
-
-
-def _repair_lookup() -> None:
-    Function._resolve_method_with_cache = _lookup  # type: ignore[method-assign]
 
 
 # -- binding
@@ -150,10 +142,6 @@ def _annotated(annotation: Any, A: LinearOperator) -> LinearOperator:
     return copy
 
 
-def _repair_annotating() -> None:
-    WrapMeta.__call__ = _annotated
-
-
 # -- sums: CoLA's begin with the number 0, and so copy the first term
 
 
@@ -165,10 +153,6 @@ def _sum_of_rows(self: Any, X: Array) -> Array:
     return reduce(add, (X @ M for M in self.Ms))
 
 
-def _repair_sums() -> None:
-    Sum._matmat, Sum._rmatmat = _sum_of_columns, _sum_of_rows
-
-
 # -- ``cola.solve`` is no dispatched function, so that no rule can tell it from an inverse that is kept
 
 _SOLVE = ("cola", "cola.linalg", "cola.linalg.inverse", "cola.linalg.inverse.inv")
@@ -177,7 +161,7 @@ _SOLVE = ("cola", "cola.linalg", "cola.linalg.inverse", "cola.linalg.inverse.inv
 def use_for_solve(solve: Callable[..., Array]) -> None:
     """Put ``solve`` wherever CoLA's own stands."""
     original = sys.modules["cola.linalg.inverse.inv"].solve
-    if not original.__module__.startswith("cola."):
+    if not is_original(original):
         return
     for name in _SOLVE:
         if getattr(sys.modules[name], "solve", None) is original:
@@ -185,8 +169,8 @@ def use_for_solve(solve: Callable[..., Array]) -> None:
 
 
 SPEED = (
-    Repair("lookup", _lookup_is_slow, _repair_lookup),
+    replacing("lookup", (Function, "_resolve_method_with_cache", _lookup)),
     Repair("binding", lambda: bool(_slow_cells()), _repair_binding),
-    Repair("annotating", lambda: WrapMeta.__call__.__module__.startswith("cola."), _repair_annotating),
-    Repair("sums", lambda: Sum._matmat.__module__.startswith("cola."), _repair_sums),
+    replacing("annotating", (WrapMeta, "__call__", _annotated)),
+    replacing("sums", (Sum, "_matmat", _sum_of_columns), (Sum, "_rmatmat", _sum_of_rows)),
 )

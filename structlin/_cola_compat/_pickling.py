@@ -6,7 +6,7 @@ from typing import Any
 
 from cola.ops import LinearOperator
 
-from structlin._cola_compat._repair import Repair, functions_of, library_of
+from structlin._cola_compat._repair import functions_of, library_of, replacing
 
 
 def _encoded(kind: type) -> Any:
@@ -49,9 +49,9 @@ def _set_state(self: Any, state: dict[str, Any]) -> None:
         setattr(self, name, value)  # CoLA's own setter records which attributes are leaves
 
 
-def _repair() -> None:
-    LinearOperator.__reduce__ = _reduce
-    LinearOperator.__setstate__ = _set_state
-
-
-PICKLING = Repair("pickling", lambda: LinearOperator.__reduce__ is object.__reduce__, _repair)
+PICKLING = replacing(
+    "pickling",
+    (LinearOperator, "__reduce__", _reduce),
+    (LinearOperator, "__setstate__", _set_state),
+    broken=lambda: LinearOperator.__reduce__ is object.__reduce__,
+)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -24,6 +25,32 @@ class Repair:
     name: str
     broken: Callable[[], bool]
     apply: Callable[[], None]
+
+
+def is_original(function: Any) -> bool:
+    """Whether a function is still that of CoLA, or of the library that it took it from."""
+    return str(function.__module__).partition(".")[0] in ("cola", "plum", "torch")
+
+
+def replacing(name: str, *changes: tuple[Any, str, Any], broken: Callable[[], bool] | None = None) -> Repair:
+    """Return a repair that sets attributes; by default as long as the first one is the original."""
+
+    def apply() -> None:
+        for owner, attribute, new in changes:
+            setattr(owner, attribute, new)
+
+    return Repair(name, broken or (lambda: is_original(getattr(*changes[0][:2]))), apply)
+
+
+def in_library(name: str, library: str, attribute: str, new: Any, broken: Callable[[], bool] | None = None) -> Repair:
+    """Return a repair of CoLA's array functions for a library, which importing CoLA has imported if it is installed."""
+
+    def is_broken() -> bool:
+        if sys.modules.get(library) is None:
+            return False
+        return broken() if broken else is_original(getattr(functions_of(library), attribute))
+
+    return Repair(name, is_broken, lambda: setattr(functions_of(library), attribute, new))
 
 
 def implementation(name: str, *types: Any) -> Callable[..., Any]:

@@ -6,10 +6,11 @@ import operator
 from typing import Any
 
 import numpy as np
+from cola.annotations import Stiefel, Unitary
 from cola.ops import LinearOperator, Sliced
 
 from structlin._arrays import Array
-from structlin._cola_compat._repair import Repair, rule
+from structlin._cola_compat._repair import Repair, replacing, rule
 
 
 def _is_int(x: Any) -> bool:
@@ -119,24 +120,25 @@ def _sliced_str(self: Any) -> str:
     return f"{self.A}[{short(self.slices[0])}, {short(self.slices[1])}]"
 
 
-def _is_broken() -> bool:
-    return LinearOperator.__getitem__ is not _getitem and LinearOperator.__getitem__.__module__.startswith("cola.")
+def _annotations_of_sliced(A: Sliced) -> set[type]:
+    # A principal submatrix of a self-adjoint (positive) matrix is self-adjoint (positive).
+    square = A.A.shape[0] == A.A.shape[1]
+    return A.A.annotations - {Unitary, Stiefel} if square and A.slices[0] == A.slices[1] else set()
+
+
+_REPLACED = replacing(
+    "slicing",
+    (LinearOperator, "__getitem__", _getitem),
+    (Sliced, "__init__", _sliced_init),
+    (Sliced, "_matmat", _sliced_columns),
+    (Sliced, "_rmatmat", _sliced_rows),
+    (Sliced, "__str__", _sliced_str),
+)
 
 
 def _repair() -> None:
-    from cola.annotations import Stiefel, Unitary
-
-    LinearOperator.__getitem__ = _getitem
-    Sliced.__init__ = _sliced_init
-    Sliced._matmat = _sliced_columns
-    Sliced._rmatmat = _sliced_rows
-    Sliced.__str__ = _sliced_str
-
-    @rule("get_annotations")
-    def of_sliced(A: Sliced):
-        # A principal submatrix of a self-adjoint (positive) matrix is self-adjoint (positive).
-        square = A.A.shape[0] == A.A.shape[1]
-        return A.A.annotations - {Unitary, Stiefel} if square and A.slices[0] == A.slices[1] else set()
+    _REPLACED.apply()
+    rule("get_annotations", types=(Sliced,))(_annotations_of_sliced)
 
 
-SLICING = Repair("slicing", _is_broken, _repair)
+SLICING = Repair("slicing", _REPLACED.broken, _repair)

@@ -20,7 +20,7 @@ from plum import dispatch
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from structlin._cola_compat._repair import Repair, functions_of, implementation, rule
+from structlin._cola_compat._repair import Repair, implementation, in_library, is_original, replacing, rule
 from structlin._lapack import lapack
 
 # -- log determinants ----------------------------------------------------------------------------------------------
@@ -66,7 +66,7 @@ def _repair_logdet_permutation() -> None:
 
 
 def _logdet_iterative_is_broken() -> bool:
-    return implementation("slogdet", LinearOperator, Lanczos, Algorithm).__module__.startswith("cola.")
+    return is_original(implementation("slogdet", LinearOperator, Lanczos, Algorithm))
 
 
 def _repair_logdet_iterative() -> None:
@@ -158,13 +158,8 @@ def _repair_annotations() -> None:
         shared = set.intersection(*(set(M.annotations) for M in A.Ms)) - {Unitary, Stiefel}
         return shared or ({SelfAdjoint} if all(M.isa(SelfAdjoint) for M in A.Ms) else set())
 
-    @rule("get_annotations")
-    def of_transpose(A: Transpose):
-        return A.A.annotations - {Stiefel}
-
-    @rule("get_annotations")
-    def of_adjoint(A: Adjoint):
-        return A.A.annotations - {Stiefel}
+    for kind in (Transpose, Adjoint):
+        rule("get_annotations", types=(kind,))(lambda A: A.A.annotations - {Stiefel})
 
 
 # -- the rest ------------------------------------------------------------------------------------------------------
@@ -181,46 +176,24 @@ def _repair_transpose() -> None:
         return Transpose(A)
 
 
-def _gradient_is_broken() -> bool:
-    # Importing CoLA has imported torch where it is installed.
-    return sys.modules.get("torch") is not None and functions_of("torch").array.__module__.startswith("cola.")
+def _array(arr: Any, dtype: Any = None, device: Any = None) -> Any:
+    torch: Any = sys.modules["torch"]
+    if isinstance(arr, torch.Tensor):  # torch.tensor would copy the value and forget where it came from
+        return arr.to(dtype=dtype, device=device, copy=True)
+    return torch.tensor(arr, dtype=dtype, device=device)
 
 
-def _repair_gradient() -> None:
-    import torch
-
-    def array(arr: Any, dtype: Any = None, device: Any = None) -> torch.Tensor:
-        if isinstance(arr, torch.Tensor):  # torch.tensor would copy the value and forget where it came from
-            return arr.to(dtype=dtype, device=device, copy=True)
-        return torch.tensor(arr, dtype=dtype, device=device)
-
-    functions_of("torch").array = array  # type: ignore[attr-defined]
+def _rtruediv(self: LinearOperator, c: Any) -> Any:
+    """Refused: c / A is not defined; write c * cola.inv(A)."""
+    raise TypeError("cannot divide by an operator; write c * cola.inv(A)")
 
 
-def _reciprocal_is_broken() -> bool:
-    return LinearOperator.__rtruediv__.__module__.startswith("cola.")
+_init = Sum.__init__
 
 
-def _repair_reciprocal() -> None:
-    def __rtruediv__(self: LinearOperator, c: Any) -> Any:
-        """Refused: c / A is not defined; write c * cola.inv(A)."""
-        raise TypeError("cannot divide by an operator; write c * cola.inv(A)")
-
-    LinearOperator.__rtruediv__ = __rtruediv__
-
-
-def _sum_dtype_is_broken() -> bool:
-    return Sum.__init__.__module__.startswith("cola.")
-
-
-def _repair_sum_dtype() -> None:
-    original = Sum.__init__
-
-    def __init__(self: Any, *Ms: Any) -> None:
-        original(self, *Ms)
-        self.dtype = reduce(self.xnp.promote_types, (M.dtype for M in self.Ms))
-
-    Sum.__init__ = __init__
+def _sum_init(self: Any, *Ms: Any) -> None:
+    _init(self, *Ms)
+    self.dtype = reduce(self.xnp.promote_types, (M.dtype for M in self.Ms))
 
 
 VALUES = (
@@ -229,7 +202,7 @@ VALUES = (
     Repair("logdet_iterative", _logdet_iterative_is_broken, _repair_logdet_iterative),
     Repair("annotations", _annotations_are_broken, _repair_annotations),
     Repair("transpose", _transpose_is_broken, _repair_transpose),
-    Repair("gradient", _gradient_is_broken, _repair_gradient),
-    Repair("reciprocal", _reciprocal_is_broken, _repair_reciprocal),
-    Repair("sum_dtype", _sum_dtype_is_broken, _repair_sum_dtype),
+    in_library("gradient", "torch", "array", _array),
+    replacing("reciprocal", (LinearOperator, "__rtruediv__", _rtruediv)),
+    replacing("sum_dtype", (Sum, "__init__", _sum_init)),
 )
