@@ -15,7 +15,6 @@ from cola.annotations import PSD, SelfAdjoint, Stiefel, Unitary
 from cola.ops import Identity, LinearOperator, Product, ScalarMul, Sum
 from cola.ops import Kronecker as ColaKronecker
 
-from structlin._arrays import Array
 from structlin._cola_compat import as_scalar, implementation, known_scalar, rule, scaled_annotations
 from structlin._lapack import as_array, in_library, lapack, promoted
 from structlin.algebra import chains, combinations
@@ -90,21 +89,14 @@ def product(A: LinearOperator, B: LinearOperator) -> LinearOperator | None:
     for scalar, other in ((A, B), (B, A)):
         if isinstance(scalar, ScalarMul) and isinstance(other, StructuredOperator):
             return multiple(other, scalar.c)
-    found: list[LinearOperator] = []
-    if isinstance(A, StructuredOperator) and isinstance(B, StructuredOperator):
-        answer = A.structure.product(A, B)
-        found += [] if answer is None else [answer.value]
-    if not found:
-        found += [op for op in (_scaled_rows(A, B), _low_rank(A, B)) if op is not None]
-    if not found:
+    ours = isinstance(A, StructuredOperator) and isinstance(B, StructuredOperator)
+    if ours and (answer := A.structure.product(A, B)) is not None:
+        best = answer.value
+    else:
+        best = min((op for op in (_scaled_rows(A, B), _low_rank(A, B)) if op is not None), key=_cost, default=None)
+    if best is None or _cost(best) > _cost(A, B):
         return None
-    best = min(found, key=_cost)
-    return _annotated_product(best, A, B) if _cost(best) <= _cost(A, B) else None
-
-
-def _annotated_product(found: LinearOperator, A: LinearOperator, B: LinearOperator) -> LinearOperator:
-    kind = next((kind for kind in (Unitary, Stiefel) if A.isa(kind) and B.isa(kind)), None)
-    return found if kind is None else kind(found)
+    return annotated(best, [kind for kind in (Unitary, Stiefel) if A.isa(kind) and B.isa(kind)][:1])
 
 
 def _scaled_rows(A: LinearOperator, B: LinearOperator) -> StructuredOperator | None:
@@ -129,40 +121,28 @@ def _low_rank(A: LinearOperator, B: LinearOperator) -> StructuredOperator | None
     first, second = combinations.low_rank_factors(A), combinations.low_rank_factors(B)
     if first is not None and (second is None or first[0].shape[1] <= second[0].shape[1]):
         U, V = first
-        return LowRank(*_swap(promoted(U, V @ B)))
+        return LowRank(*promoted(U, V @ B)[::-1])
     if second is not None:
         U, V = second
-        return LowRank(*_swap(promoted(A @ U, V)))
+        return LowRank(*promoted(A @ U, V)[::-1])
     return None
-
-
-def _swap(pair: tuple[Array, Array]) -> tuple[Array, Array]:
-    return pair[1], pair[0]
 
 
 # -- sums ------------------------------------------------------------------------------------------------------------
 
 
-@rule("add")
-def _sum_plus_ours(A: Sum, B: StructuredOperator):
-    return _merged(A, B, lambda rest: (*rest, B))
+rule("add", types=(Sum, StructuredOperator))(lambda A, B: _merged(A, B, (*A.Ms, B)))
+rule("add", types=(StructuredOperator, Sum))(lambda A, B: _merged(B, A, (A, *B.Ms)))
 
 
-@rule("add")
-def _ours_plus_sum(A: StructuredOperator, B: Sum):
-    return _merged(B, A, lambda rest: (A, *rest))
-
-
-def _merged(
-    terms: Sum, new: StructuredOperator, together: Callable[[tuple[Any, ...]], tuple[Any, ...]]
-) -> LinearOperator:
+def _merged(terms: Sum, new: StructuredOperator, otherwise: tuple[LinearOperator, ...]) -> LinearOperator:
     """``terms + new``, with ``new`` taken up by the first term that can."""
     for i, M in enumerate(terms.Ms):
         found = total(M, new)
         if found is not None:
             members = (*terms.Ms[:i], found, *terms.Ms[i + 1 :])
             return members[0] if len(members) == 1 else Sum(*members)
-    return Sum(*together(terms.Ms))
+    return Sum(*otherwise)
 
 
 def total(A: LinearOperator, B: LinearOperator) -> StructuredOperator | None:
@@ -173,10 +153,9 @@ def total(A: LinearOperator, B: LinearOperator) -> StructuredOperator | None:
     if isinstance(A, StructuredOperator) and isinstance(B, StructuredOperator):
         answer = A.structure.sum(A, B) if type(A.structure) is type(B.structure) else None
         found = answer.value if answer is not None and _cost(answer.value) <= _cost(A, B) else None
-    if found is None and isinstance(A, StructuredOperator):
-        found = _plus_diagonal(A, B)
-    if found is None and isinstance(B, StructuredOperator):
-        found = _plus_diagonal(B, A)
+    for first, second in ((A, B), (B, A)):
+        if found is None and isinstance(first, StructuredOperator):
+            found = _plus_diagonal(first, second)
     if found is None:
         return None
     kept = (A.annotations & B.annotations) - {Unitary, Stiefel}
@@ -201,9 +180,7 @@ def _plus_diagonal(A: StructuredOperator, B: LinearOperator) -> StructuredOperat
 # -- multiples -------------------------------------------------------------------------------------------------------
 
 
-@rule("mul")
-def _scaled_ours(A: StructuredOperator, c: object):
-    return multiple(A, c)
+rule("mul", types=(StructuredOperator, object))(lambda A, c: multiple(A, c))
 
 
 @rule("mul")

@@ -15,7 +15,7 @@ from cola.ops import Kronecker as ColaKronecker
 
 from structlin._arrays import Array, to_backend
 from structlin._cola_compat import as_scalar, scalar_mul
-from structlin._lapack import eps, known, lapack, refusing_singular, singular_to_roundoff
+from structlin._lapack import eps, known, lapack, refusing_singular, require_precision, singular_to_roundoff
 from structlin.algebra import roles
 from structlin.operators import StructuredOperator
 
@@ -64,6 +64,28 @@ def require_square(A: LinearOperator, what: str, instead: str = "") -> int:
     if A.shape[0] != A.shape[1]:
         raise ValueError(f"{what} needs a square operator, got shape {tuple(A.shape)}{instead}")
     return int(A.shape[0])
+
+
+def require_limits(tolerance: float, max_iterations: int) -> None:
+    """Raise ValueError for limits that no iteration can keep."""
+    if not 0 < tolerance < 1:
+        raise ValueError(f"tolerance must lie between 0 and 1, got {tolerance!r}")
+    if isinstance(max_iterations, bool) or not hasattr(max_iterations, "__index__") or max_iterations < 1:
+        raise ValueError(f"max_iterations must be a positive integer, got {max_iterations!r}")
+
+
+def dense_matrix(A: LinearOperator, what: str, instead: str | None = None) -> Array:
+    """Return the dense matrix; ValueError for half precision, and above the limit where there is another way."""
+    if instead is not None:
+        require_dense(A, what, instead)
+    matrix = A.to_dense()
+    require_precision(matrix, what)
+    return matrix
+
+
+def lapack_of(A: LinearOperator) -> Any:
+    """Return :func:`structlin._lapack.lapack` of the library of A."""
+    return lapack(A.xnp.zeros((1,), dtype=A.dtype, device=A.device))
 
 
 def fits_dense(A: LinearOperator) -> bool:

@@ -29,9 +29,9 @@ from cola.ops import Kronecker as ColaKronecker
 
 from structlin._arrays import Array
 from structlin._cola_compat import parity, rule
-from structlin._lapack import determinant_of_numbers, lapack, require_precision, zero_determinant
+from structlin._lapack import determinant_of_numbers, lapack, zero_determinant
 from structlin.linalg import _spectral as spectral
-from structlin.linalg._common import fits_dense, has_square_members, is_matrix, require_square
+from structlin.linalg._common import dense_matrix, fits_dense, has_square_members, is_matrix, require_square
 from structlin.linalg._stochastic import estimate_logdet
 from structlin.linalg._woodbury import woodbury
 from structlin.operators import StructuredOperator
@@ -47,8 +47,7 @@ def _slogdet_rule(A: StructuredOperator, log_alg: Auto, trace_alg: Algorithm):
 def general_slogdet(A: LinearOperator, log_alg: Auto) -> tuple[Array, Array]:
     """From the dense matrix up to the limit; beyond, a stochastic estimate, with a warning that says its error."""
     if fits_dense(A) or is_matrix(A):
-        matrix = A.to_dense()
-        require_precision(matrix, "a determinant")
+        matrix = dense_matrix(A, "a determinant")
         xp = lapack(matrix)
         sign, log = xp.positive_slogdet(matrix) if A.isa(PSD) else xp.slogdet(matrix)
         return sign, log
@@ -73,14 +72,9 @@ def _slogdet_of_any(A: LinearOperator, log_alg: Auto, trace_alg: Algorithm):
 
 
 @rule("slogdet")
-def _slogdet_of_transpose(A: Transpose, log_alg: Auto, trace_alg: Algorithm):
-    return slogdet(A.A, log_alg, trace_alg)
-
-
-@rule("slogdet")
-def _slogdet_of_adjoint(A: Adjoint, log_alg: Auto, trace_alg: Algorithm):
+def _slogdet_of_transpose(A: Transpose | Adjoint, log_alg: Auto, trace_alg: Algorithm):
     sign, log = slogdet(A.A, log_alg, trace_alg)
-    return lapack(sign).conj(sign), log
+    return sign if isinstance(A, Transpose) else lapack(sign).conj(sign), log
 
 
 def _zero(A: LinearOperator) -> tuple[Array, Array]:
@@ -134,19 +128,12 @@ def _slogdet_of_product(A: Product, log_alg: Auto, trace_alg: Algorithm):
 
 
 @rule("slogdet")
-def _slogdet_of_kronecker(A: ColaKronecker, log_alg: Auto, trace_alg: Algorithm):
+def _slogdet_of_members(A: ColaKronecker | BlockDiag, log_alg: Auto, trace_alg: Algorithm):
     n = require_square(A, "the determinant")
     if not has_square_members(A):
         return _zero(A)
-    return _of_powers([slogdet(M, log_alg, trace_alg) for M in A.Ms], [n // M.shape[0] for M in A.Ms])
-
-
-@rule("slogdet")
-def _slogdet_of_blocks(A: BlockDiag, log_alg: Auto, trace_alg: Algorithm):
-    require_square(A, "the determinant")
-    if not has_square_members(A):
-        return _zero(A)
-    return _of_powers([slogdet(M, log_alg, trace_alg) for M in A.Ms], A.multiplicities)
+    powers = A.multiplicities if isinstance(A, BlockDiag) else [n // M.shape[0] for M in A.Ms]
+    return _of_powers([slogdet(M, log_alg, trace_alg) for M in A.Ms], powers)
 
 
 @rule("slogdet")

@@ -5,6 +5,7 @@ Both are exact; stochastic estimates (Hutch, HutchPP) are taken where they are a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import cola
@@ -18,7 +19,7 @@ from structlin._cola_compat import rule
 from structlin._lapack import in_library, lapack
 from structlin.algebra.chains import outer
 from structlin.linalg._common import has_square_members, require_operator, require_square
-from structlin.linalg._forms import diagonal_of, thin
+from structlin.linalg._forms import diagonal_of, thin, without_scalars
 from structlin.operators import StructuredOperator
 
 _CHUNK = 256  # columns of a matrix without structure that are computed at once
@@ -137,16 +138,13 @@ def _trace_of_sum(A: Sum, alg: Auto | Exact):
 
 @rule("trace")
 def _trace_of_product(A: Product, alg: Auto | Exact):
-    """Scalars stand before the trace; of two factors, tr(A B) = sum(A * B^T) where one of them is narrow."""
+    """Take scalars out."""
     require_square(A, "the trace")
-    scalars = [M for M in A.Ms if isinstance(M, ScalarMul)]
-    rest = [M for M in A.Ms if not isinstance(M, ScalarMul)]
-    if scalars and rest:
-        found = cola.trace(rest[0] if len(rest) == 1 else Product(*rest), alg)
-        for M in scalars:
-            found = found * in_library(M.c, found)
-        return found
-    return cola.diag(A, 0, alg).sum()
+    c, rest = without_scalars(A)
+    if c is None:
+        return cola.diag(A, 0, alg).sum()
+    found = cola.trace(rest, alg)
+    return found * in_library(c, found)
 
 
 @rule("trace")
@@ -154,10 +152,7 @@ def _trace_of_kronecker(A: ColaKronecker, alg: Auto | Exact):
     require_square(A, "the trace")
     if not has_square_members(A):
         return cola.diag(A, 0, alg).sum()
-    found = cola.trace(A.Ms[0], alg)
-    for M in A.Ms[1:]:
-        found = found * cola.trace(M, alg)
-    return found
+    return math.prod(cola.trace(M, alg) for M in A.Ms)
 
 
 @rule("trace")

@@ -50,6 +50,15 @@ def diagonal_of(A: LinearOperator) -> Any | None:
     return None
 
 
+def without_scalars(A: LinearOperator) -> tuple[Any | None, LinearOperator]:
+    """(c, B) with A = c B, for a product with multiples of the identity; c is None for any other operator."""
+    scalars = [M.c for M in A.Ms if isinstance(M, ScalarMul)] if isinstance(A, Product) else []
+    if not scalars or len(scalars) == len(A.Ms):
+        return None, A
+    rest = [M for M in A.Ms if not isinstance(M, ScalarMul)]
+    return math.prod(scalars[1:], start=scalars[0]), rest[0] if len(rest) == 1 else Product(*rest)
+
+
 def thin(A: LinearOperator, limit: int) -> tuple[Array, Array] | None:
     """(U, V) with ``A = U V``, dense, if A passes through a vector of at most ``limit`` numbers; else None."""
     if isinstance(A, StructuredOperator):
@@ -117,10 +126,9 @@ def members(A: LinearOperator) -> Members | None:
             return None
         return Members(tuple(M.to_dense() for M in A.Ms), isinstance(A, KronSum))
     if isinstance(A, Product):
-        scalars = [M.c for M in A.Ms if isinstance(M, ScalarMul)]
-        rest = [M for M in A.Ms if not isinstance(M, ScalarMul)]
-        inner = members(rest[0]) if scalars and len(rest) == 1 else None
-        return None if inner is None else _scaled(inner, math.prod(scalars), A)
+        c, rest = without_scalars(A)
+        inner = None if c is None else members(rest)
+        return None if inner is None else _scaled(inner, c, A)
     if isinstance(A, Sum):
         K, shift = without_shift(A)
         inner = None if K is None or shift is None else members(K)

@@ -36,7 +36,9 @@ from structlin.algebra import chains
 from structlin.linalg._common import (
     Composite,
     by_members,
+    dense_matrix,
     has_square_members,
+    lapack_of,
     require_dense,
     require_operator,
     require_square,
@@ -204,29 +206,18 @@ def _of_shifted(A: Sum, f: Function) -> LinearOperator | None:
     if A.isa(PSD):  # K need not be positive; the sum is
         g = replace(g, values=lambda x: f.values(positive_part(lapack(x).real(x + c))), real=True)
     K = SelfAdjoint(K) if A.isa(SelfAdjoint) else K
-    if isinstance(K, StructuredOperator):
-        answer = K.structure.function(K, g)
-        return None if answer is None else answer.value
-    U_V = _thin_operator(K)
-    if U_V is None:
-        return None
-    answer = U_V.structure.function(U_V, g)
+    if not isinstance(K, StructuredOperator):
+        found = thin(K, K.shape[0] // 2)  # a product with a narrow middle
+        if found is None:
+            return None
+        made = LowRank(found[1], found[0])
+        K = SelfAdjoint(made) if K.isa(SelfAdjoint) else made
+    answer = K.structure.function(K, g)
     return None if answer is None else answer.value
 
 
-def _thin_operator(K: LinearOperator) -> Any | None:
-    """Return a product with a narrow middle as one operator of low rank, with the annotations of K."""
-    found = thin(K, K.shape[0] // 2)
-    if found is None:
-        return None
-    made = LowRank(found[1], found[0])
-    return SelfAdjoint(made) if K.isa(SelfAdjoint) else made
-
-
 def _dense(A: LinearOperator, f: Function) -> LinearOperator:
-    require_dense(A, f.name, "pass cola.linalg.Lanczos() or cola.linalg.Arnoldi()")
-    matrix = A.to_dense()
-    require_precision(matrix, f.name)
+    matrix = dense_matrix(A, f.name, "pass cola.linalg.Lanczos() or cola.linalg.Arnoldi()")
     return Dense(f.on_matrices(matrix, A))
 
 
@@ -234,7 +225,7 @@ def _dense(A: LinearOperator, f: Function) -> LinearOperator:
 
 
 def _exp_of(A: LinearOperator) -> Function:
-    xp = _lapack_of(A)
+    xp = lapack_of(A)
     return Function(
         "the exponential", xp.exp, real=True, positive=True, keeps_positive=True, matrix=xp.expm, at_zero=1.0,
         thin=_phi,
@@ -250,7 +241,7 @@ def _phi(core: Array) -> Array:
 
 
 def _log_of(A: LinearOperator) -> Function:
-    return Function("the logarithm", _lapack_of(A).log, at_zero=-math.inf, host=scipy.linalg.logm)
+    return Function("the logarithm", lapack_of(A).log, at_zero=-math.inf, host=scipy.linalg.logm)
 
 
 def _power(alpha: Any) -> Function:
@@ -270,10 +261,6 @@ def _power(alpha: Any) -> Function:
 
 def reciprocal() -> Function:
     return Function("the inverse", lambda x: 1 / x, real=True, keeps_positive=True, at_zero=math.inf)
-
-
-def _lapack_of(A: LinearOperator) -> Any:
-    return lapack(A.xnp.zeros((1,), dtype=A.dtype, device=A.device))
 
 
 @rule("exp", precedence=0.5)
@@ -301,14 +288,8 @@ def _log_rule(A: LinearOperator, alg: Auto):
     return evaluate(A, _log_of(A))
 
 
-@rule("apply_unary", precedence=-0.5)
-def _apply_unary_of_any(f: Callable, A: LinearOperator, alg: Auto):
-    return evaluate(A, Function("a function of a matrix", f))
-
-
-@rule("apply_unary")
-def _apply_unary_rule(f: Callable, A: StructuredOperator, alg: Auto):
-    return evaluate(A, Function("a function of a matrix", f))
+for _kind, _precedence in ((LinearOperator, -0.5), (StructuredOperator, 1)):
+    rule("apply_unary", _precedence, types=(Callable, _kind, Auto))(lambda f, A, alg: apply(f, A))  # type: ignore[arg-type]
 
 
 @rule("pow", precedence=0.5)
@@ -316,14 +297,8 @@ def _pow_default(A: LinearOperator, alpha: Number):
     return cola.linalg.pow(A, alpha, Auto())
 
 
-@rule("pow", precedence=-0.5)
-def _pow_rule(A: LinearOperator, alpha: Number, alg: Auto):
-    return power(A, alpha)
-
-
-@rule("pow")
-def _pow_of_kronecker(A: ColaKronecker, alpha: Number, alg: Auto):
-    return power(A, alpha)
+for _kind, _precedence in ((LinearOperator, -0.5), (ColaKronecker, 1)):
+    rule("pow", _precedence, types=(_kind, Number, Auto))(lambda A, alpha, alg: power(A, alpha))
 
 
 def power(A: LinearOperator, alpha: Any) -> LinearOperator:

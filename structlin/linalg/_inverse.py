@@ -32,7 +32,7 @@ from structlin.linalg._common import (
     require_square,
     scalar_like,
 )
-from structlin.linalg._forms import members
+from structlin.linalg._forms import members, without_scalars
 from structlin.linalg._functions import reciprocal
 from structlin.linalg._iterative import verified_inverse
 from structlin.linalg._woodbury import woodbury
@@ -58,14 +58,16 @@ def structured_inverse(A: StructuredOperator) -> LinearOperator | None:
     answer = A.structure.inverse(A)
     if answer is None or answer.verdict is Verdict.VERIFIED:
         return None if answer is None else answer.value
-    good = is_backward_stable(A, answer.value.__matmul__)
-    return answer.value if good is True else None if good is False else poisoned(answer.value, good)
+    return _checked(A, answer.value)
 
 
-def poisoned(A: LinearOperator, good: object) -> LinearOperator:
-    """Return A, with NaN in its products unless ``good``, a traced bool, is true."""
+def _checked(A: LinearOperator, inverse: LinearOperator) -> LinearOperator | None:
+    """Return an inverse that solves with A, else None; with NaN in its products instead while values are traced."""
+    good = is_backward_stable(A, inverse.__matmul__)
+    if isinstance(good, bool):
+        return inverse if good else None
     one = A.xnp.ones((A.shape[0],), dtype=A.dtype, device=A.device)
-    return Diagonal(one + nan_unless(good, one)) @ A
+    return Diagonal(one + nan_unless(good, one)) @ inverse
 
 
 def general_inverse(A: LinearOperator, alg: Auto) -> LinearOperator:
@@ -92,24 +94,19 @@ def inverse_of_members(A: LinearOperator) -> LinearOperator | None:
     form = members(A)
     if form is None:
         made = spectral.pair_inverse(A)
-        good = made is not None and is_backward_stable(A, made.__matmul__)
-        return annotated(made, hermitian(A)) if good else None
-    made = chains.of_kronecker(form.matrices, A, reciprocal(), add=form.add, shift=form.shift)
-    if made is None:
-        return None
-    good = is_backward_stable(A, made.__matmul__)
-    if good is False:
-        return None
-    return annotated(made if good is True else poisoned(made, good), hermitian(A))
+    else:
+        made = chains.of_kronecker(form.matrices, A, reciprocal(), add=form.add, shift=form.shift)
+    found = None if made is None else _checked(A, made)
+    return None if found is None else annotated(found, hermitian(A))
 
 
 @rule("inv")
 def _inverse_of_sum(A: Sum, alg: Auto):
     require_square(A, "the inverse", NO_INVERSE)
     formula = woodbury(A)
-    if formula is not None and (found := formula.inverse(A)) is not None:
-        return annotated(found, hermitian(A))
-    return _inverse_of_any(A, alg)
+    made = None if formula is None else formula.inverse()
+    found = None if made is None else _checked(A, made)
+    return _inverse_of_any(A, alg) if found is None else annotated(found, hermitian(A))
 
 
 @rule("inv")
@@ -183,11 +180,7 @@ def _pseudo_inverse_of_scalar(A: ScalarMul, alg: Auto):
 @rule("pinv")
 def _pseudo_inverse_of_product(A: Product, alg: Auto):
     """Take scalars out: (c A)^+ = c^+ A^+."""
-    scalars = [M for M in A.Ms if isinstance(M, ScalarMul)]
-    rest = [M for M in A.Ms if not isinstance(M, ScalarMul)]
-    if len(rest) != 1 or not scalars:
+    c, rest = without_scalars(A)
+    if c is None or isinstance(rest, Product):
         return _pseudo_inverse_of_any(A, alg)
-    found = cola.pinv(rest[0], alg)
-    for M in scalars:
-        found = cola.pinv(M, alg).c * found
-    return annotated(found, hermitian(A))
+    return annotated(reciprocals(c.reshape((1,)))[0] * cola.pinv(rest, alg), hermitian(A))

@@ -21,7 +21,7 @@ from cola.ops import LinearOperator
 from structlin._arrays import Array, backend_of
 from structlin._implicit import Solver, frozen, solution
 from structlin._lapack import eps, is_known, known, lapack, nan_unless
-from structlin.linalg._common import like, require_operator, require_square
+from structlin.linalg._common import like, require_limits, require_operator, require_square
 from structlin.verdicts import Answer, Verdict
 
 _SLACK = 10  # how far the true residual may lie above the tolerance that the algorithm met by its own recurrence
@@ -73,16 +73,18 @@ def cg(
     M = None if preconditioner is None else frozen(preconditioner)
 
     def solve(b: Array) -> Array:
-        wide = b if b.ndim == 2 else b[:, None]
-        x, count = _conjugate_gradients(fixed, wide, M, tolerance, max_iterations)
-        statistics["iterations"] = count
-        return _refused(fixed, x, wide, tolerance, "conjugate gradients", count).reshape(tuple(b.shape))
+        x, statistics["iterations"] = _conjugate_gradients(fixed, b, M, tolerance, max_iterations)
+        return _refused(fixed, x, b, tolerance, "conjugate gradients", statistics["iterations"])
 
     return _finished(A, b, Solver(solve, solve), statistics, full_output)
 
 
+def _columns(b: Array) -> Array:
+    return b if b.ndim == 2 else b[:, None]
+
+
 def _conjugate_gradients(A: Any, b: Array, M: Any, tolerance: float, limit: int) -> tuple[Array, Any]:
-    xp = lapack(b)
+    xp, shape, b = lapack(b), tuple(b.shape), _columns(b)
 
     def dots(x: Array, y: Array) -> Array:
         return (xp.conj(x) * y).sum(0)
@@ -110,7 +112,7 @@ def _conjugate_gradients(A: Any, b: Array, M: Any, tolerance: float, limit: int)
             return (state[4] < limit) & (xp.real(dots(state[1], state[1])) > target).any()
 
         state = lax.while_loop(go_on, step, (*state[:4], lax.full((), 0, "int32")))
-        return state[0], state[4]
+        return state[0].reshape(shape), state[4]
     while state[4] < limit:
         worst = known((xp.real(dots(state[1], state[1])) - target).max())
         if worst is None:
@@ -118,7 +120,7 @@ def _conjugate_gradients(A: Any, b: Array, M: Any, tolerance: float, limit: int)
         if not worst > 0:
             break
         state = step(state)
-    return state[0], state[4]
+    return state[0].reshape(shape), state[4]
 
 
 # -- SciPy's -----------------------------------------------------------------------------------------------------------
@@ -189,7 +191,7 @@ def lsmr(
     limit = 4 * min(A.shape) + 20 if max_iterations is None else max_iterations
     H, iterations, norms = host_operator(A), 0, []
     columns = []
-    for column in _host(b if b.ndim == 2 else b[:, None]).T:
+    for column in _host(_columns(b)).T:
         x, reason, count, _, normal, size, *_ = sparse.lsmr(H, column, damp, tolerance, tolerance, 0, limit)
         if reason == 7:
             raise ConvergenceError(f"LSMR left |A^H r| = {normal:.1e} after {limit} iterations; raise max_iterations")
@@ -208,9 +210,8 @@ def _on_the_host(A: LinearOperator, b: Array, one: Any, tolerance: float, name: 
 
     def solve(b: Array) -> Array:
         H = host_operator(fixed)
-        wide = _host(b if b.ndim == 2 else b[:, None])
         columns = []
-        for column in wide.T:
+        for column in _host(_columns(b)).T:
             count = [0]
 
             def counted(_: Any, count: list[int] = count) -> None:
@@ -218,9 +219,8 @@ def _on_the_host(A: LinearOperator, b: Array, one: Any, tolerance: float, name: 
 
             columns.append(one(H, column, counted))
             statistics["iterations"] = max(statistics["iterations"], count[0])
-        x = like(np.array(columns).T.copy(), fixed)
-        right = b if b.ndim == 2 else b[:, None]
-        return _refused(fixed, x, right, tolerance, name, statistics["iterations"]).reshape(tuple(b.shape))
+        x = like(np.array(columns).T.copy(), fixed).reshape(tuple(b.shape))
+        return _refused(fixed, x, b, tolerance, name, statistics["iterations"])
 
     return _finished(A, b, Solver(solve, solve), statistics, full_output)
 
@@ -258,10 +258,7 @@ def _check_system(A: LinearOperator, b: Array, tolerance: float, limit: int) -> 
     require_operator(A)
     require_square(A, "solving", "; structlin.linalg.lsmr takes any shape")
     _check_right_side(A, b)
-    if not 0 < tolerance < 1:
-        raise ValueError(f"tolerance must lie between 0 and 1, got {tolerance!r}")
-    if isinstance(limit, bool) or not hasattr(limit, "__index__") or limit < 1:
-        raise ValueError(f"max_iterations must be a positive integer, got {limit!r}")
+    require_limits(tolerance, limit)
 
 
 def _residuals(A: Any, x: Array, b: Array) -> Array:
@@ -292,8 +289,7 @@ def _finished(A: Any, b: Array, solver: Solver, statistics: dict[str, Any], full
     x = solution(A, b, solver)
     if not full_output:
         return x
-    wide = (x, b) if b.ndim == 2 else (x[:, None], b[:, None])
-    worst = known(lapack(b).max(_residuals(frozen(A), *wide)))
+    worst = known(lapack(b).max(_residuals(frozen(A), x, b)))
     if worst is None:
         return Answer(x, Verdict.NOT_VERIFIED, None, statistics)
     return Answer(x, Verdict.VERIFIED, worst**0.5, statistics)
@@ -327,9 +323,8 @@ def _checked(A: LinearOperator, alg: Any, X: Array) -> Array:
     name, fixed, xp = type(alg).__name__, frozen(A), lapack(X)
 
     def conjugate_gradients(b: Array) -> Array:
-        wide = b if b.ndim == 2 else b[:, None]
-        x, count = _conjugate_gradients(fixed, wide, alg.P, alg.tol, alg.max_iters)
-        return _refused(fixed, x, wide, alg.tol, name, count).reshape(tuple(b.shape))
+        x, count = _conjugate_gradients(fixed, b, alg.P, alg.tol, alg.max_iters)
+        return _refused(fixed, x, b, alg.tol, name, count)
 
     if isinstance(alg, CG) and alg.x0 is None:
         return solution(A, X, Solver(conjugate_gradients, conjugate_gradients))

@@ -9,7 +9,7 @@ from typing import Any
 import cola
 import numpy as np
 from cola.annotations import Stiefel
-from cola.ops import Adjoint, BlockDiag, Identity, LinearOperator, Product, ScalarMul, Transpose
+from cola.ops import Adjoint, BlockDiag, Identity, LinearOperator, Transpose
 from cola.ops import Kronecker as ColaKronecker
 
 from structlin._arrays import Array, backend_of
@@ -17,9 +17,9 @@ from structlin._implicit import frozen
 from structlin._lapack import in_library, known, lapack, nan_unless
 from structlin.algebra import contract as _contract
 from structlin.algebra.chains import largest
-from structlin.linalg._common import like, require_operator
+from structlin.linalg._common import like, require_limits, require_operator
 from structlin.linalg._diagonal import unit_columns
-from structlin.linalg._forms import diagonal_of
+from structlin.linalg._forms import diagonal_of, without_scalars
 from structlin.linalg._iterative import ConvergenceError
 from structlin.operators import StructuredOperator
 
@@ -50,28 +50,14 @@ def inner_product(A: LinearOperator, B: LinearOperator) -> Array:
     require_operator(B, "B")
     if tuple(A.shape) != tuple(B.shape):
         raise ValueError(f"an inner product needs equal shapes, got {tuple(A.shape)} and {tuple(B.shape)}")
-    a, A = _without_scalars(A)
-    b, B = _without_scalars(B)
+    a, A = without_scalars(A)
+    b, B = without_scalars(B)
     found = _inner_product(A, B)
     for value, conjugate in ((a, True), (b, False)):
         if value is not None:
             value = in_library(value, found)
             found = found * (value.conj() if conjugate and hasattr(value, "conj") else value)
     return found
-
-
-def _without_scalars(A: LinearOperator) -> tuple[Any | None, LinearOperator]:
-    """(c, B) with A = c B; c is None where A is not scaled."""
-    if not isinstance(A, Product):
-        return None, A
-    scalars = [M.c for M in A.Ms if isinstance(M, ScalarMul)]
-    rest = [M for M in A.Ms if not isinstance(M, ScalarMul)]
-    if not scalars or not rest:
-        return None, A
-    c = scalars[0]
-    for other in scalars[1:]:
-        c = c * other
-    return c, rest[0] if len(rest) == 1 else Product(*rest)
 
 
 def _inner_product(A: LinearOperator, B: LinearOperator) -> Array:
@@ -117,7 +103,7 @@ def frobenius_norm(A: LinearOperator) -> Array:
     np.float64(5.0)
     """
     require_operator(A, "A")
-    c, A = _without_scalars(A)
+    c, A = without_scalars(A)
     found = _frobenius(A)
     return found if c is None else found * abs(in_library(c, found))
 
@@ -174,11 +160,8 @@ def spectral_norm(A: LinearOperator, *, tolerance: float = 1e-6, max_iterations:
     10.0
     """
     require_operator(A, "A")
-    if not 0 < tolerance < 1:
-        raise ValueError(f"tolerance must lie between 0 and 1, got {tolerance!r}")
-    if isinstance(max_iterations, bool) or not hasattr(max_iterations, "__index__") or max_iterations < 1:
-        raise ValueError(f"max_iterations must be a positive integer, got {max_iterations!r}")
-    c, A = _without_scalars(A)
+    require_limits(tolerance, max_iterations)
+    c, A = without_scalars(A)
     found: Array | None
     if isinstance(A, ColaKronecker | BlockDiag):
         norms = [spectral_norm(M, tolerance=tolerance, max_iterations=max_iterations, seed=seed) for M in A.Ms]

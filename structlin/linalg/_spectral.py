@@ -124,35 +124,26 @@ def _determinant(A: LinearOperator, form: Members) -> Determinant:
 # -- two Kronecker products --------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Pair:
-    """``A (x) B + C (x) D``, Hermitian, with positive definite C and D."""
+def pair(A: LinearOperator) -> list[tuple[Array, Array]] | None:
+    """Return [(A, C), (B, D)] of ``A (x) B + C (x) D``, Hermitian, with positive definite C and D.
 
-    first: tuple[Array, Array]
-    second: tuple[Array, Array]
-
-
-def pair(A: LinearOperator) -> Pair | None:
-    """None where A is no such sum, or where numbers are traced (nobody could see that C and D are positive)."""
+    None where A is no such sum, or where numbers are traced (nobody could see that C and D are positive).
+    """
     if not isinstance(A, Sum) or len(A.Ms) != 2:
         return None
     forms = [members(M) for M in A.Ms]
     parts = [f for f in forms if f is not None]
-    if len(parts) < 2 or any(f.add or len(f.matrices) != 2 for f in parts):
+    if len(parts) < 2 or any(f.add or len(f.matrices) != 2 or hasattr(f.shift, "dtype") for f in parts):
         return None
     if parts[0].matrices[0].shape != parts[1].matrices[0].shape or not all(f.hermitian for f in parts):
         return None
-    if any(not is_known(m) or _is_shifted(f) for f in parts for m in f.matrices):
+    if not all(is_known(m) for f in parts for m in f.matrices):
         return None
     a, b = (f.matrices for f in parts)
     for first, second in ((a, b), (b, a)):
         if all(map(_is_positive, second)):
-            return Pair((first[0], first[1]), (second[0], second[1]))
+            return list(zip(first, second, strict=True))
     return None
-
-
-def _is_shifted(form: Members) -> bool:
-    return not isinstance(form.shift, float) or form.shift != 0
 
 
 def _is_positive(matrix: Array) -> bool:
@@ -178,8 +169,8 @@ def pair_inverse(A: LinearOperator) -> LinearOperator | None:
     found = pair(A)
     if found is None:
         return None
-    xp = lapack(found.first[0])
-    reduced = [_reduced(m, c) for m, c in zip(found.first, found.second, strict=True)]
+    reduced = [_reduced(m, c) for m, c in found]
+    xp = lapack(reduced[0][0])
     spectral = [xp.eigh(core) for core, _ in reduced]
     values = inverse_values(chains.outer([w for w, _ in spectral]) + 1, eps(A.dtype))
     half = Kronecker(*(xp.inv(low) for _, low in reduced))
@@ -188,17 +179,12 @@ def pair_inverse(A: LinearOperator) -> LinearOperator | None:
     return inner.H @ Diagonal(values) @ inner
 
 
-def pair_solver(A: LinearOperator) -> Solver | None:
-    inverse = pair_inverse(A)
-    return None if inverse is None else Solver(inverse.__matmul__, inverse.__matmul__)
-
-
 def pair_slogdet(A: LinearOperator) -> Determinant | None:
     found = pair(A)
     if found is None:
         return None
-    xp = lapack(found.first[0])
-    reduced = [_reduced(m, c) for m, c in zip(found.first, found.second, strict=True)]
+    reduced = [_reduced(m, c) for m, c in found]
+    xp = lapack(reduced[0][0])
     values = chains.outer([xp.eigh(core)[0] for core, _ in reduced]) + 1
     sign, log = determinant_of_numbers(values)
     sizes = [low.shape[0] for _, low in reduced]
@@ -217,8 +203,8 @@ def solver(A: LinearOperator) -> tuple[Solver, bool] | None:
     """
     found = diagonalised(A)
     if found is None:
-        two = pair_solver(A)
-        return None if two is None else (two, False)
+        inverse = pair_inverse(A)
+        return None if inverse is None else (Solver(inverse.__matmul__, inverse.__matmul__), False)
     left, right = found.left, found.right
     scale = inverse_values(found.values, eps(found.values.dtype))
     conjugate = lapack(scale).conj(scale)

@@ -24,7 +24,15 @@ from structlin._cola_compat import rule
 from structlin._lapack import eps, follows, is_known, known, lapack, require_precision
 from structlin.algebra import chains, roles
 from structlin.linalg import _spectral as spectral
-from structlin.linalg._common import fits_dense, like, require_dense, require_operator, require_square
+from structlin.linalg._common import (
+    dense_matrix,
+    fits_dense,
+    lapack_of,
+    like,
+    require_dense,
+    require_operator,
+    require_square,
+)
 from structlin.linalg._forms import members
 from structlin.linalg._iterative import ConvergenceError, host_operator
 from structlin.operators import StructuredOperator
@@ -68,15 +76,13 @@ def _selected(values: Array, vectors: LinearOperator, k: int, which: str) -> tup
     xp = lapack(values)
     order = xp.argsort(xp.abs(values))
     order = order[:k] if which == "SM" else order[n - k :]
-    kind = Stiefel if vectors.isa(Stiefel) else None
     if isinstance(vectors, Dense):
         chosen: LinearOperator = Dense(vectors.factors[0][:, order])
-        return values[order], chosen if kind is None else kind(chosen)
-    whole = xp.argsort(xp.abs(values))
-    columns = permuted_columns(vectors, whole)
-    if k < n:
-        columns = columns[:, :k] if which == "SM" else columns[:, n - k :]
-    return values[order], columns if kind is None else kind(columns)
+    else:
+        chosen = permuted_columns(vectors, xp.argsort(xp.abs(values)))
+        if k < n:
+            chosen = chosen[:, :k] if which == "SM" else chosen[:, n - k :]
+    return values[order], Stiefel(chosen) if vectors.isa(Stiefel) else chosen
 
 
 def _eig_of_low_rank(A: StructuredOperator, k: int) -> tuple[Array, LinearOperator]:
@@ -124,8 +130,7 @@ def eigenpairs(A: LinearOperator) -> tuple[Array, LinearOperator] | None:
 
 def _dense_eigenpairs(A: LinearOperator) -> tuple[Array, LinearOperator]:
     require_dense(A, "the spectrum", _NAME_ONE)
-    matrix = A.to_dense()
-    require_precision(matrix, "an eigenvalue")
+    matrix = dense_matrix(A, "an eigenvalue")
     if A.isa(SelfAdjoint):
         values, vectors = lapack(matrix).eigh(matrix)
         return values, Stiefel(Dense(vectors))
@@ -142,8 +147,7 @@ def _eig_of_any(A: LinearOperator, k: int, which: str, alg: Auto):
 @rule("eig", precedence=-0.5)
 def _eig_of_any_by_eig(A: LinearOperator, k: int, which: str, alg: Eig):
     _check(A, k, which)
-    matrix = A.to_dense()
-    require_precision(matrix, "an eigenvalue")
+    matrix = dense_matrix(A, "an eigenvalue")
     values, vectors = lapack(matrix).eig(matrix)
     return _selected(values, Dense(vectors), k, which)
 
@@ -160,8 +164,7 @@ def _eig_of_any_by_eigh(A: LinearOperator, k: int, which: str, alg: Eigh):
 def _eig_of_triangular(A: Triangular, k: int, which: str, alg: Auto | Eig):
     """By back substitution, with vectors that end with 1 as CoLA's do; of the dense matrix where values repeat."""
     n = _check(A, k, which)
-    matrix = A.to_dense()
-    require_precision(matrix, "an eigenvalue")
+    matrix = dense_matrix(A, "an eigenvalue")
     xp = lapack(matrix)
     values = xp.diagonal(matrix)
     if not is_known(matrix) or follows(matrix):
@@ -232,8 +235,7 @@ def svd(A: LinearOperator, k: int | None = None, *, tolerance: float = 0.0, seed
         found = answer.value
     else:
         require_dense(A, "the singular value decomposition", "k = 10, say, gives the ten largest")
-        matrix = A.to_dense()
-        require_precision(matrix, "a singular value")
+        matrix = dense_matrix(A, "a singular value")
         u, s, vh = lapack(matrix).svd(matrix)
         found = SVD(Stiefel(Dense(u)), s, Dense(vh))
     if k is None or k >= found.S.shape[0]:
@@ -245,7 +247,7 @@ def _some_singular(A: LinearOperator, k: int, tolerance: float, seed: int) -> SV
     start = np.random.default_rng(seed).standard_normal(min(A.shape))
     u, s, vh = sparse.svds(host_operator(A), k, v0=start, tol=tolerance)
     order = np.argsort(-s)
-    values = lapack(A.xnp.zeros((1,), dtype=A.dtype, device=A.device)).real(like(s[order].copy(), A))
+    values = lapack_of(A).real(like(s[order].copy(), A))
     return SVD(Stiefel(Dense(like(u[:, order].copy(), A))), values, Dense(like(vh[order].copy(), A)))
 
 
@@ -272,8 +274,7 @@ def eigvals(A: LinearOperator) -> Array:
         values = pairs[0]
     else:
         require_dense(A, "the spectrum", "structlin.linalg.eigsh gives some of it")
-        matrix = A.to_dense()
-        require_precision(matrix, "an eigenvalue")
+        matrix = dense_matrix(A, "an eigenvalue")
         xp = lapack(matrix)
         values = xp.eigvalsh(matrix) if A.isa(SelfAdjoint) else xp.eig(matrix)[0]
     xp = lapack(values)
@@ -322,7 +323,7 @@ def eigsh(
             f"ARPACK found {len(error.eigenvalues)} of {k} eigenvalues; raise max_iterations"
         ) from error
     order = np.argsort(np.abs(values))
-    found = lapack(A.xnp.zeros((1,), dtype=A.dtype, device=A.device)).real(like(values[order].copy(), A))
+    found = lapack_of(A).real(like(values[order].copy(), A))
     return found, Stiefel(Dense(like(vectors[:, order].copy(), A)))
 
 

@@ -20,10 +20,10 @@ from typing import Any
 import numpy as np
 from scipy.optimize import OptimizeResult, minimize
 
-from structlin.algebra.numbered import Axes, Network
+from structlin.algebra.numbered import Network
 from structlin.projection._contract import expression, gather
 from structlin.projection._leading import orthonormal
-from structlin.projection._splits import cut_between, pair
+from structlin.projection._splits import WeightedCut, pair
 
 ROUNDOFF = 1e-14
 SWEEPS = 4  # sweeps before L-BFGS, which starts slowly
@@ -38,14 +38,10 @@ class BlockFit:
     one factor.
     """
 
-    def __init__(self, network: Network, target: np.ndarray, covariance: np.ndarray, order: tuple[Axes, ...]) -> None:
-        self._set(network, order)
-        rows, far, near_rows, shared, inside = order
-        f, e, b, n, k = (network.size(axes) for axes in (rows, far, near_rows, shared, inside))
-        self.sizes = (f, e, b, n, k)
-        places = [network.columns.index(a) for a in (*shared, *inside)]
-        blocks = covariance.reshape(network.shape(network.columns) * 2)
-        blocks = blocks.transpose(places + [i + len(places) for i in places]).reshape(n, k, n, k)
+    def __init__(self, network: Network, target: np.ndarray, covariance: np.ndarray, cut: WeightedCut) -> None:
+        self._set(network, cut)
+        blocks = cut.blocks(network, covariance)
+        f, e, b, n, k = self.sizes
         values, vectors = np.linalg.eigh(blocks[np.arange(n), :, np.arange(n)])
         values = np.maximum(values, 0)
         tiny = values <= values.max() * k * np.finfo(float).eps
@@ -62,12 +58,12 @@ class BlockFit:
         self.values = np.linalg.svd(self.target.reshape(n, f, e, b * k), full_matrices=False)
         self.scale = self._norm(self._rest(np.zeros((), target.dtype)))
 
-    def _set(self, network: Network, order: tuple[Axes, ...]) -> None:
+    def _set(self, network: Network, cut: WeightedCut) -> None:
         """Take a network that differs in the size of its bond."""
-        self.network, self.axes = network, sum(order, ())
-        _, far, near_rows, _, inside = order
-        bond = network.size(cut_between(network.outer, *network.factors).bond)
-        self.rank = min(bond, network.size(far), network.size(near_rows + inside))
+        order = (cut.rows, cut.far, cut.near_rows, cut.shared, cut.inside)
+        self.network, self.axes, self.sizes = network, sum(order, ()), tuple(map(network.size, order))
+        _, e, b, _, k = self.sizes
+        self.rank = min(network.size(cut.bond), e, b * k)
 
     @classmethod
     def of(
@@ -78,25 +74,17 @@ class BlockFit:
         ``known`` holds what was made for this target and covariance: networks that differ in the size of the bond
         share all decompositions.
         """
-        columns = set(network.columns)
-        if len(network.factors) != 2 or network.joined or columns & set(network.rows):
+        cut = None if len(network.factors) != 2 or network.joined else WeightedCut.of(network)
+        if cut is None:
             return None
-        cut = cut_between(network.outer, *network.factors)
-        left, right = (tuple(a for a in axes if a in columns) for axes in (cut.left, cut.right))
-        if left and right:
-            return None
-        near, far = (cut.left, cut.right) if left else (cut.right, cut.left)
-        shared = tuple(a for a in cut.shared if a in columns)
-        rows = tuple(a for a in cut.shared if a not in columns)
-        near_rows = tuple(a for a in near if a not in columns)
-        if {*rows, *far, *near_rows, *shared, *left, *right} != set(network.outer):
+        order = (cut.rows, cut.far, cut.near_rows, cut.shared, cut.inside)
+        if set(sum(order, ())) != set(network.outer):
             return None  # an axis that stands in no factor
-        order = (rows, far, near_rows, shared, left or right)
         key = (*(tuple(map(network.outer.index, axes)) for axes in order), network.shape(network.outer))
         if known is None or key not in known:
-            made = cls(network, target, covariance, order)
+            made = cls(network, target, covariance, cut)
             return made if known is None else known.setdefault(key, made)
-        known[key]._set(network, order)
+        known[key]._set(network, cut)
         return known[key]
 
     def _blocks(self, array: np.ndarray) -> np.ndarray:

@@ -199,19 +199,51 @@ def regrouped_pair(structure: Structure, target: np.ndarray) -> list[np.ndarray]
 
 
 @dataclass(frozen=True)
-class Weighted:
-    """Slices of a weighted pair, (slice, far, near): as they are, and times a root of their covariance.
+class WeightedCut:
+    """How the axes of a pair fall where the columns have a covariance.
 
-    ``near`` is the factor that has the column axes which are not shared, ``far`` the other one; ``own`` are the axes
-    that each of the two has for itself.
+    ``near`` is the factor that has the column axes which are not shared, ``far`` the other one. ``rows`` and
+    ``shared`` are the row and the column axes of both, ``inside`` the column axes of ``near`` alone.
     """
+
+    rows: Axes
+    far: Axes
+    near_rows: Axes
+    shared: Axes
+    inside: Axes
+    bond: Axes
+    near_first: bool
+
+    @classmethod
+    def of(cls, network: Network) -> WeightedCut | None:
+        """None with an axis in rows and columns, and where both factors have column axes of their own."""
+        columns = set(network.columns)
+        if columns & set(network.rows):
+            return None
+        cut = cut_between(network.outer, *network.factors)
+        left, right = (tuple(a for a in axes if a in columns) for axes in (cut.left, cut.right))
+        if left and right:
+            return None
+        near, far = (cut.left, cut.right) if left else (cut.right, cut.left)
+        rows, near_rows = (tuple(a for a in axes if a not in columns) for axes in (cut.shared, near))
+        shared = tuple(a for a in cut.shared if a in columns)
+        return cls(rows, far, near_rows, shared, left or right, cut.bond, bool(left))
+
+    def blocks(self, network: Network, covariance: np.ndarray) -> np.ndarray:
+        """Return the covariance with axes (n, k, n, k), n of the shared columns and k of those inside."""
+        places = [network.columns.index(a) for a in (*self.shared, *self.inside)]
+        blocks = covariance.reshape(network.shape(network.columns) * 2)
+        blocks = blocks.transpose(places + [i + len(places) for i in places])
+        return blocks.reshape((network.size(self.shared), network.size(self.inside)) * 2)
+
+
+@dataclass(frozen=True)
+class Weighted:
+    """Slices of a weighted pair, (slice, far, near): as they are, and times a root of their covariance."""
 
     matrices: np.ndarray
     scaled: np.ndarray
-    shared: Axes
-    own: tuple[Axes, Axes]
-    bond: Axes
-    near_first: bool
+    cut: WeightedCut
 
 
 def weighted(network: Network, target: np.ndarray, covariance: np.ndarray, drop: bool = False) -> Weighted | None:
@@ -220,31 +252,18 @@ def weighted(network: Network, target: np.ndarray, covariance: np.ndarray, drop:
     Needed for that: no diagonal axes; all column axes that are not shared stand in one factor; and the covariance
     does not couple different values of the shared ones. ``drop`` leaves such a coupling out in place of giving up.
     """
-    columns = set(network.columns)
-    if columns & set(network.rows):
+    cut = WeightedCut.of(network)
+    if cut is None:
         return None
-    cut = cut_between(network.outer, *network.factors)
-    shared, left, right = (tuple(a for a in axes if a in columns) for axes in (cut.shared, cut.left, cut.right))
-    if left and right:
-        return None
-    inside = left or right
-    n, k = network.size(shared), network.size(inside)
-    order = [network.columns.index(a) for a in (*shared, *inside)]
-    blocks = covariance.reshape(network.shape(network.columns) * 2)
-    blocks = blocks.transpose(order + [i + len(order) for i in order]).reshape(n, k, n, k)
+    blocks = cut.blocks(network, covariance)
+    n, k = blocks.shape[:2]
     if not drop and np.any(blocks * (1 - np.eye(n))[:, None, :, None]):
         return None
     roots = square_root(blocks[np.arange(n), :, np.arange(n)])
-
-    rows = tuple(a for a in cut.shared if a not in columns)
-    near, far = (cut.left, cut.right) if left else (cut.right, cut.left)
-    near_rows = tuple(a for a in near if a not in columns)
-    matrices = gather(target, network.outer, rows + shared + far + near_rows + inside)
-    matrices = matrices.reshape(network.size(rows), n, network.size(far) * network.size(near_rows), k)
-    flat = (network.size(rows) * n, network.size(far), -1)
-    scaled = (matrices @ roots).reshape(flat)
-    own = (far, near_rows + inside)
-    return Weighted(matrices.reshape(flat), scaled, rows + shared, own, cut.bond, bool(left))
+    matrices = gather(target, network.outer, cut.rows + cut.shared + cut.far + cut.near_rows + cut.inside)
+    matrices = matrices.reshape(network.size(cut.rows), n, network.size(cut.far + cut.near_rows), k)
+    flat = (network.size(cut.rows) * n, network.size(cut.far), -1)
+    return Weighted(matrices.reshape(flat), (matrices @ roots).reshape(flat), cut)
 
 
 def weighted_pair(
@@ -258,11 +277,12 @@ def weighted_pair(
     found = weighted(network, target, covariance, drop)
     if found is None:
         return None
-    rank = network.size(found.bond)
+    cut = found.cut
+    rank = network.size(cut.bond)
     u = leading(found.scaled, min(rank, *found.scaled.shape[1:]))
     inner, near = ranked(u.conj().swapaxes(-1, -2) @ found.matrices, rank, 0.5, None)
-    groups = [(u @ inner, found.own[0]), (near, found.own[1])]
-    return _laid_out(network, found.shared, found.bond, groups[::-1] if found.near_first else groups)
+    groups = [(u @ inner, cut.far), (near, cut.near_rows + cut.inside)]
+    return _laid_out(network, cut.rows + cut.shared, cut.bond, groups[::-1] if cut.near_first else groups)
 
 
 def square_root(matrix: np.ndarray) -> np.ndarray:
