@@ -63,53 +63,47 @@ def _numpy() -> SimpleNamespace:
         logs = np.log(np.diagonal(lower, 0, -2, -1).real)
         return np.ones((), a.dtype)[()], 2 * logs.sum()
 
-    return SimpleNamespace(
+    return _of_module(
+        np,
         substitute=substitute,
         inverse_from_cholesky=lambda lower: np.linalg.inv(lower @ np.conj(lower).swapaxes(-1, -2)),
         cholesky_solve=cholesky_solve,
         positive_slogdet=positive_slogdet,
-        gram=lambda a: np.conj(a).T @ a if np.iscomplexobj(a) else a.T @ a,
         cholesky=np.linalg.cholesky,
-        inv=np.linalg.inv,
-        solve=np.linalg.solve,
-        slogdet=np.linalg.slogdet,
         eig=eig,
-        eigh=np.linalg.eigh,
-        eigvalsh=np.linalg.eigvalsh,
-        svd=lambda a: np.linalg.svd(a, full_matrices=False),
-        singular_values=lambda a: np.linalg.svd(a, compute_uv=False),
-        qr=np.linalg.qr,
         pinv=lambda a, rtol: np.linalg.pinv(a, rcond=rtol),
         expm=lambda a: np.asarray(scipy.linalg.expm(a), dtype=a.dtype),
-        matrix_power=np.linalg.matrix_power,
-        diagonal=lambda a, k=0: np.diagonal(a, k, -2, -1),
-        eye=lambda n, like: np.eye(n, dtype=like.dtype),
-        zeros=lambda shape, like: np.zeros(shape, dtype=like.dtype),
-        index=lambda i, like: np.asarray(i),
-        where=np.where,
         equal=np.array_equal,
-        abs=np.abs,
-        sign=np.sign,
-        sqrt=np.sqrt,
-        exp=np.exp,
-        log=np.log,
-        real=np.real,
-        norm=lambda x: np.sqrt(np.sum(np.abs(x) ** 2)),
-        max=np.max,
-        amax=lambda x: np.max(x, -1),
-        prod=np.prod,
-        concat_axis=lambda xs, axis: np.concatenate(xs, axis),
         to_complex=lambda x: x.astype(np.result_type(x.dtype, np.complex64)),
         stop_gradient=lambda x: x,
     )
 
 
+def _of_module(module: Any, **own: Any) -> SimpleNamespace:
+    """Return the functions that NumPy and jax.numpy have under one name, and those of one library."""
+    linalg = module.linalg
+    names = ("inv", "solve", "slogdet", "eigh", "eigvalsh", "qr", "matrix_power")
+    direct = ("where", "abs", "sign", "sqrt", "exp", "log", "real", "max", "prod")
+    common: dict[str, Any] = {name: getattr(linalg, name) for name in names}
+    common |= {name: getattr(module, name) for name in direct}
+    return SimpleNamespace(
+        **common,
+        gram=lambda a: (module.conj(a) if module.iscomplexobj(a) else a).T @ a,
+        svd=lambda a: linalg.svd(a, full_matrices=False),
+        singular_values=lambda a: linalg.svd(a, compute_uv=False),
+        diagonal=lambda a, k=0: module.diagonal(a, k, -2, -1),
+        eye=lambda n, like: module.eye(n, dtype=like.dtype),
+        zeros=lambda shape, like: module.zeros(shape, dtype=like.dtype),
+        index=lambda i, like: module.asarray(i),
+        norm=lambda x: module.sqrt(module.sum(module.abs(x) ** 2)),
+        amax=lambda x: module.max(x, -1),
+        concat_axis=lambda xs, axis: module.concatenate(xs, axis),
+        **own,
+    )
+
+
 def _torch() -> SimpleNamespace:
     import torch
-
-    def eig(a: Array) -> tuple[Array, Array]:
-        values, vectors = torch.linalg.eig(a)
-        return values, vectors
 
     def cholesky_solve(a: Array, b: Array) -> Array:
         if torch._C._are_functorch_transforms_active():  # which differentiate the decomposition itself
@@ -142,41 +136,29 @@ def _torch() -> SimpleNamespace:
         x: Any = np.from_dlpack(a)
         return torch.from_numpy(x.T @ x)  # by syrk: half of the work, which torch does not save
 
+    linalg = torch.linalg
+    names = ("cholesky", "inv", "solve", "slogdet", "eig", "eigh", "eigvalsh", "qr", "matrix_power")
+    direct = ("where", "abs", "sign", "sqrt", "exp", "log", "max", "prod")
     return SimpleNamespace(
+        **{name: getattr(linalg, name) for name in names},
+        **{name: getattr(torch, name) for name in direct},
         substitute=lambda lower, b: torch.cholesky_solve(b, lower),
         inverse_from_cholesky=torch.cholesky_inverse,
         cholesky_solve=cholesky_solve,
         positive_slogdet=positive_slogdet,
         gram=gram,
-        cholesky=torch.linalg.cholesky,
-        inv=torch.linalg.inv,
-        solve=torch.linalg.solve,
-        slogdet=torch.linalg.slogdet,
-        eig=eig,
-        eigh=torch.linalg.eigh,
-        eigvalsh=torch.linalg.eigvalsh,
-        svd=lambda a: torch.linalg.svd(a, full_matrices=False),
-        singular_values=torch.linalg.svdvals,
-        qr=torch.linalg.qr,
-        pinv=lambda a, rtol: torch.linalg.pinv(a, rtol=rtol),
-        expm=torch.linalg.matrix_exp,
-        matrix_power=torch.linalg.matrix_power,
+        svd=lambda a: linalg.svd(a, full_matrices=False),
+        singular_values=linalg.svdvals,
+        pinv=lambda a, rtol: linalg.pinv(a, rtol=rtol),
+        expm=linalg.matrix_exp,
         diagonal=lambda a, k=0: torch.diagonal(a, k, -2, -1),
         eye=lambda n, like: torch.eye(n, dtype=like.dtype, device=like.device),
         zeros=lambda shape, like: torch.zeros(shape, dtype=like.dtype, device=like.device),
         index=lambda i, like: torch.as_tensor(np.ascontiguousarray(i), device=like.device),
-        where=torch.where,
         equal=equal,
-        abs=torch.abs,
-        sign=torch.sign,
-        sqrt=torch.sqrt,
-        exp=torch.exp,
-        log=torch.log,
         real=lambda x: x.real if x.is_complex() else x,
-        norm=torch.linalg.vector_norm,
-        max=torch.max,
+        norm=linalg.vector_norm,
         amax=lambda x: torch.amax(x, -1),
-        prod=torch.prod,
         concat_axis=lambda xs, axis: torch.cat(tuple(xs), axis),
         to_complex=lambda x: x.to(torch.promote_types(x.dtype, torch.complex64)),
         stop_gradient=lambda x: x.detach(),
@@ -212,41 +194,16 @@ def _jax() -> SimpleNamespace:
         sign, log = jnp.linalg.slogdet(a)
         return jnp.prod(sign), jnp.sum(log)
 
-    return SimpleNamespace(
+    return _of_module(
+        jnp,
         substitute=substitute,
         cholesky_solve=lambda a, b: substitute(cholesky(a), b),
         positive_slogdet=positive_slogdet,
-        gram=lambda a: jnp.conj(a).T @ a,
         cholesky=cholesky,
-        inv=jnp.linalg.inv,
-        solve=jnp.linalg.solve,
-        slogdet=jnp.linalg.slogdet,
         eig=jnp.linalg.eig,
-        eigh=jnp.linalg.eigh,
-        eigvalsh=jnp.linalg.eigvalsh,
-        svd=lambda a: jnp.linalg.svd(a, full_matrices=False),
-        singular_values=lambda a: jnp.linalg.svd(a, compute_uv=False),
-        qr=jnp.linalg.qr,
         pinv=lambda a, rtol: jnp.linalg.pinv(a, rtol=rtol),
         expm=expm,
-        matrix_power=jnp.linalg.matrix_power,
-        diagonal=lambda a, k=0: jnp.diagonal(a, k, -2, -1),
-        eye=lambda n, like: jnp.eye(n, dtype=like.dtype),
-        zeros=lambda shape, like: jnp.zeros(shape, dtype=like.dtype),
-        index=lambda i, like: jnp.asarray(i),
-        where=jnp.where,
         equal=lambda a, b: (a == b).all(),
-        abs=jnp.abs,
-        sign=jnp.sign,
-        sqrt=jnp.sqrt,
-        exp=jnp.exp,
-        log=jnp.log,
-        real=jnp.real,
-        norm=lambda x: jnp.sqrt(jnp.sum(jnp.abs(x) ** 2)),
-        max=jnp.max,
-        amax=lambda x: jnp.max(x, -1),
-        prod=jnp.prod,
-        concat_axis=lambda xs, axis: jnp.concatenate(xs, axis),
         to_complex=lambda x: x.astype(jnp.promote_types(x.dtype, jnp.complex64)),
         stop_gradient=jax.lax.stop_gradient,
     )
