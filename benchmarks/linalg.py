@@ -44,7 +44,13 @@ from _measure import aligned, machine, result_path, write_result
 import structlin as sl
 
 PEERS = ("linear_operator", "lineax", "scipy")
-OPERATIONS = ("matmat", "solve", "logdet", "likelihood")
+LABELS = {
+    "matmat": "product",
+    "solve": "solution",
+    "logdet": "log-determinant",
+    "likelihood": "likelihood and gradient",
+}
+OPERATIONS = tuple(LABELS)
 NOISE = 0.1
 TOEPLITZ_RATIO = 0.6
 INNER = 8  # repeats of what is fast for each repeat of what is dense
@@ -456,7 +462,7 @@ def measure(
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """Our microseconds, and how many times as long the others take; in brackets errors above 1e-3."""
-    head = ("structure", "n", "columns", "operation", "us", "dense", *PEERS)
+    head = ("structure", "n", "columns", "operation", "µs", "dense LAPACK", *(peer.replace("_", " ") for peer in PEERS))
     cells = [head]
     for row in rows:
         shown = []
@@ -466,10 +472,10 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
             shown.append(text if wrong < 1e-3 else f"{text} (error {wrong:.0e})")
         cells.append(
             (
-                row["structure"],
+                row["structure"].replace("_plus_", " + ").replace("_", " "),
                 str(row["n"]),
                 str(row.get("columns", 16)),
-                row["operation"],
+                LABELS[row["operation"]],
                 f"{row['microseconds']['ours']:.0f}",
                 *shown,
             )

@@ -21,14 +21,20 @@ MARKS = {
     "lineax": ("#009E73", "D"),
     "scipy": ("#CC79A7", "v"),
 }
+TITLES = {
+    "matmat": "product",
+    "solve": "solution",
+    "logdet": "log-determinant",
+    "likelihood": "likelihood and gradient",
+}
 LARGEST_ERROR = 1e-3  # results of a larger relative error are no competitors
 
 
 def plot(result: Mapping[str, Any], path: Path) -> None:
-    """Draw a panel for each operation, a row for each structure and size, and a mark for each library."""
+    """Draw a panel for each operation, a row for each structure, size and number of columns, a mark for each library."""
     rows = result["rows"]
     operations = list(dict.fromkeys(row["operation"] for row in rows))
-    keys = list(dict.fromkeys((row["n"], row["structure"]) for row in rows))
+    keys = list(dict.fromkeys((row["n"], row.get("columns", 16), row["structure"]) for row in rows))
     figure = new_figure(8.4, 1.5 + 0.21 * len(keys))
     panels = figure.subplots(1, len(operations), sharey=True, squeeze=False)[0]
     for axes, operation in zip(panels, operations, strict=True):
@@ -38,14 +44,15 @@ def plot(result: Mapping[str, Any], path: Path) -> None:
             for name, ratio in row["ratio"].items():
                 if row["error"].get(name, 0.0) < LARGEST_ERROR:
                     colour, marker = MARKS[name]
-                    place = keys.index((row["n"], row["structure"]))
+                    place = keys.index((row["n"], row.get("columns", 16), row["structure"]))
                     axes.plot([ratio], [place], marker, color=colour, markersize=5, alpha=0.8)
         axes.axvline(1, color="0.35", linewidth=1)
         finish(axes, x="", y="", log_y=False)
-        axes.set_title(operation.replace("_", " "), fontsize=9)
+        axes.set_title(TITLES[operation], fontsize=9)
         axes.tick_params(axis="x", labelsize=7)
         axes.minorticks_off()
-    labels = [f"{structure.replace('_', ' ')}, {n}" for n, structure in keys]
+    labels = [f"{s.replace('_plus_', ' + ').replace('_', ' ')}, n = {n}, {c} columns" for n, c, s in keys]
+    labels = [label.replace(" 1 columns", " 1 column") for label in labels]
     panels[0].set_yticks(range(len(keys)), labels, fontsize=7)
     panels[0].invert_yaxis()
     names = [name for name in MARKS if any(name in row["ratio"] for row in rows)]

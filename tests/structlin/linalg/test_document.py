@@ -87,25 +87,25 @@ ROWS = {
     "circulant, Toeplitz, Hankel": [random("circulant"), toeplitz(), hankel()],
     "Kronecker": [random("kronecker")],
     "block diagonal": [random("block_diagonal", blocks=8)],
-    "Monarch, butterfly, BTT: chains of square blocks": SQUARE_STEPS,
-    "such a chain, padded": [random("monarch", n=63, blocks=8)],
+    "chains of square blocks (Monarch, butterfly, BTT)": SQUARE_STEPS,
+    "chains of square blocks, padded": [random("monarch", n=63, blocks=8)],
     "low rank": [random("low_rank", rank=3)],
-    "BLAST of a rank below n / b": [random("blast", rank=3, blocks=4)],
-    "Tensor-Train, BTT of rank above 1, BLAST, other chains": [train(), *wide_chains()],
-    "Toeplitz and Hankel, from 256 rows": [toeplitz(), hankel()],
-    "Toeplitz and Hankel below": [toeplitz(), hankel()],
-    "Kronecker, or `KronSum`, + c I": [
+    "BLAST with a rank below n / b": [random("blast", rank=3, blocks=4)],
+    "Tensor-Train, BTT with a rank above 1, BLAST, other chains": [train(), *wide_chains()],
+    "Toeplitz and Hankel from 256 rows": [toeplitz(), hankel()],
+    "Toeplitz and Hankel with fewer rows": [toeplitz(), hankel()],
+    "Kronecker product or `KronSum`, plus c I": [
         plus_identity(random("kronecker")),
         plus_identity(cola.kronsum(random("toeplitz", n=8), random("toeplitz", n=8))),
     ],
-    "two Kronecker products, Hermitian, one positive definite": [two_kroneckers()],
-    "low rank + diagonal, or + anything above that is closed": [
+    "sum of two Hermitian Kronecker products, one of them positive definite": [two_kroneckers()],
+    "low rank plus diagonal, or plus another matrix with a closed form in this table": [
         shifted(random("low_rank", rank=3)),
         random("low_rank", rank=3) + random("circulant"),
         random("low_rank", rank=3) + toeplitz(),
     ],
     "product of square operators": [cola.ops.Product(random("kronecker"), random("circulant"))],
-    "`cola.ops.Kronecker`, `BlockDiag`, `.T`, `.H`, scaled": [
+    "`cola.ops.Kronecker`, `BlockDiag`, transposes, adjoints, multiples": [
         kronecker_of_cola(),
         blocks_of_cola(),
         cola.ops.Adjoint(kronecker_of_cola("monarch", blocks=2)),
@@ -113,10 +113,13 @@ ROWS = {
     ],
     "other sums, slices": [train() + random("kronecker"), slice_()],
     "Tensor-Train": [train()],
-    "BTT, Monarch where b divides the blocks, BLAST, other chains": [random("monarch", blocks=8), *wide_chains()],
+    "BTT, Monarch if b divides the size of the blocks, BLAST, other chains": [
+        random("monarch", blocks=8),
+        *wide_chains(),
+    ],
     "butterfly": [random("butterfly")],
-    "chains that regroup into sizes that do not nest: other Monarch": [random("monarch", n=60, blocks=4)],
-    "product with a diagonal or a narrow middle": [
+    "other Monarch, and chains whose axes do not split into common factors": [random("monarch", n=60, blocks=4)],
+    "product with a diagonal factor or a small inner dimension": [
         cola.ops.Product(random("diagonal"), random("kronecker")),
         narrow(),
     ],
@@ -132,9 +135,9 @@ ROWS = {
         cola.ops.Product(train(), random("kronecker")),
         slice_(),
     ],
-    "`cola.ops.BlockDiag`, `.T`": [blocks_of_cola(), cola.ops.Transpose(blocks_of_cola())],
+    "`cola.ops.BlockDiag`, transposes": [blocks_of_cola(), cola.ops.Transpose(blocks_of_cola())],
     "`cola.ops.Kronecker`": [kronecker_of_cola()],
-    "Kronecker + c I, `KronSum`": [
+    "Kronecker plus c I, `KronSum`": [
         plus_identity(random("kronecker")),
         cola.kronsum(random("diagonal", n=8), random("circulant", n=8)),
     ],
@@ -240,7 +243,7 @@ def expected(cell, A):
 
 @pytest.mark.parametrize(("row", "column"), [k for k in TABLE if k[0] != "dense"])
 def test_a_cell_says_how_it_is_done(row, column, way, monkeypatch):
-    below = row == "Toeplitz and Hankel below"
+    below = row == "Toeplitz and Hankel with fewer rows"
     monkeypatch.setattr(toeplitz_module, "LEAST", N + below)
     monkeypatch.setattr(levinson, "LEAST", N + below)
     for A in ROWS[row]:

@@ -287,3 +287,44 @@ def test_lapack_takes_over_under_jit(at_once):
         assert not toeplitz._traced_recursion(jnp.asarray(k))[2]
         np.testing.assert_allclose(solve(k, b), np.linalg.solve(matrix(k), b), rtol=1e-12)
     assert not np.isfinite(solve(np.ones(5), b)).any()
+
+
+@pytest.mark.parametrize("dtype", ["float64", "complex128"])
+@pytest.mark.parametrize("kind", ["positive", "indefinite", "general"])
+def test_few_rows_by_lapack(kind, dtype):
+    n, rng = levinson.SMALL - 5, np.random.default_rng(4)
+    k = kernel(dtype, n=n)
+    if kind != "general":
+        k = (k + k[::-1].conj()) / 2
+        k[n - 1] = 2 if kind == "positive" else -0.1
+    t, b = matrix(k), rng.standard_normal((n, 3)).astype(dtype)
+    for backend in ("numpy", "torch"):
+        x = to_numpy(linalg.solve(operator(k, backend), to_backend(b, backend)))
+        np.testing.assert_allclose(x, np.linalg.solve(t, b), rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("n", [70, 130, 600])
+def test_a_singular_matrix_raises_at_every_size(n):
+    """Of rank 2: the recursion divides by roundoff, and the residual of what comes is small beside its size."""
+    k = np.cos(0.3 * np.arange(1 - n, n))
+    with pytest.raises(np.linalg.LinAlgError, match="singular"):
+        linalg.solve(operator(k), np.random.default_rng(0).standard_normal(n))
+
+
+@pytest.mark.parametrize("columns", [1, 2])
+@pytest.mark.parametrize("dtype", ["float64", "complex128"])
+def test_iterations_under_jit_and_what_follows_them(dtype, columns, monkeypatch):
+    n = levinson.ITERATED + 3
+    c = 0.6 ** np.arange(n) * (1 if dtype == "float64" else np.exp(0.3j * np.arange(n)))
+    c[0] = c[0].real + 0.1
+    k = np.concatenate([c[1:].conj()[::-1], c]).astype(dtype)
+    b = np.random.default_rng(0).standard_normal((n, columns)).astype(dtype)
+
+    def solve(k, b):
+        return linalg.solve(cola.PSD(operator_of(k)), b)
+
+    wanted = np.linalg.solve(matrix(k), b)
+    np.testing.assert_allclose(jax.jit(solve)(k, b), wanted, rtol=1e-10, atol=1e-12)
+    np.testing.assert_allclose(jax.jit(solve)(k, b[:, 0]), wanted[:, 0], rtol=1e-10, atol=1e-12)
+    monkeypatch.setattr(toeplitz, "_traced_iteration", lambda kernel, multiply, b: b)  # which solves nothing
+    np.testing.assert_allclose(jax.jit(lambda k, b: solve(k, b))(k, b), wanted, rtol=1e-10, atol=1e-12)
