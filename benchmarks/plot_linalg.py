@@ -31,7 +31,7 @@ LARGEST_ERROR = 1e-3  # results of a larger relative error are no competitors
 
 
 def plot(result: Mapping[str, Any], path: Path) -> None:
-    """Draw a panel for each operation, a row for each structure, size and number of columns, a mark for each library."""
+    """Draw a panel for each operation, a row for each matrix and number of columns, and a mark for each library."""
     rows = result["rows"]
     operations = list(dict.fromkeys(row["operation"] for row in rows))
     keys = list(dict.fromkeys((row["n"], row.get("columns", 16), row["structure"]) for row in rows))

@@ -250,7 +250,8 @@ def solve_blocks(blocks: Array, b: Array, positive: bool = False) -> Array:
     """
     xp = lapack(blocks)
     with refusing_singular(blocks, positive):
-        return require_regular(blocks, b, xp.cholesky_solve(blocks, b) if positive else xp.solve(blocks, b))
+        x = xp.cholesky_solve(blocks, b) if positive else xp.solve(blocks, b)
+    return require_regular(blocks, b, x)
 
 
 def require_regular(blocks: Array, b: Array, x: Array) -> Array:
