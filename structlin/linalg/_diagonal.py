@@ -71,20 +71,15 @@ def _trace_rule(A: StructuredOperator, alg: Auto | Exact):
 # CoLA's operators.
 
 
-@rule("diag", precedence=-0.5)
-def _diagonal_of_any(A: LinearOperator, k: int, alg: Auto | Exact):
-    return diagonal_by_columns(A, k)
+_EXACT = Auto | Exact
+
+rule("diag", -0.5, types=(LinearOperator, int, _EXACT))(lambda A, k, alg: diagonal_by_columns(A, k))
+rule("diag", types=(Transpose, int, _EXACT))(lambda A, k, alg: cola.diag(A.A, -k, alg))
+rule("diag", types=(Adjoint, int, _EXACT))(lambda A, k, alg: _conj(cola.diag(A.A, -k, alg)))
 
 
-@rule("diag")
-def _diagonal_of_transpose(A: Transpose, k: int, alg: Auto | Exact):
-    return cola.diag(A.A, -k, alg)
-
-
-@rule("diag")
-def _diagonal_of_adjoint(A: Adjoint, k: int, alg: Auto | Exact):
-    found = cola.diag(A.A, -k, alg)
-    return lapack(found).conj(found)
+def _conj(x: Array) -> Array:
+    return lapack(x).conj(x)
 
 
 @rule("diag")
@@ -131,33 +126,17 @@ def _diagonal_of_scalar(A: ScalarMul, k: int, alg: Auto | Exact):
 
 
 @rule("trace")
-def _trace_of_sum(A: Sum, alg: Auto | Exact):
-    require_square(A, "the trace")
-    return sum(cola.trace(M, alg) for M in A.Ms)
-
-
-@rule("trace")
-def _trace_of_product(A: Product, alg: Auto | Exact):
-    """Take scalars out."""
+def _trace_of_any(A: LinearOperator, alg: Auto | Exact):
+    """By members, where they are square; scalars are taken out of products."""
     require_square(A, "the trace")
     c, rest = without_scalars(A)
-    if c is None:
-        return cola.diag(A, 0, alg).sum()
-    found = cola.trace(rest, alg)
-    return found * in_library(c, found)
-
-
-@rule("trace")
-def _trace_of_kronecker(A: ColaKronecker, alg: Auto | Exact):
-    require_square(A, "the trace")
-    if not has_square_members(A):
-        return cola.diag(A, 0, alg).sum()
-    return math.prod(cola.trace(M, alg) for M in A.Ms)
-
-
-@rule("trace")
-def _trace_of_any(A: LinearOperator, alg: Auto | Exact):
-    require_square(A, "the trace")
+    if c is not None:
+        found = cola.trace(rest, alg)
+        return found * in_library(c, found)
+    if isinstance(A, Sum):
+        return sum(cola.trace(M, alg) for M in A.Ms)
+    if isinstance(A, ColaKronecker) and has_square_members(A):
+        return math.prod(cola.trace(M, alg) for M in A.Ms)
     return cola.diag(A, 0, alg).sum()
 
 

@@ -263,38 +263,15 @@ def reciprocal() -> Function:
     return Function("the inverse", lambda x: 1 / x, real=True, keeps_positive=True, at_zero=math.inf)
 
 
-@rule("exp", precedence=0.5)
-def _exp_default(A: LinearOperator):
-    return cola.exp(A, Auto())
-
-
-@rule("exp", precedence=-0.5)
-def _exp_rule(A: LinearOperator, alg: Auto):
-    return evaluate(A, _exp_of(A))
-
-
-@rule("exp")
-def _exp_of_kronecker_sum(A: KronSum, alg: Auto):
-    return ColaKronecker(*(cola.exp(M, alg) for M in A.Ms))
-
-
-@rule("log", precedence=0.5)
-def _log_default(A: LinearOperator):
-    return cola.linalg.log(A, Auto())
-
-
-@rule("log", precedence=1)
-def _log_rule(A: LinearOperator, alg: Auto):
-    return evaluate(A, _log_of(A))
-
-
+# CoLA's functions without an algorithm, and with the default one.
+rule("exp", 0.5, types=(LinearOperator,))(lambda A: cola.exp(A, Auto()))
+rule("exp", -0.5, types=(LinearOperator, Auto))(lambda A, alg: evaluate(A, _exp_of(A)))
+rule("exp", types=(KronSum, Auto))(lambda A, alg: ColaKronecker(*(cola.exp(M, alg) for M in A.Ms)))
+rule("log", 0.5, types=(LinearOperator,))(lambda A: cola.linalg.log(A, Auto()))
+rule("log", types=(LinearOperator, Auto))(lambda A, alg: evaluate(A, _log_of(A)))
+rule("pow", 0.5, types=(LinearOperator, Number))(lambda A, alpha: cola.linalg.pow(A, alpha, Auto()))
 for _kind, _precedence in ((LinearOperator, -0.5), (StructuredOperator, 1)):
     rule("apply_unary", _precedence, types=(Callable, _kind, Auto))(lambda f, A, alg: apply(f, A))  # type: ignore[arg-type]
-
-
-@rule("pow", precedence=0.5)
-def _pow_default(A: LinearOperator, alpha: Number):
-    return cola.linalg.pow(A, alpha, Auto())
 
 
 for _kind, _precedence in ((LinearOperator, -0.5), (ColaKronecker, 1)):

@@ -138,9 +138,7 @@ def _inverse_of_product(A: Product, alg: Auto):
     return general_inverse(A, alg)
 
 
-@rule("inv")
-def _inverse_of_scalar(A: ScalarMul, alg: Auto):
-    return scalar_like(A, inverse_values(A.c.reshape((1,)), 0.0)[0])
+rule("inv", types=(ScalarMul, Auto))(lambda A, alg: scalar_like(A, inverse_values(A.c.reshape((1,)), 0.0)[0]))
 
 
 # -- pseudo-inverse --------------------------------------------------------------------------------------------------
@@ -167,14 +165,8 @@ def _pseudo_inverse_by_members(A: ColaKronecker | BlockDiag | Transpose | Adjoin
     return annotated(by_members(A, lambda M: cola.pinv(M, alg)), hermitian(A))
 
 
-@rule("pinv")
-def _pseudo_inverse_of_diagonal(A: ColaDiagonal, alg: Auto):
-    return ColaDiagonal(reciprocals(A.diag))
-
-
-@rule("pinv")
-def _pseudo_inverse_of_scalar(A: ScalarMul, alg: Auto):
-    return scalar_like(A, reciprocals(A.c.reshape((1,)))[0])
+rule("pinv", types=(ColaDiagonal, Auto))(lambda A, alg: ColaDiagonal(reciprocals(A.diag)))
+rule("pinv", types=(ScalarMul, Auto))(lambda A, alg: scalar_like(A, reciprocals(A.c.reshape((1,)))[0]))
 
 
 @rule("pinv")

@@ -94,33 +94,43 @@ def _conjugate_gradients(A: Any, b: Array, M: Any, tolerance: float, limit: int)
 
     target = (tolerance**2) * xp.real(dots(b, b))
     z = b if M is None else M @ b
-    state: Any = (b * 0, b, z, dots(b, z), 0)
+    state: Any = (b * 0, b, z, dots(b, z))
 
     def step(state: Any) -> Any:
-        x, r, p, rho, count = state
+        x, r, p, rho = state[:4]
         q = A @ p
         alpha = rho / safe(dots(p, q))
         x, r = x + alpha * p, r - alpha * q
         z = r if M is None else M @ r
         new = dots(r, z)
-        return x, r, z + (new / safe(rho)) * p, new, count + 1
+        return x, r, z + (new / safe(rho)) * p, new
 
-    if not (is_known(b) and is_known((A @ b)[:1])) and backend_of(b) == "jax":
+    def unfinished(state: Any) -> Array:
+        return (xp.real(dots(state[1], state[1])) > target).any()
+
+    traced = not (is_known(b) and is_known((A @ b)[:1]))
+    if traced and backend_of(b) != "jax":
+        raise ValueError("conjugate gradients under torch.func have no number of iterations that depends on values")
+    state = iterate(step, unfinished, state, limit, traced)
+    return state[0].reshape(shape), state[-1]
+
+
+def iterate(step: Any, unfinished: Any, state: tuple[Any, ...], limit: int, traced: bool) -> tuple[Any, ...]:
+    """Return the state after some steps, and their number: while it is unfinished, and ``limit`` at most.
+
+    ``traced``: by a loop of jax.
+    """
+    if traced:
         from jax import lax
 
         def go_on(state: Any) -> Any:
-            return (state[4] < limit) & (xp.real(dots(state[1], state[1])) > target).any()
+            return (state[-1] < limit) & unfinished(state)
 
-        state = lax.while_loop(go_on, step, (*state[:4], lax.full((), 0, "int32")))
-        return state[0].reshape(shape), state[4]
-    while state[4] < limit:
-        worst = known((xp.real(dots(state[1], state[1])) - target).max())
-        if worst is None:
-            raise ValueError("conjugate gradients under torch.func have no number of iterations that depends on values")
-        if not worst > 0:
-            break
-        state = step(state)
-    return state[0].reshape(shape), state[4]
+        return lax.while_loop(go_on, lambda state: (*step(state), state[-1] + 1), (*state, lax.full((), 0, "int32")))
+    count = 0
+    while count < limit and known(unfinished(state)) != 0:
+        state, count = step(state), count + 1
+    return *state, count
 
 
 # -- SciPy's -----------------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from structlin.algebra.chains import largest
 from structlin.linalg._common import like, require_limits, require_operator
 from structlin.linalg._diagonal import unit_columns
 from structlin.linalg._forms import diagonal_of, without_scalars
-from structlin.linalg._iterative import ConvergenceError
+from structlin.linalg._iterative import ConvergenceError, iterate
 from structlin.operators import StructuredOperator
 
 _CHUNK = 256  # columns of a matrix without structure that are computed at once
@@ -200,13 +200,18 @@ def _power_iteration(A: LinearOperator, tolerance: float, max_iterations: int, s
     fixed = frozen(A)
     adjoint = fixed.H
 
-    def step(v: Array) -> tuple[Array, Array, Array]:
+    def step(state: Any) -> tuple[Array, Array]:
+        v = state[0]
         w = adjoint @ (fixed @ v)
-        square = xp.real((xp.conj(v) * w).sum())
-        return w, square, xp.norm(w - square * v)
+        square, size = xp.real((xp.conj(v) * w).sum()), xp.norm(w)
+        zero = size == 0
+        residual = xp.where(zero, size * 0, xp.norm(w - square * v) / xp.where(zero, size * 0 + 1, square))
+        return xp.where(residual <= tolerance, v, w / xp.where(zero, size * 0 + 1, size)), residual
 
-    run = _run_jax if backend_of(v) == "jax" else _run
-    v, residual = run(step, v, tolerance, max_iterations, xp)
+    first = xp.norm(v) * 0 + math.inf
+    v, residual, _ = iterate(
+        step, lambda state: ~(state[1] <= tolerance), (v, first), max_iterations, backend_of(v) == "jax"
+    )
     u = fixed @ v
     size = xp.norm(u)
     u = u / xp.where(size == 0, size * 0 + 1, size)
@@ -220,35 +225,3 @@ def _power_iteration(A: LinearOperator, tolerance: float, max_iterations: int, s
             f"the tolerance is {tolerance:.0e}: raise max_iterations or tolerance (close values slow it down)"
         )
     return value
-
-
-def _run(step: Any, v: Array, tolerance: float, max_iterations: int, xp: Any) -> tuple[Array, Any]:
-    for _ in range(max_iterations):
-        w, square, residual = step(v)
-        size = xp.norm(w)
-        if known(size) == 0:
-            return v, 0.0
-        if known(residual) is not None and float(residual) <= tolerance * float(square):
-            break
-        v = w / size
-    return v, residual / square
-
-
-def _run_jax(step: Any, v: Array, tolerance: float, max_iterations: int, xp: Any) -> tuple[Array, Any]:
-    import jax
-    import jax.numpy as jnp
-
-    def body(state: Any) -> Any:
-        i, v, _ = state
-        w, square, residual = step(v)
-        size = xp.norm(w)
-        relative = jnp.where(size == 0, 0.0, residual / square)
-        done = relative <= tolerance
-        return i + 1, jnp.where(done, v, w / jnp.where(size == 0, 1.0, size)), relative
-
-    def go_on(state: Any) -> Any:
-        return (state[0] < max_iterations) & ~(state[2] <= tolerance)
-
-    first = jnp.full((), jnp.inf, dtype=xp.real(v).dtype)
-    _, v, relative = jax.lax.while_loop(go_on, body, (0, v, first))
-    return v, relative
