@@ -426,7 +426,7 @@ def seen(*arrays: Array) -> list[Array]:
     torch: Any = sys.modules.get("torch")
     if torch is None or not isinstance(arrays[0], torch.Tensor):
         return [lapack(x).stop_gradient(x) for x in arrays]
-    fixed = [x.detach() for x in arrays]
+    fixed = [x.detach().resolve_conj() for x in arrays]
     if not _is_observed(torch) and all(type(x) is torch.Tensor for x in fixed):
         try:
             return [x.numpy() for x in fixed]

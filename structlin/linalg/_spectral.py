@@ -30,6 +30,7 @@ from structlin._lapack import (
     is_known,
     lapack,
     nan_unless,
+    seen,
     small_views,
 )
 from structlin.algebra import chains
@@ -37,6 +38,8 @@ from structlin.linalg._forms import Members, members
 from structlin.structures.diagonal import Diagonal
 from structlin.structures.kronecker import Kronecker
 from structlin.verdicts import Determinant, Eigen
+
+_FEW = 2**10  # numbers of a member up to which NumPy's calls are the fastest
 
 
 @dataclass(frozen=True)
@@ -53,11 +56,17 @@ def _values(form: Members, values: list[Array]) -> Array:
     return chains.outer(values, form.add) + form.shift
 
 
-def diagonalised(A: LinearOperator) -> Diagonalised | None:
-    """Of K + c I, with numbers that no derivative reaches; None where A is no such operator."""
-    form = members(A)
-    if form is None:
-        return None
+def _on_views(form: Members) -> Members:
+    """Return the same on NumPy's views, for few numbers of torch that no derivative follows."""
+    shift = [form.shift] if hasattr(form.shift, "dtype") else []
+    views = small_views(*form.matrices, *shift, most=_FEW)
+    if views is None:
+        return form
+    return Members(tuple(views[: len(form.matrices)]), form.add, views[-1] if shift else form.shift)
+
+
+def _diagonalised(A: LinearOperator, form: Members) -> Diagonalised | None:
+    """Of K + c I, with numbers that no derivative reaches; None if eigenvectors do not reproduce a member."""
     hermitian = form.hermitian and (A.isa(SelfAdjoint) or is_known(form.matrices[0]))
     found = [spectra.decompose(m, hermitian) for m in form.matrices]
     parts = [p for p in found if p is not None]
@@ -100,12 +109,8 @@ def slogdet(A: LinearOperator) -> Determinant | None:
     form = members(A)
     if form is None:
         return None
-    shift = [form.shift] if hasattr(form.shift, "dtype") else []
-    views = small_views(*form.matrices, *shift)
-    if views is None:
-        return _determinant(A, form)
-    matrices = tuple(views[: len(form.matrices)])
-    return Determinant(*as_tensors(*_determinant(A, Members(matrices, form.add, views[-1] if shift else form.shift))))
+    views = _on_views(form)
+    return _determinant(A, form) if views is form else Determinant(*as_tensors(*_determinant(A, views)))
 
 
 def _determinant(A: LinearOperator, form: Members) -> Determinant:
@@ -201,7 +206,8 @@ def solver(A: LinearOperator) -> tuple[Solver, bool] | None:
 
     A is frozen: no derivative reaches its numbers.
     """
-    found = diagonalised(A)
+    form = members(A)
+    found = None if form is None else _diagonalised(A, _on_views(form))
     if found is None:
         inverse = pair_inverse(A)
         return None if inverse is None else (Solver(inverse.__matmul__, inverse.__matmul__), False)
@@ -211,6 +217,8 @@ def solver(A: LinearOperator) -> tuple[Solver, bool] | None:
     real = not lapack(found.values).is_complex(found.values) or "complex" in str(A.dtype)
 
     def apply(left: Any, scale: Array, right: Any, b: Array) -> Array:
+        if isinstance(scale, np.ndarray) and not isinstance(b, np.ndarray):
+            return as_tensors(apply(left, scale, right, *seen(b)))[0]
         x = left @ ((scale if b.ndim == 1 else scale[:, None]) * (right @ b))
         return x if real or lapack(b).is_complex(b) else lapack(x).real(x)
 

@@ -205,6 +205,8 @@ class Woodbury:
             sign, log = (xp.positive_slogdet if self.symmetric else xp.slogdet)(self.capacitance)
         except (np.linalg.LinAlgError, RuntimeError):
             return None
+        if self.symmetric:
+            return Determinant(sign, log + xp.log(xp.real(self.B)).sum())
         if isinstance(self.B, StructuredOperator):
             answer = self.B.structure.slogdet(self.B)
             if answer is None:
@@ -212,12 +214,11 @@ class Woodbury:
             first = answer.value
         else:
             first = determinant_of_numbers(self.B)
-        if not self.symmetric:
-            good = is_backward_stable(A, self.formula)
-            if good is False:
-                return None
-            if good is not True:
-                log = log + nan_unless(good, log)
+        good = is_backward_stable(A, self.formula)
+        if good is False:
+            return None
+        if good is not True:
+            log = log + nan_unless(good, log)
         return Determinant(first[0] * sign, first[1] + log)
 
 
