@@ -72,13 +72,15 @@ def _torch_terms() -> Any:
         @staticmethod
         def forward(ctx: Any, terms: Terms, b: Array, *arrays: Array) -> tuple[Array, Array]:
             ctx.terms = terms
+            ctx.save_for_backward(b, *arrays)  # the gradients read their memory: torch raises if it has changed
             quadratic = torch.vdot(b, terms.x)
             return quadratic.real if b.is_complex() else quadratic, terms.log
 
         @staticmethod
         def backward(ctx: Any, p: Array, q: Array) -> tuple[Any, ...]:
             spectra.refuse_second_derivatives(torch)
-            gradients = ctx.terms.gradients(p, q) if any(ctx.needs_input_grad[2:]) else ()
+            _, *arrays = ctx.saved_tensors
+            gradients = ctx.terms.gradients(p, q) if any(ctx.needs_input_grad[2:]) else [None] * len(arrays)
             return None, 2 * p * ctx.terms.x, *gradients
 
     return LikelihoodTerms
@@ -165,7 +167,6 @@ def _of_members(A: LinearOperator) -> Any:
     if form is None or not is_known(form.matrices[0]) or not form.hermitian:
         return None
     shift = [form.shift] if hasattr(form.shift, "dtype") else []
-
     sizes = tuple(m.shape[0] for m in form.matrices)
 
     def compute(xp: Any, b: Array, *arrays: Array) -> Terms:

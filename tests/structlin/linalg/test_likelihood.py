@@ -88,6 +88,10 @@ def test_values_and_gradients(form, dtype, few, monkeypatch):
     gradients = [torch.autograd.grad(1.25 * q - 0.5 * log, leaves) for q, log in pairs]
     for found, wanted in zip(*gradients, strict=True):
         np.testing.assert_allclose(found, wanted, rtol=1e-10, atol=1e-12)
+    A = make(*(x.detach() for x in leaves[:-1]))
+    np.testing.assert_allclose(
+        torch.autograd.grad(inv_quad_logdet(A, b)[0], b)[0], torch.autograd.grad(by_lapack(A, b)[0], b)[0], rtol=1e-10
+    )
     with pytest.raises(RuntimeError, match="first derivatives only"):
         torch.autograd.grad(inv_quad_logdet(make(*leaves[:-1]), b)[0], leaves[:1], create_graph=True)
 
@@ -115,3 +119,12 @@ def test_what_is_annotated_and_not_positive_raises(few, monkeypatch):
     for A in (structlin.Dense(tiny), structlin.Kronecker(tiny, torch.eye(2, dtype=torch.float64))):
         with pytest.raises(np.linalg.LinAlgError, match="singular to working precision"):
             inv_quad_logdet(cola.PSD(A), torch.ones(A.shape[0], dtype=torch.float64))
+
+
+def test_arrays_that_change_before_the_backward_pass_raise():
+    blocks = torch.eye(3, dtype=torch.float64).repeat(2, 1, 1).requires_grad_()
+    quadratic, _ = inv_quad_logdet(cola.PSD(structlin.BlockDiagonal(blocks)), torch.ones(6, dtype=torch.float64))
+    with torch.no_grad():
+        blocks *= 2
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        quadratic.backward()
