@@ -111,7 +111,8 @@ def _torch() -> SimpleNamespace:
             half = torch.linalg.solve_triangular(lower, b, upper=False)
             return torch.linalg.solve_triangular(lower.mH, half, upper=True)
         lower = torch.linalg.cholesky(a.detach())
-        return _torch_positive()[0].apply(a, b, lower) if follows(a) or follows(b) else torch.cholesky_solve(b, lower)
+        simple = is_plain(a) and is_plain(b)
+        return torch.cholesky_solve(b, lower) if simple else _torch_positive()[0].apply(a, b, lower)
 
     def positive_slogdet(a: Array, strict: bool = True) -> tuple[Array, Array]:
         """By Cholesky, half the work of LU, which takes over for what is not positive to roundoff."""
@@ -120,7 +121,7 @@ def _torch() -> SimpleNamespace:
             lower, failed = torch.linalg.cholesky_ex(a if plain else a.detach())
             worst = known(failed if failed.ndim == 0 else failed.amax())
             if worst == 0:
-                log = _torch_positive()[1].apply(a, lower) if follows(a) and not plain else _log_of_pivots(lower)
+                log = _log_of_pivots(lower) if plain or is_plain(a) else _torch_positive()[1].apply(a, lower)
                 return torch.ones((), dtype=a.dtype), log
             if worst is not None:
                 return _unsure_slogdet(a, torch.linalg, strict)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import structlin
+from structlin import linalg
 from structlin.linalg import _likelihood, inv_quad_logdet
 
 
@@ -128,3 +129,15 @@ def test_arrays_that_change_before_the_backward_pass_raise():
         blocks *= 2
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         quadratic.backward()
+
+
+def test_cholesky_drops_no_tangent():
+    """A decomposition of detached numbers raises in forward mode, where it has no derivative."""
+    a = torch.eye(3, dtype=torch.float64) * 2
+    A = cola.PSD(structlin.Dense(a))
+    with torch.autograd.forward_ad.dual_level():
+        dual = cola.PSD(structlin.Dense(torch.autograd.forward_ad.make_dual(a, a)))
+        for f in (linalg.logdet, lambda A: linalg.solve(A, torch.ones(3, dtype=torch.float64))):
+            with pytest.raises(NotImplementedError, match=r"jvp|forward"):
+                f(dual)
+    assert float(linalg.logdet(A)) == pytest.approx(3 * np.log(2))
