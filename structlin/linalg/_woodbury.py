@@ -193,7 +193,10 @@ class Woodbury:
         if isinstance(self.B, LinearOperator):
             return self
         views = small_views(self.B, self.U, self.V, self.base)
-        return self if views is None else Woodbury(*views, symmetric=self.symmetric)
+        if views is None:
+            return self
+        B, U, V, base = views
+        return Woodbury(B, U, V, base, self.symmetric)
 
     def slogdet(self, A: Sum) -> Determinant | None:
         """None where B has no determinant in closed form, and where numbers cancel."""
