@@ -29,7 +29,23 @@ class Step:
 
     @classmethod
     def parse(cls, text: str) -> Step:
-        """Return the step written as ``"pa,pfra->frp"``; ValueError names the axis that is wrong."""
+        """Return the step of a string such as ``"pa,pfra->frp"``.
+
+        Parameters
+        ----------
+        text
+            The string ``input,factor->output``, in which each letter is an axis.
+
+        Returns
+        -------
+        Step
+            The step.
+
+        Raises
+        ------
+        ValueError
+            If the string has another form or an axis has none of the four roles. The message names the axis.
+        """
         squeezed = "".join(text.split())
         left, arrow, output = squeezed.partition("->")
         terms = left.split(",")
@@ -40,7 +56,13 @@ class Step:
         return step
 
     def validate(self) -> None:
-        """Check that every axis has exactly one of the four roles."""
+        """Check that every axis has one of the four roles.
+
+        Raises
+        ------
+        ValueError
+            If an axis has none. The message names it.
+        """
         for name, term in (("input", self.input), ("factor", self.factor), ("output", self.output)):
             if not term:
                 raise ValueError(f"step {str(self)!r}: the {name} has no axis")

@@ -42,12 +42,19 @@ class Blast(NamedOperator):
 
         Parameters
         ----------
+        shape
+            Shape ``(d_out, d_in)`` of the matrix.
         blocks
             Number of rows and of columns of blocks. It must divide d_out and d_in.
         rank
             Rank of each block. Default: ``ceil(sqrt(min(d_out, d_in)))``.
         rank_fraction
             The rank as a fraction of ``min(d_out, d_in)``, rounded up. Excludes ``rank``.
+
+        Returns
+        -------
+        Structure
+            The structure, without arrays.
 
         Raises
         ------

@@ -35,8 +35,15 @@ class BlockDiagonal(NamedOperator):
 
         Parameters
         ----------
+        shape
+            Shape ``(d_out, d_in)`` of the matrix.
         blocks
             Number of blocks. It must divide d_out and d_in.
+
+        Returns
+        -------
+        Structure
+            The structure, without arrays.
 
         Raises
         ------

@@ -73,6 +73,8 @@ class BlockTensorTrain(NamedOperator):
 
         Parameters
         ----------
+        shape
+            Shape ``(d_out, d_in)`` of the matrix.
         cores
             Number of cores.
         rank
@@ -80,6 +82,11 @@ class BlockTensorTrain(NamedOperator):
         factorization
             Name of a rule that splits both sizes (:func:`structlin.factorize`), or the sizes of the cores as
             ``((n_0, n_1, ...), (m_0, m_1, ...))``.
+
+        Returns
+        -------
+        Structure
+            The structure, without arrays.
 
         Raises
         ------
@@ -97,6 +104,16 @@ class BlockTensorTrain(NamedOperator):
 
         The rank between cores k - 1 and k is :math:`\min(\prod_{j<k} m_j, \prod_{j \ge k} n_j)`: these are the only
         axes that the cores on the two sides do not share.
+
+        Parameters
+        ----------
+        shape, cores, factorization
+            As for :meth:`design`.
+
+        Returns
+        -------
+        tuple of int
+            One rank for each pair of neighbouring cores.
         """
         outs, ins = split_shape(shape, cores, factorization)
         return exact_bonds(ins, outs)

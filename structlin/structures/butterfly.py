@@ -34,7 +34,17 @@ class Butterfly(NamedOperator):
 
     @staticmethod
     def design(shape: tuple[int, int], /) -> Structure:
-        """Return the structure of a (d, d) butterfly matrix, d a power of two from 2 on.
+        """Return the structure of a (d, d) butterfly matrix.
+
+        Parameters
+        ----------
+        shape
+            Shape ``(d, d)`` of the matrix, where d is a power of two and at least 2.
+
+        Returns
+        -------
+        Structure
+            The structure, without arrays.
 
         Raises
         ------

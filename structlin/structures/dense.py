@@ -28,5 +28,16 @@ class Dense(NamedOperator):
 
     @staticmethod
     def design(shape: tuple[int, int], /) -> Structure:
-        """Return a (d_out, d_in) dense matrix; no options."""
+        """Return the structure of a (d_out, d_in) dense matrix. There are no options.
+
+        Parameters
+        ----------
+        shape
+            Shape ``(d_out, d_in)`` of the matrix.
+
+        Returns
+        -------
+        Structure
+            The structure, without arrays.
+        """
         return Structure.parse(Dense.formula, i=shape[1], o=shape[0])

@@ -124,5 +124,16 @@ class Hankel(NamedOperator):
 
     @staticmethod
     def design(shape: tuple[int, int], /) -> HankelStructure:
-        """Return the structure of a (d_out, d_in) Hankel matrix. There are no options."""
+        """Return the structure of a (d_out, d_in) Hankel matrix. There are no options.
+
+        Parameters
+        ----------
+        shape
+            Shape ``(d_out, d_in)`` of the matrix.
+
+        Returns
+        -------
+        AbstractStructure
+            The structure, without arrays.
+        """
         return HankelStructure(*shape)

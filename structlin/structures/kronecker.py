@@ -57,11 +57,18 @@ class Kronecker(NamedOperator):
 
         Parameters
         ----------
+        shape
+            Shape ``(d_out, d_in)`` of the matrix.
         cores
             Number of factors.
         factorization
             Name of a rule that splits both sizes (:func:`structlin.factorize`), or the sizes of the factors as
             ``((n_0, n_1, ...), (m_0, m_1, ...))``.
+
+        Returns
+        -------
+        Structure
+            The structure, without arrays.
 
         Raises
         ------

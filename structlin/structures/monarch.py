@@ -56,8 +56,15 @@ class Monarch(NamedOperator):
 
         Parameters
         ----------
+        shape
+            Shape ``(d_out, d_in)`` of the matrix.
         blocks
             Number of blocks of each factor.
+
+        Returns
+        -------
+        Structure
+            The structure, without arrays.
 
         Raises
         ------

@@ -228,6 +228,13 @@ class Toeplitz(NamedOperator):
         ------
         ValueError
             If ``kernel`` is not a vector or has fewer than ``d_out`` entries.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> Toeplitz.from_kernel(np.array([3.0, 2.0, 1.0, 4.0]), d_out=2).to_dense().round()
+        array([[1., 2., 3.],
+               [4., 1., 2.]])
         """
         if kernel.ndim != 1 or not 1 <= d_out <= kernel.shape[0]:
             raise ValueError(
@@ -239,7 +246,18 @@ class Toeplitz(NamedOperator):
 
     @staticmethod
     def design(shape: tuple[int, int], /) -> ToeplitzStructure:
-        """Return the structure of a (d_out, d_in) Toeplitz matrix. There are no options."""
+        """Return the structure of a (d_out, d_in) Toeplitz matrix. There are no options.
+
+        Parameters
+        ----------
+        shape
+            Shape ``(d_out, d_in)`` of the matrix.
+
+        Returns
+        -------
+        AbstractStructure
+            The structure, without arrays.
+        """
         return ToeplitzStructure(*shape)
 
 
