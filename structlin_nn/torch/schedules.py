@@ -118,7 +118,7 @@ class MultiplierScheduler(LRScheduler):
         return [group["lr"] for group in self.optimizer.param_groups]
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the attribute of the scheduler inside."""
+        """Return the state of the wrapped scheduler and the rates of its groups."""
         state: dict[str, Any] = self.scheduler.state_dict()
         return state | {"base_groups": [{**group, "params": []} for group in self.base.param_groups]}
 
