@@ -182,7 +182,7 @@ def result_path(text: str, device: str = "cpu") -> Path:
 
 
 def write_result(path: Path, result: Mapping[str, object]) -> None:
-    """Write a result as JSON, as a whole or not at all."""
+    """Write a result as JSON, atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_suffix(".tmp")
     beside.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
@@ -190,12 +190,12 @@ def write_result(path: Path, result: Mapping[str, object]) -> None:
 
 
 def describe(result: Mapping[str, object]) -> str:
-    """In one line: processor, threads, dtype, allocator, clock and rounds of a result, as far as it says."""
+    """Return processor, threads, dtype, allocator, clock and rounds of a result, if recorded, as one line."""
     place: dict = result.get("machine") or result  # type: ignore[assignment]
     setting: dict = {**result, **(result.get("setting") or {})}  # type: ignore[dict-item]
     processor = place.get("processor") or {"name": place.get("cpu", place.get("machine"))}
     details = [f"{k} {processor[k]}" for k in ("family", "model", "stepping") if k in processor]
-    name = place.get("gpu") or processor["name"] + (f" ({', '.join(details)})" if details else "")
+    name = place.get("gpu") or f"{processor['name']} ({', '.join(details) or 'model not recorded'})"
     allocator = setting.get("allocator") or {True: "keeps freed memory"}.get(
         setting.get("memory_kept", place.get("memory_kept"))
     )

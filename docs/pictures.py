@@ -63,11 +63,12 @@ def measured() -> dict[tuple[str, str], list[dict[str, Any]]]:
 
 
 def processor_of(result: dict[str, Any]) -> str:
-    """Return the name of a processor, with family and model where the result has them."""
+    """Return the name of a processor with family and model; results of early versions do not have these."""
     machine = result["machine"]
     processor = machine.get("processor") or {"name": machine["cpu"]}
-    details = [f"{key} {processor[key]}" for key in ("family", "model") if key in processor]
-    return processor["name"] + (f" ({', '.join(details)})" if details else "")
+    if "model" not in processor:
+        return f"{processor['name']}, model not recorded"
+    return f"{processor['name']} (family {processor['family']}, model {processor['model']})"
 
 
 def dense_rates(rows: list[dict[str, Any]], kind: str) -> str:
@@ -220,7 +221,7 @@ def packages(path: Path) -> None:
         axes.set_ylim(tallest - max(len(v) for _, v in stacks.values()) + 0.4, tallest + 0.6)
         axes.set_axis_off()
     figure.supxlabel(
-        "A module may import modules of the layers below its own. structlin imports nothing of structlin_nn.",
+        "A module may import modules of lower layers. structlin does not import structlin_nn.",
         fontsize=9,
     )
     save(figure, path)

@@ -70,7 +70,7 @@ class Picture(SphinxDirective):
         name = self.arguments[0]
         pictures = load("pictures", DOCS)
         if name not in pictures.PICTURES:
-            raise self.error(f"docs/pictures.py draws {', '.join(pictures.PICTURES)}, and no {name!r}")
+            raise self.error(f"docs/pictures.py has no picture {name!r}; it draws {', '.join(pictures.PICTURES)}")
         for path in (DOCS / "pictures.py", ROOT / "setup.cfg", *BENCHMARKS.glob("results/*/layers*.json")):
             self.env.note_dependency(str(path))
         draw, text = pictures.PICTURES[name]
