@@ -66,7 +66,7 @@ def test_all_runs_differ_in_structure_width_and_rule_alone(quick: bool) -> None:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any], str]:
-    """Folder, printed JSON and stderr of a quick demonstration, one run of which was there already."""
+    """Folder, printed JSON and stderr of a quick demonstration; one of its runs existed already."""
     folder = tmp_path_factory.mktemp("demo") / "out"
     name, config = next(iter(configurations(1, quick=True).items()))
     train(config, Options(out=folder / name, quiet=True))

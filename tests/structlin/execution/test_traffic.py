@@ -1,4 +1,4 @@
-"""The traffic model against counts made by hand, and against what torch dispatches for real tensors."""
+"""The traffic model against counts written out here, and against the operations of torch for real tensors."""
 
 import importlib.util
 from dataclasses import replace
@@ -37,7 +37,7 @@ def problem(name: str, tokens: int = TOKENS, train: bool = False, dtype: str = "
     ],
 )
 def test_ceilings(name: str, options: dict[str, int], two_products: float, fused: float) -> None:
-    """Of efficiency at d = 4096 in bfloat16 with many tokens, by hand: MACs at the rate over bytes at the bandwidth."""
+    """The ceiling of efficiency at d = 4096 in bfloat16 with many tokens: time of the MACs over time of the bytes."""
     asked = problem(name, **options)
     macs = asked.structure.macs * TOKENS
     found = traffic.predict(strided_way, asked, H100, bias=False)

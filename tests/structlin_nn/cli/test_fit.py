@@ -277,7 +277,7 @@ def test_allocation_without_a_law(approach: int, tmp_path: Path, capsys: pytest.
         ("--size params --data tokens --floor", "--frontier, --floor and --noise are options of laws in one size"),
         ("--size params --data tokens --budget -1", "--budget must be positive and finite, got -1"),
         ("--size params --data tokens --budget inf", "--budget must be positive and finite, got inf"),
-        ("--size params --data tokens --shared E,gamma", "unknown term 'gamma' to share"),
+        ("--size params --data tokens --shared E,gamma", "unknown term 'gamma' in shared"),
         ("--size params --data tokens --approach 2 --plot a.png", "--plot is an option of --approach 3"),
         ("--size params --data tokens --tolerance 0.2", "--tolerance is an option of --approach 2"),
         ("--size parms --data tokens", "a row has no 'parms', did you mean params?"),

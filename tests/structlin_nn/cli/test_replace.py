@@ -1,4 +1,4 @@
-"""`structlin replace`, models by name, and structures that installed packages bring."""
+"""`structlin replace`, models by name, and structures of installed packages."""
 
 import json
 from types import SimpleNamespace

@@ -1,4 +1,4 @@
-"""Bytes, training FLOPs and roofline times, from counts made by hand."""
+"""Bytes, training FLOPs and roofline times, from counts written out here."""
 
 import json
 from typing import Any

@@ -1,4 +1,4 @@
-"""Counts of torch models, against FlopCounterMode and against formulas written out by hand."""
+"""Counts of torch models, against FlopCounterMode and against formulas written out here."""
 
 import json
 import math

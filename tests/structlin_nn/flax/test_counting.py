@@ -1,4 +1,4 @@
-"""Counts of jax functions and flax models, against torch's, XLA's and formulas by hand."""
+"""Counts of jax functions and flax models against those of torch and XLA, and against formulas."""
 
 import subprocess
 import sys
@@ -130,7 +130,7 @@ def test_integers_have_no_gradient() -> None:
 
 class TestLists:
     def test_every_primitive_is_in_a_list(self) -> None:
-        """Of a new jax, a primitive that nobody has listed fails here. In this process others may have added theirs."""
+        """An unlisted primitive of a new version of jax fails here. A new process has no primitives of other code."""
         code = (
             "from jax._src.interpreters import ad, mlir; from jax.experimental import sparse; "
             "from structlin_nn.flax import _primitives; "

@@ -420,7 +420,7 @@ class TestStartingWeights:
         for changes, message in (
             ({"depth": 3}, "the file lacks blocks.2"),
             ({"depth": 1}, "and the model lacks, blocks.1"),
-            ({"context": 8}, r"positions\.weight has shape \(16, 32\) in the file and \(8, 32\)"),
+            ({"context": 8}, r"positions\.weight has shape \(16, 32\) in the file, but \(8, 32\)"),
         ):
             with pytest.raises(ValueError, match=message):
                 gpt2.train(self.config(path, **{**sizes, **changes}), replace(options, out=tmp_path / "no"))

@@ -1,4 +1,4 @@
-"""Runs: they record what they did, an interruption leaves no trace in the result, and nobody destroys them."""
+"""Runs write records, interruptions do not change their results, and no other run overwrites them."""
 
 import json
 import os
@@ -232,7 +232,7 @@ class TestResume:
             train(config, replace(options, out=whole))
 
     def test_repeats_the_ways_of_its_products(self, config: Config, options: Options, tmp_path: Path) -> None:
-        """To the bit, whatever would be chosen now; and the run names its ways."""
+        """Results are bit-identical, even if other ways would be chosen now, and the run names its ways."""
         config = config.replace(width=40, epochs=2, augment=False)
         with execution.using("products"):
             train(config, replace(options, out=tmp_path / "whole"))

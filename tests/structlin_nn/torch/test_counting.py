@@ -1,4 +1,4 @@
-"""Counts of models of other libraries against FlopCounterMode, and what is kept for the backward pass, by hand."""
+"""Counts of models of other libraries against FlopCounterMode, and tensors saved for the backward pass."""
 
 from typing import Any
 
@@ -62,7 +62,7 @@ def test_transformers_gpt2(kind: str, where: str) -> None:
     with torch.device(where):
         model = transformers.GPT2LMHeadModel(config)
         tokens = torch.zeros(2, 17, dtype=torch.int64)
-        # The library looks at values to make a mask of its own, of which meta tensors have none.
+        # The library reads values to build a mask, and meta tensors have no values.
         mask = {"attention_mask": torch.ones(1, 1, 17, 17).bool()} if where == "meta" else {}
     counted = assert_same_as_torch(model, tokens, **mask)
     d, t = 48, 17

@@ -1,4 +1,4 @@
-"""Counts of published architectures, of which benchmarks/counts.py goes through many; mixtures of experts by hand."""
+"""Counts of some published architectures (benchmarks/counts.py has many), and of mixtures of experts by formulas."""
 
 import importlib.util
 import json
@@ -41,7 +41,7 @@ def test_transformers(script: ModuleType, name: str) -> None:
 
 
 def test_correction_of_the_reference(script: ModuleType) -> None:
-    """By hand, for a convolution in two groups: forward, and as much for each gradient."""
+    """For a convolution in two groups, each gradient costs as much as the forward pass."""
     layer = nn.Conv2d(6, 8, 3, groups=2, device="meta")
     x = torch.ones(2, 6, 7, 5, device="meta", requires_grad=True)
     forward = 2 * 8 * 5 * 3 * 3 * 9

@@ -181,5 +181,5 @@ def test_matrices_that_do_not_fit():
         Muon([{"params": [weight], "matrices": [Matrices((0, 1), 2, 3, 4)]}])
     with pytest.raises(ValueError, match="1 params and 2 matrices"):
         Muon([{"params": [weight], "matrices": [Matrices((0, 1), 1, 3, 4)] * 2}])
-    with pytest.raises(ValueError, match="no complex parameters"):
+    with pytest.raises(ValueError, match="does not support complex parameters"):
         Muon([{"params": [nn.Parameter(weight.detach().cfloat())], "matrices": [Matrices((0, 1), 1, 3, 4)]}])

@@ -1,4 +1,4 @@
-"""Every operation of torch in one of three lists, and formulas against counts by hand and against loops."""
+"""Every operation of torch is in one of three lists; formulas against counts written out here and against loops."""
 
 import math
 from collections.abc import Callable

@@ -179,7 +179,7 @@ def test_flops(structure):
         chosen = [leaf for leaf, need in zip(every, needs, strict=True) if need]
         with FlopCounterMode(display=False) as backward:
             torch.autograd.grad(y.sum(), chosen, retain_graph=True)
-        # All factors require gradients, so that the operator computes them whether asked for or not.
+        # All factors require gradients, so the operator computes them even if they are not requested.
         assert backward.get_total_flops() == 2 * 7 * gradient_macs(structure, [True] * len(every))
         with FlopCounterMode(display=False) as done:
             chain_gradients(structure, torch.ones_like(y), x.detach(), [f.detach() for f in factors], needs)
