@@ -16,6 +16,11 @@ class Step:
     *free* axis in factor and output, a *batch* axis in all three, a *carried* axis in input and output. Each attribute
     is a string of axes in the order of the factor (``carried``: in that of the input).
 
+    Parameters
+    ----------
+    input, factor, output
+        The three terms, strings in which each letter is an axis.
+
     Examples
     --------
     >>> step = Step.parse("pa,pfra->frp")

@@ -71,7 +71,18 @@ class Work:
         return 2 * self.macs + sum(self.other_flops.values())
 
     def total_flops(self, vectors: int = 1) -> int:
-        """Return the FLOPs of one call with ``vectors`` vectors, with the setup."""
+        """Return the FLOPs of one call, with the setup.
+
+        Parameters
+        ----------
+        vectors
+            Number of vectors in the call.
+
+        Returns
+        -------
+        int
+            Number of FLOPs.
+        """
         return vectors * self.flops + sum(self.setup_flops.values())
 
     def __add__(self, other: Work) -> Work:
@@ -86,7 +97,18 @@ class Work:
         )
 
     def times(self, vectors: int) -> Work:
-        """Return the work of a part that is applied to ``vectors`` vectors for each vector of the whole operator."""
+        """Return the work of a part of an operator that is applied to several vectors for each vector of the whole.
+
+        Parameters
+        ----------
+        vectors
+            Number of vectors of the part for each vector of the whole.
+
+        Returns
+        -------
+        Work
+            The work for one vector of the whole.
+        """
         return Work(
             vectors * self.macs,
             {k: vectors * v for k, v in self.other_flops.items()},

@@ -51,6 +51,11 @@ class NamedOperator(StructuredOperator):
 
     By default the constructor reads the sizes of the axes in ``formula`` off the shapes of the factors. A subclass for
     which this does not work overrides ``_infer``.
+
+    Parameters
+    ----------
+    *factors
+        The arrays of the structure, in the order in which they are applied.
     """
 
     name: ClassVar[str] = ""

@@ -65,6 +65,20 @@ class Structure(AbstractStructure):
     If the input of a step has other axes than the output before it, the vector is *regrouped*: it is read in row-major
     order and split into the new axes. No letter may occur on both sides of such a boundary.
 
+    Parameters
+    ----------
+    steps
+        The einsums, in the order in which they are applied.
+    sizes
+        Pairs of axis and size.
+    d_in, d_out
+        Sizes of the matrix.
+
+    Raises
+    ------
+    ValueError
+        If the steps, the sizes of axes, or d_in and d_out contradict one another.
+
     Examples
     --------
     >>> s = Structure.parse("pa,pfra->frp; frp,ferp->fe", p=3, a=2, f=5, r=2, e=7)

@@ -46,6 +46,11 @@ class BlockTensorTrain(NamedOperator):
     core k are the output axes of earlier cores and the input axes of later ones. Two cores have :math:`p = m_1`,
     :math:`a = m_0`, :math:`f = n_0` and :math:`e = n_1`.
 
+    Parameters
+    ----------
+    *factors
+        The cores, core 0 first. Two cores have shapes (p, f, r, a) and (f, e, r, p).
+
     Examples
     --------
     >>> import numpy as np

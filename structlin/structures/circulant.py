@@ -196,6 +196,11 @@ class Circulant(NamedOperator):
     Each output is a sum over d inputs, so both fans are d. If the entries of c are independent with deviation
     :math:`1 / \sqrt d`, the spectral norm is of order :math:`\sqrt{\log d}`.
 
+    Parameters
+    ----------
+    *factors
+        The first column, of shape (d,).
+
     Examples
     --------
     >>> import numpy as np

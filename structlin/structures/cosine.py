@@ -81,6 +81,13 @@ class Cosine(Transform):
 
     The inverse is the transpose, ``A.T``. There are no parameters. A product costs :math:`5 d \log_2 d` FLOPs.
 
+    Parameters
+    ----------
+    size
+        Number of rows d.
+    backend, dtype, device
+        Array library, dtype and device of the operator.
+
     Examples
     --------
     >>> import numpy as np

@@ -14,6 +14,11 @@ class Dense(NamedOperator):
 
     The factor has shape (d_out, d_in). The number of parameters and that of MACs are :math:`d_\text{in} d_\text{out}`.
 
+    Parameters
+    ----------
+    *factors
+        One array of shape (d_out, d_in).
+
     Examples
     --------
     >>> import numpy as np

@@ -131,6 +131,11 @@ class Diagonal(NamedOperator):
     The factor v has shape (d,): d parameters. A product costs d elementwise FLOPs and no MACs. For the scale rule the
     matrix consists of d blocks of shape (1, 1), so the initial deviation is 1.
 
+    Parameters
+    ----------
+    *factors
+        One array of shape (d,).
+
     Examples
     --------
     >>> import numpy as np

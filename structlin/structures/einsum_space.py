@@ -109,6 +109,11 @@ class EinsumSpace(NamedOperator):
     The sizes of axes are divisors of :math:`d_\text{in}` and :math:`d_\text{out}`, so theta is met only approximately.
     :func:`theta_of` returns the theta of a structure.
 
+    Parameters
+    ----------
+    *factors
+        The arrays :math:`W^{(0)}` of shape (g, f, d, r, a) and :math:`W^{(1)}` of shape (f, e, r, g, b).
+
     Examples
     --------
     >>> s = EinsumSpace.design((64, 64), theta=(0.5, 0, 0.5, 0, 0.5, 0.5, 0))

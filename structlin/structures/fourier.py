@@ -50,6 +50,13 @@ class Fourier(Transform):
     There are no parameters. A product costs :math:`5 d \log_2 d` FLOPs. The dtype is always complex: a real ``dtype``
     gives the complex one of the same precision.
 
+    Parameters
+    ----------
+    size
+        Number of rows d.
+    backend, dtype, device
+        Array library, dtype and device of the operator.
+
     Examples
     --------
     >>> import numpy as np

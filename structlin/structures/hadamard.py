@@ -64,6 +64,13 @@ class Hadamard(Transform):
     The exponent is the number of binary digits that are 1 in both i and j. The matrix is symmetric and its own inverse.
     There are no parameters. A product costs :math:`d \log_2 d` additions.
 
+    Parameters
+    ----------
+    size
+        Number of rows d, a power of two.
+    backend, dtype, device
+        Array library, dtype and device of the operator.
+
     Examples
     --------
     >>> import numpy as np

@@ -34,6 +34,11 @@ class Kronecker(NamedOperator):
     :math:`a = n_0`, :math:`b = n_1`, :math:`i = m_0` and :math:`j = m_1`. Their number of MACs is
     :math:`a j (i + b)`.
 
+    Parameters
+    ----------
+    *factors
+        The matrices, of shape (n_k, m_k), in the order of the product.
+
     Examples
     --------
     >>> import numpy as np

@@ -17,6 +17,11 @@ class LowRank(NamedOperator):
     then :math:`W^{(1)}` of shape (d_out, r). The number of parameters and that of MACs are
     :math:`r (d_\text{in} + d_\text{out})`. The rank is at most r.
 
+    Parameters
+    ----------
+    *factors
+        The arrays :math:`W^{(0)}` and :math:`W^{(1)}`.
+
     Examples
     --------
     >>> import numpy as np

@@ -36,6 +36,11 @@ class TensorTrain(NamedOperator):
     number of parameters is :math:`\sum_k r_k n_k m_k r_{k+1}`. Each step carries the axes that its core does not have,
     so the number of MACs is larger than that of parameters.
 
+    Parameters
+    ----------
+    *factors
+        The cores :math:`W^{(k)}`, of shape (r_k, n_k, m_k, r_{k+1}), core 0 first.
+
     Examples
     --------
     >>> import numpy as np

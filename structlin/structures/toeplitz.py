@@ -184,6 +184,13 @@ class Toeplitz(NamedOperator):
     call. Initialisation and learning rates are those of a dense matrix, since each output is a sum over
     :math:`d_\text{in}` inputs.
 
+    Parameters
+    ----------
+    column
+        First column, of shape (d_out,).
+    row
+        First row, of shape (d_in,); the first entry is ignored. Default: the conjugate of the column.
+
     Examples
     --------
     >>> import numpy as np

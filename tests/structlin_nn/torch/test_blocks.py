@@ -139,7 +139,7 @@ def test_wrong_sizes_are_named() -> None:
         mlp(torch.randn(3, 24), up, down, "swish")
     with pytest.raises(ValueError, match="do not match"):
         StructuredMLP(up, linear(24, 40))
-    with pytest.raises(ValueError, match="2 layers need as many names"):
+    with pytest.raises(ValueError, match="one entry for each of the 2 layers"):
         StructuredMLP(up, down, names=("a", "b", "c"))
 
 
@@ -215,7 +215,7 @@ def test_mlps_of_other_packages_are_fused() -> None:
     assert {name for name, outcome in notes.items() if outcome == "fused"} == {"timm", "gpt2", "llama"}
     assert "its output differs" in notes["twice"]
     assert "dropout between" in notes["drop"]
-    assert "activation function is none of" in notes["mish"]
+    assert "activation function is not one of" in notes["mish"]
 
     replace_linear(separate[:3], "block_tensor_train", rank=2, layers="all")
     for name in ("timm", "gpt2", "llama"):

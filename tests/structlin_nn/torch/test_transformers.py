@@ -236,7 +236,7 @@ def test_configurations_that_do_not_fit(tmp_path):
     model.save_pretrained(tmp_path)
     content = json.loads((tmp_path / "config.json").read_text())
     for change, words in (
-        ({"version": 2}, "version 2 are described, and 1 is known"),
+        ({"version": 2}, "the version of the described layers must be 1, got 2"),
         ({"layers": []}, "give the name of a structure"),
         ({"layers": [{"names": ["a"]}]}, "a layer must be described by"),
     ):
