@@ -153,7 +153,7 @@ def test_misuse(line: str, message: str, folder: Path, capsys: pytest.CaptureFix
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_an_interrupted_sweep_goes_on(number: signal.Signals, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_interrupted_sweep_resumes(number: signal.Signals, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code = "import sys; from structlin_nn.cli import main; sys.exit(main(sys.argv[1:]))"
     long = "--set epochs=40 --set eval_every=2"
     command = [sys.executable, "-c", code, *LINE.split(), "--workers", "2", "--quiet", *long.split()]

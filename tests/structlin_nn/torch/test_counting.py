@@ -120,7 +120,7 @@ def test_transformers_on_meta_as_on_a_cpu(name: str) -> None:
 
 
 class TestSaved:
-    def test_mlp_by_hand(self) -> None:
+    def test_mlp_against_formulas(self) -> None:
         """The input (for the gradient of the first weight), the activation's input, and its output."""
         model = nn.Sequential(nn.Linear(6, 10), nn.GELU(), nn.Linear(10, 3))
         counted = count(model, torch.randn(5, 6))

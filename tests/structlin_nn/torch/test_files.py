@@ -311,7 +311,7 @@ class TestRefused:
         with pytest.raises(ValueError, match=message):
             read_structured(path)
 
-    def test_what_can_not_be_written(self, path: Path) -> None:
+    def test_what_cannot_be_written(self, path: Path) -> None:
         layer = StructuredLinear(12, 20, structure="low_rank", rank=2)
         cases: list[tuple[nn.Module, dict[str, Any], str]] = [
             (layer, {}, "put it in a container"),

@@ -62,7 +62,7 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "adamw", "sign"])
-def test_adam_multipliers_by_hand(optimizer):
+def test_adam_multipliers_against_formulas(optimizer):
     model, base = Net(64, rank=2, rms_cap=True), Net(16).to("meta")
     groups = parameter_groups(model, base, lr=0.5, weight_decay=0.01, optimizer=optimizer)
     assert_covers(groups, model)
@@ -89,7 +89,7 @@ def test_adam_multipliers_by_hand(optimizer):
     assert len(set(keys)) == len(keys) == 5
 
 
-def test_sgd_multipliers_by_hand():
+def test_sgd_multipliers_against_formulas():
     model, base = Net(64, rank=2), Net(16).to("meta")
     found = multipliers(parameter_groups(model, base, lr=0.5, optimizer="sgd"))
     up, down = (4 * 16) / 16, 16 / (4 * 16)  # base d_out / base d_in
@@ -160,7 +160,7 @@ def test_base_may_be_structured_dense_or_replaced():
 # -- Muon --------------------------------------------------------------------------------------------------------------
 
 
-def test_muon_multipliers_by_hand():
+def test_muon_multipliers_against_formulas():
     model, base = Net(64, rank=2, rms_cap=True), Net(16).to("meta")
     groups = parameter_groups(model, base, lr=0.5, weight_decay=0.01, optimizer="muon", adam_lr=0.003)
     assert_covers(groups, model)

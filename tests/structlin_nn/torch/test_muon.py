@@ -59,7 +59,7 @@ def test_matrices_of_a_factor_are_its_blocks():
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 @pytest.mark.parametrize("nesterov", [False, True])
-def test_step_by_hand(momentum, nesterov):
+def test_step_against_formulas(momentum, nesterov):
     torch.manual_seed(0)
     layer = StructuredLinear(15, 12, structure="block_tensor_train", rank=2, bias=False)
     groups = parameter_groups(nn.Sequential(layer), lr=0.1, weight_decay=0.5, optimizer="muon")

@@ -186,7 +186,7 @@ def test_flops(structure):
         assert done.get_total_flops() == 2 * 7 * gradient_macs(structure, needs)
 
 
-def test_flops_by_hand():
+def test_flops_against_formulas():
     structure = structlin.design("block_tensor_train", (35, 6), rank=2)
     first, second = (f.numel for f in structure.factors)
     assert gradient_macs(structure, [True, True, True]) == 2 * (first + second) + first  # the first again

@@ -445,7 +445,7 @@ def test_bad_calls_change_nothing(options, words):
     assert not any(m._forward_pre_hooks for m in model.modules())
 
 
-def test_layers_that_can_not_be_projected():
+def test_layers_that_cannot_be_projected():
     with pytest.raises(ValueError, match="unknown structure 'low_rang'"):
         project_linear(mlp(), "low_rang")
     with pytest.raises(TypeError, match=r"max_macs must be an integer, got 0\.5"):

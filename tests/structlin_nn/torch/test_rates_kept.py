@@ -158,7 +158,7 @@ def test_with_multipliers_keeps_them(name):
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
-def test_a_schedule_that_loses_multipliers_is_told_once(name):
+def test_a_schedule_that_loses_multipliers_causes_one_warning(name):
     kind, options = SCHEDULES[name]
     model = network()
     rule = "sgd" if kind is CyclicLR else "adamw"
@@ -175,7 +175,7 @@ def test_a_schedule_that_loses_multipliers_is_told_once(name):
 
 
 @pytest.mark.parametrize("name", KEEPING)
-def test_a_schedule_that_keeps_them_is_not_told(name):
+def test_a_schedule_that_keeps_them_causes_no_warning(name):
     kind, options = KEEPING[name]
     model = network()
     optimizer = torch.optim.AdamW(parameter_groups(model, lr=1e-2))
