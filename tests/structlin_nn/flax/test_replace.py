@@ -158,7 +158,7 @@ class TestRefusals:
         with pytest.raises(ValueError, match=r"kernel of shape \(3, 4, 4\), stacked by nnx.vmap"):
             replaced(made, layers="all")
         held = nnx.eval_shape(lambda: Holder((nnx.Linear(4, 4, rngs=nnx.Rngs(0)),)))
-        with pytest.raises(ValueError, match="held by a tuple"):
+        with pytest.raises(ValueError, match="is an entry of a tuple"):
             replaced(held, layers="all")
 
 
