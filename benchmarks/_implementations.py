@@ -1,8 +1,8 @@
 """The implementations of a structured layer that are compared, each as a module ``(tokens, d_in) -> (tokens, d_out)``.
 
-``structlin`` is this library's layer; ``einsum`` runs the same chain by one ``torch.einsum`` a step, as it is written
-on paper, and ``einsum_compiled`` is that under ``torch.compile``; the others are the layers of other libraries that
-have the structure, where they can be imported.
+``structlin`` is the layer of this library. ``einsum`` runs the same chain by one ``torch.einsum`` for each step, and
+``einsum_compiled`` does so under ``torch.compile``. The others are layers of other libraries that are installed and
+have the structure.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ __all__ = ["IMPLEMENTATIONS", "AbsentError", "Implementation", "build"]
 
 
 class AbsentError(Exception):
-    """The implementation does not have this row; the message says why."""
+    """The implementation does not support this row; the message states the reason."""
 
 
 Implementation = Callable[[StructuredLinear, str, Mapping[str, object]], nn.Module]
@@ -84,9 +84,9 @@ def _torch_structured(layer: StructuredLinear, name: str, options: Mapping[str, 
     elif name == "block_tensor_train" and options.get("rank") == 1 and layer.in_features == layer.out_features:
         blocks = math.isqrt(layer.in_features)  # the same matrices
         if blocks**2 != layer.in_features:
-            raise AbsentError(f"{layer.in_features} is no square")
+            raise AbsentError(f"{layer.in_features} is not a square")
     else:
-        raise AbsentError("torch-structured has no such structure")
+        raise AbsentError("torch-structured does not have this structure")
     module = _imported("torch_structured")
     peer = module.make_linear(
         "monarch", layer.in_features, layer.out_features, bias=layer.bias is not None, nblocks=blocks
@@ -97,7 +97,7 @@ def _torch_structured(layer: StructuredLinear, name: str, options: Mapping[str, 
 def _tltorch(implementation: str) -> Implementation:
     def make(layer: StructuredLinear, name: str, options: Mapping[str, object]) -> nn.Module:
         if name != "tensor_train":
-            raise AbsentError("tensorly-torch has no such structure")
+            raise AbsentError("tensorly-torch does not have this structure")
         module = _imported("tltorch")
         shapes = [factor.shape for factor in layer.structure.factors]  # (rank, out, in, rank)
         return module.FactorizedLinear(

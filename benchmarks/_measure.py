@@ -1,4 +1,4 @@
-"""Time and memory of functions that are compared within one run, and where results are kept."""
+"""Time and memory of functions that are compared within one run, and files of results."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
 
 _TRIM_THRESHOLD, _MMAP_MAX = -1, -4  # names of mallopt(3)
 WARM, WARM_SECONDS, FEW_PAGES = 8, 3.0, 64
-# A timing is of as many calls as take so many seconds, so that the clock and a cold cache do not count. Functions that
-# take little time are timed in more rounds than asked for, so many that all rounds of one take so many seconds.
+# Least seconds of one timing, which consists of several calls of a fast function, so that the clock and a cold cache
+# have no influence; and least seconds of all rounds of a function, by which fast functions get more rounds.
 LEAST_SECONDS, ROUND_SECONDS, MOST_ROUNDS = 2e-4, 0.03, 101
 
 
@@ -51,9 +51,9 @@ def _pages() -> int:
 
 
 def keep_memory() -> bool:
-    """Let this process keep the memory that it frees; False where the C library has no such setting.
+    """Make this process keep the memory that it frees; return False if the C library has no such setting.
 
-    By default glibc gives large freed arrays back to the system, and what is timed next may wait for new pages.
+    By default glibc returns large freed arrays to the system, and the next function may wait for new pages.
     """
     if not sys.platform.startswith("linux"):
         return False
@@ -71,15 +71,14 @@ def timings(
     clock: str = "wall",
     around: Sequence[Callable[[], AbstractContextManager[object]]] | None = None,
 ) -> list[list[float]]:
-    """Seconds of a call of each function in each round: all functions are timed in turn, at least ``repeats`` times.
+    """Return the seconds of a call of each function in each round; all are timed in turn, at least ``repeats`` times.
 
-    Before, they are called in turn to warm up, until they get no new pages of memory, or ``WARM`` times, or for
-    ``WARM_SECONDS`` and twice: a heap that large arrays are taken from grows for some rounds, and to clear a page takes
-    as long as a fast layer. A short function is called several times for each timing.
+    First, all functions are called in turn to warm up, until they allocate no new pages of memory, at most ``WARM``
+    times, or twice if that takes ``WARM_SECONDS``. The heap grows for some rounds, and clearing a page takes as long as
+    a fast layer. A short function is called several times for each timing.
 
-    ``clock="cpu"`` counts the time that this process has spent on cores, which does not run while others have them:
-    the right one for a single thread on a machine that is busy. ``around``: a context for each function, which is
-    entered outside of the timed part.
+    ``clock="cpu"`` counts the CPU time of this process, which other processes do not affect. It is suitable for a
+    single thread on a busy machine. ``around``: a context for each function, which is entered outside the timed part.
     """
     now = {"wall": time.perf_counter, "cpu": time.process_time}[clock]
     contexts = around or [nullcontext] * len(functions)
@@ -126,10 +125,10 @@ def ratio(first: Sequence[float], second: Sequence[float]) -> float:
 
 
 def peak_memory(function: Callable[[], object], device: str = "cpu") -> int:
-    """Bytes that ``function`` allocates beyond what is there before it, at the moment when they are most.
+    """Return the peak of the bytes that ``function`` allocates, relative to the memory in use before the call.
 
-    On a CPU from the profiler's record of torch's allocator, on CUDA from the allocator's own counter. Work space
-    inside of the BLAS is not torch's and is not counted.
+    On a CPU the profiler records the allocations of torch; on CUDA the allocator counts them. Work space of the BLAS is
+    not counted, because torch does not allocate it.
     """
     if device == "cuda":
         torch.cuda.synchronize()
@@ -182,7 +181,7 @@ def result_path(text: str, device: str = "cpu") -> Path:
 
 
 def write_result(path: Path, result: Mapping[str, object]) -> None:
-    """Write a result as JSON, as a whole or not at all."""
+    """Write a result as JSON, atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_suffix(".tmp")
     beside.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
@@ -190,12 +189,12 @@ def write_result(path: Path, result: Mapping[str, object]) -> None:
 
 
 def describe(result: Mapping[str, object]) -> str:
-    """In one line: processor, threads, dtype, allocator, clock and rounds of a result, as far as it says."""
+    """Return processor, threads, dtype, allocator, clock and rounds of a result, if recorded, as one line."""
     place: dict = result.get("machine") or result  # type: ignore[assignment]
     setting: dict = {**result, **(result.get("setting") or {})}  # type: ignore[dict-item]
     processor = place.get("processor") or {"name": place.get("cpu", place.get("machine"))}
     details = [f"{k} {processor[k]}" for k in ("family", "model", "stepping") if k in processor]
-    name = place.get("gpu") or processor["name"] + (f" ({', '.join(details)})" if details else "")
+    name = place.get("gpu") or f"{processor['name']} ({', '.join(details) or 'model not recorded'})"
     allocator = setting.get("allocator") or {True: "keeps freed memory"}.get(
         setting.get("memory_kept", place.get("memory_kept"))
     )
@@ -210,6 +209,6 @@ def describe(result: Mapping[str, object]) -> str:
 
 
 def aligned(cells: Sequence[Sequence[str]]) -> str:
-    """Rows of cells as text, each column as wide as its widest cell."""
+    """Return rows of cells as text, with each column as wide as its widest cell."""
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in cells)

@@ -3,8 +3,8 @@
     python benchmarks/attention.py --out attention
     python benchmarks/attention.py --dtype float32 --tokens 50 256
 
-`structlin_nn.models.transformer.attend` chooses between the two. Reported are the milliseconds of the fused kernel and
-the speed-up of the products, medians over rounds in which both run in turn. A batch has about 1024 tokens.
+`structlin_nn.models.transformer.attend` chooses between the two. The result has the milliseconds of the fused kernel
+and the speed-up of the products, as medians over rounds in which both run in turn. A batch has about 1024 tokens.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
     python benchmarks/chinchilla.py RUNS.csv --out benchmarks/results/chinchilla.json --images docs/images
 
-The file has columns parameters, training_flops and loss, and is not shipped: it has no licence that would let it be.
+The file has the columns parameters, training_flops and loss. It has no licence, so it is not part of the package.
 Tokens are FLOPs / (6 parameters).
 """
 

@@ -1,8 +1,8 @@
-"""Models of timm and transformers by configuration, and what works with structured layers in each of them.
+"""Test which operations work with structured layers in models of timm and transformers.
 
     python benchmarks/compatibility.py --out docs/compatibility.md
 
-The models are tiny and randomly drawn: what is tested is how the layers meet the code of each architecture.
+The models are tiny and randomly initialised, because the test concerns the code of each architecture.
 """
 
 from __future__ import annotations
@@ -238,7 +238,7 @@ def _export(model: nn.Module, case: Case) -> None:
     config: Any = getattr(model, "config", None) if case.library == "transformers" else None
     cached = getattr(config, "use_cache", None)
     if cached is not None:
-        config.use_cache = False  # a cache is no output that can be exported
+        config.use_cache = False  # a cache is an output that cannot be exported
     try:
         with torch.no_grad():
             program = torch.export.export(model, (), inputs, strict=False)
@@ -260,7 +260,7 @@ def _save(model: nn.Module, case: Case) -> None:
             again = load_structured(case.build(), f"{folder}/model.safetensors")
     with torch.no_grad():
         if not torch.equal(_first(again.eval()(**inputs)), _first(model(**inputs))):
-            raise ValueError("the loaded model computes something else")
+            raise ValueError("the outputs of the loaded model differ")
 
 
 def _generate(model: nn.Module, case: Case) -> None:
@@ -292,7 +292,7 @@ QUICK = ("replace", "groups", "train step", "save, load")
 
 
 def check(case: Case, checks: Sequence[str] = tuple(CHECKS)) -> dict[str, str]:
-    """For each check "yes", "-" where it does not apply, or the first line of what went wrong."""
+    """Return for each check "yes", "-" if it does not apply, or the first line of the error."""
     torch.manual_seed(0)
     model, found = case.build().eval(), {}
     for name in checks:
@@ -311,10 +311,10 @@ def check(case: Case, checks: Sequence[str] = tuple(CHECKS)) -> dict[str, str]:
 
 HEAD = """# Which models work
 
-Tiny models of timm and transformers by their configurations, with low-rank layers in the place of linear layers and
-pointwise convolutions; `python benchmarks/compatibility.py` makes this page. A dash: it does not apply. Export is
-`torch.export`, compile is `torch.compile` with the backend `aot_eager`, save and load are exact, models are counted on
-the meta device, and compressed with calibration.
+The table shows tests with tiny models of timm and transformers, whose linear layers and pointwise convolutions are
+replaced by low-rank layers. A dash means that a test does not apply. Export is `torch.export`, and compile is
+`torch.compile` with the backend `aot_eager`. Save and load are exact. Models are counted on the meta device and
+compressed with calibration. `python benchmarks/compatibility.py` makes this page.
 
 """
 

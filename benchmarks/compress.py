@@ -1,10 +1,11 @@
-"""Test error of a trained dense network against the MACs that its projections keep, with and without calibration.
+"""Test error of a trained dense network against the MACs of its projections, with and without calibration.
 
     python benchmarks/compress.py --out compress
 
-Trains the dense residual MLP of the package on the embedded images, then projects its linear layers, all but the last,
-at each budget, and evaluates without any further training. Calibration data are training images; the errors are those
-of the test images. One run, one seed: differences below about one standard error, given in the result, mean nothing.
+The script trains the dense residual MLP of the package on the embedded images, projects all its linear layers except
+the last at each budget, and evaluates without further training. Calibration data are training images; errors are those
+of the test images. It is one run with one seed, so differences below one standard error, which the result states, are
+not significant.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ STRUCTURES = ("low_rank", "block_tensor_train")
 
 
 def measure(model: nn.Module, data: Any, name: str, fraction: float, calibration: list[torch.Tensor] | None) -> dict:
-    """One row of the table."""
+    """Return one row of the table."""
     compressed = copy.deepcopy(model)
     start = time.perf_counter()
     row = {"structure": name, "mac_fraction": fraction, "calibrated": calibration is not None}
@@ -55,7 +56,7 @@ def measure(model: nn.Module, data: Any, name: str, fraction: float, calibration
 
 
 def table(rows: list[dict], dense: dict) -> str:
-    """Test error in per cent: plain and calibrated side by side."""
+    """Format the test errors in per cent, without and with calibration."""
     lines = [f"dense: {100 * dense['test_error']:.2f} % of {dense['test_images']} test images wrong, standard error "
              f"{100 * dense['standard_error']:.2f} %", "",
              f"{'structure':<20}{'MACs kept':>10}{'plain':>9}{'calibrated':>12}"]  # fmt: skip

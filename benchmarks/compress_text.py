@@ -2,14 +2,14 @@
 
     python benchmarks/compress_text.py --out compress_text
 
-The text is the help of Python, which every installation has (`pydoc_data.topics`), read as bytes. A dense GPT-2 is
-trained on its first nine tenths; its linear layers, all but the head, are compressed by each method to the same
-fraction of their MACs, which is also that of their parameters; then all of them are trained on with the same batches.
-The methods:
+The text is the documentation of Python, which is part of every installation (`pydoc_data.topics`), as bytes. A dense
+GPT-2 is trained on its first nine tenths. Each method compresses all linear layers except the head to the same fraction
+of their MACs, which is also the fraction of their parameters. Then all models are trained further on the same batches.
+The methods are:
 
 - `svd`: truncated singular value decomposition with one ratio for all layers;
-- `asvd`: the same of the weight times the root of the RMS of each input (Yuan et al., ASVD, 2023);
-- `svd-llm`: the same of the weight times a Cholesky factor of the inputs' second moments (Wang et al., SVD-LLM, 2024);
+- `asvd`: the same for the weight times the root of the RMS of each input (Yuan et al., ASVD, 2023);
+- `svd-llm`: the same for the weight times a Cholesky factor of the second moments of the inputs (Wang et al., 2024);
 - `blast`: BLAST fitted to the weight alone (Lee et al., 2024), here by alternating least squares;
 - `monarch`: the nearest Monarch matrix to the weight (Dao et al., 2022);
 - `ours, ...`: `project_linear` with one budget for all layers, with and without calibration.
@@ -49,7 +49,7 @@ def text() -> tuple[Tensor, Tensor]:
 
 
 def batches(tokens: Tensor, seed: int) -> Iterator[Tensor]:
-    """Draw sequences without end."""
+    """Yield random sequences indefinitely."""
     generator = torch.Generator().manual_seed(seed)
     while True:
         starts = torch.randint(len(tokens) - CONTEXT, (BATCH,), generator=generator)
@@ -57,7 +57,7 @@ def batches(tokens: Tensor, seed: int) -> Iterator[Tensor]:
 
 
 def train(model: nn.Module, tokens: Tensor, steps: int, lr: float, seed: int) -> None:
-    """Train with AdamW at a rate that falls to zero."""
+    """Train with AdamW at a rate that decreases to zero."""
     optimizer = torch.optim.AdamW(parameter_groups(model, lr=lr, weight_decay=0.01))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1, (step + 1) / 20) * (1 - step / steps))
     for _, batch in zip(range(steps), batches(tokens, seed), strict=False):
@@ -148,7 +148,7 @@ METHODS: dict[str, Method] = {
 
 
 def run(seed: int, arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """Rows of one seed."""
+    """Return the rows of one seed."""
     torch.manual_seed(seed)
     training, validation = text()
     sizes = {"n_embd": arguments.width, "n_layer": arguments.depth, "n_head": 4, "n_positions": CONTEXT}

@@ -2,13 +2,13 @@
 
     python benchmarks/counts.py --out counts.json
 
-Every model is built from its configuration on the meta device, where nothing is computed: those of timm in full size,
-language models of transformers with two layers. torch's counter is corrected in one place: for the
-gradients of a grouped convolution it counts every channel in every group. Attention is made of plain products for it.
-``left_out`` says why a model has no row: it cannot be built or run without values.
+Every model is built from its configuration on the meta device, where nothing is computed. Models of timm have full
+size, language models of transformers two layers. torch's counter is corrected in one place: for the gradients of a
+grouped convolution it counts every channel in every group. Attention is computed by single products, which the counter
+supports. ``left_out`` states why a model has no row: it cannot be built or run without values.
 
-Mixtures of experts are counted a third time in the way in which a loop calls one expert after the other: once with
-``torch._grouped_mm``, which transformers takes by default, and once eagerly, on a CPU with random weights.
+Small mixtures of experts are counted twice, on a CPU with random weights: with ``torch._grouped_mm``, the default of
+transformers, and with a loop over the experts.
 """
 
 from __future__ import annotations
@@ -141,13 +141,13 @@ def build_transformers(name: str, layers: int = 2) -> tuple[nn.Module, dict[str,
             side = size if isinstance(size, int) else size[0]
             return model, {"pixel_values": torch.zeros(2, getattr(config, "num_channels", 3), side, side)}
         inputs = {"input_ids": torch.zeros(2, 16, dtype=torch.int64)}
-        if name not in UNMASKED:  # these read the values of their mask, and meta tensors have none
+        if name not in UNMASKED:  # these models read values of the mask, which meta tensors do not have
             inputs["attention_mask"] = torch.ones(2, 1, 16, 16).bool()
         return model, inputs
 
 
 def expert_models(names: Sequence[str] = EXPERTS) -> Iterator[dict[str, Any]]:
-    """Mixtures of experts, small: grouped and eager, with the same weights and tokens."""
+    """Count small mixtures of experts by grouped products and by a loop, with the same weights and tokens."""
     import transformers
 
     small = {
@@ -180,7 +180,7 @@ def attempt(name: str, build: Any) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, metavar="FILE", help="write JSON")
-    parser.add_argument("--timm", type=int, default=170, metavar="N", help="so many models of timm (170)")
+    parser.add_argument("--timm", type=int, default=170, metavar="N", help="number of models of timm (170)")
     parser.add_argument("--names", nargs="*", metavar="NAME", help="these alone")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")

@@ -1,9 +1,9 @@
-"""How often intervals hold: known laws, runs drawn with noise, and the share of intervals with the truth inside.
+"""Coverage of intervals: the share of intervals that contain the true value, for runs of known laws with noise.
 
     python benchmarks/coverage.py --out benchmarks/results/coverage.json
 
-Each row is 200 experiments with 200 draws of the bootstrap each. A share of 200 has a standard error of 1.5 percent
-points near 95 %. ``--only`` makes some of the rows, and keeps the others that the file has.
+Each row has 200 experiments with 200 draws of the bootstrap each. A share of 200 has a standard error of 1.5 percentage
+points near 95 %. ``--only`` computes some of the rows and keeps the others of the file.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ Found = dict[str, tuple[Estimate, float]]
 
 
 def noise(generator: np.random.Generator, kind: str, shape: tuple[int, ...], deviation: float) -> np.ndarray:
-    """Factors exp(e): e normal, or of Student's t with 3 degrees of freedom, of a standard deviation."""
+    """Return factors exp(e), with e normal or from Student's t with 3 degrees of freedom."""
     if kind == "normal":
         return np.exp(deviation * generator.standard_normal(shape))
     return np.exp(deviation / 3**0.5 * generator.standard_t(3, shape))
@@ -49,7 +49,7 @@ def noise(generator: np.random.Generator, kind: str, shape: tuple[int, ...], dev
 def one_size(seed: int, method: str, n: int, floor: bool, kind: str) -> Found:
     generator, compute = np.random.default_rng(seed), np.logspace(6, 9, n)
     law = WITH_FLOOR if floor else LINE
-    # Least squares where errors are normal; the default loss holds down outliers.
+    # Least squares for normal errors; the default loss limits the influence of outliers.
     loss = "linear" if kind == "normal" and not floor else "soft_l1"
     fit = fit_power_law(compute, law(compute) * noise(generator, kind, (n,), 0.02), floor=floor, loss=loss)
     drawn = fit.bootstrap(DRAWS, seed=seed, method=method)
@@ -138,7 +138,7 @@ ROWS: dict[str, Callable[[int], Found]] = {
 
 
 def coverage(row: Callable[[int], Found]) -> dict[str, float]:
-    """Share of the experiments whose interval holds the truth, by quantity."""
+    """Return the share of the experiments whose interval contains the true value, by quantity."""
     inside: dict[str, list[bool]] = {}
     for seed in range(EXPERIMENTS):
         for name, (value, truth) in row(seed).items():
@@ -149,7 +149,7 @@ def coverage(row: Callable[[int], Found]) -> dict[str, float]:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="JSON to write")
-    parser.add_argument("--only", action="append", metavar="TEXT", help="rows whose name has this in it, repeatable")
+    parser.add_argument("--only", action="append", metavar="TEXT", help="rows whose names contain it; repeatable")
     arguments = parser.parse_args(argv)
     known: dict[str, Any] = json.loads(arguments.out.read_text())["rows"] if arguments.out.exists() else {}
     for name, row in ROWS.items():

@@ -2,8 +2,8 @@
 
     python benchmarks/figures.py --out docs/images
 
-Each is one call of ``structlin figure``; ``--print`` shows the calls and draws nothing. ``demo.png`` is drawn from the
-``demo.json`` that ``structlin demo`` wrote, which is in benchmarks/results/.
+Each figure is one call of ``structlin figure``; ``--print`` only prints the calls. ``demo.png`` is drawn from
+benchmarks/results/demo.json, which ``structlin demo`` wrote.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ FIGURES: dict[str, tuple[str, str, tuple[str, ...]]] = {
 
 
 def call(file: str, out: Path) -> list[str]:
-    """Arguments of ``structlin`` that draw a figure into a folder.
+    """Return the arguments of ``structlin`` that draw a figure into a folder.
 
     Examples
     --------
@@ -55,10 +55,10 @@ def call(file: str, out: Path) -> list[str]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Draw all; the exit code is that of the first figure that fails."""
+    """Draw all figures; return the exit code of the first one that fails."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write, made if need be")
-    parser.add_argument("--print", action="store_true", help="print the commands, and end")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder, created if missing")
+    parser.add_argument("--print", action="store_true", help="only print the commands")
     arguments = parser.parse_args(argv)
     if not arguments.print:
         arguments.out.mkdir(parents=True, exist_ok=True)

@@ -5,8 +5,8 @@
 The covariance is ``s (K (x) K) + c I`` with ``K[i, j] = exp(-|x_i - x_j| / l)`` on a grid of side x side points, in
 float64 on torch. The script measures the negative log-likelihood ``(y^T A^-1 y + log det A) / 2`` with its gradient
 with respect to l, s and c, from the arrays to the gradient. Runs are interleaved, and the table shows medians. With one
-thread, the default, time is that of the processor. ``error`` is the relative error of the value and the largest one of
-the gradient, against the formula by eigenvalues of K in NumPy and central differences of it.
+thread, the default, times are CPU times. ``error`` has the relative error of the value and the largest relative error
+of the gradient. The reference is the formula by eigenvalues of K in NumPy, and its central differences.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def with_linear_operator(x: torch.Tensor, y: torch.Tensor) -> Likelihood:
 
 
 def formula(x: np.ndarray, y: np.ndarray, length: float, scale: float, noise: float) -> float:
-    """By the eigenvalues and eigenvectors of K."""
+    """Return the negative log-likelihood by the eigenvalues and eigenvectors of K."""
     values, vectors = np.linalg.eigh(np.exp(-np.abs(x[:, None] - x) / length))
     spectrum = scale * np.multiply.outer(values, values) + noise
     rotated = vectors.T @ y.reshape(len(x), len(x)) @ vectors
@@ -70,7 +70,7 @@ def formula(x: np.ndarray, y: np.ndarray, length: float, scale: float, noise: fl
 
 
 def truth(x: np.ndarray, y: np.ndarray) -> tuple[float, np.ndarray]:
-    """Value and gradient."""
+    """Return value and gradient by the formula."""
     slopes = []
     for k, parameter in enumerate(PARAMETERS):
         ends = [[p + (sign * STEP * parameter if i == k else 0) for i, p in enumerate(PARAMETERS)] for sign in (1, -1)]

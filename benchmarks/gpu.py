@@ -1,20 +1,20 @@
-"""All that is to be known about chains on a GPU, in one run of some minutes: results first, then times.
+"""Results and times of chains on a GPU, in one run of a few minutes.
 
     python benchmarks/gpu.py --minutes 8 --out gpu
     python benchmarks/gpu.py --device cpu --minutes 0.5 --out rehearsal.json
 
-In this order:
+The sections, in this order, are:
 
-1. ``rates``: what the traffic model assumes: products, copies in memory and in L2, and launches;
+1. ``rates``: the quantities that the traffic model assumes: products, copies in memory and in L2, and launches;
 2. ``results``: values and gradients of every way, eager, compiled and in CUDA graphs, against float64;
 3. ``layers``: times of a dense layer, of every way, of compiled einsums and of the layers of other libraries that are
-   installed, forward and with the backward pass, beside the prediction of the traffic model;
+   installed, forward and with the backward pass, with the prediction of the traffic model;
 4. ``steps``: whole training steps of GPT-2 small and ViT-S/32, dense and with Block Tensor-Trains;
-5. the timings of the layers as wisdom, in a file beside (``execution.import_wisdom`` reads it).
+5. the timings of the layers as wisdom, in a second file (``execution.import_wisdom`` reads it).
 
-The JSON file is written after each row, as a whole, so that nothing is lost if the run is cut. What the minutes do not
-suffice for is listed under ``left_out``. The exit status is 1 if a result is wrong. ``--device cpu`` runs the same with
-tiny sizes: a rehearsal, whose times say nothing.
+The JSON file is written atomically after each row, so an interrupted run loses nothing. ``left_out`` lists the rows for
+which the time did not suffice. The exit status is 1 if a result is wrong. ``--device cpu`` runs the same with tiny
+sizes, to test the script; its times are not meaningful.
 """
 
 from __future__ import annotations
@@ -59,15 +59,15 @@ CHAINS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 SPEED = ("BTT 2", "BTT 1", "BTT 4", "Monarch 16", "Monarch 4", "low rank")
 EPS = {"float64": 2.0**-52, "float32": 2.0**-23, "bfloat16": 2.0**-8, "float16": 2.0**-11}
-# Errors in the norm, of results that were summed in at least float32, in units of the dtype: rounding of the factors'
-# products and of what is between the steps. TF32 rounds operands to 11 bits.
+# Largest errors in the norm, in units of the dtype, of results that are summed in at least float32: products of factors
+# and intermediates are rounded. TF32 rounds operands to 11 bits.
 LARGEST_ERROR = 8.0
 SHARES = {"rates": 0.05, "results": 0.3, "layers": 0.75, "steps": 1.0}  # of the minutes, by which a section ends
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """What is run, the most important first. ``shapes``: (d_out, d_in); ``compiled``: chains that torch compiles."""
+    """Cases to run, the most important first. ``shapes``: (d_out, d_in); ``compiled``: chains that torch compiles."""
 
     result_shape: tuple[int, int]
     result_tokens: tuple[int, ...]
@@ -102,7 +102,7 @@ TINY = Sizes(
 
 
 class Run:
-    """A result that grows row by row, within a time."""
+    """A result that is written row by row, within a time limit."""
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.device, self.backend = arguments.device, arguments.backend
@@ -126,11 +126,11 @@ class Run:
         self.save()
 
     def ends(self, section: str) -> bool:
-        """Whether the time of a section is over."""
+        """Return whether the time of a section is over."""
         return time.monotonic() - self.start > 60 * self.minutes * SHARES[section]
 
     def each(self, section: str, items: Sequence[Any]) -> Iterator[Any]:
-        """Yield the items of a section until the time is spent; note the others."""
+        """Yield the items of a section until its time is over; list the others in ``left_out``."""
         for number, item in enumerate(items):
             if self.ends(section):
                 self.result["left_out"] += [f"{section}: {one}" for one in items[number:]]
@@ -140,7 +140,7 @@ class Run:
 
     @contextmanager
     def guarded(self, section: str, row: dict[str, Any]) -> Iterator[None]:
-        """Add ``row`` in the end; what fails is a row too."""
+        """Add ``row`` at the end of the block, with the error if one occurs."""
         try:
             yield
         except (RuntimeError, AssertionError, NotImplementedError, AbsentError) as error:  # out of memory is one
@@ -210,7 +210,7 @@ def in_graph(layer: StructuredLinear, x: Tensor, gy: Tensor) -> list[Tensor]:
 
 
 def problem_of(layer: StructuredLinear, tokens: int, dtype: str, train: bool) -> Problem:
-    """On CUDA, also in a rehearsal: so the same ways run there."""
+    """Return the problem on CUDA, also with ``--device cpu``, so that the same ways run."""
     return Problem(layer.structure, True, "torch", "cuda", dtype, choice.bucket(tokens), torch.get_num_threads(), train)
 
 
@@ -245,7 +245,7 @@ def results(run: Run) -> None:
 
 
 def check(run: Run, layer: StructuredLinear, tokens: int, dtype: str, row: dict[str, Any], compiles: bool) -> None:
-    """Rows of all ways and modes of one layer."""
+    """Add rows for all ways and modes of one layer."""
     kind = getattr(torch, dtype)
     x = normal(tokens, layer.in_features).to(run.device, kind).requires_grad_()
     gy = normal(tokens, layer.out_features, seed=1).to(run.device, kind)
@@ -299,7 +299,7 @@ def layers(run: Run) -> None:
 
 
 def times(run: Run, chain: str, shape: tuple[int, int], tokens: int, dtype: str, train: bool) -> dict[str, Any]:
-    """Seconds of a layer by each way and implementation, and what the model predicts for the ways."""
+    """Return the seconds of a layer by each way and implementation, and the predictions for the ways."""
     layer, kind = make_layer(chain, shape, dtype, run.device), getattr(torch, dtype)
     dense = nn.Linear(shape[1], shape[0], device=run.device, dtype=kind)
     x = torch.randn(tokens, shape[1], device=run.device).to(kind).requires_grad_(train)
@@ -324,7 +324,7 @@ def times(run: Run, chain: str, shape: tuple[int, int], tokens: int, dtype: str,
         name: with_backward(call, x, parameters) if train else partial(call, x)
         for name, (call, parameters) in functions.items()
     }
-    for name in list(calls):  # one that fails leaves the others
+    for name in list(calls):  # a failure does not affect the others
         try:
             calls[name]()
         except Exception as error:
@@ -407,15 +407,15 @@ def trainer(network: nn.Module, forward: Callable[[Tensor], Tensor], x: Tensor, 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=8.0, help="after which no row begins (8)")
+    parser.add_argument("--minutes", type=float, default=8.0, help="minutes after which no further row starts (8)")
     parser.add_argument("--out", required=True, help="a file, or a name such as gpu, in the folder of this device")
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: a rehearsal with tiny sizes")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: a test with tiny sizes")
     parser.add_argument("--backend", default="inductor", help="of torch.compile (inductor)")
     found = parser.parse_args(argv)
     if not found.minutes > 0:
         parser.error(f"--minutes must be positive, got {found.minutes}")
     if found.device == "cuda" and not torch.cuda.is_available():
-        parser.error("there is no device of CUDA; --device cpu rehearses with tiny sizes")
+        parser.error("no CUDA device is available; --device cpu runs a test with tiny sizes")
     return found
 
 

@@ -1,11 +1,12 @@
-"""The input of training: ImageNet's images a second beside timm's own loader, and CIFAR's augmentation beside kornia's.
+"""Input pipelines: images per second for ImageNet compared with timm's loader, and CIFAR's augmentation with kornia's.
 
     python benchmarks/input.py --out input
 
-Images are those of an image tree (``--images``), or photographs of ImageNet's mean size (500 x 375, JPEG) made here of
-smooth noise, which decode about as fast. Both loaders decode with Pillow, augment by the transforms of the recipe, and
-stack uint8 batches, in one process without workers (``--workers`` for more): images a second and core. timm's loader is
-``timm.data.create_loader`` with its fast collation. The two are timed in turn, within one run. kornia is optional.
+Images are those of an image tree (``--images``), or JPEG files of smooth noise with ImageNet's mean size (500 x 375),
+which decode about as fast as photographs. Both loaders decode with Pillow, apply the transforms of the recipe, and
+stack uint8 batches, in one process without workers (``--workers`` adds some). The result is the number of images per
+second and core. timm's loader is ``timm.data.create_loader`` with its fast collation. Both are timed in turn, within
+one run. kornia is optional.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ def make_tree(root: Path, number: int) -> Path:
 
 
 def images_a_second(tree: Path, workers: int, rounds: int, batch: int) -> dict[str, Any]:
-    """Of our loader and of timm's, in turn; each round has the images of several batches."""
+    """Return the images per second of our loader and of timm's, timed in turn; a round has several batches."""
     from timm.data import create_dataset, create_loader
 
     recipe = ImageRecipe()
@@ -71,12 +72,12 @@ def images_a_second(tree: Path, workers: int, rounds: int, batch: int) -> dict[s
             persistent_workers=workers > 0,
         )
         while True:
-            yield from loader.loader  # without the part on the device: uint8 images and labels
+            yield from loader.loader  # uint8 images and labels, without the part on the device
 
     timms = endless()
     for operation in (
         ImageRecipe().transform().transforms[2].ops
-    ):  # timm fails at posterize(0) with Pillow 13: mend it too
+    ):  # timm fails at posterize(0) with Pillow 13, so replace its function too
         if operation.name.startswith("Posterize"):
             import timm.data.auto_augment as auto
 
@@ -84,7 +85,7 @@ def images_a_second(tree: Path, workers: int, rounds: int, batch: int) -> dict[s
     found: dict[str, list[float]] = {"ours": [], "timm": []}
     for number in range(rounds + 1):
         for name, batches in (("ours", ours), ("timm", timms)):
-            # The time on cores, which does not run while other processes have them; workers have time of their own.
+            # CPU time, which other processes do not affect. It does not include the time of workers.
             clock = time.perf_counter if workers else time.process_time
             start = clock()
             for _ in range(4):
@@ -102,7 +103,7 @@ def images_a_second(tree: Path, workers: int, rounds: int, batch: int) -> dict[s
 
 
 def cifar_step(batch: int, rounds: int) -> dict[str, Any]:
-    """Milliseconds of the augmentation of a batch: ours, and kornia's crop, flip and normalisation."""
+    """Return the milliseconds of the augmentation of a batch: ours, and crop, flip and normalisation by kornia."""
     images = torch.randint(0, 256, (batch, 3, 32, 32), dtype=torch.uint8)
     labels = torch.randint(0, 10, (batch,))
     mean, std = (0.5,) * 3, (0.25,) * 3

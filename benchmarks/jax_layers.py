@@ -4,16 +4,16 @@
     XLA_FLAGS="--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1" python benchmarks/jax_layers.py
     python benchmarks/jax_layers.py --sizes 1024 4096 --tokens 1024 16384 --dtype bfloat16
 
-In each row all implementations are timed in turn, and medians of the ratios of each round are reported: the speed-up
-over the dense product and the efficiency, which is the speed-up divided by the ratio of MACs, dense to structured. With
-them stands how many transposed arrays XLA writes in the compiled program (its `transpose` operations that are not
-layouts alone), forward and forward+backward: each is a pass over an activation.
+In each row all implementations are timed in turn. The result has medians over rounds of the speed-up over the dense
+product and of the efficiency, which is the speed-up divided by the ratio of MACs, dense to structured. It also has the
+number of transposed arrays that the compiled program writes, forward and forward+backward (its `transpose` operations
+that do not only change a layout). Each is a pass over an activation.
 
-- `structlin`: what the flax layer runs, on a CPU the way that is chosen, which the result names (STRUCTLIN_EXECUTION);
-- `products`: what it runs elsewhere: single products, with the tokens innermost between them;
-- `einsum`: one `jnp.einsum` for each step, with the tokens in front, as the chain is written;
-- `dot_general`: the same products in the order in which `lax.dot_general` leaves its results, and one transposition
-  at the end.
+- `structlin`: the flax layer, on a CPU by the chosen way, which the result names (STRUCTLIN_EXECUTION);
+- `products`: the flax layer by single products, with tokens as the last axis between them;
+- `einsum`: one `jnp.einsum` for each step, with tokens as the first axis;
+- `dot_general`: the same products in the order of axes of the results of `lax.dot_general`, and one transposition at
+  the end.
 """
 
 from __future__ import annotations
@@ -115,9 +115,9 @@ def with_backward(contraction: Contraction) -> Contraction:
 
 
 def transposes(program: str) -> int:
-    """Arrays that a compiled program writes in another order than it reads them.
+    """Return the number of arrays that a compiled program writes in another order than it reads them.
 
-    A `transpose` that only renames the axes of a layout is a bitcast, and XLA's text calls it so.
+    XLA's text calls a `transpose` that only renames the axes of a layout a bitcast, so it is not counted.
     """
     return len(re.findall(r" transpose\(", program))
 
@@ -160,7 +160,7 @@ def measure(label: str, size: int, tokens: int, dtype: str, repeats: int) -> dic
 
 
 def table(rows: Sequence[Mapping[str, object]]) -> str:
-    """Efficiency forward / forward+backward, and transposes in brackets."""
+    """Format the efficiency forward / forward+backward, with transposes in brackets."""
     lines = [["structure", "size", "tokens", "MAC ratio", *IMPLEMENTATIONS]]
     for row in rows:
         cells = []
@@ -186,7 +186,7 @@ def main() -> None:
     parser.add_argument("--tokens", nargs="+", type=int, default=[1024])
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--repeats", type=int, default=11)
-    parser.add_argument("--keep-memory", action="store_true", help="let the process keep the memory that it frees")
+    parser.add_argument("--keep-memory", action="store_true", help="make the process keep the memory that it frees")
     parser.add_argument("--out", metavar="NAME", help="the JSON file to write, or its name in results/")
     arguments = parser.parse_args()
     flags, devices = os.environ.get("XLA_FLAGS", ""), [device.platform for device in jax.devices()]

@@ -4,18 +4,18 @@
     python benchmarks/layers.py --sizes 1024 2304 --tokens 1 8 32 1024 --dtype bfloat16 --threads 2 --ways
     python benchmarks/layers.py --device cuda --dtype bfloat16 --sizes 4096 --ffn 4096 --out layers
 
-In each row all implementations are timed in turn, and medians of the ratios of each round are reported: the speed-up
-over `torch.nn.Linear` (an FFN: two of them), and the efficiency, which is the speed-up divided by the ratio of MACs,
-dense to structured. Memory is what one forward and backward pass allocates at its peak, parameters included, as a
-ratio to dense. Seconds and GFLOP/s (two operations for a MAC) are kept for dense only.
+In each row all implementations are timed in turn. The result has medians over rounds of the speed-up over
+`torch.nn.Linear` (two of them for an FFN) and of the efficiency, which is the speed-up divided by the ratio of MACs,
+dense to structured. Memory is the peak allocation of one forward and backward pass, with parameters, relative to dense.
+Seconds and GFLOP/s (two operations for each MAC) are stored only for dense.
 
-`--execution` is the policy of `structlin.execution` that chooses the way of each layer; with `measure` the ways
-are tuned before a row is measured. Rates and timings are kept in a temporary folder, unless STRUCTLIN_CACHE is set.
-`--ways` times each way that can run the row as well, and how many times as long the chosen one takes as the best one,
-and the one of least estimate.
+`--execution`, a policy of `structlin.execution`, determines the way that runs the layers. With `measure`, the ways are
+tuned before a row is measured. Rates and timings are stored in a temporary folder, unless STRUCTLIN_CACHE is set.
+`--ways` also times each way that can run the row, and compares the chosen way and the way with the smallest estimate
+with the fastest one.
 
-All layers have a bias. An implementation that is not there, or does not have the structure, is left out of its row, and
-the JSON says why. torch-structured and tensorly-torch are measured where they can be imported.
+All layers have a bias. An implementation that is not installed, or does not have the structure, is left out of the row,
+and the JSON file states the reason. torch-structured and tensorly-torch are measured if they are installed.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ STRUCTURES: dict[str, tuple[str, dict[str, object]]] = {
 }
 KINDS = {"forward": 1, "forward_backward": 3}  # and dense products in each
 DTYPES = ("float32", "float64", "bfloat16", "float16")
-WAY = "way:"  # in front of the name of a way that is an implementation of its own
+WAY = "way:"  # prefix of the name of a way that is measured as an implementation
 
 
 class Row:
@@ -84,7 +84,7 @@ class Row:
         return torch.compile(module, dynamic=False) if self.compiled else module
 
     def add(self, implementation: str) -> None:
-        """Build an implementation, or note why it is not there."""
+        """Build an implementation, or record why it is missing."""
         try:
             module = self._compile(build(implementation, self.layers, self.name, self.options))
         except AbsentError as error:
@@ -99,7 +99,7 @@ class Row:
         self.modules[implementation] = module
 
     def step(self, module: nn.Module) -> None:
-        """Forward and backward pass, with fresh gradients."""
+        """Run the forward and the backward pass, with new gradients."""
         self.clear(module)
         module(self.x).backward(self.gradient)
 
@@ -108,11 +108,11 @@ class Row:
         self.x.grad = None
 
     def held(self, module: nn.Module) -> int:
-        """Bytes of the parameters and of the input."""
+        """Return the bytes of the parameters and of the input."""
         return sum(t.numel() * t.element_size() for t in (*module.parameters(), self.x))
 
     def memory(self, module: nn.Module) -> int:
-        """Bytes held and allocated at the peak of a step."""
+        """Return the bytes in use at the peak of a step."""
         self.clear(module)
         most = peak_memory(lambda: self.step(module), self.device)
         self.clear(module)
@@ -165,15 +165,15 @@ class Row:
         return row
 
     def problems(self, kind: str) -> list[execution.Problem]:
-        """Return the problems that the layers of this library pose, in order."""
+        """Return the problems of the layers of this library, in order."""
         with execution.recording() as met:
             self.call(kind, self.modules["structlin"])
         return list(dict.fromkeys(met))
 
     def roofline(self, forward: Mapping[str, float]) -> dict[str, object]:
-        """Bytes that a forward pass must move, and which part of the time the slower of bytes and MACs explains.
+        """Return the bytes that a forward pass must move, and the lower bound on its time as a fraction of the time.
 
-        Bandwidth and rate are those that a copy and a square product reach on this device in this run.
+        Bandwidth and rate are those of a copy and of a square product on this device in this run.
         """
         size = self.x.element_size()
         sides = sum(self.tokens * (a + b) for a, b in pairwise(self.widths))
@@ -193,10 +193,10 @@ def able(problems: Sequence[execution.Problem]) -> list[str]:
 
 
 def choices(problems: Sequence[execution.Problem]) -> dict[str, object]:
-    """Return the way of each layer: the chosen one, that of least estimate, that of least time (None: not measured)."""
+    """Return the chosen way of each layer, that of the smallest estimate, and the fastest one (None: not measured)."""
     found: dict[str, list[str | None]] = {"taken": [], "least_estimate": [], "least_measured": []}
     for problem in problems:
-        found["taken"].append(choice.choose(problem).name)  # measures, if that is the policy
+        found["taken"].append(choice.choose(problem).name)  # measures under the policy measure
         found["least_estimate"].append(choice.candidates(problem)[0].way.name)
         timed = choice.timings(problem)
         found["least_measured"].append(min(timed, key=timed.__getitem__) if timed else None)
@@ -204,10 +204,10 @@ def choices(problems: Sequence[execution.Problem]) -> dict[str, object]:
 
 
 def against_best(times: Mapping[str, Sequence[float]], chosen: Mapping[str, object]) -> dict[str, object]:
-    """Return the fastest way, and the times of the chosen one and of the least estimate relative to it.
+    """Return the fastest way, and the relative times of the chosen way and of the way with the smallest estimate.
 
-    Where the layers of a row have different ways, the row as it runs is compared, and no ratio is known for estimates
-    that differ.
+    If the layers of a row have different ways, the whole row is compared, and the ratio for estimates that differ is
+    not known.
     """
     medians = {name: statistics.median(seconds) for name, seconds in times.items() if name.startswith(WAY)}
     if not medians:
@@ -222,7 +222,7 @@ def against_best(times: Mapping[str, Sequence[float]], chosen: Mapping[str, obje
 
 
 def table(rows: Sequence[Mapping], names: Sequence[str]) -> str:
-    """Efficiency (and speed-up) of each implementation: forward, forward + backward; memory relative to dense."""
+    """Format efficiency (and speed-up) of each implementation, forward and forward + backward, and relative memory."""
     cells = [["structure", "shape", "tokens", "MACs", "dense GFLOP/s", "way, time to best (by estimate)",
               *(f"{n} fwd | f+b | memory" for n in names)]]  # fmt: skip
     for row in rows:
@@ -256,7 +256,7 @@ def report(result: Mapping) -> str:
 
 
 def missed(rows: Sequence[Mapping], key: str, most: float = 1.05) -> str:
-    """In how many cases the way that was chosen takes at most so many times as long as the best one."""
+    """Return in how many cases the chosen way takes at most ``most`` times as long as the fastest one."""
     found = [row["ways"][kind].get(f"{key}_to_best") for row in rows for kind in KINDS]
     known = [value for value in found if value is not None]
     return f"{sum(value <= most for value in known)} of {len(known)} at most {most:g}, most {max(known, default=1):.2f}"
@@ -280,11 +280,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--compiled", action="store_true", help="all modules under torch.compile, dense ones as well"
     )  # fmt: skip
-    parser.add_argument("--keep-memory", action="store_true", help="let the process keep the memory that it frees")
-    parser.add_argument("--repeats", type=int, default=9, help="rounds; more of them for what takes little time")
+    parser.add_argument("--keep-memory", action="store_true", help="make the process keep the memory that it frees")
+    parser.add_argument("--repeats", type=int, default=9, help="rounds; fast functions are timed in more rounds")
     parser.add_argument(
         "--clock", default="wall", choices=["wall", "cpu"],
-        help="cpu: time on cores, for one thread on a machine that others use too",
+        help="cpu: CPU time, for one thread on a machine with other processes",
     )  # fmt: skip
     parser.add_argument(
         "--out", metavar="NAME", help="where to write the JSON result, after each row: a file, or a name in results/"
@@ -292,11 +292,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--plot", type=Path, metavar="FILE", help="where to draw the efficiencies")
     arguments = parser.parse_args(argv)
     if arguments.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: torch finds no CUDA device")
+        parser.error("--device cuda: no CUDA device is available")
     if arguments.clock == "cpu" and (arguments.device == "cuda" or arguments.threads > 1):
         parser.error("--clock cpu is for --device cpu with --threads 1: it adds up the time of all threads")
     if arguments.compiled and arguments.ways:
-        parser.error("--ways: a compiler does not let ways be chosen; leave out --compiled")
+        parser.error("--ways cannot be combined with --compiled, because a compiler does not use ways")
     try:
         choice.policy_of(arguments.execution)
     except ValueError as error:
@@ -310,7 +310,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     os.environ["STRUCTLIN_EXECUTION"] = arguments.execution
     names = list(dict.fromkeys(["structlin", *arguments.implementations]))
     if arguments.compiled and "einsum" in names:
-        names = [name for name in names if name != "einsum_compiled"]  # it is the same then
+        names = [name for name in names if name != "einsum_compiled"]  # all modules are compiled
     options = ("device", "dtype", "threads", "repeats", "clock", "execution", "compiled")
     setting = {option: getattr(arguments, option) for option in options}
     setting["allocator"] = "keeps freed memory" if arguments.keep_memory and keep_memory() else "default"
@@ -330,7 +330,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                     write_result(result_path(arguments.out, arguments.device), result)
     print("\n" + report(result))
     if arguments.ways:
-        print("\ntimes as long as the best way: " + missed(rows, "taken"))
+        print("\ntime relative to the fastest way: " + missed(rows, "taken"))
         print("by estimate alone: " + missed(rows, "least_estimate"))
     if arguments.plot:
         plot(result, arguments.plot)
@@ -338,5 +338,5 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
-        os.environ.setdefault("STRUCTLIN_CACHE", folder)  # what is known does not depend on what ran before
+        os.environ.setdefault("STRUCTLIN_CACHE", folder)  # results do not depend on earlier timings
         sys.exit(main())

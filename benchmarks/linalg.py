@@ -1,22 +1,22 @@
-"""Products, solutions and determinants of structured matrices, beside dense LAPACK and other libraries, on a CPU.
+"""Products, solutions and determinants of structured matrices, compared with dense LAPACK and other libraries on a CPU.
 
     python benchmarks/linalg.py --out linalg
 
-Measured in one run by interleaved repeats, in random order, calls below 50 ms each after one that does not count;
-reported are medians and ratios of medians (above 1: this library is faster). With one thread, the default, time is that
-of the processor, which other programs on the machine do not add to. ``matmat`` is A X for an X with some columns and an
-operator at hand. ``solve`` is A^-1 X, and ``logdet`` the logarithm of |det A|, from the arrays to the result, so that
-what a library remembers of an operator does not count.
+All calls run in one process by interleaved repeats in random order. Calls below 50 ms are timed after one untimed call.
+The result has medians and ratios of medians (above 1: this library is faster). With one thread, the default, times are
+CPU times, which other programs do not affect. ``matmat`` is A X for several columns and an existing operator. ``solve``
+is A^-1 X, and ``logdet`` the logarithm of |det A|, from the arrays to the result, so caches of an operator have no
+effect.
 
-``likelihood`` is ``x^T A^-1 x + log det A`` for one x with its gradient with respect to all arrays, on torch, of the
-matrices that are positive: what a Gaussian process is trained by (GPyTorch computes it by linear_operator).
+``likelihood`` is ``x^T A^-1 x + log det A`` for one x, with its gradient with respect to all arrays, on torch, for
+positive matrices. It is the loss of a Gaussian process (GPyTorch computes it by linear_operator).
 
-- dense: torch's LAPACK in the same dtype, Cholesky where the matrix is symmetric and positive (all but Monarch and
-  Block Tensor-Train), else LU. Left out above ``--dense-limit`` rows: at 16384 one LU takes minutes.
-- linear_operator: the same matrix from its own classes. It has none that solves with a product of two block-diagonal
-  matrices. Above 800 rows it solves what has no closed form by conjugate gradients, and estimates determinants.
-- lineax: has none of these structures: a function and conjugate gradients to a residual of 1e-8 (1e-5 in float32),
-  under jit, beside this library under jit on jax. It has no determinants.
+- dense: torch's LAPACK in the same dtype, by Cholesky if the matrix is symmetric and positive (all but Monarch and
+  Block Tensor-Train), otherwise by LU. Left out above ``--dense-limit`` rows: at 16384 rows one LU takes minutes.
+- linear_operator: the same matrix from its own classes. It has no class that solves with a product of block-diagonal
+  matrices. Above 800 rows it uses conjugate gradients if there is no closed form, and estimates determinants.
+- lineax: it has none of these structures, so it uses a function and conjugate gradients to a residual of 1e-8 (1e-5 in
+  float32), under jit. It is compared with this library under jit on jax. It has no determinants.
 - scipy: ``solve_circulant`` and ``solve_toeplitz``.
 
 A peer that is not installed is reported as absent. ``error`` is the relative error against the formula in NumPy.
@@ -53,16 +53,16 @@ LABELS = {
 OPERATIONS = tuple(LABELS)
 NOISE = 0.1
 TOEPLITZ_RATIO = 0.6
-INNER = 8  # repeats of what is fast for each repeat of what is dense
-SECONDS = 5.0  # after which a comparison is not repeated more than three times
+INNER = 8  # repeats of structured functions for each repeat of a dense one
+SECONDS = 5.0  # a comparison that takes longer is repeated at most three times
 
 
 @dataclass(frozen=True)
 class Case:
-    """One matrix: ``arrays`` in NumPy, the operator that they make here, and how others write it (None: not at all).
+    """One matrix: ``arrays`` in NumPy, the operator of this library, and those of others (None: not supported).
 
     ``linear_operator`` takes the module and torch tensors; ``function``, for lineax, the jax arrays and a vector.
-    ``product`` says that linear_operator writes it as a product, which it only multiplies with.
+    ``product``: linear_operator represents the matrix as a product, and supports only multiplication with it.
     """
 
     name: str
@@ -75,18 +75,18 @@ class Case:
 
 
 def positive(rng: np.random.Generator, *shape: int) -> np.ndarray:
-    """Symmetric positive definite matrices of condition number 10 or so, with determinants near 1."""
+    """Return symmetric positive definite matrices of condition number about 10, with determinants near 1."""
     x = rng.standard_normal((*shape, shape[-1])) / math.sqrt(shape[-1])
     return x @ x.swapaxes(-1, -2) + 0.5 * np.eye(shape[-1])
 
 
 def regular(rng: np.random.Generator, *shape: int) -> np.ndarray:
-    """Matrices near the identity that are not symmetric."""
+    """Return matrices near the identity that are not symmetric."""
     return rng.standard_normal((*shape, shape[-1])) / (2 * math.sqrt(shape[-1])) + np.eye(shape[-1])
 
 
 def even(n: int, number: int) -> tuple[int, ...]:
-    """n, a power of 2, as a product of powers of 2 that differ little."""
+    """Return factors of n, a power of 2, that are nearly equal powers of 2."""
     exponent = n.bit_length() - 1
     if 1 << exponent != n or exponent < number:
         raise ValueError(f"sizes are powers of 2, at least {1 << number}, got {n}")
@@ -176,7 +176,7 @@ def circulant(n: int, rng: np.random.Generator) -> Case:
 
 
 def toeplitz(n: int, rng: np.random.Generator) -> Case:
-    """Of Kac, Murdock and Szego: correlations ``0.6^|i - j|``, whose inverse has three diagonals."""
+    """Build the matrix of Kac, Murdock and Szego, ``0.6^|i - j|``, whose inverse is tridiagonal."""
     column = TOEPLITZ_RATIO ** np.arange(n)
 
     def function(c: Any, x: Any) -> Any:
@@ -333,7 +333,7 @@ def with_scipy(case: Case, X: np.ndarray, dtype: str) -> dict[str, Callable[[], 
 
 
 def under_jit(case: Case, X: np.ndarray, dtype: str) -> tuple[dict[str, Callable], dict[str, Callable]]:
-    """(lineax, this library), both on jax."""
+    """Return the functions of lineax and of this library, both on jax."""
     import jax
     import lineax
 
@@ -370,7 +370,7 @@ def under_jit(case: Case, X: np.ndarray, dtype: str) -> tuple[dict[str, Callable
 
 
 def truths(case: Case, X: np.ndarray) -> dict[str, Any]:
-    """From the formulas, in float64: the product by parts; log-determinants by sums over parts, where cheap."""
+    """Return reference results by formulas in float64; log-determinants only if they are cheap."""
     A = case.make(*case.arrays)
     found = {"matmat": A @ X}
     if case.name == "toeplitz":
@@ -401,12 +401,12 @@ def truths(case: Case, X: np.ndarray) -> dict[str, Any]:
 
 
 def steady(functions: dict[str, Callable[[], Any]], repeats: int, clock: Callable[[], float]) -> dict[str, float]:
-    """Median seconds of each, called in turn, in a random order; fewer repeats where they would take long."""
+    """Return the median seconds of each function, called in turn in a random order; slow functions run less often."""
     times: dict[str, list[float]] = {name: [] for name in functions}
     order, begin = np.random.default_rng(0), time.perf_counter()
     for repeat in range(repeats):
         for name in order.permutation(list(functions)):
-            if not repeat or min(times[name]) < 0.05:  # what is fast depends on what ran before it
+            if not repeat or min(times[name]) < 0.05:  # an untimed call before a fast one
                 functions[name]()
             start = clock()
             functions[name]()
@@ -444,7 +444,7 @@ def measure(
             continue
         row["error"] = {k: error_of(f(), wanted[operation]) for k, f in fast.items()}
         seconds = {}
-        for kinds in (("ours", "linear_operator", "scipy"), ("ours_jit", "lineax")):  # those that are compared
+        for kinds in (("ours", "linear_operator", "scipy"), ("ours_jit", "lineax")):  # pairs to compare
             seconds |= steady({k: fast[k] for k in kinds if k in fast}, arguments.repeats * INNER, clock)
         row["microseconds"] = {k: round(s * 1e6, 1) for k, s in seconds.items()}
         ratios = {k: seconds[k] / seconds["ours"] for k in ("linear_operator", "scipy") if k in seconds}
@@ -461,7 +461,7 @@ def measure(
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """Our microseconds, and how many times as long the others take; in brackets errors above 1e-3."""
+    """Format our microseconds and the relative times of the others, with errors above 1e-3 in brackets."""
     head = ("structure", "n", "columns", "operation", "µs", "dense LAPACK", *(peer.replace("_", " ") for peer in PEERS))
     cells = [head]
     for row in rows:
@@ -525,7 +525,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    # Before jax starts: one thread for all.
+    # Set before jax starts: one thread for all libraries.
     flags = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
     os.environ.setdefault("XLA_FLAGS", flags)
     main()

@@ -2,9 +2,9 @@
 
     python benchmarks/make_embedded.py SRC_FOLDER OUT_FILE
 
-SRC_FOLDER holds the four idx.gz files, as from https://github.com/zalandoresearch/fashion-mnist or from the Debian
-package ``dataset-fashion-mnist``. The result is the same to the byte wherever zlib compresses alike, and the same in
-content everywhere.
+SRC_FOLDER contains the four idx.gz files of https://github.com/zalandoresearch/fashion-mnist or of the Debian package
+``dataset-fashion-mnist``. The content of the result is always the same; its bytes are the same for the same version of
+zlib.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def read_idx(raw: bytes) -> np.ndarray:
     Raises
     ------
     ValueError
-        another type, or a size that differs from the header's.
+        If the type is another one, or the size differs from that in the header.
 
     Examples
     --------
@@ -79,9 +79,9 @@ def build(source: Path, out: Path) -> str:
     Raises
     ------
     FileNotFoundError
-        a file is missing.
+        If a file is missing.
     ValueError
-        a file is not the published one.
+        If a file is not the published one.
     """
     arrays = {}
     for split, prefix in (("train", "train"), ("test", "t10k")):

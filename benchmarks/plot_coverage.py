@@ -1,4 +1,4 @@
-"""Draw how often intervals hold, from benchmarks/results/coverage.json.
+"""Draw the coverage of intervals, from benchmarks/results/coverage.json.
 
 python benchmarks/plot_coverage.py --out docs/images/coverage.png
 """

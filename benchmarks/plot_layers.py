@@ -1,4 +1,4 @@
-"""Draw a result of layers.py: how much of the saved MACs is saved time, row by row.
+"""Draw a result of layers.py: the efficiency of each row.
 
 python benchmarks/plot_layers.py benchmarks/results/PROCESSOR/layers.json layers.png
 """
@@ -36,20 +36,20 @@ def others(row: Mapping) -> dict[str, Mapping[str, float]]:
 
 
 def dense_rate(row: Mapping, kind: str) -> float:
-    """GFLOP/s of the dense layers of a row."""
+    """Return the GFLOP/s of the dense layers of a row."""
     macs = sum(a * b for a, b in pairwise(row["widths"]))
     return 2e-9 * PRODUCTS[kind] * macs * row["tokens"] / row["dense"][f"{kind}_seconds"]
 
 
 def rates(result: Mapping) -> str:
-    """Least and most GFLOP/s of dense layers in a result."""
+    """Return the range of the GFLOP/s of dense layers in a result."""
     found = sorted(dense_rate(row, kind) for row in result["rows"] for kind in TITLES)
     low, high = (f"{rate:.3g}" for rate in (found[0], found[-1]))
     return f"{low} GFLOP/s" if low == high else f"{low} to {high} GFLOP/s"
 
 
 def panel(axes: Axes, placed: list[tuple[float, Mapping]], kind: str) -> None:
-    """One point for each row and implementation, and a line from where it would be as fast as dense."""
+    """Draw a point for each row and implementation, and a line from the point at which it is as fast as dense."""
     for y, row in placed:
         parity, here = 1 / row["mac_ratio"], row["implementations"]["structlin"][f"{kind}_efficiency"]
         axes.plot([parity, here], [y, y], color="0.75", linewidth=1.2, zorder=1)
@@ -68,7 +68,7 @@ def panel(axes: Axes, placed: list[tuple[float, Mapping]], kind: str) -> None:
 
 
 def figure_of(result: Mapping) -> Figure:
-    """Efficiency of the layers here and of the best other implementation, forward and with the backward pass."""
+    """Draw the efficiency of this library and of the best other one, forward and with the backward pass."""
     placed: list[tuple[float, Mapping]] = []
     heads: list[tuple[float, str]] = []
     dense: list[tuple[float, list[Mapping]]] = []

@@ -1,4 +1,4 @@
-"""Draw a result of linalg.py: how many times as long as structlin the other libraries take.
+"""Draw a result of linalg.py: the times of other libraries relative to structlin.
 
 python benchmarks/plot_linalg.py benchmarks/results/PROCESSOR/linalg.json linalg.png
 """
@@ -27,7 +27,7 @@ TITLES = {
     "logdet": "log-determinant",
     "likelihood": "likelihood and gradient",
 }
-LARGEST_ERROR = 1e-3  # results of a larger relative error are no competitors
+LARGEST_ERROR = 1e-3  # results with a larger relative error are left out
 
 
 def plot(result: Mapping[str, Any], path: Path) -> None:

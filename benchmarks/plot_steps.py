@@ -21,7 +21,7 @@ KINDS = {"step": "training step", "inference": "inference"}
 
 
 def models(figure: Figure, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Bars of time per MAC, with passes over blocks of layers and layer after layer."""
+    """Draw bars of the time per MAC, with passes over blocks of layers and layer after layer."""
     axes = figure.subplots(1, len(KINDS), sharey=True)
     for panel, (kind, title) in zip(axes, KINDS.items(), strict=True):
         for place, row in enumerate(rows):
@@ -38,7 +38,7 @@ def models(figure: Figure, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def layers(figure: Figure, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Speed-up over nn.Linear for few tokens, and a mark where all saved MACs would be saved time."""
+    """Draw the speed-up over nn.Linear for few tokens, and a mark at the ratio of MACs."""
     axes = figure.subplots()
     for place, row in enumerate(rows):
         axes.bar(place, row["speed_up"], 0.7, color=OURS)

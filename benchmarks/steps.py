@@ -5,18 +5,18 @@
     python benchmarks/steps.py --latency --out steps-latency
 
 A step is the forward pass, the loss, the backward pass and AdamW. Each structured model is timed in turns with a dense
-one of about the same MACs, which is narrower, and with one of the same width. Reported are, as medians of the ratios of
-each round,
+model of about the same MACs, which is narrower, and with one of the same width. The result has, as medians of the
+ratios of each round,
 
 - the time per MAC relative to the dense model of equal MACs: 1 means that saved MACs are saved time;
 - the speed-up over the dense model of equal width;
-- the same with each layer run on its own (the policy `-block`), for what passes over whole blocks save;
-- GFLOP/s (two operations for a MAC, three forward passes for a step) beside those of one large dense product, and
-  the memory that a step allocates at its peak, relative to the dense model of equal width.
+- the same with each layer run separately (the policy `-block`), which shows the gain of passes over whole blocks;
+- GFLOP/s (two operations for each MAC, three forward passes for a step) and those of one large dense product, and the
+  peak memory of a step relative to the dense model of equal width.
 
-Peak memory is without parameters and the state of AdamW. MACs are those that structlin counts, attention included.
-`llama` is a model of transformers and needs it installed. `--latency` times single layers for a few tokens instead.
-`--both-allocators` times everything again after the C library was told to keep the memory that is freed.
+Peak memory does not include parameters and the state of AdamW. MACs are those that structlin counts, attention
+included. `llama` is a model of transformers, which must be installed. `--latency` times single layers for a few tokens
+instead. `--both-allocators` times everything again with a C library that keeps freed memory.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ KINDS = ("step", "inference")
 
 @dataclass(frozen=True)
 class Case:
-    """A model: how it is made of a width and a structure, the widths, and its input and target."""
+    """A model: a function of width and structure that builds it, the widths, and its input and target."""
 
     make: Callable[[int, StructureConfig], nn.Module]
     width: int
@@ -138,7 +138,7 @@ def answerer(model: nn.Module, x: Tensor, compiled: bool) -> Callable[[], object
 
 
 def measure(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
-    """One model: all kinds, structured, dense of equal MACs and of equal width, in turns."""
+    """Measure one model in turns: structured, dense of equal MACs, and dense of equal width."""
     case, dtype = CASES[name], getattr(torch, arguments.dtype)
     torch.manual_seed(0)
     torch._dynamo.reset()
@@ -163,7 +163,7 @@ def measure(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
             for label, model in models.items()
         }  # fmt: skip
         contexts: dict[str, Callable[[], Any]] = dict.fromkeys(calls, nullcontext)
-        if not arguments.compiled:  # a compiler takes layer after layer anyway
+        if not arguments.compiled:  # a compiled model always runs layer after layer
             calls["separate"] = calls["structured"]
             contexts["separate"] = partial(execution.using, f"{arguments.execution},-block")
         around = [contexts[label] for label in calls]
@@ -203,7 +203,7 @@ def compared(times: Mapping[str, Sequence[float]], macs: Mapping[str, int], pass
 
 
 def peak_rate(dtype: torch.dtype) -> float:
-    """GFLOP/s of a dense product of 2048 x 2048 matrices: what this machine reaches."""
+    """Return the GFLOP/s of a dense product of 2048 x 2048 matrices on this machine."""
     a, b = (torch.randn(2048, 2048).to(dtype) for _ in range(2))
     (seconds,) = timings([lambda: a @ b], 5)
     return 2e-9 * 2048**3 / min(seconds)
@@ -275,7 +275,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--compiled", action="store_true", help="all models under torch.compile")
     parser.add_argument("--execution", default="compare", metavar="POLICY", help="compare, estimate, measure, ways")
     parser.add_argument("--repeats", type=int, default=5, help="rounds")
-    parser.add_argument("--clock", default="wall", choices=["wall", "cpu"], help="cpu: time on cores, for one thread")
+    parser.add_argument("--clock", default="wall", choices=["wall", "cpu"], help="cpu: CPU time, for one thread")
     parser.add_argument("--both-allocators", action="store_true", help="again with freed memory kept")
     parser.add_argument("--latency", action="store_true", help="single layers for a few tokens")
     parser.add_argument("--sizes", type=int, nargs="+", default=[1024, 4096], help="with --latency")
@@ -335,5 +335,5 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
-        os.environ.setdefault("STRUCTLIN_CACHE", folder)  # what is known does not depend on what ran before
+        os.environ.setdefault("STRUCTLIN_CACHE", folder)  # results do not depend on earlier timings
         sys.exit(main())

@@ -1,11 +1,11 @@
-"""The table of docs/linalg.md: which structure answers which question itself.
+"""The table of docs/linalg.md: the closed forms of each structure.
 
     python docs/algebra_table.py --write
 
-Every optional method of :class:`structlin.structure.AbstractStructure` is asked, on one example of each structure:
-"closed" where it answers, "checked" where its answer is a formula whose every use is verified, "singular" where it
-says that there is none, and "-" where it does not know, so that :mod:`structlin.linalg` goes to the dense matrix or
-iterates.
+The script calls every optional method of :class:`structlin.structure.AbstractStructure` on one example of each
+structure. The entry is "closed" if the method returns an answer, "checked" if every use of its formula is verified,
+"singular" if the matrix has no inverse, and "-" if it returns None. Then :mod:`structlin.linalg` uses the dense matrix
+or an iteration.
 """
 
 from __future__ import annotations

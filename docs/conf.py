@@ -7,10 +7,10 @@ from pathlib import Path
 import structlin
 
 sys.path.insert(0, str(Path(__file__).parent / "_extensions"))
-# Repairs the import of torchvision where its operators are missing, without which transformers cannot be imported.
+# Makes torchvision importable if its compiled operators are missing, because transformers imports it.
 _file = Path(__file__).parents[1] / "tests" / "child_processes" / "sitecustomize.py"
 _spec = spec_from_file_location("torchvision_repair", _file)
-sys.modules["torchvision_repair"] = _repair = module_from_spec(_spec)  # what it registers lives as long as it does
+sys.modules["torchvision_repair"] = _repair = module_from_spec(_spec)  # keeps alive what it registers
 _spec.loader.exec_module(_repair)
 
 project = "structlin"

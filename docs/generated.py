@@ -1,4 +1,4 @@
-"""Parts of the pages that scripts write: what stands between two marks."""
+"""Parts of pages that scripts write, between two marks."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ class Generated:
     Attributes
     ----------
     script
-        The file that writes it, ``__file__`` there.
+        Path of the script, its ``__file__``.
     page
-        Name of the page, in docs/.
+        Name of the page in docs/.
     make
-        Returns the text.
+        Function that returns the text.
     """
 
     script: str
@@ -28,11 +28,11 @@ class Generated:
 
     @property
     def document(self) -> Path:
-        """The page."""
+        """Path of the page."""
         return Path(self.script).parent / self.page
 
     def _parts(self) -> tuple[str, str, str]:
-        """Return what stands before, between and after the marks, which belong to the outer parts."""
+        """Return the text before, between and after the marks; the outer parts contain the marks."""
         text = self.document.read_text(encoding="utf-8")
         begin, end = f"<!-- made by docs/{Path(self.script).name} -->", "<!-- end -->"
         before, _, rest = text.partition(begin)
@@ -43,11 +43,11 @@ class Generated:
 
     @property
     def recorded(self) -> str:
-        """The text that the page has."""
+        """Text of the part in the page."""
         return self._parts()[1]
 
     def main(self, description: str | None) -> None:
-        """Print the text, or with ``--write`` put it into the page."""
+        """Print the text, or write it to the page with ``--write``."""
         parser = argparse.ArgumentParser(
             description=description, formatter_class=argparse.RawDescriptionHelpFormatter
         )  # fmt: skip

@@ -1,4 +1,4 @@
-"""The table of docs/gpu.md of what Triton makes of the kernels, for devices that need not be there. Needs Triton.
+"""The table of compiled kernels in docs/gpu.md. It needs Triton, but no device.
 
 python docs/gpu_kernels.py --write
 """
@@ -43,7 +43,7 @@ _COUNTED = ("HMMA", "HGMMA", "UTCHMMA", "LDGSTS", "UTMALDG", "LDG.E.128", "STL",
 
 @dataclass(frozen=True)
 class Compiled:
-    """What a kernel needs, and how many instructions of some kinds its program has."""
+    """Resources of a kernel, and numbers of some instructions in its program."""
 
     registers: int
     stack: int
@@ -57,7 +57,7 @@ class Compiled:
 
     @property
     def asynchronous(self) -> int:
-        """Copies from memory to shared memory that no thread waits for."""
+        """Number of asynchronous copies from memory to shared memory."""
         return self.instructions["LDGSTS"] + self.instructions["UTMALDG"]
 
     @property
@@ -67,7 +67,7 @@ class Compiled:
 
 def compiled(name: str, size: int, options: dict[str, Any], tokens: int, capability: tuple[int, int],
              dtype: str = "bf16") -> Compiled | None:  # fmt: skip
-    """Compile a kernel for a square chain with a bias; return None where no tile fits."""
+    """Compile a kernel for a square chain with a bias; return None if no tile fits."""
     form = fused.form_of(structlin.design(name, (size, size), **options))
     assert form is not None
     limit = fused.SHARED.get(capability, fused.LEAST_SHARED)

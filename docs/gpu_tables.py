@@ -20,7 +20,7 @@ from structlin.execution.traffic import ceiling, fastest, predict
 
 DOCUMENT = Path(__file__).parent / "gpu.md"
 D, TOKENS, DTYPE = 4096, 65536, "bfloat16"
-GRAPH = 1.5e-6  # seconds from one kernel to the next in a CUDA graph; assumed, as the other constants
+GRAPH = 1.5e-6  # assumed seconds from one kernel to the next in a CUDA graph
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "BTT 1": ("block_tensor_train", {"rank": 1}),
     "BTT 2": ("block_tensor_train", {"rank": 2}),
@@ -37,7 +37,7 @@ def problem(name: str, options: dict[str, Any], train: bool = False) -> Problem:
 
 
 def ways() -> list[Sequence[str]]:
-    """Of each structure and way: kernels, bytes of a token, and the efficiency eagerly and in a graph, on an H100."""
+    """Return kernels, bytes per token, and efficiency, eager and in a graph, of each structure and way on an H100."""
     eager = DEVICES["h100"]
     graph = replace(eager, launch=GRAPH)
     rows: list[Sequence[str]] = [
@@ -63,7 +63,7 @@ def ways() -> list[Sequence[str]]:
 
 
 def devices() -> list[Sequence[str]]:
-    """Milliseconds of a training step of a layer by its fastest way, and how many times those of a dense one."""
+    """Return the milliseconds of a training step of a layer by its fastest way, and the ratio to a dense layer."""
     rows: list[Sequence[str]] = [("structure", *(device.name.removeprefix("NVIDIA ") for device in DEVICES.values()))]
     dense = {key: fastest(problem("dense", {}, True), device)[1].seconds for key, device in DEVICES.items()}
     rows.append(("dense", *(f"{1e3 * seconds:.1f}" for seconds in dense.values())))
@@ -77,7 +77,7 @@ def devices() -> list[Sequence[str]]:
 
 
 def kernels() -> list[Sequence[str]]:
-    """Microseconds, and KB of L2 a token, of the ways and the kernels in Triton for few and many tokens, on an H100."""
+    """Return microseconds and KB of L2 per token of the ways and the kernels in Triton, for few and many tokens."""
     rows: list[Sequence[str]] = [("structure", "d", "tokens", "`strided`", "`strided-l2`", "`fused`")]
     for label in ("BTT 1", "BTT 2", "BTT 4", "Monarch 16"):
         name, options = CASES[label]
@@ -105,7 +105,7 @@ def markdown(rows: list[Sequence[str]]) -> str:
 
 
 def written(text: str) -> str:
-    """Return the document with its tables computed anew."""
+    """Return the document with new tables."""
     for name, rows in TABLES.items():
         begin, end = (
             f"<!-- made by docs/gpu_tables.py: {name} -->",

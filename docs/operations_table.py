@@ -2,7 +2,7 @@
 
     python docs/operations_table.py --write
 
-Each operation in the registries of the installed torch and jax stands in one list.
+Each operation in the registries of the installed torch and jax is in one list.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def primitives() -> list[str]:
     """Return the names of the primitives that jax can lower or differentiate."""
     from jax.experimental import sparse
 
-    assert sparse is not None  # its import makes its primitives
+    assert sparse is not None  # the import registers its primitives
     found = [*mlir._lowerings, *(p for rules in mlir._platform_specific_lowerings.values() for p in rules)]
     return sorted({p.name for p in (*found, *ad.primitive_jvps)})
 

@@ -6,7 +6,7 @@
 - ``einsum-space``: rank, compute and weight sharing of two-factor einsums, and where the named structures lie;
 - ``packages``: the layers of the packages, from the import rules in setup.cfg.
 
-The build of the documentation calls the same functions (``{picture} NAME``), so that no picture is out of date.
+The build of the documentation calls the same functions (``{picture} NAME``), so the pictures are always up to date.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ NAMED = {
 def measured() -> dict[tuple[str, str], list[dict[str, Any]]]:
     """Return the rows of square layers on one thread with 1024 tokens, by processor and dtype.
 
-    Where several files hold the same row, the one that was measured with tuned ways (``layers-ways``) is taken.
+    If several files have the same row, the row is that of tuned ways (``layers-ways``).
     """
     found: dict[tuple[str, str], dict[tuple[str, int], dict[str, Any]]] = {}
     for path in sorted(RESULTS.glob("*/layers*.json"), key=lambda path: ("ways" in path.stem, path)):
@@ -63,15 +63,16 @@ def measured() -> dict[tuple[str, str], list[dict[str, Any]]]:
 
 
 def processor_of(result: dict[str, Any]) -> str:
-    """Return the name of a processor, with family and model where the result has them."""
+    """Return the name of a processor with family and model; results of early versions do not have these."""
     machine = result["machine"]
     processor = machine.get("processor") or {"name": machine["cpu"]}
-    details = [f"{key} {processor[key]}" for key in ("family", "model") if key in processor]
-    return processor["name"] + (f" ({', '.join(details)})" if details else "")
+    if "model" not in processor:
+        return f"{processor['name']}, model not recorded"
+    return f"{processor['name']} (family {processor['family']}, model {processor['model']})"
 
 
 def dense_rates(rows: list[dict[str, Any]], kind: str) -> str:
-    """Return the range of the rates at which the dense layers of some rows ran, two operations for each MAC."""
+    """Return the range of the rates of the dense layers of some rows, with two operations for each MAC."""
     products = 3 if kind == "forward_backward" else 1
     rates = [
         2 * products * row["widths"][0] * row["widths"][1] * row["tokens"] / row["dense"][f"{kind}_seconds"] / 1e9
@@ -84,7 +85,7 @@ def dense_rates(rows: list[dict[str, Any]], kind: str) -> str:
 def efficiency(path: Path) -> None:
     """Draw efficiency against width: a row for each processor and dtype, a line for each structure.
 
-    Results of a single width are left out: the plots of the results show them.
+    Results with a single width are left out; the plots of the results show them.
     """
     panels = {key: rows for key, rows in measured().items() if len({row["widths"][0] for row in rows}) > 1}
     names = sorted({row["structure"] for rows in panels.values() for row in rows}, key=order)
@@ -182,7 +183,7 @@ def einsum_space(path: Path) -> None:
 
 
 def mark(axes: Axes, name: str, x: float, y: float) -> None:
-    """Mark a named structure and write its name beside it."""
+    """Mark a named structure and write its name next to it."""
     label, colour, marker = style(name)
     if name in ("low_rank",):
         label += r", $r = \sqrt{d}$"
@@ -220,7 +221,7 @@ def packages(path: Path) -> None:
         axes.set_ylim(tallest - max(len(v) for _, v in stacks.values()) + 0.4, tallest + 0.6)
         axes.set_axis_off()
     figure.supxlabel(
-        "A module may import modules of the layers below its own. structlin imports nothing of structlin_nn.",
+        "A module may import modules of lower layers. structlin does not import structlin_nn.",
         fontsize=9,
     )
     save(figure, path)
@@ -247,7 +248,7 @@ PICTURES: dict[str, tuple[Callable[[Path], None], str]] = {
     "einsum-space": (einsum_space, "Compute exponent against rank exponent of two-factor einsums"),
     "packages": (packages, "The modules of the packages in layers"),
 }
-"""By name: the function that draws a picture, and what it shows, for readers who do not see it."""
+"""By name: the function that draws a picture, and its alternative text."""
 
 
 if __name__ == "__main__":

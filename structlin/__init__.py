@@ -1,9 +1,9 @@
-"""Structured matrices that compose, count and train.
+"""Structured matrices for linear algebra and for neural networks.
 
-Every structure is an operator of shape (d_out, d_in) over NumPy, torch or jax arrays (:mod:`structlin.structures`),
-built on an ordered chain of einsums (:class:`Structure`) from which parameters, multiply-accumulates, transpose and
-the muP spectral scale are derived. ``cola.inv``, ``logdet``, ``diag`` and the rest of CoLA's linear algebra use the
-structure of these operators (:mod:`structlin.linalg`); other libraries meet them in :mod:`structlin.interop`.
+A structured matrix is an operator of shape (d_out, d_in) on NumPy, torch or jax arrays (:mod:`structlin.structures`).
+It is defined by an ordered chain of einsums (:class:`Structure`), from which parameters, multiply-accumulates,
+transpose and the spectral scale are derived. The functions of :mod:`structlin.linalg` and CoLA (``cola.inv``,
+``logdet``, ``diag``) use the structure. :mod:`structlin.interop` converts operators to and from other libraries.
 """
 
 __version__ = "0.1.0"

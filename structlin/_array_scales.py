@@ -1,7 +1,8 @@
 """The spectral-scale rule for the arrays of a composite: sums, products, Kronecker products, blocks of operators.
 
-Each array gets what :mod:`structlin.scale` gives a factor, with its own fans, and what the composite adds: through how
-many arrays in turn an update reaches the output, and at how many positions of an intermediate vector it acts.
+The rule of :mod:`structlin.scale` for a factor applies to each array with the fans of that array. The composite
+contributes two numbers: how many arrays an update passes through on the way to the output, and at how many positions of
+an intermediate vector the array acts.
 """
 
 from __future__ import annotations
@@ -23,7 +24,17 @@ __all__ = ["ArrayScale", "array_scales"]
 
 
 class ArrayScale(NamedTuple):
-    """One array of a composite: the deviation at which to draw it, and the multiplier of its learning rate."""
+    """One array of a composite, with its scale.
+
+    Attributes
+    ----------
+    array
+        The array itself.
+    init_std
+        Standard deviation with which to initialise it.
+    lr_multiplier
+        Multiplier of its learning rate.
+    """
 
     array: Array
     init_std: float
@@ -34,8 +45,8 @@ class ArrayScale(NamedTuple):
 class _Leaf:
     """An array with its fans.
 
-    ``positions`` is the number of vectors of fan_out numbers that it and its neighbours put side by side in an
-    intermediate vector: the blocks and carried positions of a factor.
+    ``positions``: number of vectors of length fan_out in the intermediate vector that contains its output. For a
+    factor these are its blocks times its carried positions.
     """
 
     array: Array
@@ -47,25 +58,33 @@ class _Leaf:
 def array_scales(
     A: LinearOperator, *, optimizer: str = "adam", base_d_in: int | None = None, base_d_out: int | None = None
 ) -> tuple[ArrayScale, ...]:
-    """Deviation and learning-rate multiplier of every trainable array of ``A``, in the order in which they occur.
+    """Return the initial deviation and the learning-rate multiplier of every trainable array of an operator.
 
     For an operator of one structure they are those of :func:`structlin.init_std` and :func:`structlin.lr_multipliers`.
-    In a composite the number of factors, by which Adam's multiplier is divided, is the number of arrays that updates
-    pass through: it adds up over products, sums and Kronecker products, and is the largest one of the members where
-    these stand side by side (BlockDiag, Concatenated). An array that occurs more than once counts each time and has the
-    smallest of its values. Scalars and CoLA's Diagonal have fans of 1; index arrays are left out.
+    In a composite, the number of factors in the rule of Adam is the number of arrays that an update passes through.
+    Members of a product, a sum or a Kronecker product contribute their sum, those of BlockDiag and Concatenated their
+    maximum. An array that occurs several times counts each time and gets the smallest of its values. Scalars and CoLA's
+    Diagonal have fans of 1. Index arrays are left out.
 
     Parameters
     ----------
     A
-        Operators of this package and CoLA's Dense, Triangular, Diagonal, ScalarMul, Identity and Permutation, composed
-        by any of CoLA's composites.
+        An operator of this package, CoLA's Dense, Triangular, Diagonal, ScalarMul, Identity or Permutation, or a
+        composite of them.
     optimizer, base_d_in, base_d_out
         As for :func:`structlin.lr_multipliers`.
 
-    Notes
-    -----
-    Raises ValueError for an unknown optimiser and base sizes below 1, TypeError for an operator of another kind.
+    Returns
+    -------
+    tuple of ArrayScale
+        One entry for each array, in the order in which the arrays occur.
+
+    Raises
+    ------
+    ValueError
+        If the optimizer is unknown or a base size is below 1.
+    TypeError
+        If A is not an operator, or contains an operator of another type.
 
     Examples
     --------

@@ -1,7 +1,7 @@
-"""The few array operations that differ between NumPy, torch and jax.
+"""The array operations that differ between NumPy, torch and jax.
 
-Everything else (``reshape``, ``@``, ``*``, indexing) is the same method on all three, so the mathematics is
-written once. torch and jax are imported only when an array of theirs, or their name, is handed in.
+All others (``reshape``, ``@``, ``*``, indexing) are the same methods in the three libraries. torch and jax are imported
+only if a caller passes one of their arrays or their name.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ BACKENDS = ("numpy", "torch", "jax")
 
 
 def backend_of(x: Array) -> str:
-    """Name of the library that an array belongs to, from its type: ``numpy``, ``torch`` or ``jax``.
+    """Return the name of the library of an array, from its type: ``numpy``, ``torch`` or ``jax``.
 
     Examples
     --------
@@ -39,7 +39,7 @@ def backend_of(x: Array) -> str:
 
 
 def common_backend(arrays: Sequence[Array]) -> str:
-    """Backend of all of ``arrays``; raises TypeError where they are mixed."""
+    """Return the name of the library of all ``arrays``; TypeError if they belong to different libraries."""
     names = [backend_of(a) for a in arrays]
     if len(set(names)) != 1:
         raise TypeError(f"arrays of one library are needed, got {', '.join(names)}")
@@ -96,7 +96,7 @@ def _is_compiling() -> bool:
     return torch.compiler.is_compiling()
 
 
-# Not made on demand as the others, because torch.compile, which may come first, cannot trace that.
+# Built at import, unlike the others: torch.compile may trace the first use, and it cannot trace the construction.
 _TORCH = SimpleNamespace(
     name="torch",
     permute=lambda x, order: x.permute(order),
@@ -166,7 +166,7 @@ def ops(name: str) -> SimpleNamespace:
 
 
 def dtype_name(dtype: Any) -> str:
-    """``float32`` and the like, for a dtype of any of the three libraries."""
+    """Return the name of a dtype of any of the three libraries, such as ``float32``."""
     text = str(np.dtype(dtype)) if isinstance(dtype, type) else str(dtype)
     return text.removeprefix("torch.")
 
@@ -174,7 +174,7 @@ def dtype_name(dtype: Any) -> str:
 def to_backend(x: np.ndarray, backend: str, dtype: Any = None, device: Any = None) -> Array:
     """Copy a NumPy array to ``backend``, with a dtype given as a name, a NumPy, torch or jax dtype.
 
-    Without ``dtype`` it keeps its own, except that jax makes 32 bits of 64 where those are not enabled.
+    Without ``dtype`` the dtype stays the same, except that jax converts 64 bits to 32 if 64 bits are not enabled.
     """
     if backend == "numpy":
         if device not in (None, "cpu"):
@@ -192,7 +192,7 @@ def to_backend(x: np.ndarray, backend: str, dtype: Any = None, device: Any = Non
         name = None if dtype is None else dtype_name(dtype)
         if name is not None and (given := jax.dtypes.canonicalize_dtype(jnp.dtype(name))) != jnp.dtype(name):
             raise ValueError(
-                f"jax would give {given} where {name} was asked for; enable it with "
+                f"jax would return {given} instead of {name}; enable 64 bits with "
                 "jax.config.update('jax_enable_x64', True)"
             )
         made = jnp.asarray(x, dtype=name)

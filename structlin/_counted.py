@@ -1,4 +1,4 @@
-"""NumPy arrays that count what is multiplied with them, for the checks of structures that are no chains."""
+"""NumPy arrays that count their multiplications, to check the stated MACs of structures that are not chains."""
 
 from __future__ import annotations
 
@@ -16,14 +16,17 @@ _CURRENT: ContextVar[Counts] = ContextVar("_CURRENT")
 
 @dataclass
 class Counts:
-    """``macs``: of matrix products and einsums. ``elementwise``: elements of all other multiplications."""
+    """Numbers of multiplications.
+
+    ``macs``: those of matrix products and einsums. ``elementwise``: those of all other operations.
+    """
 
     macs: int = 0
     elementwise: int = 0
 
 
 class _Counted(np.ndarray):
-    """An array whose products are added to the current counts, and whose results are of this class too."""
+    """An array that adds its multiplications to the current counts; results of operations have the same class."""
 
     def __array_ufunc__(self, ufunc: np.ufunc, method: str, *inputs: Any, **options: Any) -> Any:
         if options.get("out"):
@@ -31,7 +34,7 @@ class _Counted(np.ndarray):
         found = getattr(ufunc, method)(*map(_plain, inputs), **options)
         counts = _CURRENT.get()
         if ufunc.signature is not None and ufunc is not np.matmul and not ufunc.__name__.startswith(("vec", "mat")):
-            return _counting(found)  # transforms: their FLOPs are a convention
+            return _counting(found)  # FFTs are not counted: their FLOPs are a convention
         if ufunc.signature is not None:
             summed = np.shape(inputs[0])[-1]
             counts.macs += math.prod(np.shape(found)) * summed
@@ -52,7 +55,7 @@ class _Counted(np.ndarray):
             counts.elementwise += size
         elif func in (np.convolve, np.correlate):
             counts.macs += np.size(args[0]) * np.size(args[1])
-        else:  # rows times columns times summed: the root of (rows summed) (summed columns) (rows columns)
+        else:  # m n k MACs, the square root of the product of the three sizes (m k), (k n) and (m n)
             counts.macs += math.isqrt(np.size(args[0]) * np.size(args[1]) * size)
         return _counting(found)
 
@@ -69,9 +72,9 @@ def _counting(x: Any) -> Any:
 
 
 def counted(function: Callable[..., Any], *arrays: Any) -> Counts:
-    """Return what ``function`` multiplies when it is called with these arrays (or tuples of arrays), in NumPy.
+    """Call ``function`` with these arrays, or tuples of arrays, and return its numbers of multiplications.
 
-    What it does outside of NumPy is not seen. FFTs are not counted, the products between them are.
+    Only operations of NumPy are counted, and FFTs are not.
 
     Examples
     --------

@@ -1,7 +1,6 @@
-"""Solutions of linear systems, differentiable however they were found: dx = A^-1 (db - dA x).
+"""Solutions of linear systems with derivatives that do not depend on the method: dx = A^-1 (db - dA x).
 
-So a solution may come from an iteration, from eigenvectors that have no derivative, or from refinement, and its
-derivatives are those of the solution.
+The method may be an iteration, iterative refinement, or a decomposition whose eigenvectors have no derivative.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from structlin._lapack import eps, follows, known, lapack, nan_unless, seen
 
 @dataclass(frozen=True)
 class Solver:
-    """``solve(b)`` is A^-1 b and ``adjoint(b)`` is A^-H b, for numbers of A that no derivative reaches. Linear in b."""
+    """``solve(b)`` is A^-1 b and ``adjoint(b)`` is A^-H b, both linear in b; no derivative reaches the values of A."""
 
     solve: Callable[[Array], Array]
     adjoint: Callable[[Array], Array]
@@ -31,7 +30,7 @@ class Solver:
 
 
 def frozen(A: Any) -> Any:
-    """Return the operator with numbers that no gradient reaches; A itself where none does."""
+    """Return the operator with detached arrays; A itself if no array needs a gradient."""
     leaves, unflatten = A.flatten()
     if not any(map(_is_followed, leaves)):
         return A
@@ -39,7 +38,7 @@ def frozen(A: Any) -> Any:
 
 
 def is_followed(A: Any) -> bool:
-    """Whether derivatives with respect to the arrays of an operator may be needed."""
+    """Return whether derivatives with respect to the arrays of an operator may be needed."""
     return any(map(_is_followed, A.flatten()[0]))
 
 
@@ -48,12 +47,12 @@ def _is_followed(leaf: Any) -> bool:
 
 
 def adjoint(A: Any) -> Any:
-    """Return ``A.H``, without CoLA's search for a rule where A is annotated as its own adjoint."""
+    """Return ``A.H``; if A is annotated as self-adjoint, return A without CoLA's search for a rule."""
     return A if A.isa(SelfAdjoint) else A.H
 
 
 def solution(A: Any, b: Array, solver: Solver) -> Array:
-    """``A^-1 b`` with derivatives of every order (of order two at most inside transformations of ``torch.func``)."""
+    """Return ``A^-1 b`` with derivatives of every order; inside transformations of ``torch.func``, of order 1 and 2."""
     if backend_of(b) == "numpy" or not (follows(b) or is_followed(A)):
         return solver.solve(b)
     if backend_of(b) == "jax":
@@ -65,7 +64,7 @@ def solution(A: Any, b: Array, solver: Solver) -> Array:
         return lax.custom_linear_solve(lambda x: A @ x, b, lambda _, b: solver.solve(b), adjoint_of_conjugate)
     torch: Any = sys.modules["torch"]
     if torch._C._are_functorch_transforms_active():
-        # A Newton step has the first derivative of the solution, and a second one has the second.
+        # One step of refinement, differentiated, gives the first derivative of the solution; two steps the second.
         x = solver.solve(b)
         for _ in range(2):
             x = x + solver.solve(b - A @ x)
@@ -93,13 +92,13 @@ def _torch_function() -> Any:
         @staticmethod
         def backward(ctx: Any, gradient: Array) -> tuple[Any, ...]:
             x, *tensors = ctx.saved_tensors
-            again = torch.is_grad_enabled()  # whether this is to be differentiated too
+            again = torch.is_grad_enabled()  # whether a derivative of this gradient may be needed
             wanted = [ctx.needs_input_grad[3 + i] for i in ctx.places]
             if not again:
                 tensors = [t.detach().requires_grad_(w) for t, w in zip(tensors, wanted, strict=True)]
             found: list[Any] = [None] * len(ctx.others)
             with torch.enable_grad():
-                # views: x, which depends on the tensors too, is a constant in the derivative of A x that is taken here
+                # Views, because x depends on the tensors too, but is a constant in this derivative of A x.
                 tensors = [t.view_as(t) for t in tensors]
                 leaves = list(ctx.others)
                 for i, t in zip(ctx.places, tensors, strict=True):
@@ -120,7 +119,7 @@ def _torch_function() -> Any:
 
 
 def backward_error(A: Any, x: Array, b: Array, size: Array | float) -> Array:
-    """Return ``|A x - b| / (size |x| + |b|)`` for each column: the relative change of A and b that x solves exactly."""
+    """Return the normwise backward error ``|A x - b| / (size |x| + |b|)`` of each column."""
     rest, x, b, size = seen(A @ x - b, x, b, size) if hasattr(size, "dtype") else (*seen(A @ x - b, x, b), size)
     xp = lapack(b)
     scale = xp.max(abs(b))
@@ -131,12 +130,12 @@ def backward_error(A: Any, x: Array, b: Array, size: Array | float) -> Array:
 
 
 def nan_where_bad(x: Array, error: Array, bound: float) -> Array:
-    """Return x with NaN in the columns whose error exceeds the bound, for traced values, which cannot be tested."""
+    """Return x with NaN in the columns whose error exceeds the bound: traced values allow no exception."""
     bad = nan_unless(error <= bound, x)
     return x + bad
 
 
 def is_at_roundoff(error: Array, dtype: Any, slack: float) -> bool | None:
-    """Whether the worst of some backward errors is at roundoff; None while values are traced."""
+    """Return whether the largest backward error is at roundoff; None while values are traced."""
     worst = known(lapack(error).max(error))
     return None if worst is None else worst <= slack * eps(dtype)

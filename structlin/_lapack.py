@@ -1,4 +1,4 @@
-"""Dense linear algebra of NumPy, torch and jax under common names, batched over leading axes."""
+"""Dense linear algebra of NumPy, torch and jax under the same names, batched over leading axes."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def _torch() -> SimpleNamespace:
         return torch.cholesky_solve(b, lower) if simple else _torch_positive()[0].apply(a, b, lower)
 
     def positive_slogdet(a: Array, strict: bool = True) -> tuple[Array, Array]:
-        """By Cholesky, half the work of LU, which takes over for what is not positive to roundoff."""
+        """Return the determinant by Cholesky, at half the cost of LU; by LU if Cholesky fails."""
         if a.device.type == "cpu":
             plain = torch._C._are_functorch_transforms_active()  # which differentiate the decomposition itself
             lower, failed = torch.linalg.cholesky_ex(a if plain else a.detach())
@@ -135,7 +135,7 @@ def _torch() -> SimpleNamespace:
         if a.is_complex() or not is_plain(a):
             return a.mH @ a
         x: Any = np.from_dlpack(a)
-        return torch.from_numpy(x.T @ x)  # by syrk: half of the work, which torch does not save
+        return torch.from_numpy(x.T @ x)  # NumPy uses syrk, at half the cost of torch's product
 
     linalg = torch.linalg
     names = ("cholesky", "inv", "solve", "slogdet", "eig", "eigh", "eigvalsh", "qr", "matrix_power")
@@ -183,7 +183,7 @@ def _jax() -> SimpleNamespace:
         )
 
     def cholesky(a: Array) -> Array:
-        """Raise LinAlgError as the other libraries do where values are known; return NaN otherwise."""
+        """Raise LinAlgError, as the other libraries do, if values are known; return NaN otherwise."""
         lower = jnp.linalg.cholesky(a)
         if is_known(a) and bool(jnp.isnan(lower).any()) and not bool(jnp.isnan(a).any()):
             raise np.linalg.LinAlgError("not positive definite")
@@ -217,9 +217,10 @@ def _log_of_pivots(lower: Array) -> Array:
 
 @cache
 def _torch_positive() -> tuple[Any, Any]:
-    """``A^-1 b`` and ``log det A`` from a Cholesky factor of A, whose own derivative takes several times as long.
+    """Return functions for ``A^-1 b`` and ``log det A`` from a Cholesky factor of A, with their derivatives.
 
-    Where the derivative is to be differentiated again, it is computed from A.
+    They take a fraction of the time of the derivative of the decomposition. For second derivatives, the first is
+    computed from A.
     """
     torch: Any = sys.modules["torch"]
 
@@ -252,10 +253,9 @@ def _torch_positive() -> tuple[Any, Any]:
 
 
 def _unsure_slogdet(a: Array, linalg: Any, strict: bool) -> tuple[Array, Array]:
-    """Return the determinant of a stack of matrices for which Cholesky's decomposition fails.
+    """Return the determinant of a stack of matrices for which the Cholesky decomposition fails.
 
-    ``strict``: they are annotated as positive, and an eigenvalue that is negative by more than roundoff raises
-    LinAlgError.
+    ``strict``: the matrices are annotated PSD, and an eigenvalue that is negative beyond roundoff raises LinAlgError.
     """
     xp = lapack(a)
     if strict:
@@ -268,7 +268,7 @@ def _unsure_slogdet(a: Array, linalg: Any, strict: bool) -> tuple[Array, Array]:
 
 
 def subscripts(terms: Sequence[Sequence[int]], output: Sequence[int]) -> str:
-    """Return the einsum of terms whose axes are integers; one may stand twice in a term (its diagonal)."""
+    """Return the einsum string of terms whose axes are integers; an axis that occurs twice selects the diagonal."""
 
     def word(axes: Sequence[int]) -> str:
         return "".join(map(opt_einsum.get_symbol, axes))
@@ -277,14 +277,14 @@ def subscripts(terms: Sequence[Sequence[int]], output: Sequence[int]) -> str:
 
 
 def einsum(operands: Sequence[Array], terms: Sequence[Sequence[int]], output: Sequence[int]) -> Array:
-    """Contract arrays along the axes named in ``terms``, in the cheapest order found."""
+    """Contract arrays along the axes in ``terms``, in the cheapest order that opt_einsum finds."""
     return opt_einsum.contract(subscripts(terms, output), *operands)
 
 
 def as_array(x: Any, example: Array) -> Array:
-    """``x``, a number or an array (of another library too), as an array like ``example``; keeps gradients.
+    """Return a number, or an array of any library, with the library, dtype and device of ``example``; keeps gradients.
 
-    CoLA's scalars may be arrays of jax where everything else is NumPy's.
+    CoLA's scalars can be jax arrays in an operator of NumPy arrays.
     """
     backend = backend_of(example)
     if backend == "torch":
@@ -299,7 +299,7 @@ def as_array(x: Any, example: Array) -> Array:
 
 
 def in_library(x: Any, example: Array) -> Any:
-    """``x``, a number or an array, unchanged but in the library of ``example``."""
+    """Return ``x``, a number or an array, with the same values and dtype in the library of ``example``."""
     if not hasattr(x, "dtype") or isinstance(x, np.generic) or isinstance(example, np.generic):
         return x
     return x if backend_of(x) == backend_of(example) else to_backend(np.asarray(x), backend_of(example))
@@ -308,8 +308,8 @@ def in_library(x: Any, example: Array) -> Any:
 def inverse_of(matrices: Array) -> Array:
     """Return the inverses of a stack of square matrices.
 
-    A matrix that is singular to working precision raises LinAlgError (a ValueError), or gives NaN while values are
-    traced.
+    A matrix that is singular to working precision raises LinAlgError (a ValueError); while values are traced, its
+    inverse is NaN.
     """
     xp = lapack(matrices)
     require_precision(matrices, "an inverse")
@@ -326,7 +326,7 @@ def inverse_of(matrices: Array) -> Array:
 
 
 def nan_unless(good: Array, like: Array) -> Array:
-    """0 where ``good``, else NaN, to be added: no gradient passes through, as it would through ``where``."""
+    """Return 0 where ``good``, else NaN, to be added: unlike ``where``, the sum leaves gradients unchanged."""
     xp = lapack(like)
     zeros = xp.zeros(tuple(good.shape), like)
     return xp.where(good, zeros, zeros + float("nan"))
@@ -339,10 +339,10 @@ def _column_norms(matrices: Array) -> Array:
 
 @contextmanager
 def refusing_singular(matrices: Array, positive: bool = False) -> Iterator[None]:
-    """Raise LinAlgError with one message for what NumPy, SciPy and torch raise at a pivot of zero.
+    """Replace the errors of NumPy, SciPy and torch at a pivot of zero by one LinAlgError with one message.
 
-    ``positive``: also where a Cholesky decomposition meets a pivot that is not positive. jax gives numbers that are not
-    finite instead.
+    ``positive``: the decomposition is Cholesky's, which fails at a pivot that is not positive. jax raises no errors,
+    but returns values that are not finite.
     """
     try:
         yield
@@ -359,13 +359,15 @@ def refusing_singular(matrices: Array, positive: bool = False) -> Iterator[None]
 
 def not_positive(what: str) -> np.linalg.LinAlgError:
     return np.linalg.LinAlgError(
-        f"{what} is annotated PSD and is not positive definite to working precision; leave the annotation away "
-        "(cola.SelfAdjoint says less), use structlin.linalg.pinv, or add to the diagonal"
+        f"{what} is annotated PSD but is not positive definite to working precision; remove the annotation or replace "
+        "it by cola.SelfAdjoint, use structlin.linalg.pinv, or add a multiple of the identity"
     )
 
 
 def singular_to_roundoff(what: str) -> np.linalg.LinAlgError:
-    return np.linalg.LinAlgError(f"{what} is singular to working precision; use cola.pinv, or add to the diagonal")
+    return np.linalg.LinAlgError(
+        f"{what} is singular to working precision; use cola.pinv, or add a multiple of the identity"
+    )
 
 
 @cache
@@ -375,7 +377,7 @@ def _is_half(dtype: Any) -> bool:
 
 @cache
 def eps(dtype: Any) -> float:
-    """Distance from 1 to the next larger number of a floating or complex dtype of any library."""
+    """Return the distance from 1 to the next larger number of a floating or complex dtype of any library."""
     name = dtype_name(dtype)
     if name == "bfloat16":
         return 2.0**-7
@@ -383,7 +385,7 @@ def eps(dtype: Any) -> float:
 
 
 def require_precision(x: Array, what: str) -> None:
-    """Raise ValueError for half precision, which LAPACK does not have."""
+    """Raise ValueError for half precision, which LAPACK does not support."""
     if _is_half(x.dtype):
         raise ValueError(f"{what} needs float32, float64 or complex numbers, got {x.dtype}; use A.to(dtype=...)")
 
@@ -397,7 +399,7 @@ def known(x: Any) -> float | None:
 
 
 def is_plain(x: Array) -> bool:
-    """Whether NumPy may use the memory of ``x``, a tensor: no derivative, tracing or transformation follows it."""
+    """Return whether NumPy may use the memory of a tensor: it is not differentiated, traced or transformed."""
     torch: Any = sys.modules["torch"]
     return (
         type(x) in (torch.Tensor, torch.nn.Parameter)
@@ -454,7 +456,7 @@ def as_tensors(*arrays: Any) -> list[Array]:
 
 
 def is_transpose(x: Array, y: Array) -> bool:
-    """Whether the matrix ``x`` is known to be ``y^T``, and real: a view of the same numbers. Never on jax."""
+    """Return whether the matrix ``x`` is real and a view of the same memory as ``y^T``; always False on jax."""
     if x.shape != y.shape[::-1] or lapack(x).is_complex(x):
         return False
     if isinstance(x, np.ndarray) and isinstance(y, np.ndarray):
@@ -466,7 +468,7 @@ def is_transpose(x: Array, y: Array) -> bool:
 
 
 def is_known(x: Array) -> bool:
-    """Whether the values of ``x`` are known, that is, not traced."""
+    """Return whether the values of ``x`` are known, that is, not traced."""
     backend = backend_of(x)
     if backend == "numpy":
         return True
@@ -480,7 +482,7 @@ def is_known(x: Array) -> bool:
 
 
 def needs_grad(x: Array) -> bool:
-    """Whether torch records operations on ``x``."""
+    """Return whether torch records operations on ``x``."""
     return backend_of(x) == "torch" and bool(x.requires_grad)
 
 
@@ -488,29 +490,29 @@ def needs_grad(x: Array) -> bool:
 
 
 def inverse_values(values: Array, smallest: float) -> Array:
-    """1 / x; LinAlgError for a number as small as ``smallest`` of the largest one."""
+    """Return 1 / x; LinAlgError if the ratio of the smallest to the largest magnitude is at most ``smallest``."""
     xp = lapack(values)
     (fixed,) = seen(values)
     size = abs(fixed)
     least, most = known(size.min()), known(size.max()) if smallest else 0.0
     if least is None or most is None:
         return 1 / xp.where(size > smallest * (size.max() if smallest else 0), values, values * 0 + float("nan"))
-    if least <= smallest * most:  # NaN passes: it comes from the input, and stays visible
+    if least <= smallest * most:  # False for NaN, which then appears in the result
         raise singular_to_roundoff(f"a matrix with an eigenvalue of magnitude {least:.1e}")
     return 1 / values
 
 
 def reciprocals(values: Array) -> Array:
-    """1 / x, and 0 for what counts as zero: what is below n roundoffs of the largest."""
+    """Return 1 / x, and 0 where the magnitude of x is below n roundoffs of the largest."""
     xp = lapack(values)
     size = xp.abs(values)
     kept = size > values.shape[0] * eps(values.dtype) * xp.max(size)
-    # The inner ``where`` keeps 1 / 0 out of the gradient.
+    # Without the inner ``where``, the gradient would contain 1 / 0.
     return xp.where(kept, 1 / xp.where(kept, values, values * 0 + 1), values * 0)
 
 
 def determinant_of_numbers(values: Array) -> Determinant:
-    """Of a diagonal matrix. A zero gives (0, -inf), as for every library's dense matrices."""
+    """Return the determinant of a diagonal matrix; (0, -inf) if an entry is 0, as for dense matrices."""
     views = small_views(values)
     if views is not None:
         return Determinant(*as_tensors(*determinant_of_numbers(views[0])))
@@ -522,7 +524,7 @@ def determinant_of_numbers(values: Array) -> Determinant:
 
 
 def phases(values: Array) -> tuple[Array, Array]:
-    """Absolute values, and values divided by them (1 for zeros)."""
+    """Return absolute values, and values divided by them (1 for zeros)."""
     xp = lapack(values)
     size = xp.abs(values)
     zero = size == 0
@@ -532,18 +534,18 @@ def phases(values: Array) -> tuple[Array, Array]:
 
 
 def zero_determinant(like: Array) -> Determinant:
-    """Of a matrix that is singular by its structure, for an array of its numbers."""
+    """Return the determinant (0, -inf) of a matrix that its structure makes singular, in the dtype of ``like``."""
     zero = (like * 0).sum()
     return Determinant(zero, lapack(like).real(zero) - float("inf"))
 
 
 def pinv_of(matrix: Array) -> Array:
-    """Pseudo-inverse, batched; singular values below max(n, m) * eps of the largest count as zero."""
+    """Return pseudo-inverses of a stack; singular values below max(n, m) * eps times the largest count as zero."""
     return lapack(matrix).pinv(matrix, max(matrix.shape[-2:]) * eps(matrix.dtype))
 
 
 def promoted(x: Array, y: Array) -> tuple[Array, Array]:
-    """Both in the dtype that they have in common."""
+    """Return both arrays in their common dtype."""
     if x.dtype == y.dtype:
         return x, y
     xp = lapack(x)
@@ -552,12 +554,12 @@ def promoted(x: Array, y: Array) -> tuple[Array, Array]:
 
 
 def is_transformed(x: Array) -> bool:
-    """Whether ``torch.func`` transforms what happens to ``x``."""
+    """Return whether a transformation of ``torch.func`` is active and ``x`` is a tensor."""
     return backend_of(x) == "torch" and bool(sys.modules["torch"]._C._are_functorch_transforms_active())
 
 
 def follows(x: Array) -> bool:
-    """Whether results computed from ``x`` may be differentiated: torch records it, or values are traced."""
+    """Return whether results computed from ``x`` may be differentiated: torch records it, or values are traced."""
     backend = backend_of(x)
     if backend == "numpy":
         return False

@@ -16,6 +16,11 @@ class Step:
     *free* axis in factor and output, a *batch* axis in all three, a *carried* axis in input and output. Each attribute
     is a string of axes in the order of the factor (``carried``: in that of the input).
 
+    Parameters
+    ----------
+    input, factor, output
+        The three terms, strings in which each letter is an axis.
+
     Examples
     --------
     >>> step = Step.parse("pa,pfra->frp")
@@ -29,7 +34,23 @@ class Step:
 
     @classmethod
     def parse(cls, text: str) -> Step:
-        """Return the step written as ``"pa,pfra->frp"``; ValueError names the axis that is wrong."""
+        """Return the step of a string such as ``"pa,pfra->frp"``.
+
+        Parameters
+        ----------
+        text
+            The string ``input,factor->output``, in which each letter is an axis.
+
+        Returns
+        -------
+        Step
+            The step.
+
+        Raises
+        ------
+        ValueError
+            If the string has another form or an axis has none of the four roles. The message names the axis.
+        """
         squeezed = "".join(text.split())
         left, arrow, output = squeezed.partition("->")
         terms = left.split(",")
@@ -40,7 +61,13 @@ class Step:
         return step
 
     def validate(self) -> None:
-        """Check that every axis has exactly one of the four roles."""
+        """Check that every axis has one of the four roles.
+
+        Raises
+        ------
+        ValueError
+            If an axis has none. The message names it.
+        """
         for name, term in (("input", self.input), ("factor", self.factor), ("output", self.output)):
             if not term:
                 raise ValueError(f"step {str(self)!r}: the {name} has no axis")

@@ -1,10 +1,10 @@
-"""Eigendecompositions that functions of matrices are made of, with derivatives that hold where eigenvalues repeat.
+"""Functions of matrices by eigendecomposition, with derivatives that are correct for repeated eigenvalues.
 
 For A = V L V^-1 the derivative of f(A) is ``V (D * (V^-1 dA V)) V^-1``, where D holds the divided differences ``(f(l_i)
-- f(l_j)) / (l_i - l_j)``, and f' on the diagonal and where eigenvalues repeat (Daleckii and Krein 1965; Higham 2008,
-Functions of Matrices, theorem 3.11). Eigenvectors by themselves have no derivative there. So values and vectors are
-taken as constants, and :func:`first_order` carries the derivative. Second derivatives are not to be had that way: they
-are NaN on jax, and torch raises.
+- f(l_j)) / (l_i - l_j)``; on the diagonal and for repeated eigenvalues it holds f' (Daleckii and Krein 1965; Higham
+2008, Functions of Matrices, theorem 3.11). Eigenvectors of repeated eigenvalues have no derivative, so values and
+vectors are treated as constants, and :func:`first_order` adds the derivative. Only first derivatives are correct:
+second derivatives are NaN on jax and raise an error on torch.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Numbers = Callable[[Array], Array]
 class Decomposition:
     """``matrices = vectors diag(values) inverse``, of shapes (..., m, m) and (..., m), without derivatives.
 
-    ``followed``: whether a derivative with respect to ``matrices`` may be asked for.
+    ``followed``: whether a derivative with respect to ``matrices`` may be needed.
     """
 
     matrices: Array
@@ -38,7 +38,7 @@ class Decomposition:
 
 
 def decompose(matrices: Array, hermitian: bool) -> Decomposition | None:
-    """None if the vectors do not reproduce the matrices (one is defective); NaN there while values are traced."""
+    """Return the decomposition; None if the vectors do not reproduce a (defective) matrix, or NaN for traced values."""
     xp = lapack(matrices)
     fixed = xp.stop_gradient(matrices)
     followed = follows(matrices)
@@ -66,7 +66,7 @@ def decompose(matrices: Array, hermitian: bool) -> Decomposition | None:
 
 
 def of_matrices(found: Decomposition, f: Numbers) -> Array:
-    """F of the matrices: V f(L) V^-1."""
+    """Return f of the matrices, V f(L) V^-1."""
     xp = lapack(found.vectors)
     numbers = f(found.values)
     if not found.followed:
@@ -82,10 +82,10 @@ def diagonal_matrices(numbers: Array) -> Array:
 
 
 def divided_differences(f: Numbers, values: Array, numbers: Array | None = None, other: Array | None = None) -> Array:
-    """``(f(x_i) - f(y_j)) / (x_i - y_j)`` along the last axis of x = ``values`` and of y (x, if ``other`` is None).
+    """Return ``(f(x_i) - f(y_j)) / (x_i - y_j)`` for x = ``values``, y = ``other`` (default: x), along the last axis.
 
-    Where the two are closer than the cube root of the roundoff, relative to them, f' between them, whose error is then
-    as small as that of the quotient.
+    If the relative distance of x_i and y_j is below the cube root of the roundoff, the entry is f' at their midpoint,
+    which is then at least as accurate as the quotient.
     """
     xp = lapack(values)
     y = values if other is None else other
@@ -101,7 +101,7 @@ def divided_differences(f: Numbers, values: Array, numbers: Array | None = None,
 
 
 def derivative(f: Numbers, x: Array) -> Array:
-    """f'(x), entry by entry: by the array library; central differences on NumPy."""
+    """Return f'(x) elementwise: by automatic differentiation, or by central differences in NumPy."""
     backend = backend_of(x)
     if backend == "numpy":
         h = np.finfo(x.dtype).eps ** (1 / 3) * np.maximum(np.abs(x), np.finfo(x.dtype).tiny ** 0.5)
@@ -130,10 +130,10 @@ def derivative(f: Numbers, x: Array) -> Array:
 
 
 def first_order(found: Decomposition, weights: Array) -> Array:
-    """Zeros, with the derivative ``weights * (V^-1 dA V)``.
+    """Return zeros whose derivative is ``weights * (V^-1 dA V)``.
 
-    ``weights`` has the shape (..., m, m) of the matrices, or (p, m, m, q) for one matrix, between p and q positions of
-    the other members of a Kronecker product.
+    ``weights`` has the shape (..., m, m) of the matrices. For one member of a Kronecker product it has shape
+    (p, m, m, q), where p and q are the products of the sizes of the members before and after it.
     """
     if backend_of(weights) == "torch":
         return _torch_first_order().apply(found.matrices, found.vectors, found.inverse, weights)
@@ -141,7 +141,7 @@ def first_order(found: Decomposition, weights: Array) -> Array:
 
 
 def once_differentiable(x: Array) -> Array:
-    """Return x, a tensor outside of ``torch.func``, whose second derivative raises; other arrays as they are."""
+    """Return x; if it is a tensor outside of ``torch.func``, its second derivative raises an error."""
     torch = sys.modules.get("torch")
     return _torch_once().apply(x) if torch is not None and isinstance(x, torch.Tensor) else x
 
@@ -173,7 +173,6 @@ def _jax_first_order() -> Any:
     def first_jvp(primals: Any, tangents: Any) -> Any:
         matrices, vectors, inverse, weights = primals
         tangent = inverse @ tangents[0] @ vectors * once(matrices)
-        # weights are infinite where f' is; a tangent of zero is zero there, too
         made = _weighted(weights, tangent).astype(weights.dtype)
         return jnp.zeros(weights.shape, weights.dtype), made
 
@@ -181,10 +180,13 @@ def _jax_first_order() -> Any:
 
 
 def refuse_second_derivatives(torch: Any) -> bool:
-    """RuntimeError where a derivative is recorded to be differentiated; whether a transformation may do so."""
+    """Raise RuntimeError if torch records the derivative; return whether ``torch.func`` transforms it."""
     transformed = bool(torch._C._are_functorch_transforms_active())
     if torch.is_grad_enabled() and not transformed:
-        raise RuntimeError("functions of matrices have first derivatives only, which hold where eigenvalues repeat too")
+        raise RuntimeError(
+            "functions of matrices have first derivatives only; leave out create_graph=True, or compute the function "
+            "from the dense matrix"
+        )
     return transformed
 
 

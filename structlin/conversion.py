@@ -101,6 +101,11 @@ def _core_sizes(name: str, shapes: Sequence[tuple[int, ...]]) -> tuple[list[int]
 def conversions() -> tuple[tuple[str, str], ...]:
     """Return all pairs (from, to) that :func:`convert` supports. In addition, every operator converts to dense.
 
+    Returns
+    -------
+    tuple of tuple of str
+        Pairs of names of structures.
+
     Examples
     --------
     >>> ("kronecker", "block_tensor_train") in conversions()

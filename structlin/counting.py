@@ -1,23 +1,21 @@
 """Exact counts of parameters, work and bytes: of structures, operators, arrays and CoLA composites of them.
 
-One *MAC* is one multiply-accumulate of a product, one *FLOP* one addition or multiplication, so that a product
-costs ``2 * macs`` FLOPs; other work (FFTs, elementwise products and sums, triangular solves) is named. Operations
-are those of the operator's own numbers: a complex MAC is one MAC, though a processor spends four real ones on it.
-Reshapes, copies, padding, gathers, scatters and conjugation move data and count as no FLOPs.
+One *MAC* is one multiply-accumulate of a product. One *FLOP* is one addition or multiplication, so a product costs
+``2 * macs`` FLOPs. Other work (FFTs, elementwise products and sums, triangular solves) is counted in FLOPs, by name. An
+operation on complex numbers counts as one, although a processor needs four real MACs for one complex MAC. Reshapes,
+copies, padding, gathers, scatters and conjugation move data and count as 0 FLOPs.
 
-What is counted is what the operator does, not what it could do at best: CoLA applies the factors of a Kronecker
-product one after the other, computes a slice from the whole matrix, and Python's ``sum`` of k terms makes k additions,
-because it starts from 0. An operator of a type that is not known raises TypeError and never counts as zero;
-:func:`register_work` makes a type known.
+The counts are those of the algorithm that the operator uses, not of the best algorithm. CoLA applies the factors of a
+Kronecker product one after the other and computes a slice from the whole matrix. Its sum of k terms makes k additions,
+because Python's ``sum`` starts from 0. An operator of an unknown type raises TypeError; it never counts as zero.
+:func:`register_work` adds a type.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
-from types import MappingProxyType
-from typing import Any, TypeVar
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import cola
 import numpy as np
@@ -25,210 +23,22 @@ from cola.linalg.inverse.inv import TriangularInv
 from cola.ops import LinearOperator
 
 from structlin._arrays import Array, backend_of, dtype_name
-from structlin.operators import StructuredOperator
-from structlin.structure import AbstractStructure, Structure
+from structlin._work import _ARRAYS, _COLUMNS, Count, Work, _matrix_shape, _rule, register_work, work_of
+from structlin.structure import AbstractStructure
 
-_INDEX_BYTES = 8  # of an index that exists only as a structure: NumPy, torch and jax (64-bit) all default to int64
+__all__ = [
+    "Work",
+    "activation_bytes",
+    "flops",
+    "intensity",
+    "macs",
+    "num_bytes",
+    "num_params",
+    "register_work",
+    "work_of",
+]
 
-
-@dataclass(frozen=True)
-class Work:
-    """Work of one product ``A @ x`` with one vector.
-
-    ``macs``: multiply-accumulates of the products. ``other_flops``: FLOPs of other work, by name. ``setup_flops``:
-    FLOPs, by name, spent once for each application, whatever the number of vectors. ``activations``: how many
-    numbers of activations are read and written, every operation reading its operands and writing its result once
-    (copies left out); None stands for ``d_in + d_out``.
-
-    Examples
-    --------
-    >>> w = Work(macs=6, other_flops={"elementwise": 3}, setup_flops={"fft": 10})
-    >>> w.flops, w.total_flops(vectors=2)
-    (15, 40)
-
-    Raises ValueError for counts that are negative, TypeError for counts that are no integers.
-    """
-
-    macs: int = 0
-    other_flops: Mapping[str, int] = field(default_factory=dict, hash=False)
-    setup_flops: Mapping[str, int] = field(default_factory=dict, hash=False)
-    activations: int | None = None
-
-    def __post_init__(self) -> None:
-        named = {"macs": self.macs, "activations": self.activations or 0, **self.other_flops, **self.setup_flops}
-        for name, count in named.items():
-            if isinstance(count, bool) or not hasattr(count, "__index__"):
-                raise TypeError(f"{name} must be an integer, got {count!r}")
-            if count < 0:
-                raise ValueError(f"{name} must not be negative, got {count}")
-        for name in ("other_flops", "setup_flops"):
-            kept = {k: int(v) for k, v in sorted(getattr(self, name).items()) if v}
-            object.__setattr__(self, name, MappingProxyType(kept))
-
-    @property
-    def flops(self) -> int:
-        """FLOPs for one vector, without the setup: ``2 * macs`` and the other work."""
-        return 2 * self.macs + sum(self.other_flops.values())
-
-    def total_flops(self, vectors: int = 1) -> int:
-        """FLOPs of one application to ``vectors`` vectors, with the setup."""
-        return vectors * self.flops + sum(self.setup_flops.values())
-
-    def __add__(self, other: Work) -> Work:
-        """One after the other. ``activations`` that are None add nothing."""
-        if not isinstance(other, Work):
-            return NotImplemented
-        return Work(
-            self.macs + other.macs,
-            _added(self.other_flops, other.other_flops),
-            _added(self.setup_flops, other.setup_flops),
-            (self.activations or 0) + (other.activations or 0),
-        )
-
-    def times(self, vectors: int) -> Work:
-        """One application to ``vectors`` vectors for each vector of the whole."""
-        return Work(
-            vectors * self.macs,
-            {k: vectors * v for k, v in self.other_flops.items()},
-            self.setup_flops,
-            vectors * (self.activations or 0),
-        )
-
-
-def _added(a: Mapping[str, int], b: Mapping[str, int]) -> dict[str, int]:
-    return {k: a.get(k, 0) + b.get(k, 0) for k in {**a, **b}}
-
-
-Count = Callable[..., Work]
-Rule = Callable[[Any, Count], Work]
-_R = TypeVar("_R", bound=Rule)
-_COLUMNS: dict[type, Rule] = {}
-_ROWS: dict[type, Rule] = {}
-_ARRAYS: dict[type, Callable[[Any], Iterable[Array]]] = {}
-
-
-def register_work(
-    cls: type, *, transposed: bool = False, arrays: Callable[[Any], Iterable[Array]] | None = None
-) -> Callable[[_R], _R]:
-    """Register a function that counts a type of operator, as a decorator.
-
-    The function gets the operator and ``count``, and returns the :class:`Work` of ``A @ x`` for one vector;
-    ``count(part)`` counts a part of the operator, ``count(part, transposed=True)`` a product from the other side. With
-    ``transposed=True`` it is the work of ``x @ A``; it is needed where the class has an ``_rmatmat`` of its own.
-    ``arrays`` gives the arrays that a product reads, by default all that are found in the attributes of the operator
-    and in tuples, lists, dicts and operators there.
-
-    The count holds for subclasses too, unless they override ``_matmat`` (``_rmatmat``). Raises TypeError for what is
-    no subclass of ``cola.ops.LinearOperator``.
-
-    Examples
-    --------
-    >>> class Twice(cola.ops.LinearOperator):
-    ...     def __init__(self, A):
-    ...         self.A = A
-    ...         super().__init__(A.dtype, A.shape)
-    ...     def _matmat(self, X):
-    ...         return 2 * (self.A @ X)
-    >>> @register_work(Twice)
-    ... def _(op, count):
-    ...     return count(op.A) + Work(other_flops={"elementwise": op.shape[0]})
-    >>> work_of(Twice(cola.ops.Dense(np.ones((3, 2))))).flops
-    15
-    """
-    if not (isinstance(cls, type) and issubclass(cls, LinearOperator)):
-        raise TypeError(f"work is registered for subclasses of cola.ops.LinearOperator, got {cls!r}")
-
-    def add(rule: _R) -> _R:
-        (_ROWS if transposed else _COLUMNS)[cls] = rule
-        if arrays is not None:
-            _ARRAYS[cls] = arrays
-        return rule
-
-    return add
-
-
-def work_of(x: Any, *, transposed: bool = False) -> Work:
-    """Work of ``x @ v`` for one vector v, or with ``transposed`` of ``v @ x``.
-
-    ``x`` is a structure, an operator (of this package or of CoLA, and composites of them) or an array of shape
-    (d_out, d_in), which counts as dense. CoLA's default product from the left differentiates the product from the
-    right, which on torch runs that first: the work is then doubled.
-
-    Raises TypeError for an operator of unknown type, naming it.
-
-    Examples
-    --------
-    >>> from structlin import LowRank
-    >>> A = LowRank.random((6, 8), rank=2, seed=0)
-    >>> product = cola.ops.Product(A, A.T)
-    >>> w = work_of(product + 3 * cola.ops.I_like(product))
-    >>> w.macs, dict(w.other_flops)
-    (56, {'elementwise': 12})
-    """
-    if isinstance(x, AbstractStructure):
-        return _of_structure(x)
-    if isinstance(x, LinearOperator):
-        found = _of_rows(x) if transposed else _rule(x, _COLUMNS, "_matmat")(x, work_of)
-        return found if found.activations is not None else _with_ends(found, x.shape)
-    d_out, d_in = _matrix_shape(x)
-    return Work(macs=d_out * d_in, activations=d_out + d_in)
-
-
-def _with_ends(found: Work, shape: tuple[int, int]) -> Work:
-    return Work(found.macs, found.other_flops, found.setup_flops, int(sum(shape)))
-
-
-def _of_rows(op: LinearOperator) -> Work:
-    if type(op)._rmatmat is not LinearOperator._rmatmat:
-        return _rule(op, _ROWS, "_rmatmat")(op, work_of)
-    columns = work_of(op)
-    if op.isa(cola.SelfAdjoint) or not op.xnp.__name__.endswith("torch_fns"):
-        return columns
-    return columns + columns
-
-
-def _rule(op: LinearOperator, rules: Mapping[type, Rule], method: str) -> Rule:
-    for cls in type(op).__mro__:
-        if cls in rules:
-            if getattr(type(op), method) is getattr(cls, method) and method not in vars(op):
-                return rules[cls]
-            break
-    how = "@structlin.register_work(cls)" if method == "_matmat" else "@structlin.register_work(cls, transposed=True)"
-    name = f"{type(op).__module__}.{type(op).__qualname__}"
-    raise TypeError(f"no count is known for {method} of {name} of shape {tuple(op.shape)}; register one with {how}")
-
-
-def _matrix_shape(x: Any) -> tuple[int, int]:
-    try:
-        backend_of(x)
-    except TypeError:
-        raise TypeError(
-            f"expected a structure, an operator or an array, got {type(x).__module__}.{type(x).__qualname__}"
-        ) from None
-    if x.ndim != 2:
-        raise ValueError(f"an array counts as a dense matrix of shape (d_out, d_in), got shape {tuple(x.shape)}")
-    return int(x.shape[0]), int(x.shape[1])
-
-
-# -- structures ----------------------------------------------------------------------------------------------------
-
-
-def _of_structure(s: AbstractStructure) -> Work:
-    inner = 0
-    if isinstance(s, Structure):
-        sizes = dict(s.sizes)
-        inner = sum(math.prod(sizes[a] for a in step.output) for step in s.steps[:-1])
-    return Work(s.macs, s.other_flops, s.setup_flops, s.d_in + 2 * inner + s.d_out)
-
-
-@register_work(StructuredOperator, arrays=lambda op: op.factors)
-def _structured(op: StructuredOperator, count: Count) -> Work:
-    return _of_structure(op.structure)
-
-
-@register_work(StructuredOperator, transposed=True)
-def _structured_rows(op: StructuredOperator, count: Count) -> Work:
-    return _of_structure(op.structure.transpose())
+_INDEX_BYTES = 8  # of an index of a structure without arrays: NumPy, torch and jax (64-bit) default to int64
 
 
 # -- CoLA's operators that hold arrays -----------------------------------------------------------------------------
@@ -308,14 +118,14 @@ def _in_turn(works: Iterable[Work]) -> Work:
 
 
 def _sum_of(works: Iterable[Work], size: int) -> Work:
-    """Terms of ``size`` numbers: as many additions as are between them."""
+    """Return the work of k terms of ``size`` numbers, with k - 1 additions."""
     terms = list(works)
     additions = len(terms) - 1
     return _in_turn(terms) + _elementwise(additions * size, 3 * additions * size)
 
 
 def _sum_from_zero(works: Iterable[Work], size: int) -> Work:
-    """Return the same by Python's ``sum``, as CoLA does it, which adds the first term to 0."""
+    """Return the work of k terms with k additions: CoLA uses Python's ``sum``, which adds the first term to 0."""
     return _sum_of(works, size) + _elementwise(size, 2 * size)
 
 
@@ -340,7 +150,7 @@ def _sum_rows(op: Any, count: Count) -> Work:
 
 
 def _kronecker_work(Ms: Any, count: Count, transposed: bool) -> Work:
-    """M_k sees the axes before it as they come out, and those after it as they came in."""
+    """Return the work of the members in turn: axes before M_k have their output sizes, those after it input sizes."""
     out, into = (1, 0) if transposed else (0, 1)
 
     def vectors(k: int) -> int:
@@ -366,7 +176,7 @@ def _kron_sum_terms(op: Any, count: Count, transposed: bool) -> Work:
 
 @register_work(cola.ops.KronSum)
 def _kron_sum(op: Any, count: Count) -> Work:
-    # It starts from 0 * x.
+    # CoLA starts the sum from 0 * x.
     n, k = op.shape[0], len(op.Ms)
     return _kron_sum_terms(op, count, False) + _elementwise((k + 1) * n, (3 * k + 2) * n)
 
@@ -384,7 +194,7 @@ def _block_diagonal(op: Any, count: Count) -> Work:
 
 @register_work(cola.ops.BlockDiag, transposed=True)
 def _block_diagonal_rows(op: Any, count: Count) -> Work:
-    # Here repeated blocks are applied one by one.
+    # CoLA applies repeated blocks one by one.
     blocks = [M for M, m in zip(op.Ms, op.multiplicities, strict=True) for _ in range(m)]
     return _in_turn(count(M, transposed=True) for M in blocks)
 
@@ -424,7 +234,7 @@ def _sliced_rows(op: Any, count: Count) -> Work:
 
 
 def _selection(op: Any, axis: int) -> Work:
-    """Repeated indices are added up by a product with a 0/1 matrix; distinct ones are scattered."""
+    """Return the work of scattering: CoLA adds up repeated indices by a product with a 0/1 matrix."""
     chosen, n = op.slices[axis], op.A.shape[axis]
     if isinstance(chosen, tuple) and len(set(chosen)) < len(chosen):
         return Work(macs=n * len(chosen), activations=n + len(chosen))
@@ -435,7 +245,22 @@ def _selection(op: Any, axis: int) -> Work:
 
 
 def macs(x: Any) -> int:
-    """Multiply-accumulates of the products in ``x @ v``, for one vector v; raises as :func:`work_of`.
+    """Return the number of multiply-accumulates of the products in ``x @ v``, for one vector v.
+
+    Parameters
+    ----------
+    x
+        A structure, an operator or an array (:func:`work_of`).
+
+    Returns
+    -------
+    int
+        MACs of one vector.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As for :func:`work_of`.
 
     Examples
     --------
@@ -446,7 +271,22 @@ def macs(x: Any) -> int:
 
 
 def flops(x: Any) -> int:
-    """FLOPs of ``x @ v`` for one vector v, ``2 * macs`` and other work, without the setup; raises as :func:`work_of`.
+    """Return the FLOPs of ``x @ v`` for one vector v: ``2 * macs`` plus other work, without the setup.
+
+    Parameters
+    ----------
+    x
+        A structure, an operator or an array (:func:`work_of`).
+
+    Returns
+    -------
+    int
+        FLOPs of one vector.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As for :func:`work_of`.
 
     Examples
     --------
@@ -457,12 +297,26 @@ def flops(x: Any) -> int:
 
 
 def num_params(x: Any) -> int:
-    """Return number of parameters: floating and complex numbers in the arrays that a product reads.
+    """Return the number of parameters: floating and complex numbers in the arrays that a product reads.
 
-    An array counts once, however often it occurs in a composite: ``A @ A.T + I`` has the parameters of A. Arrays are
-    the same if they are views of exactly the same memory; jax copies where NumPy and torch make views, so that there
-    the transpose of CoLA's ``Dense`` counts apart. The scalar of ``c * A`` is a parameter. Raises TypeError for an
-    operator of unknown type.
+    An array counts once, even if it occurs several times in a composite: ``A @ A.T + I`` has the parameters of A. Two
+    arrays are the same if they are views of the same elements in memory. jax copies where NumPy and torch make views,
+    so on jax the transpose of CoLA's ``Dense`` counts in addition. The scalar of ``c * A`` is a parameter.
+
+    Parameters
+    ----------
+    x
+        A structure, an operator or an array (:func:`work_of`).
+
+    Returns
+    -------
+    int
+        Number of parameters.
+
+    Raises
+    ------
+    TypeError
+        If an operator has an unknown type.
 
     Examples
     --------
@@ -477,10 +331,25 @@ def num_params(x: Any) -> int:
 
 
 def num_bytes(x: Any, dtype: Any = None) -> int:
-    """Bytes of the arrays that a product reads, index arrays included, each counted once as in :func:`num_params`.
+    """Return the bytes of the arrays that a product reads, index arrays included; each counts once.
 
-    ``dtype`` (a name or a dtype of any library) replaces that of the floating and complex arrays. A structure has no
-    arrays: its factors count as ``dtype``, by default float32, and its index arrays as int64.
+    Parameters
+    ----------
+    x
+        A structure, an operator or an array (:func:`work_of`).
+    dtype
+        Dtype (a name, or an object of any library) with which floating and complex arrays count. Default: their own
+        dtype; float32 for a structure, which holds no arrays. Index arrays of a structure count as int64.
+
+    Returns
+    -------
+    int
+        Number of bytes.
+
+    Raises
+    ------
+    TypeError
+        If an operator has an unknown type.
 
     Examples
     --------
@@ -497,12 +366,32 @@ def num_bytes(x: Any, dtype: Any = None) -> int:
 
 
 def activation_bytes(x: Any, vectors: int = 1, dtype: Any = None) -> int:
-    """Bytes of activations that ``x @ V`` reads and writes, for ``vectors`` vectors in ``dtype``.
+    """Return the bytes of activations that ``x @ V`` reads and writes.
 
-    Every operation reads its operands and writes its result once: a chain of two steps moves the input, its
-    intermediate twice, and the output. Copies in between (permuting, padding) are not counted, and an operation that
-    is no chain (an FFT) counts as reading its input and writing its output. ``dtype``: by default the operator's or
-    the array's own, float32 for a structure. Raises ValueError for less than one vector, TypeError as :func:`work_of`.
+    Every operation reads its operands and writes its result once. A chain of two steps moves the input once, the
+    intermediate twice, and the output once. Copies between the steps (permuting, padding) are not counted. A structure
+    that is not a chain (an FFT) counts as reading its input and writing its output.
+
+    Parameters
+    ----------
+    x
+        A structure, an operator or an array (:func:`work_of`).
+    vectors
+        Number of vectors, the columns of V.
+    dtype
+        Dtype of the activations. Default: that of the operator or array; float32 for a structure.
+
+    Returns
+    -------
+    int
+        Number of bytes.
+
+    Raises
+    ------
+    ValueError
+        If ``vectors`` is not a positive integer.
+    TypeError
+        If an operator has an unknown type.
 
     Examples
     --------
@@ -518,10 +407,31 @@ def activation_bytes(x: Any, vectors: int = 1, dtype: Any = None) -> int:
 
 
 def intensity(x: Any, vectors: int = 1, dtype: Any = None) -> float:
-    """Arithmetic intensity of ``x @ V`` for ``vectors`` vectors: FLOPs (with the setup) per byte moved.
+    """Return the arithmetic intensity of ``x @ V``: FLOPs, with the setup, per byte moved.
 
-    Bytes are those of :func:`num_bytes`, the factors read once, and of :func:`activation_bytes`, the activations read
-    and written by every operation. ``dtype`` replaces the dtype of both. Raises as those two.
+    The bytes are those of the factors, read once (:func:`num_bytes`), and those of the activations, read and written by
+    every operation (:func:`activation_bytes`).
+
+    Parameters
+    ----------
+    x
+        A structure, an operator or an array (:func:`work_of`).
+    vectors
+        Number of vectors, the columns of V.
+    dtype
+        Dtype of factors and activations. Default: as for those two functions.
+
+    Returns
+    -------
+    float
+        FLOPs per byte.
+
+    Raises
+    ------
+    ValueError
+        If ``vectors`` is not a positive integer.
+    TypeError
+        If an operator has an unknown type.
 
     Examples
     --------
@@ -571,7 +481,7 @@ def _arrays_in(value: Any) -> Iterator[Array]:
 
 
 def _memory(x: Array) -> tuple[Any, ...]:
-    """Return the same for two arrays if and only if they are made of the same numbers in memory, in any order."""
+    """Return a key that is equal for two arrays if and only if they view the same elements in memory, in any order."""
     backend = backend_of(x)
     where: Any = None
     if backend == "numpy":
@@ -579,7 +489,7 @@ def _memory(x: Array) -> tuple[Any, ...]:
     elif backend == "torch":
         try:
             where = x.untyped_storage()._cdata  # unlike data_ptr(), distinct on the meta device too
-        except (RuntimeError, NotImplementedError):  # inside vmap and the like
+        except (RuntimeError, NotImplementedError):  # inside a transformation such as vmap
             return (id(x),)
         start, shape, strides = x.storage_offset(), x.shape, x.stride()
     else:

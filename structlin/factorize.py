@@ -86,6 +86,16 @@ def nearest_sizes(n: int, parts: int, rule: str = "balanced") -> tuple[int, ...]
 
     If none of the 4096 sizes next to ``n`` can be split, the nearest power of two takes its place.
 
+    Parameters
+    ----------
+    n, parts, rule
+        As for :func:`factorize`, without explicit factors.
+
+    Returns
+    -------
+    tuple of int
+        One or two sizes, in ascending order.
+
     Examples
     --------
     >>> nearest_sizes(47, 2)
@@ -127,6 +137,16 @@ def _has_factors(n: int, parts: int) -> bool:
 @lru_cache(maxsize=4096)
 def divisors(n: int) -> tuple[int, ...]:
     """Return all divisors of a positive integer in ascending order.
+
+    Parameters
+    ----------
+    n
+        A positive integer.
+
+    Returns
+    -------
+    tuple of int
+        The divisors, from 1 to ``n``.
 
     Examples
     --------

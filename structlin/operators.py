@@ -194,7 +194,13 @@ class StructuredOperator(LinearOperator):
         return self._transposed.apply(self.structure.transpose_factors(factors), X)
 
     def to_dense(self) -> Array:
-        """Return the matrix as an array of shape (d_out, d_in)."""
+        """Return the matrix as an array.
+
+        Returns
+        -------
+        Array
+            Array of shape (d_out, d_in), of the library, dtype and device of the operator.
+        """
         d_out, d_in = self.shape
         if d_out < d_in:
             return self._rmatmat(self._eye(d_out))
@@ -254,6 +260,11 @@ class StructuredOperator(LinearOperator):
             A device of the array library, or for jax the name of a platform such as ``"cpu"``. None keeps the device.
         dtype
             A dtype of the library or its name. None keeps the dtype. Integer factors (an index) are never cast.
+
+        Returns
+        -------
+        StructuredOperator
+            An operator of the same class.
 
         Raises
         ------

@@ -1,6 +1,6 @@
-"""What fits into a budget: for one matrix, the rank, blocks and cores that spend it best, structure by structure.
+"""Options of a structure (rank, blocks, cores) for which one matrix uses as much of a budget as possible.
 
-Costs are those of the designed structures, so a plan holds exactly; models are planned by ``structlin_nn.planning``.
+Costs are counted on the designed structures, so they are exact. ``structlin_nn.planning`` plans whole models.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from structlin.structure import AbstractStructure
 __all__ = ["RESOURCES", "LayerPlan", "check_budget", "largest_within", "plan_layer", "plan_layers"]
 
 RESOURCES = ("macs", "params", "bytes")
-_NO_CHOICE = ("permutation", "diagonal")  # of one size, and no stand-in for a dense matrix
+_NO_CHOICE = ("permutation", "diagonal")  # they have no options and cannot replace a dense matrix
 _LIMIT = 2**40
 
 
@@ -30,21 +30,21 @@ class LayerPlan:
     Attributes
     ----------
     structure
-        Its name.
+        Name of the structure.
     shape
-        (d_out, d_in).
+        Shape (d_out, d_in) of the matrix.
     options
-        That it is designed with, the planned ones among them.
+        All options of the design, fixed and planned.
     planned
-        Names of the options that were chosen to spend the budget.
+        Names of the options that were chosen to use the budget.
     macs
-        For one vector; work that is no product (FFTs) counts with half its FLOPs, rounded up.
+        MACs for one vector. Work other than products (FFTs) counts with half its FLOPs, rounded up.
     params
-        Of all factors.
+        Number of parameters.
     bytes
-        Of all factors.
+        Bytes of all factors.
     share
-        Of the budget, from 0 to 1.
+        Part of the budget that is used, from 0 to 1.
     """
 
     structure: str
@@ -58,7 +58,7 @@ class LayerPlan:
 
     @property
     def design(self) -> AbstractStructure:
-        """The structure itself."""
+        """The structure with these options."""
         return design(self.structure, self.shape, **self.options)
 
 
@@ -71,33 +71,42 @@ def plan_layer(
     dtype: Any = "float32",
     given: Mapping[str, Any] | None = None,
 ) -> LayerPlan:
-    """Return the design of a structure that spends a budget best without going over it.
+    """Return the design of a structure that uses as much of a budget as possible without exceeding it.
 
-    Planned are those of rank, blocks and cores that the structure has and that are not given: every number of cores
-    that the sizes can be split into, every number of blocks up to the smaller size, and for each of both the largest
-    rank that fits. A rank ends where the matrix can have full rank and has the cost and the parameters of a
-    dense one. Of designs of equal cost the one of the higher rank bound is taken, then that of fewer cores and blocks.
+    The search covers those of the options ``rank``, ``blocks`` and ``cores`` that the structure has and that are not
+    given: every number of cores into which the sizes can be split, every number of blocks up to the smaller size, and
+    for each of them the largest rank within the budget. The rank is not increased further once the matrix can have full
+    rank and has at least the MACs and parameters of a dense matrix. Of designs of equal cost, the one with the higher
+    rank bound is returned, then the one with fewer cores or blocks.
 
     Parameters
     ----------
     structure
-        A registered name.
+        Name of a registered structure.
     shape
-        (d_out, d_in).
+        Shape (d_out, d_in) of the matrix.
     budget
-        MACs for one vector, parameters, or bytes of the factors.
+        MACs for one vector, number of parameters, or bytes of the factors.
     resource
-        ``macs``, ``params`` or ``bytes``. Work that is no product (FFTs) counts as MACs with half its FLOPs.
+        Unit of the budget: ``macs``, ``params`` or ``bytes``. Work other than products (FFTs) counts as MACs with half
+        its FLOPs.
     dtype
-        Of the factors, for their bytes.
+        Dtype of the factors, which determines their bytes.
     given
-        Options that are fixed; a list (not a tuple) holds the values to choose from.
+        Fixed options. A list (not a tuple) contains values to choose from.
+
+    Returns
+    -------
+    LayerPlan
+        The design and its costs.
 
     Raises
     ------
     ValueError
-        An unknown structure, option or resource; a budget that is not positive and finite, or that not even the
-        smallest design fits into; sizes that the structure cannot have.
+        If the structure, an option or the resource is unknown, the budget is not positive and finite or too small for
+        every design, or the structure cannot have these sizes.
+    TypeError
+        If the budget is not a number.
 
     Examples
     --------
@@ -117,7 +126,7 @@ def plan_layer(
         raise ValueError(f"structure {structure!r} has no option {', '.join(map(repr, unknown))}")
     lists = {key: value for key, value in fixed.items() if isinstance(value, list)}
     if empty := [key for key, values in lists.items() if not values]:
-        raise ValueError(f"there is no value of {empty[0]} to choose from")
+        raise ValueError(f"the list of values of {empty[0]} is empty; give one value or more")
     fixed = {key: value for key, value in fixed.items() if key not in lists}
     by_rank = "rank" in known and not {"rank", "rank_fraction"} & {*fixed, *lists}
     spaces: dict[str, Iterable[Any]] = dict(lists)
@@ -162,7 +171,21 @@ def plan_layer(
 
 
 def check_budget(budget: float, name: str = "the budget") -> None:
-    """Raise ValueError for a budget that is not positive and finite, TypeError for what is no number.
+    """Check that a budget is a positive, finite number.
+
+    Parameters
+    ----------
+    budget
+        The value to check.
+    name
+        Its name in the message.
+
+    Raises
+    ------
+    ValueError
+        If it is not positive and finite.
+    TypeError
+        If it is not a number.
 
     Examples
     --------
@@ -182,12 +205,12 @@ def _number(value: float) -> str:
 
 
 def _explicit(fixed: Mapping[str, Any]) -> bool:
-    """Whether the factors are given themselves, and with them their number."""
+    """Return whether the sizes of the factors are given, which determine their number."""
     return not isinstance(fixed.get("factorization", ""), str)
 
 
 def _cores(shape: tuple[int, int]) -> Iterator[int]:
-    """Numbers of factors above 1 that the smaller size might be split into."""
+    """Return the numbers of factors above 1 into which the smaller size may be split."""
     return iter(range(2, max(min(shape).bit_length(), 3)))
 
 
@@ -216,9 +239,28 @@ def plan_layers(
     dtype: Any = "float32",
     structures: Sequence[str] | None = None,
 ) -> tuple[list[LayerPlan], dict[str, str]]:
-    """Plans of several structures for one budget, and why the others have none.
+    """Plan several structures for one budget.
 
-    ``structures``: names; None: all that are registered, without permutations and diagonals.
+    Parameters
+    ----------
+    shape, budget, resource, dtype
+        As for :func:`plan_layer`.
+    structures
+        Names of structures. Default: all registered ones except permutation and diagonal.
+
+    Returns
+    -------
+    plans : list of LayerPlan
+        One plan for each structure that fits into the budget.
+    left_out : dict of str to str
+        For each of the other structures, the reason why it has no plan.
+
+    Raises
+    ------
+    ValueError
+        If a structure or the resource is unknown, or the budget is not positive and finite.
+    TypeError
+        If the budget is not a number.
 
     Examples
     --------
@@ -240,7 +282,7 @@ def plan_layers(
 
 
 def _is_full(structure: AbstractStructure) -> bool:
-    """Whether more rank gains nothing over a dense matrix."""
+    """Return whether the matrix can have full rank and costs at least as much as a dense matrix."""
     dense = structure.shape[0] * structure.shape[1]
     return structure.rank_bound >= min(structure.shape) and min(structure.macs, structure.num_params) >= dense
 
@@ -252,9 +294,24 @@ def _cost(structure: AbstractStructure, resource: str, dtype: Any) -> int:
 
 
 def largest_within(cost: Callable[[int], float | None], budget: float) -> int | None:
-    """Return the largest n from 1 on whose cost is within a budget, by doubling and bisection; None where 1 has none.
+    """Return the largest integer whose cost is within a budget, by doubling and bisection.
 
-    ``cost`` rises with n; None says that n is out of range, and then every larger one is.
+    Parameters
+    ----------
+    cost
+        Function that increases with n. It returns None if n and all larger integers are out of range.
+    budget
+        Upper bound of the cost.
+
+    Returns
+    -------
+    int or None
+        The largest n >= 1 with ``cost(n) <= budget``; None if there is none.
+
+    Raises
+    ------
+    ValueError
+        If the cost stays within the budget for every n up to 2^40.
 
     Examples
     --------
@@ -272,7 +329,9 @@ def largest_within(cost: Callable[[int], float | None], budget: float) -> int | 
     while fits(2 * low):
         low *= 2
         if low > _LIMIT:
-            raise ValueError(f"the cost does not reach the budget of {budget:g}")
+            raise ValueError(
+                f"the cost at n = {low} is still within the budget of {budget:g}; the cost must increase with n"
+            )
     high = 2 * low
     while high - low > 1:
         middle = (low + high) // 2

@@ -51,6 +51,11 @@ class NamedOperator(StructuredOperator):
 
     By default the constructor reads the sizes of the axes in ``formula`` off the shapes of the factors. A subclass for
     which this does not work overrides ``_infer``.
+
+    Parameters
+    ----------
+    *factors
+        The arrays of the structure, in the order in which they are applied.
     """
 
     name: ClassVar[str] = ""
@@ -66,13 +71,34 @@ class NamedOperator(StructuredOperator):
     @staticmethod
     @abstractmethod
     def design(shape: tuple[int, int], /) -> AbstractStructure:
-        """Return the structure of a ``(d_out, d_in)`` matrix; options of subclasses are keyword-only arguments."""
+        """Return the structure of a matrix.
+
+        Parameters
+        ----------
+        shape
+            Shape ``(d_out, d_in)`` of the matrix. The options of a subclass are keyword-only parameters.
+
+        Returns
+        -------
+        AbstractStructure
+            The structure, without arrays.
+        """
 
     @classmethod
     def exact_rank(cls, shape: tuple[int, int], **options: Any) -> int | tuple[int, ...] | None:
-        """Return the smallest ``rank`` at which every (d_out, d_in) matrix is represented, or None if not known.
+        """Return the smallest ``rank`` at which every (d_out, d_in) matrix is represented.
 
-        ``options`` are those of ``design`` other than the rank.
+        Parameters
+        ----------
+        shape
+            Shape ``(d_out, d_in)`` of the matrix.
+        **options
+            Options of ``design`` other than the rank.
+
+        Returns
+        -------
+        int or tuple of int or None
+            The rank, or one rank for each pair of neighbouring cores; None if not known.
         """
         return None
 
@@ -85,10 +111,32 @@ class NamedOperator(StructuredOperator):
         cls, shape: tuple[int, int], *, seed: int | np.random.Generator | None = None, backend: str = "numpy",
         dtype: Any = None, device: Any = None, rule: str = "paper", zero_last: bool = False, **options: Any,
     ) -> Self:  # fmt: skip
-        """Draw a random ``(d_out, d_in)`` matrix with the spectral scale.
+        """Return a random matrix with the spectral scale.
 
-        ``options`` are those of ``design``; ValueError for sizes or options that it does not accept. All other
-        arguments are those of :func:`structlin.random_factors`.
+        Parameters
+        ----------
+        shape
+            Shape ``(d_out, d_in)`` of the matrix.
+        seed, backend, dtype, device, rule, zero_last
+            As for :func:`structlin.random_factors`.
+        **options
+            Options of ``design``.
+
+        Returns
+        -------
+        NamedOperator
+            An operator of this class.
+
+        Raises
+        ------
+        ValueError
+            If ``design`` does not accept the sizes or options.
+
+        Examples
+        --------
+        >>> from structlin import Monarch
+        >>> Monarch.random((12, 8), blocks=2, seed=0).shape
+        (12, 8)
         """
         structure = design(cls, shape, **options)
         factors = random_factors(
@@ -138,8 +186,26 @@ _T = TypeVar("_T", bound=type[NamedOperator])
 def register(name: str) -> Callable[[_T], _T]:
     """Return a class decorator that registers a named structure.
 
-    ValueError for a name that another class has or that is not an identifier. TypeError for a class that is not a
-    subclass of :class:`NamedOperator`.
+    Parameters
+    ----------
+    name
+        Name of the structure, an identifier.
+
+    Returns
+    -------
+    Callable
+        A decorator, which sets the attribute ``name`` and returns the class.
+
+    Raises
+    ------
+    ValueError
+        If the name is not an identifier, or another class has this name.
+    TypeError
+        If the class is not a subclass of :class:`NamedOperator`.
+
+    Examples
+    --------
+    The documentation of this module registers a structure.
     """
     if not name.isidentifier():
         raise ValueError(f"the name of a structure must be an identifier, got {name!r}")
@@ -161,7 +227,18 @@ def register(name: str) -> Callable[[_T], _T]:
 
 
 def unregister(name: str) -> None:
-    """Remove a named structure; ValueError if there is no structure of this name."""
+    """Remove a named structure from the register.
+
+    Parameters
+    ----------
+    name
+        Name of the structure.
+
+    Raises
+    ------
+    ValueError
+        If there is no structure of this name.
+    """
     structure_class(name)
     del _REGISTRY[name]
 
@@ -181,16 +258,47 @@ def _load_installed() -> None:
 
 
 def structure_names() -> tuple[str, ...]:
-    """Return the names of all structures, those of installed packages included, in the order of registration."""
+    """Return the names of all structures, including those of installed packages, in the order of registration.
+
+    Returns
+    -------
+    tuple of str
+        The names.
+
+    Examples
+    --------
+    >>> structure_names()[:3]
+    ('dense', 'low_rank', 'block_diagonal')
+    """
     _load_installed()
     return tuple(_REGISTRY)
 
 
 def structure_class(name: str) -> type[NamedOperator]:
-    """Return the class registered as ``name``; ValueError lists the known names if there is none.
+    """Return the class of a structure from its name.
 
-    Packages provide structures through the group of entry points ``structlin.structures``. They are imported when a
-    name is unknown or :func:`structure_names` is called, for the first time.
+    Packages provide structures through the group of entry points ``structlin.structures``. Their modules are imported
+    at the first unknown name or the first call of :func:`structure_names`.
+
+    Parameters
+    ----------
+    name
+        Name of the structure.
+
+    Returns
+    -------
+    type
+        A subclass of :class:`NamedOperator`.
+
+    Raises
+    ------
+    ValueError
+        If no structure has this name. The message lists the known names.
+
+    Examples
+    --------
+    >>> structure_class("low_rank").__name__
+    'LowRank'
     """
     if name not in _REGISTRY:
         _load_installed()
@@ -207,7 +315,22 @@ def _meant(name: str) -> str:
 
 
 def structure_options(structure: str | type[NamedOperator]) -> dict[str, Any]:
-    """Return the options of a structure, given by name or class, with their defaults.
+    """Return the options of a structure with their defaults.
+
+    Parameters
+    ----------
+    structure
+        Name of a registered structure, or a subclass of :class:`NamedOperator`.
+
+    Returns
+    -------
+    dict
+        Default of each option, by name.
+
+    Raises
+    ------
+    ValueError
+        If no structure has this name.
 
     Examples
     --------

@@ -91,9 +91,19 @@ def rank_corrections(structure: AbstractStructure) -> tuple[float, ...]:
     :math:`R / d_\text{in}`. Rank axes are the axes that belong neither to the input nor to the output. If they grow
     from 1 to their size, the gain of the product falls behind by the factor by which :math:`R / G` grows.
 
-    The factor that contracts a rank axis is multiplied by the square root of what is lost. The correction is
+    The factor that contracts a rank axis is multiplied by the square root of that factor. The correction is
     :math:`\sqrt r` for square Block Tensor-Train and Tensor-Train matrices. It is 1 for low rank and Monarch, whose
     gain does not depend on the rank. Learning rates are not corrected, because updates add up coherently over the rank.
+
+    Parameters
+    ----------
+    structure
+        Any structure.
+
+    Returns
+    -------
+    tuple of float
+        One number for each factor, in the order in which they are applied.
 
     Examples
     --------
@@ -273,6 +283,17 @@ def random_factors(
     -------
     tuple of Array
         Factors in the order in which they are applied.
+
+    Raises
+    ------
+    ValueError
+        If the rule, the array library or the dtype is unknown, or the library cannot have the dtype on this device.
+
+    Examples
+    --------
+    >>> s = Structure.parse("i,ri->r; r,or->o", i=64, r=4, o=48)
+    >>> [w.shape for w in random_factors(s, seed=0)]
+    [(4, 64), (48, 4)]
     """
     rng = np.random.default_rng(seed)
     if dtype is None:

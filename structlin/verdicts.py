@@ -1,7 +1,7 @@
-"""What the algebra of a structure answers: a value, and how sure it is.
+"""Results of the algebra of a structure: a value, with a verdict on its accuracy.
 
-A method of :class:`structlin.structure.AbstractStructure` that does not know an answer returns None, and something
-denser or iterative takes over. Every other answer is an :class:`Answer`.
+A method of :class:`structlin.structure.AbstractStructure` returns an :class:`Answer`, or None if the structure has no
+method for the problem. A dense or iterative method is then used instead.
 """
 
 from __future__ import annotations
@@ -19,16 +19,15 @@ T = TypeVar("T")
 
 
 class Verdict(Enum):
-    """How sure an answer is.
+    """Verdict on the accuracy of an answer."""
 
-    ``VERIFIED``: a closed form without cancellation, or the residual of this very problem is at roundoff.
-    ``NOT_VERIFIED``: the values are traced, so nobody could look; what is checked there gives NaN instead.
-    ``SINGULAR``: the matrix is singular to working precision. ``ESTIMATED``: within ``Answer.error``.
-    """
-
+    #: A closed form without cancellation, or the residual of this problem is at roundoff.
     VERIFIED = "verified"
+    #: Values are traced, so they cannot be checked at this point. A check in the traced code gives NaN if it fails.
     NOT_VERIFIED = "not verified"
+    #: The matrix is singular to working precision.
     SINGULAR = "singular"
+    #: ``Answer.error`` is the error: a relative residual above roundoff, or the standard error of a random estimate.
     ESTIMATED = "estimated"
 
 
@@ -36,8 +35,16 @@ class Verdict(Enum):
 class Answer(Generic[T]):
     """A value with its verdict.
 
-    ``error``: the relative residual or the standard error, where one is known. ``statistics``: of an iteration
-    (``iterations``, ``products``, ``probes``).
+    Attributes
+    ----------
+    value
+        The result.
+    verdict
+        Its accuracy.
+    error
+        Relative residual, or standard error of an estimate; None if not known.
+    statistics
+        Numbers of ``iterations``, ``products`` and ``probes`` of an iterative method.
     """
 
     value: T
@@ -47,17 +54,31 @@ class Answer(Generic[T]):
 
 
 class Determinant(NamedTuple):
-    """The sign (a number of magnitude 1 where complex, 0 where singular) and the logarithm of the magnitude."""
+    """Determinant of a square matrix.
+
+    Attributes
+    ----------
+    sign
+        1 or -1, a number of magnitude 1 for a complex matrix, or 0 for a singular one.
+    logabsdet
+        Logarithm of the absolute value.
+    """
 
     sign: Array
     logabsdet: Array
 
 
 class SVD(NamedTuple):
-    """``A = U diag(S) Vh``.
+    """Thin singular value decomposition ``A = U diag(S) Vh``.
 
-    U is an operator (d_out, r) with orthonormal columns, S an array (r,), real and descending, and Vh an operator
-    (r, d_in) with orthonormal rows.
+    Attributes
+    ----------
+    U
+        Operator of shape (d_out, r) with orthonormal columns.
+    S
+        Singular values, real and descending, shape (r,).
+    Vh
+        Operator of shape (r, d_in) with orthonormal rows.
     """
 
     U: Any
@@ -67,10 +88,18 @@ class SVD(NamedTuple):
 
 @dataclass(frozen=True)
 class Eigen:
-    """``A = vectors diag(values) vectors^-1``, all of it, in no order.
+    """Complete eigendecomposition ``A = vectors diag(values) vectors^-1``, in no particular order.
 
-    ``inverse`` returns ``vectors^-1`` as an operator; None where the vectors do not reproduce A (it is defective).
-    ``normal``: the vectors are unitary.
+    Attributes
+    ----------
+    values
+        Eigenvalues, shape (n,).
+    vectors
+        Eigenvectors, the columns of an operator.
+    inverse
+        Function that returns ``vectors^-1`` as an operator, or None if A is defective.
+    normal
+        True if the vectors are unitary.
     """
 
     values: Array
@@ -80,7 +109,15 @@ class Eigen:
 
 
 class Nearest(NamedTuple):
-    """Factors (NumPy, float64 or complex128) of the nearest matrix of a structure, and how they were found."""
+    """Nearest matrix of a structure.
+
+    Attributes
+    ----------
+    factors
+        Its factors, NumPy arrays in float64 or complex128.
+    method
+        Name of the method that found them.
+    """
 
     factors: tuple[np.ndarray, ...]
     method: str

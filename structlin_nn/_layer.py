@@ -60,8 +60,8 @@ def plan_layer(
     ------
     ValueError
         An unknown structure, rule or option; sizes that the structure cannot have, or other than those of the structure
-        given; options beside a structure; ``gain=True`` without ``rms_cap``; ``rms_cap`` or ``zero_init`` where there
-        are no trainable factors.
+        given; options together with a structure; ``gain=True`` without ``rms_cap``; ``rms_cap`` or ``zero_init`` where
+        there are no trainable factors.
     TypeError
         A ``structure`` that is neither a name nor a structure.
 

@@ -37,7 +37,7 @@ def matches(pattern: Pattern, name: str) -> bool:
 
 
 def show(pattern: Pattern) -> str:
-    """Return a pattern as it stands in an error message."""
+    """Return the form of a pattern for error messages."""
     return repr(pattern if isinstance(pattern, str) else pattern.pattern)
 
 

@@ -32,7 +32,7 @@ weights of normalisation layers; gains of capped factors; all others that have a
 
 @dataclass(frozen=True)
 class ParameterRule:
-    """A rule given by hand: learning-rate multiplier, and whether weight decay applies."""
+    """An explicit rule: learning-rate multiplier, and whether weight decay applies."""
 
     multiplier: float
     decay: bool = False

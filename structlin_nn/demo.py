@@ -140,6 +140,6 @@ def demo(
 
 
 def compute_difference(rows: Sequence[dict[str, Any]]) -> float:
-    """Return the largest relative difference of a network's training compute from that of the dense one beside it."""
+    """Return the largest relative difference in training compute between a network and its dense counterpart."""
     dense = [row["training_macs"] for row in rows if row["structure"] == "dense"]
     return max(min(abs(row["training_macs"] / macs - 1) for macs in dense) for row in rows)

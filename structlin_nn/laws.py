@@ -90,7 +90,7 @@ def fit_groups(
     >>> rows = [{"macs": c, "error": 2 * c**-0.1} for c in (1e6, 1e7, 1e8)]
     >>> laws, left_out = fit_groups({"dense": rows, "monarch": rows[:1]}, "macs", "error")
     >>> round(laws["dense"].fit.law.exponent, 4), left_out
-    (0.1, {'monarch': 'a law of 2 parameters needs as many different values of compute, got 1'})
+    (0.1, {'monarch': 'a law of 2 parameters needs at least 2 different values of compute, got 1'})
     """
     found, left_out = {}, {}
     for name, rows in groups.items():

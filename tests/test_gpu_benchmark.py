@@ -89,4 +89,4 @@ def test_what_cannot_run_says_so(gpu: Any, capsys: pytest.CaptureFixture[str]) -
     if not torch.cuda.is_available():
         with pytest.raises(SystemExit):
             gpu.parse(["--out", "gpu"])
-        assert "--device cpu rehearses with tiny sizes" in capsys.readouterr().err
+        assert "--device cpu runs a test with tiny sizes" in capsys.readouterr().err

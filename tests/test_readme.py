@@ -1,4 +1,4 @@
-"""Every command and program shown in README.md and docs/ runs as it stands, in a new working directory.
+"""Every command and program shown in README.md and docs/ runs unchanged, in a new working directory.
 
 All blocks of a document run in order in one session: python blocks share their variables, and shell blocks
 see the files that earlier blocks wrote, and of the checkout benchmarks/ only. An HTML comment on the line

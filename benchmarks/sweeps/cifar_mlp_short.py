@@ -17,7 +17,7 @@ WIDTHS = {
     "block_tensor_train": (128, 256, 512, 1024, 2048),
 }
 TWICE = 2
-"""Of each structure, so many of the narrowest widths are trained with a second seed."""
+"""Number of the narrowest widths of each structure that are trained with a second seed."""
 
 SWEEP = Sweep(
     name="cifar-mlp-short",

@@ -70,7 +70,7 @@ class Picture(SphinxDirective):
         name = self.arguments[0]
         pictures = load("pictures", DOCS)
         if name not in pictures.PICTURES:
-            raise self.error(f"docs/pictures.py draws {', '.join(pictures.PICTURES)}, and no {name!r}")
+            raise self.error(f"docs/pictures.py has no picture {name!r}; it draws {', '.join(pictures.PICTURES)}")
         for path in (DOCS / "pictures.py", ROOT / "setup.cfg", *BENCHMARKS.glob("results/*/layers*.json")):
             self.env.note_dependency(str(path))
         draw, text = pictures.PICTURES[name]
@@ -90,7 +90,7 @@ def image_of(name: str, alt: str) -> nodes.image:
 
 
 def tables(table: str, result: Mapping[str, object]) -> list[nodes.Node]:
-    """Return a table and the settings as text; a table that is wider than the page scrolls by itself."""
+    """Return a table and the settings as text; a table that is wider than the page has its own scroll bar."""
     setting = {k: v for k, v in result.items() if not (isinstance(v, list) and v and isinstance(v[0], dict))}
     text = "\n".join(f"{key}: {shown(value)}" for key, value in setting.items())
     return [

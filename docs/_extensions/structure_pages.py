@@ -1,7 +1,7 @@
 """Sphinx extension: one page for each registered structure, with a picture, written from the register.
 
-The pages and pictures lie in ``structures/generated/`` and are made anew for every build: a new structure gets its
-page by being registered.
+Each build writes the pages and pictures to ``structures/generated/``. A new structure gets a page when it is
+registered.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def title_of(name: str) -> str:
 
 
 def step_matrices(structure: Structure) -> list[np.ndarray]:
-    """Each step as a matrix (outputs, inputs) that holds the number of the parameter at each place, 0 for none."""
+    """Return each step as a matrix (outputs, inputs) with the number of the parameter of each entry, 0 for none."""
     sizes = dict(structure.sizes)
     found = []
     for step, factor in zip(structure.steps, structure.factors, strict=True):
@@ -91,7 +91,7 @@ def draw(name: str, path: Path) -> str:
 
 
 def cost_table(name: str) -> list[str]:
-    """Rows of parameters, MACs, rank and scale of square matrices with the default options."""
+    """Return a table of parameters, MACs, rank and scale of square matrices with the default options."""
     rows = [
         "| d | parameters | MACs | other FLOPs | rank at most | initial deviation | Adam multiplier |",
         "|---|---|---|---|---|---|---|",
@@ -148,7 +148,7 @@ def page(name: str, caption: str) -> str:
 
 
 def hidden(cls: type) -> list[str]:
-    """Inherited members that every operator has: they stand in the API of StructuredOperator."""
+    """Return the inherited members of every operator, which the API of StructuredOperator describes."""
     return sorted(n for n, _ in inspect.getmembers(cls) if not n.startswith("_") and n not in ("design", "random"))
 
 

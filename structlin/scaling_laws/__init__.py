@@ -1,12 +1,13 @@
-"""Scaling laws: error against compute, with intervals, compared at equal error.
+r"""Scaling laws: fits of error against compute, with intervals, and comparisons at equal error.
 
-In one size, the law is ``error = a * C**-alpha``, optionally plus an irreducible error, fitted to the logarithms
-(Hestness et al., *Deep Learning Scaling is Predictable, Empirically*, 2017; Hoffmann et al., *Training Compute-Optimal
-Large Language Models*, 2022). Compute is whatever
-the numbers are: MACs of one sample, MACs of a training run, parameters.
+The law in one variable is :math:`\mathrm{error} = a \, C^{-\alpha}`, optionally plus an irreducible error, and is
+fitted to the logarithms (Hestness et al., *Deep Learning Scaling is Predictable, Empirically*, 2017; Hoffmann et al.,
+*Training Compute-Optimal Large Language Models*, 2022). The compute C may have any unit: MACs of one sample, MACs of a
+training run, or parameters.
 
-In two sizes, model and data, it is ``L = E + A N**-alpha + B D**-beta`` (:func:`fit_loss_law`), and says how a budget
-of compute is split best; :func:`fit_isoflop` and :func:`fit_envelope` say that without a law of the loss.
+The law in two variables, the sizes of the model and of the data, is :math:`L = E + A N^{-\alpha} + B D^{-\beta}`
+(:func:`fit_loss_law`). It gives the optimal split of a compute budget. :func:`fit_isoflop` and :func:`fit_envelope`
+find that split without a law of the loss.
 
 >>> import numpy as np
 >>> macs = np.array([1e6, 3e6, 1e7, 3e7, 1e8, 3e8])

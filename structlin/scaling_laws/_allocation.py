@@ -1,4 +1,4 @@
-"""How a compute budget is split best, without a law of the loss: envelopes of curves and iso-FLOP parabolas."""
+"""Optimal split of a compute budget without a law of the loss: envelopes of training curves and iso-FLOP parabolas."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ Array = npt.NDArray[Any]
 
 @dataclass(frozen=True)
 class Allocation:
-    """``N_opt = exp(log_coefficient) * C**exponent``, fitted to the best sizes of several budgets.
+    r"""Law of the optimal model size, :math:`N_\mathrm{opt} = e^b \, C^a`, fitted to the best sizes of several budgets.
 
-    The interval is that of Student's t for a line through the logarithms. It takes the errors of the best sizes from
-    their scatter around the line.
+    The interval of the exponent is that of Student's t for a line through the logarithms. The scatter of the best sizes
+    around the line determines its width.
 
     Attributes
     ----------
     log_coefficient, exponent
-        Of the law.
+        The coefficients b and a.
     compute, params
-        The budgets and their best sizes, shape (n,).
+        Budgets and their best sizes, shape (n,).
     flops
-        Of training, for each unit of N and of D.
+        Training FLOPs for each unit of N times D.
     """
 
     log_coefficient: float
@@ -41,12 +41,12 @@ class Allocation:
     flops: float = FLOPS
 
     def optimum(self, compute: float) -> tuple[float, float]:
-        """(N, D) for a budget, with ``flops * N * D = compute``."""
+        """Return the optimal sizes (N, D) for a budget, with ``flops * N * D = compute``."""
         n = math.exp(self.log_coefficient + self.exponent * math.log(compute))
         return n, compute / (self.flops * n)
 
     def interval(self, confidence: float = 0.95) -> Estimate:
-        """Return the exponent with its interval; NaN at both ends for less than three budgets."""
+        """Return the exponent with its interval. With fewer than three budgets both ends are NaN."""
         if len(self.compute) < 3:
             return Estimate(self.exponent, math.nan, math.nan, confidence)
         line = stats.linregress(np.log(self.compute), np.log(self.params))
@@ -56,16 +56,16 @@ class Allocation:
 
 @dataclass(frozen=True)
 class Parabola:
-    """Loss against log N at one compute budget.
+    """Parabola of the loss against log N at one compute budget.
 
     Attributes
     ----------
     compute
-        Geometric mean of the points' budgets.
+        Geometric mean of the compute of the points.
     params, loss
-        Of the points, shape (n,).
+        Model sizes and losses of the points, shape (n,).
     coefficients
-        Of the polynomial in ``log(N) - centre``, the constant first, shape (3,).
+        Coefficients of the polynomial in ``log(N) - centre``, constant first, shape (3,).
     centre
         Mean of log N.
     """
@@ -77,12 +77,12 @@ class Parabola:
     centre: float
 
     def __call__(self, params: npt.ArrayLike) -> Any:
-        """Return the loss that the parabola gives for sizes."""
+        """Return the value of the parabola at model sizes."""
         return np.polynomial.polynomial.polyval(np.log(params) - self.centre, self.coefficients)
 
     @property
     def best(self) -> tuple[float, float]:
-        """(N, loss) at the vertex."""
+        """Model size and loss (N, loss) at the vertex."""
         c, b, a = self.coefficients
         return float(math.exp(self.centre - b / (2 * a))), float(c - b * b / (4 * a))
 
@@ -94,11 +94,11 @@ class IsoFlop:
     Attributes
     ----------
     parabolas
-        In order of the budget.
+        Parabolas in ascending order of the budget.
     allocation
-        The law of the minima.
+        Law of the minima.
     left_out
-        Why other budgets have no parabola, by budget.
+        Budgets without a parabola, each with the reason.
     """
 
     parabolas: tuple[Parabola, ...]
@@ -115,27 +115,32 @@ def fit_isoflop(
     tolerance: float = 0.1,
     flops: float = FLOPS,
 ) -> IsoFlop:
-    """Parabolas of the loss against log N at each compute budget, and the law of their minima (approach 2).
+    """Fit a parabola of the loss against log N for each compute budget, and the law of their minima (approach 2).
 
-    A budget counts where its parabola opens upwards and has its minimum within the sizes that were tried.
+    A budget is used if its parabola opens upwards and its minimum lies between the smallest and the largest size.
 
     Parameters
     ----------
     params, compute, loss
-        Of runs, shape (n,), above 0.
+        Model sizes, compute and losses of runs, shape (n,), above 0.
     budgets
-        Of compute, shape (k,). A point belongs to the nearest, where that is within ``tolerance``, and is left out
-        otherwise. None: points are of one budget where no gap between neighbours, in order of compute, is larger than
-        ``tolerance``, which finds the budgets of a sweep that has no runs in between.
+        Compute budgets, shape (k,). A run belongs to the nearest budget. It is left out if the relative distance
+        exceeds ``tolerance``. Default: the runs in order of compute, divided where the compute of neighbours differs by
+        more than ``tolerance``.
     tolerance
-        Of a budget, relative, above 0.
+        Relative width of a budget, above 0.
     flops
-        Of training, for each unit of N and of D (:meth:`LossLaw.optimum`).
+        Training FLOPs for each unit of N times D (:meth:`LossLaw.optimum`).
+
+    Returns
+    -------
+    IsoFlop
+        The parabolas, and the law of their minima.
 
     Raises
     ------
     ValueError
-        Points that are not positive; less than two budgets that count. The message says why others do not.
+        If a value is not positive, or fewer than two budgets can be used. The message gives the reasons for the others.
 
     Notes
     -----
@@ -161,7 +166,7 @@ def fit_isoflop(
         budget = float(np.exp(np.log(c[own]).mean()))
         sizes = np.log(n[own])
         if (different := len(np.unique(sizes))) < 3:
-            left_out[budget] = f"{different} different sizes, a parabola needs 3"
+            left_out[budget] = f"a parabola needs 3 different sizes, got {different}"
             continue
         centre = float(sizes.mean())
         coefficients = np.polynomial.polynomial.polyfit(sizes - centre, y[own], 2)
@@ -169,18 +174,20 @@ def fit_isoflop(
         if coefficients[2] <= 0:
             left_out[budget] = "the parabola opens downwards"
         elif not n[own].min() <= found.best[0] <= n[own].max():
-            left_out[budget] = f"the minimum, {found.best[0]:.3g}, is outside of the sizes that were tried"
+            left_out[budget] = f"the minimum, {found.best[0]:.3g}, lies outside the sizes of the runs"
         else:
             parabolas.append(found)
     if len(parabolas) < 2:
         reasons = "; ".join(f"{budget:.3g}: {text}" for budget, text in left_out.items())
-        raise ValueError(f"a law of the minima needs two budgets with one, got {len(parabolas)} ({reasons})")
+        raise ValueError(
+            f"a law of the minima needs at least 2 budgets with a minimum, got {len(parabolas)} ({reasons})"
+        )
     budgets, best = np.array([p.compute for p in parabolas]), np.array([p.best[0] for p in parabolas])
     return IsoFlop(tuple(parabolas), _allocation(budgets, best, flops), left_out)
 
 
 def _by_budget(compute: Array, budgets: npt.ArrayLike | None, tolerance: float) -> list[Array]:
-    """Return the indices of the points of each budget, in rising order of the budgets."""
+    """Return the indices of the points of each budget, in ascending order of the budgets."""
     logs, width = np.log(compute), math.log1p(tolerance)
     if budgets is None:
         order = np.argsort(compute, kind="stable")
@@ -193,16 +200,16 @@ def _by_budget(compute: Array, budgets: npt.ArrayLike | None, tolerance: float) 
 
 @dataclass(frozen=True)
 class Envelope:
-    """The best run of each budget and the law of their sizes, from :func:`fit_envelope`.
+    """Best run of each budget and the law of their sizes, from :func:`fit_envelope`.
 
     Attributes
     ----------
     compute
-        Geometric mean of the budgets at which a run is the best, shape (runs,), rising.
+        Geometric mean of the budgets at which a run has the lowest loss, shape (runs,), ascending.
     params, run
-        Size and number of that run.
+        Model size and index of that run, shape (runs,).
     allocation
-        The law of the sizes.
+        Law of the sizes.
     """
 
     compute: Array
@@ -214,27 +221,33 @@ class Envelope:
 def fit_envelope(
     curves: Sequence[tuple[float, npt.ArrayLike, npt.ArrayLike]], *, flops: float = FLOPS, grid: int = 2000
 ) -> Envelope:
-    """Return the run of the lowest loss at each compute, from training curves, and the law of its size (approach 1).
+    """Find the run with the lowest loss at each compute budget, and fit the law of its size (approach 1).
 
-    Curves are joined by straight lines of the loss against log compute, and compared on ``grid`` budgets, evenly
-    spaced in the logarithm. Each run that is best somewhere counts once, with the geometric mean of the budgets where
-    it is. The first and the last are left out where there are four or more: their ranges end with the data.
+    Each training curve is interpolated linearly in the logarithm of compute. The curves are compared at ``grid``
+    budgets with equal ratios. A run that is the best at some budgets counts once, with the geometric mean of these
+    budgets. If there are four or more such runs, the first and the last are left out, because the data limit their
+    ranges.
 
     Parameters
     ----------
     curves
-        (params, tokens, loss) of each run; tokens and loss of its evaluations, shape (n,), tokens rising. The learning
-        rate should have come down by the end of a curve; what was measured before is higher than a run of that length
-        would end at.
+        Tuples (params, tokens, loss), one for each run: the model size, and the tokens and losses of its evaluations,
+        shape (n,), tokens ascending. The learning rate should be decayed by the end of a curve. Earlier losses exceed
+        the final loss of a run of that length.
     flops
-        Of training, for each unit of N and of D (:meth:`LossLaw.optimum`).
+        Training FLOPs for each unit of N times D (:meth:`LossLaw.optimum`).
     grid
         Number of budgets.
+
+    Returns
+    -------
+    Envelope
+        The best runs, and the law of their sizes.
 
     Raises
     ------
     ValueError
-        Values that are not positive, tokens that do not rise, less than two runs that are best somewhere.
+        If a value is not positive, tokens do not ascend, or the best runs have fewer than two sizes.
 
     Notes
     -----
@@ -244,10 +257,12 @@ def fit_envelope(
     for number, (size, tokens, loss) in enumerate(curves):
         (n,), t, y = _positive("params", [size]), _positive("tokens", tokens), _positive("loss", loss)
         if len(t) != len(y) or not (np.diff(t) > 0).all():
-            raise ValueError(f"run {number}: tokens must rise and be as many as losses, got {len(t)} and {len(y)}")
+            raise ValueError(
+                f"run {number}: tokens must ascend, with one loss for each, got {len(t)} tokens and {len(y)} losses"
+            )
         lines.append((float(n), np.log(flops * n * t), y))
     if not lines:
-        raise ValueError("no curves were given")
+        raise ValueError("curves is empty; give one (params, tokens, loss) for each run")
     low, high = min(x[0] for _, x, _ in lines), max(x[-1] for _, x, _ in lines)
     at = np.linspace(low, high, grid)
     values = np.array([np.interp(at, x, y, left=np.inf, right=np.inf) for _, x, y in lines])
@@ -258,7 +273,7 @@ def fit_envelope(
     budgets, sizes = np.exp([means[r] for r in runs]), np.array([lines[r][0] for r in runs])
     kept = slice(1, -1) if len(runs) >= 4 else slice(None)
     if len(np.unique(sizes[kept])) < 2:
-        raise ValueError(f"a law needs two sizes that are best somewhere, got {np.unique(sizes).tolist()}")
+        raise ValueError(f"a law needs best runs of at least 2 sizes, got {np.unique(sizes).tolist()}")
     return Envelope(budgets, sizes, runs, _allocation(budgets[kept], sizes[kept], flops))
 
 

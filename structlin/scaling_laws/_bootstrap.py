@@ -1,4 +1,4 @@
-"""Bootstrap of fitted laws: the spread of what was fitted, from data drawn anew."""
+"""Bootstrap of power laws: the spread of fits to resampled data."""
 
 from __future__ import annotations
 
@@ -17,7 +17,16 @@ METHODS = ("parametric", "residuals", "cases")
 
 @dataclass(frozen=True)
 class Estimate:
-    """A value with its interval at a level of confidence.
+    """A value with its confidence interval.
+
+    Attributes
+    ----------
+    value
+        The estimate.
+    low, high
+        Ends of the interval.
+    confidence
+        Level of confidence, between 0 and 1.
 
     Examples
     --------
@@ -31,7 +40,17 @@ class Estimate:
     confidence: float
 
     def excludes(self, value: float) -> bool:
-        """Whether a value lies outside the interval.
+        """Return whether a value lies outside the interval.
+
+        Parameters
+        ----------
+        value
+            The value to test.
+
+        Returns
+        -------
+        bool
+            True if it lies outside.
 
         Examples
         --------
@@ -46,26 +65,30 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Bootstrap:
-    """Laws fitted to data that were drawn anew, the same number of points at each draw.
+    r"""Laws fitted to resampled data, with the same number of points in each sample.
 
-    ``parametric``: errors around the law, normal in the logarithm, their variance drawn from its own distribution
-    (that of the residuals over a chi-squared variable): without floor and with the linear loss the intervals
-    are those of Student's t, which hold for few points too. ``residuals``: residuals drawn with replacement, each
-    raised for the freedom that the fit took from it, and all scaled by ``sqrt(df / chi2)``, with chi2 drawn of as many
-    degrees of freedom as there are points beyond the parameters. ``cases``: points drawn with replacement, and the
-    change of the law scaled by ``sqrt(n / chi2)``. Without these factors the quantiles are those of a normal
-    distribution, for cases of a variance that is too small by ``df / n``, and too narrow for few points (Hesterberg,
-    *What Teachers Should Know About the Bootstrap*, 2015). With a known ``noise``, the standard deviation of an
-    error, ``parametric`` draws with that and not with the spread of the residuals: the law is then taken to be true.
+    There are three methods. Let n be the number of points, :math:`\nu` the degrees of freedom, n minus the number of
+    fitted parameters, and :math:`\chi^2_\nu` a random number with the chi-squared distribution.
+
+    - ``parametric`` adds errors to the logarithms of the law. The errors are normal. Their variance is drawn for each
+      sample, the sum of squared residuals over :math:`\chi^2_\nu`. Without a floor and with the linear loss, the
+      intervals are those of Student's t, which also hold for few points. If ``noise`` is given, the standard deviation
+      of an error, it replaces the spread of the residuals, and the law is assumed to be true.
+    - ``residuals`` adds residuals drawn with replacement. Each residual is divided by the square root of one minus its
+      leverage. All residuals of a sample are scaled by :math:`\sqrt{\nu / \chi^2_\nu}`.
+    - ``cases`` draws points with replacement. The change of the parameters is scaled by :math:`\sqrt{n / \chi^2_\nu}`.
+
+    Without these factors the intervals are too narrow for few points (Hesterberg, *What Teachers Should Know About the
+    Bootstrap*, 2015).
 
     Attributes
     ----------
     fit
-        What it is a bootstrap of.
+        The fit to the original data.
     draws
-        Shape (samples, 3): log_coefficient, exponent and floor of each draw's law.
-    method
-        As given, like ``seed`` and ``noise``.
+        Shape (samples, 3): log_coefficient, exponent and floor of the law of each sample.
+    method, seed, noise
+        As given to :meth:`PowerLawFit.bootstrap`.
     """
 
     fit: PowerLawFit
@@ -75,7 +98,7 @@ class Bootstrap:
     noise: float | None = None
 
     def exponent(self, confidence: float = 0.95) -> Estimate:
-        """Return the exponent, with the interval between quantiles of the draws."""
+        """Return the exponent. Its interval lies between two quantiles of the draws."""
         return estimate(self.fit.law.exponent, self.draws[:, 1], confidence)
 
     def coefficient(self, confidence: float = 0.95) -> Estimate:
@@ -84,25 +107,25 @@ class Bootstrap:
             return estimate(self.fit.law.coefficient, np.exp(self.draws[:, 0]), confidence)
 
     def floor(self, confidence: float = 0.95) -> Estimate:
-        """Return the irreducible error, with its interval; both ends are the value itself where it was not fitted."""
+        """Return the irreducible error, with its interval; both ends equal the value if it was not fitted."""
         return estimate(self.fit.law.floor, self.draws[:, 2], confidence)
 
     def error(self, compute: float, confidence: float = 0.95) -> Estimate:
-        """Return the law's error at a compute, with its interval (of the law, not of a new measurement)."""
+        """Return the error of the law at a compute, with the interval of the law (not of a new measurement)."""
         values = np.exp(self.draws[:, 0] - self.draws[:, 1] * np.log(compute)) + self.draws[:, 2]
         return estimate(self.fit.law(compute), values, confidence)
 
     def compute(self, error: float, confidence: float = 0.95) -> Estimate:
-        """Compute that reaches an error, with its interval; an end is infinite where draws do not reach it."""
+        """Return the compute at which the law has an error, with its interval; infinite if draws do not reach it."""
         return estimate(self.fit.law.compute(error), compute_at(self.draws, error), confidence)
 
 
 def estimate(value: float, draws: Array, confidence: float) -> Estimate:
-    """Return a value and the quantiles of draws. Raises ValueError for a confidence that is not between 0 and 1."""
+    """Return a value and the quantiles of draws; ValueError unless the confidence lies between 0 and 1."""
     if not 0 < confidence < 1:
         raise ValueError(f"confidence must be between 0 and 1, got {confidence}")
     tail = (1 - confidence) / 2
-    # Quantiles that are draws themselves: between a number and infinity nothing can be interpolated.
+    # The quantiles are elements of the draws, because draws can be infinite and cannot be interpolated then.
     low = np.quantile(draws, tail, method="lower")
     return Estimate(float(value), float(low), float(np.quantile(draws, 1 - tail, method="higher")), confidence)
 
@@ -110,13 +133,13 @@ def estimate(value: float, draws: Array, confidence: float) -> Estimate:
 def bootstrap(
     fit: PowerLawFit, samples: int, *, seed: int = 0, method: str = "parametric", noise: float | None = None
 ) -> Bootstrap:
-    """Draw data and fit the same law to each draw.
+    """Resample the data and fit the same law to each sample.
 
     Raises
     ------
     ValueError
-        An unknown method; less than two samples; as many points as parameters, which leave no residuals, unless the
-        noise is known; a noise that is negative, or with another method than ``parametric``.
+        If the method is unknown, there are fewer than two samples, there are no degrees of freedom and no known noise,
+        or a noise is negative or given with a method other than ``parametric``.
     """
     if method not in METHODS:
         raise ValueError(f"unknown method {method!r}; one of {', '.join(METHODS)}")
@@ -125,9 +148,12 @@ def bootstrap(
     n = len(fit.compute)
     freedom = n - fit.free_parameters
     if noise is not None and (method != "parametric" or not noise >= 0):
-        raise ValueError(f"noise must be at least 0 and goes with the parametric method, got {noise} and {method!r}")
+        raise ValueError(f"noise must be at least 0 and needs method='parametric', got {noise} and {method!r}")
     if freedom < 1 and noise is None:
-        raise ValueError(f"{n} points determine {fit.free_parameters} parameters: no residuals to draw from")
+        raise ValueError(
+            f"a bootstrap of {fit.free_parameters} parameters needs more points than that, got {n}; add "
+            "points or give the noise"
+        )
     generator = np.random.default_rng(seed)
     draws = np.empty((samples, 3))
     for row in draws:
@@ -140,9 +166,9 @@ def bootstrap(
 
 
 def _scaled(fit: PowerLawFit, law: PowerLaw, factor: float) -> tuple[float, float, float]:
-    """Return a law whose distance from the fitted one is so many times as large, within the bounds of the fit.
+    """Return the law with its difference from the fitted law multiplied by a factor, within the bounds of the fit.
 
-    Levels are compared at the middle of the points, where they hardly depend on the exponents.
+    Levels are compared at the mean logarithm of compute, where they are nearly independent of the exponents.
     """
     centre = float(np.log(fit.compute).mean())
     base = fit.law
@@ -173,7 +199,7 @@ def _draw(
     else:
         spread = np.sqrt(np.clip(1 - leverages(fit.compute, fit.law, fit.floor), 1e-3, None))
         residuals = fit.residuals / spread
-        # The factor has the residuals' spread vary from draw to draw, as it does from sample to sample.
+        # With this factor the spread of the residuals varies from draw to draw, as it does between samples.
         factor = math.sqrt(freedom / generator.chisquare(freedom))
         moved = factor * generator.choice(residuals - residuals.mean(), size=n)
     return np.arange(n), fit.law(fit.compute) * np.exp(moved)

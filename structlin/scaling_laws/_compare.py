@@ -15,10 +15,36 @@ from structlin.scaling_laws._law import compute_at
 
 
 def compare_exponents(a: Bootstrap, b: Bootstrap, confidence: float = 0.95) -> Estimate:
-    """Exponent of ``a`` minus that of ``b``, with its interval; the two are taken to be independent.
+    """Return the difference of the exponents of two independent laws, with its interval.
 
-    Above 0: the error of ``a`` falls faster with compute. The interval excludes 0 where the difference is
-    significant at ``1 - confidence``. Raises ValueError for different numbers of draws.
+    A positive difference means that the error of ``a`` decreases faster with compute.
+
+    Parameters
+    ----------
+    a, b
+        Bootstraps with equal numbers of draws.
+    confidence
+        Level of confidence of the interval. If the interval excludes 0, the difference is significant at the level
+        ``1 - confidence``.
+
+    Returns
+    -------
+    Estimate
+        Exponent of ``a`` minus exponent of ``b``.
+
+    Raises
+    ------
+    ValueError
+        If the numbers of draws differ or the confidence does not lie between 0 and 1.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from structlin.scaling_laws import fit_power_law
+    >>> compute, noise = np.logspace(6, 9, 6), np.array([1, 1.01, 0.99, 1.01, 0.99, 1])
+    >>> a, b = (fit_power_law(compute, 2 * compute**-x * noise).bootstrap(100) for x in (0.12, 0.1))
+    >>> round(compare_exponents(a, b).value, 3)
+    0.02
     """
     _check_draws(a, b)
     value = a.fit.law.exponent - b.fit.law.exponent
@@ -27,14 +53,14 @@ def compare_exponents(a: Bootstrap, b: Bootstrap, confidence: float = 0.95) -> E
 
 @dataclass(frozen=True)
 class Multiplier(Estimate):
-    """How many times less compute a law needs than another at equal error.
+    """Ratio of the compute of two laws at equal error.
 
     Attributes
     ----------
     error
-        The error at which they are compared.
+        Error at which the laws are compared.
     extrapolated
-        Whether one of them was not measured there: the error lies outside the range of its points.
+        True if the error lies outside the range of the points of one of them.
     """
 
     error: float
@@ -44,23 +70,29 @@ class Multiplier(Estimate):
 
 
 def compute_multiplier(a: Bootstrap, b: Bootstrap, error: float | None = None, confidence: float = 0.95) -> Multiplier:
-    """Compute of ``b`` over compute of ``a`` at equal error, with its interval: "a needs 3.8 times less".
+    """Return the compute of ``b`` divided by that of ``a`` at equal error, with its interval.
+
+    A value of 3.8 means that ``a`` needs 3.8 times less compute.
 
     Parameters
     ----------
     a, b
-        Bootstraps of two fits, of equally many draws.
+        Bootstraps with equal numbers of draws.
     error
-        Where to compare; None: the lowest error that points of both reach, which is the better of two models at the
-        error of the best of the worse.
+        Error at which to compare. Default: the lowest error that the points of both reach.
     confidence
-        Of the interval. Draws in which only ``b`` does not reach the error count as infinite, those in which ``a`` does
-        not count as 0.
+        Level of confidence of the interval. Draws in which only ``b`` does not reach the error count as infinite, draws
+        in which ``a`` does not reach it count as 0.
+
+    Returns
+    -------
+    Multiplier
+        The ratio, and the error at which it holds.
 
     Raises
     ------
     ValueError
-        Errors of ``a`` and ``b`` that do not overlap, where ``error`` is None; an error that neither law reaches.
+        If ``error`` is None and the errors of ``a`` and ``b`` do not overlap, or if neither law reaches the error.
     """
     _check_draws(a, b)
     ranges = [(float(s.fit.error.min()), float(s.fit.error.max())) for s in (a, b)]
@@ -68,7 +100,8 @@ def compute_multiplier(a: Bootstrap, b: Bootstrap, error: float | None = None, c
     if error is None:
         if lowest > highest:
             raise ValueError(
-                f"the errors do not overlap ({_range(ranges[0])} and {_range(ranges[1])}): say at which to compare"
+                f"the ranges of errors, {_range(ranges[0])} and {_range(ranges[1])}, do not overlap; give the error "
+                "to compare at"
             )
         error = lowest
     ours, theirs = (float(compute_at(s.fit.law.parameters, error)) for s in (a, b))
@@ -93,32 +126,36 @@ def interpolated_multiplier(
     seed: int = 0,
     confidence: float = 0.95,
 ) -> Multiplier:
-    """Compute of ``b`` over compute of ``a`` at equal error, read off the measured points without any law.
+    """Return the compute of ``b`` divided by that of ``a`` at equal error, by interpolation and without a law.
 
-    Points are joined by straight lines of the logarithms, along the Pareto frontier; runs of equal compute (seeds)
-    count as their geometric mean. This is how a sentence like "3.8 times less compute" is usually come by, and the
-    right reading of few points, or of points that no power law describes.
+    The points of the Pareto frontier are interpolated linearly in the logarithms. Runs of equal compute (seeds) count
+    as their geometric mean. Use it for few points, and for points that do not follow a power law.
 
     Parameters
     ----------
     a, b
-        (compute, error), each of shape (n,), above 0.
+        Pairs (compute, error), each of shape (n,), above 0.
     error
-        Where to compare; None: the lowest error that both reach.
+        Error at which to compare. Default: the lowest error that both reach.
     noise
-        Standard deviation of an error, in the same units. The interval is of errors drawn anew with it, with ``error``
-        chosen anew too where it is None. None: no interval, both ends are NaN.
+        Standard deviation of an error, in the unit of the errors, with which errors are resampled for the interval. If
+        ``error`` is None, it is chosen again in each sample. Default: no interval; both ends are NaN.
     samples, seed
-        Of these draws.
+        Number of samples and seed of the generator.
     confidence
-        Of the interval. Draws in which only ``b`` does not reach the error count as infinite, those in which ``a`` does
-        not count as 0.
+        Level of confidence of the interval. Draws in which only ``b`` does not reach the error count as infinite, draws
+        in which ``a`` does not reach it count as 0.
+
+    Returns
+    -------
+    Multiplier
+        The ratio, and the error at which it holds.
 
     Raises
     ------
     ValueError
-        Errors that do not overlap, or an ``error`` that is not within the points of both; points that are not positive;
-        a negative noise.
+        If the errors do not overlap, ``error`` lies outside the points of ``a`` or ``b``, a value is not positive, or
+        the noise is negative.
 
     Examples
     --------
@@ -142,7 +179,7 @@ def interpolated_multiplier(
     generator = np.random.default_rng(seed)
     drawn = np.empty(samples)
     for i in range(samples):
-        # Errors are positive: what is drawn below a hundredth of an error is held there.
+        # Errors are positive: a draw below a hundredth of the error is clipped.
         moved = [(x, np.maximum(y + noise * generator.standard_normal(len(y)), 0.01 * y)) for x, y in points]
         drawn[i] = _interpolated(moved, error)[0]
     found = estimate(value, drawn[~np.isnan(drawn)], confidence)
@@ -150,7 +187,7 @@ def interpolated_multiplier(
 
 
 def _interpolated(points: Sequence[tuple[np.ndarray, np.ndarray]], error: float | None) -> tuple[float, float]:
-    """(multiplier, error); NaN where the error is not within the points, or neither reaches it."""
+    """Return (multiplier, error), NaN if the error is outside the points or neither reaches it."""
     curves = []
     for x, y in points:
         computes, where = np.unique(x, return_inverse=True)
@@ -172,17 +209,31 @@ def _range(bounds: tuple[float, float]) -> str:
 
 
 def _shuffled(s: Bootstrap) -> np.ndarray:
-    """Return the draws in another order: two bootstraps of one seed would otherwise be drawn from the same numbers."""
+    """Return the draws in another order, because two bootstraps with the same seed use the same random numbers."""
     return np.random.default_rng([s.seed, 1]).permutation(s.draws)
 
 
 def _check_draws(a: Bootstrap, b: Bootstrap) -> None:
     if len(a.draws) != len(b.draws):
-        raise ValueError(f"bootstraps of equally many draws are needed, got {len(a.draws)} and {len(b.draws)}")
+        raise ValueError(f"both bootstraps must have the same number of draws, got {len(a.draws)} and {len(b.draws)}")
 
 
 def cheapest(laws: Mapping[str, Bootstrap], error: float, confidence: float = 0.95) -> dict[str, Estimate]:
-    """Compute that each law needs for an error, the cheapest first; those that never reach it last, infinite.
+    """Return the compute that each law needs to reach an error, in ascending order.
+
+    Parameters
+    ----------
+    laws
+        Bootstrap of each law, by name.
+    error
+        Error to reach.
+    confidence
+        Level of confidence of the intervals.
+
+    Returns
+    -------
+    dict of str to Estimate
+        Compute by name; infinite if the law never reaches the error.
 
     Examples
     --------

@@ -1,4 +1,4 @@
-"""Many robust fits at once: Huber losses of ``log L - log(E + A N^-alpha + B D^-beta)``, minimised side by side."""
+"""Robust fits of many problems at once: Huber losses of ``log L - log(E + A N^-alpha + B D^-beta)``."""
 
 from __future__ import annotations
 
@@ -9,28 +9,28 @@ import numpy.typing as npt
 
 Array = npt.NDArray[Any]
 MAX_EXPONENT = 10.0
-_LEAST = -30.0  # of log E and of the logarithms of both terms at the centre of the points, over the smallest loss
+_LEAST = -30.0  # lower bound of log E and of the logarithms of both terms at the centre, relative to the smallest loss
 _STEPS = 300
 
 
 class Problem:
-    """Points of one or several groups, and which of the five numbers of each group is which parameter.
+    """Points of one or several groups, and the mapping from the parameters of the fit to the terms of each group.
 
-    The parameters of a point are ``p[index[group]]``, in the order log E, log A, alpha, log B, beta, with both
-    coefficients at the geometric mean of the sizes (``centre``), where they hardly depend on the exponents.
+    The terms of a point are ``p[index[group]]``, in the order log E, log A, alpha, log B, beta. Both coefficients are
+    taken at the geometric mean of the sizes (``centre``), where they are nearly independent of the exponents.
 
     Parameters
     ----------
     n, d
-        Logarithms of both sizes less their means, shape (points,).
+        Logarithms of both sizes minus their means, shape (points,).
     y
-        Logarithm of the loss over the smallest one.
+        Logarithm of the ratio of the loss to the smallest loss, shape (points,).
     group
-        Of each point.
+        Index of the group of each point, shape (points,).
     index
-        Shape (groups, 5), into the parameters.
+        Index of each term in the parameters, shape (groups, 5).
     delta
-        Of the Huber loss.
+        Threshold of the Huber loss.
     """
 
     def __init__(self, n: Array, d: Array, y: Array, group: Array, index: Array, delta: float) -> None:
@@ -43,12 +43,12 @@ class Problem:
         self.upper = np.where(exponent, MAX_EXPONENT, np.where(kinds == 0, float(y.max()), -_LEAST))
 
     def logs(self, p: Array) -> tuple[Array, Array, Array]:
-        """Logarithms of the three terms at every point, for parameters of shape (k, size)."""
+        """Return the logarithms of the three terms at every point, for parameters of shape (k, size)."""
         q = p[:, self.index[self.group]]
         return q[..., 0], q[..., 1] - q[..., 2] * self.n, q[..., 3] - q[..., 4] * self.d
 
     def predicted(self, p: Array) -> Array:
-        """Logarithm of the law at every point, shape (k, points)."""
+        """Return the logarithm of the law at every point, shape (k, points)."""
         return np.logaddexp.reduce(self.logs(p), axis=0)
 
     def value(self, p: Array, y: Array, weights: Array) -> Array:
@@ -74,15 +74,22 @@ class Problem:
         return -np.einsum("ki,kij->kj", pull, self.jacobian(p))
 
     def solve(self, start: Array, y: Array | None = None, weights: Array | None = None) -> tuple[Array, Array]:
-        """Minimise from each start, each with its own data and weights where those have as many rows.
+        """Minimise from each of the k starts.
 
-        Damped Gauss-Newton steps of the quadratic that touches the Huber loss from above (iteratively reweighted
-        least squares): the objective falls at every step that is taken, and all problems take theirs at once.
+        The method is iteratively reweighted least squares: damped Gauss-Newton steps on a quadratic upper bound of the
+        Huber loss. A step is accepted if the objective decreases. All problems are computed at once.
+
+        Parameters
+        ----------
+        start
+            Initial parameters, shape (k, size).
+        y, weights
+            Data and weights: shape (points,) for all starts, or (k, points).
 
         Returns
         -------
-        tuple[Array, Array]
-            (parameters, objective), of shapes (k, size) and (k,).
+        tuple of Array
+            Parameters and objective, of shapes (k, size) and (k,).
         """
         k = len(start)
         data = np.broadcast_to(self.y if y is None else y, (k, len(self.y)))
@@ -98,11 +105,11 @@ class Problem:
             p, own, w, lam = best[going], data[going], weight[going], damping[going]
             residual = own - self.predicted(p)
             jacobian = self.jacobian(p)
-            # psi(r) / r, by which a square counts like the Huber loss at r.
+            # The weight psi(r) / r of a square in iteratively reweighted least squares.
             curvature = w * self.delta / np.maximum(np.abs(residual), self.delta)
             pull = np.einsum("ki,kij->kj", curvature * residual, jacobian)
             square = np.einsum("kij,ki,kil->kjl", jacobian, curvature, jacobian, optimize=True)
-            # A parameter at its bound that is pulled outwards stays there.
+            # A parameter at its bound does not move if the gradient points outwards.
             held = ((p <= self.lower) & (pull < 0)) | ((p >= self.upper) & (pull > 0))
             pull[held] = 0
             square *= ~held[:, :, None] & ~held[:, None, :]
@@ -116,7 +123,7 @@ class Problem:
             better = found < value[going]
             gain = (value[going] - found) / np.maximum(value[going], 1e-300)
             damping[going] = np.clip(np.where(better, lam * 0.3, lam * 5), 1e-12, 1e12)
-            # Done: a small gain several times in a row, or no descent however small the step.
+            # Stop after several small gains in a row, or if no damped step decreases the objective.
             still[going] = np.where(better & (gain > 1e-11), 0, still[going] + 1)
             chosen = going[better]
             best[chosen], value[chosen] = tried[better], found[better]

@@ -9,22 +9,25 @@ import numpy.typing as npt
 
 
 def pareto_frontier(compute: npt.ArrayLike, error: npt.ArrayLike) -> npt.NDArray[np.intp]:
-    """Return the indices of the points that no other point beats, in order of compute.
+    """Return the indices of the points on the Pareto frontier, in order of compute.
 
-    A point is beaten where another has no more compute and no more error, and less of one of them. Of points that
-    are equal the first is kept, so that along the frontier compute rises and error falls, both strictly.
+    A point is on the frontier unless another point has at most its compute and at most its error, and less of one of
+    them. Of equal points the first is returned. Along the frontier, compute increases and error decreases strictly.
 
     Parameters
     ----------
-    compute
-        Shape (n,), lower is better.
-    error
-        Shape (n,), lower is better.
+    compute, error
+        Coordinates of the points, shape (n,). Lower is better.
+
+    Returns
+    -------
+    numpy.ndarray
+        Indices of the points.
 
     Raises
     ------
     ValueError
-        Arrays of other shapes, of different lengths, or with a NaN.
+        If the arrays are not vectors of equal length, or contain a NaN.
 
     Examples
     --------
@@ -39,11 +42,13 @@ def pareto_frontier(compute: npt.ArrayLike, error: npt.ArrayLike) -> npt.NDArray
 
 
 def as_points(compute: npt.ArrayLike, error: npt.ArrayLike) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
-    """Both as float64 arrays of one shape (n,), without NaN; ValueError where they are not that."""
+    """Return both as float64 arrays; ValueError unless they are vectors of equal length without NaN."""
     x, y = np.asarray(compute, dtype=np.float64), np.asarray(error, dtype=np.float64)
     if x.ndim != 1 or x.shape != y.shape:
-        raise ValueError(f"compute and error must have one shape (n,), got {x.shape} and {y.shape}")
+        raise ValueError(f"compute and error must have the same shape (n,), got {x.shape} and {y.shape}")
     for name, values in (("compute", x), ("error", y)):
         if np.isnan(values).any():
-            raise ValueError(f"{name} has a NaN at place {int(np.flatnonzero(np.isnan(values))[0])}")
+            raise ValueError(
+                f"{name} must not contain NaN, got one at index {int(np.flatnonzero(np.isnan(values))[0])}"
+            )
     return x, y

@@ -18,13 +18,22 @@ if TYPE_CHECKING:
 
 Array = npt.NDArray[Any]
 LOSSES = ("soft_l1", "linear")
-MAX_EXPONENT = 10.0  # of a law with a floor, whose exponent and floor are else free to run off together
-_STARTS = (0.01, 0.3, 0.6, 0.9, 0.99)  # of the floor, as shares of the smallest error
+MAX_EXPONENT = 10.0  # bound of the exponent of a law with a floor; without it, both can diverge
+_STARTS = (0.01, 0.3, 0.6, 0.9, 0.99)  # initial floors, as fractions of the smallest error
 
 
 @dataclass(frozen=True)
 class PowerLaw:
-    """``error = exp(log_coefficient) * compute**-exponent + floor``.
+    r"""The law :math:`\mathrm{error} = a \, C^{-\alpha} + c`.
+
+    Attributes
+    ----------
+    log_coefficient
+        Logarithm of a.
+    exponent
+        The exponent :math:`\alpha`.
+    floor
+        The irreducible error c.
 
     Examples
     --------
@@ -39,34 +48,49 @@ class PowerLaw:
 
     @property
     def parameters(self) -> tuple[float, float, float]:
-        """(log_coefficient, exponent, floor)."""
+        """The tuple (log_coefficient, exponent, floor)."""
         return self.log_coefficient, self.exponent, self.floor
 
     @property
     def coefficient(self) -> float:
-        """``a``, the error above the floor at a compute of 1; infinite where that is no float64."""
+        """The coefficient a, the error above the floor at a compute of 1; infinite if it overflows float64."""
         try:
             return math.exp(self.log_coefficient)
         except OverflowError:
             return math.inf
 
     def __call__(self, compute: Any) -> Any:
-        """Error at a compute, a number or an array of numbers above 0."""
+        """Return the error at a compute, a number or an array of numbers above 0."""
         value = np.exp(self.log_coefficient - self.exponent * np.log(compute)) + self.floor
         return float(value) if np.ndim(compute) == 0 else value
 
     def compute(self, error: float) -> float:
-        """Compute at which the law reaches an error; infinite at and below the floor.
+        """Return the compute at which the law has an error.
 
-        Raises ValueError where the error does not fall with compute (an exponent of 0 or less).
+        Parameters
+        ----------
+        error
+            Error to reach.
+
+        Returns
+        -------
+        float
+            The compute; infinite if the error is not above the floor.
+
+        Raises
+        ------
+        ValueError
+            If the exponent is not positive, so that the error does not decrease with compute.
         """
         if self.exponent <= 0:
-            raise ValueError(f"the error does not fall with compute: its exponent is {self.exponent:.4g}")
+            raise ValueError(
+                f"the error does not fall with compute: the exponent must be positive, got {self.exponent:.4g}"
+            )
         return float(compute_at(self.parameters, error))
 
 
 def compute_at(parameters: npt.ArrayLike, error: float) -> Array:
-    """Compute at an error, for laws of shape (..., 3); infinite where the law never reaches it."""
+    """Return the compute at an error, for laws of shape (..., 3); infinite if the law never reaches it."""
     level, exponent, floor = np.moveaxis(np.asarray(parameters, dtype=np.float64), -1, 0)
     above = error - floor
     reached = (above > 0) & (exponent > 0)
@@ -77,22 +101,18 @@ def compute_at(parameters: npt.ArrayLike, error: float) -> Array:
 
 @dataclass(frozen=True)
 class PowerLawFit:
-    """A law and the points it was fitted to.
+    """A law, and the points to which it was fitted.
 
     Attributes
     ----------
     law
         The fitted law.
-    compute
-        Of the points, shape (n,).
-    error
-        Of the points, shape (n,).
-    floor
+    compute, error
+        Coordinates of the points, shape (n,).
+    floor, loss
         As given to :func:`fit_power_law`.
-    loss
-        As given.
     residuals
-        ``log(error) - log(law(compute))``, shape (n,).
+        Residuals ``log(error) - log(law(compute))``, shape (n,).
     """
 
     law: PowerLaw
@@ -104,25 +124,25 @@ class PowerLawFit:
 
     @property
     def free_parameters(self) -> int:
-        """How many numbers were fitted: 2, or 3 with a floor."""
+        """Number of fitted parameters: 2, or 3 if the floor was fitted."""
         return 2 + (self.floor is True)
 
     @property
     def r_squared(self) -> float:
-        """Share of the variance of the logarithms that the law explains; NaN where they do not vary."""
+        """Fraction of the variance of the logarithms that the law explains; NaN if they are constant."""
         logs = np.log(self.error)
         total = float(np.square(logs - logs.mean()).sum())
         return 1 - float(np.square(self.residuals).sum()) / total if total else math.nan
 
     @property
     def deviation(self) -> float:
-        """Standard deviation of the residuals (of logarithms), for the degrees of freedom; NaN where there are none."""
+        """Standard deviation of the residuals of the logarithms; NaN without degrees of freedom."""
         freedom = len(self.compute) - self.free_parameters
         return math.sqrt(float(np.square(self.residuals).sum()) / freedom) if freedom > 0 else math.nan
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What is wrong with the law: an error that does not fall, an exponent or a floor at its bound."""
+        """Warnings about the law: an error that does not decrease, an exponent or a floor at its bound."""
         notes = []
         lowest = float(self.error.min())
         if self.law.exponent <= 1e-6:
@@ -139,7 +159,30 @@ class PowerLawFit:
     def bootstrap(
         self, samples: int = 1000, *, seed: int = 0, method: str = "parametric", noise: float | None = None
     ) -> Bootstrap:
-        """Fit again to data drawn anew; see :class:`structlin.scaling_laws.Bootstrap`."""
+        """Fit the law to resampled data.
+
+        Parameters
+        ----------
+        samples
+            Number of samples, at least 2.
+        seed
+            Seed of the generator.
+        method
+            ``parametric``, ``residuals`` or ``cases`` (:class:`Bootstrap`).
+        noise
+            Known standard deviation of an error, for ``parametric``.
+
+        Returns
+        -------
+        Bootstrap
+            The laws of all samples.
+
+        Raises
+        ------
+        ValueError
+            If the method is unknown, there are fewer than two samples, there are no degrees of freedom and no known
+            noise, or a noise is negative or given with a method other than ``parametric``.
+        """
         from structlin.scaling_laws._bootstrap import bootstrap
 
         return bootstrap(self, samples, seed=seed, method=method, noise=noise)
@@ -148,26 +191,29 @@ class PowerLawFit:
 def fit_power_law(
     compute: npt.ArrayLike, error: npt.ArrayLike, *, floor: bool | float = False, loss: str = "soft_l1"
 ) -> PowerLawFit:
-    """Fit ``error = a * compute**-alpha (+ floor)`` to points, by least squares of the logarithms.
+    r"""Fit :math:`\mathrm{error} = a \, C^{-\alpha} + c` to points by least squares of the logarithms.
 
     Parameters
     ----------
-    compute
-        Shape (n,), above 0.
-    error
-        Shape (n,), above 0.
+    compute, error
+        Coordinates of the points, shape (n,), above 0.
     floor
-        The irreducible error: False for none, True to fit it (between 0 and the largest error, with an exponent from 0
-        to 10), or a number that is known.
+        The irreducible error c. False: 0. True: fitted between 0 and the largest error, with an exponent from 0 to 10.
+        A number: the known value.
     loss
-        ``soft_l1`` limits the weight of outliers: a residual counts linearly beyond 1.35 robust standard deviations of
-        the residuals. ``linear``: plain least squares.
+        ``soft_l1``: robust against outliers; a residual counts linearly beyond 1.35 robust standard deviations.
+        ``linear``: ordinary least squares.
+
+    Returns
+    -------
+    PowerLawFit
+        The law and its residuals.
 
     Raises
     ------
     ValueError
-        Points that are not positive and finite; fewer different values of compute than the law has parameters; a known
-        floor that is negative or not below all errors; an unknown loss.
+        If a value is not positive and finite, there are fewer different values of compute than parameters, a known
+        floor is negative or not below all errors, or the loss is unknown.
 
     Examples
     --------
@@ -187,17 +233,21 @@ def fit_power_law(
     if loss not in LOSSES:
         raise ValueError(f"unknown loss {loss!r}; one of {', '.join(LOSSES)}")
     if not isinstance(floor, bool) and not 0 <= floor < y.min(initial=math.inf):
-        raise ValueError(f"a known floor must be at least 0 and below every error, got {floor} and {y.min():g}")
+        raise ValueError(
+            f"a known floor must be at least 0 and below every error, got {floor} and a smallest error of {y.min():g}"
+        )
     needed = 2 + (floor is True)
     if (different := len(np.unique(x))) < needed:
-        raise ValueError(f"a law of {needed} parameters needs as many different values of compute, got {different}")
+        raise ValueError(
+            f"a law of {needed} parameters needs at least {needed} different values of compute, got {different}"
+        )
     law = fit_law(x, y, floor, loss)
     return PowerLawFit(law, x, y, floor, loss, np.log(y) - np.log(law(x)))
 
 
 def fit_law(x: Array, y: Array, floor: bool | float, loss: str, start: PowerLaw | None = None) -> PowerLaw:
-    """Return the fit itself, on points that were checked; ``start`` spares the search for where to begin."""
-    # Centred and scaled, so that level and slope hardly depend on each other and a floor is of order 1.
+    """Return the law fitted to checked points; ``start`` replaces the search for an initial law."""
+    # Centred and scaled, so that level and slope are nearly independent and a floor is of order 1.
     centre, scale = float(np.log(x).mean()), float(np.exp(np.log(y).mean()))
     problem = _Problem(np.log(x) - centre, y / scale, None if floor is True else float(floor) / scale)
     begin = None
@@ -209,7 +259,7 @@ def fit_law(x: Array, y: Array, floor: bool | float, loss: str, start: PowerLaw 
 
 @dataclass(frozen=True)
 class _Problem:
-    """``y = floor + exp(level - slope * t)``, the floor known or, where it is None, fitted."""
+    """The model ``y = floor + exp(level - slope * t)``; the floor is fitted if it is None."""
 
     t: Array
     y: Array
@@ -227,7 +277,7 @@ class _Problem:
             if loss == "linear":
                 return rough
         deviation = float(median_abs_deviation(self._residuals(np.array(rough)), scale="normal"))
-        # Not 0, so that points that lie on a law exactly are no trouble.
+        # A lower bound, because the deviation is 0 if all points lie on a law.
         return self._whole(self._least(rough, loss, max(1.345 * deviation, 1e-6)).x)
 
     def _line(self, floor: float, robust: bool = False) -> tuple[float, float, float]:
@@ -272,7 +322,7 @@ class _Problem:
 
 
 def leverages(x: Array, law: PowerLaw, floor: bool | float) -> Array:
-    """How much each point draws the law to itself, shape (n,), from 0 to 1."""
+    """Return the leverage of each point, shape (n,), between 0 and 1."""
     centre = float(np.log(x).mean())
     problem = _Problem(np.log(x) - centre, law(x), None if floor is True else float(floor))
     p = np.array([law.log_coefficient - law.exponent * centre, law.exponent, law.floor])

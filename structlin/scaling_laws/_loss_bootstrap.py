@@ -1,4 +1,4 @@
-"""Bootstrap of laws in two sizes: intervals of their terms, of optima, and of multipliers between structures."""
+"""Bootstrap of laws in two variables: intervals of their terms, of optima, and of ratios between structures."""
 
 from __future__ import annotations
 
@@ -18,23 +18,30 @@ Array = npt.NDArray[Any]
 
 @dataclass(frozen=True)
 class LossBootstrap:
-    """Laws fitted to data that were drawn anew, all groups together.
+    r"""Laws fitted to resampled data, all groups together.
 
-    ``residuals``: residuals of the logarithms drawn with replacement around the law, without the p smallest of n (a
-    fit near the least absolute deviations passes through as many points as it has parameters, p), each draw scaled by
-    ``sqrt((n - p) / chi2)``, chi2 drawn with n - p degrees of freedom. ``parametric``: normal ones of the standard
-    deviation of the residuals, with ``sqrt(n / chi2)``; outliers widen it. ``cases``: points drawn with replacement, in
-    each group, and the change of the parameters scaled by ``sqrt(n / chi2)``. Without that factor intervals of few
-    points are too narrow, as quantiles of the normal in place of Student's t are.
+    There are three methods. Let n be the number of points, p that of parameters, and :math:`\chi^2_{n-p}` a random
+    number with the chi-squared distribution.
+
+    - ``residuals`` adds residuals drawn with replacement to the logarithms of the law, scaled by
+      :math:`\sqrt{(n - p) / \chi^2_{n-p}}`. The p smallest residuals are left out: a fit that is close to least
+      absolute deviations passes through p points.
+    - ``parametric`` adds normal errors with the standard deviation of the residuals, scaled by
+      :math:`\sqrt{n / \chi^2_{n-p}}`. Outliers widen the intervals.
+    - ``cases`` draws points with replacement in each group. The change of the parameters is scaled by
+      :math:`\sqrt{n / \chi^2_{n-p}}`.
+
+    Without these factors the intervals are too narrow for few points, like those of a normal distribution in place of
+    Student's t.
 
     Attributes
     ----------
     fit
-        What it is a bootstrap of.
+        The fit to the original data.
     draws
-        By group, shape (samples, 5): log E, log A, alpha, log B, beta of each draw's law.
+        For each group, log E, log A, alpha, log B and beta of the law of each sample, shape (samples, 5).
     method, seed
-        As given.
+        As given to :meth:`LossLawFit.bootstrap`.
     """
 
     fit: LossLawFit
@@ -43,7 +50,27 @@ class LossBootstrap:
     seed: int
 
     def term(self, name: str, group: str | None = None, confidence: float = 0.95) -> Estimate:
-        """E, A, alpha, B or beta of a group, with its interval. Raises ValueError for an unknown name or group."""
+        """Return the term E, A, alpha, B or beta of a group, with its interval.
+
+        Parameters
+        ----------
+        name
+            Name of the term.
+        group
+            Name of the group; may be left out if there is only one.
+        confidence
+            Level of confidence of the interval.
+
+        Returns
+        -------
+        Estimate
+            The term.
+
+        Raises
+        ------
+        ValueError
+            If the term or the group is unknown.
+        """
         if name not in TERMS:
             raise ValueError(f"unknown term {name!r}; one of {', '.join(TERMS)}")
         group = self._group(group)
@@ -53,7 +80,7 @@ class LossBootstrap:
         return estimate(getattr(self.fit.laws[group], name), drawn, confidence)
 
     def allocation(self, group: str | None = None, confidence: float = 0.95) -> Estimate:
-        """Return the exponent a of ``N_opt ~ C**a``, with its interval."""
+        r"""Return the exponent a of :math:`N_\mathrm{opt} \propto C^a`, with its interval."""
         group = self._group(group)
         alpha, beta = self.draws[group][:, 2], self.draws[group][:, 4]
         return estimate(self.fit.laws[group].allocation, beta / np.maximum(alpha + beta, 1e-300), confidence)
@@ -61,9 +88,26 @@ class LossBootstrap:
     def optimum(
         self, compute: float, group: str | None = None, *, flops: float = FLOPS, confidence: float = 0.95
     ) -> dict[str, Estimate]:
-        """``params``, ``tokens`` and ``loss`` of the best split of a budget, with intervals.
+        """Return ``params``, ``tokens`` and ``loss`` of the best split of a budget, with intervals.
 
-        Arguments and errors are those of :meth:`structlin.scaling_laws.LossLaw.optimum`.
+        Parameters
+        ----------
+        compute, flops
+            As for :meth:`structlin.scaling_laws.LossLaw.optimum`.
+        group
+            Name of the group; may be left out if there is only one.
+        confidence
+            Level of confidence of the intervals.
+
+        Returns
+        -------
+        dict of str to Estimate
+            The three values.
+
+        Raises
+        ------
+        ValueError
+            As for :meth:`structlin.scaling_laws.LossLaw.optimum`, or if the group is unknown.
         """
         group = self._group(group)
         best = self.fit.laws[group].optimum(compute, flops=flops)
@@ -72,7 +116,7 @@ class LossBootstrap:
         return {name: estimate(getattr(best, name), _filled(v), confidence) for name, v in values}
 
     def loss(self, params: float, tokens: float, group: str | None = None, confidence: float = 0.95) -> Estimate:
-        """Return the loss at two sizes, with its interval (of the law, not of a new measurement)."""
+        """Return the loss at two sizes, with the interval of the law (not of a new measurement)."""
         group = self._group(group)
         e, log_a, alpha, log_b, beta = self.draws[group].T
         drawn = np.exp(e) + np.exp(log_a - alpha * math.log(params)) + np.exp(log_b - beta * math.log(tokens))
@@ -82,25 +126,32 @@ class LossBootstrap:
         self, group: str, reference: str, *, loss: float, flops: float | tuple[float, float] = FLOPS,
         confidence: float = 0.95,
     ) -> Estimate:  # fmt: skip
-        """How many times less compute a group needs than a reference for a loss, each at its best split.
+        """Return the compute of a reference divided by that of a group at equal loss, each at its best split.
 
-        Both are of one fit, so what the laws share moves together in every draw and cancels.
+        Both laws come from the same fit, so errors in their shared terms cancel in every draw.
 
         Parameters
         ----------
         group, reference
             Names of groups.
         loss
-            At which they are compared, above the irreducible loss of both.
+            Loss at which to compare, above the irreducible loss of both.
         flops
-            Of training for each unit of N and of D (:meth:`LossLaw.optimum`); two where the groups differ.
+            Training FLOPs for each unit of N times D (:meth:`LossLaw.optimum`): one number, or one for the group and
+            one for the reference.
         confidence
-            Of the interval. Draws in which only the reference does not reach the loss count as infinite, those in which
-            the group does not count as 0.
+            Level of confidence of the interval. Draws in which only the reference does not reach the loss count as
+            infinite, draws in which the group does not reach it count as 0.
 
-        Notes
-        -----
-        Raises ValueError for unknown groups, and a loss that neither law reaches.
+        Returns
+        -------
+        Estimate
+            The ratio.
+
+        Raises
+        ------
+        ValueError
+            If a group is unknown or neither law reaches the loss.
         """
         each = flops if isinstance(flops, tuple) else (flops, flops)
         found, values = [], []
@@ -127,17 +178,17 @@ class LossBootstrap:
 
 
 def _filled(draws: Array) -> Array:
-    """Return a draw without an optimum, as where an exponent is 0, counts as one that never gets there."""
+    """Return the values with infinity for draws without an optimum, for example with an exponent of 0."""
     return np.where(np.isnan(draws), np.inf, draws)
 
 
 def bootstrap_loss(fit: LossLawFit, samples: int, *, seed: int = 0, method: str = "residuals") -> LossBootstrap:
-    """Draw data and fit the same law to each draw, all side by side, from the law of the fit.
+    """Resample the data and fit the same law to all samples at once, starting from the law of the fit.
 
     Raises
     ------
     ValueError
-        An unknown method; less than two samples.
+        If the method is unknown or there are fewer than two samples.
     """
     if method not in METHODS:
         raise ValueError(f"unknown method {method!r}; one of {', '.join(METHODS)}")
@@ -159,8 +210,8 @@ def bootstrap_loss(fit: LossLawFit, samples: int, *, seed: int = 0, method: str 
         if method == "parametric":
             moved = np.sqrt(np.square(fit.residuals).mean()) * generator.standard_normal((samples, n))
         else:
-            # A fit near the least absolute deviations passes through as many points as it has parameters. Their
-            # residuals of 0 are of the fit, not of the runs.
+            # A fit close to least absolute deviations passes through as many points as it has parameters. Their
+            # residuals of 0 say nothing about the spread of the runs.
             kept = np.argsort(np.abs(fit.residuals))[fit.free_parameters :]
             moved = math.sqrt(freedom / n) * generator.choice(fit.residuals[kept], size=(samples, n))
         ends = problem.solve(start, problem.predicted(fit.point[None]) + spread * moved)[0]

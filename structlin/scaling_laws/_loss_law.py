@@ -1,4 +1,4 @@
-"""The law of a loss in two sizes, model and data, for one or several structures (Hoffmann et al. 2022, approach 3)."""
+"""The law of the loss in the sizes of model and data, for one or several structures (Hoffmann et al. 2022)."""
 
 from __future__ import annotations
 
@@ -19,13 +19,21 @@ if TYPE_CHECKING:
 
 Array = npt.NDArray[Any]
 TERMS = ("E", "A", "alpha", "B", "beta")
-FLOPS = 6.0  # of training, for each parameter of a dense layer and each token: 2 forward, 4 backward
-_EXPONENTS = (0.08, 0.2, 0.35, 0.5, 0.8, 1.3)  # starts
+FLOPS = 6.0  # training FLOPs for each parameter of a dense layer and each token: 2 forward, 4 backward
+_EXPONENTS = (0.08, 0.2, 0.35, 0.5, 0.8, 1.3)  # initial values
 
 
 @dataclass(frozen=True)
 class Optimum:
-    """The best split of a compute budget. ``params``, ``tokens``, and the ``loss`` that the law gives there."""
+    """Optimal split of a compute budget.
+
+    Attributes
+    ----------
+    params, tokens
+        Sizes N and D.
+    loss
+        Loss of the law at these sizes.
+    """
 
     params: float
     tokens: float
@@ -34,9 +42,20 @@ class Optimum:
 
 @dataclass(frozen=True)
 class LossLaw:
-    r"""``L(N, D) = E + A / N**alpha + B / D**beta``: the loss of a model of N parameters after D tokens.
+    r"""Law of the loss of a model of N parameters after training on D tokens.
+
+    .. math:: L(N, D) = E + \frac{A}{N^\alpha} + \frac{B}{D^\beta}
 
     Source: Hoffmann et al., *Training Compute-Optimal Large Language Models*, 2022, equation 2.
+
+    Attributes
+    ----------
+    E
+        Irreducible loss.
+    A, alpha
+        Coefficient and exponent of the model size.
+    B, beta
+        Coefficient and exponent of the size of the data.
 
     Examples
     --------
@@ -55,51 +74,57 @@ class LossLaw:
     beta: float
 
     def __call__(self, params: Any, tokens: Any) -> Any:
-        """Return the loss, of numbers or of arrays."""
+        """Return the loss at sizes, numbers or arrays."""
         value = self.E + self.A * np.power(params, -self.alpha) + self.B * np.power(tokens, -self.beta)
         return float(value) if np.ndim(value) == 0 else value
 
     @property
     def allocation(self) -> float:
-        """Exponent a of ``N_opt ~ C**a``; that of the tokens is 1 - a."""
+        r"""Exponent a of :math:`N_\mathrm{opt} \propto C^a`. The exponent of the tokens is 1 - a."""
         return self.beta / (self.alpha + self.beta) if self.alpha + self.beta else math.nan
 
     def optimum(self, compute: float, *, flops: float = FLOPS) -> Optimum:
-        """Return the sizes of the lowest loss with ``flops * N * D = compute``.
+        """Return the sizes with the lowest loss for which ``flops * N * D = compute``.
 
         Parameters
         ----------
         compute
-            FLOPs, above 0.
+            Compute budget in FLOPs, above 0.
         flops
-            Of training, for each unit of N and of D. 6 for parameters of dense layers and tokens; 6 also where N is the
-            MACs of a forward pass of a token, of whatever structure.
+            Training FLOPs for each unit of N times D. It is 6 if N is the number of parameters of dense layers and D
+            that of tokens. It is also 6 for any structure if N is the number of MACs of the forward pass of one token.
 
-        Notes
-        -----
-        Raises ValueError for a budget that is not positive and finite, and for a law that has no optimum.
+        Returns
+        -------
+        Optimum
+            The sizes and their loss.
+
+        Raises
+        ------
+        ValueError
+            If a value is not positive and finite, or the law has no optimum because a coefficient or exponent is 0.
         """
         if not (compute > 0 and math.isfinite(compute) and flops > 0):
             raise ValueError(f"compute and flops must be positive and finite, got {compute} and {flops}")
         if not (self.A > 0 and self.B > 0 and self.alpha > 0 and self.beta > 0):
-            raise ValueError(f"a law in which a size does not lower the loss has no optimum: {self}")
+            raise ValueError(f"all coefficients and exponents must be positive for an optimum, got {self}")
         params, tokens, loss = optima(np.array(self.parameters)[None], compute, flops)
         return Optimum(float(params[0]), float(tokens[0]), float(loss[0]))
 
     def frontier(self, *, flops: float = FLOPS) -> PowerLaw:
-        """Return the lowest loss of each budget: a power law with exponent alpha beta / (alpha + beta), above E."""
+        r"""Return the lowest loss of each budget, a power law with exponent :math:`\alpha \beta / (\alpha + \beta)`."""
         self.optimum(1.0, flops=flops)
         return PowerLaw(*(float(v) for v in frontiers(np.array(self.parameters)[None], flops)[0]))
 
     @property
     def parameters(self) -> tuple[float, float, float, float, float]:
-        """(log E, log A, alpha, log B, beta)."""
+        """The tuple (log E, log A, alpha, log B, beta)."""
         logs = [math.log(v) if v > 0 else -math.inf for v in (self.E, self.A, self.B)]
         return logs[0], logs[1], self.alpha, logs[2], self.beta
 
 
 def optima(p: Array, compute: float, flops: float) -> tuple[Array, Array, Array]:
-    """Optimal sizes and losses for laws of shape (..., 5)."""
+    """Return the optimal sizes and their losses, for laws of shape (..., 5)."""
     e, log_a, alpha, log_b, beta = np.moveaxis(p, -1, 0)
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         # Equal marginal gains: alpha A N^-alpha = beta B D^-beta, with N D = C / flops.
@@ -111,7 +136,7 @@ def optima(p: Array, compute: float, flops: float) -> tuple[Array, Array, Array]
 
 
 def frontiers(p: Array, flops: float) -> Array:
-    """(log coefficient, exponent, floor) of the lowest loss against compute, shape (..., 3)."""
+    """Return log coefficient, exponent and floor of the lowest loss against compute, shape (..., 3)."""
     e, _, alpha, _, beta = np.moveaxis(p, -1, 0)
     exponent = alpha * beta / (alpha + beta)
     loss = optima(p, 1.0, flops)[2]
@@ -121,26 +146,26 @@ def frontiers(p: Array, flops: float) -> Array:
 
 @dataclass(frozen=True)
 class LossLawFit:
-    """Laws of one or several groups, and the points that they were fitted to.
+    """Laws of one or several groups, and the points to which they were fitted.
 
     Attributes
     ----------
     laws
-        By group.
+        Law of each group, by name.
     shared
-        The terms that all groups have in common; empty for one group.
+        Terms that are equal in all groups; empty for one group.
     params, tokens, loss
-        Of the points, shape (n,).
+        Sizes and losses of the points, shape (n,).
     group
-        Of each point, shape (n,), as a number into ``laws``.
+        Index of the group of each point in ``laws``, shape (n,).
     residuals
-        ``log(loss) - log(law)``, shape (n,).
+        Residuals ``log(loss) - log(law)``, shape (n,).
     objective
-        The sum of the Huber losses.
+        Sum of the Huber losses.
     delta
-        As given.
+        As given to :func:`fit_loss_law`.
     agreement
-        Share of the starts that end within 1e-6 (relative) of the best.
+        Fraction of the starts that converge to the best objective, within a relative difference of 1e-6.
     notes
         Warnings about the fit: exponents at a bound, terms that vanish.
     """
@@ -161,18 +186,40 @@ class LossLawFit:
 
     @property
     def law(self) -> LossLaw:
-        """The law, of a fit of one group. Raises ValueError where there are several."""
+        """The law of a fit with one group; ValueError if there are several."""
         if len(self.laws) > 1:
-            raise ValueError(f"there are several laws, of {', '.join(self.laws)}; take one of `laws`")
+            raise ValueError(
+                f"the fit has the laws of {len(self.laws)} groups, {', '.join(self.laws)}; use laws[group]"
+            )
         return next(iter(self.laws.values()))
 
     @property
     def free_parameters(self) -> int:
-        """How many numbers were fitted."""
+        """Number of fitted parameters."""
         return self.problem.size
 
     def bootstrap(self, samples: int = 1000, *, seed: int = 0, method: str = "residuals") -> LossBootstrap:
-        """Fit again to data drawn anew; see :class:`structlin.scaling_laws.LossBootstrap`."""
+        """Fit the laws to resampled data.
+
+        Parameters
+        ----------
+        samples
+            Number of samples, at least 2.
+        seed
+            Seed of the generator.
+        method
+            ``residuals``, ``parametric`` or ``cases`` (:class:`LossBootstrap`).
+
+        Returns
+        -------
+        LossBootstrap
+            The laws of all samples.
+
+        Raises
+        ------
+        ValueError
+            If the method is unknown or there are fewer than two samples.
+        """
         from structlin.scaling_laws._loss_bootstrap import bootstrap_loss
 
         return bootstrap_loss(self, samples, seed=seed, method=method)
@@ -187,33 +234,39 @@ def fit_loss_law(
     shared: Sequence[str] = ("E", "B", "beta"),
     delta: float = 1e-3,
 ) -> LossLawFit:
-    """Fit ``L(N, D) = E + A / N**alpha + B / D**beta`` by the Huber loss of the residuals of log L.
+    r"""Fit :math:`L(N, D) = E + A / N^\alpha + B / D^\beta` with the Huber loss of the residuals of log L.
 
-    The objective has several minima. The fit starts from every pair of six exponents from 0.08 to 1.3, with E, A and B
-    by non-negative least squares, and keeps the best of the 36 ends. Exponents are held between 0 and 10.
+    The objective has several minima. The fit starts from all 36 pairs of six exponents between 0.08 and 1.3, with E, A
+    and B from non-negative least squares, and returns the best result. Exponents are bounded by 0 and 10.
 
     Parameters
     ----------
     params
-        N, shape (n,): parameters, or any other size of the model, such as the MACs of a token.
+        Model sizes N, shape (n,): parameters, or another measure such as the MACs of one token.
     tokens
-        D, shape (n,): tokens, samples, or any other size of the data.
+        Sizes D of the data, shape (n,): tokens, samples, or another measure.
     loss
-        Shape (n,), above 0.
+        Losses, shape (n,), above 0.
     groups
-        Label of the structure of each point: one law for all, in which the terms in ``shared`` are the same for all
-        groups and every group has its own of the others. None: all points are of one group.
+        Name of the group (structure) of each point. All groups have the terms in ``shared`` in common; each group has
+        its own values of the other terms. Default: all points belong to one group.
     shared
-        Of E, A, alpha, B, beta. By default the groups differ in A and alpha alone: the entropy of the data and what a
-        finite amount of them costs belong to the task.
+        Names out of E, A, alpha, B and beta. By default the groups differ only in A and alpha, because E, B and beta
+        are properties of the data.
     delta
-        Residuals beyond it count linearly. 1e-3, as in the paper, is near the least absolute deviations.
+        Threshold beyond which a residual counts linearly. With 1e-3, the value of the paper, the fit is close to least
+        absolute deviations.
+
+    Returns
+    -------
+    LossLawFit
+        The laws and their residuals.
 
     Raises
     ------
     ValueError
-        Points that are not positive and finite, or of different numbers; as many parameters as points or more; a group
-        with less than two sizes of model or of data that it needs; an unknown term.
+        If a value is not positive and finite, the lengths differ, there are no more points than parameters, a group has
+        too few different sizes to determine its terms, or a term is unknown.
 
     Notes
     -----
@@ -229,14 +282,14 @@ def fit_loss_law(
     """
     n, d, y = (_positive(name, v) for name, v in (("params", params), ("tokens", tokens), ("loss", loss)))
     if not len(n) == len(d) == len(y):
-        raise ValueError(f"params, tokens and loss must be of equal length, got {len(n)}, {len(d)} and {len(y)}")
+        raise ValueError(f"params, tokens and loss must have equal lengths, got {len(n)}, {len(d)} and {len(y)}")
     if not (math.isfinite(delta) and delta > 0):
         raise ValueError(f"delta must be positive and finite, got {delta}")
     if unknown := [term for term in shared if term not in TERMS]:
-        raise ValueError(f"unknown term {unknown[0]!r} to share; one of {', '.join(TERMS)}")
+        raise ValueError(f"unknown term {unknown[0]!r} in shared; one of {', '.join(TERMS)}")
     labels = ["all"] * len(n) if groups is None else [str(g) for g in groups]
     if len(labels) != len(n):
-        raise ValueError(f"groups must name every point, got {len(labels)} names for {len(n)} points")
+        raise ValueError(f"groups must have one name for each point, got {len(labels)} names for {len(n)} points")
     names = list(dict.fromkeys(labels))
     common = tuple(term for term in TERMS if term in shared) if len(names) > 1 else ()
     group = np.array([names.index(g) for g in labels])
@@ -260,7 +313,7 @@ def fit_loss_law(
 
 
 def natural(problem: Problem, points: Array, centre: tuple[float, float, float]) -> Array:
-    """Parameters of the problem, shape (k, size), as those of the laws: shape (k, groups, 5), (log E, log A, ...)."""
+    """Convert parameters of the problem, shape (k, size), to those of the laws, shape (k, groups, 5)."""
     p = points[:, problem.index].copy()
     p[..., 1] += p[..., 2] * centre[0]
     p[..., 3] += p[..., 4] * centre[1]
@@ -269,7 +322,7 @@ def natural(problem: Problem, points: Array, centre: tuple[float, float, float])
 
 
 def centre_of(fit: LossLawFit) -> tuple[float, float, float]:
-    """Return what the problem of a fit was centred at."""
+    """Return the logarithms of sizes and loss at which the problem of a fit is centred."""
     return np.log(fit.params).mean(), np.log(fit.tokens).mean(), np.log(fit.loss).min()
 
 
@@ -283,7 +336,7 @@ def as_law(row: Array) -> LossLaw:
 def _positive(name: str, values: npt.ArrayLike) -> Array:
     found = np.atleast_1d(np.asarray(values, dtype=np.float64))
     if found.ndim != 1:
-        raise ValueError(f"{name} must have one axis, got shape {found.shape}")
+        raise ValueError(f"{name} must have shape (n,), got {found.shape}")
     if not (np.isfinite(found) & (found > 0)).all():
         bad = found[~(np.isfinite(found) & (found > 0))][0]
         raise ValueError(f"{name} must be positive and finite to have a logarithm, got {bad:g}")
@@ -291,7 +344,7 @@ def _positive(name: str, values: npt.ArrayLike) -> Array:
 
 
 def lacks_sizes(params: npt.ArrayLike, tokens: npt.ArrayLike, own: Sequence[str]) -> str | None:
-    """Why the points of a group do not determine the terms that are its ``own``; None where they do.
+    """Return the reason why the points of a group do not determine its terms ``own``; None if they do.
 
     Examples
     --------
@@ -307,7 +360,7 @@ def lacks_sizes(params: npt.ArrayLike, tokens: npt.ArrayLike, own: Sequence[str]
 
 def _check_points(names: list[str], group: Array, n: Array, d: Array, size: int, shared: tuple[str, ...]) -> None:
     if len(n) <= size:
-        raise ValueError(f"a law of {size} parameters needs more points than that, got {len(n)}")
+        raise ValueError(f"a law of {size} parameters needs more than {size} points, got {len(n)}")
     if lacking := lacks_sizes(n, d, TERMS):
         raise ValueError(lacking)
     for number, name in enumerate(names):
@@ -317,7 +370,7 @@ def _check_points(names: list[str], group: Array, n: Array, d: Array, size: int,
 
 
 def _starts(problem: Problem) -> Array:
-    """One start for each pair of exponents: E and both coefficients by non-negative least squares of L / L - 1."""
+    """Return a start for each pair of exponents; E, A and B by non-negative least squares of L / L - 1."""
     index, group = problem.index, problem.group
     found = []
     for alpha in _EXPONENTS:
@@ -350,6 +403,6 @@ def _notes(problem: Problem, point: Array, names: Sequence[str]) -> tuple[str, .
 
 
 def laws_of(fit: LossLawFit, draws: Array) -> Mapping[str, Array]:
-    """Draws of the problem's parameters as those of each group's law, shape (samples, 5)."""
+    """Return draws of the parameters as those of the law of each group, shape (samples, 5)."""
     found = natural(fit.problem, draws, centre_of(fit))
     return {name: found[:, number] for number, name in enumerate(fit.laws)}

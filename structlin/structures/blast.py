@@ -18,6 +18,11 @@ class Blast(NamedOperator):
     (b, r, d_in / b), (r, b, b) and (b, d_out / b, r). The number of parameters and that of MACs are
     :math:`r (d_\text{in} + d_\text{out} + b^2)`. The rank of the matrix is at most :math:`b r`.
 
+    Parameters
+    ----------
+    *factors
+        The three arrays, in the order in which they are applied.
+
     Examples
     --------
     >>> Blast.design((12, 8), blocks=2, rank=3).num_params
@@ -42,12 +47,19 @@ class Blast(NamedOperator):
 
         Parameters
         ----------
+        shape
+            Shape ``(d_out, d_in)`` of the matrix.
         blocks
             Number of rows and of columns of blocks. It must divide d_out and d_in.
         rank
             Rank of each block. Default: ``ceil(sqrt(min(d_out, d_in)))``.
         rank_fraction
             The rank as a fraction of ``min(d_out, d_in)``, rounded up. Excludes ``rank``.
+
+        Returns
+        -------
+        Structure
+            The structure, without arrays.
 
         Raises
         ------

@@ -16,6 +16,11 @@ class BlockDiagonal(NamedOperator):
     The blocks are stacked in one array of shape (b, d_out / b, d_in / b), where b is the number of blocks. The number
     of parameters and that of MACs are :math:`d_\text{in} d_\text{out} / b`.
 
+    Parameters
+    ----------
+    *factors
+        One array of shape (b, d_out / b, d_in / b).
+
     Examples
     --------
     >>> import numpy as np
@@ -35,8 +40,15 @@ class BlockDiagonal(NamedOperator):
 
         Parameters
         ----------
+        shape
+            Shape ``(d_out, d_in)`` of the matrix.
         blocks
             Number of blocks. It must divide d_out and d_in.
+
+        Returns
+        -------
+        Structure
+            The structure, without arrays.
 
         Raises
         ------

@@ -46,6 +46,11 @@ class BlockTensorTrain(NamedOperator):
     core k are the output axes of earlier cores and the input axes of later ones. Two cores have :math:`p = m_1`,
     :math:`a = m_0`, :math:`f = n_0` and :math:`e = n_1`.
 
+    Parameters
+    ----------
+    *factors
+        The cores, core 0 first. Two cores have shapes (p, f, r, a) and (f, e, r, p).
+
     Examples
     --------
     >>> import numpy as np
@@ -73,6 +78,8 @@ class BlockTensorTrain(NamedOperator):
 
         Parameters
         ----------
+        shape
+            Shape ``(d_out, d_in)`` of the matrix.
         cores
             Number of cores.
         rank
@@ -80,6 +87,11 @@ class BlockTensorTrain(NamedOperator):
         factorization
             Name of a rule that splits both sizes (:func:`structlin.factorize`), or the sizes of the cores as
             ``((n_0, n_1, ...), (m_0, m_1, ...))``.
+
+        Returns
+        -------
+        Structure
+            The structure, without arrays.
 
         Raises
         ------
@@ -97,6 +109,16 @@ class BlockTensorTrain(NamedOperator):
 
         The rank between cores k - 1 and k is :math:`\min(\prod_{j<k} m_j, \prod_{j \ge k} n_j)`: these are the only
         axes that the cores on the two sides do not share.
+
+        Parameters
+        ----------
+        shape, cores, factorization
+            As for :meth:`design`.
+
+        Returns
+        -------
+        tuple of int
+            One rank for each pair of neighbouring cores.
         """
         outs, ins = split_shape(shape, cores, factorization)
         return exact_bonds(ins, outs)

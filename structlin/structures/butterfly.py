@@ -21,6 +21,11 @@ class Butterfly(NamedOperator):
     The initial deviations of the scale rule (:func:`structlin.init_std`) control each factor. The spectral norm of the
     product of :math:`\log_2 d` random factors still grows with d: 2.8 at d = 64, 4.4 at 256, 21 at 1024.
 
+    Parameters
+    ----------
+    *factors
+        One array of shape (u, v, 2, 2) for each stage, stage 0 first.
+
     Examples
     --------
     >>> Butterfly.design((8, 8)).num_params
@@ -34,7 +39,17 @@ class Butterfly(NamedOperator):
 
     @staticmethod
     def design(shape: tuple[int, int], /) -> Structure:
-        """Return the structure of a (d, d) butterfly matrix, d a power of two from 2 on.
+        """Return the structure of a (d, d) butterfly matrix.
+
+        Parameters
+        ----------
+        shape
+            Shape ``(d, d)`` of the matrix, where d is a power of two and at least 2.
+
+        Returns
+        -------
+        Structure
+            The structure, without arrays.
 
         Raises
         ------

@@ -203,6 +203,11 @@ class Circulant(NamedOperator):
     Each output is a sum over d inputs, so both fans are d. If the entries of c are independent with deviation
     :math:`1 / \sqrt d`, the spectral norm is of order :math:`\sqrt{\log d}`.
 
+    Parameters
+    ----------
+    *factors
+        The first column, of shape (d,).
+
     Examples
     --------
     >>> import numpy as np
@@ -219,7 +224,23 @@ class Circulant(NamedOperator):
 
     @staticmethod
     def design(shape: tuple[int, int], /) -> CirculantStructure:
-        """Return the structure of a (d, d) circulant matrix; ValueError for any other shape."""
+        """Return the structure of a (d, d) circulant matrix.
+
+        Parameters
+        ----------
+        shape
+            Shape ``(d, d)`` of the matrix.
+
+        Returns
+        -------
+        AbstractStructure
+            The structure, without arrays.
+
+        Raises
+        ------
+        ValueError
+            If the matrix is not square.
+        """
         return CirculantStructure(size_of(shape, "a circulant matrix"))
 
     @classmethod

@@ -81,6 +81,13 @@ class Cosine(Transform):
 
     The inverse is the transpose, ``A.T``. There are no parameters. A product costs :math:`5 d \log_2 d` FLOPs.
 
+    Parameters
+    ----------
+    size
+        Number of rows d.
+    backend, dtype, device
+        Array library, dtype and device of the operator.
+
     Examples
     --------
     >>> import numpy as np
@@ -95,5 +102,21 @@ class Cosine(Transform):
 
     @staticmethod
     def design(shape: tuple[int, int], /) -> CosineStructure:
-        """Return the structure of a (d, d) transform; ValueError for any other shape."""
+        """Return the structure of a (d, d) transform.
+
+        Parameters
+        ----------
+        shape
+            Shape ``(d, d)`` of the matrix.
+
+        Returns
+        -------
+        AbstractStructure
+            The structure, without arrays.
+
+        Raises
+        ------
+        ValueError
+            If the matrix is not square.
+        """
         return CosineStructure(size_of(shape, "a cosine transform"))

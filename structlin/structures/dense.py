@@ -14,6 +14,11 @@ class Dense(NamedOperator):
 
     The factor has shape (d_out, d_in). The number of parameters and that of MACs are :math:`d_\text{in} d_\text{out}`.
 
+    Parameters
+    ----------
+    *factors
+        One array of shape (d_out, d_in).
+
     Examples
     --------
     >>> import numpy as np
@@ -28,5 +33,16 @@ class Dense(NamedOperator):
 
     @staticmethod
     def design(shape: tuple[int, int], /) -> Structure:
-        """Return a (d_out, d_in) dense matrix; no options."""
+        """Return the structure of a (d_out, d_in) dense matrix. There are no options.
+
+        Parameters
+        ----------
+        shape
+            Shape ``(d_out, d_in)`` of the matrix.
+
+        Returns
+        -------
+        Structure
+            The structure, without arrays.
+        """
         return Structure.parse(Dense.formula, i=shape[1], o=shape[0])

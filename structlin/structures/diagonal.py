@@ -131,6 +131,11 @@ class Diagonal(NamedOperator):
     The factor v has shape (d,): d parameters. A product costs d elementwise FLOPs and no MACs. For the scale rule the
     matrix consists of d blocks of shape (1, 1), so the initial deviation is 1.
 
+    Parameters
+    ----------
+    *factors
+        One array of shape (d,).
+
     Examples
     --------
     >>> import numpy as np
@@ -145,7 +150,23 @@ class Diagonal(NamedOperator):
 
     @staticmethod
     def design(shape: tuple[int, int], /) -> DiagonalStructure:
-        """Return the structure of a (d, d) diagonal matrix; ValueError for any other shape."""
+        """Return the structure of a (d, d) diagonal matrix.
+
+        Parameters
+        ----------
+        shape
+            Shape ``(d, d)`` of the matrix.
+
+        Returns
+        -------
+        AbstractStructure
+            The structure, without arrays.
+
+        Raises
+        ------
+        ValueError
+            If the matrix is not square.
+        """
         return DiagonalStructure(size_of(shape, "a diagonal matrix"))
 
     @classmethod

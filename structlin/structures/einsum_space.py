@@ -52,6 +52,21 @@ def coordinates(theta: Sequence[float]) -> Coordinates:
     :math:`2 + \rho - \alpha - \epsilon`, the term of the paper. With only :math:`W^{(1)}` there it is
     :math:`2 + \rho - \beta - \delta`.
 
+    Parameters
+    ----------
+    theta
+        Seven exponents (:class:`Theta`).
+
+    Returns
+    -------
+    Coordinates
+        The three exponents.
+
+    Raises
+    ------
+    ValueError
+        If theta lies outside the space.
+
     Examples
     --------
     >>> coordinates((0.5, 0, 0.5, 0, 0.5, 0.5, 0))  # Block Tensor-Train of rank 1
@@ -94,6 +109,11 @@ class EinsumSpace(NamedOperator):
     The sizes of axes are divisors of :math:`d_\text{in}` and :math:`d_\text{out}`, so theta is met only approximately.
     :func:`theta_of` returns the theta of a structure.
 
+    Parameters
+    ----------
+    *factors
+        The arrays :math:`W^{(0)}` of shape (g, f, d, r, a) and :math:`W^{(1)}` of shape (f, e, r, g, b).
+
     Examples
     --------
     >>> s = EinsumSpace.design((64, 64), theta=(0.5, 0, 0.5, 0, 0.5, 0.5, 0))
@@ -118,8 +138,15 @@ class EinsumSpace(NamedOperator):
 
         Parameters
         ----------
+        shape
+            Shape ``(d_out, d_in)`` of the matrix.
         theta
             Seven exponents (:class:`Theta`). Default: Block Tensor-Train of rank 1.
+
+        Returns
+        -------
+        Structure
+            The structure, without arrays.
 
         Raises
         ------
@@ -142,7 +169,22 @@ class EinsumSpace(NamedOperator):
 
 
 def theta_of(structure: Structure) -> Theta:
-    """Return the theta of a structure of this space; ValueError for any other structure.
+    """Return the theta of a structure of this space.
+
+    Parameters
+    ----------
+    structure
+        A chain of the form of :class:`EinsumSpace`.
+
+    Returns
+    -------
+    Theta
+        The exponents of the axis sizes.
+
+    Raises
+    ------
+    ValueError
+        If the chain has another form, or d_in or d_out is 1.
 
     Examples
     --------

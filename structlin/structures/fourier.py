@@ -50,6 +50,13 @@ class Fourier(Transform):
     There are no parameters. A product costs :math:`5 d \log_2 d` FLOPs. The dtype is always complex: a real ``dtype``
     gives the complex one of the same precision.
 
+    Parameters
+    ----------
+    size
+        Number of rows d.
+    backend, dtype, device
+        Array library, dtype and device of the operator.
+
     Examples
     --------
     >>> import numpy as np
@@ -76,7 +83,23 @@ class Fourier(Transform):
 
     @staticmethod
     def design(shape: tuple[int, int], /) -> FourierStructure:
-        """Return the structure of a (d, d) transform; ValueError for any other shape."""
+        """Return the structure of a (d, d) transform.
+
+        Parameters
+        ----------
+        shape
+            Shape ``(d, d)`` of the matrix.
+
+        Returns
+        -------
+        AbstractStructure
+            The structure, without arrays.
+
+        Raises
+        ------
+        ValueError
+            If the matrix is not square.
+        """
         return FourierStructure(size_of(shape, "a Fourier transform"))
 
 

@@ -64,6 +64,13 @@ class Hadamard(Transform):
     The exponent is the number of binary digits that are 1 in both i and j. The matrix is symmetric and its own inverse.
     There are no parameters. A product costs :math:`d \log_2 d` additions.
 
+    Parameters
+    ----------
+    size
+        Number of rows d, a power of two.
+    backend, dtype, device
+        Array library, dtype and device of the operator.
+
     Examples
     --------
     >>> import numpy as np
@@ -82,7 +89,23 @@ class Hadamard(Transform):
 
     @staticmethod
     def design(shape: tuple[int, int], /) -> HadamardStructure:
-        """Return the structure of a (d, d) transform; ValueError for any other shape or a d that is no power of 2."""
+        """Return the structure of a (d, d) transform.
+
+        Parameters
+        ----------
+        shape
+            Shape ``(d, d)`` of the matrix, where d is a power of two.
+
+        Returns
+        -------
+        AbstractStructure
+            The structure, without arrays.
+
+        Raises
+        ------
+        ValueError
+            If the matrix is not square or d is not a power of two.
+        """
         n = size_of(shape, "a Hadamard transform")
         if n & (n - 1):
             below, above = 1 << (n.bit_length() - 1), 1 << n.bit_length()

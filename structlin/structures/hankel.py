@@ -100,6 +100,13 @@ class Hankel(NamedOperator):
     shape (d_out,), and the last row, of shape (d_in,). Both contain the lower left corner: the first entry of the row
     is ignored, as in :func:`scipy.linalg.hankel`. Cost and scale are those of a Toeplitz matrix.
 
+    Parameters
+    ----------
+    column
+        First column, of shape (d_out,).
+    row
+        Last row, of shape (d_in,); the first entry is ignored.
+
     Examples
     --------
     >>> import numpy as np
@@ -124,5 +131,16 @@ class Hankel(NamedOperator):
 
     @staticmethod
     def design(shape: tuple[int, int], /) -> HankelStructure:
-        """Return the structure of a (d_out, d_in) Hankel matrix. There are no options."""
+        """Return the structure of a (d_out, d_in) Hankel matrix. There are no options.
+
+        Parameters
+        ----------
+        shape
+            Shape ``(d_out, d_in)`` of the matrix.
+
+        Returns
+        -------
+        AbstractStructure
+            The structure, without arrays.
+        """
         return HankelStructure(*shape)

@@ -34,6 +34,11 @@ class Kronecker(NamedOperator):
     :math:`a = n_0`, :math:`b = n_1`, :math:`i = m_0` and :math:`j = m_1`. Their number of MACs is
     :math:`a j (i + b)`.
 
+    Parameters
+    ----------
+    *factors
+        The matrices, of shape (n_k, m_k), in the order of the product.
+
     Examples
     --------
     >>> import numpy as np
@@ -57,11 +62,18 @@ class Kronecker(NamedOperator):
 
         Parameters
         ----------
+        shape
+            Shape ``(d_out, d_in)`` of the matrix.
         cores
             Number of factors.
         factorization
             Name of a rule that splits both sizes (:func:`structlin.factorize`), or the sizes of the factors as
             ``((n_0, n_1, ...), (m_0, m_1, ...))``.
+
+        Returns
+        -------
+        Structure
+            The structure, without arrays.
 
         Raises
         ------

@@ -17,6 +17,11 @@ class LowRank(NamedOperator):
     then :math:`W^{(1)}` of shape (d_out, r). The number of parameters and that of MACs are
     :math:`r (d_\text{in} + d_\text{out})`. The rank is at most r.
 
+    Parameters
+    ----------
+    *factors
+        The arrays :math:`W^{(0)}` and :math:`W^{(1)}`.
+
     Examples
     --------
     >>> import numpy as np
@@ -37,10 +42,17 @@ class LowRank(NamedOperator):
 
         Parameters
         ----------
+        shape
+            Shape ``(d_out, d_in)`` of the matrix.
         rank
             Size of the axis between the two factors. Default: ``ceil(sqrt(min(d_out, d_in)))``.
         rank_fraction
             The rank as a fraction of ``min(d_out, d_in)``, rounded up. Excludes ``rank``.
+
+        Returns
+        -------
+        Structure
+            The structure, without arrays.
 
         Raises
         ------
@@ -51,5 +63,5 @@ class LowRank(NamedOperator):
 
     @classmethod
     def exact_rank(cls, shape: tuple[int, int]) -> int:  # type: ignore[override]
-        """Return ``min(d_out, d_in)``, at which every matrix is represented."""
+        """Return ``min(d_out, d_in)``, the smallest rank at which every matrix is represented."""
         return min(shape)

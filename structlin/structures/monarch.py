@@ -30,6 +30,11 @@ class Monarch(NamedOperator):
     and the factors have shapes (b, b, r, a) and (b, e, r, b). Otherwise output u of the first factor goes to block u
     mod b of the second, and the factors have shapes (b, q, a) and (b, e, q).
 
+    Parameters
+    ----------
+    *factors
+        The two arrays, in the order in which they are applied.
+
     Examples
     --------
     >>> Monarch.design((12, 8), blocks=2)
@@ -56,8 +61,15 @@ class Monarch(NamedOperator):
 
         Parameters
         ----------
+        shape
+            Shape ``(d_out, d_in)`` of the matrix.
         blocks
             Number of blocks of each factor.
+
+        Returns
+        -------
+        Structure
+            The structure, without arrays.
 
         Raises
         ------

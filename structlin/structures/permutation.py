@@ -136,6 +136,13 @@ class Permutation(NamedOperator):
     The array ``index`` holds each of the integers 0, ..., d-1 once. There are no parameters, MACs or FLOPs. An index
     has no floating dtype, so ``dtype`` states the dtype of the operator; the default is the library's default float.
 
+    Parameters
+    ----------
+    index
+        Array of shape (d,) that holds each of the integers 0, ..., d-1 once.
+    dtype
+        Dtype of the operator. Default: the default floating dtype of the library.
+
     Examples
     --------
     >>> import numpy as np
@@ -163,7 +170,23 @@ class Permutation(NamedOperator):
 
     @staticmethod
     def design(shape: tuple[int, int], /) -> PermutationStructure:
-        """Return the structure of a (d, d) permutation matrix; ValueError for any other shape."""
+        """Return the structure of a (d, d) permutation matrix.
+
+        Parameters
+        ----------
+        shape
+            Shape ``(d, d)`` of the matrix.
+
+        Returns
+        -------
+        AbstractStructure
+            The structure, without arrays.
+
+        Raises
+        ------
+        ValueError
+            If the matrix is not square.
+        """
         return PermutationStructure(size_of(shape, "a permutation"))
 
     @classmethod

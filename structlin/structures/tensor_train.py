@@ -36,6 +36,11 @@ class TensorTrain(NamedOperator):
     number of parameters is :math:`\sum_k r_k n_k m_k r_{k+1}`. Each step carries the axes that its core does not have,
     so the number of MACs is larger than that of parameters.
 
+    Parameters
+    ----------
+    *factors
+        The cores :math:`W^{(k)}`, of shape (r_k, n_k, m_k, r_{k+1}), core 0 first.
+
     Examples
     --------
     >>> import numpy as np
@@ -60,7 +65,20 @@ class TensorTrain(NamedOperator):
     ) -> Structure:  # fmt: skip
         """Return the structure of a (d_out, d_in) Tensor-Train matrix.
 
-        Options and errors are those of :meth:`structlin.BlockTensorTrain.design`.
+        Parameters
+        ----------
+        shape, cores, rank, factorization
+            As for :meth:`structlin.BlockTensorTrain.design`.
+
+        Returns
+        -------
+        Structure
+            The structure, without arrays.
+
+        Raises
+        ------
+        ValueError
+            If a size cannot be split in this way or a rank is below 1.
         """
         sizes = split_shape(shape, cores, factorization)
         return _structure(*sizes, (1, *bond_sizes(rank, cores), 1))
@@ -74,6 +92,16 @@ class TensorTrain(NamedOperator):
         The rank between cores k - 1 and k is
         :math:`\min(\prod_{j<k} n_j m_j, \prod_{j \ge k} n_j m_j)`: the smaller number of entries that the cores on one
         side index.
+
+        Parameters
+        ----------
+        shape, cores, factorization
+            As for :meth:`design`.
+
+        Returns
+        -------
+        tuple of int
+            One rank for each pair of neighbouring cores.
         """
         pairs = [n * m for n, m in zip(*split_shape(shape, cores, factorization), strict=True)]
         return exact_bonds(pairs, pairs)

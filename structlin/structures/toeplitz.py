@@ -187,6 +187,13 @@ class Toeplitz(NamedOperator):
     call. Initialisation and learning rates are those of a dense matrix, since each output is a sum over
     :math:`d_\text{in}` inputs.
 
+    Parameters
+    ----------
+    column
+        First column, of shape (d_out,).
+    row
+        First row, of shape (d_in,); the first entry is ignored. Default: the conjugate of the column.
+
     Examples
     --------
     >>> import numpy as np
@@ -231,6 +238,13 @@ class Toeplitz(NamedOperator):
         ------
         ValueError
             If ``kernel`` is not a vector or has fewer than ``d_out`` entries.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> Toeplitz.from_kernel(np.array([3.0, 2.0, 1.0, 4.0]), d_out=2).to_dense().round()
+        array([[1., 2., 3.],
+               [4., 1., 2.]])
         """
         if kernel.ndim != 1 or not 1 <= d_out <= kernel.shape[0]:
             raise ValueError(
@@ -242,7 +256,18 @@ class Toeplitz(NamedOperator):
 
     @staticmethod
     def design(shape: tuple[int, int], /) -> ToeplitzStructure:
-        """Return the structure of a (d_out, d_in) Toeplitz matrix. There are no options."""
+        """Return the structure of a (d_out, d_in) Toeplitz matrix. There are no options.
+
+        Parameters
+        ----------
+        shape
+            Shape ``(d_out, d_in)`` of the matrix.
+
+        Returns
+        -------
+        AbstractStructure
+            The structure, without arrays.
+        """
         return ToeplitzStructure(*shape)
 
 

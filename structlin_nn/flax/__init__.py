@@ -1,4 +1,4 @@
-"""Structured layers for flax.nnx: the layer, its place in existing models, and learning rates by structure."""
+"""Structured layers for flax.nnx: the layer, its replacement in models, learning rates and counts."""
 
 from structlin_nn.flax._primitives import register_no_product, register_primitive
 from structlin_nn.flax.counting import JaxCount, UnknownPrimitiveError, count, xla_flops

@@ -13,7 +13,7 @@ __all__ = ["Place", "named_modules", "own_variables", "variables"]
 
 @dataclass(frozen=True)
 class Place:
-    """A module where its owner holds it; ``owner`` is None for the model itself."""
+    """A module with its name and the object that contains it; ``owner`` is None for the model itself."""
 
     name: str
     module: nnx.Module
@@ -21,18 +21,18 @@ class Place:
     key: Any = None
 
     def put(self, module: nnx.Module) -> None:
-        """Set another module in this place. Raises ValueError where the owner cannot be changed."""
+        """Replace the module; ValueError if the owner cannot be changed."""
         if isinstance(self.owner, nnx.Module):
             setattr(self.owner, self.key, module)
         elif isinstance(self.owner, MutableSequence | MutableMapping):
             self.owner[self.key] = module
         else:
             kind = type(self.owner).__name__
-            raise ValueError(f"layer {self.name!r} is held by a {kind}, which cannot be changed; use nnx.List")
+            raise ValueError(f"layer {self.name!r} is an entry of a {kind}, which cannot be changed; use nnx.List")
 
 
 def named_modules(model: nnx.Module) -> Iterator[Place]:
-    """Every module at each of its places, the model first (its name is empty), parents before their children."""
+    """Yield every module at each of its places, the model first (with an empty name), parents before children."""
 
     def visit(place: Place, above: tuple[int, ...]) -> Iterator[Place]:
         if id(place.module) in above:
@@ -47,12 +47,12 @@ def named_modules(model: nnx.Module) -> Iterator[Place]:
 
 
 def own_variables(module: nnx.Module) -> dict[str, nnx.Variable]:
-    """Return the variables that a module holds itself, by their names in it."""
+    """Return the variables that a module owns, by name."""
     return {name: value for name, _, _, value in _held(module, module) if isinstance(value, nnx.Variable)}
 
 
 def variables(model: nnx.Module) -> dict[str, nnx.Variable]:
-    """All variables of a model by their full names; those that are shared under each of theirs."""
+    """Return all variables of a model by full name; shared variables have several names."""
     return {
         f"{place.name}.{name}" if place.name else name: variable
         for place in named_modules(model)
@@ -61,7 +61,7 @@ def variables(model: nnx.Module) -> dict[str, nnx.Variable]:
 
 
 def _held(owner: Any, value: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any, Any]]:
-    """(name, owner, key, value) of what a module holds, also within lists and dictionaries."""
+    """Yield (name, owner, key, value) of attributes of a module, and of entries of its lists and dictionaries."""
     items: Iterable[tuple[Any, Any]]
     if isinstance(value, nnx.Module):
         items = ((key, each) for key, each in vars(value).items() if not key.startswith("_pytree__"))

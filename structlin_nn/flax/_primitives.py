@@ -1,4 +1,4 @@
-"""Which primitives of jax compute products: every one is in one of three lists, or made of others."""
+"""Classification of the primitives of jax: products, no products, unknown cost, or composed of other primitives."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ PRODUCT, NO_PRODUCT, UNKNOWN, COMPOSITE = "product", "no product", "unknown", "c
 
 
 class Work(NamedTuple):
-    """MACs of an equation of a jaxpr, and its FLOPs that are no products."""
+    """MACs of an equation of a jaxpr, and its FLOPs other than products."""
 
     macs: int = 0
     other_flops: int = 0
 
 
-# Operations that only name, share or rearrange memory.
+# Primitives that only name, share or rearrange memory.
 _FREE_TEXT = """
     bcoo_transpose bitcast_convert_type box_get box_set broadcast_in_dim broadcast_to concatenate copy copy_p
     dynamic_slice dynamic_update_slice expand_dims iota layout_constraint name optimization_barrier pad pvary reshape
@@ -30,7 +30,7 @@ _FREE_TEXT = """
 """
 FREE = frozenset(_FREE_TEXT.split())
 
-# Elementwise, reductions, sorting, random numbers, communication between devices, and moves of data.
+# Elementwise primitives, reductions, sorting, random numbers, communication between devices, and copies.
 _NAMED_TEXT = """
     abs accum_grad_in_ref acos acosh add add_any addupdate after_all all_gather all_gather_done all_gather_invariant
     all_gather_reduced all_gather_reduced_start all_gather_start all_to_all all_to_all_done all_to_all_start and
@@ -63,7 +63,7 @@ _SPARSE_TEXT = """
 """
 _SPARSE = frozenset(_SPARSE_TEXT.split())
 
-# Made of jaxprs that are walked through.
+# Primitives with inner jaxprs, which are counted.
 _COMPOSITE_TEXT = """
     call call_hi_primitive checkpoint closed_call composite cond core_call core_map cudnn_fusion custom_jvp_call
     custom_jvp_call_jaxpr custom_linear_solve custom_partitioning custom_vjp_call custom_vjp_call_jaxpr
@@ -71,7 +71,7 @@ _COMPOSITE_TEXT = """
 """
 _COMPOSITE = frozenset(_COMPOSITE_TEXT.split())
 
-# What these compute is not in the jaxpr, or depends on where the numbers of two sparse arrays stand.
+# The jaxpr does not show the cost of these, or it depends on the positions of the values of two sparse arrays.
 _UNKNOWN_TEXT = """
     bcoo_spdot_general call_exported custom_lin ffi_call io_callback pallas_call pure_callback spsolve
 """
@@ -82,10 +82,20 @@ _REGISTERED_FREE: set[str] = set()
 
 
 def register_primitive(name: str) -> Callable[[Callable[[Any], Any]], Callable[[Any], Any]]:
-    """Register what a primitive computes, as a decorator.
+    """Return a decorator that registers a function which counts the work of a primitive.
 
-    The function gets the equation of the jaxpr (``invars``, ``outvars``, ``params``) and returns MACs, or a pair of
-    MACs and of FLOPs that are no products.
+    The function takes the equation of the jaxpr (``invars``, ``outvars``, ``params``). It returns MACs, or a pair of
+    MACs and other FLOPs.
+
+    Parameters
+    ----------
+    name
+        Name of the primitive.
+
+    Returns
+    -------
+    Callable
+        A decorator, which returns the function unchanged.
 
     Examples
     --------
@@ -109,18 +119,24 @@ def register_primitive(name: str) -> Callable[[Callable[[Any], Any]], Callable[[
 
 
 def register_no_product(name: str) -> None:
-    """Say that a primitive computes no product."""
+    """Register a primitive that computes no products.
+
+    Parameters
+    ----------
+    name
+        Name of the primitive.
+    """
     _FORMULAS.pop(name, None)
     _REGISTERED_FREE.add(name)
 
 
 def formula_of(name: str) -> Callable[[Any], Work] | None:
-    """Return what a primitive computes, as a function of its equation; None where it is no product."""
+    """Return the function that counts the work of a primitive; None if it computes no product."""
     return _FORMULAS.get(name)
 
 
 def classify(name: str) -> str:
-    """Return the list of a primitive, by name: ``product``, ``no product``, ``unknown``, or ``composite``."""
+    """Return the class of a primitive: ``product``, ``no product``, ``unknown``, or ``composite``."""
     if name in _FORMULAS:
         return PRODUCT
     if name in _REGISTERED_FREE or name in FREE | _NAMED | _SPARSE:
@@ -132,7 +148,7 @@ def classify(name: str) -> str:
 
 
 def _shapes(equation: Any) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
-    """Shapes of operands and results."""
+    """Return the shapes of operands and results."""
     sides = (equation.invars, equation.outvars)
     inputs, outputs = ([tuple(getattr(x.aval, "shape", ())) for x in side] for side in sides)
     return inputs, outputs
@@ -148,7 +164,7 @@ def _(equation: Any) -> int:
 
 @register_primitive("ragged_dot_general")
 def _(equation: Any) -> int:
-    """Count a grouped product: the groups are of rows, of the inner axis or of the batch."""
+    """Count a grouped product, with groups of rows, of the contracted axis or of the batch."""
     numbers = equation.params["ragged_dot_dimension_numbers"]
     (contracted, _), _ = numbers.dot_dimension_numbers
     (left, _, sizes), (output,) = _shapes(equation)
@@ -159,7 +175,7 @@ def _(equation: Any) -> int:
 
 @register_primitive("conv_general_dilated")
 def _(equation: Any) -> int:
-    """Each number of the result meets one kernel over the channels of its group, dilated zeros included."""
+    """Count a convolution: each output element multiplies one kernel over the channels of its group, with zeros."""
     inputs, outputs = _shapes(equation)
     layout = equation.params["dimension_numbers"].rhs_spec  # (features out, features in, spatial...)
     return math.prod(outputs[0]) * math.prod(inputs[1][axis] for axis in layout[1:])
@@ -173,7 +189,7 @@ def _(equation: Any) -> int:
 
 
 def _attention(equation: Any, products: int) -> int:
-    """CuDNN's attention: products of the size of the scores, for queries and keys (batch, tokens, heads, size)."""
+    """Count ``products`` products of the size of the scores, for queries and keys (batch, tokens, heads, size)."""
     q, k = _shapes(equation)[0][:2]
     tokens = 2 if equation.params.get("layout", 0) else 1
     return products * math.prod(q) * k[tokens]
@@ -182,7 +198,7 @@ def _attention(equation: Any, products: int) -> int:
 for _name in ("dot_product_attention_fwd", "dot_product_attention_fp8_fwd"):
     for _end in ("", "_wrapper"):
         register_primitive(_name + _end)(lambda equation: _attention(equation, 2))
-        # Scores again, and the gradients of values, weights, queries and keys.
+        # The backward pass computes the scores again, and the gradients of values, weights, queries and keys.
         register_primitive(_name.replace("fwd", "bwd") + _end)(lambda equation: _attention(equation, 5))
 
 
@@ -192,7 +208,7 @@ for _name in ("dot_product_attention_fwd", "dot_product_attention_fp8_fwd"):
 @register_primitive("bcoo_dot_general")
 @register_primitive("bcsr_dot_general")
 def _(equation: Any) -> int:
-    """Each stored number (and the padding among them) meets the free axes of the other operand."""
+    """Count a sparse product: each stored number, padding included, multiplies the free axes of the other operand."""
     (_, contracted), (_, batched) = equation.params["dimension_numbers"]
     inputs, _ = _shapes(equation)
     other = inputs[-1]
@@ -201,7 +217,7 @@ def _(equation: Any) -> int:
 
 @register_primitive("bcoo_dot_general_sampled")
 def _(equation: Any) -> int:
-    """One product along the contracted axes for each number of the result."""
+    """Count one product along the contracted axes for each element of the result."""
     (contracted, _), _ = equation.params["dimension_numbers"]
     inputs, outputs = _shapes(equation)
     return math.prod(outputs[0]) * math.prod(inputs[0][axis] for axis in contracted)
@@ -221,7 +237,7 @@ def _matrices(shape: tuple[int, ...]) -> tuple[int, int, int]:
 
 
 def _register(name: str, flops: Callable[[int, int, Any, list[tuple[int, ...]]], Fraction | int]) -> None:
-    """Of one matrix m x n, by the parameters and the shapes of all operands."""
+    """Register FLOPs for one m x n matrix, a function of the parameters and the shapes of all operands."""
 
     def formula(equation: Any) -> int:
         inputs, _ = _shapes(equation)
@@ -274,13 +290,13 @@ def _(equation: Any) -> int:
 
 @register_primitive("tridiagonal_solve")
 def _(equation: Any) -> int:
-    """Elimination and substitution along three diagonals: three multiply-accumulates and a division for a number."""
+    """Count elimination and substitution along three diagonals: 3 MACs and one division for each element."""
     return 4 * math.prod(_shapes(equation)[1][0])
 
 
 @register_primitive("fft")
 def _(equation: Any) -> Work:
-    """Of real numbers (RFFT, and IRFFT by its result) half as much as of complex ones."""
+    """Count an FFT; a real FFT (RFFT, IRFFT) costs half as much as a complex one."""
     inputs, outputs = _shapes(equation)
     lengths = equation.params["fft_lengths"]
     kind = equation.params["fft_type"].name

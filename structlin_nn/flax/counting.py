@@ -1,9 +1,9 @@
 """Multiply-accumulates (MACs) of jax functions and flax.nnx models, counted in their jaxpr.
 
-A jaxpr lists every operation with its shapes, so that nothing is run and nothing estimated. Every primitive is in one
-of three lists: those that compute products (matrix products, convolutions, LAPACK's factorisations) have a formula,
-inside jit, scan, checkpoint, custom derivatives and conditionals too; those that compute none are listed by name; those
-that are unknown are named first, because their products are missing. 1 MAC = 2 FLOPs.
+A jaxpr lists every operation with its shapes, so the count is exact and nothing is computed. There are three classes of
+primitives. Those that compute products (matrix products, convolutions, factorisations of LAPACK) have a formula; they
+are counted inside jit, scan, checkpoint, custom derivatives and conditionals too. Those that compute no products are
+listed by name. Those of unknown cost are reported first, because their products are missing. 1 MAC = 2 FLOPs.
 
 >>> import jax.numpy as jnp
 >>> counted = count(lambda x, w: jnp.tanh(x @ w), jnp.zeros((3, 8)), jnp.zeros((8, 5)))
@@ -31,7 +31,7 @@ __all__ = ["JaxCount", "UnknownPrimitiveError", "count", "xla_flops"]
 
 
 class UnknownPrimitiveError(ValueError):
-    """A strict count met a primitive of unknown cost."""
+    """Error of a strict count for a primitive of unknown cost."""
 
 
 for _name in ("structlin_chain", "structlin_chain_gradients", "structlin_chain_tangent"):
@@ -40,30 +40,29 @@ for _name in ("structlin_chain", "structlin_chain_gradients", "structlin_chain_t
 
 @dataclass
 class JaxCount:
-    """What :func:`count` returns.
+    """Result of :func:`count`.
 
     Attributes
     ----------
     products
-        MACs by operation: ``dot_general``, ``conv_general_dilated``, factorisations, and the chains of structured
-        matrices (``structlin_chain``, with its derivatives, which do not count what they compute again) where they are
-        compiled as a whole.
+        MACs by operation: ``dot_general``, ``conv_general_dilated``, factorisations, and ``structlin_chain``, a chain
+        of a structured matrix that is compiled as a whole. Its derivatives do not count recomputed products.
     params
-        Numbers of a model's parameters (nnx.Param); 0 for a function.
+        Number of elements of the parameters (nnx.Param) of a model; 0 for a function.
     training_macs
-        Of the function and its gradient; None without ``training``.
+        MACs of the function and its gradient; None without ``training``.
     uncounted_ops
-        Other operations and how often they run, those that only move data left out.
+        Operations without products, with their numbers of calls; operations that only move data are left out.
     unknown_ops
-        Primitives that are in no list, and how often they run, in the function and its gradient; what they compute is
-        missing.
+        Primitives of unknown cost, with their numbers of calls in the function and its gradient. Their products are not
+        counted.
     other_flops
-        FLOPs that are no products: of FFTs.
+        FLOPs of FFTs.
     training_other_flops
-        Of the function and its gradient.
+        FLOPs of FFTs in the function and its gradient.
     unbounded
-        MACs of one round of each ``while`` loop, which jax does not say how often it runs. They are not part of
-        ``macs``.
+        MACs of one iteration of each ``while`` loop, whose number of iterations is unknown. ``macs`` does not include
+        them.
     """
 
     products: dict[str, int] = field(default_factory=dict)
@@ -81,11 +80,11 @@ class JaxCount:
         return sum(self.products.values())
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields and the total, of types that ``json.dumps`` takes."""
+        """Return all attributes and the total, as values for ``json.dumps``."""
         return asdict(self) | {"macs": self.macs}
 
     def to_json(self, **options: Any) -> str:
-        """:meth:`to_dict` as JSON; the options are those of ``json.dumps``."""
+        """Return :meth:`to_dict` as JSON; ``options`` are those of ``json.dumps``."""
         return json.dumps(self.to_dict(), **options)
 
     def __str__(self) -> str:
@@ -132,7 +131,7 @@ class _Walk:
                     self.unbounded += walk.unbounded
             self.other[name] += times
         elif name == "cond":
-            # One branch runs: the dearest is counted.
+            # Only one branch runs; the one with the most MACs is counted.
             walks = [_walk(branch.jaxpr) for branch in parameters["branches"]]
             self.add(max(walks, key=lambda walk: sum(walk.products.values())), times)
         elif name == "custom_linear_solve":
@@ -181,21 +180,26 @@ def count(
     Parameters
     ----------
     model
-        An nnx.Module, or any function of arrays that jax can trace.
-    inputs, keywords
-        Arrays, or ``jax.ShapeDtypeStruct`` in their place: nothing is computed.
+        An nnx.Module, or a function of arrays that jax can trace.
+    *inputs, **keywords
+        Arrays or ``jax.ShapeDtypeStruct``. Nothing is computed.
     training
-        Also count the gradient of the sum of the results, with respect to the parameters of a module, or to all
-        floating inputs of a function. Products that a backward pass computes again count again.
+        Also count the gradient of the sum of the results with respect to the parameters of a module, or to all floating
+        inputs of a function. Products that the backward pass computes again count again.
     strict
-        Raise an error where a primitive is unknown.
+        Raise an error for a primitive of unknown cost.
+
+    Returns
+    -------
+    JaxCount
+        The counts.
 
     Raises
     ------
     TypeError
-        ``model`` cannot be called.
+        If ``model`` cannot be called.
     UnknownPrimitiveError
-        With ``strict``, where a total is not complete.
+        With ``strict``, if the cost of a primitive is unknown.
 
     Examples
     --------
@@ -206,7 +210,7 @@ def count(
     (45, 120, 240)
     """
     if not callable(model):
-        raise TypeError(f"a module or a function is needed, got {model!r}")
+        raise TypeError(f"model must be an nnx.Module or a function, got {model!r}")
     params = 0
     if isinstance(model, nnx.Module):
         graph, state, rest = nnx.split(model, nnx.Param, ...)
@@ -246,16 +250,28 @@ def count(
     if strict and counted.unknown_ops:
         names = ", ".join(f"{name} x{number}" for name, number in counted.unknown_ops.items())
         raise UnknownPrimitiveError(
-            f"the cost of these primitives is unknown: {names}; register_primitive or register_no_product states it"
+            f"the cost of these primitives is unknown: {names}; state it with register_primitive or register_no_product"
         )
     return counted
 
 
 def xla_flops(function: Callable[..., Any], *inputs: Any, **keywords: Any) -> float:
-    """FLOPs of a jitted function by XLA's own analysis of what it is lowered to, before it is optimised.
+    """Return the FLOPs of a jitted function by the cost analysis of XLA, before optimisation.
 
-    Additions, comparisons and the like count there, transcendental functions do not, and loops count once: an upper
-    check of :func:`count`, equal to ``2 * macs`` where there is nothing but products.
+    XLA also counts additions and comparisons, counts each loop once, and does not count transcendental functions. For a
+    function that only computes products the result equals ``2 * macs`` of :func:`count`.
+
+    Parameters
+    ----------
+    function
+        A function of arrays.
+    *inputs, **keywords
+        Arrays or ``jax.ShapeDtypeStruct``.
+
+    Returns
+    -------
+    float
+        Number of FLOPs.
 
     Examples
     --------
@@ -264,7 +280,7 @@ def xla_flops(function: Callable[..., Any], *inputs: Any, **keywords: Any) -> fl
     240.0
     """
 
-    def call(*inputs: Any, **keywords: Any) -> Any:  # a function that has not been lowered before
+    def call(*inputs: Any, **keywords: Any) -> Any:  # a new function, which jax has not lowered yet
         return function(*inputs, **keywords)
 
     with single_products():

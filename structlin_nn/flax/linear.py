@@ -24,56 +24,58 @@ _NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
 class Index(nnx.Variable):
-    """An integer array that is not trained: the order in a permutation."""
+    """Variable for an integer array that is not trained, such as the index of a permutation."""
 
 
 class StructuredLinear(nnx.Module):
-    """``y = A x + b`` with a structured matrix A: ``(..., in_features) -> (..., out_features)``.
+    r"""Linear layer ``y = A x + b`` with a structured matrix A: (..., in_features) -> (..., out_features).
 
-    Takes the place of ``nnx.Linear`` and means what :class:`structlin_nn.torch.StructuredLinear` means, with the same
-    parameters in the same layout: ``factors`` (a list of ``nnx.Param``, in the order in which they meet the input;
-    arrays of indices are :class:`Index` variables ``index0``, ...), ``gains`` and ``bias``. The chain of products
-    runs over the factors: A itself is never formed. Parameters and multiply-accumulates (MACs) per vector are
-    ``structure.num_params`` and ``structure.macs``.
+    It replaces ``nnx.Linear``. It is the counterpart of :class:`structlin_nn.torch.StructuredLinear`, with the same
+    parameters in the same layout: ``factors`` (a list of ``nnx.Param``, in the order in which they are applied to the
+    input; index arrays are :class:`Index` variables ``index0``, ...), ``gains`` and ``bias``. The layer applies the
+    chain of products and never forms A. ``structure.num_params`` and ``structure.macs`` are the numbers of parameters
+    and of multiply-accumulates (MACs) for one vector.
 
-    Factors are drawn at the deviations of :func:`structlin.init_std` (muP spectral scale), one key of
-    ``rngs.params()`` for each; the bias starts at zero, for the rule has no place for a random one. With ``rms_cap``
-    each factor W is used as ``W * gain * min(1, sigma / RMS(W))`` wherever the layer or its operator is used, with a
-    learned scalar gain for each factor (Qiu et al., *Compute Better Spent*, ICML 2024, section 4.3).
+    Factors are initialised with the deviations of :func:`structlin.init_std` (spectral scale rule), each with one key
+    of ``rngs.params()``, and the bias with 0. With ``rms_cap``, the layer and its operator use :math:`W g \min(1,
+    \sigma / \mathrm{RMS}(W))` in place of each factor W, where g is a learned scalar gain (Qiu et al., *Compute Better
+    Spent*, ICML 2024, section 4.3).
 
     Parameters
     ----------
     in_features, out_features, use_bias, dtype, param_dtype, rngs
-        As ``nnx.Linear``.
+        As for ``nnx.Linear``.
     structure
-        A registered name (:func:`structlin.structure_names`), or a structure of shape (out_features, in_features).
+        Name of a registered structure (:func:`structlin.structure_names`), or a structure of shape (out_features,
+        in_features).
     rms_cap
-        Hold the RMS of every factor at or below sigma (``cap_sigma``), its initial deviation.
+        Limit the RMS of every factor to sigma (``cap_sigma``), its initial deviation.
     gain
-        Learned gains; the default (None) is to have them where the factors are capped.
+        Use learned gains. Default: only with ``rms_cap``.
     rule
         Scale rule, ``paper`` or ``rank_corrected`` (:mod:`structlin.scale`).
     zero_init
-        Start the factor applied last at zero (output layers, query projections, the last layer of a residual branch).
-        Its sigma is the deviation that it would otherwise have.
+        Initialise the factor that is applied last with zeros (output layers, query projections, the last layer of a
+        residual branch). Its sigma is the deviation that it has otherwise.
     partition
-        Mesh axis (or logical axis, with rules) for axes of the chain, as ``{"f": "model"}``: it becomes the
-        ``out_sharding`` of every factor with that axis, and of the bias where it is the output's first axis. The
-        letters are those of ``print(structure)``. As with all annotated nnx variables, the layer is then made under
+        Mesh axis, or logical axis with rules, for axes of the chain, such as ``{"f": "model"}``. It is the
+        ``out_sharding`` of every factor with that axis, and of the bias if it is the first axis of the output. The
+        letters are those of ``print(structure)``. As for all annotated nnx variables, create the layer under
         ``jax.set_mesh``.
     factor_metadata, bias_metadata
-        Of the variables, as ``kernel_metadata`` of ``nnx.Linear``.
+        Metadata of the variables, as ``kernel_metadata`` of ``nnx.Linear``.
     **options
         Options of the named structure (:func:`structlin.structure_options`), for example ``rank=2``.
 
     Raises
     ------
     ValueError
-        An unknown structure, rule or option; sizes that the structure cannot have; options beside a structure;
-        ``gain=True`` without ``rms_cap``; ``rms_cap`` or ``zero_init`` where there are no trainable factors; a
-        ``partition`` that does not fit; an integer dtype. In the forward pass: an input of wrong size.
+        If the structure, the rule or an option is unknown, the structure cannot have these sizes, options are given
+        together with a structure that is not a name, ``gain`` is True without ``rms_cap``, ``rms_cap`` or ``zero_init``
+        is True for a structure without trainable factors, ``partition`` does not match the chain, or a dtype is an
+        integer dtype. In the forward pass, if the input has a wrong size.
     TypeError
-        A ``structure`` that is neither a name nor a structure.
+        If ``structure`` is neither a name nor a structure.
 
     Examples
     --------
@@ -121,26 +123,26 @@ class StructuredLinear(nnx.Module):
 
     @property
     def structure(self) -> AbstractStructure:
-        """What A is made of."""
+        """Structure of A."""
         return self._plan.structure
 
     @property
     def options(self) -> dict[str, Any]:
-        """The options of the named structure that were given."""
+        """Options of the named structure, as given."""
         return dict(self._options)
 
     @property
     def init_std(self) -> tuple[float, ...]:
-        """Deviation at which each factor is drawn."""
+        """Initial deviation of each factor."""
         return self._plan.init_std
 
     @property
     def cap_sigma(self) -> tuple[float, ...]:
-        """RMS at which each factor is held with ``rms_cap``."""
+        """Largest RMS of each factor with ``rms_cap``."""
         return self._plan.cap_sigma
 
     def effective_factors(self) -> tuple[Array, ...]:
-        """Return the factors of A, capped if ``rms_cap`` is set, with index factors in their places."""
+        """Return all factors of A, index factors included; trainable ones are capped if ``rms_cap`` is set."""
         factors = [factor[...] for factor in self.factors]
         if self.rms_cap:
             sigmas = [sigma for n, sigma in enumerate(self.cap_sigma) if n not in self._plan.index_at]
@@ -152,15 +154,15 @@ class StructuredLinear(nnx.Module):
 
     @property
     def operator(self) -> structlin.StructuredOperator:
-        """A as a CoLA operator of shape (out_features, in_features), on the live (capped) factors.
+        """The matrix A as an operator of shape (out_features, in_features), with the current (capped) factors.
 
-        Differentiable in the parameters: build it inside the function that is differentiated.
+        It is differentiable in the parameters; access it inside the function that is differentiated.
         """
         dtype = None if len(self.factors) else self.param_dtype
         return self._plan.operator_class._build(self.structure, self.effective_factors(), dtype)
 
     def __call__(self, x: Array) -> Array:
-        """``(..., in_features) -> (..., out_features)``."""
+        """Apply the layer: (..., in_features) -> (..., out_features)."""
         if x.shape[-1:] != (self.in_features,):
             raise ValueError(
                 f"the last axis of the input must have size in_features = {self.in_features}, "
@@ -199,28 +201,30 @@ class StructuredLinear(nnx.Module):
 
 
 def _frozen(value: Any) -> Any:
-    """Return an option as a hashable value: attributes of nnx modules are part of the key of jit."""
+    """Return an option as a hashable value, because attributes of nnx modules are part of the cache key of jit."""
     return tuple(map(_frozen, value)) if isinstance(value, list | tuple) else value
 
 
 def _shardings(
     structure: AbstractStructure, partition: Mapping[str, str | None]
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """``out_sharding`` of each factor and of the bias, as metadata; empty where nothing is partitioned."""
+    """Return metadata with the ``out_sharding`` of each factor and of the bias; empty without a partition."""
     if not partition:
         return [{} for _ in structure.factors], {}
     if not isinstance(structure, Structure):
-        raise ValueError(f"partition={dict(partition)} names axes of a chain, and {structure!r} is none")
+        raise ValueError(f"partition={dict(partition)} needs the axes of a chain, but {structure!r} is not a chain")
     letters = dict(structure.sizes)
     if unknown := [axis for axis in partition if axis not in letters]:
         chain = "; ".join(map(str, structure.steps))
-        raise ValueError(f"partition: {chain!r} has no axis {', '.join(map(repr, unknown))}, it has {''.join(letters)}")
+        raise ValueError(
+            f"partition: {chain!r} has no axis {', '.join(map(repr, unknown))}; its axes are {''.join(letters)}"
+        )
     made = []
     for step in structure.steps:
         names = tuple(partition.get(axis) for axis in step.factor)
         given = [name for name in names if name is not None]
         if len(given) != len(set(given)):
-            raise ValueError(f"partition={dict(partition)} gives two axes of factor {step.factor!r} one mesh axis")
+            raise ValueError(f"partition={dict(partition)} assigns one mesh axis to two axes of factor {step.factor!r}")
         made.append({"out_sharding": names} if given else {})
     first = partition.get(structure.steps[-1].output[0])
     return made, {"out_sharding": (first,)} if first is not None else {}

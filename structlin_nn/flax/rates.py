@@ -1,4 +1,4 @@
-"""optax transformations with the learning rates that the structure asks for."""
+"""optax transformations with the learning rates of the structures."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ _WITH_BIAS = (StructuredLinear, nnx.Linear, nnx.LinearGeneral, *_CONVOLUTIONS, *
 
 @dataclass(frozen=True)
 class ParameterRates:
-    """Learning-rate multiplier and weight decay of every parameter of a model; ``print`` it for a table.
+    """Learning-rate multiplier and weight decay of every parameter of a model; ``print`` shows a table.
 
     Attributes
     ----------
     rules
-        By full name, under every name of a shared parameter.
+        Rule of each parameter by full name; a shared parameter has several names.
     sizes
-        Number of elements, by name, each parameter once.
+        Number of elements by name, with one name for each parameter.
     """
 
     rules: Mapping[str, ParameterRule]
@@ -60,14 +60,29 @@ class ParameterRates:
         return table(("multiplier", "decay", "tensors", "parameters", "names"), cells, left=-1, rule=False)
 
     def of(self, tree: Any) -> Any:
-        """Return a tree like ``tree`` (a state of ``nnx.Param``, or its arrays) with the rule of each parameter.
+        """Return the rules as a tree with the structure of a state.
 
-        Raises ValueError for a parameter that has none.
+        Parameters
+        ----------
+        tree
+            A state of ``nnx.Param``, or its arrays.
+
+        Returns
+        -------
+        Any
+            Tree of the same structure with the rule of each parameter.
+
+        Raises
+        ------
+        ValueError
+            If a parameter has no rule.
         """
         paths, structure = jax.tree_util.tree_flatten_with_path(tree)
         names = [_name(path) for path, _ in paths]
         if missing := [name for name in names if name not in self.rules]:
-            raise ValueError(f"no rule covers the parameters {listed(missing)}: the rules are those of another model")
+            raise ValueError(
+                f"no rule covers the parameters {listed(missing)}; create the rules from the model that has them"
+            )
         return jax.tree_util.tree_unflatten(structure, [self.rules[name] for name in names])
 
 
@@ -76,13 +91,32 @@ def parameter_rates(
     extra_multipliers: Mapping[Pattern, float] | None = None, rules: Mapping[Pattern, ParameterRule] | None = None,
     decay: Collection[str] = ("factor", "weight"),
 ) -> ParameterRates:  # fmt: skip
-    """Multiplier and weight decay of every ``nnx.Param`` of a model.
+    """Return the multiplier and the weight decay of every ``nnx.Param`` of a model.
 
-    The rules, the kinds of parameters, all arguments and errors are those of
-    :func:`structlin_nn.torch.parameter_groups`, whose table they are listed in. The weights of dense layers are the
-    kernels of ``nnx.Linear``, ``nnx.LinearGeneral`` (with the product of its input axes as fan-in), ``nnx.Conv`` and
-    ``nnx.ConvTranspose``. Of the base model only sizes are read, so ``nnx.eval_shape`` of its constructor does.
-    ``optimizer`` is ``adam``, ``adamw``, ``sgd`` or ``sign``.
+    The rules and the kinds of parameters are those of :func:`structlin_nn.torch.parameter_groups`. The weights of dense
+    layers are the kernels of ``nnx.Linear``, ``nnx.LinearGeneral`` (whose fan-in is the product of its input axes),
+    ``nnx.Conv`` and ``nnx.ConvTranspose``.
+
+    Parameters
+    ----------
+    model
+        The model to train.
+    base_model
+        The same model at base width. Only sizes are read, so ``nnx.eval_shape`` of its constructor is sufficient.
+    optimizer
+        ``adam``, ``adamw``, ``sgd`` or ``sign``.
+    structure_aware, extra_multipliers, rules, decay
+        As for :func:`structlin_nn.torch.parameter_groups`.
+
+    Returns
+    -------
+    ParameterRates
+        The rules of all parameters.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As for :func:`structlin_nn.torch.parameter_groups`.
 
     Examples
     --------
@@ -126,8 +160,18 @@ def parameter_rates(
 def scale_by_rates(rates: ParameterRates) -> optax.GradientTransformation:
     """Return an optax transformation that multiplies the update of each parameter by its learning-rate multiplier.
 
-    It stands after what makes the update's size independent of the gradient's (``optax.scale_by_adam``) and before
-    ``optax.scale_by_learning_rate``. ValueError on ``init`` and ``update`` for a parameter without a rule.
+    Place it after the transformation that normalises the update (``optax.scale_by_adam``) and before
+    ``optax.scale_by_learning_rate``.
+
+    Parameters
+    ----------
+    rates
+        Result of :func:`parameter_rates`.
+
+    Returns
+    -------
+    optax.GradientTransformation
+        The transformation. Its ``init`` and ``update`` raise ValueError for a parameter without a rule.
 
     Examples
     --------
@@ -154,27 +198,41 @@ def optimizer_for(
     decay: Collection[str] = ("factor", "weight"), independent_decay: bool = False,
     betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8, momentum: float = 0.0, nesterov: bool = False,
 ) -> optax.GradientTransformation:  # fmt: skip
-    """Return a whole optax optimiser for a model, with the learning rates that the structure asks for.
+    """Return an optax optimiser for a model, with the learning rates of the structures.
 
-    The steps are those of torch's optimisers on :func:`structlin_nn.torch.parameter_groups`: in each, a parameter is
-    shrunk by ``lr * multiplier * weight_decay`` (``adamw``, ``sign``), or the decay goes through the gradient
-    (``adam``, ``sgd``).
+    Its steps equal those of the optimisers of torch with :func:`structlin_nn.torch.parameter_groups`. For ``adamw`` and
+    ``sign``, each step shrinks a parameter by ``lr * multiplier * weight_decay``. For ``adam`` and ``sgd``, the decay
+    is added to the gradient.
 
     Parameters
     ----------
     model, base_model, structure_aware, extra_multipliers, rules, decay
-        As in :func:`parameter_rates`, with its
-    errors. lr
+        As for :func:`parameter_rates`.
+    lr
         Learning rate at base width, or an optax schedule.
     weight_decay
-        Coefficient of the kinds in ``decay``.
+        Coefficient for the kinds of parameters in ``decay``.
     optimizer
         ``adam``, ``adamw``, ``sgd``, or ``sign`` (Lion).
     independent_decay
-        Divide the coefficient by the multiplier, so that all decayed parameters shrink by ``lr * weight_decay``; not
+        Divide the coefficient by the multiplier, so that all decayed parameters shrink by ``lr * weight_decay``. Not
         for ``adam``.
-    betas, eps, momentum, nesterov
-        Of Adam and Lion, of Adam, of SGD; ValueError for others.
+    betas
+        Coefficients of Adam and Lion.
+    eps
+        Term in the denominator of Adam.
+    momentum, nesterov
+        Options of SGD.
+
+    Returns
+    -------
+    optax.GradientTransformation
+        The optimiser.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As for :func:`parameter_rates`, or if an option is out of range or does not apply to the optimizer.
 
     Examples
     --------
@@ -184,11 +242,11 @@ def optimizer_for(
     """
     check_arguments(0.0 if callable(lr) else lr, weight_decay, optimizer, decay, independent_decay)
     if optimizer != "sgd" and (momentum or nesterov):
-        raise ValueError(f"momentum={momentum} and nesterov={nesterov} are options of 'sgd', not of {optimizer!r}")
+        raise ValueError(f"momentum={momentum} and nesterov={nesterov} need optimizer='sgd', got {optimizer!r}")
     if not 0 <= momentum < 1 or (nesterov and not momentum):
-        raise ValueError(f"momentum must be from 0 to below 1 (above 0 with nesterov), got {momentum}")
+        raise ValueError(f"momentum must lie in [0, 1), and above 0 with nesterov, got {momentum}")
     if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
-        raise ValueError(f"betas must be two numbers from 0 to below 1, got {betas}")
+        raise ValueError(f"betas must be two numbers in [0, 1), got {betas}")
     rates = parameter_rates(
         model, base_model, optimizer=optimizer, structure_aware=structure_aware, extra_multipliers=extra_multipliers,
         rules=rules, decay=decay,
@@ -212,20 +270,20 @@ def _add_decay(rates: ParameterRates, weight_decay: float, independent: bool) ->
 
     def update(updates: Any, state: optax.EmptyState, params: Any = None) -> tuple[Any, optax.EmptyState]:
         if params is None:
-            raise ValueError("weight decay needs the parameters: call update(gradients, state, params)")
+            raise ValueError("weight decay needs the parameters; call update(gradients, state, params)")
         return jax.tree.map(lambda rule, u, p: u + coefficient(rule) * p, rates.of(updates), updates, params), state
 
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
 def _name(path: tuple[Any, ...]) -> str:
-    """Full name of a parameter from its path in a state, whether of variables or of their arrays."""
+    """Return the full name of a parameter from its path in a state of variables or of arrays."""
     keys = [getattr(part, "key", getattr(part, "idx", None)) for part in path]
     return ".".join(str(key) for key in keys if key is not None)
 
 
 def _leaves(model: nnx.Module) -> dict[str, nnx.Module]:
-    """Modules that hold parameters, by every name; a structured layer is one of them, and its lists are not."""
+    """Yield the modules that own parameters, by every name; a structured layer counts as one, without its lists."""
     found: dict[str, nnx.Module] = {}
     inside: set[int] = set()
     for place in named_modules(model):
@@ -268,7 +326,7 @@ def _places(layer: str, module: nnx.Module, base: nnx.Module, optimizer: str, st
 
 
 def _fans(module: nnx.Module) -> Fans | None:
-    """Fans of a module's kernel; a structured layer's are those of a dense one, and None is of what has no kernel."""
+    """Return the fans of the kernel of a module, None without one; a structured layer has those of a dense layer."""
     if isinstance(module, StructuredLinear | nnx.Linear):
         return Fans(module.in_features, module.out_features)
     if isinstance(module, nnx.LinearGeneral):
@@ -282,10 +340,10 @@ def _fans(module: nnx.Module) -> Fans | None:
 
 
 def _kind(module: nnx.Module, name: str, variable: nnx.Variable) -> str | None:
-    """Kind of a parameter that is no weight; None where it may be one."""
+    """Return the kind of a parameter other than a weight; None if it may be a weight."""
     if isinstance(module, nnx.Embed):
         return "embedding"
-    # Stacked layers have an axis more, so modules that are known go by names.
+    # Stacked layers have one more axis, so names, not shapes, determine the kind in known modules.
     if name == "bias" and (isinstance(module, _WITH_BIAS) or variable.ndim < 2):
         return "bias"
     if isinstance(module, _NORMS):

@@ -1,4 +1,4 @@
-"""Replacing the linear layers of an nnx model by structured ones, and back."""
+"""Replacement of the linear layers of an nnx model by structured ones, and conversion to dense layers."""
 
 from __future__ import annotations
 
@@ -27,39 +27,44 @@ def replace_linear(
     layers: Selection = "all_but_last", exclude: Patterns = (), zero_init: Patterns = (), shared_weights: str = "error",
     rms_cap: bool = False, gain: bool | None = None, rule: str = "paper", rngs: nnx.Rngs, **options: Any,
 ) -> ReplacementReport:  # fmt: skip
-    """Replace linear layers of ``model``, in place, by freshly drawn :class:`StructuredLinear` layers.
+    """Replace linear layers of ``model``, in place, by newly initialised :class:`StructuredLinear` layers.
 
     Linear layers are ``nnx.Linear``. ``nnx.LinearGeneral`` (the projections of ``nnx.MultiHeadAttention``) and
-    ``nnx.Einsum`` are left alone; the report lists those that the selection would have taken. Missing biases, dtypes
-    and the metadata of the bias are kept; the metadata of the kernel is not, because the axes of factors are others.
-    Factors are drawn from ``rngs``, biases start at zero. The model is changed only when every layer has passed every
-    check.
-
-    Patterns, and all arguments that are not listed, are those of :func:`structlin_nn.torch.replace_linear`.
+    ``nnx.Einsum`` are not replaced; the report lists those that the selection contains. A new layer has the dtypes of
+    the old one, and a bias with the same metadata if the old one has a bias. The metadata of the kernel is dropped,
+    because factors have other axes. Factors are drawn with ``rngs``, biases are 0. All checks precede the first
+    replacement.
 
     Parameters
     ----------
     model
-        Any nnx module with linear layers inside.
+        Any nnx module that contains linear layers.
     layers
-        ``"all"``, ``"all_but_last"``, ``"intermediate"``, patterns, or a predicate. First and last go by the order in
-        which attributes were set, which the report shows (``nnx.merge`` and ``nnx.clone`` sort them by name: name
-        layers of such models by patterns).
+        ``"all"``, ``"all_but_last"``, ``"intermediate"``, patterns, or a predicate. The first and the last layer are
+        those in the order in which attributes were set, which the report shows. ``nnx.merge`` and ``nnx.clone`` sort
+        attributes by name; use patterns for such models.
     shared_weights
-        A layer whose kernel or bias is a variable of another module too (a head tied to its embedding) cannot be
-        replaced without untying it: ``"error"``, or ``"skip"`` to leave such layers alone.
+        Action for a layer that shares its kernel or bias with another module (a head that is tied to its embedding),
+        which a replacement would untie: ``"error"``, or ``"skip"``, which leaves it dense.
     rngs
         Source of the keys.
+    structure, exclude, zero_init, rms_cap, gain, rule, **options
+        As for :func:`structlin_nn.torch.replace_linear`.
+
+    Returns
+    -------
+    ReplacementReport
+        The replaced layers with parameters and MACs before and after, and the layers that were not replaced.
 
     Raises
     ------
     ValueError
-        Nothing is chosen, or a pattern matches no layer (the message lists the layers there are); a size that the
-        structure cannot have (the message names the layer); tied weights; a layer that computes something else than
-        ``nnx.Linear`` does: subclasses, ``dot_general`` or ``promote_dtype`` of one's own; layers that were stacked by
-        ``nnx.vmap``; a layer in a tuple.
+        If no layer is selected, a pattern matches no layer (the message lists the layers), the structure does not have
+        the size of a layer (the message names it), weights are tied, or a layer computes something other than
+        ``nnx.Linear`` (a subclass, or with another ``dot_general`` or ``promote_dtype``), was stacked by ``nnx.vmap``,
+        or is an entry of a tuple.
     TypeError
-        ``structure`` or a pattern of another type.
+        If ``structure`` or a pattern has a wrong type.
 
     Examples
     --------
@@ -93,11 +98,13 @@ def replace_linear(
             skipped.append((known[0], f"shares {', '.join(others)}"))
         else:
             raise ValueError(
-                f"layer {known[0]!r} shares {', '.join(others)}, and replacing it would untie them: "
-                "exclude it, or pass shared_weights='skip' to leave such layers alone"
+                f"layer {known[0]!r} shares {', '.join(others)}; its replacement would untie them: "
+                "exclude it, or pass shared_weights='skip' to leave such layers dense"
             )
     if not made:
-        raise ValueError(f"every layer that is chosen shares its weight; the linear layers are {names_of(names)}")
+        raise ValueError(
+            f"all selected layers share their weights with other modules; the linear layers are {names_of(names)}"
+        )
     _put(places, made)
     rows = tuple(
         Replacement(
@@ -118,10 +125,27 @@ def to_dense_linear(
 ) -> ReplacementReport:
     """Replace structured layers of ``model``, in place, by ``nnx.Linear`` layers with the same matrices and biases.
 
-    Caps and gains are multiplied in, dtypes are kept. Gradients and optimiser states are those of other parameters
-    afterwards: make a new optimiser. ``layers`` and ``exclude`` are as in :func:`replace_linear`, whose errors these
-    are; ``rngs`` is handed to ``nnx.Linear``, which draws before it is filled. The report has the structured layer as
-    ``before``.
+    The weights include caps and gains; dtypes do not change. Create the optimiser afterwards, because the parameters
+    are new.
+
+    Parameters
+    ----------
+    model
+        Any nnx module that contains structured layers.
+    layers, exclude
+        Selection of layers, as in :func:`replace_linear`.
+    rngs
+        Keys for ``nnx.Linear``, which initialises its values before they are set.
+
+    Returns
+    -------
+    ReplacementReport
+        The replaced layers; values "before" are those of the structured layers.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As for :func:`replace_linear`.
 
     Examples
     --------
@@ -166,7 +190,7 @@ def _linear_places(model: nnx.Module, kind: type[Any]) -> dict[Any, list[Place]]
 
 
 def _left_alone(model: nnx.Module, layers: Selection, exclude: Sequence[Pattern]) -> list[tuple[str, str]]:
-    """Layers like ``nnx.Linear`` that a preset runs over, or that the patterns name."""
+    """Return the layers of other linear types that the selection contains."""
     if callable(layers):
         return []
     preset = isinstance(layers, str) and layers in PRESETS
@@ -179,7 +203,7 @@ def _left_alone(model: nnx.Module, layers: Selection, exclude: Sequence[Pattern]
 
 
 def _owners(model: nnx.Module) -> dict[int, list[str]]:
-    """Full names of each variable, one for each module that holds it."""
+    """Return the full names of each variable, one for each module that contains it."""
     owners: dict[int, list[str]] = {}
     for place in named_modules(model):
         for name, variable in own_variables(place.module).items():
@@ -190,7 +214,7 @@ def _owners(model: nnx.Module) -> dict[int, list[str]]:
 def _check_is_plain(name: str, linear: nnx.Linear) -> None:
     if type(linear).__call__ is not nnx.Linear.__call__:
         kind = type(linear).__qualname__
-        raise ValueError(f"layer {name!r} is a {kind}, whose forward pass is not that of nnx.Linear; exclude it")
+        raise ValueError(f"layer {name!r} is a {kind}, whose forward pass differs from that of nnx.Linear; exclude it")
     own = {
         "dot_general": linear.dot_general is not jax.lax.dot_general,
         "promote_dtype": linear.promote_dtype is not promote_dtype,
@@ -201,8 +225,8 @@ def _check_is_plain(name: str, linear: nnx.Linear) -> None:
         raise ValueError(f"layer {name!r} has its own {', '.join(lost)}, which would be lost; exclude it")
     if linear.kernel.ndim != 2:
         raise ValueError(
-            f"layer {name!r} has a kernel of shape {linear.kernel.shape}: it was stacked by nnx.vmap; replace the "
-            "layers in the function that is vmapped"
+            f"layer {name!r} has a kernel of shape {linear.kernel.shape}, stacked by nnx.vmap; replace the "
+            "layers in the function that nnx.vmap maps"
         )
 
 
@@ -223,7 +247,7 @@ def _structured(
 def _dense(name: str, layer: StructuredLinear, rngs: nnx.Rngs) -> nnx.Linear:
     shapes = [spec.shape for spec in layer.structure.factors if spec.trainable]
     if stacked := [factor.shape for factor, shape in zip(layer.factors, shapes, strict=True) if factor.shape != shape]:
-        raise ValueError(f"layer {name!r} has a factor of shape {stacked[0]}: it was stacked by nnx.vmap")
+        raise ValueError(f"layer {name!r} has a factor of shape {stacked[0]}, stacked by nnx.vmap; exclude it")
     metadata = {} if layer.bias is None else _kept_metadata(layer.bias)
     made = nnx.Linear(
         layer.in_features, layer.out_features, use_bias=layer.bias is not None, dtype=layer.dtype,
@@ -236,14 +260,14 @@ def _dense(name: str, layer: StructuredLinear, rngs: nnx.Rngs) -> nnx.Linear:
 
 
 def _kept_metadata(variable: nnx.Variable) -> dict[str, Any]:
-    """Metadata of a variable that its successor takes over; how it is held in memory is not among it."""
+    """Return the metadata of a variable for its replacement, without entries on its storage."""
     return {k: v for k, v in variable.get_metadata().items() if k not in ("hijax", "ref", "eager_sharding")}
 
 
 def _put(places: Mapping[Any, Sequence[Place]], made: Mapping[Any, nnx.Module]) -> None:
     for old in made:
         for place in places[old]:
-            place.put(old)  # raises, where it does, before anything is changed
+            place.put(old)  # raises errors before the first change
     for old, new in made.items():
         for place in places[old]:
             place.put(new)

@@ -1,4 +1,4 @@
-"""Structured layers for torch: the layer, its place in existing models, and learning rates by structure."""
+"""Structured layers for torch: layers, their replacement in models, projection, learning rates, counts and files."""
 
 from structlin_nn.torch._muon import Muon
 from structlin_nn.torch.blocks import StructuredMLP, fuse_mlps, mlp, projections

@@ -1,8 +1,8 @@
-"""Which layers of a model are structured, as plain values, and the same layers made in another model.
+"""Layout of a model: a description of its structured layers as plain values, from which another model gets them.
 
-A layout has ``layers``, one entry for each structured layer with all that decides its function but the values of its
-factors, and ``linear``, the names of layers that are plain ``nn.Linear``, by which a model that has structured layers
-there, or the Conv1D of transformers, is told to have plain ones.
+A layout has two entries. ``layers`` describes each structured layer, except for the values of its factors. ``linear``
+lists the names of ``nn.Linear`` layers: a model with a structured layer or a Conv1D of transformers there gets an
+``nn.Linear`` instead.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ def layout_of(model: nn.Module) -> dict[str, Any]:
     Raises
     ------
     ValueError
-        The model itself is a structured layer; a structured layer that has parametrizations, options that JSON cannot
-        hold, or a structure without a name that is no chain.
+        If the model itself is a structured layer, or a structured layer has parametrizations, options that JSON cannot
+        represent, or a structure that is neither registered nor a chain.
 
     Examples
     --------
@@ -64,11 +64,11 @@ def layout_of(model: nn.Module) -> dict[str, Any]:
 
 def _form(layer: StructuredLinear, names: Sequence[str]) -> dict[str, Any]:
     if any(parametrize.is_parametrized(module) for module in layer.modules()):
-        raise ValueError(f"layer {names[0]!r} has parametrizations, which cannot be kept; remove them first")
+        raise ValueError(f"layer {names[0]!r} has parametrizations, which a layout cannot describe; remove them first")
     kind, structure = layer._plan.operator_class, layer.structure
     named = issubclass(kind, structlin.NamedOperator)
     if not named and not isinstance(structure, Structure):
-        raise ValueError(f"layer {names[0]!r}: {structure!r} has no registered name and is no chain of einsums")
+        raise ValueError(f"layer {names[0]!r}: {structure!r} is neither a registered structure nor a chain of einsums")
     return {
         "names": list(names),
         "in_features": layer.in_features,
@@ -93,7 +93,7 @@ def _plain(value: Any, layer: str, option: str) -> Any:
         return [_plain(entry, layer, option) for entry in value]
     if hasattr(value, "__index__"):
         return value.__index__()
-    raise ValueError(f"layer {layer!r}: option {option}={value!r} cannot be written as JSON")
+    raise ValueError(f"layer {layer!r}: option {option}={value!r} cannot be represented in JSON")
 
 
 def _tuples(value: Any) -> Any:
@@ -101,9 +101,9 @@ def _tuples(value: Any) -> Any:
 
 
 def check_layout(layout: Any) -> None:
-    """Raise ValueError unless this is a layout, whose structures exist and have the factors that it says."""
+    """Raise ValueError unless this is a layout of structures that exist and have factors of the stated shapes."""
     if not isinstance(layout, Mapping) or not {"layers", "linear"} <= layout.keys():
-        raise ValueError(f"a layout has layers and linear, got {_short(layout)}")
+        raise ValueError(f"a layout must have the entries layers and linear, got {_short(layout)}")
     if not isinstance(layout["linear"], list) or not all(isinstance(name, str) for name in layout["linear"]):
         raise ValueError(f"linear must be a list of names, got {_short(layout['linear'])}")
     if not isinstance(layout["layers"], list):
@@ -123,9 +123,9 @@ def _check_form(form: Any) -> None:
     for key, kind in _TYPES.items():
         value = form[key]
         if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-            raise ValueError(f"a layer with {key}={_short(value)}, which has the wrong type")
+            raise ValueError(f"entry {key} of a layer has the wrong type, got {_short(value)}")
     if not form["names"] or not all(isinstance(name, str) and name for name in form["names"]):
-        raise ValueError(f"a layer has one name or several, got {_short(form['names'])}")
+        raise ValueError(f"names of a layer must not be empty, got {_short(form['names'])}")
     try:
         structure = _structure(form)
     except (TypeError, ValueError) as error:
@@ -137,7 +137,7 @@ def _check_form(form: Any) -> None:
     if shapes != form["factors"] or not same_chain:
         raise ValueError(
             f"layer {form['names'][0]!r}: {form['structure']} with {form['options']} has factors of shape {shapes} "
-            f"here, and the file says {_short(form['factors'])}: it is of another version of this structure"
+            f"here, but {_short(form['factors'])} in the file, which another version of this structure wrote"
         )
 
 
@@ -149,21 +149,21 @@ def _structure(form: Mapping[str, Any]) -> AbstractStructure:
             raise ValueError(f"a chain of shape {made.shape} in a layer of shape {shape}")
         return made
     if form["structure"] not in structlin.structure_names():
-        raise ValueError(f"no structure {form['structure']!r} is registered: import the module that registers it")
+        raise ValueError(f"structure {form['structure']!r} is not registered; import the module that registers it")
     options = {name: _tuples(value) for name, value in form["options"].items()}
     return structlin.design(form["structure"], shape, **options)
 
 
 @dataclass(frozen=True)
 class Change:
-    """A layer to replace: where it stands, what it is, and on the meta device what is to take its place."""
+    """A layer to replace: its names, the old module, and the new module on the meta device."""
 
     names: tuple[str, ...]
     old: nn.Module
     new: nn.Module
 
     def apply(self, model: nn.Module) -> None:
-        """Put the new layer, without values, where the old one stands."""
+        """Replace the old layer by the new one, without values."""
         held = [*self.old.parameters(), *self.old.buffers()]
         made = self.new.to_empty(device=held[0].device) if held else self.new
         put(model, self.names, made)
@@ -172,18 +172,17 @@ class Change:
 
 
 def changes(model: nn.Module, layout: Mapping[str, Any]) -> list[Change]:
-    """Return what is to be replaced in ``model`` for it to have a layout; nothing is replaced here.
+    """Return the replacements after which ``model`` has a layout, without making them.
 
-    Only modules that pack the weights of such layers are unpacked (:func:`structlin_nn.torch.unpack_linear`).
-
-    New layers have dtype, training mode and ``requires_grad`` of those that they replace. A structured layer that is
-    as the layout says stays.
+    Modules that pack the weights of layers of the layout are unpacked (:func:`structlin_nn.torch.unpack_linear`).
+    A new layer has the dtype, training mode and ``requires_grad`` of the old one. A structured layer that already
+    agrees with the layout is not replaced.
 
     Raises
     ------
     ValueError
-        The model has no linear layer there, or one of other sizes, or with a bias where there is to be none, or the
-        other way round; a layer that cannot be replaced (:func:`replace_linear`).
+        If the model has no linear layer of a name, or one whose sizes or bias differ from the layout, or a layer cannot
+        be replaced (:func:`replace_linear`).
     """
     unpack_linear(model, [name for form in layout["layers"] for name in form["names"]])
     places: dict[nn.Module, list[str]] = {}
@@ -199,7 +198,7 @@ def changes(model: nn.Module, layout: Mapping[str, Any]) -> list[Change]:
         if sizes != (form["in_features"], form["out_features"]) or bias != form["bias"]:
             raise ValueError(
                 f"layer {names[0]!r} is a {_described(form['in_features'], form['out_features'], form['bias'])} in "
-                f"the file and a {_described(*sizes, bias)} in the model"
+                f"the file, but a {_described(*sizes, bias)} in the model"
             )
         if isinstance(old, StructuredLinear):
             if _form(old, names) == dict(form):
@@ -226,11 +225,11 @@ def _layer_at(
     old = modules.get(names[0])
     if old is None or not (linear_sizes(old) or pointwise_sizes(old) or isinstance(old, StructuredLinear)):
         linear = [n for n, m in modules.items() if n and (linear_sizes(m) or isinstance(m, StructuredLinear))]
-        what = "no layer" if old is None else f"a {type(old).__name__}, and no linear layer,"
+        what = "no layer" if old is None else f"a {type(old).__name__}, not a linear layer,"
         raise ValueError(f"the model has {what} at {names[0]!r}; its linear layers are {listed(linear) or 'none'}")
     if sorted(places[old]) != sorted(names):
         raise ValueError(
-            f"one layer stands at {', '.join(names)} in the file, and at {', '.join(places[old])} in the model"
+            f"a layer has the names {', '.join(names)} in the file, but {', '.join(places[old])} in the model"
         )
     return old
 

@@ -1,4 +1,4 @@
-"""What replacement and parameter groups both need to know of a model's modules."""
+"""Helpers on the modules of a model, used by replacement and by parameter groups."""
 
 from __future__ import annotations
 
@@ -14,44 +14,44 @@ _listeners: list[Callable[[nn.Module], None]] = []
 
 
 def on_change(listener: Callable[[nn.Module], None]) -> Callable[[nn.Module], None]:
-    """Have a function called with each model whose layers were replaced; returns the function."""
+    """Register a function that is called with each model whose layers were replaced; return the function."""
     _listeners.append(listener)
     return listener
 
 
 def changed(model: nn.Module) -> None:
-    """Tell that layers of a model were replaced."""
+    """Call the registered functions with a model whose layers were replaced."""
     for listener in _listeners:
         listener(model)
 
 
 def check_model(model: Any, what: str) -> None:
-    """TypeError unless this is a module of torch."""
+    """Raise TypeError unless ``model`` is a module of torch."""
     if isinstance(model, nn.Module):
         return
     hint = ""
     if isinstance(model, type):
         hint = f": it is a class; pass an instance, {model.__name__}(...)"
     elif callable(getattr(model, "__next__", None)) or isinstance(model, list | tuple):
-        hint = ": pass the model, and not its parameters, whose roles only the modules tell"
+        hint = ": pass the model, not its parameters; the roles of parameters follow from the modules"
     raise TypeError(f"{what} takes a torch.nn.Module, got a {type(model).__name__}{hint}")
 
 
 def put(model: nn.Module, names: Iterable[str], new: nn.Module) -> None:
-    """Make ``new`` the submodule of these names."""
+    """Set ``new`` as the submodule of each of these names."""
     for name in names:
         parent, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(parent), attribute, new)
 
 
 def is_conv1d(module: nn.Module) -> bool:
-    """Whether this is the linear layer of transformers' GPT-2, which stores its weight as (in, out)."""
+    """Return whether this is the Conv1D of transformers, a linear layer with a weight of shape (in, out)."""
     found = sys.modules.get("transformers.pytorch_utils")
     return found is not None and isinstance(module, found.Conv1D)
 
 
 def linear_sizes(module: nn.Module) -> tuple[int, int] | None:
-    """(in_features, out_features) of an ``nn.Linear`` or a Conv1D of transformers; None for anything else."""
+    """Return (in_features, out_features) of an ``nn.Linear`` or a Conv1D of transformers; None for other modules."""
     if isinstance(module, nn.Linear):
         return module.in_features, module.out_features
     if is_conv1d(module):
@@ -61,7 +61,7 @@ def linear_sizes(module: nn.Module) -> tuple[int, int] | None:
 
 
 def pointwise_sizes(module: Any) -> tuple[int, int] | None:
-    """(in_channels, out_channels) of a convolution that is a linear layer at each position; None for anything else."""
+    """Return (in_channels, out_channels) of a convolution that is a linear layer at each position; otherwise None."""
     if (
         type(module) in (nn.Conv1d, nn.Conv2d, nn.Conv3d)
         and set(module.kernel_size) == {1}

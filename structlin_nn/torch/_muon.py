@@ -1,4 +1,4 @@
-"""Muon for structured matrices: momentum whose blocks are orthogonalised, beside Adam for what is no matrix."""
+"""Muon for structured matrices: updates with orthogonalised blocks, and AdamW for parameters that are not matrices."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 
 
 class Matrices(NamedTuple):
-    """How a parameter holds ``blocks`` matrices of (fan_out, fan_in): permute its axes by ``order``, then reshape."""
+    """Layout of ``blocks`` matrices of shape (fan_out, fan_in) in a parameter: permute by ``order``, then reshape."""
 
     order: tuple[int, ...]
     blocks: int
@@ -28,17 +28,17 @@ class Matrices(NamedTuple):
     fan_in: int
 
     def view(self, x: Tensor) -> Tensor:
-        """(blocks, fan_out, fan_in)."""
+        """Return a view of shape (blocks, fan_out, fan_in)."""
         return x.permute(self.order).reshape(self.blocks, self.fan_out, self.fan_in)
 
     def back(self, matrices: Tensor, shape: Sequence[int]) -> Tensor:
-        """Return the inverse of :meth:`view`, for a parameter of ``shape``."""
+        """Return the parameter of ``shape`` that has these matrices, the inverse of :meth:`view`."""
         inverse = [self.order.index(axis) for axis in range(len(self.order))]
         return matrices.reshape([shape[axis] for axis in self.order]).permute(inverse)
 
 
 def factor_matrices(structure: AbstractStructure) -> tuple[Matrices | None, ...]:
-    """Return the matrices in each factor of a chain; None for a factor of another structure.
+    """Return the layout of the matrices in each factor of a chain; None for a factor of another structure.
 
     Examples
     --------
@@ -57,23 +57,24 @@ def factor_matrices(structure: AbstractStructure) -> tuple[Matrices | None, ...]
 
 
 def muon_multiplier(matrices: Matrices, base_d_in: int, base_d_out: int, count: int = 1) -> float:
-    """Learning-rate multiplier of one of ``count`` factors, on the rate tuned for the dense layer at base width.
+    r"""Return the multiplier of one of ``count`` factors for the rate tuned for the dense layer at base width.
 
-    The spectral condition asks of an update of each block a norm of order ``sqrt(fan_out / fan_in)`` (Yang, Simon,
-    Bernstein, *A Spectral Condition for Feature Learning*, 2023). An orthogonalised update has norm 1, a block diagonal
-    matrix the norm of its blocks, and carried positions do not change it: ``sqrt(fan_out / fan_in)``, relative to that
-    of the base layer. The changes that the factors make to the product add up, hence the division by their number, as
-    in Adam's rule.
+    The spectral condition (Yang, Simon, Bernstein, *A Spectral Condition for Feature Learning*, 2023) requires an
+    update of norm :math:`\sqrt{\mathrm{fan\_out} / \mathrm{fan\_in}}` for each block. An orthogonalised update has norm
+    1. A block-diagonal matrix has the norm of its largest block, and carried positions do not change the norm. So the
+    multiplier is :math:`\sqrt{\mathrm{fan\_out} / \mathrm{fan\_in}}`, relative to that of the base layer. It is divided
+    by the number of factors, as in the rule of Adam, because the contributions of the factors to the product add up.
     """
     own, base = matrices.fan_out / matrices.fan_in, base_d_out / base_d_in
     return math.sqrt(own / base) / count
 
 
 def orthogonalized(x: Tensor, steps: int = 5, eps: float = 1e-7) -> Tensor:
-    """For matrices (..., m, n) with singular value decomposition U S V^T, about U V^T, by Newton-Schulz iterations.
+    """Return an approximation of U V^T for matrices U S V^T of shape (..., m, n), by Newton-Schulz iterations.
 
-    The coefficients let the singular values end between 0.7 and 1.2, in few steps (Jordan et al., *Muon: An optimizer
-    for hidden layers in neural networks*, 2024). Computed in bfloat16 on CUDA and in float32 elsewhere.
+    With these coefficients the singular values lie between 0.7 and 1.2 after few steps (Jordan et al., *Muon: An
+    optimizer for hidden layers in neural networks*, 2024). The iteration runs in bfloat16 on CUDA, in float32
+    otherwise.
     """
     a, b, c = NEWTON_SCHULZ
     given, dtype = x, torch.bfloat16 if x.is_cuda else torch.float32
@@ -89,38 +90,36 @@ def orthogonalized(x: Tensor, steps: int = 5, eps: float = 1e-7) -> Tensor:
 
 
 class Muon(Optimizer):
-    """Muon for the matrices among the parameters, block by block, and AdamW for all others.
+    """Optimiser that updates matrices by Muon, block by block, and all other parameters by AdamW.
 
-    ``torch.optim.Muon`` takes parameters of two axes; a factor of a structured layer holds several matrices. The
-    update of a parameter is ``lr`` times its Nesterov momentum, orthogonalised (:func:`orthogonalized`), without any
-    further factor: the multipliers of :func:`parameter_groups` see to the scale. Weight decay is decoupled. Sharded
-    parameters (DTensors) are gathered, one at a time, to be orthogonalised.
+    ``torch.optim.Muon`` supports parameters with two axes. A factor of a structured layer contains several matrices.
+    The update of a parameter is ``lr`` times its Nesterov momentum, whose blocks are orthogonalised. The multipliers of
+    :func:`parameter_groups` determine its scale. Weight decay is decoupled. Sharded parameters (DTensors) are gathered
+    one at a time.
 
     Parameters
     ----------
     params
-        Groups of ``parameter_groups(..., optimizer="muon")``: those with a list ``matrices`` (how each of its
-        ``params`` holds matrices) are stepped by Muon, those without by AdamW.
+        Groups of ``parameter_groups(..., optimizer="muon")``. A group with a list ``matrices``, the layout of the
+        matrices in each of its ``params``, is updated by Muon, any other group by AdamW.
     lr
-        Rate of groups that have none of their own.
+        Learning rate of groups without a rate.
     weight_decay
-        likewise.
+        Weight decay of groups without one.
     momentum
-        Of Muon.
+        Momentum of Muon.
     nesterov
-        Look ahead.
+        Use Nesterov momentum.
     ns_steps
-        Newton-Schulz iterations.
-    betas
-        Of AdamW.
-    eps
-        Of AdamW.
+        Number of Newton-Schulz iterations.
+    betas, eps
+        Options of AdamW.
 
     Raises
     ------
     ValueError
-        A negative rate or decay; a momentum or betas outside of [0, 1); no iterations; a group whose ``matrices`` do
-        not fit its ``params``; complex parameters under Muon.
+        If a rate or decay is negative, ``momentum`` or one of ``betas`` lies outside [0, 1), ``ns_steps`` is below 1,
+        the ``matrices`` of a group contradict its ``params``, or a parameter for Muon is complex.
 
     Examples
     --------
@@ -159,18 +158,21 @@ class Muon(Optimizer):
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group; raises as the constructor does."""
+        """Add a group of parameters, with the checks of the constructor."""
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         if group["matrices"] is None:
             return
         if len(group["matrices"]) != len(group["params"]):
-            raise ValueError(f"{len(group['params'])} params and {len(group['matrices'])} matrices in one group")
+            raise ValueError(
+                f"a group must have one entry of matrices for each parameter, got {len(group['params'])} params and "
+                f"{len(group['matrices'])} matrices"
+            )
         # Plain tuples, so that torch.load(weights_only=True) reads the state of the optimiser.
         group["matrices"] = [tuple(m) for m in group["matrices"]]
         for p, (order, blocks, fan_out, fan_in) in zip(group["params"], group["matrices"], strict=True):
             if p.is_complex():
-                raise ValueError("Muon takes no complex parameters; leave them to Adam (adam_layers)")
+                raise ValueError("Muon does not support complex parameters; name their layers in adam_layers")
             if p.ndim != len(order) or p.numel() != blocks * fan_out * fan_in:
                 raise ValueError(
                     f"a parameter of shape {tuple(p.shape)} does not hold {blocks} matrices of ({fan_out}, {fan_in})"
@@ -178,7 +180,18 @@ class Muon(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step; returns the loss of ``closure`` if there is one."""
+        """Update all parameters once.
+
+        Parameters
+        ----------
+        closure
+            Function that evaluates the model and returns the loss.
+
+        Returns
+        -------
+        float or None
+            The loss of ``closure``, if given.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -204,7 +217,7 @@ class Muon(Optimizer):
         is_sharded = sharded is not None and isinstance(update, sharded.DTensor)
         whole = update.full_tensor() if is_sharded else update
         whole = matrices.back(orthogonalized(matrices.view(whole), group["ns_steps"]), whole.shape)
-        if is_sharded:  # all processes have the same numbers: each takes its part
+        if is_sharded:  # all processes have the same values; each keeps its shard
             whole = sharded.distribute_tensor(
                 whole.contiguous(), update.device_mesh, update.placements, src_data_rank=None
             )

@@ -1,11 +1,11 @@
 """The operator ``structlin::chain`` of torch: the contraction of a chain as one node of a graph.
 
-It keeps its input alone for the backward pass and computes the intermediates again. In a compiled or exported graph
-it is one node that runs the contraction of :mod:`structlin`; the structure stands in it as text
-(:mod:`structlin_nn.torch._text`), so that the graph can be saved, and run where this module is imported.
+It saves only its input for the backward pass, which computes the intermediates again. In a compiled or exported graph
+it is one node that runs the contraction of :mod:`structlin`. The node contains the structure as text
+(:mod:`structlin_nn.torch._text`), so a saved graph runs in any process that imports this module.
 
-Operators that are written in Python have no forward-mode derivatives, and take no part in ``torch.func.grad``;
-:func:`transformed` says when the products must be called one by one instead.
+Operators written in Python have no forward-mode derivatives and do not support ``torch.func.grad``. If
+:func:`transformed` returns True, the products must be called one by one.
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ _TORCH = ops("torch")
 
 
 def transformed() -> bool:
-    """Whether a transformation is active that the operators take no part in: torch.func, forward mode."""
+    """Return whether a transformation is active that the operators do not support: torch.func, or forward mode."""
     return transforming()
 
 
 def _refuse_forward_mode() -> None:
-    if torch.autograd.forward_ad._current_level >= 0:  # torch would take the derivative to be zero
+    if torch.autograd.forward_ad._current_level >= 0:  # torch would return a derivative of zero
         raise NotImplementedError("structlin::chain has no forward-mode derivative; call structure.apply instead")
 
 
 @torch.library.custom_op("structlin::chain", mutates_args=())
 def chain(x: Tensor, factors: list[Tensor], structure: str) -> Tensor:
-    """``(tokens, d_in) -> (tokens, d_out)`` for a chain that is given as text."""
+    """Apply a chain, given as text, to rows: (tokens, d_in) -> (tokens, d_out)."""
     _refuse_forward_mode()
-    return from_text(structure)._rows(factors, x, _TORCH).contiguous()  # as register_fake promises
+    return from_text(structure)._rows(factors, x, _TORCH).contiguous()  # contiguous, as register_fake declares
 
 
 @chain.register_fake
@@ -56,7 +56,7 @@ def _(x: Tensor, factors: list[Tensor], structure: str) -> Tensor:
 
 @torch.library.custom_op("structlin::chain_backward", mutates_args=())
 def chain_backward(gy: Tensor, x: Tensor, factors: list[Tensor], structure: str, needs: list[bool]) -> list[Tensor]:
-    """Gradients of x and of the factors where ``needs`` (x first, then each factor) is True."""
+    """Return the gradients of those of x and the factors for which ``needs`` (x first, then each factor) is True."""
     _refuse_forward_mode()
     found = from_text(structure)
     return [g.contiguous() for g in torch_chain(found).backward(gy, x, factors, needs)]
@@ -75,7 +75,7 @@ def _keep_inputs(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 def _backward(ctx: Any, gy: Tensor) -> tuple[Any, ...]:
     x, *factors = ctx.saved_tensors
     needs = [ctx.needs_input_grad[0], *ctx.needs_input_grad[1]]
-    # The operator takes neither a batch of gradients (is_grads_batched) nor tangents.
+    # The operator supports neither batches of gradients (is_grads_batched) nor tangents.
     if torch._C._functorch.is_batchedtensor(gy) or torch._C._functorch.is_legacy_batchedtensor(gy) or transformed():
         found = iter(chain_gradients(from_text(ctx.structure), gy, x, factors, needs))
     else:
@@ -113,7 +113,7 @@ def _item(x: Tensor, dim: int | None, number: int) -> Tensor:
 @chain.register_vmap
 def _(info: Any, in_dims: tuple[Any, ...], x: Tensor, factors: list[Tensor], structure: str) -> tuple[Tensor, int]:
     x_dim, factor_dims, _ = in_dims
-    if all(dim is None for dim in factor_dims):  # the batch is more tokens
+    if all(dim is None for dim in factor_dims):  # the batch becomes part of the tokens
         x = x.movedim(x_dim, 0)
         y = chain(x.reshape(-1, x.shape[-1]), factors, structure)
         return y.reshape(*x.shape[:2], y.shape[-1]), 0
@@ -143,7 +143,7 @@ def _(
 
 @register_flop_formula(torch.ops.structlin.chain)
 def _(x_shape: Sequence[int], factor_shapes: Sequence[Any], structure: str, *_: Any, **__: Any) -> int:
-    """2 * MACs."""
+    """Return 2 * MACs."""
     return 2 * x_shape[0] * from_text(structure).macs
 
 
@@ -152,5 +152,5 @@ def _(
     gy_shape: Sequence[int], x_shape: Sequence[int], factor_shapes: Sequence[Any], structure: str,
     needs: Sequence[bool], *_: Any, **__: Any,
 ) -> int:  # fmt: skip
-    """Return the products of the backward pass, and those of the forward pass that it repeats."""
+    """Return the FLOPs of the backward pass, including those of the forward pass that it repeats."""
     return 2 * x_shape[0] * gradient_macs(from_text(structure), needs)

@@ -1,10 +1,10 @@
-"""Sharing out a budget (of multiply-accumulates, or parameters) over layers: a point of each one's curve of errors.
+"""Allocation of a budget of MACs or parameters to layers, by a choice of one point on the error curve of each layer.
 
-To minimise the sum of squared errors under a bound on the sum of costs is a knapsack problem with one choice per layer.
-Its Lagrangian relaxation is solved exactly by walking down the lower convex hulls of the curves, the step with the
-largest decrease of the error per cost first, up to the first step that exceeds the budget: what is found is at most
-that step away from the optimum. What is left of the budget is spent in the same way, along hulls of the points that
-fit.
+The sum of squared errors is minimised under a bound on the sum of costs. This is a knapsack problem with one choice for
+each layer. The Lagrangian relaxation is solved exactly: follow the lower convex hulls of the curves, and take the step
+with the largest decrease of the error per unit of cost first, up to the first step that exceeds the budget. The result
+differs from the optimum by at most that step. The rest of the budget is allocated in the same way, along the hulls of
+the points that still fit.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Curve = Sequence[tuple[int, float]]
 
 
 def hull(curve: Curve) -> list[int]:
-    """Return the indices of the lower convex hull, from the cheapest point to that of smallest loss.
+    """Return the indices of the lower convex hull, from the cheapest point to the point with the smallest loss.
 
     Examples
     --------
@@ -41,7 +41,7 @@ def hull(curve: Curve) -> list[int]:
 
 
 def allocate(curves: Sequence[Curve], budget: int) -> list[int]:
-    """Return the point of each curve to take. Raises ValueError where the cheapest points exceed the budget.
+    """Return the index of the chosen point on each curve; ValueError if the cheapest points exceed the budget.
 
     Examples
     --------
@@ -51,11 +51,11 @@ def allocate(curves: Sequence[Curve], budget: int) -> list[int]:
     at = [hull(curve)[0] for curve in curves]
     left = budget - sum(curve[i][0] for curve, i in zip(curves, at, strict=True))
     if left < 0:
-        raise ValueError(f"the smallest choices need {budget - left:,}, more than the budget of {budget:,}")
+        raise ValueError(f"the cheapest choices need {budget - left:,}, more than the budget of {budget:,}")
     queue: list[tuple[float, int, int]] = []
 
     def push(layer: int, limit: float) -> None:
-        """Return the next step of a layer along the hull of its points up to a cost."""
+        """Queue the next step of a layer along the hull of its points up to a cost."""
         curve, start = curves[layer], at[layer]
         ahead = [i for i in range(start, len(curve)) if curve[i][0] <= limit]
         points = hull([curve[i] for i in ahead])

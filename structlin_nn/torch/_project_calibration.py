@@ -1,4 +1,4 @@
-"""Second moments of the inputs of layers, gathered in one pass over calibration data."""
+"""Second moments of the inputs of layers, computed in one pass over calibration data."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Forward = Callable[[nn.Module, Any], Any]
 
 
 def call(model: nn.Module, batch: Any) -> Any:
-    """``model`` on a tensor, a tuple or list of positional arguments, or a mapping of keyword arguments."""
+    """Call ``model`` with a tensor, a tuple or list of positional arguments, or a mapping of keyword arguments."""
     if isinstance(batch, Mapping):
         return model(**batch)
     if isinstance(batch, tuple | list):
@@ -25,7 +25,7 @@ def call(model: nn.Module, batch: Any) -> Any:
 
 
 class Moments:
-    """``E[x x^H]`` of one layer's input vectors x, summed in float64 (float32 where the device has no float64)."""
+    """``E[x x^H]`` of the input vectors x of a layer, summed in float64 (float32 on devices without float64)."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -33,27 +33,27 @@ class Moments:
         self.total: Tensor | None = None
 
     def add(self, x: Tensor) -> None:
-        """Add all vectors of ``x`` (..., d_in). Raises ValueError where some are not finite."""
+        """Add all vectors of ``x``, of shape (..., d_in); ValueError if a value is not finite."""
         x = x.detach().reshape(-1, x.shape[-1])
         if x.dtype in (torch.float16, torch.bfloat16):
             x = x.float()
         product = x.mT @ x.conj()
         if not torch.isfinite(product).all():
-            raise ValueError(f"the calibration data give layer {self.name!r} inputs that are not finite")
+            raise ValueError(f"with the calibration data the inputs of layer {self.name!r} are not finite")
         if product.device.type != "mps":
             product = product.to(torch.complex128 if product.is_complex() else torch.float64)
         self.total = product if self.total is None else self.total.add_(product)
         self.vectors += len(x)
 
     def mean(self) -> Tensor:
-        """(d_in, d_in), in float64 or complex128, on the CPU."""
+        """Return the matrix of shape (d_in, d_in), in float64 or complex128, on the CPU."""
         assert self.total is not None
         total = self.total.cpu()
         return total.to(torch.complex128 if total.is_complex() else torch.float64) / self.vectors
 
 
 class _ReadWeights(TorchFunctionMode):
-    """Sees the inputs of layers whose parents multiply by ``layer.weight`` instead of calling the layer."""
+    """Mode that records inputs of layers whose parents multiply by ``layer.weight`` instead of calling the layer."""
 
     def __init__(self, found: Mapping[nn.Module, Moments]) -> None:
         super().__init__()
@@ -80,12 +80,12 @@ _PRODUCTS = (torch.matmul, Tensor.matmul, Tensor.__matmul__)
 def gather(
     model: nn.Module, layers: Mapping[nn.Module, str], calibration: Iterable[Any], forward: Forward | None
 ) -> dict[nn.Module, Tensor]:
-    """Second moments (d_in, d_in) of the inputs of ``layers``, a mapping from module to name.
+    """Return the second moments (d_in, d_in) of the inputs of ``layers``, a mapping from module to name.
 
-    Inputs are also those that a parent multiplies by ``layer.weight`` without calling the layer, as Mamba and BEiT do.
-    The model runs without gradients and in evaluation mode, so that no running statistics move; afterwards each
-    module has the mode it had. No activation is kept. Raises ValueError for no data, and for layers that the data do
-    not reach.
+    Vectors that a parent multiplies by ``layer.weight`` without calling the layer count as inputs, as in Mamba and
+    BEiT. The model runs without gradients and in evaluation mode, so running statistics do not change. Afterwards the
+    mode of each module is restored. Activations are not stored. ValueError if there are no data, or the data do not
+    reach a layer.
     """
     found = {layer: Moments(name) for layer, name in layers.items()}
     read = _ReadWeights(found)
@@ -113,11 +113,11 @@ def gather(
         for module, mode in modes:
             module.training = mode
     if not batches:
-        raise ValueError("calibration holds no batch")
+        raise ValueError("calibration has no batches; give one batch of inputs or more")
     if missing := [moments.name for moments in found.values() if not moments.vectors]:
-        raise ValueError(f"the calibration data never reach {listed(missing)}: exclude these layers")
+        raise ValueError(f"the calibration data do not reach {listed(missing)}; exclude these layers")
     for moments in found.values():
         assert moments.total is not None
         if not moments.total.diagonal().real.sum() > 0:
-            raise ValueError(f"the calibration data give layer {moments.name!r} nothing but zeros: exclude it")
+            raise ValueError(f"with the calibration data all inputs of layer {moments.name!r} are 0; exclude it")
     return {layer: moments.mean() for layer, moments in found.items()}

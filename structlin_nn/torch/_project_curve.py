@@ -1,4 +1,4 @@
-"""The structured forms that one layer can take, their MACs and their errors."""
+"""The structured forms of one layer, with their MACs and their errors."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from structlin.projection import Problem, Settings, Solution, estimated_error, s
 from structlin.structure import AbstractStructure, Structure
 
 CURVE_SWEEPS = 4
-"""Sweeps of alternating least squares for a point of an error-versus-MACs curve that has no closed form."""
+"""Sweeps of alternating least squares for a point on a curve of error against MACs that has no closed form."""
 GROWTH = 1.5
 """Ratio of neighbouring ranks on such a curve."""
 
 
 def saves(structure: AbstractStructure) -> bool:
-    """Whether a vector costs less than with the dense matrix of the same shape."""
+    """Return whether the structure needs fewer MACs than a dense matrix of the same shape."""
     return structure.flops < 2 * structure.d_in * structure.d_out
 
 
 def relative(error: float, problem: Problem) -> float:
-    """Return an error over the norm of the target; 0 for the exact form of a zero matrix."""
+    """Return an error divided by the norm of the target; 0 if both are zero."""
     scale = problem.norm(problem.target)
     return error / scale if scale else (0.0 if error == 0 else np.inf)
 
 
 def _first(count: int, holds: Callable[[int], bool]) -> int:
-    """Return the first of ``range(count)`` for which ``holds``, if it stays true from there on; ``count`` for none."""
+    """Return the first n in ``range(count)`` for which ``holds``, by bisection; ``count`` if there is none."""
     low, high = 0, count
     while low < high:
         middle = (low + high) // 2
@@ -43,9 +43,9 @@ def _first(count: int, holds: Callable[[int], bool]) -> int:
 
 
 def _fits(name: str, shape: tuple[int, int], options: Mapping[str, Any]) -> bool:
-    """Whether there is such a form, and its vectors keep their axes from step to step.
+    """Return whether the form exists, and its vectors keep their axes from step to step.
 
-    Where blocks do not divide the inner size of a Monarch matrix they do not, and fitting it to data is slow.
+    A Monarch matrix whose blocks do not divide the inner size regroups the vector, and its fit to data is slow.
     """
     try:
         found = structlin.design(name, shape, **options)
@@ -56,12 +56,11 @@ def _fits(name: str, shape: tuple[int, int], options: Mapping[str, Any]) -> bool
 
 @dataclass(frozen=True)
 class Forms:
-    """Forms of a named structure for a (d_out, d_in) matrix that are cheaper than it, in ascending order of MACs.
+    """Forms of a named structure that are cheaper than a dense (d_out, d_in) matrix, in ascending order of MACs.
 
-    They differ in ``knob``: ranks 1, 2, ... (those of several bonds grow together, each up to its entry of
-    ``limits``), or numbers of blocks that are powers of 2 (and divide the inner
-    size of Monarch), or nothing (None), and then there is one form at most.
-    ``values`` are those of the knob, ``options`` what the forms share.
+    They differ in the option ``knob``: ranks 1, 2, ... (several bonds increase together, each up to its entry of
+    ``limits``), or numbers of blocks that are powers of 2 (and divide the inner size of Monarch). If ``knob`` is None,
+    there is at most one form. ``values`` are the values of this option, ``options`` the common options of all forms.
     """
 
     name: str
@@ -73,9 +72,9 @@ class Forms:
 
     @classmethod
     def of(cls, name: str, shape: tuple[int, int], options: Mapping[str, Any]) -> Forms:
-        """Return the forms; the knob is the rank if the structure has one, else the blocks, unless ``options`` fix it.
+        """Return the forms that differ in the rank if the structure has one, otherwise in the number of blocks.
 
-        Raises ValueError for options or sizes that the structure does not allow.
+        ``options`` can fix either. ValueError if the structure does not accept the options or sizes.
         """
         known = structlin.structure_options(name)
         fixed = {k: v for k, v in options.items() if k not in ("rank", "rank_fraction", "blocks") or v is not None}
@@ -92,14 +91,14 @@ class Forms:
             knob, powers = "blocks", [2**k for k in range(min(shape).bit_length() - 1, -1, -1)]
             values = [n for n in powers if _fits(name, shape, {**fixed, "blocks": n})]
         widest = cls(name, shape, fixed, knob, limits, values)
-        widest.design(0)  # says what is wrong with the options
+        widest.design(0)  # raises the error of wrong options
         return replace(widest, values=values[: _first(len(values), lambda i: not saves(widest.design(i)))])
 
     def __len__(self) -> int:
         return len(self.values)
 
     def choice(self, number: int) -> dict[str, Any]:
-        """Return the knob's value, by name."""
+        """Return the chosen option of a form, by name."""
         if self.knob is None:
             return {}
         value = self.values[number]
@@ -110,10 +109,10 @@ class Forms:
         return structlin.design(self.name, self.shape, **self.options, **self.choice(number))
 
     def curve(self, problem: Problem) -> list[tuple[int, float]]:
-        """Return (number, relative error) of forms, in ascending order of their MACs; the error never rises.
+        """Return (number, relative error) of forms, in ascending order of MACs and non-increasing error.
 
-        All forms, from one decomposition by singular values, where two factors have a closed form; else forms whose
-        ranks grow by 1.5, each by a short run of alternating least squares.
+        If two factors have a closed form, one singular value decomposition gives all forms. Otherwise the ranks grow by
+        factors of 1.5, and a few sweeps of alternating least squares compute each form.
         """
         errors = self._spectrum(problem)
         if errors is not None:
@@ -124,10 +123,10 @@ class Forms:
         return [(i, float(error)) for (i, _), error in zip(points, lowest, strict=True)]
 
     def smallest_for(self, error: float, problem: Problem, settings: Settings) -> tuple[int, Solution] | None:
-        """Return the first form whose relative error is at most ``error``, and its solution; None where there is none.
+        """Return the cheapest form whose relative error is at most ``error``, and its solution; None if there is none.
 
-        Without a closed form it is found by bisection, on the assumption that the error falls as the MACs grow: first
-        by what few sweeps reach, then from there downwards in full.
+        Without a closed form it is found by bisection, which assumes that the error decreases with the MACs. Few sweeps
+        give a first result, and full solutions of cheaper forms refine it.
         """
         solved: dict[int, Solution] = {}
 
@@ -145,7 +144,7 @@ class Forms:
             found = _first(len(self), lambda i: self._estimate(i, problem) <= error)
             while found and meets(found - 1):
                 found -= 1
-            while found < len(self) and not meets(found):  # few sweeps of one run need not be those of another
+            while found < len(self) and not meets(found):  # a run with few sweeps can end at another error
                 found += 1
         return (found, solved[found]) if found < len(self) else None
 
@@ -153,7 +152,7 @@ class Forms:
         return relative(estimated_error(self.design(number), problem, CURVE_SWEEPS), problem)
 
     def _spectrum(self, problem: Problem) -> np.ndarray | None:
-        """Relative errors of all ranks, where two factors have them in closed form."""
+        """Return the relative errors of all ranks if two factors have a closed form, otherwise None."""
         if len(self.limits) != 1 or not len(self):
             return None
         errors = spectrum(self.design(0), problem)

@@ -1,4 +1,4 @@
-"""Choosing the form of each layer, and making the layers that hold the projections."""
+"""Choice of the form of each layer, and construction of the projected layers."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Made = tuple[StructuredLinear | None, LayerProjection]
 
 
 def on_host(x: Tensor) -> np.ndarray:
-    """In float64 or complex128; index arrays as they are."""
+    """Return a NumPy array in float64 or complex128; index arrays keep their dtype."""
     x = x.detach()
     if x.is_complex() or x.is_floating_point():
         x = x.to("cpu", torch.complex128 if x.is_complex() else torch.float64)
@@ -34,7 +34,7 @@ def on_host(x: Tensor) -> np.ndarray:
 
 @dataclass
 class Task:
-    """A layer to project, and the second moments of its inputs if there are any."""
+    """A layer to project, with the second moments of its inputs if they are known."""
 
     linear: nn.Module
     names: tuple[str, ...]
@@ -50,23 +50,23 @@ class Task:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(d_out, d_in)."""
+        """Shape (d_out, d_in) of the weight."""
         sizes = linear_sizes(self.linear)
         assert sizes is not None
         return sizes[1], sizes[0]
 
     @property
     def dense_macs(self) -> int:
-        """For one vector."""
+        """MACs of the dense layer for one vector."""
         return math.prod(self.shape)
 
     def matrix(self) -> np.ndarray:
-        """Return the weight, (d_out, d_in)."""
+        """Return the weight, of shape (d_out, d_in)."""
         found = on_host(self.linear.get_parameter("weight"))
         return found.T if is_conv1d(self.linear) else found
 
     def problem(self, damping: float) -> Problem:
-        """Return the matrix, weighted by the damped second moments if there are any; it is kept with their root."""
+        """Return the projection problem, weighted by the damped second moments if they are known; it is cached."""
         if self._problem is None and self.moments is None:
             self._problem = Problem(self.matrix())
         elif self._problem is None and self.moments is not None:
@@ -77,16 +77,16 @@ class Task:
         return self._problem
 
     def release(self) -> None:
-        """Free the arrays that are as large as the layer or larger."""
+        """Free the arrays that are at least as large as the weight."""
         self._problem = self.moments = None
 
     def named(self, error: Exception) -> Exception:
-        """Return an error that says which layer it is about."""
+        """Return an error with the name of the layer."""
         return type(error)(f"layer {self.names[0]!r} ({self.shape[1]} -> {self.shape[0]}): {error}")
 
 
 class Choice:
-    """How the form of each layer is chosen: given, by an error, or by a budget."""
+    """Choice of the form of each layer: by given options, by an error, or by a budget."""
 
     def __init__(
         self, structure: str | AbstractStructure | StructureOf, options: Mapping[str, Any],
@@ -104,14 +104,14 @@ class Choice:
         }  # fmt: skip
         given += [k for k, v in chosen.items() if v is not None]
         if len(given) > 1:
-            raise ValueError(f"give one of rank, {', '.join(chosen)}, got {', '.join(given)}")
+            raise ValueError(f"give at most one of rank, {', '.join(chosen)}, got {', '.join(given)}")
         self.by_layer = any(v is not None for v in chosen.values())
         if isinstance(structure, str):
             structlin.structure_class(structure)
         elif self.by_layer:
-            raise ValueError(f"{given[0]} needs the name of a structure, whose ranks can be chosen")
+            raise ValueError(f"{given[0]} chooses ranks, so structure must be a name, got {structure!r}")
         elif not isinstance(structure, AbstractStructure) and not callable(structure):
-            raise TypeError(f"structure must be a name, a structure or a function to one, got {structure!r}")
+            raise TypeError(f"structure must be a name, a structure or a function that returns one, got {structure!r}")
         if target_error is not None and not 0 <= target_error < math.inf:
             raise ValueError(f"target_error must be a number of at least 0, got {target_error!r}")
         for key in ("mac_fraction", "param_fraction"):
@@ -122,10 +122,10 @@ class Choice:
                 raise TypeError(f"{key} must be an integer, got {chosen[key]!r}")
 
     def prepare(self, given: Sequence[Task], skipped: list[tuple[str, str]]) -> list[Task]:
-        """Work out which forms there are, and return the layers that have some.
+        """Find the possible forms, and return the layers that have any.
 
-        Layers whose sizes the structure cannot have go to ``skipped``, with the reason. Raises ValueError where it has
-        none of the sizes (the error of the first layer), or where the budget does not allow it.
+        Layers whose sizes the structure cannot have are added to ``skipped``, with the reason. ValueError if this holds
+        for all layers (the error of the first one), or if the budget is too small.
         """
         self.fixed: list[AbstractStructure] = []
         self.forms: list[Forms] = []
@@ -162,7 +162,7 @@ class Choice:
         return tasks
 
     def _cost(self, task: Task, structure: AbstractStructure | None) -> int:
-        """Return the cost of a form of a layer (None: dense): MACs at each of its places, or parameters once."""
+        """Return the cost of a form of a layer (None: dense): MACs for each name of the module, or parameters once."""
         if self.unit == "parameters":
             return math.prod(task.shape) if structure is None else structure.num_params
         return (task.dense_macs if structure is None else structure.macs) * len(task.names)
@@ -176,7 +176,7 @@ class Choice:
         if not isinstance(made, AbstractStructure):
             raise TypeError(f"structure must be a name or an AbstractStructure, got {made!r}")
         if self.options:
-            raise ValueError(f"options {', '.join(self.options)} go with the name of a structure, not with {made!r}")
+            raise ValueError(f"options {', '.join(self.options)} need the name of a structure, got {made!r}")
         if made.shape != task.shape:
             raise ValueError(f"a layer of shape {task.shape} cannot hold {made!r}, which has shape {made.shape}")
         return made
@@ -184,7 +184,7 @@ class Choice:
     def run(
         self, tasks: Sequence[Task], damping: float, settings: Settings, layer_options: Mapping[str, Any]
     ) -> list[Made]:
-        """Return the new layer of each task, None where it stays dense, and its line of the report."""
+        """Return the new layer of each task (None if it stays dense), and its line of the report."""
         picked = self._shared_out(tasks, damping) if self.budget is not None else [None] * len(tasks)
         made: list[Made] = []
         for place, task in enumerate(tasks):
@@ -196,7 +196,7 @@ class Choice:
         return made
 
     def _shared_out(self, tasks: Sequence[Task], damping: float) -> list[int]:
-        """Return the number of each layer's form within the budget; dense is the number after the last."""
+        """Return the index of the form of each layer within the budget; the index after the last stands for dense."""
         assert self.budget is not None
         numbers, curves = [], []
         for task, forms in zip(tasks, self.forms, strict=True):
@@ -215,7 +215,7 @@ class Choice:
         if not self.by_layer:
             structure = self.fixed[place]
             if not saves(structure):
-                return None, _dense(task, f"structured it would take {structure.macs:,} MACs, and save nothing")
+                return None, _dense(task, f"with {structure.macs:,} MACs it would save nothing")
             solution = solve(structure, task.problem(damping), settings)
         else:
             forms = self.forms[place]
@@ -228,7 +228,7 @@ class Choice:
                     return None, _dense(task, f"no cheaper form has an error of {self.target_error:g}")
                 number, solution = found
             elif number == len(forms):
-                return None, _dense(task, "the budget is better spent so")
+                return None, _dense(task, "the allocation of the budget keeps it dense")
             else:
                 solution = solve(forms.design(number), task.problem(damping), settings)
             structure, choice = forms.design(number), forms.choice(number)
@@ -243,11 +243,11 @@ class Choice:
 def layer_of(
     linear: nn.Module, structure: AbstractStructure, solution: Solution, options: Mapping[str, Any]
 ) -> StructuredLinear:
-    """Return a layer with the values of a solution, that is otherwise as ``linear``."""
+    """Return a layer with the factors of a solution, and all other properties of ``linear``."""
     sizes = linear_sizes(linear)
     assert sizes is not None
     weight, bias = linear.get_parameter("weight"), linear._parameters.get("bias")
-    # Made without memory: nothing is drawn from the global generator.
+    # On the meta device, so that the global generator does not advance.
     new = StructuredLinear(*sizes, bias=bias is not None, device="meta", dtype=weight.dtype, **options)
     new = new.to_empty(device=weight.device)
     assert new.structure == structure
@@ -265,8 +265,8 @@ def layer_of(
                     next(gains).fill_(excess)
                 elif excess > 1:
                     raise ValueError(
-                        f"the RMS of factor {number} is {excess:.3g} times its cap, and without gains (gain=False) "
-                        "the layer cannot hold it"
+                        f"the RMS of factor {number} is {excess:.3g} times its cap; use gain=True, which makes up "
+                        "for it"
                     )
         if bias is not None:
             assert new.bias is not None
@@ -279,7 +279,7 @@ def layer_of(
 
 
 def dense_of(layer: StructuredLinear) -> np.ndarray:
-    """(d_out, d_in) in float64 or complex128: what the layer multiplies by, caps and gains included."""
+    """Return the matrix of a layer, with caps and gains, of shape (d_out, d_in), in float64 or complex128."""
     factors = [on_host(f) for f in layer.effective_factors()]
     dtype = np.result_type(*(f.dtype for f in factors if f.dtype.kind in "fc"), np.float64)
     return structlin.StructuredOperator._build(layer.structure, tuple(factors), dtype).to_dense()

@@ -1,4 +1,4 @@
-"""What projection did to a model."""
+"""Report of a projection."""
 
 from __future__ import annotations
 
@@ -13,27 +13,29 @@ __all__ = ["LayerProjection", "ProjectionReport"]
 
 @dataclass(frozen=True)
 class LayerProjection:
-    """One layer that was chosen for projection.
+    r"""One layer that was selected for projection.
 
     Attributes
     ----------
     names
-        Where it stands; several names where one module is used at several places.
+        Names of the layer; several if the module is used at several places.
     shape
-        (d_out, d_in).
+        Shape (d_out, d_in) of the weight.
     structure
-        Of the new layer; None where the layer stayed dense, for the ``reason`` given.
+        Structure of the new layer; None if the layer stays dense.
     options
-        What was chosen for this layer alone, such as ``{"rank": 12}``.
+        Options that were chosen for this layer, such as ``{"rank": 12}``.
+    reason
+        Reason why the layer stays dense.
     weight_error
-        ``||W - A|| / ||W||`` in the Frobenius norm, A being the new weight as it is stored.
+        Relative error :math:`\|W - A\|_F / \|W\|_F` of the new weight A as it is stored.
     output_error
-        The same for the outputs (without bias) on the calibration data, ``sqrt(E ||(W - A) x||^2 / E ||W x||^2)``; None
-        without calibration.
+        Relative error of the outputs on the calibration data, without bias,
+        :math:`\sqrt{\mathrm{E} \|(W - A) x\|^2 / \mathrm{E} \|W x\|^2}`; None without calibration.
     params_before, params_after
-        Trainable or not, with biases and gains.
+        Numbers of parameters, with biases and gains, trainable or not.
     macs_before, macs_after
-        Multiply-accumulates for one vector at one place.
+        MACs for one vector at one place.
     """
 
     names: tuple[str, ...]
@@ -49,7 +51,7 @@ class LayerProjection:
     reason: str = ""
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
+        """Return the attributes as plain values, for JSON."""
         options = {k: list(v) if isinstance(v, tuple) else v for k, v in self.options.items()}
         return {
             "names": list(self.names),
@@ -68,20 +70,20 @@ class LayerProjection:
 
 @dataclass(frozen=True)
 class ProjectionReport:
-    """What :func:`project_linear` did; ``print`` it for a table.
+    """Report of :func:`project_linear`; ``print`` shows a table.
 
     Attributes
     ----------
     layers
-        The chosen layers, those that stayed dense among them, in the order in which the model registers them.
+        Selected layers, including those that stay dense, in the order in which the model registers them.
     skipped
-        Names of layers that were left alone because their weight is tied to another module, and why.
+        Layers that were left out because their weight is tied to another module: reason by name.
     notes
-        What else was changed in the model.
+        Other changes of the model.
     max_macs
-        The budget, None where there was none.
+        Budget of MACs; None if there was none.
     max_params
-        The budget of parameters, likewise.
+        Budget of parameters; None if there was none.
     """
 
     layers: tuple[LayerProjection, ...]
@@ -92,26 +94,26 @@ class ProjectionReport:
 
     @property
     def macs_before(self) -> int:
-        """Multiply-accumulates of the chosen layers, for one vector at each place."""
+        """MACs of the selected layers, for one vector at each place."""
         return sum(layer.macs_before * len(layer.names) for layer in self.layers)
 
     @property
     def macs_after(self) -> int:
-        """The same for what they became."""
+        """MACs of the layers after projection, for one vector at each place."""
         return sum(layer.macs_after * len(layer.names) for layer in self.layers)
 
     @property
     def params_before(self) -> int:
-        """Of the chosen layers."""
+        """Number of parameters of the selected layers."""
         return sum(layer.params_before for layer in self.layers)
 
     @property
     def params_after(self) -> int:
-        """Of what the chosen layers became."""
+        """Number of parameters of the layers after projection."""
         return sum(layer.params_after for layer in self.layers)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON. MACs of the whole are those of one vector at each place of each chosen layer."""
+        """Return the report as plain values, for JSON; total MACs are those of one vector at each place."""
         return {
             "layers": [layer.to_dict() for layer in self.layers],
             "skipped": [list(pair) for pair in self.skipped],

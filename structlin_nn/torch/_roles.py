@@ -1,4 +1,4 @@
-"""What a parameter of a torch model is: its kind, its fans, and the matrices in it."""
+"""Roles of the parameters of a torch model: kind, fans, and the matrices that they contain."""
 
 from __future__ import annotations
 
@@ -24,14 +24,15 @@ _TABLE = re.compile(
     r"((pos|position|relative_position|rel_pos|absolute_pos)(_.*|itions?)?)"
     r"|(.*(^|_)(tokens?|embed|embeds|embedding|embeddings|latents?|prompts?|table))"
 )
-"""Names of learned tables that modules of timm and transformers hold as bare parameters."""
+"""Names of learned tables that are plain parameters in modules of timm and transformers."""
 _BIAS = re.compile(r".*(^|_)bias(es)?(_[a-z]+)?")
 
 
 class Experts(NamedTuple):
-    """A parameter that holds the weight matrices of several experts.
+    """A parameter that contains the weights of several experts.
 
-    ``number`` of experts; ``transposed``: (experts, fan_in, fan_out); else (experts, fan_out, fan_in).
+    ``number``: number of experts. ``transposed``: the shape is (experts, fan_in, fan_out), otherwise (experts, fan_out,
+    fan_in).
     """
 
     number: int
@@ -41,7 +42,7 @@ class Experts(NamedTuple):
 
 
 def leaves(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Modules that hold parameters; a structured layer is one of them, and its parameter lists are not."""
+    """Yield the modules that own parameters; a structured layer counts as one module, without its parameter lists."""
     inside: set[nn.Module] = set()
     for name, module in model.named_modules():
         if isinstance(module, StructuredLinear):
@@ -52,16 +53,16 @@ def leaves(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def is_convolution(module: nn.Module) -> bool:
-    """Whether this is a convolution of torch."""
+    """Return whether this is a convolution of torch."""
     return isinstance(module, _CONVOLUTIONS)
 
 
 def experts(module: nn.Module) -> dict[str, Experts]:
-    """Return the parameters of three axes of a mixture of experts as transformers lays them out, by their names.
+    """Return the parameters with three axes of a mixture of experts of transformers, by name.
 
     Such a module has ``num_experts``, and pairs of parameters that map the features to those of the experts and back.
-    Which axis is which follows from the sizes of the pair, and where both fit (square weights), from the attribute
-    ``is_transposed``.
+    The sizes of a pair determine the order of the axes. If they are ambiguous (square weights), the attribute
+    ``is_transposed`` does.
     """
     count = getattr(module, "num_experts", None)
     own = dict(module.named_parameters(recurse=False))
@@ -83,7 +84,7 @@ def experts(module: nn.Module) -> dict[str, Experts]:
 
 
 def fans(module: nn.Module) -> dict[str, Fans]:
-    """Fans of the weights that a module holds, by their names; a structured layer's are those of a dense one."""
+    """Return the fans of the weights of a module, by name; a structured layer has those of a dense layer."""
     if isinstance(module, StructuredLinear):
         return {"weight": Fans(module.in_features, module.out_features)}
     if (sizes := linear_sizes(module)) is not None:
@@ -98,7 +99,7 @@ def fans(module: nn.Module) -> dict[str, Fans]:
         return {name: found for name, found in names.items() if getattr(module, name) is not None}
     own: dict[str, tuple[int, ...]]
     own = {name: tuple(p.shape) for name, p in module.named_parameters(recurse=False) if p.ndim > 1}
-    if isinstance(module, _RECURRENT):  # a matrix for each gate, and weight_hr, which projects the hidden state
+    if isinstance(module, _RECURRENT):  # one matrix for each gate; weight_hr projects the hidden state
         hidden = module.hidden_size
         return {name: Fans(shape[1], shape[0] if "_hr" in name else hidden) for name, shape in own.items()}
     if isinstance(module, nn.Bilinear):
@@ -107,20 +108,20 @@ def fans(module: nn.Module) -> dict[str, Fans]:
         return {name: Fans(e.fan_in, e.fan_out) for name, e in found.items()}
     if _is_router(module):
         return {"weight": Fans(own["weight"][1], own["weight"][0])}
-    if isinstance(module, ParametrizationList) and "original1" in own:  # weight normalisation: a norm and directions
+    if isinstance(module, ParametrizationList) and "original1" in own:  # weight normalisation: norms and directions
         shape = own["original1"]
         return {"original1": Fans(math.prod(shape[1:]), shape[0])}
     return {}
 
 
 def _is_router(module: nn.Module) -> bool:
-    """Whether this is a gate of experts that is no nn.Linear: (experts, features) by the name of its class."""
+    """Return whether the class is, by its name, a router of experts with a weight (experts, features)."""
     weight = module._parameters.get("weight")
     return re.search(r"(Router|Gate)$", type(module).__name__) is not None and weight is not None and weight.ndim == 2
 
 
 def matrices(module: nn.Module) -> dict[str, Matrices]:
-    """How Muon is to see the parameters of a module, by their names; the others are left to Adam."""
+    """Return the matrices in the parameters of a module for Muon, by name; Adam updates all other parameters."""
     found: dict[str, Matrices | None] = {}
     if isinstance(module, StructuredLinear):
         specs = zip(factor_matrices(module.structure), module.structure.factors, strict=True)
@@ -152,10 +153,10 @@ def matrices(module: nn.Module) -> dict[str, Matrices]:
 
 
 def kind(module: nn.Module, name: str, parameter: Tensor) -> str | None:
-    """Kind of a parameter that is no weight with known fans; None where it may be one.
+    """Return the kind of a parameter other than a weight with known fans; None if it may be a weight.
 
-    Parameters that a module of an unknown class holds go by their names, as timm and transformers have them: tables of
-    positions, class tokens, biases. What has at most one axis of more than one entry is a vector.
+    In a module of unknown class the name determines the kind, as in timm and transformers: tables of positions, class
+    tokens, biases. A parameter with at most one axis longer than 1 is a vector.
     """
     if isinstance(module, nn.Embedding | nn.EmbeddingBag):
         return "embedding"
@@ -169,22 +170,22 @@ def kind(module: nn.Module, name: str, parameter: Tensor) -> str | None:
         return "embedding"
     if parameter.numel() == max(parameter.shape, default=1):
         return "bias" if _BIAS.fullmatch(name) else "vector"
-    if _BIAS.fullmatch(name):  # of experts, heads or positions
+    if _BIAS.fullmatch(name):  # biases of experts, heads or positions
         return "bias"
-    if name.endswith("_log") or getattr(parameter, "_no_weight_decay", False):  # what drives Mamba's recurrence
+    if name.endswith("_log") or getattr(parameter, "_no_weight_decay", False):  # parameters of the recurrence of Mamba
         return "vector"
     return None
 
 
 def role_of(module: nn.Module, name: str, parameter: Tensor) -> str:
-    """Return what a weight that stays dense is, for a report."""
+    """Return the role of a weight that stays dense, for a report."""
     if linear_sizes(module) is not None:
         return "not chosen"
     if isinstance(module, _CONVOLUTIONS):
         kernel = " x ".join(map(str, module.kernel_size))
         return f"convolution of {kernel}" + (f" in {module.groups} groups" if module.groups > 1 else "")
     if isinstance(module, nn.MultiheadAttention):
-        return "projection that nn.MultiheadAttention holds itself"
+        return "packed projections of nn.MultiheadAttention"
     if isinstance(module, _RECURRENT):
         return "recurrent weight"
     if name in experts(module):

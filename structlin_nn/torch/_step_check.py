@@ -1,8 +1,8 @@
-"""Check in the steps of an optimiser that it has the rates of the model, and that they are still set.
+"""Check that an optimiser uses the learning rates of the model, when it steps.
 
-Optimisers are made in many places: by hand, by the Trainer of transformers, by timm's scripts. One hook on the steps of
-all optimisers covers them. A factor with the rate of a dense weight raises no error, but it trains badly; the hook
-warns. It checks the parameters at the first step of an optimiser, and again after a replacement. At every other step it
+Optimisers are created in many places: in scripts, by the Trainer of transformers, by timm. One hook on the steps of all
+optimisers covers them. A factor with the rate of a dense weight raises no error, but it trains badly, so the hook
+warns. It checks the parameters at the first step of an optimiser and after a replacement. At every other step it
 compares one number for each group.
 """
 
@@ -26,18 +26,18 @@ from structlin_nn._rates import Fans, factor_multipliers
 __all__ = ["RatesWarning", "replaced", "watch"]
 
 SPREAD = 1e-3
-"""Relative difference of rates over multipliers that counts as roundoff; a lost multiplier changes them by more."""
+"""Relative difference of rate / multiplier that counts as roundoff; a lost multiplier causes a larger one."""
 
 
 class RatesWarning(UserWarning):
-    """An optimiser does not have the learning rates of the model that it trains.
+    """Warning that an optimiser does not use the learning rates of the model that it trains.
 
-    ``warnings.simplefilter("ignore", RatesWarning)`` switches it off where that is meant.
+    If this is intended, ``warnings.simplefilter("ignore", RatesWarning)`` disables the warning.
     """
 
 
 class _Seen:
-    """The state of the checks of one optimiser."""
+    """State of the checks of one optimiser."""
 
     def __init__(self) -> None:
         self.epoch = -1
@@ -61,7 +61,7 @@ def watch(layer: nn.Module) -> None:
 
 
 def replaced(parameters: Iterable[nn.Parameter]) -> None:
-    """Note parameters that a model has lost: an optimiser that holds them was made too early."""
+    """Record parameters that were removed from a model; an optimiser with such parameters was created too early."""
     global _epoch
     _epoch += 1
     _replaced.update((id(p), p) for p in parameters)
@@ -77,13 +77,13 @@ def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         first, seen.epoch = seen.epoch < 0, _epoch
         _look(optimizer, first)
     seen.steps += 1
-    if seen.steps == 2:  # by then each of several optimisers has made a step
+    if seen.steps == 2:  # in the second step, after each of several optimisers has made one
         _look_for_the_untrained(optimizer)
     if not seen.lost and (why := _spread(optimizer.param_groups)):
         seen.lost = True
         _warn(f"the learning rates of {type(optimizer).__name__} have lost the multipliers of their groups ({why}): a "
-              "scheduler has set a rate of its own, or it was changed by hand. "
-              "structlin_nn.torch.with_multipliers(scheduler, optimizer, ...) keeps them")  # fmt: skip
+              "scheduler or the code has set the same rate for several groups. "
+              "Create the scheduler with structlin_nn.torch.with_multipliers(scheduler, optimizer, ...)")  # fmt: skip
 
 
 def _look(optimizer: Optimizer, first: bool) -> None:
@@ -91,9 +91,9 @@ def _look(optimizer: Optimizer, first: bool) -> None:
     kind = type(optimizer).__name__
     stale = [p for key in groups if (p := _replaced.get(key)) is not None]
     if stale:
-        _warn(f"{kind} was made before layers were replaced: {len(stale)} of its parameters, of shapes "
-              f"{listed((str(tuple(p.shape)) for p in stale), most=3)}, are no longer those of the model, and those of "
-              "the new layers are not trained. Make the optimiser after the replacement")  # fmt: skip
+        _warn(f"{kind} was created before layers were replaced: {len(stale)} of its parameters, of shapes "
+              f"{listed((str(tuple(p.shape)) for p in stale), most=3)}, no longer belong to the model, and the new "
+              "layers are not trained. Create the optimiser after the replacement")  # fmt: skip
     without, foreign = 0, 0
     for layer in list(_layers):
         trainable = [p for p in layer.factors if p.requires_grad]
@@ -102,12 +102,12 @@ def _look(optimizer: Optimizer, first: bool) -> None:
             without += 1
         foreign += any(_other_rule(optimizer, group) for group in held)
     if without:
-        _warn(f"{kind} trains {_layers_of(without)} at the rate of dense weights: its groups are not those of "
-              "structlin_nn.torch.parameter_groups, by which each factor has a rate of its own "
+        _warn(f"{kind} trains {_layers_of(without)} at the rate of dense weights. Create its groups with "
+              "structlin_nn.torch.parameter_groups, which sets the rate of each factor "
               "(for the Trainer of transformers: trainer_optimizer, for timm: param_group_fn)")  # fmt: skip
     if foreign:
         rule = next(group["optimizer"] for group in groups.values() if _other_rule(optimizer, group))
-        _warn(f"{kind} steps groups that were made for {rule!r}: give parameter_groups the rule of this optimiser "
+        _warn(f"{kind} uses groups for the rule of {rule!r}; call parameter_groups with the rule of this optimiser "
               f"(optimizer={_rule_of(optimizer)!r})")  # fmt: skip
     if first:
         _ignored(optimizer)
@@ -121,8 +121,8 @@ def _look_for_the_untrained(optimizer: Optimizer) -> None:
         if any(id(p) in own for p in layer.parameters()):
             missing += any(p.requires_grad and p.grad is not None and id(p) not in all_held for p in layer.factors)
     if missing:
-        _warn(f"{type(optimizer).__name__} has some parameters of {_layers_of(missing)}, and no optimiser has all of "
-              "the factors: the others are not trained")  # fmt: skip
+        _warn(f"{type(optimizer).__name__} has only some of the parameters of {_layers_of(missing)}, and no optimiser "
+              "has the others, which are not trained")  # fmt: skip
 
 
 def _layers_of(count: int) -> str:
@@ -130,13 +130,13 @@ def _layers_of(count: int) -> str:
 
 
 def _is_plain(layer: Any) -> bool:
-    """Whether a layer's factors have the rate of the dense layer."""
+    """Return whether all factors of a layer have the rate of the dense layer."""
     fans = Fans(layer.in_features, layer.out_features)
     return all(abs(m - 1) < 1e-6 for m in factor_multipliers(layer.structure, fans, "adamw", True))
 
 
 def _rule_of(optimizer: Optimizer) -> str | None:
-    """Whose rule an optimiser follows, by its class; None where that is not known."""
+    """Return the rule for an optimiser, from the name of its class; None if not known."""
     name = type(optimizer).__name__.lower()
     if "muon" in name:
         return "muon"
@@ -151,12 +151,12 @@ def _other_rule(optimizer: Optimizer, group: Mapping[str, Any]) -> bool:
     made_for, own = group.get("optimizer"), _rule_of(optimizer)
     if made_for is None or own is None:
         return False
-    like = {"adam": "adamw", "sign": "adamw"}  # sign and Adam have one rule
+    like = {"adam": "adamw", "sign": "adamw"}  # sign and Adam have the same rule
     return like.get(made_for, made_for) != like.get(own, own)
 
 
 def _ignored(optimizer: Optimizer) -> None:
-    """Warn of a rate or decay that was given beside groups that have their own."""
+    """Warn about a rate or decay that has no effect because the groups set it."""
     groups = [group for group in optimizer.param_groups if "multiplier" in group and "base_lr" in group]
     if not groups or len(groups) < len(optimizer.param_groups):
         return
@@ -171,18 +171,18 @@ def _ignored(optimizer: Optimizer) -> None:
             continue
         if float(given) != float(default) and float(given) not in own:
             _warn(f"{name}={given} of {type(optimizer).__name__} has no effect: the groups of parameter_groups have "
-                  f"their own {name}. Give it to parameter_groups")  # fmt: skip
+                  f"their own {name}. Pass it to parameter_groups")  # fmt: skip
 
 
 def _spread(groups: Sequence[Mapping[str, Any]]) -> str:
-    """Return what of the rates is not as their multipliers say, or "" where nothing is."""
+    """Return a description of the rates that contradict their multipliers; "" if there are none."""
     found: dict[bool, tuple[float, float]] = {}
     for group in groups:
         multiplier, rate = group.get("multiplier"), group["lr"]
-        if not multiplier or isinstance(rate, Tensor):  # to read a tensor may wait for a device
+        if not multiplier or isinstance(rate, Tensor):  # reading a tensor can wait for the device
             continue
         own = rate / multiplier
-        by_adam = group.get("matrices", False) is None  # Muon and the Adam beside it have a rate each
+        by_adam = group.get("matrices", False) is None  # Muon and its Adam have one rate each
         low, high = found.get(by_adam, (math.inf, -math.inf))
         found[by_adam] = min(low, own), max(high, own)
     for low, high in found.values():

@@ -1,7 +1,7 @@
 """Chains as strings, for the nodes of exported and compiled graphs.
 
-A graph that is saved, or compiled in one process and run in another, can hold no Python objects: an operator of torch
-gets its structure as JSON text, and parses it again.
+A graph that is saved, or compiled in one process and run in another, cannot contain Python objects. So an operator of
+torch takes the structure as JSON text and parses it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ __all__ = ["from_text", "to_text"]
 
 @lru_cache(maxsize=4096)
 def to_text(structure: Structure) -> str:
-    """Return a chain as JSON text, from which :func:`from_text` makes an equal one.
+    """Return a chain as JSON text, which :func:`from_text` parses.
 
     Examples
     --------
@@ -38,7 +38,7 @@ def to_text(structure: Structure) -> str:
 
 @lru_cache(maxsize=4096)
 def from_text(text: str) -> Structure:
-    """Return the chain that :func:`to_text` wrote down; ValueError for any other text."""
+    """Return the chain of a text of :func:`to_text`; ValueError for any other text."""
     try:
         content = json.loads(text)
         chain, sizes, d_in, d_out = (content[key] for key in ("chain", "sizes", "d_in", "d_out"))

@@ -32,41 +32,41 @@ def mlp(
     x: Tensor, up: nn.Module, down: nn.Module, activation: str = "gelu", *, gate: nn.Module | None = None,
     norm: nn.Module | None = None, residual: bool = False,
 ) -> Tensor:  # fmt: skip
-    """``down(activation(up(x)))``, or with a gate ``down(activation(gate(x)) * up(x))``.
+    """Return ``down(activation(up(x)))``, or with a gate ``down(activation(gate(x)) * up(x))``.
 
-    The result is that of the modules called one after the other. If all layers are :class:`StructuredLinear` on a CPU
-    and it is faster, they run as one compiled pass in blocks of a few tokens. The hidden features are then never
-    stored, neither in the forward pass nor for the backward pass, which computes them again from ``x``.
+    The result equals that of the modules called one after the other. If all layers are :class:`StructuredLinear` on a
+    CPU and it is faster, they run as one compiled pass over blocks of a few tokens. The hidden features are then not
+    stored; the backward pass computes them again from ``x``. Under autocast the products run in its dtype, and the norm
+    and the sum with ``x`` are not part of the pass.
 
-    Under autocast the products run in its dtype, and the norm and the sum with ``x`` outside of the pass.
-
-    Layer after layer is run instead under ``torch.compile``, export, ``torch.func`` transformations and dispatch modes,
-    if a module has hooks, and for other devices, dtypes and structures.
+    The layers run one after the other under ``torch.compile``, export, ``torch.func`` transformations and dispatch
+    modes, if a module has hooks, and for other devices, dtypes and structures.
 
     Parameters
     ----------
     x
-        (..., d), floating.
-    up
-        Layer d -> hidden; down: layer hidden -> d_out.
+        Floating tensor of shape (..., d).
+    up, down
+        Layers d -> hidden and hidden -> d_out.
     activation
-        A name of :data:`ACTIVATIONS`.
+        A name in :data:`ACTIVATIONS`.
     gate
         Layer d -> hidden of a gated MLP (Shazeer, *GLU Variants Improve Transformer*, 2020).
     norm
-        Applied to ``x`` first, ``nn.LayerNorm`` or ``nn.RMSNorm`` over the last axis to be part of the pass.
+        Module that is applied to ``x`` first. ``nn.LayerNorm`` and ``nn.RMSNorm`` over the last axis can be part of the
+        pass.
     residual
-        Add ``x`` to the result; then ``d_out`` must be d.
+        Add ``x`` to the result. This requires d_out = d.
 
     Returns
     -------
     Tensor
-        (..., d_out).
+        Tensor of shape (..., d_out).
 
     Raises
     ------
     ValueError
-        An unknown activation, or ``residual`` where input and output differ in size.
+        If the activation is unknown, or with ``residual`` the sizes of input and output differ.
 
     Examples
     --------
@@ -76,7 +76,7 @@ def mlp(
     True
     """
     function, h, found = _function(activation), x, None
-    # Under autocast a norm and a sum have another dtype than the products.
+    # Under autocast the dtype of a norm and of a sum differs from that of the products.
     apart = norm is not None and torch.is_autocast_enabled("cpu")
     if norm is not None and apart:
         h = norm(x)
@@ -99,9 +99,23 @@ def mlp(
 
 
 def projections(x: Tensor, layers: Sequence[nn.Module], norm: nn.Module | None = None) -> tuple[Tensor, ...]:
-    """``layer(norm(x))`` for each of the layers, such as query, key and value of an attention layer.
+    """Return ``layer(norm(x))`` for each of several layers, such as query, key and value of an attention layer.
 
-    As in :func:`mlp` they run as one pass over ``x`` where that is possible and faster.
+    The layers run as one pass over ``x`` if that is possible and faster, as in :func:`mlp`.
+
+    Parameters
+    ----------
+    x
+        Floating tensor of shape (..., d).
+    layers
+        Layers with d inputs.
+    norm
+        Module that is applied to ``x`` first.
+
+    Returns
+    -------
+    tuple of Tensor
+        One result for each layer.
 
     Examples
     --------
@@ -109,7 +123,7 @@ def projections(x: Tensor, layers: Sequence[nn.Module], norm: nn.Module | None =
     >>> [tuple(y.shape) for y in projections(torch.randn(5, 32), layers)]
     [(5, 32), (5, 16), (5, 16)]
     """
-    if norm is not None and torch.is_autocast_enabled("cpu"):  # it has another dtype than the products
+    if norm is not None and torch.is_autocast_enabled("cpu"):  # its dtype differs from that of the products
         x, norm = norm(x), None
     if not torch.compiler.is_compiling():
         found = _one_pass(x, layers, None, None, norm, False)
@@ -120,10 +134,10 @@ def projections(x: Tensor, layers: Sequence[nn.Module], norm: nn.Module | None =
 
 
 class StructuredMLP(nn.Module):
-    """An MLP of structured layers, run by :func:`mlp`. (..., in_features) -> (..., out_features).
+    """MLP of structured layers, computed by :func:`mlp`: (..., in_features) -> (..., out_features).
 
-    Takes layers that exist. ``names`` are the attributes under which they are registered, so that the state dict is
-    that of the module whose place this one takes: ``("fc1", "fc2")`` in timm, ``("c_fc", "c_proj")`` in GPT-2 of
+    It is built from existing layers. ``names`` are the attributes under which the layers are registered, so the state
+    dict can be that of the module that it replaces: ``("fc1", "fc2")`` in timm, ``("c_fc", "c_proj")`` in GPT-2 of
     transformers, ``("up_proj", "down_proj", "gate_proj")`` in Llama.
 
     Parameters
@@ -131,14 +145,14 @@ class StructuredMLP(nn.Module):
     up, down, gate, activation
         As in :func:`mlp`.
     names
-        Of up, down and gate.
+        Names of up, down and gate.
     dropout
         Probability of the dropout after the last layer in training.
 
     Raises
     ------
     ValueError
-        An unknown activation, layers whose sizes do not fit, or a number of names other than that of layers.
+        If the activation is unknown, the sizes of the layers do not match, or the number of names is wrong.
 
     Examples
     --------
@@ -157,17 +171,20 @@ class StructuredMLP(nn.Module):
         layers = [up, down] if gate is None else [up, down, gate]
         names = tuple(names) or ("up", "down", "gate")[: len(layers)]
         if len(names) != len(layers):
-            raise ValueError(f"{len(layers)} layers need as many names, got {names}")
+            raise ValueError(f"names must have one entry for each of the {len(layers)} layers, got {names}")
         sizes = [(getattr(layer, "in_features", None), getattr(layer, "out_features", None)) for layer in layers]
         if sizes[0][1] != sizes[1][0] or (gate is not None and sizes[2] != sizes[0]):
-            raise ValueError(f"the layers do not fit: (in, out) of {', '.join(names)} are {', '.join(map(str, sizes))}")
+            raise ValueError(
+                f"the sizes of the layers do not match: (in, out) of {', '.join(names)} are "
+                f"{', '.join(map(str, sizes))}"
+            )
         self.activation, self.names = activation, names
         for name, layer in zip(names, layers, strict=True):
             self.add_module(name, layer)
         self.dropout = dropout
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., in_features) -> (..., out_features)."""
+        """Apply the MLP: (..., in_features) -> (..., out_features)."""
         up, down, *gate = (self.get_submodule(name) for name in self.names)
         y = mlp(x, up, down, self.activation, gate=gate[0] if gate else None)
         return F.dropout(y, self.dropout, self.training) if self.dropout else y
@@ -182,19 +199,24 @@ _SHAPES = (("fc1", "fc2"), ("c_fc", "c_proj"), ("up_proj", "down_proj", "gate_pr
 
 
 def fuse_mlps(model: nn.Module) -> dict[str, str]:
-    """Put a :class:`StructuredMLP` in the place of each MLP whose layers are structured, in place.
+    """Replace each MLP whose layers are structured by a :class:`StructuredMLP`, in place.
 
     MLPs are found by the names of their layers: ``fc1`` and ``fc2`` (timm, CLIP), ``c_fc`` and ``c_proj`` (GPT-2),
-    ``up_proj``, ``down_proj`` and ``gate_proj`` (Llama, Mistral, Qwen). Beside them there may be an activation
-    function, dropout and identities. Names of parameters do not change.
+    ``up_proj``, ``down_proj`` and ``gate_proj`` (Llama, Mistral, Qwen). They may also contain an activation function,
+    dropout and identities. Names of parameters do not change.
 
-    An MLP is left alone if its activation function is none of :data:`ACTIVATIONS`, if it has dropout between its
-    layers or hooks, or if on random input it returns something else than the layers and the activation give.
+    An MLP is not replaced if its activation function is not in :data:`ACTIVATIONS`, if it has hooks or dropout between
+    its layers, or if its output for random input differs from that of its layers and activation function.
+
+    Parameters
+    ----------
+    model
+        Any module.
 
     Returns
     -------
-    dict[str, str]
-        For each MLP that was found, by its name, ``fused`` or why not.
+    dict of str to str
+        For each MLP that was found, ``fused`` or the reason why it was not replaced.
 
     Examples
     --------
@@ -227,23 +249,23 @@ def _has_layers(module: nn.Module, names: Sequence[str]) -> bool:
 
 
 def _fused(module: nn.Module, names: tuple[str, ...]) -> StructuredMLP | str:
-    """Return the block for a module, or why there is none."""
+    """Return the block that replaces a module, or the reason why there is none."""
     if any(getattr(module, hooks) for hooks in _HOOKS):
         return "it has hooks, which would be lost"
     rest = [(name, child) for name, child in module.named_children() if name not in names]
     dropouts = [child for _, child in rest if isinstance(child, nn.Dropout)]
     others = [child for _, child in rest if not isinstance(child, nn.Dropout | nn.Identity)]
     if len(others) > 1 or any(p.numel() for child in others for p in child.parameters()):
-        return f"besides its layers it has {', '.join(type(child).__name__ for child in others)}"
+        return f"it has other modules than its layers: {', '.join(type(child).__name__ for child in others)}"
     layers = [getattr(module, name) for name in names]
     factor = next(layers[0].parameters())
     function = others[0] if others else getattr(module, "act", None) or getattr(module, "act_fn", None)
     activation = _name_of(function)
     if activation is None:
-        return f"its activation function is none of {', '.join(ACTIVATIONS)}"
+        return f"its activation function is not one of {', '.join(ACTIVATIONS)}"
     last = 0.0
     if any(dropout.p for dropout in dropouts):
-        # Between the layers there must be none. Children are registered in the order in which they are called.
+        # Children are registered in the order of their calls, so this finds dropout between the layers.
         order = [name for name, _ in module.named_children()]
         late = [
             c for n, c in rest if isinstance(c, nn.Dropout) and c.p and order.index(n) > max(map(order.index, names))
@@ -255,12 +277,12 @@ def _fused(module: nn.Module, names: tuple[str, ...]) -> StructuredMLP | str:
         layers[0], layers[1], activation, gate=layers[2] if len(names) > 2 else None, names=names, dropout=last
     ).train(module.training)
     if not factor.is_meta and not _agree(module, new, layers[0].in_features, factor):
-        return "it computes something else than its layers and its activation function give"
+        return "its output differs from that of its layers and its activation function"
     return new
 
 
 def _name_of(function: Any) -> str | None:
-    """Which activation function this one is, by its values."""
+    """Return the name of an activation function, found by its values; None if it is not known."""
     if not callable(function):
         return None
     x = torch.linspace(-6, 6, 241, dtype=torch.float64)
@@ -274,7 +296,7 @@ def _name_of(function: Any) -> str | None:
 
 
 def _agree(old: nn.Module, new: nn.Module, size: int, like: Tensor) -> bool:
-    """Whether two modules give the same for random vectors, without dropout."""
+    """Return whether two modules have equal outputs for random vectors, without dropout."""
     training = old.training, new.training
     x = torch.randn(3, size, generator=torch.Generator().manual_seed(0)).to(like)
     try:
@@ -302,14 +324,14 @@ def _one_pass(
     x: Tensor, first: Sequence[nn.Module], second: nn.Module | None, activation: str | None, norm: nn.Module | None,
     residual: bool,
 ) -> tuple[Tensor, ...] | None:  # fmt: skip
-    """Return the outputs, where the layers can run as one pass and that is faster."""
+    """Return the outputs if the layers can run as one pass and that is faster; otherwise None."""
     layers = first if second is None else [*first, second]
     if not x.is_cpu or not all(_is_plain(layer) for layer in layers):
         return None
     whole = cast(Sequence[StructuredLinear], layers)
     size = whole[0].in_features
     if not x.ndim or x.shape[-1] != size or any(layer.in_features != size for layer in whole[: len(first)]):
-        return None  # the layers say what is wrong
+        return None  # the layers raise the error
     if second is not None:
         hidden = {layer.out_features for layer in whole[: len(first)]}
         if hidden != {whole[-1].in_features} or (residual and whole[-1].out_features != size):
@@ -332,7 +354,7 @@ def _one_pass(
     if torch.is_autocast_enabled("cpu"):
         dtype = torch.get_autocast_dtype("cpu")
         x, operands = cast_to(x, dtype), [None if t is None else cast_to(t, dtype) for t in operands]
-    with torch.autocast("cpu", enabled=False):  # what is cast already can be read by address
+    with torch.autocast("cpu", enabled=False):  # operands are cast already, so their memory can be read by address
         found = block(x if x.ndim == 2 else x.reshape(math.prod(lead), size), operands)
     if found is None or x.ndim == 2:
         return found
@@ -340,7 +362,7 @@ def _one_pass(
 
 
 def _is_plain(layer: nn.Module) -> bool:
-    """Whether a call of the layer does nothing but the products of its chain and its bias."""
+    """Return whether a call of the layer only computes the products of its chain and adds the bias."""
     return (
         isinstance(layer, StructuredLinear)
         and type(layer).forward is StructuredLinear.forward
@@ -351,7 +373,7 @@ def _is_plain(layer: nn.Module) -> bool:
 
 
 def _norm(norm: nn.Module | None, size: int) -> tuple[str | None, float | None, Tensor | None, Tensor | None] | None:
-    """Kind, eps, weight and bias of a norm; None for one that is not part of a pass."""
+    """Return kind, eps, weight and bias of a norm; None if it cannot be part of a pass."""
     if norm is None:
         return None, 0.0, None, None
     if any(getattr(norm, hooks) for hooks in _HOOKS):

@@ -1,20 +1,20 @@
-"""Models with structured layers as files: safetensors, which hold plain tensors and a description of the layers.
+"""Files of models with structured layers: safetensors with the tensors and a description of the layers.
 
-A file is one of `safetensors <https://github.com/huggingface/safetensors>`_, with the entries of the model's state
-dictionary under their names. Its metadata have, beside ``format``: ``pt``, the key ``structlin``: JSON with
+A file has the format of `safetensors <https://github.com/huggingface/safetensors>`_. Its tensors are the entries of the
+state dict of the model. Its metadata have the entry ``format``: ``pt``, and the entry ``structlin``, a JSON object with
 
-- ``version``: of this form, 1;
+- ``version``: version of this format, 1;
 - ``layers``: for each structured layer its ``names`` in the model, ``in_features`` and ``out_features``, ``structure``
-  and ``options`` as :class:`StructuredLinear` takes them (``structure`` is null for a chain without a name), the
-  ``chain`` of einsums with its sizes (null for structures that are none), the shapes of its ``factors``, and ``bias``,
+  and ``options`` of :class:`StructuredLinear` (``structure`` is null for a chain without a name), the ``chain`` of
+  einsums with its sizes (null for structures that are not chains), the shapes of its ``factors``, and ``bias``,
   ``rms_cap``, ``gain``, ``rule``, ``zero_init`` and ``checkpoint``;
-- ``linear``: the names of layers that are plain ``nn.Linear``;
-- ``aliases``: names of tied entries, and under which name the tensor is;
-- ``sha256``: of all tensors, in the order of their names: for each ``NAME DTYPE SHAPE``, a line feed, and its
+- ``linear``: names of ``nn.Linear`` layers;
+- ``aliases``: for each tied entry, the name under which its tensor is stored;
+- ``sha256``: checksum of all tensors in the order of their names: for each ``NAME DTYPE SHAPE``, a line feed, and the
   bytes;
-- ``build``: how to build the model, or null (:mod:`structlin_nn.models.files`).
+- ``build``: description from which the model can be built, or null (:mod:`structlin_nn.models.files`).
 
-Reading runs no code of the file: nothing is unpickled, no module is imported by name.
+Reading a file executes no code from it: nothing is unpickled, and no module is imported by name.
 """
 
 from __future__ import annotations
@@ -41,21 +41,21 @@ KEY, VERSION = "structlin", 1
 
 
 class PlainFileError(ValueError):
-    """The file holds tensors, and says nothing of structured layers."""
+    """Error for a file with tensors but without a description of structured layers."""
 
 
 @dataclass(frozen=True)
 class StructuredFile:
-    """What a file says of its model, without the tensors; from :func:`read_structured`.
+    """Description of the model in a file, without the tensors, from :func:`read_structured`.
 
     Attributes
     ----------
     layers, linear, aliases, sha256, build
-        As in the file.
+        Entries of the description (:mod:`structlin_nn.torch.files`).
     shapes
-        Of the tensors, by name.
+        Shape of each tensor, by name.
     dtypes
-        Of the tensors, as safetensors names them: ``F32``, ``BF16``, ...
+        Dtype of each tensor, by name, in the notation of safetensors: ``F32``, ``BF16``, ...
     metadata
         Further entries of the metadata, strings.
     """
@@ -71,7 +71,7 @@ class StructuredFile:
 
     @property
     def layout(self) -> dict[str, Any]:
-        """``layers`` and ``linear``."""
+        """The entries ``layers`` and ``linear``."""
         return {"layers": self.layers, "linear": self.linear}
 
 
@@ -82,27 +82,30 @@ def save_structured(
     build: Mapping[str, Any] | None = None,
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Write a model with structured layers to a .safetensors file, in place of an older one, as a whole or not at all.
+    """Write a model with structured layers to a .safetensors file.
+
+    An existing file is replaced only when the new one is complete.
 
     Parameters
     ----------
     model
-        Its parameters and persistent buffers are written, in their dtypes; tied ones once.
+        Module whose parameters and persistent buffers are written in their dtypes; tied ones are written once.
     path
-        The file, ``.safetensors``.
+        Path of the file, with the suffix ``.safetensors``.
     build
-        How to build the model (:func:`structlin_nn.models.save_model` says it for the models of this package).
+        Description from which the model can be built. :func:`structlin_nn.models.save_model` creates it for the models
+        of this package.
     metadata
         Further entries for the metadata of the file.
 
     Raises
     ------
     ValueError
-        A name that does not end in .safetensors; a model without structured layers and ``build``, which safetensors
-        alone can hold; values on the meta device or spread over processes; a dtype, layout or entry of the state
-        dictionary that safetensors has no form for; metadata that are no strings, or named ``format`` or ``structlin``.
+        If the suffix is not .safetensors, the model has no structured layers and ``build`` is None, a value is on the
+        meta device or sharded over processes, safetensors cannot represent a dtype, layout or entry of the state dict,
+        or ``metadata`` has values other than strings or one of the keys ``format`` and ``structlin``.
     OSError
-        The file cannot be written.
+        If the file cannot be written.
 
     Examples
     --------
@@ -119,10 +122,10 @@ def save_structured(
     extra = dict(metadata or {})
     for key, value in extra.items():
         if not isinstance(key, str) or not isinstance(value, str) or key in ("format", KEY):
-            raise ValueError(f"metadata must be strings, and not named format or {KEY}, got {key!r}: {value!r}")
+            raise ValueError(f"metadata must be strings with keys other than format and {KEY}, got {key!r}: {value!r}")
     layout = layout_of(model)
     if not layout["layers"] and build is None:
-        raise ValueError("the model has no structured layers: safetensors.torch.save_model writes it")
+        raise ValueError("the model has no structured layers; use safetensors.torch.save_model")
     tensors, aliases = _entries(model)
     described = {
         "version": VERSION, **layout, "aliases": aliases, "sha256": digest(tensors),
@@ -131,35 +134,45 @@ def save_structured(
     try:
         text = json.dumps(described, allow_nan=False)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"build must be what JSON can hold: {error}") from error
+        raise ValueError(f"build cannot be represented in JSON: {error}") from error
     from safetensors import SafetensorError
     from safetensors.torch import save
 
     try:
         content = save(tensors, {**extra, "format": "pt", KEY: text})
     except (KeyError, ValueError, SafetensorError) as error:
-        raise ValueError(f"safetensors cannot hold the model: {error}") from error
+        raise ValueError(f"safetensors cannot represent the model: {error}") from error
     with atomic_write(path) as file:
         file.write(content)
 
 
 def read_structured(path: str | os.PathLike[str]) -> StructuredFile:
-    """Return what a file of :func:`save_structured` says of its model, read without the tensors.
+    """Read the description of the model in a file of :func:`save_structured`, without the tensors.
+
+    Parameters
+    ----------
+    path
+        Path of the file.
+
+    Returns
+    -------
+    StructuredFile
+        The description.
 
     Raises
     ------
     FileNotFoundError
-        No such file.
+        If there is no such file.
     ValueError
-        A name that does not end in .safetensors; a damaged file; one that :func:`save_structured` did not write, or
-        that is of a newer version; structures that do not exist, or that have other factors here.
+        If the suffix is not .safetensors, the file is damaged, :func:`save_structured` did not write it, it has a newer
+        version, or a structure does not exist or has other factors in this version.
     """
     path = _named(path)
     found = _header(path)
     text = found["metadata"].pop(KEY, None)
     found["metadata"].pop("format", None)
     if text is None:
-        raise PlainFileError(f"{path} says nothing of structured layers: save_structured did not write it")
+        raise PlainFileError(f"{path} does not describe structured layers; save_structured did not write it")
     try:
         described = json.loads(text)
     except ValueError as error:
@@ -173,7 +186,7 @@ def read_structured(path: str | os.PathLike[str]) -> StructuredFile:
         if not isinstance(aliases, dict) or not all(
             key not in found["shapes"] and value in found["shapes"] for key, value in aliases.items()
         ):
-            raise ValueError(f"aliases must name entries that are there, got {aliases!r}")
+            raise ValueError(f"aliases must name tensors of the file, got {aliases!r}")
         if not isinstance(build, dict | None) or not isinstance(sha, str):
             raise ValueError(f"build must be an object or null and sha256 a string, got {build!r} and {sha!r}")
     except (RecursionError, ValueError) as error:
@@ -187,21 +200,21 @@ def read_structured(path: str | os.PathLike[str]) -> StructuredFile:
 def load_structured(
     model: nn.Module | Callable[[], nn.Module], path: str | os.PathLike[str], *, verify: bool = True
 ) -> nn.Module:
-    """Give a freshly built model the structured layers and the values of a file.
+    """Load the structured layers and the values of a file into a model.
 
-    Layers of ``model`` become what the file says: its ``nn.Linear`` and Conv1D layers structured ones, and structured
-    layers others, or plain ones. All values are then copied, into the dtypes and onto the devices that the parameters
-    of the model have. Everything is checked before anything is changed. Make the optimiser afterwards, for the
-    parameters of replaced layers are new.
+    The layers of ``model`` are replaced by those of the file: ``nn.Linear`` and Conv1D layers by structured ones, and
+    structured layers by others or by ``nn.Linear``. Then all values are copied, with the dtypes and devices of the
+    parameters of the model. All checks precede the first change. Create the optimiser afterwards, because replaced
+    layers have new parameters.
 
     Parameters
     ----------
     model
-        Of the same architecture as the one that was written, dense or not; or a function that builds one.
+        Model of the same architecture as the saved one, with dense or structured layers; or a function that builds it.
     path
-        From :func:`save_structured`.
+        Path of a file of :func:`save_structured`.
     verify
-        Compare the sum over the tensors, which tells a damaged file.
+        Compare the checksum of the tensors.
 
     Returns
     -------
@@ -211,19 +224,19 @@ def load_structured(
     Raises
     ------
     FileNotFoundError
-        No such file.
+        If there is no such file.
     ValueError
-        As :func:`read_structured`; tensors that are damaged; a model with other layers, names, sizes or ties than the
-        file (the message says which).
+        As for :func:`read_structured`; if the tensors are damaged; or if layers, names, sizes or ties of the model
+        differ from those of the file. The message names the difference.
     TypeError
-        What is no model and no function to one.
+        If ``model`` is neither a module nor a function that returns one.
     """
     if not isinstance(model, nn.Module):
         if not callable(model):
-            raise TypeError(f"a model, or a function that builds one, is needed, got {model!r}")
+            raise TypeError(f"model must be a torch.nn.Module or a function that returns one, got {model!r}")
         model = model()
         if not isinstance(model, nn.Module):
-            raise TypeError(f"the function must build a model, got {model!r}")
+            raise TypeError(f"the function must return a torch.nn.Module, got {model!r}")
     found = read_structured(path)
     try:
         return fill(model, found, read_tensors(path, found.sha256 if verify else None))
@@ -232,7 +245,7 @@ def load_structured(
 
 
 def fill(model: nn.Module, found: StructuredFile, tensors: Mapping[str, Tensor]) -> nn.Module:
-    """Give a model the layers that a file describes, and its tensors; ValueError, and no change, where they differ."""
+    """Load layers and tensors of a file into a model; ValueError, without a change, if they do not match."""
     planned = changes(model, found.layout)
     if meta := [name for name, tensor in model.state_dict().items() if tensor.is_meta]:
         raise ValueError(f"the model is on the meta device and has no values to replace: {meta[0]}, ...")
@@ -256,7 +269,7 @@ def fill(model: nn.Module, found: StructuredFile, tensors: Mapping[str, Tensor])
 
 
 def _check_ties(model: nn.Module, planned: Sequence[Change], aliases: Mapping[str, str], names: Iterable[str]) -> None:
-    """Raise ValueError unless exactly those entries are tied in the model to be that the file says."""
+    """Raise ValueError unless the same entries are tied in the planned model and in the file."""
     places = {f"{place}.": number for number, change in enumerate(planned) for place in change.names}
     held = model.state_dict(keep_vars=True)
     first: dict[Any, str] = {}
@@ -265,27 +278,30 @@ def _check_ties(model: nn.Module, planned: Sequence[Change], aliases: Mapping[st
         identity = id(held[name]) if new is None else (places[new], name.removeprefix(new))
         other, same = first.setdefault(identity, name), aliases.get(name, name)
         if aliases.get(other, other) != same:
-            raise ValueError(f"{name} is tied to {other} in the model, and not in the file")
+            raise ValueError(f"{name} is tied to {other} in the model, but not in the file")
     if len(first) > len({aliases.get(name, name) for name in names}):
         untied = next(name for name in aliases if name in first.values() and aliases[name] in first.values())
-        raise ValueError(f"{untied} is tied to {aliases[untied]} in the file, and not in the model")
+        raise ValueError(f"{untied} is tied to {aliases[untied]} in the file, but not in the model")
 
 
 def check_entries(own: Mapping[str, tuple[tuple[int, ...], torch.dtype]], given: Mapping[str, Tensor]) -> None:
     """Raise ValueError unless tensors have the names, shapes and kinds of dtype that a model needs."""
-    for what, names in (("lacks", own.keys() - given.keys()), ("has, and the model lacks,", given.keys() - own.keys())):
+    for what, names in (
+        ("lacks", own.keys() - given.keys()),
+        ("has, but the model lacks,", given.keys() - own.keys()),
+    ):
         if names:
             raise ValueError(f"the file {what} {listed(sorted(names), most=5)}")
     for name, (shape, dtype) in own.items():
         tensor = given[name]
         if tuple(tensor.shape) != shape:
-            raise ValueError(f"{name} has shape {tuple(tensor.shape)} in the file and {shape} in the model")
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)} in the file, but {shape} in the model")
         if _kind(tensor.dtype) != _kind(dtype):
-            raise ValueError(f"{name} is {tensor.dtype} in the file and {dtype} in the model")
+            raise ValueError(f"{name} has dtype {tensor.dtype} in the file, but {dtype} in the model")
 
 
 def read_tensors(path: str | os.PathLike[str], sha256: str | None = None) -> dict[str, Tensor]:
-    """Return the tensors of a .safetensors file, on the CPU; ValueError where it is damaged or has another sum."""
+    """Return the tensors of a .safetensors file, on the CPU; ValueError if it is damaged or the checksum differs."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -297,12 +313,12 @@ def read_tensors(path: str | os.PathLike[str], sha256: str | None = None) -> dic
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged: {error}") from error
     if sha256 is not None and digest(tensors) != sha256:
-        raise ValueError("the file is damaged: its tensors have another sum than was written")
+        raise ValueError("the file is damaged: the checksum of its tensors differs from the one in the file")
     return tensors
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:
-    """sha256 sum of tensors with their names, dtypes and shapes."""
+    """Return the sha256 checksum of tensors with their names, dtypes and shapes."""
     found = hashlib.sha256()
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
@@ -314,7 +330,7 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
 def _named(path: str | os.PathLike[str]) -> Path:
     path = Path(path).expanduser()
     if path.suffix != ".safetensors":
-        raise ValueError(f"{path} must be a .safetensors file; files of another kind can run code, and are not read")
+        raise ValueError(f"{path} must be a .safetensors file; other formats can execute code and are not read")
     return path
 
 
@@ -336,17 +352,17 @@ def _header(path: Path) -> dict[str, Any]:
 
 
 def _entries(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors of the state dictionary, on the CPU and without shared memory, and the names of those that are tied."""
+    """Return the tensors of the state dict, on the CPU and without shared memory, and the names of tied ones."""
     tensors: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
     seen: dict[Any, str] = {}
     for name, tensor in model.state_dict().items():
         if not isinstance(tensor, Tensor):
-            raise ValueError(f"{name} of the state dictionary is a {type(tensor).__name__}, and no tensor")
+            raise ValueError(f"entry {name} of the state dict must be a tensor, got a {type(tensor).__name__}")
         if hasattr(tensor, "placements"):
-            raise ValueError(f"{name} is spread over processes: gather it first")
+            raise ValueError(f"{name} is sharded over processes; gather it first")
         if tensor.is_meta or tensor.layout is not torch.strided:
-            what = "on the meta device, and has no values" if tensor.is_meta else f"of layout {tensor.layout}"
+            what = "on the meta device and has no values" if tensor.is_meta else f"of layout {tensor.layout}"
             raise ValueError(f"{name} is {what}")
         place = (tensor.device, tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
         if tensor.numel() and place in seen:

@@ -1,4 +1,4 @@
-"""Parameter groups for torch optimisers, with the learning rates that the structure asks for."""
+"""Parameter groups for torch optimisers, with the learning rates of the structures."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ __all__ = ["KINDS", "ParameterGroups", "ParameterRule", "format_groups", "parame
 
 
 class ParameterGroups(list):
-    """Parameter groups as torch optimisers take them: a list of dictionaries. ``print`` it for a table."""
+    """Parameter groups for torch optimisers, a list of dictionaries; ``print`` shows a table."""
 
     def __str__(self) -> str:
         return format_groups(self)
@@ -57,8 +57,8 @@ def parameter_groups(
 ) -> ParameterGroups:
     """Group the trainable parameters by learning-rate multiplier and weight decay, for a torch optimiser.
 
-    Multipliers, on the rate ``lr`` that was tuned on the dense model at base width (muP; Qiu et al., *Compute Better
-    Spent*, ICML 2024, section 3; for SGD see :mod:`structlin.scale`):
+    The learning rate of a parameter is ``lr``, tuned for the dense model at base width, times a multiplier (muP; Qiu et
+    al., *Compute Better Spent*, ICML 2024, section 3; for SGD see :mod:`structlin.scale`):
 
     ==========================================  ===========================================  =========================
     parameter                                   Adam, AdamW, sign                            SGD
@@ -71,79 +71,82 @@ def parameter_groups(
     embeddings, biases, norms, gains, vectors   1                                            1
     ==========================================  ===========================================  =========================
 
-    (a grouped convolution counts its groups as blocks under SGD). Weights of recurrent layers, of experts (parameters
-    of three axes, as transformers holds them) and of their routers are weights too, with the fans of one gate or one
-    expert. Tables that a module holds as a bare parameter, such as class tokens, positions and biases by relative
-    position, are known by their names as embeddings or biases. A weight that an embedding shares with a linear layer
-    (a tied head) is an embedding, and Adam's under Muon. Any other parameter has multiplier 1 if it has the same size
-    at base width, or if there is no base model; else it needs one of ``rules``. With ``structure_aware=False`` all
-    factors of a layer get the multiplier of the dense layer of its size: the naive rule. Under SGD, muP proper would
-    let embeddings, biases and norms grow with the width; ``extra_multipliers`` can.
+    Under SGD the groups of a grouped convolution count as blocks. Weights of recurrent layers, of experts (parameters
+    with three axes, as in transformers) and of routers have the fans of one gate or one expert. A table that is a plain
+    parameter of a module (class tokens, positions, biases by relative position) counts as an embedding or a bias,
+    according to its name. A weight that an embedding and a linear layer share (a tied head) counts as an embedding. Any
+    other parameter has multiplier 1 if it has the same size at base width, or if there is no base model; otherwise it
+    needs an entry of ``rules``. With ``structure_aware=False`` all factors of a layer have the multiplier of the dense
+    layer of its size (the naive rule). Under SGD, the multipliers of embeddings, biases and norms in muP increase with
+    the width. They are not implemented; use ``extra_multipliers``.
 
-    With ``optimizer="muon"`` the blocks of factors and the weights are stepped by Muon, at ``lr`` times
+    With ``optimizer="muon"``, Muon updates the blocks of factors and the weights. Their rate is ``lr`` times
     ``sqrt(fan_out / fan_in) / sqrt(base d_out / base d_in)``, divided by the number of factors
-    (:func:`structlin_nn.torch._muon.muon_multiplier` derives it), and everything else by Adam with its multipliers, at
-    ``adam_lr``: embeddings, vectors, factors that are no matrices (Toeplitz, circulant), parameters with ``rules`` of
-    their own, and layers named by ``adam_layers``, which is where the head of a classifier is often left. The groups
-    are made for :class:`structlin_nn.torch.Muon`.
+    (:func:`structlin_nn.torch._muon.muon_multiplier`). Adam updates all other parameters with its multipliers and the
+    rate ``adam_lr``: embeddings, vectors, factors without matrices (Toeplitz, circulant), parameters with an entry of
+    ``rules``, and layers in ``adam_layers``, often the head of a classifier. Use these groups with
+    :class:`structlin_nn.torch.Muon`.
 
-    Weight decay: ``weight_decay`` is the coefficient of every decayed group, as in nanoGPT and the paper's runs. AdamW
-    and SGD shrink a parameter by ``learning rate * weight_decay`` in each step, so groups with larger multipliers decay
-    faster. ``independent_decay=True`` divides the coefficient by the multiplier, and all decayed parameters shrink by
+    All decayed groups have the coefficient ``weight_decay``, as in nanoGPT and in the paper. AdamW and SGD shrink a
+    parameter by ``learning rate * weight_decay`` in each step, so groups with larger multipliers decay faster. With
+    ``independent_decay=True`` the coefficient is divided by the multiplier, and all decayed parameters shrink by
     ``lr * weight_decay``.
 
-    A pattern is a glob (``*`` also runs over dots) or a compiled regular expression that matches the whole name.
+    A pattern is a glob, in which ``*`` also matches dots, or a compiled regular expression for the whole name.
 
     Parameters
     ----------
     model
         The model to train. Parameters with ``requires_grad=False`` are left out.
     base_model
-        The same model at base width; only sizes are read, so build it on the meta device. Its layers may be dense or
-        structured. None: each layer is its own base, dense layers have multiplier 1, and ``lr`` is the rate that was
-        tuned on the dense model of this very width.
+        The same model at base width. Only sizes are read, so it can be on the meta device. Its layers can be dense or
+        structured. Default: each layer has its own size as base. Then dense layers have multiplier 1, and ``lr`` is the
+        rate tuned for the dense model of the same width.
     lr
         Learning rate at base width.
     weight_decay
-        Coefficient of the kinds in ``decay``.
+        Coefficient for the kinds of parameters in ``decay``.
     optimizer
-        Whose rule: ``adam``, ``adamw``, ``sgd``, ``sign`` (Lion, signSGD), or ``muon``.
+        Optimiser whose rule applies: ``adam``, ``adamw``, ``sgd``, ``sign`` (Lion, signSGD), or ``muon``.
     structure_aware
-        False for the naive rule.
+        False selects the naive rule.
     extra_multipliers
-        Further factors on the learning rate. A pattern that matches the name of a layer applies to its factors, weight
-        or embedding, one that matches the full name of a parameter to that parameter. Several may apply; they multiply.
+        Additional multipliers of the learning rate, by pattern. A pattern that matches the name of a layer applies to
+        its factors, weight or embedding; one that matches the full name of a parameter applies to that parameter. All
+        matching multipliers are multiplied.
     rules
-        Patterns of full parameter names with rules of their own, which go before all others (the first that matches
-        counts): for parameters of unknown kinds, and for weights that are tied across kinds, by any name.
+        Rules by pattern of full parameter names, for parameters of unknown kinds and for weights that are tied across
+        kinds. They take precedence over all other rules; the first matching pattern applies.
     decay
         Kinds of parameters (:data:`KINDS`) that are decayed.
     independent_decay
-        As above; not for ``adam``, whose decay goes through the gradient.
+        Make the decay independent of the multipliers, as described above. Not for ``adam``, which adds the decay to the
+        gradient.
     adam_lr
-        For ``muon``, the rate of Adam at base width; needed if anything is left to Adam.
+        Learning rate of Adam at base width, for ``muon``. Required if Adam updates any parameter.
     adam_layers
-        For ``muon``, patterns of layers or parameters that are left to Adam.
+        Patterns of layers or parameters that Adam updates, for ``muon``.
 
     Returns
     -------
     ParameterGroups
-        A list of dictionaries with ``params``, ``lr``, ``weight_decay``, and for the reader ``multiplier``, ``base_lr``
-        (``lr`` is their product), ``optimizer`` and ``names`` (for ``muon`` also ``matrices``, None for what Adam
-        steps); ``print`` it for a table (:func:`format_groups`). Rates and decay of the groups go before those that the
-        optimiser is given. Schedulers that set a rate of their own (one cycle, cosine with a least rate) lose the
-        multipliers: :func:`structlin_nn.torch.with_multipliers` keeps them. The steps of an optimiser warn where rates
-        are lost (:class:`structlin_nn.torch.RatesWarning`).
+        A list of dictionaries with the keys ``params``, ``lr`` and ``weight_decay``, and for information
+        ``multiplier``, ``base_lr`` (``lr`` is their product), ``optimizer`` and ``names``; for ``muon`` also
+        ``matrices``, which is None for parameters of Adam. ``print`` shows a table (:func:`format_groups`). Rates and
+        decays of the groups take precedence over those of the optimiser. A scheduler that sets the same rate for all
+        groups (one cycle, cosine with a minimum) removes the multipliers; :func:`structlin_nn.torch.with_multipliers`
+        preserves them. An optimiser whose rates have lost the multipliers warns when it steps
+        (:class:`structlin_nn.torch.RatesWarning`).
 
     Raises
     ------
     ValueError
-        A parameter of two or more axes in a module of unknown kind, whose size is another at base width; a parameter
-        that several modules share and that their rules treat differently; modules with parameters that only one of
-        model and base model has; a pattern that matches nothing; an unknown optimiser or kind; a negative rate or
-        decay; ``adam_lr`` missing or not used; ``adam_layers`` for another optimiser than ``muon``.
+        If a parameter with two or more axes in a module of unknown kind has another size at base width, the rules of
+        several modules disagree on a shared parameter, only one of model and base model has a module with parameters, a
+        pattern matches nothing, the optimizer or a kind is unknown, a rate or decay is negative, ``adam_lr`` is missing
+        or not used, or ``adam_layers`` is given for an optimizer other than ``muon``.
     TypeError
-        A model that is none; rates that are no numbers; rules that are no :class:`ParameterRule`.
+        If ``model`` is not a module, a rate is not a number, or a rule is not a :class:`ParameterRule`.
 
     Examples
     --------
@@ -161,7 +164,7 @@ def parameter_groups(
     """
     if not isinstance(optimizer, str):
         raise TypeError(
-            f"optimizer must be one of {', '.join((*OPTIMIZERS, 'muon'))}, whose rule applies, got {optimizer!r}"
+            f"optimizer must be the name of a rule, one of {', '.join((*OPTIMIZERS, 'muon'))}, got {optimizer!r}"
         )
     if optimizer not in (*OPTIMIZERS, "muon"):
         raise ValueError(f"unknown optimizer {optimizer!r}; one of {', '.join((*OPTIMIZERS, 'muon'))}")
@@ -172,7 +175,7 @@ def parameter_groups(
     check_arguments(lr, weight_decay, "adamw" if muon else optimizer, decay, independent_decay)
     to_adam, rules = as_patterns(adam_layers), dict(rules or {})
     if not muon and (to_adam or adam_lr is not None):
-        raise ValueError(f"adam_lr and adam_layers go with optimizer='muon', not with {optimizer!r}")
+        raise ValueError(f"adam_lr and adam_layers need optimizer='muon', got {optimizer!r}")
     if adam_lr is not None:
         check_number(adam_lr, "adam_lr")
     if adam_lr is not None and not adam_lr >= 0:
@@ -202,10 +205,12 @@ def parameter_groups(
 
     settled = settle(places(), dict(extra_multipliers or {}), rules, decay)
     if unused:
-        raise ValueError(f"adam_layers: nothing matches {listed(map(show, unused))}")
+        raise ValueError(f"adam_layers: no layer or parameter matches {listed(map(show, unused))}")
     trainable = {p: name for name, p in model.named_parameters() if p.requires_grad}
     if missed := [name for p, name in trainable.items() if p not in settled]:
-        raise ValueError(f"no rule reaches the parameters {listed(missed)}, which no known module holds as its own")
+        raise ValueError(
+            f"no rule covers the parameters {listed(missed)}, which no known module owns; give them an entry of rules"
+        )
     matrices = {p: None if p in tables else _one_step(held[p]) for p in settled} if muon else None
     groups = _grouped(settled, lr, weight_decay, independent_decay, matrices, adam_lr)
     for group in groups:
@@ -239,7 +244,7 @@ def _places(layer: str, module: nn.Module, base: nn.Module, optimizer: str, stru
 
 
 def _keeps_its_size(base: nn.Module, name: str, parameter: nn.Parameter) -> bool:
-    """Whether a parameter has the sizes that it has at base width, and so the rate."""
+    """Return whether a parameter has the same shape at base width."""
     other = base._parameters.get(name)
     return other is not None and other.shape == parameter.shape
 
@@ -259,13 +264,13 @@ def _muon_value(
 
 
 def _one_step(found: list[tuple[str, Matrices | None]]) -> Matrices | None:
-    """How a parameter that stands at one or several places is stepped."""
+    """Return the matrices for Muon of a parameter with one or several names; None if Adam updates it."""
     first, matrices = found[0]
     for name, other in found[1:]:
         if other != matrices:
             raise ValueError(
-                f"a shared parameter is a matrix for Muon as one of {first} and {name} and another, or none, as the "
-                "other; leave it to Adam with adam_layers, or give it a rule"
+                f"{first} and {name} share a parameter but do not contain the same matrices for Muon; name it in "
+                "adam_layers, or give it an entry of rules"
             )
     return matrices
 
@@ -286,7 +291,7 @@ def _check_same_modules(model: nn.Module, base_model: nn.Module) -> None:
 
 
 def _is_other(module: nn.Module, base: nn.Module) -> bool:
-    """Whether one of two is a convolution, and the other neither that nor a structured layer."""
+    """Return whether one of two modules is a convolution, and the other neither that nor a structured layer."""
     kinds = [None if isinstance(one, StructuredLinear) else is_convolution(one) for one in (module, base)]
     return None not in kinds and kinds[0] != kinds[1]
 
@@ -299,13 +304,13 @@ def _grouped(
     matrices: Mapping[Any, Matrices | None] | None,
     adam_lr: float | None,
 ) -> ParameterGroups:
-    """``matrices``: for Muon, those of its parameters and None for those that Adam steps."""
+    """Return the groups; ``matrices`` are those of the parameters of Muon, None for parameters of Adam."""
     groups: dict[tuple[ParameterRule, bool], dict[str, Any]] = {}
     left = [] if matrices is None else [name for p, (name, _) in settled.items() if matrices[p] is None]
     if left and adam_lr is None:
-        raise ValueError(f"adam_lr is needed: Adam steps {listed(left)}")
+        raise ValueError(f"adam_lr is required, because Adam updates {listed(left)}")
     if adam_lr is not None and not left:
-        raise ValueError(f"adam_lr={adam_lr} is not used: Muon steps all parameters")
+        raise ValueError(f"adam_lr={adam_lr} has no effect, because Muon updates all parameters; leave it out")
     for parameter, (name, rule) in settled.items():
         by_adam = matrices is not None and matrices[parameter] is None
         rate = adam_lr if by_adam and adam_lr is not None else lr
@@ -331,9 +336,17 @@ def _grouped(
 
 
 def format_groups(groups: Iterable[Mapping[str, Any]]) -> str:
-    """Parameter groups as a table: a row for each group and name, in which ``*`` stands for several numbers.
+    """Return parameter groups as a table, with a row for each group and name; ``*`` stands for several numbers.
 
-    Works on the result of :func:`parameter_groups` and on ``optimizer.param_groups`` made of it.
+    Parameters
+    ----------
+    groups
+        Result of :func:`parameter_groups`, or ``param_groups`` of an optimiser that uses it.
+
+    Returns
+    -------
+    str
+        The table.
 
     Examples
     --------

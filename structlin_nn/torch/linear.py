@@ -28,14 +28,14 @@ __all__ = ["FactorList", "StructuredLinear", "fill", "values"]
 
 _TORCH = ops("torch")
 _AUTOCAST = ("cpu", "cuda")
-_CAST = (torch.float32, torch.float16, torch.bfloat16)  # what autocast casts
+_CAST = (torch.float32, torch.float16, torch.bfloat16)  # dtypes that autocast casts
 
 
 class FactorList(nn.ParameterList):
-    """A ParameterList that can be called for its parameters, as a layer is for its output.
+    """A ParameterList whose call returns the factors.
 
-    Hooks run and a patched ``forward`` is called as in any module: pruning, spectral and weight normalisation set the
-    factors in hooks, and offloading loads them before ``forward`` and frees them after it.
+    As in any module, a call runs hooks and a patched ``forward``. Pruning, spectral and weight normalisation set the
+    factors in hooks. Offloading loads them before ``forward`` and frees them afterwards.
     """
 
     _quantised = False  # whether a factor is a quantised tensor of torchao
@@ -54,23 +54,23 @@ class FactorList(nn.ParameterList):
         return [*super().__dir__(), *self._parameters]
 
     def forward(self) -> tuple[Tensor, ...]:
-        """Return the factors by name: parameters, or what hooks and parametrizations have put in their places."""
+        """Return the factors by name: parameters, or the tensors with which hooks or parametrizations replace them."""
         found = tuple(getattr(self, str(k)) for k in range(len(self)))
         if not self._quantised:
             return found
         return tuple(t.dequantize() if t.__class__.__module__.startswith("torchao.") else t for t in found)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the module, although it is a list of parameters."""
-        return nn.Module.__call__(self, *args, **kwargs)  # nn.ParameterList refuses to be called
+        """Call the module; ``nn.ParameterList`` itself cannot be called."""
+        return nn.Module.__call__(self, *args, **kwargs)
 
     def _get_name(self) -> str:
-        return "ParameterList"  # a repr does not depend on which of the two it is
+        return "ParameterList"  # so that the repr is that of a ParameterList
 
 
 def values(factors: Any) -> tuple[Tensor, ...]:
-    """Return the values of a list of factors; this takes a third of a microsecond if nothing changes them."""
-    own = factors.__dict__  # attributes of modules take longer
+    """Return the values of a list of factors; without hooks and parametrizations in a third of a microsecond."""
+    own = factors.__dict__  # faster than attributes of a module
     if factors.__class__ is FactorList and not (
         own["_forward_pre_hooks"]
         or own["_forward_hooks"]
@@ -82,28 +82,26 @@ def values(factors: Any) -> tuple[Tensor, ...]:
         held = own["_parameters"]
         try:
             return tuple([held[name] for name in own["_names"]])
-        except KeyError:  # a factor is no parameter any more
+        except KeyError:  # a factor is no longer a parameter
             pass
     return factors() if isinstance(factors, FactorList) else tuple(factors)
 
 
 class StructuredLinear(nn.Module):
-    """``y = A x + b`` with a structured matrix A: ``(..., in_features) -> (..., out_features)``.
+    r"""Linear layer ``y = A x + b`` with a structured matrix A: (..., in_features) -> (..., out_features).
 
-    Takes the place of ``nn.Linear``, whose positional arguments it has. The factors of A are plain parameters
-    (``factors``, in the order in which they meet the input; arrays of indices are buffers ``index0``, ...), and the
-    chain of products runs over them: A itself is never formed. Parameters and multiply-accumulates (MACs) per vector
-    are ``structure.num_params`` and ``structure.macs``.
+    It replaces ``nn.Linear`` and has the same positional parameters. The factors of A are parameters (``factors``, in
+    the order in which they are applied to the input; index arrays are buffers ``index0``, ...). The layer applies the
+    chain of products and never forms A. ``structure.num_params`` and ``structure.macs`` are the numbers of parameters
+    and of multiply-accumulates (MACs) for one vector.
 
-    Factors are drawn from torch's generator with the deviations of :func:`structlin.init_std` (muP spectral scale);
-    the bias starts at zero, for the rule has no place for a random one.
+    Factors are initialised with the deviations of :func:`structlin.init_std` (spectral scale rule), the bias with 0.
 
-    Floating and complex dtypes. The input has the dtype of the parameters; under ``torch.autocast`` input, factors
-    and bias are cast to its dtype, as ``nn.Linear`` does it, and the parameters stay as they are.
+    Dtypes can be floating or complex. The input must have the dtype of the parameters. Under ``torch.autocast``, input,
+    factors and bias are cast to its dtype, as in ``nn.Linear``; the parameters keep their dtype.
 
-    With ``rms_cap`` each factor W is used as ``W * gain * min(1, sigma / RMS(W))`` wherever the layer or its operator
-    is used, with a learned gain of shape (1,) for each factor (Qiu et al., *Compute Better Spent*, ICML 2024, section
-    4.3).
+    With ``rms_cap``, the layer and its operator use :math:`W g \min(1, \sigma / \mathrm{RMS}(W))` in place of each
+    factor W, where g is a learned gain of shape (1,) (Qiu et al., *Compute Better Spent*, ICML 2024, section 4.3).
 
     Parameters
     ----------
@@ -114,46 +112,49 @@ class StructuredLinear(nn.Module):
     bias
         Add a learned bias.
     device
-        Of the parameters; ``"meta"`` allocates nothing (then ``to_empty`` and :meth:`reset_parameters`).
+        Device of the parameters. ``"meta"`` allocates no memory; call ``to_empty`` and :meth:`reset_parameters` later.
     dtype
-        Of the parameters.
+        Dtype of the parameters.
     structure
-        A registered name (:func:`structlin.structure_names`), or a structure of shape (out_features, in_features).
+        Name of a registered structure (:func:`structlin.structure_names`), or a structure of shape (out_features,
+        in_features).
     rms_cap
-        Hold the RMS of every factor at or below sigma (``cap_sigma``), its initial deviation.
+        Limit the RMS of every factor to sigma (``cap_sigma``), its initial deviation.
     gain
-        Learned gains; the default (None) is to have them where the factors are capped.
+        Use learned gains. Default: only with ``rms_cap``.
     rule
         Scale rule, ``paper`` or ``rank_corrected`` (:mod:`structlin.scale`).
     zero_init
-        Start the factor applied last at zero (output layers, query projections, the last layer of a residual branch).
-        Its sigma is the deviation that it would otherwise have.
+        Initialise the factor that is applied last with zeros (output layers, query projections, the last layer of a
+        residual branch). Its sigma is the deviation that it has otherwise.
     checkpoint
-        Keep the input alone for the backward pass, and compute the activations between the factors again. A chain of
-        einsums is then one node ``structlin::chain`` of a compiled or exported graph, whose loading needs ``import
-        structlin_nn.torch``. Inside of ``torch.func`` transformations and forward-mode differentiation it has no
-        effect.
+        Save only the input for the backward pass, which computes the activations between the factors again. In a
+        compiled or exported graph a chain is then one node ``structlin::chain``; a process that loads the graph must
+        ``import structlin_nn.torch``. The option has no effect inside ``torch.func`` transformations and forward-mode
+        differentiation.
     **options
         Options of the named structure (:func:`structlin.structure_options`), for example ``rank=2``.
 
     Attributes
     ----------
     structure
-        What A is made of; ``factors``, ``gains``, ``bias``: its parameters (gains and bias may be None).
+        Structure of A.
+    factors, gains, bias
+        Parameters of the layer; gains and bias may be None.
     init_std
-        Deviation at which each factor of the structure is drawn; 0 for zero-initialised and index factors.
+        Initial deviation of each factor; 0 for zero-initialised and index factors.
     cap_sigma
         Sigma of each factor; 0 for index factors.
 
     Raises
     ------
     ValueError
-        An unknown structure, rule or option; sizes that the structure cannot have, or other than those of the structure
-        given; options beside a structure; ``gain=True`` without ``rms_cap``; ``rms_cap`` or ``zero_init`` where there
-        are no trainable factors. In the forward pass: an input of wrong size; a factor or a bias of wrong shape, or of
-        another device or dtype than the input.
+        If the structure, the rule or an option is unknown, the structure cannot have these sizes, options are given
+        together with a structure that is not a name, ``gain`` is True without ``rms_cap``, or ``rms_cap`` or
+        ``zero_init`` is True for a structure without trainable factors. In the forward pass, if the input has a wrong
+        size, or a factor or the bias has a wrong shape, or a device or dtype other than the input.
     TypeError
-        A ``structure`` that is neither a name nor a structure.
+        If ``structure`` is neither a name nor a structure.
 
     Examples
     --------
@@ -211,11 +212,16 @@ class StructuredLinear(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """Draw the factors (index factors: random permutations) and set the bias to 0 and the gains to 1.
+        """Initialise the factors (index factors with random permutations), the bias with 0 and the gains with 1.
 
-        ``generator`` is one of the parameters' device; by default torch's global one, so that ``torch.manual_seed``
-        reproduces the draw. Parameters that are sharded over processes (``fully_shard``) get the values that one
-        process would have drawn; all processes call this with the same seed.
+        Parameters that are sharded over processes (``fully_shard``) get the values that a single process would draw.
+        All processes must call this method with the same seed.
+
+        Parameters
+        ----------
+        generator
+            Generator on the device of the parameters. Default: the global generator of torch, whose seed
+            ``torch.manual_seed`` sets.
         """
         factors = iter(self.factors)
         for number, (spec, std) in enumerate(zip(self.structure.factors, self.init_std, strict=True)):
@@ -229,7 +235,7 @@ class StructuredLinear(nn.Module):
             self.bias.zero_()
 
     def effective_factors(self) -> tuple[Tensor, ...]:
-        """Return the factors of A, capped if ``rms_cap`` is set, with index factors in their places."""
+        """Return all factors of A, index factors included; trainable ones are capped if ``rms_cap`` is set."""
         factors = list(values(self.factors))
         if self.rms_cap:
             sigmas = [sigma for n, sigma in enumerate(self.cap_sigma) if n not in self._plan.index_at]
@@ -241,21 +247,21 @@ class StructuredLinear(nn.Module):
 
     @property
     def operator(self) -> structlin.StructuredOperator:
-        """A as a CoLA operator of shape (out_features, in_features), on the live (capped) factors, without a copy.
+        """The matrix A as an operator of shape (out_features, in_features), without a copy of the factors.
 
-        Differentiable in the parameters. Build it anew after a step of the optimiser where the factors are capped.
+        It is differentiable in the parameters. With ``rms_cap`` it contains the capped factors, so access it again
+        after each step of the optimiser.
         """
         dtype = self.bias.dtype if self.bias is not None and not len(self.factors) else None
         return self._plan.operator_class._build(self.structure, self.effective_factors(), dtype)
 
     @property
     def weight(self) -> Tensor:
-        """A as a matrix, (out_features, in_features), for code that reads the weight of a linear layer.
+        """The dense matrix A of shape (out_features, in_features), for code that reads the weight of a linear layer.
 
-        Computed anew at each access, differentiable in the factors, and not to be assigned to. It costs
-        ``in_features`` products with A and the memory of the dense matrix, so a model that multiplies by it saves
-        parameters and nothing else. A change of the result in place changes nothing in the layer, unless its structure
-        is ``dense``.
+        Each access computes it, which costs ``in_features`` products with A and the memory of a dense matrix. A model
+        that multiplies by it saves parameters, but no MACs. It is differentiable in the factors and cannot be assigned.
+        In-place changes of it do not change the layer, unless the structure is ``dense``.
         """
         factors = self.effective_factors()
         if self._is_dense:
@@ -271,13 +277,13 @@ class StructuredLinear(nn.Module):
         if name == "weight":
             raise AttributeError(
                 f"the weight of a structured layer is computed from its factors and cannot be assigned: "
-                f"set its factors, put a torch.nn.Linear of {self.in_features} -> {self.out_features} in its place to "
-                "tie or load a dense weight, or project that (structlin_nn.torch.project_linear)"
+                f"set its factors, replace the layer by a torch.nn.Linear of {self.in_features} -> {self.out_features} "
+                "to tie or load a dense weight, or project a dense weight (structlin_nn.torch.project_linear)"
             )
         super().__setattr__(name, value)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``(..., in_features) -> (..., out_features)``."""
+        """Apply the layer: (..., in_features) -> (..., out_features)."""
         if not isinstance(x, Tensor):
             return self._traced(x)  # type: ignore[unreachable]
         if not x.ndim or x.shape[-1] != self.in_features:
@@ -295,21 +301,21 @@ class StructuredLinear(nn.Module):
             dtype = torch.get_autocast_dtype(device)
             x, factors = cast_to(x, dtype), tuple(cast_to(f, dtype) for f in factors)
             bias = None if bias is None else cast_to(bias, dtype)
-            with torch.autocast(device, enabled=False):  # the products need not look at each operand again
+            with torch.autocast(device, enabled=False):  # operands are cast already
                 return self._affine(x, factors, bias)
         return self._affine(x, factors, bias)
 
     def _traced(self, x: Any) -> Any:
-        """Return a node of a graph of ``torch.fx`` that calls this layer, as for nn.Linear; TypeError otherwise."""
+        """Return a node of ``torch.fx`` that calls this layer, for a proxy as input; TypeError for other inputs."""
         fx = sys.modules.get("torch.fx")
         if fx is None or not isinstance(x, fx.Proxy):
-            hint = ": torch.from_numpy makes one of it" if type(x).__module__ == "numpy" else ""
+            hint = "; convert it with torch.from_numpy" if type(x).__module__ == "numpy" else ""
             raise TypeError(f"the input must be a torch.Tensor, got a {type(x).__name__}{hint}")
         return x.tracer.create_proxy("call_module", x.tracer.path_of_module(self), (x,), {})
 
     def _affine(self, x: Tensor, factors: Sequence[Tensor], bias: Tensor | None) -> Tensor:
         compiling = torch.compiler.is_compiling()
-        if compiling or self._chain is None or self.checkpoint:  # the chain itself looks at its operands
+        if compiling or self._chain is None or self.checkpoint:  # structure.apply checks the operands
             self._guard.check(x, factors if bias is None else (*factors, bias))
         if self._is_dense:
             return F.linear(x, factors[0], bias)
@@ -320,17 +326,17 @@ class StructuredLinear(nn.Module):
         return y.reshape(*lead, self.out_features)
 
     def _pays_as_node(self, x: Tensor) -> bool:
-        """Whether a compiled graph is to run the chain as the one node structlin::chain."""
+        """Return whether a compiled graph should run the chain as one node structlin::chain."""
         if x.is_cuda:
             return 0 < self._node_tokens <= x.shape[0] and not torch.compiler.is_exporting()
         return self._token_major is not None and self._token_major.pays_as_node(x)
 
     def _product(self, x: Tensor, factors: Sequence[Tensor], bias: Tensor | None) -> Tensor:
-        """(tokens, in_features) -> (tokens, out_features) by the way that :mod:`structlin.execution` chooses.
+        """Return (tokens, in_features) -> (tokens, out_features) by the way that :mod:`structlin.execution` chooses.
 
-        A compiler gets the contraction as one node where that pays: on a CPU for many tokens, on a GPU where it would
-        otherwise copy the activation between two products. If not, it gets the single products, so that it can fuse
-        what stands between.
+        A compiler gets the contraction as one node if that is faster: on a CPU for many tokens, on a GPU if it would
+        otherwise copy the activation between two products. Otherwise it gets the single products, which it can fuse
+        with neighbouring operations.
         """
         structure, plan = self.structure, self._token_major
         compiling = torch.compiler.is_compiling()
@@ -363,15 +369,15 @@ class StructuredLinear(nn.Module):
 
 
 def cast_to(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """``x`` as autocast hands it to a product."""
+    """Return ``x`` in the dtype to which autocast casts the operands of a product."""
     return x.to(dtype) if x.dtype in _CAST else x
 
 
 def fill(parameter: Tensor, std: float, generator: torch.Generator | None) -> None:
-    """Fill a tensor with normal numbers of deviation ``std`` (zeros if it is 0), in place.
+    """Fill a tensor in place with normal numbers of deviation ``std``, or zeros if it is 0.
 
-    A sharded parameter (a DTensor) gets its part of what a whole one would get: each process draws all of it, so that
-    the values do not depend on the number of processes, and keeps its own part of the first process' numbers.
+    For a sharded parameter (a DTensor) each process draws the whole tensor, and keeps its shard of the values of the
+    first process. So the values do not depend on the number of processes.
     """
     if not std:
         parameter.zero_()

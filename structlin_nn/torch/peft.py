@@ -1,9 +1,9 @@
 """Adapters of peft on structured layers, and adapters whose update is a structured matrix.
 
-peft adds a trained update to a frozen layer: ``y = W x + b + scale * U x``. LoRA's U has low rank. Here W may be a
-structured layer, and U any registered structure: Monarch, Block Tensor-Train, Kronecker. peft finds the classes of this
-module through the custom modules that a LoRA configuration may register, so that ``get_peft_model``,
-``save_pretrained``, several adapters, merging and disabling work as they do for LoRA.
+peft adds a trained update to a frozen layer: ``y = W x + b + scale * U x``. In LoRA, U has low rank. Here W may be a
+structured layer, and U any registered structure, such as Monarch, Block Tensor-Train or Kronecker. The classes of this
+module are registered as custom modules of a LoRA configuration. So ``get_peft_model``, ``save_pretrained``, several
+adapters, merging and disabling work as for LoRA.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ __all__ = ["LoraOnStructured", "StructuredAdapter", "StructuredAdapterConfig", "
 
 
 class LoraOnStructured(LoraLinear):
-    """LoRA whose base is a :class:`StructuredLinear`.
+    """LoRA adapter of a :class:`StructuredLinear`.
 
-    The sum of a structured matrix and one of low rank has no such structure. So merging puts an ``nn.Linear`` of the
-    sum in the place of the base layer, and unmerging puts the very base layer back.
+    The sum of a structured matrix and one of low rank does not have the structure. So merging replaces the base layer
+    by an ``nn.Linear`` of the sum, and unmerging restores the base layer.
     """
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Merge adapters, by default the active ones."""
+        """Merge adapters into the base layer, by default the active ones."""
         base = self.get_base_layer()
         if isinstance(base, StructuredLinear):
             dense = nn.Linear(base.in_features, base.out_features, base.bias is not None, device="meta")
             dense.weight = nn.Parameter(base.weight.detach().clone(), requires_grad=False)
             if base.bias is not None:
                 dense.bias = nn.Parameter(base.bias.detach().clone(), requires_grad=False)
-            object.__setattr__(self, "_kept", base)  # not a submodule: its factors are in no state dictionary meanwhile
+            object.__setattr__(self, "_kept", base)  # not a submodule: not in the state dict
             self.base_layer, self.fan_in_fan_out = dense.train(base.training), False
         super().merge(safe_merge, adapter_names)
 
@@ -54,9 +54,10 @@ class LoraOnStructured(LoraLinear):
 
 
 class StructuredAdapter(LoraOnStructured):
-    """An update ``scale * U`` with a structured matrix U, on an nn.Linear, a Conv1D or a StructuredLinear.
+    """Update ``scale * U`` with a structured matrix U, for an nn.Linear, a Conv1D or a StructuredLinear.
 
-    U starts at zero, for its last factor does. Made by peft from a :class:`StructuredAdapterConfig`.
+    The last factor of U is initialised with zeros, so U is zero at first. peft creates the adapter from a
+    :class:`StructuredAdapterConfig`.
     """
 
     def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: Any, **kwargs: Any) -> None:
@@ -77,12 +78,12 @@ class StructuredAdapter(LoraOnStructured):
         self.set_adapter(self.active_adapters, inference_mode=kwargs.get("inference_mode", False))
 
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """Return what merging adds to the weight of the base layer."""
+        """Return the matrix that merging adds to the weight of the base layer."""
         delta: Tensor = self.scaling[adapter] * self.lora_B[adapter].weight
         return delta.mT if is_conv1d(self.get_base_layer()) else delta
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """(..., in_features) -> (..., out_features)."""
+        """Apply the layer with its active adapters: (..., in_features) -> (..., out_features)."""
         kwargs.pop("adapter_names", None)
         if self.disable_adapters and self.merged:
             self.unmerge()
@@ -99,26 +100,26 @@ class StructuredAdapter(LoraOnStructured):
 
 @dataclass
 class StructuredAdapterConfig(LoraConfig):
-    """Adapters with structured updates, for ``peft.get_peft_model``.
+    """Configuration of adapters with structured updates, for ``peft.get_peft_model``.
 
-    Of the options of ``LoraConfig`` those that say where adapters go (``target_modules``, ``modules_to_save``, ...) and
-    ``lora_dropout`` apply; ``r`` and ``lora_alpha`` do not.
+    It uses the options of ``LoraConfig`` that select modules (``target_modules``, ``modules_to_save``, ...), and
+    ``lora_dropout``. It does not use ``r`` and ``lora_alpha``.
 
     Parameters
     ----------
     structure
-        Name of a registered structure; ``low_rank`` is LoRA.
+        Name of a registered structure; ``low_rank`` corresponds to LoRA.
     structure_options
-        Its options, as ``{"blocks": 4}``.
+        Options of the structure, such as ``{"blocks": 4}``.
     scale
-        Factor on the update.
+        Number by which the update is multiplied.
 
     Raises
     ------
     ValueError
-        An unknown structure, or an option that it does not have.
+        If the structure or an option is unknown.
     TypeError
-        A scale that is no number.
+        If the scale is not a number.
 
     Examples
     --------
@@ -148,10 +149,20 @@ class StructuredAdapterConfig(LoraConfig):
 
 
 def lora_config(**options: Any) -> LoraConfig:
-    """Return a ``peft.LoraConfig`` by which structured layers get LoRA too; layers of other kinds get it as ever.
+    """Return a ``peft.LoraConfig`` with which structured layers get LoRA adapters, like layers of other kinds.
 
-    ``PeftModel.from_pretrained`` of such adapters needs one as ``config``, too:
-    ``lora_config(**{...})`` with the options that they were made with.
+    Pass such a configuration as ``config`` to ``PeftModel.from_pretrained`` too, with the options of the saved
+    adapters.
+
+    Parameters
+    ----------
+    **options
+        Options of ``peft.LoraConfig``.
+
+    Returns
+    -------
+    peft.LoraConfig
+        The configuration.
 
     Examples
     --------

@@ -14,18 +14,23 @@ __all__ = ["StructuredPointwise"]
 
 
 class StructuredPointwise(StructuredLinear):
-    """A :class:`StructuredLinear` over the channels, at each position: (batch, in, ...) -> (batch, out, ...).
+    """Structured layer over the channels at each position: (batch, in, ...) -> (batch, out, ...).
 
-    Takes the place of a convolution of kernel size 1 without groups and padding.
+    It replaces a convolution of kernel size 1 without groups and padding.
 
     Parameters
     ----------
     in_features, out_features
         Numbers of channels.
     stride
-        For each of the axes of positions; their number is that of the axes.
+        Stride along each axis of positions. Its length is the number of these axes.
     **options
-        As in :class:`StructuredLinear`.
+        Options of :class:`StructuredLinear`.
+
+    Raises
+    ------
+    ValueError
+        As for :class:`StructuredLinear`. In the forward pass, if the input has a wrong number of axes.
 
     Examples
     --------
@@ -43,11 +48,11 @@ class StructuredPointwise(StructuredLinear):
 
     @classmethod
     def like(cls, convolution: Any) -> Callable[..., StructuredPointwise]:
-        """Return what makes a layer that strides as a convolution does."""
+        """Return a function that creates a layer with the stride of a convolution."""
         return partial(cls, stride=convolution.stride)
 
     def to_convolution(self, weight: Tensor) -> nn.Module:
-        """Return the convolution of torch with a weight (out, in), on the meta device but for it."""
+        """Return the convolution of torch with a weight (out, in); its other parameters are on the meta device."""
         axes = len(self.stride)
         kind: Any = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[axes - 1]
         bias = self.bias is not None
@@ -56,7 +61,7 @@ class StructuredPointwise(StructuredLinear):
         return made
 
     def forward(self, x: Tensor) -> Tensor:
-        """(batch, in, ...) -> (batch, out, ...), or without the batch."""
+        """Apply the layer: (batch, in, ...) -> (batch, out, ...), or without the batch axis."""
         axes = len(self.stride)
         if isinstance(x, Tensor) and x.ndim not in (axes + 1, axes + 2):
             raise ValueError(

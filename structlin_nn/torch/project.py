@@ -1,4 +1,4 @@
-"""From a trained dense network to a structured one, and back."""
+"""Projection of trained dense networks to structured ones, and conversion to dense layers."""
 
 from __future__ import annotations
 
@@ -53,84 +53,85 @@ def project_linear(
     unpack: bool = False,
     **options: Any,
 ) -> ProjectionReport:
-    """Replace linear layers of a trained ``model``, in place, by the nearest layers of a structure.
+    r"""Replace linear layers of a trained ``model``, in place, by the nearest layers of a structure.
 
-    Linear layers are ``nn.Linear`` and the Conv1D of transformers' GPT-2. Each weight W becomes the matrix A of the
-    structure that is nearest to it (:func:`structlin.project`); the bias stays as it is, and dtype, device, training
-    mode and ``requires_grad`` do too. Half-precision weights are projected in float64 and rounded once. The model is
-    changed only when everything has passed.
+    Linear layers are ``nn.Linear`` and the Conv1D of transformers. Each weight W is replaced by the nearest matrix A of
+    the structure (:func:`structlin.project`). Bias, dtype, device, training mode and ``requires_grad`` do not change.
+    Weights in half precision are projected in float64 and rounded once. All layers are projected before the first one
+    is replaced.
 
-    With ``calibration`` nearest means the smallest error of the layer's outputs: ``E ||(W - A) x||^2``, where x are
-    the inputs that this layer of the dense model meets. Their second moments are gathered in one pass, in evaluation
-    mode, without keeping activations: one (d_in, d_in) float64 matrix for each chosen layer.
+    With ``calibration``, the nearest matrix minimises the error of the outputs of the layer,
+    :math:`\mathrm{E} \|(W - A) x\|^2`, where x are the inputs of the layer in the dense model. Their second moments are
+    computed in one pass in evaluation mode, as one (d_in, d_in) float64 matrix for each selected layer. Activations are
+    not stored.
 
-    A layer whose structured form would not cost less than its dense one stays dense; the report says which do.
+    A layer stays dense if its structured form would cost at least as much. The report lists these layers.
 
-    **Choice of the forms.** Without ``target_error`` and budget, ``options`` say it, with the structure's defaults for
-    what they leave out. Otherwise each layer gets its own rank (of a structure without ranks, its own number of
-    blocks: a power of 2, which for Monarch divides the inner size). A budget is shared out so that the sum over the
-    layers of squared relative errors (of the outputs, with calibration) is small: along the convex hulls of the
-    layers' curves of error against cost, the steepest descent first, which is optimal up to the last step. A dense
-    layer is the last point of its curve. Curves of low rank, and of Tensor-Train and Block Tensor-Train of two cores
-    without calibration, come from one decomposition for each layer; others from a few sweeps at ranks that grow by 1.5.
+    **Choice of the forms.** Without ``target_error`` and budget, ``options`` determine the form, with the defaults of
+    the structure. Otherwise each layer gets its own rank. For a structure without ranks it gets its own number of
+    blocks, a power of 2, which for Monarch divides the inner size. A budget is allocated so that the sum of the squared
+    relative errors over the layers is small (errors of the outputs, with calibration). The allocation follows the
+    convex hulls of the curves of error against cost and takes the steepest descent first; it is optimal except for the
+    last step. The dense layer is the last point of each curve. One decomposition for each layer gives the curves of low
+    rank, and without calibration those of Tensor-Train and Block Tensor-Train with two cores. For other structures a
+    few sweeps compute each point, at ranks that grow by factors of 1.5.
 
     Parameters
     ----------
     model
-        Any module with linear layers inside.
+        Any module that contains linear layers.
     structure
-        Name of a registered structure, with its options as further keywords; or a structure, if all layers have its
-        shape; or a function from name and layer to a structure. The latter two leave no choice.
+        Name of a registered structure, a structure, if all layers have its shape, or a function that takes name and
+        layer and returns a structure. ``target_error`` and budgets need a name.
     calibration
-        Batches of inputs; a tensor is passed as the only argument, the entries of a tuple or list as positional ones,
-        those of a mapping as keywords. Some thousand vectors for each layer are enough.
+        Batches of inputs. A tensor is the only argument of the model, a tuple or list contains the positional
+        arguments, a mapping the keyword arguments. A few thousand vectors for each layer suffice.
     forward
-        How to run a batch, if in another way: ``forward(model, batch)``. For a loader of (images, labels): ``lambda
-        model, batch: model(batch[0])``.
+        Function ``forward(model, batch)`` that runs a batch. For a loader of (images, labels): ``lambda model, batch:
+        model(batch[0])``.
     layers, exclude
-        Which layers; presets, patterns and predicates as in :func:`replace_linear`.
+        Selection of layers: presets, patterns and predicates as in :func:`replace_linear`.
     tied
-        Replace layers whose weight or bias is a parameter of another module too, and so untie them. By default they are
-        left alone: a head tied to its embedding stays.
+        Replace layers that share their weight or bias with another module, which unties them. By default they are not
+        replaced, so a head that is tied to its embedding stays.
     target_error
-        For each layer the cheapest form whose relative error is at most this (weighted by the damped second moments,
-        with calibration).
+        Give each layer the cheapest form whose relative error is at most this value (with calibration, weighted by the
+        damped second moments).
     max_macs
-        Budget: multiply-accumulates of all chosen layers together, for one vector at each place where they stand.
+        Budget of MACs of all selected layers, for one vector at each place of a layer.
     mac_fraction
-        The budget as a fraction, in (0, 1], of what the chosen layers cost now.
+        Budget as a fraction, in (0, 1], of the MACs of the selected layers before projection.
     max_params, param_fraction
-        The same for the numbers that are stored: parameters of all chosen layers together, without biases and gains.
-        Those of a module that stands at several places count once.
+        Budget of the parameters of all selected layers, without biases and gains. Those of a module that is used at
+        several places count once.
     damping
-        This part of the mean square of a layer's inputs is added to all directions of its second moments, so that
-        directions that the calibration data lack are not given up.
+        Fraction of the mean square of the inputs of a layer that is added to its second moments in all directions. It
+        limits the error in directions that do not occur in the calibration data.
     rms_cap, gain, rule
-        As in :class:`StructuredLinear`. Gains are set so that the capped factors have the values found; without gains a
-        factor beyond its cap is an error.
+        As in :class:`StructuredLinear`. Gains are set so that the capped factors have the values of the projection.
+        Without gains, a factor beyond its cap is an error.
     restarts, max_sweeps, tolerance, seed
-        Of the iterations where there is no closed form, as in :func:`structlin.project`.
+        Options of the iteration for structures without a closed form, as in :func:`structlin.project`.
     unpack
-        As in :func:`replace_linear`: take experts of transformers and ``nn.MultiheadAttention`` too.
+        Also replace layers in experts of transformers and in ``nn.MultiheadAttention``, as in :func:`replace_linear`.
     **options
-        Of the named structure.
+        Options of the named structure.
 
     Returns
     -------
     ProjectionReport
-        A report: for each layer its form, relative errors of the weight and of the outputs, parameters and MACs before
-        and after.
+        For each layer its form, the relative errors of weight and outputs, and parameters and MACs before and after.
 
     Raises
     ------
     ValueError
-        Nothing is chosen, or a pattern matches no layer; two of rank, ``target_error`` and a budget at once; a budget
-        below the cheapest forms; options or sizes that the structure does not allow (the message names the layer); no
-        layer for which the form given saves anything; weights on the meta device or not finite; calibration data that
-        are empty, not finite, or do not reach a layer; no layer that can be replaced (:func:`replace_linear`); of
-        several, those that cannot stay dense, and the report says why.
+        If no layer is selected or can be replaced (:func:`replace_linear`), a pattern matches no layer, more than one
+        of rank, ``target_error`` and a budget are given, the budget is too small for the cheapest forms, the structure
+        does not accept the options or sizes (the message names the layer), the given form saves nothing in any layer, a
+        weight is on the meta device or not finite, or the calibration data are empty, not finite, or do not reach a
+        layer. If some of several layers cannot be replaced, they stay dense, and the report states the reason.
     TypeError
-        ``structure`` or a pattern of another type.
+        If ``structure`` or a pattern has a wrong type.
 
     Examples
     --------
@@ -153,11 +154,11 @@ def project_linear(
     if not 0 <= damping < math.inf:
         raise ValueError(f"damping must be a number of at least 0, got {damping!r}")
     if forward is not None and calibration is None:
-        raise ValueError("forward says how to run calibration data, and there are none")
+        raise ValueError("forward runs batches of calibration, which is missing; give both or neither")
     if isinstance(calibration, torch.Tensor | np.ndarray):
         raise TypeError(
-            f"calibration is an iterable of batches, and an array of shape {tuple(calibration.shape)} would be run row "
-            "by row: pass [calibration]"
+            f"calibration must be an iterable of batches, got an array of shape {tuple(calibration.shape)}, whose rows "
+            "would be batches; pass [calibration]"
         )
     with unpacked(model, unpack) as restore:
         chosen, skipped = _chosen(model, layers, exclude, tied)
@@ -181,7 +182,7 @@ def project_linear(
         if isinstance(structure, str) and not choice.by_layer and not options:
             errors = [line.weight_error if line.output_error is None else line.output_error for _, line in made]
             warnings.warn(
-                f"{structure} is taken with its default options, by which the layers have relative errors of up to "
+                f"with the default options of {structure} the layers have relative errors of up to "
                 f"{max(errors):.2f}; give an option such as rank, target_error, or a budget such as mac_fraction=0.5",
                 stacklevel=2,
             )
@@ -190,23 +191,28 @@ def project_linear(
 
 
 def to_dense_linear(model: nn.Module) -> tuple[str, ...]:
-    """Replace every :class:`StructuredLinear` inside ``model``, in place, by the ``nn.Linear`` of the same function.
+    """Replace every :class:`StructuredLinear` in ``model``, in place, by an ``nn.Linear`` that computes the same.
 
-    The weight is multiplied out in float64, with caps and gains, and rounded once to the dtype of the factors. Bias,
-    device, training mode and ``requires_grad`` (true where any factor's was) are kept. A module that stands at several
-    places becomes one layer at all of them. Experts and attention that were unpacked are packed again. The model is
-    changed only when everything has passed.
+    The weight is computed in float64, with caps and gains, and rounded once to the dtype of the factors. Bias, device
+    and training mode do not change. The weight requires a gradient if any factor does. A module that is used at several
+    places is replaced by one layer. Experts and attention that were unpacked are packed again. All checks precede the
+    first replacement.
+
+    Parameters
+    ----------
+    model
+        Any module that contains structured layers.
 
     Returns
     -------
-    tuple[str, ...]
-        The names of the layers, in the order in which the model registers them.
+    tuple of str
+        Names of the replaced layers, in the order in which the model registers them.
 
     Raises
     ------
     ValueError
-        There are none; the model itself is one; a layer has hooks, parametrizations or parameters that another module
-        shares, all of which would be lost; its values are on the meta device or not finite.
+        If there are no structured layers, the model itself is one, a layer has hooks, parametrizations or shared
+        parameters, which would be lost, or its values are on the meta device or not finite.
 
     Examples
     --------
@@ -232,7 +238,7 @@ def to_dense_linear(model: nn.Module) -> tuple[str, ...]:
         inside = tuple(f"{name}." for name in names)
         others = [o for p in layer.parameters() for o in owners[p] if not o.startswith(inside)]
         if others:
-            raise ValueError(f"layer {names[0]!r} shares {', '.join(others)}, and replacing it would untie them")
+            raise ValueError(f"layer {names[0]!r} shares {', '.join(others)}; its replacement would untie them")
         if any(hooks for m in layer.modules() for key, hooks in vars(m).items() if key.endswith("_hooks")):
             raise ValueError(f"layer {names[0]!r} has hooks, which would be lost; remove them first")
         if any(nn.utils.parametrize.is_parametrized(m) for m in layer.modules()):
@@ -268,7 +274,7 @@ def _dense_layer(name: str, layer: StructuredLinear) -> nn.Module:
 def _chosen(
     model: nn.Module, layers: Selection, exclude: Patterns, tied: bool
 ) -> tuple[Mapping[nn.Module, tuple[str, ...]], list[tuple[str, str]]]:
-    """Layers to project with their names, and those left alone with the reason."""
+    """Return the layers to project with their names, and the other selected layers with the reason."""
     if linear_sizes(model) is not None:
         raise ValueError("the model itself is a linear layer and cannot be replaced in place; put it in a container")
     places: dict[nn.Module, list[str]] = {}
@@ -293,7 +299,7 @@ def _chosen(
         raise errors[0]
     if not chosen:
         raise ValueError(
-            f"every layer that is chosen is tied to another module, and tied=False; "
-            f"the linear layers are {names_of(places)}"
+            f"all selected layers are tied to other modules; pass tied=True to untie them, or select "
+            f"others; the linear layers are {names_of(places)}"
         )
     return chosen, skipped

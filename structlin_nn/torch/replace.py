@@ -1,4 +1,4 @@
-"""Replacing the linear layers of a model by structured ones."""
+"""Replacement of the linear layers of a model by structured ones."""
 
 from __future__ import annotations
 
@@ -49,81 +49,81 @@ def replace_linear(
     unpack: bool = False,
     **options: Any,
 ) -> ReplacementReport:
-    """Replace linear layers of ``model``, in place, by freshly drawn :class:`StructuredLinear` layers.
+    """Replace linear layers of ``model``, in place, by newly initialised :class:`StructuredLinear` layers.
 
-    Linear layers are ``nn.Linear`` and the Conv1D of transformers' GPT-2. Missing biases, dtype, device (the meta
-    device too), training mode and ``requires_grad`` are kept. The old values are not: factors are drawn from torch's
-    global generator at the scale of their structure, biases start at zero. The model is changed only when every
-    layer has passed every check.
+    Linear layers are ``nn.Linear`` and the Conv1D of transformers. A new layer has the dtype, device, training mode and
+    ``requires_grad`` of the old one, and a bias if the old one has a bias. It does not have the old values: factors are
+    drawn from the global generator of torch at the scale of their structure, biases are 0. All checks precede the first
+    replacement.
 
-    A pattern is a glob on the layer's full name (``*`` also runs over dots) or a compiled regular expression that
-    matches all of it. A module that stands at several places has several names, counts as chosen if one of them is
-    (as excluded likewise), and is replaced by one layer at all of them.
+    A pattern is a glob for the full name of the layer, in which ``*`` also matches dots, or a compiled regular
+    expression for the whole name. A module that is used at several places has several names. It is selected (excluded)
+    if one of them is, and is replaced by one layer at all places.
 
     Parameters
     ----------
     model
-        Any module with linear layers inside.
+        Any module that contains linear layers.
     structure
-        Name (or class) of a registered structure, with its options as further keywords; or a structure, if all layers
-        have its shape; or a function from name and layer to a structure.
+        Name or class of a registered structure, a structure, if all layers have its shape, or a function that takes
+        name and layer and returns a structure.
     layers
-        Which layers. ``"all"``; ``"all_but_last"`` leaves the head dense (a model whose last layer belongs to the last
-        of several blocks has none); ``"intermediate"`` leaves the first and the last dense, where first and last go by
-        the order of registration, which the report shows; one or several patterns; or a predicate of name and layer.
+        Selection of layers: ``"all"``, ``"all_but_last"``, ``"intermediate"``, one or several patterns, or a predicate
+        of name and layer. ``"all_but_last"`` leaves the head dense; a model whose last layer belongs to the last of
+        several blocks has no head. ``"intermediate"`` leaves the first and the last layer dense, in the order of
+        registration, which the report shows.
     exclude
-        Patterns of layers to leave alone.
+        Patterns of layers that are not replaced.
     overrides
-        Options of their own for layers that match a pattern, as ``{"*.attn.*": {"rank": 4}}``; of several that match,
-        the first counts. They are added to ``options``; with ``structure`` among them they take the place of all
-        options: ``{"*.fc1": {"structure": "monarch", "blocks": 4}}``.
+        Options for layers that match a pattern, such as ``{"*.attn.*": {"rank": 4}}``; the first matching pattern
+        applies. They are added to ``options``. With the key ``structure`` they replace all options:
+        ``{"*.fc1": {"structure": "monarch", "blocks": 4}}``.
     min_features
-        Leave layers alone that have fewer features than this at one of their sides.
+        Do not replace layers with fewer input or output features than this.
     impossible
-        What is done with a layer that cannot be replaced, because the structure does not have its size or its parent
-        does not simply call it: ``"skip"`` leaves it dense, and the report says why; ``"error"`` raises. If no layer
-        can be replaced, the first error is raised.
+        Action for a layer that cannot be replaced, because the structure does not have its size or its parent does not
+        call it. ``"skip"`` leaves it dense, and the report states the reason; ``"error"`` raises. If no layer can be
+        replaced, the first error is raised.
     dearer
-        What is done where a structured layer has more parameters or multiply-accumulates than the dense one:
-        ``"warn"``, ``"error"``, ``"skip"`` (it stays dense), or ``"allow"``.
+        Action if a structured layer has more parameters or MACs than the dense one: ``"warn"``, ``"error"``, ``"skip"``
+        (it stays dense), or ``"allow"``.
     convolutions
-        Take convolutions of kernel size 1 without groups and padding for linear layers too.
+        Also replace convolutions of kernel size 1 without groups and padding.
     zero_init
-        Patterns of layers whose factor applied last starts at zero.
+        Patterns of layers whose last factor is initialised with zeros.
     shared_weights
-        A layer whose weight or bias is a parameter of another module too (a head tied to its embedding) cannot be
-        replaced without untying it: ``"error"``, or ``"skip"`` to leave such layers alone.
+        Action for a layer that shares its weight or bias with another module (a head that is tied to its embedding),
+        which a replacement would untie: ``"error"``, or ``"skip"``, which leaves it dense.
     rms_cap, gain, rule, checkpoint
         As in :class:`StructuredLinear`.
     fuse
-        Also put a :class:`StructuredMLP` in the place of each MLP of a known shape
-        (:func:`structlin_nn.torch.fuse_mlps`), which runs its layers as one pass. The report says which.
+        Also replace each MLP of a known form by a :class:`StructuredMLP`, which runs its layers as one pass
+        (:func:`structlin_nn.torch.fuse_mlps`). The report lists them.
     unpack
-        First put linear layers where a module packs weights into one parameter: experts of transformers,
-        ``nn.MultiheadAttention`` (:func:`structlin_nn.torch.unpack_linear`).
+        First replace modules that pack weights into one parameter (experts of transformers, ``nn.MultiheadAttention``)
+        by modules with linear layers (:func:`structlin_nn.torch.unpack_linear`).
     **options
-        Of the named structure.
+        Options of the named structure.
 
     Returns
     -------
     ReplacementReport
-        A report of what was replaced, with parameters and multiply-accumulates (MACs) before and after, and of every
-        weight matrix that was not.
+        The replaced layers with parameters and MACs before and after, and every weight matrix that was not replaced.
 
     Raises
     ------
     ValueError
-        Nothing is chosen, or a pattern matches no layer (the message lists the layers there are); tied weights; no
-        layer that can be replaced, or with ``impossible="error"`` one that cannot: a size that the structure cannot
-        have (the message names the layer), layers of ``nn.MultiheadAttention``, subclasses with a forward pass of their
-        own, layers with hooks or parametrizations.
+        If no layer is selected or can be replaced, a pattern matches no layer (the message lists the layers), or
+        weights are tied. With ``impossible="error"``, if a selected layer cannot be replaced: the structure does not
+        have its size, it belongs to ``nn.MultiheadAttention``, it is a subclass with another forward pass, or it has
+        hooks or parametrizations.
     TypeError
-        ``model``, ``structure``, ``layers`` or a pattern of another type.
+        If ``model``, ``structure``, ``layers`` or a pattern has a wrong type.
 
     Notes
     -----
-    Parents that read the ``weight`` of a layer get the dense matrix. The fused inference path of
-    ``nn.TransformerEncoderLayer`` does; it is switched off, and the report says so.
+    A parent that reads the ``weight`` of a layer gets the dense matrix. The fused inference path of
+    ``nn.TransformerEncoderLayer`` does so. It is switched off, and the report states this.
 
     Examples
     --------
@@ -177,7 +177,7 @@ def replace_linear(
             others = [o for p in linear.parameters() for o in owners[p] if o.rpartition(".")[0] not in names]
             if not others:
                 if min(_sizes(linear)) < min_features:
-                    skipped.append((names[0], f"fewer than {min_features} features: {_shown(linear)}"))
+                    skipped.append((names[0], f"it has fewer than {min_features} features: {_shown(linear)}"))
                     continue
                 own = by_pattern.get(linear, {})
                 kind, rest = (own["structure"], {}) if "structure" in own else (structure, options)
@@ -187,16 +187,16 @@ def replace_linear(
                     found = found(names[0], linear) if callable(found) else found
                     new = _structured(names[0], linear, found, {**common, "zero_init": linear in zeroed, **rest})
                 except ValueError as error:
-                    if impossible == "error" or isinstance(kind, AbstractStructure):  # that is meant for these layers
+                    if impossible == "error" or isinstance(kind, AbstractStructure):  # meant for these layers
                         raise
                     errors.append(error)
                     skipped.append((names[0], str(error)))
                     continue
                 if costs := _dearer(new):
                     if dearer == "error":
-                        raise ValueError(f"layer {names[0]!r} ({_shown(linear)}) would be dearer than dense: {costs}")
+                        raise ValueError(f"layer {names[0]!r} ({_shown(linear)}) would cost more than dense: {costs}")
                     if dearer == "skip":
-                        skipped.append((names[0], f"structured it would be dearer: {costs}"))
+                        skipped.append((names[0], f"a structured layer would cost more: {costs}"))
                         continue
                     if dearer == "warn":
                         expensive.append((names[0], costs))
@@ -205,20 +205,19 @@ def replace_linear(
                 skipped.append((names[0], f"shares {', '.join(others)}"))
             else:
                 raise ValueError(
-                    f"layer {names[0]!r} shares {', '.join(others)}, and replacing it would untie them: "
-                    "exclude it, or pass shared_weights='skip' to leave such layers alone"
+                    f"layer {names[0]!r} shares {', '.join(others)}; its replacement would untie them: "
+                    "exclude it, or pass shared_weights='skip' to leave such layers dense"
                 )
         if not made and errors:
             raise errors[0]
         if not made:
             told = "; ".join(f"{name}: {reason}" for name, reason in skipped[:5])
-            raise ValueError(
-                f"no layer that is chosen can be replaced ({told}); the linear layers are {names_of(places)}"
-            )
+            raise ValueError(f"no selected layer can be replaced ({told}); the linear layers are {names_of(places)}")
         if expensive:
             name, costs = expensive[0]
             warnings.warn(
-                f"{len(expensive)} of {len(made)} layers are dearer than dense, the first of them {name}: {costs}; "
+                f"{len(expensive)} of {len(made)} structured layers cost more than dense, the first of them {name}: "
+                f"{costs}; "
                 "choose a smaller form, or dearer='skip' to leave them dense",
                 stacklevel=2,
             )
@@ -235,7 +234,7 @@ def replace_linear(
             fused = fuse_mlps(model)
             notes |= dict.fromkeys(f"MLP {name}: {outcome}" for name, outcome in fused.items())
             if not fused:
-                notes["no MLP of a known shape was found to be fused"] = None
+                notes["no MLP of a known form was found to fuse"] = None
         rows = tuple(
             Replacement(
                 tuple(chosen[linear]),
@@ -251,7 +250,7 @@ def replace_linear(
 
 
 def as_structure(given: Any) -> Any:
-    """Return a name for the class of a registered structure; anything else as it is."""
+    """Return the name of the class of a registered structure; any other value unchanged."""
     if isinstance(given, type) and issubclass(given, structlin.NamedOperator):
         return given.name
     return given
@@ -260,7 +259,7 @@ def as_structure(given: Any) -> Any:
 def _overrides(
     overrides: Mapping[Pattern, Mapping[str, Any]], chosen: Mapping[nn.Module, Sequence[str]], structure: Any
 ) -> dict[nn.Module, Mapping[str, Any]]:
-    """Return the options of layers of their own; of several patterns that match, the first counts."""
+    """Return the options of the layers that match a pattern; the first matching pattern applies."""
     found: dict[nn.Module, Mapping[str, Any]] = {}
     for pattern, own in overrides.items():
         if not isinstance(own, Mapping):
@@ -268,7 +267,7 @@ def _overrides(
         kind = as_structure(own.get("structure", structure))
         known = ("structure", *_LAYER_OPTIONS, *(structlin.structure_options(kind) if isinstance(kind, str) else ()))
         if unknown := [key for key in own if key not in known]:
-            raise ValueError(f"overrides[{show(pattern)}] has no option {', '.join(unknown)}; it may have "
+            raise ValueError(f"overrides[{show(pattern)}] has the unknown option {', '.join(unknown)}; known are "
                              f"{', '.join(known)}")  # fmt: skip
         for linear in matching(chosen, as_patterns(pattern), "overrides"):
             found.setdefault(linear, own)
@@ -276,14 +275,14 @@ def _overrides(
 
 
 def _dearer(new: StructuredLinear) -> str:
-    """Return what of a form costs more than the dense matrix, or "" where nothing does."""
+    """Return a description of the costs that exceed those of the dense matrix; "" if there are none."""
     dense = new.in_features * new.out_features
     costs = (("multiply-accumulates", new.structure.macs), ("parameters", new.structure.num_params))
     return ", ".join(f"{own:,} {what} instead of {dense:,}" for what, own in costs if own > dense)
 
 
 def _dense(model: nn.Module, skipped: Collection[str]) -> Iterator[tuple[str, tuple[int, ...], str]]:
-    """Name, shape and role of each weight matrix that is in no structured layer, apart from the layers skipped."""
+    """Return name, shape and role of each weight matrix outside structured layers, except for skipped layers."""
     seen: set[nn.Parameter] = set()
     for name, module in model.named_modules():
         if isinstance(module, StructuredLinear) or name in skipped:
@@ -308,7 +307,7 @@ def _shown(linear: nn.Module) -> str:
 
 
 def _owners(model: nn.Module) -> dict[nn.Parameter, list[str]]:
-    """Full names of each parameter, one for each module that holds it."""
+    """Return the full names of each parameter, one for each module that contains it."""
     owners: dict[nn.Parameter, list[str]] = {}
     for module_name, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
@@ -336,26 +335,28 @@ def _structured(name: str, linear: nn.Module, structure: Any, options: Mapping[s
 
 
 def _check_is_called(model: nn.Module, names: Sequence[str], linear: nn.Module) -> None:
-    """Refuse a layer that is used in another way than by calling it."""
+    """Raise ValueError for a layer whose parent does not call it, or that differs from nn.Linear."""
     for name in names:
         parent = model.get_submodule(name.rpartition(".")[0])
         if isinstance(parent, nn.MultiheadAttention) or isinstance(linear, NonDynamicallyQuantizableLinear):
             raise ValueError(
                 f"layer {name!r} belongs to a {type(parent).__qualname__}, which reads its weight and does not call "
-                "it; exclude it, or use an attention module that calls its projections"
+                "it; exclude it, or pass unpack=True"
             )
     if parametrize.is_parametrized(linear):
         raise ValueError(f"layer {names[0]!r} has parametrizations, which would be lost; remove them first")
     if linear_sizes(linear) is not None and not is_conv1d(linear) and type(linear).forward is not nn.Linear.forward:
         kind = type(linear).__qualname__
-        raise ValueError(f"layer {names[0]!r} is a {kind}, whose forward pass is not that of nn.Linear; exclude it")
+        raise ValueError(
+            f"layer {names[0]!r} is a {kind}, whose forward pass differs from that of nn.Linear; exclude it"
+        )
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     if any(getattr(linear, kind) for kind in hooks):
         raise ValueError(f"layer {names[0]!r} has hooks, which would be lost; remove them first")
 
 
 def _switch_off_fast_paths(model: nn.Module, name: str) -> list[str]:
-    """Keep torch's Transformer from reading the weight of a replaced layer in its fused inference path."""
+    """Switch off the fused inference path of torch's Transformer, which reads the weight of a replaced layer."""
     notes = []
     while name:
         name = name.rpartition(".")[0]

@@ -1,4 +1,4 @@
-"""Optimisers and schedules that keep the learning rates of a model's structure."""
+"""Optimisers and schedules that preserve the learning rates of the structures of a model."""
 
 from __future__ import annotations
 
@@ -22,26 +22,26 @@ _RULE = (
 
 
 class MuAdamW(torch.optim.AdamW):
-    """AdamW with the learning rates of a model's structure: :func:`parameter_groups` and the optimiser in one.
+    """AdamW with the learning rates of :func:`parameter_groups`.
 
     Parameters
     ----------
     model
-        The model to train, after its layers are replaced.
+        The model to train, after the replacement of its layers.
     base_model
-        The same model at base width, on the meta device; None: each layer is its own base.
+        The same model at base width, which can be on the meta device. Default: each layer has its own size as base.
     lr
         Learning rate of the dense model at base width.
     weight_decay
-        Of factors and weights.
+        Weight decay of factors and weights.
     **options
-        ``structure_aware``, ``extra_multipliers``, ``rules``, ``decay`` and ``independent_decay`` go to
-        :func:`parameter_groups`, all others (``betas``, ``eps``, ``fused``, ...) to ``torch.optim.AdamW``.
+        Options of :func:`parameter_groups` (``structure_aware``, ``extra_multipliers``, ``rules``, ``decay``,
+        ``independent_decay``) and of ``torch.optim.AdamW`` (``betas``, ``eps``, ``fused``, ...).
 
     Raises
     ------
     TypeError, ValueError
-        As :func:`parameter_groups` and AdamW.
+        As for :func:`parameter_groups` and AdamW.
 
     Examples
     --------
@@ -63,17 +63,17 @@ class MuAdamW(torch.optim.AdamW):
 
 
 class MultiplierScheduler(LRScheduler):
-    """A schedule of the rate at base width, by which every group has that rate times its multiplier.
+    """Scheduler of the rate at base width; each group has that rate times its multiplier.
 
-    Made by :func:`with_multipliers`. It has the methods of the scheduler inside, and ``get_last_lr`` gives the rates of
-    all groups.
+    :func:`with_multipliers` creates it. It has the methods of the wrapped scheduler. ``get_last_lr`` returns the rates
+    of all groups.
     """
 
     def __init__(self, make: Callable[..., Any], optimizer: Optimizer, args: tuple[Any, ...], kwargs: Any) -> None:
         groups = optimizer.param_groups
         if lacking := [n for n, group in enumerate(groups) if "multiplier" not in group]:
             raise ValueError(
-                f"group {lacking[0]} of the optimiser has no multiplier: make its groups by parameter_groups"
+                f"group {lacking[0]} of the optimiser has no multiplier; create its groups with parameter_groups"
             )
         self.optimizer = optimizer
         bases = dict.fromkeys(map(self._base, groups))
@@ -89,7 +89,7 @@ class MultiplierScheduler(LRScheduler):
 
     @staticmethod
     def _base(group: dict[str, Any]) -> tuple[float, bool]:
-        """Rate at base width; Adam beside Muon has one of its own, also where both are the same."""
+        """Return a key of the rate at base width; Muon and its Adam have separate rates, even if these are equal."""
         base = group["base_lr"] if "base_lr" in group else group["lr"] / group["multiplier"]
         return float(base), group.get("matrices", False) is None
 
@@ -98,18 +98,18 @@ class MultiplierScheduler(LRScheduler):
             base = self.base.param_groups[number]
             group["lr"] = base["lr"] * group["multiplier"]
             group["initial_lr"] = base.get("initial_lr", base["lr"]) * group["multiplier"]
-            for name in ("betas", "momentum"):  # cyclic schedules move them too
+            for name in ("betas", "momentum"):  # cyclic schedules change them too
                 if name in group and name in base:
                     group[name] = base[name]
 
     def step(self, *args: Any, **kwargs: Any) -> None:
-        """As the scheduler inside."""
+        """Call ``step`` of the wrapped scheduler, and set the rates of all groups."""
         setattr(self.base, "_opt_called", getattr(self.optimizer, "_opt_called", True))  # noqa: B010
         self.scheduler.step(*args, **kwargs)
         self._pass_on()
 
     def step_update(self, *args: Any, **kwargs: Any) -> None:
-        """As that of timm's schedulers, which have a step for epochs and one for updates."""
+        """Call ``step_update`` of a scheduler of timm, which has one step for epochs and one for updates."""
         self.scheduler.step_update(*args, **kwargs)
         self._pass_on()
 
@@ -118,64 +118,66 @@ class MultiplierScheduler(LRScheduler):
         return [group["lr"] for group in self.optimizer.param_groups]
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the attribute of the scheduler inside."""
+        """Return the state of the wrapped scheduler and the rates of its groups."""
         state: dict[str, Any] = self.scheduler.state_dict()
         return state | {"base_groups": [{**group, "params": []} for group in self.base.param_groups]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what :meth:`state_dict` gave, and set the rates."""
+        """Load a result of :meth:`state_dict`, and set the rates."""
         state = dict(state_dict)
         groups = state.pop("base_groups")
         if len(groups) != len(self.base.param_groups):
             own = len(self.base.param_groups)
-            raise ValueError(f"the state is of {len(groups)} rates, and the optimiser has {own}")
+            raise ValueError(f"the state must have the rates of {own} groups, as the optimiser, got {len(groups)}")
         self.scheduler.load_state_dict(state)
         for group, saved in zip(self.base.param_groups, groups, strict=True):
             group.update({name: value for name, value in saved.items() if name != "params"})
         self._pass_on()
 
     def __getattr__(self, name: str) -> Any:
-        if name == "scheduler":  # before it is made
+        if name == "scheduler":  # before it is set
             raise AttributeError(name)
         return getattr(self.scheduler, name)
 
 
 class _Shown(Optimizer):
-    """What a scheduler gets to see: one group for each rate at base width."""
+    """Optimiser that the wrapped scheduler changes: one group for each rate at base width."""
 
     def __init__(self, groups: list[dict[str, Any]], defaults: dict[str, Any]) -> None:
         super().__init__(groups, defaults)
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """Nothing is trained here."""
+        """Do nothing: this optimiser trains no parameters."""
 
 
 def with_multipliers(make: Callable[..., Any], optimizer: Optimizer, *args: Any, **kwargs: Any) -> MultiplierScheduler:
-    """Return a scheduler that keeps the multipliers of the optimiser's groups, whatever rates it sets.
+    """Return a scheduler that preserves the multipliers of the groups of an optimiser.
 
-    Schedulers that only multiply (linear, cosine to 0, steps) keep multipliers by themselves. ``OneCycleLR`` and
-    ``CyclicLR`` with one rate, a cosine with ``eta_min``, and the schedulers of timm with ``lr_min`` or a warm-up rate
-    set the same rate for all groups, or add to it. Here they see the rate at base width alone, and each group gets it
-    times its multiplier.
+    Schedulers that only multiply rates (linear, cosine to 0, steps) preserve multipliers without this function.
+    ``OneCycleLR`` and ``CyclicLR`` with one rate, a cosine with ``eta_min``, and the schedulers of timm with ``lr_min``
+    or a warm-up rate set the same rate for all groups, or add a constant. This function applies them to the rate at
+    base width; each group has that rate times its multiplier.
 
     Parameters
     ----------
     make
-        Class of the scheduler, of torch or timm, or a function from an optimiser to a scheduler.
+        Class of a scheduler of torch or timm, or a function that takes an optimiser and returns a scheduler.
     optimizer
-        With groups of :func:`parameter_groups`.
-    args, kwargs
-        Of the scheduler; rates are those at base width.
+        Optimiser with groups of :func:`parameter_groups`.
+    *args, **kwargs
+        Arguments of the scheduler. Rates are those at base width.
 
     Returns
     -------
     MultiplierScheduler
-        A scheduler to be stepped as the one inside.
+        A scheduler with the methods of the wrapped one.
 
     Raises
     ------
     ValueError
-        A group without a multiplier, and what the scheduler raises.
+        If a group has no multiplier. Errors of the scheduler pass through.
+    TypeError
+        If ``make`` is an optimiser.
 
     Examples
     --------
@@ -190,7 +192,7 @@ def with_multipliers(make: Callable[..., Any], optimizer: Optimizer, *args: Any,
     """
     if not isinstance(optimizer, Optimizer):
         raise TypeError(
-            f"with_multipliers takes a scheduler's class, then an optimizer, got a {type(optimizer).__name__}"
+            f"the second argument of with_multipliers must be an optimiser, got a {type(optimizer).__name__}"
         )
     return MultiplierScheduler(make, optimizer, args, kwargs)
 
@@ -198,24 +200,26 @@ def with_multipliers(make: Callable[..., Any], optimizer: Optimizer, *args: Any,
 def trainer_optimizer(
     model: nn.Module, args: Any, base_model: nn.Module | None = None, **options: Any
 ) -> tuple[type[Optimizer], dict[str, Any]]:
-    """AdamW with the rates of a model's structure, for the Trainer of transformers.
+    """Return AdamW with the learning rates of :func:`parameter_groups`, for the Trainer of transformers.
 
-    Rate, decay, betas and eps are those of the training arguments. The Trainer's own schedules multiply, and keep the
-    multipliers.
+    Rate, decay, betas and eps are those of the training arguments. The schedules of the Trainer only multiply rates, so
+    they preserve the multipliers.
 
     Parameters
     ----------
     model
-        The model, after its layers are replaced.
+        The model, after the replacement of its layers.
     args
         ``transformers.TrainingArguments``.
     base_model
-        As in :func:`parameter_groups`, which takes the other ``options`` too.
+        As in :func:`parameter_groups`.
+    **options
+        Further options of :func:`parameter_groups`.
 
     Returns
     -------
-    tuple[type[Optimizer], dict[str, Any]]
-        What ``Trainer(..., optimizer_cls_and_kwargs=...)`` takes.
+    tuple of type and dict
+        The argument ``optimizer_cls_and_kwargs`` of the Trainer.
 
     Examples
     --------

@@ -1,10 +1,10 @@
-"""Models of transformers with structured layers: what their files say, and how they are loaded again.
+"""Saving and loading of models of transformers with structured layers.
 
-``config.json`` of a model whose layers were replaced has an entry ``quantization_config`` of the kind ``structlin``,
-which describes the layers. That is the way in which transformers lets a library change the layers of a model before its
-weights are loaded, so ``from_pretrained``, the automatic classes, checkpoints of the Trainer, sharded files and
-``device_map`` all find the structured layers again. It needs ``import structlin_nn`` before loading, and nothing else.
-Reading runs no code of the files.
+``config.json`` of a model whose layers were replaced has an entry ``quantization_config`` with the method
+``structlin``, which describes the layers. With this entry transformers lets a library change the layers of a model
+before it loads the weights. So ``from_pretrained``, the automatic classes, checkpoints of the Trainer, sharded files
+and ``device_map`` restore the structured layers. Only ``import structlin_nn`` is needed before loading. No code of the
+files is executed.
 """
 
 from __future__ import annotations
@@ -33,27 +33,28 @@ METHOD, VERSION = "structlin", 1
 
 @register_quantization_config(METHOD)
 class StructlinConfig(QuantizationConfigMixin):
-    """The structured layers of a model, or how to make them of a dense one.
+    """Description of the structured layers of a model, or of the projection of a dense model.
 
-    With ``structure`` it is given to ``from_pretrained`` of a dense model, whose layers are then projected
-    (:func:`structlin_nn.torch.project_linear`). In ``config.json`` it has ``layers`` instead.
+    With ``structure``, pass it to ``from_pretrained`` of a dense model, whose layers are then projected
+    (:func:`structlin_nn.torch.project_linear`). In ``config.json`` it describes ``layers`` instead.
 
     Parameters
     ----------
     structure
         Name of a registered structure.
     layers
-        With ``structure``, which layers, as in :func:`structlin_nn.torch.project_linear`; otherwise the description of
-        the layers that ``config.json`` has.
+        With ``structure``, the selection of layers as in :func:`structlin_nn.torch.project_linear`; otherwise the
+        description of the layers from ``config.json``.
     version
-        Of that description.
+        Version of the description.
     **options
-        Of :func:`structlin_nn.torch.project_linear`: ``rank``, ``mac_fraction``, ``calibration``, ...
+        Options of :func:`structlin_nn.torch.project_linear`: ``rank``, ``mac_fraction``, ``calibration``, ...
 
     Raises
     ------
     ValueError
-        Neither ``structure`` nor a description; one of a newer version, or of structures that do not exist.
+        If there is neither ``structure`` nor a description, or the description has a newer version or unknown
+        structures.
 
     Examples
     --------
@@ -76,7 +77,7 @@ class StructlinConfig(QuantizationConfigMixin):
         self.structure, self.version = structure, version
         self.layers, self.options = layers, options
         if version != VERSION:
-            raise ValueError(f"structured layers of version {version!r} are described, and {VERSION} is known")
+            raise ValueError(f"the version of the described layers must be {VERSION}, got {version!r}")
         if structure is None:
             if options or not isinstance(layers, list) or not layers:
                 raise ValueError(
@@ -97,7 +98,7 @@ class StructlinConfig(QuantizationConfigMixin):
         return layout
 
     def to_dict(self) -> dict[str, Any]:
-        """Return what ``config.json`` gets, and messages before the layers are made: what JSON can hold."""
+        """Return the entry of ``config.json``, or before the layers are created the options that JSON can represent."""
         found = {"quant_method": METHOD, "version": self.version, "layers": self.layers}
         if self.structure is not None:
             found |= {"structure": self.structure, **self.options}
@@ -114,7 +115,7 @@ def _is_plain(value: Any) -> bool:
 
 @register_quantizer(METHOD)
 class StructlinQuantizer(HfQuantizer):
-    """Puts structured layers into a model before its weights are loaded. Nothing is quantised."""
+    """Creates the structured layers of a model before its weights are loaded. Nothing is quantised."""
 
     quantization_config: StructlinConfig
 
@@ -127,9 +128,9 @@ class StructlinQuantizer(HfQuantizer):
             change.apply(model)
 
     def postprocess_model(self, model: PreTrainedModel, **kwargs: Any) -> None:
-        """Project the layers of a dense model, and leave an ordinary model behind."""
+        """Project the layers of a dense model, and remove the marks of a quantised model."""
         config = self.quantization_config
-        del model.hf_quantizer  # to transformers it would be a quantised model, which is not to be trained or cast
+        del model.hf_quantizer  # transformers refuses to train or cast quantised models
         if config.structure is not None:
             del model.config.quantization_config
             layers = {} if config.layers is None else {"layers": config.layers}
@@ -149,19 +150,19 @@ class StructlinQuantizer(HfQuantizer):
 
 
 def _check_loaded(model: PreTrainedModel) -> None:
-    """Raise ValueError where the files hold no values of a structured layer that their configuration describes."""
+    """Raise ValueError if the files lack the values of a structured layer that the configuration describes."""
     for name, module in model.named_modules():
         if isinstance(module, StructuredLinear):
             for key, parameter in module.named_parameters():
                 if not (parameter.is_meta or getattr(parameter, "_is_hf_initialized", False)):  # meta: it is on disk
                     raise ValueError(
-                        f"config.json describes {name} as a structured layer, and the files hold no {name}.{key}: "
-                        "the configuration is that of another model"
+                        f"config.json describes {name} as a structured layer, but the files have no {name}.{key}; "
+                        "the configuration belongs to another model"
                     )
 
 
 def _placed(layout: dict[str, Any], model: PreTrainedModel) -> dict[str, Any]:
-    """Return the layout with the names of this model, with the head or without, as transformers loads it."""
+    """Return the layout with the names of this model, which transformers may load with or without the head."""
     prefix = f"{model.base_model_prefix}."
 
     def candidates(name: str) -> tuple[str, ...]:
@@ -185,15 +186,20 @@ def _placed(layout: dict[str, Any], model: PreTrainedModel) -> dict[str, Any]:
 
 
 def describe(model: nn.Module) -> None:
-    """Write the structured layers of a model into its configuration, for ``save_pretrained``.
+    """Write the description of the structured layers of a model into its configuration, for ``save_pretrained``.
 
-    The functions of :mod:`structlin_nn.torch` that change layers call it. Call it after a change by hand. All models of
-    transformers inside of ``model`` are described, each for itself.
+    The functions of :mod:`structlin_nn.torch` that change layers call it. Call it if other code changes layers. It
+    updates the configuration of each model of transformers in ``model``.
+
+    Parameters
+    ----------
+    model
+        A model of transformers, or a module that contains some.
 
     Raises
     ------
     ValueError
-        Layers that cannot be described (:func:`structlin_nn.torch.save_structured`).
+        If a layer cannot be described (:func:`structlin_nn.torch.save_structured`).
     """
     done: list[Any] = []
     for module in model.modules():
@@ -206,8 +212,8 @@ def describe(model: nn.Module) -> None:
         if forms:
             if current is not None and not _is_ours(current):
                 raise ValueError(
-                    f"the model is quantised ({_method(current)}), and its configuration cannot describe structured "
-                    "layers too: replace layers first, and do not quantise them"
+                    f"the model is quantised ({_method(current)}), so its configuration cannot describe structured "
+                    "layers; replace layers of a model that is not quantised"
                 )
             config.quantization_config = StructlinConfig(layers=_shared(forms))
         elif _is_ours(current):
@@ -219,7 +225,7 @@ def _describe_or_warn(model: nn.Module) -> None:
     try:
         describe(model)
     except ValueError as error:
-        warnings.warn(f"save_pretrained will not tell of the structured layers: {error}", stacklevel=4)
+        warnings.warn(f"save_pretrained cannot describe the structured layers: {error}", stacklevel=4)
 
 
 def _method(config: Any) -> Any:
@@ -231,7 +237,7 @@ def _is_ours(config: Any) -> bool:
 
 
 def _shared(forms: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Layers that differ in their names alone as one entry, in which ``names`` is a list of lists."""
+    """Return one entry for all layers that differ only in their names; its ``names`` are a list of lists."""
     found: list[dict[str, Any]] = []
     for form in forms:
         rest = {key: value for key, value in form.items() if key != "names"}

@@ -1,7 +1,8 @@
-"""Weights that a module packs into one parameter, as linear layers: experts of transformers, and nn.MultiheadAttention.
+"""Linear layers in place of weights that a module packs into one parameter.
 
-Linear layers can be replaced, projected, trained at their own rates and saved like all others; a parameter with the
-weights of all experts, or of three projections, cannot. The function of the model stays the same.
+Such modules are experts of transformers and nn.MultiheadAttention. Linear layers can be replaced and projected and have
+learning rates of their own; a parameter with the weights of all experts, or of three projections, cannot. The output of
+the model does not change.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ __all__ = ["Attention", "ExpertLayers", "pack_linear", "unpack_linear"]
 
 
 class _Unpacked(nn.Module):
-    """Base of the modules below, which keep a copy without values of the module in whose place they stand."""
+    """Base of modules with linear layers, which keep a copy, without values, of the module that they replace."""
 
     def __init__(self, packed: nn.Module) -> None:
         super().__init__()
@@ -56,9 +57,9 @@ def _linear(weight: Tensor, bias: Tensor | None, like: Tensor) -> nn.Linear:
 
 
 class ExpertLayers(_Unpacked):
-    """Experts as transformers calls them, with one linear layer for each weight of each expert.
+    """Experts of transformers with one linear layer for each weight of each expert.
 
-    The tokens of each expert pass its own layers; experts without tokens are not called.
+    Each expert is called with its tokens. Experts without tokens are not called.
 
     Parameters
     ----------
@@ -95,7 +96,7 @@ class ExpertLayers(_Unpacked):
         return self._filled(values)
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """(tokens, features) -> (tokens, features); the experts of each token and their weights: (tokens, k)."""
+        """Apply the experts to (tokens, features); indices and weights of the experts have shape (tokens, k)."""
         y = torch.zeros_like(hidden_states)
         first: Any = self.get_submodule("gate_up_proj" if "gate_up_proj" in self._forms else "up_proj")
         down: Any = self.get_submodule("down_proj")
@@ -126,7 +127,7 @@ class Attention(_Unpacked):
         super().__init__(packed)
         self.embed_dim, self.num_heads, self.head_dim = packed.embed_dim, packed.num_heads, packed.head_dim
         self.dropout, self.batch_first = packed.dropout, packed.batch_first
-        self.in_proj_bias = None  # with this torch's Transformer takes its ordinary path
+        self.in_proj_bias = None  # disables the fused path of torch's Transformer
         self._qkv_same_embed_dim = packed._qkv_same_embed_dim
         bias = [None] * 3 if packed.in_proj_bias is None else list(packed.in_proj_bias.chunk(3))
         for number, name in enumerate(("q_proj", "k_proj", "v_proj")):
@@ -156,7 +157,7 @@ class Attention(_Unpacked):
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         """Compute attention as nn.MultiheadAttention does, with the same arguments and results."""
         if is_causal and attn_mask is None:
-            raise ValueError("is_causal is a hint for attn_mask, which is missing")
+            raise ValueError("is_causal=True needs attn_mask, as in nn.MultiheadAttention")
         single = query.ndim == 2
         parts = [part[None] if single else part if self.batch_first else part.transpose(0, 1)
                  for part in (query, key, value)]  # fmt: skip
@@ -204,29 +205,29 @@ def _packed(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _known(module: nn.Module, found: dict[str, Experts]) -> bool:
-    """Whether all parameters of a module of experts are understood, and its gate is one that can be called."""
+    """Return whether the roles of all parameters of a module of experts are known, and its gate can be called."""
     own = {name for name, _ in module.named_parameters()}
     gated = "gate_up_proj" not in found or hasattr(type(module), "_apply_gate")
     return bool(found) and gated and own <= {*found, *(f"{name}_bias" for name in found)}
 
 
 def unpack_linear(model: nn.Module, inside: Collection[str] | None = None) -> dict[str, nn.Module]:
-    """Put linear layers, in place, where modules of ``model`` pack their weights into one parameter.
+    """Replace modules that pack weights into one parameter by modules with linear layers, in place.
 
-    These are modules of experts of transformers, which become :class:`ExpertLayers`, and ``nn.MultiheadAttention``,
-    which becomes :class:`Attention`. Values are kept, and so is the function of the model. Modules that share their
-    parameters with others are left alone. :func:`pack_linear` is the inverse.
+    Experts of transformers are replaced by :class:`ExpertLayers`, and ``nn.MultiheadAttention`` by :class:`Attention`,
+    with the same values. The output of the model does not change. Modules that share parameters with others are not
+    replaced. :func:`pack_linear` is the inverse.
 
     Parameters
     ----------
     model
         Any module.
     inside
-        Only modules in which one of these names of layers lies.
+        Names of layers. Only modules that contain one of them are replaced. Default: all.
 
     Returns
     -------
-    dict[str, nn.Module]
+    dict of str to nn.Module
         The modules that were replaced, by name.
 
     Examples
@@ -256,9 +257,9 @@ def unpack_linear(model: nn.Module, inside: Collection[str] | None = None) -> di
 
 @contextmanager
 def unpacked(model: nn.Module, wanted: bool) -> Iterator[Callable[[], None]]:
-    """Unpack while the block lasts, if that is ``wanted``; an error puts all packed modules back.
+    """Unpack modules if ``wanted``, and restore them if the block raises an error.
 
-    Gives a function that puts those back in which nothing is structured.
+    The context manager returns a function that restores the modules without structured layers.
     """
     done = unpack_linear(model) if wanted else {}
 
@@ -276,12 +277,17 @@ def unpacked(model: nn.Module, wanted: bool) -> Iterator[Callable[[], None]]:
 
 
 def pack_linear(model: nn.Module) -> tuple[str, ...]:
-    """Put the packed modules back, in place, that :func:`unpack_linear` replaced and whose layers are all dense.
+    """Restore, in place, the packed modules that :func:`unpack_linear` replaced, if all their layers are dense.
+
+    Parameters
+    ----------
+    model
+        Any module.
 
     Returns
     -------
-    tuple[str, ...]
-        Their names.
+    tuple of str
+        Names of the restored modules.
 
     Examples
     --------

@@ -125,7 +125,7 @@ def test_as_a_product_with_a_permutation(source, shape, options, backend):
         np.testing.assert_array_equal(numpy(a), numpy(b))
 
 
-def test_orders_by_hand():
+def test_orders_against_explicit_permutations():
     """Index by index: a Tensor-Train of two cores in the form of the Block Tensor-Train."""
     A = TensorTrain.random((15, 8), rank=2, factorization=((3, 5), (2, 4)), seed=0)
     G1, G2 = A.factors

@@ -323,7 +323,7 @@ def test_to_jax_keeps_the_precision_or_says_that_it_cannot():
 
     A = structlin.Dense(np.eye(2))
     with jax.enable_x64(False):
-        with pytest.raises(ValueError, match="jax would give float32 where float64 was asked for; enable it with"):
+        with pytest.raises(ValueError, match="jax would return float32 instead of float64; enable 64 bits with"):
             interop.to_jax(A)
         assert interop.to_jax(A, "float32").dtype == "float32"
     assert interop.to_jax(A).dtype == "float64"

@@ -134,7 +134,7 @@ def test_table() -> None:
         ("low_rank", {"budget": 0}, "the budget must be positive and finite, got 0"),
         ("low_rank", {"budget": float("inf")}, "the budget must be positive and finite, got inf"),
         ("low_rank", {"budget": float("nan")}, "the budget must be positive and finite, got nan"),
-        ("low_rank", {"given": {"rank": []}}, "there is no value of rank to choose from"),
+        ("low_rank", {"given": {"rank": []}}, "the list of values of rank is empty; give one value or more"),
         ("low_rank", {"budget": 83}, "low_rank of shape .48, 36. needs at least 84 macs, the budget is 83"),
     ],
 )
@@ -151,5 +151,5 @@ def test_search(budget: int, power: int, end: int) -> None:
 
 def test_search_without_an_end() -> None:
     assert largest_within(lambda n: 5, 4) is None
-    with pytest.raises(ValueError, match="the cost does not reach the budget of 6"):
+    with pytest.raises(ValueError, match="is still within the budget of 6"):
         largest_within(lambda n: 5, 6)

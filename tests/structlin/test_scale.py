@@ -118,7 +118,7 @@ def test_what_is_refused():
         random_factors(BTT, device="cuda", seed=0)
     with (
         jax.enable_x64(False),
-        pytest.raises(ValueError, match="jax would give float32 where float64 was asked for; enable"),
+        pytest.raises(ValueError, match="jax would return float32 instead of float64; enable 64 bits"),
     ):
         random_factors(BTT, backend="jax", dtype="float64", seed=0)
 

@@ -55,7 +55,7 @@ def test_every_axis_has_the_role_of_the_places_where_it_stands(roles, random):
 # -- what is derived -----------------------------------------------------------------------------------------------
 
 
-def test_block_tensor_train_by_hand():
+def test_block_tensor_train_against_formulas():
     s = Structure.parse(BTT, **SIZES)
     assert s.shape == (35, 6)
     assert (s.d_out, s.d_in) == (35, 6)

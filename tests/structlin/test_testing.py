@@ -170,7 +170,7 @@ def test_products_hidden_in_elementwise_work_are_found():
         check_instance(Hidden(4, honest=True))
 
 
-def test_products_of_numpy_are_counted_by_hand():
+def test_counted_products_of_numpy():
     a, b, v = np.ones((2, 3)), np.ones((3, 4)), np.ones(3)
     for function, arrays, macs in (
         (lambda a, b: a @ b, (a, b), 24),

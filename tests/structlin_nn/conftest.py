@@ -131,7 +131,7 @@ def gpt2_vocabulary(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def full_disk() -> Callable[[int], Any]:
-    """A context in which no file can have more than so many bytes: what comes after fails, as on a full disk."""
+    """A context with a maximum size of files: writing more bytes fails, as on a full disk."""
     resource = pytest.importorskip("resource")
 
     @contextmanager

@@ -66,7 +66,7 @@ def test_all_runs_differ_in_structure_width_and_rule_alone(quick: bool) -> None:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any], str]:
-    """Folder, printed JSON and stderr of a quick demonstration, one run of which was there already."""
+    """Folder, printed JSON and stderr of a quick demonstration; one of its runs existed already."""
     folder = tmp_path_factory.mktemp("demo") / "out"
     name, config = next(iter(configurations(1, quick=True).items()))
     train(config, Options(out=folder / name, quiet=True))
@@ -77,7 +77,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, 
 
 
 @pytest.mark.slow
-def test_an_interrupted_one_goes_on(tmp_path: Path) -> None:
+def test_an_interrupted_one_resumes(tmp_path: Path) -> None:
     arguments = command("--quick", "--out", str(tmp_path), "--seed", "1")
     with subprocess.Popen(
         [*arguments, "--workers", "1"], env=environment(), stderr=subprocess.PIPE, text=True
@@ -131,7 +131,7 @@ class TestQuick:
         seen = {tuple(pixel) for pixel in np.unique(pixels, axis=0).tolist()}
         assert len(colours & seen) >= 5
 
-    def test_progress_and_what_is_there_are_told(self, finished: tuple[Path, dict[str, Any], str]) -> None:
+    def test_progress_and_finished_runs_are_printed(self, finished: tuple[Path, dict[str, Any], str]) -> None:
         assert "already holds" in finished[2]
         assert "100%" in finished[2]
 
@@ -158,7 +158,7 @@ class TestQuick:
         assert err.count("\n") == 1
 
 
-def test_a_failure_in_a_run_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_failure_in_a_run_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A folder that a run cannot make: its error comes out of its process."""
     for name in configurations(0, quick=True):
         (tmp_path / name).touch()

@@ -61,7 +61,7 @@ def test_rank_at_a_width() -> None:
     assert spent(plan, "forward_macs", 256, rank=plan.next) > 1e6
 
 
-def test_widths_that_can_not_be_built() -> None:
+def test_widths_that_cannot_be_built() -> None:
     """Heads need a width of at least their number; a butterfly a power of two, and square layers."""
     plan = plan_model("cifar-vit", 1e6, heads=7)
     assert spent(plan, "forward_macs", plan.width, heads=7) <= 1e6

@@ -62,7 +62,7 @@ def test_both_passes(name, dtype, compiled, monkeypatch):
 
 
 @pytest.mark.parametrize("name", STRUCTURES)
-def test_gradients_that_are_asked_for(name):
+def test_requested_gradients(name):
     structure = STRUCTURES[name]
     chain = CPUChain(structure).passes("batched", torch.float64)
     x, factors, bias, gy = operands(structure, torch.float64, 5)

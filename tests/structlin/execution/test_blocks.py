@@ -144,7 +144,7 @@ def test_mlp(case: Any, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_projections_of_one_input(dtype: torch.dtype) -> None:
-    """Of different structures, sizes and biases, one of which pads the input."""
+    """Layers of different structures, sizes and biases; one pads the input."""
     first = [btt(30, 30), monarch(30, 22), low_rank(30, 10)]
     check(block_of(first, None, biases=(True, False, True), norm="layer", affine=(True, True)), 37, dtype)
     check(block_of(first[:1], None, norm="rms", affine=(True, False)), 37, dtype)

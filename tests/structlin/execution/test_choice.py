@@ -220,7 +220,7 @@ class TestCompare:
         assert choice.choose(asked).name == "token_major"
         assert timed == []
 
-    def test_estimates_alone_are_taken_where_asked_for(self, timed) -> None:
+    def test_policy_estimate_uses_estimates_alone(self, timed) -> None:
         with execution.using("estimate"):
             assert choice.choose(problem(structure=LONG)).name == "products"
         assert timed == []

@@ -19,7 +19,7 @@ from structlin.execution import choice, fused, traffic
 from structlin.execution.choice import Problem
 from structlin.execution.torch_cuda import fused_way, strided_way
 
-WITHOUT = "Triton is not installed; torch for CUDA brings it"
+WITHOUT = "Triton is not installed; torch for CUDA installs it"
 
 
 def test_which_chains_have_the_form() -> None:

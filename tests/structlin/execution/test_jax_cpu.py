@@ -485,7 +485,7 @@ print(np.asarray(run(x, factors)).sum())
 
 
 def test_programs_in_a_cache_on_disk(tmp_path):
-    """Another process that finds a compiled program there brings what it calls."""
+    """Another process that loads a compiled program from the cache registers the functions that it calls."""
     command = [sys.executable, "-c", CACHED, str(tmp_path)]
     first, second = (subprocess.run(command, check=True, capture_output=True, text=True).stdout for _ in range(2))
     assert os.listdir(tmp_path)

@@ -166,7 +166,7 @@ def test_an_executable_where_the_compiler_fails(saved, monkeypatch):
 @needs_passes
 @pytest.mark.skipif(not OTHER_FEATURES, reason="this processor has the fewest features")
 def test_an_executable_of_a_processor_with_other_features(saved, monkeypatch):
-    """The passes are compiled for the processor at hand. If they need more memory than there is, an error says so."""
+    """The passes are compiled for this processor. If they need more memory than is available, an error states it."""
     executable, operands, wanted = pickle.loads(saved.read_bytes())
     for module in (_rules, xla):
         monkeypatch.setattr(module, "host", lambda: _target.AVX2)

@@ -58,7 +58,7 @@ if HOST is not None:
 
 @pytest.fixture(params=WAYS)
 def way(monkeypatch, request):
-    """One of the ways, for however few tokens: in several chunks and blocks, of which the last one is shorter."""
+    """One of the ways, for any number of tokens, in several chunks and blocks with a shorter last one."""
     monkeypatch.setattr(_chunked, "MIN_CHUNK", 4)
     monkeypatch.setattr(_chunked, "MAX_CHUNK", 4)
     monkeypatch.setattr(_chunked, "PACK_TOKENS", 4)

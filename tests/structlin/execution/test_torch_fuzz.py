@@ -12,7 +12,7 @@ from structlin.execution.compiled.passes import FusedChain
 from structlin.execution.torch_cpu import SingleProducts, chain_of
 from structlin.testing import dense_matrix, random_chain
 
-CASES, EACH = 600, 20  # cases, of which so many are of one chain and one dtype
+CASES, EACH = 600, 20  # number of cases, and of cases with one chain and one dtype
 DTYPES = {torch.float32: 2e-6, torch.float64: 4e-15, torch.bfloat16: 0.02}
 NAMED = (
     ("low_rank", {"rank": 3}),
@@ -58,7 +58,7 @@ def draw_tensor(rng, shape, dtype, generator, around=torch.nan):
 
 @cache
 def reads_beyond():
-    """Whether torch's own products in bfloat16 read what is beside rows of an odd size, as with AMX in torch 2.13."""
+    """Whether torch's products in bfloat16 read memory after rows of an odd size, as with AMX in torch 2.13."""
     rows = torch.full((60, 6), torch.nan, dtype=torch.bfloat16)
     rows[:, :3] = 1
     return not torch.isfinite(rows[:, :3] @ torch.ones(3, 29, dtype=torch.bfloat16)).all()
@@ -129,6 +129,6 @@ def test_random_cases(threads):
             error, size = (got.double() - right).norm().item(), of.norm().item()
             if got.dtype != dtype or got.shape != right.shape or not error <= DTYPES[dtype] * size:
                 wrong.append((case, k, type(passes).__name__, str(structure), tokens, dtype, error, size))
-    assert not wrong, f"{len(wrong)} wrong, the first of which is {wrong[0]}"
+    assert not wrong, f"{len(wrong)} cases are wrong; the first is {wrong[0]}"
     assert ways["ChunkedChain"] > CASES // 20
     assert host() is None or ways["FusedChain"] > CASES // 3

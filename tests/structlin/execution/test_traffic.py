@@ -1,4 +1,4 @@
-"""The traffic model against counts made by hand, and against what torch dispatches for real tensors."""
+"""The traffic model against counts written out here, and against the operations of torch for real tensors."""
 
 import importlib.util
 from dataclasses import replace
@@ -37,7 +37,7 @@ def problem(name: str, tokens: int = TOKENS, train: bool = False, dtype: str = "
     ],
 )
 def test_ceilings(name: str, options: dict[str, int], two_products: float, fused: float) -> None:
-    """Of efficiency at d = 4096 in bfloat16 with many tokens, by hand: MACs at the rate over bytes at the bandwidth."""
+    """The ceiling of efficiency at d = 4096 in bfloat16 with many tokens: time of the MACs over time of the bytes."""
     asked = problem(name, **options)
     macs = asked.structure.macs * TOKENS
     found = traffic.predict(strided_way, asked, H100, bias=False)
@@ -46,7 +46,7 @@ def test_ceilings(name: str, options: dict[str, int], two_products: float, fused
 
 
 @pytest.mark.parametrize("rank", [1, 2, 4])
-def test_bytes_by_hand(rank: int) -> None:
+def test_bytes_against_formulas(rank: int) -> None:
     """Of each token 8 KB of input and output and 8 r KB between the steps, and 2 * 64^3 r numbers of factors."""
     asked = problem("block_tensor_train", rank=rank)
     x, h, factors = TOKENS * D * 2, TOKENS * D * rank * 2, 2 * 64**3 * rank * 2
@@ -64,7 +64,7 @@ def test_bytes_by_hand(rank: int) -> None:
     assert traffic.predict(token_major_way, asked, H100, bias=False).l2_bytes == found.l2_bytes + 2 * x + 2 * h
 
 
-def test_a_training_step_by_hand() -> None:
+def test_a_training_step_against_formulas() -> None:
     """Backward, each step reads its input, its factor and the gradient of its output, the latter twice."""
     asked = problem("block_tensor_train", rank=1, train=True)
     x = TOKENS * D * 2  # and so is what is between the steps

@@ -481,7 +481,7 @@ def test_rounding_is_checked():
 
 
 def test_the_slowest_structure_is_a_chain_without_a_name():
-    """Square steps are all it takes: an einsum chain nobody named inverts by its blocks."""
+    """A chain of square steps without a name is inverted block by block."""
     structure = Structure.parse("abc,bxa->cxb; cxb,cyx->byc", a=2, b=3, c=4, x=2, y=2)
     rng = np.random.default_rng(0)
     A = StructuredOperator(structure, [rng.standard_normal(f.shape) for f in structure.factors])

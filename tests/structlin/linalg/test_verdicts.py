@@ -44,7 +44,7 @@ def never_dense(monkeypatch):
     monkeypatch.setattr(cola.ops.Product, "to_dense", refuse)
 
 
-# -- 1: Woodbury where nobody can look --------------------------------------------------------------------------------
+# -- 1: Woodbury with traced values -----------------------------------------------------------------------------------
 
 
 def tiny_first(backend):
@@ -276,7 +276,7 @@ def test_an_estimated_determinant_has_an_error_and_little_memory():
     assert abs(answer.value - np.linalg.slogdet(general.to_dense())[1]) <= 4 * answer.error
     with linalg.dense_limit(50), pytest.warns(UserWarning, match="standard error"):
         sign, _ = linalg.slogdet(sl.TensorTrain.random((60, 60), rank=8, seed=0))
-    assert np.isnan(sign)  # nobody knows it
+    assert np.isnan(sign)  # it is not known
 
 
 def test_the_derivative_of_an_estimate():

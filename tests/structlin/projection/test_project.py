@@ -106,7 +106,7 @@ def decaying(shape, seed=0):
 
 
 def rank_of(name, structure):
-    """The uniform rank that a chosen structure was asked for."""
+    """The uniform rank that was requested of a structure."""
     bonds = {"low_rank": 0, "tensor_train": -1, "block_tensor_train": -3, "blast": 1}
     if name == "block_tensor_train":
         return max(f.shape[len(structure.factors)] for f in structure.factors[:-1])

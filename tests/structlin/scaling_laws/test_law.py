@@ -93,7 +93,7 @@ def test_law() -> None:
     assert law.coefficient == pytest.approx(3)
     assert law.compute(0.1) == law.compute(0.05) == math.inf
     assert PowerLaw(1e6, 1.0).coefficient == math.inf
-    with pytest.raises(ValueError, match=r"does not fall with compute: its exponent is -0\.1"):
+    with pytest.raises(ValueError, match=r"does not fall with compute: the exponent must be positive, got -0\.1"):
         PowerLaw(0.0, -0.1).compute(0.5)
 
 
@@ -115,14 +115,14 @@ def test_quality_of_the_fit() -> None:
 @pytest.mark.parametrize(
     ("compute", "error", "options", "message"),
     [
-        ([1, 2], [1.0], {}, r"one shape \(n,\), got \(2,\) and \(1,\)"),
-        ([[1, 2]], [[1, 2]], {}, r"one shape \(n,\), got \(1, 2\)"),
-        ([1, float("nan")], [1, 2], {}, "compute has a NaN at place 1"),
+        ([1, 2], [1.0], {}, r"same shape \(n,\), got \(2,\) and \(1,\)"),
+        ([[1, 2]], [[1, 2]], {}, r"same shape \(n,\), got \(1, 2\)"),
+        ([1, float("nan")], [1, 2], {}, "compute must not contain NaN, got one at index 1"),
         ([1, 0], [1, 2], {}, "compute must be positive and finite to have a logarithm, got 0"),
         ([1, 2], [1, float("inf")], {}, "error must be positive and finite to have a logarithm, got inf"),
-        ([3, 3, 3], [1, 2, 3], {}, "a law of 2 parameters needs as many different values of compute, got 1"),
-        ([1, 2, 2], [1, 2, 3], {"floor": True}, "a law of 3 parameters needs as many different values of compute"),
-        ([1, 2], [0.5, 0.4], {"floor": 0.4}, r"below every error, got 0\.4 and 0\.4"),
+        ([3, 3, 3], [1, 2, 3], {}, "a law of 2 parameters needs at least 2 different values of compute, got 1"),
+        ([1, 2, 2], [1, 2, 3], {"floor": True}, "a law of 3 parameters needs at least 3 different values of compute"),
+        ([1, 2], [0.5, 0.4], {"floor": 0.4}, r"below every error, got 0\.4 and a smallest error of 0\.4"),
         ([1, 2], [0.5, 0.4], {"floor": -0.1}, r"must be at least 0 and below every error, got -0\.1"),
         ([1, 2], [0.5, 0.4], {"loss": "huber"}, "unknown loss 'huber'; one of soft_l1, linear"),
     ],

@@ -109,7 +109,7 @@ def test_further_training_lowers_the_loss(trained: Path, out: Path, capsys: pyte
     assert (said["config"]["structure"], said["config"]["options"]) == ("low_rank", {"rank": 2})
     assert (said["config"]["width"], said["config"]["depth"]) == (32, 2)
     assert said["counts"]["params"] == sum(p.numel() for p in load_model(out).parameters())
-    # A run that is compressed can be compressed again, and one that goes on needs the file no more.
+    # A compressed run can be compressed again, and a resumed run no longer needs the file.
     again = out.with_name("again.safetensors")
     found = as_json(f"compress {folder} --structure low_rank --rank 1 --layers blocks.* --out {again}", capsys)
     assert found["after"]["costs"]["forward_macs"] < found["before"]["costs"]["forward_macs"]
@@ -176,7 +176,7 @@ def test_timm(out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
         assert isinstance(again.blocks[3].mlp.fc1, StructuredLinear)
         torch.testing.assert_close(again.blocks[3].mlp.fc2.weight, model.blocks[3].mlp.fc2.weight)
     _, text = run(f"{line} --layers *.fc1 --num-classes 4 --out {out} --overwrite", capsys, code=2)
-    assert "head.weight has shape (3, 192) in the file and (4, 192) in the model" in text
+    assert "head.weight has shape (3, 192) in the file, but (4, 192) in the model" in text
     _, text = run(f"compress timm:resnet18 --weights {weights} --structure low_rank --rank 2 --out {out} --overwrite",
                   capsys, code=2)  # fmt: skip
     assert "is not of timm's resnet18" in text

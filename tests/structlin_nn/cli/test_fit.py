@@ -151,7 +151,7 @@ def test_few_points() -> None:
         ("{} --x macs --y error --loss huber", "unknown loss 'huber'"),
         ("{} --x macs --y error --floor high", "the irreducible error must be a number, got 'high'"),
         ("{} --x macs --y error --floor 0.9", "dense: a known floor must be at least 0 and below every error"),
-        ("{} --x macs --y error --noise 1 --method cases", "noise must be at least 0 and goes with the parametric"),
+        ("{} --x macs --y error --noise 1 --method cases", "noise must be at least 0 and needs method="),
         ("{} --x seed --y error", "dense: compute must be positive and finite to have a logarithm, got 0"),
         ("{} --x macs --y error --samples 5 --plot figure.gif", "written as .png, .svg or .pdf, got 'figure.gif'"),
     ],
@@ -190,7 +190,7 @@ def test_groups_that_cannot_be_fitted_are_named(tmp_path: Path, capsys: pytest.C
     (tmp_path / "points.csv").write_text("\n".join(lines) + "\n")
     words = (tmp_path / "points.csv", "--x", "macs", "--y", "error", "--floor", "--samples", "20")
     out = output(capsys, *words)
-    assert "not fitted: monarch: a law of 3 parameters needs as many different values of compute, got 2" in out
+    assert "not fitted: monarch: a law of 3 parameters needs at least 3 different values of compute, got 2" in out
     assert "not fitted: low_rank: error must be positive" in out
     record = json.loads(output(capsys, *words, "--json"))
     assert list(record["groups"]) == ["dense"]
@@ -277,7 +277,7 @@ def test_allocation_without_a_law(approach: int, tmp_path: Path, capsys: pytest.
         ("--size params --data tokens --floor", "--frontier, --floor and --noise are options of laws in one size"),
         ("--size params --data tokens --budget -1", "--budget must be positive and finite, got -1"),
         ("--size params --data tokens --budget inf", "--budget must be positive and finite, got inf"),
-        ("--size params --data tokens --shared E,gamma", "unknown term 'gamma' to share"),
+        ("--size params --data tokens --shared E,gamma", "unknown term 'gamma' in shared"),
         ("--size params --data tokens --approach 2 --plot a.png", "--plot is an option of --approach 3"),
         ("--size params --data tokens --tolerance 0.2", "--tolerance is an option of --approach 2"),
         ("--size parms --data tokens", "a row has no 'parms', did you mean params?"),
@@ -300,4 +300,4 @@ def test_equal_times_leave_the_laws_of_compute(tmp_path: Path, capsys: pytest.Ca
     words = (tmp_path / "points.csv", "--x", "macs", "--y", "error", "--samples", "20")
     out = output(capsys, *words)
     assert "against dense" in out
-    assert "not fitted: all groups by time: dense: a law of 2 parameters needs as many different values" in out
+    assert "not fitted: all groups by time: dense: a law of 2 parameters needs at least 2 different values" in out

@@ -1,4 +1,4 @@
-"""`structlin replace`, models by name, and structures that installed packages bring."""
+"""`structlin replace`, models by name, and structures of installed packages."""
 
 import json
 from types import SimpleNamespace
@@ -49,7 +49,7 @@ def test_a_model_of_ones_own(tmp_path, monkeypatch, capsys):
     assert main(["replace", "my_models:make", *arguments]) == 0
     text = capsys.readouterr().out
     assert "24 x 24" in text
-    assert "warning: 1 of 1 layers are dearer than dense" in text
+    assert "warning: 1 of 1 structured layers cost more than dense" in text
     assert next(open_named("my_models:make").parameters()).is_meta
     assert next(open_named("my_models:make", device=None).parameters()).device == torch.get_default_device()
     for model, words in (

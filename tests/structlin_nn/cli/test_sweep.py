@@ -100,7 +100,7 @@ def test_what_fails_does_not_stop_the_others(folder: Path, capsys: pytest.Captur
     states = planned(capsys, "--only dense*")
     assert list(states.values()) == ["failed", "finished"]
     assert json.loads(Path("runs/mine/dense-w8-lr1e+30/failed.json").read_text())["error"]
-    # Not started again unless asked for.
+    # Not started again without the option.
     assert main([*line.split(), "--print-commands"]) == 0
     assert "all runs are finished" in capsys.readouterr().err
     assert main([*line.split(), "--print-commands", "--retry"]) == 0
@@ -108,7 +108,7 @@ def test_what_fails_does_not_stop_the_others(folder: Path, capsys: pytest.Captur
 
 
 def test_an_error_of_one_run_does_not_end_the_sweep(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Any error: it is told, noted with its traceback, and the run is made when its cause is gone."""
+    """An error is printed and recorded with its traceback, and the run is repeated when its cause is removed."""
     Path("runs/mine/dense-w8").mkdir(parents=True)
     Path("runs/mine/dense-w8/checkpoints").touch()  # a file where a folder has to be
     line = f"{LINE} --workers 1 --only dense* --quiet"
@@ -153,7 +153,7 @@ def test_misuse(line: str, message: str, folder: Path, capsys: pytest.CaptureFix
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_an_interrupted_sweep_goes_on(number: signal.Signals, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_interrupted_sweep_resumes(number: signal.Signals, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code = "import sys; from structlin_nn.cli import main; sys.exit(main(sys.argv[1:]))"
     long = "--set epochs=40 --set eval_every=2"
     command = [sys.executable, "-c", code, *LINE.split(), "--workers", "2", "--quiet", *long.split()]

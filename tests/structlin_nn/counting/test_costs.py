@@ -1,4 +1,4 @@
-"""Bytes, training FLOPs and roofline times, from counts made by hand."""
+"""Bytes, training FLOPs and roofline times, from counts written out here."""
 
 import json
 from typing import Any
@@ -32,7 +32,7 @@ def two_layers() -> Any:
 
 class TestBytes:
     @pytest.mark.parametrize(("optimizer", "states"), [("adam", 2), ("adamw", 2), ("sign", 1), ("sgd", 1)])
-    def test_by_hand(self, optimizer: str, states: int) -> None:
+    def test_against_formulas(self, optimizer: str, states: int) -> None:
         assert training_bytes(two_layers(), optimizer=optimizer) == {
             "weights": 4 * 103,
             "buffers": 0,
@@ -107,7 +107,7 @@ class TestBytes:
 
 
 class TestRoofline:
-    def test_by_hand(self) -> None:
+    def test_against_formulas(self) -> None:
         """All is bound by the slow memory of the toy but for its FLOPs, which are counted apart."""
         found = roofline(two_layers(), TOY)
         moved = (60 + 5 * 16) + (30 + 5 * 13)

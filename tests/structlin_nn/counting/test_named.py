@@ -1,4 +1,4 @@
-"""Counts of torch models, against FlopCounterMode and against formulas written out by hand."""
+"""Counts of torch models, against FlopCounterMode and against formulas written out here."""
 
 import json
 import math
@@ -66,7 +66,7 @@ def test_training_is_three_times_forward_but_for_the_data(name: str) -> None:
     assert record["training_macs"] == 3 * record["forward_macs"] - missing
 
 
-def test_vit_by_hand() -> None:
+def test_vit_against_formulas() -> None:
     w, heads, size, classes, tokens = 24, 3, 10, 8, 17
     record = count_model("cifar-vit", **SMALL["cifar-vit"])
     per_token = 4 * w * heads * size + 2 * 4 * w * w

@@ -174,11 +174,11 @@ class TestInitialisation:
             ({"structure": "dense", "rule": "other"}, "rule"),
             ({"structure": "dense", "dtype": jnp.int32}, "floating or complex, got int32"),
             ({"structure": "toeplitz", "partition": {"i": "model"}}, "axes of a chain"),
-            ({"structure": "low_rank", "partition": {"q": "model"}}, "no axis 'q', it has iro"),
+            ({"structure": "low_rank", "partition": {"q": "model"}}, "no axis 'q'; its axes are iro"),
             ({"structure": "low_rank", "partition": {"i": "model", "r": "model"}}, "one mesh axis"),
         ],
     )
-    def test_refuses_what_it_can_not_be(self, arguments: dict, message: str) -> None:
+    def test_refuses_invalid_arguments(self, arguments: dict, message: str) -> None:
         with pytest.raises(ValueError, match=message):
             StructuredLinear(8, 8 if arguments["structure"] == "permutation" else 6, rngs=nnx.Rngs(0), **arguments)
 

@@ -123,8 +123,8 @@ class TestCoverage:
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
-            ({"momentum": 0.9}, "options of 'sgd'"),
-            ({"optimizer": "sgd", "momentum": 1.0}, "from 0 to below 1"),
+            ({"momentum": 0.9}, "need optimizer='sgd'"),
+            ({"optimizer": "sgd", "momentum": 1.0}, r"must lie in \[0, 1\)"),
             ({"optimizer": "sgd", "nesterov": True}, "above 0 with nesterov"),
             ({"betas": (0.9, 1.0)}, "betas"),
             ({"lr": -1.0}, "must not be negative"),

@@ -187,7 +187,7 @@ class TestTwoProcesses:
 
     @pytest.mark.parametrize("way", ["ddp", "fsdp"])
     def test_kill_at_any_time(self, way: str, jobs: dict[str, Any], losses: Any, tmp_path: Path) -> None:
-        """kill -9 of both while each step writes a checkpoint, twice; then the run goes on to its end."""
+        """kill -9 of both while each step writes a checkpoint, twice; then the run completes."""
         assert losses
         job = at(jobs[f"gpt2-{way}"], tmp_path / "run", resume=True, checkpoint_minutes=0.0)
         seen = [-1]

@@ -70,7 +70,7 @@ def test_gpt2_is_the_run_in_torch(gpt2_config: Any, text_tokens: Path, tmp_path:
 
 
 @pytest.mark.parametrize("name", ["cifar", pytest.param("gpt2", marks=pytest.mark.slow)])
-def test_resumes_to_the_bit(
+def test_resumed_results_are_bit_identical(
     name: str, config: Any, gpt2_config: Any, small_cifar: Path, text_tokens: Path, tmp_path: Path
 ) -> None:
     module = recipe_module(f"flax_{name}")

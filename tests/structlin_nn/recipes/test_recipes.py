@@ -60,7 +60,7 @@ class TestCifar:
         )  # fmt: skip
         assert cifar.train(config, options).evaluation["train_loss"] < 1.2 < 2.3
 
-    def test_steps_and_evaluations_by_hand(self, config: cifar.Config, options: cifar.Options) -> None:
+    def test_steps_and_evaluations_against_a_plain_loop(self, config: cifar.Config, options: cifar.Options) -> None:
         """Beside torch's own Adam on the same batches; the mixed labels, the change of features, and the evaluation."""
         config = config.replace(epochs=1, eval_every=1, measure_every=1, lr=1e-2, augment=False, mixup=0.0)
         result = cifar.train(config, options)
@@ -420,7 +420,7 @@ class TestStartingWeights:
         for changes, message in (
             ({"depth": 3}, "the file lacks blocks.2"),
             ({"depth": 1}, "and the model lacks, blocks.1"),
-            ({"context": 8}, r"positions\.weight has shape \(16, 32\) in the file and \(8, 32\)"),
+            ({"context": 8}, r"positions\.weight has shape \(16, 32\) in the file, but \(8, 32\)"),
         ):
             with pytest.raises(ValueError, match=message):
                 gpt2.train(self.config(path, **{**sizes, **changes}), replace(options, out=tmp_path / "no"))

@@ -1,4 +1,4 @@
-"""Runs: they record what they did, an interruption leaves no trace in the result, and nobody destroys them."""
+"""Runs write records, interruptions do not change their results, and no other run overwrites them."""
 
 import json
 import os
@@ -118,7 +118,7 @@ class TestEveryRecipe:
         assert module.plan(config, options)[1:] == (result.steps, record.header["counts"])
 
     @pytest.mark.parametrize("after", [1, 7])
-    def test_resumes_to_the_bit(self, after: int, setting: Setting, tmp_path: Path) -> None:
+    def test_resumed_results_are_bit_identical(self, after: int, setting: Setting, tmp_path: Path) -> None:
         name, config, options = setting
         train = recipe_module(name).train
         config = config.replace(ema=0.9, clip=1.0, precision="bfloat16")
@@ -171,7 +171,7 @@ class TestResume:
         return tmp_path / "whole"
 
     @pytest.mark.parametrize("after", [5, STEPS_PER_EPOCH, 2 * STEPS_PER_EPOCH, 20])
-    def test_is_exact_to_the_bit(self, after: int, whole: Path, config: Config, options: Options) -> None:
+    def test_is_bit_identical(self, after: int, whole: Path, config: Config, options: Options) -> None:
         assert train(config, options, watch=stop_after(after)).step == after
         assert train(config, replace(options, resume=True)).finished
         assert_same(whole, options.out)
@@ -227,12 +227,12 @@ class TestResume:
         with pytest.raises(FileNotFoundError, match=r"record.jsonl is missing"):
             train(config, replace(options, out=whole, resume=True))
 
-    def test_is_asked_for(self, whole: Path, config: Config, options: Options) -> None:
+    def test_needs_the_option_resume(self, whole: Path, config: Config, options: Options) -> None:
         with pytest.raises(FileExistsError, match="holds a run already"):
             train(config, replace(options, out=whole))
 
     def test_repeats_the_ways_of_its_products(self, config: Config, options: Options, tmp_path: Path) -> None:
-        """To the bit, whatever would be chosen now; and the run names its ways."""
+        """Results are bit-identical, even if other ways would be chosen now, and the run names its ways."""
         config = config.replace(width=40, epochs=2, augment=False)
         with execution.using("products"):
             train(config, replace(options, out=tmp_path / "whole"))

@@ -66,7 +66,7 @@ def train(job: dict[str, Any]) -> list[float]:
 
 
 def start(jobs: list[dict[str, Any]], number: int, folder: Path) -> list[list[float]]:
-    """Do jobs in so many new processes, and return the losses of each."""
+    """Do jobs in a number of new processes, and return the losses of each."""
     started = begin(jobs, number, folder)
     try:
         texts = [process.communicate(timeout=LIMIT)[0] for process in started]
@@ -78,7 +78,7 @@ def start(jobs: list[dict[str, Any]], number: int, folder: Path) -> list[list[fl
 
 
 def begin(jobs: list[dict[str, Any]], number: int, folder: Path) -> list[subprocess.Popen[str]]:
-    """So many new processes that do jobs."""
+    """A number of new processes that do jobs."""
     (folder / "jobs.json").write_text(json.dumps(jobs))
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))

@@ -25,7 +25,7 @@ STEPS = 18  # 2 epochs of 10,000 images in batches of 1024
 
 
 def record(job: Job, step: int) -> None:
-    """A record like that of a run of so many steps."""
+    """A record like that of a run with a number of steps."""
     made = {key: {} for key in HEADER_KEYS if key != "schema"}
     writer = RecordWriter.create(
         job.folder / "record.jsonl",

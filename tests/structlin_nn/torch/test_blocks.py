@@ -137,9 +137,9 @@ def test_wrong_sizes_are_named() -> None:
         mlp(torch.randn(3, 24), up, linear(40, 12), residual=True)
     with pytest.raises(ValueError, match="unknown activation 'swish'; one of gelu, gelu_tanh, relu, silu"):
         mlp(torch.randn(3, 24), up, down, "swish")
-    with pytest.raises(ValueError, match="do not fit"):
+    with pytest.raises(ValueError, match="do not match"):
         StructuredMLP(up, linear(24, 40))
-    with pytest.raises(ValueError, match="2 layers need as many names"):
+    with pytest.raises(ValueError, match="one entry for each of the 2 layers"):
         StructuredMLP(up, down, names=("a", "b", "c"))
 
 
@@ -191,7 +191,7 @@ class Llama(nn.Module):
 
 
 class Twice(Timm):
-    """Has the names of timm's, and computes something else."""
+    """Has the names of timm's, but computes something else."""
 
     def forward(self, x: Tensor) -> Tensor:
         return 2 * super().forward(x)
@@ -213,9 +213,9 @@ def test_mlps_of_other_packages_are_fused() -> None:
     report = replace_linear(model, "block_tensor_train", rank=2, fuse=True)
     notes = dict(note.removeprefix("MLP ").split(": ") for note in report.notes)
     assert {name for name, outcome in notes.items() if outcome == "fused"} == {"timm", "gpt2", "llama"}
-    assert "something else" in notes["twice"]
+    assert "its output differs" in notes["twice"]
     assert "dropout between" in notes["drop"]
-    assert "activation function is none of" in notes["mish"]
+    assert "activation function is not one of" in notes["mish"]
 
     replace_linear(separate[:3], "block_tensor_train", rank=2, layers="all")
     for name in ("timm", "gpt2", "llama"):
@@ -230,9 +230,7 @@ def test_mlps_of_other_packages_are_fused() -> None:
 
 def test_a_model_without_mlps_says_so() -> None:
     model = nn.Sequential(nn.Linear(24, 24), nn.Linear(24, 5))
-    assert replace_linear(model, "monarch", blocks=4, fuse=True).notes == (
-        "no MLP of a known shape was found to be fused",
-    )
+    assert replace_linear(model, "monarch", blocks=4, fuse=True).notes == ("no MLP of a known form was found to fuse",)
 
 
 def test_hooks_keep_an_mlp_from_being_replaced() -> None:

@@ -1,4 +1,4 @@
-"""Counts of models of other libraries against FlopCounterMode, and what is kept for the backward pass, by hand."""
+"""Counts of models of other libraries against FlopCounterMode, and tensors saved for the backward pass."""
 
 from typing import Any
 
@@ -62,7 +62,7 @@ def test_transformers_gpt2(kind: str, where: str) -> None:
     with torch.device(where):
         model = transformers.GPT2LMHeadModel(config)
         tokens = torch.zeros(2, 17, dtype=torch.int64)
-        # The library looks at values to make a mask of its own, of which meta tensors have none.
+        # The library reads values to build a mask, and meta tensors have no values.
         mask = {"attention_mask": torch.ones(1, 1, 17, 17).bool()} if where == "meta" else {}
     counted = assert_same_as_torch(model, tokens, **mask)
     d, t = 48, 17
@@ -120,7 +120,7 @@ def test_transformers_on_meta_as_on_a_cpu(name: str) -> None:
 
 
 class TestSaved:
-    def test_mlp_by_hand(self) -> None:
+    def test_mlp_against_formulas(self) -> None:
         """The input (for the gradient of the first weight), the activation's input, and its output."""
         model = nn.Sequential(nn.Linear(6, 10), nn.GELU(), nn.Linear(10, 3))
         counted = count(model, torch.randn(5, 6))

@@ -1,4 +1,4 @@
-"""Counts of published architectures, of which benchmarks/counts.py goes through many; mixtures of experts by hand."""
+"""Counts of some published architectures (benchmarks/counts.py has many), and of mixtures of experts by formulas."""
 
 import importlib.util
 import json
@@ -41,14 +41,14 @@ def test_transformers(script: ModuleType, name: str) -> None:
 
 
 def test_correction_of_the_reference(script: ModuleType) -> None:
-    """By hand, for a convolution in two groups: forward, and as much for each gradient."""
+    """For a convolution in two groups, each gradient costs as much as the forward pass."""
     layer = nn.Conv2d(6, 8, 3, groups=2, device="meta")
     x = torch.ones(2, 6, 7, 5, device="meta", requires_grad=True)
     forward = 2 * 8 * 5 * 3 * 3 * 9
     assert [script.reference(layer, {"input": x}, train) for train in (False, True)] == [forward, 3 * forward]
 
 
-def test_mixture_of_experts_by_hand(script: ModuleType) -> None:
+def test_mixture_of_experts_against_formulas(script: ModuleType) -> None:
     """Each token meets two of six experts, of three layers; the router, attention, and the head."""
     rows = {row["name"]: row for row in script.expert_models(("mixtral", "gpt_oss"))}
     assert all(row["exact"] for row in rows.values()), rows
@@ -59,7 +59,7 @@ def test_mixture_of_experts_by_hand(script: ModuleType) -> None:
     assert rows["mixtral"]["grouped_mm"] == [2 * block + tokens * d * 128, 3 * (2 * block + tokens * d * 128)]
 
 
-def test_long_short_term_memory_by_hand() -> None:
+def test_long_short_term_memory_against_formulas() -> None:
     """What a CPU fuses into one operation counts as on the meta device: 4 gates of 10 for 8 features and 10 states."""
     for device in ("cpu", "meta"):
         layer = nn.LSTM(8, 10, batch_first=True, device=device)

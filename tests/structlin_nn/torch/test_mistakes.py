@@ -91,18 +91,18 @@ MISTAKES = (
     (
         low(overrides={"0": {"rnk": 4}}),
         ValueError,
-        "overrides['0'] has no option rnk; it may have structure, rms_cap, gain, rule, checkpoint, zero_in",
+        "overrides['0'] has the unknown option rnk; known are structure, rms_cap, gain, rule, checkpoint, ze",
     ),
     (low(zero_init="head"), ValueError, "zero_init: no linear layer matches 'head'; the linear layers are 0, 2"),
     (
         low(rank=1000, dearer="error"),
         ValueError,
-        "layer '0' (12 -> 16) would be dearer than dense: 28,000 multiply-accumulates instead of 192, 28,0",
+        "layer '0' (12 -> 16) would cost more than dense: 28,000 multiply-accumulates instead of 192, 28,0",
     ),
     (
         low(min_features=1000),
         ValueError,
-        "no layer that is chosen can be replaced (0: fewer than 1000 features: 12 -> 16; 2: fewer than 100",
+        "no selected layer can be replaced (0: it has fewer than 1000 features: 12 -> 16; 2: it has",
     ),
     (
         lambda: replace_linear(net(), "lowrank", rank=2),
@@ -132,7 +132,7 @@ MISTAKES = (
     (
         lambda: replace_linear(net().parameters(), "low_rank", rank=2),
         TypeError,
-        "replace_linear takes a torch.nn.Module, got a generator: pass the model, and not its parameters, ",
+        "replace_linear takes a torch.nn.Module, got a generator: pass the model, not its parameters; ",
     ),
     (
         lambda: replace_linear(nn.Sequential(nn.ReLU()), "low_rank", rank=2),
@@ -147,7 +147,7 @@ MISTAKES = (
     (
         near(rank=2, mac_fraction=0.5),
         ValueError,
-        "give one of rank, target_error, max_macs, mac_fraction, max_params, param_fraction, got rank, mac",
+        "give at most one of rank, target_error, max_macs, mac_fraction, max_params, param_fraction, got rank, mac",
     ),
     (near(mac_fraction=2), ValueError, "mac_fraction must lie in (0, 1], got 2"),
     (
@@ -160,18 +160,18 @@ MISTAKES = (
     (
         near(rank=2, calibration=X),
         TypeError,
-        "calibration is an iterable of batches, and an array of shape (5, 12) would be run row by row: pas",
+        "calibration must be an iterable of batches, got an array of shape (5, 12), whose rows would be",
     ),
-    (near(rank=2, calibration=[]), ValueError, "calibration holds no batch"),
+    (near(rank=2, calibration=[]), ValueError, "calibration has no batches"),
     (
         near(rank=2, calibration=[torch.full((5, 12), math.nan)]),
         ValueError,
-        "the calibration data give layer '0' inputs that are not finite",
+        "the inputs of layer '0' are not finite",
     ),
     (
         near(rank=2, forward=lambda model, batch: model(batch)),
         ValueError,
-        "forward says how to run calibration data, and there are none",
+        "forward runs batches of calibration, which is missing",
     ),
     (near(rank=2, damping=-1), ValueError, "damping must be a number of at least 0, got -1"),
     (near(rank=2, max_sweeps=0), ValueError, "max_sweeps must be an integer of at least 1, got 0"),
@@ -189,7 +189,7 @@ MISTAKES = (
     (
         lambda: project_linear(net(), structlin.design("low_rank", (16, 12), rank=2), mac_fraction=0.5),
         ValueError,
-        "mac_fraction needs the name of a structure, whose ranks can be chosen",
+        "mac_fraction chooses ranks, so structure must be a name",
     ),
     (groups(lr="1e-3"), TypeError, "lr must be a number, got '1e-3'; 0.001 would be one"),
     (groups(lr=-1), ValueError, "lr and weight_decay must not be negative, got -1 and 0.0"),
@@ -220,7 +220,7 @@ MISTAKES = (
     (
         lambda: parameter_groups(ready().parameters(), lr=1e-3),
         TypeError,
-        "parameter_groups takes a torch.nn.Module, got a generator: pass the model, and not its parameters",
+        "parameter_groups takes a torch.nn.Module, got a generator: pass the model, not its parameters",
     ),
     (
         lambda: layer()(torch.ones(5, 11)),
@@ -230,7 +230,7 @@ MISTAKES = (
     (
         lambda: layer()(np.ones((5, 12))),
         TypeError,
-        "the input must be a torch.Tensor, got a ndarray: torch.from_numpy makes one of it",
+        "the input must be a torch.Tensor, got a ndarray; convert it with torch.from_numpy",
     ),
     (
         lambda: layer()(X.double()),
@@ -280,22 +280,22 @@ MISTAKES = (
     (
         lambda: unpack_linear([layer()]),
         TypeError,
-        "unpack_linear takes a torch.nn.Module, got a list: pass the model, and not its parameters, whose ",
+        "unpack_linear takes a torch.nn.Module, got a list: pass the model, not its parameters; the roles",
     ),
     (
         lambda: MuAdamW(ready().parameters(), lr=1e-3),
         TypeError,
-        "parameter_groups takes a torch.nn.Module, got a generator: pass the model, and not its parameters",
+        "parameter_groups takes a torch.nn.Module, got a generator: pass the model, not its parameters",
     ),
     (
         lambda: with_multipliers(torch.optim.lr_scheduler.OneCycleLR, None, max_lr=1e-3, total_steps=5),
         TypeError,
-        "with_multipliers takes a scheduler's class, then an optimizer, got a NoneType",
+        "the second argument of with_multipliers must be an optimiser, got a NoneType",
     ),
     (
         lambda: fuse_mlps([net()]),
         TypeError,
-        "fuse_mlps takes a torch.nn.Module, got a list: pass the model, and not its parameters, whose role",
+        "fuse_mlps takes a torch.nn.Module, got a list: pass the model, not its parameters; the roles",
     ),
     (groups(base_model=net), TypeError, "parameter_groups, as base_model, takes a torch.nn.Module, got a function"),
     (lambda: pack_linear(None), TypeError, "pack_linear takes a torch.nn.Module, got a NoneType"),

@@ -1,4 +1,4 @@
-"""Every operation of torch in one of three lists, and formulas against counts by hand and against loops."""
+"""Every operation of torch is in one of three lists; formulas against counts written out here and against loops."""
 
 import math
 from collections.abc import Callable
@@ -138,7 +138,7 @@ class TestRegistration:
         with pytest.raises(ValueError, match="is named namespace::operation, such as aten::mm, got 'scaled'"):
             register_product("scaled")
 
-    def test_what_torch_was_told(self, operation: str) -> None:
+    def test_registered_formulas_of_torch(self, operation: str) -> None:
         from torch.utils.flop_counter import flop_registry, register_flop_formula
 
         x, weight = torch.zeros(2, 5), torch.zeros(5, 4)
@@ -173,7 +173,7 @@ class TestProducts:
             (lambda: torch.conv_tbc(torch.ones(7, 2, 3), torch.ones(4, 3, 5), torch.ones(5)), 4 * 2 * 5 * 4 * 3),
         ],
     )  # fmt: skip
-    def test_by_hand(self, call: Callable[[], Tensor], macs: int) -> None:
+    def test_against_formulas(self, call: Callable[[], Tensor], macs: int) -> None:
         assert counted(call).macs() == macs
 
     @pytest.mark.parametrize("device", ["cpu", "meta"])
@@ -459,7 +459,7 @@ class TestFourier:
             (lambda x: torch.fft.fft2(x + 0j), math.ceil(5 * 30 * math.log2(30))),
         ],
     )
-    def test_by_hand(self, call: Callable[[Tensor], Tensor], flops: int) -> None:
+    def test_against_formulas(self, call: Callable[[Tensor], Tensor], flops: int) -> None:
         x = torch.ones(3, 10, requires_grad=True)
         found = counted(call, x)
         assert (found.macs(), found.other_flops, found.flops) == (0, flops, flops)

@@ -179,14 +179,14 @@ def test_flops(structure):
         chosen = [leaf for leaf, need in zip(every, needs, strict=True) if need]
         with FlopCounterMode(display=False) as backward:
             torch.autograd.grad(y.sum(), chosen, retain_graph=True)
-        # All factors require gradients, so that the operator computes them whether asked for or not.
+        # All factors require gradients, so the operator computes them even if they are not requested.
         assert backward.get_total_flops() == 2 * 7 * gradient_macs(structure, [True] * len(every))
         with FlopCounterMode(display=False) as done:
             chain_gradients(structure, torch.ones_like(y), x.detach(), [f.detach() for f in factors], needs)
         assert done.get_total_flops() == 2 * 7 * gradient_macs(structure, needs)
 
 
-def test_flops_by_hand():
+def test_flops_against_formulas():
     structure = structlin.design("block_tensor_train", (35, 6), rank=2)
     first, second = (f.numel for f in structure.factors)
     assert gradient_macs(structure, [True, True, True]) == 2 * (first + second) + first  # the first again

@@ -84,7 +84,7 @@ def test_an_optimizer_made_before_the_replacement(change):
     else:
         project_linear(model, "low_rank", rank=2)
     (text,) = told(optimizer, model, 2)
-    assert "AdamW was made before layers were replaced: 2 of its parameters, of shapes (16, 16), (16,)" in text
+    assert "AdamW was created before layers were replaced: 2 of its parameters, of shapes (16, 16), (16,)" in text
 
 
 def test_an_optimizer_with_a_part_of_the_parameters():
@@ -92,7 +92,7 @@ def test_an_optimizer_with_a_part_of_the_parameters():
     groups = parameter_groups(model, lr=1e-3)
     left = [g for g in groups if "0.factors.0" not in g["names"]]
     (text,) = told(torch.optim.AdamW(left), model, 3)
-    assert "AdamW has some parameters of 1 structured layer, and no optimiser has all of the factors" in text
+    assert "AdamW has only some of the parameters of 1 structured layer, and no optimiser has the others" in text
     rest = [torch.optim.AdamW(left), torch.optim.AdamW([g for g in groups if "0.factors.0" in g["names"]])]
     assert [told(optimizer, model) for _ in range(2) for optimizer in rest] == [[]] * 4
     model[0].factors[0].requires_grad_(False)
@@ -111,7 +111,7 @@ def test_rates_that_are_given_and_have_no_effect():
 def test_groups_of_another_optimizer():
     model = network()
     (text,) = told(torch.optim.SGD(parameter_groups(model, lr=1e-3)), model)
-    assert "SGD steps groups that were made for 'adamw'" in text
+    assert "SGD uses groups for the rule of 'adamw'" in text
     assert "optimizer='sgd'" in text
     assert len(told(torch.optim.Adam(parameter_groups(model, lr=1e-3, optimizer="sgd")), model)) == 1
 
@@ -158,7 +158,7 @@ def test_with_multipliers_keeps_them(name):
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
-def test_a_schedule_that_loses_multipliers_is_told_once(name):
+def test_a_schedule_that_loses_multipliers_causes_one_warning(name):
     kind, options = SCHEDULES[name]
     model = network()
     rule = "sgd" if kind is CyclicLR else "adamw"
@@ -175,7 +175,7 @@ def test_a_schedule_that_loses_multipliers_is_told_once(name):
 
 
 @pytest.mark.parametrize("name", KEEPING)
-def test_a_schedule_that_keeps_them_is_not_told(name):
+def test_a_schedule_that_keeps_them_causes_no_warning(name):
     kind, options = KEEPING[name]
     model = network()
     optimizer = torch.optim.AdamW(parameter_groups(model, lr=1e-2))

@@ -236,7 +236,7 @@ def test_tied_weights():
     assert "left alone: head" in str(report)
     assert model.head.weight is model.embedding.weight
     assert structured(model) == ["hidden"]
-    with pytest.raises(ValueError, match=r"no layer that is chosen can be replaced \(head: shares embedding.weight"):
+    with pytest.raises(ValueError, match=r"no selected layer can be replaced \(head: shares embedding.weight"):
         replace_linear(model, "low_rank", layers="head", shared_weights="skip")
 
 

@@ -60,7 +60,7 @@ def test_layers_that_cannot_be_replaced_stay_dense_and_are_named():
     assert "MultiheadAttention" in reasons["attention.out_proj"]
     assert [(name, role) for name, _, role in report.dense] == [
         ("table.weight", "embedding"),
-        ("attention.in_proj_weight", "projection that nn.MultiheadAttention holds itself"),
+        ("attention.in_proj_weight", "packed projections of nn.MultiheadAttention"),
         ("head.weight", "not chosen"),
     ]
     text = str(report)
@@ -114,7 +114,7 @@ def test_least_size():
     report = replace_linear(model, "low_rank", rank=1, min_features=12, exclude="attention.*")
     assert structured(model) == BLOCKS
     assert dict(report.skipped) == {
-        "bias.0": "fewer than 12 features: 2 -> 13", "gate": "fewer than 12 features: 12 -> 1",
+        "bias.0": "it has fewer than 12 features: 2 -> 13", "gate": "it has fewer than 12 features: 12 -> 1",
     }  # fmt: skip
 
 
@@ -122,14 +122,16 @@ def test_forms_that_are_dearer_than_dense():
     def small():
         return nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 8), nn.Linear(8, 8))
 
-    with pytest.warns(UserWarning, match=r"2 of 2 layers are dearer than dense, the first of them 0: 128,000 multiply"):
+    with pytest.warns(
+        UserWarning, match=r"2 of 2 structured layers cost more than dense, the first of them 0: 128,000 multiply"
+    ):
         replace_linear(small(), "low_rank", rank=1000)
-    with pytest.raises(ValueError, match=r"layer '0' \(64 -> 64\) would be dearer than dense: .* instead of 4,096"):
+    with pytest.raises(ValueError, match=r"layer '0' \(64 -> 64\) would cost more than dense: .* instead of 4,096"):
         replace_linear(small(), "low_rank", rank=40, dearer="error")
     model = small()
     report = replace_linear(model, "low_rank", rank=20, dearer="skip")
     assert structured(model) == ["0"]
-    assert "structured it would be dearer: 1,440 multiply-accumulates instead of 512" in dict(report.skipped)["1"]
+    assert "a structured layer would cost more: 1,440 multiply-accumulates instead of 512" in dict(report.skipped)["1"]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         replace_linear(small(), "low_rank", rank=40, dearer="allow")
@@ -170,12 +172,14 @@ def test_projection_names_what_it_cannot_do():
     report = project_linear(model, "monarch", blocks=4, layers="all")
     assert {name for name, _ in report.skipped} >= {"attention.out_proj"}
     assert set(structured(model)) >= set(BLOCKS)
-    with pytest.raises(TypeError, match=r"an array of shape \(5, 12\) would be run row by row: pass \[calibration\]"):
+    with pytest.raises(
+        TypeError, match=r"got an array of shape \(5, 12\), whose rows would be batches; pass \[calibration\]"
+    ):
         project_linear(Block(), "low_rank", rank=1, calibration=torch.ones(5, 12))
 
 
 def test_projection_without_a_budget_says_what_is_lost():
-    with pytest.warns(UserWarning, match=r"low_rank is taken with its default options.* errors of up to 0\.[5-9]"):
+    with pytest.warns(UserWarning, match=r"low_rank the layers have relative errors of up to 0\.[5-9]"):
         project_linear(nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 4)), "low_rank")
     with warnings.catch_warnings():
         warnings.simplefilter("error")

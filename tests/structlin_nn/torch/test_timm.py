@@ -47,7 +47,7 @@ def test_optimizer_average_and_checkpoint(tmp_path):
     assert torch.equal(again.eval()(x), model.eval()(x))
 
 
-def test_its_own_groups_are_told():
+def test_its_own_groups_cause_a_warning():
     from timm.optim import create_optimizer_v2
 
     model = build()

@@ -231,12 +231,12 @@ def test_configurations_that_do_not_fit(tmp_path):
     dense = transformers.AutoModelForCausalLM.from_config(copy.deepcopy(model.config))
     assert structured(dense) == []
     dense.save_pretrained(tmp_path)  # the configuration of the other model
-    with pytest.raises(ValueError, match=r"transformer.h.0.attn.c_attn as a structured layer, and the files hold no"):
+    with pytest.raises(ValueError, match=r"transformer.h.0.attn.c_attn as a structured layer, but the files have no"):
         transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
     model.save_pretrained(tmp_path)
     content = json.loads((tmp_path / "config.json").read_text())
     for change, words in (
-        ({"version": 2}, "version 2 are described, and 1 is known"),
+        ({"version": 2}, "the version of the described layers must be 1, got 2"),
         ({"layers": []}, "give the name of a structure"),
         ({"layers": [{"names": ["a"]}]}, "a layer must be described by"),
     ):
@@ -262,5 +262,5 @@ def test_structures_that_no_file_can_describe():
     layer = StructuredLinear(32, 32, structure="low_rank", rank=2)
     layer.options["rank"] = object()
     model.transformer.h[0].attn.extra = layer
-    with pytest.warns(UserWarning, match="save_pretrained will not tell of the structured layers"):
+    with pytest.warns(UserWarning, match="save_pretrained cannot describe the structured layers"):
         replace_linear(model, "low_rank", rank=2, layers="*.h.1.mlp.c_fc")

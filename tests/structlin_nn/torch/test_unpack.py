@@ -140,7 +140,7 @@ def test_attention_is_that_of_torch(batch_first, options):
             torch.testing.assert_close(own, weights, rtol=1e-4, atol=1e-5)
     if not options:
         torch.testing.assert_close(other["attention"](*[query[0]] * 3), model["attention"](*[query[0]] * 3))
-    with pytest.raises(ValueError, match="attn_mask, which is missing"):
+    with pytest.raises(ValueError, match="is_causal=True needs attn_mask"):
         other["attention"](query, key, value, is_causal=True)
     pack_linear(other)
     assert all(torch.equal(a, b) for a, b in zip(other.parameters(), model.parameters(), strict=True))

@@ -93,7 +93,7 @@ def test_a_trace():
 
 def test_input_that_is_no_tensor():
     layer = StructuredLinear(8, 3, structure="low_rank")
-    with pytest.raises(TypeError, match=r"must be a torch.Tensor, got a ndarray: torch.from_numpy makes one of it"):
+    with pytest.raises(TypeError, match=r"must be a torch.Tensor, got a ndarray; convert it with torch.from_numpy"):
         layer(np.ones((2, 8), np.float32))
     with pytest.raises(TypeError, match=r"must be a torch.Tensor, got a list$"):
         layer([[1.0] * 8])

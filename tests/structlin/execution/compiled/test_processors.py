@@ -113,7 +113,7 @@ def numbers():
 
 
 def copied(source, element, target, dtype, lanes):
-    """Converted number by number, or in vectors of which the last is shorter."""
+    """Converted number by number, or in vectors with a shorter last one."""
     made = torch.empty(source.shape, dtype=dtype)
     kinds = [{torch.float32: "float", torch.bfloat16: "bfloat"}[kind] for kind in (source.dtype, dtype)]
     if lanes > 1:
