@@ -241,7 +241,7 @@ class Costs:
         if not isinstance(model, nn.Module):
             raise TypeError(f"{self.name} must return a torch module or (module, inputs), got {made!r}")
         model = model.to("meta")
-        if self.structure != "dense" or options:
+        if self.structure != "dense" or options or self.rms_cap:
             replace_linear(
                 model, self.structure, layers=self.layers or "all_but_last", rms_cap=self.rms_cap, **options
             )  # fmt: skip

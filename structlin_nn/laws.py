@@ -139,11 +139,13 @@ def compare_laws(
                 row["multiplier"] = compute_multiplier(law.bootstrap, base, error, confidence)
             except ValueError as problem:
                 row["notes"].append(str(problem))
-        known = law.bootstrap and law.bootstrap.noise
-        points = [(s.fit.compute, s.fit.error) for s in (law, laws[reference])]
-        draws = {} if known is None else {"samples": len(law.bootstrap.draws), "seed": law.bootstrap.seed}
+        ours, theirs = ((each.fit.compute, each.fit.error) for each in (law, laws[reference]))
+        draws: dict[str, Any] = {}
+        if law.bootstrap is not None and law.bootstrap.noise is not None:
+            drawn = law.bootstrap
+            draws = {"noise": drawn.noise, "samples": len(drawn.draws), "seed": drawn.seed}
         try:
-            row["interpolated"] = interpolated_multiplier(*points, error, noise=known, confidence=confidence, **draws)
+            row["interpolated"] = interpolated_multiplier(ours, theirs, error, confidence=confidence, **draws)
         except ValueError as problem:
             row["notes"].append(f"no interpolation: {problem}")
         found[name] = row

@@ -168,7 +168,6 @@ def _print(
     percent = f"{100 * arguments.confidence:g} %"
     floor = "fitted" if arguments.floor is True else f"{arguments.floor:g}" if arguments.floor else "none"
     print(f"{arguments.y} = a C^-alpha, C = {arguments.x}, irreducible error {floor}; intervals of {percent}\n")
-    head = ["group", "points", "alpha", "interval", "a", *(["floor"] if arguments.floor else []), "R2"]
     rows = []
     for name, law in laws.items():
         fit = law.fit
@@ -179,7 +178,7 @@ def _print(
             (name, points, f"{fit.law.exponent:.4f}", interval, f"{fit.law.coefficient:.4g}", *floors,
              f"{fit.r_squared:.4f}")
         )  # fmt: skip
-    print_table(head, rows)
+    print_table(("group", "points", "alpha", "interval", "a", *(["floor"] if arguments.floor else []), "R2"), rows)
     for name, law in laws.items():
         for note in law.fit.notes:
             print(f"warning: {name}: {note}")

@@ -272,6 +272,11 @@ def attention(width):
     assert deep.width > plan.width
     heads = plan_model("my_own_models:attention", 1e5)
     assert heads.width % 6 == 0
+    capped = plan_model("my_own_models:mlp", 1e5, rms_cap=True)
+    assert capped.structure == "dense"
+    # A gain for each of the two replaced layers; the last one stays as it is.
+    uncapped = Costs("my_own_models:mlp", "dense", {}, {}).measured(Choice(capped.width))
+    assert capped.params == uncapped["params"] + 2
     with pytest.raises(ValueError, match="returns its inputs"):
         plan_model("my_own_models:mlp", 1e5, batch_size=4)
 

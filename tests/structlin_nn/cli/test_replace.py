@@ -1,6 +1,7 @@
 """`structlin replace`, models by name, and structures of installed packages."""
 
 import json
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -41,6 +42,7 @@ def test_a_model_of_timm(capsys):
 
 def test_a_model_of_ones_own(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "my_models", raising=False)
     (tmp_path / "my_models.py").write_text(
         "from torch import nn\ndef make(width=12):\n"
         "    return nn.Sequential(nn.Linear(width, width), nn.Linear(width, 3))\ndef number():\n    return 3\n"
