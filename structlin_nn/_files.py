@@ -13,9 +13,8 @@ __all__ = ["atomic_write", "sync_folder"]
 def atomic_write(path: Path) -> Iterator[BinaryIO]:
     """Open a binary file, which replaces `path` when the block ends without an error.
 
-    The content is on the disk before the file is renamed: after a power failure there is the old file or the new one.
-    An error in the block keeps the old file. A killed process may leave ``.NAME.partial``, which
-    the next write replaces.
+    The content is on the disk before the file is renamed, so a power failure leaves the old file or the new one. An
+    error in the block keeps the old file. A killed process may leave ``.NAME.partial``, which the next write replaces.
 
     Examples
     --------
@@ -38,7 +37,7 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
 
 
 def sync_folder(folder: Path) -> None:
-    """Synchronise a folder, so that the names of its files are on the disk, where the system supports it."""
+    """Synchronise a folder, so that the names of its files are on the disk, if the system supports it."""
     with suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
         try:

@@ -1,6 +1,6 @@
-"""Tensors in files by `torch.distributed.checkpoint`: written by any number of processes, and read by any other.
+"""Tensors in files of `torch.distributed.checkpoint`, written by any number of processes, and read by any other.
 
-Its table of contents is a pickle, which is read with the classes of such tables alone. Nothing but tensors is read.
+The table of contents is a pickle. It is read with a list of allowed classes, and only tensors are read.
 """
 
 from __future__ import annotations
@@ -36,12 +36,15 @@ _NAMES = {
 }  # fmt: skip
 
 
+_DAMAGE = (CheckpointException, EOFError, KeyError, OSError, RuntimeError, ValueError, pickle.UnpicklingError)
+
+
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         known = name in _NAMES.get(module, ())
         known |= module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if not known:
-            raise ValueError(f"it refers to {module}.{name}")
+            raise ValueError(f"it refers to {module}.{name}, which is no part of a table of contents")
         return super().find_class(module, name)
 
 
@@ -52,15 +55,15 @@ class _Reader(FileSystemReader):
         if not isinstance(metadata, Metadata):
             raise ValueError(f"it holds {type(metadata).__name__} in place of a table of contents")
         if not all(isinstance(entry, TensorStorageMetadata) for entry in metadata.state_dict_metadata.values()):
-            raise ValueError("it holds something that is no tensor")
+            raise ValueError("it holds entries that are not tensors")
         metadata.storage_meta = StorageMeta(load_id=self.load_id)
         return metadata
 
 
 def write_tensors(folder: Path, tensors: dict[str, Any], process_group: Any = None, alone: bool = True) -> None:
-    """Write nested dictionaries of tensors, sharded over the processes or whole; all processes call it.
+    """Write nested dictionaries of tensors, sharded over the processes or whole; all processes call this function.
 
-    OSError where the disk is full, or the folder cannot be written.
+    OSError if the disk is full, or the folder cannot be written.
     """
     try:
         with _alone_is_fine():
@@ -68,35 +71,27 @@ def write_tensors(folder: Path, tensors: dict[str, Any], process_group: Any = No
     except (CheckpointException, RuntimeError) as error:
         causes = [cause for cause, *_ in error.failures.values()] if isinstance(error, CheckpointException) else [error]
         found = next((cause for cause in causes if isinstance(cause, OSError)), None)
-        # Torch reports a failed write only as a file of unexpected length.
+        # torch reports a failed write only as a file of unexpected length.
         short = any("unexpected pos" in str(cause) for cause in causes)
         reason = found.strerror if found else "the disk is full, or files cannot be larger" if short else str(error)
         raise OSError(found.errno if found else errno.ENOSPC if short else None, reason) from error
 
 
 def read_tensors(folder: Path, tensors: dict[str, Any], process_group: Any = None, alone: bool = True) -> None:
-    """Fill nested dictionaries of tensors from a checkpoint, whatever their sharding is now and was then.
+    """Fill nested dictionaries of tensors from a checkpoint, whose sharding may differ.
 
     ValueError for damaged files, or a tensor that is missing or has another shape.
     """
     try:
         with _alone_is_fine():
             load(tensors, storage_reader=_Reader(folder), process_group=process_group, no_dist=alone)
-    except (
-        CheckpointException,
-        pickle.UnpicklingError,
-        RuntimeError,
-        ValueError,
-        EOFError,
-        OSError,
-        KeyError,
-    ) as error:
+    except _DAMAGE as error:
         raise ValueError(f"the checkpoint {folder} is damaged or of another model: {error}") from error
 
 
 @contextmanager
 def _alone_is_fine() -> Iterator[None]:
-    """Torch warns where there is no group of processes."""
+    """Suppress torch's warning that there is no group of processes."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
         yield

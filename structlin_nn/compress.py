@@ -1,4 +1,4 @@
-"""Compression of a trained model: projection of its layers, evaluation before and after, and costs."""
+"""Compression of a trained model: projection of its layers, data for calibration and evaluation, and costs."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ class CompressionData:
     about
         One-line description of the data.
     samples
-        Returns batches of a number of training samples: inputs of the model.
+        Function that returns a number of training samples, in batches of inputs of the model.
     evaluate
-        Evaluates a model on a number of samples of the test split (None: the default number).
+        Function that evaluates a model on a number of samples of the test split (None: the default number).
     """
 
     about: str
@@ -81,11 +81,12 @@ def open_data(
     if context is not None and task != "gpt2":
         raise ValueError(f"context is for language models, and {trained.name} takes images")
     if data_set is not None and task != "cifar":
-        raise ValueError(f"data_set is for models of 32 x 32 images, and {trained.name} is none")
-    if root is None and task != "cifar":
+        raise ValueError(f"data_set is for models of 32 x 32 images, and {trained.name} is a model of {task}")
+    if task == "cifar":
+        return _cifar(trained, root, data_set, verify, device, seed)
+    if root is None:
         raise ValueError(f"{trained.name} needs data: a folder as `structlin train {task}` takes it")
-    makers = {"cifar": _cifar, "imagenet": _imagenet, "gpt2": _gpt2}
-    return makers[task](trained, root, data_set, verify, context, device, seed)
+    return _imagenet(trained, root, device, seed) if task == "imagenet" else _gpt2(trained, root, context, device, seed)
 
 
 def compress(
@@ -93,14 +94,14 @@ def compress(
 ) -> ProjectionReport:
     """Replace linear layers of a trained model, in place, by the nearest layers of a structure.
 
-    As `structlin_nn.torch.project_linear`, whose arguments these are; but layers that are structured already are
-    multiplied out first, and those of our own models that stay dense are structured layers of the structure ``dense``
-    again, as they were. Of GPT-2 all layers are chosen unless said otherwise; a tied head stays.
+    The options are arguments of `structlin_nn.torch.project_linear`. Structured layers are first multiplied out. Layers
+    of this package's models that stay dense become layers of the structure ``dense`` again. By default, all layers of
+    GPT-2 are chosen, except for a tied head.
 
     Raises
     ------
     ValueError, TypeError
-        As `structlin_nn.torch.project_linear`; the model is then dense, and its function the same.
+        Errors of `structlin_nn.torch.project_linear`. The model is then dense, and its function is the same.
     """
     model = trained.model
     if any(isinstance(module, StructuredLinear) for module in model.modules()):
@@ -113,7 +114,7 @@ def compress(
 
 
 def costs(trained: TrainedModel) -> dict[str, int]:
-    """Parameters of a model, and MACs and attention's MACs of one sample, counted on the meta device."""
+    """Return the parameters of a model, and the MACs and attention MACs of one sample, counted on the meta device."""
     held = [*trained.model.parameters(), *trained.model.buffers()]
     twins: dict[int, Any] = {}
     for tensor in held:
@@ -141,20 +142,19 @@ def _structure_again(model: nn.Module) -> None:
 
 
 def _cifar(
-    trained: TrainedModel, root: Any, data_set: str | None, verify: bool, context: int | None, device: str, seed: int
-) -> CompressionData:
+    trained: TrainedModel, root: Any, data_set: str | None, verify: bool, device: str, seed: int
+) -> CompressionData:  # fmt: skip
     from structlin_nn.data import epoch_order, load_images
     from structlin_nn.data.augment import normalize
     from structlin_nn.recipes.cifar import loss_and_error
 
-    usual = (trained.config or {}).get("data_set", "fashion" if root is None else "cifar10")
-    name = data_set or usual
+    name = data_set or (trained.config or {}).get("data_set", "fashion" if root is None else "cifar10")
     if root is None and name != "fashion":
         raise ValueError(f"the model is for {name}: its files are needed (--data), or --data-set fashion")
     if root is not None and name == "fashion":
-        raise ValueError("the embedded images need no folder of data")
+        raise ValueError(f"the images of fashion are embedded and need no folder of data, got {root}")
     data = load_images(name, root, verify=verify).as_32x32_rgb()
-    _same_outputs(trained, data.num_classes)
+    _check_classes(trained, data.num_classes)
     images, test, labels = (
         torch.from_numpy(part).to(device) for part in (data.train_images, data.test_images, data.test_labels)
     )
@@ -172,40 +172,35 @@ def _cifar(
     return CompressionData(about, samples, quality)
 
 
-def _imagenet(
-    trained: TrainedModel, root: Any, data_set: str | None, verify: bool, context: int | None, device: str, seed: int
-) -> CompressionData:
+def _imagenet(trained: TrainedModel, root: Any, device: str, seed: int) -> CompressionData:
     from structlin_nn.data.imagenet import ImageRecipe, open_imagenet
     from structlin_nn.recipes.imagenet import normalized, validated
 
     size, data = trained.image_size, open_imagenet(root)
-    _same_outputs(trained, data.num_classes)
+    _check_classes(trained, data.num_classes)
     batch = min(32, data.train_size)
 
     def samples(number: int) -> Iterator[Tensor]:
         batches = data.train_batches(batch_size=batch, seed=seed, recipe=ImageRecipe.plain(size))
-        pairs = ((images, labels) for images, labels, _ in batches)
-        return (trained.rescaled(normalized(images, device)) for images in _first(number, pairs))
+        return _first(number, (trained.rescaled(normalized(images, device)) for images, _, _ in batches))
 
     def quality(model: nn.Module, number: int | None) -> dict[str, float]:
         if number is not None:
-            raise ValueError("validation images come class by class: evaluate all of them, or none")
+            raise ValueError(f"validation images are sorted by class: evaluate all or none of them, not {number}")
         batches = data.val_batches(batch, size=size)
         return validated(lambda images: model(trained.rescaled(images)), batches, data.num_classes, device)
 
     return CompressionData(repr(data), samples, quality)
 
 
-def _gpt2(
-    trained: TrainedModel, root: Any, data_set: str | None, verify: bool, context: int | None, device: str, seed: int
-) -> CompressionData:
+def _gpt2(trained: TrainedModel, root: Any, context: int | None, device: str, seed: int) -> CompressionData:
     from structlin_nn.data.tokens import evaluation_batches, open_tokens, token_batch
     from structlin_nn.recipes.gpt2 import perplexity, token_loss
 
     config: Any = trained.model.config
     length = config.context if context is None else context
     if not 1 <= length <= config.context:
-        raise ValueError(f"context must be from 1 to {config.context}, which {trained.name} takes, got {length}")
+        raise ValueError(f"context must be from 1 to {config.context}, the context of {trained.name}, got {length}")
     data = open_tokens(root)
     if config.vocabulary < data.vocab_size:
         raise ValueError(f"vocabulary {config.vocabulary} is smaller than that of the data, {data.vocab_size}")
@@ -215,7 +210,8 @@ def _gpt2(
 
     def samples(number: int) -> Iterator[Tensor]:
         make = {"block_size": length, "batch_size": 4, "seed": seed}
-        return _first(number, on_device(token_batch(data.train, step=step, **make) for step in itertools.count()))
+        pairs = on_device(token_batch(data.train, step=step, **make) for step in itertools.count())
+        return _first(number, (inputs for inputs, _ in pairs))
 
     def quality(model: nn.Module, number: int | None) -> dict[str, float]:
         wanted = EVALUATION_SEQUENCES if number is None else number
@@ -227,21 +223,17 @@ def _gpt2(
     return CompressionData(f"{about}, vocabulary {data.vocab_size}", samples, quality)
 
 
-def _pairs(number: int, batches: Iterable[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
+def _first(number: int, batches: Iterable[Tensor]) -> Iterator[Tensor]:
     """Return a number of first samples, in their batches."""
-    for inputs, targets in batches:
+    for inputs in batches:
         if number < 1:
             return
-        yield inputs[:number], targets[:number]
+        yield inputs[:number]
         number -= len(inputs)
 
 
-def _first(number: int, batches: Iterable[tuple[Tensor, Tensor]]) -> Iterator[Tensor]:
-    return (inputs for inputs, _ in _pairs(number, batches))
-
-
-def _same_outputs(trained: TrainedModel, classes: int) -> None:
+def _check_classes(trained: TrainedModel, classes: int) -> None:
     options = trained.build.get("config") or trained.build["options"]
     own = options.get("num_classes", getattr(trained.model, "num_classes", None))
     if own != classes:
-        raise ValueError(f"{trained.name} has {own} classes, but the data have {classes}")
+        raise ValueError(f"{trained.name} has {own} classes, and the data have {classes}: give data of {own} classes")

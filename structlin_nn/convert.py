@@ -14,7 +14,7 @@ LayerNorm, RMSNorm, GroupNorm      the same, ``scale`` as ``weight``
 variables of other modules         parameters and buffers of the same names, as they are
 =================================  =======================================================================
 
-Models whose modules have the same names are therefore converted as they are. Integers are int64 in torch and have
+Models whose modules have the same names are therefore converted without changes. Integers are int64 in torch and have
 jax's own size in flax. Nothing else is cast, and no entry is left out on either side.
 """
 
@@ -45,8 +45,8 @@ _NAMES = {"kernel": "weight", "embedding": "weight", "scale": "weight"}
 def to_torch(model: nnx.Module) -> dict[str, torch.Tensor]:
     """Return the state dictionary of the torch model with the parameters of a flax model of the modules listed above.
 
-    The tensors are new, and shared parameters appear under each of their names, for ``load_state_dict``. ValueError
-    for a module that is laid out in another way in torch, or stacked layers (``nnx.vmap``).
+    The tensors are new. Shared parameters appear under each of their names, for ``load_state_dict``. ValueError for a
+    module that has another layout in torch, or for stacked layers (``nnx.vmap``).
 
     Examples
     --------
@@ -65,10 +65,10 @@ def to_torch(model: nnx.Module) -> dict[str, torch.Tensor]:
 
 
 def to_flax(state: Mapping[str, Any], model: nnx.Module) -> None:
-    """Fill a flax model with the values of a torch state dictionary (tensors or NumPy arrays), if everything fits.
+    """Fill a flax model with the values of a torch state dictionary (tensors or NumPy arrays), if all of them fit.
 
-    ValueError for entries that are missing or left over, other shapes or dtypes, names of a shared parameter with
-    different values, or a module that is laid out in another way in torch.
+    ValueError for missing or additional entries, other shapes or dtypes, different values of a shared parameter, or a
+    module that has another layout in torch.
 
     Examples
     --------
@@ -99,7 +99,7 @@ def to_flax(state: Mapping[str, Any], model: nnx.Module) -> None:
 
 @dataclass(frozen=True)
 class _Entry:
-    """One variable under one of its names in torch, and the changes of layout."""
+    """A variable under one of its names in torch, and the changes of layout."""
 
     name: str
     variable: nnx.Variable
@@ -144,8 +144,8 @@ def _convolution(axes: int) -> tuple[Callable[[np.ndarray], np.ndarray], Callabl
 def _check_axes(name: str, variable: nnx.Variable, axes: int) -> None:
     if variable.ndim != axes:
         raise ValueError(
-            f"{name} has shape {tuple(variable.shape)} and would have {axes} axes in torch: it was stacked by "
-            "nnx.vmap; torch has a module for each layer"
+            f"{name} has shape {tuple(variable.shape)}, and {axes} axes in torch: it was stacked by nnx.vmap; build a "
+            "module for each layer instead"
         )
 
 
@@ -173,11 +173,11 @@ def _array(given: Any) -> np.ndarray:
 
 def _checked(name: str, array: np.ndarray, variable: nnx.Variable) -> np.ndarray:
     if array.shape != tuple(variable.shape):
-        raise ValueError(f"{name} has shape {array.shape} as flax lays it out, the model needs {variable.shape}")
+        raise ValueError(f"{name} has shape {array.shape} in the layout of flax, the model needs {variable.shape}")
     if np.issubdtype(array.dtype, np.integer) and jnp.issubdtype(variable.dtype, jnp.integer):
         cast = array.astype(variable.dtype)
         if not np.array_equal(cast, array):
-            raise ValueError(f"{name} holds integers that {variable.dtype} cannot")
+            raise ValueError(f"{name} holds integers outside of the range of {variable.dtype}")
         return cast
     if array.dtype != variable.dtype:
         raise ValueError(

@@ -14,9 +14,8 @@ __all__ = ["generate", "sample"]
 
 @torch.no_grad()
 def generate(
-    model: nn.Module | Callable[[Tensor], Any], tokens: Tensor, max_new_tokens: int, *, temperature: float = 1.0,
-    top_k: int | None = None, top_p: float | None = None, generator: torch.Generator | None = None,
-    eos: int | None = None, vocab_size: int | None = None,
+    model: nn.Module | Callable[[Tensor], Any], tokens: Tensor, max_new_tokens: int, *, eos: int | None = None,
+    vocab_size: int | None = None, **sampling: Any,
 ) -> Tensor:  # fmt: skip
     """Continue sequences by one drawn token after the other.
 
@@ -25,25 +24,18 @@ def generate(
     Parameters
     ----------
     model
-        Tokens (batch, length) -> logits (batch, length, vocabulary). It is evaluated in evaluation mode, and left in
-        the mode it had.
+        Tokens (batch, length) -> logits (batch, length, vocabulary). It runs in evaluation mode, and keeps the mode
+        that it had.
     tokens
-        (batch, length) of an integer dtype, length at least 1: what is continued.
+        Integers of shape (batch, length), with a length of at least 1: the beginning of each sequence.
     max_new_tokens
         Number of tokens to add.
-    temperature
-        Divides the logits; 0 takes the most probable token (of equal ones, the first).
-    top_k
-        Draw from this number of most probable tokens.
-    top_p
-        Draw from the smallest set of most probable tokens whose probability is at least this (nucleus sampling), after
-        ``top_k``; above 0, at most 1.
-    generator
-        Source of the draws, on the device of the logits; None: torch's global one.
     eos
-        Token that ends a sequence, which is then padded with it; generation ends when all sequences have.
+        Token that ends a sequence, which is then padded with it. Generation ends when all sequences have ended.
     vocab_size
-        Draw from the tokens below this number alone, for models whose vocabulary is padded.
+        Draw only from the tokens below this number, for models whose vocabulary is padded.
+    **sampling
+        Arguments of :func:`sample`.
 
     Returns
     -------
@@ -54,10 +46,6 @@ def generate(
     ------
     TypeError, ValueError
         Arguments of another type or out of range.
-
-    Notes
-    -----
-    Source: Holtzman et al., The Curious Case of Neural Text Degeneration, ICLR 2020 (nucleus sampling).
 
     Examples
     --------
@@ -71,10 +59,7 @@ def generate(
         raise TypeError(f"tokens must be an integer tensor, got {getattr(tokens, 'dtype', type(tokens).__name__)}")
     if tokens.ndim != 2 or 0 in tokens.shape:
         raise ValueError(f"tokens must have shape (batch, length), neither 0, got {tuple(tokens.shape)}")
-    for name, value, least in (("max_new_tokens", max_new_tokens, 0), ("top_k", top_k, 1)):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
-            raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
-    _check_sampling(temperature, top_p)
+    _check_integer("max_new_tokens", max_new_tokens, 0)
     context = getattr(getattr(model, "config", None), "context", None)
     tokens, training = tokens.to(torch.int64), getattr(model, "training", False)
     finished = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
@@ -82,7 +67,7 @@ def generate(
         model.eval()
     for _ in range(max_new_tokens):
         logits = model(tokens if context is None else tokens[:, -context:])[:, -1, :vocab_size]
-        new = sample(logits, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator).to(tokens.device)
+        new = sample(logits, **sampling).to(tokens.device)
         if eos is not None:
             new = torch.where(finished, eos, new)
             finished |= new == eos
@@ -98,14 +83,37 @@ def sample(
     logits: Tensor, *, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:  # fmt: skip
-    """Draw one token from each row of logits (..., vocabulary): int64 (...,). Arguments as in `generate`.
+    """Draw one token from each row of logits (..., vocabulary): int64 of shape (...,).
+
+    Parameters
+    ----------
+    logits
+        Unnormalised log-probabilities.
+    temperature
+        Divides the logits; 0 takes the most probable token (of equal ones, the first).
+    top_k
+        Draw from this number of most probable tokens.
+    top_p
+        Draw from the smallest set of most probable tokens whose probability is at least this (nucleus sampling), after
+        ``top_k``; above 0, at most 1.
+    generator
+        Source of the draws, on the device of the logits; None: torch's global one.
+
+    Notes
+    -----
+    Source: Holtzman et al., The Curious Case of Neural Text Degeneration, ICLR 2020 (nucleus sampling).
 
     Examples
     --------
     >>> sample(torch.tensor([[0.0, 3.0, 1.0]]), temperature=0)
     tensor([1])
     """
-    _check_sampling(temperature, top_p)
+    if not 0 <= temperature < math.inf:
+        raise ValueError(f"temperature must be finite and at least 0, got {temperature}")
+    if top_k is not None:
+        _check_integer("top_k", top_k, 1)
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"top_p must be above 0 and at most 1, got {top_p}")
     logits = logits.float()
     if not bool(torch.isfinite(logits).any(-1).all()) or bool(logits.isnan().any()):
         raise ValueError("the model's logits are not finite")
@@ -118,15 +126,13 @@ def sample(
     if top_p is not None and top_p < 1:
         values, places = logits.sort(dim=-1, descending=True, stable=True)
         probability = values.softmax(-1)
-        # What comes before a token decides: the most probable one always stays.
+        # The probability before a token decides, so the most probable token always stays.
         outside = probability.cumsum(-1) - probability >= top_p
         logits = logits.scatter(-1, places, values.masked_fill(outside, -math.inf))
     rows = logits.softmax(-1).flatten(0, -2)
     return torch.multinomial(rows, 1, generator=generator).view(logits.shape[:-1])
 
 
-def _check_sampling(temperature: float, top_p: float | None) -> None:
-    if not 0 <= temperature < math.inf:
-        raise ValueError(f"temperature must be finite and at least 0, got {temperature}")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise ValueError(f"top_p must be above 0 and at most 1, got {top_p}")
+def _check_integer(name: str, value: int, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")

@@ -1,15 +1,15 @@
 """Coordinate check of features and their updates across widths.
 
-In a correct parametrisation, the outputs of every layer have the same size at initialisation and change by the same
-amount in each step, at every width (Yang and Hu, *Tensor Programs V*, 2022; for structured layers Qiu et al., *Compute
-Better Spent*, ICML 2024, figure 2a). :func:`check_scale` trains a model for a few steps at several widths on fixed
-random inputs and classes, and fits the slopes of both on logarithmic axes.
+In a correct parametrisation, the outputs of every layer have the same size at initialisation, and the same change in
+each step, at every width (Yang and Hu, *Tensor Programs V*, 2022; for structured layers Qiu et al., *Compute Better
+Spent*, ICML 2024, figure 2a). :func:`check_scale` trains a model for a few steps at several widths on fixed random
+inputs and classes, and fits the slopes of both on logarithmic axes.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -19,19 +19,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from structlin_nn._text import suggestion
 from structlin_nn.models import MODELS, StructureConfig, base_model, build_model
-from structlin_nn.models.named import example_inputs, open_named, own_function
+from structlin_nn.models.named import FORMS, example_inputs, open_named, own_function
 from structlin_nn.torch import Muon, ParameterRule, StructuredLinear, parameter_groups, replace_linear
 
-__all__ = [
-    "CHECK_SIZES", "RATES", "THRESHOLD", "LayerScale", "ScaleCheck", "builder_of", "check_scale", "named_builder",
-]  # fmt: skip
+__all__ = ["CHECK_SIZES", "RATES", "THRESHOLD", "LayerScale", "ScaleCheck", "builder_of", "check_scale"]
 
 THRESHOLD = 0.33
-"""A slope beyond it counts as growing or vanishing: a factor of 2.5 over a factor of 16 in width. Wrong rules have
-slopes of a half or more in theory; small widths, few seeds and ranks that are roots of the width blur that."""
+"""Largest absolute slope of a flat layer: a factor of 2.5 over a factor of 16 in width. Wrong rules have slopes of a
+half or more in theory. Slopes are less clear for small widths, few seeds, and ranks that are roots of the width."""
 RATES = {"adam": 1e-3, "adamw": 1e-3, "sgd": 0.05, "muon": 0.02}
-"""Learning rates at base width: small, so that changes are linear in them. What Muon leaves to Adam has Adam's."""
+"""Learning rates at base width, so small that changes are linear in them. Muon's other parameters have Adam's rate."""
 _LAYERS = (StructuredLinear, nn.Linear, nn.Embedding, nn.modules.conv._ConvNd)
 
 Made = nn.Module | tuple[nn.Module, Any]
@@ -49,13 +48,13 @@ class LayerScale:
     initial
         RMS at initialisation, for each width; 0 for a layer that starts at zero.
     change
-        For each step, for each width, RMS of the difference from initialisation.
+        RMS of the difference from initialisation, for each step and each width.
     initial_slope, change_slope
         Slopes over the width, on logarithmic axes, of the initial values and of the change after the last step; None if
         a value is 0.
     verdict
-        ``flat``, ``grows``, ``vanishes`` (of the change, or ``starts growing`` where it is flat but the initial outputs
-        grow), or ``fixed`` where it does not change at any width.
+        ``flat``, ``grows`` or ``vanishes``, of the change; ``starts growing`` if the change is flat and the initial
+        outputs grow; ``fixed`` if nothing changes at any width.
     """
 
     name: str
@@ -87,7 +86,7 @@ class ScaleCheck:
         return all(layer.verdict in ("flat", "fixed") for layer in self.layers)
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain values that ``json.dumps`` takes."""
+        """Return the result as values that ``json.dumps`` takes."""
         return asdict(self) | {"passed": self.passed}
 
 
@@ -99,37 +98,38 @@ def check_scale(
 ) -> ScaleCheck:  # fmt: skip
     """Train at several widths for a few steps and measure every linear layer, convolution and embedding.
 
-    Measured are their outputs and, as ``NAME (input)``, what the last of them reads: the last hidden features. All
-    widths have to be above the number of input features: a layer from more features to fewer starts out with outputs
-    that grow with its width, in a model that is parametrised right. Inputs and classes are random, the same at all
-    widths. Values are geometric means over seeds of RMS over the batch and features. The loss is the cross-entropy of
-    the last axis of the output.
+    The outputs of each layer are measured, and as ``NAME (input)`` the input of the last layer, which are the last
+    hidden features. All widths must be above the number of input features: a layer from more features to fewer has
+    initial outputs that grow with its width, also in a correct parametrisation. Inputs and classes are random, and the
+    same at all widths. Values are geometric means over seeds of RMS over the batch and features. The loss is the
+    cross-entropy of the last axis of the output.
 
     Parameters
     ----------
     build
-        From a width to the model, drawn from torch's global generator, or to (model, inputs). Inputs may be left out
-        where the model has ``example_input(batch)``, as :mod:`structlin_nn.models` do.
+        Function from a width to the model, drawn from torch's global generator, or to (model, inputs). Inputs may be
+        left out if the model has ``example_input(batch)``, as :mod:`structlin_nn.models` do.
     widths
-        Two or more, ascending.
-    base, base_width
-        The model at base width, which learning rates are relative to (:func:`structlin_nn.torch.parameter_groups`), and
-        that width, for the report; `model`: a name for it.
+        Two or more widths, ascending.
+    base
+        The model at base width, which learning rates are relative to (:func:`structlin_nn.torch.parameter_groups`).
+    base_width, model
+        That width, and the name of the model, for the report.
     optimizer
         ``adam``, ``adamw``, ``sgd`` or ``muon`` (:class:`structlin_nn.torch.Muon`).
     lr
-        Learning rate at base width; None: :data:`RATES`.
+        Learning rate at base width. None takes that of :data:`RATES`.
     steps, seeds, batch_size
         Numbers of steps, of seeds, and of samples.
     structure_aware, extra_multipliers, rules
-        As in ``parameter_groups``.
+        Arguments of ``parameter_groups``.
     threshold
-        Limit of flat slopes, see :data:`THRESHOLD`.
+        Largest absolute slope of a flat layer, see :data:`THRESHOLD`.
 
     Raises
     ------
     ValueError
-        Arguments out of range; a model without inputs, or whose layers differ between widths; values that are not
+        Arguments out of range, a model without inputs or whose layers differ between widths, or values that are not
         finite.
     TypeError
         A builder that returns something else.
@@ -186,13 +186,14 @@ def _run(
     build: Builder, width: int, base: nn.Module, seed: int, optimizer: str, lr: float, steps: int, batch_size: int,
     chosen: Mapping[str, Any],
 ) -> dict[str, tuple[float, list[float]]]:  # fmt: skip
-    """For each layer the RMS of its outputs at initialisation, and of their change after each step."""
+    """Return, for each layer, the RMS of its outputs at initialisation, and of their change after each step."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model, inputs = with_inputs(build(width), batch_size, width)
-    model.train(False)  # no dropout: the same inputs have to give the same outputs
+    model.train(False)  # without dropout, the same inputs give the same outputs
     rule: dict[str, Any] = {"optimizer": optimizer, **chosen}
-    if optimizer == "muon" and any(p.ndim < 2 or isinstance(m, nn.Embedding) for m, p in _owned(model)):
+    trained = [(m, p) for m in model.modules() for p in m.parameters(recurse=False) if p.requires_grad]
+    if optimizer == "muon" and any(p.ndim < 2 or isinstance(m, nn.Embedding) for m, p in trained):
         rule["adam_lr"] = RATES["adam"]
     groups = parameter_groups(model, base, lr=lr, **rule)
     kinds: dict[str, Any] = {
@@ -215,19 +216,12 @@ def _run(
     found = {name: (_rms(x), changes[name]) for name, x in before.items()}
     for name, (first, moved) in found.items():
         if not all(map(math.isfinite, (first, *moved))):
-            raise ValueError(f"the outputs of {name} are not finite at width {width}: a lower learning rate may help")
+            raise ValueError(f"the outputs of {name} are not finite at width {width} and rate {lr:g}; try a lower lr")
     return found
 
 
-def _owned(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Parameter]]:
-    for module in model.modules():
-        for parameter in module.parameters(recurse=False):
-            if parameter.requires_grad:
-                yield module, parameter
-
-
 def with_inputs(built: Made, batch_size: int, width: int) -> tuple[nn.Module, Any]:
-    """Return a model and its inputs: those that came with it, or random ones like its ``example_input(batch_size)``."""
+    """Return a model and its inputs: those that it was built with, or random ones of the shape that it takes."""
     model, inputs = built if isinstance(built, tuple) and len(built) == 2 else (built, None)
     if not isinstance(model, nn.Module):
         raise TypeError(f"the builder must return a torch module or (module, inputs), got {model!r}")
@@ -236,8 +230,8 @@ def with_inputs(built: Made, batch_size: int, width: int) -> tuple[nn.Module, An
     try:
         inputs = example_inputs(model, batch_size)
     except ValueError as error:
-        raise ValueError(f"the model at width {width} tells no inputs ({error}); return (model, inputs)") from error
-    # Inputs of a generator of their own: the same whatever the model drew.
+        raise ValueError(f"the model at width {width} states no inputs ({error}); return (model, inputs)") from error
+    # A generator of their own makes inputs independent of the model's draws.
     generator = torch.Generator().manual_seed(1)
     if inputs.is_floating_point():
         return model, torch.randn(inputs.shape, generator=generator, dtype=inputs.dtype)
@@ -258,7 +252,7 @@ def logits_of(model: nn.Module, inputs: Any) -> Tensor:
 
 @contextmanager
 def _outputs(model: nn.Module) -> Any:
-    """Collect the last output of every layer that is called, by name."""
+    """Collect the last output of every called layer, by name."""
     noted: dict[str, Tensor] = {}
     handles = []
     layers = [(name, module) for name, module in model.named_modules() if isinstance(module, _LAYERS)]
@@ -284,7 +278,7 @@ def _rms(x: Tensor) -> float:
 
 
 def _mean(values: Sequence[float]) -> float:
-    """Geometric; 0 where a value is."""
+    """Return the geometric mean, 0 if a value is 0."""
     return math.exp(sum(map(math.log, values)) / len(values)) if all(values) else 0.0
 
 
@@ -310,83 +304,84 @@ CHECK_SIZES: dict[str, dict[str, Any]] = {
     "cifar-mlp": {**_IMAGES, "depth": 2}, "cifar-vit": _PATCHES, "imagenet-vit": {**_PATCHES, "num_classes": 10},
     "gpt2": {"vocabulary": 48, "context": 8, "depth": 2, "heads": 2},
 }  # fmt: skip
-"""Sizes at which :func:`named_builder` checks the named models: less input features than any sensible width."""
-
-
-def named_builder(
-    name: str, *, structure: StructureConfig | None = None, base_width: int | None = None, **sizes: Any
-) -> dict[str, Any]:
-    """Arguments of :func:`check_scale` for one of :data:`structlin_nn.models.MODELS`.
-
-    They are those of :func:`structlin_nn.models.build_model`, with its errors; sizes that are not given are those of
-    :data:`CHECK_SIZES`, and ``base_width`` None is the paper's.
-
-    Examples
-    --------
-    >>> sorted(named_builder("cifar-mlp"))
-    ['base', 'base_width', 'build', 'extra_multipliers', 'model']
-    """
-    sizes = {**CHECK_SIZES.get(name, {}), **sizes}
-    base = base_model(name, base_width, **sizes)
-    return {
-        "build": lambda width: build_model(name, width=width, structure=structure, **sizes), "base": base,
-        "base_width": base.config.width, "extra_multipliers": MODELS[name].extra_multipliers, "model": name,
-    }  # fmt: skip
+"""Sizes of the named models in a check. They have fewer input features than any sensible width."""
 
 
 def builder_of(
-    path: str, *, base_width: int, structure: str | None = None, layers: str = "all_but_last", rms_cap: bool = False,
-    rule: str = "paper", options: Mapping[str, Any] | None = None, width_option: str | None = None,
-    model_options: Mapping[str, Any] | None = None,
+    name: str, *, base_width: int | None = None, structure: StructureConfig | None = None,
+    width_option: str | None = None, model_options: Mapping[str, Any] | None = None, **sizes: Any,
 ) -> dict[str, Any]:  # fmt: skip
-    """Return the arguments of :func:`check_scale` for a model by its name (:mod:`structlin_nn.models.named`).
+    """Return the arguments of :func:`check_scale` for a model by its name.
 
     Parameters
     ----------
-    path
-        ``package.module:function``, whose function takes a width and returns a model, or (model, inputs);
-        ``timm:NAME`` or ``hf:CONFIG``.
+    name
+        One of :data:`structlin_nn.models.MODELS`; ``package.module:function``, whose function takes a width and returns
+        a model, or (model, inputs); ``timm:NAME`` or ``hf:CONFIG`` (:mod:`structlin_nn.models.named`).
     base_width
-        Width at which learning rates are tuned. The base is the model at that width, as it is without ``structure``.
+        Width at which learning rates are tuned. The base is the model at that width, without the structure. None: the
+        paper's, for a named model.
     structure
-        Replace linear layers by this structure (:func:`structlin_nn.torch.replace_linear`), by ``layers``, ``rms_cap``,
-        ``rule`` and ``options``; None leaves the model as it is.
+        Structure of the linear layers. None leaves the model as it is.
     width_option
-        For ``timm:NAME`` and ``hf:CONFIG`` the argument that sets the width, such as ``embed_dim`` or ``n_embd``.
+        For ``timm:NAME`` and ``hf:CONFIG``, the argument that sets the width, such as ``embed_dim`` or ``n_embd``.
     model_options
         Further arguments of the model, of its configuration, or of the function.
+    **sizes
+        Sizes of a named model (:func:`structlin_nn.models.build_model`), by default :data:`CHECK_SIZES`.
 
     Raises
     ------
     ValueError
-        A name that leads to no model, or a missing or superfluous ``width_option``.
+        An unknown name, an argument that the kind of model does not have, or one that it needs.
     TypeError
         A function that returns no model.
+
+    Examples
+    --------
+    >>> sorted(builder_of("cifar-mlp"))
+    ['base', 'base_width', 'build', 'extra_multipliers', 'model']
     """
-    named = path.startswith(("timm:", "hf:"))
-    if named != (width_option is not None):
+    if ":" not in name:
+        if name not in MODELS:
+            near = suggestion(name, MODELS)
+            raise ValueError(f"unknown model {name!r}{near} (one of {', '.join(MODELS)}, or {FORMS})")
+        if width_option or model_options:
+            raise ValueError(f"width_option and model_options are for models by {FORMS}; {name} is a named model")
+        sizes = {**CHECK_SIZES[name], **sizes}
+        small = base_model(name, base_width, **sizes)
+        return {
+            "build": lambda width: build_model(name, width=width, structure=structure, **sizes), "base": small,
+            "base_width": small.config.width, "extra_multipliers": MODELS[name].extra_multipliers, "model": name,
+        }  # fmt: skip
+    if sizes:
+        raise ValueError(f"{next(iter(sizes))} is a size of the named models ({', '.join(MODELS)}), not of {name}")
+    if base_width is None:
+        raise ValueError(f"{name} needs base_width, the width at which its learning rate was tuned")
+    if name.startswith(("timm:", "hf:")) != (width_option is not None):
         raise ValueError(
-            f"{path} needs width_option, the argument that sets its width" if named
-            else f"width_option is for timm:NAME and hf:CONFIG; {path} is called with the width"
+            f"{name} needs width_option, the argument that sets its width" if width_option is None
+            else f"width_option is for timm:NAME and hf:CONFIG; {name} is called with the width"
         )  # fmt: skip
     further = dict(model_options or {})
 
     def dense(width: int) -> Made:
         if width_option is not None:
-            return open_named(path, device=None, **{width_option: width}, **further)
-        return own_function(path)(width, **further)
+            return open_named(name, device=None, **{width_option: width}, **further)
+        return own_function(name)(width, **further)
 
     def build(width: int) -> Made:
         made = dense(width)
-        model = made[0] if isinstance(made, tuple) else made
         if structure is not None:
-            capped: dict[str, Any] = {"rms_cap": rms_cap, "rule": rule, "shared_weights": "skip"}
-            replace_linear(model, structure, layers=layers, **capped, **(options or {}))
+            replace_linear(
+                made[0] if isinstance(made, tuple) else made, structure.name, layers=structure.layers or "all_but_last",
+                rms_cap=structure.rms_cap, rule=structure.rule, shared_weights="skip", **structure.options,
+            )  # fmt: skip
         return made
 
     with torch.random.fork_rng(devices=[]):
         made = dense(base_width)
     base = made[0] if isinstance(made, tuple) else made
     if not isinstance(base, nn.Module):
-        raise TypeError(f"{path} must return a torch module or (module, inputs), got {base!r}")
-    return {"build": build, "base": base, "base_width": base_width, "extra_multipliers": None, "model": path}
+        raise TypeError(f"{name} must return a torch module or (module, inputs), got {base!r}")
+    return {"build": build, "base": base, "base_width": base_width, "extra_multipliers": None, "model": name}

@@ -1,4 +1,4 @@
-"""Trained models: runs and files of this package, models of timm with a file of weights, published GPT-2."""
+"""Trained models: runs and files of this package, models of timm with a file of weights, and published GPT-2."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class TrainedModel:
     config
         Configuration and ``task`` of the run that trained it; None for a model of another source.
     scale
-        (mean, standard deviation) that its images are normalised with, where they are not ImageNet's.
+        (mean, standard deviation) that its images are normalised with, if they are not ImageNet's.
     """
 
     model: nn.Module
@@ -112,10 +112,9 @@ def open_trained(
     FileNotFoundError
         A missing file.
     ValueError
-        A source of no known kind, damaged files, weights that are not those of the model, or an option that the source
-        does not have.
+        A source of no known kind, damaged files, weights of another model, or an option that the source does not have.
     ModuleNotFoundError
-        A model of timm, where that is not installed.
+        A model of timm, if timm is not installed.
     """
     text = os.fspath(source)
     given = {"weights": weights, "num_classes": num_classes, "image_size": image_size}
@@ -142,7 +141,7 @@ def open_trained(
         return TrainedModel(model, build_of(model), place.name)
     if not place.exists():
         raise FileNotFoundError(f"{place} is missing: a trained model is {KINDS}")
-    raise ValueError(f"{place} holds no trained model: that is {KINDS}")
+    raise ValueError(f"{place} holds no trained model: a trained model is {KINDS}")
 
 
 def _refuse(source: str, **options: Any) -> None:
@@ -151,7 +150,7 @@ def _refuse(source: str, **options: Any) -> None:
 
 
 def load_trained(folder: str | os.PathLike[str], *, average: bool = False, model: nn.Module | None = None) -> nn.Module:
-    """Return the model of a run in torch as its last checkpoint has it, on the CPU and in evaluation mode.
+    """Return the model of the last checkpoint of a torch run, on the CPU and in evaluation mode.
 
     Parameters
     ----------
@@ -160,7 +159,7 @@ def load_trained(folder: str | os.PathLike[str], *, average: bool = False, model
     average
         Take the average of the weights; ValueError for a run that keeps none.
     model
-        A model of your own to fill, whose construction a checkpoint does not state.
+        Your own model to fill, if the run trained one. A checkpoint does not state its construction.
     """
     place, state = read_checkpoint(Path(folder))
     if average and not state["tensors"].get("average"):
@@ -168,7 +167,7 @@ def load_trained(folder: str | os.PathLike[str], *, average: bool = False, model
     if model is None:
         if state["build"] is None:
             raise ValueError(
-                f"the run in {folder} trained a model of your own: give it, load_trained(..., model=model)"
+                f"the run in {folder} trained your own model, which its checkpoint cannot build: pass model=..."
             )
         model = model_of(state["build"], state["layout"])
     tensors: dict[str, Any] = {"model": {name: tensor.detach() for name, tensor in model.state_dict().items()}}
@@ -180,7 +179,7 @@ def load_trained(folder: str | os.PathLike[str], *, average: bool = False, model
 
 
 def described(model: nn.Module) -> dict[str, Any]:
-    """``build`` and ``layout``, from which `model_of` makes a model like this one; None for a model of your own."""
+    """Return ``build`` and ``layout``, from which `model_of` makes a model like this one; None for other models."""
     try:
         build = build_of(model)
     except TypeError:
@@ -189,7 +188,7 @@ def described(model: nn.Module) -> dict[str, Any]:
 
 
 def model_of(build: dict[str, Any], layout: dict[str, Any]) -> nn.Module:
-    """Return the model that `described` describes, with values that are to be filled in."""
+    """Return the model that `described` describes, with values to be filled in."""
     model = build_dense(build)
     for change in changes(model, layout):
         change.apply(model)
@@ -199,8 +198,8 @@ def model_of(build: dict[str, Any], layout: dict[str, Any]) -> nn.Module:
 def starting_weights(source: str | os.PathLike[str], model: nn.Module) -> tuple[nn.Module, dict[str, Any]]:
     """Return the model with trained weights to train in place of `model`, and the entry of the record.
 
-    `source` is a .safetensors file of tensors alone, or a source of `open_trained`, whose layers may have their own
-    structures. ValueError for damaged files, or names, shapes or sizes that are not those of `model`.
+    `source` is a .safetensors file of tensors, or a source of `open_trained`, whose layers may have their own
+    structures. ValueError for damaged files, or for names, shapes or sizes that differ from those of `model`.
     """
     place = Path(source).expanduser()
     structured = None
@@ -237,7 +236,7 @@ def _run(folder: Path, average: bool) -> TrainedModel:
     _, state = read_checkpoint(folder)
     if state["build"] is None:
         raise ValueError(
-            f"the run in {folder} trained a model of your own, whose construction a checkpoint does not state"
+            f"the run in {folder} trained your own model, which its checkpoint cannot build: call load_trained"
         )
     header = read_record(folder / "record.jsonl").header
     told = {"task": header["task"], **header["config"]}

@@ -8,16 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from structlin_nn.cli.common import (
-    UsageError,
-    choice,
-    given_structure_options,
-    misuse,
-    print_json,
-    print_table,
-    structure_options,
-)
-from structlin_nn.cli.count import RULES
+from structlin_nn.cli import common
 
 HELP = "replace the dense layers of a trained model by the nearest structured ones, and write it to a file"
 EXAMPLES = """\
@@ -32,11 +23,18 @@ examples:
       published GPT-2: a folder with config.json and model.safetensors
   structlin compress runs/first --structure monarch --blocks 4 --layers 'blocks.*' --exclude '*.up' --out m.safetensors
 
-With data, the projection minimises the errors of the outputs on training samples instead of those of the weights, and
-the model is evaluated before and after. The command does not train: `structlin train NAME --init-from FILE` trains the
-file further, `structlin generate FILE` samples from a language model, and structlin_nn.models.load_model("FILE")
+With data, the projection minimises the errors of the outputs on training samples instead of the errors of the weights,
+and the model is evaluated before and after. The command does not train. `structlin train NAME --init-from FILE` trains
+the file further, `structlin generate FILE` samples from a language model, and structlin_nn.models.load_model("FILE")
 returns the torch model.
 """
+BUDGETS = {
+    "mac_fraction": (float, "F", "share of the MACs of the chosen layers"),
+    "max_macs": (int, "N", "MACs of the chosen layers, for one vector at each place"),
+    "param_fraction": (float, "F", "share of their parameters"),
+    "max_params": (int, "N", "number of parameters"),
+    "target_error": (float, "E", "largest relative error of every layer"),
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,23 +45,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "of GPT-2 as transformers saves it",
     )  # fmt: skip
     parser.add_argument("--out", required=True, metavar="FILE", help="file to write: .safetensors")
-    parser.add_argument("--overwrite", action="store_true", help="replace --out where it exists")
+    parser.add_argument("--overwrite", action="store_true", help="replace --out if it exists")
     parser.add_argument("--structure", required=True, metavar="NAME", help="one of `structlin structures`")
     much = parser.add_argument_group("budget: one of these, or options of the structure, for all layers")
-    much.add_argument("--mac-fraction", type=float, metavar="F", help="share of the MACs of the chosen layers")
-    much.add_argument("--max-macs", type=int, metavar="N", help="MACs of them, for one vector at each place")
-    much.add_argument("--param-fraction", type=float, metavar="F", help="share of their parameters")
-    much.add_argument("--max-params", type=int, metavar="N", help="number of parameters")
-    much.add_argument("--target-error", type=float, metavar="E", help="largest relative error of every layer")
-    which = parser.add_argument_group("which layers")
-    which.add_argument(
-        "--layers", action="append", metavar="PATTERN",
-        help="all, all_but_last, intermediate, or patterns of names, repeatable (all_but_last; GPT-2: all)",
-    )  # fmt: skip
-    which.add_argument("--exclude", action="append", default=[], metavar="PATTERN", help="layers to leave, repeatable")
-    structure_options(parser)
+    for name, (kind, metavar, text) in BUDGETS.items():
+        much.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar=metavar, help=text)
+    common.layer_patterns(parser.add_argument_group("which layers"), "all_but_last; GPT-2: all")
+    common.structure_options(parser)
     parser.add_argument("--rms-cap", action="store_true", help="cap the RMS of factors; gains keep the function")
-    parser.add_argument("--rule", type=choice("rule", RULES), default="paper", metavar="NAME", help=", ".join(RULES))
+    common.add_choice(parser, "--rule", common.RULES, "paper")
     data = parser.add_argument_group("data for calibration and evaluation")
     data.add_argument("--data", metavar="DIR", help="as for `structlin train` (the embedded images, for a run on them)")
     data.add_argument("--data-set", metavar="NAME", help="cifar10, cifar100 or fashion (that of the run)")
@@ -84,70 +74,66 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     model.add_argument("--num-classes", type=int, metavar="N", help="classes of timm:NAME (those of the weights)")
     model.add_argument("--image-size", type=int, metavar="N", help="side of the images of timm:NAME (the model's)")
     model.add_argument("--average", action="store_true", help="take the average of the weights of a run")
-    model.add_argument("--untie", action="store_true", help="compress the head of GPT-2 too, untied")
+    model.add_argument("--untie", action="store_true", help="give GPT-2 an untied head, and compress it too")
     model.add_argument("--device", default="cpu", metavar="NAME", help="cpu, cuda or cuda:N (cpu)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the command; return the exit code."""
-    out = Path(arguments.out).expanduser()
-    if out.suffix != ".safetensors":
-        raise UsageError(f"--out must be a .safetensors file, got {out.name!r}")
-    if out.exists() and not arguments.overwrite:
-        raise UsageError(f"{out} exists already: add --overwrite to replace it, or choose another --out")
-    if not out.parent.is_dir():
-        raise UsageError(f"the folder of --out is missing: {out.parent}")
-    for name in ("calibrate", "evaluate", "seed"):
-        if (value := getattr(arguments, name)) is not None and value < 0:
-            raise UsageError(f"--{name} must be at least 0, got {value}")
-    with misuse(OSError, ImportError, TypeError, ValueError):
-        return _compress(arguments, out)
-
-
-def _compress(arguments: argparse.Namespace, out: Path) -> int:
     import structlin
     from structlin_nn.compress import CALIBRATION, compress, costs
     from structlin_nn.models.files import save_model
-    from structlin_nn.recipes._processes import available_device
     from structlin_nn.trained import open_trained
 
+    out = Path(arguments.out).expanduser()
+    if out.suffix != ".safetensors":
+        raise ValueError(f"--out must be a .safetensors file, got {out.name!r}")
+    if out.exists() and not arguments.overwrite:
+        raise FileExistsError(f"{out} exists already: add --overwrite to replace it, or choose another --out")
+    common.check_folder("--out", str(out))
+    for name, value in common.given(arguments, ("calibrate", "evaluate", "seed")).items():
+        if value < 0:
+            raise ValueError(f"--{name} must be at least 0, got {value}")
     structlin.structure_class(arguments.structure)
-    device = str(available_device(arguments.device))
+    device = str(common.device_of(arguments.device))
     trained = open_trained(
         arguments.source, weights=arguments.weights, num_classes=arguments.num_classes,
         image_size=arguments.image_size, average=arguments.average, untie=arguments.untie,
     )  # fmt: skip
     data = _data(arguments, trained, device)
+
+    def state() -> dict[str, Any]:
+        evaluated = data is not None and arguments.evaluate != 0
+        quality = data.evaluate(trained.model, arguments.evaluate) if evaluated else None
+        return {"costs": costs(trained), "quality": quality}
+
     trained.model.to(device)
-    before = {"costs": costs(trained), "quality": _quality(arguments, data, trained.model)}
+    before = state()
     number = 0 if data is None else CALIBRATION[trained.task] if arguments.calibrate is None else arguments.calibrate
-    calibration = list(data.samples(number)) if data is not None and number else None
-    options: dict[str, Any] = given_structure_options(arguments)
-    options |= {"damping": arguments.damping, "rms_cap": arguments.rms_cap, "rule": arguments.rule}
-    much = ("mac_fraction", "max_macs", "param_fraction", "max_params", "target_error")
-    options |= {name: getattr(arguments, name) for name in much if getattr(arguments, name) is not None}
+    calibration = list(data.samples(number)) if number else None
+    options: dict[str, Any] = common.given_structure_options(arguments) | common.given(arguments, BUDGETS)
     if arguments.layers is not None:
-        presets = ("all", "all_but_last", "intermediate")
-        preset = len(arguments.layers) == 1 and arguments.layers[0] in presets
-        options["layers"] = arguments.layers[0] if preset else tuple(arguments.layers)
+        options["layers"] = common.layers_of(arguments.layers)
     start = time.perf_counter()
     report = compress(
-        trained, arguments.structure, calibration=calibration, exclude=tuple(arguments.exclude), **options
-    )
+        trained, arguments.structure, calibration=calibration, exclude=tuple(arguments.exclude), rule=arguments.rule,
+        damping=arguments.damping, rms_cap=arguments.rms_cap, **options,
+    )  # fmt: skip
     seconds = time.perf_counter() - start
-    after = {"costs": costs(trained), "quality": _quality(arguments, data, trained.model)}
     record = {
-        "source": trained.name, "build": trained.build, "structure": arguments.structure,
+        "source": trained.name, "structure": arguments.structure,
         "calibration_samples": 0 if calibration is None else sum(len(batch) for batch in calibration),
-        "data": None if data is None else data.about, "before": before, "after": after, "seconds": round(seconds, 3),
+        "data": None if data is None else data.about, "before": before, "after": state(),
     }  # fmt: skip
-    said = {key: value for key, value in record.items() if key not in ("build", "seconds")}
     trained.model.to("cpu")
-    save_model(trained.model, out, build=trained.build, metadata={"compress": json.dumps(said)})
-    record |= {"file": str(out), "bytes": out.stat().st_size, "report": report.to_dict()}
+    save_model(trained.model, out, build=trained.build, metadata={"compress": json.dumps(record)})
+    record |= {
+        "build": trained.build, "seconds": round(seconds, 3), "file": str(out), "bytes": out.stat().st_size,
+        "report": report.to_dict(),
+    }  # fmt: skip
     if arguments.json:
-        print_json(record)
+        common.print_json(record)
     else:
         _print(record, report)
     return 0
@@ -156,12 +142,10 @@ def _compress(arguments: argparse.Namespace, out: Path) -> int:
 def _data(arguments: argparse.Namespace, trained: Any, device: str) -> Any:
     from structlin_nn.compress import open_data
 
-    wanted = {"data_set": arguments.data_set, "context": arguments.context}
-    embedded = (trained.config or {}).get("data_set") == "fashion" or arguments.data_set == "fashion"
+    wanted = common.given(arguments, ("data_set", "context"))
+    embedded = "fashion" in (arguments.data_set, (trained.config or {}).get("data_set"))
     if arguments.data is None and not embedded:
-        asked = [name for name, value in wanted.items() if value is not None]
-        asked += [name for name in ("calibrate", "evaluate") if getattr(arguments, name)]
-        if asked:
+        if asked := [*wanted, *(name for name in ("calibrate", "evaluate") if getattr(arguments, name))]:
             raise ValueError(f"--{asked[0].replace('_', '-')} needs --data")
         return None
     if arguments.calibrate == 0 and arguments.evaluate == 0:
@@ -169,12 +153,6 @@ def _data(arguments: argparse.Namespace, trained: Any, device: str) -> Any:
     return open_data(
         trained, arguments.data, verify=not arguments.unverified, device=device, seed=arguments.seed, **wanted
     )
-
-
-def _quality(arguments: argparse.Namespace, data: Any, model: Any) -> dict[str, float] | None:
-    if data is None or arguments.evaluate == 0:
-        return None
-    return data.evaluate(model, arguments.evaluate)
 
 
 _SHOWN = {
@@ -195,7 +173,7 @@ def _print(record: dict[str, Any], report: Any) -> None:
         if before["quality"] is not None and key in before["quality"]:
             rows.append((label, form.format(before["quality"][key]), form.format(after["quality"][key]), ""))
     print()
-    print_table(("the whole model", "before", "after", "ratio"), rows)
+    common.print_table(("the whole model", "before", "after", "ratio"), rows)
     used = f"calibrated on {record['calibration_samples']:,} samples" if record["calibration_samples"] else (
         "not calibrated: the projection minimises the errors of the weights; with --data those of the outputs"
     )  # fmt: skip

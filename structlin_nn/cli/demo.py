@@ -7,42 +7,46 @@ import sys
 import time
 from pathlib import Path
 
-from structlin_nn.cli.common import UsageError, misuse, print_json, print_table
+from structlin_nn.cli.common import fail, positive, print_json, print_table
 
 HELP = "train dense and structured networks at equal training compute, with two learning-rate rules"
 EXAMPLES = """\
 examples:
   structlin demo                     a few minutes on two cores; table, records and a figure in runs/demo
-  structlin demo --out DIR --seed 1  elsewhere, with other random numbers
+  structlin demo --out DIR --seed 1  another folder and other random numbers
   structlin demo --quick             tiny networks, in seconds: a check of the installation
 
 The images are a subset of Fashion-MNIST that is part of the package. The same command resumes an interrupted
 demonstration, and prints the results of a finished one.
 """
+HEAD = (
+    "structure", "learning rate", "width", "parameters", "MACs/image", "training MACs", "seconds", "train error",
+    "test loss", "test error",
+)  # fmt: skip
+FORM = (
+    "{structure}|{learning_rate}|{width}|{params:,}|{forward_macs:,}|{training_macs:.3g}|{training_seconds:.1f}|"
+    "{train_error:.2%}|{loss:.4f}|{error:.2%}"
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the command."""
-    parser.add_argument("--out", default="runs/demo", metavar="DIR", help="where to write (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of all runs (default: %(default)s)")
+    parser.add_argument("--out", default="runs/demo", metavar="DIR", help="folder to write (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of all runs (%(default)s)")
     parser.add_argument("--quick", action="store_true", help="train tiny networks for one epoch, as a test")
-    parser.add_argument("--workers", type=int, metavar="N", help="number of parallel runs (default: one for each core)")
+    parser.add_argument("--workers", type=positive, metavar="N", help="number of parallel runs (one for each core)")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     parser.add_argument("--json", action="store_true", help="print the table as JSON")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the command; return the exit code."""
-    if arguments.seed < 0:
-        raise UsageError(f"--seed must be at least 0, got {arguments.seed}")
-    if arguments.workers is not None and arguments.workers < 1:
-        raise UsageError(f"--workers must be at least 1, got {arguments.workers}")
-    folder = Path(arguments.out)
-    if folder.exists() and not folder.is_dir():
-        raise UsageError(f"{folder} is a file, --out needs a folder")
     from structlin_nn.demo import TOLERANCE, compute_difference, configurations, demo
 
-    names, start = list(configurations(0, arguments.quick)), time.monotonic()
+    folder, start = Path(arguments.out), time.monotonic()
+    names = list(configurations(arguments.seed, arguments.quick))
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"--out must be a folder, and {folder} is a file")
     if not arguments.quiet:
         there = sum((folder / name / "record.jsonl").exists() for name in names)
         told = f"; {folder} already holds {there} of them" if there else ""
@@ -52,13 +56,11 @@ def run(arguments: argparse.Namespace) -> int:
         )  # fmt: skip
     options = {"seed": arguments.seed, "quick": arguments.quick, "workers": arguments.workers}
     try:
-        with misuse(ValueError):
-            rows = demo(folder, progress=not arguments.quiet, **options)
-    except (OSError, RuntimeError) as error:
-        print(f"structlin demo: {' '.join(str(error).split())}", file=sys.stderr)
-        return 1
+        rows = demo(folder, progress=not arguments.quiet, **options)
+    except RuntimeError as error:
+        return fail("demo", error)
     if not isinstance(rows, list):
-        print(f"structlin demo: {rows.name}; the same command resumes the demonstration", file=sys.stderr)
+        fail("demo", f"{rows.name}; the same command resumes the demonstration")
         return 128 + rows
     difference = compute_difference(rows)
     if arguments.json:
@@ -68,21 +70,13 @@ def run(arguments: argparse.Namespace) -> int:
             "table": str(folder / "demo.json"),
         })  # fmt: skip
         return 0
-    head = (
-        "structure", "learning rate", "width", "parameters", "MACs/image", "training MACs", "seconds", "train error",
-        "test loss", "test error",
-    )  # fmt: skip
-    form = (
-        "{structure}|{learning_rate}|{width}|{params:,}|{forward_macs:,}|{training_macs:.3g}|{training_seconds:.1f}|"
-        "{train_error:.2%}|{loss:.4f}|{error:.2%}"
-    )
-    print_table(head, [form.format(**row).split("|") for row in rows], left=2)
+    print_table(HEAD, [FORM.format(**row).split("|") for row in rows], left=2)
     # Standard error of an error rate on so few test images.
     smallest, images = min(row["error"] for row in rows), rows[0]["test_images"]
     spread = 100 * (smallest * (1 - smallest) / images) ** 0.5
     print(
         "\nMACs are multiply-accumulates, of one image forward and of the whole training, forward and backward.\n"
-        f"The latter differ by {100 * difference:.1f} % at most from those of a dense network.\n"
+        f"The training MACs differ by at most {100 * difference:.1f} % from those of a dense network.\n"
         "Seconds are those of the training steps, each run on one core, without evaluations.\n"
         f"One seed; with {images:,} test images an error has a standard error of {spread:.1f} points or more.\n"
         f"records  {folder}/*/record.jsonl\ntable    {folder / 'demo.json'}\nfigure   {folder / 'demo.png'}\n"

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from structlin_nn.cli.common import UsageError, choice, misuse
+from structlin_nn.cli.common import add_choice
 from structlin_nn.cli.fit import add_row_options, read_groups
 
 HELP = "draw a figure from run records or tables: .png, .svg or .pdf"
@@ -37,7 +37,7 @@ Figures are drawn from the records alone. `structlin fit --help` describes RECOR
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the command."""
     names = "; ".join(f"{name}: {text}" for name, (text, _) in FIGURES.items())
-    parser.add_argument("name", metavar="NAME", type=choice("figure", tuple(FIGURES)), help=names)
+    add_choice(parser, "name", tuple(FIGURES), about=names, kind="figure")
     parser.add_argument("records", metavar="RECORDS", nargs="+", help="run records, folders of them, or tables")
     parser.add_argument("--out", required=True, metavar="FILE", help="what to write: .png, .svg or .pdf")
     add_row_options(parser)
@@ -55,15 +55,14 @@ def run(arguments: argparse.Namespace) -> int:
 
     out = Path(arguments.out)
     if out.suffix.removeprefix(".").lower() not in FORMATS:
-        raise UsageError(f"figures are written as .png, .svg or .pdf, got {out.name!r}")
+        raise ValueError(f"figures are written as .png, .svg or .pdf, got {out.name!r}")
     name, usual = arguments.name, FIGURES[arguments.name][1]
     if name not in LAWS and (arguments.frontier or arguments.floor or arguments.noise is not None):
-        raise UsageError(f"{name} draws no laws: --frontier, --floor and --noise are for {' and '.join(LAWS)}")
+        raise ValueError(f"{name} draws no laws: --frontier, --floor and --noise are for {' and '.join(LAWS)}")
     arguments.x = arguments.x or usual.get("x", "training_macs")
     arguments.y = arguments.y or usual.get("y", "test_error")
     arguments.all_evaluations |= name in ("delta-h", *CURVES)
-    with misuse(KeyError, OSError, ValueError):
-        save(_drawn(name, read_groups(arguments), arguments), out)
+    save(_drawn(name, read_groups(arguments), arguments), out)
     print(out)
     return 0
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from structlin_nn.cli._fit_sizes import OPTIONS, add_size_options, run_sizes
-from structlin_nn.cli.common import UsageError, choice, print_json, print_table
+from structlin_nn.cli.common import add_choice, print_json, print_table
 
 HELP = "fit scaling laws to run records or tables, with intervals, and compare them at equal error"
 LOSSES = ("soft_l1", "linear")
@@ -39,16 +39,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     law = parser.add_argument_group("the law")
     law.add_argument("--frontier", action="store_true", help="fit only the Pareto frontier of each group")
     law.add_argument(
-        "--floor", nargs="?", const=True, default=False, type=_floor, metavar="E",
+        "--floor", nargs="?", const=True, default=False, type=float, metavar="E",
         help="an irreducible error: fitted, or E where it is known",
     )  # fmt: skip
-    law.add_argument("--loss", type=choice("loss", LOSSES), default="soft_l1", metavar="NAME", help=", ".join(LOSSES))
+    add_choice(law, "--loss", LOSSES, "soft_l1")
     law.add_argument("--samples", type=int, default=1000, metavar="N", help="draws of the bootstrap (1000)")
     law.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the bootstrap (0)")
-    law.add_argument(
-        "--method", type=choice("method", METHODS), metavar="NAME",
-        help=", ".join(METHODS) + " (parametric; in two sizes residuals)",
-    )  # fmt: skip
+    add_choice(law, "--method", METHODS, about="of the bootstrap (parametric; in two sizes residuals)")
     law.add_argument("--noise", type=float, metavar="E", help="known standard deviation of an error")
     law.add_argument("--confidence", type=float, default=0.95, metavar="P", help="of the intervals (0.95)")
     law.add_argument("--reference", metavar="GROUP", help="group to compare with (dense, where there is one)")
@@ -92,62 +89,52 @@ def read_groups(arguments: argparse.Namespace) -> dict[str, list[dict[str, Any]]
     return group_rows(rows, [name for name in arguments.group.split(",") if name])
 
 
-def _floor(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"the irreducible error must be a number, got {text!r}") from None
-
-
 def run(arguments: argparse.Namespace) -> int:
     """Run the command and return its exit code."""
     from structlin_nn.laws import compare_laws, comparisons_record, fit_groups, laws_record
 
     if not 0 < arguments.confidence < 1:
-        raise UsageError(f"--confidence must be between 0 and 1, got {arguments.confidence:g}")
+        raise ValueError(f"--confidence must be between 0 and 1, got {arguments.confidence:g}")
     if (arguments.size is None) != (arguments.data is None):
-        raise UsageError("--size and --data go together")
-    try:
-        if arguments.size is not None:
-            if arguments.frontier or arguments.floor or arguments.noise is not None:
-                raise ValueError("--frontier, --floor and --noise are options of laws in one size")
-            arguments.all_evaluations |= arguments.approach == 1
-            return run_sizes(arguments, read_groups(arguments))
-        for name in OPTIONS:
-            if getattr(arguments, name) is not None:
-                raise ValueError(f"--{name} is an option of laws in two sizes, with --size and --data")
-        groups = read_groups(arguments)
+        raise ValueError("--size and --data go together")
+    if arguments.size is not None:
+        if arguments.frontier or arguments.floor or arguments.noise is not None:
+            raise ValueError("--frontier, --floor and --noise are options of laws in one size")
+        arguments.all_evaluations |= arguments.approach == 1
+        return run_sizes(arguments, read_groups(arguments))
+    for name in OPTIONS:
+        if getattr(arguments, name) is not None:
+            raise ValueError(f"--{name} is an option of laws in two sizes, with --size and --data")
+    groups = read_groups(arguments)
 
-        def fitted(x: str) -> tuple[dict[str, Any], dict[str, str]]:
-            return fit_groups(
-                groups, x, arguments.y, frontier=arguments.frontier, floor=arguments.floor, loss=arguments.loss,
-                samples=arguments.samples, seed=arguments.seed, method=arguments.method or "parametric",
-                noise=arguments.noise,
-            )  # fmt: skip
+    def fitted(x: str) -> tuple[dict[str, Any], dict[str, str]]:
+        return fit_groups(
+            groups, x, arguments.y, frontier=arguments.frontier, floor=arguments.floor, loss=arguments.loss,
+            samples=arguments.samples, seed=arguments.seed, method=arguments.method or "parametric",
+            noise=arguments.noise,
+        )  # fmt: skip
 
-        laws, left_out = fitted(arguments.x)
-        if arguments.reference in left_out:
-            raise ValueError(f"{arguments.reference} cannot be fitted: {left_out[arguments.reference]}")
-        reference = arguments.reference or ("dense" if "dense" in laws and len(laws) > 1 else None)
-        compared, timed = {}, {}
-        if reference is not None:
-            compared = compare_laws(laws, reference, error=arguments.at, confidence=arguments.confidence)
-            if arguments.x != TIME and all(row.get(TIME) for rows in groups.values() for row in rows):
-                try:
-                    by_time, without = fitted(TIME)
-                except ValueError as error:
-                    by_time, without = {}, {"all groups": str(error)}
-                left_out |= {f"{name} by time": reason for name, reason in without.items()}
-                if reference in by_time:
-                    timed = compare_laws(by_time, reference, error=arguments.at, confidence=arguments.confidence)
-        if arguments.plot:
-            from structlin_nn.figures.compute import compute_figure
-            from structlin_nn.figures.style import save
+    laws, left_out = fitted(arguments.x)
+    if arguments.reference in left_out:
+        raise ValueError(f"{arguments.reference} cannot be fitted: {left_out[arguments.reference]}")
+    reference = arguments.reference or ("dense" if "dense" in laws and len(laws) > 1 else None)
+    compared, timed = {}, {}
+    if reference is not None:
+        compared = compare_laws(laws, reference, error=arguments.at, confidence=arguments.confidence)
+        if arguments.x != TIME and all(row.get(TIME) for rows in groups.values() for row in rows):
+            try:
+                by_time, without = fitted(TIME)
+            except ValueError as error:
+                by_time, without = {}, {"all groups": str(error)}
+            left_out |= {f"{name} by time": reason for name, reason in without.items()}
+            if reference in by_time:
+                timed = compare_laws(by_time, reference, error=arguments.at, confidence=arguments.confidence)
+    if arguments.plot:
+        from structlin_nn.figures.compute import compute_figure
+        from structlin_nn.figures.style import save
 
-            drawn = compute_figure(laws, x=arguments.x, y=arguments.y, confidence=arguments.confidence)
-            save(drawn, Path(arguments.plot))
-    except (OSError, ValueError) as error:
-        raise UsageError(" ".join(str(error).split())) from error
+        drawn = compute_figure(laws, x=arguments.x, y=arguments.y, confidence=arguments.confidence)
+        save(drawn, Path(arguments.plot))
     if arguments.json:
         record = laws_record(
             laws, arguments.x, arguments.y, reference=reference, error=arguments.at, confidence=arguments.confidence

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from structlin_nn.cli.common import UsageError, choice, misuse, print_json
+from structlin_nn.cli.common import add_choice, device_of, print_json
 
 TOKENIZERS = ("gpt2", "bytes")
 HELP = "continue a text with a trained GPT-2"
@@ -38,56 +38,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top-k", type=int, default=200, metavar="K", help="K most probable tokens; 0: all (200)")
     parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="nucleus of total probability P (1)")
     parser.add_argument("--endless", action="store_true", help="do not stop at the end of the document")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the draws (default: %(default)s)")
-    parser.add_argument("--device", default="cpu", metavar="NAME", help="cpu, cuda or cuda:N (default: %(default)s)")
-    parser.add_argument("--tokenizer", type=choice("tokenizer", TOKENIZERS), metavar="NAME", help=(
-        "gpt2 or bytes (that of the data of the run)"
-    ))  # fmt: skip
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the draws (0)")
+    parser.add_argument("--device", default="cpu", metavar="NAME", help="cpu, cuda or cuda:N (cpu)")
+    add_choice(parser, "--tokenizer", TOKENIZERS, about="if not that of the data of the run")
     parser.add_argument("--vocabulary", metavar="DIR", help="folder with the two files of GPT-2's vocabulary")
     parser.add_argument("--json", action="store_true", help="print tokens and texts as JSON")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the command; return the exit code."""
-    for name, least in (("tokens", 0), ("samples", 1), ("top_k", 0), ("seed", 0)):
-        if getattr(arguments, name) < least:
-            raise UsageError(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(arguments, name)}")
-    with misuse(OSError, ImportError, RuntimeError, TypeError, ValueError):
-        model, named = _model(arguments)
-        return _generate(arguments, model, arguments.tokenizer or named)
-
-
-def _model(arguments: argparse.Namespace) -> tuple[Any, str | None]:
-    """Return the model, and the tokeniser of the data that it was trained on, None where nothing states it."""
-    from structlin_nn.data.tokens import GPT2_VOCABULARY
-    from structlin_nn.models import GPT2
-    from structlin_nn.records import read_record
-    from structlin_nn.trained import open_trained
-
-    trained = open_trained(arguments.source, average=arguments.average)
-    if not isinstance(trained.model, GPT2):
-        raise UsageError(f"{arguments.source} holds a {type(trained.model).__name__}, not a language model")
-    if trained.config is not None:
-        return trained.model, read_record(Path(arguments.source) / "record.jsonl").header["data"].get("tokenizer")
-    return trained.model, "gpt2" if trained.model.config.vocabulary >= GPT2_VOCABULARY else None
-
-
-def _generate(arguments: argparse.Namespace, model: Any, name: str | None) -> int:
     import torch
 
     from structlin_nn.data.tokenizers import load_tokenizer
     from structlin_nn.generate import generate
 
+    if arguments.samples < 1:
+        raise ValueError(f"--samples must be at least 1, got {arguments.samples}")
+    device = device_of(arguments.device)
+    model, known = _model(arguments)
+    name = arguments.tokenizer or known
     if name is None:
-        raise UsageError("the model does not state its tokeniser: give --tokenizer")
+        raise ValueError(f"{arguments.source} does not state its tokenizer: give --tokenizer")
     tokenizer = load_tokenizer(name, arguments.vocabulary)
     if model.config.vocabulary < tokenizer.vocab_size:
-        raise UsageError(
-            f"the model knows {model.config.vocabulary} tokens, and {name} has {tokenizer.vocab_size}: "
-            "another tokeniser belongs to it"
+        raise ValueError(
+            f"the model knows {model.config.vocabulary} tokens, and the tokenizer {name} has {tokenizer.vocab_size}: "
+            "give the tokenizer that the model was trained with"
         )
     prompt = tokenizer.encode(arguments.prompt) or [tokenizer.end_of_text]
-    device = torch.device(arguments.device)
     found = generate(
         model.to(device), torch.tensor([prompt] * arguments.samples, device=device), arguments.tokens,
         temperature=arguments.temperature, top_k=arguments.top_k or None, top_p=arguments.top_p,
@@ -101,9 +79,21 @@ def _generate(arguments: argparse.Namespace, model: Any, name: str | None) -> in
     if arguments.json:
         samples = [{"text": text, "tokens": row} for text, row in zip(texts, rows, strict=True)]
         print_json({"prompt": arguments.prompt, "tokenizer": name, "samples": samples})
-        return 0
-    for number, text in enumerate(texts):
-        if number:
-            print("-" * 20)
-        print(arguments.prompt + text)
+    else:
+        print(f"\n{'-' * 20}\n".join(arguments.prompt + text for text in texts))
     return 0
+
+
+def _model(arguments: argparse.Namespace) -> tuple[Any, str | None]:
+    """Return the model, and the tokenizer of the data that it was trained on, or None if nothing states it."""
+    from structlin_nn.data.tokens import GPT2_VOCABULARY
+    from structlin_nn.models import GPT2
+    from structlin_nn.records import read_record
+    from structlin_nn.trained import open_trained
+
+    trained = open_trained(arguments.source, average=arguments.average)
+    if not isinstance(trained.model, GPT2):
+        raise ValueError(f"{arguments.source} must hold a GPT-2, got a {type(trained.model).__name__}")
+    if trained.config is not None:
+        return trained.model, read_record(Path(arguments.source) / "record.jsonl").header["data"].get("tokenizer")
+    return trained.model, "gpt2" if trained.model.config.vocabulary >= GPT2_VOCABULARY else None

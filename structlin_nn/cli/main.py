@@ -1,7 +1,8 @@
 """``structlin``: find the command, check its options, and run it.
 
-The exit code is 0 for success, 1 for a run that failed or could not be written, 2 for misuse (with one line on
-stderr), and 128 + number after a signal. No large library is imported before a command runs.
+The exit code is 0 for success, 1 for a run that failed or could not be written, 2 for misuse, with one line on stderr,
+and 128 + number after a signal. Functions below the commands check their arguments, and their ImportError, TypeError,
+ValueError and errors of a wrong path are misuse. No large library is imported before a command runs.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ import sys
 from collections.abc import Sequence
 from types import ModuleType
 
-from structlin_nn.cli.common import Parser, UsageError, suggestion
+from structlin_nn._text import suggestion
+from structlin_nn.cli.common import Parser, fail
 
 __all__ = ["main"]
 
@@ -23,6 +25,7 @@ NAMES = (
 COMMANDS = {name: f"structlin_nn.cli.{name.replace('-', '_')}" for name in NAMES}
 TYRO = ("train",)
 """Commands that read their own arguments."""
+_WRONG_PATHS = (FileExistsError, FileNotFoundError, IsADirectoryError, NotADirectoryError)
 DESCRIPTION = "Structured matrices in neural networks: list structures, count costs, train and compress models."
 EXAMPLES = """\
 examples:
@@ -92,8 +95,12 @@ def _dispatch(arguments: list[str]) -> int:
     parsed = parser.parse_args(arguments)
     try:
         return int(module.run(parsed))
-    except UsageError as error:
+    except BrokenPipeError:
+        raise
+    except (*_WRONG_PATHS, ImportError, TypeError, ValueError) as error:
         command.error(str(error))
+    except OSError as error:
+        return fail(asked or "", error)
 
 
 def _version() -> str:

@@ -8,9 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from structlin_nn.cli.common import Parser, UsageError, choice, print_json
+from structlin_nn.cli.common import Parser, add_choice, given, positive, print_json
 
 HELP = "write text files or OpenWebText as token files"
+TOKENS = ("tokenizer", "vocabulary", "val_fraction", "name", "workers")
 EXAMPLES = """\
 examples:
   structlin prepare text --out data/pydoc
@@ -36,19 +37,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         return made
 
     def tokens(made: Any, names: tuple[str, ...], fraction: float) -> None:
-        made.add_argument("--tokenizer", type=choice("tokenizer", names), default=names[0], metavar="NAME")
+        add_choice(made, "--tokenizer", names, names[0])
         made.add_argument(
             "--vocabulary", metavar="DIR", help="folder of encoder.json, vocab.bpe or vocab.json, merges.txt"
         )
         made.add_argument(
-            "--val-fraction",
-            type=float,
-            default=fraction,
-            metavar="F",
-            help=f"held out ({fraction})",
+            "--val-fraction", type=float, default=fraction, metavar="F", help=f"share for validation ({fraction})"
         )
         made.add_argument("--name", metavar="NAME", help="name of the corpus in records")
-        made.add_argument("--workers", type=_natural, metavar="N", help="number of workers (one for each core)")
+        made.add_argument("--workers", type=positive, metavar="N", help="number of workers (one for each core)")
 
     text = kind("text", _text, "write text files, each a document, as tokens")
     text.add_argument("sources", metavar="FILE", nargs="*", help="UTF-8 text (without files: Python's documentation)")
@@ -64,13 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the command; return the exit code."""
-    try:
-        return arguments.work(arguments)
-    except (FileNotFoundError, FileExistsError, ImportError, TypeError, ValueError) as error:
-        raise UsageError(" ".join(str(error).split())) from error
-    except OSError as error:
-        print(f"structlin prepare: {' '.join(str(error).split())}", file=sys.stderr)
-        return 1
+    return arguments.work(arguments)
 
 
 def _text(arguments: argparse.Namespace) -> int:
@@ -78,10 +69,10 @@ def _text(arguments: argparse.Namespace) -> int:
     from structlin_nn.data.tokenizers import load_tokenizer
 
     if arguments.pydoc and arguments.sources:
-        raise UsageError(f"--pydoc takes no files, got {arguments.sources[0]!r}")
+        raise ValueError(f"--pydoc takes no files, got {arguments.sources[0]!r}")
     if not (arguments.sources or arguments.pydoc):
         print("no file is given: using Python's documentation", file=sys.stderr)
-    options = _given(arguments, "tokenizer", "vocabulary", "val_fraction", "name", "workers")
+    options = given(arguments, TOKENS)
     if options["tokenizer"] == "auto":
         options["tokenizer"] = "gpt2"
         try:
@@ -97,8 +88,8 @@ def _text(arguments: argparse.Namespace) -> int:
 def _openwebtext(arguments: argparse.Namespace) -> int:
     from structlin_nn.data.prepare import prepare_openwebtext
 
-    names = ("dataset", "split", "column", "seed", "tokenizer", "vocabulary", "val_fraction", "name", "workers")
-    return _tell(arguments, prepare_openwebtext(arguments.out, **_given(arguments, *names)))
+    options = given(arguments, ("dataset", "split", "column", "seed", *TOKENS))
+    return _tell(arguments, prepare_openwebtext(arguments.out, **options))
 
 
 def _tell(arguments: argparse.Namespace, data: Any) -> int:
@@ -111,17 +102,7 @@ def _tell(arguments: argparse.Namespace, data: Any) -> int:
     return 0
 
 
-def _given(arguments: argparse.Namespace, *names: str) -> dict[str, Any]:
-    return {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
-
-
 def _folder(text: str) -> Path:
     if Path(text).exists() and not Path(text).is_dir():
-        raise argparse.ArgumentTypeError(f"{text} is a file, a folder is needed")
+        raise argparse.ArgumentTypeError(f"must be a folder, and {text} is a file")
     return Path(text)
-
-
-def _natural(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
-    return int(text)

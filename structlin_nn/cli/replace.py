@@ -4,16 +4,8 @@ from __future__ import annotations
 
 import argparse
 import warnings
-from typing import Any
 
-from structlin_nn.cli.common import (
-    UsageError,
-    choice,
-    given_structure_options,
-    name_and_value,
-    print_json,
-    structure_options,
-)
+from structlin_nn.cli import common
 
 HELP = "preview which layers of a model a structure replaces, and what they cost"
 DEARER = ("warn", "error", "skip", "allow")
@@ -31,53 +23,35 @@ replaced, and for each weight matrix that would stay dense, with the reason.
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the command."""
-    parser.add_argument("model", metavar="MODEL", help="timm:NAME, hf:CONFIG, or package.module:function")
+    parser.add_argument("model", metavar="MODEL", help=common.FORMS)
     parser.add_argument("--structure", required=True, metavar="NAME", help="one of `structlin structures`")
-    parser.add_argument(
-        "--layers", action="append", metavar="PATTERN",
-        help="all, all_but_last, intermediate, or patterns of names, repeatable (all_but_last)",
-    )  # fmt: skip
-    parser.add_argument("--exclude", action="append", default=[], metavar="PATTERN", help="layers to leave, repeatable")
+    common.layer_patterns(parser, "all_but_last")
     parser.add_argument("--min-features", type=int, default=0, metavar="N", help="leave smaller layers dense")
     parser.add_argument("--convolutions", action="store_true", help="replace convolutions of kernel size 1 too")
-    parser.add_argument(
-        "--dearer", type=choice("choice", DEARER), default="warn", metavar="WHAT",
-        help="for layers that would cost more than dense: warn, error, skip, allow (warn)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--model-option", type=name_and_value, action="append", default=[], metavar="NAME=JSON",
-        help="argument of the model or its configuration, repeatable",
-    )  # fmt: skip
-    structure_options(parser)
+    common.add_choice(parser, "--dearer", DEARER, "warn", "for layers that would cost more than dense", kind="choice")
+    common.add_model_option(parser)
+    common.structure_options(parser)
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the command; return the exit code."""
-    from structlin_nn._replacement import PRESETS
     from structlin_nn.models.named import open_named
     from structlin_nn.torch import replace_linear
 
-    layers: Any = arguments.layers or "all_but_last"
-    if isinstance(layers, list) and len(layers) == 1 and layers[0] in PRESETS:
-        (layers,) = layers
-    told: list[str] = []
-    try:
-        model = open_named(arguments.model, **dict(arguments.model_option))
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            report = replace_linear(
-                model, arguments.structure, layers=layers, exclude=arguments.exclude, shared_weights="skip",
-                min_features=arguments.min_features, convolutions=arguments.convolutions, dearer=arguments.dearer,
-                **given_structure_options(arguments),
-            )  # fmt: skip
-        told = [str(w.message) for w in caught if "dearer" in str(w.message)]
-    except (ImportError, OSError, TypeError, ValueError) as error:
-        raise UsageError(" ".join(str(error).split())) from error
+    model = open_named(arguments.model, **dict(arguments.model_option))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        report = replace_linear(
+            model, arguments.structure, layers=common.layers_of(arguments.layers or ["all_but_last"]),
+            exclude=arguments.exclude, shared_weights="skip", min_features=arguments.min_features,
+            convolutions=arguments.convolutions, dearer=arguments.dearer, **common.given_structure_options(arguments),
+        )  # fmt: skip
     if arguments.json:
-        print_json(report.to_dict())
-    else:
-        print(report)
-        for text in told:
-            print(f"warning: {text}")
+        common.print_json(report.to_dict())
+        return 0
+    print(report)
+    for warning in caught:
+        if "dearer" in str(warning.message):
+            print(f"warning: {warning.message}")
     return 0

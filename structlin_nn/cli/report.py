@@ -5,8 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from structlin_nn.cli.common import UsageError
-from structlin_nn.cli.fit import _floor, conditions_of
+from structlin_nn.cli.fit import conditions_of
 
 HELP = "write one HTML page about runs: curves, laws, multipliers, compute and time, planned and spent"
 EXAMPLES = """\
@@ -31,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--where", action="append", default=[], metavar="COLUMN=VALUE", help="only rows with this value, repeatable"
     )
     parser.add_argument(
-        "--floor", nargs="?", const=True, default=False, type=_floor, metavar="E",
+        "--floor", nargs="?", const=True, default=False, type=float, metavar="E",
         help="an irreducible error: fitted, or E where it is known",
     )  # fmt: skip
     parser.add_argument("--reference", metavar="GROUP", help="group to compare with (dense, where there is one)")
@@ -46,17 +45,13 @@ def run(arguments: argparse.Namespace) -> int:
 
     out = Path(arguments.out)
     if out.suffix.lower() not in (".html", ".htm"):
-        raise UsageError(f"a report is written as .html, got {out.name!r}")
+        raise ValueError(f"a report is written as .html, got {out.name!r}")
     if not 0 < arguments.confidence < 1:
-        raise UsageError(f"--confidence must be between 0 and 1, got {arguments.confidence:g}")
-    try:
-        write_report(
-            out, arguments.records, y=arguments.y, x=arguments.x, where=conditions_of(arguments),
-            group=[name for name in arguments.group.split(",") if name], reference=arguments.reference,
-            error=arguments.at, floor=arguments.floor, samples=arguments.samples, confidence=arguments.confidence,
-            title=arguments.title,
-        )  # fmt: skip
-    except (KeyError, OSError, ValueError) as error:
-        raise UsageError(" ".join(str(error).split())) from error
+        raise ValueError(f"--confidence must be between 0 and 1, got {arguments.confidence:g}")
+    write_report(
+        out, arguments.records, y=arguments.y, x=arguments.x, where=conditions_of(arguments),
+        group=[name for name in arguments.group.split(",") if name], reference=arguments.reference, error=arguments.at,
+        floor=arguments.floor, samples=arguments.samples, confidence=arguments.confidence, title=arguments.title,
+    )  # fmt: skip
     print(out)
     return 0

@@ -22,41 +22,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON instead of a list")
 
 
-def describe() -> list[dict[str, Any]]:
-    """Return name, summary, formula, parameters, options with defaults, and source of every structure."""
+def describe(name: str) -> dict[str, Any]:
+    """Return name, summary, formula, parameters, options with defaults, and source of a structure."""
     import structlin
 
-    found = []
-    for name in structlin.structure_names():
-        cls = structlin.structure_class(name)
-        summary = " ".join((inspect.getdoc(cls) or "").partition("\n\n")[0].split())
-        found.append(
-            {
-                "name": name,
-                "summary": summary,
-                "formula": cls.formula,
-                "parameters": cls.parameters,
-                "options": structlin.structure_options(name),
-                "source": cls.source,
-            }
-        )
-    return found
+    cls = structlin.structure_class(name)
+    summary = " ".join((inspect.getdoc(cls) or "").partition("\n\n")[0].split())
+    return {
+        "name": name, "summary": summary, "formula": cls.formula, "parameters": cls.parameters,
+        "options": structlin.structure_options(name), "source": cls.source,
+    }  # fmt: skip
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the command; return the exit code."""
-    structures = describe()
+    import structlin
+
+    structures = [describe(name) for name in structlin.structure_names()]
     if arguments.json:
         print_json(structures)
         return 0
     print("A formula is a chain of steps 'vector,factor->vector'; vectors are rows of shape (d_in,) and (d_out,).")
     for structure in structures:
         print(f"\n{structure['name']}")
-        options = ", ".join(f"{name}={value!r}" for name, value in structure["options"].items())
-        for key, text in (
-            ("formula", structure["formula"]), ("parameters", structure["parameters"]), ("options", options or "none"),
-            ("source", structure["source"]),
-        ):  # fmt: skip
-            if text != "-":
+        options = ", ".join(f"{name}={value!r}" for name, value in structure["options"].items()) or "none"
+        for key, text in (structure | {"options": options}).items():
+            if key not in ("name", "summary") and text != "-":
                 print(textwrap.fill(text, 110, initial_indent=f"  {key:<11}", subsequent_indent=" " * 13))
     return 0

@@ -6,11 +6,12 @@ import argparse
 import os
 import shlex
 import sys
+from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from structlin_nn.cli.common import UsageError, misuse, print_json, print_table
+from structlin_nn.cli.common import fail, positive, print_json, print_table
 
 HELP = "train the runs of a sweep, on this machine or on a cluster; the paper's sweeps have names"
 EXAMPLES = """\
@@ -29,7 +30,7 @@ examples:
     --submit-set timeout_min=4320 --submit-set gpus_per_node=1
       submit the runs to a cluster, four at a time, by submitit (the extra 'cluster')
   structlin sweep my_sweep.py
-      train the sweep of a file of your own, which defines SWEEP, a structlin_nn.sweeps.Sweep
+      train the sweep of your own file, which defines SWEEP, a structlin_nn.sweeps.Sweep
 """
 
 
@@ -39,16 +40,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--list", action="store_true", help="print the sweeps and exit")
     parser.add_argument("--data", metavar="DIR", help="folder of the data, as for structlin train")
     parser.add_argument("--unverified", action="store_true", help="do not verify the checksums of CIFAR")
-    parser.add_argument("--out", metavar="DIR", help="parent folder of the runs (default: runs/NAME)")
+    parser.add_argument("--out", metavar="DIR", help="parent folder of the runs (runs/NAME)")
     parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="change a configuration field of all runs",
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="change a configuration field of all runs"
     )
     parser.add_argument("--only", action="append", default=[], metavar="GLOB", help="names of runs, repeatable")
-    parser.add_argument("--workers", type=int, metavar="N", help="parallel runs (one for each core, at most 8)")
+    parser.add_argument("--workers", type=positive, metavar="N", help="parallel runs (one for each core, at most 8)")
     parser.add_argument("--retry", action="store_true", help="resume failed runs from their last checkpoint")
     parser.add_argument("--dry-run", action="store_true", help="print the table and exit")
     parser.add_argument("--print-commands", action="store_true", help="print a command for each unfinished run")
@@ -72,29 +69,25 @@ def run(arguments: argparse.Namespace) -> int:
         print_table(("name", "data", "what"), [(n, (s := find(n)).data, s.about) for n in names()], left=3)
         return 0
     if arguments.name is None:
-        raise UsageError(f"the following arguments are required: NAME, one of {', '.join(names())}")
+        raise ValueError(f"the following arguments are required: NAME, one of {', '.join(names())}")
     if arguments.launcher and not (arguments.print_commands or arguments.submit):
-        raise UsageError("--launcher is for the commands of --print-commands and --submit")
+        raise ValueError("--launcher is for the commands of --print-commands and --submit")
     if arguments.submit_set and not arguments.submit:
-        raise UsageError("--submit-set is for --submit")
+        raise ValueError("--submit-set is for --submit")
     if arguments.submit and arguments.print_commands:
-        raise UsageError("give one of --submit and --print-commands")
-    from structlin_nn.sweeps.commands import command
+        raise ValueError("give one of --submit and --print-commands")
     from structlin_nn.sweeps.local import default_workers, plan
+    from structlin_nn.sweeps.submit import command
 
-    workers = default_workers() if arguments.workers is None else arguments.workers
-    if workers < 1:
-        raise UsageError(f"--workers must be at least 1, got {workers}")
-    with misuse(ImportError, OSError, TypeError, ValueError):
-        jobs = _jobs(arguments, find(arguments.name))
-        planned = plan(jobs)
+    workers = arguments.workers or default_workers()
+    planned = plan(_jobs(arguments, find(arguments.name)))
     skipped = {"finished"} if arguments.retry else {"finished", "failed"}
-    left = {name: jobs[name] for name, entry in planned.items() if entry.state not in skipped}
+    left = {name: entry.job for name, entry in planned.items() if entry.state not in skipped}
     launcher = shlex.split(arguments.launcher)
     if arguments.print_commands:
-        if left:
-            print("\n".join(command(job, launcher) for job in left.values()))
-        else:
+        for job in left.values():
+            print(command(job, launcher))
+        if not left:
             print("structlin sweep: all runs are finished", file=sys.stderr)
         return 0
     if arguments.json and arguments.dry_run:
@@ -108,7 +101,7 @@ def run(arguments: argparse.Namespace) -> int:
         return 0
     if arguments.submit:
         return _submit(arguments, left, workers, launcher)
-    return _make(arguments, planned, left, workers)
+    return _train(arguments, planned, left, workers)
 
 
 def _jobs(arguments: argparse.Namespace, sweep: Any) -> dict[str, Any]:
@@ -119,17 +112,17 @@ def _jobs(arguments: argparse.Namespace, sweep: Any) -> dict[str, Any]:
     kind = type(recipe(sweep.model))
     cifar = kind.task == "cifar"
     if arguments.unverified and not cifar:
-        raise UsageError(f"--unverified is for CIFAR, and {sweep.name} is trained on {sweep.data}")
+        raise ValueError(f"--unverified is for CIFAR, and {sweep.name} is trained on {sweep.data}")
     configs = sweep.runs(overrides(kind, arguments.set))
     sets = {getattr(config, "data_set", "") for config in configs.values()}
     known = all(name == "fashion" or (name and f"STRUCTLIN_{name.upper()}" in os.environ) for name in sets)
     if arguments.data is None and not (arguments.dry_run or known):
         also = ", or --set data_set=fashion for the embedded images" if cifar else ""
-        raise UsageError(f"--data is needed: where {sweep.data} is{also} (--dry-run goes without)")
+        raise ValueError(f"--data is needed: the folder of {sweep.data}{also} (--dry-run needs no data)")
     if arguments.only:
         kept = {n: c for n, c in configs.items() if any(fnmatchcase(n, glob) for glob in arguments.only)}
         if not kept:
-            raise UsageError(f"--only matches none of the runs {', '.join(configs)}")
+            raise ValueError(f"--only {' '.join(arguments.only)} matches none of the runs {', '.join(configs)}")
         configs = kept
     folder = Path(arguments.out or f"runs/{sweep.name}")
     own = {"unverified": arguments.unverified} if cifar else {}
@@ -141,20 +134,15 @@ def _jobs(arguments: argparse.Namespace, sweep: Any) -> dict[str, Any]:
     return found
 
 
-def _make(arguments: argparse.Namespace, planned: Any, left: dict[str, Any], workers: int) -> int:
+def _train(arguments: argparse.Namespace, planned: Any, left: dict[str, Any], workers: int) -> int:
     from structlin_nn.sweeps.local import run_all
 
     # A step of a small model costs more than its products.
     weights = {n: planned[n].counts["total_training_macs"] + 3e6 * planned[n].counts["samples"] for n in left}
-    try:
-        outcome = run_all(left, workers=workers, weights=weights, progress=not arguments.quiet)
-    except (OSError, ValueError) as error:
-        print(f"structlin sweep: {' '.join(str(error).split())}", file=sys.stderr)
-        return 1
-    for name, message in outcome.failed.items():
-        print(f"structlin sweep: {name}: {message}", file=sys.stderr)
+    outcome = run_all(left, workers=workers, weights=weights, progress=not arguments.quiet)
+    _print_failed(outcome.failed)
     if outcome.signal is not None:
-        print(f"structlin sweep: {outcome.signal.name}; the same command resumes the unfinished runs", file=sys.stderr)
+        fail("sweep", f"{outcome.signal.name}; the same command resumes the unfinished runs")
         return 128 + outcome.signal
     if arguments.json:
         print_json({"finished": [n for n in left if n not in outcome.failed], "failed": outcome.failed})
@@ -170,20 +158,23 @@ def _submit(arguments: argparse.Namespace, left: dict[str, Any], workers: int, l
 
     name = Path(arguments.name).stem
     logs = next(iter(left.values())).folder.parent / "submitit"
-    with misuse(ImportError, OSError, ValueError):
-        submitted = submit(
-            name, left, logs, cluster=arguments.submit, workers=workers, launcher=launcher,
-            parameters=assigned(arguments.submit_set),
-        )  # fmt: skip
+    submitted = submit(
+        name, left, logs, cluster=arguments.submit, workers=workers, launcher=launcher,
+        parameters=assigned(arguments.submit_set),
+    )  # fmt: skip
     failed = {} if arguments.submit == "slurm" else failures(submitted)
-    for run, message in failed.items():
-        print(f"structlin sweep: {run}: {message}", file=sys.stderr)
+    _print_failed(failed)
     if arguments.json:
         print_json({"submitted": {run: job.job_id for run, job in submitted.items()}, "failed": failed})
     elif not arguments.quiet:
         print_table(("run", "job"), [(run, job.job_id) for run, job in submitted.items()], left=2)
         print(f"\nlogs: {logs}")
     return 1 if failed else 0
+
+
+def _print_failed(failed: Mapping[str, str]) -> None:
+    for name, message in failed.items():
+        fail("sweep", f"{name}: {message}")
 
 
 def _print_plan(planned: Any, left: dict[str, Any]) -> None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import sys
+import os
 import traceback
 from collections.abc import Sequence
 from typing import Any
 
-from structlin_nn._text import suggestion, table
+from structlin_nn._text import suggestion
+from structlin_nn.cli.common import fail, print_json, print_table
 
 NAMES: dict[str, tuple[str, str, str]] = {
     "cifar": ("cifar", "cifar-mlp", "MLP or ViT (--model) on CIFAR-10, CIFAR-100, or the embedded images"),
@@ -39,12 +39,12 @@ examples:
   structlin train gpt2 --data DIR --init-from small.safetensors --lr 1e-4 --steps 1000 --warmup-steps 50
       start from trained weights: a file of `structlin compress`, another run, or published GPT-2
   structlin train cifar --model my_models:make --width 64 --structure low_rank --options rank=8
-      train a model of your own, of timm (timm:NAME) or of transformers (hf:CONFIG)
+      train your own model, or one of timm (timm:NAME) or transformers (hf:CONFIG)
   structlin train cifar --epochs 3 --batch-size 256 --no-augment --mixup 0 --label-smoothing 0
       train for a short time
 
-structlin train NAME --help lists the options of a recipe. --out gets checkpoints and the record, JSON lines that
-structlin_nn.records describes.
+structlin train NAME --help lists the options of a recipe. Checkpoints and the record are written to --out. The record
+is a file of JSON lines, which structlin_nn.records describes.
 """
 
 
@@ -61,6 +61,8 @@ def parse(name: str, arguments: Sequence[str]) -> tuple[Any, Any, Any]:
     import tyro
 
     from structlin_nn.recipes import MODELS, recipe_module
+    from structlin_nn.recipes._run import default_folder
+    from structlin_nn.recipes._starting import decided, fields_of, resumed_fields
 
     module_name, model, about = NAMES[name]
     module = recipe_module(module_name)
@@ -84,25 +86,18 @@ def parse(name: str, arguments: Sequence[str]) -> tuple[Any, Any, Any]:
         config = config.replace(data_set="cifar10")
     found: dict[str, Any] = {}
     if options.resume:
-        from structlin_nn.recipes._run import default_folder
-        from structlin_nn.recipes._starting import resumed_fields
-
         found = resumed_fields(options.out or default_folder(config))
     if options.init_from is not None and not found:
-        from structlin_nn.recipes._starting import fields_of
-
         found = fields_of(options.init_from, module.Config)
     if found:
-        from structlin_nn.recipes._starting import decided
-
         config = decided(config, default, found, options.init_from or "the run")
     return module, config, options
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the command; the exit code is that of `structlin_nn.cli.main`."""
+    """Run the command, and return its exit code (`structlin_nn.cli.main`)."""
     if "--list" in arguments:
-        print(table(("name", "recipe", "what"), [(n, r, t) for n, (r, _, t) in NAMES.items()], left=3))
+        print_table(("name", "recipe", "what"), [(n, r, t) for n, (r, _, t) in NAMES.items()], left=3)
         return 0
     if not arguments:
         return _misuse(f"the following arguments are required: NAME, one of {', '.join(NAMES)}")
@@ -114,27 +109,27 @@ def main(arguments: Sequence[str]) -> int:
         return _misuse(f"unknown name {name!r}{suggestion(name, NAMES)} (one of {', '.join(NAMES)})")
     from structlin_nn.recipes._telling import Interruption
 
-    with Interruption():  # signals that come before the first step are answered there
+    with Interruption():  # handles signals before the first step
         try:
             module, config, options = parse(name, rest)
             result = module.train(config, options)
         except Exception as error:
             return _failed(error)
+    first = int(os.environ.get("RANK", "0")) == 0
     if not result.finished:
         if result.signal is None:
             return 0
-        # Every process answers with the same code, and the first one tells.
-        if _is_first():
-            print(
-                f"structlin train: {result.signal.name} after step {result.step} of {result.steps}; checkpoint "
-                f"written, resume with --out {result.folder} --resume",
-                file=sys.stderr,
-            )
+        # All processes return the same code, and the first one prints the message.
+        if first:
+            fail(
+                "train", f"{result.signal.name} after step {result.step} of {result.steps}; checkpoint written, "
+                f"resume with --out {result.folder} --resume"
+            )  # fmt: skip
         return 128 + result.signal
-    if _is_first() and options.json:
-        print(json.dumps({"record": str(result.record), **result.evaluation}, indent=2, allow_nan=False))
-    elif _is_first():
-        print(_summary(result))
+    if first and options.json:
+        print_json({"record": str(result.record), **result.evaluation})
+    elif first:
+        _print_summary(result)
     return 0
 
 
@@ -146,21 +141,20 @@ def _failed(error: Exception) -> int:
     if isinstance(error, BrokenPipeError):
         raise error
     if isinstance(error, (TrainingError, OSError)) and (begun or isinstance(error, (TrainingError, BlockingIOError))):
-        print(f"structlin train: {_one_line(error)}", file=sys.stderr)
-        return 1
+        return fail("train", error)
     if not begun and isinstance(error, (ImportError, OSError, TypeError, ValueError)):
-        return _misuse(_one_line(error))
+        return _misuse(str(error))
     traceback.print_exception(error)
     return 1
 
 
 def _misuse(message: str) -> int:
-    print(f"structlin train: {message} (see structlin train --help)", file=sys.stderr)
+    fail("train", f"{message} (see structlin train --help)")
     return 2
 
 
-def _summary(result: Any) -> str:
-    """Return the evaluations of a run as a table, the last ten of them."""
+def _print_summary(result: Any) -> None:
+    """Print the last ten evaluations of a run as a table."""
     from structlin_nn.records import read_record
 
     record = read_record(result.record)
@@ -170,19 +164,10 @@ def _summary(result: Any) -> str:
     )  # fmt: skip
     keys = [key for key in shown if key in record.evaluations[-1]]
     rows = [[_shown(line[key]) for key in keys] for line in record.evaluations[-10:]]
-    cost = f"{result.steps} steps, {result.evaluation['training_macs']:.3g} training MACs"
-    return f"{table([key.replace('_', ' ') for key in keys], rows, left=0)}\ndone: {cost}\nrecord: {result.record}"
+    print_table([key.replace("_", " ") for key in keys], rows, left=0)
+    print(f"done: {result.steps} steps, {result.evaluation['training_macs']:.3g} training MACs")
+    print(f"record: {result.record}")
 
 
 def _shown(value: Any) -> str:
     return "" if value is None else f"{value:.4g}" if isinstance(value, float) else f"{value:,}"
-
-
-def _is_first() -> bool:
-    import os
-
-    return int(os.environ.get("RANK", "0")) == 0
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

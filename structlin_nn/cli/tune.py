@@ -5,12 +5,10 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from pathlib import Path
 from typing import Any
 
-from structlin_nn.cli.check_scale import FORMS, SIZES, build_settings, own_model_options
-from structlin_nn.cli.common import UsageError, choice, print_json, print_table, structure_options
-from structlin_nn.cli.count import LAYERS, MODELS
+from structlin_nn.cli import common
+from structlin_nn.cli.check_scale import build_settings
 
 HELP = "measure which way of running each layer of a model is the fastest on this machine"
 DTYPES = ("float32", "bfloat16", "float64")
@@ -35,22 +33,14 @@ CHAIN = 40  # characters of a chain that the table shows
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the command."""
-    parser.add_argument("model", metavar="MODEL", nargs="?", help=f"{', '.join(MODELS)}, {FORMS}")
+    parser.add_argument("model", metavar="MODEL", nargs="?", help=f"{', '.join(common.MODELS)}, {common.FORMS}")
     parser.add_argument("--width", type=int, metavar="W", help="width of the model")
-    parser.add_argument("--structure", metavar="NAME", help="one of `structlin structures` (dense; as it is)")
-    parser.add_argument("--layers", type=choice("layers", LAYERS), metavar="NAME", help=", ".join(LAYERS))
-    parser.add_argument("--batch-size", type=_positive, default=32, metavar="N", help="samples in a step (32)")
-    parser.add_argument(
-        "--dtype", type=choice("dtype", DTYPES), default="float32", metavar="NAME", help=", ".join(DTYPES)
-    )
-    parser.add_argument("--threads", type=_positive, metavar="N", help="threads of torch (its own choice)")
-    parser.add_argument("--rms-cap", action="store_true", help="RMS-capped factors, with learned gains")
+    parser.add_argument("--batch-size", type=common.positive, default=32, metavar="N", help="samples in a step (32)")
+    common.add_choice(parser, "--dtype", DTYPES, "float32")
+    parser.add_argument("--threads", type=common.positive, metavar="N", help="threads of torch (torch's default)")
     parser.set_defaults(rule="paper", base_width=None)  # they set learning rates, which change no timing
-    sizes = parser.add_argument_group("sizes of a named model (small ones unless given)")
-    for name in SIZES:
-        sizes.add_argument(f"--{name}", type=int, metavar="N")
-    structure_options(parser)
-    own_model_options(parser)
+    common.model_options(parser, None, "small ones")
+    common.own_model_options(parser)
     kept = parser.add_argument_group("timings that are kept")
     kept.add_argument("--forget", action="store_true", help="first delete all timings of this machine")
     kept.add_argument("--import", dest="import_", metavar="FILE", help="then add the timings of a file")
@@ -59,48 +49,39 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table, in seconds")
 
 
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"must be a positive integer, got {text!r}")
-    return int(text)
-
-
 def run(arguments: argparse.Namespace) -> int:
     """Run the command; return the exit code."""
     if arguments.model is None and not (arguments.export or arguments.import_ or arguments.forget):
-        raise UsageError("give a model to tune, or --export, --import or --forget")
+        raise ValueError("give a model to tune, or --export, --import or --forget")
     if arguments.model is None and (arguments.width is not None or arguments.structure is not None):
-        raise UsageError("--width and --structure need a model")
+        raise ValueError("--width and --structure need a model")
     if arguments.model is not None and arguments.width is None:
-        raise UsageError("--width is needed: the width of the model")
+        raise ValueError("--width is needed: the width of the model")
     if arguments.any_machine and not arguments.import_:
-        raise UsageError("--any-machine is an option of --import")
-    if arguments.export and not Path(arguments.export).parent.is_dir():
-        raise UsageError(f"--export: the folder {Path(arguments.export).parent} does not exist")
+        raise ValueError("--any-machine is an option of --import")
+    if arguments.export:
+        common.check_folder("--export", arguments.export)
 
     from structlin import execution
 
     said = sys.stderr if arguments.json else sys.stdout
-    try:
-        # What can be wrong with the model is found before anything is deleted or measured.
-        step = _step(arguments) if arguments.model is not None else None
-        if arguments.forget:
-            print(f"deleted {_records(execution.clear_wisdom())} in {execution.wisdom_folder()}", file=said)
-        if arguments.import_:
+    # Errors in the model are found before anything is deleted or measured.
+    step = _step(arguments) if arguments.model is not None else None
+    if arguments.forget:
+        print(f"deleted {_records(execution.clear_wisdom())} in {execution.wisdom_folder()}", file=said)
+    if arguments.import_:
+        try:
             count = execution.import_wisdom(arguments.import_, any_machine=arguments.any_machine)
-            print(f"added {_records(count)} of {arguments.import_}", file=said)
-        found = {} if step is None else execution.tune(step, progress=not arguments.json)
-        if arguments.json:
-            print_json(found)
-        elif step is not None:
-            _print(found)
-        if arguments.export:
-            print(f"wrote {_records(execution.export_wisdom(arguments.export))} to {arguments.export}", file=said)
-    except OSError as error:
-        raise UsageError(f"{error.filename}: {error.strerror}" if error.filename else str(error)) from error
-    except (TypeError, ValueError) as error:
-        text = str(error).replace("pass any_machine=True", "give --any-machine")
-        raise UsageError(" ".join(text.split())) from error
+        except ValueError as error:
+            raise ValueError(str(error).replace("pass any_machine=True", "give --any-machine")) from error
+        print(f"added {_records(count)} of {arguments.import_}", file=said)
+    found = {} if step is None else execution.tune(step, progress=not arguments.json)
+    if arguments.json:
+        common.print_json(found)
+    elif step is not None:
+        _print(found)
+    if arguments.export:
+        print(f"wrote {_records(execution.export_wisdom(arguments.export))} to {arguments.export}", file=said)
     if found and not arguments.json:
         print(f"kept in {execution.wisdom_folder()}")
     return 0
@@ -147,11 +128,11 @@ def _print(found: dict[str, dict[str, float]]) -> None:
         print("nothing to tune: the model has no layer that is a chain of einsums; give --structure")
         return
     problems = [(match, seconds) for text, seconds in found.items() if (match := _PROBLEM.fullmatch(text))]
-    common = {name: sorted({problem[name] for problem, _ in problems}) for name in ("device", "dtype", "threads")}
+    shared = {name: sorted({problem[name] for problem, _ in problems}) for name in ("device", "dtype", "threads")}
     groups: dict[str, list[tuple[str, ...]]] = {}
     for problem, seconds in problems:
         kind = [problem["kind"]] + ["columns"] * (problem["ends"] == "columns")
-        kind += [problem[name] for name in ("device", "dtype") if len(common[name]) > 1]
+        kind += [problem[name] for name in ("device", "dtype") if len(shared[name]) > 1]
         best, *others = sorted(seconds, key=lambda name: seconds[name]) or ["-"]
         row = (
             problem["shape"], problem["tokens"].rjust(6), " ".join(kind), best,
@@ -161,8 +142,8 @@ def _print(found: dict[str, dict[str, float]]) -> None:
         groups.setdefault(problem["chain"] + problem["shape"], []).append(row)
     rows = [row for group in groups.values() for row in group]
     head = ("shape", "tokens", "pass", "fastest", "      ms", "next (times as long)", "chain")
-    print_table(head, rows, left=len(head))
-    about = "; ".join(f"{name} {', '.join(values)}" for name, values in common.items())
+    common.print_table(head, rows, left=len(head))
+    about = "; ".join(f"{name} {', '.join(values)}" for name, values in shared.items())
     print(f"\n{len(rows)} problem{'' if len(rows) == 1 else 's'}: {about}")
 
 

@@ -72,19 +72,17 @@ def default_workers() -> int:
 def state_of(config: Any, folder: Path) -> str:
     """Return one of `STATES`; ``failed`` is a run that ended with an error.
 
-    ValueError for a run with another configuration in that folder.
+    ValueError for a folder with a run of another configuration.
     """
-    failed = (folder / FAILED).exists()
+    unfinished = "failed" if (folder / FAILED).exists() else "begun"
     if not (folder / "record.jsonl").exists():
-        return "failed" if failed else "new"
+        return "failed" if unfinished == "failed" else "new"
     try:
         found = read_record(folder / "record.jsonl")
     except ValueError:  # cut off: resuming repairs it
-        return "failed" if failed else "begun"
+        return unfinished
     config.check_continues(recipe_module(found.header["recipe"]).Config.from_dict(found.header["config"]), folder)
-    if found.finished and checkpoints(folder):
-        return "finished"
-    return "failed" if failed else "begun"
+    return "finished" if found.finished and checkpoints(folder) else unfinished
 
 
 def plan(jobs: Mapping[str, Job]) -> dict[str, Planned]:
@@ -111,7 +109,7 @@ def run_all(
 ) -> Outcome:
     """Train all runs, the largest first, and resume begun ones.
 
-    An error in one run is reported and written to its folder, and does not end the others. Call this function under
+    An error in one run is written to its folder, and the others go on. Call this function under
     ``if __name__ == "__main__":``, since it starts processes. With several GPUs and jobs on ``cuda``, each worker has
     one GPU. After SIGINT or SIGTERM, runs write a checkpoint and end. `weights` are the costs of the runs, for their
     order and the progress bar.
@@ -152,9 +150,10 @@ def run_all(
                 if interruption.signal is not None and not stop.is_set():
                     stop.set()
                     pool.shutdown(wait=False, cancel_futures=True)
-                # `wait` does not count those as done.
+                # `wait` does not count cancelled ones as done.
                 running = {future for future in running if not future.cancelled()}
-                for name, share, text in _waiting(messages):
+                while (told := _next(messages)) is not None:
+                    name, share, text = told
                     bar.set_postfix_str(f"{done} done, {name}: {text}", refresh=False)
                     bar.update(share * work[name])
         except BaseException:
@@ -166,13 +165,11 @@ def run_all(
     return Outcome(failed, interruption.signal)
 
 
-def _waiting(messages: Any) -> list[tuple[str, float, str]]:
-    found = []
-    while True:
-        try:
-            found.append(messages.get_nowait())
-        except queue.Empty:
-            return found
+def _next(messages: Any) -> tuple[str, float, str] | None:
+    try:
+        return messages.get_nowait()
+    except queue.Empty:
+        return None
 
 
 _messages: Any = None
@@ -209,9 +206,10 @@ def _train(name: str, job: Job) -> str | None:
 
     def watch(run: Any, loss: float | None) -> bool:
         nonlocal told
-        if run.step / run.steps - told >= 0.02 or run.step == run.steps:
-            share, told = run.step / run.steps - told, run.step / run.steps
-            _messages.put((name, share, "" if loss is None else f"loss {loss:.3f}"))
+        reached = run.step / run.steps
+        if reached - told >= 0.02 or run.step == run.steps:
+            _messages.put((name, reached - told, "" if loss is None else f"loss {loss:.3f}"))
+            told = reached
         return _stop.is_set()
 
     (job.folder / FAILED).unlink(missing_ok=True)
@@ -221,8 +219,8 @@ def _train(name: str, job: Job) -> str | None:
         return str(error)
     except Exception as error:
         job.folder.mkdir(parents=True, exist_ok=True)
-        told_of = {"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
+        reason = f"{type(error).__name__}: {error}"
         with atomic_write(job.folder / FAILED) as file:
-            file.write(json.dumps(told_of).encode() + b"\n")
-        return told_of["error"]
+            file.write(json.dumps({"error": reason, "traceback": traceback.format_exc()}).encode() + b"\n")
+        return reason
     return None if result.finished else ""

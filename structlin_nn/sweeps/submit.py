@@ -1,28 +1,67 @@
-"""Submission of the runs of a sweep to a cluster by submitit (https://github.com/facebookincubator/submitit).
+"""The runs of a sweep as commands for a cluster, and their submission by submitit.
 
-submitit writes the batch scripts, submits them as one array, and restarts jobs after a time limit or preemption. It
-runs the commands of `structlin_nn.sweeps.commands`. Needs the extra ``cluster``.
+submitit (https://github.com/facebookincubator/submitit, extra ``cluster``) writes the batch scripts, submits them as
+one array, and restarts jobs after a time limit or preemption.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from structlin_nn.sweeps.commands import words
+from structlin_nn.recipes import recipe
 from structlin_nn.sweeps.local import Job
 
-__all__ = ["CLUSTERS", "Command", "failures", "submit"]
+__all__ = ["CLUSTERS", "Command", "command", "failures", "submit", "words"]
 
 CLUSTERS = ("slurm", "local")
-"""``local`` runs processes of this machine, as a trial."""
+"""``local`` runs processes on this machine, as a trial."""
+
+
+def words(job: Job, launcher: Sequence[str] = (), program: Sequence[str] = ("structlin",)) -> list[str]:
+    """Return the words of the command that trains or resumes a run, after those of `launcher` and `program`."""
+    config = job.config
+    usual, values = recipe(config.model, structure=config.structure), config.to_dict()
+    found = [*launcher, *program, "train", "imagenet" if config.task == "imagenet" else config.model]
+    if config.model.startswith("timm:"):
+        found += ["--model", config.model]
+    if config.structure != "dense":
+        found += ["--structure", config.structure]
+    if hasattr(config, "data_set"):
+        found += ["--data-set", config.data_set]
+    for name in config.differences(usual):
+        if name not in ("structure", "data_set"):
+            found += _option(name, values[name])
+    default = type(job.options)()
+    for entry in fields(job.options):
+        value = getattr(job.options, entry.name)
+        if value != getattr(default, entry.name) and entry.name not in ("out", "resume", "quiet"):
+            found += _option(entry.name, [str(v) for v in value] if isinstance(value, tuple) else value)
+    return [*found, "--out", str(job.folder), "--resume", "--quiet"]
+
+
+def _option(name: str, value: Any) -> list[str]:
+    flag = "--" + name.replace("_", "-")
+    if isinstance(value, bool) and name not in ("rms_cap", "compile"):  # these two can be None, and are no flags
+        return [flag if value else f"--no-{flag[2:]}"]
+    if isinstance(value, Mapping):
+        return [flag, *(f"{k}={v if isinstance(v, str) else json.dumps(v)}" for k, v in value.items())]
+    return [flag, *map(str, value)] if isinstance(value, list) else [flag, str(value)]
+
+
+def command(job: Job, launcher: Sequence[str] = ()) -> str:
+    """`words` as a command for a shell."""
+    return shlex.join(words(job, launcher))
 
 
 class Command:
@@ -44,7 +83,7 @@ class Command:
 
     def __call__(self) -> None:
         """Run the command in a process group of its own; raise if it fails."""
-        # Its own process group: schedulers signal whole groups, and the command does not handle submitit's signal.
+        # Schedulers signal whole process groups, and the command does not handle submitit's signal.
         with subprocess.Popen(self.words, start_new_session=True) as self._process:
             before = signal.signal(signal.SIGTERM, lambda *_: self._end())
             try:
@@ -76,22 +115,22 @@ def submit(
     name: str, jobs: Mapping[str, Job], logs: Path, *, cluster: str = "slurm", workers: int,
     launcher: Sequence[str] = (), parameters: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Submit runs, `workers` of them at a time, and return submitit's jobs by name; outside Slurm, wait for each batch.
+    """Submit runs, `workers` of them at a time, and return submitit's jobs by name; without Slurm, wait for each batch.
 
-    `logs` is the folder of scripts and output, `launcher` the words before each command, and `parameters` are those of
-    submitit's ``AutoExecutor.update_parameters``, such as ``timeout_min`` or ``slurm_partition``.
+    `logs` is the folder of scripts and output, and `launcher` are the words before each command. `parameters` are those
+    of submitit's ``AutoExecutor.update_parameters``, such as ``timeout_min`` or ``slurm_partition``.
 
     Raises
     ------
     ImportError
-        Submitit is not installed.
+        submitit is not installed.
     ValueError
         No runs, an unknown cluster or parameter, or no such scheduler on this machine.
     """
     if cluster not in CLUSTERS:
         raise ValueError(f"cluster must be one of {', '.join(CLUSTERS)}, got {cluster!r}")
     if not jobs:
-        raise ValueError("there are no runs to submit")
+        raise ValueError("there are no runs to submit; give one or more jobs")
     try:
         import submitit
     except ImportError as error:

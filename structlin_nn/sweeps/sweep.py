@@ -1,4 +1,4 @@
-"""A sweep: a base configuration, and overlays of it that each make a run."""
+"""A sweep: a base configuration, and overlays that each change it to the configuration of a run."""
 
 from __future__ import annotations
 
@@ -101,12 +101,12 @@ class Sweep:
     data: str = "CIFAR-10"
 
     def runs(self, changes: Overlay | None = None) -> dict[str, Any]:
-        """Return the configurations by name, with changes to all runs, also where an overlay says otherwise.
+        """Return the configurations by name, with changes to all runs, which take precedence over the overlays.
 
-        ValueError for no overlays, runs that are the same, or a configuration that is none.
+        ValueError for no overlays, different runs of the same name, or an invalid configuration.
         """
         if not self.overlays:
-            raise ValueError(f"sweep {self.name!r} has no overlays")
+            raise ValueError(f"sweep {self.name!r} has no overlays; give one for each run")
         changes = changes or {}
         made: dict[str, Any] = {}
         for overlay in self.overlays:
@@ -114,8 +114,9 @@ class Sweep:
             name = run_name({key: value for key, value in overlay.items() if key not in changes})
             config = recipe(values.pop("model"), **values)
             if name in made and made[name] != config:
-                raise ValueError(f"two runs of sweep {self.name!r} have the name {name!r} and differ")
-            made[name] = config  # a change to all runs may make several of them one
+                differing = ", ".join(made[name].differences(config))
+                raise ValueError(f"two runs of sweep {self.name!r} have the name {name!r} and differ in {differing}")
+            made[name] = config  # a change to all runs may make several of them equal
         return made
 
 
@@ -133,10 +134,10 @@ def run_name(overlay: Overlay) -> str:
     for key, value in overlay.items():
         if key == "options":
             parts += [f"{name}{_shown(found)}" for name, found in value.items() if not isinstance(found, str)]
-        elif isinstance(value, bool) and key != "structure_aware":
-            parts.append(key if value else f"no-{key}")
         elif key == "structure_aware":
             parts.append("aware" if value else "naive")
+        elif isinstance(value, bool):
+            parts.append(key if value else f"no-{key}")
         else:
             parts.append({"structure": "", "model": "", "width": "w"}.get(key, key) + _shown(value))
     return re.sub(r"[^\w.+-]+", "_", "-".join(parts)) or "run"
@@ -168,8 +169,7 @@ def find(name: str) -> Sweep:
         if not path.is_file():
             raise FileNotFoundError(f"{path} does not exist")
         spec = importlib.util.spec_from_file_location(path.stem, path)
-        assert spec is not None
-        assert spec.loader is not None
+        assert spec is not None and spec.loader is not None  # noqa: PT018
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
     else:

@@ -97,7 +97,7 @@ def changed(state: dict, **changes) -> dict:
     [
         ({"linear.bias": None}, "the state lacks linear.bias"),
         ({"other": torch.zeros(1)}, "no place for other"),
-        ({"linear.weight": torch.zeros(6, 5)}, r"linear.weight has shape \(5, 6\) as flax lays it out"),
+        ({"linear.weight": torch.zeros(6, 5)}, r"linear.weight has shape \(5, 6\) in the layout of flax"),
         ({"linear.bias": torch.zeros(5, dtype=torch.float64)}, "float64 in the state and float32 in the flax model"),
         ({"linear.bias": torch.zeros(5, dtype=torch.int64)}, "int64 in the state and float32"),
     ],

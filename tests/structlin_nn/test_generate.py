@@ -190,10 +190,11 @@ class TestCommand:
     def test_misuse(self, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         for line, message in (
             ("", "the following arguments are required: MODEL"),
-            (f"{trained} --tokens -1", "--tokens must be at least 0, got -1"),
+            (f"{trained} --tokens -1", "max_new_tokens must be an integer of at least 0, got -1"),
             (f"{trained} --temperature -1", "temperature must be finite"),
             (f"{trained} --average", "keeps no average of its weights"),
-            (f"{tmp_path}", "holds no trained model: that is a folder of"),
-            (f"{trained} --device nowhere", "nowhere"),
+            (f"{tmp_path}", "holds no trained model: a trained model is a folder of"),
+            (f"{trained} --device nowhere", "--device must be cpu, cuda or cuda:N, got 'nowhere'"),
+            (f"{trained} --samples 0", "--samples must be at least 1, got 0"),
         ):
             assert message in self.run(line, capsys, code=2)[1]

@@ -149,7 +149,7 @@ def test_few_points() -> None:
         ("{} --x macs --y error --where structure", "--where must be COLUMN=VALUE, got 'structure'"),
         ("{} --x macs --y error --confidence 95", "--confidence must be between 0 and 1, got 95"),
         ("{} --x macs --y error --loss huber", "unknown loss 'huber'"),
-        ("{} --x macs --y error --floor high", "the irreducible error must be a number, got 'high'"),
+        ("{} --x macs --y error --floor high", "argument --floor: invalid float value: 'high'"),
         ("{} --x macs --y error --floor 0.9", "dense: a known floor must be at least 0 and below every error"),
         ("{} --x macs --y error --noise 1 --method cases", "noise must be at least 0 and needs method="),
         ("{} --x seed --y error", "dense: compute must be positive and finite to have a logarithm, got 0"),

@@ -10,10 +10,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 import structlin
 import structlin_nn
-from structlin_nn.cli import main
+from structlin_nn import counting, models
+from structlin_nn._replacement import PRESETS
+from structlin_nn.cli import common, main
+from structlin_nn.cli.count import PRODUCT_DTYPES
 from structlin_nn.cli.main import COMMANDS
 from structlin_nn.cli.train import parse
 
@@ -47,7 +51,7 @@ MISUSE = {
     "count cifar-mlp --width 64 --structure low_rank --rank x": "must be an integer or several with commas, got 'x'",
     "count cifar-mlp --width 64 --structure einsum --option theta": "must be NAME=JSON, got 'theta'",
     "count cifar-mlp --width 64 --structure einsum --option theta=[1": "the value of theta must be JSON",
-    "count cifar-mlp --width 64 --structure low_rank --rank 2 --option rank=3": "option 'rank' of the structure is",
+    "count cifar-mlp --width 64 --structure low_rank --rank 2 --option rank=3": "the structure is given twice: 2 and 3",
     "train": "the following arguments are required: NAME",
     "train cifr": "unknown name 'cifr', did you mean cifar?",
     "train cifar --data nowhere": "nowhere does not exist; expected cifar-10-batches-bin",
@@ -57,9 +61,9 @@ MISUSE = {
     "train cifar --data-set cifar10": "no place given for cifar10",
     "train cifar --width 29 --structure kronecker": "29 cannot be split into 2 factors by rule 'greedy'",
     "train cifar --batch-size 20000": "10000 images are less than one batch of 20000",
-    "demo --seed -1": "--seed must be at least 0, got -1",
-    "demo --workers 0": "--workers must be at least 1, got 0",
-    "demo --out file": "file is a file, --out needs a folder",
+    "demo --seed -1": "seed must be at least 0, got -1",
+    "demo --workers 0": "argument --workers: must be a positive integer, got '0'",
+    "demo --out file": "--out must be a folder, and file is a file",
     "demo --qick": "unknown option --qick, did you mean --quick?",
 }
 
@@ -79,6 +83,23 @@ def test_misuse_is_one_line_and_code_2(
     assert err.count("\n") == 1
     assert err.endswith("--help)\n")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_names_are_those_of_the_library() -> None:
+    assert tuple(models.MODELS) == common.MODELS
+    assert common.LAYERS == tuple(models.LAYER_PRESETS) == tuple(PRESETS)
+    assert (*counting.DEVICES, "cpu") == common.DEVICES
+    assert set(common.SIZES) <= {name for spec in models.MODELS.values() for name in spec.options}
+    assert all(hasattr(torch, name) for name in (*common.DTYPES, *PRODUCT_DTYPES))
+
+
+def test_an_error_of_the_system_is_no_misuse(captured: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_: object) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(f"{COMMANDS['structures']}.run", full)
+    assert main(["structures"]) == 1
+    assert captured() == ("", "structlin structures: [Errno 28] No space left on device\n")
 
 
 class TestHelp:

@@ -210,14 +210,14 @@ MISUSE = {
     "cifar-mlp --width 8 --threads -1": "--threads: must be a positive integer, got '-1'",
     "cifar-mlp --width 8 --thread 1": "unknown option --thread, did you mean --threads?",
     "cifar-mlp --width 8 --any-machine": "--any-machine is an option of --import",
-    "cifar-mlp --width 8 --export no/wisdom.json": "--export: the folder no does not exist",
-    "--import no.json": "no.json: No such file or directory",
+    "cifar-mlp --width 8 --export no/wisdom.json": "--export no/wisdom.json: the folder no does not exist",
+    "--import no.json": "No such file or directory: 'no.json'",
     "--import text": "text is not an export of wisdom",
     "tune_models:none --width 8": "module tune_models has no 'none'",
     "no_models:make --width 8": "no_models:make cannot be imported (No module named 'no_models')",
     "tune_models:no_inputs --width 8": "give it example_input(batch)); return (model, inputs)",
-    "tune_models:make --width 8 --rank 2": "options of a structure need --structure",
-    "tune_models:make --width 8 --depth 2": "--depth is an option of named models",
+    "tune_models:make --width 8 --rank 2": "structure 'dense' has no option 'rank'",
+    "tune_models:make --width 8 --depth 2": "depth is a size of the named models",
     "tune_models:pair --width 8": "must return logits (batch, ..., classes), or an object with logits, got tuple",
 }
 

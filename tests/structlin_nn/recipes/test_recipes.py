@@ -148,7 +148,7 @@ class TestCifar:
         assert record.evaluations[-1]["statistics"]["feature_rms"] is None
         up = next(layer for layer in record.header["structures"] if layer["name"] == "1.blocks.0.up")
         assert up["factors"][0]["lr_multiplier"] == pytest.approx(64 / (up["factors"][0]["fan_in"] * 2))
-        with pytest.raises(ValueError, match="trained a model of your own"):
+        with pytest.raises(ValueError, match="trained your own model"):
             load_trained(options.out)
         model = load_trained(options.out, model=build(config, 10))
         assert torch.isfinite(model(torch.zeros(1, 1, 28, 28))).all()
@@ -516,7 +516,7 @@ class TestModelsByName:
             assert min(multipliers) > 0
         assert main([*words, "--resume"]) == 0
         if "timm:" not in arguments:
-            with pytest.raises(ValueError, match="trained a model of your own"):
+            with pytest.raises(ValueError, match="trained your own model"):
                 load_trained(tmp_path / "run")
 
 

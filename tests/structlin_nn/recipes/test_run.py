@@ -315,7 +315,7 @@ class TestCheckpoints:
 
     def test_what_is_no_tensor_is_not_read(self, tmp_path: Path) -> None:
         write_tensors(tmp_path / "x", {"a": "text"})
-        with pytest.raises(ValueError, match="it holds something that is no tensor"):
+        with pytest.raises(ValueError, match="it holds entries that are not tensors"):
             read_tensors(tmp_path / "x", {"a": torch.zeros(2)})
 
     def test_another_model(self, tmp_path: Path) -> None:

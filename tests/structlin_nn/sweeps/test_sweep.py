@@ -10,8 +10,8 @@ from structlin_nn.cli.train import parse
 from structlin_nn.recipes import recipe
 from structlin_nn.recipes.cifar import Config, Options
 from structlin_nn.sweeps import Sweep, find, grid, merge, names, zipped
-from structlin_nn.sweeps.commands import command, words
 from structlin_nn.sweeps.local import Job
+from structlin_nn.sweeps.submit import command, words
 
 
 class TestOverlays:
@@ -32,7 +32,7 @@ class TestOverlays:
         with pytest.raises(TypeError, match="width must be int"):
             Sweep(name="x", about="", model="cifar-mlp", overlays=overlays).runs()
         same = [{"structure": "kronecker", "options": {"factorization": rule}} for rule in ("greedy", "balanced")]
-        with pytest.raises(ValueError, match="two runs of sweep 'x' have the name 'kronecker' and differ"):
+        with pytest.raises(ValueError, match="two runs of sweep 'x' have the name 'kronecker' and differ in options"):
             Sweep(name="x", about="", model="cifar-mlp", overlays=same).runs()
 
     def test_changes_go_before_overlays(self) -> None:
