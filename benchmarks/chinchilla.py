@@ -19,7 +19,7 @@ import numpy as np
 
 from structlin.scaling_laws import TERMS, Estimate, fit_isoflop, fit_loss_law
 from structlin_nn._files import atomic_write
-from structlin_nn.figures.sizes import isoflop_figure, sizes_figure
+from structlin_nn.figures.compute import isoflop_figure, sizes_figure
 from structlin_nn.figures.style import save
 
 OUTLIERS = 5  # the largest losses, which Besiroglu et al. leave out

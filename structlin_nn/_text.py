@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-__all__ = ["progress_bar", "suggestion", "table"]
+__all__ = ["progress_bar", "read_value", "suggestion", "table"]
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1, rule: bool = True) -> str:
@@ -52,12 +52,28 @@ def suggestion(word: str, known: Iterable[str]) -> str:
     return f", did you mean {found[0]}?" if found else ""
 
 
+def read_value(text: str) -> int | float | str:
+    """Return the number that a text states, or else the text without the spaces around it.
+
+    Examples
+    --------
+    >>> read_value("12"), read_value("1e3"), read_value(" dense ")
+    (12, 1000.0, 'dense')
+    """
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text.strip()
+
+
 def progress_bar(
     total: float, label: str, *, done: float = 0, unit: str = "it", quiet: bool = False, **more: Any
 ) -> Any:
     """Return a bar of tqdm on stderr, with `more` of its options.
 
-    Where stderr is a file, each refresh is a line of its own: there is one every 30 seconds.
+    If stderr is a file, each refresh is a line of its own, every 30 seconds.
     """
     from tqdm import tqdm
 

@@ -14,6 +14,7 @@ from typing import Any
 import structlin
 from structlin.planning import check_budget
 from structlin_nn._planned import RESOURCES, Choice, Costs
+from structlin_nn._text import read_value
 from structlin_nn._widths import WIDEST, Reasons, TooLargeError, largest_rank, widest, widest_of
 from structlin_nn.counting import Device
 from structlin_nn.counting import device as find_device
@@ -413,17 +414,8 @@ def parse_structure(text: str) -> tuple[str, dict[str, Any]]:
         pair = re.fullmatch(r"(\w+)(?:=| )(.+)", part.strip())
         if pair is None:
             raise ValueError(f"an option of a structure must be NAME=VALUE, got {part!r} in {text!r}")
-        found[pair[1]] = _number(pair[2])
+        found[pair[1]] = read_value(pair[2])
     return head, found
-
-
-def _number(text: str) -> Any:
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return text
 
 
 def plans_record(plans: Sequence[ModelPlan]) -> list[dict[str, Any]]:

@@ -19,9 +19,7 @@ import matplotlib as mpl
 from matplotlib.figure import Figure
 
 from structlin_nn._files import atomic_write
-from structlin_nn.figures.compute import compute_figure
-from structlin_nn.figures.curves import curves_figure
-from structlin_nn.figures.sizes import sizes_figure
+from structlin_nn.figures.compute import compute_figure, curves_figure, sizes_figure
 from structlin_nn.figures.spent import spent_figure
 from structlin_nn.figures.style import label
 from structlin_nn.laws import GroupLaw, compare_laws, fit_groups

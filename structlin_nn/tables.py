@@ -1,9 +1,9 @@
 """Results as rows: run records, JSON, JSON lines and CSV, read into one flat form for fits and figures.
 
-A row is a dictionary. Of a run record (:mod:`structlin_nn.records`) each row is one evaluation together with
-what the header says. A plain name is looked up in the evaluation and its statistics first, then in the configuration
-and the options of its structure, then in the counts; the dotted name (``evaluation.training_macs``,
-``counts.training_macs``, ``config.options.rank``) says which.
+A row is a dictionary. A row of a run record (:mod:`structlin_nn.records`) is one evaluation together with the header. A
+plain name is looked up in the evaluation and its statistics, then in the configuration and the options of its
+structure, then in the counts. A dotted name (``evaluation.training_macs``, ``counts.training_macs``,
+``config.options.rank``) states the place.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from structlin_nn._text import suggestion
+from structlin_nn._text import read_value, suggestion
 from structlin_nn.records import Record, read_record, unsealed
 
-__all__ = ["EVALUATIONS", "Row", "column", "group_rows", "read_rows", "record_paths", "select"]
+__all__ = ["EVALUATIONS", "Row", "by_run", "column", "group_rows", "read_rows", "record_paths", "select"]
 
 Row = dict[str, Any]
 EVALUATIONS = ("last", "all")
 
 
 def record_paths(paths: Iterable[str | os.PathLike[str]]) -> list[Path]:
-    """Files, and of folders every ``*.jsonl`` below them, in order of name; FileNotFoundError where there is none."""
+    """Return the files, and every ``*.jsonl`` below a folder, by name; FileNotFoundError if there is none."""
     found: list[Path] = []
     for path in map(Path, paths):
         if path.is_dir():
@@ -51,7 +51,7 @@ def read_rows(
     ----------
     paths
         Run records (``.jsonl`` whose first line is a header), JSON lines or a JSON list of objects, CSV with a head
-        line (empty cells are absent, what reads as a number is one), or folders of ``.jsonl`` files.
+        line (empty cells are left out, and numbers are read as such), or folders of ``.jsonl`` files.
     evaluations
         Evaluations of a run record: ``last`` or ``all``.
     unfinished
@@ -60,8 +60,8 @@ def read_rows(
     Raises
     ------
     FileNotFoundError, ValueError
-        A path that does not exist, or a folder without records; a file that is none of these, an unfinished run, a run
-        without evaluations, no rows at all.
+        A path that does not exist, a folder without records, a file of another kind, an unfinished run, a run without
+        evaluations, or no rows.
 
     Examples
     --------
@@ -76,7 +76,7 @@ def read_rows(
     for path in record_paths(paths):
         rows += _rows_of(path, evaluations, unfinished)
     if not rows:
-        raise ValueError("there are no rows in these files")
+        raise ValueError(f"there are no rows in {', '.join(map(str, record_paths(paths)))}")
     return rows
 
 
@@ -93,7 +93,7 @@ def _rows_of(path: Path, evaluations: str, unfinished: bool) -> list[Row]:
         try:
             found = json.loads(text)
         except ValueError as error:
-            raise ValueError(f"{path} is no JSON: {error}") from error
+            raise ValueError(f"{path} must be JSON: {error}") from error
         if not isinstance(found, list) or not all(isinstance(row, dict) for row in found):
             raise ValueError(f"{path} must hold a list of objects, one for each point")
         return found
@@ -108,16 +108,7 @@ def _from_csv(path: Path) -> list[Row]:
     for number, line in enumerate(lines, 2):
         if len(line) != len(head):
             raise ValueError(f"{path}, line {number} has {len(line)} cells and the head {len(head)}")
-    return [{name: _value(cell) for name, cell in zip(head, line, strict=True) if cell.strip()} for line in lines]
-
-
-def _value(cell: str) -> Any:
-    for kind in (int, float):
-        try:
-            return kind(cell)
-        except ValueError:
-            continue
-    return cell.strip()
+    return [{name: read_value(cell) for name, cell in zip(head, line, strict=True) if cell.strip()} for line in lines]
 
 
 def _from_record(path: Path, record: Record, evaluations: str, unfinished: bool) -> list[Row]:
@@ -125,10 +116,13 @@ def _from_record(path: Path, record: Record, evaluations: str, unfinished: bool)
         raise ValueError(f"{path} holds no evaluation yet")
     if not record.finished and not unfinished:
         steps = record.header["counts"]["steps"]
-        raise ValueError(f"{path}: the run stopped after step {record.evaluations[-1]['step']} of {steps}")
+        raise ValueError(
+            f"{path}: the run stopped after step {record.evaluations[-1]['step']} of {steps}; resume it, or take "
+            "unfinished runs (--unfinished)"
+        )
     header = record.header
     common: Row = {"record": str(path)}
-    # The later ones go first: what is set last is what a plain name finds.
+    # A plain name finds the value that is set last.
     for section in ("counts", "config"):
         common |= _flat(header[section], section)
         common |= header[section]
@@ -175,11 +169,19 @@ def _where(row: Row) -> str:
     return f" ({row['record']})" if "record" in row else ""
 
 
-def group_rows(rows: Sequence[Row], names: Sequence[str]) -> dict[str, list[Row]]:
-    """Rows by the values of some columns, in the order in which they first occur; no names: one group, "all".
+def by_run(rows: Sequence[Row]) -> list[list[Row]]:
+    """Return the rows of each run, by their column ``record``; ValueError for a row without it."""
+    found: dict[Any, list[Row]] = {}
+    for row in rows:
+        found.setdefault(_lookup(row, "record"), []).append(row)
+    return list(found.values())
 
-    The label is the values: the first as it is, the others with their names. A row without the column goes
-    with those where it is missing, unless no row has it, which raises ValueError.
+
+def group_rows(rows: Sequence[Row], names: Sequence[str]) -> dict[str, list[Row]]:
+    """Return rows by the values of some columns, in order of their first occurrence; without names one group, "all".
+
+    A label is the first value, followed by the names and values of the other columns. Rows without a column are a group
+    of their own. ValueError if no row has a column.
 
     Examples
     --------
@@ -204,7 +206,7 @@ def group_rows(rows: Sequence[Row], names: Sequence[str]) -> dict[str, list[Row]
 def select(rows: Sequence[Row], conditions: Mapping[str, str]) -> list[Row]:
     """Return the rows with given values, compared as text; ``true``, ``false`` and ``null`` are as in JSON.
 
-    ValueError for a column that no row has, or no rows left.
+    ValueError for a column that no row has, or if no row has the values.
     """
     for name in conditions:
         if rows and not any(name in row for row in rows):

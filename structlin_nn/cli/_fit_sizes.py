@@ -66,7 +66,7 @@ def _law(arguments: argparse.Namespace, groups: dict[str, Any], flops: float) ->
     if arguments.plot:
         from pathlib import Path
 
-        from structlin_nn.figures.sizes import sizes_figure
+        from structlin_nn.figures.compute import sizes_figure
         from structlin_nn.figures.style import save
 
         drawing = sizes_figure(

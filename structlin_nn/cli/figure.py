@@ -79,7 +79,7 @@ def _drawn(name: str, groups: dict[str, Any], arguments: argparse.Namespace) -> 
             raise ValueError(f"a landscape is of one group, got {', '.join(groups)}; choose one with --where")
         return landscape_figure(next(iter(groups.values())), y=arguments.y)
     if name in CURVES:
-        from structlin_nn.figures.curves import curves_figure
+        from structlin_nn.figures.compute import curves_figure
 
         return curves_figure(groups, x=arguments.x, y=arguments.y)
     from structlin_nn.figures.compute import compute_figure

@@ -1,30 +1,33 @@
-"""Error against compute, with fitted laws and their exponents."""
+"""Figures of error against compute: fitted laws, training curves, and laws in two sizes."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from structlin_nn.figures.style import Series, columns, finish, label, new_figure, series
+from structlin.scaling_laws import FLOPS, IsoFlop, LossBootstrap
+from structlin_nn.figures.style import Series, finish, label, legend, new_figure, series
 from structlin_nn.laws import GroupLaw
+from structlin_nn.tables import Row, by_run, column
 
-__all__ = ["compute_figure", "plain_ticks"]
+__all__ = ["compute_figure", "curves_figure", "isoflop_figure", "plain_ticks", "sizes_figure"]
 
 
 def compute_figure(
     laws: Mapping[str, GroupLaw], *, x: str, y: str, confidence: float = 0.95, bars: bool = True
 ) -> Figure:
-    """Points with their laws on logarithmic axes; beside them, a bar for each exponent, with its interval.
+    """Draw points with their laws on logarithmic axes, and with `bars` a bar for each exponent, with its interval.
 
-    `laws` are those of :func:`structlin_nn.laws.fit_groups`, of the columns ``x`` and ``y``; `confidence` is that of
+    `laws` are those of :func:`structlin_nn.laws.fit_groups`, of the columns ``x`` and ``y``. `confidence` is that of
     the shaded bands and of the intervals.
     """
-    figure = new_figure(8.6 if bars else 6.4, 4.4)
-    styles = series(laws)
+    figure, styles = new_figure(8.6 if bars else 6.4, 4.4), series(laws)
     if bars:
         left, right = figure.subplots(1, 2, width_ratios=(2.2, 1))
         _bars(right, laws, styles, confidence)
@@ -38,10 +41,7 @@ def compute_figure(
     room = max((errors.max() / errors.min()) ** 0.08, 1.02)
     left.set_ylim(errors.min() / room, errors.max() * room)
     plain_ticks(left)
-    figure.legend(
-        *left.get_legend_handles_labels(), loc="outside upper center", ncols=columns(len(laws), 4 if bars else 3),
-        frameon=False, fontsize=9,
-    )  # fmt: skip
+    legend(figure, left, 4 if bars else 3)
     return figure
 
 
@@ -78,10 +78,181 @@ def _bars(axes: Axes, laws: Mapping[str, GroupLaw], styles: Mapping[str, Series]
 
 
 def plain_ticks(axes: Axes) -> None:
-    """Ticks of a logarithmic vertical axis that read as numbers, also where it spans less than a decade."""
+    """Write ticks of a logarithmic vertical axis as numbers, also if it spans less than a decade."""
     low, high = axes.get_ylim()
     few = high / low < 8
     subs = (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8) if high / low < 2.5 else (1, 2, 3, 4, 6)
     axes.yaxis.set_major_locator(LogLocator(base=10, subs=subs if few else (1, 2, 5), numticks=12))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def curves_figure(groups: Mapping[str, Sequence[Row]], *, x: str, y: str, final_x: str = "forward_macs") -> Figure:
+    """Draw the evaluations of runs against the spent compute, and the last ones against the cost of the model.
+
+    On the left is a line for each run, in the colour of its group, darker for wider models. On the right are the last
+    values, with a line through the means of runs of one cost (seeds). `groups` are all evaluations of runs by label,
+    with ``record``, ``width`` and the columns ``x`` (evaluations at 0 are left out), ``y`` and ``final_x``; ValueError
+    for missing columns.
+    """
+    figure = new_figure(9.6, 4.4)
+    left, right = figure.subplots(1, 2, width_ratios=(1.4, 1), sharey=True)
+    styles = series(groups)
+    ends: list[float] = []
+    starts: list[float] = []
+    for name, rows in groups.items():
+        runs = by_run([row for row, cost in zip(rows, column(rows, x), strict=True) if cost > 0])
+        if not runs:
+            raise ValueError(f"{name} has no evaluation after the start of a run")
+        ends += _curves(left, runs, styles[name], x, y)
+        starts += [max(column(lines, y)) for lines in runs]
+        _ends(right, [lines[-1] for lines in runs], styles[name], final_x, y)
+    finish(left, x=label(x), y=label(y))
+    finish(right, x=label(final_x), y="")
+    least, most = right.get_xlim()
+    if most < 16 * least:  # models of almost one cost stand close together, and ticks have room
+        middle = (least * most) ** 0.5
+        right.set_xlim(middle / 4, middle * 4)
+        right.xaxis.set_minor_formatter(NullFormatter())
+    # Curves may start far above their ends: the panel shows at most twice the range of the ends.
+    low, high = min(ends), max(ends)
+    room = max(high / low, 1.15)
+    left.set_ylim(low / room**0.12, min(high * room, max(starts) * 1.05))
+    plain_ticks(left)
+    legend(figure, right, 4)
+    return figure
+
+
+def _curves(axes: Axes, runs: Sequence[Sequence[Row]], style: Series, x: str, y: str) -> list[float]:
+    of_run = column([lines[0] for lines in runs], "width")
+    widths = sorted(set(of_run))
+    ends = []
+    for lines, width in zip(runs, of_run, strict=True):
+        # Narrow models are light, and the widest has the full colour.
+        share = (widths.index(width) + 1) / len(widths)
+        colour = tuple(1 - (1 - c) * (0.35 + 0.65 * share) for c in to_rgb(style.colour))
+        values = column(lines, y)
+        # A single evaluation is a point.
+        marker = style.marker if len(lines) == 1 else ""
+        axes.plot(column(lines, x), values, color=colour, linestyle=style.line, linewidth=1.2, marker=marker)
+        ends.append(values[-1])
+    return ends
+
+
+def _ends(axes: Axes, lines: Sequence[Row], style: Series, x: str, y: str) -> None:
+    points: dict[float, list[float]] = {}
+    for cost, error in zip(column(lines, x), column(lines, y), strict=True):
+        points.setdefault(cost, []).append(error)
+    costs = sorted(points)
+    axes.plot(
+        costs, [float(np.mean(points[c])) for c in costs], color=style.colour, marker=style.marker, linewidth=1.5,
+        markerfacecolor=style.face, linestyle=style.line, markersize=6, label=style.label,
+    )  # fmt: skip
+
+
+def sizes_figure(
+    drawn: LossBootstrap,
+    *,
+    size: str = "params",
+    y: str = "loss",
+    budgets: Sequence[float] | None = None,
+    flops: float = FLOPS,
+    confidence: float = 0.95,
+) -> Figure:
+    """Draw the loss against compute, and the best split of the compute.
+
+    Left are the runs and the lowest loss of the law, with its band. Right is, for one group, the law at equal compute:
+    loss against N, a curve for each budget, with the runs near it and a star at its minimum. For several groups it is
+    the best N of each budget, with its band.
+
+    Parameters
+    ----------
+    drawn
+        Laws with intervals (:func:`structlin_nn.size_laws.fit_sizes`).
+    size, y
+        Columns of N and of the loss, for the axes.
+    budgets
+        Budgets of the curves at equal compute; None: six over the range of the runs.
+    flops
+        FLOPs of training for each unit of N and of D.
+    confidence
+        Confidence of the bands.
+    """
+    fit = drawn.fit
+    compute = flops * fit.params * fit.tokens
+    if budgets is None:
+        budgets = list(np.geomspace(compute.min(), compute.max(), 8)[1:-1])
+    figure = new_figure(10.4, 4.4)
+    left, right = figure.subplots(1, 2)
+    styles = series(fit.laws)
+    grid = np.geomspace(min(compute.min(), *budgets), max(compute.max(), *budgets), 50)
+    for number, name in enumerate(fit.laws):
+        own, style = fit.group == number, styles[name]
+        best = [drawn.optimum(float(c), name, flops=flops, confidence=confidence) for c in grid]
+        left.plot(
+            compute[own], fit.loss[own], color=style.colour, marker=style.marker, markerfacecolor=style.face,
+            linestyle="", markersize=4, alpha=0.45, markeredgewidth=0.8,
+        )  # fmt: skip
+        for axes, key in ((left, "loss"), (right, "params"))[: 1 if len(fit.laws) == 1 else 2]:
+            low, high = ([getattr(b[key], end) for b in best] for end in ("low", "high"))
+            axes.fill_between(grid, low, high, color=style.colour, alpha=0.15, lw=0)
+            axes.plot(
+                grid, [b[key].value for b in best], color=style.colour, linestyle=style.line, linewidth=1.6,
+                label=style.label,
+            )  # fmt: skip
+    finish(left, x="training compute (FLOPs)", y=label(y))
+    plain_ticks(left)
+    if len(fit.laws) == 1:
+        _slices(right, drawn, compute, budgets, flops)
+        finish(right, x=f"N, {label(size)}", y=label(y))
+        plain_ticks(right)
+        right.legend(title="FLOPs", frameon=False, fontsize=8)
+    else:
+        finish(right, x="training compute (FLOPs)", y=f"best N, {label(size)}")
+        legend(figure, left, 4)
+    return figure
+
+
+def _slices(
+    axes: Axes, drawn: LossBootstrap, compute: np.ndarray, budgets: Sequence[float], flops: float
+) -> None:  # fmt: skip
+    fit, law = drawn.fit, drawn.fit.law
+    colours = colormaps["viridis"](np.linspace(0.05, 0.85, len(budgets)))
+    for colour, budget in zip(colours, sorted(budgets), strict=True):
+        best = law.optimum(budget, flops=flops)
+        n = np.geomspace(best.params / 12, best.params * 12, 80)
+        axes.plot(n, law(n, budget / (flops * n)), color=colour, linewidth=1.4, label=f"{budget:.1e}")
+        axes.plot(best.params, best.loss, color=colour, marker="*", markersize=12, markeredgecolor="white")
+        near = np.abs(np.log(compute / budget)) < 0.25
+        # Points are moved along the law to the budget of the curve, to be compared with it.
+        moved = fit.loss[near] * law(fit.params[near], budget / (flops * fit.params[near]))
+        moved = moved / law(fit.params[near], fit.tokens[near])
+        axes.plot(fit.params[near], moved, color=colour, marker="o", markersize=3.5, linestyle="", alpha=0.6)
+    low, high = min(law.optimum(b, flops=flops).loss for b in budgets), float(fit.loss.max())
+    axes.set_ylim(low * 0.97, min(high, 1.9 * low))
+
+
+def isoflop_figure(found: IsoFlop, *, size: str = "params", y: str = "loss") -> Figure:
+    """Draw the parabolas of all budgets, and beside them their minima with the law.
+
+    The parabola of a budget has its runs, and a star at the minimum.
+    """
+    figure = new_figure(10.4, 4.4)
+    left, right = figure.subplots(1, 2)
+    colours = colormaps["viridis"](np.linspace(0.05, 0.85, len(found.parabolas)))
+    for colour, each in zip(colours, found.parabolas, strict=True):
+        n = np.geomspace(each.params.min(), each.params.max(), 80)
+        left.plot(each.params, each.loss, color=colour, marker="o", markersize=4, linestyle="", alpha=0.6)
+        left.plot(n, each(n), color=colour, linewidth=1.4, label=f"{each.compute:.1e}")
+        for axes, place in ((left, each.best), (right, (each.compute, each.best[0]))):
+            axes.plot(*place, color=colour, marker="*", markersize=12, markeredgecolor="white")
+    compute = found.allocation.compute
+    grid = np.geomspace(compute.min(), compute.max(), 2)
+    right.plot(grid, [found.allocation.optimum(c)[0] for c in grid], color="0.3", linewidth=1.2, zorder=0)
+    value = found.allocation.interval()
+    right.set_title(f"exponent {value.value:.3f} [{value.low:.3f}, {value.high:.3f}]", fontsize=10)
+    finish(left, x=f"N, {label(size)}", y=label(y))
+    plain_ticks(left)
+    finish(right, x="training compute (FLOPs)", y=f"best N, {label(size)}")
+    left.legend(title="FLOPs", frameon=False, fontsize=8)
+    return figure

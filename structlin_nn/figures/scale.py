@@ -12,18 +12,18 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
 
 from structlin_nn.figures.compute import plain_ticks
-from structlin_nn.figures.style import finish, label, new_figure, series
-from structlin_nn.tables import Row, column
+from structlin_nn.figures.style import finish, label, legend, new_figure, series
+from structlin_nn.tables import Row, by_run, column
 
 __all__ = ["check_figure", "delta_h_figure", "landscape_figure"]
 
 
 def check_figure(checks: Sequence[Mapping[str, Any]]) -> Figure:
-    """Coordinate checks (`ScaleCheck.to_dict`) side by side: RMS at initialisation above, of the change below."""
+    """Draw coordinate checks (`ScaleCheck.to_dict`) side by side: RMS at initialisation above, of the change below."""
     figure = new_figure(1.2 + 4.2 * len(checks) + 1.6, 6.4)
     grid = figure.subplots(2, len(checks), sharex=True, sharey="row", squeeze=False)
     names = [layer["name"] for layer in checks[0]["layers"]]
-    # From early (dark) to late layers, with a colour map that is monotone in lightness.
+    # From early (dark) to late layers, in a colour map that is monotone in lightness.
     colours = colormaps["viridis"](np.linspace(0, 0.9, len(names)))
     for (top, bottom), check in zip(grid.T, checks, strict=True):
         for colour, layer in zip(colours, check["layers"], strict=True):
@@ -42,7 +42,7 @@ def check_figure(checks: Sequence[Mapping[str, Any]]) -> Figure:
         grid[0, 0].set_ylim(middle / 10**0.5, middle * 10**0.5)
     for axes in grid[:, 0]:
         plain_ticks(axes)
-    # Of many layers the legend names some, evenly spaced, first and last among them.
+    # The legend names at most 20 layers, evenly spaced, with the first and the last.
     named = sorted({round(i) for i in np.linspace(0, len(names) - 1, min(len(names), 20))})
     handles = [grid[0, -1].plot([], [], color=colours[i], marker="o", markersize=4)[0] for i in named]
     labels = [names[i] or "(model)" for i in named]
@@ -57,12 +57,12 @@ def _ticks_at(axes: Axes, values: Sequence[float]) -> None:
 
 
 def delta_h_figure(groups: Mapping[str, Sequence[Row]]) -> Figure:
-    """Change of the last hidden features in a step against the width (figure 2a of the paper).
+    """Draw the change of the last hidden features in a step against the width (figure 2a of the paper).
 
-    One line for each structure and rule: filled for structure-aware, open and dashed for naive learning rates.
-    Each run counts with the mean of ``statistics.feature_change`` over its evaluations, by ``measured_steps``; runs
-    of one width (seeds) with their geometric mean. `groups` are all evaluations of runs by structure; ValueError for
-    rows without ``record``, ``width``, ``structure_aware``, ``feature_change`` and ``measured_steps``.
+    There is a line for each structure and rule: filled markers for structure-aware, open markers and dots for naive
+    learning rates. The value of a run is the mean of ``statistics.feature_change`` over its evaluations, weighted by
+    ``measured_steps``. Runs of one width (seeds) are averaged by the geometric mean. `groups` are all evaluations of
+    runs by structure; ValueError for rows without ``record``, ``width``, ``feature_change`` or ``measured_steps``.
     """
     figure = new_figure(6.8, 4.6)
     axes = figure.subplots()
@@ -83,20 +83,17 @@ def delta_h_figure(groups: Mapping[str, Sequence[Row]]) -> Figure:
     finish(axes, x="width", y="RMS change of the last features in a step")
     _ticks_at(axes, sorted(widths))
     plain_ticks(axes)
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False, fontsize=8)
+    legend(figure, axes, 3, fontsize=8)
     return figure
 
 
 def _mean_changes(rows: Sequence[Row]) -> dict[float, float]:
-    """Width to change: mean over the measured steps of each run, geometric mean over runs."""
-    runs: dict[str, list[Row]] = {}
-    for row in rows:
-        if row.get("feature_change") is not None:
-            runs.setdefault(str(row["record"]), []).append(row)
+    """Return the change by width: the mean over the measured steps of a run, and the geometric mean over runs."""
+    runs = by_run([row for row in rows if row.get("feature_change") is not None])
     if rows and not runs:
         raise ValueError(f"{rows[0].get('record', 'a row')} measured no change of features (feature_change)")
     found: dict[float, list[float]] = {}
-    for lines in runs.values():
+    for lines in runs:
         changes, steps = np.array(column(lines, "feature_change")), np.array(column(lines, "measured_steps"))
         found.setdefault(column(lines[:1], "width")[0], []).append(float((changes * steps).sum() / steps.sum()))
     return {width: float(np.exp(np.log(found[width]).mean())) for width in sorted(found)}
@@ -105,9 +102,9 @@ def _mean_changes(rows: Sequence[Row]) -> dict[float, float]:
 def landscape_figure(rows: Sequence[Row], *, y: str) -> Figure:
     """Draw the final error ``y`` against the learning rate at base width, a line for each width (figure 2b).
 
-    A panel for the structure-aware and one for the naive rule, where both are there; a star marks the best rate of
-    each width. Runs of one width and rate (seeds) count with their mean. Lines leave the panel where they are far
-    above the best of every width, as those of runs that diverge.
+    There is a panel for each learning-rate rule in the rows. A star marks the best rate of each width. Runs of one
+    width and rate (seeds) are averaged. Values far above the best of every width, as of runs that diverge, are outside
+    of the panel.
     """
     rules = [aware for aware in (True, False) if any(row.get("structure_aware", True) is aware for row in rows)]
     figure = new_figure(1 + 4.2 * len(rules), 4.4)
@@ -133,7 +130,7 @@ def landscape_figure(rows: Sequence[Row], *, y: str) -> Figure:
             axes.plot(
                 rates[best], means[best], color=colours[width], marker="*", markersize=14, markeredgecolor="white"
             )
-        if any(row.get("structure") != "dense" for row in rows):  # for which both rules are one
+        if any(row.get("structure") != "dense" for row in rows):  # both rules are the same for dense layers
             axes.set_title(("structure-aware" if aware else "naive") + " learning rates", fontsize=10)
         finish(axes, x="learning rate at base width", y=label(y) if axes is panels[0] else "", log_y=False)
     tried = sorted(set(_rates(rows)))

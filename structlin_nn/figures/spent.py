@@ -7,7 +7,7 @@ from typing import Protocol
 
 from matplotlib.figure import Figure
 
-from structlin_nn.figures.style import columns, finish, new_figure, series
+from structlin_nn.figures.style import finish, legend, new_figure, series
 
 __all__ = ["SpentRun", "spent_figure"]
 
@@ -62,8 +62,5 @@ def spent_figure(runs: Sequence[SpentRun]) -> Figure:
         left.plot([min(ends), max(ends)], [min(ends), max(ends)], color="0.6", linewidth=1, zorder=0)
     finish(left, x="training FLOPs planned", y="training FLOPs spent")
     finish(right, x="parameters", y="FLOPs a second of training")
-    figure.legend(
-        *left.get_legend_handles_labels(), loc="outside upper center", ncols=columns(len(styles), 4), frameon=False,
-        fontsize=9,
-    )  # fmt: skip
+    legend(figure, left, 4)
     return figure

@@ -1,4 +1,4 @@
-"""One style for all figures: colours, markers, axes, and how a figure is written."""
+"""The common style of all figures: colours, markers, axes and files."""
 
 from __future__ import annotations
 
@@ -15,9 +15,12 @@ from matplotlib.figure import Figure
 
 from structlin_nn._files import atomic_write
 
-__all__ = ["FORMATS", "GRID", "STYLES", "Series", "columns", "finish", "label", "new_figure", "save", "series", "style"]
+__all__ = [
+    "FORMATS", "GRID", "STYLES", "Series", "columns", "finish", "label", "legend", "new_figure", "save", "series",
+    "style",
+]  # fmt: skip
 
-# Okabe and Ito's palette, which the colour-blind can tell apart, and a marker each for prints without colour.
+# Okabe and Ito's palette for colour-blind readers, and a marker for each colour, for prints without colour.
 STYLES: dict[str, tuple[str, str, str]] = {
     "dense": ("dense", "#000000", "o"),
     "block_tensor_train": ("Block Tensor-Train", "#0072B2", "s"),
@@ -62,7 +65,7 @@ class Series:
 
 
 def style(name: str) -> tuple[str, str, str]:
-    """Label, colour and marker of a structure.
+    """Return the label, colour and marker of a structure.
 
     Examples
     --------
@@ -73,7 +76,7 @@ def style(name: str) -> tuple[str, str, str]:
 
 
 def label(column: str) -> str:
-    """Return what a column is called on an axis.
+    """Return the name of a column on an axis.
 
     Examples
     --------
@@ -84,10 +87,10 @@ def label(column: str) -> str:
 
 
 def series(names: Iterable[str]) -> dict[str, Series]:
-    """Return a style for each label of a group, all different.
+    """Return a different style for each label of a group.
 
-    A label that starts with a structure has its colour and marker; a second one of the same structure another line
-    and open markers. Others take colours in turn.
+    A label that starts with a structure has its colour and marker. A second label of the same structure has another
+    line and open markers. Other labels take colours in turn.
 
     Examples
     --------
@@ -116,12 +119,12 @@ def _lighter(colour: str, steps: int) -> str:
 
 
 def new_figure(width: float = 6.4, height: float = 4.4) -> Figure:
-    """Return an empty figure that leaves room for all that is drawn; sizes in inches."""
+    """Return an empty figure with a constrained layout; sizes in inches."""
     return Figure(figsize=(width, height), layout="constrained")
 
 
 def columns(entries: int, most: int) -> int:
-    """Columns of a legend: as few rows as `most` columns allow, and those evenly filled.
+    """Return the columns of a legend: the fewest rows with at most `most` columns, evenly filled.
 
     Examples
     --------
@@ -132,8 +135,16 @@ def columns(entries: int, most: int) -> int:
     return -(-entries // rows)
 
 
+def legend(figure: Figure, axes: Axes, most: int, fontsize: int = 9) -> None:
+    """Draw the legend of a panel above the figure, in at most so many columns."""
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(
+        handles, labels, loc="outside upper center", ncols=columns(len(labels), most), frameon=False, fontsize=fontsize
+    )
+
+
 def finish(axes: Axes, *, x: str, y: str, log_x: bool = True, log_y: bool = True) -> None:
-    """Labels, scales, grid and frame that all panels share."""
+    """Set the labels, scales, grid and frame of a panel."""
     if log_x:
         axes.set_xscale("log")
     if log_y:
@@ -146,7 +157,7 @@ def finish(axes: Axes, *, x: str, y: str, log_x: bool = True, log_y: bool = True
 
 
 def save(figure: Figure, path: Path, dpi: int = 160) -> None:
-    """Write a figure as PNG, SVG or PDF, as the suffix says, as a whole or not at all.
+    """Write a figure atomically as PNG, SVG or PDF, by the suffix.
 
     Examples
     --------

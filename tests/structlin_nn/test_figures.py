@@ -9,8 +9,7 @@ from matplotlib.figure import Figure
 
 from structlin_nn.cli import main
 from structlin_nn.cli.figure import FIGURES
-from structlin_nn.figures.compute import compute_figure
-from structlin_nn.figures.curves import curves_figure
+from structlin_nn.figures.compute import compute_figure, curves_figure
 from structlin_nn.figures.scale import delta_h_figure, landscape_figure
 from structlin_nn.figures.style import STYLES, new_figure, save, series
 from structlin_nn.laws import fit_groups
