@@ -35,6 +35,9 @@ class Choice:
     depth: int | None = None
     options: tuple[tuple[str, Any], ...] = ()
 
+    def of_width(self, width: int) -> Choice:
+        return Choice(width, self.depth, self.options)
+
     def with_options(self, **more: Any) -> Choice:
         return Choice(self.width, self.depth, tuple({**dict(self.options), **more}.items()))
 

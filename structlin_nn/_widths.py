@@ -3,44 +3,30 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from structlin.planning import largest_within
 from structlin_nn._planned import Choice
 
-__all__ = ["WIDEST", "Reasons", "TooLargeError", "largest_rank", "nth_width", "widest", "widest_of"]
+__all__ = ["WIDEST", "TooLargeError", "largest_rank", "nth_width", "widest", "widest_of"]
 
 WIDEST = 2**20
 _SMALL = 64  # all widths up to this one are tried
-_BEYOND = 16  # widths above the largest that fits that are tried too, because the cost may rise unevenly
+_BEYOND = 16  # number of widths above the largest that fits that are tried too, because the cost may rise unevenly
 
 Share = Callable[[Choice], float | None]
+"""The used share of the budget; None for a choice that cannot be built."""
+Found = tuple[Choice | None, int | None]
+"""The largest choice that fits, and the next number that can be built."""
 
 
 class TooLargeError(Exception):
     """Even the widest model fits."""
 
 
-class Reasons:
-    """The cheapest choice that can be built, and one that cannot, for the message where nothing fits."""
-
-    def __init__(self) -> None:
-        self.cheapest: Choice | None = None
-        self.unbuilt: Choice | None = None
-        self._least = float("inf")
-
-    def note(self, choice: Choice, share: float | None) -> None:
-        if share is None:
-            self.unbuilt = self.unbuilt or choice
-        elif share < self._least:
-            self.cheapest, self._least = choice, share
-
-
-def largest_rank(share: Share, at: Choice, reasons: Reasons) -> tuple[Choice | None, int | None]:
+def largest_rank(share: Share, at: Choice) -> Found:
     def cost(rank: int) -> float | None:
-        found = share(at.with_options(rank=rank))
-        reasons.note(at.with_options(rank=rank), found)
-        return found
+        return share(at.with_options(rank=rank))
 
     rank = largest_within(cost, 1.0)
     if rank is None:
@@ -48,108 +34,80 @@ def largest_rank(share: Share, at: Choice, reasons: Reasons) -> tuple[Choice | N
     return at.with_options(rank=rank), rank + 1 if cost(rank + 1) is not None else None
 
 
-def widest_of(
-    share: Share, at: Choice, widths: Sequence[int], reasons: Reasons
-) -> tuple[Choice | None, int | None]:  # fmt: skip
+def widest_of(share: Share, at: Choice, widths: Sequence[int]) -> Found:
     after = None
     for width in reversed(widths):
-        choice = Choice(width, at.depth, at.options)
-        found = share(choice)
-        reasons.note(choice, found)
-        if found is not None and found <= 1:
-            return choice, after
+        found = share(at.of_width(width))
+        if _fits(found):
+            return at.of_width(width), after
         after = width if found is not None else after
     return None, None
 
 
 def widest(
-    share: Share, may_fit: Callable[[Choice], bool], at: Choice, multiple_of: int, parts: int, even: bool,
-    reasons: Reasons,
-) -> tuple[Choice | None, int | None]:  # fmt: skip
-    """Return the widest that fits, and the next that can be built."""
-
+    share: Share, may_fit: Callable[[Choice], bool], at: Choice, multiple_of: int, parts: int, even: bool
+) -> Found:  # fmt: skip
     def cost(width: int) -> float | None:
         if width > WIDEST:
             raise TooLargeError
-        choice = Choice(width, at.depth, at.options)
-        found = share(choice)
-        reasons.note(choice, found)
-        return found
+        return share(at.of_width(width))
 
-    def fits(width: int) -> bool:
-        found = cost(width)
-        return found is not None and found <= 1
+    def nth(n: int) -> int:
+        return nth_width(n, multiple_of, parts)
 
-    last = _last_that_fits(lambda n: cost(nth_width(n, multiple_of, parts)))
+    last = _last_that_fits(lambda n: cost(nth(n)))
     if even:
         if last is None:
             return None, None
-        after = next(
-            (n for n in range(last + 1, last + 64) if cost(nth_width(n, multiple_of, parts)) is not None), None
-        )
-        found = Choice(nth_width(last, multiple_of, parts), at.depth, at.options)
-        return found, None if after is None else nth_width(after, multiple_of, parts)
+        after = _first(range(last + 1, last + 64), lambda n: cost(nth(n)) is not None)
+        return at.of_width(nth(last)), None if after is None else nth(after)
     # Candidates are n times multiple_of. With factors: all below the third power from there and up to twice the width
     # (a layer of fixed inputs may cost less at a larger width while that is small); else a few beyond.
-    low = 0 if last is None else nth_width(last, multiple_of, parts) // multiple_of
+    low = 0 if last is None else nth(last) // multiple_of
     high = low + _BEYOND + 1
     if parts > 1:
-        high = max(
-            nth_width((last or 0) + 3, multiple_of, parts) // multiple_of, 2 * low, _SMALL // multiple_of, low + 2
-        )
-    # Some widths of all residues, that say how the sizes of the layers go with the width.
-    near = (n for n in range(max(low, 1), high) if cost(n * multiple_of) is not None)
-    list(itertools.islice(near, 4))
-    best = next(
-        (
-            n
-            for n in range(high - 1, max(low, 1) - 1, -1)
-            if may_fit(Choice(n * multiple_of, at.depth, at.options)) and fits(n * multiple_of)
-        ),
-        None,
+        high = max(nth((last or 0) + 3) // multiple_of, 2 * low, _SMALL // multiple_of, low + 2)
+    candidates = range(max(low, 1), high)
+    # Some widths of all residues, which show how the sizes of the layers depend on the width.
+    list(itertools.islice((n for n in candidates if cost(n * multiple_of) is not None), 4))
+    best = _first(
+        reversed(candidates), lambda n: may_fit(at.of_width(n * multiple_of)) and _fits(cost(n * multiple_of))
     )
     if best is None:
         return None, None
-    after = next((n for n in range(best + 1, high + 64) if cost(n * multiple_of) is not None), None)
-    return Choice(best * multiple_of, at.depth, at.options), None if after is None else after * multiple_of
+    after = _first(range(best + 1, high + 64), lambda n: cost(n * multiple_of) is not None)
+    return at.of_width(best * multiple_of), None if after is None else after * multiple_of
 
 
 def nth_width(n: int, multiple_of: int, parts: int) -> int:
-    """Return the n-th width: multiples, or for several factors the powers that are multiples."""
+    """Return the n-th multiple, or for several factors the n-th power that is a multiple."""
     if parts == 1:
         return n * multiple_of
     root = next(k for k in range(1, multiple_of + 1) if k**parts % multiple_of == 0)
     return (root * (n + (root == 1))) ** parts  # 1 cannot be split
 
 
+def _fits(share: float | None) -> bool:
+    return share is not None and share <= 1
+
+
+def _first(numbers: Iterable[int], fine: Callable[[int], bool]) -> int | None:
+    return next((n for n in numbers if fine(n)), None)
+
+
 def _last_that_fits(cost: Callable[[int], float | None]) -> int | None:
-    """Return the last n whose cost is at most 1. The cost rises with n; it is None for some, mostly small, n."""
-    start = next((n for n in range(1, 64) if cost(n) is not None), None)
-    if start is None:
-        return None
-
-    def fits(n: int) -> bool:
-        found = cost(n)
-        return found is not None and found <= 1
-
-    if not fits(start):
+    """Return the last n whose cost is at most 1. The cost rises with n. It is None for some n, most of them small."""
+    start = _first(range(1, 64), lambda n: cost(n) is not None)
+    if start is None or not _fits(cost(start)):
         return None
     low, high = start, 2 * start
-    while True:
-        found = cost(high)
-        if found is None:
-            high += 1
-        elif found > 1:
-            break
-        else:
-            low, high = high, 2 * high
+    while (found := cost(high)) is None or found <= 1:
+        low, high = (low, high + 1) if found is None else (high, 2 * high)
     while high - low > 1:
         middle = (low + high) // 2
         # The nearest n to the middle that can be built, first downwards, then upwards.
-        near = next(
-            (n for n in itertools.chain(range(middle, low, -1), range(middle + 1, high)) if cost(n) is not None), None
-        )
+        near = _first(itertools.chain(range(middle, low, -1), range(middle + 1, high)), lambda n: cost(n) is not None)
         if near is None:
             break
-        low, high = (near, high) if fits(near) else (low, near)
+        low, high = (near, high) if _fits(cost(near)) else (low, near)
     return low

@@ -15,7 +15,7 @@ import structlin
 from structlin.planning import check_budget
 from structlin_nn._planned import RESOURCES, Choice, Costs
 from structlin_nn._text import read_value
-from structlin_nn._widths import WIDEST, Reasons, TooLargeError, largest_rank, widest, widest_of
+from structlin_nn._widths import WIDEST, TooLargeError, largest_rank, widest, widest_of
 from structlin_nn.counting import Device
 from structlin_nn.counting import device as find_device
 from structlin_nn.models import StructureConfig
@@ -200,28 +200,31 @@ def plan_model(
         full=not budgets.keys() <= {"forward_macs", "params"},
     )  # fmt: skip
 
+    seen: dict[Choice, float | None] = {}
+
     def share(choice: Choice) -> float | None:
         found = costs.quick(choice)
-        return None if found is None else max(found[r] / b for r, b in budgets.items())
+        seen[choice] = None if found is None else max(found[r] / b for r, b in budgets.items())
+        return seen[choice]
 
     def may_fit(choice: Choice) -> bool:
-        """Whether what can be said of it without a model does not exclude it."""
+        """Return whether the lower bounds, which need no model, are within the budgets."""
         least = costs.least(choice)
         return least is not None and all(least[r] <= b for r, b in budgets.items())
 
-    plans, reasons = [], Reasons()
+    plans = []
     for chosen in _combinations(lists):
         own = dict(chosen)
         start = Choice(1, own.pop("depth", None), tuple(own.items()))
         try:
             if by_rank:
                 assert widths is not None
-                found, after = largest_rank(share, Choice(widths[0], start.depth, start.options), reasons)
+                found, after = largest_rank(share, start.of_width(widths[0]))
             elif widths is not None:
-                found, after = widest_of(share, start, sorted(set(widths)), reasons)
+                found, after = widest_of(share, start, sorted(set(widths)))
             else:
                 parts = own.get("cores", fixed.get("cores", known.get("cores", 2 if structure == "einsum" else 1)))
-                found, after = widest(share, may_fit, start, multiple_of, parts, even_widths, reasons)
+                found, after = widest(share, may_fit, start, multiple_of, parts, even_widths)
         except TooLargeError:
             asked = " and ".join(f"{b:g} {r}" for r, b in budgets.items())
             raise ValueError(f"{name} with {structure} of width {WIDEST:,} and more fits into {asked}") from None
@@ -233,11 +236,11 @@ def plan_model(
         plans.append(plan_of(costs, found, budgets, planned, after))
     if plans:
         return best_plan(plans, prefer)
-    if reasons.cheapest is None:
-        costs.measured(reasons.unbuilt or Choice(64, None))
+    built = {choice: spent for choice, spent in seen.items() if spent is not None}
+    if not built:
+        costs.measured(next(iter(seen), Choice(64)))  # raises the error of a choice that cannot be built
         raise ValueError(f"{name} with {structure} cannot be built at any of the widths")
-    least = costs.quick(reasons.cheapest)
-    assert least is not None
+    least = costs.quick(min(built, key=lambda choice: built[choice])) or {}
     over = max(budgets, key=lambda r: least[r] / budgets[r])
     raise ValueError(
         f"{name} with {structure} needs at least {_shown(least[over])} {over}, the budget is {_shown(budgets[over])}"
