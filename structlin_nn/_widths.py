@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
+import structlin
 from structlin.planning import largest_within
 from structlin_nn._planned import Choice
 
-__all__ = ["WIDEST", "TooLargeError", "largest_rank", "nth_width", "widest", "widest_of"]
+__all__ = ["WIDEST", "TooLargeError", "largest_rank", "nth_width", "number_of_factors", "widest", "widest_of"]
 
 WIDEST = 2**20
 _SMALL = 64  # all widths up to this one are tried
@@ -85,6 +87,12 @@ def nth_width(n: int, multiple_of: int, parts: int) -> int:
         return n * multiple_of
     root = next(k for k in range(1, multiple_of + 1) if k**parts % multiple_of == 0)
     return (root * (n + (root == 1))) ** parts  # 1 cannot be split
+
+
+def number_of_factors(structure: str, options: Mapping[str, Any]) -> int:
+    """Return the number of factors that a structure splits sizes into."""
+    known = structlin.structure_options(structure)
+    return options.get("cores", known.get("cores", 2 if structure == "einsum" else 1))
 
 
 def _fits(share: float | None) -> bool:

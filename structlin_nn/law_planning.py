@@ -8,11 +8,10 @@ from dataclasses import replace
 from functools import cache
 from typing import Any
 
-import structlin
 from structlin.planning import check_budget
 from structlin.scaling_laws import LossLaw, PowerLaw
 from structlin_nn._planned import Choice, Costs
-from structlin_nn._widths import WIDEST, nth_width
+from structlin_nn._widths import WIDEST, nth_width, number_of_factors
 from structlin_nn.counting import Device
 from structlin_nn.counting import device as find_device
 from structlin_nn.planning import parse_structure, plan_model, plan_of
@@ -64,11 +63,8 @@ def plan_for_error(name: str, laws: Mapping[str, Any], error: float, **settings:
         compute = law.compute(error) if law.exponent > 0 else float("inf")
         low, high = fitted["compute_range"]
         row: dict[str, Any] = {
-            "group": group,
-            "compute": None,
-            "extrapolated": not low <= compute <= high,
-            "plan": None,
-        }
+            "group": group, "compute": None, "extrapolated": not low <= compute <= high, "plan": None
+        }  # fmt: skip
         if compute < float("inf"):
             structure, options = parse_structure(group)
             budget = 2 * compute if resource == "training_flops" else compute
@@ -142,7 +138,7 @@ def plan_by_law(
         raise ValueError(f"unknown resource {resource!r}; one of {', '.join(_BUDGETS)}")
     check_budget(budget)
     if resource == "run_seconds" and device is None:
-        raise ValueError("a budget of seconds needs a device")
+        raise ValueError(f"a budget of {resource} needs a device")
     if isinstance(device, str):
         device = find_device(device, activation_dtype or dtype)
     rows = []
@@ -153,7 +149,9 @@ def plan_by_law(
             name, structure, options, sizes, layers, rms_cap, batch_size, 1, optimizer, dtype, activation_dtype, device
         )
         row: dict[str, Any] = {"group": group, "loss": None, "samples": None, "extrapolated": None, "plan": None}
-        found = _lowest(_predicted(costs, law, size, resource, budget), multiple_of, _factors(structure, options))
+        found = _lowest(
+            _predicted(costs, law, size, resource, budget), multiple_of, number_of_factors(structure, options)
+        )
         if found is None:
             rows.append(row | {"reason": f"no width of {name} trains for one step within the budget"})
             continue
@@ -213,12 +211,7 @@ def _lowest(
         step = max(step // 8, 1)
 
 
-def _factors(structure: str, options: Mapping[str, Any]) -> int:
-    known = structlin.structure_options(structure)
-    return options.get("cores", known.get("cores", 2 if structure == "einsum" else 1))
-
-
 def _finite(group: str, term: str, value: float | str | None) -> float:
     if not isinstance(value, float | int):
-        raise ValueError(f"the law of {group} has no finite {term}: {value!r}")
+        raise ValueError(f"the law of {group} has no finite {term}, got {value!r}; fit it to more runs")
     return float(value)

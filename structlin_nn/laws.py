@@ -42,8 +42,14 @@ class GroupLaw:
 
     @property
     def used(self) -> int:
-        """Number of points of the fit."""
+        """Number of fitted points."""
         return len(self.fit.compute)
+
+    def term(self, name: str, confidence: float = 0.95) -> Estimate | dict[str, float]:
+        """Return ``exponent``, ``coefficient`` or ``floor`` with its interval; without a bootstrap, its value alone."""
+        if self.bootstrap is None:
+            return {"value": getattr(self.fit.law, name)}
+        return getattr(self.bootstrap, name)(confidence)
 
 
 def fit_groups(
@@ -108,14 +114,19 @@ def fit_groups(
             continue
         found[name] = GroupLaw(fit, drawn, len(rows))
     if not found:
-        raise ValueError("; ".join(f"{name}: {reason}" for name, reason in left_out.items()) or "there are no groups")
+        raise ValueError(reasons_of(left_out))
     return found, left_out
+
+
+def reasons_of(left_out: Mapping[str, str]) -> str:
+    """Return in one line why no group has a law."""
+    return "; ".join(f"{name}: {reason}" for name, reason in left_out.items()) or "there are no groups"
 
 
 def compare_laws(
     laws: Mapping[str, GroupLaw], reference: str, *, error: float | None = None, confidence: float = 0.95
 ) -> dict[str, dict[str, Any]]:
-    """Every other law against a reference: difference of exponents, and how many times less compute at equal error.
+    """Compare every other law with a reference: exponents, and how many times less compute at equal error.
 
     Returns for each name ``exponent_difference`` and ``multiplier`` (of the laws), ``interpolated`` (the multiplier
     between the points, without a law, with an interval where the noise is known), each None where there is none,
@@ -132,7 +143,7 @@ def compare_laws(
             continue
         row: dict[str, Any] = {"exponent_difference": None, "multiplier": None, "interpolated": None, "notes": []}
         if base is None or law.bootstrap is None:
-            row["notes"].append("too few points for intervals of the law; --noise states that of an error")
+            row["notes"].append("too few points for intervals of the law; --noise states the noise of an error")
         else:
             row["exponent_difference"] = compare_exponents(law.bootstrap, base, confidence)
             try:
@@ -156,51 +167,52 @@ def laws_record(
     laws: Mapping[str, GroupLaw], x: str, y: str, *, reference: str | None = None, error: float | None = None,
     confidence: float = 0.95,
 ) -> dict[str, Any]:  # fmt: skip
-    """Laws and comparisons as plain values that ``json.dumps`` takes; infinite numbers are the string "inf"."""
+    """Return laws and comparisons as values that ``json.dumps`` takes (:func:`plain`)."""
     groups = {}
     for name, law in laws.items():
-        fit, drawn = law.fit, law.bootstrap
+        fit = law.fit
         row: dict[str, Any] = {
-            "points": law.points,
-            "fitted_points": law.used,
-            "log_coefficient": fit.law.log_coefficient,
-            "exponent": _plain(drawn.exponent(confidence)) if drawn else {"value": fit.law.exponent},
-            "coefficient": _plain(drawn.coefficient(confidence)) if drawn else {"value": _number(fit.law.coefficient)},
-            "floor": _plain(drawn.floor(confidence)) if drawn else {"value": fit.law.floor},
-            "r_squared": _number(fit.r_squared),
-            "notes": list(fit.notes),
-            "compute_range": [float(fit.compute.min()), float(fit.compute.max())],
-            "error_range": [float(fit.error.min()), float(fit.error.max())],
-        }
+            "points": law.points, "fitted_points": law.used, "log_coefficient": fit.law.log_coefficient,
+            **{term: law.term(term, confidence) for term in ("exponent", "coefficient", "floor")},
+            "r_squared": fit.r_squared, "notes": list(fit.notes), "compute_range": range_of(fit.compute),
+            "error_range": range_of(fit.error),
+        }  # fmt: skip
         if error is not None and fit.law.exponent > 0:
-            needed = _plain(drawn.compute(error, confidence)) if drawn else {"value": _number(fit.law.compute(error))}
+            needed = law.bootstrap.compute(error, confidence) if law.bootstrap else {"value": fit.law.compute(error)}
             row["compute_at_error"] = needed
         groups[name] = row
     record: dict[str, Any] = {"x": x, "y": y, "confidence": confidence, "error": error, "groups": groups}
     if reference is not None:
-        compared = compare_laws(laws, reference, error=error, confidence=confidence)
         record["reference"] = reference
-        record["comparisons"] = comparisons_record(compared)
-    return record
+        record["comparisons"] = compare_laws(laws, reference, error=error, confidence=confidence)
+    return plain(record)
 
 
 def comparisons_record(compared: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Return what :func:`compare_laws` returns as plain values that ``json.dumps`` takes."""
-    return {
-        name: {key: _plain(value) if isinstance(value, Estimate) else value for key, value in row.items()}
-        for name, row in compared.items()
-    }
+    """Return the result of :func:`compare_laws` as values that ``json.dumps`` takes."""
+    return plain(compared)
 
 
-def _number(value: float) -> float | str | None:
-    if math.isnan(value):
-        return None
-    return value if math.isfinite(value) else "inf"
+def range_of(values: Any) -> list[float]:
+    """Return the smallest and the largest of some values."""
+    return [float(values.min()), float(values.max())]
 
 
-def _plain(value: Estimate) -> dict[str, Any]:
-    found: dict[str, Any] = {"value": _number(value.value), "low": _number(value.low), "high": _number(value.high)}
-    for name in ("error", "extrapolated"):
-        if hasattr(value, name):
-            found[name] = getattr(value, name)
-    return found
+def plain(value: Any) -> Any:
+    """Return estimates as dictionaries, NaN as None and infinity as the string "inf", in containers too.
+
+    Examples
+    --------
+    >>> plain({"alpha": Estimate(0.1, 0.05, math.inf, 0.95), "floor": math.nan})
+    {'alpha': {'value': 0.1, 'low': 0.05, 'high': 'inf'}, 'floor': None}
+    """
+    if isinstance(value, Estimate):
+        names = ("value", "low", "high", "error", "extrapolated")
+        value = {name: getattr(value, name) for name in names if hasattr(value, name)}
+    if isinstance(value, Mapping):
+        return {key: plain(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(entry) for entry in value]
+    if isinstance(value, float):
+        return None if math.isnan(value) else value if math.isfinite(value) else str(value)
+    return value

@@ -6,8 +6,9 @@ Every candidate is counted on the meta device (:mod:`structlin_nn.counting`): no
 from __future__ import annotations
 
 import itertools
+import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -15,7 +16,7 @@ import structlin
 from structlin.planning import check_budget
 from structlin_nn._planned import RESOURCES, Choice, Costs
 from structlin_nn._text import read_value
-from structlin_nn._widths import WIDEST, TooLargeError, largest_rank, widest, widest_of
+from structlin_nn._widths import WIDEST, TooLargeError, largest_rank, number_of_factors, widest, widest_of
 from structlin_nn.counting import Device
 from structlin_nn.counting import device as find_device
 from structlin_nn.models import StructureConfig
@@ -213,8 +214,8 @@ def plan_model(
         return least is not None and all(least[r] <= b for r, b in budgets.items())
 
     plans = []
-    for chosen in _combinations(lists):
-        own = dict(chosen)
+    for chosen in itertools.product(*lists.values()):
+        own = dict(zip(lists, chosen, strict=True))
         start = Choice(1, own.pop("depth", None), tuple(own.items()))
         try:
             if by_rank:
@@ -223,14 +224,14 @@ def plan_model(
             elif widths is not None:
                 found, after = widest_of(share, start, sorted(set(widths)))
             else:
-                parts = own.get("cores", fixed.get("cores", known.get("cores", 2 if structure == "einsum" else 1)))
+                parts = number_of_factors(structure, fixed | own)
                 found, after = widest(share, may_fit, start, multiple_of, parts, even_widths)
         except TooLargeError:
             asked = " and ".join(f"{b:g} {r}" for r, b in budgets.items())
             raise ValueError(f"{name} with {structure} of width {WIDEST:,} and more fits into {asked}") from None
         if found is None:
             continue
-        if any(not _equal(costs.measured(found)[r], costs.quick(found)[r]) for r in budgets):  # type: ignore[index]
+        if any(not math.isclose(costs.measured(found)[r], costs.quick(found)[r]) for r in budgets):  # type: ignore[index]
             raise AssertionError(f"blocks of {name} differ in cost: {costs.measured(found)} and {costs.quick(found)}")
         planned = "rank" if by_rank else "width" if widths is None or len(widths) > 1 else None
         plans.append(plan_of(costs, found, budgets, planned, after))
@@ -283,12 +284,10 @@ def _budgets(
         if key not in RESOURCES:
             raise ValueError(f"unknown resource {key!r}; one of {', '.join(RESOURCES)}")
         check_budget(value, "the budget" if len(budgets) == 1 else f"the budget of {key}")
-    if "training_flops" in budgets and samples is None:
-        raise ValueError("a budget of training FLOPs needs the number of samples of the run")
-    if "run_seconds" in budgets and samples is None:
-        raise ValueError("a budget of seconds of a run needs its number of samples")
-    if {"step_seconds", "run_seconds"} & budgets.keys() and device is None:
-        raise ValueError("a budget of seconds needs a device")
+        if key in ("training_flops", "run_seconds") and samples is None:
+            raise ValueError(f"a budget of {key} needs the number of samples of the run")
+        if key in ("step_seconds", "run_seconds") and device is None:
+            raise ValueError(f"a budget of {key} needs a device")
     return budgets
 
 
@@ -300,14 +299,6 @@ def _numbers(key: str, given: int | Sequence[int]) -> list[int]:
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"{key} must be a positive integer, or several, got {given!r}")
     return values
-
-
-def _combinations(lists: Mapping[str, Sequence[int]]) -> Iterator[dict[str, int]]:
-    return (dict(zip(lists, chosen, strict=True)) for chosen in itertools.product(*lists.values()))
-
-
-def _equal(a: float, b: float) -> bool:
-    return a == b or abs(a - b) <= 1e-9 * abs(a)
 
 
 def _shown(value: float) -> str:
@@ -351,11 +342,8 @@ def plan_models(
     plans, left_out = [], {}
     for structure, options in structures:
         StructureConfig(structure, options)
-        own = {
-            key: value
-            for key, value in asked.items()
-            if key in structlin.structure_options(structure) and key not in options
-        }
+        known = structlin.structure_options(structure)
+        own = {key: value for key, value in asked.items() if key in known and key not in options}
         try:
             plans.append(plan_model(name, budget, structure=structure, options=options, **own, **settings))
         except ValueError as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,6 +17,7 @@ from structlin.scaling_laws import (
     fit_loss_law,
     lacks_sizes,
 )
+from structlin_nn.laws import plain, range_of, reasons_of
 from structlin_nn.tables import Row, column
 
 __all__ = ["SHARED", "allocations", "fit_sizes", "multipliers", "sizes_record"]
@@ -62,22 +62,21 @@ def fit_sizes(
     """
     points: list[tuple[str, float, float, float]] = []
     left_out: dict[str, str] = {}
+    own = [term for term in TERMS if term not in shared] if len(groups) > 1 else list(TERMS)
     for name, rows in groups.items():
         try:
             values = [column(rows, c) for c in (size, data, y)]
             for c, numbers in zip((size, data, y), values, strict=True):
-                if bad := [v for v in numbers if v <= 0]:
-                    raise ValueError(f"{c} must be positive, got {bad[0]:g}")
+                if min(numbers) <= 0:
+                    raise ValueError(f"{c} must be positive, got {min(numbers):g}")
+            if lacking := lacks_sizes(values[0], values[1], own):
+                raise ValueError(lacking)
         except ValueError as problem:
             left_out[name] = str(problem)
             continue
-        own = [term for term in TERMS if term not in shared] if len(groups) > 1 else list(TERMS)
-        if lacking := lacks_sizes(values[0], values[1], own):
-            left_out[name] = lacking
-            continue
         points += [(name, *each) for each in zip(*values, strict=True)]
     if not points:
-        raise ValueError("; ".join(f"{name}: {reason}" for name, reason in left_out.items()) or "there are no groups")
+        raise ValueError(reasons_of(left_out))
     labels, n, d, loss = zip(*points, strict=True)
     fit = fit_loss_law(n, d, loss, groups=labels, shared=shared, delta=delta)
     return fit.bootstrap(samples, seed=seed, method=method), left_out
@@ -168,7 +167,7 @@ def allocations(
         except ValueError as problem:
             left_out[name] = str(problem)
     if not found:
-        raise ValueError("; ".join(f"{name}: {reason}" for name, reason in left_out.items()) or "there are no groups")
+        raise ValueError(reasons_of(left_out))
     return found, left_out
 
 
@@ -197,39 +196,24 @@ def sizes_record(
     flops: float = FLOPS,
     confidence: float = 0.95,
 ) -> dict[str, Any]:
-    """Return the result of :func:`fit_sizes` as plain values for ``json.dumps``; infinity is the string "inf"."""
-    fit = drawn.fit
-    groups = {}
+    """Return the result of :func:`fit_sizes` as values that ``json.dumps`` takes (:func:`structlin_nn.laws.plain`)."""
+    fit, groups = drawn.fit, {}
+    common: dict[str, Any] = {"flops": flops, "confidence": confidence}
     for number, name in enumerate(fit.laws):
-        terms = {term: _plain(drawn.term(term, name, confidence)) for term in TERMS}
-        best = []
-        for budget in budgets:
-            values = drawn.optimum(budget, name, flops=flops, confidence=confidence)
-            best.append({"compute": budget} | {key: _plain(value) for key, value in values.items()})
         own = fit.group == number
         groups[name] = {
-            "points": int(own.sum()), "size_range": _range(fit.params[own]), "data_range": _range(fit.tokens[own]),
-            "terms": terms, "optima": best,
-            "allocation": _plain(drawn.allocation(name, confidence)),
+            "points": int(own.sum()), "size_range": range_of(fit.params[own]), "data_range": range_of(fit.tokens[own]),
+            "terms": {term: drawn.term(term, name, confidence) for term in TERMS},
+            "optima": [{"compute": budget} | drawn.optimum(budget, name, **common) for budget in budgets],
+            "allocation": drawn.allocation(name, confidence),
         }  # fmt: skip
     record: dict[str, Any] = {
         "size": columns[0], "data": columns[1], "y": columns[2], "shared": list(fit.shared), "delta": fit.delta,
-        "flops": flops, "confidence": confidence, "method": drawn.method, "objective": fit.objective,
-        "agreement": fit.agreement, "notes": list(fit.notes), "left_out": dict(left_out), "groups": groups,
+        **common, "method": drawn.method, "objective": fit.objective, "agreement": fit.agreement,
+        "notes": list(fit.notes), "left_out": dict(left_out), "groups": groups,
     }  # fmt: skip
     if reference is not None:
-        found = multipliers(drawn, reference, loss=loss, flops=flops, confidence=confidence)
+        found = multipliers(drawn, reference, loss=loss, **common)
         record["reference"] = reference
-        record["multipliers"] = {name: {"loss": at} | _plain(value) for name, (at, value) in found.items()}
-    return record
-
-
-def _range(values: Any) -> list[float]:
-    return [float(values.min()), float(values.max())]
-
-
-def _plain(value: Estimate) -> dict[str, Any]:
-    def number(v: float) -> float | str | None:
-        return None if math.isnan(v) else v if math.isfinite(v) else "inf"
-
-    return {"value": number(value.value), "low": number(value.low), "high": number(value.high)}
+        record["multipliers"] = {name: {"loss": at} | plain(value) for name, (at, value) in found.items()}
+    return plain(record)

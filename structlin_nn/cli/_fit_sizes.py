@@ -18,8 +18,8 @@ def add_size_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--shared", metavar="TERMS", help="terms that all groups share, with commas, or none (E,B,beta)")
     group.add_argument("--flops", type=float, metavar="K", help="training FLOPs for each unit of N and D (6)")
     group.add_argument(
-        "--budget", type=float, action="append", metavar="FLOPS", help="say its best split, repeatable; the budgets of "
-        "approach 2"
+        "--budget", type=float, action="append", metavar="FLOPS",
+        help="print the best split of it, repeatable; the budgets of approach 2",
     )  # fmt: skip
     group.add_argument(
         "--approach", type=int, choices=(1, 2, 3), metavar="N",
@@ -30,7 +30,7 @@ def add_size_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run_sizes(arguments: argparse.Namespace, groups: dict[str, Any]) -> int:
-    """Fit, print, draw. Raises ValueError and OSError as those do."""
+    """Fit, print and draw."""
     flops = 6.0 if arguments.flops is None else arguments.flops
     for name, values in (("--flops", [flops]), ("--budget", arguments.budget or [])):
         for value in values:

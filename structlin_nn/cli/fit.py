@@ -20,14 +20,14 @@ examples:
   structlin fit runs --size params --data tokens --y val_loss --budget 1e21
   structlin fit runs --size params --data tokens --y val_loss --approach 2
 
-RECORDS are run records, folders of them, or tables (.jsonl, .json, .csv). The law is error = a C^-alpha, with
---floor plus an irreducible error, fitted to the logarithms. Intervals are of a bootstrap. "Less compute" is how many
-times less a group needs than the reference at equal error: at --at, or at the lowest error that both reach, once from
-the laws and once interpolated between the points. Few points need --noise for intervals. Where
-all rows have the seconds of training, groups are also compared by time. Groups that cannot be fitted are named.
+RECORDS are run records, folders of run records, or tables (.jsonl, .json, .csv). The law is error = a C^-alpha. --floor
+adds an irreducible error. The law is fitted to logarithms, and a bootstrap gives the intervals. "Less compute" is the
+ratio of the compute of the reference to that of a group at equal error. The error is --at, or the lowest error that
+both reach. The ratio is computed from the laws, and by interpolation between the points. Few points need --noise for
+intervals. If all rows have the seconds of training, groups are also compared by time.
 
-With --size and --data the law is L = E + A/N^alpha + B/D^beta, one fit for all groups, which share the terms that
---shared names; the best split of a compute budget follows from it, or from --approach 1 or 2 without a law.
+With --size and --data the law is L = E + A/N^alpha + B/D^beta. All groups are fitted together, and share the terms that
+--shared names. --budget prints the best split of a compute budget. --approach 1 and 2 find it without a law.
 """
 TIME = "training_seconds"
 
@@ -40,16 +40,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     law.add_argument("--frontier", action="store_true", help="fit only the Pareto frontier of each group")
     law.add_argument(
         "--floor", nargs="?", const=True, default=False, type=float, metavar="E",
-        help="an irreducible error: fitted, or E where it is known",
+        help="add an irreducible error: fitted, or E if it is known",
     )  # fmt: skip
     add_choice(law, "--loss", LOSSES, "soft_l1")
     law.add_argument("--samples", type=int, default=1000, metavar="N", help="draws of the bootstrap (1000)")
     law.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the bootstrap (0)")
     add_choice(law, "--method", METHODS, about="of the bootstrap (parametric; in two sizes residuals)")
     law.add_argument("--noise", type=float, metavar="E", help="known standard deviation of an error")
-    law.add_argument("--confidence", type=float, default=0.95, metavar="P", help="of the intervals (0.95)")
-    law.add_argument("--reference", metavar="GROUP", help="group to compare with (dense, where there is one)")
-    law.add_argument("--at", type=float, metavar="E", help="error at which to compare, and to say the compute needed")
+    law.add_argument("--confidence", type=float, default=0.95, metavar="P", help="confidence of the intervals (0.95)")
+    law.add_argument("--reference", metavar="GROUP", help="group to compare with (dense, if there is one)")
+    law.add_argument("--at", type=float, metavar="E", help="error to compare at; also prints the compute for it")
     add_size_options(parser)
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument("--plot", metavar="FILE", help="write a figure: .png, .svg or .pdf")
@@ -171,17 +171,14 @@ def _print(
             print(f"warning: {name}: {note}")
     for name, reason in left_out.items():
         print(f"not fitted: {name}: {reason}")
-    if compared:
-        print(f"\nagainst {reference}\n")
-        head = ("group", "alpha", "interval", "at error", "less compute (law)", "interval", "(points)", "interval")
-        print_table(head, [_compared(name, row) for name, row in compared.items()])
-        for name, row in compared.items():
-            for note in row["notes"]:
-                print(f"{name}: {note}")
-    if timed:
-        print(f"\nagainst {reference}, by the seconds of training\n")
-        head = ("group", "alpha", "interval", "at error", "less time (law)", "interval", "(points)", "interval")
-        print_table(head, [_compared(name, row) for name, row in timed.items()])
+    for found, what, by in ((compared, "compute", ""), (timed, "time", ", by the seconds of training")):
+        if found:
+            print(f"\nagainst {reference}{by}\n")
+            head = ("group", "alpha", "interval", "at error", f"less {what} (law)", "interval", "(points)", "interval")
+            print_table(head, [_compared(name, row) for name, row in found.items()])
+            for name, row in found.items():
+                for note in row["notes"]:
+                    print(f"{name}: {note}")
     if arguments.at is not None:
         print(f"\ncompute for an error of {arguments.at:g}\n")
         rows = []

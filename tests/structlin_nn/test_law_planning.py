@@ -123,7 +123,7 @@ def test_more_time_gives_a_wider_model_and_more_samples() -> None:
         (size_laws("layers"), {}, "laws of 'layers' and 'samples' say nothing of a model and its run"),
         (size_laws(data="seconds"), {}, "fit them to one of forward_macs, params, trainable_params, and to samples"),
         (laws(), {}, "laws of None and None"),
-        (size_laws(), {"device": None}, "a budget of seconds needs a device"),
+        (size_laws(), {"device": None}, "a budget of run_seconds needs a device"),
         (size_laws(), {"budget": math.inf}, "the budget must be positive and finite, got inf"),
         (size_laws(), {"resource": "bytes"}, "unknown resource 'bytes'; one of run_seconds, training_flops"),
     ],

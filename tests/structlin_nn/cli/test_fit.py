@@ -128,7 +128,7 @@ def test_few_points() -> None:
     (row,) = compare_laws(laws, "dense").values()
     assert row["multiplier"] is None
     assert row["interpolated"].value == pytest.approx(10 ** (2 * math.log(1.25, 2)))
-    assert row["notes"] == ["too few points for intervals of the law; --noise states that of an error"]
+    assert row["notes"] == ["too few points for intervals of the law; --noise states the noise of an error"]
     record = laws_record(laws, "c", "e", reference="dense", error=0.3)
     assert record["groups"]["dense"]["exponent"] == {"value": pytest.approx(math.log10(2) / 2)}
     assert json.loads(json.dumps(record, allow_nan=False))["error"] == 0.3
