@@ -26,31 +26,31 @@ _GRID = 16  # number of widths on either side of the best one that a refinement 
 
 
 def plan_for_error(name: str, laws: Mapping[str, Any], error: float, **settings: Any) -> list[dict[str, Any]]:
-    """Return the cheapest structure for a target error: compute from fitted laws, and the model that spends it.
+    """Return the structure that needs the least compute for an error, by fitted laws, and the model that uses it.
 
     Parameters
     ----------
     name
-        Of the model that the laws are of.
+        Name of the model that the laws were fitted to.
     laws
-        A record of ``structlin fit --json`` (:func:`structlin_nn.laws.laws_record`), whose compute is ``forward_macs``,
-        ``params``, ``training_macs`` or ``total_training_macs``, and whose groups are structures, with options if need
-        be ("monarch, blocks 4").
+        A record of ``structlin fit --json`` (:func:`structlin_nn.laws.laws_record`). The compute is ``forward_macs``,
+        ``params``, ``training_macs`` or ``total_training_macs``. The groups are structures, which may have options
+        ("monarch, blocks 4").
     error
         The target.
     **settings
-        As :func:`plan_model`; ``samples`` for training compute.
+        Arguments of :func:`structlin_nn.planning.plan_model`; ``samples`` for training compute.
 
     Returns
     -------
     list[dict[str, Any]]
-        For each group, the cheapest first, ``group``, ``compute`` (None where the law never reaches the error),
-        ``extrapolated`` and ``plan`` (None likewise).
+        For each group, in ascending order of compute: ``group``, ``compute``, ``extrapolated`` and ``plan``. Compute
+        and plan are None if the law never reaches the error.
 
     Raises
     ------
     ValueError
-        Laws of another compute; an error that is not positive; as :func:`plan_model`.
+        Laws of another compute, an error that is not positive, or an error of ``plan_model``.
     """
     resource = _LAW_COLUMNS.get(laws.get("x", ""))
     if resource is None:
@@ -92,46 +92,46 @@ def plan_by_law(
 ) -> list[dict[str, Any]]:
     """Return the structure, width and number of samples of the lowest loss that a law in two sizes predicts.
 
-    A wider model of N takes more time for a sample, and a run of the given time then sees fewer samples D. For each
-    structure of the laws the width is searched at which ``L(N, D)`` is lowest; N and the cost of a sample are counted.
-    The search doubles the width until the loss rises, and refines around the lowest loss, 33 widths at a time, down to
-    neighbouring widths. Structures of several factors have widths that split evenly, as ``even_widths`` of
-    :func:`plan_model`.
+    A wider model takes more time for a sample, so a run of the same time has fewer samples D. For each structure of
+    the laws, the width with the lowest ``L(N, D)`` is searched. N and the cost of a sample are counted. The search
+    doubles the width until the loss rises. It then refines around the lowest loss, 33 widths at a time, down to
+    neighbouring widths. For structures of c factors, only c-th powers are tried, which split evenly.
 
     Parameters
     ----------
-    name
-        As :func:`plan_model`, like ``layers``, ``rms_cap``, ``optimizer``, ``dtype``, ``activation_dtype``, ``sizes``.
+    name, layers, rms_cap, optimizer, dtype, activation_dtype, **sizes
+        Arguments of :func:`structlin_nn.planning.plan_model`.
     laws
         A record of ``structlin fit --size forward_macs --data samples --json``
-        (:func:`structlin_nn.size_laws.sizes_record`); the size may be ``params`` too. The groups are structures, with
-        options if need be ("monarch, blocks 4").
+        (:func:`structlin_nn.size_laws.sizes_record`). The size may also be ``params``. The groups are structures,
+        which may have options ("monarch, blocks 4").
     budget
-        Of the resource.
+        Budget of the resource.
     resource
         ``run_seconds`` on a device, by the roofline model, or ``training_flops``, both of the whole run.
     device
-        For seconds (:func:`structlin_nn.counting.device`).
+        Device, for seconds (:func:`structlin_nn.counting.device`).
     batch_size
-        Of a step; a run has one step at least.
+        Samples of a step. A run has at least one step.
     multiple_of
-        Of which the width has to be a multiple.
+        The width is a multiple of this number.
 
     Returns
     -------
     list[dict[str, Any]]
-        For each group, the lowest loss first, ``group``, ``loss``, ``samples``, ``extrapolated`` (N or D is outside of
-        the fitted points) and ``plan``; the last four are None where no model fits, and ``reason`` says why.
+        For each group, in ascending order of the loss: ``group``, ``loss``, ``samples``, ``extrapolated`` (N or D is
+        outside of the fitted points) and ``plan``. If no model fits, the last four are None, and ``reason`` says why.
 
     Raises
     ------
     ValueError
-        Laws of other sizes; a budget that is not positive and finite; seconds without a device; as :func:`plan_model`.
+        Laws of other sizes, a budget that is not positive and finite, seconds without a device, or an error of
+        ``plan_model``.
     """
     size = _SIZES.get(laws.get("size", ""))
     if size is None or laws.get("data") != "samples":
         raise ValueError(
-            f"laws of {laws.get('size')!r} and {laws.get('data')!r} say nothing of a model and its run; "
+            f"laws of {laws.get('size')!r} and {laws.get('data')!r} give no width and no samples; "
             f"fit them to one of {', '.join(_SIZES)}, and to samples"
         )
     if resource not in _BUDGETS:
@@ -170,7 +170,7 @@ Predicted = tuple[float, float, int]
 def _predicted(
     costs: Costs, law: LossLaw, size: str, resource: str, budget: float
 ) -> Callable[[int], Predicted | None]:  # fmt: skip
-    """Return a function of the width: loss, N and samples of a run that spends the budget; None where none fits."""
+    """Return a function of the width: loss, N and samples of a run that uses the budget, or None if none fits."""
 
     @cache
     def of(width: int) -> Predicted | None:

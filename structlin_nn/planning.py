@@ -1,6 +1,6 @@
-"""What fits into a budget: the width or the rank of a model that spends it, and the best of all choices in a space.
+"""Plans of models for a budget: the width or the rank that uses most of it, and the best of several choices.
 
-Every candidate is counted on the meta device (:mod:`structlin_nn.counting`): nothing is estimated from 6 N.
+Every candidate is counted on the meta device (:mod:`structlin_nn.counting`). No cost is an estimate such as 6 N.
 """
 
 from __future__ import annotations
@@ -36,35 +36,33 @@ class ModelPlan:
     Attributes
     ----------
     model
-        Its name.
-    structure
-        Of its layers.
-    options
-        Of the structure.
+        Name of the model.
+    structure, options
+        Structure of its layers, and its options.
     width
-        Of the model.
+        Width of the model.
     depth
-        Number of blocks; None for a model of your own without a choice of depth.
+        Number of blocks; None for your own model if the depth was not chosen.
     planned
-        What spends the budget, ``width`` or ``rank``; None where all choices were given.
+        What uses the budget, ``width`` or ``rank``; None if all choices were given.
     forward_macs
-        Of one sample; work that is no product counts with half its FLOPs.
+        MACs of one sample. Operations that are not products count with half their FLOPs.
     training_macs
-        Of one sample, products alone.
+        MACs of one sample in training, products only.
     params
-        Trainable ones.
+        Number of trainable parameters.
     bytes
-        Of a training step of ``batch_size`` samples.
+        Bytes of a training step of ``batch_size`` samples.
     training_flops
-        Of ``samples`` samples, with what is no product; None where they were not given.
+        FLOPs of training on ``samples`` samples, of all operations; None without ``samples``.
     step_seconds
-        The least time of a training step on the device by the roofline model; None without a device.
+        Minimum time of a training step on the device by the roofline model; None without a device.
     run_seconds
-        That of ``samples`` samples.
+        Minimum time of training on ``samples`` samples.
     share
-        Of the budget, from 0 to 1; of several, the largest.
+        Used share of the budget, from 0 to 1; of several budgets, the largest share.
     next
-        The next larger width or rank that can be built, which does not fit.
+        The next larger width or rank that can be built. It does not fit.
     """
 
     model: str
@@ -111,55 +109,54 @@ def plan_model(
 ) -> ModelPlan:
     """Return the best choice of width, rank, cores, blocks and depth within a budget.
 
-    Each of the five is one number, several to choose from, or left out. With several ranks, cores, blocks or depths
-    every combination is tried, with the widest model that fits; the best of them is the one that ``prefer`` says. A
-    rank, cores, blocks or depth left out are the structure's and the model's own; only where the width is one number
-    and the structure has a rank is the largest rank searched that fits.
+    Each of the five is one number, several numbers to choose from, or None. Every combination of several ranks, cores,
+    blocks and depths is tried, each with the largest width that fits. Rank, cores, blocks and depth are those of the
+    structure and the model by default. If one width is given and the structure has a rank, the largest rank that fits
+    is searched.
 
-    Widths: a list is searched from its end. Left out, all multiples of ``multiple_of`` are candidates. Structures that
-    split sizes into factors cost more at some widths than at larger ones, so the search goes from c-th powers (c
-    factors; squares for two), which split evenly, to all widths between the last power that fits and the third from
-    there, and twice the width, from the top.
+    The candidates for the width are the given list, or all multiples of ``multiple_of``. Structures that split sizes
+    into factors cost more at some widths than at larger ones. The search therefore starts with c-th powers (c factors),
+    which split evenly. Then it tries all widths, from the largest: up to the third power above the last one that fits,
+    and up to twice that one.
 
     Parameters
     ----------
     name
-        One of :data:`structlin_nn.models.MODELS`, or ``package.module:function`` of your own, which takes a width (and
-        a ``depth``, where that is chosen) and returns a torch model that has ``example_input(batch)``, or (model,
-        inputs); its linear layers but the last are replaced by the structure.
+        One of :data:`structlin_nn.models.MODELS`, or ``package.module:function``. The function takes a width (and a
+        ``depth``, if that is chosen) and returns a torch model that has ``example_input(batch)``, or (model, inputs).
+        The structure replaces its linear layers but the last.
     budget
-        Of the resource; or budgets by resource, all to be kept.
+        Budget of the resource; or budgets by resource, which must all be met.
     resource
         ``forward_macs`` of one sample, trainable ``params``, ``bytes`` of a training step of ``batch_size`` samples
         (:func:`structlin_nn.counting.training_bytes`), ``training_flops`` of ``samples`` samples (forward and
-        backward), or the least time on a device, of a step (``step_seconds``) or of ``samples`` samples
-        (``run_seconds``) by :func:`structlin_nn.counting.roofline`: a lower bound, and no prediction.
+        backward), or the minimum time on a device, of a step (``step_seconds``) or of ``samples`` samples
+        (``run_seconds``), by :func:`structlin_nn.counting.roofline`. Times are lower bounds, not predictions.
     structure, options, layers, rms_cap
-        As :class:`structlin_nn.models.StructureConfig`.
+        Arguments of :class:`structlin_nn.models.StructureConfig`.
     width, rank, cores, blocks, depth
-        What is chosen, see above.
+        Choices, see above.
     multiple_of
-        Of which the width has to be a multiple.
+        The width is a multiple of this number.
     even_widths
-        Only c-th powers.
+        Search only c-th powers.
     prefer
-        Which combination is best: the one that has ``spent`` most of the budget, the largest ``width``, or most
-        ``params``.
+        The best combination: the one that has ``spent`` most of the budget, the largest ``width``, or most ``params``.
     batch_size, optimizer, dtype, activation_dtype
-        For bytes and seconds.
+        Settings of a training step, for bytes and seconds.
     samples
-        Of the run, for its FLOPs and seconds.
+        Number of samples of the run, for its FLOPs and seconds.
     device
-        For seconds (:func:`structlin_nn.counting.device`).
+        Device, for seconds (:func:`structlin_nn.counting.device`).
     **sizes
         Sizes of a named model.
 
     Raises
     ------
     ValueError
-        An unknown name, resource, structure or option; a budget that is not positive and finite, or that nothing fits
-        into, or that a width of 1,048,576 fits into; training FLOPs without samples, seconds without a device; nothing
-        left to choose.
+        An unknown name, resource, structure or option; a budget that is not positive and finite, that nothing fits
+        into, or that a width of 1,048,576 fits into; training FLOPs without samples, or seconds without a device;
+        nothing to choose.
 
     Examples
     --------
@@ -251,7 +248,7 @@ def plan_model(
 def plan_of(
     costs: Costs, choice: Choice, budgets: Mapping[str, float], planned: str | None, after: int | None
 ) -> ModelPlan:  # fmt: skip
-    """Return the plan of a choice, which is counted in full."""
+    """Return the plan of a choice, counted in full."""
     counted = costs.measured(choice)
     return ModelPlan(
         costs.name, costs.structure, {**costs.options, **dict(choice.options)}, choice.width, costs.depth_of(choice),
@@ -308,21 +305,19 @@ def _shown(value: float) -> str:
 def plan_models(
     name: str, budget: float | Mapping[str, float], structures: Sequence[tuple[str, Mapping[str, Any]]], **settings: Any
 ) -> tuple[list[ModelPlan], dict[str, str]]:
-    """Plans of several structures for one budget (iso-FLOP, for one of compute), and why others have none.
+    """Return plans of several structures for one budget, and why others have none, by ``name:option=value,...``.
 
     Parameters
     ----------
-    name
-        As :func:`plan_model`, like all further settings. Ranks, cores and blocks to choose from go to the structures
-        that have them.
-    budget
-        As :func:`plan_model`.
+    name, budget, **settings
+        Arguments of :func:`plan_model`. Ranks, cores and blocks to choose from apply to the structures that have them.
     structures
-        (name, options) of each.
+        (name, options) of each structure.
 
-    Notes
-    -----
-    Raises ValueError for what is wrong with all: a budget, a name, a setting, a choice that no structure has.
+    Raises
+    ------
+    ValueError
+        An error that concerns all structures: a budget, a name, a setting, or a choice that no structure has.
 
     Examples
     --------
@@ -347,8 +342,13 @@ def plan_models(
         try:
             plans.append(plan_model(name, budget, structure=structure, options=options, **own, **settings))
         except ValueError as error:
-            left_out[structure] = str(error)
+            left_out[_label(structure, options)] = str(error)
     return plans, left_out
+
+
+def _label(structure: str, options: Mapping[str, Any]) -> str:
+    text = ",".join(f"{key}={value}" for key, value in options.items())
+    return f"{structure}:{text}" if text else structure
 
 
 def iso_table(
@@ -359,9 +359,9 @@ def iso_table(
     resource: str = "forward_macs",
     **settings: Any,
 ) -> list[dict[str, Any]]:
-    """Plans of several structures at several budgets: an iso-FLOP table, or iso-time for a resource of seconds.
+    """Return plans of several structures at several budgets: equal compute, or equal time for a resource of seconds.
 
-    Arguments are those of :func:`plan_models`. Returns for each budget ``budget``, ``plans`` by structure and its
+    Arguments are those of :func:`plan_models`. The result has for each budget ``budget``, ``plans`` by structure and
     options as text (:func:`parse_structure`), and ``left_out`` with the reasons.
 
     Examples
@@ -374,21 +374,18 @@ def iso_table(
     for budget in budgets:
         check_budget(budget)
     for budget in budgets:
-        plans, left_out = {}, {}
+        plans: dict[str, ModelPlan] = {}
+        left_out: dict[str, str] = {}
         for structure, options in structures:
             found, reasons = plan_models(name, budget, [(structure, options)], resource=resource, **settings)
-            text = ",".join(f"{key}={value}" for key, value in options.items())
-            label = f"{structure}:{text}" if text else structure
-            if found:
-                plans[label] = found[0]
-            else:
-                (left_out[label],) = reasons.values()
+            plans |= {_label(structure, options): plan for plan in found}
+            left_out |= reasons
         rows.append({"budget": budget, "plans": plans, "left_out": left_out})
     return rows
 
 
 def parse_structure(text: str) -> tuple[str, dict[str, Any]]:
-    """``name`` or ``name:option=value,...`` as (name, options), and the labels of fitted groups.
+    """Return (name, options) of ``name:option=value,...``, or of the label of a fitted group.
 
     Raises ValueError for an option without a value.
 
@@ -410,5 +407,5 @@ def parse_structure(text: str) -> tuple[str, dict[str, Any]]:
 
 
 def plans_record(plans: Sequence[ModelPlan]) -> list[dict[str, Any]]:
-    """Plans as plain values that ``json.dumps`` takes."""
+    """Return plans as values that ``json.dumps`` takes."""
     return [asdict(plan) for plan in plans]

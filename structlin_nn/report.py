@@ -373,13 +373,13 @@ def _spent(runs: Sequence[Run]) -> list[str]:
     cells = []
     for name, own in groups.items():
         planned: list[float] = [run.planned for run in own if run.planned is not None]
-        whole = len(planned) == len(own)
+        whole, total = len(planned) == len(own), sum(planned)
         spent = sum(run.spent for run in own)
         seconds = sum(run.seconds or 0 for run in own)
         cells.append(
             (
-                name, str(len(own)), _engineering(sum(planned)) if whole else "-", _engineering(spent),
-                f"{100 * spent / sum(planned):.1f} %" if whole and sum(planned) else "-", _duration(seconds),
+                name, str(len(own)), _engineering(total) if whole else "-", _engineering(spent),
+                f"{100 * spent / total:.1f} %" if whole and total else "-", _duration(seconds),
                 _engineering(spent / seconds) if seconds else "-",
             )
         )  # fmt: skip

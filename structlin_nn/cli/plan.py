@@ -197,8 +197,8 @@ def _model(arguments: argparse.Namespace, budgets: dict[str, list[float]]) -> in
             common.print_json([row | {"plan": row["plan"] and plans_record([row["plan"]])[0]} for row in rows])
             return 0
         print(f"the cheapest first, for {laws['y']} {arguments.error:g}\n")
-        head = ("group", laws["x"], "width", "parameters", "MACs/sample", "")
-        common.print_table(head, [_for_error(row) for row in rows])
+        columns = ("group", laws["x"], "width", "parameters", "MACs/sample", "")
+        common.print_table(columns, [_for_error(row) for row in rows])
         return 0
     chosen = [parse_structure(text) for text in arguments.structure or STRUCTURES]
     if len(budgets) == 1 and len(next(iter(budgets.values()))) > 1:

@@ -120,7 +120,7 @@ def test_more_time_gives_a_wider_model_and_more_samples() -> None:
 @pytest.mark.parametrize(
     ("laws_given", "keywords", "message"),
     [
-        (size_laws("layers"), {}, "laws of 'layers' and 'samples' say nothing of a model and its run"),
+        (size_laws("layers"), {}, "laws of 'layers' and 'samples' give no width and no samples"),
         (size_laws(data="seconds"), {}, "fit them to one of forward_macs, params, trainable_params, and to samples"),
         (laws(), {}, "laws of None and None"),
         (size_laws(), {"device": None}, "a budget of run_seconds needs a device"),

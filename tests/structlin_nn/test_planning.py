@@ -79,7 +79,7 @@ def test_table_of_equal_compute() -> None:
     assert all(0.7 < p.share <= 1 for p in plans)
     plans, left_out = plan_models("cifar-mlp", 5_000, chosen)
     assert [p.structure for p in plans] == ["dense"]
-    assert "needs at least" in left_out["block_tensor_train"]
+    assert "needs at least" in left_out["block_tensor_train:rank=1"]
 
 
 class Exhaustive:
@@ -290,6 +290,16 @@ def test_table_of_budgets() -> None:
         assert all(plan.forward_macs <= row["budget"] for plan in row["plans"].values())
     widths = [row["plans"]["dense"].width for row in table]
     assert widths == sorted(widths)
+
+
+def test_a_structure_with_different_options() -> None:
+    chosen = [("dense", {}), ("monarch", {"blocks": 4}), ("monarch", {"blocks": 16})]
+    plans, left_out = plan_models("cifar-mlp", 3100, chosen, depth=1)
+    assert [(plan.structure, plan.width) for plan in plans] == [("dense", 1)]
+    assert list(left_out) == ["monarch:blocks=4", "monarch:blocks=16"]
+    plans, left_out = plan_models("cifar-mlp", 1e6, chosen, depth=1)
+    assert [plan.options for plan in plans] == [{}, {"blocks": 4}, {"blocks": 16}]
+    assert all(plan.forward_macs <= 1e6 for plan in plans)
 
 
 def test_structures_as_text() -> None:

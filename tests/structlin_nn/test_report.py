@@ -76,7 +76,9 @@ def test_numbers(runs: Path) -> None:
     assert multiplier[2] == "4 ×"
     assert multiplier[4] == "4 ×"
     assert "not finished, and left out of the laws: run6.jsonl" in page.text
-    assert "not fitted, which needs runs of several lengths: a law of 7 parameters needs more points" in page.text
+    assert (
+        "not fitted, which needs runs of several lengths: a law of 7 parameters needs more than 7 points" in page.text
+    )
 
 
 def test_nothing_from_elsewhere(runs: Path) -> None:
