@@ -76,8 +76,8 @@ def count_loss(shape: Sequence[int], soft: bool = False) -> ModelCount:
     """
     *lead, classes = shape
     logits = torch.empty(torch.Size(lead).numel(), classes, device="meta", requires_grad=True)
-    kind = {"dtype": logits.dtype} if soft else {"dtype": torch.int64}
-    targets = torch.empty(logits.shape if soft else logits.shape[:1], device="meta", **kind)
+    kind = logits.dtype if soft else torch.int64
+    targets = torch.empty(logits.shape if soft else logits.shape[:1], device="meta", dtype=kind)
     return count(_CrossEntropy(), logits, targets)
 
 

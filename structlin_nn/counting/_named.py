@@ -217,8 +217,8 @@ def count_model(
             record["roofline"]["run"] = found.step * steps
         if on.capability is not None:
             rows_of = {call.name: call.rows for call in step.calls if call.kind == "linear"}
-            layers = [(n, m.structure, rows_of[n]) for n, m in linear.items()]
-            record["traffic"] = layer_traffic(layers, on, products)
+            known = [(n, m.structure, rows_of[n]) for n, m in linear.items()]
+            record["traffic"] = layer_traffic(known, on, products)
     return record
 
 

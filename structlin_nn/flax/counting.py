@@ -213,7 +213,8 @@ def count(
         raise TypeError(f"model must be an nnx.Module or a function, got {model!r}")
     params = 0
     if isinstance(model, nnx.Module):
-        graph, state, rest = nnx.split(model, nnx.Param, ...)
+        split: Any = nnx.split(model, nnx.Param, ...)
+        graph, state, rest = split
         params = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(state))
 
         def call(state: Any, rest: Any, *inputs: Any, **keywords: Any) -> Any:
@@ -284,4 +285,5 @@ def xla_flops(function: Callable[..., Any], *inputs: Any, **keywords: Any) -> fl
         return function(*inputs, **keywords)
 
     with single_products():
-        return float(jax.jit(call).lower(*inputs, **keywords).cost_analysis()["flops"])
+        found: Any = jax.jit(call).lower(*inputs, **keywords).cost_analysis()
+        return float(found["flops"])

@@ -78,8 +78,8 @@ def backward_macs(structure: AbstractStructure, needs_input: bool, needs_factors
 
 def inner_tensors(x: Tensor) -> list[Tensor]:
     """Return the arrays that a tensor is made of: those of a subclass such as a jagged tensor, or of a sparse one."""
-    if is_traceable_wrapper_subclass(x):
-        subclass: Any = x
+    subclass: Any = x
+    if is_traceable_wrapper_subclass(subclass):
         names, _ = subclass.__tensor_flatten__()
         return [part for name in names for part in inner_tensors(getattr(subclass, name))]
     if x.layout == torch.sparse_coo:
