@@ -241,7 +241,7 @@ for name, size in (("block_tensor_train", 6), ("toeplitz", 5), ("permutation", 4
     factors = random_factors(s, backend="torch", seed=0)
     x = torch.ones(3, size)
     compiled = torch.compile(s.apply, fullgraph=True, backend="eager")(factors, x)
-    assert torch.equal(compiled, s.apply(factors, x)), name
+    torch.testing.assert_close(compiled, s.apply(factors, x))  # eager calls may run by another way
 """
     subprocess.run([sys.executable, "-c", script], check=True, timeout=300)
 

@@ -114,7 +114,7 @@ def test_single_precision(form):
 def test_what_is_annotated_and_not_positive_raises(few, monkeypatch):
     monkeypatch.setattr(_likelihood, "_FEW", 2**12 if few else 0)
     negative = torch.diag(torch.tensor([1.0, -2.0, 3.0], dtype=torch.float64))
-    with pytest.raises(np.linalg.LinAlgError, match="annotated PSD and is not positive"):
+    with pytest.raises(np.linalg.LinAlgError, match="annotated PSD but is not positive"):
         inv_quad_logdet(cola.PSD(structlin.Dense(negative)), torch.ones(3, dtype=torch.float64))
     tiny = torch.diag(torch.tensor([1.0, 1e-17, 3.0], dtype=torch.float64))
     for A in (structlin.Dense(tiny), structlin.Kronecker(tiny, torch.eye(2, dtype=torch.float64))):
