@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import structlin
-from structlin_nn.cli import count as cli_count
+from structlin_nn.cli import common as cli_common
 from structlin_nn.counting import (
     DEVICES,
     Device,
@@ -136,7 +136,7 @@ class TestRoofline:
 
     def test_devices(self) -> None:
         assert {"a100", "h100", "h200", "b200", "l40s", "rtx4090"} <= DEVICES.keys()
-        assert (*DEVICES, "cpu") == cli_count.DEVICES
+        assert (*DEVICES, "cpu") == cli_common.DEVICES
         for found in DEVICES.values():
             assert found.rate("bfloat16") >= 2 * found.rate("tfloat32") * 0.98
             assert found.rate("tfloat32") >= found.rate("float32")
