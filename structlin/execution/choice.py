@@ -37,7 +37,8 @@ __all__ = ["Policy", "Problem", "Way", "choose", "decisions", "pin", "recording"
 
 MODES = ("compare", "estimate", "measure")
 DEFAULT = "compare"
-# `compare` times at most MOST ways, whose estimates are at most CLOSE times the least one, where that is WORTH seconds.
+# `compare` times the ways whose estimates are at most CLOSE times the least one, where that is WORTH seconds. Of those
+# that are compiled first, which takes longer than timing them, it times only those among the MOST of least estimate.
 # Estimates were off by up to 1.8 in bfloat16 on AMX, and by 3.4 at most on AVX512-BF16 (benchmarks/layers.py --ways).
 CLOSE, MOST, WORTH = 2.0, 5, 1e-3
 COMPARED = "the least time of those compared"
@@ -365,7 +366,10 @@ def _compared(problem: Problem, found: list[Candidate]) -> dict[str, float]:
 
     Not for jax, where each way would be compiled by XLA, or CUDA, where a call may be captured in a graph.
     """
-    close = [c.way for c in found[:MOST] if c.estimated <= CLOSE * found[0].estimated]
+    close = [
+        c.way for place, c in enumerate(found)
+        if c.estimated <= CLOSE * found[0].estimated and (place < MOST or c.way.group != "compiled")
+    ]  # fmt: skip
     if len(close) < 2 or found[0].estimated < WORTH or (problem.library, problem.device) != ("torch", "cpu"):
         return {}
     return comparers[0](problem, close)
