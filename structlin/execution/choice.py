@@ -37,10 +37,11 @@ __all__ = ["Policy", "Problem", "Way", "choose", "decisions", "pin", "recording"
 
 MODES = ("compare", "estimate", "measure")
 DEFAULT = "compare"
-# `compare` times the ways whose estimates are at most CLOSE times the least one, where that is WORTH seconds. Of those
-# that are compiled first, which takes longer than timing them, it times only those among the MOST of least estimate.
-# Estimates were off by up to 1.8 in bfloat16 on AMX, and by 3.4 at most on AVX512-BF16 (benchmarks/layers.py --ways).
-CLOSE, MOST, WORTH = 2.0, 5, 1e-3
+# `compare` times ways where the least estimate is WORTH seconds: those whose estimates are at most FAR times the least
+# one, and of ways that are compiled first, which takes longer than timing them, those among the MOST of least estimate
+# that are at most CLOSE times the least one. Estimates of the fastest way were up to 1.6 times the least in float32 and
+# 3.4 times in bfloat16 (benchmarks/layers.py --ways).
+CLOSE, FAR, MOST, WORTH = 2.0, 4.0, 5, 1e-3
 COMPARED = "the least time of those compared"
 ROUNDS = 3  # in which alternatives to a block are timed then
 BLOCK = "block"
@@ -343,8 +344,8 @@ def _choose(problem: Problem, policy: Policy) -> tuple[Way, str]:
         way = _WAYS.get((problem.library, name or ""))
         if way is not None and way.supports(problem):
             return way, why
-    wide = math.inf if policy.mode == "measure" or timings(problem) else CLOSE
-    found = candidates(problem, policy, within=1.0 if policy.mode == "estimate" and wide == CLOSE else wide)
+    wide = math.inf if policy.mode == "measure" or timings(problem) else FAR
+    found = candidates(problem, policy, within=1.0 if policy.mode == "estimate" and wide == FAR else wide)
     if not found:
         raise ValueError(f"policy {policy_text()!r} leaves no way to run {problem.key}")
     if len(found) == 1:
@@ -366,11 +367,12 @@ def _compared(problem: Problem, found: list[Candidate]) -> dict[str, float]:
 
     Not for jax, where each way would be compiled by XLA, or CUDA, where a call may be captured in a graph.
     """
+    least = found[0].estimated
     close = [
         c.way for place, c in enumerate(found)
-        if c.estimated <= CLOSE * found[0].estimated and (place < MOST or c.way.group != "compiled")
+        if c.estimated <= (FAR if c.way.group != "compiled" else CLOSE if place < MOST else 0.0) * least
     ]  # fmt: skip
-    if len(close) < 2 or found[0].estimated < WORTH or (problem.library, problem.device) != ("torch", "cpu"):
+    if len(close) < 2 or least < WORTH or (problem.library, problem.device) != ("torch", "cpu"):
         return {}
     return comparers[0](problem, close)
 

@@ -101,7 +101,7 @@ class TestTimings:
 
     def test_the_choice_follows_invented_estimates(self, monkeypatch) -> None:
         for way in choice.ways("torch"):
-            monkeypatch.setattr(way, "seconds", lambda problem, way=way: 1.0 if way.name == "dense" else 3.0)
+            monkeypatch.setattr(way, "seconds", lambda problem, way=way: 1.0 if way.name == "dense" else 5.0)
         assert choice.choose(problem()).name == "dense"
 
     def test_timings_of_one_way_alone_decide_nothing(self) -> None:
@@ -183,7 +183,7 @@ class TestCompare:
     def timed(self, monkeypatch) -> list[list[str]]:
         """Invented estimates and timings: of the ways that are close, the last one is the fastest."""
         monkeypatch.setattr(choice, "MOST", 2)
-        estimates = {"products": 2e-3, "token_major": 3e-3, "compiled": 3.5e-3, "chunked": 3.9e-3, "dense": 4.1e-3}
+        estimates = {"products": 2e-3, "token_major": 3e-3, "compiled": 3.5e-3, "chunked": 7.9e-3, "dense": 8.1e-3}
         for way in choice.ways("torch"):
             monkeypatch.setattr(way, "seconds", lambda problem, way=way: estimates.get(way.name, 1.0))
             monkeypatch.setattr(way, "least", lambda problem: 0.0)
@@ -231,7 +231,7 @@ class TestCompare:
         assert timed == [["products", "compiled", "chunked"]]
 
     def test_short_calls_and_clear_estimates_cost_nothing(self, timed, monkeypatch) -> None:
-        short, clear = ({"products": least, "dense": other} for least, other in ((0.9e-3, 1e-3), (2e-3, 4.1e-3)))
+        short, clear = ({"products": least, "dense": other} for least, other in ((0.9e-3, 1e-3), (2e-3, 8.1e-3)))
         for estimates in (short, clear):
             for way in choice.ways("torch"):
                 monkeypatch.setattr(way, "seconds", lambda problem, way=way, e=estimates: e.get(way.name, 1.0))
@@ -242,6 +242,7 @@ class TestCompare:
     def test_for_real(self, monkeypatch) -> None:
         monkeypatch.setattr(choice, "WORTH", 0.0)
         monkeypatch.setattr(choice, "CLOSE", 1e9)
+        monkeypatch.setattr(choice, "FAR", 1e9)
         asked = problem(structure=LONG, train=True)
         found = enumerate(choice.candidates(asked, within=1e9))
         names = [c.way.name for place, c in found if place < choice.MOST or c.way.group != "compiled"]
