@@ -344,8 +344,9 @@ def _choose(problem: Problem, policy: Policy) -> tuple[Way, str]:
         way = _WAYS.get((problem.library, name or ""))
         if way is not None and way.supports(problem):
             return way, why
-    wide = math.inf if policy.mode == "measure" or timings(problem) else FAR
-    found = candidates(problem, policy, within=1.0 if policy.mode == "estimate" and wide == FAR else wide)
+    every = policy.mode == "measure" or timings(problem)
+    within = math.inf if every else 1.0 if policy.mode == "estimate" else FAR
+    found = candidates(problem, policy, within=within)
     if not found:
         raise ValueError(f"policy {policy_text()!r} leaves no way to run {problem.key}")
     if len(found) == 1:

@@ -224,23 +224,7 @@ class Circulant(NamedOperator):
 
     @staticmethod
     def design(shape: tuple[int, int], /) -> CirculantStructure:
-        """Return the structure of a (d, d) circulant matrix.
-
-        Parameters
-        ----------
-        shape
-            Shape ``(d, d)`` of the matrix.
-
-        Returns
-        -------
-        AbstractStructure
-            The structure, without arrays.
-
-        Raises
-        ------
-        ValueError
-            If the matrix is not square.
-        """
+        """Return the structure of a (d, d) circulant matrix; ValueError if ``shape`` is not square."""
         return CirculantStructure(size_of(shape, "a circulant matrix"))
 
     @classmethod

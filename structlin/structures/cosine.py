@@ -102,21 +102,5 @@ class Cosine(Transform):
 
     @staticmethod
     def design(shape: tuple[int, int], /) -> CosineStructure:
-        """Return the structure of a (d, d) transform.
-
-        Parameters
-        ----------
-        shape
-            Shape ``(d, d)`` of the matrix.
-
-        Returns
-        -------
-        AbstractStructure
-            The structure, without arrays.
-
-        Raises
-        ------
-        ValueError
-            If the matrix is not square.
-        """
+        """Return the structure of a (d, d) transform; ValueError if ``shape`` is not square."""
         return CosineStructure(size_of(shape, "a cosine transform"))

@@ -150,23 +150,7 @@ class Diagonal(NamedOperator):
 
     @staticmethod
     def design(shape: tuple[int, int], /) -> DiagonalStructure:
-        """Return the structure of a (d, d) diagonal matrix.
-
-        Parameters
-        ----------
-        shape
-            Shape ``(d, d)`` of the matrix.
-
-        Returns
-        -------
-        AbstractStructure
-            The structure, without arrays.
-
-        Raises
-        ------
-        ValueError
-            If the matrix is not square.
-        """
+        """Return the structure of a (d, d) diagonal matrix; ValueError if ``shape`` is not square."""
         return DiagonalStructure(size_of(shape, "a diagonal matrix"))
 
     @classmethod

@@ -83,23 +83,7 @@ class Fourier(Transform):
 
     @staticmethod
     def design(shape: tuple[int, int], /) -> FourierStructure:
-        """Return the structure of a (d, d) transform.
-
-        Parameters
-        ----------
-        shape
-            Shape ``(d, d)`` of the matrix.
-
-        Returns
-        -------
-        AbstractStructure
-            The structure, without arrays.
-
-        Raises
-        ------
-        ValueError
-            If the matrix is not square.
-        """
+        """Return the structure of a (d, d) transform; ValueError if ``shape`` is not square."""
         return FourierStructure(size_of(shape, "a Fourier transform"))
 
 

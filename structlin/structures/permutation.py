@@ -170,23 +170,7 @@ class Permutation(NamedOperator):
 
     @staticmethod
     def design(shape: tuple[int, int], /) -> PermutationStructure:
-        """Return the structure of a (d, d) permutation matrix.
-
-        Parameters
-        ----------
-        shape
-            Shape ``(d, d)`` of the matrix.
-
-        Returns
-        -------
-        AbstractStructure
-            The structure, without arrays.
-
-        Raises
-        ------
-        ValueError
-            If the matrix is not square.
-        """
+        """Return the structure of a (d, d) permutation matrix; ValueError if ``shape`` is not square."""
         return PermutationStructure(size_of(shape, "a permutation"))
 
     @classmethod
