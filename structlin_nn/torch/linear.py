@@ -31,6 +31,11 @@ _AUTOCAST = ("cpu", "cuda")
 _CAST = (torch.float32, torch.float16, torch.bfloat16)  # dtypes that autocast casts
 
 
+def _is_quantised(value: object) -> bool:
+    """Whether a value is a tensor of torchao, which need not be installed."""
+    return isinstance(value, Tensor) and type(value).__module__.startswith("torchao.")
+
+
 class FactorList(nn.ParameterList):
     """A ParameterList whose call returns the factors.
 
@@ -46,7 +51,7 @@ class FactorList(nn.ParameterList):
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
-        if isinstance(value, Tensor) and value.__class__.__module__.startswith("torchao."):
+        if _is_quantised(value):
             self.__dict__["_quantised"] = True
 
     def __dir__(self) -> list[str]:
@@ -58,7 +63,7 @@ class FactorList(nn.ParameterList):
         found = tuple(getattr(self, str(k)) for k in range(len(self)))
         if not self._quantised:
             return found
-        return tuple(t.dequantize() if t.__class__.__module__.startswith("torchao.") else t for t in found)
+        return tuple(t.dequantize() if _is_quantised(t) else t for t in found)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the module; ``nn.ParameterList`` itself cannot be called."""

@@ -56,8 +56,7 @@ class StoredChain:
             bias = bias.to(dtype)
         tokens = x.shape[0]
         y = x.new_empty((tokens, self._rules.d_out))
-        held = self._local.__dict__.get(key) or self._hold(key, run)
-        table, fill, scratch, _ = held
+        table, fill, scratch, _ = self._local.__dict__.get(key) or self._hold(key, run)
         operands = [factor.data_ptr() for factor in factors]
         if bias is not None:
             operands.insert(0, bias.data_ptr())
