@@ -44,7 +44,7 @@ class Tokenizer:
 
 
 def load_tokenizer(name: str, folder: str | os.PathLike[str] | None = None) -> Tokenizer:
-    """Return a tokeniser by its name.
+    """Return a tokenizer by its name.
 
     Parameters
     ----------

@@ -2,7 +2,7 @@
 
 A folder holds ``train.bin`` and ``val.bin``, raw little-endian uint16 numbers, one for each token, without a header:
 the format of nanoGPT's data scripts (Karpathy, https://github.com/karpathy/nanoGPT). Beside
-them, ``structlin prepare`` writes ``meta.json`` with the size of the vocabulary, the tokeniser, and the number and
+them, ``structlin prepare`` writes ``meta.json`` with the size of the vocabulary, the tokenizer, and the number and
 sha256 sum of the tokens of each split. nanoGPT's ``meta.pkl`` is a pickle, which can run code, and is never read.
 """
 

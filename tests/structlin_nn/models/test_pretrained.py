@@ -181,7 +181,7 @@ def test_command_continues_with_published_weights(
     hugging_face().save_pretrained(small)
     line = f"generate {small} --vocabulary {gpt2_vocabulary}"
     assert main(line.split()) == 2
-    assert "the model does not state its tokeniser: give --tokenizer" in capsys.readouterr().err
+    assert "does not state its tokenizer: give --tokenizer" in capsys.readouterr().err
     assert main([*line.split(), "--tokenizer", "gpt2"]) == 2
     assert "the model knows 67 tokens, and gpt2 has 50257" in capsys.readouterr().err
 
