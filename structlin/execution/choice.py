@@ -7,8 +7,8 @@ each problem. The first of these that exists decides:
 1. the way that a resumed run has pinned (:func:`pin`);
 2. the least time that ``measure`` or :func:`structlin.execution.tune` recorded for the problem (:mod:`.wisdom`);
 3. with the policy ``measure``, the least of the times that are measured now;
-4. with the policy ``compare``, for calls of torch on a CPU that take a millisecond or more: the least of a few timings
-   of the ways whose estimates are close to the least one, which are recorded too;
+4. with the policy ``compare``, for calls of torch on a CPU that take a quarter of a millisecond or more: the least of a
+   few timings of the ways whose estimates are close to the least one, which are recorded too;
 5. the least estimate, computed from rates of the machine that were measured once (:mod:`.rates`).
 
 The policy is ``compare`` (the default), ``estimate``, ``measure``, or names of ways in order of preference. A minus in
@@ -41,7 +41,7 @@ DEFAULT = "compare"
 # one, and of ways that are compiled first, which takes longer than timing them, those among the MOST of least estimate
 # that are at most CLOSE times the least one. Estimates of the fastest way were up to 1.6 times the least in float32 and
 # 3.4 times in bfloat16 (benchmarks/layers.py --ways).
-CLOSE, FAR, MOST, WORTH = 2.0, 4.0, 5, 1e-3
+CLOSE, FAR, MOST, WORTH = 2.0, 4.0, 5, 2.5e-4
 COMPARED = "the least time of those compared"
 ROUNDS = 3  # in which alternatives to a block are timed then
 BLOCK = "block"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import lru_cache, partial
 from typing import Any
 
@@ -35,6 +36,7 @@ from structlin.structure import Structure
 __all__ = ["TorchChain", "torch_chain"]
 
 _TORCH = ops("torch")
+FEW_TOKENS = 8  # of the chain of medium size by which ways for a few tokens are calibrated
 FEW = 1 << 15  # numbers in the widest activation, up to which calls take longer than copies, on any device
 
 
@@ -286,7 +288,7 @@ class NearWay(PassesWay):
 class StoredWay(PassesWay):
     """A compiled forward pass that copies no factor, for one or a few tokens (:mod:`.compiled.stored`)."""
 
-    most_tokens = 8  # each token reads all factors again, which more tokens share in a compiled pass
+    most_tokens = 64  # sums along an axis take more instructions than copies of the factors save for more tokens
 
     def __init__(self) -> None:
         super().__init__("stored", "stored", None)
@@ -295,8 +297,10 @@ class StoredWay(PassesWay):
         return problem.tokens <= self.most_tokens and super().supports(problem)
 
     def model(self, problem: Problem) -> float:
-        structure, found = problem.structure, self.rates(problem)
-        return problem.tokens * max(structure.num_params * found.read, structure.macs * found.fastest)
+        program = chain_of(problem.structure, problem.rows).stored.program(getattr(torch, problem.dtype))
+        found = rates("float64" if problem.dtype == "float64" else "float32", problem.threads)
+        busy = problem.tokens * program.schedule.cost * program.lanes * found.fastest * problem.threads
+        return busy + problem.structure.num_params * self.rates(problem).read
 
     def run(
         self, structure: Structure, factors: Sequence[Tensor], x: Tensor, bias: Tensor | None, rows: bool
@@ -336,8 +340,11 @@ def _calibrated(dtype: str, threads: int, train: bool, large: bool) -> dict[str,
     calls, busy = (_timed(problem, ways) for problem in (small, other))
     calls |= {way.name: calls[compiled_way.name] for way in _block_ways if compiled_way.name in calls}
     found = models.calibrated(calls, busy, {way.name: partial(way.model, other) for way in ways})
-    # What is for few tokens alone has no time of the other chain.
-    return {way.name: (calls[way.name], 1.0) for way in ways if way.name in calls} | found
+    few = replace(small, structure=models.MEDIUM[0], tokens=FEW_TOKENS)
+    if stored_way.supports(few):
+        model = {stored_way.name: partial(stored_way.model, few)}
+        found |= models.calibrated(calls, _timed(few, [stored_way, compiled_way]), model)
+    return found
 
 
 def _timed(problem: Problem, ways: Sequence[TorchWay]) -> dict[str, float]:
@@ -351,6 +358,7 @@ products_way, token_major_way = Products(), TokenMajor()
 compiled_way, tiles_way = PassesWay("compiled", "compiled", "compiled"), TilesWay()
 # One on each side of what the sizes of caches suggest on the processors that were looked at.
 _block_ways = (BlocksWay(16), BlocksWay(48))
+stored_way = StoredWay()
 for _way in (
     products_way,
     token_major_way,
@@ -363,7 +371,7 @@ for _way in (
     NearWay(compiled_way),
     tiles_way,
     NearWay(tiles_way),
-    StoredWay(),
+    stored_way,
     strided_way,
     strided_l2_way,
     fused_way,

@@ -319,9 +319,12 @@ class StructuredLinear(nn.Module):
         return x.tracer.create_proxy("call_module", x.tracer.path_of_module(self), (x,), {})
 
     def _affine(self, x: Tensor, factors: Sequence[Tensor], bias: Tensor | None) -> Tensor:
-        compiling = torch.compiler.is_compiling()
-        if compiling or self._chain is None or self.checkpoint:  # structure.apply checks the operands
-            self._guard.check(x, factors if bias is None else (*factors, bias))
+        chain = self._chain
+        if chain is not None and not (self.checkpoint or torch.compiler.is_compiling()):  # it checks the operands
+            if x.ndim == 2:
+                return chain(x, factors, bias)
+            return chain(x.reshape(-1, self.in_features), factors, bias).reshape(*x.shape[:-1], self.out_features)
+        self._guard.check(x, factors if bias is None else (*factors, bias))
         if self._is_dense:
             return F.linear(x, factors[0], bias)
         if x.ndim == 2:
@@ -345,7 +348,7 @@ class StructuredLinear(nn.Module):
         """
         structure, plan = self.structure, self._token_major
         compiling = torch.compiler.is_compiling()
-        if self._chain is not None and not compiling and not (self.checkpoint and torch.is_grad_enabled()):
+        if self._chain is not None and not compiling and not torch.is_grad_enabled():  # a layer with a checkpoint
             return self._chain(x, factors, bias)
         if (
             (self.checkpoint and torch.is_grad_enabled()) or (compiling and plan is not None and self._pays_as_node(x))

@@ -12,6 +12,7 @@ from structlin.execution.compiled._ir import Int, Values
 from structlin.execution.compiled._limits import limits
 from structlin.execution.compiled._product import BYTES, NEAR, VECTORS, Axis, Product, dot_tile, max_rows
 
+RUN = 8  # vectors of one row that are read before those of the next one: such runs are fetched ahead by processors
 UNROLLED = 4  # turns of the innermost loop: its end takes less than a tenth of their time
 
 
@@ -253,70 +254,93 @@ class Loops:
     # -- vectors along a summed axis -----------------------------------------------------------------------------------
 
     def _dots(self, at: Places) -> None:
-        down, along = self.product.down, self.product.along
+        down, along, target = self.product.down, self.product.along, self.emitter.target
         assert along is not None
-        most, widest = dot_tile(self.emitter.target, down is None)
 
-        def columns(at: Places, rows: int) -> None:
-            for starts, count in _runs(along.size, widest):
+        def columns(at: Places, rows: int, most: int) -> None:
+            for starts, count in _runs(along.size, most):
 
                 def tile(i: Int, _: Values, count: int = count) -> None:
                     self._dot(self._moved(at, along, i), rows, count)
 
                 self.code.loop(starts.start, starts.stop, count, tile)
 
+        single = dot_tile(target, True)[1]
         if down is None:
-            return columns(at, 1)
-        for starts, count in _runs(down.size, most):
+            return columns(at, 1, single)
 
-            def row(i: Int, _: Values, count: int = count) -> None:
-                columns(self._moved(at, down, i), count)
+        def tiles(start: Int, stop: Int, rows: int, most: int) -> None:
+            self.code.loop(start, stop, rows, lambda i, _: columns(self._moved(at, down, i), rows, most))
 
-            self.code.loop(starts.start, starts.stop, count, row)
+        most, widest = dot_tile(target, False)
+        if down.size:
+            for starts, count in _runs(down.size, most):
+                tiles(starts.start, starts.stop, count, widest)
+        else:
+            whole = self.code.whole(self.tokens, most)
+            tiles(0, whole, most, widest)
+            tiles(whole, self.tokens, 1, single)
         return None
 
     def _dot(self, at: Places, rows: int, columns: int) -> None:
         product, emitter, code = self.product, self.emitter, self.code
         assert product.along is not None
         down, along = self._strides(product.down), self._strides(product.along)
-
         size, width = product.across.size, emitter.lanes
 
         def place(which: str, start: Int, r: int, c: int) -> Int:
             return self._offset(which, start, (r, down), (c, along))
 
         def turn(vector: Int, single: Int, sums: Values) -> Values:
-            def step(i: Int, sums: Values, lanes: int) -> Values:
-                v, s = code.add(vector, i), code.add(single, i)
-                right = [self._load(self.vector, place("vector", v, 0, c), lanes) for c in range(columns)]
-                found = []
-                for r in range(rows):
-                    left = self._load(self.single, place("single", s, r, 0), lanes)
-                    for c in range(columns):
-                        found.append(self._multiply_add(left, right[c], sums[r * columns + c]))
+            def step(i: Int, sums: Values, parts: Sequence[int]) -> Values:
+                """Add the products of some vectors, of so many lanes each, column by column as they lie in memory."""
+                found, v = list(sums), code.add(vector, i)
+                starts = range(0, width * len(parts), width)
+                left = [
+                    [self._load(self.single, code.add(place("single", code.add(single, i), r, 0), k), lanes)
+                     for k, lanes in zip(starts, parts, strict=True)]
+                    for r in range(rows)
+                ]  # fmt: skip
+                for c in range(columns):
+                    for number, (k, lanes) in enumerate(zip(starts, parts, strict=True)):
+                        right = self._load(self.vector, code.add(place("vector", v, 0, c), k), lanes)
+                        for r in range(rows):
+                            here = r * columns + c
+                            found[here] = self._multiply_add(left[r][number], right, found[here])
                 return found
 
-            whole = size // width * width
-            sums = code.loop(0, whole, width, lambda i, held: step(i, held, width), sums, emitter.vector)
-            return sums if whole == size else step(whole, sums, size - whole)
+            together = RUN * width if rows == 1 else width
+            whole, short = size // together * together, size % width
+            sums = code.loop(0, whole, together, lambda i, held: step(i, held, [width] * (together // width)), sums,
+                             emitter.vector)  # fmt: skip
+            rest = [width] * ((size - whole) // width) + ([short] if short else [])
+            return step(whole, sums, rest) if rest else sums
 
         sums = self._sum(product.summed, at.vector, at.single, ["zeroinitializer"] * (rows * columns), turn)
-        kind = emitter.element
-        for r in range(rows):
-            for c in range(columns):
-                name = f"llvm.vector.reduce.fadd.v{width}{emitter.short[kind]}"
-                code.declarations.add(f"declare {kind} @{name}({kind}, {emitter.vector})")
-                total = code.value(
-                    f"call reassoc {kind} @{name}({kind} -0.0, {emitter.vector} {sums[r * columns + c]})"
-                )
-                here = place("out", at.out, r, c)
-                if self.bias is not None:
-                    more = emitter.number(self.bias, place("bias", at.bias, r, c))
-                    total = code.value(f"fadd {kind} {more}, {total}")
-                elif self.add:
-                    total = code.value(f"fadd {kind} {emitter.number(self.out[0], here)}, {total}")
-                for out in self.out:
-                    emitter.put_number(out, here, total)
+        wide = min(1 << (columns - 1).bit_length(), width)  # sums of a row that become one vector
+        for c in range(0, columns, wide):
+            count = min(wide, columns - c)
+            for r in range(0, rows, width // wide):
+                some = range(r, min(rows, r + width // wide))
+                cells = [s * columns + c + k if k < count else -1 for s in some for k in range(wide)]
+                totals = emitter.totals([sums[cell] if cell >= 0 else "zeroinitializer" for cell in cells])
+                together = count if product.along.out == 1 else 1  # sums that are neighbours in memory
+                for s in some:
+                    for k in range(0, count, together):
+                        total = emitter.lanes_of(totals, (s - r) * wide + k, together)
+                        self._put(total, together, place("out", at.out, s, c + k), place("bias", at.bias, s, c + k))
+
+    def _put(self, value: str, size: int, here: Int, at_bias: Int) -> None:
+        """Store some sums, plus bias or what is there."""
+        emitter, before = self.emitter, None
+        if self.bias is not None:
+            before = emitter.load_some(self.bias, at_bias, size)
+        elif self.add:
+            before = emitter.load_some(self.out[0], here, size)
+        if before is not None:
+            value = emitter.sum_of(before, value, size)
+        for out in self.out:
+            emitter.store_some(out, here, value, size)
 
 
 def _runs(total: int, most: int) -> list[tuple[range, int]]:

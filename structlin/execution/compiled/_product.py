@@ -189,17 +189,18 @@ class Product:
 
     def _dot_cost(self, target: Target, vectors: int, along: Axis) -> float:
         rows, columns = dot_tile(target, self.down is None)
-        rows, columns = min(self.down.size if self.down else 1, rows), min(along.size, columns)
+        rows, columns = min((self.down.size or rows) if self.down else 1, rows), min(along.size, columns)
         turns = vectors * math.prod(a.size or 1 for a in self.summed)
         sums = math.prod(a.size or 1 for a in (*self.outer, along, *([self.down] if self.down else ())))
-        ends = 6 / (BLOCK if any(a.size == 0 for a in self.summed) else 1)
+        # About three instructions for each sum of lanes (Emitter.totals), and one or two to store it.
+        ends = (3 + (along.out != 1)) / (BLOCK if any(a.size == 0 for a in self.summed) else 1)
         return sums * (turns * (max(1, 4 / (rows * columns)) + 0.5 / rows + 0.5 / columns) + ends)
 
 
 def dot_tile(target: Target, single: bool) -> tuple[int, int]:
     """Rows and columns of a tile whose numbers are vectors; ``single``: there is but one row."""
     many = target.registers >= 32
-    return (1, 12 if many else 6) if single else ((6, 4) if many else (3, 3))
+    return (1, 16 if many else 8) if single else ((4, 4) if many else (2, 4))
 
 
 def max_rows(target: Target, vectors: int) -> int:
@@ -208,8 +209,13 @@ def max_rows(target: Target, vectors: int) -> int:
     return max(n for n in (4, 6, 9, 12) if n <= most)
 
 
-def make_products(sizes: Mapping[str, int], out: Strides, left: Strides, right: Strides) -> list[Product]:
-    """Return the ways to give each axis its part. Axes that lie in memory as one become one."""
+def make_products(
+    sizes: Mapping[str, int], out: Strides, left: Strides, right: Strides, few: bool = False
+) -> list[Product]:  # fmt: skip
+    """Return the ways to give each axis its part. Axes that lie in memory as one become one.
+
+    ``few``: there are few tokens, and ``right`` is read as it is stored. Sums along an axis then share it by tokens.
+    """
     names = [a for a in dict.fromkeys((*out, *left, *right)) if a == TOKENS or sizes[a] > 1]
     axes = _merged([Axis(0 if a == TOKENS else sizes[a], out.get(a), left.get(a), right.get(a)) for a in names])
     found = []
@@ -230,6 +236,8 @@ def make_products(sizes: Mapping[str, int], out: Strides, left: Strides, right: 
             for k in range(2)
         )
         if columns is not None:
+            if few and rows is None:
+                rows = next((a for a in axes if not a.size and a.out is not None and a.right is None), None)
             found.append(_with_dots(axes, axis, rows, columns, False))
         elif rows is not None:
             found.append(_with_dots(axes, axis, None, rows, True))

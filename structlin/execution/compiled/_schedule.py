@@ -135,7 +135,10 @@ class _Maker:
     def multiply(self, step: Step, source: str, at: int, target: str, to: int) -> tuple[float, Operation | None]:
         """Return the cheapest way from activation ``at`` in the order ``source`` to ``to`` in the order ``target``."""
         left, out = self.strides(source, at), self.strides(target, to, self.ends)
-        return self._cheapest(step, source, target, lambda weight: make_products(self.sizes, out, left, weight), False)
+        few = not self.packed
+        return self._cheapest(
+            step, source, target, lambda weight: make_products(self.sizes, out, left, weight, few), False
+        )
 
     def gradient(self, step: Step, source: str, at: int, target: str, to: int) -> tuple[float, Operation | None]:
         """Return the cheapest way to add to the gradient of a factor, from the activation and the gradient after it."""

@@ -27,7 +27,10 @@ At = Callable[[Array], Memory]  # where a block's part of an array starts
 
 @dataclass(frozen=True)
 class Pass:
-    """``run(table, first, last, total)`` for tokens ``first`` to ``last`` of all; ``scratch``: bytes that it needs."""
+    """``run(table, first, last, total)`` for tokens ``first`` to ``last`` of all; ``scratch``: bytes that it needs.
+
+    Of a program that is not ``packed``: ``run(table)``, with the number of tokens as the last entry of the table.
+    """
 
     run: Callable[..., None]
     scratch: int
@@ -117,11 +120,18 @@ class Writer:
     ) -> Pass:  # fmt: skip
         """Write the pass whose blocks are ``body``; its ``operations`` prefetch the ``inputs`` of the next block."""
         code, program = self.code, self.program
+        parameters, counts = "ptr %table", [ctypes.c_int64] * 3
+        start: Int = "%first"
+        stop: Int = "%last"
+        if program.packed:
+            parameters += ", i64 %first, i64 %last, i64 %total"
+        else:  # ctypes takes a quarter of a microsecond for each argument
+            start, stop, counts = 0, code.value(f"load i64, ptr {code.at('ptr', '%table', self.places)}"), []
         tiles_of_block = sum(one.tiles(program.target, program.inside, self.block) for one in operations)
         ahead = Ahead(code, inputs, self.block, tiles_of_block) if inputs and tiles_of_block else None
 
-        def block(first: int | str, _: list[str]) -> None:
-            count = code.least(code.subtract("%last", first), self.block)
+        def block(first: Int, _: list[str]) -> None:
+            count = code.least(code.subtract(stop, first), self.block)
             emitter = Emitter(code, program.target, program.inside, count, self.block)
             if ahead is not None:
                 ahead.start(first)
@@ -133,10 +143,10 @@ class Writer:
 
             body(emitter, at)
 
-        code.loop("%first", "%last", self.block, block)
+        code.loop(start, stop, self.block, block)
         if program.tiles:
             tiles.release(code)
         target = program.target
-        text = code.function("chain", "ptr %table, i64 %first, i64 %last, i64 %total", target.attributes)
-        run = load(text, "chain", target, [ctypes.c_void_p, *[ctypes.c_int64] * 3])
+        text = code.function("chain", parameters, target.attributes)
+        run = load(text, "chain", target, [ctypes.c_void_p, *counts])
         return Pass(run, self.bytes, self.block)

@@ -53,12 +53,13 @@ def problem(structure, dtype, tokens):
     return *(torch.randn(shape, generator=generator).to(factors[0].dtype) for shape in shapes), factors
 
 
-def run(made, table, tokens):
+def run(made, table, tokens, packed=True):
     """A pass, from tables of tensors, with scratch memory as its third entry."""
     scratch = np.full(made.scratch + LINE, 255, np.uint8)
     places = [tensor.data_ptr() for tensor in table]
     places.insert(2, -(-scratch.ctypes.data // LINE) * LINE)
-    made.run((ctypes.c_void_p * len(places))(*places), 0, tokens, tokens)
+    count = [] if packed else [tokens]
+    made.run((ctypes.c_void_p * len(places + count))(*places, *count), *([0, tokens, tokens] if packed else []))
 
 
 def close(found, expected, dtype):
@@ -75,14 +76,14 @@ def test_factors_that_are_read_as_they_are(name, dtype, target):
     if program is None:
         return
     assert program.packing("forward", tuple(range(len(structure.steps)))).total == 0
-    for tokens in (1, 2, 5, 33):
+    for tokens in (1, 2, 5, 33, 61):
         x, _, bias, factors = problem(structure, dtype, tokens)
         expected = products(structure, [f.double() for f in factors], x.double(), ops("torch"))
         for added in (False, True):
             y = torch.full((tokens, structure.d_out), torch.nan, dtype=x.dtype)
             widened = torch.nn.functional.pad(bias, (0, program.schedule.widths[-1] - structure.d_out))
             more = [widened.to(program.dtype)] if added else []
-            run(program.forward(added, False), [x, y, *more, *factors], tokens)
+            run(program.forward(added, False), [x, y, *more, *factors], tokens, packed=False)
             close(y, expected + (bias.double() if added else 0), dtype)
 
 
