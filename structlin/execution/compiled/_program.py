@@ -67,13 +67,14 @@ class Part:
     """What a chain is a slice of: one of ``count`` along the first axis of the input, or else of the output.
 
     ``shapes``: of the whole factors. ``between``: sizes of the whole axes, where the activations between steps are
-    written as slices of whole ones.
+    written as slices of whole ones, whose axes lie in the order of ``states``.
     """
 
     count: int
     of_input: bool
     shapes: tuple[tuple[int, ...], ...]
     between: tuple[tuple[str, int], ...] | None = None
+    states: tuple[str, ...] = ()
 
     def strides(self, d_in: int, d_out: int) -> tuple[int, int]:
         """Return the row strides of the whole input and output, of which a slice has rows of ``d_in`` and ``d_out``."""
@@ -543,10 +544,10 @@ def make_program(
     if dtype == "bfloat16" and not rows:
         return None
     pairs = dtype == "bfloat16" and target.half_products and packed
-    strides, between = (part.strides(d_in, d_out), part.between) if part else (None, None)
+    strides, between, states = (part.strides(d_in, d_out), part.between, part.states) if part else (None, None, ())
     schedule = make_schedule(
         *(steps, dict(sizes), target, ELEMENTS[dtype][1], d_in, d_out, rows, pairs),
-        *(strides, dict(between) if between else None, packed, inner),
+        *(strides, dict(between) if between else None, packed, inner, states),
     )
     size = dict(sizes)
     shapes = [tuple(size[a] for a in step.factor) for step in steps]

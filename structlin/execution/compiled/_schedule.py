@@ -92,10 +92,10 @@ class Schedule:
 class _Maker:
     def __init__(
         self, steps: Sequence[Step], sizes: Mapping[str, int], target: Target, element: str, ends: Mapping[int, int],
-        pairs: bool, between: Mapping[str, int], packed: bool,
+        pairs: bool, between: Mapping[str, int], packed: bool, states: Sequence[str],
     ) -> None:  # fmt: skip
         self.steps, self.sizes, self.target, self.element, self.ends = steps, sizes, target, element, ends
-        self.pairs, self.between, self.packed = pairs, between, packed
+        self.pairs, self.between, self.packed, self.states = pairs, between, packed, states
         written = [steps[0].input, *(step.output for step in steps)]
         self.widths = tuple(math.prod(sizes[a] for a in axes) for axes in written)
         self.rows = tuple(
@@ -116,6 +116,8 @@ class _Maker:
     def orders(self, number: int) -> list[str]:
         """Candidates for activation ``number``, in the axes of the step that writes it."""
         written = self.steps[number - 1].output if number else self.steps[0].input
+        if self.states:
+            return [self.states[number]]
         if number in (0, len(self.steps)) or self.steps[number].input != written:
             return [written]  # the caller's, or regrouped
         before, after = self.steps[number - 1], self.steps[number]
@@ -183,6 +185,7 @@ def make_schedule(
     steps: Sequence[Step], sizes: Mapping[str, int], target: Target, element: str, d_in: int, d_out: int,
     rows: bool = True, pairs: bool = False, strides: tuple[int, int] | None = None,
     between: Mapping[str, int] | None = None, packed: bool = True, inner: tuple[bool, bool] = (False, False),
+    states: Sequence[str] = (),
 ) -> Schedule | None:  # fmt: skip
     """Return the cheapest schedule found; None where some product would have no axis for its vectors.
 
@@ -193,6 +196,7 @@ def make_schedule(
     are shorter than the chain's, or no ``rows``, and come from scratch memory. ``strides``: from row to row of the
     input and of the output, where these are slices of longer ones; ``between``: sizes of the axes of which the
     activations between steps are slices. ``inner``: whether the input and the output are in scratch memory anyway.
+    ``states``: the orders of the activations, where they are given.
     """
     full = math.prod(sizes[a] for a in steps[0].input), math.prod(sizes[a] for a in steps[-1].output)
     last = len(steps)
@@ -200,7 +204,7 @@ def make_schedule(
     outside = [uncut and rows and not held for (_, uncut), held in zip(whole, inner, strict=True)]
     given = strides or (d_in, d_out)
     ends = {k: stride for k, stride, direct in zip((0, last), given, outside, strict=True) if direct}
-    maker = _Maker(steps, sizes, target, element, ends, pairs, between or sizes, packed)
+    maker = _Maker(steps, sizes, target, element, ends, pairs, between or sizes, packed, states)
     # Forward: from each order of an activation, the cheapest way from the input. Then back from the output.
     ways: dict[str, tuple[float, list[str], list[Operation]]] = {o: (0.0, [o], []) for o in maker.orders(0)}
     for k, step in enumerate(steps):
@@ -213,15 +217,15 @@ def make_schedule(
         ways = after
     if not ways:
         return None
-    cost, states, forward = min(ways.values(), key=lambda way: way[0])
+    cost, path, forward = min(ways.values(), key=lambda way: way[0])
     if not packed:
-        return Schedule(tuple(states), maker.widths, maker.rows, tuple(forward), (), (), cost, 0.0)
+        return Schedule(tuple(path), maker.widths, maker.rows, tuple(forward), (), (), cost, 0.0)
     flows: dict[str, tuple[float, list[Operation], list[Operation]]] = {o: (0.0, [], []) for o in maker.orders(last)}
     for k in range(last - 1, -1, -1):
         step = steps[k]
         before: dict[str, tuple[float, list[Operation], list[Operation]]] = {}
         for order, (spent, back, gradients) in flows.items():
-            more, gradient = maker.gradient(step, maker.read(states[k], k), k, order, k + 1)
+            more, gradient = maker.gradient(step, maker.read(path[k], k), k, order, k + 1)
             if gradient is None:
                 continue
             for source in maker.orders(k):
@@ -246,7 +250,7 @@ def make_schedule(
             vectors = gradient.product.cost(target, element) / 2
             back_cost += min(vectors, gradient_cost(gradient.product, width) or vectors)
     return Schedule(
-        tuple(states), maker.widths, maker.rows, tuple(forward), tuple(back), tuple(gradients), cost, back_cost
+        tuple(path), maker.widths, maker.rows, tuple(forward), tuple(back), tuple(gradients), cost, back_cost
     )
 
 

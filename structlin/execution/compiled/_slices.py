@@ -86,7 +86,8 @@ def _slices(
     chain: Chain, program: Program, axis: str, count: int, of_input: bool, dtype: str, target: Target, keeps: bool
 ) -> Slices | None:  # fmt: skip
     steps, sizes, d_in, d_out, rows = chain
-    size, part = dict(sizes), Part(count, of_input, program.shapes, sizes if keeps else None)
+    size = dict(sizes)
+    part = Part(count, of_input, program.shapes, *((sizes, program.schedule.states) if keeps else ()))
     size[axis] //= count
     ends = (d_in // count, d_out) if of_input else (d_in, d_out // count)
     one = make_program(steps, tuple(size.items()), *ends, rows, dtype, target, part, True, program.given)
