@@ -6,8 +6,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-__all__ = ["atomic_write", "sync_folder"]
-
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[BinaryIO]:

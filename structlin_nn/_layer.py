@@ -9,8 +9,6 @@ from typing import Any
 import structlin
 from structlin.structure import AbstractStructure
 
-__all__ = ["LayerPlan", "describe", "plan_layer"]
-
 
 @dataclass(frozen=True)
 class LayerPlan:

@@ -7,8 +7,6 @@ from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, cast
 
-__all__ = ["Pattern", "Patterns", "as_patterns", "listed", "matches", "show"]
-
 Pattern = str | re.Pattern[str]
 Patterns = Pattern | Sequence[Pattern]
 

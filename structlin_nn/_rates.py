@@ -12,19 +12,6 @@ from structlin.scale import OPTIMIZERS
 from structlin.structure import AbstractStructure
 from structlin_nn._patterns import Pattern, listed, matches, show
 
-__all__ = [
-    "KINDS",
-    "Fans",
-    "ParameterRule",
-    "Place",
-    "check_arguments",
-    "check_multiplier",
-    "check_number",
-    "dense_multiplier",
-    "factor_multipliers",
-    "settle",
-]
-
 KINDS = ("factor", "weight", "embedding", "bias", "norm", "gain", "vector")
 """Kinds of parameters: factors of structured layers; weights of dense layers and convolutions; embeddings; biases;
 weights of normalisation layers; gains of capped factors; all others that have at most one axis."""

@@ -11,8 +11,6 @@ from structlin.structure import AbstractStructure
 from structlin_nn._patterns import Pattern, Patterns, as_patterns, listed, matches, show
 from structlin_nn._text import table
 
-__all__ = ["PRESETS", "Replacement", "ReplacementReport", "matching", "names_of", "select"]
-
 PRESETS = ("all", "all_but_last", "intermediate")
 Layer = TypeVar("Layer", bound=Hashable)
 

@@ -15,7 +15,7 @@ from typing import Any
 import structlin
 from structlin.planning import check_budget
 from structlin_nn._planned import RESOURCES, Choice, Costs
-from structlin_nn._text import read_value
+from structlin_nn._text import check_integer, read_value
 from structlin_nn._widths import WIDEST, TooLargeError, largest_rank, number_of_factors, widest, widest_of
 from structlin_nn.counting import Device
 from structlin_nn.counting import device as find_device
@@ -169,8 +169,8 @@ def plan_model(
     """
     budgets = _budgets(budget, resource, samples, device)
     for key, value in (("multiple_of", multiple_of), ("batch_size", batch_size), ("samples", samples)):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-            raise ValueError(f"{key} must be a positive integer, got {value!r}")
+        if value is not None:
+            check_integer(key, value)
     if prefer not in PREFERENCES:
         raise ValueError(f"unknown preference {prefer!r}; one of {', '.join(PREFERENCES)}")
     fixed, known = dict(options or {}), structlin.structure_options(structure)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from structlin_nn._text import suggestion
+from structlin_nn._text import check_integer, suggestion
 from structlin_nn.models import MODELS, StructureConfig, base_model, build_model
 from structlin_nn.models.named import FORMS, example_inputs, open_named, own_function
 from structlin_nn.torch import Muon, ParameterRule, StructuredLinear, parameter_groups, replace_linear
@@ -178,8 +178,7 @@ def _check(widths: Sequence[int], optimizer: str, lr: float | None, threshold: f
     if not 0 < threshold < math.inf:
         raise ValueError(f"threshold must be positive and finite, got {threshold}")
     for name, value in counts.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} must be a positive integer, got {value!r}")
+        check_integer(name, value)
 
 
 def _run(

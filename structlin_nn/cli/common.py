@@ -17,13 +17,6 @@ from typing import Any, NoReturn
 
 from structlin_nn._text import suggestion, table
 
-__all__ = [
-    "DEVICES", "DTYPES", "FORMS", "LAYERS", "MODELS", "RULES", "SIZES", "Parser", "add_choice", "add_model_option",
-    "check_folder", "choice", "device_of", "fail", "given", "given_structure_options", "integers", "layer_patterns",
-    "layers_of", "model_options", "name_and_value", "own_model_options", "positive", "print_json", "print_table",
-    "size_options", "structure_options",
-]  # fmt: skip
-
 # The help must not import torch, so these names are repeated here. A test compares them with the library's.
 MODELS = ("cifar-mlp", "cifar-vit", "imagenet-vit", "gpt2")
 LAYERS = ("all", "all_but_last", "intermediate")

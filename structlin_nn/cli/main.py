@@ -16,8 +16,6 @@ from types import ModuleType
 from structlin_nn._text import suggestion
 from structlin_nn.cli.common import Parser, fail
 
-__all__ = ["main"]
-
 NAMES = (
     "demo", "prepare", "train", "sweep", "compress", "generate", "structures", "replace", "count", "tune", "fit",
     "plan", "check-scale", "figure", "report",

@@ -10,9 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from structlin._arrays import dtype_name
+from structlin_nn._text import check_integer
 from structlin_nn.torch.counting import ModelCount, count
-
-__all__ = ["DTYPES", "OPTIMIZER_STATES", "count_loss", "itemsize", "states_of", "training_bytes"]
 
 DTYPES = {
     "float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1, "float8_e5m2": 1, "int8": 1,
@@ -49,8 +48,7 @@ def states_of(optimizer: str, states: int | None = None) -> int:
     if optimizer not in OPTIMIZER_STATES:
         raise ValueError(f"unknown optimizer {optimizer!r}; one of {', '.join(OPTIMIZER_STATES)}")
     kept = OPTIMIZER_STATES[optimizer] if states is None else states
-    if isinstance(kept, bool) or not isinstance(kept, int) or kept < 0:
-        raise ValueError(f"states must be an integer of at least 0, got {kept!r}")
+    check_integer("states", kept, 0)
     return kept
 
 
@@ -141,8 +139,7 @@ def training_bytes(
     """
     if zero_stage not in (0, 1, 2, 3) or isinstance(zero_stage, bool):
         raise ValueError(f"zero_stage must be 0, 1, 2 or 3, got {zero_stage!r}")
-    if isinstance(devices, bool) or not isinstance(devices, int) or devices < 1:
-        raise ValueError(f"devices must be an integer of at least 1, got {devices!r}")
+    check_integer("devices", devices)
     for part in (counted, loss):
         if part is not None and not part.saved_known:
             raise ValueError("what the forward pass keeps was not counted: inside a context, or under torch.func")

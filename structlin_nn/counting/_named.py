@@ -7,10 +7,11 @@ from dataclasses import asdict
 from typing import Any
 
 import structlin
-from structlin_nn._text import table
+from structlin.execution.devices import Device
+from structlin_nn._text import check_integer, table
 from structlin_nn.counting._memory import count_loss, training_bytes
-from structlin_nn.counting._roofline import Device, roofline
 from structlin_nn.counting._roofline import device as find_device
+from structlin_nn.counting._roofline import roofline
 from structlin_nn.counting._traffic import format_traffic, layer_traffic
 from structlin_nn.models import GPT2, MLP, MODELS, StructureConfig, ViT, base_model, build_model
 from structlin_nn.torch import StructuredLinear, parameter_groups
@@ -231,8 +232,8 @@ def loss_of(model: MLP | ViT | GPT2, batch: int) -> ModelCount:
 
 def _check_run(batch_size: int | None, steps: int | None) -> None:
     for key, value in (("batch_size", batch_size), ("steps", steps)):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-            raise ValueError(f"{key} must be a positive integer, got {value!r}")
+        if value is not None:
+            check_integer(key, value)
     if steps is not None and batch_size is None:
         raise ValueError("steps need a batch size")
 

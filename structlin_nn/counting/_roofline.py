@@ -14,8 +14,6 @@ from structlin.execution.devices import DEVICES, Device
 from structlin_nn.counting._memory import itemsize, states_of
 from structlin_nn.torch.counting import ModelCount
 
-__all__ = ["DEVICES", "Device", "Roofline", "device", "measure_cpu", "roofline"]
-
 
 def measure_cpu(dtype: str = "float32", seconds: float = 0.3) -> Device:
     """Return the CPU that this runs on, with torch's threads: a square product of 1024, and a copy of 64 MiB.

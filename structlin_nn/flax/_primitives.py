@@ -9,9 +9,6 @@ from typing import Any, NamedTuple
 
 from structlin_nn._flops import FLOPS, fft_flops
 
-__all__ = ["COMPOSITE", "FREE", "NO_PRODUCT", "PRODUCT", "UNKNOWN", "Work", "classify", "formula_of",
-           "register_no_product", "register_primitive"]  # fmt: skip
-
 PRODUCT, NO_PRODUCT, UNKNOWN, COMPOSITE = "product", "no product", "unknown", "composite"
 
 

@@ -11,6 +11,7 @@ from torch import nn
 
 import structlin
 from structlin.scale import RULES
+from structlin_nn._text import check_integer
 from structlin_nn.torch import StructuredLinear
 
 ROLES = ("input", "hidden", "output")
@@ -122,9 +123,7 @@ class LinearFactory:
 def check_positive(config: Any, *names: str) -> None:
     """Raise ValueError unless the named attributes of ``config`` are positive integers."""
     for name in names:
-        value = getattr(config, name)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} must be a positive integer, got {value!r}")
+        check_integer(name, getattr(config, name))
 
 
 def check_shape(shape: Any) -> tuple[int, int, int]:

@@ -33,8 +33,6 @@ from structlin_nn.recipes._telling import hardware
 from structlin_nn.recipes._torch import base_of, common_state, count_run, layers_of, restore_common
 from structlin_nn.torch import parameter_groups
 
-__all__ = ["FlaxRun", "check_flax"]
-
 CLIP_EPSILON = 1e-6  # torch's, in clip_grad_norm_
 
 

@@ -10,8 +10,6 @@ from torch import Tensor, nn
 
 from structlin_nn.torch import StructuredLinear
 
-__all__ = ["Probe"]
-
 
 class Probe:
     """Measure the last features on a fixed batch, their change in a step, and the gain of each layer.

@@ -22,8 +22,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from structlin_nn.recipes._config import RunConfig, require
 
-__all__ = ["ALONE", "Processes", "available_device", "local", "processes"]
-
 Value = TypeVar("Value")
 
 

@@ -17,8 +17,6 @@ from typing import Any
 
 import structlin
 
-__all__ = ["TRACKERS", "Interruption", "hardware", "scalars", "versions"]
-
 SAME_SECONDS = 5.0
 """A signal sooner after the first is the same request: Ctrl-C reaches a process, and torchrun forwards it."""
 

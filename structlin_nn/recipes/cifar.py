@@ -21,10 +21,10 @@ from structlin_nn.data.augment import Augmentation, normalize
 from structlin_nn.models import StructureConfig, build_model
 from structlin_nn.models.named import build_named
 from structlin_nn.recipes._config import RunConfig, require
-from structlin_nn.recipes._processes import ALONE
+from structlin_nn.recipes._processes import ALONE, processes
 from structlin_nn.recipes._run import Options as RunOptions
 from structlin_nn.recipes._run import Result
-from structlin_nn.recipes._torch import TorchRun, count_run, processes
+from structlin_nn.recipes._torch import TorchRun, count_run
 
 __all__ = ["Config", "Options", "build", "plan", "train"]
 

@@ -26,8 +26,6 @@ from structlin_nn.torch.pointwise import StructuredPointwise
 from structlin_nn.torch.replace import _check_is_called, _switch_off_fast_paths
 from structlin_nn.torch.unpack import unpack_linear
 
-__all__ = ["Change", "changes", "check_layout", "layout_of"]
-
 _TYPES: dict[str, type | tuple[type, ...]] = {
     "names": list, "in_features": int, "out_features": int, "structure": (str, type(None)), "options": dict,
     "chain": (dict, type(None)), "factors": list, "bias": bool, "rms_cap": bool, "gain": bool, "rule": str,

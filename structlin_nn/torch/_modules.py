@@ -8,8 +8,6 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["changed", "check_model", "is_conv1d", "linear_sizes", "on_change", "pointwise_sizes", "put"]
-
 _listeners: list[Callable[[nn.Module], None]] = []
 
 

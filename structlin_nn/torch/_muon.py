@@ -14,8 +14,6 @@ from torch.optim.adamw import adamw
 
 from structlin.structure import AbstractStructure, Structure
 
-__all__ = ["Matrices", "Muon", "factor_matrices", "muon_multiplier", "orthogonalized"]
-
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 
 

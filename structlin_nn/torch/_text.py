@@ -11,8 +11,6 @@ from functools import lru_cache
 
 from structlin.structure import Structure
 
-__all__ = ["from_text", "to_text"]
-
 
 @lru_cache(maxsize=4096)
 def to_text(structure: Structure) -> str:

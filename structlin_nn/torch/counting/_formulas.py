@@ -17,8 +17,6 @@ from torch import Tensor
 
 from structlin_nn.torch.counting._lists import WHOLE, Formula, Product, register_product
 
-__all__ = ["attention_pairs", "attention_product", "grouped", "matrix_product"]
-
 Arguments = Mapping[str, Any]
 
 

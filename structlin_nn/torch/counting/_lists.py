@@ -20,11 +20,6 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import flop_registry
 
-__all__ = [
-    "COMPOSITE", "NO_PRODUCT", "PRODUCT", "UNKNOWN", "WHOLE", "Formula", "Product", "UnknownOperationError", "classify",
-    "classify_name", "formula_of", "operation_names", "register_no_product", "register_product",
-]  # fmt: skip
-
 PRODUCT, NO_PRODUCT, UNKNOWN, COMPOSITE = "product", "no product", "unknown", "composite"
 
 

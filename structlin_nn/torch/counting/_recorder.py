@@ -44,8 +44,6 @@ from structlin_nn.torch.counting._lists import (
 from structlin_nn.torch.counting._result import CallCount
 from structlin_nn.torch.linear import StructuredLinear
 
-__all__ = ["OUTSIDE", "Recorder", "backward_macs", "inner_tensors"]
-
 aten = torch.ops.aten
 OUTSIDE = "(outside)"  # what runs in no module
 

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from importlib import import_module
 from typing import Any
 
-__all__ = ["CallCount", "ModelCount", "ModuleCount"]
+from structlin_nn._text import check_integer, table
 
 
 @dataclass
@@ -198,8 +198,8 @@ class ModelCount:
         >>> [(d, m.name, m.macs, m.share) for d, m in count(model, torch.zeros(1, 8)).tree().walk() if m.macs]
         [(0, '', 60, 1.0), (1, '0', 48, 0.8), (1, '1', 12, 0.2), (2, '1.1', 12, 0.2)]
         """
-        if depth is not None and (isinstance(depth, bool) or not isinstance(depth, int) or depth < 0):
-            raise ValueError(f"depth must be an integer of at least 0, or None, got {depth!r}")
+        if depth is not None:
+            check_integer("depth", depth, 0)
         root = ModuleCount("", self.modules.get("", "(all)"), seconds=self.seconds.get(""))
         nodes = {"": root}
 
@@ -240,7 +240,7 @@ class ModelCount:
                 cells.append("" if m.seconds is None else f"{1e3 * m.seconds:.3f}")
                 cells.append("" if rate is None else f"{rate / 1e9:.3g}")
             rows.append(cells)
-        return "\n".join(_columns([head, *rows], left=2))
+        return table(head, rows, left=2, rule=False)
 
     def to_dict(self) -> dict[str, Any]:
         """All fields and totals, of types that ``json.dumps`` takes."""
@@ -270,7 +270,7 @@ class ModelCount:
         ]  # fmt: skip
         missing = format_unknown(self.unknown_ops)
         kinds = {c.kind: self.macs(c.kind) for c in self.calls}
-        lines = [*([missing] if missing else []), *_columns([head, *rows], left=3), ""]
+        lines = [*([missing] if missing else []), table(head, rows, left=3, rule=False), ""]
         lines += [f"{'parameters':<24}{self.params:>20,}", f"{'  trainable':<24}{self.trainable_params:>20,}"]
         lines += [f"{'  embeddings':<24}{self.embedding_params:>20,}"]
         note = f"  without {missing}" if missing else ""
@@ -292,12 +292,3 @@ def format_unknown(unknown: dict[str, int]) -> str:
     if not unknown:
         return ""
     return "UNKNOWN operations: " + ", ".join(f"{name} x{number}" for name, number in unknown.items())
-
-
-def _columns(rows: list[list[str]], left: int) -> list[str]:
-    """Cells under each other, the first ones on the left."""
-    widths = [max(map(len, cells)) for cells in zip(*rows, strict=True)]
-    return [
-        "  ".join(c.ljust(w) if i < left else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
-        for row in rows
-    ]

@@ -19,8 +19,6 @@ from structlin_nn.torch.counting._lists import UnknownOperationError
 from structlin_nn.torch.counting._recorder import OUTSIDE, Recorder
 from structlin_nn.torch.counting._result import ModelCount
 
-__all__ = ["Counting", "count"]
-
 
 def count(
     model: nn.Module,

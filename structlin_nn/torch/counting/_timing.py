@@ -15,8 +15,6 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from structlin_nn.torch.counting._result import ModelCount
 from structlin_nn.torch.counting._run import _check_lazy, _untouched, count
 
-__all__ = ["time_modules"]
-
 
 def time_modules(
     model: nn.Module, *inputs: Any, repeats: int = 5, warm: int = 1, grad: bool = False, **kwargs: Any
