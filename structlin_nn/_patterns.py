@@ -39,6 +39,11 @@ def show(pattern: Pattern) -> str:
     return repr(pattern if isinstance(pattern, str) else pattern.pattern)
 
 
+def alike(name: str) -> str:
+    """Return a name with ``*`` in place of its numbers: the same for all layers of a kind."""
+    return ".".join("*" if part.isdigit() else part for part in name.split("."))
+
+
 def listed(names: Iterable[str], most: int = 40) -> str:
     """Names joined by commas, the first ``most`` of them.
 

@@ -44,11 +44,6 @@ def generate(
     Tensor
         (batch, length + new tokens), int64 on the device of ``tokens``; fewer new tokens if all sequences have ended.
 
-    Raises
-    ------
-    TypeError, ValueError
-        Arguments of another type or out of range.
-
     Examples
     --------
     >>> def counts(tokens: Tensor) -> Tensor:

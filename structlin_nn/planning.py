@@ -35,30 +35,23 @@ class ModelPlan:
 
     Attributes
     ----------
-    model
-        Name of the model.
     structure, options
-        Structure of its layers, and its options.
-    width
-        Width of the model.
+        Structure of its layers.
     depth
         Number of blocks; None for your own model if the depth was not chosen.
     planned
         What uses the budget, ``width`` or ``rank``; None if all choices were given.
-    forward_macs
-        MACs of one sample. Operations that are not products count with half their FLOPs.
-    training_macs
-        MACs of one sample in training, products only.
+    forward_macs, training_macs
+        MACs of one sample, forward and in training. In the former, operations that are not products count with half
+        their FLOPs.
     params
         Number of trainable parameters.
     bytes
         Bytes of a training step of ``batch_size`` samples.
     training_flops
         FLOPs of training on ``samples`` samples, of all operations; None without ``samples``.
-    step_seconds
-        Minimum time of a training step on the device by the roofline model; None without a device.
-    run_seconds
-        Minimum time of training on ``samples`` samples.
+    step_seconds, run_seconds
+        Minimum times of a step and of training on ``samples`` samples, by the roofline model; None without a device.
     share
         Used share of the budget, from 0 to 1; of several budgets, the largest share.
     next
@@ -259,10 +252,7 @@ def plan_of(
 
 
 def best_plan(plans: Sequence[ModelPlan], prefer: str = "spent") -> ModelPlan:
-    """Return the best of several plans, as ``prefer`` says; of equal ones the wider, then the one of more parameters.
-
-    Raises ValueError for no plans, or an unknown preference.
-    """
+    """Return the best plan, as ``prefer`` says; of equal ones the wider, then the one of more parameters."""
     if prefer not in PREFERENCES:
         raise ValueError(f"unknown preference {prefer!r}; one of {', '.join(PREFERENCES)}")
     if not plans:
@@ -307,17 +297,8 @@ def plan_models(
 ) -> tuple[list[ModelPlan], dict[str, str]]:
     """Return plans of several structures for one budget, and why others have none, by ``name:option=value,...``.
 
-    Parameters
-    ----------
-    name, budget, **settings
-        Arguments of :func:`plan_model`. Ranks, cores and blocks to choose from apply to the structures that have them.
-    structures
-        (name, options) of each structure.
-
-    Raises
-    ------
-    ValueError
-        An error that concerns all structures: a budget, a name, a setting, or a choice that no structure has.
+    `structures` are pairs (name, options); other arguments are those of :func:`plan_model`. Ranks, cores and blocks to
+    choose from apply to the structures that have them. ValueError for an error that concerns all structures.
 
     Examples
     --------

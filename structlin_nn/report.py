@@ -62,28 +62,11 @@ figcaption {{ color: #555; font-size: 13px; max-width: 46rem; }}
 
 @dataclass(frozen=True)
 class Run:
-    """What a report says of one run.
+    """What a report says of one run: its file (``record``), the label of its group, and numbers.
 
-    Attributes
-    ----------
-    record
-        The file.
-    group
-        Label of its group.
-    width
-        Of the model.
-    params
-        Trainable ones, where the record has them.
-    planned
-        FLOPs of the training of the whole run, products; None in records without.
-    spent
-        FLOPs of the training so far.
-    seconds
-        Of training, without evaluations where the record has them apart.
-    result
-        At the last evaluation.
-    finished
-        Whether the run has reached its last step.
+    ``params`` are trainable ones, if the record has them. ``planned`` are the FLOPs of the training of the whole run,
+    and ``spent`` those so far; ``seconds`` are those of training, without evaluations if the record separates them.
+    ``result`` is that of the last evaluation.
     """
 
     record: str
@@ -147,12 +130,12 @@ def report(
 ) -> str:
     """Return the page about some run records, as HTML.
 
-    Sections that the records have nothing for say why: groups with too few runs for a law, runs of one size.
+    Sections without data say why: groups with too few runs for a law, runs of one size.
 
     Parameters
     ----------
     paths
-        Run records, or folders of them; runs that have not ended are in it, and not in the laws.
+        Run records, or folders of them. Unfinished runs are on the page, and not in the laws.
     y
         The result, such as ``test_error``; None: that of the task (:data:`RESULTS`).
     x
@@ -162,22 +145,15 @@ def report(
     where
         Only rows with these values (:func:`structlin_nn.tables.select`).
     reference
-        Group to compare with; None: dense, where there is one.
+        Group to compare with; None: dense, if there is one.
     error
-        Where to compare; None: the lowest that both reach.
+        Error at which groups are compared; None: the lowest that both reach.
     floor, samples
-        Of the laws (:func:`structlin_nn.laws.fit_groups`).
+        Arguments of :func:`structlin_nn.laws.fit_groups`.
     confidence
-        Of the intervals.
+        Confidence of the intervals.
     title
-        Of the page.
-
-    Raises
-    ------
-    ValueError
-        Files that are no run records, records of several tasks without ``y``, an unknown column.
-    OSError
-        A file that cannot be read.
+        Title of the page.
     """
     rows = select(read_rows(paths, evaluations="all", unfinished=True), dict(where or {}))
     tasks = list(dict.fromkeys(str(row.get("task", _task_of(row))) for row in rows))

@@ -126,14 +126,6 @@ def check_scale(
     threshold
         Largest absolute slope of a flat layer, see :data:`THRESHOLD`.
 
-    Raises
-    ------
-    ValueError
-        Arguments out of range, a model without inputs or whose layers differ between widths, or values that are not
-        finite.
-    TypeError
-        A builder that returns something else.
-
     Examples
     --------
     >>> build = lambda width: (nn.Sequential(nn.Linear(8, width), nn.ReLU(), nn.Linear(width, 3)), torch.ones(2, 8))
@@ -328,13 +320,6 @@ def builder_of(
         Further arguments of the model, of its configuration, or of the function.
     **sizes
         Sizes of a named model (:func:`structlin_nn.models.build_model`), by default :data:`CHECK_SIZES`.
-
-    Raises
-    ------
-    ValueError
-        An unknown name, an argument that the kind of model does not have, or one that it needs.
-    TypeError
-        A function that returns no model.
 
     Examples
     --------

@@ -34,9 +34,6 @@ def count_model(
     rule: str = "paper",
     layers: str | None = None,
     optimizer: str = "adam",
-    num_classes: int | None = None,
-    heads: int | None = None,
-    head_dim: int | None = None,
     batch_size: int | None = None,
     steps: int | None = None,
     dtype: str = "float32",
@@ -54,64 +51,41 @@ def count_model(
 
     Parameters
     ----------
-    name
-        ``cifar-mlp``, ``cifar-vit``, ``imagenet-vit`` or ``gpt2``.
-    width
-        Features of the residual stream.
+    name, width, structure, options, layers, rms_cap, rule
+        As for :func:`structlin_nn.models.build_model` and :class:`structlin_nn.models.StructureConfig`.
+    rank, rank_fraction, blocks, factorization
+        Options of the structure, too.
     base_width
         Width at which the learning rate was tuned; default: the paper's.
-    structure
-        A registered name.
-    rank, rank_fraction, blocks, factorization
-        Options of the structure; None: its default.
-    options
-        Further options of the structure, by name.
-    rms_cap, rule, layers
-        As in :class:`structlin_nn.models.StructureConfig`.
     optimizer
-        Whose learning-rate multipliers to list (:func:`structlin.lr_multipliers`).
-    num_classes, heads, head_dim
-        Sizes of the model; None: the named model's.
+        Optimiser whose learning-rate multipliers are listed (:func:`structlin.lr_multipliers`).
     batch_size
         Samples in a step; None: 1 for bytes and times.
     steps
-        Of a training run, for its total; needs a batch size.
-    dtype
-        Of weights, gradients and states.
-    activation_dtype
-        Of activations and products (mixed precision); None: ``dtype``.
-    optimizer_states
-        Numbers that the optimiser keeps for each parameter, if not the usual (:func:`training_bytes`).
+        Steps of a training run, for its total; needs a batch size.
+    dtype, activation_dtype
+        Dtype of weights, gradients and states, and that of activations and products (default: the same).
+    optimizer_states, zero_stage, devices
+        As for :func:`training_bytes`; the batch is that of one device.
     device
-        Also the least time on a device, one of :data:`DEVICES` or ``cpu``, which is measured.
+        Also return the minimum time on a device, one of :data:`DEVICES` or ``cpu``, which is measured.
     causal_discount, flash_backward, strict
         As for :func:`count`.
-    zero_stage, devices
-        As for :func:`training_bytes`; the batch is that of one device.
     **sizes
-        Further sizes (``MODELS[name].options``).
+        Sizes of the model (``MODELS[name].options``), such as ``num_classes``; None: the named model's.
 
     Returns
     -------
     dict[str, Any]
-        A record that ``json.dumps`` takes. ``forward_macs`` and ``training_macs`` (forward and backward) are MACs;
-        ``attention_macs`` (scores and values) and ``head_macs`` are parts of ``forward_macs``, ``embedding_params`` is
-        a part of ``trainable_params``. ``layers`` lists every linear layer, in order, with its factors in the order in
-        which they are applied; ``params`` includes bias and gains. ``other_params`` lists the rest, so that the
-        ``params`` of the layers and the sizes of ``other_params`` add up to ``trainable_params``. ``per_token``:
-        forward MACs and training FLOPs (products) of a sample over its ``tokens``; ``bytes``: those of a training step
-        (:func:`training_bytes`); ``run``: training FLOPs of a step and, with ``steps``, of the run; ``roofline``:
-        seconds at least (:class:`Roofline`). ``intensity`` of a layer: FLOPs for each byte moved. ``traffic``, on a
-        GPU: of each structured layer the way that is predicted to be the fastest one, its kernels, bytes and seconds
-        (:mod:`structlin.execution.traffic`). ``other_flops`` (forward) and ``training_other_flops`` are FLOPs that are
-        no products. ``uncounted_ops`` names operations that are no products, and how often they run, ``unknown_ops``
-        those that are in no list.
-
-    Raises
-    ------
-    ValueError
-        Unknown model, structure, preset or size; an option that the structure or model does not have; sizes that do not
-        fit; steps without a batch size; an unknown dtype or device; unknown operations, with ``strict``.
+        A record for ``json.dumps``. ``attention_macs`` (scores and values) and ``head_macs`` are parts of
+        ``forward_macs``, and ``embedding_params`` is part of ``trainable_params``. ``layers`` lists every linear layer
+        in order, with its factors in the order in which they are applied; its ``params`` include bias and gains, and
+        ``intensity`` is its FLOPs for each byte moved. The ``params`` of the layers and the sizes of ``other_params``
+        add up to ``trainable_params``. ``per_token`` divides a sample by its ``tokens``. ``bytes`` are those of a
+        training step, ``run`` the FLOPs of a step and of the run, ``roofline`` seconds (:class:`Roofline`).
+        ``traffic``, on a GPU, has for each structured layer the way that is predicted to be the fastest one
+        (:mod:`structlin.execution.traffic`). ``other_flops`` are FLOPs that are no products. ``uncounted_ops`` names
+        operations without products, and ``unknown_ops`` those of unknown cost.
 
     Examples
     --------
@@ -126,8 +100,7 @@ def count_model(
     if twice := chosen.keys() & (options or {}):
         raise ValueError(f"options {', '.join(sorted(twice))} are given twice")
     config = StructureConfig(structure, {**chosen, **(options or {})}, layers=layers, rms_cap=rms_cap, rule=rule)
-    named = {"num_classes": num_classes, "heads": heads, "head_dim": head_dim}
-    sizes |= {key: value for key, value in named.items() if value is not None}
+    sizes = {key: value for key, value in sizes.items() if value is not None}
 
     _check_run(batch_size, steps)
     batch = batch_size or 1

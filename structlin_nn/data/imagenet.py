@@ -87,11 +87,6 @@ class ImageRecipe:
     smoothing
         Label smoothing.
 
-    Raises
-    ------
-    ValueError
-        A value outside its range.
-
     Notes
     -----
     Source: Cubuk et al., RandAugment, 2020; Zhong et al., Random Erasing, 2020; Zhang et al., mixup, 2018.
@@ -266,12 +261,6 @@ class ImageNetData:
         Iterator[tuple[Tensor, Tensor, Tensor]]
             (images, labels, keys): uint8 (n, 3, size, size), int64 (n,) and int64 (n,), for `ImageRecipe.finish`, with
             n = batch_size / world_size / accumulate.
-
-        Raises
-        ------
-        ValueError
-            An argument out of range, a batch that cannot be shared equally, fewer images than one batch, or a broken
-            image.
         """
         local, rank, world = share(batch_size, rank, world_size)
         if local % natural("accumulate", accumulate, 1) or (recipe.mixup and local // accumulate % 2):
@@ -315,11 +304,6 @@ class ImageNetData:
         -------
         _Batches
             (images, labels): uint8 (n, 3, size, size) and int64 (n,). The same workers serve all evaluations.
-
-        Raises
-        ------
-        ValueError
-            An argument out of range, or a broken image.
         """
         _, rank, world = share(batch_size, rank, world_size)
         chosen = []

@@ -65,13 +65,6 @@ class ImageDataset:
     mean, std
         Mean and deviation of each channel of the training images (`channel_statistics`; derived).
 
-    Raises
-    ------
-    TypeError
-        Images that are not uint8, labels that are not int64.
-    ValueError
-        Shapes that do not fit together, a label outside the classes, an empty split.
-
     Examples
     --------
     >>> pixels, labels = np.zeros((4, 1, 2, 2), np.uint8), np.array([0, 1, 0, 1])

@@ -160,13 +160,6 @@ def token_batch(
     tuple[np.ndarray, np.ndarray]
         (x, y): int64 arrays (batch_size / world_size, block_size); y is x moved on by one token.
 
-    Raises
-    ------
-    TypeError
-        Tokens that are not an integer array of one axis, an argument that is not an integer.
-    ValueError
-        An argument out of range, an unequal share, or fewer than ``block_size + 1`` tokens.
-
     Examples
     --------
     >>> x, y = token_batch(np.arange(100, dtype=np.uint16), block_size=4, batch_size=2, seed=0, step=0)

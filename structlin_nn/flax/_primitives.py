@@ -84,16 +84,6 @@ def register_primitive(name: str) -> Callable[[Callable[[Any], Any]], Callable[[
     The function takes the equation of the jaxpr (``invars``, ``outvars``, ``params``). It returns MACs, or a pair of
     MACs and other FLOPs.
 
-    Parameters
-    ----------
-    name
-        Name of the primitive.
-
-    Returns
-    -------
-    Callable
-        A decorator, which returns the function unchanged.
-
     Examples
     --------
     >>> @register_primitive("structlin_example")
@@ -116,13 +106,7 @@ def register_primitive(name: str) -> Callable[[Callable[[Any], Any]], Callable[[
 
 
 def register_no_product(name: str) -> None:
-    """Register a primitive that computes no products.
-
-    Parameters
-    ----------
-    name
-        Name of the primitive.
-    """
+    """Register a primitive that computes no products."""
     _FORMULAS.pop(name, None)
     _REGISTERED_FREE.add(name)
 

@@ -189,11 +189,6 @@ def count(
     strict
         Raise an error for a primitive of unknown cost.
 
-    Returns
-    -------
-    JaxCount
-        The counts.
-
     Raises
     ------
     TypeError
@@ -261,18 +256,6 @@ def xla_flops(function: Callable[..., Any], *inputs: Any, **keywords: Any) -> fl
 
     XLA also counts additions and comparisons, counts each loop once, and does not count transcendental functions. For a
     function that only computes products the result equals ``2 * macs`` of :func:`count`.
-
-    Parameters
-    ----------
-    function
-        A function of arrays.
-    *inputs, **keywords
-        Arrays or ``jax.ShapeDtypeStruct``.
-
-    Returns
-    -------
-    float
-        Number of FLOPs.
 
     Examples
     --------

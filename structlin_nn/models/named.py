@@ -162,11 +162,6 @@ def build_named(
         Side of the images that the model takes, for ``timm:NAME`` and ``hf:CONFIG``.
     **options
         Further arguments of the configuration or the function.
-
-    Returns
-    -------
-    nn.Module
-        Inputs to logits.
     """
     kind, _, name = text.partition(":")
     made: Any
@@ -199,11 +194,6 @@ def example_inputs(model: nn.Module, batch: int = 1) -> Tensor:
         A model that has ``example_input(batch)``, of timm, or of transformers (token indices or pixels).
     batch
         Number of samples.
-
-    Raises
-    ------
-    ValueError
-        A model of another kind.
 
     Examples
     --------

@@ -44,11 +44,6 @@ class Config(RunConfig):
 
     The defaults are the paper's recipe for ``cifar-mlp``; `structlin_nn.recipes.recipe` has that for ``cifar-vit``.
 
-    Raises
-    ------
-    TypeError, ValueError
-        As `RunConfig`.
-
     Examples
     --------
     >>> Config(width=128, structure="low_rank", options={"rank": 8}).replace(width=256).width

@@ -48,11 +48,6 @@ class Config(RunConfig):
     nanoGPT: learning rate and its schedule, betas, clipping, and a weight decay of 0.1 of all matrices, embeddings
     too.
 
-    Raises
-    ------
-    TypeError, ValueError
-        As `RunConfig`.
-
     Examples
     --------
     >>> Config(width=128, heads=2, context=64, steps=100, warmup_steps=10).batch_size

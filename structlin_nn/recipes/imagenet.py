@@ -44,11 +44,6 @@ class Config(RunConfig):
 
     The defaults are the paper's recipe for ViT/32.
 
-    Raises
-    ------
-    TypeError, ValueError
-        As `RunConfig`.
-
     Examples
     --------
     >>> Config(width=128, depth=2, epochs=10).patch

@@ -36,12 +36,6 @@ _TYPES: dict[str, type | tuple[type, ...]] = {
 def layout_of(model: nn.Module) -> dict[str, Any]:
     """Return the layout of a model.
 
-    Raises
-    ------
-    ValueError
-        If the model itself is a structured layer, or a structured layer has parametrizations, options that JSON cannot
-        represent, or a structure that is neither registered nor a chain.
-
     Examples
     --------
     >>> layout = layout_of(nn.Sequential(StructuredLinear(6, 4, structure="low_rank", rank=2), nn.Linear(4, 3)))
@@ -175,12 +169,6 @@ def changes(model: nn.Module, layout: Mapping[str, Any]) -> list[Change]:
     Modules that pack the weights of layers of the layout are unpacked (:func:`structlin_nn.torch.unpack_linear`).
     A new layer has the dtype, training mode and ``requires_grad`` of the old one. A structured layer that already
     agrees with the layout is not replaced.
-
-    Raises
-    ------
-    ValueError
-        If the model has no linear layer of a name, or one whose sizes or bias differ from the layout, or a layer cannot
-        be replaced (:func:`replace_linear`).
     """
     unpack_linear(model, [name for form in layout["layers"] for name in form["names"]])
     places: dict[nn.Module, list[str]] = {}

@@ -113,12 +113,6 @@ class Muon(Optimizer):
     betas, eps
         Options of AdamW.
 
-    Raises
-    ------
-    ValueError
-        If a rate or decay is negative, ``momentum`` or one of ``betas`` lies outside [0, 1), ``ns_steps`` is below 1,
-        the ``matrices`` of a group contradict its ``params``, or a parameter for Muon is complex.
-
     Examples
     --------
     >>> layer = torch.nn.Linear(4, 3, bias=False)
@@ -178,18 +172,7 @@ class Muon(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Update all parameters once.
-
-        Parameters
-        ----------
-        closure
-            Function that evaluates the model and returns the loss.
-
-        Returns
-        -------
-        float or None
-            The loss of ``closure``, if given.
-        """
+        """Update all parameters once."""
         loss = None
         if closure is not None:
             with torch.enable_grad():

@@ -58,16 +58,6 @@ def mlp(
     residual
         Add ``x`` to the result. This requires d_out = d.
 
-    Returns
-    -------
-    Tensor
-        Tensor of shape (..., d_out).
-
-    Raises
-    ------
-    ValueError
-        If the activation is unknown, or with ``residual`` the sizes of input and output differ.
-
     Examples
     --------
     >>> up, down = (StructuredLinear(*s, structure="monarch", blocks=4) for s in ((32, 128), (128, 32)))
@@ -112,11 +102,6 @@ def projections(x: Tensor, layers: Sequence[nn.Module], norm: nn.Module | None =
     norm
         Module that is applied to ``x`` first.
 
-    Returns
-    -------
-    tuple of Tensor
-        One result for each layer.
-
     Examples
     --------
     >>> layers = [StructuredLinear(32, size, structure="monarch", blocks=4) for size in (32, 16, 16)]
@@ -148,11 +133,6 @@ class StructuredMLP(nn.Module):
         Names of up, down and gate.
     dropout
         Probability of the dropout after the last layer in training.
-
-    Raises
-    ------
-    ValueError
-        If the activation is unknown, the sizes of the layers do not match, or the number of names is wrong.
 
     Examples
     --------
@@ -207,11 +187,6 @@ def fuse_mlps(model: nn.Module) -> dict[str, str]:
 
     An MLP is not replaced if its activation function is not in :data:`ACTIVATIONS`, if it has hooks or dropout between
     its layers, or if its output for random input differs from that of its layers and activation function.
-
-    Parameters
-    ----------
-    model
-        Any module.
 
     Returns
     -------

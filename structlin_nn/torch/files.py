@@ -149,16 +149,6 @@ def save_structured(
 def read_structured(path: str | os.PathLike[str]) -> StructuredFile:
     """Read the description of the model in a file of :func:`save_structured`, without the tensors.
 
-    Parameters
-    ----------
-    path
-        Path of the file.
-
-    Returns
-    -------
-    StructuredFile
-        The description.
-
     Raises
     ------
     FileNotFoundError
@@ -215,11 +205,6 @@ def load_structured(
         Path of a file of :func:`save_structured`.
     verify
         Compare the checksum of the tensors.
-
-    Returns
-    -------
-    nn.Module
-        The model.
 
     Raises
     ------

@@ -13,7 +13,16 @@ from torch.nn.utils import parametrize
 import structlin
 from structlin.structure import AbstractStructure
 from structlin_nn._patterns import Pattern, Patterns, as_patterns, show
-from structlin_nn._replacement import PRESETS, Replacement, ReplacementReport, matching, names_of, select
+from structlin_nn._replacement import (
+    PRESETS,
+    Replacement,
+    ReplacementReport,
+    check_choices,
+    matching,
+    names_of,
+    select,
+    untied,
+)
 from structlin_nn.torch._modules import changed, check_model, is_conv1d, linear_sizes, pointwise_sizes, put
 from structlin_nn.torch._roles import role_of
 from structlin_nn.torch._step_check import replaced
@@ -140,13 +149,10 @@ def replace_linear(
     ValueError: layers: no linear layer matches 'head'; the linear layers are 4
     """
     check_model(model, "replace_linear")
-    if shared_weights not in ("error", "skip"):
-        raise ValueError(f"shared_weights must be 'error' or 'skip', got {shared_weights!r}")
-    for name, value, allowed in (
-        ("impossible", impossible, ("skip", "error")), ("dearer", dearer, ("warn", "error", "skip", "allow")),
-    ):  # fmt: skip
-        if value not in allowed:
-            raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+    check_choices(
+        shared_weights=(shared_weights, ("error", "skip")), impossible=(impossible, ("skip", "error")),
+        dearer=(dearer, ("warn", "error", "skip", "allow")),
+    )  # fmt: skip
     if linear_sizes(model) is not None:
         raise ValueError("the model itself is a linear layer and cannot be replaced in place; put it in a container")
     with unpacked(model, unpack) as restore:
@@ -204,10 +210,7 @@ def replace_linear(
             elif shared_weights == "skip":
                 skipped.append((names[0], f"shares {', '.join(others)}"))
             else:
-                raise ValueError(
-                    f"layer {names[0]!r} shares {', '.join(others)}; its replacement would untie them: "
-                    "exclude it, or pass shared_weights='skip' to leave such layers dense"
-                )
+                raise untied(names[0], others)
         if not made and errors:
             raise errors[0]
         if not made:

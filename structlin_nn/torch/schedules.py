@@ -38,11 +38,6 @@ class MuAdamW(torch.optim.AdamW):
         Options of :func:`parameter_groups` (``structure_aware``, ``extra_multipliers``, ``rules``, ``decay``,
         ``independent_decay``) and of ``torch.optim.AdamW`` (``betas``, ``eps``, ``fused``, ...).
 
-    Raises
-    ------
-    TypeError, ValueError
-        As for :func:`parameter_groups` and AdamW.
-
     Examples
     --------
     >>> from structlin_nn.torch import replace_linear
@@ -166,11 +161,6 @@ def with_multipliers(make: Callable[..., Any], optimizer: Optimizer, *args: Any,
         Optimiser with groups of :func:`parameter_groups`.
     *args, **kwargs
         Arguments of the scheduler. Rates are those at base width.
-
-    Returns
-    -------
-    MultiplierScheduler
-        A scheduler with the methods of the wrapped one.
 
     Raises
     ------

@@ -80,7 +80,7 @@ MISTAKES = (
     (low(rule="mup"), ValueError, "layer '0' (12 -> 16): unknown rule 'mup'; one of paper, rank_corrected"),
     (low(impossible="ignore"), ValueError, "impossible must be one of 'skip', 'error', got 'ignore'"),
     (low(dearer="no"), ValueError, "dearer must be one of 'warn', 'error', 'skip', 'allow', got 'no'"),
-    (low(shared_weights="keep"), ValueError, "shared_weights must be 'error' or 'skip', got 'keep'"),
+    (low(shared_weights="keep"), ValueError, "shared_weights must be one of 'error', 'skip', got 'keep'"),
     (low(gain=True), ValueError, "layer '0' (12 -> 16): gain=True needs rms_cap=True: only capped factors have gains"),
     (low(overrides={"0": 4}), TypeError, "overrides['0'] must be a mapping of options, got 4"),
     (

@@ -245,7 +245,7 @@ def test_tied_bias_and_tied_linear_layers():
     model[1].bias = model[0].bias
     with pytest.raises(ValueError, match=r"'0' shares 1.bias"):
         replace_linear(model, "low_rank")
-    with pytest.raises(ValueError, match="shared_weights must be 'error' or 'skip', got 'untie'"):
+    with pytest.raises(ValueError, match="shared_weights must be one of 'error', 'skip', got 'untie'"):
         replace_linear(model, "low_rank", shared_weights="untie")
 
 
