@@ -144,13 +144,6 @@ def plan_model(
     **sizes
         Sizes of a named model.
 
-    Raises
-    ------
-    ValueError
-        An unknown name, resource, structure or option; a budget that is not positive and finite, that nothing fits
-        into, or that a width of 1,048,576 fits into; training FLOPs without samples, or seconds without a device;
-        nothing to choose.
-
     Examples
     --------
     >>> plan = plan_model("cifar-mlp", 5e6, structure="monarch", options={"blocks": 4}, multiple_of=8)

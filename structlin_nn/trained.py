@@ -109,12 +109,8 @@ def open_trained(
 
     Raises
     ------
-    FileNotFoundError
-        A missing file.
-    ValueError
-        A source of no known kind, damaged files, weights of another model, or an option that the source does not have.
-    ModuleNotFoundError
-        A model of timm, if timm is not installed.
+    FileNotFoundError, ValueError
+        Files that are missing or damaged, weights of another model, or an option that the source does not have.
     """
     text = os.fspath(source)
     given = {"weights": weights, "num_classes": num_classes, "image_size": image_size}

@@ -153,11 +153,6 @@ class ImageRecipe:
             K.
         seed
             Non-negative integers, such as (seed, step). The proportion of mixup depends on them alone.
-
-        Returns
-        -------
-        tuple[Tensor, Tensor]
-            (inputs, targets): float32 (n, 3, size, size), and (n, K), each row summing to 1.
         """
         inputs = augment.normalize(images, IMAGENET_MEAN, IMAGENET_STD)
         if self.random_erasing:
@@ -287,23 +282,12 @@ class ImageNetData:
     ) -> _Batches:  # fmt: skip
         """Return the validation images in order: resized (bicubic), then the central seven eighths, by timm.
 
+        The batches are (images, labels), uint8 (n, 3, size, size) and int64 (n,), of `batch_size` images in all
+        processes together; the same workers serve all evaluations. Other arguments are those of `train_batches`.
+
         All processes get equally many batches of one shape, as collective forward passes need. Missing rows of the last
         batch are zeros with the label ``IGNORE`` (-100), which torch's cross-entropy leaves out of a sum. With one
         process there are none.
-
-        Parameters
-        ----------
-        batch_size
-            Images in a batch, of all processes together.
-        size
-            Height and width of the views.
-        rank, world_size, workers, pin_memory
-            As in `train_batches`.
-
-        Returns
-        -------
-        _Batches
-            (images, labels): uint8 (n, 3, size, size) and int64 (n,). The same workers serve all evaluations.
         """
         _, rank, world = share(batch_size, rank, world_size)
         chosen = []
@@ -337,13 +321,9 @@ def open_imagenet(
 
     Raises
     ------
-    FileNotFoundError
-        No such data at ``source``.
-    ValueError
-        An unknown format, an empty class or split, validation classes that have no training images, a shard that is
+    FileNotFoundError, ValueError
+        No such data at ``source``; an empty class or split, validation classes without training images, a shard that is
         damaged or cut, a label outside the classes.
-    ImportError
-        Hugging Face data without `datasets` installed.
 
     Examples
     --------

@@ -176,10 +176,8 @@ def load_images(name: str, root: str | os.PathLike[str] | None = None, *, verify
 
     Raises
     ------
-    FileNotFoundError
-        No files at ``root``, or no root.
-    ValueError
-        An unknown name, an option that the data set does not have, damaged or different files.
+    FileNotFoundError, ValueError
+        No files at ``root``, or no root; damaged or different files.
 
     Examples
     --------

@@ -71,11 +71,9 @@ def prepare_text(
 
     Raises
     ------
-    FileNotFoundError, FileExistsError
-        A file is missing; the folder holds something else.
-    ValueError
-        No files, an empty file, one that is not UTF-8 (the message names the byte), a fraction out of range, or a text
-        too short for two splits.
+    FileNotFoundError, FileExistsError, ValueError
+        A file is missing; the folder holds something else; a file that is empty or not UTF-8 (the message names the
+        byte), or a text too short for two splits.
 
     Examples
     --------

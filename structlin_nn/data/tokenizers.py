@@ -56,10 +56,8 @@ def load_tokenizer(name: str, folder: str | os.PathLike[str] | None = None) -> T
 
     Raises
     ------
-    ValueError
-        An unknown name, a folder for ``bytes``, or files that are not those of GPT-2.
-    ImportError, FileNotFoundError
-        Tiktoken is not installed; no vocabulary is available.
+    ValueError, ImportError, FileNotFoundError
+        An unknown name, or files that are not those of GPT-2; tiktoken is not installed, or the vocabulary is missing.
 
     Examples
     --------

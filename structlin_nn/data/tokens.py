@@ -97,11 +97,9 @@ def open_tokens(
 
     Raises
     ------
-    FileNotFoundError
-        The folder or one of its files is missing.
-    ValueError
-        A truncated or empty file, a token outside the vocabulary (the message names its place), tokens that are not
-        those that ``meta.json`` describes, a damaged ``meta.json`` or a ``meta.pkl`` in its place.
+    FileNotFoundError, ValueError
+        A file is missing, truncated or empty; a token outside the vocabulary (the message names its place); tokens that
+        are not those that ``meta.json`` describes, a damaged ``meta.json``, or a ``meta.pkl`` in its place.
 
     Examples
     --------

@@ -189,13 +189,6 @@ def count(
     strict
         Raise an error for a primitive of unknown cost.
 
-    Raises
-    ------
-    TypeError
-        If ``model`` cannot be called.
-    UnknownPrimitiveError
-        With ``strict``, if the cost of a primitive is unknown.
-
     Examples
     --------
     >>> from flax import nnx

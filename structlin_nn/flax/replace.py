@@ -57,11 +57,6 @@ def replace_linear(
     structure, exclude, zero_init, shared_weights, rms_cap, gain, rule, **options
         As for :func:`structlin_nn.torch.replace_linear`.
 
-    Returns
-    -------
-    ReplacementReport
-        The replaced layers with parameters and MACs before and after, and the layers that were not replaced.
-
     Raises
     ------
     TypeError, ValueError
@@ -124,21 +119,8 @@ def to_dense_linear(
     """Replace structured layers of ``model``, in place, by ``nnx.Linear`` layers with the same matrices and biases.
 
     The weights include caps and gains; dtypes do not change. Create the optimiser afterwards, because the parameters
-    are new.
-
-    Parameters
-    ----------
-    model
-        Any nnx module that contains structured layers.
-    layers, exclude
-        Selection of layers, as in :func:`replace_linear`.
-    rngs
-        Keys for ``nnx.Linear``, which initialises its values before they are set.
-
-    Returns
-    -------
-    ReplacementReport
-        The replaced layers; values "before" are those of the structured layers.
+    are new. `layers` and `exclude` select layers as in :func:`replace_linear`; ``nnx.Linear`` initialises its values
+    with `rngs` before they are set. Values "before" in the report are those of the structured layers.
 
     Examples
     --------

@@ -73,8 +73,6 @@ def load_model(
     FileNotFoundError, ValueError
         As :func:`structlin_nn.torch.load_structured`; a file that does not state how to build its model
         (``load_structured`` takes a model that you build).
-    ModuleNotFoundError
-        A model of timm, where that is not installed.
     """
     found = read_structured(path)
     try:

@@ -39,15 +39,6 @@ def open_named(text: str, *, device: str | None = "meta", **options: Any) -> nn.
     **options
         Arguments of timm's model, of the configuration, or of the function.
 
-    Raises
-    ------
-    ValueError
-        None of these forms, or a name that is not known.
-    ImportError
-        A library that is missing.
-    TypeError
-        A function that returns no torch module.
-
     Examples
     --------
     >>> model = open_named("hf:gpt2", n_layer=1, n_embd=32, n_head=2, vocab_size=64)
@@ -187,13 +178,6 @@ def build_named(
 
 def example_inputs(model: nn.Module, batch: int = 1) -> Tensor:
     """Return zeros of the shape that a model takes.
-
-    Parameters
-    ----------
-    model
-        A model that has ``example_input(batch)``, of timm, or of transformers (token indices or pixels).
-    batch
-        Number of samples.
 
     Examples
     --------

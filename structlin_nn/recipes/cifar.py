@@ -166,14 +166,10 @@ def train(
 
     Raises
     ------
-    FileNotFoundError
-        Data that do not exist.
-    FileExistsError, BlockingIOError, ValueError
-        As `structlin_nn.recipes._run.Run`; damaged data.
-    TrainingError
-        A loss or a weight is not finite; the message names the last good checkpoint.
-    OSError
-        A checkpoint could not be written; the last one is whole.
+    FileNotFoundError, FileExistsError, BlockingIOError, ValueError
+        Data that are missing or damaged; as `structlin_nn.recipes._run.Run`.
+    TrainingError, OSError
+        A loss or a weight is not finite; a checkpoint could not be written. The last checkpoint is whole.
     """
     with processes(config.device, options.parallel) as group, TorchRun(config, options, group, watch) as run:
         size = group.part_size(config)

@@ -91,16 +91,7 @@ def mlp(
 def projections(x: Tensor, layers: Sequence[nn.Module], norm: nn.Module | None = None) -> tuple[Tensor, ...]:
     """Return ``layer(norm(x))`` for each of several layers, such as query, key and value of an attention layer.
 
-    The layers run as one pass over ``x`` if that is possible and faster, as in :func:`mlp`.
-
-    Parameters
-    ----------
-    x
-        Floating tensor of shape (..., d).
-    layers
-        Layers with d inputs.
-    norm
-        Module that is applied to ``x`` first.
+    The layers run as one pass over ``x``, of shape (..., d), if that is possible and faster, as in :func:`mlp`.
 
     Examples
     --------

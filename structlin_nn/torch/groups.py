@@ -144,10 +144,7 @@ def parameter_groups(
     ValueError
         If a parameter with two or more axes in a module of unknown kind has another size at base width, the rules of
         several modules disagree on a shared parameter, only one of model and base model has a module with parameters, a
-        pattern matches nothing, the optimizer or a kind is unknown, a rate or decay is negative, ``adam_lr`` is missing
-        or not used, or ``adam_layers`` is given for an optimizer other than ``muon``.
-    TypeError
-        If ``model`` is not a module, a rate is not a number, or a rule is not a :class:`ParameterRule`.
+        pattern matches nothing, or ``adam_lr`` is missing or not used.
 
     Examples
     --------
@@ -322,12 +319,9 @@ def _grouped(
 
 
 def format_groups(groups: Iterable[Mapping[str, Any]]) -> str:
-    """Return parameter groups as a table, with a row for each group and name; ``*`` stands for several numbers.
+    """Return groups of :func:`parameter_groups` or of an optimiser as a table, with a row for each group and name.
 
-    Parameters
-    ----------
-    groups
-        Result of :func:`parameter_groups`, or ``param_groups`` of an optimiser that uses it.
+    ``*`` stands for several numbers.
 
     Examples
     --------

@@ -166,8 +166,6 @@ def with_multipliers(make: Callable[..., Any], optimizer: Optimizer, *args: Any,
     ------
     ValueError
         If a group has no multiplier. Errors of the scheduler pass through.
-    TypeError
-        If ``make`` is an optimiser.
 
     Examples
     --------
@@ -192,24 +190,9 @@ def trainer_optimizer(
 ) -> tuple[type[Optimizer], dict[str, Any]]:
     """Return AdamW with the learning rates of :func:`parameter_groups`, for the Trainer of transformers.
 
-    Rate, decay, betas and eps are those of the training arguments. The schedules of the Trainer only multiply rates, so
-    they preserve the multipliers.
-
-    Parameters
-    ----------
-    model
-        The model, after the replacement of its layers.
-    args
-        ``transformers.TrainingArguments``.
-    base_model
-        As in :func:`parameter_groups`.
-    **options
-        Further options of :func:`parameter_groups`.
-
-    Returns
-    -------
-    tuple of type and dict
-        The argument ``optimizer_cls_and_kwargs`` of the Trainer.
+    The result is the argument ``optimizer_cls_and_kwargs`` of the Trainer. Rate, decay, betas and eps are those of
+    ``args``, the ``transformers.TrainingArguments``; options are those of :func:`parameter_groups`. The schedules of
+    the Trainer only multiply rates, so they preserve the multipliers.
 
     Examples
     --------
