@@ -65,7 +65,7 @@ def test_cifar_is_the_run_in_torch(changes: dict[str, Any], config: Any, small_c
 
 
 def test_gpt2_is_the_run_in_torch(gpt2_config: Any, text_tokens: Path, tmp_path: Path) -> None:
-    config = gpt2_config.replace(steps=6, eval_every=3, warmup_steps=2, depth=1)
+    config = gpt2_config.replace(steps=6, eval_every=3, warmup_steps=2, depth=1, accumulate=1)
     assert_close(both("gpt2", config, {"data": text_tokens}, tmp_path))
 
 
@@ -75,7 +75,7 @@ def test_resumed_results_are_bit_identical(
 ) -> None:
     module = recipe_module(f"flax_{name}")
     given = {"cifar": (config, {"data": small_cifar, "unverified": True}), "gpt2": (gpt2_config, {"data": text_tokens})}
-    config, more = given[name][0].replace(ema=0.9, clip=0.5, depth=1), given[name][1]
+    config, more = given[name][0].replace(ema=0.9, clip=0.5, depth=1, structure="low_rank", options={}), given[name][1]
     config, options = module.Config.from_dict(config.to_dict()), module.Options(quiet=True, **more)
     losses: dict[str, list[float]] = {"whole": [], "part": []}
 
@@ -95,7 +95,7 @@ def test_resumed_results_are_bit_identical(
 def test_damage_and_another_recipe(config: Any, small_cifar: Path, tmp_path: Path) -> None:
     module = recipe_module("flax_cifar")
     options = module.Options(data=small_cifar, unverified=True, quiet=True, out=tmp_path / "run")
-    own = module.Config.from_dict(config.replace(depth=1).to_dict())
+    own = module.Config.from_dict(config.replace(depth=1, structure="dense", options={}).to_dict())
     module.train(own, options, watch=lambda run, loss: run.step == 2)
     with pytest.raises(ValueError, match="is one of flax_cifar, and this is one of cifar"):
         recipe_module("cifar").train(config, replace(options, resume=True))

@@ -232,6 +232,12 @@ MISTAKES = (
         TypeError,
         "the input must be a torch.Tensor, got a ndarray; convert it with torch.from_numpy",
     ),
+    (lambda: layer()([[1.0] * 12]), TypeError, "the input must be a torch.Tensor, got a list"),
+    (
+        low(layers=lambda name, layer: False),
+        ValueError,
+        "leaves no layer to replace; the linear layers are 0, 2, 4",
+    ),
     (
         lambda: layer()(X.double()),
         ValueError,
