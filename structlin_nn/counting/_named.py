@@ -240,14 +240,7 @@ def _layer(
 
 
 def format_count(record: Mapping[str, Any]) -> str:
-    """Return a record of :func:`count_model` as a table to read.
-
-    Examples
-    --------
-    >>> print(format_count(count_model("cifar-mlp", width=64, depth=1)))  # doctest: +ELLIPSIS
-    cifar-mlp, width 64 (base 64), dense
-    ...
-    """
+    """Return a record of :func:`count_model` as a table to read."""
     options = "".join(f" {key}={value}" for key, value in record["options"].items())
     cap = ", RMS-capped" if record["rms_cap"] else ""
     lines = [

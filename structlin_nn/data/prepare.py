@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from structlin_nn._files import atomic_write
+from structlin_nn._files import atomic_write, cores
 from structlin_nn.data.hub import load_hub
 from structlin_nn.data.tokenizers import Tokenizer, load_tokenizer
 from structlin_nn.data.tokens import DTYPE, META, META_VERSION, SPLITS, TokenData, natural, open_tokens
@@ -254,6 +254,4 @@ def _check_fraction(value: float) -> None:
 
 
 def _cores(workers: int | None) -> int:
-    if workers is not None:
-        return natural("workers", workers, 1)
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return cores() if workers is None else natural("workers", workers, 1)

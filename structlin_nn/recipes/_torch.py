@@ -104,16 +104,6 @@ class Average:
 
     Buffers of integers are those of the model. By hand, because `torch.optim.swa_utils.AveragedModel` copies a module,
     which sharded modules do not allow, and evaluates the copy.
-
-    Examples
-    --------
-    >>> layer = nn.Linear(1, 1, bias=False)
-    >>> average, before = Average(layer, decay=0.9), layer.weight.item()
-    >>> _ = layer.weight.data.add_(1.0)
-    >>> average.update()
-    >>> with average.in_place():
-    ...     round(layer.weight.item() - before, 6)
-    0.1
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:

@@ -210,10 +210,6 @@ def fuse_mlps(model: nn.Module) -> dict[str, str]:
     return found
 
 
-def _has_layers(module: nn.Module, names: Sequence[str]) -> bool:
-    return all(isinstance(getattr(module, name, None), StructuredLinear) for name in names)
-
-
 def _fused(module: nn.Module, names: tuple[str, ...]) -> StructuredMLP | str:
     """Return the block that replaces a module, or the reason why there is none."""
     if any(getattr(module, hooks) for hooks in _HOOKS):
