@@ -43,12 +43,9 @@ class LayerScale:
 
     Attributes
     ----------
-    name
-        Name of the module.
-    initial
-        RMS at initialisation, for each width; 0 for a layer that starts at zero.
-    change
-        RMS of the difference from initialisation, for each step and each width.
+    initial, change
+        RMS at initialisation for each width, 0 for a layer that starts at zero; and RMS of the difference from
+        initialisation, for each step and each width.
     initial_slope, change_slope
         Slopes over the width, on logarithmic axes, of the initial values and of the change after the last step; None if
         a value is 0.

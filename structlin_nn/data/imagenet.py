@@ -196,12 +196,9 @@ class ImageNetData:
     train_size, val_size
         Numbers of images.
     digest
-        sha256 of the names and labels of all samples (of fingerprints, for Hugging Face data); images themselves are
-        not read.
-    format
-        One of `FORMATS`.
-    source
-        As given.
+        sha256 of the names and labels of all samples (of fingerprints, for Hugging Face data), not of the images.
+    format, source
+        One of `FORMATS`, and the source as given.
     """
 
     splits: dict[str, Split]

@@ -50,14 +50,12 @@ class TokenData:
         uint16 arrays (N,) and (M,), read-only.
     vocab_size
         Every token is below it.
-    name
-        Name of the corpus, by default that of the folder.
     digest
         sha256 over the sums of both splits: equal exactly where all tokens are.
+    name, folder
+        Name of the corpus, by default that of the folder, and the folder of the files.
     tokenizer, end_of_text
         Name, and the token that ends a document, from ``meta.json``; None where it is missing.
-    folder
-        Folder of the files.
     """
 
     train: np.ndarray

@@ -167,16 +167,13 @@ def sizes_figure(
 
     Parameters
     ----------
-    drawn
-        Laws with intervals (:func:`structlin_nn.size_laws.fit_sizes`).
-    size, y
-        Columns of N and of the loss, for the axes.
+    drawn, size, y
+        Laws with intervals (:func:`structlin_nn.size_laws.fit_sizes`), and the columns of N and of the loss, for the
+        axes.
     budgets
         Budgets of the curves at equal compute; None: six over the range of the runs.
-    flops
-        FLOPs of training for each unit of N and of D.
-    confidence
-        Confidence of the bands.
+    flops, confidence
+        FLOPs of training for each unit of N and of D, and confidence of the bands.
     """
     fit = drawn.fit
     compute = flops * fit.params * fit.tokens

@@ -40,7 +40,7 @@ for _name in ("structlin_chain", "structlin_chain_gradients", "structlin_chain_t
 
 @dataclass
 class JaxCount:
-    """Result of :func:`count`.
+    """Result of :func:`count`; attributes of the same names are those of :class:`structlin_nn.torch.ModelCount`.
 
     Attributes
     ----------
@@ -49,17 +49,8 @@ class JaxCount:
         of a structured matrix that is compiled as a whole. Its derivatives do not count recomputed products.
     params
         Number of elements of the parameters (nnx.Param) of a model; 0 for a function.
-    training_macs
-        MACs of the function and its gradient; None without ``training``.
-    uncounted_ops
-        Operations without products, with their numbers of calls; operations that only move data are left out.
-    unknown_ops
-        Primitives of unknown cost, with their numbers of calls in the function and its gradient. Their products are not
-        counted.
-    other_flops
-        FLOPs of FFTs.
-    training_other_flops
-        FLOPs of FFTs in the function and its gradient.
+    training_macs, training_other_flops
+        MACs and FLOPs of FFTs of the function and its gradient; None without ``training``.
     unbounded
         MACs of one iteration of each ``while`` loop, whose number of iterations is unknown. ``macs`` does not include
         them.

@@ -174,17 +174,12 @@ def optimizer_for(
         As for :func:`parameter_rates`.
     lr
         Learning rate at base width, or an optax schedule.
-    weight_decay
-        Coefficient for the kinds of parameters in ``decay``.
+    weight_decay, independent_decay
+        As for :func:`structlin_nn.torch.parameter_groups`.
     optimizer
         ``adam``, ``adamw``, ``sgd``, or ``sign`` (Lion).
-    independent_decay
-        Divide the coefficient by the multiplier, so that all decayed parameters shrink by ``lr * weight_decay``. Not
-        for ``adam``.
-    betas
-        Coefficients of Adam and Lion.
-    eps
-        Term in the denominator of Adam.
+    betas, eps
+        Options of Adam, the former also of Lion.
     momentum, nesterov
         Options of SGD.
 

@@ -136,23 +136,10 @@ def build_named(
 ) -> nn.Module:  # fmt: skip
     """Return a model to be trained by a recipe, with random values and structured layers.
 
-    Parameters
-    ----------
-    text
-        ``timm:NAME``, ``hf:CONFIG``, or ``package.module:function``, whose function is called with the width, and with
-        the keyword ``outputs`` if it has that parameter.
-    outputs
-        Number of classes or tokens.
-    structure
-        Structure of the linear layers (:func:`structlin_nn.torch.replace_linear`).
-    width
-        Width of the function's model.
-    size_of_outputs
-        Name that the configuration of transformers has for ``outputs``.
-    image_size
-        Side of the images that the model takes, for ``timm:NAME`` and ``hf:CONFIG``.
-    **options
-        Further arguments of the configuration or the function.
+    `text` is as for :func:`open_named`; a function is called with the width, and with the keyword ``outputs`` if it has
+    that parameter. `outputs` is the number of classes or tokens, and `size_of_outputs` its name in configurations of
+    transformers. `image_size` is the side of the images, for ``timm:NAME`` and ``hf:CONFIG``; `options` are further
+    arguments of the model.
     """
     kind, _, name = text.partition(":")
     made: Any

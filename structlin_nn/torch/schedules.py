@@ -26,14 +26,8 @@ class MuAdamW(torch.optim.AdamW):
 
     Parameters
     ----------
-    model
-        The model to train, after the replacement of its layers.
-    base_model
-        The same model at base width, which can be on the meta device. Default: each layer has its own size as base.
-    lr
-        Learning rate of the dense model at base width.
-    weight_decay
-        Weight decay of factors and weights.
+    model, base_model, lr, weight_decay
+        As for :func:`parameter_groups`. The layers of the model have been replaced.
     **options
         Options of :func:`parameter_groups` (``structure_aware``, ``extra_multipliers``, ``rules``, ``decay``,
         ``independent_decay``) and of ``torch.optim.AdamW`` (``betas``, ``eps``, ``fused``, ...).
