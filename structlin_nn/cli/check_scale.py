@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 from structlin_nn.cli import common
@@ -66,9 +65,8 @@ def run(arguments: argparse.Namespace) -> int:
     checks = [check_scale(**settings, structure_aware=aware) for aware in rules]
     if arguments.plot:
         from structlin_nn.figures.scale import check_figure
-        from structlin_nn.figures.style import save
 
-        save(check_figure([check.to_dict() for check in checks]), Path(arguments.plot))
+        common.save_figure(check_figure([check.to_dict() for check in checks]), arguments.plot)
     if arguments.json:
         common.print_json([check.to_dict() for check in checks])
     else:

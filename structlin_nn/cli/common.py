@@ -203,6 +203,13 @@ def name_and_value(text: str) -> tuple[str, Any]:
         raise argparse.ArgumentTypeError(f"the value of {name} must be JSON, got {value!r}") from None
 
 
+def save_figure(figure: Any, path: str) -> None:
+    """Write a figure of `structlin_nn.figures` to a file."""
+    from structlin_nn.figures.style import save
+
+    save(figure, Path(path))
+
+
 def print_json(value: Any) -> None:
     """Print a value as JSON on stdout."""
     print(json.dumps(value, indent=2, allow_nan=False))

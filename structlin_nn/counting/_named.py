@@ -18,6 +18,10 @@ from structlin_nn.torch import StructuredLinear, parameter_groups
 from structlin_nn.torch.counting import CallCount, ModelCount, count
 from structlin_nn.torch.counting._result import format_unknown
 
+_TOTALS = (
+    "trainable_params", "embedding_params", "training_macs", "recomputed_macs", "other_flops", "training_other_flops",
+)  # fmt: skip
+
 
 def count_model(
     name: str,
@@ -128,16 +132,11 @@ def count_model(
         "width": width,
         "base_width": base.config.width,
         "sizes": {key: getattr(model.config, key) for key in spec.options},
-        "trainable_params": counted.trainable_params,
-        "embedding_params": counted.embedding_params,
+        **{key: getattr(counted, key) for key in _TOTALS},
         "head_params": rows[-1]["params"],
         "forward_macs": counted.macs(),
         "attention_macs": counted.macs("attention"),
         "head_macs": rows[-1]["macs"],
-        "training_macs": counted.training_macs,
-        "recomputed_macs": counted.recomputed_macs,
-        "other_flops": counted.other_flops,
-        "training_other_flops": counted.training_other_flops,
         "tokens": tokens,
         "per_token": {
             "forward_macs": counted.macs() / tokens,

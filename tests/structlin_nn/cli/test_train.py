@@ -33,21 +33,8 @@ def test_on_the_embedded_images(folder: Path, capsys: pytest.CaptureFixture[str]
     assert "monarch 16: 100%" in err
     assert "img/s" in err
     table = out.splitlines()
-    assert table[0].split() == [
-        "step",
-        "epoch",
-        "train",
-        "loss",
-        "train",
-        "error",
-        "test",
-        "loss",
-        "test",
-        "error",
-        "batch",
-        "loss",
-        "seconds",
-    ]
+    names = "step epoch train loss train error test loss test error batch loss seconds"
+    assert table[0].split() == names.split()
     assert [row.split()[0] for row in table[2:4]] == ["0", "10"]
     folder = Path("runs/fashion-cifar-mlp-monarch-w16-seed0")
     record = read_record(folder / "record.jsonl")
