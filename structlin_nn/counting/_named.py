@@ -106,7 +106,11 @@ def count_model(
     config = StructureConfig(structure, {**chosen, **(options or {})}, layers=layers, rms_cap=rms_cap, rule=rule)
     sizes = {key: value for key, value in sizes.items() if value is not None}
 
-    _check_run(batch_size, steps)
+    for key, value in (("batch_size", batch_size), ("steps", steps)):
+        if value is not None:
+            check_integer(key, value)
+    if steps is not None and batch_size is None:
+        raise ValueError("steps need a batch size")
     batch = batch_size or 1
     model = build_model(name, width=width, structure=config, device="meta", **sizes)
     base = base_model(name, base_width, **sizes)
@@ -200,14 +204,6 @@ def loss_of(model: MLP | ViT | GPT2, batch: int) -> ModelCount:
     if isinstance(model, GPT2):
         return count_loss((batch, model.config.context, model.config.vocabulary))
     return count_loss((batch, model.config.num_classes), soft=True)
-
-
-def _check_run(batch_size: int | None, steps: int | None) -> None:
-    for key, value in (("batch_size", batch_size), ("steps", steps)):
-        if value is not None:
-            check_integer(key, value)
-    if steps is not None and batch_size is None:
-        raise ValueError("steps need a batch size")
 
 
 def _layer(
