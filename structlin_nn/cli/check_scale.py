@@ -28,7 +28,6 @@ and 1 otherwise.
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of the command."""
     parser.add_argument("model", metavar="MODEL", help=f"{', '.join(common.MODELS)}, {common.FORMS}")
     parser.add_argument("--widths", type=common.integers, default=(64, 256, 1024), metavar="W", help="(64,256,1024)")
     parser.add_argument("--base-width", type=int, metavar="W0", help="where the learning rate was tuned")
@@ -51,7 +50,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Run the command; return the exit code."""
     from structlin_nn.scale_check import check_scale
     from structlin_nn.torch import ParameterRule
 

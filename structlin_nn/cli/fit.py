@@ -32,7 +32,6 @@ TIME = "training_seconds"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of the command."""
     parser.add_argument("records", metavar="RECORDS", nargs="+", help="run records, folders of them, or tables")
     add_row_options(parser)
     law = parser.add_argument_group("the law")
@@ -89,7 +88,6 @@ def read_groups(arguments: argparse.Namespace) -> dict[str, list[dict[str, Any]]
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Run the command and return its exit code."""
     from structlin_nn.laws import compare_laws, comparisons_record, fit_groups, laws_record
 
     if not 0 < arguments.confidence < 1:
