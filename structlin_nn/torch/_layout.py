@@ -19,7 +19,7 @@ from torch.nn.utils import parametrize
 import structlin
 from structlin.structure import AbstractStructure, Structure
 from structlin_nn._patterns import listed
-from structlin_nn.torch._modules import is_conv1d, linear_sizes, pointwise_sizes, put
+from structlin_nn.torch._modules import as_before, is_conv1d, linear_sizes, pointwise_sizes, put, sizes_of
 from structlin_nn.torch._text import from_text, to_text
 from structlin_nn.torch.linear import StructuredLinear
 from structlin_nn.torch.pointwise import StructuredPointwise
@@ -180,7 +180,7 @@ def changes(model: nn.Module, layout: Mapping[str, Any]) -> list[Change]:
     found = []
     for names, form in wanted:
         old = _layer_at(names, modules, places)
-        sizes, bias = _sizes(old), _parameter(old, "bias") is not None
+        sizes, bias = sizes_of(old), _parameter(old, "bias") is not None
         if sizes != (form["in_features"], form["out_features"]) or bias != form["bias"]:
             raise ValueError(
                 f"layer {names[0]!r} is a {_described(form['in_features'], form['out_features'], form['bias'])} in "
@@ -191,7 +191,7 @@ def changes(model: nn.Module, layout: Mapping[str, Any]) -> list[Change]:
                 continue
         else:
             _check_is_called(model, names, old)
-        found.append(Change(names, old, _as(old, _structured(form, old))))
+        found.append(Change(names, old, as_before(old, _structured(form, old))))
     for name in layout["linear"]:
         if name not in modules:
             continue
@@ -201,7 +201,8 @@ def changes(model: nn.Module, layout: Mapping[str, Any]) -> list[Change]:
             if any(old is change.old for change in found):
                 continue
             bias = _parameter(old, "bias") is not None
-            found.append(Change(names, old, _as(old, nn.Linear(*_sizes(old), bias, device="meta", dtype=_dtype(old)))))
+            new = nn.Linear(*sizes_of(old), bias, device="meta", dtype=_dtype(old))
+            found.append(Change(names, old, as_before(old, new)))
     return found
 
 
@@ -230,25 +231,6 @@ def _structured(form: Mapping[str, Any], old: nn.Module) -> StructuredLinear:
         gain=form["gain"] if form["rms_cap"] else None, rule=form["rule"], zero_init=form["zero_init"],
         checkpoint=form["checkpoint"], **options,
     )  # fmt: skip
-
-
-def _as(old: nn.Module, new: nn.Module) -> nn.Module:
-    bias = _parameter(old, "bias")
-    weights = [p for p in old.parameters() if p is not bias]
-    trains = any(p.requires_grad for p in weights) or not weights
-    for parameter in new.parameters():
-        parameter.requires_grad_(trains)
-    if bias is not None:
-        new.get_parameter("bias").requires_grad_(bias.requires_grad)
-    return new.train(old.training)
-
-
-def _sizes(layer: nn.Module) -> tuple[int, int]:
-    if isinstance(layer, StructuredLinear):
-        return layer.in_features, layer.out_features
-    sizes = linear_sizes(layer) or pointwise_sizes(layer)
-    assert sizes is not None
-    return sizes
 
 
 def _parameter(layer: nn.Module, name: str) -> nn.Parameter | None:

@@ -23,7 +23,16 @@ from structlin_nn._replacement import (
     select,
     untied,
 )
-from structlin_nn.torch._modules import changed, check_model, is_conv1d, linear_sizes, pointwise_sizes, put
+from structlin_nn.torch._modules import (
+    as_before,
+    changed,
+    check_model,
+    is_conv1d,
+    linear_sizes,
+    pointwise_sizes,
+    put,
+    sizes_of,
+)
 from structlin_nn.torch._roles import role_of
 from structlin_nn.torch._step_check import replaced
 from structlin_nn.torch.blocks import fuse_mlps
@@ -180,7 +189,7 @@ def replace_linear(
                 continue
             others = [o for p in linear.parameters() for o in owners[p] if o.rpartition(".")[0] not in names]
             if not others:
-                if min(_sizes(linear)) < min_features:
+                if min(sizes_of(linear)) < min_features:
                     skipped.append((names[0], f"it has fewer than {min_features} features: {_shown(linear)}"))
                     continue
                 own = by_pattern.get(linear, {})
@@ -296,14 +305,8 @@ def _dense(model: nn.Module, skipped: Collection[str]) -> Iterator[tuple[str, tu
                 yield f"{name}.{key}" if name else key, tuple(parameter.shape), role_of(module, key, parameter)
 
 
-def _sizes(linear: nn.Module) -> tuple[int, int]:
-    sizes = linear_sizes(linear) or pointwise_sizes(linear)
-    assert sizes is not None
-    return sizes
-
-
 def _shown(linear: nn.Module) -> str:
-    d_in, d_out = _sizes(linear)
+    d_in, d_out = sizes_of(linear)
     return f"{d_in} -> {d_out}"
 
 
@@ -317,7 +320,7 @@ def _owners(model: nn.Module) -> dict[nn.Parameter, list[str]]:
 
 
 def _structured(name: str, linear: nn.Module, structure: Any, options: Mapping[str, Any]) -> StructuredLinear:
-    sizes = _sizes(linear)
+    sizes = sizes_of(linear)
     parameters = dict(linear.named_parameters(recurse=False))
     weight, bias = parameters["weight"], parameters.get("bias")
     pointwise = pointwise_sizes(linear) is not None
@@ -328,11 +331,7 @@ def _structured(name: str, linear: nn.Module, structure: Any, options: Mapping[s
         )
     except (TypeError, ValueError) as error:
         raise type(error)(f"layer {name!r} ({sizes[0]} -> {sizes[1]}): {error}") from error
-    for parameter in (*new.factors, *(new.gains or ())):
-        parameter.requires_grad_(weight.requires_grad)
-    if bias is not None and new.bias is not None:
-        new.bias.requires_grad_(bias.requires_grad)
-    return new.train(linear.training)
+    return as_before(linear, new)
 
 
 def _check_is_called(model: nn.Module, names: Sequence[str], linear: nn.Module) -> None:
