@@ -1,12 +1,10 @@
-"""Atomic writing of files."""
+"""Atomic writing of files, and the number of cores."""
 
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
-
-__all__ = ["atomic_write", "sync_folder"]
 
 
 @contextmanager
@@ -44,3 +42,8 @@ def sync_folder(folder: Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
+
+
+def cores() -> int:
+    """Return the number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

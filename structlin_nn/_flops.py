@@ -13,8 +13,6 @@ import math
 from collections.abc import Callable
 from fractions import Fraction
 
-__all__ = ["FLOPS", "fft_flops"]
-
 _third = Fraction(1, 3)
 
 FLOPS: dict[str, Callable[..., Fraction | int]] = {

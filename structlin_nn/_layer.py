@@ -9,29 +9,14 @@ from typing import Any
 import structlin
 from structlin.structure import AbstractStructure
 
-__all__ = ["LayerPlan", "describe", "plan_layer"]
-
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """What follows from the arguments of a layer.
+    """The structure of a layer (`structure`, `operator_class`) and what follows from its arguments.
 
-    Attributes
-    ----------
-    structure
-        Of shape (out_features, in_features).
-    operator_class
-        Class of the layer's CoLA view.
-    init_std
-        Deviation at which each factor is drawn; 0 for zero-initialised and index factors.
-    cap_sigma
-        RMS at which each factor is capped; 0 for index factors.
-    gains
-        Whether each trainable factor has a learned gain.
-    index_at
-        Places of the index factors.
-    is_dense
-        Whether the one factor is the matrix itself.
+    Of each factor: `init_std`, the deviation at which it is drawn (0 for zero-initialised and index factors), and
+    `cap_sigma`, the RMS at which it is capped (0 for index factors). `gains`: whether each trainable factor has a
+    learned gain; `index_at`: places of the index factors; `is_dense`: whether the one factor is the matrix itself.
     """
 
     structure: AbstractStructure
@@ -54,23 +39,7 @@ def plan_layer(
     rule: str,
     zero_init: bool,
 ) -> LayerPlan:
-    """Check the arguments of a layer and work out what follows from them.
-
-    Raises
-    ------
-    ValueError
-        An unknown structure, rule or option; sizes that the structure cannot have, or other than those of the structure
-        given; options together with a structure; ``gain=True`` without ``rms_cap``; ``rms_cap`` or ``zero_init`` where
-        there are no trainable factors.
-    TypeError
-        A ``structure`` that is neither a name nor a structure.
-
-    Examples
-    --------
-    >>> plan = plan_layer(8, 6, "low_rank", {"rank": 2}, rms_cap=False, gain=None, rule="paper", zero_init=True)
-    >>> plan.structure.num_params, plan.init_std[1], round(plan.cap_sigma[1], 4)
-    (28, 0.0, 0.7071)
-    """
+    """Check the arguments of a layer (`structlin_nn.torch.StructuredLinear` lists the errors), and derive its plan."""
     shape = (out_features, in_features)
     made = _structure(structure, shape, options)
     trainable = [f.trainable for f in made.factors]

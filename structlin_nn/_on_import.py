@@ -15,8 +15,6 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-__all__ = ["after_import"]
-
 
 class _Finder(MetaPathFinder):
     def __init__(self, name: str, own: str) -> None:

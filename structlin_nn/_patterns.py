@@ -7,8 +7,6 @@ from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, cast
 
-__all__ = ["Pattern", "Patterns", "as_patterns", "listed", "matches", "show"]
-
 Pattern = str | re.Pattern[str]
 Patterns = Pattern | Sequence[Pattern]
 
@@ -39,6 +37,11 @@ def matches(pattern: Pattern, name: str) -> bool:
 def show(pattern: Pattern) -> str:
     """Return the form of a pattern for error messages."""
     return repr(pattern if isinstance(pattern, str) else pattern.pattern)
+
+
+def alike(name: str) -> str:
+    """Return a name with ``*`` in place of its numbers: the same for all layers of a kind."""
+    return ".".join("*" if part.isdigit() else part for part in name.split("."))
 
 
 def listed(names: Iterable[str], most: int = 40) -> str:

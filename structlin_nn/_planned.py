@@ -21,8 +21,6 @@ from structlin_nn.models import MODELS, StructureConfig, build_model
 from structlin_nn.models.named import own_function
 from structlin_nn.torch import StructuredLinear, replace_linear
 
-__all__ = ["RESOURCES", "Choice", "Costs"]
-
 RESOURCES = ("forward_macs", "params", "bytes", "training_flops", "step_seconds", "run_seconds")
 _FEW_BLOCKS = 4  # from which on a model of so many blocks is costed by those of one and of two
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Hashable, Iterable, Mapping
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,19 +11,6 @@ import structlin
 from structlin.scale import OPTIMIZERS
 from structlin.structure import AbstractStructure
 from structlin_nn._patterns import Pattern, listed, matches, show
-
-__all__ = [
-    "KINDS",
-    "Fans",
-    "ParameterRule",
-    "Place",
-    "check_arguments",
-    "check_multiplier",
-    "check_number",
-    "dense_multiplier",
-    "factor_multipliers",
-    "settle",
-]
 
 KINDS = ("factor", "weight", "embedding", "bias", "norm", "gain", "vector")
 """Kinds of parameters: factors of structured layers; weights of dense layers and convolutions; embeddings; biases;
@@ -54,10 +41,9 @@ class Fans:
 
 @dataclass(frozen=True)
 class Place:
-    """A parameter where a module holds it.
+    """A parameter at one of its places; `parameter` is the same at all of them.
 
-    ``parameter`` identifies it, the same at every place; ``multiplier`` is None where no rule covers it, and
-    ``described`` says then what it is.
+    `multiplier` is None if no rule covers the parameter, which `described` then describes.
     """
 
     name: str
@@ -89,10 +75,9 @@ def settle(
     rules: Mapping[Pattern, ParameterRule],
     decay: Collection[str],
 ) -> dict[Hashable, tuple[str, ParameterRule]]:
-    """One name and one rule for each trainable parameter. What is an embedding at one of its places is one at all.
+    """Return one name and one rule for each trainable parameter; an embedding at one place is one at all places.
 
-    Raises ValueError where some parameter has no rule or several, and where a pattern matches nothing; TypeError for
-    rules that are none.
+    ValueError for a parameter without a rule or with several, or a pattern that matches nothing.
     """
     for pattern, value in extra.items():
         check_multiplier(value, f"extra_multipliers[{show(pattern)}]")
@@ -178,6 +163,18 @@ def check_arguments(
             "independent_decay needs an optimizer that subtracts the decay from the parameter (adamw, sgd, sign); "
             "adam adds it to the gradient and then divides by the gradient's size"
         )
+
+
+def check_same_modules(ours: Mapping[str, Any], theirs: Mapping[str, Any], same: Callable[[Any, Any], bool]) -> None:
+    """Raise ValueError unless a model and its base model have modules of the same names and kinds."""
+    if missing := [name for name in ours if name not in theirs]:
+        raise ValueError(f"the base model lacks modules with parameters that the model has: {listed(missing)}")
+    if surplus := [name for name in theirs if name not in ours]:
+        raise ValueError(f"the base model has modules with parameters that the model lacks: {listed(surplus)}")
+    for name, module in ours.items():
+        if not same(module, theirs[name]):
+            kinds = type(module).__qualname__, type(theirs[name]).__qualname__
+            raise ValueError(f"module {name!r} is a {kinds[0]} in the model and a {kinds[1]} in the base model")
 
 
 def check_number(value: Any, name: str) -> None:

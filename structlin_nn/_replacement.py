@@ -8,10 +8,8 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from structlin.structure import AbstractStructure
-from structlin_nn._patterns import Pattern, Patterns, as_patterns, listed, matches, show
+from structlin_nn._patterns import Pattern, Patterns, alike, as_patterns, listed, matches, show
 from structlin_nn._text import table
-
-__all__ = ["PRESETS", "Replacement", "ReplacementReport", "matching", "names_of", "select"]
 
 PRESETS = ("all", "all_but_last", "intermediate")
 Layer = TypeVar("Layer", bound=Hashable)
@@ -19,18 +17,9 @@ Layer = TypeVar("Layer", bound=Hashable)
 
 @dataclass(frozen=True)
 class Replacement:
-    """One replaced layer.
+    """One replaced layer, at each of its places (`names`); the shape of its `structure` is (d_out, d_in).
 
-    Attributes
-    ----------
-    names
-        Where it stands; several names where one module is used at several places.
-    structure
-        Of the new layer, whose shape is (d_out, d_in).
-    params_before, params_after
-        Trainable or not, with biases and gains.
-    macs_before, macs_after
-        Multiply-accumulates for one vector.
+    Parameters are counted with biases and gains, and multiply-accumulates (MACs) for one vector.
     """
 
     names: tuple[str, ...]
@@ -92,10 +81,25 @@ class ReplacementReport:
         lines += [f"left alone: {name} ({reason})" for name, reason in self.skipped]
         rest: dict[tuple[str, str], int] = {}
         for name, shape, role in self.dense:
-            alike = ".".join("*" if part.isdigit() else part for part in name.split("."))
-            rest[alike, role] = rest.get((alike, role), 0) + math.prod(shape)
+            key = alike(name), role
+            rest[key] = rest.get(key, 0) + math.prod(shape)
         lines += [f"stays dense: {name} ({role}, {size:,} parameters)" for (name, role), size in rest.items()]
         return "\n".join([*lines, *self.notes])
+
+
+def check_choices(**choices: tuple[str, tuple[str, ...]]) -> None:
+    """Raise ValueError for an argument whose value is not one of its choices."""
+    for name, (value, allowed) in choices.items():
+        if value not in allowed:
+            raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+
+
+def untied(name: str, others: Sequence[str]) -> ValueError:
+    """Return the error for a layer that shares parameters with other modules."""
+    return ValueError(
+        f"layer {name!r} shares {', '.join(others)}; its replacement would untie them: "
+        "exclude it, or pass shared_weights='skip' to leave such layers dense"
+    )
 
 
 def names_of(places: Mapping[Any, Sequence[str]]) -> str:

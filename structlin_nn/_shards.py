@@ -20,8 +20,6 @@ from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorS
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
-__all__ = ["read_tensors", "write_tensors"]
-
 _PART = "torch.distributed.checkpoint"
 _NAMES = {
     f"{_PART}.metadata": {

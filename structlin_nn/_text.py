@@ -1,4 +1,4 @@
-"""Tables, the nearest known word, and the progress bar."""
+"""Tables, the nearest known word, a check of integers, and the progress bar."""
 
 from __future__ import annotations
 
@@ -7,22 +7,11 @@ import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-__all__ = ["progress_bar", "read_value", "suggestion", "table"]
-
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1, rule: bool = True) -> str:
-    """Return a table as text; the first `left` columns are aligned left, the others right.
+    """Return a table as text, its first `left` columns aligned left and the others right.
 
-    Parameters
-    ----------
-    head
-        Names of the columns.
-    rows
-        Cells, one for each column.
-    left
-        Number of columns that are aligned left; a negative one counts those at the right end.
-    rule
-        Draw a line below the head.
+    A negative `left` counts the left-aligned columns at the right end. With `rule`, a line is below the head.
 
     Examples
     --------
@@ -50,6 +39,13 @@ def suggestion(word: str, known: Iterable[str]) -> str:
     """
     found = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
     return f", did you mean {found[0]}?" if found else ""
+
+
+def check_integer(name: str, value: Any, least: int = 1) -> None:
+    """Raise ValueError unless `value` is an integer of at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        wanted = "a positive integer" if least == 1 else f"an integer of at least {least}"
+        raise ValueError(f"{name} must be {wanted}, got {value!r}")
 
 
 def read_value(text: str) -> int | float | str:

@@ -10,8 +10,6 @@ import structlin
 from structlin.planning import largest_within
 from structlin_nn._planned import Choice
 
-__all__ = ["WIDEST", "TooLargeError", "largest_rank", "nth_width", "number_of_factors", "widest", "widest_of"]
-
 WIDEST = 2**20
 _SMALL = 64  # all widths up to this one are tried
 _BEYOND = 16  # number of widths above the largest that fits that are tried too, because the cost may rise unevenly

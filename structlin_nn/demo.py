@@ -84,34 +84,16 @@ def demo(
     folder: str | os.PathLike[str] = "runs/demo", *, seed: int = 0, quick: bool = False, workers: int | None = None,
     progress: bool = True,
 ) -> list[dict[str, Any]] | signal.Signals:  # fmt: skip
-    """Train all networks, and write records, ``demo.json`` and ``demo.png``.
+    """Train all networks, write records, ``demo.json`` and ``demo.png``, and return the rows of `row_of`.
 
-    Call it under ``if __name__ == "__main__":``, since it starts processes.
-
-    Parameters
-    ----------
-    folder
-        Folder to write; its runs are kept or resumed.
-    seed
-        Seed of all runs. `quick` is that of `configurations`.
-    workers
-        Processes, by default one for each core, and 8 at most.
-    progress
-        Bars on stderr.
-
-    Returns
-    -------
-    list[dict[str, Any]] | signal.Signals
-        The rows of `row_of`, or the signal that interrupted it.
+    Runs in `folder` are kept or resumed; `quick` is that of `configurations`; `workers` processes (by default one for
+    each core, 8 at most) show bars on stderr with `progress`. A signal that interrupts it is returned instead. Call it
+    under ``if __name__ == "__main__":``, since it starts processes.
 
     Raises
     ------
-    ValueError
-        A number of workers below 1, or runs in `folder` with another configuration.
-    RuntimeError
-        A run failed.
-    OSError
-        The folder cannot be written.
+    ValueError, RuntimeError
+        Runs in `folder` with another configuration; a run that failed.
     """
     folder, configs = Path(folder), configurations(seed, quick)
     left = {

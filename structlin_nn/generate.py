@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from structlin_nn._text import check_integer
+
 __all__ = ["generate", "sample"]
 
 
@@ -42,11 +44,6 @@ def generate(
     Tensor
         (batch, length + new tokens), int64 on the device of ``tokens``; fewer new tokens if all sequences have ended.
 
-    Raises
-    ------
-    TypeError, ValueError
-        Arguments of another type or out of range.
-
     Examples
     --------
     >>> def counts(tokens: Tensor) -> Tensor:
@@ -59,7 +56,7 @@ def generate(
         raise TypeError(f"tokens must be an integer tensor, got {getattr(tokens, 'dtype', type(tokens).__name__)}")
     if tokens.ndim != 2 or 0 in tokens.shape:
         raise ValueError(f"tokens must have shape (batch, length), neither 0, got {tuple(tokens.shape)}")
-    _check_integer("max_new_tokens", max_new_tokens, 0)
+    check_integer("max_new_tokens", max_new_tokens, 0)
     context = getattr(getattr(model, "config", None), "context", None)
     tokens, training = tokens.to(torch.int64), getattr(model, "training", False)
     finished = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
@@ -111,7 +108,7 @@ def sample(
     if not 0 <= temperature < math.inf:
         raise ValueError(f"temperature must be finite and at least 0, got {temperature}")
     if top_k is not None:
-        _check_integer("top_k", top_k, 1)
+        check_integer("top_k", top_k, 1)
     if top_p is not None and not 0 < top_p <= 1:
         raise ValueError(f"top_p must be above 0 and at most 1, got {top_p}")
     logits = logits.float()
@@ -131,8 +128,3 @@ def sample(
         logits = logits.scatter(-1, places, values.masked_fill(outside, -math.inf))
     rows = logits.softmax(-1).flatten(0, -2)
     return torch.multinomial(rows, 1, generator=generator).view(logits.shape[:-1])
-
-
-def _check_integer(name: str, value: int, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")

@@ -46,11 +46,6 @@ def plan_for_error(name: str, laws: Mapping[str, Any], error: float, **settings:
     list[dict[str, Any]]
         For each group, in ascending order of compute: ``group``, ``compute``, ``extrapolated`` and ``plan``. Compute
         and plan are None if the law never reaches the error.
-
-    Raises
-    ------
-    ValueError
-        Laws of another compute, an error that is not positive, or an error of ``plan_model``.
     """
     resource = _LAW_COLUMNS.get(laws.get("x", ""))
     if resource is None:
@@ -99,34 +94,22 @@ def plan_by_law(
 
     Parameters
     ----------
-    name, layers, rms_cap, optimizer, dtype, activation_dtype, **sizes
-        Arguments of :func:`structlin_nn.planning.plan_model`.
     laws
         A record of ``structlin fit --size forward_macs --data samples --json``
-        (:func:`structlin_nn.size_laws.sizes_record`). The size may also be ``params``. The groups are structures,
-        which may have options ("monarch, blocks 4").
-    budget
-        Budget of the resource.
-    resource
-        ``run_seconds`` on a device, by the roofline model, or ``training_flops``, both of the whole run.
-    device
-        Device, for seconds (:func:`structlin_nn.counting.device`).
+        (:func:`structlin_nn.size_laws.sizes_record`), or with the size ``params``; groups as for
+        :func:`plan_for_error`.
+    budget, resource
+        Budget of the whole run: ``run_seconds`` on a device, by the roofline model, or ``training_flops``.
     batch_size
         Samples of a step. A run has at least one step.
-    multiple_of
-        The width is a multiple of this number.
+    name, device, multiple_of, layers, rms_cap, optimizer, dtype, activation_dtype, **sizes
+        Arguments of :func:`structlin_nn.planning.plan_model`.
 
     Returns
     -------
     list[dict[str, Any]]
         For each group, in ascending order of the loss: ``group``, ``loss``, ``samples``, ``extrapolated`` (N or D is
         outside of the fitted points) and ``plan``. If no model fits, the last four are None, and ``reason`` says why.
-
-    Raises
-    ------
-    ValueError
-        Laws of other sizes, a budget that is not positive and finite, seconds without a device, or an error of
-        ``plan_model``.
     """
     size = _SIZES.get(laws.get("size", ""))
     if size is None or laws.get("data") != "samples":

@@ -24,16 +24,9 @@ __all__ = ["GroupLaw", "compare_laws", "comparisons_record", "fit_groups", "laws
 
 @dataclass(frozen=True)
 class GroupLaw:
-    """The law of one group.
+    """The law of one group of ``points`` runs.
 
-    Attributes
-    ----------
-    fit
-        With the points.
-    bootstrap
-        None where there are too few points to estimate the residuals.
-    points
-        Number of points of the group; on a frontier, fewer of them are fitted (``used``).
+    ``bootstrap`` is None if there are too few points to estimate the residuals.
     """
 
     fit: PowerLawFit
@@ -74,22 +67,16 @@ def fit_groups(
     x, y
         Columns of compute and of error.
     frontier
-        Fit only the points of a group that no other of the group beats.
+        Fit only the points that no other point of the group beats.
     floor, loss
-        As :func:`structlin.scaling_laws.fit_power_law`.
+        Arguments of :func:`structlin.scaling_laws.fit_power_law`.
     samples, seed, method, noise
-        Of the bootstrap (:class:`structlin.scaling_laws.Bootstrap`).
+        Arguments of the bootstrap (:class:`structlin.scaling_laws.Bootstrap`).
 
     Returns
     -------
     tuple[dict[str, GroupLaw], dict[str, str]]
-        (laws, left_out), both by label: groups without the columns, with numbers that are not positive, or with too few
-        points are left out, with the reason.
-
-    Raises
-    ------
-    ValueError
-        No group can be fitted; the message has the reason of each.
+        (laws, left_out) by label, the latter with reasons. ValueError, with the reasons, if no group can be fitted.
 
     Examples
     --------

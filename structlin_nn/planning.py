@@ -15,7 +15,7 @@ from typing import Any
 import structlin
 from structlin.planning import check_budget
 from structlin_nn._planned import RESOURCES, Choice, Costs
-from structlin_nn._text import read_value
+from structlin_nn._text import check_integer, read_value
 from structlin_nn._widths import WIDEST, TooLargeError, largest_rank, number_of_factors, widest, widest_of
 from structlin_nn.counting import Device
 from structlin_nn.counting import device as find_device
@@ -35,30 +35,23 @@ class ModelPlan:
 
     Attributes
     ----------
-    model
-        Name of the model.
     structure, options
-        Structure of its layers, and its options.
-    width
-        Width of the model.
+        Structure of its layers.
     depth
         Number of blocks; None for your own model if the depth was not chosen.
     planned
         What uses the budget, ``width`` or ``rank``; None if all choices were given.
-    forward_macs
-        MACs of one sample. Operations that are not products count with half their FLOPs.
-    training_macs
-        MACs of one sample in training, products only.
+    forward_macs, training_macs
+        MACs of one sample, forward and in training. In the former, operations that are not products count with half
+        their FLOPs.
     params
         Number of trainable parameters.
     bytes
         Bytes of a training step of ``batch_size`` samples.
     training_flops
         FLOPs of training on ``samples`` samples, of all operations; None without ``samples``.
-    step_seconds
-        Minimum time of a training step on the device by the roofline model; None without a device.
-    run_seconds
-        Minimum time of training on ``samples`` samples.
+    step_seconds, run_seconds
+        Minimum times of a step and of training on ``samples`` samples, by the roofline model; None without a device.
     share
         Used share of the budget, from 0 to 1; of several budgets, the largest share.
     next
@@ -151,13 +144,6 @@ def plan_model(
     **sizes
         Sizes of a named model.
 
-    Raises
-    ------
-    ValueError
-        An unknown name, resource, structure or option; a budget that is not positive and finite, that nothing fits
-        into, or that a width of 1,048,576 fits into; training FLOPs without samples, or seconds without a device;
-        nothing to choose.
-
     Examples
     --------
     >>> plan = plan_model("cifar-mlp", 5e6, structure="monarch", options={"blocks": 4}, multiple_of=8)
@@ -169,8 +155,8 @@ def plan_model(
     """
     budgets = _budgets(budget, resource, samples, device)
     for key, value in (("multiple_of", multiple_of), ("batch_size", batch_size), ("samples", samples)):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-            raise ValueError(f"{key} must be a positive integer, got {value!r}")
+        if value is not None:
+            check_integer(key, value)
     if prefer not in PREFERENCES:
         raise ValueError(f"unknown preference {prefer!r}; one of {', '.join(PREFERENCES)}")
     fixed, known = dict(options or {}), structlin.structure_options(structure)
@@ -259,10 +245,7 @@ def plan_of(
 
 
 def best_plan(plans: Sequence[ModelPlan], prefer: str = "spent") -> ModelPlan:
-    """Return the best of several plans, as ``prefer`` says; of equal ones the wider, then the one of more parameters.
-
-    Raises ValueError for no plans, or an unknown preference.
-    """
+    """Return the best plan, as ``prefer`` says; of equal ones the wider, then the one of more parameters."""
     if prefer not in PREFERENCES:
         raise ValueError(f"unknown preference {prefer!r}; one of {', '.join(PREFERENCES)}")
     if not plans:
@@ -307,17 +290,8 @@ def plan_models(
 ) -> tuple[list[ModelPlan], dict[str, str]]:
     """Return plans of several structures for one budget, and why others have none, by ``name:option=value,...``.
 
-    Parameters
-    ----------
-    name, budget, **settings
-        Arguments of :func:`plan_model`. Ranks, cores and blocks to choose from apply to the structures that have them.
-    structures
-        (name, options) of each structure.
-
-    Raises
-    ------
-    ValueError
-        An error that concerns all structures: a budget, a name, a setting, or a choice that no structure has.
+    `structures` are pairs (name, options); other arguments are those of :func:`plan_model`. Ranks, cores and blocks to
+    choose from apply to the structures that have them. ValueError for an error that concerns all structures.
 
     Examples
     --------

@@ -9,9 +9,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from structlin_nn.figures.style import GRID, style
+from structlin_nn.figures.style import finish, new_figure, style
 
 __all__ = ["demo_figure"]
+
+ERROR = "training error (%)"
 
 
 def demo_figure(rows: Sequence[dict[str, Any]]) -> Figure:
@@ -27,25 +29,24 @@ def demo_figure(rows: Sequence[dict[str, Any]]) -> Figure:
     rows
         As `structlin_nn.demo.row_of` gives them.
     """
-    figure = Figure(figsize=(16, 4.8), layout="constrained")
+    figure = new_figure(16, 4.8)
     left, middle, right = figure.subplots(1, 3, width_ratios=(1, 1, 1.25))
     structures = list(dict.fromkeys(row["structure"] for row in rows))
     _cost_panel(left, rows, structures, "training_macs")
-    left.set_xlabel("training compute (multiply-accumulates)")
+    finish(left, x="training compute (multiply-accumulates)", y=ERROR, log_y=False)
     left.set_title("equal compute, structure-aware learning rates", fontsize=11, pad=26)
     left.legend(
         frameon=False, fontsize=9, ncols=len(structures), loc="lower center", bbox_to_anchor=(0.5, 0.995),
         handlelength=1.2, columnspacing=0.9, handletextpad=0.4, borderaxespad=0.2,
     )  # fmt: skip
     _cost_panel(middle, rows, structures, "training_seconds")
-    middle.set_xlabel("seconds of training on one core of this machine")
+    finish(middle, x="seconds of training on one core of this machine", y=ERROR, log_y=False)
+    # A decade or less: numbers without powers of ten.
+    middle.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+    middle.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    middle.xaxis.set_minor_formatter(NullFormatter())
     middle.set_title("the same networks by time", fontsize=11, pad=26)
     _rule_panel(right, rows, [name for name in structures if name != "dense"])
-    for axes in (left, middle, right):
-        axes.set_ylabel("training error (%)")
-        axes.grid(True, axis="y", color=GRID, linewidth=0.8)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.set_axisbelow(True)
     return figure
 
 
@@ -57,12 +58,6 @@ def _cost_panel(axes: Axes, rows: Sequence[dict[str, Any]], structures: Sequence
         x = [row[cost] for row in chosen]
         y = [100 * row["train_error"] for row in chosen]
         axes.plot(x, y, color=colour, marker=marker, markersize=7, linewidth=1.8, label=label)
-    axes.set_xscale("log")
-    axes.grid(True, axis="x", which="major", color=GRID, linewidth=0.8)
-    if cost == "training_seconds":  # a decade or less: numbers without powers of ten
-        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axes.xaxis.set_minor_formatter(NullFormatter())
 
 
 def _rule_panel(axes: Axes, rows: Sequence[dict[str, Any]], structures: Sequence[str]) -> None:
@@ -86,9 +81,10 @@ def _rule_panel(axes: Axes, rows: Sequence[dict[str, Any]], structures: Sequence
         middle = start + (len(widths) - 1) / 2
         place = axes.get_xaxis_transform()
         axes.text(middle, 1.015, label, color=colour, ha="center", va="bottom", fontsize=10, transform=place)
+    finish(axes, x="width of the network", y=ERROR, log_x=False, log_y=False)
+    axes.grid(False, axis="x")
     axes.set_xticks(ticks, labels, fontsize=8)
     axes.tick_params(axis="x", length=0)
-    axes.set_xlabel("width of the network")
     axes.set_title("effect of the learning-rate rule", fontsize=11, pad=26)
     axes.plot([], [], "o", color="0.4", markerfacecolor="white", markersize=8, label="naive")
     axes.plot([], [], "o", color="0.4", markersize=8, label="structure-aware")

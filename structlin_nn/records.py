@@ -106,10 +106,8 @@ def read_record(path: str | os.PathLike[str]) -> Record:
 
     Raises
     ------
-    FileNotFoundError
-        No such file.
     ValueError
-        No record, one of another schema, or a line that is damaged or cut off (the message names file and line;
+        Not a record, one of another schema, or a line that is damaged or cut off (the message names file and line;
         resuming the run repairs a last line that was cut off).
     """
     path = Path(path)

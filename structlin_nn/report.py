@@ -5,6 +5,7 @@ The page is one HTML file without scripts, and takes nothing from the network: f
 
 from __future__ import annotations
 
+import hashlib
 import html
 import io
 import math
@@ -62,28 +63,11 @@ figcaption {{ color: #555; font-size: 13px; max-width: 46rem; }}
 
 @dataclass(frozen=True)
 class Run:
-    """What a report says of one run.
+    """What a report says of one run: its file (``record``), the label of its group, and numbers.
 
-    Attributes
-    ----------
-    record
-        The file.
-    group
-        Label of its group.
-    width
-        Of the model.
-    params
-        Trainable ones, where the record has them.
-    planned
-        FLOPs of the training of the whole run, products; None in records without.
-    spent
-        FLOPs of the training so far.
-    seconds
-        Of training, without evaluations where the record has them apart.
-    result
-        At the last evaluation.
-    finished
-        Whether the run has reached its last step.
+    ``params`` are trainable ones, if the record has them. ``planned`` are the FLOPs of the training of the whole run,
+    and ``spent`` those so far; ``seconds`` are those of training, without evaluations if the record separates them.
+    ``result`` is that of the last evaluation.
     """
 
     record: str
@@ -147,12 +131,12 @@ def report(
 ) -> str:
     """Return the page about some run records, as HTML.
 
-    Sections that the records have nothing for say why: groups with too few runs for a law, runs of one size.
+    Sections without data say why: groups with too few runs for a law, runs of one size.
 
     Parameters
     ----------
     paths
-        Run records, or folders of them; runs that have not ended are in it, and not in the laws.
+        Run records, or folders of them. Unfinished runs are on the page, and not in the laws.
     y
         The result, such as ``test_error``; None: that of the task (:data:`RESULTS`).
     x
@@ -162,22 +146,15 @@ def report(
     where
         Only rows with these values (:func:`structlin_nn.tables.select`).
     reference
-        Group to compare with; None: dense, where there is one.
+        Group to compare with; None: dense, if there is one.
     error
-        Where to compare; None: the lowest that both reach.
+        Error at which groups are compared; None: the lowest that both reach.
     floor, samples
-        Of the laws (:func:`structlin_nn.laws.fit_groups`).
+        Arguments of :func:`structlin_nn.laws.fit_groups`.
     confidence
-        Of the intervals.
+        Confidence of the intervals.
     title
-        Of the page.
-
-    Raises
-    ------
-    ValueError
-        Files that are no run records, records of several tasks without ``y``, an unknown column.
-    OSError
-        A file that cannot be read.
+        Title of the page.
     """
     rows = select(read_rows(paths, evaluations="all", unfinished=True), dict(where or {}))
     tasks = list(dict.fromkeys(str(row.get("task", _task_of(row))) for row in rows))
@@ -404,19 +381,13 @@ def _figure(figure: Figure, caption: str) -> str:
         figure.savefig(out, format="svg", metadata={"Date": None})
     svg = out.getvalue()
     svg = svg[svg.index("<svg") :]
-    prefix = f"f{_digest(svg)}-"
+    prefix = f"f{hashlib.sha256(svg.encode()).hexdigest()[:8]}-"
     svg = re.sub(r'\bid="', f'id="{prefix}', svg)
     svg = re.sub(r"url\(#", f"url(#{prefix}", svg)
     svg = re.sub(r'href="#', f'href="#{prefix}', svg)
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = svg.replace("<svg ", f'<svg role="img" aria-label="{html.escape(caption, quote=True)}" ', 1)
     return f"<figure>{svg}<figcaption>{_text(caption)}</figcaption></figure>"
-
-
-def _digest(text: str) -> str:
-    import hashlib
-
-    return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> str:

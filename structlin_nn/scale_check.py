@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from structlin_nn._text import suggestion
+from structlin_nn._text import check_integer, suggestion
 from structlin_nn.models import MODELS, StructureConfig, base_model, build_model
 from structlin_nn.models.named import FORMS, example_inputs, open_named, own_function
 from structlin_nn.torch import Muon, ParameterRule, StructuredLinear, parameter_groups, replace_linear
@@ -43,12 +43,9 @@ class LayerScale:
 
     Attributes
     ----------
-    name
-        Name of the module.
-    initial
-        RMS at initialisation, for each width; 0 for a layer that starts at zero.
-    change
-        RMS of the difference from initialisation, for each step and each width.
+    initial, change
+        RMS at initialisation for each width, 0 for a layer that starts at zero; and RMS of the difference from
+        initialisation, for each step and each width.
     initial_slope, change_slope
         Slopes over the width, on logarithmic axes, of the initial values and of the change after the last step; None if
         a value is 0.
@@ -126,14 +123,6 @@ def check_scale(
     threshold
         Largest absolute slope of a flat layer, see :data:`THRESHOLD`.
 
-    Raises
-    ------
-    ValueError
-        Arguments out of range, a model without inputs or whose layers differ between widths, or values that are not
-        finite.
-    TypeError
-        A builder that returns something else.
-
     Examples
     --------
     >>> build = lambda width: (nn.Sequential(nn.Linear(8, width), nn.ReLU(), nn.Linear(width, 3)), torch.ones(2, 8))
@@ -178,8 +167,7 @@ def _check(widths: Sequence[int], optimizer: str, lr: float | None, threshold: f
     if not 0 < threshold < math.inf:
         raise ValueError(f"threshold must be positive and finite, got {threshold}")
     for name, value in counts.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} must be a positive integer, got {value!r}")
+        check_integer(name, value)
 
 
 def _run(
@@ -329,13 +317,6 @@ def builder_of(
         Further arguments of the model, of its configuration, or of the function.
     **sizes
         Sizes of a named model (:func:`structlin_nn.models.build_model`), by default :data:`CHECK_SIZES`.
-
-    Raises
-    ------
-    ValueError
-        An unknown name, an argument that the kind of model does not have, or one that it needs.
-    TypeError
-        A function that returns no model.
 
     Examples
     --------

@@ -46,19 +46,15 @@ def fit_sizes(
     size, data, y
         Columns of N, D and L.
     shared, delta
-        As :func:`structlin.scaling_laws.fit_loss_law`.
+        Arguments of :func:`structlin.scaling_laws.fit_loss_law`.
     samples, seed, method
-        Of the bootstrap (:class:`structlin.scaling_laws.LossBootstrap`).
+        Arguments of the bootstrap (:class:`structlin.scaling_laws.LossBootstrap`).
 
     Returns
     -------
     tuple[LossBootstrap, dict[str, str]]
-        (bootstrap, left_out): the fit with its draws, and by label, why groups are left out.
-
-    Raises
-    ------
-    ValueError
-        No group can be fitted, or too few points for all; an unknown term or method.
+        (bootstrap, left_out): the fit with its draws, and why groups are left out, by label. ValueError, with the
+        reasons, if no group can be fitted.
     """
     points: list[tuple[str, float, float, float]] = []
     left_out: dict[str, str] = {}
@@ -85,24 +81,11 @@ def fit_sizes(
 def multipliers(
     drawn: LossBootstrap, reference: str, *, loss: float | None = None, flops: float = FLOPS, confidence: float = 0.95
 ) -> dict[str, tuple[float, Estimate]]:
-    """For every other group the loss at which it is compared, and how many times less compute it needs there.
+    """Return, for each other group, the loss at which it is compared, and how many times less compute it needs.
 
-    Parameters
-    ----------
-    drawn
-        Of :func:`fit_sizes`.
-    reference
-        A group.
-    loss
-        None: the lowest that points of both reach.
-    flops
-        Of training, for each unit of N and of D.
-    confidence
-        Of the intervals.
-
-    Notes
-    -----
-    Raises ValueError for an unknown reference, and for a loss that neither law reaches.
+    `drawn` is a result of :func:`fit_sizes`. A `loss` of None is the lowest that points of both reach; `flops` are
+    those of training for each unit of N and of D. ValueError for an unknown reference, or a loss that neither law
+    reaches.
     """
     fit = drawn.fit
     if reference not in fit.laws:
@@ -127,30 +110,12 @@ def allocations(
     tolerance: float = 0.1,
     flops: float = FLOPS,
 ) -> tuple[dict[str, Envelope | IsoFlop], dict[str, str]]:
-    """How a budget is split best, group by group, by approach 1 or 2 of Hoffmann et al. 2022.
+    """Return the best split of budgets, by approach 1 or 2 of Hoffmann et al. 2022, and why groups are left out.
 
-    Parameters
-    ----------
-    groups
-        Rows by label. For approach 1 all evaluations, with ``record``, which says what is one run.
-    size, data, y
-        Columns of N, D and L.
-    approach
-        1, the envelope of the curves, or 2, parabolas at equal compute.
-    budgets, tolerance
-        Of approach 2 (:func:`structlin.scaling_laws.fit_isoflop`).
-    flops
-        Of training, for each unit of N and of D.
-
-    Returns
-    -------
-    tuple[dict[str, Envelope | IsoFlop], dict[str, str]]
-        (found, left_out), by label.
-
-    Raises
-    ------
-    ValueError
-        No group has a law, with the reason of each; another approach.
+    Approach 1 is the envelope of the curves: rows are all evaluations, with the column ``record`` of their run.
+    Approach 2 is parabolas at equal compute, with `budgets` and `tolerance`
+    (:func:`structlin.scaling_laws.fit_isoflop`). Other arguments and errors are those of :func:`fit_sizes` and
+    :func:`multipliers`.
     """
     if approach not in (1, 2):
         raise ValueError(f"approach must be 1 or 2, got {approach}")

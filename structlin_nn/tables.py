@@ -57,12 +57,6 @@ def read_rows(
     unfinished
         Accept runs that have not reached their last step.
 
-    Raises
-    ------
-    FileNotFoundError, ValueError
-        A path that does not exist, a folder without records, a file of another kind, an unfinished run, a run without
-        evaluations, or no rows.
-
     Examples
     --------
     >>> Path("points.csv").write_text("structure,macs,error\ndense,1e6,0.5\nmonarch,2e6,\n")

@@ -96,12 +96,9 @@ def open_trained(
     source
         The folder of a run; a file of `structlin_nn.models.save_model`; ``timm:NAME``; or a folder (or the .safetensors
         file in it) that holds GPT-2 as transformers saves it.
-    weights
-        For ``timm:NAME`` the .safetensors file with its state dictionary; nothing is downloaded.
-    num_classes
-        Number of classes of a model of timm. None takes that of the classifier in the file.
-    image_size
-        Side of the images of a model of timm. None takes its default.
+    weights, num_classes, image_size
+        Of ``timm:NAME``: the .safetensors file of its state dictionary (nothing is downloaded), and its sizes; by
+        default those of the classifier in the file, and of the model.
     average
         Take the average of the weights of a run.
     untie
@@ -109,12 +106,8 @@ def open_trained(
 
     Raises
     ------
-    FileNotFoundError
-        A missing file.
-    ValueError
-        A source of no known kind, damaged files, weights of another model, or an option that the source does not have.
-    ModuleNotFoundError
-        A model of timm, if timm is not installed.
+    FileNotFoundError, ValueError
+        Files that are missing or damaged, weights of another model, or an option that the source does not have.
     """
     text = os.fspath(source)
     given = {"weights": weights, "num_classes": num_classes, "image_size": image_size}
@@ -154,10 +147,9 @@ def load_trained(folder: str | os.PathLike[str], *, average: bool = False, model
 
     Parameters
     ----------
-    folder
-        Folder of the run. FileNotFoundError for one without a checkpoint, ValueError for a damaged one.
-    average
-        Take the average of the weights; ValueError for a run that keeps none.
+    folder, average
+        Folder of the run, and whether to take the average of the weights. FileNotFoundError for a run without a
+        checkpoint, ValueError for a damaged one, or one without an average.
     model
         Your own model to fill, if the run trained one. A checkpoint does not state its construction.
     """

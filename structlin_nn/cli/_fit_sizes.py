@@ -6,7 +6,7 @@ import argparse
 import math
 from typing import Any
 
-from structlin_nn.cli.common import print_json, print_table
+from structlin_nn.cli.common import print_json, print_table, save_figure
 
 OPTIONS = ("shared", "flops", "budget", "approach", "tolerance", "delta")
 
@@ -64,15 +64,10 @@ def _law(arguments: argparse.Namespace, groups: dict[str, Any], flops: float) ->
         loss=arguments.at, **common,
     )  # fmt: skip
     if arguments.plot:
-        from pathlib import Path
-
         from structlin_nn.figures.compute import sizes_figure
-        from structlin_nn.figures.style import save
 
-        drawing = sizes_figure(
-            drawn, size=arguments.size, y=arguments.y, budgets=budgets or None, **common
-        )  # fmt: skip
-        save(drawing, Path(arguments.plot))
+        drawing = sizes_figure(drawn, size=arguments.size, y=arguments.y, budgets=budgets or None, **common)
+        save_figure(drawing, arguments.plot)
     if arguments.json:
         print_json(record)
         return 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 from structlin_nn.cli import common
@@ -29,7 +28,6 @@ and 1 otherwise.
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of the command."""
     parser.add_argument("model", metavar="MODEL", help=f"{', '.join(common.MODELS)}, {common.FORMS}")
     parser.add_argument("--widths", type=common.integers, default=(64, 256, 1024), metavar="W", help="(64,256,1024)")
     parser.add_argument("--base-width", type=int, metavar="W0", help="where the learning rate was tuned")
@@ -52,7 +50,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Run the command; return the exit code."""
     from structlin_nn.scale_check import check_scale
     from structlin_nn.torch import ParameterRule
 
@@ -66,9 +63,8 @@ def run(arguments: argparse.Namespace) -> int:
     checks = [check_scale(**settings, structure_aware=aware) for aware in rules]
     if arguments.plot:
         from structlin_nn.figures.scale import check_figure
-        from structlin_nn.figures.style import save
 
-        save(check_figure([check.to_dict() for check in checks]), Path(arguments.plot))
+        common.save_figure(check_figure([check.to_dict() for check in checks]), arguments.plot)
     if arguments.json:
         common.print_json([check.to_dict() for check in checks])
     else:

@@ -17,13 +17,6 @@ from typing import Any, NoReturn
 
 from structlin_nn._text import suggestion, table
 
-__all__ = [
-    "DEVICES", "DTYPES", "FORMS", "LAYERS", "MODELS", "RULES", "SIZES", "Parser", "add_choice", "add_model_option",
-    "check_folder", "choice", "device_of", "fail", "given", "given_structure_options", "integers", "layer_patterns",
-    "layers_of", "model_options", "name_and_value", "own_model_options", "positive", "print_json", "print_table",
-    "size_options", "structure_options",
-]  # fmt: skip
-
 # The help must not import torch, so these names are repeated here. A test compares them with the library's.
 MODELS = ("cifar-mlp", "cifar-vit", "imagenet-vit", "gpt2")
 LAYERS = ("all", "all_but_last", "intermediate")
@@ -208,6 +201,13 @@ def name_and_value(text: str) -> tuple[str, Any]:
         return name, json.loads(value)
     except ValueError:
         raise argparse.ArgumentTypeError(f"the value of {name} must be JSON, got {value!r}") from None
+
+
+def save_figure(figure: Any, path: str) -> None:
+    """Write a figure of `structlin_nn.figures` to a file."""
+    from structlin_nn.figures.style import save
+
+    save(figure, Path(path))
 
 
 def print_json(value: Any) -> None:

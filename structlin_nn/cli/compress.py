@@ -38,7 +38,6 @@ BUDGETS = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of the command."""
     parser.add_argument(
         "source", metavar="MODEL",
         help="a run of `structlin train` (its folder), a file of this command, timm:NAME with --weights, or a folder "
@@ -80,7 +79,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Run the command; return the exit code."""
     import structlin
     from structlin_nn.compress import CALIBRATION, compress, costs
     from structlin_nn.models.files import save_model

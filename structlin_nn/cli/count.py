@@ -29,7 +29,6 @@ data sheets (cpu: measured), so the times are lower bounds.
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of the command."""
     common.add_choice(parser, "model", common.MODELS)
     parser.add_argument("--width", type=int, required=True, metavar="W", help="width of the model")
     parser.add_argument("--base-width", type=int, metavar="W0", help="where the learning rate was tuned (the paper's)")
@@ -55,7 +54,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Run the command and return its exit code."""
     from structlin_nn.counting import count_model, format_count
 
     record = count_model(

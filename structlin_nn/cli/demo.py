@@ -30,7 +30,6 @@ FORM = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of the command."""
     parser.add_argument("--out", default="runs/demo", metavar="DIR", help="folder to write (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of all runs (%(default)s)")
     parser.add_argument("--quick", action="store_true", help="train tiny networks for one epoch, as a test")
@@ -40,7 +39,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Run the command; return the exit code."""
     from structlin_nn.demo import TOLERANCE, compute_difference, configurations, demo
 
     folder, start = Path(arguments.out), time.monotonic()

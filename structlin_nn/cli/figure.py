@@ -35,7 +35,6 @@ Figures are drawn from the records alone. `structlin fit --help` describes RECOR
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of the command."""
     names = "; ".join(f"{name}: {text}" for name, (text, _) in FIGURES.items())
     add_choice(parser, "name", tuple(FIGURES), about=names, kind="figure")
     parser.add_argument("records", metavar="RECORDS", nargs="+", help="run records, folders of them, or tables")
@@ -50,7 +49,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Run the command; return the exit code."""
     from structlin_nn.figures.style import FORMATS, save
 
     out = Path(arguments.out)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 from structlin_nn.cli._fit_sizes import OPTIONS, add_size_options, run_sizes
-from structlin_nn.cli.common import add_choice, print_json, print_table
+from structlin_nn.cli.common import add_choice, print_json, print_table, save_figure
 
 HELP = "fit scaling laws to run records or tables, with intervals, and compare them at equal error"
 LOSSES = ("soft_l1", "linear")
@@ -33,7 +32,6 @@ TIME = "training_seconds"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of the command."""
     parser.add_argument("records", metavar="RECORDS", nargs="+", help="run records, folders of them, or tables")
     add_row_options(parser)
     law = parser.add_argument_group("the law")
@@ -90,7 +88,6 @@ def read_groups(arguments: argparse.Namespace) -> dict[str, list[dict[str, Any]]
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Run the command and return its exit code."""
     from structlin_nn.laws import compare_laws, comparisons_record, fit_groups, laws_record
 
     if not 0 < arguments.confidence < 1:
@@ -131,10 +128,9 @@ def run(arguments: argparse.Namespace) -> int:
                 timed = compare_laws(by_time, reference, error=arguments.at, confidence=arguments.confidence)
     if arguments.plot:
         from structlin_nn.figures.compute import compute_figure
-        from structlin_nn.figures.style import save
 
         drawn = compute_figure(laws, x=arguments.x, y=arguments.y, confidence=arguments.confidence)
-        save(drawn, Path(arguments.plot))
+        save_figure(drawn, arguments.plot)
     if arguments.json:
         record = laws_record(
             laws, arguments.x, arguments.y, reference=reference, error=arguments.at, confidence=arguments.confidence

@@ -25,7 +25,6 @@ An empty prompt starts a new document. The same seed gives the same text.
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of the command."""
     parser.add_argument(
         "source", metavar="MODEL",
         help="folder of a run of `structlin train gpt2`, file of `structlin compress`, or GPT-2 of transformers",
@@ -46,7 +45,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Run the command; return the exit code."""
     import torch
 
     from structlin_nn.data.tokenizers import load_tokenizer

@@ -1,5 +1,8 @@
 """``structlin``: find the command, check its options, and run it.
 
+A command is a module with its HELP and EXAMPLES, ``add_arguments(parser)``, and ``run(arguments)``, which returns the
+exit code.
+
 The exit code is 0 for success, 1 for a run that failed or could not be written, 2 for misuse, with one line on stderr,
 and 128 + number after a signal. Functions below the commands check their arguments, and their ImportError, TypeError,
 ValueError and errors of a wrong path are misuse. No large library is imported before a command runs.
@@ -15,8 +18,6 @@ from types import ModuleType
 
 from structlin_nn._text import suggestion
 from structlin_nn.cli.common import Parser, fail
-
-__all__ = ["main"]
 
 NAMES = (
     "demo", "prepare", "train", "sweep", "compress", "generate", "structures", "replace", "count", "tune", "fit",

@@ -54,7 +54,6 @@ run.
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of the command."""
     parser.add_argument("name", metavar="NAME", type=_name, help=", ".join(NAMES) + ", or package.module:function")
     budget = parser.add_argument_group("the budget (N[,N,...])")
     for name, text in BUDGETS.items():
@@ -121,7 +120,6 @@ def _values(text: str) -> int | list[int]:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Run the command and return its exit code."""
     budgets = common.given(arguments, BUDGETS)
     if arguments.error is not None and (arguments.laws is None or budgets):
         raise ValueError(

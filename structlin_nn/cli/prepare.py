@@ -26,7 +26,6 @@ structlin prepare KIND --help lists the options of a kind. The same command resu
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of the command."""
     kinds = parser.add_subparsers(dest="kind", metavar="KIND", required=True, parser_class=Parser)
 
     def kind(name: str, work: Callable[[argparse.Namespace], int], about: str) -> Any:
@@ -60,7 +59,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Run the command; return the exit code."""
     return arguments.work(arguments)
 
 

@@ -22,7 +22,6 @@ replaced, and for each weight matrix that would stay dense, with the reason.
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of the command."""
     parser.add_argument("model", metavar="MODEL", help=common.FORMS)
     parser.add_argument("--structure", required=True, metavar="NAME", help="one of `structlin structures`")
     common.layer_patterns(parser, "all_but_last")
@@ -35,7 +34,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Run the command; return the exit code."""
     from structlin_nn.models.named import open_named
     from structlin_nn.torch import replace_linear
 

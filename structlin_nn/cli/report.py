@@ -19,7 +19,6 @@ Runs that have not ended are on it, and not in the laws. `structlin fit` explain
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of the command."""
     parser.add_argument("records", metavar="RECORDS", nargs="+", help="run records, or folders of them")
     parser.add_argument("--out", default="report.html", metavar="FILE", help="what to write (report.html)")
     parser.add_argument("--title", default="Training runs", metavar="TEXT", help="of the page")
@@ -40,7 +39,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Run the command and return its exit code."""
     from structlin_nn.report import write_report
 
     out = Path(arguments.out)

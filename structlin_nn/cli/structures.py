@@ -18,7 +18,6 @@ examples:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of the command."""
     parser.add_argument("--json", action="store_true", help="print JSON instead of a list")
 
 
@@ -35,7 +34,6 @@ def describe(name: str) -> dict[str, Any]:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Run the command; return the exit code."""
     import structlin
 
     structures = [describe(name) for name in structlin.structure_names()]

@@ -35,7 +35,6 @@ examples:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of the command."""
     parser.add_argument("name", metavar="NAME", nargs="?", help="a sweep of --list, or a Python file")
     parser.add_argument("--list", action="store_true", help="print the sweeps and exit")
     parser.add_argument("--data", metavar="DIR", help="folder of the data, as for structlin train")
@@ -62,7 +61,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Run the command; return the exit code."""
     from structlin_nn.sweeps import find, names
 
     if arguments.list:

@@ -49,15 +49,7 @@ is a file of JSON lines, which structlin_nn.records describes.
 
 
 def parse(name: str, arguments: Sequence[str]) -> tuple[Any, Any, Any]:
-    """Return the module of the recipe, the configuration and the options for arguments.
-
-    Raises
-    ------
-    ValueError, TypeError, ImportError
-        Invalid values of a configuration.
-    SystemExit
-        Misuse, which tyro explains on stderr.
-    """
+    """Return the module of the recipe, the configuration and the options for arguments."""
     import tyro
 
     from structlin_nn.recipes import MODELS, recipe_module

@@ -32,7 +32,6 @@ CHAIN = 40  # characters of a chain that the table shows
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of the command."""
     parser.add_argument("model", metavar="MODEL", nargs="?", help=f"{', '.join(common.MODELS)}, {common.FORMS}")
     parser.add_argument("--width", type=int, metavar="W", help="width of the model")
     parser.add_argument("--batch-size", type=common.positive, default=32, metavar="N", help="samples in a step (32)")
@@ -50,7 +49,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Run the command; return the exit code."""
     if arguments.model is None and not (arguments.export or arguments.import_ or arguments.forget):
         raise ValueError("give a model to tune, or --export, --import or --forget")
     if arguments.model is None and (arguments.width is not None or arguments.structure is not None):

@@ -5,9 +5,10 @@ structures, learning rates and, optionally, training runs. 1 MAC = 2 FLOPs. Noth
 parameters: every operation is counted, listed as one without products, or named as unknown.
 """
 
+from structlin.execution.devices import DEVICES, Device
 from structlin_nn.counting._memory import DTYPES, OPTIMIZER_STATES, count_loss, training_bytes
 from structlin_nn.counting._named import count_model, format_count
-from structlin_nn.counting._roofline import DEVICES, Device, Roofline, device, measure_cpu, roofline
+from structlin_nn.counting._roofline import Roofline, device, measure_cpu, roofline
 from structlin_nn.torch.counting import (
     CallCount,
     Counting,

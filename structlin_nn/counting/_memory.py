@@ -10,9 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from structlin._arrays import dtype_name
+from structlin_nn._text import check_integer
 from structlin_nn.torch.counting import ModelCount, count
-
-__all__ = ["DTYPES", "OPTIMIZER_STATES", "count_loss", "itemsize", "states_of", "training_bytes"]
 
 DTYPES = {
     "float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1, "float8_e5m2": 1, "int8": 1,
@@ -23,13 +22,7 @@ OPTIMIZER_STATES = {"adam": 2, "adamw": 2, "sign": 1, "sgd": 1}
 
 
 def itemsize(dtype: Any) -> int:
-    """Bytes of a number. Raises ValueError for a dtype that is not one of :data:`DTYPES`.
-
-    Examples
-    --------
-    >>> itemsize("bfloat16")
-    2
-    """
+    """Return the bytes of a number; ValueError for a dtype that is not in :data:`DTYPES`."""
     name = dtype if isinstance(dtype, str) else dtype_name(dtype)
     if name not in DTYPES:
         raise ValueError(f"unknown dtype {name!r}; one of {', '.join(DTYPES)}")
@@ -37,20 +30,11 @@ def itemsize(dtype: Any) -> int:
 
 
 def states_of(optimizer: str, states: int | None = None) -> int:
-    """Numbers that an optimiser keeps for each parameter, or ``states`` where given.
-
-    Raises ValueError for an unknown optimiser, or states that are no integer of at least 0.
-
-    Examples
-    --------
-    >>> states_of("adamw"), states_of("sgd", 0)
-    (2, 0)
-    """
+    """Return the numbers that an optimiser keeps for each parameter, or ``states`` if given; ValueError if unknown."""
     if optimizer not in OPTIMIZER_STATES:
         raise ValueError(f"unknown optimizer {optimizer!r}; one of {', '.join(OPTIMIZER_STATES)}")
     kept = OPTIMIZER_STATES[optimizer] if states is None else states
-    if isinstance(kept, bool) or not isinstance(kept, int) or kept < 0:
-        raise ValueError(f"states must be an integer of at least 0, got {kept!r}")
+    check_integer("states", kept, 0)
     return kept
 
 
@@ -60,14 +44,9 @@ class _CrossEntropy(nn.Module):
 
 
 def count_loss(shape: Sequence[int], soft: bool = False) -> ModelCount:
-    """Count what torch's cross-entropy of logits (..., classes) stores for the backward pass (:func:`training_bytes`).
+    """Count what the cross-entropy of logits of a shape (..., classes) keeps for the backward pass.
 
-    Parameters
-    ----------
-    shape
-        Of the logits of a batch.
-    soft
-        The targets are probabilities of all classes (mixup, label smoothing by hand), and not numbers of classes.
+    With `soft`, targets are probabilities of all classes (mixup), otherwise numbers of classes.
 
     Examples
     --------
@@ -92,44 +71,36 @@ def training_bytes(
     zero_stage: int = 0,
     devices: int = 1,
 ) -> dict[str, int]:
-    """Bytes that a training step holds at its end of the forward pass, on each device.
+    """Return the bytes that a training step holds at the end of its forward pass, on each device.
 
     Parameters
     ----------
     counted
-        Of the whole batch, and where there are several devices of the batch of one of them
-        (:func:`structlin_nn.counting.count`).
+        Count of the batch of one device (:func:`structlin_nn.counting.count`).
     loss
-        Of the loss of the batch (:func:`count_loss`), which autocast computes in the dtype of the weights; None where
-        it is a part of ``counted``, or left out.
+        Count of the loss of the batch (:func:`count_loss`), which autocast computes in the dtype of the weights. None
+        if it is part of ``counted``, or left out.
     optimizer
-        Adam, adamw, sign or sgd, which keep 2, 2, 1 and 1 numbers for each trainable parameter.
+        ``adam``, ``adamw``, ``sign`` or ``sgd``, which keep 2, 2, 1 and 1 numbers for each trainable parameter.
     states
-        This many in place of that: 0 for SGD without momentum.
+        Another number of these: 0 for SGD without momentum.
     dtype
-        Of weights, gradients and states; None: those that the model has.
+        Dtype of weights, gradients and states; None: those of the model.
     activation_dtype
-        Of all floating activations (mixed precision). None: ``dtype``, and where that is None too what the forward pass
-        kept. Copies of the weights in it are not counted.
+        Dtype of all floating activations (mixed precision). None: ``dtype``, or else what the forward pass kept. Copies
+        of the weights in it are not counted.
     zero_stage
-        What data-parallel devices share between them (Rajbhandari et al., *ZeRO*, 2020): 0 nothing, 1 the states of the
-        optimiser, 2 the gradients too, 3 the weights too, which is what FSDP shares by default.
+        What data-parallel devices share (Rajbhandari et al., *ZeRO*, 2020): 0 nothing, 1 the states of the optimiser, 2
+        the gradients too, 3 the weights too (the default of FSDP).
     devices
-        That share; the largest share counts.
+        Number of these devices; the largest share counts.
 
     Returns
     -------
     dict[str, int]
-        ``weights`` with frozen ones, ``buffers``, ``gradients``, ``optimizer_states``, ``activations`` (what the
-        forward pass keeps for the backward pass, see :class:`structlin_nn.counting.ModelCount`), ``loss`` (what that
-        keeps) and their ``total``. Temporary arrays, such as the logits themselves while the loss is computed or
-        weights that are gathered for a layer, and fragmentation are not included.
-
-    Raises
-    ------
-    ValueError
-        An unknown optimiser, dtype or stage; a number of devices or states that is too small; activations that were not
-        counted.
+        ``weights`` with frozen ones, ``buffers``, ``gradients``, ``optimizer_states``, ``activations``
+        (``ModelCount.saved``), ``loss`` and their ``total``. Temporary arrays, such as weights that are gathered for a
+        layer, and fragmentation are not included. ValueError if the activations were not counted.
 
     Examples
     --------
@@ -141,8 +112,7 @@ def training_bytes(
     """
     if zero_stage not in (0, 1, 2, 3) or isinstance(zero_stage, bool):
         raise ValueError(f"zero_stage must be 0, 1, 2 or 3, got {zero_stage!r}")
-    if isinstance(devices, bool) or not isinstance(devices, int) or devices < 1:
-        raise ValueError(f"devices must be an integer of at least 1, got {devices!r}")
+    check_integer("devices", devices)
     for part in (counted, loss):
         if part is not None and not part.saved_known:
             raise ValueError("what the forward pass keeps was not counted: inside a context, or under torch.func")

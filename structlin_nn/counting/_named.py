@@ -7,15 +7,20 @@ from dataclasses import asdict
 from typing import Any
 
 import structlin
-from structlin_nn._text import table
+from structlin.execution.devices import Device
+from structlin_nn._text import check_integer, table
 from structlin_nn.counting._memory import count_loss, training_bytes
-from structlin_nn.counting._roofline import Device, roofline
 from structlin_nn.counting._roofline import device as find_device
+from structlin_nn.counting._roofline import roofline
 from structlin_nn.counting._traffic import format_traffic, layer_traffic
 from structlin_nn.models import GPT2, MLP, MODELS, StructureConfig, ViT, base_model, build_model
 from structlin_nn.torch import StructuredLinear, parameter_groups
 from structlin_nn.torch.counting import CallCount, ModelCount, count
 from structlin_nn.torch.counting._result import format_unknown
+
+_TOTALS = (
+    "trainable_params", "embedding_params", "training_macs", "recomputed_macs", "other_flops", "training_other_flops",
+)  # fmt: skip
 
 
 def count_model(
@@ -33,9 +38,6 @@ def count_model(
     rule: str = "paper",
     layers: str | None = None,
     optimizer: str = "adam",
-    num_classes: int | None = None,
-    heads: int | None = None,
-    head_dim: int | None = None,
     batch_size: int | None = None,
     steps: int | None = None,
     dtype: str = "float32",
@@ -53,64 +55,41 @@ def count_model(
 
     Parameters
     ----------
-    name
-        ``cifar-mlp``, ``cifar-vit``, ``imagenet-vit`` or ``gpt2``.
-    width
-        Features of the residual stream.
+    name, width, structure, options, layers, rms_cap, rule
+        As for :func:`structlin_nn.models.build_model` and :class:`structlin_nn.models.StructureConfig`.
+    rank, rank_fraction, blocks, factorization
+        Options of the structure, too.
     base_width
         Width at which the learning rate was tuned; default: the paper's.
-    structure
-        A registered name.
-    rank, rank_fraction, blocks, factorization
-        Options of the structure; None: its default.
-    options
-        Further options of the structure, by name.
-    rms_cap, rule, layers
-        As in :class:`structlin_nn.models.StructureConfig`.
     optimizer
-        Whose learning-rate multipliers to list (:func:`structlin.lr_multipliers`).
-    num_classes, heads, head_dim
-        Sizes of the model; None: the named model's.
+        Optimiser whose learning-rate multipliers are listed (:func:`structlin.lr_multipliers`).
     batch_size
         Samples in a step; None: 1 for bytes and times.
     steps
-        Of a training run, for its total; needs a batch size.
-    dtype
-        Of weights, gradients and states.
-    activation_dtype
-        Of activations and products (mixed precision); None: ``dtype``.
-    optimizer_states
-        Numbers that the optimiser keeps for each parameter, if not the usual (:func:`training_bytes`).
+        Steps of a training run, for its total; needs a batch size.
+    dtype, activation_dtype
+        Dtype of weights, gradients and states, and that of activations and products (default: the same).
+    optimizer_states, zero_stage, devices
+        As for :func:`training_bytes`; the batch is that of one device.
     device
-        Also the least time on a device, one of :data:`DEVICES` or ``cpu``, which is measured.
+        Also return the minimum time on a device, one of :data:`DEVICES` or ``cpu``, which is measured.
     causal_discount, flash_backward, strict
         As for :func:`count`.
-    zero_stage, devices
-        As for :func:`training_bytes`; the batch is that of one device.
     **sizes
-        Further sizes (``MODELS[name].options``).
+        Sizes of the model (``MODELS[name].options``), such as ``num_classes``; None: the named model's.
 
     Returns
     -------
     dict[str, Any]
-        A record that ``json.dumps`` takes. ``forward_macs`` and ``training_macs`` (forward and backward) are MACs;
-        ``attention_macs`` (scores and values) and ``head_macs`` are parts of ``forward_macs``, ``embedding_params`` is
-        a part of ``trainable_params``. ``layers`` lists every linear layer, in order, with its factors in the order in
-        which they are applied; ``params`` includes bias and gains. ``other_params`` lists the rest, so that the
-        ``params`` of the layers and the sizes of ``other_params`` add up to ``trainable_params``. ``per_token``:
-        forward MACs and training FLOPs (products) of a sample over its ``tokens``; ``bytes``: those of a training step
-        (:func:`training_bytes`); ``run``: training FLOPs of a step and, with ``steps``, of the run; ``roofline``:
-        seconds at least (:class:`Roofline`). ``intensity`` of a layer: FLOPs for each byte moved. ``traffic``, on a
-        GPU: of each structured layer the way that is predicted to be the fastest one, its kernels, bytes and seconds
-        (:mod:`structlin.execution.traffic`). ``other_flops`` (forward) and ``training_other_flops`` are FLOPs that are
-        no products. ``uncounted_ops`` names operations that are no products, and how often they run, ``unknown_ops``
-        those that are in no list.
-
-    Raises
-    ------
-    ValueError
-        Unknown model, structure, preset or size; an option that the structure or model does not have; sizes that do not
-        fit; steps without a batch size; an unknown dtype or device; unknown operations, with ``strict``.
+        A record for ``json.dumps``. ``attention_macs`` (scores and values) and ``head_macs`` are parts of
+        ``forward_macs``, and ``embedding_params`` is part of ``trainable_params``. ``layers`` lists every linear layer
+        in order, with its factors in the order in which they are applied; its ``params`` include bias and gains, and
+        ``intensity`` is its FLOPs for each byte moved. The ``params`` of the layers and the sizes of ``other_params``
+        add up to ``trainable_params``. ``per_token`` divides a sample by its ``tokens``. ``bytes`` are those of a
+        training step, ``run`` the FLOPs of a step and of the run, ``roofline`` seconds (:class:`Roofline`).
+        ``traffic``, on a GPU, has for each structured layer the way that is predicted to be the fastest one
+        (:mod:`structlin.execution.traffic`). ``other_flops`` are FLOPs that are no products. ``uncounted_ops`` names
+        operations without products, and ``unknown_ops`` those of unknown cost.
 
     Examples
     --------
@@ -125,10 +104,13 @@ def count_model(
     if twice := chosen.keys() & (options or {}):
         raise ValueError(f"options {', '.join(sorted(twice))} are given twice")
     config = StructureConfig(structure, {**chosen, **(options or {})}, layers=layers, rms_cap=rms_cap, rule=rule)
-    named = {"num_classes": num_classes, "heads": heads, "head_dim": head_dim}
-    sizes |= {key: value for key, value in named.items() if value is not None}
+    sizes = {key: value for key, value in sizes.items() if value is not None}
 
-    _check_run(batch_size, steps)
+    for key, value in (("batch_size", batch_size), ("steps", steps)):
+        if value is not None:
+            check_integer(key, value)
+    if steps is not None and batch_size is None:
+        raise ValueError("steps need a batch size")
     batch = batch_size or 1
     model = build_model(name, width=width, structure=config, device="meta", **sizes)
     base = base_model(name, base_width, **sizes)
@@ -154,16 +136,11 @@ def count_model(
         "width": width,
         "base_width": base.config.width,
         "sizes": {key: getattr(model.config, key) for key in spec.options},
-        "trainable_params": counted.trainable_params,
-        "embedding_params": counted.embedding_params,
+        **{key: getattr(counted, key) for key in _TOTALS},
         "head_params": rows[-1]["params"],
         "forward_macs": counted.macs(),
         "attention_macs": counted.macs("attention"),
         "head_macs": rows[-1]["macs"],
-        "training_macs": counted.training_macs,
-        "recomputed_macs": counted.recomputed_macs,
-        "other_flops": counted.other_flops,
-        "training_other_flops": counted.training_other_flops,
         "tokens": tokens,
         "per_token": {
             "forward_macs": counted.macs() / tokens,
@@ -229,14 +206,6 @@ def loss_of(model: MLP | ViT | GPT2, batch: int) -> ModelCount:
     return count_loss((batch, model.config.num_classes), soft=True)
 
 
-def _check_run(batch_size: int | None, steps: int | None) -> None:
-    for key, value in (("batch_size", batch_size), ("steps", steps)):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-            raise ValueError(f"{key} must be a positive integer, got {value!r}")
-    if steps is not None and batch_size is None:
-        raise ValueError("steps need a batch size")
-
-
 def _layer(
     call: CallCount, layer: StructuredLinear, multipliers: Mapping[str, float], batch: int, dtype: str
 ) -> dict[str, Any]:
@@ -266,14 +235,7 @@ def _layer(
 
 
 def format_count(record: Mapping[str, Any]) -> str:
-    """Return a record of :func:`count_model` as a table to read.
-
-    Examples
-    --------
-    >>> print(format_count(count_model("cifar-mlp", width=64, depth=1)))  # doctest: +ELLIPSIS
-    cifar-mlp, width 64 (base 64), dense
-    ...
-    """
+    """Return a record of :func:`count_model` as a table to read."""
     options = "".join(f" {key}={value}" for key, value in record["options"].items())
     cap = ", RMS-capped" if record["rms_cap"] else ""
     lines = [

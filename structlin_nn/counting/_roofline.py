@@ -14,8 +14,6 @@ from structlin.execution.devices import DEVICES, Device
 from structlin_nn.counting._memory import itemsize, states_of
 from structlin_nn.torch.counting import ModelCount
 
-__all__ = ["DEVICES", "Device", "Roofline", "device", "measure_cpu", "roofline"]
-
 
 def measure_cpu(dtype: str = "float32", seconds: float = 0.3) -> Device:
     """Return the CPU that this runs on, with torch's threads: a square product of 1024, and a copy of 64 MiB.
@@ -70,13 +68,13 @@ def device(name: str, dtype: str = "float32") -> Device:
 
 @dataclass(frozen=True)
 class Roofline:
-    """The least time of one training step of one batch, in seconds, and what bounds it.
+    """The minimum time of a training step of one batch, in seconds, and what bounds it.
 
-    ``forward`` and ``backward``: the products, each at the slower of compute and memory; ``compute`` is what they
-    would take at the peak rate alone, ``intensity`` their FLOPs for each byte, forward and backward, and ``ridge`` the
-    intensity from which on the device computes at its peak. ``other``: the operations that are no products, forward
-    only, each reading and writing its numbers from and to memory: a compiler that fuses them takes less. ``update``:
-    the optimiser reading and writing weights, gradients and states.
+    ``forward`` and ``backward`` are the products, each at the slower of compute and memory. ``compute`` is their time
+    at the peak rate, ``intensity`` their FLOPs for each byte, and ``ridge`` the intensity from which the device
+    computes at its peak. ``other`` are the operations without products, forward, each reading and writing memory; a
+    compiler that fuses them takes less. ``update`` is the optimiser, which reads and writes weights, gradients and
+    states.
     """
 
     device: str
@@ -99,28 +97,21 @@ def roofline(
     counted: ModelCount, on: Device, dtype: str | None = None, *, optimizer: str = "adam", states: int | None = None,
     weight_dtype: str | None = None, shares: int = 1,
 ) -> Roofline:  # fmt: skip
-    """Return the least time that a counted batch takes on a device.
+    """Return the minimum time that a counted batch takes on a device.
 
     Parameters
     ----------
-    counted
-        Of the whole batch.
-    on
-        The device (:func:`device`).
+    counted, on
+        Count of the batch, and the device (:func:`device`).
     dtype
-        That products are carried out in, ``tfloat32`` too; None: that of the parameters. FLOPs that are no products
-        (FFTs) are taken at the same rate, forward and backward.
+        Dtype of the products, ``tfloat32`` too; None: that of the parameters. FLOPs that are no products (FFTs) have
+        the same rate.
     optimizer, states
         As in :func:`structlin_nn.counting.training_bytes`.
     weight_dtype
-        Of weights, gradients and states, for the update; None: that of the parameters.
+        Dtype of weights, gradients and states, for the update; None: that of the parameters.
     shares
-        Devices that share the update, each of them a part of the states (ZeRO).
-
-    Raises
-    ------
-    ValueError
-        A dtype or an optimiser that is not known; no dtype for parameters of several.
+        Number of devices that share the update (ZeRO).
 
     Examples
     --------

@@ -8,21 +8,15 @@ from typing import Any
 from structlin.execution.choice import Problem
 from structlin.execution.devices import Device
 from structlin.structure import Structure
-
-__all__ = ["format_traffic", "layer_traffic"]
-
-# Of a layer: its name, its structure, and the number of vectors.
-Layers = Iterable[tuple[str, Any, int]]
+from structlin_nn._text import table
 
 
-def layer_traffic(layers: Layers, on: Device, dtype: str) -> dict[str, Any]:
+def layer_traffic(layers: Iterable[tuple[str, Any, int]], on: Device, dtype: str) -> dict[str, Any]:
     """Return the traffic of chains in one training step on a device of CUDA (:mod:`structlin.execution.traffic`).
 
-    Returns
-    -------
-    dict[str, Any]
-        ``layers``: of each its name, the way that is predicted to be the fastest one, the number of kernels, bytes of
-        memory and of L2, and seconds, forward and backward, without biases; ``seconds``: their sum.
+    Layers are (name, structure, number of vectors). The result has their ``seconds``, and in ``layers`` for each its
+    name, the way that is predicted to be the fastest one, the number of kernels, bytes of memory and of L2, and
+    seconds, forward and backward, without biases.
     """
     from structlin.execution.traffic import fastest
 
@@ -48,16 +42,12 @@ def format_traffic(found: dict[str, Any]) -> list[str]:
     for row in found["layers"]:
         key = tuple(row[name] for name in ("rows", "way", "kernels", "memory_bytes", "l2_bytes", "seconds"))
         alike.setdefault(key, []).append(row["name"])
-    cells = [("layers", "rows", "way", "kernels", "memory", "L2", "time of each")]
+    cells = []
     for (rows, way, kernels, memory, l2, seconds), names in alike.items():
         label = names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
         sizes = f"{memory / 1e6:,.1f} MB", f"{l2 / 1e6:,.1f} MB", f"{1e3 * seconds:.4g} ms"
-        cells.append((label, f"{rows:,}", way, f"{kernels:,}", *sizes))
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+        cells.append((label, way, f"{rows:,}", f"{kernels:,}", *sizes))
+    head = ("layers", "way", "rows", "kernels", "memory", "L2", "time of each")
     lines = ["", f"structured layers of a training step, predicted for {found['device']}, {found['dtype']}"]
-    for row in cells:
-        padded = (
-            c.rjust(w) if k not in (0, 2) else c.ljust(w) for k, (c, w) in enumerate(zip(row, widths, strict=True))
-        )
-        lines.append("  " + "  ".join(padded))
+    lines += [f"  {line}" for line in table(head, cells, left=2, rule=False).splitlines()]
     return [*lines, f"  {'all layers':<26}{1e3 * found['seconds']:>25.4g} ms"]

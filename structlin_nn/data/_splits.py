@@ -11,8 +11,6 @@ import numpy as np
 
 from structlin_nn.data.hub import load_hub
 
-__all__ = ["Split", "open_folders", "open_hub", "recognise"]
-
 _NAMES = {"train": ("train",), "val": ("val", "validation")}
 
 

@@ -61,15 +61,10 @@ def sample_crops(
 ) -> Tensor:  # fmt: skip
     """Draw a box for each of many images of one size, by the rules of torchvision's ``RandomResizedCrop``.
 
-    The area is uniform in `scale` times that of the image, the ratio of width to height log-uniform in `ratio`, and
-    the place uniform. Up to ten such pairs are tried until one fits; after that the box is the largest central one
-    whose ratio is in the range (Szegedy et al., Going Deeper with Convolutions, CVPR 2015, section 6).
-
-    Returns
-    -------
-    Tensor
-        int64 tensor (count, 4) on the generator's device: top, left, height, width, in pixels. It takes ``22 * count``
-        numbers from the generator.
+    The area is uniform in `scale` times that of the image, the ratio of width to height log-uniform in `ratio`, and the
+    place uniform. Up to ten such pairs are tried until one fits; after that the box is the largest central one whose
+    ratio is in the range (Szegedy et al., Going Deeper with Convolutions, CVPR 2015, section 6). The result has (top,
+    left, height, width) in pixels, int64 (count, 4) on the generator's device, which gives ``22 * count`` numbers.
 
     Examples
     --------

@@ -87,10 +87,8 @@ def load_cifar(name: str, root: str | os.PathLike[str], *, verify: bool = True) 
 
     Raises
     ------
-    FileNotFoundError
-        Nothing of the data set at ``root``, or one of its files is missing.
-    ValueError
-        A file that is truncated, damaged, or not the official one.
+    FileNotFoundError, ValueError
+        A file is missing, truncated, damaged, or not the official one.
 
     Examples
     --------

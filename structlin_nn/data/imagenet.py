@@ -87,11 +87,6 @@ class ImageRecipe:
     smoothing
         Label smoothing.
 
-    Raises
-    ------
-    ValueError
-        A value outside its range.
-
     Notes
     -----
     Source: Cubuk et al., RandAugment, 2020; Zhong et al., Random Erasing, 2020; Zhang et al., mixup, 2018.
@@ -158,11 +153,6 @@ class ImageRecipe:
             K.
         seed
             Non-negative integers, such as (seed, step). The proportion of mixup depends on them alone.
-
-        Returns
-        -------
-        tuple[Tensor, Tensor]
-            (inputs, targets): float32 (n, 3, size, size), and (n, K), each row summing to 1.
         """
         inputs = augment.normalize(images, IMAGENET_MEAN, IMAGENET_STD)
         if self.random_erasing:
@@ -206,12 +196,9 @@ class ImageNetData:
     train_size, val_size
         Numbers of images.
     digest
-        sha256 of the names and labels of all samples (of fingerprints, for Hugging Face data); images themselves are
-        not read.
-    format
-        One of `FORMATS`.
-    source
-        As given.
+        sha256 of the names and labels of all samples (of fingerprints, for Hugging Face data), not of the images.
+    format, source
+        One of `FORMATS`, and the source as given.
     """
 
     splits: dict[str, Split]
@@ -266,12 +253,6 @@ class ImageNetData:
         Iterator[tuple[Tensor, Tensor, Tensor]]
             (images, labels, keys): uint8 (n, 3, size, size), int64 (n,) and int64 (n,), for `ImageRecipe.finish`, with
             n = batch_size / world_size / accumulate.
-
-        Raises
-        ------
-        ValueError
-            An argument out of range, a batch that cannot be shared equally, fewer images than one batch, or a broken
-            image.
         """
         local, rank, world = share(batch_size, rank, world_size)
         if local % natural("accumulate", accumulate, 1) or (recipe.mixup and local // accumulate % 2):
@@ -298,28 +279,12 @@ class ImageNetData:
     ) -> _Batches:  # fmt: skip
         """Return the validation images in order: resized (bicubic), then the central seven eighths, by timm.
 
+        The batches are (images, labels), uint8 (n, 3, size, size) and int64 (n,), of `batch_size` images in all
+        processes together; the same workers serve all evaluations. Other arguments are those of `train_batches`.
+
         All processes get equally many batches of one shape, as collective forward passes need. Missing rows of the last
         batch are zeros with the label ``IGNORE`` (-100), which torch's cross-entropy leaves out of a sum. With one
         process there are none.
-
-        Parameters
-        ----------
-        batch_size
-            Images in a batch, of all processes together.
-        size
-            Height and width of the views.
-        rank, world_size, workers, pin_memory
-            As in `train_batches`.
-
-        Returns
-        -------
-        _Batches
-            (images, labels): uint8 (n, 3, size, size) and int64 (n,). The same workers serve all evaluations.
-
-        Raises
-        ------
-        ValueError
-            An argument out of range, or a broken image.
         """
         _, rank, world = share(batch_size, rank, world_size)
         chosen = []
@@ -353,13 +318,9 @@ def open_imagenet(
 
     Raises
     ------
-    FileNotFoundError
-        No such data at ``source``.
-    ValueError
-        An unknown format, an empty class or split, validation classes that have no training images, a shard that is
+    FileNotFoundError, ValueError
+        No such data at ``source``; an empty class or split, validation classes without training images, a shard that is
         damaged or cut, a label outside the classes.
-    ImportError
-        Hugging Face data without `datasets` installed.
 
     Examples
     --------

@@ -50,27 +50,16 @@ class ImageDataset:
 
     Attributes
     ----------
-    name
-        Short name, such as ``"cifar10"``; a suffix marks images that are not the original ones.
+    name, source, licence
+        Short name, such as ``"cifar10"`` (a suffix marks changed images); origin and changes; terms of use.
     train_images, test_images
         uint8 arrays (N, C, H, W) and (M, C, H, W); colour channels are red, green, blue.
     train_labels, test_labels
         int64 arrays (N,) and (M,), from 0 to ``num_classes - 1``.
     class_names
         The name of each class, in the order of the labels.
-    source
-        Origin of the arrays, and changes made to them.
-    licence
-        The terms under which the data may be used.
     mean, std
         Mean and deviation of each channel of the training images (`channel_statistics`; derived).
-
-    Raises
-    ------
-    TypeError
-        Images that are not uint8, labels that are not int64.
-    ValueError
-        Shapes that do not fit together, a label outside the classes, an empty split.
 
     Examples
     --------
@@ -183,10 +172,8 @@ def load_images(name: str, root: str | os.PathLike[str] | None = None, *, verify
 
     Raises
     ------
-    FileNotFoundError
-        No files at ``root``, or no root.
-    ValueError
-        An unknown name, an option that the data set does not have, damaged or different files.
+    FileNotFoundError, ValueError
+        No files at ``root``, or no root; damaged or different files.
 
     Examples
     --------

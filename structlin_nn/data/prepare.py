@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from structlin_nn._files import atomic_write
+from structlin_nn._files import atomic_write, cores
 from structlin_nn.data.hub import load_hub
 from structlin_nn.data.tokenizers import Tokenizer, load_tokenizer
 from structlin_nn.data.tokens import DTYPE, META, META_VERSION, SPLITS, TokenData, natural, open_tokens
@@ -71,11 +71,9 @@ def prepare_text(
 
     Raises
     ------
-    FileNotFoundError, FileExistsError
-        A file is missing; the folder holds something else.
-    ValueError
-        No files, an empty file, one that is not UTF-8 (the message names the byte), a fraction out of range, or a text
-        too short for two splits.
+    FileNotFoundError, FileExistsError, ValueError
+        A file is missing; the folder holds something else; a file that is empty or not UTF-8 (the message names the
+        byte), or a text too short for two splits.
 
     Examples
     --------
@@ -256,6 +254,4 @@ def _check_fraction(value: float) -> None:
 
 
 def _cores(workers: int | None) -> int:
-    if workers is not None:
-        return natural("workers", workers, 1)
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return cores() if workers is None else natural("workers", workers, 1)

@@ -22,18 +22,8 @@ _FILES = (("vocab.bpe", "encoder.json"), ("merges.txt", "vocab.json"))
 class Tokenizer:
     """Text to tokens and back.
 
-    Attributes
-    ----------
-    name
-        One of `TOKENIZERS`.
-    vocab_size
-        Every token is below it.
-    end_of_text
-        The token that ends a document.
-    encode
-        Text -> its tokens; the end of a document is not marked.
-    decode
-        Tokens -> text; what is not UTF-8 becomes U+FFFD.
+    `name` is one of `TOKENIZERS`; tokens are below `vocab_size`, and `end_of_text` ends a document, which `encode` does
+    not mark. What is not UTF-8 is decoded to U+FFFD.
     """
 
     name: str
@@ -56,10 +46,8 @@ def load_tokenizer(name: str, folder: str | os.PathLike[str] | None = None) -> T
 
     Raises
     ------
-    ValueError
-        An unknown name, a folder for ``bytes``, or files that are not those of GPT-2.
-    ImportError, FileNotFoundError
-        Tiktoken is not installed; no vocabulary is available.
+    ValueError, ImportError, FileNotFoundError
+        An unknown name, or files that are not those of GPT-2; tiktoken is not installed, or the vocabulary is missing.
 
     Examples
     --------

@@ -50,14 +50,12 @@ class TokenData:
         uint16 arrays (N,) and (M,), read-only.
     vocab_size
         Every token is below it.
-    name
-        Name of the corpus, by default that of the folder.
     digest
         sha256 over the sums of both splits: equal exactly where all tokens are.
+    name, folder
+        Name of the corpus, by default that of the folder, and the folder of the files.
     tokenizer, end_of_text
         Name, and the token that ends a document, from ``meta.json``; None where it is missing.
-    folder
-        Folder of the files.
     """
 
     train: np.ndarray
@@ -97,11 +95,9 @@ def open_tokens(
 
     Raises
     ------
-    FileNotFoundError
-        The folder or one of its files is missing.
-    ValueError
-        A truncated or empty file, a token outside the vocabulary (the message names its place), tokens that are not
-        those that ``meta.json`` describes, a damaged ``meta.json`` or a ``meta.pkl`` in its place.
+    FileNotFoundError, ValueError
+        A file is missing, truncated or empty; a token outside the vocabulary (the message names its place); tokens that
+        are not those that ``meta.json`` describes, a damaged ``meta.json``, or a ``meta.pkl`` in its place.
 
     Examples
     --------
@@ -159,13 +155,6 @@ def token_batch(
     -------
     tuple[np.ndarray, np.ndarray]
         (x, y): int64 arrays (batch_size / world_size, block_size); y is x moved on by one token.
-
-    Raises
-    ------
-    TypeError
-        Tokens that are not an integer array of one axis, an argument that is not an integer.
-    ValueError
-        An argument out of range, an unequal share, or fewer than ``block_size + 1`` tokens.
 
     Examples
     --------

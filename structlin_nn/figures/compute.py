@@ -52,10 +52,7 @@ def _law(axes: Axes, law: GroupLaw, style: Series, confidence: float) -> None:
         band = [law.bootstrap.error(c, confidence) for c in grid]
         axes.fill_between(grid, [b.low for b in band], [b.high for b in band], color=style.colour, alpha=0.12, lw=0)
     axes.plot(grid, fit.law(grid), color=style.colour, linestyle=style.line, linewidth=1.4)
-    axes.plot(
-        fit.compute, fit.error, color=style.colour, marker=style.marker, markerfacecolor=style.face, linestyle="",
-        markersize=6, label=style.label,
-    )  # fmt: skip
+    axes.plot(fit.compute, fit.error, label=style.label, **style.points())
 
 
 def _bars(axes: Axes, laws: Mapping[str, GroupLaw], styles: Mapping[str, Series], confidence: float) -> None:
@@ -144,10 +141,8 @@ def _ends(axes: Axes, lines: Sequence[Row], style: Series, x: str, y: str) -> No
     for cost, error in zip(column(lines, x), column(lines, y), strict=True):
         points.setdefault(cost, []).append(error)
     costs = sorted(points)
-    axes.plot(
-        costs, [float(np.mean(points[c])) for c in costs], color=style.colour, marker=style.marker, linewidth=1.5,
-        markerfacecolor=style.face, linestyle=style.line, markersize=6, label=style.label,
-    )  # fmt: skip
+    means = [float(np.mean(points[c])) for c in costs]
+    axes.plot(costs, means, linewidth=1.5, label=style.label, **style.points(line=style.line))
 
 
 def sizes_figure(
@@ -167,16 +162,13 @@ def sizes_figure(
 
     Parameters
     ----------
-    drawn
-        Laws with intervals (:func:`structlin_nn.size_laws.fit_sizes`).
-    size, y
-        Columns of N and of the loss, for the axes.
+    drawn, size, y
+        Laws with intervals (:func:`structlin_nn.size_laws.fit_sizes`), and the columns of N and of the loss, for the
+        axes.
     budgets
         Budgets of the curves at equal compute; None: six over the range of the runs.
-    flops
-        FLOPs of training for each unit of N and of D.
-    confidence
-        Confidence of the bands.
+    flops, confidence
+        FLOPs of training for each unit of N and of D, and confidence of the bands.
     """
     fit = drawn.fit
     compute = flops * fit.params * fit.tokens
@@ -189,10 +181,7 @@ def sizes_figure(
     for number, name in enumerate(fit.laws):
         own, style = fit.group == number, styles[name]
         best = [drawn.optimum(float(c), name, flops=flops, confidence=confidence) for c in grid]
-        left.plot(
-            compute[own], fit.loss[own], color=style.colour, marker=style.marker, markerfacecolor=style.face,
-            linestyle="", markersize=4, alpha=0.45, markeredgewidth=0.8,
-        )  # fmt: skip
+        left.plot(compute[own], fit.loss[own], alpha=0.45, markeredgewidth=0.8, **style.points(4))
         for axes, key in ((left, "loss"), (right, "params"))[: 1 if len(fit.laws) == 1 else 2]:
             low, high = ([getattr(b[key], end) for b in best] for end in ("low", "high"))
             axes.fill_between(grid, low, high, color=style.colour, alpha=0.15, lw=0)

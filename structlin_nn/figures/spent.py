@@ -49,14 +49,10 @@ def spent_figure(runs: Sequence[SpentRun]) -> Figure:
     styles = series(dict.fromkeys(run.group for run in runs))
     for name, style in styles.items():
         own = [run for run in runs if run.group == name]
-        look = {
-            "color": style.colour, "marker": style.marker, "markerfacecolor": style.face, "linestyle": "",
-            "markersize": 6,
-        }  # fmt: skip
         pairs = [(run.planned, run.spent) for run in own if run.planned and run.spent]
-        left.plot([p for p, _ in pairs], [s for _, s in pairs], label=style.label, **look)
+        left.plot([p for p, _ in pairs], [s for _, s in pairs], label=style.label, **style.points())
         rates = [(run.params, run.rate) for run in own if run.params and run.rate]
-        right.plot([p for p, _ in rates], [r for _, r in rates], **look)
+        right.plot([p for p, _ in rates], [r for _, r in rates], **style.points())
     ends = [value for run in runs for value in (run.planned, run.spent) if value]
     if ends:
         left.plot([min(ends), max(ends)], [min(ends), max(ends)], color="0.6", linewidth=1, zorder=0)

@@ -63,6 +63,13 @@ class Series:
         """Colour of the inside of markers."""
         return self.colour if self.filled else "white"
 
+    def points(self, size: float = 6, line: str = "") -> dict[str, Any]:
+        """Return the options of ``Axes.plot`` for markers of the series, by default without a line."""
+        return {
+            "color": self.colour, "marker": self.marker, "markerfacecolor": self.face, "linestyle": line,
+            "markersize": size,
+        }  # fmt: skip
+
 
 def style(name: str) -> tuple[str, str, str]:
     """Return the label, colour and marker of a structure.

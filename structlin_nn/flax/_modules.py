@@ -8,8 +8,6 @@ from typing import Any
 
 from flax import nnx
 
-__all__ = ["Place", "named_modules", "own_variables", "variables"]
-
 
 @dataclass(frozen=True)
 class Place:

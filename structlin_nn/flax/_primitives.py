@@ -9,9 +9,6 @@ from typing import Any, NamedTuple
 
 from structlin_nn._flops import FLOPS, fft_flops
 
-__all__ = ["COMPOSITE", "FREE", "NO_PRODUCT", "PRODUCT", "UNKNOWN", "Work", "classify", "formula_of",
-           "register_no_product", "register_primitive"]  # fmt: skip
-
 PRODUCT, NO_PRODUCT, UNKNOWN, COMPOSITE = "product", "no product", "unknown", "composite"
 
 
@@ -87,16 +84,6 @@ def register_primitive(name: str) -> Callable[[Callable[[Any], Any]], Callable[[
     The function takes the equation of the jaxpr (``invars``, ``outvars``, ``params``). It returns MACs, or a pair of
     MACs and other FLOPs.
 
-    Parameters
-    ----------
-    name
-        Name of the primitive.
-
-    Returns
-    -------
-    Callable
-        A decorator, which returns the function unchanged.
-
     Examples
     --------
     >>> @register_primitive("structlin_example")
@@ -119,13 +106,7 @@ def register_primitive(name: str) -> Callable[[Callable[[Any], Any]], Callable[[
 
 
 def register_no_product(name: str) -> None:
-    """Register a primitive that computes no products.
-
-    Parameters
-    ----------
-    name
-        Name of the primitive.
-    """
+    """Register a primitive that computes no products."""
     _FORMULAS.pop(name, None)
     _REGISTERED_FREE.add(name)
 

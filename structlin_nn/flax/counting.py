@@ -40,7 +40,7 @@ for _name in ("structlin_chain", "structlin_chain_gradients", "structlin_chain_t
 
 @dataclass
 class JaxCount:
-    """Result of :func:`count`.
+    """Result of :func:`count`; attributes of the same names are those of :class:`structlin_nn.torch.ModelCount`.
 
     Attributes
     ----------
@@ -49,17 +49,8 @@ class JaxCount:
         of a structured matrix that is compiled as a whole. Its derivatives do not count recomputed products.
     params
         Number of elements of the parameters (nnx.Param) of a model; 0 for a function.
-    training_macs
-        MACs of the function and its gradient; None without ``training``.
-    uncounted_ops
-        Operations without products, with their numbers of calls; operations that only move data are left out.
-    unknown_ops
-        Primitives of unknown cost, with their numbers of calls in the function and its gradient. Their products are not
-        counted.
-    other_flops
-        FLOPs of FFTs.
-    training_other_flops
-        FLOPs of FFTs in the function and its gradient.
+    training_macs, training_other_flops
+        MACs and FLOPs of FFTs of the function and its gradient; None without ``training``.
     unbounded
         MACs of one iteration of each ``while`` loop, whose number of iterations is unknown. ``macs`` does not include
         them.
@@ -189,18 +180,6 @@ def count(
     strict
         Raise an error for a primitive of unknown cost.
 
-    Returns
-    -------
-    JaxCount
-        The counts.
-
-    Raises
-    ------
-    TypeError
-        If ``model`` cannot be called.
-    UnknownPrimitiveError
-        With ``strict``, if the cost of a primitive is unknown.
-
     Examples
     --------
     >>> from flax import nnx
@@ -261,18 +240,6 @@ def xla_flops(function: Callable[..., Any], *inputs: Any, **keywords: Any) -> fl
 
     XLA also counts additions and comparisons, counts each loop once, and does not count transcendental functions. For a
     function that only computes products the result equals ``2 * macs`` of :func:`count`.
-
-    Parameters
-    ----------
-    function
-        A function of arrays.
-    *inputs, **keywords
-        Arrays or ``jax.ShapeDtypeStruct``.
-
-    Returns
-    -------
-    float
-        Number of FLOPs.
 
     Examples
     --------

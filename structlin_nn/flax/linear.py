@@ -28,35 +28,19 @@ class Index(nnx.Variable):
 
 
 class StructuredLinear(nnx.Module):
-    r"""Linear layer ``y = A x + b`` with a structured matrix A: (..., in_features) -> (..., out_features).
+    """Linear layer ``y = A x + b`` with a structured matrix A: (..., in_features) -> (..., out_features).
 
     It replaces ``nnx.Linear``. It is the counterpart of :class:`structlin_nn.torch.StructuredLinear`, with the same
-    parameters in the same layout: ``factors`` (a list of ``nnx.Param``, in the order in which they are applied to the
-    input; index arrays are :class:`Index` variables ``index0``, ...), ``gains`` and ``bias``. The layer applies the
-    chain of products and never forms A. ``structure.num_params`` and ``structure.macs`` are the numbers of parameters
-    and of multiply-accumulates (MACs) for one vector.
-
-    Factors are initialised with the deviations of :func:`structlin.init_std` (spectral scale rule), each with one key
-    of ``rngs.params()``, and the bias with 0. With ``rms_cap``, the layer and its operator use :math:`W g \min(1,
-    \sigma / \mathrm{RMS}(W))` in place of each factor W, where g is a learned scalar gain (Qiu et al., *Compute Better
-    Spent*, ICML 2024, section 4.3).
+    initialisation and the same parameters in the same layout: ``factors`` (a list of ``nnx.Param``; index arrays are
+    :class:`Index` variables ``index0``, ...), ``gains`` and ``bias``. Each factor is drawn with one key of
+    ``rngs.params()``.
 
     Parameters
     ----------
     in_features, out_features, use_bias, dtype, param_dtype, rngs
         As for ``nnx.Linear``.
-    structure
-        Name of a registered structure (:func:`structlin.structure_names`), or a structure of shape (out_features,
-        in_features).
-    rms_cap
-        Limit the RMS of every factor to sigma (``cap_sigma``), its initial deviation.
-    gain
-        Use learned gains. Default: only with ``rms_cap``.
-    rule
-        Scale rule, ``paper`` or ``rank_corrected`` (:mod:`structlin.scale`).
-    zero_init
-        Initialise the factor that is applied last with zeros (output layers, query projections, the last layer of a
-        residual branch). Its sigma is the deviation that it has otherwise.
+    structure, rms_cap, gain, rule, zero_init, **options
+        As for :class:`structlin_nn.torch.StructuredLinear`.
     partition
         Mesh axis, or logical axis with rules, for axes of the chain, such as ``{"f": "model"}``. It is the
         ``out_sharding`` of every factor with that axis, and of the bias if it is the first axis of the output. The
@@ -64,18 +48,12 @@ class StructuredLinear(nnx.Module):
         ``jax.set_mesh``.
     factor_metadata, bias_metadata
         Metadata of the variables, as ``kernel_metadata`` of ``nnx.Linear``.
-    **options
-        Options of the named structure (:func:`structlin.structure_options`), for example ``rank=2``.
 
     Raises
     ------
-    ValueError
-        If the structure, the rule or an option is unknown, the structure cannot have these sizes, options are given
-        together with a structure that is not a name, ``gain`` is True without ``rms_cap``, ``rms_cap`` or ``zero_init``
-        is True for a structure without trainable factors, ``partition`` does not match the chain, or a dtype is an
-        integer dtype. In the forward pass, if the input has a wrong size.
-    TypeError
-        If ``structure`` is neither a name nor a structure.
+    TypeError, ValueError
+        As for :class:`structlin_nn.torch.StructuredLinear`; ValueError also if ``partition`` does not match the chain,
+        or a dtype is an integer dtype.
 
     Examples
     --------

@@ -11,12 +11,13 @@ import jax
 import optax
 from flax import nnx
 
-from structlin_nn._patterns import Pattern, listed
+from structlin_nn._patterns import Pattern, alike, listed
 from structlin_nn._rates import (
     Fans,
     ParameterRule,
     Place,
     check_arguments,
+    check_same_modules,
     dense_multiplier,
     factor_multipliers,
     settle,
@@ -51,8 +52,7 @@ class ParameterRates:
         rows: dict[tuple[float, bool, str], list[int]] = {}
         for name, size in self.sizes.items():
             rule = self.rules[name]
-            pattern = ".".join("*" if part.isdigit() else part for part in name.split("."))
-            rows.setdefault((rule.multiplier, rule.decay, pattern), []).append(size)
+            rows.setdefault((rule.multiplier, rule.decay, alike(name)), []).append(size)
         cells = []
         for (multiplier, decay, pattern), sizes in rows.items():
             decayed = "yes" if decay else "no"
@@ -60,23 +60,7 @@ class ParameterRates:
         return table(("multiplier", "decay", "tensors", "parameters", "names"), cells, left=-1, rule=False)
 
     def of(self, tree: Any) -> Any:
-        """Return the rules as a tree with the structure of a state.
-
-        Parameters
-        ----------
-        tree
-            A state of ``nnx.Param``, or its arrays.
-
-        Returns
-        -------
-        Any
-            Tree of the same structure with the rule of each parameter.
-
-        Raises
-        ------
-        ValueError
-            If a parameter has no rule.
-        """
+        """Return the rules as a tree with the structure of a state."""
         paths, structure = jax.tree_util.tree_flatten_with_path(tree)
         names = [_name(path) for path, _ in paths]
         if missing := [name for name in names if name not in self.rules]:
@@ -108,16 +92,6 @@ def parameter_rates(
     structure_aware, extra_multipliers, rules, decay
         As for :func:`structlin_nn.torch.parameter_groups`.
 
-    Returns
-    -------
-    ParameterRates
-        The rules of all parameters.
-
-    Raises
-    ------
-    TypeError, ValueError
-        As for :func:`structlin_nn.torch.parameter_groups`.
-
     Examples
     --------
     >>> def make(width, structure, **options):
@@ -137,7 +111,7 @@ def parameter_rates(
     bases = None if base_model is None else _leaves(base_model)
     leaves = _leaves(model)
     if bases is not None:
-        _check_same_modules(leaves, bases)
+        check_same_modules(leaves, bases, _same_kind)
 
     def places() -> Iterator[Place]:
         for layer, module in leaves.items():
@@ -162,16 +136,6 @@ def scale_by_rates(rates: ParameterRates) -> optax.GradientTransformation:
 
     Place it after the transformation that normalises the update (``optax.scale_by_adam``) and before
     ``optax.scale_by_learning_rate``.
-
-    Parameters
-    ----------
-    rates
-        Result of :func:`parameter_rates`.
-
-    Returns
-    -------
-    optax.GradientTransformation
-        The transformation. Its ``init`` and ``update`` raise ValueError for a parameter without a rule.
 
     Examples
     --------
@@ -210,29 +174,14 @@ def optimizer_for(
         As for :func:`parameter_rates`.
     lr
         Learning rate at base width, or an optax schedule.
-    weight_decay
-        Coefficient for the kinds of parameters in ``decay``.
+    weight_decay, independent_decay
+        As for :func:`structlin_nn.torch.parameter_groups`.
     optimizer
         ``adam``, ``adamw``, ``sgd``, or ``sign`` (Lion).
-    independent_decay
-        Divide the coefficient by the multiplier, so that all decayed parameters shrink by ``lr * weight_decay``. Not
-        for ``adam``.
-    betas
-        Coefficients of Adam and Lion.
-    eps
-        Term in the denominator of Adam.
+    betas, eps
+        Options of Adam, the former also of Lion.
     momentum, nesterov
         Options of SGD.
-
-    Returns
-    -------
-    optax.GradientTransformation
-        The optimiser.
-
-    Raises
-    ------
-    TypeError, ValueError
-        As for :func:`parameter_rates`, or if an option is out of range or does not apply to the optimizer.
 
     Examples
     --------
@@ -351,17 +300,6 @@ def _kind(module: nnx.Module, name: str, variable: nnx.Variable) -> str | None:
     return "vector" if variable.ndim < 2 else None
 
 
-def _check_same_modules(ours: Mapping[str, nnx.Module], theirs: Mapping[str, nnx.Module]) -> None:
-    if missing := [name for name in ours if name not in theirs]:
-        raise ValueError(f"the base model lacks modules with parameters that the model has: {listed(missing)}")
-    if surplus := [name for name in theirs if name not in ours]:
-        raise ValueError(f"the base model has modules with parameters that the model lacks: {listed(surplus)}")
-    for name, module in ours.items():
-        base = theirs[name]
-        if (_fans(module) is None) != (_fans(base) is None) or isinstance(module, _CONVOLUTIONS) != isinstance(
-            base, _CONVOLUTIONS
-        ):
-            raise ValueError(
-                f"module {name!r} is a {type(module).__qualname__} in the model "
-                f"and a {type(base).__qualname__} in the base model"
-            )
+def _same_kind(module: nnx.Module, base: nnx.Module) -> bool:
+    same = isinstance(module, _CONVOLUTIONS) == isinstance(base, _CONVOLUTIONS)
+    return same and (_fans(module) is None) == (_fans(base) is None)

@@ -12,7 +12,16 @@ from flax.nnx.nn.dtypes import promote_dtype
 
 from structlin.structure import AbstractStructure
 from structlin_nn._patterns import Pattern, Patterns, as_patterns, matches
-from structlin_nn._replacement import PRESETS, Replacement, ReplacementReport, matching, names_of, select
+from structlin_nn._replacement import (
+    PRESETS,
+    Replacement,
+    ReplacementReport,
+    check_choices,
+    matching,
+    names_of,
+    select,
+    untied,
+)
 from structlin_nn.flax._modules import Place, named_modules, own_variables, variables
 from structlin_nn.flax.linear import StructuredLinear
 
@@ -40,31 +49,19 @@ def replace_linear(
     model
         Any nnx module that contains linear layers.
     layers
-        ``"all"``, ``"all_but_last"``, ``"intermediate"``, patterns, or a predicate. The first and the last layer are
-        those in the order in which attributes were set, which the report shows. ``nnx.merge`` and ``nnx.clone`` sort
-        attributes by name; use patterns for such models.
-    shared_weights
-        Action for a layer that shares its kernel or bias with another module (a head that is tied to its embedding),
-        which a replacement would untie: ``"error"``, or ``"skip"``, which leaves it dense.
+        As for :func:`structlin_nn.torch.replace_linear`. The first and the last layer are those in the order in which
+        attributes were set, which the report shows. ``nnx.merge`` and ``nnx.clone`` sort attributes by name; use
+        patterns for such models.
     rngs
         Source of the keys.
-    structure, exclude, zero_init, rms_cap, gain, rule, **options
+    structure, exclude, zero_init, shared_weights, rms_cap, gain, rule, **options
         As for :func:`structlin_nn.torch.replace_linear`.
-
-    Returns
-    -------
-    ReplacementReport
-        The replaced layers with parameters and MACs before and after, and the layers that were not replaced.
 
     Raises
     ------
-    ValueError
-        If no layer is selected, a pattern matches no layer (the message lists the layers), the structure does not have
-        the size of a layer (the message names it), weights are tied, or a layer computes something other than
-        ``nnx.Linear`` (a subclass, or with another ``dot_general`` or ``promote_dtype``), was stacked by ``nnx.vmap``,
-        or is an entry of a tuple.
-    TypeError
-        If ``structure`` or a pattern has a wrong type.
+    TypeError, ValueError
+        As for :func:`structlin_nn.torch.replace_linear` with ``impossible="error"``; ValueError also if a layer was
+        stacked by ``nnx.vmap``, is an entry of a tuple, or has another ``dot_general`` or ``promote_dtype``.
 
     Examples
     --------
@@ -77,8 +74,7 @@ def replace_linear(
     layers.1  64 x 128   8,256       4,160   8,192       4,096
     total               16,576       7,360  16,384       7,168
     """
-    if shared_weights not in ("error", "skip"):
-        raise ValueError(f"shared_weights must be 'error' or 'skip', got {shared_weights!r}")
+    check_choices(shared_weights=(shared_weights, ("error", "skip")))
     places = _linear_places(model, nnx.Linear)
     names = {layer: tuple(place.name for place in held) for layer, held in places.items()}
     chosen = select(names, layers, as_patterns(exclude), "nnx.Linear")
@@ -97,10 +93,7 @@ def replace_linear(
         elif shared_weights == "skip":
             skipped.append((known[0], f"shares {', '.join(others)}"))
         else:
-            raise ValueError(
-                f"layer {known[0]!r} shares {', '.join(others)}; its replacement would untie them: "
-                "exclude it, or pass shared_weights='skip' to leave such layers dense"
-            )
+            raise untied(known[0], others)
     if not made:
         raise ValueError(
             f"all selected layers share their weights with other modules; the linear layers are {names_of(names)}"
@@ -126,26 +119,8 @@ def to_dense_linear(
     """Replace structured layers of ``model``, in place, by ``nnx.Linear`` layers with the same matrices and biases.
 
     The weights include caps and gains; dtypes do not change. Create the optimiser afterwards, because the parameters
-    are new.
-
-    Parameters
-    ----------
-    model
-        Any nnx module that contains structured layers.
-    layers, exclude
-        Selection of layers, as in :func:`replace_linear`.
-    rngs
-        Keys for ``nnx.Linear``, which initialises its values before they are set.
-
-    Returns
-    -------
-    ReplacementReport
-        The replaced layers; values "before" are those of the structured layers.
-
-    Raises
-    ------
-    TypeError, ValueError
-        As for :func:`replace_linear`.
+    are new. `layers` and `exclude` select layers as in :func:`replace_linear`; ``nnx.Linear`` initialises its values
+    with `rngs` before they are set. Values "before" in the report are those of the structured layers.
 
     Examples
     --------

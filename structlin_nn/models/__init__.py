@@ -99,13 +99,6 @@ def build_model(
     **sizes
         Sizes other than the named model's (``MODELS[name].options``): ``num_classes``, ``heads``, ...
 
-    Raises
-    ------
-    ValueError
-        Unknown model, size or structure, or sizes that do not fit.
-    TypeError
-        A ``structure`` that is no StructureConfig.
-
     Examples
     --------
     >>> model = build_model("cifar-mlp", width=64, structure=StructureConfig("block_tensor_train"), device="meta")

@@ -11,6 +11,7 @@ from torch import nn
 
 import structlin
 from structlin.scale import RULES
+from structlin_nn._text import check_integer
 from structlin_nn.torch import StructuredLinear
 
 ROLES = ("input", "hidden", "output")
@@ -93,22 +94,28 @@ class LinearFactory:
         self, in_features: int, out_features: int, *, role: str = "hidden", bias: bool = True, zero_init: bool = False,
         gain: bool = True,
     ) -> StructuredLinear:  # fmt: skip
-        """Return a layer ``(..., in_features) -> (..., out_features)``.
+        """Return a layer ``(..., in_features) -> (..., out_features)``; the options are those of :meth:`layer_options`.
 
-        ``role``: ``input`` (reads the data), ``hidden`` or ``output`` (makes the logits); ``zero_init`` zeroes the
-        factor applied last; ``gain=False`` leaves out the learned gains of an RMS-capped layer. Raises ValueError
-        for an unknown role and for sizes that the structure cannot have.
+        ``zero_init`` zeroes the factor that is applied last.
+        """
+        return StructuredLinear(
+            in_features, out_features, bias, self.device, self.dtype, zero_init=zero_init,
+            **self.layer_options(role, gain),
+        )  # fmt: skip
+
+    def layer_options(self, role: str, gain: bool) -> dict[str, Any]:
+        """Return the structure of a layer by its role, with its options; ValueError for an unknown role.
+
+        A layer of the role ``input`` reads the data, one of the role ``output`` makes the logits, others are
+        ``hidden``. ``gain=False`` leaves out the learned gains of an RMS-capped layer.
         """
         if role not in ROLES:
             raise ValueError(f"unknown role {role!r}; one of {', '.join(ROLES)}")
-        common: dict[str, Any] = {"bias": bias, "zero_init": zero_init, "device": self.device, "dtype": self.dtype}
-        config = self.structure
         if role not in self.roles:
-            return StructuredLinear(in_features, out_features, structure="dense", **common)
-        return StructuredLinear(
-            in_features, out_features, structure=config.name, rms_cap=config.rms_cap, gain=gain and config.rms_cap,
-            rule=config.rule, **common, **config.options,
-        )  # fmt: skip
+            return {"structure": "dense"}
+        config = self.structure
+        capped: dict[str, Any] = {"rms_cap": config.rms_cap, "gain": gain and config.rms_cap, "rule": config.rule}
+        return {"structure": config.name, **capped, **config.options}
 
     def norm(self, size: int, bias: bool = True) -> nn.LayerNorm:
         """Return a LayerNorm over the last axis."""
@@ -122,9 +129,7 @@ class LinearFactory:
 def check_positive(config: Any, *names: str) -> None:
     """Raise ValueError unless the named attributes of ``config`` are positive integers."""
     for name in names:
-        value = getattr(config, name)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} must be a positive integer, got {value!r}")
+        check_integer(name, getattr(config, name))
 
 
 def check_shape(shape: Any) -> tuple[int, int, int]:
@@ -133,6 +138,12 @@ def check_shape(shape: Any) -> tuple[int, int, int]:
     if len(shape) != 3 or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in shape):
         raise ValueError(f"input_shape is (channels, height, width) in positive integers, got {shape}")
     return shape
+
+
+def check_images(x: Any, shape: tuple[int, int, int]) -> None:
+    """Raise ValueError unless an array has the shape (batch, *shape)."""
+    if tuple(x.shape[1:]) != shape:
+        raise ValueError(f"images of shape (batch, *{shape}) are needed, got {tuple(x.shape)}")
 
 
 def resolve_head_dim(config: Any) -> None:

@@ -18,7 +18,7 @@ from torch import nn
 
 from structlin_nn.models.mlp import MLP, MLPConfig
 from structlin_nn.models.transformer import GPT2, GPT2Config, ViT, ViTConfig
-from structlin_nn.torch.files import StructuredFile, fill, read_structured, read_tensors, save_structured
+from structlin_nn.torch.files import fill, read_structured, read_tensors, save_structured
 
 __all__ = ["build_of", "load_model", "make_timm", "save_model"]
 
@@ -73,12 +73,12 @@ def load_model(
     FileNotFoundError, ValueError
         As :func:`structlin_nn.torch.load_structured`; a file that does not state how to build its model
         (``load_structured`` takes a model that you build).
-    ModuleNotFoundError
-        A model of timm, where that is not installed.
     """
     found = read_structured(path)
     try:
-        model = build_from(found)
+        if found.build is None:
+            raise ValueError("the file does not state how its model is built: build it, and use load_structured")
+        model = build_dense(found.build)
         kinds = {_DTYPES[kind] for kind in found.dtypes.values() if kind in _DTYPES}
         if dtype is None and len(kinds) == 1:
             dtype = kinds.pop()
@@ -109,13 +109,6 @@ def build_of(model: nn.Module) -> dict[str, Any]:
     raise TypeError(
         f"a model of structlin_nn.models is needed, or its construction as build, got {type(model).__name__}"
     )
-
-
-def build_from(found: StructuredFile) -> nn.Module:
-    """Return the dense model that a file names, with random values."""
-    if found.build is None:
-        raise ValueError("the file does not state how its model is built: build it, and use load_structured")
-    return build_dense(found.build)
 
 
 def build_dense(build: Mapping[str, Any]) -> nn.Module:

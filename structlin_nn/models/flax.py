@@ -18,35 +18,32 @@ from jax import Array
 
 from structlin_nn import models
 from structlin_nn.flax.linear import Index, StructuredLinear
-from structlin_nn.models import LAYER_PRESETS, GPT2Config, MLPConfig, StructureConfig, ViTConfig
+from structlin_nn.models import GPT2Config, LinearFactory, MLPConfig, StructureConfig, ViTConfig
+from structlin_nn.models.factory import check_images
 
 __all__ = ["GPT2", "MLP", "MODELS", "ViT", "base_model", "build_model"]
 
 _EPSILON = 1e-5  # torch's, for layer norms
 
 
-class _Maker:
-    """Makes the layers of one model: structured or dense, by their role, as torch's LinearFactory."""
+class _Maker(LinearFactory):
+    """Makes the layers of one model as the factory of torch does."""
 
     def __init__(self, structure: StructureConfig, default_layers: str, **common: Any) -> None:
-        self.structure, self.common = structure, common
-        self.roles = LAYER_PRESETS[structure.layers or default_layers]
+        super().__init__(structure, default_layers)
+        self.common = common
 
-    def __call__(
+    def __call__(  # type: ignore[override]
         self, d_in: int, d_out: int, *, role: str = "hidden", bias: bool = True, zero_init: bool = False,
         gain: bool = True,
     ) -> StructuredLinear:  # fmt: skip
-        config = self.structure
-        more: dict[str, Any] = {"use_bias": bias, "zero_init": zero_init, **self.common}
-        if role not in self.roles:
-            return StructuredLinear(d_in, d_out, structure="dense", **more)
-        capped: dict[str, Any] = {"rms_cap": config.rms_cap, "gain": gain and config.rms_cap, "rule": config.rule}
-        return StructuredLinear(d_in, d_out, structure=config.name, **capped, **more, **config.options)
+        options = {**self.common, **self.layer_options(role, gain)}
+        return StructuredLinear(d_in, d_out, use_bias=bias, zero_init=zero_init, **options)
 
-    def norm(self, size: int, bias: bool = True) -> nnx.LayerNorm:
+    def norm(self, size: int, bias: bool = True) -> nnx.LayerNorm:  # type: ignore[override]
         return nnx.LayerNorm(size, epsilon=_EPSILON, use_bias=bias, use_fast_variance=False, **self.common)
 
-    def embedding(self, count: int, size: int) -> nnx.Embed:
+    def embedding(self, count: int, size: int) -> nnx.Embed:  # type: ignore[override]
         return nnx.Embed(count, size, embedding_init=nnx.initializers.normal(1.0), **self.common)
 
 
@@ -88,7 +85,7 @@ class MLP(nnx.Module):
 
     def __call__(self, x: Array) -> Array:
         """Return the logits of images (batch, channels, height, width)."""
-        _check_images(x, self.config.value.input_shape)
+        check_images(x, self.config.value.input_shape)
         h = nnx.gelu(self.input(x.reshape(len(x), -1)[:, self.permutation[...]]), approximate=False)
         for block in self.blocks:
             h = block(h)
@@ -230,7 +227,7 @@ class ViT(nnx.Module):
 
     def __call__(self, x: Array) -> Array:
         """Return the logits of images (batch, channels, height, width)."""
-        _check_images(x, self.config.value.input_shape)
+        check_images(x, self.config.value.input_shape)
         x = self.embedding_norm(self.patch_embedding(self.patch_norm(self.patchify(x))))
         token, positions = self.class_token(jnp.zeros((len(x), 1), int)), self.positions(jnp.arange(x.shape[1] + 1))
         x = jnp.concatenate([token.astype(x.dtype), x], axis=1) + positions.astype(x.dtype)
@@ -294,8 +291,3 @@ class _Static:
 def _check_name(name: str) -> None:
     if name not in MODELS:
         raise ValueError(f"flax has the models {', '.join(MODELS)}, got {name!r}")
-
-
-def _check_images(x: Array, shape: tuple[int, int, int]) -> None:
-    if tuple(x.shape[1:]) != shape:
-        raise ValueError(f"images of shape (batch, *{shape}) are needed, got {tuple(x.shape)}")

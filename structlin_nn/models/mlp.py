@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from structlin_nn.models.factory import LinearFactory, StructureConfig, check_positive, check_shape
-from structlin_nn.models.transformer import Blocks
+from structlin_nn.models.factory import LinearFactory, StructureConfig, check_images, check_positive, check_shape
+from structlin_nn.models.transformer import Blocks, ImageModel
 from structlin_nn.torch import mlp
 
 PERMUTATION_SEED = 0
@@ -50,7 +50,7 @@ class MLPBlock(nn.Module):
         return mlp(h, self.up, self.down, norm=self.norm, residual=True)
 
 
-class MLP(nn.Module):
+class MLP(ImageModel):
     """Residual MLP on permuted pixels (Qiu et al., *Compute Better Spent*, ICML 2024, section 4).
 
     The pixels of an image are put into a fixed random order, the same for all images and models, so that no
@@ -88,17 +88,8 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor, return_features: bool = False) -> Tensor | tuple[Tensor, Tensor]:
         """Logits, or (logits, features): the features (batch, width) are what the output layer reads."""
-        if tuple(x.shape[1:]) != self.config.input_shape:
-            raise ValueError(f"images of shape (batch, *{self.config.input_shape}) are needed, got {tuple(x.shape)}")
+        check_images(x, self.config.input_shape)
         h = F.gelu(self.input(x.flatten(1).index_select(1, self.permutation)))
         h = self.blocks(h)
         logits = self.output(h)
         return (logits, h) if return_features else logits
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Keep only the inputs of the blocks for the backward pass, and compute the rest again; as in timm."""
-        self.blocks.recompute = enable
-
-    def example_input(self, batch: int = 1, device: torch.device | str | None = None) -> Tensor:
-        """Zeros of the shape that the model takes."""
-        return torch.zeros(batch, *self.config.input_shape, device=device)

@@ -39,15 +39,6 @@ def open_named(text: str, *, device: str | None = "meta", **options: Any) -> nn.
     **options
         Arguments of timm's model, of the configuration, or of the function.
 
-    Raises
-    ------
-    ValueError
-        None of these forms, or a name that is not known.
-    ImportError
-        A library that is missing.
-    TypeError
-        A function that returns no torch module.
-
     Examples
     --------
     >>> model = open_named("hf:gpt2", n_layer=1, n_embd=32, n_head=2, vocab_size=64)
@@ -145,28 +136,10 @@ def build_named(
 ) -> nn.Module:  # fmt: skip
     """Return a model to be trained by a recipe, with random values and structured layers.
 
-    Parameters
-    ----------
-    text
-        ``timm:NAME``, ``hf:CONFIG``, or ``package.module:function``, whose function is called with the width, and with
-        the keyword ``outputs`` if it has that parameter.
-    outputs
-        Number of classes or tokens.
-    structure
-        Structure of the linear layers (:func:`structlin_nn.torch.replace_linear`).
-    width
-        Width of the function's model.
-    size_of_outputs
-        Name that the configuration of transformers has for ``outputs``.
-    image_size
-        Side of the images that the model takes, for ``timm:NAME`` and ``hf:CONFIG``.
-    **options
-        Further arguments of the configuration or the function.
-
-    Returns
-    -------
-    nn.Module
-        Inputs to logits.
+    `text` is as for :func:`open_named`; a function is called with the width, and with the keyword ``outputs`` if it has
+    that parameter. `outputs` is the number of classes or tokens, and `size_of_outputs` its name in configurations of
+    transformers. `image_size` is the side of the images, for ``timm:NAME`` and ``hf:CONFIG``; `options` are further
+    arguments of the model.
     """
     kind, _, name = text.partition(":")
     made: Any
@@ -192,18 +165,6 @@ def build_named(
 
 def example_inputs(model: nn.Module, batch: int = 1) -> Tensor:
     """Return zeros of the shape that a model takes.
-
-    Parameters
-    ----------
-    model
-        A model that has ``example_input(batch)``, of timm, or of transformers (token indices or pixels).
-    batch
-        Number of samples.
-
-    Raises
-    ------
-    ValueError
-        A model of another kind.
 
     Examples
     --------

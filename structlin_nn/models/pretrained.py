@@ -64,13 +64,9 @@ def load_gpt2(
 
     Raises
     ------
-    FileNotFoundError
-        Files that are not there.
-    ValueError
-        Damaged files, a configuration that our model has no form for (the message names the key), or tensors that are
-        missing, left over, or of another shape.
-    TypeError
-        A module that is no GPT-2.
+    FileNotFoundError, ValueError
+        Files that are missing or damaged, a configuration that this model cannot have (the message names the key), or
+        tensors that are missing, left over, or of another shape.
     """
     settings, tensors = _from_module(source) if isinstance(source, nn.Module) else _from_files(Path(source))
     tied = (settings.get("tie_word_embeddings", True) or "lm_head.weight" not in tensors) and not untie

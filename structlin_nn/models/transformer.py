@@ -11,7 +11,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from structlin_nn.models.factory import LinearFactory, StructureConfig, check_positive, check_shape, resolve_head_dim
+from structlin_nn.models.factory import (
+    LinearFactory,
+    StructureConfig,
+    check_images,
+    check_positive,
+    check_shape,
+    resolve_head_dim,
+)
 from structlin_nn.torch import mlp, projections
 
 # Up to so many tokens, without and with a backward pass, batched products of bfloat16 are faster on a CPU than torch's
@@ -134,6 +141,26 @@ class Blocks(nn.ModuleList):
         return x
 
 
+class BlockModel(nn.Module):
+    """A model with ``blocks``."""
+
+    blocks: Blocks
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Keep only the inputs of the blocks for the backward pass, and compute the rest again; as in timm."""
+        self.blocks.recompute = enable
+
+
+class ImageModel(BlockModel):
+    """A model of images of the shape ``config.input_shape``."""
+
+    config: Any
+
+    def example_input(self, batch: int = 1, device: torch.device | str | None = None) -> Tensor:
+        """Zeros of the shape that the model takes."""
+        return torch.zeros(batch, *self.config.input_shape, device=device)
+
+
 @dataclass(frozen=True)
 class ViTConfig:
     """Sizes of a :class:`ViT`. ``input_shape`` is (channels, height, width); ``head_dim`` None: width // heads."""
@@ -162,7 +189,7 @@ class ViTConfig:
         return (self.input_shape[1] // self.patch) * (self.input_shape[2] // self.patch)
 
 
-class ViT(nn.Module):
+class ViT(ImageModel):
     """Vision transformer with a class token (Dosovitskiy et al., 2021) and normalised queries and keys.
 
     Patch embedding with LayerNorm on both sides, pre-norm blocks, a final LayerNorm, and a head on the class token.
@@ -205,8 +232,7 @@ class ViT(nn.Module):
 
     def forward(self, x: Tensor, return_features: bool = False) -> Tensor | tuple[Tensor, Tensor]:
         """Logits, or (logits, features): the features (batch, width) are what the head reads, after the last norm."""
-        if tuple(x.shape[1:]) != self.config.input_shape:
-            raise ValueError(f"images of shape (batch, *{self.config.input_shape}) are needed, got {tuple(x.shape)}")
+        check_images(x, self.config.input_shape)
         x = self.embedding_norm(self.patch_embedding(self.patch_norm(self.patchify(x))))
         token = self.class_token.weight.expand(x.shape[0], 1, -1)
         x = torch.cat([token, x], dim=1) + self.positions.weight
@@ -214,14 +240,6 @@ class ViT(nn.Module):
         features = self.norm(x[:, 0])
         logits = self.head(features)
         return (logits, features) if return_features else logits
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Keep only the inputs of the blocks for the backward pass, and compute the rest again; as in timm."""
-        self.blocks.recompute = enable
-
-    def example_input(self, batch: int = 1, device: torch.device | str | None = None) -> Tensor:
-        """Zeros of the shape that the model takes."""
-        return torch.zeros(batch, *self.config.input_shape, device=device)
 
 
 @dataclass(frozen=True)
@@ -261,7 +279,7 @@ class GPT2Config:
             raise ValueError(f"gelu must be 'none' or 'tanh', got {self.gelu!r}")
 
 
-class GPT2(nn.Module):
+class GPT2(BlockModel):
     """Causal transformer over tokens (Radford et al., 2019), by default without biases and with an untied head.
 
     Token and position embeddings, pre-norm blocks, a final LayerNorm and a head that is structured like the rest.
@@ -309,10 +327,6 @@ class GPT2(nn.Module):
         features = self.norm(x)
         logits = F.linear(features, self.tokens.weight) if self.head is None else self.head(features)
         return (logits, features) if return_features else logits
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Keep only the inputs of the blocks for the backward pass, and compute the rest again; as in timm."""
-        self.blocks.recompute = enable
 
     def example_input(self, batch: int = 1, device: torch.device | str | None = None) -> Tensor:
         """Zeros of the longest shape that the model takes."""

@@ -19,8 +19,6 @@ from beartype.door import is_bearable
 import structlin
 from structlin_nn._text import suggestion
 
-__all__ = ["RunConfig", "StructureOptions", "assigned", "overrides", "require"]
-
 _EXCLUSIVE = {"rank": "rank_fraction", "rank_fraction": "rank"}  # two ways to state one size
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -33,8 +33,6 @@ from structlin_nn.recipes._telling import hardware
 from structlin_nn.recipes._torch import base_of, common_state, count_run, layers_of, restore_common
 from structlin_nn.torch import parameter_groups
 
-__all__ = ["FlaxRun", "check_flax"]
-
 CLIP_EPSILON = 1e-6  # torch's, in clip_grad_norm_
 
 
@@ -47,16 +45,21 @@ def check_flax(config: RunConfig) -> None:
     require(config.optimizer != "muon", "optimizer='muon' is for the recipes in torch")
 
 
+class FlaxConfig:
+    """Mixin of the configurations of recipes in flax. It is no dataclass, so that it changes no default."""
+
+    compiles: ClassVar[bool] = False
+
+    def _check(self) -> None:
+        super()._check()  # type: ignore[misc]
+        check_flax(self)  # type: ignore[arg-type]
+
+
 class FlaxRun(Run):
     """A run in flax (`structlin_nn.recipes._run.Run`).
 
-    Attributes
-    ----------
-    twin
-        The torch model with the same parameters, as they were drawn or when they were last written to it.
-    graph
-        Graph of the flax model. `params` and `rest` are its state, `moments` that of the optimiser, and `average`
-        is the average of the weights.
+    `twin` is the torch model with the same parameters, as they were drawn or last written to it. `graph`, `params` and
+    `rest` are the parts of the flax model, `moments` is the state of the optimiser, and `average` that of the weights.
     """
 
     versions = ("torch", "jax", "flax", "optax", "orbax-checkpoint")
@@ -124,15 +127,8 @@ class FlaxRun(Run):
     def make_step(self, loss: Callable[[Any, Any, Any], tuple[Array, Any]]) -> Callable[..., tuple[Array, Array, Any]]:
         """Return a step on the equally large parts of a batch, by the mean of their gradients.
 
-        Parameters
-        ----------
-        loss
-            (model, inputs, targets) to (mean loss, what else is wanted of a part).
-
-        Returns
-        -------
-        Callable[..., tuple[Array, Array, Any]]
-            (inputs, targets) as NumPy arrays to (mean loss, norm of the gradient, what else, by parts).
+        `loss` maps (model, inputs, targets) to the mean loss, and to what else is wanted of a part. The step maps
+        (inputs, targets) as NumPy arrays to the mean loss, the norm of the gradient, and what else, by parts.
         """
         config, tx = self.config, self.tx
 

@@ -10,24 +10,14 @@ from torch import Tensor, nn
 
 from structlin_nn.torch import StructuredLinear
 
-__all__ = ["Probe"]
-
 
 class Probe:
     """Measure the last features on a fixed batch, their change in a step, and the gain of each layer.
 
     Under the structure-aware rule these stay the same when the width grows (Qiu et al., *Compute Better Spent*, ICML
-    2024, section 3 and figure 2a); under the naive rule the change per step shrinks or explodes.
-
-    Parameters
-    ----------
-    model
-        A model with ``return_features``: (inputs) to (logits, features), or, as in timm, ``get_classifier``, whose
-        input is the features. For other models only gains are measured.
-    call
-        Runs it, in the precision and the way that evaluation does.
-    inputs
-        The batch.
+    2024, section 3 and figure 2a); under the naive rule the change per step shrinks or explodes. `call` runs the model
+    as evaluation does. Features are those of a model with ``return_features``: (inputs) to (logits, features), or, as
+    in timm, the input of ``get_classifier``. For other models only gains are measured.
     """
 
     def __init__(self, model: nn.Module, call: Callable[..., Any], inputs: Tensor) -> None:

@@ -22,30 +22,16 @@ from torch.nn.parallel import DistributedDataParallel
 
 from structlin_nn.recipes._config import RunConfig, require
 
-__all__ = ["ALONE", "Processes", "available_device", "local", "processes"]
-
 Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
 class Processes:
-    """The processes that torchrun started, seen from one of them; `size` 1 for a process alone.
+    """The processes that torchrun started, seen from one of them (`rank`); `size` 1 for a process alone.
 
-    Attributes
-    ----------
-    rank, size
-        Number of this process, and of all processes.
-    parallel
-        Distribution of a model: ``ddp`` (each process has all of it) or ``fsdp`` (each has a part: FSDP2,
-        `fully_shard`).
-    device
-        Device of this process.
-    control, mesh
-        The processes as a group of gloo, for values on the CPU, and as a mesh; None for a single process.
-    main
-        Whether this process writes and reports.
-    sharded
-        Whether parameters are spread over the processes.
+    A model is distributed by ``ddp`` (each process has all of it) or ``fsdp`` (each has a part: FSDP2, `fully_shard`):
+    `parallel`, `sharded`. `control` is their group of gloo, for values on the CPU, and `mesh` their mesh; both None for
+    a single process. The `main` process writes and reports.
     """
 
     rank: int

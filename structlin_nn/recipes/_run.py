@@ -34,8 +34,6 @@ from structlin_nn.recipes._config import RunConfig, require
 from structlin_nn.recipes._telling import TRACKERS, Interruption, scalars, versions
 from structlin_nn.records import RecordWriter, sealed, unsealed
 
-__all__ = ["Options", "Result", "Run", "TrainingError", "default_folder", "learning_rate"]
-
 BEGUN = "The run had begun."
 """Note on errors after the start of a run, which are no misuse."""
 RECORD, WAYS = "record.jsonl", "ways.json"

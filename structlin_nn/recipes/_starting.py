@@ -9,8 +9,6 @@ from typing import Any
 
 from structlin_nn.recipes._config import RunConfig, require
 
-__all__ = ["decided", "fields_of", "resumed_fields"]
-
 STRUCTURE = ("structure", "options", "rms_cap", "rule")
 MODEL = (
     "model", "width", "base_width", "depth", "heads", "head_dim", "patch", "image_size", "context", "vocabulary",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import atexit
 import hashlib
-import os
 import platform
 import signal
 import threading
@@ -16,8 +15,7 @@ from types import FrameType
 from typing import Any
 
 import structlin
-
-__all__ = ["TRACKERS", "Interruption", "hardware", "scalars", "versions"]
+from structlin_nn._files import cores
 
 SAME_SECONDS = 5.0
 """A signal sooner after the first is the same request: Ctrl-C reaches a process, and torchrun forwards it."""
@@ -29,13 +27,6 @@ class Interruption:
     A nested block is the outer one. After a signal the handler stays, and later signals are ignored while the process
     ends: Python restores their defaults then, and the exit code would be that of a killed process. Outside of the main
     thread, where Python cannot handle signals, the block changes nothing.
-
-    Examples
-    --------
-    >>> with Interruption() as interruption:
-    ...     os.kill(os.getpid(), signal.SIGTERM)
-    >>> interruption.signal.name
-    'SIGTERM'
     """
 
     active: Interruption | None = None
@@ -153,6 +144,5 @@ def hardware(threads: int, device: str) -> dict[str, Any]:
     return {
         "system": platform.system(), "machine": platform.machine(),
         "cpu": names[0] if names else platform.processor() or "unknown",
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "threads": threads, "device": device,
+        "cores": cores(), "threads": threads, "device": device,
     }  # fmt: skip

@@ -21,13 +21,11 @@ from structlin_nn.checkpoints import CHECKPOINTS
 from structlin_nn.counting import DEVICES, count
 from structlin_nn.recipes._config import RunConfig, require
 from structlin_nn.recipes._probe import Probe
-from structlin_nn.recipes._processes import Processes, local, processes
+from structlin_nn.recipes._processes import Processes, local
 from structlin_nn.recipes._run import Options, Run
 from structlin_nn.recipes._telling import hardware
 from structlin_nn.torch import Muon, StructuredLinear, parameter_groups
 from structlin_nn.trained import described, model_of, starting_weights
-
-__all__ = ["Average", "Options", "TorchRun", "base_of", "count_run", "make_optimizer", "processes"]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -106,16 +104,6 @@ class Average:
 
     Buffers of integers are those of the model. By hand, because `torch.optim.swa_utils.AveragedModel` copies a module,
     which sharded modules do not allow, and evaluates the copy.
-
-    Examples
-    --------
-    >>> layer = nn.Linear(1, 1, bias=False)
-    >>> average, before = Average(layer, decay=0.9), layer.weight.item()
-    >>> _ = layer.weight.data.add_(1.0)
-    >>> average.update()
-    >>> with average.in_place():
-    ...     round(layer.weight.item() - before, 6)
-    0.1
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:

@@ -21,10 +21,10 @@ from structlin_nn.data.augment import Augmentation, normalize
 from structlin_nn.models import StructureConfig, build_model
 from structlin_nn.models.named import build_named
 from structlin_nn.recipes._config import RunConfig, require
-from structlin_nn.recipes._processes import ALONE
+from structlin_nn.recipes._processes import ALONE, processes
 from structlin_nn.recipes._run import Options as RunOptions
 from structlin_nn.recipes._run import Result
-from structlin_nn.recipes._torch import TorchRun, count_run, processes
+from structlin_nn.recipes._torch import TorchRun, count_run
 
 __all__ = ["Config", "Options", "build", "plan", "train"]
 
@@ -43,11 +43,6 @@ class Config(RunConfig):
     """The configuration of a run on images of 32 x 32, which with the images determines its result.
 
     The defaults are the paper's recipe for ``cifar-mlp``; `structlin_nn.recipes.recipe` has that for ``cifar-vit``.
-
-    Raises
-    ------
-    TypeError, ValueError
-        As `RunConfig`.
 
     Examples
     --------
@@ -171,14 +166,10 @@ def train(
 
     Raises
     ------
-    FileNotFoundError
-        Data that do not exist.
-    FileExistsError, BlockingIOError, ValueError
-        As `structlin_nn.recipes._run.Run`; damaged data.
-    TrainingError
-        A loss or a weight is not finite; the message names the last good checkpoint.
-    OSError
-        A checkpoint could not be written; the last one is whole.
+    FileNotFoundError, FileExistsError, BlockingIOError, ValueError
+        Data that are missing or damaged; as `structlin_nn.recipes._run.Run`.
+    TrainingError, OSError
+        A loss or a weight is not finite; a checkpoint could not be written. The last checkpoint is whole.
     """
     with processes(config.device, options.parallel) as group, TorchRun(config, options, group, watch) as run:
         size = group.part_size(config)

@@ -8,7 +8,7 @@ Images are augmented by torch on the CPU. To change the loss or the model, copy 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import jax
 import numpy as np
@@ -18,7 +18,7 @@ import torch
 from structlin_nn.data import batch_rows, load_images
 from structlin_nn.data.augment import normalize
 from structlin_nn.recipes import cifar
-from structlin_nn.recipes._flax import FlaxRun, check_flax
+from structlin_nn.recipes._flax import FlaxConfig, FlaxRun
 from structlin_nn.recipes._run import Result
 from structlin_nn.recipes.cifar import EVALUATED_TRAINING_IMAGES, PROBED_IMAGES, Options
 
@@ -26,14 +26,8 @@ __all__ = ["Config", "Options", "train"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(cifar.Config):
+class Config(FlaxConfig, cifar.Config):
     """As `structlin_nn.recipes.cifar.Config`, in float32, and without compile, recompute and muon."""
-
-    compiles: ClassVar[bool] = False
-
-    def _check(self) -> None:
-        super()._check()
-        check_flax(self)
 
 
 def train(config: Config, options: Options, *, watch: Any = None) -> Result:

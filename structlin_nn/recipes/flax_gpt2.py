@@ -8,7 +8,7 @@ To change the loss or the model, copy this file.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,21 +18,15 @@ import torch
 from structlin_nn.data.tokens import IGNORE, evaluation_batches, open_tokens, token_batch
 from structlin_nn.recipes import gpt2
 from structlin_nn.recipes._config import require
-from structlin_nn.recipes._flax import FlaxRun, check_flax
+from structlin_nn.recipes._flax import FlaxConfig, FlaxRun
 from structlin_nn.recipes._run import Options, Result
 
 __all__ = ["Config", "Options", "train"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(gpt2.Config):
+class Config(FlaxConfig, gpt2.Config):
     """As `structlin_nn.recipes.gpt2.Config`, in float32, and without compile, recompute and muon."""
-
-    compiles: ClassVar[bool] = False
-
-    def _check(self) -> None:
-        super()._check()
-        check_flax(self)
 
 
 def train(config: Config, options: Options, *, watch: Any = None) -> Result:

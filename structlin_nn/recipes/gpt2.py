@@ -30,9 +30,9 @@ from structlin_nn.data.tokens import (
 from structlin_nn.models import StructureConfig, build_model
 from structlin_nn.models.named import build_named
 from structlin_nn.recipes._config import RunConfig, require
-from structlin_nn.recipes._processes import ALONE
+from structlin_nn.recipes._processes import ALONE, processes
 from structlin_nn.recipes._run import Options, Result
-from structlin_nn.recipes._torch import TorchRun, count_run, processes
+from structlin_nn.recipes._torch import TorchRun, count_run
 
 __all__ = ["Config", "Options", "build", "plan", "train"]
 
@@ -47,11 +47,6 @@ class Config(RunConfig):
     The defaults are the paper's: 600,000 steps of 480 sequences of 512 tokens. What the paper does not state is as in
     nanoGPT: learning rate and its schedule, betas, clipping, and a weight decay of 0.1 of all matrices, embeddings
     too.
-
-    Raises
-    ------
-    TypeError, ValueError
-        As `RunConfig`.
 
     Examples
     --------

@@ -24,10 +24,10 @@ from structlin_nn.data.tokens import IGNORE
 from structlin_nn.models import StructureConfig, build_model
 from structlin_nn.models.named import build_named
 from structlin_nn.recipes._config import RunConfig, require
-from structlin_nn.recipes._processes import ALONE
+from structlin_nn.recipes._processes import ALONE, processes
 from structlin_nn.recipes._run import Options as RunOptions
 from structlin_nn.recipes._run import Result
-from structlin_nn.recipes._torch import TorchRun, count_run, processes
+from structlin_nn.recipes._torch import TorchRun, count_run
 from structlin_nn.torch import ParameterRule
 
 __all__ = ["Config", "Options", "build", "plan", "train"]
@@ -43,11 +43,6 @@ class Config(RunConfig):
     """The configuration of a run on images in files, which with the images determines its result.
 
     The defaults are the paper's recipe for ViT/32.
-
-    Raises
-    ------
-    TypeError, ValueError
-        As `RunConfig`.
 
     Examples
     --------

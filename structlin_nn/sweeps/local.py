@@ -14,7 +14,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from structlin_nn._files import atomic_write
+from structlin_nn._files import atomic_write, cores
 from structlin_nn._text import progress_bar
 from structlin_nn.checkpoints import checkpoints
 from structlin_nn.recipes import recipe_module
@@ -65,8 +65,7 @@ class Outcome:
 
 def default_workers() -> int:
     """Return the number of cores, at most `MAX_WORKERS`."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(cores, MAX_WORKERS)
+    return min(cores(), MAX_WORKERS)
 
 
 def state_of(config: Any, folder: Path) -> str:

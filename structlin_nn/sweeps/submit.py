@@ -119,13 +119,6 @@ def submit(
 
     `logs` is the folder of scripts and output, and `launcher` are the words before each command. `parameters` are those
     of submitit's ``AutoExecutor.update_parameters``, such as ``timeout_min`` or ``slurm_partition``.
-
-    Raises
-    ------
-    ImportError
-        submitit is not installed.
-    ValueError
-        No runs, an unknown cluster or parameter, or no such scheduler on this machine.
     """
     if cluster not in CLUSTERS:
         raise ValueError(f"cluster must be one of {', '.join(CLUSTERS)}, got {cluster!r}")

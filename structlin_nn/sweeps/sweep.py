@@ -71,14 +71,10 @@ class Sweep:
 
     Attributes
     ----------
-    name
-        Name of the sweep.
-    about
-        One-line description.
-    model
-        Model whose configuration (`structlin_nn.recipes.recipe`) the runs start from.
-    base
-        Changes to the recipe that all runs have.
+    name, about
+        Name and one-line description of the sweep.
+    model, base
+        Model whose configuration (`structlin_nn.recipes.recipe`) the runs start from, and changes that all runs have.
     overlays
         The changes of each run; from `grid`, `zipped`, `merge`, and sums of their results.
     data

@@ -19,14 +19,12 @@ from torch.nn.utils import parametrize
 import structlin
 from structlin.structure import AbstractStructure, Structure
 from structlin_nn._patterns import listed
-from structlin_nn.torch._modules import is_conv1d, linear_sizes, pointwise_sizes, put
+from structlin_nn.torch._modules import as_before, is_conv1d, linear_sizes, pointwise_sizes, put, sizes_of
 from structlin_nn.torch._text import from_text, to_text
 from structlin_nn.torch.linear import StructuredLinear
 from structlin_nn.torch.pointwise import StructuredPointwise
 from structlin_nn.torch.replace import _check_is_called, _switch_off_fast_paths
 from structlin_nn.torch.unpack import unpack_linear
-
-__all__ = ["Change", "changes", "check_layout", "layout_of"]
 
 _TYPES: dict[str, type | tuple[type, ...]] = {
     "names": list, "in_features": int, "out_features": int, "structure": (str, type(None)), "options": dict,
@@ -37,12 +35,6 @@ _TYPES: dict[str, type | tuple[type, ...]] = {
 
 def layout_of(model: nn.Module) -> dict[str, Any]:
     """Return the layout of a model.
-
-    Raises
-    ------
-    ValueError
-        If the model itself is a structured layer, or a structured layer has parametrizations, options that JSON cannot
-        represent, or a structure that is neither registered nor a chain.
 
     Examples
     --------
@@ -177,12 +169,6 @@ def changes(model: nn.Module, layout: Mapping[str, Any]) -> list[Change]:
     Modules that pack the weights of layers of the layout are unpacked (:func:`structlin_nn.torch.unpack_linear`).
     A new layer has the dtype, training mode and ``requires_grad`` of the old one. A structured layer that already
     agrees with the layout is not replaced.
-
-    Raises
-    ------
-    ValueError
-        If the model has no linear layer of a name, or one whose sizes or bias differ from the layout, or a layer cannot
-        be replaced (:func:`replace_linear`).
     """
     unpack_linear(model, [name for form in layout["layers"] for name in form["names"]])
     places: dict[nn.Module, list[str]] = {}
@@ -194,7 +180,7 @@ def changes(model: nn.Module, layout: Mapping[str, Any]) -> list[Change]:
     found = []
     for names, form in wanted:
         old = _layer_at(names, modules, places)
-        sizes, bias = _sizes(old), _parameter(old, "bias") is not None
+        sizes, bias = sizes_of(old), _parameter(old, "bias") is not None
         if sizes != (form["in_features"], form["out_features"]) or bias != form["bias"]:
             raise ValueError(
                 f"layer {names[0]!r} is a {_described(form['in_features'], form['out_features'], form['bias'])} in "
@@ -205,7 +191,7 @@ def changes(model: nn.Module, layout: Mapping[str, Any]) -> list[Change]:
                 continue
         else:
             _check_is_called(model, names, old)
-        found.append(Change(names, old, _as(old, _structured(form, old))))
+        found.append(Change(names, old, as_before(old, _structured(form, old))))
     for name in layout["linear"]:
         if name not in modules:
             continue
@@ -215,7 +201,8 @@ def changes(model: nn.Module, layout: Mapping[str, Any]) -> list[Change]:
             if any(old is change.old for change in found):
                 continue
             bias = _parameter(old, "bias") is not None
-            found.append(Change(names, old, _as(old, nn.Linear(*_sizes(old), bias, device="meta", dtype=_dtype(old)))))
+            new = nn.Linear(*sizes_of(old), bias, device="meta", dtype=_dtype(old))
+            found.append(Change(names, old, as_before(old, new)))
     return found
 
 
@@ -244,25 +231,6 @@ def _structured(form: Mapping[str, Any], old: nn.Module) -> StructuredLinear:
         gain=form["gain"] if form["rms_cap"] else None, rule=form["rule"], zero_init=form["zero_init"],
         checkpoint=form["checkpoint"], **options,
     )  # fmt: skip
-
-
-def _as(old: nn.Module, new: nn.Module) -> nn.Module:
-    bias = _parameter(old, "bias")
-    weights = [p for p in old.parameters() if p is not bias]
-    trains = any(p.requires_grad for p in weights) or not weights
-    for parameter in new.parameters():
-        parameter.requires_grad_(trains)
-    if bias is not None:
-        new.get_parameter("bias").requires_grad_(bias.requires_grad)
-    return new.train(old.training)
-
-
-def _sizes(layer: nn.Module) -> tuple[int, int]:
-    if isinstance(layer, StructuredLinear):
-        return layer.in_features, layer.out_features
-    sizes = linear_sizes(layer) or pointwise_sizes(layer)
-    assert sizes is not None
-    return sizes
 
 
 def _parameter(layer: nn.Module, name: str) -> nn.Parameter | None:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 
-__all__ = ["changed", "check_model", "is_conv1d", "linear_sizes", "on_change", "pointwise_sizes", "put"]
-
+Module = TypeVar("Module", bound=nn.Module)
 _listeners: list[Callable[[nn.Module], None]] = []
 
 
@@ -71,3 +70,18 @@ def pointwise_sizes(module: Any) -> tuple[int, int] | None:
     ):
         return module.in_channels, module.out_channels
     return None
+
+
+def sizes_of(layer: Any) -> tuple[int, int]:
+    """Return (in, out) of a linear layer, a structured layer, or a convolution that :func:`pointwise_sizes` knows."""
+    return linear_sizes(layer) or pointwise_sizes(layer) or (layer.in_features, layer.out_features)
+
+
+def as_before(old: nn.Module, new: Module) -> Module:
+    """Give a new layer the training mode of the old one, and ``requires_grad`` of its weight and its bias."""
+    bias = old._parameters.get("bias")
+    weights = [p for p in old.parameters() if p is not bias]
+    new.requires_grad_(any(p.requires_grad for p in weights) or not weights)
+    if bias is not None:
+        new.get_parameter("bias").requires_grad_(bias.requires_grad)
+    return new.train(old.training)

@@ -14,8 +14,6 @@ from torch.optim.adamw import adamw
 
 from structlin.structure import AbstractStructure, Structure
 
-__all__ = ["Matrices", "Muon", "factor_matrices", "muon_multiplier", "orthogonalized"]
-
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 
 
@@ -115,12 +113,6 @@ class Muon(Optimizer):
     betas, eps
         Options of AdamW.
 
-    Raises
-    ------
-    ValueError
-        If a rate or decay is negative, ``momentum`` or one of ``betas`` lies outside [0, 1), ``ns_steps`` is below 1,
-        the ``matrices`` of a group contradict its ``params``, or a parameter for Muon is complex.
-
     Examples
     --------
     >>> layer = torch.nn.Linear(4, 3, bias=False)
@@ -180,18 +172,7 @@ class Muon(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Update all parameters once.
-
-        Parameters
-        ----------
-        closure
-            Function that evaluates the model and returns the loss.
-
-        Returns
-        -------
-        float or None
-            The loss of ``closure``, if given.
-        """
+        """Update all parameters once."""
         loss = None
         if closure is not None:
             with torch.enable_grad():

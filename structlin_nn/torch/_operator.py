@@ -23,8 +23,6 @@ from structlin.execution._guard import transforming
 from structlin.execution.torch_ways import torch_chain
 from structlin_nn.torch._text import from_text
 
-__all__ = ["chain", "chain_backward", "transformed"]
-
 _TORCH = ops("torch")
 
 

@@ -15,8 +15,6 @@ from structlin_nn.torch._modules import is_conv1d, linear_sizes
 from structlin_nn.torch._muon import Matrices, factor_matrices
 from structlin_nn.torch.linear import StructuredLinear
 
-__all__ = ["Experts", "experts", "fans", "is_convolution", "kind", "leaves", "matrices", "role_of"]
-
 _CONVOLUTIONS = nn.modules.conv._ConvNd
 _NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)
 _RECURRENT = (nn.RNNBase, nn.modules.rnn.RNNCellBase)

@@ -23,8 +23,6 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from structlin_nn._patterns import listed
 from structlin_nn._rates import Fans, factor_multipliers
 
-__all__ = ["RatesWarning", "replaced", "watch"]
-
 SPREAD = 1e-3
 """Relative difference of rate / multiplier that counts as roundoff; a lost multiplier causes a larger one."""
 

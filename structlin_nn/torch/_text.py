@@ -11,21 +11,10 @@ from functools import lru_cache
 
 from structlin.structure import Structure
 
-__all__ = ["from_text", "to_text"]
-
 
 @lru_cache(maxsize=4096)
 def to_text(structure: Structure) -> str:
-    """Return a chain as JSON text, which :func:`from_text` parses.
-
-    Examples
-    --------
-    >>> text = to_text(Structure.parse("i,ri->r; r,or->o", i=8, r=2, o=6))
-    >>> text
-    '{"chain": "i,ri->r; r,or->o", "sizes": {"i": 8, "r": 2, "o": 6}, "d_in": 8, "d_out": 6}'
-    >>> from_text(text)
-    Structure.parse('i,ri->r; r,or->o', i=8, r=2, o=6)
-    """
+    """Return a chain as JSON text, which :func:`from_text` parses."""
     return json.dumps(
         {
             "chain": "; ".join(map(str, structure.steps)),

@@ -58,16 +58,6 @@ def mlp(
     residual
         Add ``x`` to the result. This requires d_out = d.
 
-    Returns
-    -------
-    Tensor
-        Tensor of shape (..., d_out).
-
-    Raises
-    ------
-    ValueError
-        If the activation is unknown, or with ``residual`` the sizes of input and output differ.
-
     Examples
     --------
     >>> up, down = (StructuredLinear(*s, structure="monarch", blocks=4) for s in ((32, 128), (128, 32)))
@@ -101,21 +91,7 @@ def mlp(
 def projections(x: Tensor, layers: Sequence[nn.Module], norm: nn.Module | None = None) -> tuple[Tensor, ...]:
     """Return ``layer(norm(x))`` for each of several layers, such as query, key and value of an attention layer.
 
-    The layers run as one pass over ``x`` if that is possible and faster, as in :func:`mlp`.
-
-    Parameters
-    ----------
-    x
-        Floating tensor of shape (..., d).
-    layers
-        Layers with d inputs.
-    norm
-        Module that is applied to ``x`` first.
-
-    Returns
-    -------
-    tuple of Tensor
-        One result for each layer.
+    The layers run as one pass over ``x``, of shape (..., d), if that is possible and faster, as in :func:`mlp`.
 
     Examples
     --------
@@ -148,11 +124,6 @@ class StructuredMLP(nn.Module):
         Names of up, down and gate.
     dropout
         Probability of the dropout after the last layer in training.
-
-    Raises
-    ------
-    ValueError
-        If the activation is unknown, the sizes of the layers do not match, or the number of names is wrong.
 
     Examples
     --------
@@ -208,11 +179,6 @@ def fuse_mlps(model: nn.Module) -> dict[str, str]:
     An MLP is not replaced if its activation function is not in :data:`ACTIVATIONS`, if it has hooks or dropout between
     its layers, or if its output for random input differs from that of its layers and activation function.
 
-    Parameters
-    ----------
-    model
-        Any module.
-
     Returns
     -------
     dict of str to str
@@ -242,10 +208,6 @@ def fuse_mlps(model: nn.Module) -> dict[str, str]:
             parent, _, attribute = name.rpartition(".")
             setattr(model.get_submodule(parent), attribute, new)
     return found
-
-
-def _has_layers(module: nn.Module, names: Sequence[str]) -> bool:
-    return all(isinstance(getattr(module, name, None), StructuredLinear) for name in names)
 
 
 def _fused(module: nn.Module, names: tuple[str, ...]) -> StructuredMLP | str:

@@ -101,11 +101,8 @@ def save_structured(
     Raises
     ------
     ValueError
-        If the suffix is not .safetensors, the model has no structured layers and ``build`` is None, a value is on the
-        meta device or sharded over processes, safetensors cannot represent a dtype, layout or entry of the state dict,
-        or ``metadata`` has values other than strings or one of the keys ``format`` and ``structlin``.
-    OSError
-        If the file cannot be written.
+        If the model has no structured layers and ``build`` is None, a value is on the meta device or sharded over
+        processes, or safetensors cannot represent an entry of the state dict.
 
     Examples
     --------
@@ -149,23 +146,11 @@ def save_structured(
 def read_structured(path: str | os.PathLike[str]) -> StructuredFile:
     """Read the description of the model in a file of :func:`save_structured`, without the tensors.
 
-    Parameters
-    ----------
-    path
-        Path of the file.
-
-    Returns
-    -------
-    StructuredFile
-        The description.
-
     Raises
     ------
-    FileNotFoundError
-        If there is no such file.
-    ValueError
-        If the suffix is not .safetensors, the file is damaged, :func:`save_structured` did not write it, it has a newer
-        version, or a structure does not exist or has other factors in this version.
+    FileNotFoundError, ValueError
+        If the file is missing, damaged, not of :func:`save_structured` or of a newer version, or a structure does not
+        exist or has other factors in this version.
     """
     path = _named(path)
     found = _header(path)
@@ -216,20 +201,11 @@ def load_structured(
     verify
         Compare the checksum of the tensors.
 
-    Returns
-    -------
-    nn.Module
-        The model.
-
     Raises
     ------
-    FileNotFoundError
-        If there is no such file.
-    ValueError
+    FileNotFoundError, ValueError
         As for :func:`read_structured`; if the tensors are damaged; or if layers, names, sizes or ties of the model
         differ from those of the file. The message names the difference.
-    TypeError
-        If ``model`` is neither a module nor a function that returns one.
     """
     if not isinstance(model, nn.Module):
         if not callable(model):

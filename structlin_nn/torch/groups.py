@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from structlin.scale import OPTIMIZERS
-from structlin_nn._patterns import Pattern, Patterns, as_patterns, listed, matches, show
+from structlin_nn._patterns import Pattern, Patterns, alike, as_patterns, listed, matches, show
 from structlin_nn._rates import (
     KINDS,
     Fans,
@@ -17,6 +17,7 @@ from structlin_nn._rates import (
     Place,
     check_arguments,
     check_number,
+    check_same_modules,
     dense_multiplier,
     factor_multipliers,
     settle,
@@ -143,10 +144,7 @@ def parameter_groups(
     ValueError
         If a parameter with two or more axes in a module of unknown kind has another size at base width, the rules of
         several modules disagree on a shared parameter, only one of model and base model has a module with parameters, a
-        pattern matches nothing, the optimizer or a kind is unknown, a rate or decay is negative, ``adam_lr`` is missing
-        or not used, or ``adam_layers`` is given for an optimizer other than ``muon``.
-    TypeError
-        If ``model`` is not a module, a rate is not a number, or a rule is not a :class:`ParameterRule`.
+        pattern matches nothing, or ``adam_lr`` is missing or not used.
 
     Examples
     --------
@@ -181,7 +179,7 @@ def parameter_groups(
     if adam_lr is not None and not adam_lr >= 0:
         raise ValueError(f"adam_lr must not be negative, got {adam_lr}")
     if base_model is not None:
-        _check_same_modules(model, base_model)
+        check_same_modules(dict(leaves(model)), dict(leaves(base_model)), _same_kind)
     unused = set(to_adam)
     held: dict[Hashable, list[tuple[str, Matrices | None]]] = {}
     tables: set[Hashable] = set()
@@ -275,25 +273,10 @@ def _one_step(found: list[tuple[str, Matrices | None]]) -> Matrices | None:
     return matrices
 
 
-def _check_same_modules(model: nn.Module, base_model: nn.Module) -> None:
-    ours, theirs = dict(leaves(model)), dict(leaves(base_model))
-    if missing := [name for name in ours if name not in theirs]:
-        raise ValueError(f"the base model lacks modules with parameters that the model has: {listed(missing)}")
-    if surplus := [name for name in theirs if name not in ours]:
-        raise ValueError(f"the base model has modules with parameters that the model lacks: {listed(surplus)}")
-    for name, module in ours.items():
-        base = theirs[name]
-        if fans_of(module).keys() != fans_of(base).keys() or _is_other(module, base):
-            raise ValueError(
-                f"module {name!r} is a {type(module).__qualname__} in the model "
-                f"and a {type(base).__qualname__} in the base model"
-            )
-
-
-def _is_other(module: nn.Module, base: nn.Module) -> bool:
-    """Return whether one of two modules is a convolution, and the other neither that nor a structured layer."""
-    kinds = [None if isinstance(one, StructuredLinear) else is_convolution(one) for one in (module, base)]
-    return None not in kinds and kinds[0] != kinds[1]
+def _same_kind(module: nn.Module, base: nn.Module) -> bool:
+    """Return whether two modules have weights of the same names, and both or neither are convolutions of torch."""
+    kinds = {is_convolution(one) for one in (module, base) if not isinstance(one, StructuredLinear)}
+    return fans_of(module).keys() == fans_of(base).keys() and len(kinds) < 2
 
 
 def _grouped(
@@ -336,17 +319,9 @@ def _grouped(
 
 
 def format_groups(groups: Iterable[Mapping[str, Any]]) -> str:
-    """Return parameter groups as a table, with a row for each group and name; ``*`` stands for several numbers.
+    """Return groups of :func:`parameter_groups` or of an optimiser as a table, with a row for each group and name.
 
-    Parameters
-    ----------
-    groups
-        Result of :func:`parameter_groups`, or ``param_groups`` of an optimiser that uses it.
-
-    Returns
-    -------
-    str
-        The table.
+    ``*`` stands for several numbers.
 
     Examples
     --------
@@ -359,8 +334,7 @@ def format_groups(groups: Iterable[Mapping[str, Any]]) -> str:
     for group in groups:
         sizes: dict[str, dict[str, int]] = {}
         for name, parameter in zip(group["names"], group["params"], strict=True):
-            pattern = ".".join("*" if part.isdigit() else part for part in name.split("."))
-            sizes.setdefault(pattern, {})[name] = parameter.numel()
+            sizes.setdefault(alike(name), {})[name] = parameter.numel()
         shared = tuple(f"{group[key]:.6g}" for key in ("multiplier", "lr", "weight_decay"))
         for pattern, counts in sizes.items():
             name = pattern if len(counts) > 1 else next(iter(counts))

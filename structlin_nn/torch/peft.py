@@ -114,13 +114,6 @@ class StructuredAdapterConfig(LoraConfig):
     scale
         Number by which the update is multiplied.
 
-    Raises
-    ------
-    ValueError
-        If the structure or an option is unknown.
-    TypeError
-        If the scale is not a number.
-
     Examples
     --------
     >>> import transformers
@@ -153,16 +146,6 @@ def lora_config(**options: Any) -> LoraConfig:
 
     Pass such a configuration as ``config`` to ``PeftModel.from_pretrained`` too, with the options of the saved
     adapters.
-
-    Parameters
-    ----------
-    **options
-        Options of ``peft.LoraConfig``.
-
-    Returns
-    -------
-    peft.LoraConfig
-        The configuration.
 
     Examples
     --------

@@ -27,11 +27,6 @@ class StructuredPointwise(StructuredLinear):
     **options
         Options of :class:`StructuredLinear`.
 
-    Raises
-    ------
-    ValueError
-        As for :class:`StructuredLinear`. In the forward pass, if the input has a wrong number of axes.
-
     Examples
     --------
     >>> import torch

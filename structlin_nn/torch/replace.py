@@ -13,8 +13,26 @@ from torch.nn.utils import parametrize
 import structlin
 from structlin.structure import AbstractStructure
 from structlin_nn._patterns import Pattern, Patterns, as_patterns, show
-from structlin_nn._replacement import PRESETS, Replacement, ReplacementReport, matching, names_of, select
-from structlin_nn.torch._modules import changed, check_model, is_conv1d, linear_sizes, pointwise_sizes, put
+from structlin_nn._replacement import (
+    PRESETS,
+    Replacement,
+    ReplacementReport,
+    check_choices,
+    matching,
+    names_of,
+    select,
+    untied,
+)
+from structlin_nn.torch._modules import (
+    as_before,
+    changed,
+    check_model,
+    is_conv1d,
+    linear_sizes,
+    pointwise_sizes,
+    put,
+    sizes_of,
+)
 from structlin_nn.torch._roles import role_of
 from structlin_nn.torch._step_check import replaced
 from structlin_nn.torch.blocks import fuse_mlps
@@ -117,8 +135,6 @@ def replace_linear(
         weights are tied. With ``impossible="error"``, if a selected layer cannot be replaced: the structure does not
         have its size, it belongs to ``nn.MultiheadAttention``, it is a subclass with another forward pass, or it has
         hooks or parametrizations.
-    TypeError
-        If ``model``, ``structure``, ``layers`` or a pattern has a wrong type.
 
     Notes
     -----
@@ -140,13 +156,10 @@ def replace_linear(
     ValueError: layers: no linear layer matches 'head'; the linear layers are 4
     """
     check_model(model, "replace_linear")
-    if shared_weights not in ("error", "skip"):
-        raise ValueError(f"shared_weights must be 'error' or 'skip', got {shared_weights!r}")
-    for name, value, allowed in (
-        ("impossible", impossible, ("skip", "error")), ("dearer", dearer, ("warn", "error", "skip", "allow")),
-    ):  # fmt: skip
-        if value not in allowed:
-            raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+    check_choices(
+        shared_weights=(shared_weights, ("error", "skip")), impossible=(impossible, ("skip", "error")),
+        dearer=(dearer, ("warn", "error", "skip", "allow")),
+    )  # fmt: skip
     if linear_sizes(model) is not None:
         raise ValueError("the model itself is a linear layer and cannot be replaced in place; put it in a container")
     with unpacked(model, unpack) as restore:
@@ -176,7 +189,7 @@ def replace_linear(
                 continue
             others = [o for p in linear.parameters() for o in owners[p] if o.rpartition(".")[0] not in names]
             if not others:
-                if min(_sizes(linear)) < min_features:
+                if min(sizes_of(linear)) < min_features:
                     skipped.append((names[0], f"it has fewer than {min_features} features: {_shown(linear)}"))
                     continue
                 own = by_pattern.get(linear, {})
@@ -204,10 +217,7 @@ def replace_linear(
             elif shared_weights == "skip":
                 skipped.append((names[0], f"shares {', '.join(others)}"))
             else:
-                raise ValueError(
-                    f"layer {names[0]!r} shares {', '.join(others)}; its replacement would untie them: "
-                    "exclude it, or pass shared_weights='skip' to leave such layers dense"
-                )
+                raise untied(names[0], others)
         if not made and errors:
             raise errors[0]
         if not made:
@@ -295,14 +305,8 @@ def _dense(model: nn.Module, skipped: Collection[str]) -> Iterator[tuple[str, tu
                 yield f"{name}.{key}" if name else key, tuple(parameter.shape), role_of(module, key, parameter)
 
 
-def _sizes(linear: nn.Module) -> tuple[int, int]:
-    sizes = linear_sizes(linear) or pointwise_sizes(linear)
-    assert sizes is not None
-    return sizes
-
-
 def _shown(linear: nn.Module) -> str:
-    d_in, d_out = _sizes(linear)
+    d_in, d_out = sizes_of(linear)
     return f"{d_in} -> {d_out}"
 
 
@@ -316,7 +320,7 @@ def _owners(model: nn.Module) -> dict[nn.Parameter, list[str]]:
 
 
 def _structured(name: str, linear: nn.Module, structure: Any, options: Mapping[str, Any]) -> StructuredLinear:
-    sizes = _sizes(linear)
+    sizes = sizes_of(linear)
     parameters = dict(linear.named_parameters(recurse=False))
     weight, bias = parameters["weight"], parameters.get("bias")
     pointwise = pointwise_sizes(linear) is not None
@@ -327,11 +331,7 @@ def _structured(name: str, linear: nn.Module, structure: Any, options: Mapping[s
         )
     except (TypeError, ValueError) as error:
         raise type(error)(f"layer {name!r} ({sizes[0]} -> {sizes[1]}): {error}") from error
-    for parameter in (*new.factors, *(new.gains or ())):
-        parameter.requires_grad_(weight.requires_grad)
-    if bias is not None and new.bias is not None:
-        new.bias.requires_grad_(bias.requires_grad)
-    return new.train(linear.training)
+    return as_before(linear, new)
 
 
 def _check_is_called(model: nn.Module, names: Sequence[str], linear: nn.Module) -> None:

@@ -26,22 +26,11 @@ class MuAdamW(torch.optim.AdamW):
 
     Parameters
     ----------
-    model
-        The model to train, after the replacement of its layers.
-    base_model
-        The same model at base width, which can be on the meta device. Default: each layer has its own size as base.
-    lr
-        Learning rate of the dense model at base width.
-    weight_decay
-        Weight decay of factors and weights.
+    model, base_model, lr, weight_decay
+        As for :func:`parameter_groups`. The layers of the model have been replaced.
     **options
         Options of :func:`parameter_groups` (``structure_aware``, ``extra_multipliers``, ``rules``, ``decay``,
         ``independent_decay``) and of ``torch.optim.AdamW`` (``betas``, ``eps``, ``fused``, ...).
-
-    Raises
-    ------
-    TypeError, ValueError
-        As for :func:`parameter_groups` and AdamW.
 
     Examples
     --------
@@ -167,17 +156,10 @@ def with_multipliers(make: Callable[..., Any], optimizer: Optimizer, *args: Any,
     *args, **kwargs
         Arguments of the scheduler. Rates are those at base width.
 
-    Returns
-    -------
-    MultiplierScheduler
-        A scheduler with the methods of the wrapped one.
-
     Raises
     ------
     ValueError
         If a group has no multiplier. Errors of the scheduler pass through.
-    TypeError
-        If ``make`` is an optimiser.
 
     Examples
     --------
@@ -202,24 +184,9 @@ def trainer_optimizer(
 ) -> tuple[type[Optimizer], dict[str, Any]]:
     """Return AdamW with the learning rates of :func:`parameter_groups`, for the Trainer of transformers.
 
-    Rate, decay, betas and eps are those of the training arguments. The schedules of the Trainer only multiply rates, so
-    they preserve the multipliers.
-
-    Parameters
-    ----------
-    model
-        The model, after the replacement of its layers.
-    args
-        ``transformers.TrainingArguments``.
-    base_model
-        As in :func:`parameter_groups`.
-    **options
-        Further options of :func:`parameter_groups`.
-
-    Returns
-    -------
-    tuple of type and dict
-        The argument ``optimizer_cls_and_kwargs`` of the Trainer.
+    The result is the argument ``optimizer_cls_and_kwargs`` of the Trainer. Rate, decay, betas and eps are those of
+    ``args``, the ``transformers.TrainingArguments``; options are those of :func:`parameter_groups`. The schedules of
+    the Trainer only multiply rates, so they preserve the multipliers.
 
     Examples
     --------

@@ -50,12 +50,6 @@ class StructlinConfig(QuantizationConfigMixin):
     **options
         Options of :func:`structlin_nn.torch.project_linear`: ``rank``, ``mac_fraction``, ``calibration``, ...
 
-    Raises
-    ------
-    ValueError
-        If there is neither ``structure`` nor a description, or the description has a newer version or unknown
-        structures.
-
     Examples
     --------
     >>> import tempfile
@@ -190,16 +184,6 @@ def describe(model: nn.Module) -> None:
 
     The functions of :mod:`structlin_nn.torch` that change layers call it. Call it if other code changes layers. It
     updates the configuration of each model of transformers in ``model``.
-
-    Parameters
-    ----------
-    model
-        A model of transformers, or a module that contains some.
-
-    Raises
-    ------
-    ValueError
-        If a layer cannot be described (:func:`structlin_nn.torch.save_structured`).
     """
     done: list[Any] = []
     for module in model.modules():

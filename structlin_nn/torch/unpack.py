@@ -60,11 +60,6 @@ class ExpertLayers(_Unpacked):
     """Experts of transformers with one linear layer for each weight of each expert.
 
     Each expert is called with its tokens. Experts without tokens are not called.
-
-    Parameters
-    ----------
-    packed
-        A module of experts of transformers.
     """
 
     num_experts: int
@@ -117,10 +112,7 @@ class ExpertLayers(_Unpacked):
 class Attention(_Unpacked):
     """nn.MultiheadAttention with linear layers ``q_proj``, ``k_proj``, ``v_proj`` and ``out_proj``.
 
-    Parameters
-    ----------
-    packed
-        The module, without ``add_bias_kv`` and ``add_zero_attn``.
+    It has neither ``add_bias_kv`` nor ``add_zero_attn``.
     """
 
     def __init__(self, packed: nn.MultiheadAttention) -> None:
@@ -216,7 +208,7 @@ def unpack_linear(model: nn.Module, inside: Collection[str] | None = None) -> di
 
     Experts of transformers are replaced by :class:`ExpertLayers`, and ``nn.MultiheadAttention`` by :class:`Attention`,
     with the same values. The output of the model does not change. Modules that share parameters with others are not
-    replaced. :func:`pack_linear` is the inverse.
+    replaced. The result has the replaced modules by name. :func:`pack_linear` is the inverse.
 
     Parameters
     ----------
@@ -224,11 +216,6 @@ def unpack_linear(model: nn.Module, inside: Collection[str] | None = None) -> di
         Any module.
     inside
         Names of layers. Only modules that contain one of them are replaced. Default: all.
-
-    Returns
-    -------
-    dict of str to nn.Module
-        The modules that were replaced, by name.
 
     Examples
     --------
@@ -279,15 +266,7 @@ def unpacked(model: nn.Module, wanted: bool) -> Iterator[Callable[[], None]]:
 def pack_linear(model: nn.Module) -> tuple[str, ...]:
     """Restore, in place, the packed modules that :func:`unpack_linear` replaced, if all their layers are dense.
 
-    Parameters
-    ----------
-    model
-        Any module.
-
-    Returns
-    -------
-    tuple of str
-        Names of the restored modules.
+    The result has their names.
 
     Examples
     --------

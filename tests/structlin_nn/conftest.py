@@ -81,6 +81,24 @@ def image_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_shards(tmp_path_factory.mktemp("images") / "shards")
 
 
+@pytest.fixture(scope="session")
+def small_cifar(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The embedded images in CIFAR's own format: 240 to train on and 60 to test, to be read without verification."""
+    data = load_images("fashion").as_32x32_rgb()
+    folder = tmp_path_factory.mktemp("data") / "cifar-10-batches-bin"
+    folder.mkdir()
+
+    def write(name: str, images: np.ndarray, labels: np.ndarray) -> None:
+        rows = np.concatenate([labels[:, None].astype(np.uint8), images.reshape(len(images), -1)], axis=1)
+        (folder / name).write_bytes(rows.tobytes())
+
+    for number in range(5):
+        part = slice(48 * number, 48 * number + 48)
+        write(f"data_batch_{number + 1}.bin", data.train_images[part], data.train_labels[part])
+    write("test_batch.bin", data.test_images[:60], data.test_labels[:60])
+    return folder
+
+
 @pytest.fixture
 def write_run(tmp_path: Path) -> Callable[..., Path]:
     """Writes the record of a run that never was: structure, width, what it cost and how its error fell."""

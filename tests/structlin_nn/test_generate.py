@@ -144,7 +144,7 @@ class TestEnds:
             ({"tokens": torch.zeros(2, dtype=torch.int64)}, ValueError, r"shape \(batch, length\)"),
             ({"tokens": torch.zeros(1, 0, dtype=torch.int64)}, ValueError, r"got \(1, 0\)"),
             ({"max_new_tokens": -1}, ValueError, "max_new_tokens must be an integer of at least 0"),
-            ({"top_k": 0}, ValueError, "top_k must be an integer of at least 1"),
+            ({"top_k": 0}, ValueError, "top_k must be a positive integer"),
             ({"top_p": 0.0}, ValueError, "top_p must be above 0"),
             ({"temperature": -1.0}, ValueError, "temperature must be finite"),
         ],

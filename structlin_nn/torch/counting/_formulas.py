@@ -17,8 +17,6 @@ from torch import Tensor
 
 from structlin_nn.torch.counting._lists import WHOLE, Formula, Product, register_product
 
-__all__ = ["attention_pairs", "attention_product", "grouped", "matrix_product"]
-
 Arguments = Mapping[str, Any]
 
 
@@ -78,10 +76,6 @@ _register("addmm _addmm_activation _sparse_addmm sspaddmm hspmm", _operands("mat
 _register("_sparse_sparse_matmul", _operands("self", "other"))
 
 
-def _batch(arguments: Arguments, output: Any) -> Product | None:
-    return matrix_product(arguments["batch1"], arguments["batch2"])
-
-
 def _dot(arguments: Arguments, output: Any) -> Product | None:
     other = arguments["tensor"] if "tensor" in arguments else arguments["other"]
     return matrix_product(arguments["self"], other)
@@ -98,7 +92,7 @@ def _list_of_products(arguments: Arguments, output: Any) -> Product:
     return Product(sum(p.macs for p in found if p is not None))
 
 
-_register("baddbmm addbmm", _batch)
+_register("baddbmm addbmm", _operands("batch1", "batch2"))
 _register("dot vdot", _dot)
 _register("addr", _outer)
 _register("_foreach_mm", _list_of_products)

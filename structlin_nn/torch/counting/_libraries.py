@@ -7,8 +7,6 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-__all__ = ["adapted_libraries"]
-
 
 def _tracing_on_meta(is_tracing: Callable[..., bool]) -> Callable[..., bool]:
     return lambda tensor=None: getattr(tensor, "is_meta", False) or is_tracing(tensor)

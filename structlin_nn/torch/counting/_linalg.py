@@ -13,8 +13,6 @@ from torch import Tensor
 from structlin_nn._flops import FLOPS, fft_flops
 from structlin_nn.torch.counting._lists import Product, register_product
 
-__all__ = ["matrix_exp_products"]
-
 Arguments = Mapping[str, Any]
 
 

@@ -20,11 +20,6 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import flop_registry
 
-__all__ = [
-    "COMPOSITE", "NO_PRODUCT", "PRODUCT", "UNKNOWN", "WHOLE", "Formula", "Product", "UnknownOperationError", "classify",
-    "classify_name", "formula_of", "operation_names", "register_no_product", "register_product",
-]  # fmt: skip
-
 PRODUCT, NO_PRODUCT, UNKNOWN, COMPOSITE = "product", "no product", "unknown", "composite"
 
 
@@ -38,25 +33,19 @@ class Product:
 
     Attributes
     ----------
-    macs
-        Multiply-accumulates.
-    kind
-        ``convolution``, ``attention``, ``linalg``, ``fft`` or ``product``; None: ``linear`` where one of the operands
-        is a weight, and ``product`` elsewhere.
-    operands
-        Of a matrix product; which of them is a weight decides which sizes are the features.
-    sizes
-        Rows, inner size and columns of a matrix product, with ``operands``; the rows include the batch.
-    d_in, d_out
-        Features of a layer, where the operands do not say it.
-    rows
-        Vectors that a layer is applied to.
-    moved
-        Numbers read and written; None: those of all arguments and results.
+    macs, recomputed
+        Multiply-accumulates, and those among them that the forward pass has computed before.
     other_flops
         FLOPs that are no multiply-accumulates, such as those of an FFT.
-    recomputed
-        MACs among ``macs`` that the forward pass has computed before.
+    kind
+        ``convolution``, ``attention``, ``linalg``, ``fft`` or ``product``. None: ``linear`` if one of the operands is a
+        weight, otherwise ``product``.
+    operands, sizes
+        Operands of a matrix product, and its rows (with the batch), inner size and columns.
+    d_in, d_out, rows
+        Features of a layer, if the operands do not state them, and the vectors that it is applied to.
+    moved
+        Numbers read and written. None: those of all arguments and results.
     """
 
     macs: int = 0
@@ -171,21 +160,12 @@ _KNOWN_UNKNOWN = frozenset({
 
 
 def register_product(name: str) -> Callable[[Formula], Formula]:
-    """Register what an operation computes, as a decorator.
+    """Return a decorator that registers what an operation ``namespace::operation`` computes.
 
-    The function gets the arguments by the names of the operation's schema, with defaults, and the result; it returns
-    MACs, a :class:`Product`, or None where this call computes no product. The backward pass of an operation is an
-    operation of its own where it has one. All overloads share the formula, and so does the in-place form.
-
-    Parameters
-    ----------
-    name
-        ``namespace::operation``; of a higher-order operation ``higher_order::operation``.
-
-    Raises
-    ------
-    ValueError
-        A name without a namespace.
+    The function gets the arguments by the names of the operation's schema, with defaults, and the result. It returns
+    MACs, a :class:`Product`, or None if this call computes no product. All overloads share it, and so does the in-place
+    form; a backward pass may be an operation of its own. Higher-order operations have the namespace ``higher_order``.
+    ValueError for a name without a namespace.
 
     Examples
     --------
@@ -210,10 +190,7 @@ def register_product(name: str) -> Callable[[Formula], Formula]:
 
 
 def register_no_product(name: str) -> None:
-    """Say that an operation computes no product: ``register_no_product("torchvision::nms")``.
-
-    Raises ValueError for a name without a namespace.
-    """
+    """Register an operation without products: ``register_no_product("torchvision::nms")``."""
     _check_name(name)
     _FORMULAS.pop(name, None)
     _REGISTERED_FREE.add(name)
@@ -236,10 +213,7 @@ def operation_names() -> list[str]:
 
 
 def formula_of(name: str) -> Formula | None:
-    """Return the formula of ``namespace::operation``, or of that which it is the in-place form of.
-
-    Where there is none, the one that torch's own counter was given (``torch.utils.flop_counter``).
-    """
+    """Return the formula of an operation or of its in-place form, or else that of ``torch.utils.flop_counter``."""
     if name in _FORMULAS:
         return _FORMULAS[name]
     if name.endswith("_") and name[:-1] in _FORMULAS:
@@ -252,15 +226,9 @@ def formula_of(name: str) -> Formula | None:
 
 
 def classify(operation: Any) -> str:
-    """Return the list that an operation is in: ``product``, ``no product``, ``unknown``, or ``composite``.
+    """Return the list of a ``torch._ops.OpOverload`` or a higher-order operation.
 
-    An operation for which torch's own counter has a formula (``torch.utils.flop_counter.register_flop_formula``) is
-    a product too.
-
-    Parameters
-    ----------
-    operation
-        A ``torch._ops.OpOverload`` or a higher-order operation.
+    It is ``product``, ``no product``, ``unknown``, or ``composite``.
 
     Examples
     --------

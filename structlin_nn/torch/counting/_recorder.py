@@ -44,8 +44,6 @@ from structlin_nn.torch.counting._lists import (
 from structlin_nn.torch.counting._result import CallCount
 from structlin_nn.torch.linear import StructuredLinear
 
-__all__ = ["OUTSIDE", "Recorder", "backward_macs", "inner_tensors"]
-
 aten = torch.ops.aten
 OUTSIDE = "(outside)"  # what runs in no module
 
@@ -55,11 +53,11 @@ FORWARD, BACKWARD, AGAIN = "forward", "backward", "again"
 
 
 def backward_macs(structure: AbstractStructure, needs_input: bool, needs_factors: Sequence[bool]) -> int:
-    """MACs of a layer's backward pass, for one vector.
+    """Return the MACs of the backward pass of a layer, for one vector.
 
-    Step k of a chain multiplies its input and its factor; the gradient of either costs as much as the product. The
-    input's is needed where that of the layer's input or of an earlier factor is. A structure that is no chain counts
-    as one product.
+    Step k of a chain multiplies its input and its factor; each of the two gradients costs as much as the product. The
+    gradient of the input is needed if that of the input of the layer or of an earlier factor is. Any other structure
+    counts as one product.
 
     Examples
     --------
@@ -129,16 +127,10 @@ class _Entry:
 
 
 class Recorder(TorchDispatchMode):
-    """The dispatch mode, with the hooks on modules and on attention that belong to it.
+    """Dispatch mode with hooks on modules and on attention; `models` are by the prefix of their names.
 
-    Parameters
-    ----------
-    models
-        By the prefix of their names.
-    causal
-        Count only the pairs of queries and keys that a causal mask leaves.
-    flash
-        Count what fused attention computes again in its backward pass.
+    With `causal`, only the pairs of queries and keys that a causal mask leaves are counted; with `flash`, also what
+    fused attention computes again in its backward pass.
     """
 
     supports_higher_order_operators = True

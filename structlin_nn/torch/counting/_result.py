@@ -8,20 +8,26 @@ from dataclasses import asdict, dataclass, field
 from importlib import import_module
 from typing import Any
 
-__all__ = ["CallCount", "ModelCount", "ModuleCount"]
+from structlin_nn._text import check_integer, table
 
 
 @dataclass
 class CallCount:
     """Products of one kind in one module, summed over its calls.
 
-    ``kind``: ``linear`` (a weight times activations), ``convolution``, ``attention`` (score and value products),
-    ``linalg`` (factorisations, solves), ``fft``, or ``product`` (of two activations). ``rows``: vectors that a linear
-    layer was applied to. ``macs`` of the forward, ``backward_macs`` of the backward pass; of the latter,
-    ``recomputed_macs`` are those that the forward pass had computed before. ``other_flops``,
-    ``backward_other_flops``: work that is no product, such as FFTs, in FLOPs. ``moved``, ``backward_moved``: how many
-    numbers the products read and write, each of them its operands and its result once, fused attention without the
-    scores.
+    Attributes
+    ----------
+    kind
+        ``linear`` (a weight times activations), ``convolution``, ``attention`` (score and value products), ``linalg``
+        (factorisations, solves), ``fft``, or ``product`` (of two activations).
+    macs, backward_macs, recomputed_macs
+        MACs of the forward and the backward pass, and those of the latter that the forward pass had computed before.
+    other_flops, backward_other_flops
+        FLOPs that are no products, such as those of FFTs.
+    rows
+        Vectors that a linear layer was applied to.
+    moved, backward_moved
+        Numbers that the products read and write, each once; fused attention without the scores.
     """
 
     name: str
@@ -48,10 +54,10 @@ class CallCount:
 
 @dataclass
 class ModuleCount:
-    """A module with all that is inside of it; see :meth:`ModelCount.tree`.
+    """A module with all that is inside of it (:meth:`ModelCount.tree`).
 
-    ``share``: of the MACs of the whole model, forward. ``params``: of the calls inside, shared ones as often as they
-    are called from different modules.
+    ``share`` is that of the forward MACs of the model. ``params`` counts shared parameters for each module that is
+    called.
     """
 
     name: str
@@ -78,48 +84,36 @@ class ModuleCount:
 
 @dataclass
 class ModelCount:
-    """What :func:`count` returns; ``print`` it for a table, or :meth:`tree` for one by module.
+    """Result of :func:`count`; ``print`` shows a table, and :meth:`tree` has one by module.
 
     Attributes
     ----------
     calls
-        In the order in which they are first made.
-    params
-        Number of parameters, a shared one once.
-    trainable_params
-        Those with a gradient.
-    embedding_params
-        Those of nn.Embedding, likewise trainable.
-    buffer_bytes
-        Of the module's buffers.
-    uncounted_ops
-        Operations that are no products, and how often they run in the forward pass.
-    uncounted_moved
-        Numbers that these read and write.
-    saved
-        Floating numbers that the forward pass keeps for the backward pass, as these modules on this device do it: each
-        array once, without parameters and buffers, attention as where it is fused (queries, keys, values, result, and
-        the log-sum-exp of each query).
-    saved_bytes
-        Bytes of other kept values, such as masks and indices.
-    saved_known
-        Whether ``saved`` and ``saved_bytes`` were counted: not inside a context, nor where the model uses
-        ``torch.func.grad`` and the like.
+        Counts of the products, in the order in which they are first computed.
+    params, trainable_params, embedding_params
+        Numbers of parameters, shared ones once: all, those with a gradient, and trainable ones of nn.Embedding.
+    buffer_bytes, param_bytes, trainable_bytes
+        Bytes of buffers, parameters and trainable parameters.
+    uncounted_ops, uncounted_moved
+        Operations without products, with their numbers of calls in the forward pass, and the numbers that they read and
+        write.
     unknown_ops
-        Operations that are in no list, and how often they run, forward and backward; what they compute is missing from
-        all figures.
-    param_bytes, trainable_bytes, saved_float_bytes
-        Bytes of ``params``, ``trainable_params`` and ``saved`` in the dtypes that they have.
+        Operations of unknown cost, with their numbers of calls, forward and backward; all totals lack their work.
+    saved, saved_float_bytes, saved_bytes
+        Floating numbers that the forward pass keeps for the backward pass, their bytes, and the bytes of other kept
+        values (masks, indices). Each array counts once, without parameters and buffers; attention as if it is fused.
+    saved_known
+        Whether these three were counted: not inside a context, nor if the model uses ``torch.func.grad``.
     dtype
-        Of the parameters, by name; None where they have several, or there are none.
+        Name of the dtype of the parameters; None for several dtypes or no parameters.
     backward_from
         What the backward pass starts from.
     unreached_params
-        Trainable parameters that got no gradient, because nothing that the backward pass starts from depends on them.
+        Number of trainable parameters without a gradient, because no start of the backward pass depends on them.
     modules
-        Type by name, of all modules that were called.
+        Type of each called module, by name.
     seconds
-        Of the forward pass, by module, where :func:`time_modules` has timed it.
+        Seconds of the forward pass of each module (:func:`time_modules`).
     """
 
     calls: list[CallCount]
@@ -177,17 +171,7 @@ class ModelCount:
         return 2 * self.training_macs + self.training_other_flops
 
     def tree(self, depth: int | None = None) -> ModuleCount:
-        """Modules in modules, each with all that is inside of it.
-
-        Parameters
-        ----------
-        depth
-            Levels below the model; None: all. What is deeper is counted where it is cut off.
-
-        Raises
-        ------
-        ValueError
-            A depth that is no integer of at least 0.
+        """Return the modules as a tree, each with all that is inside of it, down to `depth` levels below the model.
 
         Examples
         --------
@@ -198,8 +182,8 @@ class ModelCount:
         >>> [(d, m.name, m.macs, m.share) for d, m in count(model, torch.zeros(1, 8)).tree().walk() if m.macs]
         [(0, '', 60, 1.0), (1, '0', 48, 0.8), (1, '1', 12, 0.2), (2, '1.1', 12, 0.2)]
         """
-        if depth is not None and (isinstance(depth, bool) or not isinstance(depth, int) or depth < 0):
-            raise ValueError(f"depth must be an integer of at least 0, or None, got {depth!r}")
+        if depth is not None:
+            check_integer("depth", depth, 0)
         root = ModuleCount("", self.modules.get("", "(all)"), seconds=self.seconds.get(""))
         nodes = {"": root}
 
@@ -240,7 +224,7 @@ class ModelCount:
                 cells.append("" if m.seconds is None else f"{1e3 * m.seconds:.3f}")
                 cells.append("" if rate is None else f"{rate / 1e9:.3g}")
             rows.append(cells)
-        return "\n".join(_columns([head, *rows], left=2))
+        return table(head, rows, left=2, rule=False)
 
     def to_dict(self) -> dict[str, Any]:
         """All fields and totals, of types that ``json.dumps`` takes."""
@@ -270,7 +254,7 @@ class ModelCount:
         ]  # fmt: skip
         missing = format_unknown(self.unknown_ops)
         kinds = {c.kind: self.macs(c.kind) for c in self.calls}
-        lines = [*([missing] if missing else []), *_columns([head, *rows], left=3), ""]
+        lines = [*([missing] if missing else []), table(head, rows, left=3, rule=False), ""]
         lines += [f"{'parameters':<24}{self.params:>20,}", f"{'  trainable':<24}{self.trainable_params:>20,}"]
         lines += [f"{'  embeddings':<24}{self.embedding_params:>20,}"]
         note = f"  without {missing}" if missing else ""
@@ -292,12 +276,3 @@ def format_unknown(unknown: dict[str, int]) -> str:
     if not unknown:
         return ""
     return "UNKNOWN operations: " + ", ".join(f"{name} x{number}" for name, number in unknown.items())
-
-
-def _columns(rows: list[list[str]], left: int) -> list[str]:
-    """Cells under each other, the first ones on the left."""
-    widths = [max(map(len, cells)) for cells in zip(*rows, strict=True)]
-    return [
-        "  ".join(c.ljust(w) if i < left else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
-        for row in rows
-    ]

@@ -19,8 +19,6 @@ from structlin_nn.torch.counting._lists import UnknownOperationError
 from structlin_nn.torch.counting._recorder import OUTSIDE, Recorder
 from structlin_nn.torch.counting._result import ModelCount
 
-__all__ = ["Counting", "count"]
-
 
 def count(
     model: nn.Module,
@@ -34,38 +32,34 @@ def count(
 ) -> ModelCount:
     """Count the products of ``model(*inputs, **kwargs)`` and of its backward pass, module by module.
 
-    The model is run once as it is (device, mode), forward and backward, so that everything counts as it runs: parts
-    under ``no_grad`` or ``inference_mode`` have no backward pass, checkpointing computes again. Tensors on the meta
-    device cost nothing. Buffers (the statistics of a BatchNorm), gradients and the states of random number
-    generators are put back afterwards. Totals are those of the whole batch that was passed in.
+    The model runs once on its device and in its mode, forward and backward. So parts under ``no_grad`` or
+    ``inference_mode`` have no backward pass, and checkpointing computes products again. Tensors on the meta device cost
+    nothing. Buffers (the statistics of a BatchNorm), gradients and the states of random number generators are restored
+    afterwards. Totals are those of the whole batch.
 
     Parameters
     ----------
     model
-        A module; its parameters must have sizes, so that lazy modules have to be called once before.
+        A module whose parameters have sizes: call a lazy module once before.
     inputs, kwargs
-        Of the model. Gradients reach those that require them, and not what they were computed from.
+        Arguments of the model. Gradients reach those that require them, and not what they were computed from.
     loss
-        A function of the model's result, from which the backward pass starts. None: all floating results that have a
-        gradient, which is more than a training step needs where the loss leaves some of them out.
+        Function of the result of the model, from which the backward pass starts. None: all floating results that have a
+        gradient, which is more than a training step needs if its loss leaves some of them out.
     backward
-        False counts the forward pass alone.
+        False counts only the forward pass.
     strict
-        Raise an error where an operation is unknown.
+        Raise UnknownOperationError if an operation is unknown.
     causal_discount
-        Of attention with ``is_causal=True`` count only the pairs that the mask leaves.
+        Of attention with ``is_causal=True``, count only the pairs that the mask leaves.
     flash_backward
-        Count also the scores that fused attention computes again in its backward pass, so that this costs 2.5 times the
-        forward pass and not 2 times.
+        Also count the scores that fused attention computes again in its backward pass, which then costs 2.5 times the
+        forward pass instead of 2 times.
 
     Raises
     ------
-    TypeError
-        ``model`` is no module.
-    ValueError
-        Lazy modules; a ``loss`` that returns no tensor with a gradient.
-    UnknownOperationError
-        With ``strict``, where a total is not complete.
+    TypeError, ValueError
+        ``model`` is not a module, or a lazy one; a ``loss`` that returns no tensor with a gradient.
 
     Examples
     --------

@@ -15,33 +15,16 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from structlin_nn.torch.counting._result import ModelCount
 from structlin_nn.torch.counting._run import _check_lazy, _untouched, count
 
-__all__ = ["time_modules"]
-
 
 def time_modules(
     model: nn.Module, *inputs: Any, repeats: int = 5, warm: int = 1, grad: bool = False, **kwargs: Any
 ) -> ModelCount:
-    """Count a model, and time its forward pass module by module: the median of several calls.
+    """Count a model, and time the forward pass of each module: the median of `repeats` calls, after `warm` others.
 
-    Modules are timed from hooks, on a CUDA device between synchronisations, so that modules of a few microseconds
-    seem slower than they are. :meth:`ModelCount.format_tree` shows milliseconds and FLOP/s. Buffers and the states of
-    random number generators are put back.
-
-    Parameters
-    ----------
-    model, inputs, kwargs
-        As for :func:`count`.
-    repeats
-        Timed calls.
-    warm
-        Calls before them.
-    grad
-        Time with gradients enabled.
-
-    Raises
-    ------
-    ValueError
-        Fewer than one repeat, a negative number of warm calls, or a model on the meta device.
+    Hooks measure the times, on a CUDA device between synchronisations, so modules of a few microseconds seem slower
+    than they are. :meth:`ModelCount.format_tree` shows milliseconds and FLOP/s. Buffers and the states of random number
+    generators are restored. Other arguments are those of :func:`count`; `grad` times with gradients enabled. ValueError
+    for numbers out of range, or a model on the meta device.
 
     Examples
     --------

@@ -9,12 +9,10 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 import structlin_nn
 from structlin_nn.cli import main
-from structlin_nn.data import load_images
 from structlin_nn.records import read_record
 from structlin_nn.sweeps import names
 
@@ -22,7 +20,7 @@ SWEEP = """
 from structlin_nn.sweeps import Sweep, grid, merge
 SWEEP = Sweep(
     name="mine", about="two structures, two widths", model="cifar-mlp",
-    base={"data_set": "cifar10", "epochs": 2, "batch_size": 20, "eval_every": 1, "threads": 1, "mixup": 0.0},
+    base={"data_set": "cifar10", "epochs": 2, "batch_size": 48, "eval_every": 1, "threads": 1, "mixup": 0.0},
     overlays=merge([{"structure": "dense"}, {"structure": "monarch"}], grid(width=[8, 16])),
 )
 """
@@ -30,18 +28,12 @@ RUNS = ["dense-w8", "dense-w16", "monarch-w8", "monarch-w16"]
 
 
 @pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """With a sweep, mine.py, and small CIFAR files, cifar-10-batches-bin: 100 training images, 20 test images."""
+def folder(tmp_path: Path, small_cifar: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """With a sweep, mine.py, and small CIFAR files, cifar-10-batches-bin."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     Path("mine.py").write_text(SWEEP)
-    data = load_images("fashion").as_32x32_rgb()
-    Path("cifar-10-batches-bin").mkdir()
-    for number in range(6):
-        name = f"data_batch_{number + 1}.bin" if number < 5 else "test_batch.bin"
-        part = slice(20 * number, 20 * number + 20)
-        rows = [data.train_labels[part, None].astype(np.uint8), data.train_images[part].reshape(20, -1)]
-        Path("cifar-10-batches-bin", name).write_bytes(np.concatenate(rows, axis=1).tobytes())
+    Path("cifar-10-batches-bin").symlink_to(small_cifar)
     return tmp_path
 
 
@@ -92,33 +84,29 @@ def test_runs_are_made_and_skipped(folder: Path, capsys: pytest.CaptureFixture[s
 
 
 def test_what_fails_does_not_stop_the_others(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    Path("mine.py").write_text(SWEEP.replace("grid(width=[8, 16])", "grid(width=[8], lr=[1e30, 1e-3])"))
+    """A loss that is not finite, and an error, which is repeated when its cause is removed."""
+    Path("mine.py").write_text(SWEEP.replace("grid(width=[8, 16])", "grid(width=[8], lr=[1e30, 1e-3, 2e-3])"))
+    diverges, finishes, blocked = (Path("runs/mine", f"dense-w8-lr{lr}") for lr in ("1e+30", "0.001", "0.002"))
+    blocked.mkdir(parents=True)
+    (blocked / "checkpoints").touch()  # a file where a folder has to be
     line = f"{LINE} --workers 1 --only dense*"
     assert main([*line.split(), "--quiet"]) == 1
-    assert "dense-w8-lr1e+30" in (err := capsys.readouterr().err)
+    err = capsys.readouterr().err
     assert "finite" in err or "the loss is" in err
-    states = planned(capsys, "--only dense*")
-    assert list(states.values()) == ["failed", "finished"]
-    assert json.loads(Path("runs/mine/dense-w8-lr1e+30/failed.json").read_text())["error"]
+    assert f"{diverges.name}: " in err
+    assert f"{blocked.name}: NotADirectoryError" in err
+    states = {path.name: "failed" for path in (diverges, blocked)} | {finishes.name: "finished"}
+    assert planned(capsys, "--only dense*") == states
+    assert json.loads((diverges / "failed.json").read_text())["error"]
+    assert "Traceback" in json.loads((blocked / "failed.json").read_text())["traceback"]
     # Not started again without the option.
     assert main([*line.split(), "--print-commands"]) == 0
     assert "all runs are finished" in capsys.readouterr().err
     assert main([*line.split(), "--print-commands", "--retry"]) == 0
     assert "--lr 1e+30" in capsys.readouterr().out
-
-
-def test_an_error_of_one_run_does_not_end_the_sweep(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """An error is printed and recorded with its traceback, and the run is repeated when its cause is removed."""
-    Path("runs/mine/dense-w8").mkdir(parents=True)
-    Path("runs/mine/dense-w8/checkpoints").touch()  # a file where a folder has to be
-    line = f"{LINE} --workers 1 --only dense* --quiet"
-    assert main(line.split()) == 1
-    assert "dense-w8: NotADirectoryError" in capsys.readouterr().err
-    assert "Traceback" in json.loads(Path("runs/mine/dense-w8/failed.json").read_text())["traceback"]
-    assert planned(capsys, "--only dense*") == {"dense-w8": "failed", "dense-w16": "finished"}
-    Path("runs/mine/dense-w8/checkpoints").unlink()
-    assert main([*line.split(), "--retry"]) == 0
-    assert set(planned(capsys, "--only dense*").values()) == {"finished"}
+    (blocked / "checkpoints").unlink()
+    assert main(f"{LINE} --workers 1 --only {blocked.name} --quiet --retry".split()) == 0
+    assert planned(capsys, f"--only {blocked.name}") == {blocked.name: "finished"}
 
 
 @pytest.mark.parametrize(

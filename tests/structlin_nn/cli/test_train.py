@@ -8,13 +8,11 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 import structlin_nn
 from structlin_nn.cli import main
 from structlin_nn.cli.train import NAMES, parse
-from structlin_nn.data import load_images
 from structlin_nn.recipes import recipe
 from structlin_nn.records import read_record
 
@@ -27,19 +25,6 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-@pytest.fixture
-def small_cifar(folder: Path) -> Path:
-    """100 training images in five files, 20 test images."""
-    data = load_images("fashion").as_32x32_rgb()
-    (folder / "cifar-10-batches-bin").mkdir()
-    for number in range(6):
-        name = f"data_batch_{number + 1}.bin" if number < 5 else "test_batch.bin"
-        part = slice(20 * number, 20 * number + 20)
-        rows = [data.train_labels[part, None].astype(np.uint8), data.train_images[part].reshape(20, -1)]
-        (folder / "cifar-10-batches-bin" / name).write_bytes(np.concatenate(rows, axis=1).tobytes())
-    return folder / "cifar-10-batches-bin"
-
-
 def test_on_the_embedded_images(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     line = f"train cifar --width 16 --structure monarch {QUICK}"
     assert main(line.split()) == 0
@@ -48,21 +33,8 @@ def test_on_the_embedded_images(folder: Path, capsys: pytest.CaptureFixture[str]
     assert "monarch 16: 100%" in err
     assert "img/s" in err
     table = out.splitlines()
-    assert table[0].split() == [
-        "step",
-        "epoch",
-        "train",
-        "loss",
-        "train",
-        "error",
-        "test",
-        "loss",
-        "test",
-        "error",
-        "batch",
-        "loss",
-        "seconds",
-    ]
+    names = "step epoch train loss train error test loss test error batch loss seconds"
+    assert table[0].split() == names.split()
     assert [row.split()[0] for row in table[2:4]] == ["0", "10"]
     folder = Path("runs/fashion-cifar-mlp-monarch-w16-seed0")
     record = read_record(folder / "record.jsonl")
@@ -85,17 +57,17 @@ def test_on_the_embedded_images(folder: Path, capsys: pytest.CaptureFixture[str]
     assert "another configuration: lr was 0.003 and is 1.0" in capsys.readouterr().err
 
 
-def test_on_cifar_files(small_cifar: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_on_cifar_files(folder: Path, small_cifar: Path, capsys: pytest.CaptureFixture[str]) -> None:
     line = f"train cifar --width 16 {QUICK} --batch-size 25 --out run --data {small_cifar}"
     assert main(line.split()) == 2
     assert "data_batch_1.bin" in capsys.readouterr().err
     assert not Path("run").exists()
     assert main([*line.split(), "--unverified"]) == 0
-    assert "data: cifar10; training images 100, test images 20" in capsys.readouterr().err
+    assert "data: cifar10; training images 240, test images 60" in capsys.readouterr().err
     assert read_record("run/record.jsonl").header["data"]["name"] == "cifar10"
 
 
-def test_a_loss_that_is_not_finite(small_cifar: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_loss_that_is_not_finite(folder: Path, small_cifar: Path, capsys: pytest.CaptureFixture[str]) -> None:
     line = f"train cifar --width 16 {QUICK} --batch-size 25 --out run --unverified --quiet --lr 1e30"
     assert main([*line.split(), "--data", str(small_cifar)]) == 1
     err = capsys.readouterr().err
@@ -104,7 +76,7 @@ def test_a_loss_that_is_not_finite(small_cifar: Path, capsys: pytest.CaptureFixt
     assert err.count("\n") == 1
 
 
-def test_a_signal(small_cifar: Path) -> None:
+def test_a_signal(folder: Path, small_cifar: Path) -> None:
     line = f"train cifar --width 16 {QUICK} --batch-size 25 --epochs 100000 --eval-every 100000 --out run --unverified"
     code = "import sys; from structlin_nn.cli import main; sys.exit(main(sys.argv[1:]))"
     command = [sys.executable, "-c", code, *line.split(), "--data", str(small_cifar)]

@@ -80,7 +80,7 @@ class TestSelection:
             ({"exclude": "nothing"}, "exclude: no linear layer matches"),
             ({"zero_init": "head"}, "zero_init: no linear layer matches 'head'"),
             ({"layers": lambda name, layer: False}, "leaves no layer to replace"),
-            ({"shared_weights": "maybe"}, "'error' or 'skip'"),
+            ({"shared_weights": "maybe"}, "one of 'error', 'skip'"),
             ({"structure": "permutation"}, r"layer 'first' \(8 -> 12\)"),
         ],
     )

@@ -11,23 +11,6 @@ from PIL import Image
 from structlin_nn.data import load_images
 from structlin_nn.recipes import cifar, gpt2, imagenet
 
-IMAGES_PER_FILE, TEST_IMAGES = 48, 60
-
-
-@pytest.fixture(scope="session")
-def small_cifar(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with 240 training and 60 test images, to be read without verification."""
-    data = load_images("fashion").as_32x32_rgb()
-    parent = tmp_path_factory.mktemp("data")
-    folder = parent / "cifar-10-batches-bin"
-    folder.mkdir()
-    names = [f"data_batch_{number}.bin" for number in range(1, 6)]
-    for number, name in enumerate(names):
-        part = slice(number * IMAGES_PER_FILE, (number + 1) * IMAGES_PER_FILE)
-        write(folder / name, data.train_images[part], data.train_labels[part])
-    write(folder / "test_batch.bin", data.test_images[:TEST_IMAGES], data.test_labels[:TEST_IMAGES])
-    return folder
-
 
 @pytest.fixture(scope="session")
 def text_tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -78,11 +61,6 @@ def imagenet_config() -> imagenet.Config:
         structure="monarch", augment="", erasing=0.0, color_jitter=0.0, workers=0, threads=1, eval_every=1,
         warmup_epochs=0.0, optimizer="adam", weight_decay=0.0, betas=(0.9, 0.999), clip=0.0,
     )  # fmt: skip
-
-
-def write(path: Path, images: np.ndarray, labels: np.ndarray) -> None:
-    rows = np.concatenate([labels[:, None].astype(np.uint8), images.reshape(len(images), -1)], axis=1)
-    path.write_bytes(rows.tobytes())
 
 
 @pytest.fixture(scope="session")

@@ -1,14 +1,30 @@
 """The recipes in flax are those in torch, to rounding; an interrupted run is bit-identical to one that was not."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import jax
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from structlin_nn.checkpoints import read_checkpoint
 from structlin_nn.recipes import recipe_module
 from structlin_nn.records import read_record
+
+
+@pytest.fixture(autouse=True, scope="module")
+def compiled_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Runs of one configuration share what XLA compiles."""
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    before = [getattr(jax.config, name) for name in names]
+    for name, value in zip(names, (str(tmp_path_factory.mktemp("compiled")), 0.2), strict=True):
+        jax.config.update(name, value)
+    yield
+    for name, value in zip(names, before, strict=True):
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
 
 
 def both(name: str, config: Any, options: dict[str, Any], folder: Path) -> list[tuple[list[float], Any]]:
@@ -65,7 +81,7 @@ def test_cifar_is_the_run_in_torch(changes: dict[str, Any], config: Any, small_c
 
 
 def test_gpt2_is_the_run_in_torch(gpt2_config: Any, text_tokens: Path, tmp_path: Path) -> None:
-    config = gpt2_config.replace(steps=6, eval_every=3, warmup_steps=2, depth=1)
+    config = gpt2_config.replace(steps=6, eval_every=3, warmup_steps=2, depth=1, accumulate=1)
     assert_close(both("gpt2", config, {"data": text_tokens}, tmp_path))
 
 
@@ -75,7 +91,7 @@ def test_resumed_results_are_bit_identical(
 ) -> None:
     module = recipe_module(f"flax_{name}")
     given = {"cifar": (config, {"data": small_cifar, "unverified": True}), "gpt2": (gpt2_config, {"data": text_tokens})}
-    config, more = given[name][0].replace(ema=0.9, clip=0.5, depth=1), given[name][1]
+    config, more = given[name][0].replace(ema=0.9, clip=0.5, depth=1, structure="low_rank", options={}), given[name][1]
     config, options = module.Config.from_dict(config.to_dict()), module.Options(quiet=True, **more)
     losses: dict[str, list[float]] = {"whole": [], "part": []}
 
@@ -95,7 +111,7 @@ def test_resumed_results_are_bit_identical(
 def test_damage_and_another_recipe(config: Any, small_cifar: Path, tmp_path: Path) -> None:
     module = recipe_module("flax_cifar")
     options = module.Options(data=small_cifar, unverified=True, quiet=True, out=tmp_path / "run")
-    own = module.Config.from_dict(config.replace(depth=1).to_dict())
+    own = module.Config.from_dict(config.replace(depth=1, structure="dense", options={}).to_dict())
     module.train(own, options, watch=lambda run, loss: run.step == 2)
     with pytest.raises(ValueError, match="is one of flax_cifar, and this is one of cifar"):
         recipe_module("cifar").train(config, replace(options, resume=True))

@@ -100,14 +100,18 @@ STRUCTURES = {
 }
 
 
-@pytest.mark.parametrize("name", STRUCTURES)
+FAST = ("block_tensor_train of rank 4", "low_rank")
+slow = pytest.mark.slow
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in FAST else slow) for n in STRUCTURES])
 def test_adam(images, name):
     make = STRUCTURES[name]
     assert_flat([change(images, width, "adam", **make(width)) for width in WIDTHS])
     assert_falls([change(images, width, "adam", aware=False, **make(width)) for width in WIDTHS])
 
 
-@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+@pytest.mark.parametrize("optimizer", ["adam", pytest.param("sgd", marks=slow)])
 def test_dense_is_flat_under_both_rules(images, optimizer):
     aware = [change(images, width, optimizer, structure="dense") for width in WIDTHS]
     assert_flat(aware)
@@ -115,7 +119,7 @@ def test_dense_is_flat_under_both_rules(images, optimizer):
     assert [change(images, width, optimizer, structure="dense", aware=False) for width in WIDTHS[:2]] == aware[:2]
 
 
-@pytest.mark.parametrize("rank", [1, 4])
+@pytest.mark.parametrize("rank", [1, pytest.param(4, marks=slow)])
 def test_sgd_needs_the_number_of_blocks(images, rank):
     structure = {"structure": "block_tensor_train", "rank": rank}
     assert_flat([change(images, width, "sgd", **structure) for width in WIDTHS])
@@ -124,19 +128,16 @@ def test_sgd_needs_the_number_of_blocks(images, rank):
     assert_falls(without)
 
 
-@pytest.mark.parametrize("structure", [{"structure": "kronecker"}, {"structure": "tensor_train", "rank": 4}])
+@pytest.mark.parametrize(
+    "structure", [{"structure": "kronecker"}, pytest.param({"structure": "tensor_train", "rank": 4}, marks=slow)]
+)
 def test_sgd_needs_the_number_of_carried_positions(images, structure):
     assert_flat([change(images, width, "sgd", **structure) for width in WIDTHS])
     without = [change(images, width, "sgd", extra={"blocks.*": 1 / math.isqrt(width)}, **structure) for width in WIDTHS]
     assert_falls(without)
 
 
-FAST = ("block_tensor_train of rank 4", "low_rank")
-
-
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=() if n in FAST else pytest.mark.slow) for n in (*STRUCTURES, "dense")]
-)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in FAST else slow) for n in (*STRUCTURES, "dense")])
 def test_muon(images, name):
     """Orthogonalised updates of square blocks are right by themselves; the factors of low rank need the multiplier."""
     make = STRUCTURES.get(name, lambda width: {"structure": "dense"})

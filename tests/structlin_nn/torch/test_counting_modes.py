@@ -318,7 +318,7 @@ class TestCosts:
         assert len({p["activations"] for p in parts}) == 1
         with pytest.raises(ValueError, match="zero_stage must be 0, 1, 2 or 3, got 4"):
             training_bytes(counted, zero_stage=4)
-        with pytest.raises(ValueError, match="devices must be an integer of at least 1, got 0"):
+        with pytest.raises(ValueError, match="devices must be a positive integer, got 0"):
             training_bytes(counted, zero_stage=1, devices=0)
 
     def test_transforms_train_too(self) -> None:
@@ -410,7 +410,7 @@ class TestForms:
         text = found.format_tree()
         assert "(model)" in text
         assert f"{100 * (A + B) / (A + B + 40):.1f} %" in text
-        with pytest.raises(ValueError, match="depth must be an integer of at least 0, or None, got -1"):
+        with pytest.raises(ValueError, match="depth must be an integer of at least 0, got -1"):
             found.tree(-1)
 
     def test_programs(self) -> None:

@@ -420,21 +420,14 @@ def test_models_that_do_not_match():
     [
         ({"optimizer": "adagrad"}, ValueError, "unknown optimizer 'adagrad'; one of adam"),
         ({"optimizer": torch.optim.AdamW}, TypeError, "the name of a rule, one of adam, .*, got <class"),
-        ({"lr": -1.0}, ValueError, "must not be negative, got -1"),
-        ({"lr": "1e-3"}, TypeError, r"lr must be a number, got '1e-3'; 0.001 would be one"),
         ({"lr": None}, TypeError, "lr must be a number, got None"),
         ({"weight_decay": "much"}, TypeError, "weight_decay must be a number, got 'much'$"),
         ({"lr": float("nan")}, ValueError, "must not be negative, got nan"),
         ({"weight_decay": -0.1}, ValueError, "got 1 and -0.1"),
-        ({"decay": "weight"}, ValueError, "collection"),
-        ({"decay": ["weights"]}, ValueError, "got 'weights'"),
         ({"extra_multipliers": {"haed": 2.0}}, ValueError, "nothing matches 'haed'"),
         ({"extra_multipliers": {"norm": 2.0}}, ValueError, "nothing matches 'norm'"),  # a layer without a matrix
-        ({"extra_multipliers": {"head": -0.5}}, ValueError, "finite and at least 0, got -0.5"),
         ({"extra_multipliers": {"head": float("inf")}}, ValueError, "finite and at least 0, got inf"),
         ({"rules": {re.compile("head"): ParameterRule(2.0)}}, ValueError, "nothing matches 'head'"),
-        ({"rules": {"head.weight": 2.0}}, TypeError, "must be a ParameterRule, got 2.0"),
-        ({"independent_decay": True, "optimizer": "adam"}, ValueError, "independent_decay needs"),
     ],
 )
 def test_bad_arguments(options, error, words):

@@ -2,7 +2,6 @@
 
 import copy
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -89,11 +88,3 @@ def test_a_trace():
     with torch.no_grad():
         traced = torch.jit.trace(model, x)
         torch.testing.assert_close(traced(x), model(x))
-
-
-def test_input_that_is_no_tensor():
-    layer = StructuredLinear(8, 3, structure="low_rank")
-    with pytest.raises(TypeError, match=r"must be a torch.Tensor, got a ndarray; convert it with torch.from_numpy"):
-        layer(np.ones((2, 8), np.float32))
-    with pytest.raises(TypeError, match=r"must be a torch.Tensor, got a list$"):
-        layer([[1.0] * 8])
