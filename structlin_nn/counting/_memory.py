@@ -1,4 +1,4 @@
-"""Bytes of a training step: weights, gradients, states of the optimiser, activations."""
+"""Bytes of a training step: weights, gradients, states of the optimizer, activations."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ __all__ = ["DTYPES", "OPTIMIZER_STATES", "count_loss", "itemsize", "states_of", 
 DTYPES = {
     "float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1, "float8_e5m2": 1, "int8": 1,
 }  # fmt: skip
-"""Bytes of a number."""
+"""Bytes of a number, by dtype."""
 OPTIMIZER_STATES = {"adam": 2, "adamw": 2, "sign": 1, "sgd": 1}
-"""Numbers that an optimiser keeps for each parameter: both moments; the momentum of Lion, and that of SGD."""
+"""Numbers that an optimizer keeps for each parameter: two moments of Adam, or the momentum of Lion and SGD."""
 
 
 def itemsize(dtype: Any) -> int:
-    """Bytes of a number. Raises ValueError for a dtype that is not one of :data:`DTYPES`.
+    """Return the bytes of a number; ValueError for a dtype that is not in :data:`DTYPES`.
 
     Examples
     --------
@@ -37,9 +37,9 @@ def itemsize(dtype: Any) -> int:
 
 
 def states_of(optimizer: str, states: int | None = None) -> int:
-    """Numbers that an optimiser keeps for each parameter, or ``states`` where given.
+    """Return ``states``, or by default the numbers that an optimizer keeps for each parameter.
 
-    Raises ValueError for an unknown optimiser, or states that are no integer of at least 0.
+    ValueError for an unknown optimizer, or if ``states`` is not an integer of at least 0.
 
     Examples
     --------
@@ -60,14 +60,14 @@ class _CrossEntropy(nn.Module):
 
 
 def count_loss(shape: Sequence[int], soft: bool = False) -> ModelCount:
-    """Count what torch's cross-entropy of logits (..., classes) stores for the backward pass (:func:`training_bytes`).
+    """Count the cross-entropy of torch, which keeps values for the backward pass (:func:`training_bytes`).
 
     Parameters
     ----------
     shape
-        Of the logits of a batch.
+        Shape (..., classes) of the logits of a batch.
     soft
-        The targets are probabilities of all classes (mixup, label smoothing by hand), and not numbers of classes.
+        Whether the targets are probabilities of all classes (as with mixup) instead of class indices.
 
     Examples
     --------
@@ -92,44 +92,46 @@ def training_bytes(
     zero_stage: int = 0,
     devices: int = 1,
 ) -> dict[str, int]:
-    """Bytes that a training step holds at its end of the forward pass, on each device.
+    """Return the bytes that each device holds at the end of the forward pass of a training step.
 
     Parameters
     ----------
     counted
-        Of the whole batch, and where there are several devices of the batch of one of them
-        (:func:`structlin_nn.counting.count`).
+        Count of the batch of one device (:func:`structlin_nn.counting.count`).
     loss
-        Of the loss of the batch (:func:`count_loss`), which autocast computes in the dtype of the weights; None where
-        it is a part of ``counted``, or left out.
+        Count of the loss of the batch (:func:`count_loss`), in the dtype of the weights as under autocast. Default: the
+        loss is part of ``counted`` or is not included.
     optimizer
-        Adam, adamw, sign or sgd, which keep 2, 2, 1 and 1 numbers for each trainable parameter.
+        ``adam``, ``adamw``, ``sign`` or ``sgd``, with 2, 2, 1 and 1 numbers for each trainable parameter.
     states
-        This many in place of that: 0 for SGD without momentum.
+        Another number of them, such as 0 for SGD without momentum.
     dtype
-        Of weights, gradients and states; None: those that the model has.
+        Dtype of weights, gradients and states; default: their own.
     activation_dtype
-        Of all floating activations (mixed precision). None: ``dtype``, and where that is None too what the forward pass
-        kept. Copies of the weights in it are not counted.
+        Dtype of all floating activations (mixed precision); default: ``dtype``, or their own. Copies of the weights in
+        this dtype are not included.
     zero_stage
-        What data-parallel devices share between them (Rajbhandari et al., *ZeRO*, 2020): 0 nothing, 1 the states of the
-        optimiser, 2 the gradients too, 3 the weights too, which is what FSDP shares by default.
+        Stage of ZeRO [1]_, that is, what data-parallel devices share: 0 nothing, 1 the states of the optimizer, 2 also
+        the gradients, 3 also the weights (the default of FSDP).
     devices
-        That share; the largest share counts.
+        Number of devices that share it. The result is that of the largest share.
 
     Returns
     -------
     dict[str, int]
-        ``weights`` with frozen ones, ``buffers``, ``gradients``, ``optimizer_states``, ``activations`` (what the
-        forward pass keeps for the backward pass, see :class:`structlin_nn.counting.ModelCount`), ``loss`` (what that
-        keeps) and their ``total``. Temporary arrays, such as the logits themselves while the loss is computed or
-        weights that are gathered for a layer, and fragmentation are not included.
+        ``weights`` (also frozen ones), ``buffers``, ``gradients``, ``optimizer_states``, ``activations`` (``saved`` of
+        :class:`structlin_nn.counting.ModelCount`), ``loss`` and their ``total``. Temporary arrays are not included,
+        such as the logits while the loss is computed, gathered weights, and fragmentation.
 
     Raises
     ------
     ValueError
-        An unknown optimiser, dtype or stage; a number of devices or states that is too small; activations that were not
+        For an unknown optimizer, dtype or stage; if ``devices`` or ``states`` is too small; if activations were not
         counted.
+
+    References
+    ----------
+    .. [1] Rajbhandari et al. (2020), ZeRO: memory optimizations toward training trillion parameter models.
 
     Examples
     --------
@@ -145,7 +147,9 @@ def training_bytes(
         raise ValueError(f"devices must be an integer of at least 1, got {devices!r}")
     for part in (counted, loss):
         if part is not None and not part.saved_known:
-            raise ValueError("what the forward pass keeps was not counted: inside a context, or under torch.func")
+            raise ValueError(
+                "activations were not counted: Counting does not count them, and neither does count under torch.func"
+            )
     own = counted.dtype if counted.dtype in DTYPES else "float32"
     size, frozen = itemsize(dtype or own), counted.params - counted.trainable_params
     trainable, rest = counted.trainable_params * size, frozen * size

@@ -1,7 +1,7 @@
-"""Devices by their data sheets, and the least time that counted work takes on them.
+"""Devices by their data sheets, and the least time of counted work on them.
 
-The roofline model (Williams, Waterman and Patterson, *Roofline: an insightful visual performance model*, 2009): an
-operation takes at least as long as its FLOPs at the peak rate, and at least as long as its bytes at the bandwidth.
+In the roofline model (Williams, Waterman and Patterson 2009, Roofline: an insightful visual performance model), an
+operation takes at least its FLOPs over the peak rate, and at least its bytes over the bandwidth.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ __all__ = ["DEVICES", "Device", "Roofline", "device", "measure_cpu", "roofline"]
 
 
 def measure_cpu(dtype: str = "float32", seconds: float = 0.3) -> Device:
-    """Return the CPU that this runs on, with torch's threads: a square product of 1024, and a copy of 64 MiB.
+    """Measure this CPU with torch's threads, by a product of 1024 x 1024 matrices and a copy of 64 MiB.
 
-    The best of the repeats that fit into ``seconds``, for each of both: what the machine does where nothing
-    disturbs it. Raises ValueError for an unknown dtype or a time that is not positive.
+    Each is repeated for half of ``seconds``, and the least time counts. ValueError for an unknown dtype, a dtype of one
+    byte, or a time that is not positive.
     """
     import torch
 
     if itemsize(dtype) == 1:
-        raise ValueError(f"this CPU is measured in float64, float32, bfloat16 or float16, not in {dtype}")
+        raise ValueError(f"a CPU can be measured in float64, float32, bfloat16 or float16, got {dtype}")
     if not seconds > 0:
         raise ValueError(f"seconds must be positive, got {seconds}")
     kind = getattr(torch, dtype)
@@ -54,7 +54,7 @@ def _best(call: object, seconds: float) -> float:
 
 
 def device(name: str, dtype: str = "float32") -> Device:
-    """Return a device by name; ``cpu`` is measured. Raises ValueError for another name.
+    """Return a device of :data:`DEVICES` by name; ``cpu`` is measured. ValueError for any other name.
 
     Examples
     --------
@@ -70,13 +70,25 @@ def device(name: str, dtype: str = "float32") -> Device:
 
 @dataclass(frozen=True)
 class Roofline:
-    """The least time of one training step of one batch, in seconds, and what bounds it.
+    """The least time of a training step of one batch, in seconds.
 
-    ``forward`` and ``backward``: the products, each at the slower of compute and memory; ``compute`` is what they
-    would take at the peak rate alone, ``intensity`` their FLOPs for each byte, forward and backward, and ``ridge`` the
-    intensity from which on the device computes at its peak. ``other``: the operations that are no products, forward
-    only, each reading and writing its numbers from and to memory: a compiler that fuses them takes less. ``update``:
-    the optimiser reading and writing weights, gradients and states.
+    Attributes
+    ----------
+    device, dtype
+        Name of the device, and dtype of the products.
+    forward, backward
+        Seconds of the products, each limited by compute or by memory.
+    compute
+        Seconds of the same products at the peak rate.
+    intensity
+        FLOPs per byte of the products, forward and backward.
+    ridge
+        Least intensity at which the device reaches its peak rate.
+    other
+        Seconds of operations without products in the forward pass, if each reads and writes memory. Fusion by a
+        compiler takes less.
+    update
+        Seconds in which the optimizer reads and writes weights, gradients and states.
     """
 
     device: str
@@ -91,7 +103,7 @@ class Roofline:
 
     @property
     def step(self) -> float:
-        """Products and update, without ``other``: no step can be faster."""
+        """Seconds of products and update, a lower bound of the time of a step."""
         return self.forward + self.backward + self.update
 
 
@@ -99,28 +111,33 @@ def roofline(
     counted: ModelCount, on: Device, dtype: str | None = None, *, optimizer: str = "adam", states: int | None = None,
     weight_dtype: str | None = None, shares: int = 1,
 ) -> Roofline:  # fmt: skip
-    """Return the least time that a counted batch takes on a device.
+    """Return the least time of a training step of a counted batch on a device.
 
     Parameters
     ----------
     counted
-        Of the whole batch.
+        Count of the whole batch.
     on
-        The device (:func:`device`).
+        Device (:func:`device`).
     dtype
-        That products are carried out in, ``tfloat32`` too; None: that of the parameters. FLOPs that are no products
-        (FFTs) are taken at the same rate, forward and backward.
+        Dtype of the products, also ``tfloat32``; default: that of the parameters. Other FLOPs (FFTs) have the same
+        rate.
     optimizer, states
         As in :func:`structlin_nn.counting.training_bytes`.
     weight_dtype
-        Of weights, gradients and states, for the update; None: that of the parameters.
+        Dtype of weights, gradients and states in the update; default: that of the parameters.
     shares
-        Devices that share the update, each of them a part of the states (ZeRO).
+        Number of devices that share the update (ZeRO).
+
+    Returns
+    -------
+    Roofline
+        Seconds of the parts of a step.
 
     Raises
     ------
     ValueError
-        A dtype or an optimiser that is not known; no dtype for parameters of several.
+        For an unknown dtype or optimizer; without ``dtype`` if the parameters have several.
 
     Examples
     --------
@@ -132,7 +149,7 @@ def roofline(
     (2.223, True, True)
     """
     if dtype is None and counted.dtype is None and counted.params:
-        raise ValueError("the parameters have several dtypes: name the one that products are carried out in")
+        raise ValueError("the parameters have several dtypes; pass dtype, the dtype of the products")
     dtype = dtype or counted.dtype or "float32"
     peak, bandwidth = on.rate(dtype), on.bandwidth
     size = itemsize("float32" if dtype == "tfloat32" else dtype)

@@ -402,7 +402,7 @@ _register(
 
 
 def attention_pairs(queries: int, keys: int, causal: bool) -> int:
-    """Pairs of a query and a key; of a causal mask those that it leaves: query i sees the keys 0 ... i.
+    """Return the number of pairs of a query and a key; with a causal mask, query i attends to the keys 0 ... i.
 
     Examples
     --------
@@ -419,16 +419,17 @@ def attention_product(
     heads: int, pairs: int, key_size: int, value_size: int, moved: int, *, scores: int = 1, values: int = 1,
     again: int = 0,
 ) -> Product:  # fmt: skip
-    """Products of scores (queries times keys) and of values (weights times values), so many of each."""
+    """Return the work of ``scores`` score products (queries times keys) and ``values`` value products."""
     one_score = heads * pairs * key_size
     macs = scores * one_score + values * heads * pairs * value_size
     return Product(macs, "attention", moved=moved, recomputed=again * one_score)
 
 
 def _attention(layout: str, backward: bool = False) -> Formula:
-    """Fused attention. Its backward pass computes the scores again: five products for the two of the forward pass.
+    """Return the formula of fused attention, which has two products forward and five backward.
 
-    Dao et al., *FlashAttention* (2022), algorithm 4: scores, and the gradients of values, weights, queries and keys.
+    The backward pass computes the scores again, and the gradients of values, weights, queries and keys (Dao et al.
+    2022, FlashAttention, algorithm 4).
     """
 
     def formula(arguments: Arguments, output: Any) -> Product:

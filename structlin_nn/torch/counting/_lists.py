@@ -1,11 +1,11 @@
-"""Which operations of torch compute products: every operation is in one of three lists.
+"""The three lists of torch's operations.
 
-- ``product``: it has a formula (:mod:`structlin_nn.torch.counting._formulas`).
-- ``no product``: elementwise work, reductions, lookups, data movement. Rules read this off what torch declares of an
-  operation (tags, views, arguments); the rest is named here.
-- ``unknown``: everything else, including what torch adds later.
+- ``product``: operations with a formula (:mod:`structlin_nn.torch.counting._formulas`).
+- ``no product``: elementwise work, reductions, lookups and data movement. Most follow from what torch declares of an
+  operation (tags, views, arguments); the others are named here.
+- ``unknown``: everything else, including operations that later versions of torch add.
 
-A *composite* operation is made of others. It is decomposed, and its parts are counted.
+A *composite* operation consists of other operations. It is decomposed, and its parts are counted.
 """
 
 from __future__ import annotations
@@ -29,34 +29,34 @@ PRODUCT, NO_PRODUCT, UNKNOWN, COMPOSITE = "product", "no product", "unknown", "c
 
 
 class UnknownOperationError(ValueError):
-    """A strict count met an operation of unknown cost."""
+    """An operation of unknown cost occurred in a strict count."""
 
 
 @dataclass(frozen=True)
 class Product:
-    """What one call of an operation computes.
+    """The work of one call of an operation.
 
     Attributes
     ----------
     macs
         Multiply-accumulates.
     kind
-        ``convolution``, ``attention``, ``linalg``, ``fft`` or ``product``; None: ``linear`` where one of the operands
-        is a weight, and ``product`` elsewhere.
+        ``convolution``, ``attention``, ``linalg``, ``fft`` or ``product``. None means ``linear`` if an operand is a
+        weight, and ``product`` otherwise.
     operands
-        Of a matrix product; which of them is a weight decides which sizes are the features.
+        Operands of a matrix product. The one that is a weight determines the features.
     sizes
-        Rows, inner size and columns of a matrix product, with ``operands``; the rows include the batch.
+        Rows (with the batch), inner size and columns of a matrix product with ``operands``.
     d_in, d_out
-        Features of a layer, where the operands do not say it.
+        Features of a layer, if ``operands`` does not determine them.
     rows
-        Vectors that a layer is applied to.
+        Number of vectors to which a layer is applied.
     moved
-        Numbers read and written; None: those of all arguments and results.
+        Numbers read and written. None means those of all arguments and results.
     other_flops
-        FLOPs that are no multiply-accumulates, such as those of an FFT.
+        FLOPs that are not multiply-accumulates, such as those of an FFT.
     recomputed
-        MACs among ``macs`` that the forward pass has computed before.
+        The part of ``macs`` that the forward pass has already computed.
     """
 
     macs: int = 0
@@ -74,10 +74,10 @@ class Product:
 Formula = Callable[[Mapping[str, Any], Any], "Product | int | None"]
 _FORMULAS: dict[str, Formula] = {}
 WHOLE: dict[str, Formula] = {}
-"""Formulas of composite operations, for arrays with which they cannot be taken apart."""
+"""Formulas of composite operations, for arrays that they do not decompose."""
 _REGISTERED_FREE: set[str] = set()
 
-# Operations whose names say all of it: a family of poolings, resizings and paddings, and torch's own tests.
+# Operations recognized by their names: pooling, resizing, padding, and torch's own tests.
 _FAMILIES = re.compile(
     r"_?(mkldnn_|quantized_|adaptive_|mkldnn_adaptive_|fractional_)?(avg|max)_(un)?pool[123]d(_with_indices)?"
     r"|_?upsample_(nearest|linear|bilinear|bicubic|trilinear|lanczos)\w*"
@@ -85,7 +85,7 @@ _FAMILIES = re.compile(
     r"|_test_\w+|_foobar"
 )
 
-# The same of quantised arrays, and packing of weights.
+# The same for quantised arrays, and packing of weights.
 _QUANTIZED = re.compile(
     r"(add|mul|cat|sigmoid|softmax|threshold|elu|celu|clamp|dropout|hardswish|leaky_relu|prelu|relu6|max_pool[12]d"
     r"|(batch|layer|group|instance)_norm([123]d)?)(_scalar)?(_relu)?(_out)?"
@@ -171,21 +171,21 @@ _KNOWN_UNKNOWN = frozenset({
 
 
 def register_product(name: str) -> Callable[[Formula], Formula]:
-    """Register what an operation computes, as a decorator.
+    """Register the formula of an operation; use as a decorator.
 
-    The function gets the arguments by the names of the operation's schema, with defaults, and the result; it returns
-    MACs, a :class:`Product`, or None where this call computes no product. The backward pass of an operation is an
-    operation of its own where it has one. All overloads share the formula, and so does the in-place form.
+    The formula is called as ``formula(arguments, output)``. ``arguments`` maps the names of the operation's schema to
+    values, including defaults. The formula returns MACs, a :class:`Product`, or None if the call computes no product.
+    It applies to all overloads and to the in-place form. A backward operation needs its own formula.
 
     Parameters
     ----------
     name
-        ``namespace::operation``; of a higher-order operation ``higher_order::operation``.
+        ``namespace::operation``, or ``higher_order::operation`` for a higher-order operation.
 
     Raises
     ------
     ValueError
-        A name without a namespace.
+        If the name has no namespace.
 
     Examples
     --------
@@ -210,9 +210,9 @@ def register_product(name: str) -> Callable[[Formula], Formula]:
 
 
 def register_no_product(name: str) -> None:
-    """Say that an operation computes no product: ``register_no_product("torchvision::nms")``.
+    """Register an operation without products, such as ``register_no_product("torchvision::nms")``.
 
-    Raises ValueError for a name without a namespace.
+    ValueError if the name has no namespace.
     """
     _check_name(name)
     _FORMULAS.pop(name, None)
@@ -222,7 +222,7 @@ def register_no_product(name: str) -> None:
 
 def _check_name(name: str) -> None:
     if not re.fullmatch(r"\w+::\w+", name):
-        raise ValueError(f"an operation is named namespace::operation, such as aten::mm, got {name!r}")
+        raise ValueError(f"the name of an operation must be namespace::operation, such as aten::mm, got {name!r}")
 
 
 def _forget() -> None:
@@ -231,14 +231,14 @@ def _forget() -> None:
 
 
 def operation_names() -> list[str]:
-    """``namespace::operation`` of every operation in torch's registry, sorted."""
+    """Return ``namespace::operation`` of every operation in torch's registry, sorted."""
     return sorted({name.partition(".")[0] for name in torch._C._dispatch_get_all_op_names()})
 
 
 def formula_of(name: str) -> Formula | None:
-    """Return the formula of ``namespace::operation``, or of that which it is the in-place form of.
+    """Return the formula of ``namespace::operation`` or of its out-of-place form, or None.
 
-    Where there is none, the one that torch's own counter was given (``torch.utils.flop_counter``).
+    If structlin has none, the formula registered with ``torch.utils.flop_counter`` is used.
     """
     if name in _FORMULAS:
         return _FORMULAS[name]
@@ -252,10 +252,9 @@ def formula_of(name: str) -> Formula | None:
 
 
 def classify(operation: Any) -> str:
-    """Return the list that an operation is in: ``product``, ``no product``, ``unknown``, or ``composite``.
+    """Return the list of an operation: ``product``, ``no product``, ``unknown`` or ``composite``.
 
-    An operation for which torch's own counter has a formula (``torch.utils.flop_counter.register_flop_formula``) is
-    a product too.
+    An operation with a formula of ``torch.utils.flop_counter.register_flop_formula`` is a product.
 
     Parameters
     ----------
@@ -269,7 +268,7 @@ def classify(operation: Any) -> str:
     ['product', 'no product', 'composite']
     """
     found = _classify(operation)
-    if found == UNKNOWN and isinstance(operation, torch._ops.OpOverload):  # a formula may have been registered since
+    if found == UNKNOWN and isinstance(operation, torch._ops.OpOverload):  # torch may have a new formula
         return PRODUCT if formula_of(operation._schema.name) else UNKNOWN
     return found
 
@@ -291,7 +290,7 @@ def _classify(operation: Any) -> str:
 
 @cache
 def classify_name(name: str) -> str:
-    """Return the list that ``namespace::operation`` is in, with all its overloads.
+    """Return the list of ``namespace::operation`` with all its overloads, as :func:`classify` does.
 
     Examples
     --------
@@ -325,7 +324,7 @@ def classify_name(name: str) -> str:
 
 
 def _bases(name: str) -> list[str]:
-    """Operations that one is a form of: in place, on lists, a copy in place of a view, the backward pass."""
+    """Return the operations of which this is the in-place, list, copy, functional or backward form."""
     found = [name[:-1]] if name.endswith("_") and not name.endswith("__") else []
     found += [name.removeprefix("_foreach_")] if name.startswith("_foreach_") else []
     return found + [name.removesuffix(end) for end in ("_copy", "_functional", "_backward") if name.endswith(end)]
@@ -336,7 +335,7 @@ def _overloads(namespace: str, name: str) -> list[Any]:
     if not isinstance(packet, torch._ops.OpOverloadPacket):
         return []
     overloads = [getattr(packet, overload) for overload in packet.overloads()]
-    overloads = [o for o in overloads if torch._C._dispatch_has_kernel(o.name())]  # without those of TorchScript alone
+    overloads = [o for o in overloads if torch._C._dispatch_has_kernel(o.name())]  # without overloads of TorchScript
     return [o for o in overloads if not o._overloadname.endswith("out")] or overloads
 
 

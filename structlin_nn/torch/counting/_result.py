@@ -1,4 +1,4 @@
-"""What a count returns: products by module, totals, a tree, and their forms for programs."""
+"""Results of a count: products by module, totals, a tree by module, and exports."""
 
 from __future__ import annotations
 
@@ -15,13 +15,30 @@ __all__ = ["CallCount", "ModelCount", "ModuleCount"]
 class CallCount:
     """Products of one kind in one module, summed over its calls.
 
-    ``kind``: ``linear`` (a weight times activations), ``convolution``, ``attention`` (score and value products),
-    ``linalg`` (factorisations, solves), ``fft``, or ``product`` (of two activations). ``rows``: vectors that a linear
-    layer was applied to. ``macs`` of the forward, ``backward_macs`` of the backward pass; of the latter,
-    ``recomputed_macs`` are those that the forward pass had computed before. ``other_flops``,
-    ``backward_other_flops``: work that is no product, such as FFTs, in FLOPs. ``moved``, ``backward_moved``: how many
-    numbers the products read and write, each of them its operands and its result once, fused attention without the
-    scores.
+    Attributes
+    ----------
+    name, module
+        Name and type of the module.
+    kind
+        ``linear`` (a weight times activations), ``convolution``, ``attention`` (score and value products), ``linalg``
+        (factorizations, solves), ``fft``, or ``product`` (of two activations).
+    params
+        Number of trainable parameters of a linear or convolution layer; 0 for other kinds.
+    in_features, out_features
+        Sizes of a layer, or None.
+    macs, backward_macs
+        Multiply-accumulates of the forward and of the backward pass.
+    recomputed_macs
+        The part of ``backward_macs`` that the forward pass has already computed.
+    other_flops, backward_other_flops
+        FLOPs that are not multiply-accumulates, such as those of FFTs.
+    calls
+        Number of products in the forward pass.
+    rows
+        Number of vectors to which a linear layer was applied.
+    moved, backward_moved
+        Numbers that the products read and write: operands and result, once for each product. Fused attention does not
+        move the scores.
     """
 
     name: str
@@ -48,10 +65,10 @@ class CallCount:
 
 @dataclass
 class ModuleCount:
-    """A module with all that is inside of it; see :meth:`ModelCount.tree`.
+    """Totals of a module and its children; see :meth:`ModelCount.tree`.
 
-    ``share``: of the MACs of the whole model, forward. ``params``: of the calls inside, shared ones as often as they
-    are called from different modules.
+    ``share`` is the fraction of the model's forward MACs. ``params`` counts a shared parameter once for each module
+    that uses it. Other fields are those of :class:`CallCount`; ``seconds`` is as in :class:`ModelCount`.
     """
 
     name: str
@@ -66,11 +83,11 @@ class ModuleCount:
 
     @property
     def flops_per_second(self) -> float | None:
-        """FLOPs of the forward pass for each second of it; None where it was not timed."""
+        """FLOPs of the forward pass per second; None if it was not timed."""
         return (2 * self.macs + self.other_flops) / self.seconds if self.seconds else None
 
     def walk(self, depth: int = 0) -> Iterator[tuple[int, ModuleCount]]:
-        """Yield (depth, count) of the module and of those inside."""
+        """Yield (depth, count) of the module and of its descendants."""
         yield depth, self
         for child in self.children:
             yield from child.walk(depth + 1)
@@ -78,48 +95,47 @@ class ModuleCount:
 
 @dataclass
 class ModelCount:
-    """What :func:`count` returns; ``print`` it for a table, or :meth:`tree` for one by module.
+    """Result of :func:`count`. ``print`` shows a table by call, :meth:`format_tree` a table by module.
 
     Attributes
     ----------
     calls
-        In the order in which they are first made.
+        Products by module and kind, in the order of their first call.
     params
-        Number of parameters, a shared one once.
+        Number of parameters; a shared one counts once.
     trainable_params
-        Those with a gradient.
+        Number of parameters that require a gradient.
     embedding_params
-        Those of nn.Embedding, likewise trainable.
+        Number of trainable parameters of nn.Embedding.
     buffer_bytes
-        Of the module's buffers.
+        Bytes of buffers.
     uncounted_ops
-        Operations that are no products, and how often they run in the forward pass.
+        Number of calls in the forward pass of each operation without products.
     uncounted_moved
-        Numbers that these read and write.
+        Numbers that these operations read and write.
     saved
-        Floating numbers that the forward pass keeps for the backward pass, as these modules on this device do it: each
-        array once, without parameters and buffers, attention as where it is fused (queries, keys, values, result, and
-        the log-sum-exp of each query).
+        Floating numbers that the forward pass keeps for the backward pass on this device. Each array counts once,
+        without parameters and buffers. Attention keeps what fused attention does: queries, keys, values, result, and
+        the log-sum-exp of each query.
     saved_bytes
         Bytes of other kept values, such as masks and indices.
     saved_known
-        Whether ``saved`` and ``saved_bytes`` were counted: not inside a context, nor where the model uses
-        ``torch.func.grad`` and the like.
+        Whether ``saved`` and ``saved_bytes`` were counted. :class:`Counting` does not count them, and they cannot be
+        counted if the model uses ``torch.func.grad``.
     unknown_ops
-        Operations that are in no list, and how often they run, forward and backward; what they compute is missing from
-        all figures.
+        Number of calls, forward and backward, of each unknown operation. Their work is missing from all totals.
     param_bytes, trainable_bytes, saved_float_bytes
-        Bytes of ``params``, ``trainable_params`` and ``saved`` in the dtypes that they have.
+        Bytes of ``params``, ``trainable_params`` and ``saved`` in their own dtypes.
     dtype
-        Of the parameters, by name; None where they have several, or there are none.
+        Name of the parameters' dtype; None for several dtypes or no parameters.
     backward_from
-        What the backward pass starts from.
+        What the backward pass starts from, as text: the loss, a number of results, or nothing.
     unreached_params
-        Trainable parameters that got no gradient, because nothing that the backward pass starts from depends on them.
+        Number of trainable parameters without a gradient.
     modules
-        Type by name, of all modules that were called.
+        Type of each module that was called, by name.
     seconds
-        Of the forward pass, by module, where :func:`time_modules` has timed it.
+        Seconds of the forward pass of each module, if :func:`time_modules` timed it.
     """
 
     calls: list[CallCount]
@@ -143,12 +159,12 @@ class ModelCount:
     seconds: dict[str, float] = field(default_factory=dict)
 
     def macs(self, kind: str | None = None) -> int:
-        """Forward MACs, of all calls or of one kind."""
+        """Return the forward MACs of all calls or of one kind."""
         return sum(c.macs for c in self.calls if kind in (None, c.kind))
 
     @property
     def training_macs(self) -> int:
-        """MACs of the forward and the backward pass, with what the latter computes again."""
+        """MACs of the forward and the backward pass, including recomputation."""
         return sum(c.training_macs for c in self.calls)
 
     @property
@@ -158,7 +174,7 @@ class ModelCount:
 
     @property
     def other_flops(self) -> int:
-        """FLOPs of the forward pass that are no products: of FFTs, and elementwise in structured layers."""
+        """FLOPs of the forward pass that are not MACs: of FFTs, and elementwise in structured layers."""
         return sum(c.other_flops for c in self.calls)
 
     @property
@@ -168,26 +184,26 @@ class ModelCount:
 
     @property
     def flops(self) -> int:
-        """FLOPs of the forward pass: two for each MAC, and the other ones."""
+        """FLOPs of the forward pass: two for each MAC, plus ``other_flops``."""
         return 2 * self.macs() + self.other_flops
 
     @property
     def training_flops(self) -> int:
-        """FLOPs of the forward and the backward pass: two for each MAC, and the other ones."""
+        """FLOPs of the forward and the backward pass: two for each MAC, plus ``training_other_flops``."""
         return 2 * self.training_macs + self.training_other_flops
 
     def tree(self, depth: int | None = None) -> ModuleCount:
-        """Modules in modules, each with all that is inside of it.
+        """Return the counts as a tree of modules, each with the totals of its descendants.
 
         Parameters
         ----------
         depth
-            Levels below the model; None: all. What is deeper is counted where it is cut off.
+            Number of levels below the model; default all. Deeper modules are included in their ancestors.
 
         Raises
         ------
         ValueError
-            A depth that is no integer of at least 0.
+            If ``depth`` is not an integer of at least 0.
 
         Examples
         --------
@@ -228,7 +244,7 @@ class ModelCount:
         return root
 
     def format_tree(self, depth: int | None = None) -> str:
-        """:meth:`tree` to read: MACs forward and in training, shares, and where it was timed seconds and FLOP/s."""
+        """Return :meth:`tree` as a table of MACs and shares, with time (ms) and GFLOP/s if it was timed."""
         head = ["module", "type", "params", "MACs", "share", "training MACs"]
         head += ["ms", "GFLOP/s"] if self.seconds else []
         rows = []
@@ -243,16 +259,16 @@ class ModelCount:
         return "\n".join(_columns([head, *rows], left=2))
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields and totals, of types that ``json.dumps`` takes."""
+        """Return all fields and totals as a dict that ``json.dumps`` accepts."""
         totals = ("training_macs", "recomputed_macs", "other_flops", "training_other_flops", "flops", "training_flops")
         return asdict(self) | {"macs": self.macs()} | {name: getattr(self, name) for name in totals}
 
     def to_json(self, **options: Any) -> str:
-        """:meth:`to_dict` as JSON; the options are those of ``json.dumps``."""
+        """Return :meth:`to_dict` as JSON; ``options`` are those of ``json.dumps``."""
         return json.dumps(self.to_dict(), **options)
 
     def to_dataframe(self) -> Any:
-        """One row for each entry of ``calls``, as a pandas.DataFrame. Raises ImportError without pandas."""
+        """Return a pandas.DataFrame with a row for each entry of ``calls``. ImportError without pandas."""
         try:
             pandas = import_module("pandas")
         except ImportError as error:
@@ -288,14 +304,14 @@ class ModelCount:
 
 
 def format_unknown(unknown: dict[str, int]) -> str:
-    """Return what a total leaves out, in words; empty where it leaves out nothing."""
+    """Return a text that names the operations missing from a total; empty if there are none."""
     if not unknown:
         return ""
     return "UNKNOWN operations: " + ", ".join(f"{name} x{number}" for name, number in unknown.items())
 
 
 def _columns(rows: list[list[str]], left: int) -> list[str]:
-    """Cells under each other, the first ones on the left."""
+    """Return lines of aligned cells; the first ``left`` columns are aligned to the left."""
     widths = [max(map(len, cells)) for cells in zip(*rows, strict=True)]
     return [
         "  ".join(c.ljust(w) if i < left else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))

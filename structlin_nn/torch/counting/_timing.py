@@ -21,27 +21,33 @@ __all__ = ["time_modules"]
 def time_modules(
     model: nn.Module, *inputs: Any, repeats: int = 5, warm: int = 1, grad: bool = False, **kwargs: Any
 ) -> ModelCount:
-    """Count a model, and time its forward pass module by module: the median of several calls.
+    """Count a model, and time the forward pass of each module as the median of several calls.
 
-    Modules are timed from hooks, on a CUDA device between synchronisations, so that modules of a few microseconds
-    seem slower than they are. :meth:`ModelCount.format_tree` shows milliseconds and FLOP/s. Buffers and the states of
-    random number generators are put back.
+    Hooks time the modules; on a CUDA device they synchronize. This overhead is visible for modules that take a few
+    microseconds. Buffers and states of random number generators are restored.
 
     Parameters
     ----------
     model, inputs, kwargs
-        As for :func:`count`.
+        As in :func:`count`.
     repeats
-        Timed calls.
+        Number of timed calls.
     warm
-        Calls before them.
+        Number of calls before them.
     grad
-        Time with gradients enabled.
+        Enable gradients in the timed calls.
+
+    Returns
+    -------
+    ModelCount
+        The forward count, with ``seconds`` by module.
 
     Raises
     ------
+    TypeError
+        If ``model`` is not a module.
     ValueError
-        Fewer than one repeat, a negative number of warm calls, or a model on the meta device.
+        If ``repeats`` is below 1, ``warm`` is negative, or the model is on the meta device.
 
     Examples
     --------
@@ -51,12 +57,12 @@ def time_modules(
     (['', '0', '1'], True)
     """
     if repeats < 1 or warm < 0:
-        raise ValueError(f"at least one repeat and no negative number of warm calls, got {repeats} and {warm}")
+        raise ValueError(f"repeats must be at least 1 and warm at least 0, got {repeats} and {warm}")
     if not isinstance(model, nn.Module):
         raise TypeError(f"a torch module is needed, got {model!r}")
     _check_lazy(model)
     if any(p.device.type == "meta" for p in model.parameters()):
-        raise ValueError("a model on the meta device computes nothing that could be timed")
+        raise ValueError("a model on the meta device computes nothing, so it cannot be timed; move it to a device")
     found = count(model, *inputs, backward=False, **kwargs)
     names = {module: name for name, module in model.named_modules()}
     cuda = any(p.is_cuda for p in model.parameters())

@@ -135,7 +135,7 @@ class TestRegistration:
         assert (found.macs("convolution"), found.other_flops, found.calls[0].out_features) == (7, 3, 2)
         register_no_product(operation)
         assert count(model, torch.zeros(2, 5), strict=True).uncounted_ops == {"structlin_test.scaled": 1}
-        with pytest.raises(ValueError, match="is named namespace::operation, such as aten::mm, got 'scaled'"):
+        with pytest.raises(ValueError, match="must be namespace::operation, such as aten::mm, got 'scaled'"):
             register_product("scaled")
 
     def test_registered_formulas_of_torch(self, operation: str) -> None:
