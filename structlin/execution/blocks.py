@@ -84,7 +84,7 @@ class TorchBlock:
         )  # fmt: skip
 
     def program(self, dtype: torch.dtype, kind: str = "0") -> BlockProgram | None:
-        """None where the block cannot be compiled for this dtype. ``kind``: one of :data:`KINDS`."""
+        """Return the compiled pass of a kind (one of :data:`KINDS`); None if it cannot be compiled for this dtype."""
         target = tiled_host() if kind == TILES else host()
         if target is None or dtype not in _NAMES or not all(s.steps for s in self.structures):
             return None
@@ -95,8 +95,8 @@ class TorchBlock:
     def layers(self, x: Tensor, operands: Sequence[Tensor | None], run: Run) -> tuple[Tensor, ...]:
         """Return the outputs layer after layer, with ``run(structure, h, factors, bias)`` for each of them.
 
-        ``operands``: weight and bias of the norm, the bias of each structure (None where there is none), and the
-        factors of all structures.
+        ``operands`` are weight and bias of the norm, the bias of each structure or None, and the factors of all
+        structures.
         """
         weight, shift, *rest = operands
         h = x
@@ -137,7 +137,7 @@ class TorchBlock:
         )
 
     def __call__(self, x: Tensor, operands: Sequence[Tensor | None]) -> tuple[Tensor, ...] | None:
-        """Return the outputs, differentiable any number of times, or None if the layers have to run one by one."""
+        """Return the outputs, differentiable any number of times, or None if the layers must run one by one."""
         if not self.plain(x, operands):
             return None
         train = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *operands))
@@ -154,7 +154,7 @@ class TorchBlock:
             return None
 
     def _failed(self, error: CompileError) -> None:
-        """Run layer after layer from now on, since the compiler has failed."""
+        """Run layer after layer from now on, because the compiler has failed."""
         _failed.add(self)
         choice.forget()
         warn_once(error, "A block of a network by torch")
@@ -356,19 +356,19 @@ class BlockProblem:
         ]
 
     def estimate(self) -> str:
-        """Return one pass if each layer would run as a compiled pass: what stands between them then costs less."""
+        """Return one pass if each layer would run as a compiled pass, because the operations between then cost less."""
         kinds = []
         for problem in self._problems():
             way = choice.way_of(problem)
             if way.name not in _WHOLE:  # backward by the BLAS, or in slices, say
                 return SEPARATE
             kinds.append(TILES if way.name == "compiled-tiles" else AUTO)
-        # A number of tokens that is best for a layer is not taken: a block has more activations to hold in cache.
+        # The best number of tokens of a layer does not apply, because a block has more activations in cache.
         kind = max(set(kinds), key=kinds.count)
         return f"block-{kind}" if kind in self.kinds() else SEPARATE
 
     def close(self) -> list[str]:
-        """Return one pass and layer after layer, if the estimate is one pass and a call takes long enough."""
+        """Return one pass and layer after layer, if the estimate is one pass and a call is not too short to time."""
         name = self.estimate()
         seconds = sum(choice.way_of(problem).seconds(problem) for problem in self._problems())
         return [name, SEPARATE] if name != SEPARATE and seconds >= choice.WORTH else []
