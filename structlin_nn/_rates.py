@@ -120,8 +120,8 @@ def settle(
             uncovered[place.parameter] = place.described
     if missing := [what for parameter, what in uncovered.items() if not found[parameter].by_hand]:
         raise ValueError(
-            f"no rule covers the parameters {listed(missing)}; give rules={{pattern: ParameterRule(multiplier, "
-            "decay)}, with multiplier 1 for embeddings and whatever else has a fan-in that does not grow with the width"
+            f"no rule covers the parameters {listed(missing)}; pass rules={{pattern: ParameterRule(multiplier, "
+            "decay)}, with multiplier 1 for embeddings and other parameters whose fan-in does not grow with the width"
         )
     if unused:
         raise ValueError(f"nothing matches {listed(map(show, unused))}")

@@ -163,7 +163,7 @@ def load_trained(folder: str | os.PathLike[str], *, average: bool = False, model
     """
     place, state = read_checkpoint(Path(folder))
     if average and not state["tensors"].get("average"):
-        raise ValueError(f"the run in {folder} keeps no average of its weights (ema is 0)")
+        raise ValueError(f"the run in {folder} has no average of its weights, because its ema is 0")
     if model is None:
         if state["build"] is None:
             raise ValueError(

@@ -147,7 +147,7 @@ def _solved(structure: AbstractStructure, problem: Problem, settings: Settings) 
     found = structure.nearest(wide.target, wide.covariance)
     if found is None:
         raise TypeError(
-            f"cannot project onto {structure!r}: it is no einsum chain, and it does not implement `nearest`"
+            f"cannot project onto {structure!r}: it is not a chain of einsums and does not implement `nearest`"
         )
     return _finished(structure, wide, found.factors, found.method, optimal=True)
 

@@ -120,14 +120,14 @@ def open_tokens(
     maps = {split: _map(place / f"{split}.bin") for split in SPLITS}
     for split, tokens in maps.items():
         if (stated := meta.get(split, {}).get("tokens", len(tokens))) != len(tokens):
-            raise ValueError(f"{place / split}.bin holds {len(tokens)} tokens, {META} says {stated}: it is truncated")
+            raise ValueError(f"{place / split}.bin has {len(tokens)} tokens, {META} states {stated}: it is truncated")
     if digest is None:
         sums = {split: _scan(place / f"{split}.bin", maps[split], vocabulary) for split in SPLITS}
         for split, actual in sums.items():
             if (stated := meta.get(split, {}).get("sha256", actual)) != actual:
                 raise ValueError(
-                    f"{place / split}.bin has the sha256 sum {actual}, {META} says {stated}: it is damaged, or {META} "
-                    "belongs to other files"
+                    f"{place / split}.bin has the sha256 sum {actual}, but {META} states {stated}: it is damaged, or "
+                    f"{META} belongs to other files"
                 )
         digest = hashlib.sha256("".join(sums[split] for split in SPLITS).encode()).hexdigest()
     return TokenData(
@@ -283,7 +283,7 @@ def token_vocabulary(folder: str | os.PathLike[str]) -> int:
 def _vocabulary(folder: Path, meta: dict[str, Any], given: int | None) -> int:
     stated = meta.get("vocab_size")
     if given is not None and stated not in (None, given):
-        raise ValueError(f"vocab_size {given} was given, {folder / META} says {stated}")
+        raise ValueError(f"vocab_size is {given}, but {folder / META} states {stated}")
     if given is None and stated is None and (folder / "meta.pkl").exists():
         raise ValueError(
             f"{folder / 'meta.pkl'} states the vocabulary, but pickles can run code and are not read: pass vocab_size"

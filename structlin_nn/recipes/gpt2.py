@@ -79,7 +79,7 @@ class Config(RunConfig):
     heads: int = 12  # heads of the attention
     head_dim: int = 0  # size of a head, 0: width // heads
     context: int = 512  # tokens in a sequence
-    vocabulary: int = 0  # tokens that the model knows, 0: the data's, rounded up to a multiple of 64
+    vocabulary: int = 0  # number of tokens of the model; 0 for that of the data, rounded up to a multiple of 64
     expansion: int = 4  # width of the feed-forward layers, as a multiple of the width
     qk_norm: bool = True  # normalise queries and keys
     attention_scale: float = 0.0  # factor on the attention logits, 0: 8 / head_dim

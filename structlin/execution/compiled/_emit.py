@@ -86,7 +86,7 @@ class Emitter:
 
     @property
     def _converts_two(self) -> bool:
-        """Whether one instruction makes bfloat16 of two vectors of float32."""
+        """Whether one instruction converts two vectors of float32 to bfloat16."""
         return self.target.half_products and self.element == "float"
 
     def _both(self, vectors: tuple[str, str]) -> str:
@@ -159,7 +159,7 @@ class Emitter:
         return self.code.call(self.vector, name, (self.vector, a), (self.vector, b), (self.vector, c))
 
     def multiply_add_pairs(self, a: str, b: str, c: str) -> str:
-        """Each lane of float32 plus the products of two pairs of bfloat16."""
+        """Return each lane of float32 plus the products of two pairs of bfloat16."""
         name, kind = f"llvm.x86.avx512bf16.dpbf16ps.{32 * self.lanes}", f"<{2 * self.lanes} x bfloat>"
         return self.code.call(self.vector, name, (self.vector, c), (kind, a), (kind, b))
 

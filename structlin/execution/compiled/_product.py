@@ -1,12 +1,12 @@
 """One product of three strided arrays, ``out[...] (+)= sum left[...] * right[...]``, as a loop nest around a tile.
 
-The tile of ``out`` is held in registers while all summed axes are run through: some vectors along one axis, whose
-numbers are neighbours in memory, times some rows along another. Each turn of the innermost loop loads a few vectors of
-one operand, spreads one number of the other for each row, and multiplies and adds. So a number that is loaded is used
-for a whole row or column of the tile, and if the arrays are in cache the units that multiply are what limits the speed.
+The tile of ``out`` stays in registers during the loops over all summed axes. It has some vectors along one axis, which
+is contiguous in memory, and some rows along another. Each iteration of the innermost loop loads a few vectors of one
+operand, broadcasts one number of the other for each row, and multiplies and adds. So each number that is loaded is used
+for a whole row or column of the tile. If the arrays are in cache, the multipliers limit the speed.
 
-Where no axis of ``out`` lies next to each other in an operand too, the vectors run along a summed axis: each number of
-the tile is then a vector of partial sums, which are added up in the end.
+If no axis is contiguous in both ``out`` and an operand, the vectors run along a summed axis. Each number of the tile is
+then a vector of partial sums, which are added at the end.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Axis:
 
 @dataclass(frozen=True)
 class Product:
-    """The axes of a product by what the loops do with them.
+    """The axes of a product by their roles in the loops.
 
     ``across``: the axis of the vectors. ``swapped``: it is the left operand that is read in vectors, not the right one;
     ``both``: both are. ``down``: the axis of the rows of the tile, if any. ``along``: that of its columns, where
@@ -157,7 +157,7 @@ class Product:
         return self.along is None and self.down is not None and self.down.size == 0
 
     def tiles(self, target: Target, element: str, tokens: int) -> int:
-        """About how many tiles in registers there are for so many tokens; 0 where their numbers are vectors."""
+        """Return the approximate number of tiles for this number of tokens; 0 if their numbers are vectors."""
         if self.along is not None:
             return 0
         vectors = math.ceil(self.across.size * BYTES[element] / target.width)
@@ -166,7 +166,7 @@ class Product:
         return math.ceil(vectors / VECTORS) * math.ceil(rows) * outer
 
     def cost(self, target: Target, element: str) -> float:
-        """Estimated instructions for one token: loads, and multiplications of vectors with their unused lanes."""
+        """Return the estimated instructions for one token: loads, and vector multiplications including unused lanes."""
         lanes = target.width // BYTES[element]
         vectors = math.ceil(self.across.size / lanes)
         if self.along is not None:
@@ -209,7 +209,7 @@ def max_rows(target: Target, vectors: int) -> int:
 
 
 def make_products(sizes: Mapping[str, int], out: Strides, left: Strides, right: Strides) -> list[Product]:
-    """Return the ways to give each axis its part. Axes that lie in memory as one become one."""
+    """Return the possible assignments of roles to axes. Axes that are contiguous in memory are merged."""
     names = [a for a in dict.fromkeys((*out, *left, *right)) if a == TOKENS or sizes[a] > 1]
     axes = _merged([Axis(0 if a == TOKENS else sizes[a], out.get(a), left.get(a), right.get(a)) for a in names])
     found = []

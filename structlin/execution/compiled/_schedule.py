@@ -1,10 +1,10 @@
-"""In which order of axes a chain keeps its arrays for a few tokens, and the products of its two passes.
+"""The orders of axes of a chain's arrays for a few tokens, and the products of its two passes.
 
-Every array of activations is a row of numbers for each token, in scratch memory that stays in cache; rows are as long
-as an odd number of cache lines, so that those of neighbouring tokens do not compete for the same places of the cache.
-What is free is the order of axes within a row, for each activation between two steps and for its gradient, and that of
-each factor, which is copied into it beforehand. It decides which axis a product can run its vectors along
-(:mod:`._product`). All orders that end with the axes of one role are tried, and the cheapest is taken.
+Every array of activations has a row for each token, in scratch memory that stays in cache. The length of a row is an
+odd number of cache lines, so that rows of neighbouring tokens do not map to the same sets of the cache. The order of
+axes within a row can be chosen for each activation between two steps and its gradient, and for each factor, which is
+copied in advance. It determines the axis along which the vectors of a product run (:mod:`._product`). All orders that
+end with the axes of one role are tried, and the cheapest is used.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Operation:
         return cost_of(self.product, target, element, self._unit) + copy
 
     def tiles(self, target: Target, element: str, tokens: int) -> int:
-        """About how many tiles of sums it computes for so many tokens, in registers, or by four of AMX."""
+        """Return the approximate number of tiles of sums for this number of tokens, in registers or by four of AMX."""
         product = self.product
         if not self.by_tiles(target, element):
             return product.tiles(target, element, tokens)
@@ -181,7 +181,7 @@ def make_schedule(
     rows: bool = True, pairs: bool = False, strides: tuple[int, int] | None = None,
     between: Mapping[str, int] | None = None, packed: bool = True, inner: tuple[bool, bool] = (False, False),
 ) -> Schedule | None:  # fmt: skip
-    """Return the cheapest schedule found; None where some product would have no axis for its vectors.
+    """Return the cheapest schedule; None if a product has no axis for its vectors.
 
     ``pairs``: products may take pairs of bfloat16. Not ``packed``: factors are read as they are, by a forward pass
     alone; the schedule has no other.

@@ -1,4 +1,4 @@
-"""Products of bfloat16 by tiles, where the processor has them (AMX), and the copies that tiles need.
+"""Products of bfloat16 by tiles on processors with AMX, and the copies that tiles need.
 
 A tile is a register of up to 16 rows of 64 bytes. One instruction, ``TDPBF16PS``, adds to a tile of 16 x 16 sums in
 float32 the products of 16 rows of up to 16 pairs with up to 16 rows of 16 pairs: 8192 MACs. The operand that a product
@@ -293,7 +293,7 @@ def _spans(size: int, tile: int) -> list[_Span]:
 
 
 def release(code: Code) -> None:
-    """After all products of a pass: nothing of the tiles is to be kept for this thread."""
+    """Release the tiles after all products of a pass."""
     if any("llvm.x86.ldtilecfg" in line for line in code.declarations):
         code.call("void", "llvm.x86.tilerelease")
 

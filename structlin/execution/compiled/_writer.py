@@ -1,4 +1,4 @@
-"""The frame of a pass: the arrays that it reads from its table and has in scratch memory, and its blocks of tokens."""
+"""The frame of a pass: the arrays of its table and of scratch memory, and its blocks of tokens."""
 
 from __future__ import annotations
 

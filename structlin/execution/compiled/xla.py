@@ -1,10 +1,10 @@
-"""The compiled passes of a chain for jax on a CPU: custom calls of XLA, which allots their memory and its threads.
+"""The compiled passes of a chain for jax on a CPU: custom calls of XLA, with memory and threads of XLA.
 
-What a pass needs beside operands and results, copies of factors and room for a few tokens of each share, is one more
-result of the call, so that XLA plans it with all other memory of a program and nothing is allocated while it runs.
+Copies of factors and scratch memory are one more result of the call. So XLA plans them with all other memory of a
+program, and nothing is allocated while it runs.
 
-A call carries a description of what it computes (:class:`Call`). Its plan is made of that, once to know the results
-when a program is traced and once for each executable (:mod:`._xla_runtime`), which another process may have compiled.
+A call carries a description of its computation (:class:`Call`). A plan is made from it, once when a program is traced,
+to know the results, and once for each executable (:mod:`._xla_runtime`), which another process may have compiled.
 """
 
 from __future__ import annotations
@@ -85,13 +85,11 @@ class Call:
                 raise ValueError(text)
             return call, numbers
         except Exception as error:
-            raise CompileError(
-                "a program was compiled with another version of structlin. It has to be compiled again"
-            ) from error
+            raise CompileError("a program was compiled with another version of structlin; compile it again") from error
 
 
 def attempt(make: Callable[[], T], otherwise: T) -> T:
-    """Run what only the choice of a way depends on: a failure gives one warning in a process, and no error."""
+    """Run a function for the choice of a way; a failure gives one warning per process instead of an error."""
     try:
         return make()
     except Exception as error:
@@ -114,7 +112,7 @@ class XLAChain(ChainRules):
         return hash(self.parts)
 
     def ready(self, dtype: str) -> Program | None:
-        """Return what runs the chain; None where it does not run this way."""
+        """Return the object that runs the chain; None if this way cannot run it."""
         if host() is None:
             return None
         reason = unsupported()
@@ -186,8 +184,8 @@ def _prepare(text: str) -> tuple[list[int], object]:
     *wanted, scratch = plan.numbers
     if given != wanted or room < scratch:
         raise CompileError(
-            "a program was compiled for another processor, whose passes need less memory or keep other activations. It "
-            "has to be compiled again"
+            "a program was compiled for another processor, whose passes need less memory or store other activations; "
+            "compile it again"
         )
     return plan.words(room), plan.stages
 

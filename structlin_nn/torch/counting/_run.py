@@ -80,7 +80,7 @@ def count(
     ([('0', 120), ('2', 90)], 210, 510, {'aten.relu': 1})
     """
     if not isinstance(model, nn.Module):
-        raise TypeError(f"a torch module is needed, got {model!r}")
+        raise TypeError(f"model must be a torch module, got {model!r}")
     _check_lazy(model)
     options = {"causal": causal_discount, "flash": flash_backward}
     try:
@@ -231,7 +231,7 @@ class Counting:
         named = ({} if model is None else {"": model}) | models
         for one in named.values():
             if not isinstance(one, nn.Module):
-                raise TypeError(f"a torch module is needed, got {one!r}")
+                raise TypeError(f"model must be a torch module, got {one!r}")
             _check_lazy(one)
         self._recorder = Recorder(named, causal=causal_discount, flash=flash_backward)
         self._strict = strict

@@ -59,7 +59,7 @@ def time_modules(
     if repeats < 1 or warm < 0:
         raise ValueError(f"repeats must be at least 1 and warm at least 0, got {repeats} and {warm}")
     if not isinstance(model, nn.Module):
-        raise TypeError(f"a torch module is needed, got {model!r}")
+        raise TypeError(f"model must be a torch module, got {model!r}")
     _check_lazy(model)
     if any(p.device.type == "meta" for p in model.parameters()):
         raise ValueError("a model on the meta device computes nothing, so it cannot be timed; move it to a device")

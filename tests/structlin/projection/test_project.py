@@ -237,7 +237,7 @@ class Unknown(AbstractStructure):
     (W.tolist(), "low_rank", "expected a NumPy array"),
     (W, 3, "must be a name"),
     (W, dict, "must be a name"),
-    (W, Unknown(), "no einsum chain, and it does not implement `nearest`"),
+    (W, Unknown(), "not a chain of einsums and does not implement `nearest`"),
 ])  # fmt: skip
 def test_bad_types(matrix, structure, words):
     with pytest.raises(TypeError, match=words):

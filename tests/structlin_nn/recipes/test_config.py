@@ -51,7 +51,7 @@ class TestStrictness:
         ("kind", "values", "message"),
         [
             (gpt2.Config, {"steps": 10}, "warmup_steps must be less than steps"),
-            (gpt2.Config, {"width": 8}, "a width of 8 has no room for 12 heads"),
+            (gpt2.Config, {"width": 8}, "width 8 is smaller than the number of heads 12"),
             (
                 imagenet.Config,
                 {"model": "resnet"},

@@ -368,7 +368,7 @@ class TestContext:
         ]  # fmt: skip
 
     def test_errors(self) -> None:
-        with pytest.raises(TypeError, match="a torch module is needed, got 3"):
+        with pytest.raises(TypeError, match="model must be a torch module, got 3"):
             Counting(3)  # type: ignore[arg-type]
         name = "structlin_test::mystery"
         mystery = torch.library.custom_op(name, lambda x: x.clone(), mutates_args=(), schema="(Tensor x) -> Tensor")
