@@ -175,7 +175,7 @@ def _curves(rows: Sequence[Row], size: str, data: str, y: str) -> list[tuple[flo
     runs: dict[str, list[Row]] = {}
     for row in rows:
         if "record" not in row:
-            raise ValueError("the envelope of curves needs a column 'record', which says what is one run")
+            raise ValueError("the envelope of curves needs a column 'record', which identifies a run")
         runs.setdefault(str(row["record"]), []).append(row)
     curves = []
     for lines in runs.values():

@@ -471,15 +471,7 @@ def settle(question: Alternatives) -> str:
 
 @contextmanager
 def recording() -> Iterator[list[Any]]:
-    """Return a list to which each problem that occurs within a ``with`` statement is added.
-
-    Examples
-    --------
-    >>> with recording() as met:
-    ...     pass
-    >>> met
-    []
-    """
+    """Return a list to which each problem that occurs within a ``with`` statement is added."""
     met: list[Any] = []
     forget()  # so that choices for known problems are made again
     _recordings.append(met)

@@ -55,26 +55,11 @@ from structlin.structures.low_rank import LowRank
 class Function:
     """A scalar function f and its extension to matrices.
 
-    Attributes
-    ----------
-    name
-        For messages.
-    values
-        f of each entry of an array.
-    real
-        True if f maps real matrices to real ones.
-    positive
-        True if f maps real numbers to positive ones.
-    keeps_positive
-        True if f maps positive numbers to positive ones.
-    matrix
-        f of a stack of square matrices without eigenvectors, or None.
-    host
-        f of one NumPy matrix that may be defective, or None.
-    at_zero
-        f(0), or None if not known.
-    thin
-        ``M -> M^-1 (f(M) - f(0))`` without eigenvectors, or None. Then ``f(U V) = f(0) I + U thin(V U) V``.
+    ``values`` applies f to each entry of an array. f maps real matrices to real ones (``real``), real numbers to
+    positive ones (``positive``), or positive numbers to positive ones (``keeps_positive``). ``matrix`` is f of a stack
+    of square matrices without eigenvectors, and ``host`` is f of one NumPy matrix that may be defective; either may be
+    None. ``at_zero`` is f(0), or None if not known. ``thin`` maps M to ``M^-1 (f(M) - f(0))`` without eigenvectors,
+    which gives ``f(U V) = f(0) I + U thin(V U) V``.
     """
 
     name: str

@@ -200,11 +200,6 @@ def slogdet(A: LinearOperator) -> Determinant:
     A structure without a method uses the dense matrix up to the limit (:class:`dense_limit`). Above the limit the
     logarithm is an estimate, as in :func:`logdet`, and a warning is issued.
 
-    Parameters
-    ----------
-    A
-        Operator of shape (n, n).
-
     Returns
     -------
     Determinant

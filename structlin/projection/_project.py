@@ -88,11 +88,6 @@ def project(
     **options
         Options of the structure, such as ``rank``, ``blocks``, ``cores`` or ``factorization``.
 
-    Returns
-    -------
-    Projection
-        The operator, its error, and the method.
-
     Raises
     ------
     TypeError

@@ -129,11 +129,6 @@ def roofline(
     shares
         Number of devices that share the update (ZeRO).
 
-    Returns
-    -------
-    Roofline
-        Seconds of the parts of a step.
-
     Raises
     ------
     ValueError

@@ -187,9 +187,9 @@ class RunConfig:
         decays = self.optimizer != "adam"
         require(decays or not self.weight_decay, f"weight_decay={self.weight_decay} needs optimizer='adamw' or 'muon'")
         require(decays or not self.independent_decay, "independent_decay needs optimizer='adamw' or 'muon'")
-        require((self.optimizer == "muon") == (self.adam_lr > 0), "adam_lr and optimizer='muon' go together")
+        require((self.optimizer == "muon") == (self.adam_lr > 0), "adam_lr and optimizer='muon' must be given together")
         ends = self.schedule == "cosine" or not self.final_lr
-        require(ends, f"final_lr={self.final_lr} is where a cosine ends; schedule='constant' has none")
+        require(ends, f"final_lr={self.final_lr} is the end of a cosine; leave it out for schedule='constant'")
 
     def _at_least(self, least: int, *names: str) -> None:
         for name in names:

@@ -126,8 +126,8 @@ def learning_rate(config: RunConfig, step: int, steps: int, warmup: int = 0) -> 
 class Run:
     """A run in its folder, from its lock to its result: a context in which a recipe trains.
 
-    `group` are the processes that train together. `watch` is called after every step with the run and the loss (None if
-    it was not fetched); if it returns True, the run ends as with a signal.
+    `group` are the processes that train together. `watch(run, loss)` is called after every step; the loss is None if it
+    was not fetched. If `watch` returns True, the run writes a checkpoint and ends, as after SIGINT or SIGTERM.
 
     Attributes
     ----------

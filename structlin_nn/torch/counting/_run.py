@@ -58,11 +58,6 @@ def count(
         Add the scores that fused attention computes again in its backward pass, which then costs 2.5 instead of 2 times
         the forward pass.
 
-    Returns
-    -------
-    ModelCount
-        Parameters, MACs, FLOPs and saved activations.
-
     Raises
     ------
     TypeError

@@ -21,7 +21,7 @@ __all__ = ["time_modules"]
 def time_modules(
     model: nn.Module, *inputs: Any, repeats: int = 5, warm: int = 1, grad: bool = False, **kwargs: Any
 ) -> ModelCount:
-    """Count a model, and time the forward pass of each module as the median of several calls.
+    """Count a model, and time the forward pass of each module (``seconds``) as the median of several calls.
 
     Hooks time the modules; on a CUDA device they synchronize. This overhead is visible for modules that take a few
     microseconds. Buffers and states of random number generators are restored.
@@ -36,11 +36,6 @@ def time_modules(
         Number of calls before them.
     grad
         Enable gradients in the timed calls.
-
-    Returns
-    -------
-    ModelCount
-        The forward count, with ``seconds`` by module.
 
     Raises
     ------
