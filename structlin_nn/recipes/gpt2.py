@@ -108,7 +108,7 @@ class Config(RunConfig):
         require(self.warmup_steps < self.steps, f"warmup_steps must be less than steps, got {self.warmup_steps}")
         require(not self.model.startswith("timm:"), "timm has no language models")
         fits = self.head_dim > 0 or self.heads <= self.width or not self.is_named
-        require(fits, f"a width of {self.width} has no room for {self.heads} heads; give head_dim")
+        require(fits, f"width {self.width} is smaller than the number of heads {self.heads}; pass head_dim")
 
 
 def build(config: Config, vocabulary: int) -> nn.Module:

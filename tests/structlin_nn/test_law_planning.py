@@ -121,8 +121,8 @@ def test_more_time_gives_a_wider_model_and_more_samples() -> None:
     ("laws_given", "keywords", "message"),
     [
         (size_laws("layers"), {}, "laws in 'layers' and 'samples' give no width and no samples"),
-        (size_laws(data="seconds"), {}, "fit them to one of forward_macs, params, trainable_params, and to samples"),
-        (laws(), {}, "laws of None and None"),
+        (size_laws(data="seconds"), {}, "fit laws in one of forward_macs, params, trainable_params, and in samples"),
+        (laws(), {}, "laws in None and None"),
         (size_laws(), {"device": None}, "a budget of run_seconds needs a device"),
         (size_laws(), {"budget": math.inf}, "the budget must be positive and finite, got inf"),
         (size_laws(), {"resource": "bytes"}, "unknown resource 'bytes'; one of run_seconds, training_flops"),
