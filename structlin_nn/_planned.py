@@ -1,4 +1,4 @@
-"""What a plan chooses among: models by width, depth and structure, and what each costs."""
+"""The candidates of a plan: models by width, depth and structure, and their costs."""
 
 from __future__ import annotations
 

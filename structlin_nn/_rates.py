@@ -75,7 +75,7 @@ class Place:
 
 @dataclass
 class _Found:
-    """What is known of a parameter: its rules, by each of its names, and the extra multipliers that apply."""
+    """The rules of a parameter, by each of its names, and the extra multipliers that apply."""
 
     by_hand: dict[str, ParameterRule] = field(default_factory=dict)
     derived: dict[str, ParameterRule] = field(default_factory=dict)

@@ -1,4 +1,4 @@
-"""What the replacement of linear layers is in every framework: the choice of layers, and the report."""
+"""The framework-independent part of replacing linear layers: the choice of layers, and the report."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Replacement:
 
 @dataclass(frozen=True)
 class ReplacementReport:
-    """What ``replace_linear`` did; ``print`` it for a table.
+    """Report of ``replace_linear``; ``print`` shows a table.
 
     Attributes
     ----------

@@ -62,7 +62,7 @@ figcaption {{ color: #555; font-size: 13px; max-width: 46rem; }}
 
 @dataclass(frozen=True)
 class Run:
-    """What a report says of one run.
+    """The entries of a report about one run.
 
     Attributes
     ----------

@@ -131,7 +131,7 @@ def _reversed(A: Any) -> StructuredOperator:
 
 @dataclass(frozen=True)
 class Padded:
-    """What is needed of the inverse of M, a square chain of which A is the leading (n - k) x (n - k) part.
+    """Parts of the inverse of M, a square chain of which A is the leading (n - k) x (n - k) part.
 
     ``M^-1 = [[leading, right], [below, corner]]``, ``full`` is the structure of M.
     """
@@ -144,7 +144,7 @@ class Padded:
 
 
 def padded(A: Any) -> Padded | None:
-    """None where A is no part of a square chain, or a small one, and where M is singular, which A need not be then."""
+    """Return these parts; None if A is no large part of a square chain M, or M is singular (A may be regular then)."""
     structure = A.structure
     if structure.padding[0] != structure.padding[1]:
         return None
@@ -224,7 +224,7 @@ def solve(A: Any, b: Array) -> Answer[Array] | None:
 
 
 def _substituted(structure: Structure, factors: Sequence[Array], b: Array) -> Array:
-    """Where a block meets more columns than it has rows, its inverse and a product are faster than substitution."""
+    """Solve by substitution, or by the inverse of a block that has more columns than rows, which is then faster."""
     inverted, orders = roles.solution_steps(structure)
     xp, tokens, number = lapack(b), math.prod(b.shape[1:]), 0
     x = b

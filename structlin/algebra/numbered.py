@@ -71,7 +71,7 @@ class Network:
 
 @lru_cache(maxsize=1024)
 def network(structure: AbstractStructure) -> Network | None:
-    """None for what is no chain, and for chains that need a constant tensor."""
+    """Return the network; None if the structure is not a chain, or needs a constant tensor."""
     if not isinstance(structure, Structure):
         return None
     found = build(structure)

@@ -1,4 +1,4 @@
-"""What the axis roles of a chain say about its matrix: blocks, signs, Kronecker and block-diagonal form, bottleneck.
+"""Properties of a matrix by the axis roles of its chain: blocks, Kronecker and block-diagonal form, bottleneck.
 
 Step k of a chain is, between two permutations of axes, a block-diagonal matrix: one block of (fan_out, fan_in) for
 each batch position, repeated at each carried position. From that follow the inverse (the reversed chain of block

@@ -226,7 +226,7 @@ def _limits(rank: int | Sequence[int] | None, bonds: int) -> list[int | None]:
 
 
 def _smallest_rank(values: Sequence[float], budget: float) -> int:
-    """How many singular values to keep so that the root of the squares of the rest is within ``budget``."""
+    """Return the least number of singular values for which the norm of the others is at most ``budget``."""
     rest = 0.0
     for kept in range(len(values), 1, -1):
         rest = math.hypot(rest, values[kept - 1])

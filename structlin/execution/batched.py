@@ -52,7 +52,7 @@ class _Move:
 
 
 def _move(source: Sequence[str], target: Sequence[str], sizes: Mapping[str, int]) -> _Move:
-    """Of arrays whose axes are named by the axes of a chain that they merge."""
+    """Return the permutation between arrays whose axes merge axes of a chain."""
 
     def size(axes: str) -> int:
         return -1 if axes == _TOKENS else math.prod(sizes[a] for a in axes)
@@ -164,12 +164,12 @@ def _product(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
 
 
 def _plain(x: Tensor) -> Tensor:
-    """Return transposed matrices; in bfloat16 they are copied here, because torch copies strided ones slowly."""
+    """Return a transposed operand; in bfloat16 it is made contiguous, because torch copies strided ones slowly."""
     return x.contiguous() if x.dtype is torch.bfloat16 else x
 
 
 def _copy(x: Tensor, order: tuple[int, ...], back: bool) -> Tensor:
-    """``x`` with its axes in this order, or from this order ``back``, contiguous; itself where nothing changes."""
+    """Return ``x`` with its axes in this order, or ``back`` from it, contiguous; x itself if nothing changes."""
     places = tuple(order.index(axis) for axis in range(len(order))) if back else order
     moved = x.permute(places)
     if moved.is_contiguous():

@@ -48,7 +48,7 @@ assert _FUNCTIONS.keys() == ACTIVATIONS.keys()
 
 @dataclass(frozen=True, eq=False)
 class TorchBlock:
-    """What a block computes; see :class:`structlin.execution.compiled.block.BlockSpec`. :func:`torch_block` makes it.
+    """The computation of a block, as :class:`structlin.execution.compiled.block.BlockSpec`; see :func:`torch_block`.
 
     ``first``: the structures that read the input (tokens, d_in); ``second``: the one that reads the hidden features.
     """
@@ -70,7 +70,7 @@ class TorchBlock:
 
     @cached_property
     def macs(self) -> int:
-        """Of one token."""
+        """The MACs of one token."""
         return sum(structure.macs for structure in self.structures)
 
     @cached_property

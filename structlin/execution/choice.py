@@ -162,8 +162,8 @@ def register(way: Way) -> Way:
     Raises
     ------
     ValueError
-        If the library has a way of this name, or the name is a mode or contains other characters than letters and
-        digits.
+        If the library has a way of this name, or the name is a mode or contains other characters than letters, digits,
+        ``-`` and ``_``.
     """
     if (way.library, way.name) in _WAYS:
         raise ValueError(f"a way of {way.library} named {way.name!r} is already registered; choose another name")

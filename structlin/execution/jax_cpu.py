@@ -157,7 +157,7 @@ def _split(
 
 
 def _of_some(function: Callable[..., Array], operands: Sequence[Array], places: Sequence[int]) -> Callable[..., Array]:
-    """As a function of the operands at these places."""
+    """Return a function of the operands at these places, with the others held constant."""
 
     def changed(*some: Array) -> Array:
         new = dict(zip(places, some, strict=True))
@@ -388,7 +388,7 @@ def _gradients_jvp(
 def _gradients_transpose(
     cotangents: Sequence[Any], gy: Any, *operands: Any, structure: Structure, rows: bool, needs: tuple[bool, ...]
 ) -> list[Any]:
-    """Of gy, or of x or a factor, in which the gradients of all others are linear."""
+    """Transpose the gradients by gy, or by x or a factor in which those of all others are linear."""
     places = [k for k, need in enumerate(needs) if need]
     given = {k: t for k, t in zip(places, cotangents, strict=True) if not isinstance(t, ad.Zero)}
     if ad.is_undefined_primal(gy):

@@ -114,7 +114,7 @@ def least_seconds(
 
 @dataclass(frozen=True)
 class _Stopwatch:
-    """How a library makes arrays of ones and times a function of arrays, and the sides of blocks that it is asked for.
+    """How a library makes arrays of ones and times a function of arrays, and the sizes of blocks to time.
 
     ``written``: an array whose axes were permuted, in memory in its new order. ``alike``: products with the tokens
     first take as long as others, and nothing asks for copies of single numbers: neither is timed.

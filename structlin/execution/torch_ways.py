@@ -316,7 +316,7 @@ class StoredWay(PassesWay):
 
 
 def _elsewhere(problem: Problem, name: str) -> float:
-    """Return an estimate for other devices, without measurements: calls of small activations, copies of large ones."""
+    """Return a relative estimate for other devices: few calls for small activations, few copies for large ones."""
     widest = max(max(f.fan_in, f.fan_out) * f.blocks * f.carried for f in problem.structure.factors)
     few = widest * problem.tokens <= FEW
     return 1.0 if (name == "token_major") == few else 2.0

@@ -112,7 +112,7 @@ class Traffic:
 
     @property
     def seconds(self) -> float:
-        """Of the call: the sum over its kernels."""
+        """Seconds of the call, the sum over its kernels."""
         rate, bandwidth, near = _rates(self.device, self.dtype)
         total = self.written_back / bandwidth
         for kernel, moved in zip(self.kernels, self.memory, strict=True):
@@ -205,7 +205,7 @@ class Recorder(TorchDispatchMode):
         return [*added, left, right]
 
     def _copy(self, tensor: Tensor) -> None:
-        """Of a whole array to one in another order, in place of the first one."""
+        """Record a copy of an array to another order, which replaces it."""
         access = self._access(tensor)
         self.kernels.append(Kernel("clone", 0, (access,), (access,)))
 

@@ -8,7 +8,7 @@ that CoLA lacks.
 These statements hold for all functions:
 
 - ``A`` is an operator of structlin or CoLA over NumPy, torch or jax; any other object raises TypeError. ``b`` is an
-  array of its library and dtype. Results have the library, dtype and device of A.
+  array of its library. Results have the library and device of A.
 - LAPACK needs float32, float64 or a complex dtype; half precision raises ValueError.
 - ``tolerance`` bounds a relative error or residual. ``max_iterations`` bounds the number of iterations. ``seed`` seeds
   random vectors of an estimate or the start of an iteration. Closed forms do not use them.

@@ -155,7 +155,7 @@ def regrouped_pair(structure: Structure, target: np.ndarray) -> list[np.ndarray]
         return math.prod(sizes[a] for a in axes)
 
     def place(state: str, axes: str) -> np.ndarray:
-        """For each element of ``state`` in row-major order, its place among ``axes``."""
+        """Return the place among ``axes`` of each element of ``state``, in row-major order."""
         grid = np.arange(size(axes)).reshape([sizes[a] if a in axes else 1 for a in state])
         return np.broadcast_to(grid, [sizes[a] for a in state]).reshape(-1)
 

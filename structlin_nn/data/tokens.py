@@ -31,7 +31,7 @@ IGNORE = -100
 """Target that counts for nothing: the default ``ignore_index`` of torch's cross-entropy."""
 
 EVALUATION_SEED = 2**31 - 1
-"""Of the pieces that are evaluated: the same in every evaluation of every run."""
+"""Seed of the pieces that are evaluated, which are the same in every evaluation of every run."""
 
 SPLITS = ("train", "val")
 META = "meta.json"

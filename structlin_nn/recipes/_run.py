@@ -61,7 +61,7 @@ class Options:
     track: Annotated[
         tuple[Literal["tensorboard", "wandb"], ...], tyro.conf.arg(metavar="[{tensorboard,wandb} ...]")
     ] = ()
-    """Also log evaluations and lines to these (the extra 'tracking')."""
+    """Trackers to which evaluations and lines are also logged (the extra 'tracking')."""
     quiet: bool = False  # print neither bar nor log
     json: bool = False  # print the last evaluation as JSON
 

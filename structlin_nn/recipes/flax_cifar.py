@@ -27,7 +27,7 @@ __all__ = ["Config", "Options", "train"]
 
 @dataclass(frozen=True, kw_only=True)
 class Config(cifar.Config):
-    """As `structlin_nn.recipes.cifar.Config`, in float32, and without compile, recompute and muon."""
+    """Options of `structlin_nn.recipes.cifar.Config` in float32, without compile, recompute and muon."""
 
     compiles: ClassVar[bool] = False
 

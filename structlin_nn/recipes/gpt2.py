@@ -37,7 +37,7 @@ from structlin_nn.recipes._torch import TorchRun, count_run, processes
 __all__ = ["Config", "Options", "build", "plan", "train"]
 
 PROBE_SEED = 2**31 - 1
-"""Of the four pieces of training tokens on which features and gains are measured."""
+"""Seed of the four pieces of training tokens on which features and gains are measured."""
 
 
 @dataclass(frozen=True, kw_only=True)

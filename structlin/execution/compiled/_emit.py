@@ -14,7 +14,7 @@ BITS = {"bfloat": "i16"}  # as what numbers are loaded and stored that nothing i
 
 @dataclass(frozen=True)
 class Memory:
-    """Where an array starts, and the type of its elements (``bfloat`` is computed with as ``float``).
+    """The start of an array, and the type of its elements (``bfloat`` is converted to ``float``).
 
     An array of activations in ``i32`` holds the numbers of two tokens in bfloat16, side by side: half as many rows.
     Where it is ``zipped`` they are those of two items of an axis.
@@ -283,7 +283,7 @@ class Emitter:
     # -- columns -------------------------------------------------------------------------------------------------------
 
     def from_columns(self, source: Memory, total: Int, target: Memory, stride: int, width: int, wanted: int) -> None:
-        """As :meth:`copy`, from an array where the numbers of a token are ``total`` apart.
+        """Copy as :meth:`copy` does, from an array where the numbers of a token are ``total`` apart.
 
         They come as many at a time as a vector has lanes; those that are not there become 0.
         """

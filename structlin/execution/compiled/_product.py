@@ -74,7 +74,7 @@ class Product:
         return replace(self, summed=(*self.summed[:-1], replace(last, size=last.size // 2, left=2)))._halved()
 
     def zipped(self, before: Product | None) -> tuple[Product, Axis, Axis] | None:
-        """As :meth:`pairs`, where ``before`` writes the left operand and can put the numbers side by side.
+        """Return :meth:`pairs` if ``before`` writes the left operand and can put the numbers side by side.
 
         Two neighbours along a summed axis, or a part of one, are items of an outer axis of ``before``, whose tiles are
         computed together. This axis of ``before`` is returned too, and the summed one as it was: the right operand has
@@ -118,7 +118,7 @@ class Product:
         return None
 
     def _with_last(self, inner: Axis) -> Product:
-        """With a summed axis that comes last in the right operand, in pairs."""
+        """Return the product in pairs, with a summed axis that comes last in the right operand."""
         start = inner.right or 0
 
         def moved(a: Axis) -> Axis:
@@ -141,7 +141,7 @@ class Product:
         return self.along is None and not self.swapped and self.down is not None
 
     def _halved(self) -> Product:
-        """With pairs as the elements of the right operand, along all axes but the innermost summed one."""
+        """Return the product with pairs as elements of the right operand, except along the innermost summed axis."""
 
         def halved(axis: Axis) -> Axis:
             return replace(axis, right=None if axis.right is None else axis.right // 2)

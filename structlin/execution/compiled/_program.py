@@ -64,7 +64,7 @@ class Packing:
 
 @dataclass(frozen=True)
 class Part:
-    """What a chain is a slice of: one of ``count`` along the first axis of the input, or else of the output.
+    """The whole of which a chain is one of ``count`` slices, along the first axis of the input or of the output.
 
     ``shapes``: of the whole factors. ``between``: sizes of the whole axes, where the activations between steps are
     written as slices of whole ones.

@@ -26,7 +26,7 @@ WASTE = 12  # times the instructions that products without losses would take: mo
 
 
 class ChainRules:
-    """Of one chain, for row-major activations or column-major ones; dtypes are given by name."""
+    """The rules of one chain, for row-major or column-major activations; dtypes are given by name."""
 
     def __init__(
         self, steps: tuple[Step, ...], sizes: tuple[tuple[str, int], ...], d_in: int, d_out: int, rows: bool
@@ -162,7 +162,7 @@ def copy_shares(numbers: int, threads: int) -> int:
 
 
 def cuts(part: range, block: int, count: int) -> list[int]:
-    """Where ``count`` shares of a part of the tokens start, which are whole blocks, with the end of the last."""
+    """Return the starts of ``count`` shares of a part of the tokens, in whole blocks, and the end of the last."""
     if count == 1:
         return [part.start, part.stop]
     block = min(block, math.ceil(len(part) / count))

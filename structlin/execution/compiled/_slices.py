@@ -105,7 +105,7 @@ def _slices(
 def _state(
     program: Program, one: Program, k: int, axis: str, whole_sizes: dict[str, int], sizes: dict[str, int]
 ) -> int | None:  # fmt: skip
-    """How far slices of an activation are from each other; None where they are not as the slice has it."""
+    """Return the distance of slices of an activation; None if their layout differs from that of the slice."""
     before = [a for a in program.schedule.states[k] if whole_sizes[a] > 1]
     after = [a for a in one.schedule.states[k] if sizes[a] > 1]
     if [a for a in before if a in after] != after:

@@ -40,7 +40,7 @@ class Target:
 
     @property
     def attributes(self) -> str:
-        """Of functions: without them LLVM may cut vectors of 64 bytes in two."""
+        """Attributes of functions; without them LLVM may split vectors of 64 bytes."""
         bits = 8 * self.width
         vectors = f'"min-legal-vector-width"="{bits}" "prefer-vector-width"="{bits}"'
         return f'nounwind {vectors} "tune-cpu"="{self.tune}"'
@@ -123,7 +123,7 @@ def _permitted() -> bool:
 
 
 def address(function: Any) -> int:
-    """Of a function of ctypes."""
+    """Return the address of a function of ctypes."""
     found = ctypes.cast(function, ctypes.c_void_p).value
     assert found is not None
     return found

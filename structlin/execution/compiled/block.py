@@ -34,7 +34,7 @@ NORMS = ("layer", "rms")
 
 @dataclass(frozen=True)
 class BlockSpec:
-    """What a block computes.
+    """The computation of a block.
 
     ``first``: the chains that read the input; ``second``: the one that reads the hidden features, None if there are
     none. ``activation`` is applied to the output of the first chain, which multiplies that of the other one if there

@@ -156,7 +156,7 @@ class FusedChain(ChainRules):
     def _back_ways(
         self, slices: Slices, needs: tuple[bool, ...], tokens: int, factors: Sequence[Tensor], kept: Sequence[Tensor]
     ) -> list[_Way]:
-        """For the tokens whose activations are kept and for the others: how to run the pass."""
+        """Return how to run the pass for tokens with and without stored activations."""
         last = len(factors)
         wanted = [k for k in range(last) if needs[k + 1]]
         cut = kept[0].numel() // slices.program.kept_rows[1] if kept else 0

@@ -42,7 +42,7 @@ _DTYPES = {"float": "float32", "double": "float64", "bfloat": "bfloat16"}
 
 @cache
 def threads() -> int:
-    """How many XLA has at most."""
+    """Return the largest number of threads of XLA."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -63,7 +63,7 @@ class Call:
     needs: tuple[bool, ...] | None = None
 
     def text(self, numbers: Sequence[int]) -> str:
-        """As the attribute of a call whose arrays have so many ``numbers``, in a form that any process can read."""
+        """Return the attribute of a call whose arrays have these ``numbers``, in a form that any process can read."""
         steps, sizes, d_in, d_out, rows = self.chain.parts
         chain = {"steps": "; ".join(map(str, steps)), "sizes": sizes, "d_in": d_in, "d_out": d_out, "rows": rows}
         own = {name: value for name, value in vars(self).items() if name != "chain"}
@@ -142,11 +142,11 @@ class XLAChain(ChainRules):
         return _call(Call(self, dtype, tokens, threads(), kept, needs=needs), [gy, x, *factors, *held])
 
     def keeps(self, dtype: str, tokens: int) -> int:
-        """Of how many tokens to keep the activations between the steps for the backward pass."""
+        """Return the number of tokens whose activations between the steps to store for the backward pass."""
         return attempt(lambda: self.kept_tokens(dtype, tokens, shares(tokens, threads())), 0)
 
     def kept_sizes(self, dtype: str, kept: int) -> list[int]:
-        """Of these activations, one after the other."""
+        """Return the sizes of these activations in order."""
         return [kept * row for row in self.given(dtype).schedule.rows[1:-1]] if kept else []
 
     def given(self, dtype: str) -> Program:
@@ -281,12 +281,12 @@ class Plan:
 
     @property
     def numbers(self) -> list[int]:
-        """In each array."""
+        """The number of elements of each array."""
         return [math.prod(shape) for shape, _ in self.arrays]
 
     @property
     def places(self) -> tuple[list[Place], list[Place]]:
-        """Of operands and results."""
+        """The places of operands and of results."""
         found = [(k, 0) for k in range(len(self._arrays))]
         return found[: self.operands], found[self.operands :]
 
@@ -311,7 +311,7 @@ class Plan:
         self.stage(run, [table] * count, [size * k // count // unit * unit for k in range(count)] + [size])
 
     def packed(self, kind: str, numbers: Sequence[int], factors: Sequence[Place]) -> list[Place]:
-        """Where these factors are as the products ``kind`` read them."""
+        """Return the places of these factors in the layout that the products ``kind`` read."""
         packing = self.program.packing(kind, tuple(numbers))
         places = [self.scratch(size) if size else factor for factor, size in zip(factors, packing.sizes, strict=True)]
         ends = zip(packing.sizes, zip(factors, places, strict=True), strict=True)
@@ -338,7 +338,7 @@ class Plan:
         self.top = before
 
     def sums(self, sizes: list[int], to: list[Place | None]) -> list[list[Place]]:
-        """Of each share the places of sums, cleared; those of a single share where they are to be in the end."""
+        """Return the places of each share's sums, cleared; a single share uses the places of the results."""
         count, item = self.count(range(self.tokens)), self.program.size
         start, ends = self.top, to if count == 1 else [None] * len(sizes)
         grads = [[end or self.scratch(n * item) for n, end in zip(sizes, ends, strict=True)] for _ in range(count)]
@@ -364,7 +364,7 @@ class Plan:
         return totals
 
     def words(self, room: int) -> list[int]:
-        """For calls with so much scratch memory."""
+        """Return the words of a plan for calls with this much scratch memory."""
         last = len(self._arrays)
         most = [max(len(tables) * len(tables[0]) for _, tables, *_ in self.stages), max(len(s[1]) for s in self.stages)]
         words = [self.operands, last + 1 - self.operands, len(self.stages), *most]

@@ -121,7 +121,7 @@ def _(g: Arguments) -> Product:
 
 @_register("linalg_lstsq")
 def _(g: Arguments) -> Product:
-    """By QR: the factors, Q on the right-hand sides, and a triangle; gelsd and gelss take the SVD."""
+    """Count QR, its Q times the right-hand sides, and a triangular solve; gelsd and gelss use the SVD."""
     batch, m, n = _shape(g["self"])
     _, _, columns = _right_sides(g["self"].mT, g["b"])
     k, long = min(m, n), max(m, n)

@@ -244,7 +244,7 @@ class Recorder(TorchDispatchMode):
         self._mark()
 
     def _mark(self) -> None:
-        """From here on, nodes belong to the module that is being called."""
+        """Assign the following nodes to the module that is being called."""
         self.marks.append(torch._C._autograd._get_sequence_nr())
         self.places.append((self._name(), self.opaque > 0))
 
