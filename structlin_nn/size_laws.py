@@ -85,7 +85,7 @@ def fit_sizes(
 def multipliers(
     drawn: LossBootstrap, reference: str, *, loss: float | None = None, flops: float = FLOPS, confidence: float = 0.95
 ) -> dict[str, tuple[float, Estimate]]:
-    """For every other group the loss at which it is compared, and how many times less compute it needs there.
+    """Return, for every other group, the loss at which it is compared and how much less compute it needs.
 
     Parameters
     ----------
@@ -127,7 +127,7 @@ def allocations(
     tolerance: float = 0.1,
     flops: float = FLOPS,
 ) -> tuple[dict[str, Envelope | IsoFlop], dict[str, str]]:
-    """How a budget is split best, group by group, by approach 1 or 2 of Hoffmann et al. 2022.
+    """Return the best split of a budget for each group by approach 1 or 2 of Hoffmann et al. (2022).
 
     Parameters
     ----------

@@ -71,7 +71,7 @@ class TrainedModel:
         return self.build["options"].get("img_size", usual[1])
 
     def example_input(self, device: str = "meta") -> Tensor:
-        """One sample of the longest shape that the model takes."""
+        """Return one sample of the longest shape that the model takes."""
         if self.build["kind"] == "timm":
             return torch.zeros(1, 3, self.image_size, self.image_size, device=device)
         return self.model.example_input(device=device)  # type: ignore[operator]

@@ -16,7 +16,7 @@ from structlin.structures.tensor_train import TensorTrain
 
 
 def tensor_train_cores(A: StructuredOperator) -> tuple[Array, ...] | None:
-    """Cores of shape (r_{k-1}, n_k, m_k, r_k) of a Tensor-Train or its transpose; None for other structures."""
+    """Return the cores (r_{k-1}, n_k, m_k, r_k) of a Tensor-Train or its transpose; None for other structures."""
     if not isinstance(A, TensorTrain):
         return None
     if _is_forward(A):
@@ -106,7 +106,7 @@ def _right_orthogonal(cores: Sequence[Array]) -> list[Array]:
 
 
 def norm_of_cores(cores: Sequence[Array]) -> Array:
-    """Frobenius norm, to the accuracy of the largest term in sums that cancel."""
+    """Return the Frobenius norm, to the accuracy of the largest term in sums that cancel."""
     require_precision(cores[0], "a norm of a Tensor-Train")
     return lapack(cores[0]).norm(_right_orthogonal(cores)[0])
 

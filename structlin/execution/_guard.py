@@ -204,7 +204,7 @@ def guard_of(structure: AbstractStructure) -> Guard:
 
 
 def _needed(tensor: Tensor) -> int:
-    """Bytes of the storage up to the last element."""
+    """Return the bytes of the storage up to the last element."""
     if not tensor.numel():
         return 0
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))

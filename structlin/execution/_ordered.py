@@ -71,7 +71,7 @@ class OrderedChain(ABC):
         self, x: Tensor, factors: Sequence[Tensor], bias: Tensor | None, chunk: int, saved: int,
         kept: list[Tensor] | None,
     ) -> Tensor:  # fmt: skip
-        """(tokens, d_in) -> (tokens, d_out) plus ``bias`` (d_out,), or columns; in chunks of tokens unless 0.
+        """Return the product, (tokens, d_in) -> (tokens, d_out), or columns, plus ``bias``, in chunks unless 0.
 
         Unless ``kept`` is None, the activations between the steps of the first ``saved`` tokens are added to it.
         """
@@ -94,7 +94,7 @@ class OrderedChain(ABC):
         self, gy: Tensor, x: Tensor, factors: Sequence[Tensor], needs: Sequence[bool], chunk: int,
         kept: Sequence[Tensor], wide: torch.dtype,
     ) -> tuple[Tensor | None, ...]:  # fmt: skip
-        """Gradients of x, the factors and the bias, None where ``needs`` is False; sums are in the dtype ``wide``."""
+        """Return gradients of x, the factors and the bias, None where ``needs`` is False; ``wide``: dtype of sums."""
         *needs, for_bias = needs
         x, gy = self._padded(x.detach(), 0).contiguous(), self._padded(gy.detach(), 1).contiguous()
         sums = self._cut(gy, 1).sum(0 if self.rows else 1) if for_bias else None

@@ -38,7 +38,7 @@ class Operand:
     groups: tuple[tuple[int, bool, int, bool], ...]
 
     def at(self, count: int, total: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Sizes and strides for ``count`` tokens of an array that holds ``total``."""
+        """Return the sizes and strides for ``count`` tokens of an array that holds ``total``."""
         sizes = tuple(size * count if tokens else size for size, tokens, _, _ in self.groups)
         return sizes, tuple(stride * total if over else stride for _, _, stride, over in self.groups)
 

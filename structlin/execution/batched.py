@@ -116,7 +116,7 @@ class BatchedChain:
     def backward(
         self, gy: Tensor, x: Tensor, factors: Sequence[Tensor], needs: Sequence[bool], kept: Sequence[Tensor] = ()
     ) -> tuple[Tensor | None, ...]:
-        """Gradients of x, the factors and the bias, None where ``needs`` is False."""
+        """Return the gradients of x, the factors and the bias, None where ``needs`` is False."""
         *needs, for_bias = needs
         wanted = [k for k, need in enumerate(needs[1:]) if need]
         lowest = -1 if needs[0] else min(wanted)
@@ -147,7 +147,7 @@ class BatchedChain:
         return F.pad(x, (0, self.padding[end])) if self.padding[end] else x
 
     def _arranged(self, factor: Tensor, k: int) -> Tensor:
-        """Factor k as (batch, free, contracted)."""
+        """Return factor k as (batch, free, contracted)."""
         return _copy(factor, self._orders[k], False).view(self.products[k])
 
     def _rearranged(self, gradient: Tensor, k: int) -> Tensor:

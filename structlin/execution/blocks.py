@@ -190,7 +190,7 @@ class TorchBlock:
     def backward(
         self, gradients: Sequence[Tensor], x: Tensor, operands: Sequence[Tensor | None], kind: str = "0"
     ) -> list[Tensor | None]:  # fmt: skip
-        """Gradients of x and all operands, from those of the outputs. All tensors are plain."""
+        """Return the gradients of x and all operands, from those of the outputs. All tensors are plain."""
         program = self.program(x.dtype, kind)
         assert program is not None
         weight, shift, biases, factors = self._parts(program, operands)
@@ -298,7 +298,7 @@ class _Differentiable(torch.autograd.Function):
 def _by_autograd(
     block: TorchBlock, gradients: Sequence[Tensor], x: Tensor, operands: Sequence[Tensor | None], needs: Sequence[bool]
 ) -> list[Tensor | None]:  # fmt: skip
-    """Gradients through torch's products, which can be differentiated again."""
+    """Return the gradients through torch's products, which can be differentiated again."""
     again = torch.is_grad_enabled()
     with torch.enable_grad():
         tensors = [x, *operands]
@@ -345,7 +345,7 @@ class BlockProblem:
         return SEPARATE
 
     def kinds(self) -> list[str]:
-        """Those of :data:`KINDS` that can run."""
+        """Return those of :data:`KINDS` that can run."""
         return [kind for kind in KINDS if self.block.program(getattr(torch, self.dtype), kind) is not None]
 
     def _problems(self) -> list[choice.Problem]:

@@ -61,7 +61,7 @@ class ChunkedChain(OrderedChain):
     def backward(
         self, gy: Tensor, x: Tensor, factors: Sequence[Tensor], needs: Sequence[bool], kept: Sequence[Tensor] = ()
     ) -> tuple[Tensor | None, ...]:
-        """Gradients of x, the factors and the bias, None where ``needs`` is False."""
+        """Return the gradients of x, the factors and the bias, None where ``needs`` is False."""
         wide = torch.float32 if x.dtype == torch.bfloat16 else x.dtype
         return self.run_backward(gy, x, factors, needs, self.chunk(x.element_size()), kept, wide)
 

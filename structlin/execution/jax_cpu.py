@@ -270,7 +270,7 @@ def _chain_batch(
 
 
 def _fold(structure: Structure, factors: Sequence[Array], x: Array, at: int, bias: Array | None, rows: bool) -> Array:
-    """Batches of x as tokens: (batches, tokens, d), or (d, batches, tokens) for columns."""
+    """Return batches of x as tokens: (batches, tokens, d), or (d, batches, tokens) for columns."""
     x = jnp.moveaxis(x, at, 0 if rows else 1)
     batches, tokens = x.shape[:2] if rows else x.shape[1:]
     shape = (batches * tokens, x.shape[2]) if rows else (x.shape[0], batches * tokens)
@@ -434,7 +434,7 @@ def _tangent_batch(
 
 
 def _lowering(compiled: Callable[..., Any], portable: Callable[..., Any], several: bool) -> Callable[..., Any]:
-    """On a CPU: the compiled passes in a program for one device of this process."""
+    """Lower to the compiled passes on a CPU, in a program for one device of this process."""
 
     def lower(context: mlir.LoweringRuleContext, *operands: Any, **params: Any) -> Any:
         module = context.module_context

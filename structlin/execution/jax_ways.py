@@ -161,7 +161,7 @@ for _way in _WAYS:
 def run(
     structure: Structure, factors: Sequence[Array], x: Array, bias: Array | None = None, rows: bool = True
 ) -> Array:
-    """(tokens, d_in) -> (tokens, d_out) plus ``bias``, or columns."""
+    """Return the product, (tokens, d_in) -> (tokens, d_out) plus ``bias``, or columns."""
     operands = (x, *factors) if bias is None else (x, *factors, bias)
     way = _way_of(structure, x, rows) if jax_cpu.alone(operands, rows) else products_way
     return way.run(structure, factors, x, bias, rows)

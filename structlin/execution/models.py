@@ -54,7 +54,7 @@ class EstimatedWay(Way):
 
     @abstractmethod
     def model(self, problem: Problem) -> float:
-        """Seconds of products and copies, without calls."""
+        """Return the seconds of products and copies, without calls."""
 
     @abstractmethod
     def calibration(self, problem: Problem) -> Mapping[str, tuple[float, float]]:
@@ -125,7 +125,7 @@ def is_large(problem: Problem) -> bool:
 
 
 def products(problem: Problem, found: Rates) -> float:
-    """Seconds of one batched product for each step with the tokens innermost (:mod:`.products`)."""
+    """Return the seconds of one batched product for each step with the tokens innermost (:mod:`.products`)."""
     tokens, plan = problem.tokens, plan_of(problem.structure, problem.rows)
     total, number = 0.0, 0
     for step in plan.steps:
@@ -143,7 +143,7 @@ def products(problem: Problem, found: Rates) -> float:
 
 
 def dense(problem: Problem, found: Rates) -> float:
-    """Seconds of making the matrix by the chain from the identity, and of one product with it."""
+    """Return the seconds of making the matrix by the chain from the identity, and of one product with it."""
     structure = problem.structure
     wide = replace(problem, rows=True, tokens=structure.d_in)
     product = found.product(1, structure.d_in, structure.d_out, problem.tokens, rows=problem.rows)
@@ -151,7 +151,7 @@ def dense(problem: Problem, found: Rates) -> float:
 
 
 def compiled(problem: Problem, program: Program, found: Rates, back: bool, slices: int = 0) -> float:
-    """Seconds of a compiled pass: its instructions at the rate of those of a dense product.
+    """Return the seconds of a compiled pass: its instructions at the rate of those of a dense product.
 
     If the factors do not fit into cache, the time is at least that of reading them for each block of tokens. With
     ``slices`` that fit, the input or the output is read for each slice instead. ``found`` are the rates of float32 or

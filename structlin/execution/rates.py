@@ -55,7 +55,7 @@ class Rates:
     item: float
 
     def mac(self, contracted: int, free: int, *, rows: bool = False) -> float:
-        """Seconds of one MAC with blocks of this size, interpolated between the sides that were timed."""
+        """Return the seconds of one MAC with blocks of this size, interpolated between the sides that were timed."""
         table = self.rows if rows else self.columns
         side = math.sqrt(contracted * free)
         if side <= BLOCKS[0]:  # the time of a small block is that of its rows
@@ -72,7 +72,7 @@ class Rates:
         return min(*self.columns, *self.rows)
 
     def product(self, batch: int, contracted: int, free: int, count: int, *, rows: bool = False) -> float:
-        """Seconds of a batched product of blocks with ``count`` vectors each, without its call."""
+        """Return the seconds of a batched product of blocks with ``count`` vectors each, without its call."""
         macs = batch * contracted * free * count
         least = batch * contracted * free * self.read  # however few the vectors, all blocks are read
         return max(macs * self.mac(contracted, free, rows=rows), least) + (batch - 1) * self.item

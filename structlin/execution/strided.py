@@ -45,7 +45,7 @@ class StridedChain(OrderedChain):
         self, x: Tensor, factors: Sequence[Tensor], bias: Tensor | None = None, chunk: int = 0,
         kept: list[Tensor] | None = None,
     ) -> Tensor:  # fmt: skip
-        """(tokens, d_in) -> (tokens, d_out) plus ``bias`` (d_out,), or columns; in chunks of tokens unless 0.
+        """Return the product, (tokens, d_in) -> (tokens, d_out), or columns, plus ``bias``, in chunks unless 0.
 
         To ``kept`` the activations between the steps are added, if there are no chunks.
         """
@@ -56,7 +56,7 @@ class StridedChain(OrderedChain):
         self, gy: Tensor, x: Tensor, factors: Sequence[Tensor], needs: Sequence[bool], chunk: int = 0,
         kept: Sequence[Tensor] = (),
     ) -> tuple[Tensor | None, ...]:  # fmt: skip
-        """Gradients of x, the factors and the bias, None where ``needs`` is False. ``kept``: by :meth:`forward`."""
+        """Return gradients of x, the factors and the bias, None where ``needs`` is False; ``kept`` by ``forward``."""
         several = 0 < chunk < x.shape[0 if self.rows else 1]
         wide = torch.float32 if several and x.dtype in (torch.bfloat16, torch.float16) else x.dtype
         return self.run_backward(gy, x, factors, needs, chunk, kept, wide)

@@ -45,7 +45,7 @@ class Passes(Protocol):
     def backward(
         self, gy: Tensor, x: Tensor, factors: Sequence[Tensor], needs: Sequence[bool], kept: Sequence[Tensor] = ()
     ) -> tuple[Tensor | None, ...]:
-        """Gradients of x, the factors and the bias, None where ``needs``, which has one entry for each, is False."""
+        """Return gradients of x, the factors and the bias, each None if its entry of ``needs`` is False."""
 
 
 class SingleProducts:
@@ -116,7 +116,7 @@ class CPUChain:
         self, passes: Passes, x: Tensor, factors: Sequence[Tensor], bias: Tensor | None = None,
         back: Passes | None = None,
     ) -> Tensor:  # fmt: skip
-        """(tokens, d_in) -> (tokens, d_out), or columns; differentiable any number of times.
+        """Return the product, (tokens, d_in) -> (tokens, d_out), or columns; differentiable any number of times.
 
         ``bias``, of size d_out, is added. ``passes`` run forward, and ``back`` backward if it is given. The operands
         have passed the guard.
@@ -143,7 +143,7 @@ class CPUChain:
         self, passes: Passes | None, gy: Tensor, x: Tensor, factors: Sequence[Tensor], needs: Sequence[bool],
         kept: Sequence[Tensor] = (),
     ) -> tuple[Tensor | None, ...]:  # fmt: skip
-        """Gradients of x, the factors and the bias, None where ``needs`` is False.
+        """Return the gradients of x, the factors and the bias, None where ``needs`` is False.
 
         The tensors may be of any kind: hooks on saved tensors can change what was saved, and gradients can be batched
         or have tangents. ``passes`` run if they can read the memory of all tensors. Otherwise, and if ``passes`` is

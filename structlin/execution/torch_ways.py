@@ -39,7 +39,7 @@ FEW = 1 << 15  # numbers in the widest activation, up to which calls take longer
 
 
 def _steps(structure: Structure) -> list[tuple[int, int, int, int]]:
-    """(batch, contracted, free, carried) of each step."""
+    """Return (batch, contracted, free, carried) of each step."""
     return [(f.blocks, f.fan_in, f.fan_out, f.carried) for f in structure.factors]
 
 
@@ -388,7 +388,7 @@ class TorchChain:
         return torch_chain, (self.structure, self.rows)
 
     def __call__(self, x: Tensor, factors: Sequence[Tensor], bias: Tensor | None = None) -> Tensor:
-        """(tokens, d_in) -> (tokens, d_out) plus ``bias``, or columns.
+        """Return the product, (tokens, d_in) -> (tokens, d_out) plus ``bias``, or columns.
 
         Raises ValueError for operands of the wrong shape, device or dtype, and for storages that were freed.
         """

@@ -137,7 +137,7 @@ def ceiling(problem: Problem, device: Device | str) -> Traffic:
 
 
 def _rates(device: Device, dtype: str) -> tuple[float, float, float]:
-    """MACs, bytes of memory and bytes of L2 per second."""
+    """Return MACs, bytes of memory and bytes of L2 per second."""
     if dtype not in device.peak:  # complex and such: no way on CUDA has a rate of its own for them
         dtype = min(device.peak, key=lambda one: device.peak[one])
     bandwidth = device.bandwidth * device.reached[1]

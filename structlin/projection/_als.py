@@ -207,7 +207,7 @@ class Fit:
     def run(
         self, factors: Sequence[np.ndarray], sweeps: int, tolerance: float
     ) -> tuple[list[np.ndarray], float, int, bool]:
-        """Sweep over the factors, and return (factors, residual norm, sweeps, converged).
+        """Sweep over the factors; return (factors, residual norm, sweeps, converged).
 
         A step that increases the residual is rejected. After each sweep, Anderson mixing of the last sweeps is tried.
         If it does not reduce the residual, a longer step in the direction of the sweep is tried (Harshman 1970,

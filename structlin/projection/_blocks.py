@@ -131,7 +131,7 @@ class BlockFit:
     def _descend(
         self, start: tuple[np.ndarray, np.ndarray, np.ndarray], sweeps: int, tolerance: float
     ) -> tuple[np.ndarray, np.ndarray, float, int, bool]:
-        """Factors, error, passes and whether they converged, from singular values of the blocks of a start."""
+        """Return factors, error, passes and whether they converged, from singular values of a start's blocks."""
         u, s, v = start
         X, Y = u[..., : self.rank], s[..., : self.rank, None] * v[..., : self.rank, :]
         error = self._norm(self._rest(X @ Y))
@@ -170,7 +170,7 @@ class BlockFit:
     def _quasi_newton(
         self, X: np.ndarray, Y: np.ndarray, error: float, passes: int, tolerance: float, single: bool
     ) -> tuple[np.ndarray, np.ndarray, float, int]:
-        """Factors after L-BFGS, X orthonormal again, with the error and the number of passes.
+        """Return the factors after L-BFGS, X orthonormal again, with the error and the number of passes.
 
         With ``single`` its passes are in single precision.
         """

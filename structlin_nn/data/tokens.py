@@ -139,7 +139,7 @@ def open_tokens(
 def token_batch(
     tokens: np.ndarray, *, block_size: int, batch_size: int, seed: int, step: int, rank: int = 0, world_size: int = 1,
 ) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
-    """Random pieces of a text: those of one step of training, as ``get_batch`` of nanoGPT.
+    """Return random pieces of a text for one training step, as ``get_batch`` of nanoGPT does.
 
     The result is a function of the arguments: a run resumes by its step alone. The places of all `batch_size` pieces
     are drawn from the counter-based generator Philox, and each process takes its part of them.

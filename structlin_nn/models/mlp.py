@@ -87,7 +87,7 @@ class MLP(nn.Module):
         self.permutation.copy_(order)
 
     def forward(self, x: Tensor, return_features: bool = False) -> Tensor | tuple[Tensor, Tensor]:
-        """Logits, or (logits, features): the features (batch, width) are what the output layer reads."""
+        """Return logits, or (logits, features): the features (batch, width) are what the output layer reads."""
         if tuple(x.shape[1:]) != self.config.input_shape:
             raise ValueError(f"images of shape (batch, *{self.config.input_shape}) are needed, got {tuple(x.shape)}")
         h = F.gelu(self.input(x.flatten(1).index_select(1, self.permutation)))
@@ -100,5 +100,5 @@ class MLP(nn.Module):
         self.blocks.recompute = enable
 
     def example_input(self, batch: int = 1, device: torch.device | str | None = None) -> Tensor:
-        """Zeros of the shape that the model takes."""
+        """Return zeros of the shape that the model takes."""
         return torch.zeros(batch, *self.config.input_shape, device=device)

@@ -136,7 +136,7 @@ def _config(settings: Mapping[str, Any], tied: bool) -> GPT2Config:
 
 
 def _renamed(given: Mapping[str, Tensor], tied: bool) -> dict[str, Tensor]:
-    """Tensors under our names. Conv1D of transformers keeps weights as (inputs, outputs), we as (outputs, inputs)."""
+    """Return tensors under our names; Conv1D of transformers stores (inputs, outputs), we (outputs, inputs)."""
     if "wte.weight" not in given:
         raise ValueError(f"the weights hold no wte.weight; the first of them is {next(iter(given), None)!r}")
     own: dict[str, Tensor] = {} if tied else {"head.factors.0": given["wte.weight"]}

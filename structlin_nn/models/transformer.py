@@ -204,7 +204,7 @@ class ViT(nn.Module):
         return x.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
 
     def forward(self, x: Tensor, return_features: bool = False) -> Tensor | tuple[Tensor, Tensor]:
-        """Logits, or (logits, features): the features (batch, width) are what the head reads, after the last norm."""
+        """Return logits, or (logits, features): the head reads the features (batch, width) after the last norm."""
         if tuple(x.shape[1:]) != self.config.input_shape:
             raise ValueError(f"images of shape (batch, *{self.config.input_shape}) are needed, got {tuple(x.shape)}")
         x = self.embedding_norm(self.patch_embedding(self.patch_norm(self.patchify(x))))
@@ -220,7 +220,7 @@ class ViT(nn.Module):
         self.blocks.recompute = enable
 
     def example_input(self, batch: int = 1, device: torch.device | str | None = None) -> Tensor:
-        """Zeros of the shape that the model takes."""
+        """Return zeros of the shape that the model takes."""
         return torch.zeros(batch, *self.config.input_shape, device=device)
 
 
@@ -299,7 +299,7 @@ class GPT2(nn.Module):
         self.head = None if config.tied else linear(width, config.vocabulary, role="output", bias=False, zero_init=True)
 
     def forward(self, tokens: Tensor, return_features: bool = False) -> Tensor | tuple[Tensor, Tensor]:
-        """Logits, or (logits, features): the features (batch, length, width) are what the head reads."""
+        """Return logits, or (logits, features): the features (batch, length, width) are what the head reads."""
         if tokens.ndim != 2 or tokens.is_floating_point() or not 1 <= tokens.shape[1] <= self.config.context:
             raise ValueError(
                 f"integer tokens of shape (batch, length up to {self.config.context}) are needed, "
@@ -315,5 +315,5 @@ class GPT2(nn.Module):
         self.blocks.recompute = enable
 
     def example_input(self, batch: int = 1, device: torch.device | str | None = None) -> Tensor:
-        """Zeros of the longest shape that the model takes."""
+        """Return zeros of the longest shape that the model takes."""
         return torch.zeros(batch, self.config.context, dtype=torch.int64, device=device)

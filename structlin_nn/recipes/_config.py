@@ -218,12 +218,12 @@ class RunConfig:
             require(key in known, f"unknown key {key!r} in the configuration{suggestion(str(key), known)}")
 
     def differences(self, other: RunConfig) -> list[str]:
-        """Names of the fields in which two configurations differ."""
+        """Return the names of the fields in which two configurations differ."""
         mine, theirs = self.to_dict(), other.to_dict()
         return [name for name in mine if mine[name] != theirs.get(name)]
 
     def check_continues(self, earlier: RunConfig, folder: object) -> None:
-        """ValueError, naming the fields that differ, unless the run in `folder` had this configuration.
+        """Raise ValueError with the fields that differ, unless the run in `folder` had this configuration.
 
         Fields of `execution` may differ.
         """

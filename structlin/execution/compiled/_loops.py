@@ -320,7 +320,7 @@ class Loops:
 
 
 def _runs(total: int, most: int) -> list[tuple[range, int]]:
-    """Ranges of starts of tiles of one size, and that size."""
+    """Return ranges of starts of tiles of equal size, with the size."""
     parts = _even(total, most)
     whole = parts.count(parts[0]) * parts[0]
     found = [(range(0, whole), parts[0])]

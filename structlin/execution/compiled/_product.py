@@ -197,13 +197,13 @@ class Product:
 
 
 def dot_tile(target: Target, single: bool) -> tuple[int, int]:
-    """Rows and columns of a tile whose numbers are vectors; ``single``: there is but one row."""
+    """Return rows and columns of a tile whose numbers are vectors; ``single``: only one row."""
     many = target.registers >= 32
     return (1, 12 if many else 6) if single else ((6, 4) if many else (3, 3))
 
 
 def max_rows(target: Target, vectors: int) -> int:
-    """Rows of a tile: the sums, a row's vectors and a spread number fill the registers."""
+    """Return the rows of a tile: sums, a row's vectors and a broadcast number fill the registers."""
     most = (target.registers - 1) // vectors - 1
     return max(n for n in (4, 6, 9, 12) if n <= most)
 
@@ -282,7 +282,7 @@ def _split(axis: Axis, by: Axis) -> list[Axis] | None:
 
 
 def _pairable(before: Product | None, summed: Axis) -> tuple[Axis, ...]:
-    """Along which axes of an activation two items can be written side by side; of an input, along any."""
+    """Return the axes along which two items of an activation can be written side by side; any for an input."""
     return (Axis(summed.size, summed.left, None, None),) if before is None else (*before.outer, *before.near)
 
 

@@ -108,7 +108,7 @@ class ChainRules:
         return found
 
     def apart(self, slices: Slices, tokens: int, item: int) -> int:
-        """Bytes from one slice of the input, or of the output, to the next; ``item``: of a number."""
+        """Return the bytes from one slice of the input, or of the output, to the next; ``item``: of a number."""
         return slices.end * (1 if self.rows else tokens) * item
 
     def kept_tokens(self, dtype: str, tokens: int, threads: int) -> int:
@@ -137,7 +137,7 @@ class ChainRules:
         return found if found >= KEPT_SHARE * tokens else 0
 
     def room(self, program: Program, threads: int, kept: bool) -> int:
-        """Bytes that the dense matrix and its gradient take, less those that the passes do with such a backward one.
+        """Return the bytes of the dense matrix and its gradient, less those of the passes with this backward pass.
 
         Without the activations between the steps, which are ``kept`` or in part computed again.
         """
@@ -146,7 +146,7 @@ class ChainRules:
 
 
 def near_slice() -> int:
-    """Bytes of the factors of a slice, or of their sums, which stay in the second level of cache beside a block."""
+    """Return the bytes of the factors or sums of a slice that fit into the second level of cache with a block."""
     return caches().l2 // 2
 
 

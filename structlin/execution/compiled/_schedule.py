@@ -51,7 +51,7 @@ class Operation:
         return self.product.paired and faster(self.product, target, element, self._unit) is not None
 
     def cost(self, target: Target, element: str) -> float:
-        """Estimated instructions for one token, with those of its copy."""
+        """Return the estimated instructions for one token, with those of its copy."""
         copy = 0.0 if self.turn is None else self.turn.cost
         return cost_of(self.product, target, element, self._unit) + copy
 
@@ -103,7 +103,7 @@ class _Maker:
         )
 
     def _in_memory(self, number: int) -> Mapping[str, int]:
-        """Sizes of the array that an activation is a slice of."""
+        """Return the sizes of the array that an activation is a slice of."""
         return self.between if 0 < number < len(self.steps) else self.sizes
 
     def strides(self, order: str, number: int, ends: Mapping[int, int] = MappingProxyType({})) -> Strides:
@@ -114,7 +114,7 @@ class _Maker:
         return found
 
     def orders(self, number: int) -> list[str]:
-        """Candidates for activation ``number``, in the axes of the step that writes it."""
+        """Return the candidates for activation ``number``, in the axes of the step that writes it."""
         written = self.steps[number - 1].output if number else self.steps[0].input
         if number in (0, len(self.steps)) or self.steps[number].input != written:
             return [written]  # the caller's, or regrouped
@@ -171,7 +171,7 @@ class _Maker:
 
 
 def row(width: int, element: str) -> int:
-    """Numbers from one token to the next: whole cache lines, and an odd number of them."""
+    """Return the number of elements from one token to the next: an odd number of whole cache lines."""
     line = LINE // BYTES[element]
     return (math.ceil(width / line) // 2 * 2 + 1) * line
 
@@ -248,7 +248,7 @@ def make_schedule(
 
 
 def _zipped(operations: Sequence[Operation], shapes: Sequence[Sequence[int]], whole: bool) -> list[Operation]:
-    """Operations in the order in which they run, with pairs along an axis where there are none otherwise.
+    """Return operations in order of execution, with pairs along an axis for those that have none.
 
     ``shapes``: of their factors. ``whole``: what the first one reads is copied without padding.
     """

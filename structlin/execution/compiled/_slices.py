@@ -36,7 +36,7 @@ class Slices:
 
 
 def whole(program: Program) -> Slices:
-    """All in one."""
+    """Return the whole program as one slice."""
     return Slices(program, 1, (0,) * len(program.shapes), 0, (0,) * (len(program.shapes) - 1))
 
 

@@ -61,7 +61,7 @@ LLVM = (20,)
 
 @cache
 def _binding() -> Any:
-    """llvmlite, ready to compile for this machine; None without it, and if it is too old or does not load."""
+    """Return llvmlite, initialized for this machine; None if it is missing, too old or does not load."""
     try:
         import llvmlite.binding as llvm
 

@@ -171,7 +171,7 @@ _NORMS = {
 
 
 def matrix_exp_products(norm: float, dtype: torch.dtype) -> int:
-    """Products of two n x n matrices that the exponential of a matrix of this 1-norm takes: Taylor, then squarings.
+    """Return the number of n x n products in the exponential of a matrix of this 1-norm: Taylor, then squarings.
 
     Examples
     --------
@@ -188,7 +188,7 @@ def matrix_exp_products(norm: float, dtype: torch.dtype) -> int:
 
 @_register("linalg_matrix_exp")
 def _(g: Arguments) -> Product:
-    """Depends on the norms; where there are none (meta, not finite) degree 18 without squarings, five products."""
+    """Count by the norms; without finite values (meta) degree 18 without squarings, which is five products."""
     x = g["self"]
     batch, n, _ = _shape(x)
     norms = [math.nan] * batch

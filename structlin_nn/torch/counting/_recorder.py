@@ -363,7 +363,7 @@ class Recorder(TorchDispatchMode):
             node.register_prehook(lambda gradients: self.add(name, backward, kind, BACKWARD))
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, output: Tensor, causal: bool, gqa: bool) -> None:
-        """Scores (queries times keys) and values (weights times values), of shape (..., tokens, size).
+        """Count scores (queries times keys) and values (weights times values), of shape (..., tokens, size).
 
         The backward pass has two products for each of both; fused, it computes the scores once more.
         """
@@ -504,7 +504,7 @@ def _run(func: Any, args: tuple, kwargs: dict) -> Any:
 
 
 def _bound(func: Any, args: tuple, kwargs: dict) -> dict[str, Any]:
-    """Arguments by the names of the schema, with defaults."""
+    """Return the arguments by the names of the schema, with defaults."""
     found = {}
     for number, argument in enumerate(func._schema.arguments):
         if number < len(args):
