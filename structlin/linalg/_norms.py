@@ -106,11 +106,11 @@ def frobenius_norm(A: LinearOperator) -> Array:
 
     The table in ``docs/linalg.md`` lists the method for each structure. The factors of a chain without regrouping are
     contracted with themselves. Tensor-Trains without gradients use a sweep of QR decompositions, which is accurate if
-    terms cancel [1]_. The norm is differentiable unless it is zero.
+    terms cancel (Oseledets 2011). The norm is differentiable unless it is zero.
 
     References
     ----------
-    .. [1] Oseledets (2011), Tensor-Train decomposition.
+    Oseledets (2011), Tensor-Train decomposition.
 
     Examples
     --------

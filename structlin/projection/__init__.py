@@ -8,15 +8,15 @@ structure                                  method; *optimal* means that no matri
 one factor (dense, block diagonal)         linear least squares: optimal
 two factors                                singular values of the slices: optimal. Low rank; Kronecker; Tensor-Train,
                                            Block Tensor-Train and Monarch of two cores, also if padded or regrouped; the
-                                           einsum space [1]_. Exceptions: axes carried past a regrouping whose sizes do
-                                           not nest, and padding that cuts through slices, as in a padded Kronecker
-                                           product
+                                           einsum space (Van Loan and Pitsianis 1993). Exceptions: axes carried past a
+                                           regrouping whose sizes do not nest, and padding that cuts through slices, as
+                                           in a padded Kronecker product
 circulant, Toeplitz, diagonal              averages along the diagonals: optimal
 permutation                                linear assignment: optimal
 three or more factors (Tensor-Train,       factors are split off one by one with singular values, from both ends (for
-Block Tensor-Train, Kronecker, butterfly,  Tensor-Train this is TT-SVD [2]_), followed by alternating least squares.
-BLAST, any einsum chain)                   Exact if the matrix has the structure and the splits are unique. Except for
-                                           BLAST, the splits are unique and there is an ``error_bound``
+Block Tensor-Train, Kronecker, butterfly,  Tensor-Train this is TT-SVD, Oseledets 2011), followed by alternating least
+BLAST, any einsum chain)                   squares. Exact if the matrix has the structure and the splits are unique.
+                                           Except for BLAST, they are, and there is an ``error_bound``
 =========================================  ============================================================================
 
 With ``input_covariance`` C the error is ``|| (W - A) C^(1/2) ||``. For ``C = E[x x^H]`` it is the error of the outputs.
@@ -38,8 +38,7 @@ number.
 
 References
 ----------
-.. [1] Van Loan and Pitsianis (1993), Approximation with Kronecker products.
-.. [2] Oseledets (2011), Tensor-Train decomposition.
+Oseledets (2011), Tensor-Train decomposition; Van Loan and Pitsianis (1993), Approximation with Kronecker products.
 """
 
 from structlin.projection._project import Projection, project

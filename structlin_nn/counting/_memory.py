@@ -111,8 +111,8 @@ def training_bytes(
         Dtype of all floating activations (mixed precision); default: ``dtype``, or their own. Copies of the weights in
         this dtype are not included.
     zero_stage
-        Stage of ZeRO [1]_, that is, what data-parallel devices share: 0 nothing, 1 the states of the optimizer, 2 also
-        the gradients, 3 also the weights (the default of FSDP).
+        Stage of ZeRO (Rajbhandari et al. 2020), that is, what data-parallel devices share: 0 nothing, 1 the states of
+        the optimizer, 2 also the gradients, 3 also the weights (the default of FSDP).
     devices
         Number of devices that share it. The result is that of the largest share.
 
@@ -131,7 +131,7 @@ def training_bytes(
 
     References
     ----------
-    .. [1] Rajbhandari et al. (2020), ZeRO: memory optimizations toward training trillion parameter models.
+    Rajbhandari et al. (2020), ZeRO: memory optimizations toward training trillion parameter models.
 
     Examples
     --------
