@@ -6,9 +6,9 @@ For a chain, the roles of its axes decide on the method. Any other structure imp
 structure                                  method; *optimal* means that no matrix of the structure is nearer
 =========================================  ============================================================================
 one factor (dense, block diagonal)         linear least squares: optimal
-two factors                                singular values of the slices: optimal. Low rank; Kronecker; Tensor-Train,
-                                           Block Tensor-Train and Monarch of two cores, also if padded or regrouped; the
-                                           einsum space (Van Loan and Pitsianis 1993). Exceptions: axes carried past a
+two factors                                singular values of the slices: optimal. Low rank; Kronecker (Van Loan and
+                                           Pitsianis 1993); Tensor-Train, Block Tensor-Train and Monarch of two cores,
+                                           also if padded or regrouped; the einsum space. Exceptions: axes carried past a
                                            regrouping whose sizes do not nest, and padding that cuts through slices, as
                                            in a padded Kronecker product
 circulant, Toeplitz, diagonal              averages along the diagonals: optimal
