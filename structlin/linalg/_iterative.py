@@ -159,7 +159,7 @@ def minres(
     """Solve ``A x = b`` for a real symmetric A, which may be indefinite, by MINRES of SciPy.
 
     Parameters, results and errors are those of :func:`cg`. The preconditioner must be positive definite. The columns
-    are solved one by one on the host, so complex operators and traced values raise ValueError.
+    are solved one by one on the host. Complex operators and traced values raise ValueError.
 
     References
     ----------
@@ -343,7 +343,7 @@ def _finished(A: Any, b: Array, solver: Solver, statistics: dict[str, Any], full
 
 
 class VerifiedInverse(LinearOperator):
-    """The inverse of A by an iterative algorithm of CoLA, which verifies the residual of every product as above."""
+    """The inverse of A by an iterative algorithm of CoLA; the residual of every product is verified."""
 
     def __init__(self, A: LinearOperator, alg: Any) -> None:
         self.A = A

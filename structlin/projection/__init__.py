@@ -8,9 +8,9 @@ structure                                  method; *optimal* means that no matri
 one factor (dense, block diagonal)         linear least squares: optimal
 two factors                                singular values of the slices: optimal. Low rank; Kronecker (Van Loan and
                                            Pitsianis 1993); Tensor-Train, Block Tensor-Train and Monarch of two cores,
-                                           also if padded or regrouped; the einsum space. Exceptions: axes carried past a
-                                           regrouping whose sizes do not nest, and padding that cuts through slices, as
-                                           in a padded Kronecker product
+                                           also if padded or regrouped; the einsum space. Exceptions: axes carried past
+                                           a regrouping whose sizes do not nest, and padding that cuts through slices,
+                                           as in a padded Kronecker product
 circulant, Toeplitz, diagonal              averages along the diagonals: optimal
 permutation                                linear assignment: optimal
 three or more factors (Tensor-Train,       factors are split off one by one with singular values, from both ends (for
