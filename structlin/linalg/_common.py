@@ -184,7 +184,7 @@ def is_backward_stable(A: LinearOperator, solve: Callable[[Array], Array]) -> An
     """Whether ``solve`` solves with A, or with a regular matrix close to A; a traced bool under tracing.
 
     For x = solve(v), the condition is ``|A x - v| <= tol (|A| |x| + |v|)`` and ``|A| |x| < largest_growth(A)``. The
-    lower bound ``|A v|`` replaces |A|, because v has length 1.
+    lower bound ``|A v|`` replaces ``|A|``, because v has length 1.
     """
     v = probe(A)
     x = solve(v)

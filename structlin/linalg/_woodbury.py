@@ -156,7 +156,7 @@ class Woodbury:
         return (rest + q @ (inner if y.ndim == 2 else inner[:, 0])) / root
 
     def size(self) -> Array:
-        """Return an estimate of |B| + |U| |V|, to which residuals are relative."""
+        """Return an estimate of ``|B| + |U| |V|``, to which residuals are relative."""
         xp = lapack(self.U)
         if isinstance(self.B, LinearOperator):  # E |B v|^2 is the squared Frobenius norm
             v = np.random.default_rng(0).standard_normal(self.B.shape[0])
