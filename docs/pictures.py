@@ -113,7 +113,7 @@ def efficiency(path: Path) -> None:
     for axes in grid[:, 0]:
         axes.set_ylabel("efficiency", fontsize=8)
     shown = [grid[0, 0].plot([], [], label=name_of(name), **drawn[name])[0] for name in names]
-    figure.legend(handles=shown, loc="outside lower center", ncols=5, frameon=False, fontsize=8)
+    figure.legend(handles=shown, loc="outside upper center", ncols=5, frameon=False, fontsize=8)
     save(figure, path)
 
 

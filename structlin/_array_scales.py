@@ -158,7 +158,7 @@ def _leaves(A: LinearOperator, transposed: bool = False) -> Iterator[_Leaf]:
             for leaf in _leaves(M, transposed):
                 yield replace(leaf, positions=leaf.positions * _beside(A, place, int(transposed)))
     elif not isinstance(A, _WITHOUT):
-        raise TypeError(f"the scale rule knows no fans for {type(A).__name__} of shape {tuple(A.shape)}")
+        raise TypeError(f"the scale rule has no fans for {type(A).__name__} of shape {tuple(A.shape)}")
 
 
 def _beside(A: Any, place: int, out: int) -> float:

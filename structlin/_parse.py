@@ -132,7 +132,7 @@ def axis_letter(number: int) -> str:
 
 @cache
 def _letters(stop: int) -> tuple[str, ...]:
-    """Letters beyond ASCII with code points below ``stop``."""
+    """Return letters beyond ASCII with code points below ``stop``."""
     found = map(chr, range(0xC0, stop))
     return tuple(a for a in found if a.isalpha() and a.isidentifier() and unicodedata.is_normalized("NFKC", a))
 

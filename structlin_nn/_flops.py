@@ -43,7 +43,7 @@ FLOPS: dict[str, Callable[..., Fraction | int]] = {
 
 
 def fft_flops(n: int, real: bool = False) -> int:
-    """FLOPs of one transform of n numbers.
+    """Return the FLOPs of one transform of n numbers.
 
     Examples
     --------

@@ -1,4 +1,4 @@
-"""What a structured layer is apart from its framework: its structure and the scales of its factors."""
+"""The framework-independent part of a structured layer: its structure and the scales of its factors."""
 
 from __future__ import annotations
 

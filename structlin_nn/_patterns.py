@@ -12,7 +12,7 @@ Patterns = Pattern | Sequence[Pattern]
 
 
 def as_patterns(given: Patterns) -> tuple[Pattern, ...]:
-    """One or several patterns as a tuple. Raises TypeError for what is no pattern."""
+    """Return one or several patterns as a tuple; TypeError for any other object."""
     alone = isinstance(given, str | re.Pattern) or not isinstance(given, Iterable)
     patterns: tuple[Any, ...] = (given,) if alone else tuple(cast(Sequence[Pattern], given))
     for pattern in patterns:
@@ -45,7 +45,7 @@ def alike(name: str) -> str:
 
 
 def listed(names: Iterable[str], most: int = 40) -> str:
-    """Names joined by commas, the first ``most`` of them.
+    """Return the names joined by commas, the first ``most`` of them.
 
     Examples
     --------

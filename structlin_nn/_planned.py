@@ -1,4 +1,4 @@
-"""What a plan chooses among: models by width, depth and structure, and what each costs."""
+"""The candidates of a plan: models by width, depth and structure, and their costs."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ class Costs:
         return {k: v if v is None else v + (depth - 1) * (two[k] - v) for k, v in one.items()}
 
     def least(self, choice: Choice) -> dict[str, float] | None:
-        """Bounds from below of all resources, from the structured layers alone; None where one cannot be designed.
+        """Return lower bounds of all resources by the structured layers; None if one cannot be designed.
 
         Their sizes are those of a line through the widths that were counted (of a line in heads * (width // heads), for
         what heads split), of those layers whose sizes lie on one; the others count 0. It costs a design for each layer,
@@ -162,7 +162,7 @@ class Costs:
         return None
 
     def _layer(self, options: tuple[tuple[str, Any], ...], shape: tuple[Any, ...]) -> tuple[int, int] | None:
-        """FLOPs for one vector and parameters of a layer; None where it cannot be designed."""
+        """Return FLOPs for one vector and parameters of a layer; None where it cannot be designed."""
         key = options, shape
         if key not in self._designed:
             try:
@@ -176,7 +176,7 @@ class Costs:
         return self._function is None and depth is not None and depth >= _FEW_BLOCKS
 
     def measured(self, choice: Choice, full: bool = True) -> dict[str, Any]:
-        """Every resource and ``training_macs``, counted; not ``full``: forward MACs and parameters, counted quicker.
+        """Count all resources and ``training_macs``, or unless ``full`` only forward MACs and parameters.
 
         Raises ValueError where the model cannot be built.
         """
@@ -229,7 +229,7 @@ class Costs:
         }  # fmt: skip
 
     def _built(self, choice: Choice, batch_size: int = 1) -> tuple[nn.Module, Any, int, ModelCount | None]:
-        """Model and inputs on the meta device, the batch, and what the loss keeps."""
+        """Return the model and inputs on the meta device, the batch, and what the loss keeps."""
         options = {**self.options, **dict(choice.options)}
         if self._function is None:
             config = StructureConfig(self.structure, options, layers=self.layers, rms_cap=self.rms_cap)

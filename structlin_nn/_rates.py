@@ -61,7 +61,7 @@ class Place:
 
 @dataclass
 class _Found:
-    """What is known of a parameter: its rules, by each of its names, and the extra multipliers that apply."""
+    """The rules of a parameter, by each of its names, and the extra multipliers that apply."""
 
     by_hand: dict[str, ParameterRule] = field(default_factory=dict)
     derived: dict[str, ParameterRule] = field(default_factory=dict)
@@ -105,8 +105,8 @@ def settle(
             uncovered[place.parameter] = place.described
     if missing := [what for parameter, what in uncovered.items() if not found[parameter].by_hand]:
         raise ValueError(
-            f"no rule covers the parameters {listed(missing)}; give rules={{pattern: ParameterRule(multiplier, "
-            "decay)}, with multiplier 1 for embeddings and whatever else has a fan-in that does not grow with the width"
+            f"no rule covers the parameters {listed(missing)}; pass rules={{pattern: ParameterRule(multiplier, "
+            "decay)}, with multiplier 1 for embeddings and other parameters whose fan-in does not grow with the width"
         )
     if unused:
         raise ValueError(f"nothing matches {listed(map(show, unused))}")
@@ -128,7 +128,7 @@ def _one_rule(entry: _Found, extra: Mapping[Pattern, float]) -> tuple[str, Param
 
 
 def dense_multiplier(fans: Fans, base: Fans, optimizer: str) -> float:
-    """Multiplier of a dense weight, relative to the one at base width."""
+    """Return the multiplier of a dense weight, relative to the one at base width."""
     dense = structlin.design("dense", (fans.fan_out, fans.fan_in))
     (value,) = structlin.lr_multipliers(dense, optimizer=optimizer, base_d_in=base.fan_in, base_d_out=base.fan_out)
     return value * (fans.blocks / base.blocks) if optimizer == "sgd" else value
@@ -137,7 +137,7 @@ def dense_multiplier(fans: Fans, base: Fans, optimizer: str) -> float:
 def factor_multipliers(
     structure: AbstractStructure, base: Fans, optimizer: str, structure_aware: bool
 ) -> tuple[float, ...]:
-    """Multipliers of the trainable factors; without ``structure_aware`` those of the dense layer of that size."""
+    """Return multipliers of the trainable factors; without ``structure_aware`` those of a dense layer."""
     trainable = [factor.trainable for factor in structure.factors]
     if not structure_aware:
         return (dense_multiplier(Fans(structure.d_in, structure.d_out), base, optimizer),) * sum(trainable)
@@ -148,7 +148,7 @@ def factor_multipliers(
 def check_arguments(
     lr: float, weight_decay: float, optimizer: str, decay: Collection[str], independent_decay: bool
 ) -> None:
-    """ValueError for rates, optimisers and kinds that there are not, TypeError for rates that are no numbers."""
+    """Raise ValueError for unknown rates, optimisers and kinds, TypeError for rates that are not numbers."""
     if optimizer not in OPTIMIZERS:
         raise ValueError(f"unknown optimizer {optimizer!r}; one of {', '.join(OPTIMIZERS)}")
     check_number(lr, "lr")
@@ -178,7 +178,7 @@ def check_same_modules(ours: Mapping[str, Any], theirs: Mapping[str, Any], same:
 
 
 def check_number(value: Any, name: str) -> None:
-    """TypeError unless ``value`` is a real number."""
+    """Raise TypeError unless ``value`` is a real number."""
     if isinstance(value, bool | str) or not hasattr(value, "__float__"):
         hint = f"; {float(value)!r} would be one" if isinstance(value, str) and _is_float(value) else ""
         raise TypeError(f"{name} must be a number, got {value!r}{hint}")
@@ -193,6 +193,6 @@ def _is_float(text: str) -> bool:
 
 
 def check_multiplier(value: float, what: str) -> None:
-    """ValueError unless ``value`` is a finite number of at least 0; at 0 a parameter keeps its values."""
+    """Raise ValueError unless ``value`` is finite and at least 0; at 0 a parameter keeps its values."""
     if not (math.isfinite(value) and value >= 0):
         raise ValueError(f"a multiplier must be finite and at least 0, got {value!r} in {what}")

@@ -1,4 +1,4 @@
-"""What the replacement of linear layers is in every framework: the choice of layers, and the report."""
+"""The framework-independent part of replacing linear layers: the choice of layers, and the report."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Replacement:
 
 @dataclass(frozen=True)
 class ReplacementReport:
-    """What ``replace_linear`` did; ``print`` it for a table.
+    """Report of ``replace_linear``; ``print`` shows a table.
 
     Attributes
     ----------
@@ -53,7 +53,7 @@ class ReplacementReport:
     dense: tuple[tuple[str, tuple[int, ...], str], ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
+        """Return plain values, for JSON."""
         return {
             "layers": [
                 {
@@ -108,7 +108,7 @@ def names_of(places: Mapping[Any, Sequence[str]]) -> str:
 
 
 def matching(places: Mapping[Layer, Sequence[str]], patterns: Sequence[Pattern], argument: str) -> set[Layer]:
-    """Layers that match any of the patterns, each of which must match some; ValueError naming ``argument``."""
+    """Return layers that match any pattern; ValueError naming ``argument`` if a pattern matches none."""
     found: set[Layer] = set()
     for pattern in patterns:
         hits = {module for module, names in places.items() if any(matches(pattern, name) for name in names)}

@@ -42,7 +42,7 @@ class _Unpickler(pickle.Unpickler):
         known = name in _NAMES.get(module, ())
         known |= module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if not known:
-            raise ValueError(f"it refers to {module}.{name}, which is no part of a table of contents")
+            raise ValueError(f"it refers to {module}.{name}, which a table of contents must not contain")
         return super().find_class(module, name)
 
 

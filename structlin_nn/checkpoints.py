@@ -22,7 +22,7 @@ STATE_KEYS = (
 
 
 def checkpoints(folder: Path) -> list[str]:
-    """Names of the checkpoints in the folder of a run, the newest last."""
+    """Return the names of the checkpoints in the folder of a run, the newest last."""
     place = folder / CHECKPOINTS
     return sorted(path.name for path in place.iterdir() if path.name.isdigit()) if place.is_dir() else []
 

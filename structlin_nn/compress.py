@@ -236,4 +236,4 @@ def _check_classes(trained: TrainedModel, classes: int) -> None:
     options = trained.build.get("config") or trained.build["options"]
     own = options.get("num_classes", getattr(trained.model, "num_classes", None))
     if own != classes:
-        raise ValueError(f"{trained.name} has {own} classes, and the data have {classes}: give data of {own} classes")
+        raise ValueError(f"{trained.name} has {own} classes, but the data have {classes}; pass data with {own} classes")

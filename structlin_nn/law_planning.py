@@ -49,7 +49,7 @@ def plan_for_error(name: str, laws: Mapping[str, Any], error: float, **settings:
     """
     resource = _LAW_COLUMNS.get(laws.get("x", ""))
     if resource is None:
-        raise ValueError(f"laws of {laws.get('x')!r} give no budget; one of {', '.join(_LAW_COLUMNS)}")
+        raise ValueError(f"laws in {laws.get('x')!r} give no budget; fit laws in one of {', '.join(_LAW_COLUMNS)}")
     if not error > 0:
         raise ValueError(f"the error must be positive, got {error}")
     rows = []
@@ -114,8 +114,8 @@ def plan_by_law(
     size = _SIZES.get(laws.get("size", ""))
     if size is None or laws.get("data") != "samples":
         raise ValueError(
-            f"laws of {laws.get('size')!r} and {laws.get('data')!r} give no width and no samples; "
-            f"fit them to one of {', '.join(_SIZES)}, and to samples"
+            f"laws in {laws.get('size')!r} and {laws.get('data')!r} give no width and no samples; "
+            f"fit laws in one of {', '.join(_SIZES)}, and in samples"
         )
     if resource not in _BUDGETS:
         raise ValueError(f"unknown resource {resource!r}; one of {', '.join(_BUDGETS)}")

@@ -211,7 +211,7 @@ def plan_model(
                 found, after = widest(share, may_fit, start, multiple_of, parts, even_widths)
         except TooLargeError:
             asked = " and ".join(f"{b:g} {r}" for r, b in budgets.items())
-            raise ValueError(f"{name} with {structure} of width {WIDEST:,} and more fits into {asked}") from None
+            raise ValueError(f"{name} with {structure} fits into {asked} at the largest width, {WIDEST:,}") from None
         if found is None:
             continue
         if any(not math.isclose(costs.measured(found)[r], costs.quick(found)[r]) for r in budgets):  # type: ignore[index]

@@ -63,7 +63,7 @@ figcaption {{ color: #555; font-size: 13px; max-width: 46rem; }}
 
 @dataclass(frozen=True)
 class Run:
-    """What a report says of one run: its file (``record``), the label of its group, and numbers.
+    """The entries of a report about one run.
 
     ``params`` are trainable ones, if the record has them. ``planned`` are the FLOPs of the training of the whole run,
     and ``spent`` those so far; ``seconds`` are those of training, without evaluations if the record separates them.

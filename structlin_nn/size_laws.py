@@ -81,7 +81,7 @@ def fit_sizes(
 def multipliers(
     drawn: LossBootstrap, reference: str, *, loss: float | None = None, flops: float = FLOPS, confidence: float = 0.95
 ) -> dict[str, tuple[float, Estimate]]:
-    """Return, for each other group, the loss at which it is compared, and how many times less compute it needs.
+    """Return, for every other group, the loss at which it is compared and how much less compute it needs.
 
     `drawn` is a result of :func:`fit_sizes`. A `loss` of None is the lowest that points of both reach; `flops` are
     those of training for each unit of N and of D. ValueError for an unknown reference, or a loss that neither law
@@ -110,7 +110,7 @@ def allocations(
     tolerance: float = 0.1,
     flops: float = FLOPS,
 ) -> tuple[dict[str, Envelope | IsoFlop], dict[str, str]]:
-    """Return the best split of budgets, by approach 1 or 2 of Hoffmann et al. 2022, and why groups are left out.
+    """Return the best split of a budget for each group by approach 1 or 2 of Hoffmann et al. (2022).
 
     Approach 1 is the envelope of the curves: rows are all evaluations, with the column ``record`` of their run.
     Approach 2 is parabolas at equal compute, with `budgets` and `tolerance`
@@ -140,7 +140,7 @@ def _curves(rows: Sequence[Row], size: str, data: str, y: str) -> list[tuple[flo
     runs: dict[str, list[Row]] = {}
     for row in rows:
         if "record" not in row:
-            raise ValueError("the envelope of curves needs a column 'record', which says what is one run")
+            raise ValueError("the envelope of curves needs a column 'record', which identifies a run")
         runs.setdefault(str(row["record"]), []).append(row)
     curves = []
     for lines in runs.values():

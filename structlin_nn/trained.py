@@ -71,7 +71,7 @@ class TrainedModel:
         return self.build["options"].get("img_size", usual[1])
 
     def example_input(self, device: str = "meta") -> Tensor:
-        """One sample of the longest shape that the model takes."""
+        """Return one sample of the longest shape that the model takes."""
         if self.build["kind"] == "timm":
             return torch.zeros(1, 3, self.image_size, self.image_size, device=device)
         return self.model.example_input(device=device)  # type: ignore[operator]
@@ -155,7 +155,7 @@ def load_trained(folder: str | os.PathLike[str], *, average: bool = False, model
     """
     place, state = read_checkpoint(Path(folder))
     if average and not state["tensors"].get("average"):
-        raise ValueError(f"the run in {folder} keeps no average of its weights (ema is 0)")
+        raise ValueError(f"the run in {folder} has no average of its weights, because its ema is 0")
     if model is None:
         if state["build"] is None:
             raise ValueError(

@@ -1,15 +1,14 @@
 """Repairs of CoLA 0.0.7, so that operators compose and their numbers are right on a fresh install.
 
-CoLA dispatches on types through cola-plum-dispatch 0.1.4, which orders types by beartype. `install` is called once,
-when structlin is imported. It looks for each defect first (tries it where that needs no array library, else asks
-whether the code is still CoLA's own) and touches nothing else, so it may be called again. Where a dispatch rule of
-higher precedence helps, the repair is a rule; the rest replaces a method or a function of CoLA. All of CoLA's
-operators gain by it.
+CoLA dispatches on types through cola-plum-dispatch 0.1.4, which orders types by beartype. `install` is called when
+structlin is imported. It checks first whether each defect exists, by a test or, if a test would import an array
+library, by comparison with CoLA's own code. So it may be called again. If possible, a repair is a dispatch rule of
+higher precedence. Other repairs replace a method or a function of CoLA. They apply to all operators of CoLA.
 
-Each repair is listed with the versions it was needed with (CoLA 0.0.7 where none are named) and, in brackets, the
-cases of ``tests/structlin/test_cola_compat.py`` that fail where all repairs but this one are made, and pass with it.
+Each repair is listed with the versions that need it (by default CoLA 0.0.7). The names in brackets are the cases of
+``tests/structlin/test_cola_compat.py`` that fail with all other repairs and pass with this one too.
 
-Composing (`structlin._cola_compat._composing`, ``_slicing``, ``_pickling``): what raised, or left NumPy
+Composing (`structlin._cola_compat._composing`, ``_slicing``, ``_pickling``): errors, or results of another library
     any        beartype >= 0.23: ``Any`` compares below every type, so ``add(Any, Any)`` ties with every other rule,
                and ``A + B``, ``A - B``, ``kron``, ``kronsum`` raise AmbiguousLookupError.
                [plus, difference, kron, kronsum]
@@ -22,7 +21,7 @@ Composing (`structlin._cola_compat._composing`, ``_slicing``, ``_pickling``): wh
     scaling    ``c * A`` with complex c and real A raises on torch and drops the imaginary part on jax; an array c of
                several elements scales each row by another number; the inverse of a scaled operator fails on NumPy.
                [complex_scalar, array_scalar, scalar_inverse]
-    subtract   ``dense - A`` raises: there is no ``__rsub__``. [dense_minus]
+    subtract   ``dense - A`` raises an error, because there is no ``__rsub__``. [dense_minus]
     slicing    ``A[i]`` of a matrix that is not square, index arrays on NumPy and jax, two lists of indices; repeated
                columns overwrite one another; a complex operand of a real operator fails; negative steps fail on torch;
                two index arrays give a submatrix where two lists give entries (now entries, as in NumPy; ``np.ix_``
@@ -31,22 +30,22 @@ Composing (`structlin._cola_compat._composing`, ``_slicing``, ``_pickling``): wh
     concat     ``Concatenated`` asks for equal sizes along the wrong axis, and along axis 1 it multiplies as along
                axis 0. [concatenated]
     rows       ``X @ A`` differentiates ``A @ x`` for Kronecker, KronSum, BlockDiag, Identity, ScalarMul and
-               Permutation: slow, and not there on NumPy. [rows]
-    clip       jax 0.10: ``jnp.clip`` has no ``a_min`` any more, which Arnoldi uses. [arnoldi]
+               Permutation, which is slow, and not available on NumPy. [rows]
+    clip       jax 0.10: ``jnp.clip`` no longer has ``a_min``, which Arnoldi uses. [arnoldi]
     pickling   operators hold a module, and classes such as ``Sum[Dense, Dense]`` cannot be found by name, so that
                pickle, copy.deepcopy and torch.save raise. [pickle_and_copy]
     devices    with more than one jax device, operators that hold no array, or traced ones, raise. [several_devices]
     views      ``kron`` of a torch tensor that is not contiguous raises. [transposed_kron]
     like       ``I_like`` of a NumPy operator belongs to jax. [numpy_identity]
 
-Speed (`structlin._cola_compat._dispatch`): what is right and slow
-    lookup     one rule with a condition keeps plum from remembering what any call of that function resolves to.
+Speed (`structlin._cola_compat._dispatch`): correct but slow
+    lookup     one rule with a condition prevents plum from caching the resolved method of that function.
                [lookup_is_remembered]
     binding    ``inspect`` binds the arguments of every dispatched call. [binding_is_quick]
-    annotating annotating an operator takes it and its members to pieces. [annotating_keeps_members]
+    annotating annotating an operator flattens it and its members. [annotating_keeps_members]
     sums       a sum begins with the number 0, and copies its first term. [sums_do_not_copy]
 
-Numbers (`structlin._cola_compat._values`): what was wrong without a word
+Numbers (`structlin._cola_compat._values`): wrong results without an error
     logdet_scalar       ``logdet(c * A)`` counts log|c| once instead of n times, and the sign likewise. [logdet_scalar]
     logdet_permutation  ``slogdet`` ignores the parity of a permutation, so LU gives wrong signs. [logdet_parity]
     logdet_iterative    with Lanczos or Arnoldi ``logdet`` returns its absolute value. [logdet_iterative]
@@ -66,11 +65,11 @@ import plum
 
 
 def _require_colas_plum() -> None:
-    """CoLA needs its own fork of plum, which installs into the same folder as plum itself."""
+    """Raise ImportError if plum has replaced CoLA's fork of it, which installs into the same folder."""
     if "cond" not in inspect.signature(plum.Dispatcher.__call__).parameters:
         raise ImportError(
-            "plum-dispatch has replaced cola-plum-dispatch, which CoLA cannot do without (both install the package "
-            "'plum'); remedy: pip uninstall -y plum-dispatch && "
+            "plum-dispatch has replaced cola-plum-dispatch, which CoLA needs (both install the package 'plum'); "
+            "remedy: pip uninstall -y plum-dispatch && "
             "pip install --force-reinstall --no-deps cola-plum-dispatch"
         )
 
@@ -111,7 +110,13 @@ REPAIRS: tuple[Repair, ...] = (*COMPOSING, *VALUES, *SPEED)
 
 
 def install() -> tuple[str, ...]:
-    """Repair what is broken in CoLA; returns the names of the repairs that were made, none the second time."""
+    """Repair the defects of CoLA that exist.
+
+    Returns
+    -------
+    tuple[str, ...]
+        Names of the repairs that were made; empty at the second call.
+    """
     made = []
     for repair in REPAIRS:
         if repair.broken():

@@ -91,7 +91,7 @@ def _repair_overlap() -> None:
 
 
 def _libraries(value: Any) -> set[str]:
-    """Names of the libraries whose arrays ``value`` holds."""
+    """Return the names of the libraries whose arrays ``value`` holds."""
     if isinstance(value, LinearOperator):
         if hasattr(type(value), "backend"):  # one of ours
             return {value.backend}
@@ -121,7 +121,7 @@ def _find_device(value: Any) -> Any:
 
 
 def _guessed_library(dtype: Any) -> str:
-    """CoLA's guess, for a class that sets its arrays only afterwards, without starting jax to find out."""
+    """Return CoLA's guess without starting jax, for a class that sets its arrays later."""
     if str(dtype).startswith("torch."):
         return "torch"
     return "jax" if "jax" in sys.modules else "numpy"  # importing CoLA has imported it where it is installed
@@ -172,7 +172,7 @@ def _kron_sum(A: Array, B: Array) -> Array:
 
 
 def as_scalar(A: LinearOperator, c: Any) -> tuple[Any, Any]:
-    """``c`` checked, and the dtype of c * A."""
+    """Check ``c``, and return it with the dtype of c * A."""
     if isinstance(c, LinearOperator):
         raise TypeError("operators are multiplied with @, not *")
     if is_array(c):

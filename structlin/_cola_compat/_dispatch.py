@@ -77,7 +77,7 @@ def _unconditional(signature: Signature) -> Signature:
 
 @dataclass
 class _Bound:
-    """What plum asks of ``inspect.BoundArguments``, with the defaults in place."""
+    """The part of ``inspect.BoundArguments`` that plum uses, with defaults applied."""
 
     arguments: dict[str, Any]
 
@@ -112,7 +112,7 @@ _KINDS = {inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEY
 
 
 def _slow_cells() -> list[Any]:
-    """Where the functions that CoLA declares by ``dispatch.abstract`` keep a signature of ``inspect``."""
+    """Return where functions declared by CoLA's ``dispatch.abstract`` store a signature of ``inspect``."""
     found = []
     for function in dispatch.functions.values():
         for cell in getattr(getattr(function, "_abstract", None), "__closure__", None) or ():

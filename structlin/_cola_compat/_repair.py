@@ -1,4 +1,4 @@
-"""What a repair is, and what several of them need."""
+"""The class of a repair, and functions that several repairs use."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from structlin._arrays import backend_of
 
 @dataclass(frozen=True)
 class Repair:
-    """``broken`` tells whether CoLA still has the defect, and starts no array library to find out."""
+    """A repair of CoLA. ``broken`` returns whether the defect exists, and imports no array library for that."""
 
     name: str
     broken: Callable[[], bool]
@@ -28,7 +28,7 @@ class Repair:
 
 
 def is_original(function: Any) -> bool:
-    """Whether a function is still that of CoLA, or of the library that it took it from."""
+    """Whether a function is the original of CoLA, or of the library from which CoLA has it."""
     return str(function.__module__).partition(".")[0] in ("cola", "plum", "torch")
 
 
@@ -59,7 +59,7 @@ def implementation(name: str, *types: Any) -> Callable[..., Any]:
 
 
 def is_ambiguous(name: str, *types: Any) -> bool:
-    """Whether two rules of ``name`` claim ``types``."""
+    """Whether two rules of ``name`` apply to ``types`` with equal precedence."""
     try:
         implementation(name, *types)
     except AmbiguousLookupError:
@@ -70,7 +70,7 @@ def is_ambiguous(name: str, *types: Any) -> bool:
 def rule(
     name: str, precedence: float = 1, cond: Callable[..., bool] | None = None, types: Sequence[type] = ()
 ) -> Callable[[Any], Any]:  # fmt: skip
-    """Register a method of CoLA's dispatched function ``name``, for ``types`` or else those of its annotations."""
+    """Register a method of CoLA's dispatched function ``name``, for ``types`` or by default for its annotations."""
 
     def register(method: Any) -> Any:
         method.__name__ = name
@@ -84,7 +84,7 @@ def rule(
 
 @cache
 def functions_of(backend: str) -> ModuleType:
-    """CoLA's array functions for ``numpy``, ``torch`` or ``jax``."""
+    """Return CoLA's array functions for ``numpy``, ``torch`` or ``jax``."""
     # Not cola.backends.get_xnp: for jax it switches the whole process to the CPU.
     if backend == "jax":
         from cola.backends import jax_fns
@@ -98,7 +98,7 @@ def functions_of(backend: str) -> ModuleType:
 
 
 def library_of(functions: ModuleType) -> str:
-    """``numpy``, ``torch`` or ``jax``, of CoLA's array functions; imports none of them."""
+    """Return ``numpy``, ``torch`` or ``jax`` for CoLA's array functions, without importing them."""
     return functions.__name__.rpartition(".")[2].removesuffix("_fns").replace("np", "numpy")
 
 
@@ -112,7 +112,7 @@ def is_array(x: Any) -> bool:
 
 
 def device_of(x: Any) -> Any:
-    """Where an array is; None for NumPy arrays, and for what a pytree transformation puts in place of arrays."""
+    """Return the device of an array; None for NumPy arrays, and for placeholders of pytree transformations."""
     library = backend_of(x) if is_array(x) else "numpy"
     if library != "jax":
         return x.device if library == "torch" else None

@@ -90,7 +90,7 @@ def _sliced_init(self: Any, A: LinearOperator, slices: tuple[Any, Any]) -> None:
 
 
 def _spread(self: Any, X: Array, axis: int) -> Array:
-    """X, whose axis ``1 - axis`` runs over the chosen positions, put back among all of them, the others zero."""
+    """Return X with its axis ``1 - axis`` at the chosen positions, and zeros at all others."""
     xnp, chosen, n = self.xnp, self.slices[axis], self.A.shape[axis]
     dtype, device = xnp.promote_types(self.dtype, X.dtype), xnp.get_device(X)
     if isinstance(chosen, tuple) and len(set(chosen)) < len(chosen):

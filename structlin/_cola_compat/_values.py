@@ -1,4 +1,4 @@
-"""Repairs of results that are wrong without a word."""
+"""Repairs of wrong results without an error."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def _repair_logdet_scalar() -> None:
 
 
 def parity(index: Any) -> Any:
-    """Sign of a permutation of numbers: that of its length minus the number of its cycles."""
+    """Return the sign of a permutation, ``(-1)^(n - c)`` for n numbers and c cycles."""
     try:
         values = np.asarray(index.detach().cpu() if hasattr(index, "detach") else index)
     except (RuntimeError, TypeError):  # traced by jax or torch: by the number of inversions
@@ -70,7 +70,7 @@ def _logdet_iterative_is_broken() -> bool:
 
 
 def _repair_logdet_iterative() -> None:
-    # Between CoLA's rules for one algorithm (precedence -1) and its rules for one kind of operator (0).
+    # Between CoLA's rules for one algorithm (precedence -1) and those for one type of operator (0).
     @rule("slogdet", precedence=-0.5)
     def slogdet_iterative(A: LinearOperator, log_alg: Lanczos | Arnoldi, trace_alg: Algorithm):
         value = trace(log(A, log_alg), trace_alg)
@@ -101,7 +101,7 @@ def _known_product(scalars: Iterable[Any]) -> complex | None:
 
 
 def scaled_annotations(annotations: set[type], c: complex | None, is_complex: bool) -> set[type]:
-    """Return what is left of ``annotations`` after multiplication by ``c``."""
+    """Return the ``annotations`` that remain valid after multiplication by ``c``."""
     if c == 1:
         return annotations
     kept: set[type] = set()
@@ -184,7 +184,7 @@ def _array(arr: Any, dtype: Any = None, device: Any = None) -> Any:
 
 
 def _rtruediv(self: LinearOperator, c: Any) -> Any:
-    """Refused: c / A is not defined; write c * cola.inv(A)."""
+    """Raise an error, because ``c / A`` is not defined."""
     raise TypeError("cannot divide by an operator; write c * cola.inv(A)")
 
 

@@ -64,7 +64,7 @@ def thin(A: Any) -> int | None:
 
 
 def matrix_blocks(A: Any) -> Array | None:
-    """(b, n, m) of a block-diagonal matrix; (1, n, m) of a dense one; else None."""
+    """Return (b, n, m) of a block-diagonal matrix; (1, n, m) of a dense one; else None."""
     blocks = roles.diagonal_blocks(A.structure, A.factors)
     if blocks is None and roles.is_dense(A.structure):
         matrices = roles.part_matrices(A.structure, A.factors)
@@ -86,7 +86,7 @@ def kronecker_members(A: Any, square: bool = False) -> list[Array] | None:
 
 
 def outer(values: Sequence[Array], add: bool = False) -> Array:
-    """All products, or all sums, of one entry of each vector, in the order of a Kronecker product."""
+    """Return all products or sums of one entry of each vector, in the order of a Kronecker product."""
     found = values[0]
     for more in values[1:]:
         left, right = found[:, None], more[None, :]
@@ -131,7 +131,7 @@ def _reversed(A: Any) -> StructuredOperator:
 
 @dataclass(frozen=True)
 class Padded:
-    """What is needed of the inverse of M, a square chain of which A is the leading (n - k) x (n - k) part.
+    """Parts of the inverse of M, a square chain of which A is the leading (n - k) x (n - k) part.
 
     ``M^-1 = [[leading, right], [below, corner]]``, ``full`` is the structure of M.
     """
@@ -144,7 +144,7 @@ class Padded:
 
 
 def padded(A: Any) -> Padded | None:
-    """None where A is no part of a square chain, or a small one, and where M is singular, which A need not be then."""
+    """Return these parts; None if A is no large part of a square chain M, or M is singular (A may be regular then)."""
     structure = A.structure
     if structure.padding[0] != structure.padding[1]:
         return None
@@ -165,7 +165,7 @@ def padded(A: Any) -> Padded | None:
 
 
 def _padded_inverse(A: Any) -> Answer[Any] | None:
-    """A^-1 = leading - right corner^-1 below, by the Schur complement of the corner. Its user has to check it."""
+    """Return A^-1 = leading - right corner^-1 below by the Schur complement of the corner; the caller checks it."""
     parts = padded(A)
     if parts is None:
         return None
@@ -224,7 +224,7 @@ def solve(A: Any, b: Array) -> Answer[Array] | None:
 
 
 def _substituted(structure: Structure, factors: Sequence[Array], b: Array) -> Array:
-    """Where a block meets more columns than it has rows, its inverse and a product are faster than substitution."""
+    """Solve by substitution, or by the inverse of a block that has more columns than rows, which is then faster."""
     inverted, orders = roles.solution_steps(structure)
     xp, tokens, number = lapack(b), math.prod(b.shape[1:]), 0
     x = b
@@ -345,7 +345,7 @@ def frobenius_norm(A: Any) -> Answer[Array] | None:
 
 
 def largest(matrices: Array) -> Array:
-    """Largest singular value of each of a stack of matrices."""
+    """Return the largest singular value of each of a stack of matrices."""
     require_precision(matrices, "a spectral norm")
     return lapack(matrices).singular_values(matrices)[..., 0]
 
@@ -456,7 +456,7 @@ def function(A: Any, f: Any) -> Answer[Any] | None:
 def of_kronecker(
     matrices: Sequence[Array], A: Any, f: Any, *, add: bool = False, shift: Any = 0.0
 ) -> StructuredOperator | None:
-    """f(K + shift I), for K the Kronecker product of the matrices, or with ``add`` their Kronecker sum.
+    """Return f(K + shift I), for K the Kronecker product of the matrices, or with ``add`` their Kronecker sum.
 
     V f(L) V^-1, where V and L are made of the members' eigenvectors and eigenvalues. None where one is defective. A
     tells what is known of the whole: its annotations.
@@ -495,7 +495,7 @@ def _member_derivative(parts: Sequence[Any], k: int, f: Any, add: bool) -> Struc
 
 
 def _of_low_rank(A: Any, f: Any) -> Answer[Any] | None:
-    """``f(U V) = f(0) I + U g(V U) V`` with ``g(z) = (f(z) - f(0)) / z``."""
+    """Return ``f(U V) = f(0) I + U g(V U) V`` with ``g(z) = (f(z) - f(0)) / z``."""
     if f.at_zero is not None and not math.isfinite(f.at_zero):
         raise singular(A, A.structure.rank_bound)
     U, V = _thin(A)

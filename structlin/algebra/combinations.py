@@ -19,7 +19,7 @@ from structlin.verdicts import Answer
 
 
 def product(A: Any, B: Any) -> Answer[Any] | None:
-    """Kronecker and block-diagonal products of members that fit one another."""
+    """Return the product of Kronecker or block-diagonal operators whose members match."""
     left, right = roles.kronecker_parts(A.structure), roles.kronecker_parts(B.structure)
     if left is not None and right is not None:
         if len(left) != len(right) or len(left) < 2:
@@ -43,7 +43,7 @@ def _matmul(x: Array, y: Array) -> Array:
 
 
 def low_rank_factors(A: Any) -> tuple[Array, Array] | None:
-    """(U, V) of an operator that is a chain of dense matrices with a bottleneck; None for any other."""
+    """Return (U, V) of an operator that is a chain of dense matrices with a bottleneck; None for any other."""
     found = roles.bottleneck(A.structure) if isinstance(A, StructuredOperator) else None
     if found is None or found[0] >= min(A.shape):
         return None

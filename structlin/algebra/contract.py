@@ -27,7 +27,7 @@ _Terms = tuple[tuple[int, ...], ...]
 
 @lru_cache(maxsize=1024)
 def cost(terms: _Terms, output: tuple[int, ...], sizes: tuple[int, ...]) -> float:
-    """Multiplications of the contraction that opt_einsum finds."""
+    """Return the multiplications of the contraction that opt_einsum finds."""
     if len(terms) == 1:
         return 0.0
     shapes = [tuple(sizes[a] for a in term) for term in terms]
@@ -36,7 +36,7 @@ def cost(terms: _Terms, output: tuple[int, ...], sizes: tuple[int, ...]) -> floa
 
 
 def dense_cost(structure: AbstractStructure) -> float:
-    """Operations to build the dense matrix by applying the structure to the identity."""
+    """Return the operations to build the dense matrix by applying the structure to the identity."""
     return min(structure.shape) * structure.flops / 2
 
 
@@ -60,7 +60,7 @@ class _Join:
 
 @lru_cache(maxsize=1024)
 def _closed(structure: AbstractStructure) -> tuple[_Terms, tuple[int, ...], tuple[int, ...]] | None:
-    """(terms, axes of the diagonal, sizes) of the network whose row and column index are joined."""
+    """Return (terms, axes of the diagonal, sizes) of the network whose row and column index are joined."""
     net = network(structure)
     if net is None or net.shape(net.columns) != net.shape(net.rows):
         return None
@@ -75,7 +75,7 @@ def _sizes(net: Network) -> tuple[int, ...]:
 
 
 def trace(A: StructuredOperator) -> Array | None:
-    """Sum of the diagonal of a square chain, or None where contraction does not pay."""
+    """Sum of the diagonal of a square chain, or None if contraction costs more than the dense matrices."""
     structure = A.structure
     closed = _closed(structure)
     if closed is None or structure.padding != (0, 0):  # type: ignore[attr-defined]
@@ -95,7 +95,7 @@ def _split(A: StructuredOperator) -> list[Array]:
 
 
 def diagonal(A: StructuredOperator, k: int = 0) -> Array | None:
-    """Return the k-th diagonal of a chain, or None where contraction does not pay."""
+    """Return the k-th diagonal of a chain, or None if contraction costs more than the dense matrices."""
     if k == 0 and (found := _joined_diagonal(A)) is not None:
         return found
     d_out, d_in = A.shape
@@ -125,7 +125,7 @@ def _joined_diagonal(A: StructuredOperator) -> Array | None:
 
 
 def entries(A: StructuredOperator, rows: np.ndarray, columns: np.ndarray) -> Array | None:
-    """``A[rows[i], columns[i]]`` for each i, for a chain; None where gathering costs more than the dense matrix."""
+    """Return ``A[rows[i], columns[i]]`` for each i; None if gathering costs more than the dense matrix."""
     net = network(A.structure)
     if net is None or len(rows) == 0:
         return None
@@ -170,7 +170,7 @@ def _pick(factor: Array, term: Sequence[int], places: dict[int, np.ndarray], xp:
 
 @lru_cache(maxsize=1024)
 def _pair(a: AbstractStructure, b: AbstractStructure) -> tuple[_Terms, tuple[int, ...], int] | None:
-    """(terms of a then b, sizes, how often the sum counts) of the inner product of two chains."""
+    """Return (terms of a then b, sizes, how often the sum counts) of the inner product of two chains."""
     first, second = network(a), network(b)
     if first is None or second is None or a.padding != (0, 0) or b.padding != (0, 0):  # type: ignore[attr-defined]
         return None
@@ -188,7 +188,7 @@ def _pair(a: AbstractStructure, b: AbstractStructure) -> tuple[_Terms, tuple[int
 
 
 def inner(A: StructuredOperator, B: StructuredOperator) -> Array | None:
-    """``sum(conj(A) * B)`` of two chains, or None where contraction does not pay."""
+    """Return ``sum(conj(A) * B)`` of two chains, or None if contraction costs more than the dense matrices."""
     found = _pair(A.structure, B.structure)
     if found is None:
         return None

@@ -65,13 +65,13 @@ class Network:
         return tuple(self.sizes[a] for a in axes)
 
     def split(self, factors: Sequence[Any]) -> list[Any]:
-        """Factors of the structure, arrays of any library, reshaped to the axes of the network."""
+        """Return the factors of the structure, in any library, reshaped to the axes of the network."""
         return [f.reshape(self.shape(axes)) for f, axes in zip(factors, self.factors, strict=True)]
 
 
 @lru_cache(maxsize=1024)
 def network(structure: AbstractStructure) -> Network | None:
-    """None for what is no chain, and for chains that need a constant tensor."""
+    """Return the network; None if the structure is not a chain, or needs a constant tensor."""
     if not isinstance(structure, Structure):
         return None
     found = build(structure)
@@ -134,7 +134,7 @@ def build(structure: Structure) -> Network:
 
 
 def _refine(sizes: Sequence[int], boundaries: Sequence[tuple[list[int], list[int]]]) -> tuple[list[set[int]], set[int]]:
-    """Where to cut each axis (suffix products inside it), and the boundaries at which the sizes do not nest."""
+    """Return where to cut each axis (suffix products), and the boundaries at which the sizes do not nest."""
     cuts: list[set[int]] = [set() for _ in sizes]
     joints: set[int] = set()
 
@@ -164,7 +164,7 @@ def _refine(sizes: Sequence[int], boundaries: Sequence[tuple[list[int], list[int
 
 
 def _parts(sizes: Sequence[int], cuts: Sequence[set[int]]) -> tuple[list[list[int]], dict[int, int]]:
-    """Numbers of the parts of each axis, slowest first, and their sizes; axes of size 1 have no part."""
+    """Return the numbers of the parts of each axis, slowest first, and their sizes; axes of size 1 have no part."""
     parts: list[list[int]] = []
     part_sizes: dict[int, int] = {}
     for size, inside in zip(sizes, cuts, strict=True):

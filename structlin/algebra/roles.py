@@ -1,4 +1,4 @@
-"""What the axis roles of a chain say about its matrix: blocks, signs, Kronecker and block-diagonal form, bottleneck.
+"""Properties of a matrix by the axis roles of its chain: blocks, Kronecker and block-diagonal form, bottleneck.
 
 Step k of a chain is, between two permutations of axes, a block-diagonal matrix: one block of (fan_out, fan_in) for
 each batch position, repeated at each carried position. From that follow the inverse (the reversed chain of block
@@ -23,7 +23,7 @@ from structlin.structure import AbstractStructure, Step, Structure
 
 
 def blocks_of(structure: Structure, number: int, factor: Array) -> Array:
-    """Factor ``number`` as an array of shape (blocks, fan_out, fan_in)."""
+    """Return factor ``number`` as an array of shape (blocks, fan_out, fan_in)."""
     step, spec = structure.steps[number], structure.factors[number]
     order = tuple(step.factor.index(a) for a in step.batch + step.free + step.contracted)
     if order != tuple(range(len(order))):
@@ -53,7 +53,7 @@ def is_dense(structure: AbstractStructure) -> bool:
 
 @lru_cache(maxsize=1024)
 def rank_bound(structure: AbstractStructure) -> int:
-    """Upper bound of the rank, remembered."""
+    """Return an upper bound of the rank, which is cached."""
     return structure.rank_bound
 
 
@@ -106,7 +106,7 @@ def permutation_sign(structure: Structure) -> int:
 
 
 def _order_sign(before: str, after: str, sizes: Mapping[str, int]) -> int:
-    """Sign of the permutation of numbers that reorders the axes of a row-major array.
+    """Return the sign of the permutation of numbers that reorders the axes of a row-major array.
 
     Swapping neighbouring axes of sizes m and n transposes a grid, which has m(m-1)/2 n(n-1)/2 inversions; it happens
     once for each position of the axes before, and moves runs as long as the product of the axes behind.
@@ -222,7 +222,7 @@ def diagonal_blocks(structure: AbstractStructure, factors: Sequence[Array]) -> A
 
 @lru_cache(maxsize=1024)
 def bottleneck(structure: AbstractStructure) -> tuple[int, int] | None:
-    """(width, steps before) of the narrowest intermediate vector of a chain of two steps or more."""
+    """Return (width, steps before) of the narrowest intermediate vector of a chain of two steps or more."""
     if not isinstance(structure, Structure) or len(structure.steps) < 2:
         return None
     sizes = dict(structure.sizes)
@@ -246,7 +246,7 @@ def _cut(structure: Structure, before: int, width: int) -> tuple[Structure, Stru
 
 
 def thin_factors(op: StructuredOperator) -> tuple[Array, Array] | None:
-    """(U, V) with ``op = U V``, dense, of shapes (d_out, w) and (w, d_in), w the width of the bottleneck."""
+    """Return (U, V) with ``op = U V``, dense, of shapes (d_out, w) and (w, d_in), w the width of the bottleneck."""
     found = bottleneck(op.structure)
     if found is None:
         return None

@@ -1,4 +1,4 @@
-"""Tensor-Train matrices: sums, rounding, norms that survive cancellation.
+"""Tensor-Train matrices: sums, rounding, and norms that are accurate under cancellation.
 
 Oseledets (2011), Tensor-Train decomposition, sections 3 and 4.
 """
@@ -16,7 +16,7 @@ from structlin.structures.tensor_train import TensorTrain
 
 
 def tensor_train_cores(A: StructuredOperator) -> tuple[Array, ...] | None:
-    """Cores of shape (r_{k-1}, n_k, m_k, r_k) of a Tensor-Train or its transpose; None for other structures."""
+    """Return the cores (r_{k-1}, n_k, m_k, r_k) of a Tensor-Train or its transpose; None for other structures."""
     if not isinstance(A, TensorTrain):
         return None
     if _is_forward(A):
@@ -42,11 +42,22 @@ def _cores(A: StructuredOperator, name: str) -> list[Array]:
 
 
 def add_tensor_trains(A: TensorTrain, B: TensorTrain) -> TensorTrain:
-    """Return ``A + B`` as one Tensor-Train, exactly; ranks add up, so call :func:`round_tensor_train` afterwards.
+    """Return the exact sum ``A + B`` as one Tensor-Train, whose ranks are the sums of the ranks.
 
-    ``A + B`` does the same where the result costs no more MACs than the two terms (two cores); for more cores the
-    inner ones grow with the square of the rank, and only this function adds them. Raises TypeError for other
-    structures, ValueError where the sizes of the cores differ.
+    The operator ``+`` does the same only if the result costs no more MACs than both terms, that is, for two cores.
+    :func:`round_tensor_train` reduces the ranks.
+
+    Parameters
+    ----------
+    A, B
+        Tensor-Trains whose cores have equal sizes.
+
+    Raises
+    ------
+    TypeError
+        If A or B is neither a TensorTrain nor a Kronecker product.
+    ValueError
+        If the sizes of the cores differ.
 
     Examples
     --------
@@ -62,7 +73,7 @@ def add_tensor_trains(A: TensorTrain, B: TensorTrain) -> TensorTrain:
 
 
 def added_cores(first: Sequence[Array], second: Sequence[Array]) -> list[Array]:
-    """Cores side by side at the ends, in two diagonal blocks between."""
+    """Return cores of the sum: concatenated at both ends, block diagonal in between."""
     count = len(first)
     if count == 1:
         return [first[0] + second[0]]
@@ -95,7 +106,7 @@ def _right_orthogonal(cores: Sequence[Array]) -> list[Array]:
 
 
 def norm_of_cores(cores: Sequence[Array]) -> Array:
-    """Frobenius norm, to the accuracy of the largest term in sums that cancel."""
+    """Return the Frobenius norm, to the accuracy of the largest term in sums that cancel."""
     require_precision(cores[0], "a norm of a Tensor-Train")
     return lapack(cores[0]).norm(_right_orthogonal(cores)[0])
 
@@ -103,26 +114,38 @@ def norm_of_cores(cores: Sequence[Array]) -> Array:
 def round_tensor_train(
     A: TensorTrain, *, rank: int | Sequence[int] | None = None, tolerance: float | None = None
 ) -> TensorTrain:
-    """Return the Tensor-Train with lower ranks next to A: orthogonalise from the right, truncate SVDs from the left.
+    """Return a Tensor-Train of lower ranks close to A.
+
+    The cores are orthogonalized from the right, and truncated by SVDs from the left.
 
     Parameters
     ----------
     A
-        A TensorTrain (or a Kronecker product, which is one of rank 1).
+        A TensorTrain, or a Kronecker product (which has rank 1).
     rank
-        The largest rank, one for all inner bonds or one each.
+        Largest rank of all inner bonds, or one for each bond.
     tolerance
-        Relative error in the Frobenius norm that may be made in all; the smallest ranks that keep it are taken. With
-        neither it is a thousand roundoffs: ranks that are not needed go away. With both, both hold.
+        Largest relative error in the Frobenius norm; the smallest ranks that keep it are used. Without ``rank`` and
+        ``tolerance``, it is 1000 times machine epsilon, which removes superfluous ranks. With both, both limits hold.
 
-    Notes
-    -----
-    Returns: a Tensor-Train whose error is at most sqrt(c - 1) times that of the best one with its ranks. Differentiable
-    where the singular values that are kept differ from one another and from those that are dropped; on jax only where
-    no rank of A is superfluous to begin with.
+    Returns
+    -------
+    TensorTrain
+        For c cores, its error is at most sqrt(c - 1) times that of the best one with its ranks. It is differentiable if
+        the kept singular values differ from one another and from the dropped ones; on jax only if A has no superfluous
+        rank.
 
-    Raises TypeError for other structures, ValueError for ranks below 1, a wrong number of them, a negative
-    ``tolerance``, and for ranks that depend on values inside jit (give ``rank`` and ``tolerance=0`` there).
+    Raises
+    ------
+    TypeError
+        If A is neither a TensorTrain nor a Kronecker product.
+    ValueError
+        For a rank below 1, a wrong number of ranks, a tolerance outside [0, 1), and inside jit without ``rank`` or with
+        a positive ``tolerance``.
+
+    References
+    ----------
+    Oseledets (2011), Tensor-Train decomposition, algorithm 2.
 
     Examples
     --------
@@ -142,7 +165,9 @@ def round_tensor_train(
     if bonds == 0:
         return TensorTrain(*cores)
     if tolerance > 0 and not is_known(cores[0]):
-        raise ValueError("the ranks that keep a tolerance depend on values; inside jit give rank (and no tolerance)")
+        raise ValueError(
+            "the ranks that keep a tolerance depend on values; inside jit, pass rank and leave out tolerance"
+        )
     if any(map(needs_grad, cores)):
         cores = _without_superfluous(cores)
     return TensorTrain(*_truncated(cores, limits, tolerance))
@@ -201,7 +226,7 @@ def _limits(rank: int | Sequence[int] | None, bonds: int) -> list[int | None]:
 
 
 def _smallest_rank(values: Sequence[float], budget: float) -> int:
-    """How many singular values to keep so that the root of the squares of the rest is within ``budget``."""
+    """Return the least number of singular values for which the norm of the others is at most ``budget``."""
     rest = 0.0
     for kept in range(len(values), 1, -1):
         rest = math.hypot(rest, values[kept - 1])

@@ -1,13 +1,14 @@
-"""How chains of einsums are run, and how the way is chosen.
+"""Execution of chains of einsums, and the choice between ways to run them.
 
-A :class:`structlin.Structure` is data. This package runs it: a way is a module that can run chains for some library,
-device and dtypes, and one of the ways is chosen for each chain, dtype, number of tokens and threads.
+A :class:`structlin.Structure` is data, and this package runs it. A way is a module that runs chains for some libraries,
+devices and dtypes. One way is chosen for each chain, dtype, number of tokens and number of threads.
 
-- :mod:`.products`: one batched product for each step; any library and device,
-- :mod:`.token_major`, :mod:`.chunked`: the same in other orders of axes, in torch,
-- :mod:`.compiled`: a whole pass as machine code, on x86-64, in torch and jax,
-- :mod:`.choice`: the interface of ways, and the choice; :mod:`.rates`, :mod:`.machine`: what estimates are made from;
-  :mod:`.tuning`, :mod:`.wisdom`: timings, and where they are kept.
+- :mod:`.products`: one batched product for each step, on any library and device;
+- :mod:`.token_major`, :mod:`.chunked`: batched products in other orders of axes, in torch;
+- :mod:`.compiled`: a whole pass as machine code, on x86-64, in torch and jax;
+- :mod:`.choice`: the interface of ways, and the choice;
+- :mod:`.rates`, :mod:`.machine`: measured rates and properties of the machine, for estimates;
+- :mod:`.tuning`, :mod:`.wisdom`: timings, and their records on disk.
 """
 
 from structlin.execution._run import EXECUTOR

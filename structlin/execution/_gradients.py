@@ -1,8 +1,8 @@
 """Gradients of a chain by single products of torch, over all tokens at once.
 
 They are written in plain operations of torch. So they can be differentiated any number of times, batched, traced and
-compiled, and they pass tangents on. They run where the memory of an operand cannot be read by address, or where
-something watches the single products.
+compiled, and they propagate tangents. They run if the memory of an operand cannot be read by address, or if a mode
+intercepts the single products.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ _TORCH = ops("torch")
 def chain_gradients(
     structure: Structure, gy: Tensor, x: Tensor, factors: Sequence[Tensor], needs: Sequence[bool], rows: bool = True
 ) -> tuple[Tensor, ...]:
-    """Gradients of ``x`` and of the factors where ``needs`` (x first) is True, from the gradient ``gy`` of y.
+    """Return the gradients of ``x`` and of the factors if ``needs`` (x first) is True, from the gradient ``gy`` of y.
 
     ``x`` has shape (tokens, d_in) and ``gy`` (tokens, d_out) if ``rows``, otherwise (d_in, tokens) and (d_out, tokens).
-    The products are those that torch's own derivatives of the single products would be.
+    The products are those of torch's derivatives of the single products.
     """
     for_x, *for_factors = needs
     tokens, (pad_in, pad_out) = x.shape[0 if rows else 1], structure.padding
@@ -36,7 +36,7 @@ def chain_gradients(
     wanted = [k for k, need in enumerate(for_factors) if need]
     highest, lowest = (wanted[-1] if wanted else 0), (-1 if for_x else wanted[0])
 
-    # Forward, as far as an input of a product is needed. Where a vector is regrouped there is a step without a factor.
+    # Forward, as far as an input of a product is needed. A regrouping of the vector is a step without a factor.
     state, number = pad(x, pad_in) if pad_in else x, 0
     inputs: list[Tensor] = []
     for step in steps:
@@ -93,7 +93,7 @@ def _weight(step: Product, factor: Tensor, lead: tuple[int, ...]) -> Tensor:
 
 
 def _unarranged(step: Product, gradient: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """From (batch, free, contracted) to the axes of the factor."""
+    """Return an array (batch, free, contracted) with the axes of the factor."""
     order = step.factor_order
     if order is None:
         return gradient.reshape(shape)
@@ -102,7 +102,7 @@ def _unarranged(step: Product, gradient: Tensor, shape: tuple[int, ...]) -> Tens
 
 
 def _back(permute: Permute, g: Tensor, tokens: int) -> Tensor:
-    """From the axes of the output of a permutation, merged in any way, to those of its input."""
+    """Return an array with the axes of the output of a permutation, merged in any way, with those of its input."""
     order, at = permute.order, permute.token_at
     view = (*permute.view[:at], tokens, *permute.view[at + 1 :])
     inverse = [order.index(axis) for axis in range(len(order))]
@@ -110,7 +110,7 @@ def _back(permute: Permute, g: Tensor, tokens: int) -> Tensor:
 
 
 def gradient_macs(structure: Structure, needs: Sequence[bool]) -> int:
-    """MACs for one vector of :func:`chain_gradients`, with the intermediates that it computes again."""
+    """Return the MACs of :func:`chain_gradients` for one vector, including the recomputed intermediates."""
     macs = [math.prod(f.shape) * f.carried for f in structure.factors]
     wanted = [k for k, need in enumerate(needs[1:]) if need]
     again = sum(macs[: max(wanted, default=0)])

@@ -21,7 +21,7 @@ from structlin.structure import AbstractStructure
 __all__ = ["Guard", "addressable", "guard_of", "recording", "transforming", "watched"]
 
 TensorGuards: Any = None
-with suppress(ImportError):  # what torch.compile checks tensors with, in C++; not public: another torch may lack it
+with suppress(ImportError):  # torch.compile's checks in C++; not public, so a version of torch may lack them
     from torch._C._dynamo.guards import TensorGuards
 
 _PARAMETER = torch.nn.Parameter
@@ -81,7 +81,7 @@ class Guard:
         self._numels = (*(factor.numel for factor in factors), structure.d_out)
         self._real = (*(factor.trainable for factor in factors), True)
         self._all_real = all(self._real)
-        self._passed: dict[tuple[object, ...], Any] = {}  # of operands that passed, what accepts their like
+        self._passed: dict[tuple[object, ...], Any] = {}  # guards that accept operands like those that passed
 
     def __reduce__(self) -> tuple[object, ...]:
         return guard_of, (self._structure,)
@@ -204,7 +204,7 @@ def guard_of(structure: AbstractStructure) -> Guard:
 
 
 def _needed(tensor: Tensor) -> int:
-    """Bytes of the storage up to the last element."""
+    """Return the bytes of the storage up to the last element."""
     if not tensor.numel():
         return 0
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))

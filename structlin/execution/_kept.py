@@ -1,4 +1,4 @@
-"""What the ways keep of a structure: plans that are made once, and compiled code, of which there is a bound.
+"""Caches of the ways for a structure: plans that are made once, and a bounded amount of compiled code.
 
 A structure is a value, and caches all over hold structures for as long as the process lives. So what is kept of one
 must not live as long as it does: it is dropped when so many other structures were met since. A layer holds what it

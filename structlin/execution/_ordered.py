@@ -1,9 +1,9 @@
-"""A chain as products that write where the next one reads, in the orders of axes of :mod:`._orders`.
+"""A chain as products whose results have the layout that the next one reads, in the orders of :mod:`._orders`.
 
-Every product reads its operands by their strides and writes its result, by ``out=``, in the order in which the next
-product reads it, so that nothing is permuted. Tokens run in chunks, whose activations between the steps are written to
-the same buffers again and again. :mod:`.chunked` is this for CPUs, :mod:`.strided` for GPUs: they say how one product
-is computed, how many tokens a chunk has, and which activations are kept for the backward pass.
+Every product reads its operands by their strides, and writes its result by ``out=`` in the order in which the next
+product reads it. So nothing is permuted. Tokens run in chunks, whose activations between the steps use the same
+buffers. :mod:`.chunked` (CPU) and :mod:`.strided` (GPU) define how a product is computed, the number of tokens of a
+chunk, and which activations are stored for the backward pass.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ View = tuple[tuple[int, ...], tuple[int, ...]]  # sizes and strides
 
 
 class OrderedChain(ABC):
-    """A chain for row-major activations, or column-major ones; ``merges`` is False where a step would have to copy."""
+    """A chain for row-major or column-major activations; ``merges`` is False if a step would need a copy."""
 
     layout: Layout
     merges = False
@@ -54,15 +54,15 @@ class OrderedChain(ABC):
         """Do the same, plus the bias, where the target is ``part`` of an input or output."""
 
     def readable(self, right: Tensor) -> Tensor:
-        """Return the right operand of a product of gradients as the library multiplies it fast."""
+        """Return the right operand of a product of gradients in a layout that the library multiplies fast."""
         return right
 
     def room(self, count: int, item: int) -> int:
-        """Return for how many tokens a buffer has room that holds ``count`` of them, with ``item`` bytes a number."""
+        """Return the number of tokens allocated in a buffer for ``count`` tokens, with ``item`` bytes per number."""
         return count
 
     def packs(self, product: Product, tokens: int) -> bool:
-        """Whether a matrix is copied into the order of its axes, for so many tokens."""
+        """Whether to copy a matrix into the order of its axes, for this number of tokens."""
         return False
 
     # -- the two passes ------------------------------------------------------------------------------------------------
@@ -71,7 +71,7 @@ class OrderedChain(ABC):
         self, x: Tensor, factors: Sequence[Tensor], bias: Tensor | None, chunk: int, saved: int,
         kept: list[Tensor] | None,
     ) -> Tensor:  # fmt: skip
-        """(tokens, d_in) -> (tokens, d_out) plus ``bias`` (d_out,), or columns; in chunks of tokens unless 0.
+        """Return the product, (tokens, d_in) -> (tokens, d_out), or columns, plus ``bias``, in chunks unless 0.
 
         Unless ``kept`` is None, the activations between the steps of the first ``saved`` tokens are added to it.
         """
@@ -94,7 +94,7 @@ class OrderedChain(ABC):
         self, gy: Tensor, x: Tensor, factors: Sequence[Tensor], needs: Sequence[bool], chunk: int,
         kept: Sequence[Tensor], wide: torch.dtype,
     ) -> tuple[Tensor | None, ...]:  # fmt: skip
-        """Gradients of x, the factors and the bias, None where ``needs`` is False; sums are in the dtype ``wide``."""
+        """Return gradients of x, the factors and the bias, None where ``needs`` is False; ``wide``: dtype of sums."""
         *needs, for_bias = needs
         x, gy = self._padded(x.detach(), 0).contiguous(), self._padded(gy.detach(), 1).contiguous()
         sums = self._cut(gy, 1).sum(0 if self.rows else 1) if for_bias else None
@@ -187,7 +187,7 @@ class OrderedChain(ABC):
         return found
 
     def _operand(self, at: Sequence[Tensor], k: int, view: View, start: int) -> Tensor:
-        """Return the operand in activation number k: for input and output at the place of the chunk."""
+        """Return the operand in activation number k; in input and output, the part of the chunk."""
         offset = at[k].storage_offset()
         if k in (0, len(self.widths) - 1):
             offset += start * self.widths[k] if self.rows else start

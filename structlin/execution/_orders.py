@@ -1,17 +1,17 @@
-"""In which order of axes a chain keeps its activations, so that every step is one product that copies nothing.
+"""The orders of axes of a chain's activations in which every step is one product without copies.
 
-The tokens (vectors) are one more carried axis ``*``. A step is a batched product
-``(batch, free, contracted) @ (batch, contracted, rest)``; it needs no copy where the axes of each of the three groups
-lie in memory as one axis would, in the activation that it reads and in the one that it writes. Two layouts reach this:
+The tokens (vectors) are a further carried axis ``*``. A step is a batched product
+``(batch, free, contracted) @ (batch, contracted, rest)``. It needs no copy if the axes of each of the three groups can
+be merged into one axis of the memory that it reads and of the memory that it writes. Two layouts satisfy this:
 
 - chains with batch axes: tokens innermost. An activation has the order (batch, contracted, carried axes of the step
-  that reads it, ``*``), where the contracted axes that the step before has as free ones come first, so that it writes
-  them as one axis. Gradients flow the other way, and have the order that this rule gives for the transposed chain.
-- chains without: tokens outermost, the other axes as written. A step whose contracted axes come last is a plain
-  product of all rows; any other is a product for each token (and carried axis before the contracted ones), with the
-  same matrix.
+  that reads it, ``*``). Contracted axes that are free in the step before come first, so that this step writes them as
+  one axis. Gradients have the order that this rule gives for the transposed chain.
+- chains without batch axes: tokens outermost, the other axes as written. A step whose contracted axes come last is one
+  product of all rows. Any other step is a product for each token (and each carried axis before the contracted ones),
+  with the same matrix.
 
-The input and the output are rows (tokens first) or columns (tokens last) and are read and written where they are.
+The input and the output are rows (tokens first) or columns (tokens last). They are read and written in place.
 """
 
 from __future__ import annotations
@@ -31,22 +31,22 @@ SMALL_BLOCK = 1 << 16  # elements of one matrix
 class Operand:
     """A view (batch, rows, columns) of an activation.
 
-    For each group the size without tokens, whether it holds the tokens, the stride, and whether that is to be
-    multiplied by the number of tokens.
+    Each group has a size without tokens, whether it contains the tokens, a stride, and whether to multiply the stride
+    by the number of tokens.
     """
 
     groups: tuple[tuple[int, bool, int, bool], ...]
 
     def at(self, count: int, total: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Sizes and strides for ``count`` tokens of an array that holds ``total``."""
+        """Return the sizes and strides for ``count`` tokens of an array that holds ``total``."""
         sizes = tuple(size * count if tokens else size for size, tokens, _, _ in self.groups)
         return sizes, tuple(stride * total if over else stride for _, _, stride, over in self.groups)
 
 
 def view_of(layout: str, groups: Sequence[str], sizes: Mapping[str, int], sliced: bool) -> Operand | None:
-    """Return the view of an activation in ``layout``, or None where the axes of a group do not lie as one.
+    """Return the view of an activation in ``layout``, or None if the axes of a group cannot be merged.
 
-    ``sliced``: not all tokens of the array are viewed, so that no axis outside of them merges with them.
+    ``sliced``: the view has only some of the tokens, so no outer axis merges with them.
     """
     strides: dict[str, tuple[int, bool]] = {}
     stride, over = 1, False
@@ -71,13 +71,13 @@ def view_of(layout: str, groups: Sequence[str], sizes: Mapping[str, int], sliced
 
 @dataclass(frozen=True)
 class Product:
-    """One step. ``shared``: all items of the batch have the same matrix, since they are tokens or carried axes.
+    """One step.
 
-    ``shape``: the sizes (batch, contracted, free). The matrix is stored as (batch, contracted, free) for the forward
-    pass, the factor's axes in the order ``packed``, and as (batch, free, contracted) for the backward one, in the
-    order ``packed_back``: summed axis first. Its gradient is computed in the order ``gradient``, which is (batch,
-    contracted, free) where ``free_last``, otherwise (batch, free, contracted). Matrices that are not ``small`` are
-    not worth rearranging.
+    ``shared``: all items of the batch have the same matrix, because they are tokens or carried axes. ``shape`` has the
+    sizes (batch, contracted, free). The matrix is stored as (batch, contracted, free) for the forward pass, with the
+    factor's axes in the order ``packed``, and as (batch, free, contracted) in the order ``packed_back`` for the
+    backward pass. Its gradient is computed in the order ``gradient``, which is (batch, contracted, free) if
+    ``free_last``, otherwise (batch, free, contracted). Only ``small`` matrices are rearranged.
     """
 
     source: Operand  # (batch, contracted, rest) of the activation before
@@ -102,7 +102,7 @@ class Layout:
 
 
 def make_layout(steps: Sequence[Step], sizes: Mapping[str, int], rows: bool) -> Layout | None:
-    """Return the layout of a chain for ``rows`` or columns; None where a step would have to copy."""
+    """Return the layout of a chain for ``rows`` or columns; None if a step would need a copy."""
     if any(before.output != step.input for before, step in pairwise(steps)):
         return None  # regrouped: the written order is needed in between
     blocks = any(step.batch for step in steps)

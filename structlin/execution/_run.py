@@ -1,4 +1,4 @@
-"""The executor of structures: one entry for all array libraries."""
+"""The executor of structures on all array libraries."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ class _Executor:
 
 
 def _load_ways(every: bool) -> None:
-    """Import the modules of ``every`` library that is installed, or of those that are imported: their ways enter then.
+    """Import the ways of ``every`` installed library, or only those of libraries that the process has imported.
 
-    So a process with jax alone does not wait for torch, nor the other way round.
+    So a process that uses only jax does not import torch, and the reverse.
     """
     if "structlin.execution.torch_ways" not in sys.modules and (every or "torch" in sys.modules):
         with suppress(ImportError):

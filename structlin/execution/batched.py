@@ -1,12 +1,12 @@
 """The contraction of a chain on a CPU by one batched product of torch for each step, forward and backward.
 
-An activation has the tokens in front of the axes that the next product sums, ``(batch, tokens, contracted)``. The first
-product reads the input where it is, the last one writes the output where it is, and between two products there is one
-copy, of whole runs of numbers: factors are copied into an order of axes for which there are such runs. The gradients of
-factors are computed in the layout that the factors have, so that no transposed copy of them is made, as there is where
-torch differentiates a product with a transposed factor.
+An activation has the tokens before the axes that the next product sums, ``(batch, tokens, contracted)``. The first
+product reads the input in place, and the last one writes the output in place. Between two products there is one copy of
+contiguous runs, because factors are copied into an order of axes for which there are such runs. The gradients of
+factors are computed in the layout of the factors. So they need no transposed copy, which torch makes when it
+differentiates a product with a transposed factor.
 
-This is for large blocks, which the BLAS multiplies at the rate of a dense product.
+This way is for large blocks, which the BLAS multiplies at the rate of a dense product.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _TOKENS = "*"  # no axis of a chain
 
 @dataclass(frozen=True)
 class _Move:
-    """From an array with some axes to one with these in another order; ``before`` and ``after`` are their shapes."""
+    """A permutation of the axes of an array; ``before`` and ``after`` are its shapes."""
 
     before: tuple[int, ...]
     sizes: tuple[int, ...]
@@ -52,7 +52,7 @@ class _Move:
 
 
 def _move(source: Sequence[str], target: Sequence[str], sizes: Mapping[str, int]) -> _Move:
-    """Of arrays whose axes are named by the axes of a chain that they merge."""
+    """Return the permutation between arrays whose axes merge axes of a chain."""
 
     def size(axes: str) -> int:
         return -1 if axes == _TOKENS else math.prod(sizes[a] for a in axes)
@@ -63,7 +63,7 @@ def _move(source: Sequence[str], target: Sequence[str], sizes: Mapping[str, int]
 
 
 class BatchedChain:
-    """A chain for row-major activations; ``runs`` is False where it does not run this way."""
+    """A chain for row-major activations; ``runs`` is False if this way cannot run it."""
 
     runs = False
 
@@ -116,7 +116,7 @@ class BatchedChain:
     def backward(
         self, gy: Tensor, x: Tensor, factors: Sequence[Tensor], needs: Sequence[bool], kept: Sequence[Tensor] = ()
     ) -> tuple[Tensor | None, ...]:
-        """Gradients of x, the factors and the bias, None where ``needs`` is False."""
+        """Return the gradients of x, the factors and the bias, None where ``needs`` is False."""
         *needs, for_bias = needs
         wanted = [k for k, need in enumerate(needs[1:]) if need]
         lowest = -1 if needs[0] else min(wanted)
@@ -147,7 +147,7 @@ class BatchedChain:
         return F.pad(x, (0, self.padding[end])) if self.padding[end] else x
 
     def _arranged(self, factor: Tensor, k: int) -> Tensor:
-        """Factor k as (batch, free, contracted)."""
+        """Return factor k as (batch, free, contracted)."""
         return _copy(factor, self._orders[k], False).view(self.products[k])
 
     def _rearranged(self, gradient: Tensor, k: int) -> Tensor:
@@ -157,19 +157,19 @@ class BatchedChain:
 
 
 def _product(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
-    """Return a batched product; of a batch of one, which torch makes slow copies of in bfloat16, a single product."""
+    """Return a batched product; a batch of one is a single product, because torch copies it slowly in bfloat16."""
     if left.shape[0] != 1:
         return torch.bmm(left, right) if out is None else torch.bmm(left, right, out=out)
     return torch.mm(left[0], right[0], out=None if out is None else out[0])[None]
 
 
 def _plain(x: Tensor) -> Tensor:
-    """For products with the transposed matrices, of which torch makes slow copies in bfloat16 if these have strides."""
+    """Return a transposed operand; in bfloat16 it is made contiguous, because torch copies strided ones slowly."""
     return x.contiguous() if x.dtype is torch.bfloat16 else x
 
 
 def _copy(x: Tensor, order: tuple[int, ...], back: bool) -> Tensor:
-    """``x`` with its axes in this order, or from this order ``back``, contiguous; itself where nothing changes."""
+    """Return ``x`` with its axes in this order, or ``back`` from it, contiguous; x itself if nothing changes."""
     places = tuple(order.index(axis) for axis in range(len(order))) if back else order
     moved = x.permute(places)
     if moved.is_contiguous():
@@ -191,7 +191,7 @@ def _copy(x: Tensor, order: tuple[int, ...], back: bool) -> Tensor:
 def _copies(
     shape: tuple[int, ...], order: tuple[int, ...], back: bool, dtype: str, target: Target
 ) -> Callable[..., None] | None:
-    """Return what is faster than torch at exchanging the last axes; None if the compiler fails."""
+    """Return a compiled function that exchanges the last axes faster than torch; None if the compiler fails."""
     outside, inside = ELEMENTS[dtype]
     try:
         return load_copies([(Arrangement(shape, order, back=back), outside, outside)], target, inside)

@@ -48,7 +48,7 @@ assert _FUNCTIONS.keys() == ACTIVATIONS.keys()
 
 @dataclass(frozen=True, eq=False)
 class TorchBlock:
-    """What a block computes; see :class:`structlin.execution.compiled.block.BlockSpec`. :func:`torch_block` makes it.
+    """The computation of a block, as :class:`structlin.execution.compiled.block.BlockSpec`; see :func:`torch_block`.
 
     ``first``: the structures that read the input (tokens, d_in); ``second``: the one that reads the hidden features.
     """
@@ -70,7 +70,7 @@ class TorchBlock:
 
     @cached_property
     def macs(self) -> int:
-        """Of one token."""
+        """The MACs of one token."""
         return sum(structure.macs for structure in self.structures)
 
     @cached_property
@@ -84,7 +84,7 @@ class TorchBlock:
         )  # fmt: skip
 
     def program(self, dtype: torch.dtype, kind: str = "0") -> BlockProgram | None:
-        """None where the block cannot be compiled for this dtype. ``kind``: one of :data:`KINDS`."""
+        """Return the compiled pass of a kind (one of :data:`KINDS`); None if it cannot be compiled for this dtype."""
         target = tiled_host() if kind == TILES else host()
         if target is None or dtype not in _NAMES or not all(s.steps for s in self.structures):
             return None
@@ -95,8 +95,8 @@ class TorchBlock:
     def layers(self, x: Tensor, operands: Sequence[Tensor | None], run: Run) -> tuple[Tensor, ...]:
         """Return the outputs layer after layer, with ``run(structure, h, factors, bias)`` for each of them.
 
-        ``operands``: weight and bias of the norm, the bias of each structure (None where there is none), and the
-        factors of all structures.
+        ``operands`` are weight and bias of the norm, the bias of each structure or None, and the factors of all
+        structures.
         """
         weight, shift, *rest = operands
         h = x
@@ -137,7 +137,7 @@ class TorchBlock:
         )
 
     def __call__(self, x: Tensor, operands: Sequence[Tensor | None]) -> tuple[Tensor, ...] | None:
-        """Return the outputs, differentiable any number of times, or None if the layers have to run one by one."""
+        """Return the outputs, differentiable any number of times, or None if the layers must run one by one."""
         if not self.plain(x, operands):
             return None
         train = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *operands))
@@ -154,7 +154,7 @@ class TorchBlock:
             return None
 
     def _failed(self, error: CompileError) -> None:
-        """Run layer after layer from now on, since the compiler has failed."""
+        """Run layer after layer from now on, because the compiler has failed."""
         _failed.add(self)
         choice.forget()
         warn_once(error, "A block of a network by torch")
@@ -190,7 +190,7 @@ class TorchBlock:
     def backward(
         self, gradients: Sequence[Tensor], x: Tensor, operands: Sequence[Tensor | None], kind: str = "0"
     ) -> list[Tensor | None]:  # fmt: skip
-        """Gradients of x and all operands, from those of the outputs. All tensors are plain."""
+        """Return the gradients of x and all operands, from those of the outputs. All tensors are plain."""
         program = self.program(x.dtype, kind)
         assert program is not None
         weight, shift, biases, factors = self._parts(program, operands)
@@ -298,7 +298,7 @@ class _Differentiable(torch.autograd.Function):
 def _by_autograd(
     block: TorchBlock, gradients: Sequence[Tensor], x: Tensor, operands: Sequence[Tensor | None], needs: Sequence[bool]
 ) -> list[Tensor | None]:  # fmt: skip
-    """Gradients through torch's products, which can be differentiated again."""
+    """Return the gradients through torch's products, which can be differentiated again."""
     again = torch.is_grad_enabled()
     with torch.enable_grad():
         tensors = [x, *operands]
@@ -345,7 +345,7 @@ class BlockProblem:
         return SEPARATE
 
     def kinds(self) -> list[str]:
-        """Those of :data:`KINDS` that can run."""
+        """Return those of :data:`KINDS` that can run."""
         return [kind for kind in KINDS if self.block.program(getattr(torch, self.dtype), kind) is not None]
 
     def _problems(self) -> list[choice.Problem]:
@@ -356,19 +356,19 @@ class BlockProblem:
         ]
 
     def estimate(self) -> str:
-        """Return one pass if each layer would run as a compiled pass: what stands between them then costs less."""
+        """Return one pass if each layer would run as a compiled pass, because the operations between then cost less."""
         kinds = []
         for problem in self._problems():
             way = choice.way_of(problem)
             if way.name not in _WHOLE:  # backward by the BLAS, or in slices, say
                 return SEPARATE
             kinds.append(TILES if way.name == "compiled-tiles" else AUTO)
-        # A number of tokens that is best for a layer is not taken: a block has more activations to hold in cache.
+        # The best number of tokens of a layer does not apply, because a block has more activations in cache.
         kind = max(set(kinds), key=kinds.count)
         return f"block-{kind}" if kind in self.kinds() else SEPARATE
 
     def close(self) -> list[str]:
-        """Return one pass and layer after layer, if the estimate is one pass and a call takes long enough."""
+        """Return one pass and layer after layer, if the estimate is one pass and a call is not too short to time."""
         name = self.estimate()
         seconds = sum(choice.way_of(problem).seconds(problem) for problem in self._problems())
         return [name, SEPARATE] if name != SEPARATE and seconds >= choice.WORTH else []

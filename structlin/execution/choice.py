@@ -37,20 +37,36 @@ __all__ = ["Policy", "Problem", "Way", "choose", "decisions", "pin", "recording"
 
 MODES = ("compare", "estimate", "measure")
 DEFAULT = "compare"
-# `compare` times ways where the least estimate is WORTH seconds: those whose estimates are at most FAR times the least
-# one, and of ways that are compiled first, which takes longer than timing them, those among the MOST of least estimate
-# that are at most CLOSE times the least one. Estimates of the fastest way were up to 1.6 times the least in float32 and
-# 3.4 times in bfloat16 (benchmarks/layers.py --ways).
+# `compare` times ways if the least estimate is at least WORTH seconds. It times those with at most FAR times the least
+# estimate. Compiled ways must be among the MOST of least estimate, with at most CLOSE times the least one, because
+# compilation takes longer than timing. The fastest way had up to 1.6 times the least estimate in float32, and 3.4 times
+# in bfloat16 (benchmarks/layers.py --ways).
 CLOSE, FAR, MOST, WORTH = 2.0, 4.0, 5, 2.5e-4
 COMPARED = "the least time of those compared"
-ROUNDS = 3  # in which alternatives to a block are timed then
+ROUNDS = 3  # rounds in which `compare` times the alternatives of a block
 BLOCK = "block"
-"""Answers of this kind run several layers as one pass; ``-block`` leaves them out."""
+"""Name of passes over several layers; the policy ``-block`` excludes them."""
 
 
 @dataclass(frozen=True)
 class Problem:
-    """A call to run. ``tokens`` is a power of two; ``train`` says that a backward pass follows."""
+    """A call to run; :func:`structlin.execution.problem_of` makes one.
+
+    Attributes
+    ----------
+    structure
+        The chain.
+    rows
+        Whether vectors are the rows of a (tokens, d_in) array, instead of columns.
+    library, device, dtype
+        ``torch`` or ``jax``, ``cpu`` or ``cuda``, and the name of the dtype, such as ``float32``.
+    tokens
+        Number of vectors, a power of two.
+    threads
+        Number of threads.
+    train
+        Whether a backward pass follows.
+    """
 
     structure: Structure
     rows: bool
@@ -76,11 +92,20 @@ class Problem:
 
 
 class Way(ABC):
-    """A way to run a chain. Write one module with a subclass and :func:`register` an instance to add a way.
+    """A way to run a chain. To add a way, write a subclass in its own module and :func:`register` an instance.
 
-    ``library``: the library of the arrays. ``explicit``: the way is only chosen where a policy names it. ``group``: the
-    name by which a policy leaves out this way together with others. ``pointers``: the way reads memory by address. It
-    is not used for operands that have no address or are traced.
+    Attributes
+    ----------
+    name
+        Name in policies and tables.
+    library
+        Library of the arrays.
+    explicit
+        If True, the way is chosen only if a policy names it.
+    group
+        Name by which a policy excludes this way together with others.
+    pointers
+        Whether the way reads memory by address. Such a way is not used for operands that are traced or have no address.
     """
 
     name: str
@@ -91,33 +116,33 @@ class Way(ABC):
 
     @abstractmethod
     def supports(self, problem: Problem) -> bool:
-        """Whether it can run the problem and give the right result."""
+        """Whether the way can run the problem correctly."""
 
     @abstractmethod
     def seconds(self, problem: Problem) -> float:
-        """Return an estimate of the time of a call, with the backward pass if ``problem.train``."""
+        """Return an estimate of the seconds of a call, with the backward pass if ``problem.train``."""
 
     def least(self, problem: Problem) -> float:
-        """Return a lower bound of :meth:`seconds` that needs no measurement, by which a way can be ruled out."""
+        """Return a lower bound of :meth:`seconds` that needs no measurement; it can exclude the way."""
         return 0.0
 
     @abstractmethod
     def run(self, structure: Structure, factors: Any, x: Array, bias: Array | None, rows: bool) -> Array:
-        """(tokens, d_in) -> (tokens, d_out), or columns; ``bias`` (d_out,) is added to rows."""
+        """Return the product, (tokens, d_in) -> (tokens, d_out), or that of columns; ``bias`` is added to rows."""
 
     def bind(self, structure: Structure, rows: bool) -> Callable[[Array, Any, Array | None], Array]:
         """Return the way for one structure as a function of the contiguous input, factors and bias."""
         return lambda x, factors, bias: self.run(structure, factors, x, bias, rows)
 
     def call(self, problem: Problem, tokens: int) -> Callable[[], object]:
-        """Return a call on random operands to time, with gradients if ``problem.train``; torch needs none of its own.
+        """Return a call on random operands to time, with gradients if ``problem.train``. Ways of torch do not need it.
 
-        Raises ValueError for a way that is not timed.
+        ValueError for a way that cannot be timed.
         """
         raise ValueError(f"the way {self.name!r} of {self.library} is not timed")
 
     def back_passes(self, structure: Structure, rows: bool, dtype: Any) -> Any:
-        """Return its backward pass (:class:`structlin.execution.torch_cpu.Passes`); None if autograd derives it."""
+        """Return the backward pass (:class:`structlin.execution.torch_cpu.Passes`); None if autograd derives it."""
         return None
 
 
@@ -125,16 +150,23 @@ _WAYS: dict[tuple[str, str], Way] = {}
 _loaders: list[Callable[[bool], None]] = []
 _derived: list[Callable[[], None]] = []
 measurers: list[Callable[[Problem, list[Way]], dict[str, float]]] = []
-"""What times all ways for a problem: :mod:`.tuning` enters itself."""
+"""The function that times all ways for a problem; :mod:`.tuning` sets it."""
 comparers: list[Callable[[Problem, list[Way]], dict[str, float]]] = []
-"""What times a few ways for a problem, quickly."""
-_generation = 0  # what was chosen before a registration, a pin or new timings is chosen again
+"""The function that times a few ways for a problem in fewer rounds."""
+_generation = 0  # increases with each registration, pin and timing; earlier choices are then made again
 
 
 def register(way: Way) -> Way:
-    """Add a way. ValueError where its library has one of this name."""
+    """Add a way, and return it.
+
+    Raises
+    ------
+    ValueError
+        If the library has a way of this name, or the name is a mode or contains other characters than letters, digits,
+        ``-`` and ``_``.
+    """
     if (way.library, way.name) in _WAYS:
-        raise ValueError(f"{way.library} has a way named {way.name!r} already")
+        raise ValueError(f"a way of {way.library} named {way.name!r} is already registered; choose another name")
     if way.name in MODES or not way.name.replace("-", "").replace("_", "").isalnum() or way.name.startswith("-"):
         raise ValueError(f"a way needs a name of letters and digits other than {', '.join(MODES)}, got {way.name!r}")
     _WAYS[way.library, way.name] = way
@@ -180,7 +212,7 @@ def generation() -> int:
 
 
 def ways(library: str) -> list[Way]:
-    """All ways of a library, in the order in which they were registered."""
+    """Return all ways of a library in the order of registration."""
     _load()
     return [way for (of, _), way in _WAYS.items() if of == library]
 
@@ -190,7 +222,7 @@ def ways(library: str) -> list[Way]:
 
 @dataclass(frozen=True)
 class Policy:
-    """How to choose: ``mode`` is one of :data:`MODES`; ``names`` come first, ``without`` are excluded."""
+    """A policy: ``mode`` is one of :data:`MODES`, ``names`` are preferred, and ``without`` are excluded."""
 
     mode: str = DEFAULT
     names: tuple[str, ...] = ()
@@ -246,9 +278,18 @@ def policy_text() -> str:
 
 @contextmanager
 def using(policy: str) -> Iterator[None]:
-    """Choose by a policy within a ``with`` statement (in this thread or task).
+    """Set the policy within a ``with`` statement, for this thread or task.
 
-    Raises ValueError for a policy that cannot be read.
+    Parameters
+    ----------
+    policy
+        ``compare``, ``estimate``, ``measure``, or names of ways in order of preference, separated by commas. A minus
+        in front of a name excludes it. :mod:`structlin.execution.choice` describes the policies.
+
+    Raises
+    ------
+    ValueError
+        If a word is neither a mode nor the name of a way.
 
     Examples
     --------
@@ -266,13 +307,13 @@ def using(policy: str) -> Iterator[None]:
 # -- the choice --------------------------------------------------------------------------------------------------------
 
 _pinned: dict[str, str] = {}
-_made: dict[str, tuple[str, str]] = {}  # of each problem's text the structure's and the way; no structure is held
-_recordings: list[list[Any]] = []  # of problems and other questions
+_made: dict[str, tuple[str, str]] = {}  # text of each problem: text of its structure, and the way
+_recordings: list[list[Any]] = []  # lists of the problems and other choices that occurred
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A way for a problem: estimated and measured seconds, None where they are not known."""
+    """A way for a problem, with estimated and measured seconds (None if not measured)."""
 
     way: Way
     estimated: float
@@ -280,14 +321,14 @@ class Candidate:
 
 
 def bucket(tokens: int) -> int:
-    """Return the power of two that stands for a number of tokens: the least that is not smaller."""
+    """Return the least power of two that is not below a number of tokens."""
     return 1 << max(0, tokens - 1).bit_length()
 
 
 def candidates(problem: Problem, policy: Policy | None = None, *, within: float = math.inf) -> list[Candidate]:
-    """Return the ways that can run a problem, by estimate.
+    """Return the ways that can run a problem, sorted by estimate.
 
-    Ways whose estimate is surely more than ``within`` times the least one may be omitted.
+    Ways whose lower bound exceeds ``within`` times the least estimate may be omitted.
     """
     policy, timed = policy or Policy(), timings(problem)
     found: list[Candidate] = []
@@ -305,9 +346,10 @@ def candidates(problem: Problem, policy: Policy | None = None, *, within: float 
 
 
 def record_of(key: str, names: Iterable[str], measure: Callable[[], dict[str, float]]) -> dict[str, float]:
-    """Return the timings of some alternatives from disk, or measure and keep them.
+    """Return the timings of some alternatives from disk, or measure and store them.
 
-    Processes that measure at the same time, such as the ranks of a run, all get the record that was written first.
+    If several processes measure at the same time, such as the ranks of a run, all use the record that was written
+    first.
     """
     key = f"{key} among {', '.join(sorted(names))}"
     found = timings_of(key)
@@ -315,18 +357,18 @@ def record_of(key: str, names: Iterable[str], measure: Callable[[], dict[str, fl
 
 
 def timings(problem: Problem) -> dict[str, float]:
-    """Seconds of each way that was measured for a problem."""
+    """Return the seconds of each way that was measured for a problem."""
     return timings_of(problem.key)
 
 
 def timings_of(key: str) -> dict[str, float]:
-    """Return the same, by the text of the problem."""
+    """Return the same by the text of the problem."""
     found = wisdom.read(key)
     return dict(found) if isinstance(found, Mapping) else {}
 
 
 def choose(problem: Problem) -> Way:
-    """Return the way for a problem; it stays the same until something is registered, pinned or measured."""
+    """Return the way for a problem; it is the same until a way is registered, pinned or measured."""
     policy = policy_of(policy_text())
     way = _choose(problem, policy)[0]
     _made[problem.key] = repr(problem.structure), way.name
@@ -336,7 +378,7 @@ def choose(problem: Problem) -> Way:
 
 
 def _choose(problem: Problem, policy: Policy) -> tuple[Way, str]:
-    """Return the way, and why it is taken."""
+    """Return the way, and the reason."""
     for name, why in (
         (_pinned.get(problem.key), "pinned by the run that is resumed"),
         *((name, f"named by the policy {policy_text()!r}") for name in policy.names),
@@ -350,7 +392,7 @@ def _choose(problem: Problem, policy: Policy) -> tuple[Way, str]:
     if not found:
         raise ValueError(f"policy {policy_text()!r} leaves no way to run {problem.key}")
     if len(found) == 1:
-        return found[0].way, "nothing else can run it"
+        return found[0].way, "no other way can run it"
     timed = [c for c in found if c.measured is not None]
     if len(timed) < 2 and policy.mode == "measure":
         measured = measurers[0](problem, [c.way for c in found])
@@ -364,9 +406,9 @@ def _choose(problem: Problem, policy: Policy) -> tuple[Way, str]:
 
 
 def _compared(problem: Problem, found: list[Candidate]) -> dict[str, float]:
-    """Return the seconds of the ways that may be the fastest by their estimates, empty if one is or calls are short.
+    """Return the seconds of the ways with estimates close to the least; empty if there is one way or calls are short.
 
-    Not for jax, where each way would be compiled by XLA, or CUDA, where a call may be captured in a graph.
+    jax is excluded because XLA would compile each way, and CUDA because a call may be captured in a graph.
     """
     least = found[0].estimated
     close = [
@@ -384,7 +426,7 @@ def way_of(problem: Problem) -> Way:
 
 
 class Alternatives(Protocol):
-    """A choice between named alternatives that is made like the choice of a way."""
+    """A choice between named alternatives, made by the same rules as the choice of a way."""
 
     @property
     def key(self) -> str:
@@ -402,7 +444,7 @@ class Alternatives(Protocol):
         """Return the alternative to take without measurements."""
 
     def close(self) -> list[str]:
-        """Return the alternatives to time under the policy ``compare``: none where the estimate is enough."""
+        """Return the alternatives to time under the policy ``compare``; none if the estimate decides."""
 
     def measure(self, names: list[str] | None = None, rounds: int = 5) -> dict[str, float]:
         """Return the seconds of alternatives, by default of all."""
@@ -413,7 +455,7 @@ def settle(question: Alternatives) -> str:
     policy, key = policy_of(policy_text()), question.key
     name = question.without if BLOCK in policy.without else _pinned.get(key)
     if name is None and policy.names:
-        name = question.estimate()  # the ways that are named are those of chains
+        name = question.estimate()  # names of a policy are those of ways for chains
     if name is None:
         timed = timings_of(key)
         if not timed and policy.mode == "measure":
@@ -429,9 +471,9 @@ def settle(question: Alternatives) -> str:
 
 @contextmanager
 def recording() -> Iterator[list[Any]]:
-    """Record the problems that occur within a ``with`` statement, each once, in a list."""
+    """Return a list to which each problem that occurs within a ``with`` statement is added."""
     met: list[Any] = []
-    forget()  # so that known problems are asked for again
+    forget()  # so that choices for known problems are made again
     _recordings.append(met)
     try:
         yield met
@@ -440,19 +482,28 @@ def recording() -> Iterator[list[Any]]:
 
 
 def decisions(structures: Collection[Structure] | None = None) -> dict[str, str]:
-    """Return the choices of this process so far: by the text of each problem the name of its way.
+    """Return the choices of this process so far: the name of the way by the text of the problem.
 
-    ``structures``: only problems of these. A run keeps this in its record and its checkpoints.
+    A run stores them in its record and its checkpoints; :func:`pin` makes the same choices again.
+
+    Parameters
+    ----------
+    structures
+        Return only the problems of these structures.
     """
     wanted = None if structures is None else {repr(structure) for structure in structures}
     return {key: way for key, (of, way) in sorted(_made.items()) if wanted is None or of in wanted}
 
 
 def pin(chosen: Mapping[str, str]) -> None:
-    """Make the choices that :func:`decisions` recorded, so that a resumed run is bit-identical.
+    """Make the choices that :func:`decisions` returned, so that a resumed run is bit-identical.
 
-    A choice whose way does not exist here is made as usual. Raises ValueError for an entry that does not map the text
-    of a problem to the name of a way.
+    If a way does not exist on this machine, the choice is made as usual.
+
+    Raises
+    ------
+    ValueError
+        If an entry does not map the text of a problem to the name of a way.
     """
     for key, name in chosen.items():
         if not isinstance(key, str) or not isinstance(name, str):
@@ -462,7 +513,7 @@ def pin(chosen: Mapping[str, str]) -> None:
 
 
 def table(problem: Problem) -> str:
-    """Return a table of the ways for a problem, with estimated and measured times, and which is taken and why."""
+    """Return a table of the ways for a problem, with estimated and measured times, the choice and its reason."""
     policy = policy_of(policy_text())
     taken, why = _choose(problem, policy)
     rows, found = [("way", "estimated", "measured", "")], candidates(problem, policy)

@@ -1,15 +1,13 @@
 """The contraction of a chain on a CPU with torch: chunks of tokens, and products that write where the next one reads.
 
-The passes are those of :mod:`._ordered`. The buffers of a chunk stay in cache. The last product writes the output where
-it is, whose rows first get the bias (or zeros) and are then added to: the BLAS would spend a pass of its own on
-clearing them.
+The passes are those of :mod:`._ordered`. The buffers of a chunk stay in cache. The last product adds to the output,
+whose rows are first set to the bias (or zeros), because the BLAS would need a separate pass to clear them.
 
-For the backward pass the activations of the first tokens are kept as far as they take no more memory than the dense
-matrix and its gradient would, which this chain does without, and those that are no larger than input and output; the
-others are computed again, chunk by chunk.
+Activations are stored for the backward pass if they are no larger than input and output. Larger ones are stored for the
+first tokens, up to the memory that a dense matrix and its gradient would take. The others are computed again, chunk by
+chunk.
 
-This is for machines on which :mod:`structlin.execution.compiled` does not run, and for what that leaves out.
-benchmarks/layers.py --ways measures this beside the other ways.
+This way is for machines and problems for which :mod:`structlin.execution.compiled` cannot run.
 """
 
 from __future__ import annotations
@@ -31,7 +29,7 @@ BLOCK_BYTES, CHUNK_BYTES = 16 << 20, 4 << 20
 MIN_CHUNK, MAX_CHUNK = 64, 256
 LARGE_BLOCK, LARGE_CHUNK = 1 << 18, 512  # numbers of a matrix, from which on that many tokens are faster
 FEW = 1 << 15  # numbers in the widest activation, below which the calls cost more than the copies of the portable plan
-PACK_TOKENS = 128  # matrices are brought into the order that the BLAS likes if so many tokens share the effort
+PACK_TOKENS = 128  # least number of tokens for which matrices are copied into the order in which the BLAS is fast
 
 
 class ChunkedChain(OrderedChain):
@@ -55,7 +53,7 @@ class ChunkedChain(OrderedChain):
     def forward(
         self, x: Tensor, factors: Sequence[Tensor], bias: Tensor | None = None, kept: list[Tensor] | None = None
     ) -> Tensor:
-        """Return the product; to ``kept`` the activations are added that are worth keeping for :meth:`backward`."""
+        """Return the product, and append to ``kept`` the activations to store for :meth:`backward`."""
         chunk, tokens = self.chunk(x.element_size()), x.shape[0 if self.rows else 1]
         saved = 0 if kept is None else self._kept_tokens(tokens, chunk)
         return self.run_forward(x, factors, bias, chunk, saved, kept)
@@ -63,7 +61,7 @@ class ChunkedChain(OrderedChain):
     def backward(
         self, gy: Tensor, x: Tensor, factors: Sequence[Tensor], needs: Sequence[bool], kept: Sequence[Tensor] = ()
     ) -> tuple[Tensor | None, ...]:
-        """Gradients of x, the factors and the bias, None where ``needs`` is False."""
+        """Return the gradients of x, the factors and the bias, None where ``needs`` is False."""
         wide = torch.float32 if x.dtype == torch.bfloat16 else x.dtype
         return self.run_backward(gy, x, factors, needs, self.chunk(x.element_size()), kept, wide)
 
@@ -86,11 +84,11 @@ class ChunkedChain(OrderedChain):
         return _readable(right) if right.dtype is torch.bfloat16 else right
 
     def packs(self, product: Product, tokens: int) -> bool:
-        """Whether a matrix is copied into the order of its axes, for so many tokens."""
+        """Whether to copy a matrix into the order of its axes, for this number of tokens."""
         return tokens >= PACK_TOKENS and product.small
 
     def chunk(self, item: int) -> int:
-        """Tokens of a chunk, with ``item`` bytes in a number."""
+        """Return the number of tokens of a chunk, for numbers of ``item`` bytes."""
         widest = max(self.widths[1:-1], default=1) * item
         budget = BLOCK_BYTES if self.blocks else CHUNK_BYTES
         most = LARGE_CHUNK if self.large else MAX_CHUNK
@@ -105,9 +103,9 @@ class ChunkedChain(OrderedChain):
 
 
 def _multiply(left: Tensor, right: Tensor, out: Tensor, shared: bool, adds: bool) -> None:
-    """Write a batched product, or add it to what is there, with operands in the orders that the BLAS likes.
+    """Write or add a batched product, with operands in the orders in which the BLAS is fast.
 
-    In bfloat16 the kernels of oneDNN want rows to write and to read on the right.
+    In bfloat16 the kernels of oneDNN are fast if the result and the right operand are row-major.
     """
     half, exchanged = out.dtype is torch.bfloat16, out.stride(2) != 1
     if half:
@@ -126,7 +124,7 @@ def _readable(right: Tensor) -> Tensor:
     if right.stride(2) == 1:
         return right
     batch, rows, columns = right.stride()
-    if batch == rows * right.shape[1]:  # torch is quick to transpose a matrix, not a batch of them
+    if batch == rows * right.shape[1]:  # torch transposes a single matrix fast, but not a batch
         flat = right.as_strided((right.shape[0] * right.shape[1], right.shape[2]), (rows, columns))
         return flat.contiguous().view(right.shape)
     return right.contiguous()

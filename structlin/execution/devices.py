@@ -1,10 +1,9 @@
-"""Devices by their data sheets: what the traffic model (:mod:`.traffic`) and the roofline of a whole model start from.
+"""Devices by their data sheets, for the traffic model (:mod:`.traffic`) and the roofline of a whole model.
 
-Peaks, memories and their bandwidths are those of NVIDIA's data sheets, without sparsity. What no data sheet tells is
-assumed, the same for all devices unless noted: see :class:`Device`. ``benchmarks/gpu.py`` measures it where there is a
-device.
+Peak rates, memory sizes and bandwidths are those of NVIDIA's data sheets, without sparsity. Other properties are
+assumed, and are equal for all devices unless noted (:class:`Device`). ``benchmarks/gpu.py`` measures them on a device.
 
-Add a device of your own with ``DEVICES["mine"] = Device(...)``: commands and functions then know its name.
+Add your own device with ``DEVICES["mine"] = Device(...)``. Commands and functions then accept its name.
 """
 
 from __future__ import annotations
@@ -18,34 +17,34 @@ __all__ = ["DEVICES", "Device", "named"]
 
 @dataclass(frozen=True)
 class Device:
-    """What a device does at most.
+    """The limits of a device.
 
     Attributes
     ----------
     name
-        Of the device.
+        Name of the device.
     peak
         FLOPs per second of matrix products, by dtype, without sparsity.
     bandwidth
         Bytes per second of the main memory.
     memory
-        Bytes; None where it does not matter.
+        Bytes of the main memory, or None.
     source
-        Where the numbers are from.
+        Source of the numbers.
     l2
-        Bytes of the last cache that all cores share; 0 where nothing is known.
+        Bytes of the last cache that all cores share; 0 if not known.
     l2_bandwidth
-        Bytes per second that this cache delivers; assumed. 0: as for memory.
+        Assumed bytes per second of this cache; 0 means that of the memory.
     capability
-        Of CUDA, such as (9, 0); None for other devices.
+        CUDA capability, such as (9, 0); None for other devices.
     reached
-        The parts of ``peak`` and ``bandwidth`` that large products and copies reach; assumed. On an H100 these are 700
+        Assumed fractions of ``peak`` and ``bandwidth`` that large products and copies reach. On an H100 these are 700
         TFLOP/s in bfloat16 and 3.0 TB/s.
     cores
-        Streaming multiprocessors.
+        Number of streaming multiprocessors.
     launch
-        Seconds from one kernel to the next where each takes no time of its own, when torch calls them one by one from
-        Python; assumed. In a CUDA graph it is less.
+        Assumed seconds between two short kernels that torch launches one by one from Python. In a CUDA graph it is
+        less.
     """
 
     name: str
@@ -67,7 +66,7 @@ class Device:
             raise ValueError(f"bytes, bandwidths and times must not be negative, got {self!r}")
 
     def rate(self, dtype: str) -> float:
-        """FLOPs per second in a dtype. Raises ValueError where it is not known.
+        """Return the FLOPs per second in a dtype; ValueError if they are not known.
 
         Examples
         --------
@@ -136,7 +135,7 @@ DEVICES: dict[str, Device] = {
 
 
 def named(name: str) -> Device:
-    """Return a device of :data:`DEVICES`. Raises ValueError for another name.
+    """Return a device of :data:`DEVICES`; ValueError for any other name.
 
     Examples
     --------

@@ -1,9 +1,8 @@
 """A chain as an operation of jax, and its derivatives: the compiled passes, which XLA calls (:mod:`.compiled.xla`).
 
-It is for a single CPU device, where :mod:`.jax_ways` chooses it. The chain and its gradients have all rules that jax's
-own operations have: any order of differentiation in both modes, vmap, transposition. Where such a rule, another device
-or a partition over several ones needs the single products, these are the portable plan's, as they are where nothing is
-compiled.
+The operation is for a single CPU device; :mod:`.jax_ways` chooses it. The chain and its gradients have the rules of
+jax's operations: differentiation of any order in both modes, vmap, transposition. Single products of the portable plan
+run on other devices, on several devices, for rules that need them, and if compilation is not available.
 """
 
 from __future__ import annotations
@@ -51,7 +50,7 @@ def single(structure: Structure, factors: Sequence[Array], x: Array, bias: Array
 
 
 def macs_of(equation: Any) -> int | None:
-    """Multiply-accumulates of an equation of a jaxpr; None where it is none of the operations here."""
+    """Return the multiply-accumulates of an equation of a jaxpr; None if it is not an operation of this module."""
     name, parameters = equation.primitive.name, equation.params
     if name not in (_chain.name, _tangent.name, _gradients.name):
         return None
@@ -80,14 +79,14 @@ def single_products() -> Iterator[None]:
 
 @contextmanager
 def as_chains() -> Iterator[None]:
-    """Trace products by chains and not by their dense matrices, unless the policy names that way."""
+    """Trace chains instead of their dense matrices, unless the policy names the way ``dense``."""
     with using(f"{policy_text()},-dense"):
         yield
 
 
 @contextmanager
 def failing() -> Iterator[None]:
-    """Where a pass is not compiled, what is lowered here raises CompileError, and no single products run instead."""
+    """Raise CompileError in lowering if a pass cannot be compiled, instead of using single products."""
     token = _FAILING.set(True)
     try:
         yield
@@ -96,7 +95,7 @@ def failing() -> Iterator[None]:
 
 
 def alone(operands: Sequence[Array], rows: bool) -> bool:
-    """Whether x, the factors and a bias are for a single CPU device, as far as a trace knows, and of one dtype."""
+    """Whether x, the factors and a bias have one dtype and, as far as known in a trace, a single CPU device."""
     x = operands[0]
     tokens = x.shape[0 if rows else 1]
     if not isinstance(tokens, int) or tokens == 0 or jax.default_backend() != "cpu":
@@ -122,7 +121,7 @@ def _plain(structure: Structure, rows: bool) -> Callable[..., Array]:
 
 
 def _portable_tangent(*operands: Array, structure: Structure, rows: bool, needs: tuple[bool, ...]) -> Array:
-    """Return the sum over all ``needs`` of the tangents given, of x, factors and bias, of which the primals follow."""
+    """Return the sum of the tangents by x, factors and bias that ``needs`` selects; the primals follow them."""
     tangents, primals, places = _split(operands, structure, needs)
     given = dict(zip(places, tangents, strict=True))
     found = given.pop(len(primals), None)
@@ -148,7 +147,7 @@ def _portable_gradients(
 def _split(
     operands: Sequence[Array], structure: Structure, needs: Sequence[bool]
 ) -> tuple[Sequence[Array], Sequence[Array], list[int]]:
-    """Tangents, x with the factors, and of what there are tangents; kept activations are left out."""
+    """Return the tangents, x with the factors, and which have tangents; stored activations are excluded."""
     count = sum(needs)
     return (
         operands[:count],
@@ -158,7 +157,7 @@ def _split(
 
 
 def _of_some(function: Callable[..., Array], operands: Sequence[Array], places: Sequence[int]) -> Callable[..., Array]:
-    """As a function of the operands at these places."""
+    """Return a function of the operands at these places, with the others held constant."""
 
     def changed(*some: Array) -> Array:
         new = dict(zip(places, some, strict=True))
@@ -205,7 +204,7 @@ def _chain_portable(
 
 
 def _activations(x: Array, factors: Sequence[Array], structure: Structure, rows: bool, kept: int) -> Iterator[Array]:
-    """Those that a compiled pass keeps, as it keeps them: what reads them may have been compiled for all that."""
+    """Return the activations that a compiled pass stores, in its layout, because a compiled pass may read them."""
     schedule, sizes = chain_of(structure, rows).given(str(x.dtype)).schedule, dict(structure.sizes)
     x = x[:kept] if rows else x[:, :kept].T
     for k, step in enumerate(structure.steps[:-1], 1):
@@ -255,7 +254,7 @@ def _chain_transpose(
 def _chain_batch(
     operands: Sequence[Array], at: Sequence[int | None], *, structure: Structure, rows: bool, bias: bool, kept: int
 ) -> tuple[list[Array], list[int | None]]:
-    """Vectors of all batches are so many more tokens; with factors of each batch the products are batched."""
+    """Batches of vectors are additional tokens; if the factors are batched too, the products are batched."""
     chain = 1 + len(structure.steps)
     if not any(dim is not None for dim in at[:chain]):  # of the bias alone
         y, *held = _chain.bind(*operands[:chain], structure=structure, rows=rows, bias=False, kept=kept)
@@ -271,7 +270,7 @@ def _chain_batch(
 
 
 def _fold(structure: Structure, factors: Sequence[Array], x: Array, at: int, bias: Array | None, rows: bool) -> Array:
-    """Batches of x as tokens: (batches, tokens, d), or (d, batches, tokens) for columns."""
+    """Return batches of x as tokens: (batches, tokens, d), or (d, batches, tokens) for columns."""
     x = jnp.moveaxis(x, at, 0 if rows else 1)
     batches, tokens = x.shape[:2] if rows else x.shape[1:]
     shape = (batches * tokens, x.shape[2]) if rows else (x.shape[0], batches * tokens)
@@ -283,8 +282,8 @@ def _fold(structure: Structure, factors: Sequence[Array], x: Array, at: int, bia
 
 # -- its derivatives ---------------------------------------------------------------------------------------------------
 #
-# The chain is linear in x and in each factor. So a tangent is the sum of chains with one of them replaced by its own
-# tangent, and so is the tangent of a tangent, or of gradients, of which each is linear in all but what it belongs to.
+# The chain is linear in x and in each factor. So a tangent is a sum of chains, each with one operand replaced by its
+# tangent. The same holds for tangents of tangents, and for gradients, which are linear in all other operands.
 
 
 @_tangent.def_abstract_eval
@@ -389,7 +388,7 @@ def _gradients_jvp(
 def _gradients_transpose(
     cotangents: Sequence[Any], gy: Any, *operands: Any, structure: Structure, rows: bool, needs: tuple[bool, ...]
 ) -> list[Any]:
-    """Of gy, or of x or a factor, in which the gradients of all others are linear."""
+    """Transpose the gradients by gy, or by x or a factor in which those of all others are linear."""
     places = [k for k, need in enumerate(needs) if need]
     given = {k: t for k, t in zip(places, cotangents, strict=True) if not isinstance(t, ad.Zero)}
     if ad.is_undefined_primal(gy):
@@ -435,7 +434,7 @@ def _tangent_batch(
 
 
 def _lowering(compiled: Callable[..., Any], portable: Callable[..., Any], several: bool) -> Callable[..., Any]:
-    """On a CPU: the compiled passes in a program for one device of this process."""
+    """Lower to the compiled passes on a CPU, in a program for one device of this process."""
 
     def lower(context: mlir.LoweringRuleContext, *operands: Any, **params: Any) -> Any:
         module = context.module_context

@@ -1,20 +1,19 @@
-"""The ways to run a chain in jax on a CPU, and the entry that picks one of them while a program is traced.
+"""The ways to run a chain in jax on a CPU, and the entry that chooses one of them while a program is traced.
 
 - ``products``: one batched product for each step, by XLA (:mod:`.products`),
 - ``compiled``: the passes that are compiled for the chain, as custom calls (:mod:`.jax_cpu`),
 - ``dense``: the dense matrix, made by the chain from the identity, and one product with it.
 
-The way is chosen when jax traces the call, from what a trace knows: the chain, the dtype and the number of tokens.
-Whether gradients are to follow it does not know, so the choice is that of a forward pass, and derivatives go by the way
-that the forward pass takes. ``jit`` keeps what it has traced: a policy is that of the first call with the same shapes.
-Under ``vmap`` the number of tokens is that of one example.
+The way is chosen when jax traces the call, by the chain, the dtype and the number of tokens. A trace does not know
+whether gradients follow. So the way is chosen for a forward pass, and derivatives use the same way. ``jit`` caches
+traces, so the policy is that of the first call with the same shapes. Under ``vmap`` the number of tokens is that of one
+example.
 
-Estimates are made of models (:mod:`.models`) at rates of XLA on this machine and of timings of two small chains. These
-are measured once for each dtype and kept on disk; the chain itself is timed under the policy ``measure`` alone. Both
-happen in a thread of their own, in which nothing is traced.
+Estimates come from models (:mod:`.models`) at the rates of XLA on this machine, and from timings of two small chains.
+These are measured once for each dtype and stored on disk. The chain itself is timed only under the policy ``measure``.
+Measurements run in a separate thread, in which nothing is traced.
 
-Programs for other devices, under a mesh or with mixed dtypes, and numbers of tokens that are symbols have single
-products, without a choice.
+Programs for other devices, under a mesh, with mixed dtypes, or with symbolic numbers of tokens use single products.
 """
 
 from __future__ import annotations
@@ -44,12 +43,12 @@ Array = Any
 
 
 class JaxWay(models.EstimatedWay):
-    """What the ways have in common: how a call is timed."""
+    """Base class of the ways of jax; it defines how a call is timed."""
 
     library = "jax"
 
     def calibration(self, problem: Problem) -> dict[str, tuple[float, float]]:
-        """Return, by way, the time of a call and the factor on the estimate."""
+        """Return, for each way, the time of a call and the factor of the estimate."""
         return _calibrated(models.timed_dtype(problem.dtype), problem.threads, problem.train)
 
     def call(self, problem: Problem, tokens: int) -> Callable[[], object]:
@@ -120,7 +119,7 @@ class Compiled(JaxWay):
         return self._once(problem) + super().seconds(problem)
 
     def _once(self, problem: Problem) -> float:
-        """Return what compiling takes, for each of the calls that share it."""
+        """Return the seconds of compilation per call."""
         return (2 if problem.train else 1) * models.COMPILING
 
     def model(self, problem: Problem) -> float:
@@ -141,7 +140,7 @@ def _wide(problem: Problem) -> Rates:
 
 @lru_cache(maxsize=64)
 def _calibrated(dtype: str, threads: int, train: bool) -> dict[str, tuple[float, float]]:
-    """Of each way the seconds of a call, and by what a chain of medium size takes longer than the model says."""
+    """Return, for each way, the seconds of a call, and the ratio of measured to modelled time of a medium chain."""
     small, medium = (
         Problem(structure, True, "jax", "cpu", dtype, tokens, threads, train) for structure, tokens in (TINY, MEDIUM)
     )
@@ -162,14 +161,14 @@ for _way in _WAYS:
 def run(
     structure: Structure, factors: Sequence[Array], x: Array, bias: Array | None = None, rows: bool = True
 ) -> Array:
-    """(tokens, d_in) -> (tokens, d_out) plus ``bias``, or columns."""
+    """Return the product, (tokens, d_in) -> (tokens, d_out) plus ``bias``, or columns."""
     operands = (x, *factors) if bias is None else (x, *factors, bias)
     way = _way_of(structure, x, rows) if jax_cpu.alone(operands, rows) else products_way
     return way.run(structure, factors, x, bias, rows)
 
 
 def _way_of(structure: Structure, x: Array, rows: bool) -> Way:
-    """Return the way for calls with as many tokens, chosen once for as long as nothing is measured or pinned."""
+    """Return the way for this number of tokens; it is chosen again after a measurement or a pin."""
     tokens, dtype = x.shape[0 if rows else 1], str(x.dtype)
     kept = structure._kept.setdefault(("jax_ways", rows), {})
     key = dtype, choice.bucket(tokens), xla.threads(), choice.policy_text(), choice.generation()
@@ -185,7 +184,7 @@ def _way_of(structure: Structure, x: Array, rows: bool) -> Way:
 
 
 def _untraced(function: Callable[[], Way]) -> Way:
-    """Call a function in another thread, with this one's policy: jax traces nothing there."""
+    """Call a function in another thread, where jax does not trace, with the policy of this thread."""
     choice.ways("jax")  # imports are made here
     with ThreadPoolExecutor(1) as pool:
         return pool.submit(copy_context().run, function).result()

@@ -1,4 +1,4 @@
-"""Facts of the machine that can be asked for: the sizes of its caches, and the name of its GPU."""
+"""Properties of the machine: the sizes of its caches, and the name of its GPU."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ _LINUX = Path("/sys/devices/system/cpu/cpu0/cache")
 
 @dataclass(frozen=True)
 class Caches:
-    """Bytes of the caches for data that one core can count on: its own two, and its share of the last one.
+    """Bytes of the data caches available to one core: its own two, and its share of the last one.
 
-    Two hardware threads of a core count as one: compute libraries start one thread for each core.
+    Two hardware threads count as one core, because compute libraries start one thread for each core.
     """
 
     l1: int
@@ -25,7 +25,7 @@ class Caches:
     l3: int
 
 
-# Where nothing can be asked: sizes that x86 and Arm cores of the last ten years have or exceed.
+# If the system does not state them: sizes that x86 and Arm cores of the last ten years have or exceed.
 DEFAULT = Caches(l1=32 << 10, l2=512 << 10, l3=2 << 20)
 
 
@@ -67,7 +67,7 @@ def _linux(folder: Path) -> dict[int, int]:
 
 
 def _cores(text: str) -> int:
-    """How many processors a list such as ``0-3,8`` names."""
+    """Return the number of processors in a list such as ``0-3,8``."""
     ends = [part.split("-") for part in text.split(",")]
     return sum(int(part[-1]) - int(part[0]) + 1 for part in ends)
 

@@ -1,6 +1,6 @@
-"""Models of the time that ways take: products and copies at the rates of a machine (:mod:`.rates`), without calls.
+"""Models of the time of ways: products and copies at the rates of a machine (:mod:`.rates`), without calls.
 
-They know no array library. What a model does not know is measured once for each way (:func:`calibrated`).
+They do not depend on an array library. Two timings of each way correct its model (:func:`calibrated`).
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class EstimatedWay(Way):
 
     @abstractmethod
     def model(self, problem: Problem) -> float:
-        """Seconds of products and copies, without calls."""
+        """Return the seconds of products and copies, without calls."""
 
     @abstractmethod
     def calibration(self, problem: Problem) -> Mapping[str, tuple[float, float]]:
@@ -87,7 +87,7 @@ class ProductsWay(EstimatedWay):
 class DenseWay(EstimatedWay):
     """The dense matrix, made by the chain from the identity, and one product with it.
 
-    For chains whose own products are so much slower than a dense one that making the matrix pays.
+    It is faster if the products of the chain run at a much lower rate than a dense one.
     """
 
     name = "dense"
@@ -108,7 +108,7 @@ def makes_dense(problem: Problem) -> bool:
 
 
 def timed_dtype(dtype: str) -> str:
-    """Return the dtype whose rates stand for those of ``dtype``."""
+    """Return the dtype whose rates are used for ``dtype``."""
     return dtype if dtype in BYTES else "float32"
 
 
@@ -125,7 +125,7 @@ def is_large(problem: Problem) -> bool:
 
 
 def products(problem: Problem, found: Rates) -> float:
-    """Seconds of one batched product for each step with the tokens innermost (:mod:`.products`)."""
+    """Return the seconds of one batched product for each step with the tokens innermost (:mod:`.products`)."""
     tokens, plan = problem.tokens, plan_of(problem.structure, problem.rows)
     total, number = 0.0, 0
     for step in plan.steps:
@@ -143,7 +143,7 @@ def products(problem: Problem, found: Rates) -> float:
 
 
 def dense(problem: Problem, found: Rates) -> float:
-    """Seconds of making the matrix by the chain from the identity, and of one product with it."""
+    """Return the seconds of making the matrix by the chain from the identity, and of one product with it."""
     structure = problem.structure
     wide = replace(problem, rows=True, tokens=structure.d_in)
     product = found.product(1, structure.d_in, structure.d_out, problem.tokens, rows=problem.rows)
@@ -151,11 +151,11 @@ def dense(problem: Problem, found: Rates) -> float:
 
 
 def compiled(problem: Problem, program: Program, found: Rates, back: bool, slices: int = 0) -> float:
-    """Seconds of a compiled pass: its instructions at the rate of those of a dense product.
+    """Return the seconds of a compiled pass: its instructions at the rate of those of a dense product.
 
-    Where the factors do not stay in cache, at least the reading of them for each block of tokens, unless there are so
-    many ``slices`` that do; then the input or the output is read for each. ``found``: the rates of the dtype that is
-    computed in, float32 or float64.
+    If the factors do not fit into cache, the time is at least that of reading them for each block of tokens. With
+    ``slices`` that fit, the input or the output is read for each slice instead. ``found`` are the rates of float32 or
+    float64, the dtype of the computation.
     """
     cost = program.schedule.back_cost if back else program.schedule.cost
     instruction = program.lanes * found.fastest * problem.threads  # seconds, on one thread
@@ -171,9 +171,9 @@ def compiled(problem: Problem, program: Program, found: Rates, back: bool, slice
 
 
 def fresh(problem: Problem, found: Rates, numbers: int) -> float:
-    """Seconds that an array takes longer for not staying in cache: its memory comes from the system, page by page.
+    """Return the additional seconds of an array that does not fit into cache, because it uses new memory pages.
 
-    Nothing up to the size of the second level of cache, all from that of the third one on, and a part between.
+    The result is 0 up to the size of the second level of cache, full from that of the third one, and partial between.
     """
     size, near, far = numbers * BYTES.get(problem.dtype, 8), caches().l2, caches().l3
     part = math.log(max(size, near) / near) / math.log(far / near) if far > near else float(size > far)
@@ -183,10 +183,10 @@ def fresh(problem: Problem, found: Rates, numbers: int) -> float:
 def calibrated(
     small: Mapping[str, float], medium: Mapping[str, float], model: Mapping[str, Callable[[], float]]
 ) -> dict[str, tuple[float, float]]:
-    """Of each way the seconds of a call, and by what it takes longer than its model says.
+    """Return, for each way, the seconds of a call, and the ratio of its measured to its modelled time.
 
-    ``small`` and ``medium``: seconds of each way that were measured for the chains :data:`TINY` and :data:`MEDIUM`;
-    ``model``: of each way its model's seconds for the latter.
+    ``small`` and ``medium`` are the measured seconds of each way for the chains :data:`TINY` and :data:`MEDIUM`.
+    ``model`` has the modelled seconds for the latter.
     """
     found = {}
     for name in model:

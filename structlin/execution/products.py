@@ -1,10 +1,9 @@
-"""How a chain is executed: one batched product for each step, permutations worked out once.
+"""A chain as one batched product for each step, with permutations that are computed once.
 
-The tokens (vectors) are one more carried axis ``*``. Between the steps the activation is feature-major, with the
-tokens innermost, so that what is copied there moves in whole runs of tokens:
-``(batch, free, contracted) @ (batch, contracted, carried * tokens)``. For row-major input the first step reads rows
-and the last one writes them, as transposed operands of their products. Chains without any batch axis read and write
-rows, ``(tokens * carried, contracted) @ (contracted, free)``, in every step.
+The tokens (vectors) are a further carried axis ``*``. Between the steps the tokens are innermost, so copies move
+contiguous runs of tokens: ``(batch, free, contracted) @ (batch, contracted, carried * tokens)``. For row-major input
+the first step reads rows and the last one writes them, as transposed operands of their products. In chains without
+batch axes every step reads and writes rows, ``(tokens * carried, contracted) @ (contracted, free)``.
 """
 
 from __future__ import annotations
@@ -83,7 +82,7 @@ class Plan:
 
 
 def make_plan(steps: Sequence[Step], sizes: Mapping[str, int], rows: bool) -> Plan:
-    """Work out the permutations for row-major (``rows``) or column-major activations."""
+    """Compute the permutations for row-major (``rows``) or column-major activations."""
 
     def size(axes: str) -> int:
         return math.prod(sizes[a] for a in axes)
@@ -128,7 +127,7 @@ def make_plan(steps: Sequence[Step], sizes: Mapping[str, int], rows: bool) -> Pl
 
 
 def plan_of(structure: Structure, rows: bool = True) -> Plan:
-    """Return the plan of a structure, worked out once for it."""
+    """Return the plan of a structure, which is computed once."""
     key = "products", rows
     found = structure._kept.get(key)
     if found is None:

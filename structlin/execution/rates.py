@@ -1,8 +1,8 @@
 """Rates of this machine, from which the times of ways are estimated.
 
-They are measured once for each library, dtype and number of threads, by timing a few products and copies. That takes
-about a tenth of a second in torch, and half a second in jax, which compiles each of them. The result is kept on disk
-(:mod:`.wisdom`), so that all processes on a machine estimate from the same figures.
+A few products and copies are timed once for each library, dtype and number of threads. This takes about a tenth of a
+second in torch, and half a second in jax, which compiles each of them. The result is stored on disk (:mod:`.wisdom`),
+so all processes on a machine use the same rates.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ BLOCKS = (8, 16, 32, 64, 128, 256, 512, 1024)
 """Sides of the square blocks whose products are timed."""
 COLUMNS = 256  # vectors that each block multiplies: so many tokens share the reading of a block
 NUMBERS = 1 << 17  # of all blocks of one product: they stay in the second level of cache
-COPIED = 1 << 20  # numbers that are copied: more than the second level of cache holds
-LONG = 0.02  # seconds of all calls, after which no other is made
+COPIED = 1 << 20  # numbers that are copied; they exceed the second level of cache
+LONG = 0.02  # seconds after which no further call is made
 LARGE = 64 << 20  # bytes of an array that stays in no cache, and that no allocator keeps
-ROUNDS = 5  # the least time counts, since other processes only add to it
+ROUNDS = 5  # the least time counts, because other processes only add to it
 ROUNDS_JAX = 3  # beside the time that XLA takes to compile
 
 
@@ -55,7 +55,7 @@ class Rates:
     item: float
 
     def mac(self, contracted: int, free: int, *, rows: bool = False) -> float:
-        """Seconds of one MAC with blocks of this size, interpolated between the sides that were timed."""
+        """Return the seconds of one MAC with blocks of this size, interpolated between the sides that were timed."""
         table = self.rows if rows else self.columns
         side = math.sqrt(contracted * free)
         if side <= BLOCKS[0]:  # the time of a small block is that of its rows
@@ -72,7 +72,7 @@ class Rates:
         return min(*self.columns, *self.rows)
 
     def product(self, batch: int, contracted: int, free: int, count: int, *, rows: bool = False) -> float:
-        """Seconds of a batched product of blocks with ``count`` vectors each, without its call."""
+        """Return the seconds of a batched product of blocks with ``count`` vectors each, without its call."""
         macs = batch * contracted * free * count
         least = batch * contracted * free * self.read  # however few the vectors, all blocks are read
         return max(macs * self.mac(contracted, free, rows=rows), least) + (batch - 1) * self.item
@@ -90,9 +90,9 @@ def rates(dtype: str, threads: int, library: str = "torch") -> Rates:
 
 
 def clock(threads: int, library: str = "torch", device: str = "cpu") -> Callable[[], float]:
-    """Return the clock to time calls with: of the calling thread, where it does all the work.
+    """Return the clock for timings: that of the calling thread if it does all the work.
 
-    Other processes on its core stop that clock, and would be counted by one on the wall.
+    Unlike wall-clock time, it does not include other processes on the core.
     """
     return time.thread_time if (threads, library, device) == (1, "torch", "cpu") else time.perf_counter
 
@@ -100,7 +100,7 @@ def clock(threads: int, library: str = "torch", device: str = "cpu") -> Callable
 def least_seconds(
     function: Callable[[], object], rounds: int = ROUNDS, now: Callable[[], float] = time.perf_counter
 ) -> float:
-    """Return the least time of some calls, after one that is not counted; of one alone where that takes long."""
+    """Return the least time of some calls after a warm-up call; of a single call if it takes long."""
     function()
     best, began = math.inf, time.perf_counter()
     for _ in range(rounds):
@@ -114,7 +114,7 @@ def least_seconds(
 
 @dataclass(frozen=True)
 class _Stopwatch:
-    """How a library makes arrays of ones and times a function of arrays, and the sides of blocks that it is asked for.
+    """How a library makes arrays of ones and times a function of arrays, and the sizes of blocks to time.
 
     ``written``: an array whose axes were permuted, in memory in its new order. ``alike``: products with the tokens
     first take as long as others, and nothing asks for copies of single numbers: neither is timed.

@@ -1,14 +1,14 @@
-"""The contraction of a chain by batched products of strided operands, without a copy: the way for GPUs in torch.
+"""The contraction of a chain on GPUs in torch, by batched products of strided operands without copies.
 
 The passes are those of :mod:`._ordered`: each step is one product of torch (cuBLAS on CUDA). So a chain of n steps is
-n kernels, and one more where a bias is added: torch writes it before the last product adds to it.
+n kernels. A bias is one more kernel, because torch writes it before the last product adds to it.
 
-Activations between the steps have the tokens innermost. Their number is rounded up there to :data:`ALIGNED` bytes, so
-that all rows of an operand are aligned for wide loads, whatever the number of tokens.
+Activations between the steps have the tokens innermost. Rows are padded to a multiple of :data:`ALIGNED` bytes, so they
+are aligned for wide loads for any number of tokens.
 
-With ``chunk`` the chain is run for so many tokens at a time. The activations between the steps are then written to the
-same buffers again and again, which stay in the L2 of the device if they fit (:func:`l2_chunk`). The backward pass
-computes them anew, since reading them from memory would take longer than the products.
+With ``chunk`` the chain runs for this number of tokens at a time. The activations between the steps then use the same
+buffers, which stay in the L2 of the device if they fit (:func:`l2_chunk`). The backward pass computes them again,
+because reading them from memory would take longer than the products.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ LEAST_CHUNK = 128  # tokens: fewer do not fill the tiles of a product
 
 
 class StridedChain(OrderedChain):
-    """The passes on a GPU; ``merges`` is False where a step would have to copy."""
+    """The passes on a GPU; ``merges`` is False if a step would need a copy."""
 
     def __init__(self, structure: Structure, rows: bool = True) -> None:
         super().__init__(structure.steps, dict(structure.sizes), rows, structure.padding)
@@ -45,7 +45,7 @@ class StridedChain(OrderedChain):
         self, x: Tensor, factors: Sequence[Tensor], bias: Tensor | None = None, chunk: int = 0,
         kept: list[Tensor] | None = None,
     ) -> Tensor:  # fmt: skip
-        """(tokens, d_in) -> (tokens, d_out) plus ``bias`` (d_out,), or columns; in chunks of tokens unless 0.
+        """Return the product, (tokens, d_in) -> (tokens, d_out), or columns, plus ``bias``, in chunks unless 0.
 
         To ``kept`` the activations between the steps are added, if there are no chunks.
         """
@@ -56,7 +56,7 @@ class StridedChain(OrderedChain):
         self, gy: Tensor, x: Tensor, factors: Sequence[Tensor], needs: Sequence[bool], chunk: int = 0,
         kept: Sequence[Tensor] = (),
     ) -> tuple[Tensor | None, ...]:  # fmt: skip
-        """Gradients of x, the factors and the bias, None where ``needs`` is False. ``kept``: by :meth:`forward`."""
+        """Return gradients of x, the factors and the bias, None where ``needs`` is False; ``kept`` by ``forward``."""
         several = 0 < chunk < x.shape[0 if self.rows else 1]
         wide = torch.float32 if several and x.dtype in (torch.bfloat16, torch.float16) else x.dtype
         return self.run_backward(gy, x, factors, needs, chunk, kept, wide)
@@ -89,9 +89,10 @@ def _repeated(weight: Tensor, source: Tensor) -> Tensor:
 
 
 def l2_chunk(chain: StridedChain, tokens: int, item: int, l2: int, train: bool) -> int:
-    """So many tokens, with ``item`` bytes a number, that all of a chunk and the factors stay in ``l2`` bytes; 0: all.
+    """Return the number of tokens for which a chunk and the factors fit into ``l2`` bytes; 0 if all tokens do.
 
-    Input, output and the activations between them count; in the backward pass their gradients too.
+    A number has ``item`` bytes. A chunk has input, output and the activations between them, and in the backward pass
+    their gradients.
     """
     factors = chain.structure.num_params * item
     each = sum(chain.widths) * item
@@ -103,7 +104,7 @@ def l2_chunk(chain: StridedChain, tokens: int, item: int, l2: int, train: bool) 
 
 
 def _along(bias: Tensor, target: Operand, count: int) -> Tensor | None:
-    """Return a bias as the operand of an output, the same for all tokens; None where no strides stand for that."""
+    """Return a bias as an operand with the shape of an output; None if no strides represent it."""
     sizes, strides = [], []
     for size, tokens, stride, over in target.groups:
         if (tokens and size > 1) or (over and not tokens):

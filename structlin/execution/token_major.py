@@ -1,9 +1,9 @@
 """The contraction of a chain token by token, with as few calls of torch as possible.
 
-For few tokens the time of a layer is the time of its calls: each step is one batched product with the tokens in
-front, reshapes are worked out beforehand, and the bias is added by the last product. The activations are copied
-between the steps, which is why :meth:`structlin.Structure.apply` goes another way where there are many tokens. Plain
-torch throughout: differentiable any number of times, and usable in every transformation.
+For few tokens the time of a layer is that of its calls. Each step is one batched product with the tokens as the first
+axis, reshapes are computed in advance, and the last product adds the bias. The activations are copied between the
+steps, so other ways are faster for many tokens. The operations are those of torch, so they can be differentiated any
+number of times and used in every transformation.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Arrangement = tuple[Sizes | None, Sizes | None, Sizes | None]  # view, permutati
 
 
 def _arrange(source: Sequence[str], target: Sequence[str], sizes: Mapping[str, int]) -> Arrangement:
-    """How to get from an array to another; the axes of both are named by the labelled axes that they merge."""
+    """Return the view, permutation and reshape from one array to another, whose axes merge labelled axes."""
 
     def dims(groups: Sequence[str]) -> Sizes:
         return tuple(-1 if _TOKENS in g else math.prod(sizes[a] for a in g) for g in groups)
@@ -78,7 +78,7 @@ class TokenMajor:
             labels, written = [*lead, _TOKENS + carried, step.free], step.output
         self.last = self.steps.pop()
         self.out = _arrange(labels, [_TOKENS, written], sizes)
-        # The last product adds the bias, unless it meets each number of it at several positions.
+        # The last product adds the bias, unless an entry of the bias belongs to several positions.
         last = structure.steps[-1]
         self.fuses_bias = not last.carried and not self.cut
         self.bias = nothing
@@ -99,14 +99,14 @@ class TokenMajor:
     def pays_as_node(self, x: Tensor) -> bool:
         """Whether a compiled graph for the CPU should run the contraction of ``x`` as the one node structlin::chain.
 
-        Where the number of tokens is dynamic, two graphs are made, for few and for many.
+        For a dynamic number of tokens two graphs are made, for few and for many.
         """
         if self.least_node_tokens is None or not x.is_cpu or torch.compiler.is_exporting():
             return False
         return x.shape[0] >= self.least_node_tokens
 
     def __call__(self, x: Tensor, factors: Sequence[Tensor], bias: Tensor | None) -> Tensor:
-        """(tokens, d_in) -> (tokens, d_out); the factors, the bias and x are of one dtype."""
+        """Return the product, (tokens, d_in) -> (tokens, d_out); the factors, the bias and x have one dtype."""
         if self.pad:
             x = F.pad(x, (0, self.pad))
         number = 0
@@ -131,10 +131,10 @@ class TokenMajor:
         return x if bias is None or self.fuses_bias else x + bias
 
     def single(self, x: Tensor, factors: Sequence[Tensor], bias: Tensor | None) -> Tensor:
-        """Return the same for a single token, for a compiler that fuses products with what stands between.
+        """Return the same for a single token, for a compiler that fuses products with the operations between them.
 
-        A compiler would read a permuted activation through arithmetic with its indices, number by number, which takes
-        longer than all the products. So the sums of a product are written in the order of the next one.
+        A compiler would compute the index of each number of a permuted activation, which takes longer than all
+        products. So the sums of a product are written in the order of the next one.
         """
         if self.pad:
             x = F.pad(x, (0, self.pad))
@@ -167,7 +167,7 @@ def _arranged(x: Tensor, how: Arrangement) -> Tensor:
 
 
 def _summed(products: Tensor, how: Arrangement) -> Tensor:
-    """Return what :func:`_arranged` makes of the sums over the last axis."""
+    """Return the sums over the last axis, arranged by :func:`_arranged`."""
     view, order, shape = how
     assert order is not None
     if view is not None:

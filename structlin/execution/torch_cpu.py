@@ -40,12 +40,12 @@ class Passes(Protocol):
     def forward(
         self, x: Tensor, factors: Sequence[Tensor], bias: Tensor | None = None, kept: list[Tensor] | None = None
     ) -> Tensor:
-        """Return the product plus ``bias``; append to ``kept`` what the other pass would have to compute again."""
+        """Return the product plus ``bias``; append to ``kept`` the activations to store for the backward pass."""
 
     def backward(
         self, gy: Tensor, x: Tensor, factors: Sequence[Tensor], needs: Sequence[bool], kept: Sequence[Tensor] = ()
     ) -> tuple[Tensor | None, ...]:
-        """Gradients of x, the factors and the bias, None where ``needs``, which has one entry for each, is False."""
+        """Return gradients of x, the factors and the bias, each None if its entry of ``needs`` is False."""
 
 
 class SingleProducts:
@@ -116,7 +116,7 @@ class CPUChain:
         self, passes: Passes, x: Tensor, factors: Sequence[Tensor], bias: Tensor | None = None,
         back: Passes | None = None,
     ) -> Tensor:  # fmt: skip
-        """(tokens, d_in) -> (tokens, d_out), or columns; differentiable any number of times.
+        """Return the product, (tokens, d_in) -> (tokens, d_out), or columns; differentiable any number of times.
 
         ``bias``, of size d_out, is added. ``passes`` run forward, and ``back`` backward if it is given. The operands
         have passed the guard.
@@ -130,7 +130,7 @@ class CPUChain:
     def forward(
         self, passes: Passes, x: Tensor, factors: Sequence[Tensor], bias: Tensor | None, keeps: bool = False
     ) -> tuple[Tensor, Passes, list[Tensor]]:
-        """Return the product, the way that it took in the end, and what that way keeps for the backward pass."""
+        """Return the product, the way that computed it, and what that way stores for the backward pass."""
         kept: list[Tensor] = []
         try:
             return passes.forward(x, factors, bias, kept if keeps else None), passes, kept
@@ -143,7 +143,7 @@ class CPUChain:
         self, passes: Passes | None, gy: Tensor, x: Tensor, factors: Sequence[Tensor], needs: Sequence[bool],
         kept: Sequence[Tensor] = (),
     ) -> tuple[Tensor | None, ...]:  # fmt: skip
-        """Gradients of x, the factors and the bias, None where ``needs`` is False.
+        """Return the gradients of x, the factors and the bias, None where ``needs`` is False.
 
         The tensors may be of any kind: hooks on saved tensors can change what was saved, and gradients can be batched
         or have tangents. ``passes`` run if they can read the memory of all tensors. Otherwise, and if ``passes`` is
@@ -180,7 +180,7 @@ class CPUChain:
         return (gy.shape[0], d_in) if self.rows else (d_in, gy.shape[1])
 
     def _uncompiled(self, error: CompileError, x: Tensor) -> Passes:
-        """Return the next best way after the compiler has failed, for this call and all later ones."""
+        """Return the way to use after the compiler has failed, for this call and all later ones."""
         self.compiled.failed = True
         choice.forget()
         warn_once(error, "A contraction by torch")
@@ -204,7 +204,7 @@ class _Differentiable(torch.autograd.Function):
     def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
         chain: CPUChain = ctx.chain
         count = 1 + len(chain.structure.steps)
-        saved = ctx.saved_tensors  # asked for once: where activations are computed again, there is no second time
+        saved = ctx.saved_tensors  # read only once, because hooks may compute the activations again
         x, *factors = saved[:count]
         _, _, _, for_x, for_bias, *for_factors = ctx.needs_input_grad
         needs = [for_x, *for_factors, for_bias]
@@ -215,7 +215,7 @@ class _Differentiable(torch.autograd.Function):
 
 
 def _as_kept(tensors: Sequence[Tensor], expected: Sequence[tuple[torch.dtype, torch.Size]]) -> bool:
-    """Whether hooks on saved tensors have left activations as they were; otherwise they are computed again."""
+    """Whether hooks on saved tensors have not changed the activations; otherwise they are computed again."""
     return all(
         addressable(tensor, "an activation") and tensor.dtype is dtype and tensor.shape == shape
         and tensor.is_contiguous()

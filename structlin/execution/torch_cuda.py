@@ -3,8 +3,8 @@
 Strided products without copies (:mod:`.strided`), at once or in chunks that stay in L2, and kernels in Triton
 (:mod:`.fused`).
 
-They take plain tensors of real dtypes on any device; they are candidates on CUDA. Nothing waits for the device, and no
-value is read: a call can be recorded in a CUDA graph. The same sizes on the same device give the same bits.
+They accept plain tensors of real dtypes on any device, and are candidates on CUDA. No call synchronizes or reads a
+value, so CUDA graphs can record it. Results are bit-identical for the same sizes on the same device.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def _plain(*tensors: Tensor | None) -> bool:
-    """Whether strides say all about tensors: they are of no subclass, not batched, not sparse, and of a real dtype."""
+    """Whether strides describe the tensors: they are not subclasses, batched or sparse, and have a real dtype."""
     return not transforming() and all(
         t is None
         or (
@@ -56,7 +56,7 @@ def _casts(x: Tensor) -> bool:
 class StridedWay(Way):
     """One product of strided operands for each step; ``in_l2``: in chunks of tokens that stay in the L2 of the device.
 
-    Where a step would have to copy (a chain that regroups its axes between the steps) the way is not taken.
+    The way does not support chains with a step that would need a copy, that is, with a regrouping of axes.
     """
 
     def __init__(self, name: str, in_l2: bool) -> None:
@@ -72,7 +72,7 @@ class StridedWay(Way):
         return not self.in_l2 or self._chunk(structure, rows, problem.tokens, dtype, problem.train) > 0
 
     def fits(self, problem: Problem, device: Device) -> bool:
-        """:meth:`supports` on a device that need not be there."""
+        """Return :meth:`supports` for a device that need not be present."""
         with traffic.assuming(device):
             return self.supports(problem)
 
@@ -110,9 +110,9 @@ class StridedWay(Way):
         self, structure: Structure, gy: Tensor, x: Tensor, factors: Sequence[Tensor], needs: Sequence[bool],
         rows: bool, kept: Sequence[Tensor] = (), again: bool = False,
     ) -> tuple[Tensor | None, ...]:  # fmt: skip
-        """Gradients of x, the factors and the bias, None where ``needs`` is False, of whatever tensors there are.
+        """Return the gradients of x, the factors and the bias (None where ``needs`` is False) for any tensors.
 
-        ``again``: they are to be differentiated themselves.
+        ``again``: the gradients will be differentiated.
         """
         chain = strided(structure, rows)
         if chain.merges and not again and not recording() and _plain(gy, x, *factors):
@@ -135,7 +135,7 @@ class StridedWay(Way):
 class FusedWay(StridedWay):
     """Both steps as one kernel in Triton (:mod:`.fused`); the backward pass by strided products.
 
-    No time of it has been measured: it is taken only where a policy names it.
+    It has not been measured, so it is used only if a policy names it.
     """
 
     explicit = True
@@ -215,10 +215,10 @@ NODE_NUMBERS = 1 << 20
 
 
 def node_tokens(structure: Structure) -> int:
-    """From how many tokens on a compiled graph for CUDA is to run a chain as one node that calls these ways; 0: never.
+    """Return the least number of tokens for which a compiled graph on CUDA runs a chain as one node; 0 for never.
 
-    A compiler fuses a copy of the output with what follows. It does not write a product in another order, so that an
-    activation between two steps is copied, unless the second one can read it by its strides.
+    A compiler fuses a copy of the output with the following operation. But it does not write a product in another
+    order, so it copies an activation between two steps unless the second one can read it by its strides.
     """
     return kept(structure, ("cuda_node",), lambda: _node_tokens(structure))
 

@@ -1,8 +1,8 @@
-"""The ways to run a chain in torch, and the entry that picks one of them for a call.
+"""The ways to run a chain in torch, and the entry that chooses one of them for a call.
 
-A model of each way adds up its products and copies at the rates of the machine (:mod:`.rates`). Two figures correct it,
-which are measured once for each way, dtype and number of threads: the time of a call on a tiny chain, which is added,
-and the ratio of the measured to the modelled time of a chain of medium size, by which the estimate is multiplied.
+A model of each way sums its products and copies at the rates of the machine (:mod:`.rates`). Two measurements correct
+it, once for each way, dtype and number of threads. The time of a call on a tiny chain is added. The ratio of the
+measured to the modelled time of a medium chain is a factor.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ FEW = 1 << 15  # numbers in the widest activation, up to which calls take longer
 
 
 def _steps(structure: Structure) -> list[tuple[int, int, int, int]]:
-    """(batch, contracted, free, carried) of each step."""
+    """Return (batch, contracted, free, carried) of each step."""
     return [(f.blocks, f.fan_in, f.fan_out, f.carried) for f in structure.factors]
 
 
@@ -68,7 +68,7 @@ class Products(TorchWay, models.ProductsWay):
 
 
 class TokenMajor(TorchWay):
-    """One batched product for each step with the tokens in front, in as few calls as possible (:mod:`.token_major`)."""
+    """One batched product for each step with the tokens as the first axis, in few calls (:mod:`.token_major`)."""
 
     name = "token_major"
 
@@ -140,7 +140,7 @@ class PassesWay(TorchWay):
         return self._once(problem) + super().seconds(problem)
 
     def _once(self, problem: Problem) -> float:
-        """Return what compiling takes, for each of the calls that share it."""
+        """Return the seconds of compilation per call."""
         passes = (self.forward != "chunked") + (problem.train and self.back != "chunked")
         return passes * models.COMPILING
 
@@ -227,7 +227,7 @@ class TilesWay(PassesWay):
 class BlocksWay(PassesWay):
     """Compiled passes with another number of tokens in a block.
 
-    Its effect on a large chain is measured once. For other chains there is no estimate, and the way is not preferred.
+    Its effect on a large chain is measured once. For other chains there is no estimate, and the way is not chosen.
     """
 
     def __init__(self, block: int) -> None:
@@ -248,7 +248,7 @@ class BlocksWay(PassesWay):
 
 
 class NearWay(PassesWay):
-    """Compiled passes in slices whose factors stay in the second level of cache, where the third one is slow."""
+    """Compiled passes in slices whose factors stay in the second level of cache, for a slow third level."""
 
     least_tokens = 256  # for fewer, copies of the factors count
 
@@ -314,13 +314,13 @@ class StoredWay(PassesWay):
             try:  # a call takes some microseconds, so that each attribute counts
                 return chain.stored.plain(x, factors, bias)
             except CompileError:
-                return chain.forward(chain.stored, x, factors, bias)[0]  # which warns, and goes another way
+                return chain.forward(chain.stored, x, factors, bias)[0]  # which warns, and uses another way
 
         return run
 
 
 def _elsewhere(problem: Problem, name: str) -> float:
-    """On another device nothing is measured in advance: few numbers are a matter of calls, many of copies."""
+    """Return a relative estimate for other devices: few calls for small activations, few copies for large ones."""
     widest = max(max(f.fan_in, f.fan_out) * f.blocks * f.carried for f in problem.structure.factors)
     few = widest * problem.tokens <= FEW
     return 1.0 if (name == "token_major") == few else 2.0
@@ -356,7 +356,7 @@ for _clear in (_calibrated.cache_clear, rates.cache_clear):
     choice.measured_with(_clear)
 products_way, token_major_way = Products(), TokenMajor()
 compiled_way, tiles_way = PassesWay("compiled", "compiled", "compiled"), TilesWay()
-# One on each side of what the sizes of caches suggest on the processors that were looked at.
+# One on each side of the number that the sizes of caches suggest on the measured processors.
 _block_ways = (BlocksWay(16), BlocksWay(48))
 stored_way = StoredWay()
 for _way in (
@@ -382,7 +382,7 @@ Call = Callable[[Tensor, Sequence[Tensor], "Tensor | None"], Tensor]
 
 
 class TorchChain:
-    """The entry for calls with one structure, for rows or columns: picks a way and remembers it."""
+    """The entry for calls with one structure, for rows or columns; it chooses a way and caches it."""
 
     def __init__(self, structure: Structure, rows: bool) -> None:
         self.structure, self.rows = structure, rows
@@ -396,7 +396,7 @@ class TorchChain:
         return torch_chain, (self.structure, self.rows)
 
     def __call__(self, x: Tensor, factors: Sequence[Tensor], bias: Tensor | None = None) -> Tensor:
-        """(tokens, d_in) -> (tokens, d_out) plus ``bias``, or columns.
+        """Return the product, (tokens, d_in) -> (tokens, d_out) plus ``bias``, or columns.
 
         Raises ValueError for operands of the wrong shape, device or dtype, and for storages that were freed.
         """
@@ -406,7 +406,7 @@ class TorchChain:
         if not plain:
             self._guard.check(x, operands)
         if seen or not (plain or not x.is_cpu or self._guard.addressable(x, operands)):
-            # Nothing is measured here, since measuring would be traced too.
+            # Nothing is measured here, because the measurement would be traced.
             return self._without_pointers(x).run(self.structure, factors, x, bias, self.rows)
         train = torch.is_grad_enabled() and (x.requires_grad or any(t.requires_grad for t in operands))
         call, way = self._way(x, train)

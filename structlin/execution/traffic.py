@@ -1,19 +1,20 @@
-"""The traffic of a way on a GPU: kernels, products, bytes from L2 and from memory, and the time that follows.
+"""The traffic of a way on a GPU: kernels, products, bytes of L2 and of memory, and the predicted time.
 
-A way is run once on tensors without memory (the meta device), and each operation that torch dispatches is recorded: its
-MACs, and the bytes of the arrays that it reads and writes. This holds for the forward and the backward pass of any way,
-also of one that users have registered. What torch's kernels for CUDA do beside is added: the product of a matrix that
-cuBLAS cannot read by its strides copies it first, and an array that a product adds to is written before.
+A way runs once on the meta device, and each operation that torch dispatches is recorded with its MACs and the bytes of
+the arrays that it reads and writes. This applies to the forward and the backward pass of any way, also of a registered
+one. Additional kernels of torch on CUDA are added: a matrix that cuBLAS cannot read by its strides is copied first, and
+an array to which a product is added is written before.
 
-The L2 is a cache of whole arrays, of which the least recently used one goes first. Half of its size counts
-(:data:`.strided.L2_SHARE`). An array that is larger passes through. Bytes of memory are those of arrays that are not in
-the cache when they are read, and of those that leave it after they were written; results are written in the end, and
-arrays between the steps are not, unless they leave the cache before.
+The L2 is modelled as a cache of whole arrays that evicts the least recently used one. Half of its size is available
+(:data:`.strided.L2_SHARE`), and larger arrays bypass it. Bytes of memory are those of arrays that are not in the cache
+when they are read, and of written arrays that are evicted. Results are written at the end. Arrays between the steps are
+written only if they are evicted.
 
-The time of a kernel is the largest of its MACs at the rate, its bytes at the bandwidths of L2 and memory, and the time
-from one launch to the next (:class:`.devices.Device`); that of a call is the sum. It is the roofline model (Williams,
-Waterman and Patterson, 2009) with a second roof. It knows no tiles: a kernel reads each operand once. So it is a bound
-from below, and an estimate as far as products are large or bound by memory.
+The time of a kernel is the largest of three: its MACs at the peak rate, its bytes at the bandwidths of L2 and memory,
+and the time from one launch to the next (:class:`.devices.Device`). The time of a call is the sum over its kernels.
+This is the roofline model (Williams, Waterman and Patterson 2009, Roofline) with a second level of memory. It does not
+model tiles: a kernel reads each operand once. So it is a lower bound, which is close for large products and for kernels
+limited by memory.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ class Access:
 
 @dataclass(frozen=True)
 class Kernel:
-    """One kernel: its MACs, and what it reads and writes. ``again``: bytes that it reads from L2 more than once."""
+    """A kernel: its MACs, and what it reads and writes. ``again``: bytes that it reads from L2 repeatedly."""
 
     name: str
     macs: int
@@ -82,10 +83,10 @@ class Kernel:
 
 @dataclass(frozen=True)
 class Traffic:
-    """What a call costs on a device.
+    """The cost of a call on a device.
 
-    ``kernels``: in their order. ``memory``: bytes from and to memory of each of them, ``written_back``: bytes of
-    results that are written to memory in the end. ``rates``: MACs, bytes of memory and bytes of L2 per second.
+    ``kernels`` are in order of execution. ``memory`` has the bytes of memory of each of them, and ``written_back`` the
+    bytes of results that are written at the end. ``rates`` are MACs, bytes of memory and bytes of L2 per second.
     """
 
     device: Device
@@ -111,7 +112,7 @@ class Traffic:
 
     @property
     def seconds(self) -> float:
-        """Of the call: the sum over its kernels."""
+        """Seconds of the call, the sum over its kernels."""
         rate, bandwidth, near = _rates(self.device, self.dtype)
         total = self.written_back / bandwidth
         for kernel, moved in zip(self.kernels, self.memory, strict=True):
@@ -136,7 +137,7 @@ def ceiling(problem: Problem, device: Device | str) -> Traffic:
 
 
 def _rates(device: Device, dtype: str) -> tuple[float, float, float]:
-    """MACs, bytes of memory and bytes of L2 per second."""
+    """Return MACs, bytes of memory and bytes of L2 per second."""
     if dtype not in device.peak:  # complex and such: no way on CUDA has a rate of its own for them
         dtype = min(device.peak, key=lambda one: device.peak[one])
     bandwidth = device.bandwidth * device.reached[1]
@@ -149,7 +150,7 @@ _PRODUCTS = {"mm", "bmm", "addmm", "baddbmm"}
 
 
 class Recorder(TorchDispatchMode):
-    """Records the kernels that the operations within its ``with`` statement take on CUDA, whatever their device is.
+    """Records the kernels on CUDA of the operations within its ``with`` statement, on any device.
 
     Examples
     --------
@@ -204,7 +205,7 @@ class Recorder(TorchDispatchMode):
         return [*added, left, right]
 
     def _copy(self, tensor: Tensor) -> None:
-        """Of a whole array to one in another order, in place of the first one."""
+        """Record a copy of an array to another order, which replaces it."""
         access = self._access(tensor)
         self.kernels.append(Kernel("clone", 0, (access,), (access,)))
 
@@ -255,7 +256,7 @@ def _readable(matrix: Tensor) -> bool:
 
 
 class _L2:
-    """A cache of whole arrays. ``take`` says how many bytes go to and from memory."""
+    """A cache of whole arrays. ``take`` returns the bytes of memory that a kernel reads and evicts."""
 
     def __init__(self, size: int) -> None:
         self.size, self.used = size, 0
@@ -277,12 +278,12 @@ class _L2:
         return moved
 
     def finish(self, places: set[int]) -> int:
-        """Bytes of results that are yet to be written; ``places``: their storages."""
+        """Return the bytes of results that are not written yet; ``places``: their storages."""
         return sum(size for (place, _), (size, newer) in self.held.items() if newer and place in places)
 
 
 def traffic(kernels: Sequence[Kernel], results: Sequence[Tensor], device: Device, dtype: str) -> Traffic:
-    """Return what recorded kernels cost on a device, after which ``results`` are in memory."""
+    """Return the cost of recorded kernels on a device, including writing ``results`` to memory."""
     cache, memory = _L2(int(L2_SHARE * device.l2)), []
     for kernel in kernels:
         read = sum(cache.take(access, False) for access in kernel.reads)

@@ -1,4 +1,4 @@
-"""Measure the ways for a problem, or for all problems that occur in a model."""
+"""Timings of the ways for a problem, or for all problems that occur in a model."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from structlin.structure import Structure
 
 __all__ = ["clear_wisdom", "explain", "import_wisdom", "measure", "problem_of", "tune"]
 
-# No round but the first begins after BUDGET seconds. All ways take part in the first LEAST_ROUNDS rounds, and there are
-# at most MOST_ROUNDS. In each round a way runs once; its least time counts, since other processes only add to it.
+# No round except the first begins after BUDGET seconds. All ways take part in the first LEAST_ROUNDS rounds, and there
+# are at most MOST_ROUNDS. In each round a way runs once. Its least time counts, because other processes only add to it.
 BUDGET, LEAST_ROUNDS, MOST_ROUNDS = 0.6, 5, 60
 QUICK = 0.25  # instead of BUDGET under the policy `compare`
 HOPELESS = 3.0  # after LEAST_ROUNDS, a way that takes this many times as long as the best one is not timed again
@@ -31,10 +31,29 @@ LONGEST, ENOUGH_TOKENS = 0.25, 2048
 
 
 def measure(problem: Problem, among: Sequence[Way] | None = None, *, keep: bool = False) -> dict[str, float]:
-    """Time the ways for a problem on random operands, keep the result (:mod:`.wisdom`) and return seconds by name.
+    """Time the ways for a problem on random operands, and store the result (:mod:`.wisdom`).
 
     All ways run in turns on the same operands. The state of torch's generators does not change. A way that raises
-    MemoryError or RuntimeError is omitted. With ``keep``, existing timings are not replaced.
+    MemoryError or RuntimeError is omitted.
+
+    Parameters
+    ----------
+    problem
+        The problem (:func:`problem_of`).
+    among
+        Ways to time; default all that can run the problem.
+    keep
+        If True, existing timings are returned and not replaced.
+
+    Returns
+    -------
+    dict[str, float]
+        Seconds by the name of the way.
+
+    Raises
+    ------
+    ValueError
+        If no way can run the problem.
     """
     among = [c.way for c in choice.candidates(problem)] if among is None else list(among)
     kept: dict[str, float] = wisdom.write(problem.key, _race(problem, among, BUDGET), keep=keep)
@@ -45,7 +64,7 @@ def measure(problem: Problem, among: Sequence[Way] | None = None, *, keep: bool 
 def _race(problem: Problem, among: Sequence[Way], budget: float, cold: bool = False) -> dict[str, float]:
     """Return the seconds of ways, which run in turns; no round but the first begins after ``budget`` seconds.
 
-    ``cold``: before each call, other data go through the second level of cache, as those of other layers do.
+    ``cold``: before each call, other data replace those in the second level of cache, as other layers do in a model.
     """
     tokens = problem.tokens
     if tokens > ENOUGH_TOKENS:
@@ -82,7 +101,7 @@ def _race(problem: Problem, among: Sequence[Way], budget: float, cold: bool = Fa
 
 
 def _compare(problem: Problem, among: Sequence[Way]) -> dict[str, float]:
-    """Time a few ways quickly, and keep the result."""
+    """Time a few ways in less time, and store the result."""
     return choice.record_of(problem.key, [way.name for way in among], lambda: _race(problem, among, QUICK, cold=True))
 
 
@@ -97,7 +116,7 @@ def _timed(call: Callable[[], object], now: Callable[[], float]) -> float:
 
 
 def _call(problem: Problem, way: Way, tokens: int) -> Callable[[], object]:
-    """Return a call of a way on random operands, with its backward pass where the problem has one."""
+    """Return a call of a way on random operands, with its backward pass if the problem has one."""
     if problem.library != "torch":
         return way.call(problem, tokens)
     import torch
@@ -174,7 +193,7 @@ def tune(
         found[problem.key] = (
             measure(problem) if isinstance(problem, Problem) else wisdom.write(problem.key, problem.measure())
         )
-        gc.collect()  # compiled code of ways that lose goes now
+        gc.collect()  # frees compiled code of ways that are not chosen
     return found
 
 
@@ -189,11 +208,17 @@ def import_wisdom(path: str | os.PathLike[str], *, any_machine: bool = False) ->
 
     Existing records are replaced, and all choices are made again.
 
+    Parameters
+    ----------
+    path
+        File to read.
+    any_machine
+        Accept records of another processor, or of other versions of the libraries.
+
     Raises
     ------
     ValueError
-        The file is damaged or not an export. Unless ``any_machine`` is true: it is from another processor, or from
-        other versions of the libraries.
+        If the file is damaged or not an export, or is from another machine and ``any_machine`` is false.
     """
     count = wisdom.import_wisdom(path, any_machine=any_machine)
     choice.forget_measured()
@@ -211,9 +236,28 @@ def problem_of(
     structure: Structure, tokens: int, *, dtype: str = "float32", train: bool = True, threads: int | None = None,
     rows: bool = True, library: str = "torch", device: str = "cpu",
 ) -> Problem:  # fmt: skip
-    """Return the problem of a call; ``threads`` defaults to the number of threads that the library uses."""
+    """Return the problem of a call.
+
+    Parameters
+    ----------
+    structure
+        A chain.
+    tokens
+        Number of vectors; it is rounded up to a power of two.
+    dtype, train, rows, library, device
+        As in :class:`Problem`.
+    threads
+        Default: the number of threads that the library uses.
+
+    Raises
+    ------
+    TypeError
+        If the structure is not a chain of einsums.
+    ValueError
+        If ``tokens`` is below 1, or for an unknown library.
+    """
     if not isinstance(structure, Structure):
-        raise TypeError(f"a chain of einsums (structlin.Structure) is needed, got {type(structure).__name__}")
+        raise TypeError(f"structure must be a chain of einsums (structlin.Structure), got {type(structure).__name__}")
     if tokens < 1:
         raise ValueError(f"tokens must be at least 1, got {tokens}")
     ops(library)
@@ -256,9 +300,9 @@ def explain(
     Raises
     ------
     TypeError
-        ``what`` neither is nor has a chain of einsums.
+        If ``what`` neither is nor has a chain of einsums.
     ValueError
-        Fewer than one token, an unknown GPU, or a GPU for another library than torch.
+        If ``tokens`` is below 1, for an unknown GPU, or for ``on`` with another library than torch.
 
     Examples
     --------

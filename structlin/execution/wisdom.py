@@ -1,12 +1,12 @@
-"""Measurements of this processor, kept on disk: rates of the machine, and timings of ways to run a chain.
+"""Records of measurements on disk: rates of this machine, and timings of ways to run a chain.
 
 Each record is a JSON file, named by a hash of its key, in a folder for this processor and these versions of the
 libraries. A record is written to a temporary file and then renamed, so that concurrent processes need no lock. It holds
 a checksum: a damaged record is ignored with a warning and measured again.
 
 The folder is ``$STRUCTLIN_CACHE``, otherwise the user's cache folder (platformdirs). If it is not writable, records
-last as long as the process. The model is FFTW's wisdom (Frigo and Johnson, *The Design and Implementation of
-FFTW3*, Proceedings of the IEEE 93(2), 2005).
+last as long as the process. The name is that of FFTW's records (Frigo and Johnson 2005, The design and implementation
+of FFTW3).
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _MEMORY: dict[str, Any] = {}
 
 @cache
 def processor() -> dict[str, str]:
-    """Return what identifies the processor: its name, and what else decides which instructions it runs."""
+    """Return the properties that identify the processor: its name, model and instruction sets."""
     found = {"machine": platform.machine(), "name": platform.processor()}
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.is_file():
@@ -55,7 +55,7 @@ def processor() -> dict[str, str]:
 
 @cache
 def versions() -> dict[str, str]:
-    """Versions of the libraries whose speed is measured, as far as they are installed."""
+    """Return the versions of the installed libraries whose speed is measured."""
     found = {}
     for name in LIBRARIES:
         try:
@@ -74,7 +74,7 @@ def machine_name() -> str:
 
 
 def folder() -> Path:
-    """Where records of this processor are kept."""
+    """Return the folder of the records of this processor and these versions of the libraries."""
     given = os.environ.get("STRUCTLIN_CACHE")
     root = Path(given) if given else platformdirs.user_cache_path("structlin")
     return root / f"wisdom-{FORMAT}" / machine_name()
@@ -90,7 +90,7 @@ def _sealed(key: str, value: Any) -> str:
 
 
 def _opened(text: str) -> tuple[str, Any]:
-    """Key and value of a sealed record; ValueError where it is damaged."""
+    """Return key and value of a record; ValueError if it is damaged."""
     outer = json.loads(text)
     if not isinstance(outer, dict) or set(outer) != {"record", "sha256"} or not isinstance(outer["record"], str):
         raise ValueError("it is not a record of wisdom")
@@ -101,7 +101,7 @@ def _opened(text: str) -> tuple[str, Any]:
 
 
 def read(key: str) -> Any:
-    """Return the value of a record; None where there is none."""
+    """Return the value of a record, or None."""
     if key in _MEMORY:
         return _MEMORY[key]
     path = _path(key)
@@ -152,7 +152,7 @@ def clear() -> int:
 
 
 def export_wisdom(path: str | os.PathLike[str]) -> int:
-    """Write all records of this processor to one JSON file; return how many there are."""
+    """Write all records of this processor to the JSON file ``path``, and return their number."""
     records = {}
     for file in sorted(folder().glob("*.json")):
         try:
@@ -178,7 +178,9 @@ def import_wisdom(path: str | os.PathLike[str], *, any_machine: bool = False) ->
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{os.fspath(path)} is not an export of wisdom: {error}") from error
     if found["format"] != FORMAT:
-        raise ValueError(f"{os.fspath(path)} has format {found['format']}, this version reads format {FORMAT}")
+        raise ValueError(
+            f"{os.fspath(path)} has format {found['format']}, but this version reads format {FORMAT}; export it again"
+        )
     if not any_machine and (found["processor"], found["versions"]) != (processor(), versions()):
         theirs = found["processor"].get("model name") or found["processor"]["name"]
         raise ValueError(

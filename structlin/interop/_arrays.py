@@ -47,7 +47,7 @@ def to_numpy(A: LinearOperator, dtype: Any = None) -> np.ndarray:
 
 
 def to_torch(A: LinearOperator, dtype: Any = None, device: Any = None) -> Array:
-    """Return the matrix as a torch tensor; gradients are kept if the operator is one of torch."""
+    """Return the matrix as a torch tensor (d_out, d_in), with gradients if the operator is one of torch."""
     require_operator(A)
     matrix = A.to_dense()
     if backend_of(matrix) == "torch":
@@ -56,10 +56,13 @@ def to_torch(A: LinearOperator, dtype: Any = None, device: Any = None) -> Array:
 
 
 def to_jax(A: LinearOperator, dtype: Any = None) -> Array:
-    """Return the matrix as a jax array, differentiable if the operator is one of jax.
+    """Return the matrix as a jax array (d_out, d_in), differentiable if the operator is one of jax.
 
-    ValueError if jax cannot represent the dtype. A float64 operator needs either ``dtype="float32"`` or
-    ``jax.config.update("jax_enable_x64", True)``.
+    Raises
+    ------
+    ValueError
+        If jax cannot represent the dtype. A float64 operator needs either ``dtype="float32"`` or
+        ``jax.config.update("jax_enable_x64", True)``.
     """
     require_operator(A)
     matrix = A.to_dense()

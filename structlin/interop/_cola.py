@@ -32,8 +32,12 @@ def to_cola(A: StructuredOperator) -> LinearOperator:
     matrix becomes a product of two. Any other chain (Monarch, Tensor-Train, ...) becomes a product of permutations and
     of one block-diagonal operator for each step; if the chain is padded, the result is a slice of the product.
 
-    ValueError for matrices that are applied by FFT (circulant, Toeplitz). TypeError if A is not an operator of this
-    package.
+    Raises
+    ------
+    TypeError
+        If A is not an operator of structlin.
+    ValueError
+        If CoLA has no such operator, as for matrices that are applied by FFT (circulant, Toeplitz).
 
     Examples
     --------
@@ -124,7 +128,12 @@ def from_cola(A: LinearOperator) -> StructuredOperator:
     - BlockDiag of matrices of one shape;
     - products of two matrices of low rank, as :class:`structlin.LowRank`.
 
-    ValueError for any other operator. TypeError if A is not an operator.
+    Raises
+    ------
+    TypeError
+        If A is not an operator.
+    ValueError
+        For any other operator.
 
     Examples
     --------

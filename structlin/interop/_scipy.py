@@ -61,7 +61,12 @@ def to_scipy(A: LinearOperator) -> scipy.sparse.linalg.LinearOperator:
     Each vector is converted to the library, device and dtype of the operator, and the result to a NumPy array. So
     operators of torch and jax work, but without gradients and not under ``jax.jit``. The dtype of an operator in half
     precision is float32 in SciPy. Products from the left, ``.H``, ``.T`` and products with several vectors use the
-    methods of the operator. TypeError if A is not an operator.
+    methods of the operator.
+
+    Raises
+    ------
+    TypeError
+        If A is not an operator.
 
     Examples
     --------
@@ -112,8 +117,14 @@ def from_scipy(x: Any) -> LinearOperator:
     """Return a linear operator or sparse matrix of SciPy as an operator of CoLA.
 
     Everything that ``scipy.sparse.linalg.aslinearoperator`` accepts is allowed. The result works on NumPy arrays. For
-    the result of :func:`to_scipy`, the original operator is returned. TypeError for any other object. ValueError if the
-    operator has no dtype or an integer dtype.
+    the result of :func:`to_scipy`, the original operator is returned.
+
+    Raises
+    ------
+    TypeError
+        For any other object.
+    ValueError
+        If the operator has no dtype or an integer dtype.
 
     Examples
     --------
@@ -142,8 +153,14 @@ def as_operator(x: Any) -> LinearOperator:
     """Return a matrix of any kind as an operator.
 
     An operator is returned as it is. A matrix of NumPy, torch or jax becomes a :class:`structlin.Dense` that shares its
-    memory. Sparse matrices and linear operators of SciPy are converted by :func:`from_scipy`. TypeError for any other
-    object. ValueError for arrays that do not have two axes or hold integers.
+    memory. Sparse matrices and linear operators of SciPy are converted by :func:`from_scipy`.
+
+    Raises
+    ------
+    TypeError
+        For any other object.
+    ValueError
+        For arrays that do not have two axes or hold integers.
 
     Examples
     --------

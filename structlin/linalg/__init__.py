@@ -1,9 +1,20 @@
-"""Linear algebra that uses the structure, under one name for each thing.
+"""Linear algebra that uses the structure of operators.
 
-Its rules stand in CoLA's dispatch once structlin is imported, so that ``cola.inv``, ``solve``, ``pinv``, ``logdet``,
-``slogdet``, ``diag``, ``trace``, ``eig``, ``exp``, ``log``, ``pow``, ``sqrt`` and products and sums of operators use
-what the structure allows; ``docs/linalg.md`` says what that is, with costs. All of it, and what CoLA has no name for,
-is here too. ``tolerance``, ``max_iterations`` and ``seed`` mean the same everywhere.
+Importing structlin registers rules with CoLA's dispatch. ``cola.inv``, ``solve``, ``pinv``, ``logdet``, ``slogdet``,
+``diag``, ``trace``, ``eig``, ``exp``, ``log``, ``pow``, ``sqrt`` and products and sums of operators then use closed
+forms of the structure. ``docs/linalg.md`` lists methods and costs. This package has the same functions, and functions
+that CoLA lacks.
+
+These statements hold for all functions:
+
+- ``A`` is an operator of structlin or CoLA over NumPy, torch or jax; any other object raises TypeError. ``b`` is an
+  array of its library. Results have the library and device of A.
+- LAPACK needs float32, float64 or a complex dtype; half precision raises ValueError.
+- ``tolerance`` bounds a relative error or residual. ``max_iterations`` bounds the number of iterations. ``seed`` seeds
+  random vectors of an estimate or the start of an iteration. Closed forms do not use them.
+- Functions with ``full_output=True`` return a :class:`structlin.verdicts.Answer` instead of the value.
+- A matrix that is singular to working precision raises ``numpy.linalg.LinAlgError``, which is a ValueError. An
+  iteration that does not converge raises :class:`ConvergenceError`.
 """
 
 # Imported for the rules that they register.

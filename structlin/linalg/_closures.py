@@ -1,9 +1,9 @@
-"""Products, sums and multiples that stay in one operator where that is exact and costs no more.
+"""Products, sums and multiples as one operator, if this is exact and costs no more.
 
-Registered with CoLA's ``dot``, ``add``, ``mul`` and ``kron``, that is, with ``@``, ``+``, ``-``, ``*`` and
-``cola.kron``. The result has no more multiply-accumulates (:func:`structlin.macs`) than the parts have together;
-otherwise nothing is simplified. Annotations of the result are those that CoLA would give, and ``A @ A.T`` and
-``A.T @ A`` of real operators are annotated PSD.
+The rules are registered with ``dot``, ``add``, ``mul`` and ``kron`` of CoLA. So they apply to ``@``, ``+``, ``-``,
+``*`` and ``cola.kron``. A result is simplified only if it has no more multiply-accumulates (:func:`structlin.macs`)
+than the parts together. It has the annotations that CoLA would give. In addition, ``A @ A.T`` and ``A.T @ A`` of real
+operators are annotated PSD.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from structlin.structures.low_rank import LowRank
 
 
 def _cost(*operators: LinearOperator) -> float:
-    """MACs of the operators one after the other; infinite where one is of a kind that cannot be counted."""
+    """Return the sum of the operators' MACs; infinite if one cannot be counted."""
     try:
         return sum(map(macs, operators))
     except TypeError:
@@ -63,7 +63,7 @@ def _two(A: StructuredOperator, B: StructuredOperator):
 
 
 def _joined(first: tuple[LinearOperator, ...], second: tuple[LinearOperator, ...]) -> LinearOperator:
-    """Return the product of all, with the two that meet made one where they can be, and then its neighbours."""
+    """Return the product of all members; adjacent ones are combined, starting where the two sequences meet."""
     while first and second and (found := product(first[-1], second[0])) is not None:
         first, second = first[:-1], second[1:]
         if first:
@@ -75,7 +75,7 @@ def _joined(first: tuple[LinearOperator, ...], second: tuple[LinearOperator, ...
 
 
 def is_gram(A: StructuredOperator, B: StructuredOperator) -> bool:
-    """Whether B is the transpose of the real operator A, by the identity of its arrays."""
+    """Whether B is the transpose of the real operator A, that is, has the same arrays."""
     if len(A.factors) != len(B.factors) or lapack(A.factors[0]).is_complex(A.factors[0]):
         return False
     transposed = A.structure.transpose_factors(A.factors)
@@ -83,9 +83,9 @@ def is_gram(A: StructuredOperator, B: StructuredOperator) -> bool:
 
 
 def product(A: LinearOperator, B: LinearOperator) -> LinearOperator | None:
-    """Return ``A @ B`` as one operator; None where there is none, or where it costs more MACs than both together."""
+    """Return ``A @ B`` as one operator; None if there is none, or if it costs more MACs than both together."""
     if A.shape[1] != B.shape[0]:
-        return None  # the error is CoLA's to raise
+        return None  # CoLA raises the error
     for scalar, other in ((A, B), (B, A)):
         if isinstance(scalar, ScalarMul) and isinstance(other, StructuredOperator):
             return multiple(other, scalar.c)
@@ -100,7 +100,7 @@ def product(A: LinearOperator, B: LinearOperator) -> LinearOperator | None:
 
 
 def _scaled_rows(A: LinearOperator, B: LinearOperator) -> StructuredOperator | None:
-    """Return a diagonal matrix next to a dense or block-diagonal one scales its rows or columns."""
+    """Return the product of a diagonal and a dense or block-diagonal matrix, with scaled rows or columns."""
     for diagonal, other, rows in ((A, B, True), (B, A, False)):
         value = diagonal_of(diagonal)
         if value is None or getattr(value, "ndim", 0) == 0 or not isinstance(other, StructuredOperator):
@@ -115,7 +115,7 @@ def _scaled_rows(A: LinearOperator, B: LinearOperator) -> StructuredOperator | N
 
 
 def _low_rank(A: LinearOperator, B: LinearOperator) -> StructuredOperator | None:
-    """(U V) B = U (V B) and A (U V) = (A U) V; the narrower one where both are of low rank."""
+    """Return (U V) B = U (V B) or A (U V) = (A U) V; the one of lower rank if both have low rank."""
     if A.dtype != B.dtype and not (isinstance(A, StructuredOperator) and isinstance(B, StructuredOperator)):
         return None  # not all of CoLA's operators take arrays of another dtype
     first, second = combinations.low_rank_factors(A), combinations.low_rank_factors(B)
@@ -136,7 +136,7 @@ rule("add", types=(StructuredOperator, Sum))(lambda A, B: _merged(B, A, (A, *B.M
 
 
 def _merged(terms: Sum, new: StructuredOperator, otherwise: tuple[LinearOperator, ...]) -> LinearOperator:
-    """``terms + new``, with ``new`` taken up by the first term that can."""
+    """Return ``terms + new``, with ``new`` added to the first term with which it is one operator."""
     for i, M in enumerate(terms.Ms):
         found = total(M, new)
         if found is not None:
@@ -148,7 +148,7 @@ def _merged(terms: Sum, new: StructuredOperator, otherwise: tuple[LinearOperator
 def total(A: LinearOperator, B: LinearOperator) -> StructuredOperator | None:
     """Return ``A + B`` as one operator, or None."""
     if tuple(A.shape) != tuple(B.shape):
-        return None  # the error is CoLA's to raise
+        return None  # CoLA raises the error
     found = None
     if isinstance(A, StructuredOperator) and isinstance(B, StructuredOperator):
         answer = A.structure.sum(A, B) if type(A.structure) is type(B.structure) else None
@@ -165,7 +165,7 @@ def total(A: LinearOperator, B: LinearOperator) -> StructuredOperator | None:
 
 
 def _plus_diagonal(A: StructuredOperator, B: LinearOperator) -> StructuredOperator | None:
-    """Return a diagonal or a multiple of the identity, taken up by what stores its diagonal."""
+    """Return A plus a diagonal matrix B, if A stores its diagonal; else None."""
     value = diagonal_of(B)
     if value is None:
         return None
@@ -185,7 +185,7 @@ rule("mul", types=(StructuredOperator, object))(lambda A, c: multiple(A, c))
 
 @rule("mul")
 def _scaled_product(A: Product, c: object):
-    """Into the structured member with the smallest factor, since a number commutes with every matrix."""
+    """Scale the structured member with the smallest factor; a scalar commutes with every matrix."""
     sizes = [_smallest(M)[1] if isinstance(M, StructuredOperator) else None for M in A.Ms]
     known = [s for s in sizes if s is not None]
     value, dtype = as_scalar(A, c)
@@ -197,17 +197,17 @@ def _scaled_product(A: Product, c: object):
 
 
 def _smallest(A: StructuredOperator) -> tuple[int, int | None]:
-    """Place and size of the smallest trainable factor; the size is None where there is none."""
+    """Return place and size of the smallest trainable factor; the size is None if there is none."""
     sizes = [(spec.numel, i) for i, spec in enumerate(A.structure.factors) if spec.trainable]
     size, place = min(sizes, default=(None, 0))
     return place, size
 
 
 def multiple(A: StructuredOperator, c: Any) -> LinearOperator:
-    """``c A``, with c multiplied into the smallest factor; gradients reach c and the factor.
+    """Return ``c A``, with c multiplied into the smallest factor; gradients reach c and the factor.
 
-    A real operator that has no factor to take c (a permutation), or would have to become complex in all of its
-    factors, is left as it is, behind a ScalarMul.
+    The result is a product with a ScalarMul if A has no trainable factor (a permutation), or if A is real and c is
+    complex.
     """
     value, dtype = as_scalar(A, c)
     place, size = _smallest(A)

@@ -1,4 +1,4 @@
-"""Checks and small constructions that the rules share."""
+"""Checks and small constructions that the rules of this package use."""
 
 from __future__ import annotations
 
@@ -24,10 +24,19 @@ _SMALL = 128  # rows up to which the condition number is computed, not bounded b
 
 
 class dense_limit:
-    """Set the number of rows or columns up to which operators without a fast form are made dense; the default is 8192.
+    """Set the largest size for which a dense matrix replaces an operator without a fast form.
 
-    It holds until it is set again, or for the block of a ``with`` statement. Raises ValueError unless it is a positive
-    integer.
+    The limit holds until it is set again, or within a ``with`` statement.
+
+    Parameters
+    ----------
+    rows
+        Largest number of rows or columns; 8192 at import.
+
+    Raises
+    ------
+    ValueError
+        If ``rows`` is not a positive integer.
 
     Examples
     --------
@@ -67,7 +76,7 @@ def require_square(A: LinearOperator, what: str, instead: str = "") -> int:
 
 
 def require_limits(tolerance: float, max_iterations: int) -> None:
-    """Raise ValueError for limits that no iteration can keep."""
+    """Raise ValueError unless 0 < tolerance < 1 and ``max_iterations`` is a positive integer."""
     if not 0 < tolerance < 1:
         raise ValueError(f"tolerance must lie between 0 and 1, got {tolerance!r}")
     if isinstance(max_iterations, bool) or not hasattr(max_iterations, "__index__") or max_iterations < 1:
@@ -75,7 +84,7 @@ def require_limits(tolerance: float, max_iterations: int) -> None:
 
 
 def dense_matrix(A: LinearOperator, what: str, instead: str | None = None) -> Array:
-    """Return the dense matrix; ValueError for half precision, and above the limit where there is another way."""
+    """Return the dense matrix; ValueError in half precision, and above the limit if ``instead`` names a remedy."""
     if instead is not None:
         require_dense(A, what, instead)
     matrix = A.to_dense()
@@ -114,22 +123,22 @@ def annotated(A: LinearOperator, kept: Iterable[type]) -> LinearOperator:
 
 
 def hermitian(A: LinearOperator) -> set[type]:
-    """SelfAdjoint and PSD, where A is annotated so: what its inverse, among others, is too."""
+    """Return the annotations SelfAdjoint and PSD of A, which its inverse and pseudo-inverse share."""
     return {a for a in A.annotations if issubclass(a, SelfAdjoint)}
 
 
 def scalar_like(A: LinearOperator, c: Any) -> ScalarMul:
-    """``c`` times the identity, of the shape and library of A; complex where c is."""
+    """Return ``c`` times the identity, with the shape and library of A; complex if c is complex."""
     c, dtype = as_scalar(A, c)
     return scalar_mul(A, c, dtype, A.shape[0])
 
 
 Composite = ColaKronecker | BlockDiag | Transpose | Adjoint
-"""Kinds of operators whose inverse, pseudo-inverse and integer powers are made of those of their members."""
+"""Operators whose inverse, pseudo-inverse and integer powers follow from those of their members."""
 
 
 def by_members(A: LinearOperator, f: Callable[[LinearOperator], LinearOperator]) -> LinearOperator:
-    """Return f(A) from f of each member of A, a :data:`Composite`, for such a function f."""
+    """Return f(A) from f of each member of a :data:`Composite`, where f is the inverse or a similar function."""
     if isinstance(A, Transpose):
         return f(A.A).T
     if isinstance(A, Adjoint):
@@ -162,20 +171,20 @@ def probe(A: LinearOperator) -> Array:
 
 
 def accuracy(A: LinearOperator) -> float:
-    """Return the relative residual up to which a formula in which numbers may have cancelled is trusted."""
+    """Return the largest relative residual at which a formula with possible cancellation is accepted."""
     return eps(A.dtype) ** 0.75
 
 
 def largest_growth(A: LinearOperator) -> float:
-    """Return the value of ``|A| |A^-1|`` from which A counts as singular to working precision."""
+    """Return the value of ``|A| |A^-1|`` at which A counts as singular to working precision."""
     return 0.1 / eps(A.dtype)
 
 
 def is_backward_stable(A: LinearOperator, solve: Callable[[Array], Array]) -> Any:
-    """Whether such a formula solves with A, or with a regular matrix close to it; a traced bool under tracing.
+    """Whether ``solve`` solves with A, or with a regular matrix close to A; a traced bool under tracing.
 
-    For x = solve(v), whether ``|A x - v| <= tol (|A| |x| + |v|)``, with |A| replaced by its action on v, which it
-    exceeds, and whether x is smaller than roundoff alone can make it.
+    For x = solve(v), the condition is ``|A x - v| <= tol (|A| |x| + |v|)`` and ``|A| |x| < largest_growth(A)``. The
+    lower bound ``|A v|`` replaces ``|A|``, because v has length 1.
     """
     v = probe(A)
     x = solve(v)
@@ -192,14 +201,14 @@ def _one_norm(matrix: Array) -> Array:
 
 
 def dense_inverse(A: LinearOperator) -> LinearOperator:
-    """By LU, or by Cholesky where A is annotated PSD: triangular solves, in CoLA's operators.
+    """Return the inverse by LU, or by Cholesky if A is annotated PSD, as triangular operators of CoLA.
 
-    A pivot that is only roundoff, and a solution as large as roundoff makes it, raise LinAlgError.
+    LinAlgError if a pivot, or the condition number, shows that A is singular to working precision.
     """
     matrix = cola.ops.Dense(A.to_dense())
     name = f"{type(A).__name__} of shape {tuple(A.shape)}"
     with warnings.catch_warnings(), refusing_singular(matrix.A, positive=A.isa(PSD)):
-        # CoLA applies the permutation of a complex LU to complex numbers and casts what are whole numbers.
+        # CoLA stores the permutation of a complex LU as complex numbers, and casts them to integers.
         warnings.filterwarnings("ignore", message="Casting complex values to real", category=UserWarning)
         if A.isa(PSD):
             inverse = PSD(cola.inv(PSD(matrix), cola.linalg.Cholesky()))

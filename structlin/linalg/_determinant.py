@@ -1,6 +1,6 @@
 """Signs and logarithms of determinants, registered with ``cola.linalg.slogdet`` (and so with ``cola.logdet``).
 
-They apply where the algorithm for the logarithm is CoLA's ``Auto`` (the default).
+The rules apply if the algorithm for the logarithm is ``Auto`` of CoLA (the default).
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def _slogdet_rule(A: StructuredOperator, log_alg: Auto, trace_alg: Algorithm):
 
 
 def general_slogdet(A: LinearOperator, log_alg: Auto) -> tuple[Array, Array]:
-    """From the dense matrix up to the limit; beyond, a stochastic estimate, with a warning that says its error."""
+    """Return the determinant of the dense matrix; above the limit, a stochastic estimate with a warning."""
     if fits_dense(A) or is_matrix(A):
         matrix = dense_matrix(A, "a determinant")
         xp = lapack(matrix)
@@ -54,15 +54,15 @@ def general_slogdet(A: LinearOperator, log_alg: Auto) -> tuple[Array, Array]:
     answer = estimate_logdet(A)
     warnings.warn(
         f"the determinant of {type(A).__name__} of shape {tuple(A.shape)} has no fast form; its logarithm is estimated "
-        f"with a standard error of {answer.error:.1e} "
-        f"(structlin.linalg.logdet takes the number of probes; cola.linalg.LU() computes it)",
+        f"with a standard error of {answer.error:.1e}; pass probes to structlin.linalg.logdet for a smaller error, or "
+        "cola.linalg.LU() for the exact value",
         stacklevel=3,
     )
     sign = answer.value * 0 + (1 if A.isa(PSD) else float("nan"))  # the sign of an estimate is not known
     return sign, answer.value
 
 
-# CoLA's operators.
+# -- operators of CoLA -------------------------------------------------------------------------------------------------
 
 
 @rule("slogdet", precedence=-0.5)
@@ -111,7 +111,7 @@ def _slogdet_of_permutation(A: Permutation, log_alg: Auto, trace_alg: Algorithm)
 
 @rule("slogdet")
 def _slogdet_of_sum(A: Sum | KronSum, log_alg: Auto, trace_alg: Algorithm):
-    """Of K + c I, of two Kronecker products, of low rank and what has a determinant; else of the dense matrix."""
+    """Use the closed form of K + c I, of two Kronecker products, or of low rank plus another operator."""
     require_square(A, "the determinant")
     found = spectral.slogdet(A) or spectral.pair_slogdet(A)
     if found is None and isinstance(A, Sum) and (formula := woodbury(A)) is not None:

@@ -1,6 +1,6 @@
 """Diagonals and traces, registered with ``cola.diag`` and ``cola.trace`` for CoLA's Auto (the default) and Exact.
 
-Both are exact; stochastic estimates (Hutch, HutchPP) are taken where they are asked for by name.
+Both are exact. The stochastic estimates Hutch and HutchPP of CoLA can be passed as the algorithm.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _CHUNK = 256  # columns of a matrix without structure that are computed at once
 
 
 def diagonal_length(shape: Sequence[int], k: int) -> int:
-    """Return number of entries of the k-th diagonal; ValueError where there is none."""
+    """Return the number of entries of the k-th diagonal; ValueError if there is no such diagonal."""
     d_out, d_in = shape
     count = int(min(d_out + min(k, 0), d_in - max(k, 0)))
     if count < 1:
@@ -54,7 +54,7 @@ def diagonal_by_columns(A: LinearOperator, k: int) -> Array:
 
 
 def unit_columns(A: LinearOperator, start: int, stop: int) -> Array:
-    """Columns start to stop of the identity."""
+    """Return columns ``start`` to ``stop`` (exclusive) of the identity."""
     eye = A.xnp.eye(stop - start, stop - start, dtype=A.dtype, device=A.device)
     above = A.xnp.zeros((start, stop - start), dtype=A.dtype, device=A.device)
     below = A.xnp.zeros((A.shape[1] - stop, stop - start), dtype=A.dtype, device=A.device)
@@ -68,7 +68,7 @@ def _trace_rule(A: StructuredOperator, alg: Auto | Exact):
     return cola.diag(A, 0, alg).sum() if answer is None else answer.value
 
 
-# CoLA's operators.
+# -- operators of CoLA -------------------------------------------------------------------------------------------------
 
 
 _EXACT = Auto | Exact
@@ -84,7 +84,7 @@ def _conj(x: Array) -> Array:
 
 @rule("diag")
 def _diagonal_of_product(A: Product, k: int, alg: Auto | Exact):
-    """Diagonal matrices at either end scale rows and columns; a narrow middle leaves an inner product each."""
+    """Diagonal members at the ends scale rows and columns; a small inner dimension gives short inner products."""
     count, Ms, scales = diagonal_length(A.shape, k), list(A.Ms), []
     rows, columns = (slice(start, start + count) for start in (max(-k, 0), max(k, 0)))
     for end, part in ((0, rows), (-1, columns)):
@@ -127,7 +127,7 @@ def _diagonal_of_scalar(A: ScalarMul, k: int, alg: Auto | Exact):
 
 @rule("trace")
 def _trace_of_any(A: LinearOperator, alg: Auto | Exact):
-    """By members, where they are square; scalars are taken out of products."""
+    """Scalars are taken out of products; sums and square Kronecker members are traced one by one."""
     require_square(A, "the trace")
     c, rest = without_scalars(A)
     if c is not None:
@@ -141,12 +141,12 @@ def _trace_of_any(A: LinearOperator, alg: Auto | Exact):
 
 
 def diagonal(A: LinearOperator, k: int = 0) -> Array:
-    """Return the k-th diagonal: ``cola.diag``."""
+    """Return the k-th diagonal, ``cola.diag``; k > 0 is above the main one. ValueError if there is no such diagonal."""
     require_operator(A)
     return cola.diag(A, k, Auto())
 
 
 def trace(A: LinearOperator) -> Array:
-    """Return the sum of the diagonal of a square operator: ``cola.trace``."""
+    """Return the sum of the main diagonal, ``cola.trace``. ValueError if A is not square."""
     require_operator(A)
     return cola.trace(A, Auto())

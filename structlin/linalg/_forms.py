@@ -1,7 +1,7 @@
-"""What an operator is, read off its kind and that of its parts.
+"""Forms of an operator, recognized by its type and the types of its parts.
 
-A diagonal; a product with a narrow middle; a Kronecker product or sum of small matrices, plus a multiple of the
-identity.
+The forms are: a diagonal; a product with a small inner dimension; a Kronecker product or sum of small matrices plus a
+multiple of the identity.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from structlin.structures.diagonal import DiagonalStructure
 
 
 def diagonal_of(A: LinearOperator) -> Any | None:
-    """Return the number or vector on the diagonal, if the kind of A says that it is diagonal; else None."""
+    """Return the number or vector on the diagonal if A is diagonal by its type; else None."""
     if isinstance(A, StructuredOperator):
         return A.factors[0] if isinstance(A.structure, DiagonalStructure) else None
     if isinstance(A, Identity):
@@ -51,7 +51,7 @@ def diagonal_of(A: LinearOperator) -> Any | None:
 
 
 def without_scalars(A: LinearOperator) -> tuple[Any | None, LinearOperator]:
-    """(c, B) with A = c B, for a product with multiples of the identity; c is None for any other operator."""
+    """Return (c, B) with A = c B, for a product with multiples of the identity; c is None for any other operator."""
     scalars = [M.c for M in A.Ms if isinstance(M, ScalarMul)] if isinstance(A, Product) else []
     if not scalars or len(scalars) == len(A.Ms):
         return None, A
@@ -60,7 +60,7 @@ def without_scalars(A: LinearOperator) -> tuple[Any | None, LinearOperator]:
 
 
 def thin(A: LinearOperator, limit: int) -> tuple[Array, Array] | None:
-    """(U, V) with ``A = U V``, dense, if A passes through a vector of at most ``limit`` numbers; else None."""
+    """Return dense (U, V) with ``A = U V`` if an inner dimension of A is at most ``limit``; else None."""
     if isinstance(A, StructuredOperator):
         found = roles.bottleneck(A.structure)
         return roles.thin_factors(A) if found is not None and found[0] <= limit else None
@@ -112,12 +112,12 @@ class Members:
 
     @property
     def hermitian(self) -> bool:
-        """Whether all members are, to roundoff, where that can be seen."""
+        """Whether all members are known to be Hermitian to roundoff."""
         return all(map(chains.is_hermitian, self.matrices))
 
 
 def members(A: LinearOperator) -> Members | None:
-    """None where A is no such operator, or a dense matrix as it stands."""
+    """Return the members of A; None if A is not such an operator, or is a single dense matrix."""
     if isinstance(A, StructuredOperator):
         found = chains.kronecker_members(A, square=True)
         return None if found is None else Members(tuple(found), False)
@@ -146,9 +146,9 @@ def _scaled(found: Members, c: Any, A: LinearOperator) -> Members | None:
 
 
 def without_shift(A: Sum) -> tuple[LinearOperator | None, Any | None]:
-    """Return (K, c) with ``A = K + c I``, K one operator.
+    """Return (K, c) with ``A = K + c I``.
 
-    c is None where no term is a multiple of the identity, and K where there is not exactly one other term.
+    c is None if no term is a multiple of the identity. K is None unless there is exactly one other term.
     """
     shift: Any = None
     rest = []

@@ -1,13 +1,14 @@
 """Functions of matrices, registered with ``cola.exp``, ``log``, ``pow`` (so ``sqrt``, ``isqrt``) and ``apply_unary``.
 
-They are the primary functions, with principal branches, and apply for CoLA's Auto (the default). A function that takes
-negative numbers to complex ones (log, powers that are no integers) gives a complex operator, unless A is annotated PSD
-or diagonal with numbers known to be positive. Where a function goes through eigenvectors it is checked that these
-reproduce the matrix. Defective matrices go through a Schur decomposition in log and powers (SciPy: the inverse scaling
-and squaring of Al-Mohy and Higham 2012, and the Schur-Pade algorithm of Higham and Lin 2013), and need no eigenvectors
-in exp and integer powers; any other function of them raises ArithmeticError (inside jit it gives NaN).
+These are primary functions on principal branches, for the algorithm Auto of CoLA (the default). The logarithm and
+non-integer powers give a complex operator, unless A is annotated PSD or is diagonal with values known to be positive.
 
-Derivatives hold where eigenvalues repeat (:mod:`structlin._spectra`).
+A function that needs eigenvectors verifies that they reproduce the matrix. For defective matrices, log and powers use a
+Schur decomposition of SciPy (Al-Mohy and Higham 2012, Improved inverse scaling and squaring algorithms for the matrix
+logarithm; Higham and Lin 2013, An improved Schur-Pade algorithm). exp and integer powers need no eigenvectors. Any
+other function of a defective matrix raises ArithmeticError, or gives NaN inside jit.
+
+Derivatives are correct if eigenvalues repeat (:mod:`structlin._spectra`).
 """
 
 from __future__ import annotations
@@ -52,13 +53,13 @@ from structlin.structures.low_rank import LowRank
 
 @dataclass(frozen=True)
 class Function:
-    """A function of numbers, made a function of matrices.
+    """A scalar function f and its extension to matrices.
 
-    ``values``: on an array. ``real``: whether it keeps real matrices real. ``positive``: whether it makes real numbers
-    positive. ``keeps_positive``: whether it leaves them so. ``matrix``: on a stack of square matrices without
-    eigenvectors, where there is such a way. ``host``: on one NumPy matrix that may be defective. ``at_zero``: f(0);
-    None if not known. ``thin``: ``M^-1 (f(M) - f(0))`` without eigenvectors, which gives ``f(U V) = f(0) I + U thin(V
-    U) V``.
+    ``values`` applies f to each entry of an array. f maps real matrices to real ones (``real``), real numbers to
+    positive ones (``positive``), or positive numbers to positive ones (``keeps_positive``). ``matrix`` is f of a stack
+    of square matrices without eigenvectors, and ``host`` is f of one NumPy matrix that may be defective; either may be
+    None. ``at_zero`` is f(0), or None if not known. ``thin`` maps M to ``M^-1 (f(M) - f(0))`` without eigenvectors,
+    which gives ``f(U V) = f(0) I + U thin(V U) V``.
     """
 
     name: str
@@ -72,7 +73,7 @@ class Function:
     thin: Callable[[Array], Array] | None = None
 
     def shifted(self, c: Any) -> Function:
-        """X -> f(x + c)."""
+        """Return the function ``x -> f(x + c)``."""
 
         def values(x: Array) -> Array:
             return self.values(x + c)
@@ -80,7 +81,7 @@ class Function:
         return replace(self, values=values, matrix=None, host=None, at_zero=None, thin=None)
 
     def finite(self, values: Array) -> Array:
-        """f(values); ArithmeticError where that is not finite, as the logarithm of zero."""
+        """Return f(values); ArithmeticError if it is not finite, such as the logarithm of zero."""
         with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
             found = self.values(values)
         distance = known(abs(found - found).sum())
@@ -89,7 +90,7 @@ class Function:
         return found
 
     def on_spectrum(self, values: Array, A: LinearOperator) -> Array:
-        """F on eigenvalues of A, made complex where f may need it, and cleaned of roundoff where A is Hermitian."""
+        """Return f of eigenvalues of A; these are cast to complex if f may need it, and to real if A is Hermitian."""
         xp = lapack(values)
         if A.isa(PSD):
             values = positive_part(xp.real(values))
@@ -109,7 +110,7 @@ class Function:
         return self.finite(values)
 
     def on_matrices(self, matrices: Array, A: LinearOperator) -> Array:
-        """F on one square matrix or on a stack of them, Hermitian where A is."""
+        """Return f of a square matrix or of a stack of them, which are Hermitian if A is annotated so."""
         xp = lapack(matrices)
         if A.isa(SelfAdjoint):
             found = spectra.decompose((matrices + xp.conj(matrices).swapaxes(-1, -2)) / 2, True)
@@ -122,21 +123,21 @@ class Function:
             return spectra.of_matrices(found, self.finite)
         if self.host is None:
             raise ArithmeticError(
-                f"{self.name} goes through eigenvectors, and those of this matrix do not reproduce it: "
-                "it is defective, or nearly so"
+                f"{self.name} needs eigenvectors, and those of this matrix do not reproduce it: it is defective, or "
+                "nearly so"
             )
         return _through_schur(matrices, self.host, self.name)
 
     @staticmethod
     def multiple_of_identity(A: LinearOperator, c: Any) -> LinearOperator:
-        """C times the identity, like A."""
+        """Return c times the identity, with the shape and library of A."""
         return scalar_like(A, c)
 
 
 def positive_part(values: Array) -> Array:
     """Return real eigenvalues of an operator annotated PSD, with 0 for those that are negative by roundoff.
 
-    Raises LinAlgError where one is negative by more, and gives NaN while values are traced.
+    LinAlgError, or NaN under tracing, if one is more negative.
     """
     xp = lapack(values)
     fixed = xp.stop_gradient(values)
@@ -152,10 +153,11 @@ def positive_part(values: Array) -> Array:
 
 
 def _through_schur(matrices: Array, function: Callable[[np.ndarray], np.ndarray], name: str) -> Array:
-    """Return a function of matrices that may be defective, computed on the host; ArithmeticError if it is followed."""
+    """Return a function of matrices that may be defective, computed on the host; ArithmeticError with gradients."""
     if follows(matrices):
         raise ArithmeticError(
-            f"{name} of a matrix that is defective, or nearly so, has no derivative here; without one it is computed"
+            f"{name} of a defective or nearly defective matrix is not differentiable here; detach the matrix to "
+            "compute its value"
         )
     wide = np.asarray(matrices.detach().cpu() if hasattr(matrices, "detach") else matrices)
     flat = wide.reshape((-1, *wide.shape[-2:]))
@@ -167,7 +169,7 @@ def _through_schur(matrices: Array, function: Callable[[np.ndarray], np.ndarray]
 
 
 def evaluate(A: LinearOperator, f: Function) -> LinearOperator:
-    """f(A)."""
+    """Return f(A)."""
     require_square(A, f.name)
     if isinstance(A, StructuredOperator):
         answer = A.structure.function(A, f)
@@ -198,7 +200,7 @@ def _composite(A: LinearOperator, f: Function) -> LinearOperator | None:
 
 
 def _of_shifted(A: Sum, f: Function) -> LinearOperator | None:
-    """f(K + c I) is the function f(x + c) of K."""
+    """Return f(K + c I) as the function f(x + c) of K; None if it has no closed form."""
     K, c = without_shift(A)
     if K is None or c is None:
         return None
@@ -233,7 +235,7 @@ def _exp_of(A: LinearOperator) -> Function:
 
 
 def _phi(core: Array) -> Array:
-    """``M^-1 (exp(M) - I)``, the corner of ``exp([[M, I], [0, 0]])``; M may be singular."""
+    """Return ``M^-1 (exp(M) - I)``, the upper right block of ``exp([[M, I], [0, 0]])``; M may be singular."""
     xp, r = lapack(core), core.shape[0]
     eye = xp.eye(r, core)
     upper = xp.concat_axis((core, eye), 1)
@@ -252,7 +254,7 @@ def _power(alpha: Any) -> Function:
             return scipy.linalg.expm(alpha * scipy.linalg.logm(matrix))
         return scipy.linalg.fractional_matrix_power(matrix, alpha)
 
-    # 0 ** alpha is 0 for what has a positive real part, and not finite otherwise.
+    # 0 ** alpha is 0 if alpha has a positive real part, and not finite otherwise.
     return Function(
         f"the power {alpha}", lambda x: x**alpha, keeps_positive=True, host=host,
         at_zero=0.0 if alpha.real > 0 else math.inf,
@@ -279,7 +281,7 @@ for _kind, _precedence in ((LinearOperator, -0.5), (ColaKronecker, 1)):
 
 
 def power(A: LinearOperator, alpha: Any) -> LinearOperator:
-    """Return a to a power; without eigenvectors for integers."""
+    """Return A to a power; integer powers need no eigenvectors."""
     require_square(A, "a power")
     if isinstance(alpha, complex) or not float(alpha).is_integer():
         if isinstance(A, ColaKronecker) and all(M.isa(PSD) for M in A.Ms):
@@ -318,30 +320,35 @@ def _integer_power(A: LinearOperator, k: int) -> LinearOperator:
 
 
 def apply(f: Callable[[Array], Array], A: LinearOperator) -> LinearOperator:
-    """f(A) for a function of numbers, given on arrays of the library of A: ``cola.apply_unary``."""
+    """Return f(A): ``cola.apply_unary``.
+
+    ``f`` maps arrays of the library of A elementwise. ArithmeticError if A is defective or f is not finite at an
+    eigenvalue. ValueError if A is not square, or has no closed form and exceeds :class:`dense_limit`. The other
+    functions below raise the same errors.
+    """
     require_operator(A)
     return evaluate(A, Function("a function of a matrix", f))
 
 
 def expm(A: LinearOperator) -> LinearOperator:
-    """Return the exponential: ``cola.exp``."""
+    """Return the matrix exponential: ``cola.exp``."""
     require_operator(A)
     return cola.exp(A, Auto())
 
 
 def logm(A: LinearOperator) -> LinearOperator:
-    """Return the principal logarithm: ``cola.log``; complex unless A is annotated PSD."""
+    """Return the principal logarithm, ``cola.log``; complex unless A is annotated PSD."""
     require_operator(A)
     return cola.linalg.log(A, Auto())
 
 
 def sqrtm(A: LinearOperator) -> LinearOperator:
-    """Return the principal square root: ``cola.sqrt``; complex unless A is annotated PSD."""
+    """Return the principal square root, ``cola.sqrt``; complex unless A is annotated PSD."""
     require_operator(A)
     return power(A, 0.5)
 
 
 def matrix_power(A: LinearOperator, exponent: Any) -> LinearOperator:
-    """Return a to a power that need not be an integer: ``cola.pow``."""
+    """Return A to the power ``exponent``, an integer, real or complex number: ``cola.pow``."""
     require_operator(A)
     return power(A, exponent)

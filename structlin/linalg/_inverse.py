@@ -1,6 +1,6 @@
-"""Inverses and pseudo-inverses as operators that apply fast, registered with ``cola.inv`` and ``cola.pinv``.
+"""Inverses and pseudo-inverses as structured operators, registered with ``cola.inv`` and ``cola.pinv``.
 
-They apply where the algorithm is CoLA's ``Auto`` (the default); an algorithm that is named is used as it is.
+The rules apply to the algorithm ``Auto`` of CoLA (the default). CoLA runs any other algorithm.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def _inverse_rule(A: StructuredOperator, alg: Auto):
 
 
 def structured_inverse(A: StructuredOperator) -> LinearOperator | None:
-    """Return the inverse in closed form, without annotations, or None. LinAlgError for a structure that is singular."""
+    """Return the inverse in closed form, without annotations, or None; LinAlgError for a singular structure."""
     answer = A.structure.inverse(A)
     if answer is None or answer.verdict is Verdict.VERIFIED:
         return None if answer is None else answer.value
@@ -62,7 +62,7 @@ def structured_inverse(A: StructuredOperator) -> LinearOperator | None:
 
 
 def _checked(A: LinearOperator, inverse: LinearOperator) -> LinearOperator | None:
-    """Return an inverse that solves with A, else None; with NaN in its products instead while values are traced."""
+    """Return the inverse if it solves with A, else None; under tracing, its products are NaN instead."""
     good = is_backward_stable(A, inverse.__matmul__)
     if isinstance(good, bool):
         return inverse if good else None
@@ -71,13 +71,13 @@ def _checked(A: LinearOperator, inverse: LinearOperator) -> LinearOperator | Non
 
 
 def general_inverse(A: LinearOperator, alg: Auto) -> LinearOperator:
-    """Return a dense inverse up to the limit and of a dense matrix; beyond, an iterative one that is verified."""
+    """Return the inverse of the dense matrix; above the limit, an iterative and verified one."""
     if is_matrix(A) or fits_dense(A):
         return dense_inverse(A)
     return verified_inverse(A, alg)
 
 
-# CoLA's operators. A rule for LinearOperator stands between CoLA's rules for Auto (-1) and for kinds of operators (0).
+# Operators of CoLA. Precedence -0.5 lies between CoLA's rules for Auto (-1) and those for types of operators (0).
 
 
 @rule("inv", precedence=-0.5)
@@ -118,7 +118,7 @@ def _inverse_by_members(A: ColaKronecker | BlockDiag | Transpose | Adjoint, alg:
 
 
 def _rank_of_members(A: LinearOperator) -> int:
-    """Return an upper bound of the rank, from the shapes of the members; below the size unless all are square."""
+    """Return an upper bound of the rank by the shapes of the members; it equals n only if all are square."""
     if isinstance(A, ColaKronecker):
         return math.prod(min(M.shape) for M in A.Ms)
     if isinstance(A, BlockDiag):
@@ -156,7 +156,7 @@ def _pseudo_inverse_rule(A: StructuredOperator, alg: Auto):
 def _pseudo_inverse_of_any(A: LinearOperator, alg: Auto):
     if A.isa(Stiefel):
         return A.H
-    require_dense(A, "the pseudo-inverse", "structlin.linalg.lstsq solves with it")
+    require_dense(A, "the pseudo-inverse", "structlin.linalg.lstsq computes its product with a vector")
     return annotated(Dense(pinv_of(A.to_dense())), hermitian(A))
 
 

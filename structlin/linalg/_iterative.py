@@ -1,8 +1,8 @@
-"""Iterative solves whose result is checked, with what they cost: CG, MINRES, LSMR, and CoLA's GMRES.
+"""Iterative solvers with verified results: CG, MINRES, LSMR, and CoLA's GMRES.
 
-The residual of every solution is computed, not the one of the recurrence. Above ten times the tolerance
-ConvergenceError is raised; under tracing, where no value can be looked at, such columns are NaN. Solutions are
-differentiable as those of linear systems (:mod:`structlin._implicit`).
+The true residual of every solution is computed, not the residual of the recurrence. If it exceeds ten times the
+tolerance, ConvergenceError is raised; under tracing the column is NaN instead. Derivatives are those of the solution of
+a linear system (:mod:`structlin._implicit`).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from structlin._lapack import eps, is_known, known, lapack, nan_unless
 from structlin.linalg._common import like, require_limits, require_operator, require_square
 from structlin.verdicts import Answer, Verdict
 
-_SLACK = 10  # how far the true residual may lie above the tolerance that the algorithm met by its own recurrence
+_SLACK = 10  # largest ratio of the true residual to the tolerance, which the residual of the recurrence has met
 _INSTEAD = "raise max_iterations, give a preconditioner, or solve densely with cola.linalg.LU()"
 
 
@@ -32,34 +32,48 @@ class ConvergenceError(ArithmeticError):
     """An iteration has not reached its tolerance."""
 
 
-# -- our own -----------------------------------------------------------------------------------------------------------
+# -- conjugate gradients on any library --------------------------------------------------------------------------------
 
 
 def cg(
     A: LinearOperator, b: Array, *, preconditioner: LinearOperator | None = None, tolerance: float = 1e-8,
     max_iterations: int = 1000, full_output: bool = False,
 ) -> Any:  # fmt: skip
-    """``A^-1 b`` for a Hermitian positive definite A by preconditioned conjugate gradients, all columns at once.
+    """Solve ``A x = b`` for a Hermitian positive definite A by preconditioned conjugate gradients.
+
+    All columns of b are iterated together, with one product with A per iteration.
 
     Parameters
     ----------
     A
-        An operator; that it is positive is not checked, but the residual is.
+        Operator of shape (n, n). That it is positive definite is not checked; the residual is.
     b
-        (n,) or (n, k), an array of its library; values may be traced by jax.
+        Right-hand sides, (n,) or (n, k). Values may be traced by jax.
     preconditioner
-        An operator that approximates ``A^-1``, Hermitian positive definite too.
+        Hermitian positive definite operator that approximates ``A^-1``.
     tolerance
-        Of ``|A x - b| / |b|``, for each column.
+        Bound of ``|A x - b| / |b|`` for each column, between 0 and 1.
     max_iterations
-        Products with A, one for all columns.
+        Largest number of iterations.
     full_output
         Return an :class:`structlin.verdicts.Answer` with the residual and the number of iterations.
 
-    Notes
-    -----
-    Raises ConvergenceError, ValueError for shapes that do not fit, TypeError for what is no operator.
-    Source: Hestenes and Stiefel (1952); Golub and Van Loan (2013), Matrix Computations, section 11.5.
+    Returns
+    -------
+    Array or Answer
+        The solution, with the shape of b; differentiable in A and b.
+
+    Raises
+    ------
+    ConvergenceError
+        If a residual exceeds ten times the tolerance; NaN under tracing.
+    ValueError
+        If shapes do not match or a limit is out of range, and for values traced by torch.func.
+
+    References
+    ----------
+    Hestenes and Stiefel (1952), Methods of conjugate gradients for solving linear systems; Golub and Van Loan (2013),
+    Matrix Computations, section 11.5.
 
     Examples
     --------
@@ -110,15 +124,17 @@ def _conjugate_gradients(A: Any, b: Array, M: Any, tolerance: float, limit: int)
 
     traced = not (is_known(b) and is_known((A @ b)[:1]))
     if traced and backend_of(b) != "jax":
-        raise ValueError("conjugate gradients under torch.func have no number of iterations that depends on values")
+        raise ValueError(
+            "conjugate gradients cannot be traced by torch.func, because the number of iterations depends on values"
+        )
     state = iterate(step, unfinished, state, limit, traced)
     return state[0].reshape(shape), state[-1]
 
 
 def iterate(step: Any, unfinished: Any, state: tuple[Any, ...], limit: int, traced: bool) -> tuple[Any, ...]:
-    """Return the state after some steps, and their number: while it is unfinished, and ``limit`` at most.
+    """Return the state after at most ``limit`` steps, followed by their number; stop when it is finished.
 
-    ``traced``: by a loop of jax.
+    ``traced``: use a loop of jax.
     """
     if traced:
         from jax import lax
@@ -133,17 +149,21 @@ def iterate(step: Any, unfinished: Any, state: tuple[Any, ...], limit: int, trac
     return *state, count
 
 
-# -- SciPy's -----------------------------------------------------------------------------------------------------------
+# -- solvers of SciPy, on the host -------------------------------------------------------------------------------------
 
 
 def minres(
     A: LinearOperator, b: Array, *, preconditioner: LinearOperator | None = None, tolerance: float = 1e-8,
     max_iterations: int = 1000, full_output: bool = False,
 ) -> Any:  # fmt: skip
-    """``A^-1 b`` for a Hermitian A, indefinite too, by MINRES (Paige and Saunders 1975), as SciPy runs it.
+    """Solve ``A x = b`` for a real symmetric A, which may be indefinite, by MINRES of SciPy.
 
-    Column by column, on the host. Arguments, results and errors as of :func:`cg`; a preconditioner has to be positive
-    definite. Raises ValueError for complex operators, and for traced values.
+    Parameters, results and errors are those of :func:`cg`. The preconditioner must be positive definite. The columns
+    are solved one by one on the host. Complex operators and traced values raise ValueError.
+
+    References
+    ----------
+    Paige and Saunders (1975), Solution of sparse indefinite systems of linear equations.
 
     Examples
     --------
@@ -157,7 +177,7 @@ def minres(
     M = None if preconditioner is None else host_operator(preconditioner)
 
     def one(H: Any, column: np.ndarray, count: Callable[[Any], None]) -> np.ndarray:
-        # SciPy stops at rtol times |A| |x|: asked for less, so that the residual is below that of b
+        # SciPy compares the residual with rtol |A| |x|, which may exceed tolerance |b|; a smaller rtol allows for that
         return sparse.minres(H, column, rtol=tolerance / 100, maxiter=max_iterations, M=M, callback=count)[0]
 
     return _on_the_host(A, b, one, tolerance, "MINRES", full_output)
@@ -167,28 +187,40 @@ def lsmr(
     A: LinearOperator, b: Array, *, damp: float = 0.0, tolerance: float = 1e-10, max_iterations: int | None = None,
     full_output: bool = False,
 ) -> Any:  # fmt: skip
-    """Return the least-squares solution of ``A x = b`` for any shape of A by LSMR (Fong and Saunders 2011) of SciPy.
+    """Return the x of least norm that minimizes ``|A x - b|^2 + damp^2 |x|^2``, by LSMR of SciPy.
 
-    Minimises ``|A x - b|^2 + damp^2 |x|^2``, column by column, on the host; x is the one of least norm.
+    The columns are solved one by one on the host. The result is not differentiable.
 
     Parameters
     ----------
     A
-        An operator of shape (n, m).
+        Operator of shape (n, m).
     b
-        (n,) or (n, k).
+        Right-hand sides, (n,) or (n, k).
     damp
-        Of Tikhonov.
+        Coefficient of the Tikhonov regularization.
     tolerance
-        Of ``|A^H r| / (|A| |r|)`` and of ``|r| / |b|``, whichever comes first.
+        An iteration stops if ``|A^H r| / (|A| |r|)`` or ``|r| / |b|`` is below it, for ``r = b - A x``.
     max_iterations
-        Of each column; default 4 min(n, m).
+        Largest number of iterations for each column; default ``4 min(n, m) + 20``.
     full_output
-        Return an :class:`structlin.verdicts.Answer` with ``|A^H r| / (|A| |b|)`` as its error.
+        Return an :class:`structlin.verdicts.Answer` whose error is ``|A^H r| / (|A| |b|)``.
 
-    Notes
-    -----
-    Raises ConvergenceError, and ValueError for shapes that do not fit and for traced values.
+    Returns
+    -------
+    Array or Answer
+        The solution, (m,) or (m, k).
+
+    Raises
+    ------
+    ConvergenceError
+        If the iteration reaches ``max_iterations``.
+    ValueError
+        If shapes do not match, and for traced values.
+
+    References
+    ----------
+    Fong and Saunders (2011), LSMR: an iterative algorithm for sparse least-squares problems.
 
     Examples
     --------
@@ -236,7 +268,7 @@ def _on_the_host(A: LinearOperator, b: Array, one: Any, tolerance: float, name: 
 
 
 def host_operator(A: LinearOperator) -> Any:
-    """Return a as SciPy's LinearOperator, whatever its library; ValueError where its numbers are traced."""
+    """Return A as a LinearOperator of SciPy, from any library; ValueError if its values are traced."""
     dtype = np.dtype(str(A.dtype).removeprefix("torch."))
 
     def multiply(B: LinearOperator) -> Callable[[np.ndarray], np.ndarray]:
@@ -248,7 +280,9 @@ def host_operator(A: LinearOperator) -> Any:
 
 def _host(x: Array) -> np.ndarray:
     if not is_known(x):
-        raise ValueError("this runs on the host, and cannot be traced; structlin.linalg.cg can, by jax")
+        raise ValueError(
+            "this solver runs on the host, so it cannot be traced; structlin.linalg.cg can be traced by jax"
+        )
     return np.asarray(x.detach().cpu().resolve_conj() if hasattr(x, "detach") else x)
 
 
@@ -266,13 +300,13 @@ def _check_right_side(A: LinearOperator, b: Array) -> None:
 
 def _check_system(A: LinearOperator, b: Array, tolerance: float, limit: int) -> None:
     require_operator(A)
-    require_square(A, "solving", "; structlin.linalg.lsmr takes any shape")
+    require_square(A, "solving", "; structlin.linalg.lsmr accepts any shape")
     _check_right_side(A, b)
     require_limits(tolerance, limit)
 
 
 def _residuals(A: Any, x: Array, b: Array) -> Array:
-    """Of each column, squared and relative; 0 where b and the residual are zero."""
+    """Return the squared relative residual of each column; 0 if b and the residual are zero."""
     size = (abs(b) ** 2).sum(0)
     residual = (abs(A @ x - b) ** 2).sum(0)
     xp = lapack(b)
@@ -280,7 +314,7 @@ def _residuals(A: Any, x: Array, b: Array) -> Array:
 
 
 def _refused(A: Any, x: Array, b: Array, tolerance: float, name: str, count: Any) -> Array:
-    """x, where its residual is small enough."""
+    """Return x; ConvergenceError if a residual is too large, or NaN under tracing."""
     xp = lapack(x)
     columns = _residuals(A, x, b)
     bound = (_SLACK * max(tolerance, eps(b.dtype))) ** 2
@@ -309,11 +343,7 @@ def _finished(A: Any, b: Array, solver: Solver, statistics: dict[str, Any], full
 
 
 class VerifiedInverse(LinearOperator):
-    """The inverse of A by an iterative algorithm of CoLA; the residual of every solve is computed and compared.
-
-    Above ten times the algorithm's tolerance, relative to the right-hand side, a product raises ConvergenceError;
-    under ``jax.jit`` and the like, where no value can be looked at, the column is filled with NaN.
-    """
+    """The inverse of A by an iterative algorithm of CoLA; the residual of every product is verified."""
 
     def __init__(self, A: LinearOperator, alg: Any) -> None:
         self.A = A
@@ -338,7 +368,7 @@ def _checked(A: LinearOperator, alg: Any, X: Array) -> Array:
 
     if isinstance(alg, CG) and alg.x0 is None:
         return solution(A, X, Solver(conjugate_gradients, conjugate_gradients))
-    zero = (abs(X) ** 2).sum(0) == 0  # CoLA's divides by the norm of each column
+    zero = (abs(X) ** 2).sum(0) == 0  # CoLA divides by the norm of each column
     try:
         Y = IterativeOperatorWInfo(A, alg) @ xp.where(zero, X * 0 + 1, X)
     except RuntimeError as error:  # torch's LinAlgError
@@ -347,9 +377,9 @@ def _checked(A: LinearOperator, alg: Any, X: Array) -> Array:
 
 
 def verified_inverse(A: LinearOperator, alg: Auto) -> LinearOperator:
-    """CG for what is annotated PSD, else GMRES, with the options that ``alg`` carries."""
+    """Return the inverse by CG if A is annotated PSD, otherwise by GMRES, with the options of ``alg``."""
     if A.isa(PSD):
         return PSD(VerifiedInverse(A, CG(**vars(alg))))
     chosen = GMRES(**vars(alg))
-    chosen.max_iters = min(chosen.max_iters, A.shape[0])  # CoLA's breaks down where it goes on beyond
+    chosen.max_iters = min(chosen.max_iters, A.shape[0])  # GMRES of CoLA breaks down after n iterations
     return VerifiedInverse(A, chosen)

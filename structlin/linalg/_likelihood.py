@@ -25,14 +25,14 @@ from structlin.linalg._forms import members
 from structlin.operators import StructuredOperator
 from structlin.structures.kronecker import Kronecker
 
-_FEW = 2**12  # numbers of an array up to which NumPy's calls are the fastest
+_FEW = 2**12  # up to this size of an array, the overhead of NumPy calls is the lowest
 
 
 @dataclass(frozen=True)
 class Terms:
-    """``x = A^-1 b``, the logarithm and the gradients of both terms with respect to the arrays that A is made of.
+    """``x = A^-1 b``, ``log |det A|``, and gradients with respect to the arrays of A.
 
-    ``gradients(p, q)`` are those of ``p b^H x + q log |det A|``, without b, whose gradient is ``2 p x``.
+    ``gradients(p, q)`` are those of ``p b^H x + q log |det A|``. The gradient with respect to b is ``2 p x``.
     """
 
     x: Array
@@ -41,7 +41,7 @@ class Terms:
 
 
 def quadratic_and_logdet(A: LinearOperator, b: Array) -> tuple[Array, Array, Array] | None:
-    """Return x without derivatives, and the two terms; None where A has no such form, or values are traced."""
+    """Return x without derivatives, and the two terms; None if A has no such form, or if values are traced."""
     if not is_known(b):
         return None
     found = _of_blocks(A) or _of_kronecker(A) or _of_members(A) or _of_low_rank(A)
@@ -52,7 +52,7 @@ def quadratic_and_logdet(A: LinearOperator, b: Array) -> tuple[Array, Array, Arr
     views = small_views(*fixed, most=_FEW)
     try:
         terms = compute(lapack(fixed[0]), *fixed) if views is None else _in_torch(compute(lapack(views[0]), *views))
-    except (np.linalg.LinAlgError, RuntimeError):  # not positive definite: the solution says what is wrong
+    except (np.linalg.LinAlgError, RuntimeError):  # not positive definite; `solve` raises the error
         return None
     if backend_of(b) == "torch":
         return (terms.x, *_torch_terms().apply(terms, b, *arrays))
@@ -116,14 +116,14 @@ def _of_blocks(A: LinearOperator) -> Any:
 def _of_kronecker(A: LinearOperator) -> Any:
     matrices = chains.kronecker_members(A, square=True) if isinstance(A, StructuredOperator) and A.isa(PSD) else None
     if matrices is None or not all(map(chains.is_positive_diagonal, matrices)):
-        return None  # members may be negative, or antisymmetric, in pairs
+        return None  # an even number of members may be negative definite or antisymmetric
     sizes = tuple(m.shape[0] for m in matrices)
 
     def compute(xp: Any, b: Array, *matrices: Array) -> Terms:
         lowers = [xp.cholesky(m) for m in matrices]
 
         def substituted(x: Array, k: int) -> Array:
-            """Undo member k of a matrix whose rows belong to axis k."""
+            """Return the solution with member k, for a matrix whose rows belong to axis k."""
             y = xp.substitute(lowers[k], x)
             return chains.require_regular(matrices[k][None], x[None], y[None])[0]
 
@@ -134,7 +134,7 @@ def _of_kronecker(A: LinearOperator) -> Any:
         def gradients(p: Any, q: Any) -> list[Array]:
             found = []
             for k, lower in enumerate(lowers):
-                # What the other members make of x is what this one makes b of.
+                # This member maps the image to b, so the image is the product of the other members with x.
                 image = xp.substitute(lower, _unfolded(xp, b, sizes, k))
                 slope = q * (b.shape[0] // sizes[k]) * xp.inverse_from_cholesky(lower)
                 found.append(slope - p * (_unfolded(xp, x, sizes, k) @ _adjoint(xp, image)))
@@ -153,7 +153,7 @@ def _unfolded(xp: Any, x: Array, sizes: tuple[int, ...], k: int) -> Array:
 
 
 def _folded(xp: Any, x: Array, sizes: tuple[int, ...], k: int) -> Array:
-    """Return the vector of such a matrix."""
+    """Return the vector of a matrix of :func:`_unfolded`."""
     others = (*sizes[:k], *sizes[k + 1 :])
     order = (*range(1, k + 1), 0, *range(k + 1, len(sizes)))
     return xp.permute(x.reshape((sizes[k], *others)), order).reshape((-1,))
@@ -177,7 +177,7 @@ def _of_members(A: LinearOperator) -> Any:
         y = scale * (vectors.H @ b)
 
         def gradients(p: Any, q: Any) -> list[Array]:
-            """In the coordinates of the eigenvectors."""
+            """Return gradients, computed in the coordinates of the eigenvectors."""
             found = []
             for k, (_, v) in enumerate(pairs):
                 weights = chains.outer([w * 0 + 1 if form.add or j == k else w for j, (w, _) in enumerate(pairs)])

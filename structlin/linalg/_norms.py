@@ -31,13 +31,27 @@ _NUMBERS = 2**20  # numbers in them at most
 
 
 def inner_product(A: LinearOperator, B: LinearOperator) -> Array:
-    """Frobenius inner product ``sum(conj(A) * B) = tr(A^H B)``, a 0-d array.
+    """Return the Frobenius inner product ``sum(conj(A) * B) = tr(A^H B)``.
 
-    Of two chains without regrouping whose sizes are split alike, the factors are contracted with one another (for
-    Tensor-Trains O(c n r^3)); a diagonal operator meets the diagonal of the other; anything else costs the dense
-    columns, some at a time. Differentiable. Contraction rounds relative to the product of the absolute values.
+    The factors of two chains are contracted with one another if the chains have no regrouping and split the sizes of
+    input and output alike; for Tensor-Trains of c cores with n rows this takes O(c n r^3) operations. If one operator
+    is diagonal, only the diagonal of the other is computed. Otherwise dense columns are computed, some at a time. The
+    error of a contraction is relative to the product of the absolute values.
 
-    Raises TypeError for what is no operator, ValueError for different shapes.
+    Parameters
+    ----------
+    A, B
+        Operators of equal shape.
+
+    Returns
+    -------
+    Array
+        A 0-d array, differentiable.
+
+    Raises
+    ------
+    ValueError
+        If the shapes differ.
 
     Examples
     --------
@@ -88,13 +102,15 @@ def _columns(A: LinearOperator) -> Any:
 
 
 def frobenius_norm(A: LinearOperator) -> Array:
-    """``sqrt(sum(|A|^2))``, a real 0-d array.
+    """Return the Frobenius norm ``sqrt(sum(|A|^2))``, a real 0-d array.
 
-    Closed form for circulant, Toeplitz, diagonal, permutation and Kronecker matrices; for chains without regrouping
-    by contracting the factors with themselves; Tensor-Trains whose numbers are known and need no gradient by a sweep of
-    QR decompositions, which keeps its accuracy where terms cancel (Oseledets 2011, Tensor-Train decomposition); CoLA's
-    Kronecker and BlockDiag from the norms of their members; else from the dense columns. Differentiable where the norm
-    is not zero. Raises TypeError for what is no operator.
+    The table in ``docs/linalg.md`` lists the method for each structure. The factors of a chain without regrouping are
+    contracted with themselves. Tensor-Trains without gradients use a sweep of QR decompositions, which is accurate if
+    terms cancel (Oseledets 2011). The norm is differentiable unless it is zero.
+
+    References
+    ----------
+    Oseledets (2011), Tensor-Train decomposition.
 
     Examples
     --------
@@ -122,7 +138,7 @@ def _frobenius(A: LinearOperator) -> Array:
         answer = A.structure.frobenius_norm(A)
         if answer is not None:
             return answer.value
-    # Norms of blocks of columns, each scaled by its largest number: squares overflow and underflow long before it does.
+    # Each block of columns is scaled by its largest entry, because squares overflow and underflow earlier.
     norms = [_scaled_norm(X) for X in _columns(A)]
     return _scaled_norm(lapack(norms[0]).concat([x.reshape((1,)) for x in norms]))
 
@@ -140,17 +156,29 @@ def _scaled_norm(x: Array) -> Array:
 def spectral_norm(A: LinearOperator, *, tolerance: float = 1e-6, max_iterations: int = 10_000, seed: int = 0) -> Array:
     """Return the largest singular value, a real 0-d array.
 
-    Closed form (singular values of the parts) for dense, Kronecker and block-diagonal matrices, circulant, diagonal,
-    permutation, unitary and low-rank ones; ``tolerance`` plays no part there. CoLA's Kronecker and BlockDiag by
-    members. Otherwise power iteration on ``A^H A`` from a random vector drawn with ``seed``, until ``|A^H A v - s^2 v|
-    <= tolerance s^2``: then some singular value lies within a relative ``tolerance / 2`` of s, and unless the start was
-    orthogonal to the largest one's vectors, or another value is as close, it is the largest, with an error of the order
-    of ``tolerance^2``. Two products for each iteration. Differentiable (through ``u^H A v`` with the vectors held
-    fixed).
+    The table in ``docs/linalg.md`` lists the structures with a closed form. Without one, power iteration on ``A^H A``
+    runs from a random vector until ``|A^H A v - s^2 v| <= tolerance s^2``. Then a singular value lies within a relative
+    ``tolerance / 2`` of s. It is the largest one, with an error of the order of ``tolerance^2``, unless the start is
+    orthogonal to its vectors or another singular value is as close. The derivative is that of ``u^H A v`` with constant
+    vectors.
 
-    Raises ConvergenceError where the tolerance is not met after ``max_iterations`` iterations (inside jit the result is
-    NaN instead), ValueError for a tolerance outside (0, 1) and fewer than one iteration, TypeError
-    for what is no operator.
+    Parameters
+    ----------
+    A
+        Operator of any shape.
+    tolerance
+        Bound of the relative residual, between 0 and 1.
+    max_iterations
+        Largest number of iterations, of two products each.
+    seed
+        Seed of the random vector.
+
+    Raises
+    ------
+    ConvergenceError
+        If the residual exceeds the tolerance after ``max_iterations``; NaN inside jit.
+    ValueError
+        If a limit is out of range.
 
     Examples
     --------
@@ -222,6 +250,7 @@ def _power_iteration(A: LinearOperator, tolerance: float, max_iterations: int, s
     if not worst <= tolerance:
         raise ConvergenceError(
             f"power iteration left a relative residual of {worst:.1e} after {max_iterations} iterations, "
-            f"the tolerance is {tolerance:.0e}: raise max_iterations or tolerance (close values slow it down)"
+            f"the tolerance is {tolerance:.0e}; raise max_iterations or tolerance (close singular values converge "
+            "slowly)"
         )
     return value

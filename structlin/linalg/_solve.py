@@ -1,4 +1,4 @@
-"""Solving with one right-hand side at a time, which is less work than an inverse that is kept; least squares."""
+"""Solutions, determinants, quadratic forms and least squares."""
 
 from __future__ import annotations
 
@@ -36,38 +36,47 @@ from structlin.operators import StructuredOperator
 from structlin.verdicts import Answer, Determinant, Verdict
 
 _AUTO = Auto()
-SLACK = 1000  # times the distance of neighbouring numbers: the backward error of what passes as verified
+SLACK = 1000  # times machine epsilon: the largest backward error of a verified solution
 
 
 def solve(A: LinearOperator, b: Array, alg: Algorithm = _AUTO, *, full_output: bool = False) -> Any:
-    """``A^-1 b``; ``cola.linalg.solve`` is this function once structlin is imported.
+    """Solve ``A x = b``. Importing structlin replaces ``cola.linalg.solve`` by this function.
 
-    The result is that of ``cola.inv(A, alg) @ b``. Where ``alg`` is Auto and the structure has a direct method
-    (docs/linalg.md lists them), no inverse is built: blocks are factored (LU; Cholesky if A is dense or block diagonal
-    and annotated PSD) and b is substituted, which is about half the work for few columns. Formulas in which numbers may
-    cancel (Woodbury, eigenvectors of matrices that are not normal, a padded chain) are refined, and verified for this
-    b. To solve with one A many times, keep ``cola.inv(A)``.
+    The result equals ``cola.inv(A, alg) @ b``. If ``alg`` is Auto and the structure has a direct method (listed in
+    ``docs/linalg.md``), no inverse is built. The blocks are factored by LU, or by Cholesky if A is dense or block
+    diagonal and annotated PSD. For few columns this takes about half the work. To solve with one A many times, keep
+    ``cola.inv(A)``.
+
+    Formulas with possible cancellation are refined and verified for this b. These are the Woodbury identity,
+    eigenvectors of non-normal matrices, and padded chains.
 
     Parameters
     ----------
     A
-        A square operator.
+        Operator of shape (n, n).
     b
-        Array of its library, of shape (n,), (n, k), or (batch, n, k) for a stack of right-hand sides.
+        Right-hand sides, (n,), (n, k), or (batch, n, k) for a stack of them.
     alg
-        An algorithm of CoLA.
+        Algorithm of CoLA.
     full_output
-        Return an :class:`structlin.verdicts.Answer`: the solution, a verdict (VERIFIED: the backward error ``|A x - b|
-        / (|A| |x| + |b|)`` is at roundoff; NOT_VERIFIED: values are traced; ESTIMATED: within ``error``) and that
-        error.
+        Return an :class:`structlin.verdicts.Answer`. Its error is the backward error
+        ``|A x - b| / (|A| |x| + |b|)``.
 
-    Notes
-    -----
-    Returns: an array of the shape of b. Differentiable in A and b.
+    Returns
+    -------
+    Array or Answer
+        The solution, with the shape of b; differentiable in A and b.
 
-    Raises ValueError for a rectangular A and a b that does not fit, TypeError for what is no operator or array,
-    LinAlgError (a ValueError) where A is singular to working precision, ConvergenceError where it is too large for a
-    dense matrix and an iteration does not converge.
+    Raises
+    ------
+    ValueError
+        If A is not square, or the shape of b does not match.
+    TypeError
+        If A is not an operator, or b is not an array.
+    LinAlgError
+        If A is singular to working precision.
+    ConvergenceError
+        If A is too large for a dense matrix and the iteration does not converge.
 
     Examples
     --------
@@ -108,7 +117,7 @@ def _judged(A: LinearOperator, x: Array, b: Array, shaped: Array) -> Answer[Arra
 
 
 def _size(A: LinearOperator) -> Array:
-    """Return a lower bound of the spectral norm from a step of power iteration, so that no error is underestimated."""
+    """Return a lower bound of the spectral norm by one power iteration, so that no error is underestimated."""
     w = A @ probe(A)
     xp = lapack(w)
     length = xp.norm(w)
@@ -148,7 +157,7 @@ def _directly(A: LinearOperator, b: Array) -> Array | None:
 
 
 def _with_padding(A: StructuredOperator, b: Array) -> Array | None:
-    """Where the inverse is a formula in which numbers may cancel: refined and verified on b."""
+    """Solve by an inverse with possible cancellation; the solution is refined and verified for this b."""
     if is_matrix(A):
         return None
     found = frozen(A)
@@ -159,7 +168,7 @@ def _with_padding(A: StructuredOperator, b: Array) -> Array | None:
 
 
 def _verified(A: LinearOperator, b: Array, solver: Solver) -> Array | None:
-    """Return the refined solution; None where its backward error is not at roundoff, and NaN where that is traced."""
+    """Return the refined solution; None, or NaN under tracing, if its backward error is above roundoff."""
     fixed, xp = frozen(A), lapack(b)
     size = _size(fixed)
 
@@ -186,10 +195,20 @@ def _verified(A: LinearOperator, b: Array, solver: Solver) -> Array | None:
 
 
 def slogdet(A: LinearOperator) -> Determinant:
-    """Sign and logarithm of the magnitude of the determinant, as :func:`numpy.linalg.slogdet`; (0, -inf) if singular.
+    """Return sign and logarithm of the determinant, as :func:`numpy.linalg.slogdet` does.
 
-    It comes from the structure where that has a method, else from the dense matrix up to 8192 rows. Beyond, it is an
-    estimate (:func:`logdet`) with a warning, whose sign is NaN unless A is annotated PSD.
+    A structure without a method uses the dense matrix up to the limit (:class:`dense_limit`). Above the limit the
+    logarithm is an estimate, as in :func:`logdet`, and a warning is issued.
+
+    Returns
+    -------
+    Determinant
+        (0, -inf) if A is singular. The sign of an estimate is NaN unless A is annotated PSD.
+
+    Raises
+    ------
+    ValueError
+        If A is not square.
     """
     require_operator(A)
     require_square(A, "the determinant")
@@ -200,23 +219,34 @@ def logdet(
     A: LinearOperator, *, probes: int = PROBES, steps: int = STEPS, seed: int = 0, full_output: bool = False,
     estimate: bool = False,
 ) -> Any:  # fmt: skip
-    """``log |det A|``.
+    """Return ``log |det A|``; an estimate if A has no method and more rows than :class:`dense_limit`.
+
+    An estimate needs memory for a few vectors for each of 8 probes at a time.
 
     Parameters
     ----------
     A
-        A square operator.
+        Operator of shape (n, n).
     probes, steps, seed
-        Random vectors, Lanczos steps of each and the seed of an estimate. An estimate is made where A has no method of
-        its own and more rows than :class:`dense_limit`.
+        Number of random vectors, number of Lanczos steps for each, and seed of an estimate.
     estimate
-        Make an estimate in any case.
+        Always estimate.
     full_output
         Return an :class:`structlin.verdicts.Answer` with the standard error of an estimate.
 
-    Notes
-    -----
-    Memory of an estimate is some vectors for each of 8 probes. Raises as :func:`slogdet`.
+    Returns
+    -------
+    Array or Answer
+        A real 0-d array, differentiable; -inf if A is singular.
+
+    Raises
+    ------
+    ValueError
+        If A is not square, if ``probes`` or ``steps`` is below 2, or if an estimate is traced.
+
+    References
+    ----------
+    Ubaru, Chen and Saad (2017), Fast estimation of tr(f(A)) via stochastic Lanczos quadrature.
 
     Examples
     --------
@@ -242,17 +272,17 @@ def logdet(
 def inv_quad_logdet(A: LinearOperator, b: Array, *, full_output: bool = False) -> Any:
     """Return ``b^H A^-1 b`` and ``log |det A|``, the terms of the likelihood of a Gaussian vector with covariance A.
 
-    Where A is annotated SelfAdjoint or PSD, this is less work than :func:`solve` and :func:`logdet`: the gradient needs
-    no second solution. Both terms come from one decomposition for Hermitian Kronecker products and sums (plus a
-    multiple of the identity), positive definite dense and block-diagonal matrices, and ``D + U U^H`` with a positive
-    diagonal D. Second derivatives raise on torch there.
+    If A is annotated SelfAdjoint or PSD, this takes less work than :func:`solve` and :func:`logdet`, because the
+    gradient needs no second solution. One decomposition gives both terms for Hermitian Kronecker products and sums
+    (plus a multiple of the identity), positive definite dense and block-diagonal matrices, and ``D + U U^H`` with a
+    positive diagonal D. Second derivatives of these raise an error on torch.
 
     Parameters
     ----------
     A
-        A square operator.
+        Operator of shape (n, n).
     b
-        Array of its library, of shape (n,).
+        Vector of shape (n,).
     full_output
         Return an :class:`structlin.verdicts.Answer`, whose verdict and error are those of the solution ``A^-1 b``.
 
@@ -264,9 +294,9 @@ def inv_quad_logdet(A: LinearOperator, b: Array, *, full_output: bool = False) -
     Raises
     ------
     ValueError
-        A is rectangular, or b is no vector of n numbers.
+        If A is not square, or b is not a vector of n numbers.
     LinAlgError
-        A is singular to working precision.
+        If A is singular to working precision.
 
     Examples
     --------
@@ -299,7 +329,7 @@ def inv_quad_logdet(A: LinearOperator, b: Array, *, full_output: bool = False) -
 
 
 def _has_determinant(A: LinearOperator) -> bool:
-    """Whether no estimate is needed."""
+    """Whether the determinant has a closed form or A fits the dense limit."""
     if fits_dense(A) or is_matrix(A):
         return True
     if isinstance(A, StructuredOperator):
@@ -312,17 +342,29 @@ def _has_determinant(A: LinearOperator) -> bool:
 def lstsq(A: LinearOperator, b: Array, *, tolerance: float = 1e-10, max_iterations: int | None = None) -> Array:
     """Return the least-squares solution of least norm, ``A^+ b``, for an operator of any shape.
 
-    By the pseudo-inverse where the structure has one in closed form, of the dense matrix up to 8192 rows and columns,
-    and by :func:`lsmr` to ``tolerance`` beyond.
+    The pseudo-inverse is used if the structure has one in closed form or A fits :class:`dense_limit`. Otherwise
+    :func:`lsmr` iterates.
 
     Parameters
     ----------
     A
-        An operator of shape (n, m).
+        Operator of shape (n, m).
     b
-        (n,) or (n, k).
+        Right-hand sides, (n,) or (n, k).
     tolerance, max_iterations
-        Of LSMR.
+        Parameters of :func:`lsmr`.
+
+    Returns
+    -------
+    Array
+        The solution, (m,) or (m, k).
+
+    Raises
+    ------
+    ValueError
+        If the shape of b does not match.
+    ConvergenceError
+        If LSMR reaches ``max_iterations``.
 
     Examples
     --------
@@ -344,12 +386,18 @@ def lstsq(A: LinearOperator, b: Array, *, tolerance: float = 1e-10, max_iteratio
 
 
 def inverse(A: LinearOperator) -> LinearOperator:
-    """``A^-1`` as an operator: ``cola.inv(A)``."""
+    """Return ``A^-1`` as an operator: ``cola.inv(A)``.
+
+    LinAlgError, a ValueError, if A is singular; ValueError if A is not square.
+    """
     require_operator(A)
     return cola.inv(A)
 
 
 def pinv(A: LinearOperator) -> LinearOperator:
-    """Return the pseudo-inverse as an operator: ``cola.pinv(A)``, which for a positive definite A is its inverse."""
+    """Return the pseudo-inverse ``A^+`` as an operator: ``cola.pinv(A)``.
+
+    ValueError if A has no closed form and exceeds :class:`dense_limit`; :func:`lstsq` applies it then.
+    """
     require_operator(A)
     return cola.pinv(A)

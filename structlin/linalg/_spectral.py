@@ -1,13 +1,13 @@
-"""``K + c I`` for Kronecker products and sums, and sums of two Kronecker products: by the eigenvectors of the members.
+"""``K + c I`` for Kronecker products and sums, and sums of two Kronecker products, by eigenvectors of the members.
 
-With K = V L V^-1, made of the members' own, ``(K + c I)^-1 = V (L + c)^-1 V^-1`` (Saatci 2011, Scalable inference for
-structured Gaussian process models, chapter 5). ``A (x) B + C (x) D`` with Hermitian members and positive definite C and
-D becomes such a sum by ``C = R R^H`` and ``D = S S^H``: the generalised eigenvectors of (A, C) and of (B, D)
-diagonalise it (Golub and Van Loan 2013, Matrix Computations, section 8.7). Memory is that of the members and of some
-vectors.
+The eigenvectors V and eigenvalues L of K follow from those of the members. With K = V L V^-1,
+``(K + c I)^-1 = V (L + c)^-1 V^-1`` (Saatci 2011, Scalable inference for structured Gaussian process models, chapter
+5). The generalized eigenvectors of (A, C) and of (B, D) diagonalize ``A (x) B + C (x) D``, if all members are Hermitian
+and C and D are positive definite (Golub and Van Loan 2013, Matrix Computations, section 8.7). The members and a few
+vectors are stored.
 
-Hermitian members have unitary eigenvectors, and the solution is backward stable; others are verified on the right-hand
-side that is solved, after refinement.
+If the members are Hermitian, the eigenvectors are unitary and the solution is backward stable. Otherwise solutions are
+refined and verified for their right-hand side.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from structlin.structures.diagonal import Diagonal
 from structlin.structures.kronecker import Kronecker
 from structlin.verdicts import Determinant, Eigen
 
-_FEW = 2**10  # numbers of a member up to which NumPy's calls are the fastest
+_FEW = 2**10  # up to this size of a member, the overhead of NumPy calls is the lowest
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def _values(form: Members, values: list[Array]) -> Array:
 
 
 def _on_views(form: Members) -> Members:
-    """Return the same on NumPy's views, for few numbers of torch that no derivative follows."""
+    """Return the members as NumPy views, if they are small torch tensors without gradients."""
     shift = [form.shift] if hasattr(form.shift, "dtype") else []
     views = small_views(*form.matrices, *shift, most=_FEW)
     if views is None:
@@ -66,7 +66,7 @@ def _on_views(form: Members) -> Members:
 
 
 def _diagonalised(A: LinearOperator, form: Members) -> Diagonalised | None:
-    """Of K + c I, with numbers that no derivative reaches; None if eigenvectors do not reproduce a member."""
+    """Return the decomposition of a K + c I without gradients; None if eigenvectors do not reproduce a member."""
     hermitian = form.hermitian and (A.isa(SelfAdjoint) or is_known(form.matrices[0]))
     found = [spectra.decompose(m, hermitian) for m in form.matrices]
     parts = [p for p in found if p is not None]
@@ -89,7 +89,7 @@ def _is_hermitian_traced(matrices: tuple[Array, ...]) -> Array:
 
 
 def eigen(A: LinearOperator) -> Eigen | None:
-    """Eigenvalues and vectors, with the derivatives of the library, of what is not one structured operator."""
+    """Return the eigendecomposition of K + c I, with the derivatives of the library, or None."""
     form = members(A)
     if form is None:
         return None
@@ -105,7 +105,7 @@ def eigen(A: LinearOperator) -> Eigen | None:
 
 
 def slogdet(A: LinearOperator) -> Determinant | None:
-    """Of K + c I, from eigenvalues alone: these have derivatives where they repeat, too."""
+    """Return the determinant of K + c I by eigenvalues alone, whose derivatives exist if they repeat, or None."""
     form = members(A)
     if form is None:
         return None
@@ -132,7 +132,7 @@ def _determinant(A: LinearOperator, form: Members) -> Determinant:
 def pair(A: LinearOperator) -> list[tuple[Array, Array]] | None:
     """Return [(A, C), (B, D)] of ``A (x) B + C (x) D``, Hermitian, with positive definite C and D.
 
-    None where A is no such sum, or where numbers are traced (nobody could see that C and D are positive).
+    None if A is not such a sum, or if values are traced, so that definiteness cannot be checked.
     """
     if not isinstance(A, Sum) or len(A.Ms) != 2:
         return None
@@ -161,7 +161,7 @@ def _is_positive(matrix: Array) -> bool:
 
 
 def _reduced(first: Array, second: Array) -> tuple[Array, Array]:
-    """(L^-1 first L^-H, L) with ``second = L L^H``."""
+    """Return (L^-1 first L^-H, L) with ``second = L L^H``."""
     xp = lapack(first)
     lower = xp.cholesky(second)
     half = xp.solve(lower, first)
@@ -170,7 +170,7 @@ def _reduced(first: Array, second: Array) -> tuple[Array, Array]:
 
 
 def pair_inverse(A: LinearOperator) -> LinearOperator | None:
-    """``W^-H diag(1 / values) W^-1`` with W = L Q, for A = W diag(values) W^H; derivatives are those of the library."""
+    """Return ``W^-H diag(1 / values) W^-1`` with W = L Q, for A = W diag(values) W^H; None for other sums."""
     found = pair(A)
     if found is None:
         return None
@@ -202,10 +202,7 @@ def pair_slogdet(A: LinearOperator) -> Determinant | None:
 
 
 def solver(A: LinearOperator) -> tuple[Solver, bool] | None:
-    """Return a solver for K + c I or for two Kronecker products, and whether it is backward stable as it stands.
-
-    A is frozen: no derivative reaches its numbers.
-    """
+    """Return a solver for an A without gradients, and whether it is backward stable without refinement, or None."""
     form = members(A)
     found = None if form is None else _diagonalised(A, _on_views(form))
     if found is None:

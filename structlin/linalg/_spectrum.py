@@ -1,8 +1,8 @@
-"""Eigenvalues and singular values: of the parts, where the structure has parts; of the dense matrix otherwise.
+"""Eigenvalues and singular values, from the parts of a structure or from the dense matrix.
 
-``cola.eig(A, k, which)`` returns k eigenvalues in ascending order of magnitude, those of largest ("LM", CoLA's default)
-or of smallest magnitude ("SM"), and their eigenvectors as the columns of an operator. The rules apply for CoLA's Auto
-(the default), Eig and Eigh.
+``cola.eig(A, k, which)`` returns the k eigenvalues of largest ("LM", the default) or smallest ("SM") magnitude in
+ascending order of magnitude, and their eigenvectors as the columns of an operator. The rules apply to the algorithms
+Auto (the default), Eig and Eigh of CoLA.
 """
 
 from __future__ import annotations
@@ -86,11 +86,11 @@ def _selected(values: Array, vectors: LinearOperator, k: int, which: str) -> tup
 
 
 def _eig_of_low_rank(A: StructuredOperator, k: int) -> tuple[Array, LinearOperator]:
-    """Return a = U V has the eigenvalues of V U besides zeros; if V U y = c y with c != 0, then U y is A's eigenvector.
+    """Return the k largest eigenvalues and their vectors of A = U V from those of V U.
 
-    Vectors x with V x = 0 belong to the eigenvalue 0: they stand in for those of values that are zero to roundoff, of
-    which U y is only roundoff, too. Hermitian matrices in an orthonormal basis of the range of U, where no U y is
-    small.
+    A has the eigenvalues of V U, and zeros. If V U y = c y with c != 0, then U y is an eigenvector of A. If c is zero
+    to roundoff, U y is only roundoff. A vector x with V x = 0 is used instead, which has eigenvalue 0. A Hermitian A is
+    decomposed in an orthonormal basis of the range of U.
     """
     factors = roles.thin_factors(A)
     assert factors is not None
@@ -119,7 +119,7 @@ def _eig_of_low_rank(A: StructuredOperator, k: int) -> tuple[Array, LinearOperat
 
 
 def eigenpairs(A: LinearOperator) -> tuple[Array, LinearOperator] | None:
-    """All eigenvalues, in no order, and eigenvectors as an operator, in closed form or from the parts."""
+    """Return all eigenvalues, unordered, and eigenvectors as an operator; None without a closed form."""
     if isinstance(A, StructuredOperator):
         answer = A.structure.eig(A)
         found = None if answer is None else answer.value
@@ -156,13 +156,16 @@ def _eig_of_any_by_eig(A: LinearOperator, k: int, which: str, alg: Eig):
 def _eig_of_any_by_eigh(A: LinearOperator, k: int, which: str, alg: Eigh):
     _check(A, k, which)
     if not A.isa(SelfAdjoint):
-        raise ValueError("Eigh is for self-adjoint operators; annotate with cola.SelfAdjoint if it is one, or take Eig")
+        raise ValueError(
+            "the algorithm Eigh needs an operator annotated cola.SelfAdjoint; annotate A if it is self-adjoint, or use "
+            "Eig"
+        )
     return _selected(*_dense_eigenpairs(A), k, which)
 
 
 @rule("eig")
 def _eig_of_triangular(A: Triangular, k: int, which: str, alg: Auto | Eig):
-    """By back substitution, with vectors that end with 1 as CoLA's do; of the dense matrix where values repeat."""
+    """Back substitution, with vectors whose last entry is 1 as in CoLA; the dense matrix if eigenvalues repeat."""
     n = _check(A, k, which)
     matrix = dense_matrix(A, "an eigenvalue")
     xp = lapack(matrix)
@@ -170,7 +173,7 @@ def _eig_of_triangular(A: Triangular, k: int, which: str, alg: Auto | Eig):
     if not is_known(matrix) or follows(matrix):
         return _selected(*_dense_eigenpairs(A), k, which)
     numbers = np.asarray(matrix.detach().cpu() if hasattr(matrix, "detach") else matrix)
-    # From the entries: the flag of CoLA's operator is "lower" by default, for an upper triangle too.
+    # The entries decide, because CoLA's operator is flagged "lower" by default.
     lower, upper = not np.triu(numbers, 1).any(), not np.tril(numbers, -1).any()
     turned = numbers if upper else numbers[::-1, ::-1]
     diagonal = np.diagonal(turned)
@@ -194,27 +197,32 @@ def _eig_of_diagonal(A: ColaDiagonal, k: int, which: str, alg: Auto):
 
 
 def svd(A: LinearOperator, k: int | None = None, *, tolerance: float = 0.0, seed: int = 0) -> SVD:
-    """Thin singular value decomposition, as operators that apply as fast as the structure allows.
+    """Return the thin singular value decomposition ``A = U diag(S) Vh``.
 
-    Of a Kronecker product from the SVDs of its members, of a block-diagonal matrix from those of the blocks, of a
-    circulant matrix by FFT (its vectors are complex), of a product with a bottleneck of width w (low rank) from two QR
-    decompositions and an SVD of (w, w); diagonal, permutation and transform matrices as they are; everything else from
-    the dense matrix, up to 8192 rows or columns. ``r`` counts the singular values that are not zero by structure: a
-    low-rank matrix has w, a Kronecker product the product of its members' numbers, any other min(d_out, d_in).
+    U and Vh are operators that keep the structure where possible. The table in ``docs/linalg.md`` lists the method for
+    each structure. A matrix of low rank w takes two QR decompositions and the SVD of a (w, w) matrix. The singular
+    vectors of a circulant matrix are complex.
 
     Parameters
     ----------
     A
-        An operator.
+        Operator of shape (d_out, d_in).
     k
-        Only the k largest: by ARPACK, with products alone, where the structure has no closed form and k is small.
+        Number of largest singular values; default all r values that are not zero by structure. r is w for low rank w,
+        the product of the members' r for a Kronecker product, and min(d_out, d_in) otherwise. ARPACK is used if there
+        is no closed form and k is below a quarter of min(d_out, d_in).
     tolerance, seed
-        Of ARPACK, relative to the singular value (0: roundoff); no part of a closed form.
+        Relative tolerance (0 means roundoff) and seed of the start vector of ARPACK.
 
-    Notes
-    -----
-    Raises TypeError for what is no operator, ValueError for half precision, for a k out of range and for what is too
-    large without k.
+    Returns
+    -------
+    SVD
+        (U, S, Vh) of :class:`structlin.verdicts.SVD`, with r or k singular values in descending order.
+
+    Raises
+    ------
+    ValueError
+        If k is out of range, or if k is not given and A has no closed form and exceeds :class:`dense_limit`.
 
     Examples
     --------
@@ -234,7 +242,7 @@ def svd(A: LinearOperator, k: int | None = None, *, tolerance: float = 0.0, seed
     if answer is not None:
         found = answer.value
     else:
-        require_dense(A, "the singular value decomposition", "k = 10, say, gives the ten largest")
+        require_dense(A, "the singular value decomposition", "pass k for the k largest singular values")
         matrix = dense_matrix(A, "a singular value")
         u, s, vh = lapack(matrix).svd(matrix)
         found = SVD(Stiefel(Dense(u)), s, Dense(vh))
@@ -255,9 +263,9 @@ def _some_singular(A: LinearOperator, k: int, tolerance: float, seed: int) -> SV
 
 
 def eigvals(A: LinearOperator) -> Array:
-    """All eigenvalues, without eigenvectors, in ascending order of magnitude; real where A is annotated SelfAdjoint.
+    """Return all eigenvalues in ascending order of magnitude; real if A is annotated SelfAdjoint.
 
-    In closed form or from the parts, as :func:`cola.eig`; else of the dense matrix, up to 8192 rows.
+    ValueError if A is not square, or has no closed form and exceeds :class:`dense_limit`.
 
     Examples
     --------
@@ -273,7 +281,7 @@ def eigvals(A: LinearOperator) -> Array:
     if pairs is not None:
         values = pairs[0]
     else:
-        require_dense(A, "the spectrum", "structlin.linalg.eigsh gives some of it")
+        require_dense(A, "the spectrum", "structlin.linalg.eigsh computes k eigenvalues")
         matrix = dense_matrix(A, "an eigenvalue")
         xp = lapack(matrix)
         values = xp.eigvalsh(matrix) if A.isa(SelfAdjoint) else xp.eig(matrix)[0]
@@ -285,28 +293,40 @@ def eigsh(
     A: LinearOperator, k: int, which: str = "LM", *, tolerance: float = 0.0, max_iterations: int | None = None,
     seed: int = 0,
 ) -> tuple[Array, LinearOperator]:  # fmt: skip
-    """K eigenvalues of a Hermitian operator in ascending order of magnitude, and eigenvectors as an operator (n, k).
+    """Return k eigenvalues of a Hermitian operator, and eigenvectors as an operator of shape (n, k).
+
+    ARPACK is used if there is no closed form, and A exceeds :class:`dense_limit` or k is small. For "SM" it solves with
+    A.
 
     Parameters
     ----------
     A
-        Annotated ``cola.SelfAdjoint`` or ``cola.PSD``.
+        Operator annotated ``cola.SelfAdjoint`` or ``cola.PSD``.
     k
-        Their number.
+        Number of eigenvalues.
     which
-        "LM" or "SM", the largest or the smallest magnitude.
+        "LM" for the largest, "SM" for the smallest magnitude.
     tolerance, max_iterations, seed
-        Of ARPACK, which takes over, with products alone, where there is no closed form and the matrix is too large to
-        be dense or k is small; for "SM" it solves with A.
+        Relative tolerance (0 means roundoff), largest number of iterations and seed of the start vector of ARPACK.
 
-    Notes
-    -----
-    Raises ValueError for an operator that is not annotated, and ConvergenceError.
+    Returns
+    -------
+    values, vectors
+        Real eigenvalues in ascending order of magnitude, and their vectors as columns.
+
+    Raises
+    ------
+    ValueError
+        If A is not annotated or not square, or if k or ``which`` is out of range.
+    ConvergenceError
+        If ARPACK finds fewer than k eigenvalues.
     """
     require_operator(A)
     n = _check(A, k, which)
     if not A.isa(SelfAdjoint):
-        raise ValueError("eigsh is for self-adjoint operators; annotate with cola.SelfAdjoint if it is one")
+        raise ValueError(
+            "eigsh needs an operator annotated cola.SelfAdjoint or cola.PSD; annotate A if it is self-adjoint"
+        )
     if eigenpairs_are_closed(A) or (fits_dense(A) and (n <= 512 or 4 * k >= n)):
         values, vectors = cola.eig(A, k, which, Auto())
         return values, vectors
@@ -328,14 +348,18 @@ def eigsh(
 
 
 def eigenpairs_are_closed(A: LinearOperator) -> bool:
-    """Whether all of the spectrum follows from parts."""
+    """Whether all eigenvalues have a closed form."""
     if isinstance(A, StructuredOperator):
         return chains.thin(A) is not None or A.structure.eig(A) is not None
     return members(A) is not None
 
 
 def eig(A: LinearOperator, k: int | None = None, which: str = "LM") -> tuple[Array, LinearOperator]:
-    """K eigenvalues (default: all) in ascending order of magnitude, and eigenvectors as an operator: ``cola.eig``."""
+    """Return k eigenvalues (default all), ascending in magnitude, and their vectors as an operator: ``cola.eig``.
+
+    ``which`` is as in :func:`eigsh`. ValueError if A is not square, or has no closed form and exceeds
+    :class:`dense_limit`.
+    """
     require_operator(A)
     require_square(A, "an eigenvalue")
     return cola.eig(A, A.shape[0] if k is None else k, which, Auto())

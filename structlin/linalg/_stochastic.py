@@ -1,8 +1,8 @@
-"""The logarithm of a determinant from a few random vectors, with an error bar: stochastic Lanczos quadrature.
+"""Stochastic Lanczos quadrature: an estimate of ``log det A`` with a standard error.
 
-``log det A = tr log A`` is the mean of ``z^T log(A) z`` over random z of signs (Hutchinson 1990), each of which a
-Lanczos process estimates as a Gauss quadrature (Ubaru, Chen and Saad 2017, Fast estimation of tr(f(A))). Only the
-recurrence is kept, three vectors for each probe, so that memory is O(n probes) whatever the number of steps.
+``log det A = tr log A`` is the mean of ``z^T log(A) z`` over vectors z of random signs (Hutchinson 1990, A stochastic
+estimator of the trace). The Lanczos process gives each term as a Gauss quadrature (Ubaru, Chen and Saad 2017, Fast
+estimation of tr(f(A))). Only three vectors per probe are kept, so memory does not depend on the number of steps.
 """
 
 from __future__ import annotations
@@ -27,19 +27,18 @@ _BATCH = 8  # probes at a time
 
 
 def estimate_logdet(A: LinearOperator, *, probes: int = PROBES, steps: int = STEPS, seed: int = 0) -> Answer[Array]:
-    """``log |det A|`` with a standard error; of ``A^H A``, and halved, where A is not annotated PSD.
+    """Return an estimate of ``log |det A|`` and its error; half of that of ``A^H A`` if A is not annotated PSD.
 
-    The error is that of the random vectors, three standard deviations of the mean of which hold the value in 99 of 100
-    cases where the quadrature has converged (its distance from that with two thirds of the steps is added). Its
-    derivative is an estimate too, ``z^T A^-1 dA z`` by conjugate gradients, of the first order.
+    The error is the standard error of the mean over probes, plus the largest change of a quadrature over the last third
+    of its steps. The first derivative is the estimate ``z^T A^-1 dA z`` by conjugate gradients.
     """
     n = require_square(A, "the determinant")
     if probes < 2 or steps < 2:
-        raise ValueError(f"probes and steps must be 2 at least, got {probes} and {steps}")
+        raise ValueError(f"probes and steps must be at least 2, got {probes} and {steps}")
     positive = A.isa(PSD)
     fixed = frozen(A)
     if not is_known(fixed @ like(np.zeros(n), A)):
-        raise ValueError("a stochastic estimate looks at values, and cannot be traced; cola.linalg.LU() can")
+        raise ValueError("a stochastic estimate depends on values and cannot be traced; cola.linalg.LU() can be traced")
     adjoint = fixed.H
 
     def multiply(x: Array) -> Array:
@@ -65,7 +64,7 @@ def estimate_logdet(A: LinearOperator, *, probes: int = PROBES, steps: int = STE
 
 
 def _quadrature(multiply: Any, z: Array, steps: int, size: float) -> tuple[np.ndarray, np.ndarray]:
-    """``v^T log(A) v`` for each normalised column v of z, with all the steps and with two thirds of them."""
+    """Return ``v^T log(A) v`` for each normalized column v of z, from all steps and from two thirds of them."""
     xp = lapack(z)
     v, before, beta = z / size, z * 0, None
     alphas, betas = [], []
@@ -97,7 +96,7 @@ def _of_tridiagonal(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def _derivative(A: LinearOperator, fixed: LinearOperator, z: Array, positive: bool) -> Array:
-    """Zero, with the derivative ``tr(w^H dA z)`` for ``w = A^-H z``."""
+    """Return zero with the derivative ``tr(w^H dA z)``, for ``w = A^-H z``."""
     xp = lapack(z)
     if positive:
         w = cg(fixed, z, tolerance=1e-6)

@@ -1,19 +1,18 @@
-"""Sums of an operator with a fast inverse and operators of low rank: Woodbury and the matrix determinant lemma.
+"""Low rank plus an operator with a fast inverse: the Woodbury identity and the matrix determinant lemma.
 
 For A = B + U V, with U of shape (n, r) and V of shape (r, n):
 ``A^-1 = B^-1 - B^-1 U (I + V B^-1 U)^-1 V B^-1`` and ``det A = det B det(I + V B^-1 U)``
-(Woodbury 1950, Inverting Modified Matrices). Where B is a positive diagonal D and V is U^H, half of the middle matrix
-need be computed, and Cholesky factors it.
+(Woodbury 1950, Inverting modified matrices). The matrix ``I + V B^-1 U`` is called the capacitance. If B is a positive
+diagonal D and V is U^H, only half of it is computed, and it is factored by Cholesky.
 
-The formula is not backward stable: where B is much smaller than U V, numbers cancel. So every solution is refined
-(Higham 2002, Accuracy and Stability of Numerical Algorithms, chapter 12) until its own residual is at roundoff. Where
-that does not come, and V is U^H, with ``D^-1/2 U = Q R``
+The formula is not backward stable: numbers cancel if B is much smaller than U V. So every solution is refined (Higham
+2002, Accuracy and Stability of Numerical Algorithms, chapter 12) until its residual is at roundoff. If refinement does
+not succeed and V is U^H, a second formula is tried. With ``D^-1/2 U = Q R`` it is
 
     D^1/2 A^-1 D^1/2 = (I - Q Q^H) + Q (I + R R^H)^-1 Q^H,
 
-in which the projection is applied twice (Kahan's "twice is enough") and no numbers cancel. Where that fails, too, None
-is returned, and something denser takes over. Under tracing nobody can look: refined twice, and NaN where the residual
-is bad.
+in which the projection is applied twice and no numbers cancel. If this fails too, the caller uses the dense matrix.
+Under tracing, solutions are refined twice, and are NaN if the residual is above roundoff.
 """
 
 from __future__ import annotations
@@ -51,14 +50,14 @@ from structlin.structure import Structure
 from structlin.structures.diagonal import Diagonal
 from structlin.verdicts import Determinant
 
-_WIDEST = 0.5  # of n: above this total rank, the dense matrix costs no more
+_WIDEST = 0.5  # largest total rank relative to n; above it the dense matrix costs no more
 _THREE = "i,ri->r; r,sr->s; s,os->o"
-SLACK = 100  # times the distance of neighbouring numbers: the backward error that a solution may have
+SLACK = 100  # times machine epsilon: the largest backward error of a solution
 _REFINEMENTS = 3
 
 
 def split(A: Sum) -> tuple[StructuredOperator | Array, Array, Array] | None:
-    """(B, U, V) with ``A = B + U V`` and B easy to invert; None where A is no such sum."""
+    """Return (B, U, V) with ``A = B + U V`` and B easy to invert; None if A is not such a sum."""
     n = A.shape[0]
     room = int(_WIDEST * n)
     diagonals, thins, others = [], [], []
@@ -100,10 +99,8 @@ def _correction(n: int, r: int) -> Structure:
 class Woodbury:
     """A sum B + U V, and the parts of its inverse and determinant.
 
-    ``base`` = B^-1, ``left`` = B^-1 U and ``capacitance`` = I + V B^-1 U. B and ``base`` are operators, or the numbers
-    of diagonal matrices.
-
-    ``symmetric``: B is a positive diagonal, as far as can be seen, and V is U^H.
+    ``base`` = B^-1, ``left`` = B^-1 U and ``capacitance`` = I + V B^-1 U. B and ``base`` are operators, or the
+    diagonals of diagonal matrices. ``symmetric``: B is known to be a positive diagonal, and V is U^H.
     """
 
     B: StructuredOperator | Array
@@ -128,7 +125,7 @@ class Woodbury:
         return lapack(self.U).cholesky(self.capacitance)
 
     def formula(self, b: Array) -> Array:
-        """(B + U V)^-1 b, for a vector or columns, by the identity as it stands."""
+        """Return (B + U V)^-1 b for a vector or columns by the Woodbury identity, without refinement."""
         w = _times(self.base, b)
         small = self.V @ w
         small = small if small.ndim == 2 else small[:, None]
@@ -139,14 +136,14 @@ class Woodbury:
 
     @cached_property
     def _orthogonal(self) -> tuple[Array, Array, Array]:
-        """(D^1/2, Q, the lower Cholesky factor of I + R R^H)."""
+        """Return D^1/2, Q and the lower Cholesky factor of I + R R^H."""
         xp = lapack(self.U)
         root = xp.sqrt(xp.real(self.B))
         q, r = xp.qr(self.U / root[:, None])
         return root, q, xp.cholesky(r @ xp.conj(r).T + xp.eye(r.shape[0], r))
 
     def projected(self, b: Array) -> Array:
-        """Return the same where B is a positive diagonal and V is U^H, in a way in which no numbers cancel."""
+        """Return (B + U V)^-1 b by the second formula, without cancellation; needs ``symmetric``."""
         root, q, middle = self._orthogonal
         xp = lapack(b)
         root = root if b.ndim == 1 else root[:, None]
@@ -159,9 +156,9 @@ class Woodbury:
         return (rest + q @ (inner if y.ndim == 2 else inner[:, 0])) / root
 
     def size(self) -> Array:
-        """Return a bound of |B| + |U| |V|, to which residuals are compared."""
+        """Return an estimate of ``|B| + |U| |V|``, to which residuals are relative."""
         xp = lapack(self.U)
-        if isinstance(self.B, LinearOperator):  # a random vector of numbers of deviation 1: the Frobenius norm
+        if isinstance(self.B, LinearOperator):  # E |B v|^2 is the squared Frobenius norm
             v = np.random.default_rng(0).standard_normal(self.B.shape[0])
             base = xp.norm(self.B @ self.B.xnp.array(v, dtype=self.B.dtype, device=self.B.device))
         else:
@@ -179,7 +176,7 @@ class Woodbury:
         return Woodbury(flip(self.B), xp.conj(self.V).T, xp.conj(self.U).T, flip(self.base), self.symmetric)
 
     def inverse(self) -> LinearOperator | None:
-        """As an operator: B^-1 and one product of low rank. None where the capacitance is singular; not verified."""
+        """Return B^-1 plus a product of low rank, not verified; None if the capacitance is singular."""
         n, r = self.U.shape
         base = self.base if isinstance(self.base, LinearOperator) else Diagonal(self.base)
         try:
@@ -189,7 +186,7 @@ class Woodbury:
         return base + StructuredOperator(_correction(n, r), (self.V @ base, core, -self.left))
 
     def hosted(self) -> Woodbury:
-        """Return the same on NumPy's views, for few numbers of torch that no derivative follows; else this one."""
+        """Return this sum on NumPy views of small torch tensors without gradients; self if there are none."""
         if isinstance(self.B, LinearOperator):
             return self
         views = small_views(self.B, self.U, self.V, self.base)
@@ -199,7 +196,7 @@ class Woodbury:
         return Woodbury(B, U, V, base, self.symmetric)
 
     def slogdet(self, A: Sum) -> Determinant | None:
-        """None where B has no determinant in closed form, and where numbers cancel."""
+        """Return the determinant; None if B has none in closed form, or if numbers cancel."""
         if self.symmetric and (host := self.hosted()) is not self:
             found = host.slogdet(A)
             return None if found is None else Determinant(*as_tensors(*found))
@@ -232,7 +229,7 @@ def _times(base: LinearOperator | Array, x: Array) -> Array:
 
 
 def _is_positive(A: Sum, values: Array) -> bool:
-    """Whether B is a positive diagonal of numbers of like size; True of PSD sums whose values are traced."""
+    """Whether the diagonal B is positive and well conditioned; True for traced values of a PSD sum."""
     (values,) = seen(values)
     values = lapack(values).real(values)
     least, most = known(values.min()), known(values.max())
@@ -242,7 +239,7 @@ def _is_positive(A: Sum, values: Array) -> bool:
 
 
 def woodbury(A: Sum) -> Woodbury | None:
-    """None where A does not split, or where B is singular."""
+    """Return the parts of A = B + U V; None if A is not such a sum, or B is singular."""
     parts = split(A)
     if parts is None:
         return None
@@ -256,7 +253,7 @@ def woodbury(A: Sum) -> Woodbury | None:
         else:
             positive = _is_positive(A, B)
             base = inverse_values(B, 0.0)
-    except ValueError:  # B may be singular where the sum is not
+    except ValueError:  # B may be singular although the sum is not
         return None
     if base is None:
         return None
@@ -264,7 +261,7 @@ def woodbury(A: Sum) -> Woodbury | None:
 
 
 def _is_adjoint(A: Sum, V: Array, U: Array) -> bool:
-    """Whether V is U^H: from the numbers, or, where they are traced, because the sum and its diagonal are Hermitian."""
+    """Whether V is known to be U^H by its values; False if they are traced."""
     if V.shape != U.shape[::-1] or not is_known(V) or not is_known(U):
         return False
     V, U = seen(V, U)
@@ -272,9 +269,9 @@ def _is_adjoint(A: Sum, V: Array, U: Array) -> bool:
 
 
 def solver(A: Sum) -> Solver | None:
-    """Return a solver for a frozen A, whose numbers no derivative reaches.
+    """Return a solver for an A without gradients, or None.
 
-    Each solution is refined and verified; LinAlgError is raised where its residual is not at roundoff.
+    Each solution is refined and verified; LinAlgError if its residual is above roundoff.
     """
     found = woodbury(A)
     if found is None:
@@ -283,7 +280,7 @@ def solver(A: Sum) -> Solver | None:
 
 
 def _hosted(found: Woodbury) -> Callable[[Array], Array]:
-    """Return the verified solution, on NumPy's views for few numbers of torch."""
+    """Return the verified solution, on NumPy views of small torch tensors."""
     host = found.hosted()
     if host is found:
         return verified(found)
@@ -303,7 +300,7 @@ def verified(found: Woodbury) -> Callable[[Array], Array]:
         for way in ways:
             try:
                 x = way(b)
-                for _ in range(_REFINEMENTS):  # until the residual is that of b alone, or no more can be had
+                for _ in range(_REFINEMENTS):  # until the residual is at roundoff relative to b alone
                     if is_at_roundoff(backward_error(found, x, b, 0.0), b.dtype, SLACK):
                         return x
                     x = x + way(b - found @ x)
@@ -311,7 +308,7 @@ def verified(found: Woodbury) -> Callable[[Array], Array]:
                 continue
             if is_at_roundoff(backward_error(found, x, b, found.size()), b.dtype, SLACK):
                 return x
-        raise np.linalg.LinAlgError("structlin: the Woodbury identity is not accurate here")
+        raise np.linalg.LinAlgError("structlin: the Woodbury identity is not accurate for this sum")
 
     return solve
 

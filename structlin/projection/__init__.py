@@ -1,38 +1,44 @@
 """The nearest structured matrix to a dense one: :func:`project`.
 
-How, by the roles of the axes (no structure is known by its name but those that are no chains):
+For a chain, the roles of its axes decide on the method. Any other structure implements ``nearest`` itself.
 
 =========================================  ============================================================================
 structure                                  method; *optimal* means that no matrix of the structure is nearer
 =========================================  ============================================================================
-one factor (dense, block diagonal)         least squares, exact: optimal
-two factors, whatever their roles          singular values of the slices: optimal. Low rank; Kronecker (the
-                                           rearrangement of Van Loan and Pitsianis); Tensor-Train, Block Tensor-Train
-                                           and Monarch of two cores, padded and regrouped too; the einsum space
-                                           (not: axes carried past a regrouping whose sizes do not nest, or padding
-                                           that cuts through slices, as in a padded Kronecker product)
+one factor (dense, block diagonal)         linear least squares: optimal
+two factors                                singular values of the slices: optimal. Low rank; Kronecker (Van Loan and
+                                           Pitsianis 1993); Tensor-Train, Block Tensor-Train and Monarch of two cores,
+                                           also if padded or regrouped; the einsum space. Exceptions: axes carried past
+                                           a regrouping whose sizes do not nest, and padding that cuts through slices,
+                                           as in a padded Kronecker product
 circulant, Toeplitz, diagonal              averages along the diagonals: optimal
 permutation                                linear assignment: optimal
-three factors or more (Tensor-Train,       split off one by one with singular values, from both ends (for Tensor-Train
-Block Tensor-Train, Kronecker, butterfly,  this is TT-SVD), then alternating least squares from there; exact where the
-BLAST, any einsum chain)                   matrix has the structure and the splits are unique (not BLAST); with
-                                           ``error_bound`` where there is one (not BLAST)
+three or more factors (Tensor-Train,       factors are split off one by one with singular values, from both ends (for
+Block Tensor-Train, Kronecker, butterfly,  Tensor-Train this is TT-SVD, Oseledets 2011), followed by alternating least
+BLAST, any einsum chain)                   squares. Exact if the matrix has the structure and the splits are unique.
+                                           Except for BLAST, they are, and there is an ``error_bound``
 =========================================  ============================================================================
 
-With ``input_covariance`` C the error is ``|| (W - A) C^(1/2) ||``, which for ``C = E[x x^H]`` is the error of the
-outputs. One factor, circulant, Toeplitz, diagonal and permutation keep their closed forms. Two factors do where the
-input axes that they do not share stand in one of them and C does not couple different values of the shared ones: low
-rank with any C; Block Tensor-Train and Monarch of two cores with a C that is block diagonal over m_1. With any other
-C these two are found by block descent, whose steps take both factors of the blocks of one m_1 to their joint optimum
-(not Monarch whose blocks do not divide its inner size). All else is alternating least squares. Both start from the
-solutions for ``C = 1`` and for C without the coupling, and from as many random factors as ``restarts`` asks for.
+With ``input_covariance`` C the error is ``|| (W - A) C^(1/2) ||``. For ``C = E[x x^H]`` it is the error of the outputs.
+One factor, circulant, Toeplitz, diagonal and permutation have closed forms for any C. Two factors have one under two
+conditions: one of them has all input axes that they do not share, and C does not couple different values of the shared
+ones. So low rank has one for any C, and Block Tensor-Train and Monarch of two cores for a C that is block diagonal over
+m_1. For any other C these two use block descent, whose steps move both factors of the blocks of one m_1 towards their
+joint optimum (not Monarch whose blocks do not divide its inner size). Every other structure uses alternating least
+squares. Both iterations start from the solutions for ``C = 1`` and for C without coupling, and from ``restarts`` random
+factors.
 
-Cost: the leading singular vectors of all slices; Kronecker and Tensor-Train have a single slice, of d_in d_out entries.
-A sweep costs about as much as a few products that build the dense matrix from the factors, and with a covariance
-``d_out d_in^2`` for each.
+A closed form costs the leading singular vectors of all slices. Kronecker and Tensor-Train have a single slice of
+d_in d_out entries. A sweep costs a few products that build the dense matrix from the factors; with a covariance each
+takes ``d_out d_in^2`` operations.
 
-Computed on the host with NumPy; no gradient passes. Closed forms of singular values keep the dtype of W (half precision
-is computed in float32), all else is in float64 or complex128, because least squares squares the condition.
+The computation runs on the host with NumPy, without gradients. Closed forms by singular values use the dtype of W, and
+float32 for half precision. Everything else uses float64 or complex128, because least squares squares the condition
+number.
+
+References
+----------
+Oseledets (2011), Tensor-Train decomposition; Van Loan and Pitsianis (1993), Approximation with Kronecker products.
 """
 
 from structlin.projection._project import Projection, project

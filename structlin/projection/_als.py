@@ -1,4 +1,4 @@
-"""Alternating least squares on a network: each factor's exact least-squares step, given the others."""
+"""Alternating least squares on a network: each step solves for one factor with the others held fixed."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from scipy.linalg import cho_solve
 from structlin.algebra.numbered import Axes, Network
 from structlin.projection._contract import expression
 
-MAX_ELEMENTS = 2**25  # of one batch of normal matrices
-MAX_CUBE = 2**34  # batch * size^3 of their solution
-MAX_EIGH = 64  # size up to which they are solved by eigenvalues
-MAX_CG = 30  # iterations for one step where they are too large
-MEMORY = 8  # sweeps that are mixed
-ROUNDOFF = 1e-14  # residual over target below which a fit counts as exact
+MAX_ELEMENTS = 2**25  # entries of one batch of normal matrices
+MAX_CUBE = 2**34  # batch * size^3 of one batch, which is proportional to the work of its solution
+MAX_EIGH = 64  # largest normal matrix that is solved by eigenvalues
+MAX_CG = 30  # conjugate-gradient iterations of a step whose normal matrices are too large
+MEMORY = 8  # sweeps that Anderson mixing combines
+ROUNDOFF = 1e-14  # ratio of residual to target below which a fit counts as exact
 
 
 @dataclass(frozen=True)
@@ -34,11 +34,11 @@ class _Block:
 
 
 class Fit:
-    """``min || target - A(factors) ||`` over the factors of a network, in their exact least-squares steps.
+    """Minimization of ``|| target - A(factors) ||`` over the factors of a network by least-squares steps.
 
-    ``target`` has the axes ``network.outer``. ``mask`` (of the same axes, 0 or 1) leaves entries out. ``weight``, of
-    shape (columns of the network, k), is multiplied onto the matrix from the right; ``target`` then has the axes
-    (rows, k), and ``mask`` those of the rows.
+    ``target`` has the axes ``network.outer``. ``mask`` has the same axes; entries where it is 0 are excluded.
+    ``weight``, of shape (columns of the network, k), multiplies the matrix from the right. With a weight, ``target``
+    has the axes (rows, k), and ``mask`` those of the rows.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class Fit:
     # -- evaluation ------------------------------------------------------------------------------------------------
 
     def residual(self, factors: Sequence[np.ndarray]) -> np.ndarray:
-        """Target minus matrix, on the entries that count."""
+        """Return target minus matrix on the entries that are not masked."""
         return self._masked(self.target - self._product(*factors, *self.fixed))
 
     def _masked(self, array: np.ndarray) -> np.ndarray:
@@ -88,15 +88,15 @@ class Fit:
         return self._gradients[k](residual, *others)
 
     def exact(self, k: int) -> bool:
-        """Whether one step solves factor k's equations, not conjugate gradients."""
+        """Whether a step solves the equations of factor k directly, not by conjugate gradients."""
         return self._blocks[k][0]
 
     # -- normal equations ------------------------------------------------------------------------------------------
 
     def _plan(self, k: int) -> tuple[bool, list[_Block]]:
-        """Blocks of factor k's normal equations, and whether they are these equations or a preconditioner.
+        """Return whether factor k's normal equations are solved directly, and their blocks.
 
-        Where a block would be too large, its largest axes are pinned: what remains is its block diagonal.
+        If a block is too large, its largest axes are pinned. Its block diagonal remains, and is a preconditioner.
         """
         pinned = {a for a in self.axes[k] if a in self.outer}
         exact = True
@@ -113,7 +113,7 @@ class Fit:
                 return exact, blocks
 
     def _connected(self, k: int, pinned: set[int]) -> list[_Block]:
-        groups: list[tuple[set[int], set[int]]] = []  # (operands, axes that tie them together)
+        groups: list[tuple[set[int], set[int]]] = []  # (operands, axes that connect them)
         for number, axes in enumerate(self.axes):
             if number == k:
                 continue
@@ -155,7 +155,7 @@ class Fit:
         return np.asarray(block.contract(*terms)).reshape(count, size, size)
 
     def _solver(self, k: int, factors: Sequence[np.ndarray]) -> Callable[[np.ndarray], np.ndarray]:
-        """Multiplication by the pseudoinverse of the blocks."""
+        """Return the product with the pseudo-inverse of the blocks as a function."""
         arrays, axes = [*factors, *self.fixed], self.axes[k]
         steps = []
         for block in self._blocks[k][1]:
@@ -172,10 +172,10 @@ class Fit:
         return apply
 
     def step(self, k: int, factors: Sequence[np.ndarray], residual: np.ndarray) -> np.ndarray:
-        """Return what to add to factor k: the least-squares correction of the residual.
+        """Return the least-squares correction of factor k for a residual.
 
-        Solved by eigenvalues of the normal matrices; where they are too large, by conjugate gradients from zero,
-        preconditioned with their diagonal blocks, which never increases the residual either.
+        The normal equations are solved directly. If they are too large, conjugate gradients from zero are used, with
+        the diagonal blocks as preconditioner. Neither increases the residual.
         """
         solve = self._solver(k, factors)
         gradient = self._gradient(k, factors, residual)
@@ -207,12 +207,12 @@ class Fit:
     def run(
         self, factors: Sequence[np.ndarray], sweeps: int, tolerance: float
     ) -> tuple[list[np.ndarray], float, int, bool]:
-        """Sweep over the factors until a stopping rule holds: (factors, residual norm, sweeps, converged).
+        """Sweep over the factors; return (factors, residual norm, sweeps, converged).
 
-        Nothing that increases the residual is accepted. After each sweep, Anderson's mixing of the last sweeps is
-        tried, and where it does not help, a longer step in the direction of the sweep (Harshman's extrapolation);
-        both shorten the long plateaus of plain alternation. Converged: the residual is at roundoff of the target, or
-        fell by less than ``tolerance`` times itself in each of three sweeps in turn.
+        A step that increases the residual is rejected. After each sweep, Anderson mixing of the last sweeps is tried.
+        If it does not reduce the residual, a longer step in the direction of the sweep is tried (Harshman 1970,
+        Foundations of the PARAFAC procedure). Both need fewer sweeps than plain alternation. The run has converged if
+        the residual is at roundoff, or if its relative decrease is at most ``tolerance`` in three successive sweeps.
         """
         current = list(factors)
         residual = self.residual(current)
@@ -248,9 +248,9 @@ class Fit:
 
 
 def _inverse(matrices: np.ndarray) -> tuple[int, int, Callable[[np.ndarray], np.ndarray]]:
-    """Shape of a batch of semidefinite matrices, and the product with their pseudoinverses.
+    """Return the shape of a batch of semidefinite matrices, and the product with their pseudo-inverses.
 
-    Large ones are solved with a shift at roundoff of their trace in place of the pseudoinverse.
+    Large matrices are shifted by roundoff of their trace and inverted instead.
     """
     batch, size = matrices.shape[:2]
     epsilon = size * np.finfo(float).eps
@@ -280,7 +280,7 @@ def _like(vector: np.ndarray, factors: Sequence[np.ndarray]) -> list[np.ndarray]
 
 
 def _mixed(memory: Sequence[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
-    """Return the affine combination of past results whose changes combine to the smallest one."""
+    """Return the affine combination of past results whose combined change is the smallest."""
     results, changes = (np.stack(columns, axis=1) for columns in zip(*memory, strict=True))
     mix = np.linalg.lstsq(np.diff(changes), changes[:, -1], rcond=1e-12)[0]
     return results[:, -1] - np.diff(results) @ mix

@@ -1,15 +1,15 @@
-"""Two factors in a weighted norm whose covariance couples the slices: descent over blocks of columns, then L-BFGS.
+"""Block descent, then L-BFGS, for two factors in a weighted norm whose covariance couples the slices.
 
-Block Tensor-Train and Monarch of two cores are matrices of low-rank blocks: block (s, p) of the rows s and the columns
-p that both factors share is any matrix ``X Y`` of the bond's rank. Let ``C_pp = R_p R_p^H`` be the part of the
-covariance C that belongs to the columns p. In the coordinates ``W_p R_p`` the covariance has identities on its diagonal
-blocks, and with all other columns held fixed the blocks of one p are the nearest matrices of low rank to
+Block Tensor-Train and Monarch of two cores are matrices of low-rank blocks. Block (s, p) of the rows s and the columns
+p that both factors share is any matrix ``X Y`` of the bond's rank. Let ``C_pp = R_p R_p^H`` be the diagonal block of
+the covariance C for the columns p. In the coordinates ``W_p R_p`` the diagonal blocks of the covariance are identities.
+With all other columns held fixed, the optimal blocks of one p are the nearest matrices of low rank to
 
     S_p = W_p R_p + sum_q (W - A)_q R_q Z_qp,    Z_qp = R_q^+ C_qp R_p^(-H) for q != p.
 
-A sweep makes one step of subspace iteration towards them for each p, over-relaxed, which halves the number of sweeps.
-Its end converges slowly, where C couples the columns strongly; there L-BFGS over all factors at once (Liu and Nocedal
-1989) needs a fraction of the passes. A pass of either costs about one product ``d_out d_in^2``.
+A sweep makes one over-relaxed step of subspace iteration towards them for each p. Relaxation halves the number of
+sweeps. If C couples the columns strongly, sweeps converge slowly, and L-BFGS over all factors needs fewer passes (Liu
+and Nocedal 1989, On the limited memory BFGS method). A pass of either costs about one product ``d_out d_in^2``.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from structlin.projection._leading import orthonormal
 from structlin.projection._splits import WeightedCut, pair
 
 ROUNDOFF = 1e-14
-SWEEPS = 4  # sweeps before L-BFGS, which starts slowly
-RELAXATION = 0.3  # part of a step that is added to it
+SWEEPS = 4  # sweeps before L-BFGS, whose first passes gain less than a sweep
+RELAXATION = 0.3  # over-relaxation: the fraction of a step that is added to it
 MEMORY = 4  # pairs of vectors that L-BFGS keeps
 
 
 class BlockFit:
-    """``min || (target - A) covariance^(1/2) ||`` over chains of two factors, ``target`` on the axes of the network.
+    """Minimization of ``|| (target - A) covariance^(1/2) ||`` over chains of two factors.
 
-    Made by :meth:`of`, for networks without diagonals whose column axes, but those that both factors share, stand in
-    one factor.
+    ``target`` has the axes ``network.outer``. The network must have no axis in both rows and columns, and one factor
+    must have all column axes that the factors do not share. :meth:`of` checks both.
     """
 
     def __init__(self, network: Network, target: np.ndarray, covariance: np.ndarray, cut: WeightedCut) -> None:
@@ -59,7 +59,7 @@ class BlockFit:
         self.scale = self._norm(self._rest(np.zeros((), target.dtype)))
 
     def _set(self, network: Network, cut: WeightedCut) -> None:
-        """Take a network that differs in the size of its bond."""
+        """Set the network; another network with these decompositions may differ only in the size of its bond."""
         order = (cut.rows, cut.far, cut.near_rows, cut.shared, cut.inside)
         self.network, self.axes, self.sizes = network, sum(order, ()), tuple(map(network.size, order))
         _, e, b, _, k = self.sizes
@@ -69,17 +69,17 @@ class BlockFit:
     def of(
         cls, network: Network, target: np.ndarray, covariance: np.ndarray, known: dict[Any, BlockFit] | None = None
     ) -> BlockFit | None:
-        """None where the network is another one.
+        """Return the fit of a network, or None if the class does not apply to it.
 
-        ``known`` holds what was made for this target and covariance: networks that differ in the size of the bond
-        share all decompositions.
+        ``known`` is a cache for one target and covariance. Networks that differ in the size of the bond share all
+        decompositions.
         """
         cut = None if len(network.factors) != 2 or network.joined else WeightedCut.of(network)
         if cut is None:
             return None
         order = (cut.rows, cut.far, cut.near_rows, cut.shared, cut.inside)
         if set(sum(order, ())) != set(network.outer):
-            return None  # an axis that stands in no factor
+            return None  # an axis occurs in no factor
         key = (*(tuple(map(network.outer.index, axes)) for axes in order), network.shape(network.outer))
         if known is None or key not in known:
             made = cls(network, target, covariance, cut)
@@ -88,7 +88,7 @@ class BlockFit:
         return known[key]
 
     def _blocks(self, array: np.ndarray) -> np.ndarray:
-        """Blocks of columns (n, f e b, k), times the roots of their covariances."""
+        """Return blocks of columns, (n, f e b, k), times the roots of their covariances."""
         f, e, b, n, k = self.sizes
         matrix = gather(array, self.network.outer, self.axes).reshape(f * e * b, n, k)
         return np.ascontiguousarray(matrix.swapaxes(0, 1)) @ self.roots
@@ -100,7 +100,7 @@ class BlockFit:
         return pair(self.network, gather(matrix.reshape(self.network.shape(self.axes)), self.axes, self.network.outer))
 
     def _rest(self, matrix: np.ndarray) -> np.ndarray:
-        """Target minus blocks (n, f, e, b k), as (f e b, n k)."""
+        """Return target minus blocks (n, f, e, b k), with shape (f e b, n k)."""
         rest = self.target - matrix.reshape(self.target.shape if matrix.ndim else ())
         return np.ascontiguousarray(rest.swapaxes(0, 1)).reshape(rest.shape[1], -1)
 
@@ -110,9 +110,9 @@ class BlockFit:
     def run(
         self, factors: Sequence[np.ndarray] | None, sweeps: int, tolerance: float
     ) -> tuple[list[np.ndarray], float, int, bool]:
-        """As :meth:`structlin.projection._als.Fit.run`: (factors, residual norm, passes, converged).
+        """Return (factors, residual norm, passes, converged), as :meth:`structlin.projection._als.Fit.run` does.
 
-        ``factors`` None: start from the nearest matrix for the covariance without the coupling of the blocks.
+        Without ``factors``, the start is the nearest matrix for the covariance without coupling of the blocks.
         """
         _, e, b, n, k = self.sizes
         found = self.values
@@ -125,13 +125,13 @@ class BlockFit:
         return self._factors(X @ Y), error, used, done
 
     def error_after(self, sweeps: int) -> float:
-        """Return the error that ``sweeps`` sweeps come to."""
+        """Return the error after ``sweeps`` sweeps."""
         return self._descend(self.values, min(sweeps, SWEEPS), 0.0)[2]
 
     def _descend(
         self, start: tuple[np.ndarray, np.ndarray, np.ndarray], sweeps: int, tolerance: float
     ) -> tuple[np.ndarray, np.ndarray, float, int, bool]:
-        """Factors, error, passes and whether they converged, from singular values of the blocks of a start."""
+        """Return factors, error, passes and whether they converged, from singular values of a start's blocks."""
         u, s, v = start
         X, Y = u[..., : self.rank], s[..., : self.rank, None] * v[..., : self.rank, :]
         error = self._norm(self._rest(X @ Y))
@@ -170,7 +170,7 @@ class BlockFit:
     def _quasi_newton(
         self, X: np.ndarray, Y: np.ndarray, error: float, passes: int, tolerance: float, single: bool
     ) -> tuple[np.ndarray, np.ndarray, float, int]:
-        """Factors after L-BFGS, X orthonormal again, with the error and the number of passes.
+        """Return the factors after L-BFGS, X orthonormal again, with the error and the number of passes.
 
         With ``single`` its passes are in single precision.
         """

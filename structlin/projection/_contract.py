@@ -1,4 +1,4 @@
-"""Einsums over numbered axes: order of contraction worked out once, each product a batched matrix product."""
+"""Einsums over numbered axes, as batched matrix products in an order that is computed once."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from opt_einsum import contract_path, get_symbol
 
 from structlin.algebra.numbered import Axes
 
-SMALL = 256  # products of one batch entry below which NumPy's einsum is quicker than a product of matrices
+SMALL = 256  # multiplications of one batch entry, below which NumPy's einsum is faster than a matrix product
 
 
 def gather(array: np.ndarray, axes: Axes, output: Axes) -> np.ndarray:
-    """Permute ``array``, take the diagonal of axes that stand twice and sum those not in ``output``."""
+    """Return ``array`` with the axes ``output``: diagonals of repeated axes, sums over axes not in ``output``."""
     if len(axes) == len(output):
         return array.transpose([axes.index(a) for a in output])
     symbols = {a: get_symbol(i) for i, a in enumerate(dict.fromkeys(axes))}
@@ -24,7 +24,7 @@ def gather(array: np.ndarray, axes: Axes, output: Axes) -> np.ndarray:
 def expression(operands: Sequence[Axes], output: Axes, sizes: Mapping[int, int]) -> Callable[..., np.ndarray]:
     """Return a function of arrays with these axes that multiplies them and sums over the axes not in ``output``.
 
-    Axes may stand in any number of operands, and twice in one (its diagonal).
+    An axis may occur in any number of operands, and twice in one (its diagonal).
     """
     if not operands:
         return lambda: np.ones(())
@@ -55,7 +55,7 @@ def expression(operands: Sequence[Axes], output: Axes, sizes: Mapping[int, int])
 
 
 class _Product:
-    """Two arrays into one, with the axes that are needed later."""
+    """The product of two arrays, summed over the axes that are not needed later."""
 
     def __init__(self, left: Axes, right: Axes, needed: set[int], sizes: Mapping[int, int]) -> None:
         self.left, self.right = left, right

@@ -1,17 +1,17 @@
-"""The leading singular vectors of a stack of matrices, without the ones behind them.
+"""The leading singular vectors of a stack of matrices M, without a full decomposition.
 
-All of a decomposition costs twenty times a product of such matrices, and a Kronecker product needs one pair of vectors
-of thousands. So the leading left vectors come from the Gram matrix of the shorter side, by the cheapest of
+A full decomposition costs about twenty times a product of such matrices, and a Kronecker product needs one pair of
+thousands of vectors. So the leading left vectors come from the Gram matrix G of the shorter side, by the cheapest of
 
-- repeated squaring, for one vector of each of many small matrices: ``G^(2^k)`` becomes the projection onto it, also
-  where singular values nearly agree, in products alone;
+- repeated squaring, for one vector of each of many small matrices: ``G^(2^k)`` converges to the projection onto it up
+  to a factor, also if singular values are close;
 - Lanczos iteration (ARPACK), for few vectors of a large matrix;
-- eigenvectors of G, of large matrices those wanted alone (LAPACK's ``syevr``).
+- eigenvectors of G; for large matrices, only those needed (``syevr`` of LAPACK).
 
-A Gram matrix squares the condition: vectors whose singular values lie below the square root of roundoff are lost. Steps
-of subspace iteration with ``M`` itself, orthogonalised by Householder reflections from the largest vector down, bring
-them back: none or one step where the rest is large, four where it is near roundoff. Where these leave a matrix that is
-neither near that rank nor far from it, the decomposition is made in full after all.
+A Gram matrix squares the condition number. So vectors with singular values below the square root of roundoff are lost.
+Steps of subspace iteration with M itself, orthogonalized by Householder reflections, recover them: none or one if the
+remainder is large, and four if it is near roundoff. If the remainder is then neither large nor at roundoff, the full
+decomposition is computed.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ import numpy as np
 import scipy.linalg
 import scipy.sparse.linalg
 
-SMALL = 16  # shorter side up to which a full decomposition is quicker
-LANCZOS = 512  # shorter side from which Lanczos iteration is tried
-MANY = 4  # matrices from which squaring is quicker than eigenvectors
+SMALL = 16  # longest shorter side for which a full decomposition is faster
+LANCZOS = 512  # least shorter side for which Lanczos iteration is tried
+MANY = 4  # least number of matrices for which squaring is faster than eigenvectors
 SQUARINGS = 60  # G^(2^60) separates singular values that differ by roundoff
 
 
 def leading(matrices: np.ndarray, count: int) -> np.ndarray:
-    """Orthonormal bases (batch, m, count) of the leading left singular vectors of ``matrices`` (batch, m, n).
+    """Return orthonormal bases (batch, m, count) of the leading left singular vectors of ``matrices`` (batch, m, n).
 
-    ``count`` is at most min(m, n). The basis of each matrix captures the norm that its leading ``count`` singular
-    values hold, up to roundoff; vectors inside it are in no order.
+    ``count`` is at most min(m, n). The norm of the projection of a matrix onto its basis is that of its leading
+    singular values, up to roundoff. The vectors of a basis are unordered.
     """
     short = min(matrices.shape[1:])
     if short <= SMALL or 2 * count > short:
@@ -50,12 +50,12 @@ def leading(matrices: np.ndarray, count: int) -> np.ndarray:
     image = adjoint @ start
     rest = 1 - (np.linalg.norm(image) / total) ** 2 if total else 1.0
     near = rest <= 1e4 * eps
-    # Eigenvectors of G miss at most its roundoff of the squared norm, which is nothing beside a large rest.
+    # Eigenvectors of G lose at most roundoff of the squared norm, which is negligible if the remainder is large.
     for _ in range(4 if near else 0 if exact and rest > 0.01 else 1):
         start = orthonormal(matrices @ orthonormal(image))
         image = adjoint @ start
     if near and np.linalg.norm(matrices - start @ image.conj().swapaxes(-1, -2)) > 100 * eps * total:
-        # Neither far from rank `count` nor of that rank: the last vectors are not to be had from a Gram matrix.
+        # The remainder is neither large nor at roundoff, so a Gram matrix does not give the last vectors.
         double = np.result_type(matrices.dtype, np.float64)
         if matrices.dtype != double:
             return leading(matrices.astype(double), count).astype(matrices.dtype)
@@ -64,10 +64,10 @@ def leading(matrices: np.ndarray, count: int) -> np.ndarray:
 
 
 def _by_lanczos(matrix: np.ndarray, count: int) -> np.ndarray | None:
-    """None where the iteration does not converge."""
+    """Return the vectors by ARPACK, or None if the iteration does not converge."""
     short, eps = min(matrix.shape), np.finfo(matrix.dtype).eps
     first = np.random.default_rng(0).standard_normal(short).astype(matrix.dtype)
-    # Vectors with an error t lose t^2 / gap of the squared norm, and never more than t; the step after it squares t.
+    # Vectors with an error t lose t^2 / gap of the squared norm, and at most t; the next step squares t.
     ways = {"tol": eps**0.7, "ncv": min(short, max(64, 4 * count))}
     try:
         u, s, _ = scipy.sparse.linalg.svds(matrix, k=count, v0=first, **ways)
@@ -86,10 +86,10 @@ def _by_eigenvectors(gram: np.ndarray, count: int) -> np.ndarray:
 
 
 def _by_squaring(gram: np.ndarray) -> np.ndarray:
-    """Leading vectors (batch, size, 1): the matrices are squared until they are projections, up to a factor.
+    """Return the leading vectors (batch, size, 1) by squaring until the matrices are multiples of projections.
 
-    With eigenvalues scaled to a sum of 1, the sum of their squares is 1 - d where they are nearly those of a
-    projection. The column then differs from the vector by d, and the norm that it captures by d^2.
+    If the eigenvalues are scaled to a sum of 1 and the sum of their squares is 1 - d, a column differs from the vector
+    by d, and the norm of the projection onto it by d^2.
     """
     power, left = gram.copy(), np.arange(len(gram))
     tolerance = np.sqrt(np.finfo(gram.dtype).eps)
@@ -105,7 +105,7 @@ def _by_squaring(gram: np.ndarray) -> np.ndarray:
 
 
 def orthonormal(vectors: np.ndarray) -> np.ndarray:
-    """Orthonormal columns of (batch, m, k) arrays; the first columns keep their directions."""
+    """Return orthonormal columns of (batch, m, k) arrays; the first columns keep their directions."""
     if vectors.shape[-1] > 1:
         return np.linalg.qr(vectors)[0]
     norms = np.linalg.norm(vectors, axis=1, keepdims=True)

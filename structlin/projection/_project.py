@@ -1,4 +1,4 @@
-"""The public function: reading the input, choosing the rank, building the operator."""
+"""The function :func:`project`: checks of the input, choice of the rank, and the operator."""
 
 from __future__ import annotations
 
@@ -18,15 +18,27 @@ from structlin.structure import AbstractStructure, Structure
 
 @dataclass(frozen=True, eq=False)
 class Projection:
-    """A structured matrix near a dense one, and how it was found.
+    """Result of :func:`project`.
 
-    ``operator``: on the library, dtype and device of the dense matrix. ``relative_error``: norm of the difference
-    over the norm of the matrix, in the weighted norm where there is a covariance, before rounding to the dtype.
-    ``optimal``: no matrix of the structure is nearer. ``error_bound``: at least ``relative_error`` and at most
-    ``sqrt(factors - 1)`` times the smallest relative error there is, from the singular values cut off (TT-SVD); equal
-    to ``relative_error`` where that is optimal, None where no bound holds (BLAST, a covariance, padding that cuts
-    through slices). ``iterations``: sweeps of alternating least squares, 0 for closed forms. ``converged``: False where
-    these were stopped by ``max_sweeps``. ``method``: in words.
+    Attributes
+    ----------
+    operator
+        The structured matrix, with the library, dtype and device of the dense matrix.
+    relative_error
+        Norm of the difference over the norm of the matrix, before rounding to the dtype; with a covariance, both are
+        weighted norms.
+    error_bound
+        Upper bound of ``relative_error``, from the singular values that were cut off; it is at most
+        ``sqrt(factors - 1)`` times the smallest relative error of the structure. Equal to ``relative_error`` if that is
+        optimal. None if there is no bound: for BLAST, with a covariance, and if padding cuts through slices.
+    iterations
+        Number of sweeps of the iteration; 0 for closed forms.
+    converged
+        False if ``max_sweeps`` stopped the iteration.
+    optimal
+        True if no matrix of the structure is nearer.
+    method
+        Name of the method.
     """
 
     operator: StructuredOperator
@@ -43,50 +55,47 @@ def project(
     max_macs: int | None = None, input_covariance: Array | None = None, restarts: int | None = None,
     max_sweeps: int = 1000, tolerance: float = 1e-6, seed: int = 0, **options: Any,
 ) -> Projection:  # fmt: skip
-    """Find the matrix of a structure nearest to ``W``, in the Frobenius norm or weighted by an input covariance.
+    """Return the matrix A of a structure that is nearest to ``W`` in the Frobenius norm or a weighted norm.
+
+    :mod:`structlin.projection` describes the methods. The factors are scaled such that all have the same ratio of RMS
+    to the deviation of the scale rule.
 
     Parameters
     ----------
     W
-        (d_out, d_in) NumPy, torch or jax array, floating or complex.
+        NumPy, torch or jax array of shape (d_out, d_in), floating or complex.
     structure
         A registered name or class, with the options of its ``design`` as keywords, or a structure.
     target_error
-        Choose the smallest rank whose relative error is at most this. Ranks of several bonds grow together, each up to
-        where it is exact. By singular values for two factors; else by bisection, which takes it that the error falls as
-        the rank grows.
+        Choose the smallest rank whose relative error is at most this. The ranks of several bonds grow together, each up
+        to the rank at which it is exact. For two factors, one decomposition gives the rank. Otherwise it is found by
+        bisection, which assumes that the error decreases with the rank.
     max_macs
-        Choose the largest rank whose multiply-accumulates, for one vector, are within this budget, up to the rank at
+        Choose the largest rank whose multiply-accumulates for one vector are within this budget, up to the rank at
         which the structure is exact.
     input_covariance
-        (d_in, d_in) positive semidefinite array C of any library; the error is then ``|| (W - A) C^(1/2) ||``.
+        Positive semidefinite array C of shape (d_in, d_in), of any library; the error is ``|| (W - A) C^(1/2) ||``.
     restarts
-        Random starts of alternating least squares, besides those from singular values. Default: 4 for structures
-        without an error bound in the plain norm, else none. Where there are more than two starts, each runs for 30
-        sweeps and the two best go on.
+        Number of random starts, in addition to those from singular values. Default: 4 for structures without an error
+        bound in the Frobenius norm, otherwise 0. With more than two starts, each runs for 30 sweeps, and the two best
+        are continued.
     max_sweeps
-        Of alternating least squares, for each start. A sweep takes each factor in turn to its least-squares optimum and
-        then tries a longer step; the error never rises.
+        Largest number of sweeps for each start. A sweep solves for each factor in turn. No sweep increases the error.
     tolerance
-        Stop when the error fell by less than this part of itself in each of three sweeps, or is at roundoff.
+        Stop after three successive sweeps with a relative decrease of the error of at most this, or at roundoff.
     seed
-        Of the random starts; equal seeds give equal results.
+        Seed of the random starts.
     **options
-        Of the structure, such as ``rank``, ``blocks``, ``cores``, ``factorization``.
+        Options of the structure, such as ``rank``, ``blocks``, ``cores`` or ``factorization``.
 
     Raises
     ------
     TypeError
-        W is no array; a structure that is neither a chain nor one of structlin's own.
+        If W is not an array, or the structure is neither a chain nor implements ``nearest``.
     ValueError
-        W is not a finite floating or complex matrix of the structure's shape; unknown options; two of rank,
-        ``target_error`` and ``max_macs`` at once, or one of the latter for a structure without ``rank``; no rank meets
-        them; a covariance that is not finite, Hermitian and positive semidefinite, or zero.
-
-    Notes
-    -----
-    The factors are scaled so that their RMS, over the deviation at which the scale rule would draw them, is the same
-    for all; singular values are split evenly between two factors before that.
+        If W is not a finite floating or complex matrix of the structure's shape; for unknown options; for more than one
+        of rank, ``target_error`` and ``max_macs``, or for one of the last two without an option ``rank``; if no rank
+        meets them; if the covariance is zero or not finite, Hermitian and positive semidefinite.
 
     Examples
     --------
@@ -106,7 +115,10 @@ def project(
 
     if isinstance(structure, AbstractStructure):
         if target_error is not None or max_macs is not None or options:
-            raise ValueError("a structure has its rank and options; give a name to choose them, or the structure alone")
+            raise ValueError(
+                "a structure includes its rank and options; pass its name to choose them, or the structure without "
+                "target_error, max_macs and options"
+            )
         if structure.shape != shape:
             raise ValueError(f"the structure has shape {structure.shape}, W has shape {shape}")
         solution = solve(structure, problem, settings)
@@ -172,7 +184,7 @@ def _covariance(array: Array, target: np.ndarray) -> np.ndarray:
 
 
 def _named(structure: AbstractStructure) -> type[StructuredOperator]:
-    """Return the registered class of a structure that is no chain; a chain may be that of several."""
+    """Return the registered class of a structure that is not a chain; several classes may have the same chain."""
     for cls in map(structure_class, () if isinstance(structure, Structure) else structure_names()):
         try:
             if cls.design(structure.shape) == structure:
@@ -213,9 +225,11 @@ def _result(
 
 @dataclass(frozen=True)
 class _Ranks:
-    """The structures of rank 1 to ``ceiling``, which represents every matrix as far as is known.
+    """The structures of rank 1 to ``ceiling``.
 
-    ``plain``: the rank is the size of the one bond there is, for two factors.
+    ``ceiling`` is the rank at which the structure is exact, or an upper limit if this rank is not known.
+
+    ``plain``: that rank is known.
     """
 
     at: Callable[[int], AbstractStructure]
@@ -248,7 +262,7 @@ def _ranks(
 
 
 def _first(low: int, high: int, holds: Callable[[int], bool]) -> int:
-    """Return the first number of [low, high] for which ``holds``, if it stays true from there on; high + 1 for none."""
+    """Return the first number of [low, high] for which ``holds``, a monotonic condition; high + 1 if there is none."""
     high += 1
     while low < high:
         middle = (low + high) // 2

@@ -1,4 +1,4 @@
-"""The nearest matrix of one structure to a NumPy matrix: closed form where the roles allow it, else least squares."""
+"""The nearest matrix of one structure to a NumPy matrix, by a closed form or by alternating least squares."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from structlin.projection._contract import gather
 from structlin.scale import init_std, random_factors
 from structlin.structure import AbstractStructure, Structure
 
-SCOUT = 30  # sweeps from every start, before the two best go on
-RESTARTS = 4  # random starts where no bound speaks for those from singular values
+SCOUT = 30  # sweeps from every start; the two best are then continued
+RESTARTS = 4  # random starts if those from singular values have no error bound
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How to iterate where there is no closed form, as in :func:`structlin.project`. Raises ValueError."""
+    """Parameters of the iteration, as in :func:`structlin.project`; ValueError if one is out of range."""
 
     restarts: int | None = None
     max_sweeps: int = 1000
@@ -42,7 +42,10 @@ class Settings:
 
 @dataclass(frozen=True)
 class Solution:
-    """Factors as NumPy arrays, and how they were found, as in :class:`structlin.Projection`; errors are absolute."""
+    """Factors as NumPy arrays, with the fields of :class:`structlin.Projection`.
+
+    ``error`` and ``bound`` are absolute: ``relative_error`` and ``error_bound`` times the norm of the target.
+    """
 
     factors: tuple[np.ndarray, ...]
     error: float
@@ -55,9 +58,18 @@ class Solution:
 
 @dataclass(frozen=True)
 class Problem:
-    """A finite (d_out, d_in) NumPy matrix, float32 or wider, and the covariance of its input.
+    """A matrix to approximate.
 
     The error of a matrix A is ``|| (target - A) covariance^(1/2) ||``; without a covariance the Frobenius norm.
+
+    Attributes
+    ----------
+    target
+        Finite NumPy array of shape (d_out, d_in), float32 or wider.
+    covariance
+        Positive semidefinite array of shape (d_in, d_in), or None.
+    root
+        R with ``covariance = R R^H``, or None.
     """
 
     target: np.ndarray
@@ -65,14 +77,14 @@ class Problem:
 
     root: np.ndarray | None = field(init=False)
     known: dict[Any, BlockFit] = field(init=False, repr=False, compare=False, default_factory=dict)
-    """Decompositions that structures of other ranks use too."""
+    """Cache of decompositions, which structures of different ranks share."""
 
     def __post_init__(self) -> None:
         root = None if self.covariance is None else _splits.square_root(self.covariance)
         object.__setattr__(self, "root", root)
 
     def norm(self, matrix: np.ndarray) -> float:
-        """Of ``matrix @ covariance^(1/2)``; summed in float64, and no square overflows or underflows."""
+        """Return the norm of ``matrix @ covariance^(1/2)``, summed in float64 without overflow or underflow."""
         shift = _exponent(matrix)
         matrix = _shifted(matrix, -shift)
         if self.root is not None:
@@ -93,22 +105,25 @@ class Problem:
 
 
 def _exponent(array: np.ndarray) -> int:
-    """Return a power of two near the largest entry; 0 where its squares can be summed as they are."""
+    """Return the exponent of a power of two near the largest entry; 0 if squares need no scaling."""
     peak = float(np.max(np.abs(array), initial=0))
     exponent = math.frexp(peak)[1] // 2 * 2 if math.isfinite(peak) else 0
     return exponent if abs(exponent) > 32 else 0
 
 
 def _shifted(array: np.ndarray, exponent: int) -> np.ndarray:
-    """``array * 2^exponent``, exactly, unless it leaves the range of the dtype."""
+    """Return ``array * 2^exponent``, which is exact within the range of the dtype."""
     half = exponent // 2
     return array * 2.0**half * 2.0 ** (exponent - half) if exponent else array
 
 
 def solve(structure: AbstractStructure, problem: Problem, settings: Settings | None = None) -> Solution:
-    """Return the nearest matrix of ``structure``, as :func:`structlin.project` finds it, on NumPy arrays.
+    """Return the nearest matrix of ``structure``, as :func:`structlin.project` does, on NumPy arrays.
 
-    Raises TypeError for a structure that is no chain and does not know its nearest matrix.
+    Raises
+    ------
+    TypeError
+        If the structure is not a chain and does not implement ``nearest``.
     """
     weights = 0 if problem.covariance is None else _exponent(problem.covariance)
     scale = _exponent(problem.target) if all(f.trainable for f in structure.factors) else 0
@@ -132,7 +147,7 @@ def _solved(structure: AbstractStructure, problem: Problem, settings: Settings) 
     found = structure.nearest(wide.target, wide.covariance)
     if found is None:
         raise TypeError(
-            f"cannot project onto {structure!r}: it is no einsum chain, and it does not implement `nearest`"
+            f"cannot project onto {structure!r}: it is not a chain of einsums and does not implement `nearest`"
         )
     return _finished(structure, wide, found.factors, found.method, optimal=True)
 
@@ -155,7 +170,7 @@ def _finished(
 
 
 def balanced(structure: AbstractStructure, factors: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """Scale the factors so that RMS over the scale rule's deviation is the same for all; their product stays."""
+    """Scale the factors to an equal ratio of RMS to the deviation of the scale rule, without changing their product."""
     if not all(f.trainable for f in structure.factors):
         return list(factors)
     stds = init_std(structure)
@@ -186,13 +201,16 @@ class Chain:
 
     @property
     def target(self) -> np.ndarray:
-        """On the outer axes: what lies off a diagonal that the structure has cannot be fitted."""
+        """Return the target on the outer axes, without entries that are zero for every matrix of the structure."""
         axes = self.network.rows + self.network.columns
         return gather(self.rows.reshape(self.network.shape(axes)), axes, self.network.outer)
 
     @property
     def mask(self) -> np.ndarray | None:
-        """1 where an entry counts, on the outer axes; columns count by the covariance where there is one."""
+        """Return 0 for padding and 1 for other entries, on the outer axes; None if there is nothing to mask.
+
+        A covariance is zero for padded columns, so they need no mask.
+        """
         more_in, more_out = self.structure.padding
         if self.root is not None:
             more_in = 0
@@ -205,7 +223,7 @@ class Chain:
         return gather(kept.reshape(self.network.shape(axes)), axes, self.network.outer)
 
     def rectangular(self) -> bool:
-        """Whether the entries that count are a rectangle of each slice: zeros then fill the rest at no loss."""
+        """Whether the entries that are not masked form a rectangle of each slice, so that zeros can fill the rest."""
         mask = self.mask
         if mask is None:
             return True
@@ -227,7 +245,7 @@ class Chain:
 
 
 def closed_form(chain: Chain) -> list[np.ndarray] | None:
-    """Factors of the nearest matrix where the roles of the axes give it in closed form."""
+    """Return the factors of the nearest matrix, or None if the roles of the axes give no closed form."""
     network = chain.network
     if len(network.factors) != 2:
         return None
@@ -241,7 +259,10 @@ def closed_form(chain: Chain) -> list[np.ndarray] | None:
 
 
 def spectrum(structure: AbstractStructure, problem: Problem) -> np.ndarray | None:
-    """Errors of ranks 1, 2, ... of a chain of two factors given at rank 1; None where there is no closed form."""
+    """Return the errors of ranks 1, 2, ... of a chain of two factors, given at rank 1.
+
+    The errors are absolute, as in :class:`Solution`. The result is None if there is no closed form.
+    """
     if not isinstance(structure, Structure) or len(structure.steps) != 2:
         return None
     chain = Chain.of(structure, problem)
@@ -295,7 +316,7 @@ def _chain(structure: Structure, problem: Problem, settings: Settings) -> Soluti
 
 
 def _best(fit: Fit | BlockFit, starts: Sequence[Any], settings: Settings) -> tuple[list[np.ndarray], int, bool]:
-    """Factors of the best run, its sweeps and whether it converged."""
+    """Return the factors of the best run, the number of its sweeps, and whether it converged."""
     short = min(SCOUT, settings.max_sweeps) if len(starts) > 2 else settings.max_sweeps
     runs = sorted((fit.run(start, short, settings.tolerance) for start in starts), key=lambda run: run[1])[:2]
     for place, (factors, _, sweeps, converged) in enumerate(runs):
@@ -307,7 +328,7 @@ def _best(fit: Fit | BlockFit, starts: Sequence[Any], settings: Settings) -> tup
 
 
 def _starts(chain: Chain, settings: Settings) -> tuple[list[list[np.ndarray]], float | None]:
-    """Factors to start from (splits from both ends, solutions of nearby problems, random), and the error bound."""
+    """Return starts (splits from both ends, solutions of similar problems, random ones), and the error bound."""
     network, count = chain.network, len(chain.network.factors)
     rng = np.random.default_rng(settings.seed)
     starts: list[list[np.ndarray]] = []
@@ -324,7 +345,7 @@ def _starts(chain: Chain, settings: Settings) -> tuple[list[list[np.ndarray]], f
             starts += [] if uncoupled is None else [uncoupled]
     elif count == 2 and (pair := _splits.regrouped_pair(chain.structure, chain.rows)) is not None:
         starts.append(network.split(pair))
-    if chain.mask is not None:  # the splits fit zeros to what does not count
+    if chain.mask is not None:  # the splits fit zeros to masked entries
         bound = None
     restarts = settings.restarts
     if restarts is None:
@@ -343,7 +364,10 @@ def _drawn(chain: Chain, count: int, rng: np.random.Generator) -> list[list[np.n
 
 
 def estimated_error(structure: AbstractStructure, problem: Problem, sweeps: int) -> float:
-    """Return an upper bound of the error of the nearest matrix, from a few sweeps where there is no closed form."""
+    """Return an upper bound of the error of the nearest matrix, from ``sweeps`` sweeps if there is no closed form.
+
+    The error is absolute, as in :class:`Solution`. ``problem`` and errors raised are those of :func:`solve`.
+    """
     if isinstance(structure, Structure):
         chain = Chain.of(structure, problem.wide)
         if chain.covariance is not None and len(chain.network.factors) == 2 and chain.rectangular():

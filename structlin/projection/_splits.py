@@ -1,16 +1,18 @@
-"""Closed forms by singular values: chains of two factors, and the recursion for longer ones.
+"""Closed forms by singular values for chains of two factors, and a recursion for longer chains.
 
-A chain of two factors, whatever its roles, is a batch of low-rank matrices: with s the outer axes that both factors
-have, a those of the first alone, b those of the second alone, and r the inner ones,
+A chain of two factors is a batch of low-rank matrices. Let s be the outer axes of both factors, a those of the first
+alone, b those of the second alone, and r the inner axes. Then
 
     A[s, a, b] = sum_r F0[s, a, r] F1[s, b, r],
 
-so that the nearest matrix is the truncated SVD of each slice s. That covers low rank, the rearrangement of Van Loan and
-Pitsianis (Kronecker, Tensor-Train of two cores), and the slices of Monarch and Block Tensor-Train.
+and the nearest matrix is the truncated SVD of each slice s. This covers low rank, Kronecker and Tensor-Train of two
+cores (Van Loan and Pitsianis 1993, Approximation with Kronecker products), and the slices of Monarch and Block
+Tensor-Train.
 
-Longer chains are peeled one factor at a time (TT-SVD; for Block Tensor-Train and butterfly the hierarchical
-factorisation of Zheng, Riccietti and Gribonval 2023): exact on matrices that have the structure, else within the bound
-that :func:`peel` returns.
+Factors of longer chains are split off one at a time. For Tensor-Train this is TT-SVD (Oseledets 2011), for Block
+Tensor-Train and butterfly the hierarchical factorization of Zheng, Riccietti and Gribonval (2023), Efficient
+identification of butterfly sparse matrix factorizations. The result is exact for matrices that have the structure, and
+otherwise within the bound that :func:`peel` returns.
 """
 
 from __future__ import annotations
@@ -29,10 +31,10 @@ from structlin.structure import Structure
 
 @dataclass(frozen=True)
 class Cut:
-    """How the axes fall when the factors are put into two groups.
+    """The axes of two groups of factors.
 
-    ``shared``: axes of the target that both groups have, ``left`` and ``right``: those of one group alone,
-    ``bond``: inner axes that both groups have.
+    ``shared`` are the axes of the target that both groups have, ``left`` and ``right`` those of one group alone, and
+    ``bond`` the inner axes that both groups have.
     """
 
     shared: Axes
@@ -53,7 +55,7 @@ def cut_between(target: Axes, first: Iterable[int], second: Iterable[int]) -> Cu
 
 
 def slices(network: Network, array: np.ndarray, axes: Axes, cut: Cut) -> np.ndarray:
-    """``array`` as matrices (shared, left, right), averaged over axes that no factor has."""
+    """Return ``array`` as matrices (shared, left, right), averaged over axes that no factor has."""
     absent = [a for a in axes if a not in cut.shared + cut.left + cut.right]
     matrices = gather(array, axes, cut.shared + cut.left + cut.right)
     shape = (network.size(cut.shared), network.size(cut.left), network.size(cut.right))
@@ -63,17 +65,17 @@ def slices(network: Network, array: np.ndarray, axes: Axes, cut: Cut) -> np.ndar
 def ranked(
     matrices: np.ndarray, rank: int, power: float, rng: np.random.Generator | None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Best approximations of rank ``rank`` as (shared, left, rank) and (shared, right, rank) arrays.
+    """Return the best approximations of rank ``rank`` as (shared, left, rank) and (shared, right, rank) arrays.
 
-    The left ones take the singular values to the ``power``. Where the rank exceeds the smaller size, the surplus of
-    the left ones is drawn from ``rng`` (None: zero), that of the right ones is zero.
+    The left arrays contain the singular values to the ``power``. If the rank exceeds the smaller size, the surplus of
+    the left arrays is drawn from ``rng`` (zero without it), and that of the right arrays is zero.
     """
     keep = min(rank, *matrices.shape[1:])
     left = leading(matrices, keep)
     right = left.conj().swapaxes(-1, -2) @ matrices
     if power:
         squares, turn = np.linalg.eigh(right @ right.conj().swapaxes(-1, -2))
-        # Any positive values leave the product as it is, so those below roundoff are raised to it.
+        # Any positive scales give the same product, so values below roundoff are raised to it.
         least = squares[..., -1:] * np.finfo(squares.dtype).eps ** 2
         scale = np.where(squares[..., -1:] > 0, np.maximum(squares, least), 1)[..., None, :] ** (power / 2)
         left, right = left @ (turn * scale), (turn / scale).conj().swapaxes(-1, -2) @ right
@@ -87,13 +89,13 @@ def ranked(
 
 
 def lost(matrices: np.ndarray, rank: int) -> float:
-    """Norm of what the best approximations of rank ``rank`` leave."""
+    """Return the norm of the remainder of the best approximations of rank ``rank``."""
     basis = leading(matrices, min(rank, *matrices.shape[1:]))
     return float(np.linalg.norm(matrices - basis @ (basis.conj().swapaxes(-1, -2) @ matrices)))
 
 
 def pair(network: Network, target: np.ndarray) -> list[np.ndarray]:
-    """Return the nearest matrix of a chain of two factors; singular values go half to each."""
+    """Return the factors of the nearest matrix; each has the square roots of the singular values."""
     cut = cut_between(network.outer, *network.factors)
     matrices = slices(network, target, network.outer, cut)
     left, right = ranked(matrices, network.size(cut.bond), 0.5, None)
@@ -103,11 +105,12 @@ def pair(network: Network, target: np.ndarray) -> list[np.ndarray]:
 def peel(
     network: Network, target: np.ndarray, order: Sequence[int], rng: np.random.Generator
 ) -> tuple[list[np.ndarray], float | None]:
-    """Factors of a longer chain, split off in ``order``, and a bound of the error where there is one.
+    """Return the factors of a longer chain, split off in ``order``, and an upper bound of the error, or None.
 
-    Each split leaves orthonormal columns behind, so squared errors add up. Where the remainder has no inner axes but
-    those of the last bond, its slices are contractions of those of the target, and the squared error is at most the
-    sum of the squares of what each truncation would lose on the target itself (TT-SVD: Oseledets 2011, theorem 2.2).
+    Each factor that is split off has orthonormal columns, so squared errors add up. The bound exists if the remainder
+    has no inner axes except those of the last bond. Then its slices are contractions of those of the target. The
+    squared error is at most the sum of the squared errors of each truncation of the target itself (for TT-SVD,
+    Oseledets 2011, theorem 2.2).
     """
     absent = tuple(a for a in network.outer if not any(a in axes for axes in network.factors))
     axes = tuple(a for a in network.outer if a not in absent)
@@ -138,10 +141,10 @@ def peel(
 
 
 def regrouped_pair(structure: Structure, target: np.ndarray) -> list[np.ndarray] | None:
-    """Return the nearest matrix of two steps with any regrouping between them; None where an axis is carried.
+    """Return the nearest matrix of two steps with any regrouping between them; None if an axis is carried.
 
-    Element u of the intermediate vector joins one row of W0 to one column of W1, so it adds a rank-1 term to slice
-    (block of W1, block of W0) of the matrix; the slice is any matrix whose rank is the number of its elements.
+    Element u of the intermediate vector connects one row of W0 with one column of W1. So it adds a rank-1 term to slice
+    (block of W1, block of W0) of the matrix. The rank of a slice is at most the number of its elements u.
     """
     first, second = structure.steps
     if first.carried or second.carried:
@@ -152,7 +155,7 @@ def regrouped_pair(structure: Structure, target: np.ndarray) -> list[np.ndarray]
         return math.prod(sizes[a] for a in axes)
 
     def place(state: str, axes: str) -> np.ndarray:
-        """For each element of ``state`` in row-major order, its place among ``axes``."""
+        """Return the place among ``axes`` of each element of ``state``, in row-major order."""
         grid = np.arange(size(axes)).reshape([sizes[a] if a in axes else 1 for a in state])
         return np.broadcast_to(grid, [sizes[a] for a in state]).reshape(-1)
 
@@ -200,7 +203,7 @@ def regrouped_pair(structure: Structure, target: np.ndarray) -> list[np.ndarray]
 
 @dataclass(frozen=True)
 class WeightedCut:
-    """How the axes of a pair fall where the columns have a covariance.
+    """The axes of two factors if the columns have a covariance.
 
     ``near`` is the factor that has the column axes which are not shared, ``far`` the other one. ``rows`` and
     ``shared`` are the row and the column axes of both, ``inside`` the column axes of ``near`` alone.
@@ -216,7 +219,7 @@ class WeightedCut:
 
     @classmethod
     def of(cls, network: Network) -> WeightedCut | None:
-        """None with an axis in rows and columns, and where both factors have column axes of their own."""
+        """Return the cut; None if an axis is in rows and columns, or both factors have unshared column axes."""
         columns = set(network.columns)
         if columns & set(network.rows):
             return None
@@ -239,7 +242,7 @@ class WeightedCut:
 
 @dataclass(frozen=True)
 class Weighted:
-    """Slices of a weighted pair, (slice, far, near): as they are, and times a root of their covariance."""
+    """Slices (slice, far, near) of a weighted pair, and the same times a root of their covariance."""
 
     matrices: np.ndarray
     scaled: np.ndarray
@@ -247,10 +250,10 @@ class Weighted:
 
 
 def weighted(network: Network, target: np.ndarray, covariance: np.ndarray, drop: bool = False) -> Weighted | None:
-    """Slices whose truncation gives the pair nearest in ``|| (target - A) covariance^(1/2) ||``, or None.
+    """Return slices whose truncation minimizes ``|| (target - A) covariance^(1/2) ||``, or None.
 
-    Needed for that: no diagonal axes; all column axes that are not shared stand in one factor; and the covariance
-    does not couple different values of the shared ones. ``drop`` leaves such a coupling out in place of giving up.
+    There must be no diagonal axes, one factor must have all column axes that are not shared, and the covariance must
+    not couple different values of the shared ones. With ``drop``, such a coupling is ignored.
     """
     cut = WeightedCut.of(network)
     if cut is None:
@@ -269,10 +272,10 @@ def weighted(network: Network, target: np.ndarray, covariance: np.ndarray, drop:
 def weighted_pair(
     network: Network, target: np.ndarray, covariance: np.ndarray, drop: bool = False
 ) -> list[np.ndarray] | None:
-    """Return the nearest pair in the weighted norm, or None where that has no closed form (:func:`weighted`).
+    """Return the nearest pair in the weighted norm, or None if it has no closed form (:func:`weighted`).
 
-    Each slice is ``min || (M - X Y) R ||`` over X of rank r, with R a root of the slice's covariance: X spans the
-    leading left singular vectors U of ``M R``, and ``X Y = U U^H M``.
+    Each slice minimizes ``|| (M - X Y) R ||`` over X with r columns, where R is a root of the slice's covariance. X
+    spans the leading left singular vectors U of ``M R``, and ``X Y = U U^H M``.
     """
     found = weighted(network, target, covariance, drop)
     if found is None:
@@ -286,9 +289,9 @@ def weighted_pair(
 
 
 def square_root(matrix: np.ndarray) -> np.ndarray:
-    """Return a root R of a positive semidefinite matrix, or of a batch of them: ``R R^H`` is the matrix.
+    """Return R with ``R R^H = matrix`` for a positive semidefinite matrix or a batch of them.
 
-    Cholesky's, which takes a tenth of the time of eigenvectors and exists where all matrices are definite.
+    If all are definite, R is the Cholesky factor, which takes a tenth of the time of eigenvectors.
     """
     try:
         return np.linalg.cholesky(matrix)
@@ -300,7 +303,7 @@ def square_root(matrix: np.ndarray) -> np.ndarray:
 def _laid_out(
     network: Network, shared: Axes, bond: Axes, groups: Sequence[tuple[np.ndarray, Axes]]
 ) -> list[np.ndarray]:
-    """Arrays (shared, own, bond) of each factor in turn, in the order of its axes."""
+    """Return arrays (shared, own, bond) with the axes of each factor in their order."""
     factors = []
     for (array, own), wanted in zip(groups, network.factors, strict=True):
         axes = shared + own + bond

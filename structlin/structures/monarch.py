@@ -46,7 +46,7 @@ class Monarch(NamedOperator):
     """
 
     formula = _CHAIN
-    parameters = "b q (a + e)"
+    parameters = "p f r (a + e)"
     source = "Dao et al. (2022), Monarch: Expressive Structured Matrices for Efficient and Accurate Training"
     examples = (
         ((12, 8), {"blocks": 2}),

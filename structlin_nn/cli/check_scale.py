@@ -20,10 +20,10 @@ examples:
 
 MODEL is a named model, at small sizes; a function of a width in a module that Python can import; or timm:NAME or
 hf:CONFIG, with the argument that sets the width. The function returns a torch model that has example_input(batch), or
-(model, inputs). --structure replaces all linear layers but the last. The command trains for a few steps on random
-inputs. The table shows for each layer the RMS of its outputs at initialisation and of their change, and the slopes of
-both by width. A slope of 0 is flat. The exit code is 0 if all layers are flat with the structure-aware learning rates,
-and 1 otherwise.
+(model, inputs). --structure replaces all linear layers but the last, or those of --layers. Without --structure,
+--layers, --rms-cap and --rule apply to dense layers. The command trains for a few steps on random inputs. The table
+shows for each layer the RMS of its outputs at initialisation and of their change, and the slopes of both by width. A
+slope of 0 is flat. The exit code is 0 if all layers are flat with the structure-aware learning rates, and 1 otherwise.
 """
 
 

@@ -1,4 +1,4 @@
-"""What the commands share: the parser, groups of options, and printing.
+"""Common parts of the commands: the parser, groups of options, and printing.
 
 `structlin train` reads its options with tyro, from the dataclasses of the recipes. The other commands have no such
 dataclasses. Their parser needs no library, so that `structlin structures` runs without the extra ``train``.

@@ -93,7 +93,7 @@ def run(arguments: argparse.Namespace) -> int:
     if not 0 < arguments.confidence < 1:
         raise ValueError(f"--confidence must be between 0 and 1, got {arguments.confidence:g}")
     if (arguments.size is None) != (arguments.data is None):
-        raise ValueError("--size and --data go together")
+        raise ValueError("--size and --data must be given together")
     if arguments.size is not None:
         if arguments.frontier or arguments.floor or arguments.noise is not None:
             raise ValueError("--frontier, --floor and --noise are options of laws in one size")

@@ -60,8 +60,8 @@ def run(arguments: argparse.Namespace) -> int:
     tokenizer = load_tokenizer(name, arguments.vocabulary)
     if model.config.vocabulary < tokenizer.vocab_size:
         raise ValueError(
-            f"the model knows {model.config.vocabulary} tokens, and the tokenizer {name} has {tokenizer.vocab_size}: "
-            "give the tokenizer that the model was trained with"
+            f"the model has {model.config.vocabulary} tokens, but the tokenizer {name} has {tokenizer.vocab_size}; "
+            "pass the tokenizer of its training"
         )
     prompt = tokenizer.encode(arguments.prompt) or [tokenizer.end_of_text]
     found = generate(

@@ -30,9 +30,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--floor", nargs="?", const=True, default=False, type=float, metavar="E",
-        help="an irreducible error: fitted, or E where it is known",
+        help="an irreducible error: fitted, or E if it is known",
     )  # fmt: skip
-    parser.add_argument("--reference", metavar="GROUP", help="group to compare with (dense, where there is one)")
+    parser.add_argument("--reference", metavar="GROUP", help="group to compare with (dense, if there is one)")
     parser.add_argument("--at", type=float, metavar="E", help="error at which to compare (the lowest that both reach)")
     parser.add_argument("--samples", type=int, default=500, metavar="N", help="draws of the bootstrap (500)")
     parser.add_argument("--confidence", type=float, default=0.95, metavar="P", help="of the intervals (0.95)")

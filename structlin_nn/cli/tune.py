@@ -21,9 +21,10 @@ examples:
 
 MODEL is one of the named models; a function of a width in a module that Python can import, which returns a torch model
 that has example_input(batch), or (model, inputs); or timm:NAME or hf:CONFIG, with the argument that sets their width.
---structure replaces all linear layers but the last. The command runs one forward pass without gradients and one
-training step on random inputs, and times every way to run each layer that they use. It keeps the timings in the user's
-cache folder (STRUCTLIN_CACHE), for this processor and these versions of the libraries. Later runs choose by them.
+--structure replaces all linear layers but the last, or those of --layers. Without --structure, --layers and --rms-cap
+apply to dense layers. The command runs one forward pass without gradients and one training step on random inputs, and
+times every way to run each layer that they use. It stores the timings in the user's cache folder (STRUCTLIN_CACHE), for
+this processor and these versions of the libraries. Later runs choose by them.
 
 The table has a row for each problem: the shape and the chain of a layer, the number of tokens (rounded up to a power of
 two), and the pass (train: forward and backward). The column ms is the time of the fastest way.

@@ -1,8 +1,8 @@
-"""Compute accounting: what models cost in parameters, multiply-accumulates, bytes and, at least, time.
+"""Compute accounting: parameters, multiply-accumulates (MACs), bytes, and a lower bound of the time of models.
 
-:func:`count` counts any torch model from the calls of a forward pass, :func:`count_model` the named models with their
-structures, learning rates and, optionally, training runs. 1 MAC = 2 FLOPs. Nothing is estimated from the number of
-parameters: every operation is counted, listed as one without products, or named as unknown.
+:func:`count` counts any torch model. :func:`count_model` counts a named model with its structures and learning rates,
+and optionally a training run. 1 MAC = 2 FLOPs. Nothing is estimated from the number of parameters. Every operation is
+counted, listed as one without products, or reported as unknown.
 """
 
 from structlin.execution.devices import DEVICES, Device

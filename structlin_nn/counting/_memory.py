@@ -1,4 +1,4 @@
-"""Bytes of a training step: weights, gradients, states of the optimiser, activations."""
+"""Bytes of a training step: weights, gradients, states of the optimizer, activations."""
 
 from __future__ import annotations
 
@@ -16,13 +16,19 @@ from structlin_nn.torch.counting import ModelCount, count
 DTYPES = {
     "float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1, "float8_e5m2": 1, "int8": 1,
 }  # fmt: skip
-"""Bytes of a number."""
+"""Bytes of a number, by dtype."""
 OPTIMIZER_STATES = {"adam": 2, "adamw": 2, "sign": 1, "sgd": 1}
-"""Numbers that an optimiser keeps for each parameter: both moments; the momentum of Lion, and that of SGD."""
+"""Numbers that an optimizer keeps for each parameter: two moments of Adam, or the momentum of Lion and SGD."""
 
 
 def itemsize(dtype: Any) -> int:
-    """Return the bytes of a number; ValueError for a dtype that is not in :data:`DTYPES`."""
+    """Return the bytes of a number; ValueError for a dtype that is not in :data:`DTYPES`.
+
+    Examples
+    --------
+    >>> itemsize("bfloat16")
+    2
+    """
     name = dtype if isinstance(dtype, str) else dtype_name(dtype)
     if name not in DTYPES:
         raise ValueError(f"unknown dtype {name!r}; one of {', '.join(DTYPES)}")
@@ -30,7 +36,15 @@ def itemsize(dtype: Any) -> int:
 
 
 def states_of(optimizer: str, states: int | None = None) -> int:
-    """Return the numbers that an optimiser keeps for each parameter, or ``states`` if given; ValueError if unknown."""
+    """Return ``states``, or by default the numbers that an optimizer keeps for each parameter.
+
+    ValueError for an unknown optimizer, or if ``states`` is not an integer of at least 0.
+
+    Examples
+    --------
+    >>> states_of("adamw"), states_of("sgd", 0)
+    (2, 0)
+    """
     if optimizer not in OPTIMIZER_STATES:
         raise ValueError(f"unknown optimizer {optimizer!r}; one of {', '.join(OPTIMIZER_STATES)}")
     kept = OPTIMIZER_STATES[optimizer] if states is None else states
@@ -44,9 +58,14 @@ class _CrossEntropy(nn.Module):
 
 
 def count_loss(shape: Sequence[int], soft: bool = False) -> ModelCount:
-    """Count what the cross-entropy of logits of a shape (..., classes) keeps for the backward pass.
+    """Count the cross-entropy of torch, which keeps values for the backward pass (:func:`training_bytes`).
 
-    With `soft`, targets are probabilities of all classes (mixup), otherwise numbers of classes.
+    Parameters
+    ----------
+    shape
+        Shape (..., classes) of the logits of a batch.
+    soft
+        Whether the targets are probabilities of all classes (as with mixup) instead of class indices.
 
     Examples
     --------
@@ -71,36 +90,46 @@ def training_bytes(
     zero_stage: int = 0,
     devices: int = 1,
 ) -> dict[str, int]:
-    """Return the bytes that a training step holds at the end of its forward pass, on each device.
+    """Return the bytes that each device holds at the end of the forward pass of a training step.
 
     Parameters
     ----------
     counted
         Count of the batch of one device (:func:`structlin_nn.counting.count`).
     loss
-        Count of the loss of the batch (:func:`count_loss`), which autocast computes in the dtype of the weights. None
-        if it is part of ``counted``, or left out.
+        Count of the loss of the batch (:func:`count_loss`), in the dtype of the weights as under autocast. Default: the
+        loss is part of ``counted`` or is not included.
     optimizer
-        ``adam``, ``adamw``, ``sign`` or ``sgd``, which keep 2, 2, 1 and 1 numbers for each trainable parameter.
+        ``adam``, ``adamw``, ``sign`` or ``sgd``, with 2, 2, 1 and 1 numbers for each trainable parameter.
     states
-        Another number of these: 0 for SGD without momentum.
+        Another number of them, such as 0 for SGD without momentum.
     dtype
-        Dtype of weights, gradients and states; None: those of the model.
+        Dtype of weights, gradients and states; default: their own.
     activation_dtype
-        Dtype of all floating activations (mixed precision). None: ``dtype``, or else what the forward pass kept. Copies
-        of the weights in it are not counted.
+        Dtype of all floating activations (mixed precision); default: ``dtype``, or their own. Copies of the weights in
+        this dtype are not included.
     zero_stage
-        What data-parallel devices share (Rajbhandari et al., *ZeRO*, 2020): 0 nothing, 1 the states of the optimiser, 2
-        the gradients too, 3 the weights too (the default of FSDP).
+        Stage of ZeRO (Rajbhandari et al. 2020), that is, what data-parallel devices share: 0 nothing, 1 the states of
+        the optimizer, 2 also the gradients, 3 also the weights (the default of FSDP).
     devices
-        Number of these devices; the largest share counts.
+        Number of devices that share it. The result is that of the largest share.
 
     Returns
     -------
     dict[str, int]
-        ``weights`` with frozen ones, ``buffers``, ``gradients``, ``optimizer_states``, ``activations``
-        (``ModelCount.saved``), ``loss`` and their ``total``. Temporary arrays, such as weights that are gathered for a
-        layer, and fragmentation are not included. ValueError if the activations were not counted.
+        ``weights`` (also frozen ones), ``buffers``, ``gradients``, ``optimizer_states``, ``activations`` (``saved`` of
+        :class:`structlin_nn.counting.ModelCount`), ``loss`` and their ``total``. Temporary arrays are not included,
+        such as the logits while the loss is computed, gathered weights, and fragmentation.
+
+    Raises
+    ------
+    ValueError
+        For an unknown optimizer, dtype or stage; if ``devices`` or ``states`` is too small; if activations were not
+        counted.
+
+    References
+    ----------
+    Rajbhandari et al. (2020), ZeRO: memory optimizations toward training trillion parameter models.
 
     Examples
     --------
@@ -115,7 +144,9 @@ def training_bytes(
     check_integer("devices", devices)
     for part in (counted, loss):
         if part is not None and not part.saved_known:
-            raise ValueError("what the forward pass keeps was not counted: inside a context, or under torch.func")
+            raise ValueError(
+                "activations were not counted: Counting does not count them, and neither does count under torch.func"
+            )
     own = counted.dtype if counted.dtype in DTYPES else "float32"
     size, frozen = itemsize(dtype or own), counted.params - counted.trainable_params
     trainable, rest = counted.trainable_params * size, frozen * size

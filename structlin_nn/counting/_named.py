@@ -1,4 +1,4 @@
-"""Counts of the named models, as a record and as a table."""
+"""Counts of named models, as a record and as a table."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def count_model(
     devices: int = 1,
     **sizes: Any,
 ) -> dict[str, Any]:
-    """Count one of :data:`structlin_nn.models.MODELS`, for one sample (GPT-2: one sequence of full length).
+    """Count a model of :data:`structlin_nn.models.MODELS` for one sample (GPT-2: one sequence of full length).
 
     Parameters
     ----------
@@ -60,36 +60,63 @@ def count_model(
     rank, rank_fraction, blocks, factorization
         Options of the structure, too.
     base_width
-        Width at which the learning rate was tuned; default: the paper's.
+        Width at which the learning rate was tuned; default: that of the paper.
+    structure
+        Registered name of a structure.
+    rank, rank_fraction, blocks, factorization
+        Options of the structure.
+    options
+        Further options of the structure, by name.
+    rms_cap, rule, layers
+        As in :class:`structlin_nn.models.StructureConfig`.
     optimizer
-        Optimiser whose learning-rate multipliers are listed (:func:`structlin.lr_multipliers`).
+        Optimizer of the learning-rate multipliers (:func:`structlin.lr_multipliers`).
+    num_classes, heads, head_dim
+        Sizes of the model; default: those of the named model.
     batch_size
-        Samples in a step; None: 1 for bytes and times.
+        Samples in a step; default 1 for bytes and times.
     steps
-        Steps of a training run, for its total; needs a batch size.
-    dtype, activation_dtype
-        Dtype of weights, gradients and states, and that of activations and products (default: the same).
-    optimizer_states, zero_stage, devices
-        As for :func:`training_bytes`; the batch is that of one device.
+        Steps of a training run, for its total; needs ``batch_size``.
+    dtype
+        Dtype of weights, gradients and states.
+    activation_dtype
+        Dtype of activations and products (mixed precision); default ``dtype``.
+    optimizer_states
+        ``states`` of :func:`training_bytes`.
     device
-        Also return the minimum time on a device, one of :data:`DEVICES` or ``cpu``, which is measured.
+        Add the least time on a device of :data:`DEVICES`, or on ``cpu``, which is measured.
     causal_discount, flash_backward, strict
-        As for :func:`count`.
+        As in :func:`count`.
+    zero_stage, devices
+        As in :func:`training_bytes`; the batch is that of one device.
     **sizes
         Sizes of the model (``MODELS[name].options``), such as ``num_classes``; None: the named model's.
 
     Returns
     -------
     dict[str, Any]
-        A record for ``json.dumps``. ``attention_macs`` (scores and values) and ``head_macs`` are parts of
-        ``forward_macs``, and ``embedding_params`` is part of ``trainable_params``. ``layers`` lists every linear layer
-        in order, with its factors in the order in which they are applied; its ``params`` include bias and gains, and
-        ``intensity`` is its FLOPs for each byte moved. The ``params`` of the layers and the sizes of ``other_params``
-        add up to ``trainable_params``. ``per_token`` divides a sample by its ``tokens``. ``bytes`` are those of a
-        training step, ``run`` the FLOPs of a step and of the run, ``roofline`` seconds (:class:`Roofline`).
-        ``traffic``, on a GPU, has for each structured layer the way that is predicted to be the fastest one
-        (:mod:`structlin.execution.traffic`). ``other_flops`` are FLOPs that are no products. ``uncounted_ops`` names
-        operations without products, and ``unknown_ops`` those of unknown cost.
+        A record that ``json.dumps`` accepts, with these entries among others:
+
+        - ``forward_macs`` and ``training_macs`` (forward and backward). ``attention_macs`` (scores and values) and
+          ``head_macs`` are parts of ``forward_macs``.
+        - ``other_flops`` (forward) and ``training_other_flops``: FLOPs that are not MACs.
+        - ``layers``: every linear layer with its factors in the order of application. ``params`` includes bias and
+          gains, and ``intensity`` is in FLOPs per byte.
+        - ``other_params``: all other parameters. Their sizes and the ``params`` of the layers sum to
+          ``trainable_params``, of which ``embedding_params`` is a part.
+        - ``per_token``: forward MACs and training FLOPs of a sample over its ``tokens``.
+        - ``bytes``: those of a training step (:func:`training_bytes`).
+        - ``run``: training FLOPs of a step and, with ``steps``, of the run.
+        - ``roofline``: least seconds (:class:`Roofline`).
+        - ``traffic``: on a GPU, the predicted fastest way of each structured layer, with its kernels, bytes and seconds
+          (:mod:`structlin.execution.traffic`).
+        - ``uncounted_ops`` and ``unknown_ops``: as in :class:`ModelCount`.
+
+    Raises
+    ------
+    ValueError
+        For an unknown model, structure, preset, size, option, dtype or device; if sizes do not match; for ``steps``
+        without ``batch_size``; with ``strict``, for unknown operations.
 
     Examples
     --------
@@ -200,7 +227,7 @@ def count_model(
 
 
 def loss_of(model: MLP | ViT | GPT2, batch: int) -> ModelCount:
-    """Return the cross-entropy that a named model is trained with: of tokens, or of mixed images with soft labels."""
+    """Return the count of a named model's loss: cross-entropy of tokens, or of mixed images with soft labels."""
     if isinstance(model, GPT2):
         return count_loss((batch, model.config.context, model.config.vocabulary))
     return count_loss((batch, model.config.num_classes), soft=True)
@@ -235,7 +262,14 @@ def _layer(
 
 
 def format_count(record: Mapping[str, Any]) -> str:
-    """Return a record of :func:`count_model` as a table to read."""
+    """Return a record of :func:`count_model` as a table.
+
+    Examples
+    --------
+    >>> print(format_count(count_model("cifar-mlp", width=64, depth=1)))  # doctest: +ELLIPSIS
+    cifar-mlp, width 64 (base 64), dense
+    ...
+    """
     options = "".join(f" {key}={value}" for key, value in record["options"].items())
     cap = ", RMS-capped" if record["rms_cap"] else ""
     lines = [

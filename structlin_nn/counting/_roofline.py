@@ -1,7 +1,7 @@
-"""Devices by their data sheets, and the least time that counted work takes on them.
+"""Devices by their data sheets, and the least time of counted work on them.
 
-The roofline model (Williams, Waterman and Patterson, *Roofline: an insightful visual performance model*, 2009): an
-operation takes at least as long as its FLOPs at the peak rate, and at least as long as its bytes at the bandwidth.
+In the roofline model (Williams, Waterman and Patterson 2009, Roofline: an insightful visual performance model), an
+operation takes at least its FLOPs over the peak rate, and at least its bytes over the bandwidth.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from structlin_nn.torch.counting import ModelCount
 
 
 def measure_cpu(dtype: str = "float32", seconds: float = 0.3) -> Device:
-    """Return the CPU that this runs on, with torch's threads: a square product of 1024, and a copy of 64 MiB.
+    """Measure this CPU with torch's threads, by a product of 1024 x 1024 matrices and a copy of 64 MiB.
 
-    The best of the repeats that fit into ``seconds``, for each of both: what the machine does where nothing
-    disturbs it. Raises ValueError for an unknown dtype or a time that is not positive.
+    Each is repeated for half of ``seconds``, and the least time counts. ValueError for an unknown dtype, a dtype of one
+    byte, or a time that is not positive.
     """
     import torch
 
     if itemsize(dtype) == 1:
-        raise ValueError(f"this CPU is measured in float64, float32, bfloat16 or float16, not in {dtype}")
+        raise ValueError(f"a CPU can be measured in float64, float32, bfloat16 or float16, got {dtype}")
     if not seconds > 0:
         raise ValueError(f"seconds must be positive, got {seconds}")
     kind = getattr(torch, dtype)
@@ -52,7 +52,7 @@ def _best(call: object, seconds: float) -> float:
 
 
 def device(name: str, dtype: str = "float32") -> Device:
-    """Return a device by name; ``cpu`` is measured. Raises ValueError for another name.
+    """Return a device of :data:`DEVICES` by name; ``cpu`` is measured. ValueError for any other name.
 
     Examples
     --------
@@ -68,13 +68,25 @@ def device(name: str, dtype: str = "float32") -> Device:
 
 @dataclass(frozen=True)
 class Roofline:
-    """The minimum time of a training step of one batch, in seconds, and what bounds it.
+    """The least time of a training step of one batch, in seconds.
 
-    ``forward`` and ``backward`` are the products, each at the slower of compute and memory. ``compute`` is their time
-    at the peak rate, ``intensity`` their FLOPs for each byte, and ``ridge`` the intensity from which the device
-    computes at its peak. ``other`` are the operations without products, forward, each reading and writing memory; a
-    compiler that fuses them takes less. ``update`` is the optimiser, which reads and writes weights, gradients and
-    states.
+    Attributes
+    ----------
+    device, dtype
+        Name of the device, and dtype of the products.
+    forward, backward
+        Seconds of the products, each limited by compute or by memory.
+    compute
+        Seconds of the same products at the peak rate.
+    intensity
+        FLOPs per byte of the products, forward and backward.
+    ridge
+        Least intensity at which the device reaches its peak rate.
+    other
+        Seconds of operations without products in the forward pass, if each reads and writes memory. Fusion by a
+        compiler takes less.
+    update
+        Seconds in which the optimizer reads and writes weights, gradients and states.
     """
 
     device: str
@@ -89,7 +101,7 @@ class Roofline:
 
     @property
     def step(self) -> float:
-        """Products and update, without ``other``: no step can be faster."""
+        """Seconds of products and update, a lower bound of the time of a step."""
         return self.forward + self.backward + self.update
 
 
@@ -97,21 +109,28 @@ def roofline(
     counted: ModelCount, on: Device, dtype: str | None = None, *, optimizer: str = "adam", states: int | None = None,
     weight_dtype: str | None = None, shares: int = 1,
 ) -> Roofline:  # fmt: skip
-    """Return the minimum time that a counted batch takes on a device.
+    """Return the least time of a training step of a counted batch on a device.
 
     Parameters
     ----------
-    counted, on
-        Count of the batch, and the device (:func:`device`).
+    counted
+        Count of the whole batch.
+    on
+        Device (:func:`device`).
     dtype
-        Dtype of the products, ``tfloat32`` too; None: that of the parameters. FLOPs that are no products (FFTs) have
-        the same rate.
+        Dtype of the products, also ``tfloat32``; default: that of the parameters. Other FLOPs (FFTs) have the same
+        rate.
     optimizer, states
         As in :func:`structlin_nn.counting.training_bytes`.
     weight_dtype
-        Dtype of weights, gradients and states, for the update; None: that of the parameters.
+        Dtype of weights, gradients and states in the update; default: that of the parameters.
     shares
         Number of devices that share the update (ZeRO).
+
+    Raises
+    ------
+    ValueError
+        For an unknown dtype or optimizer; without ``dtype`` if the parameters have several.
 
     Examples
     --------
@@ -123,7 +142,7 @@ def roofline(
     (2.223, True, True)
     """
     if dtype is None and counted.dtype is None and counted.params:
-        raise ValueError("the parameters have several dtypes: name the one that products are carried out in")
+        raise ValueError("the parameters have several dtypes; pass dtype, the dtype of the products")
     dtype = dtype or counted.dtype or "float32"
     peak, bandwidth = on.rate(dtype), on.bandwidth
     size = itemsize("float32" if dtype == "tfloat32" else dtype)

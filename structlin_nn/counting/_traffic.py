@@ -1,4 +1,4 @@
-"""What the structured layers of a model cost on a GPU by the way that runs each of them, predicted."""
+"""Predicted cost of the structured layers of a model on a GPU."""
 
 from __future__ import annotations
 
@@ -10,13 +10,20 @@ from structlin.execution.devices import Device
 from structlin.structure import Structure
 from structlin_nn._text import table
 
+__all__ = ["format_traffic", "layer_traffic"]
 
-def layer_traffic(layers: Iterable[tuple[str, Any, int]], on: Device, dtype: str) -> dict[str, Any]:
-    """Return the traffic of chains in one training step on a device of CUDA (:mod:`structlin.execution.traffic`).
+# Name, structure and number of vectors of each layer.
+Layers = Iterable[tuple[str, Any, int]]
 
-    Layers are (name, structure, number of vectors). The result has their ``seconds``, and in ``layers`` for each its
-    name, the way that is predicted to be the fastest one, the number of kernels, bytes of memory and of L2, and
-    seconds, forward and backward, without biases.
+
+def layer_traffic(layers: Layers, on: Device, dtype: str) -> dict[str, Any]:
+    """Return the predicted traffic of chains in a training step on a GPU (:mod:`structlin.execution.traffic`).
+
+    Returns
+    -------
+    dict[str, Any]
+        ``layers`` has the name of each layer, its predicted fastest way, the number of kernels, bytes of memory and of
+        L2, and seconds, forward and backward without biases. ``seconds`` is the sum.
     """
     from structlin.execution.traffic import fastest
 
@@ -37,7 +44,7 @@ def layer_traffic(layers: Iterable[tuple[str, Any, int]], on: Device, dtype: str
 
 
 def format_traffic(found: dict[str, Any]) -> list[str]:
-    """Lines of a table, with one row for all layers that cost the same."""
+    """Return the lines of a table, with one row for all layers of equal cost."""
     alike: dict[tuple[Any, ...], list[str]] = {}
     for row in found["layers"]:
         key = tuple(row[name] for name in ("rows", "way", "kernels", "memory_bytes", "l2_bytes", "seconds"))

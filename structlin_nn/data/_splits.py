@@ -71,7 +71,7 @@ class HubSplit(Split):
 
 def recognise(place: Path) -> str:
     if not place.is_dir() and (place.is_absolute() or len(place.parts) < 2):
-        raise FileNotFoundError(f"{place} is no folder, and no name on the Hugging Face hub (owner/name)")
+        raise FileNotFoundError(f"{place} is neither a folder nor a name on the Hugging Face hub (owner/name)")
     if not place.is_dir() or any((place / name).is_file() for name in ("dataset_dict.json", "state.json")):
         return "datasets"
     if _shards(place, "train"):

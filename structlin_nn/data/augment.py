@@ -184,7 +184,7 @@ def mixup(
     True
     """
     if neighbours and len(images) % 2:
-        raise ValueError(f"neighbours are mixed: an even number of samples is needed, got {len(images)}")
+        raise ValueError(f"mixing neighbours needs an even number of samples, got {len(images)}")
     weight = sample_beta(alpha, generator)
 
     def mix(values: Tensor) -> Tensor:

@@ -139,7 +139,7 @@ class ImageRecipe:
     def finish(
         self, images: Tensor, labels: Tensor, keys: Tensor, num_classes: int, seed: tuple[int, ...]
     ) -> tuple[Tensor, Tensor]:
-        """Augment a batch on its device, without waiting for the device.
+        """Augment a batch on its device without synchronization.
 
         Parameters
         ----------

@@ -220,7 +220,7 @@ def _write(
             digests[split].update(raw)
             counts[split] += len(tokens)
         if empty := [split for split in SPLITS if not counts[split]]:
-            raise ValueError(f"the {empty[0]} split would be empty: too little text for this val_fraction")
+            raise ValueError(f"the {empty[0]} split would be empty; use more text or another val_fraction")
     stated = {split: {"tokens": counts[split], "sha256": digests[split].hexdigest()} for split in SPLITS}
     about = {"name": name, "tokenizer": coder.name, "vocab_size": coder.vocab_size, "end_of_text": coder.end_of_text}
     with atomic_write(meta) as file:

@@ -31,7 +31,7 @@ IGNORE = -100
 """Target that counts for nothing: the default ``ignore_index`` of torch's cross-entropy."""
 
 EVALUATION_SEED = 2**31 - 1
-"""Of the pieces that are evaluated: the same in every evaluation of every run."""
+"""Seed of the pieces that are evaluated, which are the same in every evaluation of every run."""
 
 SPLITS = ("train", "val")
 META = "meta.json"
@@ -116,14 +116,14 @@ def open_tokens(
     maps = {split: _map(place / f"{split}.bin") for split in SPLITS}
     for split, tokens in maps.items():
         if (stated := meta.get(split, {}).get("tokens", len(tokens))) != len(tokens):
-            raise ValueError(f"{place / split}.bin holds {len(tokens)} tokens, {META} says {stated}: it is truncated")
+            raise ValueError(f"{place / split}.bin has {len(tokens)} tokens, {META} states {stated}: it is truncated")
     if digest is None:
         sums = {split: _scan(place / f"{split}.bin", maps[split], vocabulary) for split in SPLITS}
         for split, actual in sums.items():
             if (stated := meta.get(split, {}).get("sha256", actual)) != actual:
                 raise ValueError(
-                    f"{place / split}.bin has the sha256 sum {actual}, {META} says {stated}: it is damaged, or {META} "
-                    "belongs to other files"
+                    f"{place / split}.bin has the sha256 sum {actual}, but {META} states {stated}: it is damaged, or "
+                    f"{META} belongs to other files"
                 )
         digest = hashlib.sha256("".join(sums[split] for split in SPLITS).encode()).hexdigest()
     return TokenData(
@@ -135,7 +135,7 @@ def open_tokens(
 def token_batch(
     tokens: np.ndarray, *, block_size: int, batch_size: int, seed: int, step: int, rank: int = 0, world_size: int = 1,
 ) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
-    """Random pieces of a text: those of one step of training, as ``get_batch`` of nanoGPT.
+    """Return random pieces of a text for one training step, as ``get_batch`` of nanoGPT does.
 
     The result is a function of the arguments: a run resumes by its step alone. The places of all `batch_size` pieces
     are drawn from the counter-based generator Philox, and each process takes its part of them.
@@ -272,7 +272,7 @@ def token_vocabulary(folder: str | os.PathLike[str]) -> int:
 def _vocabulary(folder: Path, meta: dict[str, Any], given: int | None) -> int:
     stated = meta.get("vocab_size")
     if given is not None and stated not in (None, given):
-        raise ValueError(f"vocab_size {given} was given, {folder / META} says {stated}")
+        raise ValueError(f"vocab_size is {given}, but {folder / META} states {stated}")
     if given is None and stated is None and (folder / "meta.pkl").exists():
         raise ValueError(
             f"{folder / 'meta.pkl'} states the vocabulary, but pickles can run code and are not read: pass vocab_size"

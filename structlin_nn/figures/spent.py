@@ -1,4 +1,4 @@
-"""What was planned against what was spent, and how fast."""
+"""Planned against used resources, and the speed of runs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["SpentRun", "spent_figure"]
 
 
 class SpentRun(Protocol):
-    """What is drawn of a run: :class:`structlin_nn.report.Run` has it."""
+    """The properties of a run that are drawn; :class:`structlin_nn.report.Run` has them."""
 
     @property
     def group(self) -> str:

@@ -230,7 +230,8 @@ def count(
     if strict and counted.unknown_ops:
         names = ", ".join(f"{name} x{number}" for name, number in counted.unknown_ops.items())
         raise UnknownPrimitiveError(
-            f"the cost of these primitives is unknown: {names}; state it with register_primitive or register_no_product"
+            f"the cost of these primitives is unknown: {names}; register them with register_primitive or "
+            "register_no_product"
         )
     return counted
 

@@ -151,6 +151,6 @@ def resolve_head_dim(config: Any) -> None:
     check_positive(config, "width", "heads")
     if config.head_dim is None:
         if config.heads > config.width:
-            raise ValueError(f"a width of {config.width} has no room for {config.heads} heads; give head_dim")
+            raise ValueError(f"width {config.width} is smaller than the number of heads {config.heads}; pass head_dim")
         object.__setattr__(config, "head_dim", config.width // config.heads)
     check_positive(config, "head_dim")

@@ -106,9 +106,7 @@ def build_of(model: nn.Module) -> dict[str, Any]:
             config: Any = model.config
             values = {f.name: getattr(config, f.name) for f in fields(config_class) if f.name != "structure"}
             return {"kind": kind, "config": {n: list(v) if isinstance(v, tuple) else v for n, v in values.items()}}
-    raise TypeError(
-        f"a model of structlin_nn.models is needed, or its construction as build, got {type(model).__name__}"
-    )
+    raise TypeError(f"the model must be one of structlin_nn.models, got {type(model).__name__}; for others pass build")
 
 
 def build_dense(build: Mapping[str, Any]) -> nn.Module:

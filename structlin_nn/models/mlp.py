@@ -87,7 +87,7 @@ class MLP(ImageModel):
         self.permutation.copy_(order)
 
     def forward(self, x: Tensor, return_features: bool = False) -> Tensor | tuple[Tensor, Tensor]:
-        """Logits, or (logits, features): the features (batch, width) are what the output layer reads."""
+        """Return logits, or (logits, features): the features (batch, width) are what the output layer reads."""
         check_images(x, self.config.input_shape)
         h = F.gelu(self.input(x.flatten(1).index_select(1, self.permutation)))
         h = self.blocks(h)

@@ -99,11 +99,11 @@ def _own(path: str, options: dict[str, Any]) -> Any:
 def own_function(path: str) -> Callable[..., Any]:
     """Return the function that ``package.module:function`` names; the current directory is on the path of imports.
 
-    Raises ValueError for a path that leads to no function.
+    ValueError if there is no such function.
     """
     module_name, colon, name = path.partition(":")
     if not colon or not name or not module_name:
-        raise ValueError(f"a model of your own is package.module:function, got {path!r}")
+        raise ValueError(f"your own model must be given as package.module:function, got {path!r}")
     here = str(Path.cwd())
     if here not in sys.path:
         sys.path.insert(0, here)
@@ -184,4 +184,4 @@ def example_inputs(model: nn.Module, batch: int = 1) -> Tensor:
     if (settings := getattr(model, "pretrained_cfg", None)) is not None:
         channels, *sides = settings["input_size"]
         return torch.zeros(batch, channels, *getattr(getattr(model, "patch_embed", None), "img_size", None) or sides)
-    raise ValueError(f"the shape of the inputs of a {type(model).__name__} is not known: give it example_input(batch)")
+    raise ValueError(f"the input shape of {type(model).__name__} is not known; add a method example_input(batch)")

@@ -86,14 +86,14 @@ def load_gpt2(
 def _from_module(module: nn.Module) -> tuple[dict[str, Any], Mapping[str, Tensor]]:
     config: Any = getattr(module, "config", None)
     if getattr(config, "model_type", None) != "gpt2" or not callable(getattr(config, "to_dict", None)):
-        raise TypeError(f"a GPT-2 of transformers is needed, got {type(module).__name__}")
+        raise TypeError(f"the model must be a GPT-2 of transformers, got {type(module).__name__}")
     return config.to_dict(), module.state_dict()
 
 
 def _from_files(place: Path) -> tuple[dict[str, Any], Mapping[str, Tensor]]:
     place = place.expanduser()
     if place.is_file() and place.suffix != ".safetensors":
-        raise ValueError(f"{place} is no .safetensors file; files of another kind can run code, and are not read")
+        raise ValueError(f"{place} is not a .safetensors file; other files can contain code and are not read")
     path = (place if place.is_dir() else place.parent) / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing")
@@ -102,9 +102,9 @@ def _from_files(place: Path) -> tuple[dict[str, Any], Mapping[str, Tensor]]:
     except ValueError as error:
         raise ValueError(f"{path} is damaged: {error}") from error
     if not isinstance(settings, dict):
-        raise ValueError(f"{path} must hold an object, got {type(settings).__name__}")
+        raise ValueError(f"{path} must contain a JSON object, got {type(settings).__name__}")
     if settings.get("model_type", "gpt2") != "gpt2":
-        raise ValueError(f"{path} is of a {settings['model_type']}, not of a gpt2")
+        raise ValueError(f"{path} must have the model_type 'gpt2', got {settings['model_type']!r}")
     return settings, read_tensors(place if place.is_file() else place / "model.safetensors")
 
 
@@ -117,7 +117,7 @@ def _config(settings: Mapping[str, Any], tied: bool) -> GPT2Config:
         raise ValueError(f"activation_function {activation!r} is not supported, only {', '.join(_GELU)}")
     needed = ("n_embd", "n_layer", "n_head", "vocab_size")
     if lacking := [key for key in needed if not isinstance(settings.get(key), int)]:
-        raise ValueError(f"the configuration must tell {lacking[0]} as an integer, got {settings.get(lacking[0])!r}")
+        raise ValueError(f"{lacking[0]} must be an integer in the configuration, got {settings.get(lacking[0])!r}")
     width, depth, heads, vocabulary = (settings[key] for key in needed)
     inner = settings.get("n_inner") or 4 * width
     if inner % width:
@@ -132,7 +132,7 @@ def _config(settings: Mapping[str, Any], tied: bool) -> GPT2Config:
 
 
 def _renamed(given: Mapping[str, Tensor], tied: bool) -> dict[str, Tensor]:
-    """Tensors under our names. Conv1D of transformers keeps weights as (inputs, outputs), we as (outputs, inputs)."""
+    """Return tensors under our names; Conv1D of transformers stores (inputs, outputs), we (outputs, inputs)."""
     if "wte.weight" not in given:
         raise ValueError(f"the weights hold no wte.weight; the first of them is {next(iter(given), None)!r}")
     own: dict[str, Tensor] = {} if tied else {"head.factors.0": given["wte.weight"]}

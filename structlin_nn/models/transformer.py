@@ -231,7 +231,7 @@ class ViT(ImageModel):
         return x.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
 
     def forward(self, x: Tensor, return_features: bool = False) -> Tensor | tuple[Tensor, Tensor]:
-        """Logits, or (logits, features): the features (batch, width) are what the head reads, after the last norm."""
+        """Return logits, or (logits, features): the head reads the features (batch, width) after the last norm."""
         check_images(x, self.config.input_shape)
         x = self.embedding_norm(self.patch_embedding(self.patch_norm(self.patchify(x))))
         token = self.class_token.weight.expand(x.shape[0], 1, -1)
@@ -317,7 +317,7 @@ class GPT2(BlockModel):
         self.head = None if config.tied else linear(width, config.vocabulary, role="output", bias=False, zero_init=True)
 
     def forward(self, tokens: Tensor, return_features: bool = False) -> Tensor | tuple[Tensor, Tensor]:
-        """Logits, or (logits, features): the features (batch, length, width) are what the head reads."""
+        """Return logits, or (logits, features): the features (batch, length, width) are what the head reads."""
         if tokens.ndim != 2 or tokens.is_floating_point() or not 1 <= tokens.shape[1] <= self.config.context:
             raise ValueError(
                 f"integer tokens of shape (batch, length up to {self.config.context}) are needed, "
@@ -329,5 +329,5 @@ class GPT2(BlockModel):
         return (logits, features) if return_features else logits
 
     def example_input(self, batch: int = 1, device: torch.device | str | None = None) -> Tensor:
-        """Zeros of the longest shape that the model takes."""
+        """Return zeros of the longest shape that the model takes."""
         return torch.zeros(batch, self.config.context, dtype=torch.int64, device=device)

@@ -185,9 +185,9 @@ class RunConfig:
         decays = self.optimizer != "adam"
         require(decays or not self.weight_decay, f"weight_decay={self.weight_decay} needs optimizer='adamw' or 'muon'")
         require(decays or not self.independent_decay, "independent_decay needs optimizer='adamw' or 'muon'")
-        require((self.optimizer == "muon") == (self.adam_lr > 0), "adam_lr and optimizer='muon' go together")
+        require((self.optimizer == "muon") == (self.adam_lr > 0), "adam_lr and optimizer='muon' must be given together")
         ends = self.schedule == "cosine" or not self.final_lr
-        require(ends, f"final_lr={self.final_lr} is where a cosine ends; schedule='constant' has none")
+        require(ends, f"final_lr={self.final_lr} is the end of a cosine; leave it out for schedule='constant'")
 
     def _at_least(self, least: int, *names: str) -> None:
         for name in names:
@@ -216,12 +216,12 @@ class RunConfig:
             require(key in known, f"unknown key {key!r} in the configuration{suggestion(str(key), known)}")
 
     def differences(self, other: RunConfig) -> list[str]:
-        """Names of the fields in which two configurations differ."""
+        """Return the names of the fields in which two configurations differ."""
         mine, theirs = self.to_dict(), other.to_dict()
         return [name for name in mine if mine[name] != theirs.get(name)]
 
     def check_continues(self, earlier: RunConfig, folder: object) -> None:
-        """ValueError, naming the fields that differ, unless the run in `folder` had this configuration.
+        """Raise ValueError with the fields that differ, unless the run in `folder` had this configuration.
 
         Fields of `execution` may differ.
         """

@@ -94,5 +94,5 @@ class Probe:
 
 
 def _rms(x: Tensor) -> float:
-    """Root of the mean square of all entries, in float64."""
+    """Return the root of the mean square of all entries, in float64."""
     return float(x.double().square().mean().sqrt())

@@ -59,7 +59,7 @@ class Options:
     track: Annotated[
         tuple[Literal["tensorboard", "wandb"], ...], tyro.conf.arg(metavar="[{tensorboard,wandb} ...]")
     ] = ()
-    """Also log evaluations and lines to these (the extra 'tracking')."""
+    """Trackers to which evaluations and lines are also logged (the extra 'tracking')."""
     quiet: bool = False  # print neither bar nor log
     json: bool = False  # print the last evaluation as JSON
 
@@ -124,8 +124,8 @@ def learning_rate(config: RunConfig, step: int, steps: int, warmup: int = 0) -> 
 class Run:
     """A run in its folder, from its lock to its result: a context in which a recipe trains.
 
-    `group` are the processes that train together. `watch` is called after every step with the run and the loss (None if
-    it was not fetched); if it returns True, the run ends as with a signal.
+    `group` are the processes that train together. `watch(run, loss)` is called after every step; the loss is None if it
+    was not fetched. If `watch` returns True, the run writes a checkpoint and ends, as after SIGINT or SIGTERM.
 
     Attributes
     ----------

@@ -27,7 +27,7 @@ __all__ = ["Config", "Options", "train"]
 
 @dataclass(frozen=True, kw_only=True)
 class Config(FlaxConfig, cifar.Config):
-    """As `structlin_nn.recipes.cifar.Config`, in float32, and without compile, recompute and muon."""
+    """Options of `structlin_nn.recipes.cifar.Config` in float32, without compile, recompute and muon."""
 
 
 def train(config: Config, options: Options, *, watch: Any = None) -> Result:

@@ -26,7 +26,7 @@ __all__ = ["Config", "Options", "train"]
 
 @dataclass(frozen=True, kw_only=True)
 class Config(FlaxConfig, gpt2.Config):
-    """As `structlin_nn.recipes.gpt2.Config`, in float32, and without compile, recompute and muon."""
+    """Options of `structlin_nn.recipes.gpt2.Config` in float32, without compile, recompute and muon."""
 
 
 def train(config: Config, options: Options, *, watch: Any = None) -> Result:

@@ -37,7 +37,7 @@ from structlin_nn.recipes._torch import TorchRun, count_run
 __all__ = ["Config", "Options", "build", "plan", "train"]
 
 PROBE_SEED = 2**31 - 1
-"""Of the four pieces of training tokens on which features and gains are measured."""
+"""Seed of the four pieces of training tokens on which features and gains are measured."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +74,7 @@ class Config(RunConfig):
     heads: int = 12  # heads of the attention
     head_dim: int = 0  # size of a head, 0: width // heads
     context: int = 512  # tokens in a sequence
-    vocabulary: int = 0  # tokens that the model knows, 0: the data's, rounded up to a multiple of 64
+    vocabulary: int = 0  # number of tokens of the model; 0 for that of the data, rounded up to a multiple of 64
     expansion: int = 4  # width of the feed-forward layers, as a multiple of the width
     qk_norm: bool = True  # normalise queries and keys
     attention_scale: float = 0.0  # factor on the attention logits, 0: 8 / head_dim
@@ -103,7 +103,7 @@ class Config(RunConfig):
         require(self.warmup_steps < self.steps, f"warmup_steps must be less than steps, got {self.warmup_steps}")
         require(not self.model.startswith("timm:"), "timm has no language models")
         fits = self.head_dim > 0 or self.heads <= self.width or not self.is_named
-        require(fits, f"a width of {self.width} has no room for {self.heads} heads; give head_dim")
+        require(fits, f"width {self.width} is smaller than the number of heads {self.heads}; pass head_dim")
 
 
 def build(config: Config, vocabulary: int) -> nn.Module:

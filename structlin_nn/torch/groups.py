@@ -207,7 +207,7 @@ def parameter_groups(
     trainable = {p: name for name, p in model.named_parameters() if p.requires_grad}
     if missed := [name for p, name in trainable.items() if p not in settled]:
         raise ValueError(
-            f"no rule covers the parameters {listed(missed)}, which no known module owns; give them an entry of rules"
+            f"no rule covers the parameters {listed(missed)}, which belong to no known module; add an entry to rules"
         )
     matrices = {p: None if p in tables else _one_step(held[p]) for p in settled} if muon else None
     groups = _grouped(settled, lr, weight_decay, independent_decay, matrices, adam_lr)

@@ -192,7 +192,7 @@ class TestCommand:
             ("", "the following arguments are required: MODEL"),
             (f"{trained} --tokens -1", "max_new_tokens must be an integer of at least 0, got -1"),
             (f"{trained} --temperature -1", "temperature must be finite"),
-            (f"{trained} --average", "keeps no average of its weights"),
+            (f"{trained} --average", "has no average of its weights"),
             (f"{tmp_path}", "holds no trained model: a trained model is a folder of"),
             (f"{trained} --device nowhere", "--device must be cpu, cuda or cuda:N, got 'nowhere'"),
             (f"{trained} --samples 0", "--samples must be at least 1, got 0"),

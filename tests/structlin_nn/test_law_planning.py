@@ -38,7 +38,7 @@ def test_cheapest_structure_for_an_error() -> None:
     assert low_rank["plan"] is None
     training = plan_for_error("cifar-mlp", laws() | {"x": "total_training_macs"}, 0.3, samples=2)
     assert training[0]["plan"].training_flops <= 2 * monarch["compute"]
-    with pytest.raises(ValueError, match="laws of 'seconds' give no budget; one of forward_macs"):
+    with pytest.raises(ValueError, match="laws in 'seconds' give no budget; fit laws in one of forward_macs"):
         plan_for_error("cifar-mlp", laws() | {"x": "seconds"}, 0.3)
     with pytest.raises(ValueError, match="the error must be positive, got 0"):
         plan_for_error("cifar-mlp", laws(), 0)
@@ -120,9 +120,9 @@ def test_more_time_gives_a_wider_model_and_more_samples() -> None:
 @pytest.mark.parametrize(
     ("laws_given", "keywords", "message"),
     [
-        (size_laws("layers"), {}, "laws of 'layers' and 'samples' give no width and no samples"),
-        (size_laws(data="seconds"), {}, "fit them to one of forward_macs, params, trainable_params, and to samples"),
-        (laws(), {}, "laws of None and None"),
+        (size_laws("layers"), {}, "laws in 'layers' and 'samples' give no width and no samples"),
+        (size_laws(data="seconds"), {}, "fit laws in one of forward_macs, params, trainable_params, and in samples"),
+        (laws(), {}, "laws in None and None"),
         (size_laws(), {"device": None}, "a budget of run_seconds needs a device"),
         (size_laws(), {"budget": math.inf}, "the budget must be positive and finite, got inf"),
         (size_laws(), {"resource": "bytes"}, "unknown resource 'bytes'; one of run_seconds, training_flops"),

@@ -1,19 +1,19 @@
 """Chains on a CPU as machine code: all steps for a few tokens at a time, so that no activation leaves the cache.
 
-A BLAS gets one product of a chain at a time. The blocks of a structured matrix are small (32 x 32 at d = 1024), and
-for those the time goes into calls, into packing operands and into writing activations to memory and reading them again.
-Here a whole pass over a chain is one function, generated for its sizes and compiled by LLVM (llvmlite) at first use:
+A BLAS computes one product of a chain at a time. The blocks of a structured matrix are small (32 x 32 at d = 1024).
+Calls, packing of operands, and activations that are written to memory and read again then take most of the time. Here a
+whole pass over a chain is one function, generated for its sizes and compiled by LLVM (llvmlite) at first use:
 
-- :mod:`._product`: one strided product of three arrays, and which part each axis takes in its loops,
-- :mod:`._schedule`: from the steps, the order of axes of every array and the products of the two passes,
+- :mod:`._product`: one strided product of three arrays, and the role of each axis in its loops,
+- :mod:`._schedule`: the order of axes of every array, and the products of the two passes,
 - :mod:`._program`: the text of the functions, from :mod:`._loops`, :mod:`._emit`, :mod:`._forms` and :mod:`._ir`,
 - :mod:`._tiles`: products of bfloat16 by tiles, on processors with AMX,
 - :mod:`._slices`: passes in slices whose factors stay in cache,
-- :mod:`._limits`: how much of the caches what may take,
+- :mod:`._limits`: bounds on the use of the caches,
 - :mod:`._target`: the processor and the compiler,
 - :mod:`._arrange`: copies of factors in the orders that the products read,
 - :mod:`._team`: threads, in torch,
-- :mod:`._rules`: the programs of a chain, how tokens are dealt out, and what is kept for the backward pass,
+- :mod:`._rules`: the programs of a chain, the division of tokens, and what is stored for the backward pass,
 - :mod:`._buffers`: copies of factors and sums of gradients, in torch,
 - :mod:`.passes`: the two passes, in torch,
 - :mod:`.xla`, :mod:`._xla_runtime`: custom calls of XLA, for jax.

@@ -29,7 +29,7 @@ TANH_GELU = math.sqrt(2 / math.pi), 0.044715  # Hendrycks and Gimpel, Gaussian E
 
 @cache
 def _erfc_polynomial(degree: int) -> tuple[float, ...]:
-    """Coefficients of g in powers of ``2 t - 1``, the highest first."""
+    """Return the coefficients of g in powers of ``2 t - 1``, the highest first."""
     import numpy as np
     from numpy.polynomial import chebyshev
     from scipy.special import erfcx
@@ -98,7 +98,7 @@ class Vectors:
         return found
 
     def exp_negative(self, a: str) -> str:
-        """``exp(-a)`` for a >= 0; below the least normal number about that number."""
+        """Return ``exp(-a)`` for a >= 0; below the least normal number about that number."""
         element, code = self.element, self.code
         x = self.negative(self.least(a, RANGE[element]))
         shifted = self.fma(x, self.constant(1 / math.log(2)), self.constant(SHIFT[element]))
@@ -114,7 +114,7 @@ class Vectors:
         return code.value(f"bitcast {self.integer} {total} to {self.kind}")
 
     def sigmoid(self, x: str) -> tuple[str, str]:
-        """``1 / (1 + exp(-x))`` and its derivative, without overflow for any x."""
+        """Return ``1 / (1 + exp(-x))`` and its derivative, without overflow for any x."""
         one = self.constant(1.0)
         e = self.exp_negative(self.absolute(x))
         inverse = self.divide(one, self.add(one, e))

@@ -1,7 +1,7 @@
 """Copies of an array in another order of its axes, for factors and their gradients.
 
-Where neighbours in the copy are no neighbours in the original, squares of as many numbers as a vector has lanes are
-transposed in registers: a factor is copied for each pass, and must not take longer than a few tokens do.
+If neighbours in the copy are not neighbours in the original, squares with the size of a vector are transposed in
+registers, because a factor is copied for each pass and the copy must not take longer than the products of a few tokens.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class Arrangement:
         return axis if axis.to < self.paired else replace(axis, to=axis.to // 2)
 
     def _strides(self) -> list[tuple[int, int, int]]:
-        """Of each axis its size and its strides in the original and in the copy."""
+        """Return the size of each axis, and its strides in the original and in the copy."""
         found, whole = [], self.whole or self.shape
         for axis, size in enumerate(self.shape):
             plain = math.prod(whole[axis + 1 :])
@@ -83,7 +83,7 @@ def arrangeable(shape: Sequence[int], order: Sequence[int], across: int) -> bool
 
 
 def _merged(axes: list[_Axis]) -> list[_Axis]:
-    """Axes that follow each other in both arrays as one."""
+    """Return the axes, merged if they are contiguous in both arrays."""
     for outer in axes:
         for inner in axes:
             follow = outer.start == inner.start * inner.size and outer.to == inner.to * inner.size

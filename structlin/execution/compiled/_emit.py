@@ -14,7 +14,7 @@ BITS = {"bfloat": "i16"}  # as what numbers are loaded and stored that nothing i
 
 @dataclass(frozen=True)
 class Memory:
-    """Where an array starts, and the type of its elements (``bfloat`` is computed with as ``float``).
+    """The start of an array, and the type of its elements (``bfloat`` is converted to ``float``).
 
     An array of activations in ``i32`` holds the numbers of two tokens in bfloat16, side by side: half as many rows.
     Where it is ``zipped`` they are those of two items of an axis.
@@ -63,7 +63,7 @@ class Emitter:
             self.code.call("void", name, (kind, value), ("ptr", pointer), ("i32", BYTES[at.element]), self._mask(lanes))
 
     def store_two(self, at: Memory, offset: Int, vectors: tuple[str, str]) -> None:
-        """Two vectors one after the other; both are whole."""
+        """Return the concatenation of two whole vectors."""
         if at.element != "bfloat" or not self._converts_two:
             for k, vector in enumerate(vectors):
                 self.store(at, self.code.add(offset, k * self.lanes), vector, self.lanes)
@@ -72,7 +72,7 @@ class Emitter:
         self.code.put(f"store <{2 * self.lanes} x bfloat> {self._both(vectors)}, ptr {pointer}, align 2")
 
     def store_pairs(self, at: Memory, offset: Int, rows: tuple[str, str], lanes: int) -> None:
-        """Two vectors in bfloat16, number by number side by side."""
+        """Return two vectors in bfloat16, interleaved."""
         order = ", ".join(f"i32 {k}, i32 {k + self.lanes}" for k in range(self.lanes))
         if self._converts_two:
             kind = f"<{2 * self.lanes} x bfloat>"
@@ -86,7 +86,7 @@ class Emitter:
 
     @property
     def _converts_two(self) -> bool:
-        """Whether one instruction makes bfloat16 of two vectors of float32."""
+        """Whether one instruction converts two vectors of float32 to bfloat16."""
         return self.target.half_products and self.element == "float"
 
     def _both(self, vectors: tuple[str, str]) -> str:
@@ -155,7 +155,7 @@ class Emitter:
         return self.code.value(f"bitcast {i32} {self.code.value(f'shl {i32} {wide}, {_all(lanes, 16)}')} to {float32}")
 
     def _narrowed(self, value: str, lanes: int) -> str:
-        """float32 as the bits of bfloat16: rounded to the nearest, of two that are as near to the even one.
+        """Return float32 as the bits of bfloat16, rounded to the nearest, ties to even.
 
         A NaN stays one, and becomes quiet. Where the processor has no instruction for this, LLVM calls a function that
         no library of the process need have; integers do the same. The instruction takes subnormal numbers for zero.
@@ -177,12 +177,12 @@ class Emitter:
         return code.value(f"trunc {i32} {found} to {i16}")
 
     def spread(self, at: Memory, offset: Int) -> str:
-        """One number in all lanes."""
+        """Return a number in all lanes."""
         one = self.number(at, offset)
         return self._spread(one, self.element)
 
     def spread_pair(self, at: Memory, offset: Int) -> str:
-        """Two neighbours of 16 bits, again and again."""
+        """Return two neighbours of 16 bits, repeated in all lanes."""
         pointer = self.code.at(at.element, at.pointer, offset)
         align = BYTES[at.element]
         return self.as_pairs(self._spread(self.code.value(f"load i32, ptr {pointer}, align {align}"), "i32"))
@@ -200,7 +200,7 @@ class Emitter:
         return self.code.call(self.vector, name, (self.vector, a), (self.vector, b), (self.vector, c))
 
     def multiply_add_pairs(self, a: str, b: str, c: str) -> str:
-        """Each lane of float32 plus the products of two pairs of bfloat16."""
+        """Return each lane of float32 plus the products of two pairs of bfloat16."""
         name, kind = f"llvm.x86.avx512bf16.dpbf16ps.{32 * self.lanes}", f"<{2 * self.lanes} x bfloat>"
         return self.code.call(self.vector, name, (self.vector, c), (kind, a), (kind, b))
 
@@ -324,7 +324,7 @@ class Emitter:
     # -- columns -------------------------------------------------------------------------------------------------------
 
     def from_columns(self, source: Memory, total: Int, target: Memory, stride: int, width: int, wanted: int) -> None:
-        """As :meth:`copy`, from an array where the numbers of a token are ``total`` apart.
+        """Copy as :meth:`copy` does, from an array where the numbers of a token are ``total`` apart.
 
         They come as many at a time as a vector has lanes; those that are not there become 0.
         """

@@ -52,5 +52,5 @@ class Limits:
 
 @cache
 def limits() -> Limits:
-    """For this machine."""
+    """Return the bounds for this machine."""
     return Limits.of(caches())

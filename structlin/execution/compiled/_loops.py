@@ -141,7 +141,7 @@ class Loops:
         return None
 
     def _across(self, at: Places, body: Callable[[Places, Sequence[int]], None]) -> None:
-        """All vectors of a row, at most ``VECTORS`` at a time, in parts of about one size; the last may be short."""
+        """Write all vectors of a row, at most ``VECTORS`` at a time, in parts of similar size."""
         lanes, axis = self.emitter.lanes, self.product.across
         vectors = math.ceil(axis.size / lanes)
         parts = _even(vectors, VECTORS)
@@ -157,7 +157,7 @@ class Loops:
             done += part * lanes
 
     def _down(self, at: Places, vectors: int, body: Callable[[Places, int], None]) -> None:
-        """All rows, as many at a time as there are registers for, beside ``vectors``."""
+        """Write all rows, as many at a time as registers permit in addition to ``vectors``."""
         axis, most = self.product.down, max_rows(self.emitter.target, vectors * (2 if self.zipped else 1))
         if axis is None:
             return body(at, 1)
@@ -344,7 +344,7 @@ class Loops:
 
 
 def _runs(total: int, most: int) -> list[tuple[range, int]]:
-    """Ranges of starts of tiles of one size, and that size."""
+    """Return ranges of starts of tiles of equal size, with the size."""
     parts = _even(total, most)
     whole = parts.count(parts[0]) * parts[0]
     found = [(range(0, whole), parts[0])]
@@ -352,6 +352,6 @@ def _runs(total: int, most: int) -> list[tuple[range, int]]:
 
 
 def _even(total: int, most: int) -> list[int]:
-    """``total`` in parts of at most ``most``, as few as can be, of one size but for the last."""
+    """Return the fewest parts of ``total`` of at most ``most`` each, of equal size except for the last."""
     size = math.ceil(total / math.ceil(total / most))
     return [size] * (total // size) + ([total % size] if total % size else [])

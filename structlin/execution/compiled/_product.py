@@ -1,12 +1,12 @@
 """One product of three strided arrays, ``out[...] (+)= sum left[...] * right[...]``, as a loop nest around a tile.
 
-The tile of ``out`` is held in registers while all summed axes are run through: some vectors along one axis, whose
-numbers are neighbours in memory, times some rows along another. Each turn of the innermost loop loads a few vectors of
-one operand, spreads one number of the other for each row, and multiplies and adds. So a number that is loaded is used
-for a whole row or column of the tile, and if the arrays are in cache the units that multiply are what limits the speed.
+The tile of ``out`` stays in registers during the loops over all summed axes. It has some vectors along one axis, which
+is contiguous in memory, and some rows along another. Each iteration of the innermost loop loads a few vectors of one
+operand, broadcasts one number of the other for each row, and multiplies and adds. So each number that is loaded is used
+for a whole row or column of the tile. If the arrays are in cache, the multipliers limit the speed.
 
-Where no axis of ``out`` lies next to each other in an operand too, the vectors run along a summed axis: each number of
-the tile is then a vector of partial sums, which are added up in the end.
+If no axis is contiguous in both ``out`` and an operand, the vectors run along a summed axis. Each number of the tile is
+then a vector of partial sums, which are added at the end.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Axis:
 
 @dataclass(frozen=True)
 class Product:
-    """The axes of a product by what the loops do with them.
+    """The axes of a product by their roles in the loops.
 
     ``across``: the axis of the vectors. ``swapped``: it is the left operand that is read in vectors, not the right one;
     ``both``: both are. ``down``: the axis of the rows of the tile, if any. ``along``: that of its columns, where
@@ -74,7 +74,7 @@ class Product:
         return replace(self, summed=(*self.summed[:-1], replace(last, size=last.size // 2, left=2)))._halved()
 
     def zipped(self, before: Product | None) -> tuple[Product, Axis, Axis] | None:
-        """As :meth:`pairs`, where ``before`` writes the left operand and can put the numbers side by side.
+        """Return :meth:`pairs` if ``before`` writes the left operand and can put the numbers side by side.
 
         Two neighbours along a summed axis, or a part of one, are items of an outer axis of ``before``, whose tiles are
         computed together. This axis of ``before`` is returned too, and the summed one as it was: the right operand has
@@ -118,7 +118,7 @@ class Product:
         return None
 
     def _with_last(self, inner: Axis) -> Product:
-        """With a summed axis that comes last in the right operand, in pairs."""
+        """Return the product in pairs, with a summed axis that comes last in the right operand."""
         start = inner.right or 0
 
         def moved(a: Axis) -> Axis:
@@ -141,7 +141,7 @@ class Product:
         return self.along is None and not self.swapped and self.down is not None
 
     def _halved(self) -> Product:
-        """With pairs as the elements of the right operand, along all axes but the innermost summed one."""
+        """Return the product with pairs as elements of the right operand, except along the innermost summed axis."""
 
         def halved(axis: Axis) -> Axis:
             return replace(axis, right=None if axis.right is None else axis.right // 2)
@@ -157,7 +157,7 @@ class Product:
         return self.along is None and self.down is not None and self.down.size == 0
 
     def tiles(self, target: Target, element: str, tokens: int) -> int:
-        """About how many tiles in registers there are for so many tokens; 0 where their numbers are vectors."""
+        """Return the approximate number of tiles for this number of tokens; 0 if their numbers are vectors."""
         if self.along is not None:
             return 0
         vectors = math.ceil(self.across.size * BYTES[element] / target.width)
@@ -166,7 +166,7 @@ class Product:
         return math.ceil(vectors / VECTORS) * math.ceil(rows) * outer
 
     def cost(self, target: Target, element: str) -> float:
-        """Estimated instructions for one token: loads, and multiplications of vectors with their unused lanes."""
+        """Return the estimated instructions for one token: loads, and vector multiplications including unused lanes."""
         lanes = target.width // BYTES[element]
         vectors = math.ceil(self.across.size / lanes)
         if self.along is not None:
@@ -198,13 +198,13 @@ class Product:
 
 
 def dot_tile(target: Target, single: bool) -> tuple[int, int]:
-    """Rows and columns of a tile whose numbers are vectors; ``single``: there is but one row."""
+    """Return rows and columns of a tile whose numbers are vectors; ``single``: only one row."""
     many = target.registers >= 32
     return (1, 16 if many else 8) if single else ((4, 4) if many else (2, 4))
 
 
 def max_rows(target: Target, vectors: int) -> int:
-    """Rows of a tile: the sums, a row's vectors and a spread number fill the registers."""
+    """Return the rows of a tile: sums, a row's vectors and a broadcast number fill the registers."""
     most = (target.registers - 1) // vectors - 1
     return max(n for n in (4, 6, 9, 12) if n <= most)
 
@@ -290,7 +290,7 @@ def _split(axis: Axis, by: Axis) -> list[Axis] | None:
 
 
 def _pairable(before: Product | None, summed: Axis) -> tuple[Axis, ...]:
-    """Along which axes of an activation two items can be written side by side; of an input, along any."""
+    """Return the axes along which two items of an activation can be written side by side; any for an input."""
     return (Axis(summed.size, summed.left, None, None),) if before is None else (*before.outer, *before.near)
 
 

@@ -1,9 +1,9 @@
 """The two passes over a chain as functions in machine code.
 
-Both take a table of addresses and the range of tokens to run. They go through it in blocks of a few tokens: for each
-block the input is copied to scratch memory (and converted, and padded with zeros), every step runs, and the last one
-writes the output where it belongs. The backward pass adds to the gradients of the factors, which start at zero. Before
-a pass the factors are copied into the orders of axes that its products read, and after it their gradients out of them.
+Both take a table of addresses and a range of tokens, and process it in blocks of a few tokens. For each block the input
+is copied to scratch memory (converted and padded with zeros), every step runs, and the last one writes to the output.
+The backward pass adds to the gradients of the factors, which start at zero. Before a pass the factors are copied into
+the orders of axes that its products read. After it, their gradients are copied back.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from structlin.execution.compiled._tiles import SIDE, write_product
 from structlin.execution.compiled._writer import At, Pass, Writer
 
 ELEMENTS = {"float32": ("float", "float"), "float64": ("double", "double"), "bfloat16": ("bfloat", "float")}
-# Tokens of a block: few, so that the activations stay in the second level of cache, and many enough that reading the
-# factors costs little. Tiles, of 8 rows mostly, divide them without a remainder; of 12 or 6 rows where products are of
-# pairs of bfloat16, or registers are few.
+# Tokens of a block: few enough that the activations stay in the second level of cache, and enough that reading the
+# factors costs little. Tiles divide a block without remainder. They usually have 8 rows, and 12 or 6 for pairs of
+# bfloat16 or with few registers.
 BLOCKS, OTHER_BLOCKS, TILE_BLOCKS = (48, 32, 16), (48, 24), (64, 32)
 # Of a block if not even the factors, or the sums of their gradients, stay in cache from one block to the next.
 LARGE_BLOCKS, LARGE_TILE_BLOCKS = (144, 72), (128, 64)
@@ -64,7 +64,7 @@ class Packing:
 
 @dataclass(frozen=True)
 class Part:
-    """What a chain is a slice of: one of ``count`` along the first axis of the input, or else of the output.
+    """The whole of which a chain is one of ``count`` slices, along the first axis of the input or of the output.
 
     ``shapes``: of the whole factors. ``between``: sizes of the whole axes, where the activations between steps are
     written as slices of whole ones, whose axes lie in the order of ``states``.
@@ -102,7 +102,7 @@ def _once(method: Method) -> Method:
 
 
 class Program:
-    """The passes of a chain in one dtype; they are compiled when they are first asked for.
+    """The passes of a chain in one dtype; each is compiled at its first use.
 
     ``d_in`` and ``d_out`` are the sizes of rows of the input and of the output, which is padded or cut to the chain's.
     ``rows``: a token is a row of both, or else a column. ``shapes``: of the factors. Input or output, factors and kept
@@ -206,9 +206,9 @@ class Program:
 
     @cached_property
     def spills(self) -> bool:
-        """Whether the gradients of factors do not stay in cache, and as many tokens as make up for it do not either.
+        """Whether neither the gradients of factors nor enough tokens to compensate for them fit into cache.
 
-        Not in bfloat16, where other ways are slower yet.
+        False in bfloat16, where other ways are slower.
         """
         forms, outside = self._whole_back_forms(False)
         far = self.inside == self.outside and self.numel * self.size > limits().sums
@@ -484,7 +484,7 @@ class Program:
             emitter.from_columns(source, "%total", target, row, width, full)
 
     def write(self, emitter: Emitter, source: Memory, row: int, target: Memory, ends: tuple[int, int]) -> None:
-        """Copy the output, or the gradient of the input, to where it belongs."""
+        """Copy the output, or the gradient of the input, to its place."""
         stride, width = ends
         if self.rows:
             emitter.copy(source, row, target, stride, width, width)

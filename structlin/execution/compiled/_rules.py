@@ -1,4 +1,4 @@
-"""The programs of a chain, how its tokens are dealt out, and what of a forward pass is kept for the backward one."""
+"""The programs of a chain, the division of its tokens among threads, and what is stored for the backward pass."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from structlin.execution.compiled._slices import RUN, Slices, counts, enough, sl
 from structlin.execution.compiled._target import Target, host, tiled_host
 from structlin.execution.machine import caches
 
-# Activations are kept for the backward pass if to compute one again takes more than KEPT_WORK multiplications of
-# vectors, and of at least KEPT_SHARE of the tokens. If they do not stay in cache, it is worth it if to compute a byte
-# again takes more than FRESH_WORK.
+# Activations are stored for the backward pass if computing one again takes more than KEPT_WORK vector multiplications,
+# and only for at least KEPT_SHARE of the tokens. If they do not fit into cache, computing a byte again must take more
+# than FRESH_WORK.
 KEPT_WORK, FRESH_WORK, KEPT_SHARE = 3, 3, 0.125
-# Of a dense matrix and its gradient: by how much passes may be larger if they keep the activations of all tokens, and
-# by how much they have to be larger even without, to keep them anyway.
+# Relative to the memory of a dense matrix and its gradient: how much larger passes may be if they store the activations
+# of all tokens, and how much larger they must be without activations to store them anyway.
 MORE, MISSED = 0.1, 0.05
 SHARE, COPIED_SHARE = 48, 1 << 15  # tokens of a thread, and numbers that it copies, at least
 SHARE_MACS = 1 << 19  # of a thread, at least, where tokens are few: about as long as a team takes to start, 10 us
@@ -26,7 +26,7 @@ WASTE = 12  # times the instructions that products without losses would take: mo
 
 
 class ChainRules:
-    """Of one chain, for row-major activations or column-major ones; dtypes are given by name."""
+    """The rules of one chain, for row-major or column-major activations; dtypes are given by name."""
 
     def __init__(
         self, steps: tuple[Step, ...], sizes: tuple[tuple[str, int], ...], d_in: int, d_out: int, rows: bool
@@ -49,7 +49,7 @@ class ChainRules:
         return tiled_host() if self.tiles else host()
 
     def program(self, dtype: str, block: int | None = None, packed: bool = True) -> Program | None:
-        """None where the chain is not to be run this way. ``block`` and ``packed``: see :func:`make_program`."""
+        """Return the program, or None if this way should not run the chain; arguments as in :func:`make_program`."""
         block = block or self.block
         key = dtype, block, packed
         if key not in self._programs:
@@ -66,7 +66,7 @@ class ChainRules:
         return self._programs[key]
 
     def front(self, dtype: str, keeps: bool) -> Slices:
-        """How to run the forward pass, which may be one that ``keeps`` activations."""
+        """Return how to run the forward pass, which may be one that ``keeps`` activations."""
         found = self._fronts.get((dtype, keeps, self.block))
         if found is None:
             target, program = self._target(), self.program(dtype)
@@ -81,7 +81,7 @@ class ChainRules:
         return found
 
     def back(self, dtype: str, threads: int) -> Slices:
-        """How to run the backward pass, in which each thread has sums of its own."""
+        """Return how to run the backward pass, in which each thread has its own sums."""
         found = self._backs.get((dtype, threads, self.block))
         if found is None:
             found = self._backs[dtype, threads, self.block] = self._back(dtype, threads)
@@ -108,15 +108,15 @@ class ChainRules:
         return found
 
     def apart(self, slices: Slices, tokens: int, item: int) -> int:
-        """Bytes from one slice of the input, or of the output, to the next; ``item``: of a number."""
+        """Return the bytes from one slice of the input, or of the output, to the next; ``item``: of a number."""
         return slices.end * (1 if self.rows else tokens) * item
 
     def kept_tokens(self, dtype: str, tokens: int, threads: int) -> int:
-        """Of how many tokens to keep the activations between the steps for the backward pass, if it pays.
+        """Return the number of tokens whose activations between the steps to store for the backward pass.
 
-        The others are computed again. All that the passes take is to be no more than the dense matrix and its gradient
-        would, or little more if none has to be computed again. Where even the rest of it takes clearly more, as much as
-        x or y is kept.
+        The others are computed again. The memory of the passes should not exceed that of the dense matrix and its
+        gradient, or only slightly if nothing is computed again. If the passes without activations already need clearly
+        more, as much as x or y is stored.
         """
         program, back = self.program(dtype), self.back(dtype, threads)
         assert program is not None
@@ -137,7 +137,7 @@ class ChainRules:
         return found if found >= KEPT_SHARE * tokens else 0
 
     def room(self, program: Program, threads: int, kept: bool) -> int:
-        """Bytes that the dense matrix and its gradient take, less those that the passes do with such a backward one.
+        """Return the bytes of the dense matrix and its gradient, less those of the passes with this backward pass.
 
         Without the activations between the steps, which are ``kept`` or in part computed again.
         """
@@ -146,23 +146,23 @@ class ChainRules:
 
 
 def near_slice() -> int:
-    """Bytes of the factors of a slice, or of their sums, which stay in the second level of cache beside a block."""
+    """Return the bytes of the factors or sums of a slice that fit into the second level of cache with a block."""
     return caches().l2 // 2
 
 
 def shares(tokens: int, threads: int, macs: int = 0) -> int:
-    """Among how many of the threads to share the tokens, with so many MACs each if they are known."""
+    """Return the number of threads among which to divide the tokens, given the MACs per token if they are known."""
     least = max(1, min(SHARE, math.ceil(SHARE_MACS / macs))) if macs else SHARE
     return max(1, min(threads, tokens // least))
 
 
 def copy_shares(numbers: int, threads: int) -> int:
-    """Among how many of the threads to share copies of so many numbers."""
+    """Return the number of threads among which to divide copies of this many numbers."""
     return max(1, min(threads, numbers // COPIED_SHARE))
 
 
 def cuts(part: range, block: int, count: int) -> list[int]:
-    """Where ``count`` shares of a part of the tokens start, which are whole blocks, with the end of the last."""
+    """Return the starts of ``count`` shares of a part of the tokens, in whole blocks, and the end of the last."""
     if count == 1:
         return [part.start, part.stop]
     block = min(block, math.ceil(len(part) / count))

@@ -1,10 +1,10 @@
-"""In which order of axes a chain keeps its arrays for a few tokens, and the products of its two passes.
+"""The orders of axes of a chain's arrays for a few tokens, and the products of its two passes.
 
-Every array of activations is a row of numbers for each token, in scratch memory that stays in cache; rows are as long
-as an odd number of cache lines, so that those of neighbouring tokens do not compete for the same places of the cache.
-What is free is the order of axes within a row, for each activation between two steps and for its gradient, and that of
-each factor, which is copied into it beforehand. It decides which axis a product can run its vectors along
-(:mod:`._product`). All orders that end with the axes of one role are tried, and the cheapest is taken.
+Every array of activations has a row for each token, in scratch memory that stays in cache. The length of a row is an
+odd number of cache lines, so that rows of neighbouring tokens do not map to the same sets of the cache. The order of
+axes within a row can be chosen for each activation between two steps and its gradient, and for each factor, which is
+copied in advance. It determines the axis along which the vectors of a product run (:mod:`._product`). All orders that
+end with the axes of one role are tried, and the cheapest is used.
 """
 
 from __future__ import annotations
@@ -51,12 +51,12 @@ class Operation:
         return self.product.paired and faster(self.product, target, element, self._unit) is not None
 
     def cost(self, target: Target, element: str) -> float:
-        """Estimated instructions for one token, with those of its copy."""
+        """Return the estimated instructions for one token, with those of its copy."""
         copy = 0.0 if self.turn is None else self.turn.cost
         return cost_of(self.product, target, element, self._unit) + copy
 
     def tiles(self, target: Target, element: str, tokens: int) -> int:
-        """About how many tiles of sums it computes for so many tokens, in registers, or by four of AMX."""
+        """Return the approximate number of tiles of sums for this number of tokens, in registers or by four of AMX."""
         product = self.product
         if not self.by_tiles(target, element):
             return product.tiles(target, element, tokens)
@@ -103,7 +103,7 @@ class _Maker:
         )
 
     def _in_memory(self, number: int) -> Mapping[str, int]:
-        """Sizes of the array that an activation is a slice of."""
+        """Return the sizes of the array that an activation is a slice of."""
         return self.between if 0 < number < len(self.steps) else self.sizes
 
     def strides(self, order: str, number: int, ends: Mapping[int, int] = MappingProxyType({})) -> Strides:
@@ -114,7 +114,7 @@ class _Maker:
         return found
 
     def orders(self, number: int) -> list[str]:
-        """Candidates for activation ``number``, in the axes of the step that writes it."""
+        """Return the candidates for activation ``number``, in the axes of the step that writes it."""
         written = self.steps[number - 1].output if number else self.steps[0].input
         if self.states:
             return [self.states[number]]
@@ -176,7 +176,7 @@ class _Maker:
 
 
 def row(width: int, element: str) -> int:
-    """Numbers from one token to the next: whole cache lines, and an odd number of them."""
+    """Return the number of elements from one token to the next: an odd number of whole cache lines."""
     line = LINE // BYTES[element]
     return (math.ceil(width / line) // 2 * 2 + 1) * line
 
@@ -187,7 +187,7 @@ def make_schedule(
     between: Mapping[str, int] | None = None, packed: bool = True, inner: tuple[bool, bool] = (False, False),
     states: Sequence[str] = (),
 ) -> Schedule | None:  # fmt: skip
-    """Return the cheapest schedule found; None where some product would have no axis for its vectors.
+    """Return the cheapest schedule; None if a product has no axis for its vectors.
 
     ``pairs``: products may take pairs of bfloat16. Not ``packed``: factors are read as they are, by a forward pass
     alone; the schedule has no other.
@@ -255,7 +255,7 @@ def make_schedule(
 
 
 def _zipped(operations: Sequence[Operation], shapes: Sequence[Sequence[int]], whole: bool) -> list[Operation]:
-    """Operations in the order in which they run, with pairs along an axis where there are none otherwise.
+    """Return operations in order of execution, with pairs along an axis for those that have none.
 
     ``shapes``: of their factors. ``whole``: what the first one reads is copied without padding.
     """

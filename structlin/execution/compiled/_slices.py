@@ -1,10 +1,10 @@
 """Slices of a pass that share no result.
 
-A backward pass reads the factors and adds to their gradients once for each block of tokens. If they do not stay in
-cache from one block to the next, its time is that of memory. Where every factor has the first axis of the input,
-slices along it are chains of their own: each has its part of the input, of its gradient and of the gradients of all
-factors, and needs the whole gradient of the output. So one slice after the other is run for all tokens, with little
-enough to stay in cache; nothing is computed twice. Of a forward pass the same holds for the first axis of the output.
+A backward pass reads the factors and adds to their gradients once for each block of tokens. If they do not fit into
+cache, memory limits its speed. If every factor has the first axis of the input, slices along this axis are separate
+chains. Each has its part of the input, of its gradient and of the gradients of all factors, and needs the whole
+gradient of the output. So the slices run one after the other for all tokens, each fits into cache, and nothing is
+computed twice. The same holds for a forward pass and the first axis of the output.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ class Slices:
 
 
 def whole(program: Program) -> Slices:
-    """All in one."""
+    """Return the whole program as one slice."""
     return Slices(program, 1, (0,) * len(program.shapes), 0, (0,) * (len(program.shapes) - 1))
 
 
 def counts(chain: Chain, program: Program, of_input: bool) -> list[int]:
-    """Into how many slices a program can be cut: along the first axis of the input, or else of the output."""
+    """Return the number of slices into which a program can be divided, along the first axis of input or output."""
     axis = _axis(chain, program, of_input)
     size = 1 if axis is None else dict(chain[1])[axis]
     return [n for n in range(1, size + 1) if size % n == 0]
@@ -59,7 +59,7 @@ def enough(counts: list[int], numel: int, most: int) -> int:
 def slices(
     chain: Chain, program: Program, of_input: bool, count: int, dtype: str, target: Target, keeps: bool = False
 ) -> Slices:
-    """Return a program in so many slices; whole, where they cannot be made.
+    """Return a program in this number of slices; the whole program if it cannot be divided.
 
     Of the input for a backward pass, or else of the output for a forward one, which may be one that ``keeps``
     activations as the whole program would.
@@ -106,7 +106,7 @@ def _slices(
 def _state(
     program: Program, one: Program, k: int, axis: str, whole_sizes: dict[str, int], sizes: dict[str, int]
 ) -> int | None:  # fmt: skip
-    """How far slices of an activation are from each other; None where they are not as the slice has it."""
+    """Return the distance of slices of an activation; None if their layout differs from that of the slice."""
     before = [a for a in program.schedule.states[k] if whole_sizes[a] > 1]
     after = [a for a in one.schedule.states[k] if sizes[a] > 1]
     if [a for a in before if a in after] != after:

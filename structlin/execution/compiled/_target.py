@@ -1,4 +1,4 @@
-"""The processor that is compiled for, and the compiler: LLVM, by way of llvmlite, where that is installed."""
+"""The target processor, and the compiler: LLVM by llvmlite, if it is installed."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ LINKED = 64  # functions of a linker: it takes 160 KB itself, and keeps 9 KB of 
 
 
 class CompileError(RuntimeError):
-    """LLVM did not compile a function, or did not load it. What asked for the function has to do without it."""
+    """LLVM did not compile or load a function. The caller uses another way."""
 
 
 @dataclass(frozen=True)
 class Target:
     """Vector registers of a processor: bytes of one, and how many there are; and the features that code may use.
 
-    ``features`` are LLVM's, beyond those of ``cpu``, LLVM's name of what every processor of the kind has. Nothing but
-    these is used, whatever else the processor's name implies: a hypervisor may have switched it off. ``tune`` is LLVM's
-    name of the processor whose latencies instructions are ordered for. It switches no feature on.
+    ``cpu`` is LLVM's name of a baseline, and ``features`` are LLVM's names of additional features. No other feature of
+    the processor's name is used, because a hypervisor may have disabled it. ``tune`` is LLVM's name of the processor
+    for whose latencies instructions are ordered. It enables no feature.
     """
 
     width: int
@@ -40,7 +40,7 @@ class Target:
 
     @property
     def attributes(self) -> str:
-        """Of functions: without them LLVM may cut vectors of 64 bytes in two."""
+        """Attributes of functions; without them LLVM may split vectors of 64 bytes."""
         bits = 8 * self.width
         vectors = f'"min-legal-vector-width"="{bits}" "prefer-vector-width"="{bits}"'
         return f'nounwind {vectors} "tune-cpu"="{self.tune}"'
@@ -61,7 +61,7 @@ LLVM = (20,)
 
 @cache
 def _binding() -> Any:
-    """llvmlite, ready to compile for this machine; None without it, and if it is too old or does not load."""
+    """Return llvmlite, initialized for this machine; None if it is missing, too old or does not load."""
     try:
         import llvmlite.binding as llvm
 
@@ -123,7 +123,7 @@ def _permitted() -> bool:
 
 
 def address(function: Any) -> int:
-    """Of a function of ctypes."""
+    """Return the address of a function of ctypes."""
     found = ctypes.cast(function, ctypes.c_void_p).value
     assert found is not None
     return found
@@ -174,8 +174,8 @@ def _linker(generation: int) -> Any:
 def _link(code: bytes, name: str) -> Any:
     """Code in memory, with the addresses of its functions; it is freed with this object.
 
-    The code may call nothing of the process but what is named here. Other calls would be of functions that a compiler's
-    own library has, such as ``__truncsfbf2``: no process is certain to have that, and LLVM's error would end it.
+    The code may call only the functions of the process that are named here. Calls of a compiler's runtime library, such
+    as ``__truncsfbf2``, would end the process if it does not have that function.
     """
     library = _binding().orcjit.JITLibraryBuilder().add_object_img(code).export_symbol(name)
     # What LLVM makes of loops that clear or copy.

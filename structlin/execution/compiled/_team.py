@@ -1,8 +1,8 @@
-"""Threads that share a pass: the team of the OpenMP that torch runs its own loops with, or else a pool.
+"""Threads that share a pass: the OpenMP team of torch, or a pool.
 
-After a loop of torch's, OpenMP's threads wait busily for the next one, and hold the cores for some milliseconds.
-Threads of our own would have to share the cores with them: two would be slower than one. So the shares of a pass run in
-the same team, by way of ``GOMP_parallel``, the function that compilers call for a parallel region.
+After a loop of torch, the threads of OpenMP spin for some milliseconds until the next one. Separate threads would
+compete with them for the cores, and two would be slower than one. So the shares of a pass run in the same team, by
+``GOMP_parallel``, the function that compilers call for a parallel region.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Products of bfloat16 by tiles, where the processor has them (AMX), and the copies that tiles need.
+"""Products of bfloat16 by tiles on processors with AMX, and the copies that tiles need.
 
 A tile is a register of up to 16 rows of 64 bytes. One instruction, ``TDPBF16PS``, adds to a tile of 16 x 16 sums in
 float32 the products of 16 rows of up to 16 pairs with up to 16 rows of 16 pairs: 8192 MACs. The operand that a product
@@ -47,14 +47,14 @@ class Tiling:
 
     @property
     def configuration(self) -> bytes:
-        """What ``LDTILECFG`` reads: a palette, and rows and bytes of a row of each tile."""
+        """Return the operand of ``LDTILECFG``: a palette, and rows and bytes of a row of each tile."""
         shapes = [(self.rows, self.columns)] * 4 + [(self.rows, self.depth)] * 2 + [(self.depth, self.columns)] * 2
         widths = b"".join((4 * wide).to_bytes(2, "little") for _, wide in shapes)
         return bytes([1]).ljust(16, b"\0") + widths.ljust(32, b"\0") + bytes(h for h, _ in shapes).ljust(16, b"\0")
 
 
 def tiling(product: Product, unit: int) -> Tiling | None:
-    """How a product in pairs runs by tiles, if one of its summed axes has pairs that are neighbours.
+    """Return how a product in pairs runs by tiles; None if no summed axis has pairs of neighbours.
 
     ``unit``: elements of a pair in the operand that is read number by number.
     """
@@ -70,19 +70,19 @@ def tiling(product: Product, unit: int) -> Tiling | None:
 
 
 def cost_of(product: Product, target: Target, element: str, unit: int) -> float:
-    """As :meth:`._product.Product.cost`, of a product in pairs, by tiles or by vectors."""
+    """Return :meth:`._product.Product.cost` of a product in pairs, by tiles or by vectors."""
     how = faster(product, target, element, unit) if product.paired else None
     return product.cost(target, element) if how is None else _tile_cost(product, how)
 
 
 def faster(product: Product, target: Target, element: str, unit: int) -> Tiling | None:
-    """How a product in pairs runs by tiles, where that takes less time."""
+    """Return how a product in pairs runs by tiles; None if vectors take less time."""
     how = tiling(product, unit) if target.tiles else None
     return how if how is not None and _tile_cost(product, how) < product.cost(target, element) else None
 
 
 def _tile_cost(product: Product, how: Tiling) -> float:
-    """For one token. Where tokens are summed, a tile takes pairs of them."""
+    """Return the cost for one token. If tokens are summed, a tile takes pairs of them."""
     turns = math.prod(a.size or 0.5 for a in product.summed) / how.depth
     outer = math.prod(a.size or 1 for a in (*product.outer, *product.near))
     rows = product.down.size if product.down and product.down.size else 1  # of all tokens, one is this token's
@@ -215,7 +215,7 @@ def tiles_pay(product: Product, width: int, target: Target, element: str) -> boo
 
 
 def gradient_cost(product: Product, width: int) -> float | None:
-    """As :func:`cost_of`, of a product that sums over pairs of tokens, by tiles; None where it cannot run by them."""
+    """Return :func:`cost_of` of a product by tiles that sums over pairs of tokens; None if it cannot run so."""
     turned = tokens_last(product, BLOCK)
     how = tiling(turned, 1)
     return None if how is None else _tile_cost(turned, how) + width * SQUARE / SIDE**2 / 2
@@ -286,14 +286,14 @@ class _Span:
 
 
 def _spans(size: int, tile: int) -> list[_Span]:
-    """Of tiles of one size; the last one begins earlier where the others leave less than a whole one."""
+    """Return starts of tiles of one size; the last one begins earlier if less than a whole tile remains."""
     found = [_Span(k, 0, tile) for k in range(0, size - tile + 1, tile)]
     done = len(found) * tile
     return found if done == size else [*found, _Span(size - tile, tile - (size - done), tile)]
 
 
 def release(code: Code) -> None:
-    """After all products of a pass: nothing of the tiles is to be kept for this thread."""
+    """Release the tiles after all products of a pass."""
     if any("llvm.x86.ldtilecfg" in line for line in code.declarations):
         code.call("void", "llvm.x86.tilerelease")
 
@@ -302,7 +302,7 @@ def write_product(
     emitter: Emitter, product: Product, out: Sequence[Memory], left: Memory, right: Memory, *, add: bool = False,
     bias: Memory | None = None, tokens: Int | None = None, zipped: Axis | None = None, buffer: str | None = None,
 ) -> None:  # fmt: skip
-    """As :func:`._loops.write_product`, by tiles if that takes less time; ``buffer``: scratch memory for the sums."""
+    """Write a product by tiles if that takes less time; ``buffer`` is scratch memory for the sums."""
     how = None
     if buffer is not None and "i32" in (left.element, right.element):
         unit = BYTES["i32"] // BYTES[(right if product.swapped else left).element]

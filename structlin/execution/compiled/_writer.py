@@ -1,4 +1,4 @@
-"""The frame of a pass: the arrays that it reads from its table and has in scratch memory, and its blocks of tokens."""
+"""The frame of a pass: the arrays of its table and of scratch memory, and its blocks of tokens."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ class Writer:
             self.bytes += BUFFER
 
     def arrays(self, forms: Forms, outside: Sequence[Key], given: Mapping[Key, Array] = NONE) -> dict[Key, Array]:
-        """Those of one chain in scratch memory; ``given`` are there already."""
+        """Return the arrays of one chain in scratch memory, except for ``given``."""
         places, size = forms.places([*outside, *given])
         found = {
             key: Array(self.code.at("i8", self.pointer, self.bytes + place * self.block), forms.elements[key[2]], 0,
@@ -87,7 +87,7 @@ class Writer:
         return dict(given) | found
 
     def take(self, row: int, element: str, zipped: bool = False) -> Array:
-        """Room in scratch memory for so many numbers of each token."""
+        """Reserve scratch memory for this many numbers of each token."""
         array = Array(self.code.at("i8", self.pointer, self.bytes), element, 0, zipped)
         self.bytes += -(-row * self.block * BYTES[element] // LINE) * LINE
         return array

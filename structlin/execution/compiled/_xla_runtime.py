@@ -1,4 +1,4 @@
-"""What XLA calls to run the passes of a chain: one handler for all chains, batch sizes and directions.
+"""The handler that XLA calls to run passes: one for all chains, batch sizes and directions.
 
 XLA has a typed foreign function interface (``c_api.h`` among the headers of jaxlib). A call names the handler and
 carries attributes. Ours has one, a text that describes the passes. XLA hands each call to the handler in two stages:
@@ -14,8 +14,8 @@ its shares, the entries of a table, the total, where the shares start with the e
 array and bytes from its start. The last array is scratch memory, which is used from its first whole cache line on.
 
 The shares of a stage are claimed one at a time, by the thread that XLA called and by tasks in its pool. A task may
-start when all is done, as the pool may have other things to do. It then finds nothing to claim, and the last one that
-knows of a stage frees its record. So no thread waits for a task to start.
+start after all shares are done, if the pool is busy. It then finds nothing to claim. The last task of a stage frees its
+record. So no thread waits for a task to start.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ _LOCK = threading.Lock()
 
 
 def _kept(found: Any) -> Any:
-    """Return the same object, which is never freed: XLA may call what belongs to it when Python has ended."""
+    """Return the same object, which is never freed, because XLA may call it after Python has ended."""
     ctypes.pythonapi.Py_IncRef(ctypes.py_object(found))
     return found
 
@@ -107,9 +107,9 @@ def _handle(frame: int) -> int | None:
     try:
         reason = unsupported()
         if reason is not None:
-            raise CompileError(f"a program calls passes that were compiled elsewhere, and here nothing is: {reason}")
+            raise CompileError(f"a program calls compiled passes, which are not available in this process: {reason}")
         if ctypes.c_int32(stage).value != _INSTANTIATE:
-            raise CompileError("XLA called a handler in a way that is not known")
+            raise CompileError("XLA called a handler at an unknown stage")
         words, functions = _PREPARE[0](_attribute(frame))
         return _keep_state(api, context, (ctypes.c_int64 * len(words))(*words), functions)
     except BaseException as error:  # nothing can be raised through XLA
@@ -152,7 +152,7 @@ def _keep_state(api: int, context: int, words: Any, functions: object) -> int | 
 
 
 def register(prepare: Prepare) -> None:
-    """Make the handler known to XLA. Where nothing is compiled it is one that returns an error which says so."""
+    """Register the handler with XLA; without a compiler, it returns an error that states the reason."""
     import jax.ffi
 
     if version() is None:
@@ -170,7 +170,7 @@ def register(prepare: Prepare) -> None:
 
 @cache
 def unsupported() -> str | None:
-    """Why there is no handler that runs plans; None where there is one."""
+    """Return why there is no handler that runs plans; None if there is one."""
     if host() is None:
         return "llvmlite is missing or too old, or the processor is not one that is known"
     if platform.machine().lower() not in ("x86_64", "amd64"):  # threads share records in the order of stores of x86

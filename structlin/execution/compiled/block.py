@@ -1,11 +1,11 @@
-"""The passes over a block of a network: several chains with what stands between them, as functions in machine code.
+"""The passes over a block of a network: several chains and the operations between them, as machine code.
 
-A block reads rows of one input. It may normalise them. Each chain of ``first`` is applied to the result. Either their
-outputs are those of the block (the projections of an attention layer), or an activation function makes hidden features
-of them, to which the chain ``second`` is applied (an MLP, gated or not). The input may be added to the output.
+A block reads rows of one input, and may normalise them. Each chain of ``first`` is applied to the result. Either their
+outputs are those of the block (the projections of an attention layer), or an activation function computes hidden
+features, to which the chain ``second`` is applied (an MLP, gated or not). The input may be added to the output.
 
-All steps run for a few tokens at a time, so that whatever is between the input and the outputs stays in cache. Nothing
-is kept for the backward pass but the input: it computes the rest again.
+All steps run for a few tokens at a time, so all intermediate results stay in cache. Only the input is stored for the
+backward pass, which computes the rest again.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ NORMS = ("layer", "rms")
 
 @dataclass(frozen=True)
 class BlockSpec:
-    """What a block computes.
+    """The computation of a block.
 
     ``first``: the chains that read the input; ``second``: the one that reads the hidden features, None if there are
     none. ``activation`` is applied to the output of the first chain, which multiplies that of the other one if there
@@ -68,7 +68,7 @@ class BlockSpec:
 
 
 class BlockProgram:
-    """The passes of a block in one dtype, compiled when they are first asked for.
+    """The passes of a block in one dtype, compiled at their first use.
 
     Tables of the passes: x, the outputs (or their gradients), scratch memory, for the backward pass the gradient of x,
     weight and bias of the norm, biases of chains (with zeros where the chain pads its output; for the backward pass
@@ -246,7 +246,7 @@ class BlockProgram:
         self, emitter: Emitter, at: At, frame: _Frame, number: int, kind: str, at_step: int, source: Memory, row: int,
         even: bool, there: bool = False,
     ) -> None:  # fmt: skip
-        """Write an end of a chain in its other forms; the plain form is ``there`` already, or is ``source`` itself."""
+        """Write an end of a chain in its other forms; the plain form exists (``there``) or is ``source``."""
         program, forms, arrays = self.programs[number], frame.forms[number], frame.arrays[number]
         schedule = program.schedule
         width = program.d_in if at_step == 0 else program.d_out
@@ -363,7 +363,7 @@ class _Frame:
 
 @lru_cache(maxsize=32)
 def make_block(spec: BlockSpec, dtype: str, target: Target, block: int | None = None) -> BlockProgram | None:
-    """None where a chain has no schedule, and for a ``target`` with tiles where no product runs by them."""
+    """Return the passes; None if a chain has no schedule, or a ``target`` with tiles has no product that uses them."""
     programs = []
     for number, (steps, sizes, d_in, d_out) in enumerate(spec.chains):
         inner_out = spec.second is not None and number < len(spec.first)

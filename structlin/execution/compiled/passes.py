@@ -1,4 +1,4 @@
-"""The compiled passes of a chain for torch: one slice after the other, tokens dealt out to threads."""
+"""The compiled passes of a chain for torch: one slice after the other, with tokens divided among threads."""
 
 from __future__ import annotations
 
@@ -124,9 +124,9 @@ class FusedChain(ChainRules):
     def _plain_backward(
         self, gy: Tensor, x: Tensor, factors: Sequence[Tensor], needs: Sequence[bool], kept: Sequence[Tensor]
     ) -> tuple[Tensor | None, ...]:
-        """By the BLAS, which is the faster one at gradients of plain matrices.
+        """Compute gradients of plain matrices by the BLAS, which is faster for them.
 
-        In bfloat16, or if they are large, and each of several threads would have sums of its own.
+        This applies in bfloat16, and to large matrices if each of several threads would need its own sums.
         """
         program, tokens, (for_x, *for_factors, for_bias) = self._ready(x.dtype), x.shape[0], needs
         upright, widths = self._upright or (), program.schedule.widths
@@ -156,7 +156,7 @@ class FusedChain(ChainRules):
     def _back_ways(
         self, slices: Slices, needs: tuple[bool, ...], tokens: int, factors: Sequence[Tensor], kept: Sequence[Tensor]
     ) -> list[_Way]:
-        """For the tokens whose activations are kept and for the others: how to run the pass."""
+        """Return how to run the pass for tokens with and without stored activations."""
         last = len(factors)
         wanted = [k for k in range(last) if needs[k + 1]]
         cut = kept[0].numel() // slices.program.kept_rows[1] if kept else 0
@@ -194,7 +194,7 @@ def _upright(
 def _run(
     run: Pass, part: range, tokens: int, ends: Sequence[int], tables: Sequence[Sequence[int]], target: Target
 ) -> None:  # fmt: skip
-    """Run a part of the tokens, shared among as many threads as there are tables; all are of addresses."""
+    """Run a part of the tokens, divided among as many threads as there are tables of addresses."""
     each = -(-run.scratch // LINE) * LINE
     scratch = torch.empty(len(tables) * each + LINE, dtype=torch.uint8, device="cpu")
     first = -(-scratch.data_ptr() // LINE) * LINE  # vectors that start at the end of a cache line are slow

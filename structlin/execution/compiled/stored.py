@@ -1,7 +1,7 @@
 """A compiled forward pass for one or a few tokens, which reads the factors as they are stored.
 
-To copy factors into other orders takes as long as the products of a few tokens do. Here nothing is copied, and what a
-call needs beside its operands is kept for the next one.
+Copying factors into other orders takes as long as the products of a few tokens. Here nothing is copied, and the tables
+and scratch memory of a call are kept for the next one.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ class StoredChain:
         self._local: Any = threading.local()  # tables and scratch memory of each thread
 
     def __reduce__(self) -> tuple[object, ...]:
-        raise TypeError("a compiled pass belongs to a structure, and is made again with it")
+        raise TypeError("a compiled pass cannot be pickled; pickle its structure, which compiles it again")
 
     def program(self, dtype: torch.dtype) -> Program | None:
-        """Return what is compiled for a dtype; None where the chain does not run this way."""
+        """Return the program of a dtype; None if this way cannot run the chain."""
         name = _NAMES.get(dtype)
         found = None if name is None or not self._rules.rows else self._rules.program(name, packed=False)
         # Bias and output are read and written as they are.

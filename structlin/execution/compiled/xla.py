@@ -1,10 +1,10 @@
-"""The compiled passes of a chain for jax on a CPU: custom calls of XLA, which allots their memory and its threads.
+"""The compiled passes of a chain for jax on a CPU: custom calls of XLA, with memory and threads of XLA.
 
-What a pass needs beside operands and results, copies of factors and room for a few tokens of each share, is one more
-result of the call, so that XLA plans it with all other memory of a program and nothing is allocated while it runs.
+Copies of factors and scratch memory are one more result of the call. So XLA plans them with all other memory of a
+program, and nothing is allocated while it runs.
 
-A call carries a description of what it computes (:class:`Call`). Its plan is made of that, once to know the results
-when a program is traced and once for each executable (:mod:`._xla_runtime`), which another process may have compiled.
+A call carries a description of its computation (:class:`Call`). A plan is made from it, once when a program is traced,
+to know the results, and once for each executable (:mod:`._xla_runtime`), which another process may have compiled.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _DTYPES = {"float": "float32", "double": "float64", "bfloat": "bfloat16"}
 
 @cache
 def threads() -> int:
-    """How many XLA has at most."""
+    """Return the largest number of threads of XLA."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -63,7 +63,7 @@ class Call:
     needs: tuple[bool, ...] | None = None
 
     def text(self, numbers: Sequence[int]) -> str:
-        """As the attribute of a call whose arrays have so many ``numbers``, in a form that any process can read."""
+        """Return the attribute of a call whose arrays have these ``numbers``, in a form that any process can read."""
         steps, sizes, d_in, d_out, rows = self.chain.parts
         chain = {"steps": "; ".join(map(str, steps)), "sizes": sizes, "d_in": d_in, "d_out": d_out, "rows": rows}
         own = {name: value for name, value in vars(self).items() if name != "chain"}
@@ -85,13 +85,11 @@ class Call:
                 raise ValueError(text)
             return call, numbers
         except Exception as error:
-            raise CompileError(
-                "a program was compiled with another version of structlin. It has to be compiled again"
-            ) from error
+            raise CompileError("a program was compiled with another version of structlin; compile it again") from error
 
 
 def attempt(make: Callable[[], T], otherwise: T) -> T:
-    """Run what only the choice of a way depends on: a failure gives one warning in a process, and no error."""
+    """Run a function for the choice of a way; a failure gives one warning per process instead of an error."""
     try:
         return make()
     except Exception as error:
@@ -114,7 +112,7 @@ class XLAChain(ChainRules):
         return hash(self.parts)
 
     def ready(self, dtype: str) -> Program | None:
-        """Return what runs the chain; None where it does not run this way."""
+        """Return the object that runs the chain; None if this way cannot run it."""
         if host() is None:
             return None
         reason = unsupported()
@@ -144,11 +142,11 @@ class XLAChain(ChainRules):
         return _call(Call(self, dtype, tokens, threads(), kept, needs=needs), [gy, x, *factors, *held])
 
     def keeps(self, dtype: str, tokens: int) -> int:
-        """Of how many tokens to keep the activations between the steps for the backward pass."""
+        """Return the number of tokens whose activations between the steps to store for the backward pass."""
         return attempt(lambda: self.kept_tokens(dtype, tokens, shares(tokens, threads())), 0)
 
     def kept_sizes(self, dtype: str, kept: int) -> list[int]:
-        """Of these activations, one after the other."""
+        """Return the sizes of these activations in order."""
         return [kept * row for row in self.given(dtype).schedule.rows[1:-1]] if kept else []
 
     def given(self, dtype: str) -> Program:
@@ -186,8 +184,8 @@ def _prepare(text: str) -> tuple[list[int], object]:
     *wanted, scratch = plan.numbers
     if given != wanted or room < scratch:
         raise CompileError(
-            "a program was compiled for another processor, whose passes need less memory or keep other activations. It "
-            "has to be compiled again"
+            "a program was compiled for another processor, whose passes need less memory or store other activations; "
+            "compile it again"
         )
     return plan.words(room), plan.stages
 
@@ -283,12 +281,12 @@ class Plan:
 
     @property
     def numbers(self) -> list[int]:
-        """In each array."""
+        """The number of elements of each array."""
         return [math.prod(shape) for shape, _ in self.arrays]
 
     @property
     def places(self) -> tuple[list[Place], list[Place]]:
-        """Of operands and results."""
+        """The places of operands and of results."""
         found = [(k, 0) for k in range(len(self._arrays))]
         return found[: self.operands], found[self.operands :]
 
@@ -313,7 +311,7 @@ class Plan:
         self.stage(run, [table] * count, [size * k // count // unit * unit for k in range(count)] + [size])
 
     def packed(self, kind: str, numbers: Sequence[int], factors: Sequence[Place]) -> list[Place]:
-        """Where these factors are as the products ``kind`` read them."""
+        """Return the places of these factors in the layout that the products ``kind`` read."""
         packing = self.program.packing(kind, tuple(numbers))
         places = [self.scratch(size) if size else factor for factor, size in zip(factors, packing.sizes, strict=True)]
         ends = zip(packing.sizes, zip(factors, places, strict=True), strict=True)
@@ -340,7 +338,7 @@ class Plan:
         self.top = before
 
     def sums(self, sizes: list[int], to: list[Place | None]) -> list[list[Place]]:
-        """Of each share the places of sums, cleared; those of a single share where they are to be in the end."""
+        """Return the places of each share's sums, cleared; a single share uses the places of the results."""
         count, item = self.count(range(self.tokens)), self.program.size
         start, ends = self.top, to if count == 1 else [None] * len(sizes)
         grads = [[end or self.scratch(n * item) for n, end in zip(sizes, ends, strict=True)] for _ in range(count)]
@@ -366,7 +364,7 @@ class Plan:
         return totals
 
     def words(self, room: int) -> list[int]:
-        """For calls with so much scratch memory."""
+        """Return the words of a plan for calls with this much scratch memory."""
         last = len(self._arrays)
         most = [max(len(tables) * len(tables[0]) for _, tables, *_ in self.stages), max(len(s[1]) for s in self.stages)]
         words = [self.operands, last + 1 - self.operands, len(self.stages), *most]

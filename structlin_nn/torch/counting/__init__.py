@@ -1,22 +1,22 @@
 """Parameters, multiply-accumulates (MACs) and saved activations of torch models, counted while they run.
 
-Structured layers are counted by their structure times the vectors they are called on; every other operation of torch
-is in one of three lists (:mod:`structlin_nn.torch.counting._lists`): those that compute products have a formula,
-those that compute none (norms, activations, softmax, lookups) are listed by name and number of calls, and those that
-are unknown are named first, because their products are missing from the totals. Nothing is estimated from parameter
-counts. Run models on the meta device to count them without allocating anything.
+A structured layer costs the MACs of its structure for each vector. Every other operation of torch is in one of three
+lists (:mod:`structlin_nn.torch.counting._lists`). Operations that compute products have a formula. Operations without
+products (norms, activations, softmax, lookups) are listed by name and number of calls. Unknown operations are reported
+first, because their products are missing from the totals. Nothing is estimated from the number of parameters. On the
+meta device, a model is counted without allocation.
 
-1 MAC = 2 FLOPs. A complex MAC is one MAC. FFTs are no products; their FLOPs count apart (``other_flops``).
+1 MAC = 2 FLOPs. A complex MAC is one MAC. The FLOPs of FFTs are separate (``other_flops``), because they are not
+products.
 
-Training: the backward pass is run, and counts as it runs: one product for each operand of a product that needs a
-gradient, so that a training step costs three times the forward pass, less the gradients that are not needed, and
-more where checkpointing computes again. ``scaled_dot_product_attention`` counts alike on every device: two products
-forward and four backward, in full unless a causal mask is to be discounted. Those are the products of the
-mathematics, which model FLOPs utilisation divides by; fused kernels compute the scores once more in the backward
-pass (2.5 times the forward pass and not 2 times), which ``flash_backward`` adds.
+The backward pass is run and counted. Each operand that needs a gradient costs one product. So a training step costs
+three times the forward pass, less the gradients that are not needed, plus what checkpointing computes again.
+``scaled_dot_product_attention`` has two products forward and four backward on every device, for all pairs unless
+``causal_discount`` is set. These are the products of the mathematics, by which model FLOPs utilization is defined.
+Fused kernels compute the scores again in the backward pass; ``flash_backward`` adds these.
 """
 
-from structlin_nn.torch.counting import _formulas, _linalg  # they register the formulas
+from structlin_nn.torch.counting import _formulas, _linalg  # these modules register the formulas
 from structlin_nn.torch.counting._lists import (
     Product,
     UnknownOperationError,

@@ -49,7 +49,7 @@ def _parts(*tensors: Tensor) -> list[list[Tensor]]:
 
 
 def _sparse_product(a: Tensor, b: Tensor) -> Product | None:
-    """Each stored entry of a sparse operand meets one row (column) of the other."""
+    """Count one row (column) of the other operand for each stored entry of a sparse one."""
     if a.layout != torch.strided and b.layout != torch.strided:
         inner = a.to_sparse_coo().coalesce().indices()[-1], b.to_sparse_coo().coalesce().indices()[-2]
         columns, rows = (torch.bincount(place, minlength=a.shape[-1]) for place in inner)
@@ -60,7 +60,7 @@ def _sparse_product(a: Tensor, b: Tensor) -> Product | None:
 
 
 def _entries(x: Tensor) -> int:
-    """Numbers that a sparse array stores; blocks in full."""
+    """Return how many numbers a sparse array stores, including whole blocks."""
     values = x._values() if x.layout == torch.sparse_coo else x.values()
     return values.numel()
 
@@ -82,7 +82,7 @@ def _dot(arguments: Arguments, output: Any) -> Product | None:
 
 
 def _outer(arguments: Arguments, output: Any) -> Product:
-    """One product and one addition for each number of the result."""
+    """Count one product and one addition for each number of the result."""
     a, b = arguments["vec1"], arguments["vec2"]
     return Product(a.numel() * b.numel(), operands=(a, b), sizes=(a.numel(), 1, b.numel()))
 
@@ -99,7 +99,7 @@ _register("_foreach_mm", _list_of_products)
 
 
 def grouped(a: Tensor, b: Tensor, offsets: Tensor | None) -> Product:
-    """``torch._grouped_mm``: products of groups of rows, of columns, or of parts of the inner axis.
+    """Count ``torch._grouped_mm``: products of groups of rows, of columns, or of parts of the inner axis.
 
     The groups end at the offsets; what lies behind the last one is not multiplied. On the meta device the offsets
     have no values, and the groups are taken to fill their axis.
@@ -282,7 +282,7 @@ _register("cudnn_affine_grid_generator_backward", lambda g, output: Product(g["g
 
 
 def _convolution(x: Tensor, weight: Tensor, output: Tensor, transposed: bool, times: int = 1) -> Product:
-    """Each number of the result (transposed: of the input) meets one kernel over the channels of its group."""
+    """Count one kernel, over the channels of a group, for each number of the result (transposed: of the input)."""
     macs = times * (x if transposed else output).numel() * math.prod(weight.shape[1:])
     axis = 1 if x.ndim > 1 else 0
     moved = times * (x.numel() + weight.numel() + output.numel())
@@ -360,7 +360,7 @@ _register(
 
 
 def _layer_of_rnn(x: Tensor, weights: tuple[Tensor, ...], batch_sizes: Any, times: int = 1) -> Product:
-    """Every vector meets every matrix of its layer: the gates of the input, and those of the state before."""
+    """Count each matrix of a layer for each vector: the gates of the input, and those of the previous state."""
     vectors = sum(batch_sizes) if batch_sizes else math.prod(x.shape[:-1])
     macs = times * vectors * sum(w.numel() for w in weights)
     return Product(macs, "linear", operands=weights, d_in=x.shape[-1], rows=vectors)
@@ -396,7 +396,7 @@ _register(
 
 
 def attention_pairs(queries: int, keys: int, causal: bool) -> int:
-    """Pairs of a query and a key; of a causal mask those that it leaves: query i sees the keys 0 ... i.
+    """Return the number of pairs of a query and a key; with a causal mask, query i attends to the keys 0 ... i.
 
     Examples
     --------
@@ -413,16 +413,17 @@ def attention_product(
     heads: int, pairs: int, key_size: int, value_size: int, moved: int, *, scores: int = 1, values: int = 1,
     again: int = 0,
 ) -> Product:  # fmt: skip
-    """Products of scores (queries times keys) and of values (weights times values), so many of each."""
+    """Return the work of ``scores`` score products (queries times keys) and ``values`` value products."""
     one_score = heads * pairs * key_size
     macs = scores * one_score + values * heads * pairs * value_size
     return Product(macs, "attention", moved=moved, recomputed=again * one_score)
 
 
 def _attention(layout: str, backward: bool = False) -> Formula:
-    """Fused attention. Its backward pass computes the scores again: five products for the two of the forward pass.
+    """Return the formula of fused attention, which has two products forward and five backward.
 
-    Dao et al., *FlashAttention* (2022), algorithm 4: scores, and the gradients of values, weights, queries and keys.
+    The backward pass computes the scores again, and the gradients of values, weights, queries and keys (Dao et al.
+    2022, FlashAttention, algorithm 4).
     """
 
     def formula(arguments: Arguments, output: Any) -> Product:
@@ -474,7 +475,7 @@ def _flex(arguments: Arguments, backward: bool = False) -> Product:
 
 
 def _sequences(x: Tensor) -> tuple[int, int]:
-    """Tokens, and pairs of tokens of the same sequence, of a batch (padded or nested)."""
+    """Return the tokens of a batch (padded or nested), and the pairs of tokens of the same sequence."""
     if x.is_nested:
         lengths = [int(row[0]) for row in x._nested_tensor_size()]
         return sum(lengths), sum(n * n for n in lengths)
@@ -482,13 +483,13 @@ def _sequences(x: Tensor) -> tuple[int, int]:
 
 
 def _fast_attention(arguments: Arguments, output: Any) -> Product:
-    """Projections of queries, keys and values, attention, and the projection behind."""
+    """Count the projections of queries, keys and values, attention, and the output projection."""
     width, (tokens, pairs) = arguments["embed_dim"], _sequences(arguments["query"])
     return Product(4 * tokens * width**2 + 2 * pairs * width, "attention")
 
 
 def _fast_encoder(arguments: Arguments, output: Any) -> Product:
-    """nn.TransformerEncoderLayer without gradients: attention and two layers."""
+    """Count nn.TransformerEncoderLayer without gradients: attention and two layers."""
     width, (tokens, pairs) = arguments["embed_dim"], _sequences(arguments["src"])
     layers = 4 * width**2 + arguments["ffn_weight_1"].numel() + arguments["ffn_weight_2"].numel()
     return Product(tokens * layers + 2 * pairs * width, "linear")

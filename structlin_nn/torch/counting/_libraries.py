@@ -1,4 +1,4 @@
-"""What other libraries have to do differently while their operations are counted."""
+"""Changes to other libraries while their operations are counted."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def _tracing_on_meta(is_tracing: Callable[..., bool]) -> Callable[..., bool]:
 
 
 _REPLACEMENTS: dict[tuple[str, str], Callable[[Any], Any]] = {
-    # Called without torch.compile, flex_attention compiles itself, which torch refuses under a dispatch mode.
+    # Without torch.compile, flex_attention compiles itself, which torch does not support under a dispatch mode.
     ("torch.nn.attention.flex_attention", "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG"): lambda before: True,
     # transformers reads the values of a padding mask, unless it is traced; a mask on the meta device has none.
     ("transformers.masking_utils", "is_tracing"): _tracing_on_meta,

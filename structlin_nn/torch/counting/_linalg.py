@@ -119,7 +119,7 @@ def _(g: Arguments) -> Product:
 
 @_register("linalg_lstsq")
 def _(g: Arguments) -> Product:
-    """By QR: the factors, Q on the right-hand sides, and a triangle; gelsd and gelss take the SVD."""
+    """Count QR, its Q times the right-hand sides, and a triangular solve; gelsd and gelss use the SVD."""
     batch, m, n = _shape(g["self"])
     _, _, columns = _right_sides(g["self"].mT, g["b"])
     k, long = min(m, n), max(m, n)
@@ -169,7 +169,7 @@ _NORMS = {
 
 
 def matrix_exp_products(norm: float, dtype: torch.dtype) -> int:
-    """Products of two n x n matrices that the exponential of a matrix of this 1-norm takes: Taylor, then squarings.
+    """Return the number of n x n products in the exponential of a matrix of this 1-norm: Taylor, then squarings.
 
     Examples
     --------
@@ -186,7 +186,7 @@ def matrix_exp_products(norm: float, dtype: torch.dtype) -> int:
 
 @_register("linalg_matrix_exp")
 def _(g: Arguments) -> Product:
-    """Depends on the norms; where there are none (meta, not finite) degree 18 without squarings, five products."""
+    """Count by the norms; without finite values (meta) degree 18 without squarings, which is five products."""
     x = g["self"]
     batch, n, _ = _shape(x)
     norms = [math.nan] * batch

@@ -1,11 +1,11 @@
-"""Which operations of torch compute products: every operation is in one of three lists.
+"""The three lists of torch's operations.
 
-- ``product``: it has a formula (:mod:`structlin_nn.torch.counting._formulas`).
-- ``no product``: elementwise work, reductions, lookups, data movement. Rules read this off what torch declares of an
-  operation (tags, views, arguments); the rest is named here.
-- ``unknown``: everything else, including what torch adds later.
+- ``product``: operations with a formula (:mod:`structlin_nn.torch.counting._formulas`).
+- ``no product``: elementwise work, reductions, lookups and data movement. Most follow from what torch declares of an
+  operation (tags, views, arguments); the others are named here.
+- ``unknown``: everything else, including operations that later versions of torch add.
 
-A *composite* operation is made of others. It is decomposed, and its parts are counted.
+A *composite* operation consists of other operations. It is decomposed, and its parts are counted.
 """
 
 from __future__ import annotations
@@ -24,28 +24,34 @@ PRODUCT, NO_PRODUCT, UNKNOWN, COMPOSITE = "product", "no product", "unknown", "c
 
 
 class UnknownOperationError(ValueError):
-    """A strict count met an operation of unknown cost."""
+    """An operation of unknown cost occurred in a strict count."""
 
 
 @dataclass(frozen=True)
 class Product:
-    """What one call of an operation computes.
+    """The work of one call of an operation.
 
     Attributes
     ----------
-    macs, recomputed
-        Multiply-accumulates, and those among them that the forward pass has computed before.
-    other_flops
-        FLOPs that are no multiply-accumulates, such as those of an FFT.
+    macs
+        Multiply-accumulates.
     kind
-        ``convolution``, ``attention``, ``linalg``, ``fft`` or ``product``. None: ``linear`` if one of the operands is a
-        weight, otherwise ``product``.
-    operands, sizes
-        Operands of a matrix product, and its rows (with the batch), inner size and columns.
-    d_in, d_out, rows
-        Features of a layer, if the operands do not state them, and the vectors that it is applied to.
+        ``convolution``, ``attention``, ``linalg``, ``fft`` or ``product``. None means ``linear`` if an operand is a
+        weight, and ``product`` otherwise.
+    operands
+        Operands of a matrix product. The one that is a weight determines the features.
+    sizes
+        Rows (with the batch), inner size and columns of a matrix product with ``operands``.
+    d_in, d_out
+        Features of a layer, if ``operands`` does not determine them.
+    rows
+        Number of vectors to which a layer is applied.
     moved
-        Numbers read and written. None: those of all arguments and results.
+        Numbers read and written. None means those of all arguments and results.
+    other_flops
+        FLOPs that are not multiply-accumulates, such as those of an FFT.
+    recomputed
+        The part of ``macs`` that the forward pass has already computed.
     """
 
     macs: int = 0
@@ -63,10 +69,10 @@ class Product:
 Formula = Callable[[Mapping[str, Any], Any], "Product | int | None"]
 _FORMULAS: dict[str, Formula] = {}
 WHOLE: dict[str, Formula] = {}
-"""Formulas of composite operations, for arrays with which they cannot be taken apart."""
+"""Formulas of composite operations, for arrays that they do not decompose."""
 _REGISTERED_FREE: set[str] = set()
 
-# Operations whose names say all of it: a family of poolings, resizings and paddings, and torch's own tests.
+# Operations recognized by their names: pooling, resizing, padding, and torch's own tests.
 _FAMILIES = re.compile(
     r"_?(mkldnn_|quantized_|adaptive_|mkldnn_adaptive_|fractional_)?(avg|max)_(un)?pool[123]d(_with_indices)?"
     r"|_?upsample_(nearest|linear|bilinear|bicubic|trilinear|lanczos)\w*"
@@ -74,7 +80,7 @@ _FAMILIES = re.compile(
     r"|_test_\w+|_foobar"
 )
 
-# The same of quantised arrays, and packing of weights.
+# The same for quantised arrays, and packing of weights.
 _QUANTIZED = re.compile(
     r"(add|mul|cat|sigmoid|softmax|threshold|elu|celu|clamp|dropout|hardswish|leaky_relu|prelu|relu6|max_pool[12]d"
     r"|(batch|layer|group|instance)_norm([123]d)?)(_scalar)?(_relu)?(_out)?"
@@ -160,12 +166,21 @@ _KNOWN_UNKNOWN = frozenset({
 
 
 def register_product(name: str) -> Callable[[Formula], Formula]:
-    """Return a decorator that registers what an operation ``namespace::operation`` computes.
+    """Register the formula of an operation; use as a decorator.
 
-    The function gets the arguments by the names of the operation's schema, with defaults, and the result. It returns
-    MACs, a :class:`Product`, or None if this call computes no product. All overloads share it, and so does the in-place
-    form; a backward pass may be an operation of its own. Higher-order operations have the namespace ``higher_order``.
-    ValueError for a name without a namespace.
+    The formula is called as ``formula(arguments, output)``. ``arguments`` maps the names of the operation's schema to
+    values, including defaults. The formula returns MACs, a :class:`Product`, or None if the call computes no product.
+    It applies to all overloads and to the in-place form. A backward operation needs its own formula.
+
+    Parameters
+    ----------
+    name
+        ``namespace::operation``, or ``higher_order::operation`` for a higher-order operation.
+
+    Raises
+    ------
+    ValueError
+        If the name has no namespace.
 
     Examples
     --------
@@ -190,7 +205,10 @@ def register_product(name: str) -> Callable[[Formula], Formula]:
 
 
 def register_no_product(name: str) -> None:
-    """Register an operation without products: ``register_no_product("torchvision::nms")``."""
+    """Register an operation without products, such as ``register_no_product("torchvision::nms")``.
+
+    ValueError if the name has no namespace.
+    """
     _check_name(name)
     _FORMULAS.pop(name, None)
     _REGISTERED_FREE.add(name)
@@ -199,7 +217,7 @@ def register_no_product(name: str) -> None:
 
 def _check_name(name: str) -> None:
     if not re.fullmatch(r"\w+::\w+", name):
-        raise ValueError(f"an operation is named namespace::operation, such as aten::mm, got {name!r}")
+        raise ValueError(f"the name of an operation must be namespace::operation, such as aten::mm, got {name!r}")
 
 
 def _forget() -> None:
@@ -208,12 +226,15 @@ def _forget() -> None:
 
 
 def operation_names() -> list[str]:
-    """``namespace::operation`` of every operation in torch's registry, sorted."""
+    """Return ``namespace::operation`` of every operation in torch's registry, sorted."""
     return sorted({name.partition(".")[0] for name in torch._C._dispatch_get_all_op_names()})
 
 
 def formula_of(name: str) -> Formula | None:
-    """Return the formula of an operation or of its in-place form, or else that of ``torch.utils.flop_counter``."""
+    """Return the formula of ``namespace::operation`` or of its out-of-place form, or None.
+
+    If structlin has none, the formula registered with ``torch.utils.flop_counter`` is used.
+    """
     if name in _FORMULAS:
         return _FORMULAS[name]
     if name.endswith("_") and name[:-1] in _FORMULAS:
@@ -226,9 +247,14 @@ def formula_of(name: str) -> Formula | None:
 
 
 def classify(operation: Any) -> str:
-    """Return the list of a ``torch._ops.OpOverload`` or a higher-order operation.
+    """Return the list of an operation: ``product``, ``no product``, ``unknown`` or ``composite``.
 
-    It is ``product``, ``no product``, ``unknown``, or ``composite``.
+    An operation with a formula of ``torch.utils.flop_counter.register_flop_formula`` is a product.
+
+    Parameters
+    ----------
+    operation
+        A ``torch._ops.OpOverload`` or a higher-order operation.
 
     Examples
     --------
@@ -237,7 +263,7 @@ def classify(operation: Any) -> str:
     ['product', 'no product', 'composite']
     """
     found = _classify(operation)
-    if found == UNKNOWN and isinstance(operation, torch._ops.OpOverload):  # a formula may have been registered since
+    if found == UNKNOWN and isinstance(operation, torch._ops.OpOverload):  # torch may have a new formula
         return PRODUCT if formula_of(operation._schema.name) else UNKNOWN
     return found
 
@@ -259,7 +285,7 @@ def _classify(operation: Any) -> str:
 
 @cache
 def classify_name(name: str) -> str:
-    """Return the list that ``namespace::operation`` is in, with all its overloads.
+    """Return the list of ``namespace::operation`` with all its overloads, as :func:`classify` does.
 
     Examples
     --------
@@ -293,7 +319,7 @@ def classify_name(name: str) -> str:
 
 
 def _bases(name: str) -> list[str]:
-    """Operations that one is a form of: in place, on lists, a copy in place of a view, the backward pass."""
+    """Return the operations of which this is the in-place, list, copy, functional or backward form."""
     found = [name[:-1]] if name.endswith("_") and not name.endswith("__") else []
     found += [name.removeprefix("_foreach_")] if name.startswith("_foreach_") else []
     return found + [name.removesuffix(end) for end in ("_copy", "_functional", "_backward") if name.endswith(end)]
@@ -304,7 +330,7 @@ def _overloads(namespace: str, name: str) -> list[Any]:
     if not isinstance(packet, torch._ops.OpOverloadPacket):
         return []
     overloads = [getattr(packet, overload) for overload in packet.overloads()]
-    overloads = [o for o in overloads if torch._C._dispatch_has_kernel(o.name())]  # without those of TorchScript alone
+    overloads = [o for o in overloads if torch._C._dispatch_has_kernel(o.name())]  # without overloads of TorchScript
     return [o for o in overloads if not o._overloadname.endswith("out")] or overloads
 
 

@@ -1,9 +1,9 @@
 """Count the operations that reach torch's dispatcher, forward and backward, by module.
 
-Every node of the autograd graph has a sequence number. The recorder notes at which numbers modules are entered and
-left, so that an operation of the backward pass is known by the node that runs it. Structured layers and
-``scaled_dot_product_attention`` are counted as a whole, because what they are made of depends on device and dtype:
-their operations are left out, and their backward pass is added when it runs.
+Every node of the autograd graph has a sequence number. The recorder notes the numbers at which modules are entered and
+left. So the node that runs an operation of the backward pass determines its module. Structured layers and
+``scaled_dot_product_attention`` are counted as a whole, because their operations depend on device and dtype. These
+operations are not counted, and the backward pass of the whole is added when it runs.
 """
 
 from __future__ import annotations
@@ -53,11 +53,19 @@ FORWARD, BACKWARD, AGAIN = "forward", "backward", "again"
 
 
 def backward_macs(structure: AbstractStructure, needs_input: bool, needs_factors: Sequence[bool]) -> int:
-    """Return the MACs of the backward pass of a layer, for one vector.
+    """Return the MACs of a layer's backward pass for one vector.
 
-    Step k of a chain multiplies its input and its factor; each of the two gradients costs as much as the product. The
-    gradient of the input is needed if that of the input of the layer or of an earlier factor is. Any other structure
-    counts as one product.
+    The gradient of the input or of the factor of a step costs as much as the step. The gradient of a step's input is
+    needed if that of the layer's input or of an earlier factor is. A structure that is not a chain counts as one step.
+
+    Parameters
+    ----------
+    structure
+        The structure of the layer.
+    needs_input
+        Whether the layer's input needs a gradient.
+    needs_factors
+        Whether each factor needs a gradient.
 
     Examples
     --------
@@ -75,7 +83,7 @@ def backward_macs(structure: AbstractStructure, needs_input: bool, needs_factors
 
 
 def inner_tensors(x: Tensor) -> list[Tensor]:
-    """Return the arrays that a tensor is made of: those of a subclass such as a jagged tensor, or of a sparse one."""
+    """Return the dense arrays that represent a tensor, such as a subclass or a sparse tensor."""
     subclass: Any = x
     if is_traceable_wrapper_subclass(subclass):
         names, _ = subclass.__tensor_flatten__()
@@ -90,7 +98,7 @@ def inner_tensors(x: Tensor) -> list[Tensor]:
 
 
 def _storage(x: Tensor) -> StorageWeakRef | None:
-    """Names the memory of an array; unlike data_ptr(), distinct on the meta device, and never used again."""
+    """Return an identity of the memory of an array; unlike data_ptr(), it works on meta and is never reused."""
     try:
         return StorageWeakRef(x.untyped_storage())
     except (NotImplementedError, RuntimeError):  # no memory of its own
@@ -106,7 +114,7 @@ def _numbers(x: Tensor) -> int:
 
 
 def _physical(x: Tensor) -> tuple[Tensor, dict[int, int]]:
-    """Return the array below functorch's wrappers, and the sizes of the axes that vmap hides, by its level."""
+    """Return the array inside functorch's wrappers, and the sizes of the axes of vmap by level."""
     functorch, hidden = torch._C._functorch, {}
     while functorch.is_functorch_wrapped_tensor(x):
         inside = functorch.get_unwrapped(x)
@@ -122,15 +130,15 @@ class _Entry:
 
     module: nn.Module
     name: str
-    backward: bool  # it was entered in the backward pass, to compute something again
+    backward: bool  # entered in the backward pass, for recomputation
     opaque: bool
 
 
 class Recorder(TorchDispatchMode):
-    """Dispatch mode with hooks on modules and on attention; `models` are by the prefix of their names.
+    """The dispatch mode that counts, with its hooks on modules and attention.
 
-    With `causal`, only the pairs of queries and keys that a causal mask leaves are counted; with `flash`, also what
-    fused attention computes again in its backward pass.
+    ``models`` maps prefixes of names to models. ``causal`` and ``flash`` are ``causal_discount`` and
+    ``flash_backward`` of :func:`structlin_nn.torch.counting.count`.
     """
 
     supports_higher_order_operators = True
@@ -165,7 +173,7 @@ class Recorder(TorchDispatchMode):
     # -- modules ---------------------------------------------------------------------------------------------------
 
     def adopt(self, model: nn.Module, prefix: str) -> None:
-        """Know the modules and weights of a model by name."""
+        """Register the modules and weights of a model."""
         self.roots[prefix] = model
         for name, module in model.named_modules():
             self._named(module, f"{prefix}.{name}" if prefix and name else prefix or name)
@@ -183,9 +191,9 @@ class Recorder(TorchDispatchMode):
 
     @contextmanager
     def recording(self) -> Iterator[None]:
-        """Count what runs inside."""
+        """Count everything that runs within the statement."""
         with ExitStack() as stack:
-            # Nodes are numbered by thread: the backward pass runs in that of the forward pass.
+            # Nodes are numbered by thread, so the backward pass must run in the thread of the forward pass.
             stack.enter_context(torch.autograd.set_multithreading_enabled(False))
             stack.enter_context(adapted_libraries())
             for handle in (
@@ -218,7 +226,7 @@ class Recorder(TorchDispatchMode):
         return prefix
 
     def _leave(self, module: nn.Module, args: tuple, *rest: Any) -> None:
-        # After an exception torch leaves the keywords out.
+        # After an exception torch does not pass the keywords.
         kwargs, output = rest if len(rest) == 2 else ({}, None)
         if threading.get_ident() != self.thread or not any(entry.module is module for entry in self.stack):
             return
@@ -234,7 +242,7 @@ class Recorder(TorchDispatchMode):
         self._mark()
 
     def _mark(self) -> None:
-        """From here on, nodes belong to the module that is being called."""
+        """Assign the following nodes to the module that is being called."""
         self.marks.append(torch._C._autograd._get_sequence_nr())
         self.places.append((self._name(), self.opaque > 0))
 
@@ -353,7 +361,7 @@ class Recorder(TorchDispatchMode):
             node.register_prehook(lambda gradients: self.add(name, backward, kind, BACKWARD))
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, output: Tensor, causal: bool, gqa: bool) -> None:
-        """Scores (queries times keys) and values (weights times values), of shape (..., tokens, size).
+        """Count scores (queries times keys) and values (weights times values), of shape (..., tokens, size).
 
         The backward pass has two products for each of both; fused, it computes the scores once more.
         """
@@ -494,7 +502,7 @@ def _run(func: Any, args: tuple, kwargs: dict) -> Any:
 
 
 def _bound(func: Any, args: tuple, kwargs: dict) -> dict[str, Any]:
-    """Arguments by the names of the schema, with defaults."""
+    """Return the arguments by the names of the schema, with defaults."""
     found = {}
     for number, argument in enumerate(func._schema.arguments):
         if number < len(args):

@@ -1,4 +1,4 @@
-"""What a count returns: products by module, totals, a tree, and their forms for programs."""
+"""Results of a count: products by module, totals, a tree by module, and exports."""
 
 from __future__ import annotations
 
@@ -17,17 +17,28 @@ class CallCount:
 
     Attributes
     ----------
+    name, module
+        Name and type of the module.
     kind
         ``linear`` (a weight times activations), ``convolution``, ``attention`` (score and value products), ``linalg``
-        (factorisations, solves), ``fft``, or ``product`` (of two activations).
-    macs, backward_macs, recomputed_macs
-        MACs of the forward and the backward pass, and those of the latter that the forward pass had computed before.
+        (factorizations, solves), ``fft``, or ``product`` (of two activations).
+    params
+        Number of trainable parameters of a linear or convolution layer; 0 for other kinds.
+    in_features, out_features
+        Sizes of a layer, or None.
+    macs, backward_macs
+        Multiply-accumulates of the forward and of the backward pass.
+    recomputed_macs
+        The part of ``backward_macs`` that the forward pass has already computed.
     other_flops, backward_other_flops
-        FLOPs that are no products, such as those of FFTs.
+        FLOPs that are not multiply-accumulates, such as those of FFTs.
+    calls
+        Number of products in the forward pass.
     rows
-        Vectors that a linear layer was applied to.
+        Number of vectors to which a linear layer was applied.
     moved, backward_moved
-        Numbers that the products read and write, each once; fused attention without the scores.
+        Numbers that the products read and write: operands and result, once for each product. Fused attention does not
+        move the scores.
     """
 
     name: str
@@ -54,10 +65,10 @@ class CallCount:
 
 @dataclass
 class ModuleCount:
-    """A module with all that is inside of it (:meth:`ModelCount.tree`).
+    """Totals of a module and its children; see :meth:`ModelCount.tree`.
 
-    ``share`` is that of the forward MACs of the model. ``params`` counts shared parameters for each module that is
-    called.
+    ``share`` is the fraction of the model's forward MACs. ``params`` counts a shared parameter once for each module
+    that uses it. Other fields are those of :class:`CallCount`; ``seconds`` is as in :class:`ModelCount`.
     """
 
     name: str
@@ -72,11 +83,11 @@ class ModuleCount:
 
     @property
     def flops_per_second(self) -> float | None:
-        """FLOPs of the forward pass for each second of it; None where it was not timed."""
+        """FLOPs of the forward pass per second; None if it was not timed."""
         return (2 * self.macs + self.other_flops) / self.seconds if self.seconds else None
 
     def walk(self, depth: int = 0) -> Iterator[tuple[int, ModuleCount]]:
-        """Yield (depth, count) of the module and of those inside."""
+        """Yield (depth, count) of the module and of its descendants."""
         yield depth, self
         for child in self.children:
             yield from child.walk(depth + 1)
@@ -84,36 +95,47 @@ class ModuleCount:
 
 @dataclass
 class ModelCount:
-    """Result of :func:`count`; ``print`` shows a table, and :meth:`tree` has one by module.
+    """Result of :func:`count`. ``print`` shows a table by call, :meth:`format_tree` a table by module.
 
     Attributes
     ----------
     calls
-        Counts of the products, in the order in which they are first computed.
-    params, trainable_params, embedding_params
-        Numbers of parameters, shared ones once: all, those with a gradient, and trainable ones of nn.Embedding.
-    buffer_bytes, param_bytes, trainable_bytes
-        Bytes of buffers, parameters and trainable parameters.
-    uncounted_ops, uncounted_moved
-        Operations without products, with their numbers of calls in the forward pass, and the numbers that they read and
-        write.
-    unknown_ops
-        Operations of unknown cost, with their numbers of calls, forward and backward; all totals lack their work.
-    saved, saved_float_bytes, saved_bytes
-        Floating numbers that the forward pass keeps for the backward pass, their bytes, and the bytes of other kept
-        values (masks, indices). Each array counts once, without parameters and buffers; attention as if it is fused.
+        Products by module and kind, in the order of their first call.
+    params
+        Number of parameters; a shared one counts once.
+    trainable_params
+        Number of parameters that require a gradient.
+    embedding_params
+        Number of trainable parameters of nn.Embedding.
+    buffer_bytes
+        Bytes of buffers.
+    uncounted_ops
+        Number of calls in the forward pass of each operation without products.
+    uncounted_moved
+        Numbers that these operations read and write.
+    saved
+        Floating numbers that the forward pass keeps for the backward pass on this device. Each array counts once,
+        without parameters and buffers. Attention keeps what fused attention does: queries, keys, values, result, and
+        the log-sum-exp of each query.
+    saved_bytes
+        Bytes of other kept values, such as masks and indices.
     saved_known
-        Whether these three were counted: not inside a context, nor if the model uses ``torch.func.grad``.
+        Whether ``saved`` and ``saved_bytes`` were counted. :class:`Counting` does not count them, and they cannot be
+        counted if the model uses ``torch.func.grad``.
+    unknown_ops
+        Number of calls, forward and backward, of each unknown operation. Their work is missing from all totals.
+    param_bytes, trainable_bytes, saved_float_bytes
+        Bytes of ``params``, ``trainable_params`` and ``saved`` in their own dtypes.
     dtype
-        Name of the dtype of the parameters; None for several dtypes or no parameters.
+        Name of the parameters' dtype; None for several dtypes or no parameters.
     backward_from
-        What the backward pass starts from.
+        What the backward pass starts from, as text: the loss, a number of results, or nothing.
     unreached_params
-        Number of trainable parameters without a gradient, because no start of the backward pass depends on them.
+        Number of trainable parameters without a gradient.
     modules
-        Type of each called module, by name.
+        Type of each module that was called, by name.
     seconds
-        Seconds of the forward pass of each module (:func:`time_modules`).
+        Seconds of the forward pass of each module, if :func:`time_modules` timed it.
     """
 
     calls: list[CallCount]
@@ -137,12 +159,12 @@ class ModelCount:
     seconds: dict[str, float] = field(default_factory=dict)
 
     def macs(self, kind: str | None = None) -> int:
-        """Forward MACs, of all calls or of one kind."""
+        """Return the forward MACs of all calls or of one kind."""
         return sum(c.macs for c in self.calls if kind in (None, c.kind))
 
     @property
     def training_macs(self) -> int:
-        """MACs of the forward and the backward pass, with what the latter computes again."""
+        """MACs of the forward and the backward pass, including recomputation."""
         return sum(c.training_macs for c in self.calls)
 
     @property
@@ -152,7 +174,7 @@ class ModelCount:
 
     @property
     def other_flops(self) -> int:
-        """FLOPs of the forward pass that are no products: of FFTs, and elementwise in structured layers."""
+        """FLOPs of the forward pass that are not MACs: of FFTs, and elementwise in structured layers."""
         return sum(c.other_flops for c in self.calls)
 
     @property
@@ -162,16 +184,26 @@ class ModelCount:
 
     @property
     def flops(self) -> int:
-        """FLOPs of the forward pass: two for each MAC, and the other ones."""
+        """FLOPs of the forward pass: two for each MAC, plus ``other_flops``."""
         return 2 * self.macs() + self.other_flops
 
     @property
     def training_flops(self) -> int:
-        """FLOPs of the forward and the backward pass: two for each MAC, and the other ones."""
+        """FLOPs of the forward and the backward pass: two for each MAC, plus ``training_other_flops``."""
         return 2 * self.training_macs + self.training_other_flops
 
     def tree(self, depth: int | None = None) -> ModuleCount:
-        """Return the modules as a tree, each with all that is inside of it, down to `depth` levels below the model.
+        """Return the counts as a tree of modules, each with the totals of its descendants.
+
+        Parameters
+        ----------
+        depth
+            Number of levels below the model; default all. Deeper modules are included in their ancestors.
+
+        Raises
+        ------
+        ValueError
+            If ``depth`` is not an integer of at least 0.
 
         Examples
         --------
@@ -212,7 +244,7 @@ class ModelCount:
         return root
 
     def format_tree(self, depth: int | None = None) -> str:
-        """:meth:`tree` to read: MACs forward and in training, shares, and where it was timed seconds and FLOP/s."""
+        """Return :meth:`tree` as a table of MACs and shares, with time (ms) and GFLOP/s if it was timed."""
         head = ["module", "type", "params", "MACs", "share", "training MACs"]
         head += ["ms", "GFLOP/s"] if self.seconds else []
         rows = []
@@ -227,16 +259,16 @@ class ModelCount:
         return table(head, rows, left=2, rule=False)
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields and totals, of types that ``json.dumps`` takes."""
+        """Return all fields and totals as a dict that ``json.dumps`` accepts."""
         totals = ("training_macs", "recomputed_macs", "other_flops", "training_other_flops", "flops", "training_flops")
         return asdict(self) | {"macs": self.macs()} | {name: getattr(self, name) for name in totals}
 
     def to_json(self, **options: Any) -> str:
-        """:meth:`to_dict` as JSON; the options are those of ``json.dumps``."""
+        """Return :meth:`to_dict` as JSON; ``options`` are those of ``json.dumps``."""
         return json.dumps(self.to_dict(), **options)
 
     def to_dataframe(self) -> Any:
-        """One row for each entry of ``calls``, as a pandas.DataFrame. Raises ImportError without pandas."""
+        """Return a pandas.DataFrame with a row for each entry of ``calls``. ImportError without pandas."""
         try:
             pandas = import_module("pandas")
         except ImportError as error:
@@ -272,7 +304,16 @@ class ModelCount:
 
 
 def format_unknown(unknown: dict[str, int]) -> str:
-    """Return what a total leaves out, in words; empty where it leaves out nothing."""
+    """Return a text that names the operations missing from a total; empty if there are none."""
     if not unknown:
         return ""
     return "UNKNOWN operations: " + ", ".join(f"{name} x{number}" for name, number in unknown.items())
+
+
+def _columns(rows: list[list[str]], left: int) -> list[str]:
+    """Return lines of aligned cells; the first ``left`` columns are aligned to the left."""
+    widths = [max(map(len, cells)) for cells in zip(*rows, strict=True)]
+    return [
+        "  ".join(c.ljust(w) if i < left else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
+        for row in rows
+    ]

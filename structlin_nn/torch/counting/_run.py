@@ -1,4 +1,4 @@
-"""Counting a model with inputs, and counting whatever runs inside a context."""
+"""Counts of a model with inputs, and of a ``with`` statement."""
 
 from __future__ import annotations
 
@@ -30,36 +30,40 @@ def count(
     flash_backward: bool = False,
     **kwargs: Any,
 ) -> ModelCount:
-    """Count the products of ``model(*inputs, **kwargs)`` and of its backward pass, module by module.
+    """Count the products of ``model(*inputs, **kwargs)`` and of its backward pass by module.
 
-    The model runs once on its device and in its mode, forward and backward. So parts under ``no_grad`` or
-    ``inference_mode`` have no backward pass, and checkpointing computes products again. Tensors on the meta device cost
-    nothing. Buffers (the statistics of a BatchNorm), gradients and the states of random number generators are restored
-    afterwards. Totals are those of the whole batch.
+    The model runs once, forward and backward, on its device and in its mode. Parts under ``no_grad`` or
+    ``inference_mode`` have no backward pass, and checkpointing computes again. The totals are those of the whole batch.
+    Afterwards buffers (such as the statistics of BatchNorm), gradients and states of random number generators are
+    restored. On the meta device nothing is allocated or computed.
 
     Parameters
     ----------
     model
-        A module whose parameters have sizes: call a lazy module once before.
+        Module to count. Call a model with lazy modules once before.
     inputs, kwargs
-        Arguments of the model. Gradients reach those that require them, and not what they were computed from.
+        Arguments of the model. Gradients are computed for inputs that require them, but not for their origins.
     loss
-        Function of the result of the model, from which the backward pass starts. None: all floating results that have a
-        gradient, which is more than a training step needs if its loss leaves some of them out.
+        Function of the model's result from which the backward pass starts. Default: all floating results with a
+        gradient. This costs more than a training step if the loss does not use all of them.
     backward
-        False counts only the forward pass.
+        If False, count only the forward pass.
     strict
-        Raise UnknownOperationError if an operation is unknown.
+        Raise an error if an operation is unknown.
     causal_discount
-        Of attention with ``is_causal=True``, count only the pairs that the mask leaves.
+        For attention with ``is_causal=True``, count only the pairs of queries and keys within the mask.
     flash_backward
-        Also count the scores that fused attention computes again in its backward pass, which then costs 2.5 times the
-        forward pass instead of 2 times.
+        Add the scores that fused attention computes again in its backward pass, which then costs 2.5 instead of 2 times
+        the forward pass.
 
     Raises
     ------
-    TypeError, ValueError
-        ``model`` is not a module, or a lazy one; a ``loss`` that returns no tensor with a gradient.
+    TypeError
+        If ``model`` is not a module.
+    ValueError
+        For lazy modules without sizes, and if ``loss`` does not return a tensor with a gradient.
+    UnknownOperationError
+        If ``strict`` is true and an operation is unknown.
 
     Examples
     --------
@@ -69,13 +73,13 @@ def count(
     ([('0', 120), ('2', 90)], 210, 510, {'aten.relu': 1})
     """
     if not isinstance(model, nn.Module):
-        raise TypeError(f"a torch module is needed, got {model!r}")
+        raise TypeError(f"model must be a torch module, got {model!r}")
     _check_lazy(model)
     options = {"causal": causal_discount, "flash": flash_backward}
     try:
         found = _counted(model, inputs, kwargs, loss, backward, True, options)
     except RuntimeError as error:
-        if "saved tensor hooks" not in str(error):  # torch.func takes gradients only without them
+        if "saved tensor hooks" not in str(error):  # gradients of torch.func do not support these hooks
             raise
         found = _counted(model, inputs, kwargs, loss, backward, False, options)
     if strict:
@@ -110,7 +114,7 @@ def _counted(
 
 
 def _described(x: Any) -> str:
-    return f"one of shape {tuple(x.shape)} without" if isinstance(x, Tensor) else repr(type(x))
+    return f"a tensor of shape {tuple(x.shape)} without a gradient" if isinstance(x, Tensor) else repr(type(x))
 
 
 def _check_lazy(model: nn.Module) -> None:
@@ -120,12 +124,12 @@ def _check_lazy(model: nn.Module) -> None:
 
 
 def _run_backward(output: Any, name: str | None) -> str:
-    """Run the backward pass of all results, and say what it started from."""
+    """Run the backward pass of all results, and return what it started from."""
     results = {id(x): x for x in _tensors(output)}
     reached = [x for x in results.values() if x.requires_grad and (x.is_floating_point() or x.is_complex())]
     if not reached:
         return "nothing"
-    # Gradients that cost no operation, so that only the backward pass is counted.
+    # These are made outside the dispatch modes, so that only the backward pass is counted.
     with torch.utils._python_dispatch._disable_current_modes():
         ones = [torch.ones_like(x).detach() for x in reached]
     try:
@@ -148,7 +152,7 @@ def _tensors(x: Any) -> Iterator[Tensor]:
 
 
 def _leaf(x: Any) -> Any:
-    """Return an input without what it was computed from."""
+    """Return an input that is detached from the operations that computed it."""
     if not isinstance(x, Tensor):
         return x
     if x.is_inference():
@@ -158,7 +162,7 @@ def _leaf(x: Any) -> Any:
 
 @contextmanager
 def _untouched(model: nn.Module) -> Iterator[None]:
-    """Put back buffers, gradients and the states of random number generators."""
+    """Restore buffers, gradients and the states of random number generators at the end."""
     buffers = [(module, dict(module._buffers)) for module in model.modules() if module._buffers]
     values = {id(b): (b, b.detach().clone()) for _, known in buffers for b in known.values() if b is not None}
     parameters = [(p, p.grad) for p in model.parameters()]
@@ -190,18 +194,18 @@ def _untouched(model: nn.Module) -> Iterator[None]:
 
 
 class Counting:
-    """Count whatever runs inside of a ``with`` statement, forward and backward.
+    """Count everything that runs within a ``with`` statement, forward and backward.
 
-    Nothing is run for you and nothing is put back. What runs in no module counts as ``(outside)``; modules that are
-    not known get the name of their type before their own. The backward pass has to run in the thread of the forward
-    pass, as it does inside.
+    Operations outside of modules count as ``(outside)``. Modules that are not part of ``models`` are named after their
+    type. The backward pass must run in the thread of the forward pass, which is the default within the statement.
+    Buffers and gradients are not restored.
 
     Parameters
     ----------
-    models
-        Whose modules are named as in the model; keywords put a name before.
+    model, models
+        Models whose modules are named as in the model; a keyword is a prefix of the names.
     strict, causal_discount, flash_backward
-        As for :func:`count`; the error of ``strict`` comes at the end.
+        As in :func:`count`. The error of ``strict`` is raised at the end of the statement.
 
     Examples
     --------
@@ -220,7 +224,7 @@ class Counting:
         named = ({} if model is None else {"": model}) | models
         for one in named.values():
             if not isinstance(one, nn.Module):
-                raise TypeError(f"a torch module is needed, got {one!r}")
+                raise TypeError(f"model must be a torch module, got {one!r}")
             _check_lazy(one)
         self._recorder = Recorder(named, causal=causal_discount, flash=flash_backward)
         self._strict = strict
@@ -237,7 +241,7 @@ class Counting:
 
     @property
     def result(self) -> ModelCount:
-        """What has run so far; activations are not part of it."""
+        """The count so far, without saved activations."""
         found = _collected(self._recorder, self._recorder.roots)
         found.backward_from, found.saved_known = "what was run", False
         return found
@@ -247,7 +251,8 @@ def _refuse_unknown(found: ModelCount) -> None:
     if found.unknown_ops:
         names = ", ".join(f"{name} x{number}" for name, number in found.unknown_ops.items())
         raise UnknownOperationError(
-            f"the cost of these operations is unknown: {names}; register_product or register_no_product states it"
+            f"the cost of these operations is unknown: {names}; register them with register_product or "
+            "register_no_product"
         )
 
 

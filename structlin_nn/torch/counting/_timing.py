@@ -19,12 +19,28 @@ from structlin_nn.torch.counting._run import _check_lazy, _untouched, count
 def time_modules(
     model: nn.Module, *inputs: Any, repeats: int = 5, warm: int = 1, grad: bool = False, **kwargs: Any
 ) -> ModelCount:
-    """Count a model, and time the forward pass of each module: the median of `repeats` calls, after `warm` others.
+    """Count a model, and time the forward pass of each module (``seconds``) as the median of several calls.
 
-    Hooks measure the times, on a CUDA device between synchronisations, so modules of a few microseconds seem slower
-    than they are. :meth:`ModelCount.format_tree` shows milliseconds and FLOP/s. Buffers and the states of random number
-    generators are restored. Other arguments are those of :func:`count`; `grad` times with gradients enabled. ValueError
-    for numbers out of range, or a model on the meta device.
+    Hooks time the modules; on a CUDA device they synchronize. This overhead is visible for modules that take a few
+    microseconds. Buffers and states of random number generators are restored.
+
+    Parameters
+    ----------
+    model, inputs, kwargs
+        As in :func:`count`.
+    repeats
+        Number of timed calls.
+    warm
+        Number of calls before them.
+    grad
+        Enable gradients in the timed calls.
+
+    Raises
+    ------
+    TypeError
+        If ``model`` is not a module.
+    ValueError
+        If ``repeats`` is below 1, ``warm`` is negative, or the model is on the meta device.
 
     Examples
     --------
@@ -34,12 +50,12 @@ def time_modules(
     (['', '0', '1'], True)
     """
     if repeats < 1 or warm < 0:
-        raise ValueError(f"at least one repeat and no negative number of warm calls, got {repeats} and {warm}")
+        raise ValueError(f"repeats must be at least 1 and warm at least 0, got {repeats} and {warm}")
     if not isinstance(model, nn.Module):
-        raise TypeError(f"a torch module is needed, got {model!r}")
+        raise TypeError(f"model must be a torch module, got {model!r}")
     _check_lazy(model)
     if any(p.device.type == "meta" for p in model.parameters()):
-        raise ValueError("a model on the meta device computes nothing that could be timed")
+        raise ValueError("a model on the meta device computes nothing, so it cannot be timed; move it to a device")
     found = count(model, *inputs, backward=False, **kwargs)
     names = {module: name for name, module in model.named_modules()}
     cuda = any(p.is_cuda for p in model.parameters())

@@ -275,7 +275,7 @@ class TestRegistry:
         factors = sl.random_factors(STRUCTURE, backend="torch", dtype="float32", seed=0)
         assert STRUCTURE.apply(factors, torch.ones(3, 40)).eq(0).all()
         assert calls == [(3, 40)]
-        with pytest.raises(ValueError, match="'mine' already"):
+        with pytest.raises(ValueError, match="named 'mine' is already registered"):
             execution.register(Mine())
 
     @pytest.mark.parametrize("name", ["estimate", "-mine", "a b", ""])

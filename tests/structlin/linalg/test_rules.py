@@ -302,7 +302,7 @@ def test_arguments_are_checked():
         cola.eig(A, 7, "LM")
     with pytest.raises(ValueError, match="which must be"):
         cola.eig(A, 1, "LA")
-    with pytest.raises(ValueError, match="annotate with cola"):
+    with pytest.raises(ValueError, match="Eigh needs an operator annotated"):
         cola.eig(A, 1, "LM", cola.linalg.Eigh())
     with pytest.raises(ValueError, match="tolerance must"):
         linalg.spectral_norm(A, tolerance=0)

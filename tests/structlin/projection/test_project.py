@@ -201,8 +201,8 @@ W = np.arange(1.0, 13.0).reshape(3, 4)
     (W, "low_rank", {"max_sweeps": 0}, "max_sweeps must be an integer of at least 1"),
     (W, "low_rank", {"tolerance": 1.0}, "tolerance"),
     (W, design("low_rank", (4, 3), rank=1), {}, r"the structure has shape \(4, 3\), W has shape \(3, 4\)"),
-    (W, design("low_rank", (3, 4), rank=1), {"rank": 2}, "a structure has its rank"),
-    (W, design("low_rank", (3, 4), rank=1), {"target_error": 0.1}, "a structure has its rank"),
+    (W, design("low_rank", (3, 4), rank=1), {"rank": 2}, "a structure includes its rank"),
+    (W, design("low_rank", (3, 4), rank=1), {"target_error": 0.1}, "a structure includes its rank"),
     (np.random.default_rng(0).standard_normal((3, 4)), "low_rank", {"target_error": 1e-30}, "no rank of 'low_rank' up"),
 ])  # fmt: skip
 def test_bad_values(matrix, structure, options, words):
@@ -237,7 +237,7 @@ class Unknown(AbstractStructure):
     (W.tolist(), "low_rank", "expected a NumPy array"),
     (W, 3, "must be a name"),
     (W, dict, "must be a name"),
-    (W, Unknown(), "no einsum chain, and it does not implement `nearest`"),
+    (W, Unknown(), "not a chain of einsums and does not implement `nearest`"),
 ])  # fmt: skip
 def test_bad_types(matrix, structure, words):
     with pytest.raises(TypeError, match=words):

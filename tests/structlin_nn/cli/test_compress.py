@@ -214,7 +214,7 @@ def test_misuse(trained: Path, tokens: Path, out: Path, tmp_path: Path, capsys: 
         (f"{trained} {small} --blocks 3 --out {out}", "has no option 'blocks'"),
         (f"{trained} {small} --exclude nothing --out {out}", "no linear layer matches 'nothing'"),
         (f"{trained} {small} --calibrate -1 --out {out}", "--calibrate must be at least 0, got -1"),
-        (f"{trained} {small} --average --out {out}", "keeps no average"),
+        (f"{trained} {small} --average --out {out}", "has no average"),
         (f"{trained} {small} --untie --out {out}", "has no option untie"),
         (f"{trained} {small} --weights {taken} --out {out}", "has no option weights"),
         (f"{trained} {small} --device cuda:99 --out {out}", "does not exist"),

@@ -272,7 +272,7 @@ def test_allocation_without_a_law(approach: int, tmp_path: Path, capsys: pytest.
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("--size params", "--size and --data go together"),
+        ("--size params", "--size and --data must be given together"),
         ("--budget 1e18", "--budget is an option of laws in two sizes"),
         ("--size params --data tokens --floor", "--frontier, --floor and --noise are options of laws in one size"),
         ("--size params --data tokens --budget -1", "--budget must be positive and finite, got -1"),

@@ -118,7 +118,7 @@ def test_the_list(capsys: pytest.CaptureFixture[str]) -> None:
         ("imagenet --data nowhere --epochs 1 --warmup-epochs 0", "nowhere"),
         ("cifar --epochs 1 --accumulate 3", "1024 samples in a process's share cannot be split into 3 parts"),
         ("cifar --epochs 3 --steps 500 --batch-size 1000", "epochs must be 50, got 3"),
-        ("cifar --optimizer muon", "adam_lr and optimizer='muon' go together"),
+        ("cifar --optimizer muon", "adam_lr and optimizer='muon' must be given together"),
         ("cifar --track tensorbord", "tensorbord"),
     ],
 )

@@ -302,7 +302,7 @@ def test_inference_and_keywords() -> None:
     assert counted.embedding_params == 20
     assert counted.uncounted_ops["aten.embedding"] == 1
     assert count(model[:2], torch.zeros(3, 4)).uncounted_ops.keys() == {"aten._native_batch_norm_legit_no_training"}
-    with pytest.raises(TypeError, match="a torch module is needed, got <class"):
+    with pytest.raises(TypeError, match="model must be a torch module, got <class"):
         count(StructuredLinear, torch.zeros(3))
 
 

@@ -313,7 +313,7 @@ def test_neighbours_are_mixed_however_a_batch_is_shared():
         assert torch.equal(torch.cat([part[number] for part in parts]), whole[number])
         expected = weight * values + (1 - weight) * values[[1, 0, 3, 2, 5, 4, 7, 6]]
         torch.testing.assert_close(whole[number], expected)
-    with pytest.raises(ValueError, match="an even number of samples is needed, got 7"):
+    with pytest.raises(ValueError, match="needs an even number of samples, got 7"):
         mixup(images[:7], targets[:7], generator(1), alpha=0.8, neighbours=True)
 
 

@@ -54,7 +54,7 @@ class TestOpen:
         assert (data.vocab_size, data.name, data.tokenizer, data.end_of_text) == (300, "toy", "bytes", 256)
         assert token_vocabulary(folder) == 300
         assert open_tokens(folder, name="other").name == "other"
-        with pytest.raises(ValueError, match=r"vocab_size 400 was given, .*meta\.json says 300"):
+        with pytest.raises(ValueError, match=r"vocab_size is 400, but .*meta\.json states 300"):
             open_tokens(folder, vocab_size=400)
 
     def test_digest_is_that_of_the_tokens(self, folder: Path, tmp_path: Path) -> None:
@@ -98,7 +98,7 @@ class TestOpen:
         (folder / "meta.json").write_text(json.dumps({"version": 1, **splits}), encoding="utf-8")
         raw = bytearray((folder / "train.bin").read_bytes())
         (folder / "train.bin").write_bytes(raw[:-2])
-        with pytest.raises(ValueError, match=r"holds 999 tokens, meta\.json says 1000"):
+        with pytest.raises(ValueError, match=r"has 999 tokens, meta\.json states 1000"):
             open_tokens(folder, digest="x")
         raw[7] ^= 1
         (folder / "train.bin").write_bytes(raw)

@@ -158,7 +158,7 @@ class TestLists:
         assert lines[0] == "UNKNOWN primitives: pure_callback x1"
         assert any(line.startswith("forward MACs") and "without UNKNOWN" in line for line in lines)
         assert found.to_dict()["macs"] == 27
-        with pytest.raises(UnknownPrimitiveError, match="pure_callback x1; state it with register_primitive"):
+        with pytest.raises(UnknownPrimitiveError, match="pure_callback x1; register them with register_primitive"):
             count(call, array(3, 3), strict=True)
         try:
             register_primitive("pure_callback")(lambda equation: 5)

@@ -336,7 +336,7 @@ def test_errors() -> None:
         build_model("cifar-mlp", width=0)
     with pytest.raises(ValueError, match=r"depth must be a positive integer, got 1\.5"):
         build_model("cifar-mlp", width=4, depth=1.5)
-    with pytest.raises(ValueError, match="width of 4 has no room for 8 heads"):
+    with pytest.raises(ValueError, match="width 4 is smaller than the number of heads 8"):
         build_model("cifar-vit", width=4)
     with pytest.raises(ValueError, match="patches of 7 x 7 do not tile images of 32 x 32"):
         build_model("cifar-vit", width=16, patch=7)

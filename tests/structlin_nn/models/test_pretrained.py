@@ -135,7 +135,7 @@ class TestFiles:
         with pytest.raises(FileNotFoundError, match=r"model\.safetensors is missing"):
             load_gpt2(saved)
         (saved / "pytorch_model.bin").write_bytes(b"x")
-        with pytest.raises(ValueError, match=r"no \.safetensors file"):
+        with pytest.raises(ValueError, match=r"not a \.safetensors file"):
             load_gpt2(saved / "pytorch_model.bin")
 
     @pytest.mark.parametrize(
@@ -146,8 +146,8 @@ class TestFiles:
             ("activation_function", "relu", "activation_function 'relu' is not supported"),
             ("n_inner", 100, "n_inner 100 is not supported"),
             ("n_head", 5, "n_embd 48 cannot be divided among 5 heads"),
-            ("n_embd", None, "must tell n_embd as an integer, got None"),
-            ("model_type", "bert", "is of a bert, not of a gpt2"),
+            ("n_embd", None, "n_embd must be an integer in the configuration, got None"),
+            ("model_type", "bert", "must have the model_type .gpt2., got .bert."),
         ],
     )
     def test_other_configurations(self, saved: Path, key: str, value: Any, message: str) -> None:
@@ -157,7 +157,7 @@ class TestFiles:
             load_gpt2(saved)
 
     def test_other_modules(self) -> None:
-        with pytest.raises(TypeError, match="a GPT-2 of transformers is needed, got Linear"):
+        with pytest.raises(TypeError, match="must be a GPT-2 of transformers, got Linear"):
             load_gpt2(torch.nn.Linear(2, 2))
 
 
@@ -183,7 +183,7 @@ def test_command_continues_with_published_weights(
     assert main(line.split()) == 2
     assert "does not state its tokenizer: give --tokenizer" in capsys.readouterr().err
     assert main([*line.split(), "--tokenizer", "gpt2"]) == 2
-    assert "the model knows 67 tokens, and gpt2 has 50257" in capsys.readouterr().err
+    assert "the model has 67 tokens, but the tokenizer gpt2 has 50257" in capsys.readouterr().err
 
 
 class TestOptions:

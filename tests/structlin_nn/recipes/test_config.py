@@ -35,11 +35,11 @@ class TestStrictness:
             ({"structure": "monach"}, "unknown structure 'monach', did you mean monarch"),
             ({"layers": "most"}, "unknown layers 'most'"),
             ({"weight_decay": 0.1}, "needs optimizer='adamw'"),
-            ({"schedule": "constant", "final_lr": 0.1}, "is where a cosine ends"),
+            ({"schedule": "constant", "final_lr": 0.1}, "is the end of a cosine"),
             ({"device": "gpu"}, "device must be cpu, cuda or cuda:N, got 'gpu'"),
             ({"ema": 1.0}, "ema must be from 0 to below 1"),
             ({"model": "cifar-vit", "bias": False}, "bias=False is for cifar-mlp"),
-            ({"optimizer": "muon"}, "adam_lr and optimizer='muon' go together"),
+            ({"optimizer": "muon"}, "adam_lr and optimizer='muon' must be given together"),
             ({"structure": "monarch", "options": {"blcoks": 4}}, "no option 'blcoks', did you mean blocks"),
         ],
     )
@@ -51,7 +51,7 @@ class TestStrictness:
         ("kind", "values", "message"),
         [
             (gpt2.Config, {"steps": 10}, "warmup_steps must be less than steps"),
-            (gpt2.Config, {"width": 8}, "a width of 8 has no room for 12 heads"),
+            (gpt2.Config, {"width": 8}, "width 8 is smaller than the number of heads 12"),
             (
                 imagenet.Config,
                 {"model": "resnet"},

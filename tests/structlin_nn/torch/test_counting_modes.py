@@ -114,7 +114,7 @@ class TestModes:
         assert part.training_macs == 2 * A + 4 * 18
         assert (part.unreached_params, part.backward_from) == (21, "the loss")
         assert "backward from the loss, 21 parameters without a gradient" in str(part)
-        with pytest.raises(ValueError, match=r"loss must return a tensor with a gradient, got one of shape \(4, 8\)"):
+        with pytest.raises(ValueError, match=r"with a gradient, got a tensor of shape \(4, 8\) without"):
             count(model, x(), loss=lambda result: result["a"].detach())
 
     def test_forward_alone(self) -> None:
@@ -150,7 +150,7 @@ class TestModes:
         again = count(functional, x())
         assert again.training_macs == found.training_macs - A, "the data are no leaf of the outer graph here"
         assert not again.saved_known
-        with pytest.raises(ValueError, match="what the forward pass keeps was not counted"):
+        with pytest.raises(ValueError, match="activations were not counted"):
             training_bytes(again)
 
 
@@ -304,7 +304,7 @@ class TestCosts:
         found = count(Call(lambda self, x: self.m[2](self.m[:2](x).float()), m=mixed), x(dtype=torch.bfloat16))
         assert found.dtype is None
         assert training_bytes(found)["weights"] == 2 * 56 + 4 * 45
-        with pytest.raises(ValueError, match="the parameters have several dtypes: name the one"):
+        with pytest.raises(ValueError, match="the parameters have several dtypes; pass dtype"):
             roofline(found, DEVICES["h100"])
 
     def test_shares(self) -> None:
@@ -368,7 +368,7 @@ class TestContext:
         ]  # fmt: skip
 
     def test_errors(self) -> None:
-        with pytest.raises(TypeError, match="a torch module is needed, got 3"):
+        with pytest.raises(TypeError, match="model must be a torch module, got 3"):
             Counting(3)  # type: ignore[arg-type]
         name = "structlin_test::mystery"
         mystery = torch.library.custom_op(name, lambda x: x.clone(), mutates_args=(), schema="(Tensor x) -> Tensor")
@@ -437,5 +437,5 @@ class TestForms:
         assert "GFLOP/s" in found.format_tree(1)
         with pytest.raises(ValueError, match="a model on the meta device computes nothing"):
             time_modules(two().to("meta"), x(device="meta"))
-        with pytest.raises(ValueError, match="at least one repeat"):
+        with pytest.raises(ValueError, match="repeats must be at least 1"):
             time_modules(two(), x(), repeats=0)
