@@ -20,16 +20,16 @@ BLAST, any einsum chain)                   matrix has the structure and the spli
 =========================================  ============================================================================
 
 With ``input_covariance`` C the error is ``|| (W - A) C^(1/2) ||``, which for ``C = E[x x^H]`` is the error of the
-outputs. One factor, circulant, Toeplitz, diagonal and permutation keep their closed forms. Two factors do where the
-input axes that they do not share stand in one of them and C does not couple different values of the shared ones: low
-rank with any C; Block Tensor-Train and Monarch of two cores with a C that is block diagonal over m_1. With any other
-C these two are found by block descent, whose steps take both factors of the blocks of one m_1 to their joint optimum
-(not Monarch whose blocks do not divide its inner size). All else is alternating least squares. Both start from the
-solutions for ``C = 1`` and for C without the coupling, and from as many random factors as ``restarts`` asks for.
+outputs. One factor, circulant, Toeplitz, diagonal and permutation keep their closed forms. Two factors do if the input
+axes that they do not share belong to one of them and C does not couple different values of the shared ones: low rank
+with any C; Block Tensor-Train and Monarch of two cores with a C that is block diagonal over m_1. With any other C,
+these two are found by variable projection: one factor is eliminated exactly, and L-BFGS minimises over the other (not
+Monarch whose blocks do not divide its inner size). All other structures use alternating least squares. Both start from
+the solutions for ``C = 1`` and for C without the coupling, and from as many random factors as ``restarts``.
 
 Cost: the leading singular vectors of all slices; Kronecker and Tensor-Train have a single slice, of d_in d_out entries.
 A sweep costs about as much as a few products that build the dense matrix from the factors, and with a covariance
-``d_out d_in^2`` for each.
+``d_out d_in^2`` for each. A pass of variable projection costs less than one product ``d_out d_in^2``.
 
 Computed on the host with NumPy; no gradient passes. Closed forms of singular values keep the dtype of W (half precision
 is computed in float32), all else is in float64 or complex128, because least squares squares the condition.

@@ -25,8 +25,8 @@ class Projection:
     ``optimal``: no matrix of the structure is nearer. ``error_bound``: at least ``relative_error`` and at most
     ``sqrt(factors - 1)`` times the smallest relative error there is, from the singular values cut off (TT-SVD); equal
     to ``relative_error`` where that is optimal, None where no bound holds (BLAST, a covariance, padding that cuts
-    through slices). ``iterations``: sweeps of alternating least squares, 0 for closed forms. ``converged``: False where
-    these were stopped by ``max_sweeps``. ``method``: in words.
+    through slices). ``iterations``: sweeps of alternating least squares or passes of variable projection, 0 for closed
+    forms. ``converged``: False if these were stopped by ``max_sweeps``. ``method``: in words.
     """
 
     operator: StructuredOperator
@@ -65,10 +65,11 @@ def project(
         without an error bound in the plain norm, else none. Where there are more than two starts, each runs for 30
         sweeps and the two best go on.
     max_sweeps
-        Of alternating least squares, for each start. A sweep takes each factor in turn to its least-squares optimum and
-        then tries a longer step; the error never rises.
+        Largest number of sweeps of alternating least squares, or passes of variable projection, for each start. A sweep
+        takes each factor in turn to its least-squares optimum and then tries a longer step; the error never rises.
     tolerance
-        Stop when the error fell by less than this part of itself in each of three sweeps, or is at roundoff.
+        Stop if the error decreases by less than this fraction in each of three sweeps, or by less than ten times this
+        fraction in each of three steps of variable projection, or is at roundoff.
     seed
         Of the random starts; equal seeds give equal results.
     **options

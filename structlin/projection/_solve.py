@@ -288,10 +288,10 @@ def _chain(structure: Structure, problem: Problem, settings: Settings) -> Soluti
         rng = np.random.default_rng(settings.seed)
         starts, bound = [None, *_drawn(chain, settings.restarts or 0, rng)], None
     factors, sweeps, converged = _best(fit, starts, settings)
+    method = "alternating least squares" if blocks is None else "variable projection"
     return _finished(
-        structure, problem, factors, "alternating least squares" if blocks is None else "block descent", optimal=False,
-        bound=bound, iterations=sweeps, converged=converged,
-    )  # fmt: skip
+        structure, problem, factors, method, optimal=False, bound=bound, iterations=sweeps, converged=converged
+    )
 
 
 def _best(fit: Fit | BlockFit, starts: Sequence[Any], settings: Settings) -> tuple[list[np.ndarray], int, bool]:
@@ -343,7 +343,7 @@ def _drawn(chain: Chain, count: int, rng: np.random.Generator) -> list[list[np.n
 
 
 def estimated_error(structure: AbstractStructure, problem: Problem, sweeps: int) -> float:
-    """Return an upper bound of the error of the nearest matrix, from a few sweeps where there is no closed form."""
+    """Return an upper bound of the error of the nearest matrix, from a few sweeps if there is no closed form."""
     if isinstance(structure, Structure):
         chain = Chain.of(structure, problem.wide)
         if chain.covariance is not None and len(chain.network.factors) == 2 and chain.rectangular():
