@@ -79,6 +79,11 @@ MISTAKES = (
     ),
     (low(rule="mup"), ValueError, "layer '0' (12 -> 16): unknown rule 'mup'; one of paper, rank_corrected"),
     (low(impossible="ignore"), ValueError, "impossible must be one of 'skip', 'error', got 'ignore'"),
+    (
+        lambda: replace_linear(nn.Sequential(nn.Linear(2, 512), nn.Linear(512, 3)), "kronecker", impossible="error"),
+        ValueError,
+        "layer '0' (2 -> 512): 2 cannot be split into 2 factors by rule 'balanced'; the nearest sizes that can are 4",
+    ),
     (low(dearer="no"), ValueError, "dearer must be one of 'warn', 'error', 'skip', 'allow', got 'no'"),
     (low(shared_weights="keep"), ValueError, "shared_weights must be 'error' or 'skip', got 'keep'"),
     (low(gain=True), ValueError, "layer '0' (12 -> 16): gain=True needs rms_cap=True: only capped factors have gains"),
@@ -286,6 +291,12 @@ MISTAKES = (
         lambda: MuAdamW(ready().parameters(), lr=1e-3),
         TypeError,
         "parameter_groups takes a torch.nn.Module, got a generator: pass the model, not its parameters",
+    ),
+    (lambda: MuAdamW(ready(), lr="1e-3"), TypeError, "lr must be a number, got '1e-3'; 0.001 would be one"),
+    (
+        lambda: torch.jit.script(layer(rms_cap=True)),
+        TypeError,
+        "torch.jit.script cannot compile this layer (it caps its factors); use torch.export.export, which supports",
     ),
     (
         lambda: with_multipliers(torch.optim.lr_scheduler.OneCycleLR, None, max_lr=1e-3, total_steps=5),
