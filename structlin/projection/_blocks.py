@@ -11,7 +11,7 @@ Put the blocks of one s side by side: its rows are ``X Y``, where Y is block dia
 
 a system whose size is the number of columns p times the rank. By the envelope theorem, the gradient of the error in Y
 at that X is ``-2 X^H (W - X Y) C``. L-BFGS (Liu and Nocedal 1989) minimises over Y alone (variable projection: Golub
-and Pereyra 1973). A pass costs less than one product ``d_out d_in^2``.
+and Pereyra 1973). A pass costs less than one product ``d_out d_in^2`` at small ranks.
 """
 
 from __future__ import annotations
@@ -31,11 +31,10 @@ ROUNDOFF = 1e-14
 RIDGE = 10  # roundoff units added to systems of unit diagonal, which are singular if the covariance is
 SINGLE = 1e-2  # relative error at the start above which passes are in single precision
 SMALLEST = 1e-3  # least norm of a row of Y at the start, relative to the largest
-COARSE = (
-    10  # times the tolerance: with 1e-4, fits of a trained GPT-2 end within 5 % of the optimum after 15 to 50 passes
-)
+COARSE = 10  # times the tolerance: 1e-4 ends within 5 % of the optimum for a trained GPT-2, after 15 to 50 passes
 CHEAP = 3  # passes for a sweep of alternating least squares, which takes the time of 15 passes or more
 ROUGH = 3e-3  # tolerance of an estimate
+CHUNK = 2**25  # entries of Y C that are held at a time
 MEMORY = 8  # pairs of vectors that L-BFGS keeps
 
 
@@ -135,24 +134,16 @@ class BlockFit:
 
     def _project(self, Y: np.ndarray) -> tuple[np.ndarray, float, np.ndarray]:
         """Return the blocks of the best matrix for Y (f, n, r, b k), its squared error, and half the gradient in Y."""
-        f, n, r, _ = Y.shape
         if Y.dtype not in self.arrays:
             self.arrays[Y.dtype] = tuple(array.astype(Y.dtype) for array in self.arrays[self.target.dtype])
-        target, best, covariance = self.arrays[Y.dtype]
-        image, adjoint = _coupled(Y, covariance), Y.conj().swapaxes(-1, -2).copy()
-        system = image.reshape(f, n * r, n, -1).swapaxes(1, 2) @ adjoint
-        system = system.swapaxes(1, 2).reshape(f, n * r, n * r)
-        right = (best @ adjoint).swapaxes(1, 2).reshape(f, -1, n * r)
-        norms = np.sqrt(np.einsum("fii->fi", system).real)[..., None]
-        norms = np.where(norms == 0, 1, norms)
-        system = system / norms / norms.swapaxes(1, 2)
-        system += (RIDGE * np.finfo(Y.dtype).eps) * np.eye(n * r, dtype=Y.dtype)
-        X = _divided(right / norms.swapaxes(1, 2), system) / norms.swapaxes(1, 2)
-        slope = best - (X @ image).reshape(f, -1, n, best.shape[-1]).swapaxes(1, 2)
-        X = X.reshape(f, -1, n, r).swapaxes(1, 2)
-        blocks = X @ Y
-        square = float(np.vdot(target - blocks, slope).real)
-        return blocks, max(0.0, square), -(X.conj().swapaxes(-1, -2) @ slope)
+        target, image, covariance = self.arrays[Y.dtype]
+        blocks, slope, square = np.empty_like(target), np.empty_like(Y), 0.0
+        some = max(1, CHUNK * len(Y) // (Y.size * Y.shape[1]))
+        for start in range(0, len(Y), some):
+            at = slice(start, start + some)
+            blocks[at], part, slope[at] = _projected(Y[at], target[at], image[at], covariance)
+            square += part
+        return blocks, max(0.0, square), slope
 
     def _minimise(
         self, norms: np.ndarray, rows: np.ndarray, passes: int, tolerance: float, single: bool
@@ -198,6 +189,27 @@ def _coupled(blocks: np.ndarray, covariance: np.ndarray) -> np.ndarray:
     (f, n, r, _), k = blocks.shape, covariance.shape[1]
     product = blocks.swapaxes(0, 1).reshape(n, -1, k) @ covariance
     return product.reshape(n, f, r, -1, n, k).transpose(1, 0, 2, 4, 3, 5).reshape(f, n * r, -1)
+
+
+def _projected(
+    Y: np.ndarray, target: np.ndarray, best: np.ndarray, covariance: np.ndarray
+) -> tuple[np.ndarray, float, np.ndarray]:
+    """As :meth:`BlockFit._project`, for some rows of blocks; ``best`` is the target times the covariance."""
+    f, n, r, _ = Y.shape
+    image, adjoint = _coupled(Y, covariance), Y.conj().swapaxes(-1, -2).copy()
+    system = image.reshape(f, n * r, n, -1).swapaxes(1, 2) @ adjoint
+    system = system.swapaxes(1, 2).reshape(f, n * r, n * r)
+    right = (best @ adjoint).swapaxes(1, 2).reshape(f, -1, n * r)
+    norms = np.sqrt(np.einsum("fii->fi", system).real)[..., None]
+    norms = np.where(norms == 0, 1, norms)
+    system = system / norms / norms.swapaxes(1, 2)
+    system += (RIDGE * np.finfo(Y.dtype).eps) * np.eye(n * r, dtype=Y.dtype)
+    X = _divided(right / norms.swapaxes(1, 2), system) / norms.swapaxes(1, 2)
+    slope = best - (X @ image).reshape(f, -1, n, best.shape[-1]).swapaxes(1, 2)
+    X = X.reshape(f, -1, n, r).swapaxes(1, 2)
+    blocks = X @ Y
+    square = float(np.vdot(target - blocks, slope).real)
+    return blocks, square, -(X.conj().swapaxes(-1, -2) @ slope)
 
 
 def _divided(right: np.ndarray, systems: np.ndarray) -> np.ndarray:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from structlin import Structure, design, structure_class, structure_names
-from structlin.projection import _als, _solve, project
+from structlin.projection import _als, _blocks, _solve, project
 
 
 def gaussian(shape, seed, complex_=False):
@@ -224,7 +224,7 @@ def test_ranks_share_their_decompositions(covariance):
     ("block_tensor_train", (12, 20), {"rank": 2}), ("monarch", (18, 27), {"blocks": 3}),
 ])  # fmt: skip
 @pytest.mark.parametrize("complex_", [False, True])
-def test_projected_factor_and_gradient(name, shape, options, complex_, covariance):
+def test_projected_factor_and_gradient(name, shape, options, complex_, covariance, monkeypatch):
     """For a given Y, X solves the weighted least-squares problem, and the gradient is that of the least error."""
     problem = _solve.Problem(gaussian(shape, 20, complex_), covariance(shape[1], seed=21, complex_=complex_)[0])
     chain = _solve.Chain.of(design(name, shape, **options), problem)
@@ -247,6 +247,10 @@ def test_projected_factor_and_gradient(name, shape, options, complex_, covarianc
         return square
 
     _, square, slope = fit._project(Y)
+    with monkeypatch.context() as patch:
+        patch.setattr(_blocks, "CHUNK", 1)
+        assert fit._project(Y)[1] == pytest.approx(square, rel=1e-12)
+        np.testing.assert_allclose(fit._project(Y)[2], slope, rtol=1e-12, atol=1e-12)
     assert square == pytest.approx(least(Y), rel=1e-9)
     for seed in (23, 24):
         D = gaussian(Y.shape, seed, complex_)
