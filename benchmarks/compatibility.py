@@ -32,6 +32,10 @@ from structlin_nn.torch import (
 )
 
 
+class NotApplicable(Exception):
+    """A check does not apply to a model."""
+
+
 @dataclass(frozen=True)
 class Case:
     """A model: how it is built, and the keywords that it is called with."""
@@ -249,6 +253,19 @@ def _export(model: nn.Module, case: Case) -> None:
         torch.testing.assert_close(_first(program.module()(**inputs)), _first(model(**inputs)), rtol=1e-3, atol=1e-4)
 
 
+def _script(model: nn.Module, case: Case) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # torch.jit is deprecated
+        try:
+            torch.jit.script(case.build())
+        except Exception as error:
+            raise NotApplicable("the dense model cannot be scripted") from error
+        scripted = torch.jit.script(copy.deepcopy(model))
+    inputs = case.inputs()
+    with torch.no_grad():
+        torch.testing.assert_close(_first(scripted(**inputs)), _first(model(**inputs)), rtol=1e-3, atol=1e-4)
+
+
 def _save(model: nn.Module, case: Case) -> None:
     inputs = case.inputs()
     with tempfile.TemporaryDirectory() as folder:
@@ -264,6 +281,8 @@ def _save(model: nn.Module, case: Case) -> None:
 
 
 def _generate(model: nn.Module, case: Case) -> None:
+    if not case.generates:
+        raise NotApplicable("the model generates no text")
     inputs = {key: value for key, value in case.inputs().items() if key != "labels"}
     model.generate(**inputs, max_new_tokens=3, do_sample=False)
 
@@ -285,7 +304,7 @@ def _compress(model: nn.Module, case: Case) -> None:
 
 CHECKS = {
     "replace": _structure, "groups": _groups, "train step": _train, "compile": _compile, "export": _export,
-    "save, load": _save, "generate": _generate, "count": _count, "compress": _compress,
+    "script": _script, "save, load": _save, "generate": _generate, "count": _count, "compress": _compress,
 }  # fmt: skip
 QUICK = ("replace", "groups", "train step", "save, load")
 """Checks that take less than a second for a model."""
@@ -296,12 +315,11 @@ def check(case: Case, checks: Sequence[str] = tuple(CHECKS)) -> dict[str, str]:
     torch.manual_seed(0)
     model, found = case.build().eval(), {}
     for name in checks:
-        if name == "generate" and not case.generates:
-            found[name] = "-"
-            continue
         try:
             CHECKS[name](model, case)
             found[name] = "yes"
+        except NotApplicable:
+            found[name] = "-"
         except Exception as error:  # whatever a library raises goes into the table
             found[name] = f"{type(error).__name__}: {' '.join(str(error).split())[:110]}"
         model.eval()
@@ -313,8 +331,9 @@ HEAD = """# Which models work
 
 The table shows tests with tiny models of timm and transformers, whose linear layers and pointwise convolutions are
 replaced by low-rank layers. A dash means that a test does not apply. Export is `torch.export`, and compile is
-`torch.compile` with the backend `aot_eager`. Save and load are exact. Models are counted on the meta device and
-compressed with calibration. `python benchmarks/compatibility.py` makes this page.
+`torch.compile` with the backend `aot_eager`. Script is `torch.jit.script`. It does not apply if the dense model cannot
+be scripted. Save and load are exact. Models are counted on the meta device and compressed with calibration.
+`python benchmarks/compatibility.py` makes this page.
 
 """
 

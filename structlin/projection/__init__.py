@@ -23,22 +23,13 @@ With ``input_covariance`` C the error is ``|| (W - A) C^(1/2) ||``. For ``C = E[
 One factor, circulant, Toeplitz, diagonal and permutation have closed forms for any C. Two factors have one under two
 conditions: one of them has all input axes that they do not share, and C does not couple different values of the shared
 ones. So low rank has one for any C, and Block Tensor-Train and Monarch of two cores for a C that is block diagonal over
-m_1. For any other C these two use block descent, whose steps move both factors of the blocks of one m_1 towards their
-joint optimum (not Monarch whose blocks do not divide its inner size). Every other structure uses alternating least
-squares. Both iterations start from the solutions for ``C = 1`` and for C without coupling, and from ``restarts`` random
-factors.
+m_1. For any other C these two use variable projection: one factor is eliminated exactly, and L-BFGS minimises over the
+other (not Monarch whose blocks do not divide its inner size). Every other structure uses alternating least squares.
+Both iterations start from the solutions for ``C = 1`` and for C without coupling, and from ``restarts`` random factors.
 
 A closed form costs the leading singular vectors of all slices. Kronecker and Tensor-Train have a single slice of
 d_in d_out entries. A sweep costs a few products that build the dense matrix from the factors; with a covariance each
-takes ``d_out d_in^2`` operations.
-
-The computation runs on the host with NumPy, without gradients. Closed forms by singular values use the dtype of W, and
-float32 for half precision. Everything else uses float64 or complex128, because least squares squares the condition
-number.
-
-References
-----------
-Oseledets (2011), Tensor-Train decomposition; Van Loan and Pitsianis (1993), Approximation with Kronecker products.
+takes ``d_out d_in^2`` operations. A pass of variable projection costs less than one such product.
 """
 
 from structlin.projection._project import Projection, project

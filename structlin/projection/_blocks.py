@@ -1,15 +1,17 @@
-"""Block descent, then L-BFGS, for two factors in a weighted norm whose covariance couples the slices.
+"""Two factors in a weighted norm whose covariance couples the slices: variable projection and L-BFGS.
 
-Block Tensor-Train and Monarch of two cores are matrices of low-rank blocks. Block (s, p) of the rows s and the columns
-p that both factors share is any matrix ``X Y`` of the bond's rank. Let ``C_pp = R_p R_p^H`` be the diagonal block of
-the covariance C for the columns p. In the coordinates ``W_p R_p`` the diagonal blocks of the covariance are identities.
-With all other columns held fixed, the optimal blocks of one p are the nearest matrices of low rank to
+Block Tensor-Train and Monarch of two cores are matrices of low-rank blocks: block (s, p) of the rows s and the columns
+p that both factors share is any matrix ``X Y`` of the bond's rank. Let ``C_pp = R_p R_p^H`` be the part of the
+covariance C that belongs to the columns p. In the coordinates ``W_p R_p`` the covariance has identities on its diagonal
+blocks. There the blocks of the start, which leaves out the coupling of the columns, are truncated decompositions.
 
-    S_p = W_p R_p + sum_q (W - A)_q R_q Z_qp,    Z_qp = R_q^+ C_qp R_p^(-H) for q != p.
+Put the blocks of one s side by side: its rows are ``X Y``, where Y is block diagonal. For a given Y the best X solves
 
-A sweep makes one over-relaxed step of subspace iteration towards them for each p. Relaxation halves the number of
-sweeps. If C couples the columns strongly, sweeps converge slowly, and L-BFGS over all factors needs fewer passes (Liu
-and Nocedal 1989, On the limited memory BFGS method). A pass of either costs about one product ``d_out d_in^2``.
+    X (Y C Y^H) = W C Y^H,
+
+a system whose size is the number of columns p times the rank. By the envelope theorem, the gradient of the error in Y
+at that X is ``-2 X^H (W - X Y) C``. L-BFGS (Liu and Nocedal 1989) minimises over Y alone (variable projection: Golub
+and Pereyra 1973). A pass costs less than one product ``d_out d_in^2`` at small ranks.
 """
 
 from __future__ import annotations
@@ -18,45 +20,55 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from scipy.linalg import get_lapack_funcs
 from scipy.optimize import OptimizeResult, minimize
 
 from structlin.algebra.numbered import Network
 from structlin.projection._contract import expression, gather
-from structlin.projection._leading import orthonormal
 from structlin.projection._splits import WeightedCut, pair
 
 ROUNDOFF = 1e-14
-SWEEPS = 4  # sweeps before L-BFGS, whose first passes gain less than a sweep
-RELAXATION = 0.3  # over-relaxation: the fraction of a step that is added to it
-MEMORY = 4  # pairs of vectors that L-BFGS keeps
+RIDGE = 10  # roundoff units added to systems of unit diagonal, which are singular if the covariance is
+SINGLE = 1e-2  # relative error at the start above which passes are in single precision
+SMALLEST = 1e-3  # least norm of a row of Y at the start, relative to the largest
+COARSE = 10  # times the tolerance: 1e-4 ends within 5 % of the optimum for a trained GPT-2, after 15 to 50 passes
+CHEAP = 3  # passes for a sweep of alternating least squares, which takes the time of 15 passes or more
+ROUGH = 3e-3  # tolerance of an estimate
+CHUNK = 2**25  # entries of Y C that are held at a time
+MEMORY = 8  # pairs of vectors that L-BFGS keeps
 
 
 class BlockFit:
     """Minimization of ``|| (target - A) covariance^(1/2) ||`` over chains of two factors.
 
-    ``target`` has the axes ``network.outer``. The network must have no axis in both rows and columns, and one factor
-    must have all column axes that the factors do not share. :meth:`of` checks both.
+    Made by :meth:`of`, for networks without diagonals whose column axes, but those that both factors share, stand in
+    one factor. Arrays have the axes (f, n, e, b k): f and n number the blocks, e belongs to X and b k to Y. Target and
+    fit are divided by the norm of the target, ``scale``.
     """
 
     def __init__(self, network: Network, target: np.ndarray, covariance: np.ndarray, cut: WeightedCut) -> None:
         self._set(network, cut)
         blocks = cut.blocks(network, covariance)
-        f, e, b, n, k = self.sizes
+        f, e, _, n, k = self.sizes
         values, vectors = np.linalg.eigh(blocks[np.arange(n), :, np.arange(n)])
         values = np.maximum(values, 0)
         tiny = values <= values.max() * k * np.finfo(float).eps
         self.roots = vectors * np.sqrt(values)[:, None, :]
         scales = np.where(tiny, 0, 1 / np.sqrt(np.where(tiny, 1, values)))
         self.inverses = scales[..., None] * vectors.conj().swapaxes(-1, -2)
-        half = (self.inverses @ blocks.reshape(n, k, n * k)).reshape(n * k, n, k).swapaxes(0, 1)
-        coupling = half @ self.inverses.conj().swapaxes(-1, -2)  # (n, n k, k): the columns of each block
-        places_of = np.arange(n * k).reshape(n, k)
-        coupling[np.arange(n)[:, None], places_of] = 0
-        self.coupling = coupling
-        self.covariance = coupling.swapaxes(0, 1).reshape(n * k, n * k) + np.eye(n * k)
-        self.target = self._blocks(target)
-        self.values = np.linalg.svd(self.target.reshape(n, f, e, b * k), full_matrices=False)
-        self.scale = self._norm(self._rest(np.zeros((), target.dtype)))
+        half = self.inverses @ blocks.reshape(n, k, n * k)
+        whole = half.reshape(n * k, n, k).swapaxes(0, 1) @ self.inverses.conj().swapaxes(-1, -2)
+        self.covariance = whole.reshape(n, n, k, k).transpose(1, 2, 0, 3).copy()
+        self.covariance[np.arange(n), :, np.arange(n)] = np.eye(k)
+        self.covariance = self.covariance.reshape(n, k, n * k)
+        target = self._blocks(target)
+        image = _coupled(target, self.covariance).reshape(f, n, e, n, -1).sum(axis=1).swapaxes(1, 2)
+        self.scale = float(np.sqrt(max(0.0, np.vdot(target, image).real))) or 1.0
+        self.target, self.image = target / self.scale, image / self.scale
+        self.arrays: dict[np.dtype[Any], tuple[np.ndarray, ...]] = {
+            target.dtype: (self.target, self.image, self.covariance)
+        }
+        self.values = np.linalg.svd(self.target, full_matrices=False)
 
     def _set(self, network: Network, cut: WeightedCut) -> None:
         """Set the network; another network with these decompositions may differ only in the size of its bond."""
@@ -88,24 +100,16 @@ class BlockFit:
         return known[key]
 
     def _blocks(self, array: np.ndarray) -> np.ndarray:
-        """Return blocks of columns, (n, f e b, k), times the roots of their covariances."""
+        """Return the blocks of an array on the axes of the network, times the roots of their covariances."""
         f, e, b, n, k = self.sizes
-        matrix = gather(array, self.network.outer, self.axes).reshape(f * e * b, n, k)
-        return np.ascontiguousarray(matrix.swapaxes(0, 1)) @ self.roots
+        blocks = gather(array, self.network.outer, self.axes).reshape(f, e * b, n, k).swapaxes(1, 2) @ self.roots
+        return blocks.reshape(f, n, e, b * k)
 
     def _factors(self, blocks: np.ndarray) -> list[np.ndarray]:
         """Return the factors of the matrix that has these blocks."""
         f, e, b, n, k = self.sizes
-        matrix = (blocks.reshape(n, f * e * b, k) @ self.inverses).swapaxes(0, 1)
+        matrix = self.scale * (blocks.reshape(f, n, e * b, k) @ self.inverses).swapaxes(1, 2)
         return pair(self.network, gather(matrix.reshape(self.network.shape(self.axes)), self.axes, self.network.outer))
-
-    def _rest(self, matrix: np.ndarray) -> np.ndarray:
-        """Return target minus blocks (n, f, e, b k), with shape (f e b, n k)."""
-        rest = self.target - matrix.reshape(self.target.shape if matrix.ndim else ())
-        return np.ascontiguousarray(rest.swapaxes(0, 1)).reshape(rest.shape[1], -1)
-
-    def _norm(self, rest: np.ndarray) -> float:
-        return float(np.sqrt(max(0.0, np.vdot(rest, rest @ self.covariance).real)))
 
     def run(
         self, factors: Sequence[np.ndarray] | None, sweeps: int, tolerance: float
@@ -114,104 +118,105 @@ class BlockFit:
 
         Without ``factors``, the start is the nearest matrix for the covariance without coupling of the blocks.
         """
-        _, e, b, n, k = self.sizes
         found = self.values
         if factors is not None:
             constants = [axes for axes, _ in self.network.constants]
             product = expression([*self.network.factors, *constants], self.network.outer, self.network.sizes)
             start = self._blocks(product(*factors, *(array for _, array in self.network.constants)))
-            found = np.linalg.svd(start.reshape(n, -1, e, b * k), full_matrices=False)
-        X, Y, error, used, done = self._descend(found, sweeps, tolerance)
-        return self._factors(X @ Y), error, used, done
+            found = np.linalg.svd(start / self.scale, full_matrices=False)
+        Y, _, passes, converged = self._minimise(found[1], found[2], sweeps, tolerance, tolerance >= 1e-5)
+        blocks, square, _ = self._project(Y)
+        return self._factors(blocks), self.scale * square**0.5, passes + 1, converged
 
     def error_after(self, sweeps: int) -> float:
-        """Return the error after ``sweeps`` sweeps."""
-        return self._descend(self.values, min(sweeps, SWEEPS), 0.0)[2]
+        """Return the error after a few passes in place of ``sweeps`` sweeps of alternating least squares."""
+        return self._minimise(self.values[1], self.values[2], CHEAP * sweeps, ROUGH, True)[1]
 
-    def _descend(
-        self, start: tuple[np.ndarray, np.ndarray, np.ndarray], sweeps: int, tolerance: float
-    ) -> tuple[np.ndarray, np.ndarray, float, int, bool]:
-        """Return factors, error, passes and whether they converged, from singular values of a start's blocks."""
-        u, s, v = start
-        X, Y = u[..., : self.rank], s[..., : self.rank, None] * v[..., : self.rank, :]
-        error = self._norm(self._rest(X @ Y))
-        used, calm, done, more = 0, 0, error <= ROUNDOFF * self.scale, RELAXATION
-        while used < sweeps and not done:
-            before, trial = error, self._sweep(X, Y, more if used else 0.0)
-            found = self._norm(self._rest(trial[0] @ trial[1]))
-            if found > error and more:  # a step that is too long
-                more = 0.0
-                continue
-            (X, Y), error, used = trial, found, used + 1
-            calm = calm + 1 if before - error <= tolerance * before else 0
-            done = error <= ROUNDOFF * self.scale or calm == 3
-            if used == SWEEPS and not done and used < sweeps:
-                single = tolerance >= 1e-5 and error > 1e-2 * self.scale
-                X, Y, error, passes = self._quasi_newton(X, Y, error, sweeps - used, tolerance, single)
-                used, more, calm = used + passes, 0.0, 2
-        return X, Y, error, used, done
+    def _project(self, Y: np.ndarray) -> tuple[np.ndarray, float, np.ndarray]:
+        """Return the blocks of the best matrix for Y (f, n, r, b k), its squared error, and half the gradient in Y."""
+        if Y.dtype not in self.arrays:
+            self.arrays[Y.dtype] = tuple(array.astype(Y.dtype) for array in self.arrays[self.target.dtype])
+        target, image, covariance = self.arrays[Y.dtype]
+        blocks, slope, square = np.empty_like(target), np.empty_like(Y), 0.0
+        some = max(1, CHUNK * len(Y) // (Y.size * Y.shape[1]))
+        for start in range(0, len(Y), some):
+            at = slice(start, start + some)
+            blocks[at], part, slope[at] = _projected(Y[at], target[at], image[at], covariance)
+            square += part
+        return blocks, max(0.0, square), slope
 
-    def _sweep(self, X: np.ndarray, Y: np.ndarray, more: float) -> tuple[np.ndarray, np.ndarray]:
-        """Return the factors after a step towards the optimum of each block of columns in turn; X is orthonormal."""
-        f, e, b, n, k = self.sizes
-        rest = self._rest(X @ Y)
-        X, Y = X.copy(), Y.copy()
-        for p in range(n):
-            mine = rest[:, p * k : (p + 1) * k]
-            S = self.target[p] + rest @ self.coupling[p]
-            if more:
-                S += more * (S - self.target[p] + mine)
-            S = S.reshape(f, e, b * k)
-            X[p] = orthonormal(S @ (S.conj().swapaxes(-1, -2) @ X[p]))
-            Y[p] = X[p].conj().swapaxes(-1, -2) @ S
-            mine[...] = self.target[p] - (X[p] @ Y[p]).reshape(-1, k)
-        return X, Y
+    def _minimise(
+        self, norms: np.ndarray, rows: np.ndarray, passes: int, tolerance: float, single: bool
+    ) -> tuple[np.ndarray, float, int, bool]:
+        """Return Y, its error, passes and whether they converged, from singular values and right vectors of a start.
 
-    def _quasi_newton(
-        self, X: np.ndarray, Y: np.ndarray, error: float, passes: int, tolerance: float, single: bool
-    ) -> tuple[np.ndarray, np.ndarray, float, int]:
-        """Return the factors after L-BFGS, X orthonormal again, with the error and the number of passes.
-
-        With ``single`` its passes are in single precision.
+        X makes up for the norms of the rows of Y. If these are the singular values, the Hessian is near the identity.
+        With ``single``, passes are in single precision if the error is large enough for that.
         """
-        f, e, b, n, k = self.sizes
-        norms = np.linalg.norm(Y, axis=-1)
-        root = np.sqrt(np.where(norms == 0, 1, norms))
-        X, Y = X * root[..., None, :], Y / root[..., None]
-        split, calm, last, kind = X.size, 0, 1.0, X.dtype
-        target, covariance = self.target, self.covariance
-        if single:
-            kind = np.result_type(np.complex64 if np.iscomplexobj(X) else np.float32)
-            target, covariance = target.astype(kind), covariance.astype(kind)
-
-        def parts(vector: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-            vector = vector.view(X.dtype)
-            return vector[:split].reshape(X.shape), vector[split:].reshape(Y.shape)
+        least = max(float(norms.max(initial=0)) * SMALLEST, float(np.finfo(np.float32).tiny))
+        Y = np.maximum(norms[..., : self.rank], least)[..., None] * rows[..., : self.rank, :]
+        wide, kind = Y.dtype, np.dtype(np.complex64 if np.iscomplexobj(Y) else np.float32)
+        if not single or (start := self._project(Y.astype(kind)))[1] <= SINGLE**2:
+            kind, start = wide, self._project(Y)
+        square, step, shape = start[1], float(np.linalg.norm(start[2])), Y.shape
+        calm, last = 0, square
+        if passes == 1 or square <= ROUNDOFF**2 or step <= ROUNDOFF:
+            return Y, self.scale * square**0.5, 1, passes > 1
 
         def half_square(vector: np.ndarray) -> tuple[float, np.ndarray]:
-            """Return the squared error relative to that at the start, and its gradient."""
-            x, y = (part.astype(kind, copy=False) for part in parts(vector))
-            rest = target - (x @ y).reshape(target.shape)
-            rest = np.ascontiguousarray(rest.swapaxes(0, 1)).reshape(len(target[0]), -1)
-            image = rest @ covariance
-            slope = image.reshape(-1, n, k).swapaxes(0, 1).reshape(n, f, e, b * k)
-            slopes = (slope @ y.conj().swapaxes(-1, -2), x.conj().swapaxes(-1, -2) @ slope)
-            gradient = np.concatenate([part.ravel() for part in slopes]).astype(X.dtype, copy=False).view(float)
-            return float(np.vdot(rest, image).real) / error**2, gradient * (-2 / error**2)
+            """Return half the squared error and its gradient, both relative to a step along the first gradient."""
+            _, value, gradient = self._project((step * vector).view(wide).reshape(shape).astype(kind))
+            return value / (2 * step**2), gradient.astype(wide).reshape(-1).view(float) / step
 
         def stop(intermediate_result: OptimizeResult) -> None:
             nonlocal calm, last
-            value = intermediate_result.fun
-            calm = calm + 1 if last - value <= 2 * tolerance * last else 0
+            value = 2 * step**2 * intermediate_result.fun
+            calm = calm + 1 if last - value <= 2 * COARSE * tolerance * last else 0
             last = value
-            if calm == 3:
+            if calm == 3 or value <= ROUNDOFF**2:
                 raise StopIteration
 
-        found = minimize(
-            half_square, np.concatenate([X.ravel(), Y.ravel()]).view(float), jac=True, method="L-BFGS-B", callback=stop,
-            options={"maxiter": passes, "maxfun": passes, "maxcor": MEMORY, "ftol": 0, "gtol": 0},
+        found = minimize(  # its first step has length 1
+            half_square, np.ascontiguousarray(Y / step).reshape(-1).view(float), jac=True, method="L-BFGS-B",
+            callback=stop, options={"maxiter": passes, "maxfun": passes - 1, "maxcor": MEMORY, "ftol": 0, "gtol": 0},
         )  # fmt: skip
-        X, Y = parts(found.x)
-        X, turn = np.linalg.qr(X)
-        Y = turn @ Y
-        return X, Y, self._norm(self._rest(X @ Y)), found.nfev
+        error = self.scale * step * max(0.0, 2 * found.fun) ** 0.5
+        return step * found.x.view(wide).reshape(shape), error, found.nfev + 1, found.status != 1
+
+
+def _coupled(blocks: np.ndarray, covariance: np.ndarray) -> np.ndarray:
+    """Return the product (f, n r, n b k) of a block-diagonal matrix, of blocks (f, n, r, b k), with the covariance."""
+    (f, n, r, _), k = blocks.shape, covariance.shape[1]
+    product = blocks.swapaxes(0, 1).reshape(n, -1, k) @ covariance
+    return product.reshape(n, f, r, -1, n, k).transpose(1, 0, 2, 4, 3, 5).reshape(f, n * r, -1)
+
+
+def _projected(
+    Y: np.ndarray, target: np.ndarray, best: np.ndarray, covariance: np.ndarray
+) -> tuple[np.ndarray, float, np.ndarray]:
+    """As :meth:`BlockFit._project`, for some rows of blocks; ``best`` is the target times the covariance."""
+    f, n, r, _ = Y.shape
+    image, adjoint = _coupled(Y, covariance), Y.conj().swapaxes(-1, -2).copy()
+    system = image.reshape(f, n * r, n, -1).swapaxes(1, 2) @ adjoint
+    system = system.swapaxes(1, 2).reshape(f, n * r, n * r)
+    right = (best @ adjoint).swapaxes(1, 2).reshape(f, -1, n * r)
+    norms = np.sqrt(np.einsum("fii->fi", system).real)[..., None]
+    norms = np.where(norms == 0, 1, norms)
+    system = system / norms / norms.swapaxes(1, 2)
+    system += (RIDGE * np.finfo(Y.dtype).eps) * np.eye(n * r, dtype=Y.dtype)
+    X = _divided(right / norms.swapaxes(1, 2), system) / norms.swapaxes(1, 2)
+    slope = best - (X @ image).reshape(f, -1, n, best.shape[-1]).swapaxes(1, 2)
+    X = X.reshape(f, -1, n, r).swapaxes(1, 2)
+    blocks = X @ Y
+    square = float(np.vdot(target - blocks, slope).real)
+    return blocks, square, -(X.conj().swapaxes(-1, -2) @ slope)
+
+
+def _divided(right: np.ndarray, systems: np.ndarray) -> np.ndarray:
+    """Return ``right @ systems^-1`` for Hermitian systems, by Cholesky decompositions where they are definite."""
+    (solve,) = get_lapack_funcs(("posv",), (systems,))  # np.linalg.solve takes twice as long
+    found = np.empty_like(right)
+    for x, b, system in zip(found, right, systems, strict=True):
+        _, solution, info = solve(system.T, b.T)
+        x[...] = (np.linalg.solve(system.T, b.T) if info else solution).T
+    return found

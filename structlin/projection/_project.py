@@ -32,7 +32,7 @@ class Projection:
         ``sqrt(factors - 1)`` times the smallest relative error of the structure. Equal to ``relative_error`` if that is
         optimal. None if there is no bound: for BLAST, with a covariance, and if padding cuts through slices.
     iterations
-        Number of sweeps of the iteration; 0 for closed forms.
+        Number of sweeps of alternating least squares, or of passes of variable projection; 0 for closed forms.
     converged
         False if ``max_sweeps`` stopped the iteration.
     optimal
@@ -80,9 +80,11 @@ def project(
         bound in the Frobenius norm, otherwise 0. With more than two starts, each runs for 30 sweeps, and the two best
         are continued.
     max_sweeps
-        Largest number of sweeps for each start. A sweep solves for each factor in turn. No sweep increases the error.
+        Largest number of sweeps of alternating least squares, or of passes of variable projection, for each start. A
+        sweep solves for each factor in turn. No sweep increases the error.
     tolerance
-        Stop after three successive sweeps with a relative decrease of the error of at most this, or at roundoff.
+        Stop after three successive sweeps with a relative decrease of the error of at most this, three successive
+        steps of variable projection with one of at most ten times this, or at roundoff.
     seed
         Seed of the random starts.
     **options

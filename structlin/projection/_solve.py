@@ -309,10 +309,10 @@ def _chain(structure: Structure, problem: Problem, settings: Settings) -> Soluti
         rng = np.random.default_rng(settings.seed)
         starts, bound = [None, *_drawn(chain, settings.restarts or 0, rng)], None
     factors, sweeps, converged = _best(fit, starts, settings)
+    method = "alternating least squares" if blocks is None else "variable projection"
     return _finished(
-        structure, problem, factors, "alternating least squares" if blocks is None else "block descent", optimal=False,
-        bound=bound, iterations=sweeps, converged=converged,
-    )  # fmt: skip
+        structure, problem, factors, method, optimal=False, bound=bound, iterations=sweeps, converged=converged
+    )
 
 
 def _best(fit: Fit | BlockFit, starts: Sequence[Any], settings: Settings) -> tuple[list[np.ndarray], int, bool]:

@@ -220,6 +220,11 @@ def print_table(head: Sequence[str], rows: Iterable[Sequence[str]], left: int = 
     print(table(head, rows, left))
 
 
+def show_warning(message: Warning | str, *_: object, **__: object) -> None:
+    """Print a warning in one line on stderr, in place of ``warnings.showwarning``."""
+    print(f"warning: {' '.join(str(message).split())}", file=sys.stderr)
+
+
 def fail(command: str, reason: object) -> int:
     """Print why a command failed, in one line on stderr, and return the exit code 1."""
     print(f"structlin {command}: {' '.join(str(reason).split())}", file=sys.stderr)

@@ -38,8 +38,9 @@ def run(arguments: argparse.Namespace) -> int:
     from structlin_nn.torch import replace_linear
 
     model = open_named(arguments.model, **dict(arguments.model_option))
-    with warnings.catch_warnings(record=True) as caught:
+    with warnings.catch_warnings():
         warnings.simplefilter("always")
+        warnings.showwarning = common.show_warning
         report = replace_linear(
             model, arguments.structure, layers=common.layers_of(arguments.layers or ["all_but_last"]),
             exclude=arguments.exclude, shared_weights="skip", min_features=arguments.min_features,
@@ -47,9 +48,6 @@ def run(arguments: argparse.Namespace) -> int:
         )  # fmt: skip
     if arguments.json:
         common.print_json(report.to_dict())
-        return 0
-    print(report)
-    for warning in caught:
-        if "dearer" in str(warning.message):
-            print(f"warning: {warning.message}")
+    else:
+        print(report)
     return 0

@@ -327,7 +327,7 @@ def _is_plain(layer: nn.Module) -> bool:
     """Return whether a call of the layer only computes the products of its chain and adds the bias."""
     return (
         isinstance(layer, StructuredLinear)
-        and type(layer).forward is StructuredLinear.forward
+        and all(getattr(type(layer), name) is getattr(StructuredLinear, name) for name in ("forward", "_eager"))
         and layer._chain is not None
         and not layer.checkpoint
         and not any(getattr(layer, hooks) for hooks in _HOOKS)

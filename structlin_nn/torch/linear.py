@@ -21,6 +21,7 @@ from structlin.execution.torch_ways import torch_chain
 from structlin.structure import AbstractStructure, Structure
 from structlin_nn._layer import describe, plan_layer
 from structlin_nn.torch._operator import chain, transformed
+from structlin_nn.torch._script import Scriptable
 from structlin_nn.torch._step_check import watch
 from structlin_nn.torch._text import to_text
 
@@ -58,6 +59,7 @@ class FactorList(nn.ParameterList):
         """Return the names of the parameters too, by which ``torchao.quantization.FqnToConfig`` finds them."""
         return [*super().__dir__(), *self._parameters]
 
+    @torch.jit.unused
     def forward(self) -> tuple[Tensor, ...]:
         """Return the factors by name: parameters, or the tensors with which hooks or parametrizations replace them."""
         found = tuple(getattr(self, str(k)) for k in range(len(self)))
@@ -92,7 +94,7 @@ def values(factors: Any) -> tuple[Tensor, ...]:
     return factors() if isinstance(factors, FactorList) else tuple(factors)
 
 
-class StructuredLinear(nn.Module):
+class StructuredLinear(Scriptable):
     r"""Linear layer ``y = A x + b`` with a structured matrix A: (..., in_features) -> (..., out_features).
 
     It replaces ``nn.Linear`` and has the same positional parameters. The factors of A are parameters (``factors``, in
@@ -166,8 +168,6 @@ class StructuredLinear(nn.Module):
     >>> torch.allclose(layer.operator.to_dense() @ torch.ones(768), layer(torch.ones(768)), atol=1e-4)
     True
     """
-
-    bias: nn.Parameter | None
 
     def __init__(
         self, in_features: int, out_features: int, bias: bool = True, device: torch.device | str | None = None,
@@ -286,6 +286,12 @@ class StructuredLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer: (..., in_features) -> (..., out_features)."""
+        if torch.jit.is_scripting():  # type: ignore[attr-defined]
+            return self._scripted(x)
+        else:  # torch.jit compiles what follows an `if`, but not a branch that is never taken
+            return self._eager(x)
+
+    def _eager(self, x: Tensor) -> Tensor:
         if not isinstance(x, Tensor):
             return self._traced(x)  # type: ignore[unreachable]
         if not x.ndim or x.shape[-1] != self.in_features:

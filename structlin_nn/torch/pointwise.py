@@ -55,7 +55,7 @@ class StructuredPointwise(StructuredLinear):
         made.weight = nn.Parameter(weight.reshape(*weight.shape, *[1] * axes))
         return made
 
-    def forward(self, x: Tensor) -> Tensor:
+    def _eager(self, x: Tensor) -> Tensor:
         """Apply the layer: (batch, in, ...) -> (batch, out, ...), or without the batch axis."""
         axes = len(self.stride)
         if isinstance(x, Tensor) and x.ndim not in (axes + 1, axes + 2):
@@ -63,11 +63,11 @@ class StructuredPointwise(StructuredLinear):
                 f"the input must have a batch, channels and {axes} axes of positions, got shape {tuple(x.shape)}"
             )
         if not isinstance(x, Tensor):
-            return super().forward(x)  # type: ignore[unreachable]
+            return super()._eager(x)  # type: ignore[unreachable]
         if any(step > 1 for step in self.stride):
             places: Any = (..., *(slice(None, None, step) for step in self.stride))
             x = x[places]
-        return super().forward(x.movedim(-axes - 1, -1)).movedim(-1, -axes - 1)
+        return super()._eager(x.movedim(-axes - 1, -1)).movedim(-1, -axes - 1)
 
     def extra_repr(self) -> str:
         """Describe the layer for ``print``."""

@@ -49,9 +49,9 @@ def test_a_model_of_ones_own(tmp_path, monkeypatch, capsys):
     )
     arguments = ["--structure", "low_rank", "--rank", "30", "--model-option", "width=24"]
     assert main(["replace", "my_models:make", *arguments]) == 0
-    text = capsys.readouterr().out
-    assert "24 x 24" in text
-    assert "warning: 1 of 1 structured layers cost more than dense" in text
+    text = capsys.readouterr()
+    assert "24 x 24" in text.out
+    assert "warning: 1 of 1 structured layers cost more than dense" in text.err
     assert next(open_named("my_models:make").parameters()).is_meta
     assert next(open_named("my_models:make", device=None).parameters()).device == torch.get_default_device()
     for model, words in (
@@ -65,6 +65,27 @@ def test_a_model_of_ones_own(tmp_path, monkeypatch, capsys):
         assert words in capsys.readouterr().err
     assert main(["replace", "my_models:make", "--structure", "low_rnk"]) == 2
     assert "unknown structure 'low_rnk'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("json_", [False, True])
+def test_every_warning_is_printed_on_stderr(json_, tmp_path, monkeypatch, capsys):
+    """Warnings of any category and text, in a run that succeeds and in one that fails."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "warned_models", raising=False)
+    (tmp_path / "warned_models.py").write_text(
+        "import warnings\nfrom torch import nn\nclass Own(nn.Sequential):\n    def named_modules(self, *a, **k):\n"
+        "        warnings.warn('names are\\nslow', DeprecationWarning)\n        return super().named_modules(*a, **k)\n"
+        "def make():\n    return Own(nn.Linear(24, 24), nn.Linear(24, 3))\n"
+    )
+    command = ["replace", "warned_models:make", "--structure", "low_rank", *["--json"][:json_]]
+    assert main([*command, "--rank", "30"]) == 0
+    text = capsys.readouterr()
+    assert "warning" not in text.out
+    assert not json_ or json.loads(text.out)["layers"]
+    assert "warning: names are slow\n" in text.err
+    assert "warning: 1 of 1 structured layers cost more than dense" in text.err
+    assert main([*command, "--rank", "30", "--dearer", "error"]) == 2
+    assert "warning: names are slow\n" in capsys.readouterr().err
 
 
 def test_structures_of_installed_packages(monkeypatch):
