@@ -6,7 +6,7 @@ also of one that users have registered. What torch's kernels for CUDA do beside 
 cuBLAS cannot read by its strides copies it first, and an array that a product adds to is written before.
 
 The L2 is a cache of whole arrays, of which the least recently used one goes first. Half of its size counts
-(:data:`.strided.L2_SHARE`). An array that is larger passes through. Bytes of memory are those of arrays that are not in
+(:data:`.devices.L2_SHARE`). An array that is larger passes through. Bytes of memory are those of arrays that are not in
 the cache when they are read, and of those that leave it after they were written; results are written in the end, and
 arrays between the steps are not, unless they leave the cache before.
 
@@ -34,8 +34,7 @@ from torch.utils.flop_counter import flop_registry
 
 from structlin.execution import choice
 from structlin.execution.choice import Problem, Way
-from structlin.execution.devices import DEVICES, Device, named
-from structlin.execution.strided import L2_SHARE
+from structlin.execution.devices import DEVICES, L2_SHARE, Device, named
 
 __all__ = [
     "Kernel",
