@@ -21,20 +21,24 @@ from triton.compiler import ASTSource
 
 import structlin
 from structlin.execution import fused
+from structlin.execution.devices import Device, named
 from structlin.execution.fused import _kernels
 
 DOCUMENT = Path(__file__).parent / "gpu.md"
 BEGIN, END = "<!-- made by docs/gpu_kernels.py -->", "<!-- end kernels -->"
-CAPABILITIES = ((8, 0), (8, 9), (9, 0), (10, 0))
-CASES: tuple[tuple[str, str, int, dict[str, Any], int], ...] = (
-    ("BTT 2, 4096", "block_tensor_train", 4096, {"rank": 2}, 1),
-    ("BTT 2, 4096", "block_tensor_train", 4096, {"rank": 2}, 8),
-    ("BTT 1, 1024", "block_tensor_train", 1024, {"rank": 1}, 65536),
-    ("BTT 2, 1024", "block_tensor_train", 1024, {"rank": 2}, 65536),
-    ("BTT 4, 1024", "block_tensor_train", 1024, {"rank": 4}, 65536),
-    ("Monarch 16, 1024", "monarch", 1024, {"blocks": 16}, 65536),
-    ("BTT 2, 4096", "block_tensor_train", 4096, {"rank": 2}, 65536),
-    ("BTT 4, 4096", "block_tensor_train", 4096, {"rank": 4}, 65536),
+ON = ("a100", "l40s", "h100", "b200")
+# Label, structure, width, options, tokens, and whether it is the kernel for the gradient of x.
+CASES: tuple[tuple[str, str, int, dict[str, Any], int, bool], ...] = (
+    ("BTT 2, 4096", "block_tensor_train", 4096, {"rank": 2}, 1, False),
+    ("BTT 2, 4096", "block_tensor_train", 4096, {"rank": 2}, 8, False),
+    ("BTT 1, 1024", "block_tensor_train", 1024, {"rank": 1}, 65536, False),
+    ("BTT 4, 1024", "block_tensor_train", 1024, {"rank": 4}, 65536, False),
+    ("BTT 3, 768, gradient", "block_tensor_train", 768, {"rank": 3}, 65536, True),
+    ("BTT 2, 4096", "block_tensor_train", 4096, {"rank": 2}, 65536, False),
+    ("BTT 4, 4096", "block_tensor_train", 4096, {"rank": 4}, 65536, False),
+    ("BTT 4, 4096, gradient", "block_tensor_train", 4096, {"rank": 4}, 65536, True),
+    ("Monarch 16, 4096", "monarch", 4096, {"blocks": 16}, 65536, False),
+    ("Monarch 16, 4096, gradient", "monarch", 4096, {"blocks": 16}, 65536, True),
 )
 BITS = {"bf16": 16, "fp16": 16, "fp32": 32}
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -65,22 +69,26 @@ class Compiled:
         return self.instructions["STL"] + self.instructions["LDL"]
 
 
-def compiled(name: str, size: int, options: dict[str, Any], tokens: int, capability: tuple[int, int],
+def compiled(name: str, size: int, options: dict[str, Any], tokens: int, gradient: bool, device: Device,
              dtype: str = "bf16") -> Compiled | None:  # fmt: skip
-    """Compile a kernel for a square chain with a bias; return None if no tile fits."""
+    """Compile a kernel for a square chain with a bias, or for its gradient; return None if no tile fits."""
     form = fused.form_of(structlin.design(name, (size, size), **options))
     assert form is not None
-    limit = fused.SHARED.get(capability, fused.LEAST_SHARED)
-    launch = fused.tiles(form, tokens, BITS[dtype] // 8, 132, limit)
+    form = form.transposed() if gradient else form
+    launch = fused.tiles(form, tokens, BITS[dtype] // 8, device)
     if launch is None:
         return None
-    kernel = _kernels.few_tokens if launch.few else _kernels.many_tokens
     pointers = ("x_ptr", "l_ptr", "r_ptr", "bias_ptr", "y_ptr")
     signature = {**dict.fromkeys(pointers, f"*{dtype}"), **dict.fromkeys(("tokens", "d_in", "d_out", "x_row"), "i32")}
-    constants = {**fused.arguments(form, True), **launch.constants}
-    aligned = {(k,): [["tt.divisibility", 16]] for k, argument in enumerate(signature) if argument != "tokens"}
+    kernel = _kernels.few_tokens if launch.few else _kernels.many_tokens
+    if not launch.few:
+        signature |= {"h_ptr": f"*{dtype}", "h_units": "i32", "slots": "i32", "counters": "*i32"}
+    constants = {**fused.arguments(form, not gradient), **launch.constants}
+    unaligned = ("tokens", "h_units", "slots")
+    aligned = {(k,): [["tt.divisibility", 16]] for k, argument in enumerate(signature) if argument not in unaligned}
     source = ASTSource(kernel, {**signature, **dict.fromkeys(constants, "constexpr")}, constants, aligned)
-    target = GPUTarget("cuda", 10 * capability[0] + capability[1], 32)
+    assert device.capability is not None
+    target = GPUTarget("cuda", 10 * device.capability[0] + device.capability[1], 32)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         made = triton.compile(source, target=target, options={"num_warps": launch.warps, "num_stages": launch.stages})
@@ -92,6 +100,7 @@ def compiled(name: str, size: int, options: dict[str, Any], tokens: int, capabil
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     assert found is not None, usage
     counts = {one: len(re.findall(rf"\b{re.escape(one)}\b", program)) for one in _COUNTED}
+    limit = fused.SHARED.get(device.capability, fused.LEAST_SHARED)
     return Compiled(int(found[1]), int(found[2]), made.metadata.shared, limit, counts)
 
 
@@ -103,10 +112,12 @@ def table() -> str:
     rows: list[Sequence[str]] = [
         ("kernel", "tokens", "compiled for", "registers", "spills", "shared memory, KB", "tensor cores", "async copies")
     ]
-    for label, name, size, options, tokens in CASES:
-        for capability in CAPABILITIES:
-            made = compiled(name, size, options, tokens, capability)
-            place = f"sm_{capability[0]}{capability[1]}"
+    for label, *case in CASES:
+        tokens = case[3]
+        for device in map(named, ON):
+            made = compiled(*case, device)
+            assert device.capability is not None
+            place = f"sm_{device.capability[0]}{device.capability[1]}"
             if made is None:
                 rows.append((label, f"{tokens}", place, "no tile fits", "", "", "", ""))
                 continue

@@ -77,17 +77,20 @@ def devices() -> list[Sequence[str]]:
 
 
 def kernels() -> list[Sequence[str]]:
-    """Return microseconds and KB of L2 per token of the ways and the kernels in Triton, for few and many tokens."""
-    rows: list[Sequence[str]] = [("structure", "d", "tokens", "`strided`", "`strided-l2`", "`fused`")]
+    """Return microseconds and KB of L2 per token of the ways and the kernels in Triton; then those with gradients."""
+    rows: list[Sequence[str]] = [
+        ("structure", "d", "tokens", "`strided`", "`strided-l2`", "`fused`", "step: `strided`", "step: `fused`")
+    ]
     for label in ("BTT 1", "BTT 2", "BTT 4", "Monarch 16"):
         name, options = CASES[label]
         for size in (1024, 2048, 4096):
             structure = structlin.design(name, (size, size), **options)
             for tokens in (1, TOKENS):
-                asked = Problem(structure, True, "torch", "cuda", DTYPE, tokens, 1, False)
                 cells = []
-                for way in (strided_way, strided_l2_way, fused_way):
-                    if not way.fits(asked, DEVICES["h100"]):
+                passes = (strided_way, False), (strided_l2_way, False), (fused_way, False)
+                for way, train in (*passes, (strided_way, True), (fused_way, True)):
+                    asked = Problem(structure, True, "torch", "cuda", DTYPE, tokens, 1, train)
+                    if not way.fits(asked, DEVICES["h100"]) or (train and tokens == 1):
                         cells.append("-")
                         continue
                     found = predict(way, asked, "h100")

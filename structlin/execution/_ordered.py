@@ -92,28 +92,34 @@ class OrderedChain(ABC):
 
     def run_backward(
         self, gy: Tensor, x: Tensor, factors: Sequence[Tensor], needs: Sequence[bool], chunk: int,
-        kept: Sequence[Tensor], wide: torch.dtype,
+        kept: Sequence[Tensor], wide: torch.dtype, known: Sequence[Tensor] = (),
     ) -> tuple[Tensor | None, ...]:  # fmt: skip
-        """Return gradients of x, the factors and the bias, None where ``needs`` is False; ``wide``: dtype of sums."""
+        """Return gradients of x, the factors and the bias, None where ``needs`` is False; ``wide``: dtype of sums.
+
+        ``known``: the gradients of x and of the activations between the steps, for all tokens, unless only the last
+        factor needs one.
+        """
         *needs, for_bias = needs
         x, gy = self._padded(x.detach(), 0).contiguous(), self._padded(gy.detach(), 1).contiguous()
         sums = self._cut(gy, 1).sum(0 if self.rows else 1) if for_bias else None
-        if not any(needs):
-            return *(None for _ in needs), sums
+        if not any(needs[1:]) and (known or not needs[0]):
+            return known[0] if known else None, *(None for _ in needs[1:]), sums
         products, tokens = self.layout.products, x.shape[0 if self.rows else 1]
         wanted = [k for k, need in enumerate(needs[1:]) if need]
-        lowest, highest = (-1 if needs[0] else wanted[0]), max(wanted, default=0)
+        lowest, highest = (-1 if needs[0] and not known else wanted[0]), max(wanted, default=0)
         saved = kept[0].numel() // self.widths[1] if kept else 0
-        back = [self._weight(k, f, tokens, back=True) if k > lowest else f for k, f in enumerate(factors)]
+        passed = range(len(products) if known else lowest + 1, len(products))  # through which a gradient passes
+        back = [self._weight(k, f, tokens, back=True) if k in passed else f for k, f in enumerate(factors)]
         again = [self._weight(k, f, tokens) for k, f in enumerate(factors[:highest])] if saved < tokens else []
         grads: list[Tensor | None] = []
         for p, need in zip(products, needs[1:], strict=True):
             b, k, f = p.shape
             shape = (b, k, f) if p.free_last else (b, f, k)
             grads.append((x.new_empty if tokens else x.new_zeros)(shape, dtype=wide) if need else None)
-        gx = self._outcome(x, 0) if needs[0] else x  # x is not written to
+        gx = self._outcome(x, 0) if needs[0] and not known else x  # x is not written to
         most = min(chunk or tokens, tokens)
-        buffers, flows = (self._buffers(x, most) if saved < tokens else []), self._buffers(x, most)
+        buffers = self._buffers(x, most) if saved < tokens else []
+        flows = known[1:] or ([gx] * (len(products) - 1) if known else self._buffers(x, most))
         for start, count in _spans(tokens, chunk):
             held = start + count <= saved
             at, flow = [x, *(self._held(kept, start) if held else buffers), gy], [gx, *flows, gy]
@@ -129,7 +135,7 @@ class OrderedChain(ABC):
                         target, source = (t.transpose(0, 1).reshape(1, t.shape[1], -1) for t in (g, source))
                     left, right = (source, target) if product.free_last else (target, source)
                     self._add(grad, left, right.mT, start == 0)
-                if k > lowest:
+                if k in passed:
                     into = self._operand(flow, k, view[2], start)
                     if k:
                         self.multiply(product, back[k], g, into)
@@ -139,7 +145,7 @@ class OrderedChain(ABC):
             None if grad is None else _unpacked(grad, product.gradient, shape).to(x.dtype)
             for product, grad, shape in zip(products, grads, self._shapes, strict=True)
         )  # fmt: skip
-        return self._cut(gx, 0) if needs[0] else None, *found, sums
+        return known[0] if known else self._cut(gx, 0) if needs[0] else None, *found, sums
 
     def _add(self, gradient: Tensor, left: Tensor, right: Tensor, first: bool) -> None:
         """Add ``left @ right`` to the gradient of a matrix, or set it to that at the ``first`` chunk."""

@@ -21,12 +21,11 @@ from torch import Tensor
 from structlin.execution._kept import kept
 from structlin.execution._ordered import OrderedChain
 from structlin.execution._orders import Operand, Product
+from structlin.execution.devices import ALIGNED, L2_SHARE
 from structlin.structure import Structure
 
 __all__ = ["ALIGNED", "StridedChain", "l2_chunk", "strided"]
 
-ALIGNED = 16  # bytes: of the widest load of a thread, on all devices of the last ten years
-L2_SHARE = 0.5  # of the L2, that can be counted on: on an A100 or H100 each half of the chip keeps a copy of its own
 LEAST_CHUNK = 128  # tokens: fewer do not fill the tiles of a product
 
 
@@ -54,12 +53,15 @@ class StridedChain(OrderedChain):
 
     def backward(
         self, gy: Tensor, x: Tensor, factors: Sequence[Tensor], needs: Sequence[bool], chunk: int = 0,
-        kept: Sequence[Tensor] = (),
+        kept: Sequence[Tensor] = (), flows: Sequence[Tensor] = (),
     ) -> tuple[Tensor | None, ...]:  # fmt: skip
-        """Return gradients of x, the factors and the bias, None where ``needs`` is False; ``kept`` by ``forward``."""
+        """Return gradients of x, the factors and the bias, None where ``needs`` is False; ``kept`` by ``forward``.
+
+        ``flows``: the gradients of x and of the activations between the steps, if they are known.
+        """
         several = 0 < chunk < x.shape[0 if self.rows else 1]
         wide = torch.float32 if several and x.dtype in (torch.bfloat16, torch.float16) else x.dtype
-        return self.run_backward(gy, x, factors, needs, chunk, kept, wide)
+        return self.run_backward(gy, x, factors, needs, chunk, kept, wide, flows)
 
     def multiply(self, product: Product, weight: Tensor, source: Tensor, target: Tensor) -> None:
         """``target = weight @ source``, batched."""
@@ -76,6 +78,10 @@ class StridedChain(OrderedChain):
         self.multiply(product, weight, source, target)
         if bias is not None:  # tokens and a carried axis are one: no strides stand for the bias there
             part.add_(bias if self.rows else bias[:, None])
+
+    def between(self, x: Tensor) -> list[Tensor]:
+        """Return room for the activations between the steps, or their gradients, of all tokens of ``x``."""
+        return self._buffers(x, x.shape[0 if self.rows else 1])
 
     def room(self, count: int, item: int) -> int:
         """Return the number of tokens, rounded up to aligned rows where that is possible."""

@@ -119,12 +119,19 @@ class StridedWay(Way):
             if not all(t.dtype is gy.dtype and t.device == gy.device for t in (x, *factors)):
                 x, *factors = (t.to(gy) for t in (x, *factors))  # hooks on saved tensors may have changed them
                 kept = ()
-            chunk = self._chunk(structure, rows, x.shape[0 if rows else 1], x.dtype, True)
-            return chain.backward(gy, x, factors, needs, chunk, () if chunk else kept)
+            return self._gradients(structure, gy, x, factors, needs, rows, kept)
         *before, for_bias = needs
         found = iter(chain_gradients(structure, gy, x, factors, before, rows) if any(before) else ())
         gradients = [next(found) if need else None for need in before]
         return *gradients, gy.sum(0 if rows else 1) if for_bias else None
+
+    def _gradients(
+        self, structure: Structure, gy: Tensor, x: Tensor, factors: Sequence[Tensor], needs: Sequence[bool],
+        rows: bool, kept: Sequence[Tensor],
+    ) -> tuple[Tensor | None, ...]:  # fmt: skip
+        """Do what :meth:`backward` does, with plain tensors of one dtype."""
+        chunk = self._chunk(structure, rows, x.shape[0 if rows else 1], x.dtype, True)
+        return strided(structure, rows).backward(gy, x, factors, needs, chunk, () if chunk else kept)
 
     def bind(self, structure: Structure, rows: bool) -> Callable[[Tensor, Sequence[Tensor], Tensor | None], Tensor]:
         """Return the product of one structure as a function."""
@@ -133,9 +140,10 @@ class StridedWay(Way):
 
 
 class FusedWay(StridedWay):
-    """Both steps as one kernel in Triton (:mod:`.fused`); the backward pass by strided products.
+    """Both steps as one kernel in Triton (:mod:`.fused`), and backward too: the gradient of x is the transposed chain.
 
-    It has not been measured, so it is used only if a policy names it.
+    The gradients of the factors are strided products of what the two kernels leave between the steps. The way has not
+    been measured, so it is used only if a policy names it.
     """
 
     explicit = True
@@ -152,35 +160,59 @@ class FusedWay(StridedWay):
         """Whether the kernels can run a problem on a device; not whether Triton is installed."""
         if not problem.rows or not StridedWay.supports(self, problem):
             return False
+        form = fused.form_of(problem.structure)
         with traffic.assuming(device):
-            return self._launch(problem.structure, problem.tokens, getattr(torch, problem.dtype)) is not None
+            return form is not None and self._launch(form, problem.tokens, getattr(torch, problem.dtype)) is not None
 
-    def _launch(self, structure: Structure, tokens: int, dtype: torch.dtype) -> fused.Tiles | None:
-        form, device = fused.form_of(structure), traffic.device_here()
-        if form is None or dtype not in fused.DTYPES or not tokens:
+    def _launch(self, form: fused.Form, tokens: int, dtype: torch.dtype) -> fused.Tiles | None:
+        if not tokens or dtype not in (fused.DTYPES if tokens <= fused.FEW else fused.MANY_DTYPES):
             return None
-        shared = fused.SHARED.get(device.capability or (0, 0), fused.LEAST_SHARED)
-        return fused.tiles(form, tokens, dtype.itemsize, device.cores, shared)
+        return fused.tiles(form, tokens, dtype.itemsize, traffic.device_here())
+
+    def _run(
+        self, form: fused.Form, launch: fused.Tiles, x: Tensor, factors: Sequence[Tensor], bias: Tensor | None,
+        h: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Launch a kernel, or note its traffic for tensors without memory."""
+        x, (left, right) = x.detach(), (f.detach().contiguous() for f in factors)
+        bias = None if bias is None else bias.detach().contiguous()
+        if not x.is_meta:
+            return fused.run(form, launch, x, left, right, bias, h)
+        y, item = x.new_empty((x.shape[0], form.d_out)), x.element_size()
+        reads = (launch.x_reads, launch.left_reads, launch.right_reads)
+        again = sum((n - 1) * t.numel() * item for n, t in zip(reads, (x, left, right), strict=True))
+        if not launch.few:
+            torch.zeros(1, device=x.device)  # the counters: a kernel of its own
+            again += (launch.between - (h is not None)) * x.shape[0] * form.between * item
+        operands = [t for t in (x, left, right, bias) if t is not None]
+        traffic.note("fused", launch.macs, operands, [y] if h is None else [y, h], again)
+        return y
 
     def forward(
         self, structure: Structure, factors: Sequence[Tensor], x: Tensor, bias: Tensor | None, rows: bool,
         kept: list[Tensor] | None = None,
     ) -> Tensor:  # fmt: skip
-        """Compute the product by the fused kernel."""
-        launch = self._launch(structure, x.shape[0], x.dtype) if rows else None
-        form = fused.form_of(structure)
-        if launch is None or form is None or not (x.is_meta or fused.can_launch(x)):
+        """Compute the product by a kernel."""
+        form = fused.form_of(structure) if rows and (x.is_meta or fused.can_launch(x)) else None
+        launch = None if form is None else self._launch(form, x.shape[0], x.dtype)
+        if form is None or launch is None:
             return super().forward(structure, factors, x, bias, rows, kept)
-        x, (left, right) = x.detach(), (f.detach().contiguous() for f in factors)
-        bias = None if bias is None else bias.detach().contiguous()
-        if not x.is_meta:
-            return fused.run(form, launch, x, left, right, bias)
-        y = x.new_empty((x.shape[0], structure.d_out))
-        reads = (launch.x_reads, launch.left_reads, launch.right_reads)
-        again = sum((n - 1) * t.numel() * t.element_size() for n, t in zip(reads, (x, left, right), strict=True))
-        operands = [x, left, right] if bias is None else [x, left, right, bias]
-        traffic.note("fused", launch.macs, operands, [y], again)
-        return y
+        if kept is not None and not launch.few:
+            kept += strided(structure).between(x)
+        return self._run(form, launch, x, factors, bias, *(kept or ()))
+
+    def _gradients(
+        self, structure: Structure, gy: Tensor, x: Tensor, factors: Sequence[Tensor], needs: Sequence[bool],
+        rows: bool, kept: Sequence[Tensor],
+    ) -> tuple[Tensor | None, ...]:  # fmt: skip
+        form = fused.form_of(structure) if rows and needs[0] and (x.is_meta or fused.can_launch(x)) else None
+        form = None if form is None else form.transposed()
+        launch = None if form is None else self._launch(form, x.shape[0], x.dtype)
+        if form is None or launch is None or launch.few:
+            return super()._gradients(structure, gy, x, factors, needs, rows, kept)
+        flows = strided(structure).between(gy) if needs[1] else []
+        gx = self._run(form, launch, gy, factors[::-1], None, *flows)
+        return strided(structure).backward(gy, x, factors, needs, 0, kept, (gx, *flows))
 
 
 class _Differentiable(torch.autograd.Function):

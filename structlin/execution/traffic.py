@@ -6,7 +6,7 @@ one. Additional kernels of torch on CUDA are added: a matrix that cuBLAS cannot 
 an array to which a product is added is written before.
 
 The L2 is modelled as a cache of whole arrays that evicts the least recently used one. Half of its size is available
-(:data:`.strided.L2_SHARE`), and larger arrays bypass it. Bytes of memory are those of arrays that are not in the cache
+(:data:`.devices.L2_SHARE`), and larger arrays bypass it. Bytes of memory are those of arrays that are not in the cache
 when they are read, and of written arrays that are evicted. Results are written at the end. Arrays between the steps are
 written only if they are evicted.
 
@@ -35,8 +35,7 @@ from torch.utils.flop_counter import flop_registry
 
 from structlin.execution import choice
 from structlin.execution.choice import Problem, Way
-from structlin.execution.devices import DEVICES, Device, named
-from structlin.execution.strided import L2_SHARE
+from structlin.execution.devices import DEVICES, L2_SHARE, Device, named
 
 __all__ = [
     "Kernel",

@@ -378,6 +378,7 @@ class Run:
             "loss": loss,
             "lr": self.config.lr * self.share(self.step - 1),
             f"{self.config.unit}_per_second": speed,
+            "flops_per_second": flops,
         }
         words = [f"step {self.step:>6} of {self.steps}", f"loss {loss:.4f}", f"lr {found['lr']:.3g}"]
         if norm is not None:

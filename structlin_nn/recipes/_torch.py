@@ -9,6 +9,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Self
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -97,6 +98,12 @@ def make_optimizer(config: RunConfig, model: nn.Module, base: nn.Module | None, 
                 split.append({**group, "params": [p for p, _ in chosen], "names": [n for _, n in chosen]})
     kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.optimizer]
     return kind(split, lr=config.lr, betas=config.betas, fused=True)
+
+
+def on_device(array: np.ndarray, device: torch.device) -> Tensor:
+    """Return an array as a tensor; on CUDA by a copy from pinned memory, for which the host does not wait."""
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 class Average:

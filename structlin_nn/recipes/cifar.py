@@ -24,7 +24,7 @@ from structlin_nn.recipes._config import RunConfig, require
 from structlin_nn.recipes._processes import ALONE, processes
 from structlin_nn.recipes._run import Options as RunOptions
 from structlin_nn.recipes._run import Result
-from structlin_nn.recipes._torch import TorchRun, count_run
+from structlin_nn.recipes._torch import TorchRun, count_run, on_device
 
 __all__ = ["Config", "Options", "build", "plan", "train"]
 
@@ -213,7 +213,7 @@ def train(
             # One step: the parts of this process's share of the batch, then the optimiser.
             run.set_rates()
             optimizer.zero_grad(set_to_none=True)
-            rows = torch.from_numpy(batch_rows(len(labels), config.batch_size, config.seed, run.step)).to(run.device)
+            rows = on_device(batch_rows(len(labels), config.batch_size, config.seed, run.step), run.device)
             inputs, targets = augment(images[rows], labels[rows], generator)
             batch = (inputs, targets, labels[rows], labels[rows].flip(0))
             parts = zip(*(group.share(tensor).split(size) for tensor in batch), strict=True)

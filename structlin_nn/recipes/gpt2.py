@@ -32,7 +32,7 @@ from structlin_nn.models.named import build_named
 from structlin_nn.recipes._config import RunConfig, require
 from structlin_nn.recipes._processes import ALONE, processes
 from structlin_nn.recipes._run import Options, Result
-from structlin_nn.recipes._torch import TorchRun, count_run
+from structlin_nn.recipes._torch import TorchRun, count_run, on_device
 
 __all__ = ["Config", "Options", "build", "plan", "train"]
 
@@ -174,19 +174,19 @@ def train(
         def tokens(step: int) -> tuple[Tensor, Tensor]:
             x, y = token_batch(data.train, block_size=config.context, batch_size=config.batch_size, seed=config.seed,
                                step=step, rank=group.rank, world_size=group.size)  # fmt: skip
-            return _to(x, run.device), _to(y, run.device)
+            return on_device(x, run.device), on_device(y, run.device)
 
         def evaluated(tokens: Any, sequences: int | None) -> Iterable[tuple[Tensor, Tensor]]:
             for x, y in evaluation_batches(tokens, block_size=config.context, batch_size=size * group.size,
                                            sequences=sequences, rank=group.rank, world_size=group.size):  # fmt: skip
-                yield _to(x, run.device), _to(y, run.device)
+                yield on_device(x, run.device), on_device(y, run.device)
 
         # Model and optimiser: learning rates relative to the dense model at base width.
         run.make_model(build, vocabulary)
         x, _ = token_batch(data.train, block_size=config.context, batch_size=4, seed=PROBE_SEED, step=0)
         optimizer = run.start(
             build, vocabulary, steps=config.steps, warmup=config.warmup_steps, sums=2, sample=torch.from_numpy(x[:1]),
-            probe=_to(x, run.device), data=described(data), decay=decayed(config),
+            probe=on_device(x, run.device), data=described(data), decay=decayed(config),
         )  # fmt: skip
 
         def evaluate() -> None:
@@ -261,11 +261,6 @@ def evaluation(
 def perplexity(loss: float) -> float | None:
     """``exp`` of a mean loss in nats; None where float64 cannot hold it, from 709 nats on."""
     return math.exp(loss) if loss < 709 else None
-
-
-def _to(array: Any, device: torch.device) -> Tensor:
-    tensor = torch.from_numpy(array)
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 def described(data: TokenData) -> dict[str, Any]:

@@ -206,27 +206,31 @@ class Muon(Optimizer):
         parameter.add_(whole, alpha=-group["lr"])
 
     def _adam(self, group: dict[str, Any]) -> None:
-        parameters = [p for p in group["params"] if p.grad is not None]
-        for p in parameters:
-            if not self.state[p]:
-                self.state[p].update(
-                    step=torch.zeros((), dtype=torch.float32), exp_avg=torch.zeros_like(p),
-                    exp_avg_sq=torch.zeros_like(p),
-                )  # fmt: skip
-        states = [self.state[p] for p in parameters]
-        adamw(
-            parameters,
-            [p.grad for p in parameters],
-            [state["exp_avg"] for state in states],
-            [state["exp_avg_sq"] for state in states],
-            [],
-            [state["step"] for state in states],
-            has_complex=any(p.is_complex() for p in parameters),
-            amsgrad=False,
-            beta1=group["betas"][0],
-            beta2=group["betas"][1],
-            lr=group["lr"],
-            weight_decay=group["weight_decay"],
-            eps=group["eps"],
-            maximize=False,
-        )
+        kinds: dict[Any, list[Any]] = {}  # the fused kernel takes sharded or whole parameters, and no complex ones
+        for p in group["params"]:
+            if p.grad is not None:
+                kinds.setdefault((type(p.data), p.is_complex()), []).append(p)
+        for (_, is_complex), parameters in kinds.items():
+            for p in parameters:
+                state = self.state[p]
+                if not state:
+                    state.update(step=torch.zeros(()), exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
+                state["step"] = state["step"].to("cpu" if is_complex else p.device, torch.float32)
+            states = [self.state[p] for p in parameters]
+            adamw(
+                parameters,
+                [p.grad for p in parameters],
+                [state["exp_avg"] for state in states],
+                [state["exp_avg_sq"] for state in states],
+                [],
+                [state["step"] for state in states],
+                fused=not is_complex,
+                has_complex=is_complex,
+                amsgrad=False,
+                beta1=group["betas"][0],
+                beta2=group["betas"][1],
+                lr=group["lr"],
+                weight_decay=group["weight_decay"],
+                eps=group["eps"],
+                maximize=False,
+            )

@@ -1,9 +1,9 @@
-"""Chains of two steps as one kernel, written in Triton, for GPUs: what is between the steps stays on the chip.
+"""Chains of two steps as one kernel, written in Triton, for GPUs.
 
 They run where :class:`Form` fits a chain: Block Tensor-Trains, and Monarch matrices whose second step reads what the
-first one writes. There are two kernels (:mod:`._kernels`): for up to :data:`FEW` tokens, where the time is that of
-reading the factors, and for many. The traffic of both is derived here from sizes and tiles, so that the model says
-where they pay.
+first one writes. There are two kernels (:mod:`._kernels`). For up to :data:`FEW` tokens the time is that of reading the
+factors, and what is between the steps stays in registers. For many tokens it goes through L2, a chunk of tokens at a
+time. The traffic of both is derived here from sizes and tiles, so that the model says where they pay.
 
 Triton is an optional dependency. It comes with torch for CUDA. No time of these kernels has been measured.
 """
@@ -20,12 +20,14 @@ import torch
 from torch import Tensor
 
 from structlin.execution._kept import kept
+from structlin.execution.devices import ALIGNED, L2_SHARE, Device
 from structlin.structure import Structure
 
 __all__ = [
     "DTYPES",
     "FEW",
     "LEAST_SHARED",
+    "MANY_DTYPES",
     "SHARED",
     "Form",
     "Tiles",
@@ -38,13 +40,11 @@ __all__ = [
 
 FEW = 8  # tokens, up to which products on tensor cores would be of padding for the most part
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-# Numbers of a program of 256 threads, whose threads have 255 registers each: sums of y, those with a tile of h, and the
-# operands of both products. With more, Triton spills registers (docs/gpu_kernels.py).
-_SUMS, _LIVE, _OPERANDS = 1 << 15, 44 << 10, 48 << 10
-WARPS, STAGES = 8, 2
-# Of shared memory for each number of the operands of a tile: one for the loads ahead, and a half at most for what
-# Triton brings into another layout. tests/structlin/execution/test_fused.py compares with what it takes.
-_BUFFERS = 1.5
+# For many tokens. In float32 the MACs take the time, which no kernel reduces, and Triton spills registers.
+MANY_DTYPES = (torch.float16, torch.bfloat16)
+_SUMS = 1 << 15  # of a program of 256 threads: with more, Triton spills registers (docs/gpu_kernels.py)
+_TOKENS, _STAGES = (128, 64, 32), (3, 2)  # of one product, and loads ahead of it, the best ones first
+SLOTS = 3  # chunks that have room between the steps: with two of them, a step waits for the one drawn just before
 # Bytes of shared memory that one program can have, by the capability of the device (CUDA programming guide); 99 KB is
 # what all devices from Ampere on have.
 SHARED = {(8, 0): 163 << 10, (8, 7): 163 << 10, (9, 0): 227 << 10, (10, 0): 227 << 10, (10, 3): 227 << 10}
@@ -65,6 +65,16 @@ class Form:
     right: tuple[int, int, int, int]  # strides of c, d, e, b
     d_in: int
     d_out: int
+
+    @property
+    def between(self) -> int:
+        """Numbers of ``h`` for a token."""
+        return self.sizes[1] * self.sizes[2] * self.sizes[4]
+
+    def transposed(self) -> Form:
+        """Return the chain that takes the gradient of y to that of x: the same with exchanged factors."""
+        (a, b, c, d, e), (l_b, l_c, l_e, l_a), (r_c, r_d, r_e, r_b) = self.sizes, self.left, self.right
+        return Form((d, c, b, a, e), (r_c, r_b, r_e, r_d), (l_b, l_a, l_e, l_c), self.d_out, self.d_in)
 
 
 def _form(structure: Structure) -> Form | None:
@@ -101,8 +111,9 @@ def form_of(structure: Structure) -> Form | None:
 class Tiles:
     """How a kernel is launched: its ``grid``, constants, warps and stages, and the bytes that it reads again from L2.
 
-    ``x_reads``, ``left_reads``, ``right_reads``: how many times x and each factor are read. ``macs``: with the products
-    that are computed again, of all tokens.
+    ``x_reads``, ``left_reads``, ``right_reads``: how many times x and each factor are read. ``macs``: with padding and
+    the products that are computed again, of all tokens. ``between``: how many times what is between the steps is
+    written and read.
     """
 
     few: bool
@@ -114,14 +125,15 @@ class Tiles:
     left_reads: int
     right_reads: int
     macs: int
+    between: int = 0
 
 
 def _power(n: int) -> int:
     return 1 << max(0, n - 1).bit_length()
 
 
-def tiles(form: Form, tokens: int, item: int, programs: int, shared: int = LEAST_SHARED) -> Tiles | None:
-    """Return the launch for ``tokens`` tokens of ``item``-byte numbers on ``programs`` cores; None if no tile fits."""
+def tiles(form: Form, tokens: int, item: int, device: Device) -> Tiles | None:
+    """Return the launch for ``tokens`` tokens of ``item``-byte numbers on a device; None if no tile fits."""
     a, b, c, d, e = form.sizes
     if tokens <= FEW:
         block_d = min(_power(d), 32)
@@ -130,30 +142,60 @@ def tiles(form: Form, tokens: int, item: int, programs: int, shared: int = LEAST
         constants = {"T": _power(tokens), "BLOCK_A": block_a, "BLOCK_K": block_k, "BLOCK_D": block_d}
         again = tokens * (c * b * e * a * parts + c * d * e * b)
         return Tiles(True, (c, parts), constants, 4, 1, c * parts, parts, 1, again)
-    # Each of the three sizes of a product on tensor cores is 16 or more.
-    block_a, block_d, block_e = max(16, _power(a)), max(16, _power(d)), _power(e)
-    least = max(1, 16 // block_e)
-    best: tuple[tuple[float, int], dict[str, int]] | None = None
-    for block_t, block_b, block_c in product((64, 32), _powers(least, min(_power(b), 8)), _powers(least, _power(c))):
-        sums, h = block_c * block_t * block_d, block_b * block_t * block_c * block_e
-        operands = block_b * block_t * block_a, block_b * block_c * block_e * block_a, h // block_t * block_d
-        if sums > _SUMS or sums + h > _LIVE or sum(operands) > _OPERANDS:
+    return _many(form, tokens, item, device)
+
+
+def _many(form: Form, tokens: int, item: int, device: Device) -> Tiles | None:
+    """Return the launch that reads the fewest numbers from L2.
+
+    A chunk is as large as :data:`SLOTS` of them fit into L2 beside the factors. It has so many parts that there is a
+    ticket for each program.
+    """
+    a, b, c, d, e = form.sizes
+    shared = SHARED.get(device.capability or (0, 0), LEAST_SHARED)
+    steps = (a, c * e, b), (e * b, d, c)  # contracted, free, batch
+    room = int(L2_SHARE * device.l2) // item - b * c * e * (a + d)
+    best: tuple[float, Tiles] | None = None
+    for most in _TOKENS[:2]:
+        found = [_tile(k, n, item, shared, most) for k, n, _ in steps]
+        made = [tile for tile in found if tile is not None]
+        if len(made) < 2:
             continue
-        if _BUFFERS * sum(operands) * item > shared:
+        times = [-(-n // tile[1]) for (_, n, _), tile in zip(steps, made, strict=True)]  # that a step reads its input
+        tickets = sum(batch * count for (_, _, batch), count in zip(steps, times, strict=True))
+        unit = max(tile[0] for tile in made)
+        # A power of two for few tokens: each size of a chunk is compiled.
+        units = min(room // (SLOTS * b * c * e * unit), _power(-(-tokens // unit)))
+        if units < 1:
             continue
-        numbers = a * b * -(-c // block_c) + (a * b * c * e + b * c * d * e) / block_t  # that are read for a token
-        rank = numbers, -block_b
-        if best is None or rank < best[0]:
-            sizes = block_t, block_a, block_b, block_c, block_d, block_e, STAGES
-            names = (*(f"BLOCK_{letter}" for letter in "TABCDE"), "STAGES")
-            best = rank, dict(zip(names, sizes, strict=True))
-    if best is None:
-        return None
-    made = best[1]
-    groups, parts = -(-c // made["BLOCK_C"]), -(-tokens // made["BLOCK_T"])
-    each = -(-b // made["BLOCK_B"]) * made["BLOCK_B"] * made["BLOCK_C"] * block_e * (block_a + block_d)
-    macs = parts * made["BLOCK_T"] * groups * each
-    return Tiles(False, (min(programs, groups * parts),), made, WARPS, STAGES, groups, parts, parts, macs)
+        warps = 8 if max(tile[0] * tile[1] for tile in made) > _SUMS // 4 else 4
+        programs = device.cores * (min(2, shared // max(tile[4] for tile in made)) if warps == 4 else 1)
+        parts = min(units, -(-2 * programs // (3 * tickets)))  # tickets of more than one chunk run at once
+        span = units // parts * unit
+        spans = -(-tokens // span)
+        names = [f"{which}_{letter}" for which in ("FIRST", "SECOND") for letter in ("T", "N", "K", "STAGES")]
+        constants = dict(zip(names, (*made[0][:4], *made[1][:4]), strict=True))
+        constants |= {"UNIT": max(1, ALIGNED // item), "CHUNK": parts * span, "SPAN": span}
+        macs = sum(
+            -(-tokens // tile[0]) * tile[0] * batch * count * tile[1] * tile[2]
+            for (_, _, batch), count, tile in zip(steps, times, made, strict=True)
+        )
+        launch = Tiles(False, (programs,), constants, warps, 1, times[0], spans, spans, macs, times[1] + 1)
+        numbers = a * b * times[0] + b * c * e * times[1] + b * c * e * (a + d) / span  # that are read for a token
+        if best is None or numbers < best[0]:
+            best = numbers, launch
+    return None if best is None else best[1]
+
+
+def _tile(contracted: int, free: int, item: int, shared: int, most: int) -> tuple[int, ...] | None:
+    """Return tokens, free and contracted axis, stages and bytes of one product: the fewest reads of its input first."""
+    k = max(16, _power(contracted))
+    found = []
+    for t, n, stages in product(_TOKENS, _powers(16, min(_power(free), 256)), _STAGES):
+        size = item * (stages * t * k + k * n + t * n)  # loads ahead, the factor, and the result in another layout
+        if t <= most and t * n <= _SUMS and size <= shared:
+            found.append((-(-free // n), -t, -stages, t, n, k, stages, size))
+    return min(found)[3:] if found else None
 
 
 def _powers(least: int, most: int) -> list[int]:
@@ -178,18 +220,31 @@ def can_launch(x: Tensor) -> bool:
     return _kernels.INTERPRETED
 
 
-def run(form: Form, launch: Tiles, x: Tensor, left: Tensor, right: Tensor, bias: Tensor | None) -> Tensor:
-    """(tokens, d_in) -> (tokens, d_out), without gradients. All operands are plain, factors are contiguous."""
+def run(
+    form: Form, launch: Tiles, x: Tensor, left: Tensor, right: Tensor, bias: Tensor | None, h: Tensor | None = None
+) -> Tensor:  # fmt: skip
+    """(tokens, d_in) -> (tokens, d_out), without gradients. All operands are plain, factors are contiguous.
+
+    ``h``: where the kernel for many tokens is to leave what is between the steps, in the order (c, e, b, tokens).
+    """
     from structlin.execution.fused import _kernels
 
     tokens = x.shape[0]
     y = x.new_empty((tokens, form.d_out))
     x = x if x.stride(1) == 1 else x.contiguous()
-    if tokens:
-        kernel: Any = _kernels.few_tokens if launch.few else _kernels.many_tokens
-        kernel[launch.grid](
-            x, left, right, bias if bias is not None else y, y, tokens, form.d_in, form.d_out, x.stride(0),
-            **arguments(form, bias is not None), **launch.constants,
-            num_warps=launch.warps, num_stages=launch.stages,
-        )  # fmt: skip
+    if not tokens:
+        return y
+    given: tuple[Any, ...] = x, left, right, y if bias is None else bias, y, tokens, form.d_in, form.d_out, x.stride(0)
+    kernel: Any = _kernels.few_tokens
+    if not launch.few:
+        kernel, chunk = _kernels.many_tokens, launch.constants["CHUNK"]
+        chunks = -(-tokens // chunk)
+        slots = min(SLOTS, chunks) if h is None else chunks
+        h = x.new_empty(form.between * slots * chunk) if h is None else h
+        counters = torch.zeros(1 + 2 * chunks, dtype=torch.int32, device=x.device)
+        given = *given, h, h.numel() // form.between // launch.constants["UNIT"], slots, counters
+    kernel[launch.grid](
+        *given, **arguments(form, bias is not None), **launch.constants,
+        num_warps=launch.warps, num_stages=launch.stages,
+    )  # fmt: skip
     return y

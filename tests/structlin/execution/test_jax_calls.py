@@ -1,6 +1,7 @@
 """Chains in jax called in other ways: dtypes, donated inputs, exported programs, meshes and several devices."""
 
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -164,3 +165,27 @@ def test_two_devices():
     )
     assert found.returncode == 0, found.stderr[-3000:]
     assert found.stdout == "same\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "copies", "with_gradients"),
+    [("block_tensor_train", {"rank": 2}, 3, 5), ("monarch", {"blocks": 4}, 3, 5), ("low_rank", {"rank": 4}, 0, 0)],
+)
+def test_what_xla_copies(name, options, copies, with_gradients):
+    """XLA moves each activation once at most, and none of a chain without batch axes (docs/gpu.md)."""
+    structure, tokens = sl.design(name, (60, 48), **options), 131
+
+    def forward(x, *factors):
+        return products(structure, factors, x, sl._arrays.ops("jax"))
+
+    def gradients(gy, *operands):
+        return jax.vjp(forward, *operands)[1](gy)
+
+    x, y = (jax.ShapeDtypeStruct((tokens, size), jnp.float32) for size in (48, 60))
+    factors = [jax.ShapeDtypeStruct(factor.shape, jnp.float32) for factor in structure.factors]
+    for function, operands, most in ((forward, [x], copies), (gradients, [y, x], with_gradients)):
+        text = jax.jit(function).lower(*operands, *factors).compile().as_text()
+        shapes = re.findall(r"= \w+\[([\d,]*)\]\S* copy\(", text)
+        moved = [shape for shape in shapes if str(tokens) in shape.split(",")]
+        assert len(moved) <= most
+        assert "dot" in text
