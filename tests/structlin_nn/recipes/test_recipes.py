@@ -12,7 +12,6 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from structlin_nn.cli import main
@@ -570,44 +569,6 @@ class TestModelsByName:
         if "timm:" not in arguments:
             with pytest.raises(ValueError, match="trained your own model"):
                 load_trained(tmp_path / "run")
-
-
-@pytest.mark.parametrize("task", ["cifar", "gpt2", "imagenet"])
-def test_no_step_waits_for_the_device(
-    task: str, config: cifar.Config, gpt2_config: gpt2.Config, imagenet_config: imagenet.Config,
-    small_cifar: Path, text_tokens: Path, image_tree: Path, tmp_path: Path,
-) -> None:  # fmt: skip
-    """No value of a tensor of the device is read between evaluations, where losses are not looked at in each step."""
-    read: dict[int, list[str]] = {}
-
-    class Noted(TorchFunctionMode):
-        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            name = getattr(func, "__name__", "")
-            reads = name in ("item", "tolist", "__bool__", "__float__", "__int__", "numpy", "cpu")
-            if reads and runs and args[0].dtype.is_floating_point:
-                read.setdefault(runs[0].step, []).append(name)
-            return func(*args, **(kwargs or {}))
-
-    runs: list[Any] = []
-
-    def watch(run: Any, loss: float | None) -> bool:
-        run.check_every = 1000
-        runs.append(run)
-        return run.step == 6
-
-    module: Any = {"cifar": cifar, "gpt2": gpt2, "imagenet": imagenet}[task]
-    made: Any = {
-        "cifar": config.replace(eval_every=3),
-        "gpt2": gpt2_config,
-        "imagenet": imagenet_config.replace(eval_every=2, erasing=0.5, clip=1.0),
-    }[task]
-    data = {"cifar": small_cifar, "gpt2": text_tokens, "imagenet": image_tree}[task]
-    more = {"unverified": True} if task == "cifar" else {}
-    options = module.Options(data=data, out=tmp_path / "run", quiet=True, log_every=0, **more)
-    with Noted():
-        module.train(made, options, watch=watch)
-    assert len(runs) >= 5
-    assert {step: names for step, names in read.items() if step < 5} == {}
 
 
 @pytest.mark.slow
