@@ -15,30 +15,18 @@ from structlin_nn._text import check_integer, table
 class CallCount:
     """Products of one kind in one module, summed over its calls.
 
-    Attributes
-    ----------
-    name, module
-        Name and type of the module.
-    kind
-        ``linear`` (a weight times activations), ``convolution``, ``attention`` (score and value products), ``linalg``
-        (factorizations, solves), ``fft``, or ``product`` (of two activations).
-    params
-        Number of trainable parameters of a linear or convolution layer; 0 for other kinds.
-    in_features, out_features
-        Sizes of a layer, or None.
-    macs, backward_macs
-        Multiply-accumulates of the forward and of the backward pass.
-    recomputed_macs
-        The part of ``backward_macs`` that the forward pass has already computed.
-    other_flops, backward_other_flops
-        FLOPs that are not multiply-accumulates, such as those of FFTs.
-    calls
-        Number of products in the forward pass.
-    rows
-        Number of vectors to which a linear layer was applied.
-    moved, backward_moved
-        Numbers that the products read and write: operands and result, once for each product. Fused attention does not
-        move the scores.
+    - ``name``, ``module``: name and type of the module.
+    - ``kind``: ``linear`` (a weight times activations), ``convolution``, ``attention`` (score and value products),
+      ``linalg`` (factorizations, solves), ``fft``, or ``product`` (of two activations).
+    - ``params``: number of trainable parameters of a linear or convolution layer; 0 for other kinds.
+    - ``in_features``, ``out_features``: sizes of a layer, or None.
+    - ``macs``, ``backward_macs``: multiply-accumulates of the forward and of the backward pass.
+    - ``recomputed_macs``: the part of ``backward_macs`` that the forward pass has already computed.
+    - ``other_flops``, ``backward_other_flops``: FLOPs that are not multiply-accumulates, such as those of FFTs.
+    - ``calls``: number of products in the forward pass.
+    - ``rows``: number of vectors to which a linear layer was applied.
+    - ``moved``, ``backward_moved``: numbers that the products read and write, that is, operands and result once for
+      each product. Fused attention does not move the scores.
     """
 
     name: str
