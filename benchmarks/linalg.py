@@ -39,7 +39,7 @@ from typing import Any
 import cola
 import numpy as np
 import torch
-from _measure import aligned, machine, result_path, write_result
+from _measure import aligned, machine, peak_rate, result_path, write_result
 
 import structlin as sl
 
@@ -511,16 +511,18 @@ def main() -> None:
         for make in CASES:
             if make.__name__ in arguments.structures:
                 rows += measure(make(n, np.random.default_rng(n)), n, columns, arguments, absent)
-    print(table(rows))
+    clock = "cpu" if arguments.threads == 1 else "wall"
+    rate = peak_rate(getattr(torch, arguments.dtype), clock)
+    print(f"{table(rows)}\none dense product of 2048 x 2048: {rate:.3g} GFLOP/s")
     for name in absent:
         print(f"{name}: absent")
     left = [n for n in arguments.sizes if n > arguments.dense_limit]
     if left:
         print(f"dense: left out at n = {', '.join(map(str, left))}")
     if arguments.out:
-        setting = {k: v for k, v in vars(arguments).items() if k != "out"} | {"absent": absent}
+        setting = {k: v for k, v in vars(arguments).items() if k != "out"} | {"absent": absent, "clock": clock}
         versions = {name: version(name.replace("_", "-")) for name in PEERS if name not in absent}
-        found = {"setting": setting, "machine": machine("cpu"), "versions": versions, "rows": rows}
+        found = {"setting": setting, "machine": machine("cpu"), "versions": versions, "peak_gflops": rate, "rows": rows}
         write_result(result_path(arguments.out), found)
 
 
