@@ -55,6 +55,7 @@ _WIDEST = 0.5  # of n: above this total rank, the dense matrix costs no more
 _THREE = "i,ri->r; r,sr->s; s,os->o"
 SLACK = 100  # times the distance of neighbouring numbers: the backward error that a solution may have
 _REFINEMENTS = 3
+_MOST = 2**62  # numbers: NumPy's products with thin matrices are at least as fast as torch's at every size
 
 
 def split(A: Sum) -> tuple[StructuredOperator | Array, Array, Array] | None:
@@ -134,8 +135,15 @@ class Woodbury:
         small = small if small.ndim == 2 else small[:, None]
         xp = lapack(small)
         c = xp.substitute(self.lower, small) if self.symmetric else xp.solve(self.capacitance, small)
-        middle = _times(self.base, self.U @ c)
-        return w - (middle if w.ndim == 2 else middle[:, 0])
+        x = self.U @ -c
+        x = x if w.ndim == 2 else x[:, 0]
+        # In place: new memory costs as much as the arithmetic. x depends on all arrays, as torch.func.vmap requires.
+        if isinstance(self.base, LinearOperator):
+            x = self.base @ x
+        else:
+            x *= _beside(self.base, x)
+        x += w
+        return x
 
     @cached_property
     def _orthogonal(self) -> tuple[Array, Array, Array]:
@@ -169,7 +177,9 @@ class Woodbury:
         return base + xp.norm(self.U) * xp.norm(self.V)
 
     def __matmul__(self, x: Array) -> Array:
-        return _times(self.B, x) + self.U @ (self.V @ x)
+        y = self.U @ (self.V @ x)
+        y += _times(self.B, x)
+        return y
 
     def adjoint(self) -> Woodbury:
         xp = lapack(self.U)
@@ -192,7 +202,7 @@ class Woodbury:
         """Return the same on NumPy's views, for few numbers of torch that no derivative follows; else this one."""
         if isinstance(self.B, LinearOperator):
             return self
-        views = small_views(self.B, self.U, self.V, self.base)
+        views = small_views(self.B, self.U, self.V, self.base, most=_MOST)
         if views is None:
             return self
         B, U, V, base = views
@@ -226,9 +236,12 @@ class Woodbury:
 
 
 def _times(base: LinearOperator | Array, x: Array) -> Array:
-    if isinstance(base, LinearOperator):
-        return base @ x
-    return (base if x.ndim == 1 else base[:, None]) * x
+    return base @ x if isinstance(base, LinearOperator) else _beside(base, x) * x
+
+
+def _beside(numbers: Array, x: Array) -> Array:
+    """Return numbers as factors of the rows of x, a vector or columns."""
+    return numbers if x.ndim == 1 else numbers[:, None]
 
 
 def _is_positive(A: Sum, values: Array) -> bool:
@@ -289,7 +302,7 @@ def _hosted(found: Woodbury) -> Callable[[Array], Array]:
         return verified(found)
 
     def solve(b: Array) -> Array:
-        views = small_views(b)
+        views = small_views(b, most=_MOST)
         return verified(found)(b) if views is None else as_tensors(verified(host)(views[0]))[0]
 
     return solve
