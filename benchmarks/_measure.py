@@ -25,6 +25,7 @@ __all__ = [
     "keep_memory",
     "machine",
     "peak_memory",
+    "peak_rate",
     "ratio",
     "result_path",
     "timings",
@@ -124,6 +125,13 @@ def ratio(first: Sequence[float], second: Sequence[float]) -> float:
     return statistics.median(a / b for a, b in zip(first, second, strict=True))
 
 
+def peak_rate(dtype: torch.dtype, clock: str = "wall") -> float:
+    """Return the GFLOP/s of a dense product of 2048 x 2048 matrices, the fastest of some rounds."""
+    a, b = (torch.randn(2048, 2048).to(dtype) for _ in range(2))
+    (seconds,) = timings([lambda: a @ b], 5, clock=clock)
+    return 2e-9 * 2048**3 / min(seconds)
+
+
 def peak_memory(function: Callable[[], object], device: str = "cpu") -> int:
     """Return the peak of the bytes that ``function`` allocates, relative to the memory in use before the call.
 
@@ -189,7 +197,7 @@ def write_result(path: Path, result: Mapping[str, object]) -> None:
 
 
 def describe(result: Mapping[str, object]) -> str:
-    """Return processor, threads, dtype, allocator, clock and rounds of a result, if recorded, as one line."""
+    """Return processor, dense rate, threads, dtype, allocator, clock and rounds of a result, if recorded, as a line."""
     place: dict = result.get("machine") or result  # type: ignore[assignment]
     setting: dict = {**result, **(result.get("setting") or {})}  # type: ignore[dict-item]
     processor = place.get("processor") or {"name": place.get("cpu", place.get("machine"))}
@@ -200,7 +208,8 @@ def describe(result: Mapping[str, object]) -> str:
     )
     threads = setting.get("threads", place.get("threads"))
     parts = [
-        name, setting.get("dtype"), f"{threads} thread{'s' * (threads != 1)}",
+        name, "peak_gflops" in result and f"dense product of 2048 x 2048: {result['peak_gflops']:.3g} GFLOP/s",
+        setting.get("dtype"), f"{threads} thread{'s' * (threads != 1)}",
         allocator and f"allocator: {allocator}", setting.get("clock") == "cpu" and "time on cores",
         setting.get("compiled") and "under torch.compile", "repeats" in setting and f"{setting['repeats']} rounds",
         f"torch {place['torch']}", "jax" in place and f"jax {place['jax']}",

@@ -39,7 +39,7 @@ from typing import Any
 import cola
 import numpy as np
 import torch
-from _measure import aligned, machine, result_path, write_result
+from _measure import aligned, keep_memory, machine, peak_rate, result_path, write_result
 
 import structlin as sl
 
@@ -498,9 +498,11 @@ def main() -> None:
     parser.add_argument("--dtype", default="float64", choices=["float32", "float64"])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--dense-limit", type=int, default=4096, help="rows of the largest dense matrix")
+    parser.add_argument("--keep-memory", action="store_true", help="make the process keep the memory that it frees")
     parser.add_argument("--out", metavar="NAME", help="the JSON file to write, or its name in results/")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    allocator = "keeps freed memory" if arguments.keep_memory and keep_memory() else "default"
     absent = [name for name in PEERS if importlib.util.find_spec(name) is None]
     if "lineax" not in absent:
         import jax
@@ -511,16 +513,19 @@ def main() -> None:
         for make in CASES:
             if make.__name__ in arguments.structures:
                 rows += measure(make(n, np.random.default_rng(n)), n, columns, arguments, absent)
-    print(table(rows))
+    clock = "cpu" if arguments.threads == 1 else "wall"
+    rate = peak_rate(getattr(torch, arguments.dtype), clock)
+    print(f"{table(rows)}\none dense product of 2048 x 2048: {rate:.3g} GFLOP/s")
     for name in absent:
         print(f"{name}: absent")
     left = [n for n in arguments.sizes if n > arguments.dense_limit]
     if left:
         print(f"dense: left out at n = {', '.join(map(str, left))}")
     if arguments.out:
-        setting = {k: v for k, v in vars(arguments).items() if k != "out"} | {"absent": absent}
+        setting = {k: v for k, v in vars(arguments).items() if k not in ("out", "keep_memory")}
+        setting |= {"absent": absent, "clock": clock, "allocator": allocator}
         versions = {name: version(name.replace("_", "-")) for name in PEERS if name not in absent}
-        found = {"setting": setting, "machine": machine("cpu"), "versions": versions, "rows": rows}
+        found = {"setting": setting, "machine": machine("cpu"), "versions": versions, "peak_gflops": rate, "rows": rows}
         write_result(result_path(arguments.out), found)
 
 

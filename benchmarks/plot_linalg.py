@@ -9,6 +9,7 @@ import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from textwrap import wrap
 from typing import Any
 
 from _measure import describe
@@ -58,9 +59,8 @@ def plot(result: Mapping[str, Any], path: Path) -> None:
     names = [name for name in MARKS if any(name in row["ratio"] for row in rows)]
     handles = [panels[0].plot([], [], MARKS[n][1], color=MARKS[n][0], label=n.replace("_", " "))[0] for n in names]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=8)
-    figure.suptitle(
-        f"time relative to structlin (right of the line: structlin is faster)\n{describe(result)}", fontsize=8
-    )
+    title = ["time relative to structlin (right of the line: structlin is faster)", *wrap(describe(result), 110)]
+    figure.suptitle("\n".join(title), fontsize=8)
     save(figure, path)
 
 

@@ -34,7 +34,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _measure import aligned, describe, keep_memory, machine, peak_memory, ratio, result_path, timings, write_result
+from _measure import (
+    aligned,
+    describe,
+    keep_memory,
+    machine,
+    peak_memory,
+    peak_rate,
+    ratio,
+    result_path,
+    timings,
+    write_result,
+)
 from plot_steps import plot
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -200,13 +211,6 @@ def compared(times: Mapping[str, Sequence[float]], macs: Mapping[str, int], pass
         found["separate_time_per_mac"] = ratio(times["separate"], times["dense"]) * relative
         found["block_speed_up"] = ratio(times["separate"], times["structured"])
     return found
-
-
-def peak_rate(dtype: torch.dtype) -> float:
-    """Return the GFLOP/s of a dense product of 2048 x 2048 matrices on this machine."""
-    a, b = (torch.randn(2048, 2048).to(dtype) for _ in range(2))
-    (seconds,) = timings([lambda: a @ b], 5)
-    return 2e-9 * 2048**3 / min(seconds)
 
 
 def latency(arguments: argparse.Namespace) -> list[dict[str, Any]]:

@@ -25,17 +25,23 @@ def backend_of(x: Array) -> str:
     >>> backend_of(np.zeros(3))
     'numpy'
     """
+    found = library_of_array(x)
+    if found is None:
+        raise TypeError(
+            f"expected a NumPy array, a torch tensor or a jax array, got {type(x).__module__}.{type(x).__qualname__}"
+        )
+    return found
+
+
+def library_of_array(x: Any) -> str | None:
+    """Return the name of the library of an array; None for any other object."""
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(x, torch.Tensor):
         return "torch"
     if isinstance(x, np.ndarray):
         return "numpy"
     jax = sys.modules.get("jax")
-    if jax is not None and isinstance(x, jax.Array):
-        return "jax"
-    raise TypeError(
-        f"expected a NumPy array, a torch tensor or a jax array, got {type(x).__module__}.{type(x).__qualname__}"
-    )
+    return "jax" if jax is not None and isinstance(x, jax.Array) else None
 
 
 def common_backend(arrays: Sequence[Array]) -> str:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+import numpy as np
 from cola.annotations import SelfAdjoint
 
 from structlin._arrays import Array, backend_of
@@ -122,11 +123,23 @@ def backward_error(A: Any, x: Array, b: Array, size: Array | float) -> Array:
     """Return the normwise backward error ``|A x - b| / (size |x| + |b|)`` of each column."""
     rest, x, b, size = seen(A @ x - b, x, b, size) if hasattr(size, "dtype") else (*seen(A @ x - b, x, b), size)
     xp = lapack(b)
-    scale = xp.max(abs(b))
-    scale = xp.where(scale > 0, scale, scale * 0 + 1)  # numbers near the ends of the range square to 0 or infinity
-    norms = [xp.sqrt((abs(y / scale) ** 2).sum(0)) for y in (rest, x, b)]
+    norms = _few_norms(rest, x, b) if isinstance(b, np.ndarray) else None
+    if norms is None:
+        scale = xp.max(abs(b))
+        scale = xp.where(scale > 0, scale, scale * 0 + 1)  # numbers near the ends of the range square to 0 or infinity
+        norms = [xp.sqrt((abs(y / scale) ** 2).sum(0)) for y in (rest, x, b)]
     bound = size * norms[1] + norms[2]
     return norms[0] / xp.where(bound == 0, bound * 0 + 1, bound)
+
+
+def _few_norms(rest: np.ndarray, x: np.ndarray, b: np.ndarray) -> list[np.ndarray] | None:
+    """Return the norms of the columns without temporary arrays; None if a square may have left the range."""
+    squares = [np.einsum("i...,i...->...", y.conj(), y).real for y in (rest, x, b)]
+    largest = squares[2].max()
+    limit = float(np.finfo(largest.dtype).max) ** 0.5
+    if not (1 / limit < largest < limit and squares[0].max() < limit and squares[1].max() < limit):
+        return None
+    return [np.sqrt(s) for s in squares]
 
 
 def nan_where_bad(x: Array, error: Array, bound: float) -> Array:

@@ -517,6 +517,8 @@ def determinant_of_numbers(values: Array) -> Determinant:
     if views is not None:
         return Determinant(*as_tensors(*determinant_of_numbers(views[0])))
     xp = lapack(values)
+    if isinstance(values, np.ndarray) and not xp.is_complex(values) and values.size and values.min() > 0:
+        return Determinant(values.dtype.type(1), np.log(values).sum())
     size, signs = phases(values)
     signs = xp.where(size == 0, signs * 0, signs)
     with np.errstate(divide="ignore"):

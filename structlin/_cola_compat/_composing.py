@@ -29,7 +29,7 @@ from cola.ops import (
 )
 from plum import dispatch
 
-from structlin._arrays import Array, backend_of
+from structlin._arrays import Array, backend_of, library_of_array
 from structlin._cola_compat._pickling import PICKLING
 from structlin._cola_compat._repair import (
     Repair,
@@ -101,7 +101,8 @@ def _libraries(value: Any) -> set[str]:
         return set().union(*map(_libraries, value))
     if isinstance(value, dict):
         return _libraries(list(value.values()))
-    return {backend_of(value)} if is_array(value) else set()
+    library = library_of_array(value)
+    return set() if library is None else {library}
 
 
 def _library_of_owner(matmat: Any) -> set[str]:
@@ -197,7 +198,7 @@ def scalar_mul(A: LinearOperator, c: Any, dtype: Any, n: int) -> ScalarMul:
     xnp = functions_of("jax") if is_array(c) and backend_of(c) == "jax" else A.xnp
     S.c = xnp.array(c, dtype=dtype, device=A.device)
     vars(S).update(xnp=xnp, dtype=dtype, shape=(n, n), device=A.device)
-    S.annotations = set(get_annotations(S))
+    S.annotations = set()
     return S
 
 

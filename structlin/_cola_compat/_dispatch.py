@@ -29,9 +29,12 @@ _original_lookup = Function._resolve_method_with_cache
 
 
 def _lookup(self: Function, args: Any = None, types: Any = None) -> Any:
+    key = None if args is None else tuple(map(type, args))
+    if key in self._cache and not self._pending:
+        return self._cache[key][:2]
     found = _original_lookup(self, args=args, types=types)
-    if args is not None:
-        key, count = tuple(map(type, args)), len(self._resolver.signatures)
+    if key is not None:
+        count = len(self._resolver.signatures)
         undecided = vars(self).setdefault("_structlin_undecided", {})  # types, and the number of rules at that time
         if key not in self._cache and undecided.get(key) != count:
             signature = _decided(self, key)
@@ -94,8 +97,11 @@ class _Binder:
     def __init__(self, signature: inspect.Signature) -> None:
         self.signature = signature
         self.defaults = {name: p.default for name, p in signature.parameters.items()}
+        self.least = sum(default is inspect.Parameter.empty for default in self.defaults.values())
 
     def bind(self, *args: Any, **kwargs: Any) -> Any:
+        if not kwargs and self.least <= len(args) <= len(self.defaults):
+            return _Bound(self.defaults | dict(zip(self.defaults, args, strict=False)))
         left, arguments = iter(args), {}
         for name, default in self.defaults.items():
             value = next(left, default) if name not in kwargs else kwargs[name]

@@ -15,7 +15,7 @@ from plum import dispatch
 from plum.resolver import AmbiguousLookupError
 from plum.signature import Signature
 
-from structlin._arrays import backend_of
+from structlin._arrays import library_of_array
 
 
 @dataclass(frozen=True)
@@ -104,16 +104,12 @@ def library_of(functions: ModuleType) -> str:
 
 def is_array(x: Any) -> bool:
     """Whether ``x`` is an array of one of the three libraries."""
-    try:
-        backend_of(x)
-    except TypeError:
-        return False
-    return True
+    return library_of_array(x) is not None
 
 
 def device_of(x: Any) -> Any:
     """Return the device of an array; None for NumPy arrays, and for placeholders of pytree transformations."""
-    library = backend_of(x) if is_array(x) else "numpy"
+    library = library_of_array(x)
     if library != "jax":
         return x.device if library == "torch" else None
     import jax

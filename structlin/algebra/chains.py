@@ -18,6 +18,7 @@ from cola.annotations import PSD, SelfAdjoint, Stiefel, Unitary
 from structlin import _spectra as spectra
 from structlin._arrays import Array
 from structlin._lapack import (
+    as_tensors,
     eps,
     inverse_of,
     is_known,
@@ -30,6 +31,7 @@ from structlin._lapack import (
     require_precision,
     seen,
     singular_to_roundoff,
+    small_views,
     zero_determinant,
 )
 from structlin.algebra import contract, roles
@@ -47,6 +49,7 @@ from structlin.structures.low_rank import LowRank
 from structlin.verdicts import SVD, Answer, Determinant, Eigen, Verdict
 
 _THREE = "i,ri->r; r,sr->s; s,os->o"
+_FEW = 2**12  # numbers of a factor up to which NumPy's calls are the fastest
 
 
 def singular(A: Any, rank: int) -> np.linalg.LinAlgError:
@@ -258,7 +261,7 @@ def require_regular(blocks: Array, b: Array, x: Array) -> Array:
     """Return x; raise LinAlgError, or give NaN, where it is as large as the roundoff of a singular block makes it."""
     fixed = seen(blocks, b, x)
     lib = lapack(fixed[0])
-    sizes = [lib.amax(lib.amax(abs(y))) for y in fixed]
+    sizes = [_largest_entries(y, lib) for y in fixed]
     growth = (sizes[0] / lib.where(sizes[1] == 0, 1, sizes[1])) * sizes[2]
     bound = 0.1 / eps(blocks.dtype)
     worst: Any = known(lib.max(growth))
@@ -267,6 +270,13 @@ def require_regular(blocks: Array, b: Array, x: Array) -> Array:
     if not worst < bound and known(sizes[1].sum() * 0) == 0 and known(sizes[0].sum() * 0) == 0:
         raise singular_to_roundoff(f"a block of size {blocks.shape[-1]}")
     return x  # NaN and infinity in the input pass
+
+
+def _largest_entries(y: Array, lib: Any) -> Array:
+    """Return the largest magnitude of each block; of real arrays of NumPy without an array of magnitudes."""
+    if isinstance(y, np.ndarray) and not np.iscomplexobj(y):
+        return np.maximum(y.max((1, 2)), -y.min((1, 2)))
+    return lib.amax(abs(y).reshape((y.shape[0], -1)))
 
 
 # -- determinant -------------------------------------------------------------------------------------------------------
@@ -280,18 +290,32 @@ def slogdet(A: Any) -> Answer[Determinant] | None:
     if roles.rank_bound(structure) < structure.d_in:
         return Answer(zero_determinant(factors[0]))
     if roles.is_square_chain(structure):
-        if A.isa(PSD) and (blocks := matrix_blocks(A)) is not None:
-            return Answer(Determinant(*xp.positive_slogdet(blocks)))
-        # The members of a real symmetric Kronecker product are symmetric, or in pairs antisymmetric: with zeros on the
-        # diagonal, so that Cholesky gives them back to LU.
-        symmetric = A.isa(PSD) and not xp.is_complex(factors[0]) and roles.kronecker_parts(structure) is not None
-        return Answer(_of_steps(structure, factors, xp, symmetric))
+        blocks = matrix_blocks(A) if A.isa(PSD) else None
+        arrays = factors if blocks is None else (blocks,)
+        views = small_views(*arrays, most=_FEW)
+        if views is not None:
+            with np.errstate(all="ignore"):
+                made = _of_square_chain(A, views, blocks is not None)
+            if not np.isnan(made.logabsdet):  # for which the libraries have other signs and errors
+                return Answer(Determinant(*as_tensors(*made)))
+        return Answer(_of_square_chain(A, arrays, blocks is not None))
     found = padded(A)
     if found is None:
         return None
     # det A = det M det D, with D the bottom right block of M^-1.
     first, second = _of_steps(found.full, factors, xp), xp.slogdet(found.corner)
     return Answer(Determinant(first[0] * second[0], first[1] + second[1]))
+
+
+def _of_square_chain(A: Any, arrays: Sequence[Array], whole: bool) -> Determinant:
+    """``whole``: the one array has all blocks of a matrix that is annotated PSD; otherwise they are the factors."""
+    xp = lapack(arrays[0])
+    if whole:
+        return Determinant(*xp.positive_slogdet(arrays[0]))
+    # The members of a real symmetric Kronecker product are symmetric, or in pairs antisymmetric: with zeros on the
+    # diagonal, so that Cholesky gives them back to LU.
+    symmetric = A.isa(PSD) and not xp.is_complex(arrays[0]) and roles.kronecker_parts(A.structure) is not None
+    return _of_steps(A.structure, arrays, xp, symmetric)
 
 
 def _of_steps(structure: Structure, factors: Iterable[Array], xp: Any, symmetric: bool = False) -> Determinant:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from cola.annotations import SelfAdjoint
@@ -132,7 +132,10 @@ def members(A: LinearOperator) -> Members | None:
     if isinstance(A, Sum):
         K, shift = without_shift(A)
         inner = None if K is None or shift is None else members(K)
-        return None if inner is None else replace(inner, shift=inner.shift + as_array(shift, inner.matrices[0]))
+        if inner is None:
+            return None
+        value = as_array(shift, inner.matrices[0])
+        return Members(inner.matrices, inner.add, inner.shift + value)
     return None
 
 

@@ -20,6 +20,7 @@ from cola.ops import LinearOperator
 
 from structlin._arrays import Array, backend_of
 from structlin._implicit import Solver, frozen, solution
+from structlin._iterations import conjugate_gradients, dots, iterate
 from structlin._lapack import eps, is_known, known, lapack, nan_unless
 from structlin.linalg._common import like, require_limits, require_operator, require_square
 from structlin.verdicts import Answer, Verdict
@@ -98,55 +99,18 @@ def _columns(b: Array) -> Array:
 
 
 def _conjugate_gradients(A: Any, b: Array, M: Any, tolerance: float, limit: int) -> tuple[Array, Any]:
-    xp, shape, b = lapack(b), tuple(b.shape), _columns(b)
-
-    def dots(x: Array, y: Array) -> Array:
-        return (xp.conj(x) * y).sum(0)
-
-    def safe(x: Array) -> Array:
-        return xp.where(x == 0, x * 0 + 1, x)
-
-    target = (tolerance**2) * xp.real(dots(b, b))
-    z = b if M is None else M @ b
-    state: Any = (b * 0, b, z, dots(b, z))
-
-    def step(state: Any) -> Any:
-        x, r, p, rho = state[:4]
-        q = A @ p
-        alpha = rho / safe(dots(p, q))
-        x, r = x + alpha * p, r - alpha * q
-        z = r if M is None else M @ r
-        new = dots(r, z)
-        return x, r, z + (new / safe(rho)) * p, new
+    xp, wide = lapack(b), _columns(b)
+    traced = not (is_known(b) and is_known((A @ wide)[:1]))
+    if traced and backend_of(b) != "jax":
+        raise ValueError("conjugate gradients under torch.func have no number of iterations that depends on values")
+    target = (tolerance**2) * xp.real(dots(wide, wide))
 
     def unfinished(state: Any) -> Array:
         return (xp.real(dots(state[1], state[1])) > target).any()
 
-    traced = not (is_known(b) and is_known((A @ b)[:1]))
-    if traced and backend_of(b) != "jax":
-        raise ValueError(
-            "conjugate gradients cannot be traced by torch.func, because the number of iterations depends on values"
-        )
+    state, step = conjugate_gradients(A.__matmul__, (lambda r: r) if M is None else M.__matmul__, wide)
     state = iterate(step, unfinished, state, limit, traced)
-    return state[0].reshape(shape), state[-1]
-
-
-def iterate(step: Any, unfinished: Any, state: tuple[Any, ...], limit: int, traced: bool) -> tuple[Any, ...]:
-    """Return the state after at most ``limit`` steps, followed by their number; stop when it is finished.
-
-    ``traced``: use a loop of jax.
-    """
-    if traced:
-        from jax import lax
-
-        def go_on(state: Any) -> Any:
-            return (state[-1] < limit) & unfinished(state)
-
-        return lax.while_loop(go_on, lambda state: (*step(state), state[-1] + 1), (*state, lax.full((), 0, "int32")))
-    count = 0
-    while count < limit and known(unfinished(state)) != 0:
-        state, count = step(state), count + 1
-    return *state, count
+    return state[0].reshape(tuple(b.shape)), state[-1]
 
 
 # -- solvers of SciPy, on the host -------------------------------------------------------------------------------------

@@ -14,13 +14,14 @@ from cola.ops import Kronecker as ColaKronecker
 
 from structlin._arrays import Array, backend_of
 from structlin._implicit import frozen
+from structlin._iterations import iterate
 from structlin._lapack import in_library, known, lapack, nan_unless
 from structlin.algebra import contract as _contract
 from structlin.algebra.chains import largest
 from structlin.linalg._common import like, require_limits, require_operator
 from structlin.linalg._diagonal import unit_columns
 from structlin.linalg._forms import diagonal_of, without_scalars
-from structlin.linalg._iterative import ConvergenceError, iterate
+from structlin.linalg._iterative import ConvergenceError
 from structlin.operators import StructuredOperator
 
 _CHUNK = 256  # columns of a matrix without structure that are computed at once

@@ -54,6 +54,7 @@ _WIDEST = 0.5  # largest total rank relative to n; above it the dense matrix cos
 _THREE = "i,ri->r; r,sr->s; s,os->o"
 SLACK = 100  # times machine epsilon: the largest backward error of a solution
 _REFINEMENTS = 3
+_MOST = 2**62  # numbers: NumPy's products with thin matrices are at least as fast as torch's at every size
 
 
 def split(A: Sum) -> tuple[StructuredOperator | Array, Array, Array] | None:
@@ -131,8 +132,15 @@ class Woodbury:
         small = small if small.ndim == 2 else small[:, None]
         xp = lapack(small)
         c = xp.substitute(self.lower, small) if self.symmetric else xp.solve(self.capacitance, small)
-        middle = _times(self.base, self.U @ c)
-        return w - (middle if w.ndim == 2 else middle[:, 0])
+        x = self.U @ -c
+        x = x if w.ndim == 2 else x[:, 0]
+        # In place: new memory costs as much as the arithmetic. x depends on all arrays, as torch.func.vmap requires.
+        if isinstance(self.base, LinearOperator):
+            x = self.base @ x
+        else:
+            x *= _beside(self.base, x)
+        x += w
+        return x
 
     @cached_property
     def _orthogonal(self) -> tuple[Array, Array, Array]:
@@ -166,7 +174,9 @@ class Woodbury:
         return base + xp.norm(self.U) * xp.norm(self.V)
 
     def __matmul__(self, x: Array) -> Array:
-        return _times(self.B, x) + self.U @ (self.V @ x)
+        y = self.U @ (self.V @ x)
+        y += _times(self.B, x)
+        return y
 
     def adjoint(self) -> Woodbury:
         xp = lapack(self.U)
@@ -189,7 +199,7 @@ class Woodbury:
         """Return this sum on NumPy views of small torch tensors without gradients; self if there are none."""
         if isinstance(self.B, LinearOperator):
             return self
-        views = small_views(self.B, self.U, self.V, self.base)
+        views = small_views(self.B, self.U, self.V, self.base, most=_MOST)
         if views is None:
             return self
         B, U, V, base = views
@@ -223,9 +233,12 @@ class Woodbury:
 
 
 def _times(base: LinearOperator | Array, x: Array) -> Array:
-    if isinstance(base, LinearOperator):
-        return base @ x
-    return (base if x.ndim == 1 else base[:, None]) * x
+    return base @ x if isinstance(base, LinearOperator) else _beside(base, x) * x
+
+
+def _beside(numbers: Array, x: Array) -> Array:
+    """Return numbers as factors of the rows of x, a vector or columns."""
+    return numbers if x.ndim == 1 else numbers[:, None]
 
 
 def _is_positive(A: Sum, values: Array) -> bool:
@@ -286,7 +299,7 @@ def _hosted(found: Woodbury) -> Callable[[Array], Array]:
         return verified(found)
 
     def solve(b: Array) -> Array:
-        views = small_views(b)
+        views = small_views(b, most=_MOST)
         return verified(found)(b) if views is None else as_tensors(verified(host)(views[0]))[0]
 
     return solve

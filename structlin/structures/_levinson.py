@@ -22,9 +22,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-import scipy.fft
 import scipy.linalg
+from scipy.fft import next_fast_len
 from scipy.linalg import blas, lapack
+
+from structlin._arrays import Array, backend_of, ops
+from structlin._iterations import Apply, bicgstab, conjugate_gradients, iterate
 
 LEAST = 64
 """Least number of rows at which these functions are used."""
@@ -35,6 +38,9 @@ SMALL = 96
 ITERATED = 512
 """Least number of rows at which the iteration is tried first."""
 
+ITERATED_ALONE = 768
+"""The same for one right-hand side, for which SciPy's recursion is faster on fewer rows (0.8 ms at 768)."""
+
 COMPILED = 1024
 """Largest number of rows at which SciPy's recursion follows a failed iteration for one right-hand side."""
 
@@ -42,7 +48,8 @@ LONGEST = 32768
 """Largest number of rows for which the recursion in Python follows a failed iteration; it takes a minute there."""
 
 SLACK = 100  # times the distance of neighbouring numbers: the backward error that a refined solution may have
-ITERATIONS = 60  # of a run of conjugate gradients
+ITERATIONS = 60  # of a run of an iteration
+RESTARTS = 4
 _EPS = 2.0**-52
 
 
@@ -84,20 +91,21 @@ def recursion(kernel: np.ndarray) -> Columns | None:
 
 
 class Convolution:
-    """Product with the Toeplitz matrix of a kernel whose transform is computed once."""
+    """Product with the Toeplitz matrix of a kernel of NumPy or jax whose transform is computed once."""
 
-    def __init__(self, kernel: np.ndarray, rows: int) -> None:
+    def __init__(self, kernel: Array, rows: int) -> None:
         self.rows, self.columns = rows, kernel.shape[0] - rows + 1
-        self.real = not np.iscomplexobj(kernel)
-        self.size = scipy.fft.next_fast_len(kernel.shape[0], self.real)
-        self.transform = (scipy.fft.rfft if self.real else scipy.fft.fft)(kernel, self.size)[:, None]
+        self.xp = ops(backend_of(kernel))
+        self.real = not self.xp.is_complex(kernel)
+        self.size = next_fast_len(kernel.shape[0], self.real)
+        self.transform = (self.xp.rfft if self.real else self.xp.fft)(kernel, self.size, 0)[:, None]
 
-    def __call__(self, x: np.ndarray) -> np.ndarray:
+    def __call__(self, x: Array) -> Array:
         """Return the product with x of shape (columns, k), of shape (rows, k)."""
-        if self.real and np.iscomplexobj(x):
+        if self.real and self.xp.is_complex(x):
             return self(x.real) + 1j * self(x.imag)
-        forth, back = (scipy.fft.rfft, scipy.fft.irfft) if self.real else (scipy.fft.fft, scipy.fft.ifft)
-        y = back(self.transform * forth(x, self.size, axis=0), self.size, axis=0)
+        forth, back = (self.xp.rfft, self.xp.irfft) if self.real else (self.xp.fft, self.xp.ifft)
+        y = back(self.transform * forth(x, self.size, 0), self.size, 0)
         return y[self.columns - 1 : self.columns - 1 + self.rows]
 
 
@@ -123,7 +131,7 @@ def solve(kernel: np.ndarray, b: np.ndarray, found: Columns | None = None) -> np
     if found is None and n <= SMALL:
         return _by_lapack(kernel, b, size)
     A = Convolution(kernel, n)
-    if found is None and n >= ITERATED:
+    if found is None and n >= (ITERATED if k > 1 else ITERATED_ALONE):
         x = _preconditioned(kernel, A, b, size)
         if x is not None:
             return x
@@ -181,77 +189,52 @@ def _is_good(A: Callable[[np.ndarray], np.ndarray], x: np.ndarray, b: np.ndarray
 
 def _preconditioned(kernel: np.ndarray, A: Convolution, b: np.ndarray, size: float) -> np.ndarray | None:
     """Solve by conjugate gradients or BiCGSTAB, preconditioned by the nearest circulant matrix; refine by restarts."""
-    n = b.shape[0]
-    j = np.arange(1, n)
-    # T. Chan: the average of each wrapped diagonal, which is the nearest circulant matrix in the Frobenius norm.
-    column = np.concatenate([kernel[n - 1 : n], ((n - j) * kernel[n:] + j * kernel[: n - 1]) / n])
-    real = A.real
-    forth, back = (scipy.fft.rfft, scipy.fft.irfft) if real else (scipy.fft.fft, scipy.fft.ifft)
-    values = forth(column)[:, None]
+    values, precondition = circulant_preconditioner(kernel)
     if not np.abs(values).min() > 1e-10 * np.abs(values).max():
         return None
-    hermitian = is_hermitian(kernel) and bool((values.real > 0).all())
+    positive = is_hermitian(kernel) and bool((values.real > 0).all())
+    # A step of BiCGSTAB has two products.
+    start, limit = (
+        (conjugate_gradients, most_iterations(len(b))) if positive else (bicgstab, most_iterations(len(b)) // 2)
+    )
 
-    def precondition(r: np.ndarray) -> np.ndarray:
-        if real and np.iscomplexobj(r):
-            return precondition(r.real) + 1j * precondition(r.imag)
-        return back(forth(r, axis=0) / values, n, axis=0)
+    def run(r: np.ndarray) -> np.ndarray | None:
+        (state, step), target = start(A, precondition, r), 1e-8 * _norms(r)
+        state = iterate(step, lambda state: (_norms(state[1]) > target).any(), state, limit, False)
+        return state[0] if (_norms(state[1]) <= target).all() else None
 
-    step = _conjugate_gradients if hermitian else _bicgstab
     x = np.zeros(b.shape, np.result_type(kernel, b))
-    limit = min(ITERATIONS, n // 48)  # with few rows, SciPy's recursion costs no more than so many iterations
-    for _ in range(4):  # each restart reduces the residual by about 1e-8
+    for _ in range(RESTARTS):  # each run gains about half of the digits
         r = b - A(x)
         if np.all(_norms(r) <= 10 * _EPS * (size * _norms(x) + _norms(b))):
-            return x if _is_good(A, x, b, size) else None
-        correction = step(A, precondition, r, limit)
-        if correction is None:
+            break
+        more = run(r)
+        if more is None:
             return None
-        x = x + correction
+        x = x + more
     return x if _is_good(A, x, b, size) else None
 
 
-def _dots(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    return np.einsum("ij,ij->j", x.conj(), y)
+def most_iterations(n: int) -> int:
+    """Return the limit of one run: with few rows, SciPy's recursion costs no more than so many iterations."""
+    return min(ITERATIONS, n // 48)
 
 
-def _safe(x: np.ndarray) -> np.ndarray:
-    return np.where(x == 0, 1, x)
+def circulant_preconditioner(kernel: Array) -> tuple[Array, Apply]:
+    """Return the eigenvalues of the circulant matrix of T. Chan, and the product with its inverse.
 
+    It is the nearest one in the Frobenius norm: each entry is the average of a wrapped diagonal.
+    """
+    xp, n = ops(backend_of(kernel)), (kernel.shape[0] + 1) // 2
+    j = np.arange(1, n).astype(str(kernel.real.dtype))
+    column = xp.concat([kernel[n - 1 : n], ((n - j) * kernel[n:] + j * kernel[: n - 1]) / n])
+    real = not xp.is_complex(kernel)
+    forth, back = (xp.rfft, xp.irfft) if real else (xp.fft, xp.ifft)
+    values = forth(column, n, 0)[:, None]
 
-def _conjugate_gradients(A: Convolution, M: Callable[..., np.ndarray], b: np.ndarray, limit: int) -> np.ndarray | None:
-    x, r = np.zeros_like(b), b
-    p = z = M(r)
-    rho, target = _dots(r, z), 1e-8 * _norms(b)
-    for _ in range(limit):
-        q = A(p)
-        alpha = rho / _safe(_dots(p, q))
-        x, r = x + alpha * p, r - alpha * q
-        if np.all(_norms(r) <= target):
-            return x
-        z = M(r)
-        rho, old = _dots(r, z), rho
-        p = z + rho / _safe(old) * p
-    return None
+    def precondition(r: Array) -> Array:
+        if real and xp.is_complex(r):
+            return precondition(r.real) + 1j * precondition(r.imag)
+        return back(forth(r, n, 0) / values, n, 0)
 
-
-def _bicgstab(A: Convolution, M: Callable[..., np.ndarray], b: np.ndarray, limit: int) -> np.ndarray | None:
-    x, r, shadow = np.zeros_like(b), b, b
-    p, rho, target = r, _dots(b, b), 1e-8 * _norms(b)
-    for _ in range(limit // 2):
-        p_hat = M(p)
-        v = A(p_hat)
-        alpha = rho / _safe(_dots(shadow, v))
-        s = r - alpha * v
-        s_hat = M(s)
-        t = A(s_hat)
-        omega = _dots(t, s) / _safe(_dots(t, t))
-        x, r = x + alpha * p_hat + omega * s_hat, s - omega * t
-        size = _norms(r)
-        if np.all(size <= target):
-            return x
-        if not np.isfinite(size).all():
-            return None
-        rho, old = _dots(shadow, r), rho
-        p = r + rho / _safe(old) * (alpha / _safe(omega)) * (p - omega * v)
-    return None
+    return values, precondition

@@ -11,13 +11,13 @@ from typing import Any, Self
 
 import numpy as np
 import scipy.linalg
-from cola.annotations import PSD
 from cola.ops import Product, Sum
 from scipy.fft import next_fast_len
 
 from structlin._arrays import Array, backend_of, common_backend, ops, to_backend
-from structlin._implicit import Solver, solution
-from structlin._lapack import eps, follows, is_known, is_plain, lapack, needs_grad, require_precision
+from structlin._implicit import Solver, nan_where_bad, solution
+from structlin._iterations import bicgstab, conjugate_gradients, iterate
+from structlin._lapack import as_tensors, eps, follows, is_known, lapack, needs_grad, require_precision, seen
 from structlin.registry import NamedOperator, register
 from structlin.structure import AbstractStructure, Factor
 from structlin.structures import _levinson as levinson
@@ -28,6 +28,7 @@ from structlin.verdicts import Answer, Determinant, Nearest, Verdict
 LEAST = 256
 """Least number of rows at which the recursion for inverse and determinant is faster than LAPACK: 1 ms at 256."""
 
+_PATIENCE = 1000  # steps of each run of the iteration that is the last resort under jax.jit, as of CoLA's
 _LARGEST_DENSE = 8192  # largest number of rows for which a derivative may fall back to the dense matrix
 
 
@@ -104,12 +105,10 @@ class ToeplitzStructure(AbstractStructure):
         if n < levinson.LEAST:
             return None
         if backend_of(b) == "jax" and not (is_known(kernel) and is_known(b)):
-            if not LEAST <= n <= _LARGEST_DENSE:
-                return None
-            return Answer(_traced_solution(kernel, b, n >= levinson.ITERATED and A.isa(PSD)))
-        if not (_on_the_host(kernel) and _on_the_host(b)):
-            return None
+            return Answer(_traced_solution(kernel, b)) if n >= LEAST else None
         numbers, right = _numbers(kernel), _numbers(b)
+        if numbers is None or right is None:
+            return None
         x = levinson.solve(numbers, right if right.ndim == 2 else right[:, None])
         if x is None:
             return None
@@ -295,11 +294,9 @@ def columns(A: Any) -> levinson.Columns | None:
     kernel = A.factors[0]
     require_precision(kernel, "an inverse")
     n = A.shape[0]
-    if not LEAST <= n <= levinson.LONGEST or not _on_the_host(kernel):
-        return None
-    numbers = _numbers(kernel)
-    found = levinson.recursion(numbers)
-    if found is None:
+    numbers = _numbers(kernel) if LEAST <= n <= levinson.LONGEST else None
+    found = None if numbers is None else levinson.recursion(numbers)
+    if numbers is None or found is None:
         return None
     probe = np.random.default_rng(0).standard_normal((n, 1))
     return None if levinson.solve(numbers, probe, found) is None else found
@@ -307,11 +304,11 @@ def columns(A: Any) -> levinson.Columns | None:
 
 def _solver(kernel: Array, found: levinson.Columns | None = None) -> Solver:
     """Return a solver for the values of a kernel; it uses the dense matrix where the recursion is not accurate."""
-    numbers = _numbers(kernel)
+    numbers = _double(kernel)
 
     def using(kernel: np.ndarray, found: levinson.Columns | None) -> Any:
         def solve(b: Array) -> Array:
-            right = _numbers(b)
+            right = _double(b)
             wide = right if right.ndim == 2 else right[:, None]
             x = levinson.solve(kernel, wide, found)
             n = len(right)
@@ -334,107 +331,115 @@ def _determinant(found: levinson.Columns) -> tuple[np.ndarray, np.ndarray]:
     return np.prod(found.pivots / size).reshape(()), np.log(size).sum().reshape(())
 
 
-def _on_the_host(x: Array) -> bool:
-    """Return whether NumPy can read the values without a copy between devices."""
-    backend = backend_of(x)
-    if backend == "torch":
-        return is_plain(x.detach())
-    return is_known(x) and (backend == "numpy" or next(iter(x.devices())).platform == "cpu")
+def _numbers(x: Array) -> np.ndarray | None:
+    """Return the values in double precision; None if NumPy cannot read them without a copy between devices."""
+    if backend_of(x) == "jax" and not (is_known(x) and next(iter(x.devices())).platform == "cpu"):
+        return None
+    (x,) = seen(x)
+    return None if backend_of(x) == "torch" else _double(x)
 
 
-def _numbers(x: Array) -> np.ndarray:
-    """Return the values in double precision."""
+def _double(x: Array) -> np.ndarray:
     x = np.asarray(x.detach() if hasattr(x, "detach") else x)
     return x.astype(np.complex128 if np.iscomplexobj(x) else np.float64, copy=False)
 
 
 def _like(x: np.ndarray, example: Array) -> Array:
+    """Return a new array of NumPy, whose memory torch may use, in the library and dtype of the example."""
+    if backend_of(example) == "torch":
+        return as_tensors(np.asarray(x, order="C"))[0].to(example.dtype)
     return to_backend(np.array(x), backend_of(example), example.dtype)
 
 
 # -- transformations of jax --------------------------------------------------------------------------------------------
 
 
-def _traced_solution(kernel: Array, b: Array, positive: bool) -> Array:
+def _traced_solution(kernel: Array, b: Array) -> Array:
     """Return the solution under transformations of jax; its derivatives are those of the linear system.
 
-    ``positive``: the matrix is annotated as positive definite, so that conjugate gradients are tried first.
+    The methods are tried in the order of :func:`structlin.structures._levinson.solve`, until one reaches a backward
+    error at roundoff. Then follows the dense matrix, or, if that is too large, a longer iteration, with NaN in the
+    columns whose relative residual exceeds the square root of the roundoff.
     """
     import jax.numpy as jnp
     from jax import lax
 
     n, tolerance = b.shape[0], levinson.SLACK * eps(b.dtype)
+    norm = partial(jnp.linalg.norm, axis=0)
 
     def multiply(kernel: Array, x: Array) -> Array:
         return Toeplitz.from_kernel(kernel, n) @ x
 
+    def growth(kernel: Array, x: Array) -> Array:
+        return jnp.abs(kernel).sum() * norm(x)
+
+    def largest(b: Array) -> Array:  # of the growth; beyond, roundoff of a singular matrix makes x
+        return norm(b) * (0.1 / eps(b.dtype))
+
     def dense(kernel: Array, b: Array) -> Array:
         rows = jnp.arange(n)
-        return jnp.linalg.solve(kernel[rows[:, None] - rows + n - 1], b)
+        x = jnp.linalg.solve(kernel[rows[:, None] - rows + n - 1], b)
+        return nan_where_bad(x, growth(kernel, x), largest(b))
 
     def is_good(kernel: Array, x: Array, b: Array) -> Array:
-        norm = partial(jnp.linalg.norm, axis=0)
-        bound = jnp.abs(kernel).sum() * norm(x) + norm(b)
-        return jnp.all(norm(b - multiply(kernel, x)) <= tolerance * bound)
+        size, residual = growth(kernel, x), norm(b - multiply(kernel, x))
+        return jnp.all((residual <= tolerance * (size + norm(b))) & (size <= largest(b)))
+
+    def patient(kernel: Array, b: Array) -> Array:
+        x = _traced_iteration(kernel, b, _PATIENCE)
+        return nan_where_bad(x, norm(b - multiply(kernel, x)), eps(b.dtype) ** 0.5 * norm(b))
+
+    last = dense if n <= _LARGEST_DENSE else patient
 
     def recursive(kernel: Array, b: Array) -> Array:
-        first, last, regular = _traced_recursion(kernel)
-        inverse = inverse_from(first, last)
+        first, end, regular = _traced_recursion(kernel)
+        inverse = inverse_from(first, end)
         x = inverse @ b
         x = x + inverse @ (b - multiply(kernel, x))
-        return lax.cond(regular & is_good(kernel, x, b), lambda: x, lambda: dense(kernel, b))
+        return lax.cond(regular & is_good(kernel, x, b), lambda: x, lambda: last(kernel, b))
+
+    then = recursive if n <= levinson.LONGEST else last
 
     def iterative(kernel: Array, b: Array) -> Array:
-        x = _traced_iteration(kernel, partial(multiply, kernel), b)
-        return lax.cond(is_good(kernel, x, b), lambda: x, lambda: recursive(kernel, b))
+        x = _traced_iteration(kernel, b, levinson.most_iterations(n))
+        return lax.cond(is_good(kernel, x, b), lambda: x, lambda: then(kernel, b))
 
-    fast = iterative if positive else recursive
+    fast = iterative if n >= levinson.ITERATED else recursive
+    elsewhere = dense if n <= _LARGEST_DENSE else fast
 
     def solve(kernel: Array) -> Any:
-        return lambda _, b: lax.platform_dependent(kernel, b, cpu=fast, default=dense)
+        return lambda _, b: lax.platform_dependent(kernel, b, cpu=fast, default=elsewhere)
 
     return lax.custom_linear_solve(partial(multiply, kernel), b, solve(kernel), solve(kernel[::-1]))
 
 
-def _traced_iteration(kernel: Array, multiply: Any, b: Array) -> Array:
-    """Return the result of conjugate gradients with T. Chan's circulant preconditioner, restarted once."""
+def _traced_iteration(kernel: Array, b: Array, limit: int) -> Array:
+    """Return the result of the preconditioned iteration of :mod:`structlin.structures._levinson`, not yet checked."""
     import jax.numpy as jnp
     from jax import lax
 
+    kernel, b = kernel.astype(jnp.result_type(kernel, b)), b.astype(jnp.result_type(kernel, b))
     n, wide = b.shape[0], b.reshape((b.shape[0], -1))
-    j = jnp.arange(1, n)
-    column = jnp.concatenate([kernel[n - 1 : n], ((n - j) * kernel[n:] + j * kernel[: n - 1]) / n])
-    complex_ = jnp.iscomplexobj(kernel) or jnp.iscomplexobj(b)
-    forth, back = (jnp.fft.fft, jnp.fft.ifft) if complex_ else (jnp.fft.rfft, jnp.fft.irfft)
-    scale = 1 / forth(column.astype(jnp.result_type(kernel, b))).real[:, None]
+    A = levinson.Convolution(kernel, n)
+    values, precondition = levinson.circulant_preconditioner(kernel)
+    norm, size = partial(jnp.linalg.norm, axis=0), jnp.abs(kernel).sum()
 
-    def precondition(r: Array) -> Array:
-        return back(scale * forth(r, axis=0), n, axis=0).astype(r.dtype)
+    def run(start: Any, r: Array) -> Array:
+        (state, step), target = start(A, precondition, r), eps(b.dtype) ** 0.5 * norm(r)
+        return iterate(step, lambda state: (norm(state[1]) > target).any(), state, limit, True)[0]
 
-    def dots(x: Array, y: Array) -> Array:
-        return (x.conj() * y).sum(0).real
+    positive = jnp.all(kernel == kernel[::-1].conj()) & jnp.all(values.real > 0)
 
-    def corrected(x: Array) -> Array:
-        r = wide - multiply(x)
-        z = precondition(r)
-        target = eps(b.dtype) * dots(r, r)  # of squares: each run gains half of the digits
+    def unfinished(state: Any) -> Array:
+        x, r = state[:2]
+        return (norm(r) > 10 * eps(b.dtype) * (size * norm(x) + norm(wide))).any()
 
-        def go_on(state: Any) -> Array:
-            return (state[4] < levinson.ITERATIONS) & (dots(state[1], state[1]) > target).any()
+    def corrected(state: Any) -> Any:
+        x, r = state
+        x = x + lax.cond(positive, partial(run, conjugate_gradients), partial(run, bicgstab), r)
+        return x, wide - A(x)
 
-        def step(state: Any) -> Any:
-            x, r, p, rho, count = state
-            q = multiply(p)
-            curvature = dots(p, q)
-            alpha = rho / jnp.where(curvature == 0, 1, curvature)
-            x, r = x + alpha * p, r - alpha * q
-            z = precondition(r)
-            new = dots(r, z)
-            return x, r, z + new / jnp.where(rho == 0, 1, rho) * p, new, count + 1
-
-        return lax.while_loop(go_on, step, (x, r, z, dots(r, z), 0))[0]
-
-    return corrected(corrected(wide * 0)).reshape(b.shape)
+    return iterate(corrected, unfinished, (wide * 0, wide), levinson.RESTARTS, True)[0].reshape(b.shape)
 
 
 def _traced_recursion(kernel: Array) -> tuple[Array, Array, Array]:

@@ -487,3 +487,12 @@ def test_the_slowest_structure_is_a_chain_without_a_name():
     A = StructuredOperator(structure, [rng.standard_normal(f.shape) for f in structure.factors])
     assert isinstance(cola.inv(A).structure, Structure)
     assert structlin.macs(cola.inv(A)) == structlin.macs(A)
+
+
+@pytest.mark.parametrize("size", [3, 80])
+def test_determinants_of_nan_are_those_of_torch(size):
+    """Few numbers go through NumPy, whose sign would be 1."""
+    blocks = torch.full((1, size, size), float("nan"), dtype=torch.float64)
+    sign, log = cola.linalg.slogdet(structlin.BlockDiagonal(blocks))
+    assert sign == torch.linalg.slogdet(blocks)[0].prod()
+    assert torch.isnan(log)

@@ -326,5 +326,25 @@ def test_iterations_under_jit_and_what_follows_them(dtype, columns, monkeypatch)
     wanted = np.linalg.solve(matrix(k), b)
     np.testing.assert_allclose(jax.jit(solve)(k, b), wanted, rtol=1e-10, atol=1e-12)
     np.testing.assert_allclose(jax.jit(solve)(k, b[:, 0]), wanted[:, 0], rtol=1e-10, atol=1e-12)
-    monkeypatch.setattr(toeplitz, "_traced_iteration", lambda kernel, multiply, b: b)  # which solves nothing
+    monkeypatch.setattr(toeplitz, "_traced_iteration", lambda kernel, b, limit: b)  # which solves nothing
     np.testing.assert_allclose(jax.jit(lambda k, b: solve(k, b))(k, b), wanted, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("ratio", [0.6, 0.5])
+def test_large_systems_under_jit_are_solved_to_roundoff(ratio):
+    """Above the largest dense matrix, too; a symmetric matrix by conjugate gradients, another one by BiCGSTAB."""
+    n = toeplitz._LARGEST_DENSE + 8
+    k = np.concatenate([ratio ** np.arange(1, n)[::-1], [1.0], 0.6 ** np.arange(1, n)])
+    b = np.random.default_rng(0).standard_normal((n, 2))
+    x = np.asarray(jax.jit(lambda k, b: linalg.solve(operator_of(k), b))(k, b))
+    residual = scipy.linalg.matmul_toeplitz((k[n - 1 :], k[:n][::-1]), x) - b
+    assert np.linalg.norm(residual) <= 1e-13 * np.linalg.norm(b)
+    np.testing.assert_allclose(x, linalg.solve(operator_of(k), b), rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("n", [toeplitz.LEAST, toeplitz._LARGEST_DENSE + 8])
+def test_singular_systems_under_jit_are_nan(n, monkeypatch):
+    monkeypatch.setattr(toeplitz, "_PATIENCE", 5)
+    k = np.cos(0.3 * np.arange(1 - n, n))  # of rank 2
+    b = np.random.default_rng(0).standard_normal(n)
+    assert np.isnan(jax.jit(lambda k, b: linalg.solve(operator_of(k), b))(k, b)).all()
