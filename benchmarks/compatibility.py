@@ -321,7 +321,8 @@ def check(case: Case, checks: Sequence[str] = tuple(CHECKS)) -> dict[str, str]:
         except NotApplicable:
             found[name] = "-"
         except Exception as error:  # whatever a library raises goes into the table
-            found[name] = f"{type(error).__name__}: {' '.join(str(error).split())[:110]}"
+            text = str(error).partition("  File ")[0]  # messages of torch.jit continue with places in files
+            found[name] = f"{type(error).__name__}: {' '.join(text.split())[:110]}"
         model.eval()
         model.zero_grad()
     return found

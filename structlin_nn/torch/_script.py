@@ -17,7 +17,7 @@ from structlin.structure import AbstractStructure, Structure
 class Scriptable(nn.Module):
     """Part of a layer that ``torch.jit.script`` compiles."""
 
-    __jit_unused_properties__ = ("operator", "weight")
+    __jit_unused_properties__ = ("operator",)
     if TYPE_CHECKING:  # torch.jit does not know these annotations
         structure: AbstractStructure
         factors: nn.ParameterList
@@ -54,12 +54,18 @@ class Scriptable(nn.Module):
             raise ValueError(
                 f"axis {self._axis} of the input must have size in_features = {self.in_features}, got shape {x.shape}"
             )
-        x = x.movedim(self._axis, -1)
+        y = self._products(x.movedim(self._axis, -1))
+        if self.bias is not None:
+            y = y.add_(self.bias)  # in the dtype to which autocast casts the operands of einsum
+        return y.movedim(-1, self._axis)
+
+    def _scripted_weight(self) -> Tensor:
+        like = self.factors[0]
+        return self._products(torch.eye(self.in_features, dtype=like.dtype, device=like.device)).mT
+
+    def _products(self, x: Tensor) -> Tensor:
         lead = x.shape[:-1]
         y = F.pad(x, [0, self._padding])
         for k, factor in enumerate(self.factors):
             y = torch.einsum(self._equations[k], y.reshape(list(lead) + self._sizes[k]), factor)
-        y = y.flatten(len(lead))[..., : self.out_features]
-        if self.bias is not None:
-            y = y.add_(self.bias)  # in the dtype to which autocast casts the operands of einsum
-        return y.movedim(-1, self._axis)
+        return y.flatten(len(lead))[..., : self.out_features]

@@ -265,6 +265,12 @@ class StructuredLinear(Scriptable):
         that multiplies by it saves parameters, but no MACs. It is differentiable in the factors and cannot be assigned.
         In-place changes of it do not change the layer, unless the structure is ``dense``.
         """
+        if torch.jit.is_scripting():  # type: ignore[attr-defined]
+            return self._scripted_weight()
+        else:
+            return self._dense_weight()
+
+    def _dense_weight(self) -> Tensor:
         factors = self.effective_factors()
         if self._is_dense:
             return factors[0]

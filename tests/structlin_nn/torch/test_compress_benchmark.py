@@ -11,6 +11,7 @@ import torch
 
 pytest.importorskip("transformers")
 sys.path.insert(0, str(Path(__file__).parents[3] / "benchmarks"))
+import compress
 import compress_text
 
 
@@ -40,3 +41,18 @@ def test_asvd_is_exact_at_full_rank():
     before = model(data[0]).logits
     compress_text.METHODS["asvd"](model, 0.5, data)
     assert torch.allclose(model(data[0]).logits, before, atol=1e-3)
+
+
+def test_images_are_compared_with_the_dense_network():
+    sizes = {"width": 16, "epochs": 1, "structures": ["low_rank"], "calibration_images": 500}
+    dense, rows = compress.run(0, argparse.Namespace(**sizes, fractions=[1.0, 0.5, 0.001]))
+    assert 0.1 < dense["test_error"] < 0.6
+    exact, small, impossible = rows[:2], rows[2:4], rows[4:]
+    for row in exact:
+        assert abs(row["loss_change"]) < 1e-6
+        assert abs(row["divergence"]) < 1e-6
+    assert 0 < small[1]["divergence"] < small[0]["divergence"], "calibration keeps the predictions"
+    assert all("budget" in row["error"] for row in impossible)
+    table = compress.report({"rows": rows}).splitlines()
+    assert len(table) == 2 + len(rows)
+    assert table[-1].endswith("| - | - | - |")

@@ -48,6 +48,21 @@ def test_values_gradients_and_state(name, options, bias):
         twin(torch.ones(3, 2 * shape[0], dtype=torch.float64))
 
 
+class ReadsWeight(nn.Module):
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(x, self.layer.weight, self.layer.bias)
+
+
+def test_a_parent_reads_the_weight():
+    model = ReadsWeight(StructuredLinear(14, 22, structure="monarch", blocks=4, dtype=torch.float64))
+    x = torch.randn(3, 14, dtype=torch.float64)
+    torch.testing.assert_close(scripted(model)(x), model.layer(x))
+
+
 def test_pointwise_and_autocast():
     layer = StructuredPointwise(12, 10, stride=(1, 1), structure="low_rank", rank=2)
     x = torch.randn(2, 12, 3, 5)
