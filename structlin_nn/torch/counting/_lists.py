@@ -33,8 +33,10 @@ class Product:
 
     Attributes
     ----------
-    macs, recomputed
-        Multiply-accumulates, and those among them that the forward pass has computed before.
+    macs
+        Multiply-accumulates.
+    recomputed
+        MACs among ``macs`` that the forward pass has computed before.
     other_flops
         FLOPs that are no multiply-accumulates, such as those of an FFT.
     kind

@@ -15,19 +15,12 @@ from structlin_nn._text import check_integer, table
 class CallCount:
     """Products of one kind in one module, summed over its calls.
 
-    Attributes
-    ----------
-    kind
-        ``linear`` (a weight times activations), ``convolution``, ``attention`` (score and value products), ``linalg``
-        (factorisations, solves), ``fft``, or ``product`` (of two activations).
-    macs, backward_macs, recomputed_macs
-        MACs of the forward and the backward pass, and those of the latter that the forward pass had computed before.
-    other_flops, backward_other_flops
-        FLOPs that are no products, such as those of FFTs.
-    rows
-        Vectors that a linear layer was applied to.
-    moved, backward_moved
-        Numbers that the products read and write, each once; fused attention without the scores.
+    ``kind`` is ``linear`` (a weight times activations), ``convolution``, ``attention`` (score and value products),
+    ``linalg`` (factorisations, solves), ``fft``, or ``product`` (of two activations). ``macs`` and ``backward_macs``
+    are those of the two passes; ``recomputed_macs`` are those of the latter that the forward pass had computed before.
+    ``other_flops`` and ``backward_other_flops`` are FLOPs that are no products, such as those of FFTs. ``rows`` are the
+    vectors that a linear layer was applied to. ``moved`` and ``backward_moved`` are the numbers that the products read
+    and write, each once; fused attention without the scores.
     """
 
     name: str
