@@ -41,9 +41,10 @@ class ModelPlan:
         Number of blocks; None for your own model if the depth was not chosen.
     planned
         What uses the budget, ``width`` or ``rank``; None if all choices were given.
-    forward_macs, training_macs
-        MACs of one sample, forward and in training. In the former, operations that are not products count with half
-        their FLOPs.
+    forward_macs
+        MACs of one sample. Operations that are not products count with half their FLOPs.
+    training_macs
+        MACs of one sample in training, products only.
     params
         Number of trainable parameters.
     bytes

@@ -49,8 +49,10 @@ class JaxCount:
         of a structured matrix that is compiled as a whole. Its derivatives do not count recomputed products.
     params
         Number of elements of the parameters (nnx.Param) of a model; 0 for a function.
-    training_macs, training_other_flops
-        MACs and FLOPs of FFTs of the function and its gradient; None without ``training``.
+    training_macs
+        MACs of the function and its gradient; None without ``training``.
+    training_other_flops
+        FLOPs of FFTs in the function and its gradient.
     unbounded
         MACs of one iteration of each ``while`` loop, whose number of iterations is unknown. ``macs`` does not include
         them.

@@ -15,18 +15,12 @@ from structlin_nn._text import check_integer, table
 class CallCount:
     """Products of one kind in one module, summed over its calls.
 
-    - ``name``, ``module``: name and type of the module.
-    - ``kind``: ``linear`` (a weight times activations), ``convolution``, ``attention`` (score and value products),
-      ``linalg`` (factorizations, solves), ``fft``, or ``product`` (of two activations).
-    - ``params``: number of trainable parameters of a linear or convolution layer; 0 for other kinds.
-    - ``in_features``, ``out_features``: sizes of a layer, or None.
-    - ``macs``, ``backward_macs``: multiply-accumulates of the forward and of the backward pass.
-    - ``recomputed_macs``: the part of ``backward_macs`` that the forward pass has already computed.
-    - ``other_flops``, ``backward_other_flops``: FLOPs that are not multiply-accumulates, such as those of FFTs.
-    - ``calls``: number of products in the forward pass.
-    - ``rows``: number of vectors to which a linear layer was applied.
-    - ``moved``, ``backward_moved``: numbers that the products read and write, that is, operands and result once for
-      each product. Fused attention does not move the scores.
+    ``kind`` is ``linear`` (a weight times activations), ``convolution``, ``attention`` (score and value products),
+    ``linalg`` (factorisations, solves), ``fft``, or ``product`` (of two activations). ``macs`` and ``backward_macs``
+    are those of the two passes; ``recomputed_macs`` are those of the latter that the forward pass had computed before.
+    ``other_flops`` and ``backward_other_flops`` are FLOPs that are no products, such as those of FFTs. ``rows`` are the
+    vectors that a linear layer was applied to. ``moved`` and ``backward_moved`` are the numbers that the products read
+    and write, each once; fused attention without the scores.
     """
 
     name: str
