@@ -20,11 +20,13 @@ from structlin_nn.data import batch_rows, load_images
 from structlin_nn.data.augment import normalize
 from structlin_nn.data.tokens import open_tokens
 from structlin_nn.models import StructureConfig, build_model, save_model
+from structlin_nn.models.named import build_named
 from structlin_nn.recipes import cifar, gpt2, imagenet, recipe
 from structlin_nn.recipes._probe import Probe
 from structlin_nn.recipes._starting import fields_of
 from structlin_nn.recipes._torch import Average, base_of, make_optimizer
 from structlin_nn.records import read_record
+from structlin_nn.torch import StructuredLinear
 from structlin_nn.trained import load_trained, open_trained
 
 
@@ -569,6 +571,15 @@ class TestModelsByName:
         if "timm:" not in arguments:
             with pytest.raises(ValueError, match="trained your own model"):
                 load_trained(tmp_path / "run")
+
+
+def test_a_cap_without_a_structure_caps_dense_layers() -> None:
+    pytest.importorskip("transformers")
+    options = {"n_layer": 1, "n_head": 2, "n_embd": 32, "bos_token_id": 0, "eos_token_id": 0}
+    model = build_named("hf:gpt2", 50, StructureConfig(rms_cap=True), size_of_outputs="vocab_size", **options)
+    layers = [module for module in model.modules() if isinstance(module, StructuredLinear)]
+    assert len(layers) == 4
+    assert all(layer.rms_cap and layer.structure.macs == layer.in_features * layer.out_features for layer in layers)
 
 
 @pytest.mark.slow
