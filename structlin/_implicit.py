@@ -135,9 +135,9 @@ def backward_error(A: Any, x: Array, b: Array, size: Array | float) -> Array:
 def _few_norms(rest: np.ndarray, x: np.ndarray, b: np.ndarray) -> list[np.ndarray] | None:
     """Return the norms of the columns without temporary arrays; None if a square may have left the range."""
     squares = [np.einsum("i...,i...->...", y.conj(), y).real for y in (rest, x, b)]
-    largest = squares[2].max()
-    limit = float(np.finfo(largest.dtype).max) ** 0.5
-    if not (1 / limit < largest < limit and squares[0].max() < limit and squares[1].max() < limit):
+    limit = float(np.finfo(squares[2].dtype).max) ** 0.5
+    small = np.where(squares[2] == 0, b.any(0), squares[2] <= 1 / limit)  # columns of zeros have the square 0
+    if np.any(small) or not all(np.all(s < limit) for s in squares):
         return None
     return [np.sqrt(s) for s in squares]
 

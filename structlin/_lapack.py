@@ -438,7 +438,7 @@ def seen(*arrays: Array) -> list[Array]:
     return fixed
 
 
-def small_views(*arrays: Array, most: int = _FEW) -> list[np.ndarray] | None:
+def small_views(*arrays: Array, most: float = _FEW) -> list[np.ndarray] | None:
     """Return NumPy's views of tensors that no derivative follows; None for other arrays, and above ``most`` numbers."""
     torch: Any = sys.modules.get("torch")
     if torch is None or not all(isinstance(x, torch.Tensor) and x.numel() <= most for x in arrays):

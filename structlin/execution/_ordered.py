@@ -96,8 +96,8 @@ class OrderedChain(ABC):
     ) -> tuple[Tensor | None, ...]:  # fmt: skip
         """Return gradients of x, the factors and the bias, None where ``needs`` is False; ``wide``: dtype of sums.
 
-        ``known``: the gradients of x and of the activations between the steps, for all tokens, unless only the last
-        factor needs one.
+        ``known``: the gradients of x and of the activations between the steps, for all tokens. It is empty if no
+        gradient but that of the last factor is needed.
         """
         *needs, for_bias = needs
         x, gy = self._padded(x.detach(), 0).contiguous(), self._padded(gy.detach(), 1).contiguous()

@@ -24,7 +24,7 @@ from structlin.execution._orders import Operand, Product
 from structlin.execution.devices import ALIGNED, L2_SHARE
 from structlin.structure import Structure
 
-__all__ = ["ALIGNED", "StridedChain", "l2_chunk", "strided"]
+__all__ = ["StridedChain", "l2_chunk", "strided"]
 
 LEAST_CHUNK = 128  # tokens: fewer do not fill the tiles of a product
 

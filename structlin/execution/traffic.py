@@ -96,7 +96,7 @@ class Traffic:
 
     @property
     def macs(self) -> int:
-        """Return the MACs of all kernels."""
+        """MACs of all kernels."""
         return sum(kernel.macs for kernel in self.kernels)
 
     @property

@@ -298,6 +298,10 @@ def inv_quad_logdet(A: LinearOperator, b: Array, *, full_output: bool = False) -
     LinAlgError
         If A is singular to working precision.
 
+    Notes
+    -----
+    If A is not Hermitian and complex, the first result is the real part of the quadratic form.
+
     Examples
     --------
     >>> import numpy as np

@@ -17,6 +17,7 @@ Under tracing, solutions are refined twice, and are NaN if the residual is above
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -54,7 +55,7 @@ _WIDEST = 0.5  # largest total rank relative to n; above it the dense matrix cos
 _THREE = "i,ri->r; r,sr->s; s,os->o"
 SLACK = 100  # times machine epsilon: the largest backward error of a solution
 _REFINEMENTS = 3
-_MOST = 2**62  # numbers: NumPy's products with thin matrices are at least as fast as torch's at every size
+_MOST = math.inf  # numbers: NumPy's products with thin matrices are at least as fast as torch's at every size
 
 
 def split(A: Sum) -> tuple[StructuredOperator | Array, Array, Array] | None:
@@ -144,7 +145,7 @@ class Woodbury:
 
     @cached_property
     def _orthogonal(self) -> tuple[Array, Array, Array]:
-        """Return D^1/2, Q and the lower Cholesky factor of I + R R^H."""
+        """D^1/2, Q and the lower Cholesky factor of I + R R^H."""
         xp = lapack(self.U)
         root = xp.sqrt(xp.real(self.B))
         q, r = xp.qr(self.U / root[:, None])
@@ -196,7 +197,7 @@ class Woodbury:
         return base + StructuredOperator(_correction(n, r), (self.V @ base, core, -self.left))
 
     def hosted(self) -> Woodbury:
-        """Return this sum on NumPy views of small torch tensors without gradients; self if there are none."""
+        """Return this sum on NumPy views of torch tensors without gradients; self if there are none."""
         if isinstance(self.B, LinearOperator):
             return self
         views = small_views(self.B, self.U, self.V, self.base, most=_MOST)
@@ -244,10 +245,12 @@ def _beside(numbers: Array, x: Array) -> Array:
 def _is_positive(A: Sum, values: Array) -> bool:
     """Whether the diagonal B is positive and well conditioned; True for traced values of a PSD sum."""
     (values,) = seen(values)
-    values = lapack(values).real(values)
+    whole, values = values, lapack(values).real(values)
     least, most = known(values.min()), known(values.max())
     if least is None or most is None:
         return bool(A.isa(PSD))
+    if known(abs(whole - values).max()) != 0:
+        return False
     return least > 0 and most < least * eps(A.dtype) ** -0.5
 
 
@@ -293,7 +296,7 @@ def solver(A: Sum) -> Solver | None:
 
 
 def _hosted(found: Woodbury) -> Callable[[Array], Array]:
-    """Return the verified solution, on NumPy views of small torch tensors."""
+    """Return the verified solution, on NumPy views of torch tensors."""
     host = found.hosted()
     if host is found:
         return verified(found)

@@ -16,6 +16,7 @@ and Pereyra 1973). A pass costs less than one product ``d_out d_in^2`` at small 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -36,6 +37,10 @@ CHEAP = 3  # passes for a sweep of alternating least squares, which takes the ti
 ROUGH = 3e-3  # tolerance of an estimate
 CHUNK = 2**25  # entries of Y C that are held at a time
 MEMORY = 8  # pairs of vectors that L-BFGS keeps
+
+
+class _LimitError(Exception):
+    """The passes are used up."""
 
 
 class BlockFit:
@@ -126,7 +131,7 @@ class BlockFit:
             found = np.linalg.svd(start / self.scale, full_matrices=False)
         Y, _, passes, converged = self._minimise(found[1], found[2], sweeps, tolerance, tolerance >= 1e-5)
         blocks, square, _ = self._project(Y)
-        return self._factors(blocks), self.scale * square**0.5, passes + 1, converged
+        return self._factors(blocks), self.scale * square**0.5, passes, converged
 
     def error_after(self, sweeps: int) -> float:
         """Return the error after a few passes in place of ``sweeps`` sweeps of alternating least squares."""
@@ -156,32 +161,47 @@ class BlockFit:
         least = max(float(norms.max(initial=0)) * SMALLEST, float(np.finfo(np.float32).tiny))
         Y = np.maximum(norms[..., : self.rank], least)[..., None] * rows[..., : self.rank, :]
         wide, kind = Y.dtype, np.dtype(np.complex64 if np.iscomplexobj(Y) else np.float32)
+        used = 1
         if not single or (start := self._project(Y.astype(kind)))[1] <= SINGLE**2:
+            used += single
             kind, start = wide, self._project(Y)
         square, step, shape = start[1], float(np.linalg.norm(start[2])), Y.shape
-        calm, last = 0, square
-        if passes == 1 or square <= ROUNDOFF**2 or step <= ROUNDOFF:
-            return Y, self.scale * square**0.5, 1, passes > 1
+        calm, last, converged = 0, square, square <= ROUNDOFF**2 or step <= ROUNDOFF
+        if used >= passes or converged:
+            return Y, self.scale * square**0.5, used, converged
+        known, best = [start], (math.inf, Y.reshape(-1).view(float))
 
         def half_square(vector: np.ndarray) -> tuple[float, np.ndarray]:
             """Return half the squared error and its gradient, both relative to a step along the first gradient."""
-            _, value, gradient = self._project((step * vector).view(wide).reshape(shape).astype(kind))
-            return value / (2 * step**2), gradient.astype(wide).reshape(-1).view(float) / step
+            nonlocal used, best
+            if not known and used >= passes:
+                raise _LimitError
+            used += not known
+            found = known.pop() if known else self._project((step * vector).view(wide).reshape(shape).astype(kind))
+            value = found[1] / (2 * step**2)
+            if value < best[0]:
+                best = value, vector.copy()
+            return value, found[2].astype(wide).reshape(-1).view(float) / step
 
         def stop(intermediate_result: OptimizeResult) -> None:
-            nonlocal calm, last
+            nonlocal calm, last, converged
             value = 2 * step**2 * intermediate_result.fun
             calm = calm + 1 if last - value <= 2 * COARSE * tolerance * last else 0
-            last = value
-            if calm == 3 or value <= ROUNDOFF**2:
+            last, converged = value, calm == 3 or value <= ROUNDOFF**2
+            if converged:
                 raise StopIteration
 
-        found = minimize(  # its first step has length 1
-            half_square, np.ascontiguousarray(Y / step).reshape(-1).view(float), jac=True, method="L-BFGS-B",
-            callback=stop, options={"maxiter": passes, "maxfun": passes - 1, "maxcor": MEMORY, "ftol": 0, "gtol": 0},
-        )  # fmt: skip
-        error = self.scale * step * max(0.0, 2 * found.fun) ** 0.5
-        return step * found.x.view(wide).reshape(shape), error, found.nfev + 1, found.status != 1
+        try:
+            found = minimize(  # its first step has length 1
+                half_square, np.ascontiguousarray(Y / step).reshape(-1).view(float), jac=True, method="L-BFGS-B",
+                callback=stop,
+                options={"maxiter": passes, "maxfun": 2 * passes, "maxcor": MEMORY, "ftol": 0, "gtol": 0},
+            )  # fmt: skip
+            best, converged = (found.fun, found.x), converged or tolerance > 0  # or roundoff ended the search
+        except _LimitError:
+            pass
+        error = self.scale * step * max(0.0, 2 * best[0]) ** 0.5
+        return step * best[1].view(wide).reshape(shape), error, used, converged
 
 
 def _coupled(blocks: np.ndarray, covariance: np.ndarray) -> np.ndarray:

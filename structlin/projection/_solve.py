@@ -201,13 +201,13 @@ class Chain:
 
     @property
     def target(self) -> np.ndarray:
-        """Return the target on the outer axes, without entries that are zero for every matrix of the structure."""
+        """The target on the outer axes, without entries that are zero for every matrix of the structure."""
         axes = self.network.rows + self.network.columns
         return gather(self.rows.reshape(self.network.shape(axes)), axes, self.network.outer)
 
     @property
     def mask(self) -> np.ndarray | None:
-        """Return 0 for padding and 1 for other entries, on the outer axes; None if there is nothing to mask.
+        """0 for padding and 1 for other entries, on the outer axes; None if there is nothing to mask.
 
         A covariance is zero for padded columns, so they need no mask.
         """

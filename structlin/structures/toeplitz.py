@@ -29,6 +29,8 @@ LEAST = 256
 """Least number of rows at which the recursion for inverse and determinant is faster than LAPACK: 1 ms at 256."""
 
 _PATIENCE = 1000  # steps of each run of the iteration that is the last resort under jax.jit, as of CoLA's
+CLOSE = 3
+"""Roundoff units of the backward error at which an iteration under jax.jit, in the dtype of b, is accepted."""
 _LARGEST_DENSE = 8192  # largest number of rows for which a derivative may fall back to the dense matrix
 
 
@@ -52,7 +54,7 @@ class ToeplitzStructure(AbstractStructure):
 
     @property
     def macs(self) -> int:
-        """Return 0: FFTs are counted in ``other_flops``."""
+        """0: FFTs are counted in ``other_flops``."""
         return 0
 
     @property
@@ -345,7 +347,7 @@ def _double(x: Array) -> np.ndarray:
 
 
 def _like(x: np.ndarray, example: Array) -> Array:
-    """Return a new array of NumPy, whose memory torch may use, in the library and dtype of the example."""
+    """Return a new NumPy array as an array of the library and dtype of the example; torch shares its memory."""
     if backend_of(example) == "torch":
         return as_tensors(np.asarray(x, order="C"))[0].to(example.dtype)
     return to_backend(np.array(x), backend_of(example), example.dtype)
@@ -381,7 +383,7 @@ def _traced_solution(kernel: Array, b: Array) -> Array:
         x = jnp.linalg.solve(kernel[rows[:, None] - rows + n - 1], b)
         return nan_where_bad(x, growth(kernel, x), largest(b))
 
-    def is_good(kernel: Array, x: Array, b: Array) -> Array:
+    def is_good(kernel: Array, x: Array, b: Array, tolerance: float) -> Array:
         size, residual = growth(kernel, x), norm(b - multiply(kernel, x))
         return jnp.all((residual <= tolerance * (size + norm(b))) & (size <= largest(b)))
 
@@ -396,13 +398,13 @@ def _traced_solution(kernel: Array, b: Array) -> Array:
         inverse = inverse_from(first, end)
         x = inverse @ b
         x = x + inverse @ (b - multiply(kernel, x))
-        return lax.cond(regular & is_good(kernel, x, b), lambda: x, lambda: last(kernel, b))
+        return lax.cond(regular & is_good(kernel, x, b, tolerance), lambda: x, lambda: last(kernel, b))
 
     then = recursive if n <= levinson.LONGEST else last
 
     def iterative(kernel: Array, b: Array) -> Array:
         x = _traced_iteration(kernel, b, levinson.most_iterations(n))
-        return lax.cond(is_good(kernel, x, b), lambda: x, lambda: then(kernel, b))
+        return lax.cond(is_good(kernel, x, b, CLOSE * eps(b.dtype)), lambda: x, lambda: then(kernel, b))
 
     fast = iterative if n >= levinson.ITERATED else recursive
     elsewhere = dense if n <= _LARGEST_DENSE else fast

@@ -145,7 +145,8 @@ def training_bytes(
     for part in (counted, loss):
         if part is not None and not part.saved_known:
             raise ValueError(
-                "activations were not counted: Counting does not count them, and neither does count under torch.func"
+                "activations were not counted: Counting does not count them, and neither does count under torch.func; "
+                "call count(model, input) outside of torch.func"
             )
     own = counted.dtype if counted.dtype in DTYPES else "float32"
     size, frozen = itemsize(dtype or own), counted.params - counted.trainable_params

@@ -18,6 +18,7 @@ from structlin_nn.torch import StructuredLinear, parameter_groups
 from structlin_nn.torch.counting import CallCount, ModelCount, count
 from structlin_nn.torch.counting._result import format_unknown
 
+SIZES = ("num_classes", "heads", "head_dim")  # None is that of the named model
 _TOTALS = (
     "trainable_params", "embedding_params", "training_macs", "recomputed_macs", "other_flops", "training_other_flops",
 )  # fmt: skip
@@ -55,10 +56,8 @@ def count_model(
 
     Parameters
     ----------
-    name, width, structure, options, layers, rms_cap, rule
-        As for :func:`structlin_nn.models.build_model` and :class:`structlin_nn.models.StructureConfig`.
-    rank, rank_fraction, blocks, factorization
-        Options of the structure, too.
+    name, width
+        As in :func:`structlin_nn.models.build_model`.
     base_width
         Width at which the learning rate was tuned; default: that of the paper.
     structure
@@ -71,8 +70,6 @@ def count_model(
         As in :class:`structlin_nn.models.StructureConfig`.
     optimizer
         Optimizer of the learning-rate multipliers (:func:`structlin.lr_multipliers`).
-    num_classes, heads, head_dim
-        Sizes of the model; default: those of the named model.
     batch_size
         Samples in a step; default 1 for bytes and times.
     steps
@@ -131,8 +128,7 @@ def count_model(
     if twice := chosen.keys() & (options or {}):
         raise ValueError(f"options {', '.join(sorted(twice))} are given twice")
     config = StructureConfig(structure, {**chosen, **(options or {})}, layers=layers, rms_cap=rms_cap, rule=rule)
-    sizes = {key: value for key, value in sizes.items() if value is not None}
-
+    sizes = {key: value for key, value in sizes.items() if value is not None or key not in SIZES}
     for key, value in (("batch_size", batch_size), ("steps", steps)):
         if value is not None:
             check_integer(key, value)

@@ -80,7 +80,8 @@ def sizes_of(layer: Any) -> tuple[int, int]:
 def as_before(old: nn.Module, new: Module) -> Module:
     """Give a new layer the training mode of the old one, and ``requires_grad`` of its weight and its bias."""
     bias = old._parameters.get("bias")
-    weights = [p for p in old.parameters() if p is not bias]
+    weight = old._parameters.get("weight")
+    weights = [p for p in old.parameters() if p is not bias] if weight is None else [weight]
     new.requires_grad_(any(p.requires_grad for p in weights) or not weights)
     if bias is not None:
         new.get_parameter("bias").requires_grad_(bias.requires_grad)

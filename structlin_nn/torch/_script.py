@@ -25,15 +25,18 @@ class Scriptable(nn.Module):
         in_features: int
         out_features: int
         rms_cap: bool
+        checkpoint: bool
 
     def __prepare_scriptable__(self) -> Scriptable:
         """Add the attributes that the compiled code reads; TypeError for a layer that it cannot express."""
         structure, found, stride = self.structure, self.factors, getattr(self, "stride", ())
         hooks = [key for key, value in vars(found).items() if key.endswith("_hooks") and value]
         if not isinstance(structure, Structure):
-            reason = f"the structure is no chain of einsums: {structure!r}"
+            reason = f"the structure is not a chain of einsums: {structure!r}"
         elif self.rms_cap or any(step > 1 for step in stride):
             reason = "it caps its factors" if self.rms_cap else f"it has stride {stride}"
+        elif self.checkpoint:
+            reason = "it has checkpoint=True"
         elif hooks or list(found._parameters) != [str(k) for k in range(len(structure.steps))]:
             reason = "the factors are changed by hooks, pruning or parametrizations"
         elif any(type(factor.data) is not Tensor for factor in found):
@@ -45,7 +48,8 @@ class Scriptable(nn.Module):
             self._padding, self._axis = structure.padding[0], -1 - len(stride)
             return self
         raise TypeError(
-            f"torch.jit.script cannot compile this layer ({reason}); use torch.export.export, which supports all layers"
+            f"torch.jit.script cannot compile the layer {self.in_features} -> {self.out_features} ({reason}); "
+            "use torch.export.export, which supports all layers"
         )
 
     def _scripted(self, x: Tensor) -> Tensor:

@@ -160,6 +160,11 @@ class StructuredMLP(nn.Module):
         y = mlp(x, up, down, self.activation, gate=gate[0] if gate else None)
         return F.dropout(y, self.dropout, self.training) if self.dropout else y
 
+    def __prepare_scriptable__(self) -> StructuredMLP:
+        """Raise TypeError: the passes over a block are not in the subset of Python that ``torch.jit`` compiles."""
+        raise TypeError("torch.jit.script cannot compile a StructuredMLP; use torch.export.export, or replace_linear "
+                        "without fuse=True")  # fmt: skip
+
     def extra_repr(self) -> str:
         """Describe the block for ``print``."""
         return f"activation={self.activation!r}" + (f", dropout={self.dropout}" if self.dropout else "")

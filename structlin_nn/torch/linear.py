@@ -156,9 +156,12 @@ class StructuredLinear(Scriptable):
     Raises
     ------
     ValueError
-        If the structure, the rule or an option is unknown, the structure cannot have these sizes, or ``rms_cap`` or
+        If the structure, the rule or an option is unknown, the structure cannot have these sizes, options are given
+        together with a structure that is not a name, ``gain`` is True without ``rms_cap``, or ``rms_cap`` or
         ``zero_init`` is True for a structure without trainable factors. In the forward pass, if the input has a wrong
         size, or a factor or the bias has a wrong shape, or a device or dtype other than the input.
+    TypeError
+        If ``structure`` is neither a name nor a structure.
 
     Examples
     --------

@@ -135,6 +135,8 @@ def replace_linear(
         weights are tied. With ``impossible="error"``, if a selected layer cannot be replaced: the structure does not
         have its size, it belongs to ``nn.MultiheadAttention``, it is a subclass with another forward pass, or it has
         hooks or parametrizations.
+    TypeError
+        If ``model``, ``structure``, ``layers`` or a pattern has a wrong type.
 
     Notes
     -----

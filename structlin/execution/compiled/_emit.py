@@ -63,7 +63,7 @@ class Emitter:
             self.code.call("void", name, (kind, value), ("ptr", pointer), ("i32", BYTES[at.element]), self._mask(lanes))
 
     def store_two(self, at: Memory, offset: Int, vectors: tuple[str, str]) -> None:
-        """Return the concatenation of two whole vectors."""
+        """Store two whole vectors, one after the other."""
         if at.element != "bfloat" or not self._converts_two:
             for k, vector in enumerate(vectors):
                 self.store(at, self.code.add(offset, k * self.lanes), vector, self.lanes)
@@ -72,7 +72,7 @@ class Emitter:
         self.code.put(f"store <{2 * self.lanes} x bfloat> {self._both(vectors)}, ptr {pointer}, align 2")
 
     def store_pairs(self, at: Memory, offset: Int, rows: tuple[str, str], lanes: int) -> None:
-        """Return two vectors in bfloat16, interleaved."""
+        """Store two vectors in bfloat16, interleaved."""
         order = ", ".join(f"i32 {k}, i32 {k + self.lanes}" for k in range(self.lanes))
         if self._converts_two:
             kind = f"<{2 * self.lanes} x bfloat>"

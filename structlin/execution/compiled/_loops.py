@@ -12,7 +12,7 @@ from structlin.execution.compiled._ir import Int, Values
 from structlin.execution.compiled._limits import limits
 from structlin.execution.compiled._product import BYTES, NEAR, VECTORS, Axis, Product, dot_tile, max_rows
 
-RUN = 8  # vectors of one row that are read before those of the next one: such runs are fetched ahead by processors
+TOGETHER = 8  # vectors of one row that are read before those of the next one: such runs are fetched ahead by processors
 UNROLLED = 4  # turns of the innermost loop: its end takes less than a tenth of their time
 
 
@@ -293,7 +293,7 @@ class Loops:
 
         def turn(vector: Int, single: Int, sums: Values) -> Values:
             def step(i: Int, sums: Values, parts: Sequence[int]) -> Values:
-                """Add the products of some vectors, of so many lanes each, column by column as they lie in memory."""
+                """Add the products of vectors with ``parts`` lanes, one column after the other, as in memory."""
                 found, v = list(sums), code.add(vector, i)
                 starts = range(0, width * len(parts), width)
                 left = [
@@ -309,7 +309,7 @@ class Loops:
                             found[here] = self._multiply_add(left[r][number], right, found[here])
                 return found
 
-            together = RUN * width if rows == 1 else width
+            together = TOGETHER * width if rows == 1 else width
             whole, short = size // together * together, size % width
             sums = code.loop(0, whole, together, lambda i, held: step(i, held, [width] * (together // width)), sums,
                              emitter.vector)  # fmt: skip

@@ -47,7 +47,7 @@ class Tiling:
 
     @property
     def configuration(self) -> bytes:
-        """Return the operand of ``LDTILECFG``: a palette, and rows and bytes of a row of each tile."""
+        """The operand of ``LDTILECFG``: a palette, and rows and bytes of a row of each tile."""
         shapes = [(self.rows, self.columns)] * 4 + [(self.rows, self.depth)] * 2 + [(self.depth, self.columns)] * 2
         widths = b"".join((4 * wide).to_bytes(2, "little") for _, wide in shapes)
         return bytes([1]).ljust(16, b"\0") + widths.ljust(32, b"\0") + bytes(h for h, _ in shapes).ljust(16, b"\0")

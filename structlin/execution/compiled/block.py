@@ -53,12 +53,12 @@ class BlockSpec:
 
     @property
     def chains(self) -> tuple[Chain, ...]:
-        """Return the chains of the block in order."""
+        """The chains of the block in order."""
         return self.first if self.second is None else (*self.first, self.second)
 
     @property
     def d_in(self) -> int:
-        """Return the number of input features."""
+        """Number of input features."""
         return self.first[0][2]
 
     @property
@@ -86,12 +86,12 @@ class BlockProgram:
 
     @property
     def forward(self) -> Pass:
-        """Return the forward pass, compiled once."""
+        """The forward pass, compiled once."""
         return self._made.get("forward") or self._made.setdefault("forward", self._forward())
 
     @property
     def backward(self) -> Pass:
-        """Return the backward pass, compiled once."""
+        """The backward pass, compiled once."""
         return self._made.get("backward") or self._made.setdefault("backward", self._backward())
 
     def again(self) -> list[range]:

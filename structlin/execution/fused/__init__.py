@@ -13,6 +13,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from itertools import product
 from typing import Any
 
@@ -142,19 +143,22 @@ def tiles(form: Form, tokens: int, item: int, device: Device) -> Tiles | None:
         constants = {"T": _power(tokens), "BLOCK_A": block_a, "BLOCK_K": block_k, "BLOCK_D": block_d}
         again = tokens * (c * b * e * a * parts + c * d * e * b)
         return Tiles(True, (c, parts), constants, 4, 1, c * parts, parts, 1, again)
-    return _many(form, tokens, item, device)
+    return _many(form, tokens, item, device.capability or (0, 0), device.l2, device.cores)
 
 
-def _many(form: Form, tokens: int, item: int, device: Device) -> Tiles | None:
+@lru_cache(maxsize=256)
+def _many(
+    form: Form, tokens: int, item: int, capability: tuple[int, int], l2: int, cores: int
+) -> Tiles | None:  # fmt: skip
     """Return the launch that reads the fewest numbers from L2.
 
     A chunk is as large as :data:`SLOTS` of them fit into L2 beside the factors. It has so many parts that there is a
     ticket for each program.
     """
     a, b, c, d, e = form.sizes
-    shared = SHARED.get(device.capability or (0, 0), LEAST_SHARED)
+    shared = SHARED.get(capability, LEAST_SHARED)
     steps = (a, c * e, b), (e * b, d, c)  # contracted, free, batch
-    room = int(L2_SHARE * device.l2) // item - b * c * e * (a + d)
+    room = int(L2_SHARE * l2) // item - b * c * e * (a + d)
     best: tuple[float, Tiles] | None = None
     for most in _TOKENS[:2]:
         found = [_tile(k, n, item, shared, most) for k, n, _ in steps]
@@ -169,7 +173,7 @@ def _many(form: Form, tokens: int, item: int, device: Device) -> Tiles | None:
         if units < 1:
             continue
         warps = 8 if max(tile[0] * tile[1] for tile in made) > _SUMS // 4 else 4
-        programs = device.cores * (min(2, shared // max(tile[4] for tile in made)) if warps == 4 else 1)
+        programs = cores * (min(2, shared // max(tile[4] for tile in made)) if warps == 4 else 1)
         parts = min(units, -(-2 * programs // (3 * tickets)))  # tickets of more than one chunk run at once
         span = units // parts * unit
         spans = -(-tokens // span)

@@ -58,7 +58,7 @@ def few_tokens(
 
 @triton.jit
 def _wait(counter, wanted):
-    """Wait until so many tickets of a step are done, and see what they wrote."""
+    """Wait until ``wanted`` tickets of a step are done; their stores are visible afterwards."""
     while tl.atomic_add(counter, 0, sem="acquire") < wanted:
         pass
 

@@ -15,8 +15,8 @@ from torch import Tensor
 import structlin
 from structlin import execution
 from structlin.execution import traffic
-from structlin.execution.devices import DEVICES
-from structlin.execution.strided import ALIGNED, l2_chunk, strided
+from structlin.execution.devices import ALIGNED, DEVICES
+from structlin.execution.strided import l2_chunk, strided
 from structlin.execution.torch_cuda import StridedWay, node_tokens, strided_l2_way, strided_way
 from structlin.execution.torch_ways import torch_chain
 

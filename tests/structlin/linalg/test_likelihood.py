@@ -141,3 +141,16 @@ def test_cholesky_drops_no_tangent():
             with pytest.raises(NotImplementedError, match=r"jvp|forward"):
                 f(dual)
     assert float(linalg.logdet(A)) == pytest.approx(3 * np.log(2))
+
+
+@pytest.mark.parametrize("library", ["numpy", "torch"])
+def test_a_complex_diagonal_beside_a_real_product_keeps_its_phase(library):
+    """A real U U^T looks Hermitian, but the sum is not."""
+    x = np.random.default_rng(0).standard_normal((40, 3)) + 0j
+    array = np.asarray if library == "numpy" else torch.tensor
+    U, d = array(x), array(np.full(40, 2 + 3j))
+    A = structlin.Diagonal(d) + structlin.LowRank(U.T, U)
+    sign, log = np.linalg.slogdet(np.diag(np.full(40, 2 + 3j)) + x @ x.T)
+    found = linalg.slogdet(A)
+    assert complex(found[0]) == pytest.approx(sign, abs=1e-10)
+    assert float(found[1].real) == pytest.approx(log, abs=1e-10)

@@ -205,6 +205,17 @@ def test_variable_projection_ends_where_alternating_least_squares_does(name, sha
         assert np.linalg.norm(fit._gradient(k, factors, residual)) < 1e-4 * np.linalg.norm(W)
 
 
+@pytest.mark.parametrize("limit", [1, 2, 3, 7])
+def test_variable_projection_stops_at_the_limit(limit, covariance):
+    W = gaussian((12, 20), 14)
+    C, _ = covariance(20, seed=15)
+    found = project(W, "block_tensor_train", rank=2, input_covariance=C, tolerance=0.0, max_sweeps=limit)
+    assert found.iterations <= limit
+    assert not found.converged
+    more = project(W, "block_tensor_train", rank=2, input_covariance=C, tolerance=0.0, max_sweeps=limit + 20)
+    assert more.relative_error < found.relative_error
+
+
 def test_ranks_share_their_decompositions(covariance):
     """Variable projection decomposes the covariance and the target once, whatever the rank."""
     W = gaussian((12, 20), 16)

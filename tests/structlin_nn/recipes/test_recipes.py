@@ -3,7 +3,6 @@
 import math
 import shutil
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,6 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from structlin_nn.cli import main
 from structlin_nn.compress import compress
@@ -37,54 +35,6 @@ def features(model: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
 
 def rms(x: torch.Tensor) -> float:
     return x.double().square().mean().sqrt().item()
-
-
-class Waits(TorchDispatchMode):
-    """Counts the operations for which the host waits for the device on CUDA: values, and shapes that depend on them."""
-
-    NAMES = ("_local_scalar_dense", "equal", "masked_select", "nonzero", "_unique2")
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += func.overloadpacket.__name__ in self.NAMES
-        return func(*args, **(kwargs or {}))
-
-
-@pytest.mark.parametrize("module", ["cifar", "gpt2", "imagenet"])
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_steps_do_not_wait_for_the_device(
-    module: str, optimizer: str, config: cifar.Config, gpt2_config: gpt2.Config, imagenet_config: Any,
-    small_cifar: Path, text_tokens: Path, image_tree: Path, tmp_path: Path,
-) -> None:  # fmt: skip
-    """Between evaluations, with the interval of CUDA between looks at the loss, nothing reads a value of a tensor."""
-    changes: dict[str, Any] = {
-        "precision": "bfloat16", "optimizer": optimizer, "adam_lr": 1e-3 if optimizer == "muon" else 0.0, "clip": 0.5,
-        "ema": 0.9, "structure": "block_tensor_train", "options": {"rank": 2}, "accumulate": 2,
-    }  # fmt: skip
-    options = {"out": tmp_path / "run", "quiet": True, "log_every": 0}
-    waits, seen = Waits(), list[int]()
-
-    def watch(run: Any, loss: float | None) -> bool:
-        run.check_every = 50
-        seen.append(waits.count)
-        return False
-
-    with waits:
-        if module == "cifar":
-            one = config.replace(epochs=1, eval_every=1, mixup=0.0, augment=False, **changes)
-            cifar.train(one, cifar.Options(data=small_cifar, unverified=True, **options), watch=watch)  # type: ignore[arg-type]
-        elif module == "imagenet":
-            three = imagenet_config.replace(epochs=1, workers=1, **changes)  # a worker draws the augmentation
-            imagenet.train(three, imagenet.Options(data=image_tree, **options), watch=watch)  # type: ignore[arg-type]
-        else:
-            two = gpt2_config.replace(steps=7, warmup_steps=1, eval_every=7, **changes)
-            gpt2.train(two, gpt2.Options(data=text_tokens, **options), watch=watch)  # type: ignore[arg-type]
-    assert len(seen) >= 6
-    assert seen[0] > 0
-    assert {after - before for before, after in pairwise(seen[:-1])} == {0}
 
 
 class TestCifar:

@@ -22,12 +22,13 @@ def test_runs_are_the_papers_networks(sweep: str, model: str) -> None:
         known[NAMES[entry["structure"]], entry["width"], *sorted(options.items())] = entry
     seen = set()
     for name, config in find(sweep).runs().items():
-        options = {key: value for key, value in config.options.items() if key in ("rank", "blocks")}
+        options = dict(config.options)
+        if config.structure in ("block_tensor_train", "kronecker", "tensor_train"):
+            assert options.pop("factorization") == "greedy", name
         key = (config.structure, config.width, *sorted(options.items()))
         entry = known[key]
         seen.add(key)
         # Parameters and MACs of these networks are compared by tests/structlin_nn/models/test_reference.py.
-        assert config.options.get("factorization", "greedy") == "greedy", name
         assert (config.base_width, config.layers, config.depth) == (
             entry["base_width"], entry["layer_selection"], entry["depth"],
         )  # fmt: skip

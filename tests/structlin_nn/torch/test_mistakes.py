@@ -14,6 +14,7 @@ from structlin_nn.torch import (
     MuAdamW,
     ParameterRule,
     StructuredLinear,
+    StructuredMLP,
     StructuredPointwise,
     fuse_mlps,
     load_structured,
@@ -62,7 +63,10 @@ def groups(**options):
 X = torch.ones(5, 12)
 MISTAKES = (
     (low(layers=nn.Linear), TypeError,
-     "layers must be 'all', 'all_but_last', 'intermediate', patterns of names, or a function of name an"),
+     "layers must be 'all', 'all_but_last', 'intermediate', patterns of names, or a function of name and layer, got "
+     "the class Linear; its instances are chosen by lambda name, layer: isinstance(layer, Linear)"),
+    (low(layers=[3]), TypeError, "a pattern is a string (glob) or a compiled regular expression, got 3"),
+    (low(zero_init="4"), ValueError, "zero_init: no linear layer matches '4'; the linear layers are 0, 2"),
     (low(layers="head"), ValueError, "layers: no linear layer matches 'head'; the linear layers are 0, 2, 4"),
     (low(layers=0), TypeError, "a pattern is a string (glob) or a compiled regular expression, got 0"),
     (low(exclude="nothing*"), ValueError, "exclude: no linear layer matches 'nothing*'; the linear layers are 0, 2, 4"),
@@ -178,7 +182,11 @@ MISTAKES = (
      "parameter_groups takes a torch.nn.Module, got a generator: pass the model, not its parameters"),
     (lambda: MuAdamW(ready(), lr="1e-3"), TypeError, "lr must be a number, got '1e-3'; 0.001 would be one"),
     (lambda: torch.jit.script(layer(rms_cap=True)), TypeError,
-     "torch.jit.script cannot compile this layer (it caps its factors); use torch.export.export, which supports"),
+     "torch.jit.script cannot compile the layer 12 -> 16 (it caps its factors); use torch.export.export, which"),
+    (lambda: torch.jit.script(layer(checkpoint=True)), TypeError,
+     "torch.jit.script cannot compile the layer 12 -> 16 (it has checkpoint=True); use torch.export.export, which"),
+    (lambda: torch.jit.script(StructuredMLP(layer(), StructuredLinear(16, 9, structure="dense"))), TypeError,
+     "torch.jit.script cannot compile a StructuredMLP; use torch.export.export, or replace_linear without fuse=True"),
     (lambda: with_multipliers(torch.optim.lr_scheduler.OneCycleLR, None, max_lr=1e-3, total_steps=5), TypeError,
      "the second argument of with_multipliers must be an optimiser, got a NoneType"),
     (lambda: fuse_mlps([net()]), TypeError,

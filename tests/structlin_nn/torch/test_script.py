@@ -82,8 +82,9 @@ def test_layers_that_cannot_be_scripted():
     normed = low_rank()
     parametrizations.weight_norm(normed.factors, "0")
     for layer, words in (
-        (StructuredLinear(8, 8, structure="circulant"), "no chain of einsums: Circulant"),
+        (StructuredLinear(8, 8, structure="circulant"), "not a chain of einsums: Circulant"),
         (low_rank(rms_cap=True), "it caps its factors"),
+        (low_rank(checkpoint=True), "it has checkpoint=True"),
         (StructuredPointwise(8, 6, stride=(2, 1), structure="low_rank", rank=2), r"it has stride \(2, 1\)"),
         (normed, "parametrizations"),
     ):
