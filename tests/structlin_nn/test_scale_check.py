@@ -165,7 +165,7 @@ class TestOwnModels:
         [
             ("my_models:nothing", "module my_models has no 'nothing'"),
             ("no_such_module:mlp", "no_such_module:mlp cannot be imported"),
-            ("my_models:", "is package.module:function, got 'my_models:'"),
+            ("my_models:", "given as package.module:function, got 'my_models:'"),
             ("my_models:number", "must be a function of a width, got 3"),
             ("my_models:no_model", "must return a torch module or .module, inputs., got 16"),
         ],
@@ -176,7 +176,9 @@ class TestOwnModels:
 
     def test_no_inputs(self, own: str) -> None:
         chosen = builder_of(f"{own}:no_inputs", base_width=16)
-        with pytest.raises(ValueError, match=r"model at width 16 states no inputs .*give it example_input\(batch\)"):
+        with pytest.raises(
+            ValueError, match=r"model at width 16 states no inputs .*add a method example_input\(batch\)"
+        ):
             check_scale(**chosen, widths=(16, 32))
 
 

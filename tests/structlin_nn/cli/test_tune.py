@@ -215,7 +215,7 @@ MISUSE = {
     "--import text": "text is not an export of wisdom",
     "tune_models:none --width 8": "module tune_models has no 'none'",
     "no_models:make --width 8": "no_models:make cannot be imported (No module named 'no_models')",
-    "tune_models:no_inputs --width 8": "give it example_input(batch)); return (model, inputs)",
+    "tune_models:no_inputs --width 8": "add a method example_input(batch)); return (model, inputs)",
     "tune_models:make --width 8 --rank 2": "structure 'dense' has no option 'rank'",
     "tune_models:make --width 8 --depth 2": "depth is a size of the named models",
     "tune_models:pair --width 8": "must return logits (batch, ..., classes), or an object with logits, got tuple",

@@ -161,7 +161,7 @@ class TestRoofline:
             measure_cpu(seconds=0)
         with pytest.raises(ValueError, match="unknown dtype 'int4'"):
             measure_cpu("int4")
-        with pytest.raises(ValueError, match="in float64, float32, bfloat16 or float16, not in int8"):
+        with pytest.raises(ValueError, match="in float64, float32, bfloat16 or float16, got int8"):
             measure_cpu("int8")
 
 

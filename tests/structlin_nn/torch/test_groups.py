@@ -342,7 +342,7 @@ class Mixing(nn.Module):
 
 def test_unknown_parameters_need_a_rule_where_they_grow():
     model, base = Mixing(8), Mixing(4)
-    with pytest.raises(ValueError, match=r"no rule covers the parameters mixing \(9, 8\) of Mixing; give rules"):
+    with pytest.raises(ValueError, match=r"no rule covers the parameters mixing \(9, 8\) of Mixing; pass rules="):
         parameter_groups(model, base, lr=1)
     groups = parameter_groups(
         model, base, lr=1, weight_decay=0.1, extra_multipliers={"mixing": 2.0},
