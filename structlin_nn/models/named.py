@@ -157,7 +157,7 @@ def build_named(
     model = made[0] if isinstance(made, tuple) else made
     if not isinstance(model, nn.Module):
         raise TypeError(f"{text} must give a torch.nn.Module, got a {type(model).__name__}")
-    if structure != StructureConfig():  # without a structure, the other options apply to dense layers
+    if structure.name != "dense" or structure.rms_cap or structure.rule != "paper":
         capped: dict[str, Any] = {"rms_cap": structure.rms_cap, "rule": structure.rule, "shared_weights": "skip"}
         replace_linear(model, structure.name, layers=structure.layers or "all_but_last", **capped, **structure.options)
     return model
