@@ -67,9 +67,9 @@ def bicgstab(A: Apply, M: Apply, b: Array) -> tuple[State, Step]:
 
 
 def iterate(step: Step, unfinished: Callable[[State], Array], state: State, limit: int, traced: bool) -> State:
-    """Return the state after some steps, and their number: while it is unfinished, and ``limit`` at most.
+    """Return the state after at most ``limit`` steps, followed by their number; stop when it is finished.
 
-    ``traced``: by a loop of jax.
+    ``traced``: use a loop of jax.
     """
     if traced:
         from jax import lax

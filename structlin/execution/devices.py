@@ -14,8 +14,8 @@ from types import MappingProxyType
 
 __all__ = ["ALIGNED", "DEVICES", "L2_SHARE", "Device", "named"]
 
-ALIGNED = 16  # bytes: of the widest load of a thread, on all devices of the last ten years
-L2_SHARE = 0.5  # of the L2, that can be counted on: on an A100 or H100 each half of the chip keeps a copy of its own
+ALIGNED = 16  # bytes of the widest load of a thread, on all devices of the last ten years
+L2_SHARE = 0.5  # usable fraction of the L2: on an A100 or H100 each half of the chip keeps its own copy
 
 
 @dataclass(frozen=True)

@@ -102,7 +102,9 @@ def _conjugate_gradients(A: Any, b: Array, M: Any, tolerance: float, limit: int)
     xp, wide = lapack(b), _columns(b)
     traced = not (is_known(b) and is_known((A @ wide)[:1]))
     if traced and backend_of(b) != "jax":
-        raise ValueError("conjugate gradients under torch.func have no number of iterations that depends on values")
+        raise ValueError(
+            "conjugate gradients cannot be traced by torch.func, because the number of iterations depends on values"
+        )
     target = (tolerance**2) * xp.real(dots(wide, wide))
 
     def unfinished(state: Any) -> Array:
