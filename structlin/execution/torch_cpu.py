@@ -86,9 +86,9 @@ class CPUChain:
     def passes(self, kind: str, dtype: torch.dtype) -> Passes | None:
         """Return the passes of a kind; None where they cannot run this chain in this dtype.
 
-        ``batched``; ``chunked``; ``compiled``, also with a number of tokens in a block as in ``compiled-48``, or by
-        tiles where the processor has them, ``compiled-tiles``; ``-near`` after these two: in slices that stay in the
-        second level of cache; ``stored``, which is compiled for one or a few tokens and has no backward pass.
+        ``batched``; ``chunked``; ``compiled``, or ``compiled-tiles`` by tiles where the processor has them; after these
+        two a number of tokens in a block, as in ``compiled-48``, or ``-near``: in slices that stay in the second level
+        of cache; ``stored``, which is compiled for one or a few tokens and has no backward pass.
         """
         if dtype not in _DTYPES:
             return None
@@ -106,8 +106,8 @@ class CPUChain:
     def _other(self, which: str) -> FusedChain:
         found, words = FusedChain(*self._chain), which.split("-")
         found.tiles, found.near = "tiles" in words, "near" in words
-        if which.isdecimal():
-            found.block = int(which)
+        if words[-1].isdecimal():
+            found.block = int(words[-1])
         elif found.near:
             found.block = NEAR_BLOCK
         return found

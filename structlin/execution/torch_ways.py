@@ -225,26 +225,28 @@ class TilesWay(PassesWay):
 
 
 class BlocksWay(PassesWay):
-    """Compiled passes with another number of tokens in a block.
+    """The passes of another way with another number of tokens in a block.
 
     Its effect on a large chain is measured once. For other chains there is no estimate, and the way is not chosen.
     """
 
-    def __init__(self, block: int) -> None:
-        super().__init__(f"compiled-{block}", f"compiled-{block}", f"compiled-{block}")
-        self.block = block
+    def __init__(self, whole: PassesWay, block: int) -> None:
+        name = f"{whole.name}-{block}"
+        super().__init__(name, name, name)
+        self.whole, self.block, self.most = whole, block, whole.most
 
     def supports(self, problem: Problem) -> bool:
-        if problem.tokens < 4 * self.block or not compiled_way.supports(problem) or not super().supports(problem):
+        if problem.tokens < 4 * self.block or not self.whole.supports(problem) or not super().supports(problem):
             return False
-        program = chain_of(problem.structure, problem.rows).compiled.program(problem.dtype)
+        passes = chain_of(problem.structure, problem.rows).passes(self.whole.forward, getattr(torch, problem.dtype))
+        program = passes.program(problem.dtype) if isinstance(passes, FusedChain) else None
         return program is not None and program.block != self.block
 
     def least(self, problem: Problem) -> float:
-        return compiled_way.least(problem) if models.is_large(problem) else math.inf
+        return self.whole.least(problem) if models.is_large(problem) else math.inf
 
     def seconds(self, problem: Problem) -> float:
-        return super().seconds(problem) if models.is_large(problem) else compiled_way.seconds(problem)
+        return super().seconds(problem) if models.is_large(problem) else self.whole.seconds(problem)
 
 
 class NearWay(PassesWay):
@@ -338,7 +340,7 @@ def _calibrated(dtype: str, threads: int, train: bool, large: bool) -> dict[str,
     )
     ways = [way for way in choice.ways("torch") if isinstance(way, TorchWay) and (large or way not in _block_ways)]
     calls, busy = (_timed(problem, ways) for problem in (small, other))
-    calls |= {way.name: calls[compiled_way.name] for way in _block_ways if compiled_way.name in calls}
+    calls |= {way.name: calls[way.whole.name] for way in _block_ways if way.whole.name in calls}
     found = models.calibrated(calls, busy, {way.name: partial(way.model, other) for way in ways})
     few = replace(small, structure=models.MEDIUM[0], tokens=FEW_TOKENS)
     if stored_way.supports(few):
@@ -356,8 +358,9 @@ for _clear in (_calibrated.cache_clear, rates.cache_clear):
     choice.measured_with(_clear)
 products_way, token_major_way = Products(), TokenMajor()
 compiled_way, tiles_way = PassesWay("compiled", "compiled", "compiled"), TilesWay()
-# One on each side of the number that the sizes of caches suggest on the measured processors.
-_block_ways = (BlocksWay(16), BlocksWay(48))
+# One on each side of the number that the sizes of caches suggest on the measured processors; of tiles they suggest the
+# smaller one where a block does not fit the second level of cache, but factors may be much larger than that.
+_block_ways = (BlocksWay(compiled_way, 16), BlocksWay(compiled_way, 48), BlocksWay(tiles_way, 64))
 stored_way = StoredWay()
 for _way in (
     products_way,

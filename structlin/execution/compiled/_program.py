@@ -296,7 +296,7 @@ class Program:
                 source = at(forms.one(arrays, "state", last))
                 self.write(emitter, source, schedule.rows[last], at(y), (self.strides[1], self.d_out))
 
-        return writer.compile(body, self._inputs(x), schedule.forward)
+        return writer.compile(body, self._in_one_piece([x]), [] if cut else self._in_one_piece([y]), schedule.forward)
 
     @_once
     def backward(self, needs: tuple[bool, ...], kept: bool, shared: bool = False) -> Pass:
@@ -348,9 +348,11 @@ class Program:
                 self.write(emitter, at(forms.one(arrays, "flow", 0)), rows[0], at(gx), wide)
 
         ran = [schedule.forward[k] for k in again] + [schedule.back[k] for k in passed]
-        return writer.compile(body, self._inputs(x, gy), [*ran, *(schedule.gradients[k] for k in wanted)])
+        written = [] if gx is None or cut else self._in_one_piece([gx])
+        operations = [*ran, *(schedule.gradients[k] for k in wanted)]
+        return writer.compile(body, self._in_one_piece([x, gy]), written, operations)
 
-    def _inputs(self, *arrays: Array) -> Sequence[Array]:
+    def _in_one_piece(self, arrays: Sequence[Array]) -> Sequence[Array]:
         """Return the arrays to prefetch: those whose rows are contiguous."""
         return arrays if self.rows and self.part is None else ()
 

@@ -116,9 +116,12 @@ class Writer:
 
     def compile(
         self, body: Callable[[Emitter, Callable[[Array], Memory]], None], inputs: Sequence[Array] = (),
-        operations: Sequence[Operation] = (),
+        outputs: Sequence[Array] = (), operations: Sequence[Operation] = (),
     ) -> Pass:  # fmt: skip
-        """Write the pass whose blocks are ``body``; its ``operations`` prefetch the ``inputs`` of the next block."""
+        """Write the pass whose blocks are ``body``.
+
+        Its ``operations`` prefetch the ``inputs`` and ``outputs`` of the next block.
+        """
         code, program = self.code, self.program
         parameters, counts = "ptr %table", [ctypes.c_int64] * 3
         start: Int = "%first"
@@ -128,7 +131,8 @@ class Writer:
         else:  # ctypes takes a quarter of a microsecond for each argument
             start, stop, counts = 0, code.value(f"load i64, ptr {code.at('ptr', '%table', self.places)}"), []
         tiles_of_block = sum(one.tiles(program.target, program.inside, self.block) for one in operations)
-        ahead = Ahead(code, inputs, self.block, tiles_of_block) if inputs and tiles_of_block else None
+        arrays = [*inputs, *outputs]
+        ahead = Ahead(code, arrays, len(outputs), self.block, tiles_of_block) if arrays and tiles_of_block else None
 
         def block(first: Int, _: list[str]) -> None:
             count = code.least(code.subtract(stop, first), self.block)
