@@ -70,7 +70,8 @@ def draw_passes(rng, chain, dtype):
     ways += [chain.chunked] if chain.chunked.merges else []
     ways += [chain.batched] if chain.batched.runs else []
     ways += [chain.compiled] * 3 if chain.compiled._program(dtype) is not None else []
-    others = (chain.passes(kind, dtype) for kind in ("compiled-tiles", "compiled-near", "compiled-tiles-near"))
+    kinds = ("compiled-tiles", "compiled-tiles-64", "compiled-near", "compiled-tiles-near")
+    others = (chain.passes(kind, dtype) for kind in kinds)
     ways += [passes for passes in others if passes is not None]
     return ways[rng.integers(len(ways))]
 

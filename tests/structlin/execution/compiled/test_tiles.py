@@ -353,6 +353,25 @@ def test_the_way_is_one_of_several(tiles):
     assert chain_of(structure).passes("compiled-tiles", torch.float32) is None
 
 
+def test_blocks_of_64_tokens_are_another_way(tiles, monkeypatch):
+    """It is there where the caches suggest fewer tokens, and its passes are right for parts of a block."""
+    (way,) = (way for way in choice.ways("torch") if way.name == "compiled-tiles-64")
+    structure = sl.design("monarch", (256, 128), blocks=4)
+    problem = Problem(structure, True, "torch", "cpu", "bfloat16", 512, 1, True)
+    assert chain_of(structure).passes("compiled-tiles", torch.bfloat16).program("bfloat16").block == 64
+    assert not way.supports(problem)
+    small = _program.limits()
+    monkeypatch.setattr(_program, "limits", lambda: replace(small, block=0))
+    structure = sl.design("monarch", (256, 132), blocks=4)
+    problem = replace(problem, structure=structure)
+    assert way.supports(problem)
+    assert not way.supports(replace(problem, tokens=128))
+    chain = chain_of(structure)
+    blocks = [chain.passes(name, torch.bfloat16).program("bfloat16") for name in ("compiled-tiles", way.name)]
+    assert [program.block for program in blocks] == [32, 64]
+    assert wrong_by(structure, chain.passes(way.name, torch.bfloat16), 150) < TOLERANCE
+
+
 def test_the_way_is_not_there_without_tiles(monkeypatch):
     monkeypatch.setattr(_rules, "tiled_host", lambda: None)
     structure = sl.design("monarch", (256, 132), blocks=4)
