@@ -251,7 +251,8 @@ TILES = "tiles"  # by tiles, in bfloat16 on processors with AMX
 AUTO = "0"
 KINDS = (AUTO, "16", "48", TILES)  # of passes to be timed, else by tokens of a block, 0: as many as the caches suggest
 ROUNDS = 5
-_WHOLE = {"compiled-tiles", "compiled-tiles-64", "compiled", "compiled-16", "compiled-48"}  # ways that run a layer as one compiled pass
+# Ways that run a layer as one compiled pass.
+_WHOLE = {"compiled", "compiled-16", "compiled-48", "compiled-tiles", "compiled-tiles-64"}
 _failed: set[TorchBlock] = set()
 
 
