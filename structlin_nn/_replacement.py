@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from structlin.structure import AbstractStructure
 from structlin_nn._patterns import Pattern, Patterns, alike, as_patterns, listed, matches, show
-from structlin_nn._text import table
+from structlin_nn._text import sizes_text, table
 
 PRESETS = ("all", "all_but_last", "intermediate")
 Layer = TypeVar("Layer", bound=Hashable)
@@ -73,7 +73,7 @@ class ReplacementReport:
     def __str__(self) -> str:
         head = ("layer", "shape", "params", "structured", "MACs", "structured")
         rows = [
-            (" = ".join(r.names), " x ".join(map(str, (*([r.experts] if r.experts else []), *r.structure.shape))),
+            (" = ".join(r.names), sizes_text(r.experts, r.structure.shape),
              *(f"{n:,}" for n in (r.params_before, r.params_after, r.macs_before, r.macs_after)))
             for r in self.layers
         ]  # fmt: skip

@@ -203,9 +203,7 @@ def fuse_mlps(model: nn.Module) -> dict[str, str]:
     for name, module in list(model.named_modules()):
         if isinstance(module, StructuredMLP):
             continue
-        names = next(
-            (n for n in _SHAPES if all(_is_layer(getattr(module, a, None)) for a in n)), None
-        )
+        names = next((n for n in _SHAPES if all(_is_layer(getattr(module, a, None)) for a in n)), None)
         if names is None or not name:
             continue
         new = _fused(module, names)

@@ -2,13 +2,15 @@
 
 The expert is the first axis of weights, factors and biases. The input has the rows of all experts, one expert after the
 other. The part of an expert is a view, so the products are those of its own rows, and other experts are not computed.
-If all experts have the same number of rows, one batched product computes them.
+If all experts have the same number of rows, the expert is one more batch axis of the chain, and one call computes all.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
+from string import ascii_letters
 from typing import Any
 
 import torch
@@ -16,15 +18,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import structlin
+from structlin.execution.torch_ways import TorchChain, torch_chain
+from structlin.structure import AbstractStructure, Structure
 from structlin_nn.torch._script import Scriptable
 from structlin_nn.torch.linear import StructuredLinear
 
 __all__ = ["ExpertLinear", "StructuredExperts", "by_expert"]
 
 
-def by_expert(
-    call: Callable[..., Tensor], x: Tensor, sizes: Sequence[int], stacked: Sequence[Tensor | None]
-) -> Tensor:
+def by_expert(call: Callable[..., Tensor], x: Tensor, sizes: Sequence[int], stacked: Sequence[Tensor | None]) -> Tensor:
     """Return ``call(rows, *parts)`` of all experts with rows, one after the other.
 
     ``x`` has ``sizes[e]`` rows of expert e, and ``stacked`` tensors have a part for each expert. The gradient of such a
@@ -42,6 +44,18 @@ def _check(x: Tensor, sizes: Sequence[int], experts: int) -> None:
             f"the input must have the rows of {experts} experts, one expert after the other, and sizes their numbers; "
             f"got shape {tuple(x.shape)} and {len(sizes)} sizes with the sum {sum(sizes)}"
         )
+
+
+def _batched(structure: AbstractStructure, experts: int) -> TorchChain | None:
+    """Return the chain of a block-diagonal matrix with one block for each expert; None if there is none."""
+    if not isinstance(structure, Structure) or any(structure.padding):
+        return None
+    if any(one.output != after.input for one, after in pairwise(structure.steps)):  # regrouped vectors
+        return None
+    sizes = dict(structure.sizes)
+    axis = next(letter for letter in ascii_letters if letter not in sizes)
+    steps = [f"{axis}{s.input},{axis}{s.factor}->{axis}{s.output}" for s in structure.steps]
+    return torch_chain(Structure.parse("; ".join(steps), {axis: experts, **sizes}))
 
 
 class ExpertLinear(nn.Module):
@@ -70,8 +84,9 @@ class ExpertLinear(nn.Module):
         super().__init__()
         self.num_experts, self.in_features, self.out_features = num_experts, in_features, out_features
         self.weight = nn.Parameter(torch.empty(num_experts, out_features, in_features, device=device, dtype=dtype))
-        made = nn.Parameter(torch.empty(num_experts, out_features, device=device, dtype=dtype)) if bias else None
-        self.register_parameter("bias", made)
+        self.bias: nn.Parameter | None = None
+        if bias:
+            self.bias = nn.Parameter(torch.empty(num_experts, out_features, device=device, dtype=dtype))
         self.reset_parameters()
 
     @torch.no_grad()
@@ -119,6 +134,7 @@ class StructuredExperts(StructuredLinear):
     def __init__(self, num_experts: int, in_features: int, out_features: int, *args: Any, **options: Any) -> None:
         self._lead = (num_experts,)
         super().__init__(in_features, out_features, *args, **options)
+        self._together = _batched(self.structure, num_experts)
 
     @property
     def num_experts(self) -> int:
@@ -132,11 +148,14 @@ class StructuredExperts(StructuredLinear):
 
     def operators(self) -> tuple[structlin.StructuredOperator, ...]:
         """Return the matrix of each expert as an operator, without copies of the factors."""
-        parts = zip(*(factor.unbind() for factor in self.effective_factors()), strict=True)
-        return tuple(self._plan.operator_class._build(self.structure, part, None) for part in parts)
+        return tuple(self._plan.operator_class._build(self.structure, part, None) for part in self._parts())
+
+    def _parts(self) -> Iterator[tuple[Tensor, ...]]:
+        """Return the factors of each expert."""
+        return zip(*(factor.unbind() for factor in self.effective_factors()), strict=True)
 
     def _dense_weight(self) -> Tensor:
-        return torch.stack([self._dense(part) for part in zip(*(f.unbind() for f in self.effective_factors()))])
+        return torch.stack([self._dense(part) for part in self._parts()])
 
     def _capped(self, factor: Tensor, sigma: float, gain: Tensor | float) -> Tensor:
         return torch.vmap(structlin.rms_cap, (0, None, 0 if isinstance(gain, Tensor) else None))(factor, sigma, gain)
@@ -151,6 +170,12 @@ class StructuredExperts(StructuredLinear):
         return self._eager(x, sizes)
 
     def _affine(self, x: Tensor, factors: Sequence[Tensor], bias: Tensor | None, sizes: Sequence[int] = ()) -> Tensor:
+        equal = sizes[0] > 0 and len(set(sizes)) == 1
+        if equal and self._together is not None and not (self.checkpoint or torch.compiler.is_compiling()):
+            number, rows = len(sizes), sizes[0]
+            x = x.view(number, rows, self.in_features).transpose(0, 1).reshape(rows, -1)
+            y = self._together(x, factors, None if bias is None else bias.flatten())
+            return y.view(rows, number, self.out_features).transpose(0, 1).reshape(-1, self.out_features)
         return by_expert(
             lambda rows, own, *part: super(StructuredExperts, self)._affine(rows, part, own),
             x, sizes, (bias, *factors),

@@ -249,7 +249,7 @@ class StructuredLinear(Scriptable):
         factors = list(values(self.factors))
         if self.rms_cap:
             sigmas = [sigma for n, sigma in enumerate(self.cap_sigma) if n not in self._plan.index_at]
-            gains = [1.0] * len(factors) if self.gains is None else values(self.gains)
+            gains: Sequence[Any] = [1.0] * len(factors) if self.gains is None else values(self.gains)
             factors = [self._capped(f, s, g) for f, s, g in zip(factors, sigmas, gains, strict=True)]
         for number in self._plan.index_at:
             factors.insert(number, getattr(self, f"index{number}"))

@@ -139,7 +139,7 @@ class Attention(_Unpacked):
             held = packed.in_proj_weight if self._qkv_same_embed_dim else packed.get_parameter(f"{name}_weight")
             weight = held.chunk(3)[number] if self._qkv_same_embed_dim else held
             self.add_module(name, _linear(weight, bias[number], held))
-        self.out_proj = _linear(packed.out_proj.weight, packed.out_proj.bias, packed.out_proj.weight)
+        self.out_proj: Any = _linear(packed.out_proj.weight, packed.out_proj.bias, packed.out_proj.weight)
 
     def packed(self) -> nn.Module:
         """Return the nn.MultiheadAttention that has the values of these layers."""
