@@ -173,7 +173,7 @@ class StructuredExperts(StructuredLinear):
         equal = sizes[0] > 0 and len(set(sizes)) == 1
         if equal and self._together is not None and not (self.checkpoint or torch.compiler.is_compiling()):
             number, rows = len(sizes), sizes[0]
-            x = x.view(number, rows, self.in_features).transpose(0, 1).reshape(rows, -1)
+            x = x.reshape(number, rows, self.in_features).transpose(0, 1).reshape(rows, -1)
             y = self._together(x, factors, None if bias is None else bias.flatten())
             return y.view(rows, number, self.out_features).transpose(0, 1).reshape(-1, self.out_features)
         return by_expert(
