@@ -268,6 +268,12 @@ def test_layers_are_copied_moved_and_described():
     assert repr(ExpertLinear(2, 3, 4)) == "ExpertLinear(num_experts=2, in_features=3, out_features=4, bias=True)"
 
 
+@pytest.mark.parametrize("sizes", SIZES[:2])
+def test_rows_need_not_be_contiguous(sizes):
+    layer, x = make("monarch", (8, 8), {"blocks": 2}), torch.randn(8, 16)[: sum(sizes), ::2]
+    assert torch.equal(layer(x, sizes), layer(x.contiguous(), sizes))
+
+
 def test_wrong_uses_are_errors():
     layer = make("low_rank", (8, 8), {"rank": 2})
     for one in (layer, ExpertLinear(EXPERTS, 8, 8)):
