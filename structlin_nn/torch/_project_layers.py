@@ -305,7 +305,8 @@ def dense_of(layer: StructuredLinear) -> np.ndarray:
     build = structlin.StructuredOperator._build
     if num_experts(layer) is None:
         return build(layer.structure, tuple(factors), dtype).to_dense()
-    return np.stack([build(layer.structure, part, dtype).to_dense() for part in zip(*factors, strict=True)])
+    parts = (tuple(f[e] for f in factors) for e in range(num_experts(layer) or 0))
+    return np.stack([build(layer.structure, part, dtype).to_dense() for part in parts])
 
 
 def _line(task: Task, new: StructuredLinear, choice: dict[str, Any]) -> LayerProjection:

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 import structlin
 from structlin.execution.torch_ways import TorchChain, torch_chain
 from structlin.structure import AbstractStructure, Structure
+from structlin_nn._text import check_integer
 from structlin_nn.torch._script import Scriptable
 from structlin_nn.torch.linear import StructuredLinear
 
@@ -82,6 +83,7 @@ class ExpertLinear(nn.Module):
         device: torch.device | str | None = None, dtype: torch.dtype | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
+        check_integer("num_experts", num_experts)
         self.num_experts, self.in_features, self.out_features = num_experts, in_features, out_features
         self.weight = nn.Parameter(torch.empty(num_experts, out_features, in_features, device=device, dtype=dtype))
         self.bias: nn.Parameter | None = None
@@ -132,6 +134,7 @@ class StructuredExperts(StructuredLinear):
     """
 
     def __init__(self, num_experts: int, in_features: int, out_features: int, *args: Any, **options: Any) -> None:
+        check_integer("num_experts", num_experts)
         self._lead = (num_experts,)
         super().__init__(in_features, out_features, *args, **options)
         self._together = _batched(self.structure, num_experts)
@@ -148,11 +151,13 @@ class StructuredExperts(StructuredLinear):
 
     def operators(self) -> tuple[structlin.StructuredOperator, ...]:
         """Return the matrix of each expert as an operator, without copies of the factors."""
-        return tuple(self._plan.operator_class._build(self.structure, part, None) for part in self._parts())
+        dtype = self.bias.dtype if self.bias is not None and not len(self.factors) else None
+        return tuple(self._plan.operator_class._build(self.structure, part, dtype) for part in self._parts())
 
     def _parts(self) -> Iterator[tuple[Tensor, ...]]:
         """Return the factors of each expert."""
-        return zip(*(factor.unbind() for factor in self.effective_factors()), strict=True)
+        parts = [factor.unbind() for factor in self.effective_factors()]
+        return (tuple(part[e] for part in parts) for e in range(self.num_experts))
 
     def _dense_weight(self) -> Tensor:
         return torch.stack([self._dense(part) for part in self._parts()])

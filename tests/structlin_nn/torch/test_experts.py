@@ -84,6 +84,7 @@ def test_rows_and_gradients_are_those_of_a_matrix_for_each_expert(name, shape, o
         y = layer(x, sizes)
         shift = bias.repeat_interleave(torch.tensor(sizes), dim=0)
         torch.testing.assert_close(y, products(layer, x, sizes) + shift, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(layer.weight.detach(), torch.from_numpy(np.stack(matrices(layer))))
         gy = torch.randn_like(y)
         gx, *grads = torch.autograd.grad(y, [x, *layer.parameters()], gy, allow_unused=True)
         made = matrices(layer)
@@ -280,6 +281,9 @@ def test_wrong_uses_are_errors():
         for x, sizes in ((torch.ones(6, 8), [3, 3]), (torch.ones(6, 8), [1, 2, 3, 1]), (torch.ones(2, 3, 8), SIZES[0])):
             with pytest.raises(ValueError, match=r"the input must have the rows of 4 experts.*got shape"):
                 one(x, sizes)
+    for kind in (StructuredExperts, ExpertLinear):
+        with pytest.raises(ValueError, match="num_experts must be"):
+            kind(0, 8, 8)
     with pytest.raises(ValueError, match="in_features = 8"):
         layer(torch.ones(6, 9), SIZES[0])
     with pytest.raises(TypeError, match=r"call operators\(\)"):
