@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
@@ -12,7 +13,8 @@ import torch
 from structlin import execution
 
 pytest.importorskip("transformers")
-sys.path.insert(0, str(Path(__file__).parents[3] / "benchmarks"))
+ROOT = Path(__file__).parents[3]
+sys.path.insert(0, str(ROOT / "benchmarks"))
 import compress
 import compress_text
 
@@ -44,6 +46,26 @@ def test_asvd_is_exact_at_full_rank():
     before = model(data[0]).logits
     compress_text.METHODS["asvd"](model, 0.5, data)
     assert torch.allclose(model(data[0]).logits, before, atol=1e-3)
+
+
+def test_the_page_has_the_table_of_the_record():
+    (path,) = (ROOT / "benchmarks" / "results").glob("*/compress_text_study.json")
+    record = json.loads(path.read_text(encoding="utf-8"))
+    page = (ROOT / "docs" / "compress.md").read_text(encoding="utf-8")
+    assert compress_text.report(record) in page
+    assert str(path.relative_to(ROOT)) in page
+    losses = {(row["seed"], row["vectors"], row["damping"]): row["change"] for row in record["rows"]}
+    default = {key: value for key, value in losses.items() if key[1] and key[2] == compress_text.DAMPING}
+    assert all(value < losses[seed, 0, 0.0] for (seed, _, _), value in default.items())
+
+
+def test_numbers_of_vectors_are_compared(monkeypatch):
+    monkeypatch.setattr(compress_text, "STUDY", ((0, 0.0), (256, 0.01), (128, 1.0)))
+    with execution.using("products"):
+        rows = compress_text.study(0, argparse.Namespace(width=32, depth=1, steps=2))
+    assert [(row["vectors"], row["damping"]) for row in rows] == list(compress_text.STUDY)
+    assert len({row["change"] for row in rows}) == 3
+    assert len(compress_text.report({"rows": rows}).splitlines()) == 5
 
 
 def test_images_are_compared_with_the_dense_network():
