@@ -13,10 +13,11 @@ import torch
 from structlin import execution
 
 pytest.importorskip("transformers")
-ROOT = Path(__file__).parents[3]
-sys.path.insert(0, str(ROOT / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).parents[3] / "benchmarks"))
 import compress
 import compress_text
+
+ROOT = Path(__file__).parents[3]
 
 
 def test_methods_are_compared_at_equal_costs():
