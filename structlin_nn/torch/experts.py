@@ -128,9 +128,9 @@ class StructuredExperts(StructuredLinear):
 
     Examples
     --------
-    >>> layer = StructuredExperts(3, 8, 8, structure="monarch", blocks=2)
+    >>> layer = StructuredExperts(3, 8, 8, structure="low_rank", rank=2)
     >>> [tuple(factor.shape) for factor in layer.factors], layer(torch.ones(5, 8), sizes=(2, 0, 3)).shape
-    ([(3, 2, 4, 4), (3, 2, 4, 4)], torch.Size([5, 8]))
+    ([(3, 2, 8), (3, 8, 2)], torch.Size([5, 8]))
     """
 
     def __init__(self, num_experts: int, in_features: int, out_features: int, *args: Any, **options: Any) -> None:
