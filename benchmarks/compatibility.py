@@ -38,13 +38,14 @@ class NotApplicable(Exception):
 
 @dataclass(frozen=True)
 class Case:
-    """A model: how it is built, and the keywords that it is called with."""
+    """A model: how it is built, the keywords that it is called with, and whether its experts are replaced too."""
 
     name: str
     library: str
     build: Callable[[], nn.Module]
     inputs: Callable[[], dict[str, Any]]
     generates: bool = False
+    unpack: bool = False
 
 
 def _timm(name: str, size: int = 32, **options: Any) -> Case:
@@ -66,14 +67,16 @@ def _pairs() -> dict[str, Any]:
 
 
 def _hf(
-    kind: str, auto: str = "AutoModelForCausalLM", inputs: Callable[[], dict[str, Any]] = _tokens, **sizes: Any
-) -> Case:
+    kind: str, auto: str = "AutoModelForCausalLM", inputs: Callable[[], dict[str, Any]] = _tokens, *,
+    unpack: bool = False, **sizes: Any,
+) -> Case:  # fmt: skip
     def build() -> nn.Module:
         import transformers
 
         return getattr(transformers, auto).from_config(transformers.AutoConfig.for_model(kind, **sizes))
 
-    return Case(kind, "transformers", build, inputs, auto.endswith(GENERATING))
+    name = f"{kind}, experts" if unpack else kind
+    return Case(name, "transformers", build, inputs, auto.endswith(GENERATING), unpack)
 
 
 GENERATING = ("CausalLM", "Seq2SeqLM", "SpeechSeq2Seq")
@@ -117,6 +120,8 @@ CASES = (
     _hf("bloom", hidden_size=32, n_layer=2, n_head=2, vocab_size=64),
     _hf("mixtral", **_LLAMA, num_local_experts=4),
     _hf("qwen3_moe", **_LLAMA, head_dim=16, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32),
+    _hf("mixtral", **_LLAMA, num_local_experts=4, unpack=True),
+    _hf("gpt_oss", **_LLAMA, head_dim=16, num_local_experts=4, num_experts_per_tok=2, unpack=True),
     _hf("mamba", hidden_size=32, num_hidden_layers=2, vocab_size=64, state_size=4),
     _hf("bert", "AutoModelForMaskedLM", **_BERT),
     _hf(
@@ -196,7 +201,8 @@ CASES = (
 
 
 def _structure(model: nn.Module, case: Case) -> None:
-    replace_linear(model, "low_rank", rank=2, convolutions=True, impossible="skip", dearer="allow")
+    options = {"impossible": "skip", "dearer": "allow", "unpack": case.unpack}
+    replace_linear(model, "low_rank", rank=2, convolutions=True, **options)
     if not any(isinstance(module, StructuredLinear) for module in model.modules()):
         raise ValueError("no layer was replaced")
 
@@ -298,7 +304,7 @@ def _count(model: nn.Module, case: Case) -> None:
 
 def _compress(model: nn.Module, case: Case) -> None:
     dense = case.build().eval()
-    project_linear(dense, "low_rank", rank=2, calibration=[case.inputs()])
+    project_linear(dense, "low_rank", rank=2, calibration=[case.inputs()], unpack=case.unpack)
     dense(**case.inputs())
 
 
@@ -333,8 +339,9 @@ HEAD = """# Which models work
 The table shows tests with tiny models of timm and transformers, whose linear layers and pointwise convolutions are
 replaced by low-rank layers. A dash means that a test does not apply. Export is `torch.export`, and compile is
 `torch.compile` with the backend `aot_eager`. Script is `torch.jit.script`. It does not apply if the dense model cannot
-be scripted. Save and load are exact. Models are counted on the meta device and compressed with calibration.
-`python benchmarks/compatibility.py` makes this page.
+be scripted. Save and load are exact. Models are counted on the meta device and compressed with calibration. With
+"experts", the experts of a mixture are replaced too (`unpack=True`). `python benchmarks/compatibility.py` makes this
+page.
 
 """
 

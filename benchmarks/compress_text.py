@@ -13,6 +13,10 @@ The methods are:
 - `blast`: BLAST fitted to the weight alone (Lee et al., 2024), here by alternating least squares;
 - `monarch`: the nearest Monarch matrix to the weight (Dao et al., 2022);
 - `ours, ...`: `project_linear` with one budget for all layers, with and without calibration.
+
+    python benchmarks/compress_text.py --study --depth 2 --steps 250 --seeds 0 1 2 --out compress_text_study
+
+compares numbers of calibration vectors for each layer, and dampings, for low rank at one half of the MACs.
 """
 
 from __future__ import annotations
@@ -147,15 +151,44 @@ METHODS: dict[str, Method] = {
 }
 
 
-def run(seed: int, arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """Return the rows of one seed."""
+STUDY = (
+    (0, 0.0), (16384, 0.01), (16384, 1e-4), (16384, 0.1), (2048, 0.01), (512, 0.01), (128, 0.01), (128, 0.1),
+    (512, 1.0), (256, 1.0), (128, 1.0),
+)  # fmt: skip
+"""Calibration vectors for each layer (0: none), and damping."""
+
+
+def trained(seed: int, training: Tensor, arguments: argparse.Namespace) -> GPT2LMHeadModel:
+    """Return a dense model that was trained from scratch."""
     torch.manual_seed(seed)
-    training, validation = text()
     sizes = {"n_embd": arguments.width, "n_layer": arguments.depth, "n_head": 4, "n_positions": CONTEXT}
     model = GPT2LMHeadModel(
         GPT2Config(**sizes, vocab_size=256, bos_token_id=0, eos_token_id=0, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)
     )
     train(model, training, arguments.steps, 2e-3, seed)
+    return model
+
+
+def study(seed: int, arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Return the change of the loss from that of the dense model for each entry of ``STUDY``."""
+    training, validation = text()
+    model = trained(seed, training, arguments)
+    drawn, dense, rows = batches(training, 1000 + seed), loss(model, validation), []
+    most = -(-max(vectors for vectors, _ in STUDY) // (BATCH * CONTEXT))
+    sequences = torch.cat([next(drawn) for _ in range(most)])
+    for vectors, damping in STUDY:
+        small = copy.deepcopy(model)
+        given = {"calibration": sequences[: vectors // CONTEXT].split(BATCH), "damping": damping} if vectors else {}
+        project_linear(small, "low_rank", layers=LAYERS, mac_fraction=0.5, **given)
+        rows.append({"seed": seed, "vectors": vectors, "damping": damping, "change": loss(small, validation) - dense})
+        print(rows[-1], file=sys.stderr, flush=True)
+    return rows
+
+
+def run(seed: int, arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Return the rows of one seed."""
+    training, validation = text()
+    model = trained(seed, training, arguments)
     drawn = batches(training, 1000 + seed)
     data = [next(drawn) for _ in range(arguments.calibration)]
     further = copy.deepcopy(model)
@@ -179,6 +212,14 @@ def run(seed: int, arguments: argparse.Namespace) -> list[dict[str, Any]]:
 
 def report(result: dict[str, Any]) -> str:
     """Return the table of the documentation: means and standard deviations over seeds."""
+    if "vectors" in result["rows"][0]:
+        lines = ["| vectors | damping | change of the loss |", "|---|---|---|"]
+        for vectors, damping in dict.fromkeys((r["vectors"], r["damping"]) for r in result["rows"]):
+            values = [r["change"] for r in result["rows"] if (r["vectors"], r["damping"]) == (vectors, damping)]
+            spread = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
+            head = f"{vectors:,} | {damping:g}" if vectors else "- | -"
+            lines.append(f"| {head} | {statistics.fmean(values):.4f}{spread} |")
+        return "\n".join(lines)
     lines = ["| method | MACs kept | loss | after fine-tuning | seconds |", "|---|---|---|---|---|"]
     for fraction, method in dict.fromkeys((r["fraction"], r["method"]) for r in result["rows"]):
         rows = [r for r in result["rows"] if (r["fraction"], r["method"]) == (fraction, method)]
@@ -204,10 +245,11 @@ def main() -> None:
     parser.add_argument("--fractions", type=float, nargs="+", default=[0.5, 0.25])
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--study", action="store_true", help="compare calibration vectors and dampings")
     parser.add_argument("--out", metavar="NAME", help="the JSON file to write, or its name in results/")
     arguments = parser.parse_args()
     setting = {key: value for key, value in vars(arguments).items() if key != "out"}
-    rows = [row for seed in arguments.seeds for row in run(seed, arguments)]
+    rows = [row for seed in arguments.seeds for row in (study if arguments.study else run)(seed, arguments)]
     result = {"setting": setting, "machine": machine("cpu"), "rows": rows}
     print(report(result))
     if arguments.out:

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from structlin.structure import AbstractStructure
 from structlin_nn._patterns import Pattern, Patterns, alike, as_patterns, listed, matches, show
-from structlin_nn._text import table
+from structlin_nn._text import sizes_text, table
 
 PRESETS = ("all", "all_but_last", "intermediate")
 Layer = TypeVar("Layer", bound=Hashable)
@@ -19,7 +19,8 @@ Layer = TypeVar("Layer", bound=Hashable)
 class Replacement:
     """One replaced layer, at each of its places (`names`); the shape of its `structure` is (d_out, d_in).
 
-    Parameters are counted with biases and gains, and multiply-accumulates (MACs) for one vector.
+    Parameters are counted with biases and gains, and multiply-accumulates (MACs) for one vector. If the layer has a
+    matrix for each of several `experts`, parameters are those of all experts, and MACs those of one.
     """
 
     names: tuple[str, ...]
@@ -28,6 +29,7 @@ class Replacement:
     params_after: int
     macs_before: int
     macs_after: int
+    experts: int | None = None
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ class ReplacementReport:
                 {
                     "names": list(row.names), "shape": list(row.structure.shape), "structure": repr(row.structure),
                     "params_before": row.params_before, "params_after": row.params_after,
-                    "macs_before": row.macs_before, "macs_after": row.macs_after,
+                    "macs_before": row.macs_before, "macs_after": row.macs_after, "experts": row.experts,
                 }
                 for row in self.layers
             ],
@@ -71,7 +73,7 @@ class ReplacementReport:
     def __str__(self) -> str:
         head = ("layer", "shape", "params", "structured", "MACs", "structured")
         rows = [
-            (" = ".join(r.names), f"{r.structure.d_out} x {r.structure.d_in}",
+            (" = ".join(r.names), sizes_text(r.experts, r.structure.shape),
              *(f"{n:,}" for n in (r.params_before, r.params_after, r.macs_before, r.macs_after)))
             for r in self.layers
         ]  # fmt: skip

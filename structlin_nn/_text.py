@@ -78,3 +78,8 @@ def progress_bar(
         total=total, initial=done, desc=label, unit=unit, unit_scale=True, dynamic_ncols=True, mininterval=interval,
         disable=quiet, **more,
     )  # fmt: skip
+
+
+def sizes_text(experts: int | None, shape: Sequence[int]) -> str:
+    """Return the sizes of a weight, with the number of experts first if it has a matrix for each."""
+    return " x ".join(map(str, shape if experts is None else (experts, *shape)))

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from structlin_nn._text import check_integer, suggestion
 from structlin_nn.models import MODELS, StructureConfig, base_model, build_model
 from structlin_nn.models.named import FORMS, example_inputs, open_named, own_function
-from structlin_nn.torch import Muon, ParameterRule, StructuredLinear, parameter_groups, replace_linear
+from structlin_nn.torch import ExpertLinear, Muon, ParameterRule, StructuredLinear, parameter_groups, replace_linear
 
 __all__ = ["CHECK_SIZES", "RATES", "THRESHOLD", "LayerScale", "ScaleCheck", "builder_of", "check_scale"]
 
@@ -31,7 +31,7 @@ THRESHOLD = 0.33
 half or more in theory. Slopes are less clear for small widths, few seeds, and ranks that are roots of the width."""
 RATES = {"adam": 1e-3, "adamw": 1e-3, "sgd": 0.05, "muon": 0.02}
 """Learning rates at base width, so small that changes are linear in them. Muon's other parameters have Adam's rate."""
-_LAYERS = (StructuredLinear, nn.Linear, nn.Embedding, nn.modules.conv._ConvNd)
+_LAYERS = (StructuredLinear, ExpertLinear, nn.Linear, nn.Embedding, nn.modules.conv._ConvNd)
 
 Made = nn.Module | tuple[nn.Module, Any]
 Builder = Callable[[int], Made]

@@ -1,7 +1,8 @@
 """Run scripts that may crash: ``{name: script}`` as JSON on stdin, ``{name: [status, output]}`` as JSON on stdout.
 
 Each script runs in a process of its own. This one imports what all of them need and forks for each, which takes
-milliseconds where a new interpreter takes seconds.
+milliseconds where a new interpreter takes seconds. A script with the name "" runs in this process before the others,
+for example to compile what most of them need. It runs on one thread, since a pool of threads does not survive a fork.
 """
 
 import contextlib
@@ -82,4 +83,10 @@ def run(name, script):
 
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
-    print(json.dumps({name: run(name, script) for name, script in json.load(sys.stdin).items()}))
+    scripts = json.load(sys.stdin)
+    if first := scripts.pop("", None):
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        exec(first, dict(NAMES))
+        torch.set_num_threads(threads)
+    print(json.dumps({name: run(name, script) for name, script in scripts.items()}))

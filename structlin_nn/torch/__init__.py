@@ -14,6 +14,7 @@ from structlin_nn.torch.counting import (
     register_product,
     time_modules,
 )
+from structlin_nn.torch.experts import ExpertLinear, StructuredExperts
 from structlin_nn.torch.files import StructuredFile, load_structured, read_structured, save_structured
 from structlin_nn.torch.groups import ParameterGroups, ParameterRule, format_groups, parameter_groups
 from structlin_nn.torch.linear import StructuredLinear
@@ -32,6 +33,7 @@ from structlin_nn.torch.unpack import pack_linear, unpack_linear
 __all__ = [
     "CallCount",
     "Counting",
+    "ExpertLinear",
     "LayerProjection",
     "ModelCount",
     "ModuleCount",
@@ -45,6 +47,7 @@ __all__ = [
     "RatesWarning",
     "Replacement",
     "ReplacementReport",
+    "StructuredExperts",
     "StructuredFile",
     "StructuredLinear",
     "StructuredMLP",

@@ -1,14 +1,14 @@
 """Layout of a model: a description of its structured layers as plain values, from which another model gets them.
 
 A layout has two entries. ``layers`` describes each structured layer, except for the values of its factors. ``linear``
-lists the names of ``nn.Linear`` layers: a model with a structured layer or a Conv1D of transformers there gets an
-``nn.Linear`` instead.
+lists the names of ``nn.Linear`` layers and dense layers of experts: a model with a structured layer or a Conv1D of
+transformers there gets a dense layer instead.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,10 +19,20 @@ from torch.nn.utils import parametrize
 import structlin
 from structlin.structure import AbstractStructure, Structure
 from structlin_nn._patterns import listed
-from structlin_nn.torch._modules import as_before, is_conv1d, linear_sizes, pointwise_sizes, put, sizes_of
+from structlin_nn.torch._modules import (
+    as_before,
+    dense_layer,
+    is_conv1d,
+    linear_sizes,
+    num_experts,
+    pointwise_sizes,
+    put,
+    sizes_of,
+    structured_kind,
+)
 from structlin_nn.torch._text import from_text, to_text
+from structlin_nn.torch.experts import ExpertLinear
 from structlin_nn.torch.linear import StructuredLinear
-from structlin_nn.torch.pointwise import StructuredPointwise
 from structlin_nn.torch.replace import _check_is_called, _switch_off_fast_paths
 from structlin_nn.torch.unpack import unpack_linear
 
@@ -31,6 +41,7 @@ _TYPES: dict[str, type | tuple[type, ...]] = {
     "chain": (dict, type(None)), "factors": list, "bias": bool, "rms_cap": bool, "gain": bool, "rule": str,
     "zero_init": bool, "checkpoint": bool,
 }  # fmt: skip
+_EXPERTS = "experts"  # the number of experts; other layers have no such entry
 
 
 def layout_of(model: nn.Module) -> dict[str, Any]:
@@ -49,7 +60,7 @@ def layout_of(model: nn.Module) -> dict[str, Any]:
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, StructuredLinear):
             places.setdefault(module, []).append(name)
-        elif type(module) is nn.Linear and name:
+        elif type(module) in (nn.Linear, ExpertLinear) and name:
             plain.append(name)
     return {"layers": [_form(layer, names) for layer, names in places.items()], "linear": plain}
 
@@ -75,6 +86,7 @@ def _form(layer: StructuredLinear, names: Sequence[str]) -> dict[str, Any]:
         "rule": layer.rule,
         "zero_init": layer.zero_init,
         "checkpoint": layer.checkpoint,
+        **({} if num_experts(layer) is None else {_EXPERTS: num_experts(layer)}),
     }
 
 
@@ -110,9 +122,9 @@ def check_layout(layout: Any) -> None:
 
 
 def _check_form(form: Any) -> None:
-    if not isinstance(form, Mapping) or form.keys() != _TYPES.keys():
+    if not isinstance(form, Mapping) or form.keys() - {_EXPERTS} != _TYPES.keys():
         raise ValueError(f"a layer must be described by {', '.join(_TYPES)}, got {_short(form)}")
-    for key, kind in _TYPES.items():
+    for key, kind in {**_TYPES, **({_EXPERTS: int} if _EXPERTS in form else {})}.items():
         value = form[key]
         if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
             raise ValueError(f"entry {key} of a layer has the wrong type, got {_short(value)}")
@@ -180,11 +192,11 @@ def changes(model: nn.Module, layout: Mapping[str, Any]) -> list[Change]:
     found = []
     for names, form in wanted:
         old = _layer_at(names, modules, places)
-        sizes, bias = sizes_of(old), _parameter(old, "bias") is not None
-        if sizes != (form["in_features"], form["out_features"]) or bias != form["bias"]:
+        own = (*sizes_of(old), _parameter(old, "bias") is not None, num_experts(old))
+        given = (form["in_features"], form["out_features"], form["bias"], form.get(_EXPERTS))
+        if own != given:
             raise ValueError(
-                f"layer {names[0]!r} is a {_described(form['in_features'], form['out_features'], form['bias'])} in "
-                f"the file, but a {_described(*sizes, bias)} in the model"
+                f"layer {names[0]!r} is a {_described(*given)} in the file, but a {_described(*own)} in the model"
             )
         if isinstance(old, StructuredLinear):
             if _form(old, names) == dict(form):
@@ -201,7 +213,7 @@ def changes(model: nn.Module, layout: Mapping[str, Any]) -> list[Change]:
             if any(old is change.old for change in found):
                 continue
             bias = _parameter(old, "bias") is not None
-            new = nn.Linear(*sizes_of(old), bias, device="meta", dtype=_dtype(old))
+            new = dense_layer(num_experts(old), *sizes_of(old), bias, _dtype(old))
             found.append(Change(names, old, as_before(old, new)))
     return found
 
@@ -223,9 +235,7 @@ def _layer_at(
 
 def _structured(form: Mapping[str, Any], old: nn.Module) -> StructuredLinear:
     options = {name: _tuples(value) for name, value in form["options"].items()} if form["structure"] else {}
-    pointwise = isinstance(old, StructuredPointwise) or pointwise_sizes(old) is not None
-    make: Callable[..., StructuredLinear] = StructuredPointwise.like(old) if pointwise else StructuredLinear
-    return make(
+    return structured_kind(old)(
         form["in_features"], form["out_features"], form["bias"], device="meta", dtype=_dtype(old),
         structure=form["structure"] or _structure(form), rms_cap=form["rms_cap"],
         gain=form["gain"] if form["rms_cap"] else None, rule=form["rule"], zero_init=form["zero_init"],
@@ -241,8 +251,9 @@ def _dtype(layer: nn.Module) -> torch.dtype:
     return next((p.dtype for p in layer.parameters()), torch.get_default_dtype())
 
 
-def _described(d_in: int, d_out: int, bias: bool) -> str:
-    return f"layer of {d_in} -> {d_out} {'with' if bias else 'without'} a bias"
+def _described(d_in: int, d_out: int, bias: bool, experts: int | None) -> str:
+    number = "" if experts is None else f" of {experts} experts"
+    return f"layer of {d_in} -> {d_out} {'with' if bias else 'without'} a bias{number}"
 
 
 def _short(value: Any) -> str:

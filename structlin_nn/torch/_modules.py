@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any, TypeVar
 
+import torch
 from torch import nn
+
+from structlin_nn.torch.experts import ExpertLinear, StructuredExperts
+from structlin_nn.torch.linear import StructuredLinear
+from structlin_nn.torch.pointwise import StructuredPointwise
 
 Module = TypeVar("Module", bound=nn.Module)
 _listeners: list[Callable[[nn.Module], None]] = []
@@ -50,8 +56,11 @@ def is_conv1d(module: nn.Module) -> bool:
 
 
 def linear_sizes(module: nn.Module) -> tuple[int, int] | None:
-    """Return (in_features, out_features) of an ``nn.Linear`` or a Conv1D of transformers; None for other modules."""
-    if isinstance(module, nn.Linear):
+    """Return (in_features, out_features) of a linear layer: ``nn.Linear``, a Conv1D of transformers, or experts.
+
+    None for other modules.
+    """
+    if isinstance(module, nn.Linear | ExpertLinear):
         return module.in_features, module.out_features
     if is_conv1d(module):
         weight = module.get_parameter("weight")
@@ -75,6 +84,29 @@ def pointwise_sizes(module: Any) -> tuple[int, int] | None:
 def sizes_of(layer: Any) -> tuple[int, int]:
     """Return (in, out) of a linear layer, a structured layer, or a convolution that :func:`pointwise_sizes` knows."""
     return linear_sizes(layer) or pointwise_sizes(layer) or (layer.in_features, layer.out_features)
+
+
+def num_experts(layer: nn.Module) -> int | None:
+    """Return the number of experts of a layer of experts; None for other layers."""
+    return layer.num_experts if isinstance(layer, ExpertLinear | StructuredExperts) else None
+
+
+def dense_layer(
+    experts: int | None, in_features: int, out_features: int, bias: bool, dtype: torch.dtype
+) -> nn.Linear | ExpertLinear:
+    """Return a dense layer, or those of experts, on the meta device."""
+    if experts is None:
+        return nn.Linear(in_features, out_features, bias, device="meta", dtype=dtype)
+    return ExpertLinear(experts, in_features, out_features, bias, device="meta", dtype=dtype)
+
+
+def structured_kind(old: nn.Module) -> Callable[..., StructuredLinear]:
+    """Return the function of the arguments of ``StructuredLinear`` that makes the layer for the place of ``old``."""
+    if (experts := num_experts(old)) is not None:
+        return partial(StructuredExperts, experts)
+    if isinstance(old, StructuredPointwise) or pointwise_sizes(old) is not None:
+        return StructuredPointwise.like(old)
+    return StructuredLinear
 
 
 def as_before(old: nn.Module, new: Module) -> Module:

@@ -29,6 +29,10 @@ class Matrices(NamedTuple):
         """Return a view of shape (blocks, fan_out, fan_in)."""
         return x.permute(self.order).reshape(self.blocks, self.fan_out, self.fan_in)
 
+    def stacked(self, number: int) -> Matrices:
+        """Return the layout in ``number`` such parameters stacked along a new first axis."""
+        return Matrices((0, *(axis + 1 for axis in self.order)), number * self.blocks, self.fan_out, self.fan_in)
+
     def back(self, matrices: Tensor, shape: Sequence[int]) -> Tensor:
         """Return the parameter of ``shape`` that has these matrices, the inverse of :meth:`view`."""
         inverse = [self.order.index(axis) for axis in range(len(self.order))]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from structlin_nn._patterns import listed
+from structlin_nn.torch._modules import num_experts
 
 Forward = Callable[[nn.Module, Any], Any]
 
@@ -45,19 +46,24 @@ class Moments:
         self.total = product if self.total is None else self.total.add_(product)
         self.vectors += len(x)
 
-    def mean(self) -> Tensor:
-        """Return the matrix of shape (d_in, d_in), in float64 or complex128, on the CPU."""
+    @property
+    def empty(self) -> bool:
+        """Whether there are no vectors other than 0."""
+        return self.total is None or not self.total.diagonal().real.sum() > 0
+
+    def over(self, vectors: int) -> Tensor:
+        """Return the sum divided by a number, (d_in, d_in) in float64 or complex128 on the CPU."""
         assert self.total is not None
         total = self.total.cpu()
-        return total.to(torch.complex128 if total.is_complex() else torch.float64) / self.vectors
+        return total.to(torch.complex128 if total.is_complex() else torch.float64) / vectors
 
 
 class _ReadWeights(TorchFunctionMode):
     """Mode that records inputs of layers whose parents multiply by ``layer.weight`` instead of calling the layer."""
 
-    def __init__(self, found: Mapping[nn.Module, Moments]) -> None:
+    def __init__(self, found: Mapping[nn.Module, Sequence[Moments]]) -> None:
         super().__init__()
-        self.moments = {id(layer._parameters.get("weight")): own for layer, own in found.items()}
+        self.moments = {id(layer._parameters.get("weight")): own for layer, (own, *_) in found.items()}
         self.inside: set[str] = set()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -78,24 +84,31 @@ _PRODUCTS = (torch.matmul, Tensor.matmul, Tensor.__matmul__)
 
 
 def gather(
-    model: nn.Module, layers: Mapping[nn.Module, str], calibration: Iterable[Any], forward: Forward | None
-) -> dict[nn.Module, Tensor]:
+    model: nn.Module, layers: Mapping[nn.Module, str], calibration: Iterable[Any], forward: Forward | None,
+    notes: dict[str, None] | None = None,
+) -> dict[nn.Module, Tensor]:  # fmt: skip
     """Return the second moments (d_in, d_in) of the inputs of ``layers``, a mapping from module to name.
+
+    Those of experts have shape (experts, d_in, d_in), and their sum over the experts is the second moment of all inputs
+    of the layer. An expert without inputs gets the sum, as if for one vector, and ``notes`` name it.
 
     Vectors that a parent multiplies by ``layer.weight`` without calling the layer count as inputs, as in Mamba and
     BEiT. The model runs without gradients and in evaluation mode, so running statistics do not change. Afterwards the
     mode of each module is restored. Activations are not stored. ValueError if there are no data, or the data do not
     reach a layer.
     """
-    found = {layer: Moments(name) for layer, name in layers.items()}
+    found = {layer: [Moments(name) for _ in range(num_experts(layer) or 1)] for layer, name in layers.items()}
     read = _ReadWeights(found)
 
     def before(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        read.inside.add(found[layer].name)
-        found[layer].add(args[0] if args else next(iter(kwargs.values())))
+        read.inside.add(layers[layer])
+        x, *sizes = (*args, *kwargs.values())
+        for own, rows in zip(found[layer], x.split(*sizes) if sizes else [x], strict=True):
+            if rows.numel():
+                own.add(rows)
 
     def after(layer: nn.Module, args: tuple[Any, ...], y: Any) -> None:
-        read.inside.discard(found[layer].name)
+        read.inside.discard(layers[layer])
 
     modes = [(module, module.training) for module in model.modules()]
     handles = [layer.register_forward_pre_hook(before, with_kwargs=True) for layer in found]
@@ -114,10 +127,20 @@ def gather(
             module.training = mode
     if not batches:
         raise ValueError("calibration has no batches; give one batch of inputs or more")
-    if missing := [moments.name for moments in found.values() if not moments.vectors]:
+    if missing := [layers[layer] for layer, own in found.items() if not any(one.vectors for one in own)]:
         raise ValueError(f"the calibration data do not reach {listed(missing)}; exclude these layers")
-    for moments in found.values():
-        assert moments.total is not None
-        if not moments.total.diagonal().real.sum() > 0:
-            raise ValueError(f"with the calibration data all inputs of layer {moments.name!r} are 0; exclude it")
-    return {layer: moments.mean() for layer, moments in found.items()}
+    result = {}
+    for layer, own in found.items():
+        vectors, reached = sum(one.vectors for one in own), [one for one in own if not one.empty]
+        if not reached:
+            raise ValueError(f"with the calibration data all inputs of layer {layers[layer]!r} are 0; exclude it")
+        if num_experts(layer) is None:
+            result[layer] = reached[0].over(vectors)
+            continue
+        mean: Any = sum(one.over(vectors) for one in reached)
+        result[layer] = torch.stack([mean / vectors if one.empty else one.over(vectors) for one in own])
+        others = [str(number) for number, one in enumerate(own) if one.empty]
+        if others and notes is not None:
+            notes[f"{layers[layer]}: the calibration data do not reach expert {listed(others)}; the second moments are "
+                  "those of the inputs of the other experts"] = None  # fmt: skip
+    return result

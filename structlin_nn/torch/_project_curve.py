@@ -108,56 +108,67 @@ class Forms:
         """Return the structure of a form."""
         return structlin.design(self.name, self.shape, **self.options, **self.choice(number))
 
-    def curve(self, problem: Problem) -> list[tuple[int, float]]:
+    def curve(self, problems: Sequence[Problem]) -> list[tuple[int, float]]:
         """Return (number, relative error) of forms, in ascending order of MACs and non-increasing error.
 
+        The error is that of all problems together, which get the same form: one, or those of several experts.
         If two factors have a closed form, one singular value decomposition gives all forms. Otherwise the ranks grow by
         factors of 1.5, and a few sweeps of alternating least squares compute each form.
         """
-        errors = self._spectrum(problem)
+        scales = np.array([problem.norm(problem.target) for problem in problems])
+        whole = np.linalg.norm(scales) or 1.0
+        errors = self._spectrum(problems)
         if errors is not None:
-            points = [(i, float(errors[i])) for i in range(len(self))]
+            points = list(enumerate(np.linalg.norm(errors * scales[:, None], axis=0) / whole))
         else:
-            points = [(i, self._estimate(i, problem)) for i in self._spread()]
+            points = [(i, np.linalg.norm(self._estimates(i, problems) * scales) / whole) for i in self._spread()]
         lowest = np.minimum.accumulate([error for _, error in points])
         return [(i, float(error)) for (i, _), error in zip(points, lowest, strict=True)]
 
-    def smallest_for(self, error: float, problem: Problem, settings: Settings) -> tuple[int, Solution] | None:
-        """Return the cheapest form whose relative error is at most ``error``, and its solution; None if there is none.
+    def smallest_for(
+        self, error: float, problems: Sequence[Problem], settings: Settings
+    ) -> tuple[int, list[Solution]] | None:  # fmt: skip
+        """Return the cheapest form with a relative error of at most ``error`` for each problem, and its solutions.
 
+        None if there is none.
         Without a closed form it is found by bisection, which assumes that the error decreases with the MACs. Few sweeps
         give a first result, and full solutions of cheaper forms refine it.
         """
-        solved: dict[int, Solution] = {}
+        solved: dict[int, list[Solution]] = {}
 
         def meets(number: int) -> bool:
             if number not in solved:
-                solved[number] = solve(self.design(number), problem, settings)
-            return relative(solved[number].error, problem) <= error
+                solved[number] = [solve(self.design(number), problem, settings) for problem in problems]
+            return all(relative(s.error, problem) <= error for s, problem in zip(solved[number], problems, strict=True))
 
-        errors = self._spectrum(problem)
+        errors = self._spectrum(problems)
         if errors is not None:
-            found = next((i for i in range(len(self)) if errors[i] <= error), len(self))
+            found = next((i for i in range(len(self)) if errors[:, i].max() <= error), len(self))
             while found < len(self) and not meets(found):  # roundoff
                 found += 1
         else:
-            found = _first(len(self), lambda i: self._estimate(i, problem) <= error)
+            found = _first(len(self), lambda i: self._estimates(i, problems).max() <= error)
             while found and meets(found - 1):
                 found -= 1
             while found < len(self) and not meets(found):  # a run with few sweeps can end at another error
                 found += 1
         return (found, solved[found]) if found < len(self) else None
 
-    def _estimate(self, number: int, problem: Problem) -> float:
-        return relative(estimated_error(self.design(number), problem, CURVE_SWEEPS), problem)
+    def _estimates(self, number: int, problems: Sequence[Problem]) -> np.ndarray:
+        structure = self.design(number)
+        return np.array([relative(estimated_error(structure, one, CURVE_SWEEPS), one) for one in problems])
 
-    def _spectrum(self, problem: Problem) -> np.ndarray | None:
-        """Return the relative errors of all ranks if two factors have a closed form, otherwise None."""
+    def _spectrum(self, problems: Sequence[Problem]) -> np.ndarray | None:
+        """Return the relative errors (problems, ranks) if two factors have a closed form, otherwise None."""
         if len(self.limits) != 1 or not len(self):
             return None
-        errors = spectrum(self.design(0), problem)
-        scale = problem.norm(problem.target)
-        return None if errors is None else errors / (scale or 1.0)
+        found = []
+        for problem in problems:
+            errors = spectrum(self.design(0), problem)
+            if errors is None:
+                return None
+            found.append(errors[: len(self)] / (problem.norm(problem.target) or 1.0))
+        return np.array(found)
 
     def _spread(self) -> Iterable[int]:
         if self.knob != "rank":

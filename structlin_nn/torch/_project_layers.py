@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import structlin
 from structlin.projection import Problem, Settings, Solution, solve
 from structlin.structure import AbstractStructure
-from structlin_nn.torch._modules import is_conv1d, linear_sizes
+from structlin_nn.torch._modules import is_conv1d, linear_sizes, num_experts, structured_kind
 from structlin_nn.torch._project_budget import allocate
 from structlin_nn.torch._project_curve import Forms, saves
 from structlin_nn.torch._project_report import LayerProjection
@@ -34,12 +34,15 @@ def on_host(x: Tensor) -> np.ndarray:
 
 @dataclass
 class Task:
-    """A layer to project, with the second moments of its inputs if they are known."""
+    """A layer to project, with the second moments of its inputs if they are known.
+
+    A layer of experts has several matrices, and second moments for each. All get the same structure.
+    """
 
     linear: nn.Module
     names: tuple[str, ...]
     moments: np.ndarray | None = None
-    _problem: Problem | None = None
+    _problems: list[Problem] | None = None
 
     def __post_init__(self) -> None:
         weight = self.linear.get_parameter("weight")
@@ -60,25 +63,33 @@ class Task:
         """MACs of the dense layer for one vector."""
         return math.prod(self.shape)
 
-    def matrix(self) -> np.ndarray:
-        """Return the weight, of shape (d_out, d_in)."""
-        found = on_host(self.linear.get_parameter("weight"))
-        return found.T if is_conv1d(self.linear) else found
+    @property
+    def experts(self) -> int | None:
+        """Number of experts; None for a layer with one matrix."""
+        return num_experts(self.linear)
 
-    def problem(self, damping: float) -> Problem:
-        """Return the projection problem, weighted by the damped second moments if they are known; it is cached."""
-        if self._problem is None and self.moments is None:
-            self._problem = Problem(self.matrix())
-        elif self._problem is None and self.moments is not None:
-            size = len(self.moments)
-            level = damping * np.trace(self.moments).real / size
-            self._problem = Problem(self.matrix(), self.moments + level * np.eye(size))
-        assert self._problem is not None
-        return self._problem
+    def matrices(self) -> np.ndarray:
+        """Return the weights, of shape (matrices, d_out, d_in)."""
+        found = on_host(self.linear.get_parameter("weight"))
+        found = found.T if is_conv1d(self.linear) else found
+        return found.reshape(-1, *self.shape)
+
+    def problems(self, damping: float) -> list[Problem]:
+        """Return the projection problems, weighted by the damped second moments if they are known; they are cached."""
+        if self._problems is None and self.moments is None:
+            self._problems = [Problem(matrix) for matrix in self.matrices()]
+        elif self._problems is None and self.moments is not None:
+            size = self.moments.shape[-1]
+            parts = zip(self.matrices(), self.moments.reshape(-1, size, size), strict=True)
+            self._problems = [
+                Problem(matrix, own + damping * np.trace(own).real / size * np.eye(size)) for matrix, own in parts
+            ]
+        assert self._problems is not None
+        return self._problems
 
     def release(self) -> None:
         """Free the arrays that are at least as large as the weight."""
-        self._problem = self.moments = None
+        self._problems = self.moments = None
 
     def named(self, error: Exception) -> Exception:
         """Return an error with the name of the layer."""
@@ -164,7 +175,7 @@ class Choice:
     def _cost(self, task: Task, structure: AbstractStructure | None) -> int:
         """Return the cost of a form of a layer (None: dense): MACs for each name of the module, or parameters once."""
         if self.unit == "parameters":
-            return math.prod(task.shape) if structure is None else structure.num_params
+            return (task.experts or 1) * (math.prod(task.shape) if structure is None else structure.num_params)
         return (task.dense_macs if structure is None else structure.macs) * len(task.names)
 
     def _given(self, task: Task) -> AbstractStructure:
@@ -200,7 +211,7 @@ class Choice:
         assert self.budget is not None
         numbers, curves = [], []
         for task, forms in zip(tasks, self.forms, strict=True):
-            points = forms.curve(task.problem(damping)) if len(forms) else []
+            points = forms.curve(task.problems(damping)) if len(forms) else []
             numbers.append([number for number, _ in points] + [len(forms)])
             costs = [(self._cost(task, forms.design(number)), error**2) for number, error in points]
             curves.append([*costs, (self._cost(task, None), 0.0)])
@@ -216,57 +227,63 @@ class Choice:
             structure = self.fixed[place]
             if not saves(structure):
                 return None, _dense(task, f"with {structure.macs:,} MACs it would save nothing")
-            solution = solve(structure, task.problem(damping), settings)
+            solutions = [solve(structure, problem, settings) for problem in task.problems(damping)]
         else:
             forms = self.forms[place]
             if not len(forms):
                 return None, _dense(task, "no form of the structure is cheaper")
             if number is None:
                 assert self.target_error is not None
-                found = forms.smallest_for(self.target_error, task.problem(damping), settings)
+                found = forms.smallest_for(self.target_error, task.problems(damping), settings)
                 if found is None:
                     return None, _dense(task, f"no cheaper form has an error of {self.target_error:g}")
-                number, solution = found
+                number, solutions = found
             elif number == len(forms):
                 return None, _dense(task, "the allocation of the budget keeps it dense")
             else:
-                solution = solve(forms.design(number), task.problem(damping), settings)
+                solutions = [solve(forms.design(number), problem, settings) for problem in task.problems(damping)]
             structure, choice = forms.design(number), forms.choice(number)
         kind: dict[str, Any] = {"structure": structure}
         if isinstance(self.structure, str):
             fixed = self.forms[place].options if self.by_layer else self.options
             kind = {"structure": self.structure, **fixed, **choice}
-        new = layer_of(task.linear, structure, solution, {**kind, **layer_options})
+        new = layer_of(task.linear, structure, solutions, {**kind, **layer_options})
         return new, _line(task, new, choice)
 
 
 def layer_of(
-    linear: nn.Module, structure: AbstractStructure, solution: Solution, options: Mapping[str, Any]
+    linear: nn.Module, structure: AbstractStructure, solutions: Sequence[Solution], options: Mapping[str, Any]
 ) -> StructuredLinear:
-    """Return a layer with the factors of a solution, and all other properties of ``linear``."""
+    """Return a layer with the factors of a solution for each matrix, and all other properties of ``linear``."""
     sizes = linear_sizes(linear)
     assert sizes is not None
     weight, bias = linear.get_parameter("weight"), linear._parameters.get("bias")
     # On the meta device, so that the global generator does not advance.
-    new = StructuredLinear(*sizes, bias=bias is not None, device="meta", dtype=weight.dtype, **options)
+    new = structured_kind(linear)(*sizes, bias=bias is not None, device="meta", dtype=weight.dtype, **options)
     new = new.to_empty(device=weight.device)
     assert new.structure == structure
     with torch.no_grad():
-        factors, gains = iter(new.factors), iter(new.gains or ())
-        for number, (array, spec) in enumerate(zip(solution.factors, structure.factors, strict=True)):
-            values = torch.from_numpy(np.ascontiguousarray(array))
+        factors: Iterator[nn.Parameter] = iter(new.factors)
+        gains: Iterator[nn.Parameter] = iter(new.gains or ())
+        for number, (spec, *arrays) in enumerate(
+            zip(structure.factors, *(solution.factors for solution in solutions), strict=True)
+        ):
+            values = torch.from_numpy(np.stack(arrays))  # (matrices, *shape)
             if not spec.trainable:
-                new.get_buffer(f"index{number}").copy_(values)
+                index = new.get_buffer(f"index{number}")
+                index.copy_(values.view(index.shape))
                 continue
-            next(factors).copy_(values)
+            factor = next(factors)
+            factor.copy_(values.view(factor.shape))
             if new.rms_cap:
-                excess = max(1.0, float(values.abs().square().mean().sqrt()) / new.cap_sigma[number])
+                rms = values.abs().square().flatten(1).mean(1).sqrt()
+                excess = (rms / new.cap_sigma[number]).clamp(min=1)
                 if new.gains is not None:
-                    next(gains).fill_(excess)
-                elif excess > 1:
+                    gain = next(gains)
+                    gain.copy_(excess.view(gain.shape))
+                elif (most := float(excess.max())) > 1:
                     raise ValueError(
-                        f"the RMS of factor {number} is {excess:.3g} times its cap; use gain=True, which makes up "
-                        "for it"
+                        f"the RMS of factor {number} is {most:.3g} times its cap; use gain=True, which makes up for it"
                     )
         if bias is not None:
             assert new.bias is not None
@@ -279,15 +296,22 @@ def layer_of(
 
 
 def dense_of(layer: StructuredLinear) -> np.ndarray:
-    """Return the matrix of a layer, with caps and gains, of shape (d_out, d_in), in float64 or complex128."""
+    """Return the matrix of a layer, with caps and gains, of shape (d_out, d_in), in float64 or complex128.
+
+    A layer of experts has a matrix for each, along the first axis.
+    """
     factors = [on_host(f) for f in layer.effective_factors()]
     dtype = np.result_type(*(f.dtype for f in factors if f.dtype.kind in "fc"), np.float64)
-    return structlin.StructuredOperator._build(layer.structure, tuple(factors), dtype).to_dense()
+    build = structlin.StructuredOperator._build
+    if num_experts(layer) is None:
+        return build(layer.structure, tuple(factors), dtype).to_dense()
+    parts = (tuple(f[e] for f in factors) for e in range(num_experts(layer) or 0))
+    return np.stack([build(layer.structure, part, dtype).to_dense() for part in parts])
 
 
 def _line(task: Task, new: StructuredLinear, choice: dict[str, Any]) -> LayerProjection:
-    matrix = task.matrix()
-    difference = matrix - dense_of(new)
+    matrices = task.matrices()
+    differences = matrices - dense_of(new)
 
     def ratio(error: float, scale: float) -> float:
         return math.sqrt(max(0.0, error) / scale) if scale > 0 else (0.0 if error <= 0 else math.inf)
@@ -297,11 +321,12 @@ def _line(task: Task, new: StructuredLinear, choice: dict[str, Any]) -> LayerPro
 
     output = None
     if (c := task.moments) is not None:
-        output = ratio(*(float(np.vdot(x, x @ c).real) for x in (difference, matrix)))
+        c = c.reshape(-1, *c.shape[-2:])
+        output = ratio(*(float(np.vdot(x, x @ c).real) for x in (differences, matrices)))
     return LayerProjection(
-        task.names, task.shape, new.structure, choice, ratio(square(difference), square(matrix)), output,
+        task.names, task.shape, new.structure, choice, ratio(square(differences), square(matrices)), output,
         sum(p.numel() for p in task.linear.parameters()), sum(p.numel() for p in new.parameters()),
-        task.dense_macs, new.structure.macs,
+        task.dense_macs, new.structure.macs, experts=task.experts,
     )  # fmt: skip
 
 
@@ -309,4 +334,6 @@ def _dense(task: Task, reason: str) -> LayerProjection:
     params = sum(p.numel() for p in task.linear.parameters())
     output = None if task.moments is None else 0.0
     macs = task.dense_macs
-    return LayerProjection(task.names, task.shape, None, {}, 0.0, output, params, params, macs, macs, reason)
+    return LayerProjection(
+        task.names, task.shape, None, {}, 0.0, output, params, params, macs, macs, reason, task.experts
+    )

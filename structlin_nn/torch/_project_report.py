@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from structlin.structure import AbstractStructure
-from structlin_nn._text import table
+from structlin_nn._text import sizes_text, table
 
 __all__ = ["LayerProjection", "ProjectionReport"]
 
@@ -36,6 +36,9 @@ class LayerProjection:
         Numbers of parameters, with biases and gains, trainable or not.
     macs_before, macs_after
         MACs for one vector at one place.
+    experts
+        Number of experts, if the layer has a matrix for each. Then the errors are those of all matrices together, and
+        ``params_before`` and ``params_after`` those of all experts.
     """
 
     names: tuple[str, ...]
@@ -49,6 +52,7 @@ class LayerProjection:
     macs_before: int
     macs_after: int
     reason: str = ""
+    experts: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the attributes as plain values, for JSON."""
@@ -65,6 +69,7 @@ class LayerProjection:
             "macs_before": self.macs_before,
             "macs_after": self.macs_after,
             "reason": self.reason,
+            "experts": self.experts,
         }
 
 
@@ -136,7 +141,7 @@ class ProjectionReport:
             errors = (layer.weight_error, layer.output_error) if calibrated else (layer.weight_error,)
             counts = (layer.macs_before, layer.macs_after, layer.params_before, layer.params_after)
             rows.append((
-                " = ".join(layer.names), f"{layer.shape[0]} x {layer.shape[1]}",
+                " = ".join(layer.names), sizes_text(layer.experts, layer.shape),
                 "dense" if layer.structure is None else chosen or "structured",
                 *(f"{e:.4f}" for e in errors if e is not None), *(f"{n:,}" for n in counts),
             ))  # fmt: skip

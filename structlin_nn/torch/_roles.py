@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
 from structlin_nn._rates import Fans
-from structlin_nn.torch._modules import is_conv1d, linear_sizes
+from structlin_nn.torch._modules import is_conv1d, linear_sizes, num_experts
 from structlin_nn.torch._muon import Matrices, factor_matrices
 from structlin_nn.torch.linear import StructuredLinear
 
@@ -126,7 +126,9 @@ def matrices(module: nn.Module) -> dict[str, Matrices]:
         found = {f"factors.{n}": m for n, m in enumerate(m for m, spec in specs if spec.trainable)}
     elif (sizes := linear_sizes(module)) is not None:
         found["weight"] = Matrices((1, 0) if is_conv1d(module) else (0, 1), 1, sizes[1], sizes[0])
-    elif isinstance(module, _CONVOLUTIONS):
+    if (number := num_experts(module)) is not None:
+        found = {name: m if m is None else m.stacked(number) for name, m in found.items()}
+    if isinstance(module, _CONVOLUTIONS):
         positions, groups = math.prod(module.kernel_size), module.groups
         order = list(range(module.weight.ndim))
         if module.transposed:  # (inputs, outputs of a group, positions)
@@ -178,7 +180,7 @@ def kind(module: nn.Module, name: str, parameter: Tensor) -> str | None:
 def role_of(module: nn.Module, name: str, parameter: Tensor) -> str:
     """Return the role of a weight that stays dense, for a report."""
     if linear_sizes(module) is not None:
-        return "not chosen"
+        return "not chosen" if num_experts(module) is None else "not chosen, weights of experts"
     if isinstance(module, _CONVOLUTIONS):
         kernel = " x ".join(map(str, module.kernel_size))
         return f"convolution of {kernel}" + (f" in {module.groups} groups" if module.groups > 1 else "")

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from structlin.execution.blocks import TorchBlock, torch_block
 from structlin.structure import Structure
 from structlin_nn.torch._modules import check_model
+from structlin_nn.torch.experts import StructuredExperts
 from structlin_nn.torch.linear import StructuredLinear, cast_to, values
 
 __all__ = ["ACTIVATIONS", "StructuredMLP", "fuse_mlps", "mlp", "projections"]
@@ -202,9 +203,7 @@ def fuse_mlps(model: nn.Module) -> dict[str, str]:
     for name, module in list(model.named_modules()):
         if isinstance(module, StructuredMLP):
             continue
-        names = next(
-            (n for n in _SHAPES if all(isinstance(getattr(module, a, None), StructuredLinear) for a in n)), None
-        )
+        names = next((n for n in _SHAPES if all(_is_layer(getattr(module, a, None)) for a in n)), None)
         if names is None or not name:
             continue
         new = _fused(module, names)
@@ -213,6 +212,10 @@ def fuse_mlps(model: nn.Module) -> dict[str, str]:
             parent, _, attribute = name.rpartition(".")
             setattr(model.get_submodule(parent), attribute, new)
     return found
+
+
+def _is_layer(module: Any) -> bool:
+    return isinstance(module, StructuredLinear) and not isinstance(module, StructuredExperts)
 
 
 def _fused(module: nn.Module, names: tuple[str, ...]) -> StructuredMLP | str:

@@ -7,8 +7,9 @@ state dict of the model. Its metadata have the entry ``format``: ``pt``, and the
 - ``layers``: for each structured layer its ``names`` in the model, ``in_features`` and ``out_features``, ``structure``
   and ``options`` of :class:`StructuredLinear` (``structure`` is null for a chain without a name), the ``chain`` of
   einsums with its sizes (null for structures that are not chains), the shapes of its ``factors``, and ``bias``,
-  ``rms_cap``, ``gain``, ``rule``, ``zero_init`` and ``checkpoint``;
-- ``linear``: names of ``nn.Linear`` layers;
+  ``rms_cap``, ``gain``, ``rule``, ``zero_init`` and ``checkpoint``; for layers of experts also ``experts``, their
+  number, which is the first axis of all tensors of the layer;
+- ``linear``: names of ``nn.Linear`` layers and of dense layers of experts;
 - ``aliases``: for each tied entry, the name under which its tensor is stored;
 - ``sha256``: checksum of all tensors in the order of their names: for each ``NAME DTYPE SHAPE``, a line feed, and the
   bytes;

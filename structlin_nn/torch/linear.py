@@ -172,6 +172,8 @@ class StructuredLinear(Scriptable):
     True
     """
 
+    _lead: tuple[int, ...] = ()  # axes of the parameters before those of the factors
+
     def __init__(
         self, in_features: int, out_features: int, bias: bool = True, device: torch.device | str | None = None,
         dtype: torch.dtype | None = None, *, structure: str | AbstractStructure = "block_tensor_train",
@@ -197,17 +199,19 @@ class StructuredLinear(Scriptable):
         self._node_tokens = node_tokens(plan.structure) if isinstance(plan.structure, Structure) else 0
         self._bare = not (rms_cap or plan.index_at)  # the factors are the parameters
 
-        shapes = [spec.shape for spec in self.structure.factors if spec.trainable]
+        shapes = [(*self._lead, *spec.shape) for spec in self.structure.factors if spec.trainable]
         self.factors = FactorList(nn.Parameter(torch.empty(shape, device=device, dtype=dtype)) for shape in shapes)
         self.gains = None
         if plan.gains:  # not scalars, which FSDP cannot shard
-            self.gains = FactorList(nn.Parameter(torch.empty(1, device=device, dtype=dtype)) for _ in shapes)
+            self.gains = FactorList(
+                nn.Parameter(torch.empty((*self._lead, 1), device=device, dtype=dtype)) for _ in shapes
+            )
         for number, spec in enumerate(self.structure.factors):
             if not spec.trainable:
-                self.register_buffer(f"index{number}", torch.empty(spec.shape, device=device, dtype=torch.int64))
-        self.register_parameter(
-            "bias", nn.Parameter(torch.empty(self.out_features, device=device, dtype=dtype)) if bias else None
-        )
+                shape = (*self._lead, *spec.shape)
+                self.register_buffer(f"index{number}", torch.empty(shape, device=device, dtype=torch.int64))
+        shape = (*self._lead, self.out_features)
+        self.register_parameter("bias", nn.Parameter(torch.empty(shape, device=device, dtype=dtype)) if bias else None)
         self.reset_parameters()
         watch(self)
 
@@ -233,7 +237,8 @@ class StructuredLinear(Scriptable):
             if spec.trainable:
                 fill(next(factors), std, generator)
             elif not (index := self.get_buffer(f"index{number}")).is_meta:
-                index.copy_(torch.randperm(spec.numel, generator=generator, device=index.device).view(spec.shape))
+                for one in index.view(-1, spec.numel):
+                    one.copy_(torch.randperm(spec.numel, generator=generator, device=index.device))
         for gain in self.gains or ():
             gain.fill_(1.0)
         if self.bias is not None:
@@ -244,11 +249,14 @@ class StructuredLinear(Scriptable):
         factors = list(values(self.factors))
         if self.rms_cap:
             sigmas = [sigma for n, sigma in enumerate(self.cap_sigma) if n not in self._plan.index_at]
-            gains = [1.0] * len(factors) if self.gains is None else values(self.gains)
-            factors = [structlin.rms_cap(f, s, g) for f, s, g in zip(factors, sigmas, gains, strict=True)]
+            gains: Sequence[Any] = [1.0] * len(factors) if self.gains is None else values(self.gains)
+            factors = [self._capped(f, s, g) for f, s, g in zip(factors, sigmas, gains, strict=True)]
         for number in self._plan.index_at:
             factors.insert(number, getattr(self, f"index{number}"))
         return tuple(factors)
+
+    def _capped(self, factor: Tensor, sigma: float, gain: Tensor | float) -> Tensor:
+        return structlin.rms_cap(factor, sigma, gain)
 
     @property
     def operator(self) -> structlin.StructuredOperator:
@@ -274,7 +282,9 @@ class StructuredLinear(Scriptable):
             return self._dense_weight()
 
     def _dense_weight(self) -> Tensor:
-        factors = self.effective_factors()
+        return self._dense(self.effective_factors())
+
+    def _dense(self, factors: Sequence[Tensor]) -> Tensor:
         if self._is_dense:
             return factors[0]
         like = next((f for f in factors if f.is_floating_point() or f.is_complex()), self.bias)
@@ -300,7 +310,7 @@ class StructuredLinear(Scriptable):
         else:  # torch.jit compiles what follows an `if`, but not a branch that is never taken
             return self._eager(x)
 
-    def _eager(self, x: Tensor) -> Tensor:
+    def _eager(self, x: Tensor, *groups: Any) -> Tensor:
         if not isinstance(x, Tensor):
             return self._traced(x)  # type: ignore[unreachable]
         if not x.ndim or x.shape[-1] != self.in_features:
@@ -319,8 +329,8 @@ class StructuredLinear(Scriptable):
             x, factors = cast_to(x, dtype), tuple(cast_to(f, dtype) for f in factors)
             bias = None if bias is None else cast_to(bias, dtype)
             with torch.autocast(device, enabled=False):  # operands are cast already
-                return self._affine(x, factors, bias)
-        return self._affine(x, factors, bias)
+                return self._affine(x, factors, bias, *groups)
+        return self._affine(x, factors, bias, *groups)
 
     def _traced(self, x: Any) -> Any:
         """Return a node of ``torch.fx`` that calls this layer, for a proxy as input; TypeError for other inputs."""

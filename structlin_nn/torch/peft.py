@@ -18,6 +18,7 @@ from torch import Tensor, nn
 import structlin
 from structlin_nn._rates import check_number
 from structlin_nn.torch._modules import is_conv1d
+from structlin_nn.torch.experts import StructuredExperts
 from structlin_nn.torch.linear import StructuredLinear
 
 __all__ = ["LoraOnStructured", "StructuredAdapter", "StructuredAdapterConfig", "lora_config"]
@@ -29,6 +30,14 @@ class LoraOnStructured(LoraLinear):
     The sum of a structured matrix and one of low rank does not have the structure. So merging replaces the base layer
     by an ``nn.Linear`` of the sum, and unmerging restores the base layer.
     """
+
+    def __init__(self, base_layer: nn.Module, *args: Any, **options: Any) -> None:
+        if isinstance(base_layer, StructuredExperts):
+            raise ValueError(
+                "adapters on StructuredExperts are not supported: each token has several experts, and an adapter one "
+                "update; leave layers of experts out of target_modules"
+            )
+        super().__init__(base_layer, *args, **options)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Merge adapters into the base layer, by default the active ones."""

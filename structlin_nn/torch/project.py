@@ -15,7 +15,7 @@ from structlin.projection import Settings
 from structlin.structure import AbstractStructure
 from structlin_nn._patterns import Patterns, as_patterns
 from structlin_nn._replacement import names_of, select
-from structlin_nn.torch._modules import changed, check_model, linear_sizes, put
+from structlin_nn.torch._modules import changed, check_model, dense_layer, linear_sizes, num_experts, put
 from structlin_nn.torch._project_calibration import Forward, gather
 from structlin_nn.torch._project_layers import Choice, StructureOf, Task, dense_of
 from structlin_nn.torch._project_report import LayerProjection, ProjectionReport
@@ -114,6 +114,9 @@ def project_linear(
         Options of the iteration for structures without a closed form, as in :func:`structlin.project`.
     unpack
         Also replace layers in experts of transformers and in ``nn.MultiheadAttention``, as in :func:`replace_linear`.
+        All experts of a layer get the same form. ``target_error`` holds for each expert, budgets of parameters count
+        all experts, and budgets of MACs one. An expert that the calibration data do not reach gets the second moments
+        of the others, and the report names it.
     **options
         Options of the named structure.
 
@@ -163,13 +166,13 @@ def project_linear(
     with unpacked(model, unpack) as restore:
         chosen, skipped = _chosen(model, layers, exclude, tied)
         tasks = choice.prepare([Task(linear, names) for linear, names in chosen.items()], skipped)
+        notes: dict[str, None] = {}
         if calibration is not None:
-            moments = gather(model, {task.linear: task.names[0] for task in tasks}, calibration, forward)
+            moments = gather(model, {task.linear: task.names[0] for task in tasks}, calibration, forward, notes)
             for task in tasks:
                 task.moments = moments[task.linear].numpy()
         made = choice.run(tasks, damping, settings, {"rms_cap": rms_cap, "gain": gain, "rule": rule})
 
-        notes: dict[str, None] = {}
         gone = [task.linear for task, (new, _) in zip(tasks, made, strict=True) if new is not None]
         replaced(parameter for linear in gone for parameter in linear.parameters())
         for task, (new, _) in zip(tasks, made, strict=True):
@@ -262,7 +265,7 @@ def _dense_layer(name: str, layer: StructuredLinear) -> nn.Module:
     if isinstance(layer, StructuredPointwise):
         new: Any = layer.to_convolution(weight)
     else:
-        new = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta", dtype=dtype)
+        new = dense_layer(num_experts(layer), layer.in_features, layer.out_features, layer.bias is not None, dtype)
         new.weight = nn.Parameter(weight)
     new.weight.requires_grad_(any(f.requires_grad for f in layer.factors))
     if layer.bias is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
@@ -27,17 +28,17 @@ from structlin_nn.torch._modules import (
     as_before,
     changed,
     check_model,
-    is_conv1d,
     linear_sizes,
+    num_experts,
     pointwise_sizes,
     put,
     sizes_of,
+    structured_kind,
 )
 from structlin_nn.torch._roles import role_of
 from structlin_nn.torch._step_check import replaced
 from structlin_nn.torch.blocks import fuse_mlps
 from structlin_nn.torch.linear import StructuredLinear
-from structlin_nn.torch.pointwise import StructuredPointwise
 from structlin_nn.torch.unpack import unpacked
 
 __all__ = ["PRESETS", "Replacement", "ReplacementReport", "replace_linear"]
@@ -119,7 +120,8 @@ def replace_linear(
         (:func:`structlin_nn.torch.fuse_mlps`). The report lists them.
     unpack
         First replace modules that pack weights into one parameter (experts of transformers, ``nn.MultiheadAttention``)
-        by modules with linear layers (:func:`structlin_nn.torch.unpack_linear`).
+        by modules with linear layers (:func:`structlin_nn.torch.unpack_linear`). The layers of all experts are one
+        module, which is replaced by :class:`StructuredExperts`.
     **options
         Options of the named structure.
 
@@ -253,8 +255,9 @@ def replace_linear(
                 new.structure,
                 sum(p.numel() for p in linear.parameters()),
                 sum(p.numel() for p in new.parameters()),
-                linear.get_parameter("weight").numel(),
+                math.prod(sizes_of(linear)),
                 new.structure.macs,
+                num_experts(linear),
             )
             for linear, new in made.items()
         )
@@ -302,7 +305,7 @@ def _dense(model: nn.Module, skipped: Collection[str]) -> Iterator[tuple[str, tu
         if name and isinstance(model.get_submodule(name.rpartition(".")[0]), StructuredLinear):
             continue
         for key, parameter in module.named_parameters(recurse=False):
-            if parameter.ndim > 1 and parameter not in seen:
+            if parameter.ndim > (key == "bias") + 1 and parameter not in seen:
                 seen.add(parameter)
                 yield f"{name}.{key}" if name else key, tuple(parameter.shape), role_of(module, key, parameter)
 
@@ -325,10 +328,8 @@ def _structured(name: str, linear: nn.Module, structure: Any, options: Mapping[s
     sizes = sizes_of(linear)
     parameters = dict(linear.named_parameters(recurse=False))
     weight, bias = parameters["weight"], parameters.get("bias")
-    pointwise = pointwise_sizes(linear) is not None
-    make: Callable[..., StructuredLinear] = StructuredPointwise.like(linear) if pointwise else StructuredLinear
     try:
-        new = make(
+        new = structured_kind(linear)(
             *sizes, bias=bias is not None, device=weight.device, dtype=weight.dtype, structure=structure, **options
         )
     except (TypeError, ValueError) as error:
@@ -347,7 +348,7 @@ def _check_is_called(model: nn.Module, names: Sequence[str], linear: nn.Module) 
             )
     if parametrize.is_parametrized(linear):
         raise ValueError(f"layer {names[0]!r} has parametrizations, which would be lost; remove them first")
-    if linear_sizes(linear) is not None and not is_conv1d(linear) and type(linear).forward is not nn.Linear.forward:
+    if isinstance(linear, nn.Linear) and type(linear).forward is not nn.Linear.forward:
         kind = type(linear).__qualname__
         raise ValueError(
             f"layer {names[0]!r} is a {kind}, whose forward pass differs from that of nn.Linear; exclude it"

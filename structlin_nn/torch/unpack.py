@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from structlin_nn.torch._modules import changed, check_model, put
 from structlin_nn.torch._roles import Experts, experts
+from structlin_nn.torch.experts import ExpertLinear
 from structlin_nn.torch.linear import StructuredLinear
 
 __all__ = ["Attention", "ExpertLayers", "pack_linear", "unpack_linear"]
@@ -43,23 +44,32 @@ class _Unpacked(nn.Module):
         for name, value in values.items():
             owner, _, key = name.rpartition(".")
             old = shell.get_parameter(name)
-            setattr(shell.get_submodule(owner), key, nn.Parameter(value.detach().clone(), old.requires_grad))
+            setattr(shell.get_submodule(owner), key, _copied(value, old.requires_grad))
         made: nn.Module = shell.train(self.training)
         return made
 
 
-def _linear(weight: Tensor, bias: Tensor | None, like: Tensor) -> nn.Linear:
-    made = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta", dtype=weight.dtype)
-    made.weight = nn.Parameter(weight.detach().clone(), like.requires_grad)
+def _copied(value: Tensor, trained: bool) -> nn.Parameter:
+    return nn.Parameter(value.detach().clone(memory_format=torch.contiguous_format), trained)
+
+
+def _filled(layer: Any, weight: Tensor, bias: Tensor | None, like: Tensor) -> nn.Module:
+    layer.weight = _copied(weight, like.requires_grad)
     if bias is not None:
-        made.bias = nn.Parameter(bias.detach().clone(), like.requires_grad)
+        layer.bias = _copied(bias, like.requires_grad)
+    made: nn.Module = layer
     return made
 
 
-class ExpertLayers(_Unpacked):
-    """Experts of transformers with one linear layer for each weight of each expert.
+def _linear(weight: Tensor, bias: Tensor | None, like: Tensor) -> nn.Module:
+    made = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta", dtype=weight.dtype)
+    return _filled(made, weight, bias, like)
 
-    Each expert is called with its tokens. Experts without tokens are not called.
+
+class ExpertLayers(_Unpacked):
+    """Experts of transformers with one layer for each packed weight: :class:`ExpertLinear`, or a structured one.
+
+    Each expert computes the tokens that chose it, and no others.
     """
 
     num_experts: int
@@ -76,37 +86,40 @@ class ExpertLayers(_Unpacked):
         self._forms = experts(packed)
         for name, form in self._forms.items():
             weight, bias = packed.get_parameter(name), packed._parameters.get(f"{name}_bias")
-            rows = (w.mT if form.transposed else w for w in weight)
-            biases = [None] * form.number if bias is None else list(bias)
-            self.add_module(name, nn.ModuleList(_linear(w, b, weight) for w, b in zip(rows, biases, strict=True)))
+            sizes = form.number, form.fan_in, form.fan_out
+            layer = ExpertLinear(*sizes, bias is not None, device="meta", dtype=weight.dtype)
+            self.add_module(name, _filled(layer, weight.mT if form.transposed else weight, bias, weight))
 
     def packed(self) -> nn.Module:
         """Return the module with packed parameters that has the values of these layers."""
         values = {}
         for name, form in self._forms.items():
-            layers: Any = self.get_submodule(name)
-            values[name] = torch.stack([one.weight.mT if form.transposed else one.weight for one in layers])
-            if layers[0].bias is not None:
-                values[f"{name}_bias"] = torch.stack([one.bias for one in layers])
+            layer: Any = self.get_submodule(name)
+            values[name] = layer.weight.mT if form.transposed else layer.weight
+            if layer.bias is not None:
+                values[f"{name}_bias"] = layer.bias
         return self._filled(values)
 
+    @torch.compiler.disable  # the sizes of the groups differ from call to call
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Apply the experts to (tokens, features); indices and weights of the experts have shape (tokens, k)."""
-        y = torch.zeros_like(hidden_states)
-        first: Any = self.get_submodule("gate_up_proj" if "gate_up_proj" in self._forms else "up_proj")
-        down: Any = self.get_submodule("down_proj")
-        for expert in range(self.num_experts):
-            token, place = torch.where(top_k_index == expert)
-            if not len(token):
-                continue
-            hidden = first[expert](hidden_states[token])
-            if "gate_up_proj" in self._forms:
-                hidden = self._kind._apply_gate(self, hidden)
-            else:
-                hidden = self.act_fn(hidden)
-            z = down[expert](hidden) * top_k_weights[token, place, None]
-            y.index_add_(0, token, z.to(y.dtype))
-        return y
+        chosen = top_k_index.flatten()
+        sizes = self._sizes(chosen)
+        order = chosen.argsort(stable=True)[: sum(sizes)]  # larger indices stand for experts elsewhere
+        token = order // top_k_index.shape[1]
+        gated = "gate_up_proj" in self._forms
+        hidden = self.get_submodule("gate_up_proj" if gated else "up_proj")(hidden_states[token], sizes)
+        hidden = self._kind._apply_gate(self, hidden) if gated else self.act_fn(hidden)
+        z = self.get_submodule("down_proj")(hidden, sizes) * top_k_weights.flatten()[order, None]
+        return torch.zeros_like(hidden_states).index_add_(0, token, z.to(hidden_states.dtype))
+
+    def _sizes(self, chosen: Tensor) -> list[int]:
+        """Return the number of times that each expert is chosen; without values, as if all were equal."""
+        if chosen.is_meta:
+            return [len(chosen) // self.num_experts + (e < len(chosen) % self.num_experts)
+                    for e in range(self.num_experts)]  # fmt: skip
+        sizes: list[int] = chosen.bincount(minlength=self.num_experts)[: self.num_experts].tolist()
+        return sizes
 
 
 class Attention(_Unpacked):
@@ -126,7 +139,7 @@ class Attention(_Unpacked):
             held = packed.in_proj_weight if self._qkv_same_embed_dim else packed.get_parameter(f"{name}_weight")
             weight = held.chunk(3)[number] if self._qkv_same_embed_dim else held
             self.add_module(name, _linear(weight, bias[number], held))
-        self.out_proj = _linear(packed.out_proj.weight, packed.out_proj.bias, packed.out_proj.weight)
+        self.out_proj: Any = _linear(packed.out_proj.weight, packed.out_proj.bias, packed.out_proj.weight)
 
     def packed(self) -> nn.Module:
         """Return the nn.MultiheadAttention that has the values of these layers."""

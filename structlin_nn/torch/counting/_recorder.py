@@ -236,7 +236,7 @@ class Recorder(TorchDispatchMode):
             if entry.module is module:
                 break
         if entry.opaque and isinstance(output, Tensor):
-            self._structured(entry, next(iter((*args, *kwargs.values()))), output)
+            self._structured(entry, *(*args, *kwargs.values()), output=output)
         if isinstance(module, nn.utils.parametrize.ParametrizationList) and isinstance(output, Tensor):
             self._becomes_weight(output)
         self._mark()
@@ -328,8 +328,11 @@ class Recorder(TorchDispatchMode):
             changes["moved"] = sum(map(_numbers, (*inputs, *outputs)))
         return kind, replace(product, **changes)
 
-    def _structured(self, entry: _Entry, x: Tensor, output: Tensor) -> None:
-        """Count a structured layer: the cost of its structure for each vector of its input."""
+    def _structured(self, entry: _Entry, x: Tensor, sizes: Sequence[int] = (1,), *, output: Tensor) -> None:
+        """Count a structured layer: the cost of its structure for each vector of its input.
+
+        ``sizes``: numbers of vectors of the experts; factors of experts without vectors are not read.
+        """
         module = entry.module
         assert isinstance(module, StructuredLinear)
         structure = module.structure
@@ -338,8 +341,9 @@ class Recorder(TorchDispatchMode):
         rows = math.prod(x.shape[:-1]) * math.prod(hidden.values())
         parameters = iter(module.factors)
         needed = [f.trainable and next(parameters).requires_grad for f in structure.factors]
-        moved = sum(f.numel for f in structure.factors) + rows * (work_of(structure).activations or 0)
-        other = rows * sum(structure.other_flops.values()) + sum(structure.setup_flops.values())
+        used = sum(map(bool, sizes))
+        moved = used * sum(f.numel for f in structure.factors) + rows * (work_of(structure).activations or 0)
+        other = rows * sum(structure.other_flops.values()) + used * sum(structure.setup_flops.values())
         macs = rows * structure.macs
         product = Product(
             macs, d_in=structure.d_in, d_out=structure.d_out, rows=rows, moved=moved, other_flops=other

@@ -49,7 +49,7 @@ class TestQuantised:
         torch.testing.assert_close(layer(x), x @ layer.weight.mT + layer.bias)
         torch.testing.assert_close(torch.as_tensor(layer.operator @ torch.eye(96)), layer.weight)
 
-    def test_copies_files_and_compiled_models_are_equal(self, name: str) -> None:
+    def test_copies_and_files_are_equal(self, name: str) -> None:
         model, x = quantised(make(), name), torch.randn(7, 96)
         y = model(x)
         assert torch.equal(copy.deepcopy(model)(x), y)
@@ -59,7 +59,11 @@ class TestQuantised:
         again = make()
         again.load_state_dict(torch.load(file), assign=True)
         assert torch.equal(again(x), y)
-        torch.testing.assert_close(torch.compile(model)(x), y)
+
+    @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+    def test_compiled_models_are_equal(self, name: str, backend: str) -> None:
+        model, x = quantised(make(), name), torch.randn(7, 96)
+        torch.testing.assert_close(torch.compile(model, backend=backend)(x), model(x))
 
     def test_bytes_on_disk(self, name: str) -> None:
         def size(model: nn.Module) -> int:

@@ -10,7 +10,9 @@ import torch
 from torch import nn
 
 from structlin_nn.torch import (
+    ExpertLinear,
     ParameterRule,
+    StructuredExperts,
     StructuredLinear,
     load_structured,
     pack_linear,
@@ -47,9 +49,9 @@ def test_experts_keep_their_function_and_values(kind):
     before, state = model(TOKENS).logits, copy.deepcopy(model.state_dict())
     names = list(unpack_linear(model))
     assert names == [f"model.layers.{n}.mlp.experts" for n in range(2)]
-    layers = model.get_submodule(names[0]).gate_up_proj
-    assert len(layers) == 4
-    assert all(type(layer) is nn.Linear for layer in layers)
+    layer = model.get_submodule(names[0]).gate_up_proj
+    assert type(layer) is ExpertLinear
+    assert layer.weight.shape[:2] == (4, layer.out_features)
     torch.testing.assert_close(model(TOKENS).logits, before, rtol=1e-5, atol=1e-6)
     assert list(pack_linear(model)) == names
     assert model.state_dict().keys() == state.keys()
@@ -61,7 +63,9 @@ def test_experts_keep_their_function_and_values(kind):
 def test_experts_train_and_are_loaded_with_structured_layers(kind, tmp_path):
     model = moe(kind)
     report = replace_linear(model, "low_rank", rank=4, layers="*.experts.*", unpack=True)
-    assert len(report.layers) == 2 * 2 * 4
+    assert [row.experts for row in report.layers] == [4] * 4
+    for row in report.layers:
+        assert row.params_before - row.params_after == 4 * (row.macs_before - row.structure.num_params)
     groups = parameter_groups(model, lr=1e-2)
     optimizer = torch.optim.AdamW(groups)
     losses = []
@@ -74,7 +78,7 @@ def test_experts_train_and_are_loaded_with_structured_layers(kind, tmp_path):
     assert losses[-1] < losses[0]
     model.eval().save_pretrained(tmp_path)
     again = type(model).from_pretrained(tmp_path).eval()
-    assert isinstance(again.model.layers[1].mlp.experts.down_proj[3], StructuredLinear)
+    assert isinstance(again.model.layers[1].mlp.experts.down_proj, StructuredExperts)
     assert torch.equal(again(TOKENS).logits, model(TOKENS).logits)
     save_structured(model, tmp_path / "own.safetensors")
     assert torch.equal(load_structured(moe(kind), tmp_path / "own.safetensors").eval()(TOKENS).logits,
@@ -85,14 +89,14 @@ def test_experts_are_projected_with_calibration_and_come_back():
     model = moe("mixtral")
     before = model(TOKENS).logits
     report = project_linear(
-        model, "low_rank", rank=25, layers="*.experts.gate_up_proj.*", unpack=True, calibration=[TOKENS] * 4
+        model, "low_rank", rank=25, layers="*.experts.gate_up_proj", unpack=True, calibration=[TOKENS] * 4
     )
-    assert len(report.layers) == 8
+    assert [row.experts for row in report.layers] == [4, 4]
     assert all(line.output_error < 0.3 for line in report.layers)
     projected = model(TOKENS).logits
     assert (projected - before).norm() < 0.3 * before.norm()
     names = to_dense_linear(model)
-    assert len(names) == 8
+    assert len(names) == 2
     assert type(model.model.layers[0].mlp.experts).__name__ == "MixtralExperts"
     assert torch.allclose(model(TOKENS).logits, projected, atol=1e-4)
 
@@ -101,10 +105,10 @@ def test_an_expert_multiplies_by_its_own_tokens_alone():
     model = moe("mixtral")
     replace_linear(model, "low_rank", rank=4, layers="*.experts.*", unpack=True)
     seen = []
-    for layer in model.model.layers[0].mlp.experts.down_proj:
-        layer.register_forward_hook(lambda module, args, y: seen.append(len(args[0])))
+    layer = model.model.layers[0].mlp.experts.down_proj
+    layer.register_forward_hook(lambda module, args, y: seen.append((len(args[0]), sum(args[1]))))
     model(TOKENS)
-    assert sum(seen) == TOKENS.numel() * 2
+    assert seen == [(TOKENS.numel() * 2, TOKENS.numel() * 2)]
 
 
 @pytest.mark.parametrize("batch_first", [False, True])
@@ -187,10 +191,11 @@ def test_shared_parameters_are_left_alone():
 
 def test_rates_are_those_of_the_layers():
     model = moe("gpt_oss")
-    replace_linear(model, "low_rank", rank=4, layers="*.experts.down_proj.*", unpack=True)
+    replace_linear(model, "low_rank", rank=4, layers="*.experts.down_proj", unpack=True)
     rules = {"*sinks": ParameterRule(1.0, False)}
     groups = parameter_groups(model, lr=1e-3, rules=rules)
     held = {id(p): group["multiplier"] for group in groups for p in group["params"]}
-    layers = model.model.layers[0].mlp.experts.down_proj
-    assert {held[id(layer.factors[0])] for layer in layers} == {held[id(layers[0].factors[0])]}
-    assert held[id(layers[0].factors[0])] != held[id(layers[0].factors[1])]
+    layer = model.model.layers[0].mlp.experts.down_proj
+    alone = nn.Sequential(StructuredLinear(64, 32, structure="low_rank", rank=4))
+    expected = [group["multiplier"] for group in parameter_groups(alone, lr=1e-3) if "factors" in group["names"][0]]
+    assert [held[id(factor)] for factor in layer.factors] == expected
