@@ -54,19 +54,9 @@ class ReplacementReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, for JSON."""
-        return {
-            "layers": [
-                {
-                    "names": list(row.names), "shape": list(row.structure.shape), "structure": repr(row.structure),
-                    "params_before": row.params_before, "params_after": row.params_after,
-                    "macs_before": row.macs_before, "macs_after": row.macs_after,
-                }
-                for row in self.layers
-            ],
-            "skipped": [list(pair) for pair in self.skipped],
-            "dense": [{"name": name, "shape": list(shape), "role": role} for name, shape, role in self.dense],
-            "notes": list(self.notes),
-        }  # fmt: skip
+        rows = [{**vars(row), "shape": row.structure.shape, "structure": repr(row.structure)} for row in self.layers]
+        dense = [{"name": name, "shape": shape, "role": role} for name, shape, role in self.dense]
+        return {**vars(self), "layers": rows, "dense": dense}
 
     def __str__(self) -> str:
         head = ("layer", "shape", "params", "structured", "MACs", "structured")

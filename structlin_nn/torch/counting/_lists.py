@@ -89,14 +89,8 @@ _QUANTIZED = re.compile(
 
 # Properties of arrays, communication, profiling and random numbers.
 _FREE_NAMESPACES = {
-    "prim",
-    "c10d",
-    "_c10d_functional",
-    "_c10d_functional_autograd",
-    "profiler",
-    "rngprims",
-    "debug_mode_ops",
-}
+    "prim", "c10d", "_c10d_functional", "_c10d_functional_autograd", "profiler", "rngprims", "debug_mode_ops",
+}  # fmt: skip
 
 # Elementwise operations, reductions, norms, losses, lookups, sorting, sampling, optimisers, quantisation and data
 # movement that carry no tag. In-place forms, those on lists (_foreach), copies of views and backward passes follow

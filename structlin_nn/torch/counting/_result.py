@@ -290,12 +290,3 @@ def format_unknown(unknown: dict[str, int]) -> str:
     if not unknown:
         return ""
     return "UNKNOWN operations: " + ", ".join(f"{name} x{number}" for name, number in unknown.items())
-
-
-def _columns(rows: list[list[str]], left: int) -> list[str]:
-    """Return lines of aligned cells; the first ``left`` columns are aligned to the left."""
-    widths = [max(map(len, cells)) for cells in zip(*rows, strict=True)]
-    return [
-        "  ".join(c.ljust(w) if i < left else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
-        for row in rows
-    ]
