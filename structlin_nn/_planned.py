@@ -18,8 +18,8 @@ from structlin_nn.counting import ModelCount, count, roofline, training_bytes
 from structlin_nn.counting._memory import itemsize, states_of
 from structlin_nn.counting._named import loss_of
 from structlin_nn.models import MODELS, StructureConfig, build_model
-from structlin_nn.models.named import own_function
-from structlin_nn.torch import StructuredLinear, replace_linear
+from structlin_nn.models.named import own_function, parts_of, set_structure
+from structlin_nn.torch import StructuredLinear
 
 RESOURCES = ("forward_macs", "params", "bytes", "training_flops", "step_seconds", "run_seconds")
 _FEW_BLOCKS = 4  # from which on a model of so many blocks is costed by those of one and of two
@@ -231,21 +231,16 @@ class Costs:
     def _built(self, choice: Choice, batch_size: int = 1) -> tuple[nn.Module, Any, int, ModelCount | None]:
         """Return the model and inputs on the meta device, the batch, and what the loss keeps."""
         options = {**self.options, **dict(choice.options)}
+        config = StructureConfig(self.structure, options, layers=self.layers, rms_cap=self.rms_cap)
         if self._function is None:
-            config = StructureConfig(self.structure, options, layers=self.layers, rms_cap=self.rms_cap)
             sizes = dict(self.sizes) if choice.depth is None else {**self.sizes, "depth": choice.depth}
             named = build_model(self.name, width=choice.width, structure=config, device="meta", **sizes)
             inputs = (named.example_input(batch_size, device="meta"),)
             return named, inputs, batch_size, loss_of(named, batch_size)
-        made = self._call(choice)
-        model, inputs = made if isinstance(made, tuple) else (made, None)
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"{self.name} must return a torch module or (module, inputs), got {made!r}")
+        model, inputs = parts_of(self._call(choice), self.name)
         model = model.to("meta")
         if self.structure != "dense" or options or self.rms_cap:
-            replace_linear(
-                model, self.structure, layers=self.layers or "all_but_last", rms_cap=self.rms_cap, **options
-            )  # fmt: skip
+            set_structure(model, config)
         if inputs is None:
             if not hasattr(model, "example_input"):
                 raise TypeError(f"{self.name} must return (module, inputs), or a module that has example_input(batch)")

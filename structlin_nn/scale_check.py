@@ -21,8 +21,8 @@ from torch.nn import functional as F
 
 from structlin_nn._text import check_integer, suggestion
 from structlin_nn.models import MODELS, StructureConfig, base_model, build_model
-from structlin_nn.models.named import FORMS, example_inputs, open_named, own_function
-from structlin_nn.torch import Muon, ParameterRule, StructuredLinear, parameter_groups, replace_linear
+from structlin_nn.models.named import FORMS, example_inputs, open_named, own_function, parts_of, set_structure
+from structlin_nn.torch import Muon, ParameterRule, StructuredLinear, parameter_groups
 
 __all__ = ["CHECK_SIZES", "RATES", "THRESHOLD", "LayerScale", "ScaleCheck", "builder_of", "check_scale"]
 
@@ -210,9 +210,7 @@ def _run(
 
 def with_inputs(built: Made, batch_size: int, width: int) -> tuple[nn.Module, Any]:
     """Return a model and its inputs: those that it was built with, or random ones of the shape that it takes."""
-    model, inputs = built if isinstance(built, tuple) and len(built) == 2 else (built, None)
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"the builder must return a torch module or (module, inputs), got {model!r}")
+    model, inputs = parts_of(built, "the builder")
     if inputs is not None:
         return model, inputs
     try:
@@ -354,15 +352,9 @@ def builder_of(
     def build(width: int) -> Made:
         made = dense(width)
         if structure is not None:
-            replace_linear(
-                made[0] if isinstance(made, tuple) else made, structure.name, layers=structure.layers or "all_but_last",
-                rms_cap=structure.rms_cap, rule=structure.rule, shared_weights="skip", **structure.options,
-            )  # fmt: skip
+            set_structure(parts_of(made, name)[0], structure)
         return made
 
     with torch.random.fork_rng(devices=[]):
-        made = dense(base_width)
-    base = made[0] if isinstance(made, tuple) else made
-    if not isinstance(base, nn.Module):
-        raise TypeError(f"{name} must return a torch module or (module, inputs), got {base!r}")
+        base, _ = parts_of(dense(base_width), name)
     return {"build": build, "base": base, "base_width": base_width, "extra_multipliers": None, "model": name}

@@ -18,7 +18,7 @@ from structlin.scaling_laws import (
     lacks_sizes,
 )
 from structlin_nn.laws import plain, range_of, reasons_of
-from structlin_nn.tables import Row, column
+from structlin_nn.tables import Row, by_run, column
 
 __all__ = ["SHARED", "allocations", "fit_sizes", "multipliers", "sizes_record"]
 
@@ -137,13 +137,8 @@ def allocations(
 
 
 def _curves(rows: Sequence[Row], size: str, data: str, y: str) -> list[tuple[float, list[float], list[float]]]:
-    runs: dict[str, list[Row]] = {}
-    for row in rows:
-        if "record" not in row:
-            raise ValueError("the envelope of curves needs a column 'record', which identifies a run")
-        runs.setdefault(str(row["record"]), []).append(row)
     curves = []
-    for lines in runs.values():
+    for lines in by_run(rows):
         points = [p for p in zip(column(lines, data), column(lines, y), strict=True) if p[0] > 0]
         if points:  # evaluations before the start have seen no data
             curves.append((column(lines, size)[0], [p[0] for p in points], [p[1] for p in points]))

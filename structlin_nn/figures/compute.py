@@ -11,12 +11,12 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from structlin.scaling_laws import FLOPS, IsoFlop, LossBootstrap
+from structlin.scaling_laws import FLOPS, LossBootstrap
 from structlin_nn.figures.style import Series, finish, label, legend, new_figure, series
 from structlin_nn.laws import GroupLaw
 from structlin_nn.tables import Row, by_run, column
 
-__all__ = ["compute_figure", "curves_figure", "isoflop_figure", "plain_ticks", "sizes_figure"]
+__all__ = ["compute_figure", "curves_figure", "plain_ticks", "sizes_figure"]
 
 
 def compute_figure(
@@ -219,29 +219,3 @@ def _slices(
         axes.plot(fit.params[near], moved, color=colour, marker="o", markersize=3.5, linestyle="", alpha=0.6)
     low, high = min(law.optimum(b, flops=flops).loss for b in budgets), float(fit.loss.max())
     axes.set_ylim(low * 0.97, min(high, 1.9 * low))
-
-
-def isoflop_figure(found: IsoFlop, *, size: str = "params", y: str = "loss") -> Figure:
-    """Draw the parabolas of all budgets, and beside them their minima with the law.
-
-    The parabola of a budget has its runs, and a star at the minimum.
-    """
-    figure = new_figure(10.4, 4.4)
-    left, right = figure.subplots(1, 2)
-    colours = colormaps["viridis"](np.linspace(0.05, 0.85, len(found.parabolas)))
-    for colour, each in zip(colours, found.parabolas, strict=True):
-        n = np.geomspace(each.params.min(), each.params.max(), 80)
-        left.plot(each.params, each.loss, color=colour, marker="o", markersize=4, linestyle="", alpha=0.6)
-        left.plot(n, each(n), color=colour, linewidth=1.4, label=f"{each.compute:.1e}")
-        for axes, place in ((left, each.best), (right, (each.compute, each.best[0]))):
-            axes.plot(*place, color=colour, marker="*", markersize=12, markeredgecolor="white")
-    compute = found.allocation.compute
-    grid = np.geomspace(compute.min(), compute.max(), 2)
-    right.plot(grid, [found.allocation.optimum(c)[0] for c in grid], color="0.3", linewidth=1.2, zorder=0)
-    value = found.allocation.interval()
-    right.set_title(f"exponent {value.value:.3f} [{value.low:.3f}, {value.high:.3f}]", fontsize=10)
-    finish(left, x=f"N, {label(size)}", y=label(y))
-    plain_ticks(left)
-    finish(right, x="training compute (FLOPs)", y=f"best N, {label(size)}")
-    left.legend(title="FLOPs", frameon=False, fontsize=8)
-    return figure
