@@ -75,12 +75,13 @@ def replace_linear(
     total               16,576       7,360  16,384       7,168
     """
     check_choices(shared_weights=(shared_weights, ("error", "skip")))
-    places = _linear_places(model, nnx.Linear)
-    names = {layer: tuple(place.name for place in held) for layer, held in places.items()}
+    places, names = _linear_places(model, nnx.Linear)
     chosen = select(names, layers, as_patterns(exclude), "nnx.Linear")
     zeroed = matching(chosen, as_patterns(zero_init), "zero_init")
 
-    owners = _owners(model)
+    owners: dict[int, list[str]] = {}
+    for name, variable in variables(model).items():
+        owners.setdefault(id(variable), []).append(name)
     skipped, made = _left_alone(model, layers, as_patterns(exclude)), {}
     for linear, known in chosen.items():
         _check_is_plain(known[0], linear)
@@ -98,19 +99,7 @@ def replace_linear(
         raise ValueError(
             f"all selected layers share their weights with other modules; the linear layers are {names_of(names)}"
         )
-    _put(places, made)
-    rows = tuple(
-        Replacement(
-            chosen[linear],
-            new.structure,
-            _size(linear),
-            _size(new),
-            linear.in_features * linear.out_features,
-            new.structure.macs,
-        )
-        for linear, new in made.items()
-    )
-    return ReplacementReport(rows, tuple(skipped))
+    return _replaced(places, chosen, made, tuple(skipped))
 
 
 def to_dense_linear(
@@ -135,33 +124,21 @@ def to_dense_linear(
     >>> bool(jnp.allclose(model(x), before, atol=1e-6))
     True
     """
-    places = _linear_places(model, StructuredLinear)
-    names = {layer: tuple(place.name for place in held) for layer, held in places.items()}
+    places, names = _linear_places(model, StructuredLinear)
     chosen = select(names, layers, as_patterns(exclude), "StructuredLinear")
     made = {layer: _dense(known[0], layer, rngs or nnx.Rngs(0)) for layer, known in chosen.items()}
-    _put(places, made)
-    rows = tuple(
-        Replacement(
-            chosen[layer],
-            layer.structure,
-            _size(layer),
-            _size(new),
-            layer.structure.macs,
-            layer.in_features * layer.out_features,
-        )
-        for layer, new in made.items()
-    )
-    return ReplacementReport(rows)
+    return _replaced(places, chosen, made)
 
 
-def _linear_places(model: nnx.Module, kind: type[Any]) -> dict[Any, list[Place]]:
+def _linear_places(model: nnx.Module, kind: type[Any]) -> tuple[dict[Any, list[Place]], dict[Any, tuple[str, ...]]]:
+    """Return the places of the layers of a kind, and their names."""
     if isinstance(model, kind):
         raise ValueError("the model itself is a linear layer and cannot be replaced in place; put it in a container")
     places: dict[Any, list[Place]] = {}
     for place in named_modules(model):
         if isinstance(place.module, kind):
             places.setdefault(place.module, []).append(place)
-    return places
+    return places, {layer: tuple(place.name for place in held) for layer, held in places.items()}
 
 
 def _left_alone(model: nnx.Module, layers: Selection, exclude: Sequence[Pattern]) -> list[tuple[str, str]]:
@@ -175,15 +152,6 @@ def _left_alone(model: nnx.Module, layers: Selection, exclude: Sequence[Pattern]
         if isinstance(place.module, _LIKE_LINEAR) and wanted and not any(matches(p, place.name) for p in exclude):
             found.setdefault(place.module, (place.name, f"a {type(place.module).__name__}, not an nnx.Linear"))
     return list(found.values())
-
-
-def _owners(model: nnx.Module) -> dict[int, list[str]]:
-    """Return the full names of each variable, one for each module that contains it."""
-    owners: dict[int, list[str]] = {}
-    for place in named_modules(model):
-        for name, variable in own_variables(place.module).items():
-            owners.setdefault(id(variable), []).append(f"{place.name}.{name}" if place.name else name)
-    return owners
 
 
 def _check_is_plain(name: str, linear: nnx.Linear) -> None:
@@ -239,13 +207,28 @@ def _kept_metadata(variable: nnx.Variable) -> dict[str, Any]:
     return {k: v for k, v in variable.get_metadata().items() if k not in ("hijax", "ref", "eager_sharding")}
 
 
-def _put(places: Mapping[Any, Sequence[Place]], made: Mapping[Any, nnx.Module]) -> None:
+def _replaced(
+    places: Mapping[Any, Sequence[Place]], names: Mapping[Any, tuple[str, ...]], made: Mapping[Any, Any],
+    skipped: tuple[tuple[str, str], ...] = (),
+) -> ReplacementReport:  # fmt: skip
+    """Put the new layers in the places of the old ones, and return the report."""
     for old in made:
         for place in places[old]:
             place.put(old)  # raises errors before the first change
     for old, new in made.items():
         for place in places[old]:
             place.put(new)
+
+    def costs(layer: Any) -> tuple[int, int]:
+        macs = layer.structure.macs if isinstance(layer, StructuredLinear) else layer.in_features * layer.out_features
+        return _size(layer), macs
+
+    rows = []
+    for old, new in made.items():
+        structure = (new if isinstance(new, StructuredLinear) else old).structure
+        (params, macs), (params_after, macs_after) = costs(old), costs(new)
+        rows.append(Replacement(names[old], structure, params, params_after, macs, macs_after))
+    return ReplacementReport(tuple(rows), skipped)
 
 
 def _size(module: nnx.Module) -> int:
