@@ -53,11 +53,5 @@ def svd_flops(m: int, n: int, vectors: bool, full: bool) -> Fraction | int:
 
 
 def fft_flops(n: int, real: bool = False) -> int:
-    """Return the FLOPs of one transform of n numbers.
-
-    Examples
-    --------
-    >>> fft_flops(8), fft_flops(8, real=True)
-    (120, 60)
-    """
+    """Return the FLOPs of one transform of n numbers."""
     return math.ceil((2.5 if real else 5) * n * math.log2(n)) if n > 1 else 0

@@ -34,14 +34,7 @@ _TYPES: dict[str, type | tuple[type, ...]] = {
 
 
 def layout_of(model: nn.Module) -> dict[str, Any]:
-    """Return the layout of a model.
-
-    Examples
-    --------
-    >>> layout = layout_of(nn.Sequential(StructuredLinear(6, 4, structure="low_rank", rank=2), nn.Linear(4, 3)))
-    >>> layout["layers"][0]["options"], layout["linear"]
-    ({'rank': 2}, ['1'])
-    """
+    """Return the layout of a model."""
     if isinstance(model, StructuredLinear):
         raise ValueError("the model itself is a structured layer; put it in a container")
     places: dict[StructuredLinear, list[str]] = {}

@@ -36,13 +36,7 @@ class Matrices(NamedTuple):
 
 
 def factor_matrices(structure: AbstractStructure) -> tuple[Matrices | None, ...]:
-    """Return the layout of the matrices in each factor of a chain; None for a factor of another structure.
-
-    Examples
-    --------
-    >>> factor_matrices(Structure.parse("pa,pfra->frp; frp,ferp->fe", p=2, a=3, f=5, r=4, e=6))[1]
-    Matrices(order=(0, 1, 2, 3), blocks=5, fan_out=6, fan_in=8)
-    """
+    """Return the layout of the matrices in each factor of a chain; None for a factor of another structure."""
     if not isinstance(structure, Structure):
         return (None,) * len(structure.factors)
     return tuple(

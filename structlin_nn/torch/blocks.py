@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from structlin.execution.blocks import TorchBlock, torch_block
+from structlin.execution.blocks import torch_block
 from structlin.structure import Structure
 from structlin_nn.torch._modules import check_model
 from structlin_nn.torch.linear import StructuredLinear, cast_to, values
@@ -309,10 +309,11 @@ def _one_pass(
     kind, eps, weight, shift = known
     if kind == "rms" and eps is None:
         eps = torch.finfo(x.dtype).eps if x.is_floating_point() else 0.0
-    block = _block(
-        tuple(cast(Structure, layer.structure) for layer in whole), len(first), activation,
-        tuple(layer.bias is not None for layer in whole), kind, eps or 0.0, (weight is not None, shift is not None),
-        residual,
+    structures = tuple(cast(Structure, layer.structure) for layer in whole)
+    biases = tuple(layer.bias is not None for layer in whole)
+    block = torch_block(
+        structures[: len(first)], None if second is None else structures[-1], activation, biases, kind, eps or 0.0,
+        (weight is not None, shift is not None), residual,
     )  # fmt: skip
     operands: list[Tensor | None] = [weight, shift, *(layer.bias for layer in whole)]
     for layer in whole:
@@ -350,11 +351,3 @@ def _norm(norm: nn.Module | None, size: int) -> tuple[str | None, float | None, 
     if type(norm) is nn.RMSNorm and norm.normalized_shape == (size,):
         return "rms", norm.eps, norm.weight, None
     return None
-
-
-def _block(
-    structures: tuple[Structure, ...], first: int, activation: str | None, biases: tuple[bool, ...], norm: str | None,
-    eps: float, affine: tuple[bool, bool], residual: bool,
-) -> TorchBlock:  # fmt: skip
-    second = structures[first] if first < len(structures) else None
-    return torch_block(structures[:first], second, activation, biases, norm, eps, affine, residual)

@@ -12,14 +12,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint as recomputed
 
-import structlin
 from structlin._arrays import ops
 from structlin.execution._guard import guard_of
 from structlin.execution.token_major import token_major
 from structlin.execution.torch_cuda import node_tokens
 from structlin.execution.torch_ways import torch_chain
 from structlin.structure import AbstractStructure, Structure
-from structlin_nn._layer import describe, plan_layer
+from structlin_nn._layer import PlannedLayer, plan_layer
 from structlin_nn.torch._operator import chain, transformed
 from structlin_nn.torch._script import Scriptable
 from structlin_nn.torch._step_check import watch
@@ -94,7 +93,7 @@ def values(factors: Any) -> tuple[Tensor, ...]:
     return factors() if isinstance(factors, FactorList) else tuple(factors)
 
 
-class StructuredLinear(Scriptable):
+class StructuredLinear(PlannedLayer, Scriptable):
     r"""Linear layer ``y = A x + b`` with a structured matrix A: (..., in_features) -> (..., out_features).
 
     It replaces ``nn.Linear`` and has the same positional parameters. The factors of A are parameters (``factors``, in
@@ -188,13 +187,12 @@ class StructuredLinear(Scriptable):
         self.options, self.rule, self.zero_init, self.rms_cap = dict(options), rule, zero_init, rms_cap
         self.checkpoint = checkpoint
         self._is_dense = plan.is_dense
-        self._text = to_text(plan.structure) if isinstance(plan.structure, Structure) else ""
-        self._token_major = token_major(plan.structure) if isinstance(plan.structure, Structure) else None
         self._guard = guard_of(plan.structure)
-        self._chain = (
-            torch_chain(plan.structure) if isinstance(plan.structure, Structure) and not plan.is_dense else None
-        )
-        self._node_tokens = node_tokens(plan.structure) if isinstance(plan.structure, Structure) else 0
+        self._text, self._token_major, self._chain, self._node_tokens = "", None, None, 0
+        if isinstance(plan.structure, Structure):
+            self._text, self._token_major = to_text(plan.structure), token_major(plan.structure)
+            self._chain = None if plan.is_dense else torch_chain(plan.structure)
+            self._node_tokens = node_tokens(plan.structure)
         self._bare = not (rms_cap or plan.index_at)  # the factors are the parameters
 
         shapes = [spec.shape for spec in self.structure.factors if spec.trainable]
@@ -239,26 +237,11 @@ class StructuredLinear(Scriptable):
         if self.bias is not None:
             self.bias.zero_()
 
-    def effective_factors(self) -> tuple[Tensor, ...]:
-        """Return all factors of A, index factors included; trainable ones are capped if ``rms_cap`` is set."""
-        factors = list(values(self.factors))
-        if self.rms_cap:
-            sigmas = [sigma for n, sigma in enumerate(self.cap_sigma) if n not in self._plan.index_at]
-            gains = [1.0] * len(factors) if self.gains is None else values(self.gains)
-            factors = [structlin.rms_cap(f, s, g) for f, s, g in zip(factors, sigmas, gains, strict=True)]
-        for number in self._plan.index_at:
-            factors.insert(number, getattr(self, f"index{number}"))
-        return tuple(factors)
+    def _values(self, parameters: Any) -> tuple[Tensor, ...]:
+        return values(parameters)
 
-    @property
-    def operator(self) -> structlin.StructuredOperator:
-        """The matrix A as an operator of shape (out_features, in_features), without a copy of the factors.
-
-        It is differentiable in the parameters. With ``rms_cap`` it contains the capped factors, so access it again
-        after each step of the optimiser.
-        """
-        dtype = self.bias.dtype if self.bias is not None and not len(self.factors) else None
-        return self._plan.operator_class._build(self.structure, self.effective_factors(), dtype)
+    def _dtype_without_factors(self) -> torch.dtype | None:
+        return None if self.bias is None else self.bias.dtype
 
     @property
     def weight(self) -> Tensor:
@@ -381,11 +364,7 @@ class StructuredLinear(Scriptable):
 
     def extra_repr(self) -> str:
         """Describe the layer for ``print``."""
-        text = describe(
-            self._plan, self.options, bias=self.bias is not None, rms_cap=self.rms_cap, rule=self.rule,
-            zero_init=self.zero_init,
-        )  # fmt: skip
-        return f"{text}, checkpoint=True" if self.checkpoint else text
+        return self._described() + (", checkpoint=True" if self.checkpoint else "")
 
 
 def cast_to(x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -376,13 +376,7 @@ _register(
 
 
 def attention_pairs(queries: int, keys: int, causal: bool) -> int:
-    """Return the number of pairs of a query and a key; with a causal mask, query i attends to the keys 0 ... i.
-
-    Examples
-    --------
-    >>> attention_pairs(3, 5, False), attention_pairs(3, 5, True), attention_pairs(5, 3, True)
-    (15, 6, 12)
-    """
+    """Return the number of pairs of a query and a key; with a causal mask, query i attends to the keys 0 ... i."""
     if not causal:
         return queries * keys
     square = min(queries, keys)
