@@ -110,7 +110,7 @@ def build_model(
     if not isinstance(structure, StructureConfig):
         raise TypeError(f"structure must be a StructureConfig, got {structure!r}")
     config = spec.config(width=width, structure=structure, **{**spec.sizes, **sizes})
-    return spec.model(config, device=device, dtype=dtype)  # type: ignore[arg-type]
+    return spec.model(config, device=device, dtype=dtype)
 
 
 def base_model(name: str, base_width: int | None = None, **sizes: Any) -> Model:

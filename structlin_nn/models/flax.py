@@ -54,7 +54,7 @@ class _Model(nnx.Module):
 
     default_layers: str
     make: Callable[..., None]
-    stack = nnx.List
+    stack: Any = nnx.List
 
     def __init__(self, config: Any, *, dtype: Any = None, param_dtype: Any = jnp.float32, rngs: nnx.Rngs) -> None:
         self.config = config
@@ -186,6 +186,7 @@ class ViT(ViTParts, _Model):
         return self.head(self.norm(x[:, 0]))
 
 
+MODELS: dict[str, type[MLP] | type[ViT] | type[GPT2]]
 MODELS = {"cifar-mlp": MLP, "cifar-vit": ViT, "imagenet-vit": ViT, "gpt2": GPT2}
 """The flax models, by the names of :data:`structlin_nn.models.MODELS`."""
 

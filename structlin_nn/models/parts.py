@@ -70,8 +70,8 @@ class MLPBlockParts:
 
 class _ModelParts:
     default_layers: str  # preset of structured layers that the paper uses
-    block: Callable[..., Any]
-    stack: Callable[..., Any]
+    block: Any
+    stack: Any
 
 
 class MLPParts(_ModelParts):

@@ -114,7 +114,7 @@ class BlockModel(nn.Module):
     blocks: Blocks
     default_layers: str
     make: Callable[..., None]
-    stack = Blocks
+    stack: Any = Blocks
 
     def __init__(self, config: Any, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
         super().__init__()

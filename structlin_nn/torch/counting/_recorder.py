@@ -328,11 +328,11 @@ class Recorder(TorchDispatchMode):
         needed = [f.trainable and next(parameters).requires_grad for f in structure.factors]
         moved = sum(f.numel for f in structure.factors) + rows * (work_of(structure).activations or 0)
         other = rows * sum(structure.other_flops.values()) + sum(structure.setup_flops.values())
-        macs, sizes = rows * structure.macs, {"d_in": structure.d_in, "d_out": structure.d_out}
+        macs = rows * structure.macs
         gradients = physical.requires_grad + any(needed)
         back = rows * backward_macs(structure, physical.requires_grad, needed)
         moved_back = round(moved * back / macs) if macs else moved * gradients
-        product = Product(macs, rows=rows, moved=moved, other_flops=other, **sizes)
+        product = Product(macs, d_in=structure.d_in, d_out=structure.d_out, rows=rows, moved=moved, other_flops=other)
         backward = Product(back, moved=moved_back, other_flops=other * gradients)
         self.whole(entry.name, "linear", product, backward, output)
 
