@@ -84,13 +84,13 @@ def plain_ticks(axes: Axes) -> None:
     axes.yaxis.set_minor_formatter(NullFormatter())
 
 
-def curves_figure(groups: Mapping[str, Sequence[Row]], *, x: str, y: str, final_x: str = "forward_macs") -> Figure:
+def curves_figure(groups: Mapping[str, Sequence[Row]], *, x: str, y: str) -> Figure:
     """Draw the evaluations of runs against the spent compute, and the last ones against the cost of the model.
 
     On the left is a line for each run, in the colour of its group, darker for wider models. On the right are the last
     values, with a line through the means of runs of one cost (seeds). `groups` are all evaluations of runs by label,
-    with ``record``, ``width`` and the columns ``x`` (evaluations at 0 are left out), ``y`` and ``final_x``; ValueError
-    for missing columns.
+    with ``record``, ``width``, ``forward_macs`` and the columns ``x`` (evaluations at 0 are left out) and ``y``;
+    ValueError for missing columns.
     """
     figure = new_figure(9.6, 4.4)
     left, right = figure.subplots(1, 2, width_ratios=(1.4, 1), sharey=True)
@@ -103,9 +103,9 @@ def curves_figure(groups: Mapping[str, Sequence[Row]], *, x: str, y: str, final_
             raise ValueError(f"{name} has no evaluation after the start of a run")
         ends += _curves(left, runs, styles[name], x, y)
         starts += [max(column(lines, y)) for lines in runs]
-        _ends(right, [lines[-1] for lines in runs], styles[name], final_x, y)
+        _ends(right, [lines[-1] for lines in runs], styles[name], y)
     finish(left, x=label(x), y=label(y))
-    finish(right, x=label(final_x), y="")
+    finish(right, x=label("forward_macs"), y="")
     least, most = right.get_xlim()
     if most < 16 * least:  # models of almost one cost stand close together, and ticks have room
         middle = (least * most) ** 0.5
@@ -136,9 +136,9 @@ def _curves(axes: Axes, runs: Sequence[Sequence[Row]], style: Series, x: str, y:
     return ends
 
 
-def _ends(axes: Axes, lines: Sequence[Row], style: Series, x: str, y: str) -> None:
+def _ends(axes: Axes, lines: Sequence[Row], style: Series, y: str) -> None:
     points: dict[float, list[float]] = {}
-    for cost, error in zip(column(lines, x), column(lines, y), strict=True):
+    for cost, error in zip(column(lines, "forward_macs"), column(lines, y), strict=True):
         points.setdefault(cost, []).append(error)
     costs = sorted(points)
     means = [float(np.mean(points[c])) for c in costs]

@@ -102,14 +102,11 @@ def replace_linear(
     return _replaced(places, chosen, made, tuple(skipped))
 
 
-def to_dense_linear(
-    model: nnx.Module, *, layers: Selection = "all", exclude: Patterns = (), rngs: nnx.Rngs | None = None
-) -> ReplacementReport:
+def to_dense_linear(model: nnx.Module) -> ReplacementReport:
     """Replace structured layers of ``model``, in place, by ``nnx.Linear`` layers with the same matrices and biases.
 
     The weights include caps and gains; dtypes do not change. Create the optimiser afterwards, because the parameters
-    are new. `layers` and `exclude` select layers as in :func:`replace_linear`; ``nnx.Linear`` initialises its values
-    with `rngs` before they are set. Values "before" in the report are those of the structured layers.
+    are new. Values "before" in the report are those of the structured layers.
 
     Examples
     --------
@@ -125,9 +122,9 @@ def to_dense_linear(
     True
     """
     places, names = _linear_places(model, StructuredLinear)
-    chosen = select(names, layers, as_patterns(exclude), "StructuredLinear")
-    made = {layer: _dense(known[0], layer, rngs or nnx.Rngs(0)) for layer, known in chosen.items()}
-    return _replaced(places, chosen, made)
+    if not names:
+        raise ValueError("the model has no linear layers (StructuredLinear)")
+    return _replaced(places, names, {layer: _dense(known[0], layer) for layer, known in names.items()})
 
 
 def _linear_places(model: nnx.Module, kind: type[Any]) -> tuple[dict[Any, list[Place]], dict[Any, tuple[str, ...]]]:
@@ -187,14 +184,14 @@ def _structured(
         raise type(error)(f"layer {name!r} ({sizes[0]} -> {sizes[1]}): {error}") from error
 
 
-def _dense(name: str, layer: StructuredLinear, rngs: nnx.Rngs) -> nnx.Linear:
+def _dense(name: str, layer: StructuredLinear) -> nnx.Linear:
     shapes = [spec.shape for spec in layer.structure.factors if spec.trainable]
     if stacked := [factor.shape for factor, shape in zip(layer.factors, shapes, strict=True) if factor.shape != shape]:
         raise ValueError(f"layer {name!r} has a factor of shape {stacked[0]}, stacked by nnx.vmap; exclude it")
     metadata = {} if layer.bias is None else _kept_metadata(layer.bias)
     made = nnx.Linear(
         layer.in_features, layer.out_features, use_bias=layer.bias is not None, dtype=layer.dtype,
-        param_dtype=layer.param_dtype, bias_metadata=metadata, rngs=rngs,
+        param_dtype=layer.param_dtype, bias_metadata=metadata, rngs=nnx.Rngs(0),
         kernel_init=lambda *_: jnp.asarray(layer.operator.to_dense().T, layer.param_dtype),
     )  # fmt: skip
     if layer.bias is not None and made.bias is not None:

@@ -61,7 +61,7 @@ def muon_multiplier(matrices: Matrices, base_d_in: int, base_d_out: int, count: 
     return math.sqrt(own / base) / count
 
 
-def orthogonalized(x: Tensor, steps: int = 5, eps: float = 1e-7) -> Tensor:
+def orthogonalized(x: Tensor, steps: int = 5) -> Tensor:
     """Return an approximation of U V^T for matrices U S V^T of shape (..., m, n), by Newton-Schulz iterations.
 
     With these coefficients the singular values lie between 0.7 and 1.2 after few steps (Jordan et al., *Muon: An
@@ -74,7 +74,7 @@ def orthogonalized(x: Tensor, steps: int = 5, eps: float = 1e-7) -> Tensor:
     tall = x.shape[-2] > x.shape[-1]
     if tall:
         x = x.mT
-    x = x / torch.linalg.matrix_norm(x, keepdim=True).clamp(min=eps)
+    x = x / torch.linalg.matrix_norm(x, keepdim=True).clamp(min=1e-7)
     for _ in range(steps):
         gram = x @ x.mT
         x = a * x + (b * gram + c * (gram @ gram)) @ x
