@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import structlin
 from structlin.structure import AbstractStructure
@@ -66,14 +66,15 @@ def plan_layer(
 class PlannedLayer:
     """The part of a layer that follows from its plan, the same for every framework."""
 
-    _plan: LayerPlan
-    factors: Any
-    gains: Any
-    bias: Any
-    options: Any
-    rms_cap: bool
-    rule: str
-    zero_init: bool
+    if TYPE_CHECKING:  # torch.jit does not know these annotations
+        _plan: LayerPlan
+        factors: Any
+        gains: Any
+        bias: Any
+        options: Any
+        rms_cap: bool
+        rule: str
+        zero_init: bool
 
     def _values(self, parameters: Any) -> Sequence[Any]:
         """Return the arrays of a list of parameters."""
