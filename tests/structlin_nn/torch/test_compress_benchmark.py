@@ -15,7 +15,9 @@ import compress
 import compress_text
 
 
-def test_methods_are_compared_at_equal_costs():
+def test_methods_are_compared_at_equal_costs(monkeypatch):
+    training, validation = compress_text.text()
+    monkeypatch.setattr(compress_text, "text", lambda: (training, validation[: 4 * compress_text.CONTEXT]))
     sizes = {"width": 32, "depth": 1, "steps": 3, "further": 2, "calibration": 2, "fractions": [0.5]}
     arguments = argparse.Namespace(**sizes, methods=list(compress_text.METHODS))
     rows = compress_text.run(0, arguments)
