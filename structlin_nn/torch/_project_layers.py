@@ -67,13 +67,11 @@ class Task:
 
     def problem(self, damping: float) -> Problem:
         """Return the projection problem, weighted by the damped second moments if they are known; it is cached."""
-        if self._problem is None and self.moments is None:
-            self._problem = Problem(self.matrix())
-        elif self._problem is None and self.moments is not None:
-            size = len(self.moments)
-            level = damping * np.trace(self.moments).real / size
-            self._problem = Problem(self.matrix(), self.moments + level * np.eye(size))
-        assert self._problem is not None
+        if self._problem is None:
+            covariance, size = self.moments, self.shape[1]
+            if covariance is not None:
+                covariance = covariance + damping * np.trace(covariance).real / size * np.eye(size)
+            self._problem = Problem(self.matrix(), covariance)
         return self._problem
 
     def release(self) -> None:

@@ -220,7 +220,6 @@ def _fused(module: nn.Module, names: tuple[str, ...]) -> StructuredMLP | str:
     if any(getattr(module, hooks) for hooks in _HOOKS):
         return "it has hooks, which would be lost"
     rest = [(name, child) for name, child in module.named_children() if name not in names]
-    dropouts = [child for _, child in rest if isinstance(child, nn.Dropout)]
     others = [child for _, child in rest if not isinstance(child, nn.Dropout | nn.Identity)]
     if len(others) > 1 or any(p.numel() for child in others for p in child.parameters()):
         return f"it has other modules than its layers: {', '.join(type(child).__name__ for child in others)}"
@@ -230,20 +229,16 @@ def _fused(module: nn.Module, names: tuple[str, ...]) -> StructuredMLP | str:
     activation = _name_of(function)
     if activation is None:
         return f"its activation function is not one of {', '.join(ACTIVATIONS)}"
-    last = 0.0
-    if any(dropout.p for dropout in dropouts):
-        # Children are registered in the order of their calls, so this finds dropout between the layers.
-        order = [name for name, _ in module.named_children()]
-        late = [
-            c for n, c in rest if isinstance(c, nn.Dropout) and c.p and order.index(n) > max(map(order.index, names))
-        ]
-        if len(late) != sum(bool(dropout.p) for dropout in dropouts) or len(late) != 1:
-            return "it has dropout between its layers"
-        last = late[0].p
+    # Children are registered in the order of their calls, so this finds dropout between the layers.
+    order = [name for name, _ in module.named_children()]
+    dropouts = {name: child.p for name, child in rest if isinstance(child, nn.Dropout) and child.p}
+    if len(dropouts) > 1 or any(order.index(name) < max(map(order.index, names)) for name in dropouts):
+        return "it has dropout between its layers"
+    up, down, *gate = layers
     new = StructuredMLP(
-        layers[0], layers[1], activation, gate=layers[2] if len(names) > 2 else None, names=names, dropout=last
+        up, down, activation, gate=gate[0] if gate else None, names=names, dropout=sum(dropouts.values())
     ).train(module.training)
-    if not factor.is_meta and not _agree(module, new, layers[0].in_features, factor):
+    if not factor.is_meta and not _agree(module, new, up.in_features, factor):
         return "its output differs from that of its layers and its activation function"
     return new
 

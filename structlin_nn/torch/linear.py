@@ -13,13 +13,13 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint as recomputed
 
 from structlin._arrays import ops
-from structlin.execution._guard import guard_of
+from structlin.execution._guard import guard_of, transforming
 from structlin.execution.token_major import token_major
 from structlin.execution.torch_cuda import node_tokens
 from structlin.execution.torch_ways import torch_chain
 from structlin.structure import AbstractStructure, Structure
 from structlin_nn._layer import PlannedLayer, plan_layer
-from structlin_nn.torch._operator import chain, transformed
+from structlin_nn.torch._operator import chain
 from structlin_nn.torch._script import Scriptable
 from structlin_nn.torch._step_check import watch
 from structlin_nn.torch._text import to_text
@@ -347,7 +347,7 @@ class StructuredLinear(PlannedLayer, Scriptable):
             return self._chain(x, factors, bias)
         if (
             (self.checkpoint and torch.is_grad_enabled()) or (compiling and plan is not None and self._pays_as_node(x))
-        ) and not transformed():
+        ) and not transforming():
             if plan is not None:
                 y = chain(x, list(factors), self._text)
             elif torch.compiler.is_exporting():
