@@ -93,11 +93,9 @@ def check_layout(layout: Any) -> None:
         raise ValueError(f"linear must be a list of names, got {_short(layout['linear'])}")
     if not isinstance(layout["layers"], list):
         raise ValueError(f"layers must be a list, got {_short(layout['layers'])}")
-    names: list[str] = []
     for form in layout["layers"]:
         _check_form(form)
-        names += form["names"]
-    names += layout["linear"]
+    names = [name for form in layout["layers"] for name in form["names"]] + layout["linear"]
     if len(set(names)) < len(names):
         raise ValueError(f"layer {next(n for n in names if names.count(n) > 1)!r} is described twice")
 
@@ -164,16 +162,15 @@ def changes(model: nn.Module, layout: Mapping[str, Any]) -> list[Change]:
     agrees with the layout is not replaced.
     """
     unpack_linear(model, [name for form in layout["layers"] for name in form["names"]])
+    modules = dict(model.named_modules(remove_duplicate=False))
     places: dict[nn.Module, list[str]] = {}
-    modules: dict[str, nn.Module] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        modules[name] = module
+    for name, module in modules.items():
         places.setdefault(module, []).append(name)
-    wanted = [(tuple(form["names"]), form) for form in layout["layers"]]
     found = []
-    for names, form in wanted:
+    for form in layout["layers"]:
+        names = tuple(form["names"])
         old = _layer_at(names, modules, places)
-        sizes, bias = sizes_of(old), _parameter(old, "bias") is not None
+        sizes, bias = sizes_of(old), old._parameters.get("bias") is not None
         if sizes != (form["in_features"], form["out_features"]) or bias != form["bias"]:
             raise ValueError(
                 f"layer {names[0]!r} is a {_described(form['in_features'], form['out_features'], form['bias'])} in "
@@ -185,17 +182,11 @@ def changes(model: nn.Module, layout: Mapping[str, Any]) -> list[Change]:
         else:
             _check_is_called(model, names, old)
         found.append(Change(names, old, as_before(old, _structured(form, old))))
-    for name in layout["linear"]:
-        if name not in modules:
-            continue
-        old = modules[name]
+    for old in dict.fromkeys(modules[name] for name in layout["linear"] if name in modules):
         if isinstance(old, StructuredLinear) or is_conv1d(old):
-            names = tuple(places[old])
-            if any(old is change.old for change in found):
-                continue
-            bias = _parameter(old, "bias") is not None
+            bias = old._parameters.get("bias") is not None
             new = nn.Linear(*sizes_of(old), bias, device="meta", dtype=_dtype(old))
-            found.append(Change(names, old, as_before(old, new)))
+            found.append(Change(tuple(places[old]), old, as_before(old, new)))
     return found
 
 
@@ -224,10 +215,6 @@ def _structured(form: Mapping[str, Any], old: nn.Module) -> StructuredLinear:
         gain=form["gain"] if form["rms_cap"] else None, rule=form["rule"], zero_init=form["zero_init"],
         checkpoint=form["checkpoint"], **options,
     )  # fmt: skip
-
-
-def _parameter(layer: nn.Module, name: str) -> nn.Parameter | None:
-    return layer._parameters.get(name)
 
 
 def _dtype(layer: nn.Module) -> torch.dtype:
