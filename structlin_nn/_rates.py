@@ -75,10 +75,7 @@ def settle(
     rules: Mapping[Pattern, ParameterRule],
     decay: Collection[str],
 ) -> dict[Hashable, tuple[str, ParameterRule]]:
-    """Return one name and one rule for each trainable parameter; an embedding at one place is one at all places.
-
-    ValueError for a parameter without a rule or with several, or a pattern that matches nothing.
-    """
+    """Return a name and a rule for each trainable parameter; ValueError for none or several rules."""
     for pattern, value in extra.items():
         check_multiplier(value, f"extra_multipliers[{show(pattern)}]")
     for pattern, given in rules.items():

@@ -111,10 +111,7 @@ def matching(places: Mapping[Layer, Sequence[str]], patterns: Sequence[Pattern],
 
 
 def _is_repeated(names: Sequence[Sequence[str]]) -> bool:
-    """Whether the last layer is one of a stack of blocks, and so no head.
-
-    It is where an earlier layer has the same name but for one number before the end, as in ``blocks.*.mlp.fc2``.
-    """
+    """Whether the last layer is one of a stack, as ``blocks.*.mlp.fc2``: another name differs in an inner number."""
     last = names[-1][0].split(".")
     for earlier in names[:-1]:
         parts = earlier[0].split(".")
@@ -134,8 +131,7 @@ def select(
 ) -> dict[Layer, tuple[str, ...]]:
     """Return the chosen layers with their names, in order: a preset, patterns, or a predicate of name and layer.
 
-    ``kinds`` says what a linear layer is, for the message of the ValueError where there is none. Raises ValueError
-    too where nothing is chosen or a pattern matches nothing.
+    ValueError where nothing is chosen or a pattern matches nothing; ``kinds`` says in it what a linear layer is.
     """
     if not places:
         raise ValueError(f"the model has no linear layers ({kinds})")

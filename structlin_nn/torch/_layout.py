@@ -155,11 +155,9 @@ class Change:
 
 
 def changes(model: nn.Module, layout: Mapping[str, Any]) -> list[Change]:
-    """Return the replacements after which ``model`` has a layout, without making them.
+    """Return the replacements after which ``model`` has a layout, without making them, on the meta device.
 
-    Modules that pack the weights of layers of the layout are unpacked (:func:`structlin_nn.torch.unpack_linear`).
-    A new layer has the dtype, training mode and ``requires_grad`` of the old one. A structured layer that already
-    agrees with the layout is not replaced.
+    Packed weights are unpacked (:func:`structlin_nn.torch.unpack_linear`). Layers that agree with the layout stay.
     """
     unpack_linear(model, [name for form in layout["layers"] for name in form["names"]])
     modules = dict(model.named_modules(remove_duplicate=False))

@@ -82,10 +82,8 @@ def gather(
 ) -> dict[nn.Module, Tensor]:
     """Return the second moments (d_in, d_in) of the inputs of ``layers``, a mapping from module to name.
 
-    Vectors that a parent multiplies by ``layer.weight`` without calling the layer count as inputs, as in Mamba and
-    BEiT. The model runs without gradients and in evaluation mode, so running statistics do not change. Afterwards the
-    mode of each module is restored. Activations are not stored. ValueError if there are no data, or the data do not
-    reach a layer.
+    Vectors that a parent multiplies by ``layer.weight`` itself count too, as in Mamba and BEiT. The model runs without
+    gradients and in evaluation mode; modes are restored. ValueError if no data reach a layer.
     """
     found = {layer: Moments(name) for layer, name in layers.items()}
     read = _ReadWeights(found)

@@ -337,9 +337,7 @@ class StructuredLinear(PlannedLayer, Scriptable):
     def _product(self, x: Tensor, factors: Sequence[Tensor], bias: Tensor | None) -> Tensor:
         """Return (tokens, in_features) -> (tokens, out_features) by the way that :mod:`structlin.execution` chooses.
 
-        A compiler gets the contraction as one node if that is faster: on a CPU for many tokens, on a GPU if it would
-        otherwise copy the activation between two products. Otherwise it gets the single products, which it can fuse
-        with neighbouring operations.
+        A compiler gets the contraction as one node if that is faster, otherwise the single products, which it can fuse.
         """
         structure, plan = self.structure, self._token_major
         compiling = torch.compiler.is_compiling()

@@ -96,8 +96,7 @@ _register("_foreach_mm", lambda g, output: Product(_sum_of_products(g["self"], g
 def grouped(a: Tensor, b: Tensor, offsets: Tensor | None) -> Product:
     """Count ``torch._grouped_mm``: products of groups of rows, of columns, or of parts of the inner axis.
 
-    The groups end at the offsets; what lies behind the last one is not multiplied. On the meta device the offsets
-    have no values, and the groups are taken to fill their axis.
+    What lies behind the last offset is not multiplied. On the meta device the groups are taken to fill their axis.
     """
     if a.ndim == 3 and b.ndim == 3:
         return matrix_product(a, b)

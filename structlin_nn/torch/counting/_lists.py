@@ -225,10 +225,7 @@ def operation_names() -> list[str]:
 
 
 def formula_of(name: str) -> Formula | None:
-    """Return the formula of ``namespace::operation`` or of its out-of-place form, or None.
-
-    If structlin has none, the formula registered with ``torch.utils.flop_counter`` is used.
-    """
+    """Return the formula of an operation or of its out-of-place form, else torch's own, or None."""
     if name in _FORMULAS:
         return _FORMULAS[name]
     if name.endswith("_") and name[:-1] in _FORMULAS:
