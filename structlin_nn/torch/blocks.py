@@ -65,21 +65,18 @@ def mlp(
     >>> torch.allclose(mlp(x, up, down), down(F.gelu(up(x))), atol=1e-5)
     True
     """
-    function, h, found = _function(activation), x, None
-    # Under autocast the dtype of a norm and of a sum differs from that of the products.
-    apart = norm is not None and torch.is_autocast_enabled("cpu")
-    if norm is not None and apart:
-        h = norm(x)
+    function, autocast, h = _function(activation), torch.is_autocast_enabled("cpu"), x
+    if norm is not None and autocast:  # its dtype differs from that of the products, as does that of the sum with x
+        h, norm = norm(x), None
+    first, inside, found = [up] if gate is None else [gate, up], residual and not autocast, None
     if not torch.compiler.is_compiling():
-        first, inside = [up] if gate is None else [gate, up], residual and not torch.is_autocast_enabled("cpu")
-        found = _one_pass(h, first, down, activation, None if apart else norm, inside)
-        if found is not None and inside == residual:
-            return found[0]
-    if found is None:
-        h = h if norm is None or apart else norm(x)
-        h = function(up(h)) if gate is None else function(gate(h)) * up(h)
-    y: Tensor = down(h) if found is None else found[0]
-    if residual:
+        found = _one_pass(h, first, down, activation, norm, inside)
+    if found is not None:
+        y = found[0]
+    else:
+        h = h if norm is None else norm(h)
+        y = down(function(up(h)) if gate is None else function(gate(h)) * up(h))
+    if residual and (found is None or not inside):
         if y.shape != x.shape:
             raise ValueError(
                 f"residual needs an output of the shape of the input, {tuple(x.shape)}, got {tuple(y.shape)}"
