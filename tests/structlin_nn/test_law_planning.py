@@ -28,7 +28,7 @@ def laws() -> dict[str, Any]:
 
 
 def test_cheapest_structure_for_an_error() -> None:
-    monarch, dense, low_rank = plan_for_error("cifar-mlp", laws(), 0.3)
+    monarch, dense, low_rank = plan_for_error("cifar-mlp", laws(), 0.3, depth=1)
     assert (monarch["group"], dense["group"], low_rank["group"]) == ("monarch, blocks 4", "dense", "low_rank")
     assert monarch["compute"] == pytest.approx((1.2 / 0.3) ** (1 / 0.12))
     assert monarch["plan"].options == {"blocks": 4}
@@ -36,7 +36,7 @@ def test_cheapest_structure_for_an_error() -> None:
     assert (monarch["extrapolated"], low_rank["extrapolated"]) == (False, True)
     assert low_rank["compute"] is None
     assert low_rank["plan"] is None
-    training = plan_for_error("cifar-mlp", laws() | {"x": "total_training_macs"}, 0.3, samples=2)
+    training = plan_for_error("cifar-mlp", laws() | {"x": "total_training_macs"}, 0.3, samples=2, depth=1)
     assert training[0]["plan"].training_flops <= 2 * monarch["compute"]
     with pytest.raises(ValueError, match="laws in 'seconds' give no budget; fit laws in one of forward_macs"):
         plan_for_error("cifar-mlp", laws() | {"x": "seconds"}, 0.3)
@@ -145,7 +145,7 @@ def output(capsys: pytest.CaptureFixture[str], *words: object) -> str:
 
 def test_laws(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "laws.json").write_text(json.dumps(laws()))
-    words = ("cifar-mlp", "--laws", tmp_path / "laws.json", "--error", "0.3")
+    words = ("cifar-mlp", "--laws", tmp_path / "laws.json", "--error", "0.3", "--depth", "1")
     lines = output(capsys, *words).splitlines()
     assert [line.split("  ")[0] for line in lines[4:]] == ["monarch, blocks 4", "dense", "low_rank"]
     assert lines[-1].endswith("never reached")
