@@ -26,7 +26,7 @@ from structlin_nn.laws import GroupLaw, compare_laws, fit_groups
 from structlin_nn.size_laws import fit_sizes, multipliers
 from structlin_nn.tables import Row, group_rows, read_rows, select
 
-__all__ = ["RESULTS", "Run", "report", "runs_of", "write_report"]
+__all__ = ["RESULTS", "report", "runs_of", "write_report"]
 
 RESULTS = {"cifar": "test_error", "imagenet": "val_error", "gpt2": "val_loss"}
 """The default result of a report, by task."""
