@@ -261,6 +261,11 @@ def mlp(width, depth=1):
 
 def attention(width):
     return nn.MultiheadAttention(width, 6, batch_first=True), (torch.zeros(2, 5, width),) * 3
+
+def tied(width):
+    table, head = nn.Embedding(10, width), nn.Linear(width, 10, bias=False)
+    head.weight = table.weight
+    return nn.Sequential(table, nn.Linear(width, width), head), torch.zeros(4, dtype=torch.int64)
 """)
     monkeypatch.syspath_prepend(tmp_path)
     plan = plan_model("my_own_models:mlp", 1e5)
@@ -277,6 +282,8 @@ def attention(width):
     # A gain for each of the two replaced layers; the last one stays as it is.
     uncapped = Costs("my_own_models:mlp", "dense", {}, {}).measured(Choice(capped.width))
     assert capped.params == uncapped["params"] + 2
+    tied = plan_model("my_own_models:tied", 1e4, structure="low_rank", rank=1, layers="all")
+    assert tied.width == 10_000 // (2 + 10), "the head stays dense"
     with pytest.raises(ValueError, match="returns its inputs"):
         plan_model("my_own_models:mlp", 1e5, batch_size=4)
 
