@@ -7,7 +7,6 @@ blocks (`stack`).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 
@@ -43,7 +42,7 @@ class BlockParts:
     ``gelu`` is ``none`` (exact) or ``tanh`` (approximate); further keywords are those of :class:`AttentionParts`.
     """
 
-    attend: Callable[..., Any]
+    attend: Any
 
     def __init__(
         self, linear: Any, width: int, heads: int, head_dim: int, expansion: int, *, bias: bool = True,
@@ -52,7 +51,7 @@ class BlockParts:
         super().__init__()
         self.gelu = gelu
         self.attention_norm = linear.norm(width, bias=bias)
-        self.attention = type(self).attend(linear, width, heads, head_dim, bias=bias, **attention)
+        self.attention = self.attend(linear, width, heads, head_dim, bias=bias, **attention)
         self.ffn_norm = linear.norm(width, bias=bias)
         self.up = linear(width, expansion * width, bias=bias)
         self.down = linear(expansion * width, width, bias=bias, zero_init=True)
@@ -81,9 +80,9 @@ class MLPParts(_ModelParts):
 
     def make(self, linear: Any, config: Any) -> None:
         """Make the layers."""
-        kind, width, bias = type(self), config.width, config.bias
+        width, bias = config.width, config.bias
         self.input = linear(math.prod(config.input_shape), width, role="input", bias=bias)
-        self.blocks = kind.stack([kind.block(linear, width, config.expansion, bias) for _ in range(config.depth)])
+        self.blocks = self.stack([self.block(linear, width, config.expansion, bias) for _ in range(config.depth)])
         self.output = linear(width, config.num_classes, role="output", bias=bias, zero_init=True)
 
 
@@ -94,14 +93,14 @@ class ViTParts(_ModelParts):
 
     def make(self, linear: Any, config: Any) -> None:
         """Make the layers."""
-        kind, width, pixels = type(self), config.width, config.input_shape[0] * config.patch**2
+        width, pixels = config.width, config.input_shape[0] * config.patch**2
         self.patch_norm = linear.norm(pixels)
         self.patch_embedding = linear(pixels, width, role="input")
         self.embedding_norm = linear.norm(width)
         self.class_token = linear.embedding(1, width)
         self.positions = linear.embedding(config.patches + 1, width)
         sizes = config.heads, config.head_dim, config.expansion
-        self.blocks = kind.stack([kind.block(linear, width, *sizes) for _ in range(config.depth)])
+        self.blocks = self.stack([self.block(linear, width, *sizes) for _ in range(config.depth)])
         self.norm = linear.norm(width)
         self.head = linear(width, config.num_classes, role="output", zero_init=True)
 
@@ -113,7 +112,7 @@ class GPT2Parts(_ModelParts):
 
     def make(self, linear: Any, config: Any) -> None:
         """Make the layers."""
-        kind, width = type(self), config.width
+        width = config.width
         self.tokens = linear.embedding(config.vocabulary, width)
         self.positions = linear.embedding(config.context, width)
         options = {
@@ -121,7 +120,7 @@ class GPT2Parts(_ModelParts):
             "scale": config.attention_scale, "projection_bias": config.bias,
         }  # fmt: skip
         sizes = config.heads, config.head_dim, config.expansion
-        self.blocks = kind.stack([kind.block(linear, width, *sizes, **options) for _ in range(config.depth)])
+        self.blocks = self.stack([self.block(linear, width, *sizes, **options) for _ in range(config.depth)])
         self.norm = linear.norm(width, bias=config.bias)
         if not config.tied:
             self.head = linear(width, config.vocabulary, role="output", bias=False, zero_init=True)
