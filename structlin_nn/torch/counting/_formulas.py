@@ -444,18 +444,16 @@ def _sequences(x: Tensor) -> tuple[int, int]:
     return x.shape[0] * x.shape[1], x.shape[0] * x.shape[1] ** 2
 
 
-def _fast_attention(arguments: Arguments, output: Any) -> Product:
-    """Count the projections of queries, keys and values, attention, and the output projection."""
-    width, (tokens, pairs) = arguments["embed_dim"], _sequences(arguments["query"])
-    return Product(4 * tokens * width**2 + 2 * pairs * width, "attention")
+def _fused_layer(x: str, kind: str, *further: str) -> Formula:
+    """Return the formula of four projections and attention, and of further layers by their weights."""
+
+    def formula(arguments: Arguments, output: Any) -> Product:
+        width, (tokens, pairs) = arguments["embed_dim"], _sequences(arguments[x])
+        weights = 4 * width**2 + sum(arguments[name].numel() for name in further)
+        return Product(tokens * weights + 2 * pairs * width, kind)
+
+    return formula
 
 
-def _fast_encoder(arguments: Arguments, output: Any) -> Product:
-    """Count nn.TransformerEncoderLayer without gradients: attention and two layers."""
-    width, (tokens, pairs) = arguments["embed_dim"], _sequences(arguments["src"])
-    layers = 4 * width**2 + arguments["ffn_weight_1"].numel() + arguments["ffn_weight_2"].numel()
-    return Product(tokens * layers + 2 * pairs * width, "linear")
-
-
-_register("_native_multi_head_attention", _fast_attention)
-_register("_transformer_encoder_layer_fwd", _fast_encoder)
+_register("_native_multi_head_attention", _fused_layer("query", "attention"))
+_register("_transformer_encoder_layer_fwd", _fused_layer("src", "linear", "ffn_weight_1", "ffn_weight_2"))
