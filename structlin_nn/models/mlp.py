@@ -65,13 +65,8 @@ class MLP(MLPParts, ImageModel):
         """Make the layers, and the fixed order of the pixels."""
         super().make(linear, config)
         pixels = math.prod(config.input_shape)
-        self.register_buffer("permutation", torch.empty(pixels, dtype=torch.int64, device=linear.device))
-        self.reset_buffers()
-
-    def reset_buffers(self) -> None:
-        """Write the fixed order of the pixels."""
-        generator = torch.Generator().manual_seed(PERMUTATION_SEED)
-        self.permutation.copy_(torch.randperm(self.permutation.numel(), generator=generator, device="cpu"))
+        order = torch.randperm(pixels, generator=torch.Generator().manual_seed(PERMUTATION_SEED), device="cpu")
+        self.register_buffer("permutation", torch.empty(pixels, dtype=torch.int64, device=linear.device).copy_(order))
 
     def forward(self, x: Tensor, return_features: bool = False) -> Tensor | tuple[Tensor, Tensor]:
         """Return logits, or (logits, features): the features (batch, width) are what the output layer reads."""
