@@ -16,11 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib import colormaps
+from matplotlib.figure import Figure
 
-from structlin.scaling_laws import TERMS, Estimate, fit_isoflop, fit_loss_law
+from structlin.scaling_laws import TERMS, Estimate, IsoFlop, fit_isoflop, fit_loss_law
 from structlin_nn._files import atomic_write
-from structlin_nn.figures.compute import isoflop_figure, sizes_figure
-from structlin_nn.figures.style import save
+from structlin_nn.figures.compute import plain_ticks, sizes_figure
+from structlin_nn.figures.style import finish, label, new_figure, save
 
 OUTLIERS = 5  # the largest losses, which Besiroglu et al. leave out
 BUDGETS = (6e18, 1e19, 3e19, 6e19, 1e20, 3e20, 6e20, 1e21, 3e21)  # of the iso-FLOP runs
@@ -29,6 +31,32 @@ CHINCHILLA = 5.76e23  # FLOPs of the model of that name
 
 def plain(value: Estimate) -> list[float]:
     return [value.value, value.low, value.high]
+
+
+def isoflop_figure(found: IsoFlop, *, size: str = "params", y: str = "loss") -> Figure:
+    """Draw the parabolas of all budgets, and beside them their minima with the law.
+
+    The parabola of a budget has its runs, and a star at the minimum.
+    """
+    figure = new_figure(10.4, 4.4)
+    left, right = figure.subplots(1, 2)
+    colours = colormaps["viridis"](np.linspace(0.05, 0.85, len(found.parabolas)))
+    for colour, each in zip(colours, found.parabolas, strict=True):
+        n = np.geomspace(each.params.min(), each.params.max(), 80)
+        left.plot(each.params, each.loss, color=colour, marker="o", markersize=4, linestyle="", alpha=0.6)
+        left.plot(n, each(n), color=colour, linewidth=1.4, label=f"{each.compute:.1e}")
+        for axes, place in ((left, each.best), (right, (each.compute, each.best[0]))):
+            axes.plot(*place, color=colour, marker="*", markersize=12, markeredgecolor="white")
+    compute = found.allocation.compute
+    grid = np.geomspace(compute.min(), compute.max(), 2)
+    right.plot(grid, [found.allocation.optimum(c)[0] for c in grid], color="0.3", linewidth=1.2, zorder=0)
+    value = found.allocation.interval()
+    right.set_title(f"exponent {value.value:.3f} [{value.low:.3f}, {value.high:.3f}]", fontsize=10)
+    finish(left, x=f"N, {label(size)}", y=label(y))
+    plain_ticks(left)
+    finish(right, x="training compute (FLOPs)", y=f"best N, {label(size)}")
+    left.legend(title="FLOPs", frameon=False, fontsize=8)
+    return figure
 
 
 def main(argv: Sequence[str] | None = None) -> int:

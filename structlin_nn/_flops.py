@@ -42,12 +42,16 @@ FLOPS: dict[str, Callable[..., Fraction | int]] = {
 """FLOPs of one matrix: m x n, or n x n; exact to leading order."""
 
 
-def fft_flops(n: int, real: bool = False) -> int:
-    """Return the FLOPs of one transform of n numbers.
+def qr_flops(m: int, n: int, columns: int) -> Fraction | int:
+    """Return the FLOPs of a QR decomposition with so many columns of Q."""
+    return FLOPS["qr"](m, n) + (FLOPS["householder_product"](m, columns, min(m, n)) if columns else 0)
 
-    Examples
-    --------
-    >>> fft_flops(8), fft_flops(8, real=True)
-    (120, 60)
-    """
+
+def svd_flops(m: int, n: int, vectors: bool, full: bool) -> Fraction | int:
+    """Return the FLOPs of a singular value decomposition, with thin or full factors or the values alone."""
+    return FLOPS["svdvals" if not vectors else "svd_full" if full else "svd"](max(m, n), min(m, n))
+
+
+def fft_flops(n: int, real: bool = False) -> int:
+    """Return the FLOPs of one transform of n numbers."""
     return math.ceil((2.5 if real else 5) * n * math.log2(n)) if n > 1 else 0

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import structlin
 from structlin.structure import AbstractStructure
@@ -63,20 +63,68 @@ def plan_layer(
     )
 
 
-def describe(
-    plan: LayerPlan, options: Mapping[str, Any], *, bias: bool, rms_cap: bool, rule: str, zero_init: bool
-) -> str:
-    """Return the arguments of a layer as they stand in its representation."""
-    if issubclass(plan.operator_class, structlin.NamedOperator):
-        name = plan.operator_class.name + "".join(f" {k}={v}" for k, v in options.items())
-    else:
-        name = repr(plan.structure)
-    parts = [f"in_features={plan.structure.d_in}, out_features={plan.structure.d_out}, bias={bias}"]
-    parts.append(f"structure={name}")
-    parts += [f"rms_cap=True, gain={plan.gains}"] if rms_cap else []
-    parts += [f"rule={rule}"] if rule != "paper" else []
-    parts += ["zero_init=True"] if zero_init else []
-    return ", ".join(parts)
+class PlannedLayer:
+    """The part of a layer that follows from its plan, the same for every framework."""
+
+    if TYPE_CHECKING:  # torch.jit does not know these annotations
+        _plan: LayerPlan
+        factors: Any
+        gains: Any
+        bias: Any
+        options: Any
+        rms_cap: bool
+        rule: str
+        zero_init: bool
+
+    def _values(self, parameters: Any) -> Sequence[Any]:
+        """Return the arrays of a list of parameters."""
+        raise NotImplementedError
+
+    def _index(self, number: int) -> Any:
+        return getattr(self, f"index{number}")
+
+    def _dtype_without_factors(self) -> Any:
+        raise NotImplementedError
+
+    def _capped(self, factor: Any, sigma: float, gain: Any) -> Any:
+        return structlin.rms_cap(factor, sigma, gain)
+
+    def effective_factors(self) -> tuple[Any, ...]:
+        """Return all factors of A, index factors included; trainable ones are capped if ``rms_cap`` is set."""
+        factors, plan = list(self._values(self.factors)), self._plan
+        if self.rms_cap:
+            sigmas = [sigma for n, sigma in enumerate(plan.cap_sigma) if n not in plan.index_at]
+            gains = [1.0] * len(factors) if self.gains is None else self._values(self.gains)
+            factors = [self._capped(f, s, g) for f, s, g in zip(factors, sigmas, gains, strict=True)]
+        for number in plan.index_at:
+            factors.insert(number, self._index(number))
+        return tuple(factors)
+
+    @property
+    def operator(self) -> structlin.StructuredOperator:
+        """The matrix A as an operator of shape (out_features, in_features), without a copy of the factors.
+
+        It is differentiable in the parameters. With ``rms_cap`` it contains the capped factors, so access it again
+        after each step of the optimiser; in jax, access it inside the function that is differentiated.
+        """
+        dtype = None if len(self.factors) else self._dtype_without_factors()
+        return self._plan.operator_class._build(self._plan.structure, self.effective_factors(), dtype)
+
+    def _described(self) -> str:
+        """Return the arguments of the layer as they stand in its representation."""
+        plan = self._plan
+        if issubclass(plan.operator_class, structlin.NamedOperator):
+            name = plan.operator_class.name + "".join(f" {k}={v}" for k, v in self.options.items())
+        else:
+            name = repr(plan.structure)
+        parts = [
+            f"in_features={plan.structure.d_in}, out_features={plan.structure.d_out}, bias={self.bias is not None}"
+        ]
+        parts.append(f"structure={name}")
+        parts += [f"rms_cap=True, gain={plan.gains}"] if self.rms_cap else []
+        parts += [f"rule={self.rule}"] if self.rule != "paper" else []
+        parts += ["zero_init=True"] if self.zero_init else []
+        return ", ".join(parts)
 
 
 def _structure(structure: object, shape: tuple[int, int], options: Mapping[str, Any]) -> AbstractStructure:

@@ -18,8 +18,8 @@ from structlin_nn.counting import ModelCount, count, roofline, training_bytes
 from structlin_nn.counting._memory import itemsize, states_of
 from structlin_nn.counting._named import loss_of
 from structlin_nn.models import MODELS, StructureConfig, build_model
-from structlin_nn.models.named import own_function
-from structlin_nn.torch import StructuredLinear, replace_linear
+from structlin_nn.models.named import own_function, parts_of, set_structure
+from structlin_nn.torch import StructuredLinear
 
 RESOURCES = ("forward_macs", "params", "bytes", "training_flops", "step_seconds", "run_seconds")
 _FEW_BLOCKS = 4  # from which on a model of so many blocks is costed by those of one and of two
@@ -78,19 +78,22 @@ class Costs:
         """Return the number of blocks of a named model; None for a model of your own without a choice of depth."""
         if choice.depth is not None or self._function is not None:
             return choice.depth
+        return self._size("depth")
+
+    def _size(self, name: str) -> int:
+        """Return a size of a named model, 1 if it has no such size."""
         spec = MODELS[self.name]
-        return self.sizes.get("depth", spec.config(width=256, **spec.sizes).depth)
+        return self.sizes.get(name, getattr(spec.config(width=256, **spec.sizes), name, 1))
 
     def quick(self, choice: Choice) -> dict[str, Any] | None:
         """Return `measured`, for deep named models from those of one and two blocks; None where none can be built."""
-        depth = self.depth_of(choice)
+        depth = self._deep(choice)
         try:
-            if not self._is_deep(depth):
+            if not depth:
                 return self.measured(choice, self.full)
             one, two = (self.measured(Choice(choice.width, d, choice.options), self.full) for d in (1, 2))
         except ValueError:
             return None
-        assert depth is not None
         # All blocks cost the same; what is chosen in the end is counted in full.
         return {k: v if v is None else v + (depth - 1) * (two[k] - v) for k, v in one.items()}
 
@@ -101,18 +104,14 @@ class Costs:
         what heads split), of those layers whose sizes lie on one; the others count 0. It costs a design for each layer,
         and no model.
         """
-        depth = self.depth_of(choice)
-        if self._is_deep(depth):
-            assert depth is not None
+        depth = self._deep(choice)
+        if depth:
             one, two = (self._least_of(Choice(choice.width, d, choice.options)) for d in (1, 2))
-            if one is None or two is None:
-                return None
-            flops, params = (a + (depth - 1) * max(b - a, 0) for a, b in zip(one, two, strict=True))
         else:
-            found = self._least_of(choice)
-            if found is None:
-                return None
-            flops, params = found
+            one = two = self._least_of(choice)
+        if one is None or two is None:
+            return None
+        flops, params = (a + (depth - 1) * max(b - a, 0) for a, b in zip(one, two, strict=True))
         # The backward pass of a named model costs what its forward pass does at least. Weights, gradients and states
         # are held; in a model of your own some may be frozen.
         own = self._function is not None
@@ -149,10 +148,7 @@ class Costs:
         return flops, params
 
     def _on_a_line(self, sizes: Mapping[int, float], width: int) -> int | None:
-        heads: int = 1
-        if self._function is None:
-            spec = MODELS[self.name]
-            heads = int(self.sizes.get("heads", getattr(spec.config(width=256, **spec.sizes), "heads", 1)))
+        heads = 1 if self._function is not None else self._size("heads")
         for step in dict.fromkeys((1, heads)):
             points = {step * (w // step): size for w, size in sizes.items()}
             (x0, y0), (x1, y1) = min(points.items()), max(points.items())
@@ -172,8 +168,10 @@ class Costs:
                 self._designed[key] = None
         return self._designed[key]
 
-    def _is_deep(self, depth: int | None) -> bool:
-        return self._function is None and depth is not None and depth >= _FEW_BLOCKS
+    def _deep(self, choice: Choice) -> int:
+        """Return the number of blocks of a model that is costed by those of one and of two blocks, otherwise 0."""
+        depth = self.depth_of(choice) or 0
+        return depth if self._function is None and depth >= _FEW_BLOCKS else 0
 
     def measured(self, choice: Choice, full: bool = True) -> dict[str, Any]:
         """Count all resources and ``training_macs``, or unless ``full`` only forward MACs and parameters.
@@ -231,21 +229,16 @@ class Costs:
     def _built(self, choice: Choice, batch_size: int = 1) -> tuple[nn.Module, Any, int, ModelCount | None]:
         """Return the model and inputs on the meta device, the batch, and what the loss keeps."""
         options = {**self.options, **dict(choice.options)}
+        config = StructureConfig(self.structure, options, layers=self.layers, rms_cap=self.rms_cap)
         if self._function is None:
-            config = StructureConfig(self.structure, options, layers=self.layers, rms_cap=self.rms_cap)
             sizes = dict(self.sizes) if choice.depth is None else {**self.sizes, "depth": choice.depth}
             named = build_model(self.name, width=choice.width, structure=config, device="meta", **sizes)
             inputs = (named.example_input(batch_size, device="meta"),)
             return named, inputs, batch_size, loss_of(named, batch_size)
-        made = self._call(choice)
-        model, inputs = made if isinstance(made, tuple) else (made, None)
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"{self.name} must return a torch module or (module, inputs), got {made!r}")
+        model, inputs = parts_of(self._call(choice), self.name)
         model = model.to("meta")
         if self.structure != "dense" or options or self.rms_cap:
-            replace_linear(
-                model, self.structure, layers=self.layers or "all_but_last", rms_cap=self.rms_cap, **options
-            )  # fmt: skip
+            set_structure(model, config)
         if inputs is None:
             if not hasattr(model, "example_input"):
                 raise TypeError(f"{self.name} must return (module, inputs), or a module that has example_input(batch)")

@@ -11,6 +11,7 @@ import structlin
 from structlin.scale import OPTIMIZERS
 from structlin.structure import AbstractStructure
 from structlin_nn._patterns import Pattern, listed, matches, show
+from structlin_nn._text import read_value
 
 KINDS = ("factor", "weight", "embedding", "bias", "norm", "gain", "vector")
 """Kinds of parameters: factors of structured layers; weights of dense layers and convolutions; embeddings; biases;
@@ -75,10 +76,7 @@ def settle(
     rules: Mapping[Pattern, ParameterRule],
     decay: Collection[str],
 ) -> dict[Hashable, tuple[str, ParameterRule]]:
-    """Return one name and one rule for each trainable parameter; an embedding at one place is one at all places.
-
-    ValueError for a parameter without a rule or with several, or a pattern that matches nothing.
-    """
+    """Return a name and a rule for each trainable parameter; ValueError for none or several rules."""
     for pattern, value in extra.items():
         check_multiplier(value, f"extra_multipliers[{show(pattern)}]")
     for pattern, given in rules.items():
@@ -180,16 +178,9 @@ def check_same_modules(ours: Mapping[str, Any], theirs: Mapping[str, Any], same:
 def check_number(value: Any, name: str) -> None:
     """Raise TypeError unless ``value`` is a real number."""
     if isinstance(value, bool | str) or not hasattr(value, "__float__"):
-        hint = f"; {float(value)!r} would be one" if isinstance(value, str) and _is_float(value) else ""
+        number = read_value(value) if isinstance(value, str) else None
+        hint = f"; {float(number)!r} would be one" if isinstance(number, int | float) else ""
         raise TypeError(f"{name} must be a number, got {value!r}{hint}")
-
-
-def _is_float(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
 
 
 def check_multiplier(value: float, what: str) -> None:

@@ -56,19 +56,9 @@ class ReplacementReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, for JSON."""
-        return {
-            "layers": [
-                {
-                    "names": list(row.names), "shape": list(row.structure.shape), "structure": repr(row.structure),
-                    "params_before": row.params_before, "params_after": row.params_after,
-                    "macs_before": row.macs_before, "macs_after": row.macs_after, "experts": row.experts,
-                }
-                for row in self.layers
-            ],
-            "skipped": [list(pair) for pair in self.skipped],
-            "dense": [{"name": name, "shape": list(shape), "role": role} for name, shape, role in self.dense],
-            "notes": list(self.notes),
-        }  # fmt: skip
+        rows = [{**vars(row), "shape": row.structure.shape, "structure": repr(row.structure)} for row in self.layers]
+        dense = [{"name": name, "shape": shape, "role": role} for name, shape, role in self.dense]
+        return {**vars(self), "layers": rows, "dense": dense}
 
     def __str__(self) -> str:
         head = ("layer", "shape", "params", "structured", "MACs", "structured")
@@ -123,10 +113,7 @@ def matching(places: Mapping[Layer, Sequence[str]], patterns: Sequence[Pattern],
 
 
 def _is_repeated(names: Sequence[Sequence[str]]) -> bool:
-    """Whether the last layer is one of a stack of blocks, and so no head.
-
-    It is where an earlier layer has the same name but for one number before the end, as in ``blocks.*.mlp.fc2``.
-    """
+    """Whether the last layer is one of a stack, as ``blocks.*.mlp.fc2``: another name differs in an inner number."""
     last = names[-1][0].split(".")
     for earlier in names[:-1]:
         parts = earlier[0].split(".")
@@ -146,8 +133,7 @@ def select(
 ) -> dict[Layer, tuple[str, ...]]:
     """Return the chosen layers with their names, in order: a preset, patterns, or a predicate of name and layer.
 
-    ``kinds`` says what a linear layer is, for the message of the ValueError where there is none. Raises ValueError
-    too where nothing is chosen or a pattern matches nothing.
+    ValueError where nothing is chosen or a pattern matches nothing; ``kinds`` says in it what a linear layer is.
     """
     if not places:
         raise ValueError(f"the model has no linear layers ({kinds})")

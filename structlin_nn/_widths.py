@@ -67,16 +67,14 @@ def widest(
     high = low + _BEYOND + 1
     if parts > 1:
         high = max(nth((last or 0) + 3) // multiple_of, 2 * low, _SMALL // multiple_of, low + 2)
-    candidates = range(max(low, 1), high)
+    widths = range(max(low, 1) * multiple_of, high * multiple_of, multiple_of)
     # Some widths of all residues, which show how the sizes of the layers depend on the width.
-    list(itertools.islice((n for n in candidates if cost(n * multiple_of) is not None), 4))
-    best = _first(
-        reversed(candidates), lambda n: may_fit(at.of_width(n * multiple_of)) and _fits(cost(n * multiple_of))
-    )
+    list(itertools.islice((width for width in widths if cost(width) is not None), 4))
+    best = _first(reversed(widths), lambda width: may_fit(at.of_width(width)) and _fits(cost(width)))
     if best is None:
         return None, None
-    after = _first(range(best + 1, high + 64), lambda n: cost(n * multiple_of) is not None)
-    return at.of_width(best * multiple_of), None if after is None else after * multiple_of
+    beyond = range(best + multiple_of, (high + 64) * multiple_of, multiple_of)
+    return at.of_width(best), _first(beyond, lambda width: cost(width) is not None)
 
 
 def nth_width(n: int, multiple_of: int, parts: int) -> int:

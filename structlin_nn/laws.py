@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from structlin.scaling_laws import (
     Bootstrap,
@@ -20,6 +20,8 @@ from structlin.scaling_laws import pareto_frontier as frontier_of
 from structlin_nn.tables import Row, column
 
 __all__ = ["GroupLaw", "compare_laws", "comparisons_record", "fit_groups", "laws_record"]
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -85,29 +87,35 @@ def fit_groups(
     >>> round(laws["dense"].fit.law.exponent, 4), left_out
     (0.1, {'monarch': 'a law of 2 parameters needs at least 2 different values of compute, got 1'})
     """
+
+    def law(rows: Sequence[Row]) -> GroupLaw:
+        compute, error = column(rows, x), column(rows, y)
+        if frontier:
+            kept = frontier_of(compute, error)
+            compute, error = ([values[i] for i in kept] for values in (compute, error))
+        fit = fit_power_law(compute, error, floor=floor, loss=loss)
+        drawn = None
+        if len(compute) > fit.free_parameters or noise is not None:
+            drawn = fit.bootstrap(samples, seed=seed, method=method, noise=noise)
+        return GroupLaw(fit, drawn, len(rows))
+
+    return for_each(groups, law)
+
+
+def for_each(
+    groups: Mapping[str, Sequence[Row]], fit: Callable[[Sequence[Row]], Result]
+) -> tuple[dict[str, Result], dict[str, str]]:
+    """Return what `fit` returns for each group, and its error for others; ValueError if there is no result."""
     found, left_out = {}, {}
     for name, rows in groups.items():
         try:
-            compute, error = column(rows, x), column(rows, y)
-            if frontier:
-                kept = frontier_of(compute, error)
-                compute, error = ([values[i] for i in kept] for values in (compute, error))
-            fit = fit_power_law(compute, error, floor=floor, loss=loss)
-            drawn = None
-            if len(compute) > fit.free_parameters or noise is not None:
-                drawn = fit.bootstrap(samples, seed=seed, method=method, noise=noise)
+            found[name] = fit(rows)
         except ValueError as problem:
             left_out[name] = str(problem)
-            continue
-        found[name] = GroupLaw(fit, drawn, len(rows))
     if not found:
-        raise ValueError(reasons_of(left_out))
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in left_out.items())
+        raise ValueError(reasons or "there are no groups")
     return found, left_out
-
-
-def reasons_of(left_out: Mapping[str, str]) -> str:
-    """Return in one line why no group has a law."""
-    return "; ".join(f"{name}: {reason}" for name, reason in left_out.items()) or "there are no groups"
 
 
 def compare_laws(

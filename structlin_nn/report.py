@@ -12,7 +12,6 @@ import math
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +20,13 @@ from matplotlib.figure import Figure
 
 from structlin_nn._files import atomic_write
 from structlin_nn.figures.compute import compute_figure, curves_figure, sizes_figure
-from structlin_nn.figures.spent import spent_figure
+from structlin_nn.figures.spent import Run, spent_figure
 from structlin_nn.figures.style import label
 from structlin_nn.laws import GroupLaw, compare_laws, fit_groups
 from structlin_nn.size_laws import fit_sizes, multipliers
 from structlin_nn.tables import Row, group_rows, read_rows, select
 
-__all__ = ["RESULTS", "Run", "report", "runs_of", "write_report"]
+__all__ = ["RESULTS", "report", "runs_of", "write_report"]
 
 RESULTS = {"cifar": "test_error", "imagenet": "val_error", "gpt2": "val_loss"}
 """The default result of a report, by task."""
@@ -59,31 +58,6 @@ figcaption {{ color: #555; font-size: 13px; max-width: 46rem; }}
 </head>
 <body>
 """
-
-
-@dataclass(frozen=True)
-class Run:
-    """The entries of a report about one run.
-
-    ``params`` are trainable ones, if the record has them. ``planned`` are the FLOPs of the training of the whole run,
-    and ``spent`` those so far; ``seconds`` are those of training, without evaluations if the record separates them.
-    ``result`` is that of the last evaluation.
-    """
-
-    record: str
-    group: str
-    width: int | None
-    params: int | None
-    planned: float | None
-    spent: float
-    seconds: float | None
-    result: float
-    finished: bool
-
-    @property
-    def rate(self) -> float | None:
-        """FLOPs a second; None where nothing was timed."""
-        return self.spent / self.seconds if self.seconds else None
 
 
 def runs_of(groups: Mapping[str, Sequence[Row]], y: str) -> list[Run]:

@@ -21,8 +21,8 @@ from torch.nn import functional as F
 
 from structlin_nn._text import check_integer, suggestion
 from structlin_nn.models import MODELS, StructureConfig, base_model, build_model
-from structlin_nn.models.named import FORMS, example_inputs, open_named, own_function
-from structlin_nn.torch import ExpertLinear, Muon, ParameterRule, StructuredLinear, parameter_groups, replace_linear
+from structlin_nn.models.named import FORMS, example_inputs, open_named, own_function, parts_of, set_structure
+from structlin_nn.torch import ExpertLinear, Muon, ParameterRule, StructuredLinear, parameter_groups
 
 __all__ = ["CHECK_SIZES", "RATES", "THRESHOLD", "LayerScale", "ScaleCheck", "builder_of", "check_scale"]
 
@@ -132,26 +132,25 @@ def check_scale(
     """
     _check(widths, optimizer, lr, threshold, steps=steps, seeds=seeds, batch_size=batch_size)
     rate = RATES[optimizer] if lr is None else lr
-    initial: dict[str, list[list[float]]] = {}
-    change: dict[str, list[list[list[float]]]] = {}
+    chosen = {"structure_aware": structure_aware, "extra_multipliers": extra_multipliers, "rules": rules}
+    measured: dict[str, np.ndarray] = {}  # (1 + steps, widths, seeds)
     for position, width in enumerate(widths):
         for seed in range(seeds):
-            chosen = {"structure_aware": structure_aware, "extra_multipliers": extra_multipliers, "rules": rules}
             found = _run(build, width, base, seed, optimizer, rate, steps, batch_size, chosen)
-            if position and found.keys() != initial.keys():
+            if measured and found.keys() != measured.keys():
                 raise ValueError(
-                    f"the layers at width {width} are {', '.join(found)}, and at {widths[0]} {', '.join(initial)}"
+                    f"the layers at width {width} are {', '.join(found)}, and at {widths[0]} {', '.join(measured)}"
                 )
-            for name, (first, moved) in found.items():
-                initial.setdefault(name, [[] for _ in widths])[position].append(first)
-                change.setdefault(name, [[] for _ in widths])[position].append(moved)
+            for name, values in found.items():
+                rms = measured.setdefault(name, np.empty((1 + steps, len(widths), seeds)))
+                rms[:, position, seed] = values
     layers = []
-    for name in initial:
-        at_start = [_mean(values) for values in initial[name]]
-        after = [[_mean([s[step] for s in change[name][i]]) for i in range(len(widths))] for step in range(steps)]
-        slopes = _slope(widths, at_start), _slope(widths, after[-1])
-        verdict = _verdict(*slopes, after[-1], threshold)
-        layers.append(LayerScale(name, tuple(at_start), tuple(map(tuple, after)), *slopes, verdict))
+    for name, rms in measured.items():
+        with np.errstate(divide="ignore"):
+            initial, *change = np.exp(np.log(rms).mean(-1)).tolist()  # geometric means over seeds
+        slopes = _slope(widths, initial), _slope(widths, change[-1])
+        verdict = _verdict(*slopes, change[-1], threshold)
+        layers.append(LayerScale(name, tuple(initial), tuple(map(tuple, change)), *slopes, verdict))
     return ScaleCheck(
         model, tuple(widths), base_width, optimizer, rate, steps, seeds, structure_aware, threshold, tuple(layers)
     )
@@ -173,7 +172,7 @@ def _check(widths: Sequence[int], optimizer: str, lr: float | None, threshold: f
 def _run(
     build: Builder, width: int, base: nn.Module, seed: int, optimizer: str, lr: float, steps: int, batch_size: int,
     chosen: Mapping[str, Any],
-) -> dict[str, tuple[float, list[float]]]:  # fmt: skip
+) -> dict[str, list[float]]:  # fmt: skip
     """Return, for each layer, the RMS of its outputs at initialisation, and of their change after each step."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -193,26 +192,23 @@ def _run(
         generator = torch.Generator().manual_seed(seed)
         targets = torch.randint(logits.shape[-1], logits.shape[:-1], generator=generator)
         before = dict(noted)
-        changes: dict[str, list[float]] = {name: [] for name in before}
+        found = {name: [_rms(x)] for name, x in before.items()}
         for _ in range(steps):
             updates.zero_grad()
             F.cross_entropy(logits.flatten(0, -2), targets.flatten()).backward()
             updates.step()
             logits = logits_of(model, inputs)
             for name, x in before.items():
-                changes[name].append(_rms(noted[name] - x))
-    found = {name: (_rms(x), changes[name]) for name, x in before.items()}
-    for name, (first, moved) in found.items():
-        if not all(map(math.isfinite, (first, *moved))):
+                found[name].append(_rms(noted[name] - x))
+    for name, values in found.items():
+        if not all(map(math.isfinite, values)):
             raise ValueError(f"the outputs of {name} are not finite at width {width} and rate {lr:g}; try a lower lr")
     return found
 
 
 def with_inputs(built: Made, batch_size: int, width: int) -> tuple[nn.Module, Any]:
     """Return a model and its inputs: those that it was built with, or random ones of the shape that it takes."""
-    model, inputs = built if isinstance(built, tuple) and len(built) == 2 else (built, None)
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"the builder must return a torch module or (module, inputs), got {model!r}")
+    model, inputs = parts_of(built, "the builder")
     if inputs is not None:
         return model, inputs
     try:
@@ -263,11 +259,6 @@ def _outputs(model: nn.Module) -> Any:
 
 def _rms(x: Tensor) -> float:
     return float(x.double().square().mean().sqrt())
-
-
-def _mean(values: Sequence[float]) -> float:
-    """Return the geometric mean, 0 if a value is 0."""
-    return math.exp(sum(map(math.log, values)) / len(values)) if all(values) else 0.0
 
 
 def _slope(widths: Sequence[int], values: Sequence[float]) -> float | None:
@@ -354,15 +345,9 @@ def builder_of(
     def build(width: int) -> Made:
         made = dense(width)
         if structure is not None:
-            replace_linear(
-                made[0] if isinstance(made, tuple) else made, structure.name, layers=structure.layers or "all_but_last",
-                rms_cap=structure.rms_cap, rule=structure.rule, shared_weights="skip", **structure.options,
-            )  # fmt: skip
+            set_structure(parts_of(made, name)[0], structure)
         return made
 
     with torch.random.fork_rng(devices=[]):
-        made = dense(base_width)
-    base = made[0] if isinstance(made, tuple) else made
-    if not isinstance(base, nn.Module):
-        raise TypeError(f"{name} must return a torch module or (module, inputs), got {base!r}")
+        base, _ = parts_of(dense(base_width), name)
     return {"build": build, "base": base, "base_width": base_width, "extra_multipliers": None, "model": name}

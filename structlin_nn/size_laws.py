@@ -17,8 +17,8 @@ from structlin.scaling_laws import (
     fit_loss_law,
     lacks_sizes,
 )
-from structlin_nn.laws import plain, range_of, reasons_of
-from structlin_nn.tables import Row, column
+from structlin_nn.laws import for_each, plain, range_of
+from structlin_nn.tables import Row, by_run, column
 
 __all__ = ["SHARED", "allocations", "fit_sizes", "multipliers", "sizes_record"]
 
@@ -56,24 +56,19 @@ def fit_sizes(
         (bootstrap, left_out): the fit with its draws, and why groups are left out, by label. ValueError, with the
         reasons, if no group can be fitted.
     """
-    points: list[tuple[str, float, float, float]] = []
-    left_out: dict[str, str] = {}
     own = [term for term in TERMS if term not in shared] if len(groups) > 1 else list(TERMS)
-    for name, rows in groups.items():
-        try:
-            values = [column(rows, c) for c in (size, data, y)]
-            for c, numbers in zip((size, data, y), values, strict=True):
-                if min(numbers) <= 0:
-                    raise ValueError(f"{c} must be positive, got {min(numbers):g}")
-            if lacking := lacks_sizes(values[0], values[1], own):
-                raise ValueError(lacking)
-        except ValueError as problem:
-            left_out[name] = str(problem)
-            continue
-        points += [(name, *each) for each in zip(*values, strict=True)]
-    if not points:
-        raise ValueError(reasons_of(left_out))
-    labels, n, d, loss = zip(*points, strict=True)
+
+    def points(rows: Sequence[Row]) -> list[tuple[float, ...]]:
+        values = [column(rows, c) for c in (size, data, y)]
+        for c, numbers in zip((size, data, y), values, strict=True):
+            if min(numbers) <= 0:
+                raise ValueError(f"{c} must be positive, got {min(numbers):g}")
+        if lacking := lacks_sizes(values[0], values[1], own):
+            raise ValueError(lacking)
+        return list(zip(*values, strict=True))
+
+    found, left_out = for_each(groups, points)
+    labels, n, d, loss = zip(*((name, *point) for name, own in found.items() for point in own), strict=True)
     fit = fit_loss_law(n, d, loss, groups=labels, shared=shared, delta=delta)
     return fit.bootstrap(samples, seed=seed, method=method), left_out
 
@@ -119,31 +114,20 @@ def allocations(
     """
     if approach not in (1, 2):
         raise ValueError(f"approach must be 1 or 2, got {approach}")
-    found: dict[str, Envelope | IsoFlop] = {}
-    left_out = {}
-    for name, rows in groups.items():
-        try:
-            if approach == 1:
-                found[name] = fit_envelope(_curves(rows, size, data, y), flops=flops)
-            else:
-                n, d, loss = (column(rows, c) for c in (size, data, y))
-                compute = [flops * a * b for a, b in zip(n, d, strict=True)]
-                found[name] = fit_isoflop(n, compute, loss, budgets=budgets, tolerance=tolerance, flops=flops)
-        except ValueError as problem:
-            left_out[name] = str(problem)
-    if not found:
-        raise ValueError(reasons_of(left_out))
-    return found, left_out
+
+    def best(rows: Sequence[Row]) -> Envelope | IsoFlop:
+        if approach == 1:
+            return fit_envelope(_curves(rows, size, data, y), flops=flops)
+        n, d, loss = (column(rows, c) for c in (size, data, y))
+        compute = [flops * a * b for a, b in zip(n, d, strict=True)]
+        return fit_isoflop(n, compute, loss, budgets=budgets, tolerance=tolerance, flops=flops)
+
+    return for_each(groups, best)
 
 
 def _curves(rows: Sequence[Row], size: str, data: str, y: str) -> list[tuple[float, list[float], list[float]]]:
-    runs: dict[str, list[Row]] = {}
-    for row in rows:
-        if "record" not in row:
-            raise ValueError("the envelope of curves needs a column 'record', which identifies a run")
-        runs.setdefault(str(row["record"]), []).append(row)
     curves = []
-    for lines in runs.values():
+    for lines in by_run(rows):
         points = [p for p in zip(column(lines, data), column(lines, y), strict=True) if p[0] > 0]
         if points:  # evaluations before the start have seen no data
             curves.append((column(lines, size)[0], [p[0] for p in points], [p[1] for p in points]))

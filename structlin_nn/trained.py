@@ -206,7 +206,7 @@ def starting_weights(source: str | os.PathLike[str], model: nn.Module) -> tuple[
                 raise ValueError("; ".join(told))
             model, tensors = found.model.train(), dict(found.model.state_dict())
             structured = sum(form["structure"] != "dense" or form["rms_cap"] for form in layout_of(model)["layers"])
-        check_entries({n: (tuple(t.shape), t.dtype) for n, t in model.state_dict().items()}, tensors)
+        check_entries(model.state_dict(), tensors)
     except ValueError as error:
         raise ValueError(f"{source} does not fit the model of the configuration: {error}") from error
     with torch.no_grad():
@@ -243,7 +243,7 @@ def _timm(name: str, weights: str | os.PathLike[str], num_classes: int | None, i
         options["num_classes"] = found
     model = make_timm(name, **options)
     try:
-        check_entries({n: (tuple(t.shape), t.dtype) for n, t in model.state_dict().items()}, tensors)
+        check_entries(model.state_dict(), tensors)
     except ValueError as error:
         raise ValueError(f"{weights} is not of timm's {name} with {options or 'its own sizes'}: {error}") from error
     model.load_state_dict(tensors)

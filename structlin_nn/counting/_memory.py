@@ -22,13 +22,7 @@ OPTIMIZER_STATES = {"adam": 2, "adamw": 2, "sign": 1, "sgd": 1}
 
 
 def itemsize(dtype: Any) -> int:
-    """Return the bytes of a number; ValueError for a dtype that is not in :data:`DTYPES`.
-
-    Examples
-    --------
-    >>> itemsize("bfloat16")
-    2
-    """
+    """Return the bytes of a number; ValueError for a dtype that is not in :data:`DTYPES`."""
     name = dtype if isinstance(dtype, str) else dtype_name(dtype)
     if name not in DTYPES:
         raise ValueError(f"unknown dtype {name!r}; one of {', '.join(DTYPES)}")
@@ -36,15 +30,7 @@ def itemsize(dtype: Any) -> int:
 
 
 def states_of(optimizer: str, states: int | None = None) -> int:
-    """Return ``states``, or by default the numbers that an optimizer keeps for each parameter.
-
-    ValueError for an unknown optimizer, or if ``states`` is not an integer of at least 0.
-
-    Examples
-    --------
-    >>> states_of("adamw"), states_of("sgd", 0)
-    (2, 0)
-    """
+    """Return ``states``, or by default the numbers that an optimizer keeps for each parameter."""
     if optimizer not in OPTIMIZER_STATES:
         raise ValueError(f"unknown optimizer {optimizer!r}; one of {', '.join(OPTIMIZER_STATES)}")
     kept = OPTIMIZER_STATES[optimizer] if states is None else states

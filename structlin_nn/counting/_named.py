@@ -245,10 +245,7 @@ def _layer(
         "gains": 0 if layer.gains is None else len(layer.gains),
         "factors": [
             {
-                "numel": f.numel,
-                "fan_in": f.fan_in,
-                "fan_out": f.fan_out,
-                "blocks": f.blocks,
+                **{key: getattr(f, key) for key in ("numel", "fan_in", "fan_out", "blocks")},
                 "init_std": std,
                 "lr_multiplier": multipliers[f"{call.name}.factors.{number}"],
             }

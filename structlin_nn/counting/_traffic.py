@@ -17,14 +17,7 @@ Layers = Iterable[tuple[str, Any, int]]
 
 
 def layer_traffic(layers: Layers, on: Device, dtype: str) -> dict[str, Any]:
-    """Return the predicted traffic of chains in a training step on a GPU (:mod:`structlin.execution.traffic`).
-
-    Returns
-    -------
-    dict[str, Any]
-        ``layers`` has the name of each layer, its predicted fastest way, the number of kernels, bytes of memory and of
-        L2, and seconds, forward and backward without biases. ``seconds`` is the sum.
-    """
+    """Return the predicted traffic of chains in a training step on a GPU, by layer, and the sum of the seconds."""
     from structlin.execution.traffic import fastest
 
     known: dict[Problem, dict[str, Any]] = {}

@@ -11,12 +11,12 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from structlin.scaling_laws import FLOPS, IsoFlop, LossBootstrap
+from structlin.scaling_laws import FLOPS, LossBootstrap
 from structlin_nn.figures.style import Series, finish, label, legend, new_figure, series
 from structlin_nn.laws import GroupLaw
 from structlin_nn.tables import Row, by_run, column
 
-__all__ = ["compute_figure", "curves_figure", "isoflop_figure", "plain_ticks", "sizes_figure"]
+__all__ = ["compute_figure", "curves_figure", "plain_ticks", "sizes_figure"]
 
 
 def compute_figure(
@@ -84,13 +84,13 @@ def plain_ticks(axes: Axes) -> None:
     axes.yaxis.set_minor_formatter(NullFormatter())
 
 
-def curves_figure(groups: Mapping[str, Sequence[Row]], *, x: str, y: str, final_x: str = "forward_macs") -> Figure:
+def curves_figure(groups: Mapping[str, Sequence[Row]], *, x: str, y: str) -> Figure:
     """Draw the evaluations of runs against the spent compute, and the last ones against the cost of the model.
 
     On the left is a line for each run, in the colour of its group, darker for wider models. On the right are the last
     values, with a line through the means of runs of one cost (seeds). `groups` are all evaluations of runs by label,
-    with ``record``, ``width`` and the columns ``x`` (evaluations at 0 are left out), ``y`` and ``final_x``; ValueError
-    for missing columns.
+    with ``record``, ``width``, ``forward_macs`` and the columns ``x`` (evaluations at 0 are left out) and ``y``;
+    ValueError for missing columns.
     """
     figure = new_figure(9.6, 4.4)
     left, right = figure.subplots(1, 2, width_ratios=(1.4, 1), sharey=True)
@@ -103,9 +103,9 @@ def curves_figure(groups: Mapping[str, Sequence[Row]], *, x: str, y: str, final_
             raise ValueError(f"{name} has no evaluation after the start of a run")
         ends += _curves(left, runs, styles[name], x, y)
         starts += [max(column(lines, y)) for lines in runs]
-        _ends(right, [lines[-1] for lines in runs], styles[name], final_x, y)
+        _ends(right, [lines[-1] for lines in runs], styles[name], y)
     finish(left, x=label(x), y=label(y))
-    finish(right, x=label(final_x), y="")
+    finish(right, x=label("forward_macs"), y="")
     least, most = right.get_xlim()
     if most < 16 * least:  # models of almost one cost stand close together, and ticks have room
         middle = (least * most) ** 0.5
@@ -136,9 +136,9 @@ def _curves(axes: Axes, runs: Sequence[Sequence[Row]], style: Series, x: str, y:
     return ends
 
 
-def _ends(axes: Axes, lines: Sequence[Row], style: Series, x: str, y: str) -> None:
+def _ends(axes: Axes, lines: Sequence[Row], style: Series, y: str) -> None:
     points: dict[float, list[float]] = {}
-    for cost, error in zip(column(lines, x), column(lines, y), strict=True):
+    for cost, error in zip(column(lines, "forward_macs"), column(lines, y), strict=True):
         points.setdefault(cost, []).append(error)
     costs = sorted(points)
     means = [float(np.mean(points[c])) for c in costs]
@@ -219,29 +219,3 @@ def _slices(
         axes.plot(fit.params[near], moved, color=colour, marker="o", markersize=3.5, linestyle="", alpha=0.6)
     low, high = min(law.optimum(b, flops=flops).loss for b in budgets), float(fit.loss.max())
     axes.set_ylim(low * 0.97, min(high, 1.9 * low))
-
-
-def isoflop_figure(found: IsoFlop, *, size: str = "params", y: str = "loss") -> Figure:
-    """Draw the parabolas of all budgets, and beside them their minima with the law.
-
-    The parabola of a budget has its runs, and a star at the minimum.
-    """
-    figure = new_figure(10.4, 4.4)
-    left, right = figure.subplots(1, 2)
-    colours = colormaps["viridis"](np.linspace(0.05, 0.85, len(found.parabolas)))
-    for colour, each in zip(colours, found.parabolas, strict=True):
-        n = np.geomspace(each.params.min(), each.params.max(), 80)
-        left.plot(each.params, each.loss, color=colour, marker="o", markersize=4, linestyle="", alpha=0.6)
-        left.plot(n, each(n), color=colour, linewidth=1.4, label=f"{each.compute:.1e}")
-        for axes, place in ((left, each.best), (right, (each.compute, each.best[0]))):
-            axes.plot(*place, color=colour, marker="*", markersize=12, markeredgecolor="white")
-    compute = found.allocation.compute
-    grid = np.geomspace(compute.min(), compute.max(), 2)
-    right.plot(grid, [found.allocation.optimum(c)[0] for c in grid], color="0.3", linewidth=1.2, zorder=0)
-    value = found.allocation.interval()
-    right.set_title(f"exponent {value.value:.3f} [{value.low:.3f}, {value.high:.3f}]", fontsize=10)
-    finish(left, x=f"N, {label(size)}", y=label(y))
-    plain_ticks(left)
-    finish(right, x="training compute (FLOPs)", y=f"best N, {label(size)}")
-    left.legend(title="FLOPs", frameon=False, fontsize=8)
-    return figure

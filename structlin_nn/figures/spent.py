@@ -1,42 +1,43 @@
-"""Planned against used resources, and the speed of runs."""
+"""The entries of a report about runs, with planned against used resources and the speed."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from dataclasses import dataclass
 
 from matplotlib.figure import Figure
 
 from structlin_nn.figures.style import finish, legend, new_figure, series
 
-__all__ = ["SpentRun", "spent_figure"]
+__all__ = ["Run", "spent_figure"]
 
 
-class SpentRun(Protocol):
-    """The properties of a run that are drawn; :class:`structlin_nn.report.Run` has them."""
+@dataclass(frozen=True)
+class Run:
+    """The entries of a report about one run.
 
-    @property
-    def group(self) -> str:
-        """Structure and options."""
+    ``params`` are trainable ones, if the record has them. ``planned`` are the FLOPs of the training of the whole run,
+    and ``spent`` those so far; ``seconds`` are those of training, without evaluations if the record separates them.
+    ``result`` is that of the last evaluation.
+    """
 
-    @property
-    def planned(self) -> float | None:
-        """Training FLOPs of the plan."""
-
-    @property
-    def spent(self) -> float:
-        """Training FLOPs of the run."""
-
-    @property
-    def params(self) -> int | None:
-        """Number of parameters."""
+    record: str
+    group: str
+    width: int | None
+    params: int | None
+    planned: float | None
+    spent: float
+    seconds: float | None
+    result: float
+    finished: bool
 
     @property
     def rate(self) -> float | None:
-        """FLOPs per second."""
+        """FLOPs a second; None where nothing was timed."""
+        return self.spent / self.seconds if self.seconds else None
 
 
-def spent_figure(runs: Sequence[SpentRun]) -> Figure:
+def spent_figure(runs: Sequence[Run]) -> Figure:
     """Left, FLOPs spent against FLOPs planned, with the line of equality; right, FLOPs a second against parameters.
 
     Parameters

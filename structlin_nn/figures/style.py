@@ -163,7 +163,7 @@ def finish(axes: Axes, *, x: str, y: str, log_x: bool = True, log_y: bool = True
     axes.set_axisbelow(True)
 
 
-def save(figure: Figure, path: Path, dpi: int = 160) -> None:
+def save(figure: Figure, path: Path) -> None:
     """Write a figure atomically as PNG, SVG or PDF, by the suffix.
 
     Examples
@@ -178,4 +178,4 @@ def save(figure: Figure, path: Path, dpi: int = 160) -> None:
         raise ValueError(f"figures are written as .png, .svg or .pdf, got {path.name!r}")
     metadata: Any = {"png": {}, "svg": {"Date": None}, "pdf": {"CreationDate": None}}[kind]
     with mpl.rc_context(_SETTINGS), atomic_write(path) as file:
-        figure.savefig(file, format=kind, dpi=dpi, metadata=metadata)
+        figure.savefig(file, format=kind, dpi=160, metadata=metadata)

@@ -7,21 +7,7 @@ from structlin_nn.flax.rates import ParameterRates, ParameterRule, optimizer_for
 from structlin_nn.flax.replace import Replacement, ReplacementReport, replace_linear, to_dense_linear
 
 __all__ = [
-    "Index",
-    "JaxCount",
-    "ParameterRates",
-    "ParameterRule",
-    "Replacement",
-    "ReplacementReport",
-    "StructuredLinear",
-    "UnknownPrimitiveError",
-    "count",
-    "optimizer_for",
-    "parameter_rates",
-    "register_no_product",
-    "register_primitive",
-    "replace_linear",
-    "scale_by_rates",
-    "to_dense_linear",
-    "xla_flops",
-]
+    "Index", "JaxCount", "ParameterRates", "ParameterRule", "Replacement", "ReplacementReport", "StructuredLinear",
+    "UnknownPrimitiveError", "count", "optimizer_for", "parameter_rates", "register_no_product", "register_primitive",
+    "replace_linear", "scale_by_rates", "to_dense_linear", "xla_flops",
+]  # fmt: skip

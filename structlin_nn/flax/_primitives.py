@@ -7,7 +7,7 @@ from collections.abc import Callable
 from fractions import Fraction
 from typing import Any, NamedTuple
 
-from structlin_nn._flops import FLOPS, fft_flops
+from structlin_nn._flops import FLOPS, fft_flops, qr_flops, svd_flops
 
 PRODUCT, NO_PRODUCT, UNKNOWN, COMPOSITE = "product", "no product", "unknown", "composite"
 
@@ -137,7 +137,9 @@ def _shapes(equation: Any) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]
 
 @register_primitive("dot_general")
 @register_primitive("scaled_dot")
+@register_primitive("bcoo_dot_general_sampled")
 def _(equation: Any) -> int:
+    """Count one product along the contracted axes for each element of the result."""
     (contracted, _), _ = equation.params["dimension_numbers"]
     inputs, outputs = _shapes(equation)
     return math.prod(outputs[0]) * math.prod(inputs[0][axis] for axis in contracted)
@@ -196,14 +198,6 @@ def _(equation: Any) -> int:
     return math.prod(inputs[0]) * math.prod(n for axis, n in enumerate(other) if axis not in {*contracted, *batched})
 
 
-@register_primitive("bcoo_dot_general_sampled")
-def _(equation: Any) -> int:
-    """Count one product along the contracted axes for each element of the result."""
-    (contracted, _), _ = equation.params["dimension_numbers"]
-    inputs, outputs = _shapes(equation)
-    return math.prod(outputs[0]) * math.prod(inputs[0][axis] for axis in contracted)
-
-
 for _name in ("coo_matvec", "csr_matvec", "coo_spmv", "csr_spmv"):
     register_primitive(_name)(lambda equation: math.prod(_shapes(equation)[0][0]))
 for _name in ("coo_matmat", "csr_matmat", "coo_spmm", "csr_spmm"):
@@ -213,24 +207,15 @@ for _name in ("coo_matmat", "csr_matmat", "coo_spmm", "csr_spmm"):
 # -- LAPACK, by structlin_nn._flops --------------------------------------------------------------------------------
 
 
-def _matrices(shape: tuple[int, ...]) -> tuple[int, int, int]:
-    return math.prod(shape[:-2]), shape[-2], shape[-1]
-
-
 def _register(name: str, flops: Callable[[int, int, Any, list[tuple[int, ...]]], Fraction | int]) -> None:
     """Register FLOPs for one m x n matrix, a function of the parameters and the shapes of all operands."""
 
     def formula(equation: Any) -> int:
         inputs, _ = _shapes(equation)
-        batch, m, n = _matrices(inputs[0])
-        return round(batch * flops(m, n, equation.params, inputs) / 2)
+        *batch, m, n = inputs[0]
+        return round(math.prod(batch) * flops(m, n, equation.params, inputs) / 2)
 
     register_primitive(name)(formula)
-
-
-def _singular(m: int, n: int, parameters: Any, inputs: Any) -> Fraction | int:
-    full = "svd_full" if parameters.get("full_matrices") else "svd"
-    return FLOPS[full if parameters.get("compute_uv", True) else "svdvals"](max(m, n), min(m, n))
 
 
 def _eigen(m: int, n: int, parameters: Any, inputs: Any) -> Fraction | int:
@@ -238,23 +223,17 @@ def _eigen(m: int, n: int, parameters: Any, inputs: Any) -> Fraction | int:
     return FLOPS["eig" if vectors else "eigvals"](n)
 
 
-def _orthogonal(m: int, n: int, parameters: Any, inputs: Any) -> Fraction | int:
-    k = min(m, n)
-    columns = m if parameters.get("full_matrices") else k
-    return FLOPS["qr"](m, n) + FLOPS["householder_product"](m, columns, k)
-
-
 _register("cholesky", lambda m, n, p, x: FLOPS["cholesky"](n))
 _register("cholesky_update", lambda m, n, p, x: FLOPS["cholesky_update"](n))
 _register("lu", lambda m, n, p, x: FLOPS["lu"](m, n))
-_register("qr", _orthogonal)
+_register("qr", lambda m, n, p, x: qr_flops(m, n, m if p.get("full_matrices") else min(m, n)))
 _register("geqrf", lambda m, n, p, x: FLOPS["qr"](m, n))
 _register("geqp3", lambda m, n, p, x: FLOPS["qr"](m, n))
 _register("householder_product", lambda m, n, p, x: FLOPS["householder_product"](m, n, x[1][-1]))
 _register("eigh", lambda m, n, p, x: FLOPS["eigh"](n))
 _register("eig", _eigen)
 _register("schur", lambda m, n, p, x: FLOPS["eig" if p.get("compute_schur_vectors", True) else "eigvals"](n))
-_register("svd", _singular)
+_register("svd", lambda m, n, p, x: svd_flops(m, n, p.get("compute_uv", True), p.get("full_matrices", False)))
 _register("hessenberg", lambda m, n, p, x: FLOPS["hessenberg"](n))
 _register("tridiagonal", lambda m, n, p, x: FLOPS["tridiagonal"](n))
 _register("triangular_solve", lambda m, n, p, x: FLOPS["triangular_solve"](n, x[1][-1 if p["left_side"] else -2]))
@@ -263,10 +242,9 @@ _register("symmetric_product", lambda m, n, p, x: 2 * m * m * n)
 
 @register_primitive("ormqr")
 def _(equation: Any) -> int:
-    _, taus, other = _shapes(equation)[0][:3]
-    batch, m, n = _matrices(other)
+    _, taus, (*batch, m, n) = _shapes(equation)[0][:3]
     length, columns = (m, n) if equation.params.get("left", True) else (n, m)
-    return round(batch * FLOPS["householder_apply"](length, columns, taus[-1]) / 2)
+    return round(math.prod(batch) * FLOPS["householder_apply"](length, columns, taus[-1]) / 2)
 
 
 @register_primitive("tridiagonal_solve")

@@ -140,12 +140,9 @@ class _Walk:
             self.other[name] += times
 
     def add(self, walk: _Walk, times: int) -> None:
-        for name, macs in walk.products.items():
-            self.products[name] += times * macs
-        for name, calls in walk.other.items():
-            self.other[name] += times * calls
-        for name, calls in walk.unknown.items():
-            self.unknown[name] += times * calls
+        for own, more in ((self.products, walk.products), (self.other, walk.other), (self.unknown, walk.unknown)):
+            for name, number in more.items():
+                own[name] += times * number
         self.flops += times * walk.flops
         self.unbounded += walk.unbounded
 
@@ -192,7 +189,12 @@ def count(
     """
     if not callable(model):
         raise TypeError(f"model must be an nnx.Module or a function, got {model!r}")
-    params = 0
+    params, call, arguments = 0, model, inputs
+    wanted: tuple[int, ...] = tuple(
+        number
+        for number, x in enumerate(inputs)
+        if all(jax.numpy.issubdtype(leaf.dtype, jax.numpy.inexact) for leaf in jax.tree.leaves(x))
+    )
     if isinstance(model, nnx.Module):
         split: Any = nnx.split(model, nnx.Param, ...)
         graph, state, rest = split
@@ -201,20 +203,9 @@ def count(
         def call(state: Any, rest: Any, *inputs: Any, **keywords: Any) -> Any:
             return nnx.merge(graph, state, rest)(*inputs, **keywords)
 
-        with as_chains():
-            walk = _walk(jax.make_jaxpr(call)(state, rest, *inputs, **keywords).jaxpr)
-        arguments: tuple[Any, ...] = (state, rest, *inputs)
-        wanted: tuple[int, ...] = (0,)
-    else:
-        call = model
-        with as_chains():
-            walk = _walk(jax.make_jaxpr(model)(*inputs, **keywords).jaxpr)
-        arguments = inputs
-        wanted = tuple(
-            number
-            for number, x in enumerate(inputs)
-            if all(jax.numpy.issubdtype(leaf.dtype, jax.numpy.inexact) for leaf in jax.tree.leaves(x))
-        )
+        arguments, wanted = (state, rest, *inputs), (0,)
+    with as_chains():
+        walk = _walk(jax.make_jaxpr(call)(*arguments, **keywords).jaxpr)
     products = {name: macs for name, macs in walk.products.items() if macs or name != "fft"}
     counted = JaxCount(
         products, params, None, dict(sorted(walk.other.items())), tuple(walk.unbounded), dict(walk.unknown), walk.flops

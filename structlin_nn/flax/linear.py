@@ -12,10 +12,9 @@ from flax import nnx
 from flax.nnx.nn.dtypes import promote_dtype
 from jax import Array
 
-import structlin
 from structlin._arrays import ops
 from structlin.structure import AbstractStructure, Structure
-from structlin_nn._layer import describe, plan_layer
+from structlin_nn._layer import PlannedLayer, plan_layer
 
 __all__ = ["Index", "StructuredLinear"]
 
@@ -27,7 +26,7 @@ class Index(nnx.Variable):
     """Variable for an integer array that is not trained, such as the index of a permutation."""
 
 
-class StructuredLinear(nnx.Module):
+class StructuredLinear(PlannedLayer, nnx.Module):
     """Linear layer ``y = A x + b`` with a structured matrix A: (..., in_features) -> (..., out_features).
 
     It replaces ``nnx.Linear``. It is the counterpart of :class:`structlin_nn.torch.StructuredLinear`, with the same
@@ -119,25 +118,14 @@ class StructuredLinear(nnx.Module):
         """Largest RMS of each factor with ``rms_cap``."""
         return self._plan.cap_sigma
 
-    def effective_factors(self) -> tuple[Array, ...]:
-        """Return all factors of A, index factors included; trainable ones are capped if ``rms_cap`` is set."""
-        factors = [factor[...] for factor in self.factors]
-        if self.rms_cap:
-            sigmas = [sigma for n, sigma in enumerate(self.cap_sigma) if n not in self._plan.index_at]
-            gains = [1.0] * len(factors) if self.gains is None else [gain[...] for gain in self.gains]
-            factors = [structlin.rms_cap(f, s, g) for f, s, g in zip(factors, sigmas, gains, strict=True)]
-        for number in self._plan.index_at:
-            factors.insert(number, getattr(self, f"index{number}")[...])
-        return tuple(factors)
+    def _values(self, parameters: Any) -> list[Array]:
+        return [parameter[...] for parameter in parameters]
 
-    @property
-    def operator(self) -> structlin.StructuredOperator:
-        """The matrix A as an operator of shape (out_features, in_features), with the current (capped) factors.
+    def _index(self, number: int) -> Array:
+        return super()._index(number)[...]
 
-        It is differentiable in the parameters; access it inside the function that is differentiated.
-        """
-        dtype = None if len(self.factors) else self.param_dtype
-        return self._plan.operator_class._build(self.structure, self.effective_factors(), dtype)
+    def _dtype_without_factors(self) -> Any:
+        return self.param_dtype
 
     def __call__(self, x: Array) -> Array:
         """Apply the layer: (..., in_features) -> (..., out_features)."""
@@ -171,11 +159,6 @@ class StructuredLinear(nnx.Module):
         for name in ("factors", "gains", "bias"):
             if getattr(self, name) is not None:
                 yield nnx.reprlib.Attr(name, getattr(self, name))
-
-    def _described(self) -> str:
-        return describe(
-            self._plan, self.options, bias=self.use_bias, rms_cap=self.rms_cap, rule=self.rule, zero_init=self.zero_init
-        )
 
 
 def _frozen(value: Any) -> Any:

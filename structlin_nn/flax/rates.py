@@ -113,22 +113,16 @@ def parameter_rates(
     if bases is not None:
         check_same_modules(leaves, bases, _same_kind)
 
-    def places() -> Iterator[Place]:
-        for layer, module in leaves.items():
-            base = module if bases is None else bases[layer]
-            yield from _places(layer, module, base, optimizer, structure_aware)
-
-    settled = settle(places(), dict(extra_multipliers or {}), dict(rules or {}), decay)
-    found: dict[str, ParameterRule] = {}
-    sizes: dict[str, int] = {}
-    seen: set[int] = set()
-    for name, variable in variables(model).items():
-        if isinstance(variable, nnx.Param):
-            found[name] = settled[id(variable)][1]
-            if id(variable) not in seen:
-                sizes[name] = math.prod(variable.shape)
-                seen.add(id(variable))
-    return ParameterRates(found, sizes)
+    places = (
+        place
+        for layer, module in leaves.items()
+        for place in _places(layer, module, module if bases is None else bases[layer], optimizer, structure_aware)
+    )
+    settled = settle(places, dict(extra_multipliers or {}), dict(rules or {}), decay)
+    held = {name: variable for name, variable in variables(model).items() if isinstance(variable, nnx.Param)}
+    first = {id(variable): name for name, variable in reversed(held.items())}
+    sizes = {name: math.prod(variable.shape) for name, variable in held.items() if first[id(variable)] == name}
+    return ParameterRates({name: settled[id(variable)][1] for name, variable in held.items()}, sizes)
 
 
 def scale_by_rates(rates: ParameterRates) -> optax.GradientTransformation:

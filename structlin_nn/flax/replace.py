@@ -75,12 +75,13 @@ def replace_linear(
     total               16,576       7,360  16,384       7,168
     """
     check_choices(shared_weights=(shared_weights, ("error", "skip")))
-    places = _linear_places(model, nnx.Linear)
-    names = {layer: tuple(place.name for place in held) for layer, held in places.items()}
+    places, names = _linear_places(model, nnx.Linear)
     chosen = select(names, layers, as_patterns(exclude), "nnx.Linear")
     zeroed = matching(chosen, as_patterns(zero_init), "zero_init")
 
-    owners = _owners(model)
+    owners: dict[int, list[str]] = {}
+    for name, variable in variables(model).items():
+        owners.setdefault(id(variable), []).append(name)
     skipped, made = _left_alone(model, layers, as_patterns(exclude)), {}
     for linear, known in chosen.items():
         _check_is_plain(known[0], linear)
@@ -98,29 +99,14 @@ def replace_linear(
         raise ValueError(
             f"all selected layers share their weights with other modules; the linear layers are {names_of(names)}"
         )
-    _put(places, made)
-    rows = tuple(
-        Replacement(
-            chosen[linear],
-            new.structure,
-            _size(linear),
-            _size(new),
-            linear.in_features * linear.out_features,
-            new.structure.macs,
-        )
-        for linear, new in made.items()
-    )
-    return ReplacementReport(rows, tuple(skipped))
+    return _replaced(places, chosen, made, tuple(skipped))
 
 
-def to_dense_linear(
-    model: nnx.Module, *, layers: Selection = "all", exclude: Patterns = (), rngs: nnx.Rngs | None = None
-) -> ReplacementReport:
+def to_dense_linear(model: nnx.Module) -> ReplacementReport:
     """Replace structured layers of ``model``, in place, by ``nnx.Linear`` layers with the same matrices and biases.
 
     The weights include caps and gains; dtypes do not change. Create the optimiser afterwards, because the parameters
-    are new. `layers` and `exclude` select layers as in :func:`replace_linear`; ``nnx.Linear`` initialises its values
-    with `rngs` before they are set. Values "before" in the report are those of the structured layers.
+    are new. Values "before" in the report are those of the structured layers.
 
     Examples
     --------
@@ -135,33 +121,21 @@ def to_dense_linear(
     >>> bool(jnp.allclose(model(x), before, atol=1e-6))
     True
     """
-    places = _linear_places(model, StructuredLinear)
-    names = {layer: tuple(place.name for place in held) for layer, held in places.items()}
-    chosen = select(names, layers, as_patterns(exclude), "StructuredLinear")
-    made = {layer: _dense(known[0], layer, rngs or nnx.Rngs(0)) for layer, known in chosen.items()}
-    _put(places, made)
-    rows = tuple(
-        Replacement(
-            chosen[layer],
-            layer.structure,
-            _size(layer),
-            _size(new),
-            layer.structure.macs,
-            layer.in_features * layer.out_features,
-        )
-        for layer, new in made.items()
-    )
-    return ReplacementReport(rows)
+    places, names = _linear_places(model, StructuredLinear)
+    if not names:
+        raise ValueError("the model has no linear layers (StructuredLinear)")
+    return _replaced(places, names, {layer: _dense(known[0], layer) for layer, known in names.items()})
 
 
-def _linear_places(model: nnx.Module, kind: type[Any]) -> dict[Any, list[Place]]:
+def _linear_places(model: nnx.Module, kind: type[Any]) -> tuple[dict[Any, list[Place]], dict[Any, tuple[str, ...]]]:
+    """Return the places of the layers of a kind, and their names."""
     if isinstance(model, kind):
         raise ValueError("the model itself is a linear layer and cannot be replaced in place; put it in a container")
     places: dict[Any, list[Place]] = {}
     for place in named_modules(model):
         if isinstance(place.module, kind):
             places.setdefault(place.module, []).append(place)
-    return places
+    return places, {layer: tuple(place.name for place in held) for layer, held in places.items()}
 
 
 def _left_alone(model: nnx.Module, layers: Selection, exclude: Sequence[Pattern]) -> list[tuple[str, str]]:
@@ -175,15 +149,6 @@ def _left_alone(model: nnx.Module, layers: Selection, exclude: Sequence[Pattern]
         if isinstance(place.module, _LIKE_LINEAR) and wanted and not any(matches(p, place.name) for p in exclude):
             found.setdefault(place.module, (place.name, f"a {type(place.module).__name__}, not an nnx.Linear"))
     return list(found.values())
-
-
-def _owners(model: nnx.Module) -> dict[int, list[str]]:
-    """Return the full names of each variable, one for each module that contains it."""
-    owners: dict[int, list[str]] = {}
-    for place in named_modules(model):
-        for name, variable in own_variables(place.module).items():
-            owners.setdefault(id(variable), []).append(f"{place.name}.{name}" if place.name else name)
-    return owners
 
 
 def _check_is_plain(name: str, linear: nnx.Linear) -> None:
@@ -219,14 +184,14 @@ def _structured(
         raise type(error)(f"layer {name!r} ({sizes[0]} -> {sizes[1]}): {error}") from error
 
 
-def _dense(name: str, layer: StructuredLinear, rngs: nnx.Rngs) -> nnx.Linear:
+def _dense(name: str, layer: StructuredLinear) -> nnx.Linear:
     shapes = [spec.shape for spec in layer.structure.factors if spec.trainable]
     if stacked := [factor.shape for factor, shape in zip(layer.factors, shapes, strict=True) if factor.shape != shape]:
         raise ValueError(f"layer {name!r} has a factor of shape {stacked[0]}, stacked by nnx.vmap; exclude it")
     metadata = {} if layer.bias is None else _kept_metadata(layer.bias)
     made = nnx.Linear(
         layer.in_features, layer.out_features, use_bias=layer.bias is not None, dtype=layer.dtype,
-        param_dtype=layer.param_dtype, bias_metadata=metadata, rngs=rngs,
+        param_dtype=layer.param_dtype, bias_metadata=metadata, rngs=nnx.Rngs(0),
         kernel_init=lambda *_: jnp.asarray(layer.operator.to_dense().T, layer.param_dtype),
     )  # fmt: skip
     if layer.bias is not None and made.bias is not None:
@@ -239,13 +204,28 @@ def _kept_metadata(variable: nnx.Variable) -> dict[str, Any]:
     return {k: v for k, v in variable.get_metadata().items() if k not in ("hijax", "ref", "eager_sharding")}
 
 
-def _put(places: Mapping[Any, Sequence[Place]], made: Mapping[Any, nnx.Module]) -> None:
+def _replaced(
+    places: Mapping[Any, Sequence[Place]], names: Mapping[Any, tuple[str, ...]], made: Mapping[Any, Any],
+    skipped: tuple[tuple[str, str], ...] = (),
+) -> ReplacementReport:  # fmt: skip
+    """Put the new layers in the places of the old ones, and return the report."""
     for old in made:
         for place in places[old]:
             place.put(old)  # raises errors before the first change
     for old, new in made.items():
         for place in places[old]:
             place.put(new)
+
+    def costs(layer: Any) -> tuple[int, int]:
+        macs = layer.structure.macs if isinstance(layer, StructuredLinear) else layer.in_features * layer.out_features
+        return _size(layer), macs
+
+    rows = []
+    for old, new in made.items():
+        structure = (new if isinstance(new, StructuredLinear) else old).structure
+        (params, macs), (params_after, macs_after) = costs(old), costs(new)
+        rows.append(Replacement(names[old], structure, params, params_after, macs, macs_after))
+    return ReplacementReport(tuple(rows), skipped)
 
 
 def _size(module: nnx.Module) -> int:

@@ -7,10 +7,9 @@ for :func:`structlin_nn.torch.parameter_groups`.
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from re import Pattern
 from typing import Any
 
@@ -51,7 +50,7 @@ class ModelSpec:
     @property
     def options(self) -> tuple[str, ...]:
         """Names of the sizes other than the width."""
-        return tuple(p for p in inspect.signature(self.config).parameters if p not in ("width", "structure"))
+        return tuple(f.name for f in fields(self.config) if f.name not in ("width", "structure"))
 
 
 MODELS: dict[str, ModelSpec] = {
@@ -110,7 +109,7 @@ def build_model(
     if not isinstance(structure, StructureConfig):
         raise TypeError(f"structure must be a StructureConfig, got {structure!r}")
     config = spec.config(width=width, structure=structure, **{**spec.sizes, **sizes})
-    return spec.model(config, device=device, dtype=dtype)  # type: ignore[arg-type]
+    return spec.model(config, device=device, dtype=dtype)
 
 
 def base_model(name: str, base_width: int | None = None, **sizes: Any) -> Model:
@@ -138,6 +137,5 @@ def base_model(name: str, base_width: int | None = None, **sizes: Any) -> Model:
     taken = {key: value for key, value in sizes.items() if key not in ("heads", "head_dim")}
     width = spec.base_width if base_width is None else base_width
     if "heads" in spec.options:
-        heads = spec.sizes.get("heads", inspect.signature(spec.config).parameters["heads"].default)
-        taken["heads"] = math.gcd(heads, width)
+        taken["heads"] = math.gcd(spec.sizes.get("heads", getattr(spec.config, "heads", 1)), width)
     return build_model(name, width=width, device="meta", **taken)

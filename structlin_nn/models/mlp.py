@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from structlin_nn.models.factory import LinearFactory, StructureConfig, check_images, check_positive, check_shape
-from structlin_nn.models.transformer import Blocks, ImageModel
+from structlin_nn.models.parts import MLPBlockParts, MLPParts
+from structlin_nn.models.transformer import ImageModel
 from structlin_nn.torch import mlp
 
 PERMUTATION_SEED = 0
@@ -36,21 +37,15 @@ class MLPConfig:
         object.__setattr__(self, "input_shape", check_shape(self.input_shape))
 
 
-class MLPBlock(nn.Module):
-    """``h + down(gelu(up(norm(h))))``, the branch zero at initialisation. (..., width) -> (..., width)."""
-
-    def __init__(self, linear: LinearFactory, width: int, expansion: int, bias: bool = True) -> None:
-        super().__init__()
-        self.norm = linear.norm(width, bias=bias)
-        self.up = linear(width, expansion * width, bias=bias)
-        self.down = linear(expansion * width, width, bias=bias, zero_init=True)
+class MLPBlock(MLPBlockParts, nn.Module):
+    """The block of :class:`structlin_nn.models.parts.MLPBlockParts`."""
 
     def forward(self, h: Tensor) -> Tensor:
         """Return ``h + down(gelu(up(norm(h))))``."""
         return mlp(h, self.up, self.down, norm=self.norm, residual=True)
 
 
-class MLP(ImageModel):
+class MLP(MLPParts, ImageModel):
     """Residual MLP on permuted pixels (Qiu et al., *Compute Better Spent*, ICML 2024, section 4).
 
     The pixels of an image are put into a fixed random order, the same for all images and models, so that no
@@ -63,28 +58,15 @@ class MLP(ImageModel):
     torch.Size([2, 10])
     """
 
-    default_layers = "all_but_last"
+    block = MLPBlock
     permutation: Tensor
 
-    def __init__(
-        self, config: MLPConfig, device: torch.device | str | None = None, dtype: torch.dtype | None = None
-    ) -> None:
-        super().__init__()
-        self.config = config
-        linear = LinearFactory(config.structure, self.default_layers, device, dtype)
+    def make(self, linear: LinearFactory, config: MLPConfig) -> None:
+        """Make the layers, and the fixed order of the pixels."""
+        super().make(linear, config)
         pixels = math.prod(config.input_shape)
-        self.register_buffer("permutation", torch.empty(pixels, dtype=torch.int64, device=device))
-        self.reset_buffers()
-        bias = config.bias
-        self.input = linear(pixels, config.width, role="input", bias=bias)
-        self.blocks = Blocks(MLPBlock(linear, config.width, config.expansion, bias) for _ in range(config.depth))
-        self.output = linear(config.width, config.num_classes, role="output", bias=bias, zero_init=True)
-
-    def reset_buffers(self) -> None:
-        """Write the fixed order of the pixels."""
-        generator = torch.Generator().manual_seed(PERMUTATION_SEED)
-        order = torch.randperm(self.permutation.numel(), generator=generator, device="cpu")
-        self.permutation.copy_(order)
+        order = torch.randperm(pixels, generator=torch.Generator().manual_seed(PERMUTATION_SEED), device="cpu")
+        self.register_buffer("permutation", torch.empty(pixels, dtype=torch.int64, device=linear.device).copy_(order))
 
     def forward(self, x: Tensor, return_features: bool = False) -> Tensor | tuple[Tensor, Tensor]:
         """Return logits, or (logits, features): the features (batch, width) are what the output layer reads."""

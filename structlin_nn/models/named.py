@@ -17,7 +17,7 @@ from structlin_nn.models.factory import StructureConfig
 from structlin_nn.models.files import make_timm
 from structlin_nn.torch import replace_linear
 
-__all__ = ["FORMS", "build_named", "example_inputs", "open_named", "own_function"]
+__all__ = ["FORMS", "build_named", "example_inputs", "open_named", "own_function", "parts_of", "set_structure"]
 
 FORMS = "timm:NAME, hf:CONFIG (a model type or a folder with config.json), or package.module:function"
 EXAMPLE_TOKENS = 512
@@ -142,7 +142,6 @@ def build_named(
     arguments of the model.
     """
     kind, _, name = text.partition(":")
-    made: Any
     if kind == "timm":
         if options:
             raise ValueError(f"{text} takes no further options, got {', '.join(options)}")
@@ -154,13 +153,29 @@ def build_named(
         function = own_function(text)
         named = {"outputs": outputs} if "outputs" in inspect.signature(function).parameters else {}
         made = function(width, **named, **options)
-    model = made[0] if isinstance(made, tuple) else made
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"{text} must give a torch.nn.Module, got a {type(model).__name__}")
+    model, _ = parts_of(made, text)
     if structure.name != "dense" or structure.rms_cap or structure.rule != "paper":
-        capped: dict[str, Any] = {"rms_cap": structure.rms_cap, "rule": structure.rule, "shared_weights": "skip"}
-        replace_linear(model, structure.name, layers=structure.layers or "all_but_last", **capped, **structure.options)
+        set_structure(model, structure)
     return model
+
+
+def parts_of(made: Any, name: str) -> tuple[nn.Module, Any]:
+    """Return (model, inputs) of what a function returned: both, or a model alone (None); TypeError for anything else.
+
+    `name` is that of the function, for the message.
+    """
+    model, inputs = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{name} must return a torch module or (module, inputs), got {made!r}")
+    return model, inputs
+
+
+def set_structure(model: nn.Module, structure: StructureConfig) -> None:
+    """Replace the linear layers of a model of another library as a configuration says; tied ones stay dense."""
+    replace_linear(
+        model, structure.name, layers=structure.layers or "all_but_last", rms_cap=structure.rms_cap,
+        rule=structure.rule, shared_weights="skip", **structure.options,
+    )  # fmt: skip
 
 
 def example_inputs(model: nn.Module, batch: int = 1) -> Tensor:

@@ -75,7 +75,7 @@ def load_gpt2(
     own = _renamed({name: tensor for name, tensor in given.items() if not _MASKS.match(name)}, tied)
     model = GPT2(config, device="meta", dtype=dtype or own["tokens.weight"].dtype)
     try:
-        check_entries({n: (tuple(t.shape), t.dtype) for n, t in model.state_dict().items()}, own)
+        check_entries(model.state_dict(), own)
     except ValueError as error:
         raise ValueError(f"the weights do not make a GPT-2 of {config.depth} blocks: {error}") from error
     model = model.to_empty(device=device or "cpu")

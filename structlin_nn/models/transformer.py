@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +20,7 @@ from structlin_nn.models.factory import (
     check_shape,
     resolve_head_dim,
 )
+from structlin_nn.models.parts import AttentionParts, BlockParts, GPT2Parts, ViTParts
 from structlin_nn.torch import mlp, projections
 
 # Up to so many tokens, without and with a backward pass, batched products of bfloat16 are faster on a CPU than torch's
@@ -56,59 +58,24 @@ def attend_by_products(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: 
     return logits.softmax(-1) @ v
 
 
-class Attention(nn.Module):
-    """Multi-head attention with LayerNorm on queries and keys. (batch, tokens, width) -> the same shape.
-
-    Logits are scaled by ``8 / head_dim`` in place of ``1 / sqrt(head_dim)``, as muP asks for (Yang and Hu, *Tensor
-    Programs V*, 2022); at a head_dim of 64 the two agree. The output projection is zero at initialisation.
-    ``scale``, ``norms`` and ``projection_bias`` are for models that do otherwise, such as the published GPT-2. A
-    ``norm`` of the input may be given to the call.
-    """
-
-    def __init__(
-        self, linear: LinearFactory, width: int, heads: int, head_dim: int, *, causal: bool, bias: bool,
-        zero_query: bool, norms: bool = True, scale: float | None = None, projection_bias: bool = False,
-    ) -> None:  # fmt: skip
-        super().__init__()
-        self.heads, self.head_dim, self.causal = heads, head_dim, causal
-        self.scale = 8 / head_dim if scale is None else scale
-        inner = heads * head_dim
-        # No gains on queries and keys under norms, which would undo them.
-        self.query = linear(width, inner, bias=projection_bias, zero_init=zero_query, gain=not norms)
-        self.key = linear(width, inner, bias=projection_bias, gain=not norms)
-        self.value = linear(width, inner, bias=projection_bias)
-        self.query_norm = linear.norm(head_dim, bias=bias) if norms else nn.Identity()
-        self.key_norm = linear.norm(head_dim, bias=bias) if norms else nn.Identity()
-        self.out = linear(inner, width, bias=bias, zero_init=True)
+class Attention(AttentionParts, nn.Module):
+    """The attention of :class:`structlin_nn.models.parts.AttentionParts`; a ``norm`` may be given to the call."""
 
     def forward(self, x: Tensor, norm: nn.Module | None = None) -> Tensor:
         """Attend over tokens (..., length, width), after ``norm`` if it is given."""
         split = (self.heads, self.head_dim)
         q, k, v = (y.unflatten(-1, split) for y in projections(x, (self.query, self.key, self.value), norm))
-        q, k, v = self.query_norm(q).transpose(1, 2), self.key_norm(k).transpose(1, 2), v.transpose(1, 2)
+        if self.norms:
+            q, k = self.query_norm(q), self.key_norm(k)
+        q, k, v = (y.transpose(1, 2) for y in (q, k, v))
         y = attend(q, k, v, causal=self.causal, scale=self.scale)
         return self.out(y.transpose(1, 2).flatten(2))
 
 
-class Block(nn.Module):
-    """``x + attention(norm(x))``, then ``x + down(gelu(up(norm(x))))``; both branches zero at initialisation.
+class Block(BlockParts, nn.Module):
+    """The block of :class:`structlin_nn.models.parts.BlockParts`."""
 
-    ``gelu`` is the ``approximate`` of torch's gelu; further keywords are those of :class:`Attention`.
-    """
-
-    def __init__(
-        self, linear: LinearFactory, width: int, heads: int, head_dim: int, expansion: int, *, causal: bool = False,
-        bias: bool = True, zero_query: bool = True, gelu: str = "none", **attention: Any,
-    ) -> None:  # fmt: skip
-        super().__init__()
-        self.gelu = gelu
-        self.attention_norm = linear.norm(width, bias=bias)
-        self.attention = Attention(
-            linear, width, heads, head_dim, causal=causal, bias=bias, zero_query=zero_query, **attention
-        )
-        self.ffn_norm = linear.norm(width, bias=bias)
-        self.up = linear(width, expansion * width, bias=bias)
-        self.down = linear(expansion * width, width, bias=bias, zero_init=True)
+    attend = Attention
 
     def forward(self, x: Tensor) -> Tensor:
         """Return ``x`` plus attention, plus the MLP."""
@@ -142,9 +109,17 @@ class Blocks(nn.ModuleList):
 
 
 class BlockModel(nn.Module):
-    """A model with ``blocks``."""
+    """A model with ``blocks``, of the sizes ``config``."""
 
     blocks: Blocks
+    default_layers: str
+    make: Callable[..., None]
+    stack: Any = Blocks
+
+    def __init__(self, config: Any, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        self.config = config
+        self.make(LinearFactory(config.structure, self.default_layers, device, dtype), config)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Keep only the inputs of the blocks for the backward pass, and compute the rest again; as in timm."""
@@ -153,8 +128,6 @@ class BlockModel(nn.Module):
 
 class ImageModel(BlockModel):
     """A model of images of the shape ``config.input_shape``."""
-
-    config: Any
 
     def example_input(self, batch: int = 1, device: torch.device | str | None = None) -> Tensor:
         """Zeros of the shape that the model takes."""
@@ -189,7 +162,7 @@ class ViTConfig:
         return (self.input_shape[1] // self.patch) * (self.input_shape[2] // self.patch)
 
 
-class ViT(ImageModel):
+class ViT(ViTParts, ImageModel):
     """Vision transformer with a class token (Dosovitskiy et al., 2021) and normalised queries and keys.
 
     Patch embedding with LayerNorm on both sides, pre-norm blocks, a final LayerNorm, and a head on the class token.
@@ -203,26 +176,7 @@ class ViT(ImageModel):
     torch.Size([2, 7])
     """
 
-    default_layers = "all_but_last"
-
-    def __init__(
-        self, config: ViTConfig, device: torch.device | str | None = None, dtype: torch.dtype | None = None
-    ) -> None:
-        super().__init__()
-        self.config = config
-        width, pixels = config.width, config.input_shape[0] * config.patch**2
-        assert config.head_dim is not None
-        linear = LinearFactory(config.structure, self.default_layers, device, dtype)
-        self.patch_norm = linear.norm(pixels)
-        self.patch_embedding = linear(pixels, width, role="input")
-        self.embedding_norm = linear.norm(width)
-        self.class_token = linear.embedding(1, width)
-        self.positions = linear.embedding(config.patches + 1, width)
-        self.blocks = Blocks(
-            Block(linear, width, config.heads, config.head_dim, config.expansion) for _ in range(config.depth)
-        )
-        self.norm = linear.norm(width)
-        self.head = linear(width, config.num_classes, role="output", zero_init=True)
+    block = Block
 
     def patchify(self, x: Tensor) -> Tensor:
         """Return patches (batch, patches, patch * patch * channels) of images (batch, channels, height, width)."""
@@ -279,7 +233,7 @@ class GPT2Config:
             raise ValueError(f"gelu must be 'none' or 'tanh', got {self.gelu!r}")
 
 
-class GPT2(BlockModel):
+class GPT2(GPT2Parts, BlockModel):
     """Causal transformer over tokens (Radford et al., 2019), by default without biases and with an untied head.
 
     Token and position embeddings, pre-norm blocks, a final LayerNorm and a head that is structured like the rest.
@@ -293,28 +247,7 @@ class GPT2(BlockModel):
     torch.Size([2, 5, 30])
     """
 
-    default_layers = "all"
-
-    def __init__(
-        self, config: GPT2Config, device: torch.device | str | None = None, dtype: torch.dtype | None = None
-    ) -> None:
-        super().__init__()
-        self.config = config
-        width = config.width
-        assert config.head_dim is not None
-        linear = LinearFactory(config.structure, self.default_layers, device, dtype)
-        self.tokens = linear.embedding(config.vocabulary, width)
-        self.positions = linear.embedding(config.context, width)
-        self.blocks = Blocks(
-            Block(
-                linear, width, config.heads, config.head_dim, config.expansion,
-                causal=True, bias=config.bias, zero_query=False, gelu=config.gelu,
-                norms=config.qk_norm, scale=config.attention_scale, projection_bias=config.bias,
-            )
-            for _ in range(config.depth)
-        )  # fmt: skip
-        self.norm = linear.norm(width, bias=config.bias)
-        self.head = None if config.tied else linear(width, config.vocabulary, role="output", bias=False, zero_init=True)
+    block = Block
 
     def forward(self, tokens: Tensor, return_features: bool = False) -> Tensor | tuple[Tensor, Tensor]:
         """Return logits, or (logits, features): the features (batch, length, width) are what the head reads."""
@@ -325,7 +258,7 @@ class GPT2(BlockModel):
             )
         x = self.blocks(self.tokens(tokens) + self.positions.weight[: tokens.shape[1]])
         features = self.norm(x)
-        logits = F.linear(features, self.tokens.weight) if self.head is None else self.head(features)
+        logits = F.linear(features, self.tokens.weight) if self.config.tied else self.head(features)
         return (logits, features) if return_features else logits
 
     def example_input(self, batch: int = 1, device: torch.device | str | None = None) -> Tensor:

@@ -45,14 +45,7 @@ _EXPERTS = "experts"  # the number of experts; other layers have no such entry
 
 
 def layout_of(model: nn.Module) -> dict[str, Any]:
-    """Return the layout of a model.
-
-    Examples
-    --------
-    >>> layout = layout_of(nn.Sequential(StructuredLinear(6, 4, structure="low_rank", rank=2), nn.Linear(4, 3)))
-    >>> layout["layers"][0]["options"], layout["linear"]
-    ({'rank': 2}, ['1'])
-    """
+    """Return the layout of a model."""
     if isinstance(model, StructuredLinear):
         raise ValueError("the model itself is a structured layer; put it in a container")
     places: dict[StructuredLinear, list[str]] = {}
@@ -112,11 +105,9 @@ def check_layout(layout: Any) -> None:
         raise ValueError(f"linear must be a list of names, got {_short(layout['linear'])}")
     if not isinstance(layout["layers"], list):
         raise ValueError(f"layers must be a list, got {_short(layout['layers'])}")
-    names: list[str] = []
     for form in layout["layers"]:
         _check_form(form)
-        names += form["names"]
-    names += layout["linear"]
+    names = [name for form in layout["layers"] for name in form["names"]] + layout["linear"]
     if len(set(names)) < len(names):
         raise ValueError(f"layer {next(n for n in names if names.count(n) > 1)!r} is described twice")
 
@@ -176,23 +167,20 @@ class Change:
 
 
 def changes(model: nn.Module, layout: Mapping[str, Any]) -> list[Change]:
-    """Return the replacements after which ``model`` has a layout, without making them.
+    """Return the replacements after which ``model`` has a layout, without making them, on the meta device.
 
-    Modules that pack the weights of layers of the layout are unpacked (:func:`structlin_nn.torch.unpack_linear`).
-    A new layer has the dtype, training mode and ``requires_grad`` of the old one. A structured layer that already
-    agrees with the layout is not replaced.
+    Packed weights are unpacked (:func:`structlin_nn.torch.unpack_linear`). Layers that agree with the layout stay.
     """
     unpack_linear(model, [name for form in layout["layers"] for name in form["names"]])
+    modules = dict(model.named_modules(remove_duplicate=False))
     places: dict[nn.Module, list[str]] = {}
-    modules: dict[str, nn.Module] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        modules[name] = module
+    for name, module in modules.items():
         places.setdefault(module, []).append(name)
-    wanted = [(tuple(form["names"]), form) for form in layout["layers"]]
     found = []
-    for names, form in wanted:
+    for form in layout["layers"]:
+        names = tuple(form["names"])
         old = _layer_at(names, modules, places)
-        own = (*sizes_of(old), _parameter(old, "bias") is not None, num_experts(old))
+        own = (*sizes_of(old), old._parameters.get("bias") is not None, num_experts(old))
         given = (form["in_features"], form["out_features"], form["bias"], form.get(_EXPERTS))
         if own != given:
             raise ValueError(
@@ -204,17 +192,11 @@ def changes(model: nn.Module, layout: Mapping[str, Any]) -> list[Change]:
         else:
             _check_is_called(model, names, old)
         found.append(Change(names, old, as_before(old, _structured(form, old))))
-    for name in layout["linear"]:
-        if name not in modules:
-            continue
-        old = modules[name]
+    for old in dict.fromkeys(modules[name] for name in layout["linear"] if name in modules):
         if isinstance(old, StructuredLinear) or is_conv1d(old):
-            names = tuple(places[old])
-            if any(old is change.old for change in found):
-                continue
-            bias = _parameter(old, "bias") is not None
+            bias = old._parameters.get("bias") is not None
             new = dense_layer(num_experts(old), *sizes_of(old), bias, _dtype(old))
-            found.append(Change(names, old, as_before(old, new)))
+            found.append(Change(tuple(places[old]), old, as_before(old, new)))
     return found
 
 
@@ -241,10 +223,6 @@ def _structured(form: Mapping[str, Any], old: nn.Module) -> StructuredLinear:
         gain=form["gain"] if form["rms_cap"] else None, rule=form["rule"], zero_init=form["zero_init"],
         checkpoint=form["checkpoint"], **options,
     )  # fmt: skip
-
-
-def _parameter(layer: nn.Module, name: str) -> nn.Parameter | None:
-    return layer._parameters.get(name)
 
 
 def _dtype(layer: nn.Module) -> torch.dtype:

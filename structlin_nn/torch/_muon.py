@@ -40,13 +40,7 @@ class Matrices(NamedTuple):
 
 
 def factor_matrices(structure: AbstractStructure) -> tuple[Matrices | None, ...]:
-    """Return the layout of the matrices in each factor of a chain; None for a factor of another structure.
-
-    Examples
-    --------
-    >>> factor_matrices(Structure.parse("pa,pfra->frp; frp,ferp->fe", p=2, a=3, f=5, r=4, e=6))[1]
-    Matrices(order=(0, 1, 2, 3), blocks=5, fan_out=6, fan_in=8)
-    """
+    """Return the layout of the matrices in each factor of a chain; None for a factor of another structure."""
     if not isinstance(structure, Structure):
         return (None,) * len(structure.factors)
     return tuple(
@@ -71,7 +65,7 @@ def muon_multiplier(matrices: Matrices, base_d_in: int, base_d_out: int, count: 
     return math.sqrt(own / base) / count
 
 
-def orthogonalized(x: Tensor, steps: int = 5, eps: float = 1e-7) -> Tensor:
+def orthogonalized(x: Tensor, steps: int = 5) -> Tensor:
     """Return an approximation of U V^T for matrices U S V^T of shape (..., m, n), by Newton-Schulz iterations.
 
     With these coefficients the singular values lie between 0.7 and 1.2 after few steps (Jordan et al., *Muon: An
@@ -84,7 +78,7 @@ def orthogonalized(x: Tensor, steps: int = 5, eps: float = 1e-7) -> Tensor:
     tall = x.shape[-2] > x.shape[-1]
     if tall:
         x = x.mT
-    x = x / torch.linalg.matrix_norm(x, keepdim=True).clamp(min=eps)
+    x = x / torch.linalg.matrix_norm(x, keepdim=True).clamp(min=1e-7)
     for _ in range(steps):
         gram = x @ x.mT
         x = a * x + (b * gram + c * (gram @ gram)) @ x

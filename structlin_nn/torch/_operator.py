@@ -5,7 +5,7 @@ it is one node that runs the contraction of :mod:`structlin`. The node contains 
 (:mod:`structlin_nn.torch._text`), so a saved graph runs in any process that imports this module.
 
 Operators written in Python have no forward-mode derivatives and do not support ``torch.func.grad``. If
-:func:`transformed` returns True, the products must be called one by one.
+:func:`structlin.execution._guard.transforming` returns True, the products must be called one by one.
 """
 
 from __future__ import annotations
@@ -24,11 +24,6 @@ from structlin.execution.torch_ways import torch_chain
 from structlin_nn.torch._text import from_text
 
 _TORCH = ops("torch")
-
-
-def transformed() -> bool:
-    """Return whether a transformation is active that the operators do not support: torch.func, or forward mode."""
-    return transforming()
 
 
 def _refuse_forward_mode() -> None:
@@ -74,7 +69,7 @@ def _backward(ctx: Any, gy: Tensor) -> tuple[Any, ...]:
     x, *factors = ctx.saved_tensors
     needs = [ctx.needs_input_grad[0], *ctx.needs_input_grad[1]]
     # The operator supports neither batches of gradients (is_grads_batched) nor tangents.
-    if torch._C._functorch.is_batchedtensor(gy) or torch._C._functorch.is_legacy_batchedtensor(gy) or transformed():
+    if torch._C._functorch.is_batchedtensor(gy) or torch._C._functorch.is_legacy_batchedtensor(gy) or transforming():
         found = iter(chain_gradients(from_text(ctx.structure), gy, x, factors, needs))
     else:
         found = iter(torch.ops.structlin.chain_backward(gy, x, factors, ctx.structure, needs))

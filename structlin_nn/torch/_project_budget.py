@@ -18,13 +18,7 @@ Curve = Sequence[tuple[int, float]]
 
 
 def hull(curve: Curve) -> list[int]:
-    """Return the indices of the lower convex hull, from the cheapest point to the point with the smallest loss.
-
-    Examples
-    --------
-    >>> hull([(1, 9.0), (2, 8.0), (3, 2.0), (4, 2.0), (5, 1.0)])
-    [0, 2, 4]
-    """
+    """Return the indices of the lower convex hull, from the cheapest point to the point with the smallest loss."""
     kept: list[int] = []
     for i, (cost, loss) in enumerate(curve):
         if kept and loss >= curve[kept[-1]][1]:
@@ -41,13 +35,7 @@ def hull(curve: Curve) -> list[int]:
 
 
 def allocate(curves: Sequence[Curve], budget: int) -> list[int]:
-    """Return the index of the chosen point on each curve; ValueError if the cheapest points exceed the budget.
-
-    Examples
-    --------
-    >>> allocate([[(1, 4.0), (2, 1.0)], [(1, 9.0), (3, 0.0)]], budget=4)
-    [0, 1]
-    """
+    """Return the index of the chosen point on each curve; ValueError if the cheapest points exceed the budget."""
     at = [hull(curve)[0] for curve in curves]
     left = budget - sum(curve[i][0] for curve, i in zip(curves, at, strict=True))
     if left < 0:

@@ -92,10 +92,8 @@ def gather(
     Those of experts have shape (experts, d_in, d_in), and their sum over the experts is the second moment of all inputs
     of the layer. An expert without inputs gets the sum, as if for one vector, and ``notes`` name it.
 
-    Vectors that a parent multiplies by ``layer.weight`` without calling the layer count as inputs, as in Mamba and
-    BEiT. The model runs without gradients and in evaluation mode, so running statistics do not change. Afterwards the
-    mode of each module is restored. Activations are not stored. ValueError if there are no data, or the data do not
-    reach a layer.
+    Vectors that a parent multiplies by ``layer.weight`` itself count too, as in Mamba and BEiT. The model runs without
+    gradients and in evaluation mode; modes are restored. ValueError if no data reach a layer.
     """
     found = {layer: [Moments(name) for _ in range(num_experts(layer) or 1)] for layer, name in layers.items()}
     read = _ReadWeights(found)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from bisect import bisect_left
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
@@ -30,23 +31,8 @@ def relative(error: float, problem: Problem) -> float:
     return error / scale if scale else (0.0 if error == 0 else np.inf)
 
 
-def _first(count: int, holds: Callable[[int], bool]) -> int:
-    """Return the first n in ``range(count)`` for which ``holds``, by bisection; ``count`` if there is none."""
-    low, high = 0, count
-    while low < high:
-        middle = (low + high) // 2
-        if holds(middle):
-            high = middle
-        else:
-            low = middle + 1
-    return low
-
-
 def _fits(name: str, shape: tuple[int, int], options: Mapping[str, Any]) -> bool:
-    """Return whether the form exists, and its vectors keep their axes from step to step.
-
-    A Monarch matrix whose blocks do not divide the inner size regroups the vector, and its fit to data is slow.
-    """
+    """Return whether the form exists and regroups no vector between steps, which makes fits slow."""
     try:
         found = structlin.design(name, shape, **options)
     except ValueError:
@@ -72,10 +58,7 @@ class Forms:
 
     @classmethod
     def of(cls, name: str, shape: tuple[int, int], options: Mapping[str, Any]) -> Forms:
-        """Return the forms that differ in the rank if the structure has one, otherwise in the number of blocks.
-
-        ``options`` can fix either. ValueError if the structure does not accept the options or sizes.
-        """
+        """Return the forms that differ in the rank, or without ranks in the number of blocks."""
         known = structlin.structure_options(name)
         fixed = {k: v for k, v in options.items() if k not in ("rank", "rank_fraction", "blocks") or v is not None}
         knob: str | None = None
@@ -92,7 +75,8 @@ class Forms:
             values = [n for n in powers if _fits(name, shape, {**fixed, "blocks": n})]
         widest = cls(name, shape, fixed, knob, limits, values)
         widest.design(0)  # raises the error of wrong options
-        return replace(widest, values=values[: _first(len(values), lambda i: not saves(widest.design(i)))])
+        cheaper = bisect_left(range(len(values)), True, key=lambda i: not saves(widest.design(i)))
+        return replace(widest, values=values[:cheaper])
 
     def __len__(self) -> int:
         return len(self.values)
@@ -111,9 +95,8 @@ class Forms:
     def curve(self, problems: Sequence[Problem]) -> list[tuple[int, float]]:
         """Return (number, relative error) of forms, in ascending order of MACs and non-increasing error.
 
-        The error is that of all problems together, which get the same form: one, or those of several experts.
-        If two factors have a closed form, one singular value decomposition gives all forms. Otherwise the ranks grow by
-        factors of 1.5, and a few sweeps of alternating least squares compute each form.
+        The error is that of all problems together, which get the same form: one, or those of several experts. Without a
+        closed form the ranks grow by factors of 1.5, and a few sweeps compute each form.
         """
         scales = np.array([problem.norm(problem.target) for problem in problems])
         whole = np.linalg.norm(scales) or 1.0
@@ -130,9 +113,8 @@ class Forms:
     ) -> tuple[int, list[Solution]] | None:  # fmt: skip
         """Return the cheapest form with a relative error of at most ``error`` for each problem, and its solutions.
 
-        None if there is none.
-        Without a closed form it is found by bisection, which assumes that the error decreases with the MACs. Few sweeps
-        give a first result, and full solutions of cheaper forms refine it.
+        None if there is none. Without a closed form, bisection with few sweeps gives a first result, and full solutions
+        of cheaper forms refine it.
         """
         solved: dict[int, list[Solution]] = {}
 
@@ -147,7 +129,7 @@ class Forms:
             while found < len(self) and not meets(found):  # roundoff
                 found += 1
         else:
-            found = _first(len(self), lambda i: self._estimates(i, problems).max() <= error)
+            found = bisect_left(range(len(self)), True, key=lambda i: self._estimates(i, problems).max() <= error)
             while found and meets(found - 1):
                 found -= 1
             while found < len(self) and not meets(found):  # a run with few sweeps can end at another error

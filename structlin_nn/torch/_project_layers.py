@@ -133,11 +133,7 @@ class Choice:
                 raise TypeError(f"{key} must be an integer, got {chosen[key]!r}")
 
     def prepare(self, given: Sequence[Task], skipped: list[tuple[str, str]]) -> list[Task]:
-        """Find the possible forms, and return the layers that have any.
-
-        Layers whose sizes the structure cannot have are added to ``skipped``, with the reason. ValueError if this holds
-        for all layers (the error of the first one), or if the budget is too small.
-        """
+        """Return the layers that have forms; the others are added to ``skipped``. ValueError if none has."""
         self.fixed: list[AbstractStructure] = []
         self.forms: list[Forms] = []
         tasks: list[Task] = []

@@ -56,21 +56,7 @@ class LayerProjection:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the attributes as plain values, for JSON."""
-        options = {k: list(v) if isinstance(v, tuple) else v for k, v in self.options.items()}
-        return {
-            "names": list(self.names),
-            "shape": list(self.shape),
-            "structure": None if self.structure is None else repr(self.structure),
-            "options": options,
-            "weight_error": self.weight_error,
-            "output_error": self.output_error,
-            "params_before": self.params_before,
-            "params_after": self.params_after,
-            "macs_before": self.macs_before,
-            "macs_after": self.macs_after,
-            "reason": self.reason,
-            "experts": self.experts,
-        }
+        return {**vars(self), "structure": None if self.structure is None else repr(self.structure)}
 
 
 @dataclass(frozen=True)
@@ -119,17 +105,9 @@ class ProjectionReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as plain values, for JSON; total MACs are those of one vector at each place."""
-        return {
-            "layers": [layer.to_dict() for layer in self.layers],
-            "skipped": [list(pair) for pair in self.skipped],
-            "notes": list(self.notes),
-            "max_macs": self.max_macs,
-            "max_params": self.max_params,
-            "macs_before": self.macs_before,
-            "macs_after": self.macs_after,
-            "params_before": self.params_before,
-            "params_after": self.params_after,
-        }
+        totals = ("macs_before", "macs_after", "params_before", "params_after")
+        rows = [layer.to_dict() for layer in self.layers]
+        return {**vars(self), "layers": rows, **{name: getattr(self, name) for name in totals}}
 
     def __str__(self) -> str:
         calibrated = any(layer.output_error is not None for layer in self.layers)

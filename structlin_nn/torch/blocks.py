@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from structlin.execution.blocks import TorchBlock, torch_block
+from structlin.execution.blocks import torch_block
 from structlin.structure import Structure
 from structlin_nn.torch._modules import check_model
 from structlin_nn.torch.experts import StructuredExperts
@@ -66,21 +66,18 @@ def mlp(
     >>> torch.allclose(mlp(x, up, down), down(F.gelu(up(x))), atol=1e-5)
     True
     """
-    function, h, found = _function(activation), x, None
-    # Under autocast the dtype of a norm and of a sum differs from that of the products.
-    apart = norm is not None and torch.is_autocast_enabled("cpu")
-    if norm is not None and apart:
-        h = norm(x)
+    function, autocast, h = _function(activation), torch.is_autocast_enabled("cpu"), x
+    if norm is not None and autocast:  # its dtype differs from that of the products, as does that of the sum with x
+        h, norm = norm(x), None
+    first, inside, found = [up] if gate is None else [gate, up], residual and not autocast, None
     if not torch.compiler.is_compiling():
-        first, inside = [up] if gate is None else [gate, up], residual and not torch.is_autocast_enabled("cpu")
-        found = _one_pass(h, first, down, activation, None if apart else norm, inside)
-        if found is not None and inside == residual:
-            return found[0]
-    if found is None:
-        h = h if norm is None or apart else norm(x)
-        h = function(up(h)) if gate is None else function(gate(h)) * up(h)
-    y: Tensor = down(h) if found is None else found[0]
-    if residual:
+        found = _one_pass(h, first, down, activation, norm, inside)
+    if found is not None:
+        y = found[0]
+    else:
+        h = h if norm is None else norm(h)
+        y = down(function(up(h)) if gate is None else function(gate(h)) * up(h))
+    if residual and (found is None or not inside):
         if y.shape != x.shape:
             raise ValueError(
                 f"residual needs an output of the shape of the input, {tuple(x.shape)}, got {tuple(y.shape)}"
@@ -223,7 +220,6 @@ def _fused(module: nn.Module, names: tuple[str, ...]) -> StructuredMLP | str:
     if any(getattr(module, hooks) for hooks in _HOOKS):
         return "it has hooks, which would be lost"
     rest = [(name, child) for name, child in module.named_children() if name not in names]
-    dropouts = [child for _, child in rest if isinstance(child, nn.Dropout)]
     others = [child for _, child in rest if not isinstance(child, nn.Dropout | nn.Identity)]
     if len(others) > 1 or any(p.numel() for child in others for p in child.parameters()):
         return f"it has other modules than its layers: {', '.join(type(child).__name__ for child in others)}"
@@ -233,20 +229,16 @@ def _fused(module: nn.Module, names: tuple[str, ...]) -> StructuredMLP | str:
     activation = _name_of(function)
     if activation is None:
         return f"its activation function is not one of {', '.join(ACTIVATIONS)}"
-    last = 0.0
-    if any(dropout.p for dropout in dropouts):
-        # Children are registered in the order of their calls, so this finds dropout between the layers.
-        order = [name for name, _ in module.named_children()]
-        late = [
-            c for n, c in rest if isinstance(c, nn.Dropout) and c.p and order.index(n) > max(map(order.index, names))
-        ]
-        if len(late) != sum(bool(dropout.p) for dropout in dropouts) or len(late) != 1:
-            return "it has dropout between its layers"
-        last = late[0].p
+    # Children are registered in the order of their calls, so this finds dropout between the layers.
+    order = [name for name, _ in module.named_children()]
+    dropouts = {name: child.p for name, child in rest if isinstance(child, nn.Dropout) and child.p}
+    if len(dropouts) > 1 or any(order.index(name) < max(map(order.index, names)) for name in dropouts):
+        return "it has dropout between its layers"
+    up, down, *gate = layers
     new = StructuredMLP(
-        layers[0], layers[1], activation, gate=layers[2] if len(names) > 2 else None, names=names, dropout=last
+        up, down, activation, gate=gate[0] if gate else None, names=names, dropout=sum(dropouts.values())
     ).train(module.training)
-    if not factor.is_meta and not _agree(module, new, layers[0].in_features, factor):
+    if not factor.is_meta and not _agree(module, new, up.in_features, factor):
         return "its output differs from that of its layers and its activation function"
     return new
 
@@ -312,10 +304,11 @@ def _one_pass(
     kind, eps, weight, shift = known
     if kind == "rms" and eps is None:
         eps = torch.finfo(x.dtype).eps if x.is_floating_point() else 0.0
-    block = _block(
-        tuple(cast(Structure, layer.structure) for layer in whole), len(first), activation,
-        tuple(layer.bias is not None for layer in whole), kind, eps or 0.0, (weight is not None, shift is not None),
-        residual,
+    structures = tuple(cast(Structure, layer.structure) for layer in whole)
+    biases = tuple(layer.bias is not None for layer in whole)
+    block = torch_block(
+        structures[: len(first)], None if second is None else structures[-1], activation, biases, kind, eps or 0.0,
+        (weight is not None, shift is not None), residual,
     )  # fmt: skip
     operands: list[Tensor | None] = [weight, shift, *(layer.bias for layer in whole)]
     for layer in whole:
@@ -353,11 +346,3 @@ def _norm(norm: nn.Module | None, size: int) -> tuple[str | None, float | None, 
     if type(norm) is nn.RMSNorm and norm.normalized_shape == (size,):
         return "rms", norm.eps, norm.weight, None
     return None
-
-
-def _block(
-    structures: tuple[Structure, ...], first: int, activation: str | None, biases: tuple[bool, ...], norm: str | None,
-    eps: float, affine: tuple[bool, bool], residual: bool,
-) -> TorchBlock:  # fmt: skip
-    second = structures[first] if first < len(structures) else None
-    return torch_block(structures[:first], second, activation, biases, norm, eps, affine, residual)

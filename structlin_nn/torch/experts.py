@@ -151,7 +151,7 @@ class StructuredExperts(StructuredLinear):
 
     def operators(self) -> tuple[structlin.StructuredOperator, ...]:
         """Return the matrix of each expert as an operator, without copies of the factors."""
-        dtype = self.bias.dtype if self.bias is not None and not len(self.factors) else None
+        dtype = None if len(self.factors) else self._dtype_without_factors()
         return tuple(self._plan.operator_class._build(self.structure, part, dtype) for part in self._parts())
 
     def _parts(self) -> Iterator[tuple[Tensor, ...]]:

@@ -23,7 +23,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from structlin_nn._files import atomic_write
 from structlin_nn._patterns import listed
-from structlin_nn.torch._layout import Change, changes, check_layout, layout_of
+from structlin_nn.torch._layout import changes, check_layout, layout_of
 from structlin_nn.torch._modules import changed
 
 __all__ = ["StructuredFile", "load_structured", "read_structured", "save_structured"]
@@ -224,17 +224,17 @@ def load_structured(
 def fill(model: nn.Module, found: StructuredFile, tensors: Mapping[str, Tensor]) -> nn.Module:
     """Load layers and tensors of a file into a model; ValueError, without a change, if they do not match."""
     planned = changes(model, found.layout)
-    if meta := [name for name, tensor in model.state_dict().items() if tensor.is_meta]:
+    own = model.state_dict(keep_vars=True)
+    if meta := [name for name, tensor in own.items() if tensor.is_meta]:
         raise ValueError(f"the model is on the meta device and has no values to replace: {meta[0]}, ...")
-    own = {name: (tuple(t.shape), t.dtype) for name, t in model.state_dict().items()}
     for change in planned:
+        new = change.new.state_dict(keep_vars=True)
         for place in change.names:
-            own = {name: value for name, value in own.items() if not name.startswith(f"{place}.")}
-        for name, t in change.new.state_dict().items():
-            own |= {f"{place}.{name}": (tuple(t.shape), t.dtype) for place in change.names}
+            own = {name: tensor for name, tensor in own.items() if not name.startswith(f"{place}.")}
+            own |= {f"{place}.{name}": tensor for name, tensor in new.items()}
     given = dict(tensors) | {alias: tensors[name] for alias, name in found.aliases.items()}
     check_entries(own, given)
-    _check_ties(model, planned, found.aliases, own)
+    _check_ties(own, found.aliases)
     for change in planned:
         change.apply(model)
     if planned:
@@ -245,36 +245,34 @@ def fill(model: nn.Module, found: StructuredFile, tensors: Mapping[str, Tensor])
     return model
 
 
-def _check_ties(model: nn.Module, planned: Sequence[Change], aliases: Mapping[str, str], names: Iterable[str]) -> None:
+def _check_ties(own: Mapping[str, Tensor], aliases: Mapping[str, str]) -> None:
     """Raise ValueError unless the same entries are tied in the planned model and in the file."""
-    places = {f"{place}.": number for number, change in enumerate(planned) for place in change.names}
-    held = model.state_dict(keep_vars=True)
-    first: dict[Any, str] = {}
-    for name in names:
-        new = next((place for place in places if name.startswith(place)), None)
-        identity = id(held[name]) if new is None else (places[new], name.removeprefix(new))
-        other, same = first.setdefault(identity, name), aliases.get(name, name)
+    first: dict[int, str] = {}
+    for name, tensor in own.items():
+        other, same = first.setdefault(id(tensor), name), aliases.get(name, name)
         if aliases.get(other, other) != same:
             raise ValueError(f"{name} is tied to {other} in the model, but not in the file")
-    if len(first) > len({aliases.get(name, name) for name in names}):
+    if len(first) > len({aliases.get(name, name) for name in own}):
         untied = next(name for name in aliases if name in first.values() and aliases[name] in first.values())
         raise ValueError(f"{untied} is tied to {aliases[untied]} in the file, but not in the model")
 
 
-def check_entries(own: Mapping[str, tuple[tuple[int, ...], torch.dtype]], given: Mapping[str, Tensor]) -> None:
-    """Raise ValueError unless tensors have the names, shapes and kinds of dtype that a model needs."""
+def check_entries(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:
+    """Raise ValueError unless tensors have the names, shapes and kinds of dtype of those of a model."""
     for what, names in (
         ("lacks", own.keys() - given.keys()),
         ("has, but the model lacks,", given.keys() - own.keys()),
     ):
         if names:
             raise ValueError(f"the file {what} {listed(sorted(names), most=5)}")
-    for name, (shape, dtype) in own.items():
+    for name, wanted in own.items():
         tensor = given[name]
-        if tuple(tensor.shape) != shape:
-            raise ValueError(f"{name} has shape {tuple(tensor.shape)} in the file, but {shape} in the model")
-        if _kind(tensor.dtype) != _kind(dtype):
-            raise ValueError(f"{name} has dtype {tensor.dtype} in the file, but {dtype} in the model")
+        if tensor.shape != wanted.shape:
+            raise ValueError(
+                f"{name} has shape {tuple(tensor.shape)} in the file, but {tuple(wanted.shape)} in the model"
+            )
+        if _kind(tensor.dtype) != _kind(wanted.dtype):
+            raise ValueError(f"{name} has dtype {tensor.dtype} in the file, but {wanted.dtype} in the model")
 
 
 def read_tensors(path: str | os.PathLike[str], sha256: str | None = None) -> dict[str, Tensor]:

@@ -12,15 +12,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint as recomputed
 
-import structlin
 from structlin._arrays import ops
-from structlin.execution._guard import guard_of
+from structlin.execution._guard import guard_of, transforming
 from structlin.execution.token_major import token_major
 from structlin.execution.torch_cuda import node_tokens
 from structlin.execution.torch_ways import torch_chain
 from structlin.structure import AbstractStructure, Structure
-from structlin_nn._layer import describe, plan_layer
-from structlin_nn.torch._operator import chain, transformed
+from structlin_nn._layer import PlannedLayer, plan_layer
+from structlin_nn.torch._operator import chain
 from structlin_nn.torch._script import Scriptable
 from structlin_nn.torch._step_check import watch
 from structlin_nn.torch._text import to_text
@@ -94,7 +93,7 @@ def values(factors: Any) -> tuple[Tensor, ...]:
     return factors() if isinstance(factors, FactorList) else tuple(factors)
 
 
-class StructuredLinear(Scriptable):
+class StructuredLinear(PlannedLayer, Scriptable):
     r"""Linear layer ``y = A x + b`` with a structured matrix A: (..., in_features) -> (..., out_features).
 
     It replaces ``nn.Linear`` and has the same positional parameters. The factors of A are parameters (``factors``, in
@@ -190,13 +189,12 @@ class StructuredLinear(Scriptable):
         self.options, self.rule, self.zero_init, self.rms_cap = dict(options), rule, zero_init, rms_cap
         self.checkpoint = checkpoint
         self._is_dense = plan.is_dense
-        self._text = to_text(plan.structure) if isinstance(plan.structure, Structure) else ""
-        self._token_major = token_major(plan.structure) if isinstance(plan.structure, Structure) else None
         self._guard = guard_of(plan.structure)
-        self._chain = (
-            torch_chain(plan.structure) if isinstance(plan.structure, Structure) and not plan.is_dense else None
-        )
-        self._node_tokens = node_tokens(plan.structure) if isinstance(plan.structure, Structure) else 0
+        self._text, self._token_major, self._chain, self._node_tokens = "", None, None, 0
+        if isinstance(plan.structure, Structure):
+            self._text, self._token_major = to_text(plan.structure), token_major(plan.structure)
+            self._chain = None if plan.is_dense else torch_chain(plan.structure)
+            self._node_tokens = node_tokens(plan.structure)
         self._bare = not (rms_cap or plan.index_at)  # the factors are the parameters
 
         shapes = [(*self._lead, *spec.shape) for spec in self.structure.factors if spec.trainable]
@@ -244,29 +242,11 @@ class StructuredLinear(Scriptable):
         if self.bias is not None:
             self.bias.zero_()
 
-    def effective_factors(self) -> tuple[Tensor, ...]:
-        """Return all factors of A, index factors included; trainable ones are capped if ``rms_cap`` is set."""
-        factors = list(values(self.factors))
-        if self.rms_cap:
-            sigmas = [sigma for n, sigma in enumerate(self.cap_sigma) if n not in self._plan.index_at]
-            gains: Sequence[Any] = [1.0] * len(factors) if self.gains is None else values(self.gains)
-            factors = [self._capped(f, s, g) for f, s, g in zip(factors, sigmas, gains, strict=True)]
-        for number in self._plan.index_at:
-            factors.insert(number, getattr(self, f"index{number}"))
-        return tuple(factors)
+    def _values(self, parameters: Any) -> tuple[Tensor, ...]:
+        return values(parameters)
 
-    def _capped(self, factor: Tensor, sigma: float, gain: Tensor | float) -> Tensor:
-        return structlin.rms_cap(factor, sigma, gain)
-
-    @property
-    def operator(self) -> structlin.StructuredOperator:
-        """The matrix A as an operator of shape (out_features, in_features), without a copy of the factors.
-
-        It is differentiable in the parameters. With ``rms_cap`` it contains the capped factors, so access it again
-        after each step of the optimiser.
-        """
-        dtype = self.bias.dtype if self.bias is not None and not len(self.factors) else None
-        return self._plan.operator_class._build(self.structure, self.effective_factors(), dtype)
+    def _dtype_without_factors(self) -> torch.dtype | None:
+        return None if self.bias is None else self.bias.dtype
 
     @property
     def weight(self) -> Tensor:
@@ -364,9 +344,7 @@ class StructuredLinear(Scriptable):
     def _product(self, x: Tensor, factors: Sequence[Tensor], bias: Tensor | None) -> Tensor:
         """Return (tokens, in_features) -> (tokens, out_features) by the way that :mod:`structlin.execution` chooses.
 
-        A compiler gets the contraction as one node if that is faster: on a CPU for many tokens, on a GPU if it would
-        otherwise copy the activation between two products. Otherwise it gets the single products, which it can fuse
-        with neighbouring operations.
+        A compiler gets the contraction as one node if that is faster, otherwise the single products, which it can fuse.
         """
         structure, plan = self.structure, self._token_major
         compiling = torch.compiler.is_compiling()
@@ -374,7 +352,7 @@ class StructuredLinear(Scriptable):
             return self._chain(x, factors, bias)
         if (
             (self.checkpoint and torch.is_grad_enabled()) or (compiling and plan is not None and self._pays_as_node(x))
-        ) and not transformed():
+        ) and not transforming():
             if plan is not None:
                 y = chain(x, list(factors), self._text)
             elif torch.compiler.is_exporting():
@@ -391,11 +369,7 @@ class StructuredLinear(Scriptable):
 
     def extra_repr(self) -> str:
         """Describe the layer for ``print``."""
-        text = describe(
-            self._plan, self.options, bias=self.bias is not None, rms_cap=self.rms_cap, rule=self.rule,
-            zero_init=self.zero_init,
-        )  # fmt: skip
-        return f"{text}, checkpoint=True" if self.checkpoint else text
+        return self._described() + (", checkpoint=True" if self.checkpoint else "")
 
 
 def cast_to(x: Tensor, dtype: torch.dtype) -> Tensor:

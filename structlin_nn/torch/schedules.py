@@ -16,9 +16,7 @@ from structlin_nn.torch.groups import parameter_groups
 
 __all__ = ["MuAdamW", "MultiplierScheduler", "RatesWarning", "trainer_optimizer", "with_multipliers"]
 
-_RULE = (
-    "structure_aware", "extra_multipliers", "rules", "decay", "independent_decay",
-)  # fmt: skip
+_RULE = ("structure_aware", "extra_multipliers", "rules", "decay", "independent_decay")
 
 
 class MuAdamW(torch.optim.AdamW):
@@ -131,9 +129,6 @@ class MultiplierScheduler(LRScheduler):
 
 class _Shown(Optimizer):
     """Optimiser that the wrapped scheduler changes: one group for each rate at base width."""
-
-    def __init__(self, groups: list[dict[str, Any]], defaults: dict[str, Any]) -> None:
-        super().__init__(groups, defaults)
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Do nothing: this optimiser trains no parameters."""

@@ -28,7 +28,7 @@ def laws() -> dict[str, Any]:
 
 
 def test_cheapest_structure_for_an_error() -> None:
-    monarch, dense, low_rank = plan_for_error("cifar-mlp", laws(), 0.3)
+    monarch, dense, low_rank = plan_for_error("cifar-mlp", laws(), 0.3, depth=1)
     assert (monarch["group"], dense["group"], low_rank["group"]) == ("monarch, blocks 4", "dense", "low_rank")
     assert monarch["compute"] == pytest.approx((1.2 / 0.3) ** (1 / 0.12))
     assert monarch["plan"].options == {"blocks": 4}
@@ -36,7 +36,7 @@ def test_cheapest_structure_for_an_error() -> None:
     assert (monarch["extrapolated"], low_rank["extrapolated"]) == (False, True)
     assert low_rank["compute"] is None
     assert low_rank["plan"] is None
-    training = plan_for_error("cifar-mlp", laws() | {"x": "total_training_macs"}, 0.3, samples=2)
+    training = plan_for_error("cifar-mlp", laws() | {"x": "total_training_macs"}, 0.3, samples=2, depth=1)
     assert training[0]["plan"].training_flops <= 2 * monarch["compute"]
     with pytest.raises(ValueError, match="laws in 'seconds' give no budget; fit laws in one of forward_macs"):
         plan_for_error("cifar-mlp", laws() | {"x": "seconds"}, 0.3)
@@ -83,7 +83,7 @@ def exhaustive(group: str, resource: str, budget: float, batch: int, widest: int
 
 @pytest.mark.parametrize(
     ("resource", "budget"),
-    [("training_flops", 5e9), pytest.param("run_seconds", 2e-3, marks=pytest.mark.slow)],
+    [("training_flops", 1e9), pytest.param("run_seconds", 2e-3, marks=pytest.mark.slow)],
 )
 def test_lowest_loss_within_a_budget_is_that_of_all_widths(resource: str, budget: float) -> None:
     rows = plan_by_law("cifar-mlp", size_laws(), budget, resource=resource, device="h100", batch_size=16, **SMALL)
@@ -92,7 +92,9 @@ def test_lowest_loss_within_a_budget_is_that_of_all_widths(resource: str, budget
         if row["group"] == "kronecker":
             assert math.isqrt(row["plan"].width) ** 2 == row["plan"].width
             continue
-        loss, width, samples = exhaustive(row["group"], resource, budget, 16, 100)
+        loss, width, samples = exhaustive(
+            row["group"], resource, budget, 16, 60 if resource == "training_flops" else 100
+        )
         assert (row["plan"].width, row["samples"]) == (width, samples)
         assert row["loss"] == pytest.approx(loss, rel=1e-12)
         assert 0.9 * budget < getattr(row["plan"], resource) <= budget
@@ -104,7 +106,7 @@ def test_more_time_gives_a_wider_model_and_more_samples() -> None:
     known["groups"] = {"dense": known["groups"]["dense"]}
 
     def dense(seconds: float) -> dict[str, Any]:
-        (row,) = plan_by_law("cifar-mlp", known, seconds, device="h100", batch_size=64, **SMALL)
+        (row,) = plan_by_law("cifar-mlp", known, seconds, device="h100", batch_size=64, multiple_of=8, **SMALL)
         return row
 
     little, much = dense(0.01), dense(0.1)
@@ -143,7 +145,7 @@ def output(capsys: pytest.CaptureFixture[str], *words: object) -> str:
 
 def test_laws(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "laws.json").write_text(json.dumps(laws()))
-    words = ("cifar-mlp", "--laws", tmp_path / "laws.json", "--error", "0.3")
+    words = ("cifar-mlp", "--laws", tmp_path / "laws.json", "--error", "0.3", "--depth", "1")
     lines = output(capsys, *words).splitlines()
     assert [line.split("  ")[0] for line in lines[4:]] == ["monarch, blocks 4", "dense", "low_rank"]
     assert lines[-1].endswith("never reached")
@@ -154,7 +156,7 @@ def test_fit_and_plan_by_commands(tmp_path: Path, capsys: pytest.CaptureFixture[
     lines = ["structure,forward_macs,samples,test_loss"]
     lines += [
         f"{name.partition(',')[0]},{n},{d},{law(n, d)}"
-        for name, law in TERMS.items()
+        for name, law in list(TERMS.items())[:2]
         for n in (1e4, 1e5, 1e6)
         for d in (1e3, 1e4, 1e5)
     ]
@@ -163,10 +165,12 @@ def test_fit_and_plan_by_commands(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert main(["fit", str(tmp_path / "runs.csv"), *fit]) == 0
     (tmp_path / "sizes.json").write_text(capsys.readouterr().out)
     words = ("cifar-mlp", "--laws", tmp_path / "sizes.json", "--num-classes", "3", "--batch-size", "16")
+    words += ("--multiple-of", "32")
+    words += ("--multiple-of", "16")
     out = output(capsys, *words, "--run-seconds", "0.001", "--device", "h100")
     assert out.startswith("lowest test_loss first, within 0.001 run seconds\n")
     rows = json.loads(output(capsys, *words, "--training-flops", "2e9", "--json"))
-    assert {row["group"] for row in rows} == {"dense", "monarch", "kronecker"}
+    assert {row["group"] for row in rows} == {"dense", "monarch"}
     assert all(row["plan"]["training_flops"] <= 2e9 for row in rows)
     for more, message in (
         (("--params", "1e6"), "unknown resource 'params'"),

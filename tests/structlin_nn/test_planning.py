@@ -35,8 +35,8 @@ def spent(plan: Any, resource: str, width: int, rank: int | None = None, **sizes
         ("cifar-mlp", "dense", {}, "forward_macs", 1e6, {}, {}),
         ("cifar-mlp", "monarch", {"blocks": 4}, "params", 1e5, {"multiple_of": 4}, {}),
         ("cifar-mlp", "block_tensor_train", {"rank": 2}, "forward_macs", 1e6, {}, {"depth": 5}),
-        ("cifar-vit", "low_rank", {}, "training_flops", 2e10, {"samples": 1000}, {}),
-        ("gpt2", "kronecker", {}, "bytes", 3e5, {"multiple_of": 2}, {**GPT2, "depth": 4}),
+        ("cifar-vit", "low_rank", {}, "training_flops", 2e10, {"samples": 1000}, {"depth": 1}),
+        ("gpt2", "kronecker", {}, "bytes", 1.5e5, {"multiple_of": 2}, {**GPT2, "depth": 4}),
     ],
 )
 def test_width(
@@ -73,11 +73,11 @@ def test_widths_that_cannot_be_built() -> None:
 
 def test_table_of_equal_compute() -> None:
     chosen = [("dense", {}), ("block_tensor_train", {"rank": 1}), ("kronecker", {})]
-    plans, left_out = plan_models("cifar-mlp", 3e5, chosen, num_classes=100)
+    plans, left_out = plan_models("cifar-mlp", 3e5, chosen, num_classes=100, depth=1)
     assert [p.structure for p in plans] == ["dense", "block_tensor_train", "kronecker"]
     assert left_out == {}
     assert all(0.7 < p.share <= 1 for p in plans)
-    plans, left_out = plan_models("cifar-mlp", 5_000, chosen)
+    plans, left_out = plan_models("cifar-mlp", 5_000, chosen, depth=1)
     assert [p.structure for p in plans] == ["dense"]
     assert "needs at least" in left_out["block_tensor_train:rank=1"]
 
@@ -261,6 +261,11 @@ def mlp(width, depth=1):
 
 def attention(width):
     return nn.MultiheadAttention(width, 6, batch_first=True), (torch.zeros(2, 5, width),) * 3
+
+def tied(width):
+    table, head = nn.Embedding(10, width), nn.Linear(width, 10, bias=False)
+    head.weight = table.weight
+    return nn.Sequential(table, nn.Linear(width, width), head), torch.zeros(4, dtype=torch.int64)
 """)
     monkeypatch.syspath_prepend(tmp_path)
     plan = plan_model("my_own_models:mlp", 1e5)
@@ -277,6 +282,8 @@ def attention(width):
     # A gain for each of the two replaced layers; the last one stays as it is.
     uncapped = Costs("my_own_models:mlp", "dense", {}, {}).measured(Choice(capped.width))
     assert capped.params == uncapped["params"] + 2
+    tied = plan_model("my_own_models:tied", 1e4, structure="low_rank", rank=1, layers="all")
+    assert tied.width == 10_000 // (2 + 10), "the head stays dense"
     with pytest.raises(ValueError, match="returns its inputs"):
         plan_model("my_own_models:mlp", 1e5, batch_size=4)
 
@@ -362,9 +369,10 @@ class TestCommand:
 
     def test_model(self, capsys: pytest.CaptureFixture[str]) -> None:
         words = ("cifar-mlp", "--forward-macs", "1e6", "--structure", "dense", "--structure", "monarch:blocks=4")
-        assert re.search(r"dense +149 ", self.output(capsys, *words))
+        words += ("--depth", "1")
+        assert re.search(r"dense +209 ", self.output(capsys, *words))
         record = json.loads(self.output(capsys, *words, "--json", "--samples", 10))
-        assert record["plans"][0]["width"] == 149
+        assert record["plans"][0]["width"] == 209
         assert record["plans"][1]["training_flops"] == 20 * record["plans"][1]["training_macs"]
 
     def test_table_of_budgets(self, capsys: pytest.CaptureFixture[str]) -> None:
@@ -437,7 +445,7 @@ class TestCommand:
 
 
 def test_table_names_the_rank_that_a_structure_has_by_default(capsys: pytest.CaptureFixture[str]) -> None:
-    line = "plan cifar-mlp --forward-macs 2e5 --structure tensor_train --structure low_rank"
+    line = "plan cifar-mlp --depth 1 --forward-macs 2e5 --structure tensor_train --structure low_rank"
     assert main([*line.split(), "--structure", "low_rank:rank_fraction=0.25"]) == 0
     rows = [" ".join(row.split()) for row in capsys.readouterr().out.splitlines()[2:]]
     for row, start in zip(

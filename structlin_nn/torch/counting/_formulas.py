@@ -8,7 +8,7 @@ same size for each gradient that is computed.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -28,10 +28,10 @@ def _register(names: str, formula: Formula) -> None:
 # -- matrix products -----------------------------------------------------------------------------------------------
 
 
-def matrix_product(a: Tensor, b: Tensor) -> Product | None:
+def matrix_product(a: Tensor, b: Tensor) -> Product:
     """Count ``a @ b`` of shapes (..., n, k) and (..., k, m), or with a vector on a side; sparse operands by entries."""
     if a.is_nested or b.is_nested:
-        return Product(sum(p.macs for p in map(matrix_product, *_parts(a, b)) if p is not None), operands=(a, b))
+        return Product(_sum_of_products(*_parts(a, b)), operands=(a, b))
     if a.layout != torch.strided or b.layout != torch.strided:
         return _sparse_product(a, b)
     k = a.shape[-1]
@@ -42,13 +42,17 @@ def matrix_product(a: Tensor, b: Tensor) -> Product | None:
     return Product(macs, operands=(a, b), sizes=(rows, k, columns), moved=moved)
 
 
+def _sum_of_products(firsts: Sequence[Tensor], seconds: Sequence[Tensor]) -> int:
+    return sum(matrix_product(a, b).macs for a, b in zip(firsts, seconds, strict=True))
+
+
 def _parts(*tensors: Tensor) -> list[list[Tensor]]:
     """Return the arrays of nested tensors, and others as often as there are of those."""
     number = max(x.size(0) for x in tensors if x.is_nested)
     return [list(x.unbind()) if x.is_nested else [x] * number for x in tensors]
 
 
-def _sparse_product(a: Tensor, b: Tensor) -> Product | None:
+def _sparse_product(a: Tensor, b: Tensor) -> Product:
     """Count one row (column) of the other operand for each stored entry of a sparse one."""
     if a.layout != torch.strided and b.layout != torch.strided:
         inner = a.to_sparse_coo().coalesce().indices()[-1], b.to_sparse_coo().coalesce().indices()[-2]
@@ -69,16 +73,14 @@ def _operands(first: str, second: str) -> Formula:
     return lambda arguments, output: matrix_product(arguments[first], arguments[second])
 
 
-_register("mm _int_mm _scaled_mm _scaled_mm_v2 bmm", lambda g, output: matrix_product(g["self"], g["mat2"]))
+_register("mm _int_mm _scaled_mm _scaled_mm_v2 bmm", _operands("self", "mat2"))
 _register("mv", _operands("self", "vec"))
 _register("addmv", _operands("mat", "vec"))
 _register("addmm _addmm_activation _sparse_addmm sspaddmm hspmm", _operands("mat1", "mat2"))
-_register("_sparse_sparse_matmul", _operands("self", "other"))
-
-
-def _dot(arguments: Arguments, output: Any) -> Product | None:
-    other = arguments["tensor"] if "tensor" in arguments else arguments["other"]
-    return matrix_product(arguments["self"], other)
+_register("baddbmm addbmm", _operands("batch1", "batch2"))
+_register("_sparse_sparse_matmul vdot", _operands("self", "other"))
+_register("dot", _operands("self", "tensor"))
+_register("quantized::matmul", _operands("qa", "qb"))
 
 
 def _outer(arguments: Arguments, output: Any) -> Product:
@@ -87,35 +89,28 @@ def _outer(arguments: Arguments, output: Any) -> Product:
     return Product(a.numel() * b.numel(), operands=(a, b), sizes=(a.numel(), 1, b.numel()))
 
 
-def _list_of_products(arguments: Arguments, output: Any) -> Product:
-    found = [matrix_product(a, b) for a, b in zip(arguments["self"], arguments["mat2"], strict=True)]
-    return Product(sum(p.macs for p in found if p is not None))
-
-
-_register("baddbmm addbmm", _operands("batch1", "batch2"))
-_register("dot vdot", _dot)
 _register("addr", _outer)
-_register("_foreach_mm", _list_of_products)
+_register("_foreach_mm", lambda g, output: Product(_sum_of_products(g["self"], g["mat2"])))
 
 
 def grouped(a: Tensor, b: Tensor, offsets: Tensor | None) -> Product:
     """Count ``torch._grouped_mm``: products of groups of rows, of columns, or of parts of the inner axis.
 
-    The groups end at the offsets; what lies behind the last one is not multiplied. On the meta device the offsets
-    have no values, and the groups are taken to fill their axis.
+    What lies behind the last offset is not multiplied. On the meta device the groups are taken to fill their axis.
     """
     if a.ndim == 3 and b.ndim == 3:
-        found = matrix_product(a, b)
-        assert found is not None
-        return found
-    length = a.shape[0] if (a.ndim, b.ndim) == (2, 3) else b.shape[-1] if a.ndim == 3 else a.shape[-1]
+        return matrix_product(a, b)
+    rows, columns = a.ndim == 2 and b.ndim == 3, a.ndim == 3
+    length = a.shape[0] if rows else b.shape[-1] if columns else a.shape[-1]
     if offsets is not None and offsets.numel() and _has_values(offsets):
         length = int(offsets[-1])
-    if (a.ndim, b.ndim) == (2, 3):  # rows of a
-        return Product(length * a.shape[1] * b.shape[2], operands=(a, b), sizes=(length, a.shape[1], b.shape[2]))
-    if a.ndim == 3:  # columns of b
-        return Product(length * b.shape[0] * a.shape[1], operands=(a, b), sizes=(a.shape[1], b.shape[0], length))
-    return Product(length * a.shape[0] * b.shape[1], operands=(a, b), sizes=(a.shape[0], length, b.shape[1]))
+    if rows:
+        sizes = length, a.shape[1], b.shape[2]
+    elif columns:
+        sizes = a.shape[1], b.shape[0], length
+    else:
+        sizes = a.shape[0], length, b.shape[1]
+    return Product(math.prod(sizes), operands=(a, b), sizes=sizes)
 
 
 def _has_values(x: Tensor) -> bool:
@@ -142,27 +137,28 @@ def _dense_layer(x: str) -> Formula:
 
 
 _register("_mixed_dtypes_linear", _dense_layer("input"))
-_register("mkldnn_linear _weight_int4pack_mm _weight_int4pack_mm_for_cpu", _dense_layer("self"))
-_register("_weight_int4pack_mm_with_scales_and_zeros _weight_int8pack_mm", _dense_layer("self"))
+_register(
+    """
+    mkldnn_linear _weight_int4pack_mm _weight_int4pack_mm_for_cpu _weight_int4pack_mm_with_scales_and_zeros
+    _weight_int8pack_mm
+    """,
+    _dense_layer("self"),
+)
 _register("_dyn_quant_matmul_4bit", _dense_layer("inp"))
 _register(
     """
     quantized::linear quantized::linear_relu quantized::linear_leaky_relu quantized::linear_tanh
     quantized::linear_dynamic quantized::linear_relu_dynamic quantized::linear_dynamic_fp16
     quantized::linear_relu_dynamic_fp16 quantized::linear_with_input_q_dq_qweight_dq_output_fp32
-    quantized::linear_with_input_q_dq_qweight_dq_relu_output_fp32 _quantized::linear _quantized::linear_dynamic
-    onednn::linear_dynamic_fp16 onednn::linear_relu_dynamic_fp16 mkldnn::_linear_pointwise
+    quantized::linear_with_input_q_dq_qweight_dq_relu_output_fp32 quantized::linear_dynamic_fp16_unpacked_weight
+    _quantized::linear _quantized::linear_dynamic onednn::linear_dynamic_fp16 onednn::linear_relu_dynamic_fp16
+    mkldnn::_linear_pointwise sparse::qlinear sparse::qlinear_relu sparse::qlinear_dynamic sparse::qlinear_relu_dynamic
     """,
     _dense_layer("X"),
 )
-_register("quantized::linear_dynamic_fp16_unpacked_weight", _dense_layer("X"))
 _register("onednn::qlinear_pointwise", _dense_layer("qx"))
-_register(
-    "sparse::qlinear sparse::qlinear_relu sparse::qlinear_dynamic sparse::qlinear_relu_dynamic", _dense_layer("X")
-)
 # Composites that nested arrays have kernels of.
 WHOLE.update({"aten::linear": _dense_layer("input"), "aten::matmul": _operands("self", "other")})
-_register("quantized::matmul", lambda g, output: matrix_product(g["qa"], g["qb"]))
 
 
 def _linear_backward(arguments: Arguments, output: Any) -> Product:
@@ -173,19 +169,17 @@ def _linear_backward(arguments: Arguments, output: Any) -> Product:
     return Product(rows * weight.numel() * needed, "linear", d_in=weight.shape[1], d_out=weight.shape[0], rows=rows)
 
 
-def _linear_half_backward(arguments: Arguments, output: Any) -> Product:
-    weight, gradient = arguments["weight"], arguments["grad_output"]
-    return Product(gradient.numel() * weight.shape[1], "linear")
-
-
-def _matmul_backward(arguments: Arguments, output: Any) -> Product:
-    macs = arguments["grad"].numel() * arguments["self"].shape[-1]
-    return Product(macs * sum(arguments["mask"]), operands=(arguments["self"], arguments["other"]))
-
-
 _register("linear_backward mkldnn_linear_backward", _linear_backward)
-_register("mkldnn_linear_backward_input mkldnn_linear_backward_weights", _linear_half_backward)
-_register("matmul_backward", _matmul_backward)
+_register(
+    "mkldnn_linear_backward_input mkldnn_linear_backward_weights",
+    lambda g, output: Product(g["grad_output"].numel() * g["weight"].shape[1], "linear"),
+)
+_register(
+    "matmul_backward",
+    lambda g, output: Product(
+        g["grad"].numel() * g["self"].shape[-1] * sum(g["mask"]), operands=(g["self"], g["other"])
+    ),
+)
 
 
 # -- sparse --------------------------------------------------------------------------------------------------------
@@ -261,11 +255,7 @@ _register("_euclidean_dist", _euclidean)
 _register("_cdist_forward", _distances)
 
 
-def _differences(arguments: Arguments, output: Any) -> None:
-    """Return None: the backward pass of distances is elementwise."""
-
-
-_register("_cdist_backward", _differences)
+_register("_cdist_backward", lambda g, output: None)  # elementwise
 _register(
     "_compute_linear_combination",
     lambda g, output: Product(g["coefficients"].shape[0] * g["input"].numel(), "product"),
@@ -281,7 +271,7 @@ _register("cudnn_affine_grid_generator_backward", lambda g, output: Product(g["g
 # -- convolutions --------------------------------------------------------------------------------------------------
 
 
-def _convolution(x: Tensor, weight: Tensor, output: Tensor, transposed: bool, times: int = 1) -> Product:
+def _convolved(x: Tensor, weight: Tensor, output: Tensor, transposed: bool = False, times: int = 1) -> Product:
     """Count one kernel, over the channels of a group, for each number of the result (transposed: of the input)."""
     macs = times * (x if transposed else output).numel() * math.prod(weight.shape[1:])
     axis = 1 if x.ndim > 1 else 0
@@ -289,24 +279,17 @@ def _convolution(x: Tensor, weight: Tensor, output: Tensor, transposed: bool, ti
     return Product(macs, "convolution", d_in=x.shape[axis], d_out=output.shape[axis], moved=moved)
 
 
-def _forward_convolution(arguments: Arguments, output: Tensor) -> Product:
-    x = arguments["input"] if "input" in arguments else arguments["self"]
-    return _convolution(x, arguments["weight"], output, arguments.get("transposed", False))
+def _convolution(transposed: bool = False) -> Formula:
+    """Return the formula of a convolution, or of its backward pass, which has a gradient in place of the result."""
 
+    def formula(arguments: Arguments, output: Any) -> Product:
+        x = arguments["input"] if "input" in arguments else arguments["self"]
+        swapped, times = transposed or arguments.get("transposed", False), 1
+        if "grad_output" in arguments:
+            output, times = arguments["grad_output"], sum(arguments.get("output_mask", (True, True))[:2])
+        return _convolved(x, arguments["weight"], output, swapped, times)
 
-def _transposed_convolution(arguments: Arguments, output: Tensor) -> Product:
-    return _convolution(arguments["self"], arguments["weight"], output, True)
-
-
-def _backward_convolution(arguments: Arguments, output: Any) -> Product:
-    x = arguments["input"] if "input" in arguments else arguments["self"]
-    mask = arguments.get("output_mask", (True, True, True))
-    transposed = arguments.get("transposed", False)
-    return _convolution(x, arguments["weight"], arguments["grad_output"], transposed, sum(mask[:2]))
-
-
-def _transposed_backward(arguments: Arguments, output: Any) -> Product:
-    return _backward_convolution({**arguments, "transposed": True}, output)
+    return formula
 
 
 _register(
@@ -315,21 +298,17 @@ _register(
     cudnn_convolution_relu miopen_convolution miopen_convolution_add_relu miopen_convolution_relu
     miopen_depthwise_convolution mkldnn_convolution _mps_convolution _nnpack_spatial_convolution _slow_conv2d_forward
     slow_conv3d_forward slow_conv_dilated2d slow_conv_dilated3d _conv_depthwise2d conv_depthwise3d
+    convolution_backward convolution_backward_overrideable mps_convolution_backward _slow_conv2d_backward
     """,
-    _forward_convolution,
+    _convolution(),
 )
 _register(
     """
     cudnn_convolution_transpose miopen_convolution_transpose _mps_convolution_transpose slow_conv_transpose2d
-    slow_conv_transpose3d
+    slow_conv_transpose3d mps_convolution_transpose_backward
     """,
-    _transposed_convolution,
+    _convolution(transposed=True),
 )
-_register(
-    "convolution_backward convolution_backward_overrideable mps_convolution_backward _slow_conv2d_backward",
-    _backward_convolution,
-)
-_register("mps_convolution_transpose_backward", _transposed_backward)
 # Time, batch, channels; the kernel is (length, channels in, channels out).
 _register(
     "conv_tbc",
@@ -344,7 +323,7 @@ def _packed_convolution(arguments: Arguments, output: Tensor) -> Product:
     """Return the weights are packed with their scales; torch unpacks them."""
     packed = next(arguments[key] for key in ("packed_weight", "packed_params", "weight") if key in arguments)
     weight = packed.unpack()[0] if hasattr(packed, "unpack") else torch.ops.quantized.conv_unpack(packed)[0]
-    return _convolution(arguments["qx"], weight, output, False)
+    return _convolved(arguments["qx"], weight, output)
 
 
 _register(
@@ -396,27 +375,11 @@ _register(
 
 
 def attention_pairs(queries: int, keys: int, causal: bool) -> int:
-    """Return the number of pairs of a query and a key; with a causal mask, query i attends to the keys 0 ... i.
-
-    Examples
-    --------
-    >>> attention_pairs(3, 5, False), attention_pairs(3, 5, True), attention_pairs(5, 3, True)
-    (15, 6, 12)
-    """
+    """Return the number of pairs of a query and a key; with a causal mask, query i attends to the keys 0 ... i."""
     if not causal:
         return queries * keys
     square = min(queries, keys)
     return square * (square + 1) // 2 + (queries - square) * keys
-
-
-def attention_product(
-    heads: int, pairs: int, key_size: int, value_size: int, moved: int, *, scores: int = 1, values: int = 1,
-    again: int = 0,
-) -> Product:  # fmt: skip
-    """Return the work of ``scores`` score products (queries times keys) and ``values`` value products."""
-    one_score = heads * pairs * key_size
-    macs = scores * one_score + values * heads * pairs * value_size
-    return Product(macs, "attention", moved=moved, recomputed=again * one_score)
 
 
 def _attention(layout: str, backward: bool = False) -> Formula:
@@ -430,20 +393,19 @@ def _attention(layout: str, backward: bool = False) -> Formula:
         q, k, v = (arguments[name] for name in ("query", "key", "value"))
         causal = arguments.get("is_causal", False) or arguments.get("custom_mask_type", 0) == 1
         causal = causal and arguments.get("causal_discount", False)
+        ends = _cumulated(arguments) if layout == "blhe" else None
+        if ends is not None:
+            lengths = [[b - a for a, b in pairwise(own)] for own in ends]
+            pairs = q.shape[-2] * sum(attention_pairs(a, b, causal) for a, b in zip(*lengths, strict=True))
+        else:
+            axis = -2 if layout == "bhle" else -3
+            heads = q.numel() // max(q.shape[axis] * q.shape[-1], 1)
+            pairs = heads * attention_pairs(q.shape[axis], k.shape[axis], causal)
+        scores, values = pairs * q.shape[-1], pairs * v.shape[-1]
         moved = q.numel() + k.numel() + v.numel() + math.prod(q.shape[:-1]) * v.shape[-1]
         if backward:
-            sizes = {"scores": 3, "values": 2, "again": 1, "moved": 2 * moved}
-        else:
-            sizes = {"scores": 1, "values": 1, "again": 0, "moved": moved}
-        where = _cumulated(arguments)
-        if where is not None and layout == "blhe":
-            lengths = [[b - a for a, b in pairwise(ends)] for ends in where]
-            pairs = sum(attention_pairs(a, b, causal) for a, b in zip(*lengths, strict=True))
-            return attention_product(q.shape[-2], pairs, q.shape[-1], v.shape[-1], **sizes)
-        axis = -2 if layout == "bhle" else -3
-        heads = q.numel() // max(q.shape[axis] * q.shape[-1], 1)
-        pairs = attention_pairs(q.shape[axis], k.shape[axis], causal)
-        return attention_product(heads, pairs, q.shape[-1], v.shape[-1], **sizes)
+            return Product(3 * scores + 2 * values, "attention", moved=2 * moved, recomputed=scores)
+        return Product(scores + values, "attention", moved=moved)
 
     return formula
 
@@ -457,21 +419,21 @@ def _cumulated(arguments: Arguments) -> list[list[int]] | None:
     return None
 
 
-_FUSED = "flash_attention flash_attention_for_cpu efficient_attention cudnn_attention fused_attention_overrideable"
-_register(" ".join(f"_scaled_dot_product_{name}" for name in _FUSED.split()), _attention("bhle"))
-_register("_scaled_dot_product_attention_math_for_mps", _attention("bhle"))
-_register(" ".join(f"_scaled_dot_product_{name}_backward" for name in _FUSED.split()), _attention("bhle", True))
-_register("_flash_attention_forward _flash_attention_forward_no_dropout_inplace", _attention("blhe"))
-_register("_efficient_attention_forward", _attention("blhe"))
-_register("_cudnn_attention_forward", _attention("bhle"))
+_FUSED = ("flash_attention", "flash_attention_for_cpu", "efficient_attention", "cudnn_attention",
+          "fused_attention_overrideable")  # fmt: skip
+for _name in _FUSED:
+    _register(f"_scaled_dot_product_{_name}", _attention("bhle"))
+    _register(f"_scaled_dot_product_{_name}_backward", _attention("bhle", True))
+_register(
+    "_scaled_dot_product_attention_math_for_mps _cudnn_attention_forward higher_order::flex_attention",
+    _attention("bhle"),
+)
+_register("_cudnn_attention_backward higher_order::flex_attention_backward", _attention("bhle", True))
+_register(
+    "_flash_attention_forward _flash_attention_forward_no_dropout_inplace _efficient_attention_forward",
+    _attention("blhe"),
+)
 _register("_flash_attention_backward _efficient_attention_backward", _attention("blhe", True))
-_register("_cudnn_attention_backward", _attention("bhle", True))
-_register("higher_order::flex_attention", lambda g, output: _flex(g))
-_register("higher_order::flex_attention_backward", lambda g, output: _flex(g, True))
-
-
-def _flex(arguments: Arguments, backward: bool = False) -> Product:
-    return _attention("bhle", backward)(arguments, None)  # type: ignore[return-value]
 
 
 def _sequences(x: Tensor) -> tuple[int, int]:
@@ -482,18 +444,16 @@ def _sequences(x: Tensor) -> tuple[int, int]:
     return x.shape[0] * x.shape[1], x.shape[0] * x.shape[1] ** 2
 
 
-def _fast_attention(arguments: Arguments, output: Any) -> Product:
-    """Count the projections of queries, keys and values, attention, and the output projection."""
-    width, (tokens, pairs) = arguments["embed_dim"], _sequences(arguments["query"])
-    return Product(4 * tokens * width**2 + 2 * pairs * width, "attention")
+def _fused_layer(x: str, kind: str, *further: str) -> Formula:
+    """Return the formula of four projections and attention, and of further layers by their weights."""
+
+    def formula(arguments: Arguments, output: Any) -> Product:
+        width, (tokens, pairs) = arguments["embed_dim"], _sequences(arguments[x])
+        weights = 4 * width**2 + sum(arguments[name].numel() for name in further)
+        return Product(tokens * weights + 2 * pairs * width, kind)
+
+    return formula
 
 
-def _fast_encoder(arguments: Arguments, output: Any) -> Product:
-    """Count nn.TransformerEncoderLayer without gradients: attention and two layers."""
-    width, (tokens, pairs) = arguments["embed_dim"], _sequences(arguments["src"])
-    layers = 4 * width**2 + arguments["ffn_weight_1"].numel() + arguments["ffn_weight_2"].numel()
-    return Product(tokens * layers + 2 * pairs * width, "linear")
-
-
-_register("_native_multi_head_attention", _fast_attention)
-_register("_transformer_encoder_layer_fwd", _fast_encoder)
+_register("_native_multi_head_attention", _fused_layer("query", "attention"))
+_register("_transformer_encoder_layer_fwd", _fused_layer("src", "linear", "ffn_weight_1", "ffn_weight_2"))

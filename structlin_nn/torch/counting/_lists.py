@@ -89,14 +89,8 @@ _QUANTIZED = re.compile(
 
 # Properties of arrays, communication, profiling and random numbers.
 _FREE_NAMESPACES = {
-    "prim",
-    "c10d",
-    "_c10d_functional",
-    "_c10d_functional_autograd",
-    "profiler",
-    "rngprims",
-    "debug_mode_ops",
-}
+    "prim", "c10d", "_c10d_functional", "_c10d_functional_autograd", "profiler", "rngprims", "debug_mode_ops",
+}  # fmt: skip
 
 # Elementwise operations, reductions, norms, losses, lookups, sorting, sampling, optimisers, quantisation and data
 # movement that carry no tag. In-place forms, those on lists (_foreach), copies of views and backward passes follow
@@ -231,10 +225,7 @@ def operation_names() -> list[str]:
 
 
 def formula_of(name: str) -> Formula | None:
-    """Return the formula of ``namespace::operation`` or of its out-of-place form, or None.
-
-    If structlin has none, the formula registered with ``torch.utils.flop_counter`` is used.
-    """
+    """Return the formula of an operation or of its out-of-place form, else torch's own, or None."""
     if name in _FORMULAS:
         return _FORMULAS[name]
     if name.endswith("_") and name[:-1] in _FORMULAS:

@@ -8,6 +8,7 @@ operations are not counted, and the backward pass of the whole is added when it 
 
 from __future__ import annotations
 
+import itertools
 import math
 import sys
 import threading
@@ -32,15 +33,7 @@ from structlin.counting import work_of
 from structlin.structure import AbstractStructure, Structure
 from structlin_nn.torch.counting._formulas import attention_pairs
 from structlin_nn.torch.counting._libraries import adapted_libraries
-from structlin_nn.torch.counting._lists import (
-    COMPOSITE,
-    PRODUCT,
-    UNKNOWN,
-    WHOLE,
-    Product,
-    classify,
-    formula_of,
-)
+from structlin_nn.torch.counting._lists import COMPOSITE, PRODUCT, UNKNOWN, WHOLE, Product, classify, formula_of
 from structlin_nn.torch.counting._result import CallCount
 from structlin_nn.torch.linear import StructuredLinear
 
@@ -105,6 +98,11 @@ def _storage(x: Tensor) -> StorageWeakRef | None:
         return None
 
 
+def _memories(x: Tensor) -> list[StorageWeakRef]:
+    """Return the identities of the memory of a tensor's arrays."""
+    return [where for part in inner_tensors(x) if (where := _storage(part)) is not None]
+
+
 def _tensors(*trees: Any) -> list[Tensor]:
     return [x for x in tree_leaves(trees) if isinstance(x, Tensor)]
 
@@ -165,8 +163,7 @@ class Recorder(TorchDispatchMode):
         self.attending = False
         self.values_only = False
         self.saved: dict[StorageWeakRef, Tensor] = {}
-        self.saved_more = 0
-        self.saved_more_bytes = 0
+        self.saved_more = self.saved_more_bytes = 0
         for prefix, model in models.items():
             self.adopt(model, prefix)
 
@@ -177,12 +174,10 @@ class Recorder(TorchDispatchMode):
         self.roots[prefix] = model
         for name, module in model.named_modules():
             self._named(module, f"{prefix}.{name}" if prefix and name else prefix or name)
+        for parameter in model.parameters():
+            self._becomes_weight(parameter)
         for tensor in (*model.parameters(), *model.buffers()):
-            for part in inner_tensors(tensor):
-                if (where := _storage(part)) is not None:
-                    self.own.add(where)
-                    if isinstance(tensor, nn.Parameter):
-                        self.weights.add(where)
+            self.own.update(_memories(tensor))
 
     def _named(self, module: nn.Module, name: str) -> None:
         if module not in self.names:
@@ -220,10 +215,8 @@ class Recorder(TorchDispatchMode):
         self._mark()
 
     def _new_prefix(self, name: str) -> str:
-        number = 1
-        while (prefix := name if number == 1 else f"{name}#{number}") in self.roots:
-            number += 1
-        return prefix
+        others = (f"{name}#{number}" for number in itertools.count(2))
+        return next(prefix for prefix in itertools.chain([name], others) if prefix not in self.roots)
 
     def _leave(self, module: nn.Module, args: tuple, *rest: Any) -> None:
         # After an exception torch does not pass the keywords.
@@ -292,12 +285,9 @@ class Recorder(TorchDispatchMode):
         module = self.modules.get(name)
         params = 0
         if module is not None and kind in ("linear", "convolution"):
-            inside = [module, *(getattr(module, "parametrizations", None) or {}).values()]
-            owned = {
-                p
-                for number, m in enumerate(inside)
-                for p in m.parameters(recurse=isinstance(m, StructuredLinear) or number > 0)
-            }
+            owned = set(module.parameters(recurse=isinstance(module, StructuredLinear)))
+            for inside in (getattr(module, "parametrizations", None) or {}).values():
+                owned |= set(inside.parameters())
             params = sum(p.numel() for p in owned if p.requires_grad)
         return CallCount(name, kind, "" if module is None else type(module).__name__, params, None, None)
 
@@ -305,9 +295,7 @@ class Recorder(TorchDispatchMode):
         return (where := _storage(x)) is not None and where in self.weights
 
     def _becomes_weight(self, x: Tensor) -> None:
-        for part in inner_tensors(x):
-            if (where := _storage(part)) is not None:
-                self.weights.add(where)
+        self.weights.update(_memories(x))
 
     def _settle(self, product: Product, inputs: list[Tensor], outputs: list[Tensor]) -> tuple[str, Product]:
         """Return the kind of a product, with sizes and numbers moved."""
@@ -345,14 +333,11 @@ class Recorder(TorchDispatchMode):
         moved = used * sum(f.numel for f in structure.factors) + rows * (work_of(structure).activations or 0)
         other = rows * sum(structure.other_flops.values()) + used * sum(structure.setup_flops.values())
         macs = rows * structure.macs
-        product = Product(
-            macs, d_in=structure.d_in, d_out=structure.d_out, rows=rows, moved=moved, other_flops=other
-        )  # fmt: skip
         gradients = physical.requires_grad + any(needed)
         back = rows * backward_macs(structure, physical.requires_grad, needed)
-        backward = Product(
-            back, other_flops=other * gradients, moved=round(moved * back / macs) if macs else moved * gradients
-        )
+        moved_back = round(moved * back / macs) if macs else moved * gradients
+        product = Product(macs, d_in=structure.d_in, d_out=structure.d_out, rows=rows, moved=moved, other_flops=other)
+        backward = Product(back, moved=moved_back, other_flops=other * gradients)
         self.whole(entry.name, "linear", product, backward, output)
 
     def whole(self, name: str, kind: str, product: Product, backward: Product, output: Tensor) -> None:
@@ -418,9 +403,7 @@ class Recorder(TorchDispatchMode):
             self.unknown[_readable(func)] += 1
         return output
 
-    def _product(
-        self, func: Any, args: tuple, kwargs: dict, output: Any, name: str, phase: str, node: Any
-    ) -> None:  # fmt: skip
+    def _product(self, func: Any, args: tuple, kwargs: dict, output: Any, name: str, phase: str, node: Any) -> None:
         if isinstance(func, torch._ops.OpOverload):
             operation = func._schema.name
             arguments, formula = _bound(func, args, kwargs), formula_of(operation) or WHOLE.get(operation)
@@ -506,16 +489,10 @@ def _run(func: Any, args: tuple, kwargs: dict) -> Any:
 
 
 def _bound(func: Any, args: tuple, kwargs: dict) -> dict[str, Any]:
-    """Return the arguments by the names of the schema, with defaults."""
-    found = {}
-    for number, argument in enumerate(func._schema.arguments):
-        if number < len(args):
-            found[argument.name] = args[number]
-        elif argument.name in kwargs:
-            found[argument.name] = kwargs[argument.name]
-        elif argument.has_default_value():
-            found[argument.name] = argument.default_value
-    return found
+    """Return the arguments by the names of the schema and in its order, with defaults."""
+    schema = func._schema.arguments
+    given = dict(zip((a.name for a in schema), args, strict=False)) | kwargs
+    return {a.name: given.get(a.name, a.default_value) for a in schema if a.name in given or a.has_default_value()}
 
 
 def _readable(func: Any) -> str:

@@ -259,13 +259,10 @@ class ModelCount:
 
     def __str__(self) -> str:
         head = ["module", "kind", "type", "in", "out", "params", "calls", "MACs", "training MACs"]
-        rows = [
-            [
-                c.name or "(model)", c.kind, c.module, *("" if n is None else f"{n:,}" for n in (c.in_features,
-                c.out_features)), f"{c.params:,}", f"{c.calls:,}", f"{c.macs:,}", f"{c.training_macs:,}",
-            ]
-            for c in self.calls
-        ]  # fmt: skip
+        rows = []
+        for c in self.calls:
+            numbers = (c.in_features, c.out_features, c.params, c.calls, c.macs, c.training_macs)
+            rows.append([c.name or "(model)", c.kind, c.module, *("" if n is None else f"{n:,}" for n in numbers)])
         missing = format_unknown(self.unknown_ops)
         kinds = {c.kind: self.macs(c.kind) for c in self.calls}
         lines = [*([missing] if missing else []), table(head, rows, left=3, rule=False), ""]
@@ -290,12 +287,3 @@ def format_unknown(unknown: dict[str, int]) -> str:
     if not unknown:
         return ""
     return "UNKNOWN operations: " + ", ".join(f"{name} x{number}" for name, number in unknown.items())
-
-
-def _columns(rows: list[list[str]], left: int) -> list[str]:
-    """Return lines of aligned cells; the first ``left`` columns are aligned to the left."""
-    widths = [max(map(len, cells)) for cells in zip(*rows, strict=True)]
-    return [
-        "  ".join(c.ljust(w) if i < left else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
-        for row in rows
-    ]

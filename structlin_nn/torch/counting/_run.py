@@ -72,9 +72,7 @@ def count(
     >>> [(call.name, call.macs) for call in c.calls], c.macs(), c.training_macs, c.uncounted_ops
     ([('0', 120), ('2', 90)], 210, 510, {'aten.relu': 1})
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch module, got {model!r}")
-    _check_lazy(model)
+    _check(model)
     options = {"causal": causal_discount, "flash": flash_backward}
     try:
         found = _counted(model, inputs, kwargs, loss, backward, True, options)
@@ -117,7 +115,9 @@ def _described(x: Any) -> str:
     return f"a tensor of shape {tuple(x.shape)} without a gradient" if isinstance(x, Tensor) else repr(type(x))
 
 
-def _check_lazy(model: nn.Module) -> None:
+def _check(model: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch module, got {model!r}")
     lazy = [name for name, x in (*model.named_parameters(), *model.named_buffers()) if is_lazy(x)]
     if lazy:
         raise ValueError(f"{', '.join(lazy)}: lazy modules have no sizes before they are called; call the model once")
@@ -223,9 +223,7 @@ class Counting:
     ) -> None:  # fmt: skip
         named = ({} if model is None else {"": model}) | models
         for one in named.values():
-            if not isinstance(one, nn.Module):
-                raise TypeError(f"model must be a torch module, got {one!r}")
-            _check_lazy(one)
+            _check(one)
         self._recorder = Recorder(named, causal=causal_discount, flash=flash_backward)
         self._strict = strict
         self._stack = ExitStack()

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 from structlin_nn.torch.counting._result import ModelCount
-from structlin_nn.torch.counting._run import _check_lazy, _untouched, count
+from structlin_nn.torch.counting._run import _untouched, count
 
 
 def time_modules(
@@ -51,12 +51,9 @@ def time_modules(
     """
     if repeats < 1 or warm < 0:
         raise ValueError(f"repeats must be at least 1 and warm at least 0, got {repeats} and {warm}")
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch module, got {model!r}")
-    _check_lazy(model)
+    found = count(model, *inputs, backward=False, **kwargs)
     if any(p.device.type == "meta" for p in model.parameters()):
         raise ValueError("a model on the meta device computes nothing, so it cannot be timed; move it to a device")
-    found = count(model, *inputs, backward=False, **kwargs)
     names = {module: name for name, module in model.named_modules()}
     cuda = any(p.is_cuda for p in model.parameters())
     seconds: dict[str, list[float]] = defaultdict(list)

@@ -38,7 +38,7 @@ STRUCTURES: dict[str, dict[str, Any]] = {
 def test_models_as_in_torch(name: str, structure: str) -> None:
     """The same MACs forward, and at least as many in training: what is computed again counts again."""
     config = models.StructureConfig(structure, STRUCTURES[structure], layers="intermediate")
-    sizes = {"width": 24, "num_classes": 7} | ({"heads": 3, "head_dim": 10} if name == "cifar-vit" else {})
+    sizes = {"width": 24, "depth": 1, "num_classes": 7} | ({"heads": 3, "head_dim": 10} if name == "cifar-vit" else {})
     ours = nnx.eval_shape(lambda: flax_models.build_model(name, structure=config, rngs=nnx.Rngs(0), **sizes))
     theirs = models.build_model(name, structure=config, device="meta", **sizes)
     torch_count = torch_counting.count(theirs, theirs.example_input(3, device="meta"))
