@@ -418,6 +418,7 @@ def _is_observed(torch: Any) -> bool:
         or torch.autograd.forward_ad._current_level >= 0
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._get_tracing_state() is not None
+        or torch.is_autocast_enabled("cpu")
     )
 
 
@@ -441,18 +442,27 @@ def seen(*arrays: Array) -> list[Array]:
 def small_views(*arrays: Array, most: float = _FEW) -> list[np.ndarray] | None:
     """Return NumPy's views of tensors that no derivative follows; None for other arrays, and above ``most`` numbers."""
     torch: Any = sys.modules.get("torch")
-    if torch is None or not all(isinstance(x, torch.Tensor) and x.numel() <= most for x in arrays):
+    if torch is None:
         return None
-    if any(map(follows, arrays)):
+    recorded = torch.is_grad_enabled()
+    for x in arrays:
+        kind = type(x)
+        if (kind is not torch.Tensor and kind is not torch.nn.Parameter) or x.numel() > most:
+            return None
+        if recorded and x.requires_grad:
+            return None
+    if _is_observed(torch):
         return None
-    views = seen(*arrays)
-    return views if isinstance(views[0], np.ndarray) else None
+    try:
+        return [x.detach().resolve_conj().numpy() for x in arrays]
+    except (RuntimeError, TypeError):  # on another device; sparse, or without a dtype of NumPy
+        return None
 
 
 def as_tensors(*arrays: Any) -> list[Array]:
     """Return NumPy's arrays and scalars as tensors."""
     torch: Any = sys.modules["torch"]
-    return [torch.from_numpy(np.asarray(x)) for x in arrays]
+    return [torch.from_numpy(np.asarray(x, order="C")) for x in arrays]
 
 
 def is_transpose(x: Array, y: Array) -> bool:
