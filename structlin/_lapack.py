@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
+from time import perf_counter
 from types import SimpleNamespace
 from typing import Any
 
@@ -51,6 +52,14 @@ def _numpy() -> SimpleNamespace:
             return potrs(lower, b, lower=1)[0]
         return np.stack([potrs(x, y, lower=1)[0] for x, y in zip(lower, b, strict=True)])
 
+    def minus_scaled(y: Array, a: Array, b: Array) -> Array:
+        product = a * b
+        return np.subtract(y, product, out=product if product.dtype == y.dtype else None)
+
+    def minus_product(y: Array, a: Array, b: Array) -> Array:
+        product = a @ b
+        return np.subtract(y, product, out=product if product.dtype == y.dtype else None)
+
     def cholesky_solve(a: Array, b: Array) -> Array:
         lower = np.linalg.cholesky(a)  # raises where one is not positive; NumPy has no batched triangular solve
         return substitute(lower, b) if a.ndim == 2 or a.shape[-1] >= 64 else np.linalg.solve(a, b)
@@ -66,6 +75,8 @@ def _numpy() -> SimpleNamespace:
     return _of_module(
         np,
         substitute=substitute,
+        minus_product=minus_product,
+        minus_scaled=minus_scaled,
         inverse_from_cholesky=lambda lower: np.linalg.inv(lower @ np.conj(lower).swapaxes(-1, -2)),
         cholesky_solve=cholesky_solve,
         positive_slogdet=positive_slogdet,
@@ -83,12 +94,11 @@ def _of_module(module: Any, **own: Any) -> SimpleNamespace:
     """Return the functions that NumPy and jax.numpy have under one name, and those of one library."""
     linalg = module.linalg
     names = ("inv", "solve", "slogdet", "eigh", "eigvalsh", "qr", "matrix_power")
-    direct = ("where", "abs", "sign", "sqrt", "exp", "log", "real", "max", "prod")
+    direct = ("where", "abs", "sign", "sqrt", "exp", "log", "real", "reciprocal", "max", "prod")
     common: dict[str, Any] = {name: getattr(linalg, name) for name in names}
     common |= {name: getattr(module, name) for name in direct}
     return SimpleNamespace(
         **common,
-        gram=lambda a: (module.conj(a) if module.iscomplexobj(a) else a).T @ a,
         svd=lambda a: linalg.svd(a, full_matrices=False),
         singular_values=lambda a: linalg.svd(a, compute_uv=False),
         diagonal=lambda a, k=0: module.diagonal(a, k, -2, -1),
@@ -131,23 +141,18 @@ def _torch() -> SimpleNamespace:
     def equal(a: Array, b: Array) -> Any:
         return torch.equal(a, b) if is_plain(a) and is_plain(b) else (a == b).all()
 
-    def gram(a: Array) -> Array:
-        if a.is_complex() or not is_plain(a):
-            return a.mH @ a
-        x: Any = np.from_dlpack(a)
-        return torch.from_numpy(x.T @ x)  # NumPy uses syrk, at half the cost of torch's product
-
     linalg = torch.linalg
     names = ("cholesky", "inv", "solve", "slogdet", "eig", "eigh", "eigvalsh", "qr", "matrix_power")
-    direct = ("where", "abs", "sign", "sqrt", "exp", "log", "max", "prod")
+    direct = ("where", "abs", "sign", "sqrt", "exp", "log", "reciprocal", "max", "prod")
     return SimpleNamespace(
         **{name: getattr(linalg, name) for name in names},
         **{name: getattr(torch, name) for name in direct},
         substitute=lambda lower, b: torch.cholesky_solve(b, lower),
+        minus_scaled=lambda y, a, b: torch.addcmul(y, a, b, value=-1),
+        minus_product=lambda y, a, b: (torch.addmm if y.ndim == 2 else torch.addmv)(y, a, b, alpha=-1),
         inverse_from_cholesky=torch.cholesky_inverse,
         cholesky_solve=cholesky_solve,
         positive_slogdet=positive_slogdet,
-        gram=gram,
         svd=lambda a: linalg.svd(a, full_matrices=False),
         singular_values=linalg.svdvals,
         pinv=lambda a, rtol: linalg.pinv(a, rtol=rtol),
@@ -198,6 +203,8 @@ def _jax() -> SimpleNamespace:
     return _of_module(
         jnp,
         substitute=substitute,
+        minus_product=lambda y, a, b: y - a @ b,
+        minus_scaled=lambda y, a, b: y - a * b,
         cholesky_solve=lambda a, b: substitute(cholesky(a), b),
         positive_slogdet=positive_slogdet,
         cholesky=cholesky,
@@ -459,6 +466,25 @@ def small_views(*arrays: Array, most: float = _FEW) -> list[np.ndarray] | None:
         return None
 
 
+@cache
+def numpy_multiplies_faster() -> bool:
+    """Whether a product with a thin matrix takes NumPy less time than torch, by a measurement of some milliseconds.
+
+    The two have other BLAS libraries, and which is faster depends on the processor.
+    """
+    torch: Any = sys.modules["torch"]
+    thin, few = np.ones((4096, 32)), np.ones((32, 16))
+    tensors = torch.from_numpy(thin), torch.from_numpy(few)
+    seconds = [math.inf, math.inf]
+    with torch.no_grad():
+        for _ in range(20):  # the first calls start the libraries
+            for k, (left, right) in enumerate(((thin, few), tensors)):
+                start = perf_counter()
+                left @ right
+                seconds[k] = min(seconds[k], perf_counter() - start)
+    return seconds[0] < seconds[1]
+
+
 def as_tensors(*arrays: Any) -> list[Array]:
     """Return NumPy's arrays and scalars as tensors."""
     torch: Any = sys.modules["torch"]
@@ -509,7 +535,7 @@ def inverse_values(values: Array, smallest: float) -> Array:
         return 1 / xp.where(size > smallest * (size.max() if smallest else 0), values, values * 0 + float("nan"))
     if least <= smallest * most:  # False for NaN, which then appears in the result
         raise singular_to_roundoff(f"a matrix with an eigenvalue of magnitude {least:.1e}")
-    return 1 / values
+    return xp.reciprocal(values)
 
 
 def reciprocals(values: Array) -> Array:

@@ -15,7 +15,7 @@ from cola.ops import KronSum, LinearOperator, Sum
 from structlin._arrays import Array, backend_of
 from structlin._cola_compat import is_array
 from structlin._implicit import Solver, adjoint, backward_error, frozen, is_at_roundoff, nan_where_bad, solution
-from structlin._lapack import as_tensors, eps, is_known, is_transformed, known, lapack, small_views
+from structlin._lapack import as_tensors, eps, follows, is_known, is_transformed, known, lapack, small_views
 from structlin._spectra import once_differentiable
 from structlin.linalg import _spectral as spectral
 from structlin.linalg import _woodbury
@@ -152,7 +152,7 @@ def _directly(A: LinearOperator, b: Array) -> Array | None:
         if formula is None:
             return None
         try:
-            return solution(A, b, formula)
+            return formula.solve(b) if fixed is A and not follows(b) else solution(A, b, formula)
         except np.linalg.LinAlgError:
             if not fits_dense(A):
                 raise
