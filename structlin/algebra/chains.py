@@ -254,12 +254,22 @@ def solve_blocks(blocks: Array, b: Array, positive: bool = False) -> Array:
     xp = lapack(blocks)
     with refusing_singular(blocks, positive):
         x = xp.cholesky_solve(blocks, b) if positive else xp.solve(blocks, b)
-    return require_regular(blocks, b, x)
+    return require_regular(blocks, b, x, positive)
 
 
-def require_regular(blocks: Array, b: Array, x: Array) -> Array:
-    """Return x; raise LinAlgError, or give NaN, where it is as large as the roundoff of a singular block makes it."""
+def require_regular(blocks: Array, b: Array, x: Array, positive: bool = False) -> Array:
+    """Return x; raise LinAlgError, or give NaN, where it is as large as the roundoff of a singular block makes it.
+
+    ``positive``: the blocks are positive definite, so their largest entries are on the diagonals.
+    """
     fixed = seen(blocks, b, x)
+    if positive and isinstance(fixed[0], np.ndarray):  # for which Cholesky's decomposition has refused NaN
+        fixed[0] = lapack(fixed[0]).diagonal(fixed[0])[..., None]
+    if all(isinstance(y, np.ndarray) for y in fixed) and b.shape[0]:
+        # The bounds over all blocks suffice in most cases; NaN and zeros in b are left to the full test.
+        least = float(_largest_entries(fixed[1], np).min())
+        if float(_largest(fixed[0])) * float(_largest(fixed[2])) < 0.1 / eps(blocks.dtype) * least:
+            return x
     lib = lapack(fixed[0])
     sizes = [_largest_entries(y, lib) for y in fixed]
     growth = (sizes[0] / lib.where(sizes[1] == 0, 1, sizes[1])) * sizes[2]
@@ -270,6 +280,10 @@ def require_regular(blocks: Array, b: Array, x: Array) -> Array:
     if not worst < bound and known(sizes[1].sum() * 0) == 0 and known(sizes[0].sum() * 0) == 0:
         raise singular_to_roundoff(f"a block of size {blocks.shape[-1]}")
     return x  # NaN and infinity in the input pass
+
+
+def _largest(y: np.ndarray) -> Any:
+    return abs(y).max() if np.iscomplexobj(y) else max(y.max(), -y.min())
 
 
 def _largest_entries(y: Array, lib: Any) -> Array:

@@ -15,7 +15,7 @@ from cola.ops import KronSum, LinearOperator, Sum
 from structlin._arrays import Array, backend_of
 from structlin._cola_compat import is_array
 from structlin._implicit import Solver, adjoint, backward_error, frozen, is_at_roundoff, nan_where_bad, solution
-from structlin._lapack import as_tensors, eps, follows, is_known, is_transformed, known, lapack, small_views
+from structlin._lapack import as_tensors, eps, follows, is_half, is_known, is_transformed, known, lapack, small_views
 from structlin._spectra import once_differentiable
 from structlin.linalg import _spectral as spectral
 from structlin.linalg import _woodbury
@@ -126,11 +126,21 @@ def _size(A: LinearOperator) -> Array:
 
 
 def _solve(A: LinearOperator, b: Array, alg: Algorithm) -> Array:
+    if isinstance(A, StructuredOperator) and A.dtype != b.dtype and A.backend == backend_of(b):
+        A, b = _in_one_dtype(A, b)
     if type(alg) is Auto and 0 not in b.shape and (A.dtype == b.dtype or str(A.dtype) == str(b.dtype)):
         found = _directly(A, b)
         if found is not None:
             return found
     return cola.inv(A, alg) @ b
+
+
+def _in_one_dtype(A: StructuredOperator, b: Array) -> tuple[StructuredOperator, Array]:
+    """Return both in their common dtype, in which the solution is accurate; unchanged in half precision."""
+    common = A.xnp.promote_types(A.dtype, b.dtype)
+    if is_half(A.dtype) or is_half(common):
+        return A, b
+    return (A if A.dtype == common else A.to(dtype=common)), A.xnp.cast(b, common)
 
 
 def _directly(A: LinearOperator, b: Array) -> Array | None:
