@@ -109,7 +109,7 @@ def _numpy() -> SimpleNamespace:
         eig=eig,
         pinv=lambda a, rtol: np.linalg.pinv(a, rcond=rtol),
         expm=lambda a: np.asarray(scipy.linalg.expm(a), dtype=a.dtype),
-        equal=np.array_equal,
+        equal=lambda a, b: a.shape == b.shape and (a == b).all(),
         to_complex=lambda x: x.astype(np.result_type(x.dtype, np.complex64)),
         stop_gradient=lambda x: x,
     )
@@ -501,8 +501,8 @@ def small_views(*arrays: Array, most: float = _FEW) -> list[np.ndarray] | None:
     if _is_observed(torch):
         return None
     try:
-        return [x.detach().resolve_conj().numpy() for x in arrays]
-    except (RuntimeError, TypeError):  # on another device; sparse, or without a dtype of NumPy
+        return [x.detach().numpy() if x.requires_grad else x.numpy() for x in arrays]
+    except (RuntimeError, TypeError):  # on another device; sparse, conjugated, or without a dtype of NumPy
         return None
 
 
