@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from time import perf_counter
@@ -12,11 +12,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-import opt_einsum
 
-from structlin._arrays import Array, backend_of, dtype_name, ops, to_backend
+from structlin._arrays import Array, backend_of, dtype_name, ops
 from structlin.verdicts import Determinant
 
+FEW = 2**12  # numbers of an array up to which NumPy's calls on views of tensors take less time than torch's
 _FEW = 2**15  # numbers of an array up to which calls take longer than what they do
 
 
@@ -52,10 +52,6 @@ def _numpy() -> SimpleNamespace:
         if lower.ndim == 2:
             return potrs(lower, b, lower=1)[0]
         return np.stack([potrs(x, y, lower=1)[0] for x, y in zip(lower, b, strict=True)])
-
-    def minus_scaled(y: Array, a: Array, b: Array) -> Array:
-        product = a * b
-        return np.subtract(y, product, out=product if product.dtype == y.dtype else None)
 
     def minus_product(y: Array, a: Array, b: Array) -> Array:
         product = a @ b
@@ -100,8 +96,6 @@ def _numpy() -> SimpleNamespace:
         np,
         substitute=substitute,
         minus_product=minus_product,
-        minus_scaled=minus_scaled,
-        plus_scaled=lambda y, a, b: y + a * b,
         inverse_from_cholesky=lambda lower: np.linalg.inv(lower @ np.conj(lower).swapaxes(-1, -2)),
         cholesky_solve=cholesky_solve,
         positive_slogdet=positive_slogdet,
@@ -134,6 +128,8 @@ def _of_module(module: Any, **own: Any) -> SimpleNamespace:
     common |= {name: getattr(module, name) for name in direct}
     return SimpleNamespace(
         **common,
+        minus_scaled=lambda y, a, b: y - a * b,
+        plus_scaled=lambda y, a, b: y + a * b,
         svd=lambda a: linalg.svd(a, full_matrices=False),
         singular_values=lambda a: linalg.svd(a, compute_uv=False),
         diagonal=lambda a, k=0: module.diagonal(a, k, -2, -1),
@@ -243,8 +239,6 @@ def _jax() -> SimpleNamespace:
         jnp,
         substitute=substitute,
         minus_product=lambda y, a, b: y - a @ b,
-        minus_scaled=lambda y, a, b: y - a * b,
-        plus_scaled=lambda y, a, b: y + a * b,
         cholesky_solve=lambda a, b: substitute(cholesky(a), b),
         positive_slogdet=positive_slogdet,
         cholesky=cholesky,
@@ -312,44 +306,6 @@ def _unsure_slogdet(a: Array, linalg: Any, strict: bool) -> tuple[Array, Array]:
             raise not_positive(f"a matrix with an eigenvalue of {least:.1e}")
     sign, log = linalg.slogdet(a)
     return xp.prod(xp.abs(sign) if strict else sign), log.sum()
-
-
-def subscripts(terms: Sequence[Sequence[int]], output: Sequence[int]) -> str:
-    """Return the einsum string of terms whose axes are integers; an axis that occurs twice selects the diagonal."""
-
-    def word(axes: Sequence[int]) -> str:
-        return "".join(map(opt_einsum.get_symbol, axes))
-
-    return f"{','.join(map(word, terms))}->{word(output)}"
-
-
-def einsum(operands: Sequence[Array], terms: Sequence[Sequence[int]], output: Sequence[int]) -> Array:
-    """Contract arrays along the axes in ``terms``, in the cheapest order that opt_einsum finds."""
-    return opt_einsum.contract(subscripts(terms, output), *operands)
-
-
-def as_array(x: Any, example: Array) -> Array:
-    """Return a number, or an array of any library, with the library, dtype and device of ``example``; keeps gradients.
-
-    CoLA's scalars can be jax arrays in an operator of NumPy arrays.
-    """
-    backend = backend_of(example)
-    if backend == "torch":
-        import torch
-
-        return torch.as_tensor(x, dtype=example.dtype, device=example.device)
-    if backend == "jax":
-        import jax.numpy as jnp
-
-        return jnp.asarray(x, dtype=example.dtype)
-    return np.asarray(x, dtype=example.dtype)
-
-
-def in_library(x: Any, example: Array) -> Any:
-    """Return ``x``, a number or an array, with the same values and dtype in the library of ``example``."""
-    if not hasattr(x, "dtype") or isinstance(x, np.generic) or isinstance(example, np.generic):
-        return x
-    return x if backend_of(x) == backend_of(example) else to_backend(np.asarray(x), backend_of(example))
 
 
 def inverse_of(matrices: Array) -> Array:
@@ -491,12 +447,9 @@ def small_views(*arrays: Array, most: float = _FEW) -> list[np.ndarray] | None:
     torch: Any = sys.modules.get("torch")
     if torch is None:
         return None
-    recorded = torch.is_grad_enabled()
+    kinds, recorded = (torch.Tensor, torch.nn.Parameter), torch.is_grad_enabled()
     for x in arrays:
-        kind = type(x)
-        if (kind is not torch.Tensor and kind is not torch.nn.Parameter) or x.numel() > most:
-            return None
-        if recorded and x.requires_grad:
+        if type(x) not in kinds or x.numel() > most or (recorded and x.requires_grad):
             return None
     if _is_observed(torch):
         return None

@@ -18,7 +18,6 @@ from cola.annotations import PSD, SelfAdjoint, Stiefel, Unitary
 from structlin import _spectra as spectra
 from structlin._arrays import Array
 from structlin._lapack import (
-    as_tensors,
     eps,
     inverse_of,
     is_known,
@@ -31,7 +30,6 @@ from structlin._lapack import (
     require_precision,
     seen,
     singular_to_roundoff,
-    small_views,
     zero_determinant,
 )
 from structlin.algebra import contract, roles
@@ -49,7 +47,6 @@ from structlin.structures.low_rank import LowRank
 from structlin.verdicts import SVD, Answer, Determinant, Eigen, Verdict
 
 _THREE = "i,ri->r; r,sr->s; s,os->o"
-_FEW = 2**12  # numbers of a factor up to which NumPy's calls are the fastest
 
 
 def singular(A: Any, rank: int) -> np.linalg.LinAlgError:
@@ -306,12 +303,6 @@ def slogdet(A: Any) -> Answer[Determinant] | None:
     if roles.is_square_chain(structure):
         blocks = matrix_blocks(A) if A.isa(PSD) else None
         arrays = factors if blocks is None else (blocks,)
-        views = small_views(*arrays, most=_FEW)
-        if views is not None:
-            with np.errstate(all="ignore"):
-                made = _of_square_chain(A, views, blocks is not None)
-            if not np.isnan(made.logabsdet):  # for which the libraries have other signs and errors
-                return Answer(Determinant(*as_tensors(*made)))
         return Answer(_of_square_chain(A, arrays, blocks is not None))
     found = padded(A)
     if found is None:

@@ -15,7 +15,7 @@ from cola.ops import KronSum, LinearOperator, Sum
 from structlin._arrays import Array, backend_of
 from structlin._cola_compat import is_array
 from structlin._implicit import Solver, adjoint, backward_error, frozen, is_at_roundoff, nan_where_bad, solution
-from structlin._lapack import as_tensors, eps, follows, is_half, is_known, is_transformed, known, lapack, small_views
+from structlin._lapack import as_tensors, eps, follows, is_half, is_known, is_transformed, known, lapack
 from structlin._spectra import once_differentiable
 from structlin.linalg import _spectral as spectral
 from structlin.linalg import _woodbury
@@ -24,6 +24,7 @@ from structlin.linalg._common import (
     dense_inverse,
     fits_dense,
     is_matrix,
+    on_host,
     probe,
     require_operator,
     require_square,
@@ -36,7 +37,6 @@ from structlin.operators import StructuredOperator
 from structlin.verdicts import Answer, Determinant, Verdict
 
 _AUTO = Auto()
-FEW = 2**12  # numbers of an array up to which NumPy's calls on views of tensors take less time than torch's
 SLACK = 1000  # times machine epsilon: the largest backward error of a verified solution
 
 
@@ -148,7 +148,7 @@ def _directly(A: LinearOperator, b: Array) -> Array | None:
         if A.backend != backend_of(b) or A.isa(Unitary):
             return None
         host = on_host(A, b)
-        if host is not None and (answer := A.structure.solve(*host)) is not None:
+        if host is not None and (answer := A.structure.solve(host[0], *host[1])) is not None:
             return as_tensors(answer.value)[0]
         answer = A.structure.solve(A, b) if host is None else None
         return _with_padding(A, b) if answer is None else answer.value
@@ -168,14 +168,6 @@ def _directly(A: LinearOperator, b: Array) -> Array | None:
                 raise
             return dense_inverse(A) @ b
     return None
-
-
-def on_host(A: StructuredOperator, b: Array) -> tuple[StructuredOperator, Array] | None:
-    """Return A and b on NumPy's views, if they are small tensors of one dtype without gradients; else None."""
-    views = small_views(*A.factors, b, most=FEW)
-    if views is None or views[0].dtype != views[-1].dtype:
-        return None
-    return A._with(A.structure, tuple(views[:-1]), A._annotations), views[-1]
 
 
 def _with_padding(A: StructuredOperator, b: Array) -> Array | None:

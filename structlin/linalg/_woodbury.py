@@ -28,10 +28,10 @@ import numpy as np
 from cola.annotations import PSD
 from cola.ops import LinearOperator, Sum
 
-from structlin._arrays import Array
+from structlin._arrays import Array, as_array
 from structlin._implicit import Solver, backward_error, is_at_roundoff, is_relatively_small, nan_where_bad
 from structlin._lapack import (
-    as_array,
+    FEW,
     as_tensors,
     determinant_of_numbers,
     eps,
@@ -57,7 +57,6 @@ _WIDEST = 0.5  # largest total rank relative to n; above it the dense matrix cos
 _THREE = "i,ri->r; r,sr->s; s,os->o"
 SLACK = 100  # times machine epsilon: the largest backward error of a solution
 _REFINEMENTS = 3
-_FEW = 2**12  # numbers of an array up to which NumPy's calls take less time than torch's
 
 
 def split(A: Sum) -> tuple[StructuredOperator | Array, Array, Array] | None:
@@ -237,7 +236,7 @@ class Woodbury:
 
 def _most() -> float:
     """Return the largest size of a tensor for which NumPy takes less time."""
-    return math.inf if "torch" in sys.modules and numpy_multiplies_faster() else _FEW
+    return math.inf if "torch" in sys.modules and numpy_multiplies_faster() else FEW
 
 
 def _times(base: LinearOperator | Array, x: Array) -> Array:
