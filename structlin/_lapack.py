@@ -17,7 +17,6 @@ from structlin._arrays import Array, backend_of, dtype_name, ops
 from structlin.verdicts import Determinant
 
 FEW = 2**12  # numbers of an array up to which NumPy's calls on views of tensors take less time than torch's
-_FEW = 2**15  # numbers of an array up to which calls take longer than what they do
 
 
 def lapack(x: Array) -> SimpleNamespace:
@@ -442,7 +441,7 @@ def seen(*arrays: Array) -> list[Array]:
     return fixed
 
 
-def small_views(*arrays: Array, most: float = _FEW) -> list[np.ndarray] | None:
+def small_views(*arrays: Array, most: float = FEW) -> list[np.ndarray] | None:
     """Return NumPy's views of tensors that no derivative follows; None for other arrays, and above ``most`` numbers."""
     torch: Any = sys.modules.get("torch")
     if torch is None:
@@ -542,7 +541,7 @@ def reciprocals(values: Array) -> Array:
 
 def determinant_of_numbers(values: Array) -> Determinant:
     """Return the determinant of a diagonal matrix; (0, -inf) if an entry is 0, as for dense matrices."""
-    views = small_views(values)
+    views = small_views(values, most=8 * FEW)
     if views is not None:
         return Determinant(*as_tensors(*determinant_of_numbers(views[0])))
     xp = lapack(values)

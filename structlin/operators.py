@@ -19,7 +19,7 @@ from cola.ops.operator_base import LinearOperator
 
 from structlin._arrays import Array, backend_of, common_backend, dtype_name, ops
 from structlin._cola_compat import device_of, functions_of, rule
-from structlin._lapack import FEW, as_tensors, small_views
+from structlin._lapack import as_tensors, small_views
 from structlin.structure import AbstractStructure
 
 __all__ = ["StructuredOperator"]
@@ -188,7 +188,7 @@ class StructuredOperator(LinearOperator):
 
     def _matmat(self, X: Array) -> Array:
         """Return a @ X for X of shape (d_in, k)."""
-        if (views := small_views(*self.factors, X, most=FEW)) is not None and views[0].dtype == views[-1].dtype:
+        if (views := small_views(*self.factors, X)) is not None and views[0].dtype == views[-1].dtype:
             return as_tensors(self.structure.apply_columns(views[:-1], views[-1]))[0]
         factors, X = _promoted(self.factors, X)
         return self.structure.apply_columns(factors, X)

@@ -16,7 +16,6 @@ from cola.ops import Kronecker as ColaKronecker
 from structlin._arrays import Array, to_backend
 from structlin._cola_compat import as_scalar, scalar_mul
 from structlin._lapack import (
-    FEW,
     eps,
     known,
     lapack,
@@ -163,7 +162,7 @@ def has_square_members(A: LinearOperator) -> bool:
 
 def on_host(A: StructuredOperator, *arrays: Array) -> tuple[StructuredOperator, list[np.ndarray]] | None:
     """Return A and arrays on NumPy's views, if they are small tensors of one dtype without gradients; else None."""
-    views = small_views(*A.factors, *arrays, most=FEW)
+    views = small_views(*A.factors, *arrays)
     if views is None or views[0].dtype.kind not in "fc" or any(x.dtype != views[0].dtype for x in views):
         return None
     count = len(A.factors)
