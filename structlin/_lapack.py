@@ -54,7 +54,7 @@ def _numpy() -> SimpleNamespace:
 
     def minus_product(y: Array, a: Array, b: Array) -> Array:
         product = a @ b
-        return np.subtract(y, product, out=product if product.dtype == y.dtype else None)
+        return np.subtract(y, product, out=product)
 
     def cholesky_solve(a: Array, b: Array) -> Array:
         """Solve matrix by matrix, except for many small ones: NumPy has no batched triangular solve."""
@@ -183,7 +183,7 @@ def _torch() -> SimpleNamespace:
         substitute=lambda lower, b: torch.cholesky_solve(b, lower),
         minus_scaled=lambda y, a, b: torch.addcmul(y, a, b, value=-1),
         plus_scaled=torch.addcmul,
-        minus_product=lambda y, a, b: (torch.addmm if y.ndim == 2 else torch.addmv)(y, a, b, alpha=-1),
+        minus_product=lambda y, a, b: torch.addmm(y, a, b, alpha=-1),
         inverse_from_cholesky=torch.cholesky_inverse,
         cholesky_solve=cholesky_solve,
         positive_slogdet=positive_slogdet,

@@ -142,7 +142,11 @@ class Woodbury:
         """Return b - A x."""
         xp = lapack(self.U)
         rest = b - self.B @ x if isinstance(self.B, LinearOperator) else xp.minus_scaled(b, _beside(self.B, x), x)
-        return xp.minus_product(rest, self.U, self.V @ x)
+        rest, few = (rest, self.V @ x) if b.ndim == 2 else (rest[:, None], (self.V @ x)[:, None])
+        if hasattr(rest, "addmm_"):  # torch: without another array for the product
+            return rest.addmm_(self.U, few, alpha=-1).reshape(b.shape)
+        rest -= self.U @ few
+        return rest.reshape(b.shape)
 
     @cached_property
     def _orthogonal(self) -> tuple[Array, Array, Array]:
