@@ -68,7 +68,7 @@ def _numpy_ops() -> SimpleNamespace:
         rfft=lambda x, n, axis: np.fft.rfft(x, n=n, axis=axis),
         irfft=lambda x, n, axis: np.fft.irfft(x, n=n, axis=axis),
         is_complex=np.iscomplexobj,
-        is_integer=lambda x: np.issubdtype(x.dtype, np.integer),
+        is_integer=lambda x: x.dtype.kind in "iu",
         is_low_precision=lambda x: x.dtype == np.float16,
         astype=lambda x, dtype: x.astype(dtype, copy=False),
         to_float32=lambda x: x.astype(np.float32),

@@ -153,8 +153,11 @@ def _directly(A: LinearOperator, b: Array) -> Array | None:
         answer = A.structure.solve(A, b) if host is None else None
         return _with_padding(A, b) if answer is None else answer.value
     fixed = frozen(A)
+    constant = fixed is A and not follows(b)
     if isinstance(A, KronSum | Sum):
         found = spectral.solver(fixed)
+        if found is not None and constant and found[1]:
+            return found[0].solve(b)
         if found is not None:
             return solution(A, b, found[0]) if found[1] else _verified(A, b, found[0])
     if isinstance(A, Sum):
@@ -162,7 +165,7 @@ def _directly(A: LinearOperator, b: Array) -> Array | None:
         if formula is None:
             return None
         try:
-            return formula.solve(b) if fixed is A and not follows(b) else solution(A, b, formula)
+            return formula.solve(b) if constant else solution(A, b, formula)
         except np.linalg.LinAlgError:
             if not fits_dense(A):
                 raise
