@@ -217,6 +217,8 @@ class AbstractStructure(ABC):
         if len(factors) != len(self.factors):
             raise ValueError(f"{self!r} has {len(self.factors)} factors, got {len(factors)}")
         name = common_backend(factors)
+        if self._are_alike(factors) and not ops(name).is_integer(factors[0]):
+            return name
         for spec, array in zip(self.factors, factors, strict=True):
             if tuple(array.shape) != spec.shape:
                 raise ValueError(f"factor {spec.name} of {self!r} has shape {spec.shape}, got {tuple(array.shape)}")
@@ -231,6 +233,14 @@ class AbstractStructure(ABC):
             raise ValueError(f"all factors must have the same dtype, got {', '.join(sorted(map(str, dtypes)))}")
         return name
 
+    def _are_alike(self, factors: Sequence[Array]) -> bool:
+        """Whether all factors are trainable, of one dtype, and of the right shapes: then one of them needs a check."""
+        dtype = factors[0].dtype
+        for spec, array in zip(self.factors, factors, strict=True):
+            if not spec.trainable or array.shape != spec.shape or array.dtype != dtype:
+                return False
+        return True
+
     def _check_input(self, factors: Sequence[Array], x: Array, axis: int) -> SimpleNamespace:
         name = self.check(factors)
         if backend_of(x) != name:
@@ -241,9 +251,10 @@ class AbstractStructure(ABC):
                 f"the {place} axis of the input must have size d_in = {self.d_in}, got shape {tuple(x.shape)}"
             )
         xp = ops(name)
-        weights = [a.dtype for spec, a in zip(self.factors, factors, strict=True) if spec.trainable]
-        if not xp.promotes and weights and weights[0] != x.dtype:
-            raise ValueError(f"the factors are {weights[0]}, the input is {x.dtype}: convert one of them")
+        if not xp.promotes and factors[0].dtype != x.dtype:
+            weights = [a.dtype for spec, a in zip(self.factors, factors, strict=True) if spec.trainable]
+            if weights and weights[0] != x.dtype:
+                raise ValueError(f"the factors are {weights[0]}, the input is {x.dtype}: convert one of them")
         return xp
 
     def apply(self, factors: Sequence[Array], x: Array) -> Array:

@@ -68,7 +68,7 @@ def _numpy_ops() -> SimpleNamespace:
         rfft=lambda x, n, axis: np.fft.rfft(x, n=n, axis=axis),
         irfft=lambda x, n, axis: np.fft.irfft(x, n=n, axis=axis),
         is_complex=np.iscomplexobj,
-        is_integer=lambda x: np.issubdtype(x.dtype, np.integer),
+        is_integer=lambda x: x.dtype.kind in "iu",
         is_low_precision=lambda x: x.dtype == np.float16,
         astype=lambda x, dtype: x.astype(dtype, copy=False),
         to_float32=lambda x: x.astype(np.float32),
@@ -204,3 +204,27 @@ def to_backend(x: np.ndarray, backend: str, dtype: Any = None, device: Any = Non
         made = jnp.asarray(x, dtype=name)
         return made if device is None else jax.device_put(made, device)
     raise ValueError(f"unknown backend {backend!r}; one of {', '.join(BACKENDS)}")
+
+
+def as_array(x: Any, example: Array) -> Array:
+    """Return a number, or an array of any library, with the library, dtype and device of ``example``; keeps gradients.
+
+    CoLA's scalars can be jax arrays in an operator of NumPy arrays.
+    """
+    backend = backend_of(example)
+    if backend == "torch":
+        import torch
+
+        return torch.as_tensor(x, dtype=example.dtype, device=example.device)
+    if backend == "jax":
+        import jax.numpy as jnp
+
+        return jnp.asarray(x, dtype=example.dtype)
+    return np.asarray(x, dtype=example.dtype)
+
+
+def in_library(x: Any, example: Array) -> Any:
+    """Return ``x``, a number or an array, with the same values and dtype in the library of ``example``."""
+    if not hasattr(x, "dtype") or isinstance(x, np.generic) or isinstance(example, np.generic):
+        return x
+    return x if backend_of(x) == backend_of(example) else to_backend(np.asarray(x), backend_of(example))

@@ -121,7 +121,11 @@ def _torch_function() -> Any:
 
 def backward_error(A: Any, x: Array, b: Array, size: Array | float) -> Array:
     """Return the normwise backward error ``|A x - b| / (size |x| + |b|)`` of each column."""
-    rest, x, b, size = seen(A @ x - b, x, b, size) if hasattr(size, "dtype") else (*seen(A @ x - b, x, b), size)
+    return _relative(A.residual(x, b) if hasattr(A, "residual") else A @ x - b, x, b, size)
+
+
+def _relative(rest: Array, x: Array, b: Array, size: Array | float) -> Array:
+    rest, x, b, size = seen(rest, x, b, size) if hasattr(size, "dtype") else (*seen(rest, x, b), size)
     xp = lapack(b)
     norms = _few_norms(rest, x, b) if isinstance(b, np.ndarray) else None
     if norms is None:
@@ -132,13 +136,29 @@ def backward_error(A: Any, x: Array, b: Array, size: Array | float) -> Array:
     return norms[0] / xp.where(bound == 0, bound * 0 + 1, bound)
 
 
+def is_relatively_small(rest: Array, b: Array, slack: float) -> bool:
+    """Whether the columns of a residual are at roundoff relative to those of b; the values are known."""
+    host = seen(rest, b)
+    if isinstance(host[1], np.ndarray) and host[0].flags.c_contiguous and host[0].dtype == host[1].dtype:
+        whole, columns = host[0].ravel(), np.einsum("i...,i...->...", host[1].conj(), host[1]).real
+        least, most = columns.min(initial=np.inf), columns.max(initial=0.0)
+        # The norm of all columns together bounds each. Squares near the ends of the range are left to the full test.
+        limit = float(np.finfo(columns.dtype).max) ** 0.5
+        if 1 / limit < least and most < limit and np.vdot(whole, whole).real <= (slack * eps(b.dtype)) ** 2 * least:
+            return True
+    return bool(is_at_roundoff(_relative(rest, rest, b, 0.0), b.dtype, slack))
+
+
 def _few_norms(rest: np.ndarray, x: np.ndarray, b: np.ndarray) -> list[np.ndarray] | None:
     """Return the norms of the columns without temporary arrays; None if a square may have left the range."""
     squares = [np.einsum("i...,i...->...", y.conj(), y).real for y in (rest, x, b)]
     limit = float(np.finfo(squares[2].dtype).max) ** 0.5
-    small = np.where(squares[2] == 0, b.any(0), squares[2] <= 1 / limit)  # columns of zeros have the square 0
-    if np.any(small) or not all(np.all(s < limit) for s in squares):
+    if not all(s.max(initial=0.0) < limit for s in squares):
         return None
+    if squares[2].min(initial=limit) <= 1 / limit:  # columns of zeros have the square 0
+        small = np.where(squares[2] == 0, b.any(0), squares[2] <= 1 / limit)
+        if np.any(small):
+            return None
     return [np.sqrt(s) for s in squares]
 
 

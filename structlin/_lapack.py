@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from time import perf_counter
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-import opt_einsum
 
-from structlin._arrays import Array, backend_of, dtype_name, ops, to_backend
+from structlin._arrays import Array, backend_of, dtype_name, ops
 from structlin.verdicts import Determinant
 
-_FEW = 2**15  # numbers of an array up to which calls take longer than what they do
+FEW = 2**12  # numbers of an array up to which NumPy's calls on views of tensors take less time than torch's
 
 
 def lapack(x: Array) -> SimpleNamespace:
@@ -46,14 +46,42 @@ def _numpy() -> SimpleNamespace:
         return values.astype(wide), vectors.astype(wide)
 
     def substitute(lower: Array, b: Array) -> Array:
-        (potrs,) = scipy.linalg.get_lapack_funcs(("potrs",), (lower, b))
+        lower, b = promoted(lower, b)
+        potrs = _lapack_function("potrs", lower.dtype.char)
         if lower.ndim == 2:
             return potrs(lower, b, lower=1)[0]
         return np.stack([potrs(x, y, lower=1)[0] for x, y in zip(lower, b, strict=True)])
 
+    def minus_product(y: Array, a: Array, b: Array) -> Array:
+        product = a @ b
+        return np.subtract(y, product, out=product)
+
     def cholesky_solve(a: Array, b: Array) -> Array:
-        lower = np.linalg.cholesky(a)  # raises where one is not positive; NumPy has no batched triangular solve
-        return substitute(lower, b) if a.ndim == 2 or a.shape[-1] >= 64 else np.linalg.solve(a, b)
+        """Solve matrix by matrix, except for many small ones: NumPy has no batched triangular solve."""
+        a, b = promoted(a, b)
+        if a.ndim == 3 and a.shape[-1] < 16 and a.shape[0] > 4:
+            np.linalg.cholesky(a)  # raises where one is not positive
+            return np.linalg.solve(a, b)
+        posv, real = _lapack_function("posv", a.dtype.char), not np.iscomplexobj(a)
+        x = np.empty(b.shape, b.dtype)
+        for matrix, right, out in zip(a, b, x, strict=True) if a.ndim == 3 else [(a, b, x)]:
+            # The transpose of a real matrix is in Fortran's order: it is copied as it stands.
+            _, out[...], failed = posv(matrix.T if real else matrix, right, lower=not real)
+            if failed:
+                raise np.linalg.LinAlgError("a matrix is not positive definite")
+        return x
+
+    def solve(a: Array, b: Array) -> Array:
+        """Solve as NumPy does; few matrices with less overhead."""
+        if a.dtype != b.dtype or a.ndim != b.ndim or a.ndim > 3 or (a.ndim == 3 and not a.shape[0] == b.shape[0] <= 4):
+            return np.linalg.solve(a, b)
+        gesv = _lapack_function("gesv", a.dtype.char)
+        x = np.empty(b.shape, b.dtype)
+        for matrix, right, out in zip(a, b, x, strict=True) if a.ndim == 3 else [(a, b, x)]:
+            _, _, out[...], failed = gesv(matrix, right)
+            if failed:
+                raise np.linalg.LinAlgError("Singular matrix")
+        return x
 
     def positive_slogdet(a: Array, strict: bool = True) -> tuple[Array, Array]:
         try:
@@ -63,9 +91,10 @@ def _numpy() -> SimpleNamespace:
         logs = np.log(np.diagonal(lower, 0, -2, -1).real)
         return np.ones((), a.dtype)[()], 2 * logs.sum()
 
-    return _of_module(
+    made = _of_module(
         np,
         substitute=substitute,
+        minus_product=minus_product,
         inverse_from_cholesky=lambda lower: np.linalg.inv(lower @ np.conj(lower).swapaxes(-1, -2)),
         cholesky_solve=cholesky_solve,
         positive_slogdet=positive_slogdet,
@@ -73,22 +102,33 @@ def _numpy() -> SimpleNamespace:
         eig=eig,
         pinv=lambda a, rtol: np.linalg.pinv(a, rcond=rtol),
         expm=lambda a: np.asarray(scipy.linalg.expm(a), dtype=a.dtype),
-        equal=np.array_equal,
+        equal=lambda a, b: a.shape == b.shape and (a == b).all(),
         to_complex=lambda x: x.astype(np.result_type(x.dtype, np.complex64)),
         stop_gradient=lambda x: x,
     )
+    made.solve = solve
+    return made
+
+
+@cache
+def _lapack_function(name: str, dtype: str) -> Any:
+    """Return a function of SciPy's LAPACK for a character of NumPy's dtypes."""
+    import scipy.linalg
+
+    return getattr(scipy.linalg.lapack, {"f": "s", "d": "d", "F": "c", "D": "z"}[dtype] + name)
 
 
 def _of_module(module: Any, **own: Any) -> SimpleNamespace:
     """Return the functions that NumPy and jax.numpy have under one name, and those of one library."""
     linalg = module.linalg
     names = ("inv", "solve", "slogdet", "eigh", "eigvalsh", "qr", "matrix_power")
-    direct = ("where", "abs", "sign", "sqrt", "exp", "log", "real", "max", "prod")
+    direct = ("where", "abs", "sign", "sqrt", "exp", "log", "real", "reciprocal", "max", "prod")
     common: dict[str, Any] = {name: getattr(linalg, name) for name in names}
     common |= {name: getattr(module, name) for name in direct}
     return SimpleNamespace(
         **common,
-        gram=lambda a: (module.conj(a) if module.iscomplexobj(a) else a).T @ a,
+        minus_scaled=lambda y, a, b: y - a * b,
+        plus_scaled=lambda y, a, b: y + a * b,
         svd=lambda a: linalg.svd(a, full_matrices=False),
         singular_values=lambda a: linalg.svd(a, compute_uv=False),
         diagonal=lambda a, k=0: module.diagonal(a, k, -2, -1),
@@ -110,6 +150,9 @@ def _torch() -> SimpleNamespace:
             lower = torch.linalg.cholesky(a)
             half = torch.linalg.solve_triangular(lower, b, upper=False)
             return torch.linalg.solve_triangular(lower.mH, half, upper=True)
+        views = small_views(a, b, most=math.inf)
+        if views is not None:  # LAPACK of SciPy takes about half the time for a stack of matrices
+            return as_tensors(_functions("numpy").cholesky_solve(*views))[0]
         lower = torch.linalg.cholesky(a.detach())
         simple = is_plain(a) and is_plain(b)
         return torch.cholesky_solve(b, lower) if simple else _torch_positive()[0].apply(a, b, lower)
@@ -131,23 +174,19 @@ def _torch() -> SimpleNamespace:
     def equal(a: Array, b: Array) -> Any:
         return torch.equal(a, b) if is_plain(a) and is_plain(b) else (a == b).all()
 
-    def gram(a: Array) -> Array:
-        if a.is_complex() or not is_plain(a):
-            return a.mH @ a
-        x: Any = np.from_dlpack(a)
-        return torch.from_numpy(x.T @ x)  # NumPy uses syrk, at half the cost of torch's product
-
     linalg = torch.linalg
     names = ("cholesky", "inv", "solve", "slogdet", "eig", "eigh", "eigvalsh", "qr", "matrix_power")
-    direct = ("where", "abs", "sign", "sqrt", "exp", "log", "max", "prod")
+    direct = ("where", "abs", "sign", "sqrt", "exp", "log", "reciprocal", "max", "prod")
     return SimpleNamespace(
         **{name: getattr(linalg, name) for name in names},
         **{name: getattr(torch, name) for name in direct},
         substitute=lambda lower, b: torch.cholesky_solve(b, lower),
+        minus_scaled=lambda y, a, b: torch.addcmul(y, a, b, value=-1),
+        plus_scaled=torch.addcmul,
+        minus_product=lambda y, a, b: torch.addmm(y, a, b, alpha=-1),
         inverse_from_cholesky=torch.cholesky_inverse,
         cholesky_solve=cholesky_solve,
         positive_slogdet=positive_slogdet,
-        gram=gram,
         svd=lambda a: linalg.svd(a, full_matrices=False),
         singular_values=linalg.svdvals,
         pinv=lambda a, rtol: linalg.pinv(a, rtol=rtol),
@@ -198,6 +237,7 @@ def _jax() -> SimpleNamespace:
     return _of_module(
         jnp,
         substitute=substitute,
+        minus_product=lambda y, a, b: y - a @ b,
         cholesky_solve=lambda a, b: substitute(cholesky(a), b),
         positive_slogdet=positive_slogdet,
         cholesky=cholesky,
@@ -267,44 +307,6 @@ def _unsure_slogdet(a: Array, linalg: Any, strict: bool) -> tuple[Array, Array]:
     return xp.prod(xp.abs(sign) if strict else sign), log.sum()
 
 
-def subscripts(terms: Sequence[Sequence[int]], output: Sequence[int]) -> str:
-    """Return the einsum string of terms whose axes are integers; an axis that occurs twice selects the diagonal."""
-
-    def word(axes: Sequence[int]) -> str:
-        return "".join(map(opt_einsum.get_symbol, axes))
-
-    return f"{','.join(map(word, terms))}->{word(output)}"
-
-
-def einsum(operands: Sequence[Array], terms: Sequence[Sequence[int]], output: Sequence[int]) -> Array:
-    """Contract arrays along the axes in ``terms``, in the cheapest order that opt_einsum finds."""
-    return opt_einsum.contract(subscripts(terms, output), *operands)
-
-
-def as_array(x: Any, example: Array) -> Array:
-    """Return a number, or an array of any library, with the library, dtype and device of ``example``; keeps gradients.
-
-    CoLA's scalars can be jax arrays in an operator of NumPy arrays.
-    """
-    backend = backend_of(example)
-    if backend == "torch":
-        import torch
-
-        return torch.as_tensor(x, dtype=example.dtype, device=example.device)
-    if backend == "jax":
-        import jax.numpy as jnp
-
-        return jnp.asarray(x, dtype=example.dtype)
-    return np.asarray(x, dtype=example.dtype)
-
-
-def in_library(x: Any, example: Array) -> Any:
-    """Return ``x``, a number or an array, with the same values and dtype in the library of ``example``."""
-    if not hasattr(x, "dtype") or isinstance(x, np.generic) or isinstance(example, np.generic):
-        return x
-    return x if backend_of(x) == backend_of(example) else to_backend(np.asarray(x), backend_of(example))
-
-
 def inverse_of(matrices: Array) -> Array:
     """Return the inverses of a stack of square matrices.
 
@@ -371,7 +373,7 @@ def singular_to_roundoff(what: str) -> np.linalg.LinAlgError:
 
 
 @cache
-def _is_half(dtype: Any) -> bool:
+def is_half(dtype: Any) -> bool:
     return dtype_name(dtype) in ("float16", "bfloat16")
 
 
@@ -386,7 +388,7 @@ def eps(dtype: Any) -> float:
 
 def require_precision(x: Array, what: str) -> None:
     """Raise ValueError for half precision, which LAPACK does not support."""
-    if _is_half(x.dtype):
+    if is_half(x.dtype):
         raise ValueError(f"{what} needs float32, float64 or complex numbers, got {x.dtype}; use A.to(dtype=...)")
 
 
@@ -418,6 +420,7 @@ def _is_observed(torch: Any) -> bool:
         or torch.autograd.forward_ad._current_level >= 0
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._get_tracing_state() is not None
+        or torch.is_autocast_enabled("cpu")
     )
 
 
@@ -438,21 +441,46 @@ def seen(*arrays: Array) -> list[Array]:
     return fixed
 
 
-def small_views(*arrays: Array, most: float = _FEW) -> list[np.ndarray] | None:
+def small_views(*arrays: Array, most: float = FEW) -> list[np.ndarray] | None:
     """Return NumPy's views of tensors that no derivative follows; None for other arrays, and above ``most`` numbers."""
     torch: Any = sys.modules.get("torch")
-    if torch is None or not all(isinstance(x, torch.Tensor) and x.numel() <= most for x in arrays):
+    if torch is None:
         return None
-    if any(map(follows, arrays)):
+    kinds, recorded = (torch.Tensor, torch.nn.Parameter), torch.is_grad_enabled()
+    for x in arrays:
+        if type(x) not in kinds or x.numel() > most or (recorded and x.requires_grad):
+            return None
+    if _is_observed(torch):
         return None
-    views = seen(*arrays)
-    return views if isinstance(views[0], np.ndarray) else None
+    try:
+        return [x.detach().numpy() if x.requires_grad else x.numpy() for x in arrays]
+    except (RuntimeError, TypeError):  # on another device; sparse, conjugated, or without a dtype of NumPy
+        return None
+
+
+@cache
+def numpy_multiplies_faster() -> bool:
+    """Whether a product with a thin matrix takes NumPy less time than torch, by a measurement of some milliseconds.
+
+    The two have other BLAS libraries, and which is faster depends on the processor.
+    """
+    torch: Any = sys.modules["torch"]
+    thin, few = np.ones((4096, 32)), np.ones((32, 16))
+    tensors = torch.from_numpy(thin), torch.from_numpy(few)
+    seconds = [math.inf, math.inf]
+    with torch.no_grad():
+        for _ in range(20):  # the first calls start the libraries
+            for k, (left, right) in enumerate(((thin, few), tensors)):
+                start = perf_counter()
+                left @ right
+                seconds[k] = min(seconds[k], perf_counter() - start)
+    return seconds[0] < seconds[1]
 
 
 def as_tensors(*arrays: Any) -> list[Array]:
     """Return NumPy's arrays and scalars as tensors."""
     torch: Any = sys.modules["torch"]
-    return [torch.from_numpy(np.asarray(x)) for x in arrays]
+    return [torch.from_numpy(np.asarray(x, order="C")) for x in arrays]
 
 
 def is_transpose(x: Array, y: Array) -> bool:
@@ -499,7 +527,7 @@ def inverse_values(values: Array, smallest: float) -> Array:
         return 1 / xp.where(size > smallest * (size.max() if smallest else 0), values, values * 0 + float("nan"))
     if least <= smallest * most:  # False for NaN, which then appears in the result
         raise singular_to_roundoff(f"a matrix with an eigenvalue of magnitude {least:.1e}")
-    return 1 / values
+    return xp.reciprocal(values)
 
 
 def reciprocals(values: Array) -> Array:
@@ -513,7 +541,7 @@ def reciprocals(values: Array) -> Array:
 
 def determinant_of_numbers(values: Array) -> Determinant:
     """Return the determinant of a diagonal matrix; (0, -inf) if an entry is 0, as for dense matrices."""
-    views = small_views(values)
+    views = small_views(values, most=8 * FEW)
     if views is not None:
         return Determinant(*as_tensors(*determinant_of_numbers(views[0])))
     xp = lapack(values)

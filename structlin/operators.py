@@ -19,6 +19,7 @@ from cola.ops.operator_base import LinearOperator
 
 from structlin._arrays import Array, backend_of, common_backend, dtype_name, ops
 from structlin._cola_compat import device_of, functions_of, rule
+from structlin._lapack import as_tensors, small_views
 from structlin.structure import AbstractStructure
 
 __all__ = ["StructuredOperator"]
@@ -86,7 +87,9 @@ class StructuredOperator(LinearOperator):
             raise TypeError(f"structure must be an AbstractStructure, got {type(structure).__qualname__}")
         factors = tuple(factors)
         structure.check(factors)
-        _fill(self, structure, factors, type(self)._own_annotations(structure), _index_dtype(factors, dtype))
+        if dtype is not None or not _is_inexact(factors[0].dtype):
+            dtype = _index_dtype(factors, dtype)
+        _fill(self, structure, factors, type(self)._own_annotations(structure), dtype)
 
     @classmethod
     def _build(cls, structure: AbstractStructure, factors: tuple[Array, ...], dtype: Any = None) -> Self:
@@ -185,6 +188,8 @@ class StructuredOperator(LinearOperator):
 
     def _matmat(self, X: Array) -> Array:
         """Return a @ X for X of shape (d_in, k)."""
+        if (views := small_views(*self.factors, X)) is not None and views[0].dtype == views[-1].dtype:
+            return as_tensors(self.structure.apply_columns(views[:-1], views[-1]))[0]
         factors, X = _promoted(self.factors, X)
         return self.structure.apply_columns(factors, X)
 

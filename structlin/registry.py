@@ -65,7 +65,7 @@ class NamedOperator(StructuredOperator):
     examples: ClassVar[tuple[Example, ...]] = ()
 
     def __init__(self, *factors: Array) -> None:
-        shapes = tuple(tuple(np.shape(f)) for f in factors)
+        shapes = tuple([tuple(f.shape if hasattr(f, "shape") else np.shape(f)) for f in factors])
         super().__init__(inferred(type(self), shapes), factors)  # type: ignore[arg-type]
 
     @staticmethod

@@ -114,11 +114,12 @@ def _library_of_owner(matmat: Any) -> set[str]:
 def _find_device(value: Any) -> Any:
     if isinstance(value, LinearOperator):
         return value.device
-    if isinstance(value, dict):
-        value = list(value.values())
-    if isinstance(value, tuple | list | set):
-        return next((d for d in map(_find_device, value) if d is not None), None)
-    return device_of(value)
+    if not isinstance(value, (tuple, list, set, dict)):
+        return device_of(value)
+    for item in value.values() if isinstance(value, dict) else value:
+        if type(item) is not int and (found := _find_device(item)) is not None:
+            return found
+    return None
 
 
 def _guessed_library(dtype: Any) -> str:

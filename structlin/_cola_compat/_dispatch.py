@@ -152,7 +152,11 @@ def _annotated(annotation: Any, A: LinearOperator) -> LinearOperator:
 
 
 def _sum_of_columns(self: Any, X: Array) -> Array:
-    return reduce(add, (M @ X for M in self.Ms))
+    found = self.Ms[0] @ X
+    for M in self.Ms[1:]:
+        plus = getattr(M, "_plus_product", None)
+        found = found + M @ X if plus is None else plus(found, X)
+    return found
 
 
 def _sum_of_rows(self: Any, X: Array) -> Array:

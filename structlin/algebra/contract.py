@@ -17,8 +17,8 @@ import numpy as np
 import opt_einsum
 
 from structlin._arrays import Array
-from structlin._lapack import einsum, lapack, subscripts
-from structlin.algebra.numbered import Network, network
+from structlin._lapack import lapack
+from structlin.algebra.numbered import Network, einsum, network, subscripts
 from structlin.operators import StructuredOperator
 from structlin.structure import AbstractStructure
 

@@ -19,7 +19,9 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
+import opt_einsum
 
+from structlin._arrays import Array
 from structlin.structure import AbstractStructure, Structure
 
 Axes = tuple[int, ...]
@@ -173,3 +175,17 @@ def _parts(sizes: Sequence[int], cuts: Sequence[set[int]]) -> tuple[list[list[in
         part_sizes |= dict(zip(numbers, (hi // lo for hi, lo in pairwise(ends)), strict=True))
         parts.append(list(numbers))
     return parts, part_sizes
+
+
+def subscripts(terms: Sequence[Sequence[int]], output: Sequence[int]) -> str:
+    """Return the einsum string of terms whose axes are integers; an axis that occurs twice selects the diagonal."""
+
+    def word(axes: Sequence[int]) -> str:
+        return "".join(map(opt_einsum.get_symbol, axes))
+
+    return f"{','.join(map(word, terms))}->{word(output)}"
+
+
+def einsum(operands: Sequence[Array], terms: Sequence[Sequence[int]], output: Sequence[int]) -> Array:
+    """Contract arrays along the axes in ``terms``, in the cheapest order that opt_einsum finds."""
+    return opt_einsum.contract(subscripts(terms, output), *operands)

@@ -9,7 +9,8 @@ import math
 from collections.abc import Sequence
 
 from structlin._arrays import Array
-from structlin._lapack import einsum, eps, is_known, lapack, needs_grad, require_precision
+from structlin._lapack import eps, is_known, lapack, needs_grad, require_precision
+from structlin.algebra.numbered import einsum
 from structlin.operators import StructuredOperator
 from structlin.structures.kronecker import Kronecker
 from structlin.structures.tensor_train import TensorTrain

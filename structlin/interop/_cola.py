@@ -10,8 +10,7 @@ import cola
 import numpy as np
 from cola.ops import LinearOperator
 
-from structlin._arrays import to_backend
-from structlin._lapack import as_array
+from structlin._arrays import as_array, to_backend
 from structlin.algebra import roles as chain
 from structlin.interop._arrays import require_operator
 from structlin.linalg._forms import diagonal_of

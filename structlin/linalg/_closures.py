@@ -15,8 +15,9 @@ from cola.annotations import PSD, SelfAdjoint, Stiefel, Unitary
 from cola.ops import Identity, LinearOperator, Product, ScalarMul, Sum
 from cola.ops import Kronecker as ColaKronecker
 
+from structlin._arrays import as_array, in_library
 from structlin._cola_compat import as_scalar, implementation, known_scalar, rule, scaled_annotations
-from structlin._lapack import as_array, in_library, lapack, promoted
+from structlin._lapack import lapack, promoted
 from structlin.algebra import chains, combinations
 from structlin.counting import macs
 from structlin.linalg._common import annotated

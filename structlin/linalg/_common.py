@@ -15,7 +15,15 @@ from cola.ops import Kronecker as ColaKronecker
 
 from structlin._arrays import Array, to_backend
 from structlin._cola_compat import as_scalar, scalar_mul
-from structlin._lapack import eps, known, lapack, refusing_singular, require_precision, singular_to_roundoff
+from structlin._lapack import (
+    eps,
+    known,
+    lapack,
+    refusing_singular,
+    require_precision,
+    singular_to_roundoff,
+    small_views,
+)
 from structlin.algebra import roles
 from structlin.operators import StructuredOperator
 
@@ -150,6 +158,15 @@ def by_members(A: LinearOperator, f: Callable[[LinearOperator], LinearOperator])
 def has_square_members(A: LinearOperator) -> bool:
     """Whether all members of a Kronecker or block-diagonal operator are square."""
     return all(M.shape[0] == M.shape[1] for M in A.Ms)
+
+
+def on_host(A: StructuredOperator, *arrays: Array) -> tuple[StructuredOperator, list[np.ndarray]] | None:
+    """Return A and arrays on NumPy's views, if they are small tensors of one dtype without gradients; else None."""
+    views = small_views(*A.factors, *arrays)
+    if views is None or views[0].dtype.kind not in "fc" or any(x.dtype != views[0].dtype for x in views):
+        return None
+    count = len(A.factors)
+    return A._with(A.structure, tuple(views[:count]), A._annotations), views[count:]
 
 
 def like(x: np.ndarray, A: LinearOperator) -> Array:

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import cola
+import numpy as np
 from cola.annotations import PSD
 from cola.linalg import slogdet
 from cola.linalg.algorithm_base import Algorithm, Auto
@@ -29,9 +30,9 @@ from cola.ops import Kronecker as ColaKronecker
 
 from structlin._arrays import Array
 from structlin._cola_compat import parity, rule
-from structlin._lapack import determinant_of_numbers, lapack, zero_determinant
+from structlin._lapack import as_tensors, determinant_of_numbers, lapack, zero_determinant
 from structlin.linalg import _spectral as spectral
-from structlin.linalg._common import dense_matrix, fits_dense, has_square_members, is_matrix, require_square
+from structlin.linalg._common import dense_matrix, fits_dense, has_square_members, is_matrix, on_host, require_square
 from structlin.linalg._stochastic import estimate_logdet
 from structlin.linalg._woodbury import woodbury
 from structlin.operators import StructuredOperator
@@ -40,6 +41,16 @@ from structlin.operators import StructuredOperator
 @rule("slogdet")
 def _slogdet_rule(A: StructuredOperator, log_alg: Auto, trace_alg: Algorithm):
     require_square(A, "the determinant")
+    host = on_host(A)
+    if host is not None:
+        with np.errstate(all="ignore"):
+            found = _slogdet_of_structure(host[0], log_alg)
+        if not np.isnan(found[1]):  # for which the libraries have other signs and errors
+            return tuple(as_tensors(*found))
+    return _slogdet_of_structure(A, log_alg)
+
+
+def _slogdet_of_structure(A: StructuredOperator, log_alg: Auto) -> tuple[Array, Array]:
     answer = A.structure.slogdet(A)
     return general_slogdet(A, log_alg) if answer is None else tuple(answer.value)
 

@@ -16,8 +16,8 @@ from cola.ops import Adjoint, Identity, KronSum, LinearOperator, Product, Scalar
 from cola.ops import Diagonal as ColaDiagonal
 from cola.ops import Kronecker as ColaKronecker
 
-from structlin._arrays import Array
-from structlin._lapack import as_array, lapack
+from structlin._arrays import Array, as_array
+from structlin._lapack import lapack
 from structlin.algebra import chains, roles
 from structlin.linalg._common import fits_dense
 from structlin.operators import StructuredOperator

@@ -18,14 +18,21 @@ from cola.ops import LinearOperator, Sum
 
 from structlin import _spectra as spectra
 from structlin._arrays import Array, backend_of
-from structlin._lapack import as_tensors, determinant_of_numbers, eps, inverse_values, is_known, lapack, small_views
+from structlin._lapack import (
+    FEW,
+    as_tensors,
+    determinant_of_numbers,
+    eps,
+    inverse_values,
+    is_known,
+    lapack,
+    small_views,
+)
 from structlin.algebra import chains
 from structlin.linalg import _woodbury
 from structlin.linalg._forms import members
 from structlin.operators import StructuredOperator
 from structlin.structures.kronecker import Kronecker
-
-_FEW = 2**12  # up to this size of an array, the overhead of NumPy calls is the lowest
 
 
 @dataclass(frozen=True)
@@ -49,7 +56,7 @@ def quadratic_and_logdet(A: LinearOperator, b: Array) -> tuple[Array, Array, Arr
         return None
     arrays, compute = found
     fixed = [lapack(b).stop_gradient(a) for a in (b, *arrays)]
-    views = small_views(*fixed, most=_FEW)
+    views = small_views(*fixed, most=FEW)
     try:
         terms = compute(lapack(fixed[0]), *fixed) if views is None else _in_torch(compute(lapack(views[0]), *views))
     except (np.linalg.LinAlgError, RuntimeError):  # not positive definite; `solve` raises the error

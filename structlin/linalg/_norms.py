@@ -12,10 +12,10 @@ from cola.annotations import Stiefel
 from cola.ops import Adjoint, BlockDiag, Identity, LinearOperator, Transpose
 from cola.ops import Kronecker as ColaKronecker
 
-from structlin._arrays import Array, backend_of
+from structlin._arrays import Array, backend_of, in_library
 from structlin._implicit import frozen
 from structlin._iterations import iterate
-from structlin._lapack import in_library, known, lapack, nan_unless
+from structlin._lapack import known, lapack, nan_unless
 from structlin.algebra import contract as _contract
 from structlin.algebra.chains import largest
 from structlin.linalg._common import like, require_limits, require_operator

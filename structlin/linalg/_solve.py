@@ -15,7 +15,7 @@ from cola.ops import KronSum, LinearOperator, Sum
 from structlin._arrays import Array, backend_of
 from structlin._cola_compat import is_array
 from structlin._implicit import Solver, adjoint, backward_error, frozen, is_at_roundoff, nan_where_bad, solution
-from structlin._lapack import eps, is_known, is_transformed, known, lapack
+from structlin._lapack import as_tensors, eps, follows, is_half, is_known, is_transformed, known, lapack
 from structlin._spectra import once_differentiable
 from structlin.linalg import _spectral as spectral
 from structlin.linalg import _woodbury
@@ -24,6 +24,7 @@ from structlin.linalg._common import (
     dense_inverse,
     fits_dense,
     is_matrix,
+    on_host,
     probe,
     require_operator,
     require_square,
@@ -125,6 +126,8 @@ def _size(A: LinearOperator) -> Array:
 
 
 def _solve(A: LinearOperator, b: Array, alg: Algorithm) -> Array:
+    if isinstance(A, StructuredOperator) and A.dtype != b.dtype and A.backend == backend_of(b):
+        A, b = _in_one_dtype(A, b)
     if type(alg) is Auto and 0 not in b.shape and (A.dtype == b.dtype or str(A.dtype) == str(b.dtype)):
         found = _directly(A, b)
         if found is not None:
@@ -132,15 +135,29 @@ def _solve(A: LinearOperator, b: Array, alg: Algorithm) -> Array:
     return cola.inv(A, alg) @ b
 
 
+def _in_one_dtype(A: StructuredOperator, b: Array) -> tuple[StructuredOperator, Array]:
+    """Return both in their common dtype, in which the solution is accurate; unchanged in half precision."""
+    common = A.xnp.promote_types(A.dtype, b.dtype)
+    if is_half(A.dtype) or is_half(common):
+        return A, b
+    return (A if A.dtype == common else A.to(dtype=common)), A.xnp.cast(b, common)
+
+
 def _directly(A: LinearOperator, b: Array) -> Array | None:
     if isinstance(A, StructuredOperator):
         if A.backend != backend_of(b) or A.isa(Unitary):
             return None
-        answer = A.structure.solve(A, b)
+        host = on_host(A, b)
+        if host is not None and (answer := A.structure.solve(host[0], *host[1])) is not None:
+            return as_tensors(answer.value)[0]
+        answer = A.structure.solve(A, b) if host is None else None
         return _with_padding(A, b) if answer is None else answer.value
     fixed = frozen(A)
+    constant = fixed is A and not follows(b)
     if isinstance(A, KronSum | Sum):
         found = spectral.solver(fixed)
+        if found is not None and constant and found[1]:
+            return found[0].solve(b)
         if found is not None:
             return solution(A, b, found[0]) if found[1] else _verified(A, b, found[0])
     if isinstance(A, Sum):
@@ -148,7 +165,7 @@ def _directly(A: LinearOperator, b: Array) -> Array | None:
         if formula is None:
             return None
         try:
-            return solution(A, b, formula)
+            return formula.solve(b) if constant else solution(A, b, formula)
         except np.linalg.LinAlgError:
             if not fits_dense(A):
                 raise

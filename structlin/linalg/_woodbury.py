@@ -18,6 +18,7 @@ Under tracing, solutions are refined twice, and are NaN if the residual is above
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -27,10 +28,10 @@ import numpy as np
 from cola.annotations import PSD
 from cola.ops import LinearOperator, Sum
 
-from structlin._arrays import Array
-from structlin._implicit import Solver, backward_error, is_at_roundoff, nan_where_bad
+from structlin._arrays import Array, as_array
+from structlin._implicit import Solver, backward_error, is_at_roundoff, is_relatively_small, nan_where_bad
 from structlin._lapack import (
-    as_array,
+    FEW,
     as_tensors,
     determinant_of_numbers,
     eps,
@@ -40,6 +41,7 @@ from structlin._lapack import (
     known,
     lapack,
     nan_unless,
+    numpy_multiplies_faster,
     require_precision,
     seen,
     small_views,
@@ -55,7 +57,6 @@ _WIDEST = 0.5  # largest total rank relative to n; above it the dense matrix cos
 _THREE = "i,ri->r; r,sr->s; s,os->o"
 SLACK = 100  # times machine epsilon: the largest backward error of a solution
 _REFINEMENTS = 3
-_MOST = math.inf  # numbers: NumPy's products with thin matrices are at least as fast as torch's at every size
 
 
 def split(A: Sum) -> tuple[StructuredOperator | Array, Array, Array] | None:
@@ -117,9 +118,7 @@ class Woodbury:
 
     @cached_property
     def capacitance(self) -> Array:
-        xp = lapack(self.U)
-        half = xp.gram(_times(xp.sqrt(self.base), self.U)) if self.symmetric else self.V @ self.left
-        return half + xp.eye(self.U.shape[1], self.U)
+        return self.V @ self.left + lapack(self.U).eye(self.U.shape[1], self.U)
 
     @cached_property
     def lower(self) -> Array:
@@ -128,20 +127,26 @@ class Woodbury:
 
     def formula(self, b: Array) -> Array:
         """Return (B + U V)^-1 b for a vector or columns by the Woodbury identity, without refinement."""
-        w = _times(self.base, b)
-        small = self.V @ w
-        small = small if small.ndim == 2 else small[:, None]
-        xp = lapack(small)
+        wide = b if b.ndim == 2 else b[:, None]
+        xp, operator = lapack(self.U), isinstance(self.base, LinearOperator)
+        small = self.V @ _times(self.base, wide) if operator or not self.symmetric else xp.conj(self.left).T @ wide
         c = xp.substitute(self.lower, small) if self.symmetric else xp.solve(self.capacitance, small)
-        x = self.U @ -c
-        x = x if w.ndim == 2 else x[:, 0]
-        # In place: new memory costs as much as the arithmetic. x depends on all arrays, as torch.func.vmap requires.
-        if isinstance(self.base, LinearOperator):
+        x = xp.minus_product(wide, self.U, c)
+        if operator:
             x = self.base @ x
         else:
-            x *= _beside(self.base, x)
-        x += w
-        return x
+            x *= self.base[:, None]  # in place: new memory costs as much as the arithmetic
+        return x.reshape(b.shape)
+
+    def residual(self, x: Array, b: Array) -> Array:
+        """Return b - A x."""
+        xp = lapack(self.U)
+        rest = b - self.B @ x if isinstance(self.B, LinearOperator) else xp.minus_scaled(b, _beside(self.B, x), x)
+        rest, few = (rest, self.V @ x) if b.ndim == 2 else (rest[:, None], (self.V @ x)[:, None])
+        if hasattr(rest, "addmm_"):  # torch: without another array for the product
+            return rest.addmm_(self.U, few, alpha=-1).reshape(b.shape)
+        rest -= self.U @ few
+        return rest.reshape(b.shape)
 
     @cached_property
     def _orthogonal(self) -> tuple[Array, Array, Array]:
@@ -200,7 +205,7 @@ class Woodbury:
         """Return this sum on NumPy views of torch tensors without gradients; self if there are none."""
         if isinstance(self.B, LinearOperator):
             return self
-        views = small_views(self.B, self.U, self.V, self.base, most=_MOST)
+        views = small_views(self.B, self.U, self.V, self.base, most=_most())
         if views is None:
             return self
         B, U, V, base = views
@@ -231,6 +236,11 @@ class Woodbury:
         if good is not True:
             log = log + nan_unless(good, log)
         return Determinant(first[0] * sign, first[1] + log)
+
+
+def _most() -> float:
+    """Return the largest size of a tensor for which NumPy takes less time; its calls alone take less up to 2^15."""
+    return math.inf if "torch" in sys.modules and numpy_multiplies_faster() else 8 * FEW
 
 
 def _times(base: LinearOperator | Array, x: Array) -> Array:
@@ -302,7 +312,7 @@ def _hosted(found: Woodbury) -> Callable[[Array], Array]:
         return verified(found)
 
     def solve(b: Array) -> Array:
-        views = small_views(b, most=_MOST)
+        views = small_views(b, most=_most())
         return verified(found)(b) if views is None else as_tensors(verified(host)(views[0]))[0]
 
     return solve
@@ -317,9 +327,10 @@ def verified(found: Woodbury) -> Callable[[Array], Array]:
             try:
                 x = way(b)
                 for _ in range(_REFINEMENTS):  # until the residual is at roundoff relative to b alone
-                    if is_at_roundoff(backward_error(found, x, b, 0.0), b.dtype, SLACK):
+                    rest = found.residual(x, b)
+                    if is_relatively_small(rest, b, SLACK):
                         return x
-                    x = x + way(b - found @ x)
+                    x = x + way(rest)
             except (np.linalg.LinAlgError, RuntimeError):
                 continue
             if is_at_roundoff(backward_error(found, x, b, found.size()), b.dtype, SLACK):
@@ -332,5 +343,5 @@ def verified(found: Woodbury) -> Callable[[Array], Array]:
 def _traced(found: Woodbury, way: Callable[[Array], Array], b: Array, size: Array) -> Array:
     x = way(b)
     for _ in range(2):
-        x = x + way(b - found @ x)
+        x = x + way(found.residual(x, b))
     return nan_where_bad(x, backward_error(found, x, b, size), SLACK * eps(b.dtype))

@@ -6,6 +6,7 @@ import math
 from types import SimpleNamespace
 
 from structlin._arrays import Array
+from structlin._lapack import promoted
 
 
 def fft_product(kernel: Array, x: Array, size: int, axis: int, xp: SimpleNamespace) -> Array:
@@ -17,6 +18,8 @@ def fft_product(kernel: Array, x: Array, size: int, axis: int, xp: SimpleNamespa
     if 0 in x.shape:  # torch has no FFT of an empty batch
         empty = xp.pad_first(x, size - x.shape[0]) if axis == 0 else xp.pad_last(x, size - x.shape[-1])
         return empty * kernel[:1]
+    if kernel.dtype != x.dtype:  # NumPy's FFT has the precision of its argument
+        kernel, x = promoted(kernel, x)
     half = xp.is_low_precision(x) or xp.is_low_precision(kernel)
     result = (x[..., :1] * kernel[:1]).dtype if half else None
     if half:

@@ -121,7 +121,7 @@ def inverse_product(found: Columns) -> Callable[[np.ndarray], np.ndarray]:
 
 
 def is_hermitian(kernel: np.ndarray) -> bool:
-    return bool(np.array_equal(kernel, kernel[::-1].conj()))
+    return bool((kernel == kernel[::-1].conj()).all())
 
 
 def solve(kernel: np.ndarray, b: np.ndarray, found: Columns | None = None) -> np.ndarray | None:

@@ -148,6 +148,13 @@ class Diagonal(NamedOperator):
     source = "-"
     examples = (((5, 5), {}), ((1, 1), {}))
 
+    def _plus_product(self, y: Array, X: Array) -> Array:
+        """Return ``y + self @ X`` in one pass over the arrays."""
+        v = self.factors[0]
+        if not v.dtype == X.dtype == y.dtype or type(v) is not type(X):
+            return y + self @ X
+        return lapack(X).plus_scaled(y, v[:, None], X)
+
     @staticmethod
     def design(shape: tuple[int, int], /) -> DiagonalStructure:
         """Return the structure of a (d, d) diagonal matrix; ValueError if ``shape`` is not square."""

@@ -349,7 +349,9 @@ def _double(x: Array) -> np.ndarray:
 def _like(x: np.ndarray, example: Array) -> Array:
     """Return a new NumPy array as an array of the library and dtype of the example; torch shares its memory."""
     if backend_of(example) == "torch":
-        return as_tensors(np.asarray(x, order="C"))[0].to(example.dtype)
+        return as_tensors(x)[0].to(example.dtype)
+    if isinstance(example, np.ndarray):
+        return np.asarray(x, dtype=example.dtype)
     return to_backend(np.array(x), backend_of(example), example.dtype)
 
 

@@ -311,7 +311,8 @@ def test_a_singular_matrix_raises_at_every_size(n):
         linalg.solve(operator(k), np.random.default_rng(0).standard_normal(n))
 
 
-@pytest.mark.parametrize("columns", [1, 2])
+# One column is iterated as a vector is, which both cases solve.
+@pytest.mark.parametrize("columns", [pytest.param(1, marks=pytest.mark.slow), 2])
 @pytest.mark.parametrize("dtype", ["float64", "complex128"])
 def test_iterations_under_jit_and_what_follows_them(dtype, columns, monkeypatch):
     n = levinson.ITERATED + 3
@@ -359,3 +360,19 @@ def test_the_iteration_under_jit_is_as_accurate_as_the_dense_matrix():
     x = jax.jit(lambda c, b: linalg.solve(structlin.Toeplitz(c), b))(jnp.asarray(kernel), jnp.asarray(b))
     dense = scipy.linalg.toeplitz(kernel.astype(float))
     assert np.linalg.norm(dense @ np.asarray(x, float) - b) <= 1e-3 * np.linalg.norm(b)
+
+
+@pytest.mark.parametrize("backend", ["numpy", "torch"])
+@pytest.mark.parametrize("kind", ["toeplitz", "circulant"])
+@pytest.mark.parametrize("n", [30, 300])
+def test_a_kernel_of_lower_precision_is_promoted_first(n, kind, backend):
+    """The matrix holds float32 numbers, and the results are those of the same numbers in float64."""
+    column = np.r_[4, np.random.default_rng(n).standard_normal(n - 1) / (4 * n**0.5)].astype(np.float32)
+    A = {"toeplitz": structlin.Toeplitz, "circulant": structlin.Circulant}[kind](to_backend(column, backend))
+    wide = getattr(scipy.linalg, kind)(column.astype(np.float64))
+    b = np.random.default_rng(1).standard_normal((n, 2))
+    given = to_backend(b, backend)
+    np.testing.assert_allclose(to_numpy(A @ given), wide @ b, rtol=0, atol=1e-13)
+    np.testing.assert_allclose(to_numpy(linalg.solve(A, given)), np.linalg.solve(wide, b), rtol=0, atol=1e-13)
+    if backend == "numpy":  # which promotes
+        np.testing.assert_allclose(A.structure.apply(A.factors, b.T), b.T @ wide.T, rtol=0, atol=1e-13)
