@@ -9,7 +9,7 @@ import json
 import math
 import typing
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from dataclasses import replace as dataclass_replace
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -202,7 +202,7 @@ class RunConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Return all fields as plain values for JSON; `from_dict` is the inverse."""
-        return {entry.name: _plain(getattr(self, entry.name)) for entry in fields(self)}
+        return json.loads(json.dumps(asdict(self)))
 
     def replace(self, **changes: Any) -> Self:
         """Return the same configuration with some fields changed, checked as a new one."""
@@ -287,9 +287,3 @@ def _tuples(value: Any) -> Any:
     if value is None or isinstance(value, bool | int | str) or (isinstance(value, float) and math.isfinite(value)):
         return value
     raise TypeError(f"options are finite numbers, strings, or lists of them, got {value!r}")
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, tuple):
-        return [_plain(entry) for entry in value]
-    return {key: _plain(entry) for key, entry in value.items()} if isinstance(value, dict) else value

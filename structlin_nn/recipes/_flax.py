@@ -101,7 +101,7 @@ class FlaxRun(Run):
         self.params, self.rest = jax.device_put((nnx.as_pure(params), nnx.as_pure(rest)), self.device)
         self.moments = self.tx.init(self.params)
         self.average = self.params if config.ema else None
-        self.sums, self.probe = np.zeros(3), Probe(twin, twin, probe)
+        self.sums, self.probe = np.zeros(3), Probe(twin, twin, probe, self.write_to_twin)
         groups = parameter_groups(twin, base, lr=1.0, extra_multipliers=extra_multipliers, **aware)
         machine = hardware(config.threads or torch.get_num_threads(), self.device.platform)
         self.begin(
@@ -174,10 +174,6 @@ class FlaxRun(Run):
         finally:
             self.params = kept
 
-    def evaluated(self, found: dict[str, Any], summary: str, metric: str) -> None:
-        self.write_to_twin()
-        super().evaluated({**found, "statistics": self.probe.statistics()}, summary, metric)
-
     def _tree(self) -> dict[str, Any]:
         average = {} if self.average is None else {"average": self.average}
         return {"params": self.params, "moments": self.moments, **average}
@@ -185,15 +181,9 @@ class FlaxRun(Run):
     def write(self, folder: Path) -> dict[str, Any]:
         with ocp.StandardCheckpointer() as writer:
             writer.save(folder.resolve() / "orbax", self._tree())
-        return {"tensors": {}, "build": None, "layout": None}
-
-    def more_state(self) -> dict[str, Any]:
-        return {"init_from": None, **common_state(self, self.twin)}
+        return {"tensors": {}, "build": None, "layout": None, "init_from": None, **common_state(self, self.twin)}
 
     def not_finite(self) -> str | None:
         leaves = jax.tree_util.tree_leaves_with_path(self.params)
         bad = [path for path, leaf in leaves if not bool(jnp.isfinite(leaf).all())]
         return jax.tree_util.keystr(bad[0]) if bad else None
-
-    def sums_reset(self) -> None:
-        self.sums[:] = 0

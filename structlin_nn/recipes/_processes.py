@@ -9,7 +9,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -25,7 +25,7 @@ from structlin_nn.recipes._config import RunConfig, require
 Value = TypeVar("Value")
 
 
-@dataclass(frozen=True)
+@dataclass
 class Processes:
     """The processes that torchrun started, seen from one of them (`rank`); `size` 1 for a process alone.
 
@@ -40,12 +40,10 @@ class Processes:
     device: torch.device
     control: Any = None
     mesh: DeviceMesh | None = None
-    main: bool = field(init=False)
-    sharded: bool = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "main", self.rank == 0)
-        object.__setattr__(self, "sharded", self.size > 1 and self.parallel == "fsdp")
+        self.main = self.rank == 0
+        self.sharded = self.size > 1 and self.parallel == "fsdp"
 
     def first(self, work: Callable[[], Value]) -> Value:
         """Call `work` in the first process while the others wait; return its result, or raise its error, in all."""

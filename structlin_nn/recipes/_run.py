@@ -17,7 +17,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -135,6 +135,8 @@ class Run:
         Sums of the recipe between evaluations.
     last
         The last line of the record.
+    probe
+        The measurement of features and gains (`structlin_nn.recipes._probe.Probe`).
     state
         State of the checkpoint that the run resumes from; None for a new run.
 
@@ -147,6 +149,9 @@ class Run:
     """
 
     versions: Sequence[str] = ("torch",)
+    probe: Any
+    sums: Any
+    warmup: int
 
     def __init__(
         self, config: RunConfig, options: Options, group: Any,
@@ -299,6 +304,7 @@ class Run:
         (`keep_best`). TrainingError if a number is not finite.
         """
         self.fetch_losses()
+        found = {**found, "statistics": self.probe.statistics()}
         if not all(abs(value) < float("inf") for value in found.values() if isinstance(value, float)):
             raise TrainingError(f"the loss at the evaluation after step {self.step} is not finite; {self.good()}")
         samples = self.step * self.config.batch_size
@@ -308,7 +314,7 @@ class Run:
             "lr": self.config.lr * self.share(max(self.step - 1, 0)), **found, "seconds": round(self.seconds, 3),
             "training_seconds": round(self.training_seconds, 3),
         }  # fmt: skip
-        self.sums_reset()
+        self.sums[:] = 0
         self.group.first(lambda: self._record.append(self.last))
         self.save(found[metric])
         for tracker in self._trackers:
@@ -319,17 +325,36 @@ class Run:
     # Steps
 
     def share(self, step: int) -> float:
-        """Return the share of the learning rate that a step takes; `warmup` is set by the recipe."""
+        """Return the share of the learning rate that a step takes."""
         return learning_rate(self.config, step, self.steps, self.warmup)
 
-    warmup = 0
+    def training(self, evaluate: Callable[[], None], every: int, measure_every: int = 0) -> Iterator[None]:
+        """Iterate over the steps that are left, each of which ends with a call of `stepped`.
 
-    def stepped(self, loss: Any, norm: Any = None) -> None:
+        `evaluate` is called before the first step, after each `every` steps, and after the last. The change of features
+        is measured in the steps before evaluations, or in each `measure_every`-th.
+        """
+        if not self.last:
+            evaluate()
+        while self.step < self.steps and not self.stopped:
+            evaluates = self.step + 1 == self.steps or (self.step + 1) % every == 0
+            self._measures = (self.step + 1) % measure_every == 0 if measure_every else evaluates
+            if self._measures:
+                self.probe.before_step()
+            yield
+            if evaluates:
+                evaluate()
+
+    def stepped(self, loss: Any, norm: Any, sums: Any) -> None:
         """Finish a step: keep its loss, log it, check for signals, and write a checkpoint if one is due.
 
-        `loss` is the mean over the batch, as a number or a scalar tensor; `norm` is that of the gradient, if known.
-        TrainingError names the step of a loss that is not finite and the last good checkpoint.
+        `loss` is the mean over the batch, as a number or a scalar tensor; `norm` is that of the gradient, or None;
+        `sums` is added to those of the run. TrainingError names the step of a loss that is not finite and the last good
+        checkpoint.
         """
+        if self._measures:
+            self.probe.after_step()
+        self.sums += sums
         self.step += 1
         self._losses.append(loss)
         checking = self.step % self.check_every == 0 or self.step == self.steps
@@ -450,7 +475,7 @@ class Run:
 
         self.group.first(make)
         try:
-            own = {**self.write(partial), **self.more_state()}
+            own = self.write(partial)
             sums = {}
             for path in sorted(partial.rglob("*")):
                 if path.is_file() and self.writes(path.name):
@@ -495,19 +520,11 @@ class Run:
     # Implemented for each framework
 
     def write(self, folder: Path) -> dict[str, Any]:
-        """Write the tensors of a checkpoint into a folder, and return their entries of ``state.json``."""
-        raise NotImplementedError
-
-    def more_state(self) -> dict[str, Any]:
-        """Return the other entries of ``state.json``."""
+        """Write the tensors of a checkpoint into a folder, and return the entries of ``state.json`` for them."""
         raise NotImplementedError
 
     def not_finite(self) -> str | None:
         """Return the name of a weight of this process that is not finite, or None."""
-        raise NotImplementedError
-
-    def sums_reset(self) -> None:
-        """Set the sums between evaluations to zero."""
         raise NotImplementedError
 
 

@@ -58,9 +58,7 @@ def count_run(
 
 
 def base_of(build: Callable[..., nn.Module], config: RunConfig, outputs: int) -> nn.Module | None:
-    """Return the dense model at base width, on the meta device.
-
-    It has the recipe's own number of heads if they divide the width.
+    """Return the dense model at base width, on the meta device, with the recipe's heads if they divide the width.
 
     None for a model that has its own width: each layer is its own base.
     """
@@ -328,19 +326,19 @@ class TorchRun(Run):
             yield
         self.model.train()
 
-    def evaluated(self, found: dict[str, Any], summary: str, metric: str) -> None:
-        super().evaluated({**found, "statistics": self.probe.statistics()}, summary, metric)
-
     def peak(self) -> float | None:
-        return peak_flops(self.device, self.config.precision, self.config.tf32)
+        if self.device.type != "cuda":
+            return None
+        precision = "tfloat32" if self.config.precision == "float32" and self.config.tf32 else self.config.precision
+        name = torch.cuda.get_device_name(self.device).lower()
+        found = [known for key, known in DEVICES.items() if key in name]
+        # Cards of the same name for PCIe are slower.
+        return found[0].peak.get(precision) if found and "pcie" not in name else None
 
     def memory(self) -> int:
         return torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else super().memory()
 
     # Checkpoints
-
-    def sums_reset(self) -> None:
-        self.sums.zero_()
 
     def not_finite(self) -> str | None:
         named = self.model.named_parameters()
@@ -350,9 +348,7 @@ class TorchRun(Run):
         """Return the tensors of model, optimiser and average, by names of parameters."""
         names: dict[Tensor, str] = {parameter: name for name, parameter in self.model.named_parameters()}
         states = {
-            names[p]: {
-                key: value if isinstance(value, Tensor) else torch.tensor(value) for key, value in entries.items()
-            }
+            names[p]: {key: torch.as_tensor(value) for key, value in entries.items()}
             for p, entries in self.optimizer.state.items()
         }
         average = {} if self.average is None else self.average.tensors
@@ -362,17 +358,16 @@ class TorchRun(Run):
         tensors = self._tensors()
         write_tensors(folder, tensors, self.group.control, self.group.size == 1)
         keys = {name: list(entries) for name, entries in tensors["optimizer"].items()}
-        return {"tensors": {"optimizer": keys, "average": self.average is not None}, **self._described}
-
-    def writes(self, name: str) -> bool:
-        return name.startswith(f"__{self.group.rank}_") or (self.group.main and not name.startswith("__"))
-
-    def more_state(self) -> dict[str, Any]:
         state = common_state(self, self.model)
         state["generators"]["torch"] = encoded(torch.get_rng_state())
         if self.device.type == "cuda":
             state["generators"]["cuda"] = encoded(torch.cuda.get_rng_state(self.device))
-        return {"init_from": self.init_from, "scaler": self.scaler.state_dict(), **state}
+        held = {"optimizer": keys, "average": self.average is not None}
+        more = {"init_from": self.init_from, "scaler": self.scaler.state_dict(), "tensors": held}
+        return {**state, **more, **self._described}
+
+    def writes(self, name: str) -> bool:
+        return name.startswith(f"__{self.group.rank}_") or (self.group.main and not name.startswith("__"))
 
     def _restore(self, state: dict[str, Any]) -> None:
         """Restore the state of a checkpoint, written by any number of processes."""
@@ -438,41 +433,19 @@ def layers_of(model: nn.Module, groups: Sequence[Mapping[str, Any]]) -> list[dic
         trainable = iter(layer.factors)
         factors = [
             {
-                "shape": list(factor.shape),
-                "fan_in": factor.fan_in,
-                "fan_out": factor.fan_out,
-                "blocks": factor.blocks,
-                "carried": factor.carried,
-                "init_std": std,
+                "shape": list(factor.shape), "fan_in": factor.fan_in, "fan_out": factor.fan_out,
+                "blocks": factor.blocks, "carried": factor.carried, "init_std": std,
                 "lr_multiplier": rates[id(next(trainable))] if factor.trainable else 0.0,
             }
             for factor, std in zip(layer.structure.factors, layer.init_std, strict=True)
-        ]
-        found.append(
-            {
-                "name": name,
-                "in_features": layer.in_features,
-                "out_features": layer.out_features,
-                "structure": repr(layer.structure),
-                "params": sum(parameter.numel() for parameter in layer.parameters()),
-                "macs": layer.structure.macs,
-                "factors": factors,
-            }
-        )
+        ]  # fmt: skip
+        found.append({
+            "name": name, "in_features": layer.in_features, "out_features": layer.out_features,
+            "structure": repr(layer.structure), "params": sum(parameter.numel() for parameter in layer.parameters()),
+            "macs": layer.structure.macs, "factors": factors,
+        })  # fmt: skip
     return found
 
 
 def _allow_tf32(allowed: bool) -> None:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allowed
-
-
-def peak_flops(device: torch.device, precision: str, tf32: bool) -> float | None:
-    """Return the peak FLOP/s of products of a device in a precision, None if unknown."""
-    if device.type != "cuda":
-        return None
-    if precision == "float32" and tf32:
-        precision = "tfloat32"
-    name = torch.cuda.get_device_name(device).lower()
-    found = [known for key, known in DEVICES.items() if key in name]
-    # Cards of the same name for PCIe are slower.
-    return found[0].peak.get(precision) if found and "pcie" not in name else None
