@@ -28,9 +28,9 @@ from structlin_nn.models.flax import MODELS
 from structlin_nn.recipes._config import RunConfig, require
 from structlin_nn.recipes._probe import Probe
 from structlin_nn.recipes._processes import ALONE
-from structlin_nn.recipes._run import Options, Run
+from structlin_nn.recipes._run import Options
 from structlin_nn.recipes._telling import hardware
-from structlin_nn.recipes._torch import base_of, common_state, count_run, layers_of, restore_common
+from structlin_nn.recipes._torch import Steps, base_of, common_state, count_run, layers_of, restore_common
 from structlin_nn.torch import parameter_groups
 
 CLIP_EPSILON = 1e-6  # torch's, in clip_grad_norm_
@@ -55,7 +55,7 @@ class FlaxConfig:
         check_flax(self)  # type: ignore[arg-type]
 
 
-class FlaxRun(Run):
+class FlaxRun(Steps):
     """A run in flax (`structlin_nn.recipes._run.Run`).
 
     `twin` is the torch model with the same parameters, as they were drawn or last written to it. `graph`, `params` and

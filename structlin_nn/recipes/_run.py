@@ -1,6 +1,4 @@
-"""The run of a recipe: its folder, record, checkpoints, signals and log.
-
-It imports neither torch nor jax; `structlin_nn.recipes._torch` and `structlin_nn.recipes._flax` derive from it.
+"""The run of a recipe: its folder, record and checkpoints.
 
 A folder has ``record.jsonl`` (`structlin_nn.records`), ``ways.json`` (how products are run), ``.lock``, which the
 process that trains there holds, and ``checkpoints/STEP/`` (`structlin_nn.checkpoints`). A checkpoint is written beside
@@ -11,13 +9,13 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import math
 import resource
 import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -31,7 +29,7 @@ from structlin_nn._files import atomic_write, sync_folder
 from structlin_nn._text import progress_bar
 from structlin_nn.checkpoints import CHECKPOINTS, checkpoints, file_sha256, read_checkpoint, read_state
 from structlin_nn.recipes._config import RunConfig, require
-from structlin_nn.recipes._telling import TRACKERS, Interruption, scalars, versions
+from structlin_nn.recipes._telling import TRACKERS, Interruption, versions
 from structlin_nn.records import RecordWriter, sealed, unsealed
 
 BEGUN = "The run had begun."
@@ -98,29 +96,6 @@ class Result:
         return self.folder / RECORD
 
 
-def learning_rate(config: RunConfig, step: int, steps: int, warmup: int = 0) -> float:
-    """Return the share of the learning rate that step number `step` (from 0) of `steps` takes.
-
-    The warm-up rises linearly and reaches 1 at step `warmup`; from there on the share is 1 (``constant``), or
-    ``final_lr + (1 - final_lr) (1 + cos(pi t)) / 2`` with t rising from 0 to 1 at `steps`, a step that is never taken
-    (Loshchilov, Hutter, SGDR: Stochastic Gradient Descent with Warm Restarts, ICLR 2017, equation 5).
-
-    Examples
-    --------
-    >>> from structlin_nn.recipes.cifar import Config
-    >>> [round(learning_rate(Config(), step, 6, warmup=2), 3) for step in range(6)]
-    [0.333, 0.667, 1.0, 0.854, 0.5, 0.146]
-    """
-    if not 0 <= step <= steps or not 0 <= warmup < steps:
-        raise ValueError(f"0 <= step <= steps and 0 <= warmup < steps, got {step}, {steps} and {warmup}")
-    if step < warmup:
-        return (step + 1) / (warmup + 1)
-    if config.schedule == "constant":
-        return 1.0
-    fallen = (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))) / 2
-    return fallen if config.final_lr == 0 else config.final_lr + (1 - config.final_lr) * fallen
-
-
 class Run:
     """A run in its folder, from its lock to its result: a context in which a recipe trains.
 
@@ -131,12 +106,8 @@ class Run:
     ----------
     step, steps
         Steps done, and those of the whole run.
-    sums
-        Sums of the recipe between evaluations.
     last
         The last line of the record.
-    probe
-        The measurement of features and gains (`structlin_nn.recipes._probe.Probe`).
     state
         State of the checkpoint that the run resumes from; None for a new run.
 
@@ -149,9 +120,6 @@ class Run:
     """
 
     versions: Sequence[str] = ("torch",)
-    probe: Any
-    sums: Any
-    warmup: int
 
     def __init__(
         self, config: RunConfig, options: Options, group: Any,
@@ -168,21 +136,18 @@ class Run:
         self.state: dict[str, Any] | None = None
         self._losses: list[Any] = []
         self._saved: tuple[int, int | None] | None = None
-        self._bar: Any = None
         self._trackers: list[Any] = []
         self._metrics: dict[str, float | None] = {}
+        self._closing = ExitStack()
 
     # The folder
 
     def __enter__(self) -> Self:
-        self._interruption = Interruption().__enter__()
         self._clock = self._saved_at = time.monotonic()
-        self._lock = filelock.FileLock(self.folder / ".lock")
-        try:
-            self.state = self.group.first(self._open)
-        except BaseException:
-            self._close()
-            raise
+        with ExitStack() as closing:
+            self._interruption = closing.enter_context(Interruption())
+            self.state = self.group.first(lambda: self._open(closing))
+            self._closing = closing.pop_all()
         if self.state is not None:
             # The numbers of all processes are those of the checkpoint.
             self.step, self.seconds, self.last = (self.state[key] for key in ("step", "seconds", "last"))
@@ -193,20 +158,21 @@ class Run:
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         if error is not None and self.steps:
             error.add_note(BEGUN)
-        self._close()
+        self._closing.close()
 
-    def _open(self) -> dict[str, Any] | None:
+    def _open(self, closing: ExitStack) -> dict[str, Any] | None:
         folder = self.folder
         if folder.exists() and not folder.is_dir():
             raise NotADirectoryError(f"{folder} is a file, a run needs a folder")
-        self._made = [path for path in (folder, *folder.parents) if not path.exists()]
+        made = [path for path in (folder, *folder.parents) if not path.exists()]
         folder.mkdir(parents=True, exist_ok=True)
         try:
-            self._lock.acquire(timeout=0)
+            closing.enter_context(filelock.FileLock(folder / ".lock", timeout=0))
         except filelock.Timeout:
             raise BlockingIOError(
                 f"another process trains in {folder}: wait for it, or choose another folder"
             ) from None
+        closing.callback(self._remove_unbegun, made)
         names = checkpoints(folder)
         if ((folder / RECORD).exists() or names) and not self.options.resume:
             raise FileExistsError(
@@ -224,20 +190,13 @@ class Run:
             raise FileNotFoundError(f"{folder / RECORD} is missing, it belongs to {place}")
         return state
 
-    def _close(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
-        for tracker in self._trackers:
-            tracker.close()
-        if self._lock.is_locked:
-            if self._made and not (self.folder / RECORD).exists():  # nothing was begun
-                shutil.rmtree(self.folder / CHECKPOINTS, ignore_errors=True)
-                (self.folder / ".lock").unlink(missing_ok=True)
-                for path in self._made:
-                    if not any(path.iterdir()):
-                        path.rmdir()
-            self._lock.release()
-        self._interruption.__exit__()
+    def _remove_unbegun(self, made: Sequence[Path]) -> None:
+        if made and not (self.folder / RECORD).exists():
+            shutil.rmtree(self.folder / CHECKPOINTS, ignore_errors=True)
+            (self.folder / ".lock").unlink(missing_ok=True)
+            for path in made:
+                if not any(path.iterdir()):
+                    path.rmdir()
 
     # The record
 
@@ -275,11 +234,15 @@ class Run:
             with (self.folder / RECORD).open("rb") as file:
                 started = unsealed(self.folder / RECORD, file.readline())["started"]
             told = (self.folder, self.config.to_dict(), started, self.step)
-            self._trackers = [TRACKERS[name](*told) for name in dict.fromkeys(self.options.track)]
+            for name in dict.fromkeys(self.options.track):
+                log, close = TRACKERS[name](*told)
+                self._trackers.append(log)
+                self._closing.callback(close)
         quiet = self.options.quiet or not self.group.main
         label = f"{self.config.structure} {self.config.width or self.config.model}"
         total, done = steps * self.config.batch_size, self.step * self.config.batch_size
-        self._bar = progress_bar(total, label, done=done, unit=self.config.unit, quiet=quiet)
+        bar = progress_bar(total, label, done=done, unit=self.config.unit, quiet=quiet)
+        self._bar = self._closing.enter_context(bar)
         said = ", ".join(f"{k.replace('_', ' ')} {_shown(v)}" for k, v in data.items() if k not in ("name", "sha256"))
         shape = f", width {self.config.width}" if self.config.width else ""
         messages += [
@@ -296,131 +259,6 @@ class Run:
         """Print a line on stderr, in the first process."""
         if not self.options.quiet and self.group.main:
             self._bar.write(text, file=sys.stderr)
-
-    def evaluated(self, found: dict[str, Any], summary: str, metric: str) -> None:
-        """Add an evaluation to the record, and write a checkpoint; all processes call it.
-
-        `found` are its entries of this recipe, `summary` is a line, and `metric` is the key of the value to minimise
-        (`keep_best`). TrainingError if a number is not finite.
-        """
-        self.fetch_losses()
-        found = {**found, "statistics": self.probe.statistics()}
-        if not all(abs(value) < float("inf") for value in found.values() if isinstance(value, float)):
-            raise TrainingError(f"the loss at the evaluation after step {self.step} is not finite; {self.good()}")
-        samples = self.step * self.config.batch_size
-        self.seconds = time.monotonic() - self._clock
-        self.last = {
-            "step": self.step, "samples": samples, "training_macs": samples * self.counts["training_macs"],
-            "lr": self.config.lr * self.share(max(self.step - 1, 0)), **found, "seconds": round(self.seconds, 3),
-            "training_seconds": round(self.training_seconds, 3),
-        }  # fmt: skip
-        self.sums[:] = 0
-        self.group.first(lambda: self._record.append(self.last))
-        self.save(found[metric])
-        for tracker in self._trackers:
-            tracker.log(scalars(self.last), self.step)
-        self.say(summary)
-        self._mark = time.monotonic()
-
-    # Steps
-
-    def share(self, step: int) -> float:
-        """Return the share of the learning rate that a step takes."""
-        return learning_rate(self.config, step, self.steps, self.warmup)
-
-    def training(self, evaluate: Callable[[], None], every: int, measure_every: int = 0) -> Iterator[None]:
-        """Iterate over the steps that are left, each of which ends with a call of `stepped`.
-
-        `evaluate` is called before the first step, after each `every` steps, and after the last. The change of features
-        is measured in the steps before evaluations, or in each `measure_every`-th.
-        """
-        if not self.last:
-            evaluate()
-        while self.step < self.steps and not self.stopped:
-            evaluates = self.step + 1 == self.steps or (self.step + 1) % every == 0
-            self._measures = (self.step + 1) % measure_every == 0 if measure_every else evaluates
-            if self._measures:
-                self.probe.before_step()
-            yield
-            if evaluates:
-                evaluate()
-
-    def stepped(self, loss: Any, norm: Any, sums: Any) -> None:
-        """Finish a step: keep its loss, log it, check for signals, and write a checkpoint if one is due.
-
-        `loss` is the mean over the batch, as a number or a scalar tensor; `norm` is that of the gradient, or None;
-        `sums` is added to those of the run. TrainingError names the step of a loss that is not finite and the last good
-        checkpoint.
-        """
-        if self._measures:
-            self.probe.after_step()
-        self.sums += sums
-        self.step += 1
-        self._losses.append(loss)
-        checking = self.step % self.check_every == 0 or self.step == self.steps
-        value = self.fetch_losses() if checking else None
-        self.training_seconds += time.monotonic() - self._mark
-        self._bar.update(self.config.batch_size)
-        every = self.options.log_every
-        if value is not None and every and self.step - self._logged >= every:
-            self._log(value, norm)
-        number = self._interruption.signal or 0
-        if self.watch is not None and self.watch(self, value) and not number:
-            number = -1  # no signal
-        due = time.monotonic() - self._saved_at > 60 * self.options.checkpoint_minutes
-        if self.group.size > 1:  # communication waits for the device
-            number = self.group.largest(abs(int(number))) if checking else 0
-            due = checking and bool(self.group.largest(int(due)))
-        if number:
-            self.stopped = signal.Signals(number) if number > 1 else True
-        if (self.stopped or due) and self.step < self.steps:
-            self.fetch_losses()
-            self.seconds = time.monotonic() - self._clock
-            self.save()
-        self._mark = time.monotonic()
-
-    def logs(self) -> bool:
-        """Whether the current step may be logged, which needs the norm of the gradient."""
-        every = self.options.log_every
-        return bool(every) and self.step + 1 - self._logged >= every
-
-    def fetch_losses(self) -> float:
-        """Return the last of the losses since the previous call; TrainingError for the first that is not finite."""
-        values = [float(loss) for loss in self._losses] or [0.0]
-        for number, value in enumerate(values):
-            if not abs(value) < float("inf"):
-                raise TrainingError(
-                    f"the loss is {value} at step {self.step - len(values) + number + 1}; {self.good()}"
-                )
-        self._losses.clear()
-        return values[-1]
-
-    def _log(self, loss: float, norm: Any) -> None:
-        now = time.monotonic()
-        speed = (self.step - self._logged) * self.config.batch_size / max(now - self._logged_at, 1e-9)
-        flops = (2 * self.counts["training_macs"] + self.counts["training_other_flops"]) * speed
-        found = {
-            "loss": loss,
-            "lr": self.config.lr * self.share(self.step - 1),
-            f"{self.config.unit}_per_second": speed,
-            "flops_per_second": flops,
-        }
-        words = [f"step {self.step:>6} of {self.steps}", f"loss {loss:.4f}", f"lr {found['lr']:.3g}"]
-        if norm is not None:
-            found["gradient_norm"] = float(norm)
-            words.append(f"gradient {found['gradient_norm']:.3g}")
-        tokens = getattr(self.config, "context", 0)
-        words.append(f"{speed * tokens:,.0f} tok/s" if tokens else f"{speed:,.0f} {self.config.unit}/s")
-        words.append(f"{flops / 1e12:.3g} TFLOP/s" if flops >= 1e11 else f"{flops / 1e9:.3g} GFLOP/s")
-        if (peak := self.peak()) is not None:
-            found["mfu"] = flops / (peak * self.group.size)
-            words.append(f"MFU {100 * found['mfu']:.1f} %")
-        found["memory"] = self.memory()
-        words.append(f"{found['memory'] / 2**30:.2f} GiB")
-        self.say("  ".join(words))
-        for tracker in self._trackers:
-            tracker.log({f"log/{key}": value for key, value in found.items()}, self.step)
-        self._logged, self._logged_at = self.step, now
 
     def peak(self) -> float | None:
         """Return the most FLOP/s that a device can do, None where that is not known."""
@@ -451,10 +289,6 @@ class Run:
         place = self.folder / CHECKPOINTS / f"{self.step:09d}"
         partial = place.with_name(f"{place.name}.partial")
 
-        def make() -> None:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-
         def finish(files: dict[str, Any]) -> None:
             state = {
                 "recipe": self.recipe, "config": self.config.to_dict(), "data": self.digest, "outputs": self.outputs,
@@ -473,8 +307,9 @@ class Run:
             with atomic_write(self.folder / WAYS) as file:
                 file.write(text.encode())
 
-        self.group.first(make)
+        self.group.first(lambda: shutil.rmtree(partial, ignore_errors=True))
         try:
+            partial.mkdir(parents=True, exist_ok=True)
             own = self.write(partial)
             sums = {}
             for path in sorted(partial.rglob("*")):

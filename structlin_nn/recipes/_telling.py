@@ -8,7 +8,7 @@ import platform
 import signal
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import FrameType
@@ -87,41 +87,32 @@ def scalars(evaluation: Mapping[str, Any], prefix: str = "") -> dict[str, float]
     return found
 
 
-class _TensorBoard:
-    def __init__(self, folder: Path, config: Mapping[str, Any], started: str, step: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
+def _tensorboard(folder: Path, config: Mapping[str, Any], started: str, step: int) -> Tracker:
+    from torch.utils.tensorboard import SummaryWriter
 
-        # Hide values that an interrupted run wrote after its last checkpoint.
-        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else None)
+    # Hide values that an interrupted run wrote after its last checkpoint.
+    writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else None)
 
-    def log(self, values: Mapping[str, float], step: int) -> None:
+    def log(values: Mapping[str, float], step: int) -> None:
         for name, value in values.items():
-            self._writer.add_scalar(name, value, step)
-        self._writer.flush()
+            writer.add_scalar(name, value, step)
+        writer.flush()
 
-    def close(self) -> None:
-        self._writer.close()
-
-
-class _Wandb:
-    def __init__(self, folder: Path, config: Mapping[str, Any], started: str, step: int) -> None:
-        import wandb
-
-        # The same for a run and its resumption.
-        name = folder.resolve().name
-        number = hashlib.sha256(f"{name} {started}".encode()).hexdigest()[:16]
-        self._run = wandb.init(
-            project="structlin", name=name, id=number, resume="allow", dir=str(folder), config=dict(config)
-        )
-
-    def log(self, values: Mapping[str, float], step: int) -> None:
-        self._run.log(dict(values), step=step)
-
-    def close(self) -> None:
-        self._run.finish()
+    return log, writer.close
 
 
-TRACKERS: dict[str, Any] = {"tensorboard": _TensorBoard, "wandb": _Wandb}
+def _wandb(folder: Path, config: Mapping[str, Any], started: str, step: int) -> Tracker:
+    import wandb
+
+    name = folder.resolve().name
+    number = hashlib.sha256(f"{name} {started}".encode()).hexdigest()[:16]  # the same for a run and its resumption
+    run = wandb.init(project="structlin", name=name, id=number, resume="allow", dir=str(folder), config=dict(config))
+    return lambda values, step: run.log(dict(values), step=step), run.finish
+
+
+Tracker = tuple[Callable[[Mapping[str, float], int], None], Callable[[], None]]
+"""A function that logs values of a step, and one that ends."""
+TRACKERS: dict[str, Callable[..., Tracker]] = {"tensorboard": _tensorboard, "wandb": _wandb}
 
 
 def versions(more: Sequence[str]) -> dict[str, str]:

@@ -1,9 +1,11 @@
-"""The run of a recipe in torch: model, optimiser, steps and checkpoints."""
+"""The steps of a recipe, and the run of one in torch: model, optimiser and checkpoints."""
 
 from __future__ import annotations
 
 import base64
 import math
+import signal
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -23,8 +25,8 @@ from structlin_nn.counting import DEVICES, count
 from structlin_nn.recipes._config import RunConfig, require
 from structlin_nn.recipes._probe import Probe
 from structlin_nn.recipes._processes import Processes, local
-from structlin_nn.recipes._run import Options, Run
-from structlin_nn.recipes._telling import hardware
+from structlin_nn.recipes._run import Options, Run, TrainingError
+from structlin_nn.recipes._telling import hardware, scalars
 from structlin_nn.torch import Muon, StructuredLinear, parameter_groups
 from structlin_nn.trained import described, model_of, starting_weights
 
@@ -156,7 +158,152 @@ class ShardedScaler(torch.amp.GradScaler):
         return {found_inf.device: found_inf}
 
 
-class TorchRun(Run):
+class Steps(Run):
+    """The steps and evaluations of a run, in torch or flax.
+
+    `probe` measures features and gains, `sums` are those of the recipe between evaluations, `warmup` is a number of
+    steps.
+    """
+
+    probe: Probe
+    sums: Any
+    warmup: int
+
+    def evaluated(self, found: dict[str, Any], summary: str, metric: str) -> None:
+        """Add an evaluation to the record, and write a checkpoint; all processes call it.
+
+        `found` are its entries of this recipe, `summary` is a line, and `metric` is the key of the value to minimise
+        (`keep_best`). TrainingError if a number is not finite.
+        """
+        self.fetch_losses()
+        found = {**found, "statistics": self.probe.statistics()}
+        if not all(abs(value) < float("inf") for value in found.values() if isinstance(value, float)):
+            raise TrainingError(f"the loss at the evaluation after step {self.step} is not finite; {self.good()}")
+        samples = self.step * self.config.batch_size
+        self.seconds = time.monotonic() - self._clock
+        self.last = {
+            "step": self.step, "samples": samples, "training_macs": samples * self.counts["training_macs"],
+            "lr": self.config.lr * self.share(max(self.step - 1, 0)), **found, "seconds": round(self.seconds, 3),
+            "training_seconds": round(self.training_seconds, 3),
+        }  # fmt: skip
+        self.sums[:] = 0
+        self.group.first(lambda: self._record.append(self.last))
+        self.save(found[metric])
+        for log in self._trackers:
+            log(scalars(self.last), self.step)
+        self.say(summary)
+        self._mark = time.monotonic()
+
+    def share(self, step: int) -> float:
+        """Return the share of the learning rate that step number `step` (from 0) takes.
+
+        The warm-up rises linearly and reaches 1 at step `warmup`; from there on the share is 1 (``constant``), or
+        ``final_lr + (1 - final_lr) (1 + cos(pi t)) / 2`` with t rising from 0 to 1 at `steps`, a step that is never
+        taken (Loshchilov, Hutter, SGDR: Stochastic Gradient Descent with Warm Restarts, ICLR 2017, equation 5).
+        """
+        if step < self.warmup:
+            return (step + 1) / (self.warmup + 1)
+        if self.config.schedule == "constant":
+            return 1.0
+        fallen = (1 + math.cos(math.pi * (step - self.warmup) / (self.steps - self.warmup))) / 2
+        return fallen if self.config.final_lr == 0 else self.config.final_lr + (1 - self.config.final_lr) * fallen
+
+    def training(self, evaluate: Callable[[], None], every: int, measure_every: int = 0) -> Iterator[None]:
+        """Iterate over the steps that are left, each of which ends with a call of `stepped`.
+
+        `evaluate` is called before the first step, after each `every` steps, and after the last. The change of features
+        is measured in the steps before evaluations, or in each `measure_every`-th.
+        """
+        if not self.last:
+            evaluate()
+        while self.step < self.steps and not self.stopped:
+            evaluates = self.step + 1 == self.steps or (self.step + 1) % every == 0
+            self._measures = (self.step + 1) % measure_every == 0 if measure_every else evaluates
+            if self._measures:
+                self.probe.before_step()
+            yield
+            if evaluates:
+                evaluate()
+
+    def stepped(self, loss: Any, norm: Any, sums: Any) -> None:
+        """Finish a step: keep its loss, log it, check for signals, and write a checkpoint if one is due.
+
+        `loss` is the mean over the batch, as a number or a scalar tensor; `norm` is that of the gradient, or None;
+        `sums` is added to those of the run. TrainingError names the step of a loss that is not finite and the last good
+        checkpoint.
+        """
+        if self._measures:
+            self.probe.after_step()
+        self.sums += sums
+        self.step += 1
+        self._losses.append(loss)
+        checking = self.step % self.check_every == 0 or self.step == self.steps
+        value = self.fetch_losses() if checking else None
+        self.training_seconds += time.monotonic() - self._mark
+        self._bar.update(self.config.batch_size)
+        every = self.options.log_every
+        if value is not None and every and self.step - self._logged >= every:
+            self._log(value, norm)
+        number = self._interruption.signal or 0
+        if self.watch is not None and self.watch(self, value) and not number:
+            number = -1  # no signal
+        due = time.monotonic() - self._saved_at > 60 * self.options.checkpoint_minutes
+        if self.group.size > 1:  # communication waits for the device
+            number = self.group.largest(abs(int(number))) if checking else 0
+            due = checking and bool(self.group.largest(int(due)))
+        if number:
+            self.stopped = signal.Signals(number) if number > 1 else True
+        if (self.stopped or due) and self.step < self.steps:
+            self.fetch_losses()
+            self.seconds = time.monotonic() - self._clock
+            self.save()
+        self._mark = time.monotonic()
+
+    def logs(self) -> bool:
+        """Whether the current step may be logged, which needs the norm of the gradient."""
+        every = self.options.log_every
+        return bool(every) and self.step + 1 - self._logged >= every
+
+    def fetch_losses(self) -> float:
+        """Return the last of the losses since the previous call; TrainingError for the first that is not finite."""
+        values = [float(loss) for loss in self._losses] or [0.0]
+        for number, value in enumerate(values):
+            if not abs(value) < float("inf"):
+                raise TrainingError(
+                    f"the loss is {value} at step {self.step - len(values) + number + 1}; {self.good()}"
+                )
+        self._losses.clear()
+        return values[-1]
+
+    def _log(self, loss: float, norm: Any) -> None:
+        now = time.monotonic()
+        speed = (self.step - self._logged) * self.config.batch_size / max(now - self._logged_at, 1e-9)
+        flops = (2 * self.counts["training_macs"] + self.counts["training_other_flops"]) * speed
+        found = {
+            "loss": loss,
+            "lr": self.config.lr * self.share(self.step - 1),
+            f"{self.config.unit}_per_second": speed,
+            "flops_per_second": flops,
+        }
+        words = [f"step {self.step:>6} of {self.steps}", f"loss {loss:.4f}", f"lr {found['lr']:.3g}"]
+        if norm is not None:
+            found["gradient_norm"] = float(norm)
+            words.append(f"gradient {found['gradient_norm']:.3g}")
+        tokens = getattr(self.config, "context", 0)
+        words.append(f"{speed * tokens:,.0f} tok/s" if tokens else f"{speed:,.0f} {self.config.unit}/s")
+        words.append(f"{flops / 1e12:.3g} TFLOP/s" if flops >= 1e11 else f"{flops / 1e9:.3g} GFLOP/s")
+        if (peak := self.peak()) is not None:
+            found["mfu"] = flops / (peak * self.group.size)
+            words.append(f"MFU {100 * found['mfu']:.1f} %")
+        found["memory"] = self.memory()
+        words.append(f"{found['memory'] / 2**30:.2f} GiB")
+        self.say("  ".join(words))
+        for log in self._trackers:
+            log({f"log/{key}": value for key, value in found.items()}, self.step)
+        self._logged, self._logged_at = self.step, now
+
+
+class TorchRun(Steps):
     """A run in torch (`structlin_nn.recipes._run.Run`): model, optimiser, average and scaler, and checkpoints of them.
 
     `model` is the model itself, and `forward` what a step calls; `sums` are float64 numbers, the same in all processes.
@@ -171,21 +318,16 @@ class TorchRun(Run):
         self.device = group.device
         self.check_every = 1 if group.device.type == "cpu" else 50  # to look at a loss waits for the device
         self.generators: dict[str, torch.Generator] = {}
-        self._threads = torch.get_num_threads()
-        self._tf32 = torch.backends.cuda.matmul.allow_tf32
 
     def __enter__(self) -> Self:
         super().__enter__()
         if self.config.threads:
+            self._closing.callback(torch.set_num_threads, torch.get_num_threads())
             torch.set_num_threads(self.config.threads)
         if self.device.type == "cuda":
+            self._closing.callback(_allow_tf32, torch.backends.cuda.matmul.allow_tf32)
             _allow_tf32(self.config.tf32)
         return self
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        torch.set_num_threads(self._threads)
-        _allow_tf32(self._tf32)
-        super().__exit__(kind, error, trace)
 
     def make_model(self, build: Callable[..., nn.Module], outputs: int) -> nn.Module:
         """Return the model on the device of the run, drawn from torch's generator on the CPU or with trained weights.
