@@ -99,7 +99,7 @@ class FlaxRun(Steps):
         split: Any = nnx.split(model, nnx.Param, ...)
         self.graph, params, rest = split
         self.params, self.rest = jax.device_put((nnx.as_pure(params), nnx.as_pure(rest)), self.device)
-        self.moments = self.tx.init(self.params)
+        self.moments = jax.device_put(self.tx.init(self.params), self.device)  # else the second step compiles again
         self.average = self.params if config.ema else None
         self.sums, self.probe = np.zeros(3), Probe(twin, twin, probe, self.write_to_twin)
         groups = parameter_groups(twin, base, lr=1.0, extra_multipliers=extra_multipliers, **aware)
