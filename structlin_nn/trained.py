@@ -236,11 +236,13 @@ def _run(folder: Path, average: bool) -> TrainedModel:
 
 
 def _timm(name: str, weights: str | os.PathLike[str], num_classes: int | None, image_size: int | None) -> TrainedModel:
-    given = dict(zip(TIMM_OPTIONS, (num_classes, image_size), strict=True))
-    options = {key: value for key, value in given.items() if value is not None}
+    options = {k: v for k, v in zip(TIMM_OPTIONS, (num_classes, image_size), strict=True) if v is not None}
     tensors = read_tensors_file(weights)
-    if num_classes is None and (found := _classes(name, tensors)) is not None:
-        options["num_classes"] = found
+    if num_classes is None:
+        with torch.device("meta"):
+            classifier = getattr(make_timm(name), "pretrained_cfg", {}).get("classifier")
+        if isinstance(classifier, str) and f"{classifier}.weight" in tensors:
+            options["num_classes"] = len(tensors[f"{classifier}.weight"])
     model = make_timm(name, **options)
     try:
         check_entries({n: (tuple(t.shape), t.dtype) for n, t in model.state_dict().items()}, tensors)
@@ -252,12 +254,3 @@ def _timm(name: str, weights: str | os.PathLike[str], num_classes: int | None, i
     plain = scale == (IMAGENET_MEAN, IMAGENET_STD)
     build = {"kind": "timm", "name": name, "options": options}
     return TrainedModel(model.eval(), build, Path(weights).name, None, None if plain else scale)
-
-
-def _classes(name: str, tensors: dict[str, Tensor]) -> int | None:
-    """Return the number of classes of the classifier in a file."""
-    with torch.device("meta"):
-        settings = getattr(make_timm(name), "pretrained_cfg", {})
-    classifier = settings.get("classifier")
-    weight = tensors.get(f"{classifier}.weight") if isinstance(classifier, str) else None
-    return None if weight is None else weight.shape[0]

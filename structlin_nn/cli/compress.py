@@ -16,8 +16,6 @@ EXAMPLES = """\
 examples:
   structlin compress runs/first --structure low_rank --mac-fraction 0.5 --out half.safetensors
       a run of `structlin train` on the embedded images, to half of the MACs of its layers
-  structlin compress runs/second --data path/to/cifar-10-batches-bin --structure block_tensor_train \\
-      --mac-fraction 0.25 --out quarter.safetensors
   structlin compress timm:vit_small_patch32_224 --weights vit.safetensors --data path/to/imagenet \\
       --structure low_rank --target-error 0.1 --out vit.small.safetensors
   structlin compress path/to/gpt2 --data path/to/tokens --structure low_rank --param-fraction 0.7 --out g.safetensors

@@ -19,7 +19,6 @@ EXAMPLES = """\
 examples:
   structlin count cifar-mlp --width 256
   structlin count cifar-mlp --width 1024 --structure block_tensor_train --rank 2 --factorization greedy
-  structlin count imagenet-vit --width 484 --structure block_tensor_train --rank 2 --json
   structlin count gpt2 --width 1024 --structure block_tensor_train --rank 4 --rms-cap --layers all
   structlin count gpt2 --width 768 --batch-size 480 --steps 600000 --activation-dtype bfloat16 --device h100
 

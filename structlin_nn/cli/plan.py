@@ -34,12 +34,10 @@ EXAMPLES = """\
 examples:
   structlin plan layer --shape 3072,768 --macs 3e5
   structlin plan cifar-mlp --forward-macs 5e6
-  structlin plan imagenet-vit --forward-macs 3e8 --structure dense --structure block_tensor_train:rank=2
   structlin plan gpt2 --training-flops 1e21 --samples 288000000 --structure dense --multiple-of 64
   structlin plan cifar-mlp --params 1e6 --width 1024 --structure block_tensor_train --cores 2,3 --depth 1:6
   structlin plan cifar-mlp --forward-macs 1e5,1e6,1e7
   structlin plan gpt2 --step-seconds 0.1 --device h100 --batch-size 64 --dtype bfloat16 --structure dense
-  structlin plan my_package.my_module:make_model --params 1e6 --structure monarch:blocks=4
   structlin plan cifar-mlp --laws laws.json --error 0.3
   structlin plan cifar-mlp --laws sizes.json --run-seconds 60 --device h100 --batch-size 1024
 

@@ -22,8 +22,6 @@ examples:
       print what the runs would cost
   structlin sweep delta-h --data path/to/cifar-10-batches-bin --only '*-w64*' --workers 2
       train those of width 64; finished runs are skipped, and interrupted runs are resumed
-  structlin sweep cifar-mlp --data DIR --set epochs=20 --set eval_every=20
-      train all runs for fewer epochs
   structlin sweep gpt2 --data DIR --set device=cuda --print-commands --launcher srun
       print a command for each run
   structlin sweep imagenet --data DIR --set device=cuda --submit slurm --workers 4 \\

@@ -36,23 +36,18 @@ from structlin_nn.torch import parameter_groups
 CLIP_EPSILON = 1e-6  # torch's, in clip_grad_norm_
 
 
-def check_flax(config: RunConfig) -> None:
-    """Raise ValueError for options that the recipes in flax do not have."""
-    for name, value in {"precision": "float32", "compile": False, "recompute": False}.items():
-        found = getattr(config, name)
-        require(found == value, f"{name} must be {value!r} in flax, got {found!r}")
-    require(config.is_named, f"model must be {' or '.join(config.named)} in flax, got {config.model!r}")
-    require(config.optimizer != "muon", "optimizer='muon' is for the recipes in torch")
-
-
 class FlaxConfig:
     """Mixin of the configurations of recipes in flax. It is no dataclass, so that it changes no default."""
 
     compiles: ClassVar[bool] = False
 
-    def _check(self) -> None:
+    def _check(self: Any) -> None:
         super()._check()  # type: ignore[misc]
-        check_flax(self)  # type: ignore[arg-type]
+        for name, value in {"precision": "float32", "compile": False, "recompute": False}.items():
+            found = getattr(self, name)
+            require(found == value, f"{name} must be {value!r} in flax, got {found!r}")
+        require(self.is_named, f"model must be {' or '.join(self.named)} in flax, got {self.model!r}")
+        require(self.optimizer != "muon", "optimizer='muon' is for the recipes in torch")
 
 
 class FlaxRun(Steps):

@@ -29,9 +29,8 @@ Value = TypeVar("Value")
 class Processes:
     """The processes that torchrun started, seen from one of them (`rank`); `size` 1 for a process alone.
 
-    A model is distributed by ``ddp`` (each process has all of it) or ``fsdp`` (each has a part: FSDP2, `fully_shard`):
-    `parallel`, `sharded`. `control` is their group of gloo, for values on the CPU, and `mesh` their mesh; both None for
-    a single process. The `main` process writes and reports.
+    Models are whole in each (``ddp``) or `sharded` (``fsdp``: FSDP2). `control` is the group of gloo, for values on the
+    CPU, and `mesh` the mesh; both None for a single process. The `main` process writes and reports.
     """
 
     rank: int
@@ -95,8 +94,8 @@ class Processes:
     def wrap(self, model: nn.Module, dtype: torch.dtype = torch.float32) -> nn.Module:
         """Return the module to call for the forward pass. ``fsdp`` replaces the parameters of `model` by sharded ones.
 
-        Scalar parameters (gains of capped factors) are not sharded; `average_scalars` gives them their gradients. In
-        bfloat16 parameters are gathered and activations kept in bfloat16, and gradients are reduced in float32.
+        In bfloat16 shards are gathered and activations kept in bfloat16, and gradients are reduced in float32. Scalars
+        (gains of capped factors) are not sharded.
         """
         if self.size == 1:
             return model
