@@ -150,45 +150,42 @@ def _one_size(arguments: argparse.Namespace) -> None:
     if arguments.reference in left_out:
         raise ValueError(f"{arguments.reference} cannot be fitted: {left_out[arguments.reference]}")
     reference = arguments.reference or _dense(laws)
-    compared, timed = {}, {}
-    if reference is not None:
-        compared = compare_laws(laws, reference, **at)
-        if arguments.x != TIME and all(row.get(TIME) for rows in groups.values() for row in rows):
-            try:
-                by_time, without = fitted(TIME)
-            except ValueError as error:
-                by_time, without = {}, {"all groups": str(error)}
-            left_out |= {f"{name} by time": reason for name, reason in without.items()}
-            if reference in by_time:
-                timed = compare_laws(by_time, reference, **at)
+    record = laws_record(laws, arguments.x, arguments.y, reference=reference, **at)
+    record["left_out"] = left_out
+    if reference and arguments.x != TIME and all(row.get(TIME) for rows in groups.values() for row in rows):
+        try:
+            by_time, without = fitted(TIME)
+        except ValueError as error:
+            by_time, without = {}, {"all groups": str(error)}
+        left_out |= {f"{name} by time": reason for name, reason in without.items()}
+        if reference in by_time and (timed := comparisons_record(compare_laws(by_time, reference, **at))):
+            record["comparisons_by_time"] = timed
     if arguments.plot:
         from structlin_nn.figures.compute import compute_figure
 
         _save(compute_figure(laws, x=arguments.x, y=arguments.y, confidence=arguments.confidence), arguments)
     if arguments.json:
-        record = laws_record(laws, arguments.x, arguments.y, reference=reference, **at)
-        record["left_out"] = left_out
-        if timed:
-            record["comparisons_by_time"] = comparisons_record(timed)
         print_json(record)
         return
     percent = f"{100 * arguments.confidence:g} %"
     floor = "fitted" if arguments.floor is True else f"{arguments.floor:g}" if arguments.floor else "none"
     print(f"{arguments.y} = a C^-alpha, C = {arguments.x}, irreducible error {floor}; intervals of {percent}\n")
     rows = []
-    for name, law in laws.items():
-        fit = law.fit
-        points = str(law.points) if law.used == law.points else f"{law.used} of {law.points}"
-        interval = _interval(law.bootstrap.exponent(arguments.confidence)) if law.bootstrap else "-"
-        numbers = [f"{fit.law.exponent:.4f}", interval, f"{fit.law.coefficient:.4g}", f"{fit.law.floor:.4g}"]
-        rows.append((name, points, *numbers[: 4 if arguments.floor else 3], f"{fit.r_squared:.4f}"))
+    for name, law in record["groups"].items():
+        used, points = law["fitted_points"], law["points"]
+        numbers = [_value(law["exponent"], ".4f"), _interval(law["exponent"]), _value(law["coefficient"])]
+        numbers += [_value(law["floor"])] * bool(arguments.floor)
+        rows.append((name, f"{used} of {points}" if used != points else f"{used}", *numbers, f"{law['r_squared']:.4f}"))
     print_table(("group", "points", "alpha", "interval", "a", *["floor"] * bool(arguments.floor), "R2"), rows)
-    for name, law in laws.items():
-        for note in law.fit.notes:
+    for name, law in record["groups"].items():
+        for note in law["notes"]:
             print(f"warning: {name}: {note}")
     _print_left_out(left_out)
-    for found, what, by in ((compared, "compute", ""), (timed, "time", ", by the seconds of training")):
-        if found:
+    for key, what, by in (
+        ("comparisons", "compute", ""),
+        ("comparisons_by_time", "time", ", by the seconds of training"),
+    ):
+        if found := record.get(key):
             print(f"\nagainst {reference}{by}\n")
             head = ("group", "alpha", "interval", "at error", f"less {what} (law)", "interval", "(points)", "interval")
             print_table(head, [_compared(name, row) for name, row in found.items()])
@@ -197,35 +194,31 @@ def _one_size(arguments: argparse.Namespace) -> None:
                     print(f"{name}: {note}")
     if arguments.at is not None:
         print(f"\ncompute for an error of {arguments.at:g}\n")
-        needs = []
-        for name, law in laws.items():
-            falls = law.fit.law.exponent > 0
-            needed = law.bootstrap.compute(arguments.at, arguments.confidence) if falls and law.bootstrap else None
-            value = law.fit.law.compute(arguments.at) if falls else math.inf
-            needs.append((value, (name, f"{value:.4g}", _interval(needed) if needed else "-")))
-        print_table(("group", arguments.x, "interval"), [row for _, row in sorted(needs, key=lambda r: r[0])])
+        needed = {name: law.get("compute_at_error", {"value": "inf"}) for name, law in record["groups"].items()}
+        names = sorted(needed, key=lambda name: float(needed[name]["value"]))
+        rows = [(name, _value(needed[name]), _interval(needed[name])) for name in names]
+        print_table(("group", arguments.x, "interval"), rows)
     if arguments.plot:
         print(f"\nfigure {arguments.plot}")
 
 
 def _compared(name: str, row: Any) -> tuple[str, ...]:
     difference, multiplier, points = row["exponent_difference"], row["multiplier"], row["interpolated"]
-    either = multiplier or points
+    extrapolated = " extrapolated" if multiplier and multiplier["extrapolated"] else ""
     return (
         name,
-        f"{difference.value:+.4f}" if difference else "-",
-        _interval(difference) if difference else "-",
-        f"{either.error:.4g}" if either else "-",
-        f"{multiplier.value:.3g} x" + (" extrapolated" if multiplier.extrapolated else "") if multiplier else "-",
-        _interval(multiplier) if multiplier else "-",
-        f"{points.value:.3g} x" if points else "-",
-        _interval(points) if points and points.low == points.low else "-",
+        _value(difference, "+.4f"),
+        _interval(difference),
+        f"{(multiplier or points)['error']:.4g}" if multiplier or points else "-",
+        _value(multiplier, ".3g", f" x{extrapolated}"),
+        _interval(multiplier),
+        _value(points, ".3g", " x"),
+        _interval(points),
     )
 
 
 def _two_sizes(arguments: argparse.Namespace, groups: dict[str, Any]) -> None:
-    from structlin.scaling_laws import TERMS
-    from structlin_nn.size_laws import SHARED, fit_sizes, multipliers, sizes_record
+    from structlin_nn.size_laws import SHARED, fit_sizes, sizes_record
 
     shared = SHARED
     if arguments.shared is not None:
@@ -235,8 +228,8 @@ def _two_sizes(arguments: argparse.Namespace, groups: dict[str, Any]) -> None:
         groups, *columns, shared=shared, samples=arguments.samples, seed=arguments.seed,
         delta=1e-3 if arguments.delta is None else arguments.delta, method=arguments.method or "residuals",
     )  # fmt: skip
-    fit, budgets = drawn.fit, arguments.budget or []
-    reference = arguments.reference or _dense(fit.laws)
+    budgets = arguments.budget or []
+    reference = arguments.reference or _dense(drawn.fit.laws)
     common: dict[str, Any] = {"flops": arguments.flops, "confidence": arguments.confidence}
     record = sizes_record(
         drawn, left_out, columns=columns, budgets=budgets, reference=reference, loss=arguments.at, **common
@@ -250,31 +243,32 @@ def _two_sizes(arguments: argparse.Namespace, groups: dict[str, Any]) -> None:
         return
     print(
         f"{arguments.y} = E + A/N^alpha + B/D^beta, N = {arguments.size}, D = {arguments.data}; shared: "
-        f"{', '.join(fit.shared) or 'nothing'}; intervals of {100 * arguments.confidence:g} %\n"
+        f"{', '.join(record['shared']) or 'nothing'}; intervals of {100 * arguments.confidence:g} %\n"
     )
-    rows = []
-    for number, name in enumerate(fit.laws):
-        values = [drawn.term(term, name, arguments.confidence) for term in TERMS]
-        values.append(drawn.allocation(name, arguments.confidence))
-        rows.append((name, str(int((fit.group == number).sum())), *map(_estimate, values)))
-    print_table(("group", "points", *TERMS, "a of N_opt ~ C^a"), rows)
-    print(f"\n{100 * fit.agreement:.0f} % of the starts end at this minimum")
-    for note in fit.notes:
+    found = record["groups"]
+    rows = [
+        (name, str(law["points"]), *map(_estimate, law["terms"].values()), _estimate(law["allocation"]))
+        for name, law in found.items()
+    ]
+    terms = next(iter(found.values()))["terms"]
+    print_table(("group", "points", *terms, "a of N_opt ~ C^a"), rows)
+    print(f"\n{100 * record['agreement']:.0f} % of the starts end at this minimum")
+    for note in record["notes"]:
         print(f"warning: {note}")
     _print_left_out(left_out)
     if budgets:
         print(f"\nthe best split of a budget, {arguments.flops:g} FLOPs for each unit of N and D\n")
-        rows = []
-        for name in fit.laws:
-            for budget in budgets:
-                best = drawn.optimum(budget, name, **common)
-                rows.append((name, f"{budget:.3g}", *(_estimate(best[k]) for k in ("params", "tokens", "loss"))))
+        rows = [
+            (name, f"{best['compute']:.3g}", *(_estimate(best[key]) for key in ("params", "tokens", "loss")))
+            for name, law in found.items()
+            for best in law["optima"]
+        ]
         print_table(("group", "FLOPs", *columns), rows)
     if reference is not None:
         print(f"\nagainst {reference}, each at its best split\n")
-        found = multipliers(drawn, reference, loss=arguments.at, **common)
         rows = [
-            (name, f"{at:.4g}", f"{v.value:.3g} x", f"[{v.low:.3g}, {v.high:.3g}]") for name, (at, v) in found.items()
+            (name, f"{row['loss']:.4g}", _value(row, ".3g", " x"), _interval(row, ".3g"))
+            for name, row in record["multipliers"].items()
         ]
         print_table(("group", f"at {arguments.y}", "less compute", "interval"), rows)
     if arguments.plot:
@@ -283,6 +277,7 @@ def _two_sizes(arguments: argparse.Namespace, groups: dict[str, Any]) -> None:
 
 def _allocation(arguments: argparse.Namespace, groups: dict[str, Any]) -> None:
     from structlin.scaling_laws import IsoFlop
+    from structlin_nn.laws import plain
     from structlin_nn.size_laws import allocations
 
     approach, budgets = arguments.approach, arguments.budget or []
@@ -291,29 +286,26 @@ def _allocation(arguments: argparse.Namespace, groups: dict[str, Any]) -> None:
         budgets=arguments.budget if approach == 2 else None,
         tolerance=0.1 if arguments.tolerance is None else arguments.tolerance,
     )  # fmt: skip
-    rows, points = [], []
+    rows, points, best = [], [], []
     record: dict[str, Any] = {"approach": approach, "flops": arguments.flops, "left_out": left_out, "groups": {}}
     for name, each in found.items():
-        law = each.allocation
-        interval = law.interval(arguments.confidence)
-        known = not math.isnan(interval.low)
+        law, without = each.allocation, {}
         if isinstance(each, IsoFlop):
             own = [{"compute": p.compute, "params": p.best[0], "loss": p.best[1]} for p in each.parabolas]
             without = {f"{budget:.4g}": reason for budget, reason in each.left_out.items()}
         else:
             own = [{"compute": float(c), "params": float(n)} for c, n in zip(each.compute, each.params, strict=True)]
-            without = {}
+        optima = [dict(zip(("compute", "params", "tokens"), (b, *law.optimum(b)), strict=True)) for b in budgets]
+        interval = law.interval(arguments.confidence)
+        exponent = {key: plain(getattr(interval, key)) for key in ("value", "low", "high")}
         record["groups"][name] = {
-            "exponent": {"value": interval.value, "low": interval.low if known else None,
-                         "high": interval.high if known else None},
-            "log_coefficient": law.log_coefficient, "minima": own, "left_out": without,
-            "optima": [dict(zip(("compute", "params", "tokens"), (b, *law.optimum(b)), strict=True)) for b in budgets],
+            "exponent": exponent, "log_coefficient": law.log_coefficient, "minima": own, "left_out": without,
+            "optima": optima,
         }  # fmt: skip
-        rows.append((name, str(len(law.compute)), _estimate(interval) if known else f"{interval.value:.4g}"))
-        points += [
-            (name, f"{p['compute']:.4g}", f"{p['params']:.4g}", f"{p['loss']:.4g}" if "loss" in p else "-") for p in own
-        ]
+        rows.append((name, str(len(law.compute)), _estimate(exponent)))
+        points += [(name, *(f"{p[k]:.4g}" if k in p else "-" for k in ("compute", "params", "loss"))) for p in own]
         points += [(name, budget, "-", reason) for budget, reason in without.items()]
+        best += [(name, f"{o['compute']:.3g}", f"{o['params']:.4g}", f"{o['tokens']:.4g}") for o in optima]
     if arguments.json:
         print_json(record)
         return
@@ -324,11 +316,6 @@ def _allocation(arguments: argparse.Namespace, groups: dict[str, Any]) -> None:
     print_table(("group", "FLOPs", arguments.size, arguments.y), points)
     if budgets:
         print("\nthe best split of a budget\n")
-        best = [
-            (name, f"{o['compute']:.3g}", f"{o['params']:.4g}", f"{o['tokens']:.4g}")
-            for name, row in record["groups"].items()
-            for o in row["optima"]
-        ]
         print_table(("group", "FLOPs", arguments.size, arguments.data), best)
     _print_left_out(left_out)
 
@@ -349,9 +336,17 @@ def _print_left_out(left_out: dict[str, str]) -> None:
         print(f"not fitted: {name}: {reason}")
 
 
-def _interval(value: Any) -> str:
-    return f"[{value.low:.4g}, {value.high:.4g}]"
+def _value(estimate: Any, form: str = ".4g", unit: str = "") -> str:
+    """Return the value of an estimate of a record (`structlin_nn.laws.plain`)."""
+    known = estimate and estimate["value"] is not None
+    return f"{float(estimate['value']):{form}}{unit}" if known else "-"
 
 
-def _estimate(value: Any) -> str:
-    return f"{value.value:.4g} {_interval(value)}"
+def _interval(estimate: Any, form: str = ".4g") -> str:
+    if not estimate or estimate.get("low") is None:
+        return "-"
+    return f"[{float(estimate['low']):{form}}, {float(estimate['high']):{form}}]"
+
+
+def _estimate(estimate: Any) -> str:
+    return _value(estimate) if estimate["low"] is None else f"{_value(estimate)} {_interval(estimate)}"
