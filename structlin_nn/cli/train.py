@@ -52,8 +52,8 @@ def parse(name: str, arguments: Sequence[str]) -> tuple[Any, Any, Any]:
     import tyro
 
     from structlin_nn.recipes import MODELS, recipe_module
+    from structlin_nn.recipes._config import decided, fields_of, resumed_fields
     from structlin_nn.recipes._run import default_folder
-    from structlin_nn.recipes._starting import decided, fields_of, resumed_fields
 
     module_name, model, about = NAMES[name]
     module = recipe_module(module_name)
@@ -95,7 +95,7 @@ def main(arguments: Sequence[str]) -> int:
     name, *rest = arguments
     if name not in NAMES:
         return _misuse(f"unknown name {name!r}{suggestion(name, NAMES)} (one of {', '.join(NAMES)})")
-    from structlin_nn.recipes._telling import Interruption
+    from structlin_nn.recipes._run import Interruption
 
     with Interruption():  # handles signals before the first step
         try:

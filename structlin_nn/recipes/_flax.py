@@ -28,8 +28,7 @@ from structlin_nn.models.flax import MODELS
 from structlin_nn.recipes._config import RunConfig, require
 from structlin_nn.recipes._probe import Probe
 from structlin_nn.recipes._processes import ALONE
-from structlin_nn.recipes._run import Options
-from structlin_nn.recipes._telling import hardware
+from structlin_nn.recipes._run import Options, hardware
 from structlin_nn.recipes._torch import Steps, base_of, common_state, count_run, layers_of, restore_common
 from structlin_nn.torch import parameter_groups
 

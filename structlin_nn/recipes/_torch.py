@@ -25,8 +25,7 @@ from structlin_nn.counting import DEVICES, count
 from structlin_nn.recipes._config import RunConfig, require
 from structlin_nn.recipes._probe import Probe
 from structlin_nn.recipes._processes import Processes, local
-from structlin_nn.recipes._run import Options, Run, TrainingError
-from structlin_nn.recipes._telling import hardware, scalars
+from structlin_nn.recipes._run import Options, Run, TrainingError, hardware, scalars
 from structlin_nn.torch import Muon, StructuredLinear, parameter_groups
 from structlin_nn.trained import described, model_of, starting_weights
 

@@ -113,7 +113,7 @@ def run_all(jobs: Mapping[str, Job], *, workers: int, weights: Mapping[str, floa
     one GPU. After SIGINT or SIGTERM, runs write a checkpoint and end. `weights` are the costs of the runs, for their
     order and the progress bar.
     """
-    from structlin_nn.recipes._telling import Interruption
+    from structlin_nn.recipes._run import Interruption
 
     if not jobs:
         return Outcome({}, None)

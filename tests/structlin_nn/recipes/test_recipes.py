@@ -22,8 +22,8 @@ from structlin_nn.data.tokens import open_tokens
 from structlin_nn.models import StructureConfig, build_model, save_model
 from structlin_nn.models.named import build_named
 from structlin_nn.recipes import cifar, gpt2, imagenet, recipe
+from structlin_nn.recipes._config import fields_of
 from structlin_nn.recipes._probe import Probe
-from structlin_nn.recipes._starting import fields_of
 from structlin_nn.recipes._torch import Average, base_of, make_optimizer
 from structlin_nn.records import read_record
 from structlin_nn.torch import StructuredLinear
