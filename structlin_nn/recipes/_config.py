@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import typing
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -182,9 +183,8 @@ class RunConfig:
         require(all(0 <= b < 1 for b in self.betas), f"betas must be two numbers from 0 to below 1, got {self.betas}")
         require(0 <= self.ema < 1, f"ema must be from 0 to below 1, got {self.ema}")
         require(0 <= self.final_lr <= 1, f"final_lr must be from 0 to 1, got {self.final_lr}")
-        device, colon, number = self.device.partition(":")
-        known = device in ("cpu", "cuda") and (number.isdigit() if colon else True)
-        require(known and self.device not in ("cpu:1",), f"device must be cpu, cuda or cuda:N, got {self.device!r}")
+        known = re.fullmatch(r"cpu(:0)?|cuda(:\d+)?", self.device) is not None
+        require(known, f"device must be cpu, cuda or cuda:N, got {self.device!r}")
         decays = self.optimizer != "adam"
         require(decays or not self.weight_decay, f"weight_decay={self.weight_decay} needs optimizer='adamw' or 'muon'")
         require(decays or not self.independent_decay, "independent_decay needs optimizer='adamw' or 'muon'")

@@ -497,7 +497,7 @@ class TorchRun(Steps):
 
     def write(self, folder: Path) -> dict[str, Any]:
         tensors = self._tensors()
-        write_tensors(folder, tensors, self.group.control, self.group.size == 1)
+        write_tensors(folder, tensors, self.group.control)
         keys = {name: list(entries) for name, entries in tensors["optimizer"].items()}
         state = common_state(self, self.model)
         state["generators"]["torch"] = encoded(torch.get_rng_state())
@@ -522,7 +522,7 @@ class TorchRun(Steps):
             "average": {} if self.average is None else self.average.tensors,
         }
         place = self.folder / CHECKPOINTS / f"{self.step:09d}"
-        read_tensors(place, tensors, self.group.control, self.group.size == 1)
+        read_tensors(place, tensors, self.group.control)
         for name, entries in tensors["optimizer"].items():
             if name in parameters:
                 self.optimizer.state[parameters[name]] = entries
