@@ -62,7 +62,7 @@ def assert_close(found: list[tuple[list[float], Any]]) -> None:
 @pytest.mark.parametrize(
     "changes",
     [
-        {},
+        {"accumulate": 2},
         pytest.param(
             {
                 "model": "cifar-vit",
@@ -83,7 +83,7 @@ def test_cifar_is_the_run_in_torch(changes: dict[str, Any], config: Any, small_c
 
 
 def test_gpt2_is_the_run_in_torch(gpt2_config: Any, text_tokens: Path, tmp_path: Path) -> None:
-    config = gpt2_config.replace(steps=6, eval_every=3, warmup_steps=2, depth=1, accumulate=2)
+    config = gpt2_config.replace(steps=6, eval_every=3, warmup_steps=2, depth=1, accumulate=1)
     assert_close(both("gpt2", config, {"data": text_tokens}, tmp_path))
 
 
