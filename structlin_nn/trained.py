@@ -113,9 +113,8 @@ def open_trained(
     place = Path(text).expanduser()
     of_timm, is_run = text.startswith("timm:"), bool(checkpoints(place))
     published = (place if place.is_dir() else place.parent).joinpath("config.json").is_file()
-    allowed = (
-        ("weights", "num_classes", "image_size") if of_timm else ("average",) if is_run else ("untie",) * published
-    )
+    allowed = ("weights", "num_classes", "image_size") if of_timm else ("average",) if is_run else ()
+    allowed = ("untie",) if published and not allowed else allowed
     given = {"weights": weights, "num_classes": num_classes, "image_size": image_size, "average": average or None}
     for name, value in {**given, "untie": untie or None}.items():
         if value is not None and name not in allowed:
