@@ -32,6 +32,7 @@ import tyro
 
 import structlin
 from structlin import execution
+from structlin.execution.wisdom import processor
 from structlin_nn._files import atomic_write, cores, sync_folder
 from structlin_nn._text import progress_bar
 from structlin_nn.checkpoints import CHECKPOINTS, checkpoints, file_sha256, read_checkpoint, read_state
@@ -490,13 +491,9 @@ def versions(more: Sequence[str]) -> dict[str, str]:
 
 def hardware(threads: int, device: str) -> dict[str, Any]:
     """Return a description of the processor, without the name of the machine."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    found = processor()
+    name = found.get("model name") or found["name"] or "unknown"
     return {
-        "system": platform.system(), "machine": platform.machine(),
-        "cpu": names[0] if names else platform.processor() or "unknown",
-        "cores": cores(), "threads": threads, "device": device,
+        "system": platform.system(), "machine": found["machine"], "cpu": name, "cores": cores(), "threads": threads,
+        "device": device,
     }  # fmt: skip
