@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -87,15 +87,20 @@ class Costs:
 
     def quick(self, choice: Choice) -> dict[str, Any] | None:
         """Return `measured`, for deep named models from those of one and two blocks; None where none can be built."""
-        depth = self._deep(choice)
         try:
-            if not depth:
-                return self.measured(choice, self.full)
-            one, two = (self.measured(Choice(choice.width, d, choice.options), self.full) for d in (1, 2))
+            return self._by_depth(choice, lambda few: self.measured(few, self.full))
         except ValueError:
             return None
+
+    def _by_depth(self, choice: Choice, costs: Callable[[Choice], dict[str, Any] | None]) -> dict[str, Any] | None:
+        depth = self.depth_of(choice)
+        if self._function is not None or depth is None or depth < _FEW_BLOCKS:
+            return costs(choice)
+        one, two = (costs(Choice(choice.width, few, choice.options)) for few in (1, 2))
+        if one is None or two is None:
+            return None
         # All blocks cost the same; what is chosen in the end is counted in full.
-        return {k: v if v is None else v + (depth - 1) * (two[k] - v) for k, v in one.items()}
+        return {k: v if v is None else v + (depth - 1) * max(two[k] - v, 0) for k, v in one.items()}
 
     def least(self, choice: Choice) -> dict[str, float] | None:
         """Return lower bounds of all resources by the structured layers; None if one cannot be designed.
@@ -104,14 +109,9 @@ class Costs:
         what heads split), of those layers whose sizes lie on one; the others count 0. It costs a design for each layer,
         and no model.
         """
-        depth = self._deep(choice)
-        if depth:
-            one, two = (self._least_of(Choice(choice.width, d, choice.options)) for d in (1, 2))
-        else:
-            one = two = self._least_of(choice)
-        if one is None or two is None:
+        if (found := self._by_depth(choice, self._least_of)) is None:
             return None
-        flops, params = (a + (depth - 1) * max(b - a, 0) for a, b in zip(one, two, strict=True))
+        flops, params = found["flops"], found["params"]
         # The backward pass of a named model costs what its forward pass does at least. Weights, gradients and states
         # are held; in a model of your own some may be frozen.
         own = self._function is not None
@@ -126,26 +126,23 @@ class Costs:
             "run_seconds": flops_trained * samples / peak,
         }  # fmt: skip
 
-    def _least_of(self, choice: Choice) -> tuple[float, float] | None:
-        seen = {
-            c.width: layers
-            for c, layers in self._layers.items()
-            if (c.depth, c.options) == (choice.depth, choice.options)
-        }
+    def _least_of(self, choice: Choice) -> dict[str, float] | None:
+        alike = (choice.depth, choice.options)
+        seen = {c.width: layers for c, layers in self._layers.items() if (c.depth, c.options) == alike}
+        total = {"flops": 0.0, "params": 0.0}
         if len(seen) < 4:
-            return 0.0, 0.0
-        flops = params = 0.0
+            return total
         for name, (*_, rows) in next(iter(seen.values())).items():
             if not all(name in layers for layers in seen.values()):
                 continue
             shape = [self._on_a_line({w: layers[name][k] for w, layers in seen.items()}, choice.width) for k in (0, 1)]
             if None in shape:
                 continue
-            found = self._layer(choice.options, tuple(shape))
-            if found is None:
+            if (found := self._layer(choice.options, tuple(shape))) is None:
                 return None
-            flops, params = flops + rows * found[0], params + found[1]
-        return flops, params
+            total["flops"] += rows * found[0]
+            total["params"] += found[1]
+        return total
 
     def _on_a_line(self, sizes: Mapping[int, float], width: int) -> int | None:
         heads = 1 if self._function is not None else self._size("heads")
@@ -167,11 +164,6 @@ class Costs:
             except ValueError:
                 self._designed[key] = None
         return self._designed[key]
-
-    def _deep(self, choice: Choice) -> int:
-        """Return the number of blocks of a model that is costed by those of one and of two blocks, otherwise 0."""
-        depth = self.depth_of(choice) or 0
-        return depth if self._function is None and depth >= _FEW_BLOCKS else 0
 
     def measured(self, choice: Choice, full: bool = True) -> dict[str, Any]:
         """Count all resources and ``training_macs``, or unless ``full`` only forward MACs and parameters.

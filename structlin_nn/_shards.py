@@ -58,14 +58,15 @@ class _Reader(FileSystemReader):
         return metadata
 
 
-def write_tensors(folder: Path, tensors: dict[str, Any], process_group: Any = None, alone: bool = True) -> None:
-    """Write nested dictionaries of tensors, sharded over the processes or whole; all processes call this function.
+def write_tensors(folder: Path, tensors: dict[str, Any], processes: Any = None) -> None:
+    """Write nested dictionaries of tensors, sharded over a group of processes or whole; all processes call it.
 
     OSError if the disk is full, or the folder cannot be written.
     """
     try:
         with _alone_is_fine():
-            save(tensors, storage_writer=FileSystemWriter(folder), process_group=process_group, no_dist=alone)
+            writer = FileSystemWriter(folder)
+            save(tensors, storage_writer=writer, process_group=processes, no_dist=processes is None)
     except (CheckpointException, RuntimeError) as error:
         causes = [cause for cause, *_ in error.failures.values()] if isinstance(error, CheckpointException) else [error]
         found = next((cause for cause in causes if isinstance(cause, OSError)), None)
@@ -75,14 +76,14 @@ def write_tensors(folder: Path, tensors: dict[str, Any], process_group: Any = No
         raise OSError(found.errno if found else errno.ENOSPC if short else None, reason) from error
 
 
-def read_tensors(folder: Path, tensors: dict[str, Any], process_group: Any = None, alone: bool = True) -> None:
+def read_tensors(folder: Path, tensors: dict[str, Any], processes: Any = None) -> None:
     """Fill nested dictionaries of tensors from a checkpoint, whose sharding may differ.
 
     ValueError for damaged files, or a tensor that is missing or has another shape.
     """
     try:
         with _alone_is_fine():
-            load(tensors, storage_reader=_Reader(folder), process_group=process_group, no_dist=alone)
+            load(tensors, storage_reader=_Reader(folder), process_group=processes, no_dist=processes is None)
     except _DAMAGE as error:
         raise ValueError(f"the checkpoint {folder} is damaged or of another model: {error}") from error
 

@@ -44,15 +44,9 @@ class CompressionData:
 
 
 def open_data(
-    trained: TrainedModel,
-    root: str | os.PathLike[str] | None = None,
-    *,
-    data_set: str | None = None,
-    verify: bool = True,
-    context: int | None = None,
-    device: str = "cpu",
-    seed: int = 0,
-) -> CompressionData:
+    trained: TrainedModel, root: str | os.PathLike[str] | None = None, *, data_set: str | None = None,
+    verify: bool = True, context: int | None = None, device: str = "cpu", seed: int = 0,
+) -> CompressionData:  # fmt: skip
     """Return the data of the pipeline that a model belongs to.
 
     Parameters
@@ -122,11 +116,7 @@ def costs(trained: TrainedModel) -> dict[str, int]:
         twins[id(tensor)] = nn.Parameter(meta, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else meta
     twin = replace(trained, model=copy.deepcopy(trained.model, twins))
     counted = count(twin.model, twin.example_input())
-    return {
-        "params": counted.params,
-        "forward_macs": counted.macs(),
-        "attention_macs": counted.macs("attention"),
-    }
+    return {"params": counted.params, "forward_macs": counted.macs(), "attention_macs": counted.macs("attention")}
 
 
 def _structure_again(model: nn.Module) -> None:

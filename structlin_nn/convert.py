@@ -20,9 +20,8 @@ jax's own size in flax. Nothing else is cast, and no entry is left out on either
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -97,18 +96,20 @@ def to_flax(state: Mapping[str, Any], model: nnx.Module) -> None:
         variable.set_value(jnp.asarray(array))  # an abstract variable cannot be assigned to by index
 
 
-@dataclass(frozen=True)
-class _Entry:
-    """A variable under one of its names in torch, and the changes of layout."""
+class _Entry(NamedTuple):
+    """A variable under one of its names in torch, and the order of its axes there, if it differs."""
 
     name: str
     variable: nnx.Variable
-    torch: Callable[[np.ndarray], np.ndarray]
-    flax: Callable[[np.ndarray], np.ndarray]
+    axes: tuple[int, ...] | None = None
 
+    def torch(self) -> np.ndarray:
+        array = np.asarray(self.variable[...])
+        return array if self.axes is None else array.transpose(self.axes)
 
-def _same(array: np.ndarray) -> np.ndarray:
-    return array
+    def flax(self, array: np.ndarray) -> np.ndarray:
+        moved = self.axes is not None and array.ndim == len(self.axes)
+        return array.transpose(np.argsort(self.axes)) if moved else array  # type: ignore[arg-type]
 
 
 def _entries(model: nnx.Module) -> Iterator[_Entry]:
@@ -118,27 +119,17 @@ def _entries(model: nnx.Module) -> Iterator[_Entry]:
             if isinstance(module, _WITHOUT):
                 kind = type(module).__name__
                 raise ValueError(f"{prefix}{name} belongs to a {kind}, which has no counterpart in torch")
-            if isinstance(module, nnx.Linear) and name == "kernel":
-                _check_axes(prefix + name, variable, 2)
-                yield _Entry(f"{prefix}weight", variable, np.transpose, np.transpose)
-            elif isinstance(module, nnx.Conv) and name == "kernel":
-                axes = len(module.kernel_size)
-                _check_axes(prefix + name, variable, axes + 2)
-                yield _Entry(f"{prefix}weight", variable, *_convolution(axes))
-            elif isinstance(module, _RENAMED):
-                yield _Entry(prefix + _NAMES.get(name, name), variable, _same, _same)
+            if isinstance(module, nnx.Linear | nnx.Conv) and name == "kernel":
+                positions = len(module.kernel_size) if isinstance(module, nnx.Conv) else 0
+                _check_axes(prefix + name, variable, positions + 2)
+                yield _Entry(f"{prefix}weight", variable, (positions + 1, positions, *range(positions)))
             else:
-                yield _Entry(prefix + name, variable, _same, _same)
+                named = _NAMES.get(name, name) if isinstance(module, _RENAMED) else name
+                yield _Entry(prefix + named, variable)
         if isinstance(module, StructuredLinear):
             shapes = (spec.shape for spec in module.structure.factors if spec.trainable)
             for number, (factor, shape) in enumerate(zip(module.factors, shapes, strict=True)):
                 _check_axes(f"{prefix}factors.{number}", factor, len(shape))
-
-
-def _convolution(axes: int) -> tuple[Callable[[np.ndarray], np.ndarray], Callable[[np.ndarray], np.ndarray]]:
-    to_torch = (axes + 1, axes, *range(axes))
-    to_flax = (*range(2, axes + 2), 1, 0)
-    return (lambda a: a.transpose(to_torch)), (lambda a: a.transpose(to_flax))
 
 
 def _check_axes(name: str, variable: nnx.Variable, axes: int) -> None:
@@ -152,7 +143,7 @@ def _check_axes(name: str, variable: nnx.Variable, axes: int) -> None:
 def _torch_arrays(model: nnx.Module) -> dict[str, np.ndarray]:
     found = {}
     for entry in _entries(model):
-        array = entry.torch(np.asarray(entry.variable[...]))
+        array = entry.torch()
         if np.issubdtype(array.dtype, np.integer):
             array = array.astype(np.int64)
         found[entry.name] = np.array(array, order="C")

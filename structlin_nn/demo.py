@@ -95,6 +95,9 @@ def demo(
     ValueError, RuntimeError
         Runs in `folder` with another configuration; a run that failed.
     """
+    from structlin_nn.figures.style import save
+    from structlin_nn.plots import demo_figure
+
     folder, configs = Path(folder), configurations(seed, quick)
     left = {
         name: Job(config, Options(out=folder / name))
@@ -113,10 +116,6 @@ def demo(
     assert compute_difference(rows) <= TOLERANCE, "the widths do not match the compute"
     with atomic_write(folder / "demo.json") as file:
         file.write(json.dumps(rows, indent=2, allow_nan=False).encode() + b"\n")
-
-    from structlin_nn.figures.style import save
-    from structlin_nn.plots import demo_figure
-
     save(demo_figure(rows), folder / "demo.png")
     return rows
 

@@ -106,15 +106,14 @@ def _from_csv(path: Path) -> list[Row]:
 
 
 def _from_record(path: Path, record: Record, evaluations: str, unfinished: bool) -> list[Row]:
+    header = record.header
     if not record.evaluations:
         raise ValueError(f"{path} holds no evaluation yet")
     if not record.finished and not unfinished:
-        steps = record.header["counts"]["steps"]
         raise ValueError(
-            f"{path}: the run stopped after step {record.evaluations[-1]['step']} of {steps}; resume it, or take "
-            "unfinished runs (--unfinished)"
+            f"{path}: the run stopped after step {record.evaluations[-1]['step']} of {header['counts']['steps']}; "
+            "resume it, or take unfinished runs (--unfinished)"
         )
-    header = record.header
     common: Row = {"record": str(path)}
     # A plain name finds the value that is set last.
     for section in ("counts", "config"):

@@ -110,36 +110,33 @@ def open_trained(
         Files that are missing or damaged, weights of another model, or an option that the source does not have.
     """
     text = os.fspath(source)
-    given = {"weights": weights, "num_classes": num_classes, "image_size": image_size}
-    if text.startswith("timm:"):
-        _refuse(text, average=average or None, untie=untie or None)
+    place = Path(text).expanduser()
+    of_timm, is_run = text.startswith("timm:"), bool(checkpoints(place))
+    published = (place if place.is_dir() else place.parent).joinpath("config.json").is_file()
+    allowed = ("weights", "num_classes", "image_size") if of_timm else ("average",) if is_run else ()
+    allowed = ("untie",) if published and not allowed else allowed
+    given = {"weights": weights, "num_classes": num_classes, "image_size": image_size, "average": average or None}
+    for name, value in {**given, "untie": untie or None}.items():
+        if value is not None and name not in allowed:
+            raise ValueError(f"{text} has no option {name}")
+    if of_timm:
         if weights is None:
             raise ValueError(f"{text} needs weights, a .safetensors file of its state dictionary")
         return _timm(text.removeprefix("timm:"), weights, num_classes, image_size)
-    _refuse(text, **given)
-    place = Path(text).expanduser()
-    if checkpoints(place):
-        _refuse(text, untie=untie or None)
+    if is_run:
         return _run(place, average)
-    _refuse(text, average=average or None)
-    if place.is_file() and place.suffix == ".safetensors" and not (place.parent / "config.json").is_file():
-        _refuse(text, untie=untie or None)
+    if published:
+        from structlin_nn.models.pretrained import load_gpt2
+
+        gpt2 = load_gpt2(place, untie=untie)
+        return TrainedModel(gpt2, build_of(gpt2), place.name)
+    if place.is_file() and place.suffix == ".safetensors":
         model, build = load_model(place), read_structured(place).build
         assert build is not None
         return TrainedModel(model, build, place.name)
-    if (place if place.is_dir() else place.parent).joinpath("config.json").is_file():
-        from structlin_nn.models.pretrained import load_gpt2
-
-        model = load_gpt2(place, untie=untie)
-        return TrainedModel(model, build_of(model), place.name)
     if not place.exists():
         raise FileNotFoundError(f"{place} is missing: a trained model is {KINDS}")
     raise ValueError(f"{place} holds no trained model: a trained model is {KINDS}")
-
-
-def _refuse(source: str, **options: Any) -> None:
-    if unfit := [name for name, value in options.items() if value is not None]:
-        raise ValueError(f"{source} has no option {unfit[0]}")
 
 
 def load_trained(folder: str | os.PathLike[str], *, average: bool = False, model: nn.Module | None = None) -> nn.Module:
@@ -236,11 +233,13 @@ def _run(folder: Path, average: bool) -> TrainedModel:
 
 
 def _timm(name: str, weights: str | os.PathLike[str], num_classes: int | None, image_size: int | None) -> TrainedModel:
-    given = dict(zip(TIMM_OPTIONS, (num_classes, image_size), strict=True))
-    options = {key: value for key, value in given.items() if value is not None}
+    options = {k: v for k, v in zip(TIMM_OPTIONS, (num_classes, image_size), strict=True) if v is not None}
     tensors = read_tensors_file(weights)
-    if num_classes is None and (found := _classes(name, tensors)) is not None:
-        options["num_classes"] = found
+    if num_classes is None:
+        with torch.device("meta"):
+            classifier = getattr(make_timm(name), "pretrained_cfg", {}).get("classifier")
+        if isinstance(classifier, str) and f"{classifier}.weight" in tensors:
+            options["num_classes"] = len(tensors[f"{classifier}.weight"])
     model = make_timm(name, **options)
     try:
         check_entries(model.state_dict(), tensors)
@@ -252,12 +251,3 @@ def _timm(name: str, weights: str | os.PathLike[str], num_classes: int | None, i
     plain = scale == (IMAGENET_MEAN, IMAGENET_STD)
     build = {"kind": "timm", "name": name, "options": options}
     return TrainedModel(model.eval(), build, Path(weights).name, None, None if plain else scale)
-
-
-def _classes(name: str, tensors: dict[str, Tensor]) -> int | None:
-    """Return the number of classes of the classifier in a file."""
-    with torch.device("meta"):
-        settings = getattr(make_timm(name), "pretrained_cfg", {})
-    classifier = settings.get("classifier")
-    weight = tensors.get(f"{classifier}.weight") if isinstance(classifier, str) else None
-    return None if weight is None else weight.shape[0]

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 from structlin_nn.cli import common
+from structlin_nn.cli.common import add
 
 HELP = "check that features, and their change in a step, keep their size when the width grows"
 OPTIMIZERS = ("adam", "adamw", "sgd", "muon")
@@ -28,25 +30,23 @@ slope of 0 is flat. The exit code is 0 if all layers are flat with the structure
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help=f"{', '.join(common.MODELS)}, {common.FORMS}")
-    parser.add_argument("--widths", type=common.integers, default=(64, 256, 1024), metavar="W", help="(64,256,1024)")
-    parser.add_argument("--base-width", type=int, metavar="W0", help="where the learning rate was tuned")
+    add(parser, "MODEL", f"{', '.join(common.MODELS)}, {common.FORMS}")
+    add(parser, "--widths W", default=(64, 256, 1024), kind=common.integers)
+    add(parser, "--base-width W0", "where the learning rate was tuned", kind=int)
     common.model_options(parser, None, "small ones")
-    common.add_choice(parser, "--rule", common.RULES, "paper")
-    common.add_choice(parser, "--optimizer", OPTIMIZERS, "adam")
-    parser.add_argument("--lr", type=float, metavar="X", help="rate at base width (0.001; sgd 0.05, muon 0.02)")
-    parser.add_argument("--steps", type=int, default=4, metavar="N", help="steps of the optimiser (4)")
-    parser.add_argument("--seeds", type=int, default=3, metavar="N", help="number of initialisations to average (3)")
-    parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="samples (32)")
-    parser.add_argument("--threshold", type=float, metavar="S", help="largest absolute slope of a flat layer (0.33)")
-    parser.add_argument("--naive", action="store_true", help="also run with naive learning rates, to compare")
+    add(parser, "--rule NAME", default="paper", among=common.RULES)
+    add(parser, "--optimizer NAME", default="adam", among=OPTIMIZERS)
+    add(parser, "--lr X", "rate at base width (0.001; sgd 0.05, muon 0.02)", kind=float)
+    add(parser, "--steps N", "steps of the optimiser", 4)
+    add(parser, "--seeds N", "number of initialisations to average", 3)
+    add(parser, "--batch-size N", "samples", 32)
+    add(parser, "--threshold S", "largest absolute slope of a flat layer (0.33)", kind=float)
+    add(parser, "--naive", "also run with naive learning rates, to compare")
     common.own_model_options(parser)
-    parser.add_argument(
-        "--parameter-rule", type=common.name_and_value, action="append", default=[], metavar="PATTERN=X",
-        help="learning-rate multiplier of parameters by name, repeatable",
-    )  # fmt: skip
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    parser.add_argument("--plot", metavar="FILE", help="write a figure: .png, .svg or .pdf")
+    rule = "learning-rate multiplier of parameters by name, repeatable"
+    add(parser, "--parameter-rule PATTERN=X", rule, [], common.name_and_value)
+    add(parser, "--json", "print JSON instead of a table")
+    add(parser, "--plot FILE", "write a figure: .png, .svg or .pdf")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -63,8 +63,9 @@ def run(arguments: argparse.Namespace) -> int:
     checks = [check_scale(**settings, structure_aware=aware) for aware in rules]
     if arguments.plot:
         from structlin_nn.figures.scale import check_figure
+        from structlin_nn.figures.style import save
 
-        common.save_figure(check_figure([check.to_dict() for check in checks]), arguments.plot)
+        save(check_figure([check.to_dict() for check in checks]), Path(arguments.plot))
     if arguments.json:
         common.print_json([check.to_dict() for check in checks])
     else:

@@ -10,8 +10,9 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -39,59 +40,59 @@ class Parser(argparse.ArgumentParser):
         line = " ".join(message.split())
         self.exit(2, f"{self.prog}: {line} (see {self.prog} --help)\n")
 
-    def check_options(self, arguments: Sequence[str]) -> None:
-        """Exit with code 2 for an unknown option, before argparse reads it as a value."""
+    def parse(self, arguments: Sequence[str]) -> argparse.Namespace:
+        """Return the parsed arguments; an unknown option is reported first, before argparse reads it as a value."""
         known = self._option_string_actions
-        below = next((action for action in self._actions if isinstance(action, argparse._SubParsersAction)), None)
-        for place, argument in enumerate(arguments):
-            if argument == "--":
-                return
-            name = argument.partition("=")[0]
-            if below is not None and not name.startswith("-"):
-                if name not in below.choices:
-                    nearest = suggestion(name, below.choices)
-                    self.error(f"unknown name {name!r}{nearest} (one of {', '.join(below.choices)})")
-                below.choices[name].check_options(arguments[place + 1 :])
-                return
-            if not name.startswith("-") or re.fullmatch(r"-|-(\d.*|\.\d.*|inf|nan)", name) or name in known:
-                continue
-            self.error(f"unknown option {name}{suggestion(name, known)}")
+        for word in takewhile(lambda word: word != "--", arguments):
+            name = word.partition("=")[0]
+            if name.startswith("-") and name not in known and not re.fullmatch(r"-|-(\d.*|\.\d.*|inf|nan)", name):
+                self.error(f"unknown option {name}{suggestion(name, known)}")
+        return self.parse_args(arguments)
 
 
-def choice(kind: str, known: Sequence[str]) -> Callable[[str], str]:
-    """Return an argparse type that accepts some names, and suggests the nearest name for any other word."""
-
-    def check(word: str) -> str:
-        if word not in known:
-            raise argparse.ArgumentTypeError(
-                f"unknown {kind} {word!r}{suggestion(word, known)} (one of {', '.join(known)})"
-            )
-        return word
-
-    return check
-
-
-def add_choice(
-    parser: Any, name: str, known: Sequence[str], default: str | None = None, about: str = "", kind: str = "",
-    also: str = "",
+def add(
+    to: Any, spec: str, about: str = "", default: Any = None, kind: Any = None, *, among: Sequence[str] = (),
+    what: str = "", **more: Any,
 ) -> None:  # fmt: skip
-    """Add an argument that accepts one of some names; its help lists them. `also` is a second name of it."""
-    names, usual = ", ".join(known), f" ({default})" if default else ""
-    parser.add_argument(
-        *filter(None, (name, also)), type=choice(kind or name.strip("-").replace("-", " "), known), default=default,
-        metavar="NAME" if name.startswith("-") else name.upper(),
-        help=f"{about}: {names}{usual}" if about else names + usual,
-    )  # fmt: skip
+    """Add an argument to a parser or a group.
+
+    `spec` is its names and what stands for its value, such as ``--steps N``, or ``MODEL`` for a positional one. Without
+    a value it is a flag. It has the type `kind`, or that of `default`, or is one of the names `among`, which messages
+    call `what`. If the default is a list, the option is repeatable. The help shows other defaults.
+    """
+    names = [word for word in spec.split() if word.startswith("-")]
+    values = [word for word in spec.split() if not word.startswith("-")]
+    if not values:
+        to.add_argument(*names, action="store_true", help=about)
+        return
+    if among:
+        about = f"{about}: {', '.join(among)}" if about else ", ".join(among)
+        kind = partial(one_of, what or (names or values)[0].strip("-").replace("-", " ").lower(), among)
+    if isinstance(default, list):
+        more["action"] = "append"
+    elif default is not None and default is not False and default != "":
+        about += f" ({','.join(map(str, default)) if isinstance(default, tuple) else default})"
+    kind = kind or (type(default) if isinstance(default, int | float) else str)
+    to.add_argument(
+        *names or [values[0].lower()], type=kind, default=default, metavar=values[0], help=about.strip(), **more
+    )
+
+
+def one_of(what: str, known: Sequence[str], word: str) -> str:
+    """Return a word if it is known; argparse's error, with the nearest, for any other."""
+    if word not in known:
+        raise argparse.ArgumentTypeError(
+            f"unknown {what} {word!r}{suggestion(word, known)} (one of {', '.join(known)})"
+        )
+    return word
 
 
 def model_options(parser: argparse.ArgumentParser, structure: str | None, usual: str) -> None:
     """Add the options of a model with structured layers. `structure` is the default, and `usual` names the sizes'."""
-    default = structure or "dense, or the model as it is"
-    parser.add_argument(
-        "--structure", default=structure, metavar="NAME", help=f"one of `structlin structures` ({default})"
-    )
-    add_choice(parser, "--layers", LAYERS)
-    parser.add_argument("--rms-cap", action="store_true", help="RMS-capped factors, with learned gains")
+    about = "one of `structlin structures`"
+    add(parser, "--structure NAME", about if structure else f"{about} (dense, or the model as it is)", structure)
+    add(parser, "--layers NAME", among=LAYERS)
+    add(parser, "--rms-cap", "RMS-capped factors, with learned gains")
     size_options(parser.add_argument_group(f"sizes of a named model ({usual} unless given)"), SIZES)
     structure_options(parser)
 
@@ -99,45 +100,37 @@ def model_options(parser: argparse.ArgumentParser, structure: str | None, usual:
 def size_options(parser: Any, names: Iterable[str]) -> None:
     """Add an integer option for each size of the named models."""
     for name in names:
-        parser.add_argument(f"--{name.replace('_', '-')}", type=int, metavar="N")
+        add(parser, f"--{name.replace('_', '-')} N", kind=int)
 
 
 def own_model_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of models other than the named ones."""
     own = parser.add_argument_group(f"models by {FORMS}")
-    own.add_argument("--width-option", metavar="NAME", help="argument that sets the width (timm, hf)")
+    add(own, "--width-option NAME", "argument that sets the width (timm, hf)")
     add_model_option(own)
 
 
 def add_model_option(parser: Any) -> None:
     """Add ``--model-option NAME=JSON``."""
-    parser.add_argument(
-        "--model-option", type=name_and_value, action="append", default=[], metavar="NAME=JSON",
-        help="argument of the model or its configuration, repeatable",
-    )  # fmt: skip
+    about = "argument of the model or its configuration, repeatable"
+    add(parser, "--model-option NAME=JSON", about, [], name_and_value)
 
 
 def structure_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of structlin's structures, and ``--option`` for those of other structures."""
     group = parser.add_argument_group("options of the structure")
-    group.add_argument("--rank", type=integers, metavar="R", help="rank, or one rank for each inner bond: 2,4")
-    group.add_argument("--rank-fraction", type=float, metavar="F", help="rank as a share of min(inputs, outputs)")
-    group.add_argument("--blocks", type=int, metavar="B", help="number of blocks")
-    group.add_argument("--cores", type=int, metavar="C", help="number of factors (Kronecker, Tensor-Train)")
-    group.add_argument("--factorization", metavar="RULE", help="split of sizes: balanced, or greedy (the paper's)")
-    group.add_argument(
-        "--option", type=name_and_value, action="append", default=[], metavar="NAME=JSON",
-        help="another option of the structure, repeatable",
-    )  # fmt: skip
+    add(group, "--rank R", "rank, or one rank for each inner bond: 2,4", kind=integers)
+    add(group, "--rank-fraction F", "rank as a share of min(inputs, outputs)", kind=float)
+    add(group, "--blocks B", "number of blocks", kind=int)
+    add(group, "--cores C", "number of factors (Kronecker, Tensor-Train)", kind=int)
+    add(group, "--factorization RULE", "split of sizes: balanced, or greedy (the paper's)")
+    add(group, "--option NAME=JSON", "another option of the structure, repeatable", [], name_and_value)
 
 
 def layer_patterns(parser: Any, usual: str) -> None:
     """Add ``--layers`` and ``--exclude``, which select layers by name (`layers_of`)."""
-    parser.add_argument(
-        "--layers", action="append", metavar="PATTERN",
-        help=f"{', '.join(LAYERS)}, or patterns of names, repeatable ({usual})",
-    )  # fmt: skip
-    parser.add_argument("--exclude", action="append", default=[], metavar="PATTERN", help="layers to leave, repeatable")
+    add(parser, "--layers PATTERN", f"{', '.join(LAYERS)}, or patterns of names, repeatable ({usual})", action="append")
+    add(parser, "--exclude PATTERN", "layers to leave, repeatable", [])
 
 
 def layers_of(patterns: Sequence[str]) -> str | tuple[str, ...]:
@@ -146,8 +139,9 @@ def layers_of(patterns: Sequence[str]) -> str | tuple[str, ...]:
 
 
 def given(arguments: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]:
-    """Return the options of these names that are not None."""
-    return {name: value for name in names if (value := getattr(arguments, name)) is not None}
+    """Return the options of these names that are neither None nor flags that are off."""
+    found = {name: getattr(arguments, name) for name in names}
+    return {name: value for name, value in found.items() if value is not None and value is not False}
 
 
 def given_structure_options(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -176,6 +170,17 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def name_and_value(text: str) -> tuple[str, Any]:
+    """Return an option NAME=JSON."""
+    name, equals, value = text.partition("=")
+    if not equals or not name:
+        raise argparse.ArgumentTypeError(f"must be NAME=JSON, got {text!r}")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"the value of {name} must be JSON, got {value!r}") from None
+
+
 def device_of(name: str) -> Any:
     """Return a device of torch; ValueError for one that does not exist."""
     from structlin_nn.recipes._processes import available_device
@@ -192,22 +197,10 @@ def check_folder(option: str, path: str) -> None:
         raise FileNotFoundError(f"{option} {path}: the folder {Path(path).parent} does not exist")
 
 
-def name_and_value(text: str) -> tuple[str, Any]:
-    """Return an option NAME=JSON."""
-    name, equals, value = text.partition("=")
-    if not equals or not name:
-        raise argparse.ArgumentTypeError(f"must be NAME=JSON, got {text!r}")
-    try:
-        return name, json.loads(value)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"the value of {name} must be JSON, got {value!r}") from None
-
-
-def save_figure(figure: Any, path: str) -> None:
-    """Write a figure of `structlin_nn.figures` to a file."""
-    from structlin_nn.figures.style import save
-
-    save(figure, Path(path))
+def check_confidence(value: float) -> None:
+    """Raise ValueError for a confidence that is not between 0 and 1."""
+    if not 0 < value < 1:
+        raise ValueError(f"--confidence must be between 0 and 1, got {value:g}")
 
 
 def print_json(value: Any) -> None:
@@ -218,11 +211,6 @@ def print_json(value: Any) -> None:
 def print_table(head: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> None:
     """Print a table (`structlin_nn._text.table`) on stdout."""
     print(table(head, rows, left))
-
-
-def show_warning(message: Warning | str, *_: object, **__: object) -> None:
-    """Print a warning in one line on stderr, in place of ``warnings.showwarning``."""
-    print(f"warning: {' '.join(str(message).split())}", file=sys.stderr)
 
 
 def fail(command: str, reason: object) -> int:

@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from structlin_nn.cli import common
+from structlin_nn.cli.common import add
 
 HELP = "replace the dense layers of a trained model by the nearest structured ones, and write it to a file"
 EXAMPLES = """\
 examples:
   structlin compress runs/first --structure low_rank --mac-fraction 0.5 --out half.safetensors
       a run of `structlin train` on the embedded images, to half of the MACs of its layers
-  structlin compress runs/second --data path/to/cifar-10-batches-bin --structure block_tensor_train \\
-      --mac-fraction 0.25 --out quarter.safetensors
   structlin compress timm:vit_small_patch32_224 --weights vit.safetensors --data path/to/imagenet \\
       --structure low_rank --target-error 0.1 --out vit.small.safetensors
   structlin compress path/to/gpt2 --data path/to/tokens --structure low_rank --param-fraction 0.7 --out g.safetensors
@@ -28,57 +27,48 @@ and the model is evaluated before and after. The command does not train. `struct
 the file further, `structlin generate FILE` samples from a language model, and structlin_nn.models.load_model("FILE")
 returns the torch model.
 """
-BUDGETS = {
-    "mac_fraction": (float, "F", "share of the MACs of the chosen layers"),
-    "max_macs": (int, "N", "MACs of the chosen layers, for one vector at each place"),
-    "param_fraction": (float, "F", "share of their parameters"),
-    "max_params": (int, "N", "number of parameters"),
-    "target_error": (float, "E", "largest relative error of every layer"),
-}
+BUDGETS = ("mac_fraction", "max_macs", "param_fraction", "max_params", "target_error")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "source", metavar="MODEL",
-        help="a run of `structlin train` (its folder), a file of this command, timm:NAME with --weights, or a folder "
-        "of GPT-2 as transformers saves it",
+    add(
+        parser, "MODEL", "a run of `structlin train` (its folder), a file of this command, timm:NAME with --weights, "
+        "or a folder of GPT-2 as transformers saves it",
     )  # fmt: skip
-    parser.add_argument("--out", required=True, metavar="FILE", help="file to write: .safetensors")
-    parser.add_argument("--overwrite", action="store_true", help="replace --out if it exists")
-    parser.add_argument("--structure", required=True, metavar="NAME", help="one of `structlin structures`")
+    add(parser, "--out FILE", "file to write: .safetensors", required=True)
+    add(parser, "--overwrite", "replace --out if it exists")
+    add(parser, "--structure NAME", "one of `structlin structures`", required=True)
     much = parser.add_argument_group("budget: one of these, or options of the structure, for all layers")
-    for name, (kind, metavar, text) in BUDGETS.items():
-        much.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar=metavar, help=text)
+    add(much, "--mac-fraction F", "share of the MACs of the chosen layers", kind=float)
+    add(much, "--max-macs N", "MACs of the chosen layers, for one vector at each place", kind=int)
+    add(much, "--param-fraction F", "share of their parameters", kind=float)
+    add(much, "--max-params N", "number of parameters", kind=int)
+    add(much, "--target-error E", "largest relative error of every layer", kind=float)
     common.layer_patterns(parser.add_argument_group("which layers"), "all_but_last; GPT-2: all")
     common.structure_options(parser)
-    parser.add_argument("--rms-cap", action="store_true", help="cap the RMS of factors; gains keep the function")
-    common.add_choice(parser, "--rule", common.RULES, "paper")
+    add(parser, "--rms-cap", "cap the RMS of factors; gains keep the function")
+    add(parser, "--rule NAME", default="paper", among=common.RULES)
     data = parser.add_argument_group("data for calibration and evaluation")
-    data.add_argument("--data", metavar="DIR", help="as for `structlin train` (the embedded images, for a run on them)")
-    data.add_argument("--data-set", metavar="NAME", help="cifar10, cifar100 or fashion (that of the run)")
-    data.add_argument("--unverified", action="store_true", help="do not verify the checksums of CIFAR")
-    data.add_argument(
-        "--calibrate", type=int, metavar="N",
-        help="number of training samples for calibration, 0 for none (2000 images; 500 of ImageNet; 32 sequences)",
-    )  # fmt: skip
-    data.add_argument(
-        "--evaluate", type=int, metavar="N",
-        help="number of test samples for evaluation, 0 for none (all images; 64 sequences)",
-    )  # fmt: skip
-    data.add_argument("--context", type=int, metavar="N", help="tokens in a sequence (the model's)")
-    data.add_argument("--damping", type=float, default=0.01, metavar="D", help="damping of the calibration (0.01)")
-    data.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the drawn samples (0)")
+    add(data, "--data DIR", "as for `structlin train` (the embedded images, for a run on them)")
+    add(data, "--data-set NAME", "cifar10, cifar100 or fashion (that of the run)")
+    add(data, "--unverified", "do not verify the checksums of CIFAR")
+    about = "training samples for calibration, 0 for none (2000 images; 500 of ImageNet; 32 sequences)"
+    add(data, "--calibrate N", about, kind=int)
+    add(data, "--evaluate N", "test samples for evaluation, 0 for none (all images; 64 sequences)", kind=int)
+    add(data, "--context N", "tokens in a sequence (the model's)", kind=int)
+    add(data, "--damping D", "damping of the calibration", 0.01)
+    add(data, "--seed N", "seed of the drawn samples", 0)
     model = parser.add_argument_group("the model")
-    model.add_argument("--weights", metavar="FILE", help="state dictionary of timm:NAME, .safetensors")
-    model.add_argument("--num-classes", type=int, metavar="N", help="classes of timm:NAME (those of the weights)")
-    model.add_argument("--image-size", type=int, metavar="N", help="side of the images of timm:NAME (the model's)")
-    model.add_argument("--average", action="store_true", help="take the average of the weights of a run")
-    model.add_argument("--untie", action="store_true", help="give GPT-2 an untied head, and compress it too")
-    model.add_argument("--device", default="cpu", metavar="NAME", help="cpu, cuda or cuda:N (cpu)")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    add(model, "--weights FILE", "state dictionary of timm:NAME, .safetensors")
+    add(model, "--num-classes N", "classes of timm:NAME (those of the weights)", kind=int)
+    add(model, "--image-size N", "side of the images of timm:NAME (the model's)", kind=int)
+    add(model, "--average", "take the average of the weights of a run")
+    add(model, "--untie", "give GPT-2 an untied head, and compress it too")
+    add(model, "--device NAME", "cpu, cuda or cuda:N", "cpu")
+    add(parser, "--json", "print JSON instead of tables")
 
 
-def run(arguments: argparse.Namespace) -> int:
+def run(arguments: argparse.Namespace) -> None:
     import structlin
     from structlin_nn.compress import CALIBRATION, compress, costs
     from structlin_nn.models.files import save_model
@@ -96,7 +86,7 @@ def run(arguments: argparse.Namespace) -> int:
     structlin.structure_class(arguments.structure)
     device = str(common.device_of(arguments.device))
     trained = open_trained(
-        arguments.source, weights=arguments.weights, num_classes=arguments.num_classes,
+        arguments.model, weights=arguments.weights, num_classes=arguments.num_classes,
         image_size=arguments.image_size, average=arguments.average, untie=arguments.untie,
     )  # fmt: skip
     data = _data(arguments, trained, device)
@@ -134,7 +124,6 @@ def run(arguments: argparse.Namespace) -> int:
         common.print_json(record)
     else:
         _print(record, report)
-    return 0
 
 
 def _data(arguments: argparse.Namespace, trained: Any, device: str) -> Any:

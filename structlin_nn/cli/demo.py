@@ -7,7 +7,7 @@ import sys
 import time
 from pathlib import Path
 
-from structlin_nn.cli.common import fail, positive, print_json, print_table
+from structlin_nn.cli.common import add, fail, positive, print_json, print_table
 
 HELP = "train dense and structured networks at equal training compute, with two learning-rate rules"
 EXAMPLES = """\
@@ -30,12 +30,12 @@ FORM = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--out", default="runs/demo", metavar="DIR", help="folder to write (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of all runs (%(default)s)")
-    parser.add_argument("--quick", action="store_true", help="train tiny networks for one epoch, as a test")
-    parser.add_argument("--workers", type=positive, metavar="N", help="number of parallel runs (one for each core)")
-    parser.add_argument("--quiet", action="store_true", help="no progress bar")
-    parser.add_argument("--json", action="store_true", help="print the table as JSON")
+    add(parser, "--out DIR", "folder to write", "runs/demo")
+    add(parser, "--seed N", "seed of all runs", 0)
+    add(parser, "--quick", "train tiny networks for one epoch, as a test")
+    add(parser, "--workers N", "number of parallel runs (one for each core)", kind=positive)
+    add(parser, "--quiet", "no progress bar")
+    add(parser, "--json", "print the table as JSON")
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -7,11 +7,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from structlin_nn.cli.common import add_choice
-from structlin_nn.cli.fit import add_row_options, read_groups
+from structlin_nn.cli.common import add, given
+from structlin_nn.cli.fit import add_rows, read_groups
 
 HELP = "draw a figure from run records or tables: .png, .svg or .pdf"
-# Description and default columns of each figure.
 FIGURES: dict[str, tuple[str, dict[str, str]]] = {
     "delta-h": ("change of the last features in a step against width (figure 2a of the paper)", {}),
     "landscape": ("error against learning rate, a line for each width (figure 2b)", {"y": "train_error"}),
@@ -21,6 +20,7 @@ FIGURES: dict[str, tuple[str, dict[str, str]]] = {
     "imagenet": ("the same for the validation error of ImageNet", {"y": "val_error"}),
     "gpt2": ("the same for the validation loss of GPT-2", {"y": "val_loss"}),
 }
+"""Description and default columns of each figure."""
 CURVES = ("curves", "imagenet", "gpt2")
 LAWS = ("compute", "cifar")
 EXAMPLES = """\
@@ -35,34 +35,31 @@ Figures are drawn from the records alone. `structlin fit --help` describes RECOR
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    names = "; ".join(f"{name}: {text}" for name, (text, _) in FIGURES.items())
-    add_choice(parser, "name", tuple(FIGURES), about=names, kind="figure")
-    parser.add_argument("records", metavar="RECORDS", nargs="+", help="run records, folders of them, or tables")
-    parser.add_argument("--out", required=True, metavar="FILE", help="what to write: .png, .svg or .pdf")
-    add_row_options(parser)
-    parser.set_defaults(x=None, y=None)
+    about = "; ".join(f"{name}: {text}" for name, (text, _) in FIGURES.items())
+    add(parser, "NAME", about, among=tuple(FIGURES), what="figure")
+    add_rows(parser)
+    add(parser, "--out FILE", "what to write: .png, .svg or .pdf", required=True)
     law = parser.add_argument_group("the laws (compute, cifar)")
-    law.add_argument("--frontier", action="store_true", help="fit only the Pareto frontier of each group")
-    law.add_argument("--floor", action="store_true", help="fit an irreducible error, too")
-    law.add_argument("--samples", type=int, default=500, metavar="N", help="draws of the bootstrap (500)")
-    law.add_argument("--noise", type=float, metavar="E", help="known standard deviation of an error")
+    add(law, "--frontier", "fit only the Pareto frontier of each group")
+    add(law, "--floor", "fit an irreducible error, too")
+    add(law, "--samples N", "draws of the bootstrap", 500)
+    add(law, "--noise E", "known standard deviation of an error", kind=float)
 
 
-def run(arguments: argparse.Namespace) -> int:
+def run(arguments: argparse.Namespace) -> None:
     from structlin_nn.figures.style import FORMATS, save
 
     out = Path(arguments.out)
     if out.suffix.removeprefix(".").lower() not in FORMATS:
         raise ValueError(f"figures are written as .png, .svg or .pdf, got {out.name!r}")
     name, usual = arguments.name, FIGURES[arguments.name][1]
-    if name not in LAWS and (arguments.frontier or arguments.floor or arguments.noise is not None):
+    if name not in LAWS and given(arguments, ("frontier", "floor", "noise")):
         raise ValueError(f"{name} draws no laws: --frontier, --floor and --noise are for {' and '.join(LAWS)}")
     arguments.x = arguments.x or usual.get("x", "training_macs")
     arguments.y = arguments.y or usual.get("y", "test_error")
     arguments.all_evaluations |= name in ("delta-h", *CURVES)
     save(_drawn(name, read_groups(arguments), arguments), out)
     print(out)
-    return 0
 
 
 def _drawn(name: str, groups: dict[str, Any], arguments: argparse.Namespace) -> Any:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import math
+from pathlib import Path
 from typing import Any
 
-from structlin_nn.cli._fit_sizes import OPTIONS, add_size_options, run_sizes
-from structlin_nn.cli.common import add_choice, print_json, print_table, save_figure
+from structlin_nn.cli.common import add, check_confidence, given, print_json, print_table
 
 HELP = "fit scaling laws to run records or tables, with intervals, and compare them at equal error"
 LOSSES = ("soft_l1", "linear")
@@ -29,41 +30,57 @@ With --size and --data the law is L = E + A/N^alpha + B/D^beta. All groups are f
 --shared names. --budget prints the best split of a compute budget. --approach 1 and 2 find it without a law.
 """
 TIME = "training_seconds"
+OF_TWO_SIZES = ("shared", "flops", "budget", "approach", "tolerance", "delta")
+OF_APPROACH_3 = ("shared", "delta", "reference", "plot", "at", "method")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("records", metavar="RECORDS", nargs="+", help="run records, folders of them, or tables")
-    add_row_options(parser)
+    add_rows(parser, "training_macs", "test_error")
     law = parser.add_argument_group("the law")
-    law.add_argument("--frontier", action="store_true", help="fit only the Pareto frontier of each group")
-    law.add_argument(
-        "--floor", nargs="?", const=True, default=False, type=float, metavar="E",
-        help="add an irreducible error: fitted, or E if it is known",
-    )  # fmt: skip
-    add_choice(law, "--loss", LOSSES, "soft_l1")
-    law.add_argument("--samples", type=int, default=1000, metavar="N", help="draws of the bootstrap (1000)")
-    law.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the bootstrap (0)")
-    add_choice(law, "--method", METHODS, about="of the bootstrap (parametric; in two sizes residuals)")
-    law.add_argument("--noise", type=float, metavar="E", help="known standard deviation of an error")
-    law.add_argument("--confidence", type=float, default=0.95, metavar="P", help="confidence of the intervals (0.95)")
-    law.add_argument("--reference", metavar="GROUP", help="group to compare with (dense, if there is one)")
-    law.add_argument("--at", type=float, metavar="E", help="error to compare at; also prints the compute for it")
-    add_size_options(parser)
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    parser.add_argument("--plot", metavar="FILE", help="write a figure: .png, .svg or .pdf")
+    add(law, "--frontier", "fit only the Pareto frontier of each group")
+    add_floor(law)
+    add(law, "--loss NAME", default="soft_l1", among=LOSSES)
+    add(law, "--samples N", "draws of the bootstrap", 1000)
+    add(law, "--seed N", "seed of the bootstrap", 0)
+    add(law, "--method NAME", "of the bootstrap (parametric; in two sizes residuals)", among=METHODS)
+    add(law, "--noise E", "known standard deviation of an error", kind=float)
+    add(law, "--confidence P", "confidence of the intervals", 0.95)
+    add(law, "--reference GROUP", "group to compare with (dense, if there is one)")
+    add(law, "--at E", "error to compare at; also prints the compute for it", kind=float)
+    sizes = parser.add_argument_group("laws in two sizes, L = E + A/N^alpha + B/D^beta")
+    add(sizes, "--size COLUMN", "N, the size of the model; with --data")
+    add(sizes, "--data COLUMN", "D, the size of the data; with --size")
+    add(sizes, "--shared TERMS", "terms that all groups share, with commas, or none (E,B,beta)")
+    add(sizes, "--flops K", "training FLOPs for each unit of N and D (6)", kind=float)
+    about = "print the best split of it, repeatable; the budgets of approach 2"
+    add(sizes, "--budget FLOPS", about, kind=float, action="append")
+    about = "of Hoffmann et al. 2022: 1 envelope of the curves, 2 iso-FLOP parabolas, 3 the law (3)"
+    add(sizes, "--approach N", about, kind=int, choices=(1, 2, 3))
+    add(sizes, "--tolerance T", "of the budgets of approach 2 (0.1)", kind=float)
+    add(sizes, "--delta D", "of the Huber loss (0.001)", kind=float)
+    add(parser, "--json", "print JSON instead of a table")
+    add(parser, "--plot FILE", "write a figure: .png, .svg or .pdf")
 
 
-def add_row_options(parser: argparse.ArgumentParser, x: str = "training_macs", y: str = "test_error") -> None:
-    """Add the options that select columns, groups and rows."""
+def add_rows(parser: argparse.ArgumentParser, x: str | None = None, y: str | None = None) -> None:
+    """Add the records, and the options that select columns, groups and rows."""
+    add(parser, "RECORDS", "run records, folders of them, or tables", nargs="+")
     group = parser.add_argument_group("what is read")
-    group.add_argument("--x", default=x, metavar="COLUMN", help="compute (%(default)s)")
-    group.add_argument("--y", default=y, metavar="COLUMN", help="error (%(default)s)")
-    group.add_argument("--group", default="structure", metavar="COLUMNS", help="one law each, with commas (structure)")
-    group.add_argument(
-        "--where", action="append", default=[], metavar="COLUMN=VALUE", help="only rows with this value, repeatable"
-    )
-    group.add_argument("--all-evaluations", action="store_true", help="all evaluations of a run, not only its last")
-    group.add_argument("--unfinished", action="store_true", help="take runs that have not ended")
+    add(group, "--x COLUMN", "compute", x)
+    add(group, "--y COLUMN", "error", y)
+    add_selection(group)
+    add(group, "--all-evaluations", "all evaluations of a run, not only its last")
+    add(group, "--unfinished", "take runs that have not ended")
+
+
+def add_selection(parser: Any) -> None:
+    add(parser, "--group COLUMNS", "one law each, with commas", "structure")
+    add(parser, "--where COLUMN=VALUE", "only rows with this value, repeatable", [])
+
+
+def add_floor(parser: Any) -> None:
+    about = "add an irreducible error: fitted, or E if it is known"
+    add(parser, "--floor E", about, False, float, nargs="?", const=True)
 
 
 def conditions_of(arguments: argparse.Namespace) -> dict[str, str]:
@@ -87,22 +104,40 @@ def read_groups(arguments: argparse.Namespace) -> dict[str, list[dict[str, Any]]
     return group_rows(rows, [name for name in arguments.group.split(",") if name])
 
 
-def run(arguments: argparse.Namespace) -> int:
-    from structlin_nn.laws import compare_laws, comparisons_record, fit_groups, laws_record
-
-    if not 0 < arguments.confidence < 1:
-        raise ValueError(f"--confidence must be between 0 and 1, got {arguments.confidence:g}")
+def run(arguments: argparse.Namespace) -> None:
+    check_confidence(arguments.confidence)
     if (arguments.size is None) != (arguments.data is None):
         raise ValueError("--size and --data must be given together")
-    if arguments.size is not None:
-        if arguments.frontier or arguments.floor or arguments.noise is not None:
-            raise ValueError("--frontier, --floor and --noise are options of laws in one size")
-        arguments.all_evaluations |= arguments.approach == 1
-        return run_sizes(arguments, read_groups(arguments))
-    for name in OPTIONS:
+    if arguments.size is None:
+        _refuse(arguments, OF_TWO_SIZES, "laws in two sizes, with --size and --data")
+        _one_size(arguments)
+        return
+    if given(arguments, ("frontier", "floor", "noise")):
+        raise ValueError("--frontier, --floor and --noise are options of laws in one size")
+    arguments.flops = 6.0 if arguments.flops is None else arguments.flops
+    for name, values in (("--flops", [arguments.flops]), ("--budget", arguments.budget or [])):
+        for value in values:
+            if not (value > 0 and math.isfinite(value)):
+                raise ValueError(f"{name} must be positive and finite, got {value:g}")
+    if arguments.approach != 2:
+        _refuse(arguments, ("tolerance",), "--approach 2")
+    if arguments.approach in (1, 2):
+        _refuse(arguments, OF_APPROACH_3, "--approach 3")
+    arguments.all_evaluations |= arguments.approach == 1
+    (_allocation if arguments.approach in (1, 2) else _two_sizes)(arguments, read_groups(arguments))
+
+
+def _refuse(arguments: argparse.Namespace, names: tuple[str, ...], what: str) -> None:
+    for name in names:
         if getattr(arguments, name) is not None:
-            raise ValueError(f"--{name} is an option of laws in two sizes, with --size and --data")
+            raise ValueError(f"--{name} is an option of {what}")
+
+
+def _one_size(arguments: argparse.Namespace) -> None:
+    from structlin_nn.laws import compare_laws, comparisons_record, fit_groups, laws_record
+
     groups = read_groups(arguments)
+    at = {"error": arguments.at, "confidence": arguments.confidence}
 
     def fitted(x: str) -> tuple[dict[str, Any], dict[str, str]]:
         return fit_groups(
@@ -114,61 +149,43 @@ def run(arguments: argparse.Namespace) -> int:
     laws, left_out = fitted(arguments.x)
     if arguments.reference in left_out:
         raise ValueError(f"{arguments.reference} cannot be fitted: {left_out[arguments.reference]}")
-    reference = arguments.reference or ("dense" if "dense" in laws and len(laws) > 1 else None)
-    compared, timed = {}, {}
-    if reference is not None:
-        compared = compare_laws(laws, reference, error=arguments.at, confidence=arguments.confidence)
-        if arguments.x != TIME and all(row.get(TIME) for rows in groups.values() for row in rows):
-            try:
-                by_time, without = fitted(TIME)
-            except ValueError as error:
-                by_time, without = {}, {"all groups": str(error)}
-            left_out |= {f"{name} by time": reason for name, reason in without.items()}
-            if reference in by_time:
-                timed = compare_laws(by_time, reference, error=arguments.at, confidence=arguments.confidence)
+    reference = arguments.reference or _dense(laws)
+    record = laws_record(laws, arguments.x, arguments.y, reference=reference, **at)
+    record["left_out"] = left_out
+    if reference and arguments.x != TIME and all(row.get(TIME) for rows in groups.values() for row in rows):
+        try:
+            by_time, without = fitted(TIME)
+        except ValueError as error:
+            by_time, without = {}, {"all groups": str(error)}
+        left_out |= {f"{name} by time": reason for name, reason in without.items()}
+        if reference in by_time and (timed := comparisons_record(compare_laws(by_time, reference, **at))):
+            record["comparisons_by_time"] = timed
     if arguments.plot:
         from structlin_nn.figures.compute import compute_figure
 
-        drawn = compute_figure(laws, x=arguments.x, y=arguments.y, confidence=arguments.confidence)
-        save_figure(drawn, arguments.plot)
+        _save(compute_figure(laws, x=arguments.x, y=arguments.y, confidence=arguments.confidence), arguments)
     if arguments.json:
-        record = laws_record(
-            laws, arguments.x, arguments.y, reference=reference, error=arguments.at, confidence=arguments.confidence
-        )
-        record["left_out"] = left_out
-        if timed:
-            record["comparisons_by_time"] = comparisons_record(timed)
         print_json(record)
-        return 0
-    _print(laws, compared, timed, reference, arguments, left_out)
-    return 0
-
-
-def _print(
-    laws: Any, compared: Any, timed: Any, reference: str | None, arguments: argparse.Namespace,
-    left_out: dict[str, str],
-) -> None:  # fmt: skip
+        return
     percent = f"{100 * arguments.confidence:g} %"
     floor = "fitted" if arguments.floor is True else f"{arguments.floor:g}" if arguments.floor else "none"
     print(f"{arguments.y} = a C^-alpha, C = {arguments.x}, irreducible error {floor}; intervals of {percent}\n")
     rows = []
-    for name, law in laws.items():
-        fit = law.fit
-        points = str(law.points) if law.used == law.points else f"{law.used} of {law.points}"
-        interval = _interval(law.bootstrap.exponent(arguments.confidence)) if law.bootstrap else "-"
-        floors = [f"{fit.law.floor:.4g}"] if arguments.floor else []
-        rows.append(
-            (name, points, f"{fit.law.exponent:.4f}", interval, f"{fit.law.coefficient:.4g}", *floors,
-             f"{fit.r_squared:.4f}")
-        )  # fmt: skip
-    print_table(("group", "points", "alpha", "interval", "a", *(["floor"] if arguments.floor else []), "R2"), rows)
-    for name, law in laws.items():
-        for note in law.fit.notes:
+    for name, law in record["groups"].items():
+        used, points = law["fitted_points"], law["points"]
+        numbers = [_value(law["exponent"], ".4f"), _interval(law["exponent"]), _value(law["coefficient"])]
+        numbers += [_value(law["floor"])] * bool(arguments.floor)
+        rows.append((name, f"{used} of {points}" if used != points else f"{used}", *numbers, f"{law['r_squared']:.4f}"))
+    print_table(("group", "points", "alpha", "interval", "a", *["floor"] * bool(arguments.floor), "R2"), rows)
+    for name, law in record["groups"].items():
+        for note in law["notes"]:
             print(f"warning: {name}: {note}")
-    for name, reason in left_out.items():
-        print(f"not fitted: {name}: {reason}")
-    for found, what, by in ((compared, "compute", ""), (timed, "time", ", by the seconds of training")):
-        if found:
+    _print_left_out(left_out)
+    for key, what, by in (
+        ("comparisons", "compute", ""),
+        ("comparisons_by_time", "time", ", by the seconds of training"),
+    ):
+        if found := record.get(key):
             print(f"\nagainst {reference}{by}\n")
             head = ("group", "alpha", "interval", "at error", f"less {what} (law)", "interval", "(points)", "interval")
             print_table(head, [_compared(name, row) for name, row in found.items()])
@@ -177,31 +194,159 @@ def _print(
                     print(f"{name}: {note}")
     if arguments.at is not None:
         print(f"\ncompute for an error of {arguments.at:g}\n")
-        rows = []
-        for name, law in laws.items():
-            falls = law.fit.law.exponent > 0
-            needed = law.bootstrap.compute(arguments.at, arguments.confidence) if falls and law.bootstrap else None
-            value = law.fit.law.compute(arguments.at) if falls else float("inf")
-            rows.append((value, (name, f"{value:.4g}", _interval(needed) if needed else "-")))
-        print_table(("group", arguments.x, "interval"), [row for _, row in sorted(rows, key=lambda r: r[0])])
+        needed = {name: law.get("compute_at_error", {"value": "inf"}) for name, law in record["groups"].items()}
+        names = sorted(needed, key=lambda name: float(needed[name]["value"]))
+        rows = [(name, _value(needed[name]), _interval(needed[name])) for name in names]
+        print_table(("group", arguments.x, "interval"), rows)
     if arguments.plot:
         print(f"\nfigure {arguments.plot}")
 
 
 def _compared(name: str, row: Any) -> tuple[str, ...]:
     difference, multiplier, points = row["exponent_difference"], row["multiplier"], row["interpolated"]
-    either = multiplier or points
+    extrapolated = " extrapolated" if multiplier and multiplier["extrapolated"] else ""
     return (
         name,
-        f"{difference.value:+.4f}" if difference else "-",
-        _interval(difference) if difference else "-",
-        f"{either.error:.4g}" if either else "-",
-        f"{multiplier.value:.3g} x" + (" extrapolated" if multiplier.extrapolated else "") if multiplier else "-",
-        _interval(multiplier) if multiplier else "-",
-        f"{points.value:.3g} x" if points else "-",
-        _interval(points) if points and points.low == points.low else "-",
+        _value(difference, "+.4f"),
+        _interval(difference),
+        f"{(multiplier or points)['error']:.4g}" if multiplier or points else "-",
+        _value(multiplier, ".3g", f" x{extrapolated}"),
+        _interval(multiplier),
+        _value(points, ".3g", " x"),
+        _interval(points),
     )
 
 
-def _interval(value: Any) -> str:
-    return f"[{value.low:.4g}, {value.high:.4g}]"
+def _two_sizes(arguments: argparse.Namespace, groups: dict[str, Any]) -> None:
+    from structlin_nn.size_laws import SHARED, fit_sizes, sizes_record
+
+    shared = SHARED
+    if arguments.shared is not None:
+        shared = () if arguments.shared == "none" else tuple(arguments.shared.split(","))
+    columns = (arguments.size, arguments.data, arguments.y)
+    drawn, left_out = fit_sizes(
+        groups, *columns, shared=shared, samples=arguments.samples, seed=arguments.seed,
+        delta=1e-3 if arguments.delta is None else arguments.delta, method=arguments.method or "residuals",
+    )  # fmt: skip
+    budgets = arguments.budget or []
+    reference = arguments.reference or _dense(drawn.fit.laws)
+    common: dict[str, Any] = {"flops": arguments.flops, "confidence": arguments.confidence}
+    record = sizes_record(
+        drawn, left_out, columns=columns, budgets=budgets, reference=reference, loss=arguments.at, **common
+    )
+    if arguments.plot:
+        from structlin_nn.figures.compute import sizes_figure
+
+        _save(sizes_figure(drawn, size=arguments.size, y=arguments.y, budgets=budgets or None, **common), arguments)
+    if arguments.json:
+        print_json(record)
+        return
+    print(
+        f"{arguments.y} = E + A/N^alpha + B/D^beta, N = {arguments.size}, D = {arguments.data}; shared: "
+        f"{', '.join(record['shared']) or 'nothing'}; intervals of {100 * arguments.confidence:g} %\n"
+    )
+    found = record["groups"]
+    rows = [
+        (name, str(law["points"]), *map(_estimate, law["terms"].values()), _estimate(law["allocation"]))
+        for name, law in found.items()
+    ]
+    terms = next(iter(found.values()))["terms"]
+    print_table(("group", "points", *terms, "a of N_opt ~ C^a"), rows)
+    print(f"\n{100 * record['agreement']:.0f} % of the starts end at this minimum")
+    for note in record["notes"]:
+        print(f"warning: {note}")
+    _print_left_out(left_out)
+    if budgets:
+        print(f"\nthe best split of a budget, {arguments.flops:g} FLOPs for each unit of N and D\n")
+        rows = [
+            (name, f"{best['compute']:.3g}", *(_estimate(best[key]) for key in ("params", "tokens", "loss")))
+            for name, law in found.items()
+            for best in law["optima"]
+        ]
+        print_table(("group", "FLOPs", *columns), rows)
+    if reference is not None:
+        print(f"\nagainst {reference}, each at its best split\n")
+        rows = [
+            (name, f"{row['loss']:.4g}", _value(row, ".3g", " x"), _interval(row, ".3g"))
+            for name, row in record["multipliers"].items()
+        ]
+        print_table(("group", f"at {arguments.y}", "less compute", "interval"), rows)
+    if arguments.plot:
+        print(f"\nfigure {arguments.plot}")
+
+
+def _allocation(arguments: argparse.Namespace, groups: dict[str, Any]) -> None:
+    from structlin.scaling_laws import IsoFlop
+    from structlin_nn.laws import plain
+    from structlin_nn.size_laws import allocations
+
+    approach, budgets = arguments.approach, arguments.budget or []
+    found, left_out = allocations(
+        groups, arguments.size, arguments.data, arguments.y, approach=approach, flops=arguments.flops,
+        budgets=arguments.budget if approach == 2 else None,
+        tolerance=0.1 if arguments.tolerance is None else arguments.tolerance,
+    )  # fmt: skip
+    rows, points, best = [], [], []
+    record: dict[str, Any] = {"approach": approach, "flops": arguments.flops, "left_out": left_out, "groups": {}}
+    for name, each in found.items():
+        law, without = each.allocation, {}
+        if isinstance(each, IsoFlop):
+            own = [{"compute": p.compute, "params": p.best[0], "loss": p.best[1]} for p in each.parabolas]
+            without = {f"{budget:.4g}": reason for budget, reason in each.left_out.items()}
+        else:
+            own = [{"compute": float(c), "params": float(n)} for c, n in zip(each.compute, each.params, strict=True)]
+        optima = [dict(zip(("compute", "params", "tokens"), (b, *law.optimum(b)), strict=True)) for b in budgets]
+        interval = law.interval(arguments.confidence)
+        exponent = {key: plain(getattr(interval, key)) for key in ("value", "low", "high")}
+        record["groups"][name] = {
+            "exponent": exponent, "log_coefficient": law.log_coefficient, "minima": own, "left_out": without,
+            "optima": optima,
+        }  # fmt: skip
+        rows.append((name, str(len(law.compute)), _estimate(exponent)))
+        points += [(name, *(f"{p[k]:.4g}" if k in p else "-" for k in ("compute", "params", "loss"))) for p in own]
+        points += [(name, budget, "-", reason) for budget, reason in without.items()]
+        best += [(name, f"{o['compute']:.3g}", f"{o['params']:.4g}", f"{o['tokens']:.4g}") for o in optima]
+    if arguments.json:
+        print_json(record)
+        return
+    what = "envelope of the curves" if approach == 1 else "iso-FLOP parabolas"
+    print(f"{what}: N_opt ~ C^a, N = {arguments.size}, D = {arguments.data}\n")
+    print_table(("group", "budgets" if approach == 2 else "runs", "a"), rows)
+    print()
+    print_table(("group", "FLOPs", arguments.size, arguments.y), points)
+    if budgets:
+        print("\nthe best split of a budget\n")
+        print_table(("group", "FLOPs", arguments.size, arguments.data), best)
+    _print_left_out(left_out)
+
+
+def _dense(laws: Any) -> str | None:
+    """Return the group to compare with by default."""
+    return "dense" if "dense" in laws and len(laws) > 1 else None
+
+
+def _save(figure: Any, arguments: argparse.Namespace) -> None:
+    from structlin_nn.figures.style import save
+
+    save(figure, Path(arguments.plot))
+
+
+def _print_left_out(left_out: dict[str, str]) -> None:
+    for name, reason in left_out.items():
+        print(f"not fitted: {name}: {reason}")
+
+
+def _value(estimate: Any, form: str = ".4g", unit: str = "") -> str:
+    """Return the value of an estimate of a record (`structlin_nn.laws.plain`)."""
+    known = estimate and estimate["value"] is not None
+    return f"{float(estimate['value']):{form}}{unit}" if known else "-"
+
+
+def _interval(estimate: Any, form: str = ".4g") -> str:
+    if not estimate or estimate.get("low") is None:
+        return "-"
+    return f"[{float(estimate['low']):{form}}, {float(estimate['high']):{form}}]"
+
+
+def _estimate(estimate: Any) -> str:
+    return _value(estimate) if estimate["low"] is None else f"{_value(estimate)} {_interval(estimate)}"

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from structlin_nn.cli.common import add_choice, device_of, print_json
+from structlin_nn.cli.common import add, device_of, positive, print_json
 
 TOKENIZERS = ("gpt2", "bytes")
 HELP = "continue a text with a trained GPT-2"
@@ -25,38 +25,34 @@ An empty prompt starts a new document. The same seed gives the same text.
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "source", metavar="MODEL",
-        help="folder of a run of `structlin train gpt2`, file of `structlin compress`, or GPT-2 of transformers",
-    )  # fmt: skip
-    parser.add_argument("--average", action="store_true", help="use the average of the weights of a run")
-    parser.add_argument("--prompt", default="", metavar="TEXT", help="text to continue")
-    parser.add_argument("--tokens", type=int, default=100, metavar="N", help="maximum number of new tokens (100)")
-    parser.add_argument("--samples", type=int, default=1, metavar="N", help="number of continuations (1)")
-    parser.add_argument("--temperature", type=float, default=0.8, metavar="T", help="0: the most probable token (0.8)")
-    parser.add_argument("--top-k", type=int, default=200, metavar="K", help="K most probable tokens; 0: all (200)")
-    parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="nucleus of total probability P (1)")
-    parser.add_argument("--endless", action="store_true", help="do not stop at the end of the document")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the draws (0)")
-    parser.add_argument("--device", default="cpu", metavar="NAME", help="cpu, cuda or cuda:N (cpu)")
-    add_choice(parser, "--tokenizer", TOKENIZERS, about="if not that of the data of the run")
-    parser.add_argument("--vocabulary", metavar="DIR", help="folder with the two files of GPT-2's vocabulary")
-    parser.add_argument("--json", action="store_true", help="print tokens and texts as JSON")
+    what = "folder of a run of `structlin train gpt2`, file of `structlin compress`, or GPT-2 of transformers"
+    add(parser, "MODEL", what)
+    add(parser, "--average", "use the average of the weights of a run")
+    add(parser, "--prompt TEXT", "text to continue", "")
+    add(parser, "--tokens N", "maximum number of new tokens", 100)
+    add(parser, "--samples N", "number of continuations", 1, positive)
+    add(parser, "--temperature T", "0: the most probable token", 0.8)
+    add(parser, "--top-k K", "K most probable tokens; 0: all", 200)
+    add(parser, "--top-p P", "nucleus of total probability P", 1.0)
+    add(parser, "--endless", "do not stop at the end of the document")
+    add(parser, "--seed N", "seed of the draws", 0)
+    add(parser, "--device NAME", "cpu, cuda or cuda:N", "cpu")
+    add(parser, "--tokenizer NAME", "if not that of the data of the run", among=TOKENIZERS)
+    add(parser, "--vocabulary DIR", "folder with the two files of GPT-2's vocabulary")
+    add(parser, "--json", "print tokens and texts as JSON")
 
 
-def run(arguments: argparse.Namespace) -> int:
+def run(arguments: argparse.Namespace) -> None:
     import torch
 
     from structlin_nn.data.tokenizers import load_tokenizer
     from structlin_nn.generate import generate
 
-    if arguments.samples < 1:
-        raise ValueError(f"--samples must be at least 1, got {arguments.samples}")
     device = device_of(arguments.device)
     model, known = _model(arguments)
     name = arguments.tokenizer or known
     if name is None:
-        raise ValueError(f"{arguments.source} does not state its tokenizer: give --tokenizer")
+        raise ValueError(f"{arguments.model} does not state its tokenizer: give --tokenizer")
     tokenizer = load_tokenizer(name, arguments.vocabulary)
     if model.config.vocabulary < tokenizer.vocab_size:
         raise ValueError(
@@ -79,7 +75,6 @@ def run(arguments: argparse.Namespace) -> int:
         print_json({"prompt": arguments.prompt, "tokenizer": name, "samples": samples})
     else:
         print(f"\n{'-' * 20}\n".join(arguments.prompt + text for text in texts))
-    return 0
 
 
 def _model(arguments: argparse.Namespace) -> tuple[Any, str | None]:
@@ -89,9 +84,9 @@ def _model(arguments: argparse.Namespace) -> tuple[Any, str | None]:
     from structlin_nn.records import read_record
     from structlin_nn.trained import open_trained
 
-    trained = open_trained(arguments.source, average=arguments.average)
+    trained = open_trained(arguments.model, average=arguments.average)
     if not isinstance(trained.model, GPT2):
-        raise ValueError(f"{arguments.source} must hold a GPT-2, got a {type(trained.model).__name__}")
+        raise ValueError(f"{arguments.model} must hold a GPT-2, got a {type(trained.model).__name__}")
     if trained.config is not None:
-        return trained.model, read_record(Path(arguments.source) / "record.jsonl").header["data"].get("tokenizer")
+        return trained.model, read_record(Path(arguments.model) / "record.jsonl").header["data"].get("tokenizer")
     return trained.model, "gpt2" if trained.model.config.vocabulary >= GPT2_VOCABULARY else None

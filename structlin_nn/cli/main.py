@@ -1,7 +1,7 @@
 """``structlin``: find the command, check its options, and run it.
 
 A command is a module with its HELP and EXAMPLES, ``add_arguments(parser)``, and ``run(arguments)``, which returns the
-exit code.
+exit code, or None for 0.
 
 The exit code is 0 for success, 1 for a run that failed or could not be written, 2 for misuse, with one line on stderr,
 and 128 + number after a signal. Functions below the commands check their arguments, and their ImportError, TypeError,
@@ -14,7 +14,8 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
-from types import ModuleType
+from importlib.metadata import PackageNotFoundError, version
+from typing import NoReturn
 
 from structlin_nn._text import suggestion
 from structlin_nn.cli.common import Parser, fail
@@ -24,8 +25,6 @@ NAMES = (
     "plan", "check-scale", "figure", "report",
 )  # fmt: skip
 COMMANDS = {name: f"structlin_nn.cli.{name.replace('-', '_')}" for name in NAMES}
-TYRO = ("train",)
-"""Commands that read their own arguments."""
 _WRONG_PATHS = (FileExistsError, FileNotFoundError, IsADirectoryError, NotADirectoryError)
 DESCRIPTION = "Structured matrices in neural networks: list structures, count costs, train and compress models."
 EXAMPLES = """\
@@ -69,45 +68,40 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _dispatch(arguments: list[str]) -> int:
-    parser = Parser(prog="structlin", description=DESCRIPTION, epilog=EXAMPLES)
-    parser.add_argument("--version", action="version", version=_version())
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
-    # Only the chosen command adds its arguments: those of the others may need slow imports.
-    asked = next((word for word in arguments if not word.startswith("-")), None)
-    if arguments and asked == arguments[0] and asked in TYRO:
-        return int(importlib.import_module(COMMANDS[asked]).main(arguments[1:]))
-    if asked is not None and asked not in COMMANDS:
-        parser.error(f"unknown command {asked!r}{suggestion(asked, COMMANDS)} (one of {', '.join(COMMANDS)})")
-    chosen: tuple[Parser, ModuleType] | None = None
-    for name, module_name in COMMANDS.items():
-        module = importlib.import_module(module_name)
-        about = module.HELP[0].upper() + module.HELP[1:] + "."
-        command = commands.add_parser(name, help=module.HELP, description=about, epilog=module.EXAMPLES)
-        if name == asked:
-            module.add_arguments(command)
-            chosen = command, module
-    before = arguments if asked is None else arguments[: arguments.index(asked)]
-    parser.check_options(before)
-    if chosen is None:
-        parser.parse_args(arguments)
-        parser.error(f"a command is needed: {', '.join(COMMANDS)}")
-    command, module = chosen
-    command.check_options(arguments[arguments.index(command.prog.split()[-1]) + 1 :])
-    parsed = parser.parse_args(arguments)
+    name, *rest = arguments or [""]
+    if name not in COMMANDS:
+        _no_command(name, arguments)
+    module = importlib.import_module(COMMANDS[name])
+    if name == "train":  # reads its own arguments
+        return int(module.main(rest))
+    about = module.HELP[0].upper() + module.HELP[1:] + "."
+    command = Parser(prog=f"structlin {name}", description=about, epilog=module.EXAMPLES)
+    module.add_arguments(command)
+    parsed = command.parse(rest)
     try:
-        return int(module.run(parsed))
+        return int(module.run(parsed) or 0)
     except BrokenPipeError:
         raise
     except (*_WRONG_PATHS, ImportError, TypeError, ValueError) as error:
         command.error(str(error))
     except OSError as error:
-        return fail(asked or "", error)
+        return fail(name, error)
 
 
-def _version() -> str:
-    from importlib.metadata import PackageNotFoundError, version
-
+def _no_command(word: str, arguments: list[str]) -> NoReturn:
+    """Print help or the version, or report the misuse, and exit."""
+    about = {name: importlib.import_module(place).HELP for name, place in COMMANDS.items()}
+    listed = "\n".join(f"  {name:<13} {text}" for name, text in about.items())
+    parser = Parser(
+        prog="structlin", usage="structlin COMMAND ...", description=DESCRIPTION,
+        epilog=f"commands:\n{listed}\n\n{EXAMPLES}",
+    )  # fmt: skip
     try:
-        return f"structlin {version('structlin')}"
+        known = version("structlin")
     except PackageNotFoundError:
-        return "structlin (not installed)"
+        known = "(not installed)"
+    parser.add_argument("--version", action="version", version=f"structlin {known}")
+    if word and not word.startswith("-"):
+        parser.error(f"unknown command {word!r}{suggestion(word, COMMANDS)} (one of {', '.join(COMMANDS)})")
+    parser.parse(arguments)
+    parser.error(f"a command is needed: {', '.join(COMMANDS)}")

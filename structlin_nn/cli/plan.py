@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from structlin_nn.cli import common
+from structlin_nn.cli.common import add, given, print_json, print_table
 
 HELP = "find the widths, ranks, cores, blocks and depths that use most of a budget, structure by structure"
 NAMES = ("layer", *common.MODELS)
@@ -33,12 +34,10 @@ EXAMPLES = """\
 examples:
   structlin plan layer --shape 3072,768 --macs 3e5
   structlin plan cifar-mlp --forward-macs 5e6
-  structlin plan imagenet-vit --forward-macs 3e8 --structure dense --structure block_tensor_train:rank=2
   structlin plan gpt2 --training-flops 1e21 --samples 288000000 --structure dense --multiple-of 64
   structlin plan cifar-mlp --params 1e6 --width 1024 --structure block_tensor_train --cores 2,3 --depth 1:6
   structlin plan cifar-mlp --forward-macs 1e5,1e6,1e7
   structlin plan gpt2 --step-seconds 0.1 --device h100 --batch-size 64 --dtype bfloat16 --structure dense
-  structlin plan my_package.my_module:make_model --params 1e6 --structure monarch:blocks=4
   structlin plan cifar-mlp --laws laws.json --error 0.3
   structlin plan cifar-mlp --laws sizes.json --run-seconds 60 --device h100 --batch-size 1024
 
@@ -54,48 +53,38 @@ run.
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("name", metavar="NAME", type=_name, help=", ".join(NAMES) + ", or package.module:function")
+    add(parser, "NAME", ", ".join(NAMES) + ", or package.module:function", kind=_name)
     budget = parser.add_argument_group("the budget (N[,N,...])")
     for name, text in BUDGETS.items():
-        budget.add_argument(f"--{name.replace('_', '-')}", type=_budgets, metavar="N", help=text)
-    budget.add_argument(
-        "--laws", metavar="FILE", help="laws in one size, for --error, or in two sizes, for a budget of a run (model)"
-    )
-    budget.add_argument("--error", type=float, metavar="E", help="target error, for --laws of one size")
-    parser.add_argument(
-        "--structure", action="append", metavar="NAME[:OPTION=VALUE,...]", help="repeatable; " + ", ".join(STRUCTURES)
-    )
+        add(budget, f"--{name.replace('_', '-')} N", text, kind=_budgets)
+    add(budget, "--laws FILE", "laws in one size, for --error, or in two sizes, for a budget of a run (model)")
+    add(budget, "--error E", "target error, for --laws of one size", kind=float)
+    add(parser, "--structure NAME[:OPTION=VALUE,...]", "repeatable; " + ", ".join(STRUCTURES), action="append")
     choices = parser.add_argument_group("what is chosen (V, V,V,... or FIRST:LAST[:STEP])")
-    choices.add_argument("--width", type=_values, metavar="V", help="of the model (all); one: plan the rank")
-    choices.add_argument("--rank", type=_values, metavar="V", help="of structures that have one (their own)")
-    choices.add_argument("--cores", type=_values, metavar="V", help="number of factors (2; of a layer all)")
-    choices.add_argument("--blocks", type=_values, metavar="V", help="number of blocks (4; of a layer all)")
-    choices.add_argument("--depth", type=_values, metavar="V", help="blocks of the model (the model's own)")
-    choices.add_argument("--multiple-of", type=int, metavar="N", help="search only widths that are multiples of N (1)")
-    choices.add_argument(
-        "--even-widths", action="store_true", default=None, help="search only widths that split into equal factors"
-    )
-    common.add_choice(
-        choices, "--prefer", PREFERENCES, about="the best choice: most spent, width, or params (spent)",
-        kind="preference",
-    )  # fmt: skip
-    parser.add_argument("--shape", type=common.integers, metavar="OUT,IN", help="of the layer")
+    add(choices, "--width V", "of the model (all); one: plan the rank", kind=_values)
+    add(choices, "--rank V", "of structures that have one (their own)", kind=_values)
+    add(choices, "--cores V", "number of factors (2; of a layer all)", kind=_values)
+    add(choices, "--blocks V", "number of blocks (4; of a layer all)", kind=_values)
+    add(choices, "--depth V", "blocks of the model (the model's own)", kind=_values)
+    add(choices, "--multiple-of N", "search only widths that are multiples of N (1)", kind=int)
+    add(choices, "--even-widths", "search only widths that split into equal factors")
+    about = "the best choice: most spent, width, or params (spent)"
+    add(choices, "--prefer NAME", about, among=PREFERENCES, what="preference")
+    add(parser, "--shape OUT,IN", "of the layer", kind=common.integers)
     model = parser.add_argument_group("the model")
-    common.add_choice(model, "--layers", common.LAYERS)
-    model.add_argument("--rms-cap", action="store_true", default=None, help="RMS-capped factors, with learned gains")
-    model.add_argument("--batch-size", type=int, metavar="N", help="samples in a step, for bytes and seconds (1)")
-    model.add_argument("--samples", type=int, metavar="N", help="samples of a run, for its FLOPs and seconds")
-    common.add_choice(model, "--device", common.DEVICES, about="for seconds")
+    add(model, "--layers NAME", among=common.LAYERS)
+    add(model, "--rms-cap", "RMS-capped factors, with learned gains")
+    add(model, "--batch-size N", "samples in a step, for bytes and seconds (1)", kind=int)
+    add(model, "--samples N", "samples of a run, for its FLOPs and seconds", kind=int)
+    add(model, "--device NAME", "for seconds", among=common.DEVICES)
     common.size_options(model, [name for name in common.SIZES if name != "depth"])
-    common.add_choice(parser, "--dtype", common.DTYPES, "float32")
-    common.add_choice(
-        parser, "--activation-dtype", common.DTYPES, about="of activations (--dtype; model)", kind="dtype"
-    )
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    add(parser, "--dtype NAME", default="float32", among=common.DTYPES)
+    add(parser, "--activation-dtype NAME", "of activations (--dtype; model)", among=common.DTYPES, what="dtype")
+    add(parser, "--json", "print JSON instead of a table")
 
 
 def _name(text: str) -> str:
-    return text if ":" in text else common.choice("name", NAMES)(text)
+    return text if ":" in text else common.one_of("name", NAMES, text)
 
 
 def _budgets(text: str) -> list[float]:
@@ -119,8 +108,8 @@ def _values(text: str) -> int | list[int]:
     return found[0] if len(found) == 1 else found
 
 
-def run(arguments: argparse.Namespace) -> int:
-    budgets = common.given(arguments, BUDGETS)
+def run(arguments: argparse.Namespace) -> None:
+    budgets = given(arguments, BUDGETS)
     if arguments.error is not None and (arguments.laws is None or budgets):
         raise ValueError(
             "--error needs --laws" if arguments.laws is None else "--error needs no budget: the law gives it"
@@ -130,23 +119,34 @@ def run(arguments: argparse.Namespace) -> int:
         raise ValueError(f"a budget is needed: {asked}, or --laws with --error")
     if len(budgets) > 1 and any(len(values) > 1 for values in budgets.values()):
         raise ValueError("give several budgets of one kind, or one budget of each of several kinds")
-    return (_layer if arguments.name == "layer" else _model)(arguments, budgets)
+    if arguments.name == "layer":
+        _layer(arguments, budgets)
+        return
+    if arguments.shape is not None:
+        raise ValueError(f"--shape is an option of a layer, and NAME is {arguments.name}")
+    if "macs" in budgets:
+        raise ValueError("the compute of a model is --forward-macs or --training-flops, --macs is of a layer")
+    settings = given(arguments, (*OF_MODELS, *CHOICES, "dtype"))
+    if arguments.laws is not None:
+        _by_law(arguments, budgets, settings)
+    elif any(len(values) > 1 for values in budgets.values()):
+        _table(arguments, *next(iter(budgets.items())), settings)
+    else:
+        _model(arguments, {name: value for name, (value,) in budgets.items()}, settings)
 
 
-def _layer(arguments: argparse.Namespace, budgets: dict[str, list[float]]) -> int:
+def _layer(arguments: argparse.Namespace, budgets: dict[str, list[float]]) -> None:
     from structlin.planning import RESOURCES, plan_layer, plan_layers
     from structlin_nn.planning import parse_structure
 
-    if wrong := [*common.given(arguments, (*OF_MODELS, "depth", "laws", "error"))]:
+    if wrong := [*given(arguments, (*OF_MODELS, "depth", "laws", "error"))]:
         raise ValueError(f"--{wrong[0].replace('_', '-')} is an option of models, not of a layer")
     if not isinstance(arguments.shape, tuple) or len(arguments.shape) != 2 or min(arguments.shape) < 1:
         raise ValueError(f"a layer needs --shape OUT,IN, two positive integers, got {arguments.shape}")
     ((resource, amounts), *others) = budgets.items()
     if others or len(amounts) > 1 or resource not in RESOURCES:
         raise ValueError("the budget of a layer is one number of --macs, --params or --bytes")
-    choices = {
-        name: value if isinstance(value, list) else [value] for name, value in common.given(arguments, CHOICES).items()
-    }
+    choices = {k: value if isinstance(value, list) else [value] for k, value in given(arguments, CHOICES).items()}
     if choices and arguments.structure is None:
         raise ValueError(f"--{next(iter(choices))} of a layer needs --structure")
     settings: dict[str, Any] = {"resource": resource, "dtype": arguments.dtype}
@@ -160,128 +160,99 @@ def _layer(arguments: argparse.Namespace, budgets: dict[str, list[float]]) -> in
         ]
     plans.sort(key=lambda plan: -plan.share)
     if arguments.json:
-        common.print_json({
-            "shape": arguments.shape, "resource": resource, "budget": amounts[0], "left_out": left_out,
-            "plans": [asdict(p) for p in plans],
-        })  # fmt: skip
-        return 0
+        record = {"shape": arguments.shape, "resource": resource, "budget": amounts[0], "left_out": left_out}
+        print_json({**record, "plans": [asdict(p) for p in plans]})
+        return
     rows = [
         (p.structure, _shown(p.options), f"{p.macs:,}", f"{p.params:,}", f"{p.bytes:,}", f"{100 * p.share:.1f} %")
         for p in plans
     ]
-    common.print_table(("structure", "options", "MACs", "parameters", "bytes", "of budget"), rows, left=2)
+    print_table(("structure", "options", "MACs", "parameters", "bytes", "of budget"), rows, left=2)
     for text in left_out.values():
         print(text)
-    return 0
 
 
-def _model(arguments: argparse.Namespace, budgets: dict[str, list[float]]) -> int:
-    from structlin_nn.law_planning import plan_for_error
-    from structlin_nn.planning import best_plan, parse_structure, plan_models, plans_record
+def _model(arguments: argparse.Namespace, budgets: dict[str, float], settings: dict[str, Any]) -> None:
+    from structlin_nn.planning import best_plan, parse_structure, plan_models
 
-    if arguments.shape is not None:
-        raise ValueError(f"--shape is an option of a layer, and NAME is {arguments.name}")
-    if "macs" in budgets:
-        raise ValueError("the compute of a model is --forward-macs or --training-flops, --macs is of a layer")
-    settings = common.given(arguments, (*OF_MODELS, *CHOICES, "dtype"))
-    if arguments.laws is not None:
-        if arguments.structure is not None:
-            raise ValueError("with --laws the structures are those of the laws")
-        laws = json.loads(Path(arguments.laws).read_text(encoding="utf-8"))
-        if arguments.error is None:
-            return _by_law(arguments, budgets, laws, settings)
-        rows = plan_for_error(arguments.name, laws, arguments.error, **settings)
-        if arguments.json:
-            common.print_json([row | {"plan": row["plan"] and plans_record([row["plan"]])[0]} for row in rows])
-            return 0
-        print(f"the cheapest first, for {laws['y']} {arguments.error:g}\n")
-        columns = ("group", laws["x"], "width", "parameters", "MACs/sample", "")
-        common.print_table(columns, [_for_error(row) for row in rows])
-        return 0
     chosen = [parse_structure(text) for text in arguments.structure or STRUCTURES]
-    if len(budgets) == 1 and len(next(iter(budgets.values()))) > 1:
-        return _table(arguments, *next(iter(budgets.items())), chosen, settings)
-    single = {name: value for name, (value,) in budgets.items()}
-    plans, left_out = plan_models(arguments.name, single, chosen, **settings)
+    plans, left_out = plan_models(arguments.name, budgets, chosen, **settings)
     if not plans:
         raise ValueError(_reason(left_out.values()))
     best = best_plan(plans, arguments.prefer or "spent")
     if arguments.json:
-        common.print_json({
-            "model": arguments.name, "budgets": single, "plans": plans_record(plans), "left_out": left_out,
-            "best": plans.index(best),
-        })  # fmt: skip
-        return 0
-    head = [
-        "structure", "options", "width", *(["depth"] if arguments.depth is not None else []), "MACs/sample",
-        "parameters", "bytes/step", *(["training FLOPs"] if arguments.samples else []),
-        *(["step at least"] if arguments.device else []), "of budget", "next",
-    ]  # fmt: skip
-    common.print_table(head, [_cells(plan, arguments) for plan in plans], left=2)
+        record = {"model": arguments.name, "budgets": budgets, "plans": [asdict(plan) for plan in plans]}
+        print_json({**record, "left_out": left_out, "best": plans.index(best)})
+        return
+    columns: dict[str, Callable[[Any], str] | None] = {
+        "structure": lambda p: p.structure,
+        "options": lambda p: _shown(_usual(p.structure, p.options)),
+        "width": lambda p: str(p.width),
+        "depth": (lambda p: str(p.depth)) if arguments.depth is not None else None,
+        "MACs/sample": lambda p: f"{p.forward_macs:,.0f}",
+        "parameters": lambda p: f"{p.params:,}",
+        "bytes/step": lambda p: f"{p.bytes:,}",
+        "training FLOPs": (lambda p: f"{p.training_flops:.4g}") if arguments.samples else None,
+        "step at least": (lambda p: f"{1e3 * p.step_seconds:.4g} ms") if arguments.device else None,
+        "of budget": lambda p: f"{100 * p.share:.1f} %",
+        "next": lambda p: f"{p.planned} {p.next}" if p.next else "-",
+    }
+    shown = {name: cell for name, cell in columns.items() if cell is not None}
+    print_table(list(shown), [[cell(plan) for cell in shown.values()] for plan in plans], left=2)
     if arguments.prefer is not None:
         print(f"best by {arguments.prefer}: {best.structure} of width {best.width}")
     for text in left_out.values():
         print(text)
-    return 0
 
 
-def _cells(p: Any, arguments: argparse.Namespace) -> list[str]:
-    return [
-        p.structure, _shown(_usual(p.structure, p.options)), str(p.width),
-        *([str(p.depth)] if arguments.depth is not None else []), f"{p.forward_macs:,.0f}", f"{p.params:,}",
-        f"{p.bytes:,}", *([f"{p.training_flops:.4g}"] if arguments.samples else []),
-        *([f"{1e3 * p.step_seconds:.4g} ms"] if arguments.device else []), f"{100 * p.share:.1f} %",
-        f"{p.planned} {p.next}" if p.next else "-",
-    ]  # fmt: skip
+def _by_law(arguments: argparse.Namespace, budgets: dict[str, list[float]], settings: dict[str, Any]) -> None:
+    """Print the cheapest model for an error, or the one of the lowest loss within one budget of a run."""
+    from structlin_nn.law_planning import plan_by_law, plan_for_error
 
-
-def _by_law(
-    arguments: argparse.Namespace, budgets: dict[str, list[float]], laws: Any, settings: dict[str, Any]
-) -> int:  # fmt: skip
-    """Print the structure, width and number of samples of the lowest loss within one budget."""
-    from structlin_nn.law_planning import plan_by_law
-    from structlin_nn.planning import plans_record
-
-    ((resource, amounts), *others) = budgets.items()
-    if others or len(amounts) > 1:
-        raise ValueError("with --laws and without --error, one budget is needed: --run-seconds or --training-flops")
-    if chosen := {"width", "prefer", "samples", "even_widths", *CHOICES} & settings.keys():
-        option = min(chosen).replace("_", "-")
-        raise ValueError(f"--{option} is not used with --laws in two sizes, which give width and samples")
-    rows = plan_by_law(arguments.name, laws, amounts[0], resource=resource, **settings)
+    if arguments.structure is not None:
+        raise ValueError("with --laws the structures are those of the laws")
+    laws = json.loads(Path(arguments.laws).read_text(encoding="utf-8"))
+    if arguments.error is not None:
+        rows = plan_for_error(arguments.name, laws, arguments.error, **settings)
+        about = f"the cheapest first, for {laws['y']} {arguments.error:g}"
+        number, more = ("compute", laws.get("x", "")), []
+    else:
+        ((resource, amounts), *others) = budgets.items()
+        if others or len(amounts) > 1:
+            raise ValueError("with --laws and without --error, one budget is needed: --run-seconds or --training-flops")
+        if chosen := {"width", "prefer", "samples", "even_widths", *CHOICES} & settings.keys():
+            option = min(chosen).replace("_", "-")
+            raise ValueError(f"--{option} is not used with --laws in two sizes, which give width and samples")
+        rows = plan_by_law(arguments.name, laws, amounts[0], resource=resource, **settings)
+        about = f"lowest {laws['y']} first, within {amounts[0]:g} {resource.replace('_', ' ')}"
+        number, more = ("loss", laws["y"]), ["samples"]
     if arguments.json:
-        common.print_json([row | {"plan": row["plan"] and plans_record([row["plan"]])[0]} for row in rows])
-        return 0
-    print(f"lowest {laws['y']} first, within {amounts[0]:g} {resource.replace('_', ' ')}\n")
+        print_json([row | {"plan": row["plan"] and asdict(row["plan"])} for row in rows])
+        return
+    print(f"{about}\n")
     cells = []
     for row in rows:
         if (plan := row["plan"]) is None:
-            cells.append((row["group"], "-", "-", "-", "-", "-", row["reason"]))
+            cells.append((row["group"], *["-"] * (4 + len(more)), row.get("reason", "never reached")))
             continue
-        cells.append((
-            row["group"], f"{row['loss']:.4g}", str(plan.width), f"{plan.params:,}", f"{plan.forward_macs:,.0f}",
-            f"{row['samples']:,}", "outside the fitted points" if row["extrapolated"] else "",
-        ))  # fmt: skip
-    common.print_table(("group", laws["y"], "width", "parameters", "MACs/sample", "samples", ""), cells)
-    return 0
+        sizes = (str(plan.width), f"{plan.params:,}", f"{plan.forward_macs:,.0f}", *(f"{row[k]:,}" for k in more))
+        note = "outside the fitted points" if row["extrapolated"] else ""
+        cells.append((row["group"], f"{row[number[0]]:.4g}", *sizes, note))
+    print_table(("group", number[1], "width", "parameters", "MACs/sample", *more, ""), cells)
 
 
-def _table(
-    arguments: argparse.Namespace, resource: str, budgets: list[float], chosen: list[tuple[str, dict[str, Any]]],
-    settings: dict[str, Any],
-) -> int:  # fmt: skip
+def _table(arguments: argparse.Namespace, resource: str, budgets: list[float], settings: dict[str, Any]) -> None:
     """Print the width of each structure for each budget, and its parameters."""
-    from structlin_nn.planning import iso_table, plans_record
+    from structlin_nn.planning import iso_table, parse_structure
 
+    chosen = [parse_structure(text) for text in arguments.structure or STRUCTURES]
     rows = iso_table(arguments.name, budgets, chosen, resource=resource, **settings)
+    reasons = dict.fromkeys(text for row in rows for text in row["left_out"].values())
     if not any(row["plans"] for row in rows):
-        raise ValueError(_reason(text for row in rows for text in row["left_out"].values()))
+        raise ValueError(_reason(reasons))
     if arguments.json:
-        common.print_json([
-            row | {"plans": {name: plans_record([plan])[0] for name, plan in row["plans"].items()}} for row in rows
-        ])  # fmt: skip
-        return 0
-    labels = list(dict.fromkeys(name for row in rows for name in (*row["plans"], *row["left_out"])))
+        print_json([row | {"plans": {name: asdict(plan) for name, plan in row["plans"].items()}} for row in rows])
+        return
 
     def cell(plan: Any) -> str:
         if plan is None:
@@ -290,29 +261,17 @@ def _table(
         return f"{plan.width}{deep} ({plan.params:.3g})"
 
     print(f"widest model within {resource.replace('_', ' ')}, and its parameters\n")
-    common.print_table(
-        ("structure", *(f"{row['budget']:g}" for row in rows)),
-        [(label, *(cell(row["plans"].get(label)) for row in rows)) for label in labels],
-    )
-    for text in dict.fromkeys(text for row in rows for text in row["left_out"].values()):
+    labels = dict.fromkeys(name for row in rows for name in (*row["plans"], *row["left_out"]))
+    cells = [(label, *(cell(row["plans"].get(label)) for row in rows)) for label in labels]
+    print_table(("structure", *(f"{row['budget']:g}" for row in rows)), cells)
+    for text in reasons:
         print(text)
-    return 0
 
 
 def _reason(reasons: Iterable[str]) -> str:
     """Return why there is no plan, in one line."""
     first, *others = dict.fromkeys(reasons)
     return f"{first}; none of the other structures fits" if others else first
-
-
-def _for_error(row: dict[str, Any]) -> tuple[str, ...]:
-    plan = row["plan"]
-    if plan is None:
-        return row["group"], "-", "-", "-", "-", "never reached"
-    note = "outside the fitted points" if row["extrapolated"] else ""
-    return (
-        row["group"], f"{row['compute']:.4g}", str(plan.width), f"{plan.params:,}", f"{plan.forward_macs:,.0f}", note,
-    )  # fmt: skip
 
 
 def _usual(structure: str, options: dict[str, Any]) -> dict[str, Any]:

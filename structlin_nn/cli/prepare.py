@@ -1,17 +1,17 @@
-"""``structlin prepare``: write token files for training. Each kind calls one function of `structlin_nn.data`."""
+"""``structlin prepare``: write token files for training, by one of two functions of `structlin_nn.data.prepare`."""
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-from structlin_nn.cli.common import Parser, add_choice, given, positive, print_json
+from structlin_nn.cli.common import add, given, positive, print_json
 
 HELP = "write text files or OpenWebText as token files"
+KINDS = ("text", "openwebtext")
 TOKENS = ("tokenizer", "vocabulary", "val_fraction", "name", "workers")
+OF_DATASETS = ("dataset", "split", "column", "seed")
 EXAMPLES = """\
 examples:
   structlin prepare text --out data/pydoc
@@ -21,86 +21,71 @@ examples:
   structlin prepare openwebtext --out data/openwebtext
       from the Hugging Face hub (about 9 billion tokens, 18 GB of files); --dataset for others
 
-structlin prepare KIND --help lists the options of a kind. The same command resumes an interrupted preparation.
+The same command resumes an interrupted preparation.
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    kinds = parser.add_subparsers(dest="kind", metavar="KIND", required=True, parser_class=Parser)
-
-    def kind(name: str, work: Callable[[argparse.Namespace], int], about: str) -> Any:
-        made = kinds.add_parser(name, help=about, description=about)
-        made.set_defaults(work=work)
-        made.add_argument("--out", metavar="DIR", type=_folder, required=True, help="folder to write")
-        made.add_argument("--json", action="store_true", help="print the result as JSON")
-        return made
-
-    def tokens(made: Any, names: tuple[str, ...], fraction: float) -> None:
-        add_choice(made, "--tokenizer", names, names[0])
-        made.add_argument(
-            "--vocabulary", metavar="DIR", help="folder of encoder.json, vocab.bpe or vocab.json, merges.txt"
-        )
-        made.add_argument(
-            "--val-fraction", type=float, default=fraction, metavar="F", help=f"share for validation ({fraction})"
-        )
-        made.add_argument("--name", metavar="NAME", help="name of the corpus in records")
-        made.add_argument("--workers", type=positive, metavar="N", help="number of workers (one for each core)")
-
-    text = kind("text", _text, "write text files, each a document, as tokens")
-    text.add_argument("sources", metavar="FILE", nargs="*", help="UTF-8 text (without files: Python's documentation)")
-    text.add_argument("--pydoc", action="store_true", help="Python's documentation, the default without files")
-    tokens(text, ("auto", "gpt2", "bytes"), 0.1)
-    owt = kind("openwebtext", _openwebtext, "write OpenWebText, or another data set of Hugging Face, as tokens")
-    owt.add_argument("--dataset", metavar="NAME", help="name on the Hugging Face hub, or a folder")
-    owt.add_argument("--split", metavar="NAME", default="train", help="split of the data set (train)")
-    owt.add_argument("--column", metavar="NAME", default="text", help="column of the text (text)")
-    owt.add_argument("--seed", type=int, default=2357, metavar="N", help="seed of the validation split (2357)")
-    tokens(owt, ("gpt2", "bytes"), 0.0005)
-
-
-def run(arguments: argparse.Namespace) -> int:
-    return arguments.work(arguments)
-
-
-def _text(arguments: argparse.Namespace) -> int:
-    from structlin_nn.data.prepare import prepare_text
-    from structlin_nn.data.tokenizers import load_tokenizer
-
-    if arguments.pydoc and arguments.sources:
-        raise ValueError(f"--pydoc takes no files, got {arguments.sources[0]!r}")
-    if not (arguments.sources or arguments.pydoc):
-        print("no file is given: using Python's documentation", file=sys.stderr)
-    options = given(arguments, TOKENS)
-    if options["tokenizer"] == "auto":
-        options["tokenizer"] = "gpt2"
-        try:
-            load_tokenizer("gpt2", arguments.vocabulary)
-        except (ImportError, FileNotFoundError) as error:
-            if arguments.vocabulary is not None:
-                raise
-            print(f"using bytes as tokens (--tokenizer bytes): {' '.join(str(error).split())}", file=sys.stderr)
-            options["tokenizer"] = "bytes"
-    return _tell(arguments, prepare_text(arguments.sources or None, arguments.out, **options))
-
-
-def _openwebtext(arguments: argparse.Namespace) -> int:
-    from structlin_nn.data.prepare import prepare_openwebtext
-
-    options = given(arguments, ("dataset", "split", "column", "seed", *TOKENS))
-    return _tell(arguments, prepare_openwebtext(arguments.out, **options))
-
-
-def _tell(arguments: argparse.Namespace, data: Any) -> int:
-    if arguments.json:
-        told = {name: getattr(data, name) for name in ("name", "tokenizer", "vocab_size")}
-        sizes = {f"{split}_tokens": len(getattr(data, split)) for split in ("train", "val")}
-        print_json({**told, **sizes, "folder": str(data.folder), "sha256": data.digest})
-    else:
-        print(f"{data!r}, {data.tokenizer} tokens, in {data.folder}")
-    return 0
+    about = "write text files, each a document, or a data set of Hugging Face, as tokens"
+    add(parser, "KIND", about, among=KINDS, what="name")
+    add(parser, "FILE", "text: UTF-8 text (without files: Python's documentation)", nargs="*")
+    add(parser, "--out DIR", "folder to write", kind=_folder, required=True)
+    add(parser, "--pydoc", "text: Python's documentation, the default without files")
+    data = parser.add_argument_group("openwebtext")
+    add(data, "--dataset NAME", "name on the Hugging Face hub, or a folder (OpenWebText)")
+    add(data, "--split NAME", "split of the data set (train)")
+    add(data, "--column NAME", "column of the text (text)")
+    add(data, "--seed N", "seed of the validation split (2357)", kind=int)
+    tokens = parser.add_argument_group("tokens")
+    about = "gpt2; auto: bytes where its vocabulary is missing, the default for text"
+    add(tokens, "--tokenizer NAME", about, among=("auto", "gpt2", "bytes"))
+    add(tokens, "--vocabulary DIR", "folder of encoder.json, vocab.bpe or vocab.json, merges.txt")
+    add(tokens, "--val-fraction F", "share for validation (text: 0.1, openwebtext: 0.0005)", kind=float)
+    add(tokens, "--name NAME", "name of the corpus in records")
+    add(tokens, "--workers N", "number of workers (one for each core)", kind=positive)
+    add(parser, "--json", "print the result as JSON")
 
 
 def _folder(text: str) -> Path:
     if Path(text).exists() and not Path(text).is_dir():
         raise argparse.ArgumentTypeError(f"must be a folder, and {text} is a file")
     return Path(text)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    from structlin_nn.data.prepare import prepare_openwebtext, prepare_text
+
+    options = given(arguments, TOKENS)
+    if arguments.kind == "openwebtext":
+        if arguments.file or arguments.pydoc:
+            raise ValueError(f"unrecognized arguments: {' '.join(arguments.file) or '--pydoc'}")
+        data = prepare_openwebtext(arguments.out, **options, **given(arguments, OF_DATASETS))
+    else:
+        if wrong := [*given(arguments, OF_DATASETS)]:
+            raise ValueError(f"--{wrong[0]} is an option of openwebtext")
+        if arguments.pydoc and arguments.file:
+            raise ValueError(f"--pydoc takes no files, got {arguments.file[0]!r}")
+        if not (arguments.file or arguments.pydoc):
+            print("no file is given: using Python's documentation", file=sys.stderr)
+        if arguments.tokenizer in (None, "auto"):
+            options["tokenizer"] = _gpt2_or_bytes(arguments.vocabulary)
+        data = prepare_text(arguments.file or None, arguments.out, **options)
+    if arguments.json:
+        told = {name: getattr(data, name) for name in ("name", "tokenizer", "vocab_size")}
+        sizes = {f"{split}_tokens": len(getattr(data, split)) for split in ("train", "val")}
+        print_json({**told, **sizes, "folder": str(data.folder), "sha256": data.digest})
+    else:
+        print(f"{data!r}, {data.tokenizer} tokens, in {data.folder}")
+
+
+def _gpt2_or_bytes(vocabulary: str | None) -> str:
+    from structlin_nn.data.tokenizers import load_tokenizer
+
+    try:
+        load_tokenizer("gpt2", vocabulary)
+    except (ImportError, FileNotFoundError) as error:
+        if vocabulary is not None:
+            raise
+        print(f"using bytes as tokens (--tokenizer bytes): {' '.join(str(error).split())}", file=sys.stderr)
+        return "bytes"
+    return "gpt2"

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import sys
 import warnings
 
 from structlin_nn.cli import common
+from structlin_nn.cli.common import add
 
 HELP = "preview which layers of a model a structure replaces, and what they cost"
 DEARER = ("warn", "error", "skip", "allow")
@@ -22,25 +24,27 @@ replaced, and for each weight matrix that would stay dense, with the reason.
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help=common.FORMS)
-    parser.add_argument("--structure", required=True, metavar="NAME", help="one of `structlin structures`")
+    add(parser, "MODEL", common.FORMS)
+    add(parser, "--structure NAME", "one of `structlin structures`", required=True)
     common.layer_patterns(parser, "all_but_last")
-    parser.add_argument("--min-features", type=int, default=0, metavar="N", help="leave smaller layers dense")
-    parser.add_argument("--convolutions", action="store_true", help="replace convolutions of kernel size 1 too")
-    common.add_choice(parser, "--dearer", DEARER, "warn", "for layers that would cost more than dense", kind="choice")
+    add(parser, "--min-features N", "leave smaller layers dense", 0)
+    add(parser, "--convolutions", "replace convolutions of kernel size 1 too")
+    add(parser, "--dearer NAME", "for layers that would cost more than dense", "warn", among=DEARER, what="choice")
     common.add_model_option(parser)
     common.structure_options(parser)
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    add(parser, "--json", "print JSON instead of a table")
 
 
-def run(arguments: argparse.Namespace) -> int:
+def run(arguments: argparse.Namespace) -> None:
     from structlin_nn.models.named import open_named
     from structlin_nn.torch import replace_linear
 
     model = open_named(arguments.model, **dict(arguments.model_option))
     with warnings.catch_warnings():
         warnings.simplefilter("always")
-        warnings.showwarning = common.show_warning
+        warnings.showwarning = lambda message, *_, **__: print(
+            f"warning: {' '.join(str(message).split())}", file=sys.stderr
+        )
         report = replace_linear(
             model, arguments.structure, layers=common.layers_of(arguments.layers or ["all_but_last"]),
             exclude=arguments.exclude, shared_weights="skip", min_features=arguments.min_features,
@@ -50,4 +54,3 @@ def run(arguments: argparse.Namespace) -> int:
         common.print_json(report.to_dict())
     else:
         print(report)
-    return 0

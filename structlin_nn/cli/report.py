@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from structlin_nn.cli.fit import conditions_of
+from structlin_nn.cli.common import add, check_confidence
+from structlin_nn.cli.fit import add_floor, add_selection, conditions_of
 
 HELP = "write one HTML page about runs: curves, laws, multipliers, compute and time, planned and spent"
 EXAMPLES = """\
@@ -19,37 +20,29 @@ Runs that have not ended are on it, and not in the laws. `structlin fit` explain
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("records", metavar="RECORDS", nargs="+", help="run records, or folders of them")
-    parser.add_argument("--out", default="report.html", metavar="FILE", help="what to write (report.html)")
-    parser.add_argument("--title", default="Training runs", metavar="TEXT", help="of the page")
-    parser.add_argument("--y", metavar="COLUMN", help="the result (that of the task: test_error, val_error, val_loss)")
-    parser.add_argument("--x", default="training_macs", metavar="COLUMN", help="compute of the laws (training_macs)")
-    parser.add_argument("--group", default="structure", metavar="COLUMNS", help="one law each, with commas (structure)")
-    parser.add_argument(
-        "--where", action="append", default=[], metavar="COLUMN=VALUE", help="only rows with this value, repeatable"
-    )
-    parser.add_argument(
-        "--floor", nargs="?", const=True, default=False, type=float, metavar="E",
-        help="an irreducible error: fitted, or E if it is known",
-    )  # fmt: skip
-    parser.add_argument("--reference", metavar="GROUP", help="group to compare with (dense, if there is one)")
-    parser.add_argument("--at", type=float, metavar="E", help="error at which to compare (the lowest that both reach)")
-    parser.add_argument("--samples", type=int, default=500, metavar="N", help="draws of the bootstrap (500)")
-    parser.add_argument("--confidence", type=float, default=0.95, metavar="P", help="of the intervals (0.95)")
+    add(parser, "RECORDS", "run records, or folders of them", nargs="+")
+    add(parser, "--out FILE", "what to write", "report.html")
+    add(parser, "--title TEXT", "of the page", "Training runs")
+    add(parser, "--y COLUMN", "the result (that of the task: test_error, val_error, val_loss)")
+    add(parser, "--x COLUMN", "compute of the laws", "training_macs")
+    add_selection(parser)
+    add_floor(parser)
+    add(parser, "--reference GROUP", "group to compare with (dense, if there is one)")
+    add(parser, "--at E", "error at which to compare (the lowest that both reach)", kind=float)
+    add(parser, "--samples N", "draws of the bootstrap", 500)
+    add(parser, "--confidence P", "of the intervals", 0.95)
 
 
-def run(arguments: argparse.Namespace) -> int:
+def run(arguments: argparse.Namespace) -> None:
     from structlin_nn.report import write_report
 
     out = Path(arguments.out)
     if out.suffix.lower() not in (".html", ".htm"):
         raise ValueError(f"a report is written as .html, got {out.name!r}")
-    if not 0 < arguments.confidence < 1:
-        raise ValueError(f"--confidence must be between 0 and 1, got {arguments.confidence:g}")
+    check_confidence(arguments.confidence)
     write_report(
         out, arguments.records, y=arguments.y, x=arguments.x, where=conditions_of(arguments),
         group=[name for name in arguments.group.split(",") if name], reference=arguments.reference, error=arguments.at,
         floor=arguments.floor, samples=arguments.samples, confidence=arguments.confidence, title=arguments.title,
     )  # fmt: skip
     print(out)
-    return 0

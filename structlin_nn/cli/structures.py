@@ -7,7 +7,7 @@ import inspect
 import textwrap
 from typing import Any
 
-from structlin_nn.cli.common import print_json
+from structlin_nn.cli.common import add, print_json
 
 HELP = "list the structures with formula, parameters, options and source"
 EXAMPLES = """\
@@ -18,7 +18,7 @@ examples:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a list")
+    add(parser, "--json", "print JSON instead of a list")
 
 
 def describe(name: str) -> dict[str, Any]:
@@ -33,13 +33,13 @@ def describe(name: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def run(arguments: argparse.Namespace) -> int:
+def run(arguments: argparse.Namespace) -> None:
     import structlin
 
     structures = [describe(name) for name in structlin.structure_names()]
     if arguments.json:
         print_json(structures)
-        return 0
+        return
     print("A formula is a chain of steps 'vector,factor->vector'; vectors are rows of shape (d_in,) and (d_out,).")
     for structure in structures:
         print(f"\n{structure['name']}")
@@ -47,4 +47,3 @@ def run(arguments: argparse.Namespace) -> int:
         for key, text in (structure | {"options": options}).items():
             if key not in ("name", "summary") and text != "-":
                 print(textwrap.fill(text, 110, initial_indent=f"  {key:<11}", subsequent_indent=" " * 13))
-    return 0

@@ -11,7 +11,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from structlin_nn.cli.common import fail, positive, print_json, print_table
+from structlin_nn.cli.common import add, fail, positive, print_json, print_table
 
 HELP = "train the runs of a sweep, on this machine or on a cluster; the paper's sweeps have names"
 EXAMPLES = """\
@@ -22,8 +22,6 @@ examples:
       print what the runs would cost
   structlin sweep delta-h --data path/to/cifar-10-batches-bin --only '*-w64*' --workers 2
       train those of width 64; finished runs are skipped, and interrupted runs are resumed
-  structlin sweep cifar-mlp --data DIR --set epochs=20 --set eval_every=20
-      train all runs for fewer epochs
   structlin sweep gpt2 --data DIR --set device=cuda --print-commands --launcher srun
       print a command for each run
   structlin sweep imagenet --data DIR --set device=cuda --submit slurm --workers 4 \\
@@ -35,29 +33,24 @@ examples:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("name", metavar="NAME", nargs="?", help="a sweep of --list, or a Python file")
-    parser.add_argument("--list", action="store_true", help="print the sweeps and exit")
-    parser.add_argument("--data", metavar="DIR", help="folder of the data, as for structlin train")
-    parser.add_argument("--unverified", action="store_true", help="do not verify the checksums of CIFAR")
-    parser.add_argument("--out", metavar="DIR", help="parent folder of the runs (runs/NAME)")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="change a configuration field of all runs"
-    )
-    parser.add_argument("--only", action="append", default=[], metavar="GLOB", help="names of runs, repeatable")
-    parser.add_argument("--workers", type=positive, metavar="N", help="parallel runs (one for each core, at most 8)")
-    parser.add_argument("--retry", action="store_true", help="resume failed runs from their last checkpoint")
-    parser.add_argument("--dry-run", action="store_true", help="print the table and exit")
-    parser.add_argument("--print-commands", action="store_true", help="print a command for each unfinished run")
-    parser.add_argument("--submit", metavar="NAME", help=(
-        "submit the runs by submitit to slurm, or local for a trial on this machine (the extra 'cluster')"
-    ))  # fmt: skip
-    parser.add_argument(
-        "--submit-set", action="append", default=[], metavar="KEY=VALUE",
-        help="a parameter of submitit, such as timeout_min=600 or slurm_partition=gpu, repeatable",
-    )  # fmt: skip
-    parser.add_argument("--launcher", default="", metavar="WORDS", help="words before each command: 'torchrun ...'")
-    parser.add_argument("--json", action="store_true", help="print the table as JSON")
-    parser.add_argument("--quiet", action="store_true", help="print neither table nor progress bar")
+    add(parser, "NAME", "a sweep of --list, or a Python file", nargs="?")
+    add(parser, "--list", "print the sweeps and exit")
+    add(parser, "--data DIR", "folder of the data, as for structlin train")
+    add(parser, "--unverified", "do not verify the checksums of CIFAR")
+    add(parser, "--out DIR", "parent folder of the runs (runs/NAME)")
+    add(parser, "--set KEY=VALUE", "change a configuration field of all runs", [])
+    add(parser, "--only GLOB", "names of runs, repeatable", [])
+    add(parser, "--workers N", "parallel runs (one for each core, at most 8)", kind=positive)
+    add(parser, "--retry", "resume failed runs from their last checkpoint")
+    add(parser, "--dry-run", "print the table and exit")
+    add(parser, "--print-commands", "print a command for each unfinished run")
+    about = "submit the runs by submitit to slurm, or local for a trial on this machine (the extra 'cluster')"
+    add(parser, "--submit NAME", about)
+    about = "a parameter of submitit, such as timeout_min=600 or slurm_partition=gpu, repeatable"
+    add(parser, "--submit-set KEY=VALUE", about, [])
+    add(parser, "--launcher WORDS", "words before each command: 'torchrun ...'", "")
+    add(parser, "--json", "print the table as JSON")
+    add(parser, "--quiet", "print neither table nor progress bar")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -94,7 +87,13 @@ def run(arguments: argparse.Namespace) -> int:
             for name, entry in planned.items()
         ])  # fmt: skip
     elif not arguments.quiet:
-        _print_plan(planned, left)
+        form = "{params:,}|{forward_macs:,}|{steps:,}|{total_training_macs:.3g}"
+        rows = [(name, entry.state, *form.format(**entry.counts).split("|")) for name, entry in planned.items()]
+        print_table(("run", "state", "parameters", "MACs forward", "steps", "training MACs"), rows, left=2)
+        macs = {name: entry.counts["total_training_macs"] for name, entry in planned.items()}
+        every, rest = sum(macs.values()), sum(macs[name] for name in left)
+        print(f"\n{len(planned)} runs, {every:.3g} training MACs; left: {len(left)} runs, {rest:.3g} training MACs")
+        sys.stdout.flush()
     if arguments.dry_run or not left:
         return 0
     if arguments.submit:
@@ -173,13 +172,3 @@ def _submit(arguments: argparse.Namespace, left: dict[str, Any], workers: int, l
 def _print_failed(failed: Mapping[str, str]) -> None:
     for name, message in failed.items():
         fail("sweep", f"{name}: {message}")
-
-
-def _print_plan(planned: Any, left: dict[str, Any]) -> None:
-    form = "{params:,}|{forward_macs:,}|{steps:,}|{total_training_macs:.3g}"
-    rows = [(name, entry.state, *form.format(**entry.counts).split("|")) for name, entry in planned.items()]
-    print_table(("run", "state", "parameters", "MACs forward", "steps", "training MACs"), rows, left=2)
-    every = sum(entry.counts["total_training_macs"] for entry in planned.values())
-    rest = sum(planned[name].counts["total_training_macs"] for name in left)
-    print(f"\n{len(planned)} runs, {every:.3g} training MACs; left: {len(left)} runs, {rest:.3g} training MACs")
-    sys.stdout.flush()

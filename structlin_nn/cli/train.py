@@ -20,7 +20,10 @@ NAMES: dict[str, tuple[str, str, str]] = {
     "flax-gpt2": ("flax_gpt2", "gpt2", "GPT-2 in flax"),
 }
 """For each name its recipe, the model whose configuration is the default, and a description."""
-
+SHOWN = (
+    "step", "epoch", "train_loss", "train_error", "test_loss", "test_error", "val_loss", "val_error", "val_perplexity",
+    "batch_loss", "seconds",
+)  # fmt: skip
 HELP = "train a model with dense or structured layers, by the paper's recipe unless options say otherwise"
 EXAMPLES = """\
 examples:
@@ -30,8 +33,6 @@ examples:
       train the MLP of the paper by its recipe, on the images that are part of the package
   structlin train cifar --data path/to/cifar-10-batches-bin --data-set cifar10 --structure monarch --options blocks=4
       train on CIFAR-10, from the folder of its files (binary or python version)
-  structlin train imagenet --data path/to/imagenet --structure block_tensor_train --options rank=2 --width 484 \\
-      --device cuda
   torchrun --nproc-per-node 8 --no-python structlin train gpt2 --data DIR --device cuda --parallel fsdp
       train on several GPUs
   structlin train cifar --structure monarch --width 256 --out runs/first --resume
@@ -40,8 +41,6 @@ examples:
       start from trained weights: a file of `structlin compress`, another run, or published GPT-2
   structlin train cifar --model my_models:make --width 64 --structure low_rank --options rank=8
       train your own model, or one of timm (timm:NAME) or transformers (hf:CONFIG)
-  structlin train cifar --epochs 3 --batch-size 256 --no-augment --mixup 0 --label-smoothing 0
-      train for a short time
 
 structlin train NAME --help lists the options of a recipe. Checkpoints and the record are written to --out. The record
 is a file of JSON lines, which structlin_nn.records describes.
@@ -53,8 +52,8 @@ def parse(name: str, arguments: Sequence[str]) -> tuple[Any, Any, Any]:
     import tyro
 
     from structlin_nn.recipes import MODELS, recipe_module
+    from structlin_nn.recipes._config import decided, fields_of, resumed_fields
     from structlin_nn.recipes._run import default_folder
-    from structlin_nn.recipes._starting import decided, fields_of, resumed_fields
 
     module_name, model, about = NAMES[name]
     module = recipe_module(module_name)
@@ -69,16 +68,13 @@ def parse(name: str, arguments: Sequence[str]) -> tuple[Any, Any, Any]:
         call, prog=f"structlin train {name}", args=list(arguments), config=(tyro.conf.OmitArgPrefixes,),
         description=f"Train {about}.\n\nThe defaults are the paper's recipe.",
     )  # fmt: skip
-    given = {word.partition("=")[0].replace("_", "-") for word in arguments}
+    given = {word.removeprefix("--").partition("=")[0].replace("-", "_") for word in arguments}
     # These defaults depend on the model, the structure and the device that were given.
-    usual = {"rms_cap": None, "compile": None} | ({"input_lr_mult": None} if hasattr(config, "input_lr_mult") else {})
-    kept = {word.removeprefix("--").replace("-", "_") for word in given}
-    config = config.replace(**{name: value for name, value in usual.items() if name not in kept})
-    if options.data is not None and "--data-set" not in given and module_name.endswith("cifar"):
+    depend = [name for name in ("rms_cap", "compile", "input_lr_mult") if hasattr(config, name) and name not in given]
+    config = config.replace(**dict.fromkeys(depend))
+    if options.data is not None and "data_set" not in given and module_name.endswith("cifar"):
         config = config.replace(data_set="cifar10")
-    found: dict[str, Any] = {}
-    if options.resume:
-        found = resumed_fields(options.out or default_folder(config))
+    found = resumed_fields(options.out or default_folder(config)) if options.resume else {}
     if options.init_from is not None and not found:
         found = fields_of(options.init_from, module.Config)
     if found:
@@ -99,7 +95,7 @@ def main(arguments: Sequence[str]) -> int:
     name, *rest = arguments
     if name not in NAMES:
         return _misuse(f"unknown name {name!r}{suggestion(name, NAMES)} (one of {', '.join(NAMES)})")
-    from structlin_nn.recipes._telling import Interruption
+    from structlin_nn.recipes._run import Interruption
 
     with Interruption():  # handles signals before the first step
         try:
@@ -149,17 +145,12 @@ def _print_summary(result: Any) -> None:
     """Print the last ten evaluations of a run as a table."""
     from structlin_nn.records import read_record
 
-    record = read_record(result.record)
-    shown = (
-        "step", "epoch", "train_loss", "train_error", "test_loss", "test_error", "val_loss", "val_error",
-        "val_perplexity", "batch_loss", "seconds",
-    )  # fmt: skip
-    keys = [key for key in shown if key in record.evaluations[-1]]
-    rows = [[_shown(line[key]) for key in keys] for line in record.evaluations[-10:]]
+    def cell(value: Any) -> str:
+        return "" if value is None else f"{value:.4g}" if isinstance(value, float) else f"{value:,}"
+
+    evaluations = read_record(result.record).evaluations
+    keys = [key for key in SHOWN if key in evaluations[-1]]
+    rows = [[cell(line[key]) for key in keys] for line in evaluations[-10:]]
     print_table([key.replace("_", " ") for key in keys], rows, left=0)
     print(f"done: {result.steps} steps, {result.evaluation['training_macs']:.3g} training MACs")
     print(f"record: {result.record}")
-
-
-def _shown(value: Any) -> str:
-    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else f"{value:,}"

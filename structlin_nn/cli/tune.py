@@ -9,6 +9,7 @@ from typing import Any
 
 from structlin_nn.cli import common
 from structlin_nn.cli.check_scale import build_settings
+from structlin_nn.cli.common import add
 
 HELP = "measure which way of running each layer of a model is the fastest on this machine"
 DTYPES = ("float32", "bfloat16", "float64")
@@ -33,23 +34,23 @@ CHAIN = 40  # characters of a chain that the table shows
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", nargs="?", help=f"{', '.join(common.MODELS)}, {common.FORMS}")
-    parser.add_argument("--width", type=int, metavar="W", help="width of the model")
-    parser.add_argument("--batch-size", type=common.positive, default=32, metavar="N", help="samples in a step (32)")
-    common.add_choice(parser, "--dtype", DTYPES, "float32")
-    parser.add_argument("--threads", type=common.positive, metavar="N", help="threads of torch (torch's default)")
+    add(parser, "MODEL", f"{', '.join(common.MODELS)}, {common.FORMS}", nargs="?")
+    add(parser, "--width W", "width of the model", kind=int)
+    add(parser, "--batch-size N", "samples in a step", 32, common.positive)
+    add(parser, "--dtype NAME", default="float32", among=DTYPES)
+    add(parser, "--threads N", "threads of torch (torch's default)", kind=common.positive)
     parser.set_defaults(rule="paper", base_width=None)  # they set learning rates, which change no timing
     common.model_options(parser, None, "small ones")
     common.own_model_options(parser)
     kept = parser.add_argument_group("timings that are kept")
-    kept.add_argument("--forget", action="store_true", help="first delete all timings of this machine")
-    kept.add_argument("--import", dest="import_", metavar="FILE", help="then add the timings of a file")
-    kept.add_argument("--any-machine", action="store_true", help="--import: also from another processor or version")
-    kept.add_argument("--export", metavar="FILE", help="at the end write all timings of this machine to a file")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a table, in seconds")
+    add(kept, "--forget", "first delete all timings of this machine")
+    add(kept, "--import FILE", "then add the timings of a file", dest="import_")
+    add(kept, "--any-machine", "--import: also from another processor or version")
+    add(kept, "--export FILE", "at the end write all timings of this machine to a file")
+    add(parser, "--json", "print JSON instead of a table, in seconds")
 
 
-def run(arguments: argparse.Namespace) -> int:
+def run(arguments: argparse.Namespace) -> None:
     if arguments.model is None and not (arguments.export or arguments.import_ or arguments.forget):
         raise ValueError("give a model to tune, or --export, --import or --forget")
     if arguments.model is None and (arguments.width is not None or arguments.structure is not None):
@@ -63,31 +64,29 @@ def run(arguments: argparse.Namespace) -> int:
 
     from structlin import execution
 
-    said = sys.stderr if arguments.json else sys.stdout
+    def say(what: str, count: int, where: object) -> None:
+        number = f"{count} record{'' if count == 1 else 's'}"
+        print(f"{what} {number} {where}", file=sys.stderr if arguments.json else sys.stdout)
+
     # Errors in the model are found before anything is deleted or measured.
     step = _step(arguments) if arguments.model is not None else None
     if arguments.forget:
-        print(f"deleted {_records(execution.clear_wisdom())} in {execution.wisdom_folder()}", file=said)
+        say("deleted", execution.clear_wisdom(), f"in {execution.wisdom_folder()}")
     if arguments.import_:
         try:
             count = execution.import_wisdom(arguments.import_, any_machine=arguments.any_machine)
         except ValueError as error:
             raise ValueError(str(error).replace("pass any_machine=True", "give --any-machine")) from error
-        print(f"added {_records(count)} of {arguments.import_}", file=said)
+        say("added", count, f"of {arguments.import_}")
     found = {} if step is None else execution.tune(step, progress=not arguments.json)
     if arguments.json:
         common.print_json(found)
     elif step is not None:
         _print(found)
     if arguments.export:
-        print(f"wrote {_records(execution.export_wisdom(arguments.export))} to {arguments.export}", file=said)
+        say("wrote", execution.export_wisdom(arguments.export), f"to {arguments.export}")
     if found and not arguments.json:
         print(f"kept in {execution.wisdom_folder()}")
-    return 0
-
-
-def _records(count: int) -> str:
-    return f"{count} record{'' if count == 1 else 's'}"
 
 
 def _step(arguments: argparse.Namespace) -> Any:
@@ -133,18 +132,16 @@ def _print(found: dict[str, dict[str, float]]) -> None:
         kind = [problem["kind"]] + ["columns"] * (problem["ends"] == "columns")
         kind += [problem[name] for name in ("device", "dtype") if len(shared[name]) > 1]
         best, *others = sorted(seconds, key=lambda name: seconds[name]) or ["-"]
+        chain = problem["chain"]
         row = (
             problem["shape"], problem["tokens"].rjust(6), " ".join(kind), best,
             f"{seconds[best] * 1e3:.3f}".rjust(8) if seconds else "-".rjust(8),
-            f"{others[0]} ({seconds[others[0]] / seconds[best]:.2f})" if others else "-", _shortened(problem["chain"]),
+            f"{others[0]} ({seconds[others[0]] / seconds[best]:.2f})" if others else "-",
+            chain if len(chain) <= CHAIN else chain[: CHAIN - 3].rstrip() + "...",
         )  # fmt: skip
-        groups.setdefault(problem["chain"] + problem["shape"], []).append(row)
+        groups.setdefault(chain + problem["shape"], []).append(row)
     rows = [row for group in groups.values() for row in group]
     head = ("shape", "tokens", "pass", "fastest", "      ms", "next (times as long)", "chain")
     common.print_table(head, rows, left=len(head))
     about = "; ".join(f"{name} {', '.join(values)}" for name, values in shared.items())
     print(f"\n{len(rows)} problem{'' if len(rows) == 1 else 's'}: {about}")
-
-
-def _shortened(chain: str) -> str:
-    return chain if len(chain) <= CHAIN else chain[: CHAIN - 3].rstrip() + "..."

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -14,21 +14,8 @@ from structlin_nn.data.hub import load_hub
 _NAMES = {"train": ("train",), "val": ("val", "validation")}
 
 
-class Split(Protocol):
-    """The samples of one split, numbered from 0: int64 labels (N,), names for messages, and undecoded files.
-
-    `identity` distinguishes the samples from others, besides their labels, without reading images.
-    """
-
-    labels: np.ndarray
-
-    def name(self, index: int) -> str: ...
-    def read(self, index: int) -> bytes: ...
-    def identity(self) -> bytes: ...
-
-
 @dataclass
-class FolderSplit(Split):
+class FolderSplit:
     """Image files in one folder for each class; `paths` below the root as `os.fsencode` has them.
 
     They are an array, because reading a shared list copies it in each process (by its reference counts).
@@ -49,7 +36,7 @@ class FolderSplit(Split):
 
 
 @dataclass
-class HubSplit(Split):
+class HubSplit:
     """One split of a Hugging Face data set, with an undecoded image column."""
 
     dataset: Any
@@ -67,6 +54,13 @@ class HubSplit(Split):
     def identity(self) -> bytes:
         # Changes with every transformation, and with the files that the data set was made of.
         return f"{self.dataset._fingerprint} {len(self.dataset)}".encode()
+
+
+Split = FolderSplit | HubSplit
+"""The samples of one split, numbered from 0: int64 labels (N,), names for messages, and undecoded files.
+
+`identity` distinguishes the samples from others, besides their labels, without reading images.
+"""
 
 
 def recognise(place: Path) -> str:

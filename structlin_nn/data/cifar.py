@@ -32,7 +32,7 @@ _PIXELS = 3 * 32 * 32
 
 
 class _Form(NamedTuple):
-    """An official form of a data set; the last of its files holds the test images."""
+    """An official form of a data set, with md5 sums; the last of its files holds the test images."""
 
     folder: str
     pickled: bool
@@ -40,10 +40,9 @@ class _Form(NamedTuple):
     files: dict[str, str]
 
 
-_KINDS = {"cifar10": ("label",), "cifar100": ("coarse_label", "fine_label")}
 _FORMS = {
     "cifar10": (
-        _Form("cifar-10-batches-bin", False, _KINDS["cifar10"], {
+        _Form("cifar-10-batches-bin", False, ("label",), {
             "data_batch_1.bin": "5dd7e06a14cb22eb9f671a540d1b7c25",
             "data_batch_2.bin": "5ea93a67294ea407fff1d09f752e9692",
             "data_batch_3.bin": "942cd6a4bcdd0dd3c604fbe906cb4421",
@@ -51,7 +50,7 @@ _FORMS = {
             "data_batch_5.bin": "53f37980c15c3d472c316c40844f3f0d",
             "test_batch.bin": "803d5f7f4d78ea53de84dbe85f74fb6d",
         }),
-        _Form("cifar-10-batches-py", True, _KINDS["cifar10"], {
+        _Form("cifar-10-batches-py", True, ("label",), {
             "data_batch_1": "c99cafc152244af753f735de768cd75f",
             "data_batch_2": "d4bba439e000b95fd0a9bffe97cbabec",
             "data_batch_3": "54ebc095f3ab1f0389bbae665268c751",
@@ -61,10 +60,10 @@ _FORMS = {
         }),
     ),
     "cifar100": (
-        _Form("cifar-100-binary", False, _KINDS["cifar100"], {
+        _Form("cifar-100-binary", False, ("coarse_label", "fine_label"), {
             "train.bin": "6172c7755cfe09b2fe270c85cebc1b15", "test.bin": "4499cfba6c016c1be1438163640a0898",
         }),
-        _Form("cifar-100-python", True, _KINDS["cifar100"], {
+        _Form("cifar-100-python", True, ("coarse_label", "fine_label"), {
             "train": "16019d7e3df5f24257cddd939b257f8d", "test": "f0ef6b0ae62326f3e7ffdfab6717acfc",
         }),
     ),
@@ -120,8 +119,11 @@ def load_cifar(name: str, root: str | os.PathLike[str], *, verify: bool = True) 
 def _records(form: _Form, path: Path, md5: str | None) -> np.ndarray:
     """Return the records of a file as the binary version has them: uint8, labels, then pixels."""
     raw, record = path.read_bytes(), len(form.kinds) + _PIXELS
-    if md5 is not None:
-        _check_md5(str(path), raw, md5)
+    if md5 is not None and (actual := hashlib.md5(raw, usedforsecurity=False).hexdigest()) != md5:
+        raise ValueError(
+            f"{path} ({len(raw)} bytes) has the md5 sum {actual}, the official one is {md5}: it is truncated, damaged "
+            "or another file. Pass verify=False if you know that the data are different"
+        )
     if form.pickled:
         content = _Unpickler(io.BytesIO(raw), encoding="latin1").load()
         columns = [np.array(content[f"{kind}s"], dtype=np.uint8)[:, None] for kind in form.kinds]
@@ -141,14 +143,6 @@ def _locate(forms: tuple[_Form, ...], root: Path) -> tuple[_Form, Path]:
     if not places:
         raise FileNotFoundError(f"{root} holds none of {wanted}, nor the files of one of them")
     return places[0]
-
-
-def _check_md5(origin: str, content: bytes, expected: str) -> None:
-    if (actual := hashlib.md5(content, usedforsecurity=False).hexdigest()) != expected:
-        raise ValueError(
-            f"{origin} ({len(content)} bytes) has the md5 sum {actual}, the official one is {expected}: it is "
-            "truncated, damaged or another file. Pass verify=False if you know that the data are different"
-        )
 
 
 class _Unpickler(pickle.Unpickler):

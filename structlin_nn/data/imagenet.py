@@ -271,7 +271,7 @@ class ImageNetData:
                     yield [(step // steps, row) for row in part.tolist()]
 
         samples = _Samples(self.splits["train"], recipe.transform(), recipe.size, seed)
-        return iter(_Batches(_loader(samples, _Endless(chosen), workers, pin_memory), 3))
+        return iter(_Batches(_loader(samples, chosen(), workers, pin_memory), 3))
 
     def val_batches(
         self, batch_size: int, *, size: int = 224, rank: int = 0, world_size: int = 1,
@@ -365,16 +365,6 @@ def open_imagenet(
 
 
 @dataclass
-class _Endless:
-    """A batch sampler without end; each iteration starts again."""
-
-    chosen: Callable[[], Iterator[Any]]
-
-    def __iter__(self) -> Iterator[Any]:
-        return self.chosen()
-
-
-@dataclass
 class _Samples(Dataset):
     """(epoch, number) -> (uint8 view, label, key of `ImageRecipe.finish`, or 0), or what was wrong with the image."""
 
@@ -412,15 +402,11 @@ def _collate(samples: list[Any]) -> Any:
     return default_collate(samples) if wrong is None else wrong
 
 
-def _one_thread(worker: int) -> None:
-    torch.set_num_threads(1)
-
-
 def _loader(samples: _Samples, chosen: Any, workers: int, pin_memory: bool, **options: Any) -> DataLoader:
     # A generator of its own, because a loader draws from torch's global one otherwise.
     return DataLoader(
         samples, batch_sampler=chosen, num_workers=natural("workers", workers), collate_fn=_collate,
-        pin_memory=pin_memory, generator=torch.Generator().manual_seed(0), worker_init_fn=_one_thread, **options,
+        pin_memory=pin_memory, generator=torch.Generator().manual_seed(0), **options,
     )  # fmt: skip
 
 

@@ -5,6 +5,7 @@ Files are written as a whole or not at all, and the same call resumes an interru
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
@@ -92,7 +93,12 @@ def prepare_text(
     if files is None:
         documents = [(title, text.encode) for title, text in pydoc_documents().items()]
     else:
-        documents = [(str(path), path.read_bytes) for path in map(_text_file, files)]
+        documents = [(str(path), path.read_bytes) for path in (Path(file).expanduser() for file in files)]
+        for path, _ in documents:
+            if Path(path).is_dir():
+                raise ValueError(f"{path} is a folder; name its files")
+            if not Path(path).is_file():
+                raise FileNotFoundError(f"{path} does not exist")
     sums = [hashlib.sha256(read()).hexdigest() for _, read in documents]
     job = {"kind": "text", "tokenizer": coder.name, "val_fraction": val_fraction, "documents": sums}
 
@@ -166,13 +172,14 @@ def prepare_openwebtext(
         except ValueError as error:
             raise ValueError(f"{len(rows)} documents are too few for val_fraction {val_fraction} ({error})") from error
         features = datasets.Features({"ids": datasets.Sequence(datasets.Value("uint16"))})
-        encode = _Encode(column, tokenizer, vocabulary)
+        # Processes get these arguments, from which `datasets` computes its hash.
+        how = {"column": column, "tokenizer": tokenizer, "vocabulary": vocabulary}
         for split, whole in (("train", chosen["train"]), ("val", chosen["test"])):
             pieces = math.ceil(len(whole) / ROWS)
             for number in range(pieces):
                 piece = whole.shard(num_shards=pieces, index=number, contiguous=True)
                 done = piece.map(
-                    encode, batched=True, remove_columns=[column], features=features,
+                    _encode, fn_kwargs=how, batched=True, remove_columns=[column], features=features,
                     num_proc=processes if processes > 1 else None, desc=f"{split} {number + 1} of {pieces}",
                 )  # fmt: skip
                 for table in done.with_format("arrow").iter(batch_size=1000):
@@ -181,22 +188,15 @@ def prepare_openwebtext(
     return _write(Path(out).expanduser(), job, name or title, coder, parts)
 
 
-class _Encode:
-    """Tokenise documents. Processes get its arguments, from which `datasets` computes its hash."""
+_tokenizer = functools.cache(load_tokenizer)
 
-    def __init__(self, column: str, tokenizer: str, vocabulary: Any) -> None:
-        self.column, self.arguments = column, (tokenizer, vocabulary)
-        self.tokenizer: Tokenizer | None = None
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "tokenizer": None}
-
-    def __call__(self, rows: dict[str, list[Any]]) -> dict[str, list[np.ndarray]]:
-        tokenizer = self.tokenizer = self.tokenizer or load_tokenizer(*self.arguments)
-        if wrong := [text for text in rows[self.column] if not isinstance(text, str)]:
-            raise ValueError(f"the column {self.column!r} holds {wrong[0]!r}, which is not text")
-        end = tokenizer.end_of_text
-        return {"ids": [np.array([*tokenizer.encode(text), end], np.uint16) for text in rows[self.column]]}
+def _encode(rows: dict[str, list[Any]], column: str, tokenizer: str, vocabulary: Any) -> dict[str, list[np.ndarray]]:
+    """Tokenise documents."""
+    coder = _tokenizer(tokenizer, vocabulary)
+    if wrong := [text for text in rows[column] if not isinstance(text, str)]:
+        raise ValueError(f"the column {column!r} holds {wrong[0]!r}, which is not text")
+    return {"ids": [np.array([*coder.encode(text), coder.end_of_text], np.uint16) for text in rows[column]]}
 
 
 def _write(
@@ -237,15 +237,6 @@ def _cut(raw: bytes, place: int) -> int:
     if line >= 0:
         return line + 1
     return place + next((n for n, byte in enumerate(raw[place : place + 4]) if byte & 0xC0 != 0x80), 0)
-
-
-def _text_file(file: str | os.PathLike[str]) -> Path:
-    path = Path(file).expanduser()
-    if path.is_dir():
-        raise ValueError(f"{path} is a folder; name its files")
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist")
-    return path
 
 
 def _check_fraction(value: float) -> None:

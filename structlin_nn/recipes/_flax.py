@@ -28,21 +28,11 @@ from structlin_nn.models.flax import MODELS
 from structlin_nn.recipes._config import RunConfig, require
 from structlin_nn.recipes._probe import Probe
 from structlin_nn.recipes._processes import ALONE
-from structlin_nn.recipes._run import Options, Run
-from structlin_nn.recipes._telling import hardware
-from structlin_nn.recipes._torch import base_of, common_state, count_run, layers_of, restore_common
+from structlin_nn.recipes._run import Options, hardware
+from structlin_nn.recipes._torch import Steps, base_of, common_state, count_run, layers_of, restore_common
 from structlin_nn.torch import parameter_groups
 
 CLIP_EPSILON = 1e-6  # torch's, in clip_grad_norm_
-
-
-def check_flax(config: RunConfig) -> None:
-    """Raise ValueError for options that the recipes in flax do not have."""
-    for name, value in {"precision": "float32", "compile": False, "recompute": False}.items():
-        found = getattr(config, name)
-        require(found == value, f"{name} must be {value!r} in flax, got {found!r}")
-    require(config.is_named, f"model must be {' or '.join(config.named)} in flax, got {config.model!r}")
-    require(config.optimizer != "muon", "optimizer='muon' is for the recipes in torch")
 
 
 class FlaxConfig:
@@ -50,12 +40,16 @@ class FlaxConfig:
 
     compiles: ClassVar[bool] = False
 
-    def _check(self) -> None:
+    def _check(self: Any) -> None:
         super()._check()  # type: ignore[misc]
-        check_flax(self)  # type: ignore[arg-type]
+        for name, value in {"precision": "float32", "compile": False, "recompute": False}.items():
+            found = getattr(self, name)
+            require(found == value, f"{name} must be {value!r} in flax, got {found!r}")
+        require(self.is_named, f"model must be {' or '.join(self.named)} in flax, got {self.model!r}")
+        require(self.optimizer != "muon", "optimizer='muon' is for the recipes in torch")
 
 
-class FlaxRun(Run):
+class FlaxRun(Steps):
     """A run in flax (`structlin_nn.recipes._run.Run`).
 
     `twin` is the torch model with the same parameters, as they were drawn or last written to it. `graph`, `params` and
@@ -99,9 +93,9 @@ class FlaxRun(Run):
         split: Any = nnx.split(model, nnx.Param, ...)
         self.graph, params, rest = split
         self.params, self.rest = jax.device_put((nnx.as_pure(params), nnx.as_pure(rest)), self.device)
-        self.moments = self.tx.init(self.params)
+        self.moments = jax.device_put(self.tx.init(self.params), self.device)  # else the second step compiles again
         self.average = self.params if config.ema else None
-        self.sums, self.probe = np.zeros(3), Probe(twin, twin, probe)
+        self.sums, self.probe = np.zeros(3), Probe(twin, twin, probe, self.write_to_twin)
         groups = parameter_groups(twin, base, lr=1.0, extra_multipliers=extra_multipliers, **aware)
         machine = hardware(config.threads or torch.get_num_threads(), self.device.platform)
         self.begin(
@@ -174,10 +168,6 @@ class FlaxRun(Run):
         finally:
             self.params = kept
 
-    def evaluated(self, found: dict[str, Any], summary: str, metric: str) -> None:
-        self.write_to_twin()
-        super().evaluated({**found, "statistics": self.probe.statistics()}, summary, metric)
-
     def _tree(self) -> dict[str, Any]:
         average = {} if self.average is None else {"average": self.average}
         return {"params": self.params, "moments": self.moments, **average}
@@ -185,15 +175,9 @@ class FlaxRun(Run):
     def write(self, folder: Path) -> dict[str, Any]:
         with ocp.StandardCheckpointer() as writer:
             writer.save(folder.resolve() / "orbax", self._tree())
-        return {"tensors": {}, "build": None, "layout": None}
-
-    def more_state(self) -> dict[str, Any]:
-        return {"init_from": None, **common_state(self, self.twin)}
+        return {"tensors": {}, "build": None, "layout": None, "init_from": None, **common_state(self, self.twin)}
 
     def not_finite(self) -> str | None:
         leaves = jax.tree_util.tree_leaves_with_path(self.params)
         bad = [path for path, leaf in leaves if not bool(jnp.isfinite(leaf).all())]
         return jax.tree_util.keystr(bad[0]) if bad else None
-
-    def sums_reset(self) -> None:
-        self.sums[:] = 0

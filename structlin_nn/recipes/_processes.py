@@ -9,7 +9,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -25,13 +25,12 @@ from structlin_nn.recipes._config import RunConfig, require
 Value = TypeVar("Value")
 
 
-@dataclass(frozen=True)
+@dataclass
 class Processes:
     """The processes that torchrun started, seen from one of them (`rank`); `size` 1 for a process alone.
 
-    A model is distributed by ``ddp`` (each process has all of it) or ``fsdp`` (each has a part: FSDP2, `fully_shard`):
-    `parallel`, `sharded`. `control` is their group of gloo, for values on the CPU, and `mesh` their mesh; both None for
-    a single process. The `main` process writes and reports.
+    Models are whole in each (``ddp``) or `sharded` (``fsdp``: FSDP2). `control` is the group of gloo, for values on the
+    CPU, and `mesh` the mesh; both None for a single process. The `main` process writes and reports.
     """
 
     rank: int
@@ -40,12 +39,10 @@ class Processes:
     device: torch.device
     control: Any = None
     mesh: DeviceMesh | None = None
-    main: bool = field(init=False)
-    sharded: bool = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "main", self.rank == 0)
-        object.__setattr__(self, "sharded", self.size > 1 and self.parallel == "fsdp")
+        self.main = self.rank == 0
+        self.sharded = self.size > 1 and self.parallel == "fsdp"
 
     def first(self, work: Callable[[], Value]) -> Value:
         """Call `work` in the first process while the others wait; return its result, or raise its error, in all."""
@@ -97,8 +94,8 @@ class Processes:
     def wrap(self, model: nn.Module, dtype: torch.dtype = torch.float32) -> nn.Module:
         """Return the module to call for the forward pass. ``fsdp`` replaces the parameters of `model` by sharded ones.
 
-        Scalar parameters (gains of capped factors) are not sharded; `average_scalars` gives them their gradients. In
-        bfloat16 parameters are gathered and activations kept in bfloat16, and gradients are reduced in float32.
+        In bfloat16 shards are gathered and activations kept in bfloat16, and gradients are reduced in float32. Scalars
+        (gains of capped factors) are not sharded.
         """
         if self.size == 1:
             return model

@@ -1,6 +1,4 @@
-"""The run of a recipe: its folder, record, checkpoints, signals and log.
-
-It imports neither torch nor jax; `structlin_nn.recipes._torch` and `structlin_nn.recipes._flax` derive from it.
+"""The run of a recipe: its folder, record, checkpoints, signals and trackers.
 
 A folder has ``record.jsonl`` (`structlin_nn.records`), ``ways.json`` (how products are run), ``.lock``, which the
 process that trains there holds, and ``checkpoints/STEP/`` (`structlin_nn.checkpoints`). A checkpoint is written beside
@@ -9,34 +7,43 @@ its place, and renamed when all of it is on the disk.
 
 from __future__ import annotations
 
+import atexit
+import hashlib
 import importlib.util
 import json
-import math
+import platform
 import resource
 import shutil
 import signal
 import sys
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from types import FrameType
 from typing import Annotated, Any, Literal, Self
 
 import filelock
 import tyro
 
+import structlin
 from structlin import execution
-from structlin_nn._files import atomic_write, sync_folder
+from structlin.execution.wisdom import processor
+from structlin_nn._files import atomic_write, cores, sync_folder
 from structlin_nn._text import progress_bar
 from structlin_nn.checkpoints import CHECKPOINTS, checkpoints, file_sha256, read_checkpoint, read_state
 from structlin_nn.recipes._config import RunConfig, require
-from structlin_nn.recipes._telling import TRACKERS, Interruption, scalars, versions
 from structlin_nn.records import RecordWriter, sealed, unsealed
 
 BEGUN = "The run had begun."
 """Note on errors after the start of a run, which are no misuse."""
 RECORD, WAYS = "record.jsonl", "ways.json"
+SAME_SECONDS = 5.0
+"""A signal sooner after the first is the same request: Ctrl-C reaches a process, and torchrun forwards it."""
 
 
 class TrainingError(RuntimeError):
@@ -98,29 +105,6 @@ class Result:
         return self.folder / RECORD
 
 
-def learning_rate(config: RunConfig, step: int, steps: int, warmup: int = 0) -> float:
-    """Return the share of the learning rate that step number `step` (from 0) of `steps` takes.
-
-    The warm-up rises linearly and reaches 1 at step `warmup`; from there on the share is 1 (``constant``), or
-    ``final_lr + (1 - final_lr) (1 + cos(pi t)) / 2`` with t rising from 0 to 1 at `steps`, a step that is never taken
-    (Loshchilov, Hutter, SGDR: Stochastic Gradient Descent with Warm Restarts, ICLR 2017, equation 5).
-
-    Examples
-    --------
-    >>> from structlin_nn.recipes.cifar import Config
-    >>> [round(learning_rate(Config(), step, 6, warmup=2), 3) for step in range(6)]
-    [0.333, 0.667, 1.0, 0.854, 0.5, 0.146]
-    """
-    if not 0 <= step <= steps or not 0 <= warmup < steps:
-        raise ValueError(f"0 <= step <= steps and 0 <= warmup < steps, got {step}, {steps} and {warmup}")
-    if step < warmup:
-        return (step + 1) / (warmup + 1)
-    if config.schedule == "constant":
-        return 1.0
-    fallen = (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))) / 2
-    return fallen if config.final_lr == 0 else config.final_lr + (1 - config.final_lr) * fallen
-
-
 class Run:
     """A run in its folder, from its lock to its result: a context in which a recipe trains.
 
@@ -131,8 +115,6 @@ class Run:
     ----------
     step, steps
         Steps done, and those of the whole run.
-    sums
-        Sums of the recipe between evaluations.
     last
         The last line of the record.
     state
@@ -163,21 +145,18 @@ class Run:
         self.state: dict[str, Any] | None = None
         self._losses: list[Any] = []
         self._saved: tuple[int, int | None] | None = None
-        self._bar: Any = None
         self._trackers: list[Any] = []
         self._metrics: dict[str, float | None] = {}
+        self._closing = ExitStack()
 
     # The folder
 
     def __enter__(self) -> Self:
-        self._interruption = Interruption().__enter__()
         self._clock = self._saved_at = time.monotonic()
-        self._lock = filelock.FileLock(self.folder / ".lock")
-        try:
-            self.state = self.group.first(self._open)
-        except BaseException:
-            self._close()
-            raise
+        with ExitStack() as closing:
+            self._interruption = closing.enter_context(Interruption())
+            self.state = self.group.first(lambda: self._open(closing))
+            self._closing = closing.pop_all()
         if self.state is not None:
             # The numbers of all processes are those of the checkpoint.
             self.step, self.seconds, self.last = (self.state[key] for key in ("step", "seconds", "last"))
@@ -188,20 +167,21 @@ class Run:
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         if error is not None and self.steps:
             error.add_note(BEGUN)
-        self._close()
+        self._closing.close()
 
-    def _open(self) -> dict[str, Any] | None:
+    def _open(self, closing: ExitStack) -> dict[str, Any] | None:
         folder = self.folder
         if folder.exists() and not folder.is_dir():
             raise NotADirectoryError(f"{folder} is a file, a run needs a folder")
-        self._made = [path for path in (folder, *folder.parents) if not path.exists()]
+        made = [path for path in (folder, *folder.parents) if not path.exists()]
         folder.mkdir(parents=True, exist_ok=True)
         try:
-            self._lock.acquire(timeout=0)
+            closing.enter_context(filelock.FileLock(folder / ".lock", timeout=0))
         except filelock.Timeout:
             raise BlockingIOError(
                 f"another process trains in {folder}: wait for it, or choose another folder"
             ) from None
+        closing.callback(self._remove_unbegun, made)
         names = checkpoints(folder)
         if ((folder / RECORD).exists() or names) and not self.options.resume:
             raise FileExistsError(
@@ -219,20 +199,13 @@ class Run:
             raise FileNotFoundError(f"{folder / RECORD} is missing, it belongs to {place}")
         return state
 
-    def _close(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
-        for tracker in self._trackers:
-            tracker.close()
-        if self._lock.is_locked:
-            if self._made and not (self.folder / RECORD).exists():  # nothing was begun
-                shutil.rmtree(self.folder / CHECKPOINTS, ignore_errors=True)
-                (self.folder / ".lock").unlink(missing_ok=True)
-                for path in self._made:
-                    if not any(path.iterdir()):
-                        path.rmdir()
-            self._lock.release()
-        self._interruption.__exit__()
+    def _remove_unbegun(self, made: Sequence[Path]) -> None:
+        if made and not (self.folder / RECORD).exists():
+            shutil.rmtree(self.folder / CHECKPOINTS, ignore_errors=True)
+            (self.folder / ".lock").unlink(missing_ok=True)
+            for path in made:
+                if not any(path.iterdir()):
+                    path.rmdir()
 
     # The record
 
@@ -270,11 +243,15 @@ class Run:
             with (self.folder / RECORD).open("rb") as file:
                 started = unsealed(self.folder / RECORD, file.readline())["started"]
             told = (self.folder, self.config.to_dict(), started, self.step)
-            self._trackers = [TRACKERS[name](*told) for name in dict.fromkeys(self.options.track)]
+            for name in dict.fromkeys(self.options.track):
+                log, close = TRACKERS[name](*told)
+                self._trackers.append(log)
+                self._closing.callback(close)
         quiet = self.options.quiet or not self.group.main
         label = f"{self.config.structure} {self.config.width or self.config.model}"
         total, done = steps * self.config.batch_size, self.step * self.config.batch_size
-        self._bar = progress_bar(total, label, done=done, unit=self.config.unit, quiet=quiet)
+        bar = progress_bar(total, label, done=done, unit=self.config.unit, quiet=quiet)
+        self._bar = self._closing.enter_context(bar)
         said = ", ".join(f"{k.replace('_', ' ')} {_shown(v)}" for k, v in data.items() if k not in ("name", "sha256"))
         shape = f", width {self.config.width}" if self.config.width else ""
         messages += [
@@ -291,111 +268,6 @@ class Run:
         """Print a line on stderr, in the first process."""
         if not self.options.quiet and self.group.main:
             self._bar.write(text, file=sys.stderr)
-
-    def evaluated(self, found: dict[str, Any], summary: str, metric: str) -> None:
-        """Add an evaluation to the record, and write a checkpoint; all processes call it.
-
-        `found` are its entries of this recipe, `summary` is a line, and `metric` is the key of the value to minimise
-        (`keep_best`). TrainingError if a number is not finite.
-        """
-        self.fetch_losses()
-        if not all(abs(value) < float("inf") for value in found.values() if isinstance(value, float)):
-            raise TrainingError(f"the loss at the evaluation after step {self.step} is not finite; {self.good()}")
-        samples = self.step * self.config.batch_size
-        self.seconds = time.monotonic() - self._clock
-        self.last = {
-            "step": self.step, "samples": samples, "training_macs": samples * self.counts["training_macs"],
-            "lr": self.config.lr * self.share(max(self.step - 1, 0)), **found, "seconds": round(self.seconds, 3),
-            "training_seconds": round(self.training_seconds, 3),
-        }  # fmt: skip
-        self.sums_reset()
-        self.group.first(lambda: self._record.append(self.last))
-        self.save(found[metric])
-        for tracker in self._trackers:
-            tracker.log(scalars(self.last), self.step)
-        self.say(summary)
-        self._mark = time.monotonic()
-
-    # Steps
-
-    def share(self, step: int) -> float:
-        """Return the share of the learning rate that a step takes; `warmup` is set by the recipe."""
-        return learning_rate(self.config, step, self.steps, self.warmup)
-
-    warmup = 0
-
-    def stepped(self, loss: Any, norm: Any = None) -> None:
-        """Finish a step: keep its loss, log it, check for signals, and write a checkpoint if one is due.
-
-        `loss` is the mean over the batch, as a number or a scalar tensor; `norm` is that of the gradient, if known.
-        TrainingError names the step of a loss that is not finite and the last good checkpoint.
-        """
-        self.step += 1
-        self._losses.append(loss)
-        checking = self.step % self.check_every == 0 or self.step == self.steps
-        value = self.fetch_losses() if checking else None
-        self.training_seconds += time.monotonic() - self._mark
-        self._bar.update(self.config.batch_size)
-        every = self.options.log_every
-        if value is not None and every and self.step - self._logged >= every:
-            self._log(value, norm)
-        number = self._interruption.signal or 0
-        if self.watch is not None and self.watch(self, value) and not number:
-            number = -1  # no signal
-        due = time.monotonic() - self._saved_at > 60 * self.options.checkpoint_minutes
-        if self.group.size > 1:  # communication waits for the device
-            number = self.group.largest(abs(int(number))) if checking else 0
-            due = checking and bool(self.group.largest(int(due)))
-        if number:
-            self.stopped = signal.Signals(number) if number > 1 else True
-        if (self.stopped or due) and self.step < self.steps:
-            self.fetch_losses()
-            self.seconds = time.monotonic() - self._clock
-            self.save()
-        self._mark = time.monotonic()
-
-    def logs(self) -> bool:
-        """Whether the current step may be logged, which needs the norm of the gradient."""
-        every = self.options.log_every
-        return bool(every) and self.step + 1 - self._logged >= every
-
-    def fetch_losses(self) -> float:
-        """Return the last of the losses since the previous call; TrainingError for the first that is not finite."""
-        values = [float(loss) for loss in self._losses] or [0.0]
-        for number, value in enumerate(values):
-            if not abs(value) < float("inf"):
-                raise TrainingError(
-                    f"the loss is {value} at step {self.step - len(values) + number + 1}; {self.good()}"
-                )
-        self._losses.clear()
-        return values[-1]
-
-    def _log(self, loss: float, norm: Any) -> None:
-        now = time.monotonic()
-        speed = (self.step - self._logged) * self.config.batch_size / max(now - self._logged_at, 1e-9)
-        flops = (2 * self.counts["training_macs"] + self.counts["training_other_flops"]) * speed
-        found = {
-            "loss": loss,
-            "lr": self.config.lr * self.share(self.step - 1),
-            f"{self.config.unit}_per_second": speed,
-            "flops_per_second": flops,
-        }
-        words = [f"step {self.step:>6} of {self.steps}", f"loss {loss:.4f}", f"lr {found['lr']:.3g}"]
-        if norm is not None:
-            found["gradient_norm"] = float(norm)
-            words.append(f"gradient {found['gradient_norm']:.3g}")
-        tokens = getattr(self.config, "context", 0)
-        words.append(f"{speed * tokens:,.0f} tok/s" if tokens else f"{speed:,.0f} {self.config.unit}/s")
-        words.append(f"{flops / 1e12:.3g} TFLOP/s" if flops >= 1e11 else f"{flops / 1e9:.3g} GFLOP/s")
-        if (peak := self.peak()) is not None:
-            found["mfu"] = flops / (peak * self.group.size)
-            words.append(f"MFU {100 * found['mfu']:.1f} %")
-        found["memory"] = self.memory()
-        words.append(f"{found['memory'] / 2**30:.2f} GiB")
-        self.say("  ".join(words))
-        for tracker in self._trackers:
-            tracker.log({f"log/{key}": value for key, value in found.items()}, self.step)
-        self._logged, self._logged_at = self.step, now
 
     def peak(self) -> float | None:
         """Return the most FLOP/s that a device can do, None where that is not known."""
@@ -426,10 +298,6 @@ class Run:
         place = self.folder / CHECKPOINTS / f"{self.step:09d}"
         partial = place.with_name(f"{place.name}.partial")
 
-        def make() -> None:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-
         def finish(files: dict[str, Any]) -> None:
             state = {
                 "recipe": self.recipe, "config": self.config.to_dict(), "data": self.digest, "outputs": self.outputs,
@@ -448,9 +316,10 @@ class Run:
             with atomic_write(self.folder / WAYS) as file:
                 file.write(text.encode())
 
-        self.group.first(make)
+        self.group.first(lambda: shutil.rmtree(partial, ignore_errors=True))
         try:
-            own = {**self.write(partial), **self.more_state()}
+            partial.mkdir(parents=True, exist_ok=True)
+            own = self.write(partial)
             sums = {}
             for path in sorted(partial.rglob("*")):
                 if path.is_file() and self.writes(path.name):
@@ -495,19 +364,11 @@ class Run:
     # Implemented for each framework
 
     def write(self, folder: Path) -> dict[str, Any]:
-        """Write the tensors of a checkpoint into a folder, and return their entries of ``state.json``."""
-        raise NotImplementedError
-
-    def more_state(self) -> dict[str, Any]:
-        """Return the other entries of ``state.json``."""
+        """Write the tensors of a checkpoint into a folder, and return the entries of ``state.json`` for them."""
         raise NotImplementedError
 
     def not_finite(self) -> str | None:
         """Return the name of a weight of this process that is not finite, or None."""
-        raise NotImplementedError
-
-    def sums_reset(self) -> None:
-        """Set the sums between evaluations to zero."""
         raise NotImplementedError
 
 
@@ -522,3 +383,117 @@ def default_folder(config: Any) -> Path:
     width = f"-w{config.width}" if config.width else ""
     flax = "flax-" if type(config).__module__.rpartition(".")[2].startswith("flax") else ""
     return Path(f"runs/{data}{flax}{model}-{config.structure}{width}-seed{config.seed}")
+
+
+class Interruption:
+    """Keep the first SIGINT or SIGTERM within the block in `signal`; one after `SAME_SECONDS` acts as usual.
+
+    A nested block is the outer one. After a signal the handler stays, and later signals are ignored while the process
+    ends: Python restores their defaults then, and the exit code would be that of a killed process. Outside of the main
+    thread, where Python cannot handle signals, the block changes nothing.
+    """
+
+    active: Interruption | None = None
+
+    def __init__(self) -> None:
+        self.signal: signal.Signals | None = None
+        self._before: dict[int, Any] = {}
+        self._first = 0.0
+
+    def __enter__(self) -> Interruption:
+        if Interruption.active is not None:
+            return Interruption.active
+        if threading.current_thread() is threading.main_thread():
+            Interruption.active = self
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if Interruption.active is self:
+            Interruption.active = None
+            if self.signal is None:
+                self._restore()
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.signal is None:
+            self.signal, self._first = signal.Signals(number), time.monotonic()
+            atexit.register(_ignore)
+        elif time.monotonic() - self._first > SAME_SECONDS:
+            self._restore()
+            signal.raise_signal(number)
+
+    def _restore(self) -> None:
+        for number, before in self._before.items():
+            if signal.getsignal(number) == self._note:
+                signal.signal(number, before)
+
+
+def _ignore() -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def scalars(evaluation: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
+    """Return the numbers of an evaluation, nested ones by their path, without None.
+
+    Examples
+    --------
+    >>> scalars({"test_loss": 0.5, "batch_loss": None, "statistics": {"gains": {"input": 1.0}}})
+    {'test_loss': 0.5, 'statistics/gains/input': 1.0}
+    """
+    found: dict[str, float] = {}
+    for key, value in evaluation.items():
+        if isinstance(value, Mapping):
+            found |= scalars(value, f"{prefix}{key}/")
+        elif isinstance(value, int | float) and not isinstance(value, bool) and key != "step":
+            found[prefix + key] = float(value)
+    return found
+
+
+def _tensorboard(folder: Path, config: Mapping[str, Any], started: str, step: int) -> Tracker:
+    from torch.utils.tensorboard import SummaryWriter
+
+    # Hide values that an interrupted run wrote after its last checkpoint.
+    writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else None)
+
+    def log(values: Mapping[str, float], step: int) -> None:
+        for name, value in values.items():
+            writer.add_scalar(name, value, step)
+        writer.flush()
+
+    return log, writer.close
+
+
+def _wandb(folder: Path, config: Mapping[str, Any], started: str, step: int) -> Tracker:
+    import wandb
+
+    name = folder.resolve().name
+    number = hashlib.sha256(f"{name} {started}".encode()).hexdigest()[:16]  # the same for a run and its resumption
+    run = wandb.init(project="structlin", name=name, id=number, resume="allow", dir=str(folder), config=dict(config))
+    return lambda values, step: run.log(dict(values), step=step), run.finish
+
+
+Tracker = tuple[Callable[[Mapping[str, float], int], None], Callable[[], None]]
+"""A function that logs values of a step, and one that ends."""
+TRACKERS: dict[str, Callable[..., Tracker]] = {"tensorboard": _tensorboard, "wandb": _wandb}
+
+
+def versions(more: Sequence[str]) -> dict[str, str]:
+    found = {"python": platform.python_version(), "structlin": structlin.__version__}
+    for name in ("numpy", "cola-ml", *more):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "unknown"
+    return found
+
+
+def hardware(threads: int, device: str) -> dict[str, Any]:
+    """Return a description of the processor, without the name of the machine."""
+    found = processor()
+    name = found.get("model name") or found["name"] or "unknown"
+    return {
+        "system": platform.system(), "machine": found["machine"], "cpu": name, "cores": cores(), "threads": threads,
+        "device": device,
+    }  # fmt: skip

@@ -1,9 +1,11 @@
-"""The run of a recipe in torch: model, optimiser, steps and checkpoints."""
+"""The steps of a recipe, and the run of one in torch: model, optimiser and checkpoints."""
 
 from __future__ import annotations
 
 import base64
 import math
+import signal
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -23,8 +25,7 @@ from structlin_nn.counting import DEVICES, count
 from structlin_nn.recipes._config import RunConfig, require
 from structlin_nn.recipes._probe import Probe
 from structlin_nn.recipes._processes import Processes, local
-from structlin_nn.recipes._run import Options, Run
-from structlin_nn.recipes._telling import hardware
+from structlin_nn.recipes._run import Options, Run, TrainingError, hardware, scalars
 from structlin_nn.torch import Muon, StructuredLinear, parameter_groups
 from structlin_nn.trained import described, model_of, starting_weights
 
@@ -58,9 +59,7 @@ def count_run(
 
 
 def base_of(build: Callable[..., nn.Module], config: RunConfig, outputs: int) -> nn.Module | None:
-    """Return the dense model at base width, on the meta device.
-
-    It has the recipe's own number of heads if they divide the width.
+    """Return the dense model at base width, on the meta device, with the recipe's heads if they divide the width.
 
     None for a model that has its own width: each layer is its own base.
     """
@@ -158,7 +157,152 @@ class ShardedScaler(torch.amp.GradScaler):
         return {found_inf.device: found_inf}
 
 
-class TorchRun(Run):
+class Steps(Run):
+    """The steps and evaluations of a run, in torch or flax.
+
+    `probe` measures features and gains, `sums` are those of the recipe between evaluations, `warmup` is a number of
+    steps.
+    """
+
+    probe: Probe
+    sums: Any
+    warmup: int
+
+    def evaluated(self, found: dict[str, Any], summary: str, metric: str) -> None:
+        """Add an evaluation to the record, and write a checkpoint; all processes call it.
+
+        `found` are its entries of this recipe, `summary` is a line, and `metric` is the key of the value to minimise
+        (`keep_best`). TrainingError if a number is not finite.
+        """
+        self.fetch_losses()
+        found = {**found, "statistics": self.probe.statistics()}
+        if not all(abs(value) < float("inf") for value in found.values() if isinstance(value, float)):
+            raise TrainingError(f"the loss at the evaluation after step {self.step} is not finite; {self.good()}")
+        samples = self.step * self.config.batch_size
+        self.seconds = time.monotonic() - self._clock
+        self.last = {
+            "step": self.step, "samples": samples, "training_macs": samples * self.counts["training_macs"],
+            "lr": self.config.lr * self.share(max(self.step - 1, 0)), **found, "seconds": round(self.seconds, 3),
+            "training_seconds": round(self.training_seconds, 3),
+        }  # fmt: skip
+        self.sums[:] = 0
+        self.group.first(lambda: self._record.append(self.last))
+        self.save(found[metric])
+        for log in self._trackers:
+            log(scalars(self.last), self.step)
+        self.say(summary)
+        self._mark = time.monotonic()
+
+    def share(self, step: int) -> float:
+        """Return the share of the learning rate that step number `step` (from 0) takes.
+
+        The warm-up rises linearly and reaches 1 at step `warmup`; from there on the share is 1 (``constant``), or
+        ``final_lr + (1 - final_lr) (1 + cos(pi t)) / 2`` with t rising from 0 to 1 at `steps`, a step that is never
+        taken (Loshchilov, Hutter, SGDR: Stochastic Gradient Descent with Warm Restarts, ICLR 2017, equation 5).
+        """
+        if step < self.warmup:
+            return (step + 1) / (self.warmup + 1)
+        if self.config.schedule == "constant":
+            return 1.0
+        fallen = (1 + math.cos(math.pi * (step - self.warmup) / (self.steps - self.warmup))) / 2
+        return fallen if self.config.final_lr == 0 else self.config.final_lr + (1 - self.config.final_lr) * fallen
+
+    def training(self, evaluate: Callable[[], None], every: int, measure_every: int = 0) -> Iterator[None]:
+        """Iterate over the steps that are left, each of which ends with a call of `stepped`.
+
+        `evaluate` is called before the first step, after each `every` steps, and after the last. The change of features
+        is measured in the steps before evaluations, or in each `measure_every`-th.
+        """
+        if not self.last:
+            evaluate()
+        while self.step < self.steps and not self.stopped:
+            evaluates = self.step + 1 == self.steps or (self.step + 1) % every == 0
+            self._measures = (self.step + 1) % measure_every == 0 if measure_every else evaluates
+            if self._measures:
+                self.probe.before_step()
+            yield
+            if evaluates:
+                evaluate()
+
+    def stepped(self, loss: Any, norm: Any, sums: Any) -> None:
+        """Finish a step: keep its loss, log it, check for signals, and write a checkpoint if one is due.
+
+        `loss` is the mean over the batch, as a number or a scalar tensor; `norm` is that of the gradient, or None;
+        `sums` is added to those of the run. TrainingError names the step of a loss that is not finite and the last good
+        checkpoint.
+        """
+        if self._measures:
+            self.probe.after_step()
+        self.sums += sums
+        self.step += 1
+        self._losses.append(loss)
+        checking = self.step % self.check_every == 0 or self.step == self.steps
+        value = self.fetch_losses() if checking else None
+        self.training_seconds += time.monotonic() - self._mark
+        self._bar.update(self.config.batch_size)
+        every = self.options.log_every
+        if value is not None and every and self.step - self._logged >= every:
+            self._log(value, norm)
+        number = self._interruption.signal or 0
+        if self.watch is not None and self.watch(self, value) and not number:
+            number = -1  # no signal
+        due = time.monotonic() - self._saved_at > 60 * self.options.checkpoint_minutes
+        if self.group.size > 1:  # communication waits for the device
+            number = self.group.largest(abs(int(number))) if checking else 0
+            due = checking and bool(self.group.largest(int(due)))
+        if number:
+            self.stopped = signal.Signals(number) if number > 1 else True
+        if (self.stopped or due) and self.step < self.steps:
+            self.fetch_losses()
+            self.seconds = time.monotonic() - self._clock
+            self.save()
+        self._mark = time.monotonic()
+
+    def logs(self) -> bool:
+        """Whether the current step may be logged, which needs the norm of the gradient."""
+        every = self.options.log_every
+        return bool(every) and self.step + 1 - self._logged >= every
+
+    def fetch_losses(self) -> float:
+        """Return the last of the losses since the previous call; TrainingError for the first that is not finite."""
+        values = [float(loss) for loss in self._losses] or [0.0]
+        for number, value in enumerate(values):
+            if not abs(value) < float("inf"):
+                raise TrainingError(
+                    f"the loss is {value} at step {self.step - len(values) + number + 1}; {self.good()}"
+                )
+        self._losses.clear()
+        return values[-1]
+
+    def _log(self, loss: float, norm: Any) -> None:
+        now = time.monotonic()
+        speed = (self.step - self._logged) * self.config.batch_size / max(now - self._logged_at, 1e-9)
+        flops = (2 * self.counts["training_macs"] + self.counts["training_other_flops"]) * speed
+        found = {
+            "loss": loss,
+            "lr": self.config.lr * self.share(self.step - 1),
+            f"{self.config.unit}_per_second": speed,
+            "flops_per_second": flops,
+        }
+        words = [f"step {self.step:>6} of {self.steps}", f"loss {loss:.4f}", f"lr {found['lr']:.3g}"]
+        if norm is not None:
+            found["gradient_norm"] = float(norm)
+            words.append(f"gradient {found['gradient_norm']:.3g}")
+        tokens = getattr(self.config, "context", 0)
+        words.append(f"{speed * tokens:,.0f} tok/s" if tokens else f"{speed:,.0f} {self.config.unit}/s")
+        words.append(f"{flops / 1e12:.3g} TFLOP/s" if flops >= 1e11 else f"{flops / 1e9:.3g} GFLOP/s")
+        if (peak := self.peak()) is not None:
+            found["mfu"] = flops / (peak * self.group.size)
+            words.append(f"MFU {100 * found['mfu']:.1f} %")
+        found["memory"] = self.memory()
+        words.append(f"{found['memory'] / 2**30:.2f} GiB")
+        self.say("  ".join(words))
+        for log in self._trackers:
+            log({f"log/{key}": value for key, value in found.items()}, self.step)
+        self._logged, self._logged_at = self.step, now
+
+
+class TorchRun(Steps):
     """A run in torch (`structlin_nn.recipes._run.Run`): model, optimiser, average and scaler, and checkpoints of them.
 
     `model` is the model itself, and `forward` what a step calls; `sums` are float64 numbers, the same in all processes.
@@ -173,21 +317,16 @@ class TorchRun(Run):
         self.device = group.device
         self.check_every = 1 if group.device.type == "cpu" else 50  # to look at a loss waits for the device
         self.generators: dict[str, torch.Generator] = {}
-        self._threads = torch.get_num_threads()
-        self._tf32 = torch.backends.cuda.matmul.allow_tf32
 
     def __enter__(self) -> Self:
         super().__enter__()
         if self.config.threads:
+            self._closing.callback(torch.set_num_threads, torch.get_num_threads())
             torch.set_num_threads(self.config.threads)
         if self.device.type == "cuda":
+            self._closing.callback(_allow_tf32, torch.backends.cuda.matmul.allow_tf32)
             _allow_tf32(self.config.tf32)
         return self
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        torch.set_num_threads(self._threads)
-        _allow_tf32(self._tf32)
-        super().__exit__(kind, error, trace)
 
     def make_model(self, build: Callable[..., nn.Module], outputs: int) -> nn.Module:
         """Return the model on the device of the run, drawn from torch's generator on the CPU or with trained weights.
@@ -328,19 +467,19 @@ class TorchRun(Run):
             yield
         self.model.train()
 
-    def evaluated(self, found: dict[str, Any], summary: str, metric: str) -> None:
-        super().evaluated({**found, "statistics": self.probe.statistics()}, summary, metric)
-
     def peak(self) -> float | None:
-        return peak_flops(self.device, self.config.precision, self.config.tf32)
+        if self.device.type != "cuda":
+            return None
+        precision = "tfloat32" if self.config.precision == "float32" and self.config.tf32 else self.config.precision
+        name = torch.cuda.get_device_name(self.device).lower()
+        found = [known for key, known in DEVICES.items() if key in name]
+        # Cards of the same name for PCIe are slower.
+        return found[0].peak.get(precision) if found and "pcie" not in name else None
 
     def memory(self) -> int:
         return torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else super().memory()
 
     # Checkpoints
-
-    def sums_reset(self) -> None:
-        self.sums.zero_()
 
     def not_finite(self) -> str | None:
         named = self.model.named_parameters()
@@ -350,9 +489,7 @@ class TorchRun(Run):
         """Return the tensors of model, optimiser and average, by names of parameters."""
         names: dict[Tensor, str] = {parameter: name for name, parameter in self.model.named_parameters()}
         states = {
-            names[p]: {
-                key: value if isinstance(value, Tensor) else torch.tensor(value) for key, value in entries.items()
-            }
+            names[p]: {key: torch.as_tensor(value) for key, value in entries.items()}
             for p, entries in self.optimizer.state.items()
         }
         average = {} if self.average is None else self.average.tensors
@@ -360,19 +497,18 @@ class TorchRun(Run):
 
     def write(self, folder: Path) -> dict[str, Any]:
         tensors = self._tensors()
-        write_tensors(folder, tensors, self.group.control, self.group.size == 1)
+        write_tensors(folder, tensors, self.group.control)
         keys = {name: list(entries) for name, entries in tensors["optimizer"].items()}
-        return {"tensors": {"optimizer": keys, "average": self.average is not None}, **self._described}
-
-    def writes(self, name: str) -> bool:
-        return name.startswith(f"__{self.group.rank}_") or (self.group.main and not name.startswith("__"))
-
-    def more_state(self) -> dict[str, Any]:
         state = common_state(self, self.model)
         state["generators"]["torch"] = encoded(torch.get_rng_state())
         if self.device.type == "cuda":
             state["generators"]["cuda"] = encoded(torch.cuda.get_rng_state(self.device))
-        return {"init_from": self.init_from, "scaler": self.scaler.state_dict(), **state}
+        held = {"optimizer": keys, "average": self.average is not None}
+        more = {"init_from": self.init_from, "scaler": self.scaler.state_dict(), "tensors": held}
+        return {**state, **more, **self._described}
+
+    def writes(self, name: str) -> bool:
+        return name.startswith(f"__{self.group.rank}_") or (self.group.main and not name.startswith("__"))
 
     def _restore(self, state: dict[str, Any]) -> None:
         """Restore the state of a checkpoint, written by any number of processes."""
@@ -386,7 +522,7 @@ class TorchRun(Run):
             "average": {} if self.average is None else self.average.tensors,
         }
         place = self.folder / CHECKPOINTS / f"{self.step:09d}"
-        read_tensors(place, tensors, self.group.control, self.group.size == 1)
+        read_tensors(place, tensors, self.group.control)
         for name, entries in tensors["optimizer"].items():
             if name in parameters:
                 self.optimizer.state[parameters[name]] = entries
@@ -438,41 +574,19 @@ def layers_of(model: nn.Module, groups: Sequence[Mapping[str, Any]]) -> list[dic
         trainable = iter(layer.factors)
         factors = [
             {
-                "shape": list(factor.shape),
-                "fan_in": factor.fan_in,
-                "fan_out": factor.fan_out,
-                "blocks": factor.blocks,
-                "carried": factor.carried,
-                "init_std": std,
+                "shape": list(factor.shape), "fan_in": factor.fan_in, "fan_out": factor.fan_out,
+                "blocks": factor.blocks, "carried": factor.carried, "init_std": std,
                 "lr_multiplier": rates[id(next(trainable))] if factor.trainable else 0.0,
             }
             for factor, std in zip(layer.structure.factors, layer.init_std, strict=True)
-        ]
-        found.append(
-            {
-                "name": name,
-                "in_features": layer.in_features,
-                "out_features": layer.out_features,
-                "structure": repr(layer.structure),
-                "params": sum(parameter.numel() for parameter in layer.parameters()),
-                "macs": layer.structure.macs,
-                "factors": factors,
-            }
-        )
+        ]  # fmt: skip
+        found.append({
+            "name": name, "in_features": layer.in_features, "out_features": layer.out_features,
+            "structure": repr(layer.structure), "params": sum(parameter.numel() for parameter in layer.parameters()),
+            "macs": layer.structure.macs, "factors": factors,
+        })  # fmt: skip
     return found
 
 
 def _allow_tf32(allowed: bool) -> None:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allowed
-
-
-def peak_flops(device: torch.device, precision: str, tf32: bool) -> float | None:
-    """Return the peak FLOP/s of products of a device in a precision, None if unknown."""
-    if device.type != "cuda":
-        return None
-    if precision == "float32" and tf32:
-        precision = "tfloat32"
-    name = torch.cuda.get_device_name(device).lower()
-    found = [known for key, known in DEVICES.items() if key in name]
-    # Cards of the same name for PCIe are slower.
-    return found[0].peak.get(precision) if found and "pcie" not in name else None

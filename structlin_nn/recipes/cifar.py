@@ -203,14 +203,8 @@ def train(
                 found, told = evaluation(config, run.step, per_epoch, scores, run.sums.tolist())
             run.evaluated(found, told, metric="test_error")
 
-        if not run.last:
-            evaluate()
-        while run.step < run.steps and not run.stopped:
-            evaluates, measures = due(config, run.step + 1, run.steps, per_epoch)
-            if measures:
-                run.probe.before_step()
-
-            # One step: the parts of this process's share of the batch, then the optimiser.
+        # One step: the parts of this process's share of the batch, then the optimiser.
+        for _ in run.training(evaluate, config.eval_every * per_epoch, config.measure_every):
             run.set_rates()
             optimizer.zero_grad(set_to_none=True)
             rows = on_device(batch_rows(len(labels), config.batch_size, config.seed, run.step), run.device)
@@ -230,15 +224,10 @@ def train(
             norm = run.gradient_norm()
             run.update()
             loss, right = run.mean_and_sum(losses, hits)
-
-            if measures:
-                run.probe.after_step()
             # A mixed batch counts by the labels that more predictions agree with.
             hit = right.max() if config.mixup else right[0]
-            run.sums += torch.stack([loss * config.batch_size, hit, torch.full_like(loss, config.batch_size)])
-            run.stepped(loss, norm)
-            if evaluates:
-                evaluate()
+            sums = torch.stack([loss * config.batch_size, hit, torch.full_like(loss, config.batch_size)])
+            run.stepped(loss, norm, sums)
         return run.result()
 
 
@@ -270,13 +259,6 @@ def loss_and_error(
         found[1] += (logits.argmax(1) != right).sum()
     loss, wrong = group.sum(found).tolist()
     return loss / len(labels), wrong / len(labels)
-
-
-def due(config: Config, step: int, steps: int, per_epoch: int) -> tuple[bool, bool]:
-    """Return whether there is an evaluation after a step, and whether the change of features in it is measured."""
-    epoch, within = divmod(step, per_epoch)
-    evaluates = step == steps or (within == 0 and epoch % config.eval_every == 0)
-    return evaluates, step % config.measure_every == 0 if config.measure_every else evaluates
 
 
 def evaluation(

@@ -74,25 +74,11 @@ def train(config: Config, options: Options, *, watch: Any = None) -> Result:
             found, told = cifar.evaluation(config, run.step, per_epoch, scores, run.sums.tolist())
             run.evaluated(found, told, metric="test_error")
 
-        if not run.last:
-            evaluate()
-        while run.step < run.steps and not run.stopped:
-            evaluates, measures = cifar.due(config, run.step + 1, run.steps, per_epoch)
-            if measures:
-                run.write_to_twin()
-                run.probe.before_step()
-
+        for _ in run.training(evaluate, config.eval_every * per_epoch, config.measure_every):
             rows = torch.from_numpy(batch_rows(len(labels), size, config.seed, run.step))
             inputs, targets = (tensor.numpy() for tensor in augment(images[rows], labels[rows], generator))
             loss_found, norm, predictions = step(inputs, targets)
-
-            if measures:
-                run.write_to_twin()
-                run.probe.after_step()
             right = labels[rows].numpy()
             hits = [int((np.concatenate(predictions) == other).sum()) for other in (right, right[::-1])]
-            run.sums += (float(loss_found) * size, max(hits) if config.mixup else hits[0], size)
-            run.stepped(loss_found, norm)
-            if evaluates:
-                evaluate()
+            run.stepped(loss_found, norm, (float(loss_found) * size, max(hits) if config.mixup else hits[0], size))
         return run.result()

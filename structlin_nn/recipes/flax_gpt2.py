@@ -69,23 +69,9 @@ def train(config: Config, options: Options, *, watch: Any = None) -> Result:
             found, told = gpt2.evaluation(config, run.step, train_loss, *val, run.sums.tolist())
             run.evaluated(found, told, metric="val_loss")
 
-        if not run.last:
-            evaluate()
-        while run.step < run.steps and not run.stopped:
-            evaluates = run.step + 1 == run.steps or (run.step + 1) % config.eval_every == 0
-            if evaluates:
-                run.write_to_twin()
-                run.probe.before_step()
-
+        for _ in run.training(evaluate, config.eval_every):
             x, y = token_batch(data.train, block_size=config.context, batch_size=config.batch_size, seed=config.seed,
                                step=run.step)  # fmt: skip
             loss_found, norm, _ = step(x, y)
-
-            if evaluates:
-                run.write_to_twin()
-                run.probe.after_step()
-            run.sums[:2] += (float(loss_found), 1)
-            run.stepped(loss_found, norm)
-            if evaluates:
-                evaluate()
+            run.stepped(loss_found, norm, (float(loss_found), 1, 0))
         return run.result()

@@ -117,13 +117,10 @@ def build(config: Config, vocabulary: int) -> nn.Module:
         longest = getattr(getattr(getattr(model, "model", None), "config", None), "max_position_embeddings", None)
         require(longest is None or config.context <= longest, f"{config.model} takes {longest} tokens at most")
         return model
-    return build_model("gpt2", width=config.width, structure=structure, **_sizes(config, vocabulary))
-
-
-def _sizes(config: Config, vocabulary: int) -> dict[str, Any]:
     names = ("depth", "heads", "context", "expansion", "qk_norm", "bias", "tied", "gelu")
-    optional = {name: getattr(config, name) or None for name in ("head_dim", "attention_scale")}
-    return {name: getattr(config, name) for name in names} | optional | {"vocabulary": vocabulary}
+    sizes = {name: getattr(config, name) for name in names}
+    sizes |= {name: getattr(config, name) or None for name in ("head_dim", "attention_scale")}
+    return build_model("gpt2", width=config.width, structure=structure, vocabulary=vocabulary, **sizes)
 
 
 def plan(config: Config, options: Options) -> tuple[int, int, dict[str, int]]:
@@ -197,17 +194,11 @@ def train(
                 found, told = evaluation(config, run.step, train_loss, val_loss, val_tokens, run.sums.tolist())
             run.evaluated(found, told, metric="val_loss")
 
-        if not run.last:
-            evaluate()
-        while run.step < run.steps and not run.stopped:
-            evaluates = run.step + 1 == run.steps or (run.step + 1) % config.eval_every == 0
-            if evaluates:
-                run.probe.before_step()
-
-            # One step: the parts of this process's share of the batch, then the optimiser.
+        # One step: the parts of this process's share of the batch, then the optimiser.
+        for _ in run.training(evaluate, config.eval_every):
             run.set_rates()
             optimizer.zero_grad(set_to_none=True)
-            losses: list[Tensor] = []
+            losses = list[Tensor]()
             inputs, targets = tokens(run.step)
             for x, y in zip(inputs.split(size), targets.split(size), strict=True):
                 with run.sync(last=len(losses) == config.accumulate - 1):
@@ -218,13 +209,7 @@ def train(
             norm = run.gradient_norm()
             run.update()
             loss, _ = run.mean_and_sum(losses)
-
-            if evaluates:
-                run.probe.after_step()
-            run.sums += torch.stack([loss, torch.ones_like(loss)])
-            run.stepped(loss, norm)
-            if evaluates:
-                evaluate()
+            run.stepped(loss, norm, torch.stack([loss, torch.ones_like(loss)]))
         return run.result()
 
 

@@ -197,18 +197,11 @@ def train(
                 )
             run.evaluated(found, told, metric="val_error")
 
-        if not run.last:
-            evaluate()
-        while run.step < run.steps and not run.stopped:
-            epoch, within = divmod(run.step + 1, per_epoch)
-            evaluates = run.step + 1 == run.steps or (within == 0 and epoch % config.eval_every == 0)
-            if evaluates:
-                run.probe.before_step()
-
-            # One step: the parts of this process's share of the batch, then the optimiser.
+        # One step: the parts of this process's share of the batch, then the optimiser.
+        for _ in run.training(evaluate, config.eval_every * per_epoch):
             run.set_rates()
             optimizer.zero_grad(set_to_none=True)
-            losses: list[Tensor] = []
+            losses = list[Tensor]()
             for _ in range(config.accumulate):
                 *batch, keys = next(batches)  # keys are read on the CPU: the device is not waited for
                 images, labels = (tensor.to(run.device, non_blocking=True) for tensor in batch)
@@ -222,13 +215,7 @@ def train(
             norm = run.gradient_norm()
             run.update()
             loss, _ = run.mean_and_sum(losses)
-
-            if evaluates:
-                run.probe.after_step()
-            run.sums += torch.stack([loss, torch.ones_like(loss)])
-            run.stepped(loss, norm)
-            if evaluates:
-                evaluate()
+            run.stepped(loss, norm, torch.stack([loss, torch.ones_like(loss)]))
         return run.result()
 
 

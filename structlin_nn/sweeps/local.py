@@ -8,7 +8,8 @@ import queue
 import signal
 import traceback
 from collections.abc import Mapping
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
@@ -73,9 +74,10 @@ def state_of(config: Any, folder: Path) -> str:
 
     ValueError for a folder with a run of another configuration.
     """
-    unfinished = "failed" if (folder / FAILED).exists() else "begun"
+    failed = (folder / FAILED).exists()
     if not (folder / "record.jsonl").exists():
-        return "failed" if unfinished == "failed" else "new"
+        return "failed" if failed else "new"
+    unfinished = "failed" if failed else "begun"
     try:
         found = read_record(folder / "record.jsonl")
     except ValueError:  # cut off: resuming repairs it
@@ -103,9 +105,7 @@ def plan(jobs: Mapping[str, Job]) -> dict[str, Planned]:
     return found
 
 
-def run_all(
-    jobs: Mapping[str, Job], *, workers: int, weights: Mapping[str, float] | None = None, progress: bool = True
-) -> Outcome:
+def run_all(jobs: Mapping[str, Job], *, workers: int, weights: Mapping[str, float], progress: bool = True) -> Outcome:
     """Train all runs, the largest first, and resume begun ones.
 
     An error in one run is written to its folder, and the others go on. Call this function under
@@ -113,14 +113,11 @@ def run_all(
     one GPU. After SIGINT or SIGTERM, runs write a checkpoint and end. `weights` are the costs of the runs, for their
     order and the progress bar.
     """
-    from structlin_nn.recipes._telling import Interruption
+    from structlin_nn.recipes._run import Interruption
 
-    if workers < 1:
-        raise ValueError(f"workers must be at least 1, got {workers}")
     if not jobs:
         return Outcome({}, None)
-    work = dict(weights) if weights is not None else dict.fromkeys(jobs, 1.0)
-    workers, total = min(workers, len(jobs)), sum(work.values())
+    workers, total = min(workers, len(jobs)), sum(weights.values())
     context = get_context("spawn")
     messages, stop, places = context.Queue(), context.Event(), context.Queue()
     for number in range(workers):
@@ -132,9 +129,8 @@ def run_all(
         ProcessPoolExecutor(workers, context, _prepare_worker, (messages, stop, places)) as pool,
         progress_bar(total, f"{len(jobs)} runs", quiet=not progress, bar_format=form) as bar,
     ):
-        names: dict[Future[str | None], str] = {}
-        for name in sorted(jobs, key=lambda name: -work[name]):
-            names[pool.submit(_train, name, jobs[name])] = name
+        largest = sorted(jobs, key=lambda name: -weights[name])
+        names = {pool.submit(_train, name, jobs[name]): name for name in largest}
         running, done = set(names), 0
         try:
             while running:
@@ -151,10 +147,11 @@ def run_all(
                     pool.shutdown(wait=False, cancel_futures=True)
                 # `wait` does not count cancelled ones as done.
                 running = {future for future in running if not future.cancelled()}
-                while (told := _next(messages)) is not None:
-                    name, share, text = told
-                    bar.set_postfix_str(f"{done} done, {name}: {text}", refresh=False)
-                    bar.update(share * work[name])
+                with suppress(queue.Empty):
+                    while True:
+                        name, share, text = messages.get_nowait()
+                        bar.set_postfix_str(f"{done} done, {name}: {text}", refresh=False)
+                        bar.update(share * weights[name])
         except BaseException:
             stop.set()
             pool.shutdown(wait=False, cancel_futures=True)
@@ -164,23 +161,14 @@ def run_all(
     return Outcome(failed, interruption.signal)
 
 
-def _next(messages: Any) -> tuple[str, float, str] | None:
-    try:
-        return messages.get_nowait()
-    except queue.Empty:
-        return None
-
-
-_messages: Any = None
-_stop: Any = None
-_workers = 1
+_shared: Any = None  # of a worker: the queue of messages, the event that stops it, and the number of workers
 
 
 def _prepare_worker(messages: Any, stop: Any, places: Any) -> None:
-    global _messages, _stop, _workers
-    _messages, _stop = messages, stop
+    global _shared
     messages.cancel_join_thread()
-    number, _workers = places.get()
+    number, workers = places.get()
+    _shared = messages, stop, workers
     # Ctrl-C reaches every process of the terminal; the parent stops the runs.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     import torch
@@ -196,20 +184,21 @@ def _train(name: str, job: Job) -> str | None:
     """Return None for a finished run, "" for a stopped one, and else the reason of its failure."""
     import torch
 
-    if _stop.is_set():
+    messages, stop, workers = _shared
+    if stop.is_set():
         return ""
     if not job.config.threads:
         # Torch's default, shared with the other workers.
-        torch.set_num_threads(max(1, default_workers() // _workers))
+        torch.set_num_threads(max(1, default_workers() // workers))
     told = 0.0
 
     def watch(run: Any, loss: float | None) -> bool:
         nonlocal told
         reached = run.step / run.steps
         if reached - told >= 0.02 or run.step == run.steps:
-            _messages.put((name, reached - told, "" if loss is None else f"loss {loss:.3f}"))
+            messages.put((name, reached - told, "" if loss is None else f"loss {loss:.3f}"))
             told = reached
-        return _stop.is_set()
+        return stop.is_set()
 
     (job.folder / FAILED).unlink(missing_ok=True)
     try:

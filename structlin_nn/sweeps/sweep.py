@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import itertools
 import pkgutil
 import re
+import runpy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -161,18 +161,14 @@ def find(name: str) -> Sweep:
     ValueError for an unknown name, with the nearest, or a file without a `SWEEP`; FileNotFoundError for no file.
     """
     if name.endswith(".py"):
-        path = Path(name)
-        if not path.is_file():
-            raise FileNotFoundError(f"{path} does not exist")
-        spec = importlib.util.spec_from_file_location(path.stem, path)
-        assert spec is not None and spec.loader is not None  # noqa: PT018
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
+        if not Path(name).is_file():
+            raise FileNotFoundError(f"{name} does not exist")
+        content = runpy.run_path(name)
     else:
         if name not in names():
             raise ValueError(f"unknown sweep {name!r}{suggestion(name, names())} (one of {', '.join(names())})")
-        module = importlib.import_module(f"structlin_nn.configs.{name.replace('-', '_')}")
-    found = getattr(module, "SWEEP", None)
+        content = vars(importlib.import_module(f"structlin_nn.configs.{name.replace('-', '_')}"))
+    found = content.get("SWEEP")
     if not isinstance(found, Sweep):
         raise ValueError(f"{name} must define SWEEP, a structlin_nn.sweeps.Sweep, got {found!r}")
     return found

@@ -195,6 +195,6 @@ class TestCommand:
             (f"{trained} --average", "has no average of its weights"),
             (f"{tmp_path}", "holds no trained model: a trained model is a folder of"),
             (f"{trained} --device nowhere", "--device must be cpu, cuda or cuda:N, got 'nowhere'"),
-            (f"{trained} --samples 0", "--samples must be at least 1, got 0"),
+            (f"{trained} --samples 0", "--samples: must be a positive integer, got '0'"),
         ):
             assert message in self.run(line, capsys, code=2)[1]

@@ -162,7 +162,7 @@ class TestDocuments:
 
             return dataclasses.replace(tokenizer, encode=encode)
 
-        monkeypatch.setattr(prepare_module, "load_tokenizer", counted)
+        monkeypatch.setattr(prepare_module, "_tokenizer", counted)
         with pytest.raises(KeyboardInterrupt):
             self.prepare(saved, tmp_path / "out")
         assert not (tmp_path / "out/train.bin").exists()

@@ -1,12 +1,14 @@
 """Configurations: strict, plain values, and the paper's recipes."""
 
 import json
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from structlin_nn.recipes import MODELS, cifar, flax_cifar, gpt2, imagenet, recipe
 from structlin_nn.recipes._config import overrides
+from structlin_nn.recipes._torch import Steps
 
 
 class TestStrictness:
@@ -153,3 +155,17 @@ class TestOverrides:
     def test_twice(self) -> None:
         with pytest.raises(ValueError, match=r"options\.rank is given twice"):
             overrides(cifar.Config, ["options.rank=1", "options.rank=2"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "shares"),
+    [
+        ({}, [1 / 3, 2 / 3, 1, 0.853553, 0.5, 0.146447]),
+        ({"final_lr": 0.1}, [1 / 3, 2 / 3, 1, 0.868198, 0.55, 0.231802]),
+        ({"schedule": "constant"}, [1 / 3, 2 / 3, 1, 1, 1, 1]),
+    ],
+)
+def test_shares_of_the_learning_rate(changes: dict[str, Any], shares: list[float]) -> None:
+    """Six steps, two of them of warm-up, beside numbers by hand."""
+    run: Any = SimpleNamespace(config=cifar.Config(**changes), steps=6, warmup=2)
+    assert [Steps.share(run, step) for step in range(6)] == pytest.approx(shares, abs=1e-6)

@@ -22,8 +22,8 @@ import structlin_nn
 from structlin import execution
 from structlin_nn._shards import read_tensors, write_tensors
 from structlin_nn.checkpoints import CHECKPOINTS, checkpoints, read_checkpoint, read_state
-from structlin_nn.recipes import _run, _telling, recipe_module
-from structlin_nn.recipes._telling import Interruption
+from structlin_nn.recipes import _run, recipe_module
+from structlin_nn.recipes._run import Interruption
 from structlin_nn.recipes.cifar import Config, Options, train
 from structlin_nn.records import COMMON_KEYS, HEADER_KEYS, TASK_KEYS, read_record, sealed
 from structlin_nn.trained import load_trained
@@ -459,7 +459,7 @@ class TestSignals:
 
     def test_a_second_one_is_an_order_only_when_it_comes_later(self, monkeypatch: pytest.MonkeyPatch) -> None:
         now = [0.0]
-        monkeypatch.setattr(_telling.time, "monotonic", lambda: now[0])
+        monkeypatch.setattr(_run.time, "monotonic", lambda: now[0])
         signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs do not have
         before = signal.getsignal(signal.SIGINT)
         with Interruption() as interruption:
