@@ -8,8 +8,8 @@ torch. So are all operands while a transformation observes or records the single
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from typing import Any
 
@@ -47,6 +47,26 @@ def watched() -> bool:
         or _tracing() is not None
         or torch.is_autocast_enabled("cpu")
     )
+
+
+@contextmanager
+def apart(train: bool, device: str = "cpu") -> Iterator[None]:
+    """Run a measurement apart from the call during which it is made.
+
+    Neither inference mode nor autocast applies, and hooks on saved tensors, as those of activation checkpoints, do not
+    see the tensors of the measurement. Gradients are recorded if ``train``.
+    """
+    with (
+        torch.inference_mode(False),
+        torch.set_grad_enabled(train),
+        torch.autocast(device, enabled=False),
+        torch.autograd.graph.saved_tensors_hooks(_same, _same),
+    ):
+        yield
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 def addressable(tensor: Tensor, name: str = "the tensor") -> bool:

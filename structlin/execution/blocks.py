@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from structlin._arrays import ops
 from structlin.execution import choice
-from structlin.execution._guard import addressable, guard_of, recording, watched
+from structlin.execution._guard import addressable, apart, guard_of, recording, watched
 from structlin.execution.compiled._activations import ACTIVATIONS
 from structlin.execution.compiled._buffers import Packed, Sums
 from structlin.execution.compiled._rules import cuts, shares
@@ -411,7 +411,7 @@ class BlockProblem:
         if names is not None:
             calls = {name: calls[name] for name in names}
         least = dict.fromkeys(calls, math.inf)
-        with torch.inference_mode(False), torch.set_grad_enabled(self.train):
+        with apart(self.train):
             for number in range(rounds + 1):
                 for name, call in calls.items():
                     taken = seconds(call)

@@ -121,6 +121,8 @@ def _call(problem: Problem, way: Way, tokens: int) -> Callable[[], object]:
         return way.call(problem, tokens)
     import torch
 
+    from structlin.execution._guard import apart
+
     structure, device, kind = problem.structure, problem.device, getattr(torch, problem.dtype)
     generator = torch.Generator(device=device).manual_seed(0)
 
@@ -139,11 +141,7 @@ def _call(problem: Problem, way: Way, tokens: int) -> Callable[[], object]:
         threads = torch.get_num_threads()
         torch.set_num_threads(problem.threads)
         try:
-            with (
-                torch.inference_mode(False),
-                torch.set_grad_enabled(problem.train),
-                torch.autocast(device, enabled=False),
-            ):
+            with apart(problem.train, device):
                 y = way.run(structure, factors, x, bias, problem.rows)
                 if problem.train:
                     torch.autograd.grad(y, given, gradient)

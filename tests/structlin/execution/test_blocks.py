@@ -259,6 +259,20 @@ def cache(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("cache")
+def test_timings_are_apart_from_the_call_that_needs_them() -> None:
+    """Hooks on saved tensors do not see them, and autocast does not apply."""
+    block = block_of([btt(24, 40)], btt(40, 24))
+    problem, seen = BlockProblem(block, "float32", 64, 1, True), []
+    with (
+        torch.autograd.graph.saved_tensors_hooks(seen.append, lambda _: None),
+        torch.autocast("cpu", dtype=torch.bfloat16),
+    ):
+        found = problem.measure()
+    assert seen == []
+    assert found["separate"] > 0
+
+
+@pytest.mark.usefixtures("cache")
 def test_the_choice_follows_timings_and_pins() -> None:
     block = block_of([btt(24, 40)], btt(40, 24))
     problem = BlockProblem(block, "float32", 64, torch.get_num_threads(), False)

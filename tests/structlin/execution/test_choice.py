@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 import structlin as sl
 from structlin import execution
@@ -251,6 +252,24 @@ class TestCompare:
         assert found.keys() == set(names)
         assert way.name == min(found, key=lambda name: found[name])
         assert execution.decisions() == {asked.key: way.name}  # from which a resumed run chooses
+
+    @pytest.mark.parametrize("policy", ["compare", "measure"])
+    def test_timings_inside_an_activation_checkpoint(self, monkeypatch, policy) -> None:
+        """Its hooks count the tensors that the layer saves, and not those of the measurement."""
+        monkeypatch.setattr(choice, "WORTH", 0.0)
+        monkeypatch.setattr(choice, "CLOSE", 1e9)
+        factors = [f.requires_grad_() for f in sl.random_factors(LONG, seed=0, backend="torch")]
+        x, seen = torch.randn(64, LONG.d_in, requires_grad=True), []
+        with execution.using(policy):
+            y = checkpoint(lambda x: LONG.apply(factors, x), x, use_reentrant=False)
+            (found,) = torch.autograd.grad(y.square().sum(), x)
+            way = next(iter(execution.decisions().values()))
+            with torch.autograd.graph.saved_tensors_hooks(lambda t: seen.append(t.shape) or t, lambda t: t):
+                y = LONG.apply(factors, x)
+        (expected,) = torch.autograd.grad(y.square().sum(), x)
+        assert torch.equal(found, expected), way
+        assert seen  # hooks of a call see what it saves
+        assert wisdom._MEMORY  # something was timed
 
 
 class TestRegistry:
