@@ -73,7 +73,8 @@ def _numpy() -> SimpleNamespace:
 
     def solve(a: Array, b: Array) -> Array:
         """Solve as NumPy does; few matrices with less overhead."""
-        if a.dtype != b.dtype or a.ndim != b.ndim or a.ndim > 3 or (a.ndim == 3 and not a.shape[0] == b.shape[0] <= 4):
+        few = a.ndim == b.ndim == 2 or (a.ndim == b.ndim == 3 and a.shape[0] == b.shape[0] <= 4)
+        if not few or a.dtype != b.dtype or a.dtype.char not in "fdFD":
             return np.linalg.solve(a, b)
         gesv = _lapack_function("gesv", a.dtype.char)
         x = np.empty(b.shape, b.dtype)
@@ -115,7 +116,10 @@ def _lapack_function(name: str, dtype: str) -> Any:
     """Return a function of SciPy's LAPACK for a character of NumPy's dtypes."""
     import scipy.linalg
 
-    return getattr(scipy.linalg.lapack, {"f": "s", "d": "d", "F": "c", "D": "z"}[dtype] + name)
+    kinds = {"f": "s", "d": "d", "F": "c", "D": "z"}
+    if dtype not in kinds:
+        raise TypeError(f"LAPACK supports float32, float64, complex64 and complex128, got {np.dtype(dtype)}")
+    return getattr(scipy.linalg.lapack, kinds[dtype] + name)
 
 
 def _of_module(module: Any, **own: Any) -> SimpleNamespace:
@@ -441,11 +445,15 @@ def seen(*arrays: Array) -> list[Array]:
     return fixed
 
 
-def small_views(*arrays: Array, most: float = FEW) -> list[np.ndarray] | None:
-    """Return NumPy's views of tensors that no derivative follows; None for other arrays, and above ``most`` numbers."""
+def small_views(*arrays: Array, most: float | None = None) -> list[np.ndarray] | None:
+    """Return NumPy's views of tensors that no derivative follows; None for other arrays, and above ``most`` numbers.
+
+    ``most`` is :data:`FEW` by default.
+    """
     torch: Any = sys.modules.get("torch")
     if torch is None:
         return None
+    most = FEW if most is None else most
     kinds, recorded = (torch.Tensor, torch.nn.Parameter), torch.is_grad_enabled()
     for x in arrays:
         if type(x) not in kinds or x.numel() > most or (recorded and x.requires_grad):

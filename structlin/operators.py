@@ -19,7 +19,6 @@ from cola.ops.operator_base import LinearOperator
 
 from structlin._arrays import Array, backend_of, common_backend, dtype_name, ops
 from structlin._cola_compat import device_of, functions_of, rule
-from structlin._lapack import as_tensors, small_views
 from structlin.structure import AbstractStructure
 
 __all__ = ["StructuredOperator"]
@@ -188,8 +187,6 @@ class StructuredOperator(LinearOperator):
 
     def _matmat(self, X: Array) -> Array:
         """Return a @ X for X of shape (d_in, k)."""
-        if (views := small_views(*self.factors, X)) is not None and views[0].dtype == views[-1].dtype:
-            return as_tensors(self.structure.apply_columns(views[:-1], views[-1]))[0]
         factors, X = _promoted(self.factors, X)
         return self.structure.apply_columns(factors, X)
 

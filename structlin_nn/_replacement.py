@@ -56,9 +56,18 @@ class ReplacementReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, for JSON."""
-        rows = [{**vars(row), "shape": row.structure.shape, "structure": repr(row.structure)} for row in self.layers]
-        dense = [{"name": name, "shape": shape, "role": role} for name, shape, role in self.dense]
-        return {**vars(self), "layers": rows, "dense": dense}
+        rows = [
+            {
+                **vars(row),
+                "names": list(row.names),
+                "shape": list(row.structure.shape),
+                "structure": repr(row.structure),
+            }
+            for row in self.layers
+        ]
+        dense = [{"name": name, "shape": list(shape), "role": role} for name, shape, role in self.dense]
+        skipped = [list(pair) for pair in self.skipped]
+        return {"layers": rows, "skipped": skipped, "dense": dense, "notes": list(self.notes)}
 
     def __str__(self) -> str:
         head = ("layer", "shape", "params", "structured", "MACs", "structured")

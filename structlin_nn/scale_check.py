@@ -22,7 +22,8 @@ from torch.nn import functional as F
 from structlin_nn._text import check_integer, suggestion
 from structlin_nn.models import MODELS, StructureConfig, base_model, build_model
 from structlin_nn.models.named import FORMS, example_inputs, open_named, own_function, parts_of, set_structure
-from structlin_nn.torch import ExpertLinear, Muon, ParameterRule, StructuredLinear, parameter_groups
+from structlin_nn.torch import Muon, ParameterRule, StructuredExperts, StructuredLinear, parameter_groups
+from structlin_nn.torch.unpack import ExpertLayers
 
 __all__ = ["CHECK_SIZES", "RATES", "THRESHOLD", "LayerScale", "ScaleCheck", "builder_of", "check_scale"]
 
@@ -31,7 +32,7 @@ THRESHOLD = 0.33
 half or more in theory. Slopes are less clear for small widths, few seeds, and ranks that are roots of the width."""
 RATES = {"adam": 1e-3, "adamw": 1e-3, "sgd": 0.05, "muon": 0.02}
 """Learning rates at base width, so small that changes are linear in them. Muon's other parameters have Adam's rate."""
-_LAYERS = (StructuredLinear, ExpertLinear, nn.Linear, nn.Embedding, nn.modules.conv._ConvNd)
+_LAYERS = (StructuredLinear, ExpertLayers, nn.Linear, nn.Embedding, nn.modules.conv._ConvNd)
 
 Made = nn.Module | tuple[nn.Module, Any]
 Builder = Callable[[int], Made]
@@ -239,7 +240,11 @@ def _outputs(model: nn.Module) -> Any:
     """Collect the last output of every called layer, by name."""
     noted: dict[str, Tensor] = {}
     handles = []
-    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, _LAYERS)]
+    # The rows of a layer of experts are sorted by expert, which can change in a step. Those of all layers are not.
+    layers = [
+        (name, module) for name, module in model.named_modules()
+        if isinstance(module, _LAYERS) and not isinstance(module, StructuredExperts)
+    ]  # fmt: skip
     if not layers:
         raise ValueError("the model has no linear layer, convolution or embedding to measure")
     for name, module in layers:

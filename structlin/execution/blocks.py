@@ -363,7 +363,7 @@ class BlockProblem:
             way = choice.way_of(problem)
             if way.name not in _WHOLE:  # backward by the BLAS, or in slices, say
                 return SEPARATE
-            kinds.append(TILES if way.name == "compiled-tiles" else AUTO)
+            kinds.append(TILES if way.name.startswith("compiled-tiles") else AUTO)
         # The best number of tokens of a layer does not apply, because a block has more activations in cache.
         kind = max(set(kinds), key=kinds.count)
         return f"block-{kind}" if kind in self.kinds() else SEPARATE

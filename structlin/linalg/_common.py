@@ -162,8 +162,10 @@ def has_square_members(A: LinearOperator) -> bool:
 
 def on_host(A: StructuredOperator, *arrays: Array) -> tuple[StructuredOperator, list[np.ndarray]] | None:
     """Return A and arrays on NumPy's views, if they are small tensors of one dtype without gradients; else None."""
+    if not type(A.structure).__module__.startswith("structlin."):  # others may be for tensors only
+        return None
     views = small_views(*A.factors, *arrays)
-    if views is None or views[0].dtype.kind not in "fc" or any(x.dtype != views[0].dtype for x in views):
+    if views is None or views[0].dtype.char not in "fdFD" or any(x.dtype != views[0].dtype for x in views):
         return None
     count = len(A.factors)
     return A._with(A.structure, tuple(views[:count]), A._annotations), views[count:]

@@ -12,7 +12,7 @@ from cola.linalg import slogdet as cola_slogdet
 from cola.linalg.algorithm_base import Algorithm, Auto
 from cola.ops import KronSum, LinearOperator, Sum
 
-from structlin._arrays import Array, backend_of
+from structlin._arrays import Array, backend_of, ops
 from structlin._cola_compat import is_array
 from structlin._implicit import Solver, adjoint, backward_error, frozen, is_at_roundoff, nan_where_bad, solution
 from structlin._lapack import as_tensors, eps, follows, is_half, is_known, is_transformed, known, lapack
@@ -136,9 +136,12 @@ def _solve(A: LinearOperator, b: Array, alg: Algorithm) -> Array:
 
 
 def _in_one_dtype(A: StructuredOperator, b: Array) -> tuple[StructuredOperator, Array]:
-    """Return both in their common dtype, in which the solution is accurate; unchanged in half precision."""
+    """Return both in their common dtype, in which the solution is accurate.
+
+    They are unchanged if A or the common dtype has half precision, and if all factors of A are indices.
+    """
     common = A.xnp.promote_types(A.dtype, b.dtype)
-    if is_half(A.dtype) or is_half(common):
+    if is_half(A.dtype) or is_half(common) or all(map(ops(A.backend).is_integer, A.factors)):
         return A, b
     return (A if A.dtype == common else A.to(dtype=common)), A.xnp.cast(b, common)
 
@@ -148,8 +151,11 @@ def _directly(A: LinearOperator, b: Array) -> Array | None:
         if A.backend != backend_of(b) or A.isa(Unitary):
             return None
         host = on_host(A, b)
-        if host is not None and (answer := A.structure.solve(host[0], *host[1])) is not None:
-            return as_tensors(answer.value)[0]
+        if host is not None:
+            with np.errstate(all="ignore"):  # as in torch
+                answer = A.structure.solve(host[0], *host[1])
+            if answer is not None:
+                return as_tensors(answer.value)[0]
         answer = A.structure.solve(A, b) if host is None else None
         return _with_padding(A, b) if answer is None else answer.value
     fixed = frozen(A)

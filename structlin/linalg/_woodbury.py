@@ -3,7 +3,7 @@
 For A = B + U V, with U of shape (n, r) and V of shape (r, n):
 ``A^-1 = B^-1 - B^-1 U (I + V B^-1 U)^-1 V B^-1`` and ``det A = det B det(I + V B^-1 U)``
 (Woodbury 1950, Inverting modified matrices). The matrix ``I + V B^-1 U`` is called the capacitance. If B is a positive
-diagonal D and V is U^H, only half of it is computed, and it is factored by Cholesky.
+diagonal D and V is U^H, it is factored by Cholesky.
 
 The formula is not backward stable: numbers cancel if B is much smaller than U V. So every solution is refined (Higham
 2002, Accuracy and Stability of Numerical Algorithms, chapter 12) until its residual is at roundoff. If refinement does
@@ -18,7 +18,6 @@ Under tracing, solutions are refined twice, and are NaN if the residual is above
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -37,6 +36,7 @@ from structlin._lapack import (
     eps,
     inverse_values,
     is_known,
+    is_plain,
     is_transpose,
     known,
     lapack,
@@ -143,9 +143,12 @@ class Woodbury:
         xp = lapack(self.U)
         rest = b - self.B @ x if isinstance(self.B, LinearOperator) else xp.minus_scaled(b, _beside(self.B, x), x)
         rest, few = (rest, self.V @ x) if b.ndim == 2 else (rest[:, None], (self.V @ x)[:, None])
-        if hasattr(rest, "addmm_"):  # torch: without another array for the product
-            return rest.addmm_(self.U, few, alpha=-1).reshape(b.shape)
-        rest -= self.U @ few
+        if isinstance(rest, np.ndarray):
+            rest -= self.U @ few
+        elif hasattr(rest, "addmm_") and is_plain(rest):  # torch: without another array for the product
+            rest.addmm_(self.U, few, alpha=-1)
+        else:
+            rest = xp.minus_product(rest, self.U, few)
         return rest.reshape(b.shape)
 
     @cached_property
@@ -205,7 +208,7 @@ class Woodbury:
         """Return this sum on NumPy views of torch tensors without gradients; self if there are none."""
         if isinstance(self.B, LinearOperator):
             return self
-        views = small_views(self.B, self.U, self.V, self.base, most=_most())
+        views = _views(self.B, self.U, self.V, self.base)
         if views is None:
             return self
         B, U, V, base = views
@@ -238,9 +241,12 @@ class Woodbury:
         return Determinant(first[0] * sign, first[1] + log)
 
 
-def _most() -> float:
-    """Return the largest size of a tensor for which NumPy takes less time; its calls alone take less up to 2^15."""
-    return math.inf if "torch" in sys.modules and numpy_multiplies_faster() else 8 * FEW
+def _views(*arrays: Array) -> list[np.ndarray] | None:
+    """Return NumPy's views of tensors without gradients if NumPy takes less time: its calls alone do up to 2^15."""
+    views = small_views(*arrays, most=math.inf)
+    if views is None or max(x.size for x in views) <= 8 * FEW or numpy_multiplies_faster():
+        return views
+    return None
 
 
 def _times(base: LinearOperator | Array, x: Array) -> Array:
@@ -312,8 +318,10 @@ def _hosted(found: Woodbury) -> Callable[[Array], Array]:
         return verified(found)
 
     def solve(b: Array) -> Array:
-        views = small_views(b, most=_most())
-        return verified(found)(b) if views is None else as_tensors(verified(host)(views[0]))[0]
+        if (views := _views(b)) is None:
+            return verified(found)(b)
+        with np.errstate(all="ignore"):  # as in torch
+            return as_tensors(verified(host)(views[0]))[0]
 
     return solve
 

@@ -190,11 +190,7 @@ def count(
     if not callable(model):
         raise TypeError(f"model must be an nnx.Module or a function, got {model!r}")
     params, call, arguments = 0, model, inputs
-    wanted: tuple[int, ...] = tuple(
-        number
-        for number, x in enumerate(inputs)
-        if all(jax.numpy.issubdtype(leaf.dtype, jax.numpy.inexact) for leaf in jax.tree.leaves(x))
-    )
+    wanted: tuple[int, ...] = (0,)
     if isinstance(model, nnx.Module):
         split: Any = nnx.split(model, nnx.Param, ...)
         graph, state, rest = split
@@ -203,7 +199,10 @@ def count(
         def call(state: Any, rest: Any, *inputs: Any, **keywords: Any) -> Any:
             return nnx.merge(graph, state, rest)(*inputs, **keywords)
 
-        arguments, wanted = (state, rest, *inputs), (0,)
+        arguments = (state, rest, *inputs)
+    else:
+        kinds = [[jax.numpy.result_type(leaf) for leaf in jax.tree.leaves(x)] for x in inputs]
+        wanted = tuple(n for n, own in enumerate(kinds) if all(jax.numpy.issubdtype(k, jax.numpy.inexact) for k in own))
     with as_chains():
         walk = _walk(jax.make_jaxpr(call)(*arguments, **keywords).jaxpr)
     products = {name: macs for name, macs in walk.products.items() if macs or name != "fft"}

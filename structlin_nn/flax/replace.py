@@ -187,7 +187,8 @@ def _structured(
 def _dense(name: str, layer: StructuredLinear) -> nnx.Linear:
     shapes = [spec.shape for spec in layer.structure.factors if spec.trainable]
     if stacked := [factor.shape for factor, shape in zip(layer.factors, shapes, strict=True) if factor.shape != shape]:
-        raise ValueError(f"layer {name!r} has a factor of shape {stacked[0]}, stacked by nnx.vmap; exclude it")
+        raise ValueError(f"layer {name!r} has a factor of shape {stacked[0]}, stacked by nnx.vmap; call "
+                         "to_dense_linear in the function that nnx.vmap maps")  # fmt: skip
     metadata = {} if layer.bias is None else _kept_metadata(layer.bias)
     made = nnx.Linear(
         layer.in_features, layer.out_features, use_bias=layer.bias is not None, dtype=layer.dtype,

@@ -64,9 +64,14 @@ class MLP(MLPParts, ImageModel):
     def make(self, linear: LinearFactory, config: MLPConfig) -> None:
         """Make the layers, and the fixed order of the pixels."""
         super().make(linear, config)
-        pixels = math.prod(config.input_shape)
-        order = torch.randperm(pixels, generator=torch.Generator().manual_seed(PERMUTATION_SEED), device="cpu")
-        self.register_buffer("permutation", torch.empty(pixels, dtype=torch.int64, device=linear.device).copy_(order))
+        empty = torch.empty(math.prod(config.input_shape), dtype=torch.int64, device=linear.device)
+        self.register_buffer("permutation", empty)
+        self.reset_buffers()
+
+    def reset_buffers(self) -> None:
+        """Write the fixed order of the pixels, for example after ``to_empty``."""
+        generator = torch.Generator().manual_seed(PERMUTATION_SEED)
+        self.permutation.copy_(torch.randperm(len(self.permutation), generator=generator, device="cpu"))
 
     def forward(self, x: Tensor, return_features: bool = False) -> Tensor | tuple[Tensor, Tensor]:
         """Return logits, or (logits, features): the features (batch, width) are what the output layer reads."""

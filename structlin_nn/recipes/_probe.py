@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from structlin_nn.torch import StructuredLinear
+from structlin_nn.torch import StructuredExperts, StructuredLinear
 
 
 class Probe:
@@ -42,10 +42,12 @@ class Probe:
         ``feature_rms``: RMS of the last hidden features (what the output layer reads). ``feature_change``: RMS of
         their change in a step, mean of the ``measured_steps`` since the last call (None for no steps).
         ``gains``: for each structured layer RMS(A x) / RMS(x) over the batch, bias left out; None where x is 0.
-        ``learned_gains``: for each layer with capped factors the product of their learned gains.
+        ``learned_gains``: for each layer with capped factors the product of their learned gains. Both leave out layers
+        of experts.
         """
         gains: dict[str, float | None] = {}
         layers = {n: m for n, m in self.model.named_modules() if isinstance(m, StructuredLinear)}
+        layers = {n: m for n, m in layers.items() if not isinstance(m, StructuredExperts)}
 
         def note(name: str) -> Callable[..., None]:
             def hook(layer: StructuredLinear, inputs: tuple[Tensor, ...], output: Tensor) -> None:

@@ -100,8 +100,10 @@ def gather(
 
     def before(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         read.inside.add(layers[layer])
-        x, *sizes = (*args, *kwargs.values())
-        for own, rows in zip(found[layer], x.split(*sizes) if sizes else [x], strict=True):
+        experts = num_experts(layer) is not None
+        given = dict(zip(("x", "sizes"), args, strict=False)) | kwargs if experts else {}
+        x = given["x"] if experts else next(iter((*args, *kwargs.values())))
+        for own, rows in zip(found[layer], x.split(list(given["sizes"])) if experts else [x], strict=True):
             if rows.numel():
                 own.add(rows)
 
@@ -139,6 +141,7 @@ def gather(
         result[layer] = torch.stack([mean / vectors if one.empty else one.over(vectors) for one in own])
         others = [str(number) for number, one in enumerate(own) if one.empty]
         if others and notes is not None:
-            notes[f"{layers[layer]}: the calibration data do not reach expert {listed(others)}; the second moments are "
-                  "those of the inputs of the other experts"] = None  # fmt: skip
+            what = f"expert{'s' * (len(others) > 1)} {listed(others)}"
+            notes[f"{layers[layer]}: the calibration data have no input other than 0 for {what}; the second moments "
+                  "are those of the inputs of the other experts"] = None  # fmt: skip
     return result

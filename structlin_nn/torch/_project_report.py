@@ -56,7 +56,10 @@ class LayerProjection:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the attributes as plain values, for JSON."""
-        return {**vars(self), "structure": None if self.structure is None else repr(self.structure)}
+        options = {name: list(value) if isinstance(value, tuple) else value for name, value in self.options.items()}
+        structure = None if self.structure is None else repr(self.structure)
+        ends = {"names": list(self.names), "shape": list(self.shape)}
+        return {**vars(self), **ends, "structure": structure, "options": options}
 
 
 @dataclass(frozen=True)

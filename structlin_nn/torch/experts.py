@@ -39,8 +39,12 @@ def by_expert(call: Callable[..., Tensor], x: Tensor, sizes: Sequence[int], stac
     return torch.cat([call(rows[e], *(part[e] for part in parts)) for e in used])
 
 
-def _check(x: Tensor, sizes: Sequence[int], experts: int) -> None:
-    if len(sizes) != experts or x.ndim != 2 or sum(sizes) != len(x):
+def _check(x: Tensor, sizes: Sequence[int], experts: int, in_features: int) -> None:
+    if x.ndim == 2 and x.shape[1] != in_features:
+        raise ValueError(
+            f"the last axis of the input must have size in_features = {in_features}, got shape {tuple(x.shape)}"
+        )
+    if len(sizes) != experts or x.ndim != 2 or sum(sizes) != len(x) or min(sizes) < 0:
         raise ValueError(
             f"the input must have the rows of {experts} experts, one expert after the other, and sizes their numbers; "
             f"got shape {tuple(x.shape)} and {len(sizes)} sizes with the sum {sum(sizes)}"
@@ -99,7 +103,7 @@ class ExpertLinear(nn.Module):
 
     def forward(self, x: Tensor, sizes: Sequence[int]) -> Tensor:
         """Apply the layers to rows (sum of sizes, in_features), of which ``sizes[e]`` belong to expert e."""
-        _check(x, sizes, self.num_experts)
+        _check(x, sizes, self.num_experts, self.in_features)
         return by_expert(F.linear, x, sizes, (self.weight, self.bias))
 
     def extra_repr(self) -> str:
@@ -171,7 +175,7 @@ class StructuredExperts(StructuredLinear):
 
     def forward(self, x: Tensor, sizes: Sequence[int]) -> Tensor:  # type: ignore[override]
         """Apply the layers to rows (sum of sizes, in_features), of which ``sizes[e]`` belong to expert e."""
-        _check(x, sizes, self.num_experts)
+        _check(x, sizes, self.num_experts, self.in_features)
         return self._eager(x, sizes)
 
     def _affine(self, x: Tensor, factors: Sequence[Tensor], bias: Tensor | None, sizes: Sequence[int] = ()) -> Tensor:

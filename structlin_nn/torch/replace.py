@@ -304,8 +304,9 @@ def _dense(model: nn.Module, skipped: Collection[str]) -> Iterator[tuple[str, tu
             continue
         if name and isinstance(model.get_submodule(name.rpartition(".")[0]), StructuredLinear):
             continue
+        stacked = num_experts(module) is not None
         for key, parameter in module.named_parameters(recurse=False):
-            if parameter.ndim > (key == "bias") + 1 and parameter not in seen:
+            if parameter.ndim > 1 + (stacked and key == "bias") and parameter not in seen:
                 seen.add(parameter)
                 yield f"{name}.{key}" if name else key, tuple(parameter.shape), role_of(module, key, parameter)
 

@@ -111,7 +111,9 @@ class ExpertLayers(_Unpacked):
         hidden = self.get_submodule("gate_up_proj" if gated else "up_proj")(hidden_states[token], sizes)
         hidden = self._kind._apply_gate(self, hidden) if gated else self.act_fn(hidden)
         z = self.get_submodule("down_proj")(hidden, sizes) * top_k_weights.flatten()[order, None]
-        return torch.zeros_like(hidden_states).index_add_(0, token, z.to(hidden_states.dtype))
+        # A sum over the k experts of a token by index_add_ would have no fixed order on a GPU.
+        parts = z.new_zeros(len(chosen), z.shape[1]).index_copy(0, order, z).to(hidden_states.dtype)
+        return parts.view(*top_k_index.shape, -1).sum(1)
 
     def _sizes(self, chosen: Tensor) -> list[int]:
         """Return the number of times that each expert is chosen; without values, as if all were equal."""

@@ -229,7 +229,8 @@ class Recorder(TorchDispatchMode):
             if entry.module is module:
                 break
         if entry.opaque and isinstance(output, Tensor):
-            self._structured(entry, *(*args, *kwargs.values()), output=output)
+            given = {**dict(zip(("x", "sizes"), args, strict=False)), **kwargs}
+            self._structured(entry, **given, output=output)
         if isinstance(module, nn.utils.parametrize.ParametrizationList) and isinstance(output, Tensor):
             self._becomes_weight(output)
         self._mark()

@@ -258,6 +258,16 @@ def cache(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     choice.forget_measured()
 
 
+@pytest.mark.parametrize("way", ["compiled", "compiled-48", "compiled-tiles", "compiled-tiles-64"])
+def test_the_estimate_keeps_the_instructions_of_the_layers(monkeypatch: pytest.MonkeyPatch, way: str) -> None:
+    """A block runs by tiles if its layers do, in blocks of whatever number of tokens."""
+    block = block_of([btt(24, 40)], btt(40, 24))
+    problem = BlockProblem(block, "bfloat16", 64, 1, False)
+    monkeypatch.setattr(choice, "way_of", lambda _: next(w for w in choice.ways("torch") if w.name == way))
+    monkeypatch.setattr(BlockProblem, "kinds", lambda self: ["0", "16", "48", "tiles"])
+    assert problem.estimate() == ("block-tiles" if "tiles" in way else "block-0")
+
+
 @pytest.mark.usefixtures("cache")
 def test_timings_are_apart_from_the_call_that_needs_them() -> None:
     """Hooks on saved tensors do not see them, and autocast does not apply."""

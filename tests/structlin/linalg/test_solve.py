@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import warnings
 
 import cola
 import jax
@@ -10,10 +11,12 @@ import numpy as np
 import pytest
 import torch
 from plum import dispatch
+from torch.utils.flop_counter import FlopCounterMode
 
 import structlin
-from structlin import linalg
+from structlin import _lapack, linalg
 from structlin._cola_compat import _dispatch
+from structlin.linalg import _common, _woodbury
 from structlin.testing import to_numpy
 
 
@@ -295,3 +298,91 @@ def test_mistakes_are_named():
         linalg.solve(np.eye(2), np.ones(2))
     with pytest.raises(ValueError, match="positive integer"):
         linalg.dense_limit(0)
+
+
+@pytest.mark.parametrize(
+    ("backend", "dtype"),
+    [("numpy", "int64"), ("numpy", "float16"), ("numpy", "float32"), ("torch", "int64"), ("torch", "float16"),
+     ("torch", "bfloat16"), ("torch", "bool"), ("jax", "bfloat16"), ("jax", "int32")],
+)  # fmt: skip
+def test_a_permutation_keeps_the_values_and_the_dtype(backend, dtype):
+    """It has no dtype of its own. float64 does not have 2^53 + 1, nor float32 2^24 + 1."""
+    index = structlin._arrays.to_backend(np.array([2, 0, 1]), backend)
+    values = np.array([[2**53 + 1], [5], [-7]] if dtype == "int64" else [[1], [0], [1]])
+    b = structlin._arrays.to_backend(values, backend, dtype)
+    A = structlin.Permutation(index)
+    x = linalg.solve(A, b)
+    assert x.dtype == b.dtype
+    np.testing.assert_array_equal(to_numpy(A @ x), to_numpy(b))
+    if dtype == "int64":
+        assert sorted(to_numpy(x).ravel().tolist()) == [-7, 5, 2**53 + 1]
+
+
+SMALL = {
+    "dense": {}, "kronecker": {}, "monarch": {"blocks": 4}, "block_tensor_train": {"rank": 4},
+    "block_diagonal": {"blocks": 4}, "circulant": {}, "toeplitz": {}, "diagonal": {},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("numpys", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.complex128])
+@pytest.mark.parametrize("name", SMALL)
+def test_small_tensors_by_either_library(name, dtype, numpys, monkeypatch):
+    """On NumPy's views or by torch: conjugated and negated views, parameters, and vectors."""
+    monkeypatch.setattr(_lapack, "FEW", 2**12 if numpys else 0)
+    generator = torch.Generator().manual_seed(0)
+    A = structlin.structure_class(name).random((16, 16), seed=1, backend="torch", dtype=dtype, **SMALL[name])
+    b = torch.randn(16, 3, dtype=dtype, generator=generator)
+    for right in (b, b[:, 0], b.conj(), torch._neg_view(b), torch.nn.Parameter(b), b.T.contiguous().T):
+        with torch.no_grad():
+            x = linalg.solve(A, right)
+        exact = torch.linalg.solve(
+            A.to_dense().to(torch.complex128), right.detach().resolve_conj().to(torch.complex128)
+        )
+        scale = torch.linalg.cond(A.to_dense()).item() * torch.finfo(dtype).eps
+        assert (x.dtype, x.requires_grad) == (dtype, False)
+        assert (x.to(torch.complex128) - exact).norm() <= 100 * scale * exact.norm()
+    sign, log = cola.linalg.slogdet(A)
+    wanted = torch.linalg.slogdet(A.to_dense())
+    torch.testing.assert_close((sign, log), tuple(wanted), rtol=1e-4, atol=1e-4, check_dtype=False)
+    assert (_common.on_host(A, b) is not None) == numpys
+
+
+@pytest.mark.parametrize("faster", [False, True])
+def test_low_rank_plus_diagonal_by_either_library(faster, monkeypatch):
+    """Large tensors go to the library that multiplies faster, which is measured when it may be."""
+    asked = []
+    monkeypatch.setattr(_woodbury, "numpy_multiplies_faster", lambda: asked.append(1) or faster)
+    low = structlin.LowRank.random((9000, 9000), rank=4, seed=0, backend="torch", dtype=torch.float64)
+    d, b = 1 + torch.rand(9000, dtype=torch.float64), torch.randn(9000, 4, dtype=torch.float64)
+    A = low + structlin.Diagonal(d)
+    x = linalg.solve(A, b)
+    assert (A @ x - b).norm() <= 1e-12 * b.norm()
+    assert asked
+    asked.clear()
+    with FlopCounterMode(display=False) as counter:
+        linalg.solve(low + structlin.Diagonal(d), b)
+    assert asked == []  # the counter sees no other products
+    assert counter.get_total_flops() < 100 * 2 * 9000 * 4 * 4
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ys = torch.func.vmap(lambda v: linalg.solve(A, v), in_dims=1, out_dims=1)(b)
+    torch.testing.assert_close(ys, x, rtol=1e-9, atol=1e-9)
+
+
+def test_errors_of_numpy_do_not_reach_users_of_torch():
+    A = structlin.Dense(torch.full((3, 3), 1e30) + 1e30 * torch.eye(3))
+    low = structlin.LowRank(torch.full((1, 8), 1e-30), torch.full((8, 1), 1e-30)) + structlin.Diagonal(torch.ones(8))
+    with np.errstate(all="raise"), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert (A @ torch.full((3, 1), 1e30)).isinf().all()
+        assert linalg.solve(A, torch.full((3, 1), 1e-30)).isfinite().all()
+        assert linalg.solve(low, torch.full((8, 1), 1e-30)).isfinite().all()
+        assert linalg.solve(structlin.Dense(torch.eye(3)), torch.full((3, 1), torch.nan)).isnan().all()
+
+
+def test_a_dtype_that_lapack_lacks_is_named():
+    A, b = structlin.Dense(np.eye(3, dtype=np.longdouble)), np.ones((3, 1), np.longdouble)
+    for op in (A, cola.PSD(A)):
+        with pytest.raises(TypeError, match=r"float128|longdouble|float96"):
+            linalg.solve(op, b)

@@ -68,6 +68,20 @@ def test_products_are_all_that_xla_counts() -> None:
     assert counted.uncounted_ops == {}
 
 
+def test_python_numbers_are_inputs() -> None:
+    class Scaled(nnx.Module):
+        def __init__(self) -> None:
+            self.linear = nnx.Linear(3, 4, rngs=nnx.Rngs(0))
+
+        def __call__(self, x: jax.Array, scale: float) -> jax.Array:
+            return self.linear(x) * scale
+
+    module = nnx.eval_shape(Scaled)
+    for number in (3, 2.5, True):
+        assert count(module, array(2, 3), number).macs == 24
+        assert count(lambda x, s: s * (x @ x.T), array(2, 3), number, training=True).macs == 12
+
+
 def test_convolution_against_torch() -> None:
     for groups, stride in ((1, 1), (2, 3)):
         kernel, x = array(8, 6 // groups, 3, 2), array(4, 6, 11, 13)

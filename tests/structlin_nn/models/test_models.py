@@ -33,6 +33,13 @@ STRUCTURES = [
 ids = [s.name for s in STRUCTURES]
 
 
+def test_a_model_on_meta_gets_the_order_of_its_pixels() -> None:
+    expected, model = build("cifar-mlp"), build("cifar-mlp", device="meta").to_empty(device="cpu")
+    model.permutation.fill_(-1)
+    model.reset_buffers()
+    assert torch.equal(model.permutation, expected.permutation)
+
+
 def build(name: str, structure: StructureConfig | None = None, **more: Any) -> nn.Module:
     return build_model(name, structure=structure, **{**SMALL[name], **more})
 

@@ -26,7 +26,7 @@ from structlin_nn.recipes._config import fields_of
 from structlin_nn.recipes._probe import Probe
 from structlin_nn.recipes._torch import Average, base_of, make_optimizer
 from structlin_nn.records import read_record
-from structlin_nn.torch import StructuredLinear
+from structlin_nn.torch import StructuredExperts, StructuredLinear
 from structlin_nn.trained import load_trained, open_trained
 
 
@@ -360,6 +360,20 @@ class TestProbe:
         assert found["learned_gains"][key] == pytest.approx(math.prod(gains), rel=1e-5)
         assert model.training
         assert not any(module._forward_hooks for module in model.modules())
+
+    def test_layers_of_experts_are_left_out(self) -> None:
+        class Mixture(torch.nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.experts = StructuredExperts(3, 8, 8, structure="low_rank", rank=2, rms_cap=True)
+                self.output = StructuredLinear(8, 4, structure="low_rank", rank=2)
+
+            def forward(self, x: torch.Tensor, return_features: bool = False) -> object:
+                features = self.experts(x, [1, 0, 4])
+                return (self.output(features), features) if return_features else self.output(features)
+
+        found = Probe(model := Mixture(), model, torch.randn(5, 8)).statistics()
+        assert (set(found["gains"]), found["learned_gains"]) == ({"output"}, {})
 
     def test_a_layer_that_reads_zeros_has_no_gain(self) -> None:
         model = build_model("cifar-mlp", width=16)

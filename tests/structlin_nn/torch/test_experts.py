@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 import pickle
 from functools import partial
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 import structlin
 from structlin.testing import dense_matrix
+from structlin_nn import scale_check
 from structlin_nn.torch import (
     ExpertLinear,
     Muon,
@@ -30,6 +32,7 @@ from structlin_nn.torch import (
     to_dense_linear,
     unpack_linear,
 )
+from structlin_nn.torch._project_calibration import gather
 from structlin_nn.torch.unpack import ExpertLayers
 
 EACH = [(name, *structlin.structure_class(name).examples[0]) for name in structlin.structure_names()]
@@ -284,12 +287,47 @@ def test_wrong_uses_are_errors():
     for kind in (StructuredExperts, ExpertLinear):
         with pytest.raises(ValueError, match="num_experts must be"):
             kind(0, 8, 8)
-    with pytest.raises(ValueError, match="in_features = 8"):
-        layer(torch.ones(6, 9), SIZES[0])
+    for one in (layer, ExpertLinear(EXPERTS, 8, 8)):
+        with pytest.raises(ValueError, match="in_features = 8"):
+            one(torch.ones(6, 9), SIZES[0])
+        with pytest.raises(ValueError, match="the input must have the rows of 4 experts"):
+            one(torch.ones(6, 8), [7, -1, 0, 0])
     with pytest.raises(TypeError, match=r"call operators\(\)"):
         _ = layer.operator
     with pytest.raises(TypeError, match="cannot compile StructuredExperts"):
         torch.jit.script(layer)
+
+
+def test_arguments_may_be_given_by_name_in_any_order():
+    """To counts and to calibration too."""
+    for layer in (make("low_rank", (8, 8), {"rank": 2}), ExpertLinear(EXPERTS, 8, 8)):
+        found = count(layer, sizes=SIZES[0], x=torch.ones(6, 8))
+        assert found.macs() == count(layer, torch.ones(6, 8), SIZES[0]).macs() > 0
+        moments = gather(
+            nn.ModuleDict({"layer": layer}), {layer: "layer"}, [torch.ones(6, 8)],
+            lambda model, x: model["layer"](sizes=SIZES[1][:3] + [0], x=x), {},
+        )  # fmt: skip
+        assert moments[layer].shape == (EXPERTS, 8, 8)
+
+
+def test_measurements_of_scale_do_not_mix_experts(monkeypatch):
+    """Rows of layers of experts are sorted by expert: if one token changes its expert, rows of other tokens move."""
+    model = experts("mixtral", torch.float32)
+    replace_linear(model, "low_rank", rank=3, layers="*", unpack=True, rms_cap=True)
+    with scale_check._outputs(model) as noted:
+        model["experts"](torch.randn(3, 12), torch.tensor([[0, 1], [2, 3], [1, 0]]), torch.rand(3, 2))
+    assert {name: value.shape for name, value in noted.items()} == {
+        "experts": (3, 12), "experts (input)": (3, 12),
+    }  # fmt: skip
+
+
+def test_the_report_lists_weights_named_bias():
+    """Biases of experts have two axes, and so can a table of another module that is named so."""
+    model = experts("gpt_oss", torch.float32)
+    model.register_parameter("bias", nn.Parameter(torch.ones(16, 16)))
+    report = replace_linear(model, "low_rank", rank=3, layers="*gate_up_proj", unpack=True)
+    assert [name for name, *_ in report.dense] == ["bias", "experts.down_proj.weight"]
+    assert json.loads(json.dumps(report.to_dict())) == report.to_dict()
 
 
 def test_adapters_on_experts_are_refused():

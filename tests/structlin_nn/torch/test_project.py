@@ -401,6 +401,7 @@ def test_a_structure_or_a_function_in_place_of_a_name():
 def test_report_is_plain_data():
     report = project_linear(mlp(), "tensor_train", target_error=0.9, calibration=skewed(), layers="all")
     record = json.loads(json.dumps(report.to_dict()))
+    assert record == report.to_dict()
     assert record["macs_before"] == report.macs_before
     assert [line["names"] for line in record["layers"]] == [["0"], ["2"], ["4"]]
     text = str(report).splitlines()
